@@ -1,0 +1,69 @@
+"""The entry point: finds the command, shows errors as plain lines, ends with their exit code.
+
+Commands are imported on use, so that ``--help`` needs neither torch nor transformers.
+"""
+
+import sys
+import traceback
+from importlib import import_module
+
+import click
+
+from qlora_lite import __version__
+from qlora_lite.errors import QloraLiteError
+
+COMMANDS = {
+    "train": "Fine-tune a model as a recipe says.",
+    "evaluate": "Measure loss, perplexity and exact match of a run or a recipe's base model.",
+    "generate": "Answer one prompt with a run's adapter.",
+    "chat": "Talk with a run's adapter.",
+    "recipes": "List, show, copy and check recipes.",
+    "quantize": "Write a model as a 4-bit checkpoint.",
+    "doctor": "Show versions and devices, and what will be slow.",
+}
+_MODULES = {"train": "train", "evaluate": "evaluate", "generate": "generate", "chat": "generate",
+            "recipes": "recipes", "quantize": "quantize", "doctor": "doctor"}  # fmt: skip
+
+
+class _Commands(click.Group):
+    """A group that imports a command's module only when the command is used."""
+
+    def list_commands(self, _ctx):
+        return list(COMMANDS)
+
+    def get_command(self, _ctx, name):
+        if name not in COMMANDS:
+            return None
+        return getattr(import_module(f"qlora_lite.cli.{_MODULES[name]}"), name)
+
+    def format_commands(self, _ctx, formatter):
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="qlora-lite")
+@click.option("--debug", is_flag=True, help="Show the stack trace of an error.")
+@click.pass_context
+def cli(ctx: click.Context, debug: bool) -> None:
+    """Fine-tune a 4-bit language model with LoRA in the memory you have."""
+    ctx.obj = {"debug": debug}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; always ends with SystemExit."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        cli.main(arguments, prog_name="qlora-lite", standalone_mode=False)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except QloraLiteError as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        click.echo("\n".join(f"error: {line}" for line in str(error).splitlines()), err=True)
+        sys.exit(error.exit_code)

@@ -1,0 +1,71 @@
+"""What a person sees: our own log lines and a progress bar, without the libraries' chatter.
+
+Log lines go to standard error, so that ``--json`` leaves exactly one object on standard output.
+"""
+
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from qlora_lite.units import format_bytes, format_seconds
+
+PLAIN_LINE_SECONDS = 10  # between progress lines where there is no terminal
+
+
+def prepare(verbose: bool = True) -> None:
+    """Send our log to standard error and silence the libraries; call before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    warnings.simplefilter("ignore")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log = logging.getLogger("qlora_lite")
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO if verbose else logging.WARNING)
+    log.propagate = False
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+
+@contextmanager
+def step_progress() -> Iterator:
+    """Give a function that shows one step's metrics: a live bar on a terminal, else a line now and then."""
+    if not sys.stderr.isatty():
+        yield _PlainLines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"),
+               TimeRemainingColumn(compact=True))  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda metrics, total: bar.update(
+            task, completed=metrics.step, total=total, description=_describe(metrics)
+        )
+
+
+class _PlainLines:
+    def __init__(self):
+        self.started = self.shown = time.monotonic()
+
+    def __call__(self, metrics, total: int) -> None:
+        now = time.monotonic()
+        if metrics.step > 1 and metrics.step < total and now - self.shown < PLAIN_LINE_SECONDS:
+            return
+        self.shown = now
+        left = (now - self.started) / metrics.step * (total - metrics.step)
+        left_text = f", {format_seconds(left)} left" if metrics.step < total else ""
+        print(f"step {metrics.step}/{total}  {_describe(metrics)}{left_text}", file=sys.stderr, flush=True)
+
+
+def _describe(metrics) -> str:
+    return (f"loss {metrics.loss:.3f}  {metrics.tokens_per_second:.0f} tokens/s  "
+            f"{format_bytes(metrics.peak_bytes)}")  # fmt: skip

@@ -1,0 +1,31 @@
+"""``qlora-lite quantize``: write a model as a 4-bit checkpoint that transformers loads."""
+
+from pathlib import Path
+
+import click
+
+from qlora_lite.errors import OutputError
+
+from .output import prepare
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must be new or empty."
+)
+@click.option("--quant", type=click.Choice(["nf4", "fp4"]), default="nf4", show_default=True)
+@click.option("--double-quant/--no-double-quant", default=True, show_default=True)
+def quantize(model: str, out: Path, quant: str, double_quant: bool) -> None:
+    """Write MODEL (as in model.path) as an ordinary bitsandbytes 4-bit checkpoint."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"{out} is not an empty folder; choose another --out")
+    prepare()
+    import torch
+
+    from qlora_lite.models.load import load_model, load_tokenizer
+    from qlora_lite.models.save import save_quantized
+
+    loaded = load_model(model, quant, double_quant, torch.bfloat16, use_cache=False)
+    save_quantized(loaded, out, load_tokenizer(model))
+    click.echo(f"wrote {out}")

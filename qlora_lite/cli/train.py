@@ -1,0 +1,55 @@
+"""``qlora-lite train``: run a recipe and say what came of it."""
+
+import json
+
+import click
+
+from qlora_lite.recipe.load import load_recipe
+from qlora_lite.units import format_bytes, format_seconds
+
+from .output import prepare, step_progress
+
+
+@click.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def train(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Fine-tune a model as RECIPE says; KEY=VALUE replaces a setting, such as lora.rank=32."""
+    settings = load_recipe(recipe, overrides)
+    prepare()
+    from qlora_lite import run
+
+    with step_progress() as progress:
+        folder = run.train(settings, progress)
+    click.echo(_result(folder, json.loads((folder / "summary.json").read_text(encoding="utf-8"))))
+
+
+def _result(folder, summary: dict) -> str:
+    lines = []
+    for sample in summary["samples"][:2]:
+        lines += ["", f"prompt     {_line(sample['prompt'])}", f"reference  {_line(sample['reference'])}",
+                  f"before     {_line(sample['before'])}", f"after      {_line(sample['after'])}"]  # fmt: skip
+    lines.append("")
+    if "eval_loss_after" in summary:
+        lines.append(_change("evaluation loss", summary, "eval_loss", "{:.4f}"))
+    if "exact_match_after" in summary:
+        lines.append(
+            _change(f"exact match ({summary['exact_match_rows']} rows)", summary, "exact_match", "{:.1%}")
+        )
+    lines += [
+        f"{'time':24} {format_seconds(summary['seconds'])} for {summary['steps']} steps",
+        f"{'speed':24} {summary['tokens_per_second']:.0f} tokens/s",
+        f"{'peak memory':24} {format_bytes(summary['peak_bytes'])}",
+        f"{'adapter':24} {folder / 'adapter'}",
+        f"{'report':24} {folder / 'report.html'}",
+    ]
+    return "\n".join(lines)
+
+
+def _change(label: str, summary: dict, key: str, form: str) -> str:
+    return f"{label:24} {form.format(summary[key + '_before'])} -> {form.format(summary[key + '_after'])}"
+
+
+def _line(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= 160 else flat[:157] + "..."

@@ -1,0 +1,213 @@
+"""Plan which rows share a step, and join them without padding.
+
+Rows are laid end to end in one sequence; positions restart at 0 in each and `row_lengths` lets attention keep
+them apart. There is no padding token, so nothing is computed for nothing and no mask can hide a real token.
+
+Packing is best fit, decreasing: rows from longest to shortest, each into the fullest pack that still has room
+(Johnson, "Near-optimal bin packing algorithms", 1973: at most 11/9 of the fewest packs). Concatenating
+everything and cutting at max_tokens, the other known way, fills packs fully but tears rows in two. With order
+"as-is" rows keep their order and a new pack begins when the next row does not fit.
+
+Shapes: T tokens of a micro-batch; input_ids and position_ids [1, T], labels [T]. Lengths are in tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from qlora_lite.errors import DataError
+
+if TYPE_CHECKING:
+    from qlora_lite.data.examples import Example
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Hold rows laid end to end.
+
+    Args:
+        input_ids: int64 [1, T].
+        position_ids: int64 [1, T], restarting at 0 in each row.
+        labels: int64 [T], already shifted: labels[t] is token t+1 of the same row if it is learned, else
+            -100.
+        row_lengths: tokens of each row; their sum is T.
+        where: the place of each row.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    labels: torch.Tensor
+    row_lengths: tuple[int, ...]
+    where: tuple[str, ...]
+
+
+def plan_epoch(
+    lengths: Sequence[int],
+    max_tokens: int,
+    packing: bool,
+    micro_batch_size: int,
+    order: str = "shuffle",
+    seed: int = 0,
+    epoch: int = 0,
+) -> list[list[int]]:
+    """Choose the rows of each micro-batch of an epoch; equal arguments give equal plans.
+
+    Args:
+        lengths: tokens of each row, each from 1 to max_tokens.
+        max_tokens: room of a pack.
+        packing: True to fill packs with several rows; False for one row each.
+        micro_batch_size: packs (rows, without packing) per micro-batch, at least 1; the last may have fewer.
+        order: "shuffle" or "as-is".
+        seed: of the run.
+        epoch: from 0; each has its own order.
+
+    Returns:
+        Row numbers per micro-batch; every row stands in exactly one.
+
+    Raises:
+        DataError: a row is longer than max_tokens, or an argument is out of range.
+    """
+    if order not in ("shuffle", "as-is") or micro_batch_size < 1:
+        raise DataError(
+            f"order {order!r} must be shuffle or as-is, micro_batch_size {micro_batch_size} at least 1"
+        )
+    rows = list(range(len(lengths)))
+    chance = random.Random(f"{seed}/{epoch}")
+    if order == "shuffle":
+        chance.shuffle(rows)
+    if not packing:
+        packs = [[row] for row in rows]
+    elif order == "shuffle":
+        packs = pack_best_fit(lengths, max_tokens, rows)
+        chance.shuffle(packs)
+    else:
+        packs = pack_in_order(lengths, max_tokens, rows)
+    groups = (packs[start : start + micro_batch_size] for start in range(0, len(packs), micro_batch_size))
+    return [[row for pack in group for row in pack] for group in groups]
+
+
+def pack_best_fit(lengths: Sequence[int], max_tokens: int, rows: Sequence[int]) -> list[list[int]]:
+    """Fill packs by best fit, decreasing; rows of equal length are taken in the order given.
+
+    n rows take O(n log n) comparisons; the sorted list of distinct rooms never has more than max_tokens
+    entries.
+
+    Args:
+        lengths: tokens of each row.
+        max_tokens: room of a pack.
+        rows: the rows to pack.
+
+    Returns:
+        The rows of each pack; no pack has more than max_tokens tokens.
+
+    Raises:
+        DataError: a row is longer than max_tokens.
+    """
+    packs: list[list[int]] = []
+    rooms: list[int] = []  # distinct free room of the packs, ascending
+    packs_with_room: dict[int, list[int]] = {}
+    for row in sorted(rows, key=lambda row: -lengths[row]):
+        length = lengths[row]
+        place = bisect_left(rooms, length)
+        if place == len(rooms):
+            _check_length(row, length, max_tokens)
+            pack, room = len(packs), max_tokens
+            packs.append([])
+        else:
+            room = rooms[place]
+            pack = packs_with_room[room].pop()
+            if not packs_with_room[room]:
+                del packs_with_room[room], rooms[place]
+        packs[pack].append(row)
+        left = room - length
+        if left not in packs_with_room:
+            packs_with_room[left] = []
+            insort(rooms, left)
+        packs_with_room[left].append(pack)
+    return packs
+
+
+def pack_in_order(lengths: Sequence[int], max_tokens: int, rows: Sequence[int]) -> list[list[int]]:
+    """Fill packs with rows in the order given, beginning a new pack when the next row does not fit.
+
+    Args:
+        lengths: tokens of each row.
+        max_tokens: room of a pack.
+        rows: the rows to pack.
+
+    Returns:
+        The rows of each pack.
+
+    Raises:
+        DataError: a row is longer than max_tokens.
+    """
+    packs: list[list[int]] = []
+    room = 0
+    for row in rows:
+        _check_length(row, lengths[row], max_tokens)
+        if lengths[row] > room:
+            packs.append([])
+            room = max_tokens
+        packs[-1].append(row)
+        room -= lengths[row]
+    return packs
+
+
+def packing_efficiency(lengths: Sequence[int], max_tokens: int, packs: Sequence[Sequence[int]]) -> float:
+    """Return the share of the packs' room that tokens fill, from 0 to 1 (0 for no packs).
+
+    Args:
+        lengths: tokens of each row.
+        max_tokens: room of a pack.
+        packs: the rows of each pack.
+    """
+    if not packs:
+        return 0.0
+    return sum(lengths[row] for pack in packs for row in pack) / (max_tokens * len(packs))
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Lay rows end to end.
+
+    Args:
+        examples: at least one row.
+
+    Returns:
+        One sequence of all rows, without padding.
+
+    Raises:
+        DataError: no row in it has a token to learn, which would make the loss 0/0.
+    """
+    labels = [_shifted_labels(example) for example in examples]
+    input_ids = np.concatenate([example.token_ids for example in examples]).astype(np.int64)
+    lengths = tuple(len(example.token_ids) for example in examples)
+    batch = Batch(
+        input_ids=torch.from_numpy(input_ids)[None],
+        position_ids=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None],
+        labels=torch.from_numpy(np.concatenate(labels)),
+        row_lengths=lengths,
+        where=tuple(example.where for example in examples),
+    )
+    if not bool((batch.labels != IGNORED_LABEL).any()):
+        raise DataError(f"no token to learn in the rows {', '.join(batch.where)}")
+    return batch
+
+
+def _shifted_labels(example: Example) -> np.ndarray:
+    labels = np.full(len(example.token_ids), IGNORED_LABEL, dtype=np.int64)
+    labels[:-1] = np.where(example.learned[1:], example.token_ids[1:], IGNORED_LABEL)
+    return labels
+
+
+def _check_length(row: int, length: int, max_tokens: int) -> None:
+    if length > max_tokens:
+        raise DataError(f"row {row} has {length} tokens, more than data.max_tokens {max_tokens}")

@@ -1,0 +1,300 @@
+"""Turn sources into token rows with a mask, and account for every row and token on the way.
+
+Nothing is left out in silence: a row is an example, a counted entry of `dropped`, or part of an error that
+names it.
+
+Special tokens written out inside a row's text never become control tokens: in a conversation they are an
+error (see `template.render`), in a plain document they are tokenised as the letters they are.
+
+Shapes: T tokens of a row; token_ids int32 [T], learned bool [T]. learned[0] is always False: nothing precedes
+it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qlora_lite.data.formats import Conversation, Document, read_conversations
+from qlora_lite.data.lines import Problems
+from qlora_lite.data.mask import (
+    check_begin,
+    end_tokens,
+    learned_tokens,
+    render_row,
+    seam_faults,
+    special_ids_of,
+    tokenise,
+)
+from qlora_lite.data.read import Source
+from qlora_lite.data.template import Template, begin_of_text, choose_template
+from qlora_lite.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+TRAIN_ON = ("assistant", "completion", "all", "last")
+OVERFLOW = ("error", "drop", "truncate")
+_ROWS_PER_CALL = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Hold one tokenised row.
+
+    Args:
+        token_ids: int32 [T].
+        learned: bool [T]; learned[t] means that token t is to be predicted.
+        prompt: the text up to the last answer, special tokens included; "" for a plain document.
+        answer: the last answer; "" for a plain document.
+        where: the row's place, "file.jsonl:12".
+    """
+
+    token_ids: np.ndarray
+    learned: np.ndarray
+    prompt: str
+    answer: str
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Hold the rows of a run and what became of every row read.
+
+    Args:
+        examples: the rows kept, repeated as the sources' weights say.
+        rows_read: rows in the files.
+        rows_kept: rows in `examples`.
+        dropped: reason -> rows left out for it.
+        truncated: rows cut to max_tokens.
+        tokens: tokens of all examples.
+        learned_tokens: tokens that are predicted, of all examples.
+        end_token_ids: the tokens that end answers; generation stops at any of them.
+        template: the chat template used; None if every row is a plain document.
+    """
+
+    examples: list[Example]
+    rows_read: int
+    rows_kept: int
+    dropped: dict[str, int]
+    truncated: int
+    tokens: int
+    learned_tokens: int
+    end_token_ids: frozenset[int]
+    template: Template | None
+
+
+@dataclass(slots=True)
+class _Account:
+    """What became of the rows so far."""
+
+    problems: Problems = field(default_factory=Problems)
+    rows_read: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    truncated: int = 0
+    too_long: list[tuple[int, str]] = field(default_factory=list)
+    end_token_ids: set[int] = field(default_factory=set)
+
+
+def build_examples(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerFast,
+    template: str | None = None,
+    train_on: str = "assistant",
+    max_tokens: int = 1024,
+    overflow: str = "error",
+) -> Dataset:
+    """Read, render, tokenise and mask the rows of all sources.
+
+    A source's weight w uses each of its rows w times on average: of n rows, floor(n w) examples, evenly
+    spread.
+
+    Args:
+        sources: where rows come from, in order.
+        tokenizer: a fast tokenizer; its state is not changed.
+        template: None for the tokenizer's own chat template, or see `choose_template`.
+        train_on: "assistant" learns every answer; "completion" the one answer of rows that have just one;
+            "last" the last answer; "all" every token. Plain documents are always learned whole.
+        max_tokens: longest row, at least 2 tokens.
+        overflow: for longer rows: "error", "drop", or "truncate" (keep the first max_tokens tokens; a row
+            that loses all it had to learn is dropped and counted).
+
+    Returns:
+        The examples with their counts.
+
+    Raises:
+        DataError: rows are malformed, too long, or leave nothing to learn; up to 20 are named at once.
+    """
+    _check_arguments(sources, tokenizer, train_on, max_tokens, overflow)
+    account = _Account()
+    chosen: Template | None = None
+    examples: list[Example] = []
+    for source in sources:
+        kept: list[Example] = []
+        rows = read_conversations(source, account.problems)
+        while chunk := list(islice(rows, _ROWS_PER_CALL)):
+            account.rows_read += len(chunk)
+            if isinstance(chunk[0], Document):
+                made = _document_examples(chunk, tokenizer, account.problems)
+            else:
+                chosen = chosen or choose_template(tokenizer, template)
+                made = _conversation_examples(chunk, chosen, train_on, account)
+            kept += _fit(made, max_tokens, overflow, account)
+        weighted = list(_repeat(kept, source.weight))
+        account.dropped["left out by the weight of their source"] += len(kept) - len(
+            {id(e) for e in weighted}
+        )
+        examples += weighted
+    account.problems.raise_if_any()
+    _raise_if_too_long(account, max_tokens)
+    if not examples:
+        raise DataError(f"no row is left to train on: {_reasons(account.dropped)}")
+    return Dataset(
+        examples=examples,
+        rows_read=account.rows_read,
+        rows_kept=len(examples),
+        dropped={reason: count for reason, count in account.dropped.items() if count},
+        truncated=account.truncated,
+        tokens=sum(len(example.token_ids) for example in examples),
+        learned_tokens=sum(int(example.learned.sum()) for example in examples),
+        end_token_ids=frozenset(account.end_token_ids),
+        template=chosen,
+    )
+
+
+def _check_arguments(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerFast,
+    train_on: str,
+    max_tokens: int,
+    overflow: str,
+) -> None:
+    if train_on not in TRAIN_ON:
+        raise DataError(f"data.train_on {train_on!r} is unknown; choose one of {', '.join(TRAIN_ON)}")
+    if overflow not in OVERFLOW:
+        raise DataError(f"data.overflow {overflow!r} is unknown; choose one of {', '.join(OVERFLOW)}")
+    if max_tokens < 2:
+        raise DataError(f"data.max_tokens is {max_tokens}; a row needs at least 2 tokens")
+    if not tokenizer.is_fast:
+        raise DataError(
+            "this tokenizer has no tokenizer.json, so the place of its tokens in the text is unknown; "
+            "convert it with transformers first (load it with AutoTokenizer and save it again)"
+        )
+    for source in sources:
+        if not 0 < source.weight < float("inf"):
+            raise DataError(f"{source.path}: weight {source.weight} must be above 0 and finite")
+    if not sources:
+        raise DataError("no data source is given; set data.train")
+
+
+# --- documents ----------------------------------------------------------------------------------------------
+
+
+def _document_examples(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast, problems: Problems
+) -> Iterator[Example]:
+    """Tokenise whole documents: begin-of-text where the tokenizer writes it, the text, the end token."""
+    first = [tokenizer.bos_token_id] if begin_of_text(tokenizer) else []
+    last = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    encoded = tokenizer(
+        [document.text for document in documents],
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    special_ids = special_ids_of(tokenizer)
+    for document, ids in zip(documents, encoded["input_ids"], strict=True):
+        if control := special_ids.intersection(ids):
+            names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(control))))
+            problems.add(document.where, f"the text became the control token {names}; write it differently")
+            continue
+        token_ids = np.array(first + ids + last, dtype=np.int32)
+        learned = np.ones(len(token_ids), dtype=np.bool_)
+        learned[:1] = False
+        if learned.any():
+            yield Example(token_ids, learned, "", "", document.where)
+        else:
+            problems.add(document.where, "a document of one token has nothing to learn; remove it")
+
+
+# --- conversations ------------------------------------------------------------------------------------------
+
+
+def _conversation_examples(
+    conversations: Sequence[Conversation], template: Template, train_on: str, account: _Account
+) -> Iterator[Example]:
+    rows = []
+    for conversation in conversations:
+        try:
+            rows.append(render_row(conversation, template, train_on))
+        except DataError as error:
+            account.problems.add(conversation.where, str(error))
+    tokens = tokenise([row.text for row in rows], template.tokenizer)
+    faults = seam_faults(rows, tokens, template.tokenizer)
+    special_ids = special_ids_of(template.tokenizer)
+    for row, row_tokens, seam_fault in zip(rows, tokens, faults, strict=True):
+        try:
+            if seam_fault:
+                raise DataError(seam_fault)
+            learned = learned_tokens(row_tokens.starts, row_tokens.ends, row.learned, row.text)
+            ends = end_tokens(row, row_tokens, special_ids)
+            check_begin(row_tokens.ids, template.tokenizer.bos_token_id)
+        except DataError as error:
+            account.problems.add(row.where, str(error))
+            continue
+        account.end_token_ids |= ends
+        yield Example(row_tokens.ids, learned, row.text[: row.answers[-1][0]], row.answer, row.where)
+
+
+# --- length and weight --------------------------------------------------------------------------------------
+
+
+def _fit(examples: Iterator[Example], max_tokens: int, overflow: str, account: _Account) -> Iterator[Example]:
+    for example in examples:
+        length = len(example.token_ids)
+        if length <= max_tokens:
+            yield example
+        elif overflow == "error":
+            account.too_long.append((length, example.where))
+        elif overflow == "drop":
+            account.dropped["longer than max_tokens"] += 1
+        elif not example.learned[:max_tokens].any():
+            account.dropped["nothing left to learn after truncation"] += 1
+        else:
+            account.truncated += 1
+            token_ids, learned = example.token_ids[:max_tokens].copy(), example.learned[:max_tokens].copy()
+            yield Example(token_ids, learned, example.prompt, example.answer, example.where)
+
+
+def _repeat(examples: Sequence[Example], weight: float) -> Iterator[Example]:
+    """Yield example i as often as the whole numbers in (i w, (i + 1) w] are many."""
+    share = Fraction(weight).limit_denominator(1_000_000)
+    for index, example in enumerate(examples):
+        for _ in range(int((index + 1) * share) - int(index * share)):
+            yield example
+
+
+def _raise_if_too_long(account: _Account, max_tokens: int) -> None:
+    if not account.too_long:
+        return
+    longest = heapq.nlargest(5, account.too_long)
+    places = ", ".join(f"{where} ({length} tokens)" for length, where in longest)
+    raise DataError(
+        f"{len(account.too_long)} of {account.rows_read} rows are longer than data.max_tokens {max_tokens}; "
+        f"the longest: {places}; raise data.max_tokens, or set data.overflow to drop or truncate"
+    )
+
+
+def _reasons(dropped: Counter[str]) -> str:
+    return (
+        ", ".join(f"{count} rows {reason}" for reason, count in dropped.items() if count)
+        or "the sources are empty"
+    )

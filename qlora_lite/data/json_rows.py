@@ -1,0 +1,141 @@
+"""Read JSON and JSONL strictly, naming the line of every row that is not a whole object.
+
+Python's json keeps the last of two equal keys and accepts NaN; both are faults here, and so are escapes that
+are no text (half of a surrogate pair, NUL). Faults that do not stop the parser are noted and reading goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from qlora_lite.data.lines import Problems, numbered_lines
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+_ESCAPED_ODDITY = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")
+_NUL_IN_JSON = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+_TOO_DEEP = "nested too deeply, or a number too long, to be a row"
+
+
+class _RowDecoder:
+    """Decode JSON strictly: duplicate keys, NaN and characters that are no text are faults of the row."""
+
+    def __init__(self) -> None:
+        self._faults: list[str] = []
+        self._decoder = json.JSONDecoder(
+            object_pairs_hook=self._object,
+            parse_constant=lambda name: self._faults.append(f"{name} is not JSON"),
+        )
+
+    def _object(self, pairs: list[tuple[str, object]]) -> dict:
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            self._faults.append(f"the key {twice!r} stands twice in one object; keep one")
+        return result
+
+    def decode(self, text: str, start: int) -> tuple[object, int, list[str]]:
+        """Return (value, index after it, faults); ValueError and RecursionError end the reading."""
+        self._faults = []
+        value, end = self._decoder.raw_decode(text, start)
+        if _ESCAPED_ODDITY.search(text, start, end):
+            dumped = json.dumps(value, ensure_ascii=False)
+            if re.search("[\ud800-\udfff]", dumped):
+                self._faults.append(
+                    "half of a surrogate pair (\\ud800 to \\udfff) is no character; remove it"
+                )
+            if _NUL_IN_JSON.search(dumped):
+                self._faults.append("the row holds a NUL character (\\u0000); remove it")
+        return value, end, self._faults
+
+
+def read_jsonl(path: Path, problems: Problems) -> Iterator[tuple[str, dict]]:
+    """Read one object per line; blank lines are skipped, lines that are no whole object go to `problems`."""
+    decoder = _RowDecoder()
+    for number, line in numbered_lines(path, problems):
+        text = line.strip(" \t\r")
+        if not text:
+            continue
+        where = f"{path}:{number}"
+        try:
+            value, end, faults = decoder.decode(text, 0)
+        except json.JSONDecodeError as error:
+            problems.add(where, _json_message(error, text, number))
+            continue
+        except (RecursionError, ValueError):
+            problems.add(where, _TOO_DEEP)
+            continue
+        if end < len(text):
+            faults = [*faults, f"something follows the object: {text[end : end + 20]!r}; one object per line"]
+        yield from _checked(where, value, faults, problems)
+
+
+def _json_message(error: json.JSONDecodeError, text: str, number: int) -> str:
+    if text in ("[", "{") and number == 1:
+        return "this is one JSON document over several lines; name the file .json, or put one row per line"
+    cut = " (is the line cut short?)" if error.pos >= len(text) or "Unterminated" in error.msg else ""
+    return f"not JSON: {error.msg} at character {error.pos + 1}{cut}"
+
+
+def _checked(where: str, value: object, faults: list[str], problems: Problems) -> Iterator[tuple[str, dict]]:
+    if isinstance(value, list):
+        faults = [
+            *faults,
+            "a list instead of an object; each row must be an object (one list of rows: name the file .json)",
+        ]
+    elif not isinstance(value, dict):
+        faults = [*faults, f"{type(value).__name__} instead of an object; each row must be an object"]
+    if faults:
+        problems.add(where, "; ".join(dict.fromkeys(faults)))
+    else:
+        yield where, value
+
+
+def read_json(path: Path, problems: Problems) -> Iterator[tuple[str, dict]]:
+    """Read a .json file: one list of objects, or (as many files of that name are) one object per line."""
+    raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        problems.add(f"{path}:{line}", "not UTF-8; convert the file to UTF-8")
+        return iter(())
+    opening = text.lstrip()[:1]
+    if opening == "[":
+        return _read_json_array(path, text, problems)
+    return read_jsonl(path, problems)
+
+
+def _read_json_array(path: Path, text: str, problems: Problems) -> Iterator[tuple[str, dict]]:
+    """Walk a JSON array element by element, so that each keeps its line number."""
+    decoder = _RowDecoder()
+    line, counted = 1, 0
+    position = _SPACE.match(text, text.index("[") + 1).end()
+    while not text.startswith("]", position):
+        line += text.count("\n", counted, position)
+        counted, where = position, f"{path}:{line}"
+        try:
+            value, end, faults = decoder.decode(text, position)
+        except json.JSONDecodeError as error:
+            problems.add(
+                f"{path}:{error.lineno}", f"not JSON: {error.msg}; nothing after this place was read"
+            )
+            return
+        except (RecursionError, ValueError):
+            problems.add(where, f"{_TOO_DEEP}; nothing after it was read")
+            return
+        yield from _checked(where, value, faults, problems)
+        position = _SPACE.match(text, end).end()
+        if text.startswith(",", position) and not text.startswith(
+            "]", _SPACE.match(text, position + 1).end()
+        ):
+            position = _SPACE.match(text, position + 1).end()
+        elif not text.startswith("]", position):
+            line += text.count("\n", counted, position)
+            problems.add(f"{path}:{line}", "the list is cut short, or a comma is missing or too many here")
+            return
+    if text[position + 1 :].strip():
+        problems.add(f"{path}:{line}", "something follows the end of the list; remove it")

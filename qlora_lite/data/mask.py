@@ -1,0 +1,236 @@
+"""Tokenise rendered rows once as a whole and mark the tokens to learn, by the characters each token covers.
+
+Counting the tokens of prompt and answer apart and adding them up, the other known way, is off by a token
+wherever the two join; a token here is learned or not by its place in the text. Where an answer begins, the
+tokens before it must be the ones that the prompt alone gives, because those are what the model sees when it
+answers. A row for which they are not is an error.
+
+Shapes: T tokens of a row. Characters are counted in the rendered text, spans are (first, one past the last).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qlora_lite.data.formats import Conversation
+from qlora_lite.data.template import Template, render
+from qlora_lite.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_SEAM = (
+    "the tokens before an answer (after {tail!r}) are not those that the prompt alone gives, so training "
+    "would not see what the model sees when it answers; remove white space from the start of the answer, or "
+    "choose another data.template"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Hold a rendered conversation.
+
+    Args:
+        text: all of it, special tokens included.
+        learned: the spans to learn.
+        answers: the spans of answers, end token included; the last answer is always among them.
+        answer: the text of the last answer.
+        where: the row's place.
+    """
+
+    text: str
+    learned: tuple[tuple[int, int], ...]
+    answers: tuple[tuple[int, int], ...]
+    answer: str
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Hold the tokens of a text.
+
+    Args:
+        ids: int32 [T].
+        starts: int64 [T], the first character of each token.
+        ends: int64 [T], one past its last character.
+    """
+
+    ids: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+
+
+def render_row(conversation: Conversation, template: Template, train_on: str) -> Row:
+    """Render a conversation and choose the characters to learn.
+
+    Args:
+        conversation: the row.
+        template: how to write it.
+        train_on: see `examples.build_examples`.
+
+    Raises:
+        DataError: there is nothing to learn, or the template fails (see `template.render`).
+    """
+    turns = conversation.turns
+    answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+    if train_on == "completion" and len(answers) > 1:
+        raise DataError(
+            f"train_on completion needs rows with one answer, this has {len(answers)}; set data.train_on to "
+            "assistant or last"
+        )
+    wanted = answers[-1:] if train_on == "last" else answers
+    learned = [index for index in wanted if turns[index].learned]
+    if not learned and train_on != "all":
+        raise DataError("nothing to learn: every answer that counts has weight 0; give one the weight 1")
+    needed = answers[-1:] if train_on == "all" else sorted({*learned, answers[-1]})
+    rendering = render(template, conversation, needed)
+    spans = (
+        [(0, len(rendering.text))] if train_on == "all" else [rendering.answers[index] for index in learned]
+    )
+    found = tuple(rendering.answers[index] for index in needed)
+    return Row(rendering.text, tuple(spans), found, turns[-1].content, conversation.where)
+
+
+def tokenise(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[Tokens]:
+    """Tokenise texts that already hold their special tokens.
+
+    Args:
+        texts: what to tokenise, in one call.
+        tokenizer: a fast tokenizer.
+
+    Returns:
+        The tokens of each text.
+    """
+    if not texts:
+        return []
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    result = []
+    for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        places = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+        result.append(Tokens(np.array(ids, dtype=np.int32), places[:, 0], places[:, 1]))
+    return result
+
+
+def learned_tokens(
+    starts: np.ndarray, ends: np.ndarray, spans: Sequence[tuple[int, int]], text: str
+) -> np.ndarray:
+    """Mark the tokens whose characters lie in one of the spans.
+
+    A special token may swallow white space after it (transformers' `rstrip`), so the last token of a span may
+    reach beyond its end as far as the text there is white space.
+
+    Args:
+        starts: int [T], first character of each token.
+        ends: int [T], one past the last character.
+        spans: (first character, one past the last), ascending, not overlapping.
+        text: what the characters count.
+
+    Returns:
+        bool [T]; the first token is never marked.
+
+    Raises:
+        DataError: a token lies partly in a span, or nothing is marked.
+    """
+    learned = np.zeros(len(starts), dtype=np.bool_)
+    for first, last in spans:
+        over = np.flatnonzero((starts < last) & (ends > last))
+        if len(over) and text[last : int(ends[over].max())].strip():
+            raise DataError(
+                f"one token holds the end of an answer and what follows: {_shown(text, starts, ends, over)}"
+            )
+        across = np.flatnonzero((starts < first) & (ends > first))
+        if len(across):
+            raise DataError(
+                "one token holds the beginning of an answer and what stands before it: "
+                f"{_shown(text, starts, ends, across)}; remove white space from the start of the answer, or "
+                "choose another data.template"
+            )
+        learned |= (starts >= first) & (starts < last)
+    learned[:1] = False
+    if not learned.any():
+        raise DataError("no token to learn in this row")
+    return learned
+
+
+def _shown(text: str, starts: np.ndarray, ends: np.ndarray, tokens: np.ndarray) -> str:
+    return repr(text[starts[tokens[0]] : ends[tokens[0]]])
+
+
+def seam_faults(
+    rows: Sequence[Row], tokens: Sequence[Tokens], tokenizer: PreTrainedTokenizerFast
+) -> list[str | None]:
+    """Say for each row whether the tokens before each answer differ from those of the prompt alone.
+
+    Only the text from the last special token before the answer is tokenised again: tokenizers cut at special
+    tokens first, so nothing before it has an influence. With a chat template that text is the same for all
+    rows.
+
+    Args:
+        rows: the rendered rows.
+        tokens: the tokens of each row.
+        tokenizer: the one that made them.
+
+    Returns:
+        What is wrong with each row, or None.
+    """
+    special = np.zeros(len(tokenizer), dtype=np.bool_)
+    special[sorted(special_ids_of(tokenizer))] = True
+    seams: list[list[tuple[str, np.ndarray]]] = []
+    for row, row_tokens in zip(rows, tokens, strict=True):
+        of_row = []
+        for first, _ in row.answers:
+            after = int(np.searchsorted(row_tokens.starts, first))
+            specials = np.flatnonzero(special[row_tokens.ids[:after]])
+            begin = int(specials[-1]) if len(specials) else 0
+            tail_start = int(row_tokens.starts[begin]) if after > begin else first
+            of_row.append((row.text[tail_start:first], row_tokens.ids[begin:after]))
+        seams.append(of_row)
+    tails = sorted({tail for of_row in seams for tail, _ in of_row})
+    alone = {tail: t.ids for tail, t in zip(tails, tokenise(tails, tokenizer), strict=True)}
+    return [
+        next(
+            (_SEAM.format(tail=tail[-20:]) for tail, ids in of_row if not np.array_equal(alone[tail], ids)),
+            None,
+        )
+        for of_row in seams
+    ]
+
+
+def end_tokens(row: Row, tokens: Tokens, special_ids: frozenset[int]) -> set[int]:
+    """Return the ids of the tokens that end the row's answers.
+
+    Raises:
+        DataError: an answer does not end with a special token.
+    """
+    ends = {int(tokens.ids[np.flatnonzero(tokens.starts < last)[-1]]) for _, last in row.answers}
+    if not ends <= special_ids:
+        raise DataError(
+            "the end of an answer is not a token of its own, so the model would never learn to stop; choose "
+            "another data.template"
+        )
+    return ends
+
+
+def check_begin(ids: np.ndarray, bos_token_id: int | None) -> None:
+    """Refuse a row with two begin-of-text tokens.
+
+    Raises:
+        DataError: it has two.
+    """
+    if bos_token_id is not None and len(ids) > 1 and ids[0] == ids[1] == bos_token_id:
+        raise DataError("begin-of-text stands twice; take it out of the chat template")
+
+
+def special_ids_of(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    """Return the ids of the tokenizer's special tokens."""
+    return frozenset(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)

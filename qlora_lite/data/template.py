@@ -1,0 +1,297 @@
+"""Write a conversation as the text the model sees, and say which characters of it are to be learned.
+
+Templates are Jinja, rendered by transformers in its sandbox: the tokenizer's own chat template, or one named
+below for models without one. What is learned is found in the text and not by looking for marker tokens: the
+start of an answer is where the rendering of all turns before it, with the generation prompt, ends (what the
+model will have seen when it answers), and its end is the first special token after it. The end token belongs
+to the answer. It must be learned, or the model never stops; trainers that mask it because it equals the
+padding token are why no padding exists here.
+
+A template with {% generation %} blocks says itself what is learned; that is used where it is there. A
+template that writes earlier turns differently once later ones follow (it drops old reasoning, say) has no
+such
+prefixes: that is an error, and never an empty mask.
+
+Begin-of-text: the tokenizer's own template is the authority. The named templates and plain documents get it
+exactly when the tokenizer puts it before ordinary text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_lite.data.formats import Conversation, Turn
+from qlora_lite.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_ALPACA_OPENING = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request."
+)
+NAMED_TEMPLATES = {
+    "chatml": (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "llama3": (
+        "{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content|trim"
+        " + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    ),
+    "gemma": (
+        "{% set n = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}"
+        "{% set n.system = m.content|trim + '\n\n' %}{% else %}"
+        "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else 'user') + '\n' + n.system"
+        " + m.content|trim + '<end_of_turn>\n' }}{% set n.system = '' %}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+    ),
+    "alpaca": (
+        "{% if messages[0].role != 'system' %}{{ '" + _ALPACA_OPENING + "\n\n' }}{% endif %}"
+        "{% for m in messages %}{% if m.role == 'system' %}{{ m.content + '\n\n' }}"
+        "{% elif m.role == 'user' %}{{ '### Instruction:\n' + m.content + '\n\n' }}"
+        "{% else %}{{ '### Response:\n' + m.content + eos_token + '\n\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
+    ),
+    "plain": (
+        "{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else '\n') }}{% endfor %}"
+    ),
+}
+_GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """Hold a chat template with what is needed to render it.
+
+    Args:
+        name: "model" for the tokenizer's own, a name of NAMED_TEMPLATES, or the path of a .jinja file.
+        source: the Jinja text.
+        tokenizer: supplies the special tokens.
+        begin: text written before every rendering: begin-of-text, or "".
+        special: matches any special token of the tokenizer.
+        ending: matches the special tokens and white space that end a text; group 1 is the first token.
+    """
+
+    name: str
+    source: str
+    tokenizer: PreTrainedTokenizerFast
+    begin: str
+    special: re.Pattern[str]
+    ending: re.Pattern[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """Hold a conversation as text.
+
+    Args:
+        text: the whole text, begin-of-text included.
+        answers: turn index of every answer asked for -> (first character, one past the last), end token
+            included.
+    """
+
+    text: str
+    answers: dict[int, tuple[int, int]]
+
+
+def choose_template(tokenizer: PreTrainedTokenizerFast, name: str | None = None) -> Template:
+    """Choose the chat template of a run.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        name: None for the tokenizer's own, a name of NAMED_TEMPLATES, or the path of a file ending in .jinja.
+
+    Raises:
+        DataError: there is no such template, or the tokenizer has none of its own.
+    """
+    names = ", ".join(NAMED_TEMPLATES)
+    if name is None:
+        if not tokenizer.chat_template:
+            raise DataError(
+                f"the tokenizer has no chat template; set data.template to one of {names} (plain suits a "
+                "base model) or to a .jinja file"
+            )
+        try:
+            return _template("model", tokenizer.get_chat_template(), tokenizer, "")
+        except ValueError as error:
+            raise DataError(
+                "the tokenizer has several chat templates and no default; set data.template to one of "
+                f"{names} or to a .jinja file"
+            ) from error
+    if name in NAMED_TEMPLATES:
+        return _template(name, NAMED_TEMPLATES[name], tokenizer, begin_of_text(tokenizer))
+    if not name.endswith(".jinja"):
+        raise DataError(
+            f"data.template {name!r} is unknown; choose one of {names}, or a file ending in .jinja"
+        )
+    try:
+        source = Path(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"data.template {name!r} cannot be read ({error})") from error
+    writes_begin = "bos_token" in source or (tokenizer.bos_token or "\0") in source
+    return _template(name, source, tokenizer, "" if writes_begin else begin_of_text(tokenizer))
+
+
+def _template(name: str, source: str, tokenizer: PreTrainedTokenizerFast, begin: str) -> Template:
+    special = _any_of({token.content for token in tokenizer.added_tokens_decoder.values() if token.special})
+    special = special or r"(?!)"
+    ending = rf"({special})(?:\s|{special})*\Z"
+    return Template(name, source, tokenizer, begin, re.compile(special), re.compile(ending))
+
+
+def _any_of(words: set[str]) -> str:
+    """Return a regular expression that matches the longest of the words, branching letter by letter.
+
+    A plain word|word|... tries every word at every "<"; with the 6,249 of Gemma
+    that took as long as rendering.
+    """
+    after: dict[str, set[str]] = {}
+    for word in filter(None, words):
+        after.setdefault(word[0], set()).add(word[1:])
+    branches = "|".join(re.escape(letter) + _any_of(rest) for letter, rest in sorted(after.items()))
+    return f"(?:{branches}){'?' if '' in words else ''}" if branches else ""
+
+
+def begin_of_text(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return the begin-of-text token if the tokenizer puts it before ordinary text, else ""."""
+    if tokenizer.bos_token_id is None:
+        return ""
+    return tokenizer.bos_token if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else ""
+
+
+def render_prompt(template: Template, turns: Sequence[Turn]) -> str:
+    """Write turns and the generation prompt: the text a model is given to answer.
+
+    Args:
+        template: how to write.
+        turns: the conversation so far, a user turn last.
+
+    Raises:
+        DataError: the template fails on these turns.
+    """
+    return _render(template, turns, add_generation_prompt=True)
+
+
+def render(template: Template, conversation: Conversation, answers: Iterable[int]) -> Rendering:
+    """Write a conversation and find the characters of its answers.
+
+    Args:
+        template: how to write.
+        conversation: at least one user and one assistant turn.
+        answers: the indices of the assistant turns to find.
+
+    Returns:
+        The text and, for each answer, its characters.
+
+    Raises:
+        DataError: the template fails, drops a turn, has no prefixes, or never writes an end token.
+    """
+    turns = conversation.turns
+    for number, turn in enumerate(turns, start=1):
+        if control := template.special.search(turn.content):
+            raise DataError(
+                f"turn {number} holds the text {control.group()!r}, which this tokenizer reads as a control "
+                "token; write it differently (the template itself adds such tokens)"
+            )
+    text = _render(template, turns, add_generation_prompt=False)
+    if _GENERATION_BLOCK.search(template.source):
+        spans = _block_spans(template, turns, text)
+        found = {index: spans[index] for index in answers}
+    else:
+        found = {index: _prefix_span(template, turns, index, text) for index in answers}
+    _check_nothing_dropped(turns, text, found)
+    return Rendering(text, found)
+
+
+def _render(template: Template, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        text = template.tokenizer.apply_chat_template(
+            _messages(turns),
+            chat_template=template.source,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        raise DataError(f"the chat template ({template.name}) refuses this row: {error}") from error
+    return template.begin + text
+
+
+def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
+    return [{"role": turn.role, "content": turn.content} for turn in turns]
+
+
+def _prefix_span(template: Template, turns: Sequence[Turn], index: int, text: str) -> tuple[int, int]:
+    """Find an answer as what follows the rendering of all before it, with the generation prompt."""
+    prompt = _render(template, turns[:index], add_generation_prompt=True)
+    is_last = index == len(turns) - 1
+    upto = text if is_last else _render(template, turns[: index + 1], add_generation_prompt=False)
+    end = _end_of_answer(template, upto, len(prompt)) if upto.startswith(prompt) else 0
+    if end == 0 or not text.startswith(upto[:end]):
+        raise DataError(
+            f"the chat template ({template.name}) writes what stands before turn {index + 1} differently when "
+            "it prompts for that turn, or when later turns follow, so what the model sees there is not known; "
+            "set data.train_on to last, choose another data.template, or mark the answers in the template "
+            "with {% generation %}"
+        )
+    return len(prompt), end
+
+
+def _end_of_answer(template: Template, text: str, start: int) -> int:
+    """Return the place after the first of the special tokens (and white space) that end `text`."""
+    ending = template.ending.search(text, start)
+    if ending is None:
+        raise DataError(
+            f"the chat template ends an answer with {text[start:][-20:]!r}, which holds no special token of "
+            "this tokenizer, so the model would never learn to stop; choose another data.template (plain "
+            "always ends with the tokenizer's own end token)"
+        )
+    return ending.end(1)
+
+
+def _block_spans(template: Template, turns: Sequence[Turn], text: str) -> dict[int, tuple[int, int]]:
+    """Find the {% generation %} blocks, and let each include the end token that follows it."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    _, (blocks,) = render_jinja_template(
+        conversations=[_messages(turns)],
+        chat_template=template.source,
+        return_assistant_tokens_mask=True,
+        **template.tokenizer.special_tokens_map,
+    )
+    answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+    if len(blocks) != len(answers):
+        raise DataError(
+            f"the chat template marks {len(blocks)} answers with {{% generation %}}, the row has "
+            f"{len(answers)}; choose another data.template"
+        )
+    spans = {}
+    for index, (start, end) in zip(answers, blocks, strict=True):
+        start, end = start + len(template.begin), end + len(template.begin)
+        if not template.ending.search(text[:end], start):
+            rest = text[end:]
+            following = template.special.match(rest, len(rest) - len(rest.lstrip()))
+            end += following.end() if following else 0
+        spans[index] = start, _end_of_answer(template, text[:end], start)
+    return spans
+
+
+def _check_nothing_dropped(turns: Sequence[Turn], text: str, answers: dict[int, tuple[int, int]]) -> None:
+    position = 0
+    for index, turn in enumerate(turns):
+        content = turn.content.strip()
+        position = text.find(content, answers.get(index, (position,))[0])
+        end = position + len(content)
+        if position < 0 or (index in answers and end > answers[index][1]):
+            raise DataError(
+                f"the chat template drops or changes turn {index + 1} ({turn.role}); choose another "
+                "data.template or remove that turn"
+            )
+        position = end

@@ -1,0 +1,69 @@
+"""Examine the machine: versions, devices, and what will be slow here and why."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+
+import torch
+
+from .models.cache import cache_root
+from .models.load import has_fast_bf16, resolve_device
+from .run import VERSIONED
+from .units import format_bytes
+
+
+def examine() -> dict:
+    """Return ``versions``, ``machine`` facts and ``notes``: one sentence each on what is slow or missing."""
+    device = resolve_device("auto")
+    machine = {
+        "python": platform.python_version(),
+        "processor": f"{platform.machine()}, {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}",
+        "memory": format_bytes(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
+        "gpu": _gpu(),
+        "driver": torch.version.cuda and f"built for CUDA {torch.version.cuda}",
+        "fast_bfloat16": has_fast_bf16(device),
+        "bitsandbytes_backend": _backend(device),
+        "cache": f"{cache_root()} ({_free(cache_root())} free)",
+    }
+    versions = {name: importlib.metadata.version(name) for name in VERSIONED}
+    return {"versions": versions, "machine": machine, "notes": _notes(device)}
+
+
+def _gpu() -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    free, total = torch.cuda.mem_get_info()
+    return f"{properties.name}, {format_bytes(free)} of {format_bytes(total)} free"
+
+
+def _backend(device: torch.device) -> str:
+    from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, lib
+
+    native = not isinstance(lib, ErrorHandlerMockBNBNativeLibrary)
+    return f"{device.type}, {'native library' if native else 'plain torch (no native library)'}"
+
+
+def _free(path) -> str:
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    return format_bytes(shutil.disk_usage(existing).free)
+
+
+def _notes(device: torch.device) -> list[str]:
+    notes = []
+    if device.type == "cpu":
+        notes.append(
+            "no CUDA GPU is usable: training runs on the processor, about a thousand times slower for 7B"
+        )
+        if not torch.version.cuda:
+            notes.append("this torch is built without CUDA; install the CUDA build if the machine has a card")
+        notes.append("paged optimizers are ordinary ones here: there is no device memory to page")
+    if not has_fast_bf16(device):
+        notes.append("this device has no fast bfloat16: the compute type falls back to float32")
+    if "plain torch" in _backend(device):
+        notes.append(
+            "bitsandbytes has no native library here: 4-bit layers run in plain torch, many times slower"
+        )
+    return notes

@@ -1,0 +1,89 @@
+"""Every error this package raises on purpose, each with the exit code the command line ends with.
+
+They are shown as plain lines without a stack trace, so their text must say what is wrong and what to do. One
+small tree with the code on the class (and not a table in the command line) keeps the two from drifting apart.
+
+Exit codes: 2 the recipe, the data, the model, the disk or the arguments are wrong; 3 does not fit in memory;
+130 interrupted (128 + SIGINT, the shell's convention); 1 anything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class QloraLiteError(Exception):
+    """Report a problem that the user can act on; shown without a stack trace."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Hold one thing that is wrong with a recipe.
+
+    Args:
+        message: what is wrong and the cure, without the place.
+        where: "file.yaml:7", "override 1", or "" when the whole recipe is meant.
+        key: dotted setting it is about, such as "lora.rank"; "" when it is about the file.
+    """
+
+    message: str
+    where: str = ""
+    key: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}" if self.where else self.message
+
+
+class RecipeError(QloraLiteError):
+    """Report every problem of a recipe at once; `str()` is one problem per line.
+
+    Args:
+        problems: what is wrong, in the order of the file; a plain string is a problem without a place.
+    """
+
+    exit_code = 2
+
+    def __init__(self, problems: Sequence[Problem | str] | Problem | str) -> None:
+        if isinstance(problems, Problem | str):
+            problems = [problems]
+        self.problems: list[Problem] = [p if isinstance(p, Problem) else Problem(p) for p in problems]
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class DataError(QloraLiteError):
+    """Report a data file or a row that cannot be used."""
+
+    exit_code = 2
+
+
+class ModelError(QloraLiteError):
+    """Report a model, tokenizer or adapter that cannot be found, read or used."""
+
+    exit_code = 2
+
+
+class OutputError(QloraLiteError):
+    """Report a folder or file that cannot be written (permission, full or read-only disk)."""
+
+    exit_code = 2
+
+
+class DoesNotFitError(QloraLiteError):
+    """Report that the work needs more memory than there is."""
+
+    exit_code = 3
+
+
+class TrainingError(QloraLiteError):
+    """Report that training had to stop: a loss that is not finite, or a guard that failed."""
+
+    exit_code = 1
+
+
+class Interrupted(QloraLiteError):
+    """Report that the user stopped the run."""
+
+    exit_code = 130

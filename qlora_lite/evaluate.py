@@ -1,0 +1,68 @@
+"""Measure a model on evaluation rows: loss, perplexity, and the share of rows answered word for word."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from .build import build_data, build_model, train_settings
+from .data.examples import Example
+from .generate import answer, stop_ids
+from .models.load import load_tokenizer
+from .recipe.schema import Recipe
+from .train.guards import check_forward
+from .train.loop import eval_batches
+from .train.step import evaluate_loss
+
+SPARE_TOKENS = 8  # beyond the longest reference answer: enough to see that an answer did not stop
+
+
+class ExactMatch(NamedTuple):
+    """Share of answers equal to their reference, and the answers, in the order of the examples."""
+
+    score: float
+    answers: tuple[str, ...]
+
+
+def exact_match(
+    model: nn.Module, tokenizer, examples: Sequence[Example], end_token_ids: Iterable[int]
+) -> ExactMatch:
+    """Answer every example's prompt greedily and compare with its reference, white space at the ends apart.
+
+    Args:
+        examples: rows with a prompt and an answer.
+        end_token_ids: the tokens that end an answer in these rows.
+    """
+    longest = max(len(tokenizer(example.answer, add_special_tokens=False).input_ids) for example in examples)
+    stop = stop_ids(model, tokenizer, end_token_ids)
+    prompts = [example.prompt for example in examples]
+    answers = [text.strip() for text in answer(model, tokenizer, prompts, longest + SPARE_TOKENS, stop)]
+    right = sum(text == example.answer.strip() for text, example in zip(answers, examples, strict=True))
+    return ExactMatch(right / len(examples), tuple(answers))
+
+
+def evaluate_recipe(recipe: Recipe, adapter: Path | None, exact_match_rows: int) -> dict:
+    """Measure a recipe's model on its evaluation rows, with an adapter or without.
+
+    Args:
+        adapter: adapter folder; None measures the base model.
+        exact_match_rows: rows to answer, 0 for none.
+
+    Returns:
+        eval_loss, perplexity, labelled_tokens, rows and, if asked for, exact_match and exact_match_rows.
+    """
+    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
+    data, settings = build_data(recipe, tokenizer, "eval"), train_settings(recipe)
+    model = build_model(recipe, adapter, lora=False)
+    check_forward(model)
+    result = evaluate_loss(model, eval_batches(data.examples, settings), settings.loss_chunk_tokens)
+    measured = {
+        "adapter": str(adapter) if adapter else None, "rows": len(data.examples),
+        "labelled_tokens": result.labelled_tokens, "eval_loss": result.loss, "perplexity": result.perplexity,
+    }  # fmt: skip
+    if exact_match_rows:
+        rows = data.examples[:exact_match_rows]
+        match = exact_match(model, tokenizer, rows, data.end_token_ids)
+        measured |= {"exact_match": match.score, "exact_match_rows": len(rows)}
+    return measured

@@ -1,0 +1,94 @@
+"""Write files and folders so that a reader finds the old content or the new, never half of either.
+
+A folder is written beside its place, flushed to disk, and moved there by rename. Operating-system errors
+become one line with the path and the free space.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import OutputError
+from .units import format_bytes
+
+
+@contextmanager
+def explain_write_errors(path: Path) -> Iterator[None]:
+    """Turn an ``OSError`` of the block into an ``OutputError`` that names the path and the cure.
+
+    Raises:
+        OutputError: the disk is full or read-only, permission is missing, or the path cannot be used.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {_reason(error, path)}") from error
+
+
+def _reason(error: OSError, path: Path) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        parent = next((p for p in (path, *path.parents) if p.exists()), None)
+        free = f" ({format_bytes(shutil.disk_usage(parent).free)} free)" if parent else ""
+        return f"the disk is full{free}; free some space or set output.dir to another disk"
+    if error.errno == errno.EROFS:
+        return "the disk is read-only; set output.dir to a place that can be written"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return "no permission; change the folder's owner or set output.dir to one of your own"
+    return f"{error.strerror or error}; check the path or set output.dir"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's content in one step.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with explain_write_errors(path):
+        beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        beside.write_text(text, encoding="utf-8")
+        _flush(beside)
+        beside.replace(path)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of ``path`` when the block ends without an error.
+
+    Raises:
+        OutputError: it cannot be written; ``path`` is then as it was.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    with explain_write_errors(path):
+        try:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            yield beside
+            for file in sorted(beside.rglob("*")):
+                _flush(file)
+            _flush(beside)
+            if path.exists():
+                path.rename(old)
+            beside.rename(path)
+            _flush(path.parent)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,73 @@
+"""Answer prompts with a model, greedily by default, many at a time.
+
+Generation is transformers' own (cache, stopping, sampling); this module pads on the left, stops at the end
+tokens that training taught, and cuts the prompt off.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn: ``temperature`` 0 takes the most probable one."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+
+def stop_ids(model: nn.Module, tokenizer, end_token_ids: Iterable[int] = ()) -> list[int]:
+    """Return the tokens that end an answer: the tokenizer's, the model's, and those that training taught."""
+    stated = model.generation_config.eos_token_id
+    stated = stated if isinstance(stated, list) else [stated]
+    return sorted({token for token in (tokenizer.eos_token_id, *stated, *end_token_ids) if token is not None})
+
+
+@torch.no_grad()
+def answer(
+    model: nn.Module, tokenizer, prompts: Sequence[str], max_new_tokens: int, stop: Sequence[int] = (),
+    batch_size: int = 32, sampling: Sampling | None = None, streamer=None,
+) -> list[str]:  # fmt: skip
+    """Continue each rendered prompt and return the new text, without special tokens.
+
+    Args:
+        prompts: rendered text, begin-of-text included where the model wants it.
+        max_new_tokens: at most this many tokens per answer.
+        stop: from ``stop_ids``.
+        batch_size: prompts that run together, alike in length.
+        streamer: a transformers streamer; only with one prompt.
+    """
+    tokens = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(tokens[i]))
+    sampling = sampling or Sampling()
+    draw = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+    options = (
+        draw
+        if sampling.temperature > 0
+        else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    )
+    answers = [""] * len(prompts)
+    was_training = model.training
+    model.eval()
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        ids, mask = _pad_left([tokens[i] for i in rows], (stop or [0])[0])
+        out = model.generate(
+            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=max_new_tokens,
+            eos_token_id=list(stop) or None, pad_token_id=(stop or [0])[0], use_cache=True, streamer=streamer, **options,
+        )  # fmt: skip
+        texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+        for row, text in zip(rows, texts, strict=True):
+            answers[row] = text
+    model.train(was_training)
+    return answers
+
+
+def _pad_left(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask

@@ -1,0 +1,104 @@
+"""Choose a model's linear layers by name and wrap them with LoRA factors.
+
+Targets are ``"all-linear"`` (every linear layer inside the decoder blocks; never the head), plain names
+such as ``"q_proj"`` (the last part of a module's path), or glob patterns over the whole path such as
+``"model.layers.*.mlp.*"``. A pattern may carry its own rank and alpha; where several match, the last one
+wins. A target that matches nothing is an error, since silence would train less than was asked for.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from qlora_lite.errors import ModelError
+from qlora_lite.quant.linear import QuantLinear, is_conv1d
+
+from .layer import LoraLinear
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A name or glob pattern of layers to adapt, with its own rank and alpha where they differ."""
+
+    pattern: str
+    rank: int | None = None
+    alpha: float | None = None
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every linear layer of the decoder blocks by path: the layers that LoRA may wrap."""
+    head = model.get_output_embeddings()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if (isinstance(module, QuantLinear | nn.Linear) or is_conv1d(module)) and module is not head
+    }
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return pattern == ALL_LINEAR or fnmatchcase(name, pattern) or name.rpartition(".")[2] == pattern
+
+
+def choose_layers(names: Sequence[str], targets: Sequence[Target]) -> dict[str, Target]:
+    """Return the target of each chosen layer.
+
+    Raises:
+        ModelError: targets that match no layer, all of them at once, each with the nearest names.
+    """
+    chosen, unmatched = {}, []
+    for target in targets:
+        matched = [name for name in names if _matches(target.pattern, name)]
+        chosen.update(dict.fromkeys(matched, target))
+        if not matched:
+            unmatched.append(target.pattern)
+    if unmatched:
+        known = sorted({name.rpartition(".")[2] for name in names})
+        near = {near for pattern in unmatched for near in get_close_matches(pattern, known)}
+        listed = ", ".join(repr(pattern) for pattern in unmatched)
+        hint = f"did you mean {', '.join(sorted(near))}?" if near else f"this model has {', '.join(known)}"
+        raise ModelError(f"lora.targets: {listed} matches no linear layer of this model; {hint}")
+    return {name: chosen[name] for name in names if name in chosen}
+
+
+def add_lora(
+    model: nn.Module, targets: str | Sequence[str | Target] = ALL_LINEAR, rank: int = 16, alpha: float = 32.0,
+    dropout: float = 0.0, rslora: bool = False, dtype: torch.dtype = torch.bfloat16, reference: bool = False,
+) -> nn.Module:  # fmt: skip
+    """Freeze the model and wrap the chosen linear layers in place; return the model.
+
+    Args:
+        targets: ``"all-linear"``, or names, glob patterns and ``Target`` objects.
+        rank, alpha, dropout, rslora, dtype, reference: see ``LoraLinear``.
+
+    Raises:
+        ModelError: a target matches no layer.
+    """
+    listed = [targets] if isinstance(targets, str) else targets
+    wanted = [target if isinstance(target, Target) else Target(target) for target in listed]
+    model.requires_grad_(False)
+    layers = linear_layers(model)
+    for name, target in choose_layers(list(layers), wanted).items():
+        wrapped = LoraLinear(
+            layers[name], target.rank or rank, target.alpha or alpha, dropout, rslora, dtype, reference
+        )
+        wrapped.train(model.training)
+        model.set_submodule(name, wrapped)
+    return model
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+    """Yield the wrapped layers of a model with their paths."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear))
+
+
+def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the trainable factors of a model with their paths, A before B, layer by layer."""
+    for name, layer in lora_layers(model):
+        yield f"{name}.lora_A", layer.lora_A
+        yield f"{name}.lora_B", layer.lora_B

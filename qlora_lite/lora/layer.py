@@ -1,0 +1,94 @@
+"""A frozen linear layer with trainable low-rank factors beside it.
+
+    y = x W^T + bias + scale * (x A^T) B^T,      scale = alpha / r   (or alpha / sqrt(r), rank-stabilised)
+
+A starts Kaiming-uniform and B at zero, so that the first forward equals the base model's.
+
+The product is one autograd function: it adds the low-rank part into the base product in place (no second
+[T, out] tensor), saves x, x A^T and the *packed* weight, and dequantises again in backward. With dropout
+the low-rank branch has its own input, so plain autograd is used around the same frozen product.
+``reference=True`` computes the formula with plain autograd; it is the oracle of the fast path.
+
+Shapes: x [..., in], A [r, in], B [out, r], y [..., out]; T is the product of x's leading dimensions.
+Source: LoRA, arXiv 2106.09685, section 4.1; rank-stabilised scale: arXiv 2312.03732; QLoRA: arXiv 2305.14314.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from qlora_lite.quant.linear import FrozenMatmul, frozen_weight, materialize
+
+
+class LoraMatmul(torch.autograd.Function):
+    """Compute ``x W^T + bias + scale * (x A^T) B^T`` with gradients for x, A and B."""
+
+    @staticmethod
+    def forward(ctx, x, lora_a, lora_b, bias, scale, spec, *frozen):
+        rows = x.reshape(-1, x.shape[-1])
+        factor_a, factor_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+        y = functional.linear(x, materialize(spec, frozen, x.dtype), bias)
+        low = functional.linear(rows, factor_a).mul_(scale)
+        y.view(-1, y.shape[-1]).addmm_(low, factor_b.t())
+        ctx.scale, ctx.spec = scale, spec
+        ctx.save_for_backward(rows, low, lora_a, lora_b, *frozen)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        rows, low, lora_a, lora_b, *frozen = ctx.saved_tensors
+        grad_rows = grad_y.reshape(-1, grad_y.shape[-1])
+        grad_low = (grad_rows @ lora_b.to(grad_y.dtype)).mul_(ctx.scale)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_rows @ materialize(ctx.spec, tuple(frozen), grad_y.dtype)
+            grad_x.addmm_(grad_low, lora_a.to(grad_y.dtype))
+            grad_x = grad_x.view(*grad_y.shape[:-1], grad_x.shape[-1])
+        grad_a = (grad_low.t() @ rows).to(lora_a.dtype)
+        grad_b = (grad_rows.t() @ low).to(lora_b.dtype)
+        return grad_x, grad_a, grad_b, None, None, None, *(None for _ in frozen)
+
+
+class LoraLinear(nn.Module):
+    """Wrap a frozen linear layer with the factors ``lora_A`` [r, in] and ``lora_B`` [out, r].
+
+    Args:
+        base: ``QuantLinear``, ``nn.Linear`` or ``Conv1D``; its parameters are frozen here.
+        rank: r, at least 1.
+        alpha: numerator of the scale.
+        dropout: probability of dropping an input of the low-rank branch while training, in [0, 1).
+        rslora: divide alpha by sqrt(r) instead of r.
+        dtype: of the factors.
+        reference: compute with plain autograd.
+    """
+
+    def __init__(self, base, rank, alpha, dropout=0.0, rslora=False, dtype=torch.bfloat16, reference=False):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        (out_features, in_features), device = frozen_weight(base)[0].shape, base.weight.device
+        self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
+        self.scale = alpha / (math.sqrt(rank) if rslora else rank)
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype, device=device))
+        self.reference = reference
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw A from U(-1/sqrt(in), 1/sqrt(in)), the Kaiming-uniform bound with a = sqrt(5), and zero B."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        spec, frozen = frozen_weight(self.base)
+        dropping = self.training and self.dropout > 0
+        if not dropping and not self.reference:
+            return LoraMatmul.apply(x, self.lora_A, self.lora_B, self.base.bias, self.scale, spec, *frozen)
+        y = FrozenMatmul.apply(x, self.base.bias, spec, *frozen)
+        branch = functional.dropout(x, self.dropout, self.training)
+        low = functional.linear(branch, self.lora_A.to(x.dtype))
+        return y + self.scale * functional.linear(low, self.lora_B.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}, rslora={self.rslora}"

@@ -1,0 +1,69 @@
+"""The peak of memory held, between two moments.
+
+On a CUDA card: the allocator's own counter. Elsewhere: the process's anonymous memory, sampled from
+``/proc/self/status`` by a thread (file pages of memory-mapped weights can be dropped by the kernel at any
+time and are not counted); without ``/proc``, the resident-set maximum that the operating system keeps.
+"""
+
+import resource
+import sys
+import threading
+from pathlib import Path
+
+import torch
+
+SAMPLE_SECONDS = 0.01
+_STATUS = Path("/proc/self/status")
+
+
+def held_bytes(device: torch.device) -> int:
+    """Return the bytes held now: allocated on the card, or anonymous memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if _STATUS.exists():
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class PeakMeter:
+    """Follow the peak of held memory from construction on.
+
+    Use as a context manager, or call ``close`` to end the sampling thread.
+    """
+
+    def __init__(self, device: torch.device | str):
+        self.device = torch.device(device)
+        self._peak = held_bytes(self.device)
+        self._stop = threading.Event()
+        self._thread = None
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            self._thread = threading.Thread(target=self._sample, name="memory-meter", daemon=True)
+            self._thread.start()
+
+    def _sample(self) -> None:
+        while not self._stop.wait(SAMPLE_SECONDS):
+            self._peak = max(self._peak, held_bytes(self.device))
+
+    def peak_bytes(self) -> int:
+        """Return the largest number of bytes held since construction."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        self._peak = max(self._peak, held_bytes(self.device))
+        return self._peak
+
+    def close(self) -> None:
+        """End the sampling thread."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def __enter__(self) -> "PeakMeter":
+        return self
+
+    def __exit__(self, *_error) -> None:
+        self.close()

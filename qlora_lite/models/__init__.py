@@ -1,0 +1,1 @@
+"""Find, check, quantise and load a base model."""

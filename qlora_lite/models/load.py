@@ -1,0 +1,267 @@
+"""Load a base model as frozen 4-bit layers, and its tokenizer.
+
+Four ways in, one result (a transformers model whose block linears are ``QuantLinear``): 16-bit safetensors
+are quantised weight by weight while they are read; a checkpoint that is bitsandbytes 4-bit already is read
+as it is; a GGUF file is dequantised by transformers and quantised again; and whatever was quantised here
+before comes from the cache.
+
+Weights of the head, the embeddings and the norms keep the compute type; tied weights stay tied.
+"""
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from qlora_lite.errors import ModelError, OutputError
+from qlora_lite.files import replacing_folder
+from qlora_lite.ops.attention import row_attention
+from qlora_lite.quant.linear import QuantLinear
+from qlora_lite.quant.nf4 import Packed
+
+from .cache import cache_entry
+from .locate import ModelFiles, check_gguf, locate, read_json
+from .quantizer import QuantizeConfig, quantize_in_place, register
+from .save import save_quantized
+
+log = logging.getLogger("qlora_lite")
+
+ROW_ATTENTION = "qlora_lite_rows"
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """Return the device to train on: CUDA if there is one, unless told otherwise.
+
+    Raises:
+        ModelError: CUDA is asked for and not usable.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ModelError("model.device is cuda, but torch finds no CUDA device; see qlora-lite doctor")
+    usable = torch.cuda.is_available() if name == "auto" else name == "cuda"
+    return torch.device("cuda", torch.cuda.current_device()) if usable else torch.device("cpu")
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Tell whether the device multiplies bf16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
+
+
+def resolve_compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return bfloat16 where the hardware multiplies it, else float32 with one line saying so."""
+    if name != "auto":
+        return getattr(torch, name)
+    if has_fast_bf16(device):
+        return torch.bfloat16
+    log.info(
+        "compute type float32: this %s has no fast bfloat16 (model.compute_dtype overrides)", device.type
+    )
+    return torch.float32
+
+
+def load_model(
+    path: str, quant: str = "nf4", double_quant: bool = True, compute_dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu", revision: str | None = None, use_cache: bool = True,
+) -> nn.Module:  # fmt: skip
+    """Load a causal language model, frozen, in training mode off.
+
+    Args:
+        path: folder, ``.gguf`` file, ``package:NAME/FILE`` or hub id.
+        quant: ``nf4``, ``fp4`` or ``none`` (16-bit linears).
+        double_quant: quantise the block maxima too: 4.127 instead of 4.5 bits per weight.
+        compute_dtype: of activations, head, embeddings and norms.
+        use_cache: keep and reuse the quantised model on disk.
+
+    Raises:
+        ModelError: files are missing or broken, or part of the model would silently stay in 16 bit.
+    """
+    files = locate(path, revision)
+    quantized_already = _stored_quantization(files)
+    if quant == "none" and quantized_already is None:
+        model = _from_pretrained(files, compute_dtype, device)
+    elif quantized_already is not None:
+        model = _load_prequantized(files.folder, compute_dtype, device)
+    else:
+        model = _load_quantized(files, quant, double_quant, compute_dtype, device, use_cache)
+    model.requires_grad_(False).eval()
+    model.config.use_cache = False
+    use_row_attention(model)
+    return model
+
+
+def _load_quantized(files, quant, double_quant, dtype, device, use_cache):
+    entry = (
+        cache_entry(files, quant=quant, double_quant=double_quant, dtype=str(dtype)) if use_cache else None
+    )
+    if entry is not None and (entry / "config.json").is_file():
+        return _load_prequantized(entry, dtype, device)
+    if files.gguf_file:
+        check_gguf(files.weights[0])
+        model = _from_pretrained(files, dtype, "cpu")
+        quantize_in_place(model, quant, double_quant)
+        model.to(device)
+    else:
+        register()
+        model = _from_pretrained(files, dtype, device, QuantizeConfig(quant, double_quant))
+        _forget_quantizer(model)
+    if entry is not None:
+        try:
+            save_quantized(model, entry)
+        except OutputError as error:
+            log.warning("the quantised model is not cached: %s", error)
+    return model
+
+
+def _stored_quantization(files: ModelFiles) -> str | None:
+    """Return the method a checkpoint is quantised with already, or None.
+
+    Raises:
+        ModelError: it is not bitsandbytes 4-bit.
+    """
+    if files.gguf_file:
+        return None
+    stored = read_json(files.folder / "config.json").get("quantization_config")
+    if stored is None:
+        return None
+    if stored.get("quant_method") != "bitsandbytes" or not stored.get(
+        "load_in_4bit", stored.get("_load_in_4bit")
+    ):
+        raise ModelError(
+            f"{files.folder} is quantised with {stored.get('quant_method')}; use the 16-bit model instead"
+        )
+    return "bitsandbytes"
+
+
+def _load_prequantized(folder: Path, dtype, device) -> nn.Module:
+    """Load a bitsandbytes checkpoint through transformers and take over its packed tensors."""
+    files = ModelFiles(str(folder), folder, ())
+    model = _from_pretrained(files, dtype, device)
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == "Linear4bit":
+            model.set_submodule(name, _from_linear4bit(module, dtype))
+    _forget_quantizer(model)
+    return model
+
+
+def _from_linear4bit(module: nn.Module, dtype: torch.dtype) -> QuantLinear:
+    state = module.weight.quant_state
+    nested = (state.state2.code, state.state2.absmax, state.offset) if state.nested else (None, None, None)
+    packed = Packed(module.weight.data.view(torch.uint8).reshape(-1, 1), state.absmax, *nested)
+    return QuantLinear.from_packed(packed, tuple(state.shape), module.bias, state.quant_type, dtype)
+
+
+def _from_pretrained(files: ModelFiles, dtype, device, quantization_config=None) -> nn.Module:
+    extra = {"quantization_config": quantization_config} if quantization_config else {}
+    if files.gguf_file:
+        extra = {"gguf_file": files.gguf_file, **_gguf_options()}
+    else:
+        extra["use_safetensors"] = True
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            files.folder, dtype=dtype, device_map={"": device}, output_loading_info=True,
+            local_files_only=True, **extra,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, ImportError) as error:
+        raise ModelError(f"cannot load {files.name}: {str(error).strip().splitlines()[0]}") from error
+    missing = sorted(info["missing_keys"])
+    broken = [str(key) for key in [*info["mismatched_keys"], *(info.get("conversion_errors") or ())]]
+    if missing or broken:
+        shown = ", ".join([*missing, *broken][:4])
+        raise ModelError(
+            f"{files.name}: {len(missing) + len(broken)} weights are missing or do not fit: {shown}"
+        )
+    return model
+
+
+def _gguf_options() -> dict:
+    """Ask newer transformers for dense weights; older ones (before 5.20) give nothing else."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _forget_quantizer(model: nn.Module) -> None:
+    """Remove the loader's marks: from here on the layers are plain modules."""
+    for owner, name in (
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+        (model.config, "quantization_config"),
+    ):
+        if hasattr(owner, name):
+            delattr(owner, name)
+    model.is_quantized = model.is_loaded_in_4bit = False
+
+
+def use_row_attention(model: nn.Module) -> bool:
+    """Attend row by row where the architecture takes its attention from transformers' interface.
+
+    Returns:
+        False for architectures with attention of their own (Falcon): they keep transformers' block-diagonal
+        mask, which is exact as well but costs the batch length squared.
+    """
+    AttentionInterface.register(ROW_ATTENTION, row_attention)
+    AttentionMaskInterface.register(ROW_ATTENTION, _mask_for_padding_only)
+    if not model._supports_attention_backend:
+        return False
+    model.set_attn_implementation(ROW_ATTENTION)
+    return True
+
+
+def uses_row_attention(model: nn.Module) -> bool:
+    """Tell whether the model's blocks take ``row_lengths``."""
+    return model.config._attn_implementation == ROW_ATTENTION
+
+
+def _mask_for_padding_only(q_length, kv_length, attention_mask=None, **kwargs):
+    """Build transformers' SDPA mask for padding or a cache; ``row_attention`` needs none without them."""
+    if attention_mask is None and q_length == kv_length:
+        return None
+    sdpa_mask = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    return sdpa_mask(q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kwargs)
+
+
+def load_tokenizer(path: str, revision: str | None = None):
+    """Load the model's fast tokenizer.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    files = locate(path, revision)
+    try:
+        tokenizer = _gguf_tokenizer(files) if files.gguf_file else AutoTokenizer.from_pretrained(files.folder)
+    except (OSError, ValueError, KeyError, IndexError, ImportError) as error:
+        raise ModelError(
+            f"cannot load the tokenizer of {path}: {str(error).strip().splitlines()[0]}"
+        ) from error
+    if not tokenizer.is_fast:
+        raise ModelError(f"{path} has only a slow tokenizer; the masks need the token offsets of a fast one")
+    return tokenizer
+
+
+def _gguf_tokenizer(files: ModelFiles):
+    """Convert a GGUF file's tokenizer once (seconds) and keep it beside the quantised model."""
+    entry = cache_entry(files, part="tokenizer")
+    if (entry / "tokenizer_config.json").is_file():
+        return AutoTokenizer.from_pretrained(entry)
+    tokenizer = AutoTokenizer.from_pretrained(files.folder, gguf_file=files.gguf_file)
+    try:
+        with replacing_folder(entry) as new:
+            tokenizer.save_pretrained(new)
+    except OutputError as error:
+        log.warning("the tokenizer is not cached: %s", error)
+    return tokenizer
+
+
+def load_config(path: str, revision: str | None = None):
+    """Load the model's configuration."""
+    files = locate(path, revision)
+    extra = {"gguf_file": files.gguf_file} if files.gguf_file else {}
+    return AutoConfig.from_pretrained(files.folder, local_files_only=True, **extra)

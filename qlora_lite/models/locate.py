@@ -1,0 +1,160 @@
+"""Turn ``model.path`` into files on this disk, and check them before anything is built.
+
+A path is a folder with safetensors, a ``.gguf`` file, ``package:NAME/FILE`` (a file inside an installed
+package, found without importing the package), or a hub id. Weights are only ever read from safetensors and
+GGUF: pickled checkpoints are refused.
+"""
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_lite.errors import ModelError
+
+INDEX_NAME = "model.safetensors.index.json"
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """Where a base model lies.
+
+    ``folder`` holds the configuration and tokenizer; ``weights`` are the safetensors shards or the one GGUF
+    file; ``name`` is what the user wrote.
+    """
+
+    name: str
+    folder: Path
+    weights: tuple[Path, ...]
+
+    @property
+    def gguf_file(self) -> str | None:
+        """The GGUF file's name inside ``folder``, or None."""
+        return next((path.name for path in self.weights if path.suffix == ".gguf"), None)
+
+
+def locate(path: str, revision: str | None = None) -> ModelFiles:
+    """Find a model's files, downloading a hub model on first use, and check that they are whole.
+
+    Raises:
+        ModelError: nothing is there, a file is missing, cut short or of a kind that is not read.
+    """
+    local = _package_file(path) if path.startswith("package:") else Path(path).expanduser()
+    if local.suffix == ".gguf":
+        if not local.is_file():
+            raise ModelError(f"no file {local}; check model.path")
+        return ModelFiles(path, local.parent, (local,))
+    folder = local if local.is_dir() else _download(path, revision)
+    return ModelFiles(path, folder, _check_folder(folder))
+
+
+def _package_file(path: str) -> Path:
+    package, _, file = path.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(f"model.path {path!r}: no package {package!r} is installed; pip install it first")
+    root = Path(next(iter(spec.submodule_search_locations))).resolve()
+    found = (root / file).resolve()
+    if not found.is_relative_to(root) or not found.is_file():
+        raise ModelError(f"model.path {path!r}: the package {package!r} has no file {file!r}")
+    return found
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    missing = f"no folder {name!r} here, and it"
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+    except HFValidationError:
+        raise ModelError(f"{missing} is not a hub id of the form owner/model; check model.path") from None
+    except LocalEntryNotFoundError:
+        raise ModelError(
+            f"{missing} is not in the hub cache, and the hub cannot be reached; connect to the network once, "
+            "or set model.path to a local folder or .gguf file"
+        ) from None
+    except HfHubHTTPError as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{missing} cannot be downloaded from the hub: {reason}") from None
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object.
+
+    Raises:
+        ModelError: the file is missing, or is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            f"{path.parent} has no {path.name}; model.path must be a whole model folder"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"cannot read {path}: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} is not a JSON object")
+    return value
+
+
+def _check_folder(folder: Path) -> tuple[Path, ...]:
+    read_json(folder / "config.json")
+    if (folder / INDEX_NAME).exists():
+        weight_map = read_json(folder / INDEX_NAME).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise ModelError(f"{folder / INDEX_NAME} has no weight_map of file names")
+        names = sorted(set(weight_map.values()))
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise ModelError(f"{folder / INDEX_NAME} points outside its folder: {outside[0]!r}")
+    else:
+        names = sorted(
+            path.name for path in folder.glob("*.safetensors") if path.name != "adapter_model.safetensors"
+        )
+    if not names:
+        pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+        hint = "; pickled weights are not read, convert them to safetensors" if pickled else ""
+        raise ModelError(f"{folder} has a config.json but no .safetensors weights{hint}")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"{folder} lacks {len(missing)} of {len(names)} weight files: {', '.join(missing[:4])}"
+        )
+    return tuple(_check_safetensors(folder / name) for name in names)
+
+
+def _check_safetensors(path: Path) -> Path:
+    """Compare the file's size with what its header announces."""
+    cut = ModelError(f"{path} is cut short or not a safetensors file; download it again")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise cut
+        try:
+            header = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+            raise cut from None
+    if size != 8 + length + max(ends, default=0):
+        raise cut
+    return path
+
+
+def check_gguf(path: Path) -> None:
+    """Compare the file's size with the tensors that its header announces (seconds, for a large vocabulary).
+
+    Raises:
+        ModelError: the file is cut short or not GGUF.
+    """
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        end = max(int(tensor.data_offset + tensor.n_bytes) for tensor in reader.tensors)
+    except (ValueError, IndexError, KeyError, OSError, OverflowError, MemoryError) as error:
+        raise ModelError(f"{path} is cut short or not a GGUF file ({error}); download it again") from None
+    if path.stat().st_size < end:
+        raise ModelError(f"{path} is cut short: {path.stat().st_size} bytes of {end}; download it again")

@@ -1,0 +1,1 @@
+"""Tensor operations: attention over rows laid end to end, and the chunked loss."""

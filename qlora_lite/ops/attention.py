@@ -1,0 +1,82 @@
+"""Causal attention over rows laid end to end, each seeing only itself.
+
+Training batches hold no padding: their rows are concatenated along the token axis and the row lengths
+travel beside them. Attending row by row is exact for every row, costs no more than the rows alone (a
+block-diagonal mask over the whole batch costs its length squared), and needs no kernel that a CPU lacks.
+
+Without row lengths (generation with a key/value cache) the mask that transformers built is used; without a
+mask either, each sequence of the batch is one row.
+
+Shapes: query [B, H, T, D], key and value [B, K, T, D] with H a multiple of K (grouped-query attention);
+result [B, T, H, D].
+"""
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def row_attention(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
+    row_lengths=None, **_unused,
+):  # fmt: skip
+    """Attend causally within each row.
+
+    Args:
+        module: the attention layer; unused, the signature is that of transformers' attention interface.
+        attention_mask: bool or additive float [B, 1, Tq, Tk]; used only without ``row_lengths``.
+        scaling: factor on the scores; None means 1 / sqrt(D).
+        sliding_window: a token sees itself and this many minus one before it; None for all.
+        softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma-2); None for off.
+        row_lengths: tokens in each row, in order; their sum is T.
+
+    Returns:
+        The attended values [B, T, H, D] and None in place of attention weights.
+    """
+    attend = _softcap_attention if softcap else _sdpa
+    extra = {"softcap": softcap} if softcap else {"dropout": dropout}
+    length = query.shape[2]
+    if row_lengths is None and attention_mask is None and length == key.shape[2]:
+        row_lengths = (length,)
+    if row_lengths is None:
+        out = attend(query, key, value, attention_mask, scaling, **extra)
+        return out.transpose(1, 2).contiguous(), None
+    rows = zip(*(tensor.split(row_lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    outs = [
+        attend(q, k, v, _window_mask(q.shape[2], sliding_window, q.device), scaling, **extra).transpose(1, 2)
+        for q, k, v in rows
+    ]
+    return outs[0].contiguous() if len(outs) == 1 else torch.cat(outs, dim=1), None
+
+
+def _window_mask(length: int, window: int | None, device) -> torch.Tensor | None:
+    """Return the band mask [length, length] of a window that is shorter than the row, else None."""
+    if window is None or length <= window:
+        return None
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position[None, :]
+    return (distance >= 0) & (distance < window)
+
+
+def _sdpa(query, key, value, mask, scaling, dropout):
+    causal = mask is None and query.shape[2] > 1
+    grouped = query.shape[1] != key.shape[1]
+    return scaled_dot_product_attention(
+        query, key, value, mask, dropout, is_causal=causal, scale=scaling, enable_gqa=grouped
+    )
+
+
+def _softcap_attention(query, key, value, mask, scaling, softcap):
+    """Attend with capped scores, for which no fused kernel exists on every device."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+    scores = query @ key.transpose(2, 3) * scaling
+    scores = torch.tanh(scores / softcap) * softcap
+    if mask is None and query.shape[2] > 1:
+        length = query.shape[2]
+        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ value

@@ -1,0 +1,135 @@
+"""Frozen linear layers, 4-bit or not, behind one small interface.
+
+A layer's weight is described by a ``WeightSpec`` and a flat tuple of plain tensors. Everything that
+multiplies by a frozen weight takes this pair, so that 4-bit layers, 16-bit layers and GPT-2's transposed
+``Conv1D`` share one code path, and so that autograd keeps the *packed* tensors through
+``save_for_backward`` (tensors kept on ``ctx`` instead go stale silently when weights are streamed:
+bitsandbytes issues 2034 and 2035). Nothing dequantised outlives the operation that needed it.
+
+``bitsandbytes.nn.Linear4bit`` is not used: it keeps the quantisation constants outside the module's
+registers, rewrites its own weight during ``forward`` on CPUs, and its CPU training path was measured
+seven times slower than dequantise-then-matmul.
+
+Shapes: x [..., in], weight [out, in], y [..., out]; T is the product of x's leading dimensions.
+Source: QLoRA, arXiv 2305.14314, section 3.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .nf4 import BLOCK_SIZE, Packed, dequantize, quantize
+
+PACKED_BUFFERS = ("weight", "absmax", "absmax_code", "absmax_scale", "absmax_offset")
+
+
+class WeightSpec(NamedTuple):
+    """How a tuple of tensors becomes a weight [out, in].
+
+    ``quant_type`` None means that the tuple holds the weight itself, stored [in, out] if ``transposed``.
+    """
+
+    shape: tuple[int, int]
+    quant_type: str | None
+    transposed: bool = False
+
+
+def materialize(spec: WeightSpec, tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return the weight [out, in] in ``dtype``; a view of the stored tensor where that is possible."""
+    if spec.quant_type is not None:
+        packed = Packed(*tensors, *(None,) * (len(Packed._fields) - len(tensors)))
+        return dequantize(packed, spec.shape, dtype, spec.quant_type)
+    weight = tensors[0].to(dtype)
+    return weight.t() if spec.transposed else weight
+
+
+class FrozenMatmul(torch.autograd.Function):
+    """Compute ``x @ weight.T + bias`` for a weight that gets no gradient; backward rebuilds the weight."""
+
+    @staticmethod
+    def forward(ctx, x, bias, spec, *tensors):
+        weight = materialize(spec, tensors, x.dtype)
+        ctx.spec = spec
+        ctx.save_for_backward(*tensors)
+        return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        weight = materialize(ctx.spec, ctx.saved_tensors, grad_y.dtype)
+        return grad_y @ weight, None, None, *(None for _ in ctx.saved_tensors)
+
+
+class QuantLinear(nn.Module):
+    """A frozen linear layer whose weight [out, in] is stored as NF4 or FP4 codes with its constants.
+
+    The codes are the buffer ``weight`` (uint8 [ceil(out * in / 2), 1]); with ``double_quant`` the block
+    maxima are uint8 with a 256-entry code, otherwise float32. ``bias`` [out], if any, is a frozen parameter.
+    """
+
+    def __init__(self, in_features, out_features, bias, quant_type, double_quant, dtype, device=None):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.quant_type, self.double_quant = quant_type, double_quant
+        weights = in_features * out_features
+        blocks = -(-weights // BLOCK_SIZE)
+        new = torch.empty
+        self.register_buffer("weight", new((weights + 1) // 2, 1, dtype=torch.uint8, device=device))
+        absmax_dtype = torch.uint8 if double_quant else torch.float32
+        self.register_buffer("absmax", new(blocks, dtype=absmax_dtype, device=device))
+        if double_quant:
+            self.register_buffer("absmax_code", new(256, device=device))
+            self.register_buffer("absmax_scale", new(-(-blocks // 256), device=device))
+            self.register_buffer("absmax_offset", new((), device=device))
+        self.bias = nn.Parameter(new(out_features, dtype=dtype, device=device), False) if bias else None
+
+    @property
+    def packed(self) -> Packed:
+        """The stored tensors as the tuple that ``quant.nf4`` works on."""
+        return Packed(*(getattr(self, name, None) for name in PACKED_BUFFERS))
+
+    def set_packed(self, packed: Packed) -> None:
+        """Take over packed tensors of this layer's shape, without a copy."""
+        for name, value in zip(PACKED_BUFFERS, packed, strict=True):
+            if value is not None:
+                setattr(self, name, value)
+
+    @classmethod
+    def from_weight(cls, weight, bias, quant_type, double_quant):
+        """Quantise a weight [out, in]; ``bias`` [out] or None is kept as it is."""
+        packed = quantize(weight, quant_type, double_quant)
+        return cls.from_packed(packed, tuple(weight.shape), bias, quant_type, weight.dtype)
+
+    @classmethod
+    def from_packed(cls, packed, shape, bias, quant_type, dtype):
+        """Build the layer around tensors that are packed already."""
+        out_features, in_features = shape
+        double_quant = packed.absmax_code is not None
+        layer = cls(in_features, out_features, False, quant_type, double_quant, dtype, device="meta")
+        layer.set_packed(packed)
+        layer.bias = None if bias is None else nn.Parameter(bias.detach(), False)
+        return layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        spec, tensors = frozen_weight(self)
+        return FrozenMatmul.apply(x, self.bias, spec, *tensors)
+
+    def extra_repr(self) -> str:
+        double = ", double_quant" if self.double_quant else ""
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.quant_type}{double}"
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Tell whether a module is transformers' ``Conv1D``: a linear layer whose weight is stored [in, out]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def frozen_weight(module: nn.Module) -> tuple[WeightSpec, tuple[torch.Tensor, ...]]:
+    """Describe the weight of a ``QuantLinear``, an ``nn.Linear`` or a ``Conv1D`` as spec and tensors."""
+    if isinstance(module, QuantLinear):
+        tensors = tuple(tensor for tensor in module.packed if tensor is not None)
+        return WeightSpec((module.out_features, module.in_features), module.quant_type), tensors
+    shape = tuple(module.weight.shape)
+    if is_conv1d(module):
+        return WeightSpec(shape[::-1], None, transposed=True), (module.weight,)
+    return WeightSpec(shape, None), (module.weight,)

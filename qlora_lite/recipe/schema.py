@@ -1,0 +1,268 @@
+"""The settings of a recipe: names, types, defaults, ranges and, as docstring, what each one does.
+
+This is the one place where a default lives and the one text that documents it: messages, `--help` and the
+README's table are made from it. The models are frozen and strict (no "16" for 16, no 1 for true, no unknown
+key), because a typo or a value silently turned into another costs a night of training. pydantic is used and
+not dataclasses with checks by hand, so that type, range and documentation stand together.
+
+Units are in the names (`_tokens`, `_rows`, `_steps`); sizes carry their unit as text ("8GiB").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_serializer
+
+from qlora_lite.units import parse_bytes
+
+ALL_LINEAR = "all-linear"
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Say in words what a setting accepts, where its type alone would not read well."""
+
+    text: str
+
+
+def _one_or_many(field: str):
+    """Return a validator that reads one string, or strings in a list, as objects with only `field` set."""
+
+    def convert(value: object) -> object:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list):
+            return items
+        return tuple({field: item} if isinstance(item, str) else item for item in items)
+
+    return BeforeValidator(convert)
+
+
+def _size_or_auto(value: str) -> str:
+    if value != "auto" and parse_bytes(value) == 0:
+        raise ValueError("a budget of 0 bytes")
+    return value
+
+
+def _file_name(value: str) -> str:
+    if not re.fullmatch(r"\w[\w.-]{0,49}", value):
+        raise ValueError("not a file name")
+    return value
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True,
+        validate_default=False,
+    )  # fmt: skip
+
+
+class Model(_Section):
+    """The base model, frozen and quantised."""
+
+    path: Text
+    """Base model: a hub id (owner/name), a local folder with safetensors, a .gguf file, or
+    package:NAME/FILE for a file inside an installed Python package."""
+    quant: Literal["nf4", "fp4", "none"] = "nf4"
+    """How the frozen linear layers are stored: 4-bit NF4 or FP4 as bitsandbytes does, or none for 16 bit."""
+    double_quant: bool = True
+    """Quantise the block scales too: 4.13 instead of 4.5 bits per weight."""
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Type of activations and matrix products; auto is bfloat16 on devices fast at it, else float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes a CUDA GPU if there is one."""
+    revision: Text | None = None
+    """Branch, tag or commit of a hub model; null is the main branch."""
+
+
+class Target(_Section):
+    """Linear layers that get LoRA factors; a bare name is short for {pattern: NAME}."""
+
+    pattern: Text
+    """Layer name (q_proj), glob over the whole path (model.layers.*.mlp.*), or all-linear."""
+    rank: PositiveInt | None = None
+    """Rank of these layers; null is lora.rank."""
+    alpha: PositiveFloat | None = None
+    """Alpha of these layers; null is lora.alpha."""
+
+
+class Lora(_Section):
+    """The trainable low-rank factors."""
+
+    rank: PositiveInt = 16
+    """Width of the two factors of each layer."""
+    alpha: PositiveFloat = 32.0
+    """Scale of the update: alpha / rank, or alpha / sqrt(rank) with lora.rslora."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a layer's inputs that are zeroed on the way into the factors."""
+    targets: Annotated[
+        tuple[Target, ...],
+        Field(strict=False, min_length=1),
+        _one_or_many("pattern"),
+        Rule("all-linear, or a list of names, glob patterns and {pattern, rank, alpha}"),
+    ] = (Target(pattern=ALL_LINEAR),)
+    """Which linear layers get factors; all-linear is every one inside the blocks. Where several match, the
+    last one wins."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank), which keeps high ranks from learning too slowly."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the factors and their gradients."""
+
+    @field_serializer("targets")
+    def _short_targets(self, targets: tuple[Target, ...]) -> object:
+        bare = Target(pattern=ALL_LINEAR)
+        if targets == (bare,):
+            return ALL_LINEAR
+        return [target.model_dump(exclude_none=True) for target in targets]
+
+
+class Source(_Section):
+    """One place that rows come from; a bare path is short for {path: PATH}."""
+
+    path: Text
+    """A data file (JSON, JSONL, CSV, TSV, Parquet, Arrow, text), a folder, or a glob pattern."""
+    format: Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text", "table"] | None = None
+    """Shape of the rows; null recognises it from the first row. A table is any columns, with prompt and
+    completion."""
+    weight: PositiveFloat = 1.0
+    """How often each row is used per epoch: 2 is twice, 0.5 every second row."""
+    prompt: Text | None = None
+    """Template of the prompt over a row's columns, such as "{question}"; goes with completion."""
+    completion: Text | None = None
+    """Template of the answer over a row's columns, such as "{answer}"; goes with prompt."""
+
+
+_Sources = Annotated[
+    tuple[Source, ...],
+    Field(strict=False, min_length=1),
+    _one_or_many("path"),
+    Rule("a path, or a list of {path, format, weight, prompt, completion}"),
+]
+
+
+class Data(_Section):
+    """The rows to learn from and how they become tokens."""
+
+    train: _Sources
+    """Training rows."""
+    eval: _Sources | None = None
+    """Evaluation rows; null evaluates nothing."""
+    template: Text | None = None
+    """Chat template: a name (plain suits a base model) or a .jinja file; null is the model's own."""
+    train_on: Literal["assistant", "completion", "all", "last"] = "assistant"
+    """Which tokens are learned: every assistant message, the completion, all tokens, or the last answer."""
+    max_tokens: Annotated[int, Field(ge=8)] = 1024
+    """Longest row, and the length of a pack, in tokens."""
+    overflow: Literal["error", "drop", "truncate"] = "error"
+    """What happens to a row longer than data.max_tokens; dropped and cut rows are counted and reported."""
+    packing: bool = True
+    """Put several rows into one sequence; they do not see each other."""
+    order: Literal["shuffle", "as-is"] = "shuffle"
+    """Order of the rows in an epoch; shuffle depends on train.seed and the epoch only."""
+
+
+_Tracker = Literal[
+    "tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio",
+]  # fmt: skip
+
+
+class Train(_Section):
+    """The training steps."""
+
+    max_steps: PositiveInt | None = None
+    """Stop after this many optimizer steps; null trains for train.epochs."""
+    epochs: PositiveFloat = 1.0
+    """Passes over the training rows; not used where train.max_steps is given."""
+    learning_rate: PositiveFloat = 2e-4
+    """Highest learning rate, reached after the warm-up."""
+    micro_batch_size: PositiveInt = 1
+    """Packs (rows without data.packing) in one forward and backward pass."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Micro-batches per optimizer step; each learned token counts the same."""
+    optimizer: Literal[
+        "paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_32bit",
+        "paged_lion_8bit", "lion_8bit", "lion_32bit", "adamw_torch",
+    ] = "paged_adamw_8bit"  # fmt: skip
+    """Optimizer; the paged ones can move their state to host memory when the GPU is full."""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
+    """Learning rate after the warm-up: kept, or lowered to zero along a line or a half cosine."""
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
+    """Share of the steps in which the learning rate rises from zero."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Gradients with a larger norm are scaled down to it; 0 turns clipping off."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Share of a weight removed per step, times the learning rate."""
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
+    """Seed of the factors, the order of rows and dropout."""
+    eval_every_steps: Count = 0
+    """Steps between evaluations; 0 evaluates only before and after."""
+    save_every_steps: Count = 0
+    """Steps between saved adapters; 0 saves only at the end."""
+    exact_match_rows: Count = 0
+    """Evaluation rows answered by greedy generation before and after, to count exact matches."""
+    trackers: Annotated[
+        tuple[_Tracker, ...], Field(strict=False), Rule(f"a list of {', '.join(get_args(_Tracker))}")
+    ] = ()
+    """Experiment trackers that also get the metrics; each must be installed."""
+
+
+class Memory(_Section):
+    """How memory is traded for time."""
+
+    checkpointing: Literal["block", "none"] = "block"
+    """block keeps only each block's input and computes the rest again in the backward pass."""
+    loss_chunk_tokens: Annotated[
+        PositiveInt | Literal["auto"], Rule("a whole number of at least 1, or auto")
+    ] = "auto"
+    """Learned tokens whose logits exist at one time."""
+    budget: Annotated[
+        str, AfterValidator(_size_or_auto), Rule("auto, or a size with its unit, such as 8GiB")
+    ] = "auto"
+    """Most memory the run may use on its device; auto is what is free."""
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """Return the budget in bytes, or None for auto."""
+        return None if self.budget == "auto" else parse_bytes(self.budget)
+
+
+class Output(_Section):
+    """Where the results go."""
+
+    dir: Text | None = None
+    """The run folder, exactly; null makes runs/NAME-TIMESTAMP."""
+    name: (
+        Annotated[
+            str,
+            AfterValidator(_file_name),
+            Rule("at most 50 letters, digits, '.', '_' and '-', no '.' first"),
+        ]
+        | None
+    ) = None
+    """Name of the run; null is the recipe file's name."""
+
+
+class Recipe(_Section):
+    """Everything a run is made from; get one from `load_recipe`, which also checks files and combinations."""
+
+    model: Model
+    lora: Lora = Lora()
+    data: Data
+    train: Train = Train()
+    memory: Memory = Memory()
+    output: Output = Output()
+
+    @property
+    def recipe_hash(self) -> str:
+        """Return the SHA-256 (hex) of all settings that can change the result: every section but output."""
+        settings = self.model_dump(mode="json", exclude={"output"})
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

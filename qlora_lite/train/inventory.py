@@ -1,0 +1,80 @@
+"""What lies in memory for the whole run: a table printed at the start, so that no copy is hidden."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from qlora_lite.lora.inject import lora_parameters
+from qlora_lite.quant.linear import QuantLinear
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One group of tensors: bytes on a device, and why they are there in this type."""
+
+    group: str
+    dtype: str
+    device: str
+    bytes: int
+    why: str
+
+
+def inventory(model: nn.Module) -> list[Entry]:
+    """Return the model's parameters and buffers by group, type and device, each storage counted once."""
+    groups: dict[tuple[str, str, str, str], int] = {}
+    seen: set[int] = set()
+    factors = {id(parameter) for _, parameter in lora_parameters(model)}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for module in model.modules():
+        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() in seen:
+                continue
+            seen.add(storage.data_ptr())
+            group, why = _group(module, name, tensor, factors, embedding, head)
+            key = (group, str(tensor.dtype).removeprefix("torch."), str(tensor.device), why)
+            groups[key] = groups.get(key, 0) + storage.nbytes()
+    return sorted(
+        (Entry(g, t, d, size, why) for (g, t, d, why), size in groups.items()), key=lambda e: -e.bytes
+    )
+
+
+def _group(module, name, tensor, factors, embedding, head) -> tuple[str, str]:
+    if id(tensor) in factors:
+        return "adapter", "trained; the gradient has the same size and type"
+    if isinstance(module, QuantLinear) and name == "weight":
+        return (
+            "base weights",
+            f"{module.quant_type} codes, two per byte, never unpacked for longer than a product",
+        )
+    if isinstance(module, QuantLinear) and name != "bias":
+        return "quantisation constants", "one maximum per 64 weights, quantised again if model.double_quant"
+    if module is embedding:
+        tied = head is not None and getattr(head, "weight", None) is tensor
+        return "embeddings" + (" and head (tied)" if tied else ""), "the compute type; only rows are read"
+    if module is head:
+        return "head", "the compute type; a 4-bit head would cost accuracy"
+    if isinstance(tensor, nn.Parameter) and tensor.ndim >= 2:
+        return "base weights", "frozen, not quantised"
+    return "norms, biases, tables", "small and sensitive to rounding"
+
+
+def total_parameters(model: nn.Module) -> int:
+    """Return the number of weights of the model without the adapter, 4-bit ones counted whole."""
+    factors = {id(parameter) for _, parameter in lora_parameters(model)}
+    plain = sum(p.numel() for p in model.parameters() if id(p) not in factors)
+    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantLinear))
+    return plain + packed
+
+
+def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Return the bytes of an optimizer's states (after its first step)."""
+    tensors = {
+        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    }
+    return sum(tensors.values())

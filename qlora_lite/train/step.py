@@ -1,0 +1,109 @@
+"""One training step and one evaluation: the arithmetic, without files, clocks or printing.
+
+A step runs its micro-batches one after the other and divides every loss by the labelled tokens of the
+*whole* step, so that gradient accumulation equals one large batch exactly. (Averaging per micro-batch
+first weights a token by how few its batch had: transformers issues 34191 and 37766.)
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from qlora_lite.data.batch import Batch
+from qlora_lite.models.anatomy import decoder, head
+from qlora_lite.models.load import uses_row_attention
+from qlora_lite.ops.loss import auto_chunk_tokens, chunked_cross_entropy
+
+from .optim import clip_gradients
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step saw: mean loss per labelled token, gradient norm before clipping, counts."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    labelled_tokens: int
+
+
+class Evaluation(NamedTuple):
+    """Mean loss per labelled token, its exponential, and how many tokens it is over."""
+
+    loss: float
+    perplexity: float
+    labelled_tokens: int
+
+
+def hidden_states(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Return the last hidden states [T, D] of a batch of rows laid end to end."""
+    rows = {"row_lengths": batch.row_lengths} if uses_row_attention(model) else {}
+    inputs = batch.input_ids.to(model.device), batch.position_ids.to(model.device)
+    output = decoder(model)(input_ids=inputs[0], position_ids=inputs[1], use_cache=False, **rows)
+    return output.last_hidden_state[0]
+
+
+def summed_loss(model: nn.Module, batch: Batch, chunk_tokens: int | None = None) -> torch.Tensor:
+    """Return the float32 sum of the losses of a batch's labelled tokens.
+
+    Args:
+        chunk_tokens: tokens whose logits exist at once; None chooses by the vocabulary.
+    """
+    labelled = (batch.labels != -100).nonzero().squeeze(1)
+    targets = batch.labels[labelled].to(model.device)
+    hidden = hidden_states(model, batch)[labelled.to(model.device)]
+    output_head = head(model)
+    chunk = chunk_tokens or auto_chunk_tokens(output_head.weight.shape[0])
+    return chunked_cross_entropy(hidden, targets, output_head, chunk)
+
+
+def labelled_count(batch: Batch) -> int:
+    """Return how many tokens of a batch are targets."""
+    return int((batch.labels != -100).sum())
+
+
+def accumulate_gradients(
+    model: nn.Module, batches: Sequence[Batch], chunk_tokens: int | None = None
+) -> float:
+    """Add the gradients of the mean loss over all labelled tokens of the batches; return that mean."""
+    total = sum(labelled_count(batch) for batch in batches)
+    mean = 0.0
+    for batch in batches:
+        loss = summed_loss(model, batch, chunk_tokens) / total
+        loss.backward()
+        mean += loss.item()
+    return mean
+
+
+def train_step(
+    model: nn.Module, batches: Sequence[Batch], optimizer: torch.optim.Optimizer, max_grad_norm: float,
+    chunk_tokens: int | None = None,
+) -> StepResult:  # fmt: skip
+    """Run one optimizer step over micro-batches; a step that is not finite leaves the weights alone.
+
+    Returns:
+        The step's numbers; ``loss`` or ``grad_norm`` is not finite if the update was skipped.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    loss = accumulate_gradients(model, batches, chunk_tokens)
+    grad_norm = clip_gradients(parameters, max_grad_norm).item()
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        optimizer.step()
+    tokens = sum(batch.input_ids.shape[1] for batch in batches)
+    return StepResult(loss, grad_norm, tokens, sum(labelled_count(batch) for batch in batches))
+
+
+@torch.no_grad()
+def evaluate_loss(model: nn.Module, batches: Iterable[Batch], chunk_tokens: int | None = None) -> Evaluation:
+    """Return the mean loss over every labelled token of the batches, with dropout off."""
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for batch in batches:
+        total += summed_loss(model, batch, chunk_tokens).item()
+        count += labelled_count(batch)
+    model.train(was_training)
+    loss = total / max(1, count)
+    return Evaluation(loss, math.exp(min(loss, 700.0)), count)

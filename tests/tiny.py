@@ -1,0 +1,123 @@
+"""Tiny random models of the supported architectures, and a reference that shares no code with the package."""
+
+import copy
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qlora_lite.data.batch import Batch
+from qlora_lite.models.load import use_row_attention
+from qlora_lite.models.quantizer import quantize_in_place
+
+_COMMON = dict(vocab_size=160, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0,
+               bos_token_id=1, eos_token_id=2)  # fmt: skip
+_GATED = _COMMON | dict(intermediate_size=96, num_key_value_heads=2, max_position_embeddings=128)
+
+# model_type -> settings; odd sizes where an architecture allows them, each special rule switched on
+ARCHITECTURES = {
+    "llama": _GATED,
+    "mistral": _GATED | dict(sliding_window=5),
+    "qwen2": _GATED,
+    "qwen3": _GATED | dict(head_dim=24),
+    "gemma2": _GATED | dict(head_dim=16, sliding_window=5, attn_logit_softcapping=2.0,
+                            final_logit_softcapping=1.5, query_pre_attn_scalar=16),
+    "gemma3_text": _GATED | dict(head_dim=16, sliding_window=5, query_pre_attn_scalar=16),
+    "phi3": _GATED,
+    "gpt2": dict(vocab_size=160, n_embd=64, n_layer=2, n_head=4, n_positions=128, resid_pdrop=0.0, embd_pdrop=0.0,
+                 attn_pdrop=0.0, bos_token_id=1, eos_token_id=2, pad_token_id=0),
+    "gpt_neox": _COMMON | dict(intermediate_size=96, max_position_embeddings=128),
+    "olmo2": _GATED,
+    "cohere": _GATED | dict(logit_scale=0.25),
+    "granite": _GATED | dict(logits_scaling=4.0, attention_multiplier=0.3, residual_multiplier=0.5,
+                             embedding_multiplier=3.0),
+    "falcon": _COMMON | dict(new_decoder_architecture=True, num_kv_heads=2, alibi=False),
+}  # fmt: skip
+
+
+def build_tiny(model_type: str, dtype=torch.float32, seed: int = 0, **changes) -> nn.Module:
+    """Build a random model with weights large enough that every part of it shows in the logits."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(model_type, **(ARCHITECTURES[model_type] | changes))
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(5.0)
+    model.config.use_cache = False
+    return model.eval().requires_grad_(False)
+
+
+def quantized_pair(model_type: str, quant_type: str = "nf4", **options) -> tuple[nn.Module, nn.Module]:
+    """Return a 4-bit model and a plain one that holds its dequantised weights."""
+    from qlora_lite.quant.linear import QuantLinear, frozen_weight, is_conv1d, materialize
+
+    plain = build_tiny(model_type, **options)
+    quantized = copy.deepcopy(plain)
+    quantize_in_place(quantized, quant_type, double_quant=True)
+    for name, module in quantized.named_modules():
+        if isinstance(module, QuantLinear):
+            spec, tensors = frozen_weight(module)
+            weight, target = materialize(spec, tensors, torch.float32), plain.get_submodule(name)
+            target.weight.data = weight.t().contiguous() if is_conv1d(target) else weight
+    use_row_attention(quantized)
+    return quantized, plain
+
+
+def random_batch(lengths=(9, 14, 6), vocabulary: int = 160, seed: int = 1) -> Batch:
+    """Make rows of random tokens laid end to end, about half of them labelled."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, vocabulary, (1, sum(lengths)), generator=generator)
+    labels = torch.full((sum(lengths),), -100)
+    start = 0
+    for length in lengths:
+        keep = torch.rand(length - 1, generator=generator) < 0.5
+        keep[-1] = True
+        labels[start : start + length - 1] = torch.where(keep, ids[0, start + 1 : start + length], -100)
+        start += length
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    return Batch(ids, positions, labels, tuple(lengths), tuple(f"row {i}" for i in range(len(lengths))))
+
+
+def reference_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Return the summed loss of a batch, each row run alone through the model's own forward."""
+    total, start = 0.0, 0
+    for length in batch.row_lengths:
+        row = slice(start, start + length)
+        logits = model(input_ids=batch.input_ids[:, row], use_cache=False).logits[0].float()
+        total = total + nn.functional.cross_entropy(logits, batch.labels[row], ignore_index=-100, reduction="sum")
+        start += length
+    return total
+
+
+class ReferenceLora(nn.Module):
+    """``base(x) + scale * x A^T B^T`` around any layer, in plain autograd."""
+
+    def __init__(self, base, lora_a, lora_b, scale):
+        super().__init__()
+        self.base, self.scale = base, scale
+        self.lora_A, self.lora_B = nn.Parameter(lora_a.clone()), nn.Parameter(lora_b.clone())
+
+    def forward(self, x):
+        return self.base(x) + self.scale * (x @ self.lora_A.t() @ self.lora_B.t())
+
+
+def add_reference_lora(plain: nn.Module, adapted: nn.Module) -> dict[str, ReferenceLora]:
+    """Wrap the plain model's layers with the same factors as the adapted model's."""
+    from qlora_lite.lora.inject import lora_layers
+
+    wrapped = {}
+    for name, layer in lora_layers(adapted):
+        wrapped[name] = ReferenceLora(plain.get_submodule(name), layer.lora_A.data, layer.lora_B.data, layer.scale)
+        plain.set_submodule(name, wrapped[name])
+    return wrapped
+
+
+def random_factors(model: nn.Module, seed: int = 3) -> None:
+    """Give every B a random value, so that the adapter changes the output."""
+    from qlora_lite.lora.inject import lora_parameters
+
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in lora_parameters(model):
+        if name.endswith("lora_B"):
+            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.05

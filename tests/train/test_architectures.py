@@ -1,0 +1,53 @@
+"""Every architecture trains exactly: 4-bit, packed, checkpointed and chunked equals plain float32 row by row."""
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, add_reference_lora, quantized_pair, random_batch, random_factors, reference_loss
+
+from qlora_lite.errors import ModelError
+from qlora_lite.lora.inject import add_lora, lora_layers
+from qlora_lite.models.anatomy import set_checkpointing
+from qlora_lite.train.guards import check_forward
+from qlora_lite.train.step import accumulate_gradients, labelled_count
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_loss_and_gradients_equal_those_of_plain_rows(model_type):
+    model, plain = quantized_pair(model_type)
+    add_lora(model, rank=3, alpha=6.0, dtype=torch.float32)
+    random_factors(model)
+    reference = add_reference_lora(plain, model)
+    batch = random_batch()
+    set_checkpointing(model, True)
+    model.train()
+
+    loss = accumulate_gradients(model, [batch], chunk_tokens=4)
+    expected = reference_loss(plain, batch) / labelled_count(batch)
+    expected.backward()
+
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    for name, layer in lora_layers(model):
+        for side in ("lora_A", "lora_B"):
+            grad, wanted = getattr(layer, side).grad, getattr(reference[name], side).grad
+            assert wanted.abs().max() > 0, f"{name}.{side}"
+            assert (grad - wanted).norm() <= 2e-4 * wanted.norm(), f"{name}.{side}"
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_the_forward_check_accepts_every_architecture(model_type):
+    model, _ = quantized_pair(model_type)
+    assert check_forward(model) < 1e-5
+
+
+def test_the_forward_check_refuses_a_head_scaled_otherwise_than_its_configuration_says():
+    model, _ = quantized_pair("cohere")
+    model.config.logit_scale *= 1.1  # the model read it when it was built, the chunked loss reads it now
+    with pytest.raises(ModelError, match="cannot be trained exactly"):
+        check_forward(model)
+
+
+def test_the_forward_check_refuses_rows_that_see_each_other(monkeypatch):
+    model, _ = quantized_pair("llama")
+    monkeypatch.setattr("qlora_lite.train.step.uses_row_attention", lambda model: False)
+    with pytest.raises(ModelError, match="cannot be trained exactly"):
+        check_forward(model)

@@ -1,0 +1,58 @@
+"""Write what a benchmark measured, and on which machine and versions, to tools/results/NAME.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PACKAGES = ("torch", "transformers", "bitsandbytes", "numpy")
+
+
+def write_result(name: str, payload: dict[str, Any]) -> Path:
+    """Write a benchmark's figures; an earlier result of the same name is replaced.
+
+    Args:
+        name: the file's stem.
+        payload: anything JSON can hold; the keys "date", "machine" and "versions" are added.
+
+    Returns:
+        The file written.
+    """
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    result = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": machine(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        **payload,
+    }
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def machine() -> dict[str, Any]:
+    """Return the processor, its cores, the memory in bytes, and the GPU or None."""
+    has_gpu = torch.cuda.is_available()
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpu": torch.cuda.get_device_name() if has_gpu else None,
+        "gpu_memory_bytes": torch.cuda.get_device_properties(0).total_memory if has_gpu else None,
+    }
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
