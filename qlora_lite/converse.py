@@ -31,16 +31,12 @@ class Session:
     def reply(self) -> str:
         """Answer the messages so far, and remember the answer."""
         prompt = render_prompt(self.template, self.turns)
-        (text,) = answer(
-            self.model, self.tokenizer, [prompt], self.max_new_tokens, self.stop, sampling=self.sampling
-        )
+        (text,) = answer(self.model, self.tokenizer, [prompt], self.max_new_tokens, self.stop, sampling=self.sampling)
         self.turns.append(Turn("assistant", text))
         return text
 
 
-def open_session(
-    run, system: str | None = None, max_new_tokens: int = 256, temperature: float = 0.0
-) -> Session:
+def open_session(run, system: str | None = None, max_new_tokens: int = 256, temperature: float = 0.0) -> Session:
     """Load a run's base model and best adapter for a conversation.
 
     Args:

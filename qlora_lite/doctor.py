@@ -1,6 +1,5 @@
 """Examine the machine: versions, devices, and what will be slow here and why."""
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -9,7 +8,7 @@ import torch
 
 from .models.cache import cache_root
 from .models.load import has_fast_bf16, resolve_device
-from .run import VERSIONED
+from .runs import package_versions
 from .units import format_bytes
 
 
@@ -27,8 +26,7 @@ def examine() -> dict:
         "bitsandbytes_backend": _backend(device),
         "cache": f"{cache_root()} ({_free(cache_root())} free)",
     }
-    versions = {name: importlib.metadata.version(name) for name in VERSIONED}
-    return {"versions": versions, "machine": machine, "notes": _notes(device)}
+    return {"versions": package_versions(), "machine": machine, "notes": _notes(device)}
 
 
 def _gpu() -> str | None:
@@ -54,16 +52,12 @@ def _free(path) -> str:
 def _notes(device: torch.device) -> list[str]:
     notes = []
     if device.type == "cpu":
-        notes.append(
-            "no CUDA GPU is usable: training runs on the processor, about a thousand times slower for 7B"
-        )
+        notes.append("no CUDA GPU is usable: training runs on the processor, about a thousand times slower for 7B")
         if not torch.version.cuda:
             notes.append("this torch is built without CUDA; install the CUDA build if the machine has a card")
         notes.append("paged optimizers are ordinary ones here: there is no device memory to page")
     if not has_fast_bf16(device):
         notes.append("this device has no fast bfloat16: the compute type falls back to float32")
     if "plain torch" in _backend(device):
-        notes.append(
-            "bitsandbytes has no native library here: 4-bit layers run in plain torch, many times slower"
-        )
+        notes.append("bitsandbytes has no native library here: 4-bit layers run in plain torch, many times slower")
     return notes

@@ -25,9 +25,7 @@ class ExactMatch(NamedTuple):
     answers: tuple[str, ...]
 
 
-def exact_match(
-    model: nn.Module, tokenizer, examples: Sequence[Example], end_token_ids: Iterable[int]
-) -> ExactMatch:
+def exact_match(model: nn.Module, tokenizer, examples: Sequence[Example], end_token_ids: Iterable[int]) -> ExactMatch:
     """Answer every example's prompt greedily and compare with its reference, white space at the ends apart.
 
     Args:

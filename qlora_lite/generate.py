@@ -45,9 +45,7 @@ def answer(
     sampling = sampling or Sampling()
     draw = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
     options = (
-        draw
-        if sampling.temperature > 0
-        else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        draw if sampling.temperature > 0 else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     )
     answers = [""] * len(prompts)
     was_training = model.training

@@ -78,10 +78,10 @@ def _head(summary: dict[str, Any], name: str, folder_name: str) -> str:
 
 def _notices(run: RunFiles, summary: dict[str, Any]) -> str:
     notices = [str(summary["error"])] if summary.get("error") else []
-    bad = [int(step) for step, loss in curve(run, "loss") if not math.isfinite(loss)]
+    losses = curve(run, "loss")
+    bad = [step for step, loss in losses if not math.isfinite(loss)]
     if bad:
-        more = f" and at {len(bad) - 1} later ones" if len(bad) > 1 else ""
-        notices.append(f"The loss was not finite at step {bad[0]}{more}; red marks show where.")
+        notices.append(f"The loss was not finite at {len(bad)} of {len(losses)} steps, first at step {bad[0]}.")
     return "".join(f'<p class="notice">{text(notice)}</p>' for notice in notices + run.problems)
 
 

@@ -4,7 +4,6 @@ Lower layers take plain arguments; recipes stop here. The order is chosen so tha
 the run folder, the tokenizer, the data, then the model, then the memory, then the training.
 """
 
-import importlib.metadata
 import logging
 import math
 import platform
@@ -26,14 +25,13 @@ from .memory.meter import PeakMeter
 from .models.load import load_tokenizer, resolve_device
 from .recipe.schema import Recipe
 from .report import write_report
-from .runs import ADAPTER, ADAPTER_LAST, RunFolder, create_run
+from .runs import ADAPTER, ADAPTER_LAST, RunFolder, create_run, package_versions
 from .train.guards import check_frozen, frozen_checksum
 from .train.inventory import inventory, total_parameters
 from .train.loop import StepMetrics, Trainer
 from .units import format_bytes, format_count, format_seconds
 
 log = logging.getLogger("qlora_lite")
-VERSIONED = ("qlora-lite", "torch", "transformers", "bitsandbytes", "accelerate", "safetensors", "tokenizers")
 SAMPLES = 4
 CURES = "lower data.max_tokens or train.micro_batch_size, or set memory.checkpointing to block"
 
@@ -113,7 +111,7 @@ class _Run:
         self.run.update(
             device=_device_name(self.model.device), trainable_parameters=trainable,
             memory_table=[asdict(entry) for entry in table],
-            versions={name: importlib.metadata.version(name) for name in VERSIONED},
+            versions=package_versions(),
         )  # fmt: skip
 
     def _rehearse(self) -> None:
@@ -197,9 +195,7 @@ class _Run:
             {"prompt": self._plain(row.prompt), "reference": row.answer, "before": b, "after": a}
             for row, b, a in zip(rows, before.answers, after.answers, strict=False)
         ] if after else []  # fmt: skip
-        self.run.update(
-            status="complete", peak_bytes=self.meter.peak_bytes(), adapter_sha256=digest, samples=samples
-        )
+        self.run.update(status="complete", peak_bytes=self.meter.peak_bytes(), adapter_sha256=digest, samples=samples)
         write_report(self.run.path)
         log.info("done: %d steps in %s, peak memory %s", self.trainer.total_steps,
                  format_seconds(self.run.summary["seconds"]), format_bytes(self.meter.peak_bytes()))  # fmt: skip
@@ -230,9 +226,7 @@ def _explaining_memory() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise DoesNotFitError(
-            f"the device ran out of memory: {str(error).splitlines()[0]}; {CURES}"
-        ) from error
+        raise DoesNotFitError(f"the device ran out of memory: {str(error).splitlines()[0]}; {CURES}") from error
 
 
 @contextmanager

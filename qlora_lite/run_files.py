@@ -35,9 +35,7 @@ def read_run(run_dir: Path) -> RunFiles:
     lines = [line for line in text.split("\n") if line.strip()]
     metrics = [row for row in map(_json_object, lines) if row and _is_step(row.get("step"))]
     if len(metrics) < len(lines):
-        problems.append(
-            f"{len(lines) - len(metrics)} of {len(lines)} lines of metrics.jsonl could not be read."
-        )
+        problems.append(f"{len(lines) - len(metrics)} of {len(lines)} lines of metrics.jsonl could not be read.")
     return RunFiles(summary, metrics, _read(run_dir / "recipe.yaml", problems), problems)
 
 

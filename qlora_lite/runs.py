@@ -4,6 +4,7 @@
 "complete", so nothing half-written looks finished.
 """
 
+import importlib.metadata
 import json
 import time
 from dataclasses import dataclass, field
@@ -15,6 +16,12 @@ from .recipe.load import load_recipe, resolve_to_yaml
 from .recipe.schema import Recipe
 
 ADAPTER, ADAPTER_LAST = "adapter", "adapter-last"
+VERSIONED = ("qlora-lite", "torch", "transformers", "bitsandbytes", "accelerate", "safetensors", "tokenizers")
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions that a run's result can depend on."""
+    return {name: importlib.metadata.version(name) for name in VERSIONED}
 
 
 @dataclass(slots=True)
@@ -51,9 +58,7 @@ def create_run(recipe: Recipe) -> RunFolder:
             raise OutputError(f"{path} is not empty; choose another output.dir or remove it")
     run = RunFolder(path)
     write_text(path / "recipe.yaml", resolve_to_yaml(recipe))
-    run.update(
-        status="running", name=name, model=recipe.model.path, started=time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    )
+    run.update(status="running", name=name, model=recipe.model.path, started=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     return run
 
 
@@ -79,13 +84,9 @@ def open_run(path: str | Path) -> OpenedRun:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         end_token_ids = tuple(int(token) for token in summary["data"]["end_token_ids"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise RecipeError(
-            f"{folder / 'summary.json'} is missing or broken; is this a whole run folder?"
-        ) from None
+        raise RecipeError(f"{folder / 'summary.json'} is missing or broken; is this a whole run folder?") from None
     for name in (ADAPTER, ADAPTER_LAST):
         if (folder / name / "adapter_config.json").is_file():
             recipe = load_recipe(folder / "recipe.yaml", check_files=False)
             return OpenedRun(recipe, folder / name, end_token_ids)
-    raise RecipeError(
-        f"{folder} has no adapter; the run ended before one was saved (see {folder / 'log.txt'})"
-    )
+    raise RecipeError(f"{folder} has no adapter; the run ended before one was saved (see {folder / 'log.txt'})")

@@ -15,11 +15,14 @@ from qlora_lite.report import write_report
 
 HOSTILE = """</script><script>alert(1)</script><img src=x onerror="a()">&'\"""" + "\u2028"
 SUMMARY = {
-    "status": "complete", "name": "orders", "model": "tiny.gguf", "device": "cpu", "steps": 3, "seconds": 125.0,
-    "started": "2026-11-25T09:14:22+00:00", "tokens": 53077, "labelled_tokens": 20152, "peak_bytes": 3 * 2**29,
-    "tokens_per_second": 208.4, "trainable_parameters": 4884480, "eval_loss_before": 1.5714, "eval_loss_after": 0.0213,
-    "exact_match_before": 0.0, "exact_match_after": 0.925, "exact_match_rows": 120, "adapter_sha256": "ab" * 32,
-    "versions": {"torch": "2.13.0"}, "data": {"rows_read": 1960, "packing_efficiency": 0.984},
+    "status": "complete", "name": "orders", "model": "tiny.gguf", "device": "cpu", "steps": 3,
+    "seconds": 125.0, "started": "2026-11-25T09:14:22+00:00", "tokens": 53077, "labelled_tokens": 20152,
+    "peak_bytes": 3 * 2**29, "tokens_per_second": 208.4, "trainable_parameters": 4884480,
+    "adapter_sha256": "ab" * 32,
+    "eval_loss_before": 1.5714, "eval_loss_after": 0.0213, "exact_match_before": 0.0,
+    "exact_match_after": 0.925, "exact_match_rows": 120,
+    "versions": {"torch": "2.13.0"},
+    "data": {"rows_read": 1960, "packing_efficiency": 0.984},
     "samples": [{"prompt": "two pies for mon", "reference": "{2}", "before": "I am sorry", "after": "{2}"}],
     "memory_table": [
         {"group": "base weights", "dtype": "nf4", "device": "cpu", "bytes": 2**20, "why": "frozen"},
@@ -104,7 +107,8 @@ def test_the_headline_figures_are_shown_from_before_to_after(report):
     text = Elements(report()).text
     for words in [
         "Exact match 0 % → 92.5 % 120 held-out rows", "Evaluation loss 1.57 → 0.0213",
-        "Peak memory 1.5 GiB", "Tokens per second 208.4 53,077 in all", "Time 2m 05s 3 steps", "orders complete",
+        "Peak memory 1.5 GiB", "Tokens per second 208.4 53,077 in all", "Time 2m 05s 3 steps",
+        "orders complete",
     ]:  # fmt: skip
         assert words in text
 
@@ -136,10 +140,8 @@ def test_the_page_loads_nothing(report):
     assert not {"link", "img", "iframe", "object", "embed", "base", "form"} & set(page.tags)
     html = report()
     assert "://" not in html and "@import" not in html and "url(" not in html
-    assert (
-        "content",
-        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'",
-    ) in page.attributes
+    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    assert ("content", policy) in page.attributes
 
 
 def test_hostile_text_anywhere_stays_text(report):
@@ -163,7 +165,7 @@ def test_a_loss_that_is_not_finite_is_a_gap_a_mark_and_a_notice(report):
     metrics = [metric(1, 2.0), metric(2, 1.0), metric(3, math.nan), metric(4, None), metric(5, 1.0)]
     html = report(SUMMARY | {"status": "failed", "eval_loss_after": math.nan}, metrics)
     page = Elements(html)
-    assert "not finite at step 3 and at 1 later ones" in page.text
+    assert "The loss was not finite at 2 of 5 steps, first at step 3." in page.text
     assert "1.57 → not finite" in page.text
     assert html.count('class="gap"') == 2 and "nan" not in re.sub(r"[a-z]nan|nan[a-z]", "", html.lower())
     assert 'class="status bad"' in html
@@ -173,11 +175,14 @@ def test_the_reason_of_a_failed_run_is_shown(report):
     assert "out of luck" in Elements(report(SUMMARY | {"error": "out of luck"})).text
 
 
-@pytest.mark.parametrize("missing", ["summary", "metrics", "recipe"])
-def test_a_missing_file_is_said_and_the_rest_is_shown(report, missing):
-    page = Elements(report(**{missing: None}))
-    name = {"summary": "summary.json", "metrics": "metrics.jsonl", "recipe": "recipe.yaml"}[missing]
-    assert name in page.text
+def test_a_missing_recipe_is_said_and_the_rest_is_shown(report):
+    text = Elements(report(recipe=None)).text
+    assert "recipe.yaml is missing" in text and "92.5 %" in text and "Settings" not in text
+
+
+def test_missing_metrics_are_said_and_the_rest_is_shown(report):
+    text = Elements(report(metrics=None)).text
+    assert "metrics.jsonl is missing" in text and "92.5 %" in text and "learning_rate 0.001" in text
 
 
 def test_an_empty_folder_gives_a_page_that_says_so(report):
@@ -195,10 +200,7 @@ def test_a_last_line_that_is_cut_short_is_counted_and_left_out(report, tmp_path)
     report()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 21, "loss": 0.')
-    assert (
-        "1 of 23 lines of metrics.jsonl could not be read"
-        in Elements(write_report(tmp_path).read_text()).text
-    )
+    assert "1 of 23 lines of metrics.jsonl could not be read" in Elements(write_report(tmp_path).read_text()).text
 
 
 def test_a_summary_that_is_cut_short_is_said(report, tmp_path):

@@ -11,9 +11,7 @@ from .output import prepare
 
 @click.command()
 @click.argument("model")
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must be new or empty."
-)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must be new or empty.")
 @click.option("--quant", type=click.Choice(["nf4", "fp4"]), default="nf4", show_default=True)
 @click.option("--double-quant/--no-double-quant", default=True, show_default=True)
 def quantize(model: str, out: Path, quant: str, double_quant: bool) -> None:

@@ -33,9 +33,7 @@ def _result(folder, summary: dict) -> str:
     if "eval_loss_after" in summary:
         lines.append(_change("evaluation loss", summary, "eval_loss", "{:.4f}"))
     if "exact_match_after" in summary:
-        lines.append(
-            _change(f"exact match ({summary['exact_match_rows']} rows)", summary, "exact_match", "{:.1%}")
-        )
+        lines.append(_change(f"exact match ({summary['exact_match_rows']} rows)", summary, "exact_match", "{:.1%}"))
     lines += [
         f"{'time':24} {format_seconds(summary['seconds'])} for {summary['steps']} steps",
         f"{'speed':24} {summary['tokens_per_second']:.0f} tokens/s",

@@ -77,9 +77,7 @@ def plan_epoch(
         DataError: a row is longer than max_tokens, or an argument is out of range.
     """
     if order not in ("shuffle", "as-is") or micro_batch_size < 1:
-        raise DataError(
-            f"order {order!r} must be shuffle or as-is, micro_batch_size {micro_batch_size} at least 1"
-        )
+        raise DataError(f"order {order!r} must be shuffle or as-is, micro_batch_size {micro_batch_size} at least 1")
     rows = list(range(len(lengths)))
     chance = random.Random(f"{seed}/{epoch}")
     if order == "shuffle":

@@ -148,9 +148,7 @@ def build_examples(
                 made = _conversation_examples(chunk, chosen, train_on, account)
             kept += _fit(made, max_tokens, overflow, account)
         weighted = list(_repeat(kept, source.weight))
-        account.dropped["left out by the weight of their source"] += len(kept) - len(
-            {id(e) for e in weighted}
-        )
+        account.dropped["left out by the weight of their source"] += len(kept) - len({id(e) for e in weighted})
         examples += weighted
     account.problems.raise_if_any()
     _raise_if_too_long(account, max_tokens)
@@ -294,7 +292,4 @@ def _raise_if_too_long(account: _Account, max_tokens: int) -> None:
 
 
 def _reasons(dropped: Counter[str]) -> str:
-    return (
-        ", ".join(f"{count} rows {reason}" for reason, count in dropped.items() if count)
-        or "the sources are empty"
-    )
+    return ", ".join(f"{count} rows {reason}" for reason, count in dropped.items() if count) or "the sources are empty"

@@ -97,9 +97,7 @@ def check_format(source: Source) -> str | None:
     """
     templates = [text for text in (source.prompt, source.completion) if text is not None]
     if source.format is not None and source.format not in FORMATS:
-        raise DataError(
-            f"{source.path}: {source.format!r} is not a format; choose one of {', '.join(FORMATS)}"
-        )
+        raise DataError(f"{source.path}: {source.format!r} is not a format; choose one of {', '.join(FORMATS)}")
     if len(templates) == 1 or (source.format == "table" and not templates):
         raise DataError(
             f"{source.path}: a table needs both prompt and completion, for example prompt: '{{question}}' "
@@ -131,9 +129,7 @@ def recognise(row: Mapping[str, object], where: str) -> str:
     )
 
 
-def normalise(
-    row: Mapping[str, object], where: str, format_name: str, source: Source
-) -> Conversation | Document:
+def normalise(row: Mapping[str, object], where: str, format_name: str, source: Source) -> Conversation | Document:
     """Turn one row into a conversation or a document.
 
     Args:
@@ -154,9 +150,7 @@ def normalise(
         turns = _pair(*pair, None)
     elif format_name == "alpaca":
         context = row.get("input")
-        prompt = _text(row, "instruction") + (
-            f"\n\n{_text(row, 'input')}" if context not in (None, "") else ""
-        )
+        prompt = _text(row, "instruction") + (f"\n\n{_text(row, 'input')}" if context not in (None, "") else "")
         turns = _pair(prompt, _text(row, "output"), row.get("system"))
     elif format_name == "prompt-completion":
         turns = _pair(_text(row, "prompt"), _text(row, "completion"), None)
@@ -196,9 +190,7 @@ def _pair(prompt: str, answer: str, system: object) -> tuple[Turn, ...]:
 def _turns(row: Mapping[str, object], format_name: str) -> tuple[Turn, ...]:
     messages = row.get("messages") if "messages" in row else row.get("conversations")
     if not isinstance(messages, list) or not messages:
-        raise DataError(
-            f"no list of turns, as format {format_name} needs; are two formats mixed in this source?"
-        )
+        raise DataError(f"no list of turns, as format {format_name} needs; are two formats mixed in this source?")
     turns = [_turn(message, number) for number, message in enumerate(messages, start=1)]
     if row.get("system"):
         turns.insert(0, Turn("system", _text(row, "system")))
@@ -224,13 +216,9 @@ def _turn(message: object, number: int) -> Turn:
 
 
 def _part(part: object, number: int) -> str:
-    text = (
-        part.get("text", part.get("value")) if isinstance(part, dict) and part.get("type") == "text" else None
-    )
+    text = part.get("text", part.get("value")) if isinstance(part, dict) and part.get("type") == "text" else None
     if not isinstance(text, str):
-        raise DataError(
-            f'turn {number} has a part that is not {{"type": "text", "text": "..."}}; only text can train'
-        )
+        raise DataError(f'turn {number} has a part that is not {{"type": "text", "text": "..."}}; only text can train')
     return text
 
 
@@ -265,9 +253,7 @@ def _fill(template: str | None, row: Mapping[str, object]) -> str:
     try:
         pieces = list(string.Formatter().parse(template or ""))
     except ValueError as error:
-        raise DataError(
-            f"the template {template!r} is not balanced ({error}); write {{{{ for a brace"
-        ) from None
+        raise DataError(f"the template {template!r} is not balanced ({error}); write {{{{ for a brace") from None
     for literal, column, spec, conversion in pieces:
         parts.append(literal)
         if column is None:

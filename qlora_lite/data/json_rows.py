@@ -44,9 +44,7 @@ class _RowDecoder:
         if _ESCAPED_ODDITY.search(text, start, end):
             dumped = json.dumps(value, ensure_ascii=False)
             if re.search("[\ud800-\udfff]", dumped):
-                self._faults.append(
-                    "half of a surrogate pair (\\ud800 to \\udfff) is no character; remove it"
-                )
+                self._faults.append("half of a surrogate pair (\\ud800 to \\udfff) is no character; remove it")
             if _NUL_IN_JSON.search(dumped):
                 self._faults.append("the row holds a NUL character (\\u0000); remove it")
         return value, end, self._faults
@@ -120,18 +118,14 @@ def _read_json_array(path: Path, text: str, problems: Problems) -> Iterator[tupl
         try:
             value, end, faults = decoder.decode(text, position)
         except json.JSONDecodeError as error:
-            problems.add(
-                f"{path}:{error.lineno}", f"not JSON: {error.msg}; nothing after this place was read"
-            )
+            problems.add(f"{path}:{error.lineno}", f"not JSON: {error.msg}; nothing after this place was read")
             return
         except (RecursionError, ValueError):
             problems.add(where, f"{_TOO_DEEP}; nothing after it was read")
             return
         yield from _checked(where, value, faults, problems)
         position = _SPACE.match(text, end).end()
-        if text.startswith(",", position) and not text.startswith(
-            "]", _SPACE.match(text, position + 1).end()
-        ):
+        if text.startswith(",", position) and not text.startswith("]", _SPACE.match(text, position + 1).end()):
             position = _SPACE.match(text, position + 1).end()
         elif not text.startswith("]", position):
             line += text.count("\n", counted, position)

@@ -40,9 +40,7 @@ class Problems:
         if self.count == 0:
             return
         rest = self.count - len(self.shown)
-        raise DataError(
-            "\n".join(self.shown + ([f"... and {rest} more problems of this kind"] if rest else []))
-        )
+        raise DataError("\n".join(self.shown + ([f"... and {rest} more problems of this kind"] if rest else [])))
 
 
 def numbered_lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
@@ -60,9 +58,7 @@ def numbered_lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
             try:
                 text = raw.decode("utf-8")
             except UnicodeDecodeError as error:
-                problems.add(
-                    where, f"byte {error.start + 1} of the line is not UTF-8; convert the file to UTF-8"
-                )
+                problems.add(where, f"byte {error.start + 1} of the line is not UTF-8; convert the file to UTF-8")
                 continue
             if "\0" in text:
                 problems.add(where, "the line holds a NUL character; remove it")

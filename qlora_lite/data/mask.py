@@ -88,9 +88,7 @@ def render_row(conversation: Conversation, template: Template, train_on: str) ->
         raise DataError("nothing to learn: every answer that counts has weight 0; give one the weight 1")
     needed = answers[-1:] if train_on == "all" else sorted({*learned, answers[-1]})
     rendering = render(template, conversation, needed)
-    spans = (
-        [(0, len(rendering.text))] if train_on == "all" else [rendering.answers[index] for index in learned]
-    )
+    spans = [(0, len(rendering.text))] if train_on == "all" else [rendering.answers[index] for index in learned]
     found = tuple(rendering.answers[index] for index in needed)
     return Row(rendering.text, tuple(spans), found, turns[-1].content, conversation.where)
 
@@ -121,9 +119,7 @@ def tokenise(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[Token
     return result
 
 
-def learned_tokens(
-    starts: np.ndarray, ends: np.ndarray, spans: Sequence[tuple[int, int]], text: str
-) -> np.ndarray:
+def learned_tokens(starts: np.ndarray, ends: np.ndarray, spans: Sequence[tuple[int, int]], text: str) -> np.ndarray:
     """Mark the tokens whose characters lie in one of the spans.
 
     A special token may swallow white space after it (transformers' `rstrip`), so the last token of a span may
@@ -166,9 +162,7 @@ def _shown(text: str, starts: np.ndarray, ends: np.ndarray, tokens: np.ndarray) 
     return repr(text[starts[tokens[0]] : ends[tokens[0]]])
 
 
-def seam_faults(
-    rows: Sequence[Row], tokens: Sequence[Tokens], tokenizer: PreTrainedTokenizerFast
-) -> list[str | None]:
+def seam_faults(rows: Sequence[Row], tokens: Sequence[Tokens], tokenizer: PreTrainedTokenizerFast) -> list[str | None]:
     """Say for each row whether the tokens before each answer differ from those of the prompt alone.
 
     Only the text from the last special token before the answer is tokenised again: tokenizers cut at special

@@ -153,9 +153,7 @@ def _read_csv(path: Path, problems: Problems) -> Iterator[tuple[str, dict]]:
         if header is None:
             header = [name.strip() for name in cells]
             if "" in header or len(set(header)) < len(header):
-                raise DataError(
-                    f"{where}: the first line must name every column once, it is {', '.join(cells)!r}"
-                )
+                raise DataError(f"{where}: the first line must name every column once, it is {', '.join(cells)!r}")
         elif len(cells) != len(header):
             problems.add(where, f"{len(cells)} fields, but the header names {len(header)} columns")
         else:

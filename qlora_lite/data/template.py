@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _ALPACA_OPENING = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request."
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 )
 NAMED_TEMPLATES = {
     "chatml": (
@@ -58,9 +57,7 @@ NAMED_TEMPLATES = {
         "{% else %}{{ '### Response:\n' + m.content + eos_token + '\n\n' }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
     ),
-    "plain": (
-        "{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else '\n') }}{% endfor %}"
-    ),
+    "plain": ("{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else '\n') }}{% endfor %}"),
 }
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -127,9 +124,7 @@ def choose_template(tokenizer: PreTrainedTokenizerFast, name: str | None = None)
     if name in NAMED_TEMPLATES:
         return _template(name, NAMED_TEMPLATES[name], tokenizer, begin_of_text(tokenizer))
     if not name.endswith(".jinja"):
-        raise DataError(
-            f"data.template {name!r} is unknown; choose one of {names}, or a file ending in .jinja"
-        )
+        raise DataError(f"data.template {name!r} is unknown; choose one of {names}, or a file ending in .jinja")
     try:
         source = Path(name).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -236,8 +231,8 @@ def _prefix_span(template: Template, turns: Sequence[Turn], index: int, text: st
     end = _end_of_answer(template, upto, len(prompt)) if upto.startswith(prompt) else 0
     if end == 0 or not text.startswith(upto[:end]):
         raise DataError(
-            f"the chat template ({template.name}) writes what stands before turn {index + 1} differently when "
-            "it prompts for that turn, or when later turns follow, so what the model sees there is not known; "
+            f"the chat template ({template.name}) writes what stands before turn {index + 1} otherwise when "
+            "it prompts for that turn, or when later turns follow, so what the model sees is unknown; "
             "set data.train_on to last, choose another data.template, or mark the answers in the template "
             "with {% generation %}"
         )

@@ -40,9 +40,7 @@ def head(model: nn.Module) -> Head:
         scale = float(config.logit_scale)
     if getattr(config, "logits_scaling", None):  # Granite divides
         scale = 1.0 / float(config.logits_scaling)
-    return Head(
-        layer.weight, getattr(layer, "bias", None), scale, getattr(config, "final_logit_softcapping", None)
-    )
+    return Head(layer.weight, getattr(layer, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
 
 
 def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -59,9 +59,7 @@ def resolve_compute_dtype(name: str, device: torch.device) -> torch.dtype:
         return getattr(torch, name)
     if has_fast_bf16(device):
         return torch.bfloat16
-    log.info(
-        "compute type float32: this %s has no fast bfloat16 (model.compute_dtype overrides)", device.type
-    )
+    log.info("compute type float32: this %s has no fast bfloat16 (model.compute_dtype overrides)", device.type)
     return torch.float32
 
 
@@ -96,9 +94,7 @@ def load_model(
 
 
 def _load_quantized(files, quant, double_quant, dtype, device, use_cache):
-    entry = (
-        cache_entry(files, quant=quant, double_quant=double_quant, dtype=str(dtype)) if use_cache else None
-    )
+    entry = cache_entry(files, quant=quant, double_quant=double_quant, dtype=str(dtype)) if use_cache else None
     if entry is not None and (entry / "config.json").is_file():
         return _load_prequantized(entry, dtype, device)
     if files.gguf_file:
@@ -129,12 +125,8 @@ def _stored_quantization(files: ModelFiles) -> str | None:
     stored = read_json(files.folder / "config.json").get("quantization_config")
     if stored is None:
         return None
-    if stored.get("quant_method") != "bitsandbytes" or not stored.get(
-        "load_in_4bit", stored.get("_load_in_4bit")
-    ):
-        raise ModelError(
-            f"{files.folder} is quantised with {stored.get('quant_method')}; use the 16-bit model instead"
-        )
+    if stored.get("quant_method") != "bitsandbytes" or not stored.get("load_in_4bit", stored.get("_load_in_4bit")):
+        raise ModelError(f"{files.folder} is quantised with {stored.get('quant_method')}; use the 16-bit model instead")
     return "bitsandbytes"
 
 
@@ -173,9 +165,7 @@ def _from_pretrained(files: ModelFiles, dtype, device, quantization_config=None)
     broken = [str(key) for key in [*info["mismatched_keys"], *(info.get("conversion_errors") or ())]]
     if missing or broken:
         shown = ", ".join([*missing, *broken][:4])
-        raise ModelError(
-            f"{files.name}: {len(missing) + len(broken)} weights are missing or do not fit: {shown}"
-        )
+        raise ModelError(f"{files.name}: {len(missing) + len(broken)} weights are missing or do not fit: {shown}")
     return model
 
 
@@ -238,9 +228,7 @@ def load_tokenizer(path: str, revision: str | None = None):
     try:
         tokenizer = _gguf_tokenizer(files) if files.gguf_file else AutoTokenizer.from_pretrained(files.folder)
     except (OSError, ValueError, KeyError, IndexError, ImportError) as error:
-        raise ModelError(
-            f"cannot load the tokenizer of {path}: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise ModelError(f"cannot load the tokenizer of {path}: {str(error).strip().splitlines()[0]}") from error
     if not tokenizer.is_fast:
         raise ModelError(f"{path} has only a slow tokenizer; the masks need the token offsets of a fast one")
     return tokenizer

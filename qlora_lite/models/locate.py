@@ -14,6 +14,7 @@ from qlora_lite.errors import ModelError
 
 INDEX_NAME = "model.safetensors.index.json"
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+HUB_DOUBLES = ["consolidated*", "original/*"]  # the same weights again, in other layouts
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ def _download(name: str, revision: str | None) -> Path:
 
     missing = f"no folder {name!r} here, and it"
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_DOUBLES))
     except HFValidationError:
         raise ModelError(f"{missing} is not a hub id of the form owner/model; check model.path") from None
     except LocalEntryNotFoundError:
@@ -89,9 +90,7 @@ def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(
-            f"{path.parent} has no {path.name}; model.path must be a whole model folder"
-        ) from None
+        raise ModelError(f"{path.parent} has no {path.name}; model.path must be a whole model folder") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"cannot read {path}: {error}") from None
     if not isinstance(value, dict):
@@ -110,18 +109,14 @@ def _check_folder(folder: Path) -> tuple[Path, ...]:
         if outside:
             raise ModelError(f"{folder / INDEX_NAME} points outside its folder: {outside[0]!r}")
     else:
-        names = sorted(
-            path.name for path in folder.glob("*.safetensors") if path.name != "adapter_model.safetensors"
-        )
+        names = sorted(path.name for path in folder.glob("*.safetensors") if path.name != "adapter_model.safetensors")
     if not names:
         pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
         hint = "; pickled weights are not read, convert them to safetensors" if pickled else ""
         raise ModelError(f"{folder} has a config.json but no .safetensors weights{hint}")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise ModelError(
-            f"{folder} lacks {len(missing)} of {len(names)} weight files: {', '.join(missing[:4])}"
-        )
+        raise ModelError(f"{folder} lacks {len(missing)} of {len(names)} weight files: {', '.join(missing[:4])}")
     return tuple(_check_safetensors(folder / name) for name in names)
 
 

@@ -102,9 +102,7 @@ def replace_linears(model: nn.Module, quant_type: str, double_quant: bool, skip=
         out_features, in_features = frozen_weight(module)[0].shape
         dtype = module.weight.dtype
         with torch.device("meta"):
-            layer = QuantLinear(
-                in_features, out_features, module.bias is not None, quant_type, double_quant, dtype
-            )
+            layer = QuantLinear(in_features, out_features, module.bias is not None, quant_type, double_quant, dtype)
         model.set_submodule(name, layer)
     return transposed
 

@@ -14,6 +14,8 @@ result [B, T, H, D].
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from .shapes import kernel_rows
+
 
 def row_attention(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
@@ -40,11 +42,15 @@ def row_attention(
     if row_lengths is None:
         out = attend(query, key, value, attention_mask, scaling, **extra)
         return out.transpose(1, 2).contiguous(), None
-    rows = zip(*(tensor.split(row_lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    outs = [
-        attend(q, k, v, _window_mask(q.shape[2], sliding_window, q.device), scaling, **extra).transpose(1, 2)
-        for q, k, v in rows
-    ]
+    outs, start = [], 0
+    for row_length in row_lengths:
+        # Extra tokens up to the kernel's length are those of the next row: causal attention keeps the row from
+        # seeing them, and their own results are dropped.
+        seen = slice(start, start + kernel_rows(row_length, query.device))
+        q, k, v = (tensor[:, :, seen] for tensor in (query, key, value))
+        mask = _window_mask(q.shape[2], sliding_window, q.device)
+        outs.append(attend(q, k, v, mask, scaling, **extra)[:, :, :row_length].transpose(1, 2))
+        start += row_length
     return outs[0].contiguous() if len(outs) == 1 else torch.cat(outs, dim=1), None
 
 

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from .shapes import pad_rows
+
 LOGITS_BUDGET_BYTES = 128 * 2**20  # what an automatic chunk may hold at once
 
 
@@ -79,16 +81,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def _chunk(hidden, targets, head: Head, with_grad: bool):
     """Return the summed loss of one chunk and, if asked for, its gradient with respect to ``hidden``."""
-    logits = head_logits(hidden, head)
+    count = hidden.shape[0]
+    logits = head_logits(pad_rows(hidden), head)
     log_total = torch.logsumexp(logits, dim=-1, keepdim=True)
-    loss = (log_total - logits.gather(1, targets)).sum()
+    loss = (log_total[:count] - logits[:count].gather(1, targets)).sum()
     if not with_grad:
         return loss, None
     slope = None if head.softcap is None else 1 - (logits / head.softcap).square_()
     grad = logits.sub_(log_total).exp_()  # in place: the softmax takes the place of the logits
-    grad.scatter_add_(1, targets, grad.new_full(targets.shape, -1.0))
+    grad[:count].scatter_add_(1, targets, grad.new_full(targets.shape, -1.0))
     if slope is not None:
         grad *= slope
     if head.scale != 1.0:
         grad *= head.scale
-    return loss, grad.to(hidden.dtype) @ head.weight
+    return loss, (grad.to(hidden.dtype) @ head.weight)[:count]

@@ -155,9 +155,7 @@ def quantize_reference(weight: Tensor, quant_type: str = "nf4", double_quant: bo
     return Packed(codes, numbers.to(torch.uint8).view(-1)[: len(absmax)], code, scale, offset)
 
 
-def dequantize_reference(
-    packed: Packed, shape: Sequence[int], dtype: torch.dtype, quant_type: str = "nf4"
-) -> Tensor:
+def dequantize_reference(packed: Packed, shape: Sequence[int], dtype: torch.dtype, quant_type: str = "nf4") -> Tensor:
     """Do what `dequantize` does, in short plain torch."""
     absmax = packed.absmax
     if packed.absmax_code is not None:

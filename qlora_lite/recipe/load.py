@@ -220,9 +220,7 @@ def _columns_problem(source: dict) -> str | None:
     if prompt is None and row_format == "table":
         return 'format table needs templates over its columns; write prompt: "{...}" and completion: "{...}"'
     if prompt is not None and row_format not in (None, "table"):
-        return (
-            f"prompt and completion are for tables, not for {shown(row_format)}; remove them, or the format"
-        )
+        return f"prompt and completion are for tables, not for {shown(row_format)}; remove them, or the format"
     return None
 
 

@@ -43,9 +43,7 @@ def check_forward(model: nn.Module) -> float:
     was_training = model.training
     model.eval()
     packed = head_logits(hidden_states(model, batch), head(model))
-    alone = torch.cat(
-        [model(input_ids=row.to(model.device), use_cache=False).logits[0] for row in rows]
-    ).float()
+    alone = torch.cat([model(input_ids=row.to(model.device), use_cache=False).logits[0] for row in rows]).float()
     model.train(was_training)
     error = ((packed - alone).norm() / alone.norm()).item()
     if not error <= LOGITS_TOLERANCE[model.dtype]:
@@ -98,9 +96,7 @@ def check_frozen(model: nn.Module, checksum: str) -> None:
         TrainingError: a bit has changed.
     """
     if frozen_checksum(model) != checksum:
-        raise TrainingError(
-            "a frozen weight changed during training; the adapter does not belong to the base model"
-        )
+        raise TrainingError("a frozen weight changed during training; the adapter does not belong to the base model")
 
 
 def explain_not_finite(model: nn.Module, batches: list[Batch], step: int) -> TrainingError:
@@ -112,9 +108,7 @@ def explain_not_finite(model: nn.Module, batches: list[Batch], step: int) -> Tra
             place = f"the LoRA factor {bad_factors[0]}" if bad_factors else f"the output of {module}"
             break
     else:
-        bad = [
-            name for name, p in lora_parameters(model) if p.grad is not None and not p.grad.isfinite().all()
-        ]
+        bad = [name for name, p in lora_parameters(model) if p.grad is not None and not p.grad.isfinite().all()]
         batch, place = batches[0], f"the gradient of {bad[0]}" if bad else "the loss"
     rows = ", ".join(batch.where[:4]) + (f" and {len(batch.where) - 4} more" if len(batch.where) > 4 else "")
     return TrainingError(
@@ -135,9 +129,7 @@ def _first_bad_module(model: nn.Module, batch: Batch) -> str | None:
 
         return hook
 
-    handles = [
-        m.register_forward_hook(watch(name)) for name, m in model.named_modules() if not any(m.children())
-    ]
+    handles = [m.register_forward_hook(watch(name)) for name, m in model.named_modules() if not any(m.children())]
     try:
         hidden_states(model, batch)
     finally:

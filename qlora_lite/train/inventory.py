@@ -36,9 +36,7 @@ def inventory(model: nn.Module) -> list[Entry]:
             group, why = _group(module, name, tensor, factors, embedding, head)
             key = (group, str(tensor.dtype).removeprefix("torch."), str(tensor.device), why)
             groups[key] = groups.get(key, 0) + storage.nbytes()
-    return sorted(
-        (Entry(g, t, d, size, why) for (g, t, d, why), size in groups.items()), key=lambda e: -e.bytes
-    )
+    return sorted((Entry(g, t, d, size, why) for (g, t, d, why), size in groups.items()), key=lambda e: -e.bytes)
 
 
 def _group(module, name, tensor, factors, embedding, head) -> tuple[str, str]:

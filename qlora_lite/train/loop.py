@@ -153,9 +153,7 @@ class Trainer:
 
     def evaluate(self, examples: Sequence[Example]) -> Evaluation:
         """Return the loss over other examples, in batches of the training shape, with dropout off."""
-        return evaluate_loss(
-            self.model, eval_batches(examples, self.settings), self.settings.loss_chunk_tokens
-        )
+        return evaluate_loss(self.model, eval_batches(examples, self.settings), self.settings.loss_chunk_tokens)
 
 
 def eval_batches(examples: Sequence[Example], settings: TrainSettings) -> Iterator[Batch]:

@@ -16,6 +16,7 @@ from qlora_lite.data.batch import Batch
 from qlora_lite.models.anatomy import decoder, head
 from qlora_lite.models.load import uses_row_attention
 from qlora_lite.ops.loss import auto_chunk_tokens, chunked_cross_entropy
+from qlora_lite.ops.shapes import kernel_rows
 
 from .optim import clip_gradients
 
@@ -38,11 +39,23 @@ class Evaluation(NamedTuple):
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Return the last hidden states [T, D] of a batch of rows laid end to end."""
-    rows = {"row_lengths": batch.row_lengths} if uses_row_attention(model) else {}
-    inputs = batch.input_ids.to(model.device), batch.position_ids.to(model.device)
-    output = decoder(model)(input_ids=inputs[0], position_ids=inputs[1], use_cache=False, **rows)
-    return output.last_hidden_state[0]
+    """Return the last hidden states [T, D] of a batch of rows laid end to end.
+
+    Where the device's kernels want rounder counts (see ``ops.shapes``), one more row of filler goes through
+    the blocks behind the others and is cut off again.
+    """
+    tokens = batch.input_ids.shape[1]
+    spare = kernel_rows(tokens, model.device) - tokens
+    lengths = batch.row_lengths
+    input_ids, position_ids = batch.input_ids, batch.position_ids
+    if spare:
+        input_ids = torch.nn.functional.pad(input_ids, (0, spare))
+        position_ids = torch.cat([position_ids, torch.arange(spare)[None]], dim=1)
+        lengths = (*lengths, spare)
+    rows = {"row_lengths": lengths} if uses_row_attention(model) else {}
+    inputs = {"input_ids": input_ids.to(model.device), "position_ids": position_ids.to(model.device)}
+    output = decoder(model)(**inputs, use_cache=False, **rows)
+    return output.last_hidden_state[0, :tokens]
 
 
 def summed_loss(model: nn.Module, batch: Batch, chunk_tokens: int | None = None) -> torch.Tensor:
@@ -64,9 +77,7 @@ def labelled_count(batch: Batch) -> int:
     return int((batch.labels != -100).sum())
 
 
-def accumulate_gradients(
-    model: nn.Module, batches: Sequence[Batch], chunk_tokens: int | None = None
-) -> float:
+def accumulate_gradients(model: nn.Module, batches: Sequence[Batch], chunk_tokens: int | None = None) -> float:
     """Add the gradients of the mean loss over all labelled tokens of the batches; return that mean."""
     total = sum(labelled_count(batch) for batch in batches)
     mean = 0.0

@@ -78,40 +78,42 @@ class Wording:
 
 TRAIN = Wording(
     names="""
-    Aaron Abigail Adam Alan Albert Alex Alice Alison Amy Andrea Andrew Angela Anna Arthur Ashley Barbara
-    Bella Ben Beth Betty Bill Bob Brian Calvin Cameron Carl Carlos Carol Catherine Charles Charlie Chris
-    Christian Claire Clara Clark Colin Craig Daisy Dale Dan Daniel David Dennis Diana Diane Diego Don Doug
-    Edgar Edith Edward Edwin Elizabeth Ella Ellen Emily Emma Ethan Eva Frances Francis Frank Gary George
-    Gerald Gordon Grace Grant Greg Hannah Harold Harriet Harvey Hassan Heather Helen Henry Holly Howard Hugh
-    Ian Iris Ivan Jack Jackie Jake James Jane Janet Jason Jay Jeff Jerome Jerry Jesse Jim Joan Joel John
-    Johnny Jordan Jorge Joseph Juan Judith Judy Julia Julie Justin Karen Karl Kate Keith Kelly Ken Kevin Kim
-    Larry Laura Lauren Lawrence Lee Leon Leslie Lily Linda Lisa Louis Louise Lucas Lucy Luis Marco Marcus
-    Margaret Maria Marie Marion Mark Martha Martin Mary Matt Matthew Max Melissa Mia Mike Milton Miranda
-    Monica Morgan Naomi Nathan Neil Nick Nicole Noah Norman Oliver Olivia Oscar Pablo Patricia Patrick Paul
-    Penny Peter Phil Philip Rachel Ralph Rex Richard Rick Robert Robin Ron Rosa Ross Roy Ruth Sally Sam
-    Samantha Samuel Sandra Sarah Scott Sean Seth Shannon Simon Stephen Steve Steven Stuart Susan Tara Ted
-    Teresa Terry Tim Timothy Todd Tom Tommy Tyler Vera Victor Victoria Virginia Wallace Walter Warren Wayne
-    Wesley Zach""",
+    Aaron Adam Albert Alex Ali Alison Amy Andrea Andrew Angela Ann Anne Arthur Barbara Benny Beth Bill
+    Bruce Carl Caroline Charles Christian Claire Clara Clark Craig Daisy Dan Daniel David Diana Don Doug
+    Edith Edward Elizabeth Ella Emma Eric Frank Fred Gary Gordon Grace Grant Greg Hannah Harry Helen Ian
+    Iris Jack Jackson Jamie Jane Jason Jeff Jenny Jerry Jim Joan Joe Johnson Jon Joseph Josh Julia Karen
+    Kate Keith Kevin Kim Laura Lee Lincoln Linda Lisa Louis Lucy Madison Marco Maria Mark Marsh Marx
+    Mary Matthew Max Mia Miguel Mike Miller Nancy Neil Nick Nina Noah Oliver Oscar Owen Pat Peter Phil
+    Rachel Richard Rob Roger Ron Ross Ruth Sally Sam Sandra Sara Sarah Scott Smith Stan Steve Susan
+    Taylor Ted Thomas Timmy Tom Tony Vera Victor Virginia Walter Wendy Wilson Yusuf Zoe""",
     items="""
-    lemon tart | apple pie | carrot cake | chocolate cookie | cinnamon roll | rye cracker | onion bagel |
-    ham pizza | garlic baguette | pumpkin scone | cheese board | tomato soup | chicken burger | fish taco |
-    bean burrito | egg salad | fruit basket | green smoothie | ginger beer | iced coffee | orange juice |
-    milk bottle | butter block | honey jar | olive tin | rice bag | potato sack | red rose | birthday card |
-    paper plane | wooden spoon | glass vase | tea pot | coffee mug | dinner plate | bread bin |
-    kitchen towel | table lamp | light bulb | door handle | window blind | garden hose | plant pot |
-    paint roller | steel nail | copper pipe | brick | floor tile | ladder | hammer | phone case |
-    power cable | desk fan | office chair | pencil | notebook | blue folder | printer | map | train ticket |
-    beach ball | tennis racket | football | bike pump | rain coat | wool hat | leather belt | cotton shirt |
-    white sock | summer skirt | gold ring | silver chain | dog bed | cat toy | bird feeder | teddy bear |
-    toy truck | puzzle | board game | gift voucher | grape | melon | nut bar | noodle bowl | hot dog |
-    waffle | donut | pretzel | plum jam | chili sauce | corn chip | oyster | crab cake | veggie wrap |
-    spring roll | soda can | cocktail | oil filter | spark plug | door mat | wall clock | photo frame |
-    picture book | comic | crayon | ruler | eraser | stapler | envelope | sticker | poster | ink cartridge |
-    mouse pad | monitor | headset | charger | speaker | screw | bolt | hinge | bracket | drill bit |
-    saw blade | rope | hook | bucket lid | flower seed | rake | shed key | fence panel | bath mat |
-    shower head | soap bar | pillow | quilt | rug | mattress pad | sandal | boot | glove | hoodie | apron |
-    tie | wig""",
-    greetings="hi | hello | hi there | hey | hiya | good morning | hello again | hey guys | dear shop | ok so",
+    apple pie | bean salad | bread roll | egg roll | orange cake | pea soup | sugar bag | meat pie |
+    fruit bowl | fruit basket | oil can | oil lamp | water bottle | water tank | soup bowl | soup spoon |
+    hot dog | pie | cookie | meal kit | egg | bean bag | green tea | red apple | red onion | black bean |
+    white wine | cup cake | paper plate | paper bag | paper cup | paper towel | bath towel | bed sheet |
+    bed frame | table lamp | night light | floor lamp | floor mat | wall clock | picture frame |
+    photo album | book | book case | board game | model train | model plane | train set | bear | key |
+    key chain | chain | belt | coat | rain coat | winter coat | hat | white shirt | blue shirt | boot |
+    snow boot | rain boot | sock | tie | robe | mask | hair clip | hair band | pill | tool kit | nail |
+    bolt | wall hook | coat hook | coat rack | wine rack | world map | road sign | door sign | door mat |
+    door handle | door bell | bell | window lock | car seat | phone | phone case | film roll | printer |
+    ink pen | marker | folder | tag | string | bow | bucket | pot | flower pot | fan | filter |
+    water filter | air filter | oil filter | water pipe | hose | pool toy | tube | test tube | camp bed |
+    camp stove | rose | red rose | seed bag | dog bed | dog bowl | dog collar | cat bed | cat toy |
+    cat bowl | fish bowl | pet bed | pet carrier | monitor | power cable | power strip | power pack |
+    plug | socket | tile | floor tile | wood board | board | panel | step stool | rug | floor rug |
+    travel bag | sand bag | stone | mat | ball pump | shell | moon lamp | snake toy | rib | wrap |
+    bean wrap | pea pod | fan belt | wine bottle | oil bottle | pot lid | bag strap | seat cover | gate |
+    door frame | tower | play mat | head light | watch strap | sand clock | ski mask | cup holder |
+    phone holder | pen holder | train ticket | bus ticket | science book | craft kit | science kit |
+    model kit | sound system | video game | video tape | wood chip | corn chip | hot plate |
+    building block | cook book | root beer | fruit juice | lemon tart | carrot cake | tomato soup |
+    chocolate cookie | cinnamon roll | iced coffee | ginger beer | toy truck | teddy bear | leather belt |
+    cotton shirt | wooden spoon | kitchen towel | pencil | notebook | puzzle | chicken burger |
+    cheese board | potato sack | birthday card | garden hose | paint roller | office chair |
+    tennis racket | summer skirt | silver chain | picture book | drill bit | light bulb | pillow""",
+    greetings="""
+    hi | hello | hi there | hey | hiya | good morning | hello again | hey guys | dear shop | ok so""",
     name_first="""
     this is {name} | it's {name} | {name} here | my name is {name} | {name} calling | I'm {name} |
     {name} again | it's {name} from down the road | order for {name} | name: {name} | {name} |
@@ -122,8 +124,8 @@ TRAIN = Wording(
     on {day} I want {order} | I want to order {order}, need it {day} | we need {order} this {day} |
     can you keep {order} for me until {day} | put aside {order}, I'm coming on {day} |
     {day} I'll come by for {order} | do you have {order}? would be for {day} |
-    we are after {order} for {day} | I was wondering if I could order {order}, {day} is fine |
-    it's for {day}: {order} | {order} {day} | is {day} ok for {order} | by {day} we'd need {order} |
+    we are after {order} for {day} | wondering if I could order {order}, {day} is fine |
+    it's for {day}: {order} | {order} {day} | is {day} ok for {order} | by {day} we need {order} |
     {order}. for {day} | {day}: {order} | we'll take {order}, {day} please |
     what would {order} cost? I'd come {day}""",
     name_last="""
@@ -146,15 +148,15 @@ TRAIN = Wording(
 )
 EVAL = Wording(
     names="""
-    Adrian Amanda Anthony Benjamin Bruce Caroline Christina Crystal Deborah Donald Eli Eric Fred Graham
-    Harry Herbert Isabel Jamie Jenny Joe Jose Julian Katherine Kurt Leo Logan Luke Mario Mason Miguel Nancy
-    Nina Owen Percy Rebecca Roger Ryan Sara Sharon Sue Thomas Tony Wade William""",
+    Adams Alice Anna Ben Bob Chris Collins Darwin Donald Emily George Henry James Jean John Jones Ken
+    Leon Luke Marie Martin Matt Maya Newton Paul Ray Robert Samuel Simon Stephen Tim Van William""",
     items="""
-    pork rib | turkey sub | sugar cube | pepper mill | almond | banana | peanut | cereal | candle | mirror |
-    blanket | curtain | wheel | helmet | camera | battery pack | keyboard | laptop sleeve | magazine |
-    calendar | stamp | drum | jacket | umbrella | tent | lantern | fishing rod | rabbit cage | tractor |
-    robot | doll | balloon | ribbon | button | needle | bicycle | vitamin | tablet | socket | valve |
-    magnet | barrel | arrow | flag | skate | guitar""",
+    robot | stamp | calendar | oven | horn | pig | heart | castle | space rocket | arrow | target |
+    shield | button | thread | wallet | radio | camera | horse blanket | pine tree | tree house |
+    vitamin | wheel | school uniform | machine | motor | hand mirror | gold coin | gold ring | ear ring |
+    bird cage | bird house | face cream | ice cream | ice cube | fire alarm | fire log | jam jar |
+    pickle jar | flag pole | memory stick | walking stick | fishing net | fishing rod | nut bar |
+    oat bar | wing""",
     greetings="good afternoon | greetings | evening all | yo | excuse me | howdy",
     name_first="you're speaking to {name} | {name} on the line | me, {name} | {name} writing",
     requests="""

@@ -175,9 +175,7 @@ def test_packing_a_large_weight_needs_at_most_64_mib_beside_the_result():
         packed = nf4.quantize(weight, double_quant=False)
         print(peak_bytes() - before - packed.codes.nbytes - packed.absmax.nbytes)
     """
-    run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env={**os.environ}
-    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env={**os.environ})
     assert int(run.stdout) < 64 * 2**20
 
 

@@ -12,9 +12,7 @@ NAMES = [name for name, _ in catalog.list_recipes()]
 
 
 def test_the_recipes_that_must_ship_are_there():
-    cards = {
-        f"{model}-{size}gb" for model in ("llama3.1-8b", "mistral-7b", "qwen2.5-7b") for size in (8, 12, 24)
-    }
+    cards = {f"{model}-{size}gb" for model in ("llama3.1-8b", "mistral-7b", "qwen2.5-7b") for size in (8, 12, 24)}
     assert {"gemma3-270m", "gsm8k"} | cards <= set(NAMES)
 
 
@@ -50,17 +48,13 @@ def test_a_recipe_for_a_card_lacks_only_the_users_rows(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_holds_only_what_differs_from_the_defaults(name):
-    written = catalog.plain(
-        catalog.parse((catalog.recipes_folder() / f"{name}.yaml").read_bytes(), name).root
-    )
+    written = catalog.plain(catalog.parse((catalog.recipes_folder() / f"{name}.yaml").read_bytes(), name).root)
     bare = load_recipe(catalog.recipes_folder() / f"{name}.yaml", check_files=False)
     for section, settings in written.items():
         model = getattr(bare, section)
         for key in settings:
             field = type(model).model_fields[key]
-            assert field.is_required() or getattr(model, key) != field.default, (
-                f"{section}.{key} is the default"
-            )
+            assert field.is_required() or getattr(model, key) != field.default, f"{section}.{key} is the default"
 
 
 def test_a_copy_brings_its_data_and_refuses_to_overwrite(tmp_path):

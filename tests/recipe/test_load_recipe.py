@@ -228,9 +228,7 @@ def test_an_override_that_undoes_another_is_an_error(problems):
 def test_data_is_looked_for_beside_the_recipe_first_and_then_in_the_current_folder(recipe, folder):
     assert recipe().data.train[0].path == str(folder / "rows.jsonl")
     (folder / "elsewhere" / "here.jsonl").write_text("")
-    assert recipe(GOOD, "data.train=here.jsonl").data.train[0].path == str(
-        folder / "elsewhere" / "here.jsonl"
-    )
+    assert recipe(GOOD, "data.train=here.jsonl").data.train[0].path == str(folder / "elsewhere" / "here.jsonl")
     (folder / "elsewhere" / "rows.jsonl").write_text("")
     assert recipe().data.train[0].path == str(folder / "rows.jsonl")
 
@@ -297,9 +295,7 @@ def test_a_missing_demo_model_says_to_install_without_its_dependencies(problems,
 
 def test_settings_that_do_not_go_together_are_problems(problems, folder):
     (folder / "m.gguf").write_text("")
-    assert (
-        "train.eval_every_steps = 5: needs evaluation rows" in problems(GOOD, "train.eval_every_steps=5")[0]
-    )
+    assert "train.eval_every_steps = 5: needs evaluation rows" in problems(GOOD, "train.eval_every_steps=5")[0]
     assert "is for hub models only" in problems(GOOD, "model.path=m.gguf", "model.revision=main")[0]
     table = "data.train=[{path: rows.jsonl, format: table}]"
     assert "format table needs templates" in problems(GOOD, table)[0]
@@ -315,16 +311,12 @@ def test_files_need_not_be_there_where_only_the_settings_are_wanted(recipe, fold
 
 
 def test_unquoted_braces_are_answered_with_quotes(problems):
-    text = (
-        "model: {path: a/b}\ndata: {train: [{path: rows.jsonl, prompt: {question}, completion: '{answer}'}]}"
-    )
+    text = "model: {path: a/b}\ndata: {train: [{path: rows.jsonl, prompt: {question}, completion: '{answer}'}]}"
     assert any("put text in quotes" in line for line in problems(text))
 
 
 def test_a_resolved_recipe_loads_back_equal_and_with_the_same_hash(recipe, folder, tmp_path):
-    r = recipe(
-        GOOD, "lora.alpha=1e16", "output.dir=out", "lora.targets=['1e-5', 'NO', {pattern: é, rank: 3}]"
-    )
+    r = recipe(GOOD, "lora.alpha=1e16", "output.dir=out", "lora.targets=['1e-5', 'NO', {pattern: é, rank: 3}]")
     copy = tmp_path / "other" / "recipe.yaml"
     copy.parent.mkdir()
     copy.write_text(resolve_to_yaml(r), encoding="utf-8")
@@ -365,3 +357,10 @@ def test_thousands_of_problems_are_counted_not_listed(problems):
     found = problems(GOOD + "".join(f"k{i}: 1\n" for i in range(5000)))
     assert len(found) == load.MAX_PROBLEMS + 1
     assert found[-1] == "r.yaml: and 4900 more problems"
+
+
+def test_similar_names_are_searched_for_the_first_problems_only(problems, monkeypatch):
+    searched = []
+    monkeypatch.setattr(load.foreign_names, "cure", lambda key, known: (searched.append(key) or "x", None))
+    problems(GOOD + "".join(f"k{i}: 1\n" for i in range(5000)))
+    assert len(searched) == load.MAX_PROBLEMS

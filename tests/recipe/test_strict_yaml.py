@@ -119,9 +119,7 @@ def test_problems_do_not_end_the_reading():
 
 LETTERS = st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from("\n\t:#-'\"\\ e1_")
 TEXT = st.text(LETTERS, max_size=30)
-TRAPS = st.sampled_from(
-    ["1e-5", "012", "NO", "3:30", ".nan", "~", "null", "", "2024-01-01", "1_0", "&a", "*a", "<<"]
-)
+TRAPS = st.sampled_from(["1e-5", "012", "NO", "3:30", ".nan", "~", "null", "", "2024-01-01", "1_0", "&a", "*a", "<<"])
 NUMBERS = st.integers(-(10**17), 10**17) | st.floats(allow_nan=False, allow_infinity=False)
 SCALARS = st.none() | st.booleans() | NUMBERS | TEXT | TRAPS
 

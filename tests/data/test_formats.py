@@ -1,0 +1,154 @@
+"""Formats are recognised by their keys, and a row that does not fit is named with what is wrong."""
+
+import pytest
+
+from qlora_lite.data.formats import Conversation, Document, Turn, read_conversations
+from qlora_lite.data.lines import Problems
+from qlora_lite.data.read import Source
+from qlora_lite.errors import DataError
+
+PAIR = (Turn("user", "q"), Turn("assistant", "a"))
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content, **more):
+    return {"role": "assistant", "content": content, **more}
+
+
+@pytest.fixture
+def read(write):
+    """Read rows through the formats; returns what was read and the problems."""
+
+    def read_all(rows, **settings):
+        problems = Problems()
+        read = list(read_conversations(Source(write("a.jsonl", rows), **settings), problems))
+        return read, problems.shown
+
+    return read_all
+
+
+@pytest.mark.parametrize(
+    ("row", "turns"),
+    [
+        ({"messages": [user("q"), assistant("a")]}, PAIR),
+        ({"messages": [user("q"), assistant("a")], "text": "rendered already"}, PAIR),
+        ({"conversations": [user("q"), assistant("a")]}, PAIR),
+        ({"messages": [{"role": "developer", "content": "s"}, user("q"), assistant("a")]}, (Turn("system", "s"), *PAIR)),
+        ({"messages": [user([{"type": "text", "text": "q"}]), assistant([{"type": "text", "value": "a"}])]}, PAIR),
+        ({"messages": [user("q"), assistant("a", weight=0, tool_calls=None)]}, (PAIR[0], Turn("assistant", "a", False))),
+        ({"messages": [user("q"), assistant("a", loss_weight=1.0)]}, PAIR),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": ""}, PAIR),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
+         (Turn("system", "s"), *PAIR)),
+        ({"instruction": "q", "output": "a"}, PAIR),
+        ({"instruction": "q", "input": "", "output": "a", "system": None}, PAIR),
+        ({"instruction": "q", "input": "x", "output": "a"}, (Turn("user", "q\n\nx"), PAIR[1])),
+        ({"prompt": "q", "completion": "a", "id": 7}, PAIR),
+    ],
+)  # fmt: skip
+def test_a_row_becomes_turns(read, row, turns):
+    (conversation,), problems = read([row])
+    assert problems == []
+    assert isinstance(conversation, Conversation) and conversation.turns == turns
+    assert conversation.where.endswith("a.jsonl:1")
+
+
+def test_text_stays_as_it_is(read):
+    (document,), _ = read([{"text": " a\n"}])
+    assert isinstance(document, Document) and document.text == " a\n"
+
+
+def test_a_table_fills_its_templates_and_nothing_else_in_them(read):
+    rows = [{"question": "2+{x}?", "label": 4}]
+    (conversation,), _ = read(rows, prompt="Q: {question} {{json}}", completion="{label}")
+    assert [turn.content for turn in conversation.turns] == ["Q: 2+{x}? {json}", "4"]
+
+
+def test_an_explicit_format_wins_over_recognition(read):
+    (document,), _ = read([{"text": "t", "prompt": "q", "completion": "a"}], format="text")
+    assert isinstance(document, Document)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"messages": []}, "no list of turns"),
+        ({"messages": [user("q")]}, "a row with no answer"),
+        ({"messages": [{"role": "system", "content": "s"}]}, "a row with no answer"),
+        ({"messages": [user("q"), user("q")]}, "turn 2 is user where assistant must stand"),
+        ({"messages": [assistant("a"), user("q")]}, "turn 1 is assistant where user must stand"),
+        ({"messages": [user("q"), {"role": "system", "content": "s"}]}, "turn 2 is system"),
+        ({"messages": [user("q"), {"role": "wizard", "content": "a"}]}, "unknown role 'wizard'"),
+        ({"messages": [user("q"), {"content": "a"}]}, "unknown role None"),
+        ({"messages": [user("q"), "a"]}, "turn 2 is a str"),
+        ({"messages": [user("q"), assistant(None)]}, "turn 2 (assistant): 'content' is missing or null"),
+        ({"messages": [user("q"), assistant(True)]}, "is a boolean, not text"),
+        ({"messages": [user("q"), assistant(7)]}, "is a number, not text"),
+        ({"messages": [user("q"), assistant({"a": 1})]}, "is an object, not text"),
+        ({"messages": [user("q"), assistant(" \n")]}, "'content' is empty"),
+        ({"messages": [user("q"), assistant([])]}, "'content' is empty"),
+        ({"messages": [user("q"), assistant(["a"])]}, "has a part that is not"),
+        ({"messages": [user([{"type": "image"}]), assistant("a")]}, "only text can train"),
+        ({"messages": [user("q"), assistant("a", weight=0.5)]}, "weight 0.5"),
+        ({"messages": [user("q"), assistant("a", tool_calls=[{"id": 1}])]}, "'tool_calls' is not supported"),
+        ({"messages": [user("q"), assistant("a")], "tools": [{}]}, "'tools' is not supported"),
+        ({"prompt": "q", "completion": "a"}, "no list of turns"),
+    ],
+)
+def test_a_conversation_that_does_not_fit_is_named(read, row, said):
+    good = {"messages": [user("q"), assistant("a")]}
+    kept, problems = read([good, row, good])
+    assert len(kept) == 2
+    assert len(problems) == 1 and ":2: " in problems[0] and said in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"instruction": "q"}, "'output' is missing or null"),
+        ({"instruction": "q", "output": ""}, "'output' is empty"),
+        ({"instruction": None, "output": "a"}, "'instruction' is missing"),
+        ({"instruction": "q", "input": ["x"], "output": "a"}, "'input' is a list, not text"),
+        ({"instruction": "q", "output": "a", "history": [["x", "y"]]}, "'history' is not supported"),
+    ],
+)
+def test_an_alpaca_row_that_does_not_fit_is_named(read, row, said):
+    kept, problems = read([{"instruction": "q", "output": "a"}, row])
+    assert len(kept) == 1 and ":2: " in problems[0] and said in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(None, "missing"), (True, "a boolean"), ([1], "a list"), ("", "is empty")],
+)
+def test_a_table_column_that_is_no_text_is_named(read, value, said):
+    _, problems = read([{"q": "x", "a": value}], prompt="{q}", completion="{a}")
+    assert said in problems[0]
+
+
+@pytest.mark.parametrize("template", ["{nothing}", "{q.__class__}", "{q!r}", "{q:>9}", "{q", "{}"])
+def test_a_table_template_can_only_name_columns(read, template):
+    _, problems = read([{"q": "x", "a": "y"}], prompt=template, completion="{a}")
+    assert "template" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"format": "csv"}, "'csv' is not a format"),
+        ({"format": "table"}, "needs both prompt and completion"),
+        ({"prompt": "{q}"}, "needs both prompt and completion"),
+        ({"format": "alpaca", "prompt": "{q}", "completion": "{a}"}, "belong to format table"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_an_error(read, settings, said):
+    with pytest.raises(DataError, match=said):
+        read([{"q": "x", "a": "y"}], **settings)
+
+
+def test_columns_that_no_format_has_are_an_error_that_shows_the_cure(read):
+    with pytest.raises(DataError, match=r"'question', 'answer'; say which ones to use with prompt: '\{column\}'"):
+        read([{"question": "x", "answer": "y"}])

@@ -1,0 +1,225 @@
+"""Every row has its place, and every row that is not whole is named."""
+
+import json
+import os
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from qlora_lite.data.lines import MAX_ROW_BYTES, Problems
+from qlora_lite.data.read import Source, read_rows
+from qlora_lite.errors import DataError
+
+GOOD = '{"text": "a"}'
+
+
+def rows_of(path, **settings):
+    return list(read_rows(Source(str(path), **settings)))
+
+
+def failure(path):
+    with pytest.raises(DataError) as caught:
+        rows_of(path)
+    return str(caught.value)
+
+
+def test_a_jsonl_row_is_named_by_its_line_and_blank_lines_are_skipped(write):
+    path = write("a.jsonl", f"{GOOD}\r\n\n  \n{GOOD}")
+    assert rows_of(path) == [(f"{path}:1", {"text": "a"}), (f"{path}:4", {"text": "a"})]
+
+
+def test_a_byte_order_mark_at_the_start_of_a_file_is_accepted(write):
+    assert rows_of(write("a.jsonl", b"\xef\xbb\xbf" + GOOD.encode()))[0][1] == {"text": "a"}
+    assert rows_of(write("a.json", b"\xef\xbb\xbf[" + GOOD.encode() + b"]"))[0][1] == {"text": "a"}
+    assert rows_of(write("a.csv", b"\xef\xbb\xbftext\r\na\r\n"))[0][1] == {"text": "a"}
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b'{"text": "a', "cut short"),
+        (b'{"text": ', "cut short"),
+        (b"\xef\xbb\xbf" + GOOD.encode(), "not JSON"),
+        (b'{"text": "a\x00"}', "NUL"),
+        (b'{"text": "\\u0000"}', "NUL"),
+        (b'{"text": "caf\xe9"}', "byte 14 of the line is not UTF-8"),
+        (b'{"text": "\\ud800"}', "surrogate"),
+        (b'{"text": "\\udc00\\ud800"}', "surrogate"),
+        (b'[{"text": "a"}]', "a list instead of an object"),
+        (b'"a"', "str instead of an object"),
+        (b"null", "NoneType instead of an object"),
+        (b'{"text": NaN}', "NaN is not JSON"),
+        (b'{"text": -Infinity}', "-Infinity is not JSON"),
+        (b'{"text": "a", "text": "b"}', "'text' stands twice"),
+        (b'{"a": {"k": 1, "k": 1}}', "'k' stands twice"),
+        (b'{"text": "a"} {"text": "b"}', "something follows the object"),
+        (b"{'text': 'a'}", "not JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"text": "' + b"a" * MAX_ROW_BYTES + b'"}', "more than 5,000,000 bytes"),
+    ],
+)
+def test_a_malformed_jsonl_line_is_named_and_its_neighbours_are_read(write, line, said):
+    path = write("a.jsonl", GOOD.encode() + b"\n" + line + b"\n" + GOOD.encode() + b"\n")
+    problems = Problems()
+    good = list(read_rows(Source(path), problems))
+    assert [where for where, _ in good] == [f"{path}:1", f"{path}:3"]
+    assert problems.count == 1
+    assert problems.shown[0].startswith(f"{path}:2: ") and said in problems.shown[0]
+
+
+@pytest.mark.parametrize("text", ['"\\ud83d\\ude00"', '"a\\\\u0000b"', '"\\\\ud800"'])
+def test_escapes_that_are_text_are_not_faults(write, text):
+    path = write("a.jsonl", f'{{"text": {text}}}')
+    assert rows_of(path)[0][1] == {"text": json.loads(text)}
+
+
+def test_up_to_twenty_problems_are_listed_at_once_and_the_rest_counted(write):
+    message = failure(write("a.jsonl", "{\n" * 25 + GOOD))
+    assert len(message.splitlines()) == 21
+    assert "and 5 more problems" in message
+
+
+def test_a_json_array_names_each_row_by_its_line(write):
+    path = write("a.json", '[\n  {"text": "a"},\n\n  {"text":\n "b"}, {"text": "c"}\n]\n')
+    assert [where.rpartition(":")[2] for where, _ in rows_of(path)] == ["2", "4", "5"]
+
+
+def test_a_json_file_with_one_object_per_line_is_read_too(write):
+    assert len(rows_of(write("a.json", f"{GOOD}\n{GOOD}\n"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        (f"[\n{GOOD},\n{GOOD}\n", 4, "cut short"),
+        (f"[\n{GOOD},\n{GOOD[:-4]}", 3, "not JSON"),
+        (f"[\n{GOOD},\n", 3, "not JSON"),
+        (f"[\n{GOOD}\n{GOOD}]", 3, "a comma is missing"),
+        (f"[\n{GOOD},\n]", 2, "too many"),
+        (f"[\n{GOOD}]\n{GOOD}", 2, "something follows"),
+        (f'[\n{GOOD},\n{{"a": 1,\n "a": NaN}}]', 3, "'a' stands twice"),
+        (f'[\n{GOOD},\n{{"a": "\\ud800"}}]', 3, "surrogate"),
+        (f"[\n{GOOD},\n7]", 3, "int instead of an object"),
+        (f"[\n{GOOD},\n" + '{"a":' * 100_000, 3, "nested too deeply"),
+    ],
+)
+def test_a_malformed_json_array_names_the_line(write, text, line, said):
+    path = write("a.json", text)
+    message = failure(path)
+    assert message.startswith(f"{path}:{line}: ") and said in message
+
+
+def test_json_that_is_not_utf8_names_the_line(write):
+    path = write("a.json", b'[\n{"text": "caf\xe9"}]')
+    assert failure(path).startswith(f"{path}:2: not UTF-8")
+
+
+def test_csv_rows_may_span_lines_and_keep_the_line_they_begin_on(write):
+    path = write("a.csv", 'q,a\r\n"one\r\nline",1\r\n\r\n"say ""hi""",2\r\n')
+    assert rows_of(path) == [
+        (f"{path}:2", {"q": "one\nline", "a": "1"}),
+        (f"{path}:5", {"q": 'say "hi"', "a": "2"}),
+    ]
+
+
+def test_tsv_is_split_at_tabs(write):
+    assert rows_of(write("a.tsv", "q\ta\n1,5\tb\n"))[0][1] == {"q": "1,5", "a": "b"}
+
+
+@pytest.mark.parametrize(
+    ("body", "line", "said"),
+    [
+        ("1,2\n1,2,3\n", 3, "3 fields, but the header names 2"),
+        ("1\n", 2, "1 fields"),
+        ('1,2\n"1,2\n', 3, "not CSV"),
+        ('"a"b,2\n', 2, "not CSV"),
+        ("1,2\n\0,2\n3\n", 3, "NUL"),
+    ],
+)
+def test_a_malformed_csv_row_is_named(write, body, line, said):
+    path = write("a.csv", "q,a\n" + body)
+    message = failure(path).splitlines()[0]
+    assert message.startswith(f"{path}:{line}: ") and said in message
+
+
+@pytest.mark.parametrize("header", ["q,q", "q,"])
+def test_a_csv_header_must_name_each_column_once(write, header):
+    assert "must name every column once" in failure(write("a.csv", f"{header}\n1,2\n"))
+
+
+def test_text_is_split_at_blank_lines_and_named_by_the_first_line(write):
+    path = write("a.txt", "\n\none\ntwo\n \n\nthree\n")
+    assert rows_of(path) == [(f"{path}:3", {"text": "one\ntwo"}), (f"{path}:7", {"text": "three"})]
+
+
+def test_text_without_blank_lines_has_one_document_per_line(write):
+    path = write("sst2.train", "1 good\n0 bad\n")
+    assert rows_of(path) == [(f"{path}:1", {"text": "1 good"}), (f"{path}:2", {"text": "0 bad"})]
+
+
+def test_parquet_and_arrow_rows_are_named_by_number(tmp_path):
+    table = pyarrow.table({"messages": [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pyarrow.ipc.new_stream(tmp_path / "s.arrow", table.schema) as stream:
+        stream.write_table(table)
+    with pyarrow.ipc.new_file(tmp_path / "f.arrow", table.schema) as file:
+        file.write_table(table)
+    for name in ("a.parquet", "s.arrow", "f.arrow"):
+        rows = rows_of(tmp_path / name)
+        assert rows[1] == (f"{tmp_path / name}:2", {"messages": [{"role": "user", "content": "b"}]})
+
+
+def test_a_parquet_file_cut_short_is_an_error(tmp_path, write):
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"] * 100}), tmp_path / "a.parquet")
+    whole = (tmp_path / "a.parquet").read_bytes()
+    assert "not a whole parquet file" in failure(write("a.parquet", whole[:-20]))
+    assert "not a whole arrow file" in failure(write("a.arrow", b"ARROW1rubbish"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt", "a.unknown"])
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_a_file_without_rows_is_an_error(write, name, content):
+    assert "has no rows" in failure(write(name, content))
+
+
+def test_a_json_list_without_rows_is_an_error(write):
+    assert "has no rows" in failure(write("a.json", "[ ]"))
+
+
+def test_a_folder_gives_its_data_files_in_order_of_name(write, tmp_path):
+    write("set/b.jsonl", '{"text": "b"}')
+    write("set/deep/a.jsonl", '{"text": "deep"}')
+    write("set/a.csv", "text\na\n")
+    write("set/README", "no data")
+    assert [row["text"] for _, row in rows_of(tmp_path / "set")] == ["a", "b", "deep"]
+    assert [row["text"] for _, row in rows_of(tmp_path / "set" / "*.jsonl")] == ["b"]
+
+
+def test_a_folder_without_data_and_a_missing_file_are_errors(write, tmp_path):
+    write("set/notes", "x")
+    assert "no data file in this folder" in failure(tmp_path / "set")
+    assert "no such file" in failure(tmp_path / "nothing.jsonl")
+    assert "no such file" in failure(tmp_path / "nothing*.jsonl")
+
+
+def test_a_fifo_and_a_symlink_loop_are_errors_and_do_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
+    assert "not an ordinary file" in failure(tmp_path / "pipe.jsonl")
+    assert "leads nowhere" in failure(tmp_path / "loop.jsonl")
+
+
+@pytest.mark.parametrize(("magic", "kind"), [(b"\x1f\x8b\x08", "gzip"), (b"\xff\xfe{\x00", "UTF-16")])
+def test_a_file_of_another_kind_is_named(write, magic, kind):
+    assert f"this is a {kind} file" in failure(write("a.jsonl", magic))
+
+
+def test_a_file_without_permission_is_an_error(write, monkeypatch):
+    path = write("a.jsonl", GOOD)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    assert failure(path) == f"{path}: cannot be read (Permission denied)"

@@ -1,0 +1,179 @@
+"""The text of a row, and the characters of its answers."""
+
+import pytest
+from tiny_tokenizer import make_tokenizer
+
+from qlora_lite.data.formats import Conversation, Turn
+from qlora_lite.data.template import NAMED_TEMPLATES, Template, choose_template, render, render_prompt
+from qlora_lite.errors import DataError
+
+TURNS = (Turn("user", "one"), Turn("assistant", "two"), Turn("user", "three"), Turn("assistant", "four"))
+
+
+def answers_of(template: Template, turns=TURNS, wanted=(1, 3)):
+    rendering = render(template, Conversation(tuple(turns), "f:1"), wanted)
+    return [rendering.text[first:last] for first, last in rendering.answers.values()]
+
+
+@pytest.fixture
+def own(tokenizer):
+    """Make a template from Jinja text as if it were the tokenizer's own."""
+
+    def make(source, **settings):
+        tokenizer = make_tokenizer(**settings)
+        tokenizer.chat_template = source
+        return choose_template(tokenizer)
+
+    return make
+
+
+CHATML = NAMED_TEMPLATES["chatml"]
+GENERATION = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}{% generation %}"
+    "{{ m.content }}END{% endgeneration %}AFTER{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content"
+    " + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "end", "text"),
+    [
+        ("chatml", "<|im_end|>", "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>\n"),
+        ("llama3", "<|eot_id|>", "<|start_header_id|>user<|end_header_id|>\n\none<|eot_id|>"
+         "<|start_header_id|>assistant<|end_header_id|>\n\ntwo<|eot_id|>"),
+        ("gemma", "<end_of_turn>", "<start_of_turn>user\none<end_of_turn>\n<start_of_turn>model\ntwo<end_of_turn>\n"),
+        ("alpaca", "</s>", "Below is an instruction that describes a task. Write a response that appropriately "
+         "completes the request.\n\n### Instruction:\none\n\n### Response:\ntwo</s>\n\n"),
+        ("plain", "</s>", "one\ntwo</s>"),
+    ],
+)  # fmt: skip
+def test_each_named_template_writes_what_it_is_known_for(tokenizer, name, end, text):
+    template = choose_template(tokenizer, name)
+    assert render(template, Conversation(TURNS[:2], "f:1"), [1]).text == text
+    assert answers_of(template) == [f"two{end}", f"four{end}"]
+
+
+@pytest.mark.parametrize("name", NAMED_TEMPLATES)
+def test_the_named_templates_write_the_system_turn(tokenizer, name):
+    turns = (Turn("system", "be brief"), *TURNS[:2])
+    text = render_prompt(choose_template(tokenizer, name), turns[:2])
+    assert "be brief" in text and text.index("be brief") < text.index("one")
+
+
+@pytest.mark.parametrize("name", NAMED_TEMPLATES)
+def test_begin_of_text_is_written_where_the_tokenizer_writes_it(name):
+    for adds_begin, expected in ((True, 1), (False, 0)):
+        template = choose_template(make_tokenizer(adds_begin=adds_begin), name)
+        text = render(template, Conversation(TURNS, "f:1"), [3]).text
+        assert text.count("<s>") == expected and text.startswith("<s>") == adds_begin
+
+
+def test_the_models_own_template_alone_decides_on_begin_of_text(own):
+    assert not render_prompt(own(CHATML, adds_begin=True), TURNS[:1]).startswith("<s>")
+    assert render_prompt(own("{{ bos_token }}" + CHATML, adds_begin=True), TURNS[:1]).count("<s>") == 1
+
+
+def test_a_tokenizer_without_a_template_is_an_error_that_names_the_choices():
+    with pytest.raises(DataError, match="set data.template to one of chatml, llama3, gemma, alpaca, plain"):
+        choose_template(make_tokenizer(template=None))
+
+
+def test_an_unknown_or_unreadable_template_is_an_error(tokenizer, tmp_path):
+    with pytest.raises(DataError, match="'vicuna' is unknown"):
+        choose_template(tokenizer, "vicuna")
+    with pytest.raises(DataError, match="cannot be read"):
+        choose_template(tokenizer, str(tmp_path / "none.jinja"))
+
+
+def test_a_jinja_file_can_be_the_template_and_begin_is_never_written_twice(tmp_path):
+    tokenizer = make_tokenizer(adds_begin=True)
+    for source in (CHATML, "{{ bos_token }}" + CHATML, "<s>" + CHATML):
+        (tmp_path / "t.jinja").write_text(source)
+        template = choose_template(tokenizer, str(tmp_path / "t.jinja"))
+        assert render_prompt(template, TURNS[:1]).count("<s>") == 1
+
+
+def test_a_generation_block_says_what_is_learned_and_gets_its_end_token(own):
+    with_end = own(GENERATION.replace("END", "<|im_end|>").replace("AFTER", "\n"))
+    without_end = own(GENERATION.replace("END", "").replace("AFTER", "<|im_end|>\n"))
+    for template in (with_end, without_end):
+        assert answers_of(template) == ["two<|im_end|>", "four<|im_end|>"]
+
+
+def test_a_generation_block_that_no_end_token_follows_is_an_error(own):
+    with pytest.raises(DataError, match="would never learn to stop"):
+        answers_of(own(GENERATION.replace("END", "").replace("AFTER", "\n")))
+
+
+def test_a_generation_block_around_some_answers_only_is_an_error(own):
+    source = GENERATION.replace("END", "<|im_end|>").replace("AFTER", "\n")
+    source = source.replace("m.role == 'assistant'", "m.role == 'assistant' and loop.last")
+    with pytest.raises(DataError, match="marks 1 answers .* the row has 2"):
+        answers_of(own(source))
+
+
+def test_a_template_that_closes_the_text_once_more_ends_answers_at_the_first_end_token(own):
+    closes = CHATML.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}")
+    assert answers_of(own(closes)) == ["two<|im_end|>", "four<|im_end|>"]
+
+
+def test_a_template_that_rewrites_history_is_an_error_except_for_the_last_answer(own):
+    thinks = CHATML.replace("+ m.content", "+ ('<think>' if m.role == 'assistant' and loop.last else '') + m.content")
+    with pytest.raises(DataError, match="set data.train_on to last"):
+        answers_of(own(thinks))
+    assert answers_of(own(thinks), wanted=[3]) == ["<think>four<|im_end|>"]
+
+
+def test_a_prompt_that_the_text_does_not_begin_with_is_an_error(own):
+    other_prompt = CHATML.replace("assistant\n'", "assistant: '")
+    with pytest.raises(DataError, match="otherwise when it prompts"):
+        answers_of(own(other_prompt))
+
+
+@pytest.mark.parametrize("skipped", ["user", "system", "assistant"])
+def test_a_template_that_drops_a_turn_is_an_error(own, skipped):
+    drops = CHATML.replace("m.content", f"(m.content if m.role != '{skipped}' else '')")
+    with pytest.raises(DataError, match=rf"drops or changes turn \d \({skipped}\)"):
+        answers_of(own(drops), (Turn("system", "zero"), *TURNS[:2]), [2])
+
+
+def test_a_template_without_an_end_token_is_an_error(own):
+    with pytest.raises(DataError, match="never learn to stop"):
+        answers_of(own(CHATML.replace("<|im_end|>", "")))
+    with pytest.raises(DataError, match="never learn to stop"):
+        answers_of(own(CHATML.replace("<|im_end|>", "<|not a token|>")))
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("{{ raise_exception('system turns are not supported') }}", "system turns are not supported"),
+        ("{% for m in messages %}", "refuses this row"),
+        ("{{ messages[0].content + none }}", "refuses this row"),
+        ("{{ ''.__class__.__mro__ }}", "refuses this row"),
+    ],
+)
+def test_a_template_that_fails_is_an_error(own, source, said):
+    with pytest.raises(DataError, match=said):
+        answers_of(own(source))
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "</s>", "<s>", "<unk>"])
+def test_a_special_token_inside_a_turn_is_an_error(tokenizer, token):
+    turns = (TURNS[0], Turn("assistant", f"x{token}y"))
+    with pytest.raises(DataError, match=r"turn 2 holds the text .* control token"):
+        answers_of(choose_template(tokenizer), turns, [1])
+
+
+def test_text_that_only_begins_like_a_special_token_is_text(tokenizer):
+    turns = (TURNS[0], Turn("assistant", "<|im_ and <<s> <|im_end|"))
+    with pytest.raises(DataError, match="'<s>'"):
+        answers_of(choose_template(tokenizer), turns, [1])
+    turns = (TURNS[0], Turn("assistant", "<|im_ and << s> <|im_end|"))
+    assert answers_of(choose_template(tokenizer), turns, [1]) == ["<|im_ and << s> <|im_end|<|im_end|>"]
+
+
+def test_white_space_that_a_template_trims_is_no_fault(tokenizer):
+    turns = (Turn("user", " one "), Turn("assistant", " two\n"))
+    assert answers_of(choose_template(tokenizer, "gemma"), turns, [1]) == ["two<end_of_turn>"]
