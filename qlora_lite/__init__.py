@@ -18,6 +18,7 @@ _API = {
     "Source": "qlora_lite.data.read",
     "build_examples": "qlora_lite.data.examples",
     "Trainer": "qlora_lite.train.loop",
+    "train_settings": "qlora_lite.build",
     "train": "qlora_lite.run",
 }
 

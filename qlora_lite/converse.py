@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from torch import nn
+from transformers import TextStreamer
 
 from .build import build_model
 from .data.formats import Turn
@@ -28,10 +29,19 @@ class Session:
         """Add what the user says."""
         self.turns.append(Turn("user", text))
 
-    def reply(self) -> str:
-        """Answer the messages so far, and remember the answer."""
+    def reply(self, show: bool = False) -> str:
+        """Answer the turns so far, and remember the answer; ``show`` prints it word by word as it comes."""
         prompt = render_prompt(self.template, self.turns)
-        (text,) = answer(self.model, self.tokenizer, [prompt], self.max_new_tokens, self.stop, sampling=self.sampling)
+        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
+        (text,) = answer(
+            self.model,
+            self.tokenizer,
+            [prompt],
+            self.max_new_tokens,
+            self.stop,
+            sampling=self.sampling,
+            streamer=streamer,
+        )
         self.turns.append(Turn("assistant", text))
         return text
 

@@ -52,7 +52,7 @@ def _free(path) -> str:
 def _notes(device: torch.device) -> list[str]:
     notes = []
     if device.type == "cpu":
-        notes.append("no CUDA GPU is usable: training runs on the processor, about a thousand times slower for 7B")
+        notes.append("no CUDA GPU is usable: training runs on the processor; take a small model")
         if not torch.version.cuda:
             notes.append("this torch is built without CUDA; install the CUDA build if the machine has a card")
         notes.append("paged optimizers are ordinary ones here: there is no device memory to page")

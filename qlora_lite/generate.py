@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,26 +43,30 @@ def answer(
     """
     tokens = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(tokens[i]))
-    sampling = sampling or Sampling()
-    draw = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
-    options = (
-        draw if sampling.temperature > 0 else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    )
+    config = _generation_config(sampling or Sampling(), max_new_tokens, list(stop))
     answers = [""] * len(prompts)
     was_training = model.training
     model.eval()
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        ids, mask = _pad_left([tokens[i] for i in rows], (stop or [0])[0])
-        out = model.generate(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=max_new_tokens,
-            eos_token_id=list(stop) or None, pad_token_id=(stop or [0])[0], use_cache=True, streamer=streamer, **options,
-        )  # fmt: skip
+        ids, mask = _pad_left([tokens[i] for i in rows], config.pad_token_id)
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
         texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         for row, text in zip(rows, texts, strict=True):
             answers[row] = text
     model.train(was_training)
     return answers
+
+
+def _generation_config(sampling: Sampling, max_new_tokens: int, stop: list[int]) -> GenerationConfig:
+    draw = {"do_sample": False}
+    if sampling.temperature > 0:
+        draw = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+    pad = stop[0] if stop else 0  # masked out on the left, cut off on the right
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=stop or None, pad_token_id=pad, use_cache=True, **draw
+    )
 
 
 def _pad_left(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

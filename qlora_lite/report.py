@@ -10,6 +10,7 @@ Layer L6: pyyaml besides the standard library.
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -68,7 +69,8 @@ def render(run: RunFiles, folder_name: str) -> str:
 
 def _head(summary: dict[str, Any], name: str, folder_name: str) -> str:
     status = str(summary.get("status") or "unfinished")
-    started = str(summary.get("started") or "").replace("T", " ", 1).replace("+00:00", " UTC")
+    started = str(summary.get("started") or "").replace("T", " ", 1)
+    started = re.sub(r"\+00:?00$", " UTC", started)
     facts = [summary.get("model"), summary.get("device"), started, f"folder {folder_name}"]
     style = STATUS_STYLE.get(status, "warn")
     title = f'<h1>{text(name)}</h1><span class="status {style}">{text(status)}</span>'
@@ -113,12 +115,11 @@ def _percent(share: float) -> str:
 
 def _loss_chart(run: RunFiles) -> str:
     series = [
-        *_noisy("loss", curve(run, "loss")),
+        *_noisy("training", curve(run, "loss")),
         Series("evaluation", curve(run, "eval_loss"), 3, dots=True),
     ]
-    labels = {1: "training, each step", 2: "training, smoothed", 3: "evaluation"}
-    shown = [line.style for line in series if line.points]
-    legend = "".join(f'<span><i class="key-{style}"></i>{labels[style]}</span>' for style in shown)
+    shown = [line for line in series if line.points]
+    legend = "".join(f'<span><i class="key-{line.style}"></i>{line.label}</span>' for line in shown)
     title = "Loss over training steps"
     wide = line_chart(series, title=title, width=1000, height=300, log=True)
     narrow = line_chart(series, title=title, width=350, height=230, log=True)
@@ -127,9 +128,10 @@ def _loss_chart(run: RunFiles) -> str:
 
 
 def _noisy(label: str, points: list[tuple[int, float]]) -> list[Series]:
-    """Return the points in a pale line and, where there are enough, their average in a strong one."""
-    average = smooth(points, len(points) / 20) if len(points) >= 10 else []
-    return [Series(label, points, 1), Series("smoothed", average, 2)]
+    """Return the points as a pale line and their average as a strong one; few points as one strong line."""
+    if len(points) < 10:
+        return [Series(label, points, 2)]
+    return [Series(label, points, 1), Series("smoothed", smooth(points, len(points) / 20), 2)]
 
 
 def _small_charts(run: RunFiles) -> str:
@@ -195,14 +197,14 @@ def _settings(recipe: str) -> str:
         return f'<div class="card"><pre>{text(recipe)}</pre></div>' if recipe.strip() else ""
     loose = {key: value for key, value in parsed.items() if not isinstance(value, dict)}
     sections = ({"recipe": loose} if loose else {}) | {k: v for k, v in parsed.items() if k not in loose}
-    return f'<div class="grid3">{"".join(_pairs_of(str(key), sections[key]) for key in sections)}</div>'
+    return f'<div class="columns">{"".join(_pairs_of(str(key), sections[key]) for key in sections)}</div>'
 
 
 def _data_and_versions(summary: dict[str, Any]) -> str:
     adapter = {"weights": summary.get("trainable_parameters"), "sha256": summary.get("adapter_sha256")}
     cards = _counts("Training rows", summary.get("data")) + _counts("Adapter", adapter)
     cards += _pairs_of("Versions", summary.get("versions"))
-    return f'<div class="grid3">{cards}</div>' if cards else ""
+    return f'<div class="columns">{cards}</div>' if cards else ""
 
 
 def _counts(title: str, values: object) -> str:
@@ -217,8 +219,14 @@ def _pairs_of(title: str, values: object) -> str:
     """Write a dict as a titled list, values as in a recipe; anything else, or an empty one, as nothing."""
     if not isinstance(values, dict) or not values:
         return ""
-    return pairs(title, [(str(key), v if isinstance(v, str) else _json(v)) for key, v in values.items()])
+    return pairs(title, [(str(key), _plain(value)) for key, value in values.items()])
 
 
-def _json(value: object) -> str:
+def _plain(value: object) -> str:
+    """Write a setting as in a recipe; of a list of mappings, what is set."""
+    if isinstance(value, str):
+        return value
+    rows = _dicts(value)
+    if rows:
+        return "; ".join(", ".join(f"{k}: {v}" for k, v in row.items() if v is not None) for row in rows)
     return json.dumps(value, default=str, ensure_ascii=False)

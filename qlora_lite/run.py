@@ -206,8 +206,10 @@ class _Run:
 
     def _raise_if_stopped(self) -> None:
         if self.stop:
-            raise Interrupted(f"stopped at step {self.trainer.step} by {signal.Signals(self.stop[0]).name}; "
-                              f"the adapter so far is in {self.run.path / ADAPTER_LAST}")  # fmt: skip
+            last = self.run.path / ADAPTER_LAST
+            kept = f"the adapter so far is in {last}" if last.exists() else "no adapter was trained yet"
+            name = signal.Signals(self.stop[0]).name
+            raise Interrupted(f"stopped by {name} after step {self.trainer.step}; {kept}")
 
 
 def _due(step: int, every: int) -> bool:

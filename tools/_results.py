@@ -39,13 +39,14 @@ def write_result(name: str, payload: dict[str, Any]) -> Path:
 
 
 def machine() -> dict[str, Any]:
-    """Return the processor, its cores, the memory in bytes, and the GPU or None."""
+    """Return the processor, its cores and load, the memory in bytes, and the GPU or None."""
     has_gpu = torch.cuda.is_available()
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "load_average": round(os.getloadavg()[0], 1),  # above the number of cores in use: others were at work
         "gpu": torch.cuda.get_device_name() if has_gpu else None,
         "gpu_memory_bytes": torch.cuda.get_device_properties(0).total_memory if has_gpu else None,
     }

@@ -38,7 +38,7 @@ def chat(run: str, system: str | None, max_new_tokens: int, temperature: float) 
         if not line.strip():
             return
         session.say(line)
-        click.echo(session.reply())
+        session.reply(show=True)
 
 
 def _open(run, system, max_new_tokens, temperature):

@@ -12,6 +12,7 @@ import json
 import re
 from pathlib import Path
 
+import regex
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -25,6 +26,13 @@ from .inject import Target, add_lora, linear_layers, lora_layers
 
 WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
+# Settings of peft that change what an adapter computes, and the starts of values that change the base model.
+REFUSED_KEYS = (
+    "use_dora", "modules_to_save", "trainable_token_indices", "layer_replication", "lora_bias", "use_qalora",
+    "use_bdlora", "alora_invocation_tokens", "target_parameters", "arrow_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
+REFUSED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+MATCH_SECONDS = 0.2  # for one pattern of an adapter file on one path; an honest one takes microseconds
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -101,6 +109,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     tensors = _read_tensors(folder / WEIGHTS_NAME)
     layers = linear_layers(model)
     ranks, problems = _check(tensors, layers)
+    problems += _without_factors(config, layers, ranks)
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise ModelError(f"the adapter {folder} does not fit this model: {shown}")
@@ -109,8 +118,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         for name, rank in ranks.items()
     ]
     dtype = next(iter(tensors.values())).dtype
-    rslora, dropout = bool(config.get("use_rslora")), float(config.get("lora_dropout", 0.0))
-    add_lora(model, targets, dropout=dropout, rslora=rslora, dtype=dtype)
+    dropout = config.get("lora_dropout", 0.0)
+    add_lora(model, targets, dropout=dropout, rslora=bool(config.get("use_rslora")), dtype=dtype)
     fill_adapter(model, tensors)
     return model
 
@@ -132,15 +141,32 @@ def _read_config(folder: Path) -> dict:
         raise ModelError(f"cannot read {path}: {error}") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ModelError(f"{path} does not describe a LoRA adapter (peft_type is not LORA)")
-    alpha = config.get("lora_alpha")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < 1e9:
-        raise ModelError(f"{path}: lora_alpha must be a positive number, not {alpha!r}")
-    refused = {key: config.get(key) for key in ("use_dora", "modules_to_save", "trainable_token_indices")}
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ModelError(f"{path}: alpha_pattern must be an object, not {patterns!r}")
+    alphas = {"lora_alpha": config.get("lora_alpha")} | {f"alpha_pattern {key!r}": v for key, v in patterns.items()}
+    for name, alpha in alphas.items():
+        if not _is_number(alpha) or not 0 < alpha < 1e9:
+            raise ModelError(f"{path}: {name} must be a positive number, not {alpha!r}")
+    dropout = config.get("lora_dropout", 0.0)
+    if not _is_number(dropout) or not 0 <= dropout < 1:
+        raise ModelError(f"{path}: lora_dropout must be from 0 to below 1, not {dropout!r}")
+    _refuse_unsupported(config, path)
+    return config
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _refuse_unsupported(config: dict, path: Path) -> None:
+    refused = {key: config.get(key) for key in REFUSED_KEYS}
     refused["bias"] = None if config.get("bias", "none") == "none" else config["bias"]
+    start = config.get("init_lora_weights")
+    refused["init_lora_weights"] = start if str(start).startswith(REFUSED_INITS) else None
     used = [f"{key}={value!r}" for key, value in refused.items() if value]
     if used:
         raise ModelError(f"{path}: {', '.join(used)} is not supported; train without it or merge with peft")
-    return config
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -169,15 +195,35 @@ def _check(tensors, layers) -> tuple[dict[str, int], list[str]]:
         shapes = [tuple(lora_a.shape), tuple(lora_b.shape)]
         if rank < 1 or shapes != [(rank, in_features), (out_features, rank)]:
             problems.append(f"{name} has shapes {shapes}, its layer is {out_features} x {in_features}")
+        if not (lora_a.is_floating_point() and lora_b.is_floating_point()):
+            problems.append(f"{name} has factors of {lora_a.dtype} and {lora_b.dtype}, which are no numbers to train")
         problems += [f"{key} is not finite" for key in keys if not tensors[key].isfinite().all()]
         ranks[name] = rank
     problems += [f"{name} belongs to no linear layer" for name in sorted(set(tensors) - known)]
     return ranks, problems if tensors else ["it has no tensors"]
 
 
+def _without_factors(config: dict, layers, ranks) -> list[str]:
+    """List layers that the configuration adapts and the file says nothing about."""
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or config.get("layers_to_transform") is not None or config.get("exclude_modules"):
+        return []
+    adapted = (name for name in layers if any(f".{name}".endswith(f".{target}") for target in targets))
+    return [f"{name} has no factors" for name in adapted if name not in ranks]
+
+
 def _from_pattern(patterns: dict | None, name: str, default: float) -> float:
-    """Look up a layer's value the way peft does: a pattern matches the end of the path."""
+    """Look up a layer's value the way peft does: a pattern is a regular expression for the end of the path.
+
+    ``regex`` and not ``re``, because only it can give up: a pattern from a foreign file may take for ever.
+    """
     for pattern, value in (patterns or {}).items():
-        if name == pattern or re.match(rf"(.*\.)?({pattern})$", name):
+        try:
+            found = name == pattern or regex.match(rf"(.*\.)?({pattern})$", name, timeout=MATCH_SECONDS)
+        except (regex.error, TimeoutError) as error:
+            raise ModelError(
+                f"{CONFIG_NAME}: alpha_pattern {pattern[:80]!r} cannot be used: {error or 'it takes too long'}"
+            ) from None
+        if found:
             return value
     return default

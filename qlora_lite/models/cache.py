@@ -1,6 +1,6 @@
 """Keep quantised models on disk, found again by content and not by name.
 
-The key is a hash over every weight file's SHA-256, the configuration and the quantisation settings, so a
+The key is a hash over every weight file's SHA-256, the configurations and the quantisation settings, so a
 changed file under an old name is never mistaken for the old one. Hashing 13 GiB takes longer than loading
 the cache, so digests are remembered per (path, size, modification time, inode), as git's index does.
 
@@ -28,8 +28,8 @@ def cache_root() -> Path:
 
 def cache_entry(files: ModelFiles, **settings) -> Path:
     """Return the folder where this content with these settings is, or would be, kept."""
-    config = files.folder / "config.json"
-    paths = [*files.weights] if files.gguf_file else [*files.weights, config]
+    beside = [files.folder / name for name in ("config.json", "generation_config.json")]
+    paths = [*files.weights] + ([] if files.gguf_file else [path for path in beside if path.is_file()])
     with ThreadPoolExecutor(max_workers=2) as pool:
         digests = list(pool.map(content_digest, paths))
     key = json.dumps([FORMAT_VERSION, digests, settings], sort_keys=True)

@@ -125,6 +125,8 @@ def _stored_quantization(files: ModelFiles) -> str | None:
     stored = read_json(files.folder / "config.json").get("quantization_config")
     if stored is None:
         return None
+    if not isinstance(stored, dict):
+        raise ModelError(f"{files.folder / 'config.json'}: quantization_config must be an object, not {stored!r}")
     if stored.get("quant_method") != "bitsandbytes" or not stored.get("load_in_4bit", stored.get("_load_in_4bit")):
         raise ModelError(f"{files.folder} is quantised with {stored.get('quant_method')}; use the 16-bit model instead")
     return "bitsandbytes"
@@ -157,7 +159,7 @@ def _from_pretrained(files: ModelFiles, dtype, device, quantization_config=None)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             files.folder, dtype=dtype, device_map={"": device}, output_loading_info=True,
-            local_files_only=True, **extra,
+            local_files_only=True, trust_remote_code=False, **extra,
         )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, ImportError) as error:
         raise ModelError(f"cannot load {files.name}: {str(error).strip().splitlines()[0]}") from error

@@ -95,7 +95,7 @@ def replace_linears(model: nn.Module, quant_type: str, double_quant: bool, skip=
     for name, module in list(model.named_modules()):
         if name in skip or name.rpartition(".")[2] in skip:
             continue
-        if type(module) is not nn.Linear and not is_conv1d(module):
+        if not isinstance(module, nn.Linear) and not is_conv1d(module):
             continue
         if is_conv1d(module):
             transposed.add(name)
@@ -128,7 +128,7 @@ def quantize_in_place(model: nn.Module, quant_type: str, double_quant: bool) -> 
     refuse_unquantized_experts(model)
     head = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
-        if module is head or (type(module) is not nn.Linear and not is_conv1d(module)):
+        if module is head or (not isinstance(module, nn.Linear) and not is_conv1d(module)):
             continue
         weight = module.weight.detach().t().contiguous() if is_conv1d(module) else module.weight.detach()
         model.set_submodule(name, QuantLinear.from_weight(weight, module.bias, quant_type, double_quant))

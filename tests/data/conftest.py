@@ -13,7 +13,7 @@ def tokenizer():
 
 @pytest.fixture
 def write(tmp_path):
-    """Write a file: bytes as they are, text as UTF-8, a list as one JSON object per line. Returns its path."""
+    """Write a file (bytes as they are, text as UTF-8, a list as JSONL) and return its path."""
 
     def write_file(name, content):
         if isinstance(content, list):

@@ -1,6 +1,7 @@
 """Every row is in exactly one micro-batch, no pack is overfull, and no label crosses into another row."""
 
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -72,7 +73,7 @@ def test_packing_as_is_keeps_the_order_of_rows(lengths):
     packs = pack_in_order(lengths, 20, range(len(lengths)))
     assert [row for pack in packs for row in pack] == list(range(len(lengths)))
     assert all(sum(lengths[row] for row in pack) <= 20 for pack in packs)
-    for left, right in zip(packs, packs[1:], strict=False):
+    for left, right in pairwise(packs):
         assert sum(lengths[row] for row in left) + lengths[right[0]] > 20
 
 

@@ -8,6 +8,9 @@ from qlora_lite.data.read import Source
 from qlora_lite.errors import DataError
 
 PAIR = (Turn("user", "q"), Turn("assistant", "a"))
+WITH_SYSTEM = (Turn("system", "s"), *PAIR)
+UNLEARNED = (PAIR[0], Turn("assistant", "a", learned=False))
+SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 
 
 def user(content):
@@ -16,6 +19,10 @@ def user(content):
 
 def assistant(content, **more):
     return {"role": "assistant", "content": content, **more}
+
+
+def part(text):
+    return {"type": "text", "value": text}
 
 
 @pytest.fixture
@@ -36,13 +43,12 @@ def read(write):
         ({"messages": [user("q"), assistant("a")]}, PAIR),
         ({"messages": [user("q"), assistant("a")], "text": "rendered already"}, PAIR),
         ({"conversations": [user("q"), assistant("a")]}, PAIR),
-        ({"messages": [{"role": "developer", "content": "s"}, user("q"), assistant("a")]}, (Turn("system", "s"), *PAIR)),
-        ({"messages": [user([{"type": "text", "text": "q"}]), assistant([{"type": "text", "value": "a"}])]}, PAIR),
-        ({"messages": [user("q"), assistant("a", weight=0, tool_calls=None)]}, (PAIR[0], Turn("assistant", "a", False))),
+        ({"messages": [{"role": "developer", "content": "s"}, user("q"), assistant("a")]}, WITH_SYSTEM),
+        ({"messages": [user([{"type": "text", "text": "q"}]), assistant([part("a")])]}, PAIR),
+        ({"messages": [user("q"), assistant("a", weight=0, tool_calls=None)]}, UNLEARNED),
         ({"messages": [user("q"), assistant("a", loss_weight=1.0)]}, PAIR),
-        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": ""}, PAIR),
-        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
-         (Turn("system", "s"), *PAIR)),
+        ({"conversations": SHAREGPT, "system": ""}, PAIR),
+        ({"conversations": SHAREGPT, "system": "s"}, WITH_SYSTEM),
         ({"instruction": "q", "output": "a"}, PAIR),
         ({"instruction": "q", "input": "", "output": "a", "system": None}, PAIR),
         ({"instruction": "q", "input": "x", "output": "a"}, (Turn("user", "q\n\nx"), PAIR[1])),

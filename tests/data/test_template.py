@@ -42,9 +42,11 @@ GENERATION = (
         ("chatml", "<|im_end|>", "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>\n"),
         ("llama3", "<|eot_id|>", "<|start_header_id|>user<|end_header_id|>\n\none<|eot_id|>"
          "<|start_header_id|>assistant<|end_header_id|>\n\ntwo<|eot_id|>"),
-        ("gemma", "<end_of_turn>", "<start_of_turn>user\none<end_of_turn>\n<start_of_turn>model\ntwo<end_of_turn>\n"),
-        ("alpaca", "</s>", "Below is an instruction that describes a task. Write a response that appropriately "
-         "completes the request.\n\n### Instruction:\none\n\n### Response:\ntwo</s>\n\n"),
+        ("gemma", "<end_of_turn>",
+         "<start_of_turn>user\none<end_of_turn>\n<start_of_turn>model\ntwo<end_of_turn>\n"),
+        ("alpaca", "</s>",
+         "Below is an instruction that describes a task. Write a response that appropriately completes the "
+         "request.\n\n### Instruction:\none\n\n### Response:\ntwo</s>\n\n"),
         ("plain", "</s>", "one\ntwo</s>"),
     ],
 )  # fmt: skip
@@ -75,7 +77,7 @@ def test_the_models_own_template_alone_decides_on_begin_of_text(own):
 
 
 def test_a_tokenizer_without_a_template_is_an_error_that_names_the_choices():
-    with pytest.raises(DataError, match="set data.template to one of chatml, llama3, gemma, alpaca, plain"):
+    with pytest.raises(DataError, match=r"set data\.template to one of chatml, llama3, gemma, alpaca, plain"):
         choose_template(make_tokenizer(template=None))
 
 
@@ -109,7 +111,7 @@ def test_a_generation_block_that_no_end_token_follows_is_an_error(own):
 def test_a_generation_block_around_some_answers_only_is_an_error(own):
     source = GENERATION.replace("END", "<|im_end|>").replace("AFTER", "\n")
     source = source.replace("m.role == 'assistant'", "m.role == 'assistant' and loop.last")
-    with pytest.raises(DataError, match="marks 1 answers .* the row has 2"):
+    with pytest.raises(DataError, match=r"marks 1 answers .* the row has 2"):
         answers_of(own(source))
 
 
@@ -120,7 +122,7 @@ def test_a_template_that_closes_the_text_once_more_ends_answers_at_the_first_end
 
 def test_a_template_that_rewrites_history_is_an_error_except_for_the_last_answer(own):
     thinks = CHATML.replace("+ m.content", "+ ('<think>' if m.role == 'assistant' and loop.last else '') + m.content")
-    with pytest.raises(DataError, match="set data.train_on to last"):
+    with pytest.raises(DataError, match=r"set data\.train_on to last"):
         answers_of(own(thinks))
     assert answers_of(own(thinks), wanted=[3]) == ["<think>four<|im_end|>"]
 

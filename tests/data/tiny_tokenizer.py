@@ -1,4 +1,4 @@
-"""A tiny byte-level BPE tokenizer, trained here in a moment, with an end token that is also the padding token."""
+"""A tiny byte-level BPE tokenizer, trained here, whose end token is also its padding token."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast

@@ -1,0 +1,173 @@
+"""Every way into a 4-bit model gives the same packed bytes, and the same logits as transformers and bitsandbytes."""
+
+import json
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, build_tiny
+from tiny_files import save_tiny
+from transformers import AutoModelForCausalLM
+
+from qlora_lite.errors import ModelError
+from qlora_lite.models.load import load_model, load_tokenizer, resolve_compute_dtype, resolve_device
+from qlora_lite.models.quantizer import quantize_in_place
+from qlora_lite.models.save import save_quantized
+from qlora_lite.quant.linear import QuantLinear
+from qlora_lite.train.guards import check_forward
+
+IDS = torch.randint(3, 160, (2, 11), generator=torch.Generator().manual_seed(0))
+
+
+def load(folder, quant="nf4", **options):
+    return load_model(str(folder), quant, **({"compute_dtype": torch.float32, "use_cache": False} | options))
+
+
+def packed(model):
+    """Every tensor of every 4-bit layer."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+    return {(name, i): t for name, m in layers.items() for i, t in enumerate(m.packed) if t is not None}
+
+
+def assert_same_weights(model, other):
+    ours, theirs = packed(model), packed(other)
+    assert ours and ours.keys() == theirs.keys()
+    for key, tensor in ours.items():
+        assert torch.equal(tensor, theirs[key]), key
+    plain, others = dict(model.named_parameters()), dict(other.named_parameters())
+    assert plain.keys() == others.keys()
+    assert all(torch.equal(plain[name], others[name]) for name in plain)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_quantising_on_arrival_gives_the_bytes_of_quantising_in_place(model_type, tmp_path):
+    model = build_tiny(model_type)
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    quantize_in_place(model, "nf4", double_quant=True)
+    assert_same_weights(loaded, model)
+    assert check_forward(loaded) < 1e-5
+    assert not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+@pytest.mark.parametrize("quant", ["nf4", "fp4"])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_sharded_checkpoint_gives_the_bytes_of_one_file(quant, double_quant, tmp_path):
+    save_tiny(tmp_path / "one")
+    save_tiny(tmp_path / "many", shard="60KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
+    assert_same_weights(*(load(tmp_path / name, quant, double_quant=double_quant) for name in ("one", "many")))
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_the_head_the_embeddings_and_the_norms_are_never_4_bit(model_type, tmp_path):
+    build_tiny(model_type).save_pretrained(tmp_path)
+    model = load(tmp_path, compute_dtype=torch.bfloat16)
+    assert not isinstance(model.get_output_embeddings(), QuantLinear)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    large = [
+        n for n, p in model.named_parameters() if p.ndim == 2 and "emb" not in n and "wpe" not in n and "wte" not in n
+    ]
+    assert set(large) <= {"lm_head.weight"}, "a linear layer stayed in 16 bit"
+
+
+def test_tied_weights_stay_tied_and_untied_ones_apart(tmp_path):
+    save_tiny(tmp_path / "tied", tie_word_embeddings=True)
+    save_tiny(tmp_path / "untied", tie_word_embeddings=False)
+    for attempt in ("first load", "load from the cache"):
+        tied, untied = (load(tmp_path / name, use_cache=True) for name in ("tied", "untied"))
+        assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight, attempt
+        assert untied.get_output_embeddings().weight.data_ptr() != untied.get_input_embeddings().weight.data_ptr()
+
+
+def test_quant_none_keeps_the_plain_weights(tmp_path):
+    plain = save_tiny(tmp_path)
+    model = load(tmp_path, "none")
+    assert not packed(model)
+    assert torch.allclose(logits(model), logits(plain), atol=1e-4)
+
+
+# Rows of a multiple of 64: otherwise bitsandbytes' CPU kernel takes wrong block maxima (see quant/nf4.py).
+WIDTHS = {"gpt2": {}, "gpt_neox": {"intermediate_size": 128}, "falcon": {}}
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_saved_4_bit_model_gives_equal_logits_in_plain_transformers(model_type, tied, tmp_path):
+    changes = WIDTHS.get(model_type, {"intermediate_size": 128}) | {"tie_word_embeddings": tied}
+    build_tiny(model_type, **changes).save_pretrained(tmp_path / "plain")
+    model = load(tmp_path / "plain")
+    save_quantized(model, tmp_path / "quantized")
+
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", dtype=torch.float32)
+
+    assert sum(type(m).__name__ == "Linear4bit" for m in theirs.modules()) == len(packed(model)) // 5
+    assert torch.allclose(logits(theirs), logits(model), atol=1e-3)
+    assert_same_weights(load(tmp_path / "quantized"), model)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("quant", ["nf4", "fp4"])
+def test_a_checkpoint_that_bitsandbytes_quantised_is_taken_over_as_it_is(quant, double_quant, tmp_path):
+    from transformers import BitsAndBytesConfig
+
+    save_tiny(tmp_path / "plain")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quant, bnb_4bit_use_double_quant=double_quant)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=config, dtype=torch.float32)
+    theirs.save_pretrained(tmp_path / "theirs")
+    # the recipe's own settings do not matter for weights that are quantised already
+    assert_same_weights(load(tmp_path / "theirs"), load(tmp_path / "plain", quant, double_quant=double_quant))
+
+
+def test_a_checkpoint_of_another_quantisation_is_refused(tmp_path):
+    save_tiny(tmp_path)
+    path = tmp_path / "config.json"
+    for stored, text in (({"quant_method": "gptq", "bits": 4}, "quantised with gptq"), ("nf4", "must be an object")):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": stored}))
+        with pytest.raises(ModelError, match=text):
+            load(tmp_path)
+
+
+@pytest.mark.parametrize("quant", ["nf4", "fp4"])
+def test_stacked_experts_are_refused_with_their_bytes(quant, tmp_path):
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(
+        "mixtral", vocab_size=160, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=8,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    stacked = 2 * 8 * (96 * 2 * 64 + 64 * 96) * 2  # layers, experts, the two weights of each, bytes
+    with pytest.raises(
+        ModelError, match=rf"4 weights hold several experts .* {stacked / 1024:.1f} KiB of them in 16 bit"
+    ):
+        load(tmp_path, quant)
+
+
+def test_the_tokenizer_comes_with_its_template(tmp_path):
+    save_tiny(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.is_fast
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "é?"}], tokenize=False)
+    assert text == "<|im_start|>user\né?<|im_end|>\n"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_asking_for_cuda_without_a_device_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ModelError, match="torch finds no CUDA device"):
+        resolve_device("cuda")
+    assert resolve_device("auto") == torch.device("cpu")
+
+
+def test_without_fast_bf16_the_compute_type_is_float32_with_one_line_saying_so(monkeypatch, caplog):
+    monkeypatch.setattr("qlora_lite.models.load.has_fast_bf16", lambda device: False)
+    with caplog.at_level("INFO", "qlora_lite"):
+        assert resolve_compute_dtype("auto", torch.device("cpu")) == torch.float32
+    assert [record.message.startswith("compute type float32") for record in caplog.records] == [True]
+    assert resolve_compute_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16

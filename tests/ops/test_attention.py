@@ -1,0 +1,98 @@
+"""Row attention equals eager float64 attention with a block-diagonal causal mask."""
+
+import pytest
+import torch
+
+from qlora_lite.ops.attention import row_attention
+
+HEADS, DIM = 4, 8
+
+
+def eager(query, key, value, rows, scaling=None, window=None, softcap=None):
+    """Attend in float64 under one mask over the whole batch; query [B, H, T, D]."""
+    query, key, value = query.double(), key.double(), value.double()
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    row = torch.cat([torch.full((length,), i) for i, length in enumerate(rows)])
+    position = torch.arange(len(row))
+    distance = position[:, None] - position[None, :]
+    allowed = (row[:, None] == row[None, :]) & (distance >= 0)
+    if window is not None:
+        allowed &= distance < window
+    scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+    return (weights @ value).transpose(1, 2)
+
+
+def tensors(length, kv_heads=HEADS, batch=1, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(batch, heads, length, DIM) for heads in (HEADS, kv_heads, kv_heads)]
+    return [3 * torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("window", [None, 1, 4, 9, 100])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_each_row_attends_causally_to_itself_only(kv_heads, window, softcap):
+    rows = (5, 1, 9, 2)
+    q, k, v = (t.requires_grad_() for t in tensors(sum(rows), kv_heads))
+    out, weights = row_attention(
+        None, q, k, v, None, scaling=0.3, sliding_window=window, softcap=softcap, row_lengths=rows
+    )
+    expected = eager(q, k, v, rows, 0.3, window, softcap)
+    assert weights is None
+    assert out.shape == (1, sum(rows), HEADS, DIM)
+    assert out.is_contiguous()
+    assert torch.allclose(out.double(), expected, atol=5e-6)
+
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    grads = torch.autograd.grad(out, (q, k, v), upstream)
+    for grad, wanted in zip(grads, torch.autograd.grad(expected, (q, k, v), upstream.double()), strict=True):
+        assert torch.allclose(grad, wanted.float(), atol=2e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_the_default_scale_is_one_over_the_root_of_the_head_size(softcap):
+    q, k, v = tensors(6)
+    out, _ = row_attention(None, q, k, v, None, softcap=softcap, row_lengths=(6,))
+    assert torch.allclose(out.double(), eager(q, k, v, (6,), softcap=softcap), atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_without_row_lengths_and_mask_every_sequence_is_one_row(window):
+    q, k, v = tensors(7, batch=3)
+    out, _ = row_attention(None, q, k, v, None, sliding_window=window)
+    assert torch.allclose(out.double(), eager(q, k, v, (7,), window=window), atol=2e-6)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_a_mask_with_left_padding_gives_each_row_what_it_gets_alone(softcap, additive):
+    q, k, v = tensors(8, 2, batch=2)
+    padding = (0, 3)
+    causal = torch.ones(8, 8, dtype=torch.bool).tril()
+    mask = torch.stack([causal & (torch.arange(8) >= pad) for pad in padding])[:, None]
+    if additive:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    out, _ = row_attention(None, q, k, v, mask, softcap=softcap)
+    assert out.isfinite().all()
+    for i, pad in enumerate(padding):
+        alone = eager(q[i : i + 1, :, pad:], k[i : i + 1, :, pad:], v[i : i + 1, :, pad:], (8 - pad,), softcap=softcap)
+        assert torch.allclose(out[i : i + 1, pad:].double(), alone, atol=2e-6)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_one_new_token_sees_the_whole_cache(softcap):
+    q, k, v = tensors(9, 2)
+    out, _ = row_attention(None, q[:, :, -1:], k, v, None, softcap=softcap)
+    assert torch.allclose(out.double(), eager(q, k, v, (9,), softcap=softcap)[:, -1:], atol=2e-6)
+
+
+def test_bf16_keeps_its_type():
+    q, k, v = tensors(9, dtype=torch.bfloat16)
+    for softcap in (None, 2.0):
+        out, _ = row_attention(None, q, k, v, None, softcap=softcap, row_lengths=(4, 5))
+        assert out.dtype == torch.bfloat16
+        assert torch.allclose(out.double(), eager(q, k, v, (4, 5), softcap=softcap), atol=0.06)

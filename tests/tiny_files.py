@@ -1,0 +1,60 @@
+"""A byte-level tokenizer, and the files of a tiny run: model folder, rows, recipe."""
+
+import json
+from pathlib import Path
+
+import yaml
+from tiny import build_tiny
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from qlora_lite.data.template import NAMED_TEMPLATES
+
+SPECIAL = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
+VOCABULARY = 264  # 256 bytes and the special tokens, rounded up to a multiple of 8
+
+
+def byte_tokenizer(template: str | None = "chatml") -> PreTrainedTokenizerFast:
+    """Make a tokenizer with one token per byte."""
+    tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(SPECIAL))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = NAMED_TEMPLATES[template] if template else None
+    return tokenizer
+
+
+def save_tiny(folder: Path, model_type: str = "llama", template: str | None = "chatml", shard=None, **options):
+    """Write a tiny random model with its tokenizer as a model folder; return the model."""
+    model = build_tiny(model_type, vocab_size=VOCABULARY, **options)
+    model.save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
+    byte_tokenizer(template).save_pretrained(folder)
+    return model
+
+
+def write_rows(path: Path, count: int) -> Path:
+    """Write chat rows whose answer is the question's digit, spelled."""
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    rows = [{"messages": [{"role": "user", "content": f"{i % 10}?"}, {"role": "assistant", "content": names[i % 10]}]}
+            for i in range(count)]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_recipe(folder: Path, model: Path | str, rows: int = 24, **sections) -> Path:
+    """Write rows and a recipe for a run of a few seconds; ``sections`` are merged over its own."""
+    recipe = {
+        "model": {"path": str(model), "compute_dtype": "float32", "device": "cpu"},
+        "lora": {"rank": 4, "alpha": 8},
+        "data": {"train": str(write_rows(folder / "train.jsonl", rows)),
+                 "eval": str(write_rows(folder / "eval.jsonl", 6)), "max_tokens": 128},
+        "train": {"max_steps": 6, "learning_rate": 0.01, "optimizer": "adamw_torch", "exact_match_rows": 2},
+        "output": {"dir": str(folder / "out")},
+    }  # fmt: skip
+    for name, values in sections.items():
+        recipe[name] = recipe.get(name, {}) | values
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path
