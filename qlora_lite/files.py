@@ -73,7 +73,12 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             _flush(beside)
             if path.exists():
                 path.rename(old)
-            beside.rename(path)
+            try:
+                beside.rename(path)
+            except BaseException:
+                if old.exists():
+                    old.rename(path)
+                raise
             _flush(path.parent)
         finally:
             shutil.rmtree(beside, ignore_errors=True)

@@ -208,9 +208,9 @@ def _document_examples(
         return_attention_mask=False,
         verbose=False,
     )
-    special_ids = special_ids_of(tokenizer)
+    control_ids = special_ids_of(tokenizer) - {tokenizer.unk_token_id}
     for document, ids in zip(documents, encoded["input_ids"], strict=True):
-        if control := special_ids.intersection(ids):
+        if control := control_ids.intersection(ids):
             names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(control))))
             problems.add(document.where, f"the text became the control token {names}; write it differently")
             continue

@@ -15,12 +15,12 @@ from pathlib import Path
 import regex
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from qlora_lite.errors import ModelError
 from qlora_lite.files import replacing_folder, sha256
 from qlora_lite.quant.linear import frozen_weight, is_conv1d
+from qlora_lite.quant.tensor_file import write_tensors
 
 from .inject import Target, add_lora, linear_layers, lora_layers
 
@@ -64,10 +64,14 @@ def adapter_config(model: nn.Module, base_model: str) -> dict:
         "rank_pattern": {name: layer.rank for name, layer in layers.items() if layer.rank != rank},
         "alpha_pattern": {name: layer.alpha for name, layer in layers.items() if layer.alpha != alpha},
         "use_rslora": first.rslora,
-        "fan_in_fan_out": any(is_conv1d(layer.base) for layer in layers.values()),
+        "fan_in_fan_out": any(_was_conv1d(layer.base) for layer in layers.values()),
         "bias": "none",
         "inference_mode": True,
     }
+
+
+def _was_conv1d(base: nn.Module) -> bool:
+    return is_conv1d(base) or getattr(base, "replaces", "") == "Conv1D"
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "", tokenizer=None) -> str:
@@ -85,7 +89,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "", tok
         raise ModelError(f"the adapter is not saved: {len(broken)} tensors are not finite, first {broken[0]}")
     folder = Path(folder)
     with replacing_folder(folder) as new:
-        save_file(tensors, new / WEIGHTS_NAME, metadata={"format": "pt"})
+        write_tensors(new / WEIGHTS_NAME, tensors)
         config = adapter_config(model, base_model)
         (new / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:

@@ -9,6 +9,7 @@ Weights of the head, the embeddings and the norms keep the compute type; tied we
 """
 
 import logging
+import re
 from pathlib import Path
 
 import torch
@@ -95,7 +96,7 @@ def load_model(
 
 def _load_quantized(files, quant, double_quant, dtype, device, use_cache):
     entry = cache_entry(files, quant=quant, double_quant=double_quant, dtype=str(dtype)) if use_cache else None
-    if entry is not None and (entry / "config.json").is_file():
+    if entry is not None and entry.exists() and _is_whole(entry):
         return _load_prequantized(entry, dtype, device)
     if files.gguf_file:
         check_gguf(files.weights[0])
@@ -109,9 +110,19 @@ def _load_quantized(files, quant, double_quant, dtype, device, use_cache):
     if entry is not None:
         try:
             save_quantized(model, entry)
-        except OutputError as error:
+        except (OutputError, ModelError) as error:
             log.warning("the quantised model is not cached: %s", error)
     return model
+
+
+def _is_whole(entry: Path) -> bool:
+    """Check a cache entry as any model folder is checked."""
+    try:
+        locate(str(entry))
+    except ModelError as error:
+        log.warning("the cached model is damaged and made again: %s", error)
+        return False
+    return True
 
 
 def _stored_quantization(files: ModelFiles) -> str | None:
@@ -147,7 +158,9 @@ def _from_linear4bit(module: nn.Module, dtype: torch.dtype) -> QuantLinear:
     state = module.weight.quant_state
     nested = (state.state2.code, state.state2.absmax, state.offset) if state.nested else (None, None, None)
     packed = Packed(module.weight.data.view(torch.uint8).reshape(-1, 1), state.absmax, *nested)
-    return QuantLinear.from_packed(packed, tuple(state.shape), module.bias, state.quant_type, dtype)
+    layer = QuantLinear.from_packed(packed, tuple(state.shape), module.bias, state.quant_type, dtype)
+    layer.replaces = module.source_cls.__name__
+    return layer
 
 
 def _from_pretrained(files: ModelFiles, dtype, device, quantization_config=None) -> nn.Module:
@@ -159,12 +172,17 @@ def _from_pretrained(files: ModelFiles, dtype, device, quantization_config=None)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             files.folder, dtype=dtype, device_map={"": device}, output_loading_info=True,
-            local_files_only=True, trust_remote_code=False, **extra,
+            local_files_only=True, trust_remote_code=False, ignore_mismatched_sizes=True, **extra,
         )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, ImportError) as error:
-        raise ModelError(f"cannot load {files.name}: {str(error).strip().splitlines()[0]}") from error
-    missing = sorted(info["missing_keys"])
-    broken = [str(key) for key in [*info["mismatched_keys"], *(info.get("conversion_errors") or ())]]
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(f"cannot load {files.name}: {reason}") from error
+    if problems := getattr(getattr(model, "hf_quantizer", None), "problems", None):
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ModelError(f"cannot load {files.name}: {problems[0]}{more}")
+    missing = sorted({re.sub(r"\.absmax\w*$", ".weight", key) for key in info["missing_keys"]})
+    misshaped = [f"{name} {tuple(stored)}, not {tuple(wanted)}" for name, stored, wanted in info["mismatched_keys"]]
+    broken = [*misshaped, *map(str, info.get("conversion_errors") or ())]
     if missing or broken:
         shown = ", ".join([*missing, *broken][:4])
         raise ModelError(f"{files.name}: {len(missing) + len(broken)} weights are missing or do not fit: {shown}")
@@ -229,7 +247,7 @@ def load_tokenizer(path: str, revision: str | None = None):
     files = locate(path, revision)
     try:
         tokenizer = _gguf_tokenizer(files) if files.gguf_file else AutoTokenizer.from_pretrained(files.folder)
-    except (OSError, ValueError, KeyError, IndexError, ImportError) as error:
+    except (OSError, ValueError, TypeError, KeyError, IndexError, ImportError) as error:
         raise ModelError(f"cannot load the tokenizer of {path}: {str(error).strip().splitlines()[0]}") from error
     if not tokenizer.is_fast:
         raise ModelError(f"{path} has only a slow tokenizer; the masks need the token offsets of a fast one")

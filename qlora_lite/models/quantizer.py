@@ -34,10 +34,14 @@ class QuantizeConfig(QuantizationConfigMixin):
 
 
 class QuantizeOnArrival(ConversionOps):
-    """Replace one checkpoint weight by its packed tensors."""
+    """Replace one checkpoint weight by its packed tensors.
 
-    def __init__(self, config: QuantizeConfig, transposed: set[str]):
-        self.config, self.transposed = config, transposed
+    A weight that cannot be quantised is left out, and the reason noted in ``problems``: of an exception raised
+    here, transformers would print the stack trace and pass on only that there was one.
+    """
+
+    def __init__(self, config: QuantizeConfig, transposed: set[str], problems: list[str]):
+        self.config, self.transposed, self.problems = config, transposed, problems
 
     def convert(self, input_dict, **_unused):
         result = {}
@@ -46,7 +50,11 @@ class QuantizeOnArrival(ConversionOps):
             path = name.rpartition(".")[0]
             if path in self.transposed:
                 weight = weight.t().contiguous()
-            packed = quantize(weight, self.config.quant_type, self.config.double_quant)
+            try:
+                packed = quantize(weight, self.config.quant_type, self.config.double_quant)
+            except ModelError as error:
+                self.problems.append(f"{name}: {error}")
+                continue
             for buffer, tensor in zip(PACKED_BUFFERS, packed, strict=True):
                 if tensor is not None:
                     result[f"{path}.{buffer}"] = tensor
@@ -61,6 +69,7 @@ class OnArrivalQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, **_unused):
         skip = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
         config = self.quantization_config
+        self.problems: list[str] = []
         self.transposed = replace_linears(model, config.quant_type, config.double_quant, skip)
 
     def param_needs_quantization(self, model, param_name, **_unused):
@@ -68,7 +77,7 @@ class OnArrivalQuantizer(HfQuantizer):
         return name == "weight" and isinstance(model.get_submodule(path), QuantLinear)
 
     def get_quantize_ops(self):
-        return QuantizeOnArrival(self.quantization_config, self.transposed)
+        return QuantizeOnArrival(self.quantization_config, self.transposed, self.problems)
 
     def is_serializable(self):
         return False
@@ -103,6 +112,7 @@ def replace_linears(model: nn.Module, quant_type: str, double_quant: bool, skip=
         dtype = module.weight.dtype
         with torch.device("meta"):
             layer = QuantLinear(in_features, out_features, module.bias is not None, quant_type, double_quant, dtype)
+        layer.replaces = type(module).__name__
         model.set_submodule(name, layer)
     return transposed
 
@@ -131,7 +141,9 @@ def quantize_in_place(model: nn.Module, quant_type: str, double_quant: bool) -> 
         if module is head or (not isinstance(module, nn.Linear) and not is_conv1d(module)):
             continue
         weight = module.weight.detach().t().contiguous() if is_conv1d(module) else module.weight.detach()
-        model.set_submodule(name, QuantLinear.from_weight(weight, module.bias, quant_type, double_quant))
+        layer = QuantLinear.from_weight(weight, module.bias, quant_type, double_quant)
+        layer.replaces = type(module).__name__
+        model.set_submodule(name, layer)
 
 
 def register() -> None:

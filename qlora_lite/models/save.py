@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from torch import nn
 
 from qlora_lite.errors import ModelError
 from qlora_lite.files import replacing_folder
 from qlora_lite.quant.linear import QuantLinear, is_conv1d
 from qlora_lite.quant.nf4 import to_bnb_state
+from qlora_lite.quant.tensor_file import write_tensors
 
 SHARD_BYTES = 4 * 2**30
 
@@ -43,6 +43,9 @@ def _quantization_config(model: nn.Module) -> dict:
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
     if not layers:
         raise ModelError("the model has no 4-bit layers to save")
+    foreign = sorted({layer.replaces for layer in layers} - {"Linear", "Conv1D"})
+    if foreign:
+        raise ModelError(f"transformers does not load 4-bit weights into layers of class {', '.join(foreign)}")
     skipped = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)]
     return {
         "quant_method": "bitsandbytes",
@@ -60,7 +63,7 @@ def save_quantized(model: nn.Module, folder: Path, tokenizer=None) -> None:
     """Write the model, its configuration and the tokenizer if given to a folder, all or nothing.
 
     Raises:
-        ModelError: the model has no 4-bit layers.
+        ModelError: the model has no 4-bit layers, or some that transformers could not load (Falcon's).
         OutputError: the folder cannot be written.
     """
     config = {**model.config.to_diff_dict(), "quantization_config": _quantization_config(model)}
@@ -69,7 +72,7 @@ def save_quantized(model: nn.Module, folder: Path, tokenizer=None) -> None:
     with replacing_folder(folder) as new:
         for file, names in plan.filename_to_tensors.items():
             shard = {name: _owned(state[name]) for name in names}
-            save_file(shard, new / file, metadata={"format": "pt"})
+            write_tensors(new / file, shard)
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             (new / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")

@@ -65,7 +65,10 @@ class QuantLinear(nn.Module):
 
     The codes are the buffer ``weight`` (uint8 [ceil(out * in / 2), 1]); with ``double_quant`` the block
     maxima are uint8 with a 256-entry code, otherwise float32. ``bias`` [out], if any, is a frozen parameter.
+    ``replaces`` is the name of the class that stood here before.
     """
+
+    replaces = "Linear"
 
     def __init__(self, in_features, out_features, bias, quant_type, double_quant, dtype, device=None):
         super().__init__()

@@ -13,6 +13,7 @@ from torch import nn
 from qlora_lite.data.batch import Batch
 from qlora_lite.errors import ModelError, TrainingError
 from qlora_lite.lora.inject import lora_layers, lora_parameters
+from qlora_lite.lora.layer import LoraLinear
 from qlora_lite.models.anatomy import head
 from qlora_lite.ops.loss import head_logits
 
@@ -129,7 +130,8 @@ def _first_bad_module(model: nn.Module, batch: Batch) -> str | None:
 
         return hook
 
-    handles = [m.register_forward_hook(watch(name)) for name, m in model.named_modules() if not any(m.children())]
+    watched = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLinear) or not any(m.children())]
+    handles = [module.register_forward_hook(watch(name)) for name, module in watched]
     try:
         hidden_states(model, batch)
     finally:

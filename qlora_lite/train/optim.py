@@ -45,7 +45,8 @@ def build_optimizer(
 def clip_gradients(parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
     """Scale the gradients to a total L2 norm of at most ``max_norm`` (0: only measure); return the norm.
 
-    The norm is accumulated in float32 whatever the gradients' type.
+    The norm is accumulated in float32 whatever the gradients' type. If it is not finite, nothing is scaled, so
+    that the gradient at fault can still be told from the others.
 
     Raises:
         TrainingError: a parameter has no gradient.
@@ -55,6 +56,6 @@ def clip_gradients(parameters: list[torch.nn.Parameter], max_norm: float) -> tor
         raise TrainingError(f"{missing} of {len(parameters)} LoRA factors got no gradient")
     norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters]
     total = torch.linalg.vector_norm(torch.stack(norms))
-    if max_norm > 0:
+    if max_norm > 0 and total.isfinite():
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
     return total

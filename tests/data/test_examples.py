@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizer import make_tokenizer
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.data.examples import _repeat, build_examples
 from qlora_lite.data.read import Source
@@ -107,6 +108,16 @@ def test_a_special_token_written_in_a_document_stays_text(build, tokenizer, toke
     assert tokenizer("</s>", add_special_tokens=False)["input_ids"] == [tokenizer.eos_token_id]
 
 
+def test_a_document_whose_words_are_control_tokens_is_an_error_but_an_unknown_word_is_not(build):
+    vocabulary = {"<unk>": 0, "</s>": 1, "a": 2}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    assert build([{"text": "a b"}], tokenizer=tokenizer).examples[0].token_ids.tolist() == [2, 0, 1]
+    with pytest.raises(DataError, match=r"a.jsonl:1: the text became the control token '</s>'"):
+        build([{"text": "a </s>"}], tokenizer=tokenizer)
+
+
 def test_a_special_token_written_in_a_conversation_is_an_error_with_its_line(build):
     with pytest.raises(DataError, match=r"a.jsonl:2: turn 1 holds the text '<\|im_end\|>'"):
         build([PAIRS[0], {"prompt": "x<|im_end|>", "completion": "y"}])
@@ -120,6 +131,15 @@ def test_an_end_token_that_swallows_the_line_end_is_learned(build):
     data = build(PAIRS, tokenizer=tokenizer)
     assert data.end_token_ids == {tokenizer.convert_tokens_to_ids("<|end|>")}
     assert all(e.token_ids[e.learned][-1] in data.end_token_ids for e in data.examples)
+
+
+def test_an_end_that_the_tokenizer_does_not_take_for_a_token_is_an_error(build):
+    """A single_word token is only seen with white space around it."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("END", single_word=True, special=True)]})
+    tokenizer.chat_template = NAMED_TEMPLATES["chatml"].replace("<|im_end|>", "END")
+    with pytest.raises(DataError, match="the end of an answer is not a token of its own"):
+        build(PAIRS, tokenizer=tokenizer)
 
 
 def test_a_turn_with_weight_0_is_not_learned_and_a_row_of_such_turns_is_an_error(build, tokenizer):

@@ -103,6 +103,12 @@ def test_a_generation_block_says_what_is_learned_and_gets_its_end_token(own):
         assert answers_of(template) == ["two<|im_end|>", "four<|im_end|>"]
 
 
+def test_a_generation_block_is_found_behind_begin_of_text(tmp_path):
+    (tmp_path / "t.jinja").write_text(GENERATION.replace("END", "<|im_end|>").replace("AFTER", "\n"))
+    template = choose_template(make_tokenizer(adds_begin=True), str(tmp_path / "t.jinja"))
+    assert answers_of(template) == ["two<|im_end|>", "four<|im_end|>"]
+
+
 def test_a_generation_block_that_no_end_token_follows_is_an_error(own):
     with pytest.raises(DataError, match="would never learn to stop"):
         answers_of(own(GENERATION.replace("END", "").replace("AFTER", "\n")))
@@ -147,6 +153,13 @@ def test_a_template_without_an_end_token_is_an_error(own):
         answers_of(own(CHATML.replace("<|im_end|>", "<|not a token|>")))
 
 
+def test_an_answer_that_only_appears_further_on_counts_as_dropped(own):
+    drops = CHATML.replace("m.content", "(m.content if m.role == 'user' else 'constant')")
+    turns = (TURNS[0], TURNS[1], Turn("user", "two"), Turn("assistant", "constant"))
+    with pytest.raises(DataError, match=r"drops or changes turn 2 \(assistant\)"):
+        answers_of(own(drops), turns)
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [
@@ -174,6 +187,15 @@ def test_text_that_only_begins_like_a_special_token_is_text(tokenizer):
         answers_of(choose_template(tokenizer), turns, [1])
     turns = (TURNS[0], Turn("assistant", "<|im_ and << s> <|im_end|"))
     assert answers_of(choose_template(tokenizer), turns, [1]) == ["<|im_ and << s> <|im_end|<|im_end|>"]
+
+
+@pytest.mark.parametrize("token", ["<p>", "<p>2"])
+def test_a_special_token_that_begins_another_one_is_found(token):
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<p>", "<p>2"]})
+    turns = (TURNS[0], Turn("assistant", f"x {token} y"))
+    with pytest.raises(DataError, match=f"'{token}'"):
+        answers_of(choose_template(tokenizer), turns, [1])
 
 
 def test_white_space_that_a_template_trims_is_no_fault(tokenizer):

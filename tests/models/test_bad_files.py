@@ -1,0 +1,194 @@
+"""Every way in which a model's files can be wrong is one line that names the place and says what to do."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from tiny_files import save_tiny
+
+from qlora_lite.errors import ModelError
+from qlora_lite.models.load import load_model, load_tokenizer
+from qlora_lite.models.locate import check_gguf, locate
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    """A model in one file and one in shards; tests work on copies."""
+    folder = tmp_path_factory.mktemp("originals")
+    save_tiny(folder / "one")
+    save_tiny(folder / "many", shard="60KB")
+    return folder
+
+
+@pytest.fixture
+def one(originals, tmp_path):
+    return shutil.copytree(originals / "one", tmp_path / "one")
+
+
+@pytest.fixture
+def many(originals, tmp_path):
+    return shutil.copytree(originals / "many", tmp_path / "many")
+
+
+def refusal(path, action=None) -> str:
+    with pytest.raises(ModelError) as caught:
+        (action or (lambda p: load_model(p, compute_dtype=torch.float32, use_cache=False)))(str(path))
+    text = str(caught.value)
+    assert "\n" not in text and len(text) < 500
+    return text
+
+
+def rewrite(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def test_a_missing_shard_is_named(many):
+    (many / "model-00002-of-00005.safetensors").unlink(missing_ok=True)
+    shards = json.loads((many / INDEX).read_text())["weight_map"].values()
+    shard = sorted(set(shards))[1]
+    (many / shard).unlink(missing_ok=True)
+    assert f"lacks 1 of {len(set(shards))} weight files: {shard}" in refusal(many)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 8, 200, -1])
+def test_a_safetensors_file_cut_short_is_named(one, keep):
+    path = one / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    assert "model.safetensors is cut short or not a safetensors file; download it again" in refusal(one)
+
+
+@pytest.mark.parametrize("content", [b"\xff" * 100, b"\x02" + b"\0" * 7 + b"[]", b"\x01" + b"\0" * 7 + b"{"])
+def test_a_file_that_is_not_safetensors_is_named(one, content):
+    (one / "model.safetensors").write_bytes(content)
+    assert "cut short or not a safetensors file" in refusal(one)
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/x.safetensors"])
+def test_an_index_that_points_outside_its_folder_is_refused(many, name):
+    rewrite(many / INDEX, lambda index: index["weight_map"].update({"model.norm.weight": name}))
+    assert f"points outside its folder: {name!r}" in refusal(many)
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {"a": 1}])
+def test_an_index_without_file_names_is_refused(many, weight_map):
+    rewrite(many / INDEX, lambda index: index.update(weight_map=weight_map))
+    assert "has no weight_map of file names" in refusal(many)
+
+
+@pytest.mark.parametrize("name", [INDEX, "config.json"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "[" * 100_000, "\x00\xff"])
+def test_a_broken_json_file_is_named(many, name, content):
+    (many / name).write_bytes(content.encode("latin-1"))
+    assert name in refusal(many)
+
+
+def test_a_configuration_without_weights_is_said_to_be_that(one):
+    (one / "model.safetensors").unlink()
+    assert "has a config.json but no .safetensors weights" in refusal(one)
+    torch.save({}, one / "pytorch_model.bin")
+    assert "pickled weights are not read, convert them to safetensors" in refusal(one)
+
+
+def test_a_folder_without_a_configuration_is_refused(one):
+    (one / "config.json").unlink()
+    assert "has no config.json; model.path must be a whole model folder" in refusal(one)
+
+
+def test_weights_that_are_missing_or_misshaped_are_named(one):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(one / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, one / "model.safetensors", metadata={"format": "pt"})
+    assert "1 weights are missing or do not fit: model.layers.1.mlp.up_proj" in refusal(one)
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(95, 64)
+    save_file(tensors, one / "model.safetensors", metadata={"format": "pt"})
+    assert "weights are missing or do not fit: model.layers.1.mlp.up_proj" in refusal(one)
+
+
+def test_a_weight_that_is_not_finite_is_refused(one):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(one / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
+    save_file(tensors, one / "model.safetensors", metadata={"format": "pt"})
+    assert "model.layers.1.mlp.up_proj.weight: cannot quantise a weight that holds NaN" in refusal(one)
+
+
+@pytest.mark.parametrize(
+    "change", [{"model_type": "no_such_model"}, {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}]
+)
+def test_an_unknown_architecture_and_remote_code_are_refused_without_a_question(one, change, monkeypatch):
+    (one / "evil.py").write_text("raise SystemExit('this ran')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    rewrite(one / "config.json", lambda config: config.update(change | {"model_type": "no_such_model"}))
+    assert "cannot load" in refusal(one)
+
+
+@pytest.mark.parametrize("keep", [0, 3, 100, 50_000])
+def test_a_gguf_file_cut_short_is_named(tmp_path, keep):
+    import gguf
+    import numpy as np
+
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    for name in ("token_embd.weight", "output.weight"):
+        writer.add_tensor(name, np.zeros((100, 64), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    check_gguf(path)
+    path.write_bytes(path.read_bytes()[:keep])
+    assert f"{path} is cut short" in refusal(path, lambda p: check_gguf(path))
+    assert str(path) in refusal(path)
+
+
+def test_a_gguf_file_that_is_not_there_is_named(tmp_path):
+    assert "no file" in refusal(tmp_path / "absent.gguf")
+
+
+def test_a_hub_id_without_a_network_says_so():
+    text = refusal("nobody-here/no-such-model")
+    assert "is not in the hub cache, and the hub cannot be reached" in text
+    assert "local folder or .gguf file" in text
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "a/b/c", "no such model"])
+def test_a_path_that_is_nothing_is_refused(path):
+    assert "no folder" in refusal(path) or "hub id" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "path", ["package:no_such_package/x.gguf", "package:", "package:os.path/x", "package:json/../x"]
+)
+def test_a_package_or_file_that_is_not_there_is_refused(path):
+    assert "package" in refusal(path)
+
+
+def test_a_package_file_cannot_leave_its_package(tmp_path, monkeypatch):
+    (tmp_path / "tiny_package").mkdir()
+    (tmp_path / "tiny_package" / "__init__.py").write_text("raise RuntimeError('imported')")
+    (tmp_path / "tiny_package" / "m.gguf").write_bytes(b"x")
+    (tmp_path / "outside.gguf").write_bytes(b"x")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert locate("package:tiny_package/m.gguf").weights[0].name == "m.gguf"
+    assert "has no file" in refusal("package:tiny_package/../outside.gguf", locate)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(one):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (one / name).unlink(missing_ok=True)
+    assert "tokenizer" in refusal(one, load_tokenizer)
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"model": {"type": "Unheard"}}'])
+def test_a_broken_tokenizer_file_is_refused(one, content):
+    (one / "tokenizer.json").write_text(content)
+    assert "tokenizer" in refusal(one, load_tokenizer)

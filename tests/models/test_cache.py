@@ -1,0 +1,147 @@
+"""The cache of quantised models is found by content, and a broken or unwritable one never spoils a load."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_load import assert_same_weights
+from tiny_files import save_tiny
+
+from qlora_lite.models import load as loading
+from qlora_lite.models.cache import cache_entry, cache_root, content_digest
+from qlora_lite.models.load import load_model
+from qlora_lite.models.locate import locate
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of this test alone."""
+    monkeypatch.setenv("QLORA_LITE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def model(tmp_path):
+    save_tiny(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def load(folder, quant="nf4", dtype=torch.float32, **options):
+    return load_model(str(folder), quant, compute_dtype=dtype, **options)
+
+
+def entries(cache):
+    return sorted(path.name for path in (cache / "models").glob("*")) if (cache / "models").exists() else []
+
+
+@pytest.fixture
+def no_quantising(monkeypatch):
+    """Call the result to fail the test at the next quantisation."""
+
+    def forbid():
+        def fail(*args, **kwargs):
+            raise AssertionError("the cache missed")
+
+        monkeypatch.setattr(loading, "QuantizeConfig", fail)
+        monkeypatch.setattr(loading, "quantize_in_place", fail)
+
+    return forbid
+
+
+@pytest.mark.parametrize("quant", ["nf4", "fp4"])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_second_load_comes_from_the_cache_and_is_equal(model, cache, no_quantising, quant, double_quant):
+    first = load(model, quant, double_quant=double_quant)
+    no_quantising()
+    assert_same_weights(load(model, quant, double_quant=double_quant), first)
+    assert len(entries(cache)) == 1
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "phi3", "cohere"])
+def test_every_kind_of_layer_comes_back_from_the_cache(model_type, tmp_path, cache, no_quantising):
+    save_tiny(tmp_path / "model", model_type)
+    first = load(tmp_path / "model")
+    no_quantising()
+    second = load(tmp_path / "model")
+    assert_same_weights(second, first)
+    ids = torch.arange(10)[None]
+    assert torch.equal(first(input_ids=ids).logits, second(input_ids=ids).logits)
+
+
+def test_the_same_content_under_another_path_hits(model, cache, no_quantising, tmp_path):
+    load(model)
+    shutil.copytree(model, tmp_path / "elsewhere")
+    no_quantising()
+    load(tmp_path / "elsewhere")
+
+
+def test_changed_content_under_the_same_path_misses(model, cache):
+    load(model)
+    path = model / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.mlp.up_proj.weight"] += 1.0
+    save_file(tensors, path, metadata={"format": "pt"})
+    changed = load(model)
+    assert len(entries(cache)) == 2
+    assert_same_weights(changed, load(model, use_cache=False))
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_changed_configuration_misses(model, cache, name):
+    load(model)
+    path = model / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 3}))
+    assert load(model).generation_config.eos_token_id == (3 if name.startswith("generation") else 2)
+    assert len(entries(cache)) == 2
+
+
+def test_other_settings_have_another_entry(model, cache):
+    for options in (
+        {}, {"quant": "fp4"}, {"double_quant": False}, {"dtype": torch.bfloat16},
+    ):  # fmt: skip
+        load(model, **options)
+    assert len(entries(cache)) == 4
+
+
+def test_a_digest_is_remembered_until_the_file_changes(cache, tmp_path, monkeypatch):
+    file = tmp_path / "weights"
+    file.write_bytes(b"one")
+    first = content_digest(file)
+    monkeypatch.setattr("qlora_lite.models.cache.sha256", lambda path: "counted again")
+    assert content_digest(file) == first
+    file.write_bytes(b"three")
+    assert content_digest(file) == "counted again"
+
+
+def test_nothing_is_kept_where_no_cache_is_wanted(model, cache):
+    load(model, use_cache=False)
+    assert not cache.exists()
+
+
+def test_a_cache_that_cannot_be_written_costs_one_line_and_no_more(model, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("QLORA_LITE_CACHE", str(tmp_path / "file" / "cache"))
+    assert_same_weights(load(model), load(model, use_cache=False))
+    assert "the quantised model is not cached: cannot write" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["cut short", "missing"])
+def test_a_damaged_entry_is_made_again(model, cache, damage, caplog):
+    first = load(model)
+    (weights,) = cache_root().glob("models/*/model.safetensors")
+    if damage == "missing":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[:-100])
+    assert_same_weights(load(model), first)
+    assert weights.exists()
+    assert_same_weights(load(model), first)
+
+
+def test_an_entry_is_the_folder_of_an_ordinary_checkpoint(model, cache):
+    load(model)
+    entry = cache_entry(locate(str(model)), quant="nf4", double_quant=True, dtype="torch.float32")
+    assert entries(cache) == [entry.name]
+    assert json.loads((entry / "config.json").read_text())["quantization_config"]["quant_method"] == "bitsandbytes"

@@ -1,0 +1,118 @@
+"""A file or folder is the old one or the new one, never half of either, and disk faults are one line with a cure."""
+
+import errno
+import hashlib
+import resource
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import build_tiny
+
+from qlora_lite.errors import OutputError
+from qlora_lite.files import explain_write_errors, replacing_folder, sha256, write_text
+from qlora_lite.lora.adapter import save_adapter
+from qlora_lite.lora.inject import add_lora
+
+
+@contextmanager
+def disk_of(limit: int):
+    """Let no file grow beyond ``limit`` bytes, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("old")
+    return tmp_path / "folder"
+
+
+def content(folder):
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def test_a_replaced_folder_has_only_the_new_files(folder):
+    with replacing_folder(folder) as new:
+        (new / "other").write_text("new")
+        assert content(folder) == {"file": "old"}
+    assert content(folder) == {"other": "new"}
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), ValueError("x"), KeyboardInterrupt()])
+def test_an_error_in_the_block_leaves_the_old_folder(folder, error):
+    expected = OutputError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected), replacing_folder(folder) as new:
+        (new / "other").write_text("new")
+        raise error
+    assert content(folder) == {"file": "old"}
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_rename_that_fails_gives_the_old_folder_back(folder, monkeypatch):
+    rename = Path.rename
+
+    def fail(path, target):
+        if path.name.endswith(".partial"):
+            raise OSError(errno.EIO, "the disk went away")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OutputError, match="the disk went away"), replacing_folder(folder) as new:
+        (new / "other").write_text("new")
+    assert content(folder) == {"file": "old"}
+
+
+@pytest.mark.parametrize(
+    ("number", "cure"),
+    [
+        (errno.ENOSPC, r"the disk is full \(.* free\); free some space"),
+        (errno.EDQUOT, "the disk is full"),
+        (errno.EROFS, "read-only; set output.dir"),
+        (errno.EACCES, "no permission; change the folder's owner"),
+        (errno.ENOTDIR, "Not a directory; check the path"),
+    ],
+)
+def test_every_fault_of_the_disk_names_the_path_and_a_cure(tmp_path, number, cure):
+    with (
+        pytest.raises(OutputError, match=rf"cannot write .*/deep/file: .*{cure}") as caught,
+        explain_write_errors(tmp_path / "deep" / "file"),
+    ):
+        raise OSError(number, "Not a directory")
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_path_under_a_file_cannot_be_written(folder):
+    for write in (lambda path: write_text(path, "x"), lambda path: replacing_folder(path).__enter__()):
+        with pytest.raises(OutputError, match="Not a directory"):
+            write(folder / "file" / "below")
+
+
+def test_an_adapter_that_the_disk_has_no_room_for_is_one_line_and_the_old_one_stays(tmp_path):
+    model = add_lora(build_tiny("llama"), rank=8)
+    digest = save_adapter(model, tmp_path / "adapter")
+    torch.nn.init.ones_(next(p for p in model.parameters() if p.requires_grad))
+    with disk_of(10_000), pytest.raises(OutputError, match=r"cannot write .*adapter: .*File too large"):
+        save_adapter(model, tmp_path / "adapter")
+    assert sha256(tmp_path / "adapter" / "adapter_model.safetensors") == digest
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_text_that_the_disk_has_no_room_for_leaves_the_old_text(tmp_path):
+    write_text(tmp_path / "file", "old")
+    with disk_of(10_000), pytest.raises(OutputError, match="cannot write"):
+        write_text(tmp_path / "file", "x" * 100_000)
+    assert (tmp_path / "file").read_text() == "old"
+
+
+def test_the_digest_is_sha_256(tmp_path):
+    (tmp_path / "file").write_bytes(b"abc" * 100_000)
+    assert sha256(tmp_path / "file") == hashlib.sha256(b"abc" * 100_000).hexdigest()

@@ -1,0 +1,46 @@
+"""The README tells the truth of today's code: its generated parts are up to date, its commands exist."""
+
+import re
+import subprocess
+import sys
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+
+import pytest
+
+from qlora_lite.cli.main import COMMANDS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def update_readme():
+    loader = SourceFileLoader("update_readme", str(ROOT / "tools" / "update_readme"))
+    module = module_from_spec(spec_from_loader(loader.name, loader))
+    loader.exec_module(module)
+    return module
+
+
+def test_the_generated_parts_are_what_update_readme_writes():
+    assert update_readme().render(README) == README
+
+
+def test_every_command_has_a_row():
+    for name in COMMANDS:
+        assert f"| `qlora-lite {name} " in README, name
+
+
+def test_every_file_that_is_named_exists():
+    for path in re.findall(r"`((?:tools|tests|recipes)/[\w./-]+)`", README) + re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.model
+def test_the_python_example_runs(tmp_path):
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    code = code.replace('"recipes/', f'"{ROOT}/recipes/').replace('["lora.rank=8"]', '["train.max_steps=1"]')
+    code = code.replace("metrics.step == 3", "metrics.step == 1").replace("qlora_lite.train(recipe)", "None")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()

@@ -1,0 +1,210 @@
+"""Each guard stops the run it is there for and names the place; the trainer's rehearsal leaves no trace."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from tiny import quantized_pair
+
+from qlora_lite.data.examples import Example
+from qlora_lite.errors import ModelError, TrainingError
+from qlora_lite.lora.inject import add_lora, lora_layers, lora_parameters
+from qlora_lite.quant.linear import QuantLinear
+from qlora_lite.train.guards import check_frozen, check_trainable, frozen_checksum
+from qlora_lite.train.inventory import inventory, optimizer_state_bytes, total_parameters
+from qlora_lite.train.loop import Trainer, TrainSettings
+
+SETTINGS = dict(
+    max_steps=4, epochs=1.0, learning_rate=0.01, micro_batch_size=1, gradient_accumulation_steps=2,
+    optimizer="adamw_torch", lr_scheduler="constant", warmup_ratio=0.0, max_grad_norm=1.0, weight_decay=0.0, seed=0,
+    max_tokens=32, packing=True, order="shuffle", checkpointing="block", loss_chunk_tokens=None,
+)  # fmt: skip
+
+
+def examples(count=12):
+    chance = np.random.default_rng(0)
+    rows = []
+    for i in range(count):
+        length = int(chance.integers(4, 15))
+        learned = np.ones(length, dtype=bool)
+        learned[:2] = False
+        rows.append(Example(chance.integers(3, 160, length).astype(np.int32), learned, "", "", f"rows.jsonl:{i + 1}"))
+    return rows
+
+
+def trainer(model_type="llama", dropout=0.0, dtype=torch.float32, targets="all-linear", rows=None, **changes):
+    model, _ = quantized_pair(model_type)
+    torch.manual_seed(0)
+    add_lora(model, targets, rank=4, alpha=8, dropout=dropout, dtype=dtype)
+    return Trainer(model, examples() if rows is None else rows, TrainSettings(**(SETTINGS | changes)))
+
+
+def test_a_nan_in_a_frozen_weight_names_the_step_the_rows_and_the_module():
+    training = trainer()
+    steps = iter(training)
+    next(steps)
+    training.model.get_submodule("model.layers.1.mlp.up_proj.base").absmax_scale.fill_(float("nan"))
+    with pytest.raises(
+        TrainingError, match=r"step 2: the output of model\.layers\.1\.mlp\.up_proj is not finite"
+    ) as caught:
+        next(steps)
+    assert "rows rows.jsonl:" in str(caught.value)
+
+
+def test_a_nan_in_the_embeddings_names_them():
+    training = trainer()
+    training.model.get_input_embeddings().weight[:] = float("inf")
+    with pytest.raises(TrainingError, match=r"step 1: the output of model\.embed_tokens is not finite"):
+        next(iter(training))
+
+
+def test_a_nan_in_the_head_alone_names_the_loss():
+    training = trainer()
+    training.model.get_output_embeddings().weight[7] = float("nan")
+    with pytest.raises(TrainingError, match="step 1: the loss is not finite"):
+        next(iter(training))
+
+
+def test_a_nan_in_a_factor_names_the_factor():
+    training = trainer()
+    training.model.get_submodule("model.layers.0.mlp.down_proj").lora_A.data[1, 2] = float("nan")
+    with pytest.raises(TrainingError, match=r"the LoRA factor model\.layers\.0\.mlp\.down_proj\.lora_A is not finite"):
+        next(iter(training))
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_a_nan_in_one_gradient_names_that_factor_and_leaves_the_weights(max_grad_norm):
+    training = trainer(max_grad_norm=max_grad_norm)
+    before = [p.detach().clone() for p in training.parameters]
+    layer = training.model.get_submodule("model.layers.1.self_attn.o_proj")
+    layer.lora_B.register_hook(lambda grad: grad * float("nan"))
+    with pytest.raises(
+        TrainingError, match=r"the gradient of model\.layers\.1\.self_attn\.o_proj\.lora_B is not finite"
+    ):
+        next(iter(training))
+    assert all(torch.equal(a, b) for a, b in zip(before, training.parameters, strict=True))
+
+
+def test_an_adapter_that_takes_no_part_is_named_after_the_first_step(monkeypatch):
+    training = trainer()
+    layer = training.model.get_submodule("model.layers.1.mlp.up_proj")
+    layer.lora_B.register_hook(torch.zeros_like)
+    with pytest.raises(
+        TrainingError, match=r"1 of the wrapped layers got no gradient, first model\.layers\.1\.mlp\.up_proj"
+    ):
+        next(iter(training))
+
+
+def test_a_parameter_that_should_be_frozen_is_noticed():
+    training = trainer()
+    training.model.model.norm.weight.requires_grad_(True)
+    announced = sum(p.numel() for p in training.parameters)
+    with pytest.raises(TrainingError, match=f"{announced + 64} weights are trainable, {announced} were announced"):
+        check_trainable(training.model, announced)
+    with pytest.raises(TrainingError):
+        Trainer(training.model, training.examples, training.settings)
+
+
+def test_a_weight_that_is_nan_before_training_stops_it_there():
+    model, _ = quantized_pair("llama")
+    model.model.norm.weight[3] = float("nan")
+    with pytest.raises(ModelError, match="cannot be trained exactly"):
+        Trainer(add_lora(model, rank=2, dtype=torch.float32), examples(), TrainSettings(**SETTINGS))
+
+
+def frozen_tensors(model):
+    factors = {id(p) for _, p in lora_parameters(model)}
+    return [t for t in (*model.parameters(), *model.buffers()) if id(t) not in factors]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_checksum_notices_one_flipped_bit_in_any_frozen_tensor(dtype):
+    model, _ = quantized_pair("qwen2", dtype=dtype)
+    add_lora(model, rank=2)
+    checksum = frozen_checksum(model)
+    for tensor in frozen_tensors(model):
+        flat = tensor.detach().view(-1)[-1:].view(torch.uint8)
+        flat[0] ^= 1
+        with pytest.raises(TrainingError, match="a frozen weight changed"):
+            check_frozen(model, checksum)
+        flat[0] ^= 1
+    check_frozen(model, checksum)
+
+
+def test_training_leaves_every_frozen_bit_and_moves_every_factor():
+    training = trainer("gemma2")
+    checksum, before = frozen_checksum(training.model), copy.deepcopy(training.parameters)
+    list(training)
+    check_frozen(training.model, checksum)
+    assert all(not torch.equal(a, b) for a, b in zip(before, training.parameters, strict=True))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_rehearsal_leaves_weights_optimizer_gradients_and_random_state(dropout):
+    training = trainer(dropout=dropout)
+    frozen, state = frozen_checksum(training.model), torch.get_rng_state()
+    before = copy.deepcopy(training.parameters)
+    training.rehearse()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert frozen_checksum(training.model) == frozen
+    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, training.parameters, strict=True))
+    assert not training.optimizer.state
+    assert training.step == 0
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_same_seed_gives_the_same_steps_with_and_without_a_rehearsal(dropout):
+    def run(rehearsed):
+        training = trainer(dropout=dropout)
+        if rehearsed:
+            training.rehearse()
+        torch.manual_seed(1)
+        return [(m.loss, m.grad_norm, m.tokens) for m in training], [p.detach() for p in training.parameters]
+
+    (steps, factors), (again, same) = run(False), run(True)
+    assert steps == again
+    assert all(torch.equal(a, b) for a, b in zip(factors, same, strict=True))
+
+
+def test_metrics_count_what_was_trained_and_the_loop_ends_after_its_steps():
+    training = trainer(max_steps=None, epochs=2.0)
+    metrics = list(training)
+    rows = training.examples
+    assert [m.step for m in metrics] == list(range(1, training.total_steps + 1))
+    assert sum(m.tokens for m in metrics) == 2 * sum(len(row.token_ids) for row in rows)
+    assert sum(m.labelled_tokens for m in metrics) == 2 * sum(int(row.learned.sum()) for row in rows)
+    assert metrics[-1].loss < metrics[0].loss
+    assert list(training) == []
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "cohere"])
+def test_the_inventory_counts_every_byte_once(model_type):
+    model, plain = quantized_pair(model_type, dtype=torch.bfloat16)
+    weights = sum(p.numel() for p in plain.parameters())
+    add_lora(model, rank=4)
+    table = inventory(model)
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())
+    }
+    assert sum(entry.bytes for entry in table) == sum(storages.values())
+    groups = {}
+    for entry in table:
+        groups[entry.group] = groups.get(entry.group, 0) + entry.bytes
+    assert groups["adapter"] == 2 * sum(p.numel() for _, p in lora_parameters(model))
+    packed = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    codes = sum(entry.bytes for entry in table if entry.group == "base weights" and entry.dtype == "uint8")
+    assert codes == sum(m.in_features * m.out_features for m in packed) // 2
+    assert total_parameters(model) == weights
+    assert all(entry.why and entry.device == "cpu" for entry in table)
+
+
+def test_the_optimizer_s_bytes_are_two_float32_states_and_a_counter_for_each_factor():
+    training = trainer()
+    list(training)
+    count = sum(p.numel() for p in training.parameters)
+    assert optimizer_state_bytes(training.optimizer) == 8 * count + 4 * len(training.parameters)
+
+
+def test_every_layer_of_a_new_trainer_has_zero_b():
+    assert not any(layer.lora_B.any() for _, layer in lora_layers(trainer().model))

@@ -1,0 +1,157 @@
+"""Accumulation, schedules, clipping and optimizers do what their definitions say."""
+
+import math
+
+import pytest
+import torch
+from tiny import quantized_pair, random_batch, random_factors
+
+from qlora_lite.data.batch import Batch
+from qlora_lite.errors import TrainingError
+from qlora_lite.lora.inject import add_lora, lora_parameters
+from qlora_lite.train.optim import BITSANDBYTES_NAMES, build_optimizer, clip_gradients
+from qlora_lite.train.schedule import SCHEDULES, lr_factor
+from qlora_lite.train.step import accumulate_gradients, evaluate_loss, labelled_count, train_step
+
+LENGTHS = (4, 31, 9, 17, 5, 26, 12, 3)
+
+
+@pytest.fixture(scope="module")
+def model():
+    model, _ = quantized_pair("llama")
+    add_lora(model, rank=4, alpha=8, dtype=torch.float32)
+    random_factors(model)
+    return model.train()
+
+
+def micro_batches(per_batch: int) -> list[Batch]:
+    """The same eight ragged rows, so many to a batch; their labelled tokens differ widely."""
+    whole = random_batch(LENGTHS)
+    rows = list(
+        zip(whole.input_ids.split(LENGTHS, 1), whole.position_ids.split(LENGTHS, 1), whole.labels.split(LENGTHS),
+            LENGTHS, whole.where, strict=True)
+    )  # fmt: skip
+    groups = [rows[start : start + per_batch] for start in range(0, len(rows), per_batch)]
+    return [
+        Batch(torch.cat(ids, 1), torch.cat(positions, 1), torch.cat(labels), lengths, where)
+        for ids, positions, labels, lengths, where in (zip(*group, strict=True) for group in groups)
+    ]
+
+
+def gradient(model, batches):
+    model.zero_grad(set_to_none=True)
+    loss = accumulate_gradients(model, batches, chunk_tokens=32)
+    return loss, torch.cat([p.grad.flatten() for _, p in lora_parameters(model)])
+
+
+@pytest.mark.parametrize("per_batch", [1, 2, 4])
+def test_gradient_accumulation_over_ragged_rows_equals_one_large_batch(model, per_batch):
+    loss, whole = gradient(model, micro_batches(8))
+    other, parts = gradient(model, micro_batches(per_batch))
+    assert other == pytest.approx(loss, rel=1e-6)
+    assert (parts - whole).norm() < 1e-5 * whole.norm()
+
+
+def test_the_loss_of_a_step_is_the_mean_over_labelled_tokens_and_not_over_batches(model):
+    batches = micro_batches(1)
+    losses = [evaluate_loss(model, [batch]).loss for batch in batches]
+    counts = [labelled_count(batch) for batch in batches]
+    by_token = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+    assert gradient(model, batches)[0] == pytest.approx(by_token, rel=1e-5)
+    assert abs(by_token - sum(losses) / len(losses)) > 1e-2
+
+
+def test_evaluation_leaves_mode_and_gradients_and_has_the_exponential_as_perplexity(model):
+    model.zero_grad(set_to_none=True)
+    result = evaluate_loss(model, micro_batches(4))
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    assert result.perplexity == pytest.approx(math.exp(result.loss))
+    assert result.labelled_tokens == sum(map(labelled_count, micro_batches(4)))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_schedule_warms_up_to_the_peak_and_then_follows_its_name(schedule):
+    factors = [lr_factor(step, 20, schedule, 0.25) for step in range(1, 21)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factors[5] == 1.0
+    expected = {
+        "constant": lambda i: 1.0, "linear": lambda i: 1 - i / 15, "cosine": lambda i: (1 + math.cos(math.pi * i / 15)) / 2,
+    }[schedule]  # fmt: skip
+    assert factors[5:] == pytest.approx([expected(i) for i in range(15)])
+    assert min(factors) > 0, "no step is wasted"
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("warmup", [0.0, 0.03, 1.0])
+@pytest.mark.parametrize("total", [1, 2, 7])
+def test_a_short_run_has_positive_rates_up_to_the_peak(schedule, warmup, total):
+    factors = [lr_factor(step, total, schedule, warmup) for step in range(1, total + 1)]
+    assert all(0 < factor <= 1 for factor in factors)
+    assert max(factors) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_clipping_scales_the_gradients_to_the_norm_and_returns_the_one_before(dtype):
+    parameters = [torch.nn.Parameter(torch.zeros(3, dtype=dtype)), torch.nn.Parameter(torch.zeros(1, dtype=dtype))]
+    for max_norm, after in ((1.0, 1.0), (5.0, 5.0), (100.0, 13.0), (0.0, 13.0)):
+        parameters[0].grad, parameters[1].grad = (
+            torch.tensor([3.0, 4.0, 0.0], dtype=dtype),
+            torch.tensor([12.0], dtype=dtype),
+        )
+        norm = clip_gradients(parameters, max_norm)
+        assert norm.item() == 13.0 and norm.dtype == torch.float32
+        assert torch.cat([p.grad for p in parameters]).float().norm().item() == pytest.approx(after, rel=1e-2)
+
+
+def test_a_factor_without_a_gradient_is_an_error():
+    with pytest.raises(TrainingError, match="1 of 1 LoRA factors got no gradient"):
+        clip_gradients([torch.nn.Parameter(torch.zeros(3))], 1.0)
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_other_gradients_to_be_looked_at():
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    parameters[0].grad, parameters[1].grad = torch.ones(2), torch.tensor([1.0, float("nan")])
+    assert clip_gradients(parameters, 1.0).isnan()
+    assert torch.equal(parameters[0].grad, torch.ones(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [*BITSANDBYTES_NAMES, "adamw_torch"])
+def test_every_optimizer_takes_a_step_and_lowers_the_loss(name, dtype):
+    model, _ = quantized_pair("llama")
+    torch.manual_seed(0)
+    add_lora(model, ["q_proj", "up_proj"], rank=64, alpha=64, dtype=dtype)  # 4,096 weights and more: 8-bit states
+    parameters = [p for _, p in lora_parameters(model)]
+    assert max(p.numel() for p in parameters) >= 4096
+    optimizer = build_optimizer(parameters, name, 1e-3 if "lion" in name else 5e-3, weight_decay=0.0)
+    batch = random_batch()
+    losses = []
+    for _ in range(8):
+        losses.append(train_step(model.train(), [batch], optimizer, 1.0).loss)
+        optimizer.zero_grad(set_to_none=True)
+    assert losses[-1] < losses[0] - 0.1
+    assert all(p.isfinite().all() for p in parameters)
+    eight_bit = {t.dtype for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)}
+    assert (torch.uint8 in eight_bit) == name.endswith("8bit")
+
+
+@pytest.mark.parametrize("name", [*BITSANDBYTES_NAMES, "adamw_torch"])
+def test_weight_decay_shrinks_a_weight_by_its_share_of_the_rate(name):
+    weight = torch.nn.Parameter(torch.ones(64, 64))
+    optimizer = build_optimizer([weight], name, 0.1, weight_decay=0.5)
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert torch.allclose(weight, torch.full_like(weight, 1 - 0.1 * 0.5), atol=1e-6)
+
+
+def test_a_step_that_is_not_finite_leaves_the_weights(model):
+    parameters = [p for _, p in lora_parameters(model)]
+    before = [p.detach().clone() for p in parameters]
+    handle = parameters[3].register_hook(lambda grad: grad * float("nan"))
+    optimizer = build_optimizer(parameters, "adamw_torch", 0.1, 0.0)
+    model.zero_grad(set_to_none=True)
+    result = train_step(model, micro_batches(8), optimizer, 1.0)
+    handle.remove()
+    assert math.isfinite(result.loss) and math.isnan(result.grad_norm)
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
