@@ -19,7 +19,7 @@ _API = {
     "build_examples": "qlora_lite.data.examples",
     "Trainer": "qlora_lite.train.loop",
     "train_settings": "qlora_lite.build",
-    "train": "qlora_lite.run",
+    "run_recipe": "qlora_lite.run",
 }
 
 __all__ = [*_API, "__version__"]

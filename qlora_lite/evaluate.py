@@ -8,6 +8,7 @@ from torch import nn
 
 from .build import build_data, build_model, train_settings
 from .data.examples import Example
+from .errors import DataError
 from .generate import answer, stop_ids
 from .models.load import load_tokenizer
 from .recipe.schema import Recipe
@@ -31,7 +32,13 @@ def exact_match(model: nn.Module, tokenizer, examples: Sequence[Example], end_to
     Args:
         examples: rows with a prompt and an answer.
         end_token_ids: the tokens that end an answer in these rows.
+
+    Raises:
+        DataError: a row is plain text and has no answer.
     """
+    without = next((example.where for example in examples if not example.answer), None)
+    if without:
+        raise DataError(f"{without} has no answer to match; set train.exact_match_rows (--rows) to 0 for plain text")
     longest = max(len(tokenizer(example.answer, add_special_tokens=False).input_ids) for example in examples)
     stop = stop_ids(model, tokenizer, end_token_ids)
     prompts = [example.prompt for example in examples]

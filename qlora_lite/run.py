@@ -38,7 +38,7 @@ CURES = "lower data.max_tokens or train.micro_batch_size, or set memory.checkpoi
 Progress = Callable[[StepMetrics, int], None]
 
 
-def train(recipe: Recipe, progress: Progress | None = None) -> Path:
+def run_recipe(recipe: Recipe, progress: Progress | None = None) -> Path:
     """Run a recipe to its end; return the run folder.
 
     Args:
@@ -235,10 +235,14 @@ def _explaining_memory() -> Iterator[None]:
 def _logging_to(path: Path) -> Iterator[None]:
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    level = log.level
     log.addHandler(handler)
+    if not log.isEnabledFor(logging.INFO):  # a caller that has not set up logging still gets the whole log.txt
+        log.setLevel(logging.INFO)
     try:
         yield
     finally:
+        log.setLevel(level)
         log.removeHandler(handler)
         handler.close()
 

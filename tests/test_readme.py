@@ -40,7 +40,7 @@ def test_every_file_that_is_named_exists():
 def test_the_python_example_runs(tmp_path):
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
     code = code.replace('"recipes/', f'"{ROOT}/recipes/').replace('["lora.rank=8"]', '["train.max_steps=1"]')
-    code = code.replace("metrics.step == 3", "metrics.step == 1").replace("qlora_lite.train(recipe)", "None")
+    code = code.replace("metrics.step == 3", "metrics.step == 1").replace("qlora_lite.run_recipe(recipe)", "None")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()

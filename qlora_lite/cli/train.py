@@ -20,7 +20,7 @@ def train(recipe: str, overrides: tuple[str, ...]) -> None:
     from qlora_lite import run
 
     with step_progress() as progress:
-        folder = run.train(settings, progress)
+        folder = run.run_recipe(settings, progress)
     click.echo(_result(folder, json.loads((folder / "summary.json").read_text(encoding="utf-8"))))
 
 

@@ -4,8 +4,9 @@
 
 A starts Kaiming-uniform and B at zero, so that the first forward equals the base model's.
 
-The product is one autograd function: it adds the low-rank part into the base product in place (no second
-[T, out] tensor), saves x, x A^T and the *packed* weight, and dequantises again in backward. With dropout
+The product is one autograd function: it forms the low-rank part and lets the base product accumulate onto it
+(no second [T, out] tensor, one rounding: see ``quant.linear.add_product``), saves x, x A^T and the *packed*
+weight, and dequantises again in backward. With dropout
 the low-rank branch has its own input, so plain autograd is used around the same frozen product.
 ``reference=True`` computes the formula with plain autograd; it is the oracle of the fast path.
 
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from qlora_lite.quant.linear import FrozenMatmul, frozen_weight, materialize
+from qlora_lite.quant.linear import FrozenMatmul, add_product, frozen_weight, materialize
 
 
 class LoraMatmul(torch.autograd.Function):
@@ -29,9 +30,9 @@ class LoraMatmul(torch.autograd.Function):
     def forward(ctx, x, lora_a, lora_b, bias, scale, spec, *frozen):
         rows = x.reshape(-1, x.shape[-1])
         factor_a, factor_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-        y = functional.linear(x, materialize(spec, frozen, x.dtype), bias)
         low = functional.linear(rows, factor_a).mul_(scale)
-        y.view(-1, y.shape[-1]).addmm_(low, factor_b.t())
+        y = functional.linear(low.view(*x.shape[:-1], low.shape[-1]), factor_b)
+        add_product(y, rows, materialize(spec, frozen, x.dtype), bias)
         ctx.scale, ctx.spec = scale, spec
         ctx.save_for_backward(rows, low, lora_a, lora_b, *frozen)
         return y
@@ -43,8 +44,8 @@ class LoraMatmul(torch.autograd.Function):
         grad_low = (grad_rows @ lora_b.to(grad_y.dtype)).mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_rows @ materialize(ctx.spec, tuple(frozen), grad_y.dtype)
-            grad_x.addmm_(grad_low, lora_a.to(grad_y.dtype))
+            grad_x = grad_low @ lora_a.to(grad_y.dtype)
+            grad_x.addmm_(grad_rows, materialize(ctx.spec, tuple(frozen), grad_y.dtype))
             grad_x = grad_x.view(*grad_y.shape[:-1], grad_x.shape[-1])
         grad_a = (grad_low.t() @ rows).to(lora_a.dtype)
         grad_b = (grad_rows.t() @ low).to(lora_b.dtype)
@@ -85,10 +86,10 @@ class LoraLinear(nn.Module):
         dropping = self.training and self.dropout > 0
         if not dropping and not self.reference:
             return LoraMatmul.apply(x, self.lora_A, self.lora_B, self.base.bias, self.scale, spec, *frozen)
-        y = FrozenMatmul.apply(x, self.base.bias, spec, *frozen)
         branch = functional.dropout(x, self.dropout, self.training)
-        low = functional.linear(branch, self.lora_A.to(x.dtype))
-        return y + self.scale * functional.linear(low, self.lora_B.to(x.dtype))
+        low = self.scale * functional.linear(branch, self.lora_A.to(x.dtype))
+        update = functional.linear(low, self.lora_B.to(x.dtype))
+        return FrozenMatmul.apply(x, update, self.base.bias, spec, *frozen)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}, rslora={self.rslora}"

@@ -1,9 +1,11 @@
-"""Cross-entropy of a language-model head, a few tokens at a time.
+"""Cross-entropy of a language-model head, a few tokens and a few thousand words at a time.
 
 The logits of a whole batch are the largest tensor of a plain training step (tokens x vocabulary, in
-float32). Here the head is applied to ``chunk_tokens`` labelled tokens at a time and each chunk's gradient
-with respect to the hidden states is formed while its logits exist. Backward then only scales that
-gradient: no logits are kept, and the head is not multiplied a third time as a checkpointed loss would.
+float32). Here the head is applied to ``chunk_tokens`` labelled tokens and ``TILE_WORDS`` words at a time,
+with a running maximum and sum as in flash attention (arXiv 2205.14135): the gradient with respect to the
+hidden states is ``softmax(logits) @ weight - weight[target]``, so each tile adds its share while its logits
+exist. Backward then only scales that gradient: no logits are kept, the head is read once per chunk, and it
+is not multiplied a third time as a checkpointed loss would.
 
 The head is frozen, so it gets no gradient.
 
@@ -16,7 +18,8 @@ import torch
 
 from .shapes import pad_rows
 
-LOGITS_BUDGET_BYTES = 128 * 2**20  # what an automatic chunk may hold at once
+TILE_WORDS = 8192
+AUTO_CHUNK_TOKENS = 1024  # 48 MiB of logits, in bf16 and float32, at once
 
 
 class Head(NamedTuple):
@@ -31,14 +34,10 @@ class Head(NamedTuple):
     softcap: float | None = None
 
 
-def auto_chunk_tokens(vocabulary: int) -> int:
-    """Return how many tokens keep a chunk's logits (bf16 and float32 copies) near 128 MiB, at least 32."""
-    return max(32, LOGITS_BUDGET_BYTES // (6 * vocabulary))
-
-
-def head_logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
-    """Return float32 logits [N, V] of hidden states [N, D]."""
-    logits = torch.nn.functional.linear(hidden, head.weight, head.bias).float()
+def head_logits(hidden: torch.Tensor, head: Head, words: slice = slice(None)) -> torch.Tensor:
+    """Return float32 logits [N, V] of hidden states [N, D], or those of a slice of the vocabulary."""
+    bias = None if head.bias is None else head.bias[words]
+    logits = torch.nn.functional.linear(hidden, head.weight[words], bias).float()
     if head.scale != 1.0:
         logits *= head.scale
     if head.softcap is not None:
@@ -81,17 +80,29 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def _chunk(hidden, targets, head: Head, with_grad: bool):
     """Return the summed loss of one chunk and, if asked for, its gradient with respect to ``hidden``."""
-    count = hidden.shape[0]
-    logits = head_logits(pad_rows(hidden), head)
-    log_total = torch.logsumexp(logits, dim=-1, keepdim=True)
-    loss = (log_total[:count] - logits[:count].gather(1, targets)).sum()
+    count, hidden = hidden.shape[0], pad_rows(hidden)
+    top = hidden.new_full((hidden.shape[0], 1), -torch.inf, dtype=torch.float32)
+    total = torch.zeros_like(top)
+    target_logits, target_slopes = torch.zeros_like(top), torch.ones_like(top)
+    grad = torch.zeros_like(hidden, dtype=torch.float32) if with_grad else None
+    for start in range(0, head.weight.shape[0], TILE_WORDS):
+        words = slice(start, start + TILE_WORDS)
+        logits = head_logits(hidden, head, words)
+        inside = ((targets >= start) & (targets < start + logits.shape[1])).nonzero()[:, 0]
+        target_logits[inside] = logits[inside].gather(1, targets[inside] - start)
+        new_top = torch.maximum(top, logits.amax(dim=1, keepdim=True))
+        shrink = torch.exp(top - new_top)
+        slopes = None if head.softcap is None or not with_grad else 1 - (logits / head.softcap).square_()
+        weights = logits.sub_(new_top).exp_()  # in place: not yet divided by the sum over all words
+        total = total * shrink + weights.sum(dim=1, keepdim=True)
+        if with_grad:
+            weights = weights if slopes is None else weights.mul_(slopes)
+            grad.mul_(shrink).add_(weights.to(hidden.dtype) @ head.weight[words])
+        top = new_top
+    loss = (top + total.log() - target_logits)[:count].sum()
     if not with_grad:
         return loss, None
-    slope = None if head.softcap is None else 1 - (logits / head.softcap).square_()
-    grad = logits.sub_(log_total).exp_()  # in place: the softmax takes the place of the logits
-    grad[:count].scatter_add_(1, targets, grad.new_full(targets.shape, -1.0))
-    if slope is not None:
-        grad *= slope
-    if head.scale != 1.0:
-        grad *= head.scale
-    return loss, (grad.to(hidden.dtype) @ head.weight)[:count]
+    if head.softcap is not None:
+        target_slopes = 1 - (target_logits / head.softcap).square()
+    grad = (grad / total)[:count] - target_slopes[:count] * head.weight[targets[:, 0]]
+    return loss, (grad * head.scale).to(hidden.dtype)

@@ -44,20 +44,34 @@ def materialize(spec: WeightSpec, tensors: tuple[torch.Tensor, ...], dtype: torc
     return weight.t() if spec.transposed else weight
 
 
+def add_product(addend: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias) -> torch.Tensor:
+    """Add ``x @ weight.T + bias`` to ``addend`` [..., out] in place, and return it.
+
+    The sum is rounded once, at the end of the product. Rounding the product first would swallow an addend
+    below half a step of bf16 whole: the fate of a LoRA update in its first steps, measured as most of the
+    learning lost.
+    """
+    addend.view(-1, addend.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.t())
+    return addend if bias is None else addend.add_(bias)
+
+
 class FrozenMatmul(torch.autograd.Function):
-    """Compute ``x @ weight.T + bias`` for a weight that gets no gradient; backward rebuilds the weight."""
+    """Compute ``addend + x @ weight.T + bias`` for a weight that gets no gradient; backward rebuilds the weight."""
 
     @staticmethod
-    def forward(ctx, x, bias, spec, *tensors):
+    def forward(ctx, x, addend, bias, spec, *tensors):
         weight = materialize(spec, tensors, x.dtype)
         ctx.spec = spec
         ctx.save_for_backward(*tensors)
-        return nn.functional.linear(x, weight, bias)
+        if addend is None:
+            return nn.functional.linear(x, weight, bias)
+        return add_product(addend.clone(), x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad_y):
         weight = materialize(ctx.spec, ctx.saved_tensors, grad_y.dtype)
-        return grad_y @ weight, None, None, *(None for _ in ctx.saved_tensors)
+        grad_addend = grad_y if ctx.needs_input_grad[1] else None
+        return grad_y @ weight, grad_addend, None, None, *(None for _ in ctx.saved_tensors)
 
 
 class QuantLinear(nn.Module):
@@ -115,7 +129,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         spec, tensors = frozen_weight(self)
-        return FrozenMatmul.apply(x, self.bias, spec, *tensors)
+        return FrozenMatmul.apply(x, None, self.bias, spec, *tensors)
 
     def extra_repr(self) -> str:
         double = ", double_quant" if self.double_quant else ""

@@ -31,7 +31,7 @@ from .step import Evaluation, accumulate_gradients, evaluate_loss, train_step
 class TrainSettings:
     """What the loop needs to know; the names, meanings and defaults are those of the recipe.
 
-    ``loss_chunk_tokens`` None chooses by the vocabulary; ``max_steps`` None trains for ``epochs``.
+    ``loss_chunk_tokens`` None takes the default; ``max_steps`` None trains for ``epochs``.
     """
 
     max_steps: int | None

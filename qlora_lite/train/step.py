@@ -15,7 +15,7 @@ from torch import nn
 from qlora_lite.data.batch import Batch
 from qlora_lite.models.anatomy import decoder, head
 from qlora_lite.models.load import uses_row_attention
-from qlora_lite.ops.loss import auto_chunk_tokens, chunked_cross_entropy
+from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, chunked_cross_entropy
 from qlora_lite.ops.shapes import kernel_rows
 
 from .optim import clip_gradients
@@ -62,14 +62,12 @@ def summed_loss(model: nn.Module, batch: Batch, chunk_tokens: int | None = None)
     """Return the float32 sum of the losses of a batch's labelled tokens.
 
     Args:
-        chunk_tokens: tokens whose logits exist at once; None chooses by the vocabulary.
+        chunk_tokens: tokens whose logits exist at once; None takes the default.
     """
     labelled = (batch.labels != -100).nonzero().squeeze(1)
     targets = batch.labels[labelled].to(model.device)
     hidden = hidden_states(model, batch)[labelled.to(model.device)]
-    output_head = head(model)
-    chunk = chunk_tokens or auto_chunk_tokens(output_head.weight.shape[0])
-    return chunked_cross_entropy(hidden, targets, output_head, chunk)
+    return chunked_cross_entropy(hidden, targets, head(model), chunk_tokens or AUTO_CHUNK_TOKENS)
 
 
 def labelled_count(batch: Batch) -> int:

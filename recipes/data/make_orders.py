@@ -78,14 +78,19 @@ class Wording:
 
 TRAIN = Wording(
     names="""
-    Aaron Adam Albert Alex Ali Alison Amy Andrea Andrew Angela Ann Anne Arthur Barbara Benny Beth Bill
-    Bruce Carl Caroline Charles Christian Claire Clara Clark Craig Daisy Dan Daniel David Diana Don Doug
-    Edith Edward Elizabeth Ella Emma Eric Frank Fred Gary Gordon Grace Grant Greg Hannah Harry Helen Ian
-    Iris Jack Jackson Jamie Jane Jason Jeff Jenny Jerry Jim Joan Joe Johnson Jon Joseph Josh Julia Karen
-    Kate Keith Kevin Kim Laura Lee Lincoln Linda Lisa Louis Lucy Madison Marco Maria Mark Marsh Marx
-    Mary Matthew Max Mia Miguel Mike Miller Nancy Neil Nick Nina Noah Oliver Oscar Owen Pat Peter Phil
-    Rachel Richard Rob Roger Ron Ross Ruth Sally Sam Sandra Sara Sarah Scott Smith Stan Steve Susan
-    Taylor Ted Thomas Timmy Tom Tony Vera Victor Virginia Walter Wendy Wilson Yusuf Zoe""",
+    Aaron Abigail Adam Adams Alan Albert Alex Ali Alison Amanda Amy Andrea Andrew Angela Anna Ashley
+    Barbara Beth Beverly Bill Brenda Bruce Calvin Carl Caroline Catherine Christian Cindy Claire Clara
+    Clark Collins Craig Crystal Daisy Dan Darwin David Dennis Diana Diane Don Doug Duncan Edgar Edith
+    Elena Ella Ellen Emma Eric Ethan Felix Fiona Fred Gabriel Gary Gina Gloria Gordon Grace Grant Greg
+    Hannah Harold Harry Hassan Heather Heidi Helen Howard Hugo Ian Irene Iris Ivan Jack Jackie Jamie
+    Jane Jasmine Jason Jean Jeff Jenny Jerome Jerry Jesse Jim Joan Joe Johnson Jon Jones Jorge Joseph
+    Josh Judy Julia Julian Karen Karl Kate Keith Kelly Ken Kevin Kyle Laura Lauren Lee Leo Leslie Linda
+    Lisa Logan Lucas Lucy Lydia Marco Marcus Margaret Maria Marie Mark Marsh Marx Mary Max Maya Melissa
+    Mia Miguel Mike Miller Milton Monica Nancy Naomi Natalie Neil Nick Nicole Nina Noah Norman Olga
+    Oliver Olivia Oscar Owen Pablo Pamela Pat Pedro Percy Phil Philip Rachel Ralph Ramon Rebecca Rita
+    Roger Ron Ross Roy Ruth Ryan Sally Sam Sandra Sara Sarah Scott Sean Seth Shannon Sharon Smith Sofia
+    Stan Stella Stephen Steve Stuart Susan Sylvia Tara Taylor Ted Teresa Todd Tony Travis Tyler Van
+    Vanessa Vera Virginia Walter Wayne Wendy Wesley Wilson Yusuf Yvonne Zoe""",
     items="""
     apple pie | bean salad | bread roll | egg roll | orange cake | pea soup | sugar bag | meat pie |
     fruit bowl | fruit basket | oil can | oil lamp | water bottle | water tank | soup bowl | soup spoon |
@@ -143,13 +148,16 @@ TRAIN = Wording(
     I can pay cash | call me if there is a problem | we loved the last one | around 10 in the morning |
     sorry for the late message | hope you are well | my number ends in 42 | we live at number 9 |
     not too expensive I hope | I will send my son | the kids can't wait | last time it was late |
-    do I pay now or later | are you open at 7 | leave it with the guard""",
+    do I pay now or later | are you open at 7 | leave it with the guard | there will be 60 of us |
+    it's flat 18, second floor | the bus takes me 45 minutes | we are only 2 at home |
+    sorry for the noise here, 30 kids""",
     thanks="thanks | thank you | thanks a lot | please | cheers | bye | many thanks | see you | ta | ok?",
 )
 EVAL = Wording(
     names="""
-    Adams Alice Anna Ben Bob Chris Collins Darwin Donald Emily George Henry James Jean John Jones Ken
-    Leon Luke Marie Martin Matt Maya Newton Paul Ray Robert Samuel Simon Stephen Tim Van William""",
+    Alice Arthur Ben Bob Charles Chris Daniel Donald Edward Elizabeth Emily Frank George Henry Jackson
+    James John Kim Leon Lincoln Louis Luke Madison Martin Matt Newton Paul Peter Ray Richard Robert
+    Samuel Simon Thomas Tim Victor William""",
     items="""
     robot | stamp | calendar | oven | horn | pig | heart | castle | space rocket | arrow | target |
     shield | button | thread | wallet | radio | camera | horse blanket | pine tree | tree house |
@@ -220,7 +228,7 @@ def make_row(wording: Wording, rng: random.Random) -> dict:
     order = rng.choice(choices(QUANTITIES[quantity])) + f" {item}" + ("s" if quantity > 1 else "")
     note = make_note(wording, rng)
     note = note.lower() if rng.random() < 0.6 else note[0].upper() + note[1:]
-    typed_name = name.lower() if note.islower() and rng.random() < 0.5 else name
+    typed_name = name.lower() if note.islower() and rng.random() < 0.4 else name
     note = note.format(name=typed_name, order=order, day=rng.choice(choices(DAYS[day])))
     answer = json.dumps({"name": name, "item": item, "quantity": quantity, "day": day})
     roles = {"system": SYSTEM, "user": note, "assistant": answer}

@@ -1,11 +1,11 @@
-"""The chunked loss equals the plain one, and never holds the logits of more than a chunk."""
+"""The chunked loss equals the plain one, and never holds more logits than one tile of a chunk."""
 
 import pytest
 import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_lite.ops.loss import Head, auto_chunk_tokens, chunked_cross_entropy, head_logits
+from qlora_lite.ops.loss import Head, chunked_cross_entropy, head_logits
 
 TOKENS, HIDDEN, VOCABULARY = 23, 16, 101
 HEADS = {
@@ -42,7 +42,9 @@ def loss_and_gradient(hidden, targets, head, chunk):
 
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("chunk", [1, 2, 7, 16, 22, 23, 24, 1000])
-def test_loss_and_gradient_equal_the_float64_definition(name, chunk):
+@pytest.mark.parametrize("tile", [1, 10, 100, 101, 8192])
+def test_loss_and_gradient_equal_the_float64_definition(name, chunk, tile, monkeypatch):
+    monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", tile)
     hidden, targets, head = make(torch.float32, **HEADS[name])
     exact = hidden.double().requires_grad_()
     expected = plain_loss(exact, targets, head)
@@ -106,15 +108,16 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_never_more_than_one_chunk_of_logits_is_made(grad):
+def test_never_more_than_one_tile_of_logits_is_made(grad, monkeypatch):
+    monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", 50)
     hidden, targets, head = make(torch.float32, softcap=2.0, tokens=640)
-    assert 64 * VOCABULARY < hidden.numel() < 128 * VOCABULARY
+    assert 64 * 50 < hidden.numel() < 64 * VOCABULARY * 2
     hidden.requires_grad_(grad)
     with LargestTensor() as seen:
         loss = chunked_cross_entropy(hidden, targets, head, 64)
         if grad:
             loss.backward()
-    assert seen.elements == (hidden.numel() if grad else 64 * VOCABULARY)
+    assert seen.elements == (hidden.numel() if grad else 64 * 50)
 
 
 def test_nothing_of_the_size_of_the_logits_is_kept_for_backward():
@@ -134,8 +137,3 @@ def test_head_logits_are_float32_and_leave_the_head_unchanged():
     head_logits(hidden, head)
     assert torch.equal(head.weight, before[0])
     assert torch.equal(head.bias, before[1])
-
-
-def test_the_automatic_chunk_keeps_the_largest_vocabularies_near_128_mib():
-    assert auto_chunk_tokens(262_144) * 262_144 * 6 <= 128 * 2**20
-    assert auto_chunk_tokens(10**9) == 32

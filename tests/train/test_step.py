@@ -76,7 +76,9 @@ def test_a_schedule_warms_up_to_the_peak_and_then_follows_its_name(schedule):
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert factors[5] == 1.0
     expected = {
-        "constant": lambda i: 1.0, "linear": lambda i: 1 - i / 15, "cosine": lambda i: (1 + math.cos(math.pi * i / 15)) / 2,
+        "constant": lambda i: 1.0,
+        "linear": lambda i: 1 - i / 15,
+        "cosine": lambda i: (1 + math.cos(math.pi * i / 15)) / 2,
     }[schedule]  # fmt: skip
     assert factors[5:] == pytest.approx([expected(i) for i in range(15)])
     assert min(factors) > 0, "no step is wasted"

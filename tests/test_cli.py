@@ -1,0 +1,263 @@
+"""The commands: what they print and where, their exit codes, and one line instead of a stack trace."""
+
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tiny_files import save_tiny, write_recipe
+from transformers import AutoModelForCausalLM
+
+from qlora_lite.cli.main import COMMANDS, main
+
+COMMAND = [sys.executable, "-c", "from qlora_lite.cli.main import main; main()"]
+
+
+@pytest.fixture(autouse=True)
+def _own_logging(monkeypatch):
+    """Give back what a command changes in this process."""
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(
+            name, os.environ.get(name, "1" if "DISABLE" in name else "error" if "VERB" in name else "true")
+        )
+    log = logging.getLogger("qlora_lite")
+    handlers, level, propagate = log.handlers[:], log.level, log.propagate
+    yield
+    log.handlers[:], log.propagate = handlers, propagate
+    log.setLevel(level)
+
+
+@pytest.fixture
+def command(capsys):
+    """Run a command in this process; return its exit code, standard output and standard error."""
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+            raise SystemExit(0)
+        out, err = capsys.readouterr()
+        return caught.value.code or 0, out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run trained by the command in a process of its own: its folder, recipe, and what it printed."""
+    folder = tmp_path_factory.mktemp("cli")
+    save_tiny(folder / "model")
+    recipe = write_recipe(folder, folder / "model")
+    done = subprocess.run([*COMMAND, "train", recipe, "lora.rank=2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "out", recipe, done
+
+
+def test_help_names_every_command_without_importing_torch():
+    code = (
+        "import sys, qlora_lite.cli.main as m\ntry: m.main(['--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'pydantic', 'numpy'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(re.search(rf"^  {name} ", done.stdout, re.MULTILINE) for name in COMMANDS)
+    assert time.monotonic() - started < 5  # measured: 0.3 s; loose, for a busy machine
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_without_importing_torch(name):
+    code = f"import sys, qlora_lite.cli.main as m\ntry: m.main(['{name}', '--help'])\nexcept SystemExit: pass\n"
+    code += "assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: " in done.stdout
+
+
+def test_train_prints_the_result_to_standard_output_and_the_progress_to_standard_error(finished):
+    folder, _, done = finished
+    for label in ("evaluation loss", "exact match (2 rows)", "speed", "peak memory", "adapter", "report"):
+        assert re.search(rf"^{re.escape(label)}  ", done.stdout, re.MULTILINE), label
+    assert str(folder / "adapter") in done.stdout and str(folder / "report.html") in done.stdout
+    assert "step 1/6  loss" in done.stderr and "step 6/6  loss" in done.stderr
+    assert "memory: base weights" in done.stderr
+    assert "Loading weights" not in done.stderr and "Warning" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_override_is_in_the_written_recipe(finished):
+    assert "rank: 2" in (finished[0] / "recipe.yaml").read_text()
+
+
+def test_evaluate_prints_one_json_object_equal_to_the_run_s_own_measure(finished, command):
+    folder, _, _ = finished
+    summary = json.loads((folder / "summary.json").read_text())
+    for arguments, when in (((), "after"), (("--base",), "before")):
+        code, out, _ = command("evaluate", folder, "--json", *arguments)
+        result = json.loads(out)
+        assert code == 0 and out.count("\n") == 1
+        assert result["eval_loss"] == pytest.approx(summary[f"eval_loss_{when}"], rel=1e-4)
+        assert result["exact_match"] == summary[f"exact_match_{when}"]
+        assert (result["adapter"] is None) == (when == "before")
+
+
+def test_evaluate_takes_a_recipe_and_measures_its_base_model(finished, command):
+    code, out, _ = command("evaluate", finished[1], "--rows", 0)
+    summary = json.loads((finished[0] / "summary.json").read_text())
+    assert code == 0 and "exact match" not in out
+    assert re.search(rf"eval loss +{summary['eval_loss_before']:.4f}", out)
+
+
+def test_evaluate_without_evaluation_rows_is_an_error(finished, command, tmp_path):
+    recipe = write_recipe(tmp_path, finished[1].parent / "model", data={"eval": None}, train={"exact_match_rows": 0})
+    code, out, err = command("evaluate", recipe, "--json")
+    assert (code, out, err) == (2, "", "error: data.eval is not set; name the rows to evaluate on\n")
+
+
+def test_generate_answers_from_the_run_folder_alone_and_the_same_each_time(finished, command):
+    answers = [command("generate", finished[0], "--prompt", "3?", "--max-new-tokens", 8) for _ in range(2)]
+    assert answers[0][0] == 0
+    assert answers[0][1] == answers[1][1]
+    assert "<|im_" not in answers[0][1]
+
+
+def test_chat_answers_until_an_empty_line(finished):
+    done = subprocess.run(
+        [*COMMAND, "chat", finished[0], "--max-new-tokens", "4"], input="3?\n4?\n\n", capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_quantize_writes_what_plain_transformers_loads(finished, command, tmp_path):
+    model = finished[1].parent / "model"
+    assert command("quantize", model, "--out", tmp_path / "q")[:2] == (0, f"wrote {tmp_path / 'q'}\n")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "q")
+    assert any(type(m).__name__ == "Linear4bit" for m in loaded.modules())
+    assert loaded.dtype == torch.bfloat16
+    assert (tmp_path / "q" / "tokenizer.json").exists()
+    code, out, err = command("quantize", model, "--out", tmp_path / "q")
+    assert (code, out) == (2, "") and "is not an empty folder; choose another --out" in err
+
+
+def test_recipes_are_listed_shown_copied_and_checked(command, tmp_path):
+    code, out, _ = command("recipes", "list")
+    assert code == 0 and re.search(r"^quickstart +\S", out, re.MULTILINE)
+    assert "model:" in command("recipes", "show", "quickstart")[1]
+    code, out, _ = command("recipes", "copy", "quickstart", tmp_path)
+    assert code == 0 and (tmp_path / "quickstart.yaml").exists() and str(tmp_path) in out
+
+
+def test_recipes_check_prints_one_json_object_whether_the_recipe_is_good_or_bad(finished, command):
+    code, out, _ = command("recipes", "check", finished[1], "--json")
+    assert code == 0 and json.loads(out)["ok"] and out.count("\n") == 1
+    code, out, err = command("recipes", "check", finished[1], "lora.rnk=3", "train.seed=-1", "--json")
+    result = json.loads(out)
+    assert code == 2 and err == "" and not result["ok"]
+    assert {problem["key"] for problem in result["problems"]} == {"lora.rnk", "train.seed"}
+    code, out, err = command("recipes", "check", finished[1], "lora.rnk=3", "train.seed=-1")
+    assert code == 2 and out == "" and [line[:7] for line in err.splitlines()] == ["error: "] * 2
+
+
+def test_doctor_prints_one_json_object_or_lines(command):
+    code, out, _ = command("doctor", "--json")
+    found = json.loads(out)
+    assert code == 0 and out.count("\n") == 1
+    assert found.keys() == {"versions", "machine", "notes"} and found["versions"]["torch"] == torch.__version__
+    code, out, _ = command("doctor")
+    assert code == 0 and torch.__version__ in out and "bitsandbytes backend" in out
+
+
+def broken_recipe(folder, model, **sections):
+    return write_recipe(folder, model, **sections)
+
+
+@pytest.mark.parametrize(
+    ("sections", "text"),
+    [
+        ({"model": {"path": "nobody-here/no-such-model"}}, "hub cannot be reached"),
+        ({"lora": {"targets": ["q_porj"]}}, "'q_porj' matches no linear layer"),
+        ({"data": {"max_tokens": 8}}, "longer than data.max_tokens"),
+        ({"data": {"template": "no-such"}}, "template"),
+        ({"output": {"dir": "/dev/null/x"}}, "cannot write /dev/null/x"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_wrong_setting_is_one_line_with_exit_code_2(finished, command, tmp_path, sections, text):
+    code, out, err = command("train", write_recipe(tmp_path, finished[1].parent / "model", **sections))
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and out == ""
+    assert len(errors) == 1 and text in errors[0]
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("rows", "text"),
+    [
+        ("", "no rows|empty"),
+        ("{", "rows.jsonl:1"),
+        ('{"messages": [{"role": "user", "content": "x"}]}\n', "rows.jsonl:1"),
+        ('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]}\n', "rows.jsonl:1"),
+    ],
+)
+def test_unusable_rows_are_an_error_with_their_place(finished, command, tmp_path, rows, text):
+    (tmp_path / "rows.jsonl").write_text(rows)
+    recipe = write_recipe(tmp_path, finished[1].parent / "model", data={"train": str(tmp_path / "rows.jsonl")})
+    code, _, err = command("train", recipe)
+    assert code == 2 and re.search(text, err) and "Traceback" not in err
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_a_tokenizer_without_a_template_is_an_error_that_names_the_cure(command, tmp_path):
+    save_tiny(tmp_path / "model", template=None)
+    code, _, err = command("train", write_recipe(tmp_path, tmp_path / "model"))
+    assert code == 2 and "the tokenizer has no chat template; set data.template" in err
+
+
+@pytest.mark.parametrize("name", ["evaluate", "generate"])
+def test_a_run_folder_that_is_none_is_an_error(command, tmp_path, name):
+    code, out, err = command(name, tmp_path, *(["--prompt", "x"] if name == "generate" else []))
+    assert (code, out) == (2, "") and "is not a run folder" in err
+
+
+def test_debug_shows_the_stack_trace_and_its_absence_does_not(command, tmp_path):
+    assert "Traceback" in command("--debug", "generate", tmp_path, "--prompt", "x")[2]
+    assert "Traceback" not in command("generate", tmp_path, "--prompt", "x")[2]
+
+
+@pytest.mark.parametrize("arguments", [["no-such-command"], ["train"], ["evaluate", "x", "--rows", "-1"], ["--no"]])
+def test_wrong_arguments_end_with_exit_code_2(command, arguments):
+    code, out, err = command(*arguments)
+    assert code == 2 and out == "" and "Traceback" not in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_with_130_and_keeps_the_adapter_so_far(finished, tmp_path, number):
+    recipe = write_recipe(tmp_path, finished[1].parent / "model", train={"max_steps": 100_000})
+    process = subprocess.Popen([*COMMAND, "train", recipe], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics, deadline = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 100
+    while not (metrics.exists() and '"loss"' in metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out == "" and "Traceback" not in err
+    assert f"error: stopped by {number.name} after step" in err
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["status"] == "interrupted"
+    assert (tmp_path / "out" / "adapter-last" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "out" / "adapter").exists()
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_an_interrupted_run_can_be_used(finished, command, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "copy")
+    shutil.rmtree(folder / "adapter")
+    code, out, _ = command("evaluate", folder, "--json", "--rows", 0)
+    assert code == 0 and json.loads(out)["adapter"].endswith("adapter-last")

@@ -1,0 +1,223 @@
+"""One recipe to its end: what the run folder holds, and what a run that stops early leaves."""
+
+import json
+import shutil
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_files import save_tiny, write_recipe
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import qlora_lite
+from qlora_lite.errors import DataError, DoesNotFitError, ModelError, OutputError, RecipeError, TrainingError
+from qlora_lite.recipe.load import load_recipe
+from qlora_lite.runs import open_run
+
+METRICS = {
+    "step", "loss", "learning_rate", "grad_norm", "tokens", "labelled_tokens", "tokens_per_second", "peak_bytes",
+    "seconds",
+}  # fmt: skip
+SUMMARY = {
+    "status", "steps", "seconds", "tokens", "tokens_per_second", "peak_bytes", "trainable_parameters",
+    "eval_loss_before", "eval_loss_after", "exact_match_before", "exact_match_after", "adapter_sha256", "versions",
+    "samples", "memory_table", "data",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(model_folder, tmp_path_factory):
+    """A finished run and its recipe file."""
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = write_recipe(folder, model_folder, train={"eval_every_steps": 2, "save_every_steps": 3})
+    return qlora_lite.run_recipe(load_recipe(recipe)), recipe
+
+
+@pytest.fixture
+def run(model_folder, tmp_path):
+    """Train with changed sections; ``run.folder`` is where the run writes."""
+
+    def call(**sections):
+        return qlora_lite.run_recipe(load_recipe(write_recipe(tmp_path, model_folder, **sections)))
+
+    call.folder = tmp_path / "out"
+    return call
+
+
+def summary_of(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_finished_run_has_every_file(finished):
+    folder, _ = finished
+    assert {path.name for path in folder.iterdir()} == {
+        "recipe.yaml", "metrics.jsonl", "summary.json", "adapter", "adapter-last", "report.html", "log.txt"
+    }  # fmt: skip
+    for name in ("adapter", "adapter-last"):
+        assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "chat_template.jinja"} <= {
+            path.name for path in (folder / name).iterdir()
+        }
+
+
+def test_every_step_has_its_line_of_metrics(finished):
+    lines = lines_of(finished[0])
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert all(line.keys() == METRICS for line in steps)
+    assert [line["step"] for line in lines if "eval_loss" in line][:3] == [0, 2, 4]
+    assert all(
+        line["eval_perplexity"] > 1 and line["eval_labelled_tokens"] > 0 for line in lines if "eval_loss" in line
+    )
+
+
+def test_the_summary_has_what_is_promised_and_its_sums_are_those_of_the_steps(finished):
+    summary, steps = summary_of(finished[0]), [line for line in lines_of(finished[0]) if "loss" in line]
+    assert summary.keys() >= SUMMARY
+    assert (summary["status"], summary["steps"]) == ("complete", 6)
+    assert summary["tokens"] == sum(line["tokens"] for line in steps)
+    assert summary["labelled_tokens"] == sum(line["labelled_tokens"] for line in steps)
+    assert summary["eval_loss_after"] < summary["eval_loss_before"]
+    assert summary["trainable_parameters"] == sum(
+        tensor.numel() for tensor in load_file(finished[0] / "adapter" / "adapter_model.safetensors").values()
+    )
+    assert all(entry.keys() == {"group", "dtype", "device", "bytes", "why"} for entry in summary["memory_table"])
+    assert all(sample.keys() == {"prompt", "reference", "before", "after"} for sample in summary["samples"])
+    assert summary["versions"]["torch"] == torch.__version__
+
+
+def test_the_best_adapter_is_kept_and_its_loss_is_the_one_reported(finished):
+    folder, _ = finished
+    losses = [line["eval_loss"] for line in lines_of(folder) if "eval_loss" in line]
+    assert summary_of(folder)["eval_loss_after"] == pytest.approx(min(losses[1:]), rel=1e-5)
+
+
+def test_the_digest_is_that_of_the_adapter_s_file(finished):
+    import hashlib
+
+    content = (finished[0] / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert summary_of(finished[0])["adapter_sha256"] == hashlib.sha256(content).hexdigest()
+
+
+def test_the_written_recipe_is_whole_and_loads_as_the_same_recipe(finished):
+    folder, recipe = finished
+    assert load_recipe(folder / "recipe.yaml").recipe_hash == load_recipe(recipe).recipe_hash
+    assert "warmup_ratio" in (folder / "recipe.yaml").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers
+def test_peft_loads_the_adapter_with_its_tokenizer(finished, model_folder):
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), finished[0] / "adapter")
+    assert (
+        sum(p.numel() for n, p in theirs.named_parameters() if "lora_" in n)
+        == summary_of(finished[0])["trainable_parameters"]
+    )
+    assert AutoTokenizer.from_pretrained(finished[0] / "adapter").chat_template
+
+
+def test_the_report_and_the_log_tell_of_the_run(finished):
+    report, log = ((finished[0] / name).read_text() for name in ("report.html", "log.txt"))
+    assert "<svg" in report and "http://" not in report.replace("http://www.w3.org", "")
+    assert "memory: " in log and "data: 24 of 24 rows" in log and "done: 6 steps" in log
+
+
+def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(run):
+    digests = []
+    for seed in (0, 0, 1):
+        digests.append(summary_of(run(train={"seed": seed}, lora={"dropout": 0.1}))["adapter_sha256"])
+        shutil.rmtree(run.folder)
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_evaluation_more_often_does_not_change_the_training(run):
+    losses = []
+    for every in (0, 1):
+        folder = run(train={"eval_every_steps": every}, lora={"dropout": 0.1})
+        losses.append([line["loss"] for line in lines_of(folder) if "loss" in line])
+        shutil.rmtree(folder)
+    assert losses[0] == losses[1]
+
+
+def test_a_run_without_evaluation_rows_keeps_the_last_adapter(run):
+    folder = run(data={"eval": None}, train={"exact_match_rows": 0})
+    summary = summary_of(folder)
+    assert summary["status"] == "complete" and summary["samples"] == []
+    last, best = (load_file(folder / name / "adapter_model.safetensors") for name in ("adapter-last", "adapter"))
+    assert all(torch.equal(last[name], best[name]) for name in last)
+
+
+def test_plain_text_rows_have_no_answers_to_match_and_say_so(run, tmp_path):
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "one two three"}) + "\n")
+    with pytest.raises(DataError, match=r"text.jsonl:1 has no answer to match; set train\.exact_match_rows"):
+        run(data={"eval": str(tmp_path / "text.jsonl")}, train={"exact_match_rows": 1})
+    assert summary_of(run.folder)["status"] == "failed"
+
+
+def test_a_folder_that_is_not_empty_is_refused_and_left_alone(run):
+    run.folder.mkdir()
+    (run.folder / "precious").write_text("x")
+    with pytest.raises(OutputError, match=r"is not empty; choose another output\.dir"):
+        run()
+    assert [path.name for path in run.folder.iterdir()] == ["precious"]
+
+
+def test_a_folder_under_a_file_is_refused(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"cannot write .*file/out: Not a directory"):
+        run(output={"dir": str(tmp_path / "file" / "out")})
+
+
+def test_a_budget_that_is_too_small_stops_before_the_first_step(run):
+    with pytest.raises(DoesNotFitError, match=r"over memory\.budget 1MiB; lower data\.max_tokens") as caught:
+        run(memory={"budget": "1MiB"})
+    assert caught.value.exit_code == 3
+    summary = summary_of(run.folder)
+    assert summary["status"] == "failed" and "memory.budget" in summary["error"]
+    assert not (run.folder / "metrics.jsonl").exists()
+    assert not (run.folder / "adapter").exists()
+    assert (run.folder / "report.html").exists()
+
+
+def test_a_run_that_fails_on_the_way_says_failed_and_has_no_best_adapter(run, monkeypatch):
+    from qlora_lite.train.loop import Trainer
+
+    train = Trainer._train
+
+    def spoil(trainer, batches):
+        if trainer.step == 2:
+            trainer.model.get_input_embeddings().weight[:] = float("nan")
+        return train(trainer, batches)
+
+    monkeypatch.setattr(Trainer, "_train", spoil)
+    with pytest.raises(TrainingError, match=r"step 3: the output of model\.embed_tokens is not finite \(rows .*train"):
+        run()
+    assert summary_of(run.folder)["status"] == "failed"
+    assert [line["step"] for line in lines_of(run.folder) if "loss" in line] == [1, 2]
+    assert not (run.folder / "adapter").exists()
+    with pytest.raises(RecipeError, match="has no adapter; the run ended before one was saved"):
+        open_run(run.folder)
+
+
+def test_a_target_that_matches_nothing_fails_with_its_name(run):
+    with pytest.raises(ModelError, match="'q_porj' matches no linear layer"):
+        run(lora={"targets": ["q_porj"]})
+    assert summary_of(run.folder)["status"] == "failed"
+
+
+@pytest.mark.parametrize("damage", ["recipe.yaml", "summary.json"])
+def test_a_folder_that_is_no_run_is_refused(finished, tmp_path, damage):
+    folder = shutil.copytree(finished[0], tmp_path / "copy")
+    (folder / damage).unlink()
+    with pytest.raises(RecipeError, match=damage):
+        open_run(folder)
