@@ -47,16 +47,29 @@ def answer(
     answers = [""] * len(prompts)
     was_training = model.training
     model.eval()
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        ids, mask = _pad_left([tokens[i] for i in rows], config.pad_token_id)
-        ids, mask = ids.to(model.device), mask.to(model.device)
-        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
-        texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-        for row, text in zip(rows, texts, strict=True):
-            answers[row] = text
+    head = model.get_output_embeddings().register_forward_pre_hook(_contiguous_input)
+    try:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            ids, mask = _pad_left([tokens[i] for i in rows], config.pad_token_id)
+            ids, mask = ids.to(model.device), mask.to(model.device)
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
+            texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+            for row, text in zip(rows, texts, strict=True):
+                answers[row] = text
+    finally:
+        head.remove()
     model.train(was_training)
     return answers
+
+
+def _contiguous_input(_head, inputs):
+    """Hand the head a contiguous input.
+
+    Of the prompt, transformers passes only the last position: a strided view, for which torch 2.13's matmul
+    copies the head's weight once per prompt (0.9 GiB for 16 prompts of SmolLM2).
+    """
+    return tuple(tensor.contiguous() for tensor in inputs)
 
 
 def _generation_config(sampling: Sampling, max_new_tokens: int, stop: list[int]) -> GenerationConfig:

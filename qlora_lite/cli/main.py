@@ -54,9 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line; always ends with SystemExit."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        cli.main(arguments, prog_name="qlora-lite", standalone_mode=False)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
+        sys.exit(cli.main(arguments, prog_name="qlora-lite", standalone_mode=False))  # a command's Exit is returned
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

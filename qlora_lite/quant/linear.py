@@ -69,9 +69,10 @@ class FrozenMatmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y):
-        weight = materialize(ctx.spec, ctx.saved_tensors, grad_y.dtype)
+        tensors = ctx.saved_tensors  # read once: with checkpointing the second access is an error
+        weight = materialize(ctx.spec, tensors, grad_y.dtype)
         grad_addend = grad_y if ctx.needs_input_grad[1] else None
-        return grad_y @ weight, grad_addend, None, None, *(None for _ in ctx.saved_tensors)
+        return grad_y @ weight, grad_addend, None, None, *(None for _ in tensors)
 
 
 class QuantLinear(nn.Module):

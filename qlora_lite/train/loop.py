@@ -9,6 +9,7 @@ The order of the data is a pure function of the seed and the epoch.
 
 import math
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -92,6 +93,7 @@ class Trainer:
         check_forward(model)
         set_checkpointing(model, settings.checkpointing == "block")
         self.meter = PeakMeter(model.device)
+        weakref.finalize(self, self.meter.close)  # its thread would outlive the trainer
 
     def rehearse(self) -> None:
         """Run forward and backward of the micro-batch with the most tokens, and leave no trace of it."""

@@ -77,7 +77,7 @@ def test_any_rank_works_up_to_above_the_layer_s_own(kind, rank):
 @pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", BASES)
 def test_bf16_compute_keeps_each_factor_s_type_and_rounds_as_bf16_does(kind, factors):
-    """Measured 2.8e-3 to 3.9e-3 over these cases; the unit roundoff of bf16 is 3.9e-3."""
+    """Measured 3.3e-3 to 4.2e-3 over these cases; the unit roundoff of bf16 is 3.9e-3."""
     layer = make_layer(make_base(kind, dtype=torch.bfloat16), dtype=factors)
     x = random_input(2, 30, IN, dtype=torch.bfloat16)
     assert layer(x).dtype == torch.bfloat16

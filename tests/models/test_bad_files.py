@@ -192,3 +192,10 @@ def test_a_folder_without_a_tokenizer_is_refused(one):
 def test_a_broken_tokenizer_file_is_refused(one, content):
     (one / "tokenizer.json").write_text(content)
     assert "tokenizer" in refusal(one, load_tokenizer)
+
+
+def test_a_slow_tokenizer_is_refused(one, monkeypatch):
+    from transformers import PreTrainedTokenizer
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *args, **kwargs: PreTrainedTokenizer())
+    assert "has only a slow tokenizer" in refusal(one, load_tokenizer)

@@ -58,8 +58,10 @@ def test_loss_and_gradient_equal_the_float64_definition(name, chunk, tile, monke
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_in_bf16_it_is_as_exact_as_plain_bf16_autograd(name):
-    """Measured over these heads and five seeds: 0.999 to 1.00002 times the error of the plain path."""
+@pytest.mark.parametrize("tile", [10, 8192])
+def test_in_bf16_it_is_as_exact_as_plain_bf16_autograd(name, tile, monkeypatch):
+    """Measured over these heads, both tiles and five seeds: 0.75 to 1.02 times the error of the plain path."""
+    monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", tile)
     hidden, targets, head = make(torch.bfloat16, tokens=200, **HEADS[name])
     exact = hidden.double().requires_grad_()
     plain_loss(exact, targets, head).backward()
@@ -73,7 +75,9 @@ def test_in_bf16_it_is_as_exact_as_plain_bf16_autograd(name):
     assert (chunked.grad - exact.grad).norm() <= 1.1 * (rounded.grad - exact.grad).norm()
 
 
-def test_logits_of_a_thousand_neither_overflow_nor_lose_the_loss():
+@pytest.mark.parametrize("tile", [1, 3, 8192])
+def test_logits_of_a_thousand_neither_overflow_nor_lose_the_loss(tile, monkeypatch):
+    monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", tile)
     head = Head(torch.eye(4) * 1000.0)
     hidden = torch.tensor([[1.0, 0, 0, 0], [0, 1.0, 0, 0]])
     loss, grad = loss_and_gradient(hidden, torch.tensor([0, 0]), head, 1)

@@ -1,6 +1,8 @@
 """Each guard stops the run it is there for and names the place; the trainer's rehearsal leaves no trace."""
 
 import copy
+import gc
+import threading
 
 import numpy as np
 import pytest
@@ -215,3 +217,11 @@ def test_the_optimizer_s_bytes_are_two_float32_states_and_a_counter_for_each_fac
 
 def test_every_layer_of_a_new_trainer_has_zero_b():
     assert not any(layer.lora_B.any() for _, layer in lora_layers(trainer().model))
+
+
+def test_a_trainer_that_is_gone_leaves_no_thread():
+    training = trainer()
+    assert any(thread.name == "memory-meter" for thread in threading.enumerate())
+    del training
+    gc.collect()
+    assert not any(thread.name == "memory-meter" for thread in threading.enumerate())

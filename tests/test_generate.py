@@ -1,0 +1,73 @@
+"""Prompts answered together give what each gives alone, and what plain transformers gives."""
+
+import pytest
+import torch
+from tiny import build_tiny
+from tiny_files import VOCABULARY, byte_tokenizer
+
+from qlora_lite.generate import Sampling, answer, stop_ids
+from qlora_lite.models.anatomy import set_checkpointing
+from qlora_lite.models.load import use_row_attention
+
+PROMPTS = ["a", "the quick brown fox", "hello", "", "zz top"]
+PROMPTS = [f"<s>{prompt}" for prompt in PROMPTS]
+
+
+def model_of(model_type, rows=True):
+    model = build_tiny(model_type, vocab_size=VOCABULARY)
+    if rows:
+        use_row_attention(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    "model_type", ["llama", "mistral", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "cohere", "falcon"]
+)
+def test_a_batch_of_ragged_prompts_gives_each_its_own_answer(model_type):
+    model, tokenizer = model_of(model_type), byte_tokenizer()
+    together = answer(model, tokenizer, PROMPTS, 12, stop=[2])
+    assert together == [answer(model, tokenizer, [prompt], 12, stop=[2])[0] for prompt in PROMPTS]
+    assert together == answer(model, tokenizer, PROMPTS, 12, stop=[2], batch_size=2)
+    assert len(set(together)) > 1
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2"])
+def test_greedy_answers_are_those_of_plain_transformers(model_type):
+    tokenizer, plain = byte_tokenizer(), model_of(model_type, rows=False)
+    ids = tokenizer(PROMPTS[1], add_special_tokens=False, return_tensors="pt").input_ids
+    for _ in range(10):  # no cache, no mask, no generation code
+        ids = torch.cat([ids, plain(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    (text,) = answer(model_of(model_type), tokenizer, [PROMPTS[1]], 10)
+    assert text == tokenizer.decode(ids[0, -10:], skip_special_tokens=True)
+
+
+def test_an_answer_ends_with_a_stop_token():
+    model, tokenizer = model_of("llama"), byte_tokenizer()
+    (text,) = answer(model, tokenizer, [PROMPTS[1]], 12)
+    letter = next(letter for letter in text if letter.isascii())  # one byte, so one token
+    stop = tokenizer(letter, add_special_tokens=False).input_ids
+    assert answer(model, tokenizer, [PROMPTS[1]], 12, stop) == [text[: text.index(letter) + 1]]
+
+
+def test_stop_tokens_are_those_of_tokenizer_model_and_training():
+    model = model_of("llama")
+    model.generation_config.eos_token_id = [7, 2]
+    assert stop_ids(model, byte_tokenizer(), {9}) == [2, 7, 9]
+    model.generation_config.eos_token_id = None
+    assert stop_ids(model, byte_tokenizer()) == [2]
+
+
+def test_generation_gives_the_mode_back_and_works_in_a_checkpointed_model():
+    model, tokenizer = model_of("llama"), byte_tokenizer()
+    expected = answer(model, tokenizer, PROMPTS, 6)
+    set_checkpointing(model.train(), True)
+    assert answer(model, tokenizer, PROMPTS, 6) == expected
+    assert model.training
+
+
+def test_sampling_varies_and_greedy_does_not():
+    model, tokenizer = model_of("llama"), byte_tokenizer()
+    torch.manual_seed(0)
+    drawn = {answer(model, tokenizer, [PROMPTS[1]], 8, sampling=Sampling(temperature=5.0))[0] for _ in range(4)}
+    assert len(drawn) > 1
+    assert len({answer(model, tokenizer, [PROMPTS[1]], 8)[0] for _ in range(4)}) == 1
