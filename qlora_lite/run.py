@@ -8,7 +8,6 @@ import logging
 import math
 import platform
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -131,23 +130,24 @@ class _Run:
 
     def _train(self) -> None:
         t, total = self.recipe.train, self.trainer.total_steps
-        started, tokens, labelled = time.perf_counter(), 0, 0
-        with _tracking(self.recipe, self.run.path) as track:
-            for metrics in self.trainer:
-                values = asdict(metrics)
-                self.run.log_metrics(values)
-                track(values, metrics.step)
-                tokens, labelled = tokens + metrics.tokens, labelled + metrics.labelled_tokens
-                if self.progress:
-                    self.progress(metrics, total)
-                if _due(metrics.step, t.eval_every_steps) and self.eval_data and metrics.step < total:
-                    self._keep_if_best(self._eval_loss(metrics.step))
-                if _due(metrics.step, t.save_every_steps) or self.stop:
-                    self._save(ADAPTER_LAST)
-                self._raise_if_stopped()
-        seconds = time.perf_counter() - started
-        self.run.update(steps=total, seconds=seconds, tokens=tokens, labelled_tokens=labelled,
-                        tokens_per_second=tokens / seconds)  # fmt: skip
+        done = {"steps": 0, "seconds": 0.0, "tokens": 0, "labelled_tokens": 0}
+        try:
+            with _tracking(self.recipe, self.run.path) as track:
+                for metrics in self.trainer:
+                    values = asdict(metrics)
+                    self.run.log_metrics(values)
+                    track(values, metrics.step)
+                    done = {name: done[name] + values.get(name, 0) for name in done} | {"steps": metrics.step}
+                    if self.progress:
+                        self.progress(metrics, total)
+                    if _due(metrics.step, t.eval_every_steps) and self.eval_data and metrics.step < total:
+                        self._keep_if_best(self._eval_loss(metrics.step))
+                    if _due(metrics.step, t.save_every_steps) or self.stop:
+                        self._save(ADAPTER_LAST)
+                    self._raise_if_stopped()
+        finally:
+            speed = done["tokens"] / done["seconds"] if done["steps"] else None
+            self.run.update(**done, tokens_per_second=speed, peak_bytes=self.meter.peak_bytes())
         self._save(ADAPTER_LAST)
 
     def _eval_loss(self, step: int) -> float:

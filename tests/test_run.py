@@ -103,6 +103,21 @@ def test_the_best_adapter_is_kept_and_its_loss_is_the_one_reported(finished):
     assert summary_of(folder)["eval_loss_after"] == pytest.approx(min(losses[1:]), rel=1e-5)
 
 
+def test_a_run_that_gets_worse_goes_back_to_its_best_adapter(run, monkeypatch):
+    from qlora_lite.train.loop import Trainer
+    from qlora_lite.train.step import Evaluation
+
+    constant = {"lr_scheduler": "constant", "exact_match_rows": 0}
+    two_steps = load_file(run(train=constant | {"max_steps": 2}) / "adapter-last" / "adapter_model.safetensors")
+    shutil.rmtree(run.folder)
+    losses = iter([3.0, 1.0, 2.0, 2.5, 1.0])  # before, after steps 2 and 4, at the end, of the best again
+    monkeypatch.setattr(Trainer, "evaluate", lambda *_: Evaluation(next(losses), 2.0, 10))
+    folder = run(train=constant | {"eval_every_steps": 2})
+    best, last = (load_file(folder / name / "adapter_model.safetensors") for name in ("adapter", "adapter-last"))
+    assert all(torch.equal(best[name], two_steps[name]) for name in best)
+    assert not all(torch.equal(best[name], last[name]) for name in best)
+
+
 def test_the_digest_is_that_of_the_adapter_s_file(finished):
     import hashlib
 

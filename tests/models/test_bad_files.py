@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -195,7 +196,6 @@ def test_a_broken_tokenizer_file_is_refused(one, content):
 
 
 def test_a_slow_tokenizer_is_refused(one, monkeypatch):
-    from transformers import PreTrainedTokenizer
-
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *args, **kwargs: PreTrainedTokenizer())
+    slow = SimpleNamespace(is_fast=False)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *args, **kwargs: slow)
     assert "has only a slow tokenizer" in refusal(one, load_tokenizer)
