@@ -29,7 +29,8 @@ def row_attention(
         scaling: factor on the scores; None means 1 / sqrt(D).
         sliding_window: a token sees itself and this many minus one before it; None for all.
         softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma-2); None for off.
-        row_lengths: tokens in each row, in order; their sum is T.
+        row_lengths: tokens in each row, in order. Tokens behind the last row are filler: they attend to
+            nothing and get zeros.
 
     Returns:
         The attended values [B, T, H, D] and None in place of attention weights.
@@ -51,6 +52,8 @@ def row_attention(
         mask = _window_mask(q.shape[2], sliding_window, q.device)
         outs.append(attend(q, k, v, mask, scaling, **extra)[:, :, :row_length].transpose(1, 2))
         start += row_length
+    if start < length:
+        outs.append(query.new_zeros(query.shape[0], length - start, *query.shape[1::2]))
     return outs[0].contiguous() if len(outs) == 1 else torch.cat(outs, dim=1), None
 
 

@@ -41,20 +41,15 @@ class Evaluation(NamedTuple):
 def hidden_states(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Return the last hidden states [T, D] of a batch of rows laid end to end.
 
-    Where the device's kernels want rounder counts (see ``ops.shapes``), one more row of filler goes through
-    the blocks behind the others and is cut off again.
+    Where the device's kernels want rounder counts (see ``ops.shapes``), filler tokens go through the blocks
+    behind the rows and are cut off again: enough to round up the last row, and then the whole batch.
     """
-    tokens = batch.input_ids.shape[1]
-    spare = kernel_rows(tokens, model.device) - tokens
-    lengths = batch.row_lengths
-    input_ids, position_ids = batch.input_ids, batch.position_ids
-    if spare:
-        input_ids = torch.nn.functional.pad(input_ids, (0, spare))
-        position_ids = torch.cat([position_ids, torch.arange(spare)[None]], dim=1)
-        lengths = (*lengths, spare)
-    rows = {"row_lengths": lengths} if uses_row_attention(model) else {}
-    inputs = {"input_ids": input_ids.to(model.device), "position_ids": position_ids.to(model.device)}
-    output = decoder(model)(**inputs, use_cache=False, **rows)
+    tokens, last = batch.input_ids.shape[1], batch.row_lengths[-1]
+    filler = kernel_rows(tokens - last + kernel_rows(last, model.device), model.device) - tokens
+    input_ids = torch.nn.functional.pad(batch.input_ids, (0, filler)).to(model.device)
+    position_ids = torch.cat([batch.position_ids, torch.arange(filler)[None]], dim=1).to(model.device)
+    rows = {"row_lengths": batch.row_lengths} if uses_row_attention(model) else {}
+    output = decoder(model)(input_ids=input_ids, position_ids=position_ids, use_cache=False, **rows)
     return output.last_hidden_state[0, :tokens]
 
 

@@ -1,0 +1,38 @@
+"""Ragged rows reach a CPU's matrix kernels in few shapes, since oneDNN keeps a compiled kernel for each."""
+
+import torch
+from tiny import build_tiny, random_batch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qlora_lite.lora.inject import add_lora
+from qlora_lite.models.load import use_row_attention
+from qlora_lite.ops.shapes import CPU_MULTIPLE
+from qlora_lite.train.step import accumulate_gradients
+
+
+class Heights(TorchDispatchMode):
+    """Note the number of tokens that each matrix product and each attention runs over."""
+
+    def __init__(self):
+        super().__init__()
+        self.products, self.attentions = set(), set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.addmm_.default):
+            self.products.add(args[-2].shape[0])
+        elif "scaled_dot_product" in function.name() and "backward" not in function.name():
+            self.attentions.add(args[0].shape[2])
+        return function(*args, **(kwargs or {}))
+
+
+def test_products_and_attention_run_over_multiples_only():
+    model = build_tiny("llama")
+    use_row_attention(model)
+    add_lora(model, rank=4, dtype=torch.float32)  # 4 and the model's own sizes are the only other heights
+    own = {4, 32, 64, 96, 160}
+    with Heights() as seen:
+        for lengths in [(9, 14, 6), (31, 33), (5,), (64, 1 + 1), (40, 7, 50)]:
+            accumulate_gradients(model, [random_batch(lengths)])
+    assert {height for height in seen.products if height % CPU_MULTIPLE} <= own
+    assert seen.attentions
+    assert {length for length in seen.attentions if length % CPU_MULTIPLE} == set()
