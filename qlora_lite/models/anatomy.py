@@ -1,15 +1,12 @@
-"""Where a causal language model keeps its parts: decoder, blocks, head.
+"""Where a causal language model keeps its parts: decoder and head.
 
-Everything is asked of transformers' own interface (``base_model_prefix``, ``get_output_embeddings``,
-``GradientCheckpointingLayer``) and never of architecture names, so that a new architecture needs no change
-here. What the head does to its logits (scale, soft cap) is read from the configuration, and
-``train.guards`` compares the result with the model's own logits before training.
+Everything is asked of transformers' own interface (``base_model_prefix``, ``get_output_embeddings``) and never of
+architecture names, so that a new architecture needs no change here. What the head does to its logits (scale, soft
+cap) is read from the configuration, and ``train.guards`` compares the result with the model's own logits before
+training.
 """
 
-from collections.abc import Iterator
-
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lite.errors import ModelError
 from qlora_lite.ops.loss import Head
@@ -41,11 +38,6 @@ def head(model: nn.Module) -> Head:
     if getattr(config, "logits_scaling", None):  # Granite divides
         scale = 1.0 / float(config.logits_scaling)
     return Head(layer.weight, getattr(layer, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
-
-
-def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the decoder blocks with their paths, in order."""
-    return ((name, m) for name, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer))
 
 
 def set_checkpointing(model: nn.Module, enabled: bool) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
@@ -266,10 +266,3 @@ def _gguf_tokenizer(files: ModelFiles):
     except OutputError as error:
         log.warning("the tokenizer is not cached: %s", error)
     return tokenizer
-
-
-def load_config(path: str, revision: str | None = None):
-    """Load the model's configuration."""
-    files = locate(path, revision)
-    extra = {"gguf_file": files.gguf_file} if files.gguf_file else {}
-    return AutoConfig.from_pretrained(files.folder, local_files_only=True, **extra)

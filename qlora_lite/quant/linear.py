@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .nf4 import BLOCK_SIZE, Packed, dequantize, quantize
+from .nf4 import Packed, dequantize, empty_packed, quantize
 
 PACKED_BUFFERS = ("weight", "absmax", "absmax_code", "absmax_scale", "absmax_offset")
 
@@ -89,17 +89,11 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.quant_type, self.double_quant = quant_type, double_quant
-        weights = in_features * out_features
-        blocks = -(-weights // BLOCK_SIZE)
-        new = torch.empty
-        self.register_buffer("weight", new((weights + 1) // 2, 1, dtype=torch.uint8, device=device))
-        absmax_dtype = torch.uint8 if double_quant else torch.float32
-        self.register_buffer("absmax", new(blocks, dtype=absmax_dtype, device=device))
-        if double_quant:
-            self.register_buffer("absmax_code", new(256, device=device))
-            self.register_buffer("absmax_scale", new(-(-blocks // 256), device=device))
-            self.register_buffer("absmax_offset", new((), device=device))
-        self.bias = nn.Parameter(new(out_features, dtype=dtype, device=device), False) if bias else None
+        packed = empty_packed((out_features, in_features), double_quant, device)
+        for name, tensor in zip(PACKED_BUFFERS, packed, strict=True):
+            if tensor is not None:
+                self.register_buffer(name, tensor)
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), False) if bias else None
 
     @property
     def packed(self) -> Packed:

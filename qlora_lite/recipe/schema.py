@@ -223,7 +223,8 @@ class Memory(_Section):
     loss_chunk_tokens: Annotated[PositiveInt | Literal["auto"], Rule("a whole number of at least 1, or auto")] = "auto"
     """Learned tokens whose logits exist at one time."""
     budget: Annotated[str, AfterValidator(_size_or_auto), Rule("auto, or a size with its unit, such as 8GiB")] = "auto"
-    """Most memory the run may use on its device; auto is what is free."""
+    """Most memory the run may use: the largest micro-batch is measured before the first step, and a run over the budget
+    ends there; auto sets no limit but the device's own."""
 
     @property
     def budget_bytes(self) -> int | None:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from qlora_lite.lora.inject import lora_parameters
@@ -65,14 +64,3 @@ def total_parameters(model: nn.Module) -> int:
     plain = sum(p.numel() for p in model.parameters() if id(p) not in factors)
     packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantLinear))
     return plain + packed
-
-
-def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Return the bytes of an optimizer's states (after its first step)."""
-    tensors = {
-        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    }
-    return sum(tensors.values())

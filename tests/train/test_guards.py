@@ -14,7 +14,7 @@ from qlora_lite.errors import ModelError, TrainingError
 from qlora_lite.lora.inject import add_lora, lora_layers, lora_parameters
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.train.guards import check_frozen, check_trainable, frozen_checksum
-from qlora_lite.train.inventory import inventory, optimizer_state_bytes, total_parameters
+from qlora_lite.train.inventory import inventory, total_parameters
 from qlora_lite.train.loop import Trainer, TrainSettings
 
 SETTINGS = dict(
@@ -206,13 +206,6 @@ def test_the_inventory_counts_every_byte_once(model_type):
     assert codes == sum(m.in_features * m.out_features for m in packed) // 2
     assert total_parameters(model) == weights
     assert all(entry.why and entry.device == "cpu" for entry in table)
-
-
-def test_the_optimizer_s_bytes_are_two_float32_states_and_a_counter_for_each_factor():
-    training = trainer()
-    list(training)
-    count = sum(p.numel() for p in training.parameters)
-    assert optimizer_state_bytes(training.optimizer) == 8 * count + 4 * len(training.parameters)
 
 
 def test_every_layer_of_a_new_trainer_has_zero_b():
