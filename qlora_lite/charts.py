@@ -54,8 +54,9 @@ def short_number(value: float) -> str:
 
 def nice_ticks(low: float, high: float, count: int) -> list[float]:
     """Return about `count` round numbers, 1, 2 or 5 times a power of ten apart, that enclose [low, high]."""
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        high = low + (abs(low) or 1.0)
+    smallest = 1e-300  # below it a division by the number of ticks would leave nothing
+    if high - low <= max(smallest, 1e-9 * max(abs(low), abs(high))):
+        high = low + (abs(low) if abs(low) > smallest else 1.0)
     rough = (high - low) / max(count, 1)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next((power * factor for factor in (1, 2, 5) if power * factor >= rough), power * 10)

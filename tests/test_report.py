@@ -6,7 +6,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qlora_lite.charts import Series, line_chart, log_ticks, nice_ticks, short_number, smooth, thin
@@ -295,6 +295,8 @@ def test_a_higher_value_is_drawn_higher_and_a_later_step_further_right():
 
 
 @given(st.lists(st.floats(), min_size=1, max_size=30), st.booleans())
+@example([5e-324], False)
+@example([0.0, 1e-308], False)
 def test_any_values_give_a_chart_inside_its_frame(values, log):
     svg = line_chart([Series("x", list(enumerate(values)), dots=True)], title="x", log=log)
     for y in re.findall(r' c?y="(-?[\d.e+-]+|nan|inf)"', svg):
