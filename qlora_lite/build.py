@@ -37,7 +37,9 @@ def build_data(recipe: Recipe, tokenizer, which: str = "train") -> Dataset | Non
         return None
     sources = [Source(s.path, s.format, s.weight, s.prompt, s.completion) for s in listed]
     d = recipe.data
-    return build_examples(sources, tokenizer, d.template, d.train_on, d.max_tokens, d.overflow)
+    return build_examples(
+        sources, tokenizer, d.template, d.train_on, d.max_tokens, d.overflow, d.train_on_end, d.max_bad_rows
+    )
 
 
 def build_model(recipe: Recipe, adapter: Path | None = None, lora: bool = True):

@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qlora_lite.data.check import NOTHING_TO_LEARN, check_examples
 from qlora_lite.data.formats import Conversation, Document, read_conversations
 from qlora_lite.data.lines import Problems
 from qlora_lite.data.mask import (
-    check_begin,
-    end_tokens,
+    MASK,
+    end_places,
     learned_tokens,
     render_row,
     seam_faults,
@@ -34,7 +35,7 @@ from qlora_lite.data.mask import (
     tokenise,
 )
 from qlora_lite.data.read import Source
-from qlora_lite.data.template import Template, begin_of_text, choose_template
+from qlora_lite.data.template import CONTROL_TOKEN, Template, begin_of_text, check_shape, choose_template
 from qlora_lite.errors import DataError
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 TRAIN_ON = ("assistant", "completion", "all", "last")
 OVERFLOW = ("error", "drop", "truncate")
+TOO_LONG = "longer than max_tokens"
 _ROWS_PER_CALL = 1000
 
 
@@ -72,12 +74,13 @@ class Dataset:
         examples: the rows kept, repeated as the sources' weights say.
         rows_read: rows in the files.
         rows_kept: rows in `examples`.
-        dropped: reason -> rows left out for it.
+        dropped: reason -> rows left out for it, malformed ones included.
         truncated: rows cut to max_tokens.
         tokens: tokens of all examples.
         learned_tokens: tokens that are predicted, of all examples.
-        end_token_ids: the tokens that end answers; generation stops at any of them.
+        end_token_ids: the tokens that end answers and documents; generation stops at any of them.
         template: the chat template used; None if every row is a plain document.
+        problems: what is wrong with rows and with the set.
     """
 
     examples: list[Example]
@@ -89,6 +92,7 @@ class Dataset:
     learned_tokens: int
     end_token_ids: frozenset[int]
     template: Template | None
+    problems: Problems
 
 
 @dataclass(slots=True)
@@ -101,6 +105,7 @@ class _Account:
     truncated: int = 0
     too_long: list[tuple[int, str]] = field(default_factory=list)
     end_token_ids: set[int] = field(default_factory=set)
+    shapes: dict[tuple[str, ...], DataError | None] = field(default_factory=dict)
 
 
 def build_examples(
@@ -110,8 +115,33 @@ def build_examples(
     train_on: str = "assistant",
     max_tokens: int = 1024,
     overflow: str = "error",
+    train_on_end: bool = True,
+    max_bad_rows: int = 0,
 ) -> Dataset:
-    """Read, render, tokenise and mask the rows of all sources.
+    """Read, render, tokenise and mask the rows of all sources, and accept them only if they can be trained on.
+
+    Args:
+        sources: see `read_examples`, as all others.
+        max_bad_rows: rows that may be left out because they are malformed.
+
+    Raises:
+        DataError: rows are malformed, too long, or leave nothing to learn; up to 20 are named at once.
+    """
+    data = read_examples(sources, tokenizer, template, train_on, max_tokens, overflow, train_on_end)
+    data.problems.raise_if_any(max_bad_rows)
+    return data
+
+
+def read_examples(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerFast,
+    template: str | None = None,
+    train_on: str = "assistant",
+    max_tokens: int = 1024,
+    overflow: str = "error",
+    train_on_end: bool = True,
+) -> Dataset:
+    """Read, render, tokenise and mask the rows of all sources, and note every problem.
 
     A source's weight w uses each of its rows w times on average: of n rows, floor(n w) examples, evenly
     spread.
@@ -125,12 +155,13 @@ def build_examples(
         max_tokens: longest row, at least 2 tokens.
         overflow: for longer rows: "error", "drop", or "truncate" (keep the first max_tokens tokens; a row
             that loses all it had to learn is dropped and counted).
+        train_on_end: whether the tokens that end answers and documents are learned.
 
     Returns:
-        The examples with their counts.
+        The examples with their counts and problems; rows with a problem are left out and counted.
 
     Raises:
-        DataError: rows are malformed, too long, or leave nothing to learn; up to 20 are named at once.
+        DataError: a file cannot be read, its format is not known, or there is no template.
     """
     _check_arguments(sources, tokenizer, train_on, max_tokens, overflow)
     account = _Account()
@@ -138,22 +169,23 @@ def build_examples(
     examples: list[Example] = []
     for source in sources:
         kept: list[Example] = []
-        rows = read_conversations(source, account.problems)
-        while chunk := list(islice(rows, _ROWS_PER_CALL)):
-            account.rows_read += len(chunk)
+        for chunk in _chunks(source, account):
             if isinstance(chunk[0], Document):
-                made = _document_examples(chunk, tokenizer, account.problems)
+                made = _document_examples(chunk, tokenizer, train_on_end, account)
             else:
                 chosen = chosen or choose_template(tokenizer, template)
-                made = _conversation_examples(chunk, chosen, train_on, account)
+                made = _conversation_examples(chunk, chosen, train_on, train_on_end, account)
             kept += _fit(made, max_tokens, overflow, account)
         weighted = list(_repeat(kept, source.weight))
         account.dropped["left out by the weight of their source"] += len(kept) - len({id(e) for e in weighted})
         examples += weighted
-    account.problems.raise_if_any()
-    _raise_if_too_long(account, max_tokens)
-    if not examples:
-        raise DataError(f"no row is left to train on: {_reasons(account.dropped)}")
+    account.dropped.update(account.problems.counts)
+    _note_too_long(account, max_tokens)
+    if not examples and not account.problems.count:
+        left = f"no row is left to train on: {_reasons(account.dropped)}"
+        account.problems.add("", left, NOTHING_TO_LEARN, fatal=True)
+    for problem in check_examples(examples, tokenizer.bos_token_id, account.end_token_ids, train_on_end):
+        account.problems.add(problem.where, problem.message, problem.rule, fatal=True)
     return Dataset(
         examples=examples,
         rows_read=account.rows_read,
@@ -164,7 +196,20 @@ def build_examples(
         learned_tokens=sum(int(example.learned.sum()) for example in examples),
         end_token_ids=frozenset(account.end_token_ids),
         template=chosen,
+        problems=account.problems,
     )
+
+
+def _chunks(source: Source, account: _Account) -> Iterator[list[Conversation | Document]]:
+    """Yield the good rows of a source, some at a time, and count all of them."""
+    rows = read_conversations(source, account.problems)
+    while True:
+        bad_before = account.problems.count
+        chunk = list(islice(rows, _ROWS_PER_CALL))
+        account.rows_read += len(chunk) + account.problems.count - bad_before
+        if not chunk:
+            return
+        yield chunk
 
 
 def _check_arguments(
@@ -196,11 +241,12 @@ def _check_arguments(
 
 
 def _document_examples(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast, problems: Problems
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast, train_on_end: bool, account: _Account
 ) -> Iterator[Example]:
     """Tokenise whole documents: begin-of-text where the tokenizer writes it, the text, the end token."""
     first = [tokenizer.bos_token_id] if begin_of_text(tokenizer) else []
     last = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    account.end_token_ids.update(last)
     encoded = tokenizer(
         [document.text for document in documents],
         add_special_tokens=False,
@@ -212,44 +258,61 @@ def _document_examples(
     for document, ids in zip(documents, encoded["input_ids"], strict=True):
         if control := control_ids.intersection(ids):
             names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(control))))
-            problems.add(document.where, f"the text became the control token {names}; write it differently")
+            fault = f"the text became the control token {names}; write it differently"
+            account.problems.add(document.where, fault, CONTROL_TOKEN)
             continue
         token_ids = np.array(first + ids + last, dtype=np.int32)
         learned = np.ones(len(token_ids), dtype=np.bool_)
         learned[:1] = False
+        if last and not train_on_end:
+            learned[-1] = False
         if learned.any():
             yield Example(token_ids, learned, "", "", document.where)
         else:
-            problems.add(document.where, "a document of one token has nothing to learn; remove it")
+            fault = "a document of one token has nothing to learn; remove it"
+            account.problems.add(document.where, fault, NOTHING_TO_LEARN)
 
 
 # --- conversations ------------------------------------------------------------------------------------------
 
 
 def _conversation_examples(
-    conversations: Sequence[Conversation], template: Template, train_on: str, account: _Account
+    conversations: Sequence[Conversation], template: Template, train_on: str, train_on_end: bool, account: _Account
 ) -> Iterator[Example]:
     rows = []
     for conversation in conversations:
         try:
-            rows.append(render_row(conversation, template, train_on))
+            _check_shape_once(conversation, template, account)
+            rows.append(render_row(conversation, template, train_on, train_on_end))
         except DataError as error:
-            account.problems.add(conversation.where, str(error))
+            account.problems.add(conversation.where, error)
     tokens = tokenise([row.text for row in rows], template.tokenizer)
     faults = seam_faults(rows, tokens, template.tokenizer)
     special_ids = special_ids_of(template.tokenizer)
     for row, row_tokens, seam_fault in zip(rows, tokens, faults, strict=True):
         try:
             if seam_fault:
-                raise DataError(seam_fault)
+                raise DataError(seam_fault, MASK)
             learned = learned_tokens(row_tokens.starts, row_tokens.ends, row.learned, row.text)
-            ends = end_tokens(row, row_tokens, special_ids)
-            check_begin(row_tokens.ids, template.tokenizer.bos_token_id)
+            ends = end_places(row, row_tokens, special_ids)
         except DataError as error:
-            account.problems.add(row.where, str(error))
+            account.problems.add(row.where, error)
             continue
-        account.end_token_ids |= ends
+        account.end_token_ids.update(row_tokens.ids[ends].tolist())
+        learned[ends] &= train_on_end
         yield Example(row_tokens.ids, learned, row.text[: row.answers[-1][0]], row.answer, row.where)
+
+
+def _check_shape_once(conversation: Conversation, template: Template, account: _Account) -> None:
+    """Check each sequence of roles the first time it comes; rows of a bad one all get its error."""
+    shape = tuple(turn.role for turn in conversation.turns)
+    if shape not in account.shapes:
+        try:
+            account.shapes[shape] = check_shape(template, conversation.turns)
+        except DataError as error:
+            account.shapes[shape] = error
+    if error := account.shapes[shape]:
+        raise error
 
 
 # --- length and weight --------------------------------------------------------------------------------------
@@ -260,10 +323,10 @@ def _fit(examples: Iterator[Example], max_tokens: int, overflow: str, account: _
         length = len(example.token_ids)
         if length <= max_tokens:
             yield example
-        elif overflow == "error":
-            account.too_long.append((length, example.where))
-        elif overflow == "drop":
-            account.dropped["longer than max_tokens"] += 1
+        elif overflow in ("error", "drop"):
+            account.dropped[TOO_LONG] += 1
+            if overflow == "error":
+                account.too_long.append((length, example.where))
         elif not example.learned[:max_tokens].any():
             account.dropped["nothing left to learn after truncation"] += 1
         else:
@@ -280,15 +343,16 @@ def _repeat(examples: Sequence[Example], weight: float) -> Iterator[Example]:
             yield example
 
 
-def _raise_if_too_long(account: _Account, max_tokens: int) -> None:
+def _note_too_long(account: _Account, max_tokens: int) -> None:
     if not account.too_long:
         return
     longest = heapq.nlargest(5, account.too_long)
     places = ", ".join(f"{where} ({length} tokens)" for length, where in longest)
-    raise DataError(
+    fault = (
         f"{len(account.too_long)} of {account.rows_read} rows are longer than data.max_tokens {max_tokens}; "
         f"the longest: {places}; raise data.max_tokens, or set data.overflow to drop or truncate"
     )
+    account.problems.add("", fault, TOO_LONG, fatal=True)
 
 
 def _reasons(dropped: Counter[str]) -> str:

@@ -86,7 +86,7 @@ def read_conversations(source: Source, problems: Problems) -> Iterator[Conversat
         try:
             yield normalise(row, where, format_name, source)
         except DataError as error:
-            problems.add(where, str(error))
+            problems.add(where, error)
 
 
 def check_format(source: Source) -> str | None:
@@ -204,7 +204,8 @@ def _turn(message: object, number: int) -> Turn:
     role_key, content_key = ("role", "content") if "role" in message else ("from", "value")
     role = message.get(role_key)
     if not isinstance(role, str) or role not in _ROLES:
-        raise DataError(f"turn {number} has the unknown role {role!r}; the roles are {', '.join(_ROLES)}")
+        known = f"the roles are {', '.join(_ROLES)}"
+        raise DataError(f"turn {number} has the unknown role {role!r}; {known}", "unknown role")
     content = message.get(content_key)
     if isinstance(content, list):
         content = "".join(_part(part, number) for part in content)

@@ -107,7 +107,7 @@ def read_json(path: Path, problems: Problems) -> Iterator[tuple[str, dict]]:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        problems.add(f"{path}:{line}", "not UTF-8; convert the file to UTF-8")
+        problems.add(f"{path}:{line}", "not UTF-8; convert the file to UTF-8", "not UTF-8", fatal=True)
         return iter(())
     if text.lstrip().startswith("["):
         return _read_json_array(path, text, problems)
@@ -125,10 +125,11 @@ def _read_json_array(path: Path, text: str, problems: Problems) -> Iterator[tupl
         try:
             value, end, faults = decoder.decode(text, position)
         except json.JSONDecodeError as error:
-            problems.add(f"{path}:{error.lineno}", f"not JSON: {error.msg}; nothing after this place was read")
+            fault = f"not JSON: {error.msg}; nothing after this place was read"
+            problems.add(f"{path}:{error.lineno}", fault, fatal=True)
             return
         except (RecursionError, ValueError):
-            problems.add(where, f"{_TOO_DEEP}; nothing after it was read")
+            problems.add(where, f"{_TOO_DEEP}; nothing after it was read", fatal=True)
             return
         yield from _checked(where, value, faults, problems)
         position = _SPACE.match(text, end).end()
@@ -136,7 +137,7 @@ def _read_json_array(path: Path, text: str, problems: Problems) -> Iterator[tupl
             position = _SPACE.match(text, position + 1).end()
         elif not text.startswith("]", position):
             line += text.count("\n", counted, position)
-            problems.add(f"{path}:{line}", "the list is cut short, or a comma is missing or too many here")
+            problems.add(f"{path}:{line}", "the list is cut short, or a comma is missing or too many here", fatal=True)
             return
     if text[position + 1 :].strip():
         problems.add(f"{path}:{line}", "something follows the end of the list; remove it")

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,6 +59,10 @@ NAMED_TEMPLATES = {
     ),
     "plain": ("{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else '\n') }}{% endfor %}"),
 }
+CONTROL_TOKEN = "control token in text"
+TEMPLATE = "template does not fit"
+END_OF_ANSWER = "answer without an end token"
+_FAULTS_OF_TEMPLATES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -192,7 +196,8 @@ def render(template: Template, conversation: Conversation, answers: Iterable[int
         if control := template.special.search(turn.content):
             raise DataError(
                 f"turn {number} holds the text {control.group()!r}, which this tokenizer reads as a control "
-                "token; write it differently (the template itself adds such tokens)"
+                "token; write it differently (the template itself adds such tokens)",
+                CONTROL_TOKEN,
             )
     text = _render(template, turns, add_generation_prompt=False)
     if _GENERATION_BLOCK.search(template.source):
@@ -202,6 +207,23 @@ def render(template: Template, conversation: Conversation, answers: Iterable[int
         found = {index: _prefix_span(template, turns, index, text) for index in answers}
     _check_nothing_dropped(turns, text, found)
     return Rendering(text, found)
+
+
+def check_shape(template: Template, turns: Sequence[Turn]) -> None:
+    """Check that the template writes every turn of a conversation like this one, each where it belongs.
+
+    `render` looks for the row's own words, and a turn such as "user" is found in the text of the template
+    itself; here every turn gets a word that stands nowhere else.
+
+    Args:
+        template: how to write.
+        turns: the roles that matter; the words are replaced.
+
+    Raises:
+        DataError: the template fails on these roles, or drops one of the turns.
+    """
+    marked = [replace(turn, content=f"qzx{index}xzq") if turn.content else turn for index, turn in enumerate(turns)]
+    _check_nothing_dropped(marked, _render(template, marked, add_generation_prompt=False), {})
 
 
 def _render(template: Template, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
@@ -214,8 +236,9 @@ def _render(template: Template, turns: Sequence[Turn], add_generation_prompt: bo
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
         )
-    except (TemplateError, TypeError, ValueError) as error:
-        raise DataError(f"the chat template ({template.name}) refuses this row: {error}") from error
+    except (TemplateError, *_FAULTS_OF_TEMPLATES) as error:
+        reason = str(error) or type(error).__name__
+        raise DataError(f"the chat template ({template.name}) refuses this row: {reason}", TEMPLATE) from error
     return template.begin + text
 
 
@@ -234,7 +257,8 @@ def _prefix_span(template: Template, turns: Sequence[Turn], index: int, text: st
             f"the chat template ({template.name}) writes what stands before turn {index + 1} otherwise when "
             "it prompts for that turn, or when later turns follow, so what the model sees is unknown; "
             "set data.train_on to last, choose another data.template, or mark the answers in the template "
-            "with {% generation %}"
+            "with {% generation %}",
+            TEMPLATE,
         )
     return len(prompt), end
 
@@ -246,7 +270,8 @@ def _end_of_answer(template: Template, text: str, start: int) -> int:
         raise DataError(
             f"the chat template ends an answer with {text[start:][-20:]!r}, which holds no special token of "
             "this tokenizer, so the model would never learn to stop; choose another data.template (plain "
-            "always ends with the tokenizer's own end token)"
+            "always ends with the tokenizer's own end token)",
+            END_OF_ANSWER,
         )
     return ending.end(1)
 
@@ -265,7 +290,8 @@ def _block_spans(template: Template, turns: Sequence[Turn], text: str) -> dict[i
     if len(blocks) != len(answers):
         raise DataError(
             f"the chat template marks {len(blocks)} answers with {{% generation %}}, the row has "
-            f"{len(answers)}; choose another data.template"
+            f"{len(answers)}; choose another data.template",
+            TEMPLATE,
         )
     spans = {}
     for index, (start, end) in zip(answers, blocks, strict=True):
@@ -287,6 +313,7 @@ def _check_nothing_dropped(turns: Sequence[Turn], text: str, answers: dict[int, 
         if position < 0 or (index in answers and end > answers[index][1]):
             raise DataError(
                 f"the chat template drops or changes turn {index + 1} ({turn.role}); choose another "
-                "data.template or remove that turn"
+                "data.template or remove that turn",
+                TEMPLATE,
             )
         position = end

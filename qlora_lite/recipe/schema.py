@@ -161,6 +161,10 @@ class Data(_Section):
     """Chat template: a name (plain suits a base model) or a .jinja file; null is the model's own."""
     train_on: Literal["assistant", "completion", "all", "last"] = "assistant"
     """Which tokens are learned: every assistant message, the completion, all tokens, or the last answer."""
+    train_on_end: bool = True
+    """Learn the token that ends an answer; false teaches the model never to stop by itself."""
+    max_bad_rows: Count = 0
+    """Malformed rows that may be left out, with a count by reason; with more of them nothing is trained."""
     max_tokens: Annotated[int, Field(ge=8)] = 1024
     """Longest row, and the length of a pack, in tokens."""
     overflow: Literal["error", "drop", "truncate"] = "error"
