@@ -161,6 +161,8 @@ def test_text_is_split_at_blank_lines_and_named_by_the_first_line(write):
 def test_text_without_blank_lines_has_one_document_per_line(write):
     path = write("sst2.train", "1 good\n0 bad\n")
     assert rows_of(path) == [(f"{path}:1", {"text": "1 good"}), (f"{path}:2", {"text": "0 bad"})]
+    path = write("sst2.train", "\n \n1 good\n0 bad\n\n\n")
+    assert [where.rpartition(":")[2] for where, _ in rows_of(path)] == ["3", "4"]
 
 
 def test_parquet_and_arrow_rows_are_named_by_number(tmp_path):
