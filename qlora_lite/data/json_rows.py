@@ -12,7 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qlora_lite.data.lines import Problems, numbered_lines
+from qlora_lite.data.opening import open_bytes
 
+_HEAD_BYTES = 1 << 16
+_BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\n\r]*")
 _ESCAPED_ODDITY = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")
 _NUL_IN_JSON = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
@@ -94,15 +97,19 @@ def _checked(where: str, value: object, faults: list[str], problems: Problems) -
 
 def read_json(path: Path, problems: Problems) -> Iterator[tuple[str, dict]]:
     """Read a .json file: one list of objects, or (as many files of that name are) one object per line."""
-    raw = path.read_bytes()
+    with open_bytes(path) as file:
+        head = file.read(_HEAD_BYTES).removeprefix(_BOM).lstrip()
+        if head and not head.startswith(b"["):
+            return read_jsonl(path, problems)
+    with open_bytes(path) as file:
+        raw = file.read()
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         problems.add(f"{path}:{line}", "not UTF-8; convert the file to UTF-8", "not UTF-8", fatal=True)
         return iter(())
-    opening = text.lstrip()[:1]
-    if opening == "[":
+    if text.lstrip().startswith("["):
         return _read_json_array(path, text, problems)
     return read_jsonl(path, problems)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qlora_lite.data.opening import open_bytes
 from qlora_lite.errors import DataError
 
 MAX_ROW_BYTES = 5_000_000
@@ -90,7 +91,7 @@ class Problems:
 
 def numbered_lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
     """Yield (line number, text without line end) of each good line; name the others."""
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         number = 0
         while raw := file.readline(MAX_ROW_BYTES + 1):
             number += 1

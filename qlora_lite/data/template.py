@@ -18,13 +18,15 @@ exactly when the tokenizer puts it before ordinary text.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_lite.data.formats import Conversation, Turn
+from qlora_lite.data.formats import Conversation, Turn, as_message
+from qlora_lite.data.tools import written_names
 from qlora_lite.errors import DataError
 
 if TYPE_CHECKING:
@@ -192,20 +194,27 @@ def render(template: Template, conversation: Conversation, answers: Iterable[int
         DataError: the template fails, drops a turn, has no prefixes, or never writes an end token.
     """
     turns = conversation.turns
-    for number, turn in enumerate(turns, start=1):
-        if control := template.special.search(turn.content):
+    written = {f"turn {number}": (turn.content, *turn.calls) for number, turn in enumerate(turns, start=1)}
+    for place, parts in (written | {"the definition of a tool": conversation.tools}).items():
+        if control := template.special.search("\n".join(map(_plain, parts))):
             raise DataError(
-                f"turn {number} holds the text {control.group()!r}, which this tokenizer reads as a control "
+                f"{place} holds the text {control.group()!r}, which this tokenizer reads as a control "
                 "token; write it differently (the template itself adds such tokens)",
                 CONTROL_TOKEN,
             )
-    text = _render(template, turns, add_generation_prompt=False)
+    text = _render(template, turns, False, conversation.tools)
     if _GENERATION_BLOCK.search(template.source):
-        spans = _block_spans(template, turns, text)
+        spans = _block_spans(template, conversation, text)
         found = {index: spans[index] for index in answers}
     else:
-        found = {index: _prefix_span(template, turns, index, text) for index in answers}
+        found = {index: _prefix_span(template, conversation, index, text) for index in answers}
     _check_nothing_dropped(turns, text, found)
+    if missing := [name for name in written_names(conversation.tools) if name not in text]:
+        raise DataError(
+            f"the chat template ({template.name}) does not write the tool {missing[0]!r}; choose another "
+            "data.template, or remove 'tools' from the rows",
+            TEMPLATE,
+        )
     return Rendering(text, found)
 
 
@@ -226,12 +235,13 @@ def check_shape(template: Template, turns: Sequence[Turn]) -> None:
     _check_nothing_dropped(marked, _render(template, marked, add_generation_prompt=False), {})
 
 
-def _render(template: Template, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
+def _render(template: Template, turns: Sequence[Turn], add_generation_prompt: bool, tools: Sequence[dict] = ()) -> str:
     from jinja2 import TemplateError
 
     try:
         text = template.tokenizer.apply_chat_template(
-            _messages(turns),
+            [as_message(turn) for turn in turns],
+            tools=list(tools) or None,
             chat_template=template.source,
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
@@ -242,15 +252,16 @@ def _render(template: Template, turns: Sequence[Turn], add_generation_prompt: bo
     return template.begin + text
 
 
-def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
-    return [{"role": turn.role, "content": turn.content} for turn in turns]
+def _plain(part: object) -> str:
+    return part if isinstance(part, str) else json.dumps(part, ensure_ascii=False)
 
 
-def _prefix_span(template: Template, turns: Sequence[Turn], index: int, text: str) -> tuple[int, int]:
+def _prefix_span(template: Template, conversation: Conversation, index: int, text: str) -> tuple[int, int]:
     """Find an answer as what follows the rendering of all before it, with the generation prompt."""
-    prompt = _render(template, turns[:index], add_generation_prompt=True)
+    turns, tools = conversation.turns, conversation.tools
+    prompt = _render(template, turns[:index], True, tools)
     is_last = index == len(turns) - 1
-    upto = text if is_last else _render(template, turns[: index + 1], add_generation_prompt=False)
+    upto = text if is_last else _render(template, turns[: index + 1], False, tools)
     end = _end_of_answer(template, upto, len(prompt)) if upto.startswith(prompt) else 0
     if end == 0 or not text.startswith(upto[:end]):
         raise DataError(
@@ -276,17 +287,18 @@ def _end_of_answer(template: Template, text: str, start: int) -> int:
     return ending.end(1)
 
 
-def _block_spans(template: Template, turns: Sequence[Turn], text: str) -> dict[int, tuple[int, int]]:
+def _block_spans(template: Template, conversation: Conversation, text: str) -> dict[int, tuple[int, int]]:
     """Find the {% generation %} blocks, and let each include the end token that follows it."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     _, (blocks,) = render_jinja_template(
-        conversations=[_messages(turns)],
+        conversations=[[as_message(turn) for turn in conversation.turns]],
+        tools=list(conversation.tools) or None,
         chat_template=template.source,
         return_assistant_tokens_mask=True,
         **template.tokenizer.special_tokens_map,
     )
-    answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+    answers = [index for index, turn in enumerate(conversation.turns) if turn.role == "assistant"]
     if len(blocks) != len(answers):
         raise DataError(
             f"the chat template marks {len(blocks)} answers with {{% generation %}}, the row has "
@@ -310,7 +322,9 @@ def _check_nothing_dropped(turns: Sequence[Turn], text: str, answers: dict[int, 
         content = turn.content.strip()
         position = text.find(content, answers.get(index, (position,))[0])
         end = position + len(content)
-        if position < 0 or (index in answers and end > answers[index][1]):
+        places = [(text.find(name, max(position, 0)), len(name)) for name in written_names(turn.calls)]
+        end = max([end, *(place + length for place, length in places)])
+        if min([position, *(place for place, _ in places)]) < 0 or (index in answers and end > answers[index][1]):
             raise DataError(
                 f"the chat template drops or changes turn {index + 1} ({turn.role}); choose another "
                 "data.template or remove that turn",

@@ -129,7 +129,8 @@ class Source(_Section):
     """One place that rows come from; a bare path is short for {path: PATH}."""
 
     path: Text
-    """A data file (JSON, JSONL, CSV, TSV, Parquet, Arrow, text), a folder, or a glob pattern."""
+    """A data file (JSON, JSONL, CSV, TSV, Parquet, Arrow, text; text kinds also as .gz or .zst), a folder, or a
+    glob pattern."""
     format: Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text", "table"] | None = None
     """Shape of the rows; null recognises it from the first row. A table is any columns, with prompt and
     completion."""
