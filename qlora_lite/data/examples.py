@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 TRAIN_ON = ("assistant", "completion", "all", "last")
 OVERFLOW = ("error", "drop", "truncate")
+BAD_SOURCE = "source not usable"
 TOO_LONG = "longer than max_tokens"
 _ROWS_PER_CALL = 1000
 
@@ -161,7 +162,7 @@ def read_examples(
         The examples with their counts and problems; rows with a problem are left out and counted.
 
     Raises:
-        DataError: a file cannot be read, its format is not known, or there is no template.
+        DataError: an argument is out of range.
     """
     _check_arguments(sources, tokenizer, train_on, max_tokens, overflow)
     account = _Account()
@@ -169,21 +170,24 @@ def read_examples(
     examples: list[Example] = []
     for source in sources:
         kept: list[Example] = []
-        for chunk in _chunks(source, account):
-            if isinstance(chunk[0], Document):
-                made = _document_examples(chunk, tokenizer, train_on_end, account)
-            else:
-                chosen = chosen or choose_template(tokenizer, template)
-                made = _conversation_examples(chunk, chosen, train_on, train_on_end, account)
-            kept += _fit(made, max_tokens, overflow, account)
+        try:
+            for chunk in _chunks(source, account):
+                if isinstance(chunk[0], Document):
+                    made = _document_examples(chunk, tokenizer, train_on_end, account)
+                else:
+                    chosen = chosen or choose_template(tokenizer, template)
+                    made = _conversation_examples(chunk, chosen, train_on, train_on_end, account)
+                kept += _fit(made, max_tokens, overflow, account)
+        except DataError as error:
+            _note_bad_source(source, error, account.problems)
         weighted = list(_repeat(kept, source.weight))
         account.dropped["left out by the weight of their source"] += len(kept) - len({id(e) for e in weighted})
         examples += weighted
-    account.dropped.update(account.problems.counts)
+    account.dropped.update({rule: n for rule, n in account.problems.counts.items() if rule != BAD_SOURCE})
     _note_too_long(account, max_tokens)
     if not examples and not account.problems.count:
         left = f"no row is left to train on: {_reasons(account.dropped)}"
-        account.problems.add("", left, NOTHING_TO_LEARN, fatal=True)
+        account.problems.add(sources[0].path, left, NOTHING_TO_LEARN, fatal=True)
     for problem in check_examples(examples, tokenizer.bos_token_id, account.end_token_ids, train_on_end):
         account.problems.add(problem.where, problem.message, problem.rule, fatal=True)
     return Dataset(
@@ -235,6 +239,14 @@ def _check_arguments(
             raise DataError(f"{source.path}: weight {source.weight} must be above 0 and finite")
     if not sources:
         raise DataError("no data source is given; set data.train")
+
+
+def _note_bad_source(source: Source, error: DataError, problems: Problems) -> None:
+    """Note an error that ends the reading of a source; its text may begin with the file it is about."""
+    place, _, message = str(error).partition(": ")
+    if not place.startswith(source.path.partition("*")[0].rstrip("/")):
+        place, message = "", str(error)
+    problems.add(place, message, BAD_SOURCE, fatal=True)
 
 
 # --- documents ----------------------------------------------------------------------------------------------
