@@ -167,12 +167,14 @@ class Data(_Section):
     """Malformed rows that may be left out, with a count by reason; with more of them nothing is trained."""
     max_tokens: Annotated[int, Field(ge=8)] = 1024
     """Longest row, and the length of a pack, in tokens."""
-    overflow: Literal["error", "drop", "truncate"] = "error"
-    """What happens to a row longer than data.max_tokens; dropped and cut rows are counted and reported."""
+    overflow: Literal["error", "drop", "truncate", "split"] = "error"
+    """What happens to a row longer than data.max_tokens; dropped and cut rows are counted and reported. split cuts a
+    document into windows, and a conversation between exchanges, each part with the system turn."""
     packing: bool = True
     """Put several rows into one sequence; they do not see each other."""
-    order: Literal["shuffle", "as-is"] = "shuffle"
-    """Order of the rows in an epoch; shuffle depends on train.seed and the epoch only."""
+    order: Literal["shuffle", "as-is", "longest-first", "by-length"] = "shuffle"
+    """Order of the rows in an epoch; shuffle depends on train.seed and the epoch only. longest-first shows at once what
+    does not fit; by-length puts rows of like length together and shuffles the micro-batches."""
 
 
 _Tracker = Literal[
