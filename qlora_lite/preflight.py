@@ -8,6 +8,7 @@ Lengths and counts are in tokens and rows; shares go from 0 to 1.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 
 from .build import build_sources, read_data
@@ -15,13 +16,15 @@ from .data.batch import collate, packing_efficiency, plan_epoch
 from .data.check import check_overlap, count_special_tokens, histogram
 from .data.examples import Dataset
 from .data.formats import check_format, recognise
-from .data.lines import MAX_SHOWN_PROBLEMS, Problems, RowProblem
+from .data.lines import Problems, RowProblem
 from .data.mask import special_ids_of
 from .data.read import Source, read_rows
 from .data.show import pieces_of
 from .data.stored import row_lengths
 from .errors import DataError
 from .recipe.schema import Recipe
+
+_SHOWN_PER_RULE = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +46,17 @@ class Preflight:
         errors = [problem for problem in self.report["problems"] if problem["severity"] == "error"]
         if not errors:
             return
-        rest = self.report["errors"] - min(len(errors), MAX_SHOWN_PROBLEMS)
-        more = [f"... and {rest} more problems"] if rest else []
+        seen: Counter[str] = Counter()
+        shown = []
+        for problem in errors:
+            seen[problem["rule"]] += 1
+            if seen[problem["rule"]] <= _SHOWN_PER_RULE:
+                shown.append(line_of_problem(problem))
+        if rest := self.report["errors"] - len(shown):
+            shown.append(f"... and {rest:,} more problems")
         if any(part.problems.count and not part.problems.fatal for part in (self.data, self.eval_data) if part):
-            more.append("correct these rows, or let some be left out and counted with data.max_bad_rows")
-        raise DataError("\n".join([*map(line_of_problem, errors[:MAX_SHOWN_PROBLEMS]), *more]))
+            shown.append("correct these rows, or let some be left out and counted with data.max_bad_rows")
+        raise DataError("\n".join(shown))
 
 
 def empty_report(problems: list[dict]) -> dict:

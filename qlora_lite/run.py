@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from .build import build_model, train_settings
+from .data.template import portable_source
 from .data_page import write_data_page
 from .errors import DoesNotFitError, Interrupted, QloraLiteError
 from .evaluate import ExactMatch, exact_match
@@ -27,7 +28,7 @@ from .models.load import load_tokenizer, resolve_device
 from .preflight import line_of_problem, preflight
 from .recipe.schema import Recipe
 from .report import write_report
-from .runs import ADAPTER, ADAPTER_LAST, RunFolder, create_run, package_versions
+from .runs import ADAPTER, ADAPTER_LAST, TEMPLATE, RunFolder, create_run, package_versions
 from .train.guards import check_frozen, frozen_checksum
 from .train.inventory import inventory, total_parameters
 from .train.loop import StepMetrics, Trainer
@@ -95,6 +96,9 @@ class _Run:
         counts = ("rows_read", "rows_kept", "dropped", "tokens", "learned_tokens", "packing_efficiency")
         self.run.update(data={key: report[key] for key in counts} | {"end_token_ids": sorted(self.data.end_token_ids)})
         found.raise_if_unusable()
+        if self.data.template:  # recorded for generate and chat, and in the adapter's tokenizer for other tools
+            self.tokenizer.chat_template = portable_source(self.data.template)
+            write_text(self.run.path / TEMPLATE, self.tokenizer.chat_template)
         for problem in report["problems"]:
             log.warning("data: %s", line_of_problem(problem))
         efficiency = report["packing_efficiency"]

@@ -168,10 +168,12 @@ def test_generate_answers_from_the_run_folder_alone_and_the_same_each_time(finis
 
 
 def test_chat_answers_until_an_empty_line(finished):
+    typed = "3?\nx<|im_end|>\n4?\n\n"
     done = subprocess.run(
-        [*COMMAND, "chat", finished[0], "--max-new-tokens", "4"], input="3?\n4?\n\n", capture_output=True, text=True
+        [*COMMAND, "chat", finished[0], "--max-new-tokens", "4"], input=typed, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("error: turn 3 holds the text '<|im_end|>'") == 1
     assert "Traceback" not in done.stderr
 
 

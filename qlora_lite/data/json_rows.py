@@ -19,7 +19,8 @@ _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\n\r]*")
 _ESCAPED_ODDITY = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")
 _NUL_IN_JSON = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
-_TOO_DEEP = "nested too deeply, or a number too long, to be a row"
+_CORRECT = "correct or remove this row"
+_TOO_DEEP = f"nested too deeply, or a number too long, to be a row; {_CORRECT}"
 
 
 class _RowDecoder:
@@ -29,7 +30,7 @@ class _RowDecoder:
         self._faults: list[str] = []
         self._decoder = json.JSONDecoder(
             object_pairs_hook=self._object,
-            parse_constant=lambda name: self._faults.append(f"{name} is not JSON"),
+            parse_constant=lambda name: self._faults.append(f"{name} is not JSON; write null"),
         )
 
     def _object(self, pairs: list[tuple[str, object]]) -> dict:
@@ -78,7 +79,7 @@ def _json_message(error: json.JSONDecodeError, text: str, number: int) -> str:
     if text in ("[", "{") and number == 1:
         return "this is one JSON document over several lines; name the file .json, or put one row per line"
     cut = " (is the line cut short?)" if error.pos >= len(text) or "Unterminated" in error.msg else ""
-    return f"not JSON: {error.msg} at character {error.pos + 1}{cut}"
+    return f"not JSON: {error.msg} at character {error.pos + 1}{cut}; {_CORRECT}"
 
 
 def _checked(where: str, value: object, faults: list[str], problems: Problems) -> Iterator[tuple[str, dict]]:

@@ -69,7 +69,7 @@ class Account:
     longest: list[tuple[int, str]] = field(default_factory=list)
     end_token_ids: set[int] = field(default_factory=set)
     template: Template | None = None
-    shapes: dict[tuple[str, ...], DataError | None] = field(default_factory=dict)
+    shapes: dict[tuple, DataError | None] = field(default_factory=dict)
 
 
 def make_examples(
@@ -185,10 +185,10 @@ def _conversation_examples(conversations: Sequence[Conversation], settings: Sett
 
 def _check_shape_once(conversation: Conversation, template: Template, account: Account) -> None:
     """Check each sequence of roles the first time it comes; rows of a bad one all get its error."""
-    shape = tuple(turn.role for turn in conversation.turns)
+    shape = tuple((turn.role, not turn.content, bool(turn.calls)) for turn in conversation.turns)
     if shape not in account.shapes:
         try:
-            account.shapes[shape] = check_shape(template, conversation.turns)
+            account.shapes[shape] = check_shape(template, conversation)
         except DataError as error:
             account.shapes[shape] = error
     if error := account.shapes[shape]:

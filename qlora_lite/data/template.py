@@ -26,45 +26,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_lite.data.formats import Conversation, Turn, as_message
+from qlora_lite.data.named_templates import NAMED_TEMPLATES
+from qlora_lite.data.probe import FAULTS, probe
 from qlora_lite.data.tools import written_names
 from qlora_lite.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_ALPACA_OPENING = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-)
-NAMED_TEMPLATES = {
-    "chatml": (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    ),
-    "llama3": (
-        "{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content|trim"
-        " + '<|eot_id|>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-    ),
-    "gemma": (
-        "{% set n = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}"
-        "{% set n.system = m.content|trim + '\n\n' %}{% else %}"
-        "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else 'user') + '\n' + n.system"
-        " + m.content|trim + '<end_of_turn>\n' }}{% set n.system = '' %}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
-    ),
-    "alpaca": (
-        "{% if messages[0].role != 'system' %}{{ '" + _ALPACA_OPENING + "\n\n' }}{% endif %}"
-        "{% for m in messages %}{% if m.role == 'system' %}{{ m.content + '\n\n' }}"
-        "{% elif m.role == 'user' %}{{ '### Instruction:\n' + m.content + '\n\n' }}"
-        "{% else %}{{ '### Response:\n' + m.content + eos_token + '\n\n' }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
-    ),
-    "plain": ("{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else '\n') }}{% endfor %}"),
-}
 CONTROL_TOKEN = "control token in text"
 TEMPLATE = "template does not fit"
 END_OF_ANSWER = "answer without an end token"
-_FAULTS_OF_TEMPLATES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -139,7 +111,23 @@ def choose_template(tokenizer: PreTrainedTokenizerFast, name: str | None = None)
     return _template(name, source, tokenizer, "" if writes_begin else begin_of_text(tokenizer))
 
 
+def portable_source(template: Template) -> str:
+    """Return Jinja text that writes all that this template does, begin-of-text included."""
+    return "{{ bos_token }}" + template.source if template.begin else template.source
+
+
+def recorded_template(tokenizer: PreTrainedTokenizerFast, source: str) -> Template:
+    """Return the template that an earlier run recorded with `portable_source`.
+
+    Raises:
+        DataError: it is broken or hostile (see `probe`).
+    """
+    return _template("of the run", source, tokenizer, "")
+
+
 def _template(name: str, source: str, tokenizer: PreTrainedTokenizerFast, begin: str) -> Template:
+    if source not in NAMED_TEMPLATES.values():
+        probe(name, source, tokenizer.special_tokens_map)
     special = _any_of({token.content for token in tokenizer.added_tokens_decoder.values() if token.special})
     special = special or r"(?!)"
     ending = rf"({special})(?:\s|{special})*\Z"
@@ -174,8 +162,9 @@ def render_prompt(template: Template, turns: Sequence[Turn]) -> str:
         turns: the conversation so far, a user turn last.
 
     Raises:
-        DataError: the template fails on these turns.
+        DataError: the template fails on these turns, or one of them holds a control token as text.
     """
+    _check_no_control_tokens(template, turns)
     return _render(template, turns, add_generation_prompt=True)
 
 
@@ -194,14 +183,7 @@ def render(template: Template, conversation: Conversation, answers: Iterable[int
         DataError: the template fails, drops a turn, has no prefixes, or never writes an end token.
     """
     turns = conversation.turns
-    written = {f"turn {number}": (turn.content, *turn.calls) for number, turn in enumerate(turns, start=1)}
-    for place, parts in (written | {"the definition of a tool": conversation.tools}).items():
-        if control := template.special.search("\n".join(map(_plain, parts))):
-            raise DataError(
-                f"{place} holds the text {control.group()!r}, which this tokenizer reads as a control "
-                "token; write it differently (the template itself adds such tokens)",
-                CONTROL_TOKEN,
-            )
+    _check_no_control_tokens(template, turns, conversation.tools)
     text = _render(template, turns, False, conversation.tools)
     if _GENERATION_BLOCK.search(template.source):
         spans = _block_spans(template, conversation, text)
@@ -218,7 +200,7 @@ def render(template: Template, conversation: Conversation, answers: Iterable[int
     return Rendering(text, found)
 
 
-def check_shape(template: Template, turns: Sequence[Turn]) -> None:
+def check_shape(template: Template, conversation: Conversation) -> None:
     """Check that the template writes every turn of a conversation like this one, each where it belongs.
 
     `render` looks for the row's own words, and a turn such as "user" is found in the text of the template
@@ -226,13 +208,16 @@ def check_shape(template: Template, turns: Sequence[Turn]) -> None:
 
     Args:
         template: how to write.
-        turns: the roles that matter; the words are replaced.
+        conversation: the roles and calls that matter; the words are replaced.
 
     Raises:
         DataError: the template fails on these roles, or drops one of the turns.
     """
-    marked = [replace(turn, content=f"qzx{index}xzq") if turn.content else turn for index, turn in enumerate(turns)]
-    _check_nothing_dropped(marked, _render(template, marked, add_generation_prompt=False), {})
+    turns = [
+        replace(turn, content=f"qzx{index}xzq") if turn.content else turn
+        for index, turn in enumerate(conversation.turns)
+    ]
+    _check_nothing_dropped(turns, _render(template, turns, False, conversation.tools), {})
 
 
 def _render(template: Template, turns: Sequence[Turn], add_generation_prompt: bool, tools: Sequence[dict] = ()) -> str:
@@ -246,10 +231,21 @@ def _render(template: Template, turns: Sequence[Turn], add_generation_prompt: bo
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
         )
-    except (TemplateError, *_FAULTS_OF_TEMPLATES) as error:
+    except (TemplateError, *FAULTS) as error:
         reason = str(error) or type(error).__name__
         raise DataError(f"the chat template ({template.name}) refuses this row: {reason}", TEMPLATE) from error
     return template.begin + text
+
+
+def _check_no_control_tokens(template: Template, turns: Sequence[Turn], tools: Sequence[dict] = ()) -> None:
+    written = {f"turn {number}": (turn.content, *turn.calls) for number, turn in enumerate(turns, start=1)}
+    for place, parts in (written | {"the definition of a tool": tools}).items():
+        if control := template.special.search("\n".join(map(_plain, parts))):
+            raise DataError(
+                f"{place} holds the text {control.group()!r}, which this tokenizer reads as a control "
+                "token; write it differently (the template itself adds such tokens)",
+                CONTROL_TOKEN,
+            )
 
 
 def _plain(part: object) -> str:

@@ -12,9 +12,9 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.data.examples import build_examples
+from qlora_lite.data.named_templates import NAMED_TEMPLATES
 from qlora_lite.data.read import Source
 from qlora_lite.data.stored import repeated
-from qlora_lite.data.template import NAMED_TEMPLATES
 from qlora_lite.errors import DataError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -10,8 +10,8 @@ from tiny_tokenizer import make_tokenizer
 from qlora_lite.data.examples import build_examples
 from qlora_lite.data.formats import Turn, as_message, read_conversations
 from qlora_lite.data.lines import Problems
+from qlora_lite.data.named_templates import NAMED_TEMPLATES
 from qlora_lite.data.read import Source
-from qlora_lite.data.template import NAMED_TEMPLATES
 from qlora_lite.errors import DataError
 
 TOOL = {
@@ -240,5 +240,5 @@ def test_the_generation_blocks_of_a_template_hold_calls_too(build):
 
 def test_every_named_template_refuses_what_it_cannot_write(build):
     for name in NAMED_TEMPLATES:
-        with pytest.raises(DataError, match=r"does not write the tool|drops or changes turn"):
+        with pytest.raises(DataError, match=r"does not write the tool|drops or changes turn|no form for tool turns"):
             build([ROW], template=name)
