@@ -17,7 +17,6 @@ from qlora_lite.data.read import Source
 from qlora_lite.data.stored import repeated
 from qlora_lite.errors import DataError
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 PAIRS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(4)]
 
 
@@ -323,28 +322,6 @@ def test_building_leaves_the_tokenizer_as_it_was(build):
     build([{"text": "a</s>b"}], tokenizer=tokenizer)
     assert tokenizer("a</s>")["input_ids"] == before
     assert tokenizer.backend_tokenizer.encode("a</s>").ids == before
-
-
-@pytest.mark.parametrize(
-    ("name", "rows", "columns"),
-    [
-        ("gsm8k_train.jsonl", 7473, ("{question}", "{answer}")),
-        ("e2e_devset.csv", 4672, ("{mr}", "{ref}")),
-        ("lf_alpaca_en_demo.json", 999, (None, None)),
-        ("lf_identity.json", 91, (None, None)),
-        ("lf_v1_sft_demo.jsonl", 500, (None, None)),
-        ("sst2.train", 6920, (None, None)),
-        ("tinyshakespeare.txt", 7222, (None, None)),
-        ("wikitext2_valid.txt", 1160, (None, None)),
-    ],
-)
-def test_a_real_file_trains(tokenizer, name, rows, columns):
-    if not (SHARED / name).exists():
-        pytest.skip(f"{name} is not here")
-    source = Source(str(SHARED / name), prompt=columns[0], completion=columns[1])
-    data = build_examples([source], tokenizer, max_tokens=100_000)
-    assert (data.rows_read, data.rows_kept, data.dropped) == (rows, rows, {})
-    assert data.learned_tokens > rows
 
 
 @pytest.mark.model
