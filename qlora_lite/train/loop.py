@@ -25,7 +25,7 @@ from qlora_lite.models.anatomy import set_checkpointing
 from .guards import check_adapters_took_part, check_forward, check_trainable, explain_not_finite
 from .optim import build_optimizer
 from .schedule import lr_factor
-from .step import Evaluation, accumulate_gradients, evaluate_loss, train_step
+from .step import Evaluation, accumulate_gradients, evaluate_loss, prepare, train_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +101,8 @@ class Trainer:
         largest = max(plan, key=lambda rows: sum(self.lengths[row] for row in rows))
         self.model.train()
         with torch.random.fork_rng(devices=[self.model.device] if self.model.device.type == "cuda" else []):
-            accumulate_gradients(
-                self.model,
-                [collate([self.examples[row] for row in largest])],
-                self.settings.loss_chunk_tokens,
-            )
+            batch = prepare(collate([self.examples[row] for row in largest]), self.model.device)
+            accumulate_gradients(self.model, [batch], self.settings.loss_chunk_tokens)
         self.optimizer.zero_grad(set_to_none=True)
 
     def _epoch(self, epoch: int) -> list[list[list[int]]]:
