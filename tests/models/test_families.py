@@ -61,6 +61,7 @@ def test_an_unknown_model_has_no_configuration(hub_id):
         ("unsloth/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"),
         ("Qwen/Qwen3-8", "Qwen/Qwen3-8B"),
         ("mistral-7b-v0.3", "mistralai/Mistral-7B-v0.3"),
+        ("a-long-owner-of-many-copies/phi-4", "microsoft/phi-4"),
     ],
 )
 def test_the_nearest_known_models_are_named(hub_id, near):
