@@ -16,6 +16,7 @@ LAYERS = [
     {"lora"},
     {"models"},
     {"train"},
+    {"planning"},
     {"build", "runs", "generate", "charts", "page", "run_files"},
     {"evaluate", "converse", "report"},
     {"run"},

@@ -54,6 +54,7 @@ class Moment(NamedTuple):
 
 _INDEX = {name: number for number, name in enumerate(CATEGORIES)}
 _OFFLOADED = _INDEX["offloaded"]
+_DEVICE_OF = torch.ops.prim.device.default
 
 
 @dataclass(slots=True)
@@ -70,13 +71,15 @@ class Ledger(TorchDispatchMode):
 
     Args:
         timeline: also keep every change as a ``Moment`` (for pictures; some MiB per step).
+        allocation_bytes: each storage is counted in whole multiples of this, as an allocator would.
     """
 
-    def __init__(self, timeline: bool = False):
+    def __init__(self, timeline: bool = False, allocation_bytes: int = 1):
         super().__init__()
+        self.allocation_bytes = allocation_bytes
         self.live = [0] * len(CATEGORIES)
         self.timeline: list[Moment] | None = [] if timeline else None
-        self.peaks: dict[str, Moment] = {}  # by phase
+        self.peaks: dict[tuple[str, str], Moment] = {}  # by phase and module
         self.offloaded_peak_bytes = 0
         self._entries: dict[int, _Entry] = {}
         self._modules: list[str] = []
@@ -94,6 +97,10 @@ class Ledger(TorchDispatchMode):
         """The highest point so far, over all phases."""
         return max(self.peaks.values(), key=lambda moment: moment.total)
 
+    def now(self) -> Moment:
+        """What is alive at this moment."""
+        return Moment(marks.phase, self._modules[-1] if self._modules else self._backward_module, (*self.live,))
+
     def reset_peaks(self) -> None:
         """Forget the peaks and the timeline, keep what is alive."""
         self.peaks.clear()
@@ -108,6 +115,8 @@ class Ledger(TorchDispatchMode):
     def watch(self, model: nn.Module) -> None:
         """Follow which module runs, and count the gradients of the trainable parameters as such."""
         for name, module in model.named_modules():
+            if module is model:
+                continue
             self._handles.append(module.register_forward_pre_hook(self._entering(name)))
             self._handles.append(module.register_forward_hook(self._leaving(name), always_call=True))
         for parameter in model.parameters():
@@ -126,6 +135,8 @@ class Ledger(TorchDispatchMode):
         self._handles.clear()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is _DEVICE_OF and hasattr(args[0], "fake_device"):
+            return args[0].fake_device  # half of all calls on fake tensors, and no tensor comes of them
         result = func(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor):
             self._count(result)
@@ -137,7 +148,7 @@ class Ledger(TorchDispatchMode):
 
     def _count(self, tensor: torch.Tensor, category: int | None = None) -> None:
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage._cdata, -(-storage.nbytes() // self.allocation_bytes) * self.allocation_bytes
         entry = self._entries.get(key)
         if entry is None:
             if size:
@@ -162,14 +173,13 @@ class Ledger(TorchDispatchMode):
 
     def _change(self, category: int, size: int) -> None:
         self.live[category] += size
-        highest = self.peaks.get(marks.phase)
-        is_peak = highest is None or self.live_bytes > highest.total
-        if is_peak or self.timeline is not None:
-            moment = Moment(marks.phase, self._modules[-1] if self._modules else self._backward_module, (*self.live,))
-            if self.timeline is not None:
-                self.timeline.append(moment)
-            if is_peak:
-                self.peaks[marks.phase] = moment
+        if self.timeline is not None:
+            self.timeline.append(self.now())
+        if size > 0:
+            module = self._modules[-1] if self._modules else self._backward_module
+            highest = self.peaks.get((marks.phase, module))
+            if highest is None or self.live_bytes > highest.total:
+                self.peaks[marks.phase, module] = self.now()
         self.offloaded_peak_bytes = max(self.offloaded_peak_bytes, self.live[_OFFLOADED])
 
     def _saved(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -189,7 +199,8 @@ class Ledger(TorchDispatchMode):
 
     def _leaving(self, name: str):
         def begin_backward(_grad):
-            self._backward_module = name
+            if not self._backward_module.startswith(f"{name}."):  # of modules with one output, the innermost
+                self._backward_module = name
 
         def leave(_module, _inputs, output):
             self._modules.pop()
