@@ -25,12 +25,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .bar import CATEGORIES
 from .marks import marks
 
-CATEGORIES = (
-    "base weights", "quantisation constants", "embeddings", "head", "adapter", "gradients", "optimizer",
-    "saved activations", "offloaded", "logits", "workspace",
-)  # fmt: skip
 _PASSING = frozenset({"workspace", "logits"})  # categories that a hook may still change
 
 

@@ -38,17 +38,15 @@ class WorkCounter(TorchDispatchMode):
 
     @property
     def work(self) -> Work:
-        """Return what was counted since construction or ``reset``."""
+        """Return what was counted since construction."""
         return Work(*self._totals[False], *self._totals[True])
-
-    def reset(self) -> None:
-        """Start again at zero."""
-        self._totals = {True: [0, 0], False: [0, 0]}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is _DEVICE_OF and hasattr(args[0], "fake_device"):
             return args[0].fake_device
         result = func(*args, **(kwargs or {}))
+        if marks.phase == "load":
+            return result
         totals = self._totals[marks.phase == "evaluation"]
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:

@@ -57,8 +57,8 @@ def meta_model(config, quant: str, double_quant: bool, dtype: torch.dtype) -> nn
     return model
 
 
-def give_storage(model: nn.Module) -> nn.Module:
-    """Replace meta tensors by new CPU tensors in place; under a fake-tensor mode these take no memory."""
+def give_storage(model: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
+    """Replace meta tensors by new, unfilled ones in place; under a fake-tensor mode these take no memory."""
     replaced: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for registry in (module._parameters, module._buffers):
@@ -66,7 +66,7 @@ def give_storage(model: nn.Module) -> nn.Module:
                 if tensor is None:
                     continue
                 if id(tensor) not in replaced:  # tied weights stay tied
-                    new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    new = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
                     replaced[id(tensor)] = nn.Parameter(new, False) if isinstance(tensor, nn.Parameter) else new
                 registry[name] = replaced[id(tensor)]
     return model

@@ -1,9 +1,8 @@
 """Run the real training step on fake tensors and keep its ledger.
 
-Nothing here knows what a step does: it builds the model's skeleton, the real optimizer, and calls the functions
-that training calls (``train.step``), below a ``Ledger`` and a ``WorkCounter``. One pass shows the steady state:
-the optimizer has its states already, and with gradient accumulation the gradients of the earlier micro-batches
-are there.
+Nothing here knows what a step does: it builds the model's skeleton and the real optimizer, and calls
+``train.rehearsal`` below a ``Ledger`` and a ``WorkCounter``. One pass shows the steady state: the optimizer has
+its states already, and with gradient accumulation the gradients of the earlier micro-batches are there.
 
 The blocks of a decoder repeat, so a deep model is run at two small depths and continued in a straight line,
 separately for each phase and for the first block, the last one and all that is outside of blocks: what is alive
@@ -19,16 +18,17 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from qlora_lite.data.batch import Batch
 from qlora_lite.lora.inject import Target, add_lora, lora_parameters
 from qlora_lite.memory.ledger import CATEGORIES, Ledger, Moment
-from qlora_lite.memory.marks import category, phase
 from qlora_lite.memory.work import Work, WorkCounter
 from qlora_lite.models.anatomy import set_checkpointing
 from qlora_lite.models.skeleton import block_pattern, give_storage, meta_model, shallow_config
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.train.inventory import categorised
-from qlora_lite.train.optim import build_optimizer, clip_gradients
-from qlora_lite.train.step import Inputs, accumulate_gradients, filler_tokens, summed_loss
+from qlora_lite.train.optim import build_optimizer
+from qlora_lite.train.rehearsal import rehearse_step
+from qlora_lite.train.step import Inputs, filler_tokens, labelled_count
 
 ALLOCATION_BYTES = {"cuda": 512, "cpu": 1}  # CUDA's caching allocator rounds up (c10/cuda/CUDACachingAllocator.cpp)
 
@@ -39,6 +39,11 @@ class Rows:
 
     lengths: tuple[int, ...]
     learned: int
+
+
+def rows_of(batch: Batch) -> Rows:
+    """Return the shape of a batch."""
+    return Rows(batch.row_lengths, labelled_count(batch))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +114,13 @@ def simulate_whole(job: Job, timeline: bool = False) -> Simulation | tuple[Simul
         for tensor, name, _ in categorised(model):
             ledger.claim([tensor], name)
         ledger.watch(model)
-        _give_states(optimizer, parameters, keep_gradients=job.accumulating)
+        eval_inputs = _inputs(job.eval_rows, model.device) if job.eval_rows else None
+        rehearse_step(
+            model, parameters, optimizer, _inputs(job.rows, model.device), eval_inputs, job.max_grad_norm,
+            job.loss_chunk_tokens, job.accumulating,
+        )  # fmt: skip
         resident = ledger.now()
-        ledger.reset_peaks()
-        counter.reset()
-        _step(model, optimizer, parameters, job)
-    moments = dict(ledger.peaks)
-    simulation = Simulation(moments, resident, counter.work)
+    simulation = Simulation(dict(ledger.peaks), resident, counter.work)
     return (simulation, ledger.timeline) if timeline else simulation
 
 
@@ -123,30 +128,7 @@ def _fake_model(job: Job) -> nn.Module:
     model = give_storage(meta_model(job.config, job.quant, job.double_quant, job.compute_dtype))
     add_lora(model, job.targets, job.rank, job.alpha, job.dropout, job.rslora, job.factor_dtype)
     set_checkpointing(model, job.checkpointing == "block")
-    return model.train()
-
-
-def _give_states(optimizer, parameters, keep_gradients: bool) -> None:
-    """Let the optimizer make its states; leave gradients behind if earlier micro-batches would."""
-    with category("gradients"):
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
-    with phase("optimizer"), category("optimizer"):
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=not keep_gradients)
-
-
-def _step(model, optimizer, parameters, job: Job) -> None:
-    """Do what ``train.step.train_step`` and ``evaluate_loss`` do, apart from reading values."""
-    accumulate_gradients(model, [_inputs(job.rows, model.device)], job.loss_chunk_tokens)
-    with phase("optimizer"):
-        clip_gradients(parameters, job.max_grad_norm)
-        with category("optimizer"):
-            optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    if job.eval_rows is not None:
-        with torch.no_grad(), phase("evaluation"):
-            summed_loss(model.eval(), _inputs(job.eval_rows, model.device), job.loss_chunk_tokens)
+    return model
 
 
 def _inputs(rows: Rows, device: torch.device) -> Inputs:
