@@ -17,7 +17,7 @@ from qlora_lite.lora.layer import LoraLinear
 from qlora_lite.models.anatomy import head
 from qlora_lite.ops.loss import head_logits
 
-from .step import hidden_states, summed_loss
+from .step import hidden_states, prepare, summed_loss
 
 # Relative L2 error of logits that rounding alone explains: measured 2.5e-7 to 4.2e-7 (float32) and 0.2 to 0.6 %
 # (bf16) over the 13 architectures of the tests. A head scaled 1.1 times gives 10 %, rows that see each other 109 %.
@@ -43,7 +43,7 @@ def check_forward(model: nn.Module) -> float:
     batch = Batch(ids, position_ids, torch.full((ids.shape[1],), -100), lengths, ("",) * len(lengths))
     was_training = model.training
     model.eval()
-    packed = head_logits(hidden_states(model, batch), head(model))
+    packed = head_logits(hidden_states(model, prepare(batch, model.device)), head(model))
     alone = torch.cat([model(input_ids=row.to(model.device), use_cache=False).logits[0] for row in rows]).float()
     model.train(was_training)
     error = ((packed - alone).norm() / alone.norm()).item()
@@ -133,7 +133,7 @@ def _first_bad_place(model: nn.Module, batch: Batch) -> str | None:
     watched = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLinear) or not any(m.children())]
     handles = [module.register_forward_hook(watch(name)) for name, module in watched]
     try:
-        loss = summed_loss(model, batch)
+        loss = summed_loss(model, prepare(batch, model.device))
     finally:
         for handle in handles:
             handle.remove()

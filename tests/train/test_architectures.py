@@ -8,7 +8,7 @@ from qlora_lite.errors import ModelError
 from qlora_lite.lora.inject import add_lora, lora_layers
 from qlora_lite.models.anatomy import set_checkpointing
 from qlora_lite.train.guards import check_forward
-from qlora_lite.train.step import accumulate_gradients, labelled_count
+from qlora_lite.train.step import accumulate_gradients, labelled_count, prepare
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
@@ -21,7 +21,7 @@ def test_loss_and_gradients_equal_those_of_plain_rows(model_type):
     set_checkpointing(model, True)
     model.train()
 
-    loss = accumulate_gradients(model, [batch], chunk_tokens=4)
+    loss = accumulate_gradients(model, [prepare(batch, model.device)], chunk_tokens=4).item()
     expected = reference_loss(plain, batch) / labelled_count(batch)
     expected.backward()
 
