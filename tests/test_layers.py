@@ -18,7 +18,7 @@ LAYERS = [
     {"train"},
     {"planning"},
     {"build", "runs", "generate", "charts", "stacked", "page", "run_files"},
-    {"evaluate", "converse", "report", "memory_page"},
+    {"evaluate", "converse", "report", "memory_page", "plan"},
     {"run"},
     {"doctor"},
     {"cli"},

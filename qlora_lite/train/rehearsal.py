@@ -48,4 +48,3 @@ def rehearse_step(
     if eval_inputs is not None:
         with torch.no_grad(), phase("evaluation"):
             summed_loss(model.eval(), eval_inputs, chunk_tokens)
-

@@ -4,19 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny import ARCHITECTURES, build_tiny
 from transformers import AutoConfig
 
 from qlora_lite.data.batch import Batch
 from qlora_lite.lora.inject import add_lora, lora_parameters
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.models.anatomy import set_checkpointing
-from qlora_lite.models.quantizer import quantize_in_place
 from qlora_lite.models.load import use_row_attention
+from qlora_lite.models.quantizer import quantize_in_place
 from qlora_lite.planning.simulate import Job, Rows, simulate, simulate_whole
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.optim import build_optimizer
-from qlora_lite.train.step import evaluate_loss, prepare, train_step
-from tiny import ARCHITECTURES, build_tiny
+from qlora_lite.train.step import evaluate_loss, train_step
 
 LENGTHS = (9, 14, 6)
 
@@ -57,7 +57,7 @@ def measured(job, model_type, **changes):
         for tensor, name, _ in categorised(model):
             ledger.claim([tensor], name)
         ledger.watch(model)
-        for step in range(2):
+        for _ in range(2):
             ledger.reset_peaks()
             train_step(model.train(), [batch], optimizer, job.max_grad_norm, job.loss_chunk_tokens)
             optimizer.zero_grad(set_to_none=True)
