@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
-from .data.examples import Dataset, build_examples
+from .data.examples import Dataset, read_examples
 from .data.read import Source
+from .files import cache_root
 from .lora.adapter import load_adapter
 from .lora.inject import Target, add_lora
 from .models.load import load_model, resolve_compute_dtype, resolve_device
@@ -35,12 +36,24 @@ def build_data(recipe: Recipe, tokenizer, which: str = "train") -> Dataset | Non
     Raises:
         DataError: a row cannot be used.
     """
-    listed = getattr(recipe.data, which)
-    if listed is None:
+    if getattr(recipe.data, which) is None:
         return None
-    sources = [Source(s.path, s.format, s.weight, s.prompt, s.completion) for s in listed]
+    data = read_data(recipe, tokenizer, which)
+    data.problems.raise_if_any(recipe.data.max_bad_rows)
+    return data
+
+
+def read_data(recipe: Recipe, tokenizer, which: str) -> Dataset:
+    """Read a recipe's training or evaluation rows; what is wrong with them is noted, not raised."""
     d = recipe.data
-    return build_examples(sources, tokenizer, d.template, d.train_on, d.max_tokens, d.overflow)
+    sources = build_sources(recipe, which)
+    settings = d.template, d.train_on, d.max_tokens, d.overflow, d.train_on_end
+    return read_examples(sources, tokenizer, *settings, cache_root() / "tokens")
+
+
+def build_sources(recipe: Recipe, which: str) -> list[Source]:
+    """Return where a recipe's training or evaluation rows come from."""
+    return [Source(s.path, s.format, s.weight, s.prompt, s.completion) for s in getattr(recipe.data, which)]
 
 
 def build_model(recipe: Recipe, adapter: Path | None = None, lora: bool = True):

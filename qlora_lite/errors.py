@@ -54,9 +54,19 @@ class RecipeError(QloraLiteError):
 
 
 class DataError(QloraLiteError):
-    """Report a data file or a row that cannot be used."""
+    """Report a data file or a row that cannot be used.
+
+    Args:
+        message: what is wrong and what to do.
+        rule: what a row breaks, in a few words; rows are counted under it.
+    """
 
     exit_code = 2
+    rule = "malformed row"
+
+    def __init__(self, message: str, rule: str | None = None) -> None:
+        super().__init__(message)
+        self.rule = rule or self.rule
 
 
 class ModelError(QloraLiteError):

@@ -4,6 +4,7 @@ Lower layers take plain arguments; recipes stop here. The order is chosen so tha
 the run folder, the tokenizer, the data, then the model, then the memory, then the training.
 """
 
+import json
 import logging
 import math
 import platform
@@ -15,16 +16,19 @@ from pathlib import Path
 
 import torch
 
-from .build import build_data, build_model, train_settings
-from .data.batch import packing_efficiency, plan_epoch
+from .build import build_model, train_settings
+from .data.template import portable_source
+from .data_page import write_data_page
 from .errors import DoesNotFitError, Interrupted, QloraLiteError
 from .evaluate import ExactMatch, exact_match
+from .files import write_text
 from .lora.adapter import adapter_tensors, fill_adapter, save_adapter
 from .memory.meter import PeakMeter
 from .models.load import load_tokenizer, resolve_device
+from .preflight import line_of_problem, preflight
 from .recipe.schema import Recipe
 from .report import write_report
-from .runs import ADAPTER, ADAPTER_LAST, RunFolder, create_run, package_versions
+from .runs import ADAPTER, ADAPTER_LAST, TEMPLATE, RunFolder, create_run, package_versions
 from .train.guards import check_frozen, frozen_checksum
 from .train.inventory import inventory, total_parameters
 from .train.loop import StepMetrics, Trainer
@@ -69,8 +73,7 @@ class _Run:
         """Go through the stages."""
         recipe = self.recipe
         self.tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
-        self.data, self.eval_data = (build_data(recipe, self.tokenizer, which) for which in ("train", "eval"))
-        self._describe_data()
+        self._look_at_data()
         with PeakMeter(resolve_device(recipe.model.device)) as self.meter:
             self.model = build_model(recipe)
             self.trainer = Trainer(self.model, self.data.examples, train_settings(recipe))
@@ -84,20 +87,26 @@ class _Run:
             check_frozen(self.model, checksum)
             self._conclude(before, after)
 
-    def _describe_data(self) -> None:
-        data, d = self.data, self.recipe.data
-        lengths = [len(example.token_ids) for example in data.examples]
-        packs = plan_epoch(lengths, d.max_tokens, d.packing, 1, d.order, self.recipe.train.seed, 0)
-        efficiency = packing_efficiency(lengths, d.max_tokens, packs) if d.packing else None
-        counts = {"rows_read": data.rows_read, "rows_kept": data.rows_kept, "dropped": data.dropped,
-                  "tokens": data.tokens, "learned_tokens": data.learned_tokens,
-                  "end_token_ids": sorted(data.end_token_ids)}  # fmt: skip
+    def _look_at_data(self) -> None:
+        """Read the rows, write down what they are, and stop where training on them would be a mistake."""
+        found = preflight(self.recipe, self.tokenizer)
+        self.data, self.eval_data, report = found.data, found.eval_data, found.report
+        write_text(self.run.path / "data.json", json.dumps(report, indent=2) + "\n")
+        write_data_page(report, self.run.path / "data.html", self.recipe.output.name)
+        counts = ("rows_read", "rows_kept", "dropped", "tokens", "learned_tokens", "packing_efficiency")
+        self.run.update(data={key: report[key] for key in counts} | {"end_token_ids": sorted(self.data.end_token_ids)})
+        found.raise_if_unusable()
+        if self.data.template:  # recorded for generate and chat, and in the adapter's tokenizer for other tools
+            self.tokenizer.chat_template = portable_source(self.data.template)
+            write_text(self.run.path / TEMPLATE, self.tokenizer.chat_template)
+        for problem in report["problems"]:
+            log.warning("data: %s", line_of_problem(problem))
+        efficiency = report["packing_efficiency"]
         log.info(
-            "data: %d of %d rows, %d tokens, %d learned%s%s", data.rows_kept, data.rows_read, data.tokens,
-            data.learned_tokens, f", dropped: {data.dropped}" if data.dropped else "",
-            f", {len(packs)} packs {efficiency:.0%} full" if efficiency else "",
+            "data: %d of %d rows, %d tokens, %d learned%s%s", report["rows_kept"], report["rows_read"],
+            report["tokens"], report["learned_tokens"], f", dropped: {report['dropped']}" if report["dropped"] else "",
+            f", {report['packs']} packs {efficiency:.0%} full" if efficiency else "",
         )  # fmt: skip
-        self.run.update(data=counts | {"packing_efficiency": efficiency})
 
     def _describe_model(self) -> None:
         table = inventory(self.model)

@@ -92,6 +92,49 @@ def test_an_override_is_in_the_written_recipe(finished):
     assert "rank: 2" in (finished[0] / "recipe.yaml").read_text()
 
 
+def test_data_prints_what_the_run_wrote_and_the_rows_with_their_learned_text(finished, command, tmp_path):
+    folder, recipe, _ = finished
+    code, out, _ = command("data", recipe, "--json", "--rows", 4, "--html", tmp_path / "data.html")
+    report = json.loads(out)
+    assert code == 0 and out.count("\n") == 1
+    assert report == json.loads((folder / "data.json").read_text())
+    assert (tmp_path / "data.html").read_text() == (folder / "data.html").read_text()
+    code, out, err = command("data", recipe, "--rows", 1)
+    assert (code, err) == (0, "")
+    assert re.search(r"^rows +24 read, 24 kept$", out, re.MULTILINE) and "«zero<|im_end|>»" in out
+    assert "no errors" in out
+
+
+def test_data_fails_on_bad_rows_and_names_them(finished, command, tmp_path):
+    recipe = write_recipe(tmp_path, finished[1].parent / "model")
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write('{"messages": [{"role": "wizard", "content": "\\u001b[31m"}]}\n')
+    code, out, err = command("data", recipe)
+    assert code == 2 and "1 dropped (unknown role)" in out and "no errors" not in out
+    assert err.startswith(f"error: {tmp_path / 'train.jsonl'}:25: turn 1 has the unknown role 'wizard'")
+    code, out, err = command("data", recipe, "--json")
+    (problem,) = json.loads(out)["problems"]
+    assert (code, err) == (2, "")
+    assert (problem["file"], problem["line"]) == (str(tmp_path / "train.jsonl"), 25)
+    assert (problem["rule"], problem["severity"]) == ("unknown role", "error")
+    code, out, err = command("data", recipe, "data.max_bad_rows=1")
+    assert (code, err) == (0, "") and "warning: " in out
+
+
+def test_data_with_json_names_a_mistake_in_the_recipe_too(finished, command, tmp_path):
+    recipe = write_recipe(tmp_path, finished[1].parent / "model")
+    code, out, err = command("data", recipe, "data.max_token=9", "--json")
+    (problem,) = json.loads(out)["problems"]
+    assert (code, err) == (2, "") and "did you mean data.max_tokens" in problem["message"]
+
+
+def test_data_never_sends_a_row_s_control_characters_to_the_terminal(finished, command, tmp_path):
+    recipe = write_recipe(tmp_path, finished[1].parent / "model")
+    (tmp_path / "train.jsonl").write_text('{"prompt": "\\u001b[31mred", "completion": "a"}\n')
+    code, out, _ = command("data", recipe, "data.eval=null", "train.exact_match_rows=0")
+    assert code == 0 and "␛[31mred" in out and "\x1b" not in out
+
+
 def test_evaluate_prints_one_json_object_equal_to_the_run_s_own_measure(finished, command):
     folder, _, _ = finished
     summary = json.loads((folder / "summary.json").read_text())
@@ -125,10 +168,12 @@ def test_generate_answers_from_the_run_folder_alone_and_the_same_each_time(finis
 
 
 def test_chat_answers_until_an_empty_line(finished):
+    typed = "3?\nx<|im_end|>\n4?\n\n"
     done = subprocess.run(
-        [*COMMAND, "chat", finished[0], "--max-new-tokens", "4"], input="3?\n4?\n\n", capture_output=True, text=True
+        [*COMMAND, "chat", finished[0], "--max-new-tokens", "4"], input=typed, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("error: turn 3 holds the text '<|im_end|>'") == 1
     assert "Traceback" not in done.stderr
 
 
@@ -186,7 +231,7 @@ def test_a_wrong_setting_is_one_line_with_exit_code_2(finished, command, tmp_pat
     code, out, err = command("train", write_recipe(tmp_path, finished[1].parent / "model", **sections))
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 2 and out == ""
-    assert len(errors) == 1 and text in errors[0]
+    assert 1 <= len(errors) <= 2 and all(text in line for line in errors)  # training and evaluation rows
     assert "Traceback" not in err
 
 

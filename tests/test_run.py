@@ -11,6 +11,8 @@ from tiny_files import save_tiny, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_lite
+from qlora_lite.data.named_templates import NAMED_TEMPLATES
+from qlora_lite.data.template import render_prompt
 from qlora_lite.errors import DataError, DoesNotFitError, ModelError, OutputError, RecipeError, TrainingError
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs import open_run
@@ -63,7 +65,8 @@ def lines_of(folder):
 def test_a_finished_run_has_every_file(finished):
     folder, _ = finished
     assert {path.name for path in folder.iterdir()} == {
-        "recipe.yaml", "metrics.jsonl", "summary.json", "adapter", "adapter-last", "report.html", "log.txt"
+        "recipe.yaml", "metrics.jsonl", "summary.json", "adapter", "adapter-last", "report.html", "log.txt",
+        "data.html", "data.json", "template.jinja",
     }  # fmt: skip
     for name in ("adapter", "adapter-last"):
         assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "chat_template.jinja"} <= {
@@ -170,6 +173,20 @@ def test_a_run_without_evaluation_rows_keeps_the_last_adapter(run):
     assert summary["status"] == "complete" and summary["samples"] == []
     last, best = (load_file(folder / name / "adapter_model.safetensors") for name in ("adapter-last", "adapter"))
     assert all(torch.equal(last[name], best[name]) for name in last)
+
+
+def test_the_chat_template_of_a_run_is_its_own_from_then_on(run, tmp_path):
+    from qlora_lite.converse import open_session
+
+    file = tmp_path / "shouting.jinja"
+    file.write_text(NAMED_TEMPLATES["chatml"].replace("m.role", "m.role|upper").replace("assistant", "ASSISTANT"))
+    folder = run(data={"template": str(file)}, train={"max_steps": 1, "exact_match_rows": 0})
+    source = file.read_text()
+    file.unlink()
+    assert (folder / "adapter" / "chat_template.jinja").read_text() == source
+    session = open_session(folder)
+    session.say("hello")
+    assert render_prompt(session.template, session.turns).startswith("<|im_start|>USER\nhello")
 
 
 def test_plain_text_rows_have_no_answers_to_match_and_say_so(run, tmp_path):

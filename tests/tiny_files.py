@@ -8,7 +8,7 @@ from tiny import build_tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qlora_lite.data.template import NAMED_TEMPLATES
+from qlora_lite.data.named_templates import NAMED_TEMPLATES
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
 VOCABULARY = 264  # 256 bytes and the special tokens, rounded up to a multiple of 8
@@ -34,11 +34,11 @@ def save_tiny(folder: Path, model_type: str = "llama", template: str | None = "c
     return model
 
 
-def write_rows(path: Path, count: int) -> Path:
-    """Write chat rows whose answer is the question's digit, spelled."""
+def write_rows(path: Path, count: int, mark: str = "?") -> Path:
+    """Write chat rows whose answer is the question's digit, spelled; files with another mark share no row."""
     names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-    rows = [{"messages": [{"role": "user", "content": f"{i % 10}?"}, {"role": "assistant", "content": names[i % 10]}]}
-            for i in range(count)]  # fmt: skip
+    pairs = [(f"{i % 10}{mark}", names[i % 10]) for i in range(count)]
+    rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in pairs]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -49,7 +49,7 @@ def write_recipe(folder: Path, model: Path | str, rows: int = 24, **sections) ->
         "model": {"path": str(model), "compute_dtype": "float32", "device": "cpu"},
         "lora": {"rank": 4, "alpha": 8},
         "data": {"train": str(write_rows(folder / "train.jsonl", rows)),
-                 "eval": str(write_rows(folder / "eval.jsonl", 6)), "max_tokens": 128},
+                 "eval": str(write_rows(folder / "eval.jsonl", 6, "!")), "max_tokens": 128},
         "train": {"max_steps": 6, "learning_rate": 0.01, "optimizer": "adamw_torch", "exact_match_rows": 2},
         "output": {"dir": str(folder / "out")},
     }  # fmt: skip

@@ -2,6 +2,8 @@
 
 import click
 
+from qlora_lite.errors import DataError
+
 from .output import prepare
 
 _tokens = click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
@@ -38,7 +40,11 @@ def chat(run: str, system: str | None, max_new_tokens: int, temperature: float) 
         if not line.strip():
             return
         session.say(line)
-        session.reply(show=True)
+        try:
+            session.reply(show=True)
+        except DataError as error:  # a control token in what was typed, say
+            click.echo(f"error: {error}", err=True)
+            session.turns.pop()
 
 
 def _open(run, system, max_new_tokens, temperature):

@@ -5,8 +5,14 @@ them apart. There is no padding token, so nothing is computed for nothing and no
 
 Packing is best fit, decreasing: rows from longest to shortest, each into the fullest pack that still has room
 (Johnson, "Near-optimal bin packing algorithms", 1973: at most 11/9 of the fewest packs). Concatenating
-everything and cutting at max_tokens, the other known way, fills packs fully but tears rows in two. With order
-"as-is" rows keep their order and a new pack begins when the next row does not fit.
+everything and cutting at max_tokens, the other known way, fills packs fully but tears rows in two.
+
+| order         | rows and packs                                                                               |
+|---------------|----------------------------------------------------------------------------------------------|
+| shuffle       | best-fit packs in random order                                                               |
+| as-is         | rows keep their order; a new pack begins when the next row does not fit                      |
+| longest-first | best-fit packs, that with the longest row first: what does not fit fails in the first step   |
+| by-length     | rows of like length share a pack and a micro-batch; the micro-batches come in random order   |
 
 Shapes: T tokens of a micro-batch; input_ids and position_ids [1, T], labels [T]. Lengths are in tokens.
 """
@@ -25,9 +31,10 @@ import torch
 from qlora_lite.errors import DataError
 
 if TYPE_CHECKING:
-    from qlora_lite.data.examples import Example
+    from qlora_lite.data.stored import Example
 
 IGNORED_LABEL = -100
+ORDERS = ("shuffle", "as-is", "longest-first", "by-length")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +73,7 @@ def plan_epoch(
         max_tokens: room of a pack.
         packing: True to fill packs with several rows; False for one row each.
         micro_batch_size: packs (rows, without packing) per micro-batch, at least 1; the last may have fewer.
-        order: "shuffle" or "as-is".
+        order: one of ORDERS.
         seed: of the run.
         epoch: from 0; each has its own order.
 
@@ -76,28 +83,33 @@ def plan_epoch(
     Raises:
         DataError: a row is longer than max_tokens, or an argument is out of range.
     """
-    if order not in ("shuffle", "as-is") or micro_batch_size < 1:
-        raise DataError(f"order {order!r} must be shuffle or as-is, micro_batch_size {micro_batch_size} at least 1")
+    if order not in ORDERS or micro_batch_size < 1:
+        raise DataError(f"order {order!r} must be one of {', '.join(ORDERS)}, micro_batch_size {micro_batch_size} >= 1")
     rows = list(range(len(lengths)))
     chance = random.Random(f"{seed}/{epoch}")
-    if order == "shuffle":
+    if order in ("shuffle", "by-length"):
         chance.shuffle(rows)
+    if order in ("longest-first", "by-length"):
+        rows.sort(key=lambda row: -lengths[row])
     if not packing:
         packs = [[row] for row in rows]
-    elif order == "shuffle":
+    elif order in ("shuffle", "longest-first"):
         packs = pack_best_fit(lengths, max_tokens, rows)
-        chance.shuffle(packs)
     else:
         packs = pack_in_order(lengths, max_tokens, rows)
-    groups = (packs[start : start + micro_batch_size] for start in range(0, len(packs), micro_batch_size))
+    if order == "shuffle" and packing:
+        chance.shuffle(packs)
+    groups = [packs[start : start + micro_batch_size] for start in range(0, len(packs), micro_batch_size)]
+    if order == "by-length":
+        chance.shuffle(groups)
     return [[row for pack in group for row in pack] for group in groups]
 
 
 def pack_best_fit(lengths: Sequence[int], max_tokens: int, rows: Sequence[int]) -> list[list[int]]:
     """Fill packs by best fit, decreasing; rows of equal length are taken in the order given.
 
-    n rows take O(n log n) comparisons; the sorted list of distinct rooms never has more than max_tokens
-    entries.
+    Packs stand in the order of their longest rows. n rows take O(n log n) comparisons; the sorted list of distinct
+    rooms never has more than max_tokens entries.
 
     Args:
         lengths: tokens of each row.

@@ -5,63 +5,38 @@ names it.
 
 Special tokens written out inside a row's text never become control tokens: in a conversation they are an
 error (see `template.render`), in a plain document they are tokenised as the letters they are.
-
-Shapes: T tokens of a row; token_ids int32 [T], learned bool [T]. learned[0] is always False: nothing precedes
-it.
 """
 
 from __future__ import annotations
 
-import heapq
+import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from fractions import Fraction
-from itertools import islice
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qlora_lite.data.formats import Conversation, Document, read_conversations
+from qlora_lite.data.check import NOTHING_TO_LEARN, check_examples
 from qlora_lite.data.lines import Problems
-from qlora_lite.data.mask import (
-    check_begin,
-    end_tokens,
-    learned_tokens,
-    render_row,
-    seam_faults,
-    special_ids_of,
-    tokenise,
-)
+from qlora_lite.data.make import Account, Settings, make_examples, note_too_long
 from qlora_lite.data.read import Source
-from qlora_lite.data.template import Template, begin_of_text, choose_template
-from qlora_lite.errors import DataError
+from qlora_lite.data.stored import Examples, ExampleWriter, repeated
+from qlora_lite.data.template import Template
+from qlora_lite.data.token_cache import cache_key, load_set, remove_leftovers, save_set
+from qlora_lite.errors import DataError, OutputError
+from qlora_lite.files import replacing_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+log = logging.getLogger("qlora_lite")
 TRAIN_ON = ("assistant", "completion", "all", "last")
-OVERFLOW = ("error", "drop", "truncate")
-_ROWS_PER_CALL = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """Hold one tokenised row.
-
-    Args:
-        token_ids: int32 [T].
-        learned: bool [T]; learned[t] means that token t is to be predicted.
-        prompt: the text up to the last answer, special tokens included; "" for a plain document.
-        answer: the last answer; "" for a plain document.
-        where: the row's place, "file.jsonl:12".
-    """
-
-    token_ids: np.ndarray
-    learned: np.ndarray
-    prompt: str
-    answer: str
-    where: str
+OVERFLOW = ("error", "drop", "truncate", "split")
+BAD_SOURCE = "source not usable"
+LEFT_OUT = "left out by the weight of their source"
+_ROWS_PER_REPORT = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,36 +46,28 @@ class Dataset:
     Args:
         examples: the rows kept, repeated as the sources' weights say.
         rows_read: rows in the files.
-        rows_kept: rows in `examples`.
-        dropped: reason -> rows left out for it.
+        rows_kept: rows in `examples`; each part of a split row counts.
+        dropped: reason -> rows left out for it, malformed ones included.
         truncated: rows cut to max_tokens.
+        split: rows cut into several examples.
         tokens: tokens of all examples.
         learned_tokens: tokens that are predicted, of all examples.
-        end_token_ids: the tokens that end answers; generation stops at any of them.
+        end_token_ids: the tokens that end answers and documents; generation stops at any of them.
         template: the chat template used; None if every row is a plain document.
+        problems: what is wrong with rows and with the set.
     """
 
-    examples: list[Example]
+    examples: Examples
     rows_read: int
     rows_kept: int
     dropped: dict[str, int]
     truncated: int
+    split: int
     tokens: int
     learned_tokens: int
     end_token_ids: frozenset[int]
     template: Template | None
-
-
-@dataclass(slots=True)
-class _Account:
-    """What became of the rows so far."""
-
-    problems: Problems = field(default_factory=Problems)
-    rows_read: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    truncated: int = 0
-    too_long: list[tuple[int, str]] = field(default_factory=list)
-    end_token_ids: set[int] = field(default_factory=set)
+    problems: Problems
 
 
 def build_examples(
@@ -110,8 +77,34 @@ def build_examples(
     train_on: str = "assistant",
     max_tokens: int = 1024,
     overflow: str = "error",
+    train_on_end: bool = True,
+    max_bad_rows: int = 0,
 ) -> Dataset:
-    """Read, render, tokenise and mask the rows of all sources.
+    """Read, render, tokenise and mask the rows of all sources, and accept them only if they can be trained on.
+
+    Args:
+        sources: see `read_examples`, as all others.
+        max_bad_rows: rows that may be left out because they are malformed.
+
+    Raises:
+        DataError: rows are malformed, too long, or leave nothing to learn; up to 20 are named at once.
+    """
+    data = read_examples(sources, tokenizer, template, train_on, max_tokens, overflow, train_on_end)
+    data.problems.raise_if_any(max_bad_rows)
+    return data
+
+
+def read_examples(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerFast,
+    template: str | None = None,
+    train_on: str = "assistant",
+    max_tokens: int = 1024,
+    overflow: str = "error",
+    train_on_end: bool = True,
+    cache: Path | None = None,
+) -> Dataset:
+    """Read, render, tokenise and mask the rows of all sources, and note every problem.
 
     A source's weight w uses each of its rows w times on average: of n rows, floor(n w) examples, evenly
     spread.
@@ -123,48 +116,100 @@ def build_examples(
         train_on: "assistant" learns every answer; "completion" the one answer of rows that have just one;
             "last" the last answer; "all" every token. Plain documents are always learned whole.
         max_tokens: longest row, at least 2 tokens.
-        overflow: for longer rows: "error", "drop", or "truncate" (keep the first max_tokens tokens; a row
-            that loses all it had to learn is dropped and counted).
+        overflow: for longer rows: "error", "drop", "truncate" (keep the first max_tokens tokens; a row
+            that loses all it had to learn is dropped and counted), or "split" (see `split`).
+        train_on_end: whether the tokens that end answers and documents are learned.
+        cache: folder of token caches (see `token_cache`); None keeps the tokens in memory and makes them anew.
 
     Returns:
-        The examples with their counts.
+        The examples with their counts and problems; rows with a problem are left out and counted.
 
     Raises:
-        DataError: rows are malformed, too long, or leave nothing to learn; up to 20 are named at once.
+        DataError: an argument is out of range.
     """
     _check_arguments(sources, tokenizer, train_on, max_tokens, overflow)
-    account = _Account()
-    chosen: Template | None = None
-    examples: list[Example] = []
-    for source in sources:
-        kept: list[Example] = []
-        rows = read_conversations(source, account.problems)
-        while chunk := list(islice(rows, _ROWS_PER_CALL)):
-            account.rows_read += len(chunk)
-            if isinstance(chunk[0], Document):
-                made = _document_examples(chunk, tokenizer, account.problems)
-            else:
-                chosen = chosen or choose_template(tokenizer, template)
-                made = _conversation_examples(chunk, chosen, train_on, account)
-            kept += _fit(made, max_tokens, overflow, account)
-        weighted = list(_repeat(kept, source.weight))
-        account.dropped["left out by the weight of their source"] += len(kept) - len({id(e) for e in weighted})
-        examples += weighted
-    account.problems.raise_if_any()
-    _raise_if_too_long(account, max_tokens)
-    if not examples:
-        raise DataError(f"no row is left to train on: {_reasons(account.dropped)}")
+    settings = Settings(train_on, max_tokens, overflow, train_on_end)
+    job = _Job(sources, tokenizer, template, settings)
+    examples, account = _cached(job, cache) if cache else _read(job, None)
     return Dataset(
         examples=examples,
         rows_read=account.rows_read,
         rows_kept=len(examples),
         dropped={reason: count for reason, count in account.dropped.items() if count},
         truncated=account.truncated,
-        tokens=sum(len(example.token_ids) for example in examples),
-        learned_tokens=sum(int(example.learned.sum()) for example in examples),
+        split=account.split,
+        tokens=int(examples.lengths.sum()),
+        learned_tokens=int(examples.learned_counts.sum()),
         end_token_ids=frozenset(account.end_token_ids),
-        template=chosen,
+        template=account.template,
+        problems=account.problems,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What to read and how, as `read_examples` was told."""
+
+    sources: Sequence[Source]
+    tokenizer: PreTrainedTokenizerFast
+    template: str | None
+    settings: Settings
+
+
+def _cached(job: _Job, cache: Path) -> tuple[Examples, Account]:
+    """Return the set from the cache, making the entry first where there is none."""
+    key = cache_key(job.sources, job.tokenizer, job.template, job.settings)
+    if key is None:
+        return _read(job, None)
+    entry = cache / key
+    if found := load_set(entry, job.tokenizer, job.template):
+        log.info("data: tokens from the cache %s", entry)
+        return found
+    remove_leftovers(cache)
+    try:
+        with replacing_folder(entry) as folder:
+            save_set(folder, *_read(job, folder))
+    except OutputError as error:
+        log.warning("the tokens are not cached: %s", error)
+        return _read(job, None)
+    return load_set(entry, job.tokenizer, job.template) or _read(job, None)
+
+
+def _read(job: _Job, folder: Path | None) -> tuple[Examples, Account]:
+    """Read, render and tokenise all rows into arrays in memory, or in files of a folder."""
+    account, writer = Account(), ExampleWriter(folder)
+    orders = [_write(source, job, account, writer) for source in job.sources]
+    examples = writer.finish(np.concatenate(orders))
+    _note_problems(examples, job, account)
+    return examples, account
+
+
+def _write(source: Source, job: _Job, account: Account, writer: ExampleWriter) -> np.ndarray:
+    """Write the examples of a source and return their order, repeated as its weight says."""
+    first, next_report = writer.count, _ROWS_PER_REPORT
+    try:
+        for examples in make_examples(source, job.tokenizer, job.template, job.settings, account):
+            writer.add_all(examples)
+            if account.rows_read >= next_report:
+                log.info("data: %s rows read", f"{account.rows_read:,}")
+                next_report = account.rows_read + _ROWS_PER_REPORT
+    except DataError as error:
+        _note_bad_source(source, error, account.problems)
+    order = repeated(first, writer.count - first, source.weight)
+    account.dropped[LEFT_OUT] += writer.count - first - len(np.unique(order))
+    return order
+
+
+def _note_problems(examples: Examples, job: _Job, account: Account) -> None:
+    """Add what is wrong with the set, and count the rows that problems left out."""
+    account.dropped.update({rule: n for rule, n in account.problems.counts.items() if rule != BAD_SOURCE})
+    note_too_long(account, job.settings.max_tokens)
+    if len(examples) == 0 and not account.problems.count:
+        left = f"no row is left to train on: {_reasons(account.dropped)}"
+        account.problems.add(job.sources[0].path, left, NOTHING_TO_LEARN, fatal=True)
+    end_ids, end_is_learned = account.end_token_ids, job.settings.train_on_end
+    for problem in check_examples(examples, job.tokenizer.bos_token_id, end_ids, end_is_learned):
+        account.problems.add(problem.where, problem.message, problem.rule, fatal=True)
 
 
 def _check_arguments(
@@ -192,103 +237,12 @@ def _check_arguments(
         raise DataError("no data source is given; set data.train")
 
 
-# --- documents ----------------------------------------------------------------------------------------------
-
-
-def _document_examples(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast, problems: Problems
-) -> Iterator[Example]:
-    """Tokenise whole documents: begin-of-text where the tokenizer writes it, the text, the end token."""
-    first = [tokenizer.bos_token_id] if begin_of_text(tokenizer) else []
-    last = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    encoded = tokenizer(
-        [document.text for document in documents],
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    control_ids = special_ids_of(tokenizer) - {tokenizer.unk_token_id}
-    for document, ids in zip(documents, encoded["input_ids"], strict=True):
-        if control := control_ids.intersection(ids):
-            names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(control))))
-            problems.add(document.where, f"the text became the control token {names}; write it differently")
-            continue
-        token_ids = np.array(first + ids + last, dtype=np.int32)
-        learned = np.ones(len(token_ids), dtype=np.bool_)
-        learned[:1] = False
-        if learned.any():
-            yield Example(token_ids, learned, "", "", document.where)
-        else:
-            problems.add(document.where, "a document of one token has nothing to learn; remove it")
-
-
-# --- conversations ------------------------------------------------------------------------------------------
-
-
-def _conversation_examples(
-    conversations: Sequence[Conversation], template: Template, train_on: str, account: _Account
-) -> Iterator[Example]:
-    rows = []
-    for conversation in conversations:
-        try:
-            rows.append(render_row(conversation, template, train_on))
-        except DataError as error:
-            account.problems.add(conversation.where, str(error))
-    tokens = tokenise([row.text for row in rows], template.tokenizer)
-    faults = seam_faults(rows, tokens, template.tokenizer)
-    special_ids = special_ids_of(template.tokenizer)
-    for row, row_tokens, seam_fault in zip(rows, tokens, faults, strict=True):
-        try:
-            if seam_fault:
-                raise DataError(seam_fault)
-            learned = learned_tokens(row_tokens.starts, row_tokens.ends, row.learned, row.text)
-            ends = end_tokens(row, row_tokens, special_ids)
-            check_begin(row_tokens.ids, template.tokenizer.bos_token_id)
-        except DataError as error:
-            account.problems.add(row.where, str(error))
-            continue
-        account.end_token_ids |= ends
-        yield Example(row_tokens.ids, learned, row.text[: row.answers[-1][0]], row.answer, row.where)
-
-
-# --- length and weight --------------------------------------------------------------------------------------
-
-
-def _fit(examples: Iterator[Example], max_tokens: int, overflow: str, account: _Account) -> Iterator[Example]:
-    for example in examples:
-        length = len(example.token_ids)
-        if length <= max_tokens:
-            yield example
-        elif overflow == "error":
-            account.too_long.append((length, example.where))
-        elif overflow == "drop":
-            account.dropped["longer than max_tokens"] += 1
-        elif not example.learned[:max_tokens].any():
-            account.dropped["nothing left to learn after truncation"] += 1
-        else:
-            account.truncated += 1
-            token_ids, learned = example.token_ids[:max_tokens].copy(), example.learned[:max_tokens].copy()
-            yield Example(token_ids, learned, example.prompt, example.answer, example.where)
-
-
-def _repeat(examples: Sequence[Example], weight: float) -> Iterator[Example]:
-    """Yield example i as often as the whole numbers in (i w, (i + 1) w] are many."""
-    share = Fraction(weight).limit_denominator(1_000_000)
-    for index, example in enumerate(examples):
-        for _ in range(int((index + 1) * share) - int(index * share)):
-            yield example
-
-
-def _raise_if_too_long(account: _Account, max_tokens: int) -> None:
-    if not account.too_long:
-        return
-    longest = heapq.nlargest(5, account.too_long)
-    places = ", ".join(f"{where} ({length} tokens)" for length, where in longest)
-    raise DataError(
-        f"{len(account.too_long)} of {account.rows_read} rows are longer than data.max_tokens {max_tokens}; "
-        f"the longest: {places}; raise data.max_tokens, or set data.overflow to drop or truncate"
-    )
+def _note_bad_source(source: Source, error: DataError, problems: Problems) -> None:
+    """Note an error that ends the reading of a source; its text may begin with the file it is about."""
+    place, _, message = str(error).partition(": ")
+    if not place.startswith(source.path.partition("*")[0].rstrip("/")):
+        place, message = "", str(error)
+    problems.add(place, message, BAD_SOURCE, fatal=True)
 
 
 def _reasons(dropped: Counter[str]) -> str:

@@ -6,33 +6,38 @@ answer, an unknown role or a number where text should be is an error of that row
 
 | format            | a row                                                                                |
 |-------------------|--------------------------------------------------------------------------------------|
-| messages          | {"messages": [{"role", "content", "weight"?}]}; content: text or a list of text parts |
-| sharegpt          | {"conversations": [{"from", "value"}], "system"?}                                    |
+| messages          | {"messages": [{"role", "content", "tool_calls"?, "weight"?}], "tools"?}              |
+| sharegpt          | {"conversations": [{"from", "value"}], "system"?, "tools"?}                          |
 | alpaca            | {"instruction", "input"?, "output", "system"?}                                       |
 | prompt-completion | {"prompt", "completion"}                                                             |
 | text              | {"text"}                                                                             |
 | table             | any columns; the prompt and completion templates of the source name them             |
+
+content is text or a list of text parts. Tools, calls and results: see `tools`; in sharegpt a call is a turn of its
+own, {"from": "function_call", "value": JSON text}, and a result {"from": "observation", "value": text}.
 """
 
 from __future__ import annotations
 
-import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from qlora_lite.data.fields import fill, kind_of, text_of
 from qlora_lite.data.lines import Problems
 from qlora_lite.data.read import Source, read_rows
+from qlora_lite.data.tools import check_calls, tool_calls, tool_definitions
 from qlora_lite.errors import DataError
 
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt-completion", "text", "table")
 _ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
-    "gpt": "assistant", "model": "assistant", "bot": "assistant",
+    "gpt": "assistant", "model": "assistant", "bot": "assistant", "function_call": "assistant",
+    "tool": "tool", "observation": "tool", "ipython": "tool",
 }  # fmt: skip
 _NOT_SUPPORTED = (
-    "tools", "functions", "tool_calls", "function_call", "tool_call_id", "reasoning_content", "thinking",
-    "history", "images", "audios", "videos",
+    "functions", "function_call", "reasoning_content", "thinking", "history", "images", "audios", "videos",
 )  # fmt: skip
+_AFTER = {"user": ("assistant",), "assistant": ("user",), "tool": ("tool", "assistant")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,22 +45,37 @@ class Turn:
     """Hold one message.
 
     Args:
-        role: "system", "user" or "assistant".
-        content: its text, never empty.
+        role: "system", "user", "assistant" or "tool".
+        content: its text; empty only where there are calls.
         learned: False where the row gives this turn the weight 0.
+        calls: the tool calls of an assistant turn, as `tools.tool_calls` makes them.
+        call_id: of a tool turn, the call that it answers, if the row says so.
+        name: of a tool turn, the tool, if the row says so.
     """
 
     role: str
     content: str
     learned: bool = True
+    calls: tuple[dict, ...] = ()
+    call_id: str | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Hold a row as turns: at most one system turn, then user and assistant alternating, an answer last."""
+    """Hold a row as turns: at most one system turn, then user and assistant alternating, an answer last.
+
+    An assistant turn with calls is followed by one tool turn per call and the next assistant turn, or is the last.
+
+    Args:
+        turns: the messages.
+        where: the row's place.
+        tools: definitions of the tools, as `tools.tool_definitions` makes them.
+    """
 
     turns: tuple[Turn, ...]
     where: str
+    tools: tuple[dict, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +84,12 @@ class Document:
 
     text: str
     where: str
+
+
+def as_message(turn: Turn) -> dict[str, object]:
+    """Return a turn as the object that chat templates take."""
+    more = {"tool_calls": list(turn.calls), "tool_call_id": turn.call_id, "name": turn.name}
+    return {"role": turn.role, "content": turn.content} | {key: value for key, value in more.items() if value}
 
 
 def read_conversations(source: Source, problems: Problems) -> Iterator[Conversation | Document]:
@@ -86,7 +112,7 @@ def read_conversations(source: Source, problems: Problems) -> Iterator[Conversat
         try:
             yield normalise(row, where, format_name, source)
         except DataError as error:
-            problems.add(where, str(error))
+            problems.add(where, error)
 
 
 def check_format(source: Source) -> str | None:
@@ -142,49 +168,40 @@ def normalise(row: Mapping[str, object], where: str, format_name: str, source: S
         DataError: the row does not fit; the message names the field and the cure, without the place.
     """
     if format_name != "table":
-        _refuse(row)
+        _refuse(row, _NOT_SUPPORTED)
+    tools = ()
     if format_name == "text":
-        return Document(_text(row, "text"), where)
+        return Document(text_of(row, "text"), where)
     if format_name == "table":
-        pair = _fill(source.prompt, row), _fill(source.completion, row)
+        pair = fill(source.prompt, row), fill(source.completion, row)
         turns = _pair(*pair, None)
-    elif format_name == "alpaca":
-        context = row.get("input")
-        prompt = _text(row, "instruction") + (f"\n\n{_text(row, 'input')}" if context not in (None, "") else "")
-        turns = _pair(prompt, _text(row, "output"), row.get("system"))
-    elif format_name == "prompt-completion":
-        turns = _pair(_text(row, "prompt"), _text(row, "completion"), None)
+    elif format_name in ("messages", "sharegpt"):
+        turns, tools = _turns(row, format_name), tool_definitions(row.get("tools"))
+        check_calls(turns, tools)
     else:
-        turns = _turns(row, format_name)
+        _refuse(row, ("tools",))
+        turns = _pair_of(row, format_name)
     _check_order(turns)
-    return Conversation(turns, where)
+    return Conversation(turns, where, tools)
 
 
-def _refuse(holder: Mapping[str, object]) -> None:
-    for key in _NOT_SUPPORTED:
+def _pair_of(row: Mapping[str, object], format_name: str) -> tuple[Turn, ...]:
+    if format_name == "alpaca":
+        context = row.get("input")
+        prompt = text_of(row, "instruction") + (f"\n\n{text_of(row, 'input')}" if context not in (None, "") else "")
+        return _pair(prompt, text_of(row, "output"), row.get("system"))
+    return _pair(text_of(row, "prompt"), text_of(row, "completion"), None)
+
+
+def _refuse(holder: Mapping[str, object], keys: Sequence[str]) -> None:
+    for key in keys:
         if holder.get(key):
-            raise DataError(f"{key!r} is not supported in training rows; remove it")
-
-
-def _text(holder: Mapping[str, object], key: str) -> str:
-    value = holder.get(key)
-    if value is None:
-        raise DataError(f"{key!r} is missing or null; every row needs it")
-    if not isinstance(value, str):
-        raise DataError(f"{key!r} is {_kind(value)}, not text; put it in quotes")
-    if not value.strip():
-        raise DataError(f"{key!r} is empty; fill it in or remove the row")
-    return value
-
-
-def _kind(value: object) -> str:
-    names = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return names.get(type(value), f"a {type(value).__name__}")
+            raise DataError(f"{key!r} is not supported in rows of this format; remove it")
 
 
 def _pair(prompt: str, answer: str, system: object) -> tuple[Turn, ...]:
     turns = Turn("user", prompt), Turn("assistant", answer)
-    return turns if system in (None, "") else (Turn("system", _text({"system": system}, "system")), *turns)
+    return turns if system in (None, "") else (Turn("system", text_of({"system": system}, "system")), *turns)
 
 
 def _turns(row: Mapping[str, object], format_name: str) -> tuple[Turn, ...]:
@@ -193,26 +210,38 @@ def _turns(row: Mapping[str, object], format_name: str) -> tuple[Turn, ...]:
         raise DataError(f"no list of turns, as format {format_name} needs; are two formats mixed in this source?")
     turns = [_turn(message, number) for number, message in enumerate(messages, start=1)]
     if row.get("system"):
-        turns.insert(0, Turn("system", _text(row, "system")))
+        turns.insert(0, Turn("system", text_of(row, "system")))
     return tuple(turns)
 
 
 def _turn(message: object, number: int) -> Turn:
     if not isinstance(message, dict):
-        raise DataError(f'turn {number} is {_kind(message)}, not an object with "role" and "content"')
-    _refuse(message)
+        raise DataError(f'turn {number} is {kind_of(message)}, not an object with "role" and "content"')
+    _refuse(message, _NOT_SUPPORTED)
     role_key, content_key = ("role", "content") if "role" in message else ("from", "value")
-    role = message.get(role_key)
-    if not isinstance(role, str) or role not in _ROLES:
-        raise DataError(f"turn {number} has the unknown role {role!r}; the roles are {', '.join(_ROLES)}")
+    named = message.get(role_key)
+    if not isinstance(named, str) or named not in _ROLES:
+        known = f"the roles are {', '.join(_ROLES)}"
+        raise DataError(f"turn {number} has the unknown role {named!r}; {known}", "unknown role")
+    role = _ROLES[named]
     content = message.get(content_key)
     if isinstance(content, list):
         content = "".join(_part(part, number) for part in content)
     try:
-        text = _text({content_key: content}, content_key)
+        if named == "function_call":
+            calls, content = tool_calls(text_of({content_key: content}, content_key)), ""
+        else:
+            calls = tool_calls(message.get("tool_calls"))
+        if calls and role != "assistant":
+            raise DataError("only the assistant can call tools; remove 'tool_calls'")
+        text = "" if calls and content in (None, "") else text_of({content_key: content}, content_key)
     except DataError as error:
-        raise DataError(f"turn {number} ({role}): {error}") from None
-    return Turn(_ROLES[role], text, _learned(message, number))
+        raise DataError(f"turn {number} ({named}): {error}") from None
+    learned = _learned(message, number)
+    if role != "tool":
+        return Turn(role, text, learned, calls)
+    call_id, name = (value if isinstance(value := message.get(key), str) else None for key in ("tool_call_id", "name"))
+    return Turn(role, text, learned, (), call_id, name)
 
 
 def _part(part: object, number: int) -> str:
@@ -234,36 +263,14 @@ def _learned(message: Mapping[str, object], number: int) -> bool:
 
 
 def _check_order(turns: tuple[Turn, ...]) -> None:
-    talk = turns[1:] if turns[0].role == "system" else turns
-    for index, turn in enumerate(talk):
-        expected = ("user", "assistant")[index % 2]
-        if turn.role != expected:
-            number = index + 1 + len(turns) - len(talk)
+    expected = ("system", "user")
+    for number, turn in enumerate(turns, start=1):
+        if turn.role not in expected:
             raise DataError(
-                f"turn {number} is {turn.role} where {expected} must stand; turns alternate, user first, one "
+                f"turn {number} is {turn.role} where {expected[-1]} must stand; turns alternate, user first, one "
                 "system turn at most before them"
             )
-    if len(talk) % 2 or not talk:
+        after = _AFTER.get(turn.role, ("user",))
+        expected = ("tool",) if turn.calls else after
+    if turns[-1].role != "assistant":
         raise DataError("a row with no answer: the last turn must be the assistant's")
-
-
-def _fill(template: str | None, row: Mapping[str, object]) -> str:
-    """Fill the {column} places of a template; only plain names, so that it cannot reach into objects."""
-    parts = []
-    try:
-        pieces = list(string.Formatter().parse(template or ""))
-    except ValueError as error:
-        raise DataError(f"the template {template!r} is not balanced ({error}); write {{{{ for a brace") from None
-    for literal, column, spec, conversion in pieces:
-        parts.append(literal)
-        if column is None:
-            continue
-        if column not in row or spec or conversion:
-            raise DataError(f"the template {template!r} names {{{column}}}; the columns are {', '.join(row)}")
-        value = row[column]
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        parts.append(str(value) if is_number else _text(row, column))
-    filled = "".join(parts)
-    if not filled.strip():
-        raise DataError(f"the template {template!r} gives an empty text for this row")
-    return filled

@@ -12,11 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qlora_lite.data.lines import Problems, numbered_lines
+from qlora_lite.data.opening import open_bytes
 
+_HEAD_BYTES = 1 << 16
+_BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\n\r]*")
 _ESCAPED_ODDITY = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")
 _NUL_IN_JSON = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
-_TOO_DEEP = "nested too deeply, or a number too long, to be a row"
+_CORRECT = "correct or remove this row"
+_TOO_DEEP = f"nested too deeply, or a number too long, to be a row; {_CORRECT}"
 
 
 class _RowDecoder:
@@ -26,7 +30,7 @@ class _RowDecoder:
         self._faults: list[str] = []
         self._decoder = json.JSONDecoder(
             object_pairs_hook=self._object,
-            parse_constant=lambda name: self._faults.append(f"{name} is not JSON"),
+            parse_constant=lambda name: self._faults.append(f"{name} is not JSON; write null"),
         )
 
     def _object(self, pairs: list[tuple[str, object]]) -> dict:
@@ -75,7 +79,7 @@ def _json_message(error: json.JSONDecodeError, text: str, number: int) -> str:
     if text in ("[", "{") and number == 1:
         return "this is one JSON document over several lines; name the file .json, or put one row per line"
     cut = " (is the line cut short?)" if error.pos >= len(text) or "Unterminated" in error.msg else ""
-    return f"not JSON: {error.msg} at character {error.pos + 1}{cut}"
+    return f"not JSON: {error.msg} at character {error.pos + 1}{cut}; {_CORRECT}"
 
 
 def _checked(where: str, value: object, faults: list[str], problems: Problems) -> Iterator[tuple[str, dict]]:
@@ -94,15 +98,19 @@ def _checked(where: str, value: object, faults: list[str], problems: Problems) -
 
 def read_json(path: Path, problems: Problems) -> Iterator[tuple[str, dict]]:
     """Read a .json file: one list of objects, or (as many files of that name are) one object per line."""
-    raw = path.read_bytes()
+    with open_bytes(path) as file:
+        head = file.read(_HEAD_BYTES).removeprefix(_BOM).lstrip()
+        if head and not head.startswith(b"["):
+            return read_jsonl(path, problems)
+    with open_bytes(path) as file:
+        raw = file.read()
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        problems.add(f"{path}:{line}", "not UTF-8; convert the file to UTF-8")
+        problems.add(f"{path}:{line}", "not UTF-8; convert the file to UTF-8", "not UTF-8", fatal=True)
         return iter(())
-    opening = text.lstrip()[:1]
-    if opening == "[":
+    if text.lstrip().startswith("["):
         return _read_json_array(path, text, problems)
     return read_jsonl(path, problems)
 
@@ -118,10 +126,11 @@ def _read_json_array(path: Path, text: str, problems: Problems) -> Iterator[tupl
         try:
             value, end, faults = decoder.decode(text, position)
         except json.JSONDecodeError as error:
-            problems.add(f"{path}:{error.lineno}", f"not JSON: {error.msg}; nothing after this place was read")
+            fault = f"not JSON: {error.msg}; nothing after this place was read"
+            problems.add(f"{path}:{error.lineno}", fault, fatal=True)
             return
         except (RecursionError, ValueError):
-            problems.add(where, f"{_TOO_DEEP}; nothing after it was read")
+            problems.add(where, f"{_TOO_DEEP}; nothing after it was read", fatal=True)
             return
         yield from _checked(where, value, faults, problems)
         position = _SPACE.match(text, end).end()
@@ -129,7 +138,7 @@ def _read_json_array(path: Path, text: str, problems: Problems) -> Iterator[tupl
             position = _SPACE.match(text, position + 1).end()
         elif not text.startswith("]", position):
             line += text.count("\n", counted, position)
-            problems.add(f"{path}:{line}", "the list is cut short, or a comma is missing or too many here")
+            problems.add(f"{path}:{line}", "the list is cut short, or a comma is missing or too many here", fatal=True)
             return
     if text[position + 1 :].strip():
         problems.add(f"{path}:{line}", "something follows the end of the list; remove it")

@@ -6,10 +6,12 @@ the rest. A byte-order mark at the start and CRLF line ends are accepted; they c
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qlora_lite.data.opening import open_bytes
 from qlora_lite.errors import DataError
 
 MAX_ROW_BYTES = 5_000_000
@@ -17,35 +19,79 @@ MAX_SHOWN_PROBLEMS = 20
 _BOM = "\ufeff"
 
 
+@dataclass(frozen=True, slots=True)
+class RowProblem:
+    """Hold one thing that is wrong with the data.
+
+    Args:
+        where: "file.jsonl:12", or "" where no single row is meant.
+        rule: what is broken, in a few words; also the reason under which a dropped row is counted.
+        message: what is wrong; the cure.
+    """
+
+    where: str
+    rule: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}" if self.where else self.message
+
+
 @dataclass(slots=True)
 class Problems:
     """Collect what is wrong with rows, so that one error names many of them.
 
     Args:
-        shown: the first problems, at most MAX_SHOWN_PROBLEMS, each "file:line: what is wrong; the cure".
-        count: how many there are in all.
+        found: the first problems of each rule, at most MAX_SHOWN_PROBLEMS of one.
+        counts: rule -> problems in all.
+        fatal: whether one of them is more than a bad row among good ones.
     """
 
-    shown: list[str] = field(default_factory=list)
-    count: int = 0
+    found: list[RowProblem] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    fatal: bool = False
 
-    def add(self, where: str, message: str) -> None:
-        """Note one problem of the row at `where`."""
-        self.count += 1
-        if len(self.shown) < MAX_SHOWN_PROBLEMS:
-            self.shown.append(f"{where}: {message}")
+    @property
+    def count(self) -> int:
+        """Return how many problems there are in all."""
+        return self.counts.total()
 
-    def raise_if_any(self) -> None:
-        """Raise a DataError that lists the problems, if there are any."""
-        if self.count == 0:
+    @property
+    def shown(self) -> list[str]:
+        """Return the problems found as lines "file:line: what is wrong; the cure"."""
+        return [str(problem) for problem in self.found]
+
+    def add(self, where: str, fault: str | DataError, rule: str = DataError.rule, fatal: bool = False) -> None:
+        """Note one problem.
+
+        Args:
+            where: the row's place, or "" for all rows.
+            fault: what is wrong; an error brings its own rule.
+            rule: what is broken.
+            fatal: True for what leaving out this row does not cure.
+        """
+        rule = fault.rule if isinstance(fault, DataError) else rule
+        self.fatal = self.fatal or fatal
+        self.counts[rule] += 1
+        if self.counts[rule] <= MAX_SHOWN_PROBLEMS:
+            self.found.append(RowProblem(where, rule, str(fault)))
+
+    def too_many(self, allowed: int) -> bool:
+        """Tell whether there are more problems than allowed, or a fatal one."""
+        return self.fatal or self.count > allowed
+
+    def raise_if_any(self, allowed: int = 0) -> None:
+        """Raise a DataError that lists the problems, if there are more than allowed."""
+        if not self.too_many(allowed):
             return
-        rest = self.count - len(self.shown)
-        raise DataError("\n".join(self.shown + ([f"... and {rest} more problems of this kind"] if rest else [])))
+        lines = self.shown[:MAX_SHOWN_PROBLEMS]
+        rest = self.count - len(lines)
+        raise DataError("\n".join(lines + ([f"... and {rest} more problems"] if rest else [])))
 
 
 def numbered_lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
     """Yield (line number, text without line end) of each good line; name the others."""
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         number = 0
         while raw := file.readline(MAX_ROW_BYTES + 1):
             number += 1
@@ -58,7 +104,8 @@ def numbered_lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
             try:
                 text = raw.decode("utf-8")
             except UnicodeDecodeError as error:
-                problems.add(where, f"byte {error.start + 1} of the line is not UTF-8; convert the file to UTF-8")
+                fault = f"byte {error.start + 1} of the line is not UTF-8; convert the file to UTF-8"
+                problems.add(where, fault, "not UTF-8")
                 continue
             if "\0" in text:
                 problems.add(where, "the line holds a NUL character; remove it")

@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qlora_lite.data.check import NOTHING_TO_LEARN
 from qlora_lite.data.formats import Conversation
-from qlora_lite.data.template import Template, render
+from qlora_lite.data.template import END_OF_ANSWER, Template, render
 from qlora_lite.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+MASK = "token cut by the mask"
 _SEAM = (
     "the tokens before an answer (after {tail!r}) are not those that the prompt alone gives, so training "
     "would not see what the model sees when it answers; remove white space from the start of the answer, or "
@@ -64,13 +66,14 @@ class Tokens:
     ends: np.ndarray
 
 
-def render_row(conversation: Conversation, template: Template, train_on: str) -> Row:
-    """Render a conversation and choose the characters to learn.
+def render_row(conversation: Conversation, template: Template, train_on: str, train_on_end: bool = True) -> Row:
+    """Render a conversation and choose the characters to learn, end tokens among them.
 
     Args:
         conversation: the row.
         template: how to write it.
-        train_on: see `examples.build_examples`.
+        train_on: see `examples.read_examples`.
+        train_on_end: False if the caller needs every end token's place, to unlearn it.
 
     Raises:
         DataError: there is nothing to learn, or the template fails (see `template.render`).
@@ -85,8 +88,11 @@ def render_row(conversation: Conversation, template: Template, train_on: str) ->
     wanted = answers[-1:] if train_on == "last" else answers
     learned = [index for index in wanted if turns[index].learned]
     if not learned and train_on != "all":
-        raise DataError("nothing to learn: every answer that counts has weight 0; give one the weight 1")
-    needed = answers[-1:] if train_on == "all" else sorted({*learned, answers[-1]})
+        fault = "nothing to learn: every answer that counts has weight 0; give one the weight 1"
+        raise DataError(fault, NOTHING_TO_LEARN)
+    if train_on == "all":
+        learned = [] if train_on_end else answers
+    needed = sorted({*learned, answers[-1]})
     rendering = render(template, conversation, needed)
     spans = [(0, len(rendering.text))] if train_on == "all" else [rendering.answers[index] for index in learned]
     found = tuple(rendering.answers[index] for index in needed)
@@ -142,19 +148,21 @@ def learned_tokens(starts: np.ndarray, ends: np.ndarray, spans: Sequence[tuple[i
         over = np.flatnonzero((starts < last) & (ends > last))
         if len(over) and text[last : int(ends[over].max())].strip():
             raise DataError(
-                f"one token holds the end of an answer and what follows: {_shown(text, starts, ends, over)}"
+                f"one token holds the end of an answer and what follows: {_shown(text, starts, ends, over)}",
+                MASK,
             )
         across = np.flatnonzero((starts < first) & (ends > first))
         if len(across):
             raise DataError(
                 "one token holds the beginning of an answer and what stands before it: "
                 f"{_shown(text, starts, ends, across)}; remove white space from the start of the answer, or "
-                "choose another data.template"
+                "choose another data.template",
+                MASK,
             )
         learned |= (starts >= first) & (starts < last)
     learned[:1] = False
     if not learned.any():
-        raise DataError("no token to learn in this row")
+        raise DataError("no token to learn in this row; give it an answer, or remove it", NOTHING_TO_LEARN)
     return learned
 
 
@@ -200,29 +208,20 @@ def seam_faults(rows: Sequence[Row], tokens: Sequence[Tokens], tokenizer: PreTra
     ]
 
 
-def end_tokens(row: Row, tokens: Tokens, special_ids: frozenset[int]) -> set[int]:
-    """Return the ids of the tokens that end the row's answers.
+def end_places(row: Row, tokens: Tokens, special_ids: frozenset[int]) -> np.ndarray:
+    """Return the index of the token that ends each answer: int [answers].
 
     Raises:
         DataError: an answer does not end with a special token.
     """
-    ends = {int(tokens.ids[np.flatnonzero(tokens.starts < last)[-1]]) for _, last in row.answers}
-    if not ends <= special_ids:
+    places = np.searchsorted(tokens.starts, [last for _, last in row.answers]) - 1
+    if not special_ids.issuperset(tokens.ids[places].tolist()):
         raise DataError(
             "the end of an answer is not a token of its own, so the model would never learn to stop; choose "
-            "another data.template"
+            "another data.template",
+            END_OF_ANSWER,
         )
-    return ends
-
-
-def check_begin(ids: np.ndarray, bos_token_id: int | None) -> None:
-    """Refuse a row with two begin-of-text tokens.
-
-    Raises:
-        DataError: it has two.
-    """
-    if bos_token_id is not None and len(ids) > 1 and ids[0] == ids[1] == bos_token_id:
-        raise DataError("begin-of-text stands twice; take it out of the chat template")
+    return places
 
 
 def special_ids_of(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:

@@ -5,31 +5,25 @@ last of two equal keys, accepts NaN, and fills nested fields with nulls. Reading
 beside tokenising and gives each row a place, `file:line` (for Parquet and Arrow `file:row`, counted from 1),
 that all later messages use.
 
-JSONL and CSV are streamed, so memory does not grow with the file. A JSON array and a text file are read
-whole. Plain text: documents are separated by blank lines; a file without a blank line has one document per
-line.
+Every text kind may be compressed with gzip or zstd. Files are streamed, so memory does not grow with them; only
+a JSON array is read whole. Plain text: documents are separated by blank lines; a file without a blank line has
+one document per line.
 """
 
 from __future__ import annotations
 
 import csv
-import glob
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_lite.data.columns import read_columns
 from qlora_lite.data.json_rows import read_json, read_jsonl
 from qlora_lite.data.lines import Problems, numbered_lines
+from qlora_lite.data.opening import find_files, open_bytes, reader_of
 from qlora_lite.errors import DataError
 
-_READER_OF_SUFFIX = {
-    ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv",
-    ".parquet": "parquet", ".arrow": "arrow", ".txt": "text", ".text": "text", ".md": "text",
-}  # fmt: skip
-_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip", b"\xff\xfe": "UTF-16",
-          b"\xfe\xff": "UTF-16"}  # fmt: skip
-_BLANK_LINE = re.compile(rb"\n[ \t\r\f\v]*\n")
+_PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,56 +73,20 @@ def read_rows(source: Source, problems: Problems | None = None) -> Iterator[tupl
         found.raise_if_any()
 
 
-def find_files(pattern: str) -> list[Path]:
-    """List the data files that a path, folder or glob pattern means.
-
-    Args:
-        pattern: "rows.jsonl", "folder" or "folder/*.parquet"; "~" is the home folder.
-
-    Returns:
-        At least one path, sorted by name; a folder gives its files with a known suffix, subfolders included.
-
-    Raises:
-        DataError: nothing is there, or something is that is not a file.
-    """
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in _READER_OF_SUFFIX and p.is_file())
-        if not files:
-            suffixes = ", ".join(sorted(_READER_OF_SUFFIX))
-            raise DataError(f"{pattern}: no data file in this folder (looked for {suffixes})")
-        return files
-    if path.is_file():
-        return [path]
-    if path.exists():
-        raise DataError(f"{pattern}: not an ordinary file; write its contents to a file first")
-    files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
-    if not files:
-        link = " (a symbolic link that leads nowhere)" if path.is_symlink() else ""
-        raise DataError(f"{pattern}: no such file{link}; check data.train and data.eval")
-    return files
-
-
 def _read_file(path: Path, problems: Problems) -> Iterator[tuple[str, dict]]:
-    with path.open("rb") as file:
-        head = file.read(4)
-    for magic, kind in _MAGIC.items():
-        if head.startswith(magic):
-            raise DataError(f"{path}: this is a {kind} file; unpack it or convert it to UTF-8 text first")
-    reader = _READER_OF_SUFFIX.get(path.suffix.lower(), "text")
+    reader = reader_of(path)
     if reader == "jsonl":
         return read_jsonl(path, problems)
     if reader == "json":
         return read_json(path, problems)
-    if reader == "csv":
-        return _read_csv(path, problems)
+    if reader in ("csv", "tsv"):
+        return _read_csv(path, "\t" if reader == "tsv" else ",", problems)
     if reader == "text":
         return _read_text(path, problems)
-    return _read_columns(path, reader)
+    return read_columns(path, reader)
 
 
-def _read_csv(path: Path, problems: Problems) -> Iterator[tuple[str, dict]]:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+def _read_csv(path: Path, delimiter: str, problems: Problems) -> Iterator[tuple[str, dict]]:
     lines_of_row: list[int] = []  # the numbers of the lines that the csv reader took for the row at hand
 
     def lines() -> Iterator[str]:
@@ -160,41 +118,9 @@ def _read_csv(path: Path, problems: Problems) -> Iterator[tuple[str, dict]]:
             yield where, dict(zip(header, cells, strict=True))
 
 
-def _read_columns(path: Path, kind: str) -> Iterator[tuple[str, dict]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        row = 0
-        for batch in _record_batches(path, kind):
-            for values in batch.to_pylist():
-                row += 1
-                yield f"{path}:{row}", values
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
-        raise DataError(f"{path}: not a whole {kind} file ({str(error).splitlines()[0]})") from error
-
-
-def _record_batches(path: Path, kind: str) -> Iterator:
-    import pyarrow
-    import pyarrow.parquet
-
-    if kind == "parquet":
-        with pyarrow.parquet.ParquetFile(path) as file:
-            yield from file.iter_batches(batch_size=1000)
-        return
-    with path.open("rb") as file:
-        is_file_format = file.read(6) == b"ARROW1"
-        file.seek(0)
-        if is_file_format:
-            reader = pyarrow.ipc.open_file(file)
-            yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
-        else:
-            yield from pyarrow.ipc.open_stream(file)
-
-
 def _read_text(path: Path, problems: Problems) -> Iterator[tuple[str, dict]]:
     """Yield {"text": document}; blank lines part documents, and without any each line is one."""
-    each_line = _BLANK_LINE.search(path.read_bytes().strip()) is None
+    each_line = not _has_blank_line(path)
     start, lines = 0, []
     for number, line in numbered_lines(path, problems):
         if line.strip():
@@ -205,3 +131,17 @@ def _read_text(path: Path, problems: Problems) -> Iterator[tuple[str, dict]]:
             start, lines = 0, []
     if lines:
         yield f"{path}:{start}", {"text": "\n".join(lines)}
+
+
+def _has_blank_line(path: Path) -> bool:
+    """Say whether a blank line stands between two lines that are not."""
+    seen_text = seen_blank = False
+    with open_bytes(path) as file:
+        while piece := file.readline(_PIECE_BYTES):
+            if piece.strip():
+                if seen_blank:
+                    return True
+                seen_text = True
+            elif piece.endswith(b"\n"):
+                seen_blank = seen_text
+    return False

@@ -18,47 +18,25 @@ exactly when the tokenizer puts it before ordinary text.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_lite.data.formats import Conversation, Turn
+from qlora_lite.data.formats import Conversation, Turn, as_message
+from qlora_lite.data.named_templates import NAMED_TEMPLATES
+from qlora_lite.data.probe import FAULTS, probe
+from qlora_lite.data.tools import written_names
 from qlora_lite.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_ALPACA_OPENING = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-)
-NAMED_TEMPLATES = {
-    "chatml": (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    ),
-    "llama3": (
-        "{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content|trim"
-        " + '<|eot_id|>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-    ),
-    "gemma": (
-        "{% set n = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}"
-        "{% set n.system = m.content|trim + '\n\n' %}{% else %}"
-        "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else 'user') + '\n' + n.system"
-        " + m.content|trim + '<end_of_turn>\n' }}{% set n.system = '' %}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
-    ),
-    "alpaca": (
-        "{% if messages[0].role != 'system' %}{{ '" + _ALPACA_OPENING + "\n\n' }}{% endif %}"
-        "{% for m in messages %}{% if m.role == 'system' %}{{ m.content + '\n\n' }}"
-        "{% elif m.role == 'user' %}{{ '### Instruction:\n' + m.content + '\n\n' }}"
-        "{% else %}{{ '### Response:\n' + m.content + eos_token + '\n\n' }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
-    ),
-    "plain": ("{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else '\n') }}{% endfor %}"),
-}
+CONTROL_TOKEN = "control token in text"
+TEMPLATE = "template does not fit"
+END_OF_ANSWER = "answer without an end token"
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -133,7 +111,23 @@ def choose_template(tokenizer: PreTrainedTokenizerFast, name: str | None = None)
     return _template(name, source, tokenizer, "" if writes_begin else begin_of_text(tokenizer))
 
 
+def portable_source(template: Template) -> str:
+    """Return Jinja text that writes all that this template does, begin-of-text included."""
+    return "{{ bos_token }}" + template.source if template.begin else template.source
+
+
+def recorded_template(tokenizer: PreTrainedTokenizerFast, source: str) -> Template:
+    """Return the template that an earlier run recorded with `portable_source`.
+
+    Raises:
+        DataError: it is broken or hostile (see `probe`).
+    """
+    return _template("of the run", source, tokenizer, "")
+
+
 def _template(name: str, source: str, tokenizer: PreTrainedTokenizerFast, begin: str) -> Template:
+    if source not in NAMED_TEMPLATES.values():
+        probe(name, source, tokenizer.special_tokens_map)
     special = _any_of({token.content for token in tokenizer.added_tokens_decoder.values() if token.special})
     special = special or r"(?!)"
     ending = rf"({special})(?:\s|{special})*\Z"
@@ -168,8 +162,9 @@ def render_prompt(template: Template, turns: Sequence[Turn]) -> str:
         turns: the conversation so far, a user turn last.
 
     Raises:
-        DataError: the template fails on these turns.
+        DataError: the template fails on these turns, or one of them holds a control token as text.
     """
+    _check_no_control_tokens(template, turns)
     return _render(template, turns, add_generation_prompt=True)
 
 
@@ -188,53 +183,89 @@ def render(template: Template, conversation: Conversation, answers: Iterable[int
         DataError: the template fails, drops a turn, has no prefixes, or never writes an end token.
     """
     turns = conversation.turns
-    for number, turn in enumerate(turns, start=1):
-        if control := template.special.search(turn.content):
-            raise DataError(
-                f"turn {number} holds the text {control.group()!r}, which this tokenizer reads as a control "
-                "token; write it differently (the template itself adds such tokens)"
-            )
-    text = _render(template, turns, add_generation_prompt=False)
+    _check_no_control_tokens(template, turns, conversation.tools)
+    text = _render(template, turns, False, conversation.tools)
     if _GENERATION_BLOCK.search(template.source):
-        spans = _block_spans(template, turns, text)
+        spans = _block_spans(template, conversation, text)
         found = {index: spans[index] for index in answers}
     else:
-        found = {index: _prefix_span(template, turns, index, text) for index in answers}
+        found = {index: _prefix_span(template, conversation, index, text) for index in answers}
     _check_nothing_dropped(turns, text, found)
+    if missing := [name for name in written_names(conversation.tools) if name not in text]:
+        raise DataError(
+            f"the chat template ({template.name}) does not write the tool {missing[0]!r}; choose another "
+            "data.template, or remove 'tools' from the rows",
+            TEMPLATE,
+        )
     return Rendering(text, found)
 
 
-def _render(template: Template, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
+def check_shape(template: Template, conversation: Conversation) -> None:
+    """Check that the template writes every turn of a conversation like this one, each where it belongs.
+
+    `render` looks for the row's own words, and a turn such as "user" is found in the text of the template
+    itself; here every turn gets a word that stands nowhere else.
+
+    Args:
+        template: how to write.
+        conversation: the roles and calls that matter; the words are replaced.
+
+    Raises:
+        DataError: the template fails on these roles, or drops one of the turns.
+    """
+    turns = [
+        replace(turn, content=f"qzx{index}xzq") if turn.content else turn
+        for index, turn in enumerate(conversation.turns)
+    ]
+    _check_nothing_dropped(turns, _render(template, turns, False, conversation.tools), {})
+
+
+def _render(template: Template, turns: Sequence[Turn], add_generation_prompt: bool, tools: Sequence[dict] = ()) -> str:
     from jinja2 import TemplateError
 
     try:
         text = template.tokenizer.apply_chat_template(
-            _messages(turns),
+            [as_message(turn) for turn in turns],
+            tools=list(tools) or None,
             chat_template=template.source,
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
         )
-    except (TemplateError, TypeError, ValueError) as error:
-        raise DataError(f"the chat template ({template.name}) refuses this row: {error}") from error
+    except (TemplateError, *FAULTS) as error:
+        reason = str(error) or type(error).__name__
+        raise DataError(f"the chat template ({template.name}) refuses this row: {reason}", TEMPLATE) from error
     return template.begin + text
 
 
-def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
-    return [{"role": turn.role, "content": turn.content} for turn in turns]
+def _check_no_control_tokens(template: Template, turns: Sequence[Turn], tools: Sequence[dict] = ()) -> None:
+    written = {f"turn {number}": (turn.content, *turn.calls) for number, turn in enumerate(turns, start=1)}
+    for place, parts in (written | {"the definition of a tool": tools}).items():
+        if control := template.special.search("\n".join(map(_plain, parts))):
+            raise DataError(
+                f"{place} holds the text {control.group()!r}, which this tokenizer reads as a control "
+                "token; write it differently (the template itself adds such tokens)",
+                CONTROL_TOKEN,
+            )
 
 
-def _prefix_span(template: Template, turns: Sequence[Turn], index: int, text: str) -> tuple[int, int]:
+def _plain(part: object) -> str:
+    return part if isinstance(part, str) else json.dumps(part, ensure_ascii=False)
+
+
+def _prefix_span(template: Template, conversation: Conversation, index: int, text: str) -> tuple[int, int]:
     """Find an answer as what follows the rendering of all before it, with the generation prompt."""
-    prompt = _render(template, turns[:index], add_generation_prompt=True)
+    turns, tools = conversation.turns, conversation.tools
+    prompt = _render(template, turns[:index], True, tools)
     is_last = index == len(turns) - 1
-    upto = text if is_last else _render(template, turns[: index + 1], add_generation_prompt=False)
+    upto = text if is_last else _render(template, turns[: index + 1], False, tools)
     end = _end_of_answer(template, upto, len(prompt)) if upto.startswith(prompt) else 0
     if end == 0 or not text.startswith(upto[:end]):
         raise DataError(
             f"the chat template ({template.name}) writes what stands before turn {index + 1} otherwise when "
             "it prompts for that turn, or when later turns follow, so what the model sees is unknown; "
             "set data.train_on to last, choose another data.template, or mark the answers in the template "
-            "with {% generation %}"
+            "with {% generation %}",
+            TEMPLATE,
         )
     return len(prompt), end
 
@@ -246,26 +277,29 @@ def _end_of_answer(template: Template, text: str, start: int) -> int:
         raise DataError(
             f"the chat template ends an answer with {text[start:][-20:]!r}, which holds no special token of "
             "this tokenizer, so the model would never learn to stop; choose another data.template (plain "
-            "always ends with the tokenizer's own end token)"
+            "always ends with the tokenizer's own end token)",
+            END_OF_ANSWER,
         )
     return ending.end(1)
 
 
-def _block_spans(template: Template, turns: Sequence[Turn], text: str) -> dict[int, tuple[int, int]]:
+def _block_spans(template: Template, conversation: Conversation, text: str) -> dict[int, tuple[int, int]]:
     """Find the {% generation %} blocks, and let each include the end token that follows it."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     _, (blocks,) = render_jinja_template(
-        conversations=[_messages(turns)],
+        conversations=[[as_message(turn) for turn in conversation.turns]],
+        tools=list(conversation.tools) or None,
         chat_template=template.source,
         return_assistant_tokens_mask=True,
         **template.tokenizer.special_tokens_map,
     )
-    answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+    answers = [index for index, turn in enumerate(conversation.turns) if turn.role == "assistant"]
     if len(blocks) != len(answers):
         raise DataError(
             f"the chat template marks {len(blocks)} answers with {{% generation %}}, the row has "
-            f"{len(answers)}; choose another data.template"
+            f"{len(answers)}; choose another data.template",
+            TEMPLATE,
         )
     spans = {}
     for index, (start, end) in zip(answers, blocks, strict=True):
@@ -284,9 +318,12 @@ def _check_nothing_dropped(turns: Sequence[Turn], text: str, answers: dict[int, 
         content = turn.content.strip()
         position = text.find(content, answers.get(index, (position,))[0])
         end = position + len(content)
-        if position < 0 or (index in answers and end > answers[index][1]):
+        places = [(text.find(name, max(position, 0)), len(name)) for name in written_names(turn.calls)]
+        end = max([end, *(place + length for place, length in places)])
+        if min([position, *(place for place, _ in places)]) < 0 or (index in answers and end > answers[index][1]):
             raise DataError(
                 f"the chat template drops or changes turn {index + 1} ({turn.role}); choose another "
-                "data.template or remove that turn"
+                "data.template or remove that turn",
+                TEMPLATE,
             )
         position = end

@@ -129,7 +129,8 @@ class Source(_Section):
     """One place that rows come from; a bare path is short for {path: PATH}."""
 
     path: Text
-    """A data file (JSON, JSONL, CSV, TSV, Parquet, Arrow, text), a folder, or a glob pattern."""
+    """A data file (JSON, JSONL, CSV, TSV, Parquet, Arrow, text; text kinds also as .gz or .zst), a folder, or a
+    glob pattern."""
     format: Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text", "table"] | None = None
     """Shape of the rows; null recognises it from the first row. A table is any columns, with prompt and
     completion."""
@@ -160,14 +161,20 @@ class Data(_Section):
     """Chat template: a name (plain suits a base model) or a .jinja file; null is the model's own."""
     train_on: Literal["assistant", "completion", "all", "last"] = "assistant"
     """Which tokens are learned: every assistant message, the completion, all tokens, or the last answer."""
+    train_on_end: bool = True
+    """Learn the token that ends an answer; false teaches the model never to stop by itself."""
+    max_bad_rows: Count = 0
+    """Malformed rows that may be left out, with a count by reason; with more of them nothing is trained."""
     max_tokens: Annotated[int, Field(ge=8)] = 1024
     """Longest row, and the length of a pack, in tokens."""
-    overflow: Literal["error", "drop", "truncate"] = "error"
-    """What happens to a row longer than data.max_tokens; dropped and cut rows are counted and reported."""
+    overflow: Literal["error", "drop", "truncate", "split"] = "error"
+    """What happens to a row longer than data.max_tokens; dropped and cut rows are counted and reported. split cuts a
+    document into windows, and a conversation between exchanges, each part with the system turn."""
     packing: bool = True
     """Put several rows into one sequence; they do not see each other."""
-    order: Literal["shuffle", "as-is"] = "shuffle"
-    """Order of the rows in an epoch; shuffle depends on train.seed and the epoch only."""
+    order: Literal["shuffle", "as-is", "longest-first", "by-length"] = "shuffle"
+    """Order of the rows in an epoch; shuffle depends on train.seed and the epoch only. longest-first shows at once what
+    does not fit; by-length puts rows of like length together and shuffles the micro-batches."""
 
 
 _Tracker = Literal[

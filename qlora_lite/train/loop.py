@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from qlora_lite.data.batch import Batch, collate, plan_epoch
-from qlora_lite.data.examples import Example
+from qlora_lite.data.stored import Example, row_lengths
 from qlora_lite.errors import TrainingError
 from qlora_lite.lora.inject import lora_parameters
 from qlora_lite.memory.meter import PeakMeter
@@ -84,7 +84,7 @@ class Trainer:
 
     def __init__(self, model: nn.Module, examples: Sequence[Example], settings: TrainSettings):
         self.model, self.examples, self.settings = model, examples, settings
-        self.lengths = [len(example.token_ids) for example in examples]
+        self.lengths = row_lengths(examples)
         self.parameters = [parameter for _, parameter in lora_parameters(model)]
         self.optimizer = build_optimizer(
             self.parameters, settings.optimizer, settings.learning_rate, settings.weight_decay
@@ -181,6 +181,6 @@ class Trainer:
 
 def eval_batches(examples: Sequence[Example], settings: TrainSettings) -> Iterator[Batch]:
     """Lay evaluation rows end to end up to ``max_tokens`` per batch, in their own order."""
-    lengths = [len(example.token_ids) for example in examples]
+    lengths = row_lengths(examples)
     for rows in plan_epoch(lengths, settings.max_tokens, True, 1, "as-is", settings.seed, 0):
         yield collate([examples[row] for row in rows])

@@ -11,6 +11,13 @@ def tokenizer():
     return make_tokenizer()
 
 
+@pytest.fixture(autouse=True)
+def _trusted_templates(request, monkeypatch):
+    """Spare the templates of these tests the second that trying each one out in a process of its own takes."""
+    if request.module.__name__ != "test_probe":
+        monkeypatch.setattr("qlora_lite.data.template.probe", lambda *_: None)
+
+
 @pytest.fixture
 def write(tmp_path):
     """Write a file (bytes as they are, text as UTF-8, a list as JSONL) and return its path."""

@@ -10,13 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_lite.data.batch import (
+    ORDERS,
     collate,
     pack_best_fit,
     pack_in_order,
     packing_efficiency,
     plan_epoch,
 )
-from qlora_lite.data.examples import Example
+from qlora_lite.data.stored import Example
 from qlora_lite.errors import DataError
 
 lengths_strategy = st.lists(st.integers(1, 20), max_size=60)
@@ -24,7 +25,7 @@ settings_strategy = st.fixed_dictionaries(
     {
         "packing": st.booleans(),
         "micro_batch_size": st.integers(1, 4),
-        "order": st.sampled_from(["shuffle", "as-is"]),
+        "order": st.sampled_from(ORDERS),
         "seed": st.integers(0, 5),
         "epoch": st.integers(0, 3),
     }
@@ -90,12 +91,35 @@ def test_as_is_without_packing_is_the_order_of_the_file():
     assert plan_epoch([3, 1, 2], 5, False, 2, order="as-is") == [[0, 1], [2]]
 
 
+@given(lengths_strategy, settings_strategy)
+def test_longest_first_begins_with_the_longest_row_and_never_gets_longer(lengths, settings):
+    plan = plan_epoch(lengths, 20, **(settings | {"order": "longest-first", "micro_batch_size": 1}))
+    longest = [max(lengths[row] for row in rows) for rows in plan]
+    assert longest == sorted(longest, reverse=True)
+    assert plan == plan_epoch(lengths, 20, settings["packing"], 1, "longest-first", seed=9, epoch=9)
+
+
+@given(lengths_strategy, settings_strategy)
+def test_by_length_no_row_of_another_micro_batch_lies_between_the_lengths_of_one(lengths, settings):
+    plan = plan_epoch(lengths, 20, **(settings | {"order": "by-length"}))
+    ranges = sorted((min(of), max(of)) for rows in plan if (of := [lengths[row] for row in rows]))
+    assert all(left[1] <= right[0] for left, right in pairwise(ranges))
+
+
+def test_by_length_shuffles_the_micro_batches_and_the_rows_of_equal_length():
+    plans = [plan_epoch([3, 1, 2, 2] * 20, 4, False, 4, order="by-length", seed=seed) for seed in range(3)]
+    assert plans[0] != plans[1] != plans[2]
+    sizes = [[3, 1, 2, 2][rows[0] % 4] for rows in plans[0]]
+    assert sizes not in (sorted(sizes), sorted(sizes, reverse=True))
+    assert sorted(map(sorted, plans[0])) != sorted(map(sorted, plans[1]))
+
+
 def test_micro_batch_size_counts_packs_when_packing():
     assert [len(rows) for rows in plan_epoch([5] * 12, 10, True, 2)] == [4, 4, 4]
     assert [len(rows) for rows in plan_epoch([5] * 5, 10, False, 2)] == [2, 2, 1]
 
 
-@pytest.mark.parametrize("order", ["shuffle", "as-is"])
+@pytest.mark.parametrize("order", ORDERS)
 def test_a_row_longer_than_a_pack_is_an_error(order):
     with pytest.raises(DataError, match="row 1 has 11 tokens"):
         plan_epoch([3, 11], 10, True, 1, order=order)
@@ -103,7 +127,7 @@ def test_a_row_longer_than_a_pack_is_an_error(order):
 
 @pytest.mark.parametrize(("order", "size"), [("longest", 1), ("shuffle", 0)])
 def test_a_plan_with_bad_settings_is_an_error(order, size):
-    with pytest.raises(DataError, match="must be shuffle or as-is"):
+    with pytest.raises(DataError, match="must be one of shuffle, as-is"):
         plan_epoch([1], 10, True, size, order=order)
 
 

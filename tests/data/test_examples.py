@@ -11,12 +11,12 @@ from tiny_tokenizer import make_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qlora_lite.data.examples import _repeat, build_examples
+from qlora_lite.data.examples import build_examples
+from qlora_lite.data.named_templates import NAMED_TEMPLATES
 from qlora_lite.data.read import Source
-from qlora_lite.data.template import NAMED_TEMPLATES
+from qlora_lite.data.stored import repeated
 from qlora_lite.errors import DataError
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 PAIRS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(4)]
 
 
@@ -180,6 +180,64 @@ def test_problems_of_reading_format_and_template_are_listed_together(write, toke
     assert places == ["2", "3", "4"]
 
 
+BAD_LINES = [
+    b"{",
+    b'{"prompt": "caf\xe9"}',
+    b'{"prompt": "x", "completion": 7}',
+    b'{"prompt": "x</s>", "completion": "y"}',
+]
+
+
+def test_as_many_bad_rows_as_allowed_are_left_out_and_counted_by_reason(build, write, tokenizer):
+    good = json.dumps(PAIRS[0]).encode()
+    source = Source(write("a.jsonl", b"\n".join([good, *BAD_LINES, good])))
+    data = build_examples([source], tokenizer, max_bad_rows=4)
+    assert (data.rows_read, data.rows_kept) == (6, 2)
+    assert data.dropped == {"malformed row": 2, "not UTF-8": 1, "control token in text": 1}
+    assert {problem.where.rpartition(":")[2] for problem in data.problems.found} == {"2", "3", "4", "5"}
+    with pytest.raises(DataError, match=r"a.jsonl:2: not JSON"):
+        build_examples([source], tokenizer, max_bad_rows=3)
+
+
+def test_a_file_whose_rest_cannot_be_read_is_no_bad_row_among_good_ones(write, tokenizer):
+    source = Source(write("a.json", f"[{json.dumps(PAIRS[0])},"))
+    with pytest.raises(DataError, match="nothing after this place was read"):
+        build_examples([source], tokenizer, max_bad_rows=10)
+
+
+def test_without_train_on_end_the_end_tokens_are_seen_and_not_learned(build, tokenizer):
+    rows = [{"messages": [{"role": role, "content": f"{role}{i}"} for i in (1, 2) for role in ("user", "assistant")]}]
+    for train_on, expected in (("assistant", "assistant1assistant2"), ("last", "assistant2")):
+        (row,) = build(rows, train_on=train_on, train_on_end=False).examples
+        assert learned_text(row, tokenizer) == expected
+        assert tokenizer.decode(row.token_ids).endswith("assistant2<|im_end|>\n")
+    (row,) = build(rows, train_on="all", train_on_end=False).examples
+    assert learned_text(row, tokenizer).count("<|im_end|>") == 2  # those of the user's turns
+    (row,) = build([{"text": "some words"}], train_on_end=False).examples
+    assert (learned_text(row, tokenizer), int(row.token_ids[-1])) == ("some words"[1:], tokenizer.eos_token_id)
+
+
+def test_rows_that_all_lose_their_end_to_truncation_are_an_error(build):
+    with pytest.raises(DataError, match=r"would never learn to stop; raise data\.max_tokens"):
+        build([{"text": "x " * 80}] * 3, max_tokens=40, overflow="truncate")
+    assert build([{"text": "x " * 80}, {"text": "x"}], max_tokens=40, overflow="truncate").truncated == 1
+
+
+def test_documents_of_a_tokenizer_without_an_end_token_are_an_error(build):
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="would never learn to stop"):
+        build([{"text": "some words"}], tokenizer=tokenizer)
+
+
+def test_a_dropped_turn_is_seen_though_its_words_stand_in_the_template(build):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = NAMED_TEMPLATES["chatml"].replace("+ m.content +", "+ (m.content if loop.last else '') +")
+    row = {"prompt": "assistant", "completion": "y"}
+    with pytest.raises(DataError, match=r"a.jsonl:1: the chat template drops or changes turn 1 \(user\)"):
+        build([row], tokenizer=tokenizer)
+
+
 def test_a_row_that_is_too_long_is_an_error_that_names_the_longest(build):
     rows = [*PAIRS, {"prompt": "x " * 40, "completion": "y"}, {"prompt": "x " * 80, "completion": "y"}]
     longest = max(len(e.token_ids) for e in build(rows).examples)
@@ -228,7 +286,7 @@ def test_the_weight_of_a_source_repeats_or_thins_its_rows_evenly(build, weight, 
 
 @given(st.integers(0, 200), st.sampled_from([0.1, 0.3, 1 / 3, 0.7, 1.0, 1.1, 2.5]))
 def test_a_weight_gives_n_times_w_rows_rounded_down(count, weight):
-    assert abs(len(list(_repeat(list(range(count)), weight))) - count * weight) < 1 + 1e-6
+    assert abs(len(repeated(7, count, weight)) - count * weight) < 1 + 1e-6
 
 
 @pytest.mark.parametrize(
@@ -264,28 +322,6 @@ def test_building_leaves_the_tokenizer_as_it_was(build):
     build([{"text": "a</s>b"}], tokenizer=tokenizer)
     assert tokenizer("a</s>")["input_ids"] == before
     assert tokenizer.backend_tokenizer.encode("a</s>").ids == before
-
-
-@pytest.mark.parametrize(
-    ("name", "rows", "columns"),
-    [
-        ("gsm8k_train.jsonl", 7473, ("{question}", "{answer}")),
-        ("e2e_devset.csv", 4672, ("{mr}", "{ref}")),
-        ("lf_alpaca_en_demo.json", 999, (None, None)),
-        ("lf_identity.json", 91, (None, None)),
-        ("lf_v1_sft_demo.jsonl", 500, (None, None)),
-        ("sst2.train", 6920, (None, None)),
-        ("tinyshakespeare.txt", 7222, (None, None)),
-        ("wikitext2_valid.txt", 1160, (None, None)),
-    ],
-)
-def test_a_real_file_trains(tokenizer, name, rows, columns):
-    if not (SHARED / name).exists():
-        pytest.skip(f"{name} is not here")
-    source = Source(str(SHARED / name), prompt=columns[0], completion=columns[1])
-    data = build_examples([source], tokenizer, max_tokens=100_000)
-    assert (data.rows_read, data.rows_kept, data.dropped) == (rows, rows, {})
-    assert data.learned_tokens > rows
 
 
 @pytest.mark.model

@@ -99,8 +99,7 @@ def test_an_explicit_format_wins_over_recognition(read):
         ({"messages": [user("q"), assistant(["a"])]}, "has a part that is not"),
         ({"messages": [user([{"type": "image"}]), assistant("a")]}, "only text can train"),
         ({"messages": [user("q"), assistant("a", weight=0.5)]}, "weight 0.5"),
-        ({"messages": [user("q"), assistant("a", tool_calls=[{"id": 1}])]}, "'tool_calls' is not supported"),
-        ({"messages": [user("q"), assistant("a")], "tools": [{}]}, "'tools' is not supported"),
+        ({"messages": [user("q"), assistant("a", function_call={"name": "f"})]}, "'function_call' is not supported"),
         ({"prompt": "q", "completion": "a"}, "no list of turns"),
     ],
 )
@@ -119,6 +118,7 @@ def test_a_conversation_that_does_not_fit_is_named(read, row, said):
         ({"instruction": None, "output": "a"}, "'instruction' is missing"),
         ({"instruction": "q", "input": ["x"], "output": "a"}, "'input' is a list, not text"),
         ({"instruction": "q", "output": "a", "history": [["x", "y"]]}, "'history' is not supported"),
+        ({"instruction": "q", "output": "a", "tools": [{"name": "f"}]}, "'tools' is not supported"),
     ],
 )
 def test_an_alpaca_row_that_does_not_fit_is_named(read, row, said):

@@ -8,7 +8,6 @@ from tiny_tokenizer import SPECIAL_TOKENS, make_tokenizer
 
 from qlora_lite.data.formats import Conversation, Turn
 from qlora_lite.data.mask import (
-    check_begin,
     learned_tokens,
     render_row,
     seam_faults,
@@ -145,13 +144,6 @@ def test_tokens_before_an_answer_that_the_prompt_alone_would_not_give_are_named(
     before = tokens[0].ids[tokens[0].ends <= row.answers[0][0]].tolist()
     assert before != alone
     assert "are not those that the prompt alone gives" in faults[0]
-
-
-def test_begin_of_text_twice_is_an_error():
-    check_begin(np.array([1, 5, 1]), 1)
-    check_begin(np.array([1, 1]), None)
-    with pytest.raises(DataError, match="stands twice"):
-        check_begin(np.array([1, 1, 5]), 1)
 
 
 def test_completion_needs_rows_with_one_answer(tokenizer):

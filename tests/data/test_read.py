@@ -1,5 +1,6 @@
 """Every row has its place, and every row that is not whole is named."""
 
+import gzip
 import json
 import os
 
@@ -16,6 +17,10 @@ GOOD = '{"text": "a"}'
 
 def rows_of(path, **settings):
     return list(read_rows(Source(str(path), **settings)))
+
+
+def compressed(content, suffix):
+    return gzip.compress(content) if suffix == ".gz" else pyarrow.compress(content, codec="zstd", asbytes=True)
 
 
 def failure(path):
@@ -156,6 +161,8 @@ def test_text_is_split_at_blank_lines_and_named_by_the_first_line(write):
 def test_text_without_blank_lines_has_one_document_per_line(write):
     path = write("sst2.train", "1 good\n0 bad\n")
     assert rows_of(path) == [(f"{path}:1", {"text": "1 good"}), (f"{path}:2", {"text": "0 bad"})]
+    path = write("sst2.train", "\n \n1 good\n0 bad\n\n\n")
+    assert [where.rpartition(":")[2] for where, _ in rows_of(path)] == ["3", "4"]
 
 
 def test_parquet_and_arrow_rows_are_named_by_number(tmp_path):
@@ -168,6 +175,25 @@ def test_parquet_and_arrow_rows_are_named_by_number(tmp_path):
     for name in ("a.parquet", "s.arrow", "f.arrow"):
         rows = rows_of(tmp_path / name)
         assert rows[1] == (f"{tmp_path / name}:2", {"messages": [{"role": "user", "content": "b"}]})
+
+
+TOOLS = [
+    {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "string"}}}}},
+    {"type": "function", "function": {"name": "g", "parameters": {"properties": {"b": {"enum": ["x", None]}}}}},
+]
+
+
+def test_nested_tool_schemas_come_out_as_they_went_in(write, tmp_path):
+    rows = [{"tools": [tool], "id": None} for tool in TOOLS]
+    assert [row for _, row in rows_of(write("a.jsonl", rows))] == rows
+    assert [row for _, row in rows_of(write("a.json", json.dumps(rows)))] == rows
+    table = pyarrow.Table.from_pylist(rows)
+    assert None in table.to_pylist()[0]["tools"][0]["function"]["parameters"]["properties"].values()
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pyarrow.ipc.new_file(tmp_path / "a.arrow", table.schema) as file:
+        file.write_table(table)
+    for name in ("a.parquet", "a.arrow"):
+        assert [row for _, row in rows_of(tmp_path / name)] == rows
 
 
 def test_a_parquet_file_cut_short_is_an_error(tmp_path, write):
@@ -198,6 +224,7 @@ def test_a_folder_gives_its_data_files_in_order_of_name(write, tmp_path):
 
 def test_a_folder_without_data_and_a_missing_file_are_errors(write, tmp_path):
     write("set/notes", "x")
+    write("set/.hidden.jsonl", GOOD)
     assert "no data file in this folder" in failure(tmp_path / "set")
     assert "no such file" in failure(tmp_path / "nothing.jsonl")
     assert "no such file" in failure(tmp_path / "nothing*.jsonl")
@@ -208,11 +235,77 @@ def test_a_fifo_and_a_symlink_loop_are_errors_and_do_not_hang(tmp_path):
     (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
     assert "not an ordinary file" in failure(tmp_path / "pipe.jsonl")
     assert "leads nowhere" in failure(tmp_path / "loop.jsonl")
+    for pattern in (tmp_path, tmp_path / "*.jsonl"):
+        assert "leads nowhere" in failure(pattern)
+    (tmp_path / "loop.jsonl").unlink()
+    for pattern in (tmp_path, tmp_path / "*.jsonl"):
+        assert "not an ordinary file" in failure(pattern)
 
 
-@pytest.mark.parametrize(("magic", "kind"), [(b"\x1f\x8b\x08", "gzip"), (b"\xff\xfe{\x00", "UTF-16")])
-def test_a_file_of_another_kind_is_named(write, magic, kind):
-    assert f"this is a {kind} file" in failure(write("a.jsonl", magic))
+def test_a_file_that_links_give_two_names_is_an_error_and_not_read_twice(write, tmp_path):
+    write("set/a.jsonl", GOOD)
+    (tmp_path / "set" / "b.jsonl").symlink_to(tmp_path / "set" / "a.jsonl")
+    assert "b.jsonl: the same file as" in failure(tmp_path / "set")
+    (tmp_path / "set" / "b.jsonl").unlink()
+    (tmp_path / "set" / "round").symlink_to(tmp_path / "set")
+    assert "the same file as" in failure(tmp_path / "set" / "**" / "*.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", b"\x1f\x8b\x08", "the content is gzip; rename it to a.jsonl.gz"),
+        ("a.csv", b"\x28\xb5\x2f\xfd", "the content is zstd; rename it to a.csv.zst"),
+        ("a.jsonl", b"PAR1", "the content is Parquet; rename it to a.parquet"),
+        ("a.parquet", b"ARROW1", "the content is Arrow; rename it to a.arrow"),
+        ("a.parquet", b"\x1f\x8b\x08", "the content is gzip"),
+        ("a.jsonl", b"\xff\xfe{\x00", "the content is UTF-16; unpack it or convert it"),
+        ("a.txt", b"BZh9", "the content is bzip2; unpack it"),
+        ("a.jsonl.gz", GOOD.encode(), "the name says gzip, the content does not; rename it to a.jsonl"),
+        ("a.jsonl.zst", b"\x1f\x8b\x08", "the name says zstd, the content does not"),
+        ("a.gz", gzip.compress(GOOD.encode()), "the name does not say what is in it; name it like rows.jsonl.gz"),
+        ("a.parquet.gz", gzip.compress(b"PAR1"), "parquet files are compressed inside; unpack this one first"),
+    ],
+)
+def test_a_file_of_another_kind_than_its_name_says_is_an_error_with_the_cure(write, name, content, said):
+    path = write(name, content)
+    message = failure(path)
+    assert message.startswith(f"{path}: ") and said in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", f"{GOOD}\n\n{GOOD}"),
+        ("a.json", f"[\n{GOOD},\n{GOOD}]"),
+        ("a.csv", 'text\n"a\nb"\nc\n'),
+        ("a.tsv", "text\tn\na\t1\n"),
+        ("a.txt", "one\ntwo\n\nthree\n"),
+        ("a.train", "1 good\n0 bad\n"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_compressed_file_has_the_rows_and_lines_of_the_plain_one(write, name, content, suffix):
+    plain = rows_of(write(name, content))
+    path = write(name + suffix, compressed(content.encode(), suffix))
+    assert [(where.replace(suffix, ""), row) for where, row in rows_of(path)] == plain
+    broken = write(name + suffix, compressed(content.encode(), suffix)[:-6])
+    assert failure(broken) == f"{broken}: cannot be read (Truncated compressed stream)"
+    empty = write(name + suffix, compressed(b"", suffix))
+    assert failure(empty) == f"{empty}: the file has no rows"
+
+
+def test_a_gzip_of_several_parts_is_read_whole_and_rubbish_behind_it_is_an_error(write):
+    part = gzip.compress(f"{GOOD}\n".encode())
+    assert len(rows_of(write("a.jsonl.gz", part + part))) == 2
+    assert "cannot be read (zlib inflate failed" in failure(write("a.jsonl.gz", part + b"rubbish"))
+
+
+def test_a_folder_gives_its_compressed_files_too(write, tmp_path):
+    write("set/b.jsonl.gz", gzip.compress(b'{"text": "b"}'))
+    write("set/a.csv.zst", compressed(b"text\na\n", ".zst"))
+    write("set/model.bin.gz", gzip.compress(b"no data"))
+    assert [row["text"] for _, row in rows_of(tmp_path / "set")] == ["a", "b"]
 
 
 def test_a_file_without_permission_is_an_error(write, monkeypatch):

@@ -4,7 +4,15 @@ import pytest
 from tiny_tokenizer import make_tokenizer
 
 from qlora_lite.data.formats import Conversation, Turn
-from qlora_lite.data.template import NAMED_TEMPLATES, Template, choose_template, render, render_prompt
+from qlora_lite.data.named_templates import NAMED_TEMPLATES
+from qlora_lite.data.template import (
+    Template,
+    choose_template,
+    portable_source,
+    recorded_template,
+    render,
+    render_prompt,
+)
 from qlora_lite.errors import DataError
 
 TURNS = (Turn("user", "one"), Turn("assistant", "two"), Turn("user", "three"), Turn("assistant", "four"))
@@ -42,6 +50,7 @@ GENERATION = (
         ("chatml", "<|im_end|>", "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>\n"),
         ("llama3", "<|eot_id|>", "<|start_header_id|>user<|end_header_id|>\n\none<|eot_id|>"
          "<|start_header_id|>assistant<|end_header_id|>\n\ntwo<|eot_id|>"),
+        ("mistral", "</s>", "[INST] one [/INST] two</s>"),
         ("gemma", "<end_of_turn>",
          "<start_of_turn>user\none<end_of_turn>\n<start_of_turn>model\ntwo<end_of_turn>\n"),
         ("alpaca", "</s>",
@@ -53,7 +62,19 @@ GENERATION = (
 def test_each_named_template_writes_what_it_is_known_for(tokenizer, name, end, text):
     template = choose_template(tokenizer, name)
     assert render(template, Conversation(TURNS[:2], "f:1"), [1]).text == text
-    assert answers_of(template) == [f"two{end}", f"four{end}"]
+    space = " " if name == "mistral" else ""  # the family writes one before an answer
+    assert answers_of(template) == [f"{space}two{end}", f"{space}four{end}"]
+
+
+@pytest.mark.parametrize("name", sorted(NAMED_TEMPLATES))
+def test_a_named_template_writes_tool_turns_as_such_or_refuses_them(tokenizer, name):
+    turns = (*TURNS[:2], Turn("tool", "ten"), TURNS[1])
+    template = choose_template(tokenizer, name)
+    if name == "chatml":
+        assert "<|im_start|>tool\nten<|im_end|>" in render(template, Conversation(turns, "f:1"), [3]).text
+        return
+    with pytest.raises(DataError, match="no form for tool turns; use the model's own template or chatml"):
+        render(template, Conversation(turns, "f:1"), [3])
 
 
 @pytest.mark.parametrize("name", NAMED_TEMPLATES)
@@ -77,7 +98,7 @@ def test_the_models_own_template_alone_decides_on_begin_of_text(own):
 
 
 def test_a_tokenizer_without_a_template_is_an_error_that_names_the_choices():
-    with pytest.raises(DataError, match=r"set data\.template to one of chatml, llama3, gemma, alpaca, plain"):
+    with pytest.raises(DataError, match=r"set data\.template to one of chatml, llama3, mistral, gemma, alpaca, plain"):
         choose_template(make_tokenizer(template=None))
 
 
@@ -94,6 +115,16 @@ def test_a_jinja_file_can_be_the_template_and_begin_is_never_written_twice(tmp_p
         (tmp_path / "t.jinja").write_text(source)
         template = choose_template(tokenizer, str(tmp_path / "t.jinja"))
         assert render_prompt(template, TURNS[:1]).count("<s>") == 1
+
+
+@pytest.mark.parametrize("name", [None, *NAMED_TEMPLATES])
+@pytest.mark.parametrize("adds_begin", [True, False])
+def test_a_recorded_template_writes_what_the_chosen_one_writes(name, adds_begin):
+    tokenizer = make_tokenizer(adds_begin=adds_begin)
+    template = choose_template(tokenizer, name)
+    recorded = recorded_template(tokenizer, portable_source(template))
+    assert render_prompt(recorded, TURNS[:3]) == render_prompt(template, TURNS[:3])
+    assert answers_of(recorded) == answers_of(template)
 
 
 def test_a_generation_block_says_what_is_learned_and_gets_its_end_token(own):
@@ -179,6 +210,12 @@ def test_a_special_token_inside_a_turn_is_an_error(tokenizer, token):
     turns = (TURNS[0], Turn("assistant", f"x{token}y"))
     with pytest.raises(DataError, match=r"turn 2 holds the text .* control token"):
         answers_of(choose_template(tokenizer), turns, [1])
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "</s>"])
+def test_a_special_token_that_a_user_types_never_reaches_the_model_as_one(tokenizer, token):
+    with pytest.raises(DataError, match=r"turn 1 holds the text .* control token"):
+        render_prompt(choose_template(tokenizer), [Turn("user", f"x{token}")])
 
 
 def test_text_that_only_begins_like_a_special_token_is_text(tokenizer):

@@ -1,0 +1,131 @@
+"""``qlora-lite data``: what a recipe's rows become, and what is wrong with them, before anything is trained."""
+
+import json
+from pathlib import Path
+
+import click
+
+from qlora_lite.errors import QloraLiteError, RecipeError
+from qlora_lite.recipe.load import load_recipe
+
+from .output import prepare
+
+_BAR_CELLS = 40
+_LEARNED, _SEEN = {"fg": "green", "bold": True}, {"dim": True}
+
+
+@click.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--rows", type=click.IntRange(min=0), default=3, show_default=True, help="Rows to show.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write an offline page to this file.")
+def data(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool, html: Path | None) -> None:
+    """Show what training would see of RECIPE's rows, and fail on those that would spoil it."""
+    try:
+        settings = load_recipe(recipe, overrides)
+        prepare(verbose=False)
+        from qlora_lite.models.load import load_tokenizer
+        from qlora_lite.preflight import preflight
+
+        found = preflight(settings, load_tokenizer(settings.model.path, settings.model.revision), rows)
+    except QloraLiteError as error:
+        if as_json:
+            click.echo(json.dumps(_report_of(error)))
+            raise click.exceptions.Exit(error.exit_code) from None
+        raise
+    if html:
+        from qlora_lite.data_page import write_data_page
+
+        write_data_page(found.report, html, settings.output.name)
+    if as_json:
+        click.echo(json.dumps(found.report))
+        raise click.exceptions.Exit(0 if found.report["ok"] else 2)
+    click.echo(_text(found.report))
+    found.raise_if_unusable()
+
+
+def _report_of(error: QloraLiteError) -> dict:
+    """Return the report of rows that were not read, because of an error of the recipe or the model."""
+    from qlora_lite.preflight import empty_report
+
+    problems = [(p.where, p.message) for p in error.problems] if isinstance(error, RecipeError) else [("", str(error))]
+    listed = []
+    for where, message in problems:
+        file, _, line = where.rpartition(":")
+        place = {"file": file, "line": int(line)} if line.isdecimal() else {"file": where or None, "line": None}
+        listed.append({**place, "rule": "recipe or model", "message": message, "severity": "error"})
+    return empty_report(listed)
+
+
+def _text(report: dict) -> str:
+    lines = []
+    for source in report["sources"]:
+        weight = "" if source["weight"] == 1 else f", weight {source['weight']:g}"
+        lines.append(_line("source", f"{source['path']} ({source['format'] or 'format not recognised'}{weight})"))
+    lines += _count_lines(report)
+    if report["packs"]:
+        pack = f"{report['packs']:,} packs of {report['max_tokens']:,} tokens, {report['packing_efficiency']:.1%} full"
+        lines.append(_line("packing", pack))
+    if report["eval"]:
+        lines += ["", *(_line("evaluation", s["path"]) for s in report["eval"]["sources"])]
+        lines += _count_lines(report["eval"])
+    lines += ["", *_template_lines(report), "", *_histogram(report)]
+    for row in report["rows"]:
+        head = f"{row['where']}: {row['tokens']} tokens, {row['learned_tokens']} learned"
+        lines += ["", click.style(head, bold=True), *_row(row)]
+    warnings = [problem for problem in report["problems"] if problem["severity"] == "warning"]
+    if warnings:
+        from qlora_lite.preflight import line_of_problem
+
+        lines += ["", *(click.style(f"warning: {line_of_problem(problem)}", fg="yellow") for problem in warnings)]
+    if report["ok"]:
+        lines += ["", click.style("no errors: these rows can be trained on", fg="green")]
+    return "\n".join(lines)
+
+
+def _line(label: str, value: str) -> str:
+    return f"{label:16} {value}"
+
+
+def _count_lines(counts: dict) -> list[str]:
+    dropped = "".join(f", {count:,} dropped ({reason})" for reason, count in counts["dropped"].items())
+    cut = f", {counts['truncated']:,} cut short" if counts["truncated"] else ""
+    share = counts["learned_tokens"] / max(1, counts["tokens"])
+    return [
+        _line("rows", f"{counts['rows_read']:,} read, {counts['rows_kept']:,} kept{dropped}{cut}"),
+        _line("tokens", f"{counts['tokens']:,}, of which {counts['learned_tokens']:,} are learned ({share:.1%})"),
+    ]
+
+
+def _template_lines(report: dict) -> list[str]:
+    template, lines = report["template"], []
+    if template:
+        name = "the model's own" if template["name"] == "model" else template["name"]
+        begin = f"rows begin with {template['begin_token']}" if template["begin_token"] else "no begin token"
+        lines.append(_line("template", f"{name}; {begin}; answers end with {' or '.join(template['end_tokens'])}"))
+    for token in report["special_tokens"]:
+        lines.append(_line("special token", f"{token['token']} {token['count']:,} times, {token['learned']:,} learned"))
+    return lines
+
+
+def _histogram(report: dict) -> list[str]:
+    """Draw a bar for each range of lengths."""
+    most = max((bar["rows"] for bar in report["lengths"]), default=0)
+    lines = []
+    for bar in report["lengths"]:
+        cells = "█" * max(round(_BAR_CELLS * bar["rows"] / most), bar["rows"] > 0)
+        label = f"{bar['from']}" if bar["from"] == bar["to"] else f"{bar['from']}-{bar['to']}"
+        lines.append(f"{label + ' tokens':>20} {cells} {bar['rows']:,}")
+    return lines
+
+
+def _row(row: dict) -> list[str]:
+    """Colour a row's text; where colours are taken away (a pipe), «...» still encloses what is learned."""
+    text, was_learned = "", False
+    for piece in [*row["pieces"], {"text": "", "learned": False, "special": False}]:
+        mark = "" if piece["learned"] == was_learned else "«" if piece["learned"] else "»"
+        shown = piece["text"].replace("\x1b", "␛")  # a row must not send commands to the terminal
+        text += mark + click.style(shown, **(_LEARNED if piece["learned"] else _SEEN), reverse=piece["special"])
+        was_learned = piece["learned"]
+    return ["  " + line for line in text.split("\n")]

@@ -1,0 +1,143 @@
+"""Check the rows that training will see, after all reading, rendering, cutting and masking is done.
+
+Faults of a single row are found where the row is made, and named there. The checks here look at the finished
+examples once more, all of them and by plain comparison, because what is checked before a row is cut says nothing
+about what is left of it (trl issue 6025), and because some faults belong to no row: an end token that is learned
+nowhere, evaluation rows that stand in training too.
+
+Examples are looked at in chunks, so that a million short rows take about a second and little memory.
+
+Shapes: T tokens of a chunk of rows; ids int [T], learned bool [T], starts int [rows], the first token of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from qlora_lite.data.lines import RowProblem
+from qlora_lite.data.stored import Example, Examples, stored
+
+NOTHING_TO_LEARN = "nothing to learn"
+BEGIN_TWICE = "begin token twice"
+END_NOT_LEARNED = "end token never learned"
+IN_BOTH = "evaluation row in training"
+OVERLAP_ERROR_SHARE = 0.01  # from this share of the evaluation rows on, duplicates are an error
+_ROWS_PER_CHUNK = 10_000
+_SHOWN_ROWS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialToken:
+    """Say how often one special token stands in the examples, and how often it is learned."""
+
+    token_id: int
+    count: int
+    learned: int
+
+
+def check_examples(
+    examples: Sequence[Example], begin_id: int | None, end_ids: Collection[int], end_is_learned: bool = True
+) -> list[RowProblem]:
+    """Look for rows without a learned token, a doubled begin-of-text, and an end token that is never learned.
+
+    Args:
+        examples: what training will use.
+        begin_id: the begin-of-text token, if the tokenizer has one.
+        end_ids: the tokens that end answers and documents.
+        end_is_learned: False where the recipe says that they are not to be learned.
+
+    Returns:
+        One problem per row and fault, and one for the set.
+    """
+    problems = []
+    end_seen = not end_is_learned or len(examples) == 0
+    for rows, ids, learned, starts in _chunks(examples):
+        for row in np.flatnonzero(~np.logical_or.reduceat(learned, starts)):
+            message = "no token of this row is learned; give it an answer, raise data.max_tokens, or remove it"
+            problems.append(RowProblem(rows[row].where, NOTHING_TO_LEARN, message))
+        for row in _begin_twice(ids, starts, begin_id):
+            message = "begin-of-text stands twice; take it out of the chat template or of data.template"
+            problems.append(RowProblem(rows[row].where, BEGIN_TWICE, message))
+        end_seen = end_seen or bool(np.isin(ids[learned], list(end_ids)).any())
+    if not end_seen:
+        cure = "raise data.max_tokens if the rows are cut, or choose a data.template whose answers end with one"
+        message = f"no row learns a token that ends it, so the model would never learn to stop; {cure}"
+        problems.append(RowProblem("", END_NOT_LEARNED, message))
+    return problems
+
+
+def _chunks(examples: Sequence[Example]) -> Iterator[tuple[Examples, np.ndarray, np.ndarray, np.ndarray]]:
+    examples = stored(examples)
+    for first in range(0, len(examples), _ROWS_PER_CHUNK):
+        rows = examples[first : first + _ROWS_PER_CHUNK]
+        ids, learned = rows.joined()
+        yield rows, ids, learned, np.cumsum(rows.lengths) - rows.lengths
+
+
+def _begin_twice(ids: np.ndarray, starts: np.ndarray, begin_id: int | None) -> list[int]:
+    """Return the rows in which begin-of-text follows itself; the last of one row and the first of the next do not."""
+    if begin_id is None:
+        return []
+    second = np.flatnonzero((ids[1:] == begin_id) & (ids[:-1] == begin_id)) + 1
+    second = second[~np.isin(second, starts)]
+    return sorted(set((np.searchsorted(starts, second, side="right") - 1).tolist()))
+
+
+def check_overlap(train: Sequence[Example], evaluation: Sequence[Example]) -> tuple[RowProblem | None, bool]:
+    """Look for evaluation rows that are training rows too, token for token.
+
+    Args:
+        train: the training rows.
+        evaluation: the evaluation rows.
+
+    Returns:
+        What is wrong, if anything, and whether it is so much that evaluation means nothing (1 % and above).
+    """
+    places: dict[bytes, list[str]] = {}
+    for row in evaluation:
+        places.setdefault(row.token_ids.tobytes(), []).append(row.where)
+    twins = {key: row.where for row in train if (key := row.token_ids.tobytes()) in places}
+    found = [(where, twins[key]) for key, wheres in places.items() if key in twins for where in wheres]
+    if not found:
+        return None, False
+    shown = ", ".join(f"{where} is {twin}" for where, twin in found[:_SHOWN_ROWS])
+    message = (
+        f"{len(found)} of {len(evaluation)} evaluation rows are training rows too ({shown}"
+        f"{', ...' if len(found) > _SHOWN_ROWS else ''}); remove them from data.train or data.eval"
+    )
+    return RowProblem(found[0][0], IN_BOTH, message), len(found) >= OVERLAP_ERROR_SHARE * len(evaluation)
+
+
+def count_special_tokens(examples: Sequence[Example], special_ids: Collection[int]) -> list[SpecialToken]:
+    """Count the special tokens that stand in the examples, the most frequent first."""
+    width = max(special_ids, default=0) + 1
+    counts, learned_counts = np.zeros(width, np.int64), np.zeros(width, np.int64)
+    for _, ids, learned, _ in _chunks(examples):
+        counts += np.bincount(ids[ids < width], minlength=width)
+        learned_counts += np.bincount(ids[learned & (ids < width)], minlength=width)
+    found = [SpecialToken(i, int(counts[i]), int(learned_counts[i])) for i in special_ids if counts[i]]
+    return sorted(found, key=lambda token: (-token.count, token.token_id))
+
+
+def histogram(lengths: Sequence[int], bars: int = 16) -> list[tuple[int, int, int]]:
+    """Count lengths in equal ranges whose width is 1, 2 or 5 times a power of ten.
+
+    Args:
+        lengths: tokens of each row, each at least 1.
+        bars: at most this many ranges.
+
+    Returns:
+        (first length, last length, rows) of each range, from the shortest row's to the longest's; ranges
+        between them that hold no row are there too.
+    """
+    if not lengths:
+        return []
+    shortest, longest = min(lengths), max(lengths)
+    width = next(w for power in range(19) for w in (10**power, 2 * 10**power, 5 * 10**power)
+                 if longest // w - shortest // w < bars)  # fmt: skip
+    first = shortest // width
+    counts = np.bincount(np.asarray(lengths) // width - first, minlength=longest // width - first + 1)
+    return [((first + i) * width, (first + i + 1) * width - 1, int(count)) for i, count in enumerate(counts)]

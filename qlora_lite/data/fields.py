@@ -1,0 +1,60 @@
+"""Take text out of a row's fields. Nothing is converted or repaired: a number where text should be is an error."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping
+
+from qlora_lite.errors import DataError
+
+
+def text_of(holder: Mapping[str, object], key: str) -> str:
+    """Return the text of a field.
+
+    Raises:
+        DataError: it is missing, null, empty or no text.
+    """
+    value = holder.get(key)
+    if value is None:
+        raise DataError(f"{key!r} is missing or null; every row needs it")
+    if not isinstance(value, str):
+        raise DataError(f"{key!r} is {kind_of(value)}, not text; put it in quotes")
+    if not value.strip():
+        raise DataError(f"{key!r} is empty; fill it in or remove the row")
+    return value
+
+
+def kind_of(value: object) -> str:
+    """Name the kind of a value in the words of JSON."""
+    names = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def fill(template: str | None, row: Mapping[str, object]) -> str:
+    """Fill the {column} places of a template; only plain names, so that it cannot reach into objects.
+
+    Args:
+        template: the text; "{{" is a brace.
+        row: column to value; numbers are written as Python writes them.
+
+    Raises:
+        DataError: the template is not balanced, names no column, or gives an empty text.
+    """
+    parts = []
+    try:
+        pieces = list(string.Formatter().parse(template or ""))
+    except ValueError as error:
+        raise DataError(f"the template {template!r} is not balanced ({error}); write {{{{ for a brace") from None
+    for literal, column, spec, conversion in pieces:
+        parts.append(literal)
+        if column is None:
+            continue
+        if column not in row or spec or conversion:
+            raise DataError(f"the template {template!r} names {{{column}}}; the columns are {', '.join(row)}")
+        value = row[column]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        parts.append(str(value) if is_number else text_of(row, column))
+    filled = "".join(parts)
+    if not filled.strip():
+        raise DataError(f"the template {template!r} gives an empty text for this row")
+    return filled

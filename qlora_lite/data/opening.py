@@ -1,0 +1,134 @@
+"""Find the files that a path, folder or glob pattern means, and open them, gzip and zstd included.
+
+What a file is, its name says; the first bytes must agree. Going by the first bytes alone, the other known way,
+would let a file train whose name a user reads wrongly; going by the name alone gives "not UTF-8 in line 1" for
+a gzip. Unpacking is pyarrow's, which comes with `datasets`: it knows both kinds and, unlike Python's gzip module,
+has one exception for every kind of damage.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+from qlora_lite.errors import DataError
+
+READER_OF_SUFFIX = {
+    ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv",
+    ".parquet": "parquet", ".arrow": "arrow", ".txt": "text", ".text": "text", ".md": "text",
+}  # fmt: skip
+_COMPRESSION_OF_SUFFIX = {".gz": "gzip", ".zst": "zstd"}
+_COLUMN_READERS = ("parquet", "arrow")
+_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip", b"BZh": "bzip2",
+          b"\xfd7zXZ": "xz", b"PAR1": "Parquet", b"ARROW1": "Arrow", b"\xff\xfe": "UTF-16",
+          b"\xfe\xff": "UTF-16"}  # fmt: skip
+_SUFFIX_OF_MAGIC = {"gzip": ".gz", "zstd": ".zst"}
+
+
+def find_files(pattern: str) -> list[Path]:
+    """List the data files that a path, folder or glob pattern means.
+
+    Args:
+        pattern: "rows.jsonl", "folder" or "folder/*.parquet"; "~" is the home folder.
+
+    Returns:
+        At least one path, sorted by name; a folder gives its files with a known suffix, subfolders included,
+        hidden files and folders left out.
+
+    Raises:
+        DataError: nothing is there, something is that is not a file, or one file is there under two names.
+    """
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        files = _files_of_folder(path)
+        if not files:
+            suffixes = ", ".join(sorted(READER_OF_SUFFIX))
+            raise DataError(
+                f"{pattern}: no data file in this folder (looked for {suffixes}, each also with .gz or .zst); "
+                "rename the files, or name them with a pattern such as folder/*"
+            )
+    elif path.exists():
+        files = [path]
+    else:
+        files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if not os.path.isdir(name))
+        if not files:
+            link = " (a symbolic link that leads nowhere)" if path.is_symlink() else ""
+            raise DataError(f"{pattern}: no such file{link}; check data.train and data.eval")
+    _check_files(files)
+    return files
+
+
+def _files_of_folder(folder: Path) -> list[Path]:
+    found = (path for path in folder.rglob("*") if data_suffix(path) in READER_OF_SUFFIX and not path.is_dir())
+    return sorted(path for path in found if not any(p.startswith(".") for p in path.relative_to(folder).parts))
+
+
+def _check_files(files: list[Path]) -> None:
+    """Refuse what is no ordinary file, and a file under two names: its rows would count twice, unseen."""
+    seen: dict[str, Path] = {}
+    for path in files:
+        if not path.is_file():
+            if path.is_symlink() and not path.exists():
+                raise DataError(f"{path}: a symbolic link that leads nowhere; remove or correct it")
+            raise DataError(f"{path}: not an ordinary file; write its contents to a file first")
+        earlier = seen.setdefault(os.path.realpath(path), path)
+        if earlier is not path:
+            raise DataError(f"{path}: the same file as {earlier}, through a symbolic link; remove the link")
+
+
+def data_suffix(path: Path) -> str:
+    """Return the suffix that says what a file holds: ".jsonl" for rows.jsonl and for rows.jsonl.gz."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in _COMPRESSION_OF_SUFFIX else suffix
+
+
+def reader_of(path: Path) -> str:
+    """Name the reader of a file, "json", "jsonl", "csv", "tsv", "parquet", "arrow" or "text" (any other suffix).
+
+    Raises:
+        DataError: the first bytes are those of another kind of file, or the name of a compressed file does not
+            say what is in it.
+    """
+    suffix = data_suffix(path)
+    reader = READER_OF_SUFFIX.get(suffix, "text")
+    expected = _COMPRESSION_OF_SUFFIX.get(path.suffix.lower())
+    with path.open("rb") as file:
+        head = file.read(8)
+    kind = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), None)
+    if expected is None:
+        if kind is not None and not (reader in _COLUMN_READERS and kind.lower() == reader):
+            raise DataError(f"{path}: {_cure(path, kind)}")
+        return reader
+    if not suffix:
+        raise DataError(f"{path}: the name does not say what is in it; name it like rows.jsonl{path.suffix}")
+    if reader in _COLUMN_READERS:
+        raise DataError(f"{path}: {suffix[1:]} files are compressed inside; unpack this one first")
+    if kind != expected:
+        raise DataError(f"{path}: the name says {expected}, the content does not; rename it to {path.stem}")
+    return reader
+
+
+def _cure(path: Path, kind: str) -> str:
+    what = f"the content is {kind}"
+    if kind in _SUFFIX_OF_MAGIC:
+        return f"{what}; rename it to {path.name}{_SUFFIX_OF_MAGIC[kind]}"
+    if kind in ("Parquet", "Arrow"):
+        return f"{what}; rename it to {path.stem}.{kind.lower()}"
+    return f"{what}; unpack it or convert it to UTF-8 text first"
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """Open a file for reading, unpacked if its name ends in .gz or .zst.
+
+    Raises:
+        OSError: it cannot be read; so do later reads where the compressed content is damaged or cut short.
+    """
+    compression = _COMPRESSION_OF_SUFFIX.get(path.suffix.lower())
+    if compression is None:
+        return path.open("rb")
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression=compression))

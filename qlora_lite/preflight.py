@@ -1,0 +1,191 @@
+"""Look at a recipe's rows before anything is trained: what they are, what became of them, what is wrong.
+
+The result is one plain dict, the report: `qlora-lite data` prints it, `train` writes it into the run folder, and
+the page shows it, so that the three can never disagree. All problems are in it, not only the first.
+
+Lengths and counts are in tokens and rows; shares go from 0 to 1.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+
+from .build import build_sources, read_data
+from .data.batch import collate, packing_efficiency, plan_epoch
+from .data.check import check_overlap, count_special_tokens, histogram
+from .data.examples import Dataset
+from .data.formats import check_format, recognise
+from .data.lines import Problems, RowProblem
+from .data.mask import special_ids_of
+from .data.read import Source, read_rows
+from .data.show import pieces_of
+from .data.stored import row_lengths
+from .errors import DataError
+from .recipe.schema import Recipe
+
+_SHOWN_PER_RULE = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """Hold the rows of a run and the report about them.
+
+    Args:
+        data: the training rows.
+        eval_data: the evaluation rows, if the recipe names any.
+        report: see `empty_report` for the keys that are always there.
+    """
+
+    data: Dataset
+    eval_data: Dataset | None
+    report: dict
+
+    def raise_if_unusable(self) -> None:
+        """Raise a DataError that names what is wrong, if training on these rows would be a mistake."""
+        errors = [problem for problem in self.report["problems"] if problem["severity"] == "error"]
+        if not errors:
+            return
+        seen: Counter[str] = Counter()
+        shown = []
+        for problem in errors:
+            seen[problem["rule"]] += 1
+            if seen[problem["rule"]] <= _SHOWN_PER_RULE:
+                shown.append(line_of_problem(problem))
+        if rest := self.report["errors"] - len(shown):
+            shown.append(f"... and {rest:,} more problems")
+        if any(part.problems.count and not part.problems.fatal for part in (self.data, self.eval_data) if part):
+            shown.append("correct these rows, or let some be left out and counted with data.max_bad_rows")
+        raise DataError("\n".join(shown))
+
+
+def empty_report(problems: list[dict]) -> dict:
+    """Return the report of rows that could not be looked at."""
+    return {
+        "ok": False, "rows_read": 0, "rows_kept": 0, "dropped": {}, "tokens": 0, "learned_tokens": 0,
+        "packing_efficiency": None, "problems": problems, "errors": len(problems),
+    }  # fmt: skip
+
+
+def line_of_problem(problem: dict) -> str:
+    """Write a problem of the report as "file:line: message"."""
+    place = ":".join(str(part) for part in (problem["file"], problem["line"]) if part is not None)
+    return f"{place}: {problem['message']}" if place else problem["message"]
+
+
+def preflight(recipe: Recipe, tokenizer, rows_to_show: int = 4) -> Preflight:
+    """Read a recipe's training and evaluation rows and report on them; nothing is raised for bad rows.
+
+    Args:
+        recipe: says where the rows are and how they become tokens.
+        tokenizer: the model's.
+        rows_to_show: rows whose text goes into the report.
+    """
+    data = read_data(recipe, tokenizer, "train")
+    eval_data = read_data(recipe, tokenizer, "eval") if recipe.data.eval else None
+    problems, error_count = _problems(recipe, data, eval_data)
+    report = empty_report(problems) | {
+        "ok": error_count == 0, "errors": error_count,
+        **_counts(data),
+        **_lengths(recipe, data),
+        "sources": [_describe_source(source) for source in build_sources(recipe, "train")],
+        "template": _describe_template(data, tokenizer),
+        "special_tokens": _special_tokens(data, tokenizer),
+        "eval": eval_data and {
+            **_counts(eval_data),
+            "sources": [_describe_source(source) for source in build_sources(recipe, "eval")],
+        },
+        "rows": _rows(data, tokenizer, rows_to_show),
+    }  # fmt: skip
+    return Preflight(data, eval_data, report)
+
+
+def _problems(recipe: Recipe, data: Dataset, eval_data: Dataset | None) -> tuple[list[dict], int]:
+    """Return every problem of both parts, errors first, and how many errors there are in all."""
+    listed, error_count = [], 0
+    for part in filter(None, (data, eval_data)):
+        is_error = part.problems.too_many(recipe.data.max_bad_rows)
+        new = [_problem(problem, is_error) for problem in part.problems.found]
+        known = [problem for problem in new if problem in listed]  # what is wrong with the template, twice
+        listed += [problem for problem in new if problem not in known]
+        error_count += part.problems.count - len(known) if is_error else 0
+    overlap, is_error = check_overlap(data.examples, eval_data.examples) if eval_data else (None, False)
+    if overlap:
+        listed.append(_problem(overlap, is_error))
+        error_count += is_error
+    return sorted(listed, key=lambda problem: problem["severity"] != "error"), error_count
+
+
+def _problem(problem: RowProblem, is_error: bool) -> dict:
+    file, _, line = problem.where.rpartition(":")
+    if not line.isdecimal():
+        file, line = problem.where, ""
+    severity = "error" if is_error else "warning"
+    return {"file": file or None, "line": int(line) if line else None, "rule": problem.rule,
+            "message": problem.message, "severity": severity}  # fmt: skip
+
+
+def _counts(data: Dataset) -> dict:
+    return {
+        "rows_read": data.rows_read, "rows_kept": data.rows_kept, "dropped": data.dropped, "truncated": data.truncated,
+        "split": data.split, "tokens": data.tokens, "learned_tokens": data.learned_tokens,
+    }  # fmt: skip
+
+
+def _lengths(recipe: Recipe, data: Dataset) -> dict:
+    d = recipe.data
+    lengths = row_lengths(data.examples)
+    packs = plan_epoch(lengths, d.max_tokens, d.packing, 1, d.order, recipe.train.seed, 0)
+    return {
+        "max_tokens": d.max_tokens,
+        "packs": len(packs) if d.packing else None,
+        "packing_efficiency": packing_efficiency(lengths, d.max_tokens, packs) if d.packing else None,
+        "longest_tokens": max(lengths, default=0),
+        "lengths": [{"from": first, "to": last, "rows": count} for first, last, count in histogram(lengths)],
+    }
+
+
+def _describe_source(source: Source) -> dict:
+    """Name the format of a source: the one that the recipe gives, or what its first row looks like."""
+    try:
+        chosen = check_format(source)
+        if chosen is None:
+            where, row = next(read_rows(source, Problems()))
+            chosen = recognise(row, where)
+    except (DataError, StopIteration):
+        chosen = None
+    return {"path": source.path, "format": chosen, "weight": source.weight}
+
+
+def _describe_template(data: Dataset, tokenizer) -> dict | None:
+    """Name the chat template, and what begins and ends a row; None if every row is a plain document."""
+    if data.template is None:
+        return None
+    first = next((int(example.token_ids[0]) for example in data.examples), None)
+    begins = first is not None and first == tokenizer.bos_token_id
+    return {
+        "name": data.template.name,
+        "text": data.template.source,
+        "begin_token": tokenizer.bos_token if begins else None,
+        "end_tokens": tokenizer.convert_ids_to_tokens(sorted(data.end_token_ids)),
+    }
+
+
+def _special_tokens(data: Dataset, tokenizer) -> list[dict]:
+    found = count_special_tokens(data.examples, special_ids_of(tokenizer))
+    names = tokenizer.convert_ids_to_tokens([token.token_id for token in found])
+    return [{"token": name, "id": token.token_id, "count": token.count, "learned": token.learned}
+            for name, token in zip(names, found, strict=True)]  # fmt: skip
+
+
+def _rows(data: Dataset, tokenizer, count: int) -> list[dict]:
+    """Return the text of the first rows, as the collator hands them to the model."""
+    examples = [example for example in data.examples[:count] if example.learned.any()]
+    if not examples:
+        return []
+    shown = pieces_of(collate(examples), tokenizer, special_ids_of(tokenizer))
+    return [
+        {"where": example.where, "tokens": len(example.token_ids), "learned_tokens": int(example.learned.sum()),
+         "pieces": [asdict(piece) for piece in pieces]}
+        for example, pieces in zip(examples, shown, strict=True)
+    ]  # fmt: skip

@@ -1,0 +1,115 @@
+"""The finished examples are looked at once more, against references that look at one row and token at a time."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_lite.data import check
+from qlora_lite.data.check import check_examples, check_overlap, count_special_tokens, histogram
+from qlora_lite.data.stored import Example
+
+BEGIN, END = 1, 2
+
+token_rows = st.lists(
+    st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=1, max_size=6), min_size=1, max_size=12
+)
+
+
+def example(ids, learned=None, where="f:1"):
+    mask = [False] + [True] * (len(ids) - 1) if learned is None else learned
+    return Example(np.array(ids, np.int32), np.array(mask, bool), "", "", where)
+
+
+def examples_of(rows):
+    return [example([t for t, _ in row], [m for _, m in row], f"f:{i}") for i, row in enumerate(rows)]
+
+
+def faults(problems):
+    return {(problem.rule, problem.where) for problem in problems}
+
+
+def slow_faults(rows):
+    found = set()
+    for i, row in enumerate(rows):
+        if not any(learned for _, learned in row):
+            found.add((check.NOTHING_TO_LEARN, f"f:{i}"))
+        if any(row[t][0] == row[t + 1][0] == BEGIN for t in range(len(row) - 1)):
+            found.add((check.BEGIN_TWICE, f"f:{i}"))
+    if not any(token == END and learned for row in rows for token, learned in row):
+        found.add((check.END_NOT_LEARNED, ""))
+    return found
+
+
+@given(token_rows, st.sampled_from([1, 3, 10_000]))
+def test_the_faults_found_are_those_of_a_look_at_every_token(rows, rows_per_chunk):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check, "_ROWS_PER_CHUNK", rows_per_chunk)
+        assert faults(check_examples(examples_of(rows), BEGIN, {END})) == slow_faults(rows)
+
+
+def test_every_message_says_what_to_do():
+    rows = [example([BEGIN, BEGIN, 3]), example([3, 4], [False, False])]
+    for problem in check_examples(rows, BEGIN, {END}):
+        assert any(verb in problem.message for verb in ("take it out", "raise data.max_tokens", "choose a")), problem
+
+
+def test_an_end_token_that_is_not_to_be_learned_is_no_fault():
+    assert check_examples([example([3, 4])], BEGIN, {END}, end_is_learned=False) == []
+
+
+def test_a_tokenizer_without_begin_of_text_has_none_twice():
+    assert check_examples([example([3, 3, END])], None, {END}) == []
+
+
+def test_one_bad_row_among_many_is_found_and_named():
+    good = example([BEGIN, 3, END])
+    bad = example([BEGIN, 3, END], [False, False, False], "rows.jsonl:23456")
+    problems = check_examples([good] * 23_455 + [bad] + [good] * 20_000, BEGIN, {END})
+    assert [problem.where for problem in problems] == ["rows.jsonl:23456"]
+
+
+def overlap(train, evaluation):
+    rows = [[example([BEGIN, *ids], where=f"{name}:{i}") for i, ids in enumerate(part)]
+            for name, part in (("train", train), ("eval", evaluation))]  # fmt: skip
+    return check_overlap(*rows)
+
+
+def test_evaluation_rows_that_are_training_rows_are_counted_and_named():
+    problem, is_error = overlap([[5], [6], [7]], [[8], [6], [6]])
+    assert is_error and (problem.rule, problem.where) == (check.IN_BOTH, "eval:1")
+    assert "2 of 3 evaluation rows" in problem.message and "eval:1 is train:1, eval:2 is train:1" in problem.message
+
+
+def test_under_one_percent_of_duplicates_is_no_error():
+    assert overlap([[0]], [[i] for i in range(101)])[1] is False
+    assert overlap([[0]], [[i] for i in range(100)])[1] is True
+
+
+def test_no_duplicates_are_no_problem():
+    assert overlap([[5]], [[5, 6]]) == (None, False)
+
+
+@given(token_rows)
+def test_special_tokens_are_counted_and_so_are_the_learned_ones(rows):
+    flat = [pair for row in rows for pair in row]
+    found = {t.token_id: (t.count, t.learned) for t in count_special_tokens(examples_of(rows), {BEGIN, END})}
+    assert found == {
+        special: (sum(t == special for t, _ in flat), sum(t == special and learned for t, learned in flat))
+        for special in (BEGIN, END)
+        if any(t == special for t, _ in flat)
+    }
+
+
+@given(st.lists(st.integers(1, 10**6), min_size=1, max_size=50), st.integers(1, 20))
+def test_the_histogram_counts_every_length_once_in_equal_ranges(lengths, bars):
+    ranges = histogram(lengths, bars)
+    assert len(ranges) <= bars and ranges[0][2] and ranges[-1][2]
+    assert len({last - first for first, last, _ in ranges}) == 1
+    for first, last, count in ranges:
+        assert count == sum(first <= length <= last for length in lengths)
+    assert sum(count for _, _, count in ranges) == len(lengths)
+
+
+def test_no_rows_have_no_histogram_and_no_problems():
+    assert histogram([]) == [] and check_examples([], BEGIN, {END}) == [] and count_special_tokens([], set()) == []

@@ -1,0 +1,244 @@
+"""Tools, calls and results reach the template as it wants them, or the row is named with what does not fit."""
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from tiny_tokenizer import make_tokenizer
+
+from qlora_lite.data.examples import build_examples
+from qlora_lite.data.formats import Turn, as_message, read_conversations
+from qlora_lite.data.lines import Problems
+from qlora_lite.data.named_templates import NAMED_TEMPLATES
+from qlora_lite.data.read import Source
+from qlora_lite.errors import DataError
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Add",
+        "parameters": {"type": "object", "properties": {"x": {"type": "number", "default": None}, "y": {}}},
+    },
+}
+CALL = {"type": "function", "id": "c1", "function": {"name": "add", "arguments": {"x": 1, "y": [2, None]}}}
+USER = {"role": "user", "content": "what is the question"}
+CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+RESULT = {"role": "tool", "tool_call_id": "c1", "name": "add", "content": "42"}
+ANSWER = {"role": "assistant", "content": "the answer is 42"}
+ROW = {"messages": [USER, CALLING, RESULT, ANSWER], "tools": [TOOL]}
+TURNS = (
+    Turn("user", "what is the question"),
+    Turn("assistant", "", calls=(CALL,)),
+    Turn("tool", "42", call_id="c1", name="add"),
+    Turn("assistant", "the answer is 42"),
+)
+TEMPLATE = (
+    "{% if tools %}{{ '<|im_start|>system\n' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ '<call>' + call.function | tojson + '</call>' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def read(write):
+    def read_all(rows):
+        problems = Problems()
+        return list(read_conversations(Source(write("a.jsonl", rows)), problems)), problems
+
+    return read_all
+
+
+@pytest.fixture
+def build(write):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+
+    def build_all(rows, **settings):
+        return build_examples([Source(write("a.jsonl", rows))], settings.pop("tokenizer", tokenizer), **settings)
+
+    return build_all
+
+
+def test_tools_calls_and_results_become_turns_and_keep_what_is_in_them(read):
+    ((conversation,), problems) = read([ROW])
+    assert problems.shown == []
+    assert conversation.turns == TURNS and conversation.tools == (TOOL,)
+    assert [as_message(turn) for turn in conversation.turns] == [
+        USER, CALLING | {"content": ""}, RESULT, ANSWER,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {
+            "conversations": [
+                {"from": "human", "value": "what is the question"},
+                {"from": "function_call", "value": json.dumps(CALL["function"])},
+                {"from": "observation", "value": "42"},
+                {"from": "gpt", "value": "the answer is 42"},
+            ],
+            "tools": json.dumps([TOOL["function"]]),
+        },
+        {
+            "messages": [
+                USER,
+                {"role": "assistant", "content": "", "tool_calls": json.dumps([CALL["function"]])},
+                {"role": "tool", "content": [{"type": "text", "text": "42"}]},
+                ANSWER,
+            ],
+            "tools": json.dumps([TOOL]),
+        },
+        {
+            "messages": [
+                USER,
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"function": {"name": "add", "arguments": json.dumps({"x": 1, "y": [2, None]})}}],
+                },
+                {"role": "tool", "content": "42"},
+                ANSWER,
+            ],
+            "tools": [TOOL["function"]],
+        },
+    ],
+)
+def test_other_spellings_become_the_same_turns(read, row):
+    ((conversation,), problems) = read([row])
+    assert problems.shown == []
+    assert conversation.tools == (TOOL,)
+    call = {key: value for key, value in CALL.items() if key != "id"}
+    assert conversation.turns == (TURNS[0], Turn("assistant", "", calls=(call,)), Turn("tool", "42"), TURNS[3])
+
+
+def test_the_template_gets_tools_and_calls_and_the_calls_are_learned(build):
+    (example,) = build([ROW]).examples
+    tokenizer = make_tokenizer()
+    text = tokenizer.decode(example.token_ids)
+    assert json.dumps(TOOL) in text
+    learned = tokenizer.decode(example.token_ids[example.learned])
+    assert learned == f"<call>{json.dumps(CALL['function'])}</call><|im_end|>the answer is 42<|im_end|>"
+    assert example.answer == "the answer is 42"
+
+
+def test_a_row_may_end_with_the_call_that_it_teaches(build):
+    (example,) = build([{"messages": [USER, CALLING], "tools": [TOOL]}]).examples
+    assert example.learned.any()
+
+
+def test_a_call_with_weight_0_is_not_learned(build):
+    (example,) = build([{"messages": [USER, CALLING | {"weight": 0}, RESULT, ANSWER]}]).examples
+    assert make_tokenizer().decode(example.token_ids[example.learned]) == "the answer is 42<|im_end|>"
+
+
+def test_tools_of_a_parquet_file_come_without_the_nulls_of_their_neighbours(tmp_path):
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": {"properties": {name: {"type": "string"}}}}}
+        for name in ("add", "ask")
+    ]
+    rows = [{"messages": [USER, ANSWER], "tools": [tool]} for tool in tools]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    read = list(read_conversations(Source(str(tmp_path / "a.parquet")), Problems()))
+    assert [conversation.tools for conversation in read] == [(tool,) for tool in tools]
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([USER, CALLING, ANSWER], "turn 3 is assistant, but the call of 'add' before it has no result"),
+        ([USER, CALLING, USER, ANSWER], "turn 3 is user, but the call of 'add' before it has no result"),
+        ([USER, RESULT, ANSWER], "turn 2 is the result of a tool that no turn before it called"),
+        ([USER, CALLING, RESULT, RESULT, ANSWER], "turn 4 is the result of a tool that no turn before it called"),
+        ([USER, CALLING, RESULT | {"tool_call_id": "c2"}, ANSWER], "answers the call 'c2', but the open calls are"),
+    ],
+)
+def test_unbalanced_calls_are_an_error_with_the_line(read, messages, said):
+    kept, problems = read([ROW, {"messages": messages}])
+    assert len(kept) == 1 and ":2: " in problems.shown[0] and said in problems.shown[0]
+    assert problems.counts == {"unbalanced tool calls": 1}
+
+
+def test_calling_an_undefined_tool_is_an_error(read):
+    _, problems = read([{"messages": [USER, CALLING], "tools": [{"name": "ask"}]}])
+    assert "turn 2 calls 'add', which the row's tools do not define (ask)" in problems.shown[0]
+
+
+def test_results_may_come_in_another_order_than_calls_if_both_have_ids(read):
+    second = CALL | {"id": "c2"}
+    calling = CALLING | {"tool_calls": [CALL, second]}
+    ((conversation,), problems) = read([{"messages": [USER, calling, RESULT | {"tool_call_id": "c2"}, RESULT, ANSWER]}])
+    assert problems.shown == [] and conversation.turns[1].calls == (CALL, second)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"messages": [USER, CALLING, RESULT]}, "the last turn must be the assistant's"),
+        ({"messages": [USER | {"tool_calls": [CALL]}, ANSWER]}, "only the assistant can call tools"),
+        ({"messages": [USER, CALLING | {"tool_calls": [{}]}]}, "a tool call has no name"),
+        ({"messages": [USER, CALLING | {"tool_calls": "[{"}]}, "the tool call holds text that is not JSON"),
+        ({"messages": [USER, CALLING | {"tool_calls": 7}]}, "must be an object with a name and arguments"),
+        ({"messages": [USER, CALLING | {"tool_calls": [{"name": "f", "arguments": [1]}]}]}, "'f' are no object"),
+        ({"messages": [USER, CALLING | {"tool_calls": [{"name": "f", "arguments": "x"}]}]}, "call of 'f' holds text"),
+        ({"messages": [USER, ANSWER], "tools": [{}]}, "tool 1 has no name"),
+        ({"messages": [USER, ANSWER], "tools": {"name": "f"}}, "'tools' must be a list"),
+        ({"messages": [USER, ANSWER], "tools": "f()"}, "tools holds text that is not JSON"),
+        ({"messages": [USER, ANSWER], "tools": [TOOL, TOOL]}, "the tool 'add' is defined twice"),
+    ],
+)
+def test_tools_that_do_not_fit_are_an_error(read, row, said):
+    _, problems = read([row])
+    assert len(problems.shown) == 1 and ":1: " in problems.shown[0] and said in problems.shown[0]
+
+
+def test_a_template_that_ignores_tools_or_calls_is_an_error(build):
+    plain = make_tokenizer()
+    with pytest.raises(DataError, match="does not write the tool 'add'"):
+        build([{"messages": [USER, ANSWER], "tools": [TOOL]}], tokenizer=plain)
+    with pytest.raises(DataError, match=r"drops or changes turn 2 \(assistant\)"):
+        build([{"messages": [USER, CALLING]}], tokenizer=plain)
+    names_only = make_tokenizer()
+    names_only.chat_template = TEMPLATE.replace("call.function | tojson", "call.function.name")
+    with pytest.raises(DataError, match=r"drops or changes turn 2 \(assistant\)"):
+        build([{"messages": [USER, CALLING]}], tokenizer=names_only)
+
+
+def test_a_template_may_write_arguments_before_the_name(build):
+    tokenizer = make_tokenizer()
+    swapped = "(call.function.arguments | tojson) + call.function.name"
+    tokenizer.chat_template = TEMPLATE.replace("call.function | tojson", swapped)
+    assert build([ROW], tokenizer=tokenizer).rows_kept == 1
+
+
+@pytest.mark.parametrize("row", [
+    {"messages": [USER, CALLING | {"tool_calls": [{"name": "f", "arguments": {"x": "<|im_end|>"}}]}]},
+    {"messages": [USER, ANSWER], "tools": [{"name": "f", "description": "<|im_end|>"}]},
+])  # fmt: skip
+def test_a_special_token_inside_a_call_or_a_definition_is_an_error(build, row):
+    with pytest.raises(DataError, match=r"a.jsonl:1: .* holds the text '<\|im_end\|>'"):
+        build([row])
+
+
+def test_the_generation_blocks_of_a_template_hold_calls_too(build):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace(
+        "{{ '<|im_start|>' + m.role + '\n' + m.content }}",
+        "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}",
+    ).replace("{{ '<|im_end|>\n' }}{% endfor %}{% if add", (
+        "{{ '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}"
+        "{% endfor %}{% if add"
+    ))  # fmt: skip
+    (example,) = build([ROW], tokenizer=tokenizer).examples
+    learned = tokenizer.decode(example.token_ids[example.learned])
+    assert learned == f"<call>{json.dumps(CALL['function'])}</call><|im_end|>the answer is 42<|im_end|>"
+
+
+def test_every_named_template_refuses_what_it_cannot_write(build):
+    for name in NAMED_TEMPLATES:
+        with pytest.raises(DataError, match=r"does not write the tool|drops or changes turn|no form for tool turns"):
+            build([ROW], template=name)

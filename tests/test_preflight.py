@@ -1,0 +1,148 @@
+"""One report for the command, the run folder and the page; every problem in it, and what is wrong stops the run."""
+
+import json
+import re
+
+import pytest
+from tiny_files import byte_tokenizer, write_recipe
+
+from qlora_lite.data_page import render
+from qlora_lite.errors import DataError
+from qlora_lite.preflight import preflight
+from qlora_lite.recipe.load import load_recipe
+
+ALWAYS = {"rows_read", "rows_kept", "dropped", "tokens", "learned_tokens", "packing_efficiency", "problems"}
+
+
+@pytest.fixture
+def look(tmp_path):
+    """Look at rows (None: those of the tiny recipe) with settings of the data section."""
+
+    def look_at(train=None, evaluation=None, tokenizer=None, **settings):
+        recipe = write_recipe(tmp_path, "owner/name")
+        for name, rows in (("train", train), ("eval", evaluation)):
+            if rows is not None:
+                lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+                (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        overrides = [f"data.{key}={value}" for key, value in settings.items()]
+        return preflight(load_recipe(recipe, overrides, check_files=False), tokenizer or byte_tokenizer(), 2)
+
+    return look_at
+
+
+def pair(prompt, completion="y"):
+    return {"prompt": prompt, "completion": completion}
+
+
+def places(found):
+    return {(problem["line"], problem["rule"], problem["severity"]) for problem in found.report["problems"]}
+
+
+def test_good_rows_give_a_report_without_problems(look):
+    found = look()
+    report = found.report
+    found.raise_if_unusable()
+    assert report.keys() >= ALWAYS and report["ok"] and report["problems"] == []
+    assert (report["rows_read"], report["rows_kept"], report["dropped"]) == (24, 24, {})
+    assert report["tokens"] == sum(len(e.token_ids) for e in found.data.examples)
+    assert report["learned_tokens"] == sum(int(e.learned.sum()) for e in found.data.examples)
+    assert report["packing_efficiency"] == report["tokens"] / (128 * report["packs"])
+    assert sum(bar["rows"] for bar in report["lengths"]) == 24
+    assert report["sources"][0]["format"] == "messages" and report["eval"]["rows_kept"] == 6
+    assert report["template"]["name"] == "model" and report["template"]["end_tokens"] == ["<|im_end|>"]
+    end = next(token for token in report["special_tokens"] if token["token"] == "<|im_end|>")
+    assert (end["count"], end["learned"]) == (48, 24)
+    json.dumps(report)
+
+
+def test_the_shown_rows_are_the_first_ones_with_their_learned_text(look):
+    first, second = look().report["rows"]
+    assert first["where"].endswith("train.jsonl:1") and second["where"].endswith("train.jsonl:2")
+    assert "".join(p["text"] for p in first["pieces"] if p["learned"]) == "zero<|im_end|>"
+    assert "".join(p["text"] for p in first["pieces"]).startswith("<|im_start|>user\n0?<|im_end|>")
+
+
+def test_every_bad_row_of_both_files_is_named_and_stops_the_run(look):
+    found = look([pair("a"), "{", pair("b", 7), pair("x<|im_end|>")], [pair("c"), {"prompt": "d"}])
+    assert places(found) == {
+        (2, "malformed row", "error"), (3, "malformed row", "error"), (4, "control token in text", "error"),
+    }  # fmt: skip
+    assert not found.report["ok"] and found.report["errors"] == 4
+    with pytest.raises(DataError, match=r"train.jsonl:2: not JSON(.|\n)*train.jsonl:4(.|\n)*eval.jsonl:2") as caught:
+        found.raise_if_unusable()
+    assert caught.value.exit_code == 2 and "data.max_bad_rows" in str(caught.value)
+
+
+def test_bad_rows_within_the_limit_are_warnings_and_counted(look):
+    found = look([pair("a"), "{", pair("b")], max_bad_rows=1)
+    assert found.report["ok"] and places(found) == {(2, "malformed row", "warning")}
+    assert (found.report["rows_read"], found.report["rows_kept"]) == (3, 2)
+    assert found.report["dropped"] == {"malformed row": 1}
+    found.raise_if_unusable()
+
+
+def test_one_bad_row_among_many_is_found_and_named(look):
+    found = look([pair(f"q{i}") if i != 4321 else pair(f"q{i}", None) for i in range(6000)])
+    assert places(found) == {(4322, "malformed row", "error")}
+
+
+def test_evaluation_rows_in_training_are_an_error_from_one_percent_on(look):
+    many = [pair(f"q{i}") for i in range(150)]
+    assert places(look(many[:1], many)) == {(1, "evaluation row in training", "warning")}
+    found = look(many, many[:10])
+    assert places(found) == {(1, "evaluation row in training", "error")}
+    with pytest.raises(DataError, match="10 of 10 evaluation rows are training rows too"):
+        found.raise_if_unusable()
+
+
+def test_a_missing_file_and_a_bad_row_of_another_are_both_named(look, tmp_path):
+    found = look([pair("a"), "{"], eval=str(tmp_path / "none.jsonl"))
+    files = [problem["file"] for problem in found.report["problems"]]
+    assert files == [str(tmp_path / "train.jsonl"), str(tmp_path / "none.jsonl")]
+    assert found.report["problems"][1]["message"].startswith("no such file")
+    assert found.report["rows_read"] == 2
+
+
+def test_a_model_without_a_template_is_one_problem_with_the_choices(look):
+    found = look(tokenizer=byte_tokenizer(template=None))
+    assert {problem["rule"] for problem in found.report["problems"]} == {"source not usable"}
+    assert "set data.template to one of" in found.report["problems"][0]["message"]
+
+
+def test_a_million_bad_rows_are_counted_and_the_first_of_each_rule_listed(look):
+    found = look(["{"] * 500 + [pair("a"), pair("x<s>")])
+    rules = [problem["rule"] for problem in found.report["problems"]]
+    assert rules == ["malformed row"] * 20 + ["control token in text"]
+    assert found.report["errors"] == 501
+    with pytest.raises(DataError, match="and 495 more problems"):
+        found.raise_if_unusable()
+
+
+def test_plain_documents_have_no_template(look):
+    report = look([{"text": "one two"}, {"text": "three"}], [{"text": "four"}]).report
+    assert report["template"] is None and report["sources"][0]["format"] == "text" and report["ok"]
+
+
+def test_without_packing_there_is_no_efficiency(look):
+    report = look(packing="false").report
+    assert report["packing_efficiency"] is None and report["packs"] is None
+
+
+HOSTILE = "</script><img src=x onerror=alert(1)>&\"'"
+
+
+@pytest.mark.parametrize("settings", [{}, {"packing": "false"}, {"max_bad_rows": 5}])
+def test_the_page_shows_rows_and_problems_and_escapes_both(look, settings):
+    found = look([pair(HOSTILE, f"learned {HOSTILE}"), {"messages": [{"role": HOSTILE, "content": "a"}]}], **settings)
+    html = render(found.report, HOSTILE)
+    assert "<img" not in html and HOSTILE not in html
+    assert re.search(r'<span class="learned">learned &lt;/script&gt;', html)
+    assert '<span class="seen token">&lt;|im_start|&gt;</span>' in html
+    assert ("not to be trained on" in html) == ("max_bad_rows" not in settings) != (">can be trained on" in html)
+    assert f'class="notice {"warning" if "max_bad_rows" in settings else "error"}"' in html
+    assert "http:" not in html and "https:" not in html
+
+
+def test_the_page_of_rows_that_could_not_be_read_has_the_reason(look, tmp_path):
+    html = render(look([], []).report, "empty")
+    assert "the file has no rows" in html and "not to be trained on" in html
