@@ -6,7 +6,7 @@ first weights a token by how few its batch had: transformers issues 34191 and 37
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 
 from qlora_lite.data.batch import Batch
 from qlora_lite.models.anatomy import decoder, head
-from qlora_lite.models.load import uses_row_attention
+from qlora_lite.models.load import rows_run_alone, uses_row_attention
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, chunked_cross_entropy
 from qlora_lite.ops.shapes import kernel_rows
 
@@ -44,6 +44,8 @@ def hidden_states(model: nn.Module, batch: Batch) -> torch.Tensor:
     Where the device's kernels want rounder counts (see ``ops.shapes``), filler tokens go through the blocks
     behind the rows and are cut off again: enough to round up the last row, and then the whole batch.
     """
+    if rows_run_alone(model) and len(batch.row_lengths) > 1:
+        return torch.cat([hidden_states(model, row) for row in _single_rows(batch)])
     tokens, last = batch.input_ids.shape[1], batch.row_lengths[-1]
     filler = kernel_rows(tokens - last + kernel_rows(last, model.device), model.device) - tokens
     input_ids = torch.nn.functional.pad(batch.input_ids, (0, filler)).to(model.device)
@@ -51,6 +53,14 @@ def hidden_states(model: nn.Module, batch: Batch) -> torch.Tensor:
     rows = {"row_lengths": batch.row_lengths} if uses_row_attention(model) else {}
     output = decoder(model)(input_ids=input_ids, position_ids=position_ids, use_cache=False, **rows)
     return output.last_hidden_state[0, :tokens]
+
+
+def _single_rows(batch: Batch) -> Iterator[Batch]:
+    start = 0
+    for length, where in zip(batch.row_lengths, batch.where, strict=True):
+        row = slice(start, start + length)
+        yield Batch(batch.input_ids[:, row], batch.position_ids[:, row], batch.labels[row], (length,), (where,))
+        start += length
 
 
 def summed_loss(model: nn.Module, batch: Batch, chunk_tokens: int | None = None) -> torch.Tensor:
