@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import nn
 
 from .build import build_data, build_model, train_settings
-from .data.examples import Example
+from .data.stored import Example
 from .errors import DataError
 from .generate import answer, stop_ids
 from .models.load import load_tokenizer

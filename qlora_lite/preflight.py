@@ -20,6 +20,7 @@ from .data.lines import Problems, RowProblem
 from .data.mask import special_ids_of
 from .data.read import Source, read_rows
 from .data.show import pieces_of
+from .data.stored import row_lengths
 from .errors import DataError
 from .recipe.schema import Recipe
 
@@ -127,13 +128,13 @@ def _problem(problem: RowProblem, is_error: bool) -> dict:
 def _counts(data: Dataset) -> dict:
     return {
         "rows_read": data.rows_read, "rows_kept": data.rows_kept, "dropped": data.dropped, "truncated": data.truncated,
-        "tokens": data.tokens, "learned_tokens": data.learned_tokens,
+        "split": data.split, "tokens": data.tokens, "learned_tokens": data.learned_tokens,
     }  # fmt: skip
 
 
 def _lengths(recipe: Recipe, data: Dataset) -> dict:
     d = recipe.data
-    lengths = [len(example.token_ids) for example in data.examples]
+    lengths = row_lengths(data.examples)
     packs = plan_epoch(lengths, d.max_tokens, d.packing, 1, d.order, recipe.train.seed, 0)
     return {
         "max_tokens": d.max_tokens,

@@ -5,7 +5,7 @@ examples once more, all of them and by plain comparison, because what is checked
 about what is left of it (trl issue 6025), and because some faults belong to no row: an end token that is learned
 nowhere, evaluation rows that stand in training too.
 
-Examples are joined in chunks, so that a million short rows take about a second and little memory.
+Examples are looked at in chunks, so that a million short rows take about a second and little memory.
 
 Shapes: T tokens of a chunk of rows; ids int [T], learned bool [T], starts int [rows], the first token of each.
 """
@@ -14,14 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qlora_lite.data.lines import RowProblem
-
-if TYPE_CHECKING:
-    from qlora_lite.data.examples import Example
+from qlora_lite.data.stored import Example, Examples, stored
 
 NOTHING_TO_LEARN = "nothing to learn"
 BEGIN_TWICE = "begin token twice"
@@ -56,7 +53,7 @@ def check_examples(
         One problem per row and fault, and one for the set.
     """
     problems = []
-    end_seen = not end_is_learned or not examples
+    end_seen = not end_is_learned or len(examples) == 0
     for rows, ids, learned, starts in _chunks(examples):
         for row in np.flatnonzero(~np.logical_or.reduceat(learned, starts)):
             message = "no token of this row is learned; give it an answer, raise data.max_tokens, or remove it"
@@ -72,12 +69,12 @@ def check_examples(
     return problems
 
 
-def _chunks(examples: Sequence[Example]) -> Iterator[tuple[Sequence[Example], np.ndarray, np.ndarray, np.ndarray]]:
+def _chunks(examples: Sequence[Example]) -> Iterator[tuple[Examples, np.ndarray, np.ndarray, np.ndarray]]:
+    examples = stored(examples)
     for first in range(0, len(examples), _ROWS_PER_CHUNK):
         rows = examples[first : first + _ROWS_PER_CHUNK]
-        lengths = np.array([len(row.token_ids) for row in rows])
-        ids = np.concatenate([row.token_ids for row in rows])
-        yield rows, ids, np.concatenate([row.learned for row in rows]), np.cumsum(lengths) - lengths
+        ids, learned = rows.joined()
+        yield rows, ids, learned, np.cumsum(rows.lengths) - rows.lengths
 
 
 def _begin_twice(ids: np.ndarray, starts: np.ndarray, begin_id: int | None) -> list[int]:

@@ -7,8 +7,10 @@ training.
 """
 
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lite.errors import ModelError
+from qlora_lite.ops.checkpoint import checkpoint
 from qlora_lite.ops.loss import Head
 
 
@@ -41,15 +43,20 @@ def head(model: nn.Module) -> Head:
     return Head(layer.weight, getattr(layer, "bias", None), scale, softcap)
 
 
-def set_checkpointing(model: nn.Module, enabled: bool) -> None:
-    """Recompute every block in backward, or keep its activations.
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the decoder's repeated blocks, in order.
 
-    transformers before 5.24 names the same methods ``gradient_checkpointing_*``; drop those at a newer minimum.
+    Raises:
+        ModelError: the architecture does not mark them as transformers' ``GradientCheckpointingLayer``.
     """
-    verb = "enable" if enabled else "disable"
-    newer = getattr(model, f"activation_checkpointing_{verb}", None)
-    switch = newer or getattr(model, f"gradient_checkpointing_{verb}")
-    if enabled:
-        switch({"use_reentrant": False})
-    else:
-        switch()
+    found = [module for module in decoder(model).modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not found:
+        raise ModelError(f"{type(model).__name__} does not mark its blocks; it cannot be checkpointed")
+    return found
+
+
+def set_checkpointing(model: nn.Module, enabled: bool) -> None:
+    """Recompute every block in backward, or keep its activations."""
+    for block in blocks(model):
+        block.gradient_checkpointing = enabled
+        block._gradient_checkpointing_func = checkpoint  # the place that transformers' class documents for it

@@ -83,13 +83,13 @@ def _chunk(hidden, targets, head: Head, with_grad: bool):
     count, hidden = hidden.shape[0], pad_rows(hidden)
     top = hidden.new_full((hidden.shape[0], 1), -torch.inf, dtype=torch.float32)
     total = torch.zeros_like(top)
-    target_logits, target_slopes = torch.zeros_like(top), torch.ones_like(top)
+    target_logits = torch.zeros_like(top[:count])
     grad = torch.zeros_like(hidden, dtype=torch.float32) if with_grad else None
     for start in range(0, head.weight.shape[0], TILE_WORDS):
         words = slice(start, start + TILE_WORDS)
         logits = head_logits(hidden, head, words)
-        inside = ((targets >= start) & (targets < start + logits.shape[1])).nonzero()[:, 0]
-        target_logits[inside] = logits[inside].gather(1, targets[inside] - start)
+        place = (targets - start).clamp_(0, logits.shape[1] - 1)
+        target_logits = torch.where(place + start == targets, logits.gather(1, place), target_logits)
         new_top = torch.maximum(top, logits.amax(dim=1, keepdim=True))
         shrink = torch.exp(top - new_top)
         slopes = None if head.softcap is None or not with_grad else 1 - (logits / head.softcap).square_()
@@ -99,10 +99,9 @@ def _chunk(hidden, targets, head: Head, with_grad: bool):
             weights = weights if slopes is None else weights.mul_(slopes)
             grad.mul_(shrink).add_(weights.to(hidden.dtype) @ head.weight[words])
         top = new_top
-    loss = (top + total.log() - target_logits)[:count].sum()
+    loss = ((top + total.log())[:count] - target_logits).sum()
     if not with_grad:
         return loss, None
-    if head.softcap is not None:
-        target_slopes = 1 - (target_logits / head.softcap).square()
-    grad = (grad / total)[:count] - target_slopes[:count] * head.weight[targets[:, 0]]
+    target_slopes = 1.0 if head.softcap is None else 1 - (target_logits / head.softcap).square()
+    grad = (grad / total)[:count] - target_slopes * head.weight[targets[:, 0]]
     return loss, (grad * head.scale).to(hidden.dtype)

@@ -6,15 +6,40 @@ run would grow by hundreds of MiB. Rounding the counts up on CPUs keeps the kern
 this. Remove it when a run over random lengths no longer grows without it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch.nn.functional import pad
 
 CPU_MULTIPLE = 32
 
 
+class _Planned:
+    device_type: str | None = None
+
+
+def device_type(device: torch.device) -> str:
+    """Return whose kernels will work on a tensor: its device's, or those of the card that a plan is made for."""
+    return _Planned.device_type or device.type
+
+
+@contextmanager
+def planning_for(device_type: str) -> Iterator[None]:
+    """Choose kernels and shapes as if tensors lay on such a device.
+
+    Fake tensors on "cuda" need a torch that was built with CUDA, so a plan for a card uses fake CPU tensors.
+    """
+    _Planned.device_type = device_type
+    try:
+        yield
+    finally:
+        _Planned.device_type = None
+
+
 def kernel_rows(count: int, device: torch.device) -> int:
     """Return ``count`` rounded up to what the device's kernels are made for: a multiple of 32 on a CPU."""
-    return -(-count // CPU_MULTIPLE) * CPU_MULTIPLE if device.type == "cpu" else count
+    return -(-count // CPU_MULTIPLE) * CPU_MULTIPLE if device_type(device) == "cpu" else count
 
 
 def pad_rows(matrix: torch.Tensor) -> torch.Tensor:

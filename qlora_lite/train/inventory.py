@@ -1,7 +1,9 @@
 """What lies in memory for the whole run: a table printed at the start, so that no copy is hidden."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from qlora_lite.lora.inject import lora_parameters
@@ -23,39 +25,40 @@ def inventory(model: nn.Module) -> list[Entry]:
     """Return the model's parameters and buffers by group, type and device, each storage counted once."""
     groups: dict[tuple[str, str, str, str], int] = {}
     seen: set[int] = set()
-    factors = {id(parameter) for _, parameter in lora_parameters(model)}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    for module in model.modules():
-        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        for name, tensor in tensors:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() in seen:
-                continue
-            seen.add(storage.data_ptr())
-            group, why = _group(module, name, tensor, factors, embedding, head)
-            key = (group, str(tensor.dtype).removeprefix("torch."), str(tensor.device), why)
-            groups[key] = groups.get(key, 0) + storage.nbytes()
+    for tensor, group, why in categorised(model):
+        storage = tensor.untyped_storage()
+        if storage._cdata in seen:
+            continue
+        seen.add(storage._cdata)
+        key = (group, str(tensor.dtype).removeprefix("torch."), str(tensor.device), why)
+        groups[key] = groups.get(key, 0) + storage.nbytes()
     return sorted((Entry(g, t, d, size, why) for (g, t, d, why), size in groups.items()), key=lambda e: -e.bytes)
 
 
-def _group(module, name, tensor, factors, embedding, head) -> tuple[str, str]:
+def categorised(model: nn.Module) -> Iterator[tuple[torch.Tensor, str, str]]:
+    """Yield every parameter and buffer with its category (see ``memory.ledger``) and why it is there in this type."""
+    factors = {id(parameter) for _, parameter in lora_parameters(model)}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for module in model.modules():
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            yield (tensor, *_category(module, name, tensor, factors, embedding, head))
+
+
+def _category(module, name, tensor, factors, embedding, head) -> tuple[str, str]:
     if id(tensor) in factors:
         return "adapter", "trained; the gradient has the same size and type"
     if isinstance(module, QuantLinear) and name == "weight":
-        return (
-            "base weights",
-            f"{module.quant_type} codes, two per byte, never unpacked for longer than a product",
-        )
+        return "base weights", f"{module.quant_type} codes, two per byte, never unpacked for longer than a product"
     if isinstance(module, QuantLinear) and name != "bias":
         return "quantisation constants", "one maximum per 64 weights, quantised again if model.double_quant"
     if module is embedding:
         tied = head is not None and getattr(head, "weight", None) is tensor
-        return "embeddings" + (" and head (tied)" if tied else ""), "the compute type; only rows are read"
+        return "embeddings", "the compute type; " + ("also the head (tied)" if tied else "only rows are read")
     if module is head:
         return "head", "the compute type; a 4-bit head would cost accuracy"
     if isinstance(tensor, nn.Parameter) and tensor.ndim >= 2:
         return "base weights", "frozen, not quantised"
-    return "norms, biases, tables", "small and sensitive to rounding"
+    return "base weights", "norms, biases, tables: small and sensitive to rounding"
 
 
 def total_parameters(model: nn.Module) -> int:

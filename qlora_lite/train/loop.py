@@ -17,15 +17,17 @@ import torch
 from torch import nn
 
 from qlora_lite.data.batch import Batch, collate, plan_epoch
-from qlora_lite.data.examples import Example
+from qlora_lite.data.stored import Example, row_lengths
+from qlora_lite.errors import TrainingError
 from qlora_lite.lora.inject import lora_parameters
 from qlora_lite.memory.meter import PeakMeter
 from qlora_lite.models.anatomy import set_checkpointing
 
 from .guards import check_adapters_took_part, check_forward, check_trainable, explain_not_finite
 from .optim import build_optimizer
+from .rehearsal import rehearse_step
 from .schedule import lr_factor
-from .step import Evaluation, accumulate_gradients, evaluate_loss, train_step
+from .step import Evaluation, evaluate_loss, prepare, train_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ class Trainer:
 
     def __init__(self, model: nn.Module, examples: Sequence[Example], settings: TrainSettings):
         self.model, self.examples, self.settings = model, examples, settings
-        self.lengths = [len(example.token_ids) for example in examples]
+        self.lengths = row_lengths(examples)
         self.parameters = [parameter for _, parameter in lora_parameters(model)]
         self.optimizer = build_optimizer(
             self.parameters, settings.optimizer, settings.learning_rate, settings.weight_decay
@@ -95,18 +97,37 @@ class Trainer:
         self.meter = PeakMeter(model.device)
         weakref.finalize(self, self.meter.close)  # its thread would outlive the trainer
 
-    def rehearse(self) -> None:
-        """Run forward and backward of the micro-batch with the most tokens, and leave no trace of it."""
-        plan = [rows for group in self._epoch(0) for rows in group]
-        largest = max(plan, key=lambda rows: sum(self.lengths[row] for row in rows))
-        self.model.train()
-        with torch.random.fork_rng(devices=[self.model.device] if self.model.device.type == "cuda" else []):
-            accumulate_gradients(
-                self.model,
-                [collate([self.examples[row] for row in largest])],
-                self.settings.loss_chunk_tokens,
-            )
-        self.optimizer.zero_grad(set_to_none=True)
+    def largest_batch(self) -> Batch:
+        """Return the micro-batch with the most tokens of all that the run will see."""
+        largest, steps, epoch = [], 0, 0
+        while steps < self.total_steps:
+            groups = self._epoch(epoch)
+            steps, epoch = steps + len(groups), epoch + 1
+            largest = max([largest, *(rows for group in groups for rows in group)], key=self._tokens_of)
+        return collate([self.examples[row] for row in largest])
+
+    def _tokens_of(self, rows: Sequence[int]) -> int:
+        return sum(self.lengths[row] for row in rows)
+
+    def rehearse(self, eval_examples: Sequence[Example] = ()) -> None:
+        """Run a step on the largest micro-batch and the largest evaluation batch, and leave no trace of it.
+
+        Raises:
+            TrainingError: a factor is not what it was.
+        """
+        s, device = self.settings, self.model.device
+        evaluation = max(eval_batches(eval_examples, s), key=lambda b: sum(b.row_lengths), default=None)
+        optimizer = build_optimizer(self.parameters, s.optimizer, 0.0, 0.0)
+        before, was_training = [torch.hash_tensor(p.detach()) for p in self.parameters], self.model.training
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            rehearse_step(
+                self.model, self.parameters, optimizer, prepare(self.largest_batch(), device),
+                evaluation and prepare(evaluation, device), s.max_grad_norm, s.loss_chunk_tokens,
+                s.gradient_accumulation_steps > 1,
+            )  # fmt: skip
+        self.model.train(was_training)
+        if any(torch.hash_tensor(p.detach()) != h for p, h in zip(self.parameters, before, strict=True)):
+            raise TrainingError("the rehearsal before training changed a LoRA factor; please report this")
 
     def _epoch(self, epoch: int) -> list[list[list[int]]]:
         """Return the rows of each micro-batch of each step of an epoch."""
@@ -160,6 +181,6 @@ class Trainer:
 
 def eval_batches(examples: Sequence[Example], settings: TrainSettings) -> Iterator[Batch]:
     """Lay evaluation rows end to end up to ``max_tokens`` per batch, in their own order."""
-    lengths = [len(example.token_ids) for example in examples]
+    lengths = row_lengths(examples)
     for rows in plan_epoch(lengths, settings.max_tokens, True, 1, "as-is", settings.seed, 0):
         yield collate([examples[row] for row in rows])

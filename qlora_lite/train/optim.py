@@ -46,7 +46,7 @@ def clip_gradients(parameters: list[torch.nn.Parameter], max_norm: float) -> tor
     """Scale the gradients to a total L2 norm of at most ``max_norm`` (0: only measure); return the norm.
 
     The norm is accumulated in float32 whatever the gradients' type. If it is not finite, nothing is scaled, so
-    that the gradient at fault can still be told from the others.
+    that the gradient at fault can still be told from the others. No value is read back to the host.
 
     Raises:
         TrainingError: a parameter has no gradient.
@@ -56,6 +56,6 @@ def clip_gradients(parameters: list[torch.nn.Parameter], max_norm: float) -> tor
         raise TrainingError(f"{missing} of {len(parameters)} LoRA factors got no gradient")
     norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters]
     total = torch.linalg.vector_norm(torch.stack(norms))
-    if max_norm > 0 and total.isfinite():
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+    if max_norm > 0:  # a norm of 0 scales by 1
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total.where(total.isfinite(), 0.0))
     return total

@@ -6,13 +6,14 @@ first weights a token by how few its batch had: transformers issues 34191 and 37
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from qlora_lite.data.batch import Batch
+from qlora_lite.memory.marks import category, phase
 from qlora_lite.models.anatomy import decoder, head
 from qlora_lite.models.load import rows_run_alone, uses_row_attention
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, chunked_cross_entropy
@@ -38,41 +39,75 @@ class Evaluation(NamedTuple):
     labelled_tokens: int
 
 
-def hidden_states(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Return the last hidden states [T, D] of a batch of rows laid end to end.
+class Inputs(NamedTuple):
+    """A micro-batch as the model computes on it; no shape in the step depends on its values.
+
+    input_ids, position_ids: int64 [1, T + filler], on the model's device.
+    row_lengths: tokens of each row, T in all.
+    learned: int64 [N], the places whose next token is a target.
+    targets: int64 [N].
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    row_lengths: tuple[int, ...]
+    learned: torch.Tensor
+    targets: torch.Tensor
+
+
+def prepare(batch: Batch, device: torch.device) -> Inputs:
+    """Move a batch to the device and find its targets.
 
     Where the device's kernels want rounder counts (see ``ops.shapes``), filler tokens go through the blocks
     behind the rows and are cut off again: enough to round up the last row, and then the whole batch.
     """
-    if rows_run_alone(model) and len(batch.row_lengths) > 1:
-        return torch.cat([hidden_states(model, row) for row in _single_rows(batch)])
-    tokens, last = batch.input_ids.shape[1], batch.row_lengths[-1]
-    filler = kernel_rows(tokens - last + kernel_rows(last, model.device), model.device) - tokens
-    input_ids = torch.nn.functional.pad(batch.input_ids, (0, filler)).to(model.device)
-    position_ids = torch.cat([batch.position_ids, torch.arange(filler)[None]], dim=1).to(model.device)
-    rows = {"row_lengths": batch.row_lengths} if uses_row_attention(model) else {}
-    output = decoder(model)(input_ids=input_ids, position_ids=position_ids, use_cache=False, **rows)
-    return output.last_hidden_state[0, :tokens]
+    filler = filler_tokens(batch.row_lengths, device)
+    input_ids = torch.nn.functional.pad(batch.input_ids, (0, filler))
+    position_ids = torch.cat([batch.position_ids, torch.arange(filler)[None]], dim=1)
+    learned = (batch.labels != -100).nonzero().squeeze(1)
+    tensors = [t.to(device) for t in (input_ids, position_ids, learned, batch.labels[learned])]
+    return Inputs(*tensors[:2], batch.row_lengths, *tensors[2:])
 
 
-def _single_rows(batch: Batch) -> Iterator[Batch]:
-    start = 0
-    for length, where in zip(batch.row_lengths, batch.where, strict=True):
-        row = slice(start, start + length)
-        yield Batch(batch.input_ids[:, row], batch.position_ids[:, row], batch.labels[row], (length,), (where,))
+def filler_tokens(row_lengths: Sequence[int], device: torch.device) -> int:
+    """Return how many tokens ``prepare`` adds behind the rows."""
+    tokens, last = sum(row_lengths), row_lengths[-1]
+    return kernel_rows(tokens - last + kernel_rows(last, device), device) - tokens
+
+
+def hidden_states(model: nn.Module, inputs: Inputs) -> torch.Tensor:
+    """Return the last hidden states [T, D] of rows laid end to end."""
+    if rows_run_alone(model):
+        return _hidden_states_row_by_row(model, inputs)
+    rows = {"row_lengths": inputs.row_lengths} if uses_row_attention(model) else {}
+    output = decoder(model)(
+        input_ids=inputs.input_ids, position_ids=inputs.position_ids, use_cache=False, **rows
+    )  # fmt: skip
+    return output.last_hidden_state[0, : sum(inputs.row_lengths)]
+
+
+def _hidden_states_row_by_row(model: nn.Module, inputs: Inputs) -> torch.Tensor:
+    """Run each row by itself; the tokens behind it, up to the kernel's length, cannot change what came before."""
+    outs, start, device = [], 0, inputs.input_ids.device
+    for length in inputs.row_lengths:
+        ids = inputs.input_ids[:, start : start + kernel_rows(length, device)]
+        positions = torch.arange(ids.shape[1], device=device)[None]
+        outs.append(
+            decoder(model)(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0, :length]
+        )
         start += length
+    return torch.cat(outs)
 
 
-def summed_loss(model: nn.Module, batch: Batch, chunk_tokens: int | None = None) -> torch.Tensor:
+def summed_loss(model: nn.Module, inputs: Inputs, chunk_tokens: int | None = None) -> torch.Tensor:
     """Return the float32 sum of the losses of a batch's labelled tokens.
 
     Args:
         chunk_tokens: tokens whose logits exist at once; None takes the default.
     """
-    labelled = (batch.labels != -100).nonzero().squeeze(1)
-    targets = batch.labels[labelled].to(model.device)
-    hidden = hidden_states(model, batch)[labelled.to(model.device)]
-    return chunked_cross_entropy(hidden, targets, head(model), chunk_tokens or AUTO_CHUNK_TOKENS)
+    hidden = hidden_states(model, inputs)[inputs.learned]
+    with category("logits"):
+        return chunked_cross_entropy(hidden, inputs.targets, head(model), chunk_tokens or AUTO_CHUNK_TOKENS)
 
 
 def labelled_count(batch: Batch) -> int:
@@ -80,14 +115,18 @@ def labelled_count(batch: Batch) -> int:
     return int((batch.labels != -100).sum())
 
 
-def accumulate_gradients(model: nn.Module, batches: Sequence[Batch], chunk_tokens: int | None = None) -> float:
+def accumulate_gradients(
+    model: nn.Module, batches: Sequence[Inputs], chunk_tokens: int | None = None
+) -> torch.Tensor:  # fmt: skip
     """Add the gradients of the mean loss over all labelled tokens of the batches; return that mean."""
-    total = sum(labelled_count(batch) for batch in batches)
-    mean = 0.0
+    total = sum(len(batch.targets) for batch in batches)
+    mean = torch.zeros((), dtype=torch.float32, device=model.device)
     for batch in batches:
-        loss = summed_loss(model, batch, chunk_tokens) / total
-        loss.backward()
-        mean += loss.item()
+        with phase("forward"):
+            loss = summed_loss(model, batch, chunk_tokens) / total
+        with phase("backward"):
+            loss.backward()
+        mean += loss.detach()
     return mean
 
 
@@ -101,10 +140,12 @@ def train_step(
         The step's numbers; ``loss`` or ``grad_norm`` is not finite if the update was skipped.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    loss = accumulate_gradients(model, batches, chunk_tokens)
-    grad_norm = clip_gradients(parameters, max_grad_norm).item()
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        optimizer.step()
+    mean = accumulate_gradients(model, [prepare(batch, model.device) for batch in batches], chunk_tokens)
+    with phase("optimizer"):
+        loss, grad_norm = mean.item(), clip_gradients(parameters, max_grad_norm).item()
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            with category("optimizer"):
+                optimizer.step()
     tokens = sum(batch.input_ids.shape[1] for batch in batches)
     return StepResult(loss, grad_norm, tokens, sum(labelled_count(batch) for batch in batches))
 
@@ -115,9 +156,10 @@ def evaluate_loss(model: nn.Module, batches: Iterable[Batch], chunk_tokens: int 
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
-    for batch in batches:
-        total += summed_loss(model, batch, chunk_tokens).item()
-        count += labelled_count(batch)
+    with phase("evaluation"):
+        for batch in batches:
+            total += summed_loss(model, prepare(batch, model.device), chunk_tokens).item()
+            count += labelled_count(batch)
     model.train(was_training)
     loss = total / max(1, count)
     return Evaluation(loss, math.exp(min(loss, 700.0)), count)

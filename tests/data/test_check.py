@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from qlora_lite.data import check
 from qlora_lite.data.check import check_examples, check_overlap, count_special_tokens, histogram
-from qlora_lite.data.examples import Example
+from qlora_lite.data.stored import Example
 
 BEGIN, END = 1, 2
 

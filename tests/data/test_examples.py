@@ -11,12 +11,12 @@ from tiny_tokenizer import make_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qlora_lite.data.examples import _repeat, build_examples
+from qlora_lite.data.examples import build_examples
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
 from qlora_lite.data.read import Source
+from qlora_lite.data.stored import repeated
 from qlora_lite.errors import DataError
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 PAIRS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(4)]
 
 
@@ -286,7 +286,7 @@ def test_the_weight_of_a_source_repeats_or_thins_its_rows_evenly(build, weight, 
 
 @given(st.integers(0, 200), st.sampled_from([0.1, 0.3, 1 / 3, 0.7, 1.0, 1.1, 2.5]))
 def test_a_weight_gives_n_times_w_rows_rounded_down(count, weight):
-    assert abs(len(list(_repeat(list(range(count)), weight))) - count * weight) < 1 + 1e-6
+    assert abs(len(repeated(7, count, weight)) - count * weight) < 1 + 1e-6
 
 
 @pytest.mark.parametrize(
@@ -322,28 +322,6 @@ def test_building_leaves_the_tokenizer_as_it_was(build):
     build([{"text": "a</s>b"}], tokenizer=tokenizer)
     assert tokenizer("a</s>")["input_ids"] == before
     assert tokenizer.backend_tokenizer.encode("a</s>").ids == before
-
-
-@pytest.mark.parametrize(
-    ("name", "rows", "columns"),
-    [
-        ("gsm8k_train.jsonl", 7473, ("{question}", "{answer}")),
-        ("e2e_devset.csv", 4672, ("{mr}", "{ref}")),
-        ("lf_alpaca_en_demo.json", 999, (None, None)),
-        ("lf_identity.json", 91, (None, None)),
-        ("lf_v1_sft_demo.jsonl", 500, (None, None)),
-        ("sst2.train", 6920, (None, None)),
-        ("tinyshakespeare.txt", 7222, (None, None)),
-        ("wikitext2_valid.txt", 1160, (None, None)),
-    ],
-)
-def test_a_real_file_trains(tokenizer, name, rows, columns):
-    if not (SHARED / name).exists():
-        pytest.skip(f"{name} is not here")
-    source = Source(str(SHARED / name), prompt=columns[0], completion=columns[1])
-    data = build_examples([source], tokenizer, max_tokens=100_000)
-    assert (data.rows_read, data.rows_kept, data.dropped) == (rows, rows, {})
-    assert data.learned_tokens > rows
 
 
 @pytest.mark.model

@@ -19,7 +19,7 @@ from qlora_lite.models.anatomy import set_checkpointing
 from qlora_lite.models.load import ROW_ATTENTION, rows_run_alone, use_row_attention, uses_row_attention
 from qlora_lite.ops.attention import row_attention
 from qlora_lite.train.guards import check_forward
-from qlora_lite.train.step import accumulate_gradients, labelled_count
+from qlora_lite.train.step import accumulate_gradients, labelled_count, prepare
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
@@ -32,7 +32,7 @@ def test_loss_and_gradients_equal_those_of_plain_rows(model_type):
     set_checkpointing(model, True)
     model.train()
 
-    loss = accumulate_gradients(model, [batch], chunk_tokens=4)
+    loss = accumulate_gradients(model, [prepare(batch, model.device)], chunk_tokens=4).item()
     expected = reference_loss(plain, batch) / labelled_count(batch)
     expected.backward()
 

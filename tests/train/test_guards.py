@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import quantized_pair
 
-from qlora_lite.data.examples import Example
+from qlora_lite.data.stored import Example
 from qlora_lite.errors import ModelError, TrainingError
 from qlora_lite.lora.inject import add_lora, lora_layers, lora_parameters
 from qlora_lite.quant.linear import QuantLinear

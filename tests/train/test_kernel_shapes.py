@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora_lite.lora.inject import add_lora
 from qlora_lite.models.load import use_row_attention
 from qlora_lite.ops.shapes import CPU_MULTIPLE
-from qlora_lite.train.step import accumulate_gradients
+from qlora_lite.train.step import accumulate_gradients, prepare
 
 
 class Heights(TorchDispatchMode):
@@ -32,7 +32,7 @@ def test_products_and_attention_run_over_multiples_only():
     own = {4, 32, 64, 96, 160}
     with Heights() as seen:
         for lengths in [(9, 14, 6), (31, 33), (5,), (64, 1 + 1), (40, 7, 50)]:
-            accumulate_gradients(model, [random_batch(lengths)])
+            accumulate_gradients(model, [prepare(random_batch(lengths), model.device)])
     assert {height for height in seen.products if height % CPU_MULTIPLE} <= own
     assert seen.attentions
     assert {length for length in seen.attentions if length % CPU_MULTIPLE} == set()

@@ -10,7 +10,7 @@ from tiny import ARCHITECTURES, UNUSUAL, add_reference_lora, build_tiny, random_
 from qlora_lite.lora.inject import Target, add_lora, lora_layers
 from qlora_lite.models.load import rows_run_alone, use_row_attention, uses_row_attention
 from qlora_lite.train.guards import check_forward
-from qlora_lite.train.step import accumulate_gradients, labelled_count
+from qlora_lite.train.step import accumulate_gradients, labelled_count, prepare
 
 # Families in which rows end to end see each other: distances counted over the whole sequence, a state or a
 # convolution that runs on, an attention of their own that takes no rows.
@@ -35,7 +35,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_each_row_alone(name):
     oracle.double()
     batch = random_batch()
 
-    loss = accumulate_gradients(model.train(), [batch], chunk_tokens=4)
+    loss = accumulate_gradients(model.train(), [prepare(batch, model.device)], chunk_tokens=4).item()
     expected = reference_loss(oracle.train(), batch) / labelled_count(batch)
     expected.backward()
 

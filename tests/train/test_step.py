@@ -11,7 +11,7 @@ from qlora_lite.errors import TrainingError
 from qlora_lite.lora.inject import add_lora, lora_parameters
 from qlora_lite.train.optim import BITSANDBYTES_NAMES, build_optimizer, clip_gradients
 from qlora_lite.train.schedule import SCHEDULES, lr_factor
-from qlora_lite.train.step import accumulate_gradients, evaluate_loss, labelled_count, train_step
+from qlora_lite.train.step import accumulate_gradients, evaluate_loss, labelled_count, prepare, train_step
 
 LENGTHS = (4, 31, 9, 17, 5, 26, 12, 3)
 
@@ -40,7 +40,7 @@ def micro_batches(per_batch: int) -> list[Batch]:
 
 def gradient(model, batches):
     model.zero_grad(set_to_none=True)
-    loss = accumulate_gradients(model, batches, chunk_tokens=32)
+    loss = accumulate_gradients(model, [prepare(batch, model.device) for batch in batches], chunk_tokens=32).item()
     return loss, torch.cat([p.grad.flatten() for _, p in lora_parameters(model)])
 
 

@@ -1,0 +1,219 @@
+"""Keep tokenised rows in flat arrays, in memory or in files that are memory-mapped.
+
+A million Example objects with their arrays and texts take several GiB as Python objects; as flat arrays they take
+what their bytes are, and from files only the pages at hand lie in memory. (`datasets` would store them as Arrow
+tables and hand out Python lists, token by token: 20 times slower to read than a slice of an array.)
+
+Files of a folder: token_ids int32 [tokens], learned bool [tokens], text UTF-8 bytes [bytes] (each row's prompt, then
+its answer), rows int64 [R + 1, 5]; row r + 1 of `rows` holds the ends of row r in token_ids, of its prompt and of its
+answer in text, the number of its file and its line. The first line is zeros, so each row begins where the line
+before it ends.
+
+Shapes: R rows stored; N examples, which name their row in `order`: a weight repeats rows or leaves them out.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+_FILES = {"token_ids": np.int32, "learned": np.bool_, "text": np.uint8, "rows": np.int64}
+_COLUMNS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Hold one tokenised row.
+
+    Args:
+        token_ids: int32 [T].
+        learned: bool [T]; learned[t] means that token t is to be predicted.
+        prompt: the text up to the last answer, special tokens included; "" for a plain document.
+        answer: the last answer; "" for a plain document.
+        where: the row's place, "file.jsonl:12".
+    """
+
+    token_ids: np.ndarray
+    learned: np.ndarray
+    prompt: str
+    answer: str
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """Hold examples as flat arrays; indexing makes an `Example`, slicing another `Examples` without copying.
+
+    Args:
+        token_ids: int32 [tokens].
+        learned: bool [tokens].
+        text: uint8 [bytes].
+        rows: int64 [R + 1, 5], see the module's text.
+        files: the names that the file numbers stand for.
+        order: int64 [N], the row of each example.
+    """
+
+    token_ids: np.ndarray
+    learned: np.ndarray
+    text: np.ndarray
+    rows: np.ndarray
+    files: tuple[str, ...]
+    order: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int | slice) -> Example | Examples:
+        if isinstance(index, slice):
+            return Examples(self.token_ids, self.learned, self.text, self.rows, self.files, self.order[index])
+        row = int(self.order[index])
+        (start, _, text_start, *_), (end, prompt_end, answer_end, file, line) = self.rows[row : row + 2].tolist()
+        return Example(
+            self.token_ids[start:end],
+            self.learned[start:end],
+            self.text[text_start:prompt_end].tobytes().decode(),
+            self.text[prompt_end:answer_end].tobytes().decode(),
+            f"{self.files[file]}:{line}",
+        )
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Return the tokens of each example: int64 [N]."""
+        return np.diff(self.rows[:, 0])[self.order]
+
+    def joined(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return token_ids and learned of all examples, end to end; a view where they lie so already."""
+        order = self.order
+        if len(order) and int(order[-1]) - int(order[0]) == len(order) - 1 and (np.diff(order) == 1).all():
+            whole = slice(self.rows[order[0], 0], self.rows[order[-1] + 1, 0])
+            return self.token_ids[whole], self.learned[whole]
+        parts = [slice(self.rows[row, 0], self.rows[row + 1, 0]) for row in order]
+        empty = slice(0, 0)
+        return tuple(
+            np.concatenate([flat[part] for part in [empty, *parts]]) for flat in (self.token_ids, self.learned)
+        )
+
+
+def row_lengths(examples: Sequence[Example] | Examples) -> list[int]:
+    """Return the tokens of each example."""
+    if isinstance(examples, Examples):
+        return examples.lengths.tolist()
+    return [len(example.token_ids) for example in examples]
+
+
+def repeated(first: int, count: int, weight: float) -> np.ndarray:
+    """Return the rows first, first + 1, ... with row i as often as whole numbers lie in (i w, (i + 1) w].
+
+    Args:
+        first: number of the first row.
+        count: how many there are.
+        weight: w, above 0; taken as the nearest fraction with a denominator of at most a million.
+
+    Returns:
+        int64 [floor(count w)].
+    """
+    share = Fraction(weight).limit_denominator(1_000_000)
+    ends = np.arange(count + 1, dtype=np.int64) * share.numerator // share.denominator
+    return np.repeat(np.arange(first, first + count, dtype=np.int64), np.diff(ends))
+
+
+@dataclass(slots=True)
+class ExampleWriter:
+    """Write examples one after the other.
+
+    Args:
+        folder: where the files go; None keeps them in memory.
+        files: the names of the rows' files so far.
+        count: rows so far.
+    """
+
+    folder: Path | None = None
+    files: list[str] = field(default_factory=list)
+    count: int = 0
+    _sinks: dict[str, BinaryIO] = field(default_factory=dict)
+    _ends: list[int] = field(default_factory=lambda: [0, 0])  # tokens and bytes of text so far
+
+    def add_all(self, examples: Iterable[Example]) -> None:
+        """Append examples."""
+        if not self._sinks:
+            self._sinks = {name: self._open(name) for name in _FILES}
+            self._sinks["rows"].write(np.zeros(_COLUMNS, np.int64).tobytes())
+        batch = list(examples)
+        if not batch:
+            return
+        self._sinks["token_ids"].write(np.concatenate([example.token_ids for example in batch]).tobytes())
+        self._sinks["learned"].write(np.concatenate([example.learned for example in batch]).tobytes())
+        lines = []
+        for example in batch:
+            prompt, answer = example.prompt.encode(), example.answer.encode()
+            tokens, text = self._ends
+            self._ends = [tokens + len(example.token_ids), text + len(prompt) + len(answer)]
+            lines += (self._ends[0], text + len(prompt), self._ends[1], *self._place(example.where))
+            self._sinks["text"].write(prompt + answer)
+        self._sinks["rows"].write(np.array(lines, dtype=np.int64).tobytes())
+        self.count += len(batch)
+
+    def finish(self, order: np.ndarray) -> Examples:
+        """Close the files and return what was written.
+
+        Args:
+            order: int64 [N], the row of each example.
+        """
+        self.add_all(())
+        if self.folder is None:
+            buffers = {name: sink.getbuffer() for name, sink in self._sinks.items()}
+            return _examples({name: np.frombuffer(buffers[name], _FILES[name]) for name in _FILES}, self.files, order)
+        for sink in self._sinks.values():
+            sink.close()
+        return load_arrays(self.folder, self.files, order)
+
+    def _open(self, name: str) -> BinaryIO:
+        return io.BytesIO() if self.folder is None else (self.folder / name).open("wb")
+
+    def _place(self, where: str) -> tuple[int, int]:
+        file, _, line = where.rpartition(":")
+        if not self.files or self.files[-1] != file:
+            self.files.append(file)
+        return len(self.files) - 1, int(line)
+
+
+def load_arrays(folder: Path, files: Sequence[str], order: np.ndarray) -> Examples:
+    """Map the files that an `ExampleWriter` wrote.
+
+    Raises:
+        OSError, ValueError: a file is missing, or its size is not a whole number of entries.
+    """
+    return _examples({name: _mapped(folder / name, dtype) for name, dtype in _FILES.items()}, files, order)
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Return the bytes of each file that an `ExampleWriter` wrote."""
+    return {name: (folder / name).stat().st_size for name in _FILES}
+
+
+def _mapped(path: Path, dtype: type) -> np.ndarray:
+    """Map a file; an empty one cannot be mapped. A plain array over the map: slices of np.memmap are slow."""
+    return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)
+
+
+def _examples(arrays: dict[str, np.ndarray], files: Sequence[str], order: np.ndarray) -> Examples:
+    rows = arrays.pop("rows").reshape(-1, _COLUMNS)
+    return Examples(**arrays, rows=rows, files=tuple(files), order=order)
+
+
+def stored(examples: Iterable[Example] | Examples) -> Examples:
+    """Return examples as flat arrays in memory; those that are so already stay as they are."""
+    if isinstance(examples, Examples):
+        return examples
+    writer = ExampleWriter()
+    writer.add_all(examples)
+    return writer.finish(np.arange(writer.count))

@@ -1,0 +1,176 @@
+"""What common NVIDIA cards can hold and do, for plans made on a machine that has none of them.
+
+Memory is what `torch.cuda.mem_get_info` reports as the total, not the number on the box: the driver withholds
+some, and cards that check their memory (error-correcting GDDR6) lose another sixteenth. Planning with the
+box's number is the known other way, and promises 0.2 to 3.6 GiB that no program ever gets.
+
+- `reported`: the lowest total that we found in public output of torch on that card under Linux (the banner that
+  Unsloth prints, the one that Ultralytics prints, `torch.cuda.get_device_properties`). Newer drivers withhold
+  more than older ones and Windows reports the box's number, so the lowest is the one to plan with.
+- `sibling`: the total reported for another card of the same memory and generation (the comment names it), where
+  none was found, or only a higher one from an older driver.
+- `rule`: nothing was found. The box's number less 2 % and 288 MiB, which is at or below every total reported
+  for a card without error correction.
+
+Rates are the vendor's: bandwidth from the product pages and datasheets; operations from the architecture
+papers (Pascal, Volta, Turing, Ampere GA100 and GA102, Ada, Hopper, Blackwell) and datasheets, dense tensor cores with
+16-bit inputs and float32 accumulation, which is what torch runs. GeForce cards do that at half the advertised
+rate, twice their float32 rate. The GTX 1080 Ti has no tensor cores and almost no 16-bit units: its float32
+rate is given. Real kernels reach a part of these; a time estimate has to apply its own efficiency.
+
+Host to device: 80 % of the data rate of the card's PCIe link (8, 16 or 32 GT/s per lane for generations 3, 4
+and 5, 128 bits of data in 130), the part that large copies from pinned memory usually reach; a board with
+fewer lanes or an older slot gives less.
+"""
+
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from qlora_lite.errors import QloraLiteError
+
+PCIE_TRANSFERS_PER_SECOND = {3: 8e9, 4: 16e9, 5: 32e9}  # per lane, one bit each
+PCIE_REACHED = 0.8
+RULE_SHARE, RULE_BYTES = 0.02, 288 * 2**20  # withheld where no total was reported
+NO_MEANING = re.compile(r"nvidia|geforce|rtx|gtx|tesla|quadro|generation|gpu|sxm\d?|hbm\de?|[^a-z0-9]")
+
+
+class CardError(QloraLiteError):
+    """Report a card that is not in the table, or a name that several cards share."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One graphics card.
+
+    Args:
+        name: as in the table, with the size where cards of one name differ in it.
+        box_gib: memory as sold.
+        memory_bytes: total that torch sees.
+        memory_source: "reported", "sibling" or "rule"; see the module's text.
+        bandwidth_bytes_per_second: of the card's own memory.
+        fp16_flops_per_second: dense, float32 accumulation.
+        pcie_bytes_per_second: host to device, large copies from pinned memory.
+        compute_capability: NVIDIA's (major, minor).
+    """
+
+    name: str
+    box_gib: int
+    memory_bytes: int
+    memory_source: str
+    bandwidth_bytes_per_second: float
+    fp16_flops_per_second: float
+    pcie_bytes_per_second: float
+    compute_capability: tuple[int, int]
+
+    @property
+    def bf16_flops_per_second(self) -> float | None:
+        """The rate in bfloat16, which is that of float16; None below capability 8.0, where torch emulates it."""
+        return self.fp16_flops_per_second if self.compute_capability >= (8, 0) else None
+
+
+def _card(
+    name: str, box_gib: int, memory: str, gigabytes_per_second: float, teraflops: float, pcie: str, capability: str
+) -> Card:
+    """Build a card from its line in the table: memory is "source MiB", pcie "generation x lanes"."""
+    source, _, mib = memory.partition(" ")
+    box_bytes = box_gib * 2**30
+    memory_bytes = int(mib) * 2**20 if mib else int(box_bytes * (1 - RULE_SHARE)) - RULE_BYTES
+    generation, lanes = map(int, pcie.split("x"))
+    link_bytes_per_second = PCIE_TRANSFERS_PER_SECOND[generation] * lanes * 128 / 130 / 8
+    major, minor = map(int, capability.split("."))
+    return Card(
+        name, box_gib, memory_bytes, source, gigabytes_per_second * 1e9, teraflops * 1e12,
+        PCIE_REACHED * link_bytes_per_second, (major, minor),
+    )  # fmt: skip
+
+
+CARDS = (
+    #     name               box  torch's total MiB  GB/s   TFLOP/s  PCIe  capability
+    _card("GTX 1080 Ti",       11, "reported 11172",  484,   11.3, "3x16", "6.1"),
+    _card("RTX 2060",           6, "reported 5918",   336,   25.8, "3x16", "7.5"),
+    _card("RTX 2070",           8, "sibling 7753",    448,   29.9, "3x16", "7.5"),   # RTX 3070
+    _card("RTX 2080 Ti",       11, "reported 11012",  616,   53.8, "3x16", "7.5"),
+    _card("RTX 3050",           8, "sibling 7753",    224,   18.2, "4x8",  "8.6"),   # RTX 3070
+    _card("RTX 3060",          12, "reported 12028",  360,   25.6, "4x16", "8.6"),
+    _card("RTX 3060 Ti",        8, "sibling 7753",    448,   32.4, "4x16", "8.6"),   # RTX 3070
+    _card("RTX 3070",           8, "reported 7753",   448,   40.6, "4x16", "8.6"),
+    _card("RTX 3070 Ti",        8, "sibling 7753",    608,   43.5, "4x16", "8.6"),   # RTX 3070
+    _card("RTX 3080 10GB",     10, "reported 10002",  760,   59.5, "4x16", "8.6"),
+    _card("RTX 3080 12GB",     12, "sibling 12028",   912,   61.3, "4x16", "8.6"),   # RTX 3060
+    _card("RTX 3080 Ti",       12, "sibling 12028",   912,   68.2, "4x16", "8.6"),   # RTX 3060
+    _card("RTX 3090",          24, "sibling 24110",   936,   71.0, "4x16", "8.6"),   # RTX 3090 Ti; reported 24252
+    _card("RTX 3090 Ti",       24, "reported 24110", 1008,   80.0, "4x16", "8.6"),
+    _card("RTX 4050 Laptop",    6, "rule",            192,   18.0, "4x8",  "8.9"),
+    _card("RTX 4060",           8, "sibling 7806",    272,   30.2, "4x8",  "8.9"),   # RTX 4060 Ti; reported 7807
+    _card("RTX 4060 Ti 8GB",    8, "reported 7806",   288,   44.1, "4x8",  "8.9"),
+    _card("RTX 4060 Ti 16GB",  16, "reported 15945",  288,   44.1, "4x8",  "8.9"),
+    _card("RTX 4070",          12, "reported 11994",  504,   58.3, "4x16", "8.9"),
+    _card("RTX 4070 Super",    12, "sibling 11994",   504,   71.0, "4x16", "8.9"),   # RTX 4070
+    _card("RTX 4070 Ti",       12, "sibling 11994",   504,   80.2, "4x16", "8.9"),   # RTX 4070; reported 12007
+    _card("RTX 4070 Ti Super", 16, "sibling 15945",   672,   88.2, "4x16", "8.9"),   # RTX 4060 Ti; reported 16069
+    _card("RTX 4080",          16, "sibling 15945",   717,   97.5, "4x16", "8.9"),   # RTX 4060 Ti 16GB
+    _card("RTX 4080 Super",    16, "sibling 15945",   736,  104.4, "4x16", "8.9"),   # RTX 4060 Ti 16GB
+    _card("RTX 4090",          24, "reported 24074", 1008,  165.2, "4x16", "8.9"),
+    _card("RTX 5060",           8, "rule",            448,   38.4, "5x8",  "12.0"),
+    _card("RTX 5060 Ti 8GB",    8, "rule",            448,   47.4, "5x8",  "12.0"),
+    _card("RTX 5060 Ti 16GB",  16, "reported 15848",  448,   47.4, "5x8",  "12.0"),
+    _card("RTX 5070",          12, "rule",            672,   61.7, "5x16", "12.0"),
+    _card("RTX 5070 Ti",       16, "sibling 15848",   896,   87.9, "5x16", "12.0"),  # RTX 5060 Ti 16GB
+    _card("RTX 5080",          16, "sibling 15848",   960,  112.6, "5x16", "12.0"),  # RTX 5060 Ti 16GB
+    _card("RTX 5090",          32, "reported 32119", 1792,  209.5, "5x16", "12.0"),
+    _card("RTX A4000",         16, "reported 16117",  448,   76.7, "4x16", "8.6"),   # workstation cards are sold with
+    _card("RTX A5000",         24, "reported 24248",  768,  111.1, "4x16", "8.6"),   # error correction off; where it
+    _card("RTX A6000",         48, "reported 48569",  768,  154.8, "4x16", "8.6"),   # is on, a sixteenth is missing
+    _card("RTX 6000 Ada",      48, "reported 48520",  960,  364.2, "4x16", "8.9"),
+    _card("Tesla P100",        16, "reported 16269",  732,   21.2, "3x16", "6.0"),
+    _card("Tesla V100 16GB",   16, "reported 16130",  900,  125.0, "3x16", "7.0"),
+    _card("Tesla V100 32GB",   32, "reported 32494",  900,  125.0, "3x16", "7.0"),
+    _card("Tesla T4",          16, "reported 14912",  320,   65.0, "3x16", "7.5"),
+    _card("A10",               24, "sibling 22515",   600,  125.0, "4x16", "8.6"),   # A10G
+    _card("A10G",              24, "reported 22515",  600,   70.0, "4x16", "8.6"),
+    _card("L4",                24, "reported 22563",  300,  121.0, "4x16", "8.9"),
+    _card("A40",               48, "reported 45416",  696,  149.7, "4x16", "8.6"),
+    _card("L40S",              48, "reported 45457",  864,  362.0, "4x16", "8.9"),
+    _card("A100 40GB",         40, "reported 40441", 1555,  312.0, "4x16", "8.0"),
+    _card("A100 80GB",         80, "reported 81050", 2039,  312.0, "4x16", "8.0"),
+    _card("H100",              80, "reported 81079", 3350,  989.0, "5x16", "9.0"),
+    _card("H100 PCIe",         80, "sibling 81079",  2000,  756.0, "5x16", "9.0"),   # H100
+    _card("H200",             141, "reported 143052", 4800, 989.0, "5x16", "9.0"),
+)  # fmt: skip
+
+
+def find_card(name: str) -> Card:
+    """Return the card of a name, written as people write it or as the driver does.
+
+    Args:
+        name: "rtx-4060", "RTX 4060", "4060", "4060 ti 16gb" or "NVIDIA A100-SXM4-80GB".
+
+    Raises:
+        CardError: no card has that name (the nearest are named), or several sizes have it (all are named).
+    """
+    wanted = NO_MEANING.sub("", name.lower())
+    for key in (wanted, wanted.replace("pcie", "")):  # few cards differ by their plug
+        found = [card for card in CARDS if key in _keys(card)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise CardError(f"{name!r} is sold in several sizes; write {_either(found)}")
+    every = {key: card for card in CARDS for key in _keys(card)}
+    near = dict.fromkeys(every[key] for key in get_close_matches(wanted, every, 6))
+    cure = f"did you mean {_either(list(near)[:3])}? Or" if near else "see the table, or"
+    raise CardError(f"there is no card {name!r} in the table; {cure} give the memory itself, such as --vram 12GiB")
+
+
+def _keys(card: Card) -> tuple[str, str]:
+    """Return the card's name without and with its size, in the form that `find_card` compares."""
+    size = f"{card.box_gib}gb"
+    plain = NO_MEANING.sub("", card.name.lower()).removesuffix(size)
+    return plain, plain + size
+
+
+def _either(cards: list[Card]) -> str:
+    *first, last = (card.name for card in cards)
+    return f"{', '.join(first)} or {last}" if first else last

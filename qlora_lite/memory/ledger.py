@@ -1,0 +1,212 @@
+"""Follow every tensor of a step: live bytes by category, phase and module, and the peak.
+
+A torch dispatch mode sees the result of every operation below autograd, counts each *storage* once (views
+and aliases share one) and drops it when the storage dies. Fake tensors have storages with sizes like real
+ones, so the same code counts a run that never happens. (Patterns over names guess what a tensor is; the
+allocator's own counters know bytes but not what they are for, and exist only on CUDA.)
+
+A storage's category is decided where it is born:
+- weights: from the modules that hold them, through ``claim``;
+- gradients: a hook on each trainable parameter;
+- saved activations: autograd's saved-tensor hooks, forward and recomputation alike;
+- logits, optimizer, offloaded: marked by the code that makes them (``memory.marks``);
+- workspace: everything else, such as dequantised weights and the results on their way to the next operation.
+
+What no operation returns is not seen: scratch inside kernels and what an allocator rounds up to. Those are
+the named constants of ``memory.process``.
+"""
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .bar import CATEGORIES
+from .marks import marks
+
+_PASSING = frozenset({"workspace", "logits"})  # categories that a hook may still change
+
+
+class Moment(NamedTuple):
+    """One point of the timeline: live bytes by category (in the order of ``CATEGORIES``) after a change."""
+
+    phase: str
+    module: str
+    bytes: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """Bytes of all categories on the device (offloaded ones lie in host memory)."""
+        return sum(self.bytes) - self.bytes[_OFFLOADED]
+
+    @property
+    def breakdown(self) -> dict[str, int]:
+        """Live bytes by category, empty ones left out."""
+        return {name: size for name, size in zip(CATEGORIES, self.bytes, strict=True) if size}
+
+
+_INDEX = {name: number for number, name in enumerate(CATEGORIES)}
+_OFFLOADED = _INDEX["offloaded"]
+_DEVICE_OF = torch.ops.prim.device.default
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A live storage; ``death`` is kept so that its callback stays alive."""
+
+    size: int
+    category: int
+    death: weakref.ref = field(repr=False)
+
+
+class Ledger(TorchDispatchMode):
+    """Count live tensors while it is the active mode (``with Ledger() as ledger:``).
+
+    Args:
+        timeline: also keep every change as a ``Moment`` (for pictures; some MiB per step).
+        allocation_bytes: each storage is counted in whole multiples of this, as an allocator would.
+    """
+
+    def __init__(self, timeline: bool = False, allocation_bytes: int = 1):
+        super().__init__()
+        self.allocation_bytes = allocation_bytes
+        self.live = [0] * len(CATEGORIES)
+        self.timeline: list[Moment] | None = [] if timeline else None
+        self.peaks: dict[tuple[str, str], Moment] = {}  # by phase and module
+        self.offloaded_peak_bytes = 0
+        self._entries: dict[int, _Entry] = {}
+        self._modules: list[str] = []
+        self._backward_module = ""
+        self._handles: list = []
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._saved, _unchanged)
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes alive now on the device."""
+        return sum(self.live) - self.live[_OFFLOADED]
+
+    @property
+    def peak(self) -> Moment:
+        """The highest point so far, over all phases."""
+        return max(self.peaks.values(), key=lambda moment: moment.total)
+
+    def now(self) -> Moment:
+        """What is alive at this moment."""
+        return Moment(marks.phase, self._modules[-1] if self._modules else self._backward_module, (*self.live,))
+
+    def reset_peaks(self) -> None:
+        """Forget the peaks and the timeline, keep what is alive."""
+        self.peaks.clear()
+        if self.timeline is not None:
+            self.timeline.clear()
+
+    def claim(self, tensors: Iterable[torch.Tensor], category: str) -> None:
+        """Count tensors that exist already, or give those that are counted their category."""
+        for tensor in tensors:
+            self._count(tensor, _INDEX[category])
+
+    def watch(self, model: nn.Module) -> None:
+        """Follow which module runs, and count the gradients of the trainable parameters as such."""
+        for name, module in model.named_modules():
+            if module is model:
+                continue
+            self._handles.append(module.register_forward_pre_hook(self._entering(name)))
+            self._handles.append(module.register_forward_hook(self._leaving(name), always_call=True))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                self._handles.append(parameter.register_post_accumulate_grad_hook(self._has_gradient))
+
+    def __enter__(self):
+        self._hooks.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self._hooks.__exit__(*error)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is _DEVICE_OF and hasattr(args[0], "fake_device"):
+            return args[0].fake_device  # half of all calls on fake tensors, and no tensor comes of them
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self._count(result)
+        elif isinstance(result, tuple | list):
+            for item in result:
+                if isinstance(item, torch.Tensor):
+                    self._count(item)
+        return result
+
+    def _count(self, tensor: torch.Tensor, category: int | None = None) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, -(-storage.nbytes() // self.allocation_bytes) * self.allocation_bytes
+        entry = self._entries.get(key)
+        if entry is None:
+            if size:
+                born = category if category is not None else _INDEX[marks.category]
+                self._entries[key] = _Entry(size, born, weakref.ref(storage, lambda _: self._forget(key)))
+                self._change(born, size)
+        elif size != entry.size:  # resized in place
+            grown, entry.size = size - entry.size, size
+            self._change(entry.category, grown)
+        if entry is not None and category is not None:
+            self._move(entry, category)
+
+    def _forget(self, key: int) -> None:
+        entry = self._entries.pop(key)
+        self._change(entry.category, -entry.size)
+
+    def _move(self, entry: _Entry, category: int) -> None:
+        if entry.category != category:
+            self.live[entry.category] -= entry.size
+            entry.category = category
+            self._change(category, entry.size)
+
+    def _change(self, category: int, size: int) -> None:
+        self.live[category] += size
+        if self.timeline is not None:
+            self.timeline.append(self.now())
+        if size > 0:
+            module = self._modules[-1] if self._modules else self._backward_module
+            highest = self.peaks.get((marks.phase, module))
+            if highest is None or self.live_bytes > highest.total:
+                self.peaks[marks.phase, module] = self.now()
+        self.offloaded_peak_bytes = max(self.offloaded_peak_bytes, self.live[_OFFLOADED])
+
+    def _saved(self, tensor: torch.Tensor) -> torch.Tensor:
+        entry = self._entries.get(tensor.untyped_storage()._cdata)
+        if entry is not None and CATEGORIES[entry.category] in _PASSING:
+            self._move(entry, _INDEX["saved activations"])
+        return tensor
+
+    def _has_gradient(self, parameter: torch.Tensor) -> None:
+        self.claim([parameter.grad], "gradients")
+
+    def _entering(self, name: str):
+        def enter(_module, _inputs):
+            self._modules.append(name)
+
+        return enter
+
+    def _leaving(self, name: str):
+        def begin_backward(_grad):
+            if not self._backward_module.startswith(f"{name}."):  # of modules with one output, the innermost
+                self._backward_module = name
+
+        def leave(_module, _inputs, output):
+            self._modules.pop()
+            first = output[0] if isinstance(output, tuple) and output else output
+            if isinstance(first, torch.Tensor) and first.requires_grad:
+                first.register_hook(begin_backward)
+
+        return leave
+
+
+def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor

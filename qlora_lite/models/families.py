@@ -1,0 +1,62 @@
+"""Configurations of well-known models, so that a plan for them needs no network.
+
+`families.json` maps a hub id to what the model's `config.json` says about shapes and arithmetic, or to the id of
+a model of the same shape (an instruct variant, which may differ in special tokens and in the longest context,
+not in memory). A file and not a download at first use, because a plan is made before anything is fetched, and
+gated models cannot be fetched without an account. The shipped copy is only for planning: a run reads the
+`config.json` beside the weights.
+
+Each entry carries the published number of parameters and where it was published; tests build every model
+without memory and compare. The two larger Gemma 3 are the language models alone, without their vision tower.
+"""
+
+import json
+from copy import deepcopy
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+
+def known_config(hub_id: str) -> dict[str, Any] | None:
+    """Return what the model's config.json says, or None for a model that is not in the table.
+
+    Args:
+        hub_id: "owner/model"; upper and lower case do not matter, as on the hub.
+    """
+    entry = _entry(hub_id)
+    return deepcopy(entry["config"]) if entry else None
+
+
+def published_parameters(hub_id: str) -> tuple[int, str] | None:
+    """Return the published number of parameters and its source, or None for a model that is not in the table."""
+    entry = _entry(hub_id)
+    return (entry["parameters"], entry["source"]) if entry else None
+
+
+def known_models() -> list[str]:
+    """Return every hub id of the table, in its order."""
+    return list(_table())
+
+
+def nearest(hub_id: str, count: int = 3) -> list[str]:
+    """Return the ids most like a given one, best first; by the model's name alone, since copies change the owner."""
+    names: dict[str, str] = {}
+    for known in known_models():
+        names.setdefault(_name(known), known)
+    return [names[name] for name in get_close_matches(_name(hub_id), names, count)]
+
+
+def _name(hub_id: str) -> str:
+    return hub_id.rpartition("/")[2].lower()
+
+
+def _entry(hub_id: str) -> dict[str, Any] | None:
+    ids = {known.lower(): known for known in known_models()}
+    entry = _table().get(ids.get(hub_id.lower(), ""))
+    return _table()[entry] if isinstance(entry, str) else entry
+
+
+@cache
+def _table() -> dict[str, Any]:
+    return json.loads(Path(__file__).with_name("families.json").read_text(encoding="utf-8"))

@@ -1,0 +1,1 @@
+"""Say before a run what it will need, choose the plan that fits, and show where the memory went."""

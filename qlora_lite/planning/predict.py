@@ -1,0 +1,27 @@
+"""From a simulated step to what the device or the process will show."""
+
+from dataclasses import dataclass
+
+from qlora_lite.memory.process import Overhead, overheads
+
+from .simulate import Job, Simulation, simulate
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The tensors of a step by phase and category, and what comes on top of them."""
+
+    job: Job
+    simulation: Simulation
+    overheads: tuple[Overhead, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most memory the step needs: on a card with its context, on a CPU above the process's baseline."""
+        return self.simulation.peak().total + sum(overhead.bytes for overhead in self.overheads)
+
+
+def predict(job: Job) -> Prediction:
+    """Simulate a job and add the constants of its kind of device."""
+    simulation = simulate(job)
+    return Prediction(job, simulation, overheads(job.device_type, simulation.peak()))

@@ -1,0 +1,50 @@
+"""One step in the steady state that changes nothing: what a run needs at most, before it starts.
+
+On real tensors it is the measured proof that a run fits; on fake ones (``planning.simulate``) it is the plan. Both
+call this function, and it calls what training calls.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from qlora_lite.memory.marks import category, phase
+
+from .optim import clip_gradients
+from .step import Inputs, accumulate_gradients, summed_loss
+
+
+def rehearse_step(
+    model: nn.Module, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, inputs: Inputs,
+    eval_inputs: Inputs | None, max_grad_norm: float, chunk_tokens: int | None, accumulating: bool,
+) -> None:  # fmt: skip
+    """Go through forward, backward, optimizer and evaluation as any later step would, and forget the results.
+
+    The optimizer makes its states first, and sees gradients of zero only: with a learning rate of zero no factor
+    changes, whatever the loss was.
+
+    Args:
+        optimizer: one for the rehearsal alone; its states are left in it.
+        inputs: the largest micro-batch.
+        eval_inputs: the largest evaluation batch; None if there is none.
+        accumulating: the micro-batch is not the first of its step, so that gradients are there already.
+    """
+    with category("gradients"):
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+    with phase("load"), category("optimizer"):
+        optimizer.step()
+    if not accumulating:
+        optimizer.zero_grad(set_to_none=True)
+    accumulate_gradients(model.train(), [inputs], chunk_tokens)
+    with phase("optimizer"):
+        clip_gradients(list(parameters), max_grad_norm)
+        for parameter in parameters:
+            parameter.grad.zero_()
+        with category("optimizer"):
+            optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if eval_inputs is not None:
+        with torch.no_grad(), phase("evaluation"):
+            summed_loss(model.eval(), eval_inputs, chunk_tokens)

@@ -1,0 +1,83 @@
+"""The table of cards: names as people write them, and figures that cannot be far off."""
+
+import pytest
+
+from qlora_lite.memory.cards import CARDS, RULE_BYTES, RULE_SHARE, CardError, find_card
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("rtx-4060", "RTX 4060"), ("RTX 4060", "RTX 4060"), ("rtx4060", "RTX 4060"), ("4060", "RTX 4060"),
+        ("NVIDIA GeForce RTX 4060", "RTX 4060"), (" rtx_4060_8gb ", "RTX 4060"),
+        ("4060 ti 16gb", "RTX 4060 Ti 16GB"), ("RTX-4060-Ti-8GB", "RTX 4060 Ti 8GB"),
+        ("4070 ti super", "RTX 4070 Ti Super"), ("NVIDIA GeForce RTX 4050 Laptop GPU", "RTX 4050 Laptop"),
+        ("t4", "Tesla T4"), ("a10", "A10"), ("A10G", "A10G"), ("h100", "H100"),
+        ("NVIDIA A100-SXM4-80GB", "A100 80GB"), ("NVIDIA A100-PCIE-40GB", "A100 40GB"),
+        ("Tesla V100-SXM2-16GB", "Tesla V100 16GB"), ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"), ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+        ("h200-141gb", "H200"),
+    ],
+)  # fmt: skip
+def test_a_card_is_found_as_people_and_drivers_write_it(written, name):
+    assert find_card(written).name == name
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_every_card_is_found_by_its_own_name_only(card):
+    assert find_card(card.name) is card
+    assert find_card(card.name.lower().replace(" ", "-")) is card
+
+
+@pytest.mark.parametrize(("name", "variants"), [("4060 ti", ("8GB", "16GB")), ("a100", ("40GB", "80GB"))])
+def test_a_name_of_several_sizes_names_them(name, variants):
+    with pytest.raises(CardError, match="several sizes") as error:
+        find_card(name)
+    assert all(variant in str(error.value) for variant in variants)
+
+
+@pytest.mark.parametrize(("name", "near"), [("rtx-4065", "RTX 4060"), ("rtx 3099", "RTX 3090"), ("a600", "RTX A6000")])
+def test_an_unknown_card_names_the_nearest(name, near):
+    with pytest.raises(CardError, match=f"{name}.*did you mean.*{near}") as error:
+        find_card(name)
+    assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["", "   ", "rtx", "Radeon", "12GiB", "x\n<b>", "9" * 10_000])
+def test_what_is_no_card_is_refused(name):
+    with pytest.raises(CardError, match="--vram 12GiB"):
+        find_card(name)
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_no_card_promises_its_boxs_memory(card):
+    withheld_bytes = card.box_gib * 2**30 - card.memory_bytes
+    assert 64 * 2**20 <= withheld_bytes < 0.1 * card.box_gib * 2**30
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_rates_are_in_the_range_of_their_time(card):
+    assert 190e9 <= card.bandwidth_bytes_per_second <= 5e12
+    assert 10e12 <= card.fp16_flops_per_second <= 1e15
+    assert 10e9 <= card.pcie_bytes_per_second <= 51e9
+    assert card.memory_source in ("reported", "sibling", "rule")
+
+
+def test_a_card_without_bfloat16_says_so():
+    assert find_card("t4").bf16_flops_per_second is None
+    assert find_card("1080 ti").bf16_flops_per_second is None
+    assert find_card("4090").bf16_flops_per_second == 165.2e12
+
+
+def test_a_plug_is_slower_than_its_data_rate():
+    assert find_card("4090").pcie_bytes_per_second == pytest.approx(25.2e9, rel=1e-3)
+    assert find_card("4060").pcie_bytes_per_second == pytest.approx(12.6e9, rel=1e-3)
+
+
+def test_the_rule_stays_below_what_was_reported_without_error_correction():
+    corrected = ("Tesla T4", "A10G", "L4", "A40", "L40S")
+    reported = [card for card in CARDS if card.memory_source == "reported" and card.name not in corrected]
+    assert len(reported) > 15
+    for card in reported:
+        by_rule_bytes = (1 - RULE_SHARE) * card.box_gib * 2**30 - RULE_BYTES
+        assert by_rule_bytes <= card.memory_bytes, card.name

@@ -1,0 +1,140 @@
+"""The ledger counts each storage once, from birth to death, under the right name."""
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qlora_lite.memory.ledger import CATEGORIES, Ledger
+from qlora_lite.memory.marks import category, phase
+
+KIB = 1024
+
+
+def live(ledger, name):
+    return ledger.live[CATEGORIES.index(name)]
+
+
+def test_views_and_aliases_count_once_and_a_dead_storage_counts_no_more():
+    with Ledger() as ledger:
+        x = torch.zeros(256, dtype=torch.float32)
+        views = [x.view(16, 16), x[3:], x.detach(), x.t(), x.unflatten(0, (4, 64)).transpose(0, 1)]
+        assert ledger.live_bytes == KIB
+        del x
+        assert ledger.live_bytes == KIB, "the views still hold the storage"
+        del views
+        assert ledger.live_bytes == 0
+        y = torch.ones(128)
+        y.add_(1)
+        assert ledger.live_bytes == 512
+    assert ledger.peak.total == KIB
+
+
+def test_a_storage_that_grows_in_place_is_counted_at_its_new_size():
+    with Ledger() as ledger:
+        x = torch.zeros(16)
+        x.resize_(64)
+        assert ledger.live_bytes == x.untyped_storage().nbytes() == 256
+
+
+def test_several_results_of_one_operation_are_all_counted():
+    with Ledger() as ledger:
+        values, indices = torch.zeros(8, 32).max(dim=1)
+        assert ledger.live_bytes == values.nbytes + indices.nbytes
+
+
+def test_sizes_can_be_rounded_up_as_an_allocator_does():
+    with Ledger(allocation_bytes=512) as ledger:
+        kept = [torch.zeros(1), torch.zeros(129)]
+        assert ledger.live_bytes == 512 + 1024
+        del kept
+        assert ledger.live_bytes == 0
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 64), nn.Linear(64, 8)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+def one_step(ledger, net, x):
+    """Run a step of plain SGD with momentum under the ledger."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    with ledger:
+        ledger.claim(net.parameters(), "adapter")
+        ledger.claim([x], "workspace")
+        ledger.watch(net)
+        with phase("forward"):
+            loss = net(x).square().sum()
+        saved = live(ledger, "saved activations")
+        with phase("backward"):
+            loss.backward()
+        gradients, left = live(ledger, "gradients"), live(ledger, "saved activations")
+        with phase("optimizer"), category("optimizer"):
+            optimizer.step()
+        states = live(ledger, "optimizer")
+        optimizer.zero_grad()
+    return saved, gradients, left, states
+
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_categories_come_from_where_tensors_are_born(fake):
+    mode = FakeTensorMode() if fake else torch.enable_grad()
+    with mode:
+        net, x = Net(), torch.zeros(16, 32)
+        ledger = Ledger()
+        saved, gradients, left, states = one_step(ledger, net, x)
+    weights = sum(p.nbytes for p in net.parameters())
+    assert gradients == states == live(ledger, "adapter") == weights
+    hidden, output = 16 * 64 * 4, 16 * 8 * 4
+    assert saved == x.nbytes + hidden + output  # tanh's result, the squared output, and the input
+    assert left <= x.nbytes, "backward frees what it used"
+    assert live(ledger, "gradients") == 0
+
+
+def test_real_and_fake_tensors_give_the_same_peaks():
+    ledgers = []
+    for mode in (FakeTensorMode(), torch.enable_grad()):
+        with mode:
+            ledgers.append(Ledger())
+            one_step(ledgers[-1], Net(), torch.zeros(16, 32))
+    assert ledgers[0].peaks == ledgers[1].peaks
+
+
+def test_the_peak_names_its_phase_and_module_in_forward_and_in_backward():
+    net, x = Net(), torch.zeros(1000, 32)
+    ledger = Ledger()
+    one_step(ledger, net, x)
+    assert ("forward", "first") in ledger.peaks and ("forward", "second") in ledger.peaks
+    assert ("backward", "second") in ledger.peaks and ("backward", "first") in ledger.peaks
+    assert ledger.peak.phase == "backward"
+    assert sum(ledger.peak.breakdown.values()) == ledger.peak.total
+
+
+def test_bytes_in_host_memory_are_not_counted_as_the_devices():
+    with Ledger() as ledger, category("offloaded"):
+        kept = torch.zeros(256)
+    assert ledger.live_bytes == 0
+    assert ledger.offloaded_peak_bytes == kept.nbytes
+
+
+def test_nothing_is_left_behind_on_the_model():
+    net = Net()
+    one_step(Ledger(), net, torch.zeros(4, 32))
+    assert not net._forward_hooks and not net.first._forward_pre_hooks
+    assert not any(p._post_accumulate_grad_hooks for p in net.parameters())
+
+
+def test_the_timeline_holds_every_change_and_its_highest_point_is_the_peak():
+    ledger = Ledger(timeline=True)
+    one_step(ledger, Net(), torch.zeros(16, 32))
+    assert max(moment.total for moment in ledger.timeline) == ledger.peak.total
+    assert {moment.phase for moment in ledger.timeline} >= {"forward", "backward", "optimizer"}
+    ledger.reset_peaks()
+    gc.collect()
+    assert not ledger.timeline and not ledger.peaks

@@ -1,0 +1,69 @@
+"""Checkpointing changes what is kept, never a number."""
+
+import pytest
+import torch
+from torch import nn
+
+from qlora_lite.ops.checkpoint import checkpoint
+
+
+class Block(nn.Module):
+    """Two outputs, dropout, and an input that is no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.dropout, self.calls = nn.Linear(5, 5), nn.Dropout(0.5), 0
+
+    def forward(self, x, factor, other=None):
+        self.calls += 1
+        y = self.dropout(torch.tanh(self.linear(x))) * factor
+        return (y, y.sum()) if other is None else (y + other, y.sum())
+
+
+def gradients(block, x, call, other=None):
+    block.zero_grad(set_to_none=True)
+    torch.manual_seed(7)
+    y, total = call(block, x, 3.0, other)
+    (y.square().sum() + total).backward()
+    return y, [x.grad, *(p.grad for p in block.parameters())]
+
+
+@pytest.mark.parametrize("input_needs_grad", [True, False])
+def test_outputs_and_gradients_equal_those_of_the_plain_call(input_needs_grad):
+    torch.manual_seed(0)
+    block = Block()
+    x, other = torch.randn(3, 5, requires_grad=input_needs_grad), torch.randn(3, 5)
+    y, wanted = gradients(block, x, lambda block, *inputs: block(*inputs), other)
+    x.grad = None
+    block.calls = 0
+    y_checkpointed, found = gradients(block, x, checkpoint, other)
+    assert block.calls == 2
+    assert torch.equal(y, y_checkpointed)
+    for one, two in zip(wanted, found, strict=True):
+        assert (one is None and two is None) or torch.equal(one, two)
+
+
+def test_the_random_state_after_backward_is_the_one_before_it():
+    torch.manual_seed(0)
+    block, x = Block(), torch.randn(3, 5)
+    total = checkpoint(block, x, 1.0)[1]
+    state = torch.get_rng_state()
+    total.backward()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_only_the_inputs_are_saved_in_forward():
+    saved = []
+    block, x = Block(), torch.randn(3, 5, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        total = checkpoint(block, x, 1.0)[1]
+        assert saved == [x.data_ptr()]
+        total.backward()
+    assert len(saved) > 2, "hooks set outside must see what the recomputation saves"
+
+
+def test_a_block_that_trains_nothing_and_needs_no_input_gradient_is_passed_over():
+    block, x = Block().requires_grad_(False), torch.randn(3, 5)
+    y, total = checkpoint(block, x, 1.0)
+    (y.sum() + total).backward()
+    assert x.grad is None

@@ -1,0 +1,128 @@
+"""A step on fake tensors needs what the same step needs on real ones, to the byte."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, build_tiny
+from transformers import AutoConfig
+
+from qlora_lite.data.batch import Batch
+from qlora_lite.lora.inject import add_lora, lora_parameters
+from qlora_lite.memory.ledger import Ledger
+from qlora_lite.models.anatomy import set_checkpointing
+from qlora_lite.models.load import use_row_attention
+from qlora_lite.models.quantizer import quantize_in_place
+from qlora_lite.planning.simulate import Job, Rows, simulate, simulate_whole
+from qlora_lite.train.inventory import categorised
+from qlora_lite.train.optim import build_optimizer
+from qlora_lite.train.step import evaluate_loss, train_step
+
+LENGTHS = (9, 14, 6)
+
+
+def config_of(model_type, **changes):
+    return AutoConfig.for_model(model_type, **(ARCHITECTURES[model_type] | changes))
+
+
+def all_learned(lengths):
+    """A batch in which every token that has a successor in its row learns it."""
+    ids = torch.randint(3, 160, (1, sum(lengths)), generator=torch.Generator().manual_seed(0))
+    labels = torch.cat([torch.cat([row[1:], torch.tensor([-100])]) for row in ids[0].split(list(lengths))])
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    return Batch(ids, positions, labels, tuple(lengths), ("",) * len(lengths))
+
+
+def job_for(config, **changes):
+    rows = Rows(LENGTHS, sum(LENGTHS) - len(LENGTHS))
+    return replace(
+        Job(
+            config, rows, rows, compute_dtype=torch.float32, factor_dtype=torch.float32, rank=4, optimizer="adamw_8bit"
+        ),
+        **changes,
+    )
+
+
+def measured(job, model_type, **changes):
+    """Return the ledger of the second real training step and an evaluation."""
+    model = build_tiny(model_type, **changes)
+    quantize_in_place(model, job.quant, job.double_quant)
+    use_row_attention(model)
+    add_lora(model, job.targets, job.rank, job.alpha, job.dropout, job.rslora, job.factor_dtype)
+    set_checkpointing(model, job.checkpointing == "block")
+    parameters = [p for _, p in lora_parameters(model)]
+    optimizer = build_optimizer(parameters, job.optimizer, 1e-4, 0.0)
+    batch, ledger = all_learned(LENGTHS), Ledger()
+    with ledger:
+        for tensor, name, _ in categorised(model):
+            ledger.claim([tensor], name)
+        ledger.watch(model)
+        for step in range(2):
+            ledger.reset_peaks()
+            train_step(model.train(), [batch], optimizer, job.max_grad_norm, job.loss_chunk_tokens)
+            optimizer.zero_grad(set_to_none=True)
+        evaluate_loss(model, [batch], job.loss_chunk_tokens)
+    return ledger
+
+
+INPUT_BYTES = (
+    8 * 4 * 64
+)  # ids, positions, places and targets of the micro-batch stand a little longer in one of the two
+
+
+@pytest.mark.parametrize("checkpointing", ["block", "none"])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_the_predicted_peak_of_every_phase_is_the_measured_one(model_type, checkpointing):
+    job = job_for(config_of(model_type), checkpointing=checkpointing, loss_chunk_tokens=8)
+    predicted, ledger = simulate_whole(job), measured(job, model_type)
+    for name in ("forward", "backward", "evaluation"):
+        peak = max((m for m in ledger.peaks.values() if m.phase == name), key=lambda m: m.total)
+        assert predicted.peak(name).total == pytest.approx(peak.total, abs=INPUT_BYTES), name
+        for kind, size in peak.breakdown.items():
+            if kind not in ("workspace", "saved activations"):
+                assert predicted.peak(name).breakdown[kind] == size, (name, kind)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"checkpointing": "none"}, {"loss_chunk_tokens": 5}, {"accumulating": True}, {"eval_rows": None},
+        {"device_type": "cuda"}, {"quant": "none"}, {"dropout": 0.1}, {"optimizer": "adamw_torch"},
+    ],
+)  # fmt: skip
+def test_two_small_depths_continued_give_the_whole_depth_to_the_byte(changes):
+    job = job_for(config_of("llama", num_hidden_layers=7), **changes)
+    short, whole = simulate(job), simulate_whole(job)
+    for name in {phase for phase, _ in whole.moments}:
+        assert short.peak(name).total == whole.peak(name).total, name
+    assert short.peak().bytes == whole.peak().bytes
+    assert short.work == whole.work
+    assert short.resident.bytes == whole.resident.bytes
+
+
+def test_blocks_of_several_kinds_repeat_as_a_pattern():
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+    config = config_of("gemma3_text", num_hidden_layers=12, layer_types=kinds * 4)
+    job = job_for(config)
+    short, whole = simulate(job), simulate_whole(job)
+    assert short.peak().bytes == whole.peak().bytes and short.work == whole.work
+
+
+def test_what_costs_memory_shows():
+    job = job_for(config_of("llama", num_hidden_layers=7))
+    kept = simulate(replace(job, checkpointing="none")).peak().total
+    assert kept > 1.5 * simulate(job).peak().total - simulate(job).resident.total
+    more = simulate(replace(job, optimizer="adamw_32bit")).resident.total - simulate(job).resident.total
+    assert more >= 0
+    assert simulate(replace(job, accumulating=True)).peak("forward").breakdown["gradients"] > 0
+
+
+def test_no_memory_is_used_for_the_tensors_of_a_plan():
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    config = config_of("llama", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, vocab_size=128256,
+                       num_attention_heads=64, num_key_value_heads=8)  # fmt: skip
+    peak = simulate(job_for(config, compute_dtype=torch.bfloat16, factor_dtype=torch.bfloat16)).peak()
+    assert peak.total > 36 * 2**30
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 2**30
