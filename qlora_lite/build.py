@@ -6,6 +6,7 @@ import torch
 
 from .data.examples import Dataset, read_examples
 from .data.read import Source
+from .files import cache_root
 from .lora.adapter import load_adapter
 from .lora.inject import Target, add_lora
 from .models.load import load_model, resolve_compute_dtype, resolve_device
@@ -43,7 +44,8 @@ def read_data(recipe: Recipe, tokenizer, which: str) -> Dataset:
     """Read a recipe's training or evaluation rows; what is wrong with them is noted, not raised."""
     d = recipe.data
     sources = build_sources(recipe, which)
-    return read_examples(sources, tokenizer, d.template, d.train_on, d.max_tokens, d.overflow, d.train_on_end)
+    settings = d.template, d.train_on, d.max_tokens, d.overflow, d.train_on_end
+    return read_examples(sources, tokenizer, *settings, cache_root() / "tokens")
 
 
 def build_sources(recipe: Recipe, which: str) -> list[Source]:

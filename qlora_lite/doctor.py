@@ -6,7 +6,7 @@ import shutil
 
 import torch
 
-from .models.cache import cache_root
+from .files import cache_root
 from .models.load import has_fast_bf16, resolve_device
 from .runs import package_versions
 from .units import format_bytes

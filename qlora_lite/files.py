@@ -97,3 +97,30 @@ def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's content as 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_root() -> Path:
+    """Return the cache folder: ``$QLORA_LITE_CACHE``, else ``~/.cache/qlora_lite``."""
+    return Path(os.environ.get("QLORA_LITE_CACHE") or Path.home() / ".cache" / "qlora_lite")
+
+
+def content_digest(path: Path) -> str:
+    """Return a file's SHA-256, remembered while its path, size, modification time and inode stay the same.
+
+    Hashing a large file takes longer than loading what a cache made of it; git's index remembers in the same way.
+    """
+    stat = path.stat()
+    identity = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
+    note = cache_root() / "digests" / hashlib.sha256(identity.encode()).hexdigest()[:32]
+    if note.is_file():
+        return note.read_text(encoding="utf-8")
+    digest = sha256(path)
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_text(note, digest)
+    except (
+        OSError,
+        OutputError,
+    ):  # the note only saves time; a cache that cannot be written is reported later
+        return digest
+    return digest

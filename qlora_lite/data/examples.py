@@ -9,9 +9,11 @@ error (see `template.render`), in a plain document they are tokenised as the let
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,15 +24,19 @@ from qlora_lite.data.make import Account, Settings, make_examples, note_too_long
 from qlora_lite.data.read import Source
 from qlora_lite.data.stored import Examples, ExampleWriter, repeated
 from qlora_lite.data.template import Template
-from qlora_lite.errors import DataError
+from qlora_lite.data.token_cache import cache_key, load_set, remove_leftovers, save_set
+from qlora_lite.errors import DataError, OutputError
+from qlora_lite.files import replacing_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+log = logging.getLogger("qlora_lite")
 TRAIN_ON = ("assistant", "completion", "all", "last")
 OVERFLOW = ("error", "drop", "truncate", "split")
 BAD_SOURCE = "source not usable"
 LEFT_OUT = "left out by the weight of their source"
+_ROWS_PER_REPORT = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +102,7 @@ def read_examples(
     max_tokens: int = 1024,
     overflow: str = "error",
     train_on_end: bool = True,
+    cache: Path | None = None,
 ) -> Dataset:
     """Read, render, tokenise and mask the rows of all sources, and note every problem.
 
@@ -112,6 +119,7 @@ def read_examples(
         overflow: for longer rows: "error", "drop", "truncate" (keep the first max_tokens tokens; a row
             that loses all it had to learn is dropped and counted), or "split" (see `split`).
         train_on_end: whether the tokens that end answers and documents are learned.
+        cache: folder of token caches (see `token_cache`); None keeps the tokens in memory and makes them anew.
 
     Returns:
         The examples with their counts and problems; rows with a problem are left out and counted.
@@ -120,12 +128,9 @@ def read_examples(
         DataError: an argument is out of range.
     """
     _check_arguments(sources, tokenizer, train_on, max_tokens, overflow)
-    account, writer = Account(), ExampleWriter()
     settings = Settings(train_on, max_tokens, overflow, train_on_end)
-    orders = [_write(source, tokenizer, template, settings, account, writer) for source in sources]
-    examples = writer.finish(np.concatenate(orders))
-    _note_problems(examples, sources, tokenizer, settings, account)
-    lengths, (_, learned) = examples.lengths, examples.joined()
+    job = _Job(sources, tokenizer, template, settings)
+    examples, account = _cached(job, cache) if cache else _read(job, None)
     return Dataset(
         examples=examples,
         rows_read=account.rows_read,
@@ -133,27 +138,61 @@ def read_examples(
         dropped={reason: count for reason, count in account.dropped.items() if count},
         truncated=account.truncated,
         split=account.split,
-        tokens=int(lengths.sum()),
-        learned_tokens=int(np.count_nonzero(learned)),
+        tokens=int(examples.lengths.sum()),
+        learned_tokens=int(examples.learned_counts.sum()),
         end_token_ids=frozenset(account.end_token_ids),
         template=account.template,
         problems=account.problems,
     )
 
 
-def _write(
-    source: Source,
-    tokenizer: PreTrainedTokenizerFast,
-    template: str | None,
-    settings: Settings,
-    account: Account,
-    writer: ExampleWriter,
-) -> np.ndarray:
-    """Write the examples of a source and return their order, repeated as its weight says."""
-    first = writer.count
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What to read and how, as `read_examples` was told."""
+
+    sources: Sequence[Source]
+    tokenizer: PreTrainedTokenizerFast
+    template: str | None
+    settings: Settings
+
+
+def _cached(job: _Job, cache: Path) -> tuple[Examples, Account]:
+    """Return the set from the cache, making the entry first where there is none."""
+    key = cache_key(job.sources, job.tokenizer, job.template, job.settings)
+    if key is None:
+        return _read(job, None)
+    entry = cache / key
+    if found := load_set(entry, job.tokenizer, job.template):
+        log.info("data: tokens from the cache %s", entry)
+        return found
+    remove_leftovers(cache)
     try:
-        for examples in make_examples(source, tokenizer, template, settings, account):
+        with replacing_folder(entry) as folder:
+            save_set(folder, *_read(job, folder))
+    except OutputError as error:
+        log.warning("the tokens are not cached: %s", error)
+        return _read(job, None)
+    return load_set(entry, job.tokenizer, job.template) or _read(job, None)
+
+
+def _read(job: _Job, folder: Path | None) -> tuple[Examples, Account]:
+    """Read, render and tokenise all rows into arrays in memory, or in files of a folder."""
+    account, writer = Account(), ExampleWriter(folder)
+    orders = [_write(source, job, account, writer) for source in job.sources]
+    examples = writer.finish(np.concatenate(orders))
+    _note_problems(examples, job, account)
+    return examples, account
+
+
+def _write(source: Source, job: _Job, account: Account, writer: ExampleWriter) -> np.ndarray:
+    """Write the examples of a source and return their order, repeated as its weight says."""
+    first, next_report = writer.count, _ROWS_PER_REPORT
+    try:
+        for examples in make_examples(source, job.tokenizer, job.template, job.settings, account):
             writer.add_all(examples)
+            if account.rows_read >= next_report:
+                log.info("data: %s rows read", f"{account.rows_read:,}")
+                next_report = account.rows_read + _ROWS_PER_REPORT
     except DataError as error:
         _note_bad_source(source, error, account.problems)
     order = repeated(first, writer.count - first, source.weight)
@@ -161,20 +200,15 @@ def _write(
     return order
 
 
-def _note_problems(
-    examples: Examples,
-    sources: Sequence[Source],
-    tokenizer: PreTrainedTokenizerFast,
-    settings: Settings,
-    account: Account,
-) -> None:
+def _note_problems(examples: Examples, job: _Job, account: Account) -> None:
     """Add what is wrong with the set, and count the rows that problems left out."""
     account.dropped.update({rule: n for rule, n in account.problems.counts.items() if rule != BAD_SOURCE})
-    note_too_long(account, settings.max_tokens)
-    if not examples and not account.problems.count:
+    note_too_long(account, job.settings.max_tokens)
+    if len(examples) == 0 and not account.problems.count:
         left = f"no row is left to train on: {_reasons(account.dropped)}"
-        account.problems.add(sources[0].path, left, NOTHING_TO_LEARN, fatal=True)
-    for problem in check_examples(examples, tokenizer.bos_token_id, account.end_token_ids, settings.train_on_end):
+        account.problems.add(job.sources[0].path, left, NOTHING_TO_LEARN, fatal=True)
+    end_ids, end_is_learned = account.end_token_ids, job.settings.train_on_end
+    for problem in check_examples(examples, job.tokenizer.bos_token_id, end_ids, end_is_learned):
         account.problems.add(problem.where, problem.message, problem.rule, fatal=True)
 
 

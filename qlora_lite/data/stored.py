@@ -90,6 +90,12 @@ class Examples:
         """Return the tokens of each example: int64 [N]."""
         return np.diff(self.rows[:, 0])[self.order]
 
+    @property
+    def learned_counts(self) -> np.ndarray:
+        """Return the learned tokens of each example: int64 [N]."""
+        starts = self.rows[:-1, 0]
+        return np.add.reduceat(self.learned, starts, dtype=np.int64)[self.order] if len(starts) else self.order
+
     def joined(self) -> tuple[np.ndarray, np.ndarray]:
         """Return token_ids and learned of all examples, end to end; a view where they lie so already."""
         order = self.order

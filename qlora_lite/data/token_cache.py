@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, astuple
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 _SET = "set.json"
 _ORDER = "order.npy"
+_LEFTOVER_SECONDS = 24 * 3600
 _LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy", "pyarrow")
 
 
@@ -116,6 +119,17 @@ def load_set(folder: Path, tokenizer: PreTrainedTokenizerFast, template: str | N
             end_token_ids=set(content["end_token_ids"]),
             template=choose_template(tokenizer, template) if content["has_template"] else None,
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None
     return examples, account
+
+
+def remove_leftovers(cache: Path) -> None:
+    """Remove half-made entries of processes that were killed, a day after they wrote last.
+
+    A live one may belong to another machine that shares the folder, so its process number says nothing.
+    """
+    for folder in cache.glob(".*.partial"):
+        times = [path.stat().st_mtime for path in (folder, *folder.glob("*")) if path.exists()]
+        if time.time() - max(times, default=time.time()) > _LEFTOVER_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)

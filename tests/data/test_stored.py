@@ -49,6 +49,7 @@ def test_an_order_repeats_rows_and_leaves_rows_out(rows, order):
     kept = writer.finish(np.array(order, np.int64))
     assert plain(kept) == plain([given_ones[row] for row in order])
     assert kept.lengths.tolist() == [len(given_ones[row].token_ids) for row in order]
+    assert kept.learned_counts.tolist() == [int(given_ones[row].learned.sum()) for row in order]
     assert kept.joined()[0].tolist() == [t for row in order for t in given_ones[row].token_ids]
 
 

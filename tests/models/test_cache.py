@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from test_load import assert_same_weights
 from tiny_files import save_tiny
 
+from qlora_lite.files import cache_root, content_digest
 from qlora_lite.models import load as loading
-from qlora_lite.models.cache import cache_entry, cache_root, content_digest
+from qlora_lite.models.cache import cache_entry
 from qlora_lite.models.load import load_model
 from qlora_lite.models.locate import locate
 
@@ -109,7 +110,7 @@ def test_a_digest_is_remembered_until_the_file_changes(cache, tmp_path, monkeypa
     file = tmp_path / "weights"
     file.write_bytes(b"one")
     first = content_digest(file)
-    monkeypatch.setattr("qlora_lite.models.cache.sha256", lambda path: "counted again")
+    monkeypatch.setattr("qlora_lite.files.sha256", lambda path: "counted again")
     assert content_digest(file) == first
     file.write_bytes(b"three")
     assert content_digest(file) == "counted again"

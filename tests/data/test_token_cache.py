@@ -1,0 +1,195 @@
+"""Cached tokens are found by everything they depend on, and only when they are whole."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_tokenizer import make_tokenizer
+
+from qlora_lite.data import examples as examples_module
+from qlora_lite.data import token_cache
+from qlora_lite.data.examples import read_examples
+from qlora_lite.data.named_templates import NAMED_TEMPLATES
+from qlora_lite.data.read import Source
+
+ROWS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(5)]
+
+
+@pytest.fixture
+def build(write, tokenizer, tmp_path):
+    """Build the set of ROWS with a cache of this test alone."""
+
+    def build_set(rows=ROWS, source=None, tokenizer=tokenizer, **settings):
+        source = source or {}
+        return read_examples(
+            [Source(write("a.jsonl", rows), **source)], tokenizer, cache=tmp_path / "cache", **settings
+        )
+
+    return build_set
+
+
+@pytest.fixture
+def entries(tmp_path):
+    return lambda: sorted(path.name for path in (tmp_path / "cache").glob("*"))
+
+
+@pytest.fixture
+def no_reading(monkeypatch):
+    """Call the result to fail the test when rows are read again."""
+
+    def forbid():
+        def fail(*_):
+            raise AssertionError("the cache missed")
+
+        monkeypatch.setattr(examples_module, "make_examples", fail)
+
+    return forbid
+
+
+def plain(data):
+    rows = [(e.token_ids.tolist(), e.learned.tolist(), e.prompt, e.answer, e.where) for e in data.examples]
+    template = data.template and (data.template.name, data.template.source)
+    return rows, data.rows_read, data.dropped, data.truncated, data.split, data.tokens, data.learned_tokens, \
+        data.end_token_ids, template, data.problems.found, data.problems.counts, data.problems.fatal  # fmt: skip
+
+
+def test_a_second_build_comes_from_the_cache_and_is_equal_to_one_without(
+    build, entries, no_reading, tmp_path, tokenizer
+):
+    first = build(source={"weight": 1.5})
+    bare = read_examples([Source(str(tmp_path / "a.jsonl"), weight=1.5)], tokenizer)
+    no_reading()
+    assert plain(build(source={"weight": 1.5})) == plain(first) == plain(bare)
+    assert len(entries()) == 1 and not entries()[0].startswith(".")
+
+
+def test_problems_are_kept_with_the_set(build, no_reading):
+    first = build([*ROWS, {"prompt": "x"}, {"prompt": "x " * 90, "completion": "y"}], max_tokens=60)
+    assert first.problems.count == 2 and first.problems.fatal
+    no_reading()
+    again = build([*ROWS, {"prompt": "x"}, {"prompt": "x " * 90, "completion": "y"}], max_tokens=60)
+    assert plain(again) == plain(first)
+
+
+def test_documents_of_a_tokenizer_without_a_template_are_cached(build, no_reading):
+    tokenizer = make_tokenizer(template=None)
+    first = build([{"text": "what is the question"}], tokenizer=tokenizer)
+    no_reading()
+    assert plain(build([{"text": "what is the question"}], tokenizer=tokenizer)) == plain(first)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": [*ROWS[:-1], {"prompt": "question 4", "completion": "answer 5"}]},
+        {"template": "plain"},
+        {"train_on": "all"},
+        {"max_tokens": 500},
+        {"overflow": "drop"},
+        {"train_on_end": False},
+        {"source": {"weight": 2.0}},
+        {"source": {"prompt": "{completion}", "completion": "{prompt}"}},
+        {"tokenizer": make_tokenizer(adds_begin=True)},
+        {"tokenizer": make_tokenizer(template="plain")},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_change_of_anything_that_tokens_depend_on_builds_another_set(build, entries, change):
+    build()
+    changed = build(**change)
+    assert len(entries()) == 2
+    shutil.rmtree(Path(changed.examples.files[0]).parent / "cache")
+    assert plain(build(**change)) == plain(changed)
+
+
+def test_a_template_file_that_changes_under_its_name_builds_another_set(build, entries, tmp_path):
+    path = tmp_path / "t.jinja"
+    path.write_text(NAMED_TEMPLATES["chatml"])
+    build(template=str(path))
+    path.write_text(NAMED_TEMPLATES["plain"])
+    assert build(template=str(path)).template.source == NAMED_TEMPLATES["plain"]
+    assert len(entries()) == 2
+
+
+def test_other_code_builds_another_set(build, entries, monkeypatch):
+    build()
+    assert len(token_cache._code()) > 10
+    monkeypatch.setattr(token_cache, "_code", lambda: ["other"])
+    build()
+    assert len(entries()) == 2
+
+
+@pytest.mark.parametrize("name", ["token_ids", "learned", "text", "rows", "set.json", "order.npy"])
+@pytest.mark.parametrize("damage", ["cut short", "missing", "empty"])
+def test_a_damaged_set_is_made_again(build, entries, tmp_path, name, damage):
+    first = build()
+    (entry,) = (tmp_path / "cache").iterdir()
+    whole = (entry / name).read_bytes()
+    (entry / name).unlink()
+    if damage != "missing":
+        (entry / name).write_bytes(whole[:-1] if damage == "cut short" else b"")
+    assert plain(build()) == plain(first)
+    assert (entry / name).read_bytes() == whole and len(entries()) == 1
+
+
+def test_a_cache_that_cannot_be_written_costs_one_line_and_no_more(write, tokenizer, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    source = Source(write("a.jsonl", ROWS))
+    data = read_examples([source], tokenizer, cache=tmp_path / "file" / "cache")
+    assert plain(data) == plain(read_examples([source], tokenizer))
+    assert "the tokens are not cached: cannot write" in caplog.text
+
+
+def test_a_source_that_is_not_there_is_a_problem_and_nothing_is_cached(tokenizer, tmp_path, entries):
+    data = read_examples([Source(str(tmp_path / "nothing.jsonl"))], tokenizer, cache=tmp_path / "cache")
+    assert "no such file" in str(data.problems.found[0]) and entries() == []
+
+
+CHILD = """
+import os, signal, sys
+from pathlib import Path
+from tiny_tokenizer import make_tokenizer
+from qlora_lite import files
+from qlora_lite.data import examples, stored, token_cache
+from qlora_lite.data.read import Source
+def kill(*arguments):
+    if sys.argv[2] != "_flush" or sys.argv[4] in str(arguments[0]):  # not the flush of a noted digest
+        os.kill(os.getpid(), signal.SIGKILL)
+holders = {"stored": stored.ExampleWriter, "examples": examples, "token_cache": token_cache, "files": files}
+setattr(holders[sys.argv[1]], sys.argv[2], kill)
+examples.read_examples([Source(sys.argv[3])], make_tokenizer(), cache=Path(sys.argv[4]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [("stored", "finish"), ("examples", "save_set"), ("token_cache", "write_text"), ("files", "_flush")],
+)
+def test_a_process_killed_half_way_leaves_nothing_that_looks_whole(
+    module, function, write, tokenizer, tmp_path, no_reading
+):
+    path, cache = write("a.jsonl", ROWS), tmp_path / "cache"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, "-c", CHILD, module, function, path, str(cache)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [entry for entry in cache.iterdir() if not entry.name.startswith(".")] == []
+    first = read_examples([Source(path)], tokenizer, cache=cache)
+    no_reading()
+    assert plain(read_examples([Source(path)], tokenizer, cache=cache)) == plain(first)
+
+
+def test_what_a_killed_process_left_is_removed_after_a_day(build, tmp_path, entries):
+    for name, hours in ((".old.1.partial", 25), (".new.1.partial", 23)):
+        folder = tmp_path / "cache" / name
+        folder.mkdir(parents=True)
+        np.save(folder / "rows.npy", np.zeros(1))
+        for path in (folder / "rows.npy", folder):
+            os.utime(path, times=(path.stat().st_mtime - hours * 3600,) * 2)
+    build()
+    assert ".old.1.partial" not in entries() and ".new.1.partial" in entries()
