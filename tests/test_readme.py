@@ -1,5 +1,6 @@
 """The README tells the truth of today's code: its generated parts are up to date, its commands exist."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -34,6 +35,14 @@ def test_every_command_has_a_row():
 def test_every_file_that_is_named_exists():
     for path in re.findall(r"`((?:tools|tests|recipes)/[\w./-]+)`", README) + re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / path).exists(), path
+
+
+def test_every_test_that_is_named_as_proof_exists():
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", README)
+    assert len(named) >= 20
+    for path, name in named:
+        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{path}::{name}"
 
 
 @pytest.mark.model

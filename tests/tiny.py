@@ -37,10 +37,40 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 
-def build_tiny(model_type: str, dtype=torch.float32, seed: int = 0, **changes) -> nn.Module:
+_LINEAR = dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16)
+
+# families whose rows cannot all be joined, or whose attention has a part of its own; name -> settings
+UNUSUAL = {
+    "falcon_alibi": ("falcon", _COMMON | dict(new_decoder_architecture=False, multi_query=True, alibi=True)),
+    "bloom": ("bloom", dict(vocab_size=160, hidden_size=64, n_layer=2, n_head=4)),
+    "mpt": ("mpt", dict(vocab_size=160, d_model=64, n_layers=2, n_heads=4, max_seq_len=128)),
+    "gpt_neo": ("gpt_neo", dict(vocab_size=160, hidden_size=64, num_layers=2, num_heads=4, window_size=5,
+                                attention_types=[[["global", "local"], 1]], max_position_embeddings=128,
+                                attention_dropout=0.0, resid_dropout=0.0, embed_dropout=0.0)),
+    "cohere2": ("cohere2", _GATED | dict(num_hidden_layers=4, head_dim=16, sliding_window=5, logit_scale=0.25)),
+    "gpt_oss": ("gpt_oss", _GATED | dict(num_local_experts=4, num_experts_per_tok=2, head_dim=16, sliding_window=5,
+                                         rope_parameters={"rope_type": "default", "rope_theta": 1e4})),
+    "deepseek_v3": ("deepseek_v3", _GATED | dict(
+        num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16,
+        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, first_k_dense_replace=1, n_group=1,
+        topk_group=1)),
+    "nemotron": ("nemotron", _GATED | dict(head_dim=16)),
+    "mamba2": ("mamba2", dict(vocab_size=160, hidden_size=64, num_hidden_layers=2, state_size=8, num_heads=8,
+                              head_dim=16, n_groups=1, chunk_size=8)),
+    "recurrent_gemma": ("recurrent_gemma", _GATED | dict(num_hidden_layers=3, num_key_value_heads=1, head_dim=16,
+                                                         lru_width=64, attention_window_size=5)),
+    "qwen3_next": ("qwen3_next", _GATED | _LINEAR | dict(
+        num_hidden_layers=4, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+        shared_expert_intermediate_size=32)),
+    "lfm2": ("lfm2", _GATED | dict(layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False)),
+}  # fmt: skip
+
+
+def build_tiny(name: str, dtype=torch.float32, seed: int = 0, **changes) -> nn.Module:
     """Build a random model with weights large enough that every part of it shows in the logits."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **(ARCHITECTURES[model_type] | changes))
+    model_type, settings = UNUSUAL.get(name) or (name, ARCHITECTURES[name])
+    config = AutoConfig.for_model(model_type, **(settings | changes))
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -86,7 +116,7 @@ def reference_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     total, start = 0.0, 0
     for length in batch.row_lengths:
         row = slice(start, start + length)
-        logits = model(input_ids=batch.input_ids[:, row], use_cache=False).logits[0].float()
+        logits = model(input_ids=batch.input_ids[:, row], use_cache=False).logits[0]
         total = total + nn.functional.cross_entropy(logits, batch.labels[row], ignore_index=-100, reduction="sum")
         start += length
     return total

@@ -39,7 +39,8 @@ def head(model: nn.Module) -> Head:
         scale = float(config.logit_scale)
     if getattr(config, "logits_scaling", None):  # Granite divides
         scale = 1.0 / float(config.logits_scaling)
-    return Head(layer.weight, getattr(layer, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+    softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+    return Head(layer.weight, getattr(layer, "bias", None), scale, softcap)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

@@ -19,7 +19,7 @@ from .shapes import kernel_rows
 
 def row_attention(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
-    row_lengths=None, **_unused,
+    s_aux=None, row_lengths=None, **_unused,
 ):  # fmt: skip
     """Attend causally within each row.
 
@@ -29,14 +29,16 @@ def row_attention(
         scaling: factor on the scores; None means 1 / sqrt(D).
         sliding_window: a token sees itself and this many minus one before it; None for all.
         softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma-2); None for off.
+        s_aux: attention sinks [H], a score per head that takes weight and gives nothing (gpt-oss); None for off.
         row_lengths: tokens in each row, in order. Tokens behind the last row are filler: they attend to
             nothing and get zeros.
 
     Returns:
         The attended values [B, T, H, D] and None in place of attention weights.
     """
-    attend = _softcap_attention if softcap else _sdpa
-    extra = {"softcap": softcap} if softcap else {"dropout": dropout}
+    written_out = softcap or s_aux is not None
+    attend = _written_out if written_out else _sdpa
+    extra = {"softcap": softcap, "sinks": s_aux} if written_out else {"dropout": dropout}
     length = query.shape[2]
     if row_lengths is None and attention_mask is None and length == key.shape[2]:
         row_lengths = (length,)
@@ -74,13 +76,14 @@ def _sdpa(query, key, value, mask, scaling, dropout):
     )
 
 
-def _softcap_attention(query, key, value, mask, scaling, softcap):
-    """Attend with capped scores, for which no fused kernel exists on every device."""
+def _written_out(query, key, value, mask, scaling, softcap, sinks):
+    """Attend with capped scores or sinks, for which no fused kernel exists on every device."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     scores = query @ key.transpose(2, 3) * scaling
-    scores = torch.tanh(scores / softcap) * softcap
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
     if mask is None and query.shape[2] > 1:
         length = query.shape[2]
         mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
@@ -88,4 +91,8 @@ def _softcap_attention(query, key, value, mask, scaling, softcap):
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
         scores = scores + mask
-    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ value
+    if sinks is not None:
+        column = sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column.to(scores.dtype)], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return weights[..., : key.shape[2]] @ value

@@ -225,13 +225,16 @@ class Train(_Section):
 class Memory(_Section):
     """How memory is traded for time."""
 
-    checkpointing: Literal["block", "none"] = "block"
-    """block keeps only each block's input and computes the rest again in the backward pass."""
+    budget: Annotated[str, AfterValidator(_size_or_auto), Rule("auto, or a size with its unit, such as 8GiB")] = "auto"
+    """Most memory the run may use; auto is what the device has free. The fastest plan that fits is chosen for the
+    settings below that are auto, then proved by one measured step before the first; what does not fit ends there."""
+    checkpointing: Literal["auto", "block", "none"] = "auto"
+    """block keeps only each block's input and computes the rest again in the backward pass; none keeps everything."""
     loss_chunk_tokens: Annotated[PositiveInt | Literal["auto"], Rule("a whole number of at least 1, or auto")] = "auto"
     """Learned tokens whose logits exist at one time."""
-    budget: Annotated[str, AfterValidator(_size_or_auto), Rule("auto, or a size with its unit, such as 8GiB")] = "auto"
-    """Most memory the run may use: the largest micro-batch is measured before the first step, and a run over the budget
-    ends there; auto sets no limit but the device's own."""
+    micro_batches: Literal["auto", "as-given"] = "auto"
+    """auto may cut a step's packs into other micro-batches than train.micro_batch_size says; the packs of a step, and
+    what each token counts, stay the same."""
 
     @property
     def budget_bytes(self) -> int | None:

@@ -15,7 +15,7 @@ from torch import nn
 from qlora_lite.data.batch import Batch
 from qlora_lite.memory.marks import category, phase
 from qlora_lite.models.anatomy import decoder, head
-from qlora_lite.models.load import uses_row_attention
+from qlora_lite.models.load import rows_run_alone, uses_row_attention
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, chunked_cross_entropy
 from qlora_lite.ops.shapes import kernel_rows
 
@@ -77,11 +77,26 @@ def filler_tokens(row_lengths: Sequence[int], device: torch.device) -> int:
 
 def hidden_states(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     """Return the last hidden states [T, D] of rows laid end to end."""
+    if rows_run_alone(model):
+        return _hidden_states_row_by_row(model, inputs)
     rows = {"row_lengths": inputs.row_lengths} if uses_row_attention(model) else {}
     output = decoder(model)(
         input_ids=inputs.input_ids, position_ids=inputs.position_ids, use_cache=False, **rows
     )  # fmt: skip
     return output.last_hidden_state[0, : sum(inputs.row_lengths)]
+
+
+def _hidden_states_row_by_row(model: nn.Module, inputs: Inputs) -> torch.Tensor:
+    """Run each row by itself; the tokens behind it, up to the kernel's length, cannot change what came before."""
+    outs, start, device = [], 0, inputs.input_ids.device
+    for length in inputs.row_lengths:
+        ids = inputs.input_ids[:, start : start + kernel_rows(length, device)]
+        positions = torch.arange(ids.shape[1], device=device)[None]
+        outs.append(
+            decoder(model)(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0, :length]
+        )
+        start += length
+    return torch.cat(outs)
 
 
 def summed_loss(model: nn.Module, inputs: Inputs, chunk_tokens: int | None = None) -> torch.Tensor:

@@ -2,11 +2,22 @@
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, add_reference_lora, quantized_pair, random_batch, random_factors, reference_loss
+from tiny import (
+    ARCHITECTURES,
+    add_reference_lora,
+    build_tiny,
+    quantized_pair,
+    random_batch,
+    random_factors,
+    reference_loss,
+)
+from transformers.modeling_utils import AttentionInterface
 
 from qlora_lite.errors import ModelError
 from qlora_lite.lora.inject import add_lora, lora_layers
 from qlora_lite.models.anatomy import set_checkpointing
+from qlora_lite.models.load import ROW_ATTENTION, rows_run_alone, use_row_attention, uses_row_attention
+from qlora_lite.ops.attention import row_attention
 from qlora_lite.train.guards import check_forward
 from qlora_lite.train.step import accumulate_gradients, labelled_count, prepare
 
@@ -46,8 +57,22 @@ def test_the_forward_check_refuses_a_head_scaled_otherwise_than_its_configuratio
         check_forward(model)
 
 
-def test_the_forward_check_refuses_rows_that_see_each_other(monkeypatch):
+def test_the_forward_check_runs_rows_alone_where_they_would_see_each_other(monkeypatch):
     model, _ = quantized_pair("llama")
     monkeypatch.setattr("qlora_lite.train.step.uses_row_attention", lambda model: False)
-    with pytest.raises(ModelError, match="cannot be trained exactly"):
-        check_forward(model)
+    assert check_forward(model) < 1e-5
+    assert rows_run_alone(model)
+
+
+def test_the_forward_check_goes_back_to_the_model_s_own_attention_where_ours_leaves_something_out(monkeypatch):
+    model = build_tiny("gpt_oss")
+    use_row_attention(model)
+    assert check_forward(model) < 1e-5 and not rows_run_alone(model)
+
+    def without_sinks(*tensors, s_aux, **settings):
+        return row_attention(*tensors, **settings)
+
+    AttentionInterface.register(ROW_ATTENTION, without_sinks)
+    check_forward(model)
+    assert rows_run_alone(model) and not uses_row_attention(model)
+    use_row_attention(model)

@@ -1,0 +1,58 @@
+"""Rows trained together give the loss and gradients of a float64 model that sees each row alone, in every family."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, UNUSUAL, add_reference_lora, build_tiny, random_batch, random_factors, reference_loss
+
+from qlora_lite.lora.inject import Target, add_lora, lora_layers
+from qlora_lite.models.load import rows_run_alone, use_row_attention, uses_row_attention
+from qlora_lite.train.guards import check_forward
+from qlora_lite.train.step import accumulate_gradients, labelled_count, prepare
+
+# Families in which rows end to end see each other: distances counted over the whole sequence, a state or a
+# convolution that runs on, an attention of their own that takes no rows.
+RUN_ALONE = {"bloom", "mpt", "nemotron", "mamba2", "recurrent_gemma", "qwen3_next", "lfm2"}
+TARGETS = {"mamba2": ["in_proj"]}  # the reference implementation reads the weights of its other layers itself
+
+
+@pytest.mark.filterwarnings("ignore")  # what architectures say about missing kernels and about each other
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *UNUSUAL])
+def test_packed_rows_have_the_loss_and_gradients_of_each_row_alone(name):
+    model = build_tiny(name)
+    oracle = copy.deepcopy(model).double()
+    oracle.set_attn_implementation("eager")
+    if hasattr(oracle, "set_experts_implementation"):
+        oracle.set_experts_implementation("eager")
+    use_row_attention(model)
+    check_forward(model)
+    assert rows_run_alone(model) == (name in RUN_ALONE)
+    add_lora(model, [Target(t) for t in TARGETS.get(name, ["all-linear"])], rank=3, alpha=6.0, dtype=torch.float32)
+    random_factors(model)
+    reference = add_reference_lora(oracle, model)
+    oracle.double()
+    batch = random_batch()
+
+    loss = accumulate_gradients(model.train(), [prepare(batch, model.device)], chunk_tokens=4).item()
+    expected = reference_loss(oracle.train(), batch) / labelled_count(batch)
+    expected.backward()
+
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    for layer_name, layer in lora_layers(model):
+        for side in ("lora_A", "lora_B"):
+            grad, wanted = getattr(layer, side).grad.double(), getattr(reference[layer_name], side).grad
+            assert wanted.abs().max() > 0, f"{layer_name}.{side}"
+            assert (grad - wanted).norm() <= 1e-4 * wanted.norm(), f"{layer_name}.{side}"
+
+
+def test_a_model_whose_rows_run_alone_says_so_once_and_keeps_its_own_attention(caplog):
+    model = build_tiny("lfm2")
+    use_row_attention(model)
+    with caplog.at_level(logging.WARNING, "qlora_lite"):
+        check_forward(model)
+        check_forward(model)
+    (line,) = caplog.messages
+    assert "rows laid end to end see each other" in line and "packing saves no time" in line
+    assert not uses_row_attention(model)
