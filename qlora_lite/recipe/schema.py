@@ -129,8 +129,8 @@ class Source(_Section):
     """One place that rows come from; a bare path is short for {path: PATH}."""
 
     path: Text
-    """A data file (JSON, JSONL, CSV, TSV, Parquet, Arrow, text; text kinds also as .gz or .zst), a folder, or a
-    glob pattern."""
+    """A data file (JSON, JSONL, CSV, TSV, Parquet, Arrow, text; text kinds also as .gz or .zst), a folder, a
+    glob pattern, or a hub data set, hub:OWNER/NAME, hub:OWNER/NAME/CONFIG or either with :SPLIT."""
     format: Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text", "table"] | None = None
     """Shape of the rows; null recognises it from the first row. A table is any columns, with prompt and
     completion."""
