@@ -5,7 +5,9 @@ from pathlib import Path
 import torch
 
 from .data.examples import Dataset, read_examples
+from .data.make import Settings
 from .data.read import Source
+from .data.stream import RowStream
 from .files import cache_root
 from .lora.adapter import load_adapter
 from .lora.inject import Target, add_lora
@@ -14,6 +16,8 @@ from .models.skeleton import stored_quantization
 from .planning.simulate import Job, Rows
 from .recipe.schema import Recipe
 from .train.loop import TrainSettings
+
+STREAM_SAMPLE_ROWS = 1000  # of each streamed source, looked at before training
 
 
 def train_settings(recipe: Recipe) -> TrainSettings:
@@ -44,11 +48,25 @@ def build_data(recipe: Recipe, tokenizer, which: str = "train") -> Dataset | Non
 
 
 def read_data(recipe: Recipe, tokenizer, which: str) -> Dataset:
-    """Read a recipe's training or evaluation rows; what is wrong with them is noted, not raised."""
+    """Read a recipe's training or evaluation rows; what is wrong with them is noted, not raised.
+
+    Of streamed training rows, only the first ones are read.
+    """
     d = recipe.data
     sources = build_sources(recipe, which)
     settings = d.template, d.train_on, d.max_tokens, d.overflow, d.train_on_end
+    if d.streaming and which == "train":
+        return read_examples(sources, tokenizer, *settings, max_rows=STREAM_SAMPLE_ROWS)
     return read_examples(sources, tokenizer, *settings, cache_root() / "tokens")
+
+
+def build_stream(recipe: Recipe, tokenizer) -> RowStream | None:
+    """Return the training rows of a recipe as a stream; None if it does not ask for one."""
+    d = recipe.data
+    if not d.streaming:
+        return None
+    settings = Settings(d.train_on, d.max_tokens, d.overflow, d.train_on_end)
+    return RowStream(tuple(build_sources(recipe, "train")), tokenizer, d.template, settings, d.max_bad_rows)
 
 
 def build_sources(recipe: Recipe, which: str) -> list[Source]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .build import build_model, train_settings
+from .build import build_model, build_stream, train_settings
 from .data.template import portable_source
 from .data_page import write_data_page
 from .errors import DoesNotFitError, Interrupted, QloraLiteError
@@ -76,7 +76,8 @@ class _Run:
         self._look_at_data()
         with PeakMeter(resolve_device(recipe.model.device)) as self.meter:
             self.model = build_model(recipe)
-            self.trainer = Trainer(self.model, self.data.examples, train_settings(recipe))
+            stream = build_stream(recipe, self.tokenizer)
+            self.trainer = Trainer(self.model, self.data.examples, train_settings(recipe), stream)
             self._describe_model()
             checksum = frozen_checksum(self.model)
             with _explaining_memory():

@@ -253,3 +253,15 @@ def test_a_folder_that_is_no_run_is_refused(finished, tmp_path, damage):
     (folder / damage).unlink()
     with pytest.raises(RecipeError, match=damage):
         open_run(folder)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_streamed_run_trains_the_adapter_that_rows_in_memory_train(run, packing):
+    data = {"order": "as-is", "packing": packing}
+    train = {"max_steps": 7, "micro_batch_size": 2, "gradient_accumulation_steps": 2}
+    adapters = []
+    for streaming in (False, True):
+        folder = run(data=data | {"streaming": streaming}, train=train)
+        adapters.append((summary_of(folder)["adapter_sha256"], [line.get("loss") for line in lines_of(folder)]))
+        shutil.rmtree(folder)
+    assert adapters[0] == adapters[1]

@@ -10,14 +10,16 @@ The order of the data is a pure function of the seed and the epoch.
 import math
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import nn
 
 from qlora_lite.data.batch import Batch, collate, plan_epoch
 from qlora_lite.data.stored import Example, row_lengths
+from qlora_lite.data.stream import largest_possible_batch, stream_batches
 from qlora_lite.errors import TrainingError
 from qlora_lite.lora.inject import lora_parameters
 from qlora_lite.memory.meter import PeakMeter
@@ -75,15 +77,22 @@ class Trainer:
 
     Args:
         model: a frozen model with LoRA layers.
-        examples: tokenised rows.
-        settings: see ``TrainSettings``.
+        examples: tokenised rows; with a stream, a sample of it.
+        settings: see ``TrainSettings``; a stream needs ``max_steps``.
+        stream: gives the rows of an epoch each time it is iterated, in place of ``examples``.
 
     Raises:
         ModelError: rows trained together would not give the model's own logits.
     """
 
-    def __init__(self, model: nn.Module, examples: Sequence[Example], settings: TrainSettings):
-        self.model, self.examples, self.settings = model, examples, settings
+    def __init__(
+        self,
+        model: nn.Module,
+        examples: Sequence[Example],
+        settings: TrainSettings,
+        stream: Iterable[Example] | None = None,
+    ):
+        self.model, self.examples, self.settings, self.stream = model, examples, settings, stream
         self.lengths = row_lengths(examples)
         self.parameters = [parameter for _, parameter in lora_parameters(model)]
         self.optimizer = build_optimizer(
@@ -98,7 +107,9 @@ class Trainer:
         weakref.finalize(self, self.meter.close)  # its thread would outlive the trainer
 
     def largest_batch(self) -> Batch:
-        """Return the micro-batch with the most tokens of all that the run will see."""
+        """Return the micro-batch with the most tokens of all that the run will see, or that a stream can give."""
+        if self.stream is not None:
+            return largest_possible_batch(self.examples, self.settings.max_tokens, self.settings.micro_batch_size)
         largest, steps, epoch = [], 0, 0
         while steps < self.total_steps:
             groups = self._epoch(epoch)
@@ -143,7 +154,11 @@ class Trainer:
         return max(1, steps + (math.ceil(part * len(self._epoch(whole))) if part else 0))
 
     def _batches(self) -> Iterator[list[Batch]]:
-        epoch = 0
+        s, epoch = self.settings, 0
+        while self.stream is not None:
+            micro_batches = stream_batches(self.stream, s.max_tokens, s.packing, s.micro_batch_size)
+            while group := list(islice(micro_batches, s.gradient_accumulation_steps)):
+                yield [collate(rows) for rows in group]
         while True:
             for group in self._epoch(epoch):
                 yield [collate([self.examples[row] for row in rows]) for rows in group]
