@@ -13,7 +13,7 @@ from .models.load import load_model, resolve_compute_dtype, resolve_device
 from .models.skeleton import stored_quantization
 from .planning.simulate import Job, Rows
 from .recipe.schema import Recipe
-from .train.loop import TrainSettings
+from .train.settings import TrainSettings
 
 
 def train_settings(recipe: Recipe) -> TrainSettings:
