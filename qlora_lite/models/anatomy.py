@@ -9,6 +9,7 @@ training.
 from torch import nn
 
 from qlora_lite.errors import ModelError
+from qlora_lite.ops.kept import keep_results
 from qlora_lite.ops.loss import Head
 
 
@@ -41,7 +42,7 @@ def head(model: nn.Module) -> Head:
 
 
 def set_checkpointing(model: nn.Module, enabled: bool) -> None:
-    """Recompute every block in backward, or keep its activations.
+    """Recompute every block in backward (but for the results that ``ops.kept`` keeps), or keep its activations.
 
     transformers before 5.24 names the same methods ``gradient_checkpointing_*``; drop those at a newer minimum.
     """
@@ -49,6 +50,6 @@ def set_checkpointing(model: nn.Module, enabled: bool) -> None:
     newer = getattr(model, f"activation_checkpointing_{verb}", None)
     switch = newer or getattr(model, f"gradient_checkpointing_{verb}")
     if enabled:
-        switch({"use_reentrant": False})
+        switch({"use_reentrant": False, "context_fn": keep_results})
     else:
         switch()

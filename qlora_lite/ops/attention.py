@@ -14,6 +14,7 @@ result [B, T, H, D].
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from .block_attention import block_attention
 from .shapes import kernel_rows
 
 
@@ -43,6 +44,8 @@ def row_attention(
     if row_lengths is None:
         out = attend(query, key, value, attention_mask, scaling, **extra)
         return out.transpose(1, 2).contiguous(), None
+    if query.device.type == "cpu" and not softcap and not dropout:
+        return block_attention(query, key, value, row_lengths, scaling, sliding_window), None
     outs, start = [], 0
     for row_length in row_lengths:
         # Extra tokens up to the kernel's length are those of the next row: causal attention keeps the row from

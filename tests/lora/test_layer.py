@@ -5,6 +5,8 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from qlora_lite.lora.layer import LoraLinear
@@ -148,6 +150,32 @@ def test_the_input_gets_no_gradient_where_none_is_asked_for():
     assert x.grad is None
     assert layer.lora_A.grad is not None
     assert layer.base.bias.grad is None
+
+
+class BaseProducts(TorchDispatchMode):
+    """Count the products with base weights."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.addmm_.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_checkpoint_ending_in_a_layer_does_not_multiply_by_its_weight_again():
+    up, down = (make_layer(QuantLinear.from_weight(random_input(*shape), None, "nf4", True))
+                for shape in ((OUT, IN), (IN, OUT)))  # fmt: skip
+    x = random_input(9, IN).requires_grad_()
+
+    def block(x):
+        return x + down(nn.functional.silu(up(x)))
+
+    with BaseProducts() as seen:
+        checkpoint(block, x, use_reentrant=False).sum().backward()
+    assert seen.count == 2 + 1 + 2  # forward; up_proj again; backward
+    found, x.grad = x.grad, None
+    block(x).sum().backward()
+    assert torch.equal(x.grad, found)
 
 
 def test_dropout_drops_inputs_of_the_low_rank_branch_only():
