@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_lite.ops.attention import row_attention
-from qlora_lite.ops.block_attention import MOST_QUERIES, block_attention
+from qlora_lite.ops.block_attention import BLOCK_QUERIES, block_attention
 from qlora_lite.ops.shapes import CPU_MULTIPLE
 
 HEADS, DIM = 4, 8
@@ -95,16 +94,16 @@ def test_one_new_token_sees_the_whole_cache(softcap):
 
 
 def test_bf16_keeps_its_type():
-    q, k, v = tensors(9, dtype=torch.bfloat16)
+    q, k, v = (tensor / 3 for tensor in tensors(9, dtype=torch.bfloat16))
     for softcap in (None, 2.0):
         out, _ = row_attention(None, q, k, v, None, softcap=softcap, row_lengths=(4, 5))
         assert out.dtype == torch.bfloat16
-        assert torch.allclose(out.double(), eager(q, k, v, (4, 5), softcap=softcap), atol=0.06)
+        assert torch.allclose(out.double(), eager(q, k, v, (4, 5), softcap=softcap), atol=0.02)
 
 
 # --- blocks of queries, on a CPU -------------------------------------------------------------------------------
 
-LONG_ROWS = (MOST_QUERIES + 45, 1, 33, 2 * MOST_QUERIES)
+LONG_ROWS = (BLOCK_QUERIES + 45, 1, 33, 2 * BLOCK_QUERIES)
 
 
 def values_and_gradients(function, inputs, upstream):
@@ -113,7 +112,7 @@ def values_and_gradients(function, inputs, upstream):
     return out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))
 
 
-@pytest.mark.parametrize("window", [None, 1, 40, MOST_QUERIES + 10])
+@pytest.mark.parametrize("window", [None, 1, 40, BLOCK_QUERIES + 10])
 @pytest.mark.parametrize("kv_heads", [4, 1])
 def test_rows_of_several_blocks_equal_the_oracle(kv_heads, window):
     inputs = tensors(sum(LONG_ROWS), kv_heads)
@@ -124,22 +123,24 @@ def test_rows_of_several_blocks_equal_the_oracle(kv_heads, window):
         assert (tensor - wanted).norm() <= 1e-6 * wanted.norm()
 
 
-def test_the_error_in_bf16_is_near_that_of_torch_s_own_kernel():
-    """Measured: 1.1 to 1.2 times in the values, under 1 in the gradients of keys and values."""
-    length = MOST_QUERIES + 100
+def test_the_error_in_bf16_is_below_that_of_eager_attention_in_bf16():
+    """Measured: 0.74 to 0.86 of it, over values and gradients (the scale is applied before rounding)."""
+    length = BLOCK_QUERIES + 100
     inputs = [t / 2 for t in tensors(length, 2, dtype=torch.bfloat16)]
     upstream = torch.randn(1, length, HEADS, DIM, generator=torch.Generator().manual_seed(1)).bfloat16()
     expected = values_and_gradients(lambda *t: eager(*t, (length,)), inputs, upstream.double())
 
-    def fused(q, k, v):
-        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    def plain(q, k, v):
+        k, v = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
+        scores = (q @ k.transpose(2, 3) * DIM**-0.5).masked_fill(~torch.ones(length, length).tril().bool(), -torch.inf)
+        return (torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype) @ v).transpose(1, 2)
 
     def errors(function):
         found = values_and_gradients(function, inputs, upstream)
         return [((t - wanted).norm() / wanted.norm()).item() for t, wanted in zip(found, expected, strict=True)]
 
-    ours, theirs = errors(lambda *t: block_attention(*t, (length,))), errors(fused)
-    assert max(mine / other for mine, other in zip(ours, theirs, strict=True)) < 1.5
+    ours, theirs = errors(lambda *t: block_attention(*t, (length,))), errors(plain)
+    assert max(mine / other for mine, other in zip(ours, theirs, strict=True)) < 1
 
 
 def test_filler_behind_the_rows_gets_zeros_and_gives_no_gradient():
@@ -163,7 +164,7 @@ class LargestResult(TorchDispatchMode):
 
 
 def test_only_the_inputs_are_saved_and_no_more_than_one_block_of_weights_exists():
-    length, saved = 4 * MOST_QUERIES, []
+    length, saved = 4 * BLOCK_QUERIES, []
     inputs = [t.requires_grad_() for t in tensors(length, 2)]
     with LargestResult() as seen:
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
@@ -171,4 +172,4 @@ def test_only_the_inputs_are_saved_and_no_more_than_one_block_of_weights_exists(
         out.sum().backward()
     padded = 2 * (length + CPU_MULTIPLE) * DIM
     assert sorted(saved) == [padded, padded, inputs[0].numel()]
-    assert seen.most == HEADS * MOST_QUERIES * length
+    assert seen.most == HEADS * BLOCK_QUERIES * length
