@@ -23,6 +23,7 @@ def train_settings(recipe: Recipe) -> TrainSettings:
         max_grad_norm=t.max_grad_norm, weight_decay=t.weight_decay, seed=t.seed,
         max_tokens=d.max_tokens, packing=d.packing, order=d.order, checkpointing=m.checkpointing,
         loss_chunk_tokens=None if m.loss_chunk_tokens == "auto" else m.loss_chunk_tokens,
+        kept_blocks=m.kept_blocks,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ training.
 """
 
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lite.errors import ModelError
 from qlora_lite.ops.kept import keep_results
@@ -41,15 +42,22 @@ def head(model: nn.Module) -> Head:
     return Head(layer.weight, getattr(layer, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
 
 
-def set_checkpointing(model: nn.Module, enabled: bool) -> None:
+def set_checkpointing(model: nn.Module, enabled: bool, kept_blocks: int = 0) -> None:
     """Recompute every block in backward (but for the results that ``ops.kept`` keeps), or keep its activations.
 
     transformers before 5.24 names the same methods ``gradient_checkpointing_*``; drop those at a newer minimum.
+
+    Args:
+        kept_blocks: of the last blocks, how many keep their activations although ``enabled``. The last ones are
+            free again before the first block is computed a second time, so that the two never add up.
     """
     verb = "enable" if enabled else "disable"
     newer = getattr(model, f"activation_checkpointing_{verb}", None)
     switch = newer or getattr(model, f"gradient_checkpointing_{verb}")
-    if enabled:
-        switch({"use_reentrant": False, "context_fn": keep_results})
-    else:
+    if not enabled:
         switch()
+        return
+    switch({"use_reentrant": False, "context_fn": keep_results})
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for block in blocks[len(blocks) - min(kept_blocks, len(blocks)) :]:
+        block.gradient_checkpointing = False

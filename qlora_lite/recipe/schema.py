@@ -220,6 +220,8 @@ class Memory(_Section):
 
     checkpointing: Literal["block", "none"] = "block"
     """block keeps only each block's input and computes the rest again in the backward pass."""
+    kept_blocks: Count = 0
+    """Of the last blocks, how many keep everything although checkpointing is block: faster, for more memory."""
     loss_chunk_tokens: Annotated[PositiveInt | Literal["auto"], Rule("a whole number of at least 1, or auto")] = "auto"
     """Learned tokens whose logits exist at one time."""
     budget: Annotated[str, AfterValidator(_size_or_auto), Rule("auto, or a size with its unit, such as 8GiB")] = "auto"
