@@ -27,6 +27,7 @@ def train_settings(recipe: Recipe) -> TrainSettings:
         max_tokens=d.max_tokens, packing=d.packing, order=d.order,
         checkpointing="block" if m.checkpointing == "auto" else m.checkpointing,
         loss_chunk_tokens=None if m.loss_chunk_tokens == "auto" else m.loss_chunk_tokens,
+        kept_blocks=m.kept_blocks,
     )  # fmt: skip
 
 
@@ -92,5 +93,5 @@ def job_of(recipe: Recipe, config, device_type: str, eval_rows: Rows | None) -> 
     return Job(
         config, Rows((1,), 1), eval_rows, device_type, quant, double_quant, dtype,
         tuple(Target(t.pattern, t.rank, t.alpha) for t in x.targets), x.rank, x.alpha, x.dropout, x.rslora,
-        getattr(torch, x.dtype), t.optimizer, t.max_grad_norm,
+        getattr(torch, x.dtype), t.optimizer, t.max_grad_norm, kept_blocks=recipe.memory.kept_blocks,
     )  # fmt: skip

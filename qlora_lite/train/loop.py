@@ -71,7 +71,7 @@ class Trainer:
         self.step = 0
         check_trainable(model, sum(parameter.numel() for parameter in self.parameters))
         check_forward(model)
-        set_checkpointing(model, settings.checkpointing == "block")
+        set_checkpointing(model, settings.checkpointing == "block", settings.kept_blocks)
         self.meter = PeakMeter(model.device)
         weakref.finalize(self, self.meter.close)  # its thread would outlive the trainer
 

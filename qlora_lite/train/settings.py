@@ -26,3 +26,4 @@ class TrainSettings:
     order: str
     checkpointing: str
     loss_chunk_tokens: int | None
+    kept_blocks: int = 0
