@@ -211,11 +211,11 @@ def test_a_folder_under_a_file_is_refused(run, tmp_path):
 
 
 def test_a_budget_that_is_too_small_stops_before_the_first_step(run):
-    with pytest.raises(DoesNotFitError, match=r"over memory\.budget 1MiB; lower data\.max_tokens") as caught:
+    with pytest.raises(DoesNotFitError, match=r"does not fit: .* of 1\.0 MiB .*choose a smaller model") as caught:
         run(memory={"budget": "1MiB"})
     assert caught.value.exit_code == 3
     summary = summary_of(run.folder)
-    assert summary["status"] == "failed" and "memory.budget" in summary["error"]
+    assert summary["status"] == "failed" and "does not fit" in summary["error"]
     assert not (run.folder / "metrics.jsonl").exists()
     assert not (run.folder / "adapter").exists()
     assert (run.folder / "report.html").exists()

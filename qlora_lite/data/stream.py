@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qlora_lite.data.batch import Batch, collate
 from qlora_lite.data.make import Account, Settings, make_examples, note_too_long
 from qlora_lite.data.read import Source
 from qlora_lite.data.stored import Example
@@ -85,14 +84,14 @@ def stream_batches(
         yield rows
 
 
-def largest_possible_batch(sample: Sequence[Example], max_tokens: int, micro_batch_size: int) -> Batch:
-    """Return a micro-batch as large as any that a stream can give: rows of max_tokens tokens each.
+def largest_rows(sample: Sequence[Example], max_tokens: int, count: int) -> list[Example]:
+    """Return rows as large as any that a stream can give, to find out beforehand whether they fit.
 
     Args:
         sample: rows of the stream, at least one; the first one's tokens are repeated.
-        max_tokens: longest row.
-        micro_batch_size: rows.
+        max_tokens: tokens of each row.
+        count: how many.
     """
     first = sample[0]
     row = replace(first, token_ids=np.resize(first.token_ids, max_tokens), learned=np.ones(max_tokens, np.bool_))
-    return collate([row] * micro_batch_size)
+    return [row] * count

@@ -233,6 +233,8 @@ class Memory(_Section):
     settings below that are auto, then proved by one measured step before the first; what does not fit ends there."""
     checkpointing: Literal["auto", "block", "none"] = "auto"
     """block keeps only each block's input and computes the rest again in the backward pass; none keeps everything."""
+    kept_blocks: Count = 0
+    """Of the last blocks, how many keep everything although checkpointing is block: faster, for more memory."""
     loss_chunk_tokens: Annotated[PositiveInt | Literal["auto"], Rule("a whole number of at least 1, or auto")] = "auto"
     """Learned tokens whose logits exist at one time."""
     micro_batches: Literal["auto", "as-given"] = "auto"

@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_lite.data.batch import plan_epoch
+from qlora_lite.data.batch import collate, plan_epoch
 from qlora_lite.data.examples import build_examples
 from qlora_lite.data.make import Settings
 from qlora_lite.data.read import Source
 from qlora_lite.data.stored import Example
-from qlora_lite.data.stream import RowStream, largest_possible_batch, stream_batches
+from qlora_lite.data.stream import RowStream, largest_rows, stream_batches
 from qlora_lite.errors import DataError
 
 PAIRS = [{"prompt": f"question {i}", "completion": f"answer {i} " * (1 + i % 4)} for i in range(2300)]
@@ -68,9 +68,9 @@ def test_a_row_that_is_too_long_ends_the_stream(stream, write):
         list(stream(Source(path)))
 
 
-def test_the_largest_possible_batch_has_as_many_tokens_as_any():
+def test_the_largest_rows_have_as_many_tokens_as_any_and_all_are_learned():
     row = Example(np.arange(7, dtype=np.int32), np.zeros(7, bool), "", "", "f:1")
-    batch = largest_possible_batch([row], 20, 3)
+    batch = collate(largest_rows([row], 20, 3))
     assert batch.row_lengths == (20, 20, 20)
     assert batch.input_ids[0, :9].tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1]
     assert (batch.labels != -100).sum() == 57
