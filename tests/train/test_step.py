@@ -162,6 +162,7 @@ def test_a_step_that_is_not_finite_leaves_the_weights(model):
 
 def test_kept_blocks_are_not_computed_again_and_change_no_gradient(model):
     runs = [0, 0]
+    model.train()
 
     def note(number):
         def hook(*_):
@@ -169,7 +170,7 @@ def test_kept_blocks_are_not_computed_again_and_change_no_gradient(model):
 
         return hook
 
-    hooks = [layer.register_forward_pre_hook(note(number)) for number, layer in enumerate(model.model.layers)]
+    hooks = [layer.mlp.register_forward_pre_hook(note(number)) for number, layer in enumerate(model.model.layers)]
     gradients = {}
     try:
         for kept, expected in ((0, [2, 2]), (1, [2, 1]), (9, [1, 1])):
