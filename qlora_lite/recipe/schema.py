@@ -219,7 +219,7 @@ class Memory(_Section):
     """How memory is traded for time."""
 
     checkpointing: Literal["block", "none"] = "block"
-    """block keeps only each block's input and computes the rest again in the backward pass."""
+    """block keeps each block's input (on a CPU attention's result too) and computes the rest again in backward."""
     kept_blocks: Count = 0
     """Of the last blocks, how many keep everything although checkpointing is block: faster, for more memory."""
     loss_chunk_tokens: Annotated[PositiveInt | Literal["auto"], Rule("a whole number of at least 1, or auto")] = "auto"
