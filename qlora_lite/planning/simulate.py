@@ -101,6 +101,14 @@ class Simulation:
         """Return the highest moment of a phase, or of all."""
         return max((m for m in self.moments.values() if name in (None, m.phase)), key=lambda m: m.total)
 
+    def first_step_bytes(self) -> int:
+        """Return the peak of a run's very first step, in whose forward and backward no optimizer state exists yet."""
+        return max(
+            moment.total - (0 if moment.phase == "optimizer" else moment.breakdown.get("optimizer", 0))
+            for moment in self.moments.values()
+            if moment.phase in ("forward", "backward", "optimizer")
+        )
+
 
 def simulate(job: Job) -> Simulation:
     """Return the memory and work of a step at the model's own depth.
