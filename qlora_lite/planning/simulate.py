@@ -153,11 +153,11 @@ def _run(job: Job, mode, timeline: bool, measured_because: str = ""):
             model, parameters, optimizer, _inputs(job.rows, model.device), eval_inputs, job.max_grad_norm,
             job.loss_chunk_tokens, job.accumulating,
         )  # fmt: skip
-        resident = ledger.now()
+        resident, moments = ledger.now(), list(ledger.timeline or ())  # what follows is only the model's end
     simulation = Simulation(
         dict(ledger.peaks), resident, counter.work, ledger.offloaded_peak_bytes, measured_because
     )  # fmt: skip
-    return (simulation, ledger.timeline) if timeline else simulation
+    return (simulation, moments) if timeline else simulation
 
 
 def _model(job: Job) -> nn.Module:
