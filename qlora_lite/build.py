@@ -10,6 +10,8 @@ from .files import cache_root
 from .lora.adapter import load_adapter
 from .lora.inject import Target, add_lora
 from .models.load import load_model, resolve_compute_dtype, resolve_device
+from .models.skeleton import stored_quantization
+from .planning.simulate import Job, Rows
 from .recipe.schema import Recipe
 from .train.loop import TrainSettings
 
@@ -22,7 +24,8 @@ def train_settings(recipe: Recipe) -> TrainSettings:
         micro_batch_size=t.micro_batch_size, gradient_accumulation_steps=t.gradient_accumulation_steps,
         optimizer=t.optimizer, lr_scheduler=t.lr_scheduler, warmup_ratio=t.warmup_ratio,
         max_grad_norm=t.max_grad_norm, weight_decay=t.weight_decay, seed=t.seed,
-        max_tokens=d.max_tokens, packing=d.packing, order=d.order, checkpointing=m.checkpointing,
+        max_tokens=d.max_tokens, packing=d.packing, order=d.order,
+        checkpointing="block" if m.checkpointing == "auto" else m.checkpointing,
         loss_chunk_tokens=None if m.loss_chunk_tokens == "auto" else m.loss_chunk_tokens,
     )  # fmt: skip
 
@@ -72,3 +75,22 @@ def build_model(recipe: Recipe, adapter: Path | None = None, lora: bool = True):
     targets = [Target(t.pattern, t.rank, t.alpha) for t in recipe.lora.targets]
     x = recipe.lora
     return add_lora(model, targets, x.rank, x.alpha, x.dropout, x.rslora, getattr(torch, x.dtype))
+
+
+def job_of(recipe: Recipe, config, device_type: str, eval_rows: Rows | None) -> Job:
+    """Describe a recipe's training step for the planner; the rows of its micro-batches are the planner's to set.
+
+    Args:
+        config: transformers configuration of the model.
+        device_type: "cpu" or "cuda", of the machine planned for.
+        eval_rows: the largest evaluation batch, None without one.
+    """
+    m, x, t = recipe.model, recipe.lora, recipe.train
+    quant, double_quant = stored_quantization(config) or (m.quant, m.double_quant)
+    on_this = device_type == "cpu" or m.compute_dtype != "auto"
+    dtype = resolve_compute_dtype(m.compute_dtype, torch.device("cpu")) if on_this else torch.bfloat16
+    return Job(
+        config, Rows((1,), 1), eval_rows, device_type, quant, double_quant, dtype,
+        tuple(Target(t.pattern, t.rank, t.alpha) for t in x.targets), x.rank, x.alpha, x.dropout, x.rslora,
+        getattr(torch, x.dtype), t.optimizer, t.max_grad_norm,
+    )  # fmt: skip

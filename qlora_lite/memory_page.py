@@ -22,16 +22,14 @@ from dataclasses import replace
 from typing import Any
 
 from .charts import nice_ticks, short_number
-from .memory.bar import CATEGORIES, COLOURS, OTHER, OTHER_COLOURS, in_order
+from .memory.bar import BESIDE, BESIDE_COLOURS, CATEGORIES, COLOURS, OTHER, OTHER_COLOURS, in_order
 from .page import figure, page, section, table, text
 from .stacked import LEFT, RIGHT, SCRIPT, Axes, Moment, moments_data, stacked_chart, thin
 from .stacked import STYLE as TIMELINE_STYLE
 from .units import format_bytes, format_seconds
 
-BESIDE = "outside tensors"  # the band of the constants
 BANDS = (BESIDE, *CATEGORIES, OTHER)
 STYLE_OF = {name: f"band-{number}" for number, name in enumerate(BANDS)}
-LAST_COLOURS = ("#c5cad0", "#5d646d")
 BUDGET_OUT_OF_SIGHT = 2.5  # a budget this many times the peak would flatten the chart: it is told, not drawn
 
 
@@ -243,7 +241,7 @@ def _constants(record: Mapping[str, Any]) -> str:
 
 def _style() -> str:
     """Return the colours of the bands, of letters upon them, and the rest of this page's style sheet."""
-    colours = dict(zip(BANDS, [OTHER_COLOURS, *COLOURS.values(), LAST_COLOURS], strict=True))
+    colours = dict(zip(BANDS, [BESIDE_COLOURS, *COLOURS.values(), OTHER_COLOURS], strict=True))
     schemes = ["", ""]
     rules = ""
     for name, pair in colours.items():

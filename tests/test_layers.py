@@ -18,7 +18,7 @@ LAYERS = [
     {"train"},
     {"planning"},
     {"build", "runs", "generate", "charts", "stacked", "page", "run_files"},
-    {"evaluate", "converse", "report", "preflight", "memory_page"},
+    {"evaluate", "converse", "report", "preflight", "memory_page", "plan"},
     {"data_page"},
     {"run"},
     {"doctor"},

@@ -13,6 +13,7 @@ from qlora_lite import __version__
 from qlora_lite.errors import QloraLiteError
 
 COMMANDS = {
+    "plan": "Predict a recipe's memory and choose the fastest settings that fit.",
     "train": "Fine-tune a model as a recipe says.",
     "data": "Show a recipe's rows as training sees them, and what is wrong with them.",
     "evaluate": "Measure loss, perplexity and exact match of a run or a recipe's base model.",
@@ -22,8 +23,8 @@ COMMANDS = {
     "quantize": "Write a model as a 4-bit checkpoint.",
     "doctor": "Show versions and devices, and what will be slow.",
 }
-_MODULES = {"train": "train", "data": "data", "evaluate": "evaluate", "generate": "generate", "chat": "generate",
-            "recipes": "recipes", "quantize": "quantize", "doctor": "doctor"}  # fmt: skip
+_MODULES = {"plan": "plan", "train": "train", "data": "data", "evaluate": "evaluate", "generate": "generate",
+            "chat": "generate", "recipes": "recipes", "quantize": "quantize", "doctor": "doctor"}  # fmt: skip
 
 
 class _Commands(click.Group):

@@ -24,15 +24,18 @@ COLOURS = {
     "workspace": ("#e9c840", "#f0d45c"),
 }
 CATEGORIES = tuple(COLOURS)
+BESIDE = "outside tensors"  # what a device or process needs besides, at all times
+BESIDE_COLOURS = ("#8b929b", "#8b929b")
 OTHER = "other"  # a category that is not in the table: shown, never dropped
-OTHER_COLOURS = ("#8b929b", "#8b929b")
+OTHER_COLOURS = ("#c5cad0", "#5d646d")
+_ALL_COLOURS = COLOURS | {BESIDE: BESIDE_COLOURS, OTHER: OTHER_COLOURS}
 TEXTURES = "█▓▒"
 
 
 def in_order(breakdown: Mapping[str, int]) -> dict[str, int]:
     """Return the categories that hold anything, in the order they are stacked; unknown ones summed as "other"."""
-    known = {name: breakdown.get(name, 0) for name in CATEGORIES}
-    unknown = sum(size for name, size in breakdown.items() if name not in COLOURS)
+    known = {name: breakdown.get(name, 0) for name in (*CATEGORIES, BESIDE)}
+    unknown = sum(size for name, size in breakdown.items() if name not in known)
     return {name: size for name, size in (known | {OTHER: unknown}).items() if size > 0}
 
 
@@ -82,9 +85,9 @@ def _legend(parts: Mapping[str, int], total_bytes: int, width: int) -> list[str]
 
 
 def _texture(name: str) -> str:
-    return TEXTURES[[*CATEGORIES, OTHER].index(name) % len(TEXTURES)]
+    return TEXTURES[[*_ALL_COLOURS].index(name) % len(TEXTURES)]
 
 
 def _coloured(name: str, text: str) -> str:
-    colour = COLOURS.get(name, OTHER_COLOURS)[1]  # most terminals are dark, and the lighter set reads on white too
+    colour = _ALL_COLOURS[name][1]  # most terminals are dark, and the lighter set reads on white too
     return f"[{colour}]{text}[/]" if text else ""

@@ -10,10 +10,16 @@ import sys
 import threading
 from pathlib import Path
 
+import psutil
 import torch
 
 SAMPLE_SECONDS = 0.01
 _STATUS = Path("/proc/self/status")
+_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP_FILES = (  # a container's limit and use, versions 2 and 1
+    (_CGROUP / "memory.max", _CGROUP / "memory.current"),
+    (_CGROUP / "memory/memory.limit_in_bytes", _CGROUP / "memory/memory.usage_in_bytes"),
+)
 
 
 def held_bytes(device: torch.device) -> int:
@@ -26,6 +32,17 @@ def held_bytes(device: torch.device) -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes that a process could still take: free on the card, or available here within its limits."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available = psutil.virtual_memory().available
+    for limit, used in _CGROUP_FILES:
+        if limit.exists() and limit.read_text().strip().isdigit():
+            available = min(available, int(limit.read_text()) - int(used.read_text()))
+    return available
 
 
 class PeakMeter:

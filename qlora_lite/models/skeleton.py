@@ -6,15 +6,61 @@ none has memory behind it.
 """
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_lite.errors import ModelError
 
+from .families import known_config, nearest
 from .load import use_row_attention
+from .locate import locate
 from .quantizer import replace_linears
+
+
+def read_config(path: str, revision: str | None = None):
+    """Return a model's configuration without its weights: from its folder or file, the hub's cache, or the families
+    that ship with the package; nothing is downloaded.
+
+    Raises:
+        ModelError: it is in none of these places.
+    """
+    local = Path(path).expanduser()
+    if path.startswith("package:") or local.suffix == ".gguf" or local.is_dir():
+        files = locate(path)
+        extra = {"gguf_file": files.gguf_file} if files.gguf_file else {}
+        return _checked(lambda: AutoConfig.from_pretrained(files.folder, local_files_only=True, **extra), path)
+    cached = try_to_load_from_cache(path, "config.json", revision=revision) if path.count("/") == 1 else None
+    if isinstance(cached, str):
+        return _checked(lambda: AutoConfig.from_pretrained(Path(cached).parent, local_files_only=True), path)
+    known = known_config(path)
+    if known is None:
+        near = nearest(path)
+        hint = f"the nearest known models are {', '.join(near)}" if near else "see qlora-lite plan --models"
+        raise ModelError(
+            f"{path!r} is no folder or file here, not in the hub's cache, and not among the configurations that "
+            f"ship for planning; {hint}"
+        )
+    return _checked(lambda: AutoConfig.for_model(**known), path)
+
+
+def _checked(read: Callable, path: str):
+    try:
+        return read()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"cannot read the configuration of {path}: {str(error).splitlines()[0]}") from error
+
+
+def stored_quantization(config) -> tuple[str, bool] | None:
+    """Return (quant type, double quantisation) of a checkpoint that is bitsandbytes 4-bit already, else None."""
+    stored = getattr(config, "quantization_config", None)
+    if not isinstance(stored, dict) or stored.get("quant_method") != "bitsandbytes":
+        return None
+    return stored.get("bnb_4bit_quant_type", "fp4"), bool(stored.get("bnb_4bit_use_double_quant"))
 
 
 def shallow_config(config, layers: int):
@@ -42,9 +88,12 @@ def meta_model(config, quant: str, double_quant: bool, dtype: torch.dtype) -> nn
     Raises:
         ModelError: transformers has no causal language model for the configuration.
     """
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"no causal language model can be built from this configuration: {reason}") from error

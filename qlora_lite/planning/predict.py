@@ -24,4 +24,4 @@ class Prediction:
 def predict(job: Job) -> Prediction:
     """Simulate a job and add the constants of its kind of device."""
     simulation = simulate(job)
-    return Prediction(job, simulation, overheads(job.device_type, simulation.peak()))
+    return Prediction(job, simulation, overheads(job.device_type, simulation.peak(), simulation.resident))

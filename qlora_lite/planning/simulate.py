@@ -12,11 +12,18 @@ the whole depth, byte for byte.
 """
 
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
 
 from qlora_lite.data.batch import Batch
 from qlora_lite.lora.inject import Target, add_lora, lora_parameters
@@ -30,6 +37,10 @@ from qlora_lite.train.optim import build_optimizer
 from qlora_lite.train.rehearsal import rehearse_step
 from qlora_lite.train.step import Inputs, filler_tokens, labelled_count
 
+UNPLANNABLE = (
+    DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)  # fmt: skip
 ALLOCATION_BYTES = {"cuda": 512, "cpu": 1}  # CUDA's caching allocator rounds up (c10/cuda/CUDACachingAllocator.cpp)
 
 
@@ -82,6 +93,8 @@ class Simulation:
     moments: dict[tuple[str, str], Moment]
     resident: Moment  # between two steps
     work: Work
+    offloaded_bytes: int = 0  # most that lay in host memory
+    measured_because: str = ""  # the operator that has no fake kernel, where real tensors were measured instead
 
     def peak(self, name: str | None = None) -> Moment:
         """Return the highest moment of a phase, or of all."""
@@ -103,14 +116,25 @@ def simulate(job: Job) -> Simulation:
 
 
 def simulate_whole(job: Job, timeline: bool = False) -> Simulation | tuple[Simulation, list[Moment]]:
-    """Return the memory and work of a step, every block of the model run; with the timeline if asked for."""
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake:
-        model = _fake_model(job)
+    """Return the memory and work of a step, every block of the model run; with the timeline if asked for.
+
+    An operator that has no fake kernel, or whose result's shape depends on values, is no reason to guess: the step
+    then runs on real tensors, and the result says so.
+    """
+    try:
+        return _run(job, FakeTensorMode(allow_non_fake_inputs=True), timeline)
+    except UNPLANNABLE as error:
+        operator = str(getattr(error, "func", "") or error).splitlines()[0]
+        return _run(job, nullcontext(), timeline, measured_because=operator)
+
+
+def _run(job: Job, mode, timeline: bool, measured_because: str = ""):
+    with mode:
+        model = _model(job)
     parameters = [parameter for _, parameter in lora_parameters(model)]
-    optimizer = build_optimizer(parameters, job.optimizer, 1e-4, 0.0)  # its tables are real numbers
+    optimizer = build_optimizer(parameters, job.optimizer, 0.0, 0.0)  # its tables are real numbers
     ledger = Ledger(timeline, ALLOCATION_BYTES[job.device_type])
-    with fake, planning_for(job.device_type), ledger, WorkCounter() as counter:
+    with mode, planning_for(job.device_type), ledger, WorkCounter() as counter:
         for tensor, name, _ in categorised(model):
             ledger.claim([tensor], name)
         ledger.watch(model)
@@ -120,11 +144,13 @@ def simulate_whole(job: Job, timeline: bool = False) -> Simulation | tuple[Simul
             job.loss_chunk_tokens, job.accumulating,
         )  # fmt: skip
         resident = ledger.now()
-    simulation = Simulation(dict(ledger.peaks), resident, counter.work)
+    simulation = Simulation(
+        dict(ledger.peaks), resident, counter.work, ledger.offloaded_peak_bytes, measured_because
+    )  # fmt: skip
     return (simulation, ledger.timeline) if timeline else simulation
 
 
-def _fake_model(job: Job) -> nn.Module:
+def _model(job: Job) -> nn.Module:
     model = give_storage(meta_model(job.config, job.quant, job.double_quant, job.compute_dtype))
     add_lora(model, job.targets, job.rank, job.alpha, job.dropout, job.rslora, job.factor_dtype)
     set_checkpointing(model, job.checkpointing == "block")
@@ -134,7 +160,7 @@ def _fake_model(job: Job) -> nn.Module:
 def _inputs(rows: Rows, device: torch.device) -> Inputs:
     tokens = sum(rows.lengths) + filler_tokens(rows.lengths, device)
     shapes = (1, tokens), (1, tokens), (rows.learned,), (rows.learned,)
-    ids, positions, learned, targets = (torch.empty(shape, dtype=torch.int64) for shape in shapes)
+    ids, positions, learned, targets = (torch.zeros(shape, dtype=torch.int64) for shape in shapes)
     return Inputs(ids, positions, rows.lengths, learned, targets)
 
 
@@ -175,7 +201,10 @@ def _continued(small: Simulation, large: Simulation, depths: tuple[int, int, int
         module = module.replace("#", str(number), 1)
         moments[name, module] = line(near[key], far[key], module)
     work = small.work.continued(large.work, steps)
-    return Simulation(moments, line(small.resident, large.resident, ""), work)
+    return Simulation(
+        moments, line(small.resident, large.resident, ""), work,
+        small.offloaded_bytes + (large.offloaded_bytes - small.offloaded_bytes) * steps, small.measured_because,
+    )  # fmt: skip
 
 
 def by_category(moment: Moment) -> dict[str, int]:

@@ -129,8 +129,8 @@ class Source(_Section):
     """One place that rows come from; a bare path is short for {path: PATH}."""
 
     path: Text
-    """A data file (JSON, JSONL, CSV, TSV, Parquet, Arrow, text; text kinds also as .gz or .zst), a folder, or a
-    glob pattern."""
+    """A data file (JSON, JSONL, CSV, TSV, Parquet, Arrow, text; text kinds also as .gz or .zst), a folder, a
+    glob pattern, or a hub data set, hub:OWNER/NAME, hub:OWNER/NAME/CONFIG or either with :SPLIT."""
     format: Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text", "table"] | None = None
     """Shape of the rows; null recognises it from the first row. A table is any columns, with prompt and
     completion."""
@@ -225,13 +225,16 @@ class Train(_Section):
 class Memory(_Section):
     """How memory is traded for time."""
 
-    checkpointing: Literal["block", "none"] = "block"
-    """block keeps only each block's input and computes the rest again in the backward pass."""
+    budget: Annotated[str, AfterValidator(_size_or_auto), Rule("auto, or a size with its unit, such as 8GiB")] = "auto"
+    """Most memory the run may use; auto is what the device has free. The fastest plan that fits is chosen for the
+    settings below that are auto, then proved by one measured step before the first; what does not fit ends there."""
+    checkpointing: Literal["auto", "block", "none"] = "auto"
+    """block keeps only each block's input and computes the rest again in the backward pass; none keeps everything."""
     loss_chunk_tokens: Annotated[PositiveInt | Literal["auto"], Rule("a whole number of at least 1, or auto")] = "auto"
     """Learned tokens whose logits exist at one time."""
-    budget: Annotated[str, AfterValidator(_size_or_auto), Rule("auto, or a size with its unit, such as 8GiB")] = "auto"
-    """Most memory the run may use: the largest micro-batch is measured before the first step, and a run over the budget
-    ends there; auto sets no limit but the device's own."""
+    micro_batches: Literal["auto", "as-given"] = "auto"
+    """auto may cut a step's packs into other micro-batches than train.micro_batch_size says; the packs of a step, and
+    what each token counts, stay the same."""
 
     @property
     def budget_bytes(self) -> int | None:

@@ -57,7 +57,7 @@ def measured(job, model_type, **changes):
         for tensor, name, _ in categorised(model):
             ledger.claim([tensor], name)
         ledger.watch(model)
-        for step in range(2):
+        for _ in range(2):
             ledger.reset_peaks()
             train_step(model.train(), [batch], optimizer, job.max_grad_norm, job.loss_chunk_tokens)
             optimizer.zero_grad(set_to_none=True)

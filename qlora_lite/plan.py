@@ -1,0 +1,268 @@
+"""Plan a recipe: what it will need, whether that fits, which settings are fastest, and what else would fit.
+
+The composition of ``planning`` with recipes, for the ``plan`` command (before anything is downloaded; every
+micro-batch taken as full) and for ``run`` (with the rows that were really read).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from .build import job_of
+from .errors import DoesNotFitError
+from .memory.bar import BESIDE, memory_bar
+from .memory.process import HOST_PROCESS_BYTES
+from .models.skeleton import read_config
+from .planning.machine import Machine
+from .planning.search import SMALL_CHUNK_TOKENS, Candidate, Step, build_candidate, choose, longest, most_packs, search
+from .planning.simulate import Job, Rows, simulate_whole
+from .recipe.schema import Recipe
+from .units import format_bytes, format_seconds
+
+MOST_TOKENS, MOST_PACKS = 2**20, 4096  # the ends of --max-tokens and --max-batch
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """One change to the chosen plan, and what it would need."""
+
+    change: str
+    peak_bytes: int
+    step_seconds: float
+    fits: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The chosen way to run a recipe's step, why, and the other ways.
+
+    ``chosen`` fits unless ``fits`` is False; then it is the one that needs the least.
+    """
+
+    machine: Machine
+    budget_bytes: int
+    chosen: Candidate
+    fits: bool
+    found: tuple[Candidate, ...]
+    step: Step
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak of the device's memory (of the whole process on a CPU)."""
+        return self.machine.base_bytes + self.chosen.peak_bytes
+
+    @property
+    def breakdown(self) -> dict[str, int]:
+        """Bytes at the peak by category, and what is beside the tensors."""
+        beside = self.peak_bytes - self.chosen.prediction.simulation.peak().total
+        return self.chosen.prediction.simulation.peak().breakdown | {BESIDE: beside}
+
+
+def plan_recipe(
+    recipe: Recipe, machine: Machine, budget_bytes: int, rows: Rows | None = None, eval_rows: Rows | None = None
+) -> Plan:  # fmt: skip
+    """Choose the fastest way to run a recipe's step within a budget.
+
+    Args:
+        machine: where it is to run.
+        budget_bytes: most memory it may use, the process's own included.
+        rows: the fullest pack; None takes one row of ``data.max_tokens``, every token learned.
+        eval_rows: the fullest evaluation pack; None likewise, if the recipe has evaluation rows.
+
+    Raises:
+        ModelError: the model's configuration is not known here, or cannot be planned.
+    """
+    t, m = recipe.train, recipe.memory
+    full = Rows((recipe.data.max_tokens,), recipe.data.max_tokens - 1)
+    evaluation = eval_rows or (full if recipe.data.eval is not None else None)
+    job = job_of(recipe, read_config(recipe.model.path, recipe.model.revision), machine.device_type, evaluation)
+    step = Step(
+        job, rows or full, t.micro_batch_size, t.gradient_accumulation_steps,
+        None if m.checkpointing == "auto" else m.checkpointing,
+        None if m.loss_chunk_tokens == "auto" else m.loss_chunk_tokens, m.micro_batches == "auto",
+    )  # fmt: skip
+    found = search(step, machine, budget_bytes - machine.base_bytes)
+    chosen = choose(found, budget_bytes - machine.base_bytes)
+    least = min(found, key=lambda candidate: candidate.peak_bytes)
+    return Plan(machine, budget_bytes, chosen or least, chosen is not None, tuple(found), step)
+
+
+def alternatives(plan: Plan) -> Iterator[Alternative]:
+    """Yield what one change to the chosen plan would need, cheapest changes first."""
+    chosen, step, machine = plan.chosen, plan.step, plan.machine
+    for other in plan.found:
+        changed = {key: value for key, value in other.settings.items() if value != chosen.settings[key]}
+        changed.pop("train.gradient_accumulation_steps", None)
+        if len(changed) == 1:
+            yield _alternative(plan, "".join(f"{key}={value}" for key, value in changed.items()), other)
+    job = step.job
+    changes: list[tuple[str, Step]] = []
+    other_optimizer = "adamw_32bit" if "8bit" in job.optimizer else "adamw_8bit"
+    if step.fixed_chunk is None and chosen.loss_chunk_tokens != SMALL_CHUNK_TOKENS:
+        small = replace(step, fixed_chunk=SMALL_CHUNK_TOKENS)
+        changes.append((f"memory.loss_chunk_tokens={SMALL_CHUNK_TOKENS}", small))
+    changes.append((f"train.optimizer={other_optimizer}", replace(step, job=replace(job, optimizer=other_optimizer))))
+    if len(step.pack.lengths) == 1 and step.pack.lengths[0] >= 128:
+        half = step.pack.lengths[0] // 2
+        rows = Rows((half,), half - 1)
+        evaluation = rows if job.eval_rows else None
+        changes.append((f"data.max_tokens={half}", replace(step, pack=rows, job=replace(job, eval_rows=evaluation))))
+    for change, changed_step in changes:
+        yield _alternative(plan, change, build_candidate(
+            changed_step, machine, chosen.checkpointing, chosen.packs,
+            changed_step.fixed_chunk or chosen.loss_chunk_tokens,
+        ))  # fmt: skip
+
+
+def _alternative(plan: Plan, change: str, candidate: Candidate) -> Alternative:
+    peak = plan.machine.base_bytes + candidate.peak_bytes
+    return Alternative(change, peak, candidate.step_seconds, peak <= plan.budget_bytes)
+
+
+def max_tokens(plan: Plan) -> int:
+    """Return the longest sequence that fits, the chosen settings kept; a multiple of 64.
+
+    Raises:
+        DoesNotFitError: not even 64 tokens fit.
+    """
+
+    def job_for(tokens: int) -> Job:
+        rows = Rows((tokens,), tokens - 1)
+        job = plan.chosen.prediction.job
+        packs = Rows(rows.lengths * plan.chosen.packs, rows.learned * plan.chosen.packs)
+        return replace(job, rows=packs, eval_rows=rows if job.eval_rows else None)
+
+    limit = plan.budget_bytes - plan.machine.base_bytes
+    return longest(job_for, limit, 2 * sum(plan.step.pack.lengths), MOST_TOKENS)
+
+
+def max_batch(plan: Plan) -> int:
+    """Return how many packs fit into one micro-batch, the other settings kept.
+
+    Raises:
+        DoesNotFitError: not even one fits.
+    """
+    pack, job = plan.step.pack, plan.chosen.prediction.job
+    return most_packs(
+        lambda n: replace(job, rows=Rows(pack.lengths * n, pack.learned * n)),
+        plan.budget_bytes - plan.machine.base_bytes, MOST_PACKS,
+    )  # fmt: skip
+
+
+def does_not_fit(plan: Plan, others: Sequence[Alternative]) -> DoesNotFitError:
+    """Say what would be needed, what for, and the smallest change that fits."""
+    short = plan.peak_bytes - plan.budget_bytes
+    resident = plan.chosen.prediction.simulation.resident.total
+    floor = plan.machine.base_bytes + resident + sum(o.bytes for o in plan.chosen.prediction.overheads)
+    fitting = next((a for a in others if a.fits), None)
+    if fitting is not None:
+        cure = f"{fitting.change} needs {format_bytes(fitting.peak_bytes)} and fits"
+    elif floor > plan.budget_bytes:
+        cure = f"its weights, adapter, optimizer and constants alone take {format_bytes(floor)}: choose a smaller model"
+    else:
+        try:
+            cure = f"data.max_tokens={max_tokens(plan)} fits"
+        except DoesNotFitError:
+            cure = "no sequence length fits: choose a smaller model or a lower lora.rank"
+    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in _largest(plan.breakdown))
+    return DoesNotFitError(
+        f"does not fit: {format_bytes(plan.peak_bytes)} of {format_bytes(plan.budget_bytes)} on {plan.machine.name}, "
+        f"{format_bytes(short)} too much ({parts}); {cure}"
+    )
+
+
+def _largest(breakdown: dict[str, int], count: int = 4) -> list[tuple[str, int]]:
+    return sorted(breakdown.items(), key=lambda item: -item[1])[:count]
+
+
+def reason(plan: Plan) -> str:
+    """Say in one line why this plan was chosen."""
+    names = {"memory.checkpointing": "checkpointing", "memory.loss_chunk_tokens": "loss chunk",
+             "train.micro_batch_size": "packs at once",
+             "train.gradient_accumulation_steps": "micro-batches"}  # fmt: skip
+    settings = ", ".join(f"{names[key]} {value}" for key, value in plan.chosen.settings.items())
+    if len(plan.found) == 1:
+        return f"{settings}: as the recipe says"
+    faster = [c for c in plan.found if c.step_seconds < plan.chosen.step_seconds and c is not plan.chosen]
+    too_large = [c for c in faster if plan.machine.base_bytes + c.peak_bytes > plan.budget_bytes]
+    if too_large:
+        least = min(too_large, key=lambda c: c.peak_bytes)
+        need = format_bytes(plan.machine.base_bytes + least.peak_bytes)
+        return f"{settings}: the fastest that fits; a faster plan would need {need}"
+    return f"{settings}: the fastest of {len(plan.found)} plans" + (
+        " within 3 %, with the least memory" if faster else ""
+    )
+
+
+def as_json(plan: Plan, others: Sequence[Alternative]) -> dict:
+    """Return the plan as plain values."""
+    peak = plan.chosen.prediction.simulation.peak()
+    return {
+        "fits": plan.fits, "machine": plan.machine.name, "budget_bytes": plan.budget_bytes,
+        "peak_bytes": plan.peak_bytes, "peak_phase": peak.phase, "peak_module": peak.module,
+        "breakdown": plan.breakdown, "host_bytes": host_bytes(plan), "disk_bytes": disk_bytes(plan),
+        "step_seconds_estimate": plan.chosen.step_seconds, "chosen": plan.chosen.settings, "why": reason(plan),
+        "constants": [o._asdict() for o in plan.chosen.prediction.overheads],
+        "measured_operator": plan.chosen.prediction.simulation.measured_because,
+        "alternatives": [asdict(alternative) for alternative in others],
+    }  # fmt: skip
+
+
+def host_bytes(plan: Plan) -> int:
+    """Memory of the host: the whole process on a CPU; beside a card, libraries and what is kept off the card."""
+    if plan.machine.device_type == "cpu":
+        return plan.peak_bytes
+    return HOST_PROCESS_BYTES + plan.chosen.prediction.simulation.offloaded_bytes
+
+
+def disk_bytes(plan: Plan) -> int:
+    """Room on the disk: the quantised model in the cache, and the best and the last adapter."""
+    resident = plan.chosen.prediction.simulation.resident.breakdown
+    weights = sum(resident.get(name, 0) for name in ("base weights", "quantisation constants", "embeddings", "head"))
+    return weights + 2 * resident.get("adapter", 0)
+
+
+def page_record(plan: Plan, others: Sequence[Alternative], title: str) -> dict:
+    """Return what ``memory_page`` draws: the timeline of every block, the peak and the alternatives."""
+    simulation, timeline = simulate_whole(plan.chosen.prediction.job, timeline=True)
+    peak = simulation.peak()
+    constants = [o._asdict() for o in plan.chosen.prediction.overheads]
+    if plan.machine.base_bytes:
+        constants.append({"name": "process", "bytes": plan.machine.base_bytes, "why": "Python and its libraries"})
+    return {
+        "title": title,
+        "subtitle": f"Planned for {plan.machine.name}: {format_bytes(plan.peak_bytes)} of "
+                    f"{format_bytes(plan.budget_bytes)}, about {format_seconds(plan.chosen.step_seconds)} a step",
+        "budget_bytes": plan.budget_bytes,
+        "peak": {"bytes": peak.total, "phase": peak.phase, "module": peak.module, "breakdown": peak.breakdown},
+        "timeline": [{"phase": m.phase, "module": m.module, "bytes": m.breakdown} for m in timeline],
+        "sentences": [reason(plan)], "predicted": peak.breakdown, "measured": None, "constants": constants,
+        "alternatives": [asdict(alternative) for alternative in others],
+    }  # fmt: skip
+
+
+def describe(plan: Plan, others: Sequence[Alternative], width: int = 80) -> str:
+    """Return the plan for a terminal, in rich's markup."""
+    peak = plan.chosen.prediction.simulation.peak()
+    margin = plan.budget_bytes - plan.peak_bytes
+    verdict = (f"[bold green]fits[/] with {format_bytes(margin)} to spare" if plan.fits
+               else f"[bold red]does not fit[/]: {format_bytes(-margin)} too much")  # fmt: skip
+    lines = [
+        f"[bold]{format_bytes(plan.peak_bytes)}[/] of {format_bytes(plan.budget_bytes)} on {plan.machine.name}: "
+        f"{verdict}",
+        f"peak in {peak.phase}, {peak.module or 'outside of modules'}",
+        "", memory_bar(plan.breakdown, plan.budget_bytes, width), "",
+        f"{'settings':16} {reason(plan)}",
+        f"{'step':16} about {format_seconds(plan.chosen.step_seconds)}",
+        f"{'host memory':16} {format_bytes(host_bytes(plan))}",
+        f"{'disk':16} {format_bytes(disk_bytes(plan))}",
+    ]  # fmt: skip
+    because = plan.chosen.prediction.simulation.measured_because
+    if because:
+        lines.append(
+            f"{'note':16} {because} cannot run on fake tensors: measured on small real models and extrapolated"
+        )
+    table = [f"{'change':38} {'peak':>10} {'step':>9}"]
+    for a in others:
+        mark = "fits" if a.fits else "too large"
+        table.append(f"{a.change:38} {format_bytes(a.peak_bytes):>10} {format_seconds(a.step_seconds):>9}  {mark}")
+    return "\n".join([*lines, "", *table])

@@ -1,0 +1,79 @@
+"""The machine a plan is for: its memory, and how fast it computes and moves.
+
+The machine at hand is measured in a tenth of a second (one matrix product, one copy), since no table knows what
+else runs on it. For a card from the table, the vendor's rates are multiplied by the shares that real kernels
+reach. Step times that follow from either are for ranking plans; ``tools/check_plan`` shows how far off they are.
+"""
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from qlora_lite.memory.cards import Card
+from qlora_lite.memory.meter import free_bytes, held_bytes
+from qlora_lite.memory.work import Work
+
+MATMUL_REACHED = 0.6  # of a card's dense peak, for products of a few thousand rows; not measured here
+BANDWIDTH_REACHED = 0.8  # of a card's memory bandwidth, element-wise kernels; not measured here
+_PRODUCT, _COPY_BYTES, _TRIES = (512, 2048, 2048), 64 * 2**20, 3
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where a step would run.
+
+    ``memory_bytes`` is what the run may use in all; ``base_bytes`` what the process holds before the model (on a
+    CPU: libraries; on a card the context is one of the constants of ``memory.process``).
+    """
+
+    name: str
+    device_type: str
+    memory_bytes: int
+    base_bytes: int
+    flops_per_second: float
+    bytes_per_second: float
+
+    def renamed(self, name: str, memory_bytes: int) -> "Machine":
+        """Return the same speeds under another name and with another memory."""
+        return replace(self, name=name, memory_bytes=memory_bytes)
+
+    def seconds(self, work: Work) -> float:
+        """Estimate the time of one micro-batch's training work."""
+        return work.flops / self.flops_per_second + work.moved_bytes / self.bytes_per_second
+
+
+def machine_of_card(card: Card) -> Machine:
+    """Return a card of the table as a machine."""
+    rate = card.bf16_flops_per_second or card.fp16_flops_per_second
+    return Machine(
+        card.name, "cuda", card.memory_bytes, 0, MATMUL_REACHED * rate,
+        BANDWIDTH_REACHED * card.bandwidth_bytes_per_second,
+    )  # fmt: skip
+
+
+def this_machine(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Machine:
+    """Measure the device at hand; its memory is what is free now."""
+    rows, inner, columns = _PRODUCT
+    a, b = torch.zeros(rows, inner, dtype=dtype, device=device), torch.zeros(inner, columns, dtype=dtype, device=device)
+    source = torch.zeros(_COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    flops = 2 * rows * inner * columns / _fastest(lambda: a @ b, device)
+    rate = 2 * _COPY_BYTES / _fastest(lambda: target.copy_(source), device)
+    on_card = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_card else f"this CPU, {torch.get_num_threads()} threads"
+    base = 0 if on_card else held_bytes(device)
+    return Machine(name, device.type, free_bytes(device) + base, base, flops, rate)
+
+
+def _fastest(action, device: torch.device) -> float:
+    """Return the least seconds of some tries, after one to warm up."""
+    best = float("inf")
+    for attempt in range(_TRIES + 1):
+        started = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if attempt:
+            best = min(best, time.perf_counter() - started)
+    return best
