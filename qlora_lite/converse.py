@@ -7,7 +7,8 @@ from transformers import TextStreamer
 
 from .build import build_model
 from .data.formats import Turn
-from .data.template import Template, choose_template, recorded_template, render_prompt
+from .data.render import render_prompt
+from .data.template import Template, choose_template, recorded_template
 from .generate import Sampling, answer, stop_ids
 from .models.load import load_tokenizer
 from .runs import open_run

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_lite
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
-from qlora_lite.data.template import render_prompt
+from qlora_lite.data.render import render_prompt
 from qlora_lite.errors import DataError, DoesNotFitError, ModelError, OutputError, RecipeError, TrainingError
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs import open_run

@@ -5,14 +5,8 @@ from tiny_tokenizer import make_tokenizer
 
 from qlora_lite.data.formats import Conversation, Turn
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
-from qlora_lite.data.template import (
-    Template,
-    choose_template,
-    portable_source,
-    recorded_template,
-    render,
-    render_prompt,
-)
+from qlora_lite.data.render import render, render_prompt
+from qlora_lite.data.template import Template, choose_template, portable_source, recorded_template
 from qlora_lite.errors import DataError
 
 TURNS = (Turn("user", "one"), Turn("assistant", "two"), Turn("user", "three"), Turn("assistant", "four"))
