@@ -96,9 +96,11 @@ class _Run:
         counts = ("rows_read", "rows_kept", "dropped", "tokens", "learned_tokens", "packing_efficiency")
         self.run.update(data={key: report[key] for key in counts} | {"end_token_ids": sorted(self.data.end_token_ids)})
         found.raise_if_unusable()
-        if self.data.template:  # recorded for generate and chat, and in the adapter's tokenizer for other tools
-            self.tokenizer.chat_template = portable_source(self.data.template)
-            write_text(self.run.path / TEMPLATE, self.tokenizer.chat_template)
+        if self.data.template:  # for generate, chat and evaluate, and (in the tokenizer) for other tools
+            source = portable_source(self.data.template)
+            write_text(self.run.path / TEMPLATE, source)
+            if self.data.template.name != "model":
+                self.tokenizer.chat_template = source
         for problem in report["problems"]:
             log.warning("data: %s", line_of_problem(problem))
         efficiency = report["packing_efficiency"]

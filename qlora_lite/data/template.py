@@ -1,4 +1,4 @@
-"""Choose a chat template: the model's own, one of the named ones, a file, or the one that a run recorded.
+"""Choose a chat template: the model's own, one of the named ones, or a file (such as the one that a run recorded).
 
 Templates are Jinja, rendered by transformers in its sandbox. All but the named ones are tried out once under limits
 (see `probe`) before they are used.
@@ -75,22 +75,21 @@ def choose_template(tokenizer: PreTrainedTokenizerFast, name: str | None = None)
         source = Path(name).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data.template {name!r} cannot be read ({error})") from error
-    writes_begin = "bos_token" in source or (tokenizer.bos_token or "\0") in source
-    return _template(name, source, tokenizer, "" if writes_begin else begin_of_text(tokenizer))
+    return _template(name, source, tokenizer, "" if _mentions_begin(source, tokenizer) else begin_of_text(tokenizer))
 
 
 def portable_source(template: Template) -> str:
-    """Return Jinja text that writes all that this template does, begin-of-text included."""
-    return "{{ bos_token }}" + template.source if template.begin else template.source
+    """Return Jinja text that, as a .jinja file, writes all that this template does, begin-of-text or none included."""
+    if template.begin:
+        return "{{ bos_token }}" + template.source
+    tokenizer = template.tokenizer
+    is_silent = begin_of_text(tokenizer) and not _mentions_begin(template.source, tokenizer)
+    return "{{ '' if bos_token else '' }}" + template.source if is_silent else template.source
 
 
-def recorded_template(tokenizer: PreTrainedTokenizerFast, source: str) -> Template:
-    """Return the template that an earlier run recorded with `portable_source`.
-
-    Raises:
-        DataError: it is broken or hostile (see `probe`).
-    """
-    return _template("of the run", source, tokenizer, "")
+def _mentions_begin(source: str, tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Tell whether a template takes care of begin-of-text itself."""
+    return "bos_token" in source or (tokenizer.bos_token or "\0") in source
 
 
 def _template(name: str, source: str, tokenizer: PreTrainedTokenizerFast, begin: str) -> Template:
