@@ -1,11 +1,15 @@
 """Turn the sections of a recipe into the arguments of the lower layers: data, model, loop settings."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from .data.examples import Dataset, read_examples
+from .data.make import Settings
 from .data.read import Source
+from .data.stored import Example
+from .data.stream import RowStream, largest_rows
 from .files import cache_root
 from .lora.adapter import load_adapter
 from .lora.inject import Target, add_lora
@@ -13,7 +17,9 @@ from .models.load import load_model, resolve_compute_dtype, resolve_device
 from .models.skeleton import stored_quantization
 from .planning.simulate import Job, Rows
 from .recipe.schema import Recipe
-from .train.loop import TrainSettings
+from .train.settings import TrainSettings
+
+STREAM_SAMPLE_ROWS = 1000  # of each streamed source, looked at before training
 
 
 def train_settings(recipe: Recipe) -> TrainSettings:
@@ -27,6 +33,7 @@ def train_settings(recipe: Recipe) -> TrainSettings:
         max_tokens=d.max_tokens, packing=d.packing, order=d.order,
         checkpointing="block" if m.checkpointing == "auto" else m.checkpointing,
         loss_chunk_tokens=None if m.loss_chunk_tokens == "auto" else m.loss_chunk_tokens,
+        kept_blocks=m.kept_blocks,
     )  # fmt: skip
 
 
@@ -44,11 +51,37 @@ def build_data(recipe: Recipe, tokenizer, which: str = "train") -> Dataset | Non
 
 
 def read_data(recipe: Recipe, tokenizer, which: str) -> Dataset:
-    """Read a recipe's training or evaluation rows; what is wrong with them is noted, not raised."""
+    """Read a recipe's training or evaluation rows; what is wrong with them is noted, not raised.
+
+    Of streamed training rows, only the first ones are read.
+    """
     d = recipe.data
     sources = build_sources(recipe, which)
     settings = d.template, d.train_on, d.max_tokens, d.overflow, d.train_on_end
+    if d.streaming and which == "train":
+        return read_examples(sources, tokenizer, *settings, max_rows=STREAM_SAMPLE_ROWS)
     return read_examples(sources, tokenizer, *settings, cache_root() / "tokens")
+
+
+def build_stream(recipe: Recipe, tokenizer) -> RowStream | None:
+    """Return the training rows of a recipe as a stream; None if it does not ask for one."""
+    d = recipe.data
+    if not d.streaming:
+        return None
+    settings = Settings(d.train_on, d.max_tokens, d.overflow, d.train_on_end)
+    return RowStream(tuple(build_sources(recipe, "train")), tokenizer, d.template, settings, d.max_bad_rows)
+
+
+def rows_to_plan(recipe: Recipe, data: Dataset) -> Sequence[Example]:
+    """Return the rows whose largest micro-batch decides what fits: the training rows, or the worst a stream can give.
+
+    Args:
+        data: the training rows; with a stream, its first ones.
+    """
+    if not recipe.data.streaming:
+        return data.examples
+    t = recipe.train
+    return largest_rows(data.examples, recipe.data.max_tokens, t.micro_batch_size * t.gradient_accumulation_steps)
 
 
 def build_sources(recipe: Recipe, which: str) -> list[Source]:
@@ -92,5 +125,5 @@ def job_of(recipe: Recipe, config, device_type: str, eval_rows: Rows | None) -> 
     return Job(
         config, Rows((1,), 1), eval_rows, device_type, quant, double_quant, dtype,
         tuple(Target(t.pattern, t.rank, t.alpha) for t in x.targets), x.rank, x.alpha, x.dropout, x.rslora,
-        getattr(torch, x.dtype), t.optimizer, t.max_grad_norm,
+        getattr(torch, x.dtype), t.optimizer, t.max_grad_norm, kept_blocks=recipe.memory.kept_blocks,
     )  # fmt: skip

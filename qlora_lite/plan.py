@@ -7,15 +7,20 @@ micro-batch taken as full) and for ``run`` (with the rows that were really read)
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from .build import job_of
+from .build import job_of, train_settings
+from .data.batch import Batch
 from .errors import DoesNotFitError
 from .memory.bar import BESIDE, memory_bar
 from .memory.process import HOST_PROCESS_BYTES
+from .models.load import resolve_compute_dtype, resolve_device
 from .models.skeleton import read_config
-from .planning.machine import Machine
+from .planning.machine import Machine, this_machine
+from .planning.predict import Prediction, predict
 from .planning.search import SMALL_CHUNK_TOKENS, Candidate, Step, build_candidate, choose, longest, most_packs, search
-from .planning.simulate import Job, Rows, simulate_whole
+from .planning.simulate import Job, Rows, rows_of, simulate_whole
 from .recipe.schema import Recipe
+from .train.loop import largest_batches
+from .train.settings import TrainSettings
 from .units import format_bytes, format_seconds
 
 MOST_TOKENS, MOST_PACKS = 2**20, 4096  # the ends of --max-tokens and --max-batch
@@ -84,6 +89,38 @@ def plan_recipe(
     chosen = choose(found, budget_bytes - machine.base_bytes)
     least = min(found, key=lambda candidate: candidate.peak_bytes)
     return Plan(machine, budget_bytes, chosen or least, chosen is not None, tuple(found), step)
+
+
+def plan_run(recipe: Recipe, examples, eval_examples) -> tuple[Plan, TrainSettings]:
+    """Plan a recipe for the device at hand and the rows that were read; return the plan and its settings.
+
+    Args:
+        examples, eval_examples: tokenised rows; none of the latter if there is no evaluation.
+
+    Raises:
+        DoesNotFitError: with the breakdown and the smallest change that fits.
+        ModelError: see ``plan_recipe``.
+    """
+    device = resolve_device(recipe.model.device)
+    machine = this_machine(device, resolve_compute_dtype(recipe.model.compute_dtype, device))
+    settings = train_settings(recipe)
+    one_pack = replace(settings, micro_batch_size=1, gradient_accumulation_steps=1)
+    pack, evaluation = largest_batches(examples, eval_examples, one_pack)
+    budget = recipe.memory.budget_bytes or machine.memory_bytes
+    plan = plan_recipe(recipe, machine, budget, rows_of(pack), evaluation and rows_of(evaluation))
+    if not plan.fits:
+        raise does_not_fit(plan, list(alternatives(plan)))
+    chosen = plan.chosen
+    return plan, replace(
+        settings, checkpointing=chosen.checkpointing, loss_chunk_tokens=chosen.loss_chunk_tokens,
+        micro_batch_size=chosen.packs, gradient_accumulation_steps=chosen.micro_batches,
+    )  # fmt: skip
+
+
+def expected_peak(plan: Plan, largest: Batch, evaluation: Batch | None) -> Prediction:
+    """Predict the very step that a run rehearses: its own largest batches, in the chosen way."""
+    job = plan.chosen.prediction.job
+    return predict(replace(job, rows=rows_of(largest), eval_rows=evaluation and rows_of(evaluation)))
 
 
 def alternatives(plan: Plan) -> Iterator[Alternative]:

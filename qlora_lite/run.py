@@ -16,27 +16,28 @@ from pathlib import Path
 
 import torch
 
-from .build import build_model, train_settings
+from .build import build_model, build_stream, rows_to_plan
 from .data.template import portable_source
 from .data_page import write_data_page
 from .errors import DoesNotFitError, Interrupted, QloraLiteError
 from .evaluate import ExactMatch, exact_match
 from .files import write_text
 from .lora.adapter import adapter_tensors, fill_adapter, save_adapter
-from .memory.meter import PeakMeter
+from .memory.meter import PeakMeter, mapped_bytes
 from .models.load import load_tokenizer, resolve_device
+from .plan import alternatives, expected_peak, plan_run, reason
 from .preflight import line_of_problem, preflight
 from .recipe.schema import Recipe
 from .report import write_report
 from .runs import ADAPTER, ADAPTER_LAST, TEMPLATE, RunFolder, create_run, package_versions
 from .train.guards import check_frozen, frozen_checksum
 from .train.inventory import inventory, total_parameters
-from .train.loop import StepMetrics, Trainer
+from .train.loop import StepMetrics, Trainer, largest_batches
 from .units import format_bytes, format_count, format_seconds
 
 log = logging.getLogger("qlora_lite")
 SAMPLES = 4
-CURES = "lower data.max_tokens or train.micro_batch_size, or set memory.checkpointing to block"
+CURES = "lower data.max_tokens or lora.rank, or give it more memory"
 
 Progress = Callable[[StepMetrics, int], None]
 
@@ -75,8 +76,10 @@ class _Run:
         self.tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
         self._look_at_data()
         with PeakMeter(resolve_device(recipe.model.device)) as self.meter:
+            self.rows = rows_to_plan(recipe, self.data)
+            self._plan()
             self.model = build_model(recipe)
-            self.trainer = Trainer(self.model, self.data.examples, train_settings(recipe))
+            self.trainer = Trainer(self.model, self.rows, self.settings, build_stream(recipe, self.tokenizer))
             self._describe_model()
             checksum = frozen_checksum(self.model)
             with _explaining_memory():
@@ -124,19 +127,37 @@ class _Run:
             versions=package_versions(),
         )  # fmt: skip
 
+    def _plan(self) -> None:
+        """Choose how to run the step before anything large is loaded; what cannot fit ends the run here."""
+        eval_examples = self.eval_data.examples if self.eval_data else ()
+        self.plan, self.settings = plan_run(self.recipe, self.rows, eval_examples)
+        log.info("plan: %s", reason(self.plan))
+
     def _rehearse(self) -> None:
-        """Run the largest micro-batch once before the first step; what does not fit ends the run here."""
-        budget, device = self.recipe.memory.budget_bytes, self.model.device
-        if budget is not None and device.type == "cuda":
+        """Run the largest micro-batch and evaluation batch once, and compare with the plan and the budget."""
+        budget, device = self.plan.budget_bytes, self.model.device
+        if device.type == "cuda":
             total = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
-        self.trainer.rehearse()
+        eval_examples = self.eval_data.examples if self.eval_data else ()
+        expected = expected_peak(self.plan, *largest_batches(self.rows, eval_examples, self.settings))
+        mapped = mapped_bytes((*self.model.parameters(), *self.model.buffers()))
+        predicted = self.plan.machine.base_bytes + expected.peak_bytes - mapped
+        self.trainer.rehearse(eval_examples)
         peak = self.meter.peak_bytes()
-        log.info("memory: the largest micro-batch peaks at %s", format_bytes(peak))
-        if budget is not None and peak > budget:
+        place = expected.simulation.peak()
+        log.info("memory: the largest micro-batch peaks at %s (predicted %s, %s of %s); budget %s", format_bytes(peak),
+                 format_bytes(predicted), place.phase, place.module or "the loss", format_bytes(budget))  # fmt: skip
+        self.run.update(plan={
+            "budget_bytes": budget, "predicted_peak_bytes": predicted, "measured_peak_bytes": peak,
+            "chosen": self.plan.chosen.settings, "why": reason(self.plan),
+        })  # fmt: skip
+        if peak > budget:
+            others = [a for a in alternatives(self.plan) if a.peak_bytes < self.plan.peak_bytes - (peak - budget)]
+            cure = f"{others[0].change} needs less" if others else CURES
             raise DoesNotFitError(
-                f"the largest micro-batch peaks at {format_bytes(peak)}, over memory.budget "
-                f"{self.recipe.memory.budget}; {CURES}"
+                f"the largest micro-batch peaks at {format_bytes(peak)}, over the budget of {format_bytes(budget)}; "
+                f"{cure}"
             )
 
     def _train(self) -> None:

@@ -19,7 +19,7 @@ LAYERS = [
     {"planning"},
     {"build", "runs", "generate", "charts", "stacked", "page", "run_files"},
     {"evaluate", "converse", "report", "preflight", "memory_page", "plan"},
-    {"data_page"},
+    {"data_page", "profile"},
     {"run"},
     {"doctor"},
     {"cli"},

@@ -215,11 +215,11 @@ def test_a_folder_under_a_file_is_refused(run, tmp_path):
 
 
 def test_a_budget_that_is_too_small_stops_before_the_first_step(run):
-    with pytest.raises(DoesNotFitError, match=r"over memory\.budget 1MiB; lower data\.max_tokens") as caught:
+    with pytest.raises(DoesNotFitError, match=r"does not fit: .* of 1\.0 MiB .*choose a smaller model") as caught:
         run(memory={"budget": "1MiB"})
     assert caught.value.exit_code == 3
     summary = summary_of(run.folder)
-    assert summary["status"] == "failed" and "memory.budget" in summary["error"]
+    assert summary["status"] == "failed" and "does not fit" in summary["error"]
     assert not (run.folder / "metrics.jsonl").exists()
     assert not (run.folder / "adapter").exists()
     assert (run.folder / "report.html").exists()
@@ -257,3 +257,15 @@ def test_a_folder_that_is_no_run_is_refused(finished, tmp_path, damage):
     (folder / damage).unlink()
     with pytest.raises(RecipeError, match=damage):
         open_run(folder)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_streamed_run_trains_the_adapter_that_rows_in_memory_train(run, packing):
+    data = {"order": "as-is", "packing": packing}
+    train = {"max_steps": 7, "micro_batch_size": 2, "gradient_accumulation_steps": 2}
+    adapters = []
+    for streaming in (False, True):
+        folder = run(data=data | {"streaming": streaming}, train=train)
+        adapters.append((summary_of(folder)["adapter_sha256"], [line.get("loss") for line in lines_of(folder)]))
+        shutil.rmtree(folder)
+    assert adapters[0] == adapters[1]

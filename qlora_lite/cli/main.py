@@ -16,6 +16,7 @@ COMMANDS = {
     "plan": "Predict a recipe's memory and choose the fastest settings that fit.",
     "train": "Fine-tune a model as a recipe says.",
     "data": "Show a recipe's rows as training sees them, and what is wrong with them.",
+    "profile": "Run a few steps and show what used the memory and the time.",
     "evaluate": "Measure loss, perplexity and exact match of a run or a recipe's base model.",
     "generate": "Answer one prompt with a run's adapter.",
     "chat": "Talk with a run's adapter.",
@@ -23,8 +24,7 @@ COMMANDS = {
     "quantize": "Write a model as a 4-bit checkpoint.",
     "doctor": "Show versions and devices, and what will be slow.",
 }
-_MODULES = {"plan": "plan", "train": "train", "data": "data", "evaluate": "evaluate", "generate": "generate",
-            "chat": "generate", "recipes": "recipes", "quantize": "quantize", "doctor": "doctor"}  # fmt: skip
+_MODULES = {name: name for name in COMMANDS} | {"chat": "generate"}
 
 
 class _Commands(click.Group):

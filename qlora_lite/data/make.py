@@ -61,6 +61,7 @@ class Settings:
     max_tokens: int
     overflow: str
     train_on_end: bool
+    max_rows: int | None = None
 
 
 @dataclass(slots=True)
@@ -127,9 +128,9 @@ def note_too_long(account: Account, max_tokens: int) -> None:
     account.problems.add("", fault, TOO_LONG, fatal=True)
 
 
-def _chunks(source: Source, account: Account) -> Iterator[list[Conversation | Document]]:
+def _chunks(source: Source, max_rows: int | None, account: Account) -> Iterator[list[Conversation | Document]]:
     """Yield the good rows of a source, some at a time, and count all of them."""
-    rows = read_conversations(source, account.problems)
+    rows = islice(read_conversations(source, account.problems), max_rows)
     while True:
         bad_before = account.problems.count
         chunk = list(islice(rows, _ROWS_PER_CALL))
@@ -143,7 +144,7 @@ def _prepared(
     source: Source, tokenizer: PreTrainedTokenizerFast, template: str | None, settings: Settings, account: Account
 ) -> Iterator[_Batch]:
     """Yield chunks of rows, conversations rendered."""
-    for chunk in _chunks(source, account):
+    for chunk in _chunks(source, settings.max_rows, account):
         if isinstance(chunk[0], Document):
             yield chunk
             continue

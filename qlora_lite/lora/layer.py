@@ -4,11 +4,12 @@
 
 A starts Kaiming-uniform and B at zero, so that the first forward equals the base model's.
 
-The product is one autograd function: it forms the low-rank part and lets the base product accumulate onto it
-(no second [T, out] tensor, one rounding: see ``quant.linear.add_product``), saves x, x A^T and the *packed*
-weight, and dequantises again in backward. With dropout
-the low-rank branch has its own input, so plain autograd is used around the same frozen product.
-``reference=True`` computes the formula with plain autograd; it is the oracle of the fast path.
+The low-rank part is formed first and the base product accumulates onto it (no second [T, out] tensor, one
+rounding: see ``quant.linear.add_product``). x, x A^T and the *packed* weight are saved, and the weight is
+dequantised again in backward. Saving and multiplying are two autograd functions, so that a checkpointed
+block's second run can leave out its last product (``down_proj``; see ``ops.checkpoint``). With dropout the
+low-rank branch has its own input, so plain autograd is used around the same frozen product. ``reference=True``
+computes the formula with plain autograd; it is the oracle of the fast path.
 
 Shapes: x [..., in], A [r, in], B [out, r], y [..., out]; T is the product of x's leading dimensions.
 Source: LoRA, arXiv 2106.09685, section 4.1; rank-stabilised scale: arXiv 2312.03732; QLoRA: arXiv 2305.14314.
@@ -20,25 +21,37 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from qlora_lite.ops.checkpoint import product_or_stand_in
 from qlora_lite.quant.linear import FrozenMatmul, add_product, frozen_weight, materialize
 
 
-class LoraMatmul(torch.autograd.Function):
+def lora_matmul(x, lora_a, lora_b, bias, scale, spec, frozen) -> torch.Tensor:
     """Compute ``x W^T + bias + scale * (x A^T) B^T`` with gradients for x, A and B."""
+    low, gradient = _LoraGradient.apply(x, lora_a, lora_b, scale, spec, *frozen)
+    return product_or_stand_in(
+        lambda: _LoraProduct.apply(gradient, low, x.detach(), lora_b.detach(), bias, spec, *frozen), gradient
+    )
+
+
+class _LoraGradient(torch.autograd.Function):
+    """Compute ``low = scale * x A^T`` and take the gradients of the whole layer.
+
+    The second result stands for y in the graph: it has y's shape, no memory and no values, and what arrives as
+    its gradient is y's.
+    """
 
     @staticmethod
-    def forward(ctx, x, lora_a, lora_b, bias, scale, spec, *frozen):
+    def forward(ctx, x, lora_a, lora_b, scale, spec, *frozen):
         rows = x.reshape(-1, x.shape[-1])
-        factor_a, factor_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-        low = functional.linear(rows, factor_a).mul_(scale)
-        y = functional.linear(low.view(*x.shape[:-1], low.shape[-1]), factor_b)
-        add_product(y, rows, materialize(spec, frozen, x.dtype), bias)
+        low = functional.linear(rows, lora_a.to(x.dtype)).mul_(scale)
         ctx.scale, ctx.spec = scale, spec
         ctx.save_for_backward(rows, low, lora_a, lora_b, *frozen)
-        return y
+        ctx.mark_non_differentiable(low)
+        ctx.set_materialize_grads(False)
+        return low, x.new_empty(()).expand(*x.shape[:-1], spec.shape[0])
 
     @staticmethod
-    def backward(ctx, grad_y):
+    def backward(ctx, _grad_low, grad_y):
         rows, low, lora_a, lora_b, *frozen = ctx.saved_tensors
         grad_rows = grad_y.reshape(-1, grad_y.shape[-1])
         grad_low = (grad_rows @ lora_b.to(grad_y.dtype)).mul_(ctx.scale)
@@ -49,7 +62,20 @@ class LoraMatmul(torch.autograd.Function):
             grad_x = grad_x.view(*grad_y.shape[:-1], grad_x.shape[-1])
         grad_a = (grad_low.t() @ rows).to(lora_a.dtype)
         grad_b = (grad_rows.t() @ low).to(lora_b.dtype)
-        return grad_x, grad_a, grad_b, None, None, None, *(None for _ in frozen)
+        return grad_x, grad_a, grad_b, None, None, *(None for _ in frozen)
+
+
+class _LoraProduct(torch.autograd.Function):
+    """Compute ``x W^T + bias + low B^T``; save nothing and hand y's gradient on to ``_LoraGradient``."""
+
+    @staticmethod
+    def forward(ctx, gradient, low, x, lora_b, bias, spec, *frozen):
+        y = functional.linear(low.view(*x.shape[:-1], low.shape[-1]), lora_b.to(x.dtype))
+        return add_product(y, x, materialize(spec, frozen, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        return grad_y, *(None for _ in ctx.needs_input_grad[1:])
 
 
 class LoraLinear(nn.Module):
@@ -85,7 +111,7 @@ class LoraLinear(nn.Module):
         spec, frozen = frozen_weight(self.base)
         dropping = self.training and self.dropout > 0
         if not dropping and not self.reference:
-            return LoraMatmul.apply(x, self.lora_A, self.lora_B, self.base.bias, self.scale, spec, *frozen)
+            return lora_matmul(x, self.lora_A, self.lora_B, self.base.bias, self.scale, spec, frozen)
         branch = functional.dropout(x, self.dropout, self.training)
         low = self.scale * functional.linear(branch, self.lora_A.to(x.dtype))
         update = functional.linear(low, self.lora_B.to(x.dtype))

@@ -5,13 +5,17 @@ reads the marks. They cost an assignment when nobody watches. They are the proce
 because autograd runs backward on threads of its own on CUDA.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
 
 
 class _Marks:
     phase = "load"
     category = "workspace"
+    clock = None  # called between phases while ``timing`` is active
 
 
 marks = _Marks()
@@ -20,11 +24,40 @@ marks = _Marks()
 @contextmanager
 def phase(name: str) -> Iterator[None]:
     """Mark a phase: load, forward, backward, optimizer or evaluation."""
-    earlier, marks.phase = marks.phase, name
+    earlier = _change_phase(name)
     try:
         yield
     finally:
-        marks.phase = earlier
+        _change_phase(earlier)
+
+
+def _change_phase(name: str) -> str:
+    if marks.clock is not None:
+        marks.clock()
+    earlier, marks.phase = marks.phase, name
+    return earlier
+
+
+@contextmanager
+def timing(device: torch.device) -> Iterator[dict[str, float]]:
+    """Add up the seconds of each phase into the dict given; what is outside of phases counts as "other"."""
+    seconds: dict[str, float] = {}
+    last = time.perf_counter()
+
+    def clock() -> None:
+        nonlocal last
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        now, name = time.perf_counter(), "other" if marks.phase == "load" else marks.phase
+        seconds[name] = seconds.get(name, 0.0) + now - last
+        last = now
+
+    marks.clock = clock
+    try:
+        yield seconds
+        clock()
+    finally:
+        marks.clock = None
 
 
 @contextmanager

@@ -8,6 +8,7 @@ time and are not counted); without ``/proc``, the resident-set maximum that the 
 import resource
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
@@ -43,6 +44,17 @@ def free_bytes(device: torch.device) -> int:
         if limit.exists() and limit.read_text().strip().isdigit():
             available = min(available, int(limit.read_text()) - int(used.read_text()))
     return available
+
+
+def mapped_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Return the bytes of tensors that are file pages (weights mapped from disk), which no process memory is for."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return 0
+    lines = (line.split(maxsplit=5) for line in maps.read_text().splitlines())
+    files = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines if len(line) > 5 and line[4] != "0"]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type == "cpu"}
+    return sum(size for place, size in storages.items() if any(start <= place < end for start, end in files))
 
 
 class PeakMeter:

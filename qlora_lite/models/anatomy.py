@@ -10,7 +10,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lite.errors import ModelError
-from qlora_lite.ops.checkpoint import checkpoint
+from qlora_lite.ops.checkpoint import Checkpoint
 from qlora_lite.ops.loss import Head
 
 
@@ -55,8 +55,14 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def set_checkpointing(model: nn.Module, enabled: bool) -> None:
-    """Recompute every block in backward, or keep its activations."""
-    for block in blocks(model):
-        block.gradient_checkpointing = enabled
-        block._gradient_checkpointing_func = checkpoint  # the place that transformers' class documents for it
+def set_checkpointing(model: nn.Module, enabled: bool, kept_blocks: int = 0) -> None:
+    """Compute every block again in backward, or keep its activations.
+
+    Args:
+        kept_blocks: of the last blocks, how many keep their activations although ``enabled``. The last ones are
+            free again before the first block is computed a second time, so that the two never add up.
+    """
+    found = blocks(model)
+    for number, block in enumerate(found):
+        block.gradient_checkpointing = enabled and number < len(found) - kept_blocks
+        block._gradient_checkpointing_func = Checkpoint()  # the place that transformers' class documents for it

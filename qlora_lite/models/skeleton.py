@@ -30,7 +30,9 @@ def read_config(path: str, revision: str | None = None):
         ModelError: it is in none of these places.
     """
     local = Path(path).expanduser()
-    if path.startswith("package:") or local.suffix == ".gguf" or local.is_dir():
+    if local.is_dir():
+        return _checked(lambda: AutoConfig.from_pretrained(local, local_files_only=True), path)
+    if path.startswith("package:") or local.suffix == ".gguf":
         files = locate(path)
         extra = {"gguf_file": files.gguf_file} if files.gguf_file else {}
         return _checked(lambda: AutoConfig.from_pretrained(files.folder, local_files_only=True, **extra), path)

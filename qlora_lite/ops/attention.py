@@ -14,7 +14,8 @@ result [B, T, H, D].
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from .shapes import kernel_rows
+from .block_attention import block_attention
+from .shapes import device_type, kernel_rows
 
 
 def row_attention(
@@ -45,6 +46,8 @@ def row_attention(
     if row_lengths is None:
         out = attend(query, key, value, attention_mask, scaling, **extra)
         return out.transpose(1, 2).contiguous(), None
+    if device_type(query.device) == "cpu" and not softcap and not dropout:
+        return block_attention(query, key, value, row_lengths, scaling, sliding_window), None
     outs, start = [], 0
     for row_length in row_lengths:
         # Extra tokens up to the kernel's length are those of the next row: causal attention keeps the row from

@@ -84,6 +84,7 @@ class Job:
     accumulating: bool = False
     checkpointing: str = "block"
     loss_chunk_tokens: int | None = None
+    kept_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,8 @@ def simulate(job: Job) -> Simulation:
     """
     depth, pattern = job.config.num_hidden_layers, block_pattern(job.config)
     shallow, deeper = 2 * pattern, 3 * pattern
-    if depth <= deeper or (depth - shallow) % pattern:
+    mixed = job.checkpointing == "block" and job.kept_blocks > 0
+    if mixed or depth <= deeper or (depth - shallow) % pattern:
         return simulate_whole(job)
     small, large = (simulate_whole(_at_depth(job, layers)) for layers in (shallow, deeper))
     return _continued(small, large, (shallow, deeper, depth))
@@ -153,7 +155,7 @@ def _run(job: Job, mode, timeline: bool, measured_because: str = ""):
 def _model(job: Job) -> nn.Module:
     model = give_storage(meta_model(job.config, job.quant, job.double_quant, job.compute_dtype))
     add_lora(model, job.targets, job.rank, job.alpha, job.dropout, job.rslora, job.factor_dtype)
-    set_checkpointing(model, job.checkpointing == "block")
+    set_checkpointing(model, job.checkpointing == "block", job.kept_blocks)
     return model
 
 

@@ -175,6 +175,9 @@ class Data(_Section):
     order: Literal["shuffle", "as-is", "longest-first", "by-length"] = "shuffle"
     """Order of the rows in an epoch; shuffle depends on train.seed and the epoch only. longest-first shows at once what
     does not fit; by-length puts rows of like length together and shuffles the micro-batches."""
+    streaming: bool = False
+    """Make tokens while training, and keep none: for sources too large for a first pass. Needs data.order as-is and
+    train.max_steps; only the first 1,000 rows of each source are checked before, a bad row after them ends the run."""
 
 
 _Tracker = Literal[
@@ -230,6 +233,8 @@ class Memory(_Section):
     settings below that are auto, then proved by one measured step before the first; what does not fit ends there."""
     checkpointing: Literal["auto", "block", "none"] = "auto"
     """block keeps only each block's input and computes the rest again in the backward pass; none keeps everything."""
+    kept_blocks: Count = 0
+    """Of the last blocks, how many keep everything although checkpointing is block: faster, for more memory."""
     loss_chunk_tokens: Annotated[PositiveInt | Literal["auto"], Rule("a whole number of at least 1, or auto")] = "auto"
     """Learned tokens whose logits exist at one time."""
     micro_batches: Literal["auto", "as-given"] = "auto"

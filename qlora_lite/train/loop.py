@@ -10,49 +10,28 @@ The order of the data is a pure function of the seed and the epoch.
 import math
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 
 import torch
 from torch import nn
 
 from qlora_lite.data.batch import Batch, collate, plan_epoch
 from qlora_lite.data.stored import Example, row_lengths
+from qlora_lite.data.stream import stream_batches
 from qlora_lite.errors import TrainingError
 from qlora_lite.lora.inject import lora_parameters
 from qlora_lite.memory.meter import PeakMeter
 from qlora_lite.models.anatomy import set_checkpointing
 
+from .epochs import Epochs
 from .guards import check_adapters_took_part, check_forward, check_trainable, explain_not_finite
 from .optim import build_optimizer
 from .rehearsal import rehearse_step
 from .schedule import lr_factor
+from .settings import TrainSettings
 from .step import Evaluation, evaluate_loss, prepare, train_step
-
-
-@dataclass(frozen=True, slots=True)
-class TrainSettings:
-    """What the loop needs to know; the names, meanings and defaults are those of the recipe.
-
-    ``loss_chunk_tokens`` None takes the default; ``max_steps`` None trains for ``epochs``.
-    """
-
-    max_steps: int | None
-    epochs: float
-    learning_rate: float
-    micro_batch_size: int
-    gradient_accumulation_steps: int
-    optimizer: str
-    lr_scheduler: str
-    warmup_ratio: float
-    max_grad_norm: float
-    weight_decay: float
-    seed: int
-    max_tokens: int
-    packing: bool
-    order: str
-    checkpointing: str
-    loss_chunk_tokens: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,39 +54,34 @@ class Trainer:
 
     Args:
         model: a frozen model with LoRA layers.
-        examples: tokenised rows.
-        settings: see ``TrainSettings``.
+        examples: tokenised rows; with a stream, rows as large as any that it can give.
+        settings: see ``TrainSettings``; a stream needs ``max_steps``.
+        stream: gives the rows of an epoch each time it is iterated, to be used in place of ``examples``.
 
     Raises:
         ModelError: rows trained together would not give the model's own logits.
     """
 
-    def __init__(self, model: nn.Module, examples: Sequence[Example], settings: TrainSettings):
-        self.model, self.examples, self.settings = model, examples, settings
-        self.lengths = row_lengths(examples)
+    def __init__(
+        self,
+        model: nn.Module,
+        examples: Sequence[Example],
+        settings: TrainSettings,
+        stream: Iterable[Example] | None = None,
+    ):
+        self.model, self.examples, self.settings, self.stream = model, examples, settings, stream
+        self.epochs = Epochs(row_lengths(examples), settings)
         self.parameters = [parameter for _, parameter in lora_parameters(model)]
         self.optimizer = build_optimizer(
             self.parameters, settings.optimizer, settings.learning_rate, settings.weight_decay
         )
-        self.total_steps = settings.max_steps or self._steps_of_epochs()
+        self.total_steps = self.epochs.total_steps()
         self.step = 0
         check_trainable(model, sum(parameter.numel() for parameter in self.parameters))
         check_forward(model)
-        set_checkpointing(model, settings.checkpointing == "block")
+        set_checkpointing(model, settings.checkpointing == "block", settings.kept_blocks)
         self.meter = PeakMeter(model.device)
         weakref.finalize(self, self.meter.close)  # its thread would outlive the trainer
-
-    def largest_batch(self) -> Batch:
-        """Return the micro-batch with the most tokens of all that the run will see."""
-        largest, steps, epoch = [], 0, 0
-        while steps < self.total_steps:
-            groups = self._epoch(epoch)
-            steps, epoch = steps + len(groups), epoch + 1
-            largest = max([largest, *(rows for group in groups for rows in group)], key=self._tokens_of)
-        return collate([self.examples[row] for row in largest])
-
-    def _tokens_of(self, rows: Sequence[int]) -> int:
-        return sum(self.lengths[row] for row in rows)
 
     def rehearse(self, eval_examples: Sequence[Example] = ()) -> None:
         """Run a step on the largest micro-batch and the largest evaluation batch, and leave no trace of it.
@@ -116,12 +90,12 @@ class Trainer:
             TrainingError: a factor is not what it was.
         """
         s, device = self.settings, self.model.device
-        evaluation = max(eval_batches(eval_examples, s), key=lambda b: sum(b.row_lengths), default=None)
+        largest, evaluation = largest_batches(self.examples, eval_examples, s)
         optimizer = build_optimizer(self.parameters, s.optimizer, 0.0, 0.0)
         before, was_training = [torch.hash_tensor(p.detach()) for p in self.parameters], self.model.training
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             rehearse_step(
-                self.model, self.parameters, optimizer, prepare(self.largest_batch(), device),
+                self.model, self.parameters, optimizer, prepare(largest, device),
                 evaluation and prepare(evaluation, device), s.max_grad_norm, s.loss_chunk_tokens,
                 s.gradient_accumulation_steps > 1,
             )  # fmt: skip
@@ -129,25 +103,15 @@ class Trainer:
         if any(torch.hash_tensor(p.detach()) != h for p, h in zip(self.parameters, before, strict=True)):
             raise TrainingError("the rehearsal before training changed a LoRA factor; please report this")
 
-    def _epoch(self, epoch: int) -> list[list[list[int]]]:
-        """Return the rows of each micro-batch of each step of an epoch."""
-        s = self.settings
-        plan = plan_epoch(self.lengths, s.max_tokens, s.packing, s.micro_batch_size, s.order, s.seed, epoch)
-        group = s.gradient_accumulation_steps
-        return [plan[start : start + group] for start in range(0, len(plan), group)]
-
-    def _steps_of_epochs(self) -> int:
-        whole = math.floor(self.settings.epochs)
-        steps = sum(len(self._epoch(epoch)) for epoch in range(whole))
-        part = self.settings.epochs - whole
-        return max(1, steps + (math.ceil(part * len(self._epoch(whole))) if part else 0))
-
     def _batches(self) -> Iterator[list[Batch]]:
-        epoch = 0
-        while True:
-            for group in self._epoch(epoch):
-                yield [collate([self.examples[row] for row in rows]) for rows in group]
-            epoch += 1
+        s = self.settings
+        while self.stream is not None:
+            micro_batches = stream_batches(self.stream, s.max_tokens, s.packing, s.micro_batch_size)
+            while step := list(islice(micro_batches, s.gradient_accumulation_steps)):
+                yield [collate(rows) for rows in step]
+        for epoch in count():
+            for step in self.epochs.steps(epoch):
+                yield [collate([self.examples[row] for row in rows]) for rows in step]
 
     def __iter__(self) -> Iterator[StepMetrics]:
         self.model.train()
@@ -184,3 +148,12 @@ def eval_batches(examples: Sequence[Example], settings: TrainSettings) -> Iterat
     lengths = row_lengths(examples)
     for rows in plan_epoch(lengths, settings.max_tokens, True, 1, "as-is", settings.seed, 0):
         yield collate([examples[row] for row in rows])
+
+
+def largest_batches(
+    examples: Sequence[Example], eval_examples: Sequence[Example], settings: TrainSettings
+) -> tuple[Batch, Batch | None]:  # fmt: skip
+    """Return the micro-batch and the evaluation batch with the most tokens; None without evaluation rows."""
+    rows = Epochs(row_lengths(examples), settings).largest()
+    evaluation = max(eval_batches(eval_examples, settings), key=lambda b: sum(b.row_lengths), default=None)
+    return collate([examples[row] for row in rows]), evaluation

@@ -5,9 +5,11 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from qlora_lite.lora.layer import LoraLinear
+from qlora_lite.ops.checkpoint import Checkpoint
 from qlora_lite.quant.linear import QuantLinear, frozen_weight, materialize
 
 IN, OUT = 48, 80
@@ -148,6 +150,50 @@ def test_the_input_gets_no_gradient_where_none_is_asked_for():
     assert x.grad is None
     assert layer.lora_A.grad is not None
     assert layer.base.bias.grad is None
+
+
+class BaseProducts(TorchDispatchMode):
+    """Count the products with base weights."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.addmm_.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_checkpoint_ending_in_a_sum_with_a_layer_does_not_multiply_by_its_weight_again():
+    up, down = (make_layer(QuantLinear.from_weight(random_input(*shape), None, "nf4", True))
+                for shape in ((OUT, IN), (IN, OUT)))  # fmt: skip
+    x, checkpoint = random_input(9, IN).requires_grad_(), Checkpoint()
+
+    def block(x):
+        return x + down(nn.functional.silu(up(x)))
+
+    checkpoint(block, x).sum().backward()  # the first time it looks how the block ends
+    x.grad = None
+    with BaseProducts() as seen:
+        checkpoint(block, x).sum().backward()
+    assert seen.count == 2 + 1 + 2  # forward; up_proj again; backward
+    found, x.grad = x.grad, None
+    block(x).sum().backward()
+    assert torch.equal(x.grad, found)
+
+
+def test_a_checkpoint_whose_last_product_is_used_by_more_than_a_sum_multiplies_again():
+    layer, x, checkpoint = make_layer(make_base("nf4")), random_input(9, IN).requires_grad_(), Checkpoint()
+
+    def block(x):
+        return torch.tanh(layer(x))
+
+    for _ in range(2):
+        x.grad = None
+        with BaseProducts() as seen:
+            checkpoint(block, x).sum().backward()
+        assert seen.count == 2 + 1
+    found, x.grad = x.grad, None
+    block(x).sum().backward()
+    assert torch.equal(x.grad, found)
 
 
 def test_dropout_drops_inputs_of_the_low_rank_branch_only():

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_lite.ops.attention import row_attention
+from qlora_lite.ops.block_attention import BLOCK_QUERIES, block_attention
+from qlora_lite.ops.shapes import CPU_MULTIPLE
 
 HEADS, DIM = 4, 8
 
@@ -91,8 +94,82 @@ def test_one_new_token_sees_the_whole_cache(softcap):
 
 
 def test_bf16_keeps_its_type():
-    q, k, v = tensors(9, dtype=torch.bfloat16)
+    q, k, v = (tensor / 3 for tensor in tensors(9, dtype=torch.bfloat16))
     for softcap in (None, 2.0):
         out, _ = row_attention(None, q, k, v, None, softcap=softcap, row_lengths=(4, 5))
         assert out.dtype == torch.bfloat16
-        assert torch.allclose(out.double(), eager(q, k, v, (4, 5), softcap=softcap), atol=0.06)
+        assert torch.allclose(out.double(), eager(q, k, v, (4, 5), softcap=softcap), atol=0.02)
+
+
+# --- blocks of queries, on a CPU -------------------------------------------------------------------------------
+
+LONG_ROWS = (BLOCK_QUERIES + 45, 1, 33, 2 * BLOCK_QUERIES)
+
+
+def values_and_gradients(function, inputs, upstream):
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    out = function(*leaves)
+    return out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))
+
+
+@pytest.mark.parametrize("window", [None, 1, 40, BLOCK_QUERIES + 10])
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_rows_of_several_blocks_equal_the_oracle(kv_heads, window):
+    inputs = tensors(sum(LONG_ROWS), kv_heads)
+    upstream = torch.randn(1, sum(LONG_ROWS), HEADS, DIM, generator=torch.Generator().manual_seed(1))
+    found = values_and_gradients(lambda *t: block_attention(*t, LONG_ROWS, 0.3, window), inputs, upstream)
+    expected = values_and_gradients(lambda *t: eager(*t, LONG_ROWS, 0.3, window), inputs, upstream)
+    for tensor, wanted in zip(found, expected, strict=True):
+        assert (tensor - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+def test_the_error_in_bf16_is_below_that_of_eager_attention_in_bf16():
+    """Measured: 0.74 to 0.86 of it, over values and gradients (the scale is applied before rounding)."""
+    length = BLOCK_QUERIES + 100
+    inputs = [t / 2 for t in tensors(length, 2, dtype=torch.bfloat16)]
+    upstream = torch.randn(1, length, HEADS, DIM, generator=torch.Generator().manual_seed(1)).bfloat16()
+    expected = values_and_gradients(lambda *t: eager(*t, (length,)), inputs, upstream.double())
+
+    def plain(q, k, v):
+        k, v = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
+        scores = (q @ k.transpose(2, 3) * DIM**-0.5).masked_fill(~torch.ones(length, length).tril().bool(), -torch.inf)
+        return (torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype) @ v).transpose(1, 2)
+
+    def errors(function):
+        found = values_and_gradients(function, inputs, upstream)
+        return [((t - wanted).norm() / wanted.norm()).item() for t, wanted in zip(found, expected, strict=True)]
+
+    ours, theirs = errors(lambda *t: block_attention(*t, (length,))), errors(plain)
+    assert max(mine / other for mine, other in zip(ours, theirs, strict=True)) < 1
+
+
+def test_filler_behind_the_rows_gets_zeros_and_gives_no_gradient():
+    inputs = [t.requires_grad_() for t in tensors(40)]
+    out = block_attention(*inputs, (9, 20))
+    assert not out[:, 29:].any()
+    out.sum().backward()
+    assert all(not t.grad[:, :, 29:].any() and t.grad[:, :, :29].any() for t in inputs)
+
+
+class LargestResult(TorchDispatchMode):
+    """Note the most numbers that a result holds."""
+
+    most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.most = max(self.most, result.untyped_storage().nbytes() // result.element_size())
+        return result
+
+
+def test_only_the_inputs_are_saved_and_no_more_than_one_block_of_weights_exists():
+    length, saved = 4 * BLOCK_QUERIES, []
+    inputs = [t.requires_grad_() for t in tensors(length, 2)]
+    with LargestResult() as seen:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+            out = block_attention(*inputs, (length,))
+        out.sum().backward()
+    padded = 2 * (length + CPU_MULTIPLE) * DIM
+    assert sorted(saved) == [padded, padded, inputs[0].numel()]
+    assert seen.most == HEADS * BLOCK_QUERIES * length

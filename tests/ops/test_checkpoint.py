@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_lite.ops.checkpoint import checkpoint
+from qlora_lite.ops.checkpoint import Checkpoint, kept_result
+
+checkpoint = Checkpoint()
 
 
 class Block(nn.Module):
@@ -67,3 +69,46 @@ def test_a_block_that_trains_nothing_and_needs_no_input_gradient_is_passed_over(
     y, total = checkpoint(block, x, 1.0)
     (y.sum() + total).backward()
     assert x.grad is None
+
+
+class KeptExp(torch.autograd.Function):
+    """exp(x), with x saved and the value kept."""
+
+    @staticmethod
+    def forward(ctx, x, calls):
+        ctx.save_for_backward(x)
+        return kept_result(lambda: calls.append("exp") or x.exp()).detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * x.exp(), None
+
+
+def exponentials(x, calls):
+    return KeptExp.apply(KeptExp.apply(x, calls).sin(), calls).sin()
+
+
+def gradient(y, x):
+    return torch.autograd.grad(y.sum(), x)[0]
+
+
+def test_kept_results_are_computed_once_and_the_gradient_is_that_without_a_checkpoint():
+    x, calls = torch.tensor([0.1, -0.7], requires_grad=True), []
+    found = gradient(checkpoint(exponentials, x, calls), x)
+    assert len(calls) == 2
+    assert torch.equal(found, gradient(exponentials(x, []), x))
+
+
+def test_each_of_several_open_blocks_has_its_own_results():
+    x = torch.tensor([0.1, -0.7], requires_grad=True)
+    inner, other = checkpoint(exponentials, x, []), checkpoint(exponentials, x + 1, [])
+    found = gradient(checkpoint(exponentials, inner, []) + other, x)
+    assert torch.equal(found, gradient(exponentials(exponentials(x, []), []) + exponentials(x + 1, []), x))
+
+
+def test_without_a_checkpoint_every_call_computes():
+    calls = []
+    exponentials(torch.ones(2), calls)
+    exponentials(torch.ones(2), calls)
+    assert len(calls) == 4

@@ -15,7 +15,8 @@ from qlora_lite.lora.inject import add_lora, lora_layers, lora_parameters
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.train.guards import check_frozen, check_trainable, frozen_checksum
 from qlora_lite.train.inventory import inventory, total_parameters
-from qlora_lite.train.loop import Trainer, TrainSettings
+from qlora_lite.train.loop import Trainer
+from qlora_lite.train.settings import TrainSettings
 
 SETTINGS = dict(
     max_steps=4, epochs=1.0, learning_rate=0.01, micro_batch_size=1, gradient_accumulation_steps=2,

@@ -11,7 +11,8 @@ from qlora_lite.data.examples import build_examples
 from qlora_lite.data.read import Source
 from qlora_lite.lora.inject import add_lora
 from qlora_lite.models.load import load_model, load_tokenizer, resolve_compute_dtype, resolve_device
-from qlora_lite.train.loop import Trainer, TrainSettings
+from qlora_lite.train.loop import Trainer
+from qlora_lite.train.settings import TrainSettings
 
 GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k_train.jsonl"
 HELD_OUT, STEPS, ROWS_PER_STEP = 40, 40, 2

@@ -9,6 +9,7 @@ from tiny import quantized_pair, random_batch, random_factors
 from qlora_lite.data.batch import Batch
 from qlora_lite.errors import TrainingError
 from qlora_lite.lora.inject import add_lora, lora_parameters
+from qlora_lite.models.anatomy import set_checkpointing
 from qlora_lite.train.optim import BITSANDBYTES_NAMES, build_optimizer, clip_gradients
 from qlora_lite.train.schedule import SCHEDULES, lr_factor
 from qlora_lite.train.step import accumulate_gradients, evaluate_loss, labelled_count, prepare, train_step
@@ -157,3 +158,28 @@ def test_a_step_that_is_not_finite_leaves_the_weights(model):
     handle.remove()
     assert math.isfinite(result.loss) and math.isnan(result.grad_norm)
     assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
+
+
+def test_kept_blocks_are_not_computed_again_and_change_no_gradient(model):
+    runs = [0, 0]
+
+    def note(number):
+        def hook(*_):
+            runs[number] += 1
+
+        return hook
+
+    hooks = [layer.mlp.register_forward_pre_hook(note(n)) for n, layer in enumerate(model.model.layers)]
+    gradients = {}
+    try:
+        for kept, expected in ((0, [2, 2]), (1, [2, 1]), (9, [1, 1])):
+            runs[:] = [0, 0]
+            set_checkpointing(model, True, kept)
+            gradients[kept] = gradient(model, [random_batch(LENGTHS)])[1]
+            assert runs == expected
+    finally:
+        set_checkpointing(model, False)
+        for hook in hooks:
+            hook.remove()
+    assert torch.equal(gradients[0], gradients[1])
+    assert torch.equal(gradients[0], gradients[9])

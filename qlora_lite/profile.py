@@ -1,0 +1,161 @@
+"""Run real steps of a recipe under the ledger, and write what used the memory and the time.
+
+The result is one page and one JSON file beside it, also when the device runs out of memory on the way: then they show
+the state at the failure. On CUDA the allocator's own history is written too, for PyTorch's memory viewer.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from .build import build_data, build_model
+from .errors import DoesNotFitError
+from .files import write_text
+from .memory.ledger import Ledger, Moment
+from .memory.marks import timing
+from .memory.meter import PeakMeter
+from .memory_page import memory_page
+from .models.load import load_tokenizer
+from .plan import Plan, alternatives, expected_peak, plan_run, reason
+from .planning.predict import Prediction
+from .planning.simulate import ALLOCATION_BYTES
+from .recipe.schema import Recipe
+from .train.inventory import categorised
+from .train.loop import Trainer, largest_batches
+from .units import format_bytes, format_seconds
+
+log = logging.getLogger("qlora_lite")
+ALLOCATOR_EVENTS = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Where a profile was written, and its figures (see ``memory.json``)."""
+
+    page: Path
+    figures: dict
+
+
+def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
+    """Run steps of a recipe, the last of them under the ledger, and write ``memory.html`` and ``memory.json``.
+
+    Args:
+        out: folder to write into; made if it is not there.
+        steps: optimizer steps, at least 1; all but the last are timed without the ledger.
+
+    Raises:
+        DoesNotFitError: the plan does not fit, or the device ran out of memory; in the second case the page shows the
+            state at the failure.
+    """
+    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
+    data, eval_data = (build_data(recipe, tokenizer, which) for which in ("train", "eval"))
+    eval_examples = eval_data.examples if eval_data else ()
+    plan, settings = plan_run(recipe, data.examples, eval_examples)
+    log.info("plan: %s", reason(plan))
+    model = build_model(recipe)
+    trainer = Trainer(model, data.examples, settings)
+    largest, evaluation = largest_batches(data.examples, eval_examples, settings)
+    expected = expected_peak(plan, largest, evaluation)
+    ledger = Ledger(timeline=True, allocation_bytes=ALLOCATION_BYTES[model.device.type])
+    with PeakMeter(model.device) as meter, _allocator_history(model.device, out):
+        seconds = _timed_steps(trainer, steps - 1) if steps > 1 else {}
+        failure = _ledgered(trainer, ledger, model, eval_examples)
+        process = meter.peak_bytes()
+    figures = _figures(plan, expected, ledger, seconds, process, failure)
+    out.mkdir(parents=True, exist_ok=True)
+    page = out / "memory.html"
+    write_text(out / "memory.json", json.dumps(figures, indent=2) + "\n")
+    write_text(page, memory_page(_record(plan, expected, ledger, figures, recipe.output.name)))
+    if failure:
+        raise DoesNotFitError(f"the device ran out of memory: {failure}; {page} shows what held it")
+    return Profile(page, figures)
+
+
+def _timed_steps(trainer: Trainer, steps: int) -> dict[str, float]:
+    """Train without the ledger; return the mean seconds of each phase of a step."""
+    with timing(trainer.model.device) as seconds:
+        for _, _ in zip(range(steps), trainer, strict=False):
+            pass
+    return {name: value / steps for name, value in seconds.items()}
+
+
+def _ledgered(trainer: Trainer, ledger: Ledger, model, eval_examples) -> str:
+    """Rehearse the largest step under the ledger; return the device's words if it ran out of memory."""
+    with ledger:
+        for tensor, category, _ in categorised(model):
+            ledger.claim([tensor], category)
+        ledger.watch(model)
+        try:
+            trainer.rehearse(eval_examples)
+        except torch.OutOfMemoryError as error:
+            return str(error).splitlines()[0]
+    return ""
+
+
+@contextmanager
+def _allocator_history(device: torch.device, out: Path) -> Iterator[None]:
+    """Record CUDA's allocations while inside, and leave the snapshot that PyTorch's viewer opens."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.memory._record_memory_history(max_entries=ALLOCATOR_EVENTS)  # documented under this name
+    try:
+        yield
+    finally:
+        out.mkdir(parents=True, exist_ok=True)
+        torch.cuda.memory._dump_snapshot(str(out / "memory_snapshot.pickle"))
+        torch.cuda.memory._record_memory_history(enabled=None)
+
+
+def _figures(plan: Plan, expected: Prediction, ledger: Ledger, seconds, process_bytes: int, failure: str) -> dict:
+    planned = expected.simulation.peak()
+    return {
+        "peak_bytes": ledger.peak.total, "peak_phase": ledger.peak.phase, "peak_module": ledger.peak.module,
+        "measured": ledger.peak.breakdown, "predicted": planned.breakdown, "predicted_peak_bytes": planned.total,
+        "by_phase": {
+            phase: max((m.total for m in ledger.peaks.values() if m.phase == phase), default=0)
+            for phase in ("forward", "backward", "optimizer", "evaluation")
+        },
+        "process_peak_bytes": process_bytes, "budget_bytes": plan.budget_bytes,
+        "predicted_process_bytes": plan.machine.base_bytes + expected.peak_bytes,
+        "seconds_by_phase": seconds, "chosen": plan.chosen.settings, "why": reason(plan),
+        "out_of_memory": failure or None,
+    }  # fmt: skip
+
+
+def in_words(peak: Moment) -> str:
+    """Say where the peak stood and what held it."""
+    parts = sorted(peak.breakdown.items(), key=lambda item: -item[1])[:4]
+    shares = ", ".join(f"{name} {100 * size / max(1, peak.total):.0f} %" for name, size in parts)
+    return f"peak in {peak.phase}, {peak.module or 'outside of modules'}: {format_bytes(peak.total)} ({shares})"
+
+
+def _record(plan: Plan, expected: Prediction, ledger: Ledger, figures: dict, name: str) -> dict:
+    others = list(alternatives(plan))
+    sentences = [in_words(ledger.peak)]
+    saving = [a for a in others if a.peak_bytes < plan.peak_bytes]
+    sentences += [
+        f"{a.change} saves {format_bytes(plan.peak_bytes - a.peak_bytes)}, at {format_seconds(a.step_seconds)} instead "
+        f"of {format_seconds(plan.chosen.step_seconds)} a step by estimate" for a in saving[:3]
+    ]  # fmt: skip
+    total = sum(figures["seconds_by_phase"].values())
+    if total:
+        shares = ", ".join(f"{n} {100 * s / total:.0f} %" for n, s in figures["seconds_by_phase"].items())
+        sentences.append(f"a step takes {format_seconds(total)}: {shares}")
+    if figures["out_of_memory"]:
+        sentences.insert(0, f"the device ran out of memory: {figures['out_of_memory']}")
+    peak = ledger.peak
+    return {
+        "title": f"Memory of {name}", "subtitle": f"One measured step on {plan.machine.name}",
+        "budget_bytes": plan.budget_bytes,
+        "peak": {"bytes": peak.total, "phase": peak.phase, "module": peak.module, "breakdown": peak.breakdown},
+        "timeline": [{"phase": m.phase, "module": m.module, "bytes": m.breakdown} for m in ledger.timeline],
+        "sentences": sentences, "predicted": expected.simulation.peak().breakdown, "measured": peak.breakdown,
+        "constants": [o._asdict() for o in expected.overheads],
+        "alternatives": [asdict(a) for a in others],
+    }  # fmt: skip

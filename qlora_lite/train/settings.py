@@ -1,0 +1,29 @@
+"""What the training loop needs to know, apart from the model and the rows."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSettings:
+    """What the loop needs to know; the names, meanings and defaults are those of the recipe.
+
+    ``loss_chunk_tokens`` None takes the default; ``max_steps`` None trains for ``epochs``.
+    """
+
+    max_steps: int | None
+    epochs: float
+    learning_rate: float
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    optimizer: str
+    lr_scheduler: str
+    warmup_ratio: float
+    max_grad_norm: float
+    weight_decay: float
+    seed: int
+    max_tokens: int
+    packing: bool
+    order: str
+    checkpointing: str
+    loss_chunk_tokens: int | None
+    kept_blocks: int = 0

@@ -1,0 +1,198 @@
+"""Plans of recipes: the command's figures, its choice, and a run that keeps to it."""
+
+import json
+
+import pytest
+import torch
+from tiny import ARCHITECTURES
+from tiny_files import save_tiny, write_recipe
+from transformers import AutoConfig
+
+from qlora_lite import plan as planner
+from qlora_lite.cli.main import main
+from qlora_lite.errors import DoesNotFitError, ModelError
+from qlora_lite.memory.cards import find_card
+from qlora_lite.planning import simulate
+from qlora_lite.planning.machine import Machine, machine_of_card
+from qlora_lite.planning.search import _largest
+from qlora_lite.recipe.load import load_recipe
+from qlora_lite.run import run_recipe
+
+GIB = 2**30
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Load a recipe for a Llama-3.2-1B that is not here, with changed settings; its rows need not exist."""
+
+    def load(*overrides):
+        file = tmp_path / "recipe.yaml"
+        file.write_text("model:\n  path: meta-llama/Llama-3.2-1B\ndata:\n  train: rows.jsonl\n  max_tokens: 1024\n")
+        return load_recipe(file, overrides, check_files=False)
+
+    return load
+
+
+CARD = machine_of_card(find_card("rtx-4060"))
+
+
+def test_the_fastest_settings_that_fit_are_chosen_and_the_effective_batch_is_kept(recipe):
+    roomy = planner.plan_recipe(recipe("train.gradient_accumulation_steps=4"), CARD, 24 * GIB)
+    tight = planner.plan_recipe(recipe("train.gradient_accumulation_steps=4"), CARD, 3 * GIB)
+    assert roomy.fits and tight.fits
+    assert roomy.chosen.checkpointing == "none" and tight.chosen.checkpointing == "block"
+    assert roomy.chosen.step_seconds < tight.chosen.step_seconds
+    for plan in (roomy, tight):
+        assert plan.chosen.packs * plan.chosen.micro_batches == 4
+        assert plan.peak_bytes <= plan.budget_bytes
+    assert "would need" in planner.reason(tight)
+
+
+def test_what_the_recipe_fixes_is_kept(recipe):
+    settings = recipe("memory.checkpointing=block", "memory.loss_chunk_tokens=100", "train.micro_batch_size=2",
+                      "train.gradient_accumulation_steps=2", "memory.micro_batches=as-given")  # fmt: skip
+    plan = planner.plan_recipe(settings, CARD, 24 * GIB)
+    assert plan.chosen.settings == {
+        "memory.checkpointing": "block", "memory.loss_chunk_tokens": 100, "train.micro_batch_size": 2,
+        "train.gradient_accumulation_steps": 2,
+    }  # fmt: skip
+    assert planner.reason(plan).endswith("as the recipe says")
+
+
+def test_the_parts_add_up_to_the_peak_and_the_json_has_the_agreed_keys(recipe):
+    plan = planner.plan_recipe(recipe(), CARD, 8 * GIB)
+    values = planner.as_json(plan, list(planner.alternatives(plan)))
+    assert set(values) >= {
+        "fits", "budget_bytes", "peak_bytes", "peak_phase", "peak_module", "breakdown", "host_bytes", "disk_bytes",
+        "step_seconds_estimate", "chosen", "alternatives",
+    }  # fmt: skip
+    assert sum(values["breakdown"].values()) == values["peak_bytes"]
+    changes = {a["change"].partition("=")[0] for a in values["alternatives"]}
+    assert {"memory.checkpointing", "memory.loss_chunk_tokens", "train.optimizer", "data.max_tokens"} <= changes
+    assert json.loads(json.dumps(values)) == values
+
+
+def test_max_tokens_is_the_longest_that_fits(recipe):
+    plan = planner.plan_recipe(recipe("memory.checkpointing=block"), CARD, 4 * GIB)
+    longest = planner.max_tokens(plan)
+    for tokens, fits in ((longest, True), (longest + 64, False)):
+        again = planner.plan_recipe(
+            recipe("memory.checkpointing=block", "memory.loss_chunk_tokens=1024", f"data.max_tokens={tokens}"),
+            CARD, 4 * GIB,
+        )  # fmt: skip
+        assert again.fits is fits
+
+
+def test_the_largest_number_under_a_limit_is_found_with_few_tries():
+    for limit in (10, 11, 999, 12345, 10**9):
+        tried = []
+
+        def peak(n, tried=tried):
+            tried.append(n)
+            return 3 * n + n * n // 1000
+
+        found = _largest(peak, limit, 5, 10**6)
+        assert peak(found) <= limit < peak(found + 1) or found == 10**6
+        assert len(tried) < 40
+    with pytest.raises(DoesNotFitError, match="even the smallest needs"):
+        _largest(lambda n: 10 * n, 5, 2, 100)
+
+
+def test_what_does_not_fit_is_told_with_the_parts_and_the_smallest_change(recipe):
+    plan = planner.plan_recipe(recipe("memory.checkpointing=none"), CARD, 3 * GIB)
+    assert not plan.fits
+    error = planner.does_not_fit(plan, list(planner.alternatives(plan)))
+    assert error.exit_code == 3
+    assert "saved activations" in str(error) and "data.max_tokens=512" in str(error) and "fits" in str(error)
+    floor = planner.plan_recipe(recipe(), CARD, GIB)
+    assert "choose a smaller model" in str(planner.does_not_fit(floor, list(planner.alternatives(floor))))
+
+
+def test_a_slower_machine_is_estimated_slower(recipe):
+    fast = Machine("fast", "cuda", 8 * GIB, 0, 1e14, 1e12)
+    slow = Machine("slow", "cuda", 8 * GIB, 0, 1e13, 1e12)
+    times = [
+        planner.plan_recipe(recipe("memory.checkpointing=block"), m, 8 * GIB).chosen.step_seconds for m in (fast, slow)
+    ]
+    assert 2 < times[1] / times[0] < 10
+
+
+def test_an_unknown_model_names_the_nearest(recipe):
+    with pytest.raises(ModelError, match=r"nearest known models are .*Llama-3\.2-1B"):
+        planner.plan_recipe(recipe("model.path=someone/Llama-3.2-1"), CARD, GIB)
+
+
+def test_an_operator_without_a_fake_kernel_is_measured_on_small_real_models_and_named(recipe, tmp_path, monkeypatch):
+    AutoConfig.for_model("llama", **ARCHITECTURES["llama"] | {"num_hidden_layers": 5}).save_pretrained(tmp_path)
+    settings = recipe(f"model.path={tmp_path}", "data.max_tokens=64", "memory.checkpointing=block")
+    planned = planner.plan_recipe(settings, CARD, 8 * GIB)
+    plain_step = simulate.rehearse_step
+
+    def step_that_looks_at_values(*arguments):
+        torch.ones(3).nonzero()
+        plain_step(*arguments)
+
+    monkeypatch.setattr(simulate, "rehearse_step", step_that_looks_at_values)
+    measured = planner.plan_recipe(settings, CARD, 8 * GIB)
+    assert measured.chosen.prediction.simulation.measured_because == "aten.nonzero.default"
+    assert "aten.nonzero.default cannot run on fake tensors" in planner.describe(measured, [])
+    assert measured.peak_bytes == pytest.approx(planned.peak_bytes, abs=100)
+
+
+class TestCommand:
+    """The command line."""
+
+    def call(self, capsys, *arguments):
+        with pytest.raises(SystemExit) as caught:
+            main(["plan", *map(str, arguments)])
+        captured = capsys.readouterr()
+        return caught.value.code, captured.out, captured.err
+
+    @pytest.fixture
+    def file(self, tmp_path):
+        path = tmp_path / "recipe.yaml"
+        path.write_text("model:\n  path: meta-llama/Llama-3.2-1B\ndata:\n  train: rows.jsonl\n  max_tokens: 256\n")
+        return path
+
+    def test_prints_the_verdict_and_writes_the_page(self, capsys, file, tmp_path):
+        page = tmp_path / "plan.html"
+        code, out, _ = self.call(capsys, file, "--card", "rtx-4060", "--html", page, "--max-batch")
+        assert code == 0 or code is None
+        assert "RTX 4060" in out and "fits" in out and "saved activations" in out and "packs that fit at once" in out
+        assert "<svg" in page.read_text()
+
+    def test_json_is_one_object_and_nothing_else(self, capsys, file):
+        code, out, _ = self.call(capsys, file, "--vram", "1GiB", "--json", "--max-tokens")
+        values = json.loads(out)
+        assert code == 3 and values["fits"] is False and values["max_tokens"] is None
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--vram", "12"], "no unit; write 12GiB"), (["--card", "rtx-4061"], "RTX 4060"),
+            (["--card", "l4", "--vram", "1GiB"], "exclude each other"), (["memory.budget=8"], "such as 8GiB"),
+        ],
+    )  # fmt: skip
+    def test_wrong_arguments_end_with_exit_code_2_and_a_cure(self, capsys, file, arguments, message):
+        code, _, err = self.call(capsys, file, *arguments)
+        assert code == 2 and message in err
+
+    def test_lists_cards_and_models_without_a_recipe(self, capsys):
+        assert "RTX 4090" in self.call(capsys, "--cards")[1]
+        assert "meta-llama/Llama-3.1-8B" in self.call(capsys, "--models")[1]
+        assert self.call(capsys)[0] == 2
+
+
+def test_a_run_keeps_to_its_plan_and_writes_predicted_beside_measured(tmp_path):
+    save_tiny(tmp_path / "model")
+    memory = {"checkpointing": "auto", "loss_chunk_tokens": "auto", "micro_batches": "auto"}
+    file = write_recipe(
+        tmp_path, tmp_path / "model", memory=memory, train={"gradient_accumulation_steps": 2, "max_steps": 2}
+    )
+    folder = run_recipe(load_recipe(file))
+    plan = json.loads((folder / "summary.json").read_text())["plan"]
+    assert plan["measured_peak_bytes"] <= plan["budget_bytes"]
+    assert plan["predicted_peak_bytes"] == pytest.approx(plan["measured_peak_bytes"], rel=0.15)
+    chosen = plan["chosen"]
+    assert chosen["train.micro_batch_size"] * chosen["train.gradient_accumulation_steps"] == 2
+    assert "predicted" in (folder / "log.txt").read_text()
