@@ -10,7 +10,7 @@ from .data.formats import Turn
 from .data.render import render_prompt
 from .data.template import Template, choose_template
 from .generate import Sampling, answer, stop_ids
-from .models.load import load_tokenizer
+from .models.tokenizer import load_tokenizer
 from .runs import open_run
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .build import build_model, build_stream, rows_to_plan
+from .build import build_model
 from .data.template import portable_source
 from .data_page import write_data_page
 from .errors import DoesNotFitError, Interrupted, QloraLiteError
@@ -24,11 +24,13 @@ from .evaluate import ExactMatch, exact_match
 from .files import write_text
 from .lora.adapter import adapter_tensors, fill_adapter, save_adapter
 from .memory.meter import PeakMeter, mapped_bytes
-from .models.load import load_tokenizer, resolve_device
+from .models.load import resolve_device
+from .models.tokenizer import load_tokenizer
 from .plan import alternatives, expected_peak, plan_run, reason
 from .preflight import line_of_problem, preflight
 from .recipe.schema import Recipe
 from .report import write_report
+from .rows import build_stream, rows_to_plan
 from .runs import ADAPTER, ADAPTER_LAST, TEMPLATE, RunFolder, create_run, package_versions
 from .train.guards import check_frozen, frozen_checksum
 from .train.inventory import inventory, total_parameters
