@@ -1,12 +1,9 @@
-"""Turn the sections of a recipe into the arguments of the lower layers: data, model, loop settings."""
+"""Turn the sections of a recipe into the arguments of the lower layers: model, loop settings, the planner's job."""
 
 from pathlib import Path
 
 import torch
 
-from .data.examples import Dataset, read_examples
-from .data.read import Source
-from .files import cache_root
 from .lora.adapter import load_adapter
 from .lora.inject import Target, add_lora
 from .models.load import load_model, resolve_compute_dtype, resolve_device
@@ -29,32 +26,6 @@ def train_settings(recipe: Recipe) -> TrainSettings:
         loss_chunk_tokens=None if m.loss_chunk_tokens == "auto" else m.loss_chunk_tokens,
         kept_blocks=m.kept_blocks,
     )  # fmt: skip
-
-
-def build_data(recipe: Recipe, tokenizer, which: str = "train") -> Dataset | None:
-    """Read, render and tokenise a recipe's training or evaluation rows; None if it names none.
-
-    Raises:
-        DataError: a row cannot be used.
-    """
-    if getattr(recipe.data, which) is None:
-        return None
-    data = read_data(recipe, tokenizer, which)
-    data.problems.raise_if_any(recipe.data.max_bad_rows)
-    return data
-
-
-def read_data(recipe: Recipe, tokenizer, which: str) -> Dataset:
-    """Read a recipe's training or evaluation rows; what is wrong with them is noted, not raised."""
-    d = recipe.data
-    sources = build_sources(recipe, which)
-    settings = d.template, d.train_on, d.max_tokens, d.overflow, d.train_on_end
-    return read_examples(sources, tokenizer, *settings, cache_root() / "tokens")
-
-
-def build_sources(recipe: Recipe, which: str) -> list[Source]:
-    """Return where a recipe's training or evaluation rows come from."""
-    return [Source(s.path, s.format, s.weight, s.prompt, s.completion) for s in getattr(recipe.data, which)]
 
 
 def build_model(recipe: Recipe, adapter: Path | None = None, lora: bool = True):

@@ -24,11 +24,13 @@ from .evaluate import ExactMatch, exact_match
 from .files import write_text
 from .lora.adapter import adapter_tensors, fill_adapter, save_adapter
 from .memory.meter import PeakMeter, mapped_bytes
-from .models.load import load_tokenizer, resolve_device
+from .models.load import resolve_device
+from .models.tokenizer import load_tokenizer
 from .plan import alternatives, expected_peak, plan_run, reason
 from .preflight import line_of_problem, preflight
 from .recipe.schema import Recipe
 from .report import write_report
+from .rows import build_stream, rows_to_plan
 from .runs import ADAPTER, ADAPTER_LAST, TEMPLATE, RunFolder, create_run, package_versions
 from .train.guards import check_frozen, frozen_checksum
 from .train.inventory import inventory, total_parameters
@@ -76,9 +78,10 @@ class _Run:
         self.tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
         self._look_at_data()
         with PeakMeter(resolve_device(recipe.model.device)) as self.meter:
+            self.rows = rows_to_plan(recipe, self.data)
             self._plan()
             self.model = build_model(recipe)
-            self.trainer = Trainer(self.model, self.data.examples, self.settings)
+            self.trainer = Trainer(self.model, self.rows, self.settings, build_stream(recipe, self.tokenizer))
             self._describe_model()
             checksum = frozen_checksum(self.model)
             with _explaining_memory():
@@ -98,9 +101,11 @@ class _Run:
         counts = ("rows_read", "rows_kept", "dropped", "tokens", "learned_tokens", "packing_efficiency")
         self.run.update(data={key: report[key] for key in counts} | {"end_token_ids": sorted(self.data.end_token_ids)})
         found.raise_if_unusable()
-        if self.data.template:  # recorded for generate and chat, and in the adapter's tokenizer for other tools
-            self.tokenizer.chat_template = portable_source(self.data.template)
-            write_text(self.run.path / TEMPLATE, self.tokenizer.chat_template)
+        if self.data.template:  # for generate, chat and evaluate, and (in the tokenizer) for other tools
+            source = portable_source(self.data.template)
+            write_text(self.run.path / TEMPLATE, source)
+            if self.data.template.name != "model":
+                self.tokenizer.chat_template = source
         for problem in report["problems"]:
             log.warning("data: %s", line_of_problem(problem))
         efficiency = report["packing_efficiency"]
@@ -127,7 +132,7 @@ class _Run:
     def _plan(self) -> None:
         """Choose how to run the step before anything large is loaded; what cannot fit ends the run here."""
         eval_examples = self.eval_data.examples if self.eval_data else ()
-        self.plan, self.settings = plan_run(self.recipe, self.data.examples, eval_examples)
+        self.plan, self.settings = plan_run(self.recipe, self.rows, eval_examples)
         log.info("plan: %s", reason(self.plan))
 
     def _rehearse(self) -> None:
@@ -137,7 +142,7 @@ class _Run:
             total = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
         eval_examples = self.eval_data.examples if self.eval_data else ()
-        expected = expected_peak(self.plan, *largest_batches(self.data.examples, eval_examples, self.settings))
+        expected = expected_peak(self.plan, *largest_batches(self.rows, eval_examples, self.settings))
         mapped = mapped_bytes((*self.model.parameters(), *self.model.buffers()))
         predicted = self.plan.machine.base_bytes + expected.peak_bytes - mapped
         self.trainer.rehearse(eval_examples)

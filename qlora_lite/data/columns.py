@@ -9,7 +9,7 @@ is the value of a whole column.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qlora_lite.errors import DataError
@@ -35,7 +35,8 @@ def read_columns(path: Path, kind: str) -> Iterator[tuple[str, dict]]:
     try:
         row = 0
         for batch in _record_batches(path, kind):
-            for values in batch.to_pylist():
+            decode = _decoder(batch.schema)
+            for values in map(decode, batch.to_pylist()):
                 row += 1
                 yield f"{path}:{row}", {column: without_absent(value) for column, value in values.items()}
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
@@ -49,6 +50,15 @@ def without_absent(value: object) -> object:
     if isinstance(value, list):
         return [without_absent(item) for item in value]
     return value
+
+
+def _decoder(schema) -> Callable[[dict], dict]:
+    """Return what turns a stored row into the row; `datasets` stores objects of mixed kinds as JSON text."""
+    if b"huggingface" not in (schema.metadata or {}):
+        return dict
+    from datasets import Features
+
+    return Features.from_arrow_schema(schema).decode_example
 
 
 def _record_batches(path: Path, kind: str) -> Iterator:

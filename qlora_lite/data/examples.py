@@ -4,7 +4,7 @@ Nothing is left out in silence: a row is an example, a counted entry of `dropped
 names it.
 
 Special tokens written out inside a row's text never become control tokens: in a conversation they are an
-error (see `template.render`), in a plain document they are tokenised as the letters they are.
+error (see `render.render`), in a plain document they are tokenised as the letters they are.
 """
 
 from __future__ import annotations
@@ -103,6 +103,7 @@ def read_examples(
     overflow: str = "error",
     train_on_end: bool = True,
     cache: Path | None = None,
+    max_rows: int | None = None,
 ) -> Dataset:
     """Read, render, tokenise and mask the rows of all sources, and note every problem.
 
@@ -120,6 +121,7 @@ def read_examples(
             that loses all it had to learn is dropped and counted), or "split" (see `split`).
         train_on_end: whether the tokens that end answers and documents are learned.
         cache: folder of token caches (see `token_cache`); None keeps the tokens in memory and makes them anew.
+        max_rows: read only the first good rows of each source; None for all.
 
     Returns:
         The examples with their counts and problems; rows with a problem are left out and counted.
@@ -128,7 +130,7 @@ def read_examples(
         DataError: an argument is out of range.
     """
     _check_arguments(sources, tokenizer, train_on, max_tokens, overflow)
-    settings = Settings(train_on, max_tokens, overflow, train_on_end)
+    settings = Settings(train_on, max_tokens, overflow, train_on_end, max_rows)
     job = _Job(sources, tokenizer, template, settings)
     examples, account = _cached(job, cache) if cache else _read(job, None)
     return Dataset(

@@ -1,15 +1,18 @@
 """Turn the rows of one source into examples: render, tokenise, mask, and fit them into max_tokens.
 
-Rows are handled a thousand at a time: one call of the tokenizer for all of them, which uses every core.
+Rows are handled a thousand at a time: one call of the tokenizer for all of them, which uses every core, in a thread
+of its own, so that the next rows are read and the last ones masked meanwhile.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,11 +20,22 @@ import numpy as np
 from qlora_lite.data.check import NOTHING_TO_LEARN
 from qlora_lite.data.formats import Conversation, Document, read_conversations
 from qlora_lite.data.lines import Problems
-from qlora_lite.data.mask import MASK, end_places, learned_tokens, render_row, seam_faults, special_ids_of, tokenise
+from qlora_lite.data.mask import (
+    MASK,
+    Row,
+    Tokens,
+    end_places,
+    learned_tokens,
+    render_row,
+    seam_faults,
+    special_ids_of,
+    tokenise,
+)
 from qlora_lite.data.read import Source
+from qlora_lite.data.render import CONTROL_TOKEN, check_shape
 from qlora_lite.data.split import only_last_answer, parts, windows
 from qlora_lite.data.stored import Example
-from qlora_lite.data.template import CONTROL_TOKEN, Template, begin_of_text, check_shape, choose_template
+from qlora_lite.data.template import Template, begin_of_text, choose_template
 from qlora_lite.errors import DataError
 
 if TYPE_CHECKING:
@@ -33,6 +47,10 @@ LONG_EXCHANGE = "exchange longer than max_tokens in a split row"
 UNLEARNED_PART = "part of a split row with nothing to learn"
 _ROWS_PER_CALL = 1000
 _SHOWN_ROWS = 5
+_TOKENIZER_IN_USE = Lock()  # a fast tokenizer cannot be called from two threads: each call sets it up anew
+
+_Batch = list[Document] | list[tuple[Conversation, Row]]
+_Made = Iterator[tuple[Conversation | Document, Example]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +61,7 @@ class Settings:
     max_tokens: int
     overflow: str
     train_on_end: bool
+    max_rows: int | None = None
 
 
 @dataclass(slots=True)
@@ -87,12 +106,13 @@ def make_examples(
     Raises:
         DataError: a file cannot be read, its format is not known, or there is no template.
     """
-    for chunk in _chunks(source, account):
-        if isinstance(chunk[0], Document):
-            made = _document_examples(chunk, tokenizer, settings, account)
+    first = [tokenizer.bos_token_id] if begin_of_text(tokenizer) else []
+    prepared = _prepared(source, tokenizer, template, settings, account)
+    for batch, encoded in _one_ahead(prepared, lambda batch: _encode(batch, tokenizer)):
+        if isinstance(batch[0], Document):
+            made = _documents(batch, encoded, first, tokenizer, settings, account)
         else:
-            account.template = account.template or choose_template(tokenizer, template)
-            made = _conversation_examples(chunk, settings, account)
+            made = _conversations(batch, encoded, settings, account)
         yield list(_fit(made, settings, account))
 
 
@@ -108,9 +128,9 @@ def note_too_long(account: Account, max_tokens: int) -> None:
     account.problems.add("", fault, TOO_LONG, fatal=True)
 
 
-def _chunks(source: Source, account: Account) -> Iterator[list[Conversation | Document]]:
+def _chunks(source: Source, max_rows: int | None, account: Account) -> Iterator[list[Conversation | Document]]:
     """Yield the good rows of a source, some at a time, and count all of them."""
-    rows = read_conversations(source, account.problems)
+    rows = islice(read_conversations(source, account.problems), max_rows)
     while True:
         bad_before = account.problems.count
         chunk = list(islice(rows, _ROWS_PER_CALL))
@@ -120,67 +140,130 @@ def _chunks(source: Source, account: Account) -> Iterator[list[Conversation | Do
         yield chunk
 
 
-_Made = Iterator[tuple[Conversation | Document, Example]]
+def _prepared(
+    source: Source, tokenizer: PreTrainedTokenizerFast, template: str | None, settings: Settings, account: Account
+) -> Iterator[_Batch]:
+    """Yield chunks of rows, conversations rendered."""
+    for chunk in _chunks(source, settings.max_rows, account):
+        if isinstance(chunk[0], Document):
+            yield chunk
+            continue
+        account.template = account.template or choose_template(tokenizer, template)
+        if rendered := _rendered(chunk, settings, account):
+            yield rendered
 
 
-def _document_examples(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast, settings: Settings, account: Account
+def _one_ahead(batches: Iterator[_Batch], work: Callable[[_Batch], list]) -> Iterator[tuple[_Batch, list]]:
+    """Yield each batch with what `work` makes of it, working on the next one in a thread meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for batch in batches:
+            started = batch, pool.submit(work, batch)
+            if waiting:
+                yield waiting[0], waiting[1].result()
+            waiting = started
+        if waiting:
+            yield waiting[0], waiting[1].result()
+
+
+def _encode(batch: _Batch, tokenizer: PreTrainedTokenizerFast) -> list:
+    """Return the token ids of each document, or the tokens and the fault at a seam of each conversation."""
+    with _TOKENIZER_IN_USE:
+        if isinstance(batch[0], Document):
+            return _encode_plain([document.text for document in batch], tokenizer)
+        rows = [row for _, row in batch]
+        tokens = tokenise([row.text for row in rows], tokenizer)
+        return list(zip(tokens, seam_faults(rows, tokens, tokenizer), strict=True))
+
+
+def _encode_plain(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    """Tokenise texts as the letters they are; transformers' own call takes half as long again to repack the result."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    before, backend.encode_special_tokens = backend.encode_special_tokens, True
+    try:
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    finally:
+        backend.encode_special_tokens = before
+
+
+def _documents(
+    documents: Sequence[Document],
+    encoded: list[list[int]],
+    first: list[int],
+    tokenizer: PreTrainedTokenizerFast,
+    settings: Settings,
+    account: Account,
 ) -> _Made:
-    """Tokenise whole documents: begin-of-text where the tokenizer writes it, the text, the end token."""
-    first = [tokenizer.bos_token_id] if begin_of_text(tokenizer) else []
+    """Make examples of whole documents: begin-of-text where the tokenizer writes it, the text, the end token."""
     last = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     account.end_token_ids.update(last)
-    encoded = tokenizer(
-        [document.text for document in documents],
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    control_ids = special_ids_of(tokenizer) - {tokenizer.unk_token_id}
-    for document, ids in zip(documents, encoded["input_ids"], strict=True):
-        if control := control_ids.intersection(ids):
-            names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(control))))
+    flat = np.fromiter(chain.from_iterable(first + ids + last for ids in encoded), np.int32)
+    ends = np.cumsum([len(first) + len(ids) + len(last) for ids in encoded])
+    learned = np.ones(len(flat), np.bool_)
+    learned[np.concatenate([[0], ends[:-1]])] = False
+    if last and not settings.train_on_end:
+        learned[ends - 1] = False
+    control = _control_tokens(encoded, tokenizer)
+    for index, (document, start, end) in enumerate(
+        zip(documents, [0, *ends[:-1].tolist()], ends.tolist(), strict=True)
+    ):
+        if index in control:
+            names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(control[index]))))
             fault = f"the text became the control token {names}; write it differently"
             account.problems.add(document.where, fault, CONTROL_TOKEN)
-            continue
-        token_ids = np.array(first + ids + last, dtype=np.int32)
-        learned = np.ones(len(token_ids), dtype=np.bool_)
-        learned[:1] = False
-        if last and not settings.train_on_end:
-            learned[-1] = False
-        if learned.any():
-            yield document, Example(token_ids, learned, "", "", document.where)
+        elif end - start > 1 and learned[start:end].any():
+            yield document, Example(flat[start:end], learned[start:end], "", "", document.where)
         else:
             fault = "a document of one token has nothing to learn; remove it"
             account.problems.add(document.where, fault, NOTHING_TO_LEARN)
 
 
-def _conversation_examples(conversations: Sequence[Conversation], settings: Settings, account: Account) -> _Made:
-    template, rows, rendered = account.template, [], []
+def _control_tokens(encoded: list[list[int]], tokenizer: PreTrainedTokenizerFast) -> dict[int, set[int]]:
+    """Return the control tokens that texts became, by the number of the document."""
+    control_ids = sorted(special_ids_of(tokenizer) - {tokenizer.unk_token_id})
+    is_control = np.zeros(len(tokenizer), np.bool_)
+    is_control[control_ids] = True
+    if not is_control[np.fromiter(chain.from_iterable(encoded), np.int32)].any():
+        return {}
+    return {index: found for index, ids in enumerate(encoded) if (found := set(ids).intersection(control_ids))}
+
+
+def _rendered(conversations: Sequence[Conversation], settings: Settings, account: Account) -> list:
+    """Return the conversations that can be rendered, each with its text."""
+    rendered = []
     for conversation in conversations:
         try:
-            _check_shape_once(conversation, template, account)
-            rows.append(render_row(conversation, template, settings.train_on, settings.train_on_end))
-            rendered.append(conversation)
+            _check_shape_once(conversation, account.template, account)
+            row = render_row(conversation, account.template, settings.train_on, settings.train_on_end)
+            rendered.append((conversation, row))
         except DataError as error:
             account.problems.add(conversation.where, error)
-    tokens = tokenise([row.text for row in rows], template.tokenizer)
-    faults = seam_faults(rows, tokens, template.tokenizer)
-    special_ids = special_ids_of(template.tokenizer)
-    for conversation, row, row_tokens, seam_fault in zip(rendered, rows, tokens, faults, strict=True):
+    return rendered
+
+
+def _conversations(
+    rendered: list[tuple[Conversation, Row]],
+    encoded: list[tuple[Tokens, str | None]],
+    settings: Settings,
+    account: Account,
+) -> _Made:
+    """Make examples of rendered conversations and mark what is learned."""
+    special_ids = special_ids_of(account.template.tokenizer)
+    for (conversation, row), (tokens, seam_fault) in zip(rendered, encoded, strict=True):
         try:
             if seam_fault:
                 raise DataError(seam_fault, MASK)
-            learned = learned_tokens(row_tokens.starts, row_tokens.ends, row.learned, row.text)
-            ends = end_places(row, row_tokens, special_ids)
+            learned = learned_tokens(tokens.starts, tokens.ends, row.learned, row.text)
+            ends = end_places(row, tokens, special_ids)
         except DataError as error:
             account.problems.add(row.where, error)
             continue
-        account.end_token_ids.update(row_tokens.ids[ends].tolist())
+        account.end_token_ids.update(tokens.ids[ends].tolist())
         learned[ends] &= settings.train_on_end
         prompt = row.text[: row.answers[-1][0]]
-        yield conversation, Example(row_tokens.ids, learned, prompt, row.answer, row.where)
+        yield conversation, Example(tokens.ids, learned, prompt, row.answer, row.where)
 
 
 def _check_shape_once(conversation: Conversation, template: Template, account: Account) -> None:
@@ -221,16 +304,21 @@ def _split(conversation: Conversation, settings: Settings, account: Account) -> 
         conversation, settings = only_last_answer(conversation), replace(settings, train_on="assistant")
     whole = replace(settings, train_on="all")  # any part can be measured, also one with nothing to learn
 
+    def made_of(part: Conversation, settings: Settings) -> Example | None:
+        rendered = _rendered([part], settings, account)
+        encoded = _encode(rendered, account.template.tokenizer) if rendered else []
+        return next((example for _, example in _conversations(rendered, encoded, settings, account)), None)
+
     def length_of(part: Conversation) -> int:
-        measured = list(_conversation_examples([part], whole, account))
-        return len(measured[0][1].token_ids) if measured else settings.max_tokens + 1
+        example = made_of(part, whole)
+        return len(example.token_ids) if example else settings.max_tokens + 1
 
     for part in parts(conversation, length_of, settings.max_tokens):
         if settings.train_on != "all" and not any(t.learned for t in part.turns if t.role == "assistant"):
             account.dropped[UNLEARNED_PART] += 1
             continue
-        for _, example in _conversation_examples([part], settings, account):
-            if len(example.token_ids) <= settings.max_tokens:
-                yield example
-            else:
-                account.dropped[LONG_EXCHANGE] += 1
+        example = made_of(part, settings)
+        if example and len(example.token_ids) <= settings.max_tokens:
+            yield example
+        elif example:
+            account.dropped[LONG_EXCHANGE] += 1

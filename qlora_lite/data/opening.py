@@ -14,6 +14,7 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
+from qlora_lite.data.hub import PREFIX, hub_files
 from qlora_lite.errors import DataError
 
 READER_OF_SUFFIX = {
@@ -29,10 +30,10 @@ _SUFFIX_OF_MAGIC = {"gzip": ".gz", "zstd": ".zst"}
 
 
 def find_files(pattern: str) -> list[Path]:
-    """List the data files that a path, folder or glob pattern means.
+    """List the data files that a path, folder, glob pattern or hub path means.
 
     Args:
-        pattern: "rows.jsonl", "folder" or "folder/*.parquet"; "~" is the home folder.
+        pattern: "rows.jsonl", "folder", "folder/*.parquet" or "hub:owner/name"; "~" is the home folder.
 
     Returns:
         At least one path, sorted by name; a folder gives its files with a known suffix, subfolders included,
@@ -41,6 +42,8 @@ def find_files(pattern: str) -> list[Path]:
     Raises:
         DataError: nothing is there, something is that is not a file, or one file is there under two names.
     """
+    if pattern.startswith(PREFIX):
+        return hub_files(pattern)
     path = Path(pattern).expanduser()
     if path.is_dir():
         files = _files_of_folder(path)

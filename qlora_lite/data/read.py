@@ -31,7 +31,7 @@ class Source:
     """Name one place that rows come from.
 
     Args:
-        path: a file, a folder (its data files, in order of name) or a glob pattern.
+        path: a file, a folder (its data files, in order of name), a glob pattern, or hub:OWNER/NAME.
         format: None to recognise it from the first row, or one of `formats.FORMATS`.
         weight: how often each row is used per epoch, above 0; 2 means twice, 0.5 every second row.
         prompt: with `completion`, a template such as "Q: {question}" over the row's columns.

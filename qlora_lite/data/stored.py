@@ -158,14 +158,14 @@ class ExampleWriter:
             return
         self._sinks["token_ids"].write(np.concatenate([example.token_ids for example in batch]).tobytes())
         self._sinks["learned"].write(np.concatenate([example.learned for example in batch]).tobytes())
-        lines = []
-        for example in batch:
-            prompt, answer = example.prompt.encode(), example.answer.encode()
-            tokens, text = self._ends
-            self._ends = [tokens + len(example.token_ids), text + len(prompt) + len(answer)]
-            lines += (self._ends[0], text + len(prompt), self._ends[1], *self._place(example.where))
-            self._sinks["text"].write(prompt + answer)
-        self._sinks["rows"].write(np.array(lines, dtype=np.int64).tobytes())
+        texts = [text.encode() for example in batch for text in (example.prompt, example.answer)]
+        self._sinks["text"].write(b"".join(texts))
+        rows = np.empty((len(batch), _COLUMNS), np.int64)
+        rows[:, 0] = self._ends[0] + np.cumsum([len(example.token_ids) for example in batch])
+        rows[:, 1:3] = self._ends[1] + np.cumsum([len(text) for text in texts]).reshape(-1, 2)
+        rows[:, 3:] = [self._place(example.where) for example in batch]
+        self._ends = [int(rows[-1, 0]), int(rows[-1, 2])]
+        self._sinks["rows"].write(rows.tobytes())
         self.count += len(batch)
 
     def finish(self, order: np.ndarray) -> Examples:

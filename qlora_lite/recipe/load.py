@@ -172,6 +172,13 @@ class _Checker:
                 if isinstance(value, int) and value > 0:
                     message = f"train.{name} = {value}: needs evaluation rows; write data.eval, or 0 here"
                     self._add(("train", name), message)
+        if self._value("data", "streaming") is True:
+            needs = {"data.order: as-is": self._value("data", "order") == "as-is",
+                     "train.max_steps": self._value("train", "max_steps") is not None}  # fmt: skip
+            if missing := " and ".join(setting for setting, is_there in needs.items() if not is_there):
+                self._add(
+                    ("data", "streaming"), f"data.streaming = true: has no order or end of its own; write {missing}"
+                )
         for location, source in self._sources():
             if message := _columns_problem(source):
                 self._add(location, f"{_key(location)}: {message}")

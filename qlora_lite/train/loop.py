@@ -10,15 +10,16 @@ The order of the data is a pure function of the seed and the epoch.
 import math
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 
 import torch
 from torch import nn
 
 from qlora_lite.data.batch import Batch, collate, plan_epoch
 from qlora_lite.data.stored import Example, row_lengths
+from qlora_lite.data.stream import stream_batches
 from qlora_lite.errors import TrainingError
 from qlora_lite.lora.inject import lora_parameters
 from qlora_lite.memory.meter import PeakMeter
@@ -53,15 +54,22 @@ class Trainer:
 
     Args:
         model: a frozen model with LoRA layers.
-        examples: tokenised rows.
-        settings: see ``TrainSettings``.
+        examples: tokenised rows; with a stream, rows as large as any that it can give.
+        settings: see ``TrainSettings``; a stream needs ``max_steps``.
+        stream: gives the rows of an epoch each time it is iterated, to be used in place of ``examples``.
 
     Raises:
         ModelError: rows trained together would not give the model's own logits.
     """
 
-    def __init__(self, model: nn.Module, examples: Sequence[Example], settings: TrainSettings):
-        self.model, self.examples, self.settings = model, examples, settings
+    def __init__(
+        self,
+        model: nn.Module,
+        examples: Sequence[Example],
+        settings: TrainSettings,
+        stream: Iterable[Example] | None = None,
+    ):
+        self.model, self.examples, self.settings, self.stream = model, examples, settings, stream
         self.epochs = Epochs(row_lengths(examples), settings)
         self.parameters = [parameter for _, parameter in lora_parameters(model)]
         self.optimizer = build_optimizer(
@@ -96,6 +104,11 @@ class Trainer:
             raise TrainingError("the rehearsal before training changed a LoRA factor; please report this")
 
     def _batches(self) -> Iterator[list[Batch]]:
+        s = self.settings
+        while self.stream is not None:
+            micro_batches = stream_batches(self.stream, s.max_tokens, s.packing, s.micro_batch_size)
+            while step := list(islice(micro_batches, s.gradient_accumulation_steps)):
+                yield [collate(rows) for rows in step]
         for epoch in count():
             for step in self.epochs.steps(epoch):
                 yield [collate([self.examples[row] for row in rows]) for rows in step]

