@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 _API = {
     "load_recipe": "qlora_lite.recipe.load",
     "load_model": "qlora_lite.models.load",
-    "load_tokenizer": "qlora_lite.models.load",
+    "load_tokenizer": "qlora_lite.models.tokenizer",
     "add_lora": "qlora_lite.lora.inject",
     "save_adapter": "qlora_lite.lora.adapter",
     "load_adapter": "qlora_lite.lora.adapter",

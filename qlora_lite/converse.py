@@ -7,9 +7,10 @@ from transformers import TextStreamer
 
 from .build import build_model
 from .data.formats import Turn
-from .data.template import Template, choose_template, recorded_template, render_prompt
+from .data.render import render_prompt
+from .data.template import Template, choose_template
 from .generate import Sampling, answer, stop_ids
-from .models.load import load_tokenizer
+from .models.tokenizer import load_tokenizer
 from .runs import open_run
 
 
@@ -60,10 +61,7 @@ def open_session(run, system: str | None = None, max_new_tokens: int = 256, temp
     opened = open_run(run)
     recipe = opened.recipe
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
-    if opened.template is None:
-        template = choose_template(tokenizer, recipe.data.template)
-    else:
-        template = recorded_template(tokenizer, opened.template)
+    template = choose_template(tokenizer, recipe.data.template)
     turns = [Turn("system", system)] if system else []
     model = build_model(recipe, opened.adapter)
     stop = stop_ids(model, tokenizer, opened.end_token_ids)

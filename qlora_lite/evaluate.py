@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .build import build_data, build_model, train_settings
+from .build import build_model, train_settings
 from .data.stored import Example
 from .errors import DataError
 from .generate import answer, stop_ids
-from .models.load import load_tokenizer
+from .models.tokenizer import load_tokenizer
 from .recipe.schema import Recipe
+from .rows import build_data
 from .train.guards import check_forward
 from .train.loop import eval_batches
 from .train.step import evaluate_loss

@@ -235,7 +235,9 @@ def as_json(plan: Plan, others: Sequence[Alternative]) -> dict:
     peak = plan.chosen.prediction.simulation.peak()
     return {
         "fits": plan.fits, "machine": plan.machine.name, "budget_bytes": plan.budget_bytes,
-        "peak_bytes": plan.peak_bytes, "peak_phase": peak.phase, "peak_module": peak.module,
+        "peak_bytes": plan.peak_bytes,
+        "first_step_peak_bytes": plan.peak_bytes - peak.total + plan.chosen.prediction.simulation.first_step_bytes(),
+        "peak_phase": peak.phase, "peak_module": peak.module,
         "breakdown": plan.breakdown, "host_bytes": host_bytes(plan), "disk_bytes": disk_bytes(plan),
         "step_seconds_estimate": plan.chosen.step_seconds, "chosen": plan.chosen.settings, "why": reason(plan),
         "constants": [o._asdict() for o in plan.chosen.prediction.overheads],

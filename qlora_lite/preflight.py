@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict, dataclass
 
-from .build import build_sources, read_data
 from .data.batch import collate, packing_efficiency, plan_epoch
 from .data.check import check_overlap, count_special_tokens, histogram
 from .data.examples import Dataset
@@ -23,6 +22,7 @@ from .data.show import pieces_of
 from .data.stored import row_lengths
 from .errors import DataError
 from .recipe.schema import Recipe
+from .rows import build_sources, read_data
 
 _SHOWN_PER_RULE = 5
 

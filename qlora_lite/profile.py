@@ -13,18 +13,19 @@ from pathlib import Path
 
 import torch
 
-from .build import build_data, build_model
+from .build import build_model
 from .errors import DoesNotFitError
 from .files import write_text
 from .memory.ledger import Ledger, Moment
 from .memory.marks import timing
 from .memory.meter import PeakMeter
 from .memory_page import memory_page
-from .models.load import load_tokenizer
+from .models.tokenizer import load_tokenizer
 from .plan import Plan, alternatives, expected_peak, plan_run, reason
 from .planning.predict import Prediction
 from .planning.simulate import ALLOCATION_BYTES
 from .recipe.schema import Recipe
+from .rows import build_data
 from .train.inventory import categorised
 from .train.loop import Trainer, largest_batches
 from .units import format_bytes, format_seconds

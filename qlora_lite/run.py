@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .build import build_model, build_stream, rows_to_plan
+from .build import build_model
 from .data.template import portable_source
 from .data_page import write_data_page
 from .errors import DoesNotFitError, Interrupted, QloraLiteError
@@ -24,11 +24,13 @@ from .evaluate import ExactMatch, exact_match
 from .files import write_text
 from .lora.adapter import adapter_tensors, fill_adapter, save_adapter
 from .memory.meter import PeakMeter, mapped_bytes
-from .models.load import load_tokenizer, resolve_device
+from .models.load import resolve_device
+from .models.tokenizer import load_tokenizer
 from .plan import alternatives, expected_peak, plan_run, reason
 from .preflight import line_of_problem, preflight
 from .recipe.schema import Recipe
 from .report import write_report
+from .rows import build_stream, rows_to_plan
 from .runs import ADAPTER, ADAPTER_LAST, TEMPLATE, RunFolder, create_run, package_versions
 from .train.guards import check_frozen, frozen_checksum
 from .train.inventory import inventory, total_parameters
@@ -99,9 +101,11 @@ class _Run:
         counts = ("rows_read", "rows_kept", "dropped", "tokens", "learned_tokens", "packing_efficiency")
         self.run.update(data={key: report[key] for key in counts} | {"end_token_ids": sorted(self.data.end_token_ids)})
         found.raise_if_unusable()
-        if self.data.template:  # recorded for generate and chat, and in the adapter's tokenizer for other tools
-            self.tokenizer.chat_template = portable_source(self.data.template)
-            write_text(self.run.path / TEMPLATE, self.tokenizer.chat_template)
+        if self.data.template:  # for generate, chat and evaluate, and (in the tokenizer) for other tools
+            source = portable_source(self.data.template)
+            write_text(self.run.path / TEMPLATE, source)
+            if self.data.template.name != "model":
+                self.tokenizer.chat_template = source
         for problem in report["problems"]:
             log.warning("data: %s", line_of_problem(problem))
         efficiency = report["packing_efficiency"]

@@ -65,13 +65,14 @@ def create_run(recipe: Recipe) -> RunFolder:
 
 @dataclass(frozen=True, slots=True)
 class OpenedRun:
-    """What another command needs of a run: its recipe, its best adapter, the tokens that end an answer, and the
-    chat template that its rows were written with (None if they were plain documents)."""
+    """What another command needs of a run: its recipe, its best adapter, and the tokens that end an answer.
+
+    The recipe's template is the one that the run recorded.
+    """
 
     recipe: Recipe
     adapter: Path
     end_token_ids: tuple[int, ...]
-    template: str | None
 
 
 def open_run(path: str | Path) -> OpenedRun:
@@ -88,10 +89,11 @@ def open_run(path: str | Path) -> OpenedRun:
         end_token_ids = tuple(int(token) for token in summary["data"]["end_token_ids"])
     except (OSError, ValueError, KeyError, TypeError):
         raise RecipeError(f"{folder / 'summary.json'} is missing or broken; is this a whole run folder?") from None
-    template = folder / TEMPLATE
-    source = template.read_text(encoding="utf-8") if template.is_file() else None
     for name in (ADAPTER, ADAPTER_LAST):
         if (folder / name / "adapter_config.json").is_file():
             recipe = load_recipe(folder / "recipe.yaml", check_files=False)
-            return OpenedRun(recipe, folder / name, end_token_ids, source)
+            if (folder / TEMPLATE).is_file():
+                data = recipe.data.model_copy(update={"template": str(folder / TEMPLATE)})
+                recipe = recipe.model_copy(update={"data": data})
+            return OpenedRun(recipe, folder / name, end_token_ids)
     raise RecipeError(f"{folder} has no adapter; the run ended before one was saved (see {folder / 'log.txt'})")

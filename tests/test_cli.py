@@ -121,6 +121,15 @@ def test_data_fails_on_bad_rows_and_names_them(finished, command, tmp_path):
     assert (code, err) == (0, "") and "warning: " in out
 
 
+def test_the_report_on_rows_needs_no_model_code():
+    code = (
+        "import sys, qlora_lite.preflight, qlora_lite.data_page, qlora_lite.models.tokenizer\n"
+        "heavy = {'bitsandbytes', 'accelerate'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_data_with_json_names_a_mistake_in_the_recipe_too(finished, command, tmp_path):
     recipe = write_recipe(tmp_path, finished[1].parent / "model")
     code, out, err = command("data", recipe, "data.max_token=9", "--json")

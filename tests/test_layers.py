@@ -17,7 +17,7 @@ LAYERS = [
     {"models"},
     {"train"},
     {"planning"},
-    {"build", "runs", "generate", "charts", "stacked", "page", "run_files"},
+    {"build", "rows", "runs", "generate", "charts", "stacked", "page", "run_files"},
     {"evaluate", "converse", "report", "preflight", "memory_page", "plan"},
     {"data_page", "profile"},
     {"run"},

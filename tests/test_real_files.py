@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from tiny import DEMO_MODEL
 
-from qlora_lite.build import build_data
-from qlora_lite.models.load import load_tokenizer
+from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.recipe.load import load_recipe
+from qlora_lite.rows import build_data
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

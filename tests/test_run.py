@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_lite
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
-from qlora_lite.data.template import render_prompt
+from qlora_lite.data.render import render_prompt
 from qlora_lite.errors import DataError, DoesNotFitError, ModelError, OutputError, RecipeError, TrainingError
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs import open_run
@@ -177,6 +177,7 @@ def test_a_run_without_evaluation_rows_keeps_the_last_adapter(run):
 
 def test_the_chat_template_of_a_run_is_its_own_from_then_on(run, tmp_path):
     from qlora_lite.converse import open_session
+    from qlora_lite.evaluate import evaluate_recipe
 
     file = tmp_path / "shouting.jinja"
     file.write_text(NAMED_TEMPLATES["chatml"].replace("m.role", "m.role|upper").replace("assistant", "ASSISTANT"))
@@ -187,6 +188,9 @@ def test_the_chat_template_of_a_run_is_its_own_from_then_on(run, tmp_path):
     session = open_session(folder)
     session.say("hello")
     assert render_prompt(session.template, session.turns).startswith("<|im_start|>USER\nhello")
+    opened = open_run(folder)
+    result = evaluate_recipe(opened.recipe, opened.adapter, 0)
+    assert result["eval_loss"] == pytest.approx(summary_of(folder)["eval_loss_after"], rel=1e-4)
 
 
 def test_plain_text_rows_have_no_answers_to_match_and_say_so(run, tmp_path):

@@ -25,7 +25,7 @@ def data(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool, html
     try:
         settings = load_recipe(recipe, overrides)
         prepare(verbose=False)
-        from qlora_lite.models.load import load_tokenizer
+        from qlora_lite.models.tokenizer import load_tokenizer
         from qlora_lite.preflight import preflight
 
         found = preflight(settings, load_tokenizer(settings.model.path, settings.model.revision), rows)

@@ -21,8 +21,9 @@ def quantize(model: str, out: Path, quant: str, double_quant: bool) -> None:
     prepare()
     import torch
 
-    from qlora_lite.models.load import load_model, load_tokenizer
+    from qlora_lite.models.load import load_model
     from qlora_lite.models.save import save_quantized
+    from qlora_lite.models.tokenizer import load_tokenizer
 
     loaded = load_model(model, quant, double_quant, torch.bfloat16, use_cache=False)
     save_quantized(loaded, out, load_tokenizer(model))

@@ -4,7 +4,7 @@ Nothing is left out in silence: a row is an example, a counted entry of `dropped
 names it.
 
 Special tokens written out inside a row's text never become control tokens: in a conversation they are an
-error (see `template.render`), in a plain document they are tokenised as the letters they are.
+error (see `render.render`), in a plain document they are tokenised as the letters they are.
 """
 
 from __future__ import annotations

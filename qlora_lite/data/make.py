@@ -32,9 +32,10 @@ from qlora_lite.data.mask import (
     tokenise,
 )
 from qlora_lite.data.read import Source
+from qlora_lite.data.render import CONTROL_TOKEN, check_shape
 from qlora_lite.data.split import only_last_answer, parts, windows
 from qlora_lite.data.stored import Example
-from qlora_lite.data.template import CONTROL_TOKEN, Template, begin_of_text, check_shape, choose_template
+from qlora_lite.data.template import Template, begin_of_text, choose_template
 from qlora_lite.errors import DataError
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ import numpy as np
 
 from qlora_lite.data.check import NOTHING_TO_LEARN
 from qlora_lite.data.formats import Conversation
-from qlora_lite.data.template import END_OF_ANSWER, Template, render
+from qlora_lite.data.render import END_OF_ANSWER, render
+from qlora_lite.data.template import Template
 from qlora_lite.errors import DataError
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def render_row(conversation: Conversation, template: Template, train_on: str, tr
         train_on_end: False if the caller needs every end token's place, to unlearn it.
 
     Raises:
-        DataError: there is nothing to learn, or the template fails (see `template.render`).
+        DataError: there is nothing to learn, or the template fails (see `render.render`).
     """
     turns = conversation.turns
     answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]

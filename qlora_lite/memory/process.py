@@ -20,11 +20,15 @@ CPU_HEAP_SHARE = 0.15  # of what comes and goes within a step: freed but not yet
 
 
 class Overhead(NamedTuple):
-    """Bytes that no tensor accounts for, and why they are there."""
+    """Bytes that no tensor of the step accounts for, and why they are there.
+
+    ``allocated``: they come from torch's CUDA allocator, so that its counter of allocated memory shows them.
+    """
 
     name: str
     bytes: int
     why: str
+    allocated: bool = False
 
 
 def overheads(device_type: str, peak: Moment, resident: Moment) -> tuple[Overhead, ...]:
@@ -39,7 +43,7 @@ def overheads(device_type: str, peak: Moment, resident: Moment) -> tuple[Overhea
     if device_type == "cuda":
         return (
             Overhead("CUDA context", CUDA_CONTEXT_BYTES, "driver, kernels and streams of a torch process"),
-            Overhead("matrix-product workspace", CUBLAS_WORKSPACE_BYTES, "cuBLAS keeps it for the whole run"),
+            Overhead("matrix-product workspace", CUBLAS_WORKSPACE_BYTES, "cuBLAS keeps it for the whole run", True),
             Overhead("allocator segments", CUDA_SEGMENT_BYTES, "the last, partly used segments"),
             Overhead("fragmentation", int(CUDA_FRAGMENTATION_SHARE * passing), "holes between tensors of a step"),
         )

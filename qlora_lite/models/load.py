@@ -1,4 +1,4 @@
-"""Load a base model as frozen 4-bit layers, and its tokenizer.
+"""Load a base model as frozen 4-bit layers.
 
 Four ways in, one result (a transformers model whose block linears are ``QuantLinear``): 16-bit safetensors
 are quantised weight by weight while they are read; a checkpoint that is bitsandbytes 4-bit already is read
@@ -14,12 +14,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from qlora_lite.errors import ModelError, OutputError
-from qlora_lite.files import replacing_folder
 from qlora_lite.ops.attention import row_attention
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.nf4 import Packed
@@ -248,33 +247,3 @@ def _mask_for_padding_only(q_length, kv_length, attention_mask=None, **kwargs):
         return None
     sdpa_mask = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
     return sdpa_mask(q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kwargs)
-
-
-def load_tokenizer(path: str, revision: str | None = None):
-    """Load the model's fast tokenizer.
-
-    Raises:
-        ModelError: there is none, or it cannot be read.
-    """
-    files = locate(path, revision)
-    try:
-        tokenizer = _gguf_tokenizer(files) if files.gguf_file else AutoTokenizer.from_pretrained(files.folder)
-    except (OSError, ValueError, TypeError, KeyError, IndexError, ImportError) as error:
-        raise ModelError(f"cannot load the tokenizer of {path}: {str(error).strip().splitlines()[0]}") from error
-    if not tokenizer.is_fast:
-        raise ModelError(f"{path} has only a slow tokenizer; the masks need the token offsets of a fast one")
-    return tokenizer
-
-
-def _gguf_tokenizer(files: ModelFiles):
-    """Convert a GGUF file's tokenizer once (seconds) and keep it beside the quantised model."""
-    entry = cache_entry(files, part="tokenizer")
-    if (entry / "tokenizer_config.json").is_file():
-        return AutoTokenizer.from_pretrained(entry)
-    tokenizer = AutoTokenizer.from_pretrained(files.folder, gguf_file=files.gguf_file)
-    try:
-        with replacing_folder(entry) as new:
-            tokenizer.save_pretrained(new)
-    except OutputError as error:
-        log.warning("the tokenizer is not cached: %s", error)
-    return tokenizer

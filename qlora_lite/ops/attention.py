@@ -46,7 +46,7 @@ def row_attention(
     if row_lengths is None:
         out = attend(query, key, value, attention_mask, scaling, **extra)
         return out.transpose(1, 2).contiguous(), None
-    if device_type(query.device) == "cpu" and not softcap and not dropout:
+    if device_type(query.device) == "cpu" and not written_out and not dropout:
         return block_attention(query, key, value, row_lengths, scaling, sliding_window), None
     outs, start = [], 0
     for row_length in row_lengths:

@@ -20,6 +20,11 @@ class Prediction:
         """Most memory the step needs: on a card with its context, on a CPU above the process's baseline."""
         return self.simulation.peak().total + sum(overhead.bytes for overhead in self.overheads)
 
+    @property
+    def allocated_bytes(self) -> int:
+        """What ``torch.cuda.max_memory_allocated`` would show."""
+        return self.simulation.peak().total + sum(overhead.bytes for overhead in self.overheads if overhead.allocated)
+
 
 def predict(job: Job) -> Prediction:
     """Simulate a job and add the constants of its kind of device."""

@@ -101,6 +101,14 @@ class Simulation:
         """Return the highest moment of a phase, or of all."""
         return max((m for m in self.moments.values() if name in (None, m.phase)), key=lambda m: m.total)
 
+    def first_step_bytes(self) -> int:
+        """Return the peak of a run's very first step, in whose forward and backward no optimizer state exists yet."""
+        return max(
+            moment.total - (0 if moment.phase == "optimizer" else moment.breakdown.get("optimizer", 0))
+            for moment in self.moments.values()
+            if moment.phase in ("forward", "backward", "optimizer")
+        )
+
 
 def simulate(job: Job) -> Simulation:
     """Return the memory and work of a step at the model's own depth.
@@ -145,11 +153,11 @@ def _run(job: Job, mode, timeline: bool, measured_because: str = ""):
             model, parameters, optimizer, _inputs(job.rows, model.device), eval_inputs, job.max_grad_norm,
             job.loss_chunk_tokens, job.accumulating,
         )  # fmt: skip
-        resident = ledger.now()
+        resident, moments = ledger.now(), list(ledger.timeline or ())  # what follows is only the model's end
     simulation = Simulation(
         dict(ledger.peaks), resident, counter.work, ledger.offloaded_peak_bytes, measured_because
     )  # fmt: skip
-    return (simulation, ledger.timeline) if timeline else simulation
+    return (simulation, moments) if timeline else simulation
 
 
 def _model(job: Job) -> nn.Module:

@@ -232,7 +232,8 @@ class Memory(_Section):
     """Most memory the run may use; auto is what the device has free. The fastest plan that fits is chosen for the
     settings below that are auto, then proved by one measured step before the first; what does not fit ends there."""
     checkpointing: Literal["auto", "block", "none"] = "auto"
-    """block keeps only each block's input and computes the rest again in the backward pass; none keeps everything."""
+    """block keeps each block's input (on a CPU attention's result too) and computes the rest again in backward; none
+    keeps everything."""
     kept_blocks: Count = 0
     """Of the last blocks, how many keep everything although checkpointing is block: faster, for more memory."""
     loss_chunk_tokens: Annotated[PositiveInt | Literal["auto"], Rule("a whole number of at least 1, or auto")] = "auto"

@@ -90,6 +90,14 @@ def test_no_duplicates_are_no_problem():
     assert overlap([[5]], [[5, 6]]) == (None, False)
 
 
+@given(*[st.lists(st.lists(st.integers(3, 5), min_size=1, max_size=3), min_size=1, max_size=8)] * 2)
+def test_the_duplicates_are_those_of_comparing_every_row_with_every_other(train, evaluation):
+    problem, _ = overlap(train, evaluation)
+    count = sum(row in train for row in evaluation)
+    assert (problem is None) == (count == 0)
+    assert problem is None or problem.message.startswith(f"{count} of {len(evaluation)} ")
+
+
 @given(token_rows)
 def test_special_tokens_are_counted_and_so_are_the_learned_ones(rows):
     flat = [pair for row in rows for pair in row]

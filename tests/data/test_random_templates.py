@@ -17,7 +17,8 @@ from qlora_lite.data.batch import collate, plan_epoch
 from qlora_lite.data.examples import read_examples
 from qlora_lite.data.formats import Turn
 from qlora_lite.data.read import Source
-from qlora_lite.data.template import choose_template, render_prompt
+from qlora_lite.data.render import render_prompt
+from qlora_lite.data.template import choose_template
 
 TOKENIZERS = {adds_begin: make_tokenizer(adds_begin=adds_begin) for adds_begin in (False, True)}
 FOLDER = Path(tempfile.mkdtemp(prefix="qlora_lite_random_templates"))

@@ -5,14 +5,8 @@ from tiny_tokenizer import make_tokenizer
 
 from qlora_lite.data.formats import Conversation, Turn
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
-from qlora_lite.data.template import (
-    Template,
-    choose_template,
-    portable_source,
-    recorded_template,
-    render,
-    render_prompt,
-)
+from qlora_lite.data.render import render, render_prompt
+from qlora_lite.data.template import Template, choose_template, portable_source
 from qlora_lite.errors import DataError
 
 TURNS = (Turn("user", "one"), Turn("assistant", "two"), Turn("user", "three"), Turn("assistant", "four"))
@@ -119,12 +113,19 @@ def test_a_jinja_file_can_be_the_template_and_begin_is_never_written_twice(tmp_p
 
 @pytest.mark.parametrize("name", [None, *NAMED_TEMPLATES])
 @pytest.mark.parametrize("adds_begin", [True, False])
-def test_a_recorded_template_writes_what_the_chosen_one_writes(name, adds_begin):
+def test_a__writes_what_the_chosen_one_writes(tmp_path, name, adds_begin):
     tokenizer = make_tokenizer(adds_begin=adds_begin)
     template = choose_template(tokenizer, name)
-    recorded = recorded_template(tokenizer, portable_source(template))
+    (tmp_path / "t.jinja").write_text(portable_source(template))
+    recorded = choose_template(tokenizer, str(tmp_path / "t.jinja"))
     assert render_prompt(recorded, TURNS[:3]) == render_prompt(template, TURNS[:3])
     assert answers_of(recorded) == answers_of(template)
+
+
+def test_a_recorded_template_without_begin_of_text_stays_without(tmp_path):
+    tokenizer = make_tokenizer(adds_begin=True)
+    (tmp_path / "t.jinja").write_text(portable_source(choose_template(tokenizer)))
+    assert "<s>" not in render_prompt(choose_template(tokenizer, str(tmp_path / "t.jinja")), TURNS[:1])
 
 
 def test_a_generation_block_says_what_is_learned_and_gets_its_end_token(own):

@@ -9,8 +9,9 @@ import torch
 from tiny_files import save_tiny
 
 from qlora_lite.errors import ModelError
-from qlora_lite.models.load import load_model, load_tokenizer
+from qlora_lite.models.load import load_model
 from qlora_lite.models.locate import check_gguf, locate
+from qlora_lite.models.tokenizer import load_tokenizer
 
 INDEX = "model.safetensors.index.json"
 

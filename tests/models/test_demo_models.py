@@ -7,7 +7,8 @@ from tiny import DEMO_MODEL
 
 from qlora_lite.generate import answer, stop_ids
 from qlora_lite.models import load as loading
-from qlora_lite.models.load import load_model, load_tokenizer
+from qlora_lite.models.load import load_model
+from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.train.guards import check_forward
 
 pytestmark = pytest.mark.model

@@ -9,9 +9,10 @@ from tiny_files import save_tiny
 from transformers import AutoModelForCausalLM
 
 from qlora_lite.errors import ModelError
-from qlora_lite.models.load import load_model, load_tokenizer, resolve_compute_dtype, resolve_device
+from qlora_lite.models.load import load_model, resolve_compute_dtype, resolve_device
 from qlora_lite.models.quantizer import quantize_in_place
 from qlora_lite.models.save import save_quantized
+from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.train.guards import check_forward
 

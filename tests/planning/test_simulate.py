@@ -117,6 +117,14 @@ def test_what_costs_memory_shows():
     assert simulate(replace(job, accumulating=True)).peak("forward").breakdown["gradients"] > 0
 
 
+def test_the_first_step_lacks_the_optimizers_states_until_its_end():
+    job = job_for(config_of("llama", num_hidden_layers=7), optimizer="adamw_32bit")
+    steady = simulate(job)
+    states = steady.resident.breakdown["optimizer"]
+    before = max(steady.peak(name).total for name in ("forward", "backward")) - states
+    assert steady.first_step_bytes() == max(before, steady.peak("optimizer").total)
+
+
 def test_no_memory_is_used_for_the_tensors_of_a_plan():
     import resource
 

@@ -162,6 +162,7 @@ def test_a_step_that_is_not_finite_leaves_the_weights(model):
 
 def test_kept_blocks_are_not_computed_again_and_change_no_gradient(model):
     runs = [0, 0]
+    model.train()
 
     def note(number):
         def hook(*_):

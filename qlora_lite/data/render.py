@@ -1,0 +1,218 @@
+"""Write a conversation as the text the model sees, and say which characters of it are to be learned.
+
+What is learned is found in the text and not by looking for marker tokens: the start of an answer is where the
+rendering of all turns before it, with the generation prompt, ends (what the model will have seen when it answers),
+and its end is the first special token after it. The end token belongs to the answer. It must be learned, or the
+model never stops; trainers that mask it because it equals the padding token are why no padding exists here.
+
+A template with {% generation %} blocks says itself what is learned; that is used where it is there. A template that
+writes earlier turns differently once later ones follow (it drops old reasoning, say) has no such prefixes: that is
+an error, and never an empty mask.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from qlora_lite.data.formats import Conversation, Turn, as_message
+from qlora_lite.data.probe import FAULTS
+from qlora_lite.data.template import Template
+from qlora_lite.data.tools import written_names
+from qlora_lite.errors import DataError
+
+CONTROL_TOKEN = "control token in text"
+TEMPLATE = "template does not fit"
+END_OF_ANSWER = "answer without an end token"
+_GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """Hold a conversation as text.
+
+    Args:
+        text: the whole text, begin-of-text included.
+        answers: turn index of every answer asked for -> (first character, one past the last), end token
+            included.
+    """
+
+    text: str
+    answers: dict[int, tuple[int, int]]
+
+
+def render_prompt(template: Template, turns: Sequence[Turn]) -> str:
+    """Write turns and the generation prompt: the text a model is given to answer.
+
+    Args:
+        template: how to write.
+        turns: the conversation so far, a user turn last.
+
+    Raises:
+        DataError: the template fails on these turns, or one of them holds a control token as text.
+    """
+    _check_no_control_tokens(template, turns)
+    return _render(template, turns, add_generation_prompt=True)
+
+
+def render(template: Template, conversation: Conversation, answers: Iterable[int]) -> Rendering:
+    """Write a conversation and find the characters of its answers.
+
+    Args:
+        template: how to write.
+        conversation: at least one user and one assistant turn.
+        answers: the indices of the assistant turns to find.
+
+    Returns:
+        The text and, for each answer, its characters.
+
+    Raises:
+        DataError: the template fails, drops a turn, has no prefixes, or never writes an end token.
+    """
+    turns = conversation.turns
+    _check_no_control_tokens(template, turns, conversation.tools)
+    text = _render(template, turns, False, conversation.tools)
+    if _GENERATION_BLOCK.search(template.source):
+        spans = _block_spans(template, conversation, text)
+        found = {index: spans[index] for index in answers}
+    else:
+        found = {index: _prefix_span(template, conversation, index, text) for index in answers}
+    _check_nothing_dropped(turns, text, found)
+    if missing := [name for name in written_names(conversation.tools) if name not in text]:
+        raise DataError(
+            f"the chat template ({template.name}) does not write the tool {missing[0]!r}; choose another "
+            "data.template, or remove 'tools' from the rows",
+            TEMPLATE,
+        )
+    return Rendering(text, found)
+
+
+def check_shape(template: Template, conversation: Conversation) -> None:
+    """Check that the template writes every turn of a conversation like this one, each where it belongs.
+
+    `render` looks for the row's own words, and a turn such as "user" is found in the text of the template
+    itself; here every turn gets a word that stands nowhere else.
+
+    Args:
+        template: how to write.
+        conversation: the roles and calls that matter; the words are replaced.
+
+    Raises:
+        DataError: the template fails on these roles, or drops one of the turns.
+    """
+    turns = [
+        replace(turn, content=f"qzx{index}xzq") if turn.content else turn
+        for index, turn in enumerate(conversation.turns)
+    ]
+    _check_nothing_dropped(turns, _render(template, turns, False, conversation.tools), {})
+
+
+def _render(template: Template, turns: Sequence[Turn], add_generation_prompt: bool, tools: Sequence[dict] = ()) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        text = template.tokenizer.apply_chat_template(
+            [as_message(turn) for turn in turns],
+            tools=list(tools) or None,
+            chat_template=template.source,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+        )
+    except (TemplateError, *FAULTS) as error:
+        reason = str(error) or type(error).__name__
+        raise DataError(f"the chat template ({template.name}) refuses this row: {reason}", TEMPLATE) from error
+    return template.begin + text
+
+
+def _check_no_control_tokens(template: Template, turns: Sequence[Turn], tools: Sequence[dict] = ()) -> None:
+    written = {f"turn {number}": (turn.content, *turn.calls) for number, turn in enumerate(turns, start=1)}
+    for place, parts in (written | {"the definition of a tool": tools}).items():
+        if control := template.special.search("\n".join(map(_plain, parts))):
+            raise DataError(
+                f"{place} holds the text {control.group()!r}, which this tokenizer reads as a control "
+                "token; write it differently (the template itself adds such tokens)",
+                CONTROL_TOKEN,
+            )
+
+
+def _plain(part: object) -> str:
+    return part if isinstance(part, str) else json.dumps(part, ensure_ascii=False)
+
+
+def _prefix_span(template: Template, conversation: Conversation, index: int, text: str) -> tuple[int, int]:
+    """Find an answer as what follows the rendering of all before it, with the generation prompt."""
+    turns, tools = conversation.turns, conversation.tools
+    prompt = _render(template, turns[:index], True, tools)
+    is_last = index == len(turns) - 1
+    upto = text if is_last else _render(template, turns[: index + 1], False, tools)
+    end = _end_of_answer(template, upto, len(prompt)) if upto.startswith(prompt) else 0
+    if end == 0 or not text.startswith(upto[:end]):
+        raise DataError(
+            f"the chat template ({template.name}) writes what stands before turn {index + 1} otherwise when "
+            "it prompts for that turn, or when later turns follow, so what the model sees is unknown; "
+            "set data.train_on to last, choose another data.template, or mark the answers in the template "
+            "with {% generation %}",
+            TEMPLATE,
+        )
+    return len(prompt), end
+
+
+def _end_of_answer(template: Template, text: str, start: int) -> int:
+    """Return the place after the first of the special tokens (and white space) that end `text`."""
+    ending = template.ending.search(text, start)
+    if ending is None:
+        raise DataError(
+            f"the chat template ends an answer with {text[start:][-20:]!r}, which holds no special token of "
+            "this tokenizer, so the model would never learn to stop; choose another data.template (plain "
+            "always ends with the tokenizer's own end token)",
+            END_OF_ANSWER,
+        )
+    return ending.end(1)
+
+
+def _block_spans(template: Template, conversation: Conversation, text: str) -> dict[int, tuple[int, int]]:
+    """Find the {% generation %} blocks, and let each include the end token that follows it."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    _, (blocks,) = render_jinja_template(
+        conversations=[[as_message(turn) for turn in conversation.turns]],
+        tools=list(conversation.tools) or None,
+        chat_template=template.source,
+        return_assistant_tokens_mask=True,
+        **template.tokenizer.special_tokens_map,
+    )
+    answers = [index for index, turn in enumerate(conversation.turns) if turn.role == "assistant"]
+    if len(blocks) != len(answers):
+        raise DataError(
+            f"the chat template marks {len(blocks)} answers with {{% generation %}}, the row has "
+            f"{len(answers)}; choose another data.template",
+            TEMPLATE,
+        )
+    spans = {}
+    for index, (start, end) in zip(answers, blocks, strict=True):
+        start, end = start + len(template.begin), end + len(template.begin)
+        if not template.ending.search(text[:end], start):
+            rest = text[end:]
+            following = template.special.match(rest, len(rest) - len(rest.lstrip()))
+            end += following.end() if following else 0
+        spans[index] = start, _end_of_answer(template, text[:end], start)
+    return spans
+
+
+def _check_nothing_dropped(turns: Sequence[Turn], text: str, answers: dict[int, tuple[int, int]]) -> None:
+    position = 0
+    for index, turn in enumerate(turns):
+        content = turn.content.strip()
+        position = text.find(content, answers.get(index, (position,))[0])
+        end = position + len(content)
+        places = [(text.find(name, max(position, 0)), len(name)) for name in written_names(turn.calls)]
+        end = max([end, *(place + length for place, length in places)])
+        if min([position, *(place for place, _ in places)]) < 0 or (index in answers and end > answers[index][1]):
+            raise DataError(
+                f"the chat template drops or changes turn {index + 1} ({turn.role}); choose another "
+                "data.template or remove that turn",
+                TEMPLATE,
+            )
+        position = end

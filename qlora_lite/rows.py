@@ -1,0 +1,69 @@
+"""Turn the data section of a recipe into rows.
+
+Apart from `build`, because it needs no model code: `qlora-lite data` starts without bitsandbytes, whose import takes
+as long as everything else together.
+"""
+
+from collections.abc import Sequence
+
+from .data.examples import Dataset, read_examples
+from .data.make import Settings
+from .data.read import Source
+from .data.stored import Example
+from .data.stream import RowStream, largest_rows
+from .files import cache_root
+from .recipe.schema import Recipe
+
+STREAM_SAMPLE_ROWS = 1000  # of each streamed source, looked at before training
+
+
+def build_data(recipe: Recipe, tokenizer, which: str = "train") -> Dataset | None:
+    """Read, render and tokenise a recipe's training or evaluation rows; None if it names none.
+
+    Raises:
+        DataError: a row cannot be used.
+    """
+    if getattr(recipe.data, which) is None:
+        return None
+    data = read_data(recipe, tokenizer, which)
+    data.problems.raise_if_any(recipe.data.max_bad_rows)
+    return data
+
+
+def read_data(recipe: Recipe, tokenizer, which: str) -> Dataset:
+    """Read a recipe's training or evaluation rows; what is wrong with them is noted, not raised.
+
+    Of streamed training rows, only the first ones are read.
+    """
+    d = recipe.data
+    sources = build_sources(recipe, which)
+    settings = d.template, d.train_on, d.max_tokens, d.overflow, d.train_on_end
+    if d.streaming and which == "train":
+        return read_examples(sources, tokenizer, *settings, max_rows=STREAM_SAMPLE_ROWS)
+    return read_examples(sources, tokenizer, *settings, cache_root() / "tokens")
+
+
+def build_stream(recipe: Recipe, tokenizer) -> RowStream | None:
+    """Return the training rows of a recipe as a stream; None if it does not ask for one."""
+    d = recipe.data
+    if not d.streaming:
+        return None
+    settings = Settings(d.train_on, d.max_tokens, d.overflow, d.train_on_end)
+    return RowStream(tuple(build_sources(recipe, "train")), tokenizer, d.template, settings, d.max_bad_rows)
+
+
+def rows_to_plan(recipe: Recipe, data: Dataset) -> Sequence[Example]:
+    """Return the rows whose largest micro-batch decides what fits: the training rows, or the worst a stream can give.
+
+    Args:
+        data: the training rows; with a stream, its first ones.
+    """
+    if not recipe.data.streaming:
+        return data.examples
+    t = recipe.train
+    return largest_rows(data.examples, recipe.data.max_tokens, t.micro_batch_size * t.gradient_accumulation_steps)
+
+
+def build_sources(recipe: Recipe, which: str) -> list[Source]:
+    """Return where a recipe's training or evaluation rows come from."""
+    return [Source(s.path, s.format, s.weight, s.prompt, s.completion) for s in getattr(recipe.data, which)]

@@ -1,0 +1,80 @@
+"""Profiles: figures that agree with the plan, a page, and the same page when memory runs out."""
+
+import json
+
+import pytest
+import torch
+from tiny_files import save_tiny, write_recipe
+
+from qlora_lite.errors import DoesNotFitError
+from qlora_lite.memory.ledger import Moment
+from qlora_lite.memory.marks import phase, timing
+from qlora_lite.profile import in_words, profile_recipe
+from qlora_lite.recipe.load import load_recipe
+from qlora_lite.train.loop import Trainer
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("profile")
+    save_tiny(folder / "model")
+    return load_recipe(write_recipe(folder, folder / "model"))
+
+
+def test_predicted_and_measured_agree_and_the_time_of_each_phase_is_told(recipe, tmp_path):
+    done = profile_recipe(recipe, tmp_path / "out", steps=3)
+    figures = json.loads((tmp_path / "out" / "memory.json").read_text())
+    assert done.figures == figures
+    assert figures["peak_bytes"] == pytest.approx(figures["predicted_peak_bytes"], rel=0.01)
+    assert {"forward", "backward", "optimizer"} <= set(figures["seconds_by_phase"])
+    assert all(seconds >= 0 for seconds in figures["seconds_by_phase"].values())
+    for name in ("base weights", "adapter", "embeddings", "optimizer"):
+        assert figures["measured"].get(name, 0) == figures["predicted"].get(name, 0)
+    page = done.page.read_text()
+    assert "<svg" in page and "saved activations" in page and figures["peak_module"].rpartition(".")[2] in page
+
+
+def test_when_memory_runs_out_the_page_shows_the_state_at_the_failure(recipe, tmp_path, monkeypatch):
+    rehearse = Trainer.rehearse
+
+    def run_out(trainer, examples):
+        handle = trainer.model.lm_head.register_forward_pre_hook(lambda *_: None)
+        layer = trainer.model.model.layers[1].mlp
+
+        def fail(*_):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+        hook = layer.register_forward_hook(fail)
+        try:
+            rehearse(trainer, examples)
+        finally:
+            hook.remove()
+            handle.remove()
+
+    monkeypatch.setattr(Trainer, "rehearse", run_out)
+    with pytest.raises(DoesNotFitError, match=r"ran out of memory: CUDA out of memory.*memory\.html shows"):
+        profile_recipe(recipe, tmp_path / "out", steps=1)
+    figures = json.loads((tmp_path / "out" / "memory.json").read_text())
+    assert figures["out_of_memory"].startswith("CUDA out of memory")
+    assert figures["peak_phase"] == "forward" and figures["peak_bytes"] > 0
+    assert "ran out of memory" in (tmp_path / "out" / "memory.html").read_text()
+
+
+def test_the_peak_is_told_in_words_with_its_largest_parts():
+    sizes = [0] * 11
+    sizes[0], sizes[7], sizes[9] = 600, 300, 100
+    words = in_words(Moment("backward", "model.layers.17", tuple(sizes)))
+    assert words == (
+        "peak in backward, model.layers.17: 1000 B (base weights 60 %, saved activations 30 %, logits 10 %)"
+    )
+
+
+def test_seconds_go_to_the_phase_they_were_spent_in(monkeypatch):
+    now = iter(range(100))
+    monkeypatch.setattr("qlora_lite.memory.marks.time.perf_counter", lambda: next(now))
+    with timing(torch.device("cpu")) as seconds:
+        with phase("forward"):
+            pass
+        with phase("backward"), phase("optimizer"):
+            pass
+    assert seconds == {"other": 3, "forward": 1, "backward": 2, "optimizer": 1}
