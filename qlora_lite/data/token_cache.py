@@ -46,7 +46,7 @@ _LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy", "pyarrow")
 def cache_key(
     sources: Sequence[Source], tokenizer: PreTrainedTokenizerFast, template: str | None, settings: Settings
 ) -> str | None:
-    """Return the key of a set of tokens: 32 hexadecimal digits; None if its files cannot be read.
+    """Return the key of a set of tokens: 32 hexadecimal digits; None if a file cannot be read.
 
     Args:
         sources: where the rows are.
@@ -56,18 +56,21 @@ def cache_key(
     """
     try:
         files = [[(str(path), content_digest(path)) for path in find_files(source.path)] for source in sources]
-    except (DataError, OSError):
+        text = _template_text(template)
+    except (DataError, OSError, UnicodeDecodeError):
         return None  # reading them says what is wrong
-    try:
-        chosen = choose_template(tokenizer, template)
-        written = [chosen.name, chosen.source, chosen.begin]
-    except DataError as error:
-        written = [str(error)]  # documents need none
     parts = [
-        files, [astuple(source) for source in sources], written, astuple(settings),
-        tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, _code(),
+        files, [astuple(source) for source in sources], text, astuple(settings),
+        tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template, _code(),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _template_text(template: str | None) -> str | None:
+    """Return a template's file content, or its name; the text behind a name is part of the code."""
+    if template is None or not template.endswith(".jinja"):
+        return template
+    return Path(template).expanduser().read_text(encoding="utf-8")
 
 
 @cache
