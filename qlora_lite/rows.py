@@ -6,8 +6,8 @@ as long as everything else together.
 
 from collections.abc import Sequence
 
+from .data.account import Settings
 from .data.examples import Dataset, read_examples
-from .data.make import Settings
 from .data.read import Source
 from .data.stored import Example
 from .data.stream import RowStream, largest_rows

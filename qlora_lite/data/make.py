@@ -7,19 +7,18 @@ of its own, so that the next rows are read and the last ones masked meanwhile.
 from __future__ import annotations
 
 import heapq
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import chain, islice
 from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qlora_lite.data.account import SHOWN_ROWS, TOO_LONG, Account, Settings
 from qlora_lite.data.check import NOTHING_TO_LEARN
 from qlora_lite.data.formats import Conversation, Document, read_conversations
-from qlora_lite.data.lines import Problems
 from qlora_lite.data.mask import (
     MASK,
     Row,
@@ -41,54 +40,14 @@ from qlora_lite.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-TOO_LONG = "longer than max_tokens"
 NOTHING_LEFT = "nothing left to learn after truncation"
 LONG_EXCHANGE = "exchange longer than max_tokens in a split row"
 UNLEARNED_PART = "part of a split row with nothing to learn"
 _ROWS_PER_CALL = 1000
-_SHOWN_ROWS = 5
 _TOKENIZER_IN_USE = Lock()  # a fast tokenizer cannot be called from two threads: each call sets it up anew
 
 _Batch = list[Document] | list[tuple[Conversation, Row]]
 _Made = Iterator[tuple[Conversation | Document, Example]]
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """Say how rows become tokens; the names, meanings and ranges are those of `examples.read_examples`."""
-
-    train_on: str
-    max_tokens: int
-    overflow: str
-    train_on_end: bool
-    max_rows: int | None = None
-
-
-@dataclass(slots=True)
-class Account:
-    """What became of the rows so far.
-
-    Args:
-        problems: what is wrong with rows.
-        rows_read: rows seen, good or not.
-        dropped: reason -> rows left out for it, problems apart.
-        truncated: rows cut to max_tokens.
-        split: rows cut into parts.
-        longest: the longest of the rows that are an error for their length, (tokens, where).
-        end_token_ids: the tokens that end answers and documents.
-        template: the chat template, once a conversation needed it.
-        shapes: sequence of roles -> what is wrong with it.
-    """
-
-    problems: Problems = field(default_factory=Problems)
-    rows_read: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    truncated: int = 0
-    split: int = 0
-    longest: list[tuple[int, str]] = field(default_factory=list)
-    end_token_ids: set[int] = field(default_factory=set)
-    template: Template | None = None
-    shapes: dict[tuple, DataError | None] = field(default_factory=dict)
 
 
 def make_examples(
@@ -114,18 +73,6 @@ def make_examples(
         else:
             made = _conversations(batch, encoded, settings, account)
         yield list(_fit(made, settings, account))
-
-
-def note_too_long(account: Account, max_tokens: int) -> None:
-    """Add the problem that rows are too long, if there are any, with the longest of them."""
-    if not account.longest:
-        return
-    places = ", ".join(f"{where} ({length} tokens)" for length, where in sorted(account.longest, reverse=True))
-    fault = (
-        f"{account.dropped[TOO_LONG]} of {account.rows_read} rows are longer than data.max_tokens {max_tokens}; the "
-        f"longest: {places}; raise data.max_tokens, or set data.overflow to drop, truncate or split"
-    )
-    account.problems.add("", fault, TOO_LONG, fatal=True)
 
 
 def _chunks(source: Source, max_rows: int | None, account: Account) -> Iterator[list[Conversation | Document]]:
@@ -286,7 +233,7 @@ def _fit(made: _Made, settings: Settings, account: Account) -> Iterator[Example]
         elif overflow in ("error", "drop"):
             account.dropped[TOO_LONG] += 1
             if overflow == "error":
-                account.longest = heapq.nlargest(_SHOWN_ROWS, [*account.longest, (len(example.token_ids), row.where)])
+                account.longest = heapq.nlargest(SHOWN_ROWS, [*account.longest, (len(example.token_ids), row.where)])
         elif overflow == "split":
             account.split += 1
             yield from windows(example, max_tokens) if isinstance(row, Document) else _split(row, settings, account)

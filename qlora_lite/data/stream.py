@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qlora_lite.data.make import Account, Settings, make_examples, note_too_long
+from qlora_lite.data.account import Account, Settings, note_too_long
+from qlora_lite.data.make import make_examples
 from qlora_lite.data.read import Source
 from qlora_lite.data.stored import Example
 

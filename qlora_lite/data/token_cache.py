@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qlora_lite.data.account import Account, Settings
 from qlora_lite.data.lines import Problems, RowProblem
-from qlora_lite.data.make import Account, Settings
 from qlora_lite.data.opening import find_files
 from qlora_lite.data.read import Source
 from qlora_lite.data.stored import Examples, load_arrays, sizes

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_lite.data.account import Settings
 from qlora_lite.data.batch import collate, plan_epoch
 from qlora_lite.data.examples import build_examples
-from qlora_lite.data.make import Settings
 from qlora_lite.data.read import Source
 from qlora_lite.data.stored import Example
 from qlora_lite.data.stream import RowStream, largest_rows, stream_batches

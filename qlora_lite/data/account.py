@@ -1,0 +1,63 @@
+"""Say how rows become tokens, and keep account of what became of them, so that no row is left out in silence."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from qlora_lite.data.lines import Problems
+from qlora_lite.data.template import Template
+from qlora_lite.errors import DataError
+
+TOO_LONG = "longer than max_tokens"
+SHOWN_ROWS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Say how rows become tokens; the names, meanings and ranges are those of `examples.read_examples`."""
+
+    train_on: str
+    max_tokens: int
+    overflow: str
+    train_on_end: bool
+    max_rows: int | None = None
+
+
+@dataclass(slots=True)
+class Account:
+    """What became of the rows so far.
+
+    Args:
+        problems: what is wrong with rows.
+        rows_read: rows seen, good or not.
+        dropped: reason -> rows left out for it, problems apart.
+        truncated: rows cut to max_tokens.
+        split: rows cut into parts.
+        longest: the longest of the rows that are an error for their length, (tokens, where).
+        end_token_ids: the tokens that end answers and documents.
+        template: the chat template, once a conversation needed it.
+        shapes: sequence of roles -> what is wrong with it.
+    """
+
+    problems: Problems = field(default_factory=Problems)
+    rows_read: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    truncated: int = 0
+    split: int = 0
+    longest: list[tuple[int, str]] = field(default_factory=list)
+    end_token_ids: set[int] = field(default_factory=set)
+    template: Template | None = None
+    shapes: dict[tuple, DataError | None] = field(default_factory=dict)
+
+
+def note_too_long(account: Account, max_tokens: int) -> None:
+    """Add the problem that rows are too long, if there are any, with the longest of them."""
+    if not account.longest:
+        return
+    places = ", ".join(f"{where} ({length} tokens)" for length, where in sorted(account.longest, reverse=True))
+    fault = (
+        f"{account.dropped[TOO_LONG]} of {account.rows_read} rows are longer than data.max_tokens {max_tokens}; the "
+        f"longest: {places}; raise data.max_tokens, or set data.overflow to drop, truncate or split"
+    )
+    account.problems.add("", fault, TOO_LONG, fatal=True)
