@@ -5,6 +5,7 @@ A CPU: measured by ``tools/check_plan`` here (torch 2.13, glibc 2.36, two thread
 holds after its imports.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from .ledger import Moment
@@ -15,8 +16,8 @@ CUBLAS_WORKSPACE_BYTES = 32 * MIB  # torch's default on compute capability 9.0; 
 CUDA_SEGMENT_BYTES = 2 * 20 * MIB  # partly used segments of both pools (c10/cuda/CUDACachingAllocator.cpp)
 CUDA_FRAGMENTATION_SHARE = 0.04  # of what comes and goes within a step
 HOST_PROCESS_BYTES = 1536 * MIB  # Python, torch with its CUDA libraries, pinned buffers; not yet checked beside a card
-CPU_KERNELS_BYTES = 52 * MIB  # compiled oneDNN kernels, thread stacks and buffers, kept after the first step
-CPU_HEAP_SHARE = 0.15  # of what comes and goes within a step: freed but not yet returned by malloc
+CPU_KERNELS_BYTES = 58 * MIB  # compiled oneDNN kernels, thread stacks and buffers, kept after the first step
+CPU_LOGITS_SHARE = 0.5  # of the largest logits: scratch of the head's products, and pages that malloc keeps
 
 
 class Overhead(NamedTuple):
@@ -31,23 +32,26 @@ class Overhead(NamedTuple):
     allocated: bool = False
 
 
-def overheads(device_type: str, peak: Moment, resident: Moment) -> tuple[Overhead, ...]:
+def overheads(device_type: str, moments: Iterable[Moment], resident: Moment) -> tuple[Overhead, ...]:
     """Return what comes on top of the tensors at a step's peak.
 
     Args:
         device_type: "cpu" or "cuda".
-        peak: the step's highest moment.
+        moments: the high points of a step.
         resident: what is alive between two steps.
     """
-    passing = max(0, peak.total - resident.total)
+    moments = list(moments)
+    peak = max(moments, key=lambda moment: moment.total)
     if device_type == "cuda":
+        fragmentation = int(CUDA_FRAGMENTATION_SHARE * max(0, peak.total - resident.total))
         return (
             Overhead("CUDA context", CUDA_CONTEXT_BYTES, "driver, kernels and streams of a torch process"),
             Overhead("matrix-product workspace", CUBLAS_WORKSPACE_BYTES, "cuBLAS keeps it for the whole run", True),
             Overhead("allocator segments", CUDA_SEGMENT_BYTES, "the last, partly used segments"),
-            Overhead("fragmentation", int(CUDA_FRAGMENTATION_SHARE * passing), "holes between tensors of a step"),
+            Overhead("fragmentation", fragmentation, "holes between tensors of a step"),
         )
+    logits = max(moment.breakdown.get("logits", 0) for moment in moments)
     return (
         Overhead("kernels", CPU_KERNELS_BYTES, "compiled matrix kernels, thread stacks and buffers"),
-        Overhead("heap", int(CPU_HEAP_SHARE * passing), "freed memory that malloc has not given back"),
+        Overhead("scratch of the head", int(CPU_LOGITS_SHARE * logits), "of its products, and pages that malloc keeps"),
     )

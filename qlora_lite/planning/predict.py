@@ -29,4 +29,4 @@ class Prediction:
 def predict(job: Job) -> Prediction:
     """Simulate a job and add the constants of its kind of device."""
     simulation = simulate(job)
-    return Prediction(job, simulation, overheads(job.device_type, simulation.peak(), simulation.resident))
+    return Prediction(job, simulation, overheads(job.device_type, simulation.moments.values(), simulation.resident))
