@@ -8,6 +8,7 @@ from .lora.adapter import load_adapter
 from .lora.inject import Target, add_lora
 from .models.levers import Levers, place
 from .models.load import load_model, resolve_compute_dtype, resolve_device
+from .models.quantizer import quantize_head
 from .models.skeleton import stored_quantization
 from .planning.simulate import Job, Rows
 from .recipe.schema import Recipe
@@ -54,6 +55,8 @@ def build_model(recipe: Recipe, adapter: Path | None = None, lora: bool = True, 
     levers = levers or Levers()
     on_host = levers.host_embeddings or levers.resident_blocks is not None
     model = load_model(m.path, m.quant, m.double_quant, dtype, "cpu" if on_host else device, m.revision)
+    if m.quant_head:
+        quantize_head(model, m.quant, m.double_quant)
     if adapter is not None:
         return load_adapter(model, adapter)
     if not lora:
@@ -78,7 +81,7 @@ def job_of(recipe: Recipe, config, device_type: str, eval_rows: Rows | None) -> 
     on_this = device_type == "cpu" or m.compute_dtype != "auto"
     dtype = resolve_compute_dtype(m.compute_dtype, torch.device("cpu")) if on_this else torch.bfloat16
     return Job(
-        config, Rows((1,), 1), eval_rows, device_type, quant, double_quant, dtype,
+        config, Rows((1,), 1), eval_rows, device_type, quant, double_quant, m.quant_head, dtype,
         tuple(Target(t.pattern, t.rank, t.alpha) for t in x.targets), x.rank, x.alpha, x.dropout, x.rslora,
         getattr(torch, x.dtype), t.optimizer, t.max_grad_norm,
     )  # fmt: skip

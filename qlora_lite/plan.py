@@ -24,9 +24,11 @@ from .planning.search import (
     Step,
     build_candidate,
     choose,
+    first_levers,
     longest,
     most_packs,
     search,
+    smaller,
 )
 from .planning.simulate import Job, Rows, rows_of, simulate_whole
 from .recipe.schema import Recipe
@@ -34,7 +36,7 @@ from .train.loop import largest_batches
 from .train.settings import TrainSettings
 from .units import format_bytes, format_seconds
 
-MOST_TOKENS, MOST_PACKS = 2**20, 4096  # the ends of --max-tokens and --max-batch
+MOST_TOKENS, MOST_PACKS = 2**21, 4096  # the ends of --max-tokens and --max-batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ def plan_recipe(
     job = job_of(recipe, read_config(recipe.model.path, recipe.model.revision), machine.device_type, evaluation)
     step = Step(
         job, rows or full, t.micro_batch_size, t.gradient_accumulation_steps, fixed_levers(recipe),
-        m.micro_batches == "auto", bool(job.config.tie_word_embeddings),
+        m.micro_batches == "auto", bool(job.config.tie_word_embeddings) and not job.quant_head,
     )  # fmt: skip
     found = search(step, machine, budget_bytes - machine.base_bytes)
     chosen = choose(found, budget_bytes - machine.base_bytes)
@@ -181,11 +183,11 @@ def _single_changes(plan: Plan) -> Iterator[Levers]:
         changes["tile_tokens"] = None if levers.tile_tokens else TILE_TOKENS
         if step.job.device_type == "cuda":
             changes["offload_checkpoints"] = not levers.offload_checkpoints
-            changes["resident_blocks"] = 0 if levers.resident_blocks is None else None
+            changes["resident_blocks"] = levers.kept_blocks if levers.resident_blocks is None else None
     if step.job.device_type == "cuda" and not step.tied:
         changes["host_embeddings"] = not levers.host_embeddings
     for name, value in changes.items():
-        if name not in step.fixed and not (name == "resident_blocks" and levers.kept_blocks):
+        if name not in step.fixed:
             yield replace(levers, **{name: value})
 
 
@@ -195,20 +197,24 @@ def _alternative(plan: Plan, change: str, candidate: Candidate) -> Alternative:
 
 
 def max_tokens(plan: Plan) -> int:
-    """Return the longest sequence that fits, the chosen settings kept; a multiple of 64.
+    """Return the longest sequence that fits when every lever that is left to the planner saves most; a multiple of 64.
 
     Raises:
         DoesNotFitError: not even 64 tokens fit.
     """
+    step, chosen = plan.step, plan.chosen
+    packs = 1 if step.may_split else step.packs
+    micro_batches = step.packs * step.micro_batches // packs
+    *_, levers = first_levers(step), *smaller(step)
 
     def job_for(tokens: int) -> Job:
-        rows = Rows((tokens,), tokens - 1)
-        job = plan.chosen.prediction.job
-        packs = Rows(rows.lengths * plan.chosen.packs, rows.learned * plan.chosen.packs)
-        return replace(job, rows=packs, eval_rows=rows if job.eval_rows else None)
+        rows = Rows((tokens,) * packs, (tokens - 1) * packs)
+        evaluation = Rows((tokens,), tokens - 1) if step.job.eval_rows else None
+        accumulating = micro_batches > 1
+        return replace(step.job, rows=rows, eval_rows=evaluation, accumulating=accumulating, levers=levers)
 
     limit = plan.budget_bytes - plan.machine.base_bytes
-    return longest(job_for, limit, 2 * sum(plan.step.pack.lengths), MOST_TOKENS)
+    return longest(job_for, limit, 2 * sum(chosen.prediction.job.rows.lengths), MOST_TOKENS)
 
 
 def max_batch(plan: Plan) -> int:

@@ -76,13 +76,11 @@ def test_the_parts_add_up_to_the_peak_and_the_json_has_the_agreed_keys(recipe):
 
 
 def test_max_tokens_is_the_longest_that_fits(recipe):
-    plan = planner.plan_recipe(recipe("memory.checkpointing=block"), CARD, 4 * GIB)
+    plan = planner.plan_recipe(recipe(), CARD, 4 * GIB)
     longest = planner.max_tokens(plan)
     for tokens, fits in ((longest, True), (longest + 64, False)):
-        again = planner.plan_recipe(
-            recipe("memory.checkpointing=block", "memory.loss_chunk_tokens=1024", f"data.max_tokens={tokens}"),
-            CARD, 4 * GIB,
-        )  # fmt: skip
+        settings = recipe("memory.loss_chunk_tokens=1024", f"data.max_tokens={tokens}")
+        again = planner.plan_recipe(settings, CARD, 4 * GIB)
         assert again.fits is fits
 
 
@@ -102,7 +100,7 @@ def test_the_largest_number_under_a_limit_is_found_with_few_tries():
 
 
 def test_what_does_not_fit_is_told_with_the_parts_and_the_smallest_change(recipe):
-    plan = planner.plan_recipe(recipe("memory.checkpointing=none"), CARD, 3 * GIB)
+    plan = planner.plan_recipe(recipe("memory.checkpointing=none", "memory.tile_tokens=off"), CARD, 3 * GIB)
     assert not plan.fits
     error = planner.does_not_fit(plan, list(planner.alternatives(plan)))
     assert error.exit_code == 3

@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lite.errors import ModelError
 from qlora_lite.ops.loss import Head
+from qlora_lite.quant.linear import QuantLinear, WeightRows
 
 
 def text_config(model: nn.Module):
@@ -40,7 +41,8 @@ def head(model: nn.Module) -> Head:
     if getattr(config, "logits_scaling", None):  # Granite divides
         scale = 1.0 / float(config.logits_scaling)
     softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
-    return Head(layer.weight, getattr(layer, "bias", None), scale, softcap)
+    weight = WeightRows(layer, model.dtype) if isinstance(layer, QuantLinear) else layer.weight
+    return Head(weight, getattr(layer, "bias", None), scale, softcap)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

@@ -36,6 +36,11 @@ class Levers:
     resident_blocks: int | None = None
     host_embeddings: bool = False
 
+    @property
+    def uses_host(self) -> tuple[bool, bool, bool]:
+        """What lies in host memory: weights, checkpoints, embeddings; larger tuples ask more of the bus."""
+        return self.resident_blocks is not None, self.offload_checkpoints, self.host_embeddings
+
 
 class HostEmbedding(Around):
     """An embedding whose table stays in host memory; only the rows of the batch travel."""

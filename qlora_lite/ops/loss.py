@@ -12,7 +12,7 @@ The head is frozen, so it gets no gradient.
 Legend: N labelled tokens, D hidden size, V vocabulary.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,10 +25,11 @@ AUTO_CHUNK_TOKENS = 1024  # 48 MiB of logits, in bf16 and float32, at once
 class Head(NamedTuple):
     """A frozen output head: ``logits = cap(scale * (hidden @ weight.T + bias))``.
 
-    weight [V, D]; bias [V] or None; softcap None means no cap, else ``softcap * tanh(logits / softcap)``.
+    weight [V, D], a tensor or anything that gives rows of one for a slice or for numbers; bias [V] or None; softcap
+    None means no cap, else ``softcap * tanh(logits / softcap)``.
     """
 
-    weight: torch.Tensor
+    weight: Any
     bias: torch.Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None

@@ -3,14 +3,14 @@
 A plan varies what changes memory and time and not the result: the levers, and how many packs of a step go through
 the model at once (their number per step stays). Every candidate is simulated; none is guessed. (Evaluation is left
 out where it has no more tokens than training: it then needs less than training's forward pass, which keeps tensors
-besides.) Among those that fit, the fastest by the time model wins, and of plans that are as good as equally fast,
-the one that needs the least memory.
+besides.) Among those that fit, the fastest by the time model wins; of plans that are as good as equally fast, the one
+that moves less to the host, and then the one that needs the least memory.
 
-The way begins with checkpointing per block. If that fits, there is more memory than needed: everything is kept, or as
-many of the last blocks as fit. Where memory still limits the packs that go through at once, or does not suffice at
-all, come the levers that save more, in the order of what they cost: tiles; and on a card the embeddings, the
-checkpoints and at last the weights in host memory, with as many blocks resident as fit. It ends where one more lever
-makes nothing better.
+The way begins with checkpointing per block. If that fits, keeping everything is tried. Where memory limits the packs
+that go through at once, or does not suffice at all, come the levers that save more, in the order of what they cost:
+tiles and, on a card, embeddings in host memory; then checkpoints there; at last the weights. It ends where one more
+lever makes nothing better. What memory the best then leaves buys back time: as many of the last blocks are kept, or
+resident, as fit.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -86,36 +86,43 @@ class Candidate:
 
 def search(step: Step, machine: Machine, limit_bytes: int) -> list[Candidate]:
     """Simulate the divisions and levers that may be best; more packs at once as long as it fits and pays."""
-    start = replace(Levers(loss_chunk_tokens=AUTO_CHUNK_TOKENS), **step.fixed)
+    start = first_levers(step)
     found = _divisions(step, machine, start, limit_bytes)
     limited = any(candidate.peak_bytes > limit_bytes for candidate in found)
-    best = choose(found, limit_bytes)
-    if best is not None and "checkpointing" not in step.fixed:  # what does not fit so would not fit with more kept
+    if choose(found, limit_bytes) and "checkpointing" not in step.fixed:
+        # What does not fit with blocks computed again would not fit with more kept.
         keeping_all = _divisions(step, machine, replace(start, checkpointing="none"), limit_bytes)
         found += keeping_all
         if all(candidate.peak_bytes <= limit_bytes for candidate in keeping_all):
             return found  # more memory would change nothing
-    if best is not None:
-        found += _with_more_on_device(step, machine, best, limit_bytes)
-    for levers in _smaller(step, start) if limited else ():
+    for levers in smaller(step) if limited else ():
         best = choose(found, limit_bytes)
-        here = _divisions(step, machine, levers, limit_bytes)
-        fitting = choose(here, limit_bytes)
-        found += here + (_with_more_on_device(step, machine, fitting, limit_bytes) if fitting else [])
+        found += _divisions(step, machine, levers, limit_bytes, best.packs if best else 1)
         if best is not None and choose(found, limit_bytes) is best:
             break
-    if not any(candidate.peak_bytes <= limit_bytes for candidate in found) and "loss_chunk_tokens" not in step.fixed:
+    best = choose(found, limit_bytes)
+    if best is not None:
+        return found + _with_more_on_device(step, machine, best, limit_bytes)
+    if "loss_chunk_tokens" not in step.fixed:
         small = replace(found[-1].levers, loss_chunk_tokens=SMALL_CHUNK_TOKENS)
         found.append(build_candidate(step, machine, small, step.sizes()[0]))
     return found
 
 
-def _smaller(step: Step, levers: Levers) -> Iterator[Levers]:
+def first_levers(step: Step) -> Levers:
+    """Return the levers that the search begins with: what the user fixed, and checkpointing per block."""
+    return replace(Levers(loss_chunk_tokens=AUTO_CHUNK_TOKENS), **step.fixed)
+
+
+def smaller(step: Step) -> Iterator[Levers]:
     """Yield levers that need less and less memory, the cheapest in time first."""
+    levers = first_levers(step)
     changes: list[dict] = [{"tile_tokens": TILE_TOKENS}]
     if step.job.device_type == "cuda":  # elsewhere there is no other memory to go to
-        changes += [] if step.tied else [{"host_embeddings": True}]
-        changes += [{"offload_checkpoints": True}, {"resident_blocks": 0}]
+        if not step.tied:
+            changes[0]["host_embeddings"] = True  # a few KiB a token travel
+        if levers.checkpointing == "block":  # blocks that keep their activations must stay where they are
+            changes += [{"offload_checkpoints": True}, {"resident_blocks": levers.kept_blocks}]
     changes.append({"tile_tokens": SMALL_TILE_TOKENS})
     for change in changes:
         earlier, levers = levers, replace(levers, **{k: v for k, v in change.items() if k not in step.fixed})
@@ -123,9 +130,11 @@ def _smaller(step: Step, levers: Levers) -> Iterator[Levers]:
             yield levers
 
 
-def _divisions(step: Step, machine: Machine, levers: Levers, limit_bytes: int) -> list[Candidate]:
+def _divisions(
+    step: Step, machine: Machine, levers: Levers, limit_bytes: int, fewest_packs: int = 1
+) -> list[Candidate]:  # fmt: skip
     found: list[Candidate] = []
-    for packs in step.sizes():
+    for packs in (size for size in step.sizes() if size >= fewest_packs or not step.may_split):
         found.append(build_candidate(step, machine, levers, packs))
         slower = len(found) > 1 and found[-1].step_seconds * EQUALLY_FAST > found[-2].step_seconds
         if found[-1].peak_bytes > limit_bytes or slower:
@@ -138,7 +147,8 @@ def _with_more_on_device(step: Step, machine: Machine, best: Candidate, limit_by
     name = "kept_blocks" if best.levers.resident_blocks is None else "resident_blocks"
     if best.levers.checkpointing != "block" or name in step.fixed:
         return []
-    return [_raised(step, machine, best, name, limit_bytes)]
+    raised = _raised(step, machine, best, name, limit_bytes)
+    return [] if raised.levers == best.levers else [raised]
 
 
 def _raised(step: Step, machine: Machine, best: Candidate, name: str, limit_bytes: int) -> Candidate:
@@ -177,14 +187,17 @@ def _candidate(machine: Machine, levers: Levers, packs: int, micro_batches: int,
 
 
 def choose(found: list[Candidate], limit_bytes: int) -> Candidate | None:
-    """Return the fastest candidate under a limit, None if none is; nearly equal ones go by memory."""
+    """Return the fastest candidate under a limit, None if none is.
+
+    Of nearly equal ones, the one that leaves more where it is, and then the one that needs the least memory.
+    """
     fitting = [candidate for candidate in found if candidate.peak_bytes <= limit_bytes]
     if not fitting:
         return None
     fastest = min(candidate.step_seconds for candidate in fitting)
     return min(
         (candidate for candidate in fitting if candidate.step_seconds <= EQUALLY_FAST * fastest),
-        key=lambda candidate: candidate.peak_bytes,
+        key=lambda candidate: (candidate.levers.uses_host, candidate.peak_bytes),
     )
 
 

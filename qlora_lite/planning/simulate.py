@@ -76,6 +76,7 @@ class Job:
     device_type: str = "cpu"
     quant: str = "nf4"
     double_quant: bool = True
+    quant_head: bool = False
     compute_dtype: torch.dtype = torch.bfloat16
     targets: tuple[Target, ...] = (Target("all-linear"),)
     rank: int = 16
@@ -219,7 +220,7 @@ def _run(job: Job, mode, timeline: bool, measured_because: str = ""):
 
 
 def _model(job: Job) -> nn.Module:
-    model = give_storage(meta_model(job.config, job.quant, job.double_quant, job.compute_dtype))
+    model = give_storage(meta_model(job.config, job.quant, job.double_quant, job.compute_dtype, job.quant_head))
     add_lora(model, job.targets, job.rank, job.alpha, job.dropout, job.rslora, job.factor_dtype)
     place(model, torch.device("cpu"), job.levers)
     set_levers(model, job.levers)

@@ -53,6 +53,8 @@ def categorised(model: nn.Module) -> Iterator[tuple[torch.Tensor, str, str]]:
 def _category(module, name, tensor, factors, embedding, head) -> tuple[str, str]:
     if id(tensor) in factors:
         return "adapter", "trained; the gradient has the same size and type"
+    if module is head and isinstance(module, QuantLinear):
+        return "head", f"{module.quant_type}, because of model.quant_head"
     if isinstance(module, QuantLinear) and name == "weight":
         return "base weights", f"{module.quant_type} codes, two per byte, never unpacked for longer than a product"
     if isinstance(module, QuantLinear) and name != "bias":

@@ -12,8 +12,11 @@ from qlora_lite.errors import ModelError
 from qlora_lite.lora.inject import add_lora, lora_parameters
 from qlora_lite.models.anatomy import blocks, device_of
 from qlora_lite.models.levers import Levers, on_host, place, set_levers
+from qlora_lite.models.load import use_row_attention
+from qlora_lite.models.quantizer import quantize_head
 from qlora_lite.ops.tile import Tiled
-from qlora_lite.train.guards import frozen_checksum
+from qlora_lite.quant.nf4 import dequantize, quantize
+from qlora_lite.train.guards import check_forward, frozen_checksum
 from qlora_lite.train.step import accumulate_gradients, evaluate_loss, prepare
 
 PLAIN = Levers("none")
@@ -194,6 +197,37 @@ def test_any_combination_gives_the_plain_gradients(levers, model_type, batches):
         return
     assert_close(found, PLAIN_GRADIENTS[model_type, batches])
     assert torch.equal(build(model_type).lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "cohere"])
+def test_a_head_in_four_bits_trains_as_its_unpacked_weight_would(model_type):
+    def model_with_head(change):
+        model = build_tiny(model_type)
+        change(model)
+        torch.manual_seed(1)
+        add_lora(model, rank=4, dtype=torch.float32)
+        random_factors(model)
+        return gradients(model, PLAIN)
+
+    def unpacked(model):
+        head = model.get_output_embeddings()
+        weight = dequantize(quantize(head.weight), head.weight.shape, torch.float32)
+        model.set_output_embeddings(torch.nn.Linear(*weight.shape[::-1], bias=False))
+        model.get_output_embeddings().weight = torch.nn.Parameter(weight)
+
+    packed = model_with_head(lambda model: quantize_head(model, "nf4", True))
+    assert_close(packed, model_with_head(unpacked))
+
+
+def test_a_four_bit_head_is_what_the_model_itself_answers_with():
+    model = build_tiny("gemma3_text")
+    embeddings = model.get_input_embeddings().weight
+    use_row_attention(model)
+    quantize_head(model, "nf4", True)
+    assert check_forward(model) < 1e-5
+    assert model.get_input_embeddings().weight is embeddings
+    with pytest.raises(ModelError, match="quant_head"):
+        quantize_head(build_tiny("llama", hidden_size=48), "nf4", True)
 
 
 def test_quantised_and_sixteen_bit_blocks_stream_alike():
