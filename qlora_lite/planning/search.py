@@ -6,8 +6,8 @@ out where it has no more tokens than training: it then needs less than training'
 besides.) Among those that fit, the fastest by the time model wins; of plans that are as good as equally fast, the one
 that moves less to the host, and then the one that needs the least memory.
 
-The way begins with checkpointing per block. If that fits, keeping everything is tried. Where memory limits the packs
-that go through at once, or does not suffice at all, come the levers that save more, in the order of what they cost:
+The way begins with checkpointing per block. If that fits, keeping everything is tried. Where more packs at once would
+pay and do not fit, or nothing fits at all, come the levers that save more, in the order of what they cost:
 tiles and, on a card, embeddings in host memory; then checkpoints there; at last the weights. It ends where one more
 lever makes nothing better. What memory the best then leaves buys back time: as many of the last blocks are kept, or
 resident, as fit.
@@ -88,8 +88,12 @@ def search(step: Step, machine: Machine, limit_bytes: int) -> list[Candidate]:
     """Simulate the divisions and levers that may be best; more packs at once as long as it fits and pays."""
     start = first_levers(step)
     found = _divisions(step, machine, start, limit_bytes)
-    limited = any(candidate.peak_bytes > limit_bytes for candidate in found)
-    if choose(found, limit_bytes) and "checkpointing" not in step.fixed:
+    best = choose(found, limit_bytes)
+    limited = best is None or any(
+        candidate.peak_bytes > limit_bytes and candidate.step_seconds * EQUALLY_FAST < best.step_seconds
+        for candidate in found
+    )
+    if best is not None and "checkpointing" not in step.fixed:
         # What does not fit with blocks computed again would not fit with more kept.
         keeping_all = _divisions(step, machine, replace(start, checkpointing="none"), limit_bytes)
         found += keeping_all
