@@ -102,19 +102,23 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def trainer_of(case: dict, model, steps: int = 1) -> Trainer:
-    """Return a trainer whose every micro-batch has the case's rows, each token learned."""
+def examples_of(case: dict) -> list[Example]:
+    """Return the rows of four micro-batches of the case, random and the same on every call, each token learned."""
     rows, length = case.get("rows", 1), case["tokens"] // case.get("rows", 1)
     ids = np.random.default_rng(0).integers(5, 1000, (4 * rows, length), dtype=np.int32)
     learned = np.arange(length) > 0
-    examples = [Example(row, learned, "", "", f"row {number}") for number, row in enumerate(ids)]
+    return [Example(row, learned, "", "", f"row {number}") for number, row in enumerate(ids)]
+
+
+def trainer_of(case: dict, model, steps: int = 1) -> Trainer:
+    """Return a trainer whose every micro-batch has the case's rows."""
     settings = TrainSettings(
         max_steps=steps, epochs=1, learning_rate=1e-4, micro_batch_size=1,
         gradient_accumulation_steps=case.get("accumulation", 1), optimizer=case.get("optimizer", OPTIMIZER),
         lr_scheduler="constant", warmup_ratio=0.0, max_grad_norm=1.0, weight_decay=0.0, seed=0,
         max_tokens=case["tokens"], packing=True, order="as-is", levers=levers_of(case),
     )  # fmt: skip
-    return Trainer(model, examples, settings)
+    return Trainer(model, examples_of(case), settings)
 
 
 def job_of(case: dict, trainer: Trainer, evaluates: bool) -> Job:
