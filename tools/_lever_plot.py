@@ -45,12 +45,16 @@ def _breakdown(row: Mapping) -> dict[str, int]:
     return in_order(row.get("measured_breakdown") or row["predicted_breakdown"])
 
 
+def _held(row: Mapping, place: str) -> int:
+    """Return what a row holds on the device ("bytes") or the host ("host_bytes"): measured, or else predicted."""
+    measured = f"measured_{place}"
+    return row[measured] if measured in row else row[f"predicted_{place}"]
+
+
 def _table(table: Mapping, top: int, device: str) -> tuple[str, int]:
     """Draw one model and length; return it and its height."""
     rows = table["rows"]
-    bytes_of = [row.get("measured_bytes", row["predicted_bytes"]) for row in rows]
-    hosts = [row.get("measured_host_bytes", row["predicted_host_bytes"]) for row in rows]
-    gib = max(bytes_of + hosts) / 2**30
+    gib = max(_held(row, place) for row in rows for place in ("bytes", "host_bytes")) / 2**30
     fastest = max((row.get("tokens_per_second", 0) for row in rows), default=0) or 1
     ticks = [tick for tick in nice_ticks(0, gib, 5) if tick <= gib]
     scale = (SPLIT - LEFT) / (gib * 2**30)
@@ -78,10 +82,10 @@ def _bar(row: Mapping, top: int, scale: float) -> str:
         if name != "offloaded":
             parts.append(_rect(x, top, size * scale, BAR, COLOURS[name][0], f"{name}: {format_bytes(size)}"))
             x += size * scale
-    total = row.get("measured_bytes", row["predicted_bytes"])
+    total = _held(row, "bytes")
     place, more = (x - 6, ' text-anchor="end"') if x > SPLIT - 70 else (x + 6, "")
     parts.append(f'<text class="small halo" x="{place:.1f}" y="{top + 13}"{more}>{format_bytes(total)}</text>')
-    host = row.get("measured_host_bytes", row["predicted_host_bytes"])
+    host = _held(row, "host_bytes")
     if host:
         label = f"host memory: {format_bytes(host)}"
         parts.append(_rect(LEFT, top + BAR + 2, host * scale, HOST, COLOURS["offloaded"][0], label))

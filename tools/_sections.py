@@ -16,6 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 MARK = "ROW "
+LIMIT_SECONDS = {  # of the sections of tools/gpu_check, in order of value
+    "tests": 75, "streamed": 50, "plan": 65, "caps": 100, "peers": 80, "levers": 80, "paged": 30,
+}  # fmt: skip
 TAIL_LINES = 15  # of a failed section's own output
 
 
