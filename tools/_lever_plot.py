@@ -13,14 +13,14 @@ from qlora_lite.charts import nice_ticks, short_number
 from qlora_lite.memory.bar import COLOURS, in_order
 from qlora_lite.units import format_bytes
 
-WIDTH, ROW, BAR, HOST = 980, 40, 18, 6  # pixels
-LEFT, SPLIT, RIGHT = 236, 640, 700  # where the bars begin, the longest ends, and the speeds begin
-SPEED_END = 880
+WIDTH, ROW, BAR, HOST = 980, 44, 18, 6  # pixels
+LEFT, SPLIT, RIGHT = 264, 640, 740  # where the bars begin, the longest ends, and the speeds begin
+SPEED_END = 900
 HEAD, LEGEND_COLUMN, LEGEND_ROW = 74, 186, 18
 STYLE = (
     "text{font:13px system-ui,-apple-system,'Segoe UI',sans-serif;fill:#1f2328}"
     ".small{font-size:11.5px;fill:#57606a}.title{font-size:15px;font-weight:600}.grid{stroke:#d8dee4}"
-    ".halo{paint-order:stroke;stroke:#fff;stroke-width:4px}.speed{fill:#8b929b}.missing{fill:#ad3b2e}"
+    ".speed{fill:#8b929b}.missing{fill:#ad3b2e}"
 )
 
 
@@ -54,10 +54,11 @@ def _held(row: Mapping, place: str) -> int:
 def _table(table: Mapping, top: int, device: str) -> tuple[str, int]:
     """Draw one model and length; return it and its height."""
     rows = table["rows"]
-    gib = max(_held(row, place) for row in rows for place in ("bytes", "host_bytes")) / 2**30
+    most = max(_held(row, place) for row in rows for place in ("bytes", "host_bytes"))
+    unit, unit_bytes = ("GiB", 2**30) if most >= 2**30 else ("MiB", 2**20)
     fastest = max((row.get("tokens_per_second", 0) for row in rows), default=0) or 1
-    ticks = [tick for tick in nice_ticks(0, gib, 5) if tick <= gib]
-    scale = (SPLIT - LEFT) / (gib * 2**30)
+    ticks = [tick for tick in nice_ticks(0, most / unit_bytes, 5) if tick <= most / unit_bytes]
+    scale = (SPLIT - LEFT) / most
     bottom = top + HEAD + ROW * len(rows)
     parts = [
         f'<text class="title" x="12" y="{top + 20}">{escape(table["model"])}, 1 x {table["tokens"]:,} tokens, '
@@ -65,9 +66,9 @@ def _table(table: Mapping, top: int, device: str) -> tuple[str, int]:
         _small(12, top + HEAD - 14, "each row adds a lever"), _small(RIGHT, top + HEAD - 14, "tokens a second"),
     ]  # fmt: skip
     for tick in ticks:
-        x = round(LEFT + tick * 2**30 * scale, 1)
+        x = round(LEFT + tick * unit_bytes * scale, 1)
         parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{top + HEAD - 8}" y2="{bottom - 6}"/>')
-        parts.append(_small(x, top + HEAD - 14, f"{short_number(tick)} GiB" if tick else "0", "middle"))
+        parts.append(_small(x, top + HEAD - 14, f"{short_number(tick)} {unit}" if tick else "0", "middle"))
     for number, row in enumerate(rows):
         place = top + HEAD + ROW * number
         parts += [_bar(row, place, scale), _speed(row, place, fastest)]
@@ -83,13 +84,12 @@ def _bar(row: Mapping, top: int, scale: float) -> str:
             parts.append(_rect(x, top, size * scale, BAR, COLOURS[name][0], f"{name}: {format_bytes(size)}"))
             x += size * scale
     total = _held(row, "bytes")
-    place, more = (x - 6, ' text-anchor="end"') if x > SPLIT - 70 else (x + 6, "")
-    parts.append(f'<text class="small halo" x="{place:.1f}" y="{top + 13}"{more}>{format_bytes(total)}</text>')
+    parts.append(_small(x + 6, top + 13, format_bytes(total)))
     host = _held(row, "host_bytes")
     if host:
         label = f"host memory: {format_bytes(host)}"
-        parts.append(_rect(LEFT, top + BAR + 2, host * scale, HOST, COLOURS["offloaded"][0], label))
-        parts.append(_small(LEFT + host * scale + 6, top + BAR + 9, f"{format_bytes(host)} in host memory"))
+        parts.append(_rect(LEFT, top + BAR + 4, host * scale, HOST, COLOURS["offloaded"][0], label))
+        parts.append(_small(LEFT + host * scale + 6, top + BAR + 11, f"{format_bytes(host)} in host memory"))
     return "".join(parts)
 
 
