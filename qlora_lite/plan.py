@@ -37,6 +37,7 @@ from .train.settings import TrainSettings
 from .units import format_bytes, format_seconds
 
 MOST_TOKENS, MOST_PACKS = 2**21, 4096  # the ends of --max-tokens and --max-batch
+MOST_CHANGES = 2  # settings in which an alternative that is shown may differ from the chosen plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +142,7 @@ def alternatives(plan: Plan) -> Iterator[Alternative]:
     seen = {""}
     for other in plan.found:
         change = _difference(chosen, other)
-        if change not in seen:
+        if change not in seen and change.count("=") <= MOST_CHANGES:
             yield _alternative(plan, change, other)
         seen.add(change)
     for levers in _single_changes(plan):
@@ -315,7 +316,8 @@ def host_bytes(plan: Plan) -> int:
 def disk_bytes(plan: Plan) -> int:
     """Room on the disk: the quantised model in the cache, and the best and the last adapter."""
     resident = plan.chosen.prediction.simulation.resident.breakdown
-    weights = sum(resident.get(name, 0) for name in ("base weights", "quantisation constants", "embeddings", "head"))
+    frozen = "base weights", "quantisation constants", "embeddings", "head", "offloaded"
+    weights = sum(resident.get(name, 0) for name in frozen)
     return weights + 2 * resident.get("adapter", 0)
 
 
@@ -359,8 +361,9 @@ def describe(plan: Plan, others: Sequence[Alternative], width: int = 80) -> str:
         lines.append(
             f"{'note':16} {because} cannot run on fake tensors: measured on small real models and extrapolated"
         )
-    table = [f"{'change':38} {'peak':>10} {'step':>9}"]
+    room = max([38, *(len(a.change) for a in others)])
+    table = [f"{'change':{room}} {'peak':>10} {'step':>9}"]
     for a in others:
         mark = "fits" if a.fits else "too large"
-        table.append(f"{a.change:38} {format_bytes(a.peak_bytes):>10} {format_seconds(a.step_seconds):>9}  {mark}")
+        table.append(f"{a.change:{room}} {format_bytes(a.peak_bytes):>10} {format_seconds(a.step_seconds):>9}  {mark}")
     return "\n".join([*lines, "", *table])
