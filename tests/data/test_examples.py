@@ -11,7 +11,7 @@ from tiny_tokenizer import make_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qlora_lite.data.examples import build_examples
+from qlora_lite.data.examples import build_examples, read_examples
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
 from qlora_lite.data.read import Source
 from qlora_lite.data.stored import repeated
@@ -251,6 +251,17 @@ def test_a_row_that_is_too_long_is_an_error_that_names_the_longest(build):
 def test_dropped_rows_are_counted(build):
     data = build([*PAIRS, {"prompt": "x " * 80, "completion": "y"}], max_tokens=40, overflow="drop")
     assert (data.rows_read, data.rows_kept, data.dropped) == (5, 4, {"longer than max_tokens": 1})
+
+
+def test_the_first_rows_dropped_for_each_reason_are_named(write, tokenizer):
+    long = {"prompt": "x " * 80, "completion": "y"}
+    path = write("a.jsonl", [long, *PAIRS, {"prompt": "x"}, *[long] * 6])
+    data = read_examples([Source(path)], tokenizer, max_tokens=40, overflow="drop")
+    assert data.dropped == {"longer than max_tokens": 7, "malformed row": 1}
+    assert data.dropped_at == {
+        "longer than max_tokens": [f"{path}:{line}" for line in (1, 7, 8, 9, 10)],
+        "malformed row": [f"{path}:6"],
+    }
 
 
 def test_truncation_is_counted_and_never_leaves_a_row_without_a_learned_token(build):
