@@ -44,7 +44,7 @@ def mark_rows(
     Returns:
         The example of each row, or what is wrong with it; the tokens that end the answers of good rows.
     """
-    tokens = tokenise_rows([row.text for row in rows], template.tokenizer, template.cut)
+    tokens = tokenise_rows([row.text for row in rows], template.tokenizer, template.cut, template.token_lengths)
     if _in_order(tokens):
         learned, doubtful, end_ids = _mark(rows, tokens, template, train_on_end)
     else:

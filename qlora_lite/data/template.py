@@ -10,12 +10,14 @@ when the tokenizer puts it before ordinary text.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
-from qlora_lite.data.pieces import can_be_cut
+from qlora_lite.data.pieces import can_be_cut, lengths_of_tokens
 from qlora_lite.data.probe import probe
 from qlora_lite.errors import DataError
 
@@ -36,6 +38,7 @@ class Template:
         ending: matches the special tokens and white space that end a text; group 1 is the first token.
         cut: `special` where a text may be cut before each match and tokenised piece by piece (see `pieces`), else None.
         special_ids: the ids of the special tokens.
+        token_lengths: see `pieces.lengths_of_tokens`.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Template:
     ending: re.Pattern[str]
     cut: re.Pattern[str] | None
     special_ids: frozenset[int]
+    token_lengths: np.ndarray | None = field(compare=False)
 
 
 def choose_template(tokenizer: PreTrainedTokenizerFast, name: str | None = None) -> Template:
@@ -104,7 +108,8 @@ def _template(name: str, source: str, tokenizer: PreTrainedTokenizerFast, begin:
     special = re.compile(special or r"(?!)")
     ending = re.compile(rf"({special.pattern})(?:\s|{special.pattern})*\Z")
     cut = special if can_be_cut(tokenizer) else None
-    return Template(name, source, tokenizer, begin, special, ending, cut, special_ids_of(tokenizer))
+    lengths = lengths_of_tokens(tokenizer)
+    return Template(name, source, tokenizer, begin, special, ending, cut, special_ids_of(tokenizer), lengths)
 
 
 def _any_of(words: set[str]) -> str:

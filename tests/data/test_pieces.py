@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import make_tokenizer
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.data.mask import tokenise
-from qlora_lite.data.pieces import can_be_cut, tokenise_rows
+from qlora_lite.data.pieces import can_be_cut, lengths_of_tokens, tokenise_rows
 from qlora_lite.data.template import choose_template
 
 CORPUS = ["user assistant the answer is 42", "ab  a b\n\nab ä user<a", "b a  >b"] * 5
@@ -83,8 +83,8 @@ texts = st.lists(
 ).map("".join)  # fmt: skip
 
 
-def assert_as_whole(rows, tokenizer, cut):
-    tokens = tokenise_rows(rows, tokenizer, cut)
+def assert_as_whole(rows, tokenizer, cut, lengths=None):
+    tokens = tokenise_rows(rows, tokenizer, cut, lengths)
     assert tokens.text_borders.tolist() == np.cumsum([0, *map(len, rows)]).tolist()
     for index, whole in enumerate(tokenise(rows, tokenizer)):
         of_row = slice(tokens.borders[index], tokens.borders[index + 1])
@@ -98,9 +98,49 @@ def assert_as_whole(rows, tokenizer, cut):
 @given(rows=st.lists(texts, min_size=1, max_size=5))
 def test_the_tokens_of_the_pieces_are_those_of_the_whole(name, rows):
     tokenizer = CUT[name]
-    cut = choose_template(tokenizer).cut
-    assert cut is not None
-    assert_as_whole(rows, tokenizer, cut)
+    template = choose_template(tokenizer)
+    assert template.cut is not None
+    assert_as_whole(rows, tokenizer, template.cut)
+    assert_as_whole(rows, tokenizer, template.cut, template.token_lengths)
+
+
+def test_lengths_are_used_where_they_are_never_too_short():
+    trimming = {"offsets without spaces", "pieces stripped"}
+    assert {name for name, tokenizer in CUT.items() if lengths_of_tokens(tokenizer) is None} == trimming
+    assert lengths_of_tokens(words_tokenizer(normalizers.Replace("ab", "c"))) is None
+    assert lengths_of_tokens(words_tokenizer(normalizers.Replace(Regex("a+"), "c"))) is None
+    assert lengths_of_tokens(words_tokenizer(normalizers.Lowercase())) is None
+    assert lengths_of_tokens(words_tokenizer(pre_tokenizer=pre_tokenizers.Split(" ", "removed"))) is None
+    assert lengths_of_tokens(words_tokenizer(pre_tokenizer=pre_tokenizers.Split(" ", "isolated"))) is not None
+    assert lengths_of_tokens(words_tokenizer(normalizers.NFC())) is not None
+    assert lengths_of_tokens(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordPiece()))) is None
+    suffixed = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    assert lengths_of_tokens(PreTrainedTokenizerFast(tokenizer_object=suffixed)) is None
+
+
+def test_an_unknown_letter_is_not_taken_for_the_letters_of_its_token():
+    tokenizer = words_tokenizer(pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme="never"))
+    tokenizer.backend_tokenizer.model.fuse_unk = True
+    assert len("<unk>") == len("#####")
+    assert_as_whole(["#####ab", "a#####</s>"], tokenizer, None, lengths_of_tokens(tokenizer))
+
+
+def test_the_tokenizer_is_not_asked_where_its_tokens_stand_in_an_ascii_text():
+    tokenizer, asked = make_tokenizer(), []
+    backend = tokenizer.backend_tokenizer
+
+    class Recorder:
+        encode_special_tokens = False
+        no_truncation = no_padding = staticmethod(lambda: None)
+        encode_batch_fast = staticmethod(backend.encode_batch_fast)
+
+        def encode_batch(self, texts, **settings):
+            asked.extend(texts)
+            return backend.encode_batch(texts, **settings)
+
+    recording = SimpleNamespace(backend_tokenizer=Recorder(), split_special_tokens=False)
+    tokenise_rows(["user a</s>", "ä"], recording, None, lengths_of_tokens(tokenizer))
+    assert asked == ["ä"]
 
 
 @pytest.mark.parametrize("name", WHOLE)
