@@ -58,7 +58,7 @@ def _fetch(name: str, config: str | None, split: str) -> tuple[Path, ...] | str:
     from datasets import load_dataset
 
     try:
-        with _hub_errors():
+        with _hub_errors("connect to the network once"):
             data = load_dataset(name, config, split=split)
     except DataError as error:
         return str(error)
@@ -81,7 +81,7 @@ def hub_rows(path: str) -> Iterator[tuple[str, dict]]:
     from datasets import load_dataset
 
     try:
-        with _hub_errors():
+        with _hub_errors("connect to the network"):
             for number, row in enumerate(load_dataset(name, config, split=split, streaming=True), start=1):
                 yield f"{path}:{number}", {column: without_absent(value) for column, value in row.items()}
     except DataError as error:
@@ -89,15 +89,14 @@ def hub_rows(path: str) -> Iterator[tuple[str, dict]]:
 
 
 @contextmanager
-def _hub_errors() -> Iterator[None]:
-    """Say what to do about the errors of `datasets`."""
+def _hub_errors(cure: str) -> Iterator[None]:
+    """Say what to do about the errors of `datasets`; `cure` is for a hub that cannot be reached."""
     from datasets.exceptions import DatasetsError
 
     try:
         yield
     except ConnectionError as error:
-        fault = f"the hub cannot be reached ({error}); connect to the network once, or give files of this disk"
-        raise DataError(fault) from error
+        raise DataError(f"the hub cannot be reached ({error}); {cure}, or give files of this disk") from error
     except (OSError, ValueError, DatasetsError) as error:
         reason = " ".join(str(error).split())
         fault = f"cannot be fetched ({reason}); correct owner, name, configuration or split"

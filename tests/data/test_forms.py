@@ -60,7 +60,7 @@ def test_a_form_of_a_random_template_gives_what_rendering_gives(form, talks, add
 
 
 @pytest.mark.parametrize("name", NAMED_TEMPLATES)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(turns=conversations())
 def test_a_form_of_a_named_template_gives_what_rendering_gives(name, turns):
     template = choose_template(TOKENIZERS[True], name)
@@ -220,6 +220,13 @@ def test_a_template_that_looks_at_words_where_it_prompts_alone_has_no_form_eithe
     source = CHATML.replace(prompt, looks + "assistant\n' }}")
     assert render(template_of(source), Conversation(TALK, "f:1"), [2]).text.endswith("two<|im_end|>\n")
     assert form_of(source) is None
+
+
+def test_a_template_that_looks_at_words_where_an_answer_is_the_last_alone_has_no_form_either():
+    source = "{% if messages|length == 3 and messages[2].content == 'x' %}{% endif %}" + CHATML
+    longer = (*TALK, *TALK[1:])
+    render(template_of(source), Conversation(longer, "f:1"), [2, 4])
+    assert form_of(CHATML, longer) is not None and form_of(source, longer) is None
 
 
 def test_rows_with_tools_calls_or_results_have_no_form():

@@ -94,7 +94,7 @@ def assert_as_whole(rows, tokenizer, cut, lengths=None):
 
 
 @pytest.mark.parametrize("name", CUT)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 @given(rows=st.lists(texts, min_size=1, max_size=5))
 def test_the_tokens_of_the_pieces_are_those_of_the_whole(name, rows):
     tokenizer = CUT[name]
@@ -144,7 +144,7 @@ def test_the_tokenizer_is_not_asked_where_its_tokens_stand_in_an_ascii_text():
 
 
 @pytest.mark.parametrize("name", WHOLE)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 @given(rows=st.lists(texts, min_size=1, max_size=5))
 def test_texts_that_cutting_could_change_stay_whole(name, rows):
     tokenizer, _ = WHOLE[name]
