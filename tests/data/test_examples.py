@@ -347,3 +347,13 @@ def test_the_demo_models_own_template_learns_its_end_token(write):
     assert data.end_token_ids == {tokenizer.eos_token_id} == {tokenizer.pad_token_id}
     assert learned_text(data.examples[0], tokenizer) == "answer 0<|im_end|>"
     assert data.examples[0].prompt.endswith("question 0<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_progress_has_a_log_of_its_own_that_a_command_can_show_alone(build, monkeypatch, caplog):
+    monkeypatch.setattr("qlora_lite.data.examples._ROWS_PER_REPORT", 1000)
+    caplog.set_level("WARNING", "qlora_lite")
+    caplog.set_level("INFO", "qlora_lite.progress")
+    build(PAIRS * 600)
+    assert [(record.name, record.message) for record in caplog.records] == [
+        ("qlora_lite.progress", "data: 2,000 rows read"),  # a thousand rows are read ahead
+    ]

@@ -209,6 +209,54 @@ def test_rows_fit_the_form_of_a_template_that_asks_questions_if_all_answers_are_
         assert outcome(yes, template, made) == outcome(yes, template, None)
 
 
+# in the manner of models that think: asks where the thoughts of an answer end, and writes them for the last one alone
+THINKS = """
+{%- set n = namespace(asking=true, last_question=messages|length - 1) %}
+{%- for m in messages[::-1] %}
+    {%- set place = (messages|length - 1) - loop.index0 %}
+    {%- if n.asking and m.role == 'user' and not (m.content.startswith('<r>') and m.content.endswith('</r>')) %}
+        {%- set n.asking = false %}
+        {%- set n.last_question = place %}
+    {%- endif %}
+{%- endfor %}
+{%- for m in messages %}
+    {%- set content = m.content if m.content is string else '' %}
+    {%- if m.role == 'assistant' %}
+        {%- set thoughts = '' %}
+        {%- if '</think>' in content %}
+            {%- set thoughts = content.split('</think>')[0].split('<think>')[-1] %}
+            {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+        {%- endif %}
+        {{- '<|im_start|>assistant\n' }}
+        {%- if loop.index0 > n.last_question %}
+            {{- '<think>\n' + thoughts.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}
+        {%- else %}
+            {{- content }}
+        {%- endif %}
+        {{- '<|im_end|>\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + m.role + '\n' + content + '<|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}"""
+said = st.sampled_from(
+    ["a", " b ", "\nc", "<r>d", "<r>e</r>", "<think>\nf\n</think>\n\ng", "h</think>", "\n</think>\n"]
+)
+
+
+@settings(deadline=None)
+@given(st.lists(said, min_size=5, max_size=5))
+def test_rows_of_a_template_that_writes_thoughts_are_those_that_rendering_gives(contents):
+    template = template_of(THINKS)
+    roles = ("system", "user", "assistant", "user", "assistant")
+    turns = tuple(Turn(role, content) for role, content in zip(roles, contents, strict=True))
+    made = make_form(template, Conversation(turns, "f:1"))
+    assert made.fits(tuple(Turn(role, "word") for role in roles), [4])
+    assert outcome(turns, template, made) == outcome(turns, template, None)
+
+
 def test_a_row_whose_answers_the_form_does_not_have_does_not_fit():
     assert not form_of("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}").fits(TALK, [0])
 
