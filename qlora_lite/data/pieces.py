@@ -79,9 +79,10 @@ def _reaches_into(text: str, special: set[str], beginnings: set[str]) -> bool:
 def lengths_of_tokens(tokenizer: PreTrainedTokenizerFast) -> np.ndarray | None:
     """Return how many characters of an ASCII text each token covers: int64 [tokens]; None if that cannot be said.
 
-    It is as many as the token has letters, in byte-level BPE and in that of SentencePiece; where a token has more (a
-    space that was put before the text, "<0x0A>" for a line end, the unknown token), it is too many. Never is it too
-    few, so lengths that add up to that of the text are right.
+    It is as many as the token has letters, in byte-level BPE and in that of SentencePiece. Where a token has more than
+    it covers (a space put before the text, "<0x0A>" for a line end, the unknown token), it is too many, and too few
+    where a model leaves out letters that it has no token for. A tokenizer that can do both has no lengths; so those
+    that add up to the length of the text are right.
     """
     backend = tokenizer.backend_tokenizer
     model = backend.model
@@ -90,6 +91,9 @@ def lengths_of_tokens(tokenizer: PreTrainedTokenizerFast) -> np.ndarray | None:
     before = [*_steps(backend.normalizer), *_steps(backend.pre_tokenizer)]
     after = _steps(backend.post_processor)
     if any(map(_loses_letters, before)) or any(step.get("trim_offsets") for step in after):
+        return None
+    adds = any(step["type"] in ("Prepend", "Metaspace") or step.get("add_prefix_space") for step in before)
+    if model.unk_token is None and (adds or model.byte_fallback):
         return None
     vocabulary = backend.get_vocab(with_added_tokens=True)
     lengths = np.zeros(max(vocabulary.values()) + 1, np.int64)

@@ -118,6 +118,13 @@ def test_lengths_are_used_where_they_are_never_too_short():
     assert lengths_of_tokens(PreTrainedTokenizerFast(tokenizer_object=suffixed)) is None
 
 
+def test_a_letter_that_is_left_out_is_not_taken_for_a_space_put_before():
+    tokenizer = words_tokenizer(pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme="always"))
+    tokenizer.backend_tokenizer.model.unk_token = None
+    assert len(tokenise(["a#"], tokenizer)[0].ids) == 1
+    assert_as_whole(["a#", "a#</s>"], tokenizer, None, lengths_of_tokens(tokenizer))
+
+
 def test_an_unknown_letter_is_not_taken_for_the_letters_of_its_token():
     tokenizer = words_tokenizer(pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme="never"))
     tokenizer.backend_tokenizer.model.fuse_unk = True
