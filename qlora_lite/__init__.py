@@ -20,6 +20,8 @@ _API = {
     "Trainer": "qlora_lite.train.loop",
     "train_settings": "qlora_lite.build",
     "run_recipe": "qlora_lite.run",
+    "merge_run": "qlora_lite.merge",
+    "MergeSettings": "qlora_lite.merge",
 }
 
 __all__ = [*_API, "__version__"]
