@@ -41,7 +41,7 @@ def make_run(
 
 
 def tiny_run(folder: Path, model_type: str = "llama", lora=None, overrides=(), shard=None, **options) -> Path:
-    """Write a tiny model and a run of it; ``options`` go into the model's configuration."""
+    """Write a tiny model and a run of it; ``options`` are those of ``save_tiny`` and of the model's configuration."""
     folder.mkdir(parents=True, exist_ok=True)
     save_tiny(folder / "model", model_type, shard=shard, **options)
     return make_run(folder, folder / "model", overrides, lora=lora or {"rank": 4, "alpha": 8})

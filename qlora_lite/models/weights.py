@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -132,7 +133,10 @@ def _gguf_file(files: ModelFiles, skeleton: nn.Module) -> BaseWeights | None:
 
     def read(parameter: str) -> torch.Tensor:
         tensor = tensors[parameter]
-        return names.from_gguf(parameter, torch.from_numpy(dequantize_gguf(tensor.data, tensor.tensor_type)))
+        values = np.require(
+            dequantize_gguf(tensor.data, tensor.tensor_type), requirements="W"
+        )  # a float32 one is a view
+        return names.from_gguf(parameter, torch.from_numpy(values))
 
     entries = {name: (torch.float32, tuple(map(int, reversed(tensor.shape)))) for name, tensor in tensors.items()}
     return BaseWeights(entries, {name: name for name in entries}, read)
