@@ -22,6 +22,10 @@ _API = {
     "run_recipe": "qlora_lite.run",
     "merge_run": "qlora_lite.merge",
     "MergeSettings": "qlora_lite.merge",
+    "export_run": "qlora_lite.export.forms",
+    "ExportSettings": "qlora_lite.export.forms",
+    "open_tasks": "qlora_lite.tasks",
+    "compare_runs": "qlora_lite.compare",
 }
 
 __all__ = [*_API, "__version__"]
