@@ -6,7 +6,9 @@ import torch
 
 from .lora.adapter import load_adapter
 from .lora.inject import Target, add_lora
+from .models.levers import Levers, place
 from .models.load import load_model, resolve_compute_dtype, resolve_device
+from .models.quantizer import quantize_head
 from .models.skeleton import stored_quantization
 from .planning.simulate import Job, Rows
 from .recipe.schema import Recipe
@@ -15,30 +17,46 @@ from .train.settings import TrainSettings
 
 def train_settings(recipe: Recipe) -> TrainSettings:
     """Return the loop's settings from a recipe."""
-    t, d, m = recipe.train, recipe.data, recipe.memory
+    t, d = recipe.train, recipe.data
     return TrainSettings(
         max_steps=t.max_steps, epochs=t.epochs, learning_rate=t.learning_rate,
         micro_batch_size=t.micro_batch_size, gradient_accumulation_steps=t.gradient_accumulation_steps,
         optimizer=t.optimizer, lr_scheduler=t.lr_scheduler, warmup_ratio=t.warmup_ratio,
         max_grad_norm=t.max_grad_norm, weight_decay=t.weight_decay, seed=t.seed,
         max_tokens=d.max_tokens, packing=d.packing, order=d.order,
-        checkpointing="block" if m.checkpointing == "auto" else m.checkpointing,
-        loss_chunk_tokens=None if m.loss_chunk_tokens == "auto" else m.loss_chunk_tokens,
-        kept_blocks=m.kept_blocks,
+        levers=Levers(**fixed_levers(recipe)),
     )  # fmt: skip
 
 
-def build_model(recipe: Recipe, adapter: Path | None = None, lora: bool = True):
+def fixed_levers(recipe: Recipe) -> dict[str, object]:
+    """Return the levers that a recipe sets, by the names of ``Levers``; those left to the planner are not in it."""
+    m = recipe.memory
+    given = {
+        "checkpointing": m.checkpointing, "kept_blocks": m.kept_blocks, "loss_chunk_tokens": m.loss_chunk_tokens,
+        "tile_tokens": None if m.tile_tokens == "off" else m.tile_tokens,
+        "host_embeddings": m.embeddings if m.embeddings == "auto" else m.embeddings == "host",
+        "offload_checkpoints": m.offload_checkpoints,
+        "resident_blocks": None if m.resident_blocks == "all" else m.resident_blocks,
+    }  # fmt: skip
+    return {name: value for name, value in given.items() if value != "auto"}
+
+
+def build_model(recipe: Recipe, adapter: Path | None = None, lora: bool = True, levers: Levers | None = None):
     """Load a recipe's base model on its device, with new LoRA factors or those of an adapter folder.
 
     Args:
         adapter: folder to load factors from; None for new ones.
         lora: False leaves the base model bare.
+        levers: which of its weights stay in host memory.
     """
     m = recipe.model
     device = resolve_device(m.device)
     dtype = resolve_compute_dtype(m.compute_dtype, device)
-    model = load_model(m.path, m.quant, m.double_quant, dtype, device, m.revision)
+    levers = levers or Levers()
+    on_host = levers.host_embeddings or levers.resident_blocks is not None
+    model = load_model(m.path, m.quant, m.double_quant, dtype, "cpu" if on_host else device, m.revision)
+    if m.quant_head:
+        quantize_head(model, m.quant, m.double_quant)
     if adapter is not None:
         return load_adapter(model, adapter)
     if not lora:
@@ -46,7 +64,8 @@ def build_model(recipe: Recipe, adapter: Path | None = None, lora: bool = True):
     torch.manual_seed(recipe.train.seed)
     targets = [Target(t.pattern, t.rank, t.alpha) for t in recipe.lora.targets]
     x = recipe.lora
-    return add_lora(model, targets, x.rank, x.alpha, x.dropout, x.rslora, getattr(torch, x.dtype))
+    add_lora(model, targets, x.rank, x.alpha, x.dropout, x.rslora, getattr(torch, x.dtype))
+    return place(model, device, levers) if on_host else model
 
 
 def job_of(recipe: Recipe, config, device_type: str, eval_rows: Rows | None) -> Job:
@@ -62,7 +81,7 @@ def job_of(recipe: Recipe, config, device_type: str, eval_rows: Rows | None) -> 
     on_this = device_type == "cpu" or m.compute_dtype != "auto"
     dtype = resolve_compute_dtype(m.compute_dtype, torch.device("cpu")) if on_this else torch.bfloat16
     return Job(
-        config, Rows((1,), 1), eval_rows, device_type, quant, double_quant, dtype,
+        config, Rows((1,), 1), eval_rows, device_type, quant, double_quant, m.quant_head, dtype,
         tuple(Target(t.pattern, t.rank, t.alpha) for t in x.targets), x.rank, x.alpha, x.dropout, x.rslora,
-        getattr(torch, x.dtype), t.optimizer, t.max_grad_norm, kept_blocks=recipe.memory.kept_blocks,
+        getattr(torch, x.dtype), t.optimizer, t.max_grad_norm,
     )  # fmt: skip

@@ -21,6 +21,7 @@ Point = tuple[float, float]  # step, value; the value may be NaN or infinite
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 10, 26  # margins around the plot, pixels
 MAX_POINTS = 600  # drawn per series
 LARGEST = 1e100  # a value beyond is drawn like an infinite one
+SMALLEST = 1e-300  # below it a division by the number of ticks, or the next lower power of ten, would be nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +55,8 @@ def short_number(value: float) -> str:
 
 def nice_ticks(low: float, high: float, count: int) -> list[float]:
     """Return about `count` round numbers, 1, 2 or 5 times a power of ten apart, that enclose [low, high]."""
-    smallest = 1e-300  # below it a division by the number of ticks would leave nothing
-    if high - low <= max(smallest, 1e-9 * max(abs(low), abs(high))):
-        high = low + (abs(low) if abs(low) > smallest else 1.0)
+    if high - low <= max(SMALLEST, 1e-9 * max(abs(low), abs(high))):
+        high = low + (abs(low) if abs(low) > SMALLEST else 1.0)
     rough = (high - low) / max(count, 1)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next((power * factor for factor in (1, 2, 5) if power * factor >= rough), power * 10)
@@ -118,7 +118,7 @@ def line_chart(
         title: what is shown, for screen readers.
         width: of the drawing, pixels.
         height: of the drawing, pixels.
-        log: use a logarithmic value axis if all values are above zero and the largest is over 30 times the
+        log: use a logarithmic value axis if all values are above 1e-300 and the largest is over 30 times the
             smallest; an axis that is not logarithmic starts at zero or below.
 
     Returns:
@@ -129,7 +129,7 @@ def line_chart(
     if not series:
         return '<p class="nothing">Nothing was recorded.</p>'
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    log = log and low > 0 and high > 30 * low
+    log = log and low > SMALLEST and high > 30 * low
     ticks = log_ticks(low, high) if log else nice_ticks(min(low, 0.0), high, 4)
     steps = [step for s in series for step, _ in s.points]
     frame = _Frame(min(steps), max(steps), ticks[0], ticks[-1], width, height, log)

@@ -74,7 +74,8 @@ def _measure(tasks: Tasks, name: str | None, rows_of: Recipe, answers: int) -> t
         rows = recipe.data.model_copy(update={"eval": rows_of.data.eval})
         data = build_data(recipe.model_copy(update={"data": rows}), tasks.tokenizer, "eval")
         settings = train_settings(recipe)
-        loss = evaluate_loss(tasks.model, eval_batches(data.examples, settings), settings.loss_chunk_tokens)
+        batches, chunk_tokens = eval_batches(data.examples, settings), settings.levers.loss_chunk_tokens
+        loss = evaluate_loss(tasks.model, batches, chunk_tokens)
         figures = {
             "name": name or BASE, "rows": len(data.examples), "labelled_tokens": loss.labelled_tokens,
             "eval_loss": loss.loss, "perplexity": loss.perplexity,

@@ -62,7 +62,7 @@ def evaluate_recipe(recipe: Recipe, adapter: Path | None, exact_match_rows: int)
     data, settings = build_data(recipe, tokenizer, "eval"), train_settings(recipe)
     model = build_model(recipe, adapter, lora=False)
     check_forward(model)
-    result = evaluate_loss(model, eval_batches(data.examples, settings), settings.loss_chunk_tokens)
+    result = evaluate_loss(model, eval_batches(data.examples, settings), settings.levers.loss_chunk_tokens)
     measured = {
         "adapter": str(adapter) if adapter else None, "rows": len(data.examples),
         "labelled_tokens": result.labelled_tokens, "eval_loss": result.loss, "perplexity": result.perplexity,

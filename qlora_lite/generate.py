@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from .models.anatomy import device_of
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -48,14 +50,14 @@ def answer(
     order = sorted(range(len(prompts)), key=lambda i: len(tokens[i]))
     config = _generation_config(sampling or Sampling(), max_new_tokens, list(stop))
     answers = [""] * len(prompts)
-    was_training = model.training
+    was_training, device = model.training, device_of(model)
     model.eval()
     head = model.get_output_embeddings().register_forward_pre_hook(_contiguous_input)
     try:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             ids, mask = _pad_left([tokens[i] for i in rows], config.pad_token_id)
-            ids, mask = ids.to(model.device), mask.to(model.device)
+            ids, mask = ids.to(device), mask.to(device)
             if before_batch:
                 before_batch(rows)
             out = model.generate(

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from .data.batch import Batch
-from .models.anatomy import head
+from .models.anatomy import device_of, head
 from .ops.loss import Head, head_logits
 from .train.guards import check_forward
 from .train.step import hidden_states, prepare
@@ -52,10 +52,12 @@ def outputs(model: nn.Module, batches: Iterable[Batch]) -> Outputs:
         ModelError: rows run together here would not give the model's own logits.
     """
     check_forward(model.eval())
-    inputs = [prepare(batch, model.device) for batch in batches]
+    inputs = [prepare(batch, device_of(model)) for batch in batches]
     hidden = torch.cat([hidden_states(model, each)[each.learned] for each in inputs])
     own = head(model)
-    kept = own._replace(weight=own.weight.detach(), bias=None if own.bias is None else own.bias.detach())
+    kept = own._replace(**{
+        name: part.detach() for name, part in own._asdict().items() if isinstance(part, torch.Tensor)
+    })  # fmt: skip
     return Outputs(hidden, kept, torch.cat([each.targets for each in inputs]))
 
 

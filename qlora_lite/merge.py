@@ -133,14 +133,17 @@ def _describe(trained: TrainedRun, merged: Merged, settings: MergeSettings) -> d
         "run": trained.name, "adapter": str(trained.adapter), "base_model": trained.files.name,
         "merged_into": trained.recipe.model.quant if merged.onto == TRAINED else "original",
         "dtype": settings.dtype, "compute_dtype": str(trained.compute_dtype).removeprefix("torch."),
-        "quantized": settings.quantize, "layers": len(merged.adapter.layers), "notes": _notes(merged, settings),
+        "quantized": settings.quantize, "layers": len(merged.adapter.layers),
+        "notes": _notes(trained, merged, settings),
     }  # fmt: skip
 
 
-def _notes(merged: Merged, settings: MergeSettings) -> list[str]:
+def _notes(trained: TrainedRun, merged: Merged, settings: MergeSettings) -> list[str]:
     notes = []
     if merged.onto == ORIGINAL:
         notes.append("the adapter was fitted to the quantised weights; on the original ones it is another model")
+    if trained.recipe.model.quant_head and (merged.onto == ORIGINAL or merged.config.tie_word_embeddings):
+        notes.append("the run computed with a 4-bit copy of the head; the merged model has the head itself")
     if settings.dtype != "f32":
         notes.append(f"the sum of weight and update is rounded once, to {settings.dtype}; --dtype f32 keeps it exact")
     if settings.quantize:

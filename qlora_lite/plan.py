@@ -7,23 +7,37 @@ micro-batch taken as full) and for ``run`` (with the rows that were really read)
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from .build import job_of, train_settings
+from .build import fixed_levers, job_of, train_settings
 from .data.batch import Batch
 from .errors import DoesNotFitError
 from .memory.bar import BESIDE, memory_bar
 from .memory.process import HOST_PROCESS_BYTES
+from .models.levers import Levers
 from .models.load import resolve_compute_dtype, resolve_device
 from .models.skeleton import read_config
 from .planning.machine import Machine, this_machine
 from .planning.predict import Prediction, predict
-from .planning.search import SMALL_CHUNK_TOKENS, Candidate, Step, build_candidate, choose, longest, most_packs, search
+from .planning.search import (
+    SMALL_CHUNK_TOKENS,
+    TILE_TOKENS,
+    Candidate,
+    Step,
+    build_candidate,
+    choose,
+    first_levers,
+    longest,
+    most_packs,
+    search,
+    smaller,
+)
 from .planning.simulate import Job, Rows, rows_of, simulate_whole
 from .recipe.schema import Recipe
 from .train.loop import largest_batches
 from .train.settings import TrainSettings
 from .units import format_bytes, format_seconds
 
-MOST_TOKENS, MOST_PACKS = 2**20, 4096  # the ends of --max-tokens and --max-batch
+MOST_TOKENS, MOST_PACKS = 2**21, 4096  # the ends of --max-tokens and --max-batch
+MOST_CHANGES = 2  # settings in which an alternative that is shown may differ from the chosen plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +95,8 @@ def plan_recipe(
     evaluation = eval_rows or (full if recipe.data.eval is not None else None)
     job = job_of(recipe, read_config(recipe.model.path, recipe.model.revision), machine.device_type, evaluation)
     step = Step(
-        job, rows or full, t.micro_batch_size, t.gradient_accumulation_steps,
-        None if m.checkpointing == "auto" else m.checkpointing,
-        None if m.loss_chunk_tokens == "auto" else m.loss_chunk_tokens, m.micro_batches == "auto",
+        job, rows or full, t.micro_batch_size, t.gradient_accumulation_steps, fixed_levers(recipe),
+        m.micro_batches == "auto", bool(job.config.tie_word_embeddings) and not job.quant_head,
     )  # fmt: skip
     found = search(step, machine, budget_bytes - machine.base_bytes)
     chosen = choose(found, budget_bytes - machine.base_bytes)
@@ -112,8 +125,8 @@ def plan_run(recipe: Recipe, examples, eval_examples) -> tuple[Plan, TrainSettin
         raise does_not_fit(plan, list(alternatives(plan)))
     chosen = plan.chosen
     return plan, replace(
-        settings, checkpointing=chosen.checkpointing, loss_chunk_tokens=chosen.loss_chunk_tokens,
-        micro_batch_size=chosen.packs, gradient_accumulation_steps=chosen.micro_batches,
+        settings, levers=chosen.levers, micro_batch_size=chosen.packs,
+        gradient_accumulation_steps=chosen.micro_batches,
     )  # fmt: skip
 
 
@@ -124,30 +137,59 @@ def expected_peak(plan: Plan, largest: Batch, evaluation: Batch | None) -> Predi
 
 
 def alternatives(plan: Plan) -> Iterator[Alternative]:
-    """Yield what one change to the chosen plan would need, cheapest changes first."""
-    chosen, step, machine = plan.chosen, plan.step, plan.machine
+    """Yield what one change to the chosen plan would need: what the search saw, then single levers, then the task."""
+    chosen, step = plan.chosen, plan.step
+    seen = {""}
     for other in plan.found:
-        changed = {key: value for key, value in other.settings.items() if value != chosen.settings[key]}
-        changed.pop("train.gradient_accumulation_steps", None)
-        if len(changed) == 1:
-            yield _alternative(plan, "".join(f"{key}={value}" for key, value in changed.items()), other)
+        change = _difference(chosen, other)
+        if change not in seen and change.count("=") <= MOST_CHANGES:
+            yield _alternative(plan, change, other)
+        seen.add(change)
+    for levers in _single_changes(plan):
+        other = build_candidate(step, plan.machine, levers, chosen.packs)
+        change = _difference(chosen, other)
+        if change not in seen:
+            yield _alternative(plan, change, other)
+        seen.add(change)
     job = step.job
-    changes: list[tuple[str, Step]] = []
-    other_optimizer = "adamw_32bit" if "8bit" in job.optimizer else "adamw_8bit"
-    if step.fixed_chunk is None and chosen.loss_chunk_tokens != SMALL_CHUNK_TOKENS:
-        small = replace(step, fixed_chunk=SMALL_CHUNK_TOKENS)
-        changes.append((f"memory.loss_chunk_tokens={SMALL_CHUNK_TOKENS}", small))
-    changes.append((f"train.optimizer={other_optimizer}", replace(step, job=replace(job, optimizer=other_optimizer))))
+    optimizer = "adamw_32bit" if "8bit" in job.optimizer else "adamw_8bit"
+    changed = {f"train.optimizer={optimizer}": replace(step, job=replace(job, optimizer=optimizer))}
     if len(step.pack.lengths) == 1 and step.pack.lengths[0] >= 128:
         half = step.pack.lengths[0] // 2
         rows = Rows((half,), half - 1)
-        evaluation = rows if job.eval_rows else None
-        changes.append((f"data.max_tokens={half}", replace(step, pack=rows, job=replace(job, eval_rows=evaluation))))
-    for change, changed_step in changes:
-        yield _alternative(plan, change, build_candidate(
-            changed_step, machine, chosen.checkpointing, chosen.packs,
-            changed_step.fixed_chunk or chosen.loss_chunk_tokens,
-        ))  # fmt: skip
+        half_job = replace(job, eval_rows=rows if job.eval_rows else None)
+        changed[f"data.max_tokens={half}"] = replace(step, pack=rows, job=half_job)
+    for change, other_step in changed.items():
+        yield _alternative(plan, change, build_candidate(other_step, plan.machine, chosen.levers, chosen.packs))
+
+
+def _difference(chosen: Candidate, other: Candidate) -> str:
+    """Say in recipe keys how a candidate differs from the chosen one (the packs of a step are always the same)."""
+    theirs, ours = other.settings, chosen.settings
+    return " ".join(
+        f"{key}={_as_yaml(value)}" for key, value in theirs.items()
+        if value != ours[key] and key != "train.gradient_accumulation_steps"
+    )  # fmt: skip
+
+
+def _as_yaml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _single_changes(plan: Plan) -> Iterator[Levers]:
+    """Yield the chosen levers with one of them changed, those left out that the user fixed."""
+    levers, step = plan.chosen.levers, plan.step
+    changes: dict[str, object] = {"loss_chunk_tokens": SMALL_CHUNK_TOKENS}
+    if levers.checkpointing == "block":
+        changes["tile_tokens"] = None if levers.tile_tokens else TILE_TOKENS
+        if step.job.device_type == "cuda":
+            changes["offload_checkpoints"] = not levers.offload_checkpoints
+            changes["resident_blocks"] = levers.kept_blocks if levers.resident_blocks is None else None
+    if step.job.device_type == "cuda" and not step.tied:
+        changes["host_embeddings"] = not levers.host_embeddings
+    for name, value in changes.items():
+        if name not in step.fixed:
+            yield replace(levers, **{name: value})
 
 
 def _alternative(plan: Plan, change: str, candidate: Candidate) -> Alternative:
@@ -156,20 +198,24 @@ def _alternative(plan: Plan, change: str, candidate: Candidate) -> Alternative:
 
 
 def max_tokens(plan: Plan) -> int:
-    """Return the longest sequence that fits, the chosen settings kept; a multiple of 64.
+    """Return the longest sequence that fits when every lever that is left to the planner saves most; a multiple of 64.
 
     Raises:
         DoesNotFitError: not even 64 tokens fit.
     """
+    step, chosen = plan.step, plan.chosen
+    packs = 1 if step.may_split else step.packs
+    micro_batches = step.packs * step.micro_batches // packs
+    *_, levers = first_levers(step), *smaller(step)
 
     def job_for(tokens: int) -> Job:
-        rows = Rows((tokens,), tokens - 1)
-        job = plan.chosen.prediction.job
-        packs = Rows(rows.lengths * plan.chosen.packs, rows.learned * plan.chosen.packs)
-        return replace(job, rows=packs, eval_rows=rows if job.eval_rows else None)
+        rows = Rows((tokens,) * packs, (tokens - 1) * packs)
+        evaluation = Rows((tokens,), tokens - 1) if step.job.eval_rows else None
+        accumulating = micro_batches > 1
+        return replace(step.job, rows=rows, eval_rows=evaluation, accumulating=accumulating, levers=levers)
 
     limit = plan.budget_bytes - plan.machine.base_bytes
-    return longest(job_for, limit, 2 * sum(plan.step.pack.lengths), MOST_TOKENS)
+    return longest(job_for, limit, 2 * sum(chosen.prediction.job.rows.lengths), MOST_TOKENS)
 
 
 def max_batch(plan: Plan) -> int:
@@ -213,10 +259,7 @@ def _largest(breakdown: dict[str, int], count: int = 4) -> list[tuple[str, int]]
 
 def reason(plan: Plan) -> str:
     """Say in one line why this plan was chosen."""
-    names = {"memory.checkpointing": "checkpointing", "memory.loss_chunk_tokens": "loss chunk",
-             "train.micro_batch_size": "packs at once",
-             "train.gradient_accumulation_steps": "micro-batches"}  # fmt: skip
-    settings = ", ".join(f"{names[key]} {value}" for key, value in plan.chosen.settings.items())
+    settings = _in_words(plan.chosen)
     if len(plan.found) == 1:
         return f"{settings}: as the recipe says"
     faster = [c for c in plan.found if c.step_seconds < plan.chosen.step_seconds and c is not plan.chosen]
@@ -227,6 +270,23 @@ def reason(plan: Plan) -> str:
         return f"{settings}: the fastest that fits; a faster plan would need {need}"
     return f"{settings}: the fastest of {len(plan.found)} plans" + (
         " within 3 %, with the least memory" if faster else ""
+    )
+
+
+def _in_words(chosen: Candidate) -> str:
+    x = chosen.levers
+    kept = f" but for the last {x.kept_blocks} blocks" if x.checkpointing == "block" and x.kept_blocks else ""
+    resident = "" if x.resident_blocks is None else (
+        f", weights streamed from the host but for {x.resident_blocks} blocks" if x.resident_blocks
+        else ", weights streamed from the host"
+    )  # fmt: skip
+    return (
+        f"checkpointing {x.checkpointing}{kept}"
+        + (f", tiles of {x.tile_tokens} tokens" if x.tile_tokens else "")
+        + (", embeddings in host memory" if x.host_embeddings else "")
+        + (", checkpoints in host memory" if x.offload_checkpoints else "")
+        + f"{resident}, loss chunk {x.loss_chunk_tokens}, packs at once {chosen.packs}, "
+        f"micro-batches {chosen.micro_batches}"
     )
 
 
@@ -256,7 +316,8 @@ def host_bytes(plan: Plan) -> int:
 def disk_bytes(plan: Plan) -> int:
     """Room on the disk: the quantised model in the cache, and the best and the last adapter."""
     resident = plan.chosen.prediction.simulation.resident.breakdown
-    weights = sum(resident.get(name, 0) for name in ("base weights", "quantisation constants", "embeddings", "head"))
+    frozen = "base weights", "quantisation constants", "embeddings", "head", "offloaded"
+    weights = sum(resident.get(name, 0) for name in frozen)
     return weights + 2 * resident.get("adapter", 0)
 
 
@@ -300,8 +361,9 @@ def describe(plan: Plan, others: Sequence[Alternative], width: int = 80) -> str:
         lines.append(
             f"{'note':16} {because} cannot run on fake tensors: measured on small real models and extrapolated"
         )
-    table = [f"{'change':38} {'peak':>10} {'step':>9}"]
+    room = max([38, *(len(a.change) for a in others)])
+    table = [f"{'change':{room}} {'peak':>10} {'step':>9}"]
     for a in others:
         mark = "fits" if a.fits else "too large"
-        table.append(f"{a.change:38} {format_bytes(a.peak_bytes):>10} {format_seconds(a.step_seconds):>9}  {mark}")
+        table.append(f"{a.change:{room}} {format_bytes(a.peak_bytes):>10} {format_seconds(a.step_seconds):>9}  {mark}")
     return "\n".join([*lines, "", *table])

@@ -20,6 +20,7 @@ from .memory.ledger import Ledger, Moment
 from .memory.marks import timing
 from .memory.meter import PeakMeter
 from .memory_page import memory_page
+from .models.anatomy import device_of
 from .models.tokenizer import load_tokenizer
 from .plan import Plan, alternatives, expected_peak, plan_run, reason
 from .planning.predict import Prediction
@@ -58,12 +59,13 @@ def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
     eval_examples = eval_data.examples if eval_data else ()
     plan, settings = plan_run(recipe, data.examples, eval_examples)
     log.info("plan: %s", reason(plan))
-    model = build_model(recipe)
+    model = build_model(recipe, levers=settings.levers)
     trainer = Trainer(model, data.examples, settings)
     largest, evaluation = largest_batches(data.examples, eval_examples, settings)
     expected = expected_peak(plan, largest, evaluation)
-    ledger = Ledger(timeline=True, allocation_bytes=ALLOCATION_BYTES[model.device.type])
-    with PeakMeter(model.device) as meter, _allocator_history(model.device, out):
+    device = device_of(model)
+    ledger = Ledger(timeline=True, allocation_bytes=ALLOCATION_BYTES[device.type])
+    with PeakMeter(device) as meter, _allocator_history(device, out):
         seconds = _timed_steps(trainer, steps - 1) if steps > 1 else {}
         failure = _ledgered(trainer, ledger, model, eval_examples)
         process = meter.peak_bytes()
@@ -79,7 +81,7 @@ def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
 
 def _timed_steps(trainer: Trainer, steps: int) -> dict[str, float]:
     """Train without the ledger; return the mean seconds of each phase of a step."""
-    with timing(trainer.model.device) as seconds:
+    with timing(device_of(trainer.model)) as seconds:
         for _, _ in zip(range(steps), trainer, strict=False):
             pass
     return {name: value / steps for name, value in seconds.items()}

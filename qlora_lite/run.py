@@ -24,6 +24,7 @@ from .evaluate import ExactMatch, exact_match
 from .files import write_text
 from .lora.adapter import adapter_tensors, fill_adapter, save_adapter
 from .memory.meter import PeakMeter, mapped_bytes
+from .models.anatomy import device_of
 from .models.cache import base_fingerprint
 from .models.load import resolve_device
 from .models.locate import locate
@@ -82,7 +83,7 @@ class _Run:
         with PeakMeter(resolve_device(recipe.model.device)) as self.meter:
             self.rows = rows_to_plan(recipe, self.data)
             self._plan()
-            self.model = build_model(recipe)
+            self.model = build_model(recipe, levers=self.settings.levers)
             self.trainer = Trainer(self.model, self.rows, self.settings, build_stream(recipe, self.tokenizer))
             self._describe_model()
             checksum = frozen_checksum(self.model)
@@ -126,7 +127,7 @@ class _Run:
         log.info("model: %s weights, %s trainable", format_count(total_parameters(self.model)),
                  format_count(trainable))  # fmt: skip
         self.run.update(
-            device=_device_name(self.model.device), trainable_parameters=trainable,
+            device=_device_name(device_of(self.model)), trainable_parameters=trainable,
             memory_table=[asdict(entry) for entry in table],
             versions=package_versions(),
             base_fingerprint=base_fingerprint(locate(self.recipe.model.path, self.recipe.model.revision)),
@@ -140,7 +141,7 @@ class _Run:
 
     def _rehearse(self) -> None:
         """Run the largest micro-batch and evaluation batch once, and compare with the plan and the budget."""
-        budget, device = self.plan.budget_bytes, self.model.device
+        budget, device = self.plan.budget_bytes, device_of(self.model)
         if device.type == "cuda":
             total = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)

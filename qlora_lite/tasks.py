@@ -133,7 +133,8 @@ def _check_one_base(runs: Sequence[TrainedRun]) -> None:
 
     def base(run: TrainedRun) -> tuple:
         m = run.recipe.model
-        return base_fingerprint(run.files), m.quant, m.double_quant if m.quant != "none" else None, run.compute_dtype
+        double_quant = m.double_quant if m.quant != "none" else None
+        return base_fingerprint(run.files), m.quant, double_quant, m.quant_head, run.compute_dtype
 
     first = runs[0]
     for run in runs[1:]:

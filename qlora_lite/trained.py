@@ -57,7 +57,7 @@ class TrainedRun:
         m = self.recipe.model
         config = read_config(m.path, m.revision)
         quant, double_quant = stored_quantization(config) or (m.quant, m.double_quant)
-        return meta_model(config, quant, double_quant, self.compute_dtype)
+        return meta_model(config, quant, double_quant, self.compute_dtype, m.quant_head)
 
     def tokenizer(self):
         """Return the tokenizer with the chat template that training used."""

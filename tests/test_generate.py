@@ -6,7 +6,7 @@ from tiny import build_tiny
 from tiny_files import VOCABULARY, byte_tokenizer
 
 from qlora_lite.generate import Sampling, answer, stop_ids
-from qlora_lite.models.anatomy import set_checkpointing
+from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.models.load import use_row_attention
 
 PROMPTS = ["a", "the quick brown fox", "hello", "", "zz top"]
@@ -60,7 +60,7 @@ def test_stop_tokens_are_those_of_tokenizer_model_and_training():
 def test_generation_gives_the_mode_back_and_works_in_a_checkpointed_model():
     model, tokenizer = model_of("llama"), byte_tokenizer()
     expected = answer(model, tokenizer, PROMPTS, 6)
-    set_checkpointing(model.train(), True)
+    set_levers(model.train(), Levers())
     assert answer(model, tokenizer, PROMPTS, 6) == expected
     assert model.training
 

@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "qlora_lite"
 LAYERS = [
     {"errors", "units"},
     {"files"},
-    {"recipe"},
-    {"quant", "ops", "data", "memory"},
+    {"recipe", "memory"},
+    {"quant", "ops", "data"},
     {"lora"},
     {"models"},
     {"train"},

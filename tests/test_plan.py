@@ -40,7 +40,7 @@ def test_the_fastest_settings_that_fit_are_chosen_and_the_effective_batch_is_kep
     roomy = planner.plan_recipe(recipe("train.gradient_accumulation_steps=4"), CARD, 24 * GIB)
     tight = planner.plan_recipe(recipe("train.gradient_accumulation_steps=4"), CARD, 3 * GIB)
     assert roomy.fits and tight.fits
-    assert roomy.chosen.checkpointing == "none" and tight.chosen.checkpointing == "block"
+    assert roomy.chosen.levers.checkpointing == "none" and tight.chosen.levers.checkpointing == "block"
     assert roomy.chosen.step_seconds < tight.chosen.step_seconds
     for plan in (roomy, tight):
         assert plan.chosen.packs * plan.chosen.micro_batches == 4
@@ -50,11 +50,14 @@ def test_the_fastest_settings_that_fit_are_chosen_and_the_effective_batch_is_kep
 
 def test_what_the_recipe_fixes_is_kept(recipe):
     settings = recipe("memory.checkpointing=block", "memory.loss_chunk_tokens=100", "train.micro_batch_size=2",
-                      "train.gradient_accumulation_steps=2", "memory.micro_batches=as-given")  # fmt: skip
+                      "train.gradient_accumulation_steps=2", "memory.micro_batches=as-given",
+                      "memory.kept_blocks=1", "memory.tile_tokens=64", "memory.offload_checkpoints=true",
+                      "memory.resident_blocks=all", "memory.embeddings=device")  # fmt: skip
     plan = planner.plan_recipe(settings, CARD, 24 * GIB)
     assert plan.chosen.settings == {
-        "memory.checkpointing": "block", "memory.loss_chunk_tokens": 100, "train.micro_batch_size": 2,
-        "train.gradient_accumulation_steps": 2,
+        "memory.checkpointing": "block", "memory.kept_blocks": 1, "memory.loss_chunk_tokens": 100,
+        "memory.tile_tokens": 64, "memory.embeddings": "device", "memory.offload_checkpoints": True,
+        "memory.resident_blocks": "all", "train.micro_batch_size": 2, "train.gradient_accumulation_steps": 2,
     }  # fmt: skip
     assert planner.reason(plan).endswith("as the recipe says")
 
@@ -73,13 +76,11 @@ def test_the_parts_add_up_to_the_peak_and_the_json_has_the_agreed_keys(recipe):
 
 
 def test_max_tokens_is_the_longest_that_fits(recipe):
-    plan = planner.plan_recipe(recipe("memory.checkpointing=block"), CARD, 4 * GIB)
+    plan = planner.plan_recipe(recipe(), CARD, 4 * GIB)
     longest = planner.max_tokens(plan)
     for tokens, fits in ((longest, True), (longest + 64, False)):
-        again = planner.plan_recipe(
-            recipe("memory.checkpointing=block", "memory.loss_chunk_tokens=1024", f"data.max_tokens={tokens}"),
-            CARD, 4 * GIB,
-        )  # fmt: skip
+        settings = recipe("memory.loss_chunk_tokens=1024", f"data.max_tokens={tokens}")
+        again = planner.plan_recipe(settings, CARD, 4 * GIB)
         assert again.fits is fits
 
 
@@ -99,7 +100,7 @@ def test_the_largest_number_under_a_limit_is_found_with_few_tries():
 
 
 def test_what_does_not_fit_is_told_with_the_parts_and_the_smallest_change(recipe):
-    plan = planner.plan_recipe(recipe("memory.checkpointing=none"), CARD, 3 * GIB)
+    plan = planner.plan_recipe(recipe("memory.checkpointing=none", "memory.tile_tokens=off"), CARD, 3 * GIB)
     assert not plan.fits
     error = planner.does_not_fit(plan, list(planner.alternatives(plan)))
     assert error.exit_code == 3
@@ -109,8 +110,8 @@ def test_what_does_not_fit_is_told_with_the_parts_and_the_smallest_change(recipe
 
 
 def test_a_slower_machine_is_estimated_slower(recipe):
-    fast = Machine("fast", "cuda", 8 * GIB, 0, 1e14, 1e12)
-    slow = Machine("slow", "cuda", 8 * GIB, 0, 1e13, 1e12)
+    fast = Machine("fast", "cuda", 8 * GIB, 0, 1e14, 1e12, 1e10)
+    slow = Machine("slow", "cuda", 8 * GIB, 0, 1e13, 1e12, 1e10)
     times = [
         planner.plan_recipe(recipe("memory.checkpointing=block"), m, 8 * GIB).chosen.step_seconds for m in (fast, slow)
     ]

@@ -158,6 +158,18 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(run):
     assert digests[0] == digests[1] != digests[2]
 
 
+def test_the_levers_of_a_recipe_are_pulled_and_change_no_bit_of_the_adapter(run):
+    plain = summary_of(run(memory={"checkpointing": "none"}))
+    shutil.rmtree(run.folder)
+    levers = {"embeddings": "host", "offload_checkpoints": True, "resident_blocks": 0}
+    pulled = summary_of(run(memory=levers))
+    assert pulled["adapter_sha256"] == plain["adapter_sha256"]
+    assert pulled["exact_match_after"] == plain["exact_match_after"]
+    groups = {entry["group"] for entry in pulled["memory_table"]}
+    assert "offloaded" in groups and not {"embeddings", "quantisation constants"} & groups
+    assert {f"memory.{name}": value for name, value in levers.items()}.items() <= pulled["plan"]["chosen"].items()
+
+
 def test_evaluation_more_often_does_not_change_the_training(run):
     losses = []
     for every in (0, 1):

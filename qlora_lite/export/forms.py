@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from qlora_lite.build import build_model
 from qlora_lite.data.formats import Conversation, read_conversations
 from qlora_lite.data.lines import Problems
 from qlora_lite.errors import QloraLiteError
@@ -135,8 +136,9 @@ FORMS: dict[str, Callable[[_Job], dict]] = {
 
 def _base(job: _Job) -> nn.Module:
     """Load the base as the run saw it, in float32, where rounding does not hide what an adapter does."""
-    m = job.trained.recipe.model
-    return load_model(m.path, m.quant, m.double_quant, torch.float32, job.trained.device, m.revision)
+    recipe = job.trained.recipe
+    model = recipe.model.model_copy(update={"compute_dtype": "float32"})
+    return build_model(recipe.model_copy(update={"model": model}), lora=False)
 
 
 def _adapter_change(job: _Job) -> Change:

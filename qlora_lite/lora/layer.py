@@ -108,8 +108,12 @@ class LoraLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw A from U(-1/sqrt(in), 1/sqrt(in)), the Kaiming-uniform bound with a = sqrt(5), and zero B."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        """Draw A from U(-1/sqrt(in), 1/sqrt(in)), the Kaiming-uniform bound with a = sqrt(5), and zero B.
+
+        Drawn in host memory, so that a seed gives the same factors wherever the layer lies.
+        """
+        drawn = nn.init.kaiming_uniform_(torch.empty(self.lora_A.shape, dtype=self.lora_A.dtype), a=math.sqrt(5))
+        self.lora_A.data.copy_(drawn)
         nn.init.zeros_(self.lora_B)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 class _Marks:
     phase = "load"
     category = "workspace"
+    repeats = 1  # how many times over what runs now counts as work
     clock = None  # called between phases while ``timing`` is active
 
 
@@ -58,6 +59,16 @@ def timing(device: torch.device) -> Iterator[dict[str, float]]:
         clock()
     finally:
         marks.clock = None
+
+
+@contextmanager
+def repeated(times: int) -> Iterator[None]:
+    """Let the work inside stand for itself ``times`` times over (a plan leaves out what would only be repeated)."""
+    earlier, marks.repeats = marks.repeats, marks.repeats * times
+    try:
+        yield
+    finally:
+        marks.repeats = earlier
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Count what a step computes and moves, for an estimate of its time.
 
-Two totals are enough for a ranking of plans: floating-point operations of matrix products and attention (by
-torch's own formulas) and bytes that all other operations read and write. Dequantising a weight is such an
-operation: it reads half a byte and writes two.
+Three totals are enough for a ranking of plans: floating-point operations of matrix products and attention (by
+torch's own formulas), bytes that all other operations read and write (dequantising a weight reads half a byte and
+writes two), and bytes that travel between device and host.
 """
 
 from typing import NamedTuple
@@ -14,19 +14,23 @@ from torch.utils.flop_counter import flop_registry
 from .marks import marks
 
 _DEVICE_OF = torch.ops.prim.device.default
+_COPY = torch.ops.aten.copy_.default
+# torch's table lacks the operators that add to a tensor in place
+_FORMULAS = flop_registry | {
+    torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
+    torch.ops.aten.baddbmm_: flop_registry[torch.ops.aten.baddbmm],
+}
 
 
 class Work(NamedTuple):
-    """FLOPs of products and bytes moved by everything else, in training and in evaluation."""
+    """FLOPs of products, bytes moved by everything else and over the bus, in training and in evaluation."""
 
     flops: int = 0
     moved_bytes: int = 0
+    bus_bytes: int = 0
     eval_flops: int = 0
     eval_moved_bytes: int = 0
-
-    def continued(self, deeper: "Work", steps: int) -> "Work":
-        """Return ``self + steps * (deeper - self)``, number by number."""
-        return Work(*(a + (b - a) * steps for a, b in zip(self, deeper, strict=True)))
+    eval_bus_bytes: int = 0
 
 
 class WorkCounter(TorchDispatchMode):
@@ -34,7 +38,7 @@ class WorkCounter(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self._totals = {True: [0, 0], False: [0, 0]}
+        self._totals = {True: [0, 0, 0], False: [0, 0, 0]}
 
     @property
     def work(self) -> Work:
@@ -48,10 +52,12 @@ class WorkCounter(TorchDispatchMode):
         if marks.phase == "load":
             return result
         totals = self._totals[marks.phase == "evaluation"]
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            totals[0] += formula(*args, **(kwargs or {}), out_val=result)
+        formula = _FORMULAS.get(func._overloadpacket)
+        if func is _COPY and marks.category == "offloaded":
+            totals[2] += marks.repeats * args[0].nbytes
+        elif formula is not None:
+            totals[0] += marks.repeats * formula(*args, **(kwargs or {}), out_val=result)
         elif not func.is_view:
             outputs = result if isinstance(result, tuple | list) else (result,)
-            totals[1] += sum(t.nbytes for t in (*args, *outputs) if isinstance(t, torch.Tensor))
+            totals[1] += marks.repeats * sum(t.nbytes for t in (*args, *outputs) if isinstance(t, torch.Tensor))
         return result

@@ -6,12 +6,13 @@ cap) is read from the configuration, and ``train.guards`` compares the result wi
 training.
 """
 
+import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lite.errors import ModelError
-from qlora_lite.ops.checkpoint import Checkpoint
 from qlora_lite.ops.loss import Head
+from qlora_lite.quant.linear import QuantLinear, WeightRows
 
 
 def text_config(model: nn.Module):
@@ -40,7 +41,8 @@ def head(model: nn.Module) -> Head:
     if getattr(config, "logits_scaling", None):  # Granite divides
         scale = 1.0 / float(config.logits_scaling)
     softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
-    return Head(layer.weight, getattr(layer, "bias", None), scale, softcap)
+    weight = WeightRows(layer, model.dtype) if isinstance(layer, QuantLinear) else layer.weight
+    return Head(weight, getattr(layer, "bias", None), scale, softcap)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -55,14 +57,16 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def set_checkpointing(model: nn.Module, enabled: bool, kept_blocks: int = 0) -> None:
-    """Compute every block again in backward, or keep its activations.
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device that the model computes on (its first parameter may lie in host memory)."""
+    return model.get_output_embeddings().weight.device
 
-    Args:
-        kept_blocks: of the last blocks, how many keep their activations although ``enabled``. The last ones are
-            free again before the first block is computed a second time, so that the two never add up.
+
+def tokenwise_parts(module: nn.Module) -> list[str]:
+    """Return the names of a block's or decoder's direct parts that work on each token by itself: MLPs and norms.
+
+    transformers has no other mark for them than their class's name; ``train.guards.check_forward`` compares the
+    result of running them in tiles with the model's own logits.
     """
-    found = blocks(model)
-    for number, block in enumerate(found):
-        block.gradient_checkpointing = enabled and number < len(found) - kept_blocks
-        block._gradient_checkpointing_func = Checkpoint()  # the place that transformers' class documents for it
+    classes = {name: type(part).__name__ for name, part in module.named_children()}
+    return [name for name, kind in classes.items() if kind.endswith("MLP") or "Norm" in kind]

@@ -117,7 +117,9 @@ def open_merged(
     found = {parameter.removesuffix(".weight") for parameter in base.parameters.values()}
     if missing := sorted(adapter.layers.keys() - found):
         raise ModelError(f"{files.name} stores no weight of its own for {len(missing)} adapted layers: {missing[:8]}")
-    name, layers = type(skeleton).__name__, linear_layers(skeleton)
+    name, layers, head = type(skeleton).__name__, linear_layers(skeleton), skeleton.get_output_embeddings()
+    if isinstance(head, QuantLinear) and not skeleton.config.tie_word_embeddings:
+        layers |= {path: module for path, module in skeleton.named_modules() if module is head}
     return Merged(files, base, skeleton.config, name, layers, adapter, onto, compute_dtype)
 
 

@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora_lite.errors import ModelError
 from qlora_lite.quant.linear import PACKED_BUFFERS, QuantLinear, frozen_weight, is_conv1d
-from qlora_lite.quant.nf4 import quantize
+from qlora_lite.quant.nf4 import BLOCK_SIZE, quantize
 from qlora_lite.units import format_bytes
 
 METHOD = "qlora_lite"
@@ -144,6 +144,28 @@ def quantize_in_place(model: nn.Module, quant_type: str, double_quant: bool) -> 
         layer = QuantLinear.from_weight(weight, module.bias, quant_type, double_quant)
         layer.replaces = type(module).__name__
         model.set_submodule(name, layer)
+
+
+def quantize_head(model: nn.Module, quant: str, double_quant: bool) -> None:
+    """Give the model a 4-bit copy of its head; embeddings that were the head stay as they are.
+
+    Args:
+        quant: how the blocks are stored; beside 16-bit ones ("none") the head is NF4.
+
+    Raises:
+        ModelError: a row of the head is not made of whole blocks.
+    """
+    head, quant_type = model.get_output_embeddings(), "nf4" if quant == "none" else quant
+    if head.weight.shape[1] % BLOCK_SIZE:
+        raise ModelError(f"a head with rows of {head.weight.shape[1]} weights cannot be read row by row in 4 bit: set "
+                         "model.quant_head to false")  # fmt: skip
+    if head.weight.is_meta:
+        out_features, in_features = head.weight.shape
+        layer = QuantLinear(in_features, out_features, head.bias is not None, quant_type, double_quant,
+                            head.weight.dtype, device="meta")  # fmt: skip
+    else:
+        layer = QuantLinear.from_weight(head.weight.detach(), head.bias, quant_type, double_quant)
+    model.set_output_embeddings(layer)
 
 
 def register() -> None:

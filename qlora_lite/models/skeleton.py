@@ -19,7 +19,7 @@ from qlora_lite.errors import ModelError
 from .families import known_config, nearest
 from .load import use_row_attention
 from .locate import locate
-from .quantizer import replace_linears
+from .quantizer import quantize_head, replace_linears
 
 
 def read_config(path: str, revision: str | None = None):
@@ -80,12 +80,13 @@ def block_pattern(config) -> int:
     return next(n for n in range(1, len(kinds) + 1) if kinds == (kinds[:n] * len(kinds))[: len(kinds)])
 
 
-def meta_model(config, quant: str, double_quant: bool, dtype: torch.dtype) -> nn.Module:
+def meta_model(config, quant: str, double_quant: bool, dtype: torch.dtype, quant_head: bool = False) -> nn.Module:
     """Build a frozen model on the meta device, its linears as loading would leave them.
 
     Args:
         config: transformers configuration of a causal language model.
         quant: ``nf4``, ``fp4`` or ``none``.
+        quant_head: the head is in 4 bit too.
 
     Raises:
         ModelError: transformers has no causal language model for the configuration.
@@ -102,6 +103,8 @@ def meta_model(config, quant: str, double_quant: bool, dtype: torch.dtype) -> nn
     if quant != "none":
         head = model.get_output_embeddings()
         replace_linears(model, quant, double_quant, [name for name, m in model.named_modules() if m is head])
+    if quant_head:
+        quantize_head(model, quant, double_quant)
     model.requires_grad_(False).eval()
     model.config.use_cache = False
     use_row_attention(model)

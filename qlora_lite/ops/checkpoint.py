@@ -8,45 +8,68 @@ and calls backward through it: less Python, and every tensor shows.
 Two things are not computed again. Results that a function asks to keep (``kept_result``: attention's is one
 hidden-sized tensor, and the dearest of a block per byte on a CPU). And the value of the block's last product,
 where it is only added to the residual stream: the second run is there for the graph and for what the block
-saves, and nobody reads its output. Whether the last product is of this kind shows in the graph of a block's
-first second run.
+saves, and nobody reads its output. Whether that holds shows in the graph (``run_for_graph``).
+
+What is kept stays on the device, or goes to host memory with a ``HostStore``.
 
 Source: training deep nets with sublinear memory cost, arXiv 1604.06174, section 4.
 """
 
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from .offload import HostStore
 
-class _Run:
-    """One run of a block's code: the first one records, the second one replays."""
 
-    def __init__(self, replayed: "_Run | None" = None, skip_last: bool = False):
+class Run:
+    """One run of a block's code: a first one keeps and counts, a later one replays and leaves out.
+
+    Args:
+        results: what an earlier run kept; None keeps.
+        skipped: number of the product, from 1, whose value this run leaves out; 0 for none.
+    """
+
+    def __init__(self, results: list[torch.Tensor] | None = None, skipped: int = 0):
         self.kept: list[torch.Tensor] = []
         self.products = 0
-        self.last_product = None  # its node in the graph
-        self._results = iter(replayed.kept) if replayed else None
-        self._skipped = replayed.products if replayed and skip_last else 0
+        self._results = None if results is None else iter(results)
+        self._skipped = skipped
+        self._last: tuple[weakref.ref, object] | None = None  # the last product and its node in the graph
 
     def result(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return a result that an earlier run kept, or keep it."""
         if self._results is not None:
             return next(self._results)
         self.kept.append(compute())
         return self.kept[-1]
 
     def product(self, compute: Callable[[], torch.Tensor], stand_in: torch.Tensor) -> torch.Tensor:
+        """Return a product, or its stand-in if it is the one to leave out."""
         self.products += 1
-        if self.products == self._skipped:
-            return stand_in
-        y = compute()
-        self.last_product = y.grad_fn
+        y = stand_in if self.products == self._skipped else compute()
+        self._last = weakref.ref(y), y.grad_fn
         return y
 
+    def returns_last(self, output: torch.Tensor) -> bool:
+        """Tell whether the output is the last product as it was made."""
+        return self._last is not None and output.grad_fn is self._last[1]
 
-_run: ContextVar[_Run | None] = ContextVar("run", default=None)
+    def only_adds_last(self, outputs) -> bool:
+        """Tell whether a block's one output is a sum, in memory of its own, and the last product one of its terms."""
+        node = outputs.grad_fn if isinstance(outputs, torch.Tensor) else None
+        if node is None or self._last is None or node.name() != "AddBackward0":
+            return False
+        product, product_node = self._last
+        return product() is not outputs and any(term is product_node for term, _ in node.next_functions)
+
+
+_run: ContextVar[Run | None] = ContextVar("run", default=None)
 
 
 def kept_result(compute: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -65,15 +88,27 @@ def product_or_stand_in(compute: Callable[[], torch.Tensor], stand_in: torch.Ten
     return compute() if run is None else run.product(compute, stand_in)
 
 
+@dataclass(slots=True)
+class Skipping:
+    """Which product runs for the graph leave out, shared by blocks of a class; see ``run_for_graph``."""
+
+    product: int | None = None  # its number from 1, 0 for none; None before the first such run has shown it
+
+
 class Checkpoint:
     """Call a block so that only its tensor inputs are kept; one object for each block.
 
     ``Checkpoint()(block, *inputs)`` equals ``block(*inputs)``. Inputs are positional; the second run starts from the
     random state of the first, so that dropout repeats itself.
+
+    Args:
+        number: of the block, counted along the model.
+        host: where the inputs wait for backward; None keeps them on their device.
+        skipping: shared by blocks of one class; see ``Skipping``.
     """
 
-    def __init__(self):
-        self.skip_last: bool | None = None  # not known before the first second run
+    def __init__(self, number: int = 0, host: HostStore | None = None, skipping: "Skipping | None" = None):
+        self.number, self.host, self.skipping = number, host, skipping or Skipping()
 
     def __call__(self, block: Callable, *inputs):
         # The anchor makes autograd visit a block whose input needs no gradient (the first of a frozen model).
@@ -88,30 +123,27 @@ class _Checkpoint(torch.autograd.Function):
         ctx.places = [place for place, value in enumerate(inputs) if isinstance(value, torch.Tensor)]
         ctx.others = [None if place in ctx.places else value for place, value in enumerate(inputs)]
         tensors = [inputs[place] for place in ctx.places]
-        ctx.devices = [torch.cuda.current_device()] if any(tensor.is_cuda for tensor in tensors) else []
-        ctx.random_states = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in ctx.devices]
-        with _as_current(_Run()) as ctx.run:
+        ctx.random_state = random_state(*tensors)
+        with running(Run()) as run:
             outputs = block(*inputs)  # autograd functions run forward without recording
-        ctx.save_for_backward(*tensors, *ctx.run.kept)
-        ctx.run.kept = []
+        tensors += run.kept
+        if checkpoint.host is None:
+            ctx.save_for_backward(*tensors)
+        else:
+            checkpoint.host.put(checkpoint.number, tensors)
         return outputs
 
     @staticmethod
     def backward(ctx, *grad_outputs):
-        tensors, inputs = ctx.saved_tensors, list(ctx.others)
+        checkpoint, inputs = ctx.checkpoint, list(ctx.others)
+        tensors = ctx.saved_tensors if checkpoint.host is None else checkpoint.host.take(checkpoint.number)
         for place, tensor in zip(ctx.places, tensors, strict=False):
             inputs[place] = tensor.detach().requires_grad_(ctx.needs_input_grad[3 + place])
-        ctx.run.kept = list(tensors[len(ctx.places) :])
+        kept = list(tensors[len(ctx.places) :])
         del tensors
-        checkpoint, replay = ctx.checkpoint, _Run(ctx.run, bool(ctx.checkpoint.skip_last))
-        ctx.run.kept = []
-        with torch.enable_grad(), torch.random.fork_rng(ctx.devices), _as_current(replay):
-            torch.set_rng_state(ctx.random_states[0])
-            for device, state in zip(ctx.devices, ctx.random_states[1], strict=True):
-                torch.cuda.set_rng_state(state, device)
-            outputs = ctx.block(*inputs)
-        if checkpoint.skip_last is None:
-            checkpoint.skip_last = _only_adds(outputs, replay.last_product)
+        with torch.enable_grad(), with_random_state(ctx.random_state):
+            outputs = run_for_graph(ctx.block, inputs, kept, checkpoint.skipping, Run.only_adds_last)
+        del kept
         outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
         reached = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if g is not None and o.requires_grad]
         if reached:  # nothing, for a block that has no factors and comes before the first that has
@@ -119,18 +151,59 @@ class _Checkpoint(torch.autograd.Function):
         return None, None, None, *(getattr(value, "grad", None) for value in inputs)
 
 
-def _only_adds(outputs, last_product) -> bool:
-    """Tell whether a block's one output is a sum, and the last product one of its terms."""
-    node = outputs.grad_fn if isinstance(outputs, torch.Tensor) else None
-    if node is None or last_product is None or node.name() != "AddBackward0":
-        return False
-    return any(term is last_product for term, _ in node.next_functions)
+def run_for_graph(
+    function: Callable, inputs: Sequence, results: list[torch.Tensor], skipping: Skipping,
+    unread: Callable[[Run, object], bool],
+):  # fmt: skip
+    """Call a function again whose value is known already or not wanted, for its graph and for what it saves.
+
+    The last product is left out once a run has shown that nobody reads its value. Every later run is checked too:
+    where the product left out was not the last, or is read after all, the run is done again with its value.
+
+    Args:
+        results: what the first run kept.
+        unread: says of a run and its output whether nobody reads the value of the last product.
+    """
+    while True:
+        left_out = skipping.product or 0
+        with running(Run(results, left_out)) as run:
+            outputs = function(*inputs)
+        spared = unread(run, outputs) and left_out in (0, run.products)
+        if skipping.product is None or not spared:
+            skipping.product = run.products if spared else 0
+        if spared or not left_out:
+            return outputs
 
 
 @contextmanager
-def _as_current(run: _Run) -> Iterator[_Run]:
+def running(run: Run | None) -> Iterator[Run | None]:
+    """Let the code inside keep and leave out as a run says; None is outside of all blocks."""
     token = _run.set(run)
     try:
         yield run
     finally:
         _run.reset(token)
+
+
+class RandomState(NamedTuple):
+    """The state of the random generators that a block's tensors are computed with."""
+
+    cpu: torch.Tensor
+    device: int | None  # the CUDA device, if any tensor lies there
+    cuda: torch.Tensor | None
+
+
+def random_state(*tensors: torch.Tensor) -> RandomState:
+    """Return the random state that computing on these tensors would use."""
+    device = torch.cuda.current_device() if any(tensor.is_cuda for tensor in tensors) else None
+    return RandomState(torch.get_rng_state(), device, None if device is None else torch.cuda.get_rng_state(device))
+
+
+@contextmanager
+def with_random_state(state: RandomState) -> Iterator[None]:
+    """Go back to a random state, and return to the present one at the end."""
+    with torch.random.fork_rng([] if state.device is None else [state.device]):
+        torch.set_rng_state(state.cpu)
+        if state.device is not None:
+            torch.cuda.set_rng_state(state.cuda, state.device)
+        yield

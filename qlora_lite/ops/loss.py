@@ -12,11 +12,11 @@ The head is frozen, so it gets no gradient.
 Legend: N labelled tokens, D hidden size, V vocabulary.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from .shapes import pad_rows
+from .shapes import pad_rows, pieces
 
 TILE_WORDS = 8192
 AUTO_CHUNK_TOKENS = 1024  # 48 MiB of logits, in bf16 and float32, at once
@@ -25,10 +25,11 @@ AUTO_CHUNK_TOKENS = 1024  # 48 MiB of logits, in bf16 and float32, at once
 class Head(NamedTuple):
     """A frozen output head: ``logits = cap(scale * (hidden @ weight.T + bias))``.
 
-    weight [V, D]; bias [V] or None; softcap None means no cap, else ``softcap * tanh(logits / softcap)``.
+    weight [V, D], a tensor or anything that gives rows of one for a slice or for numbers; bias [V] or None; softcap
+    None means no cap, else ``softcap * tanh(logits / softcap)``.
     """
 
-    weight: torch.Tensor
+    weight: Any
     bias: torch.Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
@@ -63,8 +64,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, targets, head, chunk_tokens):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, hidden.shape[0], chunk_tokens):
-            chunk = slice(start, start + chunk_tokens)
+        for chunk in pieces(hidden.shape[0], chunk_tokens):
             loss, grad = _chunk(hidden[chunk], targets[chunk, None], head, grad_hidden is not None)
             total += loss
             if grad_hidden is not None:
@@ -85,11 +85,10 @@ def _chunk(hidden, targets, head: Head, with_grad: bool):
     total = torch.zeros_like(top)
     target_logits = torch.zeros_like(top[:count])
     grad = torch.zeros_like(hidden, dtype=torch.float32) if with_grad else None
-    for start in range(0, head.weight.shape[0], TILE_WORDS):
-        words = slice(start, start + TILE_WORDS)
+    for words in pieces(head.weight.shape[0], TILE_WORDS):
         logits = head_logits(hidden, head, words)
-        place = (targets - start).clamp_(0, logits.shape[1] - 1)
-        target_logits = torch.where(place + start == targets, logits.gather(1, place), target_logits)
+        place = (targets - words.start).clamp_(0, logits.shape[1] - 1)
+        target_logits = torch.where(place + words.start == targets, logits.gather(1, place), target_logits)
         new_top = torch.maximum(top, logits.amax(dim=1, keepdim=True))
         shrink = torch.exp(top - new_top)
         slopes = None if head.softcap is None or not with_grad else 1 - (logits / head.softcap).square_()

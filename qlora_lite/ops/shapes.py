@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch.nn.functional import pad
 
+from qlora_lite.memory.marks import repeated
+
 CPU_MULTIPLE = 32
 
 
@@ -35,6 +37,23 @@ def planning_for(device_type: str) -> Iterator[None]:
         yield
     finally:
         _Planned.device_type = None
+
+
+def pieces(total: int, size: int) -> Iterator[slice]:
+    """Yield slices that cut ``total`` into pieces of ``size`` and a rest.
+
+    In a plan every piece of one size needs the same: it runs the first, lets the second stand for all that follow
+    (the first may still be in memory beside it), and the rest. A plan's time then does not grow with the length.
+    """
+    whole = total // size
+    for number in range(whole):
+        if _Planned.device_type is None or number == 0:
+            yield slice(number * size, (number + 1) * size)
+        elif number == 1:
+            with repeated(whole - 1):
+                yield slice(size, 2 * size)
+    if total % size:
+        yield slice(whole * size, total)
 
 
 def kernel_rows(count: int, device: torch.device) -> int:

@@ -33,14 +33,16 @@ class Machine:
     base_bytes: int
     flops_per_second: float
     bytes_per_second: float
+    bus_bytes_per_second: float
 
     def renamed(self, name: str, memory_bytes: int) -> "Machine":
         """Return the same speeds under another name and with another memory."""
         return replace(self, name=name, memory_bytes=memory_bytes)
 
     def seconds(self, work: Work) -> float:
-        """Estimate the time of one micro-batch's training work."""
-        return work.flops / self.flops_per_second + work.moved_bytes / self.bytes_per_second
+        """Estimate the time of one micro-batch's training work; transfers hide behind it as far as they can."""
+        computing = work.flops / self.flops_per_second + work.moved_bytes / self.bytes_per_second
+        return max(computing, work.bus_bytes / self.bus_bytes_per_second)
 
 
 def machine_of_card(card: Card) -> Machine:
@@ -48,7 +50,7 @@ def machine_of_card(card: Card) -> Machine:
     rate = card.bf16_flops_per_second or card.fp16_flops_per_second
     return Machine(
         card.name, "cuda", card.memory_bytes, 0, MATMUL_REACHED * rate,
-        BANDWIDTH_REACHED * card.bandwidth_bytes_per_second,
+        BANDWIDTH_REACHED * card.bandwidth_bytes_per_second, card.pcie_bytes_per_second,
     )  # fmt: skip
 
 
@@ -63,7 +65,11 @@ def this_machine(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> M
     on_card = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_card else f"this CPU, {torch.get_num_threads()} threads"
     base = 0 if on_card else held_bytes(device)
-    return Machine(name, device.type, free_bytes(device) + base, base, flops, rate)
+    bus = rate
+    if on_card:
+        host = torch.empty(_COPY_BYTES, dtype=torch.uint8, pin_memory=True)
+        bus = _COPY_BYTES / _fastest(lambda: target.copy_(host, non_blocking=True), device)
+    return Machine(name, device.type, free_bytes(device) + base, base, flops, rate, bus)
 
 
 def _fastest(action, device: torch.device) -> float:

@@ -28,5 +28,9 @@ class Prediction:
 
 def predict(job: Job) -> Prediction:
     """Simulate a job and add the constants of its kind of device."""
-    simulation = simulate(job)
+    return with_constants(job, simulate(job))
+
+
+def with_constants(job: Job, simulation: Simulation) -> Prediction:
+    """Add to a job's simulation the constants of its kind of device."""
     return Prediction(job, simulation, overheads(job.device_type, simulation.moments.values(), simulation.resident))

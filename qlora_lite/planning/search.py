@@ -1,25 +1,34 @@
 """Choose the fastest plan that fits, and say what else would.
 
-A plan varies what changes memory and time and not the result: how much is kept for backward, how many packs
-of a step go through the model at once (their number per step stays), and the tokens whose logits exist at once.
-Every candidate is simulated; none is guessed. (Evaluation is left out where it has no more tokens than training:
-it then needs less than training's forward pass, which keeps tensors besides.) Among those that fit, the fastest
-by the time model wins, and of plans that are as good as equally fast, the one that needs the least memory.
+A plan varies what changes memory and time and not the result: the levers, and how many packs of a step go through
+the model at once (their number per step stays). Every candidate is simulated; none is guessed. (Evaluation is left
+out where it has no more tokens than training: it then needs less than training's forward pass, which keeps tensors
+besides.) Among those that fit, the fastest by the time model wins; of plans that are as good as equally fast, the one
+that moves less to the host, and then the one that needs the least memory.
+
+The way begins with checkpointing per block. If that fits, keeping everything is tried. Where more packs at once would
+pay and do not fit, or nothing fits at all, come the levers that save more, in the order of what they cost:
+tiles and, on a card, embeddings in host memory; then checkpoints there; at last the weights. It ends where one more
+lever makes nothing better. What memory the best then leaves buys back time: as many of the last blocks are kept, or
+resident, as fit.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from qlora_lite.errors import DoesNotFitError
+from qlora_lite.models.levers import Levers
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS
 from qlora_lite.units import format_bytes
 
 from .machine import Machine
-from .predict import Prediction, predict
-from .simulate import Job, Rows
+from .predict import Prediction, predict, with_constants
+from .simulate import Job, Rows, along_last_blocks
 
 EQUALLY_FAST = 1.03  # time estimates closer than this are not told apart
 SMALL_CHUNK_TOKENS = 256
+TILE_TOKENS = 4096  # tokens of an automatic tile: dequantising a weight for each costs a few percent
+SMALL_TILE_TOKENS = 1024  # the last resort
 LENGTH_STEP = 64  # tokens; the longest sequence is found to this
 
 
@@ -27,25 +36,30 @@ LENGTH_STEP = 64  # tokens; the longest sequence is found to this
 class Step:
     """How an optimizer step is cut up: ``micro_batches`` times ``packs`` packs, each of the given rows.
 
-    ``pack`` is the fullest pack; ``fixed_checkpointing`` and ``fixed_chunk`` are settings that the user chose
-    and the search must keep, None leaves them to it; ``may_split`` allows another division of the same packs.
+    ``pack`` is the fullest pack; ``fixed`` are the levers that the user chose and the search must keep;
+    ``may_split`` allows another division of the same packs. ``tied``: the embeddings are the head.
     """
 
     job: Job
     pack: Rows
     packs: int
     micro_batches: int
-    fixed_checkpointing: str | None = None
-    fixed_chunk: int | None = None
+    fixed: Mapping[str, object] = field(default_factory=dict)
     may_split: bool = True
+    tied: bool = False
+
+    def sizes(self) -> list[int]:
+        """Return the numbers of packs that may go through at once, smallest first."""
+        total = self.packs * self.micro_batches
+        sizes = [n for n in range(1, total + 1) if total % n == 0] if self.may_split else [self.packs]
+        return [n for n in sizes if n == sizes[-1] or n & (n - 1) == 0]  # powers of two come near enough
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way to run the step: settings, prediction, and estimated seconds of the whole optimizer step."""
+    """One way to run the step: levers, prediction, and estimated seconds of the whole optimizer step."""
 
-    checkpointing: str
-    loss_chunk_tokens: int
+    levers: Levers
     packs: int
     micro_batches: int
     prediction: Prediction
@@ -59,95 +73,183 @@ class Candidate:
     @property
     def settings(self) -> dict[str, object]:
         """The levers as recipe keys."""
+        x = self.levers
         return {
-            "memory.checkpointing": self.checkpointing, "memory.loss_chunk_tokens": self.loss_chunk_tokens,
+            "memory.checkpointing": x.checkpointing, "memory.kept_blocks": x.kept_blocks,
+            "memory.loss_chunk_tokens": x.loss_chunk_tokens, "memory.tile_tokens": x.tile_tokens or "off",
+            "memory.embeddings": "host" if x.host_embeddings else "device",
+            "memory.offload_checkpoints": x.offload_checkpoints,
+            "memory.resident_blocks": "all" if x.resident_blocks is None else x.resident_blocks,
             "train.micro_batch_size": self.packs, "train.gradient_accumulation_steps": self.micro_batches,
         }  # fmt: skip
 
 
 def search(step: Step, machine: Machine, limit_bytes: int) -> list[Candidate]:
-    """Simulate the divisions and policies that may be best; more packs at once as long as it fits and pays."""
-    total = step.packs * step.micro_batches
-    sizes = [n for n in range(1, total + 1) if total % n == 0] if step.may_split else [step.packs]
-    sizes = [n for n in sizes if n == sizes[-1] or n & (n - 1) == 0]  # powers of two come near enough
-    found: list[Candidate] = []
-    for checkpointing in [step.fixed_checkpointing] if step.fixed_checkpointing else ["none", "block"]:
-        earlier = None
-        for packs in sizes:
-            found.append(build_candidate(step, machine, checkpointing, packs, step.fixed_chunk or AUTO_CHUNK_TOKENS))
-            too_large = found[-1].peak_bytes > limit_bytes
-            if too_large or (earlier and found[-1].step_seconds * EQUALLY_FAST > earlier.step_seconds):
-                break
-            earlier = found[-1]
-    if step.fixed_chunk is None and not any(candidate.peak_bytes <= limit_bytes for candidate in found):
-        found.append(build_candidate(step, machine, found[-1].checkpointing, sizes[0], SMALL_CHUNK_TOKENS))
+    """Simulate the divisions and levers that may be best; more packs at once as long as it fits and pays."""
+    start = first_levers(step)
+    found = _divisions(step, machine, start, limit_bytes)
+    best = choose(found, limit_bytes)
+    limited = best is None or any(
+        candidate.peak_bytes > limit_bytes and candidate.step_seconds * EQUALLY_FAST < best.step_seconds
+        for candidate in found
+    )
+    if best is not None and "checkpointing" not in step.fixed:
+        # What does not fit with blocks computed again would not fit with more kept.
+        keeping_all = _divisions(step, machine, replace(start, checkpointing="none"), limit_bytes)
+        found += keeping_all
+        if all(candidate.peak_bytes <= limit_bytes for candidate in keeping_all):
+            return found  # more memory would change nothing
+    for levers in smaller(step) if limited else ():
+        best = choose(found, limit_bytes)
+        found += _divisions(step, machine, levers, limit_bytes, best.packs if best else 1)
+        if best is not None and choose(found, limit_bytes) is best:
+            break
+    best = choose(found, limit_bytes)
+    if best is not None:
+        return found + _with_more_on_device(step, machine, best, limit_bytes)
+    if "loss_chunk_tokens" not in step.fixed:
+        small = replace(found[-1].levers, loss_chunk_tokens=SMALL_CHUNK_TOKENS)
+        found.append(build_candidate(step, machine, small, step.sizes()[0]))
     return found
 
 
-def build_candidate(step: Step, machine: Machine, checkpointing: str, packs: int, chunk: int) -> Candidate:
+def first_levers(step: Step) -> Levers:
+    """Return the levers that the search begins with: what the user fixed, and checkpointing per block."""
+    return replace(Levers(loss_chunk_tokens=AUTO_CHUNK_TOKENS), **step.fixed)
+
+
+def smaller(step: Step) -> Iterator[Levers]:
+    """Yield levers that need less and less memory, the cheapest in time first."""
+    levers = first_levers(step)
+    changes: list[dict] = [{"tile_tokens": TILE_TOKENS}]
+    if step.job.device_type == "cuda":  # elsewhere there is no other memory to go to
+        if not step.tied:
+            changes[0]["host_embeddings"] = True  # a few KiB a token travel
+        if levers.checkpointing == "block":  # blocks that keep their activations must stay where they are
+            changes += [{"offload_checkpoints": True}, {"resident_blocks": levers.kept_blocks}]
+    changes.append({"tile_tokens": SMALL_TILE_TOKENS})
+    for change in changes:
+        earlier, levers = levers, replace(levers, **{k: v for k, v in change.items() if k not in step.fixed})
+        if levers != earlier:
+            yield levers
+
+
+def _divisions(
+    step: Step, machine: Machine, levers: Levers, limit_bytes: int, fewest_packs: int = 1
+) -> list[Candidate]:  # fmt: skip
+    found: list[Candidate] = []
+    for packs in (size for size in step.sizes() if size >= fewest_packs or not step.may_split):
+        found.append(build_candidate(step, machine, levers, packs))
+        slower = len(found) > 1 and found[-1].step_seconds * EQUALLY_FAST > found[-2].step_seconds
+        if found[-1].peak_bytes > limit_bytes or slower:
+            break
+    return found
+
+
+def _with_more_on_device(step: Step, machine: Machine, best: Candidate, limit_bytes: int) -> list[Candidate]:
+    """Return a fitting candidate with as many last blocks kept (or resident) as spare memory allows, if it has any."""
+    name = "kept_blocks" if best.levers.resident_blocks is None else "resident_blocks"
+    if best.levers.checkpointing != "block" or name in step.fixed:
+        return []
+    raised = _raised(step, machine, best, name, limit_bytes)
+    return [] if raised.levers == best.levers else [raised]
+
+
+def _raised(step: Step, machine: Machine, best: Candidate, name: str, limit_bytes: int) -> Candidate:
+    """Return a candidate with as many last blocks kept (or resident) as fit."""
+    depth = step.job.config.num_hidden_layers
+    job = replace(best.prediction.job, levers=replace(best.levers, **{name: 1}))
+    at = along_last_blocks(job)
+    line = {0: best.prediction.simulation}
+
+    def peak_of(count: int) -> int:
+        line[count] = at(count)
+        return with_constants(job, line[count]).peak_bytes
+
+    # One block of a kind is no row of blocks to continue, so 1 and depth - 1 are left out.
+    count = _most(lambda n: peak_of(n + 1 if n else 0), limit_bytes, depth - 3)
+    count += bool(count)
+    levers = replace(best.levers, **{name: count})
+    prediction = with_constants(replace(job, levers=levers), line[count])
+    return _candidate(machine, levers, best.packs, best.micro_batches, prediction)
+
+
+def build_candidate(step: Step, machine: Machine, levers: Levers, packs: int) -> Candidate:
     """Simulate one way to run the step."""
     micro_batches = step.packs * step.micro_batches // packs
     rows = Rows(step.pack.lengths * packs, step.pack.learned * packs)
     evaluation = step.job.eval_rows
     if evaluation is not None and sum(evaluation.lengths) <= sum(rows.lengths):
         evaluation = None
-    job = replace(
-        step.job, rows=rows, eval_rows=evaluation, accumulating=micro_batches > 1, checkpointing=checkpointing,
-        loss_chunk_tokens=chunk,
-    )  # fmt: skip
-    prediction = predict(job)
-    return Candidate(
-        checkpointing, chunk, packs, micro_batches, prediction,
-        micro_batches * machine.seconds(prediction.simulation.work),
-    )  # fmt: skip
+    job = replace(step.job, rows=rows, eval_rows=evaluation, accumulating=micro_batches > 1, levers=levers)
+    return _candidate(machine, levers, packs, micro_batches, predict(job))
+
+
+def _candidate(machine: Machine, levers: Levers, packs: int, micro_batches: int, prediction: Prediction) -> Candidate:
+    seconds = micro_batches * machine.seconds(prediction.simulation.work)
+    return Candidate(levers, packs, micro_batches, prediction, seconds)
 
 
 def choose(found: list[Candidate], limit_bytes: int) -> Candidate | None:
-    """Return the fastest candidate under a limit, None if none is; nearly equal ones go by memory."""
+    """Return the fastest candidate under a limit, None if none is.
+
+    Of nearly equal ones, the one that leaves more where it is, and then the one that needs the least memory.
+    """
     fitting = [candidate for candidate in found if candidate.peak_bytes <= limit_bytes]
     if not fitting:
         return None
     fastest = min(candidate.step_seconds for candidate in fitting)
     return min(
         (candidate for candidate in fitting if candidate.step_seconds <= EQUALLY_FAST * fastest),
-        key=lambda candidate: candidate.peak_bytes,
+        key=lambda candidate: (candidate.levers.uses_host, candidate.peak_bytes),
     )
 
 
-def longest(job_of: Callable[[int], Job], limit_bytes: int, start: int, most: int) -> int:
+def _most(peak_of: Callable[[int], int], limit_bytes: int, largest: int) -> int:
+    """Return the largest count from 0 to ``largest`` whose peak fits; 0 is known to."""
+    low, high = 0, largest + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if peak_of(middle) <= limit_bytes else (low, middle)
+    return low
+
+
+def longest(job_of: Callable[[int], Job], limit_bytes: int, start: int, largest: int) -> int:
     """Return the largest multiple of ``LENGTH_STEP`` whose job fits, by interpolation and then exactly.
 
     Args:
-        job_of: builds the job for a number of tokens (or packs, with a step of one; see ``most_packs``).
+        job_of: builds the job for a number of tokens.
         start: a first guess.
-        most: the largest number to consider.
+        largest: the largest number to consider.
 
     Raises:
         DoesNotFitError: not even the smallest fits.
     """
-    return _largest(lambda n: predict(job_of(n * LENGTH_STEP)).peak_bytes, limit_bytes,
-                    max(1, start // LENGTH_STEP), max(1, most // LENGTH_STEP)) * LENGTH_STEP  # fmt: skip
+    return LENGTH_STEP * _largest(
+        lambda n: predict(job_of(n * LENGTH_STEP)).peak_bytes, limit_bytes,
+        max(1, start // LENGTH_STEP), max(1, largest // LENGTH_STEP),
+    )  # fmt: skip
 
 
-def most_packs(job_of: Callable[[int], Job], limit_bytes: int, most: int) -> int:
+def most_packs(job_of: Callable[[int], Job], limit_bytes: int, largest: int) -> int:
     """Return the largest number of packs whose job fits.
 
     Raises:
         DoesNotFitError: not even one fits.
     """
-    return _largest(lambda n: predict(job_of(n)).peak_bytes, limit_bytes, 1, most)
+    return _largest(lambda n: predict(job_of(n)).peak_bytes, limit_bytes, 1, largest)
 
 
-def _largest(peak_of: Callable[[int], int], limit_bytes: int, start: int, most: int) -> int:
-    """Find the largest n from 1 to ``most`` with ``peak_of(n) <= limit``, for a peak that grows with n.
+def _largest(peak_of: Callable[[int], int], limit_bytes: int, start: int, largest: int) -> int:
+    """Find the largest n from 1 to ``largest`` with ``peak_of(n) <= limit``, for a peak that grows with n.
 
     The peak is nearly straight in n, so the next guess lies on the line through the two nearest points known.
     """
     known = {1: peak_of(1)}
     if known[1] > limit_bytes:
         raise DoesNotFitError(f"even the smallest needs {format_bytes(known[1])} of {format_bytes(limit_bytes)}")
-    low, high = 1, most + 1  # low fits, high does not or may not be tried
-    guess = min(max(start, 2), most)
+    low, high = 1, largest + 1  # low fits, high does not or may not be tried
+    guess = min(max(start, 2), largest)
     while high - low > 1:
         known[guess] = peak_of(guess)
         low, high = (guess, high) if known[guess] <= limit_bytes else (low, guess)

@@ -7,13 +7,16 @@ its states already, and with gradient accumulation the gradients of the earlier 
 The blocks of a decoder repeat, so a deep model is run at two small depths and continued in a straight line,
 separately for each phase and for the first block, the last one and all that is outside of blocks: what is alive
 at a given point of the step grows by the same bytes with every block, and between the first and the last block
-it changes by the same bytes from block to block, so the peak stands at one of them. The tests compare with
-the whole depth, byte for byte.
+it changes by the same bytes from block to block, so the peak stands at one of them. Where the last blocks run
+differently (kept, or resident beside streamed ones) there are two such rows of blocks and two slopes. The tests
+compare with the whole depth, byte for byte.
 """
 
 import re
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -29,7 +32,8 @@ from qlora_lite.data.batch import Batch
 from qlora_lite.lora.inject import Target, add_lora, lora_parameters
 from qlora_lite.memory.ledger import CATEGORIES, Ledger, Moment
 from qlora_lite.memory.work import Work, WorkCounter
-from qlora_lite.models.anatomy import set_checkpointing
+from qlora_lite.models.anatomy import device_of
+from qlora_lite.models.levers import Levers, place, set_levers
 from qlora_lite.models.skeleton import block_pattern, give_storage, meta_model, shallow_config
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.train.inventory import categorised
@@ -72,6 +76,7 @@ class Job:
     device_type: str = "cpu"
     quant: str = "nf4"
     double_quant: bool = True
+    quant_head: bool = False
     compute_dtype: torch.dtype = torch.bfloat16
     targets: tuple[Target, ...] = (Target("all-linear"),)
     rank: int = 16
@@ -82,9 +87,7 @@ class Job:
     optimizer: str = "paged_adamw_8bit"
     max_grad_norm: float = 1.0
     accumulating: bool = False
-    checkpointing: str = "block"
-    loss_chunk_tokens: int | None = None
-    kept_blocks: int = 0
+    levers: Levers = field(default_factory=Levers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +119,68 @@ def simulate(job: Job) -> Simulation:
     Raises:
         ModelError: the configuration is not that of a causal language model, or a target matches nothing.
     """
-    depth, pattern = job.config.num_hidden_layers, block_pattern(job.config)
-    shallow, deeper = 2 * pattern, 3 * pattern
-    mixed = job.checkpointing == "block" and job.kept_blocks > 0
-    if mixed or depth <= deeper or (depth - shallow) % pattern:
+    last = _last_blocks(job)
+    if last is None:
         return simulate_whole(job)
-    small, large = (simulate_whole(_at_depth(job, layers)) for layers in (shallow, deeper))
-    return _continued(small, large, (shallow, deeper, depth))
+    if last:
+        return along_last_blocks(job)(last)
+    depth, pattern = job.config.num_hidden_layers, block_pattern(job.config)
+    front = _front(job) * pattern
+    shallow, deeper = front + pattern, front + 2 * pattern
+    if depth <= deeper or (depth - shallow) % pattern:
+        return simulate_whole(job)
+    small, large = (
+        _ends(simulate_whole(_at_depth(job, layers)), layers, 0, (front, pattern)) for layers in (shallow, deeper)
+    )
+    return _continued(small, [(large, (depth - shallow) // pattern)], depth, 0)
+
+
+def _front(job: Job) -> int:
+    """Return how many of the first blocks (times their pattern) differ from those that follow.
+
+    The first has all gradients beside it; with checkpoints in host memory, the second has the first's input too.
+    """
+    return 2 if job.levers.offload_checkpoints else 1
+
+
+def _last_blocks(job: Job) -> int | None:
+    """Return how many of the last blocks run differently from those before; None if there are three kinds."""
+    levers, depth = job.levers, job.config.num_hidden_layers
+    kept = min(levers.kept_blocks, depth) if levers.checkpointing == "block" else 0
+    resident = 0 if levers.resident_blocks is None else min(levers.resident_blocks, depth)
+    if kept and resident and kept != resident:
+        return None
+    return max(kept, resident) % depth
+
+
+def along_last_blocks(job: Job) -> Callable[[int], Simulation]:
+    """Return a function that simulates the job with another number of last blocks that are kept (or resident).
+
+    It grows in a straight line with the blocks of either kind: three small models show both slopes.
+    """
+    depth, pattern = job.config.num_hidden_layers, block_pattern(job.config)
+
+    def with_last(count: int, layers: int) -> Job:
+        levers = job.levers
+        kept = count if levers.kept_blocks else 0
+        resident = levers.resident_blocks and count
+        return replace(_at_depth(job, layers), levers=replace(levers, kept_blocks=kept, resident_blocks=resident))
+
+    front = _front(job)
+    few = front + 1
+    if pattern > 1 or depth < few + 4:
+        return lambda count: simulate_whole(with_last(count, depth))
+    small, more_first, more_last = (
+        _ends(simulate_whole(with_last(last, first + last)), first + last, last, (front, 1))
+        for first, last in ((few, 2), (few + 1, 2), (few, 3))
+    )
+
+    def at(count: int) -> Simulation:
+        if not 2 <= count <= depth - few:
+            return simulate_whole(with_last(count, depth))
+        return _continued(small, [(more_first, depth - count - few), (more_last, count - 2)], depth, count)
+
+    return at
 
 
 def simulate_whole(job: Job, timeline: bool = False) -> Simulation | tuple[Simulation, list[Moment]]:
@@ -143,15 +201,16 @@ def _run(job: Job, mode, timeline: bool, measured_because: str = ""):
         model = _model(job)
     parameters = [parameter for _, parameter in lora_parameters(model)]
     optimizer = build_optimizer(parameters, job.optimizer, 0.0, 0.0)  # its tables are real numbers
-    ledger = Ledger(timeline, ALLOCATION_BYTES[job.device_type])
+    ledger = Ledger(timeline, ALLOCATION_BYTES[job.device_type], pinned=job.device_type == "cuda")
     with mode, planning_for(job.device_type), ledger, WorkCounter() as counter:
         for tensor, name, _ in categorised(model):
             ledger.claim([tensor], name)
         ledger.watch(model)
-        eval_inputs = _inputs(job.eval_rows, model.device) if job.eval_rows else None
+        device = device_of(model)
+        eval_inputs = _inputs(job.eval_rows, device) if job.eval_rows else None
         rehearse_step(
-            model, parameters, optimizer, _inputs(job.rows, model.device), eval_inputs, job.max_grad_norm,
-            job.loss_chunk_tokens, job.accumulating,
+            model, parameters, optimizer, _inputs(job.rows, device), eval_inputs, job.max_grad_norm,
+            job.levers.loss_chunk_tokens, job.accumulating,
         )  # fmt: skip
         resident, moments = ledger.now(), list(ledger.timeline or ())  # what follows is only the model's end
     simulation = Simulation(
@@ -161,9 +220,10 @@ def _run(job: Job, mode, timeline: bool, measured_because: str = ""):
 
 
 def _model(job: Job) -> nn.Module:
-    model = give_storage(meta_model(job.config, job.quant, job.double_quant, job.compute_dtype))
+    model = give_storage(meta_model(job.config, job.quant, job.double_quant, job.compute_dtype, job.quant_head))
     add_lora(model, job.targets, job.rank, job.alpha, job.dropout, job.rslora, job.factor_dtype)
-    set_checkpointing(model, job.checkpointing == "block", job.kept_blocks)
+    place(model, torch.device("cpu"), job.levers)
+    set_levers(model, job.levers)
     return model
 
 
@@ -181,40 +241,64 @@ def _at_depth(job: Job, layers: int) -> Job:
 _BLOCK = re.compile(r"\.(\d+)(?=\.|$)")
 
 
-def _continued(small: Simulation, large: Simulation, depths: tuple[int, int, int]) -> Simulation:
-    """Continue two simulations at small depths in a straight line to the third depth."""
-    shallow, deeper, depth = depths
-    pattern = deeper - shallow
-    steps = (depth - shallow) // pattern
+class _Ends(NamedTuple):
+    """A shallow simulation with its moments keyed by phase, module and place.
 
-    def line(a: Moment, b: Moment, module: str) -> Moment:
-        sizes = tuple(x + (y - x) * steps for x, y in zip(a.bytes, b.bytes, strict=True))
-        return Moment(a.phase, module, sizes)
+    A place is (kind, number): the first blocks and the last ones of each kind ("first": those that the whole
+    depth has more of, "last": those that run differently), counted from the nearer end; None outside of blocks.
+    """
 
-    def ends(simulation: Simulation, layers: int) -> dict:
-        """Key the moments by phase, module and place: blocks from the nearer end, those in the middle left out."""
-        found = {}
-        for (name, module), moment in simulation.moments.items():
-            number = _BLOCK.search(module)
-            place = number and int(number[1])
-            if place is not None and place >= layers - pattern:
-                place -= layers
-            if place is None or place < pattern:
-                found[name, _BLOCK.sub(".#", module, count=1), place] = moment
-        return found
+    simulation: Simulation
+    moments: dict[tuple[str, str, tuple[str, int] | None], Moment]
 
-    near, far = ends(small, shallow), ends(large, deeper)
+
+def _ends(simulation: Simulation, layers: int, last: int, ends: tuple[int, int]) -> _Ends:
+    """Key the moments of a simulation; ``ends`` is how many blocks of a kind are kept from its start and its end."""
+    found = {}
+    for (name, module), moment in simulation.moments.items():
+        block = _BLOCK.search(module)
+        place = block and _place(int(block[1]), layers - last, last, *ends)
+        if block is None or place is not None:
+            found[name, _BLOCK.sub(".#", module, count=1), place] = moment
+    return _Ends(simulation, found)
+
+
+def _place(number: int, first: int, last: int, front: int, back: int) -> tuple[str, int] | None:
+    kind, number, count = ("first", number, first) if number < first else ("last", number - first, last)
+    if number >= count - back:
+        return kind, number - count
+    return (kind, number) if number < front else None
+
+
+def _continued(base: _Ends, slopes: Sequence[tuple[_Ends, int]], depth: int, last: int) -> Simulation:
+    """Continue a simulation in straight lines: for each (simulation one step on, steps) add steps differences."""
+
+    def line(values: Callable[[_Ends], Sequence[int]]) -> tuple[int, ...]:
+        start = values(base)
+        others = [(values(other), steps) for other, steps in slopes]
+        return tuple(x + sum((other[i] - x) * steps for other, steps in others) for i, x in enumerate(start))
+
     moments = {}
-    for key in near.keys() & far.keys():
-        name, module, place = key
-        number = None if place is None else place + depth if place < 0 else place
-        module = module.replace("#", str(number), 1)
-        moments[name, module] = line(near[key], far[key], module)
-    work = small.work.continued(large.work, steps)
+    for key in base.moments:
+        if all(key in other.moments for other, _ in slopes):
+            name, module, place = key
+            module = module.replace("#", str(_number(place, depth, last)), 1)
+            moments[name, module] = Moment(name, module, line(lambda ends, key=key: ends.moments[key].bytes))
+    resident = base.simulation.resident
     return Simulation(
-        moments, line(small.resident, large.resident, ""), work,
-        small.offloaded_bytes + (large.offloaded_bytes - small.offloaded_bytes) * steps, small.measured_because,
+        moments, Moment(resident.phase, "", line(lambda ends: ends.simulation.resident.bytes)),
+        Work(*line(lambda ends: ends.simulation.work)), *line(lambda ends: (ends.simulation.offloaded_bytes,)),
+        base.simulation.measured_because,
     )  # fmt: skip
+
+
+def _number(place: tuple[str, int] | None, depth: int, last: int) -> int | None:
+    """Return the number of the block at a place, at the whole depth."""
+    if place is None:
+        return None
+    kind, number = place
+    start, count = (0, depth - last) if kind == "first" else (depth - last, last)
+    return start + number if number >= 0 else start + count + number
 
 
 def by_category(moment: Moment) -> dict[str, int]:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .nf4 import Packed, dequantize, empty_packed, quantize
+from .nf4 import Packed, dequantize, dequantize_rows, empty_packed, quantize
 
 PACKED_BUFFERS = ("weight", "absmax", "absmax_code", "absmax_scale", "absmax_offset")
 
@@ -129,6 +129,17 @@ class QuantLinear(nn.Module):
     def extra_repr(self) -> str:
         double = ", double_quant" if self.double_quant else ""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.quant_type}{double}"
+
+
+class WeightRows:
+    """The rows of a layer's packed weight, unpacked as they are asked for: ``rows[slice or numbers]``."""
+
+    def __init__(self, layer: QuantLinear, dtype: torch.dtype):
+        self.shape = (layer.out_features, layer.in_features)
+        self._packed, self._quant_type, self._dtype = layer.packed, layer.quant_type, dtype
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        return dequantize_rows(self._packed, self.shape, rows, self._dtype, self._quant_type)
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -128,6 +128,30 @@ def dequantize(packed: Packed, shape: Sequence[int], dtype: torch.dtype, quant_t
     return values.view(-1)[:weights].view(tuple(shape))
 
 
+def dequantize_rows(
+    packed: Packed, shape: Sequence[int], rows: slice | Tensor, dtype: torch.dtype, quant_type: str = "nf4"
+) -> Tensor:
+    """Unpack some rows of a weight: `dequantize(packed, shape, dtype, quant_type)[rows]`, without the others.
+
+    Args:
+        packed: from `quantize`.
+        shape: the weight's shape before packing, [out, in], whole blocks in a row.
+        rows: slice, or numbers int64 [n].
+        dtype: bfloat16, float16 or float32.
+        quant_type: the one the weight was packed with.
+    """
+    out_features, in_features = shape
+    codes = packed.codes.view(out_features, -1)[rows]
+    absmax = packed.absmax.view(out_features, -1)[rows]
+    if packed.absmax_code is not None:
+        numbers = torch.arange(out_features, device=codes.device)[rows]
+        blocks = numbers[:, None] * absmax.shape[1] + torch.arange(absmax.shape[1], device=codes.device)
+        absmax = packed.absmax_code[absmax.long()] * packed.absmax_scale[blocks // ABSMAX_BLOCK_SIZE]
+        absmax = absmax + packed.absmax_offset
+    some = Packed(codes.reshape(-1, 1), absmax.reshape(-1))
+    return dequantize(some, (codes.shape[0], in_features), dtype, quant_type)
+
+
 def quantize_reference(weight: Tensor, quant_type: str = "nf4", double_quant: bool = True) -> Packed:
     """Do what `quantize` does on a CPU, in plain torch; slow, and with many times the weight's memory."""
     values = weight.detach().reshape(-1).float()

@@ -76,6 +76,9 @@ class Model(_Section):
     """How the frozen linear layers are stored: 4-bit NF4 or FP4 as bitsandbytes does, or none for 16 bit."""
     double_quant: bool = True
     """Quantise the block scales too: 4.13 instead of 4.5 bits per weight."""
+    quant_head: bool = False
+    """Keep a 4-bit copy of the head in place of the 16-bit one: less memory, and a model that answers a little
+    differently, before training and after (measured in the README)."""
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Type of activations and matrix products; auto is bfloat16 on devices fast at it, else float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -234,10 +237,24 @@ class Memory(_Section):
     checkpointing: Literal["auto", "block", "none"] = "auto"
     """block keeps each block's input (on a CPU attention's result too) and computes the rest again in backward; none
     keeps everything."""
-    kept_blocks: Count = 0
-    """Of the last blocks, how many keep everything although checkpointing is block: faster, for more memory."""
+    kept_blocks: Annotated[Count | Literal["auto"], Rule("a whole number of at least 0, or auto")] = "auto"
+    """Of the last blocks, how many keep everything although checkpointing is block; auto is as many as fit."""
     loss_chunk_tokens: Annotated[PositiveInt | Literal["auto"], Rule("a whole number of at least 1, or auto")] = "auto"
     """Learned tokens whose logits exist at one time."""
+    tile_tokens: Annotated[PositiveInt | Literal["auto", "off"], Rule("a whole number of at least 1, auto or off")] = (
+        "auto"
+    )
+    """Tokens that go through an MLP or a norm at one time; what they compute on the way is computed again in
+    backward, tile by tile."""
+    embeddings: Literal["auto", "device", "host"] = "auto"
+    """Where the table of embeddings lies; of one in host memory only the rows of the batch travel."""
+    offload_checkpoints: bool | Literal["auto"] = "auto"
+    """Keep the blocks' inputs in host memory until backward; they travel beside the computation."""
+    resident_blocks: Annotated[Count | Literal["auto", "all"], Rule("a whole number of at least 0, auto or all")] = (
+        "auto"
+    )
+    """How many of the last blocks keep their frozen weights on the device; the others' lie in host memory and
+    come, one block ahead, in forward and in backward. Results are the same to the bit."""
     micro_batches: Literal["auto", "as-given"] = "auto"
     """auto may cut a step's packs into other micro-batches than train.micro_batch_size says; the packs of a step, and
     what each token counts, stay the same."""

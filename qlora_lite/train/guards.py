@@ -17,7 +17,7 @@ from qlora_lite.data.batch import Batch
 from qlora_lite.errors import ModelError, TrainingError
 from qlora_lite.lora.inject import lora_layers, lora_parameters
 from qlora_lite.lora.layer import LoraLinear
-from qlora_lite.models.anatomy import head
+from qlora_lite.models.anatomy import device_of, head
 from qlora_lite.models.load import rows_run_alone, run_rows_alone, use_row_attention, uses_row_attention
 from qlora_lite.ops.loss import head_logits
 
@@ -73,9 +73,11 @@ def _logits_error(model: nn.Module) -> float:
     batch = Batch(ids, position_ids, torch.full((ids.shape[1],), -100), lengths, ("",) * len(lengths))
     was_training = model.training
     model.eval()
-    packed = head_logits(hidden_states(model, prepare(batch, model.device)), head(model))
+    packed = head_logits(hidden_states(model, prepare(batch, device_of(model))), head(model))
     with _own_attention(model):
-        alone = torch.cat([model(input_ids=row.to(model.device), use_cache=False).logits[0] for row in rows]).float()
+        alone = torch.cat(
+            [model(input_ids=row.to(device_of(model)), use_cache=False).logits[0] for row in rows]
+        ).float()
     model.train(was_training)
     return ((packed - alone).norm() / alone.norm()).item()
 
@@ -170,7 +172,7 @@ def _first_bad_place(model: nn.Module, batch: Batch) -> str | None:
     watched = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLinear) or not any(m.children())]
     handles = [module.register_forward_hook(watch(name)) for name, module in watched]
     try:
-        loss = summed_loss(model, prepare(batch, model.device))
+        loss = summed_loss(model, prepare(batch, device_of(model)))
     finally:
         for handle in handles:
             handle.remove()

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from qlora_lite.lora.inject import lora_parameters
+from qlora_lite.models.levers import on_host
 from qlora_lite.quant.linear import QuantLinear
 
 
@@ -41,12 +42,19 @@ def categorised(model: nn.Module) -> Iterator[tuple[torch.Tensor, str, str]]:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     for module in model.modules():
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            yield (tensor, *_category(module, name, tensor, factors, embedding, head))
+            if on_host(model, module, tensor):
+                yield tensor, "offloaded", "in host memory; travels to the device when it is needed"
+            else:
+                yield (tensor, *_category(module, name, tensor, factors, embedding, head))
+    for slot in (getattr(model, "block_stream", None) and model.block_stream.slots) or ():
+        yield slot, "base weights", "room for a streamed block"
 
 
 def _category(module, name, tensor, factors, embedding, head) -> tuple[str, str]:
     if id(tensor) in factors:
         return "adapter", "trained; the gradient has the same size and type"
+    if module is head and isinstance(module, QuantLinear):
+        return "head", f"{module.quant_type}, because of model.quant_head"
     if isinstance(module, QuantLinear) and name == "weight":
         return "base weights", f"{module.quant_type} codes, two per byte, never unpacked for longer than a product"
     if isinstance(module, QuantLinear) and name != "bias":

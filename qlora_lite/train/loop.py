@@ -11,7 +11,7 @@ import math
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice
 
 import torch
@@ -23,7 +23,8 @@ from qlora_lite.data.stream import stream_batches
 from qlora_lite.errors import TrainingError
 from qlora_lite.lora.inject import lora_parameters
 from qlora_lite.memory.meter import PeakMeter
-from qlora_lite.models.anatomy import set_checkpointing
+from qlora_lite.models.anatomy import device_of
+from qlora_lite.models.levers import set_levers
 
 from .epochs import Epochs
 from .guards import check_adapters_took_part, check_forward, check_trainable, explain_not_finite
@@ -32,6 +33,8 @@ from .rehearsal import rehearse_step
 from .schedule import lr_factor
 from .settings import TrainSettings
 from .step import Evaluation, evaluate_loss, prepare, train_step
+
+CHECKED_TILE_TOKENS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +81,11 @@ class Trainer:
         self.total_steps = self.epochs.total_steps()
         self.step = 0
         check_trainable(model, sum(parameter.numel() for parameter in self.parameters))
+        tiny_tiles = settings.levers.tile_tokens and CHECKED_TILE_TOKENS  # so that the check's few tokens are cut
+        set_levers(model, replace(settings.levers, tile_tokens=tiny_tiles))
         check_forward(model)
-        set_checkpointing(model, settings.checkpointing == "block", settings.kept_blocks)
-        self.meter = PeakMeter(model.device)
+        set_levers(model, settings.levers)
+        self.meter = PeakMeter(device_of(model))
         weakref.finalize(self, self.meter.close)  # its thread would outlive the trainer
 
     def rehearse(self, eval_examples: Sequence[Example] = ()) -> None:
@@ -89,14 +94,14 @@ class Trainer:
         Raises:
             TrainingError: a factor is not what it was.
         """
-        s, device = self.settings, self.model.device
+        s, device = self.settings, device_of(self.model)
         largest, evaluation = largest_batches(self.examples, eval_examples, s)
         optimizer = build_optimizer(self.parameters, s.optimizer, 0.0, 0.0)
         before, was_training = [torch.hash_tensor(p.detach()) for p in self.parameters], self.model.training
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             rehearse_step(
                 self.model, self.parameters, optimizer, prepare(largest, device),
-                evaluation and prepare(evaluation, device), s.max_grad_norm, s.loss_chunk_tokens,
+                evaluation and prepare(evaluation, device), s.max_grad_norm, s.levers.loss_chunk_tokens,
                 s.gradient_accumulation_steps > 1,
             )  # fmt: skip
         self.model.train(was_training)
@@ -126,7 +131,7 @@ class Trainer:
         rate = s.learning_rate * lr_factor(self.step, self.total_steps, s.lr_scheduler, s.warmup_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        result = train_step(self.model, batches, self.optimizer, s.max_grad_norm, s.loss_chunk_tokens)
+        result = train_step(self.model, batches, self.optimizer, s.max_grad_norm, s.levers.loss_chunk_tokens)
         if not math.isfinite(result.loss + result.grad_norm):
             raise explain_not_finite(self.model, batches, self.step)
         if self.step == 1:
@@ -140,7 +145,7 @@ class Trainer:
 
     def evaluate(self, examples: Sequence[Example]) -> Evaluation:
         """Return the loss over other examples, in batches of the training shape, with dropout off."""
-        return evaluate_loss(self.model, eval_batches(examples, self.settings), self.settings.loss_chunk_tokens)
+        return evaluate_loss(self.model, eval_batches(examples, self.settings), self.settings.levers.loss_chunk_tokens)
 
 
 def eval_batches(examples: Sequence[Example], settings: TrainSettings) -> Iterator[Batch]:

@@ -1,13 +1,15 @@
 """What the training loop needs to know, apart from the model and the rows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from qlora_lite.models.levers import Levers
 
 
 @dataclass(frozen=True, slots=True)
 class TrainSettings:
     """What the loop needs to know; the names, meanings and defaults are those of the recipe.
 
-    ``loss_chunk_tokens`` None takes the default; ``max_steps`` None trains for ``epochs``.
+    ``max_steps`` None trains for ``epochs``.
     """
 
     max_steps: int | None
@@ -24,6 +26,4 @@ class TrainSettings:
     max_tokens: int
     packing: bool
     order: str
-    checkpointing: str
-    loss_chunk_tokens: int | None
-    kept_blocks: int = 0
+    levers: Levers = field(default_factory=Levers)

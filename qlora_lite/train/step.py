@@ -14,7 +14,7 @@ from torch import nn
 
 from qlora_lite.data.batch import Batch
 from qlora_lite.memory.marks import category, phase
-from qlora_lite.models.anatomy import decoder, head
+from qlora_lite.models.anatomy import decoder, device_of, head
 from qlora_lite.models.load import rows_run_alone, uses_row_attention
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, chunked_cross_entropy
 from qlora_lite.ops.shapes import kernel_rows
@@ -120,7 +120,7 @@ def accumulate_gradients(
 ) -> torch.Tensor:  # fmt: skip
     """Add the gradients of the mean loss over all labelled tokens of the batches; return that mean."""
     total = sum(len(batch.targets) for batch in batches)
-    mean = torch.zeros((), dtype=torch.float32, device=model.device)
+    mean = torch.zeros((), dtype=torch.float32, device=device_of(model))
     for batch in batches:
         with phase("forward"):
             loss = summed_loss(model, batch, chunk_tokens) / total
@@ -140,7 +140,7 @@ def train_step(
         The step's numbers; ``loss`` or ``grad_norm`` is not finite if the update was skipped.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    mean = accumulate_gradients(model, [prepare(batch, model.device) for batch in batches], chunk_tokens)
+    mean = accumulate_gradients(model, [prepare(batch, device_of(model)) for batch in batches], chunk_tokens)
     with phase("optimizer"):
         loss, grad_norm = mean.item(), clip_gradients(parameters, max_grad_norm).item()
         if math.isfinite(loss) and math.isfinite(grad_norm):
@@ -158,7 +158,7 @@ def evaluate_loss(model: nn.Module, batches: Iterable[Batch], chunk_tokens: int 
     total, count = 0.0, 0
     with phase("evaluation"):
         for batch in batches:
-            total += summed_loss(model, prepare(batch, model.device), chunk_tokens).item()
+            total += summed_loss(model, prepare(batch, device_of(model)), chunk_tokens).item()
             count += labelled_count(batch)
     model.train(was_training)
     loss = total / max(1, count)

@@ -125,6 +125,18 @@ def test_tied_embeddings_stay_tied_and_untouched(tied, tmp_path):
         assert ("lm_head.weight" in file.keys()) != tied  # noqa: SIM118
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_in_four_bits_is_merged_as_the_run_saw_it_or_said_to_be_another(tied, tmp_path):
+    run = tiny_run(tmp_path, overrides=["model.quant_head=true"], tie_word_embeddings=tied)
+    report = merge_run(run, tmp_path / "out", EXACT)
+    merged, trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), trained_model(run)
+    assert torch.allclose(logits(merged), logits(trained), atol=2e-4) == (not tied)
+    assert any("4-bit copy of the head" in note for note in report["notes"]) == tied
+    merge_run(run, tmp_path / "original", MergeSettings(base="original", dtype="f32", rows=2))
+    head = AutoModelForCausalLM.from_pretrained(tmp_path / "original").lm_head.weight
+    assert torch.equal(head, AutoModelForCausalLM.from_pretrained(tmp_path / "model").lm_head.weight)
+
+
 def test_shards_hold_what_one_file_holds_and_none_is_larger_than_asked(tmp_path):
     run = tiny_run(tmp_path, shard="60KB")
     one, many = merge(run, tmp_path / "one"), merge(run, tmp_path / "many", shard_bytes=60_000)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_lite.ops.checkpoint import Checkpoint, kept_result
+from qlora_lite.ops.checkpoint import Checkpoint, Skipping, kept_result, product_or_stand_in
 
 checkpoint = Checkpoint()
 
@@ -69,6 +69,76 @@ def test_a_block_that_trains_nothing_and_needs_no_input_gradient_is_passed_over(
     y, total = checkpoint(block, x, 1.0)
     (y.sum() + total).backward()
     assert x.grad is None
+
+
+class Standing(torch.autograd.Function):
+    """A stand-in for ``3 * x``: its shape, no memory, and a gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.new_empty(()).expand(x.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 3 * grad
+
+
+class Handing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gradient, x):
+        return 3 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def tripled(x, computed):
+    gradient = Standing.apply(x)
+    return product_or_stand_in(lambda: computed.append(1) or Handing.apply(gradient, x.detach()), gradient)
+
+
+def adds(x, computed):
+    return x + tripled(x.sin(), computed)
+
+
+def adds_in_place(x, computed):
+    y = tripled(x.sin(), computed)
+    y += x
+    return y
+
+
+def squares(x, computed):
+    return tripled(x.sin(), computed) ** 2
+
+
+@pytest.mark.parametrize(("block", "times"), [(adds, [2, 1, 1]), (adds_in_place, [2, 2, 2]), (squares, [2, 2, 2])])
+def test_the_last_product_is_left_out_from_the_second_time_where_it_is_only_added(block, times):
+    run, x = Checkpoint(), torch.tensor([0.3, -0.8], requires_grad=True)
+    expected = gradient(block(x, []), x)
+    for count in times:
+        computed = []
+        assert torch.equal(gradient(run(block, x, computed), x), expected)
+        assert len(computed) == count
+
+
+def test_a_block_whose_like_could_leave_out_its_product_and_that_needs_it_runs_again():
+    skipping, x = Skipping(), torch.tensor([0.3, -0.8], requires_grad=True)
+    for block in (adds, adds, squares, adds):
+        found = gradient(Checkpoint(skipping=skipping)(block, x, []), x)
+        assert torch.equal(found, gradient(block(x, []), x))
+    assert skipping.product == 0
+
+
+def adds_twice(x, computed):
+    return adds(adds(x, computed), computed)
+
+
+def test_of_blocks_with_other_numbers_of_products_none_leaves_out_the_wrong_one():
+    skipping, x = Skipping(), torch.tensor([0.3, -0.8], requires_grad=True)
+    for block in (adds, adds, adds_twice, adds, adds_twice):
+        found = gradient(Checkpoint(skipping=skipping)(block, x, []), x)
+        assert torch.equal(found, gradient(block(x, []), x))
 
 
 class KeptExp(torch.autograd.Function):

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from qlora_lite.data.batch import Batch
 from qlora_lite.lora.inject import add_lora, lora_parameters
 from qlora_lite.memory.ledger import Ledger
-from qlora_lite.models.anatomy import set_checkpointing
+from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.models.load import use_row_attention
 from qlora_lite.models.quantizer import quantize_in_place
 from qlora_lite.planning.simulate import Job, Rows, simulate, simulate_whole
@@ -49,7 +49,7 @@ def measured(job, model_type, **changes):
     quantize_in_place(model, job.quant, job.double_quant)
     use_row_attention(model)
     add_lora(model, job.targets, job.rank, job.alpha, job.dropout, job.rslora, job.factor_dtype)
-    set_checkpointing(model, job.checkpointing == "block")
+    set_levers(model, job.levers)
     parameters = [p for _, p in lora_parameters(model)]
     optimizer = build_optimizer(parameters, job.optimizer, 1e-4, 0.0)
     batch, ledger = all_learned(LENGTHS), Ledger()
@@ -59,9 +59,9 @@ def measured(job, model_type, **changes):
         ledger.watch(model)
         for _ in range(2):
             ledger.reset_peaks()
-            train_step(model.train(), [batch], optimizer, job.max_grad_norm, job.loss_chunk_tokens)
+            train_step(model.train(), [batch], optimizer, job.max_grad_norm, job.levers.loss_chunk_tokens)
             optimizer.zero_grad(set_to_none=True)
-        evaluate_loss(model, [batch], job.loss_chunk_tokens)
+        evaluate_loss(model, [batch], job.levers.loss_chunk_tokens)
     return ledger
 
 
@@ -73,7 +73,7 @@ INPUT_BYTES = (
 @pytest.mark.parametrize("checkpointing", ["block", "none"])
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_the_predicted_peak_of_every_phase_is_the_measured_one(model_type, checkpointing):
-    job = job_for(config_of(model_type), checkpointing=checkpointing, loss_chunk_tokens=8)
+    job = job_for(config_of(model_type), levers=Levers(checkpointing, loss_chunk_tokens=8))
     predicted, ledger = simulate_whole(job), measured(job, model_type)
     for name in ("forward", "backward", "evaluation"):
         peak = max((m for m in ledger.peaks.values() if m.phase == name), key=lambda m: m.total)
@@ -86,7 +86,11 @@ def test_the_predicted_peak_of_every_phase_is_the_measured_one(model_type, check
 @pytest.mark.parametrize(
     "changes",
     [
-        {}, {"checkpointing": "none"}, {"loss_chunk_tokens": 5}, {"accumulating": True}, {"eval_rows": None},
+        {}, {"levers": Levers("none")}, {"levers": Levers(loss_chunk_tokens=5)}, {"accumulating": True},
+        {"eval_rows": None}, {"levers": Levers(kept_blocks=3)}, {"levers": Levers(tile_tokens=8)},
+        {"levers": Levers(offload_checkpoints=True)}, {"levers": Levers(resident_blocks=0, host_embeddings=True)},
+        {"levers": Levers(resident_blocks=3, offload_checkpoints=True, tile_tokens=8)},
+        {"levers": Levers(resident_blocks=3, kept_blocks=3)}, {"levers": Levers(kept_blocks=7)},
         {"device_type": "cuda"}, {"quant": "none"}, {"dropout": 0.1}, {"optimizer": "adamw_torch"},
     ],
 )  # fmt: skip
@@ -96,8 +100,26 @@ def test_two_small_depths_continued_give_the_whole_depth_to_the_byte(changes):
     for name in {phase for phase, _ in whole.moments}:
         assert short.peak(name).total == whole.peak(name).total, name
     assert short.peak().bytes == whole.peak().bytes
+    assert short.peak().module == whole.peak().module
     assert short.work == whole.work
     assert short.resident.bytes == whole.resident.bytes
+    assert short.offloaded_bytes == whole.offloaded_bytes
+
+
+def test_pieces_that_a_plan_leaves_out_count_as_if_they_ran(monkeypatch):
+    levers = Levers(tile_tokens=3, loss_chunk_tokens=2)
+    job = job_for(config_of("llama"), levers=levers)
+    monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", 24)
+    short = simulate_whole(job)
+    for module in ("tile", "loss"):
+        monkeypatch.setattr(f"qlora_lite.ops.{module}.pieces", every_piece)
+    whole = simulate_whole(job)
+    assert short.work == whole.work
+    assert short.moments == whole.moments
+
+
+def every_piece(total, size):
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
 def test_blocks_of_several_kinds_repeat_as_a_pattern():
@@ -110,7 +132,7 @@ def test_blocks_of_several_kinds_repeat_as_a_pattern():
 
 def test_what_costs_memory_shows():
     job = job_for(config_of("llama", num_hidden_layers=7))
-    kept = simulate(replace(job, checkpointing="none")).peak().total
+    kept = simulate(replace(job, levers=Levers("none"))).peak().total
     assert kept > 1.5 * simulate(job).peak().total - simulate(job).resident.total
     more = simulate(replace(job, optimizer="adamw_32bit")).resident.total - simulate(job).resident.total
     assert more >= 0

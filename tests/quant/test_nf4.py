@@ -323,3 +323,16 @@ def test_a_gpu_packs_as_bitsandbytes_does_there_and_unpacks_as_the_reference(dty
         nf4.dequantize(packed, shape, dtype, quant_type),
         nf4.dequantize_reference(packed, shape, dtype, quant_type),
     )
+
+
+@single_and_double
+@each_type
+@pytest.mark.parametrize("rows", [slice(0, 300), slice(7, 130), slice(299, 300), [5, 5, 299, 0], []], ids=str)
+def test_rows_unpacked_alone_equal_those_of_the_whole_weight(rows, quant_type, double_quant):
+    weight = normal((300, 192), torch.bfloat16)
+    packed = nf4.quantize(weight, quant_type, double_quant)
+    numbers = torch.tensor(rows, dtype=torch.int64) if isinstance(rows, list) else rows
+    for dtype in (torch.bfloat16, torch.float32):
+        whole = nf4.dequantize(packed, weight.shape, dtype, quant_type)
+        some = nf4.dequantize_rows(packed, weight.shape, numbers, dtype, quant_type)
+        assert torch.equal(some, whole[numbers])

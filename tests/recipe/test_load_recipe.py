@@ -98,8 +98,8 @@ memory: {loss_chunk_tokens: 0, budget: 8}
         "r.yaml:18: train.optimizer = adamw_8bits: must be ",
         "r.yaml:19: train.exact_match_rows = 3: needs evaluation rows; write data.eval, or 0 here",
         "r.yaml:20: train.epochs = -1: must be a number above 0; the default is 1",
-        "r.yaml:21: memory.loss_chunk_tokens = 0: must be a whole number of at least 1, or auto; ",
         "r.yaml:21: memory.budget = 8: must be auto, or a size with its unit, such as 8GiB; ",
+        "r.yaml:21: memory.loss_chunk_tokens = 0: must be a whole number of at least 1, or auto; ",
     ]
     found = problems(text)
     assert len(found) == len(expected)

@@ -15,7 +15,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from qlora_lite.errors import ModelError
 from qlora_lite.lora.inject import add_lora, lora_layers
-from qlora_lite.models.anatomy import set_checkpointing
+from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.models.load import ROW_ATTENTION, rows_run_alone, use_row_attention, uses_row_attention
 from qlora_lite.ops.attention import row_attention
 from qlora_lite.train.guards import check_forward
@@ -29,7 +29,7 @@ def test_loss_and_gradients_equal_those_of_plain_rows(model_type):
     random_factors(model)
     reference = add_reference_lora(plain, model)
     batch = random_batch()
-    set_checkpointing(model, True)
+    set_levers(model, Levers())
     model.train()
 
     loss = accumulate_gradients(model, [prepare(batch, model.device)], chunk_tokens=4).item()

@@ -9,7 +9,7 @@ from tiny import quantized_pair, random_batch, random_factors
 from transformers import AutoConfig
 
 from qlora_lite.lora.inject import add_lora, lora_parameters
-from qlora_lite.models.anatomy import set_checkpointing
+from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.planning.predict import predict
 from qlora_lite.planning.simulate import Job, rows_of
 from qlora_lite.train.optim import build_optimizer
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.gpu
 
 
 def with_gradients(model, batch):
-    set_checkpointing(model.train(), True)
+    set_levers(model.train(), Levers())
     loss = accumulate_gradients(model, [prepare(batch, model.device)], chunk_tokens=8).item()
     return loss, [parameter.grad.cpu() for _, parameter in lora_parameters(model)]
 
@@ -43,7 +43,7 @@ def test_allocated_memory_is_what_the_plan_says():
                  num_key_value_heads=8)  # fmt: skip
     model, _ = quantized_pair("llama", dtype=torch.bfloat16, **sizes)
     model = add_lora(model, rank=16).to("cuda")
-    set_checkpointing(model, True)
+    set_levers(model, Levers())
     batch = random_batch((2048,), vocabulary=8192)
     job = Job(AutoConfig.for_model("llama", **sizes), rows_of(batch), None, "cuda")
     parameters = [parameter for _, parameter in lora_parameters(model)]

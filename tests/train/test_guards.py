@@ -12,6 +12,7 @@ from tiny import quantized_pair
 from qlora_lite.data.stored import Example
 from qlora_lite.errors import ModelError, TrainingError
 from qlora_lite.lora.inject import add_lora, lora_layers, lora_parameters
+from qlora_lite.models.levers import Levers
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.train.guards import check_frozen, check_trainable, frozen_checksum
 from qlora_lite.train.inventory import inventory, total_parameters
@@ -21,7 +22,7 @@ from qlora_lite.train.settings import TrainSettings
 SETTINGS = dict(
     max_steps=4, epochs=1.0, learning_rate=0.01, micro_batch_size=1, gradient_accumulation_steps=2,
     optimizer="adamw_torch", lr_scheduler="constant", warmup_ratio=0.0, max_grad_norm=1.0, weight_decay=0.0, seed=0,
-    max_tokens=32, packing=True, order="shuffle", checkpointing="block", loss_chunk_tokens=None,
+    max_tokens=32, packing=True, order="shuffle",
 )  # fmt: skip
 
 
@@ -157,7 +158,7 @@ def test_the_rehearsal_leaves_weights_optimizer_gradients_and_random_state(dropo
 def test_dropout_and_layers_without_factors_train_under_checkpointing_as_without(options, checkpointing):
     losses = []
     for mode in ("none", checkpointing):
-        training = trainer(checkpointing=mode, **options)
+        training = trainer(levers=Levers(mode), **options)
         torch.manual_seed(1)
         losses.append([metrics.loss for metrics in training])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_lite.lora.adapter import adapter_tensors
 from qlora_lite.lora.inject import add_lora
-from qlora_lite.models.anatomy import set_checkpointing
+from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.models.load import load_model
 from qlora_lite.train.optim import build_optimizer
 from qlora_lite.train.step import train_step
@@ -47,7 +47,7 @@ def their_curve(model, steps):
 
 def our_curve(model, steps):
     """The whole batch at once, packed, checkpointed and chunked."""
-    set_checkpointing(model.train(), True)
+    set_levers(model.train(), Levers())
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(parameters, "adamw_torch", RATE, weight_decay=0.1)
     for batch in steps:

@@ -9,7 +9,7 @@ from tiny import quantized_pair, random_batch, random_factors
 from qlora_lite.data.batch import Batch
 from qlora_lite.errors import TrainingError
 from qlora_lite.lora.inject import add_lora, lora_parameters
-from qlora_lite.models.anatomy import set_checkpointing
+from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.train.optim import BITSANDBYTES_NAMES, build_optimizer, clip_gradients
 from qlora_lite.train.schedule import SCHEDULES, lr_factor
 from qlora_lite.train.step import accumulate_gradients, evaluate_loss, labelled_count, prepare, train_step
@@ -175,11 +175,11 @@ def test_kept_blocks_are_not_computed_again_and_change_no_gradient(model):
     try:
         for kept, expected in ((0, [2, 2]), (1, [2, 1]), (9, [1, 1])):
             runs[:] = [0, 0]
-            set_checkpointing(model, True, kept)
+            set_levers(model, Levers(kept_blocks=kept))
             gradients[kept] = gradient(model, [random_batch(LENGTHS)])[1]
             assert runs == expected
     finally:
-        set_checkpointing(model, False)
+        set_levers(model, Levers("none"))
         for hook in hooks:
             hook.remove()
     assert torch.equal(gradients[0], gradients[1])

@@ -1,0 +1,123 @@
+"""What lowers a model's memory and not its result: the settings, and putting them into a model.
+
+Where weights lie (``place``) is decided once, before training; how blocks run (``set_levers``) can be changed at
+any time. The module that does the work is named beside each lever; ``planning.search`` chooses among them.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from qlora_lite.errors import ModelError
+from qlora_lite.ops.around import Around
+from qlora_lite.ops.checkpoint import Checkpoint, Skipping
+from qlora_lite.ops.offload import HostStore
+from qlora_lite.ops.stream import BlockStream
+from qlora_lite.ops.tile import Tiled
+
+from .anatomy import blocks, decoder, device_of, tokenwise_parts
+
+
+@dataclass(frozen=True, slots=True)
+class Levers:
+    """How memory is traded for time; the names, meanings and defaults are those of the recipe's memory section.
+
+    ``kept_blocks`` counts only where ``checkpointing`` is "block"; ``loss_chunk_tokens`` None takes the default,
+    ``tile_tokens`` None runs MLPs and norms whole, ``resident_blocks`` None streams nothing.
+    """
+
+    checkpointing: str = "block"
+    kept_blocks: int = 0
+    loss_chunk_tokens: int | None = None
+    tile_tokens: int | None = None
+    offload_checkpoints: bool = False
+    resident_blocks: int | None = None
+    host_embeddings: bool = False
+
+    @property
+    def uses_host(self) -> tuple[bool, bool, bool]:
+        """What lies in host memory: weights, checkpoints, embeddings; larger tuples ask more of the bus."""
+        return self.resident_blocks is not None, self.offload_checkpoints, self.host_embeddings
+
+
+class HostEmbedding(Around):
+    """An embedding whose table stays in host memory; only the rows of the batch travel."""
+
+    def __init__(self, inner: nn.Module, device: torch.device):
+        super().__init__(inner)
+        self.device = device
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.inner(input_ids.to(self.weight.device)).to(self.device)
+
+
+def place(model: nn.Module, device: torch.device, levers: Levers) -> nn.Module:
+    """Move a model from host memory to its device, but for what the levers keep there; return it.
+
+    Raises:
+        ModelError: embeddings are to stay on the host that are also the head.
+    """
+    if levers.host_embeddings:
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        if embedding.weight is head.weight:
+            raise ModelError("the embeddings are also the head, which computes: set memory.embeddings to device")
+        model.set_input_embeddings(HostEmbedding(embedding, device))
+    streamed = [] if levers.resident_blocks is None else blocks(model)[: len(blocks(model)) - levers.resident_blocks]
+    staying = {id(part) for block in streamed for part in block.modules()}
+    if levers.host_embeddings:
+        staying.add(id(model.get_input_embeddings()))
+    for module in model.modules():
+        for registry in (module._parameters, module._buffers):
+            for tensor in registry.values():
+                if tensor is not None and (tensor.requires_grad or id(module) not in staying):
+                    tensor.data = tensor.data.to(device)
+    if streamed:
+        model.block_stream = BlockStream(streamed, device)
+    return model
+
+
+def on_host(model: nn.Module, module: nn.Module, tensor: torch.Tensor) -> bool:
+    """Tell whether a weight was left in host memory by ``place``."""
+    stream = getattr(model, "block_stream", None)
+    return isinstance(module, HostEmbedding) or (stream is not None and stream.holds(tensor))
+
+
+def set_levers(model: nn.Module, levers: Levers) -> None:
+    """Run the blocks as the levers say, whatever was set before.
+
+    Of the last ``kept_blocks`` blocks everything is kept although ``checkpointing`` is "block": they are free again
+    before the first block is computed a second time, so that the two never add up.
+
+    Raises:
+        ModelError: streamed blocks would have to keep what they saved, or nothing of the model can be tiled.
+    """
+    found = blocks(model)
+    checkpointed = len(found) - levers.kept_blocks if levers.checkpointing == "block" else 0
+    if levers.resident_blocks is not None and checkpointed < len(found) - levers.resident_blocks:
+        raise ModelError("streamed blocks cannot keep their activations: raise memory.resident_blocks, or lower "
+                         "memory.kept_blocks with memory.checkpointing=block")  # fmt: skip
+    host = HostStore(device_of(model)) if levers.offload_checkpoints else None
+    skipping: dict[type, Skipping] = defaultdict(Skipping)  # what is learned of one block holds for its class
+    for number, block in enumerate(found):
+        block.gradient_checkpointing = number < checkpointed
+        # the place that transformers documents for it
+        block._gradient_checkpointing_func = Checkpoint(number, host, skipping[type(block)])
+    tiled = sum(_set_tiles(module, levers.tile_tokens, skipping) for module in (decoder(model), *found))
+    if levers.tile_tokens and not tiled:
+        raise ModelError(f"{type(model).__name__} has no part that is known to work token by token: "
+                         "set memory.tile_tokens to off")  # fmt: skip
+
+
+def _set_tiles(module: nn.Module, tile_tokens: int | None, skipping: dict[type, Skipping]) -> int:
+    for name, part in list(module.named_children()):
+        if isinstance(part, Tiled):
+            setattr(module, name, part.inner)
+    if not tile_tokens:
+        return 0
+    names = tokenwise_parts(module)
+    for name in names:
+        part = getattr(module, name)
+        setattr(module, name, Tiled(part, tile_tokens, skipping[type(part)]))
+    return len(names)

@@ -1,0 +1,103 @@
+"""What each lever computes again, counted exactly: operations of matrix products and attention."""
+
+import pytest
+import torch
+from tiny import quantized_pair, random_batch
+
+from qlora_lite.lora.inject import add_lora, lora_layers, lora_parameters
+from qlora_lite.memory.marks import phase
+from qlora_lite.memory.work import WorkCounter
+from qlora_lite.models.anatomy import device_of
+from qlora_lite.models.levers import Levers, set_levers
+from qlora_lite.ops.shapes import planning_for
+from qlora_lite.train.step import accumulate_gradients, hidden_states, prepare
+
+DEPTH, RANK, LENGTH = 4, 3, 32
+
+
+@pytest.fixture(scope="module")
+def model():
+    return add_lora(quantized_pair("llama", num_hidden_layers=DEPTH)[0], rank=RANK, dtype=torch.float32)
+
+
+def inputs(model):
+    return prepare(random_batch((LENGTH,)), device_of(model))
+
+
+def step_flops(model, levers, device_type="cuda"):
+    """Return the operations of a step once the blocks know what they may leave out."""
+    set_levers(model, levers)
+    model.train()
+    with planning_for(device_type):
+        accumulate_gradients(model, [inputs(model)])
+        with WorkCounter() as counter:
+            accumulate_gradients(model, [inputs(model)])
+    for _, parameter in lora_parameters(model):
+        parameter.grad = None
+    return counter.work.flops
+
+
+def forward_flops(model, device_type="cuda"):
+    """Return the operations of all blocks' forward."""
+    set_levers(model, Levers("none"))
+    with torch.no_grad(), planning_for(device_type), phase("forward"), WorkCounter() as counter:
+        hidden_states(model, inputs(model))
+    return counter.work.flops
+
+
+def product_flops(model, name):
+    """Return the operations of ``x W^T + low B^T`` in the layers of a name, over all blocks."""
+    return sum(
+        2 * LENGTH * layer.base.out_features * (layer.base.in_features + RANK)
+        for path, layer in lora_layers(model) if path.endswith(name)
+    )  # fmt: skip
+
+
+def test_keeping_everything_computes_each_product_once_forward_and_its_gradients_once(model):
+    linear = 0
+    for number, (path, layer) in enumerate(lora_layers(model)):
+        inside, outside = layer.base.in_features, layer.base.out_features
+        first = number < 3 and path.rpartition(".")[2] in (
+            "q_proj",
+            "k_proj",
+            "v_proj",
+        )  # their input needs no gradient
+        linear += 2 * LENGTH * (inside * outside + RANK * (inside + outside))  # forward
+        linear += 2 * LENGTH * RANK * (inside + 2 * outside)  # gradients of low, A and B
+        linear += 0 if first else 2 * LENGTH * (inside * outside + RANK * inside)  # gradient of x
+    with planning_for("cuda"), WorkCounter() as attention:
+        q = torch.zeros(1, 4, LENGTH, 16, requires_grad=True)
+        k, v = (torch.zeros(1, 2, LENGTH, 16, requires_grad=True) for _ in range(2))
+        with phase("forward"):
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            out.backward(torch.ones_like(out))
+    learned = len(inputs(model).targets)
+    head = 2 * 2 * learned * 160 * 64  # logits, and their gradient back to the hidden states
+    assert step_flops(model, Levers("none")) == linear + DEPTH * attention.work.flops + head
+
+
+def test_checkpointing_computes_a_block_again_but_for_its_last_product(model):
+    again = forward_flops(model) - product_flops(model, "down_proj")
+    assert step_flops(model, Levers()) - step_flops(model, Levers("none")) == again
+
+
+@pytest.mark.parametrize("kept", [1, 3, DEPTH])
+def test_kept_blocks_are_not_computed_again(model, kept):
+    every, none = step_flops(model, Levers()), step_flops(model, Levers("none"))
+    assert step_flops(model, Levers(kept_blocks=kept)) - none == (every - none) * (DEPTH - kept) // DEPTH
+
+
+def test_on_a_cpu_attention_is_not_computed_again_either(model):
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")
+    low = sum(2 * LENGTH * RANK * layer.base.in_features for _, layer in lora_layers(model))  # x A^T of every layer
+    again = low + sum(product_flops(model, name) for name in names)
+    assert step_flops(model, Levers(), "cpu") - step_flops(model, Levers("none"), "cpu") == again
+
+
+@pytest.mark.parametrize("tile_tokens", [8, LENGTH])
+def test_tiles_in_a_checkpointed_block_cost_no_product_more(model, tile_tokens):
+    assert step_flops(model, Levers(tile_tokens=tile_tokens)) == step_flops(model, Levers())
+
+
+def test_where_tensors_lie_changes_no_operation(model):
+    assert step_flops(model, Levers(offload_checkpoints=True)) == step_flops(model, Levers())

@@ -1,0 +1,243 @@
+"""Every lever, alone and with others, gives the gradients of the plain step."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import ARCHITECTURES, build_tiny, quantized_pair, random_batch, random_factors
+
+from qlora_lite.errors import ModelError
+from qlora_lite.lora.inject import add_lora, lora_parameters
+from qlora_lite.models.anatomy import blocks, device_of
+from qlora_lite.models.levers import Levers, on_host, place, set_levers
+from qlora_lite.models.load import use_row_attention
+from qlora_lite.models.quantizer import quantize_head
+from qlora_lite.ops.tile import Tiled
+from qlora_lite.quant.nf4 import dequantize, quantize
+from qlora_lite.train.guards import check_forward, frozen_checksum
+from qlora_lite.train.step import accumulate_gradients, evaluate_loss, prepare
+
+PLAIN = Levers("none")
+CPU = torch.device("cpu")
+DEPTH = 5
+
+
+def build(model_type="llama", levers=PLAIN, dropout=0.0, **changes):
+    """A 4-bit model with random factors, its weights where the levers want them."""
+    layers = {} if model_type == "gpt2" else {"num_hidden_layers": DEPTH}
+    model = quantized_pair(model_type, **(layers | changes))[0]
+    add_lora(model, rank=4, dropout=dropout, dtype=torch.float32)
+    random_factors(model)
+    return place(model, CPU, levers)
+
+
+def gradients(model, levers, batches=2):
+    """Return the gradients of a step of several micro-batches, and its loss."""
+    set_levers(model, levers)
+    torch.manual_seed(0)
+    inputs = [prepare(random_batch(seed=seed), device_of(model)) for seed in range(batches)]
+    loss = accumulate_gradients(model.train(), inputs, levers.loss_chunk_tokens)
+    found = [parameter.grad for _, parameter in lora_parameters(model)]
+    for _, parameter in lora_parameters(model):
+        parameter.grad = None
+    return [loss, *found]
+
+
+def assert_close(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+SAME_ARITHMETIC = [
+    Levers(), Levers(kept_blocks=2), Levers(offload_checkpoints=True), Levers(host_embeddings=True),
+    Levers(resident_blocks=0), Levers(resident_blocks=2), Levers(resident_blocks=2, kept_blocks=2),
+    Levers(resident_blocks=0, offload_checkpoints=True, host_embeddings=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("levers", SAME_ARITHMETIC, ids=str)
+def test_where_tensors_lie_and_whether_they_are_kept_changes_no_bit(levers):
+    expected = gradients(build(), PLAIN)
+    for one, other in zip(gradients(build(levers=levers), levers), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "block"])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_tiles_give_the_plain_gradients(model_type, checkpointing):
+    levers = Levers(checkpointing, tile_tokens=7)
+    assert_close(gradients(build(model_type), levers), gradients(build(model_type), PLAIN))
+
+
+def test_bf16_gradients_of_many_tiles_are_rounded_once():
+    def of(tile_tokens, dtype):
+        model = build_tiny("llama", dtype=dtype)
+        add_lora(model, rank=4, dtype=dtype)
+        random_factors(model)
+        return gradients(model, Levers(tile_tokens=tile_tokens), batches=1)[1:]
+
+    exact = of(None, torch.float64)
+    errors = [
+        sum((one.double() - other).norm() for one, other in zip(of(tile, torch.bfloat16), exact, strict=True))
+        for tile in (None, 1)
+    ]
+    assert errors[1] <= 1.2 * errors[0]
+
+
+def test_a_step_that_ends_in_the_middle_of_a_stream_is_followed_by_a_right_one():
+    levers = Levers(resident_blocks=1)
+    model = build(levers=levers)
+    expected = gradients(build(), PLAIN)
+    set_levers(model, levers)
+    blocks(model)[2](torch.randn(1, 8, 64), position_embeddings=(torch.ones(1, 8, 16), torch.zeros(1, 8, 16)))
+    for one, other in zip(gradients(model, levers), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_streamed_weights_are_never_written():
+    levers = Levers(resident_blocks=0, host_embeddings=True)
+    checksum = frozen_checksum(build())
+    model = build(levers=levers)
+    assert frozen_checksum(model) == checksum
+    gradients(model, levers)
+    assert frozen_checksum(model) == checksum
+
+
+def test_of_streamed_blocks_at_most_two_are_on_the_device():
+    model = build(levers=Levers(resident_blocks=1))
+    stream = model.block_stream
+    evaluate_loss(model, [random_batch()])
+    on_device = {
+        number for number, block in enumerate(blocks(model)) for module in block.modules()
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+        if tensor is not None and not tensor.requires_grad and not on_host(model, module, tensor)
+    }  # fmt: skip
+    assert on_device == {2, 3, 4}  # the last two that ran, and the resident one
+    assert len(stream.slots) == 2
+
+
+def test_the_names_of_tiled_and_streamed_parts_stay_what_they_were():
+    plain, changed = build(), build(levers=Levers(resident_blocks=0, host_embeddings=True))
+    set_levers(changed, Levers(resident_blocks=0, host_embeddings=True, tile_tokens=4))
+    assert [name for name, _ in changed.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    assert list(changed.state_dict()) == list(plain.state_dict())
+    assert any(isinstance(module, Tiled) for module in changed.modules())
+    set_levers(changed, Levers(resident_blocks=0))
+    assert not any(isinstance(module, Tiled) for module in changed.modules())
+
+
+def test_train_and_eval_reach_the_module_inside_a_tile():
+    model = build()
+    set_levers(model, Levers(tile_tokens=4))
+    inner = next(module for module in model.modules() if isinstance(module, Tiled)).inner
+    assert model.train() and inner.training
+    assert model.eval() and not inner.training
+
+
+def test_dropout_in_a_tile_is_repeated_in_backward():
+    model = build(dropout=0.3)
+    levers = Levers(tile_tokens=64)  # one tile: the same random numbers in the same order
+    assert_close(gradients(model, levers), gradients(model, Levers()))
+    for tile_tokens in (7, 64):  # the gradient is that of the loss: it predicts what a small change does
+        levers = Levers(tile_tokens=tile_tokens)
+        loss, *grads = gradients(model, levers, batches=1)
+        (_, parameter), grad = next(zip(lora_parameters(model), grads, strict=False))
+        with torch.no_grad():
+            parameter += 1e-3 * grad / grad.norm()
+        moved = gradients(model, levers, batches=1)[0]
+        assert (moved - loss).item() == pytest.approx(1e-3 * grad.norm().item(), rel=0.05)
+
+
+@pytest.mark.parametrize("levers", [Levers("none", resident_blocks=0), Levers(kept_blocks=3, resident_blocks=2)])
+def test_streamed_blocks_that_keep_their_activations_are_refused(levers):
+    with pytest.raises(ModelError, match="resident_blocks"):
+        set_levers(build(), levers)
+
+
+def test_embeddings_that_are_the_head_stay_on_the_device():
+    model = build_tiny("llama", tie_word_embeddings=True)
+    with pytest.raises(ModelError, match=r"memory\.embeddings"):
+        place(model, CPU, Levers(host_embeddings=True))
+
+
+def test_a_model_without_a_tokenwise_part_cannot_be_tiled():
+    model = build()
+    for block in blocks(model):
+        for name in ("mlp", "input_layernorm", "post_attention_layernorm"):
+            setattr(block, name, torch.nn.Sequential(getattr(block, name)))
+    model.model.norm = torch.nn.Sequential(model.model.norm)
+    with pytest.raises(ModelError, match="tile_tokens"):
+        set_levers(model, Levers(tile_tokens=4))
+
+
+levers_strategy = st.builds(
+    Levers, checkpointing=st.sampled_from(["block", "none"]), kept_blocks=st.integers(0, DEPTH),
+    loss_chunk_tokens=st.sampled_from([None, 3, 50]), tile_tokens=st.sampled_from([None, 1, 5, 64]),
+    offload_checkpoints=st.booleans(), resident_blocks=st.sampled_from([None, 0, 1, 3, DEPTH]),
+    host_embeddings=st.booleans(),
+)  # fmt: skip
+PLAIN_GRADIENTS = {}
+
+
+@settings(max_examples=40, deadline=None)
+@given(levers=levers_strategy, model_type=st.sampled_from(["llama", "gemma2", "olmo2"]), batches=st.integers(1, 2))
+def test_any_combination_gives_the_plain_gradients(levers, model_type, batches):
+    if model_type == "gemma2":  # its embeddings are its head
+        levers = replace(levers, host_embeddings=False)
+    if (model_type, batches) not in PLAIN_GRADIENTS:
+        PLAIN_GRADIENTS[model_type, batches] = gradients(build(model_type), PLAIN, batches)
+    model = build(model_type, levers)
+    try:
+        found = gradients(model, levers, batches)
+    except ModelError:
+        kept = levers.kept_blocks if levers.checkpointing == "block" else DEPTH
+        assert levers.resident_blocks is not None and kept > levers.resident_blocks
+        return
+    assert_close(found, PLAIN_GRADIENTS[model_type, batches])
+    assert torch.equal(build(model_type).lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "cohere"])
+def test_a_head_in_four_bits_trains_as_its_unpacked_weight_would(model_type):
+    def model_with_head(change):
+        model = build_tiny(model_type)
+        change(model)
+        torch.manual_seed(1)
+        add_lora(model, rank=4, dtype=torch.float32)
+        random_factors(model)
+        return gradients(model, PLAIN)
+
+    def unpacked(model):
+        head = model.get_output_embeddings()
+        weight = dequantize(quantize(head.weight), head.weight.shape, torch.float32)
+        model.set_output_embeddings(torch.nn.Linear(*weight.shape[::-1], bias=False))
+        model.get_output_embeddings().weight = torch.nn.Parameter(weight)
+
+    packed = model_with_head(lambda model: quantize_head(model, "nf4", True))
+    assert_close(packed, model_with_head(unpacked))
+
+
+def test_a_four_bit_head_is_what_the_model_itself_answers_with():
+    model = build_tiny("gemma3_text")
+    embeddings = model.get_input_embeddings().weight
+    use_row_attention(model)
+    quantize_head(model, "nf4", True)
+    assert check_forward(model) < 1e-5
+    assert model.get_input_embeddings().weight is embeddings
+    with pytest.raises(ModelError, match="quant_head"):
+        quantize_head(build_tiny("llama", hidden_size=48), "nf4", True)
+
+
+def test_quantised_and_sixteen_bit_blocks_stream_alike():
+    model = build_tiny("gpt2")
+    plain = build_tiny("gpt2")
+    for each in (model, plain):
+        torch.manual_seed(1)
+        add_lora(each, rank=4, dtype=torch.float32)
+        random_factors(each)
+    levers = Levers(resident_blocks=0)
+    place(model, CPU, levers)
+    for one, other in zip(gradients(model, levers), gradients(plain, PLAIN), strict=True):
+        assert torch.equal(one, other)
