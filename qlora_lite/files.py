@@ -85,6 +85,31 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
 
 
+def require_empty(path: Path) -> None:
+    """Check that a folder may be written: it is new, or holds nothing.
+
+    Raises:
+        OutputError: something is there.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OutputError(f"{path} is not an empty folder; choose another --out")
+
+
+def require_space(path: Path, needed_bytes: int) -> None:
+    """Check that the disk of a folder to be written has room, before the work begins.
+
+    Raises:
+        OutputError: naming the path, what is needed and what is free.
+    """
+    parent = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    free_bytes = shutil.disk_usage(parent).free
+    if free_bytes < needed_bytes:
+        raise OutputError(
+            f"{path} needs {format_bytes(needed_bytes)} and its disk has {format_bytes(free_bytes)} free; "
+            "free some space or choose another --out"
+        )
+
+
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -25,7 +25,9 @@ from .files import write_text
 from .lora.adapter import adapter_tensors, fill_adapter, save_adapter
 from .memory.meter import PeakMeter, mapped_bytes
 from .models.anatomy import device_of
+from .models.cache import base_fingerprint
 from .models.load import resolve_device
+from .models.locate import locate
 from .models.tokenizer import load_tokenizer
 from .plan import alternatives, expected_peak, plan_run, reason
 from .preflight import line_of_problem, preflight
@@ -128,6 +130,7 @@ class _Run:
             device=_device_name(device_of(self.model)), trainable_parameters=trainable,
             memory_table=[asdict(entry) for entry in table],
             versions=package_versions(),
+            base_fingerprint=base_fingerprint(locate(self.recipe.model.path, self.recipe.model.revision)),
         )  # fmt: skip
 
     def _plan(self) -> None:

@@ -18,9 +18,9 @@ LAYERS = [
     {"train"},
     {"planning"},
     {"build", "rows", "runs", "generate", "charts", "stacked", "page", "run_files"},
-    {"evaluate", "converse", "report", "preflight", "memory_page", "plan"},
-    {"data_page", "profile"},
-    {"run"},
+    {"evaluate", "report", "preflight", "memory_page", "plan", "likeness", "trained", "compare_page"},
+    {"data_page", "profile", "merge", "tasks"},
+    {"run", "export", "converse", "compare", "serve"},
     {"doctor"},
     {"cli"},
 ]
