@@ -24,7 +24,7 @@ def train_settings(recipe: Recipe) -> TrainSettings:
         max_tokens=d.max_tokens, packing=d.packing, order=d.order,
         checkpointing="block" if m.checkpointing == "auto" else m.checkpointing,
         loss_chunk_tokens=None if m.loss_chunk_tokens == "auto" else m.loss_chunk_tokens,
-        kept_blocks=m.kept_blocks,
+        kept_blocks=m.kept_blocks, on_not_finite=t.on_not_finite, max_skipped_steps=t.max_skipped_steps,
     )  # fmt: skip
 
 

@@ -27,3 +27,5 @@ class TrainSettings:
     checkpointing: str
     loss_chunk_tokens: int | None
     kept_blocks: int = 0
+    on_not_finite: str = "stop"
+    max_skipped_steps: int = 0
