@@ -158,12 +158,16 @@ def _find_checkpoint(path: Path, force: bool) -> Continuation | None:
     """Return the newest whole checkpoint of a run; None if it has none. What is skipped, and why, is logged.
 
     Raises:
-        CheckpointError: what it holds of the run is not what this version wrote.
+        CheckpointError: none of those that are there is whole, or what one holds of the run is not what this version
+            writes.
     """
     checkpoint, reasons = newest_whole(path / CHECKPOINTS)
     for reason in reasons:
         log.warning("resume: skipped a damaged checkpoint, %s", reason)
     if checkpoint is None:
+        if reasons:  # to begin afresh would remove what may be worth a look
+            cure = f"to begin afresh, remove {path / CHECKPOINTS}"
+            raise CheckpointError("\n".join([f"no whole checkpoint is left in {path}; {cure}", *reasons]))
         return None
     run, state = (checkpoint.documents.get(name, {}) for name in (RUN, STATE))
     wrong = [name for name, kind in _PARTS.items() if not isinstance(run.get(name), kind)]
