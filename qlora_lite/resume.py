@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
 from .data.examples import Dataset
 from .data.opening import find_files
@@ -169,16 +170,34 @@ def _find_checkpoint(path: Path, force: bool) -> Continuation | None:
             cure = f"to begin afresh, remove {path / CHECKPOINTS}"
             raise CheckpointError("\n".join([f"no whole checkpoint is left in {path}; {cure}", *reasons]))
         return None
-    run, state = (checkpoint.documents.get(name, {}) for name in (RUN, STATE))
-    wrong = [name for name, kind in _PARTS.items() if not isinstance(run.get(name), kind)]
-    if wrong or type(state.get("total_steps")) is not int:
-        raise CheckpointError(f"the checkpoint of step {checkpoint.step} lacks {', '.join(wrong) or 'its total_steps'}")
     log.info("resume: going on after step %d", checkpoint.step)
-    return Continuation(checkpoint, force)
+    return Continuation(checked(checkpoint), force)
+
+
+def checked(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint that says of its run what one of this version says.
+
+    Raises:
+        CheckpointError: it lacks something, or holds it in another form.
+    """
+    run, state = (checkpoint.documents.get(name) for name in (RUN, STATE))
+    if not isinstance(run, dict) or not isinstance(state, dict):
+        raise CheckpointError(f"the checkpoint of step {checkpoint.step} lacks {RUN} or {STATE}")
+    wrong = [name for name, kind in _PARTS.items() if type(run.get(name)) is not kind]
+    wrong += ["total_steps"] if type(state.get("total_steps")) is not int else []
+    if not wrong and not isinstance(run["summary"].get("resumed", []), list):
+        wrong.append("summary")
+    if wrong:
+        raise CheckpointError(f"the checkpoint of step {checkpoint.step} lacks {', '.join(wrong)} in their right form")
+    return checkpoint
 
 
 def _flat(recipe: dict) -> dict[str, object]:
-    return {f"{section}.{name}": value for section, settings in recipe.items() for name, value in settings.items()}
+    flat = {}
+    for section, settings in recipe.items():
+        values = settings if isinstance(settings, dict) else {"": settings}
+        flat |= {f"{section}.{name}": value for name, value in values.items()}
+    return flat
 
 
 def data_identity(recipe: Recipe, tokenizer, data: Dataset, eval_data: Dataset | None) -> dict[str, str | None]:
@@ -204,10 +223,19 @@ def with_plan(recipe: Recipe, levers: Mapping[str, object]) -> Recipe:
 
     Args:
         levers: settings by dotted key, as ``planning.search.Candidate.settings`` gives them.
+
+    Raises:
+        CheckpointError: a lever is none.
     """
-    for section in ("memory", "train"):
-        own = {key.partition(".")[2]: value for key, value in levers.items() if key.startswith(f"{section}.")}
-        if section == "memory":
-            own["micro_batches"] = "as-given"
-        recipe = recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=own)})
-    return recipe
+    sections: dict[str, dict] = {"memory": {"micro_batches": "as-given"}, "train": {}}
+    try:
+        for key, value in levers.items():
+            section, _, name = key.partition(".")
+            sections[section][name] = value
+        changed = {
+            name: type(getattr(recipe, name)).model_validate(getattr(recipe, name).model_dump() | values)
+            for name, values in sections.items()
+        }  # fmt: skip
+    except (KeyError, ValidationError) as error:
+        raise CheckpointError(f"the checkpoint's plan is none that this version makes: {error!r}") from None
+    return recipe.model_copy(update=changed)

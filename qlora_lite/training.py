@@ -75,17 +75,18 @@ class Training:
         restore(self.trainer, continuation.checkpoint)
         try:
             self._restore_progress(continuation.run["progress"], continuation.checkpoint.tensors.get(BEST, {}))
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"the checkpoint's {RUN} is not what this version writes: {error!r}") from None
 
     def _restore_progress(self, saved: dict, best: Tensors) -> None:
-        self.evaluated_step, self.totals = saved["evaluated_step"], dict(saved["totals"])
-        self.earlier_peak_bytes = saved["peak_bytes"]
+        self.evaluated_step, self.earlier_peak_bytes = int(saved["evaluated_step"]), int(saved["peak_bytes"])
+        self.totals = {name: type(zero)(saved["totals"][name]) for name, zero in self.totals.items()}
         if saved["before"] is not None:
-            self.before = ExactMatch(saved["before"]["score"], tuple(saved["before"]["answers"]))
+            answers = saved["before"]["answers"]
+            self.before = ExactMatch(float(saved["before"]["score"]), tuple(map(str, answers)))
         if saved["best_loss"] is not None:
             compare_tensors(best, adapter_tensors(self.model), BEST)
-            self.best_loss = saved["best_loss"]
+            self.best_loss = float(saved["best_loss"])
             self.best_factors = {name: tensor.to(self.model.device) for name, tensor in best.items()}
 
     def _progress(self) -> dict:

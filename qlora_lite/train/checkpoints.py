@@ -84,11 +84,11 @@ def write_checkpoint(root: Path, checkpoint: Checkpoint, versions: Mapping[str, 
         files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(new.iterdir())}
         manifest = {"format": FORMAT, "step": checkpoint.step, "versions": dict(versions),
                     "recipe_sha256": recipe_hash, "files": files}  # fmt: skip
-        (new / MANIFEST).write_text(_sealed(manifest), encoding="utf-8")
+        (new / MANIFEST).write_text(sealed(manifest), encoding="utf-8")
     return folder
 
 
-def _sealed(manifest: dict) -> str:
+def sealed(manifest: object) -> str:
     """Return a manifest's text with its own SHA-256; equal manifests give equal texts."""
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     return json.dumps({"manifest": manifest, "sha256": digest}, sort_keys=True, indent=1) + "\n"
@@ -131,7 +131,7 @@ def _read_manifest(folder: Path) -> dict:
     text = _read_file(folder / MANIFEST, None)
     try:
         manifest = _object(text)["manifest"]
-        if text.decode() != _sealed(manifest):
+        if text.decode() != sealed(manifest):
             raise ValueError("its content is not what was written")
         _check_entries(manifest["files"])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

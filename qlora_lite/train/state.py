@@ -104,11 +104,14 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
 def _checked(checkpoint: Checkpoint) -> dict:
     """Return the numbers of a checkpoint that has all parts of a trainer's state."""
     state = checkpoint.documents.get(STATE, {})
+    state = state if isinstance(state, dict) else {}
     missing = [name for name in (WEIGHTS_NAME, OPTIMIZER, GENERATORS) if name not in checkpoint.tensors]
     counts = [state.get(name) for name in _COUNTS if name != "most_tokens" or state.get(name) is not None]
     numbers = state.get("optimizer")
     good = all(type(count) is int and count >= 0 for count in counts) and isinstance(numbers, dict)
-    if missing or not good or not all(isinstance(values, dict) for values in numbers.values()):
+    good = good and all(isinstance(values, dict) for values in numbers.values())
+    good = good and all(type(number) in (int, float) for values in numbers.values() for number in values.values())
+    if missing or not good:
         raise CheckpointError(f"the checkpoint lacks {', '.join(missing) or f'numbers in {STATE}'}")
     return state
 

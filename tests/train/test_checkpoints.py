@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from qlora_lite.errors import CheckpointError, OutputError
-from qlora_lite.train import checkpoints
 from qlora_lite.train.checkpoints import (
     MANIFEST,
     Checkpoint,
@@ -20,6 +19,7 @@ from qlora_lite.train.checkpoints import (
     keep_only,
     newest_whole,
     read_checkpoint,
+    sealed,
     steps_on_disk,
     write_checkpoint,
 )
@@ -133,7 +133,7 @@ def forged(root, change):
     path = folder_of(root, 12) / MANIFEST
     manifest = json.loads(path.read_text())["manifest"]
     change(manifest)
-    path.write_text(checkpoints._sealed(manifest))
+    path.write_text(sealed(manifest))
     with pytest.raises(CheckpointError) as caught:
         read_checkpoint(folder_of(root, 12))
     return str(caught.value)
