@@ -46,6 +46,7 @@ from .runs import (
 )
 from .saver import check_space
 from .stopping import Stop, stop_signals
+from .train.determinism import deterministic
 from .train.guards import check_frozen, frozen_checksum
 from .train.inventory import inventory, total_parameters
 from .train.loop import Trainer, largest_batches
@@ -112,7 +113,8 @@ class _Run:
 
     def execute(self) -> None:
         """Go through the stages."""
-        with PeakMeter(resolve_device(self.recipe.model.device)) as meter:
+        device = resolve_device(self.recipe.model.device)
+        with deterministic(self.recipe.train.deterministic), PeakMeter(device) as meter:
             with self.stop.at_once(), _explaining_memory():
                 self._prepare(meter)
             with _explaining_memory():

@@ -36,6 +36,9 @@ class Stop:
         """
         if self._reason is None and time.monotonic() >= self._end:
             self._reason = "train.max_hours"
+        self._raise()
+
+    def _raise(self) -> None:
         if self._reason is not None:
             raise StopNow(self._reason)
 
@@ -43,10 +46,12 @@ class Stop:
     def at_once(self) -> Iterator[None]:
         """Let a signal end the block at any place: for work of which nothing is left half done.
 
+        Time that is over ends nothing here, so that every process of a run takes at least one step.
+
         Raises:
-            StopNow: now, or as soon as a signal comes.
+            StopNow: as soon as a signal comes, or now if one has come.
         """
-        self.check()
+        self._raise()
         self._acts_now = True
         try:
             yield
@@ -57,7 +62,7 @@ class Stop:
         """Remember why to stop, and do it now inside ``at_once``."""
         self._reason = reason
         if self._acts_now:
-            raise StopNow(reason)
+            self._raise()
 
 
 @contextmanager

@@ -75,7 +75,7 @@ class Training:
         restore(self.trainer, continuation.checkpoint)
         try:
             self._restore_progress(continuation.run["progress"], continuation.checkpoint.tensors.get(BEST, {}))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise CheckpointError(f"the checkpoint's {RUN} is not what this version writes: {error!r}") from None
 
     def _restore_progress(self, saved: dict, best: Tensors) -> None:

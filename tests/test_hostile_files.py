@@ -92,7 +92,8 @@ def adapter(tmp_path, good_adapter):
 
     def load(name, replaced: bytes):
         (tmp_path / name).write_bytes(replaced)
-        before = [parameter.clone() for parameter in (model := Bare()).parameters()]
+        model = Bare()
+        before = [parameter.clone() for parameter in model.parameters()]
         if clean(load_adapter, model, tmp_path):
             assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 

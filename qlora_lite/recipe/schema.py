@@ -213,6 +213,9 @@ class Train(_Section):
     """Share of a weight removed per step, times the learning rate."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seed of the factors, the order of rows and dropout."""
+    deterministic: bool = False
+    """On a card, use only operations that give the same bits each time, so that a resumed run equals an uninterrupted
+    one bit for bit; slower. On a CPU it does so anyway."""
     eval_every_steps: Count = 0
     """Steps between evaluations; 0 evaluates only before and after."""
     save_every_steps: Count = 0
