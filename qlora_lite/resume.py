@@ -60,6 +60,12 @@ class Continuation:
         """What the checkpoint holds of the run."""
         return self.checkpoint.documents[RUN]
 
+    @property
+    def keeps_plan(self) -> bool:
+        """Whether steps are run as the checkpoint's plan says, and not as one that forced changes ask for."""
+        levers = ("memory.", "train.micro_batch_size", "train.gradient_accumulation_steps")
+        return not any(change.startswith(levers) for change in self.forced)
+
     def compare_settings(self, recipe: Recipe) -> None:
         """Compare the recipe with the run's.
 

@@ -223,7 +223,8 @@ class _Run:
     def _plan(self) -> None:
         """Choose how to run the step before anything large is loaded; what cannot fit ends the run here."""
         eval_examples = self.eval_data.examples if self.eval_data else ()
-        recipe = with_plan(self.recipe, self.continuation.run["plan"]) if self.continuation else self.recipe
+        keeps_plan = self.continuation is not None and self.continuation.keeps_plan
+        recipe = with_plan(self.recipe, self.continuation.run["plan"]) if keeps_plan else self.recipe
         self.plan, self.settings = plan_run(recipe, self.rows, eval_examples)
         log.info("plan: %s", reason(self.plan))
 
