@@ -135,8 +135,8 @@ class _Run:
         self.trainer = Trainer(self.model, self.rows, self.settings, build_stream(recipe, self.tokenizer))
         self._describe_model()
         self.checksum = frozen_checksum(self.model)
-        identity |= {"base model": self.checksum, "type of device": self.model.device.type}
-        self._compare(identity)
+        model_identity = {"base model": self.checksum, "type of device": self.model.device.type}
+        self._compare(model_identity)
         if self.continuation:
             self.continuation.compare_schedule(self.trainer.total_steps, self.settings)
             self.trainer.most_tokens = self.continuation.checkpoint.documents[STATE]["most_tokens"]
@@ -145,7 +145,7 @@ class _Run:
         size = checkpoint_bytes(self.trainer, self.eval_data is not None)
         check_space(self.run.path, size, factors, recipe.train.keep_checkpoints)
         about = {
-            "recipe": recipe.model_dump(mode="json"), "identity": identity, "plan": self.plan.chosen.settings,
+            "recipe": recipe.model_dump(mode="json"), "identity": identity | model_identity, "plan": self.plan.chosen.settings,
             "environment": environment(_device_name(self.model.device)),
         }  # fmt: skip
         self.training = Training(recipe, self.run, self.trainer, self.tokenizer, self.eval_data, self.meter, self.stop,
