@@ -145,8 +145,8 @@ class _Run:
         size = checkpoint_bytes(self.trainer, self.eval_data is not None)
         check_space(self.run.path, size, factors, recipe.train.keep_checkpoints)
         about = {
-            "recipe": recipe.model_dump(mode="json"), "identity": identity | model_identity, "plan": self.plan.chosen.settings,
-            "environment": environment(_device_name(self.model.device)),
+            "recipe": recipe.model_dump(mode="json"), "identity": identity | model_identity,
+            "plan": self.plan.chosen.settings, "environment": environment(_device_name(self.model.device)),
         }  # fmt: skip
         self.training = Training(recipe, self.run, self.trainer, self.tokenizer, self.eval_data, self.meter, self.stop,
                                  about, self.progress)  # fmt: skip
