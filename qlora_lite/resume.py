@@ -25,7 +25,7 @@ from .runs import CHECKPOINTS, RunFolder, create_run, newest_path, package_versi
 from .train.checkpoints import Checkpoint, newest_whole
 from .train.schedule import lr_factor
 from .train.settings import TrainSettings
-from .train.state import STATE
+from .train.state import STATE, numbers_of
 
 log = logging.getLogger("qlora_lite")
 RUN = "run.json"  # what a checkpoint holds of the run, beside the trainer's state
@@ -186,11 +186,9 @@ def checked(checkpoint: Checkpoint) -> Checkpoint:
     Raises:
         CheckpointError: it lacks something, or holds it in another form.
     """
-    run, state = (checkpoint.documents.get(name) for name in (RUN, STATE))
-    if not isinstance(run, dict) or not isinstance(state, dict):
-        raise CheckpointError(f"the checkpoint of step {checkpoint.step} lacks {RUN} or {STATE}")
+    numbers_of(checkpoint)
+    run = checkpoint.documents.get(RUN, {})
     wrong = [name for name, kind in _PARTS.items() if type(run.get(name)) is not kind]
-    wrong += ["total_steps"] if type(state.get("total_steps")) is not int else []
     if not wrong and not isinstance(run["summary"].get("resumed", []), list):
         wrong.append("summary")
     if wrong:

@@ -261,6 +261,7 @@ def test_the_numbers_of_a_checkpoint_may_be_anything(trained, tmp_path, times):
     assert clean(go_on, good.documents) == ""
     state, everything = good.documents[STATE], st.sampled_from([STATE, RUN])
     values = everything.flatmap(lambda name: st.tuples(st.just(name), spoiled(state if name == STATE else run)))
+    values = values.filter(lambda pair: isinstance(pair[1], dict))  # reading the file sees to that
     fuzz(values, 300 * times, lambda pair: clean(go_on, good.documents | {pair[0]: pair[1]}))
 
 

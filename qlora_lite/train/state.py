@@ -23,7 +23,7 @@ from .generators import generator_states, restore_generators
 from .loop import Trainer
 
 OPTIMIZER, GENERATORS, STATE = "optimizer.safetensors", "generators.safetensors", "state.json"
-_COUNTS = ("step", "epoch", "epoch_step", "skipped", "most_tokens")
+_COUNTS = ("step", "epoch", "epoch_step", "skipped", "most_tokens")  # the last may be None
 _TABLES = ("qmap1", "qmap2")  # bitsandbytes' code tables: constants that all states share
 
 
@@ -80,7 +80,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: a tensor is missing or too much, or has another shape or type.
     """
-    state, saved = _checked(checkpoint), checkpoint.tensors
+    state, saved = numbers_of(checkpoint), checkpoint.tensors
     compare_tensors(saved[WEIGHTS_NAME], adapter_tensors(trainer.model), WEIGHTS_NAME)
     if saved[OPTIMIZER]:
         _make_states(trainer)
@@ -101,12 +101,15 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     restore_generators(saved[GENERATORS], trainer.model.device)
 
 
-def _checked(checkpoint: Checkpoint) -> dict:
-    """Return the numbers of a checkpoint that has all parts of a trainer's state."""
+def numbers_of(checkpoint: Checkpoint) -> dict:
+    """Return the numbers of a checkpoint (see ``capture``).
+
+    Raises:
+        CheckpointError: it lacks a part of a trainer's state.
+    """
     state = checkpoint.documents.get(STATE, {})
-    state = state if isinstance(state, dict) else {}
     missing = [name for name in (WEIGHTS_NAME, OPTIMIZER, GENERATORS) if name not in checkpoint.tensors]
-    counts = [state.get(name) for name in _COUNTS if name != "most_tokens" or state.get(name) is not None]
+    counts = [state.get(name) for name in (*_COUNTS, "total_steps") if name != "most_tokens" or state.get(name)]
     numbers = state.get("optimizer")
     good = all(type(count) is int and count >= 0 for count in counts) and isinstance(numbers, dict)
     good = good and all(isinstance(values, dict) for values in numbers.values())
