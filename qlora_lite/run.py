@@ -161,7 +161,7 @@ class _Run:
         """Put everything back to where the checkpoint was made, and write down what is different."""
         self.continuation.say_environment(now)
         self.training.restore(self.continuation)
-        rewind_run(self.run, self.recipe)
+        rewind_run(self.run)
         part = {"after_step": self.trainer.step, "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "changes": self.continuation.accepted, "forced_changes": self.continuation.forced}  # fmt: skip
         self.run.update(status="running", resumed=[*self.run.summary.get("resumed", []), part])

@@ -43,12 +43,14 @@ class RunFolder:
     """A run's folder and the summary that grows in it.
 
     Args:
+        recipe: of the run.
         summary: content of ``summary.json``.
         metrics_bytes: size of ``metrics.jsonl`` as it was last written; what lies behind it is a torn line.
         waiting: lines of metrics that could not be written yet.
     """
 
     path: Path
+    recipe: Recipe
     summary: dict = field(default_factory=dict)
     metrics_bytes: int = 0
     waiting: list[str] = field(default_factory=list)
@@ -72,6 +74,7 @@ class RunFolder:
         Raises:
             OutputError: they cannot be written.
         """
+        self._make_again()
         file = self.path / METRICS
         with explain_write_errors(file), file.open("ab") as stream:
             stream.truncate(min(self.metrics_bytes, os.fstat(stream.fileno()).st_size))
@@ -79,6 +82,14 @@ class RunFolder:
             stream.flush()
             self.metrics_bytes = stream.tell()
         self.waiting.clear()
+
+    def _make_again(self) -> None:
+        """Make the folder again if somebody removed it: what is still to come is worth more than a reproach."""
+        if not self.path.is_dir():
+            with explain_write_errors(self.path):
+                self.path.mkdir(parents=True)
+            write_text(self.path / RECIPE, resolve_to_yaml(self.recipe))
+            log.warning("%s was removed; it is made again, without what was in it", self.path)
 
     def flush_metrics(self) -> None:
         """Wait until the metrics written so far would survive a power cut.
@@ -90,7 +101,12 @@ class RunFolder:
             flush_to_disk(self.path / METRICS)
 
     def update(self, **values) -> None:
-        """Put values into ``summary.json``."""
+        """Put values into ``summary.json``.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        self._make_again()
         self.summary.update(values)
         write_text(self.path / SUMMARY, json.dumps(self.summary, indent=2) + "\n")
 
@@ -138,14 +154,14 @@ def create_run(path: Path, recipe: Recipe, replace: bool = False) -> RunFolder:
         for name in _OUTPUTS:
             output = path / name
             shutil.rmtree(output) if output.is_dir() else output.unlink(missing_ok=True)
-    run = RunFolder(path)
+    run = RunFolder(path, recipe)
     write_text(path / RECIPE, resolve_to_yaml(recipe))
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     run.update(status="running", name=_name(recipe), model=recipe.model.path, started=started)
     return run
 
 
-def rewind_run(run: RunFolder, recipe: Recipe) -> None:
+def rewind_run(run: RunFolder) -> None:
     """Go back to where a run was: cut off the metrics of later steps, and write the recipe that it goes on with.
 
     Args:
@@ -155,6 +171,7 @@ def rewind_run(run: RunFolder, recipe: Recipe) -> None:
         OutputError: the folder cannot be written.
     """
     remove_leftovers(run.path)
+    remove_leftovers(run.path / CHECKPOINTS)
     file = run.path / METRICS
     written = file.read_bytes()[: run.metrics_bytes] if file.is_file() else b""
     whole = written.rfind(b"\n") + 1
@@ -163,7 +180,7 @@ def rewind_run(run: RunFolder, recipe: Recipe) -> None:
                     run.metrics_bytes - whole)  # fmt: skip
     run.metrics_bytes = whole
     run.write_metrics()
-    write_text(run.path / RECIPE, resolve_to_yaml(recipe))
+    write_text(run.path / RECIPE, resolve_to_yaml(run.recipe))
 
 
 def is_complete(path: Path, recipe: Recipe) -> bool:

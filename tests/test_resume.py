@@ -7,9 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from remembered_plans import remember_predictions
 from safetensors.torch import load_file
 from tiny_files import save_tiny, write_recipe, write_rows
 
@@ -25,6 +27,13 @@ TIMES = {"seconds", "tokens_per_second", "peak_bytes"}
 OTHER_RUN = {*TIMES, "started", "resumed", "plan", "memory_table"}  # of the summary
 STEPS = {"max_steps": 8, "eval_every_steps": 3, "save_every_steps": 2, "keep_checkpoints": 3, "learning_rate": 0.003}
 WHOLE = {"train": STEPS, "lora": {"rank": 64, "dropout": 0.1}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _planned_once():
+    with pytest.MonkeyPatch.context() as patch:
+        remember_predictions(patch.setattr)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +196,7 @@ def test_without_a_folder_in_the_recipe_the_newest_run_is_gone_on_with(lab, whol
     assert lab.run(resume="", **nowhere).resolve() == lab.out.resolve()
     assert lab.digest == whole.digest
     other = Lab(lab.folder / "x", lab.model)
-    caplog.clear()
+    caplog.set_level(logging.INFO, "qlora_lite")
     with pytest.raises(Interrupted):
         other.run(stop_at=1, resume="", output={"dir": None, "name": "new"})
     assert any("there is no run of this recipe yet" in message for message in caplog.messages)
@@ -283,16 +292,17 @@ def test_other_rows_another_tokenizer_and_another_model_are_refused_by_name(lab,
     with pytest.raises(CheckpointError, match="other evaluation rows than before"):
         lab.run(resume="", data={"eval": str(write_rows(tmp_path / "eval.jsonl", 7, "!"))})
     save_tiny(tmp_path / "model", seed=5)
+    lab.model = tmp_path / "model"
     with pytest.raises(CheckpointError, match="other base model than before"):
-        lab.run(resume="", model={"path": str(tmp_path / "model")})
+        lab.run(resume="")
     assert lab.summary["status"] == "interrupted"
 
 
 def test_rows_and_model_that_only_moved_are_the_same(lab, whole, tmp_path):
     lab.stop(3)
-    model = shutil.copytree(lab.model, tmp_path / "elsewhere")
+    lab.model = shutil.copytree(lab.model, tmp_path / "elsewhere")
     rows = write_rows(tmp_path / "moved.jsonl", 24)
-    lab.run(resume="", model={"path": str(model)}, data={"train": str(rows)})
+    lab.run(resume="", data={"train": str(rows)})
     assert lab.lines == whole.lines
     mine, theirs = (load_file(other.out / "adapter" / "adapter_model.safetensors") for other in (lab, whole))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
@@ -438,15 +448,17 @@ def test_a_disk_that_takes_no_metrics_for_a_while_gets_them_later(lab, whole, ca
     assert sum("the lines wait until it can be written" in message for message in caplog.messages) == 1
 
 
-def test_a_folder_removed_under_the_run_ends_it_with_an_error_and_is_not_made_again(lab, caplog):
+def test_a_folder_removed_under_the_run_is_made_again_and_gets_the_result(lab, whole, caplog):
     def remove(step):
-        if step == 3:
+        if step == 5:
             shutil.rmtree(lab.out)
 
-    with pytest.raises(OutputError, match=r"cannot write .*out"):
-        lab.run(at_step=remove)
-    assert any("step 4: no checkpoint was written" in message for message in caplog.messages)
-    assert not lab.out.exists()
+    lab.stop(7, at_step=remove)
+    assert [line["step"] for line in lab.lines] == [6, 6, 7]  # one of them is the evaluation's
+    assert sum("was removed; it is made again" in message for message in caplog.messages) == 1
+    lab.run(resume="")
+    assert lab.digest == whole.digest
+    assert lab.summary["status"] == "complete"
 
 
 def test_too_little_space_is_seen_before_the_first_step(lab, monkeypatch, caplog):
@@ -463,15 +475,11 @@ def test_too_little_space_is_seen_before_the_first_step(lab, monkeypatch, caplog
     assert any("it may end without some of them" in message for message in caplog.messages)
 
 
-def test_log_lines_that_cannot_be_written_are_no_trace_on_the_terminal(lab, capsys, tmp_path):
+def test_log_lines_that_cannot_be_written_are_no_trace_on_the_terminal(capsys):
     from qlora_lite.runs import logging_to
 
-    with logging_to(tmp_path / "log.txt"):
-        log = logging.getLogger("qlora_lite")
-        for handler in log.handlers:
-            if isinstance(handler, logging.FileHandler):
-                handler.stream.close()
-        log.info("lost")
+    with logging_to(Path("/dev/full")):
+        logging.getLogger("qlora_lite").info("lost")
     assert "Traceback" not in capsys.readouterr().err
 
 

@@ -14,18 +14,23 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+# One thread in the parent: a forked child has only the thread that forked, and would wait for the others' locks.
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import torch
+from remembered_plans import remember_predictions
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny_files import save_tiny, write_recipe
+from tqdm import tqdm
 
 import qlora_lite.run  # noqa: F401 - imported before the first fork, as are the next
 from qlora_lite.cli.main import main
@@ -35,6 +40,7 @@ from qlora_lite.quant import tensor_file
 from qlora_lite.quant.linear import FrozenMatmul
 from qlora_lite.train.checkpoints import folder_of, steps_on_disk
 
+tqdm.monitor_interval = 0  # else it has a thread too
 STEPS, SAVE_EVERY = 8, 2
 FILE_OPERATIONS = ("open", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
 TIMES = {"seconds", "tokens_per_second", "peak_bytes"}
@@ -78,6 +84,7 @@ class Lab:
             folder, folder / "model", train=train, lora={"rank": 64, "dropout": 0.1}, data={"max_tokens": 96}
         )
         self.whole = folder / "whole"
+        self._warm_up()
         self.operations: list[tuple[str, str]] = []
         self.calls: dict[str, int] = {}
         started = time.monotonic()
@@ -87,6 +94,16 @@ class Lab:
         self.seconds = time.monotonic() - started
         counted = json.loads(counts.read_text())
         self.operations, self.calls = [tuple(pair) for pair in counted["file"]], counted["calls"]
+
+    def _warm_up(self) -> None:
+        """Run once in this process, so that the children have its plan and all imports."""
+        remember_predictions()
+        os.environ["QLORA_LITE_CACHE"] = str(self.folder / "warm-up.cache")
+        try:
+            main(["train", str(self.recipe), f"output.dir={self.folder / 'warm-up'}"])
+        except SystemExit as end:
+            assert not end.code, end.code
+        assert threading.active_count() == 1, threading.enumerate()
 
     def start(self, out: Path, resume: bool = False, install: Install | None = None) -> int:
         """Begin, or go on with, a run in a child process; return its process id."""

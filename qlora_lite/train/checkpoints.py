@@ -140,7 +140,7 @@ def _read_manifest(folder: Path) -> dict:
         raise _damaged(folder, f"its format {manifest.get('format')!r} is not {FORMAT}: another version wrote it")
     step = manifest.get("step")
     if type(step) is not int or folder_of(folder.parent, step) != folder:
-        raise _damaged(folder, f"its manifest is that of step {step!r}")
+        raise _damaged(folder, f"{MANIFEST} is that of step {step!r}")
     return manifest
 
 

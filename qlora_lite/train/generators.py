@@ -48,5 +48,5 @@ def restore_generators(states: Mapping[str, torch.Tensor], device: torch.device)
         torch.set_rng_state(states["torch"])
         if device.type == "cuda":
             torch.cuda.set_rng_state(states["cuda"], device)
-    except (KeyError, ValueError, TypeError, RuntimeError, OverflowError) as error:
+    except (LookupError, ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"the checkpoint's random generators cannot be used: {error!r}") from None

