@@ -1,4 +1,4 @@
-"""Let equal jobs be predicted once, for tests of many runs of one recipe: planning takes most of a tiny run's time."""
+"""Measure the machine and predict equal jobs only once, for tests of many tiny runs: that is most of their time."""
 
 import qlora_lite.plan
 import qlora_lite.planning.search
@@ -19,5 +19,14 @@ def remember_predictions(setattr_=setattr) -> None:
             known[key] = predict(job)
         return known[key]
 
+    machines = {}
+    real = qlora_lite.plan.this_machine
+
+    def measured_once(*arguments):
+        if arguments not in machines:
+            machines[arguments] = real(*arguments)
+        return machines[arguments]
+
+    setattr_(qlora_lite.plan, "this_machine", measured_once)
     for module in (qlora_lite.plan, qlora_lite.planning.search):
         setattr_(module, "predict", remembered)
