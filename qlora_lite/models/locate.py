@@ -133,9 +133,10 @@ def _check_safetensors(path: Path) -> Path:
         try:
             header = json.loads(file.read(length))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            end = max(ends, default=0)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             raise cut from None
-    if size != 8 + length + max(ends, default=0):
+    if size != 8 + length + end:
         raise cut
     return path
 

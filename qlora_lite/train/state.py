@@ -109,7 +109,9 @@ def numbers_of(checkpoint: Checkpoint) -> dict:
     """
     state = checkpoint.documents.get(STATE, {})
     missing = [name for name in (WEIGHTS_NAME, OPTIMIZER, GENERATORS) if name not in checkpoint.tensors]
-    counts = [state.get(name) for name in (*_COUNTS, "total_steps") if name != "most_tokens" or state.get(name)]
+    counts = [state.get(name) for name in (*_COUNTS, "total_steps")]
+    if "most_tokens" in state and state["most_tokens"] is None:
+        counts.remove(None)
     numbers = state.get("optimizer")
     good = all(type(count) is int and count >= 0 for count in counts) and isinstance(numbers, dict)
     good = good and all(isinstance(values, dict) for values in numbers.values())
