@@ -130,3 +130,10 @@ def test_a_stream_of_no_rows_is_an_error(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([]))
     with pytest.raises(DataError, match="hub:a/b: the file has no rows"):
         list(read_rows(Source("hub:a/b", streaming=True)))
+
+
+def test_keys_that_arrow_filled_with_nulls_are_taken_out_of_a_stream_too(monkeypatch):
+    stored = {"text": None, "tools": [{"name": "f", "parameters": {"a": {"type": "string"}, "b": None}}]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([stored]))
+    ((_, row),) = read_rows(Source("hub:a/b", streaming=True))
+    assert row == {"text": None, "tools": [{"name": "f", "parameters": {"a": {"type": "string"}}}]}

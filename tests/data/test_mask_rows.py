@@ -94,3 +94,20 @@ def test_good_rows_need_no_second_look(monkeypatch, tokenizer):
     assert at_once([row, row], template, True) == expected
     with pytest.raises(AssertionError, match="looked at twice"):
         at_once([row, Row("<|im_start|>a b", ((13, 14),), ((13, 14),), "", "f:2")], template, True)
+
+
+HEAD = "<|im_start|>user</s>a</s>"
+LAST = ((20, 25),)
+
+
+@pytest.mark.parametrize(
+    ("name", "given_rows"),
+    [
+        ("byte level", [Row(HEAD, ((14, 20), *LAST), LAST, "a", "f:1")]),  # begins within "user"
+        ("byte level", [Row(HEAD, ((12, 14), *LAST), LAST, "a", "f:1")]),  # ends within it
+        ("offsets without spaces", [Row(HEAD + " ", ((0, 26),), LAST, "a", f"f:{line}") for line in (1, 2)]),
+    ],
+)
+def test_a_token_at_the_border_of_a_span_or_row_is_marked_as_by_the_rules_for_one(name, given_rows):
+    template = choose_template(TOKENIZERS[name])
+    assert at_once(given_rows, template, True) == one_by_one(given_rows, template, True)
