@@ -20,6 +20,12 @@ _API = {
     "Trainer": "qlora_lite.train.loop",
     "train_settings": "qlora_lite.build",
     "run_recipe": "qlora_lite.run",
+    "merge_run": "qlora_lite.merge",
+    "MergeSettings": "qlora_lite.merge",
+    "export_run": "qlora_lite.export.forms",
+    "ExportSettings": "qlora_lite.export.forms",
+    "open_tasks": "qlora_lite.tasks",
+    "compare_runs": "qlora_lite.compare",
 }
 
 __all__ = [*_API, "__version__"]

@@ -1,30 +1,41 @@
-"""A conversation with a run's adapter: the run's own base model, template and stop tokens."""
+"""A conversation with the adapters of one or more runs: the runs' own base model, templates and stop tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from torch import nn
 from transformers import TextStreamer
 
-from .build import build_model
 from .data.formats import Turn
 from .data.render import render_prompt
-from .data.template import Template, choose_template
-from .generate import Sampling, answer, stop_ids
-from .models.tokenizer import load_tokenizer
-from .runs import open_run
+from .data.template import Template
+from .generate import Sampling, answer
+from .tasks import Tasks, open_tasks
 
 
 @dataclass(slots=True)
 class Session:
-    """A model and the turns so far."""
+    """The tasks that can be used, the one in use, and the turns so far."""
 
-    model: nn.Module
-    tokenizer: object
-    template: Template
-    stop: list[int]
+    tasks: Tasks
+    task: str
     max_new_tokens: int
     sampling: Sampling
     turns: list[Turn] = field(default_factory=list)
+
+    @property
+    def template(self) -> Template:
+        """Return the template of the task in use."""
+        return self.tasks.task(self.task).template
+
+    def use(self, name: str) -> None:
+        """Go on with another adapter; the turns stay.
+
+        Raises:
+            ModelError: there is none of this name.
+        """
+        self.tasks.task(name)
+        self.task = name
 
     def say(self, text: str) -> None:
         """Add what the user says."""
@@ -32,37 +43,34 @@ class Session:
 
     def reply(self, show: bool = False) -> str:
         """Answer the turns so far, and remember the answer; ``show`` prints it word by word as it comes."""
-        prompt = render_prompt(self.template, self.turns)
-        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
-        (text,) = answer(
-            self.model,
-            self.tokenizer,
-            [prompt],
-            self.max_new_tokens,
-            self.stop,
-            sampling=self.sampling,
-            streamer=streamer,
-        )
+        tokenizer = self.tasks.tokenizer
+        with self.tasks.using(self.task) as task:
+            prompt = render_prompt(task.template, self.turns)
+            streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
+            (text,) = answer(
+                self.tasks.model, tokenizer, [prompt], self.max_new_tokens, task.stop, sampling=self.sampling,
+                streamer=streamer,
+            )  # fmt: skip
         self.turns.append(Turn("assistant", text))
         return text
 
 
-def open_session(run, system: str | None = None, max_new_tokens: int = 256, temperature: float = 0.0) -> Session:
-    """Load a run's base model and best adapter for a conversation.
+def open_session(
+    runs: str | Path | Sequence[str | Path], system: str | None = None, max_new_tokens: int = 256,
+    temperature: float = 0.0, model_path: str | None = None,
+) -> Session:  # fmt: skip
+    """Load the base model of one or more runs and their adapters for a conversation.
 
     Args:
-        run: a run folder.
+        runs: run folders that share a base model; the first one's adapter is used at first.
         system: the system message, if any.
+        model_path: where the base model lies now, if it moved.
 
     Raises:
-        RecipeError: it is not a run folder, or has no adapter.
-        ModelError: the base model is gone, or the adapter does not fit it.
+        RecipeError: one is not a run folder, or has no adapter.
+        ModelError: the base model is gone, or an adapter does not fit it.
     """
-    opened = open_run(run)
-    recipe = opened.recipe
-    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
-    template = choose_template(tokenizer, recipe.data.template)
+    listed = [runs] if isinstance(runs, str | Path) else runs
+    tasks = open_tasks(listed, model_path, unfinished=True)
     turns = [Turn("system", system)] if system else []
-    model = build_model(recipe, opened.adapter)
-    stop = stop_ids(model, tokenizer, opened.end_token_ids)
-    return Session(model, tokenizer, template, stop, max_new_tokens, Sampling(temperature), turns)
+    return Session(tasks, tasks.names[0], max_new_tokens, Sampling(temperature), turns)

@@ -4,7 +4,7 @@ Generation is transformers' own (cache, stopping, sampling); this module pads on
 tokens that training taught, and cuts the prompt off.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,7 @@ def stop_ids(model: nn.Module, tokenizer, end_token_ids: Iterable[int] = ()) -> 
 def answer(
     model: nn.Module, tokenizer, prompts: Sequence[str], max_new_tokens: int, stop: Sequence[int] = (),
     batch_size: int = 32, sampling: Sampling | None = None, streamer=None,
+    before_batch: Callable[[list[int]], None] | None = None, stopping=None,
 ) -> list[str]:  # fmt: skip
     """Continue each rendered prompt and return the new text, without special tokens.
 
@@ -42,6 +43,8 @@ def answer(
         stop: from ``stop_ids``.
         batch_size: prompts that run together, alike in length.
         streamer: a transformers streamer; only with one prompt.
+        before_batch: called with the indices of the prompts that run together next, in the order of the rows.
+        stopping: a transformers ``StoppingCriteriaList``, asked after every token.
     """
     tokens = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(tokens[i]))
@@ -55,7 +58,12 @@ def answer(
             rows = order[start : start + batch_size]
             ids, mask = _pad_left([tokens[i] for i in rows], config.pad_token_id)
             ids, mask = ids.to(device), mask.to(device)
-            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
+            if before_batch:
+                before_batch(rows)
+            out = model.generate(
+                input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer,
+                stopping_criteria=stopping,
+            )  # fmt: skip
             texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
             for row, text in zip(rows, texts, strict=True):
                 answers[row] = text

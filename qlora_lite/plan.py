@@ -37,6 +37,7 @@ from .train.settings import TrainSettings
 from .units import format_bytes, format_seconds
 
 MOST_TOKENS, MOST_PACKS = 2**21, 4096  # the ends of --max-tokens and --max-batch
+MOST_CHANGES = 2  # settings in which an alternative that is shown may differ from the chosen plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ class Plan:
     fits: bool
     found: tuple[Candidate, ...]
     step: Step
+    kept_checkpoints: int
 
     @property
     def peak_bytes(self) -> int:
@@ -100,7 +102,8 @@ def plan_recipe(
     found = search(step, machine, budget_bytes - machine.base_bytes)
     chosen = choose(found, budget_bytes - machine.base_bytes)
     least = min(found, key=lambda candidate: candidate.peak_bytes)
-    return Plan(machine, budget_bytes, chosen or least, chosen is not None, tuple(found), step)
+    kept = recipe.train.keep_checkpoints
+    return Plan(machine, budget_bytes, chosen or least, chosen is not None, tuple(found), step, kept)
 
 
 def plan_run(recipe: Recipe, examples, eval_examples) -> tuple[Plan, TrainSettings]:
@@ -141,7 +144,7 @@ def alternatives(plan: Plan) -> Iterator[Alternative]:
     seen = {""}
     for other in plan.found:
         change = _difference(chosen, other)
-        if change not in seen:
+        if change not in seen and change.count("=") <= MOST_CHANGES:
             yield _alternative(plan, change, other)
         seen.add(change)
     for levers in _single_changes(plan):
@@ -313,10 +316,13 @@ def host_bytes(plan: Plan) -> int:
 
 
 def disk_bytes(plan: Plan) -> int:
-    """Room on the disk: the quantised model in the cache, and the best and the last adapter."""
+    """Room on the disk: the quantised model in the cache, the best and the last adapter, and the checkpoints: those
+    that are kept and the one being written, each with the factors, the best ones so far and the optimizer's states."""
     resident = plan.chosen.prediction.simulation.resident.breakdown
-    weights = sum(resident.get(name, 0) for name in ("base weights", "quantisation constants", "embeddings", "head"))
-    return weights + 2 * resident.get("adapter", 0)
+    frozen = "base weights", "quantisation constants", "embeddings", "head", "offloaded"
+    weights = sum(resident.get(name, 0) for name in frozen)
+    adapter, optimizer = resident.get("adapter", 0), resident.get("optimizer", 0)
+    return weights + 2 * adapter + (plan.kept_checkpoints + 1) * (2 * adapter + optimizer)
 
 
 def page_record(plan: Plan, others: Sequence[Alternative], title: str) -> dict:
@@ -359,8 +365,9 @@ def describe(plan: Plan, others: Sequence[Alternative], width: int = 80) -> str:
         lines.append(
             f"{'note':16} {because} cannot run on fake tensors: measured on small real models and extrapolated"
         )
-    table = [f"{'change':38} {'peak':>10} {'step':>9}"]
+    room = max([38, *(len(a.change) for a in others)])
+    table = [f"{'change':{room}} {'peak':>10} {'step':>9}"]
     for a in others:
         mark = "fits" if a.fits else "too large"
-        table.append(f"{a.change:38} {format_bytes(a.peak_bytes):>10} {format_seconds(a.step_seconds):>9}  {mark}")
+        table.append(f"{a.change:{room}} {format_bytes(a.peak_bytes):>10} {format_seconds(a.step_seconds):>9}  {mark}")
     return "\n".join([*lines, "", *table])

@@ -66,7 +66,7 @@ def test_a_finished_run_has_every_file(finished):
     folder, _ = finished
     assert {path.name for path in folder.iterdir()} == {
         "recipe.yaml", "metrics.jsonl", "summary.json", "adapter", "adapter-last", "report.html", "log.txt",
-        "data.html", "data.json", "template.jinja",
+        "data.html", "data.json", "template.jinja", "checkpoints",
     }  # fmt: skip
     for name in ("adapter", "adapter-last"):
         assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "chat_template.jinja"} <= {
@@ -156,6 +156,18 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(run):
         digests.append(summary_of(run(train={"seed": seed}, lora={"dropout": 0.1}))["adapter_sha256"])
         shutil.rmtree(run.folder)
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_the_levers_of_a_recipe_are_pulled_and_change_no_bit_of_the_adapter(run):
+    plain = summary_of(run(memory={"checkpointing": "none"}))
+    shutil.rmtree(run.folder)
+    levers = {"embeddings": "host", "offload_checkpoints": True, "resident_blocks": 0}
+    pulled = summary_of(run(memory=levers))
+    assert pulled["adapter_sha256"] == plain["adapter_sha256"]
+    assert pulled["exact_match_after"] == plain["exact_match_after"]
+    groups = {entry["group"] for entry in pulled["memory_table"]}
+    assert "offloaded" in groups and not {"embeddings", "quantisation constants"} & groups
+    assert {f"memory.{name}": value for name, value in levers.items()}.items() <= pulled["plan"]["chosen"].items()
 
 
 def test_evaluation_more_often_does_not_change_the_training(run):

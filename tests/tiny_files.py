@@ -14,10 +14,13 @@ SPECIAL = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
 VOCABULARY = 264  # 256 bytes and the special tokens, rounded up to a multiple of 8
 
 
-def byte_tokenizer(template: str | None = "chatml") -> PreTrainedTokenizerFast:
-    """Make a tokenizer with one token per byte."""
-    tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
+MERGES = (("t", "h"), ("th", "e"))  # for readers that take no tokenizer without any
+
+
+def byte_tokenizer(template: str | None = "chatml", merges=()) -> PreTrainedTokenizerFast:
+    """Make a tokenizer with one token per byte, and one for each merge (at most three)."""
+    tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(left + right for left, right in merges)]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, list(merges)))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(list(SPECIAL))
@@ -26,11 +29,13 @@ def byte_tokenizer(template: str | None = "chatml") -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def save_tiny(folder: Path, model_type: str = "llama", template: str | None = "chatml", shard=None, **options):
+def save_tiny(
+    folder: Path, model_type: str = "llama", template: str | None = "chatml", shard=None, merges=(), **options
+):
     """Write a tiny random model with its tokenizer as a model folder; return the model."""
     model = build_tiny(model_type, vocab_size=VOCABULARY, **options)
     model.save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
-    byte_tokenizer(template).save_pretrained(folder)
+    byte_tokenizer(template, merges).save_pretrained(folder)
     return model
 
 

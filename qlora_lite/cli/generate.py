@@ -1,14 +1,17 @@
-"""``qlora-lite generate`` and ``chat``: use a run's adapter with the run's own template."""
+"""``qlora-lite generate`` and ``chat``: use runs' adapters with the runs' own templates."""
+
+import time
 
 import click
 
-from qlora_lite.errors import DataError
+from qlora_lite.errors import DataError, ModelError
 
 from .output import prepare
 
 _tokens = click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 _temperature = click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True,
                             help="0 takes the most probable token each time.")  # fmt: skip
+_model = click.option("--model", "model_path", help="Where the base model lies now, if it moved.")
 
 
 @click.command()
@@ -17,21 +20,30 @@ _temperature = click.option("--temperature", type=click.FloatRange(min=0), defau
 @click.option("--system", help="System message.")
 @_tokens
 @_temperature
-def generate(run: str, prompt: str, system: str | None, max_new_tokens: int, temperature: float) -> None:
+@_model
+def generate(run: str, prompt: str, system: str | None, max_new_tokens: int, temperature: float,
+             model_path: str | None) -> None:  # fmt: skip
     """Answer one prompt with the adapter of RUN (a run folder)."""
-    session = _open(run, system, max_new_tokens, temperature)
+    session = _open([run], system, max_new_tokens, temperature, model_path)
     session.say(prompt)
     click.echo(session.reply())
 
 
 @click.command()
-@click.argument("run")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @click.option("--system", help="System message.")
 @_tokens
 @_temperature
-def chat(run: str, system: str | None, max_new_tokens: int, temperature: float) -> None:
-    """Talk with the adapter of RUN; an empty line or end of input ends it."""
-    session = _open(run, system, max_new_tokens, temperature)
+@_model
+def chat(runs: tuple[str, ...], system: str | None, max_new_tokens: int, temperature: float,
+         model_path: str | None) -> None:  # fmt: skip
+    """Talk with the adapters of one or more runs over one base model.
+
+    /use NAME goes on with another adapter, /new forgets the conversation; an empty line or end of input ends it.
+    """
+    session = _open(runs, system, max_new_tokens, temperature, model_path)
+    if len(runs) > 1:
+        click.echo(f"adapters: {', '.join(session.tasks.names)}; /use NAME goes on with another", err=True)
     while True:
         try:
             line = click.prompt("you", prompt_suffix="> ", default="", show_default=False, err=True)
@@ -39,16 +51,40 @@ def chat(run: str, system: str | None, max_new_tokens: int, temperature: float) 
             return
         if not line.strip():
             return
-        session.say(line)
-        try:
-            session.reply(show=True)
-        except DataError as error:  # a control token in what was typed, say
-            click.echo(f"error: {error}", err=True)
-            session.turns.pop()
+        if not _is_command(session, line):
+            _answer(session, line)
 
 
-def _open(run, system, max_new_tokens, temperature):
+def _answer(session, line: str) -> None:
+    session.say(line)
+    try:
+        session.reply(show=True)
+    except DataError as error:  # a control token in what was typed, say
+        click.echo(f"error: {error}", err=True)
+        session.turns.pop()
+
+
+def _is_command(session, line: str) -> bool:
+    """Carry out /use and /new; any other line is for the model."""
+    word, _, rest = line.strip().partition(" ")
+    if word == "/new":
+        session.turns[:] = [turn for turn in session.turns if turn.role == "system"]
+        return True
+    if word != "/use":
+        return False
+    started = time.perf_counter()
+    try:
+        session.use(rest.strip())
+    except ModelError as error:
+        click.echo(f"error: {error}", err=True)
+        return True
+    size = session.tasks.task(session.task).adapter_bytes
+    click.echo(f"{session.task}: {size / 2**20:.1f} MiB, in {1000 * (time.perf_counter() - started):.3f} ms", err=True)
+    return True
+
+
+def _open(runs, system, max_new_tokens, temperature, model_path):
     prepare(verbose=False)
     from qlora_lite.converse import open_session
 
-    return open_session(run, system, max_new_tokens, temperature)
+    return open_session(runs, system, max_new_tokens, temperature, model_path)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from qlora_lite.errors import OutputError
+from qlora_lite.files import require_empty
 
 from .output import prepare
 
@@ -16,8 +16,7 @@ from .output import prepare
 @click.option("--double-quant/--no-double-quant", default=True, show_default=True)
 def quantize(model: str, out: Path, quant: str, double_quant: bool) -> None:
     """Write MODEL (as in model.path) as an ordinary bitsandbytes 4-bit checkpoint."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{out} is not an empty folder; choose another --out")
+    require_empty(out)
     prepare()
     import torch
 

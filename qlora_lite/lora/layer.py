@@ -25,6 +25,11 @@ from qlora_lite.ops.checkpoint import product_or_stand_in
 from qlora_lite.quant.linear import FrozenMatmul, add_product, frozen_weight, materialize
 
 
+def lora_scale(alpha: float, rank: int, rslora: bool) -> float:
+    """Return ``alpha / r``, or ``alpha / sqrt(r)`` for rank-stabilised LoRA."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
 def lora_matmul(x, lora_a, lora_b, bias, scale, spec, frozen) -> torch.Tensor:
     """Compute ``x W^T + bias + scale * (x A^T) B^T`` with gradients for x, A and B."""
     low, gradient = _LoraGradient.apply(x, lora_a, lora_b, scale, spec, *frozen)
@@ -96,7 +101,7 @@ class LoraLinear(nn.Module):
         self.base = base.requires_grad_(False)
         (out_features, in_features), device = frozen_weight(base)[0].shape, base.weight.device
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
-        self.scale = alpha / (math.sqrt(rank) if rslora else rank)
+        self.scale = lora_scale(alpha, rank, rslora)
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype, device=device))
         self.reference = reference

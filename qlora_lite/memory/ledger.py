@@ -69,11 +69,12 @@ class Ledger(TorchDispatchMode):
     Args:
         timeline: also keep every change as a ``Moment`` (for pictures; some MiB per step).
         allocation_bytes: each storage is counted in whole multiples of this, as an allocator would.
+        pinned: storages in host memory are counted as powers of two, which torch's pool of pinned memory takes.
     """
 
-    def __init__(self, timeline: bool = False, allocation_bytes: int = 1):
+    def __init__(self, timeline: bool = False, allocation_bytes: int = 1, pinned: bool = False):
         super().__init__()
-        self.allocation_bytes = allocation_bytes
+        self.allocation_bytes, self.pinned = allocation_bytes, pinned
         self.live = [0] * len(CATEGORIES)
         self.timeline: list[Moment] | None = [] if timeline else None
         self.peaks: dict[tuple[str, str], Moment] = {}  # by phase and module
@@ -150,9 +151,11 @@ class Ledger(TorchDispatchMode):
         if entry is None:
             if size:
                 born = category if category is not None else _INDEX[marks.category]
+                if self.pinned and born == _OFFLOADED:
+                    size = 1 << (size - 1).bit_length()
                 self._entries[key] = _Entry(size, born, weakref.ref(storage, lambda _: self._forget(key)))
                 self._change(born, size)
-        elif size != entry.size:  # resized in place
+        elif size != entry.size and entry.category != _OFFLOADED:  # resized in place
             grown, entry.size = size - entry.size, size
             self._change(entry.category, grown)
         if entry is not None and category is not None:

@@ -20,9 +20,17 @@ FORMAT_VERSION = 1  # raise it when the bytes that quantisation produces change
 
 def cache_entry(files: ModelFiles, **settings) -> Path:
     """Return the folder where this content with these settings is, or would be, kept."""
+    key = json.dumps([FORMAT_VERSION, _digests(files), settings], sort_keys=True)
+    return cache_root() / "models" / hashlib.sha256(key.encode()).hexdigest()[:32]
+
+
+def base_fingerprint(files: ModelFiles) -> str:
+    """Return 16 hexadecimal digits that name a model by its content: weights and configuration."""
+    return hashlib.sha256(json.dumps(_digests(files)).encode()).hexdigest()[:16]
+
+
+def _digests(files: ModelFiles) -> list[str]:
     beside = [files.folder / name for name in ("config.json", "generation_config.json")]
     paths = [*files.weights] + ([] if files.gguf_file else [path for path in beside if path.is_file()])
     with ThreadPoolExecutor(max_workers=2) as pool:
-        digests = list(pool.map(content_digest, paths))
-    key = json.dumps([FORMAT_VERSION, digests, settings], sort_keys=True)
-    return cache_root() / "models" / hashlib.sha256(key.encode()).hexdigest()[:32]
+        return list(pool.map(content_digest, paths))

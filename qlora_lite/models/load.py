@@ -24,7 +24,7 @@ from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.nf4 import Packed
 
 from .cache import cache_entry
-from .locate import ModelFiles, check_gguf, locate, read_json
+from .locate import ModelFiles, locate, read_json
 from .quantizer import QuantizeConfig, quantize_in_place, register
 from .save import save_quantized
 
@@ -65,7 +65,7 @@ def resolve_compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def load_model(
     path: str, quant: str = "nf4", double_quant: bool = True, compute_dtype: torch.dtype = torch.bfloat16,
-    device: torch.device | str = "cpu", revision: str | None = None, use_cache: bool = True,
+    device: torch.device | str = "cpu", revision: str | None = None, use_cache: bool = True, config=None,
 ) -> nn.Module:  # fmt: skip
     """Load a causal language model, frozen, in training mode off.
 
@@ -75,6 +75,7 @@ def load_model(
         double_quant: quantise the block maxima too: 4.127 instead of 4.5 bits per weight.
         compute_dtype: of activations, head, embeddings and norms.
         use_cache: keep and reuse the quantised model on disk.
+        config: transformers configuration in place of the file's, for a model that is not quantised.
 
     Raises:
         ModelError: files are missing or broken, or part of the model would silently stay in 16 bit.
@@ -82,7 +83,7 @@ def load_model(
     files = locate(path, revision)
     quantized_already = _stored_quantization(files)
     if quant == "none" and quantized_already is None:
-        model = _from_pretrained(files, compute_dtype, device)
+        model = _from_pretrained(files, compute_dtype, device, config=config)
     elif quantized_already is not None:
         model = _load_prequantized(files.folder, compute_dtype, device)
     else:
@@ -98,7 +99,6 @@ def _load_quantized(files, quant, double_quant, dtype, device, use_cache):
     if entry is not None and entry.exists() and _is_whole(entry):
         return _load_prequantized(entry, dtype, device)
     if files.gguf_file:
-        check_gguf(files.weights[0])
         model = _from_pretrained(files, dtype, "cpu")
         quantize_in_place(model, quant, double_quant)
         model.to(device)
@@ -162,12 +162,14 @@ def _from_linear4bit(module: nn.Module, dtype: torch.dtype) -> QuantLinear:
     return layer
 
 
-def _from_pretrained(files: ModelFiles, dtype, device, quantization_config=None) -> nn.Module:
+def _from_pretrained(files: ModelFiles, dtype, device, quantization_config=None, config=None) -> nn.Module:
     extra = {"quantization_config": quantization_config} if quantization_config else {}
     if files.gguf_file:
         extra = {"gguf_file": files.gguf_file, **_gguf_options()}
     else:
         extra["use_safetensors"] = True
+    if config is not None:
+        extra["config"] = config
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             files.folder, dtype=dtype, device_map={"": device}, output_loading_info=True,

@@ -201,7 +201,7 @@ def _run(job: Job, mode, timeline: bool, measured_because: str = ""):
         model = _model(job)
     parameters = [parameter for _, parameter in lora_parameters(model)]
     optimizer = build_optimizer(parameters, job.optimizer, 0.0, 0.0)  # its tables are real numbers
-    ledger = Ledger(timeline, ALLOCATION_BYTES[job.device_type])
+    ledger = Ledger(timeline, ALLOCATION_BYTES[job.device_type], pinned=job.device_type == "cuda")
     with mode, planning_for(job.device_type), ledger, WorkCounter() as counter:
         for tensor, name, _ in categorised(model):
             ledger.claim([tensor], name)

@@ -147,6 +147,11 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
+def stands_for_conv1d(module: nn.Module) -> bool:
+    """Tell whether a layer's weight is stored [in, out] in files: a ``Conv1D``, or the 4-bit one in its place."""
+    return is_conv1d(module) or getattr(module, "replaces", "") == "Conv1D"
+
+
 def frozen_weight(module: nn.Module) -> tuple[WeightSpec, tuple[torch.Tensor, ...]]:
     """Describe the weight of a ``QuantLinear``, an ``nn.Linear`` or a ``Conv1D`` as spec and tensors."""
     if isinstance(module, QuantLinear):

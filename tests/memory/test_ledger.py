@@ -138,3 +138,14 @@ def test_the_timeline_holds_every_change_and_its_highest_point_is_the_peak():
     ledger.reset_peaks()
     gc.collect()
     assert not ledger.timeline and not ledger.peaks
+
+
+def test_pinned_host_memory_is_counted_apart_and_as_a_power_of_two():
+    with Ledger(pinned=True) as ledger:
+        with category("offloaded"):
+            host = torch.empty(5 * KIB, dtype=torch.uint8)
+        view = host[: 3 * KIB].view(torch.float32)
+        assert live(ledger, "offloaded") == ledger.offloaded_peak_bytes == 8 * KIB
+        assert ledger.live_bytes == 0
+        del host, view
+        assert live(ledger, "offloaded") == 0

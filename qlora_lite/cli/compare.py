@@ -1,0 +1,47 @@
+"""``qlora-lite compare``: several runs over one base model, measured and answered side by side."""
+
+import json
+from pathlib import Path
+
+import click
+
+from .merge import of_a_run
+from .output import prepare
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("--base", is_flag=True, help="Measure the bare base model too.")
+@click.option("--rows", type=click.IntRange(min=0), default=8, show_default=True, help="Rows to answer.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for compare.html and .json.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@of_a_run
+def compare(runs: tuple[str, ...], base: bool, rows: int, out: Path | None, as_json: bool,
+            model_path: str | None, unfinished: bool) -> None:  # fmt: skip
+    """Measure RUNs on the evaluation rows of the first one, over one base model in memory."""
+    prepare(verbose=False)
+    from qlora_lite.compare import PAGE, compare_runs, write_comparison
+    from qlora_lite.compare_page import figures_of
+
+    result = compare_runs(runs, base, rows, model_path, unfinished)
+    if out:
+        write_comparison(result, out)
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    click.echo(f"{result['rows']} rows of {result['rows_of']}\n")
+    click.echo(f"{'':24}{'loss':>10}{'perplexity':>12}{'exact match':>16}{'adapter':>12}")
+    for model in result["models"]:
+        loss, perplexity, exact, size = figures_of(model)
+        click.echo(f"{model['name']:24}{loss:>10}{perplexity:>12}{exact:>16}{size:>12}")
+    for row in result["answers"][:2]:
+        click.echo(f"\n{'prompt':24}{_line(row['prompt'])}\n{'reference':24}{_line(row['reference'])}")
+        for name, answer in row["answers"].items():
+            click.echo(f"{name:24}{_line(answer)}")
+    if out:
+        click.echo(f"\n{'page':24}{out / PAGE}")
+
+
+def _line(text: str) -> str:
+    flat = "".join(letter if letter.isprintable() else " " for letter in " ".join(text.split()))
+    return flat if len(flat) <= 120 else flat[:117] + "..."

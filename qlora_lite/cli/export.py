@@ -1,0 +1,40 @@
+"""``qlora-lite export``: write a run in the form of another program, and prove that it works there."""
+
+from pathlib import Path
+
+import click
+
+from qlora_lite.units import format_bytes
+
+from .merge import of_a_run
+from .output import prepare
+
+
+@click.command()
+@click.argument("run")
+@click.option("--to", "form", required=True, type=click.Choice(["peft", "vllm", "gguf", "gguf-adapter", "ollama"]))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must be new or empty.")
+@click.option("--base", type=click.Choice(["nf4", "fp4", "original"]),
+              help="gguf, ollama: merge into the 4-bit weights of the run (default), or the original.")  # fmt: skip
+@click.option("--dtype", type=click.Choice(["f16", "bf16", "q8_0"]), default="f16", show_default=True,
+              help="gguf, ollama: type of the matrices.")  # fmt: skip
+@of_a_run
+def export(run: str, form: str, out: Path, base: str | None, dtype: str, model_path: str | None,
+           unfinished: bool) -> None:  # fmt: skip
+    """Write RUN for another program, load it back, and compare what it does with the run's adapter."""
+    prepare()
+    from qlora_lite.export.forms import REPORT, ExportSettings, export_run
+
+    report = export_run(run, out, ExportSettings(form, base, dtype), model_path, unfinished)
+    click.echo(f"wrote {out}: {form}, {report['layers']} layers, {format_bytes(report['size_bytes'])}")
+    if "error" in report:
+        click.echo(f"{'loaded back':24}changes the base's logits as the adapter does, to {report['error']:.1e}")
+    else:
+        said = f"makes {report['share']:.1%} of the change that the adapter makes in the base's logits"
+        click.echo(f"{'loaded back':24}{said}; rounding moves them by {report['distance']:.1e}")
+    if "conversations_compared" in report:
+        click.echo(f"{'template':24}same tokens for {report['conversations_compared']} random conversations")
+    for note in report.get("notes", []):
+        click.echo(f"note: {note}")
+    click.echo(f"{'use':24}{report['use']}")
+    click.echo(f"{'report':24}{out / REPORT}")

@@ -1,0 +1,50 @@
+"""``qlora-lite merge``: write a run's adapter and its base as one model, and say what that cost."""
+
+from pathlib import Path
+
+import click
+
+from qlora_lite.units import format_bytes, format_seconds
+
+from .output import prepare
+
+use_options = [
+    click.option("--model", "model_path", help="Where the base model lies now, if it moved."),
+    click.option("--unfinished", is_flag=True, help="Take the last adapter of a run that did not reach its end."),
+]
+
+
+def of_a_run(command):
+    """Add the options with which a run is opened."""
+    for option in use_options:
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("run")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must be new or empty.")
+@click.option("--base", type=click.Choice(["nf4", "fp4", "original"]),
+              help="Merge into the 4-bit weights that the run saw (default), or into the original ones.")  # fmt: skip
+@click.option("--dtype", type=click.Choice(["bf16", "f16", "f32"]), default="bf16", show_default=True)
+@click.option("--quantize", "quantize_to", type=click.Choice(["nf4", "fp4"]), help="Write a 4-bit checkpoint.")
+@click.option("--rows", type=click.IntRange(min=0), default=32, show_default=True,
+              help="Held-out rows to measure on; 0 measures nothing.")  # fmt: skip
+@of_a_run
+def merge(run: str, out: Path, base: str | None, dtype: str, quantize_to: str | None, rows: int,
+          model_path: str | None, unfinished: bool) -> None:  # fmt: skip
+    """Write the base model with RUN's adapter merged into it as an ordinary transformers checkpoint."""
+    prepare()
+    from qlora_lite.merge import REPORT, MergeSettings, merge_run
+
+    report = merge_run(run, out, MergeSettings(base, dtype, quantize_to, rows), model_path, unfinished)
+    cost = f"{format_seconds(report['seconds'])}, {format_bytes(report['peak_bytes_above_start'])} of memory"
+    click.echo(f"wrote {out}: {report['layers']} layers merged into the {report['merged_into']} weights; {cost}")
+    if "models" in report:
+        click.echo(f"\n{report['rows']} rows of {report['measured_on']}:")
+        click.echo(f"{'':24}{'loss':>10}{'KL to trained':>16}{'same first token':>19}")
+        for name, found in report["models"].items():
+            click.echo(f"{name:24}{found['loss']:>10.4f}{found['kl']:>16.2e}{found['agreement']:>19.2%}")
+    for note in report["notes"]:
+        click.echo(f"note: {note}")
+    click.echo(f"{'report':24}{out / REPORT}")

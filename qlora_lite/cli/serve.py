@@ -1,0 +1,28 @@
+"""``qlora-lite serve``: try runs with OpenAI-compatible clients."""
+
+import click
+
+from .merge import of_a_run
+from .output import prepare
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; any but this has no guard.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of an answer.")
+@click.option("--max-waiting", type=click.IntRange(min=0), default=8, show_default=True,
+              help="Requests that wait while one is answered; more are refused.")  # fmt: skip
+@of_a_run
+def serve(runs: tuple[str, ...], host: str, port: int, max_new_tokens: int, max_waiting: int,
+          model_path: str | None, unfinished: bool) -> None:  # fmt: skip
+    """Answer /v1/chat/completions with the adapters of RUNs; the request's model selects one, "base" selects none.
+
+    For trying an adapter on this machine. vLLM and Ollama are for production: see qlora-lite export.
+    """
+    prepare()
+    from qlora_lite.serve.app import Limits, run_server
+    from qlora_lite.tasks import open_tasks
+
+    limits = Limits(waiting=max_waiting, new_tokens=max_new_tokens)
+    run_server(open_tasks(runs, model_path, unfinished), limits, host, port)

@@ -1,0 +1,107 @@
+"""Measure several runs over one base model on the same rows, and put their answers side by side."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from .build import train_settings
+from .compare_page import render_comparison
+from .errors import ModelError, RecipeError
+from .evaluate import exact_match
+from .files import explain_write_errors, write_text
+from .recipe.schema import Recipe
+from .rows import build_data
+from .tasks import Tasks, open_tasks
+from .train.guards import check_forward
+from .train.loop import eval_batches
+from .train.step import evaluate_loss
+
+BASE = "base"
+PAGE, REPORT = "compare.html", "compare.json"
+
+
+def compare_runs(
+    runs: Sequence[str | Path], with_base: bool = False, answers: int = 8, model_path: str | None = None,
+    unfinished: bool = False,
+) -> dict:  # fmt: skip
+    """Measure runs on the evaluation rows of the first one, each with its own template.
+
+    Args:
+        with_base: measure the bare base model too, prompted as the first run is.
+        answers: rows to answer, for exact match and side by side; 0 for none.
+        model_path, unfinished: see ``trained.open_trained``.
+
+    Returns:
+        rows_of, rows, models (name, eval_loss, perplexity, labelled_tokens, exact_match, adapter_bytes) and answers
+        (prompt, reference, and the answer of each model by name).
+
+    Raises:
+        RecipeError: the first run has no evaluation rows.
+        ModelError: the runs do not share a base.
+    """
+    tasks = open_tasks(runs, model_path, unfinished)
+    if BASE in tasks.names:
+        raise ModelError(f"a run folder is called {BASE!r}, the name of the bare model here; rename it")
+    rows_of = tasks.task(None).run
+    if rows_of.recipe.data.eval is None:
+        raise RecipeError(f"{rows_of.name} has no data.eval; give a run with evaluation rows first")
+    check_forward(tasks.model)
+    measured, said = [], {}
+    for name in ([None] if with_base else []) + list(tasks.names):
+        figures, said[name or BASE] = _measure(tasks, name, rows_of.recipe, answers)
+        measured.append(figures)
+    return {
+        "rows_of": rows_of.name, "base_model": rows_of.files.name, "rows": measured[0]["rows"], "models": measured,
+        "answers": _side_by_side(said),
+    }  # fmt: skip
+
+
+def write_comparison(result: dict, folder: Path) -> None:
+    """Write a comparison as JSON and as one offline page.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    with explain_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / REPORT, json.dumps(result, indent=2) + "\n")
+    write_text(folder / PAGE, render_comparison(result))
+
+
+def _measure(tasks: Tasks, name: str | None, rows_of: Recipe, answers: int) -> tuple[dict, list[dict]]:
+    with tasks.using(name) as task:
+        recipe = task.run.recipe
+        rows = recipe.data.model_copy(update={"eval": rows_of.data.eval})
+        data = build_data(recipe.model_copy(update={"data": rows}), tasks.tokenizer, "eval")
+        settings = train_settings(recipe)
+        batches, chunk_tokens = eval_batches(data.examples, settings), settings.levers.loss_chunk_tokens
+        loss = evaluate_loss(tasks.model, batches, chunk_tokens)
+        figures = {
+            "name": name or BASE, "rows": len(data.examples), "labelled_tokens": loss.labelled_tokens,
+            "eval_loss": loss.loss, "perplexity": loss.perplexity,
+            "adapter_bytes": task.adapter_bytes if name else 0,
+        }  # fmt: skip
+        chosen = [example for example in data.examples if example.answer][:answers]
+        if not chosen:
+            return figures, []
+        match = exact_match(tasks.model, tasks.tokenizer, chosen, task.stop)
+    said = [
+        {"where": row.where, "prompt": _plain(tasks, row.prompt), "reference": row.answer, "answer": answer}
+        for row, answer in zip(chosen, match.answers, strict=True)
+    ]
+    return figures | {"exact_match": match.score, "exact_match_rows": len(chosen)}, said
+
+
+def _plain(tasks: Tasks, prompt: str) -> str:
+    ids = tasks.tokenizer(prompt, add_special_tokens=False).input_ids
+    return tasks.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _side_by_side(said: dict[str, list[dict]]) -> list[dict]:
+    """Put the answers of all models to the same row together; prompt and reference are the first model's."""
+    rows: dict[str, dict] = {}
+    for name, answers in said.items():
+        for each in answers:
+            kept = {key: each[key] for key in ("where", "prompt", "reference")}
+            rows.setdefault(each["where"], kept | {"answers": {}})["answers"][name] = each["answer"]
+    return list(rows.values())

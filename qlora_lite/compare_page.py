@@ -1,0 +1,49 @@
+"""The page of a comparison: a table of figures, and every row's answers side by side.
+
+Shares are from 0 to 1, losses in nats per learned token. Needs the standard library only.
+"""
+
+from .page import page, section, table, text
+from .units import format_bytes
+
+
+def render_comparison(result: dict) -> str:
+    """Return the page's HTML for what ``compare_runs`` returns."""
+    names = ", ".join(model["name"] for model in result["models"])
+    head = f'<div class="head"><h1>{text(names)}</h1></div><p class="facts">over {text(result["base_model"])}</p>'
+    note = f"{result['rows']:,} evaluation rows of {result['rows_of']}, each run with its own template."
+    figures = section("Figures", _figures(result["models"]), note)
+    answers = section("Answers", _answers(result["answers"]), "Greedy; an answer equal to the reference is marked.")
+    return page(f"{names} - qlora-lite", head + figures + answers)
+
+
+def figures_of(model: dict) -> tuple[str, str, str, str]:
+    """Write a model's evaluation loss, perplexity, exact match and adapter size for people."""
+    exact = f"{model['exact_match']:.1%} of {model['exact_match_rows']}" if "exact_match" in model else ""
+    size = format_bytes(model["adapter_bytes"]) if model["adapter_bytes"] else ""
+    return f"{model['eval_loss']:.4f}", f"{model['perplexity']:.4g}", exact, size
+
+
+def _figures(models: list[dict]) -> str:
+    best = min(model["eval_loss"] for model in models)
+    rows = [
+        (model["name"] + (" (lowest loss)" if model["eval_loss"] == best else ""), *figures_of(model))
+        for model in models
+    ]
+    return table(("Model", "Evaluation loss", "Perplexity", "Exact match", "Adapter"), rows, numeric=1)
+
+
+def _answers(answers: list[dict]) -> str:
+    return "".join(map(_card, answers))
+
+
+def _card(row: dict) -> str:
+    cells = [("Prompt", row["prompt"], "prompt"), ("Reference", row["reference"], "")]
+    for name, answer in row["answers"].items():
+        is_right = answer.strip() == row["reference"].strip()
+        cells.append((f"{name} ✓" if is_right else name, answer, ""))
+    parts = "".join(
+        f"<h3>{text(title)}</h3><pre{f' class={chr(34)}{style}{chr(34)}' if style else ''}>{text(content)}</pre>"
+        for title, content, style in cells
+    )
+    return f'<div class="card sample">{parts}</div>'

@@ -1,0 +1,97 @@
+"""Prove that an exported file does what the run's adapter does.
+
+An export that loads elsewhere and silently does nothing is the fault that users report most. So every file is read
+back, and must change the base model's logits as the run's adapter does. Logits are computed in float32, where an
+adapter of the usual size stands far above rounding.
+
+- Adapter files hold the run's own numbers:  error = ||exported - adapted|| / ||adapted - base||  is rounding.
+- Merged files have rounded all weights, which may change the logits more than a small adapter does. What rounding does
+  is not what the adapter does, so it cancels in the share of the adapter's change that is found in the file's,
+  share = <exported - base, adapted - base> / ||adapted - base||^2: 1 for the whole change, 0 for none. And the logits
+  themselves must be near:  ||exported - adapted|| / ||adapted||.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from qlora_lite.errors import ModelError
+from qlora_lite.lora.adapter import attach_adapter, detach_adapter
+from qlora_lite.lora.read import Adapter
+from qlora_lite.models.anatomy import device_of
+
+SEQUENCES, TOKENS = 2, 24
+EXACT = 1e-3  # of an adapter file: rounding in float32 gives 1e-6, a scale wrong by 1 % gives 1e-2
+SHARE = 0.2  # that a merged file's share may be off: the part of rounding that happens to point the adapter's way
+
+
+class Change(NamedTuple):
+    """Logits [rows, vocabulary] of the base model and of the base model with the run's adapter."""
+
+    base: torch.Tensor
+    adapted: torch.Tensor
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module) -> torch.Tensor:
+    """Return a model's float32 logits for fixed random tokens."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, (SEQUENCES, TOKENS), generator=torch.Generator().manual_seed(0))
+    return model.eval()(input_ids=ids.to(device_of(model)), use_cache=False).logits.flatten(0, 1).float().cpu()
+
+
+def change_of(model: nn.Module, adapter: Adapter) -> Change:
+    """Return what an adapter changes in a base model, which is left as it was.
+
+    Raises:
+        ModelError: it changes nothing.
+    """
+    base = logits_of(model)
+    adapted = logits_of(attach_adapter(model, adapter))
+    detach_adapter(model)
+    if torch.equal(base, adapted):
+        raise ModelError("the run's adapter changes nothing in the base model's logits")
+    return Change(base, adapted)
+
+
+def check_change(change: Change, exported: torch.Tensor, what: str) -> float:
+    """Return the error of an adapter file's logits.
+
+    Raises:
+        ModelError: it is more than rounding; the text says so plainly where the file does nothing.
+    """
+    error = ((exported - change.adapted).norm() / (change.adapted - change.base).norm()).item()
+    if not error <= EXACT:
+        raise _wrong(what, share_of(change, exported), f"relative error {error:.1e}, at most {EXACT:.0e} is allowed")
+    return error
+
+
+def check_merged(change: Change, exported: torch.Tensor, what: str, limit: float) -> tuple[float, float]:
+    """Return the share of the adapter's change in a merged file's logits, and their distance from the adapted ones.
+
+    Args:
+        limit: of the distance, from what rounding the weights does.
+
+    Raises:
+        ModelError: one of them is out of bounds.
+    """
+    share = share_of(change, exported)
+    distance = ((exported - change.adapted).norm() / change.adapted.norm()).item()
+    if not (abs(share - 1) <= SHARE and distance <= limit):
+        raise _wrong(what, share, f"distance of the logits {distance:.1e}, at most {limit:.0e} is allowed")
+    return share, distance
+
+
+def share_of(change: Change, exported: torch.Tensor) -> float:
+    """Return how much of the adapter's change is in what a file changes."""
+    wanted = change.adapted - change.base
+    return ((exported - change.base).mul(wanted).sum() / wanted.square().sum()).item()
+
+
+def _wrong(what: str, share: float, found: str) -> ModelError:
+    nothing = " (it changes nothing)" if abs(share) < SHARE else ""
+    return ModelError(
+        f"{what}, loaded back, does not do what the adapter does{nothing}: it makes {share:.0%} of the change; "
+        f"{found}. Please report this"
+    )

@@ -1,0 +1,196 @@
+"""Export a run: write the form that was asked for, read it back, and compare what it does with the run's adapter."""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from qlora_lite.build import build_model
+from qlora_lite.data.formats import Conversation, read_conversations
+from qlora_lite.data.lines import Problems
+from qlora_lite.errors import QloraLiteError
+from qlora_lite.files import replacing_folder, require_empty, write_text
+from qlora_lite.lora.adapter import attach_adapter, load_adapter
+from qlora_lite.lora.read import Adapter
+from qlora_lite.merge import check_choice
+from qlora_lite.models.gguf_names import gguf_names
+from qlora_lite.models.load import load_model
+from qlora_lite.models.merge import ORIGINAL, Merged, open_merged
+from qlora_lite.rows import build_sources
+from qlora_lite.trained import TrainedRun, open_trained
+
+from .adapters import ADAPTER_FILE, for_vllm, read_gguf_adapter, write_gguf_adapter, write_peft
+from .check import Change, change_of, check_change, check_merged, logits_of
+from .gguf_model import MODEL_FILE, write_gguf
+from .ollama import check_template, go_template, modelfile, pieces_of
+
+REPORT = "export_report.json"
+# Distance of logits that rounding every weight of a file explains, see ``check.check_merged``.
+LIMITS = {"f16": 0.02, "bf16": 0.1, "q8_0": 0.2}
+SYSTEM_ROWS = 200  # of the training rows, looked at for a system message that all share
+
+
+@dataclass(frozen=True, slots=True)
+class ExportSettings:
+    """What is exported and how.
+
+    Args:
+        to: "peft", "vllm", "gguf", "gguf-adapter" or "ollama".
+        base: of a merged model, see ``merge.MergeSettings``.
+        dtype: of a GGUF model's matrices: "f16", "bf16" or "q8_0".
+    """
+
+    to: str
+    base: str | None = None
+    dtype: str = "f16"
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What every form needs: the run, its base model's shapes, its adapter."""
+
+    trained: TrainedRun
+    skeleton: nn.Module
+    adapter: Adapter
+    settings: ExportSettings
+    out: Path
+
+
+def export_run(
+    run: str | Path, out: Path, settings: ExportSettings, model_path: str | None = None, unfinished: bool = False
+) -> dict:
+    """Write a run in another program's form into a new folder and prove that it works; return the report.
+
+    Raises:
+        QloraLiteError: the run cannot be used, the form cannot hold it, or what was written does something else.
+    """
+    require_empty(out)
+    trained = open_trained(run, model_path, unfinished)
+    skeleton = trained.skeleton()
+    job = _Job(trained, skeleton, trained.read_adapter(skeleton), settings, out)
+    try:
+        found = FORMS[settings.to](job)
+    except QloraLiteError:
+        shutil.rmtree(out, ignore_errors=True)  # new or empty before: what does not work is not left lying around
+        raise
+    report = {
+        "run": trained.name, "form": settings.to, "base_model": trained.files.name, "layers": len(job.adapter.layers),
+        "size_bytes": sum(file.stat().st_size for file in out.iterdir()), **found,
+    }  # fmt: skip
+    write_text(out / REPORT, json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def _peft(job: _Job) -> dict:
+    change = _adapter_change(job)
+    write_peft(job.adapter, job.skeleton, job.out, job.trained.recipe.model.path, job.trained.tokenizer())
+    return {"error": _check_folder(job, change), "use": f'PeftModel.from_pretrained(base, "{job.out}")'}
+
+
+def _vllm(job: _Job) -> dict:
+    adapter, needed_rank = for_vllm(job.adapter, job.skeleton, job.skeleton.config.model_type)
+    change = _adapter_change(job)
+    write_peft(adapter, job.skeleton, job.out, job.trained.recipe.model.path, job.trained.tokenizer())
+    use = f"vllm serve BASE --enable-lora --max-lora-rank {needed_rank} --lora-modules {job.trained.name}={job.out}"
+    return {"error": _check_folder(job, change), "use": use}
+
+
+def _gguf_adapter(job: _Job) -> dict:
+    names, adapter = gguf_names(job.skeleton.config), job.adapter
+    change = _adapter_change(job)
+    write_gguf_adapter(adapter, names, job.out)
+    read = read_gguf_adapter(job.out / ADAPTER_FILE, names, list(adapter.layers))
+    error = check_change(change, logits_of(attach_adapter(_base(job), read)), str(job.out / ADAPTER_FILE))
+    return {"error": error, "use": f"llama-cli -m BASE.gguf --lora {job.out / ADAPTER_FILE}"}
+
+
+def _gguf(job: _Job) -> dict:
+    return _merged_model(job, lambda _folder: None, None) | {"use": f"llama-server -m {job.out / MODEL_FILE} --jinja"}
+
+
+def _ollama(job: _Job) -> dict:
+    trained, tokenizer = job.trained, job.trained.tokenizer()
+    template = trained.template(tokenizer)
+    pieces = pieces_of(template)
+    adds_begin = bool(tokenizer.bos_token) and all(
+        piece is None or piece.startswith(tokenizer.bos_token) for piece in (pieces.opening, pieces.before_system)
+    )
+    go = go_template(pieces.without_begin(tokenizer.bos_token) if adds_begin else pieces)
+    compared = check_template(go, template, tokenizer, pieces.before_system is not None, adds_begin)
+    stops = tokenizer.convert_ids_to_tokens(sorted({*trained.end_token_ids, tokenizer.eos_token_id} - {None}))
+    text = modelfile(go, stops, _shared_system(trained))
+    found = _merged_model(job, lambda folder: (folder / "Modelfile").write_text(text, encoding="utf-8"), adds_begin)
+    use = f"ollama create {trained.name} -f {job.out / 'Modelfile'}"
+    return found | {"conversations_compared": compared, "use": use}
+
+
+FORMS: dict[str, Callable[[_Job], dict]] = {
+    "peft": _peft, "vllm": _vllm, "gguf": _gguf, "gguf-adapter": _gguf_adapter, "ollama": _ollama,
+}  # fmt: skip
+
+
+def _base(job: _Job) -> nn.Module:
+    """Load the base as the run saw it, in float32, where rounding does not hide what an adapter does."""
+    recipe = job.trained.recipe
+    model = recipe.model.model_copy(update={"compute_dtype": "float32"})
+    return build_model(recipe.model_copy(update={"model": model}), lora=False)
+
+
+def _adapter_change(job: _Job) -> Change:
+    return change_of(_base(job), job.adapter)
+
+
+def _check_folder(job: _Job, change: Change) -> float:
+    return check_change(change, logits_of(load_adapter(_base(job), job.out)), str(job.out))
+
+
+def _merged_model(job: _Job, write_beside: Callable[[Path], object], adds_begin: bool | None) -> dict:
+    """Write and check ``model.gguf``; ``write_beside`` adds files to the folder."""
+    trained, kind = job.trained, job.settings.dtype
+    onto = check_choice(trained, job.settings.base)
+    merged = open_merged(trained.files, job.skeleton, job.adapter, onto, trained.compute_dtype)
+    with replacing_folder(job.out) as new:
+        notes = write_gguf(
+            merged, new, kind, trained.name, trained.tokenizer(), tuple(trained.end_token_ids), adds_begin
+        )
+        write_beside(new)
+    change, what = _merged_change(job, merged), str(job.out / MODEL_FILE)
+    share, distance = check_merged(change, _gguf_logits(job), what, LIMITS[kind])
+    into = "original" if onto == ORIGINAL else trained.recipe.model.quant
+    return {"share": share, "distance": distance, "dtype": kind, "merged_into": into, "notes": notes}
+
+
+def _merged_change(job: _Job, merged: Merged) -> Change:
+    """Return what the adapter changes in the base that it was merged into."""
+    m = job.trained.recipe.model
+    if merged.onto == ORIGINAL:
+        base = load_model(m.path, "none", compute_dtype=torch.float32, revision=m.revision)
+        return change_of(base, merged.adapter)
+    return _adapter_change(job)
+
+
+def _gguf_logits(job: _Job) -> torch.Tensor:
+    """Read the file back through transformers, with the run's configuration.
+
+    transformers takes some settings of a GGUF model from the family's defaults (caps of logits, attention scales);
+    what the file says of them is for llama.cpp, and tested there. A Mistral's file is a Llama's, and read as one.
+    """
+    config = None if job.skeleton.config.model_type == "mistral" else copy.deepcopy(job.skeleton.config)
+    return logits_of(load_model(str(job.out / MODEL_FILE), "none", compute_dtype=torch.float32, config=config))
+
+
+def _shared_system(trained: TrainedRun) -> str | None:
+    """Return the system message of the training rows, if the first ones all have the same."""
+    found = set()
+    for source in build_sources(trained.recipe, "train"):
+        problems = Problems()
+        for number, row in enumerate(read_conversations(source, problems)):
+            if number == SYSTEM_ROWS or not isinstance(row, Conversation):
+                break
+            found.add(row.turns[0].content if row.turns[0].role == "system" else None)
+    return found.pop() if len(found) == 1 else None

@@ -1,0 +1,108 @@
+"""Write a merged model as one GGUF file, weight by weight.
+
+The ``gguf`` package writes the file; the weights come from ``models.merge`` one at a time, in float32, and are rounded
+once to what the file holds. Vectors stay float32, as llama.cpp expects.
+"""
+
+from collections.abc import Iterator
+from contextlib import closing
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from qlora_lite.errors import ModelError
+from qlora_lite.files import require_space
+from qlora_lite.models.gguf_names import gguf_names
+from qlora_lite.models.merge import Merged
+
+from .gguf_config import rope_factors, write_config
+from .gguf_tokenizer import write_tokenizer
+
+MODEL_FILE = "model.gguf"
+KINDS = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}  # -> llama.cpp's name of the file type
+SPARE_BYTES = 32 * 2**20  # of disk: tokenizer and settings
+CHUNK_ROWS = 2048  # quantised at once; the package's quantiser makes several copies
+
+
+def write_gguf(
+    merged: Merged, folder: Path, kind: str, name: str, tokenizer, end_token_ids: tuple[int, ...],
+    adds_begin: bool | None = None,
+) -> list[str]:  # fmt: skip
+    """Write ``model.gguf`` into a folder that exists; return notes on what differs from the trained model.
+
+    Args:
+        kind: one of KINDS, for the matrices.
+        name: of the model, for people.
+        tokenizer: with the chat template that training used.
+        end_token_ids: tokens that training taught as ends of an answer.
+        adds_begin: see ``write_tokenizer``.
+
+    Raises:
+        ModelError: the family, a setting or the tokenizer is none that llama.cpp computes.
+        OutputError: the disk has no room.
+    """
+    from gguf import GGUFWriter, LlamaFileType, quants
+
+    names = gguf_names(merged.config)
+    writer = GGUFWriter(folder / MODEL_FILE, names.architecture)
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_file_type(LlamaFileType[KINDS[kind]])
+    writer.add_quantization_version(2)
+    notes = write_config(writer, merged.config, names.architecture)
+    write_tokenizer(writer, tokenizer, merged.config.vocab_size, end_token_ids, adds_begin)
+    planned, total_bytes = list(_planned(merged, kind)), SPARE_BYTES
+    factors = rope_factors(merged.config)
+    if factors is not None:
+        writer.add_tensor_info("rope_freqs.weight", factors.shape, np.dtype(np.float32), 4 * len(factors))
+    for _, parameter, shape, stored_as in planned:
+        size_bytes = prod(quants.quant_shape_to_byte_shape(shape, stored_as))
+        writer.add_tensor_info(names.of(parameter), shape, np.dtype(np.float32), size_bytes, raw_dtype=stored_as)
+        total_bytes += size_bytes
+    require_space(folder.parent, total_bytes)
+    with closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        if factors is not None:
+            writer.write_tensor_data(factors.numpy())
+        for stored, parameter, _, stored_as in planned:
+            tensor = names.to_gguf(parameter, merged.weight(stored, torch.float32)).contiguous()
+            writer.write_tensor_data(_as_stored(tensor, stored_as, parameter))
+    return notes
+
+
+def _planned(merged: Merged, kind: str) -> Iterator[tuple]:
+    """Yield stored name, parameter, shape and GGUF type of every tensor of the file."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    wanted = GGMLQuantizationType[kind.upper()]
+    for stored, (_, shape) in merged.entries(torch.float32).items():
+        parameter = merged.base.parameters[stored]
+        is_tied = parameter == "lm_head.weight" and merged.config.tie_word_embeddings
+        if is_tied or parameter.endswith("inv_freq"):  # llama.cpp computes the rotary frequencies
+            continue
+        if len(shape) == 1:
+            yield stored, parameter, shape, GGMLQuantizationType.F32
+        elif shape[-1] % GGML_QUANT_SIZES[wanted][0]:  # rows that do not divide into blocks, as llama.cpp does
+            yield stored, parameter, shape, GGMLQuantizationType.F16
+        else:
+            yield stored, parameter, shape, wanted
+
+
+def _as_stored(tensor: torch.Tensor, stored_as, parameter: str) -> np.ndarray:
+    from gguf import GGMLQuantizationType, quants
+
+    if stored_as == GGMLQuantizationType.F32:
+        return tensor.numpy()
+    if stored_as == GGMLQuantizationType.BF16:
+        return tensor.bfloat16().view(torch.int16).numpy()
+    half = tensor.abs().amax() <= torch.finfo(torch.float16).max
+    if not half:
+        raise ModelError(f"{parameter} has values beyond what float16 holds; export it with --dtype bf16")
+    if stored_as == GGMLQuantizationType.F16:
+        return tensor.half().numpy()
+    chunks = [quants.quantize(chunk.numpy(), stored_as) for chunk in tensor.split(CHUNK_ROWS)]
+    return np.concatenate(chunks)

@@ -1,0 +1,200 @@
+"""Read an adapter folder in the PEFT format and check it against a model.
+
+Whatever this package cannot compute (DoRA, trained biases, ``modules_to_save``) is refused, and all tensors that are
+missing, unexpected, of a wrong shape or not finite are listed in one error: an adapter that loads and does nothing is
+the worst fault of this kind.
+
+Tensor names: ``base_model.model.PATH.lora_A.weight`` [r, in] and ``...lora_B.weight`` [out, r].
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import regex
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from qlora_lite.errors import ModelError
+from qlora_lite.quant.linear import frozen_weight
+
+from .inject import linear_layers
+from .layer import lora_scale
+
+WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+# Settings of peft that change what an adapter computes, and the starts of values that change the base model.
+REFUSED_KEYS = (
+    "use_dora", "modules_to_save", "trainable_token_indices", "layer_replication", "lora_bias", "use_qalora",
+    "use_bdlora", "alora_invocation_tokens", "target_parameters", "arrow_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
+REFUSED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+MATCH_SECONDS = 0.2  # for one pattern of an adapter file on one path; an honest one takes microseconds
+LISTED = 50  # problems of one file shown; a file may have a million
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """One layer's share of an adapter: ``weight + scale * lora_B @ lora_A`` is the adapted weight.
+
+    Args:
+        lora_A: [r, in].
+        lora_B: [out, r].
+        alpha: numerator of the scale.
+        rslora: the scale divides by sqrt(r) instead of r.
+    """
+
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    alpha: float
+    rslora: bool = False
+
+    @property
+    def rank(self) -> int:
+        """Return r."""
+        return self.lora_A.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """Return what the product of the factors is multiplied by."""
+        return lora_scale(self.alpha, self.rank, self.rslora)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter as read from its folder: the factors of each adapted layer by path, checked against a model."""
+
+    layers: dict[str, Factors]
+    dropout: float
+
+
+def read_adapter(model: nn.Module, folder: str | Path) -> Adapter:
+    """Read an adapter folder and check that it fits a model; the model stays as it is.
+
+    Args:
+        model: a base model without LoRA layers; shapes are enough (a meta model).
+        folder: written by ``save_adapter`` or by peft.
+
+    Raises:
+        ModelError: files are missing or broken, the adapter uses what this package cannot compute, or its
+            tensors do not fit this model.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    tensors = _read_tensors(folder / WEIGHTS_NAME)
+    layers = linear_layers(model)
+    ranks, problems = _check(tensors, layers)
+    problems += _without_factors(config, layers, ranks)
+    if problems:
+        more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
+        shown = "; ".join(problems[:LISTED] + more)
+        raise ModelError(f"the adapter {folder} does not fit this model: {shown}")
+    patterns, default, rslora = config.get("alpha_pattern"), config["lora_alpha"], bool(config.get("use_rslora"))
+    factors = {
+        name: Factors(
+            tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"],
+            _from_pattern(patterns, name, default), rslora,
+        )
+        for name in ranks
+    }  # fmt: skip
+    return Adapter(factors, config.get("lora_dropout", 0.0))
+
+
+def _read_config(folder: Path) -> dict:
+    path = folder / CONFIG_NAME
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{folder} is not an adapter folder: {CONFIG_NAME} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"cannot read {path}: {error}") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise ModelError(f"{path} does not describe a LoRA adapter (peft_type is not LORA)")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ModelError(f"{path}: alpha_pattern must be an object, not {patterns!r}")
+    alphas = {"lora_alpha": config.get("lora_alpha")} | {f"alpha_pattern {key!r}": v for key, v in patterns.items()}
+    for name, alpha in alphas.items():
+        if not _is_number(alpha) or not 0 < alpha < 1e9:
+            raise ModelError(f"{path}: {name} must be a positive number, not {alpha!r}")
+    dropout = config.get("lora_dropout", 0.0)
+    if not _is_number(dropout) or not 0 <= dropout < 1:
+        raise ModelError(f"{path}: lora_dropout must be from 0 to below 1, not {dropout!r}")
+    _refuse_unsupported(config, path)
+    return config
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _refuse_unsupported(config: dict, path: Path) -> None:
+    refused = {key: config.get(key) for key in REFUSED_KEYS}
+    refused["bias"] = None if config.get("bias", "none") == "none" else config["bias"]
+    start = config.get("init_lora_weights")
+    refused["init_lora_weights"] = start if str(start).startswith(REFUSED_INITS) else None
+    used = [f"{key}={value!r}" for key, value in refused.items() if value]
+    if used:
+        raise ModelError(f"{path}: {', '.join(used)} is not supported; train without it or merge with peft")
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing") from None
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"cannot read {path}: {error}; it is cut short or not a safetensors file") from None
+
+
+def _check(tensors, layers) -> tuple[dict[str, int], list[str]]:
+    """Return the rank of each adapted layer, and everything that is wrong with the tensors."""
+    ranks, problems, known = {}, [], set()
+    adapted = {m[1] for name in tensors if (m := re.fullmatch(rf"{PREFIX}(.+)\.lora_[AB]\.weight", name))}
+    for name in sorted(adapted & set(layers)):
+        keys = [f"{PREFIX}{name}.lora_{side}.weight" for side in "AB"]
+        known.update(keys)
+        problems += [f"{key} is missing" for key in keys if key not in tensors]
+        if any(key not in tensors for key in keys):
+            continue
+        lora_a, lora_b = (tensors[key] for key in keys)
+        out_features, in_features = frozen_weight(layers[name])[0].shape
+        rank = lora_a.shape[0] if lora_a.ndim == 2 else 0
+        shapes = [tuple(lora_a.shape), tuple(lora_b.shape)]
+        if rank < 1 or shapes != [(rank, in_features), (out_features, rank)]:
+            problems.append(f"{name} has shapes {shapes}, its layer is {out_features} x {in_features}")
+        if not (lora_a.is_floating_point() and lora_b.is_floating_point()):
+            problems.append(f"{name} has factors of {lora_a.dtype} and {lora_b.dtype}, which are no numbers to train")
+        problems += [f"{key} is not finite" for key in keys if not tensors[key].isfinite().all()]
+        ranks[name] = rank
+    problems += [f"{name} belongs to no linear layer" for name in sorted(set(tensors) - known)]
+    return ranks, problems if tensors else ["it has no tensors"]
+
+
+def _without_factors(config: dict, layers, ranks) -> list[str]:
+    """List layers that the configuration adapts and the file says nothing about."""
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or config.get("layers_to_transform") is not None or config.get("exclude_modules"):
+        return []
+    adapted = (name for name in layers if any(f".{name}".endswith(f".{target}") for target in targets))
+    return [f"{name} has no factors" for name in adapted if name not in ranks]
+
+
+def _from_pattern(patterns: dict | None, name: str, default: float) -> float:
+    """Look up a layer's value the way peft does: a pattern is a regular expression for the end of the path.
+
+    ``regex`` and not ``re``, because only it can give up: a pattern from a foreign file may take for ever.
+    """
+    for pattern, value in (patterns or {}).items():
+        try:
+            found = name == pattern or regex.match(rf"(.*\.)?({pattern})$", name, timeout=MATCH_SECONDS)
+        except (regex.error, TimeoutError) as error:
+            raise ModelError(
+                f"{CONFIG_NAME}: alpha_pattern {pattern[:80]!r} cannot be used: {error or 'it takes too long'}"
+            ) from None
+        if found:
+            return value
+    return default

@@ -1,0 +1,198 @@
+"""Merge a run's adapter into its base model, and measure what the merge made of the trained model.
+
+Nobody says how much a merge loses; here the merged model, and the merged model quantised again, are compared with the
+model as it was trained on rows that training did not see. The figures and every choice are in ``merge_report.json``.
+"""
+
+import gc
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .build import train_settings
+from .errors import DataError, ModelError
+from .files import replacing_folder, require_empty, require_space, write_text
+from .likeness import Outputs, compare, outputs
+from .lora.adapter import attach_adapter
+from .memory.meter import PeakMeter
+from .models.load import load_model
+from .models.merge import ORIGINAL, TRAINED, Merged, open_merged, write_merged
+from .models.save import SHARD_BYTES, save_quantized
+from .rows import build_data
+from .train.loop import eval_batches
+from .trained import TrainedRun, open_trained
+
+REPORT = "merge_report.json"
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class MergeSettings:
+    """What is merged and how.
+
+    Args:
+        base: "nf4" or "fp4" for the 4-bit weights that the run saw, "original" for those of the files; None takes
+            the first if the run was quantised.
+        dtype: a key of DTYPES; of the merged weights.
+        quantize: write the merged model as a 4-bit checkpoint of this type; None for none.
+        rows: held-out rows to measure on; 0 measures nothing.
+        shard_bytes: of a weights file.
+    """
+
+    base: str | None = None
+    dtype: str = "bf16"
+    quantize: str | None = None
+    rows: int = 32
+    shard_bytes: int = SHARD_BYTES
+
+
+def merge_run(
+    run: str | Path, out: Path, settings: MergeSettings, model_path: str | None = None, unfinished: bool = False
+) -> dict:
+    """Write the merged model of a run into a new folder; return the report.
+
+    Raises:
+        QloraLiteError: the run cannot be used, the choice is impossible, or the folder cannot be written.
+    """
+    require_empty(out)
+    trained = open_trained(run, model_path, unfinished)
+    onto = check_choice(trained, settings.base)
+    rows = held_out(trained, settings.rows) if settings.rows else None
+    started = time.monotonic()
+    merged = prepare_merge(trained, onto)
+    report = _describe(trained, merged, settings)
+    with PeakMeter("cpu") as meter, _place_of_dense_model(out, settings) as dense:
+        before_bytes = meter.peak_bytes()
+        _write_dense(trained, merged, dense, settings)
+        report |= {"peak_bytes_above_start": meter.peak_bytes() - before_bytes, "seconds": time.monotonic() - started}
+        if rows is not None:
+            report |= {"measured_on": rows.where, "rows": rows.rows}
+            report["models"] = _measure(trained, merged, dense, rows, settings)
+        if settings.quantize:
+            _write_quantized(trained, dense, out, settings.quantize)
+    write_text(out / REPORT, json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def check_choice(trained: TrainedRun, base: str | None) -> str:
+    """Return what a choice of base means for this run.
+
+    Raises:
+        ModelError: the run did not see such weights.
+    """
+    quant = trained.recipe.model.quant
+    if base in (None, quant):
+        return TRAINED if base or quant != "none" else ORIGINAL
+    if base != "original":
+        raise ModelError(f"the run trained on {quant} weights (model.quant), not on {base}; choose --base original")
+    return ORIGINAL
+
+
+def prepare_merge(trained: TrainedRun, onto: str) -> Merged:
+    """Open a run's base model and adapter for merging; nothing large is loaded."""
+    skeleton = trained.skeleton()
+    adapter = trained.read_adapter(skeleton)
+    return open_merged(trained.files, skeleton, adapter, onto, trained.compute_dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Batches of rows to measure on, how many rows they hold, and which setting of the recipe named them."""
+
+    batches: list
+    rows: int
+    where: str
+
+
+def held_out(trained: TrainedRun, count: int) -> HeldOut:
+    """Read the run's evaluation rows, or its training rows where it has none (the report says which).
+
+    Raises:
+        DataError: the rows cannot be read.
+    """
+    recipe = trained.recipe
+    which = "eval" if recipe.data.eval else "train"
+    if which == "train" and recipe.data.streaming:
+        raise DataError("the run has no data.eval and streams its rows: there is nothing to measure on; use --rows 0")
+    try:
+        data = build_data(recipe, trained.tokenizer(), which)
+    except DataError as error:
+        raise DataError(f"{error}\n--rows 0 merges without measuring") from error
+    examples = data.examples[:count]
+    return HeldOut(list(eval_batches(examples, train_settings(recipe))), len(examples), f"data.{which}")
+
+
+def _describe(trained: TrainedRun, merged: Merged, settings: MergeSettings) -> dict:
+    return {
+        "run": trained.name, "adapter": str(trained.adapter), "base_model": trained.files.name,
+        "merged_into": trained.recipe.model.quant if merged.onto == TRAINED else "original",
+        "dtype": settings.dtype, "compute_dtype": str(trained.compute_dtype).removeprefix("torch."),
+        "quantized": settings.quantize, "layers": len(merged.adapter.layers),
+        "notes": _notes(trained, merged, settings),
+    }  # fmt: skip
+
+
+def _notes(trained: TrainedRun, merged: Merged, settings: MergeSettings) -> list[str]:
+    notes = []
+    if merged.onto == ORIGINAL:
+        notes.append("the adapter was fitted to the quantised weights; on the original ones it is another model")
+    if trained.recipe.model.quant_head and (merged.onto == ORIGINAL or merged.config.tie_word_embeddings):
+        notes.append("the run computed with a 4-bit copy of the head; the merged model has the head itself")
+    if settings.dtype != "f32":
+        notes.append(f"the sum of weight and update is rounded once, to {settings.dtype}; --dtype f32 keeps it exact")
+    if settings.quantize:
+        notes.append(f"the merged weights are quantised again to {settings.quantize}, which is never exact")
+    return notes
+
+
+@contextmanager
+def _place_of_dense_model(out: Path, settings: MergeSettings) -> Iterator[Path]:
+    """Give the folder for the 16-bit or 32-bit model: the output, or a temporary one beside it."""
+    if not settings.quantize:
+        yield out
+        return
+    beside = out.absolute().with_name(f".{out.name}.dense")
+    try:
+        yield beside
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _write_dense(trained: TrainedRun, merged: Merged, folder: Path, settings: MergeSettings) -> None:
+    tokenizer = trained.tokenizer()
+    ends = sorted({*trained.end_token_ids, tokenizer.eos_token_id} - {None})
+    with replacing_folder(folder) as new:
+        write_merged(merged, new, DTYPES[settings.dtype], tokenizer, ends, settings.shard_bytes)
+
+
+def _write_quantized(trained: TrainedRun, dense: Path, out: Path, quant: str) -> None:
+    require_space(out, sum(file.stat().st_size for file in dense.glob("*.safetensors")) // 3)
+    model = load_model(str(dense), quant, trained.recipe.model.double_quant, torch.bfloat16, use_cache=False)
+    save_quantized(model, out, trained.tokenizer())
+
+
+def _measure(trained: TrainedRun, merged: Merged, dense: Path, rows: HeldOut, settings: MergeSettings) -> dict:
+    """Compare base, merged and merged-then-quantised models with the one that was trained."""
+    model = trained.build_base()
+    base = outputs(model, rows.batches)
+    reference = outputs(attach_adapter(model, merged.adapter), rows.batches)
+    del model
+    m, dtype = trained.recipe.model, DTYPES[settings.dtype]
+    if dtype == torch.float16 and trained.device.type == "cpu":
+        dtype = torch.float32  # CPUs multiply float16 a hundred times slower; its values are exact in float32
+    again = settings.quantize or (m.quant if m.quant != "none" else "nf4")
+
+    def dense_model(quant: str, dtype: torch.dtype) -> Outputs:
+        gc.collect()  # the model before this one
+        loaded = load_model(str(dense), quant, m.double_quant, dtype, trained.device, use_cache=False)
+        return outputs(loaded, rows.batches)
+
+    found = {"base": base, "trained": reference, "merged": dense_model("none", dtype)}
+    found[f"merged, then {again}"] = dense_model(again, trained.compute_dtype)
+    return {name: compare(reference, each)._asdict() for name, each in found.items()}

@@ -1,0 +1,194 @@
+"""Write a base model with an adapter merged into it as an ordinary transformers checkpoint.
+
+Weights are made one at a time while their file is written, so the memory is that of one weight, however large the
+model or the file. (Loading the whole model, merging in place and saving, the usual way, needs all of it twice.)
+
+What an adapter is merged into is a choice, since no choice is right for all:
+
+- ``trained``: the weights as the run saw them, quantised to 4 bits, unpacked and rounded to the compute type. The
+  result is the trained model to rounding, quantisation error of the base included.
+- ``original``: the 16-bit weights of the files. They are better than what the run saw, but the adapter was fitted to
+  the quantised ones and may have learned to correct their errors: the result is another model.
+
+Names, tensors that are no floats, and parts of the checkpoint outside the language model stay as they are.
+"""
+
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from qlora_lite.errors import ModelError
+from qlora_lite.files import require_space
+from qlora_lite.lora.inject import linear_layers
+from qlora_lite.lora.merge import merged_weight
+from qlora_lite.lora.read import Adapter
+from qlora_lite.quant.linear import QuantLinear, stands_for_conv1d
+from qlora_lite.quant.nf4 import dequantize, quantize
+from qlora_lite.quant.tensor_file import Entries, stream_tensors
+
+from .locate import INDEX_NAME, ModelFiles, read_json
+from .save import SHARD_BYTES
+from .weights import BaseWeights, open_weights
+
+TRAINED, ORIGINAL = "trained", "original"
+SPARE_BYTES = 64 * 2**20  # of disk, beside the weights: tokenizer, configurations, index
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """A model with an adapter merged into it, whose weights are made when they are asked for.
+
+    Args:
+        files: of the base model.
+        base: its tensors.
+        config: transformers configuration.
+        architecture: the model's class.
+        layers: its linear layers by path, on the meta device; those that the run quantised are ``QuantLinear``.
+        adapter: what is merged.
+        onto: ``TRAINED`` or ``ORIGINAL``.
+        compute_dtype: that the run computed in.
+    """
+
+    files: ModelFiles
+    base: BaseWeights
+    config: object
+    architecture: str
+    layers: dict[str, nn.Module]
+    adapter: Adapter
+    onto: str
+    compute_dtype: torch.dtype
+
+    def entries(self, dtype: torch.dtype) -> Entries:
+        """Return dtype and shape of what ``weight`` gives for every stored name."""
+        return {
+            stored: (dtype if kept.is_floating_point else kept,
+                     shape[::-1] if stored in self.base.packed and self._is_conv1d(stored) else shape)
+            for stored, (kept, shape) in self.base.entries.items()
+        }  # fmt: skip
+
+    def _layer(self, stored: str) -> tuple[str, nn.Module | None]:
+        path, _, leaf = self.base.parameters[stored].rpartition(".")
+        return path, self.layers.get(path) if leaf == "weight" else None
+
+    def _is_conv1d(self, stored: str) -> bool:
+        layer = self._layer(stored)[1]
+        return layer is not None and stands_for_conv1d(layer)
+
+    def weight(self, stored: str, dtype: torch.dtype) -> torch.Tensor:
+        """Return one tensor by its stored name and in its stored layout; floats are rounded once, to ``dtype``."""
+        tensor = self.base.read(stored)
+        if not tensor.is_floating_point():
+            return tensor
+        path, layer = self._layer(stored)
+        is_conv1d, is_packed = self._is_conv1d(stored), stored in self.base.packed
+        weight = tensor.t() if is_conv1d and not is_packed else tensor  # [out, in] from here on
+        if self.onto == TRAINED:
+            weight = weight.to(self.compute_dtype).contiguous()
+            if isinstance(layer, QuantLinear) and not self.base.packed:  # a 4-bit checkpoint leaves layers out itself
+                packed = quantize(weight, layer.quant_type, layer.double_quant)
+                weight = dequantize(packed, weight.shape, self.compute_dtype, layer.quant_type)
+        if layer is not None and path in self.adapter.layers:
+            weight = merged_weight(weight, self.adapter.layers[path])
+        return (weight.t() if is_conv1d else weight).to(dtype).contiguous()
+
+
+def open_merged(
+    files: ModelFiles, skeleton: nn.Module, adapter: Adapter, onto: str, compute_dtype: torch.dtype
+) -> Merged:
+    """Open a base model for merging.
+
+    Args:
+        skeleton: the model on the meta device with the layers that the run quantised.
+        adapter: read for this model.
+
+    Raises:
+        ModelError: the files cannot be read, hold no weight for an adapted layer, or no original weights.
+    """
+    base = open_weights(files, skeleton, compute_dtype)
+    if base.packed and onto == ORIGINAL:
+        raise ModelError(
+            f"{files.name} is a 4-bit checkpoint: there are no original weights to merge into; use --base nf4"
+        )
+    found = {parameter.removesuffix(".weight") for parameter in base.parameters.values()}
+    if missing := sorted(adapter.layers.keys() - found):
+        raise ModelError(f"{files.name} stores no weight of its own for {len(missing)} adapted layers: {missing[:8]}")
+    name, layers, head = type(skeleton).__name__, linear_layers(skeleton), skeleton.get_output_embeddings()
+    if isinstance(head, QuantLinear) and not skeleton.config.tie_word_embeddings:
+        layers |= {path: module for path, module in skeleton.named_modules() if module is head}
+    return Merged(files, base, skeleton.config, name, layers, adapter, onto, compute_dtype)
+
+
+def write_merged(
+    merged: Merged, folder: Path, dtype: torch.dtype, tokenizer, end_token_ids: list[int],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:  # fmt: skip
+    """Write a merged model into a folder that exists.
+
+    Args:
+        dtype: of every float.
+        tokenizer: with the chat template that training used.
+        end_token_ids: tokens that end an answer, for the generation configuration.
+        shard_bytes: at most, of a weights file; a larger tensor gets a file of its own.
+
+    Raises:
+        OutputError: the disk has no room.
+        OSError: it cannot be written.
+    """
+    entries = merged.entries(dtype)
+    total_bytes = sum(_size(entry) for entry in entries.values())
+    require_space(folder.parent, total_bytes + SPARE_BYTES)
+    shards, weight_map = _into_shards(entries, shard_bytes), {}
+    for number, names in enumerate(shards, start=1):
+        one = "model.safetensors"
+        file = one if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        stream_tensors(folder / file, {name: entries[name] for name in names}, lambda n: merged.weight(n, dtype))
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        _write_json(folder / INDEX_NAME, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+    _write_configs(merged, folder, dtype, end_token_ids)
+    tokenizer.save_pretrained(folder)
+
+
+def _size(entry: tuple[torch.dtype, tuple[int, ...]]) -> int:
+    return prod(entry[1]) * entry[0].itemsize
+
+
+def _into_shards(entries: Entries, shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, entry in entries.items():
+        if shards[-1] and filled + _size(entry) > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += _size(entry)
+    return shards
+
+
+def _write_configs(merged: Merged, folder: Path, dtype: torch.dtype, end_token_ids: list[int]) -> None:
+    """Write the base's configurations with the new type and the tokens that training taught as ends.
+
+    As JSON, not through transformers' classes: these refuse to save what some well-known models ship.
+    """
+    source = merged.files.folder
+    if merged.files.gguf_file:
+        config, generation = merged.config.to_dict(), GenerationConfig.from_model_config(merged.config).to_diff_dict()
+    else:
+        config = read_json(source / "config.json")
+        stored = source / "generation_config.json"
+        generation = read_json(stored) if stored.is_file() else {}
+    config.pop("quantization_config", None)
+    config["architectures"] = config.get("architectures") or [merged.architecture]
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+    generation["eos_token_id"] = end_token_ids
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "generation_config.json", generation)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")

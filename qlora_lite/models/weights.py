@@ -1,0 +1,173 @@
+"""Read a base model's weights one at a time, under the names of its files.
+
+A merge and an export walk a model weight by weight, so that a 13 GiB checkpoint passes through the memory of one
+weight. What a stored name is called inside the model is asked of transformers (renames, the base model's prefix), and
+for GGUF files of ``gguf_names``. Files whose tensors transformers joins or splits while it loads have no weight of
+their own for a layer; these, and GGUF files of other families, are loaded into memory as a whole, which is logged.
+
+Names: "stored" is a tensor's name in the files, "parameter" its name in the model.
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+from qlora_lite.errors import ModelError
+from qlora_lite.quant.nf4 import dequantize, from_bnb_state
+from qlora_lite.quant.tensor_file import DTYPES, Entries
+
+from .gguf_names import gguf_names
+from .load import load_model
+from .locate import ModelFiles, check_gguf
+
+log = logging.getLogger("qlora_lite")
+
+
+@dataclass(frozen=True, slots=True)
+class BaseWeights:
+    """A base model's tensors, to be read one at a time.
+
+    Args:
+        entries: dtype and shape by stored name, in the order of the files.
+        parameters: parameter name by stored name; a part of the checkpoint outside the language model has none of
+            its names in the model.
+        read: returns the tensor of a stored name, on the host.
+        packed: stored names of 4-bit weights, which ``read`` unpacks to [out, in] in the compute type.
+    """
+
+    entries: Entries
+    parameters: dict[str, str]
+    read: Callable[[str], torch.Tensor]
+    packed: frozenset[str] = field(default=frozenset())
+
+
+def open_weights(files: ModelFiles, skeleton: nn.Module, compute_dtype: torch.dtype) -> BaseWeights:
+    """Open a base model's files.
+
+    Args:
+        skeleton: the model on the meta device, see ``models.skeleton``.
+        compute_dtype: that 4-bit weights are unpacked to.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    if files.gguf_file:
+        return _gguf_file(files, skeleton) or _whole_model(files)
+    places, entries = _index(files)
+    if any(".quant_state." in name for name in entries):
+        return _packed_files(places, entries, compute_dtype)
+    return _plain_files(places, entries, skeleton) or _whole_model(files)
+
+
+def _whole_model(files: ModelFiles) -> BaseWeights:
+    log.info("%s is loaded into memory as a whole: its files cannot be read weight by weight", files.name)
+    model = load_model(files.name, "none", compute_dtype=torch.float32, use_cache=False)
+    first_names = {id(parameter): name for name, parameter in model.named_parameters()}  # tied ones are named once
+    state = {
+        name: tensor.detach()
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if first_names.get(id(tensor), name) == name
+    }
+    entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+    return BaseWeights(entries, {name: name for name in state}, state.__getitem__)
+
+
+def _index(files: ModelFiles) -> tuple[dict[str, safe_open], dict]:
+    """Return the open file, and dtype and shape, of every stored name."""
+    places, entries = {}, {}
+    for path in files.weights:
+        try:
+            file = safe_open(path, framework="pt")
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                stored = file.get_slice(name)
+                places[name], entries[name] = file, (DTYPES[stored.get_dtype()], tuple(stored.get_shape()))
+        except (OSError, SafetensorError, KeyError) as error:
+            raise ModelError(f"cannot read {path}: {error}") from None
+    return places, entries
+
+
+def _plain_files(places: dict, entries: dict, skeleton: nn.Module) -> BaseWeights | None:
+    """Read 16-bit safetensors; None if transformers would join or split their tensors."""
+    parameters = _parameter_names(skeleton, list(entries))
+    if parameters is None:
+        return None
+    return BaseWeights(entries, parameters, lambda name: places[name].get_tensor(name))
+
+
+def _parameter_names(skeleton: nn.Module, stored: list[str]) -> dict[str, str] | None:
+    mapping = get_model_conversion_mapping(skeleton)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if not isinstance(entry, WeightRenaming)]
+    state, names = skeleton.state_dict(), {}
+    for name in stored:
+        renamed, joined = rename_source_key(name, renamings, converters, skeleton.base_model_prefix, state)
+        if joined is not None:
+            return None
+        names[name] = name if renamed not in state and name in state else renamed
+    return names
+
+
+def _gguf_file(files: ModelFiles, skeleton: nn.Module) -> BaseWeights | None:
+    """Unpack a GGUF file tensor by tensor, as transformers does; None if its names are not known here."""
+    from gguf import GGUFReader
+    from gguf import dequantize as dequantize_gguf
+
+    try:
+        names = gguf_names(skeleton.config)
+        places = {names.of(parameter): parameter for parameter in skeleton.state_dict() if _is_weight(parameter)}
+    except ModelError:
+        return None
+    check_gguf(files.weights[0])
+    tensors = {places[tensor.name]: tensor for tensor in GGUFReader(files.weights[0]).tensors if tensor.name in places}
+    tied = {"lm_head.weight"} if skeleton.config.tie_word_embeddings else set()
+    if set(places.values()) - tensors.keys() - tied:
+        return None
+
+    def read(parameter: str) -> torch.Tensor:
+        tensor = tensors[parameter]
+        values = np.require(
+            dequantize_gguf(tensor.data, tensor.tensor_type), requirements="W"
+        )  # a float32 one is a view
+        return names.from_gguf(parameter, torch.from_numpy(values))
+
+    entries = {name: (torch.float32, tuple(map(int, reversed(tensor.shape)))) for name, tensor in tensors.items()}
+    return BaseWeights(entries, {name: name for name in entries}, read)
+
+
+def _is_weight(parameter: str) -> bool:
+    """Tell a weight or bias from the other parts of a 4-bit layer on the meta device."""
+    return parameter.endswith((".weight", ".bias"))
+
+
+def _packed_files(places: dict, stored: dict, compute_dtype: torch.dtype) -> BaseWeights:
+    """Read a bitsandbytes 4-bit checkpoint, each packed weight under its plain name."""
+    state_of = {name.rpartition(".quant_state.")[0]: name for name in stored if ".quant_state." in name}
+    parts = {name: [part for part in stored if part == name or part.startswith(f"{name}.")] for name in state_of}
+
+    def read(name: str) -> torch.Tensor:
+        if name not in parts:
+            return places[name].get_tensor(name)
+        state = {part.removeprefix(name).removeprefix("."): places[part].get_tensor(part) for part in parts[name]}
+        packed, shape, _, quant_type = from_bnb_state(state)
+        return dequantize(packed, shape, compute_dtype, quant_type)
+
+    inside = {part for listed in parts.values() for part in listed} - parts.keys()
+    entries = {name: entry for name, entry in stored.items() if name not in inside}
+    for name, state in state_of.items():
+        entries[name] = compute_dtype, _shape_before_packing(places[state].get_tensor(state), name)
+    return BaseWeights(entries, {name: name for name in entries}, read, frozenset(parts))
+
+
+def _shape_before_packing(state: torch.Tensor, name: str) -> tuple[int, ...]:
+    try:
+        return tuple(json.loads(bytes(state.tolist()))["shape"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"the 4-bit weight {name} does not say its shape: {error}") from None

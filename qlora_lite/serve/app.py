@@ -1,0 +1,193 @@
+"""The HTTP side: ``/v1/models`` and ``/v1/chat/completions`` of the OpenAI API, on this machine only.
+
+A server for trying an adapter with existing clients. It answers one request at a time and has no accounts, so it is
+bounded in all it takes (bytes of a request, requests that wait, connections) and listens on 127.0.0.1 unless told
+otherwise. It takes only JSON, and only under its own host names: a page in a browser can then not send it requests
+behind its user's back, by a form or by a name that changes its address.
+
+Starlette and uvicorn are the extra "serve", imported here and nowhere else.
+"""
+
+import json
+import logging
+import socket
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from qlora_lite.errors import OutputError, QloraLiteError
+from qlora_lite.tasks import Tasks
+
+from .engine import Engine, Piece
+from .requests import ApiError, ChatRequest, read_request
+
+try:
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, Response, StreamingResponse
+    from starlette.routing import Route
+except ImportError as error:
+    raise QloraLiteError(
+        f"qlora-lite serve needs {error.name}, of the extra 'serve': pip install 'qlora-lite[serve]'"
+    ) from error
+
+log = logging.getLogger("qlora_lite")
+LOCAL = ("127.0.0.1", "localhost", "::1")
+MOST_CONNECTIONS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the server takes at most.
+
+    Args:
+        body_bytes: of a request.
+        waiting: requests that wait while one is answered.
+        new_tokens: of an answer.
+    """
+
+    body_bytes: int = 1 << 20
+    waiting: int = 8
+    new_tokens: int = 512
+
+
+def build_app(tasks: Tasks, limits: Limits, hosts: tuple[str, ...] = LOCAL) -> Starlette:
+    """Return the application.
+
+    Args:
+        hosts: host names under which it answers; none for any.
+    """
+    api = _Api(tasks, limits, hosts)
+    routes = [
+        Route("/v1/models", api.models), Route("/v1/models/{name:path}", api.model),
+        Route("/v1/chat/completions", api.chat, methods=["POST"]),
+    ]  # fmt: skip
+    handlers = {ApiError: _api_error, HTTPException: _http_error, Exception: _internal_error}
+    return Starlette(routes=routes, exception_handlers=handlers)
+
+
+def run_server(tasks: Tasks, limits: Limits, host: str, port: int) -> None:
+    """Listen until stopped.
+
+    Raises:
+        OutputError: the address cannot be used.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise OutputError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
+    app = build_app(tasks, limits, LOCAL if host in LOCAL else ())
+    names = ", ".join((*tasks.names, "base"))
+    shown = f"[{host}]" if ":" in host else host
+    log.info("serving %s on http://%s:%d/v1", names, shown, listener.getsockname()[1])
+    log.info("this is for trying adapters, one request at a time; use vLLM or Ollama in production (qlora-lite export)")
+    config = uvicorn.Config(app, log_level="warning", limit_concurrency=MOST_CONNECTIONS, timeout_keep_alive=30)
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+class _Api:
+    def __init__(self, tasks: Tasks, limits: Limits, hosts: tuple[str, ...]):
+        self.engine, self.limits, self.hosts = Engine(tasks, limits.waiting), limits, hosts
+        self.created = int(time.time())
+
+    async def models(self, request: Request) -> Response:
+        """List what can be asked for."""
+        self._check_host(request)
+        return JSONResponse({"object": "list", "data": [self._describe(name) for name in self.engine.names]})
+
+    async def model(self, request: Request) -> Response:
+        """Describe one model."""
+        self._check_host(request)
+        name = request.path_params["name"]
+        if name not in self.engine.names:
+            raise ApiError(404, f"there is no model {name!r}", "model_not_found", "model")
+        return JSONResponse(self._describe(name))
+
+    async def chat(self, request: Request) -> Response:
+        """Answer a conversation, at once or as a stream."""
+        self._check_host(request)
+        wanted = read_request(await self._json(request), self.limits.new_tokens)
+        pieces = self.engine.pieces(wanted)
+        reply = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": wanted.model}
+        if wanted.stream:
+            first = await anext(pieces)  # what is wrong with the request is still an error and no stream
+            return StreamingResponse(_events(reply, first, pieces, wanted), media_type="text/event-stream")
+        text = ""
+        async for piece in pieces:
+            text += piece.text
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": piece.finish,
+                  "logprobs": None}  # fmt: skip
+        return JSONResponse(reply | {"object": "chat.completion", "choices": [choice], "usage": _usage(piece)})
+
+    def _describe(self, name: str) -> dict:
+        return {"id": name, "object": "model", "created": self.created, "owned_by": "qlora-lite"}
+
+    def _check_host(self, request: Request) -> None:
+        host = request.url.hostname
+        if self.hosts and host not in self.hosts:
+            raise ApiError(403, f"requests for the host {host!r} are not answered", "wrong_host")
+
+    async def _json(self, request: Request) -> object:
+        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+            raise ApiError(415, "the request's content-type must be application/json")
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > self.limits.body_bytes:
+                raise ApiError(413, f"a request may have {self.limits.body_bytes} bytes", "request_too_large")
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise ApiError(400, f"the request is not JSON: {error}") from error
+
+
+def _usage(last: Piece) -> dict:
+    return {
+        "prompt_tokens": last.prompt_tokens, "completion_tokens": last.answer_tokens,
+        "total_tokens": last.prompt_tokens + last.answer_tokens,
+    }  # fmt: skip
+
+
+async def _events(reply: dict, first: Piece, rest: AsyncIterator[Piece], wanted: ChatRequest) -> AsyncIterator[str]:
+    """Write an answer as server-sent events."""
+
+    def event(delta: dict, finish: str | None = None) -> str:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
+        return f"data: {json.dumps(reply | {'object': 'chat.completion.chunk', 'choices': [choice]})}\n\n"
+
+    yield event({"role": "assistant", "content": ""})
+    piece = first
+    try:
+        while piece.finish is None:
+            yield event({"content": piece.text})
+            piece = await anext(rest)
+    except (QloraLiteError, RuntimeError) as error:  # RuntimeError: out of memory, among others
+        log.error("a stream broke off: %s", error)
+        yield f"data: {json.dumps(ApiError(500, str(error)).body())}\n\n"
+        return
+    yield event({}, piece.finish)
+    if wanted.wants_usage:
+        counted = {"object": "chat.completion.chunk", "choices": [], "usage": _usage(piece)}
+        yield f"data: {json.dumps(reply | counted)}\n\n"
+    yield "data: [DONE]\n\n"
+
+
+async def _api_error(_request: Request, error: ApiError) -> Response:
+    headers = {"retry-after": "1"} if error.status == 429 else None
+    return JSONResponse(error.body(), error.status, headers)
+
+
+async def _http_error(_request: Request, error: HTTPException) -> Response:
+    return JSONResponse(ApiError(error.status_code, f"{error.detail}; see /v1/models").body(), error.status_code)
+
+
+async def _internal_error(_request: Request, error: Exception) -> Response:
+    log.error("a request failed: %s: %s", type(error).__name__, error)
+    return JSONResponse(ApiError(500, "the server failed; its log says why").body(), 500)

@@ -1,0 +1,144 @@
+"""What a run leaves for use: its adapter, checked against the base model that it was trained on.
+
+A base that was replaced or moved since, a run that did not reach its end, an adapter that changes nothing: each is
+found here, before a merge or an export works for an hour on it.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .build import build_model
+from .data.template import Template, choose_template
+from .errors import ModelError, RecipeError
+from .lora.read import Adapter, read_adapter
+from .models.cache import base_fingerprint
+from .models.load import resolve_compute_dtype, resolve_device
+from .models.locate import ModelFiles, locate
+from .models.skeleton import meta_model, read_config, stored_quantization
+from .models.tokenizer import load_tokenizer
+from .recipe.schema import Recipe
+from .runs import open_run
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedRun:
+    """A run whose adapter is to be used.
+
+    Args:
+        name: the run folder's name.
+        recipe: with the base model where it lies now, a device of this machine, and the recorded template.
+        adapter: folder of the adapter.
+        end_token_ids: the tokens that training taught to end an answer.
+        files: of the base model.
+    """
+
+    name: str
+    recipe: Recipe
+    adapter: Path
+    end_token_ids: tuple[int, ...]
+    files: ModelFiles
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device to compute on."""
+        return resolve_device(self.recipe.model.device)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Return the type to compute in."""
+        return resolve_compute_dtype(self.recipe.model.compute_dtype, self.device)
+
+    def skeleton(self) -> nn.Module:
+        """Return the base model on the meta device, its layers 4-bit where the run's were."""
+        m = self.recipe.model
+        config = read_config(m.path, m.revision)
+        quant, double_quant = stored_quantization(config) or (m.quant, m.double_quant)
+        return meta_model(config, quant, double_quant, self.compute_dtype, m.quant_head)
+
+    def tokenizer(self):
+        """Return the tokenizer with the chat template that training used."""
+        tokenizer = load_tokenizer(self.recipe.model.path, self.recipe.model.revision)
+        name = self.recipe.data.template
+        if name is not None or tokenizer.chat_template:
+            template = choose_template(tokenizer, name)
+            tokenizer.chat_template = template.source
+        return tokenizer
+
+    def template(self, tokenizer) -> Template:
+        """Return the chat template that training used.
+
+        Raises:
+            DataError: the rows were plain text and the tokenizer has none.
+        """
+        return choose_template(tokenizer, self.recipe.data.template)
+
+    def read_adapter(self, skeleton: nn.Module, must_change: bool = True) -> Adapter:
+        """Read the adapter for the base model.
+
+        Args:
+            must_change: refuse an adapter that changes nothing.
+
+        Raises:
+            ModelError: it does not fit, holds NaN, or changes nothing.
+        """
+        adapter = read_adapter(skeleton, self.adapter)
+        if must_change and not any(factors.lora_B.any() for factors in adapter.layers.values()):
+            raise ModelError(f"the adapter {self.adapter} changes nothing: every lora_B is zero; was it trained?")
+        return adapter
+
+    def build_base(self) -> nn.Module:
+        """Load the base model as the run did, without LoRA layers."""
+        return build_model(self.recipe, lora=False)
+
+
+def open_trained(run: str | Path, model_path: str | None = None, unfinished: bool = False) -> TrainedRun:
+    """Open a run for use.
+
+    Args:
+        run: a run folder.
+        model_path: where the base model lies now, if it moved.
+        unfinished: take the last adapter of a run that did not reach its end.
+
+    Raises:
+        RecipeError: it is not a run folder, has no adapter, or did not reach its end.
+        ModelError: the base model is gone or is another one.
+    """
+    folder, opened = Path(run), open_run(run)
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    if (status := summary.get("status")) != "complete" and not unfinished:
+        raise RecipeError(
+            f"the run {folder} did not reach its end (status {status}); its last adapter is {opened.adapter}: "
+            "add --unfinished to use that one"
+        )
+    recipe = _where_it_lies_now(opened.recipe, model_path)
+    try:
+        files = locate(recipe.model.path, recipe.model.revision)
+    except ModelError as error:
+        moved = f"the base model of {folder} is not where it was ({opened.recipe.model.path}): {error}"
+        raise ModelError(moved if model_path else f"{moved}. Say where it is now with --model PATH") from error
+    _check_base(summary, files, folder)
+    name = folder.resolve().name
+    return TrainedRun(name, recipe, opened.adapter, opened.end_token_ids, files)
+
+
+def _where_it_lies_now(recipe: Recipe, model_path: str | None) -> Recipe:
+    changes = {"path": model_path, "revision": None} if model_path else {}
+    if recipe.model.device == "cuda" and not torch.cuda.is_available():
+        changes["device"] = "auto"
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update=changes)})
+
+
+def _check_base(summary: dict, files: ModelFiles, folder: Path) -> None:
+    recorded = summary.get("base_fingerprint")
+    if recorded is None:  # a run of an earlier version; shapes are still compared
+        return
+    found = base_fingerprint(files)
+    if found != recorded:
+        raise ModelError(
+            f"{folder} was trained on {summary.get('model')} with fingerprint {recorded}; {files.name} has fingerprint "
+            f"{found} and is another model: give the right one with --model PATH"
+        )

@@ -1,0 +1,244 @@
+"""Adapter folders work in peft and by vLLM's rules, adapter files by llama.cpp's; what does nothing is an error."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from gguf import GGUFReader
+from safetensors.torch import load_file
+from tiny import ReferenceLora
+from tiny_runs import logits, tiny_run
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora_lite.errors import ModelError, OutputError
+from qlora_lite.export import forms
+from qlora_lite.export.adapters import ADAPTER_FILE, VLLM_FAMILIES, for_vllm
+from qlora_lite.export.check import Change, check_change, check_merged
+from qlora_lite.export.forms import ExportSettings, export_run
+from qlora_lite.lora.fold import with_one_alpha
+from qlora_lite.lora.read import Adapter, Factors
+from qlora_lite.trained import open_trained
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # peft asks transformers
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out"),  # peft corrects it for Conv1D, and says so
+]
+MIXED = {"targets": ["all-linear", {"pattern": "*.1.*", "rank": 3, "alpha": 5}], "rank": 4, "alpha": 8}
+LORAS = {
+    "plain": {"rank": 4, "alpha": 8},
+    "rslora": {"rank": 4, "alpha": 8, "rslora": True},
+    "one kind of layer": {"targets": ["q_proj"], "rank": 4, "alpha": 8},
+    "mixed": MIXED,
+    "mixed rslora": MIXED | {"rslora": True},
+}
+PLAIN_WEIGHTS = ["model.quant=none"]  # plain transformers then has the very base that the run saw
+# What LoraConfig of peft 0.13 (October 2024) knows; a key it does not know is a TypeError there.
+PEFT_0_13 = {
+    "task_type", "peft_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "r",
+    "target_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "modules_to_save",
+    "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_config",
+    "megatron_core", "loftq_config", "use_dora", "layer_replication", "runtime_config",
+}  # fmt: skip
+
+
+def plain(tmp_path):
+    return AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+
+
+def adapted_logits(run):
+    """The run's adapter on plain transformers' model, by a reference that shares no code with the package."""
+    model = AutoModelForCausalLM.from_pretrained(run.parent / "model")
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    tensors = load_file(run / "adapter" / "adapter_model.safetensors")
+    for name in {name.split(".lora_")[0] for name in tensors}:
+        path = name.removeprefix("base_model.model.")
+        a, b = (tensors[f"{name}.lora_{side}.weight"].float() for side in "AB")
+        alpha = config.get("alpha_pattern", {}).get(path, config["lora_alpha"])
+        scale = alpha / (math.sqrt(len(a)) if config.get("use_rslora") else len(a))
+        model.set_submodule(path, ReferenceLora(model.get_submodule(path), a, b, scale))
+    return logits(model)
+
+
+@pytest.mark.parametrize("case", LORAS)
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi3", "gemma3_text"])
+def test_peft_loads_the_folder_with_equal_logits(model_type, case, tmp_path):
+    lora = LORAS[case] if case != "one kind of layer" or model_type != "gpt2" else LORAS[case] | {"targets": ["c_attn"]}
+    lora = lora if case != "one kind of layer" or model_type != "phi3" else lora | {"targets": ["qkv_proj"]}
+    run = tiny_run(tmp_path, model_type, lora, PLAIN_WEIGHTS)
+    report = export_run(run, tmp_path / "out", ExportSettings("peft"))
+    theirs = peft.PeftModel.from_pretrained(plain(tmp_path), tmp_path / "out")
+    expected, base = adapted_logits(run), logits(plain(tmp_path))
+    assert (expected - base).abs().max() > 1e-2
+    assert torch.allclose(logits(theirs), expected, atol=2e-4)
+    assert report["error"] < 1e-5
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == (run / "template.jinja").read_text()
+
+
+def test_the_configuration_has_only_keys_that_old_versions_know(tmp_path):
+    for case, lora in LORAS.items():
+        run = tiny_run(tmp_path / case, lora=lora)
+        export_run(run, tmp_path / case / "out", ExportSettings("peft"))
+        assert json.loads((tmp_path / case / "out" / "adapter_config.json").read_text()).keys() <= PEFT_0_13
+
+
+def vllm_reads(folder, model):
+    """Apply an adapter as vLLM does: one rank, one scale, and an error for what it cannot do."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    known = {"r", "lora_alpha", "target_modules", "bias", "modules_to_save", "use_rslora", "use_dora"}
+    config = {key: value for key, value in config.items() if key in known}  # all others are ignored without a word
+    assert not config.get("modules_to_save") and not config.get("use_dora") and config.get("bias", "none") == "none"
+    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+    tensors = load_file(folder / "adapter_model.safetensors")
+    modules = {}
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        assert parts[:2] == ["base_model", "model"] and parts[-2] in ("lora_A", "lora_B") and parts[-1] == "weight"
+        modules.setdefault(".".join(parts[2:-2]), {})[parts[-2]] = tensor
+    for path, pair in modules.items():
+        assert pair["lora_A"].shape[0] == pair["lora_B"].shape[1] == config["r"], "one rank for all"
+        assert path.rpartition(".")[2] in {target.rpartition(".")[2] for target in config["target_modules"]}
+        wrapped = ReferenceLora(model.get_submodule(path), pair["lora_A"].float(), pair["lora_B"].float(), scale)
+        model.set_submodule(path, wrapped)
+    return model
+
+
+@pytest.mark.parametrize("case", LORAS)
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text"])
+def test_a_reader_with_vllm_s_rules_gives_equal_logits(model_type, case, tmp_path):
+    run = tiny_run(tmp_path, model_type, LORAS[case], PLAIN_WEIGHTS)
+    report = export_run(run, tmp_path / "out", ExportSettings("vllm"))
+    assert torch.allclose(logits(vllm_reads(tmp_path / "out", plain(tmp_path))), adapted_logits(run), atol=2e-4)
+    assert "--max-lora-rank 8" in report["use"]
+
+
+def test_vllm_s_rules_read_an_unfolded_adapter_wrongly(tmp_path):
+    lora = {"targets": ["q_proj", {"pattern": "v_proj", "alpha": 3}], "rank": 4, "alpha": 8}
+    run = tiny_run(tmp_path, lora=lora, overrides=PLAIN_WEIGHTS)
+    wrong = logits(vllm_reads(run / "adapter", plain(tmp_path)))
+    assert not torch.allclose(wrong, adapted_logits(run), atol=1e-2)
+
+
+@pytest.mark.parametrize(("model_type", "lora", "text"), [
+    ("gpt2", {"rank": 4}, "not known to take adapters for gpt2"), ("llama", {"rank": 513}, "ranks up to 512"),
+])  # fmt: skip
+def test_what_vllm_cannot_serve_is_refused(model_type, lora, text, tmp_path):
+    trained = open_trained(tiny_run(tmp_path, model_type, lora))
+    skeleton = trained.skeleton()
+    with pytest.raises(ModelError, match=text):
+        for_vllm(trained.read_adapter(skeleton), skeleton, model_type)
+    assert model_type in VLLM_FAMILIES or model_type == "gpt2"
+
+
+def test_folding_keeps_every_update_and_the_bits_where_it_can():
+    generator = torch.Generator().manual_seed(0)
+
+    def factors(rank, alpha, rslora=False):
+        pair = torch.randn(rank, 6, generator=generator), torch.randn(5, rank, generator=generator)
+        return Factors(*(part.bfloat16() for part in pair), alpha, rslora)
+
+    for rslora in (False, True):
+        adapter = Adapter(
+            {"a": factors(4, 8.0, rslora), "b": factors(4, 8.0, rslora), "c": factors(2, 3.0, rslora)}, 0.0
+        )
+        for rank in (None, 4, 6):
+            folded = with_one_alpha(adapter, rank)
+            assert len({f.alpha for f in folded.layers.values()}) == 1
+            for name, f in adapter.layers.items():
+                g = folded.layers[name]
+                assert g.rank == (rank or f.rank) and not g.rslora
+                expected = f.scale * f.lora_B.double() @ f.lora_A.double()
+                assert torch.allclose(g.scale * g.lora_B.double() @ g.lora_A.double(), expected, rtol=1e-6, atol=1e-7)
+    same = Adapter({"a": factors(4, 8.0), "b": factors(4, 16.0)}, 0.0)
+    folded = with_one_alpha(same)
+    assert folded.layers["a"].lora_B.dtype == torch.bfloat16, "a factor of two moves the exponent only"
+    assert torch.equal(folded.layers["a"].lora_A, same.layers["a"].lora_A)
+
+
+def llama_cpp_reads(path, model, names):
+    """Apply an adapter file as llama.cpp does: scale = alpha / rank of the pair, rows as in its own weight."""
+    reader = GGUFReader(path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert (fields["general.type"], fields["adapter.type"]) == ("adapter", "lora")
+    tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    for parameter, (name, heads) in names.items():
+        a, b = tensors.pop(f"{name}.lora_a"), tensors.pop(f"{name}.lora_b")
+        if heads:  # rows 2i and 2i + 1 of each head are rows i of its halves
+            size = b.shape[0] // heads
+            order = [
+                head * size + 2 * (i % (size // 2)) + i // (size // 2) for head in range(heads) for i in range(size)
+            ]
+            b = b[order]
+        base = model.get_submodule(parameter)
+        model.set_submodule(parameter, ReferenceLora(base, a, b, fields["adapter.lora.alpha"] / a.shape[0]))
+    assert not tensors
+    return model
+
+
+GGUF_LEAVES = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
+               "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LORAS)
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma3_text"])
+def test_a_reader_with_llama_cpp_s_rules_gives_equal_logits(model_type, case, tmp_path):
+    run = tiny_run(tmp_path, model_type, LORAS[case], PLAIN_WEIGHTS)
+    export_run(run, tmp_path / "out", ExportSettings("gguf-adapter"))
+    heads = {"q_proj": 4, "k_proj": 2} if model_type == "llama" else {}
+    names = {}
+    for block in range(2):
+        for leaf, name in GGUF_LEAVES.items():
+            if case == "one kind of layer" and leaf != "q_proj":
+                continue
+            part = "self_attn" if name.startswith("attn") else "mlp"
+            names[f"model.layers.{block}.{part}.{leaf}"] = f"blk.{block}.{name}.weight", heads.get(leaf, 0)
+    model = llama_cpp_reads(tmp_path / "out" / ADAPTER_FILE, plain(tmp_path), names)
+    assert torch.allclose(logits(model), adapted_logits(run), atol=2e-4)
+
+
+def test_a_file_that_does_nothing_or_too_little_is_an_error_and_is_not_left(tmp_path, monkeypatch):
+    run = tiny_run(tmp_path)
+
+    def write_nothing(adapter, skeleton, out, base_model, tokenizer):
+        nothing = {n: Factors(f.lora_A, f.lora_B * 0, f.alpha) for n, f in adapter.layers.items()}
+        whole(Adapter(nothing, 0.0), skeleton, out, base_model, tokenizer)
+
+    whole = forms.write_peft
+    monkeypatch.setattr(forms, "write_peft", write_nothing)
+    with pytest.raises(ModelError, match=r"does not do what the adapter does \(it changes nothing\)"):
+        export_run(run, tmp_path / "out", ExportSettings("peft"))
+    assert not (tmp_path / "out").exists()
+
+    base, adapted = torch.zeros(4, 8), torch.ones(4, 8)
+    assert check_change(Change(base, adapted), adapted * 1.0005, "it") == pytest.approx(5e-4, rel=1e-3)
+    with pytest.raises(ModelError, match=r"makes 50% of the change; relative error 5\.0e-01"):
+        check_change(Change(base, adapted), adapted * 0.5, "it")
+
+
+def test_a_merged_file_is_judged_by_its_share_of_the_change_where_rounding_is_larger():
+    generator = torch.Generator().manual_seed(0)
+    base = 10 * torch.randn(48, 2000, generator=generator)
+    step, noise = (torch.randn(base.shape, generator=generator) for _ in range(2))
+    change = Change(base, base + step)
+    share, distance = check_merged(change, base + step + 3 * noise, "it", 0.5)  # rounding of three times the change
+    assert share == pytest.approx(1, abs=0.05) and distance == pytest.approx(0.3, rel=0.1)
+    for exported, text in (
+        (base + 3 * noise, r"\(it changes nothing\): it makes -?[0-4]% of the change"),
+        (base + 0.5 * step + noise, "makes [45][0-9]% of the change"),
+        (base + step + 6 * noise, "distance of the logits"), (base * float("nan"), "nan"),
+    ):  # fmt: skip
+        with pytest.raises(ModelError, match=text):
+            check_merged(change, exported, "it", 0.5)
+
+
+def test_a_folder_with_something_in_it_is_refused_and_kept(tmp_path):
+    run = tiny_run(tmp_path)
+    with pytest.raises(OutputError, match="not an empty folder"):
+        export_run(run, tmp_path / "model", ExportSettings("peft"))
+    assert (Path(tmp_path) / "model" / "model.safetensors").exists()
+    (tmp_path / "empty").mkdir()
+    export_run(run, tmp_path / "empty", ExportSettings("peft"))
+    shutil.rmtree(tmp_path / "empty")

@@ -1,0 +1,230 @@
+"""A GGUF file gives, in readers that share no code with its writer, the merged model's tokens."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader
+from tiny import build_tiny
+from tiny_files import MERGES, VOCABULARY, byte_tokenizer, save_tiny
+from tiny_runs import logits, make_run, tiny_run
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from qlora_lite.errors import ModelError
+from qlora_lite.export.forms import ExportSettings, export_run
+from qlora_lite.export.gguf_config import rope_factors
+from qlora_lite.export.gguf_model import MODEL_FILE
+from qlora_lite.export.gguf_tokenizer import ADDED, CONTROL, ORDINARY, UNUSED, describe_tokenizer
+from qlora_lite.merge import MergeSettings, merge_run
+from qlora_lite.models.locate import locate
+from qlora_lite.models.skeleton import meta_model, read_config
+from qlora_lite.models.weights import open_weights
+
+FAMILIES = {"llama": {}, "mistral": {"sliding_window": None}, "qwen2": {}, "qwen3": {}, "gemma2": {}, "gemma3_text": {}}
+# transformers takes caps, attention scales and Qwen3's head size from a family's defaults and not from the file
+FROM_THE_FILE_ALONE = ("llama", "mistral", "qwen2")
+PROMPTS = 20
+
+
+@pytest.fixture
+def run_of(tmp_path):
+    """Make a run of a family's tiny model."""
+    return lambda family, **options: tiny_run(tmp_path, family, merges=MERGES, **(FAMILIES[family] | options))
+
+
+def greedy(model, count=12):
+    """Continue 20 prompts greedily, one at a time, without a cache."""
+    generator = torch.Generator().manual_seed(7)
+    answers = []
+    for length in range(3, 3 + PROMPTS):
+        ids = torch.randint(5, VOCABULARY, (1, length), generator=generator)
+        for _ in range(count):
+            ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+        answers.append(ids[0, length:].tolist())
+    return answers
+
+
+def read_gguf(folder, family="llama"):
+    """Read a file with transformers; ``folder`` lies beside the model folder of the run."""
+    own = family in FROM_THE_FILE_ALONE
+    extra = {} if own else {"config": AutoConfig.from_pretrained(folder.parent / "model")}
+    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=MODEL_FILE, dtype=torch.float32, **extra).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_reads_f16_with_the_merged_model_s_tokens(family, run_of, tmp_path):
+    run = run_of(family)
+    report = export_run(run, tmp_path / "gguf", ExportSettings("gguf"))
+    merge_run(run, tmp_path / "merged", MergeSettings(dtype="f16", rows=0))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    read, base = read_gguf(tmp_path / "gguf", family), AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    state = merged.state_dict()
+    for name, tensor in read.state_dict().items():
+        is_norm = tensor.ndim == 1
+        assert torch.allclose(tensor, state[name], rtol=1e-3 if is_norm else 0, atol=1e-6 if is_norm else 0), name
+    assert greedy(read) == greedy(merged) != greedy(base)
+    assert report["distance"] < 0.01 and abs(report["share"] - 1) < 0.01
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "most"), [("bf16", 0.02), ("q8_0", 0.1)])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_other_types_round_the_weights_once(family, kind, most, run_of, tmp_path):
+    run = run_of(family)
+    report = export_run(run, tmp_path / "gguf", ExportSettings("gguf", dtype=kind))
+    merge_run(run, tmp_path / "merged", MergeSettings(dtype="f32", rows=0))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    for name, tensor in read_gguf(tmp_path / "gguf", family).state_dict().items():
+        exact = merged[name]
+        if kind == "bf16" and tensor.ndim > 1:
+            assert torch.equal(tensor, exact.bfloat16().float()), name
+            continue
+        if tensor.ndim == 1:
+            assert torch.allclose(tensor, exact, atol=1e-6), name
+            continue
+        step = exact.reshape(-1, 32).abs().amax(1, keepdim=True) / 127
+        assert ((tensor - exact).reshape(-1, 32).abs() <= 0.57 * step).all(), name  # half a step, and a float16 scale
+    assert report["distance"] < most and abs(report["share"] - 1) < 0.05
+
+
+def test_a_base_in_the_original_weights_is_another_file(run_of, tmp_path):
+    run = run_of("llama")
+    reports = [export_run(run, tmp_path / base, ExportSettings("gguf", base)) for base in ("nf4", "original")]
+    assert [report["merged_into"] for report in reports] == ["nf4", "original"]
+    found = [logits(read_gguf(tmp_path / base)) for base in ("nf4", "original")]
+    assert not torch.allclose(*found, atol=1e-2)
+
+
+@torch.no_grad()
+def test_a_run_on_a_gguf_base_is_exported_and_merged(run_of, tmp_path):
+    export_run(run_of("llama", tie_word_embeddings=True), tmp_path / "first", ExportSettings("gguf", dtype="q8_0"))
+    run = make_run(tmp_path / "second", tmp_path / "first" / MODEL_FILE, seed=5)
+    export_run(run, tmp_path / "gguf", ExportSettings("gguf"))
+    merge_run(run, tmp_path / "merged", MergeSettings(dtype="f16", rows=0))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    assert merged.config.tie_word_embeddings
+    assert greedy(read_gguf(tmp_path / "gguf")) == greedy(merged)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "first", gguf_file=MODEL_FILE, dtype=torch.float32)
+    assert not torch.allclose(logits(base), logits(merged), atol=1e-2)
+    for name in ("first", "gguf"):
+        names = {tensor.name for tensor in GGUFReader(tmp_path / name / MODEL_FILE).tensors}
+        assert "output.weight" not in names, "a tied head is stored once"
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gguf_base_is_read_tensor_by_tensor_with_the_values_that_transformers_reads(family, kind, run_of, tmp_path):
+    export_run(run_of(family), tmp_path / "gguf", ExportSettings("gguf", dtype=kind))
+    path = str(tmp_path / "gguf" / MODEL_FILE)
+    skeleton = meta_model(read_config(path), "nf4", True, torch.float32)
+    weights = open_weights(locate(path), skeleton, torch.float32)
+    whole = read_gguf(tmp_path / "gguf", family)
+    assert weights.entries.keys() == dict(whole.named_parameters()).keys()
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(weights.read(name), parameter), name
+        assert weights.entries[name] == (torch.float32, tuple(parameter.shape))
+
+
+def fields_of(path):
+    return {name: field.contents() for name, field in GGUFReader(path).fields.items()}
+
+
+def test_the_file_says_what_llama_cpp_needs_to_know(run_of, tmp_path):
+    run = run_of("gemma3_text")
+    export_run(run, tmp_path / "gguf", ExportSettings("gguf"))
+    fields = fields_of(tmp_path / "gguf" / MODEL_FILE)
+    assert fields["general.architecture"] == "gemma3" and fields["gemma3.attention.sliding_window"] == 5
+    assert fields["gemma3.attention.key_length"] == fields["gemma3.attention.value_length"] == 16
+    assert fields["tokenizer.chat_template"] == (run / "template.jinja").read_text()
+    assert fields["tokenizer.ggml.model"] == "gpt2" and fields["tokenizer.ggml.pre"] == "gpt-2"
+    assert (fields["tokenizer.ggml.eos_token_id"], fields["tokenizer.ggml.eot_token_id"]) == (2, 4)
+    tokenizer, read = (
+        byte_tokenizer(merges=MERGES),
+        AutoTokenizer.from_pretrained(tmp_path / "gguf", gguf_file=MODEL_FILE),
+    )
+    for text in ("the Grüße 12345", "<|im_start|>user\na  b<|im_end|>", "東京\t🙂"):
+        assert read(text, add_special_tokens=False).input_ids == tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_tokens_have_their_types_and_unused_places_their_own():
+    tokenizer = byte_tokenizer(merges=MERGES)
+    tokenizer.add_tokens(["<think>"])
+    size = len(tokenizer) + 2
+    described = describe_tokenizer(tokenizer, size)
+    assert described.kind == "gpt2" and len(described.tokens) == len(described.types) == size
+    assert described.types[:5] == [CONTROL] * 5 and described.types[5] == ORDINARY
+    assert described.tokens[-3] == "<think>" and described.types[-3:] == [ADDED, UNUSED, UNUSED]
+    assert len(set(described.tokens)) == size and described.merges == ["t h", "th e"]
+    with pytest.raises(ModelError, match="has 263 tokens, the model's vocabulary 260"):
+        describe_tokenizer(tokenizer, 260)
+    with pytest.raises(ModelError, match="no tokenizer without merges"):
+        describe_tokenizer(byte_tokenizer(), VOCABULARY)
+
+
+def test_a_way_to_cut_words_that_llama_cpp_does_not_know_is_refused():
+    from tokenizers import Regex, normalizers, pre_tokenizers
+
+    tokenizer = byte_tokenizer(merges=MERGES)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[aeiou]"), "isolated")
+    with pytest.raises(ModelError, match="no name known here for the way this tokenizer cuts words"):
+        describe_tokenizer(tokenizer, VOCABULARY)
+    tokenizer = byte_tokenizer(merges=MERGES)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(ModelError, match="does not normalise text"):
+        describe_tokenizer(tokenizer, VOCABULARY)
+
+
+@pytest.mark.parametrize(("family", "options", "text"), [
+    ("llama", {"hidden_act": "gelu"}, "activation gelu"),
+    ("gemma2", {"query_pre_attn_scalar": 99}, "query_pre_attn_scalar 99"),
+    ("gemma3_text", {"layer_types": ["full_attention", "full_attention"]}, "layer_types"),
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type dynamic"),
+])  # fmt: skip
+def test_settings_that_llama_cpp_does_not_compute_are_refused_by_name(family, options, text, run_of, tmp_path):
+    with pytest.raises(ModelError, match=text):
+        export_run(run_of(family, **options), tmp_path / "out", ExportSettings("gguf"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_families_without_a_place_in_gguf_here_are_refused(tmp_path):
+    with pytest.raises(ModelError, match="models of the family gpt_neox are not exported to GGUF"):
+        export_run(tiny_run(tmp_path, "gpt_neox"), tmp_path / "out", ExportSettings("gguf"))
+
+
+def test_an_attention_window_that_llama_cpp_has_not_is_a_note_or_an_error_where_it_shows(run_of, tmp_path):
+    report = export_run(run_of("mistral", sliding_window=64), tmp_path / "out", ExportSettings("gguf"))
+    assert report["notes"] == [
+        "llama.cpp has no attention window for this model: texts over 64 tokens are attended whole"
+    ]
+    save_tiny(tmp_path / "short" / "model", "mistral", merges=MERGES)  # a window of 5 tokens
+    with pytest.raises(ModelError, match="does not do what the adapter does"):
+        export_run(make_run(tmp_path / "short", tmp_path / "short" / "model"), tmp_path / "no", ExportSettings("gguf"))
+
+
+def test_llama_3_s_rotary_factors_are_those_of_transformers():
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192}  # fmt: skip
+    options = dict(rope_parameters=rope, hidden_size=512, max_position_embeddings=131072)
+    scaled = build_tiny("llama", **options)
+    plain = build_tiny("llama", **(options | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}))
+    expected = plain.model.rotary_emb.inv_freq / scaled.model.rotary_emb.inv_freq
+    factors = rope_factors(scaled.config)
+    assert torch.allclose(factors, expected, rtol=1e-5)
+    assert factors[0] == 1 and factors[-1] == 8 and ((factors > 1) & (factors < 8)).any()
+    assert rope_factors(plain.config) is None
+
+
+def test_values_beyond_float16_are_refused_with_the_way_out(run_of, tmp_path):
+    run = run_of("qwen2")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = 1e6
+    model.save_pretrained(tmp_path / "model")
+    summary = json.loads((run / "summary.json").read_text())
+    del summary["base_fingerprint"]
+    (run / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(ModelError, match=r"up_proj.weight has values beyond what float16 holds.*--dtype bf16"):
+        export_run(run, tmp_path / "out", ExportSettings("gguf"))
+    assert np.isfinite(export_run(run, tmp_path / "out", ExportSettings("gguf", dtype="bf16"))["distance"])

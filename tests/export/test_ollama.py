@@ -1,0 +1,149 @@
+"""A Modelfile's template gives the tokens that training saw, or there is no Modelfile."""
+
+import random
+import re
+
+import pytest
+from tiny_files import MERGES, byte_tokenizer
+from tiny_runs import tiny_run
+
+from qlora_lite.data.formats import Turn
+from qlora_lite.data.named_templates import NAMED_TEMPLATES
+from qlora_lite.data.render import render_prompt
+from qlora_lite.data.template import choose_template
+from qlora_lite.errors import ModelError
+from qlora_lite.export.forms import ExportSettings, export_run
+from qlora_lite.export.go_template import render_go
+from qlora_lite.export.ollama import CONVERSATIONS, check_template, go_template, modelfile, pieces_of
+
+# As models ship them: a default system message, turns checked and trimmed, a system message inside the user's turn.
+SHIPPED = {
+    "default system": (
+        "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+        "{{ '<|im_start|>system\nYou are a helpful AI assistant.<|im_end|>\n' }}{% endif %}"
+        "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "system refused": (
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+        "{% endif %}{% for message in messages %}{{ '<start>' + message['role'] + '\n' + message['content'] | trim "
+        "+ '<end>\n' }}{% endfor %}{% if add_generation_prompt %}{{'<start>model\n'}}{% endif %}"
+    ),
+}
+
+
+def written(template_name, tmp_path, source=None):
+    """Return Go template, Jinja template, tokenizer, and whether a system message is taken."""
+    tokenizer = byte_tokenizer()
+    if source:
+        (tmp_path / "t.jinja").write_text(source)
+    template = choose_template(tokenizer, str(tmp_path / "t.jinja") if source else template_name)
+    pieces = pieces_of(template)
+    return go_template(pieces), template, tokenizer, pieces.before_system is not None
+
+
+@pytest.mark.parametrize("name", NAMED_TEMPLATES)
+def test_named_templates_give_the_same_tokens_in_go(name, tmp_path):
+    go, template, tokenizer, takes_system = written(name, tmp_path)
+    assert takes_system
+    assert check_template(go, template, tokenizer, takes_system, False) == CONVERSATIONS
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_templates_as_models_ship_them_give_the_same_tokens_in_go(name, tmp_path):
+    go, template, tokenizer, takes_system = written(None, tmp_path, SHIPPED[name])
+    assert takes_system == (name == "default system")
+    assert check_template(go, template, tokenizer, takes_system, False) == CONVERSATIONS
+
+
+def test_a_begin_of_text_that_llama_cpp_adds_is_left_out_of_the_template(tmp_path):
+    _, template, tokenizer, _ = written(None, tmp_path, SHIPPED["system refused"])
+    go = go_template(pieces_of(template).without_begin("<s>"))
+    assert "<s>" not in go
+    assert check_template(go, template, tokenizer, False, adds_begin=True) == CONVERSATIONS
+    with pytest.raises(ModelError):
+        check_template(go, template, tokenizer, False, adds_begin=False)
+
+
+DIFFERENT = {
+    "turns change when others follow": (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content if loop.last or m.role == 'user' "
+        "else m.content[:3]) + '<|im_end|>\n' }}{% endfor %}{{ '<|im_start|>assistant\n' }}"
+    ),
+    "upper case": (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content|replace('price', 'PRICE') + "
+        "'<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "counts turns": (
+        "{% for m in messages %}{{ loop.index|string + '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "no Modelfile text": (
+        "{% for m in messages %}{{ '{{' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '{{assistant\n' }}{% endif %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_a_template_that_does_more_is_refused_with_the_difference(name, tmp_path):
+    with pytest.raises(ModelError, match=r"cannot be written for Ollama|a Modelfile cannot hold"):
+        go, template, tokenizer, takes_system = written(None, tmp_path, DIFFERENT[name])
+        check_template(go, template, tokenizer, takes_system, False)
+
+
+def test_the_exported_folder_prompts_with_the_tokens_of_training(tmp_path):
+    run = tiny_run(tmp_path, merges=MERGES)
+    report = export_run(run, tmp_path / "out", ExportSettings("ollama"))
+    assert report["conversations_compared"] == CONVERSATIONS and report["distance"] < 0.01
+    text = (tmp_path / "out" / "Modelfile").read_text()
+    assert text.startswith("FROM ./model.gguf\n") and (tmp_path / "out" / "model.gguf").exists()
+    go = re.search(r'^TEMPLATE """(.*?)"""$', text, re.DOTALL | re.MULTILINE)[1]
+    assert re.findall(r'^PARAMETER stop "(.*)"$', text, re.MULTILINE) == ["</s>", "<|im_end|>"]
+    turns = [Turn("system", "Be brief."), Turn("user", "3?"), Turn("assistant", "three"), Turn("user", "4?")]
+    expected = render_prompt(choose_template(byte_tokenizer(), str(run / "template.jinja")), turns)
+    assert render_go(go, "Be brief.", [{"Role": t.role, "Content": t.content} for t in turns]) == expected
+
+
+def test_a_system_message_that_all_training_rows_share_is_the_modelfile_s(tmp_path):
+    run = tiny_run(tmp_path, merges=MERGES)
+    rows = '{"messages": [{"role": "system", "content": "%s"}, {"role": "user", "content": "a"}, ' \
+           '{"role": "assistant", "content": "b"}]}\n'  # fmt: skip
+    for systems, expected in ((("Be brief.",) * 3, ['SYSTEM """Be brief."""']), (("Be brief.", "Be long."), [])):
+        (tmp_path / "train.jsonl").write_text("".join(rows % system for system in systems))
+        export_run(run, tmp_path / str(len(systems)), ExportSettings("ollama"))
+        lines = (tmp_path / str(len(systems)) / "Modelfile").read_text().splitlines()
+        assert [line for line in lines if line.startswith("SYSTEM")] == expected
+
+
+@pytest.mark.parametrize(("go", "expected"), [
+    ("a{{ .System }}b", "aSb"),
+    ("a {{- .System -}} b", "aSb"),
+    ('{{ "{{" }}x', "{{x"),
+    ("{{ if .System }}1{{ else }}2{{ end }}", "1"),
+    ('{{ range .Messages }}{{ if eq .Role "user" }}U{{ .Content }}{{ else if eq .Role "assistant" }}A{{ else }}-'
+     "{{ end }}{{ end }}!", "-UqA!"),
+    ("{{ range .Messages }}{{ if .Content }}{{ .Content }},{{ end }}{{ end }}", "S,q,q,"),
+])  # fmt: skip
+def test_go_templates_are_rendered_as_go_does(go, expected):
+    messages = [{"Role": role, "Content": content} for role, content in
+                (("system", "S"), ("user", "q"), ("assistant", "q"))]  # fmt: skip
+    assert render_go(go, "S", messages) == expected
+
+
+@pytest.mark.parametrize("go", [
+    "{{ .Tools }}", "{{ if .System }}x", "{{ end }}", "{{ len .Messages }}", "{{ $x := 1 }}",
+    "{{ range .System.Content }}x{{ end }}", "{{ template }}",
+])  # fmt: skip
+def test_what_is_not_read_of_go_is_an_error(go):
+    with pytest.raises(ModelError):
+        render_go(go, "S", [])
+
+
+def test_a_modelfile_cannot_be_left_through_its_quotes():
+    with pytest.raises(ModelError, match="cannot hold"):
+        modelfile("t", [], 'a"""\nFROM evil')
+    with pytest.raises(ModelError, match="cannot be written into a Modelfile"):
+        modelfile("t", ['"'], None)
+    draw = random.Random(1)
+    assert modelfile("t", ["</s>"], "".join(draw.choices("ab\n", k=20)) or None).count('"""') == 4

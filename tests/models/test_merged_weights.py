@@ -1,0 +1,228 @@
+"""A merged checkpoint is the trained model: weight by weight against float64, and in plain transformers."""
+
+import json
+import weakref
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import ARCHITECTURES
+from tiny_files import byte_tokenizer, save_tiny
+from tiny_runs import END_OF_ANSWER, logits, make_run, tiny_run
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from qlora_lite.build import build_model
+from qlora_lite.errors import ModelError
+from qlora_lite.lora.inject import linear_layers, lora_layers
+from qlora_lite.lora.merge import merged_weight
+from qlora_lite.lora.read import Factors
+from qlora_lite.merge import MergeSettings, merge_run, prepare_merge
+from qlora_lite.models.load import load_model
+from qlora_lite.models.merge import ORIGINAL, TRAINED, open_merged
+from qlora_lite.models.save import save_quantized
+from qlora_lite.quant.linear import frozen_weight, is_conv1d, materialize
+from qlora_lite.quant.tensor_file import stream_tensors
+from qlora_lite.runs import open_run
+from qlora_lite.trained import open_trained
+
+EXACT = MergeSettings(dtype="f32", rows=0)
+LORA = {"targets": ["all-linear", {"pattern": "*.1.*", "rank": 3, "alpha": 5}], "rank": 4, "alpha": 8}
+
+
+def merge(run, out, **settings):
+    merge_run(run, out, MergeSettings(**({"dtype": "f32", "rows": 0} | settings)))
+    return AutoModelForCausalLM.from_pretrained(out)
+
+
+def weight_of(module):
+    """The weight of a linear layer as [out, in]."""
+    return module.weight.t() if is_conv1d(module) else module.weight
+
+
+def trained_model(run):
+    opened = open_run(run)
+    return build_model(opened.recipe, opened.adapter)
+
+
+def test_the_update_is_added_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    weight, a, b = (torch.randn(size, generator=generator).bfloat16() for size in ((48, 64), (3, 64), (48, 3)))
+    expected = weight.double() + 6.0 / 3 * b.double() @ a.double()
+    kept = weight.clone()
+    merged = merged_weight(weight, Factors(a, b, 6.0))
+    assert merged.dtype == torch.float32 and torch.equal(weight, kept)
+    assert (merged - expected).abs().max() <= 2e-6 * expected.abs().max()
+    stable = merged_weight(weight, Factors(a, b, 6.0, rslora=True))
+    assert torch.allclose(stable.double(), weight.double() + 6.0 / 3**0.5 * b.double() @ a.double(), atol=1e-5)
+
+
+@pytest.mark.parametrize("base", ["nf4", "original"])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_every_merged_weight_is_base_plus_update(model_type, base, tmp_path):
+    run = tiny_run(tmp_path, model_type, LORA)
+    merged, trained = merge(run, tmp_path / "out", base=base), trained_model(run)
+    original = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "model").named_modules())
+    adapted = dict(lora_layers(trained))
+    assert len(adapted) > 4 and {layer.rank for layer in adapted.values()} == {3, 4}
+    for name, layer in adapted.items():
+        frozen = materialize(*frozen_weight(layer.base), torch.float32)
+        start = frozen if base == "nf4" else weight_of(original[name])
+        expected = start.double() + layer.scale * layer.lora_B.double() @ layer.lora_A.double()
+        found = weight_of(merged.get_submodule(name)).double()
+        assert (found - expected).abs().max() <= 1e-6 * expected.abs().max(), name
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_merged_into_the_weights_that_the_run_saw_it_gives_the_trained_logits(model_type, tmp_path):
+    run = tiny_run(tmp_path, model_type, LORA)
+    found, expected = logits(merge(run, tmp_path / "out")), logits(trained_model(run))
+    base = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model"))
+    assert (expected - base).abs().max() > 1e-2
+    assert torch.allclose(found, expected, atol=2e-4)
+
+
+def test_layers_without_factors_are_merged_as_the_run_saw_them(tmp_path):
+    run = tiny_run(tmp_path, lora={"targets": ["q_proj"], "rank": 4})
+    merged = merge(run, tmp_path / "nf4")
+    quantized = load_model(str(tmp_path / "model"), compute_dtype=torch.float32)
+    for name, layer in linear_layers(quantized).items():
+        seen = materialize(*frozen_weight(layer), torch.float32)
+        assert torch.equal(merged.get_submodule(name).weight, seen) == (not name.endswith("q_proj")), name
+    original, kept = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
+        merge(run, tmp_path / "o", base="original"),
+    )
+    for name, parameter in original.named_parameters():
+        assert torch.equal(kept.get_parameter(name), parameter) == ("q_proj" not in name), name
+
+
+@pytest.mark.parametrize(("dtype", "torch_dtype"), [("bf16", torch.bfloat16), ("f16", torch.float16)])
+def test_a_16_bit_weight_is_the_float32_one_rounded_once(dtype, torch_dtype, tmp_path):
+    run = tiny_run(tmp_path, "qwen2")
+    merge_run(run, tmp_path / "f32", EXACT)
+    merge_run(run, tmp_path / "16", MergeSettings(dtype=dtype, rows=0))
+    exact, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("f32", "16"))
+    assert exact.keys() == rounded.keys()
+    assert all(torch.equal(rounded[name], tensor.to(torch_dtype)) for name, tensor in exact.items())
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "16").dtype == torch_dtype
+
+
+def test_rank_stabilised_scales_are_merged(tmp_path):
+    run = tiny_run(tmp_path, lora={"rank": 4, "alpha": 8, "rslora": True})
+    assert torch.allclose(logits(merge(run, tmp_path / "out")), logits(trained_model(run)), atol=2e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_embeddings_stay_tied_and_untouched(tied, tmp_path):
+    run = tiny_run(tmp_path, tie_word_embeddings=tied)
+    merged = merge(run, tmp_path / "out")
+    original = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    is_tied = merged.lm_head.weight.data_ptr() == merged.model.embed_tokens.weight.data_ptr()
+    assert is_tied == tied
+    assert torch.equal(merged.lm_head.weight, original.lm_head.weight)
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert ("lm_head.weight" in file.keys()) != tied  # noqa: SIM118
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_in_four_bits_is_merged_as_the_run_saw_it_or_said_to_be_another(tied, tmp_path):
+    run = tiny_run(tmp_path, overrides=["model.quant_head=true"], tie_word_embeddings=tied)
+    report = merge_run(run, tmp_path / "out", EXACT)
+    merged, trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), trained_model(run)
+    assert torch.allclose(logits(merged), logits(trained), atol=2e-4) == (not tied)
+    assert any("4-bit copy of the head" in note for note in report["notes"]) == tied
+    merge_run(run, tmp_path / "original", MergeSettings(base="original", dtype="f32", rows=2))
+    head = AutoModelForCausalLM.from_pretrained(tmp_path / "original").lm_head.weight
+    assert torch.equal(head, AutoModelForCausalLM.from_pretrained(tmp_path / "model").lm_head.weight)
+
+
+def test_shards_hold_what_one_file_holds_and_none_is_larger_than_asked(tmp_path):
+    run = tiny_run(tmp_path, shard="60KB")
+    one, many = merge(run, tmp_path / "one"), merge(run, tmp_path / "many", shard_bytes=60_000)
+    files = sorted((tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 3 and max(file.stat().st_size for file in files) < 80_000
+    for name, parameter in one.named_parameters():
+        assert torch.equal(many.get_parameter(name), parameter), name
+
+
+def test_files_that_name_weights_without_the_model_s_prefix_are_merged(tmp_path):
+    save_tiny(tmp_path / "whole", "gpt2")
+    save_tiny(tmp_path / "model", "gpt2")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    config = (tmp_path / "model" / "config.json").read_text()
+    model.transformer.save_pretrained(tmp_path / "model")  # "h.0.attn...", as the first GPT-2 files are
+    (tmp_path / "model" / "config.json").write_text(config)
+    run = make_run(tmp_path, tmp_path / "model")
+    with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
+        assert not any(name.startswith("transformer.") for name in file.keys())  # noqa: SIM118
+    assert torch.allclose(logits(merge(run, tmp_path / "out")), logits(trained_model(run)), atol=2e-4)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen2"])
+def test_a_base_that_is_a_4_bit_checkpoint_is_unpacked(model_type, tmp_path):
+    save_tiny(tmp_path / "plain", model_type)
+    model = load_model(str(tmp_path / "plain"), compute_dtype=torch.float32, use_cache=False)
+    save_quantized(model, tmp_path / "model", byte_tokenizer())
+    run = make_run(tmp_path, tmp_path / "model")
+    assert torch.allclose(logits(merge(run, tmp_path / "out")), logits(trained_model(run)), atol=2e-4)
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    with pytest.raises(ModelError, match="no original weights to merge into; use --base nf4"):
+        prepare_merge(open_trained(run), ORIGINAL)
+
+
+def test_a_run_on_16_bit_weights_is_merged_into_them(tmp_path):
+    run = tiny_run(tmp_path, overrides=["model.quant=none"])
+    assert torch.allclose(logits(merge(run, tmp_path / "out")), logits(trained_model(run)), atol=2e-4)
+    with pytest.raises(ModelError, match="choose --base original"):
+        merge_run(run, tmp_path / "nf4", MergeSettings(base="nf4", rows=0))
+
+
+def test_the_folder_has_tokenizer_template_and_the_ends_that_training_taught(tmp_path):
+    run = tiny_run(tmp_path)
+    merge_run(run, tmp_path / "out", EXACT)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.chat_template == (run / "template.jinja").read_text()
+    ends = GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id
+    assert ends == sorted({END_OF_ANSWER, tokenizer.eos_token_id})
+
+
+def test_at_most_one_tensor_is_alive_while_a_file_is_written(tmp_path):
+    alive = weakref.WeakSet()
+    most = 0
+
+    def make(name):
+        nonlocal most
+        tensor = torch.full((64, 64), float(name))
+        alive.add(tensor)
+        most = max(most, len(alive))
+        return tensor
+
+    names = [str(number) for number in range(6)]
+    stream_tensors(tmp_path / "t.safetensors", {name: (torch.float32, (64, 64)) for name in names}, make)
+    assert most == 1
+    loaded = load_file(tmp_path / "t.safetensors")
+    assert list(loaded) == names and all(torch.equal(loaded[n], torch.full((64, 64), float(n))) for n in names)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.uint8])
+def test_streamed_files_are_safetensors_of_any_kind(dtype, tmp_path):
+    tensors = {"a": torch.ones(3, 5), "scalar": torch.tensor(1.0), "empty": torch.ones(0, 2), "odd": torch.ones(7)}
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    stream_tensors(tmp_path / "t.safetensors", entries, tensors.__getitem__)
+    loaded = load_file(tmp_path / "t.safetensors")
+    assert all(torch.equal(loaded[name], tensor) and loaded[name].dtype == dtype for name, tensor in tensors.items())
+
+
+def test_a_layer_without_a_stored_weight_is_named(tmp_path):
+    run = tiny_run(tmp_path)
+    trained = open_trained(run)
+    skeleton = trained.skeleton()
+    adapter = trained.read_adapter(skeleton)
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(ModelError, match=r"no weight of its own for 1 adapted layers.*layers\.1\.mlp\.up_proj"):
+        open_merged(trained.files, skeleton, adapter, TRAINED, trained.compute_dtype)

@@ -1,0 +1,201 @@
+"""What ``merge`` measures, refuses and writes beside the weights."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import build_tiny, random_batch
+from tiny_files import save_tiny
+from tiny_runs import tiny_run
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from qlora_lite.errors import DataError, ModelError, OutputError, RecipeError
+from qlora_lite.likeness import compare, outputs
+from qlora_lite.merge import MergeSettings, merge_run
+from qlora_lite.models.load import use_row_attention
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def original_run(tmp_path_factory):
+    return tiny_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def run(original_run, tmp_path):
+    """A copy of a run of a tiny Llama, and of its model beside it."""
+    return shutil.copytree(original_run.parent, tmp_path / "copy") / "run"
+
+
+def refusal(error, run, out, model=None, unfinished=False, **settings) -> str:
+    with pytest.raises(error) as caught:
+        merge_run(run, out, MergeSettings(**settings), model, unfinished)
+    assert not out.exists(), "a refused merge leaves nothing behind"
+    return str(caught.value)
+
+
+def test_the_comparison_is_that_of_whole_logits_in_float64():
+    batch = random_batch((40, 31, 50))
+    models = [build_tiny("gemma2", seed=seed) for seed in (0, 1)]
+    for model in models:
+        use_row_attention(model)
+    found = compare(*(outputs(model, [batch]) for model in models))
+
+    said, start = [[], []], 0
+    for length in batch.row_lengths:
+        rows = slice(start, start + length)
+        for place, model in enumerate(models):
+            said[place].append(model(input_ids=batch.input_ids[:, rows]).logits[0].double())
+        start += length
+    learned = batch.labels != -100
+    p, q = (torch.log_softmax(torch.cat(each)[learned], -1) for each in said)
+    assert found.loss == pytest.approx(functional.nll_loss(q, batch.labels[learned]).item(), rel=1e-5)
+    assert found.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
+    assert found.agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
+    assert 0 < found.agreement < 1 and found.kl > 0.1
+
+
+def test_the_report_compares_base_merged_and_quantised_again_with_the_trained_model(run, tmp_path):
+    report = merge_run(run, tmp_path / "out", MergeSettings(dtype="f32", rows=4))
+    assert json.loads((tmp_path / "out" / "merge_report.json").read_text()) == report
+    models = report["models"]
+    assert list(models) == ["base", "trained", "merged", "merged, then nf4"]
+    assert models["trained"]["kl"] == 0 and models["trained"]["agreement"] == 1
+    assert models["merged"]["kl"] < 1e-7 and models["merged"]["agreement"] == 1
+    assert models["merged"]["loss"] == pytest.approx(models["trained"]["loss"], rel=1e-5)
+    assert models["merged, then nf4"]["kl"] > 100 * models["merged"]["kl"]
+    assert models["base"]["kl"] > models["merged, then nf4"]["kl"]
+    assert (report["rows"], report["measured_on"], report["layers"]) == (4, "data.eval", 14)
+    assert all(math.isfinite(value) for found in models.values() for value in found.values())
+
+
+def test_merging_into_the_original_weights_is_another_model_and_says_so(run, tmp_path):
+    kept = merge_run(run, tmp_path / "nf4", MergeSettings(dtype="f32", rows=4))
+    other = merge_run(run, tmp_path / "original", MergeSettings(dtype="f32", base="original", rows=4))
+    assert other["models"]["merged"]["kl"] > 1000 * kept["models"]["merged"]["kl"]
+    assert any("another model" in note for note in other["notes"]) and not kept["notes"]
+
+
+def test_quantised_it_is_a_4_bit_checkpoint_like_the_one_measured(run, tmp_path):
+    report = merge_run(run, tmp_path / "out", MergeSettings(quantize="nf4", rows=4))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert any(type(module).__name__ == "Linear4bit" for module in loaded.modules())
+    assert (tmp_path / "out" / "tokenizer.json").exists() and (tmp_path / "out" / "merge_report.json").exists()
+    assert report["models"]["merged, then nf4"]["kl"] > 0
+    assert {path.name for path in tmp_path.iterdir()} == {"copy", "out"}, "the 16-bit model is gone"
+
+
+def test_without_rows_nothing_is_measured_and_the_data_is_not_needed(tmp_path):
+    run = tiny_run(tmp_path)
+    (tmp_path / "eval.jsonl").unlink()
+    assert "models" not in merge_run(run, tmp_path / "out", MergeSettings(rows=0))
+
+
+def test_training_rows_are_measured_on_where_there_are_no_others(tmp_path):
+    run = tiny_run(tmp_path, overrides=["data.eval=null", "train.exact_match_rows=0"])
+    assert merge_run(run, tmp_path / "out", MergeSettings(rows=3))["measured_on"] == "data.train"
+
+
+def test_rows_that_are_gone_are_an_error_that_names_the_way_out(tmp_path):
+    run = tiny_run(tmp_path)
+    (tmp_path / "eval.jsonl").unlink()
+    assert "--rows 0" in refusal(DataError, run, tmp_path / "out")
+
+
+def test_an_output_folder_with_something_in_it_is_refused_and_kept(run, tmp_path):
+    model = run.parent / "model"
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    with pytest.raises(OutputError, match="is not an empty folder; choose another --out"):
+        merge_run(run, model, MergeSettings(rows=0))
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+
+
+def test_too_little_disk_is_said_before_anything_is_written(run, tmp_path, monkeypatch):
+    usage = shutil._ntuple_diskusage(10 * GIB, 10 * GIB, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
+    text = refusal(OutputError, run, tmp_path / "out", rows=0)
+    assert "needs 64.2 MiB and its disk has 1000 B free" in text
+
+
+def test_an_adapter_for_a_model_of_another_shape_names_the_layer_and_both_shapes(run, tmp_path):
+    save_tiny(tmp_path / "other", hidden_size=128)
+    forget_fingerprint(run)
+    text = refusal(ModelError, run, tmp_path / "out", str(tmp_path / "other"), rows=0)
+    assert "q_proj has shapes [(4, 64), (64, 4)], its layer is 128 x 128" in text
+
+
+def test_a_base_with_other_weights_is_refused_with_both_fingerprints(run, tmp_path):
+    save_tiny(tmp_path / "other", seed=1)
+    text = refusal(ModelError, run, tmp_path / "out", str(tmp_path / "other"), rows=0)
+    recorded = json.loads((run / "summary.json").read_text())["base_fingerprint"]
+    assert recorded in text and str(tmp_path / "other") in text and "is another model" in text
+
+
+def test_a_base_that_moved_is_found_where_one_says(tmp_path):
+    run = tiny_run(tmp_path)
+    (tmp_path / "model").rename(tmp_path / "elsewhere")
+    text = refusal(ModelError, run, tmp_path / "out", rows=0)
+    assert "is not where it was" in text and "--model PATH" in text
+    merge_run(run, tmp_path / "out", MergeSettings(rows=0), str(tmp_path / "elsewhere"))
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_nan_missing_and_empty_factors_are_refused(run, tmp_path):
+    path = run / "adapter" / "adapter_model.safetensors"
+    good = load_file(path)
+    names = sorted(good)
+
+    def with_change(change):
+        tensors = {name: tensor.clone() for name, tensor in good.items()}
+        change(tensors)
+        save_file(tensors, path)
+        return refusal(ModelError, run, tmp_path / "out", rows=0)
+
+    assert f"{names[0]} is not finite" in with_change(lambda t: t[names[0]].view(-1)[:1].fill_(float("nan")))
+    text = with_change(lambda t: [t.pop(name) for name in names[:6:2]])
+    assert all(f"{name} is missing" in text for name in names[:6:2]), "all of them in one error"
+    zeros = with_change(lambda t: [tensor.zero_() for name, tensor in t.items() if "lora_B" in name])
+    assert "changes nothing: every lora_B is zero" in zeros
+
+
+def test_a_half_finished_run_offers_its_last_adapter(run, tmp_path):
+    summary = json.loads((run / "summary.json").read_text()) | {"status": "interrupted"}
+    (run / "summary.json").write_text(json.dumps(summary))
+    (run / "adapter").rename(run / "adapter-last")
+    text = refusal(RecipeError, run, tmp_path / "out", rows=0)
+    assert "status interrupted" in text and f"{run / 'adapter-last'}: add --unfinished" in text
+    merge_run(run, tmp_path / "out", MergeSettings(rows=0), unfinished=True)
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_run_without_a_recorded_fingerprint_is_used(run, tmp_path):
+    forget_fingerprint(run)
+    merge_run(run, tmp_path / "out", MergeSettings(rows=0))
+
+
+def forget_fingerprint(run):
+    summary = json.loads((run / "summary.json").read_text())
+    del summary["base_fingerprint"]
+    (run / "summary.json").write_text(json.dumps(summary))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads anonymous memory from /proc")
+def test_the_memory_of_a_merge_is_that_of_one_weight_and_not_of_a_file(tmp_path):
+    """A 2.3 GiB model in four files; its largest weight is the embedding, 0.25 GiB in 16 bit."""
+    tool = Path(__file__).parent.parent / "tools" / "bench_merge"
+    options = ["--like", "llama-1b", "--shard-gib", "0.7", "--folder", tmp_path, "--json"]
+    done = subprocess.run([sys.executable, tool, *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    for base in ("nf4", "original"):
+        assert found[base]["peak_bytes_above_start"] < 0.6 * found["largest_shard_bytes"]
+        assert found[base]["peak_bytes"] < found["largest_shard_bytes"] + GIB

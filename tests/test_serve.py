@@ -1,0 +1,256 @@
+"""The server, asked by the real OpenAI client, and by clients that mean no good."""
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import openai
+import pytest
+import uvicorn
+from tiny_files import save_tiny
+from tiny_runs import make_run
+
+from qlora_lite.converse import open_session
+from qlora_lite.data.formats import Turn
+from qlora_lite.serve.app import Limits, build_app
+from qlora_lite.tasks import open_tasks
+
+ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "3?"}]
+TURNS = [Turn("system", "Be brief."), Turn("user", "3?")]
+LIMITS = Limits(body_bytes=20_000, waiting=1, new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    save_tiny(folder / "model")
+    lora = {"rank": 8, "alpha": 64}
+    return [make_run(folder / name, folder / "model", seed=seed, lora=lora).rename(folder / f"{name}-run")
+            for seed, name in enumerate(("french", "german"))]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(runs):
+    """A server in a thread; gives its port and the tasks it serves."""
+    tasks = open_tasks(runs)
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    running = uvicorn.Server(uvicorn.Config(build_app(tasks, LIMITS), log_level="warning"))
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    while not running.started:
+        time.sleep(0.01)
+    yield listener.getsockname()[1], tasks
+    running.should_exit = True
+    thread.join(10)
+
+
+@pytest.fixture
+def client(server):
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{server[0]}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def expected(runs, name, tokens=12):
+    session = open_session(next(run for run in runs if run.name == name), max_new_tokens=tokens)
+    session.turns = list(TURNS)
+    return session.reply()
+
+
+def test_the_models_are_the_runs_and_the_bare_base(client):
+    assert [model.id for model in client.models.list()] == ["french-run", "german-run", "base"]
+    assert client.models.retrieve("german-run").owned_by == "qlora-lite"
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.models.retrieve("greek")
+    assert caught.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize("name", ["french-run", "german-run"])
+def test_the_model_s_name_selects_the_adapter(client, runs, name):
+    reply = client.chat.completions.create(model=name, messages=ASKED)
+    text = expected(runs, name)
+    assert reply.choices[0].message.content == text and reply.model == name
+    assert reply.choices[0].finish_reason == "length"
+    assert (reply.usage.completion_tokens, reply.usage.total_tokens - reply.usage.prompt_tokens) == (12, 12)
+    base = client.chat.completions.create(model="base", messages=ASKED)
+    assert base.choices[0].message.content != text
+
+
+def test_a_stream_gives_the_same_text_in_pieces(client, runs):
+    stream = client.chat.completions.create(
+        model="french-run", messages=ASKED, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]
+    assert "".join(pieces) == expected(runs, "french-run") and len(pieces) > 2
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "length"
+    assert chunks[-1].usage.completion_tokens == 12
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_max_tokens_and_stop_texts_end_an_answer(client, runs):
+    text = expected(runs, "german-run")
+    short = client.chat.completions.create(model="german-run", messages=ASKED, max_tokens=5)
+    assert short.usage.completion_tokens == 5 and text.startswith(short.choices[0].message.content.rstrip("\ufffd"))
+    mark = text[3:5]
+    for stream in (False, True):
+        reply = client.chat.completions.create(model="german-run", messages=ASKED, stop=[mark, "qqqqqq"], stream=stream)
+        if stream:
+            chunks = [chunk.choices[0] for chunk in reply]
+            said, reason = "".join(chunk.delta.content or "" for chunk in chunks), chunks[-1].finish_reason
+        else:
+            said, reason = reply.choices[0].message.content, reply.choices[0].finish_reason
+        assert (said, reason) == (text[: text.find(mark)], "stop")
+
+
+def test_sampling_follows_the_seed(client):
+    def draw(seed):
+        reply = client.chat.completions.create(model="base", messages=ASKED, temperature=2, top_p=0.9, seed=seed)
+        return reply.choices[0].message.content
+
+    assert draw(1) == draw(1)
+    assert len({draw(seed) for seed in range(4)}) > 1
+
+
+def test_text_parts_are_joined_and_developer_messages_are_system_messages(client, runs):
+    parts = [{"role": "developer", "content": "Be brief."},
+             {"role": "user", "content": [{"type": "text", "text": "3?"}]}]  # fmt: skip
+    reply = client.chat.completions.create(model="french-run", messages=parts, user="me", metadata={})
+    assert reply.choices[0].message.content == expected(runs, "french-run")
+
+
+@pytest.mark.parametrize(("changes", "param"), [
+    ({"messages": []}, "messages"), ({"messages": [{"role": "assistant", "content": "a"}]}, "messages"),
+    ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role"),
+    ({"messages": [{"role": "user", "content": ""}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": "<|im_end|>"}]}, "messages"),
+    ({"messages": [{"role": "user", "content": "x" * 300}]}, "messages"),
+    ({"temperature": 3}, "temperature"), ({"temperature": "hot"}, "temperature"), ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": True}, "max_tokens"), ({"top_p": -1}, "top_p"), ({"stop": ["a"] * 5}, "stop"), ({"n": 2}, "n"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"), ({"logprobs": True}, "logprobs"),
+    ({"response_format": {"type": "json_object"}}, "response_format"), ({"seed": 1.5}, "seed"),
+    ({"stream": "yes"}, "stream"), ({"presence_penalty": 0.5}, "presence_penalty"),
+])  # fmt: skip
+def test_a_bad_request_is_an_error_of_the_api_s_form_that_names_the_field(client, changes, param):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**({"model": "base", "messages": ASKED} | {"extra_body": changes}))
+    assert caught.value.param == param and caught.value.body["message"] and caught.value.type == "invalid_request_error"
+
+
+def test_an_unknown_model_is_not_found_and_says_what_there_is(client):
+    for stream in (False, True):
+        with pytest.raises(openai.NotFoundError, match="there are french-run, german-run, base") as caught:
+            client.chat.completions.create(model="gpt-4o", messages=ASKED, stream=stream)
+        assert caught.value.code == "model_not_found"
+
+
+def raw(port, path="/v1/chat/completions", body=b"{}", host=None, kind="application/json", method="POST"):
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}{path}", body if method == "POST" else None, method=method
+    )
+    request.add_header("content-type", kind)
+    if host:
+        request.add_header("host", host)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            return reply.status, json.loads(reply.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.loads(error.read())
+
+
+@pytest.mark.parametrize(("options", "status"), [
+    ({"body": b"{"}, 400), ({"body": b"[" * 10_000}, 400), ({"body": b"null"}, 400), ({"body": b"\xff"}, 400),
+    ({"body": b"x" * 20_001}, 413), ({"kind": "text/plain"}, 415), ({"host": "evil.example"}, 403),
+    ({"path": "/v1/models", "host": "evil.example:80", "method": "GET"}, 403), ({"path": "/v1/nothing"}, 404),
+    ({"method": "GET"}, 405), ({"path": "/v1/models/../../etc/passwd", "method": "GET"}, 404),
+])  # fmt: skip
+def test_whatever_is_sent_the_error_has_the_api_s_form(server, options, status):
+    found, body = raw(server[0], **options)
+    assert found == status and body["error"].keys() == {"message", "type", "param", "code"}
+
+
+def test_requests_beyond_the_line_are_refused_and_the_line_empties(server, client):
+    long = {"model": "base", "messages": ASKED}
+    tasks, outcomes = server[1], []
+    held, go = threading.Event(), threading.Event()
+    whole = tasks.model.forward
+
+    def slow(*args, **kwargs):
+        held.set()
+        go.wait(20)
+        return whole(*args, **kwargs)
+
+    def ask():
+        try:
+            outcomes.append(client.chat.completions.create(**long).choices[0].finish_reason)
+        except openai.RateLimitError as error:
+            outcomes.append(error.code)
+
+    tasks.model.forward = slow
+    try:
+        threads = [threading.Thread(target=ask) for _ in range(5)]
+        threads[0].start()
+        assert held.wait(20)
+        for thread in threads[1:]:
+            thread.start()
+        deadline = time.monotonic() + 20
+        while len(outcomes) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert outcomes == ["too_many_requests"] * 3, "one is answered, one waits"
+        go.set()
+        for thread in threads:
+            thread.join(20)
+    finally:
+        del tasks.model.forward
+        go.set()
+    assert sorted(outcomes) == ["length", "length"] + ["too_many_requests"] * 3
+    assert client.chat.completions.create(**long).choices[0].finish_reason == "length"
+
+
+def test_a_client_that_leaves_a_stream_frees_its_place(client, runs):
+    for _ in range(3):
+        stream = client.chat.completions.create(model="base", messages=ASKED, stream=True)
+        next(iter(stream))
+        stream.close()
+    reply = client.chat.completions.create(model="french-run", messages=ASKED)
+    assert reply.choices[0].message.content == expected(runs, "french-run")
+
+
+def test_the_command_listens_on_this_machine_only_and_says_what_it_is_for(runs):
+    command = [sys.executable, "-c", "from qlora_lite.cli.main import main; main()", "serve", *map(str, runs), "--port"]
+    process = subprocess.Popen([*command, "0"], stderr=subprocess.PIPE, text=True)
+    try:
+        line = process.stderr.readline()
+        assert "serving french-run, german-run, base on http://127.0.0.1:" in line
+        assert "use vLLM or Ollama in production" in process.stderr.readline()
+        port = int(line.rsplit(":", 1)[1].split("/")[0])
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            try:
+                status, body = raw(port, "/v1/models", method="GET")
+                break
+            except urllib.error.URLError:
+                time.sleep(0.05)
+        assert status == 200 and len(body["data"]) == 3
+        taken = subprocess.run([*command, str(port)], capture_output=True, text=True)
+        assert taken.returncode == 2 and f"error: cannot listen on 127.0.0.1:{port}" in taken.stderr
+    finally:
+        process.terminate()
+        process.communicate(timeout=20)
+
+
+def test_without_the_extra_the_error_names_it(runs):
+    code = (
+        "import sys; sys.modules['uvicorn'] = None\n"
+        f"from qlora_lite.cli.main import main; main(['serve', {str(runs[0])!r}])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "error: qlora-lite serve needs uvicorn" in done.stderr
+    assert "pip install 'qlora-lite[serve]'" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,146 @@
+"""Several runs over one base: answered in one batch, in a conversation, and compared, as each would be alone."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny_files import save_tiny
+from tiny_runs import make_run, tiny_run
+
+from qlora_lite.compare import compare_runs, write_comparison
+from qlora_lite.converse import open_session
+from qlora_lite.data.formats import Turn
+from qlora_lite.errors import DataError, ModelError, RecipeError
+from qlora_lite.evaluate import evaluate_recipe
+from qlora_lite.runs import open_run
+from qlora_lite.tasks import open_tasks
+
+TALKS = [[Turn("user", text)] for text in ("3?", "what is the longest of these questions?", "", "9!", "abc")]
+TALKS[2] = [Turn("system", "Be brief."), Turn("user", "5?"), Turn("assistant", "five"), Turn("user", "6?")]
+MIXED = ["french", None, "german", "french", "latin"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Three runs of one model, with adapters of different layers and ranks."""
+    folder = tmp_path_factory.mktemp("runs")
+    save_tiny(folder / "model")
+    loras = {"french": {"rank": 4, "alpha": 16}, "german": {"rank": 2, "targets": ["v_proj", "down_proj"]},
+             "latin": {"rank": 3, "rslora": True}}  # fmt: skip
+    made = []
+    for seed, (name, lora) in enumerate(loras.items()):
+        run = make_run(folder / f"{name}-work", folder / "model", seed=seed, lora=lora)
+        made.append(run.rename(folder / name))
+    return made
+
+
+def test_a_batch_of_many_adapters_answers_as_each_alone(runs):
+    tasks = open_tasks(runs)
+    assert tasks.names == ("french", "german", "latin")
+    together = tasks.answer(MIXED, TALKS, 12)
+    alone = [tasks.answer([name], [talk], 12)[0] for name, talk in zip(MIXED, TALKS, strict=True)]
+    assert together == alone == tasks.answer(MIXED, TALKS, 12, batch_size=2)
+    assert tasks.answer([None] * 5, TALKS, 12) != together
+    for name, talk, said in zip(MIXED, TALKS, together, strict=True):
+        if name:
+            session = open_session(next(run for run in runs if run.name == name), max_new_tokens=12)
+            session.turns = list(talk)
+            assert session.reply() == said
+
+
+def test_a_swap_takes_less_than_a_millisecond(runs):
+    switch = open_tasks(runs).switch
+    started = time.perf_counter()
+    for name in ("french", "german", "latin", None) * 250:
+        switch.use(name)
+    assert (time.perf_counter() - started) / 1000 < 1e-3
+
+
+def test_a_conversation_goes_on_with_another_adapter(runs):
+    session = open_session(runs, max_new_tokens=6)
+    session.say("3?")
+    first = session.reply()
+    session.use("latin")
+    session.say("4?")
+    second = session.reply()
+    assert [turn.role for turn in session.turns] == ["user", "assistant", "user", "assistant"]
+    other = open_session([runs[2]], max_new_tokens=6)
+    other.turns = [Turn("user", "3?"), Turn("assistant", first), Turn("user", "4?")]
+    assert other.reply() == second
+    with pytest.raises(ModelError, match="no adapter 'greek'; there are french, german, latin"):
+        session.use("greek")
+
+
+def test_chat_swaps_adapters_by_name(runs):
+    command = [sys.executable, "-c", "from qlora_lite.cli.main import main; main()"]
+    typed = "3?\n/use latin\n/use greek\n/new\n4?\n\n"
+    done = subprocess.run(
+        [*command, "chat", *runs, "--max-new-tokens", "4"], input=typed, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "adapters: french, german, latin" in done.stderr and "latin: 0.0 MiB, in " in done.stderr
+    assert done.stderr.count("error: there is no adapter 'greek'") == 1 and "Traceback" not in done.stderr
+
+
+def test_runs_with_the_same_folder_name_go_by_their_paths(runs, tmp_path):
+    twin = shutil.copytree(runs[0], tmp_path / "french")
+    assert open_tasks([runs[0], twin, runs[1]]).names == (str(runs[0]), str(twin), "german")
+    with pytest.raises(ModelError, match="the same run is given twice"):
+        open_tasks([runs[0], runs[0]])
+
+
+def test_runs_of_different_bases_are_refused_with_both_named(runs, tmp_path):
+    other = tiny_run(tmp_path, seed=9)
+    with pytest.raises(ModelError, match=r"different bases and cannot share one: french on .* run on "):
+        open_tasks([runs[0], other])
+    plain = make_run(tmp_path / "plain", runs[0].parent / "model", ["model.quant=none"])
+    with pytest.raises(ModelError, match="different bases"):
+        open_tasks([runs[0], plain])
+
+
+def test_an_empty_turn_is_refused_by_name_and_not_answered(runs):
+    tasks = open_tasks(runs)
+    with pytest.raises((DataError, ModelError)):
+        tasks.answer(["french"], [[Turn("user", "<|im_end|>")]], 4)
+    assert tasks.switch.rows is None
+
+
+def test_a_comparison_has_each_run_s_own_figures(runs, tmp_path):
+    result = compare_runs(runs[:2], with_base=True, answers=3)
+    assert [model["name"] for model in result["models"]] == ["base", "french", "german"]
+    for model, run in zip(result["models"], (None, *runs[:2]), strict=True):
+        opened = open_run(run or runs[0])
+        alone = evaluate_recipe(opened.recipe, opened.adapter if run else None, 3)
+        assert model["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-5)
+        assert model["exact_match"] == alone["exact_match"] and model["rows"] == alone["rows"] == 6
+    assert len(result["answers"]) == 3
+    for row in result["answers"]:
+        assert (
+            row["answers"].keys() == {"base", "french", "german"}
+            and row["reference"] in row["prompt"] + row["reference"]
+        )
+    write_comparison(result, tmp_path / "new" / "page")
+    assert json.loads((tmp_path / "new" / "page" / "compare.json").read_text()) == result
+    page = (tmp_path / "new" / "page" / "compare.html").read_text()
+    assert page.count('class="card sample"') == 3 and "french" in page and "<script>alert" not in page
+
+
+def test_answers_are_escaped_on_the_page():
+    from qlora_lite.compare_page import render_comparison
+
+    evil = "<script>alert(1)</script>"
+    model = {"name": evil, "eval_loss": 1.0, "perplexity": 2.7, "adapter_bytes": 3, "exact_match": 0.5,
+             "exact_match_rows": 2}  # fmt: skip
+    row = {"where": "a:1", "prompt": evil, "reference": "x", "answers": {evil: evil, "good": " x"}}
+    page = render_comparison({"models": [model], "rows": 1, "rows_of": evil, "base_model": evil, "answers": [row]})
+    assert "<script>alert" not in page and page.count("&lt;script&gt;") >= 6
+    assert "good ✓" in page and "50.0% of 2" in page
+
+
+def test_a_comparison_needs_evaluation_rows(tmp_path):
+    run = tiny_run(tmp_path, overrides=["data.eval=null", "train.exact_match_rows=0"])
+    with pytest.raises(RecipeError, match=r"run has no data\.eval"):
+        compare_runs([run])

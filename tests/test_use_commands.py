@@ -1,0 +1,82 @@
+"""What ``merge``, ``export`` and ``compare`` print, and that their mistakes are one line."""
+
+import json
+import logging
+import os
+import re
+
+import pytest
+from tiny_files import MERGES, save_tiny
+from tiny_runs import make_run
+
+from qlora_lite.cli.main import main
+
+
+@pytest.fixture(autouse=True)
+def _own_process_state():
+    """Give back what a command changes in this process: environment and logging."""
+    environment, log = dict(os.environ), logging.getLogger("qlora_lite")
+    handlers, level, propagate = log.handlers[:], log.level, log.propagate
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    log.handlers[:], log.propagate = handlers, propagate
+    log.setLevel(level)
+
+
+@pytest.fixture
+def command(capsys):
+    def call(*arguments):
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        return caught.value.code or 0, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    save_tiny(folder / "model", merges=MERGES)
+    return [make_run(folder / str(seed), folder / "model", seed=seed).rename(folder / f"run{seed}") for seed in (1, 2)]
+
+
+def test_merge_prints_the_table_of_its_report(runs, command, tmp_path):
+    code, out, _ = command("merge", runs[0], "--out", tmp_path / "out", "--dtype", "f32", "--rows", 4)
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert code == 0 and "14 layers merged into the nf4 weights" in out
+    for name, found in report["models"].items():
+        figures = f"{found['loss']:.4f}", f"{found['kl']:.2e}", f"{found['agreement']:.2%}"
+        assert re.search(" +".join([f"^{name}", *map(re.escape, figures)]) + "$", out, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("form", ["peft", "vllm", "gguf", "gguf-adapter", "ollama"])
+def test_export_says_what_was_written_how_well_and_how_to_use_it(form, runs, command, tmp_path):
+    code, out, _ = command("export", runs[0], "--to", form, "--out", tmp_path / "out")
+    said = r"changes the base's logits as the adapter does, to \d|makes (100|99)\.\d% of the change"
+    assert code == 0 and re.search(rf"^loaded back +({said})", out, re.MULTILINE)
+    assert re.search(r"^use +\S", out, re.MULTILINE)
+    assert json.loads((tmp_path / "out" / "export_report.json").read_text())["form"] == form
+
+
+def test_compare_prints_a_table_or_one_object(runs, command, tmp_path):
+    code, out, _ = command("compare", *runs, "--base", "--rows", 2, "--out", tmp_path / "page")
+    names = "base", "run1", "run2"
+    assert code == 0 and all(re.search(rf"^{name} +\d+\.\d{{4}}", out, re.MULTILINE) for name in names)
+    assert (tmp_path / "page" / "compare.html").exists()
+    code, out, _ = command("compare", *runs, "--json")
+    assert code == 0 and out.count("\n") == 1 and [m["name"] for m in json.loads(out)["models"]] == ["run1", "run2"]
+
+
+@pytest.mark.parametrize(("arguments", "text"), [
+    (("merge", "RUN", "--out", "RUN"), "is not an empty folder; choose another --out"),
+    (("merge", "RUN", "--out", "NEW", "--base", "fp4"), "the run trained on nf4 weights"),
+    (("merge", "NEW", "--out", "NEW"), "is not a run folder"),
+    (("merge", "RUN", "--out", "NEW", "--model", "/nowhere"), "is not where it was"),
+    (("export", "RUN", "--out", "RUN", "--to", "peft"), "is not an empty folder"),
+    (("compare", "RUN", "NEW"), "is not a run folder"),
+])  # fmt: skip
+def test_a_mistake_is_one_line_with_exit_code_2(arguments, text, runs, command, tmp_path):
+    places = {"RUN": runs[0], "NEW": tmp_path / "new"}
+    code, out, err = command(*(places.get(argument, argument) for argument in arguments))
+    assert (code, out) == (2, "") and text in err and "Traceback" not in err and not (tmp_path / "new").exists()

@@ -1,0 +1,54 @@
+"""Run folders as training leaves them, made in a moment: a tiny model, an adapter with random factors, a summary."""
+
+import json
+from pathlib import Path
+
+import torch
+from tiny import random_factors
+from tiny_files import byte_tokenizer, save_tiny, write_recipe
+
+from qlora_lite.build import build_model
+from qlora_lite.data.named_templates import NAMED_TEMPLATES
+from qlora_lite.lora.adapter import save_adapter
+from qlora_lite.models.cache import base_fingerprint
+from qlora_lite.models.locate import locate
+from qlora_lite.recipe.load import load_recipe, resolve_to_yaml
+
+END_OF_ANSWER = 4  # <|im_end|> of the byte tokenizer
+
+
+def make_run(
+    folder: Path, base: Path | str, overrides=(), seed: int = 3, template: str | None = "chatml",
+    status: str = "complete", **sections,
+) -> Path:  # fmt: skip
+    """Write a run of a base model with random factors; ``sections`` and ``overrides`` go into its recipe."""
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = load_recipe(write_recipe(folder, base, **sections), overrides)
+    run = folder / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(resolve_to_yaml(recipe))
+    if template:
+        (run / "template.jinja").write_text(NAMED_TEMPLATES[template])
+    adapted = build_model(recipe)
+    random_factors(adapted, seed)
+    digest = save_adapter(adapted, run / "adapter", str(base), byte_tokenizer(template))
+    summary = {
+        "status": status, "name": "run", "model": str(base), "data": {"end_token_ids": [END_OF_ANSWER]},
+        "adapter_sha256": digest, "base_fingerprint": base_fingerprint(locate(str(base))),
+    }  # fmt: skip
+    (run / "summary.json").write_text(json.dumps(summary))
+    return run
+
+
+def tiny_run(folder: Path, model_type: str = "llama", lora=None, overrides=(), shard=None, **options) -> Path:
+    """Write a tiny model and a run of it; ``options`` are those of ``save_tiny`` and of the model's configuration."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tiny(folder / "model", model_type, shard=shard, **options)
+    return make_run(folder, folder / "model", overrides, lora=lora or {"rank": 4, "alpha": 8})
+
+
+def logits(model, ids=None) -> torch.Tensor:
+    """Return a model's logits for a few tokens."""
+    ids = torch.randint(5, 160, (2, 11), generator=torch.Generator().manual_seed(0)) if ids is None else ids
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, use_cache=False).logits.float()
