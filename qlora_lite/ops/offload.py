@@ -9,10 +9,15 @@ but the first allocates any). Elsewhere the same code copies at once: it frees n
 run what a card runs. ``torch.autograd.graph.save_on_cpu`` copies on the computing stream and brings back late, so
 that the device waits for the bus twice a block.
 
+A tensor is dropped only after the computing stream was told to wait for its copy. Its memory is then reused in the
+order of that stream, however far the process runs ahead of the card. (``record_stream`` would give the memory back
+only when the process sees the end of the copy: a process that is blocks ahead would hold all of them.)
+
 Source: ALST, arXiv 2506.13996, section 3.3.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -40,15 +45,20 @@ class SideStream:
         with torch.cuda.stream(self.stream):
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)
-                for tensor in (target, source):
-                    if tensor.is_cuda:
-                        tensor.record_stream(self.stream)  # its memory may be reused only after the copy
             return self.stream.record_event()
 
     def wait(self, event: "torch.cuda.Event | None") -> None:
         """Let the computation go on only after a copy."""
         if event is not None:
             torch.cuda.current_stream(self.device).wait_event(event)
+
+
+class _Arrival(NamedTuple):
+    """A block's tensors on the device, and the end of the copy that they are part of."""
+
+    number: int
+    tensors: list[torch.Tensor]
+    event: "torch.cuda.Event | None"
 
 
 class HostStore:
@@ -61,26 +71,39 @@ class HostStore:
     def __init__(self, device: torch.device):
         self.side = SideStream(device)
         self._stored: dict[int, list[torch.Tensor]] = {}
-        self._coming: dict[int, tuple[list[torch.Tensor], torch.cuda.Event | None]] = {}
+        self._leaving: _Arrival | None = None  # of the block that was put last
+        self._coming: dict[int, _Arrival] = {}
 
     def put(self, number: int, tensors: Sequence[torch.Tensor]) -> None:
-        """Copy a block's tensors to the host; the caller may drop them."""
-        pinned = self.side.stream is not None
+        """Copy a block's tensors to the host; they stay on the device until the next block's are put."""
+        self._let_go()
+        tensors, pinned = [tensor.detach() for tensor in tensors], self.side.stream is not None
         with category("offloaded"):
             hosts = [torch.empty(t.shape, dtype=t.dtype, pin_memory=pinned) for t in tensors]
-        self.side.copy([(host, tensor.detach()) for host, tensor in zip(hosts, tensors, strict=True)])
         self._stored[number] = hosts
+        self._leaving = _Arrival(number, tensors, self.side.copy(list(zip(hosts, tensors, strict=True))))
+
+    def _let_go(self) -> None:
+        """Drop what is on the device, and have the computation wait for its copies before it reuses the memory."""
+        for arrival in (*self._coming.values(), *([self._leaving] if self._leaving else [])):
+            self.side.wait(arrival.event)
+        self._leaving = None
+        self._coming.clear()  # empty, unless a step broke off
 
     def take(self, number: int) -> list[torch.Tensor]:
         """Return a block's tensors on the device, and begin to bring those of the block before it."""
-        tensors, event = self._coming.pop(number, None) or self._bring(number)
+        if self._leaving is not None and self._leaving.number == number:  # the last block's never left
+            here, self._leaving = self._leaving, None
+            del self._stored[number]
+        else:
+            here = self._coming.pop(number, None) or self._bring(number)
         if number - 1 in self._stored:
             self._coming[number - 1] = self._bring(number - 1)
-        self.side.wait(event)
-        return tensors
+        self.side.wait(here.event)
+        return here.tensors
 
-    def _bring(self, number: int) -> tuple[list[torch.Tensor], "torch.cuda.Event | None"]:
+    def _bring(self, number: int) -> "_Arrival":
         hosts = self._stored.pop(number)
         with category("saved activations"):
             tensors = [torch.empty(host.shape, dtype=host.dtype, device=self.side.device) for host in hosts]
-        return tensors, self.side.copy(list(zip(tensors, hosts, strict=True)))
+        return _Arrival(number, tensors, self.side.copy(list(zip(tensors, hosts, strict=True))))
