@@ -24,7 +24,7 @@ def train_settings(recipe: Recipe) -> TrainSettings:
         optimizer=t.optimizer, lr_scheduler=t.lr_scheduler, warmup_ratio=t.warmup_ratio,
         max_grad_norm=t.max_grad_norm, weight_decay=t.weight_decay, seed=t.seed,
         max_tokens=d.max_tokens, packing=d.packing, order=d.order,
-        levers=Levers(**fixed_levers(recipe)),
+        levers=Levers(**fixed_levers(recipe)), on_not_finite=t.on_not_finite, max_skipped_steps=t.max_skipped_steps,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .files import write_text
 from .page import figure, page, section, table, text
-from .preflight import line_of_problem
+from .preflight import first_places, line_of_problem
 
 _MAX_PROBLEMS = 200
 
@@ -121,10 +121,15 @@ def _sources(report: dict) -> str:
 
 def _dropped(report: dict) -> str:
     parts = [("training", report), ("evaluation", report.get("eval") or {"dropped": {}})]
-    rows = [[use, reason, f"{n:,}"] for use, part in parts for reason, n in part["dropped"].items()]
-    if cut := report.get("truncated"):
-        rows.append(["training", "kept, but cut short", f"{cut:,}"])
-    return table(["used for", "reason", "rows"], rows, numeric=2) if rows else ""
+    rows = [
+        [use, reason, f"{n:,}", first_places(part, reason)]
+        for use, part in parts
+        for reason, n in part["dropped"].items()
+    ]
+    for count, what in (("truncated", "kept, but cut short"), ("split", "kept, but split")):
+        if cut := report.get(count):
+            rows.append(["training", what, f"{cut:,}", ""])
+    return table(["used for", "reason", "rows", "where"], rows, numeric=2) if rows else ""
 
 
 def _special_tokens(report: dict) -> str:

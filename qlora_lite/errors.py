@@ -81,6 +81,12 @@ class OutputError(QloraLiteError):
     exit_code = 2
 
 
+class CheckpointError(QloraLiteError):
+    """Report a checkpoint that is damaged, or that the run asked for cannot go on from."""
+
+    exit_code = 2
+
+
 class DoesNotFitError(QloraLiteError):
     """Report that the work needs more memory than there is."""
 

@@ -5,6 +5,7 @@ become one line with the path and the free space.
 """
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -49,9 +50,13 @@ def write_text(path: Path, text: str) -> None:
     """
     with explain_write_errors(path):
         beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        beside.write_text(text, encoding="utf-8")
-        _flush(beside)
-        beside.replace(path)
+        try:
+            beside.write_text(text, encoding="utf-8")
+            flush_to_disk(beside)
+            beside.replace(path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
@@ -69,8 +74,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             beside.mkdir(parents=True)
             yield beside
             for file in sorted(beside.rglob("*")):
-                _flush(file)
-            _flush(beside)
+                flush_to_disk(file)
+            flush_to_disk(beside)
             if path.exists():
                 path.rename(old)
             try:
@@ -79,7 +84,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
                 if old.exists():
                     old.rename(path)
                 raise
-            _flush(path.parent)
+            flush_to_disk(path.parent)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
@@ -110,10 +115,46 @@ def require_space(path: Path, needed_bytes: int) -> None:
         )
 
 
-def _flush(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, would survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed left beside: call it only while no other one writes there."""
+    for path in folder.glob(".*"):
+        if path.suffix in (".partial", ".old"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing a folder; the kernel drops the lock when a process ends, however it ends.
+
+    The folder itself is locked and not a file in it: nothing can be left behind that blocks the next one. Where the
+    file system has no locks (some network ones), nothing is locked.
+
+    Raises:
+        OutputError: another process holds it, or there is no such folder.
+    """
+    with explain_write_errors(folder):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(f"another process is writing {folder}; wait for it, or set output.dir") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL, errno.ENOSYS):
+                raise
+        yield
     finally:
         os.close(descriptor)
 

@@ -63,6 +63,7 @@ class Plan:
     fits: bool
     found: tuple[Candidate, ...]
     step: Step
+    kept_checkpoints: int
 
     @property
     def peak_bytes(self) -> int:
@@ -101,7 +102,8 @@ def plan_recipe(
     found = search(step, machine, budget_bytes - machine.base_bytes)
     chosen = choose(found, budget_bytes - machine.base_bytes)
     least = min(found, key=lambda candidate: candidate.peak_bytes)
-    return Plan(machine, budget_bytes, chosen or least, chosen is not None, tuple(found), step)
+    kept = recipe.train.keep_checkpoints
+    return Plan(machine, budget_bytes, chosen or least, chosen is not None, tuple(found), step, kept)
 
 
 def plan_run(recipe: Recipe, examples, eval_examples) -> tuple[Plan, TrainSettings]:
@@ -314,11 +316,13 @@ def host_bytes(plan: Plan) -> int:
 
 
 def disk_bytes(plan: Plan) -> int:
-    """Room on the disk: the quantised model in the cache, and the best and the last adapter."""
+    """Room on the disk: the quantised model in the cache, the best and the last adapter, and the checkpoints: those
+    that are kept and the one being written, each with the factors, the best ones so far and the optimizer's states."""
     resident = plan.chosen.prediction.simulation.resident.breakdown
     frozen = "base weights", "quantisation constants", "embeddings", "head", "offloaded"
     weights = sum(resident.get(name, 0) for name in frozen)
-    return weights + 2 * resident.get("adapter", 0)
+    adapter, optimizer = resident.get("adapter", 0), resident.get("optimizer", 0)
+    return weights + 2 * adapter + (plan.kept_checkpoints + 1) * (2 * adapter + optimizer)
 
 
 def page_record(plan: Plan, others: Sequence[Alternative], title: str) -> dict:

@@ -16,10 +16,10 @@ from .data.check import check_overlap, count_special_tokens, histogram
 from .data.examples import Dataset
 from .data.formats import check_format, recognise
 from .data.lines import Problems, RowProblem
-from .data.mask import special_ids_of
 from .data.read import Source, read_rows
 from .data.show import pieces_of
 from .data.stored import row_lengths
+from .data.template import special_ids_of
 from .errors import DataError
 from .recipe.schema import Recipe
 from .rows import build_sources, read_data
@@ -62,9 +62,15 @@ class Preflight:
 def empty_report(problems: list[dict]) -> dict:
     """Return the report of rows that could not be looked at."""
     return {
-        "ok": False, "rows_read": 0, "rows_kept": 0, "dropped": {}, "tokens": 0, "learned_tokens": 0,
+        "ok": False, "rows_read": 0, "rows_kept": 0, "dropped": {}, "dropped_at": {}, "tokens": 0, "learned_tokens": 0,
         "packing_efficiency": None, "problems": problems, "errors": len(problems),
     }  # fmt: skip
+
+
+def first_places(counts: dict, reason: str) -> str:
+    """Name the first rows that were left out for a reason, as "a.jsonl:1, a.jsonl:7, ..."; "" if no place is known."""
+    places = counts["dropped_at"].get(reason, [])
+    return ", ".join(places) + (", ..." if 0 < len(places) < counts["dropped"][reason] else "")
 
 
 def line_of_problem(problem: dict) -> str:
@@ -127,8 +133,9 @@ def _problem(problem: RowProblem, is_error: bool) -> dict:
 
 def _counts(data: Dataset) -> dict:
     return {
-        "rows_read": data.rows_read, "rows_kept": data.rows_kept, "dropped": data.dropped, "truncated": data.truncated,
-        "split": data.split, "tokens": data.tokens, "learned_tokens": data.learned_tokens,
+        "rows_read": data.rows_read, "rows_kept": data.rows_kept, "dropped": data.dropped,
+        "dropped_at": data.dropped_at, "truncated": data.truncated, "split": data.split, "tokens": data.tokens,
+        "learned_tokens": data.learned_tokens,
     }  # fmt: skip
 
 

@@ -66,4 +66,5 @@ def rows_to_plan(recipe: Recipe, data: Dataset) -> Sequence[Example]:
 
 def build_sources(recipe: Recipe, which: str) -> list[Source]:
     """Return where a recipe's training or evaluation rows come from."""
-    return [Source(s.path, s.format, s.weight, s.prompt, s.completion) for s in getattr(recipe.data, which)]
+    streaming = recipe.data.streaming and which == "train"
+    return [Source(s.path, s.format, s.weight, s.prompt, s.completion, streaming) for s in getattr(recipe.data, which)]

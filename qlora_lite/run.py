@@ -6,10 +6,9 @@ the run folder, the tokenizer, the data, then the model, then the memory, then t
 
 import json
 import logging
-import math
 import platform
-import signal
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,10 +18,9 @@ import torch
 from .build import build_model
 from .data.template import portable_source
 from .data_page import write_data_page
-from .errors import DoesNotFitError, Interrupted, QloraLiteError
-from .evaluate import ExactMatch, exact_match
-from .files import write_text
-from .lora.adapter import adapter_tensors, fill_adapter, save_adapter
+from .errors import CheckpointError, DoesNotFitError, Interrupted, OutputError, QloraLiteError
+from .evaluate import ExactMatch
+from .files import locked, write_text
 from .memory.meter import PeakMeter, mapped_bytes
 from .models.anatomy import device_of
 from .models.cache import base_fingerprint
@@ -33,67 +31,160 @@ from .plan import alternatives, expected_peak, plan_run, reason
 from .preflight import line_of_problem, preflight
 from .recipe.schema import Recipe
 from .report import write_report
+from .resume import Continuation, data_identity, environment, path_to_continue, reopen, with_plan
 from .rows import build_stream, rows_to_plan
-from .runs import ADAPTER, ADAPTER_LAST, TEMPLATE, RunFolder, create_run, package_versions
+from .runs import (
+    ADAPTER,
+    COMPLETE,
+    LOG,
+    RECIPE,
+    TEMPLATE,
+    RunFolder,
+    create_run,
+    is_complete,
+    logging_to,
+    new_path,
+    package_versions,
+    rewind_run,
+)
+from .saver import check_space
+from .stopping import Stop, stop_signals
+from .train.determinism import deterministic
 from .train.guards import check_frozen, frozen_checksum
 from .train.inventory import inventory, total_parameters
-from .train.loop import StepMetrics, Trainer, largest_batches
+from .train.loop import Trainer, largest_batches
+from .train.out_of_memory import CURES, first_line, is_out_of_memory
+from .train.state import STATE
+from .training import Progress, Training, checkpoint_bytes, how_to_go_on
 from .units import format_bytes, format_count, format_seconds
 
 log = logging.getLogger("qlora_lite")
 SAMPLES = 4
-CURES = "lower data.max_tokens or lora.rank, or give it more memory"
-
-Progress = Callable[[StepMetrics, int], None]
 
 
-def run_recipe(recipe: Recipe, progress: Progress | None = None) -> Path:
+def run_recipe(
+    recipe: Recipe, progress: Progress | None = None, resume: str | Path | None = None, force: bool = False
+) -> Path:  # fmt: skip
     """Run a recipe to its end; return the run folder.
 
     Args:
         progress: called after every step with its metrics and the total number of steps.
+        resume: run folder to go on with, from its newest whole checkpoint; "" takes the recipe's newest run, None
+            begins a new one. A run without a checkpoint begins afresh.
+        force: go on although the recipe or the data make another run of it.
 
     Raises:
         QloraLiteError: see its subclasses; the summary then says "failed" or "interrupted".
     """
-    run = create_run(recipe)
-    with _logging_to(run.path / "log.txt"), _stop_signals() as stop:
-        try:
-            _Run(recipe, run, progress, stop).execute()
-        except (QloraLiteError, KeyboardInterrupt) as error:
-            stopped = isinstance(error, Interrupted | KeyboardInterrupt)
-            run.update(status="interrupted" if stopped else "failed", error=str(error))
-            write_report(run.path)
-            raise
-    return run.path
+    path = None if resume is None else path_to_continue(recipe, resume)
+    is_new, path = path is None, path or new_path(recipe)
+    with locked(path):
+        begins = is_new or not (path / RECIPE).is_file()
+        run, continuation = create_run(path, recipe, replace=not is_new) if begins else None, None
+        with logging_to(path / LOG), stop_signals(recipe.train.max_hours) as stop:
+            if run is None and is_complete(path, recipe):
+                log.info("resume: %s is complete", path)
+                return path
+            if run is None:
+                run, continuation = reopen(path, recipe, force)
+            _execute(_Run(recipe, run, progress, stop, continuation))
+    return path
+
+
+def _execute(running: "_Run") -> None:
+    """Run to the end, or leave a summary and a report that say how far it came and why no further."""
+    try:
+        running.execute()
+    except KeyboardInterrupt as cut:  # before training, or by a second signal
+        error = Interrupted(f"stopped at once by {str(cut) or 'SIGINT'}. {how_to_go_on(running.run.path)}")
+        running.leave(error)
+        raise error from None
+    except QloraLiteError as error:
+        running.leave(error)
+        raise
 
 
 class _Run:
     """One execution of a recipe: the state that its stages share."""
 
-    def __init__(self, recipe: Recipe, run: RunFolder, progress: Progress | None, stop: list[int]):
+    def __init__(
+        self, recipe: Recipe, run: RunFolder, progress: Progress | None, stop: Stop, continuation: Continuation | None
+    ):  # fmt: skip
         self.recipe, self.run, self.progress, self.stop = recipe, run, progress, stop
-        self.best_loss, self.best_factors = math.inf, None
+        self.continuation = continuation
+        self.training: Training | None = None
 
     def execute(self) -> None:
         """Go through the stages."""
-        recipe = self.recipe
+        device = resolve_device(self.recipe.model.device)
+        with deterministic(self.recipe.train.deterministic), PeakMeter(device) as meter:
+            with self.stop.at_once(), _explaining_memory():
+                self._prepare(meter)
+            with _explaining_memory():
+                after = self.training.go(self.continuation and self.continuation.checkpoint.step)
+            check_frozen(self.model, self.checksum)
+            self._conclude(self.training.before, after)
+
+    def _prepare(self, meter: PeakMeter) -> None:
+        """Do all that comes before the first step; nothing of it is lost if it is cut off."""
+        recipe, self.meter = self.recipe, meter
         self.tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
         self._look_at_data()
-        with PeakMeter(resolve_device(recipe.model.device)) as self.meter:
-            self.rows = rows_to_plan(recipe, self.data)
-            self._plan()
-            self.model = build_model(recipe, levers=self.settings.levers)
-            self.trainer = Trainer(self.model, self.rows, self.settings, build_stream(recipe, self.tokenizer))
-            self._describe_model()
-            checksum = frozen_checksum(self.model)
-            with _explaining_memory():
-                self._rehearse()
-                before = self._evaluate("before")
-                self._train()
-                after = self._evaluate_best()
-            check_frozen(self.model, checksum)
-            self._conclude(before, after)
+        identity = data_identity(recipe, self.tokenizer, self.data, self.eval_data)
+        self._compare(identity)
+        self.rows = rows_to_plan(recipe, self.data)
+        self._plan()
+        self.model = build_model(recipe, levers=self.settings.levers)
+        self.trainer = Trainer(self.model, self.rows, self.settings, build_stream(recipe, self.tokenizer))
+        self._describe_model()
+        self.checksum = frozen_checksum(self.model)
+        model_identity = {"base model": self.checksum, "type of device": device_of(self.model).type}
+        self._compare(model_identity)
+        if self.continuation:
+            self.continuation.compare_schedule(self.trainer.total_steps, self.settings)
+            self.trainer.most_tokens = self.continuation.checkpoint.documents[STATE]["most_tokens"]
+        self._rehearse()
+        factors = sum(parameter.nbytes for parameter in self.trainer.parameters)
+        size = checkpoint_bytes(self.trainer, self.eval_data is not None)
+        check_space(self.run.path, size, factors, recipe.train.keep_checkpoints)
+        about = {
+            "recipe": recipe.model_dump(mode="json"), "identity": identity | model_identity,
+            "plan": self.plan.chosen.settings, "environment": environment(_device_name(device_of(self.model))),
+        }  # fmt: skip
+        self.training = Training(recipe, self.run, self.trainer, self.tokenizer, self.eval_data, self.meter, self.stop,
+                                 about, self.progress)  # fmt: skip
+        if self.continuation:
+            self._restore(about["environment"])
+
+    def _compare(self, identity: dict) -> None:
+        if self.continuation:
+            self.continuation.compare_identity(identity)
+
+    def _restore(self, now: dict) -> None:
+        """Put everything back to where the checkpoint was made, and write down what is different."""
+        self.continuation.say_environment(now)
+        self.training.restore(self.continuation)
+        rewind_run(self.run)
+        part = {"after_step": self.trainer.step, "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "changes": self.continuation.accepted, "forced_changes": self.continuation.forced}  # fmt: skip
+        self.run.update(status="running", resumed=[*self.run.summary.get("resumed", []), part])
+
+    def leave(self, error: QloraLiteError) -> None:
+        """Write down why the run ended early, if the disk lets us."""
+        can_go_on = isinstance(error, Interrupted | CheckpointError)
+        try:
+            self.run.update(**self.figures(), status="interrupted" if can_go_on else "failed", error=str(error))
+            write_report(self.run.path)
+        except OutputError as fault:
+            log.warning("%s", fault)
+
+    def figures(self) -> dict:
+        """Return what the summary says of the steps so far."""
+        if self.training is None:
+            return {}
+        totals = self.training.totals
+        speed = totals["tokens"] / totals["seconds"] if totals["steps"] else None
+        return totals | {"tokens_per_second": speed, "peak_bytes": self.training.peak_bytes}
 
     def _look_at_data(self) -> None:
         """Read the rows, write down what they are, and stop where training on them would be a mistake."""
@@ -136,7 +227,9 @@ class _Run:
     def _plan(self) -> None:
         """Choose how to run the step before anything large is loaded; what cannot fit ends the run here."""
         eval_examples = self.eval_data.examples if self.eval_data else ()
-        self.plan, self.settings = plan_run(self.recipe, self.rows, eval_examples)
+        keeps_plan = self.continuation is not None and self.continuation.keeps_plan
+        recipe = with_plan(self.recipe, self.continuation.run["plan"]) if keeps_plan else self.recipe
+        self.plan, self.settings = plan_run(recipe, self.rows, eval_examples)
         log.info("plan: %s", reason(self.plan))
 
     def _rehearse(self) -> None:
@@ -146,7 +239,9 @@ class _Run:
             total = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
         eval_examples = self.eval_data.examples if self.eval_data else ()
-        expected = expected_peak(self.plan, *largest_batches(self.rows, eval_examples, self.settings))
+        expected = expected_peak(
+            self.plan, *largest_batches(self.rows, eval_examples, self.settings, self.trainer.most_tokens)
+        )
         mapped = mapped_bytes((*self.model.parameters(), *self.model.buffers()))
         predicted = self.plan.machine.base_bytes + expected.peak_bytes - mapped
         self.trainer.rehearse(eval_examples)
@@ -166,92 +261,23 @@ class _Run:
                 f"{cure}"
             )
 
-    def _train(self) -> None:
-        t, total = self.recipe.train, self.trainer.total_steps
-        done = {"steps": 0, "seconds": 0.0, "tokens": 0, "labelled_tokens": 0}
-        try:
-            with _tracking(self.recipe, self.run.path) as track:
-                for metrics in self.trainer:
-                    values = asdict(metrics)
-                    self.run.log_metrics(values)
-                    track(values, metrics.step)
-                    done = {name: done[name] + values.get(name, 0) for name in done} | {"steps": metrics.step}
-                    if self.progress:
-                        self.progress(metrics, total)
-                    if _due(metrics.step, t.eval_every_steps) and self.eval_data and metrics.step < total:
-                        self._keep_if_best(self._eval_loss(metrics.step))
-                    if _due(metrics.step, t.save_every_steps) or self.stop:
-                        self._save(ADAPTER_LAST)
-                    self._raise_if_stopped()
-        finally:
-            speed = done["tokens"] / done["seconds"] if done["steps"] else None
-            self.run.update(**done, tokens_per_second=speed, peak_bytes=self.meter.peak_bytes())
-        self._save(ADAPTER_LAST)
-
-    def _eval_loss(self, step: int) -> float:
-        result = self.trainer.evaluate(self.eval_data.examples)
-        self.run.log_metrics({"step": step, "eval_loss": result.loss, "eval_perplexity": result.perplexity,
-                              "eval_labelled_tokens": result.labelled_tokens})  # fmt: skip
-        log.info("step %d: evaluation loss %.4f", step, result.loss)
-        self._raise_if_stopped()
-        return result.loss
-
-    def _evaluate(self, when: str) -> ExactMatch | None:
-        """Measure loss and exact match; ``when`` is "before" or "after"."""
-        if self.eval_data is None:
-            return None
-        self.run.update(**{f"eval_loss_{when}": self._eval_loss(self.trainer.step)})
-        rows = self.eval_data.examples[: self.recipe.train.exact_match_rows]
-        if not rows:
-            return None
-        result = exact_match(self.model, self.tokenizer, rows, self.eval_data.end_token_ids)
-        log.info("exact match %s training: %.1f %% of %d rows", when, 100 * result.score, len(rows))
-        self.run.update(**{f"exact_match_{when}": result.score, "exact_match_rows": len(rows)})
-        self._raise_if_stopped()
-        return result
-
-    def _keep_if_best(self, loss: float) -> None:
-        if loss < self.best_loss:
-            self.best_loss = loss
-            self.best_factors = {name: tensor.clone() for name, tensor in adapter_tensors(self.model).items()}
-            self._save(ADAPTER)
-
-    def _evaluate_best(self) -> ExactMatch | None:
-        """Evaluate the end, go back to the best factors seen, and measure those."""
-        if self.best_factors is not None:
-            self._keep_if_best(self._eval_loss(self.trainer.step))
-            fill_adapter(self.model, self.best_factors)
-        return self._evaluate("after")
-
-    def _save(self, name: str) -> str:
-        return save_adapter(self.model, self.run.path / name, self.recipe.model.path, self.tokenizer)
-
     def _conclude(self, before: ExactMatch | None, after: ExactMatch | None) -> None:
-        digest = self._save(ADAPTER)
+        digest = self.training.save_adapter(ADAPTER)
+        if self.trainer.most_tokens is not None:
+            self.run.summary["plan"]["most_tokens"] = self.trainer.most_tokens
         rows = self.eval_data.examples[:SAMPLES] if after else []
         samples = [
             {"prompt": self._plain(row.prompt), "reference": row.answer, "before": b, "after": a}
             for row, b, a in zip(rows, before.answers, after.answers, strict=False)
         ] if after else []  # fmt: skip
-        self.run.update(status="complete", peak_bytes=self.meter.peak_bytes(), adapter_sha256=digest, samples=samples)
+        self.run.update(**self.figures(), status=COMPLETE, adapter_sha256=digest, samples=samples)
         write_report(self.run.path)
         log.info("done: %d steps in %s, peak memory %s", self.trainer.total_steps,
-                 format_seconds(self.run.summary["seconds"]), format_bytes(self.meter.peak_bytes()))  # fmt: skip
+                 format_seconds(self.run.summary["seconds"]), format_bytes(self.run.summary["peak_bytes"]))  # fmt: skip
 
     def _plain(self, prompt: str) -> str:
         ids = self.tokenizer(prompt, add_special_tokens=False).input_ids
         return self.tokenizer.decode(ids, skip_special_tokens=True)
-
-    def _raise_if_stopped(self) -> None:
-        if self.stop:
-            last = self.run.path / ADAPTER_LAST
-            kept = f"the adapter so far is in {last}" if last.exists() else "no adapter was trained yet"
-            name = signal.Signals(self.stop[0]).name
-            raise Interrupted(f"stopped by {name} after step {self.trainer.step}; {kept}")
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
 
 
 def _device_name(device: torch.device) -> str:
@@ -265,60 +291,7 @@ def _explaining_memory() -> Iterator[None]:
     """Turn torch's out-of-memory error into one that names the cures."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise DoesNotFitError(f"the device ran out of memory: {str(error).splitlines()[0]}; {CURES}") from error
-
-
-@contextmanager
-def _logging_to(path: Path) -> Iterator[None]:
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    level = log.level
-    log.addHandler(handler)
-    if not log.isEnabledFor(logging.INFO):  # a caller that has not set up logging still gets the whole log.txt
-        log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-        log.removeHandler(handler)
-        handler.close()
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in the list given; a second one acts at once."""
-    received: list[int] = []
-    earlier = {}
-
-    def note(number, _frame):
-        received.append(number)
-        for each, handler in earlier.items():
-            signal.signal(each, handler)
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            earlier[number] = signal.signal(number, note)
-    except ValueError:  # not the main thread: signals are the caller's business
-        pass
-    try:
-        yield received
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _tracking(recipe: Recipe, folder: Path) -> Iterator[Callable[[dict, int], None]]:
-    """Give a function that sends metrics to the recipe's trackers, through accelerate."""
-    if not recipe.train.trackers:
-        yield lambda _values, _step: None
-        return
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(log_with=list(recipe.train.trackers), project_dir=folder)
-    accelerator.init_trackers(recipe.output.name or "qlora-lite")
-    try:
-        yield lambda values, step: accelerator.log(values, step=step)
-    finally:
-        accelerator.end_training()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DoesNotFitError(f"the device ran out of memory: {first_line(error)}; {CURES}") from error

@@ -6,17 +6,30 @@
 
 import importlib.metadata
 import json
+import logging
+import math
+import os
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .errors import OutputError, RecipeError
-from .files import explain_write_errors, write_text
+from .errors import CheckpointError, OutputError, RecipeError
+from .files import explain_write_errors, flush_to_disk, remove_leftovers, write_text
 from .recipe.load import load_recipe, resolve_to_yaml
 from .recipe.schema import Recipe
+from .train.checkpoints import folder_of, newest_whole
 
-ADAPTER, ADAPTER_LAST = "adapter", "adapter-last"
+log = logging.getLogger("qlora_lite")
+ADAPTER, ADAPTER_LAST, CHECKPOINTS = "adapter", "adapter-last", "checkpoints"
 TEMPLATE = "template.jinja"
+METRICS, SUMMARY, RECIPE, LOG = "metrics.jsonl", "summary.json", "recipe.yaml", "log.txt"
+COMPLETE = "complete"  # the status of a run that came to its end
+_OUTPUTS = (
+    METRICS, SUMMARY, TEMPLATE, "report.html", "data.html", "data.json", ADAPTER, ADAPTER_LAST, CHECKPOINTS,
+)  # fmt: skip
 VERSIONED = ("qlora-lite", "torch", "transformers", "bitsandbytes", "accelerate", "safetensors", "tokenizers")
 
 
@@ -27,47 +40,199 @@ def package_versions() -> dict[str, str]:
 
 @dataclass(slots=True)
 class RunFolder:
-    """A run's folder and the summary that grows in it."""
+    """A run's folder and the summary that grows in it.
+
+    Args:
+        recipe: of the run.
+        summary: content of ``summary.json``.
+        metrics_bytes: size of ``metrics.jsonl`` as it was last written; what lies behind it is a torn line.
+        waiting: lines of metrics that could not be written yet.
+    """
 
     path: Path
+    recipe: Recipe
     summary: dict = field(default_factory=dict)
+    metrics_bytes: int = 0
+    waiting: list[str] = field(default_factory=list)
 
     def log_metrics(self, values: dict) -> None:
-        """Append one line to ``metrics.jsonl``."""
-        file = self.path / "metrics.jsonl"
-        with explain_write_errors(file), file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(values) + "\n")
+        """Append one line to ``metrics.jsonl``, with null for a value that is not finite.
+
+        A disk that does not take it is no reason to lose a night's training: the line waits for the next.
+        """
+        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+        self.waiting.append(json.dumps(finite) + "\n")
+        try:
+            self.write_metrics()
+        except OutputError as error:
+            if len(self.waiting) == 1:
+                log.warning("%s. Training goes on, and the lines wait until it can be written", error)
+
+    def write_metrics(self) -> None:
+        """Write the lines that wait.
+
+        Raises:
+            OutputError: they cannot be written.
+        """
+        self._make_again()
+        file = self.path / METRICS
+        with explain_write_errors(file), file.open("ab") as stream:
+            stream.truncate(min(self.metrics_bytes, os.fstat(stream.fileno()).st_size))
+            stream.write("".join(self.waiting).encode())
+            stream.flush()
+            self.metrics_bytes = stream.tell()
+        self.waiting.clear()
+
+    def _make_again(self) -> None:
+        """Make the folder again if somebody removed it: what is still to come is worth more than a reproach."""
+        if not self.path.is_dir():
+            with explain_write_errors(self.path):
+                self.path.mkdir(parents=True)
+            write_text(self.path / RECIPE, resolve_to_yaml(self.recipe))
+            log.warning("%s was removed; it is made again, without what was in it", self.path)
+
+    def flush_metrics(self) -> None:
+        """Wait until the metrics written so far would survive a power cut.
+
+        Raises:
+            OutputError: they cannot be written.
+        """
+        with explain_write_errors(self.path / METRICS):
+            flush_to_disk(self.path / METRICS)
 
     def update(self, **values) -> None:
-        """Put values into ``summary.json``."""
+        """Put values into ``summary.json``.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        self._make_again()
         self.summary.update(values)
-        write_text(self.path / "summary.json", json.dumps(self.summary, indent=2) + "\n")
+        write_text(self.path / SUMMARY, json.dumps(self.summary, indent=2) + "\n")
 
 
-def create_run(recipe: Recipe) -> RunFolder:
-    """Make the folder of a new run, with its resolved recipe.
+def new_path(recipe: Recipe) -> Path:
+    """Make the folder of a new run.
 
     Raises:
-        OutputError: the folder cannot be written, or holds something already.
+        OutputError: it cannot be made.
     """
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    name = recipe.output.name or "run"
-    path = Path(recipe.output.dir) if recipe.output.dir else Path("runs") / f"{name}-{stamp}"
+    path = Path(recipe.output.dir) if recipe.output.dir else Path("runs") / f"{_name(recipe)}-{stamp}"
     with explain_write_errors(path):
         path.mkdir(parents=True, exist_ok=True)
-        if any(path.iterdir()):
+    return path
+
+
+def newest_path(recipe: Recipe) -> Path | None:
+    """Return the folder of a recipe's newest run, None if it has none."""
+    if recipe.output.dir:
+        return Path(recipe.output.dir) if Path(recipe.output.dir).is_dir() else None
+    digits = "[0-9]"
+    return max(Path("runs").glob(f"{_name(recipe)}-{digits * 8}-{digits * 6}"), default=None)
+
+
+def _name(recipe: Recipe) -> str:
+    return recipe.output.name or "run"
+
+
+def create_run(path: Path, recipe: Recipe, replace: bool = False) -> RunFolder:
+    """Begin a run in its folder, with its resolved recipe; call it with the folder locked.
+
+    Args:
+        replace: remove what a run that never came to a checkpoint has left in it.
+
+    Raises:
+        OutputError: the folder cannot be written, or holds something else already.
+    """
+    if replace:
+        remove_leftovers(path)
+    with explain_write_errors(path):
+        is_run = replace and (path / RECIPE).is_file()
+        if any(path.iterdir()) and not is_run:
             raise OutputError(f"{path} is not empty; choose another output.dir or remove it")
-    run = RunFolder(path)
-    write_text(path / "recipe.yaml", resolve_to_yaml(recipe))
-    run.update(status="running", name=name, model=recipe.model.path, started=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        for name in _OUTPUTS:
+            output = path / name
+            shutil.rmtree(output) if output.is_dir() else output.unlink(missing_ok=True)
+    run = RunFolder(path, recipe)
+    write_text(path / RECIPE, resolve_to_yaml(recipe))
+    started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    run.update(status="running", name=_name(recipe), model=recipe.model.path, started=started)
     return run
+
+
+def rewind_run(run: RunFolder) -> None:
+    """Go back to where a run was: cut off the metrics of later steps, and write the recipe that it goes on with.
+
+    Args:
+        run: with the summary and the ``metrics_bytes`` of then.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    remove_leftovers(run.path)
+    remove_leftovers(run.path / CHECKPOINTS)
+    file = run.path / METRICS
+    written = file.read_bytes()[: run.metrics_bytes] if file.is_file() else b""
+    whole = written.rfind(b"\n") + 1
+    if whole < run.metrics_bytes:
+        log.warning("%s lacks %d bytes of the steps before; it goes on behind what is there", file,
+                    run.metrics_bytes - whole)  # fmt: skip
+    run.metrics_bytes = whole
+    run.write_metrics()
+    write_text(run.path / RECIPE, resolve_to_yaml(run.recipe))
+
+
+def is_complete(path: Path, recipe: Recipe) -> bool:
+    """Tell whether a recipe's run came to its end, so that there is nothing to go on with.
+
+    Raises:
+        CheckpointError: it did with another recipe, and has no checkpoint to go on from.
+    """
+    try:
+        summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+        is_same = load_recipe(path / RECIPE, check_files=False).recipe_hash == recipe.recipe_hash
+    except (OSError, ValueError, RecipeError):
+        return False
+    if not isinstance(summary, dict) or summary.get("status") != COMPLETE:
+        return False
+    if not is_same and newest_whole(path / CHECKPOINTS)[0] is None:
+        raise CheckpointError(f"{path} is complete and has no checkpoint to go on from; choose another output.dir")
+    return is_same and (path / ADAPTER / "adapter_config.json").is_file()
+
+
+class _LogFile(logging.FileHandler):
+    """A log file whose disk may fail: what could not be logged is not worth a trace on the terminal each time."""
+
+    def handleError(self, _record) -> None:
+        return
+
+
+@contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Append our log to a file as well."""
+    with explain_write_errors(path):
+        handler = _LogFile(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    level = log.level
+    log.addHandler(handler)
+    if not log.isEnabledFor(logging.INFO):  # a caller that has not set up logging still gets the whole log.txt
+        log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        log.removeHandler(handler)
+        with suppress(OSError):
+            handler.close()
 
 
 @dataclass(frozen=True, slots=True)
 class OpenedRun:
     """What another command needs of a run: its recipe, its best adapter, and the tokens that end an answer.
 
-    The recipe's template is the one that the run recorded.
+    The adapter is the best one by evaluation, else the last one, else that of the newest whole checkpoint. The
+    recipe's template is the one that the run recorded.
     """
 
     recipe: Recipe
@@ -82,18 +247,23 @@ def open_run(path: str | Path) -> OpenedRun:
         RecipeError: it is not a run folder, or has no adapter yet.
     """
     folder = Path(path)
-    if not (folder / "recipe.yaml").is_file():
+    if not (folder / RECIPE).is_file():
         raise RecipeError(f"{folder} is not a run folder: it has no recipe.yaml")
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         end_token_ids = tuple(int(token) for token in summary["data"]["end_token_ids"])
     except (OSError, ValueError, KeyError, TypeError):
         raise RecipeError(f"{folder / 'summary.json'} is missing or broken; is this a whole run folder?") from None
-    for name in (ADAPTER, ADAPTER_LAST):
-        if (folder / name / "adapter_config.json").is_file():
-            recipe = load_recipe(folder / "recipe.yaml", check_files=False)
-            if (folder / TEMPLATE).is_file():
-                data = recipe.data.model_copy(update={"template": str(folder / TEMPLATE)})
-                recipe = recipe.model_copy(update={"data": data})
-            return OpenedRun(recipe, folder / name, end_token_ids)
-    raise RecipeError(f"{folder} has no adapter; the run ended before one was saved (see {folder / 'log.txt'})")
+    adapter = next(
+        (f for f in (folder / ADAPTER, folder / ADAPTER_LAST) if (f / "adapter_config.json").is_file()), None
+    )
+    if adapter is None:
+        checkpoint, _ = newest_whole(folder / CHECKPOINTS)
+        adapter = checkpoint and folder_of(folder / CHECKPOINTS, checkpoint.step)
+    if adapter is None:
+        raise RecipeError(f"{folder} has no adapter; the run ended before one was saved (see {folder / LOG})")
+    recipe = load_recipe(folder / RECIPE, check_files=False)
+    if (folder / TEMPLATE).is_file():
+        data = recipe.data.model_copy(update={"template": str(folder / TEMPLATE)})
+        recipe = recipe.model_copy(update={"data": data})
+    return OpenedRun(recipe, adapter, end_token_ids)

@@ -306,6 +306,30 @@ def test_a_signal_ends_the_run_with_130_and_keeps_the_adapter_so_far(finished, t
     assert (tmp_path / "out" / "adapter-last" / "adapter_model.safetensors").exists()
     assert not (tmp_path / "out" / "adapter").exists()
     assert (tmp_path / "out" / "report.html").exists()
+    how = re.search(r"To go on: qlora-lite train (\S+) --resume (\S+)$", err, re.MULTILINE)
+    assert how.groups() == (str(tmp_path / "out" / "recipe.yaml"), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    "spelling", ["--resume {out}", "--resume", "--resume train.save_every_steps=1", "--resume={out}"]
+)
+def test_a_stopped_run_goes_on_with_every_spelling_of_resume(finished, command, tmp_path, spelling):
+    recipe = write_recipe(tmp_path, finished[1].parent / "model", train={"max_hours": 1e-9, "exact_match_rows": 0})
+    code, out, err = command("train", recipe)
+    assert code == 130 and out == "" and "error: stopped by train.max_hours" in err
+    arguments = spelling.format(out=tmp_path / "out").split()
+    code, out, err = command("train", recipe, "train.max_hours=null", *arguments)
+    assert code == 0, err
+    assert "resume: train.max_hours: 1e-09 -> None" in err and "adapter" in out
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["status"] == "complete"
+
+
+def test_resume_names_a_folder_that_is_not_there_and_settings_that_changed(finished, command, tmp_path):
+    code, out, err = command("train", finished[1], "--resume", tmp_path / "none")
+    assert (code, out) == (2, "") and err == f"error: --resume {tmp_path / 'none'}: there is no such run folder\n"
+    folder = shutil.copytree(finished[0], tmp_path / "copy")
+    code, out, err = command("train", finished[1], "lora.rank=2", "train.seed=5", "--resume", folder)
+    assert (code, out) == (2, "") and "\nerror: train.seed: 0 -> 5\n" in err and "--force" in err
 
 
 def test_an_interrupted_run_can_be_used(finished, command, tmp_path):

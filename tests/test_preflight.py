@@ -8,7 +8,7 @@ from tiny_files import byte_tokenizer, write_recipe
 
 from qlora_lite.data_page import render
 from qlora_lite.errors import DataError
-from qlora_lite.preflight import preflight
+from qlora_lite.preflight import first_places, preflight
 from qlora_lite.recipe.load import load_recipe
 
 ALWAYS = {"rows_read", "rows_kept", "dropped", "tokens", "learned_tokens", "packing_efficiency", "problems"}
@@ -79,6 +79,16 @@ def test_bad_rows_within_the_limit_are_warnings_and_counted(look):
     assert (found.report["rows_read"], found.report["rows_kept"]) == (3, 2)
     assert found.report["dropped"] == {"malformed row": 1}
     found.raise_if_unusable()
+
+
+def test_rows_left_out_are_named_in_the_report_and_on_the_page(look):
+    long = pair("long " * 40)
+    found = look([pair("a"), *[long] * 7, pair("b")], max_tokens=64, overflow="drop")
+    assert found.report["ok"] and found.report["dropped"] == {"longer than max_tokens": 7}
+    (named,) = found.report["dropped_at"].values()
+    assert [where.rpartition("/")[2] for where in named] == [f"train.jsonl:{line}" for line in (2, 3, 4, 5, 6)]
+    assert first_places(found.report, "longer than max_tokens") == ", ".join(named) + ", ..."
+    assert f"<td>{', '.join(named)}, ...</td>" in render(found.report, "x")
 
 
 def test_one_bad_row_among_many_is_found_and_named(look):

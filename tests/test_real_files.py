@@ -5,9 +5,13 @@ from pathlib import Path
 import pytest
 from tiny import DEMO_MODEL
 
+from qlora_lite.data.formats import Conversation, read_conversations
+from qlora_lite.data.lines import Problems
+from qlora_lite.data.mask import mark_row, render_row, tokenise
+from qlora_lite.data.template import choose_template
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.recipe.load import load_recipe
-from qlora_lite.rows import build_data
+from qlora_lite.rows import build_data, build_sources
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -38,14 +42,43 @@ def tokenizer():
     return load_tokenizer(DEMO_MODEL)
 
 
+@pytest.fixture
+def recipe_of(tmp_path):
+    def make(name):
+        section = FILES[name][0].replace("{}", str(SHARED / name))
+        (tmp_path / "recipe.yaml").write_text(f"model:\n  path: {DEMO_MODEL}\ndata:\n  {section}\n", encoding="utf-8")
+        return load_recipe(tmp_path / "recipe.yaml")
+
+    return make
+
+
+needs_files = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
+
+
 @pytest.mark.model
-@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
+@needs_files
 @pytest.mark.parametrize("name", FILES)
-def test_a_real_file_trains_with_its_recipe(name, tokenizer, tmp_path):
-    section, rows_read, examples, split = FILES[name]
-    text = f"model:\n  path: {DEMO_MODEL}\ndata:\n  {section.replace('{}', str(SHARED / name))}\n"
-    (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
-    data = build_data(load_recipe(tmp_path / "recipe.yaml"), tokenizer)
+def test_a_real_file_trains_with_its_recipe(name, tokenizer, recipe_of):
+    _, rows_read, examples, split = FILES[name]
+    data = build_data(recipe_of(name), tokenizer)
     assert (data.rows_read, len(data.examples), data.split, data.dropped) == (rows_read, examples, split, {})
     assert data.learned_tokens > data.rows_read
     assert tokenizer.convert_ids_to_tokens(list(data.end_token_ids)) == ["<|im_end|>"]
+
+
+@pytest.mark.model
+@needs_files
+@pytest.mark.parametrize("name", [name for name in FILES if not name.endswith((".txt", ".dev", ".train"))])
+def test_its_rows_are_those_that_rendering_and_tokenising_each_alone_gives(name, tokenizer, recipe_of):
+    recipe = recipe_of(name)
+    (source,), template = build_sources(recipe, "train"), choose_template(tokenizer)
+    for example, row in zip(
+        build_data(recipe, tokenizer).examples, read_conversations(source, Problems()), strict=True
+    ):
+        assert isinstance(row, Conversation)
+        rendered = render_row(row, template, "assistant")
+        (tokens,) = tokenise([rendered.text], tokenizer)
+        learned, _ = mark_row(rendered, tokens, template, True)
+        assert example.token_ids.tolist() == tokens.ids.tolist() and example.learned.tolist() == learned.tolist()
+        assert example.prompt == rendered.text[: rendered.answers[-1][0]]
+        assert (example.answer, example.where) == (rendered.answer, rendered.where)

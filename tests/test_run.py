@@ -66,7 +66,7 @@ def test_a_finished_run_has_every_file(finished):
     folder, _ = finished
     assert {path.name for path in folder.iterdir()} == {
         "recipe.yaml", "metrics.jsonl", "summary.json", "adapter", "adapter-last", "report.html", "log.txt",
-        "data.html", "data.json", "template.jinja",
+        "data.html", "data.json", "template.jinja", "checkpoints",
     }  # fmt: skip
     for name in ("adapter", "adapter-last"):
         assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "chat_template.jinja"} <= {

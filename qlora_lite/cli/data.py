@@ -1,6 +1,7 @@
 """``qlora-lite data``: what a recipe's rows become, and what is wrong with them, before anything is trained."""
 
 import json
+import logging
 from pathlib import Path
 
 import click
@@ -25,6 +26,7 @@ def data(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool, html
     try:
         settings = load_recipe(recipe, overrides)
         prepare(verbose=False)
+        logging.getLogger("qlora_lite.progress").setLevel(logging.INFO)
         from qlora_lite.models.tokenizer import load_tokenizer
         from qlora_lite.preflight import preflight
 
@@ -89,11 +91,16 @@ def _line(label: str, value: str) -> str:
 
 
 def _count_lines(counts: dict) -> list[str]:
+    from qlora_lite.preflight import first_places
+
     dropped = "".join(f", {count:,} dropped ({reason})" for reason, count in counts["dropped"].items())
+    places = {reason: first_places(counts, reason) for reason in counts["dropped"]}
     cut = f", {counts['truncated']:,} cut short" if counts["truncated"] else ""
+    cut += f", {counts['split']:,} split" if counts["split"] else ""
     share = counts["learned_tokens"] / max(1, counts["tokens"])
     return [
         _line("rows", f"{counts['rows_read']:,} read, {counts['rows_kept']:,} kept{dropped}{cut}"),
+        *(_line("dropped", f"{reason}: {where}") for reason, where in places.items() if where),
         _line("tokens", f"{counts['tokens']:,}, of which {counts['learned_tokens']:,} are learned ({share:.1%})"),
     ]
 

@@ -55,15 +55,15 @@ def step_progress() -> Iterator:
 
 class _PlainLines:
     def __init__(self):
-        self.spent, self.shown = 0.0, time.monotonic()
+        self.spent, self.count, self.shown = 0.0, 0, time.monotonic()
 
     def __call__(self, metrics, total: int) -> None:
         now = time.monotonic()
-        self.spent += metrics.seconds
-        if metrics.step > 1 and metrics.step < total and now - self.shown < PLAIN_LINE_SECONDS:
+        self.spent, self.count = self.spent + metrics.seconds, self.count + 1
+        if self.count > 1 and metrics.step < total and now - self.shown < PLAIN_LINE_SECONDS:
             return
         self.shown = now
-        left = self.spent / metrics.step * (total - metrics.step)
+        left = self.spent / self.count * (total - metrics.step)
         left_text = f", {format_seconds(left)} left" if metrics.step < total else ""
         print(f"step {metrics.step}/{total}  {_describe(metrics)}{left_text}", file=sys.stderr, flush=True)
 

@@ -1,9 +1,11 @@
 """``qlora-lite train``: run a recipe and say what came of it."""
 
 import json
+from pathlib import Path
 
 import click
 
+from qlora_lite.errors import CheckpointError
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.units import format_bytes, format_seconds
 
@@ -13,14 +15,23 @@ from .output import prepare, step_progress
 @click.command()
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-def train(recipe: str, overrides: tuple[str, ...]) -> None:
+@click.option(
+    "--resume", is_flag=False, flag_value="", metavar="[RUN]",
+    help="Go on from the newest whole checkpoint of a run folder; without RUN, of the recipe's newest run.",
+)  # fmt: skip
+@click.option("--force", is_flag=True, help="With --resume: go on though settings or rows make another run of it.")
+def train(recipe: str, overrides: tuple[str, ...], resume: str | None, force: bool) -> None:
     """Fine-tune a model as RECIPE says; KEY=VALUE replaces a setting, such as lora.rank=32."""
+    if resume and "=" in resume and not Path(resume).exists():  # the shell cannot tell an override from a RUN
+        overrides, resume = (*overrides, resume), ""
+    if resume and not Path(resume).is_dir():
+        raise CheckpointError(f"--resume {resume}: there is no such run folder")
     settings = load_recipe(recipe, overrides)
     prepare()
     from qlora_lite import run
 
     with step_progress() as progress:
-        folder = run.run_recipe(settings, progress)
+        folder = run.run_recipe(settings, progress, resume, force)
     click.echo(_result(folder, json.loads((folder / "summary.json").read_text(encoding="utf-8"))))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from qlora_lite.data.forms import Form
 from qlora_lite.data.lines import Problems
 from qlora_lite.data.template import Template
 from qlora_lite.errors import DataError
@@ -32,23 +33,36 @@ class Account:
         problems: what is wrong with rows.
         rows_read: rows seen, good or not.
         dropped: reason -> rows left out for it, problems apart.
+        dropped_at: reason -> the places of the first of them.
         truncated: rows cut to max_tokens.
         split: rows cut into parts.
         longest: the longest of the rows that are an error for their length, (tokens, where).
         end_token_ids: the tokens that end answers and documents.
         template: the chat template, once a conversation needed it.
-        shapes: sequence of roles -> what is wrong with it.
+        shapes: sequence of roles -> the form that its rows fill in (None: each is rendered), or what is wrong with it.
     """
 
     problems: Problems = field(default_factory=Problems)
     rows_read: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    dropped_at: dict[str, list[str]] = field(default_factory=dict)
     truncated: int = 0
     split: int = 0
     longest: list[tuple[int, str]] = field(default_factory=list)
     end_token_ids: set[int] = field(default_factory=set)
     template: Template | None = None
-    shapes: dict[tuple, DataError | None] = field(default_factory=dict)
+    shapes: dict[tuple, Form | DataError | None] = field(default_factory=dict)
+
+    def drop(self, reason: str, where: str) -> None:
+        """Count a row that is left out."""
+        self.dropped[reason] += 1
+        self.note_dropped(reason, where)
+
+    def note_dropped(self, reason: str, where: str) -> None:
+        """Note the place of a row that is left out, if it is among the first."""
+        places = self.dropped_at.setdefault(reason, [])
+        if len(places) < SHOWN_ROWS:
+            places.append(where)
 
 
 def note_too_long(account: Account, max_tokens: int) -> None:

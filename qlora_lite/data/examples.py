@@ -25,7 +25,14 @@ from qlora_lite.data.make import make_examples
 from qlora_lite.data.read import Source
 from qlora_lite.data.stored import Examples, ExampleWriter, repeated
 from qlora_lite.data.template import Template
-from qlora_lite.data.token_cache import cache_key, load_set, remove_leftovers, save_set
+from qlora_lite.data.token_cache import (
+    cache_key,
+    load_set,
+    most_bytes,
+    remove_least_used,
+    remove_leftovers,
+    save_set,
+)
 from qlora_lite.errors import DataError, OutputError
 from qlora_lite.files import replacing_folder
 
@@ -33,6 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 log = logging.getLogger("qlora_lite")
+progress = logging.getLogger("qlora_lite.progress")  # of its own, so that a command can show it and nothing else
 TRAIN_ON = ("assistant", "completion", "all", "last")
 OVERFLOW = ("error", "drop", "truncate", "split")
 BAD_SOURCE = "source not usable"
@@ -49,6 +57,7 @@ class Dataset:
         rows_read: rows in the files.
         rows_kept: rows in `examples`; each part of a split row counts.
         dropped: reason -> rows left out for it, malformed ones included.
+        dropped_at: reason -> the places of the first of them.
         truncated: rows cut to max_tokens.
         split: rows cut into several examples.
         tokens: tokens of all examples.
@@ -62,6 +71,7 @@ class Dataset:
     rows_read: int
     rows_kept: int
     dropped: dict[str, int]
+    dropped_at: dict[str, list[str]]
     truncated: int
     split: int
     tokens: int
@@ -121,7 +131,7 @@ def read_examples(
         overflow: for longer rows: "error", "drop", "truncate" (keep the first max_tokens tokens; a row
             that loses all it had to learn is dropped and counted), or "split" (see `split`).
         train_on_end: whether the tokens that end answers and documents are learned.
-        cache: folder of token caches (see `token_cache`); None keeps the tokens in memory and makes them anew.
+        cache: folder of token caches, bounded in size (see `token_cache`); None keeps the tokens in memory.
         max_rows: read only the first good rows of each source; None for all.
 
     Returns:
@@ -139,6 +149,7 @@ def read_examples(
         rows_read=account.rows_read,
         rows_kept=len(examples),
         dropped={reason: count for reason, count in account.dropped.items() if count},
+        dropped_at=account.dropped_at,
         truncated=account.truncated,
         split=account.split,
         tokens=int(examples.lengths.sum()),
@@ -169,12 +180,14 @@ def _cached(job: _Job, cache: Path) -> tuple[Examples, Account]:
         log.info("data: tokens from the cache %s", entry)
         return found
     remove_leftovers(cache)
+    limit_bytes = most_bytes()
     try:
         with replacing_folder(entry) as folder:
             save_set(folder, *_read(job, folder))
     except OutputError as error:
         log.warning("the tokens are not cached: %s", error)
         return _read(job, None)
+    remove_least_used(cache, entry, limit_bytes)
     return load_set(entry, job.tokenizer, job.template) or _read(job, None)
 
 
@@ -194,7 +207,7 @@ def _write(source: Source, job: _Job, account: Account, writer: ExampleWriter) -
         for examples in make_examples(source, job.tokenizer, job.template, job.settings, account):
             writer.add_all(examples)
             if account.rows_read >= next_report:
-                log.info("data: %s rows read", f"{account.rows_read:,}")
+                progress.info("data: %s rows read", f"{account.rows_read:,}")
                 next_report = account.rows_read + _ROWS_PER_REPORT
     except DataError as error:
         _note_bad_source(source, error, account.problems)
@@ -206,6 +219,9 @@ def _write(source: Source, job: _Job, account: Account, writer: ExampleWriter) -
 def _note_problems(examples: Examples, job: _Job, account: Account) -> None:
     """Add what is wrong with the set, and count the rows that problems left out."""
     account.dropped.update({rule: n for rule, n in account.problems.counts.items() if rule != BAD_SOURCE})
+    for problem in account.problems.found:
+        if problem.rule != BAD_SOURCE:
+            account.note_dropped(problem.rule, problem.where)
     note_too_long(account, job.settings.max_tokens)
     if len(examples) == 0 and not account.problems.count:
         left = f"no row is left to train on: {_reasons(account.dropped)}"

@@ -194,6 +194,8 @@ def _pair_of(row: Mapping[str, object], format_name: str) -> tuple[Turn, ...]:
 
 
 def _refuse(holder: Mapping[str, object], keys: Sequence[str]) -> None:
+    if holder.keys().isdisjoint(keys):
+        return
     for key in keys:
         if holder.get(key):
             raise DataError(f"{key!r} is not supported in rows of this format; remove it")

@@ -19,22 +19,14 @@ import numpy as np
 from qlora_lite.data.account import SHOWN_ROWS, TOO_LONG, Account, Settings
 from qlora_lite.data.check import NOTHING_TO_LEARN
 from qlora_lite.data.formats import Conversation, Document, read_conversations
-from qlora_lite.data.mask import (
-    MASK,
-    Row,
-    Tokens,
-    end_places,
-    learned_tokens,
-    render_row,
-    seam_faults,
-    special_ids_of,
-    tokenise,
-)
+from qlora_lite.data.forms import Form, make_form
+from qlora_lite.data.mask import Row, render_row
+from qlora_lite.data.mask_rows import mark_rows
 from qlora_lite.data.read import Source
 from qlora_lite.data.render import CONTROL_TOKEN, check_shape
 from qlora_lite.data.split import only_last_answer, parts, windows
 from qlora_lite.data.stored import Example
-from qlora_lite.data.template import Template, begin_of_text, choose_template
+from qlora_lite.data.template import Template, begin_of_text, choose_template, special_ids_of
 from qlora_lite.errors import DataError
 
 if TYPE_CHECKING:
@@ -47,6 +39,7 @@ _ROWS_PER_CALL = 1000
 _TOKENIZER_IN_USE = Lock()  # a fast tokenizer cannot be called from two threads: each call sets it up anew
 
 _Batch = list[Document] | list[tuple[Conversation, Row]]
+_Encoded = list[list[int]] | tuple[list[Example | DataError], set[int]]  # of documents, of conversations
 _Made = Iterator[tuple[Conversation | Document, Example]]
 
 
@@ -67,11 +60,11 @@ def make_examples(
     """
     first = [tokenizer.bos_token_id] if begin_of_text(tokenizer) else []
     prepared = _prepared(source, tokenizer, template, settings, account)
-    for batch, encoded in _one_ahead(prepared, lambda batch: _encode(batch, tokenizer)):
+    for batch, encoded in _one_ahead(prepared, lambda batch: _encode(batch, tokenizer, settings, account)):
         if isinstance(batch[0], Document):
             made = _documents(batch, encoded, first, tokenizer, settings, account)
         else:
-            made = _conversations(batch, encoded, settings, account)
+            made = _conversations(batch, encoded, account)
         yield list(_fit(made, settings, account))
 
 
@@ -100,7 +93,7 @@ def _prepared(
             yield rendered
 
 
-def _one_ahead(batches: Iterator[_Batch], work: Callable[[_Batch], list]) -> Iterator[tuple[_Batch, list]]:
+def _one_ahead(batches: Iterator[_Batch], work: Callable[[_Batch], _Encoded]) -> Iterator[tuple[_Batch, _Encoded]]:
     """Yield each batch with what `work` makes of it, working on the next one in a thread meanwhile."""
     with ThreadPoolExecutor(1) as pool:
         waiting = None
@@ -113,14 +106,12 @@ def _one_ahead(batches: Iterator[_Batch], work: Callable[[_Batch], list]) -> Ite
             yield waiting[0], waiting[1].result()
 
 
-def _encode(batch: _Batch, tokenizer: PreTrainedTokenizerFast) -> list:
-    """Return the token ids of each document, or the tokens and the fault at a seam of each conversation."""
+def _encode(batch: _Batch, tokenizer: PreTrainedTokenizerFast, settings: Settings, account: Account) -> _Encoded:
+    """Return the token ids of each document, or what becomes of each conversation."""
     with _TOKENIZER_IN_USE:
         if isinstance(batch[0], Document):
             return _encode_plain([document.text for document in batch], tokenizer)
-        rows = [row for _, row in batch]
-        tokens = tokenise([row.text for row in rows], tokenizer)
-        return list(zip(tokens, seam_faults(rows, tokens, tokenizer), strict=True))
+        return mark_rows([row for _, row in batch], account.template, settings.train_on_end)
 
 
 def _encode_plain(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
@@ -182,47 +173,41 @@ def _rendered(conversations: Sequence[Conversation], settings: Settings, account
     rendered = []
     for conversation in conversations:
         try:
-            _check_shape_once(conversation, account.template, account)
-            row = render_row(conversation, account.template, settings.train_on, settings.train_on_end)
+            form = _form(conversation, account.template, account)
+            row = render_row(conversation, account.template, settings.train_on, settings.train_on_end, form)
             rendered.append((conversation, row))
         except DataError as error:
             account.problems.add(conversation.where, error)
     return rendered
 
 
-def _conversations(
-    rendered: list[tuple[Conversation, Row]],
-    encoded: list[tuple[Tokens, str | None]],
-    settings: Settings,
-    account: Account,
-) -> _Made:
-    """Make examples of rendered conversations and mark what is learned."""
-    special_ids = special_ids_of(account.template.tokenizer)
-    for (conversation, row), (tokens, seam_fault) in zip(rendered, encoded, strict=True):
-        try:
-            if seam_fault:
-                raise DataError(seam_fault, MASK)
-            learned = learned_tokens(tokens.starts, tokens.ends, row.learned, row.text)
-            ends = end_places(row, tokens, special_ids)
-        except DataError as error:
-            account.problems.add(row.where, error)
-            continue
-        account.end_token_ids.update(tokens.ids[ends].tolist())
-        learned[ends] &= settings.train_on_end
-        prompt = row.text[: row.answers[-1][0]]
-        yield conversation, Example(tokens.ids, learned, prompt, row.answer, row.where)
-
-
-def _check_shape_once(conversation: Conversation, template: Template, account: Account) -> None:
-    """Check each sequence of roles the first time it comes; rows of a bad one all get its error."""
-    shape = tuple((turn.role, not turn.content, bool(turn.calls)) for turn in conversation.turns)
+def _form(conversation: Conversation, template: Template, account: Account) -> Form | None:
+    """Return the form for this sequence of roles, checked the first time it comes; rows of a bad one get its error."""
+    turns = conversation.turns
+    shape = (*[(turn.role, not turn.content, bool(turn.calls)) for turn in turns], bool(conversation.tools))
     if shape not in account.shapes:
         try:
-            account.shapes[shape] = check_shape(template, conversation)
+            check_shape(template, conversation)
+            account.shapes[shape] = make_form(template, conversation)
         except DataError as error:
             account.shapes[shape] = error
-    if error := account.shapes[shape]:
-        raise error
+    form = account.shapes[shape]
+    if isinstance(form, DataError):
+        raise form
+    return form
+
+
+def _conversations(
+    rendered: list[tuple[Conversation, Row]], marked: tuple[list[Example | DataError], set[int]], account: Account
+) -> _Made:
+    """Yield the examples of rendered conversations, and note what is wrong with the others."""
+    examples, end_token_ids = marked
+    account.end_token_ids.update(end_token_ids)
+    for (conversation, row), example in zip(rendered, examples, strict=True):
+        if isinstance(example, DataError):
+            account.problems.add(row.where, example)
+        else:
+            yield conversation, example
 
 
 def _fit(made: _Made, settings: Settings, account: Account) -> Iterator[Example]:
@@ -231,14 +216,14 @@ def _fit(made: _Made, settings: Settings, account: Account) -> Iterator[Example]
         if len(example.token_ids) <= max_tokens:
             yield example
         elif overflow in ("error", "drop"):
-            account.dropped[TOO_LONG] += 1
+            account.drop(TOO_LONG, row.where)
             if overflow == "error":
                 account.longest = heapq.nlargest(SHOWN_ROWS, [*account.longest, (len(example.token_ids), row.where)])
         elif overflow == "split":
             account.split += 1
             yield from windows(example, max_tokens) if isinstance(row, Document) else _split(row, settings, account)
         elif not example.learned[:max_tokens].any():
-            account.dropped[NOTHING_LEFT] += 1
+            account.drop(NOTHING_LEFT, row.where)
         else:
             account.truncated += 1
             token_ids, learned = example.token_ids[:max_tokens].copy(), example.learned[:max_tokens].copy()
@@ -253,8 +238,10 @@ def _split(conversation: Conversation, settings: Settings, account: Account) -> 
 
     def made_of(part: Conversation, settings: Settings) -> Example | None:
         rendered = _rendered([part], settings, account)
-        encoded = _encode(rendered, account.template.tokenizer) if rendered else []
-        return next((example for _, example in _conversations(rendered, encoded, settings, account)), None)
+        if not rendered:
+            return None
+        marked = _encode(rendered, account.template.tokenizer, settings, account)
+        return next((example for _, example in _conversations(rendered, marked, account)), None)
 
     def length_of(part: Conversation) -> int:
         example = made_of(part, whole)
@@ -262,10 +249,10 @@ def _split(conversation: Conversation, settings: Settings, account: Account) -> 
 
     for part in parts(conversation, length_of, settings.max_tokens):
         if settings.train_on != "all" and not any(t.learned for t in part.turns if t.role == "assistant"):
-            account.dropped[UNLEARNED_PART] += 1
+            account.drop(UNLEARNED_PART, part.where)
             continue
         example = made_of(part, settings)
         if example and len(example.token_ids) <= settings.max_tokens:
             yield example
         elif example:
-            account.dropped[LONG_EXCHANGE] += 1
+            account.drop(LONG_EXCHANGE, part.where)

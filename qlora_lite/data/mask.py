@@ -18,6 +18,7 @@ import numpy as np
 
 from qlora_lite.data.check import NOTHING_TO_LEARN
 from qlora_lite.data.formats import Conversation
+from qlora_lite.data.forms import Form
 from qlora_lite.data.render import END_OF_ANSWER, render
 from qlora_lite.data.template import Template
 from qlora_lite.errors import DataError
@@ -67,7 +68,9 @@ class Tokens:
     ends: np.ndarray
 
 
-def render_row(conversation: Conversation, template: Template, train_on: str, train_on_end: bool = True) -> Row:
+def render_row(
+    conversation: Conversation, template: Template, train_on: str, train_on_end: bool = True, form: Form | None = None
+) -> Row:
     """Render a conversation and choose the characters to learn, end tokens among them.
 
     Args:
@@ -75,6 +78,7 @@ def render_row(conversation: Conversation, template: Template, train_on: str, tr
         template: how to write it.
         train_on: see `examples.read_examples`.
         train_on_end: False if the caller needs every end token's place, to unlearn it.
+        form: of conversations with these roles, to be filled in instead of rendering.
 
     Raises:
         DataError: there is nothing to learn, or the template fails (see `render.render`).
@@ -94,7 +98,10 @@ def render_row(conversation: Conversation, template: Template, train_on: str, tr
     if train_on == "all":
         learned = [] if train_on_end else answers
     needed = sorted({*learned, answers[-1]})
-    rendering = render(template, conversation, needed)
+    if form and form.fits(turns, needed):
+        rendering = form.fill(template, turns, needed)
+    else:
+        rendering = render(template, conversation, needed)
     spans = [(0, len(rendering.text))] if train_on == "all" else [rendering.answers[index] for index in learned]
     found = tuple(rendering.answers[index] for index in needed)
     return Row(rendering.text, tuple(spans), found, turns[-1].content, conversation.where)
@@ -171,42 +178,54 @@ def _shown(text: str, starts: np.ndarray, ends: np.ndarray, tokens: np.ndarray) 
     return repr(text[starts[tokens[0]] : ends[tokens[0]]])
 
 
-def seam_faults(rows: Sequence[Row], tokens: Sequence[Tokens], tokenizer: PreTrainedTokenizerFast) -> list[str | None]:
-    """Say for each row whether the tokens before each answer differ from those of the prompt alone.
-
-    Only the text from the last special token before the answer is tokenised again: tokenizers cut at special
-    tokens first, so nothing before it has an influence. With a chat template that text is the same for all
-    rows.
+def mark_row(row: Row, tokens: Tokens, template: Template, train_on_end: bool) -> tuple[np.ndarray, list[int]]:
+    """Mark what is learned of one row.
 
     Args:
-        rows: the rendered rows.
-        tokens: the tokens of each row.
-        tokenizer: the one that made them.
+        row: the rendered row.
+        tokens: of its text.
+        template: the one that it was rendered with.
+        train_on_end: whether the tokens that end answers are learned.
 
     Returns:
-        What is wrong with each row, or None.
+        bool [T], and the tokens that end its answers.
+
+    Raises:
+        DataError: a token lies across the border of an answer, the tokens before one are not those of the prompt
+            alone, one does not end with a special token, or nothing is learned.
     """
-    special = np.zeros(len(tokenizer), dtype=np.bool_)
-    special[sorted(special_ids_of(tokenizer))] = True
-    seams: list[list[tuple[str, np.ndarray]]] = []
-    for row, row_tokens in zip(rows, tokens, strict=True):
-        of_row = []
-        for first, _ in row.answers:
-            after = int(np.searchsorted(row_tokens.starts, first))
-            specials = np.flatnonzero(special[row_tokens.ids[:after]])
-            begin = int(specials[-1]) if len(specials) else 0
-            tail_start = int(row_tokens.starts[begin]) if after > begin else first
-            of_row.append((row.text[tail_start:first], row_tokens.ids[begin:after]))
-        seams.append(of_row)
-    tails = sorted({tail for of_row in seams for tail, _ in of_row})
-    alone = {tail: t.ids for tail, t in zip(tails, tokenise(tails, tokenizer), strict=True)}
-    return [
-        next(
-            (_SEAM.format(tail=tail[-20:]) for tail, ids in of_row if not np.array_equal(alone[tail], ids)),
-            None,
-        )
-        for of_row in seams
-    ]
+    if fault := seam_fault(row, tokens, template):
+        raise DataError(fault, MASK)
+    learned = learned_tokens(tokens.starts, tokens.ends, row.learned, row.text)
+    ends = end_places(row, tokens, template.special_ids)
+    learned[ends] &= train_on_end
+    return learned, tokens.ids[ends].tolist()
+
+
+def seam_fault(row: Row, tokens: Tokens, template: Template) -> str | None:
+    """Say whether the tokens before an answer differ from those of its prompt alone.
+
+    Only the text from the last special token before the answer is tokenised again: tokenizers cut at special
+    tokens first, so nothing before it has an influence.
+
+    Args:
+        row: the rendered row.
+        tokens: of its text.
+        template: the one that it was rendered with.
+
+    Returns:
+        What is wrong, or None.
+    """
+    special_ids = sorted(template.special_ids)
+    for first, _ in row.answers:
+        after = int(np.searchsorted(tokens.starts, first))
+        specials = np.flatnonzero(np.isin(tokens.ids[:after], special_ids))
+        begin = int(specials[-1]) if len(specials) else 0
+        tail = row.text[int(tokens.starts[begin]) if after > begin else first : first]
+        (alone,) = tokenise([tail], template.tokenizer)
+        if not np.array_equal(alone.ids, tokens.ids[begin:after]):
+            return _SEAM.format(tail=tail[-20:])
+    return None
 
 
 def end_places(row: Row, tokens: Tokens, special_ids: frozenset[int]) -> np.ndarray:
@@ -223,8 +242,3 @@ def end_places(row: Row, tokens: Tokens, special_ids: frozenset[int]) -> np.ndar
             END_OF_ANSWER,
         )
     return places
-
-
-def special_ids_of(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
-    """Return the ids of the tokenizer's special tokens."""
-    return frozenset(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)

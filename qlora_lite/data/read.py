@@ -13,11 +13,13 @@ one document per line.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from qlora_lite.data.columns import read_columns
+from qlora_lite.data.hub import PREFIX, hub_rows
 from qlora_lite.data.json_rows import read_json, read_jsonl
 from qlora_lite.data.lines import Problems, numbered_lines
 from qlora_lite.data.opening import find_files, open_bytes, reader_of
@@ -36,6 +38,7 @@ class Source:
         weight: how often each row is used per epoch, above 0; 2 means twice, 0.5 every second row.
         prompt: with `completion`, a template such as "Q: {question}" over the row's columns.
         completion: the template of the answer.
+        streaming: read a hub data set over the network, row by row, instead of downloading it first.
     """
 
     path: str
@@ -43,6 +46,7 @@ class Source:
     weight: float = 1.0
     prompt: str | None = None
     completion: str | None = None
+    streaming: bool = False
 
 
 def read_rows(source: Source, problems: Problems | None = None) -> Iterator[tuple[str, dict]]:
@@ -59,10 +63,10 @@ def read_rows(source: Source, problems: Problems | None = None) -> Iterator[tupl
         DataError: a file is missing, not readable or has no rows; without `problems`, also any malformed row.
     """
     found = problems if problems is not None else Problems()
-    for path in find_files(source.path):
+    for path, read in _parts(source, found):
         rows_before, problems_before = 0, found.count
         try:
-            for where, row in _read_file(path, found):
+            for where, row in read():
                 rows_before += 1
                 yield where, row
         except OSError as error:
@@ -71,6 +75,13 @@ def read_rows(source: Source, problems: Problems | None = None) -> Iterator[tupl
             raise DataError(f"{path}: the file has no rows")
     if problems is None:
         found.raise_if_any()
+
+
+def _parts(source: Source, problems: Problems) -> list[tuple[str | Path, Callable[[], Iterator[tuple[str, dict]]]]]:
+    """Return the parts of a source, each with what reads it."""
+    if source.streaming and source.path.startswith(PREFIX):
+        return [(source.path, partial(hub_rows, source.path))]
+    return [(path, partial(_read_file, path, problems)) for path in find_files(source.path)]
 
 
 def _read_file(path: Path, problems: Problems) -> Iterator[tuple[str, dict]]:

@@ -26,7 +26,7 @@ from qlora_lite.errors import DataError
 CONTROL_TOKEN = "control token in text"
 TEMPLATE = "template does not fit"
 END_OF_ANSWER = "answer without an end token"
-_GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,8 @@ def render_prompt(template: Template, turns: Sequence[Turn]) -> str:
     Raises:
         DataError: the template fails on these turns, or one of them holds a control token as text.
     """
-    _check_no_control_tokens(template, turns)
-    return _render(template, turns, add_generation_prompt=True)
+    check_no_control_tokens(template, turns)
+    return render_turns(template, turns, add_generation_prompt=True)
 
 
 def render(template: Template, conversation: Conversation, answers: Iterable[int]) -> Rendering:
@@ -72,9 +72,9 @@ def render(template: Template, conversation: Conversation, answers: Iterable[int
         DataError: the template fails, drops a turn, has no prefixes, or never writes an end token.
     """
     turns = conversation.turns
-    _check_no_control_tokens(template, turns, conversation.tools)
-    text = _render(template, turns, False, conversation.tools)
-    if _GENERATION_BLOCK.search(template.source):
+    check_no_control_tokens(template, turns, conversation.tools)
+    text = render_turns(template, turns, False, conversation.tools)
+    if GENERATION_BLOCK.search(template.source):
         spans = _block_spans(template, conversation, text)
         found = {index: spans[index] for index in answers}
     else:
@@ -106,10 +106,23 @@ def check_shape(template: Template, conversation: Conversation) -> None:
         replace(turn, content=f"qzx{index}xzq") if turn.content else turn
         for index, turn in enumerate(conversation.turns)
     ]
-    _check_nothing_dropped(turns, _render(template, turns, False, conversation.tools), {})
+    _check_nothing_dropped(turns, render_turns(template, turns, False, conversation.tools), {})
 
 
-def _render(template: Template, turns: Sequence[Turn], add_generation_prompt: bool, tools: Sequence[dict] = ()) -> str:
+def render_turns(
+    template: Template, turns: Sequence[Turn], add_generation_prompt: bool, tools: Sequence[dict] = ()
+) -> str:
+    """Write turns as transformers does, with nothing checked.
+
+    Args:
+        template: how to write.
+        turns: at least one.
+        add_generation_prompt: whether to write what stands before an answer that is asked for.
+        tools: definitions of the row's tools.
+
+    Raises:
+        DataError: the template fails on them.
+    """
     from jinja2 import TemplateError
 
     try:
@@ -126,10 +139,17 @@ def _render(template: Template, turns: Sequence[Turn], add_generation_prompt: bo
     return template.begin + text
 
 
-def _check_no_control_tokens(template: Template, turns: Sequence[Turn], tools: Sequence[dict] = ()) -> None:
-    written = {f"turn {number}": (turn.content, *turn.calls) for number, turn in enumerate(turns, start=1)}
-    for place, parts in (written | {"the definition of a tool": tools}).items():
-        if control := template.special.search("\n".join(map(_plain, parts))):
+def check_no_control_tokens(template: Template, turns: Sequence[Turn], tools: Sequence[dict] = ()) -> None:
+    """Check that no turn and no tool holds text that the tokenizer reads as a special token.
+
+    Raises:
+        DataError: one does.
+    """
+    texts = [turn.content if not turn.calls else "\n".join((turn.content, *map(_json, turn.calls))) for turn in turns]
+    texts += map(_json, tools)
+    for number, text in enumerate(texts, start=1):
+        if control := template.special.search(text):
+            place = f"turn {number}" if number <= len(turns) else "the definition of a tool"
             raise DataError(
                 f"{place} holds the text {control.group()!r}, which this tokenizer reads as a control "
                 "token; write it differently (the template itself adds such tokens)",
@@ -137,16 +157,16 @@ def _check_no_control_tokens(template: Template, turns: Sequence[Turn], tools: S
             )
 
 
-def _plain(part: object) -> str:
-    return part if isinstance(part, str) else json.dumps(part, ensure_ascii=False)
+def _json(part: dict) -> str:
+    return json.dumps(part, ensure_ascii=False)
 
 
 def _prefix_span(template: Template, conversation: Conversation, index: int, text: str) -> tuple[int, int]:
     """Find an answer as what follows the rendering of all before it, with the generation prompt."""
     turns, tools = conversation.turns, conversation.tools
-    prompt = _render(template, turns[:index], True, tools)
+    prompt = render_turns(template, turns[:index], True, tools)
     is_last = index == len(turns) - 1
-    upto = text if is_last else _render(template, turns[: index + 1], False, tools)
+    upto = text if is_last else render_turns(template, turns[: index + 1], False, tools)
     end = _end_of_answer(template, upto, len(prompt)) if upto.startswith(prompt) else 0
     if end == 0 or not text.startswith(upto[:end]):
         raise DataError(

@@ -14,6 +14,7 @@ Shapes: R rows stored; N examples, which name their row in `order`: a weight rep
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -95,6 +96,13 @@ class Examples:
         """Return the learned tokens of each example: int64 [N]."""
         starts = self.rows[:-1, 0]
         return np.add.reduceat(self.learned, starts, dtype=np.int64)[self.order] if len(starts) else self.order
+
+    def digest(self) -> str:
+        """Return a SHA-256 over tokens, mask and texts of all examples in order, wherever they come from."""
+        result = hashlib.sha256()
+        for array in (self.order, self.rows[:, :3], self.token_ids, self.learned, self.text):
+            result.update(np.ascontiguousarray(array))
+        return result.hexdigest()
 
     def joined(self) -> tuple[np.ndarray, np.ndarray]:
         """Return token_ids and learned of all examples, end to end; a view where they lie so already."""

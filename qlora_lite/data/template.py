@@ -10,11 +10,14 @@ when the tokenizer puts it before ordinary text.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
+from qlora_lite.data.pieces import can_be_cut, lengths_of_tokens
 from qlora_lite.data.probe import probe
 from qlora_lite.errors import DataError
 
@@ -33,6 +36,9 @@ class Template:
         begin: text written before every rendering: begin-of-text, or "".
         special: matches any special token of the tokenizer.
         ending: matches the special tokens and white space that end a text; group 1 is the first token.
+        cut: `special` where a text may be cut before each match and tokenised piece by piece (see `pieces`), else None.
+        special_ids: the ids of the special tokens.
+        token_lengths: see `pieces.lengths_of_tokens`.
     """
 
     name: str
@@ -41,6 +47,9 @@ class Template:
     begin: str
     special: re.Pattern[str]
     ending: re.Pattern[str]
+    cut: re.Pattern[str] | None
+    special_ids: frozenset[int]
+    token_lengths: np.ndarray | None = field(compare=False)
 
 
 def choose_template(tokenizer: PreTrainedTokenizerFast, name: str | None = None) -> Template:
@@ -96,9 +105,11 @@ def _template(name: str, source: str, tokenizer: PreTrainedTokenizerFast, begin:
     if source not in NAMED_TEMPLATES.values():
         probe(name, source, tokenizer.special_tokens_map)
     special = _any_of({token.content for token in tokenizer.added_tokens_decoder.values() if token.special})
-    special = special or r"(?!)"
-    ending = rf"({special})(?:\s|{special})*\Z"
-    return Template(name, source, tokenizer, begin, re.compile(special), re.compile(ending))
+    special = re.compile(special or r"(?!)")
+    ending = re.compile(rf"({special.pattern})(?:\s|{special.pattern})*\Z")
+    cut = special if can_be_cut(tokenizer) else None
+    lengths = lengths_of_tokens(tokenizer)
+    return Template(name, source, tokenizer, begin, special, ending, cut, special_ids_of(tokenizer), lengths)
 
 
 def _any_of(words: set[str]) -> str:
@@ -112,6 +123,11 @@ def _any_of(words: set[str]) -> str:
         after.setdefault(word[0], set()).add(word[1:])
     branches = "|".join(re.escape(letter) + _any_of(rest) for letter, rest in sorted(after.items()))
     return f"(?:{branches}){'?' if '' in words else ''}" if branches else ""
+
+
+def special_ids_of(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    """Return the ids of the tokenizer's special tokens."""
+    return frozenset(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
 
 
 def begin_of_text(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -7,16 +7,25 @@ misses what they read and changes where nothing did.) Paths are in the key becau
 
 An entry is a folder that is moved into place when it is whole and flushed to disk; `set.json`, in it, names the sizes
 of the others. Problems are kept too: a set that is refused is refused again at once.
+
+All entries together take at most MOST_BYTES, or $QLORA_LITE_TOKEN_CACHE_GIB: after a new one is made, those that were
+not used for longest are removed until they do. The new one stays, whatever its size, and a run that has a removed one
+open keeps its tokens: its files are mapped, and live on until the run ends. The time of use is that of `set.json`,
+touched at each use, since many disks do not note when a file was read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
+import os
 import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, astuple
 from functools import cache
 from importlib.metadata import version
@@ -33,10 +42,14 @@ from qlora_lite.data.stored import Examples, load_arrays, sizes
 from qlora_lite.data.template import choose_template
 from qlora_lite.errors import DataError
 from qlora_lite.files import content_digest, sha256, write_text
+from qlora_lite.units import format_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+log = logging.getLogger("qlora_lite")
+MOST_BYTES = 20 << 30  # some thirty million short rows
+_MOST_GIB = "QLORA_LITE_TOKEN_CACHE_GIB"
 _SET = "set.json"
 _ORDER = "order.npy"
 _LEFTOVER_SECONDS = 24 * 3600
@@ -92,8 +105,8 @@ def save_set(folder: Path, examples: Examples, account: Account) -> None:
     content = {
         "sizes": sizes(folder),
         "files": examples.files,
-        "rows_read": account.rows_read, "dropped": account.dropped, "truncated": account.truncated,
-        "split": account.split, "end_token_ids": sorted(account.end_token_ids),
+        "rows_read": account.rows_read, "dropped": account.dropped, "dropped_at": account.dropped_at,
+        "truncated": account.truncated, "split": account.split, "end_token_ids": sorted(account.end_token_ids),
         "has_template": account.template is not None,
         "problems": [asdict(problem) for problem in account.problems.found],
         "problem_counts": account.problems.counts, "fatal": account.problems.fatal,
@@ -102,7 +115,7 @@ def save_set(folder: Path, examples: Examples, account: Account) -> None:
 
 
 def load_set(folder: Path, tokenizer: PreTrainedTokenizerFast, template: str | None) -> tuple[Examples, Account] | None:
-    """Map a set that `save_set` finished; None if there is none, or it is damaged.
+    """Map a set that `save_set` finished, and note its use; None if there is none, or it is damaged.
 
     Args:
         folder: the cache entry.
@@ -118,12 +131,15 @@ def load_set(folder: Path, tokenizer: PreTrainedTokenizerFast, template: str | N
         found = [RowProblem(**problem) for problem in content["problems"]]
         problems = Problems(found, Counter(content["problem_counts"]), content["fatal"])
         account = Account(
-            problems, content["rows_read"], Counter(content["dropped"]), content["truncated"], content["split"],
+            problems, content["rows_read"], Counter(content["dropped"]), content["dropped_at"],
+            content["truncated"], content["split"],
             end_token_ids=set(content["end_token_ids"]),
             template=choose_template(tokenizer, template) if content["has_template"] else None,
         )  # fmt: skip
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None
+    with suppress(OSError):  # a cache that cannot be written can still be read
+        os.utime(folder / _SET)
     return examples, account
 
 
@@ -136,3 +152,55 @@ def remove_leftovers(cache: Path) -> None:
         times = [path.stat().st_mtime for path in (folder, *folder.glob("*")) if path.exists()]
         if time.time() - max(times, default=time.time()) > _LEFTOVER_SECONDS:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def most_bytes() -> int:
+    """Return how many bytes all entries may take together.
+
+    Raises:
+        DataError: the environment variable that says so holds no such number.
+    """
+    given = os.environ.get(_MOST_GIB)
+    if not given:
+        return MOST_BYTES
+    try:
+        gib = float(given)
+    except ValueError:
+        gib = math.nan
+    if not 0 <= gib < math.inf:
+        raise DataError(f"${_MOST_GIB} is {given!r}; set it to a number of GiB, 0 or more, or unset it")
+    return int(gib * 2**30)
+
+
+def remove_least_used(cache: Path, newest: Path, most_bytes: int) -> None:
+    """Remove the entries that were not used for longest until all take at most `most_bytes`.
+
+    Args:
+        cache: the folder of the entries.
+        newest: the entry that stays in any case.
+        most_bytes: bytes of all entries.
+    """
+    entries = [entry for entry in cache.glob("[!.]*") if entry.is_dir() and entry != newest]
+    room = most_bytes - _bytes_of(newest)
+    for entry in sorted(entries, key=_last_use, reverse=True):
+        size_bytes = _bytes_of(entry)
+        room -= size_bytes
+        if room < 0:
+            log.info("data: removed cached tokens %s, %s", entry, format_bytes(size_bytes))
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _last_use(entry: Path) -> float:
+    return _stat(entry / _SET, "st_mtime")  # 0 for what was left when the removal of an entry was cut short
+
+
+def _bytes_of(entry: Path) -> int:
+    return int(sum(_stat(file, "st_size") for file in entry.glob("*")))
+
+
+def _stat(path: Path, field: str) -> float:
+    """Return a field of a file's status; 0 if another process has just removed it."""
+    try:
+        return getattr(path.stat(), field)
+    except OSError:
+        return 0

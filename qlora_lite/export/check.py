@@ -19,6 +19,7 @@ from torch import nn
 from qlora_lite.errors import ModelError
 from qlora_lite.lora.adapter import attach_adapter, detach_adapter
 from qlora_lite.lora.read import Adapter
+from qlora_lite.models.anatomy import device_of
 
 SEQUENCES, TOKENS = 2, 24
 EXACT = 1e-3  # of an adapter file: rounding in float32 gives 1e-6, a scale wrong by 1 % gives 1e-2
@@ -37,7 +38,7 @@ def logits_of(model: nn.Module) -> torch.Tensor:
     """Return a model's float32 logits for fixed random tokens."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (SEQUENCES, TOKENS), generator=torch.Generator().manual_seed(0))
-    return model.eval()(input_ids=ids.to(model.device), use_cache=False).logits.flatten(0, 1).float().cpu()
+    return model.eval()(input_ids=ids.to(device_of(model)), use_cache=False).logits.flatten(0, 1).float().cpu()
 
 
 def change_of(model: nn.Module, adapter: Adapter) -> Change:

@@ -17,7 +17,7 @@ CUDA_SEGMENT_BYTES = 2 * 20 * MIB  # partly used segments of both pools (c10/cud
 CUDA_FRAGMENTATION_SHARE = 0.04  # of what comes and goes within a step
 HOST_PROCESS_BYTES = 1536 * MIB  # Python, torch with its CUDA libraries, pinned buffers; not yet checked beside a card
 CPU_KERNELS_BYTES = 58 * MIB  # compiled oneDNN kernels, thread stacks and buffers, kept after the first step
-CPU_LOGITS_SHARE = 0.5  # of the largest logits: scratch of the head's products, and pages that malloc keeps
+CPU_LOGITS_SHARE = 0.75  # of the largest logits: scratch of the head's products, and pages that malloc keeps
 
 
 class Overhead(NamedTuple):

@@ -24,7 +24,7 @@ from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.nf4 import Packed
 
 from .cache import cache_entry
-from .locate import ModelFiles, check_gguf, locate, read_json
+from .locate import ModelFiles, locate, read_json
 from .quantizer import QuantizeConfig, quantize_in_place, register
 from .save import save_quantized
 
@@ -99,7 +99,6 @@ def _load_quantized(files, quant, double_quant, dtype, device, use_cache):
     if entry is not None and entry.exists() and _is_whole(entry):
         return _load_prequantized(entry, dtype, device)
     if files.gguf_file:
-        check_gguf(files.weights[0])
         model = _from_pretrained(files, dtype, "cpu")
         quantize_in_place(model, quant, double_quant)
         model.to(device)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from qlora_lite.errors import ModelError
 
+from .gguf_header import end_of_tensors
+
 INDEX_NAME = "model.safetensors.index.json"
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 HUB_DOUBLES = ["consolidated*", "original/*"]  # the same weights again, in other layouts
@@ -45,7 +47,7 @@ def locate(path: str, revision: str | None = None) -> ModelFiles:
     if local.suffix == ".gguf":
         if not local.is_file():
             raise ModelError(f"no file {local}; check model.path")
-        return ModelFiles(path, local.parent, (local,))
+        return ModelFiles(path, local.parent, (check_gguf(local),))
     folder = local if local.is_dir() else _download(path, revision)
     return ModelFiles(path, folder, _check_folder(folder))
 
@@ -131,25 +133,24 @@ def _check_safetensors(path: Path) -> Path:
         try:
             header = json.loads(file.read(length))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            end = max(ends, default=0)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             raise cut from None
-    if size != 8 + length + max(ends, default=0):
+    if size != 8 + length + end:
         raise cut
     return path
 
 
-def check_gguf(path: Path) -> None:
-    """Compare the file's size with the tensors that its header announces (seconds, for a large vocabulary).
+def check_gguf(path: Path) -> Path:
+    """Compare the file's size with the tensors that its header announces; return the path.
 
     Raises:
         ModelError: the file is cut short or not GGUF.
     """
-    from gguf import GGUFReader
-
     try:
-        reader = GGUFReader(path)
-        end = max(int(tensor.data_offset + tensor.n_bytes) for tensor in reader.tensors)
-    except (ValueError, IndexError, KeyError, OSError, OverflowError, MemoryError) as error:
+        end = end_of_tensors(path)
+    except (ValueError, OSError) as error:
         raise ModelError(f"{path} is cut short or not a GGUF file ({error}); download it again") from None
     if path.stat().st_size < end:
         raise ModelError(f"{path} is cut short: {path.stat().st_size} bytes of {end}; download it again")
+    return path

@@ -84,6 +84,12 @@ _RENAMED = {
         "eval_interval",
     "train.save_every_steps":
         "save_steps saves_per_epoch save_strategy save_every save_interval",
+    "train.keep_checkpoints":
+        "save_total_limit keep_last_n max_checkpoints",
+    "train.max_hours":
+        "max_time max_train_time time_limit",
+    "train.on_not_finite":
+        "skip_nan_steps nan_policy",
     "train.trackers":
         "report_to wandb_project wandb_entity use_wandb logger logger_name log_with wandb_name "
         "mlflow_experiment_name use_tensorboard",
@@ -117,6 +123,8 @@ _ADVICE = {
     "group_by_length": "remove it; nothing is ever padded, so rows need no sorting by length",
     "logging_steps": "remove it; every step is written to metrics.jsonl",
     "overwrite_output_dir": "remove it; a run folder is never overwritten",
+    "resume_from_checkpoint": "remove it; `qlora-lite train RECIPE --resume` goes on from the newest checkpoint",
+    "auto_resume_from_checkpoints": "remove it; `qlora-lite train RECIPE --resume` goes on from the newest checkpoint",
     "trust_remote_code": "remove it; code from a model's repository is never run",
     "lora_on_cpu": "remove it; set model.device",
     "special_tokens": "remove it; the model's tokenizer is used as it is",

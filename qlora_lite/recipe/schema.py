@@ -216,10 +216,24 @@ class Train(_Section):
     """Share of a weight removed per step, times the learning rate."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seed of the factors, the order of rows and dropout."""
+    deterministic: bool = False
+    """On a card, use only operations that give the same bits each time, so that a resumed run equals an uninterrupted
+    one bit for bit; slower. On a CPU it does so anyway."""
     eval_every_steps: Count = 0
     """Steps between evaluations; 0 evaluates only before and after."""
     save_every_steps: Count = 0
-    """Steps between saved adapters; 0 saves only at the end."""
+    """Steps between checkpoints, from which train --resume goes on; 0 leaves it to train.save_every_minutes."""
+    save_every_minutes: NonNegativeFloat = 10.0
+    """Minutes between checkpoints; 0 turns it off. One is always written when a run is stopped and after its last
+    step."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints that are kept; each also holds the factors that were best so far."""
+    max_hours: PositiveFloat | None = None
+    """Hours after which training saves a checkpoint and stops, to go on with train --resume; null has no limit."""
+    on_not_finite: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient that is not finite does: end the run, or leave the weights as they are for this step."""
+    max_skipped_steps: PositiveInt = 10
+    """Steps that may be skipped with train.on_not_finite skip; one more ends the run."""
     exact_match_rows: Count = 0
     """Evaluation rows answered by greedy generation before and after, to count exact matches."""
     trackers: Annotated[

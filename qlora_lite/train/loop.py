@@ -4,15 +4,18 @@
         print(metrics.step, metrics.loss)
 
 Evaluating, saving and printing stay with the caller, so that the loop has no callbacks to learn.
-The order of the data is a pure function of the seed and the epoch.
+The order of the data is a pure function of the seed and the epoch, so ``epoch`` and ``epoch_step`` are the place in
+it. Between steps a trainer's state can be taken out and put back (``train.state``).
 """
 
+import logging
 import math
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count, islice
+from itertools import islice
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -27,13 +30,17 @@ from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.levers import set_levers
 
 from .epochs import Epochs
+from .generators import generator_states, restore_generators
 from .guards import check_adapters_took_part, check_forward, check_trainable, explain_not_finite
 from .optim import build_optimizer
+from .out_of_memory import cut, first_line, free_cached_memory, is_out_of_memory, lower_limit
 from .rehearsal import rehearse_step
 from .schedule import lr_factor
 from .settings import TrainSettings
 from .step import Evaluation, evaluate_loss, prepare, train_step
 
+log = logging.getLogger("qlora_lite")
+T = TypeVar("T")
 CHECKED_TILE_TOKENS = 5
 
 
@@ -79,7 +86,10 @@ class Trainer:
             self.parameters, settings.optimizer, settings.learning_rate, settings.weight_decay
         )
         self.total_steps = self.epochs.total_steps()
-        self.step = 0
+        self.step = self.skipped = 0
+        self.epoch = self.epoch_step = 0  # the next step's: its epoch, and the steps before it in that epoch
+        self.optimizer_bytes = 0  # of its states, known after a rehearsal
+        self.most_tokens: int | None = None  # at once through the model, since memory ran out with more
         check_trainable(model, sum(parameter.numel() for parameter in self.parameters))
         tiny_tiles = settings.levers.tile_tokens and CHECKED_TILE_TOKENS  # so that the check's few tokens are cut
         set_levers(model, replace(settings.levers, tile_tokens=tiny_tiles))
@@ -95,7 +105,7 @@ class Trainer:
             TrainingError: a factor is not what it was.
         """
         s, device = self.settings, device_of(self.model)
-        largest, evaluation = largest_batches(self.examples, eval_examples, s)
+        largest, evaluation = largest_batches(self.examples, eval_examples, s, self.most_tokens)
         optimizer = build_optimizer(self.parameters, s.optimizer, 0.0, 0.0)
         before, was_training = [torch.hash_tensor(p.detach()) for p in self.parameters], self.model.training
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -104,37 +114,51 @@ class Trainer:
                 evaluation and prepare(evaluation, device), s.max_grad_norm, s.levers.loss_chunk_tokens,
                 s.gradient_accumulation_steps > 1,
             )  # fmt: skip
+        self.optimizer_bytes = sum(
+            value.nbytes for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
+        )  # fmt: skip
         self.model.train(was_training)
         if any(torch.hash_tensor(p.detach()) != h for p, h in zip(self.parameters, before, strict=True)):
             raise TrainingError("the rehearsal before training changed a LoRA factor; please report this")
 
-    def _batches(self) -> Iterator[list[Batch]]:
-        s = self.settings
-        while self.stream is not None:
-            micro_batches = stream_batches(self.stream, s.max_tokens, s.packing, s.micro_batch_size)
-            while step := list(islice(micro_batches, s.gradient_accumulation_steps)):
-                yield [collate(rows) for rows in step]
-        for epoch in count():
-            for step in self.epochs.steps(epoch):
-                yield [collate([self.examples[row] for row in rows]) for rows in step]
-
     def __iter__(self) -> Iterator[StepMetrics]:
         self.model.train()
-        for batches in self._batches():
+        for micro_batches in self._steps():
             if self.step == self.total_steps:
                 return
-            yield self._train(batches)
+            self.epoch_step += 1
+            yield self._train(micro_batches)
 
-    def _train(self, batches: list[Batch]) -> StepMetrics:
+    def _steps(self) -> Iterator[list[list[Example]]]:
+        """Yield the rows of each micro-batch of each step, from the present place in the data on."""
+        while True:
+            yield from islice(self._steps_of_epoch(), self.epoch_step, None)
+            self.epoch, self.epoch_step = self.epoch + 1, 0
+
+    def _steps_of_epoch(self) -> Iterator[list[list[Example]]]:
+        if self.stream is None:
+            for step in self.epochs.steps(self.epoch):
+                yield [[self.examples[row] for row in rows] for rows in step]
+            return
+        s = self.settings
+        micro_batches = stream_batches(self.stream, s.max_tokens, s.packing, s.micro_batch_size)
+        while step := list(islice(micro_batches, s.gradient_accumulation_steps)):
+            yield step
+
+    def _train(self, micro_batches: list[list[Example]]) -> StepMetrics:
         started, s = time.perf_counter(), self.settings
         self.step += 1
         rate = s.learning_rate * lr_factor(self.step, self.total_steps, s.lr_scheduler, s.warmup_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        result = train_step(self.model, batches, self.optimizer, s.max_grad_norm, s.levers.loss_chunk_tokens)
+        chunk = s.levers.loss_chunk_tokens
+        result = self._within_memory(
+            micro_batches,
+            lambda batches: train_step(self.model, list(batches), self.optimizer, s.max_grad_norm, chunk),
+        )
         if not math.isfinite(result.loss + result.grad_norm):
-            raise explain_not_finite(self.model, batches, self.step)
-        if self.step == 1:
+            self._skip_or_stop(micro_batches)
+        elif self.step - self.skipped == 1:
             check_adapters_took_part(self.model)
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
@@ -143,22 +167,71 @@ class Trainer:
             result.tokens / seconds, self.meter.peak_bytes(), seconds,
         )  # fmt: skip
 
+    def _within_memory(self, groups: Sequence[Sequence[Example]], compute: Callable[[Iterator[Batch]], T]) -> T:
+        """Return what ``compute`` makes of the batches; where memory runs out, do it again with smaller ones.
+
+        Raises:
+            DoesNotFitError: one row alone is too large.
+        """
+        device = device_of(self.model)
+        random_states = generator_states(device)
+        while True:
+            parts = cut(groups, self.most_tokens)
+            try:
+                return compute(collate(rows) for rows in parts)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = first_line(error)  # and not the error, whose trace holds the tensors of the attempt
+            self.optimizer.zero_grad(set_to_none=True)
+            free_cached_memory(device)
+            restore_generators(random_states, device)
+            self.most_tokens = lower_limit(parts, reason)
+            log.warning("step %d: memory ran out (%s); from now on at most %d tokens go through the model at once, "
+                        "with the same rows per step", self.step, reason, self.most_tokens)  # fmt: skip
+
+    def _skip_or_stop(self, micro_batches: list[list[Example]]) -> None:
+        """Count a step that was not finite, and end the run if it may not be left out."""
+        batches = [collate(rows) for rows in cut(micro_batches, self.most_tokens)]
+        error = explain_not_finite(self.model, batches, self.step)
+        if self.settings.on_not_finite == "stop":
+            raise error
+        if self.skipped == self.settings.max_skipped_steps:
+            raise TrainingError(f"{error}; {self.skipped} steps were skipped before, train.max_skipped_steps")
+        self.skipped += 1
+        log.warning("%s; this step is skipped", error)
+
     def evaluate(self, examples: Sequence[Example]) -> Evaluation:
         """Return the loss over other examples, in batches of the training shape, with dropout off."""
-        return evaluate_loss(self.model, eval_batches(examples, self.settings), self.settings.levers.loss_chunk_tokens)
+        chunk = self.settings.levers.loss_chunk_tokens
+        return self._within_memory(
+            list(_eval_rows(examples, self.settings)), lambda batches: evaluate_loss(self.model, batches, chunk)
+        )
+
+
+def _eval_rows(examples: Sequence[Example], settings: TrainSettings) -> Iterator[Sequence[Example]]:
+    """Yield the rows of each evaluation batch: slices, which copy nothing, because the rows keep their order."""
+    for rows in plan_epoch(row_lengths(examples), settings.max_tokens, True, 1, "as-is", settings.seed, 0):
+        yield examples[rows[0] : rows[-1] + 1]
 
 
 def eval_batches(examples: Sequence[Example], settings: TrainSettings) -> Iterator[Batch]:
     """Lay evaluation rows end to end up to ``max_tokens`` per batch, in their own order."""
-    lengths = row_lengths(examples)
-    for rows in plan_epoch(lengths, settings.max_tokens, True, 1, "as-is", settings.seed, 0):
-        yield collate([examples[row] for row in rows])
+    return map(collate, _eval_rows(examples, settings))
 
 
 def largest_batches(
-    examples: Sequence[Example], eval_examples: Sequence[Example], settings: TrainSettings
+    examples: Sequence[Example], eval_examples: Sequence[Example], settings: TrainSettings,
+    most_tokens: int | None = None,
 ) -> tuple[Batch, Batch | None]:  # fmt: skip
-    """Return the micro-batch and the evaluation batch with the most tokens; None without evaluation rows."""
+    """Return the micro-batch and the evaluation batch with the most tokens; None without evaluation rows.
+
+    Args:
+        most_tokens: see ``out_of_memory.cut``.
+    """
     rows = Epochs(row_lengths(examples), settings).largest()
-    evaluation = max(eval_batches(eval_examples, settings), key=lambda b: sum(b.row_lengths), default=None)
-    return collate([examples[row] for row in rows]), evaluation
+    largest = cut([[examples[row] for row in rows]], most_tokens)
+    evaluation = cut(_eval_rows(eval_examples, settings), most_tokens)
+    batches = (max(map(collate, parts), key=lambda b: sum(b.row_lengths), default=None)
+               for parts in (largest, evaluation))  # fmt: skip
+    return tuple(batches)

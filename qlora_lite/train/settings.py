@@ -27,3 +27,5 @@ class TrainSettings:
     packing: bool
     order: str
     levers: Levers = field(default_factory=Levers)
+    on_not_finite: str = "stop"
+    max_skipped_steps: int = 0

@@ -20,6 +20,7 @@ from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, chunked_cross_entropy
 from qlora_lite.ops.shapes import kernel_rows
 
 from .optim import clip_gradients
+from .out_of_memory import in_the_update
 
 
 class StepResult(NamedTuple):
@@ -138,13 +139,16 @@ def train_step(
 
     Returns:
         The step's numbers; ``loss`` or ``grad_norm`` is not finite if the update was skipped.
+
+    Raises:
+        DoesNotFitError: memory ran out in the update, when some weights may have been changed already.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     mean = accumulate_gradients(model, [prepare(batch, device_of(model)) for batch in batches], chunk_tokens)
     with phase("optimizer"):
         loss, grad_norm = mean.item(), clip_gradients(parameters, max_grad_norm).item()
         if math.isfinite(loss) and math.isfinite(grad_norm):
-            with category("optimizer"):
+            with category("optimizer"), in_the_update():
                 optimizer.step()
     tokens = sum(batch.input_ids.shape[1] for batch in batches)
     return StepResult(loss, grad_norm, tokens, sum(labelled_count(batch) for batch in batches))
@@ -154,12 +158,14 @@ def train_step(
 def evaluate_loss(model: nn.Module, batches: Iterable[Batch], chunk_tokens: int | None = None) -> Evaluation:
     """Return the mean loss over every labelled token of the batches, with dropout off."""
     was_training = model.training
-    model.eval()
     total, count = 0.0, 0
-    with phase("evaluation"):
-        for batch in batches:
-            total += summed_loss(model, prepare(batch, device_of(model)), chunk_tokens).item()
-            count += labelled_count(batch)
-    model.train(was_training)
+    try:
+        model.eval()
+        with phase("evaluation"):
+            for batch in batches:
+                total += summed_loss(model, prepare(batch, device_of(model)), chunk_tokens).item()
+                count += labelled_count(batch)
+    finally:
+        model.train(was_training)
     loss = total / max(1, count)
     return Evaluation(loss, math.exp(min(loss, 700.0)), count)

@@ -147,3 +147,16 @@ def test_a_file_that_cannot_be_read_is_named_and_never_one_bad_row_among_good_on
     with pytest.raises(DataError, match=said) as caught:
         build_examples([Source(path)], tokenizer, max_bad_rows=1000)
     assert str(caught.value).startswith(path) and caught.value.exit_code == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_one_bad_row_among_a_million_is_named(tmp_path, tokenizer):
+    path = tmp_path / "rows.jsonl"
+    with path.open("wb") as file:
+        for number in range(1, 1_000_001):
+            file.write((row() if number != 777_777 else row(None)) + b"\n")
+    data = read_examples([Source(str(path))], tokenizer)
+    (problem,) = data.problems.found
+    assert problem.where == f"{path}:777777" and "'prompt' is missing or null" in problem.message
+    assert (data.rows_read, data.rows_kept) == (1_000_000, 999_999)

@@ -11,7 +11,7 @@ from tiny_tokenizer import make_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qlora_lite.data.examples import build_examples
+from qlora_lite.data.examples import build_examples, read_examples
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
 from qlora_lite.data.read import Source
 from qlora_lite.data.stored import repeated
@@ -253,6 +253,17 @@ def test_dropped_rows_are_counted(build):
     assert (data.rows_read, data.rows_kept, data.dropped) == (5, 4, {"longer than max_tokens": 1})
 
 
+def test_the_first_rows_dropped_for_each_reason_are_named(write, tokenizer):
+    long = {"prompt": "x " * 80, "completion": "y"}
+    path = write("a.jsonl", [long, *PAIRS, {"prompt": "x"}, *[long] * 6])
+    data = read_examples([Source(path)], tokenizer, max_tokens=40, overflow="drop")
+    assert data.dropped == {"longer than max_tokens": 7, "malformed row": 1}
+    assert data.dropped_at == {
+        "longer than max_tokens": [f"{path}:{line}" for line in (1, 7, 8, 9, 10)],
+        "malformed row": [f"{path}:6"],
+    }
+
+
 def test_truncation_is_counted_and_never_leaves_a_row_without_a_learned_token(build):
     rows = [*PAIRS, {"prompt": "x", "completion": "y " * 80}, {"prompt": "x " * 80, "completion": "y"}]
     data = build(rows, max_tokens=40, overflow="truncate")
@@ -336,3 +347,13 @@ def test_the_demo_models_own_template_learns_its_end_token(write):
     assert data.end_token_ids == {tokenizer.eos_token_id} == {tokenizer.pad_token_id}
     assert learned_text(data.examples[0], tokenizer) == "answer 0<|im_end|>"
     assert data.examples[0].prompt.endswith("question 0<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_progress_has_a_log_of_its_own_that_a_command_can_show_alone(build, monkeypatch, caplog):
+    monkeypatch.setattr("qlora_lite.data.examples._ROWS_PER_REPORT", 1000)
+    caplog.set_level("WARNING", "qlora_lite")
+    caplog.set_level("INFO", "qlora_lite.progress")
+    build(PAIRS * 600)
+    assert [(record.name, record.message) for record in caplog.records] == [
+        ("qlora_lite.progress", "data: 2,000 rows read"),  # a thousand rows are read ahead
+    ]

@@ -78,3 +78,62 @@ def test_a_data_set_that_is_not_there_is_an_error(monkeypatch):
     with pytest.raises(DataError, match=r"cannot be fetched \(Unknown split 'tset'. .* correct owner"):
         find_files("hub:owner/name:tset")
     hub._fetch.cache_clear()
+
+
+@pytest.fixture
+def streamed(monkeypatch, write):
+    """Let `datasets` stream from files of this disk, and return what it was asked for."""
+    load, calls = datasets.load_dataset, []
+
+    def load_local(name, config, split, streaming=False):
+        calls.append((name, config, split, streaming))
+        return load("json", data_files=write("hub/rows.jsonl", ROWS), split="train", streaming=streaming)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_local)
+    return calls
+
+
+def test_a_streamed_hub_data_set_gives_the_same_rows_and_is_not_downloaded(streamed, monkeypatch):
+    monkeypatch.setattr(hub, "hub_files", None)
+    rows = list(read_rows(Source("hub:owner/name/main:test", streaming=True)))
+    assert rows == [(f"hub:owner/name/main:test:{number}", row) for number, row in enumerate(ROWS, start=1)]
+    assert streamed == [("owner/name", "main", "test", True)]
+
+
+def test_a_streamed_hub_data_set_is_opened_when_its_first_row_is_asked_for(streamed):
+    rows = read_rows(Source("hub:owner/name", streaming=True))
+    assert streamed == []
+    assert next(rows)[0] == "hub:owner/name:1"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ConnectionError("Server Disconnected"), r"hub:a/b: the hub cannot be reached \(Server Disconnected\)"),
+        (FileNotFoundError("no\nsuch file"), r"hub:a/b: cannot be fetched \(no such file\); correct owner"),
+        (datasets.exceptions.DatasetsError("gated"), r"hub:a/b: cannot be fetched \(gated\)"),
+    ],
+)
+def test_a_stream_that_breaks_off_says_so(monkeypatch, error, said):
+    def rows():
+        yield ROWS[0]
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows())
+    rows_read = read_rows(Source("hub:a/b", streaming=True))
+    assert next(rows_read) == ("hub:a/b:1", ROWS[0])
+    with pytest.raises(DataError, match=said):
+        next(rows_read)
+
+
+def test_a_stream_of_no_rows_is_an_error(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([]))
+    with pytest.raises(DataError, match="hub:a/b: the file has no rows"):
+        list(read_rows(Source("hub:a/b", streaming=True)))
+
+
+def test_keys_that_arrow_filled_with_nulls_are_taken_out_of_a_stream_too(monkeypatch):
+    stored = {"text": None, "tools": [{"name": "f", "parameters": {"a": {"type": "string"}, "b": None}}]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([stored]))
+    ((_, row),) = read_rows(Source("hub:a/b", streaming=True))
+    assert row == {"text": None, "tools": [{"name": "f", "parameters": {"a": {"type": "string"}}}]}

@@ -10,7 +10,7 @@ from qlora_lite.data.formats import Conversation, Turn
 from qlora_lite.data.mask import (
     learned_tokens,
     render_row,
-    seam_faults,
+    seam_fault,
     tokenise,
 )
 from qlora_lite.data.template import choose_template
@@ -69,7 +69,7 @@ def test_learned_tokens_decode_to_the_answers_and_their_end_tokens(conversation,
     learned = learned_tokens(tokens.starts, tokens.ends, row.learned, row.text)
     assert [tokenizer.decode(run) for run in learned_runs(tokens.ids, learned)] == expected
     assert tokenizer.decode(tokens.ids) == row.text
-    assert seam_faults([row], [tokens], tokenizer) == [None]
+    assert seam_fault(row, tokens, template) is None
     prompt_ids = tokenizer(row.text[: row.answers[-1][0]], add_special_tokens=False)["input_ids"]
     assert tokens.ids[: len(prompt_ids)].tolist() == prompt_ids
 
@@ -133,17 +133,14 @@ def test_tokens_before_an_answer_that_the_prompt_alone_would_not_give_are_named(
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content + ('</s>' if m.role == 'assistant' else '\n ') }}{% endfor %}"
     )
-    row = render_row(
-        Conversation((Turn("user", "q"), Turn("assistant", "b")), "f:1"),
-        choose_template(tokenizer),
-        "assistant",
-    )
-    tokens = tokenise([row.text], tokenizer)
-    faults = seam_faults([row], tokens, tokenizer)
+    template = choose_template(tokenizer)
+    row = render_row(Conversation((Turn("user", "q"), Turn("assistant", "b")), "f:1"), template, "assistant")
+    (tokens,) = tokenise([row.text], tokenizer)
+    fault = seam_fault(row, tokens, template)
     alone = tokenizer(row.text[: row.answers[0][0]], add_special_tokens=False)["input_ids"]
-    before = tokens[0].ids[tokens[0].ends <= row.answers[0][0]].tolist()
+    before = tokens.ids[tokens.ends <= row.answers[0][0]].tolist()
     assert before != alone
-    assert "are not those that the prompt alone gives" in faults[0]
+    assert "are not those that the prompt alone gives" in fault
 
 
 def test_completion_needs_rows_with_one_answer(tokenizer):

@@ -16,6 +16,7 @@ from qlora_lite.data import token_cache
 from qlora_lite.data.examples import read_examples
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
 from qlora_lite.data.read import Source
+from qlora_lite.errors import DataError
 
 ROWS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(5)]
 
@@ -54,8 +55,9 @@ def no_reading(monkeypatch):
 def plain(data):
     rows = [(e.token_ids.tolist(), e.learned.tolist(), e.prompt, e.answer, e.where) for e in data.examples]
     template = data.template and (data.template.name, data.template.source)
-    return rows, data.rows_read, data.dropped, data.truncated, data.split, data.tokens, data.learned_tokens, \
-        data.end_token_ids, template, data.problems.found, data.problems.counts, data.problems.fatal  # fmt: skip
+    return rows, data.rows_read, data.dropped, data.dropped_at, data.truncated, data.split, data.tokens, \
+        data.learned_tokens, data.end_token_ids, template, data.problems.found, data.problems.counts, \
+        data.problems.fatal  # fmt: skip
 
 
 def test_a_second_build_comes_from_the_cache_and_is_equal_to_one_without(
@@ -157,6 +159,7 @@ from tiny_tokenizer import make_tokenizer
 from qlora_lite import files
 from qlora_lite.data import examples, stored, token_cache
 from qlora_lite.data.read import Source
+from qlora_lite.errors import DataError
 def kill(*arguments):
     if sys.argv[2] != "_flush" or sys.argv[4] in str(arguments[0]):  # not the flush of a noted digest
         os.kill(os.getpid(), signal.SIGKILL)
@@ -193,3 +196,70 @@ def test_what_a_killed_process_left_is_removed_after_a_day(build, tmp_path, entr
             os.utime(path, times=(path.stat().st_mtime - hours * 3600,) * 2)
     build()
     assert ".old.1.partial" not in entries() and ".new.1.partial" in entries()
+
+
+@pytest.fixture
+def small(build, monkeypatch, tmp_path):
+    """Build three sets, the first used last, and return the entry of each; the cache then holds two and a half."""
+    entries, cache = [], tmp_path / "cache"
+    for number in range(3):
+        build([{"prompt": f"question {number}", "completion": "answer"}])
+        (new,) = set(cache.iterdir()) - set(entries)
+        os.utime(new / "set.json", (number, number))
+        entries.append(new)
+    build([{"prompt": "question 0", "completion": "answer"}])
+    size_bytes = sum(file.stat().st_size for file in entries[0].iterdir())
+    monkeypatch.setenv("QLORA_LITE_TOKEN_CACHE_GIB", str(2.5 * size_bytes / 2**30))
+    return entries
+
+
+def test_what_was_not_used_for_longest_makes_room_for_a_new_set(small, build, entries):
+    build([{"prompt": "question 3", "completion": "answer"}])
+    assert small[0].name in entries() and len(entries()) == 2
+    assert {small[1].name, small[2].name}.isdisjoint(entries())
+
+
+def test_a_set_that_is_open_can_still_be_read_after_its_removal(small, build, tmp_path, entries, monkeypatch):
+    rows = [{"prompt": "question 1", "completion": "answer"}]
+    opened, expected = build(rows), plain(build(rows))
+    monkeypatch.setenv("QLORA_LITE_TOKEN_CACHE_GIB", "0")
+    build([{"prompt": "question 3", "completion": "answer"}])
+    assert small[1].name not in entries() and len(entries()) == 1
+    assert plain(opened) == expected
+
+
+def test_the_new_set_stays_whatever_its_size(small, build, entries, monkeypatch, no_reading):
+    monkeypatch.setenv("QLORA_LITE_TOKEN_CACHE_GIB", "0")
+    first = build(ROWS)
+    assert len(entries()) == 1
+    no_reading()
+    assert plain(build(ROWS)) == plain(first)
+
+
+def test_a_removal_cut_short_is_finished_first(small, build, entries):
+    (small[0] / "set.json").unlink()
+    build([{"prompt": "question 3", "completion": "answer"}])
+    assert small[0].name not in entries() and small[2].name in entries()
+
+
+def test_a_use_is_noted_and_a_cache_that_cannot_be_written_can_still_be_read(small, build, no_reading, monkeypatch):
+    assert (small[0] / "set.json").stat().st_mtime > 1000 > (small[1] / "set.json").stat().st_mtime
+
+    def refuse(*_, **__):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(token_cache.os, "utime", refuse)
+    no_reading()
+    assert build([{"prompt": "question 2", "completion": "answer"}]).rows_kept == 1
+
+
+@pytest.mark.parametrize("given", ["-1", "many", "nan", "inf"])
+def test_a_bound_that_is_no_number_is_an_error(build, monkeypatch, given):
+    monkeypatch.setenv("QLORA_LITE_TOKEN_CACHE_GIB", given)
+    with pytest.raises(DataError, match=rf"QLORA_LITE_TOKEN_CACHE_GIB is '{given}'; set it to a number of GiB"):
+        build()
+
+
+def test_without_the_variable_the_bound_is_the_documented_one(monkeypatch):
+    monkeypatch.delenv("QLORA_LITE_TOKEN_CACHE_GIB", raising=False)
+    assert token_cache.most_bytes() == 20 * 2**30

@@ -132,12 +132,10 @@ def test_an_unknown_architecture_and_remote_code_are_refused_without_a_question(
     assert "cannot load" in refusal(one)
 
 
-@pytest.mark.parametrize("keep", [0, 3, 100, 50_000])
-def test_a_gguf_file_cut_short_is_named(tmp_path, keep):
+def write_gguf(path):
     import gguf
     import numpy as np
 
-    path = tmp_path / "model.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(1)
     for name in ("token_embd.weight", "output.weight"):
@@ -146,6 +144,12 @@ def test_a_gguf_file_cut_short_is_named(tmp_path, keep):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
+
+
+@pytest.mark.parametrize("keep", [0, 3, 100, 50_000])
+def test_a_gguf_file_cut_short_is_named(tmp_path, keep):
+    path = write_gguf(tmp_path / "model.gguf")
     check_gguf(path)
     path.write_bytes(path.read_bytes()[:keep])
     assert f"{path} is cut short" in refusal(path, lambda p: check_gguf(path))
@@ -177,7 +181,7 @@ def test_a_package_or_file_that_is_not_there_is_refused(path):
 def test_a_package_file_cannot_leave_its_package(tmp_path, monkeypatch):
     (tmp_path / "tiny_package").mkdir()
     (tmp_path / "tiny_package" / "__init__.py").write_text("raise RuntimeError('imported')")
-    (tmp_path / "tiny_package" / "m.gguf").write_bytes(b"x")
+    write_gguf(tmp_path / "tiny_package" / "m.gguf")
     (tmp_path / "outside.gguf").write_bytes(b"x")
     monkeypatch.syspath_prepend(tmp_path)
     assert locate("package:tiny_package/m.gguf").weights[0].name == "m.gguf"

@@ -4,12 +4,11 @@ import copy
 import gc
 import threading
 
-import numpy as np
 import pytest
 import torch
 from tiny import quantized_pair
+from tiny_trainer import SETTINGS, examples, trainer
 
-from qlora_lite.data.stored import Example
 from qlora_lite.errors import ModelError, TrainingError
 from qlora_lite.lora.inject import add_lora, lora_layers, lora_parameters
 from qlora_lite.models.levers import Levers
@@ -18,30 +17,6 @@ from qlora_lite.train.guards import check_frozen, check_trainable, frozen_checks
 from qlora_lite.train.inventory import inventory, total_parameters
 from qlora_lite.train.loop import Trainer
 from qlora_lite.train.settings import TrainSettings
-
-SETTINGS = dict(
-    max_steps=4, epochs=1.0, learning_rate=0.01, micro_batch_size=1, gradient_accumulation_steps=2,
-    optimizer="adamw_torch", lr_scheduler="constant", warmup_ratio=0.0, max_grad_norm=1.0, weight_decay=0.0, seed=0,
-    max_tokens=32, packing=True, order="shuffle",
-)  # fmt: skip
-
-
-def examples(count=12):
-    chance = np.random.default_rng(0)
-    rows = []
-    for i in range(count):
-        length = int(chance.integers(4, 15))
-        learned = np.ones(length, dtype=bool)
-        learned[:2] = False
-        rows.append(Example(chance.integers(3, 160, length).astype(np.int32), learned, "", "", f"rows.jsonl:{i + 1}"))
-    return rows
-
-
-def trainer(model_type="llama", dropout=0.0, dtype=torch.float32, targets="all-linear", rows=None, **changes):
-    model, _ = quantized_pair(model_type)
-    torch.manual_seed(0)
-    add_lora(model, targets, rank=4, alpha=8, dropout=dropout, dtype=dtype)
-    return Trainer(model, examples() if rows is None else rows, TrainSettings(**(SETTINGS | changes)))
 
 
 def test_a_nan_in_a_frozen_weight_names_the_step_the_rows_and_the_module():

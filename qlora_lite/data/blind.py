@@ -1,0 +1,217 @@
+"""Render a template with words that it cannot look at, to prove that it does not.
+
+The words can be written, joined and stripped. Questions that some templates ask, such as whether they contain
+"</think>", are answered with no and noted. Anything else that can be done with text raises an error. So a rendering
+that ends was made without a branch taken, or a text cut, for what the words say, and is the same for all words of
+which the answers are no.
+
+What joins texts out of sight (`~`, macros, set blocks) is refused before, because what comes of it is ordinary text
+again; so are filters and tests that read text by other ways than its methods. The text must be the one that
+transformers writes: this environment does what its own does, but is not the same.
+
+source: Jinja's documentation, "The Sandbox"; transformers.utils.chat_template_utils for the names that it adds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from datetime import datetime
+from functools import lru_cache
+
+from jinja2 import TemplateError, ext, nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from qlora_lite.data.formats import Turn, as_message
+from qlora_lite.data.render import render_turns
+from qlora_lite.data.template import Template
+
+_LEFT, _RIGHT = "\u2002", "\u2003"  # white space that no template writes; without it, the words were stripped
+WRITTEN = re.compile(f"({_LEFT}?)qzx([0-9]+)xzq({_RIGHT}?)")
+_STRIPPED: dict[tuple[bool, bool], Callable[[str], str]] = {
+    (True, True): str, (False, True): str.lstrip, (True, False): str.rstrip, (False, False): str.strip,
+}  # fmt: skip
+_OUT_OF_SIGHT = (
+    nodes.Concat, nodes.AssignBlock, nodes.CallBlock, nodes.FilterBlock, nodes.Macro, nodes.Block, nodes.Include,
+    nodes.Import, nodes.FromImport, nodes.Extends,
+)  # fmt: skip
+_FILTERS = (
+    "trim", "string", "length", "count", "first", "last", "list", "default", "d", "reverse", "selectattr", "rejectattr",
+    "upper", "lower", "capitalize",
+)  # fmt: skip
+_TESTS = (
+    "defined", "undefined", "none", "string", "mapping", "number", "boolean", "true", "false", "eq", "==", "equalto",
+    "ne", "!=",
+)  # fmt: skip
+
+Question = tuple[int, Callable[[str], str], Callable[[str, str], bool], str]  # turn, how it is stripped, what, of what
+
+
+class LookedAtError(Exception):
+    """Say that a template did more with words than write them."""
+
+
+def unseen(index: int) -> str:
+    """Return the words of a turn, as WRITTEN finds them again in a text."""
+    return f"{_LEFT}qzx{index}xzq{_RIGHT}"
+
+
+def stripping(written: re.Match[str]) -> Callable[[str], str]:
+    """Return what a template did to words before it wrote them."""
+    return _STRIPPED[bool(written[1]), bool(written[3])]
+
+
+def blind_text(template: Template, turns: tuple[Turn, ...], add_generation_prompt: bool, asked: list[Question]) -> str:
+    """Return transformers' rendering of turns, if it is made without a look at their words.
+
+    Args:
+        template: how to write.
+        turns: each with the words that `unseen` gives.
+        add_generation_prompt: whether to write what stands before an answer that is asked for.
+        asked: gets the questions about words that were answered with no.
+
+    Raises:
+        LookedAtError, TemplateError, DataError, or one of `probe.FAULTS`: it is not.
+    """
+    compiled = _compiled(template.source)
+    messages = [as_message(turn) | {"content": _Words(turn.content, asked)} for turn in turns]
+    text = template.begin + compiled.render(
+        messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt,
+        **template.tokenizer.special_tokens_map,
+    )  # fmt: skip
+    if text != render_turns(template, turns, add_generation_prompt):
+        raise LookedAtError
+    return text
+
+
+@lru_cache(maxsize=8)
+def _compiled(source: str):
+    environment = _Environment()
+    tree = environment.parse(source)
+    if tree.find(_OUT_OF_SIGHT) or any(map(_searches_text, tree.find_all(nodes.Compare))):
+        raise LookedAtError
+    if _LEFT in source or _RIGHT in source:
+        raise LookedAtError
+    return environment.from_string(source)
+
+
+def _searches_text(comparison: nodes.Compare) -> bool:
+    """Tell whether words could be looked for in a text of the template, which they would not notice."""
+    constant = isinstance(comparison.expr, nodes.Const)
+    return any(
+        operand.op in ("in", "notin") and not constant and not isinstance(operand.expr, nodes.List | nodes.Tuple)
+        for operand in comparison.ops
+    )
+
+
+def _look(*_: object, **__: object) -> None:
+    raise LookedAtError
+
+
+class _Words(str):
+    """Hold words that can be written, joined and stripped, and nothing else.
+
+    Args:
+        asked: gets the questions about the words of one turn.
+    """
+
+    __slots__ = ("_asked",)
+
+    def __new__(cls, text: str, asked: list[Question]) -> _Words:
+        words = super().__new__(cls, text)
+        words._asked = asked
+        return words
+
+    def __str__(self) -> str:
+        return self
+
+    def __bool__(self) -> bool:
+        return True  # rows with blank turns are refused when they are read
+
+    def __add__(self, other: str) -> _Words:
+        return _Words(str.__add__(self, other), self._asked)
+
+    def __radd__(self, other: str) -> _Words:
+        return _Words(str.__add__(other, self), self._asked)
+
+    def __contains__(self, text: str) -> bool:
+        return self._no(str.__contains__, text)
+
+    def startswith(self, text: str) -> bool:
+        return self._no(str.startswith, text)
+
+    def endswith(self, text: str) -> bool:
+        return self._no(str.endswith, text)
+
+    def strip(self, letters: str | None = None) -> _Words:
+        return self.lstrip(letters).rstrip(letters)
+
+    def lstrip(self, letters: str | None = None) -> _Words:
+        if letters is None:
+            return _Words(str.lstrip(self), self._asked)
+        self._no(_begins_with_one_of, letters)
+        return self
+
+    def rstrip(self, letters: str | None = None) -> _Words:
+        if letters is None:
+            return _Words(str.rstrip(self), self._asked)
+        self._no(_ends_with_one_of, letters)
+        return self
+
+    def _no(self, ask: Callable[[str, str], bool], text: str) -> bool:
+        written = WRITTEN.fullmatch(str.__str__(self))
+        if written is None or type(text) is not str or ask(written[0], text):
+            raise LookedAtError
+        self._asked.append((int(written[2]), stripping(written), ask, text))
+        return False
+
+
+def _begins_with_one_of(words: str, letters: str) -> bool:
+    return words[:1] in letters
+
+
+def _ends_with_one_of(words: str, letters: str) -> bool:
+    return words[-1:] in letters
+
+
+_KEPT = {*vars(_Words), *dir(object)} - {
+    "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__hash__", "__repr__", "__format__",
+}  # fmt: skip
+for _name in {*dir(str), "__html__"} - _KEPT:
+    setattr(_Words, _name, _look)
+
+
+class _Generation(ext.Extension):
+    """Write what stands in {% generation %}, as if the block were not there."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2's interface)
+
+    def parse(self, parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """Render as transformers does, without what could look at words by other ways than their methods."""
+
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols])
+        self.filters = {name: kept if name in _FILTERS else _look for name, kept in self.filters.items()}
+        always = {"iterable": _is_iterable, "sequence": _is_iterable}
+        self.tests = {name: kept if name in _TESTS else _look for name, kept in self.tests.items()} | always
+        self.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+
+    def call(self, context, function, *values: object, **named: object) -> object:
+        """Call a function, with nothing but plain values."""
+        given = [*values, *(value for name, value in named.items() if not name.startswith("_"))]
+        if any(type(value) not in (str, int, bool, type(None)) for value in given):
+            raise LookedAtError
+        return super().call(context, function, *values, **named)
+
+
+def _is_iterable(value: object) -> bool:
+    return isinstance(value, str | list | tuple | dict)
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)

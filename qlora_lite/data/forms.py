@@ -1,0 +1,116 @@
+"""Fill in a form instead of rendering every row, where the template is proven to give the same text.
+
+Most chat templates only write what turns say: they do not compare, search or cut it. The text is then the template's
+own words with the turns' words between them, and where those stand depends on the sequence of roles alone. So one
+rendering per sequence, with all that `render.render` checks, is a form that every row with this sequence fills in:
+no Jinja per row, and no rendering of the prefix of each answer, which grows with the square of the turns.
+
+The proof is a rendering with words that cannot be looked at (see `blind`). What has no form, or does not fit it, is
+rendered row by row. (Comparing the renderings of a few texts, the other known way, is no proof: a template that looks
+for "/no_think" passes.)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain
+
+from jinja2 import TemplateError
+
+from qlora_lite.data.blind import WRITTEN, LookedAtError, Question, blind_text, stripping, unseen
+from qlora_lite.data.formats import Conversation, Turn
+from qlora_lite.data.probe import FAULTS
+from qlora_lite.data.render import GENERATION_BLOCK, Rendering, check_no_control_tokens, render
+from qlora_lite.data.template import Template
+from qlora_lite.errors import DataError
+
+_Place = tuple[int, int]  # contents before it, characters of the template's own text before it
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """Hold what a template writes for a sequence of roles.
+
+    Args:
+        own: the template's own texts, one more than `contents`.
+        contents: for each place between them, the index of the turn that stands there, and how its words are stripped.
+        answers: turn index of every answer that could be found -> its begin and end.
+        questions: what the template asks about turns' words; the form is for rows where all answers are no.
+    """
+
+    own: tuple[str, ...]
+    contents: tuple[tuple[int, Callable[[str], str]], ...]
+    answers: dict[int, tuple[_Place, _Place]]
+    questions: tuple[Question, ...]
+
+    def fits(self, turns: tuple[Turn, ...], answers: Iterable[int]) -> bool:
+        """Tell whether turns with the roles that the form was made for can be filled in, and these answers found."""
+        return all(index in self.answers for index in answers) and not any(
+            ask(stripped(turns[index].content), text) for index, stripped, ask, text in self.questions
+        )
+
+    def fill(self, template: Template, turns: tuple[Turn, ...], answers: Iterable[int]) -> Rendering:
+        """Return what `render.render` returns for turns that fit.
+
+        Args:
+            template: the one that the form was made of.
+            turns: with the roles that the form was made for.
+            answers: the indices of the answers to find.
+
+        Raises:
+            DataError: a turn holds a control token as text.
+        """
+        check_no_control_tokens(template, turns)
+        words = [stripped(turns[index].content) for index, stripped in self.contents]
+        text = "".join(chain.from_iterable(zip(self.own, [*words, ""], strict=True)))
+        before = list(accumulate(map(len, words), initial=0))
+        found = {}
+        for index in answers:
+            (contents, begin), (contents_to_end, end) = self.answers[index]
+            found[index] = before[contents] + begin, before[contents_to_end] + end
+        return Rendering(text, found)
+
+
+def make_form(template: Template, conversation: Conversation) -> Form | None:
+    """Make the form for conversations with the roles of this one; None if there is no proof that it fits any.
+
+    Args:
+        template: how to write.
+        conversation: supplies the roles; its words do not matter.
+    """
+    if conversation.tools or any(turn.role == "tool" or turn.calls for turn in conversation.turns):
+        return None
+    turns = tuple(replace(turn, content=unseen(index)) for index, turn in enumerate(conversation.turns))
+    answers, asked = {}, []
+    try:
+        text = blind_text(template, turns, False, asked)
+        for index in (index for index, turn in enumerate(turns) if turn.role == "assistant"):
+            if span := _span(template, turns, index, asked):
+                answers[index] = span
+    except (LookedAtError, TemplateError, DataError, *FAULTS):
+        return None
+    written = list(WRITTEN.finditer(text))
+    ends = [0, *chain.from_iterable(match.span() for match in written), len(text)]
+    own = tuple(text[start:end] for start, end in zip(ends[::2], ends[1::2], strict=True))
+    contents = tuple((int(match[2]), stripping(match)) for match in written)
+    places = {index: (_place(begin, written), _place(end, written)) for index, (begin, end) in answers.items()}
+    return Form(own, contents, places, tuple(dict.fromkeys(asked)))
+
+
+def _span(template: Template, turns: tuple[Turn, ...], index: int, asked: list[Question]) -> tuple[int, int] | None:
+    """Return the characters of an answer; None if they cannot be found, which `render.render` explains to each row."""
+    try:
+        span = render(template, Conversation(turns, ""), [index]).answers[index]
+    except DataError:
+        return None
+    if not GENERATION_BLOCK.search(template.source):
+        blind_text(template, turns[:index], True, asked)
+        blind_text(template, turns[: index + 1], False, asked)
+    return span
+
+
+def _place(place: int, written: list[re.Match[str]]) -> _Place:
+    before = [match for match in written if match.end() <= place]
+    return len(before), place - sum(len(match[0]) for match in before)

@@ -1,0 +1,245 @@
+"""Go on with a run: which one, from which checkpoint, and whether that gives the run it would have been.
+
+A change that leaves every number of the run as it would have been is accepted and said. Any other is refused, setting
+by setting, because a run that silently became another one is worse than none; ``force`` takes it all the same, and
+the run's summary says so from then on. Files that moved are no change: rows, tokenizer and base model are compared by
+what they hold.
+"""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+
+from .data.examples import Dataset
+from .data.opening import find_files
+from .errors import CheckpointError
+from .files import content_digest
+from .recipe.schema import Recipe
+from .rows import build_sources
+from .runs import CHECKPOINTS, RunFolder, create_run, newest_path, package_versions
+from .train.checkpoints import Checkpoint, newest_whole
+from .train.schedule import lr_factor
+from .train.settings import TrainSettings
+from .train.state import STATE, numbers_of
+
+log = logging.getLogger("qlora_lite")
+RUN = "run.json"  # what a checkpoint holds of the run, beside the trainer's state
+# What these settings lead to is compared by itself, or changes nothing of what a step computes.
+HARMLESS = {
+    "model.path", "model.revision", "data.train", "data.eval", "data.template", "data.max_bad_rows",
+    "train.max_steps", "train.epochs", "train.save_every_steps", "train.save_every_minutes", "train.keep_checkpoints",
+    "train.max_hours", "train.on_not_finite", "train.max_skipped_steps", "train.trackers", "memory.budget",
+    "output.dir", "output.name",
+}  # fmt: skip
+_PARTS = {"recipe": dict, "identity": dict, "environment": dict, "plan": dict, "progress": dict, "summary": dict,
+          "metrics_bytes": int}  # fmt: skip
+
+
+@dataclass(slots=True)
+class Continuation:
+    """A checkpoint to go on from, and what is different now.
+
+    Args:
+        force: take changes that make another run of it.
+        accepted: changes that do not.
+        forced: changes that do.
+    """
+
+    checkpoint: Checkpoint
+    force: bool = False
+    accepted: list[str] = field(default_factory=list)
+    forced: list[str] = field(default_factory=list)
+
+    @property
+    def run(self) -> dict:
+        """What the checkpoint holds of the run."""
+        return self.checkpoint.documents[RUN]
+
+    @property
+    def keeps_plan(self) -> bool:
+        """Whether steps are run as the checkpoint's plan says, and not as one that forced changes ask for."""
+        levers = ("memory.", "train.micro_batch_size", "train.gradient_accumulation_steps")
+        return not any(change.startswith(levers) for change in self.forced)
+
+    def compare_settings(self, recipe: Recipe) -> None:
+        """Compare the recipe with the run's.
+
+        Raises:
+            CheckpointError: naming each setting that makes another run of it.
+        """
+        old, new = _flat(self.run["recipe"]), _flat(recipe.model_dump(mode="json"))
+        changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        words = {key: f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed}
+        self._take([words[key] for key in changed if key in HARMLESS])
+        self._refuse([words[key] for key in changed if key not in HARMLESS])
+
+    def compare_identity(self, now: Mapping[str, str | None]) -> None:
+        """Compare what rows, tokenizer, model or device are with what they were.
+
+        Args:
+            now: digests by what they are of.
+
+        Raises:
+            CheckpointError: naming each that is another.
+        """
+        before = self.run["identity"]
+        self._refuse([f"other {name} than before" for name, value in now.items() if before.get(name) != value])
+
+    def compare_schedule(self, total_steps: int, settings: TrainSettings) -> None:
+        """Compare the number of steps, and with it the learning rates of the steps that are done.
+
+        Raises:
+            CheckpointError: they would have been others, or there are fewer steps than that.
+        """
+        state = self.checkpoint.documents[STATE]
+        before, done = state["total_steps"], self.checkpoint.step
+        if total_steps < done:
+            raise CheckpointError(f"the checkpoint is of step {done}, and the run now ends after {total_steps}")
+        if total_steps == before:
+            return
+        rates = [[lr_factor(step, total, settings.lr_scheduler, settings.warmup_ratio) for step in range(1, done + 1)]
+                 for total in (before, total_steps)]  # fmt: skip
+        change = f"steps: {before} -> {total_steps}"
+        if rates[0] == rates[1]:
+            self._take([change])
+        else:
+            self._refuse([f"{change}, for which train.lr_scheduler {settings.lr_scheduler} gives the {done} steps that "
+                          "are done other learning rates"])  # fmt: skip
+
+    def say_environment(self, now: Mapping[str, object]) -> None:
+        """Say what may change the last bits of the result: another version, device or number of threads."""
+        before = self.run["environment"]
+        changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
+        if changed:
+            log.warning("resume: %s; the last digits may differ from an uninterrupted run's", ", ".join(changed))
+            self.accepted += changed
+
+    def _take(self, changes: list[str]) -> None:
+        self.accepted += changes
+        for change in changes:
+            log.info("resume: %s (changes nothing of what was trained)", change)
+
+    def _refuse(self, changes: list[str]) -> None:
+        if changes and not self.force:
+            raise CheckpointError(
+                "\n".join(["this would not be the run that was begun:", *changes,
+                           "undo that, start a new run, or go on all the same with --force"])
+            )  # fmt: skip
+        self.forced += changes
+        for change in changes:
+            log.warning("resume: %s (forced: no longer the run that was begun)", change)
+
+
+def path_to_continue(recipe: Recipe, resume: str | Path) -> Path | None:
+    """Return the run folder to go on with, None if there is none.
+
+    Args:
+        resume: the folder, or "" for that of the recipe's newest run.
+    """
+    path = Path(resume) if resume != "" else newest_path(recipe)
+    if path is None:
+        log.info("resume: there is no run of this recipe yet; a new one begins")
+    return path
+
+
+def reopen(path: Path, recipe: Recipe, force: bool) -> tuple[RunFolder, Continuation | None]:
+    """Find where a run can go on; one without a checkpoint begins afresh. Nothing of the run is changed yet.
+
+    Raises:
+        CheckpointError: the recipe makes another run of it.
+    """
+    continuation = _find_checkpoint(path, force)
+    if continuation is None:
+        log.info("resume: %s has no checkpoint yet; it begins afresh", path)
+        return create_run(path, recipe, replace=True), None
+    continuation.compare_settings(recipe)
+    return RunFolder(path, recipe, continuation.run["summary"], continuation.run["metrics_bytes"]), continuation
+
+
+def _find_checkpoint(path: Path, force: bool) -> Continuation | None:
+    """Return the newest whole checkpoint of a run; None if it has none. What is skipped, and why, is logged.
+
+    Raises:
+        CheckpointError: none of those that are there is whole, or what one holds of the run is not what this version
+            writes.
+    """
+    checkpoint, reasons = newest_whole(path / CHECKPOINTS)
+    for reason in reasons:
+        log.warning("resume: skipped a damaged checkpoint, %s", reason)
+    if checkpoint is None:
+        if reasons:  # to begin afresh would remove what may be worth a look
+            cure = f"to begin afresh, remove {path / CHECKPOINTS}"
+            raise CheckpointError("\n".join([f"no whole checkpoint is left in {path}; {cure}", *reasons]))
+        return None
+    log.info("resume: going on after step %d", checkpoint.step)
+    return Continuation(checked(checkpoint), force)
+
+
+def checked(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint that says of its run what one of this version says.
+
+    Raises:
+        CheckpointError: it lacks something, or holds it in another form.
+    """
+    numbers_of(checkpoint)
+    run = checkpoint.documents.get(RUN, {})
+    wrong = [name for name, kind in _PARTS.items() if type(run.get(name)) is not kind]
+    if not wrong and not isinstance(run["summary"].get("resumed", []), list):
+        wrong.append("summary")
+    if wrong:
+        raise CheckpointError(f"the checkpoint of step {checkpoint.step} lacks {', '.join(wrong)} in their right form")
+    return checkpoint
+
+
+def _flat(recipe: dict) -> dict[str, object]:
+    flat = {}
+    for section, settings in recipe.items():
+        values = settings if isinstance(settings, dict) else {"": settings}
+        flat |= {f"{section}.{name}": value for name, value in values.items()}
+    return flat
+
+
+def data_identity(recipe: Recipe, tokenizer, data: Dataset, eval_data: Dataset | None) -> dict[str, str | None]:
+    """Return digests of what is learned and measured; of a stream, of its first rows and its files."""
+    training = data.examples.digest()
+    if recipe.data.streaming:
+        files = [path for source in build_sources(recipe, "train") for path in find_files(source.path)]
+        training = " ".join([training, *map(content_digest, files)])
+    return {
+        "training rows": hashlib.sha256(training.encode()).hexdigest(),
+        "evaluation rows": eval_data and eval_data.examples.digest(),
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+    }
+
+
+def environment(device_name: str) -> dict[str, object]:
+    """Return what a result's last bits can depend on."""
+    return {**package_versions(), "device": device_name, "threads": torch.get_num_threads()}
+
+
+def with_plan(recipe: Recipe, levers: Mapping[str, object]) -> Recipe:
+    """Return a recipe with an earlier plan's levers in place of those it leaves open.
+
+    Args:
+        levers: settings by dotted key, as ``planning.search.Candidate.settings`` gives them.
+
+    Raises:
+        CheckpointError: a lever is none.
+    """
+    sections: dict[str, dict] = {"memory": {"micro_batches": "as-given"}, "train": {}}
+    try:
+        for key, value in levers.items():
+            section, _, name = key.partition(".")
+            sections[section][name] = value
+        changed = {
+            name: type(getattr(recipe, name)).model_validate(getattr(recipe, name).model_dump() | values)
+            for name, values in sections.items()
+        }  # fmt: skip
+    except (KeyError, ValidationError) as error:
+        raise CheckpointError(f"the checkpoint's plan is none that this version makes: {error!r}") from None
+    return recipe.model_copy(update=changed)

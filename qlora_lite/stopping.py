@@ -1,0 +1,90 @@
+"""Stop a run between steps and never inside one, on a signal or when its time is over.
+
+The first SIGINT or SIGTERM is noted, and the training loop asks for it after every step: what was learned is then
+saved. Where nothing would be left half done (loading, evaluating), it acts at once. A second one always acts at once,
+because the handlers that were there before are put back with the first. Time is counted by a clock that nobody can set.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class StopNow(KeyboardInterrupt):
+    """End the run here; not an ``Exception``, so that no library on the way takes it for a fault of its own."""
+
+
+class Stop:
+    """Whether a run should end.
+
+    Args:
+        max_hours: from now; None has no limit.
+    """
+
+    def __init__(self, max_hours: float | None = None):
+        self._reason: str | None = None
+        self._acts_now = False
+        self._end = math.inf if max_hours is None else time.monotonic() + 3600 * max_hours
+
+    def check(self) -> None:
+        """End the run if it should.
+
+        Raises:
+            StopNow: with the signal's name, or that the time is over.
+        """
+        if self._reason is None and time.monotonic() >= self._end:
+            self._reason = "train.max_hours"
+        self._raise()
+
+    def _raise(self) -> None:
+        if self._reason is not None:
+            raise StopNow(self._reason)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Let a signal end the block at any place: for work of which nothing is left half done.
+
+        Time that is over ends nothing here, so that every process of a run takes at least one step.
+
+        Raises:
+            StopNow: as soon as a signal comes, or now if one has come.
+        """
+        self._raise()
+        self._acts_now = True
+        try:
+            yield
+        finally:
+            self._acts_now = False
+
+    def note(self, reason: str) -> None:
+        """Remember why to stop, and do it now inside ``at_once``."""
+        self._reason = reason
+        if self._acts_now:
+            self._raise()
+
+
+@contextmanager
+def stop_signals(max_hours: float | None) -> Iterator[Stop]:
+    """Give a ``Stop`` that SIGINT and SIGTERM are noted in; the handlers from before come back at the end."""
+    stop = Stop(max_hours)
+    earlier = {}
+
+    def restore() -> None:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+    def on_signal(number, _frame) -> None:
+        restore()
+        stop.note(signal.Signals(number).name)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            earlier[number] = signal.signal(number, on_signal)
+    except ValueError:  # not the main thread: signals are the caller's business
+        pass
+    try:
+        yield stop
+    finally:
+        restore()

@@ -1,0 +1,100 @@
+"""Go on when memory runs out: take fewer tokens through the model at once.
+
+A step that ran out of memory is done again from its start, its rows in smaller micro-batches. Rows do not see each
+other and each learned token counts the same, so the step is the same step; only the order of additions differs.
+(Halving the batch size, the other known cure, changes the batch, the schedule and the steps of an epoch.)
+
+Allocators do not agree on one error: torch's own class is a RuntimeError, and so are the CPU allocator's and those of
+cuBLAS and cuDNN, which can be told from other faults only by their words.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from qlora_lite.data.stored import Example, row_lengths
+from qlora_lite.errors import DoesNotFitError
+
+_WORDINGS = (
+    "out of memory",  # CUDA, HIP, MPS and XPU
+    "can't allocate memory", "not enough memory",  # torch's CPU allocator on Linux and macOS, on Windows
+    "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED",
+    "cudaErrorMemoryAllocation", "std::bad_alloc", "HOST_ALLOCATION_FAILED",
+)  # fmt: skip
+CURES = "lower data.max_tokens or lora.rank, or give it more memory"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says, in any allocator's words, that there is no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(wording in str(error) for wording in _WORDINGS)
+
+
+def first_line(error: BaseException) -> str:
+    """Return an allocator's words without its advice and traces."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def cut(micro_batches: Iterable[Sequence[Example]], most_tokens: int | None) -> list[Sequence[Example]]:
+    """Cut micro-batches between rows so that none has more tokens than the limit, unless it is one row.
+
+    Args:
+        most_tokens: the limit; None leaves all as they are.
+    """
+    parts = []
+    for rows in micro_batches:
+        start = room = 0
+        for place, length in enumerate(row_lengths(rows)):
+            if most_tokens is not None and place > start and length > room:
+                parts.append(rows[start:place])
+                start = place
+            room = (room if place > start else most_tokens or 0) - length
+        parts.append(rows[start:])
+    return parts
+
+
+def lower_limit(parts: Sequence[Sequence[Example]], reason: str) -> int:
+    """Return the next lower limit of tokens after memory ran out: half of the largest part.
+
+    Raises:
+        DoesNotFitError: the largest part is one row, which cannot be cut.
+    """
+    largest = max(parts, key=_tokens)
+    if len(largest) == 1:
+        raise DoesNotFitError(
+            f"the row {largest[0].where} alone, with {_tokens(largest)} tokens, needs more memory than there is "
+            f"({reason}); {CURES}"
+        )
+    return _tokens(largest) // 2
+
+
+def _tokens(rows: Sequence[Example]) -> int:
+    return sum(row_lengths(rows))
+
+
+@contextmanager
+def in_the_update() -> Iterator[None]:
+    """Make memory that runs out while weights are updated an error that no retry is tried for.
+
+    Some weights may have their new values by then; doing the step again would count it twice for them.
+
+    Raises:
+        DoesNotFitError: memory ran out.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DoesNotFitError(
+            f"memory ran out while the weights were updated ({first_line(error)}); go on from the last checkpoint "
+            f"with train --resume, and {CURES}"
+        ) from error
+
+
+def free_cached_memory(device: torch.device) -> None:
+    """Give memory that no tensor uses back to the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,149 @@
+"""Everything that the next step of a trainer depends on, out of it and back in, bit for bit.
+
+| file                      | holds                                                                              |
+|---------------------------|------------------------------------------------------------------------------------|
+| adapter_model.safetensors | the factors, under peft's names; with adapter_config.json, an adapter to be loaded |
+| optimizer.safetensors     | the optimizer's tensors, FACTOR.KEY                                                |
+| generators.safetensors    | the random generators                                                              |
+| state.json                | steps, place in the data, skipped steps, the memory limit, the optimizer's numbers |
+
+The schedule and the order of the rows are functions of the step and the epoch and have no state. Optimizer states are
+copied into buffers that the optimizer itself has made: `load_state_dict` of bitsandbytes would give ordinary memory
+for paged states, and torch's casts states to the parameter's type.
+"""
+
+import torch
+
+from qlora_lite.errors import CheckpointError, TrainingError
+from qlora_lite.lora.adapter import WEIGHTS_NAME, adapter_tensors, fill_adapter
+from qlora_lite.lora.inject import lora_layers, lora_parameters
+from qlora_lite.models.anatomy import device_of
+
+from .checkpoints import Checkpoint, Tensors
+from .generators import generator_states, restore_generators
+from .loop import Trainer
+
+OPTIMIZER, GENERATORS, STATE = "optimizer.safetensors", "generators.safetensors", "state.json"
+_COUNTS = ("step", "epoch", "epoch_step", "skipped", "most_tokens")  # the last may be None
+_TABLES = ("qmap1", "qmap2")  # bitsandbytes' code tables: constants that all states share
+
+
+def capture(trainer: Trainer) -> tuple[dict[str, Tensors], dict]:
+    """Copy a trainer's state to host memory; return the tensors by file, and the numbers.
+
+    Raises:
+        TrainingError: the factors are not finite, or do nothing although they were trained: no state to go back to.
+    """
+    factors = adapter_tensors(trainer.model)
+    _check_worth_keeping(trainer, factors)
+    states, numbers = _optimizer_state(trainer)
+    torch_device = device_of(trainer.model)
+    tensors = {WEIGHTS_NAME: factors, OPTIMIZER: states, GENERATORS: generator_states(torch_device)}
+    if torch_device.type == "cuda":
+        torch.cuda.synchronize(torch_device)  # paged states are read by the host where they lie
+    on_host = {file: {name: _host_copy(t) for name, t in content.items()} for file, content in tensors.items()}
+    return on_host, {
+        "step": trainer.step, "epoch": trainer.epoch, "epoch_step": trainer.epoch_step, "skipped": trainer.skipped,
+        "most_tokens": trainer.most_tokens, "total_steps": trainer.total_steps, "optimizer": numbers,
+    }  # fmt: skip
+
+
+def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _check_worth_keeping(trainer: Trainer, factors: Tensors) -> None:
+    broken = [name for name, tensor in factors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise TrainingError(f"step {trainer.step}: the factor {broken[0]} is not finite; no checkpoint is made of it")
+    updates = trainer.step - trainer.skipped
+    if updates and not any(layer.lora_B.any() for _, layer in lora_layers(trainer.model)):
+        raise TrainingError(f"after {updates} updates every B is still zero: the adapter does nothing")
+
+
+def _optimizer_state(trainer: Trainer) -> tuple[Tensors, dict]:
+    """Return the optimizer's tensors as FACTOR.KEY, and its numbers by factor and key."""
+    tensors, numbers = {}, {}
+    for name, parameter in lora_parameters(trainer.model):
+        for key, value in trainer.optimizer.state.get(parameter, {}).items():
+            if key in _TABLES:
+                continue
+            if isinstance(value, torch.Tensor):
+                tensors[f"{name}.{key}"] = value
+            else:
+                numbers.setdefault(name, {})[key] = value
+    return tensors, numbers
+
+
+def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """Put a trainer into the state of a checkpoint.
+
+    Raises:
+        CheckpointError: a tensor is missing or too much, or has another shape or type.
+    """
+    state, saved = numbers_of(checkpoint), checkpoint.tensors
+    compare_tensors(saved[WEIGHTS_NAME], adapter_tensors(trainer.model), WEIGHTS_NAME)
+    if saved[OPTIMIZER]:
+        _make_states(trainer)
+    tensors, numbers = _optimizer_state(trainer)
+    compare_tensors(saved[OPTIMIZER], tensors, OPTIMIZER)
+    if {name: set(values) for name, values in numbers.items()} != {
+        name: set(values) for name, values in state["optimizer"].items()
+    }:
+        raise CheckpointError(f"{STATE}: the optimizer has other numbers than the one of this run")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(saved[OPTIMIZER][name])
+    for name, parameter in lora_parameters(trainer.model):
+        trainer.optimizer.state.get(parameter, {}).update(state["optimizer"].get(name, {}))
+    fill_adapter(trainer.model, saved[WEIGHTS_NAME])
+    for name in _COUNTS:
+        setattr(trainer, name, state[name])
+    restore_generators(saved[GENERATORS], device_of(trainer.model))
+
+
+def numbers_of(checkpoint: Checkpoint) -> dict:
+    """Return the numbers of a checkpoint (see ``capture``).
+
+    Raises:
+        CheckpointError: it lacks a part of a trainer's state.
+    """
+    state = checkpoint.documents.get(STATE, {})
+    missing = [name for name in (WEIGHTS_NAME, OPTIMIZER, GENERATORS) if name not in checkpoint.tensors]
+    counts = [state.get(name) for name in (*_COUNTS, "total_steps")]
+    if "most_tokens" in state and state["most_tokens"] is None:
+        counts.remove(None)
+    numbers = state.get("optimizer")
+    good = all(type(count) is int and count >= 0 for count in counts) and isinstance(numbers, dict)
+    good = good and all(isinstance(values, dict) for values in numbers.values())
+    good = good and all(type(number) in (int, float) for values in numbers.values() for number in values.values())
+    if missing or not good:
+        raise CheckpointError(f"the checkpoint lacks {', '.join(missing) or f'numbers in {STATE}'}")
+    return state
+
+
+def _make_states(trainer: Trainer) -> None:
+    """Let the optimizer make its states where and as it wants them; with a rate of zero nothing else changes."""
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 0.0  # each step sets it
+    for parameter in trainer.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad(set_to_none=True)
+
+
+def compare_tensors(saved: Tensors, wanted: Tensors, file: str) -> None:
+    """Check that a file has exactly the tensors that are wanted, in their shapes and types."""
+    problems = [f"{name} is missing" for name in wanted if name not in saved]
+    problems += [f"{name} is not known here" for name in saved if name not in wanted]
+    problems += [
+        f"{name} is {_kind(saved[name])}, here {_kind(tensor)}" for name, tensor in wanted.items()
+        if name in saved and _kind(saved[name]) != _kind(tensor)
+    ]  # fmt: skip
+    if problems:
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise CheckpointError(f"the checkpoint's {file} does not fit this run: {'; '.join(problems[:4])}{more}")
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -1,0 +1,248 @@
+"""The course of a run once model and rows are there: measure, train with evaluations and checkpoints, measure again.
+
+All that it must remember to go on after an interruption is in ``_progress``; the rest is the trainer's state. Between
+two steps both belong together, and only there are they saved.
+"""
+
+import logging
+import math
+import shlex
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import nn
+
+from .data.examples import Dataset
+from .errors import CheckpointError, Interrupted, OutputError
+from .evaluate import ExactMatch, exact_match
+from .lora.adapter import CONFIG_NAME, adapter_config, adapter_tensors, fill_adapter, save_adapter
+from .memory.meter import PeakMeter
+from .models.anatomy import device_of
+from .recipe.schema import Recipe
+from .resume import RUN, Continuation
+from .runs import ADAPTER, ADAPTER_LAST, CHECKPOINTS, RECIPE, RunFolder, package_versions
+from .saver import Saver
+from .stopping import Stop, StopNow
+from .tracking import tracking
+from .train.checkpoints import Checkpoint, Tensors
+from .train.loop import StepMetrics, Trainer
+from .train.out_of_memory import first_line, is_out_of_memory
+from .train.state import STATE, capture, compare_tensors, restore
+
+log = logging.getLogger("qlora_lite")
+BEST = "best.safetensors"
+
+Progress = Callable[[StepMetrics, int], None]
+
+
+class Training:
+    """Train one run to its end.
+
+    Args:
+        about: what checkpoints are to say of the run: recipe, identity, environment, plan (see ``resume``).
+        progress: called after every step with its metrics and the total number of steps.
+    """
+
+    def __init__(
+        self, recipe: Recipe, run: RunFolder, trainer: Trainer, tokenizer, eval_data: Dataset | None,
+        meter: PeakMeter, stop: Stop, about: dict, progress: Progress | None,
+    ):  # fmt: skip
+        self.recipe, self.run, self.trainer, self.tokenizer = recipe, run, trainer, tokenizer
+        self.eval_data, self.meter, self.stop, self.about, self.progress = eval_data, meter, stop, about, progress
+        self.best_loss, self.best_factors = math.inf, None
+        self.evaluated_step = 0
+        self.before: ExactMatch | None = None
+        self.totals = {"steps": 0, "seconds": 0.0, "tokens": 0, "labelled_tokens": 0}
+        self.earlier_peak_bytes = 0
+        self.is_trained = False  # from then on the factors may be the best ones, and not those of the last step
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is trained."""
+        return self.trainer.model
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory held so far, in all parts of the run."""
+        return max(self.earlier_peak_bytes, self.meter.peak_bytes())
+
+    def restore(self, continuation: Continuation) -> None:
+        """Put everything back to where a checkpoint was made.
+
+        Raises:
+            CheckpointError: it does not fit this run.
+        """
+        restore(self.trainer, continuation.checkpoint)
+        try:
+            self._restore_progress(continuation.run["progress"], continuation.checkpoint.tensors.get(BEST, {}))
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+            raise CheckpointError(f"the checkpoint's {RUN} is not what this version writes: {error!r}") from None
+
+    def _restore_progress(self, saved: dict, best: Tensors) -> None:
+        self.evaluated_step, self.earlier_peak_bytes = int(saved["evaluated_step"]), int(saved["peak_bytes"])
+        self.totals = {name: type(zero)(saved["totals"][name]) for name, zero in self.totals.items()}
+        if saved["before"] is not None:
+            answers = saved["before"]["answers"]
+            self.before = ExactMatch(float(saved["before"]["score"]), tuple(map(str, answers)))
+        if saved["best_loss"] is not None:
+            compare_tensors(best, adapter_tensors(self.model), BEST)
+            self.best_loss = float(saved["best_loss"])
+            self.best_factors = {name: tensor.to(device_of(self.model)) for name, tensor in best.items()}
+
+    def _progress(self) -> dict:
+        return {
+            "evaluated_step": self.evaluated_step, "totals": self.totals, "peak_bytes": self.peak_bytes,
+            "before": self.before and {"score": self.before.score, "answers": self.before.answers},
+            "best_loss": None if self.best_factors is None else self.best_loss,
+        }  # fmt: skip
+
+    def go(self, whole_step: int | None = None) -> ExactMatch | None:
+        """Train to the end and return what was measured there.
+
+        Args:
+            whole_step: the step of the checkpoint that the run goes on from.
+
+        Raises:
+            Interrupted: the run was stopped; what was learned is saved.
+        """
+        t = self.recipe.train
+        with Saver(
+            self.run.path / CHECKPOINTS, t.save_every_steps, t.save_every_minutes, t.keep_checkpoints,
+            self.run.flush_metrics, package_versions(), self.recipe.recipe_hash, whole_step,
+        ) as self.saver:  # fmt: skip
+            try:
+                if whole_step is None:
+                    self.before = self._measure("before")
+                self._train()
+                return self._measure_best()
+            except StopNow as reason:
+                raise self._interrupted(str(reason)) from None
+
+    def _train(self) -> None:
+        with tracking(self.recipe.train.trackers, self.recipe.output.name or "qlora-lite", self.run.path) as track:
+            self._evaluate_if_due()  # the run may have been stopped between a step and its evaluation
+            for metrics in self.trainer:
+                self._note(metrics)
+                track(asdict(metrics), metrics.step)
+                self.stop.check()
+                self._evaluate_if_due()
+                if self.saver.due(metrics.step):
+                    self._save_checkpoint()
+                self.stop.check()
+        self._save_checkpoint()
+        self._try_save(ADAPTER_LAST)
+
+    def _note(self, metrics: StepMetrics) -> None:
+        values = asdict(metrics)
+        self.run.log_metrics(values)
+        self.totals = {name: self.totals[name] + values.get(name, 0) for name in self.totals} | {"steps": metrics.step}
+        if self.progress:
+            self.progress(metrics, self.trainer.total_steps)
+
+    def _evaluate_if_due(self) -> None:
+        step, every = self.trainer.step, self.recipe.train.eval_every_steps
+        due = every > 0 and step % every == 0 and self.evaluated_step < step < self.trainer.total_steps
+        if due and self.eval_data is not None:
+            self._keep_if_best(self._eval_loss())
+            self.evaluated_step = step
+
+    def _eval_loss(self) -> float:
+        with self.stop.at_once():
+            result = self.trainer.evaluate(self.eval_data.examples)
+        step = self.trainer.step
+        self.run.log_metrics({"step": step, "eval_loss": result.loss, "eval_perplexity": result.perplexity,
+                              "eval_labelled_tokens": result.labelled_tokens})  # fmt: skip
+        log.info("step %d: evaluation loss %.4f", step, result.loss)
+        return result.loss
+
+    def _measure(self, when: str) -> ExactMatch | None:
+        """Measure loss and exact match; ``when`` is "before" or "after"."""
+        if self.eval_data is None:
+            return None
+        self.run.update(**{f"eval_loss_{when}": self._eval_loss()})
+        rows = self.eval_data.examples[: self.recipe.train.exact_match_rows]
+        if not rows:
+            return None
+        with self.stop.at_once():
+            result = exact_match(self.model, self.tokenizer, rows, self.eval_data.end_token_ids)
+        log.info("exact match %s training: %.1f %% of %d rows", when, 100 * result.score, len(rows))
+        self.run.update(**{f"exact_match_{when}": result.score, "exact_match_rows": len(rows)})
+        return result
+
+    def _keep_if_best(self, loss: float) -> None:
+        if loss < self.best_loss:
+            self.best_loss = loss
+            self.best_factors = {name: tensor.clone() for name, tensor in adapter_tensors(self.model).items()}
+            self._try_save(ADAPTER)
+
+    def _measure_best(self) -> ExactMatch | None:
+        """Evaluate the end, go back to the best factors seen, and measure those."""
+        self.is_trained = True
+        if self.best_factors is not None:
+            self._keep_if_best(self._eval_loss())
+            fill_adapter(self.model, self.best_factors)
+        return self._measure("after")
+
+    def _save_checkpoint(self) -> None:
+        try:
+            self.saver.save(self.trainer.step, self._capture)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            log.warning("step %d: there is no memory to copy the state for a checkpoint (%s); training goes on",
+                        self.trainer.step, first_line(error))  # fmt: skip
+
+    def _capture(self) -> Checkpoint:
+        self.run.write_metrics()  # a checkpoint that knows of lines that wait would lose them
+        tensors, state = capture(self.trainer)
+        if self.best_factors is not None:
+            tensors[BEST] = {n: t.to("cpu", copy=True).contiguous() for n, t in self.best_factors.items()}
+        run = self.about | {
+            "progress": self._progress(), "summary": dict(self.run.summary), "metrics_bytes": self.run.metrics_bytes,
+        }  # fmt: skip
+        config = adapter_config(self.model, self.recipe.model.path)
+        return Checkpoint(self.trainer.step, tensors, {STATE: state, RUN: run, CONFIG_NAME: config})
+
+    def save_adapter(self, name: str) -> str:
+        """Write the adapter into the run's folder and return its SHA-256.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        return save_adapter(self.model, self.run.path / name, self.recipe.model.path, self.tokenizer)
+
+    def _try_save(self, name: str) -> None:
+        try:
+            self.save_adapter(name)
+        except OutputError as error:
+            log.warning("step %d: %s. Training goes on", self.trainer.step, error)
+
+    def _interrupted(self, reason: str) -> Interrupted:
+        """Save what was learned, and say how to go on."""
+        step = self.trainer.step
+        if step and not self.is_trained:
+            self._save_checkpoint()
+            self._try_save(ADAPTER_LAST)
+        self.saver.wait()
+        newest = self.saver.newest_step
+        if not step:
+            kept = "nothing was trained yet"
+        elif newest == step:
+            kept = "all of it is saved"
+        else:
+            there = "no checkpoint is there" if newest is None else f"the newest checkpoint is of step {newest}"
+            kept = f"{there} ({self.saver.failure or 'none was due'})"
+        return Interrupted(f"stopped by {reason} after step {step}; {kept}. {how_to_go_on(self.run.path)}")
+
+
+def how_to_go_on(folder: Path) -> str:
+    """Say what to type to go on with a run."""
+    recipe, run = shlex.quote(str(folder / RECIPE)), shlex.quote(str(folder))
+    return f"To go on: qlora-lite train {recipe} --resume {run}"
+
+
+def checkpoint_bytes(trainer: Trainer, with_evaluation: bool) -> int:
+    """Return the size of a trainer's checkpoints: factors, the best ones if there is evaluation, optimizer."""
+    factors = sum(parameter.nbytes for parameter in trainer.parameters)
+    return factors * (2 if with_evaluation else 1) + trainer.optimizer_bytes

@@ -1,0 +1,511 @@
+"""A run that was stopped, killed or hindered goes on as if nothing had happened, and is never taken for another one."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from remembered_plans import remember_predictions
+from safetensors.torch import load_file
+from tiny_files import save_tiny, write_recipe, write_rows
+
+from qlora_lite.errors import CheckpointError, Interrupted, OutputError
+from qlora_lite.files import sha256
+from qlora_lite.recipe.load import load_recipe
+from qlora_lite.run import run_recipe
+from qlora_lite.runs import open_run
+from qlora_lite.train.checkpoints import MANIFEST, folder_of, steps_on_disk
+from qlora_lite.train.loop import Trainer
+
+TIMES = {"seconds", "tokens_per_second", "peak_bytes"}
+OTHER_RUN = {*TIMES, "started", "resumed", "plan", "memory_table"}  # of the summary
+STEPS = {"max_steps": 8, "eval_every_steps": 3, "save_every_steps": 2, "keep_checkpoints": 3, "learning_rate": 0.003}
+WHOLE = {"train": STEPS, "lora": {"rank": 64, "dropout": 0.1}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _planned_once():
+    with pytest.MonkeyPatch.context() as patch:
+        remember_predictions(patch.setattr)
+        yield
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny(folder)
+    return folder
+
+
+class Lab:
+    """One recipe in a folder of its own, begun and gone on with."""
+
+    def __init__(self, folder, model_folder):
+        self.folder, self.model, self.out = folder, model_folder, folder / "out"
+        folder.mkdir(exist_ok=True)
+
+    def recipe(self, **sections):
+        merged = {name: {**WHOLE.get(name, {}), **sections.get(name, {})} for name in {*WHOLE, *sections}}
+        return load_recipe(write_recipe(self.folder, self.model, **merged))
+
+    def run(self, stop_at=None, number=signal.SIGTERM, resume=None, force=False, at_step=None, **sections):
+        """Run, with a signal after a step if one is given, or a call at each step."""
+
+        def progress(metrics, _total):
+            if metrics.step == stop_at:
+                os.kill(os.getpid(), number)
+            if at_step:
+                at_step(metrics.step)
+
+        return run_recipe(self.recipe(**sections), progress, resume, force)
+
+    def stop(self, step, **options):
+        with pytest.raises(Interrupted) as caught:
+            self.run(stop_at=step, **options)
+        return str(caught.value)
+
+    @property
+    def summary(self):
+        return json.loads((self.out / "summary.json").read_text())
+
+    @property
+    def lines(self):
+        """The lines of metrics without times."""
+        lines = (self.out / "metrics.jsonl").read_text().splitlines()
+        return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+
+    @property
+    def digest(self):
+        return sha256(self.out / "adapter" / "adapter_model.safetensors")
+
+    @property
+    def checkpoints(self):
+        return steps_on_disk(self.out / "checkpoints")
+
+
+@pytest.fixture
+def lab(tmp_path, model_folder):
+    return Lab(tmp_path / "lab", model_folder)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, model_folder):
+    """The same recipe, never interrupted."""
+    lab = Lab(tmp_path_factory.mktemp("whole"), model_folder)
+    lab.run()
+    return lab
+
+
+def assert_same_run(one, other):
+    assert one.lines == other.lines
+    assert one.digest == other.digest
+    for name in ("adapter", "adapter-last"):
+        mine, theirs = (load_file(lab.out / name / "adapter_model.safetensors") for lab in (one, other))
+        assert all(torch.equal(tensor, theirs[key]) for key, tensor in mine.items())
+    mine, theirs = ({k: v for k, v in lab.summary.items() if k not in OTHER_RUN} for lab in (one, other))
+    assert mine == theirs
+    assert (one.out / "report.html").exists()
+
+
+@pytest.mark.parametrize("stops", [[2], [3, 4], [1, 5, 7]], ids=str)
+def test_a_stopped_run_goes_on_to_the_very_same_end(lab, whole, stops):
+    lab.stop(stops[0])
+    for stop in stops[1:]:
+        lab.stop(stop, resume="")
+    lab.run(resume=lab.out)
+    assert_same_run(lab, whole)
+    assert [part["after_step"] for part in lab.summary["resumed"]] == stops
+    assert [line["step"] for line in lab.lines if "loss" in line] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("sections", [
+    {"data": {"order": "as-is", "streaming": True}, "train": {"optimizer": "paged_adamw_8bit"}},
+    {"data": {"packing": False}, "train": {"gradient_accumulation_steps": 3, "micro_batch_size": 2, "max_steps": None,
+                                          "epochs": 1.5, "optimizer": "adamw_8bit"}},
+    {"data": {"eval": None}, "train": {"eval_every_steps": 0, "exact_match_rows": 0, "optimizer": "lion_8bit"}},
+], ids=["streaming", "accumulation", "no evaluation"])  # fmt: skip
+def test_runs_of_every_kind_go_on_to_the_very_same_end(lab, tmp_path, model_folder, sections):
+    other = Lab(tmp_path / "whole", model_folder)
+    other.run(**sections)
+    lab.stop(3, **sections)
+    lab.run(resume="", **sections)
+    assert_same_run(lab, other)
+
+
+def test_a_killed_run_loses_the_steps_since_its_checkpoint_and_their_lines_only(lab, whole):
+    lab.stop(5)
+    shutil.rmtree(folder_of(lab.out / "checkpoints", 5))  # as if the process had been killed instead
+    with (lab.out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "loss": 1.0}\n{"step": 7, "lo')
+    (lab.out / ".summary.json.7.partial").write_text("{")
+    (lab.out / "checkpoints" / ".step-00000006.7.partial").mkdir()
+    lab.run(resume="")
+    assert_same_run(lab, whole)
+    assert lab.summary["resumed"][0]["after_step"] == 4
+    assert not list(lab.out.rglob(".*"))
+
+
+def test_a_damaged_checkpoint_is_skipped_with_the_reason_and_the_one_before_is_used(lab, whole, caplog):
+    lab.stop(5)
+    file = folder_of(lab.out / "checkpoints", 5) / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    lab.run(resume="")
+    assert_same_run(lab, whole)
+    assert any("skipped a damaged checkpoint" in m and "optimizer.safetensors has" in m for m in caplog.messages)
+    assert "skipped a damaged checkpoint" in (lab.out / "log.txt").read_text()
+    assert lab.checkpoints == [8, 6, 4]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_afresh(lab):
+    lab.stop(3)
+    for step in lab.checkpoints:
+        (folder_of(lab.out / "checkpoints", step) / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint is left .*\n.*manifest.json is missing"):
+        lab.run(resume="")
+    assert lab.checkpoints == [3, 2]
+
+
+def test_a_run_without_a_checkpoint_begins_afresh_and_says_so(lab, whole, caplog):
+    lab.out.mkdir()
+    (lab.out / ".recipe.yaml.1.partial").write_text("half")  # killed at once
+    lab.run(resume="")
+    assert_same_run(lab, whole)
+    shutil.rmtree(lab.out / "checkpoints")
+    summary = lab.summary
+    (lab.out / "summary.json").write_text(json.dumps(summary | {"status": "running"}))
+    caplog.clear()
+    lab.run(resume=lab.out)
+    assert_same_run(lab, whole)
+    assert sum("has no checkpoint yet; it begins afresh" in message for message in caplog.messages) == 1
+
+
+def test_without_a_folder_in_the_recipe_the_newest_run_is_gone_on_with(lab, whole, monkeypatch, caplog):
+    monkeypatch.chdir(lab.folder)
+    nowhere = {"output": {"dir": None, "name": "mine"}}
+    for name in ("mine-20200101-000000", "other-29990101-000000", "mine-x-29990101-000000"):
+        (lab.folder / "runs" / name).mkdir(parents=True)
+    lab.out = lab.folder / "runs" / "mine-29980101-000000"
+    first = lab.stop(3, resume="", **{"output": {"dir": str(lab.out), "name": "mine"}})
+    assert f"--resume {lab.out}" in first
+    assert lab.run(resume="", **nowhere).resolve() == lab.out.resolve()
+    assert lab.digest == whole.digest
+    other = Lab(lab.folder / "x", lab.model)
+    caplog.set_level(logging.INFO, "qlora_lite")
+    with pytest.raises(Interrupted):
+        other.run(stop_at=1, resume="", output={"dir": None, "name": "new"})
+    assert any("there is no run of this recipe yet" in message for message in caplog.messages)
+
+
+def test_a_complete_run_is_left_as_it_is(lab, caplog):
+    lab.run()
+    before = {path: path.stat().st_mtime_ns for path in lab.out.rglob("*") if path.name != "log.txt"}
+    lab.run(resume="")
+    assert {path: path.stat().st_mtime_ns for path in lab.out.rglob("*") if path.name != "log.txt"} == before
+    assert any("is complete" in message for message in caplog.messages)
+
+
+def test_a_complete_run_without_checkpoints_is_not_overwritten_by_another_recipe(lab):
+    lab.run()
+    shutil.rmtree(lab.out / "checkpoints")
+    digest = lab.digest
+    with pytest.raises(CheckpointError, match="is complete and has no checkpoint"):
+        lab.run(resume="", train={"seed": 4})
+    assert lab.digest == digest
+
+
+# --- changes
+
+
+def test_changes_that_make_another_run_are_refused_one_by_one_and_leave_it_as_it_is(lab, whole):
+    lab.stop(4)
+    names = ("metrics.jsonl", "recipe.yaml", "summary.json")
+    before = [(lab.out / name).read_bytes() for name in names]
+    with pytest.raises(CheckpointError) as caught:
+        lab.run(resume="", lora={"rank": 32, "alpha": 16}, train={"seed": 3, "optimizer": "lion_32bit"})
+    for text in ("lora.rank: 64 -> 32", "lora.alpha: 8.0 -> 16.0", "train.seed: 0 -> 3", "--force",
+                 "train.optimizer: adamw_torch -> lion_32bit"):  # fmt: skip
+        assert text in str(caught.value)
+    assert [(lab.out / name).read_bytes() for name in names] == before
+    lab.run(resume="")
+    assert_same_run(lab, whole)
+
+
+def test_harmless_changes_are_listed_and_change_nothing(lab, whole, caplog):
+    lab.stop(4)
+    lab.run(resume="", train={"save_every_steps": 1, "keep_checkpoints": 1, "max_hours": 3.0})
+    assert_same_run(lab, whole)
+    (part,) = lab.summary["resumed"]
+    assert part["forced_changes"] == []
+    assert "train.save_every_steps: 2 -> 1" in part["changes"]
+    assert any("train.keep_checkpoints: 3 -> 1 (changes nothing" in message for message in caplog.messages)
+    assert lab.checkpoints == [8]
+
+
+def test_a_forced_change_is_taken_and_the_summary_says_so(lab, whole):
+    lab.stop(4)
+    lab.run(resume="", force=True, lora={"alpha": 16})
+    assert lab.summary["resumed"][0]["forced_changes"] == ["lora.alpha: 8.0 -> 16.0"]
+    assert lab.digest != whole.digest
+    assert "alpha: 16" in (lab.out / "recipe.yaml").read_text()
+    assert "forced" in (lab.out / "report.html").read_text()
+
+
+def test_a_forced_change_of_the_shape_of_the_factors_is_refused_all_the_same(lab):
+    lab.stop(2)
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors does not fit this run"):
+        lab.run(resume="", force=True, lora={"rank": 8})
+
+
+def test_more_steps_give_the_longer_run_where_the_learning_rates_are_the_same(lab, tmp_path, model_folder):
+    constant = {"lr_scheduler": "constant", "warmup_ratio": 0.0}
+    longer = Lab(tmp_path / "longer", model_folder)
+    longer.run(train={**constant, "max_steps": 11})
+    lab.run(train=constant)
+    lab.run(resume="", train={**constant, "max_steps": 11})
+    assert_same_run(lab, longer)
+    assert "steps: 8 -> 11" in lab.summary["resumed"][0]["changes"]
+
+
+def test_more_steps_under_a_schedule_that_bends_are_refused_and_fewer_always(lab):
+    lab.stop(4)
+    with pytest.raises(
+        CheckpointError, match=r"steps: 8 -> 11, for which train\.lr_scheduler cosine gives the 4 steps"
+    ):
+        lab.run(resume="", train={"max_steps": 11})
+    with pytest.raises(CheckpointError, match="the checkpoint is of step 4, and the run now ends after 3"):
+        lab.run(resume="", force=True, train={"max_steps": 3})
+    lab.run(resume="", force=True, train={"max_steps": 11})
+    assert lab.summary["steps"] == 11
+
+
+def test_other_rows_another_tokenizer_and_another_model_are_refused_by_name(lab, tmp_path):
+    lab.stop(2)
+    rows = write_rows(tmp_path / "other.jsonl", 24, "#")
+    with pytest.raises(CheckpointError, match="other training rows than before"):
+        lab.run(resume="", data={"train": str(rows)})
+    with pytest.raises(CheckpointError, match="other evaluation rows than before"):
+        lab.run(resume="", data={"eval": str(write_rows(tmp_path / "eval.jsonl", 7, "!"))})
+    save_tiny(tmp_path / "model", seed=5)
+    lab.model = tmp_path / "model"
+    with pytest.raises(CheckpointError, match="other base model than before"):
+        lab.run(resume="")
+    assert lab.summary["status"] == "interrupted"
+
+
+def test_rows_and_model_that_only_moved_are_the_same(lab, whole, tmp_path):
+    lab.stop(3)
+    lab.model = shutil.copytree(lab.model, tmp_path / "elsewhere")
+    rows = write_rows(tmp_path / "moved.jsonl", 24)
+    lab.run(resume="", data={"train": str(rows)})
+    assert lab.lines == whole.lines
+    mine, theirs = (load_file(other.out / "adapter" / "adapter_model.safetensors") for other in (lab, whole))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
+
+
+# --- stopping
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(lab, number):
+    earlier = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    message = lab.stop(3, number=number)
+    assert message.startswith(f"stopped by {number.name} after step 3; all of it is saved. To go on: qlora-lite train")
+    assert message.endswith(f"{lab.out / 'recipe.yaml'} --resume {lab.out}")
+    assert lab.checkpoints == [3, 2] and lab.lines[-1]["step"] == 3
+    assert lab.summary["status"] == "interrupted" and lab.summary["steps"] == 3
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == earlier
+    assert (lab.out / "adapter-last" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
+def test_a_signal_in_an_evaluation_ends_it_at_once_and_it_is_done_again(lab, whole, monkeypatch, call):
+    """The first evaluation comes before training, the second and third in it, the fourth behind it."""
+    evaluate, calls = Trainer.evaluate, []
+
+    def signalled(trainer, examples):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(trainer, examples)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "evaluate", signalled)
+        with pytest.raises(Interrupted, match="stopped by SIGTERM after step"):
+            lab.run()
+    assert len(calls) == call
+    assert lab.checkpoints[:1] == {1: [], 2: [3], 3: [6], 4: [8]}[call]
+    lab.run(resume="")
+    assert_same_run(lab, whole)
+
+
+def test_a_signal_while_loading_acts_at_once(lab, whole, monkeypatch):
+    from qlora_lite import run
+
+    def signalled(*_arguments, **_options):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "build_model", signalled)
+        with pytest.raises(Interrupted, match="stopped at once by SIGTERM"):
+            lab.run()
+    assert lab.summary["status"] == "interrupted"
+    lab.run(resume="")
+    assert_same_run(lab, whole)
+
+
+def test_a_second_signal_stops_at_once(lab, whole):
+    def twice(step):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="stopped at once by SIGINT"):
+        lab.run(at_step=twice)
+    assert lab.checkpoints == [4, 2]
+    lab.run(resume="")
+    assert_same_run(lab, whole)
+
+
+def test_time_that_is_over_stops_the_run_like_a_signal(lab, whole):
+    with pytest.raises(Interrupted, match=r"stopped by train\.max_hours after step 1; all of it is saved"):
+        lab.run(train={"max_hours": 1e-9})
+    lab.run(resume="")
+    assert_same_run(lab, whole)
+
+
+def test_checkpoints_are_due_by_steps_or_by_time(lab):
+    lab.run(train={"save_every_steps": 0, "save_every_minutes": 1e-6, "keep_checkpoints": 100})
+    assert lab.checkpoints == [8, 7, 6, 5, 4, 3, 2, 1]
+    shutil.rmtree(lab.out)
+    lab.run(train={"save_every_steps": 0, "save_every_minutes": 0.0})
+    assert lab.checkpoints == [8]
+
+
+def test_two_runs_cannot_write_one_folder_and_a_killed_one_blocks_nobody(lab):
+    lab.stop(2)
+    code = (
+        "import sys, time, pathlib, qlora_lite.files\n"
+        "with qlora_lite.files.locked(pathlib.Path(sys.argv[1])): print(flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, lab.out], stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    with pytest.raises(OutputError, match=r"another process is writing .*; wait for it"):
+        lab.run(resume="")
+    holder.kill()
+    holder.communicate()
+    lab.run(resume="")
+    assert lab.summary["status"] == "complete"
+
+
+def test_a_run_that_was_killed_can_be_used_with_its_newest_checkpoint(lab):
+    lab.stop(4)
+    for name in ("adapter", "adapter-last"):
+        shutil.rmtree(lab.out / name, ignore_errors=True)
+    opened = open_run(lab.out)
+    assert opened.adapter == folder_of(lab.out / "checkpoints", 4)
+    from qlora_lite.evaluate import evaluate_recipe
+
+    assert evaluate_recipe(opened.recipe, opened.adapter, 0)["eval_loss"] < lab.lines[0]["eval_loss"]
+
+
+# --- disks
+
+
+def test_a_disk_that_takes_no_checkpoint_for_a_while_does_not_end_the_run(lab, whole, caplog):
+    blocked = lab.out / "checkpoints"
+
+    def block(step):
+        if step == 1:
+            blocked.write_text("in the way")
+        if step == 5:
+            blocked.unlink()
+
+    lab.run(at_step=block)
+    assert_same_run(lab, whole)
+    assert sum("no checkpoint was written: cannot write" in message for message in caplog.messages) == 2
+    assert lab.checkpoints == [8, 6]
+
+
+def test_a_disk_that_takes_no_metrics_for_a_while_gets_them_later(lab, whole, caplog):
+    metrics, aside = lab.out / "metrics.jsonl", lab.folder / "aside"
+
+    def block(step):
+        if step == 3:
+            metrics.rename(aside)
+            metrics.mkdir()
+        if step == 5:
+            metrics.rmdir()
+            aside.rename(metrics)
+
+    lab.run(at_step=block)
+    assert_same_run(lab, whole)
+    assert sum("the lines wait until it can be written" in message for message in caplog.messages) == 1
+
+
+def test_a_folder_removed_under_the_run_is_made_again_and_gets_the_result(lab, whole, caplog):
+    def remove(step):
+        if step == 5:
+            shutil.rmtree(lab.out)
+
+    lab.stop(7, at_step=remove)
+    assert [line["step"] for line in lab.lines] == [6, 6, 7]  # one of them is the evaluation's
+    assert sum("was removed; it is made again" in message for message in caplog.messages) == 1
+    lab.run(resume="")
+    assert lab.digest == whole.digest
+    assert lab.summary["status"] == "complete"
+
+
+def test_too_little_space_is_seen_before_the_first_step(lab, monkeypatch, caplog):
+    def free(size):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**9, 0, size))
+
+    free(10_000)
+    with pytest.raises(OutputError, match=r"the disk of .*out has 9\.8 KiB free; this run needs .*set output\.dir"):
+        lab.run()
+    assert not (lab.out / "metrics.jsonl").exists()
+    shutil.rmtree(lab.out)
+    free(1_500_000)
+    lab.run()
+    assert any("it may end without some of them" in message for message in caplog.messages)
+
+
+def test_log_lines_that_cannot_be_written_are_no_trace_on_the_terminal(capsys):
+    from qlora_lite.runs import logging_to
+
+    with logging_to(Path("/dev/full")):
+        logging.getLogger("qlora_lite").info("lost")
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_memory_that_ran_out_is_kept_in_mind_by_the_plan_and_the_checkpoint(lab, tmp_path, model_folder, monkeypatch):
+    from qlora_lite.train import step
+
+    real = step.summed_loss
+
+    def limited(model, inputs, *rest):
+        if model.training and sum(inputs.row_lengths) > 60 and calls:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(model, inputs, *rest)
+
+    calls = []
+    monkeypatch.setattr(step, "summed_loss", limited)
+    both = []
+    for name, stop in (("a", None), ("b", 4)):
+        other = Lab(tmp_path / name, model_folder)
+        calls.clear()
+        start = lambda step: calls.append(step)  # noqa: E731 - memory is short from the second step on
+        if stop:
+            with pytest.raises(Interrupted):
+                other.run(stop_at=stop, at_step=start)
+            other.run(resume="", at_step=start)
+        else:
+            other.run(at_step=start)
+        both.append(other)
+    assert both[0].summary["plan"]["most_tokens"] == both[1].summary["plan"]["most_tokens"] <= 64
+    assert_same_run(both[1], both[0])

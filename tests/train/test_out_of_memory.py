@@ -1,0 +1,220 @@
+"""Where memory runs out the step is done again in smaller pieces and stays the same step; other faults stay faults."""
+
+import math
+
+import pytest
+import torch
+from tiny_trainer import examples, trainer
+
+from qlora_lite.data.stored import row_lengths
+from qlora_lite.errors import DoesNotFitError, TrainingError
+from qlora_lite.train import loop, step
+from qlora_lite.train.out_of_memory import cut, is_out_of_memory, lower_limit
+
+CPU_WORDS = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."  # noqa: E501
+WORDINGS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity"),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    RuntimeError("HIP out of memory. Tried to allocate"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError(CPU_WORDS),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 12 bytes."),
+    RuntimeError("std::bad_alloc"),
+    MemoryError(),
+]
+OTHERS = [
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied"), RuntimeError("CUDA error: an illegal memory access"),
+    RuntimeError("CUDA error: device-side assert triggered"), ValueError("out of memory"), OSError("out of memory"),
+]  # fmt: skip
+OPTIONS = dict(max_tokens=40, gradient_accumulation_steps=2, max_steps=3, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("error", WORDINGS, ids=lambda error: str(error)[:30] or type(error).__name__)
+def test_every_allocator_s_words_are_known(error):
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize("error", OTHERS, ids=lambda error: str(error)[:30])
+def test_other_errors_are_no_lack_of_memory(error):
+    assert not is_out_of_memory(error)
+
+
+@pytest.mark.parametrize("limit", [None, 1, 7, 14, 20, 25, 10_000])
+def test_micro_batches_are_cut_between_rows_and_no_row_is_lost(limit):
+    rows = examples(12)
+    groups = [rows[:5], rows[5:6], rows[6:]]
+    parts = cut(groups, limit)
+    assert [row for part in parts for row in part] == rows
+    borders = {0, 5, 6, 12}
+    assert borders <= {sum(map(len, parts[:n])) for n in range(len(parts) + 1)}
+    if limit is None:
+        assert parts == groups
+    else:
+        assert all(len(part) == 1 or sum(row_lengths(part)) <= limit for part in parts)
+
+
+def fail_once_above(monkeypatch, module, name, limit, error=WORDINGS[0]):
+    """Let memory run out in a function of the model and inputs where these have more tokens than the limit."""
+    real, failures = getattr(module, name), []
+
+    def limited(model, inputs, *rest):
+        if sum(inputs.row_lengths) > limit:
+            failures.append(sum(inputs.row_lengths))
+            raise type(error)(*error.args)  # a new one, since it keeps what was on the way of its raising
+        return real(model, inputs, *rest)
+
+    monkeypatch.setattr(module, name, limited)
+    return failures
+
+
+def assert_same_steps(found, expected):
+    """Equal within the rounding of float32 in another order."""
+    assert [(m.step, m.tokens, m.labelled_tokens, m.learning_rate) for m in found] == [
+        (m.step, m.tokens, m.labelled_tokens, m.learning_rate) for m in expected
+    ]
+    for one, other in zip(found, expected, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("error", WORDINGS, ids=lambda error: str(error)[:30] or type(error).__name__)
+def test_memory_that_runs_out_in_forward_changes_no_step(monkeypatch, caplog, error):
+    whole = trainer(**OPTIONS)
+    expected = list(whole)
+    failures = fail_once_above(monkeypatch, step, "summed_loss", 25, error)
+    training = trainer(**OPTIONS)
+    assert_same_steps(list(training), expected)
+    assert failures and training.most_tokens <= 25
+    assert sum("memory ran out" in message for message in caplog.messages) == len(failures)
+    assert len(failures) <= 2  # later steps are cut before they fail
+    for one, other in zip(training.parameters, whole.parameters, strict=True):
+        assert (one - other).norm() <= 1e-4 * other.norm()
+
+
+def run_out_in_backward(training, micro_batch):
+    """Let memory run out once, in the backward pass of a micro-batch, when later layers have their gradients."""
+    calls = []
+
+    def run_out(grad):
+        calls.append(1)
+        if len(calls) == micro_batch:
+            raise RuntimeError(CPU_WORDS)
+        return grad
+
+    training.model.get_submodule("model.layers.0.mlp.up_proj").lora_B.register_hook(run_out)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_memory_that_runs_out_in_backward_leaves_no_gradient_of_the_attempt(micro_batch):
+    expected = list(trainer(**OPTIONS))
+    training = trainer(**OPTIONS)
+    run_out_in_backward(training, micro_batch)
+    assert_same_steps(list(training), expected)
+    assert training.most_tokens is not None
+
+
+def test_a_step_done_again_draws_the_dropout_that_it_would_have_drawn():
+    steps = []
+    most_tokens = None
+    for _ in range(2):
+        training = trainer(**OPTIONS, dropout=0.3)
+        training.most_tokens = most_tokens
+        if most_tokens is None:
+            run_out_in_backward(training, 2)
+        torch.manual_seed(5)
+        steps.append([metrics.loss for metrics in training])
+        assert most_tokens in (None, training.most_tokens)
+        most_tokens = training.most_tokens
+    assert steps[0] == steps[1]
+
+
+def test_one_row_too_large_is_an_error_that_names_it_and_the_cure(monkeypatch):
+    fail_once_above(monkeypatch, step, "summed_loss", 5)
+    training = trainer(**OPTIONS)
+    before = [parameter.detach().clone() for parameter in training.parameters]
+    with pytest.raises(DoesNotFitError, match=r"the row rows\.jsonl:\d+ alone, with \d+ tokens, needs .*max_tokens"):
+        next(iter(training))
+    assert all(torch.equal(a, b) for a, b in zip(before, training.parameters, strict=True))
+
+
+def test_an_unrelated_error_is_raised_as_it_is(monkeypatch):
+    fail_once_above(monkeypatch, step, "summed_loss", 5, OTHERS[0])
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        next(iter(trainer(**OPTIONS)))
+
+
+def test_memory_that_runs_out_in_the_update_is_not_tried_again(monkeypatch):
+    training = trainer(**OPTIONS)
+
+    def run_out():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(training.optimizer, "step", run_out)
+    with pytest.raises(DoesNotFitError, match=r"while the weights were updated .*go on from the last checkpoint"):
+        next(iter(training))
+
+
+def test_memory_that_runs_out_in_evaluation_gives_the_same_loss(monkeypatch):
+    training = trainer(**OPTIONS)
+    training.model.train()
+    expected = training.evaluate(examples(9))
+    fail_once_above(monkeypatch, step, "summed_loss", 25)
+    result = training.evaluate(examples(9))
+    assert result.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert result.labelled_tokens == expected.labelled_tokens
+    assert training.model.training
+
+
+def test_the_largest_part_is_halved_and_one_row_cannot_be():
+    rows = examples(6)
+    parts = [rows[:4], rows[4:]]
+    assert lower_limit(parts, "why") == sum(row_lengths(rows[:4])) // 2
+    with pytest.raises(DoesNotFitError, match="why"):
+        lower_limit([rows[:1]], "why")
+
+
+def nan_at(training, *steps):
+    """Let the gradient of one factor be NaN in the steps given."""
+    layer = training.model.get_submodule("model.layers.1.self_attn.o_proj")
+    layer.lora_B.register_hook(lambda grad: grad * float("nan") if training.step in steps else grad)
+
+
+def test_a_step_that_is_not_finite_is_skipped_said_and_counted(caplog):
+    training = trainer(on_not_finite="skip", max_skipped_steps=2, max_steps=5)
+    nan_at(training, 1, 3)
+    factors, found = [], []
+    for metrics in training:
+        found.append(metrics)
+        factors.append([parameter.detach().clone() for parameter in training.parameters])
+    assert [math.isfinite(metrics.grad_norm) for metrics in found] == [False, True, False, True, True]
+    assert all(torch.equal(a, b) for a, b in zip(factors[1], factors[2], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(factors[2], factors[3], strict=True))
+    assert training.skipped == 2
+    skipped = [message for message in caplog.messages if "this step is skipped" in message]
+    assert len(skipped) == 2 and all("o_proj.lora_B" in message and "rows.jsonl:" in message for message in skipped)
+
+
+def test_more_skipped_steps_than_allowed_end_the_run():
+    training = trainer(on_not_finite="skip", max_skipped_steps=1, max_steps=5)
+    nan_at(training, 2, 3)
+    with pytest.raises(TrainingError, match=r"step 3: .*; 1 steps were skipped before, train\.max_skipped_steps"):
+        list(training)
+
+
+def test_a_nan_ends_the_run_unless_told_otherwise():
+    training = trainer(max_steps=5)
+    nan_at(training, 2)
+    with pytest.raises(TrainingError, match="step 2: the gradient of"):
+        list(training)
+
+
+def test_a_limit_that_was_lowered_holds_for_the_rehearsal_too(monkeypatch):
+    training = trainer(**OPTIONS)
+    training.most_tokens = 20
+    seen = []
+    real = loop.rehearse_step
+    monkeypatch.setattr(loop, "rehearse_step", lambda m, p, o, inputs, *rest: (
+        seen.append(sum(inputs.row_lengths)), real(m, p, o, inputs, *rest)))  # fmt: skip
+    training.rehearse(examples(5))
+    assert seen and seen[0] <= 20
