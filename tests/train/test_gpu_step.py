@@ -1,15 +1,18 @@
 """On a card: the same step as on a CPU, and memory as planned. Needs a CUDA device."""
 
 import copy
+import os
 from dataclasses import replace
 
 import pytest
 import torch
+from lever_cases import PLAIN, SAME_ARITHMETIC, build, gradients
 from tiny import quantized_pair, random_batch, random_factors
 from transformers import AutoConfig
 
 from qlora_lite.lora.inject import add_lora, lora_parameters
-from qlora_lite.models.levers import Levers, set_levers
+from qlora_lite.models.anatomy import blocks
+from qlora_lite.models.levers import Levers, place, set_levers
 from qlora_lite.planning.predict import predict
 from qlora_lite.planning.simulate import Job, rows_of
 from qlora_lite.train.optim import build_optimizer
@@ -17,6 +20,24 @@ from qlora_lite.train.rehearsal import rehearse_step
 from qlora_lite.train.step import accumulate_gradients, prepare
 
 pytestmark = pytest.mark.gpu
+CARD = torch.device("cuda")
+SIZES = dict(vocab_size=8192, hidden_size=1024, intermediate_size=2816, num_attention_heads=16, num_key_value_heads=8)
+ALLOCATION_BYTES = 512  # what the allocator rounds up to
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product; see ``repeatable``
+
+
+@pytest.fixture
+def repeatable():
+    """Make the card compute the same bits every time, which its attention's backward does not do by itself."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def card_model(depth, device=CARD):
+    """A model whose block inputs, at 4,096 tokens, are 8 MiB each."""
+    model, _ = quantized_pair("llama", dtype=torch.bfloat16, num_hidden_layers=depth, **SIZES)
+    return add_lora(model, rank=4).to(device)
 
 
 def with_gradients(model, batch):
@@ -39,8 +60,7 @@ def test_loss_and_gradients_on_a_card_are_those_on_a_cpu(model_type):
 
 
 def test_allocated_memory_is_what_the_plan_says():
-    sizes = dict(vocab_size=8192, hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, num_attention_heads=16,
-                 num_key_value_heads=8)  # fmt: skip
+    sizes = SIZES | {"num_hidden_layers": 4}
     model, _ = quantized_pair("llama", dtype=torch.bfloat16, **sizes)
     model = add_lora(model, rank=16).to("cuda")
     set_levers(model, Levers())
@@ -53,3 +73,69 @@ def test_allocated_memory_is_what_the_plan_says():
     measured = torch.cuda.max_memory_allocated()
     predicted = predict(replace(job, config=model.config)).allocated_bytes
     assert -0.01 <= predicted / measured - 1 <= 0.05
+
+
+@pytest.mark.parametrize("levers", SAME_ARITHMETIC, ids=str)
+def test_where_tensors_lie_and_whether_they_are_kept_changes_no_bit_on_a_card(levers, repeatable):
+    expected = gradients(build(device=CARD), PLAIN)
+    model = build(levers=levers, device=CARD)
+    for _ in range(2):  # the second step finds the stream where the first left it
+        for one, other in zip(gradients(model, levers), expected, strict=True):
+            assert torch.equal(one, other)
+
+
+def active_bytes_of_a_step(depth, levers):
+    """Return the most memory in use during a step, above what lay there before it and less its gradients.
+
+    Memory whose copy to the host has not ended is in use although no tensor holds it: ``memory_allocated`` leaves it
+    out, "active" does not. Nothing here waits for the card, so that the process runs ahead of it as in training.
+    """
+    model = card_model(depth)
+    set_levers(model.train(), levers)
+    inputs = [prepare(random_batch((4096,), vocabulary=8192), CARD)]
+    parameters = [parameter for _, parameter in lora_parameters(model)]
+    for _ in range(2):  # the first allocates pinned memory, which makes the process wait
+        for parameter in parameters:
+            parameter.grad = None
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_stats()["active_bytes.all.current"]
+        accumulate_gradients(model, inputs, chunk_tokens=1024)
+    peak = torch.cuda.memory_stats()["active_bytes.all.peak"]
+    return peak - before - sum(parameter.nbytes for parameter in parameters)
+
+
+def test_offloaded_checkpoints_leave_at_most_two_block_inputs_on_the_device():
+    input_bytes, few, many = 4096 * SIZES["hidden_size"] * 2, 4, 16
+    offloaded, kept = (
+        active_bytes_of_a_step(many, levers) - active_bytes_of_a_step(few, levers)
+        for levers in (Levers(offload_checkpoints=True), Levers())
+    )
+    assert kept >= (many - few) * input_bytes  # what there is to save
+    assert offloaded <= 2 * input_bytes
+
+
+def test_of_streamed_weights_two_blocks_are_on_the_device():
+    model = card_model(6, "cpu")
+
+    def allocated(tensors):
+        return sum(-(-tensor.nbytes // ALLOCATION_BYTES) * ALLOCATION_BYTES for tensor in tensors)
+
+    def frozen(module):
+        return [tensor for tensor in (*module.parameters(), *module.buffers()) if not tensor.requires_grad]
+
+    slot_bytes = sum(-(-tensor.nbytes // 256) * 256 for tensor in frozen(blocks(model)[0]))
+    streamed = {id(tensor) for block in blocks(model) for tensor in frozen(block)}
+    others = [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in streamed]
+    before = torch.cuda.memory_allocated()
+    place(model, CARD, Levers(resident_blocks=0))
+    held = torch.cuda.memory_allocated() - before
+    assert held == allocated(others) + 2 * -(-slot_bytes // ALLOCATION_BYTES) * ALLOCATION_BYTES
+    levers = Levers(resident_blocks=0)
+    set_levers(model.train(), levers)
+    accumulate_gradients(model, [prepare(random_batch((64,), vocabulary=8192), CARD)])
+    for _, parameter in lora_parameters(model):
+        parameter.grad = None
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() - before - held <= 32 * 2**20  # cuBLAS's workspace, no block's weights

@@ -6,55 +6,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import ARCHITECTURES, build_tiny, quantized_pair, random_batch, random_factors
+from lever_cases import CPU, DEPTH, PLAIN, SAME_ARITHMETIC, build, gradients
+from tiny import ARCHITECTURES, build_tiny, random_batch, random_factors
 
 from qlora_lite.errors import ModelError
 from qlora_lite.lora.inject import add_lora, lora_parameters
-from qlora_lite.models.anatomy import blocks, device_of
+from qlora_lite.models.anatomy import blocks
 from qlora_lite.models.levers import Levers, on_host, place, set_levers
 from qlora_lite.models.load import use_row_attention
 from qlora_lite.models.quantizer import quantize_head
 from qlora_lite.ops.tile import Tiled
 from qlora_lite.quant.nf4 import dequantize, quantize
 from qlora_lite.train.guards import check_forward, frozen_checksum
-from qlora_lite.train.step import accumulate_gradients, evaluate_loss, prepare
-
-PLAIN = Levers("none")
-CPU = torch.device("cpu")
-DEPTH = 5
-
-
-def build(model_type="llama", levers=PLAIN, dropout=0.0, **changes):
-    """A 4-bit model with random factors, its weights where the levers want them."""
-    layers = {} if model_type == "gpt2" else {"num_hidden_layers": DEPTH}
-    model = quantized_pair(model_type, **(layers | changes))[0]
-    add_lora(model, rank=4, dropout=dropout, dtype=torch.float32)
-    random_factors(model)
-    return place(model, CPU, levers)
-
-
-def gradients(model, levers, batches=2):
-    """Return the gradients of a step of several micro-batches, and its loss."""
-    set_levers(model, levers)
-    torch.manual_seed(0)
-    inputs = [prepare(random_batch(seed=seed), device_of(model)) for seed in range(batches)]
-    loss = accumulate_gradients(model.train(), inputs, levers.loss_chunk_tokens)
-    found = [parameter.grad for _, parameter in lora_parameters(model)]
-    for _, parameter in lora_parameters(model):
-        parameter.grad = None
-    return [loss, *found]
+from qlora_lite.train.step import evaluate_loss
 
 
 def assert_close(found, expected):
     for one, other in zip(found, expected, strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm()
-
-
-SAME_ARITHMETIC = [
-    Levers(), Levers(kept_blocks=2), Levers(offload_checkpoints=True), Levers(host_embeddings=True),
-    Levers(resident_blocks=0), Levers(resident_blocks=2), Levers(resident_blocks=2, kept_blocks=2),
-    Levers(resident_blocks=0, offload_checkpoints=True, host_embeddings=True),
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("levers", SAME_ARITHMETIC, ids=str)

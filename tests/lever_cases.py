@@ -1,0 +1,39 @@
+"""What tests of levers share on a CPU and on a card: a tiny 4-bit model, its gradients, levers that change no bit."""
+
+import torch
+from tiny import quantized_pair, random_batch, random_factors
+
+from qlora_lite.lora.inject import add_lora, lora_parameters
+from qlora_lite.models.anatomy import device_of
+from qlora_lite.models.levers import Levers, place, set_levers
+from qlora_lite.train.step import accumulate_gradients, prepare
+
+PLAIN = Levers("none")
+CPU = torch.device("cpu")
+DEPTH = 5
+SAME_ARITHMETIC = [
+    Levers(), Levers(kept_blocks=2), Levers(offload_checkpoints=True), Levers(host_embeddings=True),
+    Levers(resident_blocks=0), Levers(resident_blocks=2), Levers(resident_blocks=2, kept_blocks=2),
+    Levers(resident_blocks=0, offload_checkpoints=True, host_embeddings=True),
+]  # fmt: skip
+
+
+def build(model_type="llama", levers=PLAIN, dropout=0.0, device=CPU, **changes):
+    """A 4-bit model with random factors, its weights where the levers want them."""
+    layers = {} if model_type == "gpt2" else {"num_hidden_layers": DEPTH}
+    model = quantized_pair(model_type, **(layers | changes))[0]
+    add_lora(model, rank=4, dropout=dropout, dtype=torch.float32)
+    random_factors(model)
+    return place(model, device, levers)
+
+
+def gradients(model, levers, batches=2):
+    """Return the gradients of a step of several micro-batches, and its loss."""
+    set_levers(model, levers)
+    torch.manual_seed(0)
+    inputs = [prepare(random_batch(seed=seed), device_of(model)) for seed in range(batches)]
+    loss = accumulate_gradients(model.train(), inputs, levers.loss_chunk_tokens)
+    found = [parameter.grad for _, parameter in lora_parameters(model)]
+    for _, parameter in lora_parameters(model):
+        parameter.grad = None
+    return [loss, *found]

@@ -1,0 +1,169 @@
+"""The tools that measure levers and cards: sections end as they should, tables and plots show what was measured."""
+
+import json
+import re
+import runpy
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+TOOLS = Path(__file__).parent.parent / "tools"
+sys.path.insert(0, str(TOOLS))
+
+from _gpu_sections import CARD, SECTIONS  # noqa: E402
+from _gpu_summary import summary  # noqa: E402
+from _lever_plot import lever_plot  # noqa: E402
+from _levers import lever_cases, measure, merged  # noqa: E402
+from _sections import LIMIT_SECONDS, run_section  # noqa: E402
+
+MIB = 2**20
+FIRST_ROW = "from _sections import report; report({'kind': 'first'}); "
+
+
+def section(code, limit_seconds=60):
+    return run_section([sys.executable, "-c", FIRST_ROW + code], limit_seconds, {"PYTHONPATH": str(TOOLS)})
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        ("pass", "passed"),
+        ("report({'problem': 'wrong'})", "failed"),
+        ("raise ValueError('broken')", "failed"),
+        ("report({'skipped': 'nothing to do it with'})", "passed"),
+        ("import os; os.kill(os.getpid(), 9)", "failed"),
+    ],
+)
+def test_a_section_fails_if_it_says_so_or_does_not_end_well_and_its_findings_stay(code, status):
+    found = section(code)
+    assert found["status"] == status
+    assert found["rows"][0] == {"kind": "first"}
+    assert ("ValueError: broken" in found.get("output", ())) == ("ValueError" in code)
+
+
+def test_a_section_that_takes_too_long_is_stopped_with_its_children_and_its_findings_stay(tmp_path):
+    lasting = tmp_path / "child-lived-on"
+    child = f"import time; time.sleep(6); open({str(lasting)!r}, 'w')"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    found = section(code, limit_seconds=3)
+    assert found["status"] == "timed out" and found["rows"] == [{"kind": "first"}]
+    subprocess.run([sys.executable, "-c", "import time; time.sleep(5)"], check=True)
+    assert not lasting.exists()
+
+
+def test_a_section_that_found_nothing_failed_and_one_that_only_skipped_was_skipped():
+    assert run_section([sys.executable, "-c", "pass"], 60)["status"] == "failed"
+    only_skip = "from _sections import report; report({'skipped': 'no card'})"
+    found = run_section([sys.executable, "-c", only_skip], 60, {"PYTHONPATH": str(TOOLS)})
+    assert found["status"] == "skipped"
+
+
+def test_all_sections_of_a_card_end_within_eight_minutes():
+    assert sum(LIMIT_SECONDS.values()) <= 8 * 60 and list(LIMIT_SECONDS) == list(SECTIONS)
+    assert set(CARD.caps_bytes) == {n * 2**30 for n in (6, 8, 12, 16, 24)}
+
+
+def test_problems_are_in_the_summary():
+    rows = [{"kind": "with room", "optimizer": "adamw_32bit", "seconds": 0.5},
+            {"kind": "filled card", "optimizer": "adamw_32bit", "problem": "wrong"}]  # fmt: skip
+    text = summary({"paged": {"status": "failed", "seconds": 1.0, "rows": rows, "output": ["last line"]}})
+    assert "paged      failed" in text and "PROBLEM: wrong" in text and "0.500 s a step" in text and "last line" in text
+
+
+def gpu_check(*arguments):
+    command = [sys.executable, TOOLS / "gpu_check", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=TOOLS.parent)
+
+
+def test_a_rehearsal_is_never_written_among_the_results():
+    done = gpu_check("--rehearse", "--out", str(TOOLS / "results" / "rehearsal.json"))
+    assert done.returncode == 2 and "another --out" in done.stderr
+    assert not (TOOLS / "results" / "rehearsal.json").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_without_a_card_there_is_no_check():
+    done = gpu_check("--only", "paged")
+    assert done.returncode == 2 and "no CUDA device" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_every_section_can_be_rehearsed_without_a_card(tmp_path):
+    before = sorted((TOOLS / "results").iterdir())
+    done = gpu_check("--rehearse", "--out", str(tmp_path / "kit.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "kit.json").read_text("utf-8"))
+    assert list(found["sections"]) == list(SECTIONS)
+    assert all(section["status"] == "passed" and section["rows"] for section in found["sections"].values())
+    lengths = [row["fits"] for row in found["sections"]["caps"]["rows"] if row["kind"] == "length"]
+    assert lengths[0] and not lengths[-1]
+    equal = [row for row in found["sections"]["streamed"]["rows"] if row["kind"] == "equal"]
+    assert len(equal) == 4 and all(row["tensors"] > 10 and row["different"] == 0 for row in equal)
+    losses = [row["first_loss"] for row in found["sections"]["peers"]["rows"] if "first_loss" in row]
+    assert len(losses) == 3 and max(losses) == pytest.approx(min(losses), rel=2e-4)
+    assert sorted((TOOLS / "results").iterdir()) == before
+
+
+def test_each_row_of_the_lever_table_adds_one_lever_to_the_row_before():
+    rows = lever_cases("tiny", 256)
+    for before, after in pairwise(rows):
+        changed = {key for key in after if key != "lever" and after[key] != before.get(key)}
+        assert len(changed) == 1, after["lever"]
+        assert set(before) <= set(after)
+
+
+def test_a_row_of_the_lever_table_is_measured_as_it_is_planned():
+    resident, on_host = lever_cases("tiny", 64)[5], lever_cases("tiny", 64)[-1]
+    found = [measure(case, warmup=1, steps=1) for case in (resident, on_host)]
+    for row in found:
+        assert row["predicted_bytes"] == pytest.approx(row["measured_bytes"], rel=0.05)
+        assert row["tokens_per_second"] > 0 and row["loss"] > 0
+    assert found[1]["measured_bytes"] < found[0]["measured_bytes"]
+    assert found[1]["measured_host_bytes"] > found[0]["measured_host_bytes"] == 0
+
+
+def result():
+    rows = [
+        {"lever": "none: all kept", "predicted_bytes": 900 * MIB, "predicted_host_bytes": 0,
+         "predicted_breakdown": {"workspace": 900 * MIB}, "failed": "CUDA out of memory"},
+        {"lever": "tiles <1>", "predicted_bytes": 300 * MIB, "measured_bytes": 310 * MIB, "tokens_per_second": 100.0,
+         "measured_host_bytes": 0, "measured_breakdown": {"base weights": 200 * MIB, "workspace": 110 * MIB}},
+        {"lever": "weights in host memory", "predicted_bytes": 150 * MIB, "measured_bytes": 150 * MIB,
+         "tokens_per_second": 50.0, "measured_host_bytes": 200 * MIB,
+         "measured_breakdown": {"base weights": 100 * MIB, "workspace": 50 * MIB, "offloaded": 200 * MIB}},
+    ]  # fmt: skip
+    machine = {"gpu": None, "cpu": "a <small> CPU"}
+    return {"machine": machine, "tables": [{"model": "tiny", "tokens": 64, "rows": rows}]}
+
+
+def test_the_bars_of_the_plot_are_as_long_as_the_memory_they_stand_for():
+    root = ElementTree.fromstring(lever_plot(result()))
+    name = "{http://www.w3.org/2000/svg}"
+    bars = [(rect.find(f"{name}title").text, float(rect.get("width"))) for rect in root.iter(f"{name}rect")
+            if rect.find(f"{name}title") is not None and ": " in rect.find(f"{name}title").text]  # fmt: skip
+    labels = [label for label, _ in bars]
+    assert labels == ["workspace: 900.0 MiB", "base weights: 200.0 MiB", "workspace: 110.0 MiB",
+                      "base weights: 100.0 MiB", "workspace: 50.0 MiB", "host memory: 200.0 MiB"]  # fmt: skip
+    for label, width in bars:
+        assert width / bars[0][1] == pytest.approx(float(re.search(r"[\d.]+", label)[0]) / 900, abs=0.001)
+    speeds = [float(rect.get("width")) for rect in root.iter(f"{name}rect") if rect.get("class") == "speed"]
+    assert speeds[0] == pytest.approx(2 * speeds[1])
+    words = [element.text for element in root.iter(f"{name}text")]
+    assert "+ tiles <1>" in words and any("out of memory" in word for word in words)
+
+
+def test_the_table_says_what_each_row_is_of_the_first():
+    lines = runpy.run_path(str(TOOLS / "update_readme"))["lever_tables"](result())
+    assert "| none: all kept | out of memory, 900.0 MiB | | | | |" in lines
+    assert "| weights in host memory | 150.0 MiB, 150.0 MiB | 17% | 200.0 MiB | 50.0 |  |" in lines
+
+
+def test_speeds_of_several_processes_are_kept_and_their_median_is_the_rows():
+    rows = [{"tokens_per_second": speed, "measured_process_bytes": speed} for speed in (5, 1, 2)]
+    assert merged(rows) == {"tokens_per_second": 2, "each_tokens_per_second": [5, 1, 2], "measured_process_bytes": 5}

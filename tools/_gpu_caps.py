@@ -1,0 +1,139 @@
+"""Smaller cards on one large card: plans for a cap really run below it, and lengths above the longest really failing.
+
+A card of N GiB is the allocator held to N GiB less the context that every process has (``memory.process``). Without a
+card there is no allocator to hold: a rehearsal compares the ledger and the plan's constants with the cap instead.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+
+import torch
+from _cases import free_memory, model_of, trainer_of, under_ledger
+from _models import MODELS
+from transformers import AutoConfig
+
+from qlora_lite.lora.inject import lora_parameters
+from qlora_lite.memory.process import CUDA_CONTEXT_BYTES
+from qlora_lite.models.levers import Levers
+from qlora_lite.models.load import resolve_device
+from qlora_lite.plan import Plan, max_tokens
+from qlora_lite.planning.machine import Machine, this_machine
+from qlora_lite.planning.predict import predict
+from qlora_lite.planning.search import Step, choose, first_levers, search, smaller
+from qlora_lite.planning.simulate import Job, Rows
+from qlora_lite.units import format_bytes
+
+STEPS_ABOVE = (1.0, 1.02, 1.05, 1.1, 1.2, 1.4)  # times the planned longest, until one fails
+LENGTH_MULTIPLE = 64  # tokens; planned lengths are multiples of it
+MOST_STEP_SECONDS = 30.0  # a longer step is not tried; the estimate is written down
+
+
+class CappedDevice:
+    """The device at hand, made to look like smaller cards; it keeps one placed model from case to case."""
+
+    def __init__(self):
+        self.device = resolve_device()
+        self.machine = replace(this_machine(self.device), base_bytes=0)
+        self._key, self._model = None, None
+
+    def run(self, name: str, tokens: int, levers: Levers, cap_bytes: int, steps: int, overhead_bytes: int) -> dict:
+        """Train some steps below a cap; return "fits" and what was measured.
+
+        Args:
+            overhead_bytes: what the plan adds to the tensors, for devices that cannot be held to a cap.
+        """
+        case = {"model": name, "tokens": tokens, **asdict(levers)}
+        model = self._placed(case, levers)
+        try:
+            self._hold_to(cap_bytes)
+            trainer = trainer_of(case, model, steps)
+            try:
+                metrics = list(trainer)
+                measured = self._measured(trainer, overhead_bytes)
+            finally:
+                trainer.meter.close()
+        except torch.cuda.OutOfMemoryError as error:
+            return {"fits": False, "error": str(error).partition(".")[0]}
+        finally:
+            self._hold_to(None)
+            for _, parameter in lora_parameters(model):
+                parameter.grad = None
+        return {"fits": self.device.type == "cuda" or measured["measured_bytes"] <= cap_bytes,
+                "tokens_per_second": metrics[-1].tokens_per_second, **measured}  # fmt: skip
+
+    def _placed(self, case: dict, levers: Levers):
+        key = case["model"], levers.host_embeddings, levers.resident_blocks
+        if key != self._key:
+            self._key = self._model = None
+            free_memory(self.device)
+            self._key, self._model = key, model_of(case, self.device)
+        return self._model
+
+    def _hold_to(self, cap_bytes: int | None) -> None:
+        free_memory(self.device)
+        if self.device.type == "cuda":
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            share = 1.0 if cap_bytes is None else (cap_bytes - CUDA_CONTEXT_BYTES) / total
+            torch.cuda.set_per_process_memory_fraction(min(1.0, share), self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _measured(self, trainer, overhead_bytes: int) -> dict:
+        if self.device.type != "cuda":
+            return {"measured_bytes": under_ledger(trainer).peak.total + overhead_bytes}
+        return {"measured_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
+
+
+def plan_below(machine: Machine, name: str, tokens: int, cap_bytes: int) -> Plan:
+    """Plan one row of all learned tokens a step, on a card of the cap's size."""
+    config = AutoConfig.for_model("llama", **MODELS[name])
+    job = Job(config, Rows((1,), 1), None, machine.device_type)
+    step = Step(job, Rows((tokens,), tokens - 1), 1, 1)
+    found = search(step, machine, cap_bytes)
+    chosen = choose(found, cap_bytes)
+    least = min(found, key=lambda candidate: candidate.peak_bytes)
+    return Plan(machine, cap_bytes, chosen or least, chosen is not None, tuple(found), step)
+
+
+def chosen_row(capped: CappedDevice, name: str, tokens: int, cap_bytes: int) -> dict:
+    """Run the planner's choice for a cap."""
+    plan = plan_below(capped.machine, name, tokens, cap_bytes)
+    row = {"kind": "choice", "model": name, "tokens": tokens, "cap_bytes": cap_bytes, "planned_to_fit": plan.fits,
+           "planned_bytes": plan.peak_bytes, "chosen": plan.chosen.settings}  # fmt: skip
+    if not plan.fits:
+        return row
+    prediction = plan.chosen.prediction
+    row["predicted_bytes"] = prediction.allocated_bytes if capped.device.type == "cuda" else prediction.peak_bytes
+    overhead = sum(constant.bytes for constant in prediction.overheads)
+    row |= capped.run(name, tokens, plan.chosen.levers, cap_bytes, 3, overhead)
+    if not row["fits"]:
+        row["problem"] = f"the plan for {format_bytes(cap_bytes)} does not fit"
+    return row
+
+
+def length_rows(capped: CappedDevice, name: str, tokens: int, cap_bytes: int) -> Iterator[dict]:
+    """Run the longest sequence that is planned to fit, and longer ones until one fails."""
+    plan = plan_below(capped.machine, name, tokens, cap_bytes)
+    longest = max_tokens(plan)
+    *_, levers = first_levers(plan.step), *smaller(plan.step)
+    row = {"kind": "length", "model": name, "cap_bytes": cap_bytes, "planned_longest_tokens": longest}
+    lengths = [max(longest, round(share * longest / LENGTH_MULTIPLE) * LENGTH_MULTIPLE) for share in STEPS_ABOVE]
+    for length in dict.fromkeys(lengths):
+        job = replace(plan.step.job, rows=Rows((length,), length - 1), levers=levers)
+        prediction = predict(job)
+        seconds = capped.machine.seconds(prediction.simulation.work)
+        row |= {"tokens": length, "above_planned": length / longest - 1, "planned_bytes": prediction.peak_bytes}
+        if seconds > MOST_STEP_SECONDS:
+            yield row | {"fits": None, "not_run": f"a step would take about {seconds:.0f} s"}
+            return
+        started = time.perf_counter()
+        overhead = sum(constant.bytes for constant in prediction.overheads)
+        done = row | capped.run(name, length, levers, cap_bytes, 1, overhead)
+        done["seconds"] = time.perf_counter() - started
+        if length == longest and not done["fits"]:
+            done["problem"] = "the longest sequence that was planned to fit does not"
+        yield done
+        if not done["fits"]:
+            return

@@ -1,0 +1,233 @@
+"""The sections of tools/gpu_check: each yields findings as plain values, the most valuable first.
+
+A finding with "problem" is a failure; one with "skipped" says why something could not run. ``REHEARSAL`` runs the same
+code on tiny shapes on any machine, so that the kit cannot rot between two cards.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from _cases import check_case, free_memory, model_of, plan_cases, rearranged, trainer_of
+from _gpu_caps import CappedDevice, chosen_row, length_rows, plan_below
+from _gpu_peers import compare_sides
+from _levers import lever_cases, measure
+
+from qlora_lite.lora.inject import lora_parameters
+from qlora_lite.models.anatomy import device_of
+from qlora_lite.models.levers import Levers, set_levers
+from qlora_lite.models.load import resolve_device
+from qlora_lite.train.loop import largest_batches
+from qlora_lite.train.optim import build_optimizer
+from qlora_lite.train.step import accumulate_gradients, prepare
+
+GIB, MIB = 2**30, 2**20
+ROOT = Path(__file__).resolve().parent.parent
+TENSOR_ERROR, ALLOCATED_ERRORS = 0.03, (-0.01, 0.05)  # of a prediction, above which it counts as wrong
+HOST_WEIGHTS = Levers(resident_blocks=0, host_embeddings=True)
+SAME_BITS = (  # weights leave the device once
+    Levers(offload_checkpoints=True), HOST_WEIGHTS, replace(HOST_WEIGHTS, offload_checkpoints=True),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The sizes of all sections: those for a card, or tiny ones."""
+
+    rehearsal: bool
+    models: tuple[str, ...]
+    tokens: int
+    caps_bytes: tuple[int, ...]
+    long_caps_bytes: tuple[int, ...]
+    shapes: tuple[tuple[int, int], ...]  # rows, tokens a row, of the comparison with the peers
+    paged_weights: int
+    spare_bytes: int
+
+
+CARD = Scale(False, ("llama-8b", "llama-7b"), 2048, tuple(n * GIB for n in (8, 12, 6, 16, 24)), (6 * GIB, 8 * GIB),
+             ((1, 2048), (4, 512)), 2**28, 768 * MIB)  # fmt: skip
+REHEARSAL = Scale(True, ("tiny",), 256, (80 * MIB, 64 * MIB), (64 * MIB,), ((2, 64),), 2**18, 0)
+
+
+def tests(scale: Scale) -> Iterator[dict]:
+    """Run the tests marked gpu; without a card they are collected and skip."""
+    files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
+    if importlib.util.find_spec("pytest") is None:
+        yield {"skipped": "pytest is not installed"}
+        return
+    if importlib.util.find_spec("hypothesis") is None:
+        left_out = [path for path in files if "hypothesis" in path.read_text("utf-8")]
+        files = [path for path in files if path not in left_out]
+        yield {"left_out": [path.name for path in left_out], "why": "hypothesis is not installed"}
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *map(str, files)]
+    if importlib.util.find_spec("pytest_timeout") is None:
+        command += ["-o", "addopts=-ra", "-W", "ignore:Unknown config option:pytest.PytestConfigWarning"]
+    if not scale.rehearsal:
+        command.append("--require-gpu")
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(done.stdout)
+    row = {"summary": done.stdout.strip().splitlines()[-1]}
+    yield row | ({"problem": "a test failed"} if done.returncode else {})
+
+
+def streamed(scale: Scale) -> Iterator[dict]:
+    """Compare weights and checkpoints in host memory with the resident step: gradients bit for bit, memory, speed."""
+    device, name = resolve_device(), scale.models[0]
+    case = {"model": name, "tokens": scale.tokens, "checkpointing": "block"}
+    model = model_of(case, device)
+    for path, parameter in lora_parameters(model):
+        if path.endswith("lora_B"):
+            torch.nn.init.normal_(parameter, std=0.01)
+    trainer = trainer_of(case, model)
+    inputs = prepare(largest_batches(trainer.examples, (), trainer.settings)[0], device_of(model))
+    trainer.meter.close()
+    torch.use_deterministic_algorithms(True)
+    expected = _gradients(model, inputs, Levers())
+    again = _gradients(model, inputs, Levers())
+    yield {"kind": "equal", "levers": "resident, a second time"} | _equality(again, expected)
+    resident = _speed(model, inputs, Levers(), scale)
+    yield {"kind": "speed", "levers": "resident", **resident}
+    for levers in SAME_BITS:
+        if levers == HOST_WEIGHTS:
+            model = rearranged(model, device, levers)
+        torch.use_deterministic_algorithms(True)
+        yield {"kind": "equal", "levers": _named(levers)} | _equality(_gradients(model, inputs, levers), expected)
+        found = _speed(model, inputs, levers, scale)
+        found["of_resident_speed"] = found["tokens_per_second"] / resident["tokens_per_second"]
+        yield {"kind": "speed", "levers": _named(levers), **found}
+
+
+def _named(levers: Levers) -> str:
+    """Name what differs from the defaults."""
+    plain = asdict(Levers())
+    return ", ".join(f"{name} {value}" for name, value in asdict(levers).items() if value != plain[name])
+
+
+def _gradients(model, inputs, levers: Levers) -> list[torch.Tensor]:
+    set_levers(model, levers)
+    loss = accumulate_gradients(model.train(), [inputs])
+    found = [loss.cpu(), *(parameter.grad.cpu() for _, parameter in lora_parameters(model))]
+    for _, parameter in lora_parameters(model):
+        parameter.grad = None
+    return found
+
+
+def _equality(found: list[torch.Tensor], expected: list[torch.Tensor]) -> dict:
+    different = sum(not torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    row = {"tensors": len(found), "different": different}
+    return row | ({"problem": f"{different} of {len(found)} tensors differ"} if different else {})
+
+
+def _speed(model, inputs, levers: Levers, scale: Scale) -> dict:
+    """Return tokens a second of forward and backward in the ordinary mode, and the allocator's peak."""
+    torch.use_deterministic_algorithms(False)
+    on_card = inputs.input_ids.is_cuda
+    seconds = []
+    if on_card:
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        started = time.perf_counter()
+        _gradients(model, inputs, levers)
+        seconds.append(time.perf_counter() - started)
+    peak = {"peak_bytes": torch.cuda.max_memory_allocated()} if on_card else {}
+    return {"tokens_per_second": scale.tokens / min(seconds), **peak}
+
+
+def plan(scale: Scale) -> Iterator[dict]:
+    """Compare predicted with measured memory for the README's table."""
+    device = resolve_device()
+    tiny = [{"model": "tiny", "tokens": scale.tokens, "checkpointing": way} for way in ("block", "none")]
+    for case in tiny if scale.rehearsal else plan_cases(True):
+        row = check_case(case)
+        free_memory(device)
+        errors = []
+        if abs(row["predicted_tensor_bytes"] / row["measured_tensor_bytes"] - 1) > TENSOR_ERROR:
+            errors.append("tensors")
+        allocated = row["predicted_process_bytes"] / row["measured_process_bytes"] - 1
+        if device.type == "cuda" and not ALLOCATED_ERRORS[0] <= allocated <= ALLOCATED_ERRORS[1]:
+            errors.append("allocated memory")
+        yield row | ({"problem": f"prediction of {' and '.join(errors)} is off"} if errors else {})
+
+
+def caps(scale: Scale) -> Iterator[dict]:
+    """Run the planner's choices and its longest sequences below caps."""
+    capped = CappedDevice()
+    for number, name in enumerate(scale.models):
+        for cap in scale.caps_bytes:
+            yield chosen_row(capped, name, scale.tokens, cap)
+        for cap in () if number else scale.long_caps_bytes:
+            yield from length_rows(capped, name, scale.tokens, cap)
+
+
+def peers(scale: Scale) -> Iterator[dict]:
+    """Compare tokens a second with peft + bitsandbytes + transformers, and Liger where it is installed."""
+    device, name = resolve_device(), scale.models[0]
+    for rows, length in scale.shapes:
+        machine = CappedDevice().machine
+        chosen = plan_below(machine, name, rows * length, machine.memory_bytes).chosen.levers
+        yield from compare_sides(name, rows, length, chosen, device)
+
+
+def levers(scale: Scale) -> Iterator[dict]:
+    """Measure the lever table, every row in this process: a card's counters are exact from row to row."""
+    for case in lever_cases(scale.models[0], scale.tokens):
+        row = measure(case, warmup=1, steps=2)
+        free_memory(resolve_device())
+        wrong = "failed" not in row and abs(row["predicted_bytes"] / row["measured_bytes"] - 1) > TENSOR_ERROR
+        yield row | ({"problem": "the prediction of the tensors is off"} if wrong else {})
+
+
+def paged(scale: Scale) -> Iterator[dict]:
+    """Step an optimizer whose states do not fit beside what fills the card: paged it must work, and change nothing."""
+    device = resolve_device()
+    expected, seconds = _optimized("adamw_32bit", scale, device)
+    yield {"kind": "with room", "optimizer": "adamw_32bit", "seconds": seconds}
+    filled = None
+    if device.type == "cuda":
+        free_memory(device)
+        needed = 2 * 2 * scale.paged_weights  # bf16 weights and gradients
+        filled = torch.empty(
+            torch.cuda.mem_get_info()[0] - needed - scale.spare_bytes, dtype=torch.uint8, device=device
+        )
+        try:
+            _optimized("adamw_32bit", scale, device)
+            yield {"kind": "filled card", "optimizer": "adamw_32bit", "problem": "it should not have fitted"}
+        except torch.cuda.OutOfMemoryError:
+            yield {"kind": "filled card", "optimizer": "adamw_32bit", "fits": False}
+        free_memory(device)
+    found, seconds = _optimized("paged_adamw_32bit", scale, device)
+    equal = torch.equal(found, expected)
+    row = {"kind": "filled card", "optimizer": "paged_adamw_32bit", "fits": True, "seconds": seconds, "equal": equal,
+           "states_bytes": 8 * scale.paged_weights, "free_bytes": scale.spare_bytes}  # fmt: skip
+    if filled is None:
+        row |= {"kind": "without a card", "note": "without CUDA nothing is paged: ordinary memory, the same numbers"}
+    yield row | ({} if equal else {"problem": "paged states changed the update"})
+
+
+def _optimized(name: str, scale: Scale, device: torch.device) -> tuple[torch.Tensor, float]:
+    """Take three steps on weights of a fixed seed; return a part of them and the seconds of the last step."""
+    pieces, generator = 8, torch.Generator(device).manual_seed(0)
+    weights = []
+    for _ in range(pieces):
+        values = torch.randn(scale.paged_weights // pieces, generator=generator, device=device).bfloat16()
+        weights.append(torch.nn.Parameter(values))
+        weights[-1].grad = values.flip(0) * 0.01
+    optimizer = build_optimizer(weights, name, 1e-2, 0.0)
+    for _ in range(3):
+        started = time.perf_counter()
+        optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return torch.cat([weight.detach()[:4096].cpu() for weight in weights]), time.perf_counter() - started
+
+
+SECTIONS: dict[str, Callable[[Scale], Iterator[dict]]] = {
+    "tests": tests, "streamed": streamed, "plan": plan, "caps": caps, "peers": peers, "levers": levers, "paged": paged,
+}  # fmt: skip

@@ -1,0 +1,89 @@
+"""A short table of what tools/gpu_check found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from qlora_lite.units import format_bytes
+
+
+def summary(found: Mapping[str, Mapping]) -> str:
+    """Return one line for each section, and below it what is worth reading at a glance."""
+    lines = [f"{'section':10} {'status':10} {'seconds':>7}"]
+    for name, section in found.items():
+        lines.append(f"{name:10} {section['status']:10} {section['seconds']:7.1f}")
+        lines += [f"    {line}" for line in _HEADLINES[name]([row for row in section["rows"] if "skipped" not in row])]
+        lines += [f"    skipped: {row.get('side', '')} {row['skipped']}" for row in section["rows"] if "skipped" in row]
+        lines += [f"    PROBLEM: {row['problem']}" for row in section["rows"] if "problem" in row]
+        lines += [f"    | {line}" for line in section.get("output", ())[-5:]]
+    return "\n".join(lines)
+
+
+def _tests(rows: Sequence[Mapping]) -> list[str]:
+    return [row["summary"] for row in rows if "summary" in row]
+
+
+def _streamed(rows: Sequence[Mapping]) -> list[str]:
+    equal = [row for row in rows if row["kind"] == "equal"]
+    lines = [f"{sum(not row['different'] for row in equal)} of {len(equal)} runs have the resident step's bits"]
+    for row in rows:
+        if row["kind"] == "speed":
+            share = f", {row['of_resident_speed']:.2f} of resident" if "of_resident_speed" in row else ""
+            peak = f", {format_bytes(row['peak_bytes'])}" if "peak_bytes" in row else ""
+            lines.append(f"{row['tokens_per_second']:,.0f} tokens/s{share}{peak}: {row['levers']}")
+    return lines
+
+
+def _plan(rows: Sequence[Mapping]) -> list[str]:
+    lines = []
+    for kind, name in (("tensor", "tensors"), ("process", "allocated by the process")):
+        errors = [row[f"predicted_{kind}_bytes"] / row[f"measured_{kind}_bytes"] - 1 for row in rows]
+        if errors:
+            lines.append(f"{len(rows)} cases, error of the peak {min(errors):+.1%} to {max(errors):+.1%}: {name}")
+    return lines
+
+
+def _caps(rows: Sequence[Mapping]) -> list[str]:
+    lines = []
+    for row in rows:
+        not_run = f"not run: {row.get('not_run', 'planned not to fit')}"
+        fits = {True: "fits", False: "fails", None: not_run}[row.get("fits")]
+        above = f" ({row['above_planned']:+.0%} of the planned longest)" if row["kind"] == "length" else ""
+        took = f", {format_bytes(row['measured_bytes'])}" if "measured_bytes" in row else ""
+        speed = f", {row['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in row else ""
+        task = f"{row['model']} below {format_bytes(row['cap_bytes'])}: {row['tokens']:,} tokens{above}"
+        lines.append(f"{task} {fits}{took}{speed}")
+    return lines
+
+
+def _peers(rows: Sequence[Mapping]) -> list[str]:
+    lines = []
+    for row in rows:
+        peak = f", {format_bytes(row['peak_bytes'])}" if "peak_bytes" in row else ""
+        speed = f"{row['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in row else "out of memory"
+        lines.append(f"{row['rows']} x {row['length']:,}: {speed}{peak}: {row['side']}")
+    return lines
+
+
+def _levers(rows: Sequence[Mapping]) -> list[str]:
+    lines = []
+    for row in rows:
+        done = f"{format_bytes(row.get('measured_bytes', row['predicted_bytes'])):>10}"
+        speed = (
+            f"{row['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in row else "out of memory (predicted)"
+        )
+        lines.append(f"{row['lever']:36} {done} {speed}")
+    return lines
+
+
+def _paged(rows: Sequence[Mapping]) -> list[str]:
+    return [
+        f"{row['optimizer']}, {row['kind']}: "
+        + (f"{row['seconds']:.3f} s a step" if "seconds" in row else "out of memory, as it should be")
+        + {True: ", the same update", False: ", another update", None: ""}[row.get("equal")]
+        for row in rows
+    ]
+
+
+_HEADLINES = {"tests": _tests, "streamed": _streamed, "plan": _plan, "caps": _caps, "peers": _peers, "levers": _levers,
+              "paged": _paged}  # fmt: skip

