@@ -112,7 +112,7 @@ def open_trained(run: str | Path, model_path: str | None = None, unfinished: boo
     if (status := summary.get("status")) != "complete" and not unfinished:
         raise RecipeError(
             f"the run {folder} did not reach its end (status {status}); its last adapter is {opened.adapter}: "
-            "add --unfinished to use that one"
+            "add --unfinished to use that one, or go on with qlora-lite train --resume"
         )
     recipe = _where_it_lies_now(opened.recipe, model_path)
     try:

@@ -13,6 +13,7 @@ from torch import nn
 from qlora_lite.build import build_model
 from qlora_lite.data.formats import Conversation, read_conversations
 from qlora_lite.data.lines import Problems
+from qlora_lite.data.template import begin_of_text
 from qlora_lite.errors import QloraLiteError
 from qlora_lite.files import replacing_folder, require_empty, write_text
 from qlora_lite.lora.adapter import attach_adapter, load_adapter
@@ -117,10 +118,11 @@ def _ollama(job: _Job) -> dict:
     trained, tokenizer = job.trained, job.trained.tokenizer()
     template = trained.template(tokenizer)
     pieces = pieces_of(template)
-    adds_begin = bool(tokenizer.bos_token) and all(
-        piece is None or piece.startswith(tokenizer.bos_token) for piece in (pieces.opening, pieces.before_system)
+    begin = begin_of_text(tokenizer)  # SmolLM's is also what begins a turn; llama.cpp must not add that
+    adds_begin = bool(begin) and all(
+        piece is None or piece.startswith(begin) for piece in (pieces.opening, pieces.before_system)
     )
-    go = go_template(pieces.without_begin(tokenizer.bos_token) if adds_begin else pieces)
+    go = go_template(pieces.without_begin(begin) if adds_begin else pieces)
     compared = check_template(go, template, tokenizer, pieces.before_system is not None, adds_begin)
     stops = tokenizer.convert_ids_to_tokens(sorted({*trained.end_token_ids, tokenizer.eos_token_id} - {None}))
     text = modelfile(go, stops, _shared_system(trained))

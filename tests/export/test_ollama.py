@@ -4,8 +4,10 @@ import random
 import re
 
 import pytest
+from gguf import GGUFReader
 from tiny_files import MERGES, byte_tokenizer
 from tiny_runs import tiny_run
+from transformers import AutoTokenizer
 
 from qlora_lite.data.formats import Turn
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
@@ -103,6 +105,18 @@ def test_the_exported_folder_prompts_with_the_tokens_of_training(tmp_path):
     turns = [Turn("system", "Be brief."), Turn("user", "3?"), Turn("assistant", "three"), Turn("user", "4?")]
     expected = render_prompt(choose_template(byte_tokenizer(), str(run / "template.jinja")), turns)
     assert render_go(go, "Be brief.", [{"Role": t.role, "Content": t.content} for t in turns]) == expected
+
+
+def test_a_begin_token_that_only_begins_a_turn_stays_in_the_template(tmp_path):
+    """SmolLM's begin-of-text is <|im_start|>, which its tokenizer does not put before a text."""
+    run = tiny_run(tmp_path, merges=MERGES)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.save_pretrained(tmp_path / "model")
+    export_run(run, tmp_path / "out", ExportSettings("ollama"))
+    fields = GGUFReader(tmp_path / "out" / "model.gguf").fields
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is False
+    assert "{{ else }}<|im_start|>user" in (tmp_path / "out" / "Modelfile").read_text()
 
 
 def test_a_system_message_that_all_training_rows_share_is_the_modelfile_s(tmp_path):
