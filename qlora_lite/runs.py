@@ -85,9 +85,9 @@ class RunFolder:
 
     def _make_again(self) -> None:
         """Make the folder again if somebody removed it: what is still to come is worth more than a reproach."""
-        if not self.path.is_dir():
+        if not (self.path / RECIPE).is_file():
             with explain_write_errors(self.path):
-                self.path.mkdir(parents=True)
+                self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / RECIPE, resolve_to_yaml(self.recipe))
             log.warning("%s was removed; it is made again, without what was in it", self.path)
 

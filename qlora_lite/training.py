@@ -131,7 +131,7 @@ class Training:
                     self._save_checkpoint()
                 self.stop.check()
         self._save_checkpoint()
-        self._try_save(ADAPTER_LAST)
+        self.save_adapter(ADAPTER_LAST)
 
     def _note(self, metrics: StepMetrics) -> None:
         values = asdict(metrics)

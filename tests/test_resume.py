@@ -15,6 +15,7 @@ from remembered_plans import remember_predictions
 from safetensors.torch import load_file
 from tiny_files import save_tiny, write_recipe, write_rows
 
+from qlora_lite import training
 from qlora_lite.errors import CheckpointError, Interrupted, OutputError
 from qlora_lite.files import sha256
 from qlora_lite.recipe.load import load_recipe
@@ -451,7 +452,7 @@ def test_a_disk_that_takes_no_metrics_for_a_while_gets_them_later(lab, whole, ca
 def test_a_folder_removed_under_the_run_is_made_again_and_gets_the_result(lab, whole, caplog):
     def remove(step):
         if step == 5:
-            shutil.rmtree(lab.out)
+            lab.out.rename(lab.folder / "removed")
 
     lab.stop(7, at_step=remove)
     assert [line["step"] for line in lab.lines] == [6, 6, 7]  # one of them is the evaluation's
@@ -459,6 +460,23 @@ def test_a_folder_removed_under_the_run_is_made_again_and_gets_the_result(lab, w
     lab.run(resume="")
     assert lab.digest == whole.digest
     assert lab.summary["status"] == "complete"
+
+
+def test_a_last_adapter_that_cannot_be_written_is_an_error_and_written_by_the_next_try(lab, whole, monkeypatch):
+    save = training.save_adapter
+
+    def failing(model, folder, *rest):
+        if folder.name == "adapter-last":
+            raise OutputError(f"cannot write {folder}: the disk is full")
+        return save(model, folder, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_adapter", failing)
+        with pytest.raises(OutputError, match=r"cannot write .*adapter-last"):
+            lab.run()
+    assert lab.checkpoints[0] == 8
+    lab.run(resume="")
+    assert_same_run(lab, whole)
 
 
 def test_too_little_space_is_seen_before_the_first_step(lab, monkeypatch, caplog):

@@ -72,10 +72,12 @@ class Lab:
 
     Args:
         folder: an empty folder for everything.
+        overrides: settings that replace the recipe's.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, overrides: tuple[str, ...] = ()):
+        self.folder, self.overrides = folder, overrides
+        folder.mkdir(exist_ok=True)
         save_tiny(folder / "model")
         train = {"max_steps": STEPS, "eval_every_steps": 3, "save_every_steps": SAVE_EVERY, "keep_checkpoints": 2,
                  "optimizer": "paged_adamw_8bit", "gradient_accumulation_steps": 2, "learning_rate": 0.003,
@@ -100,14 +102,15 @@ class Lab:
         remember_predictions()
         os.environ["QLORA_LITE_CACHE"] = str(self.folder / "warm-up.cache")
         try:
-            main(["train", str(self.recipe), f"output.dir={self.folder / 'warm-up'}"])
+            main(["train", str(self.recipe), *self.overrides, f"output.dir={self.folder / 'warm-up'}"])
         except SystemExit as end:
             assert not end.code, end.code
         assert threading.active_count() == 1, threading.enumerate()
 
     def start(self, out: Path, resume: bool = False, install: Install | None = None) -> int:
         """Begin, or go on with, a run in a child process; return its process id."""
-        arguments = ["train", str(self.recipe), f"output.dir={out}", *(["--resume", str(out)] if resume else [])]
+        arguments = ["train", str(self.recipe), *self.overrides, f"output.dir={out}"]
+        arguments += ["--resume", str(out)] if resume else []
         child = os.fork()
         if child:
             return child
@@ -216,9 +219,9 @@ def alike(out: Path, whole: Path, lines: list[dict], wanted: list[dict]) -> bool
     exact = ("step", "tokens", "labelled_tokens", "learning_rate", "eval_labelled_tokens")
     pairs = list(zip(lines, wanted, strict=False))
     equal = len(lines) == len(wanted) and all(a.get(key) == b.get(key) for a, b in pairs for key in exact)
-    close = all(abs(a.get("loss", 0) - b.get("loss", 0)) <= 0.02 * b.get("loss", 1) for a, b in pairs)
+    close = all(abs(a.get("loss", 0) - b.get("loss", 0)) <= 1e-3 * b.get("loss", 1) for a, b in pairs)
     mine, theirs = (load_file(folder / "adapter-last" / "adapter_model.safetensors") for folder in (out, whole))
-    near = all((mine[name] - tensor).float().norm() <= 0.1 * tensor.float().norm() for name, tensor in theirs.items())
+    near = all((mine[name] - tensor).float().norm() <= 1e-2 * tensor.float().norm() for name, tensor in theirs.items())
     return equal and close and mine.keys() == theirs.keys() and near
 
 

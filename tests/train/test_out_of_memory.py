@@ -8,6 +8,7 @@ from tiny_trainer import examples, trainer
 
 from qlora_lite.data.stored import row_lengths
 from qlora_lite.errors import DoesNotFitError, TrainingError
+from qlora_lite.models.levers import Levers
 from qlora_lite.train import loop, step
 from qlora_lite.train.out_of_memory import cut, is_out_of_memory, lower_limit
 
@@ -105,10 +106,11 @@ def run_out_in_backward(training, micro_batch):
     training.model.get_submodule("model.layers.0.mlp.up_proj").lora_B.register_hook(run_out)
 
 
+@pytest.mark.parametrize("levers", [Levers(), Levers(offload_checkpoints=True, resident_blocks=0, tile_tokens=5)])
 @pytest.mark.parametrize("micro_batch", [1, 2])
-def test_memory_that_runs_out_in_backward_leaves_no_gradient_of_the_attempt(micro_batch):
-    expected = list(trainer(**OPTIONS))
-    training = trainer(**OPTIONS)
+def test_memory_that_runs_out_in_backward_leaves_no_gradient_of_the_attempt(micro_batch, levers):
+    expected = list(trainer(**OPTIONS, levers=levers))
+    training = trainer(**OPTIONS, levers=levers)
     run_out_in_backward(training, micro_batch)
     assert_same_steps(list(training), expected)
     assert training.most_tokens is not None
