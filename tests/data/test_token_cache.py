@@ -161,7 +161,7 @@ from qlora_lite.data import examples, stored, token_cache
 from qlora_lite.data.read import Source
 from qlora_lite.errors import DataError
 def kill(*arguments):
-    if sys.argv[2] != "_flush" or sys.argv[4] in str(arguments[0]):  # not the flush of a noted digest
+    if sys.argv[2] != "flush_to_disk" or sys.argv[4] in str(arguments[0]):  # not the flush of a noted digest
         os.kill(os.getpid(), signal.SIGKILL)
 holders = {"stored": stored.ExampleWriter, "examples": examples, "token_cache": token_cache, "files": files}
 setattr(holders[sys.argv[1]], sys.argv[2], kill)
@@ -171,7 +171,7 @@ examples.read_examples([Source(sys.argv[3])], make_tokenizer(), cache=Path(sys.a
 
 @pytest.mark.parametrize(
     ("module", "function"),
-    [("stored", "finish"), ("examples", "save_set"), ("token_cache", "write_text"), ("files", "_flush")],
+    [("stored", "finish"), ("examples", "save_set"), ("token_cache", "write_text"), ("files", "flush_to_disk")],
 )
 def test_a_process_killed_half_way_leaves_nothing_that_looks_whole(
     module, function, write, tokenizer, tmp_path, no_reading
