@@ -7,7 +7,9 @@ package knows nothing of them.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import os
 import random
@@ -102,7 +104,8 @@ class Lab:
         remember_predictions()
         os.environ["QLORA_LITE_CACHE"] = str(self.folder / "warm-up.cache")
         try:
-            main(["train", str(self.recipe), *self.overrides, f"output.dir={self.folder / 'warm-up'}"])
+            with contextlib.redirect_stdout(io.StringIO()):
+                main(["train", str(self.recipe), *self.overrides, f"output.dir={self.folder / 'warm-up'}"])
         except SystemExit as end:
             assert not end.code, end.code
         assert threading.active_count() == 1, threading.enumerate()
