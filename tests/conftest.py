@@ -10,11 +10,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no tes
 
 def pytest_addoption(parser):
     parser.addoption("--require-gpu", action="store_true", help="fail, not skip, where there is no CUDA device")
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
     parser.addoption("--require-model", action="store_true", help="fail, not skip, where the demo models are missing")
 
 
 def pytest_collection_modifyitems(config, items):
+    later = pytest.mark.skip(reason="takes minutes: --slow runs it")
     for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(later)
         if item.get_closest_marker("model"):
             item.fixturenames.insert(0, "_demo_models")
         if item.get_closest_marker("gpu"):

@@ -20,7 +20,6 @@ HELD_OUT, STEPS, ROWS_PER_STEP = 40, 40, 2
 
 
 @pytest.mark.model
-@pytest.mark.slow
 @pytest.mark.timeout(1800)  # two minutes on two quiet cores; nine were seen on busy ones
 @pytest.mark.skipif(not GSM8K.is_file(), reason="the GSM8K rows of ../shared/data are not here")
 def test_smollm2_learns_held_out_gsm8k_answers_in_40_steps(tmp_path):
