@@ -1,6 +1,7 @@
 """Fixtures and markers shared by all tests."""
 
 import importlib.util
+import logging
 import os
 
 import pytest
@@ -48,3 +49,30 @@ def _own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QLORA_LITE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def own_process_state():
+    """Give back what a command changes in this process: environment and logging."""
+    environment, log = dict(os.environ), logging.getLogger("qlora_lite")
+    handlers, level, propagate = log.handlers[:], log.level, log.propagate
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    log.handlers[:], log.propagate = handlers, propagate
+    log.setLevel(level)
+
+
+@pytest.fixture
+def command(capsys, own_process_state):
+    """Run a command in this process; return its exit code, standard output and standard error."""
+
+    from qlora_lite.cli.main import main
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return caught.value.code or 0, out, err
+
+    return call

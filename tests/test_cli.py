@@ -1,8 +1,6 @@
 """The commands: what they print and where, their exit codes, and one line instead of a stack trace."""
 
 import json
-import logging
-import os
 import re
 import shutil
 import signal
@@ -15,34 +13,12 @@ import torch
 from tiny_files import save_tiny, write_recipe
 from transformers import AutoModelForCausalLM
 
-from qlora_lite.cli.main import COMMANDS, main
+from qlora_lite.cli.main import COMMANDS
 
 COMMAND = [sys.executable, "-c", "from qlora_lite.cli.main import main; main()"]
 
 
-@pytest.fixture(autouse=True)
-def _own_process_state():
-    """Give back what a command changes in this process: environment and logging."""
-    environment, log = dict(os.environ), logging.getLogger("qlora_lite")
-    handlers, level, propagate = log.handlers[:], log.level, log.propagate
-    yield
-    os.environ.clear()
-    os.environ.update(environment)
-    log.handlers[:], log.propagate = handlers, propagate
-    log.setLevel(level)
-
-
-@pytest.fixture
-def command(capsys):
-    """Run a command in this process; return its exit code, standard output and standard error."""
-
-    def call(*arguments):
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return caught.value.code or 0, out, err
-
-    return call
+pytestmark = pytest.mark.usefixtures("own_process_state")
 
 
 @pytest.fixture(scope="module")

@@ -1,37 +1,13 @@
 """What ``merge``, ``export`` and ``compare`` print, and that their mistakes are one line."""
 
 import json
-import logging
-import os
 import re
 
 import pytest
 from tiny_files import MERGES, save_tiny
 from tiny_runs import make_run
 
-from qlora_lite.cli.main import main
-
-
-@pytest.fixture(autouse=True)
-def _own_process_state():
-    """Give back what a command changes in this process: environment and logging."""
-    environment, log = dict(os.environ), logging.getLogger("qlora_lite")
-    handlers, level, propagate = log.handlers[:], log.level, log.propagate
-    yield
-    os.environ.clear()
-    os.environ.update(environment)
-    log.handlers[:], log.propagate = handlers, propagate
-    log.setLevel(level)
-
-
-@pytest.fixture
-def command(capsys):
-    def call(*arguments):
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
-        return caught.value.code or 0, *capsys.readouterr()
-
-    return call
+pytestmark = pytest.mark.usefixtures("own_process_state")
 
 
 @pytest.fixture(scope="module")

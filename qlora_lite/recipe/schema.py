@@ -179,8 +179,9 @@ class Data(_Section):
     """Order of the rows in an epoch; shuffle depends on train.seed and the epoch only. longest-first shows at once what
     does not fit; by-length puts rows of like length together and shuffles the micro-batches."""
     streaming: bool = False
-    """Make tokens while training, and keep none: for sources too large for a first pass. Needs data.order as-is and
-    train.max_steps; only the first 1,000 rows of each source are checked before, a bad row after them ends the run."""
+    """Make tokens while training, and keep none: for sources too large for a first pass. Hub data sets are then not
+    downloaded but read over the network, once more for each epoch. Needs data.order as-is and train.max_steps; only the
+    first 1,000 rows of each source are checked before, a bad row after them ends the run."""
 
 
 _Tracker = Literal[
