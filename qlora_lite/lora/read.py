@@ -11,6 +11,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 
 import regex
 import torch
@@ -114,14 +115,16 @@ def _read_config(folder: Path) -> dict:
         raise ModelError(f"{path} does not describe a LoRA adapter (peft_type is not LORA)")
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
-        raise ModelError(f"{path}: alpha_pattern must be an object, not {patterns!r}")
-    alphas = {"lora_alpha": config.get("lora_alpha")} | {f"alpha_pattern {key!r}": v for key, v in patterns.items()}
+        raise ModelError(f"{path}: alpha_pattern must be an object, not {short(patterns)}")
+    alphas = {"lora_alpha": config.get("lora_alpha")} | {
+        f"alpha_pattern {short(key)}": v for key, v in patterns.items()
+    }
     for name, alpha in alphas.items():
         if not _is_number(alpha) or not 0 < alpha < 1e9:
-            raise ModelError(f"{path}: {name} must be a positive number, not {alpha!r}")
+            raise ModelError(f"{path}: {name} must be a positive number, not {short(alpha)}")
     dropout = config.get("lora_dropout", 0.0)
     if not _is_number(dropout) or not 0 <= dropout < 1:
-        raise ModelError(f"{path}: lora_dropout must be from 0 to below 1, not {dropout!r}")
+        raise ModelError(f"{path}: lora_dropout must be from 0 to below 1, not {short(dropout)}")
     _refuse_unsupported(config, path)
     return config
 
@@ -135,7 +138,7 @@ def _refuse_unsupported(config: dict, path: Path) -> None:
     refused["bias"] = None if config.get("bias", "none") == "none" else config["bias"]
     start = config.get("init_lora_weights")
     refused["init_lora_weights"] = start if str(start).startswith(REFUSED_INITS) else None
-    used = [f"{key}={value!r}" for key, value in refused.items() if value]
+    used = [f"{key}={short(value)}" for key, value in refused.items() if value]
     if used:
         raise ModelError(f"{path}: {', '.join(used)} is not supported; train without it or merge with peft")
 
