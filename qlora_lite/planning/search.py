@@ -26,6 +26,7 @@ from .predict import Prediction, predict, with_constants
 from .simulate import Job, Rows, along_last_blocks
 
 EQUALLY_FAST = 1.03  # time estimates closer than this are not told apart
+SPARED = 0.03  # of the limit, that is not spent on speed: a device's constants are known to a few percent
 SMALL_CHUNK_TOKENS = 256
 TILE_TOKENS = 4096  # tokens of an automatic tile: dequantising a weight for each costs a few percent
 SMALL_TILE_TOKENS = 1024  # the last resort
@@ -147,11 +148,11 @@ def _divisions(
 
 
 def _with_more_on_device(step: Step, machine: Machine, best: Candidate, limit_bytes: int) -> list[Candidate]:
-    """Return a fitting candidate with as many last blocks kept (or resident) as spare memory allows, if it has any."""
+    """Return a candidate with as many last blocks kept (or resident) as spare memory allows, if it allows any."""
     name = "kept_blocks" if best.levers.resident_blocks is None else "resident_blocks"
     if best.levers.checkpointing != "block" or name in step.fixed:
         return []
-    raised = _raised(step, machine, best, name, limit_bytes)
+    raised = _raised(step, machine, best, name, int((1 - SPARED) * limit_bytes))
     return [] if raised.levers == best.levers else [raised]
 
 
