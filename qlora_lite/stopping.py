@@ -11,6 +11,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# What a second signal does where signals were ignored before, as shells set it for a command in the background.
+ACTING = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+
 
 class StopNow(KeyboardInterrupt):
     """End the run here; not an ``Exception``, so that no library on the way takes it for a fault of its own."""
@@ -76,7 +79,8 @@ def stop_signals(max_hours: float | None) -> Iterator[Stop]:
             signal.signal(number, handler)
 
     def on_signal(number, _frame) -> None:
-        restore()
+        for each, handler in earlier.items():
+            signal.signal(each, ACTING[each] if handler is signal.SIG_IGN else handler)
         stop.note(signal.Signals(number).name)
 
     try:

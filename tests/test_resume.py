@@ -360,7 +360,11 @@ def test_a_signal_while_loading_acts_at_once(lab, whole, monkeypatch):
     assert_same_run(lab, whole)
 
 
-def test_a_second_signal_stops_at_once(lab, whole):
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN], ids=["handled", "ignored"])
+def test_a_second_signal_stops_at_once(lab, whole, request, before):
+    earlier = signal.signal(signal.SIGINT, before)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, earlier))
+
     def twice(step):
         if step == 5:
             os.kill(os.getpid(), signal.SIGINT)
