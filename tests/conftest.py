@@ -51,8 +51,8 @@ def _own_cache(tmp_path_factory):
         yield
 
 
-@pytest.fixture
-def own_process_state():
+@pytest.fixture(autouse=True)
+def _own_process_state():
     """Give back what a command changes in this process: environment and logging."""
     environment, log = dict(os.environ), logging.getLogger("qlora_lite")
     handlers, level, propagate = log.handlers[:], log.level, log.propagate
@@ -64,7 +64,7 @@ def own_process_state():
 
 
 @pytest.fixture
-def command(capsys, own_process_state):
+def command(capsys):
     """Run a command in this process; return its exit code, standard output and standard error."""
 
     from qlora_lite.cli.main import main

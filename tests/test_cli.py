@@ -18,9 +18,6 @@ from qlora_lite.cli.main import COMMANDS
 COMMAND = [sys.executable, "-c", "from qlora_lite.cli.main import main; main()"]
 
 
-pytestmark = pytest.mark.usefixtures("own_process_state")
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run trained by the command in a process of its own: its folder, recipe, and what it printed."""

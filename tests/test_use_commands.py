@@ -7,8 +7,6 @@ import pytest
 from tiny_files import MERGES, save_tiny
 from tiny_runs import make_run
 
-pytestmark = pytest.mark.usefixtures("own_process_state")
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
