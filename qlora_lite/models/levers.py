@@ -91,9 +91,15 @@ def set_levers(model: nn.Module, levers: Levers) -> None:
     before the first block is computed a second time, so that the two never add up.
 
     Raises:
-        ModelError: streamed blocks would have to keep what they saved, or nothing of the model can be tiled.
+        ModelError: streamed blocks would have to keep what they saved, nothing of the model can be tiled, or weights
+            that belong in host memory were not left there by ``place``.
     """
     found = blocks(model)
+    streams = levers.resident_blocks is not None and levers.resident_blocks < len(found)
+    embeds_on_host = isinstance(model.get_input_embeddings(), HostEmbedding)
+    if (streams and not hasattr(model, "block_stream")) or (levers.host_embeddings and not embeds_on_host):
+        raise ModelError("memory.resident_blocks and memory.embeddings=host are for a model that was loaded so: "
+                         "call models.levers.place before training, or leave them out")  # fmt: skip
     checkpointed = len(found) - levers.kept_blocks if levers.checkpointing == "block" else 0
     if levers.resident_blocks is not None and checkpointed < len(found) - levers.resident_blocks:
         raise ModelError("streamed blocks cannot keep their activations: raise memory.resident_blocks, or lower "

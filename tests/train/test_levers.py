@@ -125,6 +125,14 @@ def test_streamed_blocks_that_keep_their_activations_are_refused(levers):
         set_levers(build(), levers)
 
 
+@pytest.mark.parametrize("levers", [Levers(resident_blocks=1), Levers(host_embeddings=True)])
+def test_weights_that_were_not_left_on_the_host_are_not_taken_for_streamed(levers):
+    with pytest.raises(ModelError, match="place"):
+        set_levers(build(), levers)
+    set_levers(build(levers=levers), levers)
+    set_levers(build(), Levers(resident_blocks=DEPTH))  # all of them: nothing to stream
+
+
 def test_embeddings_that_are_the_head_stay_on_the_device():
     model = build_tiny("llama", tie_word_embeddings=True)
     with pytest.raises(ModelError, match=r"memory\.embeddings"):
