@@ -84,6 +84,7 @@ class BlockStream:
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device):
         self.side = SideStream(device)
         self._blocks = [_HostBlock(block, pinned=device.type == "cuda") for block in blocks]
+        self._storages = {block.flat.untyped_storage()._cdata for block in self._blocks}
         size = max(len(block.flat) for block in self._blocks)
         with category("base weights"):
             self._slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
@@ -125,8 +126,7 @@ class BlockStream:
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Tell whether a tensor lies in one of the host buffers."""
-        storage = tensor.untyped_storage()._cdata
-        return any(block.flat.untyped_storage()._cdata == storage for block in self._blocks)
+        return tensor.untyped_storage()._cdata in self._storages
 
     @property
     def slots(self) -> Sequence[torch.Tensor]:

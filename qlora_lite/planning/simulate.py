@@ -30,7 +30,7 @@ from torch._subclasses.fake_tensor import (
 
 from qlora_lite.data.batch import Batch
 from qlora_lite.lora.inject import Target, add_lora, lora_parameters
-from qlora_lite.memory.ledger import CATEGORIES, Ledger, Moment
+from qlora_lite.memory.ledger import Ledger, Moment
 from qlora_lite.memory.work import Work, WorkCounter
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.levers import Levers, place, set_levers
@@ -299,8 +299,3 @@ def _number(place: tuple[str, int] | None, depth: int, last: int) -> int | None:
     kind, number = place
     start, count = (0, depth - last) if kind == "first" else (depth - last, last)
     return start + number if number >= 0 else start + count + number
-
-
-def by_category(moment: Moment) -> dict[str, int]:
-    """Return a moment's bytes for every category, zeros included."""
-    return dict(zip(CATEGORIES, moment.bytes, strict=True))

@@ -244,7 +244,7 @@ class Train(_Section):
 
 
 class Memory(_Section):
-    """How memory is traded for time."""
+    """How memory is traded for time in training; other commands load the whole model on its device."""
 
     budget: Annotated[str, AfterValidator(_size_or_auto), Rule("auto, or a size with its unit, such as 8GiB")] = "auto"
     """Most memory the run may use; auto is what the device has free. The fastest plan that fits is chosen for the
