@@ -6,6 +6,7 @@ from tiny import quantized_pair
 
 from qlora_lite.data.stored import Example
 from qlora_lite.lora.inject import add_lora
+from qlora_lite.models.levers import Levers, place
 from qlora_lite.train.loop import Trainer
 from qlora_lite.train.settings import TrainSettings
 
@@ -34,4 +35,5 @@ def trainer(model_type="llama", dropout=0.0, dtype=torch.float32, targets="all-l
     model, _ = quantized_pair(model_type)
     torch.manual_seed(0)
     add_lora(model, targets, rank=rank, alpha=8, dropout=dropout, dtype=dtype)
+    place(model, torch.device("cpu"), changes.get("levers", Levers()))
     return Trainer(model, examples() if rows is None else rows, TrainSettings(**(SETTINGS | changes)), stream)
