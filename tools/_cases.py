@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -155,7 +156,7 @@ def check_case(case: dict) -> dict:
         trainer.rehearse(evaluation)
         process = meter.peak_bytes() - base
         reserved = torch.cuda.max_memory_reserved() if device.type == "cuda" else None
-    plain_seconds = _timed(lambda: trainer.rehearse(evaluation), device)
+    plain_seconds = seconds_of(lambda: trainer.rehearse(evaluation), device)
     ledger_started = time.perf_counter()
     ledger = under_ledger(trainer, evaluation)
     ledger_seconds = time.perf_counter() - ledger_started
@@ -175,7 +176,8 @@ def check_case(case: dict) -> dict:
     }  # fmt: skip
 
 
-def _timed(action, device: torch.device) -> float:
+def seconds_of(action: Callable[[], object], device: torch.device) -> float:
+    """Time a call, what it started on a card included."""
     started = time.perf_counter()
     action()
     if device.type == "cuda":

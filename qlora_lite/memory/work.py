@@ -15,8 +15,8 @@ from .marks import marks
 
 _DEVICE_OF = torch.ops.prim.device.default
 _COPY = torch.ops.aten.copy_.default
-# torch's table lacks the operators that add to a tensor in place
-_FORMULAS = flop_registry | {
+# FLOPs of an operator's call; torch's table lacks the operators that add to a tensor in place
+FLOP_FORMULAS = flop_registry | {
     torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
     torch.ops.aten.baddbmm_: flop_registry[torch.ops.aten.baddbmm],
 }
@@ -52,7 +52,7 @@ class WorkCounter(TorchDispatchMode):
         if marks.phase == "load":
             return result
         totals = self._totals[marks.phase == "evaluation"]
-        formula = _FORMULAS.get(func._overloadpacket)
+        formula = FLOP_FORMULAS.get(func._overloadpacket)
         if func is _COPY and marks.category == "offloaded":
             totals[2] += marks.repeats * args[0].nbytes
         elif formula is not None:

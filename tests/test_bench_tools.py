@@ -1,0 +1,248 @@
+"""The tools that measure heads, products and projections: what they record is the step, what they compare is alike."""
+
+import math
+import sys
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+
+import pytest
+import torch
+from lever_cases import build, gradients
+from tiny import build_tiny, random_batch
+from torch import nn
+
+from qlora_lite.data.batch import collate
+from qlora_lite.data.stored import Example
+from qlora_lite.lora.inject import lora_layers, lora_parameters
+from qlora_lite.lora.layer import LoraLinear
+from qlora_lite.memory.marks import phase
+from qlora_lite.memory.work import WorkCounter
+from qlora_lite.models.anatomy import blocks
+from qlora_lite.models.levers import Levers, set_levers
+from qlora_lite.models.load import use_row_attention
+from qlora_lite.quant.linear import QuantLinear, frozen_weight, materialize
+from qlora_lite.train.step import accumulate_gradients, prepare
+
+TOOLS = Path(__file__).parent.parent / "tools"
+sys.path.insert(0, str(TOOLS))
+
+import _products  # noqa: E402
+from _measured_tables import TABLES  # noqa: E402
+from _products import BASE, LOW_RANK, PLACES, Layout, Product, StepClock  # noqa: E402
+from _shared_inputs import SharedInput, share_inputs  # noqa: E402
+from _texts import text_windows  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def tool(name):
+    loader = SourceFileLoader(name, str(TOOLS / name))
+    module = module_from_spec(spec_from_loader(loader.name, loader))
+    loader.exec_module(module)
+    return module
+
+
+class Letters:
+    """A tokenizer whose tokens are the letters, with or without a token that begins each text."""
+
+    def __init__(self, begin):
+        self.begin = begin
+
+    def __call__(self, text, add_special_tokens=True):
+        ids = [*(self.begin if add_special_tokens else []), *map(ord, text)]
+        return type("Encoding", (), {"input_ids": ids})
+
+
+@pytest.mark.parametrize("begin", [[], [1]])
+def test_windows_hold_the_text_in_order_each_begun_as_texts_begin(begin):
+    windows = text_windows("abcdefg", 4, 5, Letters(begin))
+    assert [len(window) for window in windows] == [5] * 4
+    assert all(window[: len(begin)] == begin for window in windows)
+    joined = "".join(chr(token) for window in windows for token in window[len(begin) :])
+    assert joined == ("abcdefg" * 4)[: len(joined)]
+
+
+def windows_of(lengths, vocabulary=160):
+    generator = torch.Generator().manual_seed(1)
+    ids = [torch.randint(3, vocabulary, (n,), generator=generator).numpy().astype("int32") for n in lengths]
+    return [Example(row, torch.arange(len(row)).numpy() > 0, "", "", "row") for row in ids]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_two_heads_are_the_model_s_own_and_what_its_nf4_copy_unpacks_to(tied):
+    model = build_tiny("llama", tie_word_embeddings=tied)
+    use_row_attention(model)
+    table = model.get_input_embeddings().weight.clone()
+    weight = model.get_output_embeddings().weight.detach().double()
+    layer = QuantLinear.from_weight(weight.float(), None, "nf4", True)
+    unpacked = materialize(*frozen_weight(layer), torch.float32).double()
+    windows, bench_head = windows_of((9, 14)), tool("bench_head")
+    found = bench_head.with_both_heads(model, windows)
+    assert torch.equal(model.get_input_embeddings().weight, table)
+    assert isinstance(model.get_output_embeddings(), QuantLinear)
+    for window, (own, other) in zip(windows, found, strict=True):
+        ids = collate([window]).input_ids
+        with torch.no_grad():
+            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1].double()
+        compared = bench_head.compare_window(own, other)
+        losses = [nn.functional.cross_entropy(hidden @ w.t(), ids[0, 1:]).item() for w in (weight, unpacked)]
+        assert compared["loss_16_bit"] == pytest.approx(losses[0], rel=1e-5)
+        assert compared["loss_nf4"] == pytest.approx(losses[1], rel=1e-5)
+        assert compared["loss_16_bit"] != compared["loss_nf4"] and compared["kl"] > 0
+
+
+def test_means_are_over_tokens_and_their_error_is_that_of_independent_windows():
+    def window(tokens, own, other):
+        return {"tokens": tokens, "loss_16_bit": own, "loss_nf4": other, "kl": other - own, "agreement": 0.5}
+
+    pooled = tool("bench_head").pooled
+    found = pooled([window(10, 1.0, 1.1), window(30, 2.0, 2.3)])
+    assert found["loss_16_bit"] == pytest.approx(1.75) and found["loss_nf4"] == pytest.approx(2.0)
+    assert found["loss_difference"] == pytest.approx(0.25) and found["tokens"] == 40
+    assert found["perplexity_nf4"] == pytest.approx(math.exp(2.0))
+    assert found["standard_error"] == pytest.approx(math.sqrt((10 * 0.15) ** 2 + (30 * 0.05) ** 2) / 40)
+    assert pooled([window(10, 1.0, 1.5)] * 3)["standard_error"] == pytest.approx(0.0)
+
+
+def test_the_modules_that_operators_are_told_apart_by_are_there():
+    assert all((TOOLS.parent / "qlora_lite" / module).is_file() for module in PLACES)
+
+
+@pytest.mark.parametrize("levers", [Levers("none"), Levers()])
+def test_a_watched_step_has_the_flops_that_the_planner_counts(levers):
+    model = build(levers=levers)
+    gradients(model, levers)  # how blocks end is learned from the first
+    with StepClock(CPU) as clock:
+        gradients(model, levers)
+    with WorkCounter() as counter:
+        gradients(model, levers)
+    assert sum(count * product.flops for product, count in clock.products.items()) == counter.work.flops > 0
+    assert set(clock.seconds) >= {"unpacking 4-bit weights", "attention", "loss", _products.ELSEWHERE}
+
+
+def test_what_the_optimizer_calls_is_the_optimizer_s():
+    with StepClock(CPU) as clock, phase("optimizer"):
+        torch.ones(3).add_(1)
+    assert list(clock.seconds) == [_products.OPTIMIZER] and not clock.products
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(3, 4), torch.ones(5, 3).t(), torch.ones(2, 8, 6)[:, 2:5, ::2],
+                                    torch.ones(4, dtype=torch.bfloat16).expand(3, 4)])  # fmt: skip
+def test_a_product_is_timed_on_tensors_laid_out_as_the_step_s(tensor):
+    made = _products.layout_of(tensor).tensor(CPU)
+    assert (made.shape, made.stride(), made.dtype) == (tensor.shape, tensor.stride(), tensor.dtype)
+
+
+def test_a_product_alone_takes_as_long_as_it_takes(monkeypatch):
+    monkeypatch.setattr(_products, "BATCH_SECONDS", 0.002)
+    small, large = (
+        Product("", torch.ops.aten.mm.default, (Layout((n, n), (n, 1), torch.float32),) * 2, (), 2 * n**3)
+        for n in (32, 512)
+    )
+    assert 0 < 20 * small.seconds_alone(CPU) < large.seconds_alone(CPU)
+
+
+def test_the_parts_of_a_step_add_up_and_only_recomputed_products_tell_its_kinds_apart(monkeypatch):
+    monkeypatch.setattr(_products, "BATCH_SECONDS", 1e-4)
+    bench_limit = tool("bench_limit")
+    cases = [bench_limit.measure({"model": "tiny", "tokens": 64, "checkpointing": kind}, 1, 1)
+             for kind in bench_limit.KINDS]  # fmt: skip
+    bench_limit.add_needed_shares(cases)
+    for case in cases:
+        parts = case["limit_seconds"] + case["products_slower_seconds"] + case["rest_seconds"]
+        assert parts + sum(case["others_seconds"].values()) == pytest.approx(case["step_seconds"])
+        assert sum(shape["count"] * shape["alone_seconds"] for shape in case["shapes"]) == pytest.approx(
+            case["share"] * case["step_seconds"]
+        )
+        assert sum(p["count"] for p in case["products"].values()) == sum(shape["count"] for shape in case["shapes"])
+    again, kept = (case["products"] for case in cases)
+    layers = 6
+    assert again[BASE]["count"] - kept[BASE]["count"] == layers * 6  # all projections but the last, down_proj
+    assert kept[BASE]["count"] == layers * 7 * 2 - 3  # the first block's input needs no gradient, from q, k nor v
+    assert again[LOW_RANK]["count"] > kept[LOW_RANK]["count"] > 0
+    assert again["attention"]["count"] == kept["attention"]["count"] > 0 and again["loss"] == kept["loss"] | {
+        key: again["loss"][key] for key in ("alone_seconds", "in_step_seconds")
+    }
+    assert cases[1]["needed_share"] == cases[1]["share"]
+    assert "**share of the limit of its own products**" in "\n".join(TABLES["limit"][1](
+        {"large_product_flops_per_second": 1e11, "cases": cases}
+    ))  # fmt: skip
+
+
+def shared_set(outs, dtype=torch.float32, bias=True):
+    torch.manual_seed(0)
+    layers = []
+    for number, out in enumerate(outs):
+        base = QuantLinear.from_weight(torch.randn(out, 64), torch.randn(out) if bias else None, "nf4", True)
+        base = base if number else nn.Linear(64, out, bias=bias)  # of both kinds, with other numbers of tensors
+        layers.append(LoraLinear(base, 5, 7.0, dtype=dtype))
+        nn.init.normal_(layers[-1].lora_B)
+    return layers
+
+
+@pytest.mark.parametrize("outs", [(80,), (80, 48), (80, 48, 32)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_projections_computed_together_equal_the_float64_formula(outs, bias):
+    layers, x = shared_set(outs, bias=bias), torch.randn(2, 9, 64, requires_grad=True)
+    shared = SharedInput(layers)
+    ys = [shared.call(number, x) for number in range(len(outs))]
+    leaf, total, expected_total, leaves = x.detach().double().requires_grad_(), 0.0, 0.0, []
+    for layer, y in zip(layers, ys, strict=True):
+        factors = [f.detach().double().requires_grad_() for f in (layer.lora_A, layer.lora_B)]
+        weight = materialize(*frozen_weight(layer.base), torch.float32).double()
+        expected = leaf @ weight.t() + layer.scale * leaf @ factors[0].t() @ factors[1].t()
+        expected = expected if layer.base.bias is None else expected + layer.base.bias.double()
+        assert (y - expected).norm() <= 1e-6 * expected.norm()
+        upstream = torch.randn(y.shape)
+        total = total + (y * upstream).sum()
+        expected_total = expected_total + (expected * upstream.double()).sum()
+        leaves += zip((layer.lora_A, layer.lora_B), factors, strict=True)
+    total.backward()
+    expected_total.backward()
+    for found, wanted in ((x, leaf), *leaves):
+        assert (found.grad - wanted.grad).norm() <= 1e-6 * wanted.grad.norm()
+
+
+def shared_gradients(model, levers, parameters):
+    """Return the gradients of a step whose blocks share inputs, of all factors."""
+    for block in blocks(model):
+        share_inputs(block, True)
+    assert len(list(lora_layers(model))) < len(parameters) // 2  # layers in sets have something else in their place
+    set_levers(model, levers)
+    accumulate_gradients(model.train(), [prepare(random_batch(seed=seed), CPU) for seed in range(2)])
+    for block in blocks(model):
+        share_inputs(block, False)
+    found = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    return found
+
+
+def test_blocks_with_shared_inputs_have_the_same_gradients_computed_again_or_kept_and_can_be_put_back():
+    model = build()
+    parameters = dict(lora_parameters(model))
+    _, *plain = gradients(model, Levers("none"))
+    kept, first, again = (
+        shared_gradients(model, levers, list(parameters.values())) for levers in (Levers("none"), Levers(), Levers())
+    )
+    for one, two, three, wanted in zip(kept, first, again, plain, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
+        assert (one - wanted).norm() <= 1e-5 * wanted.norm()
+    back = dict(lora_parameters(model))
+    assert list(back) == list(parameters) and all(back[name] is factor for name, factor in parameters.items())
+    assert all(torch.equal(one, two) for one, two in zip(gradients(model, Levers("none"))[1:], plain, strict=True))
+
+
+def test_ways_that_give_other_numbers_are_not_compared():
+    bench = tool("bench_projections")
+    x = torch.randn(4, 8, requires_grad=True)
+    ways = {bench.HAND: lambda x: [2 * x], "wrong": lambda x: [2.1 * x]}
+    with pytest.raises(SystemExit, match="wrong gives other numbers"):
+        bench.check_alike(ways, x)
+    with pytest.raises(SystemExit, match="wrong gives other numbers"):  # in the gradient alone
+        bench.check_alike(ways | {"wrong": lambda x: [2 * x + 0.5 * (x - x.detach())]}, x)
+
+
+def test_a_ratio_is_of_the_same_turn():
+    assert tool("bench_projections").ratio([2.0, 40.0, 6.0], [1.0, 10.0, 2.0]) == 3.0

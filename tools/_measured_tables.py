@@ -1,0 +1,92 @@
+"""Markdown tables of what the measuring tools wrote: printed by each, and put into the README by update_readme."""
+
+from collections.abc import Mapping, Sequence
+
+from qlora_lite.units import format_bytes
+
+NAMES = {"smollm2-135m": "SmolLM2-135M", "gemma3-270m": "Gemma-3-270M"}
+
+
+def head_table(result: Mapping) -> list[str]:
+    """Return the lines of the table of ``tools/bench_head``."""
+    lines = ["| model | text, tokens | loss: 16 bit, NF4 | difference (standard error) | perplexity: 16 bit, NF4 "
+             "| KL, nats | same first choice | head: 16 bit, NF4 |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for row in result["rows"]:
+        sizes = ", ".join(format_bytes(row[f"head_bytes_{kind}"]) for kind in ("16_bit", "nf4"))
+        lines.append(
+            f"| {_name(row)} | {row['text']}, {row['tokens']:,} | {row['loss_16_bit']:.4f}, {row['loss_nf4']:.4f} "
+            f"| {row['loss_difference']:+.4f} ({row['standard_error']:.4f}) "
+            f"| {row['perplexity_16_bit']:.2f}, {row['perplexity_nf4']:.2f} | {row['kl']:.4f} "
+            f"| {row['agreement']:.1%} | {sizes} |"
+        )
+    return lines
+
+
+def limit_table(result: Mapping) -> list[str]:
+    """Return the lines of the table of ``tools/bench_limit``, a column for each case and a row for each part."""
+    cases = result["cases"]
+    kinds = {"block": "computed again", "none": "kept"}
+    titles = [f"{_name(case)}, {case['tokens']} tokens, blocks {kinds[case['checkpointing']]}" for case in cases]
+    large = result["large_product_flops_per_second"] / 1e9
+    lines = [f"One product of two 4,096 x 4,096 matrices: {large:.0f} GFLOP/s.", "",
+             f"| ms of a step | {' | '.join(titles)} |", "|---" * (len(cases) + 1) + "|"]  # fmt: skip
+
+    def add(label: str, cells: Sequence[str]) -> None:
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+
+    add("**a step**", [f"**{_ms(case['step_seconds'])}**" for case in cases])
+    for place in cases[0]["products"]:
+        found = [case["products"][place] for case in cases]
+        add(f"products alone: {place}", [f"{_ms(p['alone_seconds'])} ({_rate(p)})" for p in found])
+    add("products, slower in the step than alone", [_ms(case["products_slower_seconds"]) for case in cases])
+    for place in cases[0]["others_seconds"]:
+        add(f"beside products: {place}", [_ms(case["others_seconds"][place]) for case in cases])
+    add("Python, views, autograd", [_ms(case["rest_seconds"]) for case in cases])
+    add("**share of the limit of its own products**", [f"**{case['share']:.1%}**" for case in cases])
+    add("share of the limit of the products needed", [f"{case['needed_share']:.1%}" for case in cases])
+    return lines
+
+
+def projections_tables(result: Mapping) -> list[str]:
+    """Return the lines of the tables of ``tools/bench_projections``: ms by hand, and the others' times over it."""
+    lines = []
+    for title, rows in result["tables"].items():
+        ways = list(dict.fromkeys(way for row in rows for way in row["ratios"]))
+        columns = [f"{way}, {pass_}" for way in ways for pass_ in ("forward", "backward")]
+        lines += [*([""] if lines else []), f"| {title} | hand-written: forward, backward | {' | '.join(columns)} |",
+                  "|---" * (len(columns) + 2) + "|"]  # fmt: skip
+        for row in rows:
+            cells = [f"{row['ratios'][way][pass_]:.2f}" if way in row["ratios"] else "" for way in ways
+                     for pass_ in ("forward", "backward")]  # fmt: skip
+            base = ", ".join(f"{1000 * row['seconds'][pass_]:.2f} ms" for pass_ in ("forward", "backward"))
+            lines.append(f"| {row['name']} | {base} | {' | '.join(cells)} |")
+    lines += ["", "| a training step | hand-written | shared input |", "|---|---|---|"]
+    for row in result["steps"]:
+        lines.append(f"| {row['name']} | {_ms(row['seconds'])} ms | {row['shared_ratio']:.3f} |")
+    lines += ["", *(f"- {name}: {reason}" for name, reason in result["not_whole_graphs"].items())]
+    return lines
+
+
+# The result's name -> what the README says above its table, and the function that makes the table's lines.
+TABLES = {
+    "limit": ("A training step beside the limit that its own matrix products set: each distinct product timed alone, "
+              "warm, times its count. What the rest of the step takes is told by place.", limit_table),
+    "projections": ("Ways to compute LoRA projections, as ratios to the time of the hand-written way that is used here "
+                    "(below 1 is faster).", projections_tables),
+    "head": ("What `model.quant_head` costs: the 16-bit head against the same head in NF4, blocks and embeddings the "
+             "same, on text that neither was trained on.", head_table),
+}  # fmt: skip
+
+
+def _name(row: Mapping) -> str:
+    return NAMES.get(row["model"], row["model"])
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:,.1f}"
+
+
+def _rate(products: Mapping) -> str:
+    if not products["alone_seconds"]:
+        return "none"
+    return f"{products['flops'] / products['alone_seconds'] / 1e9:.0f} GFLOP/s"
