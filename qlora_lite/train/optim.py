@@ -1,8 +1,8 @@
 """Optimizers by name: bitsandbytes' 8-bit, 32-bit and paged ones, and torch's AdamW.
 
-8-bit states are kept per block of 256 values with a dynamic code (8-bit optimizers, arXiv 2110.02861);
-factors under 4,096 values keep 32-bit states, bitsandbytes' own rule. Paged states live in memory that CUDA
-moves to the host under pressure; without CUDA they are ordinary memory.
+8-bit states are kept per block of 256 values with a dynamic code (8-bit optimizers, arXiv 2110.02861); factors under
+4,096 values keep 32-bit states, bitsandbytes' own rule; on a CPU ``eight_bit`` updates them, to the same bits. Paged
+states live in memory that CUDA moves to the host under pressure; without CUDA they are ordinary memory.
 """
 
 from collections.abc import Iterable
@@ -36,9 +36,14 @@ def build_optimizer(
         return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     import bitsandbytes.optim
 
-    paged_without_cuda = name.startswith("paged_") and parameters[0].device.type != "cuda"
-    key = name.removeprefix("paged_") if paged_without_cuda else name
-    optimizer_class = getattr(bitsandbytes.optim, BITSANDBYTES_NAMES[key])
+    if parameters[0].device.type == "cuda":
+        optimizer_class = getattr(bitsandbytes.optim, BITSANDBYTES_NAMES[name])
+    else:
+        from .eight_bit import CpuAdamW8bit, CpuLion8bit
+
+        key = name.removeprefix("paged_")
+        faster = {"adamw_8bit": CpuAdamW8bit, "lion_8bit": CpuLion8bit}
+        optimizer_class = faster.get(key) or getattr(bitsandbytes.optim, BITSANDBYTES_NAMES[key])
     return optimizer_class(parameters, lr=learning_rate, weight_decay=weight_decay)
 
 
