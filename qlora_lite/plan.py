@@ -362,9 +362,7 @@ def describe(plan: Plan, others: Sequence[Alternative], width: int = 80) -> str:
     ]  # fmt: skip
     because = plan.chosen.prediction.simulation.measured_because
     if because:
-        lines.append(
-            f"{'note':16} {because} cannot run on fake tensors: measured on small real models and extrapolated"
-        )
+        lines.append(f"{'note':16} {because} cannot run without values: measured on small real models and extrapolated")
     room = max([38, *(len(a.change) for a in others)])
     table = [f"{'change':{room}} {'peak':>10} {'step':>9}"]
     for a in others:

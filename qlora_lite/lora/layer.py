@@ -112,6 +112,8 @@ class LoraLinear(nn.Module):
 
         Drawn in host memory, so that a seed gives the same factors wherever the layer lies.
         """
+        if self.lora_A.is_meta:
+            return
         drawn = nn.init.kaiming_uniform_(torch.empty(self.lora_A.shape, dtype=self.lora_A.dtype), a=math.sqrt(5))
         self.lora_A.data.copy_(drawn)
         nn.init.zeros_(self.lora_B)

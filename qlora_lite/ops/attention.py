@@ -73,6 +73,10 @@ def _window_mask(length: int, window: int | None, device) -> torch.Tensor | None
 
 def _sdpa(query, key, value, mask, scaling, dropout):
     causal = mask is None and query.shape[2] > 1
+    if query.is_meta and not dropout:
+        # torch would choose the unfused formula here; a CPU's fused kernel saves what a card's does.
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return fused(query, key, value, dropout, causal, attn_mask=mask, scale=scaling)[0]
     grouped = query.shape[1] != key.shape[1]
     return scaled_dot_product_attention(
         query, key, value, mask, dropout, is_causal=causal, scale=scaling, enable_gqa=grouped

@@ -6,7 +6,7 @@ in the high half. Double quantisation then keeps the absmax values minus their m
 256: 4.127 bits a weight, not 4.5. Source: QLoRA (arXiv 2305.14314), section 3.
 
 Packed weights are plain tensors, not bitsandbytes' `QuantState` or `Params4bit`: they can be buffers, be
-saved for backward, be streamed and be fake. Its operators do the unpacking, and on a GPU the packing.
+saved for backward, be streamed and be on the meta device. Its operators do the unpacking, and on a GPU the packing.
 
 Packing on a CPU is done here, because the operator looks up each weight by binary search, whose branches no
 processor predicts. Here a weight's number is a count: how many of the 15 borders between table entries lie

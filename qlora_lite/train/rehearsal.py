@@ -1,7 +1,7 @@
 """One step in the steady state that changes nothing: what a run needs at most, before it starts.
 
-On real tensors it is the measured proof that a run fits; on fake ones (``planning.simulate``) it is the plan. Both
-call this function, and it calls what training calls.
+On real tensors it is the measured proof that a run fits; on ones without memory (``planning.simulate``) it is the
+plan. Both call this function, and it calls what training calls.
 """
 
 from collections.abc import Sequence

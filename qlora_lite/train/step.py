@@ -80,7 +80,11 @@ def hidden_states(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     """Return the last hidden states [T, D] of rows laid end to end."""
     if rows_run_alone(model):
         return _hidden_states_row_by_row(model, inputs)
-    rows = {"row_lengths": inputs.row_lengths} if uses_row_attention(model) else {}
+    rows = {}
+    if uses_row_attention(model):
+        # row_attention needs no mask. Without one, transformers looks at the positions for packed rows, and a card
+        # waits for the answer; one of four dimensions it passes on as it is.
+        rows = {"row_lengths": inputs.row_lengths, "attention_mask": inputs.input_ids.new_empty((1, 1, 1, 1))}
     output = decoder(model)(
         input_ids=inputs.input_ids, position_ids=inputs.position_ids, use_cache=False, **rows
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A step on fake tensors needs what the same step needs on real ones, to the byte."""
+"""A step on meta tensors needs what the same step needs on real ones, to the byte."""
 
 from dataclasses import replace
 
