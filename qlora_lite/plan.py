@@ -97,7 +97,8 @@ def plan_recipe(
     job = job_of(recipe, read_config(recipe.model.path, recipe.model.revision), machine.device_type, evaluation)
     step = Step(
         job, rows or full, t.micro_batch_size, t.gradient_accumulation_steps, fixed_levers(recipe),
-        m.micro_batches == "auto", bool(job.config.tie_word_embeddings) and not job.quant_head,
+        m.micro_batches == "auto" and not m.optimizer_in_backward,
+        bool(job.config.tie_word_embeddings) and not job.quant_head,
     )  # fmt: skip
     found = search(step, machine, budget_bytes - machine.base_bytes)
     chosen = choose(found, budget_bytes - machine.base_bytes)

@@ -35,6 +35,7 @@ class Levers:
     offload_checkpoints: bool = False
     resident_blocks: int | None = None
     host_embeddings: bool = False
+    optimizer_in_backward: bool = False
 
     @property
     def uses_host(self) -> tuple[bool, bool, bool]:

@@ -26,7 +26,8 @@ def row_attention(
 
     Args:
         module: the attention layer; unused, the signature is that of transformers' attention interface.
-        attention_mask: bool or additive float [B, 1, Tq, Tk]; used only without ``row_lengths``.
+        attention_mask: bool or additive float [B, 1, Tq, Tk]; used only without ``row_lengths``. None or empty for
+            none.
         scaling: factor on the scores; None means 1 / sqrt(D).
         sliding_window: a token sees itself and this many minus one before it; None for all.
         softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma-2); None for off.
@@ -41,6 +42,8 @@ def row_attention(
     attend = _written_out if written_out else _sdpa
     extra = {"softcap": softcap, "sinks": s_aux} if written_out else {"dropout": dropout}
     length = query.shape[2]
+    if attention_mask is not None and not attention_mask.numel():  # of a block that does not pass row_lengths on
+        attention_mask = None
     if row_lengths is None and attention_mask is None and length == key.shape[2]:
         row_lengths = (length,)
     if row_lengths is None:

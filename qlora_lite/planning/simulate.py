@@ -203,7 +203,7 @@ def _run(job: Job, device: torch.device, timeline: bool, measured_because: str =
         eval_inputs = _inputs(job.eval_rows, device) if job.eval_rows else None
         rehearse_step(
             model, parameters, optimizer, _inputs(job.rows, device), eval_inputs, job.max_grad_norm,
-            job.levers.loss_chunk_tokens, job.accumulating,
+            job.levers.loss_chunk_tokens, job.accumulating, job.levers.optimizer_in_backward,
         )  # fmt: skip
         resident, moments = ledger.now(), list(ledger.timeline or ())  # what follows is only the model's end
     simulation = Simulation(

@@ -98,6 +98,8 @@ _RENAMED = {
         "enable_activation_checkpointing grad_checkpoint",
     "memory.budget":
         "gpu_memory_limit max_memory memory_limit vram gpu_memory_utilization",
+    "memory.optimizer_in_backward":
+        "optimizer_in_bwd fused_backward",
     "output.dir":
         "output_dir out_dir save_dir adapter_path",
     "output.name":

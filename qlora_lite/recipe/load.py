@@ -179,6 +179,15 @@ class _Checker:
                 self._add(
                     ("data", "streaming"), f"data.streaming = true: has no order or end of its own; write {missing}"
                 )
+        if self._value("memory", "optimizer_in_backward") is True:
+            needs = {"max_grad_norm": 0, "gradient_accumulation_steps": 1, "on_not_finite": "stop"}
+            given = Recipe.model_fields["train"].default.model_dump()
+            given |= {name: value for name in needs if (value := self._value("train", name)) is not None}
+            if missing := " and ".join(f"train.{key}: {value}" for key, value in needs.items() if given[key] != value):
+                self._add(
+                    ("memory", "optimizer_in_backward"),
+                    f"memory.optimizer_in_backward = true: all gradients of a step are never there; write {missing}",
+                )
         for location, source in self._sources():
             if message := _columns_problem(source):
                 self._add(location, f"{_key(location)}: {message}")

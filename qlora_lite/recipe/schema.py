@@ -270,6 +270,10 @@ class Memory(_Section):
     )
     """How many of the last blocks keep their frozen weights on the device; the others' lie in host memory and
     come, one block ahead, in forward and in backward. Results are the same to the bit."""
+    optimizer_in_backward: bool = False
+    """Update each factor as soon as its gradient is there, so that the gradients of all never lie in memory at one
+    time. Clipping, several micro-batches a step and leaving steps out need all of them first: with
+    train.max_grad_norm 0, train.gradient_accumulation_steps 1 and train.on_not_finite stop only."""
     micro_batches: Literal["auto", "as-given"] = "auto"
     """auto may cut a step's packs into other micro-batches than train.micro_batch_size says; the packs of a step, and
     what each token counts, stay the same."""

@@ -308,6 +308,17 @@ def test_settings_that_do_not_go_together_are_problems(problems, recipe, folder)
     assert "data.template = t.jinja: no such file" in problems(GOOD, "data.template=t.jinja")[0]
 
 
+def test_updates_in_backward_say_what_they_do_not_go_with(problems, recipe):
+    on = "memory.optimizer_in_backward=true"
+    said = "memory.optimizer_in_backward = true: all gradients of a step are never there; write train.max_grad_norm: 0"
+    assert problems(GOOD, on, "train.gradient_accumulation_steps=1")[0].endswith(said)
+    others = problems(GOOD, on, "train.gradient_accumulation_steps=4", "train.on_not_finite=skip")[0]
+    for needed in ("max_grad_norm: 0", "gradient_accumulation_steps: 1", "on_not_finite: stop"):
+        assert f"train.{needed}" in others
+    together = "train.max_grad_norm=0", "train.gradient_accumulation_steps=1"
+    assert recipe(GOOD, on, *together).memory.optimizer_in_backward
+
+
 def test_files_need_not_be_there_where_only_the_settings_are_wanted(recipe, folder):
     text = "model: {path: ./no.gguf}\ndata: {train: no.jsonl, template: no.jinja}\n"
     r = recipe(text, check_files=False)
