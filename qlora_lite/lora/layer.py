@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional
 
 from qlora_lite.ops.checkpoint import product_or_stand_in
-from qlora_lite.quant.linear import FrozenMatmul, add_product, frozen_weight, materialize
+from qlora_lite.quant.linear import FrozenMatmul, add_product, frozen_weight, materialize, product_of_few
 
 
 def lora_scale(alpha: float, rank: int, rslora: bool) -> float:
@@ -120,6 +120,10 @@ class LoraLinear(nn.Module):
         spec, frozen = frozen_weight(self.base)
         dropping = self.training and self.dropout > 0
         if not dropping and not self.reference:
+            y = product_of_few(self.base, x)
+            if y is not None:
+                low = functional.linear(x, self.lora_A.to(x.dtype)).mul_(self.scale)
+                return y.add_(functional.linear(low, self.lora_B.to(x.dtype)))
             return lora_matmul(x, self.lora_A, self.lora_B, self.base.bias, self.scale, spec, frozen)
         branch = functional.dropout(x, self.dropout, self.training)
         low = self.scale * functional.linear(branch, self.lora_A.to(x.dtype))

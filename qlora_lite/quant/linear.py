@@ -19,9 +19,13 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .nf4 import Packed, dequantize, dequantize_rows, empty_packed, quantize
+from qlora_lite.memory.meter import free_bytes
+
+from .few_rows import Arranged, arrange, arranged_bytes, can_arrange, card_product, cpu_product, few
+from .nf4 import BLOCK_SIZE, Packed, dequantize, dequantize_rows, empty_packed, quantize
 
 PACKED_BUFFERS = ("weight", "absmax", "absmax_code", "absmax_scale", "absmax_offset")
+SPARED = 0.5  # of the free memory, that arranged weights leave to everything else
 
 
 class WeightSpec(NamedTuple):
@@ -80,10 +84,12 @@ class QuantLinear(nn.Module):
 
     The codes are the buffer ``weight`` (uint8 [ceil(out * in / 2), 1]); with ``double_quant`` the block
     maxima are uint8 with a 256-entry code, otherwise float32. ``bias`` [out], if any, is a frozen parameter.
-    ``replaces`` is the name of the class that stood here before.
+    ``replaces`` is the name of the class that stood here before; ``arranged`` is a second form of the weight for
+    products of few rows, made by ``arrange_weights``.
     """
 
     replaces = "Linear"
+    arranged: Arranged | None = None
 
     def __init__(self, in_features, out_features, bias, quant_type, double_quant, dtype, device=None):
         super().__init__()
@@ -102,6 +108,7 @@ class QuantLinear(nn.Module):
 
     def set_packed(self, packed: Packed) -> None:
         """Take over packed tensors of this layer's shape, without a copy."""
+        self.arranged = None
         for name, value in zip(PACKED_BUFFERS, packed, strict=True):
             if value is not None:
                 setattr(self, name, value)
@@ -123,6 +130,9 @@ class QuantLinear(nn.Module):
         return layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = product_of_few(self, x)
+        if y is not None:
+            return y
         spec, tensors = frozen_weight(self)
         return FrozenMatmul.apply(x, None, self.bias, spec, *tensors)
 
@@ -161,3 +171,41 @@ def frozen_weight(module: nn.Module) -> tuple[WeightSpec, tuple[torch.Tensor, ..
     if is_conv1d(module):
         return WeightSpec(shape[::-1], None, transposed=True), (module.weight,)
     return WeightSpec(shape, None), (module.weight,)
+
+
+def arrange_weights(model: nn.Module) -> int:
+    """Give the 4-bit layers of a model in host memory what their fused products of few rows need.
+
+    Where the processor has no such kernel, or the memory is not there, layers go on unpacking their weights.
+
+    Returns:
+        Bytes that it took.
+    """
+    if model.dtype != torch.bfloat16:  # the kernel would round all inputs to it
+        return 0
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear) and module.arranged is None]
+    layers = [layer for layer in layers if can_arrange((layer.out_features, layer.in_features), layer.weight.device)]
+    taken = sum(arranged_bytes((layer.out_features, layer.in_features)) for layer in layers)
+    if taken > (1 - SPARED) * free_bytes(torch.device("cpu")):
+        return 0
+    for layer in layers:
+        layer.arranged = arrange(layer.packed, (layer.out_features, layer.in_features), layer.quant_type)
+    return taken
+
+
+def product_of_few(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    """Return ``x @ weight.T + bias`` by the packed weight itself, or None where that does not serve.
+
+    It serves where a 4-bit layer is used, not trained, with few rows. The product is rounded before anything is added
+    to it, as in a merged 16-bit model.
+    """
+    if torch.is_grad_enabled() or module.training or not isinstance(module, QuantLinear) or not few(x):
+        return None
+    shape = module.out_features, module.in_features
+    if module.arranged is not None and x.dtype == torch.bfloat16:
+        y = cpu_product(x, module.arranged, shape)
+    elif x.is_cuda and module.in_features % BLOCK_SIZE == 0:
+        y = card_product(x, module.packed, shape, module.quant_type)
+    else:
+        return None
+    return y if module.bias is None else y.add_(module.bias)
