@@ -4,7 +4,8 @@ A layer's weight is described by a ``WeightSpec`` and a flat tuple of plain tens
 multiplies by a frozen weight takes this pair, so that 4-bit layers, 16-bit layers and GPT-2's transposed
 ``Conv1D`` share one code path, and so that autograd keeps the *packed* tensors through
 ``save_for_backward`` (tensors kept on ``ctx`` instead go stale silently when weights are streamed:
-bitsandbytes issues 2034 and 2035). Nothing dequantised outlives the operation that needed it.
+bitsandbytes issues 2034 and 2035). Nothing dequantised outlives the operation that needed it, unless
+``keeping_weights`` says that it will be needed again at once.
 
 ``bitsandbytes.nn.Linear4bit`` is not used: it keeps the quantisation constants outside the module's
 registers, rewrites its own weight during ``forward`` on CPUs, and its CPU training path was measured
@@ -14,6 +15,9 @@ Shapes: x [..., in], weight [out, in], y [..., out]; T is the product of x's lea
 Source: QLoRA, arXiv 2305.14314, section 3.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -39,9 +43,64 @@ class WeightSpec(NamedTuple):
     transposed: bool = False
 
 
-def materialize(spec: WeightSpec, tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return the weight [out, in] in ``dtype``; a view of the stored tensor where that is possible."""
+class KeptWeights:
+    """Unpacked weights that are going to be multiplied by again.
+
+    Args:
+        stay: they serve any number of products, as those of other tiles; else each goes with the gradient it is for.
+    """
+
+    def __init__(self, stay: bool):
+        self.stay = stay
+        self._weights: dict[tuple, torch.Tensor] = {}
+
+    def weight(self, spec: WeightSpec, tensors: tuple[torch.Tensor, ...], dtype: torch.dtype, again: bool):
+        """Return a weight, unpacked or found, and keep it if it is needed ``again``."""
+        key = tensors[0].untyped_storage()._cdata, tensors[0].storage_offset(), dtype
+        weight = self._weights.pop(key, None)
+        if weight is None:
+            weight = materialize(spec, tensors, dtype)
+        if again or self.stay:
+            self._weights[key] = weight
+        return weight
+
+
+_kept: ContextVar[KeptWeights | None] = ContextVar("kept", default=None)
+
+
+@contextmanager
+def keeping_weights(stay: bool) -> Iterator[None]:
+    """Let the products inside keep their unpacked weights for their gradients, which may be computed outside.
+
+    Args:
+        stay: see ``KeptWeights``.
+    """
+    token = _kept.set(KeptWeights(stay))
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+def kept_for(x: torch.Tensor) -> KeptWeights | None:
+    """Return where a product with x and its gradient find its unpacked weight; None where it would serve no other."""
+    kept = _kept.get()
+    return kept if kept is not None and (kept.stay or x.requires_grad) else None
+
+
+def materialize(
+    spec: WeightSpec, tensors: tuple[torch.Tensor, ...], dtype: torch.dtype, kept: KeptWeights | None = None,
+    again: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """Return the weight [out, in] in ``dtype``; a view of the stored tensor where that is possible.
+
+    Args:
+        kept: from ``kept_for``.
+        again: it will be needed once more.
+    """
     if spec.quant_type is not None:
+        if kept is not None:
+            return kept.weight(spec, tensors, dtype, again)
         packed = Packed(*tensors, *(None,) * (len(Packed._fields) - len(tensors)))
         return dequantize(packed, spec.shape, dtype, spec.quant_type)
     weight = tensors[0].to(dtype)
@@ -64,8 +123,8 @@ class FrozenMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, addend, bias, spec, *tensors):
-        weight = materialize(spec, tensors, x.dtype)
-        ctx.spec = spec
+        ctx.spec, ctx.kept = spec, kept_for(x)
+        weight = materialize(spec, tensors, x.dtype, ctx.kept, again=True)
         ctx.save_for_backward(*tensors)
         if addend is None:
             return nn.functional.linear(x, weight, bias)
@@ -74,7 +133,7 @@ class FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         tensors = ctx.saved_tensors  # read once: with checkpointing the second access is an error
-        weight = materialize(ctx.spec, tensors, grad_y.dtype)
+        weight = materialize(ctx.spec, tensors, grad_y.dtype, ctx.kept)
         grad_addend = grad_y if ctx.needs_input_grad[1] else None
         return grad_y @ weight, grad_addend, None, None, *(None for _ in tensors)
 

@@ -270,6 +270,9 @@ class Memory(_Section):
     )
     """How many of the last blocks keep their frozen weights on the device; the others' lie in host memory and
     come, one block ahead, in forward and in backward. Results are the same to the bit."""
+    reuse_dequantized: bool | Literal["auto"] = "auto"
+    """Unpack the 4-bit weights of a block once for its second run and its backward, and those of an MLP once for all
+    tiles: less work, for as long a block's weights in 16 bit."""
     micro_batches: Literal["auto", "as-given"] = "auto"
     """auto may cut a step's packs into other micro-batches than train.micro_batch_size says; the packs of a step, and
     what each token counts, stay the same."""
