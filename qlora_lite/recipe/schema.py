@@ -274,6 +274,9 @@ class Memory(_Section):
     """Update each factor as soon as its gradient is there, so that the gradients of all never lie in memory at one
     time. Clipping, several micro-batches a step and leaving steps out need all of them first: with
     train.max_grad_norm 0, train.gradient_accumulation_steps 1 and train.on_not_finite stop only."""
+    reuse_dequantized: bool | Literal["auto"] = "auto"
+    """Unpack the 4-bit weights of a block once for its second run and its backward, and those of an MLP once for all
+    tiles: less work, for as long a block's weights in 16 bit."""
     micro_batches: Literal["auto", "as-given"] = "auto"
     """auto may cut a step's packs into other micro-batches than train.micro_batch_size says; the packs of a step, and
     what each token counts, stay the same."""
