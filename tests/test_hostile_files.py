@@ -216,7 +216,8 @@ def trained():
         "recipe": {"train": {"seed": 0}, "lora": {"rank": 4}}, "identity": {"tokenizer": "x"},
         "environment": {"torch": "2", "threads": 1}, "summary": {"status": "running", "resumed": []},
         "plan": {"memory.checkpointing": "block", "memory.loss_chunk_tokens": 64, "train.micro_batch_size": 1},
-        "progress": {"evaluated_step": 0, "totals": {"steps": 1, "seconds": 1.5, "tokens": 9, "labelled_tokens": 8},
+        "progress": {"evaluated_step": 0, "evaluations_without_better": 0,
+                     "totals": {"steps": 1, "seconds": 1.5, "tokens": 9, "labelled_tokens": 8},
                      "peak_bytes": 10, "before": {"score": 0.5, "answers": ["a"]}, "best_loss": None},
         "metrics_bytes": 12,
     }  # fmt: skip

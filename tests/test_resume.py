@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from qlora_lite.run import run_recipe
 from qlora_lite.runs import open_run
 from qlora_lite.train.checkpoints import MANIFEST, folder_of, steps_on_disk
 from qlora_lite.train.loop import Trainer
+from qlora_lite.train.step import Evaluation
 
 TIMES = {"seconds", "tokens_per_second", "peak_bytes"}
 OTHER_RUN = {*TIMES, "started", "resumed", "plan", "memory_table"}  # of the summary
@@ -419,7 +421,97 @@ def test_a_run_that_was_killed_can_be_used_with_its_newest_checkpoint(lab):
     assert evaluate_recipe(opened.recipe, opened.adapter, 0)["eval_loss"] < lab.lines[0]["eval_loss"]
 
 
+# --- early stopping
+
+PATIENT = {"train": {"eval_every_steps": 1, "early_stopping_patience": 2}}
+LOSSES = [0.1, 5.0, 6.0, 4.0, 4.0, 4.5, 3.0, 7.0, 7.5]  # by step: the first is the best, and that before training
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Let evaluations give the losses above; one of them can be cut off by a signal."""
+
+    def evaluate(trainer, _examples):
+        evaluate.calls += 1
+        if evaluate.calls == evaluate.signal_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return Evaluation(LOSSES[trainer.step], 2.0, 10)
+
+    evaluate.calls, evaluate.signal_at = 0, None
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    return evaluate
+
+
+def test_training_ends_when_evaluations_bring_no_better_loss_for_so_long(lab, scripted, caplog):
+    lab.run(**PATIENT)
+    evaluated = [line["step"] for line in lab.lines if "eval_loss" in line]
+    assert evaluated == [0, 1, 2, 3, 4, 5, 5], "a better one starts the count again, an equal one does not"
+    assert [line["step"] for line in lab.lines if "loss" in line][-1] == lab.summary["steps"] == 5
+    assert lab.summary["ended_by"] == "train.early_stopping_patience" and lab.summary["status"] == "complete"
+    assert sum("step 5: 2 evaluations in a row brought no better loss" in m for m in caplog.messages) == 1
+    assert "ended by train.early_stopping_patience" in (lab.out / "report.html").read_text()
+    best = load_file(lab.out / "adapter" / "adapter_model.safetensors")
+    last = load_file(lab.out / "adapter-last" / "adapter_model.safetensors")
+    assert not all(torch.equal(tensor, last[name]) for name, tensor in best.items()), "the best is of step 3"
+
+
+def test_without_patience_or_with_enough_of_it_training_goes_on_to_its_last_step(lab, scripted):
+    lab.run(train={"eval_every_steps": 1})
+    assert lab.summary["steps"] == 8 and lab.summary["ended_by"] == "train.max_steps"
+    shutil.rmtree(lab.out)
+    lab.run(train={"eval_every_steps": 1, "early_stopping_patience": 3})
+    assert lab.summary["steps"] == 8 and lab.summary["ended_by"] == "train.max_steps"
+
+
+@pytest.mark.parametrize("stops", [[2], [4], [3, 5]], ids=str)
+def test_a_resumed_run_ends_early_where_the_uninterrupted_one_does(lab, tmp_path, model_folder, scripted, stops):
+    undisturbed = Lab(tmp_path / "undisturbed", model_folder)
+    undisturbed.run(**PATIENT)
+    lab.stop(stops[0], **PATIENT)
+    for stop in stops[1:]:
+        lab.stop(stop, resume="", **PATIENT)
+    lab.run(resume="", **PATIENT)
+    assert_same_run(lab, undisturbed)
+
+
+def test_a_run_stopped_after_its_early_end_takes_no_further_step(lab, tmp_path, model_folder, scripted):
+    undisturbed = Lab(tmp_path / "undisturbed", model_folder)
+    undisturbed.run(**PATIENT)
+    scripted.calls, scripted.signal_at = 0, 7  # the measurement of the best factors, behind the end
+    with pytest.raises(Interrupted, match="stopped by SIGTERM after step 5; all of it is saved"):
+        lab.run(**PATIENT)
+    lab.run(resume="", **PATIENT)
+    assert_same_run(lab, undisturbed)
+
+
+def test_more_patience_goes_on_with_a_run_that_ended_early(lab, tmp_path, model_folder, scripted):
+    patient = {"train": PATIENT["train"] | {"early_stopping_patience": 3}}
+    undisturbed = Lab(tmp_path / "undisturbed", model_folder)
+    undisturbed.run(**patient)
+    lab.run(**PATIENT)
+    lab.run(resume="", **patient)
+    assert_same_run(lab, undisturbed)
+    assert "train.early_stopping_patience: 2 -> 3" in lab.summary["resumed"][0]["changes"]
+
+
 # --- disks
+
+
+def test_training_goes_on_while_a_slow_disk_takes_a_checkpoint(lab, whole, monkeypatch):
+    """The disk waits for two further steps: it would wait in vain if training waited for it."""
+    from qlora_lite import saver
+
+    write, reached, in_time = saver.write_checkpoint, threading.Event(), []
+
+    def slow(root, checkpoint, *rest):
+        if checkpoint.step == 2:
+            in_time.append(reached.wait(30))
+        return write(root, checkpoint, *rest)
+
+    monkeypatch.setattr(saver, "write_checkpoint", slow)
+    lab.run(train={"save_every_steps": 2}, at_step=lambda step: reached.set() if step == 4 else None)
+    assert in_time == [True]
+    assert_same_run(lab, whole)
 
 
 def test_a_disk_that_takes_no_checkpoint_for_a_while_does_not_end_the_run(lab, whole, caplog):
