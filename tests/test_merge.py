@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ from qlora_lite.errors import DataError, ModelError, OutputError, RecipeError
 from qlora_lite.likeness import compare, outputs
 from qlora_lite.merge import MergeSettings, merge_run
 from qlora_lite.models.load import use_row_attention
+from qlora_lite.models.merge import Merged
 
 GIB = 2**30
 
@@ -125,6 +128,60 @@ def test_an_output_folder_with_something_in_it_is_refused_and_kept(run, tmp_path
     with pytest.raises(OutputError, match="is not an empty folder; choose another --out"):
         merge_run(run, model, MergeSettings(rows=0))
     assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+
+
+@pytest.fixture
+def signalled(monkeypatch):
+    """Send this process a signal at a call of a function."""
+
+    def at_call(owner, name, call, number):
+        real, calls = getattr(owner, name), iter(range(10**6))
+
+        def wrapped(*arguments, **options):
+            if next(calls) == call:
+                os.kill(os.getpid(), number)
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, wrapped)
+
+    return at_call
+
+
+SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+
+
+@SIGNALS
+@pytest.mark.parametrize("weight", [0, 3, 8, 14, 20])
+def test_an_interrupted_merge_leaves_nothing_and_can_be_done_again(run, tmp_path, command, signalled, number, weight):
+    earlier = signal.getsignal(number)
+    signalled(Merged, "weight", weight, number)
+    code, out, _ = command("merge", run, "--out", tmp_path / "out", "--rows", 0)
+    assert code == 130 and "wrote" not in out
+    assert {path.name for path in tmp_path.iterdir()} == {"copy"}
+    assert signal.getsignal(number) is earlier
+    assert command("merge", run, "--out", tmp_path / "out", "--rows", 0)[0] == 0
+    merge_run(run, tmp_path / "whole", MergeSettings(rows=0))
+    files = [tmp_path / name / "model.safetensors" for name in ("out", "whole")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@SIGNALS
+def test_a_merge_interrupted_while_it_measures_leaves_no_half_model(run, tmp_path, command, signalled, number):
+    from qlora_lite import merge
+
+    signalled(merge, "outputs", 2, number)  # of the merged model
+    assert command("merge", run, "--out", tmp_path / "out", "--quantize", "nf4", "--rows", 4)[0] == 130
+    assert {path.name for path in tmp_path.iterdir()} == {"copy"}
+
+
+@SIGNALS
+@pytest.mark.parametrize("form", ["peft", "gguf-adapter"])
+def test_an_export_interrupted_before_it_is_proven_leaves_nothing(run, tmp_path, command, signalled, form, number):
+    from qlora_lite.export import forms
+
+    signalled(forms, "check_change", 0, number)
+    assert command("export", run, "--to", form, "--out", tmp_path / "out")[0] == 130
+    assert {path.name for path in tmp_path.iterdir()} == {"copy"}
 
 
 def test_too_little_disk_is_said_before_anything_is_written(run, tmp_path, monkeypatch):

@@ -38,7 +38,9 @@ def logits_of(model: nn.Module) -> torch.Tensor:
     """Return a model's float32 logits for fixed random tokens."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (SEQUENCES, TOKENS), generator=torch.Generator().manual_seed(0))
-    return model.eval()(input_ids=ids.to(device_of(model)), use_cache=False).logits.flatten(0, 1).float().cpu()
+    device = device_of(model)
+    ids = ids.to("cpu" if device.type == "meta" else device)  # a streamed model's weights come to the host
+    return model.eval()(input_ids=ids, use_cache=False).logits.flatten(0, 1).float().cpu()
 
 
 def change_of(model: nn.Module, adapter: Adapter) -> Change:
