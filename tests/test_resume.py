@@ -301,6 +301,18 @@ def test_other_rows_another_tokenizer_and_another_model_are_refused_by_name(lab,
     assert lab.summary["status"] == "interrupted"
 
 
+def test_another_tokenizer_is_refused_by_name_though_the_rows_are_the_same(lab, tmp_path):
+    lab.stop(2)
+    lab.model = shutil.copytree(lab.model, tmp_path / "model")
+    content = json.loads((lab.model / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["\u0100"], vocabulary["\u0101"] = vocabulary["\u0101"], vocabulary["\u0100"]  # the bytes 0 and 1
+    (lab.model / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="other tokenizer than before") as caught:
+        lab.run(resume="")
+    assert "rows" not in str(caught.value)
+
+
 def test_rows_and_model_that_only_moved_are_the_same(lab, whole, tmp_path):
     lab.stop(3)
     lab.model = shutil.copytree(lab.model, tmp_path / "elsewhere")
@@ -527,6 +539,22 @@ def test_a_disk_that_takes_no_checkpoint_for_a_while_does_not_end_the_run(lab, w
     assert_same_run(lab, whole)
     assert sum("no checkpoint was written: cannot write" in message for message in caplog.messages) == 2
     assert lab.checkpoints == [8, 6]
+
+
+def test_memory_that_runs_out_in_a_save_costs_that_checkpoint_and_no_step(lab, whole, monkeypatch, caplog):
+    capture, calls = training.capture, []
+
+    def short(trainer):
+        calls.append(trainer.step)
+        if trainer.step == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return capture(trainer)
+
+    monkeypatch.setattr(training, "capture", short)
+    lab.run()
+    assert_same_run(lab, whole)
+    assert calls == [2, 4, 6, 8] and lab.checkpoints == [8, 6, 2]
+    assert sum("step 4: there is no memory to copy the state for a checkpoint" in m for m in caplog.messages) == 1
 
 
 def test_a_disk_that_takes_no_metrics_for_a_while_gets_them_later(lab, whole, caplog):

@@ -237,7 +237,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 def damaged(lab: Lab, row: Row, file: str, kind: str) -> None:
     """Damage a file of a stopped run's newest checkpoint, and go on."""
-    source = stopped_run(lab, STEPS - SAVE_EVERY - 2)
+    source = stopped_run(lab, STEPS - SAVE_EVERY)
     out = lab.folder / f"trial-{row.fault.replace(' ', '-')}-{row.tried}"
     shutil.copytree(source, out)
     lab.log_path(out).touch()

@@ -34,7 +34,7 @@ REFUSED_KEYS = (
     "use_bdlora", "alora_invocation_tokens", "target_parameters", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
 REFUSED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-MATCH_SECONDS = 1.0  # for all patterns of an adapter file on all paths; honest ones take milliseconds
+MATCH_SECONDS = 0.5  # of processor time for all patterns of an adapter file on all paths; honest ones take milliseconds
 MAX_CONFIG_BYTES = 4 * 2**20
 # A safetensors file names its tensors in a header, which reading takes 20 times its size of memory for: a million
 # names take seconds and gigabytes. An entry is about 200 bytes, and a model's adapter has two for each layer.

@@ -299,7 +299,7 @@ def test_settings_that_do_not_go_together_are_problems(problems, recipe, folder)
     (folder / "m.gguf").write_text("")
     assert "train.eval_every_steps = 5: needs evaluation rows" in problems(GOOD, "train.eval_every_steps=5")[0]
     patience, every = "train.early_stopping_patience=2", "train.eval_every_steps=5"
-    assert "early_stopping_patience = 2: needs evaluation rows" in problems(GOOD, patience, every)[1]
+    assert "early_stopping_patience = 2: needs evaluation rows" in problems(GOOD, patience, every)[0]
     (said,) = problems(GOOD, patience, "data.eval=rows.jsonl")
     assert "early_stopping_patience = 2: needs evaluations on the way; write train.eval_every_steps" in said
     assert recipe(GOOD, patience, every, "data.eval=rows.jsonl").train.early_stopping_patience == 2
