@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from qlora_lite.errors import QloraLiteError
 
-SLOW_FACTOR = 40  # times as many inputs in the tests marked slow
+SLOW_FACTOR = 20  # times as many inputs in the tests marked slow
 TIMES = pytest.mark.parametrize(
     "times", [1, pytest.param(SLOW_FACTOR, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
 )

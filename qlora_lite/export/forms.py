@@ -31,7 +31,7 @@ from qlora_lite.trained import TrainedRun, open_trained
 
 from .adapters import ADAPTER_FILE, for_vllm, read_gguf_adapter, write_gguf_adapter, write_peft
 from .check import Change, change_of, check_change, check_merged, logits_of
-from .gguf_model import MODEL_FILE, write_gguf
+from .gguf_model import MODEL_FILE, as_read, write_gguf
 from .ollama import check_template, go_template, modelfile, pieces_of
 
 REPORT = "export_report.json"
@@ -170,20 +170,21 @@ def _merged_model(job: _Job, write_beside: Callable[[Path], object], adds_begin:
     what, config = str(job.out / MODEL_FILE), copy.deepcopy(job.skeleton.config)
     if sum(4 * prod(shape) for _, shape in merged.entries(torch.float32).values()) > WHOLE_BYTES:
         notes.append("the file was read back block by block, by this package's own reader: it is large for others")
-        change = change_of(_streamed_base(merged, config), merged.adapter)
+        change = change_of(_streamed_base(merged, config, lambda weight: weight), merged.adapter)
         logits = logits_of(_streamed_file(Path(what), config))
     else:
         change, logits = _merged_change(job, merged), _gguf_logits(job)
-    share, distance = check_merged(change, logits, what, LIMITS[kind])
+    rounded = logits_of(_streamed_base(merged, config, lambda weight: as_read(weight, kind)))
+    share, distance = check_merged(change, logits, rounded, what, LIMITS[kind])
     into = "original" if onto == ORIGINAL else trained.recipe.model.quant
     return {"share": share, "distance": distance, "dtype": kind, "merged_into": into, "notes": notes}
 
 
-def _streamed_base(merged: Merged, config) -> nn.Module:
-    """Return the base that the adapter was merged into."""
+def _streamed_base(merged: Merged, config, rounded: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """Return the base that the adapter was merged into, its weights rounded."""
     base = replace(merged, adapter=replace(merged.adapter, layers={}))
     stored = {parameter: name for name, parameter in merged.base.parameters.items()}
-    return streamed_model(config, lambda parameter: base.weight(stored[parameter], torch.float32))
+    return streamed_model(config, lambda parameter: rounded(base.weight(stored[parameter], torch.float32)))
 
 
 def _streamed_file(path: Path, config) -> nn.Module:
