@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import peft
@@ -76,6 +79,37 @@ def test_peft_loads_the_folder_with_equal_logits(model_type, case, tmp_path):
     assert torch.allclose(logits(theirs), expected, atol=2e-4)
     assert report["error"] < 1e-5
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == (run / "template.jinja").read_text()
+
+
+# Of `pip install --no-deps --target FOLDER peft==0.11.1`, and of others: this environment has only one peft.
+OLD_PEFT = os.environ.get("QLORA_LITE_OLD_PEFT")
+LOAD_IN_OLD_PEFT = """
+import sys, torch, peft
+from safetensors.torch import save_file
+from tiny_runs import logits
+from transformers import AutoModelForCausalLM
+assert peft.__file__.startswith(sys.argv[1]), peft.__file__
+model = AutoModelForCausalLM.from_pretrained(sys.argv[2])
+save_file({"logits": logits(peft.PeftModel.from_pretrained(model, sys.argv[3]))}, sys.argv[4])
+"""
+
+
+@pytest.mark.skipif(not OLD_PEFT, reason="QLORA_LITE_OLD_PEFT names no folder with an old peft")
+@pytest.mark.parametrize("case", LORAS)
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_an_old_peft_loads_the_folder_with_equal_logits(model_type, case, tmp_path):
+    lora = LORAS[case] if case != "one kind of layer" or model_type != "gpt2" else LORAS[case] | {"targets": ["c_attn"]}
+    run = tiny_run(tmp_path, model_type, lora, PLAIN_WEIGHTS)
+    export_run(run, tmp_path / "out", ExportSettings("peft"))
+    places = [OLD_PEFT, str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    arguments = [OLD_PEFT, tmp_path / "model", tmp_path / "out", tmp_path / "logits.safetensors"]
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_IN_OLD_PEFT, *arguments], env=os.environ | {"PYTHONPATH": os.pathsep.join(places)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert torch.allclose(load_file(tmp_path / "logits.safetensors")["logits"], adapted_logits(run), atol=2e-4)
+    assert (adapted_logits(run) - logits(plain(tmp_path))).abs().max() > 1e-2
 
 
 def test_the_configuration_has_only_keys_that_old_versions_know(tmp_path):
