@@ -183,12 +183,12 @@ def test_a_pattern_is_matched_as_peft_does(folder):
 )
 def test_a_hostile_pattern_cannot_hang(folder, pattern):
     change_config(folder, alpha_pattern={pattern: 12})
-    started = time.monotonic()
+    started = time.process_time()
     try:
         load_adapter(build_tiny("llama"), folder)
     except ModelError as error:
         assert "alpha_pattern" in str(error)
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_a_pattern_that_is_no_regular_expression_is_refused(folder):

@@ -15,7 +15,8 @@ from qlora_lite.lora.adapter import CONFIG_NAME, WEIGHTS_NAME, load_adapter, sav
 from qlora_lite.lora.inject import add_lora, lora_layers
 from qlora_lite.memory.meter import PeakMeter
 
-MOST_SECONDS, MOST_BYTES = 2.0, 200 * 2**20  # the bytes beside twice the file
+MOST_SECONDS = 2.0  # of processor time, which a busy machine does not lengthen
+MOST_BYTES = 200 * 2**20  # beside twice the file
 SIZES = pytest.mark.parametrize("count", [40_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 
 
@@ -33,12 +34,12 @@ def outcome(folder) -> str:
     model, said = build_tiny("llama"), ""
     file_bytes = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     with PeakMeter("cpu") as meter:
-        before, started = meter.peak_bytes(), time.monotonic()
+        before, started = meter.peak_bytes(), time.process_time()
         try:
             load_adapter(model, folder)
         except ModelError as error:
             said = str(error)
-        seconds, peak_bytes = time.monotonic() - started, meter.peak_bytes() - before
+        seconds, peak_bytes = time.process_time() - started, meter.peak_bytes() - before
     assert seconds < MOST_SECONDS
     assert peak_bytes < 2 * file_bytes + MOST_BYTES
     assert len(said) < 20_000
