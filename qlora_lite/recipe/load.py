@@ -167,11 +167,15 @@ class _Checker:
     def combinations(self) -> None:
         """Report settings that do not go together."""
         if self._value("data", "eval") is None and "data.eval" not in self._explained:
-            for name in ("eval_every_steps", "exact_match_rows"):
+            for name in ("eval_every_steps", "early_stopping_patience", "exact_match_rows"):
                 value = self._value("train", name)
                 if isinstance(value, int) and value > 0:
                     message = f"train.{name} = {value}: needs evaluation rows; write data.eval, or 0 here"
                     self._add(("train", name), message)
+        patience = self._value("train", "early_stopping_patience")
+        if isinstance(patience, int) and patience > 0 and not self._value("train", "eval_every_steps"):
+            message = f"train.early_stopping_patience = {patience}: needs evaluations on the way; write "
+            self._add(("train", "early_stopping_patience"), f"{message}train.eval_every_steps, or 0 here")
         if self._value("data", "streaming") is True:
             needs = {"data.order: as-is": self._value("data", "order") == "as-is",
                      "train.max_steps": self._value("train", "max_steps") is not None}  # fmt: skip

@@ -222,6 +222,9 @@ class Train(_Section):
     one bit for bit; slower. On a CPU it does so anyway."""
     eval_every_steps: Count = 0
     """Steps between evaluations; 0 evaluates only before and after."""
+    early_stopping_patience: Count = 0
+    """Evaluations in a row without a better loss after which training ends; 0 never ends it early. The one before
+    training does not count."""
     save_every_steps: Count = 0
     """Steps between checkpoints, from which train --resume goes on; 0 leaves it to train.save_every_minutes."""
     save_every_minutes: NonNegativeFloat = 10.0
