@@ -37,6 +37,8 @@ def fixed_levers(recipe: Recipe) -> dict[str, object]:
         "host_embeddings": m.embeddings if m.embeddings == "auto" else m.embeddings == "host",
         "offload_checkpoints": m.offload_checkpoints,
         "resident_blocks": None if m.resident_blocks == "all" else m.resident_blocks,
+        "optimizer_in_backward": m.optimizer_in_backward,
+        "reuse_dequantized": m.reuse_dequantized,
     }  # fmt: skip
     return {name: value for name, value in given.items() if value != "auto"}
 

@@ -11,6 +11,7 @@ from .data.stored import Example
 from .errors import DataError
 from .generate import answer, stop_ids
 from .models.tokenizer import load_tokenizer
+from .quant.linear import arrange_weights
 from .recipe.schema import Recipe
 from .rows import build_data
 from .train.guards import check_forward
@@ -69,6 +70,7 @@ def evaluate_recipe(recipe: Recipe, adapter: Path | None, exact_match_rows: int)
     }  # fmt: skip
     if exact_match_rows:
         rows = data.examples[:exact_match_rows]
+        arrange_weights(model)
         match = exact_match(model, tokenizer, rows, data.end_token_ids)
         measured |= {"exact_match": match.score, "exact_match_rows": len(rows)}
     return measured

@@ -97,7 +97,8 @@ def plan_recipe(
     job = job_of(recipe, read_config(recipe.model.path, recipe.model.revision), machine.device_type, evaluation)
     step = Step(
         job, rows or full, t.micro_batch_size, t.gradient_accumulation_steps, fixed_levers(recipe),
-        m.micro_batches == "auto", bool(job.config.tie_word_embeddings) and not job.quant_head,
+        m.micro_batches == "auto" and not m.optimizer_in_backward,
+        bool(job.config.tie_word_embeddings) and not job.quant_head,
     )  # fmt: skip
     found = search(step, machine, budget_bytes - machine.base_bytes)
     chosen = choose(found, budget_bytes - machine.base_bytes)
@@ -147,8 +148,9 @@ def alternatives(plan: Plan) -> Iterator[Alternative]:
         if change not in seen and change.count("=") <= MOST_CHANGES:
             yield _alternative(plan, change, other)
         seen.add(change)
+    known = {(other.levers, other.packs): other for other in plan.found}
     for levers in _single_changes(plan):
-        other = build_candidate(step, plan.machine, levers, chosen.packs)
+        other = known.get((levers, chosen.packs)) or build_candidate(step, plan.machine, levers, chosen.packs)
         change = _difference(chosen, other)
         if change not in seen:
             yield _alternative(plan, change, other)
@@ -184,6 +186,8 @@ def _single_changes(plan: Plan) -> Iterator[Levers]:
     changes: dict[str, object] = {"loss_chunk_tokens": SMALL_CHUNK_TOKENS}
     if levers.checkpointing == "block":
         changes["tile_tokens"] = None if levers.tile_tokens else TILE_TOKENS
+        if step.job.quant != "none":
+            changes["reuse_dequantized"] = not levers.reuse_dequantized
         if step.job.device_type == "cuda":
             changes["offload_checkpoints"] = not levers.offload_checkpoints
             changes["resident_blocks"] = levers.kept_blocks if levers.resident_blocks is None else None
@@ -285,6 +289,7 @@ def _in_words(chosen: Candidate) -> str:
     return (
         f"checkpointing {x.checkpointing}{kept}"
         + (f", tiles of {x.tile_tokens} tokens" if x.tile_tokens else "")
+        + (", weights unpacked once per backward" if x.reuse_dequantized else "")
         + (", embeddings in host memory" if x.host_embeddings else "")
         + (", checkpoints in host memory" if x.offload_checkpoints else "")
         + f"{resident}, loss chunk {x.loss_chunk_tokens}, packs at once {chosen.packs}, "
@@ -362,9 +367,7 @@ def describe(plan: Plan, others: Sequence[Alternative], width: int = 80) -> str:
     ]  # fmt: skip
     because = plan.chosen.prediction.simulation.measured_because
     if because:
-        lines.append(
-            f"{'note':16} {because} cannot run on fake tensors: measured on small real models and extrapolated"
-        )
+        lines.append(f"{'note':16} {because} cannot run without values: measured on small real models and extrapolated")
     room = max([38, *(len(a.change) for a in others)])
     table = [f"{'change':{room}} {'peak':>10} {'step':>9}"]
     for a in others:

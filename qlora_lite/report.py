@@ -71,7 +71,8 @@ def _head(summary: dict[str, Any], name: str, folder_name: str) -> str:
     status = str(summary.get("status") or "unfinished")
     started = str(summary.get("started") or "").replace("T", " ", 1)
     started = re.sub(r"\+00:?00$", " UTC", started)
-    facts = [summary.get("model"), summary.get("device"), started, f"folder {folder_name}"]
+    ended = f"ended by {summary['ended_by']}" if summary.get("ended_by") else ""
+    facts = [summary.get("model"), summary.get("device"), started, ended, f"folder {folder_name}"]
     style = STATUS_STYLE.get(status, "warn")
     title = f'<h1>{text(name)}</h1><span class="status {style}">{text(status)}</span>'
     line = " · ".join(text(fact) for fact in facts if fact)

@@ -270,9 +270,10 @@ class _Run:
             {"prompt": self._plain(row.prompt), "reference": row.answer, "before": b, "after": a}
             for row, b, a in zip(rows, before.answers, after.answers, strict=False)
         ] if after else []  # fmt: skip
-        self.run.update(**self.figures(), status=COMPLETE, adapter_sha256=digest, samples=samples)
+        self.run.update(**self.figures(), status=COMPLETE, ended_by=self.training.ended_by, adapter_sha256=digest,
+                        samples=samples)  # fmt: skip
         write_report(self.run.path)
-        log.info("done: %d steps in %s, peak memory %s", self.trainer.total_steps,
+        log.info("done: %d steps in %s, peak memory %s", self.trainer.step,
                  format_seconds(self.run.summary["seconds"]), format_bytes(self.run.summary["peak_bytes"]))  # fmt: skip
 
     def _plain(self, prompt: str) -> str:

@@ -19,6 +19,7 @@ from .generate import Sampling, answer, stop_ids
 from .lora.switch import Switch, add_switch
 from .models.cache import base_fingerprint
 from .models.tokenizer import load_tokenizer
+from .quant.linear import arrange_weights
 from .trained import TrainedRun, open_trained
 
 
@@ -118,6 +119,7 @@ def open_tasks(runs: Sequence[str | Path], model_path: str | None = None, unfini
     adapters = {name: run.read_adapter(skeleton, must_change=False) for name, run in zip(names, opened, strict=True)}
     model, tokenizer = first.build_base(), load_tokenizer(first.recipe.model.path, first.recipe.model.revision)
     switch = add_switch(model, adapters)
+    arrange_weights(model)
     tasks = {
         name: Task(
             run, run.template(tokenizer), tuple(stop_ids(model, tokenizer, run.end_token_ids)),

@@ -52,6 +52,7 @@ class Training:
         self.eval_data, self.meter, self.stop, self.about, self.progress = eval_data, meter, stop, about, progress
         self.best_loss, self.best_factors = math.inf, None
         self.evaluated_step = 0
+        self.evaluations_without_better = 0  # in a row, of those in training
         self.before: ExactMatch | None = None
         self.totals = {"steps": 0, "seconds": 0.0, "tokens": 0, "labelled_tokens": 0}
         self.earlier_peak_bytes = 0
@@ -67,6 +68,18 @@ class Training:
         """The most memory held so far, in all parts of the run."""
         return max(self.earlier_peak_bytes, self.meter.peak_bytes())
 
+    @property
+    def ends_early(self) -> bool:
+        """Whether so many evaluations brought no better loss that there is no point in going on."""
+        is_due = 0 < self.recipe.train.early_stopping_patience <= self.evaluations_without_better
+        return is_due and self.trainer.step < self.trainer.total_steps
+
+    @property
+    def ended_by(self) -> str:
+        """The setting that ended training."""
+        t = self.recipe.train
+        return f"train.{'early_stopping_patience' if self.ends_early else 'max_steps' if t.max_steps else 'epochs'}"
+
     def restore(self, continuation: Continuation) -> None:
         """Put everything back to where a checkpoint was made.
 
@@ -81,6 +94,7 @@ class Training:
 
     def _restore_progress(self, saved: dict, best: Tensors) -> None:
         self.evaluated_step, self.earlier_peak_bytes = int(saved["evaluated_step"]), int(saved["peak_bytes"])
+        self.evaluations_without_better = int(saved["evaluations_without_better"])
         self.totals = {name: type(zero)(saved["totals"][name]) for name, zero in self.totals.items()}
         if saved["before"] is not None:
             answers = saved["before"]["answers"]
@@ -93,6 +107,7 @@ class Training:
     def _progress(self) -> dict:
         return {
             "evaluated_step": self.evaluated_step, "totals": self.totals, "peak_bytes": self.peak_bytes,
+            "evaluations_without_better": self.evaluations_without_better,
             "before": self.before and {"score": self.before.score, "answers": self.before.answers},
             "best_loss": None if self.best_factors is None else self.best_loss,
         }  # fmt: skip
@@ -122,7 +137,8 @@ class Training:
     def _train(self) -> None:
         with tracking(self.recipe.train.trackers, self.recipe.output.name or "qlora-lite", self.run.path) as track:
             self._evaluate_if_due()  # the run may have been stopped between a step and its evaluation
-            for metrics in self.trainer:
+            steps = iter(self.trainer)
+            while not self.ends_early and (metrics := next(steps, None)):
                 self._note(metrics)
                 track(asdict(metrics), metrics.step)
                 self.stop.check()
@@ -130,6 +146,9 @@ class Training:
                 if self.saver.due(metrics.step):
                     self._save_checkpoint()
                 self.stop.check()
+        if self.ends_early:
+            log.info("step %d: %d evaluations in a row brought no better loss; training ends here "
+                     "(train.early_stopping_patience)", self.trainer.step, self.evaluations_without_better)  # fmt: skip
         self._save_checkpoint()
         self.save_adapter(ADAPTER_LAST)
 
@@ -144,7 +163,8 @@ class Training:
         step, every = self.trainer.step, self.recipe.train.eval_every_steps
         due = every > 0 and step % every == 0 and self.evaluated_step < step < self.trainer.total_steps
         if due and self.eval_data is not None:
-            self._keep_if_best(self._eval_loss())
+            is_better = self._keep_if_best(self._eval_loss())
+            self.evaluations_without_better = 0 if is_better else self.evaluations_without_better + 1
             self.evaluated_step = step
 
     def _eval_loss(self) -> float:
@@ -170,17 +190,21 @@ class Training:
         self.run.update(**{f"exact_match_{when}": result.score, "exact_match_rows": len(rows)})
         return result
 
-    def _keep_if_best(self, loss: float) -> None:
-        if loss < self.best_loss:
-            self.best_loss = loss
-            self.best_factors = {name: tensor.clone() for name, tensor in adapter_tensors(self.model).items()}
-            self._try_save(ADAPTER)
+    def _keep_if_best(self, loss: float) -> bool:
+        """Keep the factors if their loss is the best one so far; tell whether it is."""
+        if not loss < self.best_loss:  # NaN is never better
+            return False
+        self.best_loss = loss
+        self.best_factors = {name: tensor.clone() for name, tensor in adapter_tensors(self.model).items()}
+        self._try_save(ADAPTER)
+        return True
 
     def _measure_best(self) -> ExactMatch | None:
         """Evaluate the end, go back to the best factors seen, and measure those."""
         self.is_trained = True
         if self.best_factors is not None:
-            self._keep_if_best(self._eval_loss())
+            if self.evaluated_step < self.trainer.step:  # else it ended early, with an evaluation
+                self._keep_if_best(self._eval_loss())
             fill_adapter(self.model, self.best_factors)
         return self._measure("after")
 

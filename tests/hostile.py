@@ -1,10 +1,75 @@
-"""Strategies that spoil good files: bytes changed at places that matter, and JSON with anything put anywhere."""
+"""Strategies that spoil good files: bytes changed at places that matter, and JSON with anything put anywhere.
 
+``fuzz`` draws from them and counts what comes of each kind of input; tools/fuzz makes the README's table of the counts.
+hypothesis and not atheris, which is guided by coverage: nearly all of the parsing is in C and Rust, which it does not
+see, and it has no strategies for well-formed files with one thing wrong.
+"""
+
+import atexit
 import copy
 import json
+import os
 import struct
+from collections import Counter, defaultdict
+from datetime import timedelta
+from pathlib import Path
 
+import pytest
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from qlora_lite.errors import QloraLiteError
+
+SLOW_FACTOR = 20  # times as many inputs in the tests marked slow
+TIMES = pytest.mark.parametrize(
+    "times", [1, pytest.param(SLOW_FACTOR, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+)
+COUNTS = defaultdict(Counter)  # by kind of input: how many were accepted, and how many refused with a clean error
+
+
+@atexit.register
+def _write_counts() -> None:
+    if path := os.environ.get("QLORA_LITE_FUZZ_COUNTS"):
+        Path(path).write_text(json.dumps(COUNTS))
+
+
+def fuzz(kind, strategy, count, check, seconds=5):
+    """Call a check with so many values drawn from a strategy; each may take so many seconds.
+
+    Args:
+        check: returns "" where the input was accepted, else the text of the clean error.
+    """
+
+    @settings(
+        max_examples=count, deadline=timedelta(seconds=seconds), database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
+    )  # fmt: skip
+    @given(strategy)
+    def drawn(value):
+        COUNTS[kind]["refused" if check(value) else "accepted"] += 1
+
+    drawn()
+
+
+def clean(action, *arguments) -> str:
+    """Return "" for success, or the text of a clean error; anything else is raised."""
+    try:
+        action(*arguments)
+    except QloraLiteError as error:
+        assert 0 < len(str(error)) < 20_000
+        return str(error)
+    return ""
+
+
+class Trap:
+    """A pickle of this makes a folder where it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
 
 NUMBERS = [0, 1, 2, 7, 8, 255, 256, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
 WORDS = [

@@ -15,6 +15,8 @@ SAME_ARITHMETIC = [
     Levers(), Levers(kept_blocks=2), Levers(offload_checkpoints=True), Levers(host_embeddings=True),
     Levers(resident_blocks=0), Levers(resident_blocks=2), Levers(resident_blocks=2, kept_blocks=2),
     Levers(resident_blocks=0, offload_checkpoints=True, host_embeddings=True),
+    Levers(reuse_dequantized=True), Levers(reuse_dequantized=True, kept_blocks=2),
+    Levers(reuse_dequantized=True, resident_blocks=1, offload_checkpoints=True),
 ]  # fmt: skip
 
 

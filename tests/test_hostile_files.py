@@ -1,25 +1,22 @@
 """Whatever a file holds that came from elsewhere, the outcome is success or one clean error, and soon.
 
-Each kind of file is spoiled 5,000 times in all here, and 200,000 times with the tests marked slow.
+Files are spoiled 5,000 times in all here, and recipes and rows elsewhere; with the tests marked slow it is 200,000.
 """
 
 import json
 import logging
-from datetime import timedelta
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from hostile import ANYTHING, spoiled, spoiled_bytes, with_header
-from hypothesis import HealthCheck, given, settings
+from hostile import ANYTHING, SLOW_FACTOR, TIMES, clean, fuzz, spoiled, spoiled_bytes, with_header
 from hypothesis import strategies as st
 from safetensors.torch import save
 from tiny_trainer import trainer
 from torch import nn
 
-from qlora_lite.errors import QloraLiteError
 from qlora_lite.lora.adapter import CONFIG_NAME, WEIGHTS_NAME, adapter_config, load_adapter
 from qlora_lite.lora.inject import add_lora
 from qlora_lite.models.locate import INDEX_NAME, check_gguf, locate
@@ -28,33 +25,6 @@ from qlora_lite.resume import RUN, Continuation, checked, with_plan
 from qlora_lite.train.checkpoints import MANIFEST, Checkpoint, newest_whole, sealed, write_checkpoint
 from qlora_lite.train.state import STATE, capture, restore
 from qlora_lite.training import Training
-
-SLOW_FACTOR = 40
-TIMES = pytest.mark.parametrize("times", [1, pytest.param(SLOW_FACTOR, marks=pytest.mark.slow)])
-
-
-def fuzz(strategy, count, check):
-    """Call a check with so many values drawn from a strategy; each may take five seconds."""
-
-    @settings(
-        max_examples=count, deadline=timedelta(seconds=5), database=None,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
-    )  # fmt: skip
-    @given(strategy)
-    def drawn(value):
-        check(value)
-
-    drawn()
-
-
-def clean(action, *arguments) -> str:
-    """Return "" for success, or the text of a clean error; anything else is raised."""
-    try:
-        action(*arguments)
-    except QloraLiteError as error:
-        assert 0 < len(str(error)) < 4000
-        return str(error)
-    return ""
 
 
 class Bare(nn.Module):
@@ -95,24 +65,26 @@ def adapter(tmp_path, good_adapter):
         (tmp_path / name).write_bytes(replaced)
         model = Bare()
         before = [parameter.clone() for parameter in model.parameters()]
-        if clean(load_adapter, model, tmp_path):
-            assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        said = clean(load_adapter, model, tmp_path)
+        assert not said or all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        return said
 
     return load
 
 
 @TIMES
 def test_an_adapter_s_configuration_may_hold_anything(adapter, good_adapter, times):
-    fuzz(spoiled(good_adapter[0]), 900 * times, lambda value: adapter(CONFIG_NAME, json.dumps(value).encode()))
-    raw = json.dumps(good_adapter[0]).encode()
-    fuzz(spoiled_bytes(raw), 300 * times, lambda content: adapter(CONFIG_NAME, content))
+    kind, raw = "adapter_config.json", json.dumps(good_adapter[0]).encode()
+    fuzz(kind, spoiled(good_adapter[0]), 900 * times, lambda value: adapter(CONFIG_NAME, json.dumps(value).encode()), 2)
+    fuzz(kind, spoiled_bytes(raw), 300 * times, lambda content: adapter(CONFIG_NAME, content), 2)
 
 
 @TIMES
 def test_a_safetensors_file_may_hold_anything(adapter, good_adapter, times):
     _, header, content, tensors = good_adapter
-    fuzz(spoiled(header), 600 * times, lambda value: adapter(WEIGHTS_NAME, with_header(value, tensors)))
-    fuzz(spoiled_bytes(content, 8 + len(json.dumps(header))), 400 * times, lambda raw: adapter(WEIGHTS_NAME, raw))
+    kind, start = "safetensors of an adapter", 8 + len(json.dumps(header))
+    fuzz(kind, spoiled(header), 600 * times, lambda value: adapter(WEIGHTS_NAME, with_header(value, tensors)), 2)
+    fuzz(kind, spoiled_bytes(content, start), 400 * times, lambda raw: adapter(WEIGHTS_NAME, raw), 2)
 
 
 @pytest.fixture
@@ -133,12 +105,14 @@ def test_an_index_may_hold_anything_and_names_no_file_outside(model_folder, time
     def check(content: bytes):
         (model_folder / INDEX_NAME).write_bytes(content)
         found = []
-        clean(lambda: found.extend(locate(str(model_folder)).weights))
+        said = clean(lambda: found.extend(locate(str(model_folder)).weights))
         assert all(path.parent == model_folder for path in found)
+        return said
 
+    kind = "index of a model's files"
     check(json.dumps(GOOD_INDEX).encode())
-    fuzz(spoiled(GOOD_INDEX), 400 * times, lambda value: check(json.dumps(value).encode()))
-    fuzz(spoiled_bytes(json.dumps(GOOD_INDEX).encode()), 200 * times, check)
+    fuzz(kind, spoiled(GOOD_INDEX), 400 * times, lambda value: check(json.dumps(value).encode()))
+    fuzz(kind, spoiled_bytes(json.dumps(GOOD_INDEX).encode()), 200 * times, check)
 
 
 @TIMES
@@ -147,10 +121,11 @@ def test_a_shard_of_a_model_may_hold_anything(model_folder, good_adapter, times)
 
     def check(raw: bytes):
         (model_folder / "model-1.safetensors").write_bytes(raw)
-        clean(locate, str(model_folder))
+        return clean(locate, str(model_folder))
 
-    fuzz(spoiled(header), 300 * times, lambda value: check(with_header(value, tensors)))
-    fuzz(spoiled_bytes(content, 8 + len(json.dumps(header))), 300 * times, check)
+    kind = "safetensors of a model"
+    fuzz(kind, spoiled(header), 300 * times, lambda value: check(with_header(value, tensors)))
+    fuzz(kind, spoiled_bytes(content, 8 + len(json.dumps(header))), 300 * times, check)
 
 
 @pytest.fixture(scope="module")
@@ -178,11 +153,12 @@ def test_a_gguf_file_may_hold_anything_and_one_that_passes_is_read_by_gguf(tmp_p
 
     def check(raw: bytes):
         path.write_bytes(raw)
-        if not clean(check_gguf, path):
-            assert gguf.GGUFReader(path).tensors
+        said = clean(check_gguf, path)
+        assert said or gguf.GGUFReader(path).tensors
+        return said
 
-    check(good_gguf)
-    fuzz(spoiled_bytes(good_gguf, 600), 1000 * times, check)
+    assert check(good_gguf) == ""
+    fuzz("GGUF header", spoiled_bytes(good_gguf, 600), 1000 * times, check)
 
 
 def test_counts_of_a_gguf_file_that_would_keep_a_reader_busy_for_good_are_refused(tmp_path):
@@ -216,7 +192,8 @@ def trained():
         "recipe": {"train": {"seed": 0}, "lora": {"rank": 4}}, "identity": {"tokenizer": "x"},
         "environment": {"torch": "2", "threads": 1}, "summary": {"status": "running", "resumed": []},
         "plan": {"memory.checkpointing": "block", "memory.loss_chunk_tokens": 64, "train.micro_batch_size": 1},
-        "progress": {"evaluated_step": 0, "totals": {"steps": 1, "seconds": 1.5, "tokens": 9, "labelled_tokens": 8},
+        "progress": {"evaluated_step": 0, "evaluations_without_better": 0,
+                     "totals": {"steps": 1, "seconds": 1.5, "tokens": 9, "labelled_tokens": 8},
                      "peak_bytes": 10, "before": {"score": 0.5, "answers": ["a"]}, "best_loss": None},
         "metrics_bytes": 12,
     }  # fmt: skip
@@ -233,12 +210,13 @@ def test_a_manifest_may_hold_anything(tmp_path, trained, times):
         (folder / MANIFEST).write_bytes(content)
         found, reasons = newest_whole(tmp_path)
         assert (found is None) == bool(reasons)
+        return "".join(reasons)
 
-    check(good.encode())
-    fuzz(spoiled_bytes(good.encode()), 200 * times, check)
-    manifest = json.loads(good)["manifest"]
-    fuzz(spoiled(manifest), 200 * times, lambda value: check(sealed(value).encode()))
-    fuzz(ANYTHING, 100 * times, lambda value: check(json.dumps(value).encode()))
+    assert check(good.encode()) == ""
+    kind, manifest = "manifest of a checkpoint", json.loads(good)["manifest"]
+    fuzz(kind, spoiled_bytes(good.encode()), 200 * times, check)
+    fuzz(kind, spoiled(manifest), 200 * times, lambda value: check(sealed(value).encode()))
+    fuzz(kind, ANYTHING, 100 * times, lambda value: check(json.dumps(value).encode()))
 
 
 @TIMES
@@ -264,11 +242,13 @@ def test_the_numbers_of_a_checkpoint_may_be_anything(trained, tmp_path, times, c
     state, everything = good.documents[STATE], st.sampled_from([STATE, RUN])
     values = everything.flatmap(lambda name: st.tuples(st.just(name), spoiled(state if name == STATE else run)))
     values = values.filter(lambda pair: isinstance(pair[1], dict))  # reading the file sees to that
-    fuzz(values, 400 * times, lambda pair: clean(go_on, good.documents | {pair[0]: pair[1]}))
+    fuzz("numbers of a checkpoint", values, 400 * times, lambda pair: clean(go_on, good.documents | {pair[0]: pair[1]}))
 
 
-def test_the_counts_of_this_file_are_those_that_it_announces():
+def test_the_counts_of_the_fuzz_tests_are_those_that_are_announced():
     import re
 
-    counts = [int(n) for n in re.findall(r"(\d+) \* times", Path(__file__).read_text())]
-    assert sum(counts) >= 5000 and sum(counts) * SLOW_FACTOR >= 200_000
+    here = Path(__file__).parent
+    files = (Path(__file__), here / "data" / "test_data_fuzz.py", here / "recipe" / "test_recipe_fuzz.py")
+    counts = [sum(int(n) for n in re.findall(r"(\d+) \* times", file.read_text())) for file in files]
+    assert counts[0] >= 5000 and counts[2] >= 5000 and sum(counts) * SLOW_FACTOR >= 200_000

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ from qlora_lite.errors import DataError, ModelError, OutputError, RecipeError
 from qlora_lite.likeness import compare, outputs
 from qlora_lite.merge import MergeSettings, merge_run
 from qlora_lite.models.load import use_row_attention
+from qlora_lite.models.merge import Merged
 
 GIB = 2**30
 
@@ -127,6 +130,60 @@ def test_an_output_folder_with_something_in_it_is_refused_and_kept(run, tmp_path
     assert {path.name: path.read_bytes() for path in model.iterdir()} == before
 
 
+@pytest.fixture
+def signalled(monkeypatch):
+    """Send this process a signal at a call of a function."""
+
+    def at_call(owner, name, call, number):
+        real, calls = getattr(owner, name), iter(range(10**6))
+
+        def wrapped(*arguments, **options):
+            if next(calls) == call:
+                os.kill(os.getpid(), number)
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, wrapped)
+
+    return at_call
+
+
+SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+
+
+@SIGNALS
+@pytest.mark.parametrize("weight", [0, 3, 8, 14, 20])
+def test_an_interrupted_merge_leaves_nothing_and_can_be_done_again(run, tmp_path, command, signalled, number, weight):
+    earlier = signal.getsignal(number)
+    signalled(Merged, "weight", weight, number)
+    code, out, _ = command("merge", run, "--out", tmp_path / "out", "--rows", 0)
+    assert code == 130 and "wrote" not in out
+    assert {path.name for path in tmp_path.iterdir()} == {"copy"}
+    assert signal.getsignal(number) is earlier
+    assert command("merge", run, "--out", tmp_path / "out", "--rows", 0)[0] == 0
+    merge_run(run, tmp_path / "whole", MergeSettings(rows=0))
+    files = [tmp_path / name / "model.safetensors" for name in ("out", "whole")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@SIGNALS
+def test_a_merge_interrupted_while_it_measures_leaves_no_half_model(run, tmp_path, command, signalled, number):
+    from qlora_lite import merge
+
+    signalled(merge, "outputs", 2, number)  # of the merged model
+    assert command("merge", run, "--out", tmp_path / "out", "--quantize", "nf4", "--rows", 4)[0] == 130
+    assert {path.name for path in tmp_path.iterdir()} == {"copy"}
+
+
+@SIGNALS
+@pytest.mark.parametrize("form", ["peft", "gguf-adapter"])
+def test_an_export_interrupted_before_it_is_proven_leaves_nothing(run, tmp_path, command, signalled, form, number):
+    from qlora_lite.export import forms
+
+    signalled(forms, "check_change", 0, number)
+    assert command("export", run, "--to", form, "--out", tmp_path / "out")[0] == 130
+    assert {path.name for path in tmp_path.iterdir()} == {"copy"}
+
+
 def test_too_little_disk_is_said_before_anything_is_written(run, tmp_path, monkeypatch):
     usage = shutil._ntuple_diskusage(10 * GIB, 10 * GIB, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
@@ -198,13 +255,15 @@ def forget_fingerprint(run):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads anonymous memory from /proc")
-def test_the_memory_of_a_merge_is_that_of_one_weight_and_not_of_a_file(tmp_path):
+def test_the_memory_of_a_merge_is_that_of_one_weight_and_that_of_an_export_of_a_block(tmp_path):
     """A 2.3 GiB model in four files; its largest weight is the embedding, 0.25 GiB in 16 bit."""
     tool = Path(__file__).parent.parent / "tools" / "bench_merge"
     options = ["--like", "llama-1b", "--shard-gib", "0.7", "--folder", tmp_path, "--json"]
     done = subprocess.run([sys.executable, tool, *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    for base in ("nf4", "original"):
-        assert found[base]["peak_bytes_above_start"] < 0.6 * found["largest_shard_bytes"]
-        assert found[base]["peak_bytes"] < found["largest_shard_bytes"] + GIB
+    for kind in ("nf4", "original", "gguf"):
+        assert found[kind]["peak_bytes"] < found["largest_shard_bytes"] + GIB
+    above = max(found[kind]["peak_bytes_above_start"] for kind in ("nf4", "original"))
+    assert above < 0.6 * found["largest_shard_bytes"]
+    assert found["gguf"]["share"] == pytest.approx(1, abs=0.05)

@@ -115,6 +115,11 @@ def test_the_headline_figures_are_shown_from_before_to_after(report):
         assert words in text
 
 
+def test_what_ended_the_run_is_shown(report):
+    assert "ended by train.early_stopping_patience" in report(SUMMARY | {"ended_by": "train.early_stopping_patience"})
+    assert "ended by" not in report()
+
+
 def test_settings_versions_data_and_memory_are_shown(report):
     text = Elements(report()).text
     for words in [

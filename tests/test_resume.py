@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from qlora_lite.run import run_recipe
 from qlora_lite.runs import open_run
 from qlora_lite.train.checkpoints import MANIFEST, folder_of, steps_on_disk
 from qlora_lite.train.loop import Trainer
+from qlora_lite.train.step import Evaluation
 
 TIMES = {"seconds", "tokens_per_second", "peak_bytes"}
 OTHER_RUN = {*TIMES, "started", "resumed", "plan", "memory_table"}  # of the summary
@@ -299,6 +301,18 @@ def test_other_rows_another_tokenizer_and_another_model_are_refused_by_name(lab,
     assert lab.summary["status"] == "interrupted"
 
 
+def test_another_tokenizer_is_refused_by_name_though_the_rows_are_the_same(lab, tmp_path):
+    lab.stop(2)
+    lab.model = shutil.copytree(lab.model, tmp_path / "model")
+    content = json.loads((lab.model / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["\u0100"], vocabulary["\u0101"] = vocabulary["\u0101"], vocabulary["\u0100"]  # the bytes 0 and 1
+    (lab.model / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="other tokenizer than before") as caught:
+        lab.run(resume="")
+    assert "rows" not in str(caught.value)
+
+
 def test_rows_and_model_that_only_moved_are_the_same(lab, whole, tmp_path):
     lab.stop(3)
     lab.model = shutil.copytree(lab.model, tmp_path / "elsewhere")
@@ -419,7 +433,97 @@ def test_a_run_that_was_killed_can_be_used_with_its_newest_checkpoint(lab):
     assert evaluate_recipe(opened.recipe, opened.adapter, 0)["eval_loss"] < lab.lines[0]["eval_loss"]
 
 
+# --- early stopping
+
+PATIENT = {"train": {"eval_every_steps": 1, "early_stopping_patience": 2}}
+LOSSES = [0.1, 5.0, 6.0, 4.0, 4.0, 4.5, 3.0, 7.0, 7.5]  # by step: the first is the best, and that before training
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Let evaluations give the losses above; one of them can be cut off by a signal."""
+
+    def evaluate(trainer, _examples):
+        evaluate.calls += 1
+        if evaluate.calls == evaluate.signal_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return Evaluation(LOSSES[trainer.step], 2.0, 10)
+
+    evaluate.calls, evaluate.signal_at = 0, None
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    return evaluate
+
+
+def test_training_ends_when_evaluations_bring_no_better_loss_for_so_long(lab, scripted, caplog):
+    lab.run(**PATIENT)
+    evaluated = [line["step"] for line in lab.lines if "eval_loss" in line]
+    assert evaluated == [0, 1, 2, 3, 4, 5, 5], "a better one starts the count again, an equal one does not"
+    assert [line["step"] for line in lab.lines if "loss" in line][-1] == lab.summary["steps"] == 5
+    assert lab.summary["ended_by"] == "train.early_stopping_patience" and lab.summary["status"] == "complete"
+    assert sum("step 5: 2 evaluations in a row brought no better loss" in m for m in caplog.messages) == 1
+    assert "ended by train.early_stopping_patience" in (lab.out / "report.html").read_text()
+    best = load_file(lab.out / "adapter" / "adapter_model.safetensors")
+    last = load_file(lab.out / "adapter-last" / "adapter_model.safetensors")
+    assert not all(torch.equal(tensor, last[name]) for name, tensor in best.items()), "the best is of step 3"
+
+
+def test_without_patience_or_with_enough_of_it_training_goes_on_to_its_last_step(lab, scripted):
+    lab.run(train={"eval_every_steps": 1})
+    assert lab.summary["steps"] == 8 and lab.summary["ended_by"] == "train.max_steps"
+    shutil.rmtree(lab.out)
+    lab.run(train={"eval_every_steps": 1, "early_stopping_patience": 3})
+    assert lab.summary["steps"] == 8 and lab.summary["ended_by"] == "train.max_steps"
+
+
+@pytest.mark.parametrize("stops", [[2], [4], [3, 5]], ids=str)
+def test_a_resumed_run_ends_early_where_the_uninterrupted_one_does(lab, tmp_path, model_folder, scripted, stops):
+    undisturbed = Lab(tmp_path / "undisturbed", model_folder)
+    undisturbed.run(**PATIENT)
+    lab.stop(stops[0], **PATIENT)
+    for stop in stops[1:]:
+        lab.stop(stop, resume="", **PATIENT)
+    lab.run(resume="", **PATIENT)
+    assert_same_run(lab, undisturbed)
+
+
+def test_a_run_stopped_after_its_early_end_takes_no_further_step(lab, tmp_path, model_folder, scripted):
+    undisturbed = Lab(tmp_path / "undisturbed", model_folder)
+    undisturbed.run(**PATIENT)
+    scripted.calls, scripted.signal_at = 0, 7  # the measurement of the best factors, behind the end
+    with pytest.raises(Interrupted, match="stopped by SIGTERM after step 5; all of it is saved"):
+        lab.run(**PATIENT)
+    lab.run(resume="", **PATIENT)
+    assert_same_run(lab, undisturbed)
+
+
+def test_more_patience_goes_on_with_a_run_that_ended_early(lab, tmp_path, model_folder, scripted):
+    patient = {"train": PATIENT["train"] | {"early_stopping_patience": 3}}
+    undisturbed = Lab(tmp_path / "undisturbed", model_folder)
+    undisturbed.run(**patient)
+    lab.run(**PATIENT)
+    lab.run(resume="", **patient)
+    assert_same_run(lab, undisturbed)
+    assert "train.early_stopping_patience: 2 -> 3" in lab.summary["resumed"][0]["changes"]
+
+
 # --- disks
+
+
+def test_training_goes_on_while_a_slow_disk_takes_a_checkpoint(lab, whole, monkeypatch):
+    """The disk waits for two further steps: it would wait in vain if training waited for it."""
+    from qlora_lite import saver
+
+    write, reached, in_time = saver.write_checkpoint, threading.Event(), []
+
+    def slow(root, checkpoint, *rest):
+        if checkpoint.step == 2:
+            in_time.append(reached.wait(30))
+        return write(root, checkpoint, *rest)
+
+    monkeypatch.setattr(saver, "write_checkpoint", slow)
+    lab.run(train={"save_every_steps": 2}, at_step=lambda step: reached.set() if step == 4 else None)
+    assert in_time == [True]
+    assert_same_run(lab, whole)
 
 
 def test_a_disk_that_takes_no_checkpoint_for_a_while_does_not_end_the_run(lab, whole, caplog):
@@ -435,6 +539,22 @@ def test_a_disk_that_takes_no_checkpoint_for_a_while_does_not_end_the_run(lab, w
     assert_same_run(lab, whole)
     assert sum("no checkpoint was written: cannot write" in message for message in caplog.messages) == 2
     assert lab.checkpoints == [8, 6]
+
+
+def test_memory_that_runs_out_in_a_save_costs_that_checkpoint_and_no_step(lab, whole, monkeypatch, caplog):
+    capture, calls = training.capture, []
+
+    def short(trainer):
+        calls.append(trainer.step)
+        if trainer.step == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return capture(trainer)
+
+    monkeypatch.setattr(training, "capture", short)
+    lab.run()
+    assert_same_run(lab, whole)
+    assert calls == [2, 4, 6, 8] and lab.checkpoints == [8, 6, 2]
+    assert sum("step 4: there is no memory to copy the state for a checkpoint" in m for m in caplog.messages) == 1
 
 
 def test_a_disk_that_takes_no_metrics_for_a_while_gets_them_later(lab, whole, caplog):

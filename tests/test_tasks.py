@@ -51,6 +51,20 @@ def test_a_batch_of_many_adapters_answers_as_each_alone(runs):
             assert session.reply() == said
 
 
+@pytest.mark.parametrize("use", ["tasks", "evaluation"])
+def test_weights_are_arranged_for_few_rows_where_models_answer(runs, monkeypatch, use):
+    arranged, opened = [], open_run(runs[0])
+    monkeypatch.setattr(f"qlora_lite.{'tasks' if use == 'tasks' else 'evaluate'}.arrange_weights", arranged.append)
+    if use == "tasks":
+        tasks = open_tasks(runs)
+        assert arranged[0] is tasks.model
+    else:
+        evaluate_recipe(opened.recipe, opened.adapter, 0)
+        assert not arranged  # a loss has many rows
+        evaluate_recipe(opened.recipe, opened.adapter, 2)
+    assert len(arranged) == 1
+
+
 def test_a_swap_takes_less_than_a_millisecond(runs):
     switch = open_tasks(runs).switch
     started = time.perf_counter()

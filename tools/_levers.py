@@ -36,6 +36,7 @@ def lever_cases(model: str, tokens: int) -> list[dict]:
         ("embeddings in host memory", {"host_embeddings": True}),
         ("block inputs in host memory", {"offload_checkpoints": True}),
         ("weights in host memory", {"resident_blocks": 0}),
+        ("weights unpacked once a backward", {"reuse_dequantized": True}),
     ]
     found, case = [], {"model": model, "tokens": tokens}
     for name, change in steps:

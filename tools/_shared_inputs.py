@@ -46,7 +46,7 @@ class SharedInput:
         part = low[:, number * layer.rank : (number + 1) * layer.rank]
         return product_or_stand_in(
             lambda: _LoraProduct.apply(
-                stand_ins[number], part, x.detach(), layer.lora_B.detach(), layer.base.bias, spec, *frozen
+                stand_ins[number], part, x.detach(), layer.lora_B.detach(), layer.base.bias, spec, None, *frozen
             ),
             stand_ins[number],
         )

@@ -8,13 +8,10 @@ package knows nothing of them.
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import json
 import os
-import random
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -27,9 +24,7 @@ from pathlib import Path
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-import torch
 from remembered_plans import remember_predictions
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny_files import save_tiny, write_recipe
 from tqdm import tqdm
@@ -38,20 +33,21 @@ import qlora_lite.run  # noqa: F401 - imported before the first fork, as are the
 from qlora_lite.cli.main import main
 from qlora_lite.files import sha256
 from qlora_lite.lora.layer import LoraLinear
+from qlora_lite.models import quantizer
 from qlora_lite.quant import tensor_file
 from qlora_lite.quant.linear import FrozenMatmul
-from qlora_lite.train.checkpoints import folder_of, steps_on_disk
+from qlora_lite.train import loop
 
 tqdm.monitor_interval = 0  # else it has a thread too
 STEPS, SAVE_EVERY = 8, 2
 FILE_OPERATIONS = ("open", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
 TIMES = {"seconds", "tokens_per_second", "peak_bytes"}
 TRACE_CODE = 99
-OUT_OF_MEMORY = (
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory"),
-)
+CALLS = {
+    "forward": (LoraLinear, "forward"), "backward": (FrozenMatmul, "backward"), "save": (tensor_file, "save_file"),
+    "load": (quantizer, "quantize"), "rehearsal": (loop, "rehearse_step"), "step": (loop, "train_step"),
+    "evaluation": (loop, "evaluate_loss"),
+}  # fmt: skip
 
 Install = Callable[[], None]
 
@@ -228,9 +224,6 @@ def alike(out: Path, whole: Path, lines: list[dict], wanted: list[dict]) -> bool
     return equal and close and mine.keys() == theirs.keys() and near
 
 
-# --- faults, put in by a child into itself
-
-
 def around(owner: object, name: str, before: Callable[..., None]) -> None:
     """Call ``before`` with the arguments of each call of a function, first."""
     real = getattr(owner, name)
@@ -245,7 +238,7 @@ def around(owner: object, name: str, before: Callable[..., None]) -> None:
 def _count(path: Path) -> None:
     """Write down every file operation and count the calls of forward and backward, at the end of the process."""
     operations: list[tuple[str, str]] = []
-    calls = {"forward": 0, "backward": 0, "save": 0}
+    calls = dict.fromkeys(CALLS, 0)
 
     def note(kind):
         calls[kind] += 1
@@ -261,161 +254,3 @@ def _count(path: Path) -> None:
         real(code)
 
     os._exit = leave
-
-
-CALLS = {"forward": (LoraLinear, "forward"), "backward": (FrozenMatmul, "backward"),
-         "save": (tensor_file, "save_file")}  # fmt: skip
-
-
-def at_call(kind: str, number: int, act: Callable[[], None]) -> Install:
-    """Act at the call of that number of a kind: "file", or one of ``CALLS``."""
-
-    def install() -> None:
-        calls = iter(range(10**9))
-
-        def before(*_arguments):
-            if next(calls) == number:
-                act()
-
-        owners = [(os, name) for name in FILE_OPERATIONS] if kind == "file" else [CALLS[kind]]
-        for owner, name in owners:
-            around(owner, name, before)
-
-    return install
-
-
-def kill() -> None:
-    """End this process as a power cut would, for what it had in memory."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def failing_disk(number: int, code: int, lasting: bool) -> Install:
-    """Let the disk fail at an operation, once or from then on."""
-
-    def install() -> None:
-        calls = iter(range(10**9))
-
-        def failing(*_arguments):
-            call = next(calls)
-            if call == number or (lasting and call > number):
-                raise OSError(code, os.strerror(code))
-
-        def failing_save(*_arguments):
-            try:
-                failing()
-            except OSError as error:
-                raise SafetensorError(f"I/O error: {error.strerror} (os error {code})") from None
-
-        for name in ("fsync", "rename", "replace", "mkdir"):
-            around(os, name, failing)
-        around(*CALLS["save"], failing_save)
-
-    return install
-
-
-def raising(error: BaseException) -> Callable[[], None]:
-    """Return a function that raises an error."""
-
-    def act() -> None:
-        raise error
-
-    return act
-
-
-# --- what is tried
-
-
-def killed_at(lab: Lab, row: Row, name: str, install: Install) -> None:
-    """Kill a run at a point of its own, and go on."""
-    out = lab.folder / f"trial-{row.fault.replace(' ', '-')}-{row.tried}"
-    first = lab.wait(lab.start(out, install=install))
-    lab.note_steps(out)
-    lab.judge(row, out, name, (first, lab.resume(out)), {-signal.SIGKILL, 0})
-
-
-def signalled(lab: Lab, row: Row, number: int, seconds: float, allowed: set[int]) -> None:
-    """Send a run a signal after a time, and go on."""
-    out = lab.folder / f"trial-{row.fault.replace(' ', '-')}-{row.tried}"
-    child = lab.start(out)
-    time.sleep(seconds)
-    os.kill(child, number)
-    first = lab.wait(child)
-    lab.note_steps(out)
-    lab.judge(row, out, f"after {seconds:.3f} s", (first, lab.resume(out)), allowed)
-
-
-def hindered(lab: Lab, row: Row, number: int, code: int, lasting: bool) -> None:
-    """Let the disk of a run fail, and go on when it is well again."""
-    out = lab.folder / f"trial-{row.fault.replace(' ', '-')}-{row.tried}"
-    first = lab.wait(lab.start(out, install=failing_disk(number, code, lasting)))
-    lab.note_steps(out)
-    lab.judge(row, out, f"operation {number}", (first, lab.resume(out)), {0, 2})
-
-
-def short_of_memory(lab: Lab, row: Row, kind: str, number: int, error: BaseException) -> None:
-    """Let memory run out once in a run, which has to end by itself."""
-    out = lab.folder / f"trial-{row.fault.replace(' ', '-')}-{row.tried}"
-    first = lab.wait(lab.start(out, install=at_call(kind, number, raising(error))))
-    allowed = {0, 3}  # 3: before training, or in an evaluation, one row alone
-    lab.judge(row, out, f"{kind} {number}", (first, lab.resume(out)), allowed, exact=False)
-
-
-def stopped_run(lab: Lab, step: int) -> Path:
-    """Return a run that was stopped after a step, with all its checkpoints."""
-    out = lab.folder / f"stopped-{step}"
-    if not out.exists():
-        point = next(i for i, (_, path) in enumerate(lab.operations) if f".step-{step + SAVE_EVERY:08d}." in path)
-        lab.wait(lab.start(out, install=at_call("file", point, kill)))
-        assert steps_on_disk(out / "checkpoints")[0] == step
-    return out
-
-
-def flip(share: float) -> Callable[[Path], None]:
-    """Return a damage that flips one bit, at a share of the file."""
-
-    def damage(path: Path) -> None:
-        content = bytearray(path.read_bytes())
-        content[int(share * (len(content) - 1))] ^= 4
-        path.write_bytes(content)
-
-    return damage
-
-
-DAMAGES: dict[str, Callable[[Path], object]] = {
-    "missing": lambda path: path.unlink(),
-    "empty": lambda path: path.write_bytes(b""),
-    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
-    "first bit": flip(0.0),
-    "middle bit": flip(0.5),
-    "last bit": flip(1.0),
-    "another step's": lambda path: shutil.copy(
-        folder_of(path.parent.parent, steps_on_disk(path.parent.parent)[1]) / path.name, path
-    ),
-}
-
-
-def damaged(lab: Lab, row: Row, file: str, kind: str) -> None:
-    """Damage a file of a stopped run's newest checkpoint, and go on."""
-    source = stopped_run(lab, STEPS - SAVE_EVERY - 2)
-    out = lab.folder / f"trial-{row.fault.replace(' ', '-')}-{row.tried}"
-    shutil.copytree(source, out)
-    lab.log_path(out).touch()
-    lab.note_steps(out)
-    newest = folder_of(out / "checkpoints", steps_on_disk(out / "checkpoints")[0])
-    DAMAGES[kind](newest / file)
-    code = lab.resume(out)
-    if "skipped a damaged checkpoint" not in lab.log_of(out):
-        row.failures.append(f"{file} {kind}: the damage was not said")
-    lab.judge(row, out, f"{file} {kind}", (0, code), {0})
-
-
-def points_of_a_save(lab: Lab, step: int) -> list[int]:
-    """Return the numbers of all file operations from the start of a save to the start of the next one."""
-    starts = [next(i for i, (_, path) in enumerate(lab.operations) if f".step-{number:08d}." in path)
-              for number in (step, step + SAVE_EVERY)]  # fmt: skip
-    return list(range(*starts))
-
-
-def disk_error(chance: random.Random) -> int:
-    """Return ENOSPC or EIO."""
-    return chance.choice((errno.ENOSPC, errno.EIO))

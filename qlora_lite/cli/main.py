@@ -11,6 +11,7 @@ import click
 
 from qlora_lite import __version__
 from qlora_lite.errors import QloraLiteError
+from qlora_lite.stopping import stop_signals
 
 COMMANDS = {
     "plan": "Predict a recipe's memory and choose the fastest settings that fit.",
@@ -57,10 +58,14 @@ def cli(ctx: click.Context, debug: bool) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; always ends with SystemExit."""
+    """Run the command line; always ends with SystemExit.
+
+    SIGTERM ends a command as SIGINT does, so that what it was writing is cleared away; train has its own way.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        sys.exit(cli.main(arguments, prog_name="qlora-lite", standalone_mode=False))  # a command's Exit is returned
+        with stop_signals(None) as stop, stop.at_once():
+            sys.exit(cli.main(arguments, prog_name="qlora-lite", standalone_mode=False))  # an Exit is returned
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

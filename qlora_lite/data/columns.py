@@ -9,12 +9,15 @@ is the value of a whole column.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qlora_lite.errors import DataError
 
 _ROWS_PER_BATCH = 1000
+_KIND = re.compile(rb'"_type"\s*:\s*"(\w+)"')
+_PLAIN_KINDS = {"Value", "List", "LargeList", "Sequence", "ClassLabel", "Json"}
 
 
 def read_columns(path: Path, kind: str) -> Iterator[tuple[str, dict]]:
@@ -35,12 +38,16 @@ def read_columns(path: Path, kind: str) -> Iterator[tuple[str, dict]]:
     try:
         row = 0
         for batch in _record_batches(path, kind):
+            batch.validate(full=True)  # Arrow trusts a file's offsets: a damaged one would end this process
             decode = _decoder(batch.schema)
             for values in map(decode, batch.to_pylist()):
                 row += 1
                 yield f"{path}:{row}", {column: without_absent(value) for column, value in values.items()}
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
-        raise DataError(f"{path}: not a whole {kind} file ({str(error).splitlines()[0]})") from error
+    except (pyarrow.ArrowException, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:300]
+        raise DataError(f"{path}: not a whole {kind} file ({reason})") from error
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def without_absent(value: object) -> object:
@@ -53,12 +60,23 @@ def without_absent(value: object) -> object:
 
 
 def _decoder(schema) -> Callable[[dict], dict]:
-    """Return what turns a stored row into the row; `datasets` stores objects of mixed kinds as JSON text."""
-    if b"huggingface" not in (schema.metadata or {}):
+    """Return what turns a stored row into the row; `datasets` stores objects of mixed kinds as JSON text.
+
+    Raises:
+        DataError: what the file says of its columns is damaged, or has files or addresses opened.
+    """
+    described = (schema.metadata or {}).get(b"huggingface", b"")
+    kinds = {kind.decode("ascii", "replace") for kind in _KIND.findall(described)}
+    if "Json" not in kinds:
         return dict
+    if not kinds <= _PLAIN_KINDS:  # images, sounds and the like are read from paths and addresses that rows name
+        raise DataError(f"columns of {', '.join(sorted(kinds - _PLAIN_KINDS))[:200]} are not read; leave them out")
     from datasets import Features
 
-    return Features.from_arrow_schema(schema).decode_example
+    try:
+        return Features.from_arrow_schema(schema).decode_example
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DataError(f"what it says of its columns cannot be used ({str(error)[:200]!r})") from error
 
 
 def _record_batches(path: Path, kind: str) -> Iterator:

@@ -5,10 +5,10 @@ back, and must change the base model's logits as the run's adapter does. Logits 
 adapter of the usual size stands far above rounding.
 
 - Adapter files hold the run's own numbers:  error = ||exported - adapted|| / ||adapted - base||  is rounding.
-- Merged files have rounded all weights, which may change the logits more than a small adapter does. What rounding does
-  is not what the adapter does, so it cancels in the share of the adapter's change that is found in the file's,
-  share = <exported - base, adapted - base> / ||adapted - base||^2: 1 for the whole change, 0 for none. And the logits
-  themselves must be near:  ||exported - adapted|| / ||adapted||.
+- Merged files have rounded all weights, which may change the logits more than a small adapter does (Q8_0 moved those of
+  SmolLM2 by 1.8 %, an adapter of its q_proj by 1.3 %). So the file is compared with the base rounded in the same way:
+  share = <exported - rounded base, adapted - base> / ||adapted - base||^2 is 1 for the whole change, 0 for none. And
+  the logits themselves must be near:  ||exported - adapted|| / ||adapted||.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from qlora_lite.models.anatomy import device_of
 
 SEQUENCES, TOKENS = 2, 24
 EXACT = 1e-3  # of an adapter file: rounding in float32 gives 1e-6, a scale wrong by 1 % gives 1e-2
-SHARE = 0.2  # that a merged file's share may be off: the part of rounding that happens to point the adapter's way
+SHARE = 0.2  # that a merged file's share may be off: the adapter's own rounding
 
 
 class Change(NamedTuple):
@@ -38,7 +38,9 @@ def logits_of(model: nn.Module) -> torch.Tensor:
     """Return a model's float32 logits for fixed random tokens."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (SEQUENCES, TOKENS), generator=torch.Generator().manual_seed(0))
-    return model.eval()(input_ids=ids.to(device_of(model)), use_cache=False).logits.flatten(0, 1).float().cpu()
+    device = device_of(model)
+    ids = ids.to("cpu" if device.type == "meta" else device)  # a streamed model's weights come to the host
+    return model.eval()(input_ids=ids, use_cache=False).logits.flatten(0, 1).float().cpu()
 
 
 def change_of(model: nn.Module, adapter: Adapter) -> Change:
@@ -63,30 +65,34 @@ def check_change(change: Change, exported: torch.Tensor, what: str) -> float:
     """
     error = ((exported - change.adapted).norm() / (change.adapted - change.base).norm()).item()
     if not error <= EXACT:
-        raise _wrong(what, share_of(change, exported), f"relative error {error:.1e}, at most {EXACT:.0e} is allowed")
+        share = share_of(change, exported, change.base)
+        raise _wrong(what, share, f"relative error {error:.1e}, at most {EXACT:.0e} is allowed")
     return error
 
 
-def check_merged(change: Change, exported: torch.Tensor, what: str, limit: float) -> tuple[float, float]:
+def check_merged(
+    change: Change, exported: torch.Tensor, rounded: torch.Tensor, what: str, limit: float
+) -> tuple[float, float]:  # fmt: skip
     """Return the share of the adapter's change in a merged file's logits, and their distance from the adapted ones.
 
     Args:
+        rounded: logits of the base with its weights rounded as the file's are.
         limit: of the distance, from what rounding the weights does.
 
     Raises:
         ModelError: one of them is out of bounds.
     """
-    share = share_of(change, exported)
+    share = share_of(change, exported, rounded)
     distance = ((exported - change.adapted).norm() / change.adapted.norm()).item()
     if not (abs(share - 1) <= SHARE and distance <= limit):
         raise _wrong(what, share, f"distance of the logits {distance:.1e}, at most {limit:.0e} is allowed")
     return share, distance
 
 
-def share_of(change: Change, exported: torch.Tensor) -> float:
-    """Return how much of the adapter's change is in what a file changes."""
+def share_of(change: Change, exported: torch.Tensor, base: torch.Tensor) -> float:
+    """Return how much of the adapter's change is in what a file changes in a base's logits."""
     wanted = change.adapted - change.base
-    return ((exported - change.base).mul(wanted).sum() / wanted.square().sum()).item()
+    return ((exported - base).mul(wanted).sum() / wanted.square().sum()).item()
 
 
 def _wrong(what: str, share: float, found: str) -> ModelError:

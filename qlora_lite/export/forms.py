@@ -4,7 +4,8 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import torch
@@ -14,25 +15,30 @@ from qlora_lite.build import build_model
 from qlora_lite.data.formats import Conversation, read_conversations
 from qlora_lite.data.lines import Problems
 from qlora_lite.data.template import begin_of_text
-from qlora_lite.errors import QloraLiteError
 from qlora_lite.files import replacing_folder, require_empty, write_text
 from qlora_lite.lora.adapter import attach_adapter, load_adapter
 from qlora_lite.lora.read import Adapter
 from qlora_lite.merge import check_choice
 from qlora_lite.models.gguf_names import gguf_names
 from qlora_lite.models.load import load_model
+from qlora_lite.models.locate import locate
 from qlora_lite.models.merge import ORIGINAL, Merged, open_merged
+from qlora_lite.models.skeleton import meta_model
+from qlora_lite.models.streamed import streamed_model
+from qlora_lite.models.weights import open_weights
 from qlora_lite.rows import build_sources
 from qlora_lite.trained import TrainedRun, open_trained
 
 from .adapters import ADAPTER_FILE, for_vllm, read_gguf_adapter, write_gguf_adapter, write_peft
 from .check import Change, change_of, check_change, check_merged, logits_of
-from .gguf_model import MODEL_FILE, write_gguf
+from .gguf_model import MODEL_FILE, as_read, write_gguf
 from .ollama import check_template, go_template, modelfile, pieces_of
 
 REPORT = "export_report.json"
 # Distance of logits that rounding every weight of a file explains, see ``check.check_merged``.
 LIMITS = {"f16": 0.02, "bf16": 0.1, "q8_0": 0.2}
+# In float32: a larger model is not loaded as a whole for the check, but read block by block, see ``models.streamed``.
+WHOLE_BYTES = 4 * 2**30
 SYSTEM_ROWS = 200  # of the training rows, looked at for a system message that all share
 
 
@@ -76,8 +82,8 @@ def export_run(
     job = _Job(trained, skeleton, trained.read_adapter(skeleton), settings, out)
     try:
         found = FORMS[settings.to](job)
-    except QloraLiteError:
-        shutil.rmtree(out, ignore_errors=True)  # new or empty before: what does not work is not left lying around
+    except BaseException:  # also a signal
+        shutil.rmtree(out, ignore_errors=True)  # new or empty before: what is not proven is not left lying around
         raise
     report = {
         "run": trained.name, "form": settings.to, "base_model": trained.files.name, "layers": len(job.adapter.layers),
@@ -161,10 +167,29 @@ def _merged_model(job: _Job, write_beside: Callable[[Path], object], adds_begin:
             merged, new, kind, trained.name, trained.tokenizer(), tuple(trained.end_token_ids), adds_begin
         )
         write_beside(new)
-    change, what = _merged_change(job, merged), str(job.out / MODEL_FILE)
-    share, distance = check_merged(change, _gguf_logits(job), what, LIMITS[kind])
+    what, config = str(job.out / MODEL_FILE), copy.deepcopy(job.skeleton.config)
+    if sum(4 * prod(shape) for _, shape in merged.entries(torch.float32).values()) > WHOLE_BYTES:
+        notes.append("the file was read back block by block, by this package's own reader: it is large for others")
+        change = change_of(_streamed_base(merged, config, lambda weight: weight), merged.adapter)
+        logits = logits_of(_streamed_file(Path(what), config))
+    else:
+        change, logits = _merged_change(job, merged), _gguf_logits(job)
+    rounded = logits_of(_streamed_base(merged, config, lambda weight: as_read(weight, kind)))
+    share, distance = check_merged(change, logits, rounded, what, LIMITS[kind])
     into = "original" if onto == ORIGINAL else trained.recipe.model.quant
     return {"share": share, "distance": distance, "dtype": kind, "merged_into": into, "notes": notes}
+
+
+def _streamed_base(merged: Merged, config, rounded: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """Return the base that the adapter was merged into, its weights rounded."""
+    base = replace(merged, adapter=replace(merged.adapter, layers={}))
+    stored = {parameter: name for name, parameter in merged.base.parameters.items()}
+    return streamed_model(config, lambda parameter: rounded(base.weight(stored[parameter], torch.float32)))
+
+
+def _streamed_file(path: Path, config) -> nn.Module:
+    skeleton = meta_model(config, "none", False, torch.float32)
+    return streamed_model(config, open_weights(locate(str(path)), skeleton, torch.float32).read)
 
 
 def _merged_change(job: _Job, merged: Merged) -> Change:

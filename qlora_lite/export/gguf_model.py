@@ -76,20 +76,30 @@ def write_gguf(
 
 def _planned(merged: Merged, kind: str) -> Iterator[tuple]:
     """Yield stored name, parameter, shape and GGUF type of every tensor of the file."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    wanted = GGMLQuantizationType[kind.upper()]
     for stored, (_, shape) in merged.entries(torch.float32).items():
         parameter = merged.base.parameters[stored]
         is_tied = parameter == "lm_head.weight" and merged.config.tie_word_embeddings
         if is_tied or parameter.endswith("inv_freq"):  # llama.cpp computes the rotary frequencies
             continue
-        if len(shape) == 1:
-            yield stored, parameter, shape, GGMLQuantizationType.F32
-        elif shape[-1] % GGML_QUANT_SIZES[wanted][0]:  # rows that do not divide into blocks, as llama.cpp does
-            yield stored, parameter, shape, GGMLQuantizationType.F16
-        else:
-            yield stored, parameter, shape, wanted
+        yield stored, parameter, shape, _stored_type(shape, kind)
+
+
+def _stored_type(shape: tuple[int, ...], kind: str):
+    """Return the GGUF type of a tensor of a shape, as llama.cpp's own converter chooses it."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    wanted = GGMLQuantizationType[kind.upper()]
+    if len(shape) == 1:
+        return GGMLQuantizationType.F32
+    return GGMLQuantizationType.F16 if shape[-1] % GGML_QUANT_SIZES[wanted][0] else wanted  # no whole blocks in a row
+
+
+def as_read(weight: torch.Tensor, kind: str) -> torch.Tensor:
+    """Return what a reader gets of a float32 weight that a file of a kind holds."""
+    from gguf import dequantize
+
+    stored_as = _stored_type(tuple(weight.shape), kind)
+    return torch.from_numpy(dequantize(_as_stored(weight, stored_as, "it").view(np.uint8), stored_as).copy())
 
 
 def _as_stored(tensor: torch.Tensor, stored_as, parameter: str) -> np.ndarray:

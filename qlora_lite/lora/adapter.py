@@ -108,6 +108,9 @@ def attach_adapter(model: nn.Module, adapter: Adapter) -> nn.Module:
     add_lora(model, targets, dropout=adapter.dropout, rslora=first.rslora, dtype=first.lora_A.dtype)
     with torch.no_grad():
         for name, layer in lora_layers(model):
+            if layer.lora_A.is_meta:  # a model whose weights are read when they are needed
+                layer.lora_A, layer.lora_B = (nn.Parameter(torch.empty_like(p, device="cpu"))
+                                              for p in (layer.lora_A, layer.lora_B))  # fmt: skip
             layer.lora_A.copy_(adapter.layers[name].lora_A)
             layer.lora_B.copy_(adapter.layers[name].lora_B)
     return model

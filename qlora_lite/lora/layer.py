@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional
 
 from qlora_lite.ops.checkpoint import product_or_stand_in
-from qlora_lite.quant.linear import FrozenMatmul, add_product, frozen_weight, materialize
+from qlora_lite.quant.linear import FrozenMatmul, add_product, frozen_weight, kept_for, materialize, product_of_few
 
 
 def lora_scale(alpha: float, rank: int, rslora: bool) -> float:
@@ -32,9 +32,10 @@ def lora_scale(alpha: float, rank: int, rslora: bool) -> float:
 
 def lora_matmul(x, lora_a, lora_b, bias, scale, spec, frozen) -> torch.Tensor:
     """Compute ``x W^T + bias + scale * (x A^T) B^T`` with gradients for x, A and B."""
-    low, gradient = _LoraGradient.apply(x, lora_a, lora_b, scale, spec, *frozen)
+    kept = kept_for(x)
+    low, gradient = _LoraGradient.apply(x, lora_a, lora_b, scale, spec, kept, *frozen)
     return product_or_stand_in(
-        lambda: _LoraProduct.apply(gradient, low, x.detach(), lora_b.detach(), bias, spec, *frozen), gradient
+        lambda: _LoraProduct.apply(gradient, low, x.detach(), lora_b.detach(), bias, spec, kept, *frozen), gradient
     )
 
 
@@ -46,10 +47,10 @@ class _LoraGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, lora_a, lora_b, scale, spec, *frozen):
+    def forward(ctx, x, lora_a, lora_b, scale, spec, kept, *frozen):
         rows = x.reshape(-1, x.shape[-1])
         low = functional.linear(rows, lora_a.to(x.dtype)).mul_(scale)
-        ctx.scale, ctx.spec = scale, spec
+        ctx.scale, ctx.spec, ctx.kept = scale, spec, kept
         ctx.save_for_backward(rows, low, lora_a, lora_b, *frozen)
         ctx.mark_non_differentiable(low)
         ctx.set_materialize_grads(False)
@@ -63,20 +64,20 @@ class _LoraGradient(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_low @ lora_a.to(grad_y.dtype)
-            grad_x.addmm_(grad_rows, materialize(ctx.spec, tuple(frozen), grad_y.dtype))
+            grad_x.addmm_(grad_rows, materialize(ctx.spec, tuple(frozen), grad_y.dtype, ctx.kept))
             grad_x = grad_x.view(*grad_y.shape[:-1], grad_x.shape[-1])
         grad_a = (grad_low.t() @ rows).to(lora_a.dtype)
         grad_b = (grad_rows.t() @ low).to(lora_b.dtype)
-        return grad_x, grad_a, grad_b, None, None, *(None for _ in frozen)
+        return grad_x, grad_a, grad_b, None, None, None, *(None for _ in frozen)
 
 
 class _LoraProduct(torch.autograd.Function):
     """Compute ``x W^T + bias + low B^T``; save nothing and hand y's gradient on to ``_LoraGradient``."""
 
     @staticmethod
-    def forward(ctx, gradient, low, x, lora_b, bias, spec, *frozen):
+    def forward(ctx, gradient, low, x, lora_b, bias, spec, kept, *frozen):
         y = functional.linear(low.view(*x.shape[:-1], low.shape[-1]), lora_b.to(x.dtype))
-        return add_product(y, x, materialize(spec, frozen, x.dtype), bias)
+        return add_product(y, x, materialize(spec, frozen, x.dtype, kept, again=True), bias)
 
     @staticmethod
     def backward(ctx, grad_y):
@@ -112,6 +113,8 @@ class LoraLinear(nn.Module):
 
         Drawn in host memory, so that a seed gives the same factors wherever the layer lies.
         """
+        if self.lora_A.is_meta:
+            return
         drawn = nn.init.kaiming_uniform_(torch.empty(self.lora_A.shape, dtype=self.lora_A.dtype), a=math.sqrt(5))
         self.lora_A.data.copy_(drawn)
         nn.init.zeros_(self.lora_B)
@@ -120,6 +123,10 @@ class LoraLinear(nn.Module):
         spec, frozen = frozen_weight(self.base)
         dropping = self.training and self.dropout > 0
         if not dropping and not self.reference:
+            y = product_of_few(self.base, x)
+            if y is not None:
+                low = functional.linear(x, self.lora_A.to(x.dtype)).mul_(self.scale)
+                return y.add_(functional.linear(low, self.lora_B.to(x.dtype)))
             return lora_matmul(x, self.lora_A, self.lora_B, self.base.bias, self.scale, spec, frozen)
         branch = functional.dropout(x, self.dropout, self.training)
         low = self.scale * functional.linear(branch, self.lora_A.to(x.dtype))

@@ -9,7 +9,9 @@ Tensor names: ``base_model.model.PATH.lora_A.weight`` [r, in] and ``...lora_B.we
 
 import json
 import re
+import time
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from reprlib import repr as short
 
@@ -32,7 +34,12 @@ REFUSED_KEYS = (
     "use_bdlora", "alora_invocation_tokens", "target_parameters", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
 REFUSED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-MATCH_SECONDS = 0.2  # for one pattern of an adapter file on one path; an honest one takes microseconds
+# Of processor time, for all patterns of an adapter file on all paths; a hundred honest ones take 0.1 seconds.
+MATCH_SECONDS = 1.0
+MAX_CONFIG_BYTES = 4 * 2**20
+# A safetensors file names its tensors in a header, which reading takes 20 times its size of memory for: a million
+# names take seconds and gigabytes. An entry is about 200 bytes, and a model's adapter has two for each layer.
+HEADER_BYTES, HEADER_BYTES_PER_LAYER = 4 * 2**20, 2048
 LISTED = 50  # problems of one file shown; a file may have a million
 
 
@@ -83,20 +90,23 @@ def read_adapter(model: nn.Module, folder: str | Path) -> Adapter:
             tensors do not fit this model.
     """
     folder = Path(folder)
+    for path in (folder / CONFIG_NAME, folder / WEIGHTS_NAME):
+        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+            raise ModelError(f"{path} is not an ordinary file")
     config = _read_config(folder)
-    tensors = _read_tensors(folder / WEIGHTS_NAME)
     layers = linear_layers(model)
+    tensors = _read_tensors(folder / WEIGHTS_NAME, HEADER_BYTES + HEADER_BYTES_PER_LAYER * len(layers))
     ranks, problems = _check(tensors, layers)
     problems += _without_factors(config, layers, ranks)
     if problems:
         more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
         shown = "; ".join(problems[:LISTED] + more)
         raise ModelError(f"the adapter {folder} does not fit this model: {shown}")
-    patterns, default, rslora = config.get("alpha_pattern"), config["lora_alpha"], bool(config.get("use_rslora"))
+    alphas, rslora = _from_patterns(config.get("alpha_pattern") or {}, list(ranks)), bool(config.get("use_rslora"))
     factors = {
         name: Factors(
             tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"],
-            _from_pattern(patterns, name, default), rslora,
+            alphas.get(name, config["lora_alpha"]), rslora,
         )
         for name in ranks
     }  # fmt: skip
@@ -106,6 +116,8 @@ def read_adapter(model: nn.Module, folder: str | Path) -> Adapter:
 def _read_config(folder: Path) -> dict:
     path = folder / CONFIG_NAME
     try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ModelError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes, which no adapter's configuration is")
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{folder} is not an adapter folder: {CONFIG_NAME} is missing") from None
@@ -143,8 +155,14 @@ def _refuse_unsupported(config: dict, path: Path) -> None:
         raise ModelError(f"{path}: {', '.join(used)} is not supported; train without it or merge with peft")
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def _read_tensors(path: Path, header_bytes: int) -> dict[str, torch.Tensor]:
+    """Read a file whose header is at most so long."""
     try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if header_bytes < length < path.stat().st_size:  # a longer one is no header
+            raise ModelError(f"{path} names more tensors than an adapter of this model can have (its header takes "
+                             f"{length} bytes)")  # fmt: skip
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except FileNotFoundError:
@@ -173,7 +191,7 @@ def _check(tensors, layers) -> tuple[dict[str, int], list[str]]:
             problems.append(f"{name} has factors of {lora_a.dtype} and {lora_b.dtype}, which are no numbers to train")
         problems += [f"{key} is not finite" for key in keys if not tensors[key].isfinite().all()]
         ranks[name] = rank
-    problems += [f"{name} belongs to no linear layer" for name in sorted(set(tensors) - known)]
+    problems += [f"{name[:200]} belongs to no linear layer" for name in sorted(set(tensors) - known)]
     return ranks, problems if tensors else ["it has no tensors"]
 
 
@@ -182,22 +200,33 @@ def _without_factors(config: dict, layers, ranks) -> list[str]:
     targets = config.get("target_modules")
     if not isinstance(targets, list) or config.get("layers_to_transform") is not None or config.get("exclude_modules"):
         return []
-    adapted = (name for name in layers if any(f".{name}".endswith(f".{target}") for target in targets))
+    ends = {target for target in targets if isinstance(target, str)}
+    adapted = (name for name in layers if not ends.isdisjoint(accumulate(reversed(name.split(".")), _joined)))
     return [f"{name} has no factors" for name in adapted if name not in ranks]
 
 
-def _from_pattern(patterns: dict | None, name: str, default: float) -> float:
-    """Look up a layer's value the way peft does: a pattern is a regular expression for the end of the path.
+def _joined(end: str, before: str) -> str:
+    return f"{before}.{end}"
+
+
+def _from_patterns(patterns: dict, names: list[str]) -> dict[str, float]:
+    """Look up layers' values the way peft does: a pattern is a regular expression for the end of the path, and the
+    first that matches counts. Layers that none matches are left out.
 
     ``regex`` and not ``re``, because only it can give up: a pattern from a foreign file may take for ever.
     """
-    for pattern, value in (patterns or {}).items():
+    found, end = {}, time.process_time() + MATCH_SECONDS
+    for pattern, value in patterns.items():
         try:
-            found = name == pattern or regex.match(rf"(.*\.)?({pattern})$", name, timeout=MATCH_SECONDS)
+            compiled = regex.compile(rf"(.*\.)?({pattern})$")
+            for name in names:
+                left = end - time.process_time()
+                if left <= 0:
+                    raise TimeoutError
+                if name not in found and (name == pattern or compiled.match(name, timeout=left)):
+                    found[name] = value
         except (regex.error, TimeoutError) as error:
             raise ModelError(
                 f"{CONFIG_NAME}: alpha_pattern {pattern[:80]!r} cannot be used: {error or 'it takes too long'}"
             ) from None
-        if found:
-            return value
-    return default
+    return found

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from qlora_lite.errors import ModelError
-from qlora_lite.quant.linear import add_product, frozen_weight, materialize
+from qlora_lite.quant.linear import add_product, frozen_weight, materialize, product_of_few
 
 from .inject import linear_layers
 from .read import Adapter, Factors
@@ -81,7 +81,10 @@ class SwitchLinear(nn.Module):
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         spec, frozen = frozen_weight(self.base)
-        update, weight = self._update(x, spec.shape[0]), materialize(spec, frozen, x.dtype)
+        y, update = product_of_few(self.base, x), self._update(x, spec.shape[0])
+        if y is not None:
+            return y if update is None else y.add_(update)
+        weight = materialize(spec, frozen, x.dtype)
         if update is None:
             return functional.linear(x, weight, self.base.bias)
         return add_product(update, x, weight, self.base.bias)

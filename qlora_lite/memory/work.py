@@ -13,7 +13,6 @@ from torch.utils.flop_counter import flop_registry
 
 from .marks import marks
 
-_DEVICE_OF = torch.ops.prim.device.default
 _COPY = torch.ops.aten.copy_.default
 # FLOPs of an operator's call; torch's table lacks the operators that add to a tensor in place
 FLOP_FORMULAS = flop_registry | {
@@ -46,18 +45,20 @@ class WorkCounter(TorchDispatchMode):
         return Work(*self._totals[False], *self._totals[True])
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is _DEVICE_OF and hasattr(args[0], "fake_device"):
-            return args[0].fake_device
         result = func(*args, **(kwargs or {}))
+        self.see(func, args, kwargs or {}, result)
+        return result
+
+    def see(self, func, args: tuple, kwargs: dict, result) -> None:
+        """Count an operation that has run."""
         if marks.phase == "load":
-            return result
+            return
         totals = self._totals[marks.phase == "evaluation"]
         formula = FLOP_FORMULAS.get(func._overloadpacket)
         if func is _COPY and marks.category == "offloaded":
             totals[2] += marks.repeats * args[0].nbytes
         elif formula is not None:
-            totals[0] += marks.repeats * formula(*args, **(kwargs or {}), out_val=result)
+            totals[0] += marks.repeats * formula(*args, **kwargs, out_val=result)
         elif not func.is_view:
             outputs = result if isinstance(result, tuple | list) else (result,)
             totals[1] += marks.repeats * sum(t.nbytes for t in (*args, *outputs) if isinstance(t, torch.Tensor))
-        return result

@@ -5,7 +5,10 @@ any time. The module that does the work is named beside each lever; ``planning.s
 """
 
 from collections import defaultdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -16,6 +19,7 @@ from qlora_lite.ops.checkpoint import Checkpoint, Skipping
 from qlora_lite.ops.offload import HostStore
 from qlora_lite.ops.stream import BlockStream
 from qlora_lite.ops.tile import Tiled
+from qlora_lite.quant.linear import keeping_weights
 
 from .anatomy import blocks, decoder, device_of, tokenwise_parts
 
@@ -35,6 +39,8 @@ class Levers:
     offload_checkpoints: bool = False
     resident_blocks: int | None = None
     host_embeddings: bool = False
+    optimizer_in_backward: bool = False
+    reuse_dequantized: bool = False
 
     @property
     def uses_host(self) -> tuple[bool, bool, bool]:
@@ -109,21 +115,27 @@ def set_levers(model: nn.Module, levers: Levers) -> None:
     for number, block in enumerate(found):
         block.gradient_checkpointing = number < checkpointed
         # the place that transformers documents for it
-        block._gradient_checkpointing_func = Checkpoint(number, host, skipping[type(block)])
-    tiled = sum(_set_tiles(module, levers.tile_tokens, skipping) for module in (decoder(model), *found))
+        around = _keeping(levers, stay=False)  # until the block's own backward
+        block._gradient_checkpointing_func = Checkpoint(number, host, skipping[type(block)], around)
+    tiled = sum(_set_tiles(module, levers, skipping) for module in (decoder(model), *found))
     if levers.tile_tokens and not tiled:
         raise ModelError(f"{type(model).__name__} has no part that is known to work token by token: "
                          "set memory.tile_tokens to off")  # fmt: skip
 
 
-def _set_tiles(module: nn.Module, tile_tokens: int | None, skipping: dict[type, Skipping]) -> int:
+def _keeping(levers: Levers, stay: bool) -> Callable[[], AbstractContextManager]:
+    return partial(keeping_weights, stay) if levers.reuse_dequantized else nullcontext
+
+
+def _set_tiles(module: nn.Module, levers: Levers, skipping: dict[type, Skipping]) -> int:
     for name, part in list(module.named_children()):
         if isinstance(part, Tiled):
             setattr(module, name, part.inner)
-    if not tile_tokens:
+    if not levers.tile_tokens:
         return 0
     names = tokenwise_parts(module)
     for name in names:
         part = getattr(module, name)
-        setattr(module, name, Tiled(part, tile_tokens, skipping[type(part)]))
+        around = _keeping(levers, stay=True)  # from tile to tile
+        setattr(module, name, Tiled(part, levers.tile_tokens, skipping[type(part)], around))
     return len(names)

@@ -1,8 +1,8 @@
 """Build a model that has shapes and no values, to plan a run before anything is downloaded.
 
 The modules are the ones that loading would give: transformers' own, its block linears replaced by
-``QuantLinear``. Tensors are fake (``torch._subclasses.fake_tensor``): each knows its size and owns a storage,
-none has memory behind it.
+``QuantLinear``. Tensors are on torch's meta device: each knows its size and owns a storage, none has memory behind
+it.
 """
 
 import copy
@@ -112,7 +112,7 @@ def meta_model(config, quant: str, double_quant: bool, dtype: torch.dtype, quant
 
 
 def give_storage(model: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
-    """Replace meta tensors by new, unfilled ones in place; under a fake-tensor mode these take no memory."""
+    """Replace meta tensors by new, unfilled ones in place."""
     replaced: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for registry in (module._parameters, module._buffers):

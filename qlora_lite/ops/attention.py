@@ -26,7 +26,8 @@ def row_attention(
 
     Args:
         module: the attention layer; unused, the signature is that of transformers' attention interface.
-        attention_mask: bool or additive float [B, 1, Tq, Tk]; used only without ``row_lengths``.
+        attention_mask: bool or additive float [B, 1, Tq, Tk]; used only without ``row_lengths``. None or empty for
+            none.
         scaling: factor on the scores; None means 1 / sqrt(D).
         sliding_window: a token sees itself and this many minus one before it; None for all.
         softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma-2); None for off.
@@ -41,6 +42,8 @@ def row_attention(
     attend = _written_out if written_out else _sdpa
     extra = {"softcap": softcap, "sinks": s_aux} if written_out else {"dropout": dropout}
     length = query.shape[2]
+    if attention_mask is not None and not attention_mask.numel():  # of a block that does not pass row_lengths on
+        attention_mask = None
     if row_lengths is None and attention_mask is None and length == key.shape[2]:
         row_lengths = (length,)
     if row_lengths is None:
@@ -73,6 +76,10 @@ def _window_mask(length: int, window: int | None, device) -> torch.Tensor | None
 
 def _sdpa(query, key, value, mask, scaling, dropout):
     causal = mask is None and query.shape[2] > 1
+    if query.is_meta and not dropout:
+        # torch would choose the unfused formula here; a CPU's fused kernel saves what a card's does.
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return fused(query, key, value, dropout, causal, attn_mask=mask, scale=scaling)[0]
     grouped = query.shape[1] != key.shape[1]
     return scaled_dot_product_attention(
         query, key, value, mask, dropout, is_causal=causal, scale=scaling, enable_gqa=grouped

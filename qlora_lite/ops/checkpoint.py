@@ -17,7 +17,7 @@ Source: training deep nets with sublinear memory cost, arXiv 1604.06174, section
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -105,10 +105,14 @@ class Checkpoint:
         number: of the block, counted along the model.
         host: where the inputs wait for backward; None keeps them on their device.
         skipping: shared by blocks of one class; see ``Skipping``.
+        around: a context to be in during the second run, such as ``quant.linear.keeping_weights``.
     """
 
-    def __init__(self, number: int = 0, host: HostStore | None = None, skipping: "Skipping | None" = None):
-        self.number, self.host, self.skipping = number, host, skipping or Skipping()
+    def __init__(
+        self, number: int = 0, host: HostStore | None = None, skipping: "Skipping | None" = None,
+        around: Callable[[], AbstractContextManager] = nullcontext,
+    ):  # fmt: skip
+        self.number, self.host, self.skipping, self.around = number, host, skipping or Skipping(), around
 
     def __call__(self, block: Callable, *inputs):
         # The anchor makes autograd visit a block whose input needs no gradient (the first of a frozen model).
@@ -141,7 +145,7 @@ class _Checkpoint(torch.autograd.Function):
             inputs[place] = tensor.detach().requires_grad_(ctx.needs_input_grad[3 + place])
         kept = list(tensors[len(ctx.places) :])
         del tensors
-        with torch.enable_grad(), with_random_state(ctx.random_state):
+        with torch.enable_grad(), with_random_state(ctx.random_state), checkpoint.around():
             outputs = run_for_graph(ctx.block, inputs, kept, checkpoint.skipping, Run.only_adds_last)
         del kept
         outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs

@@ -29,6 +29,7 @@ class SideStream:
 
     def __init__(self, device: torch.device):
         self.device = device
+        self.host = device if device.type == "meta" else torch.device("cpu")  # a plan's tensors have no memory at all
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> "torch.cuda.Event | None":
@@ -79,7 +80,7 @@ class HostStore:
         self._let_go()
         tensors, pinned = [tensor.detach() for tensor in tensors], self.side.stream is not None
         with category("offloaded"):
-            hosts = [torch.empty(t.shape, dtype=t.dtype, pin_memory=pinned) for t in tensors]
+            hosts = [torch.empty(t.shape, dtype=t.dtype, device=self.side.host, pin_memory=pinned) for t in tensors]
         self._stored[number] = hosts
         self._leaving = _Arrival(number, tensors, self.side.copy(list(zip(hosts, tensors, strict=True))))
 

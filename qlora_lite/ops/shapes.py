@@ -30,7 +30,7 @@ def device_type(device: torch.device) -> str:
 def planning_for(device_type: str) -> Iterator[None]:
     """Choose kernels and shapes as if tensors lay on such a device.
 
-    Fake tensors on "cuda" need a torch that was built with CUDA, so a plan for a card uses fake CPU tensors.
+    A plan's tensors are on the meta device, which says nothing of the device that it is made for.
     """
     _Planned.device_type = device_type
     try:

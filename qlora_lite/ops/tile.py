@@ -13,6 +13,7 @@ Shapes: x and the result [B, T, D]; tiles cut T. Source: ALST, arXiv 2506.13996,
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -23,7 +24,8 @@ from .shapes import pieces
 
 
 def tiled(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, weights: Sequence[torch.Tensor],
-          tile_tokens: int, skipping: Skipping | None = None) -> torch.Tensor:  # fmt: skip
+          tile_tokens: int, skipping: Skipping | None = None,
+          around: Callable[[], AbstractContextManager] = nullcontext) -> torch.Tensor:  # fmt: skip
     """Compute ``function(x)`` tile by tile, with gradients for x and the weights.
 
     Args:
@@ -31,17 +33,19 @@ def tiled(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, wei
         weights: the trainable tensors that it uses.
         tile_tokens: most tokens of a tile.
         skipping: shared by functions of one kind; see ``ops.checkpoint``.
+        around: a context to be in during all tiles, once forward and once backward.
     """
-    gradient = _Gradient.apply(function, tile_tokens, skipping or Skipping(), random_state(x), x, *weights)
-    return product_or_stand_in(lambda: _Value.apply(gradient, function, tile_tokens, x.detach()), gradient)
+    gradient = _Gradient.apply(function, tile_tokens, skipping or Skipping(), around, random_state(x), x, *weights)
+    return product_or_stand_in(lambda: _Value.apply(gradient, function, tile_tokens, around, x.detach()), gradient)
 
 
 class _Gradient(torch.autograd.Function):
     """Stand for the result in the graph, without memory or values; take its gradient and compute tile by tile."""
 
     @staticmethod
-    def forward(ctx, function, tile_tokens, skipping, state, x, *weights):
-        ctx.function, ctx.tile_tokens, ctx.skipping, ctx.state = function, tile_tokens, skipping, state
+    def forward(ctx, function, tile_tokens, skipping, around, state, x, *weights):
+        ctx.function, ctx.tile_tokens, ctx.skipping = function, tile_tokens, skipping
+        ctx.around, ctx.state = around, state
         ctx.save_for_backward(x, *weights)
         return x.new_empty(()).expand(x.shape)
 
@@ -50,7 +54,7 @@ class _Gradient(torch.autograd.Function):
         x, *weights = ctx.saved_tensors
         sums = [torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) for weight in weights]
         grad_x = torch.empty_like(x)
-        with torch.enable_grad(), with_random_state(ctx.state):
+        with torch.enable_grad(), with_random_state(ctx.state), ctx.around():
             for tile in pieces(x.shape[-2], ctx.tile_tokens):
                 x_tile = x[..., tile, :].detach().requires_grad_()
                 y = run_for_graph(ctx.function, [x_tile], [], ctx.skipping, Run.returns_last)
@@ -60,32 +64,35 @@ class _Gradient(torch.autograd.Function):
                     total.add_(part)
                 del y, grad, grads
         grads = [total.to(weight.dtype) for total, weight in zip(sums, weights, strict=True)]
-        return None, None, None, None, grad_x, *grads
+        return None, None, None, None, None, grad_x, *grads
 
 
 class _Value(torch.autograd.Function):
     """Compute the value, save nothing, and hand the result's gradient on to ``_Gradient``."""
 
     @staticmethod
-    def forward(ctx, gradient, function, tile_tokens, x):
+    def forward(ctx, gradient, function, tile_tokens, around, x):
         y = torch.empty_like(x)
-        with running(None):
+        with running(None), around():
             for tile in pieces(x.shape[-2], tile_tokens):
                 y[..., tile, :].copy_(function(x[..., tile, :]))
         return y
 
     @staticmethod
     def backward(ctx, grad_y):
-        return grad_y, None, None, None
+        return grad_y, None, None, None, None
 
 
 class Tiled(Around):
-    """A module that works token by token, run on at most ``tile_tokens`` tokens at a time."""
+    """A module that works token by token, run on at most ``tile_tokens`` tokens at a time; see ``tiled``."""
 
-    def __init__(self, inner: nn.Module, tile_tokens: int, skipping: Skipping | None = None):
+    def __init__(
+        self, inner: nn.Module, tile_tokens: int, skipping: Skipping | None = None,
+        around: Callable[[], AbstractContextManager] = nullcontext,
+    ):  # fmt: skip
         super().__init__(inner)
-        self.tile_tokens, self.skipping = tile_tokens, skipping
+        self.tile_tokens, self.skipping, self.around = tile_tokens, skipping, around
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weights = [weight for weight in self.parameters() if weight.requires_grad]
-        return tiled(self.inner, x, weights, self.tile_tokens, self.skipping)
+        return tiled(self.inner, x, weights, self.tile_tokens, self.skipping, self.around)

@@ -9,8 +9,8 @@ that moves less to the host, and then the one that needs the least memory.
 The way begins with checkpointing per block. If that fits, keeping everything is tried. Where more packs at once would
 pay and do not fit, or nothing fits at all, come the levers that save more, in the order of what they cost:
 tiles and, on a card, embeddings in host memory; then checkpoints there; at last the weights. It ends where one more
-lever makes nothing better. What memory the best then leaves buys back time: as many of the last blocks are kept, or
-resident, as fit.
+lever makes nothing better. What memory the best then leaves buys back time: a block's weights are unpacked once for
+its second run and its backward, and as many of the last blocks are kept, or resident, as fit.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -81,6 +81,7 @@ class Candidate:
             "memory.embeddings": "host" if x.host_embeddings else "device",
             "memory.offload_checkpoints": x.offload_checkpoints,
             "memory.resident_blocks": "all" if x.resident_blocks is None else x.resident_blocks,
+            "memory.reuse_dequantized": x.reuse_dequantized,
             "train.micro_batch_size": self.packs, "train.gradient_accumulation_steps": self.micro_batches,
         }  # fmt: skip
 
@@ -107,7 +108,8 @@ def search(step: Step, machine: Machine, limit_bytes: int) -> list[Candidate]:
             break
     best = choose(found, limit_bytes)
     if best is not None:
-        return found + _with_more_on_device(step, machine, best, limit_bytes)
+        found += _with_weights_reused(step, machine, best, limit_bytes)
+        return found + _with_more_on_device(step, machine, choose(found, limit_bytes), limit_bytes)
     if "loss_chunk_tokens" not in step.fixed:
         small = replace(found[-1].levers, loss_chunk_tokens=SMALL_CHUNK_TOKENS)
         found.append(build_candidate(step, machine, small, step.sizes()[0]))
@@ -145,6 +147,17 @@ def _divisions(
         if found[-1].peak_bytes > limit_bytes or slower:
             break
     return found
+
+
+def _with_weights_reused(step: Step, machine: Machine, best: Candidate, limit_bytes: int) -> list[Candidate]:
+    """Return the candidate that unpacks each weight of a block's backward once, if spare memory allows it.
+
+    It comes before whole blocks are kept: it takes the weights of one and serves all.
+    """
+    if "reuse_dequantized" in step.fixed or step.job.quant == "none" or best.levers.checkpointing != "block":
+        return []
+    reusing = build_candidate(step, machine, replace(best.levers, reuse_dequantized=True), best.packs)
+    return [reusing] if reusing.peak_bytes <= (1 - SPARED) * limit_bytes else []
 
 
 def _with_more_on_device(step: Step, machine: Machine, best: Candidate, limit_bytes: int) -> list[Candidate]:

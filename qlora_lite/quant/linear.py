@@ -4,7 +4,8 @@ A layer's weight is described by a ``WeightSpec`` and a flat tuple of plain tens
 multiplies by a frozen weight takes this pair, so that 4-bit layers, 16-bit layers and GPT-2's transposed
 ``Conv1D`` share one code path, and so that autograd keeps the *packed* tensors through
 ``save_for_backward`` (tensors kept on ``ctx`` instead go stale silently when weights are streamed:
-bitsandbytes issues 2034 and 2035). Nothing dequantised outlives the operation that needed it.
+bitsandbytes issues 2034 and 2035). Nothing dequantised outlives the operation that needed it, unless
+``keeping_weights`` says that it will be needed again at once.
 
 ``bitsandbytes.nn.Linear4bit`` is not used: it keeps the quantisation constants outside the module's
 registers, rewrites its own weight during ``forward`` on CPUs, and its CPU training path was measured
@@ -14,14 +15,21 @@ Shapes: x [..., in], weight [out, in], y [..., out]; T is the product of x's lea
 Source: QLoRA, arXiv 2305.14314, section 3.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from .nf4 import Packed, dequantize, dequantize_rows, empty_packed, quantize
+from qlora_lite.memory.meter import free_bytes
+
+from .few_rows import Arranged, arrange, arranged_bytes, can_arrange, card_product, cpu_product, few
+from .nf4 import BLOCK_SIZE, Packed, dequantize, dequantize_rows, empty_packed, quantize
 
 PACKED_BUFFERS = ("weight", "absmax", "absmax_code", "absmax_scale", "absmax_offset")
+SPARED = 0.5  # of the free memory, that arranged weights leave to everything else
 
 
 class WeightSpec(NamedTuple):
@@ -35,9 +43,64 @@ class WeightSpec(NamedTuple):
     transposed: bool = False
 
 
-def materialize(spec: WeightSpec, tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return the weight [out, in] in ``dtype``; a view of the stored tensor where that is possible."""
+class KeptWeights:
+    """Unpacked weights that are going to be multiplied by again.
+
+    Args:
+        stay: they serve any number of products, as those of other tiles; else each goes with the gradient it is for.
+    """
+
+    def __init__(self, stay: bool):
+        self.stay = stay
+        self._weights: dict[tuple, torch.Tensor] = {}
+
+    def weight(self, spec: WeightSpec, tensors: tuple[torch.Tensor, ...], dtype: torch.dtype, again: bool):
+        """Return a weight, unpacked or found, and keep it if it is needed ``again``."""
+        key = tensors[0].untyped_storage()._cdata, tensors[0].storage_offset(), dtype
+        weight = self._weights.pop(key, None)
+        if weight is None:
+            weight = materialize(spec, tensors, dtype)
+        if again or self.stay:
+            self._weights[key] = weight
+        return weight
+
+
+_kept: ContextVar[KeptWeights | None] = ContextVar("kept", default=None)
+
+
+@contextmanager
+def keeping_weights(stay: bool) -> Iterator[None]:
+    """Let the products inside keep their unpacked weights for their gradients, which may be computed outside.
+
+    Args:
+        stay: see ``KeptWeights``.
+    """
+    token = _kept.set(KeptWeights(stay))
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+def kept_for(x: torch.Tensor) -> KeptWeights | None:
+    """Return where a product with x and its gradient find its unpacked weight; None where it would serve no other."""
+    kept = _kept.get()
+    return kept if kept is not None and (kept.stay or x.requires_grad) else None
+
+
+def materialize(
+    spec: WeightSpec, tensors: tuple[torch.Tensor, ...], dtype: torch.dtype, kept: KeptWeights | None = None,
+    again: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """Return the weight [out, in] in ``dtype``; a view of the stored tensor where that is possible.
+
+    Args:
+        kept: from ``kept_for``.
+        again: it will be needed once more.
+    """
     if spec.quant_type is not None:
+        if kept is not None:
+            return kept.weight(spec, tensors, dtype, again)
         packed = Packed(*tensors, *(None,) * (len(Packed._fields) - len(tensors)))
         return dequantize(packed, spec.shape, dtype, spec.quant_type)
     weight = tensors[0].to(dtype)
@@ -60,8 +123,8 @@ class FrozenMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, addend, bias, spec, *tensors):
-        weight = materialize(spec, tensors, x.dtype)
-        ctx.spec = spec
+        ctx.spec, ctx.kept = spec, kept_for(x)
+        weight = materialize(spec, tensors, x.dtype, ctx.kept, again=True)
         ctx.save_for_backward(*tensors)
         if addend is None:
             return nn.functional.linear(x, weight, bias)
@@ -70,7 +133,7 @@ class FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         tensors = ctx.saved_tensors  # read once: with checkpointing the second access is an error
-        weight = materialize(ctx.spec, tensors, grad_y.dtype)
+        weight = materialize(ctx.spec, tensors, grad_y.dtype, ctx.kept)
         grad_addend = grad_y if ctx.needs_input_grad[1] else None
         return grad_y @ weight, grad_addend, None, None, *(None for _ in tensors)
 
@@ -80,10 +143,12 @@ class QuantLinear(nn.Module):
 
     The codes are the buffer ``weight`` (uint8 [ceil(out * in / 2), 1]); with ``double_quant`` the block
     maxima are uint8 with a 256-entry code, otherwise float32. ``bias`` [out], if any, is a frozen parameter.
-    ``replaces`` is the name of the class that stood here before.
+    ``replaces`` is the name of the class that stood here before; ``arranged`` is a second form of the weight for
+    products of few rows, made by ``arrange_weights``.
     """
 
     replaces = "Linear"
+    arranged: Arranged | None = None
 
     def __init__(self, in_features, out_features, bias, quant_type, double_quant, dtype, device=None):
         super().__init__()
@@ -102,6 +167,7 @@ class QuantLinear(nn.Module):
 
     def set_packed(self, packed: Packed) -> None:
         """Take over packed tensors of this layer's shape, without a copy."""
+        self.arranged = None
         for name, value in zip(PACKED_BUFFERS, packed, strict=True):
             if value is not None:
                 setattr(self, name, value)
@@ -123,6 +189,9 @@ class QuantLinear(nn.Module):
         return layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = product_of_few(self, x)
+        if y is not None:
+            return y
         spec, tensors = frozen_weight(self)
         return FrozenMatmul.apply(x, None, self.bias, spec, *tensors)
 
@@ -161,3 +230,41 @@ def frozen_weight(module: nn.Module) -> tuple[WeightSpec, tuple[torch.Tensor, ..
     if is_conv1d(module):
         return WeightSpec(shape[::-1], None, transposed=True), (module.weight,)
     return WeightSpec(shape, None), (module.weight,)
+
+
+def arrange_weights(model: nn.Module) -> int:
+    """Give the 4-bit layers of a model in host memory what their fused products of few rows need.
+
+    Where the processor has no such kernel, or the memory is not there, layers go on unpacking their weights.
+
+    Returns:
+        Bytes that it took.
+    """
+    if model.dtype != torch.bfloat16:  # the kernel would round all inputs to it
+        return 0
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear) and module.arranged is None]
+    layers = [layer for layer in layers if can_arrange((layer.out_features, layer.in_features), layer.weight.device)]
+    taken = sum(arranged_bytes((layer.out_features, layer.in_features)) for layer in layers)
+    if taken > (1 - SPARED) * free_bytes(torch.device("cpu")):
+        return 0
+    for layer in layers:
+        layer.arranged = arrange(layer.packed, (layer.out_features, layer.in_features), layer.quant_type)
+    return taken
+
+
+def product_of_few(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    """Return ``x @ weight.T + bias`` by the packed weight itself, or None where that does not serve.
+
+    It serves where a 4-bit layer is used, not trained, with few rows. The product is rounded before anything is added
+    to it, as in a merged 16-bit model.
+    """
+    if torch.is_grad_enabled() or module.training or not isinstance(module, QuantLinear) or not few(x):
+        return None
+    shape = module.out_features, module.in_features
+    if module.arranged is not None and x.dtype == torch.bfloat16:
+        y = cpu_product(x, module.arranged, shape)
+    elif x.is_cuda and module.in_features % BLOCK_SIZE == 0:
+        y = card_product(x, module.packed, shape, module.quant_type)
+    else:
+        return None
+    return y if module.bias is None else y.add_(module.bias)

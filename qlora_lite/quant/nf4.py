@@ -6,7 +6,7 @@ in the high half. Double quantisation then keeps the absmax values minus their m
 256: 4.127 bits a weight, not 4.5. Source: QLoRA (arXiv 2305.14314), section 3.
 
 Packed weights are plain tensors, not bitsandbytes' `QuantState` or `Params4bit`: they can be buffers, be
-saved for backward, be streamed and be fake. Its operators do the unpacking, and on a GPU the packing.
+saved for backward, be streamed and be on the meta device. Its operators do the unpacking, and on a GPU the packing.
 
 Packing on a CPU is done here, because the operator looks up each weight by binary search, whose branches no
 processor predicts. Here a weight's number is a count: how many of the 15 borders between table entries lie
@@ -118,14 +118,20 @@ def dequantize(packed: Packed, shape: Sequence[int], dtype: torch.dtype, quant_t
     """
     weights = prod(shape)
     rows = (weights // BLOCK_SIZE, BLOCK_SIZE) if weights % BLOCK_SIZE == 0 else (1, weights + weights % 2)
-    absmax = packed.absmax
-    if packed.absmax_code is not None:
-        absmax = torch.ops.bitsandbytes.dequantize_blockwise(
-            absmax, packed.absmax_scale, packed.absmax_code, ABSMAX_BLOCK_SIZE, torch.float32
-        )
-        absmax = absmax + packed.absmax_offset
-    values = torch.ops.bitsandbytes.dequantize_4bit(packed.codes, absmax, BLOCK_SIZE, quant_type, rows, dtype)
+    values = torch.ops.bitsandbytes.dequantize_4bit(
+        packed.codes, absmax_of(packed), BLOCK_SIZE, quant_type, rows, dtype
+    )
     return values.view(-1)[:weights].view(tuple(shape))
+
+
+def absmax_of(packed: Packed) -> Tensor:
+    """Return the largest magnitude of each block, float32 [blocks]."""
+    if packed.absmax_code is None:
+        return packed.absmax
+    absmax = torch.ops.bitsandbytes.dequantize_blockwise(
+        packed.absmax, packed.absmax_scale, packed.absmax_code, ABSMAX_BLOCK_SIZE, torch.float32
+    )
+    return absmax + packed.absmax_offset
 
 
 def dequantize_rows(

@@ -82,6 +82,8 @@ _RENAMED = {
     "train.eval_every_steps":
         "eval_steps evals_per_epoch eval_strategy evaluation_strategy steps_per_eval do_eval "
         "eval_interval",
+    "train.early_stopping_patience":
+        "early_stopping early_stop early_stopping_steps early_stopping_rounds patience",
     "train.save_every_steps":
         "save_steps saves_per_epoch save_strategy save_every save_interval",
     "train.keep_checkpoints":
@@ -98,6 +100,8 @@ _RENAMED = {
         "enable_activation_checkpointing grad_checkpoint",
     "memory.budget":
         "gpu_memory_limit max_memory memory_limit vram gpu_memory_utilization",
+    "memory.optimizer_in_backward":
+        "optimizer_in_bwd fused_backward",
     "output.dir":
         "output_dir out_dir save_dir adapter_path",
     "output.name":
@@ -122,6 +126,10 @@ _ADVICE = {
     "pad_to_sequence_len": "remove it; nothing is ever padded",
     "group_by_length": "remove it; nothing is ever padded, so rows need no sorting by length",
     "logging_steps": "remove it; every step is written to metrics.jsonl",
+    "early_stopping_threshold": "remove it; any lower evaluation loss is a better one",
+    "early_stopping_min_delta": "remove it; any lower evaluation loss is a better one",
+    "load_best_model_at_end": "remove it; the best factors by evaluation loss are always kept, in adapter",
+    "metric_for_best_model": "remove it; the best factors are those with the lowest evaluation loss",
     "overwrite_output_dir": "remove it; a run folder is never overwritten",
     "resume_from_checkpoint": "remove it; `qlora-lite train RECIPE --resume` goes on from the newest checkpoint",
     "auto_resume_from_checkpoints": "remove it; `qlora-lite train RECIPE --resume` goes on from the newest checkpoint",

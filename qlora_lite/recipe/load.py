@@ -167,17 +167,30 @@ class _Checker:
     def combinations(self) -> None:
         """Report settings that do not go together."""
         if self._value("data", "eval") is None and "data.eval" not in self._explained:
-            for name in ("eval_every_steps", "exact_match_rows"):
+            for name in ("eval_every_steps", "early_stopping_patience", "exact_match_rows"):
                 value = self._value("train", name)
                 if isinstance(value, int) and value > 0:
                     message = f"train.{name} = {value}: needs evaluation rows; write data.eval, or 0 here"
                     self._add(("train", name), message)
+        patience = self._value("train", "early_stopping_patience")
+        if isinstance(patience, int) and patience > 0 and not self._value("train", "eval_every_steps"):
+            message = f"train.early_stopping_patience = {patience}: needs evaluations on the way; write "
+            self._add(("train", "early_stopping_patience"), f"{message}train.eval_every_steps, or 0 here")
         if self._value("data", "streaming") is True:
             needs = {"data.order: as-is": self._value("data", "order") == "as-is",
                      "train.max_steps": self._value("train", "max_steps") is not None}  # fmt: skip
             if missing := " and ".join(setting for setting, is_there in needs.items() if not is_there):
                 self._add(
                     ("data", "streaming"), f"data.streaming = true: has no order or end of its own; write {missing}"
+                )
+        if self._value("memory", "optimizer_in_backward") is True:
+            needs = {"max_grad_norm": 0, "gradient_accumulation_steps": 1, "on_not_finite": "stop"}
+            given = Recipe.model_fields["train"].default.model_dump()
+            given |= {name: value for name in needs if (value := self._value("train", name)) is not None}
+            if missing := " and ".join(f"train.{key}: {value}" for key, value in needs.items() if given[key] != value):
+                self._add(
+                    ("memory", "optimizer_in_backward"),
+                    f"memory.optimizer_in_backward = true: all gradients of a step are never there; write {missing}",
                 )
         for location, source in self._sources():
             if message := _columns_problem(source):

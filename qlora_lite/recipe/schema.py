@@ -222,6 +222,9 @@ class Train(_Section):
     one bit for bit; slower. On a CPU it does so anyway."""
     eval_every_steps: Count = 0
     """Steps between evaluations; 0 evaluates only before and after."""
+    early_stopping_patience: Count = 0
+    """Evaluations in a row without a better loss after which training ends; 0 never ends it early. The one before
+    training does not count."""
     save_every_steps: Count = 0
     """Steps between checkpoints, from which train --resume goes on; 0 leaves it to train.save_every_minutes."""
     save_every_minutes: NonNegativeFloat = 10.0
@@ -270,6 +273,13 @@ class Memory(_Section):
     )
     """How many of the last blocks keep their frozen weights on the device; the others' lie in host memory and
     come, one block ahead, in forward and in backward. Results are the same to the bit."""
+    optimizer_in_backward: bool = False
+    """Update each factor as soon as its gradient is there, so that the gradients of all never lie in memory at one
+    time. Clipping, several micro-batches a step and leaving steps out need all of them first: with
+    train.max_grad_norm 0, train.gradient_accumulation_steps 1 and train.on_not_finite stop only."""
+    reuse_dequantized: bool | Literal["auto"] = "auto"
+    """Unpack the 4-bit weights of a block once for its second run and its backward, and those of an MLP once for all
+    tiles: less work, for as long a block's weights in 16 bit."""
     micro_batches: Literal["auto", "as-given"] = "auto"
     """auto may cut a step's packs into other micro-batches than train.micro_batch_size says; the packs of a step, and
     what each token counts, stay the same."""

@@ -7,7 +7,7 @@ weights are the ones that were loaded. At a loss that is not finite: which rows,
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -21,6 +21,7 @@ from qlora_lite.models.anatomy import device_of, head
 from qlora_lite.models.load import rows_run_alone, run_rows_alone, use_row_attention, uses_row_attention
 from qlora_lite.ops.loss import head_logits
 
+from .settings import TrainSettings
 from .step import hidden_states, prepare, summed_loss
 
 log = logging.getLogger("qlora_lite")
@@ -95,19 +96,42 @@ def _own_attention(model: nn.Module) -> Iterator[None]:
         use_row_attention(model)
 
 
-def check_adapters_took_part(model: nn.Module) -> None:
+def check_adapters_took_part(model: nn.Module, norms: Sequence[float]) -> None:
     """Check after the first backward that gradient reached every wrapped layer.
 
     B starts at zero, so A's first gradient is zero by construction and B's is the one to look at.
 
+    Args:
+        norms: of the gradients of ``lora_parameters(model)``, in their order.
+
     Raises:
         TrainingError: naming the layers that got none.
     """
-    idle = [n for n, layer in lora_layers(model) if layer.lora_B.grad is None or not layer.lora_B.grad.any()]
+    norm_of = {id(p): norm for (_, p), norm in zip(lora_parameters(model), norms, strict=True)}
+    idle = [name for name, layer in lora_layers(model) if not norm_of[id(layer.lora_B)]]
     if idle:
         raise TrainingError(
             f"{len(idle)} of the wrapped layers got no gradient, first {idle[0]}; leave them out of lora.targets"
         )
+
+
+def check_updates_in_backward(model: nn.Module, settings: TrainSettings) -> None:
+    """Check that one backward pass is a whole step, where it updates the factors.
+
+    Raises:
+        TrainingError: naming what would need the gradients of a whole step, or several passes.
+    """
+    if not settings.levers.optimizer_in_backward:
+        return
+    hindrances = {
+        "clipping: set train.max_grad_norm to 0": settings.max_grad_norm > 0,
+        "several micro-batches: set train.gradient_accumulation_steps to 1": settings.gradient_accumulation_steps > 1,
+        "leaving steps out: set train.on_not_finite to stop": settings.on_not_finite != "stop",
+        "the rows of this model, which run one by one": rows_run_alone(model),
+    }
+    found = [reason for reason, applies in hindrances.items() if applies]
+    if found:
+        raise TrainingError(f"memory.optimizer_in_backward does not go with {', or with '.join(found)}")
 
 
 def check_trainable(model: nn.Module, announced: int) -> None:

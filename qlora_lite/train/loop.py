@@ -23,7 +23,7 @@ from torch import nn
 from qlora_lite.data.batch import Batch, collate, plan_epoch
 from qlora_lite.data.stored import Example, row_lengths
 from qlora_lite.data.stream import stream_batches
-from qlora_lite.errors import TrainingError
+from qlora_lite.errors import DoesNotFitError, TrainingError
 from qlora_lite.lora.inject import lora_parameters
 from qlora_lite.memory.meter import PeakMeter
 from qlora_lite.models.anatomy import device_of
@@ -31,13 +31,19 @@ from qlora_lite.models.levers import set_levers
 
 from .epochs import Epochs
 from .generators import generator_states, restore_generators
-from .guards import check_adapters_took_part, check_forward, check_trainable, explain_not_finite
+from .guards import (
+    check_adapters_took_part,
+    check_forward,
+    check_trainable,
+    check_updates_in_backward,
+    explain_not_finite,
+)
 from .optim import build_optimizer
-from .out_of_memory import cut, first_line, free_cached_memory, is_out_of_memory, lower_limit
+from .out_of_memory import CURES, cut, first_line, free_cached_memory, is_out_of_memory, lower_limit
 from .rehearsal import rehearse_step
 from .schedule import lr_factor
 from .settings import TrainSettings
-from .step import Evaluation, evaluate_loss, prepare, train_step
+from .step import Evaluation, StepResult, evaluate_loss, prepare, train_step, train_step_in_backward
 
 log = logging.getLogger("qlora_lite")
 T = TypeVar("T")
@@ -95,6 +101,7 @@ class Trainer:
         set_levers(model, replace(settings.levers, tile_tokens=tiny_tiles))
         check_forward(model)
         set_levers(model, settings.levers)
+        check_updates_in_backward(model, settings)
         self.meter = PeakMeter(device_of(model))
         weakref.finalize(self, self.meter.close)  # its thread would outlive the trainer
 
@@ -112,7 +119,7 @@ class Trainer:
             rehearse_step(
                 self.model, self.parameters, optimizer, prepare(largest, device),
                 evaluation and prepare(evaluation, device), s.max_grad_norm, s.levers.loss_chunk_tokens,
-                s.gradient_accumulation_steps > 1,
+                s.gradient_accumulation_steps > 1, s.levers.optimizer_in_backward,
             )  # fmt: skip
         self.optimizer_bytes = sum(
             value.nbytes for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
@@ -151,21 +158,28 @@ class Trainer:
         rate = s.learning_rate * lr_factor(self.step, self.total_steps, s.lr_scheduler, s.warmup_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        chunk = s.levers.loss_chunk_tokens
-        result = self._within_memory(
-            micro_batches,
-            lambda batches: train_step(self.model, list(batches), self.optimizer, s.max_grad_norm, chunk),
-        )
+        result = self._within_memory(micro_batches, self._step)
         if not math.isfinite(result.loss + result.grad_norm):
             self._skip_or_stop(micro_batches)
         elif self.step - self.skipped == 1:
-            check_adapters_took_part(self.model)
+            check_adapters_took_part(self.model, result.norms.tolist())
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
         return StepMetrics(
             self.step, result.loss, rate, result.grad_norm, result.tokens, result.labelled_tokens,
             result.tokens / seconds, self.meter.peak_bytes(), seconds,
         )  # fmt: skip
+
+    def _step(self, batches: Iterator[Batch]) -> StepResult:
+        s, chunk = self.settings, self.settings.levers.loss_chunk_tokens
+        if not s.levers.optimizer_in_backward:
+            return train_step(self.model, list(batches), self.optimizer, s.max_grad_norm, chunk)
+        whole, *more = batches
+        if more:
+            raise DoesNotFitError(
+                "memory ran out, and with memory.optimizer_in_backward a step cannot be cut; turn it off, or " + CURES
+            )
+        return train_step_in_backward(self.model, whole, self.optimizer, chunk)
 
     def _within_memory(self, groups: Sequence[Sequence[Example]], compute: Callable[[Iterator[Batch]], T]) -> T:
         """Return what ``compute`` makes of the batches; where memory runs out, do it again with smaller ones.

@@ -5,11 +5,12 @@
 states live in memory that CUDA moves to the host under pressure; without CUDA they are ordinary memory.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from qlora_lite.errors import TrainingError
+from qlora_lite.memory.marks import category, phase
 
 BITSANDBYTES_NAMES = {
     "paged_adamw_8bit": "PagedAdamW8bit",
@@ -48,19 +49,75 @@ def build_optimizer(
 
 
 def clip_gradients(parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scale the gradients to a total L2 norm of at most ``max_norm`` (0: only measure); return the norm.
+    """Scale the gradients to a total L2 norm of at most ``max_norm`` (0: only measure); return their norms before it.
 
-    The norm is accumulated in float32 whatever the gradients' type. If it is not finite, nothing is scaled, so
-    that the gradient at fault can still be told from the others. No value is read back to the host.
+    Norms are accumulated in float32 whatever the gradients' type. If one is not finite, nothing is scaled, so that
+    the gradient at fault can still be told from the others. No value is read back to the host.
+
+    Returns:
+        The norm of each parameter's gradient, float32 [n].
 
     Raises:
         TrainingError: a parameter has no gradient.
     """
-    missing = sum(parameter.grad is None for parameter in parameters)
-    if missing:
-        raise TrainingError(f"{missing} of {len(parameters)} LoRA factors got no gradient")
-    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters]
-    total = torch.linalg.vector_norm(torch.stack(norms))
+    norms = _stacked([None if p.grad is None else _norm(p.grad) for p in parameters])
     if max_norm > 0:  # a norm of 0 scales by 1
+        total = torch.linalg.vector_norm(norms)
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total.where(total.isfinite(), 0.0))
-    return total
+    return norms
+
+
+def _norm(gradient: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(gradient, dtype=torch.float32)
+
+
+def _stacked(norms: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    missing = sum(norm is None for norm in norms)
+    if missing:
+        raise TrainingError(f"{missing} of {len(norms)} LoRA factors got no gradient")
+    return torch.stack(norms)
+
+
+class UpdatesInBackward:
+    """Update each parameter as soon as its gradient is there, and drop the gradient: no two exist at one time.
+
+    While it is entered, a backward pass is the step. What needs all gradients first cannot be had: clipping, several
+    backward passes a step, leaving a step out.
+
+    Args:
+        optimizer: any that leaves parameters without a gradient alone, as all of ``build_optimizer``'s do.
+        rehearsing: let the optimizer see gradients of zero.
+
+    Source: the idea of LOMO, arXiv 2306.09782, section 3.1.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, rehearsing: bool = False):
+        self.optimizer, self.rehearsing = optimizer, rehearsing
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._norms: dict[torch.nn.Parameter, torch.Tensor] = {}
+        self._handles: list = []
+
+    def __enter__(self):
+        self._norms.clear()
+        self._handles = [p.register_post_accumulate_grad_hook(self._update) for p in self.parameters]
+        return self
+
+    def __exit__(self, *error):
+        for handle in self._handles:
+            handle.remove()
+
+    def _update(self, parameter: torch.nn.Parameter) -> None:
+        if self.rehearsing:
+            parameter.grad.zero_()
+        self._norms[parameter] = _norm(parameter.grad)
+        with phase("optimizer"), category("optimizer"):
+            self.optimizer.step()
+        parameter.grad = None
+
+    def norms(self) -> torch.Tensor:
+        """Return the norm of each parameter's gradient, float32 [n].
+
+        Raises:
+            TrainingError: a parameter got none.
+        """
+        return _stacked([self._norms.get(parameter) for parameter in self.parameters])

@@ -1,7 +1,7 @@
 """One step in the steady state that changes nothing: what a run needs at most, before it starts.
 
-On real tensors it is the measured proof that a run fits; on fake ones (``planning.simulate``) it is the plan. Both
-call this function, and it calls what training calls.
+On real tensors it is the measured proof that a run fits; on ones without memory (``planning.simulate``) it is the
+plan. Both call this function, and it calls what training calls.
 """
 
 from collections.abc import Sequence
@@ -11,13 +11,14 @@ from torch import nn
 
 from qlora_lite.memory.marks import category, phase
 
-from .optim import clip_gradients
+from .optim import UpdatesInBackward, clip_gradients
 from .step import Inputs, accumulate_gradients, summed_loss
 
 
 def rehearse_step(
     model: nn.Module, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, inputs: Inputs,
     eval_inputs: Inputs | None, max_grad_norm: float, chunk_tokens: int | None, accumulating: bool,
+    updates_in_backward: bool = False,
 ) -> None:  # fmt: skip
     """Go through forward, backward, optimizer and evaluation as any later step would, and forget the results.
 
@@ -29,21 +30,27 @@ def rehearse_step(
         inputs: the largest micro-batch.
         eval_inputs: the largest evaluation batch; None if there is none.
         accumulating: the micro-batch is not the first of its step, so that gradients are there already.
+        updates_in_backward: see ``optim.UpdatesInBackward``.
     """
-    with category("gradients"):
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
-    with phase("load"), category("optimizer"):
-        optimizer.step()
-    if not accumulating:
-        optimizer.zero_grad(set_to_none=True)
-    accumulate_gradients(model.train(), [inputs], chunk_tokens)
-    with phase("optimizer"):
-        clip_gradients(list(parameters), max_grad_norm)
-        for parameter in parameters:
-            parameter.grad.zero_()
-        with category("optimizer"):
+    for together in [[parameter] for parameter in parameters] if updates_in_backward else [parameters]:
+        with category("gradients"):
+            for parameter in together:
+                parameter.grad = torch.zeros_like(parameter)
+        with phase("load"), category("optimizer"):
             optimizer.step()
+        if not accumulating:
+            optimizer.zero_grad(set_to_none=True)
+    if updates_in_backward:
+        with UpdatesInBackward(optimizer, rehearsing=True):
+            accumulate_gradients(model.train(), [inputs], chunk_tokens)
+    else:
+        accumulate_gradients(model.train(), [inputs], chunk_tokens)
+        with phase("optimizer"):
+            clip_gradients(list(parameters), max_grad_norm)
+            for parameter in parameters:
+                parameter.grad.zero_()
+            with category("optimizer"):
+                optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if eval_inputs is not None:
         with torch.no_grad(), phase("evaluation"):

@@ -19,15 +19,19 @@ from qlora_lite.models.load import rows_run_alone, uses_row_attention
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, chunked_cross_entropy
 from qlora_lite.ops.shapes import kernel_rows
 
-from .optim import clip_gradients
+from .optim import UpdatesInBackward, clip_gradients
 from .out_of_memory import in_the_update
 
 
 class StepResult(NamedTuple):
-    """What one optimizer step saw: mean loss per labelled token, gradient norm before clipping, counts."""
+    """What one optimizer step saw: mean loss per labelled token, gradient norms before clipping, counts.
+
+    ``norms`` are those of the single parameters, float32 [n] in the optimizer's order.
+    """
 
     loss: float
     grad_norm: float
+    norms: torch.Tensor
     tokens: int
     labelled_tokens: int
 
@@ -80,7 +84,11 @@ def hidden_states(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     """Return the last hidden states [T, D] of rows laid end to end."""
     if rows_run_alone(model):
         return _hidden_states_row_by_row(model, inputs)
-    rows = {"row_lengths": inputs.row_lengths} if uses_row_attention(model) else {}
+    rows = {}
+    if uses_row_attention(model):
+        # row_attention needs no mask. Without one, transformers looks at the positions for packed rows, and a card
+        # waits for the answer; one of four dimensions it passes on as it is.
+        rows = {"row_lengths": inputs.row_lengths, "attention_mask": inputs.input_ids.new_empty((1, 1, 0, 0))}
     output = decoder(model)(
         input_ids=inputs.input_ids, position_ids=inputs.position_ids, use_cache=False, **rows
     )  # fmt: skip
@@ -146,12 +154,38 @@ def train_step(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     mean = accumulate_gradients(model, [prepare(batch, device_of(model)) for batch in batches], chunk_tokens)
     with phase("optimizer"):
-        loss, grad_norm = mean.item(), clip_gradients(parameters, max_grad_norm).item()
-        if math.isfinite(loss) and math.isfinite(grad_norm):
+        result = _result(batches, mean.item(), clip_gradients(parameters, max_grad_norm))
+        if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
             with category("optimizer"), in_the_update():
                 optimizer.step()
+    return result
+
+
+def train_step_in_backward(
+    model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, chunk_tokens: int | None = None
+) -> StepResult:
+    """Run one optimizer step whose backward pass updates each factor; equals ``train_step`` without clipping.
+
+    A loss that is not finite leaves the weights alone; a gradient that is not finite is seen too late for that.
+
+    Raises:
+        DoesNotFitError: memory ran out, when some weights may have been changed already.
+    """
+    inputs = prepare(batch, device_of(model))
+    with phase("forward"):
+        loss = summed_loss(model, inputs, chunk_tokens) / len(inputs.targets)
+    value = loss.item()
+    if not math.isfinite(value):
+        return _result([batch], value, loss.detach()[None])
+    with phase("backward"), in_the_update(), UpdatesInBackward(optimizer) as updates:
+        loss.backward()
+    return _result([batch], value, updates.norms())
+
+
+def _result(batches: Sequence[Batch], loss: float, norms: torch.Tensor) -> StepResult:
     tokens = sum(batch.input_ids.shape[1] for batch in batches)
-    return StepResult(loss, grad_norm, tokens, sum(labelled_count(batch) for batch in batches))
+    grad_norm = torch.linalg.vector_norm(norms).item()
+    return StepResult(loss, grad_norm, norms, tokens, sum(labelled_count(batch) for batch in batches))
 
 
 @torch.no_grad()

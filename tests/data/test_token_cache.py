@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hostile import Trap
 from tiny_tokenizer import make_tokenizer
 
 from qlora_lite.data import examples as examples_module
@@ -137,6 +138,19 @@ def test_a_damaged_set_is_made_again(build, entries, tmp_path, name, damage):
         (entry / name).write_bytes(whole[:-1] if damage == "cut short" else b"")
     assert plain(build()) == plain(first)
     assert (entry / name).read_bytes() == whole and len(entries()) == 1
+
+
+def test_a_pickle_in_place_of_an_array_is_never_run(build, tmp_path):
+    rows = ROWS * 60
+    expected = plain(build(rows))
+    (entry,) = (tmp_path / "cache").iterdir()
+    np.save(tmp_path / "trap.npy", np.array([Trap(tmp_path / "ran")], dtype=object), allow_pickle=True)
+    trap, size = (tmp_path / "trap.npy").read_bytes(), (entry / "order.npy").stat().st_size
+    assert len(trap) < size, "of another size it would not even be opened"
+    (entry / "order.npy").write_bytes(trap.ljust(size, b"\0"))
+    assert plain(build(rows)) == expected and not (tmp_path / "ran").exists()
+    np.load(tmp_path / "trap.npy", allow_pickle=True)
+    assert (tmp_path / "ran").exists(), "a reader of pickles would have run it"
 
 
 def test_a_cache_that_cannot_be_written_costs_one_line_and_no_more(write, tokenizer, tmp_path, caplog):

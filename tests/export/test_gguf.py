@@ -1,6 +1,7 @@
 """A GGUF file gives, in readers that share no code with its writer, the merged model's tokens."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tiny_runs import logits, make_run, tiny_run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qlora_lite.errors import ModelError
+from qlora_lite.export import forms
 from qlora_lite.export.forms import ExportSettings, export_run
 from qlora_lite.export.gguf_config import rope_factors
 from qlora_lite.export.gguf_model import MODEL_FILE
@@ -87,6 +89,33 @@ def test_other_types_round_the_weights_once(family, kind, most, run_of, tmp_path
         step = exact.reshape(-1, 32).abs().amax(1, keepdim=True) / 127
         assert ((tensor - exact).reshape(-1, 32).abs() <= 0.57 * step).all(), name  # half a step, and a float16 scale
     assert report["distance"] < most and abs(report["share"] - 1) < 0.05
+
+
+@pytest.mark.parametrize("base", ["nf4", "original"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_large_model_is_checked_block_by_block_with_the_same_outcome(family, base, run_of, tmp_path, monkeypatch):
+    run = run_of(family)
+    whole = export_run(run, tmp_path / "whole", ExportSettings("gguf", base))
+    monkeypatch.setattr(forms, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(forms, "load_model", None)
+    monkeypatch.setattr(forms, "build_model", None)
+    streamed = export_run(run, tmp_path / "streamed", ExportSettings("gguf", base))
+    assert streamed["share"] == pytest.approx(whole["share"], abs=2e-3)
+    assert streamed["distance"] == pytest.approx(whole["distance"], rel=0.02)
+    assert "block by block" in streamed["notes"][-1] and whole["notes"] == streamed["notes"][:-1]
+
+
+def test_a_large_file_that_lacks_the_adapter_is_an_error(run_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(forms, "WHOLE_BYTES", 0)
+    write = forms.write_gguf
+
+    def write_base(merged, *rest):
+        return write(replace(merged, adapter=replace(merged.adapter, layers={})), *rest)
+
+    monkeypatch.setattr(forms, "write_gguf", write_base)
+    with pytest.raises(ModelError, match=r"\(it changes nothing\)"):
+        export_run(run_of("llama"), tmp_path / "out", ExportSettings("gguf"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_base_in_the_original_weights_is_another_file(run_of, tmp_path):

@@ -127,6 +127,7 @@ TEXTS = (
 
 @pytest.mark.model
 @pytest.mark.slow
+@pytest.mark.timeout(3000)  # transformers reads a GGUF file's 262,144 tokens one by one, in every load of Gemma's
 @pytest.mark.parametrize("name", ["smollm2", "gemma3"])
 def test_llama_cpp_makes_the_tokens_of_the_demo_models(name, tmp_path):
     base = DEMO_MODEL

@@ -148,7 +148,9 @@ def test_a_section_that_is_no_mapping_is_an_error_that_shows_how_to_write_it(pro
         ("datasets: [{path: x}]", "data.train"), ("gradient_checkpointing: true", "memory.checkpointing"),
         ("learning_rate: 1", "train.learning_rate"), ("warmup_steps: 10", "train.warmup_ratio"),
         ("optim: adamw", "train.optimizer"), ("output_dir: x", "output.dir"),
-        ("val_set_size: 0.1", "data.eval"),
+        ("val_set_size: 0.1", "data.eval"), ("early_stopping: 3", "train.early_stopping_patience"),
+        ("patience: 3", "train.early_stopping_patience"),
+        ("early_stopping_patience: 3", "train.early_stopping_patience"),
         ("sample_packing: true", "data.packing"), ("packing: true", "data.packing"),
         ("report_to: x", "train.trackers"), ("optimizer: x", "train.optimizer"),
         ("rank: 3", "lora.rank"), ("Learning-Rate: 3", "train.learning_rate"), ("lora.rank: 3", "lora.rank"),
@@ -296,6 +298,11 @@ def test_a_missing_demo_model_says_to_install_without_its_dependencies(problems,
 def test_settings_that_do_not_go_together_are_problems(problems, recipe, folder):
     (folder / "m.gguf").write_text("")
     assert "train.eval_every_steps = 5: needs evaluation rows" in problems(GOOD, "train.eval_every_steps=5")[0]
+    patience, every = "train.early_stopping_patience=2", "train.eval_every_steps=5"
+    assert "early_stopping_patience = 2: needs evaluation rows" in problems(GOOD, patience, every)[0]
+    (said,) = problems(GOOD, patience, "data.eval=rows.jsonl")
+    assert "early_stopping_patience = 2: needs evaluations on the way; write train.eval_every_steps" in said
+    assert recipe(GOOD, patience, every, "data.eval=rows.jsonl").train.early_stopping_patience == 2
     said = "data.streaming = true: has no order or end of its own; write data.order: as-is and train.max_steps"
     assert said in problems(GOOD, "data.streaming=true")[0]
     assert "write data.order: as-is" in problems(GOOD, "data.streaming=true", "train.max_steps=9")[0]
@@ -306,6 +313,17 @@ def test_settings_that_do_not_go_together_are_problems(problems, recipe, folder)
     chat = "data.train=[{path: rows.jsonl, format: messages, prompt: a, completion: b}]"
     assert "are for tables, not for messages" in problems(GOOD, chat)[0]
     assert "data.template = t.jinja: no such file" in problems(GOOD, "data.template=t.jinja")[0]
+
+
+def test_updates_in_backward_say_what_they_do_not_go_with(problems, recipe):
+    on = "memory.optimizer_in_backward=true"
+    said = "memory.optimizer_in_backward = true: all gradients of a step are never there; write train.max_grad_norm: 0"
+    assert problems(GOOD, on, "train.gradient_accumulation_steps=1")[0].endswith(said)
+    others = problems(GOOD, on, "train.gradient_accumulation_steps=4", "train.on_not_finite=skip")[0]
+    for needed in ("max_grad_norm: 0", "gradient_accumulation_steps: 1", "on_not_finite: stop"):
+        assert f"train.{needed}" in others
+    together = "train.max_grad_norm=0", "train.gradient_accumulation_steps=1"
+    assert recipe(GOOD, on, *together).memory.optimizer_in_backward
 
 
 def test_files_need_not_be_there_where_only_the_settings_are_wanted(recipe, folder):

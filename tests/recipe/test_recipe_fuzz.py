@@ -1,7 +1,7 @@
 """Whatever a recipe file or an override holds, the outcome is a Recipe or a RecipeError."""
 
 import pytest
-from hypothesis import given, settings
+from hostile import TIMES, fuzz
 from hypothesis import strategies as st
 
 from qlora_lite.errors import RecipeError
@@ -47,6 +47,9 @@ GOOD = {
 }
 
 
+REFUSED = {False: "", True: "refused"}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("fuzz")
@@ -83,41 +86,59 @@ def recipe_texts(draw):
     return "\n".join(lines)
 
 
-@settings(deadline=None, max_examples=1800)
-@given(recipe_texts(), st.booleans())
-def test_a_recipe_of_traps_is_loaded_or_refused(folder, text, check_files):
-    recipe = outcome(folder, text.encode(), check_files=check_files)
-    if recipe is not None:
-        assert_loads_back(folder, recipe)
+@TIMES
+def test_a_recipe_of_traps_is_loaded_or_refused(folder, times):
+    def check(drawn):
+        text, check_files = drawn
+        recipe = outcome(folder, text.encode(), check_files=check_files)
+        if recipe is not None:
+            assert_loads_back(folder, recipe)
+        return REFUSED[recipe is None]
+
+    fuzz("recipe", st.tuples(recipe_texts(), st.booleans()), 1800 * times, check)
 
 
-@settings(deadline=None, max_examples=1200)
-@given(st.dictionaries(st.sampled_from(sorted(GOOD)), st.integers(0, 9), max_size=8), st.booleans(), TRAPS)
-def test_a_good_recipe_with_at_most_one_trap_is_loaded_or_refused(folder, picks, has_trap, trap):
+@st.composite
+def good_recipes(draw):
+    """Draw the text of a good recipe, and whether one of its values was then replaced by a trap."""
+    picks = draw(st.dictionaries(st.sampled_from(sorted(GOOD)), st.integers(0, 9), max_size=8))
     chosen = {key: GOOD[key][number % len(GOOD[key])] for key, number in picks.items()}
     chosen = {"data.train": "rows.jsonl", "model.path": "gpt2"} | chosen
+    has_trap = draw(st.booleans())
     if has_trap:
-        chosen[sorted(chosen)[0]] = trap
+        chosen[sorted(chosen)[0]] = draw(TRAPS)
     sections = {}
     for key, value in chosen.items():
         sections.setdefault(key.split(".")[0], []).append(f"  {key.split('.')[1]}: {value}")
-    text = "\n".join("\n".join([f"{name}:", *lines]) for name, lines in sections.items())
-    recipe = outcome(folder, text.encode())
-    assert has_trap or recipe is not None
-    if recipe is not None:
-        assert_loads_back(folder, recipe)
+    return "\n".join("\n".join([f"{name}:", *lines]) for name, lines in sections.items()), has_trap
 
 
-@settings(deadline=None, max_examples=1000)
-@given(st.binary(max_size=60) | st.text(st.sampled_from(ODD)).map(str.encode))
-def test_any_bytes_are_loaded_or_refused(folder, raw):
-    outcome(folder, raw)
+@TIMES
+def test_a_good_recipe_with_at_most_one_trap_is_loaded_or_refused(folder, times):
+    def check(drawn):
+        text, has_trap = drawn
+        recipe = outcome(folder, text.encode())
+        assert has_trap or recipe is not None
+        if recipe is not None:
+            assert_loads_back(folder, recipe)
+        return REFUSED[recipe is None]
+
+    fuzz("recipe", good_recipes(), 1200 * times, check)
 
 
-@settings(deadline=None, max_examples=1000)
-@given(st.lists(st.tuples(OVERRIDE_KEYS, TRAPS | st.text()), max_size=4))
-def test_any_overrides_are_applied_or_refused(folder, pairs):
-    overrides = [f"{key}={value}" for key, value in pairs]
-    recipe = outcome(folder, b"model: {path: gpt2}\ndata: {train: rows.jsonl}\n", overrides)
-    if recipe is not None:
-        assert_loads_back(folder, recipe)
+@TIMES
+def test_any_bytes_are_loaded_or_refused(folder, times):
+    raw = st.binary(max_size=60) | st.text(st.sampled_from(ODD)).map(str.encode)
+    fuzz("recipe", raw, 1000 * times, lambda content: REFUSED[outcome(folder, content) is None])
+
+
+@TIMES
+def test_any_overrides_are_applied_or_refused(folder, times):
+    def check(pairs):
+        overrides = [f"{key}={value}" for key, value in pairs]
+        recipe = outcome(folder, b"model: {path: gpt2}\ndata: {train: rows.jsonl}\n", overrides)
+        if recipe is not None:
+            assert_loads_back(folder, recipe)
+        return REFUSED[recipe is None]
+
+    fuzz("overrides", st.lists(st.tuples(OVERRIDE_KEYS, TRAPS | st.text()), max_size=4), 1000 * times, check)

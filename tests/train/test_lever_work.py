@@ -1,4 +1,6 @@
-"""What each lever computes again, counted exactly: operations of matrix products and attention."""
+"""What each lever computes and moves again, counted exactly."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from qlora_lite.memory.work import WorkCounter
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.ops.shapes import planning_for
+from qlora_lite.quant.linear import frozen_weight, materialize
 from qlora_lite.train.step import accumulate_gradients, hidden_states, prepare
 
 DEPTH, RANK, LENGTH = 4, 3, 32
@@ -24,8 +27,8 @@ def inputs(model):
     return prepare(random_batch((LENGTH,)), device_of(model))
 
 
-def step_flops(model, levers, device_type="cuda"):
-    """Return the operations of a step once the blocks know what they may leave out."""
+def step_work(model, levers, device_type="cuda"):
+    """Return the work of a step once the blocks know what they may leave out."""
     set_levers(model, levers)
     model.train()
     with planning_for(device_type):
@@ -34,7 +37,11 @@ def step_flops(model, levers, device_type="cuda"):
             accumulate_gradients(model, [inputs(model)])
     for _, parameter in lora_parameters(model):
         parameter.grad = None
-    return counter.work.flops
+    return counter.work
+
+
+def step_flops(model, levers, device_type="cuda"):
+    return step_work(model, levers, device_type).flops
 
 
 def forward_flops(model, device_type="cuda"):
@@ -101,3 +108,44 @@ def test_tiles_in_a_checkpointed_block_cost_no_product_more(model, tile_tokens):
 
 def test_where_tensors_lie_changes_no_operation(model):
     assert step_flops(model, Levers(offload_checkpoints=True)) == step_flops(model, Levers())
+
+
+def unpacking_bytes(model, *names):
+    """Return the bytes that unpacking the layers of some names once moves, over all blocks."""
+    with phase("forward"), WorkCounter() as counter:
+        for path, layer in lora_layers(model):
+            if path.endswith(names):
+                materialize(*frozen_weight(layer.base), torch.float32)
+    return counter.work.moved_bytes
+
+
+def reused_by_attention(model):
+    """Return the bytes of one unpacking of what attention multiplies by in a second run and again in backward.
+
+    The first block's q, k and v are not among it: their input needs no gradient.
+    """
+    attention = unpacking_bytes(model, "q_proj", "k_proj", "v_proj", "o_proj")
+    return attention - unpacking_bytes(model, *(f"layers.0.self_attn.{name}_proj" for name in "qkv"))
+
+
+def test_reuse_unpacks_each_weight_of_a_block_twice_a_step_and_not_three_times(model):
+    before, after = step_work(model, Levers()), step_work(model, Levers(reuse_dequantized=True))
+    # down_proj's is unpacked twice in any case: its product is left out of the second run
+    saved = reused_by_attention(model) + unpacking_bytes(model, "gate_proj", "up_proj")
+    assert before.moved_bytes - after.moved_bytes == saved > 0
+    assert before._replace(moved_bytes=0) == after._replace(moved_bytes=0)
+
+
+@pytest.mark.parametrize("tile_tokens", [8, LENGTH])
+def test_with_reuse_all_tiles_share_what_one_unpacks(model, tile_tokens):
+    levers, tiles = Levers(tile_tokens=tile_tokens), LENGTH // tile_tokens
+    before, after = step_work(model, levers), step_work(model, replace(levers, reuse_dequantized=True))
+    # without: gate and up forward, again and backward in each tile, down forward and backward; with: all of them twice
+    saved = (3 * tiles - 2) * unpacking_bytes(model, "gate_proj", "up_proj")
+    saved += (2 * tiles - 2) * unpacking_bytes(model, "down_proj")
+    assert before.moved_bytes - after.moved_bytes == saved + reused_by_attention(model)
+    assert before._replace(moved_bytes=0) == after._replace(moved_bytes=0)
+
+
+def test_blocks_that_keep_everything_have_nothing_to_unpack_again(model):
+    assert step_work(model, Levers("none", reuse_dequantized=True)) == step_work(model, Levers("none"))

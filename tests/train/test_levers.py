@@ -1,5 +1,6 @@
 """Every lever, alone and with others, gives the gradients of the plain step."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -8,14 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lever_cases import CPU, DEPTH, PLAIN, SAME_ARITHMETIC, build, gradients
 from tiny import ARCHITECTURES, build_tiny, random_batch, random_factors
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_lite.errors import ModelError
 from qlora_lite.lora.inject import add_lora, lora_parameters
+from qlora_lite.lora.layer import LoraLinear
 from qlora_lite.models.anatomy import blocks
 from qlora_lite.models.levers import Levers, on_host, place, set_levers
 from qlora_lite.models.load import use_row_attention
 from qlora_lite.models.quantizer import quantize_head
 from qlora_lite.ops.tile import Tiled
+from qlora_lite.quant.linear import QuantLinear, keeping_weights
 from qlora_lite.quant.nf4 import dequantize, quantize
 from qlora_lite.train.guards import check_forward, frozen_checksum
 from qlora_lite.train.step import evaluate_loss
@@ -38,6 +42,70 @@ def test_where_tensors_lie_and_whether_they_are_kept_changes_no_bit(levers):
 def test_tiles_give_the_plain_gradients(model_type, checkpointing):
     levers = Levers(checkpointing, tile_tokens=7)
     assert_close(gradients(build(model_type), levers), gradients(build(model_type), PLAIN))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("levers", [Levers(), Levers(tile_tokens=7), Levers("none", tile_tokens=7)], ids=str)
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2"])
+def test_weights_that_are_unpacked_once_for_a_backward_change_no_bit(model_type, levers, dropout):
+    expected = gradients(build(model_type, dropout=dropout), levers)
+    found = gradients(build(model_type, dropout=dropout), replace(levers, reuse_dequantized=True))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+class Unpacked(TorchDispatchMode):
+    """Count weights as they are unpacked, and how many of them were alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = self.most = 0
+        self._alive = []
+
+    @property
+    def alive(self):
+        return sum(storage() is not None for storage in self._alive)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.bitsandbytes.dequantize_4bit.default:
+            self._alive.append(weakref.ref(result.untyped_storage()))
+            self.count, self.most = self.count + 1, max(self.most, self.alive)
+        return result
+
+
+@pytest.mark.parametrize("where", [{}, {"resident_blocks": 0, "offload_checkpoints": True}], ids=["device", "host"])
+@pytest.mark.parametrize("tile_tokens", [None, 7])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_unpacked_weights_never_outlive_their_block(where, tile_tokens, dropout):
+    levers = Levers(tile_tokens=tile_tokens, reuse_dequantized=True, **where)
+    model = build(levers=levers, dropout=dropout)
+    gradients(model, levers)  # which product of a block is left out shows the first time
+    with Unpacked() as seen:
+        gradients(model, levers)
+    assert seen.alive == 0
+    assert seen.most <= 7  # the linear layers of a block
+    with Unpacked() as plain:
+        gradients(model, replace(levers, reuse_dequantized=False))
+    assert plain.most == 1
+    assert seen.count < 0.75 * plain.count
+
+
+@pytest.mark.parametrize(("needs_gradient", "kept"), [(True, 2), (False, 1)])
+def test_a_kept_weight_goes_with_the_gradient_it_was_kept_for(needs_gradient, kept):
+    first, second = (
+        LoraLinear(QuantLinear.from_weight(torch.randn(64, 64), None, "nf4", True), 4, 8, dtype=torch.float32)
+        for _ in range(2)
+    )
+    alive = []
+    with Unpacked() as seen:
+        with keeping_weights(stay=False):
+            middle = first(torch.randn(5, 64, requires_grad=needs_gradient))
+            y = second(middle)
+        middle.register_hook(lambda _: alive.append(seen.alive))
+        assert seen.alive == kept
+        y.sum().backward()
+    assert [*alive, seen.alive] == [kept - 1, 0]
 
 
 def test_bf16_gradients_of_many_tiles_are_rounded_once():
@@ -153,7 +221,7 @@ levers_strategy = st.builds(
     Levers, checkpointing=st.sampled_from(["block", "none"]), kept_blocks=st.integers(0, DEPTH),
     loss_chunk_tokens=st.sampled_from([None, 3, 50]), tile_tokens=st.sampled_from([None, 1, 5, 64]),
     offload_checkpoints=st.booleans(), resident_blocks=st.sampled_from([None, 0, 1, 3, DEPTH]),
-    host_embeddings=st.booleans(),
+    host_embeddings=st.booleans(), reuse_dequantized=st.booleans(),
 )  # fmt: skip
 PLAIN_GRADIENTS = {}
 

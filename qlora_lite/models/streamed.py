@@ -1,0 +1,68 @@
+"""Run a model whose weights are never in memory together: those of a block are read for its forward, and dropped.
+
+For a few forwards of a model of any size, such as the check after an export: the memory is that of the largest block
+or of the embeddings. (Loading a 7B model in float32 takes 28 GiB. transformers can keep weights on disk, but writes
+them there once more first.) Every forward reads the whole file again: this is not for training.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from .anatomy import blocks
+from .load import use_row_attention
+
+Read = Callable[[str], torch.Tensor]
+
+
+def streamed_model(config, read: Read) -> nn.Module:
+    """Build a float32 model that reads its weights when they are needed; adapters may be attached to it.
+
+    Args:
+        config: transformers configuration.
+        read: returns the float32 weight of a parameter's name; a tied head's is asked for under the embeddings' name.
+    """
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.tie_weights()
+    model.requires_grad_(False).eval()
+    model.config.use_cache = False
+    use_row_attention(model)
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters():  # the first name of each
+        names[id(parameter)] = name
+    whole = blocks(model)
+    inside = {id(module) for block in whole for module in block.modules()}
+    alone = [m for m in model.modules() if id(m) not in inside and any(True for _ in m.parameters(recurse=False))]
+    for module in [*whole, *alone]:
+        _read_around_forward(module, names, read)
+    return model
+
+
+def _read_around_forward(module: nn.Module, names: dict[int, str], read: Read) -> None:
+    """Give a module's parameters values before its forward, and take them away behind it."""
+    taken: list[tuple[dict, str, nn.Parameter]] = []
+
+    def fill(_module, _arguments) -> None:
+        for registry, leaf, empty in _empty_parameters(module):
+            taken.append((registry, leaf, empty))
+            registry[leaf] = nn.Parameter(read(names[id(empty)]), requires_grad=False)
+
+    def drop(_module, _arguments, _output) -> None:
+        for registry, leaf, empty in taken:
+            registry[leaf] = empty
+        taken.clear()
+
+    module.register_forward_pre_hook(fill)
+    module.register_forward_hook(drop)
+
+
+def _empty_parameters(module: nn.Module) -> Iterator[tuple[dict, str, nn.Parameter]]:
+    """Yield where each parameter without a value is registered, its last name, and itself."""
+    for part in module.modules():
+        for leaf, parameter in list(part._parameters.items()):
+            if parameter is not None and parameter.is_meta:
+                yield part._parameters, leaf, parameter

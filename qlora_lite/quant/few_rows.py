@@ -1,0 +1,99 @@
+"""Multiply a few rows by a packed weight without unpacking it first: what every token of generation needs.
+
+Unpacking a weight moves 4.6 bytes for each of its numbers (half a byte read, two written, two read by the product),
+whatever the number of rows. bitsandbytes' fused kernels read the half byte and no more. They round more than the
+plain way does (the product, before anything is added to it, and on a CPU the block maxima): at most 1.5 times its
+error against float64. They have no gradient, so they are for use and not for training.
+
+On a card the kernel takes the packed weight as it is, double quantisation included. A CPU's wants another order of
+the codes (32 rows of the weight side by side) and the maxima in bfloat16, so its weights are arranged once, beside
+the packed ones: 4.25 more bits a weight, for products of a block of SmolLM2 that are 8 times as fast with one row, 7
+with four, 1.2 with 32 (two cores of an EPYC; ``tools/bench_adapters``). It needs AVX512-BF16; without that, the
+operator of the same name would take the arranged codes for packed ones. Training arranges nothing: its plan has no
+room for a second form of the weights.
+
+Both are kept away from rows that are not made of whole blocks, which bitsandbytes' CPU kernels have got wrong before
+(see ``quant.nf4.dequantize``).
+
+Shapes: x [..., in], weight [out, in], y [..., out]; rows are the product of x's leading dimensions.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import bitsandbytes.functional as bnb
+import torch
+
+from .nf4 import BLOCK_SIZE, Packed, absmax_of
+
+# Most rows for which the fused product is taken. On a card: up to 4 bitsandbytes 0.50 itself takes its fused kernel on
+# every one (_GEMM_4BIT_CUSTOM_FLOOR_M). On a CPU: the most that ``generate.answer`` runs together; with 64 rows it was
+# 1.0 to 1.8 times as fast, too little for what it rounds more.
+MOST_ROWS = {"cuda": 4, "cpu": 32}
+_SIDE_BY_SIDE = 32  # rows of the weight that lie together in the CPU kernel's order
+
+
+class Arranged(NamedTuple):
+    """A packed weight in the order of bitsandbytes' CPU kernel."""
+
+    codes: torch.Tensor  # uint8 [out, in / 2]
+    absmax: torch.Tensor  # bfloat16 [in / 64, out]
+    table: torch.Tensor  # float32 [16], the 4-bit type's values
+
+
+def can_arrange(shape: Sequence[int], device: torch.device) -> bool:
+    """Tell whether the CPU at hand has a fused kernel for weights of a shape [out, in]."""
+    out_features, in_features = shape
+    whole = out_features % _SIDE_BY_SIDE == 0 and in_features % BLOCK_SIZE == 0
+    return whole and device.type == "cpu" and bool(bnb.has_avx512bf16())
+
+
+def arranged_bytes(shape: Sequence[int]) -> int:
+    """Return the memory of an arranged weight of a shape [out, in]."""
+    out_features, in_features = shape
+    return out_features * in_features // 2 + 2 * out_features * in_features // BLOCK_SIZE
+
+
+def arrange(packed: Packed, shape: Sequence[int], quant_type: str) -> Arranged:
+    """Put a packed weight into the order of the CPU kernel.
+
+    Of 32 rows, two neighbouring columns at a time: byte 2 i + p holds column p of row i in its low half and of row
+    i + 16 in its high half.
+
+    Args:
+        packed: from ``quantize``.
+        shape: the weight's, [out, in], for which ``can_arrange`` holds.
+        quant_type: the one it was packed with.
+    """
+    out_features, in_features = shape
+    codes = packed.codes.view(out_features // _SIDE_BY_SIDE, 2, _SIDE_BY_SIDE // 2, in_features // 2)
+    low, high = codes[:, 0], codes[:, 1]
+    columns = torch.stack(((high & 0xF0) | (low >> 4), (high << 4) | (low & 0x0F)), dim=-1)
+    absmax = absmax_of(packed).view(out_features, in_features // BLOCK_SIZE)
+    return Arranged(
+        columns.transpose(1, 2).reshape(out_features, in_features // 2),
+        absmax.t().to(torch.bfloat16).contiguous(),
+        bnb.get_4bit_type(quant_type, device="cpu"),
+    )
+
+
+def few(x: torch.Tensor) -> bool:
+    """Tell whether x has so few rows that its device's fused product is faster than the plain one."""
+    return 0 < x.numel() <= MOST_ROWS.get(x.device.type, 0) * x.shape[-1]
+
+
+def cpu_product(x: torch.Tensor, arranged: Arranged, shape: Sequence[int]) -> torch.Tensor:
+    """Return ``x W^T`` of an arranged weight; x is bfloat16."""
+    return torch.ops.bitsandbytes.gemv_4bit(
+        x.contiguous(), arranged.codes, shape, arranged.absmax, arranged.table, BLOCK_SIZE
+    )
+
+
+def card_product(x: torch.Tensor, packed: Packed, shape: Sequence[int], quant_type: str) -> torch.Tensor:
+    """Return ``x W^T`` of a packed weight on a card; a row of the weight is made of whole blocks."""
+    double = packed.absmax_code is not None
+    return torch.ops.bitsandbytes.gemm_4bit(
+        x, packed.codes, shape, packed.absmax_scale if double else packed.absmax, BLOCK_SIZE, quant_type,
+        absmax_8bit=packed.absmax if double else None, absmax_code=packed.absmax_code,
+        absmax_offset=packed.absmax_offset,
+    )  # fmt: skip

@@ -1,0 +1,105 @@
+"""Whatever a data file of any format holds, its rows are read, or named as bad, or the file is refused."""
+
+import gzip
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hostile import TIMES, clean, fuzz, spoiled, spoiled_bytes
+
+from qlora_lite.data.formats import read_conversations
+from qlora_lite.data.lines import Problems
+from qlora_lite.data.read import Source
+
+TURNS = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "a, \"b\""},
+         {"role": "assistant", "content": "c"}]  # fmt: skip
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+ROWS = {  # a good row of each format
+    "messages": {"messages": TURNS, "tools": TOOLS},
+    "sharegpt": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    "alpaca": {"instruction": "a", "input": "b", "output": "c"},
+    "prompt-completion": {"prompt": "a", "completion": "b"},
+    "text": {"text": "a\n\nb"},
+}
+LINES = "".join(json.dumps({"prompt": f"{n}é", "completion": "b"}) + "\n" for n in range(3)).encode()
+TABLE = b'prompt,completion\n"a, ""b""",c\nd,"e\nf"\n'
+
+
+def columns(write):
+    """Return the bytes that pyarrow writes of a small table with nested columns."""
+    table = pyarrow.table({"messages": [TURNS, TURNS[1:]], "n": [1, None]})
+    features = {"messages": [{"role": {"dtype": "string", "_type": "Value"},
+                              "content": {"dtype": "string", "_type": "Value"}}],
+                "n": {"dtype": "int64", "_type": "Value"}}  # fmt: skip
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    sink = pyarrow.BufferOutputStream()
+    write(table, sink)
+    return sink.getvalue().to_pybytes()
+
+
+def write_stream(table, sink):
+    with pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def write_file(table, sink):
+    with pyarrow.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+FILES = {
+    "rows.jsonl": LINES,
+    "rows.json": b"[" + LINES.strip().replace(b"\n", b",") + b"]",
+    "rows.csv": TABLE,
+    "rows.tsv": TABLE.replace(b",", b"\t"),
+    "rows.txt": "one\n\ntwo é\nthree\n".encode(),
+    "rows.jsonl.gz": gzip.compress(LINES),
+    "rows.csv.zst": pyarrow.compress(TABLE, codec="zstd", asbytes=True),
+    "rows.parquet": columns(pyarrow.parquet.write_table),
+    "file.arrow": columns(write_file),
+    "stream.arrow": columns(write_stream),
+}
+
+
+def outcome(path) -> str:
+    """Read a file; return "" where every row is good, else what is said."""
+    problems = Problems()
+
+    def read():
+        for row in read_conversations(Source(str(path)), problems):
+            assert row.where
+        problems.raise_if_any()
+
+    return clean(read)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_files_are_good_before_they_are_spoiled(tmp_path, name):
+    (tmp_path / name).write_bytes(FILES[name])
+    assert outcome(tmp_path / name) == ""
+
+
+@TIMES
+@pytest.mark.parametrize("name", FILES)
+def test_a_data_file_may_hold_anything(tmp_path, name, times):
+    path = tmp_path / name
+
+    def check(content):
+        path.write_bytes(content)
+        return outcome(path)
+
+    fuzz("data file", spoiled_bytes(FILES[name]), 60 * times, check)
+
+
+@TIMES
+@pytest.mark.parametrize("row_format", ROWS)
+def test_a_row_of_any_format_may_hold_anything(tmp_path, row_format, times):
+    path = tmp_path / "rows.jsonl"
+
+    def check(row):
+        path.write_bytes(json.dumps(row).encode("utf-8", "surrogatepass") + b"\n")
+        return outcome(path)
+
+    assert check(ROWS[row_format]) == ""
+    fuzz("row of data", spoiled(ROWS[row_format]), 120 * times, check)

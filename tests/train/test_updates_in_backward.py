@@ -1,0 +1,134 @@
+"""Updating each factor in the backward pass is the same step, and no two gradients exist at one time."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import ARCHITECTURES
+from tiny_trainer import trainer
+from transformers import AutoConfig
+
+from qlora_lite.errors import DoesNotFitError, TrainingError
+from qlora_lite.memory.ledger import Ledger
+from qlora_lite.models.levers import Levers
+from qlora_lite.models.load import run_rows_alone
+from qlora_lite.planning import simulate
+from qlora_lite.train import step as step_module
+from qlora_lite.train.guards import check_updates_in_backward
+
+IN_BACKWARD = Levers(optimizer_in_backward=True)
+WHOLE = dict(max_grad_norm=0.0, gradient_accumulation_steps=1, micro_batch_size=2)
+
+
+def run(levers, **changes):
+    training = trainer(**(WHOLE | changes), levers=levers)
+    return training, list(training)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "lion_8bit"])
+@pytest.mark.parametrize("levers", [
+    Levers(), Levers("none"), Levers(offload_checkpoints=True, resident_blocks=0, tile_tokens=5),
+])  # fmt: skip
+def test_the_steps_are_those_of_updates_after_backward(optimizer, levers):
+    plain, steps = run(levers, optimizer=optimizer)
+    training, in_backward = run(replace(levers, optimizer_in_backward=True), optimizer=optimizer)
+    assert len(steps) == 4
+    for one, other in zip(in_backward, steps, strict=True):
+        assert (one.loss, one.grad_norm, one.tokens) == (other.loss, other.grad_norm, other.tokens)
+    assert all(torch.equal(a, b) for a, b in zip(training.parameters, plain.parameters, strict=True))
+
+
+@pytest.mark.parametrize("levers", [IN_BACKWARD, replace(IN_BACKWARD, checkpointing="none")])
+@pytest.mark.parametrize("work", [lambda training: next(iter(training)), lambda training: training.rehearse()])
+def test_no_two_gradients_exist_at_one_time(levers, work):
+    training = trainer(**WHOLE, levers=levers)
+    with Ledger(timeline=True) as ledger:
+        ledger.watch(training.model)
+        work(training)
+    gradients = max(moment.breakdown.get("gradients", 0) for moment in ledger.timeline)
+    assert gradients == max(parameter.nbytes for parameter in training.parameters)
+
+
+@pytest.mark.parametrize("levers", [IN_BACKWARD, replace(IN_BACKWARD, offload_checkpoints=True, resident_blocks=0)])
+def test_the_plan_is_what_a_step_on_real_tensors_needs(levers):
+    config = AutoConfig.for_model("llama", **ARCHITECTURES["llama"] | {"num_hidden_layers": 5})
+    rows = simulate.Rows((20, 11), 29)
+    job = simulate.Job(config, rows, rows, rank=4, compute_dtype=torch.float32, max_grad_norm=0.0, levers=levers)
+    planned, real = (simulate._run(job, device, False) for device in (simulate.META, simulate.CPU))
+    assert planned.moments == real.moments
+    assert planned.work == real.work
+    after = simulate.simulate_whole(replace(job, levers=replace(levers, optimizer_in_backward=False)))
+    # With the inputs of all blocks on the device the peak is at the last block, before there are gradients.
+    assert (planned.peak().total < after.peak().total) == levers.offload_checkpoints
+
+
+def test_a_rehearsal_leaves_no_trace():
+    plain, steps = run(IN_BACKWARD)
+    training = trainer(**WHOLE, levers=IN_BACKWARD)
+    layer = training.model.get_submodule("model.layers.0.self_attn.o_proj")
+    broken = layer.lora_B.register_hook(lambda grad: grad * float("nan"))
+    training.rehearse(training.examples[:2])
+    broken.remove()
+    assert [metrics.loss for metrics in training] == [metrics.loss for metrics in steps]
+    assert all(torch.equal(a, b) for a, b in zip(training.parameters, plain.parameters, strict=True))
+
+
+@pytest.mark.parametrize(("changes", "reason"), [
+    ({"max_grad_norm": 1.0}, "clipping: set train.max_grad_norm to 0"),
+    ({"gradient_accumulation_steps": 2}, "several micro-batches"),
+    ({"on_not_finite": "skip"}, "leaving steps out"),
+])  # fmt: skip
+def test_what_needs_all_gradients_is_refused(changes, reason):
+    with pytest.raises(TrainingError, match=f"optimizer_in_backward does not go with {reason}"):
+        trainer(**(WHOLE | changes), levers=IN_BACKWARD)
+
+
+def test_a_model_whose_rows_run_one_by_one_is_refused():
+    training = trainer(**WHOLE, levers=IN_BACKWARD)
+    run_rows_alone(training.model)
+    with pytest.raises(TrainingError, match="rows of this model"):
+        check_updates_in_backward(training.model, training.settings)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_weights(monkeypatch):
+    training = trainer(**WHOLE, levers=IN_BACKWARD)
+    before = [parameter.detach().clone() for parameter in training.parameters]
+    plain = step_module.summed_loss
+    monkeypatch.setattr(step_module, "summed_loss", lambda *arguments: plain(*arguments) * float("nan"))
+    with pytest.raises(TrainingError, match="not finite"):
+        next(iter(training))
+    assert all(torch.equal(a, b) for a, b in zip(before, training.parameters, strict=True))
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run():
+    training = trainer(**WHOLE, levers=IN_BACKWARD)
+    layer = training.model.get_submodule("model.layers.1.self_attn.o_proj")
+    layer.lora_B.register_hook(lambda grad: grad * float("nan"))
+    with pytest.raises(TrainingError, match="not finite"):
+        next(iter(training))
+
+
+def test_a_layer_without_a_gradient_is_named_after_the_first_step():
+    training = trainer(**WHOLE, levers=IN_BACKWARD)
+    training.model.get_submodule("model.layers.1.mlp.up_proj").lora_B.register_hook(torch.zeros_like)
+    with pytest.raises(TrainingError, match=r"1 of the wrapped layers got no gradient, first .*\.1\.mlp\.up_proj"):
+        next(iter(training))
+
+
+@pytest.mark.parametrize("layer", ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"])
+def test_memory_that_runs_out_is_an_error_with_the_cure(layer):
+    training = trainer(**WHOLE, levers=IN_BACKWARD)
+
+    def run_out(grad):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes.")
+
+    training.model.get_submodule(layer).lora_B.register_hook(run_out)
+    with pytest.raises(DoesNotFitError, match=r"while the weights were updated.*--resume"):
+        next(iter(training))
+
+
+def test_memory_that_runs_out_in_forward_is_no_reason_to_cut_the_step(monkeypatch):
+    training = trainer(**WHOLE, levers=IN_BACKWARD)
+    training.most_tokens = 5
+    with pytest.raises(DoesNotFitError, match="a step cannot be cut; turn it off"):
+        next(iter(training))
