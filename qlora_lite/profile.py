@@ -22,7 +22,8 @@ from .memory.meter import PeakMeter
 from .memory_page import memory_page
 from .models.anatomy import device_of
 from .models.tokenizer import load_tokenizer
-from .plan import Plan, alternatives, expected_peak, plan_run, reason
+from .plan import Plan, alternatives, expected_peak, plan_run
+from .plan_text import reason
 from .planning.predict import Prediction
 from .planning.simulate import ALLOCATION_BYTES
 from .recipe.schema import Recipe

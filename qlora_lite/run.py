@@ -27,7 +27,8 @@ from .models.cache import base_fingerprint
 from .models.load import resolve_device
 from .models.locate import locate
 from .models.tokenizer import load_tokenizer
-from .plan import alternatives, expected_peak, plan_run, reason
+from .plan import alternatives, expected_peak, plan_run
+from .plan_text import reason
 from .preflight import line_of_problem, preflight
 from .recipe.schema import Recipe
 from .report import write_report

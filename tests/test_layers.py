@@ -19,6 +19,7 @@ LAYERS = [
     {"planning"},
     {"build", "rows", "runs", "saver", "stopping", "tracking", "generate", "charts", "stacked", "page", "run_files"},
     {"evaluate", "report", "preflight", "memory_page", "plan", "resume", "likeness", "trained", "compare_page"},
+    {"plan_text"},
     {"data_page", "profile", "training", "merge", "tasks"},
     {"run", "export", "converse", "compare", "serve"},
     {"doctor"},

@@ -8,6 +8,7 @@ from tiny_files import save_tiny, write_recipe
 from transformers import AutoConfig
 
 from qlora_lite import plan as planner
+from qlora_lite import plan_text
 from qlora_lite.cli.main import main
 from qlora_lite.errors import DoesNotFitError, ModelError
 from qlora_lite.memory.cards import find_card
@@ -44,7 +45,7 @@ def test_the_fastest_settings_that_fit_are_chosen_and_the_effective_batch_is_kep
     for plan in (roomy, tight):
         assert plan.chosen.packs * plan.chosen.micro_batches == 4
         assert plan.peak_bytes <= plan.budget_bytes
-    assert "would need" in planner.reason(tight)
+    assert "would need" in plan_text.reason(tight)
 
 
 def test_what_the_recipe_fixes_is_kept(recipe):
@@ -60,7 +61,7 @@ def test_what_the_recipe_fixes_is_kept(recipe):
         "memory.resident_blocks": "all", "memory.reuse_dequantized": True,
         "train.micro_batch_size": 2, "train.gradient_accumulation_steps": 2,
     }  # fmt: skip
-    assert planner.reason(plan).endswith("as the recipe says")
+    assert plan_text.reason(plan).endswith("as the recipe says")
 
 
 def test_weights_are_unpacked_once_for_a_backward_where_that_is_faster_by_more_than_estimates_tell(recipe):
@@ -69,7 +70,7 @@ def test_weights_are_unpacked_once_for_a_backward_where_that_is_faster_by_more_t
     short = planner.plan_recipe(recipe(block, keeps_none, "data.max_tokens=256"), CARD, 8 * GIB)
     long = planner.plan_recipe(recipe(block, keeps_none, "data.max_tokens=4096"), CARD, 8 * GIB)
     assert short.chosen.levers.reuse_dequantized and not long.chosen.levers.reuse_dequantized
-    assert "weights unpacked once" in planner.reason(short)
+    assert "weights unpacked once" in plan_text.reason(short)
     (without,) = (c for c in short.found if not c.levers.reuse_dequantized)
     assert EQUALLY_FAST * short.chosen.step_seconds < without.step_seconds
     assert short.chosen.peak_bytes > without.peak_bytes
@@ -85,7 +86,7 @@ def test_weights_are_unpacked_once_for_a_backward_where_that_is_faster_by_more_t
 
 def test_the_parts_add_up_to_the_peak_and_the_json_has_the_agreed_keys(recipe):
     plan = planner.plan_recipe(recipe(), CARD, 8 * GIB)
-    values = planner.as_json(plan, list(planner.alternatives(plan)))
+    values = plan_text.as_json(plan, list(planner.alternatives(plan)))
     assert set(values) >= {
         "fits", "budget_bytes", "peak_bytes", "peak_phase", "peak_module", "breakdown", "host_bytes", "disk_bytes",
         "step_seconds_estimate", "chosen", "alternatives",
@@ -157,7 +158,7 @@ def test_an_operator_that_needs_values_is_measured_on_small_real_models_and_name
     monkeypatch.setattr(simulate, "rehearse_step", step_that_looks_at_values)
     measured = planner.plan_recipe(settings, CARD, 8 * GIB)
     assert measured.chosen.prediction.simulation.measured_because == "aten.nonzero.default"
-    assert "aten.nonzero.default cannot run without values" in planner.describe(measured, [])
+    assert "aten.nonzero.default cannot run without values" in plan_text.describe(measured, [])
     assert measured.peak_bytes == pytest.approx(planned.peak_bytes, abs=100)
 
 

@@ -49,6 +49,7 @@ def plan(recipe, overrides, vram, card, max_tokens, max_batch, html, as_json, ca
     settings = load_recipe(recipe, overrides, check_files=False)  # neither rows nor weights are needed
     prepare(verbose=not as_json)
     from qlora_lite import plan as planner
+    from qlora_lite import plan_text
 
     machine, budget = _machine(settings, vram, card)
     made = planner.plan_recipe(settings, machine, budget)
@@ -61,11 +62,11 @@ def plan(recipe, overrides, vram, card, max_tokens, max_batch, html, as_json, ca
     if html is not None:
         from qlora_lite.memory_page import memory_page
 
-        write_text(html, memory_page(planner.page_record(made, others, f"Memory plan of {Path(recipe).stem}")))
+        write_text(html, memory_page(plan_text.page_record(made, others, f"Memory plan of {Path(recipe).stem}")))
     if as_json:
-        click.echo(json.dumps(planner.as_json(made, others) | found))
+        click.echo(json.dumps(plan_text.as_json(made, others) | found))
     else:
-        _show(planner.describe(made, others), found, html)
+        _show(plan_text.describe(made, others), found, html)
     if not made.fits:
         if not as_json:
             raise planner.does_not_fit(made, others)

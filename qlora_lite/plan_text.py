@@ -1,0 +1,106 @@
+"""Show a plan: as lines, as a JSON object, as what the page draws, and why it was chosen in one line."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from .memory.bar import memory_bar
+from .plan import Alternative, Plan, disk_bytes, host_bytes
+from .planning.search import Candidate
+from .planning.simulate import simulate_whole
+from .units import format_bytes, format_seconds
+
+
+def reason(plan: Plan) -> str:
+    """Say in one line why this plan was chosen."""
+    settings = _in_words(plan.chosen)
+    if len(plan.found) == 1:
+        return f"{settings}: as the recipe says"
+    faster = [c for c in plan.found if c.step_seconds < plan.chosen.step_seconds and c is not plan.chosen]
+    too_large = [c for c in faster if plan.machine.base_bytes + c.peak_bytes > plan.budget_bytes]
+    if too_large:
+        least = min(too_large, key=lambda c: c.peak_bytes)
+        need = format_bytes(plan.machine.base_bytes + least.peak_bytes)
+        return f"{settings}: the fastest that fits; a faster plan would need {need}"
+    return f"{settings}: the fastest of {len(plan.found)} plans" + (
+        " within 3 %, with the least memory" if faster else ""
+    )
+
+
+def _in_words(chosen: Candidate) -> str:
+    x = chosen.levers
+    kept = f" but for the last {x.kept_blocks} blocks" if x.checkpointing == "block" and x.kept_blocks else ""
+    resident = "" if x.resident_blocks is None else (
+        f", weights streamed from the host but for {x.resident_blocks} blocks" if x.resident_blocks
+        else ", weights streamed from the host"
+    )  # fmt: skip
+    return (
+        f"checkpointing {x.checkpointing}{kept}"
+        + (f", tiles of {x.tile_tokens} tokens" if x.tile_tokens else "")
+        + (", weights unpacked once per backward" if x.reuse_dequantized else "")
+        + (", embeddings in host memory" if x.host_embeddings else "")
+        + (", checkpoints in host memory" if x.offload_checkpoints else "")
+        + f"{resident}, loss chunk {x.loss_chunk_tokens}, packs at once {chosen.packs}, "
+        f"micro-batches {chosen.micro_batches}"
+    )
+
+
+def as_json(plan: Plan, others: Sequence[Alternative]) -> dict:
+    """Return the plan as plain values."""
+    peak = plan.chosen.prediction.simulation.peak()
+    return {
+        "fits": plan.fits, "machine": plan.machine.name, "budget_bytes": plan.budget_bytes,
+        "peak_bytes": plan.peak_bytes,
+        "first_step_peak_bytes": plan.peak_bytes - peak.total + plan.chosen.prediction.simulation.first_step_bytes(),
+        "peak_phase": peak.phase, "peak_module": peak.module,
+        "breakdown": plan.breakdown, "host_bytes": host_bytes(plan), "disk_bytes": disk_bytes(plan),
+        "step_seconds_estimate": plan.chosen.step_seconds, "chosen": plan.chosen.settings, "why": reason(plan),
+        "constants": [o._asdict() for o in plan.chosen.prediction.overheads],
+        "measured_operator": plan.chosen.prediction.simulation.measured_because,
+        "alternatives": [asdict(alternative) for alternative in others],
+    }  # fmt: skip
+
+
+def page_record(plan: Plan, others: Sequence[Alternative], title: str) -> dict:
+    """Return what ``memory_page`` draws: the timeline of every block, the peak and the alternatives."""
+    simulation, timeline = simulate_whole(plan.chosen.prediction.job, timeline=True)
+    peak = simulation.peak()
+    constants = [o._asdict() for o in plan.chosen.prediction.overheads]
+    if plan.machine.base_bytes:
+        constants.append({"name": "process", "bytes": plan.machine.base_bytes, "why": "Python and its libraries"})
+    return {
+        "title": title,
+        "subtitle": f"Planned for {plan.machine.name}: {format_bytes(plan.peak_bytes)} of "
+                    f"{format_bytes(plan.budget_bytes)}, about {format_seconds(plan.chosen.step_seconds)} a step",
+        "budget_bytes": plan.budget_bytes,
+        "peak": {"bytes": peak.total, "phase": peak.phase, "module": peak.module, "breakdown": peak.breakdown},
+        "timeline": [{"phase": m.phase, "module": m.module, "bytes": m.breakdown} for m in timeline],
+        "sentences": [reason(plan)], "predicted": peak.breakdown, "measured": None, "constants": constants,
+        "alternatives": [asdict(alternative) for alternative in others],
+    }  # fmt: skip
+
+
+def describe(plan: Plan, others: Sequence[Alternative], width: int = 80) -> str:
+    """Return the plan for a terminal, in rich's markup."""
+    peak = plan.chosen.prediction.simulation.peak()
+    margin = plan.budget_bytes - plan.peak_bytes
+    verdict = (f"[bold green]fits[/] with {format_bytes(margin)} to spare" if plan.fits
+               else f"[bold red]does not fit[/]: {format_bytes(-margin)} too much")  # fmt: skip
+    lines = [
+        f"[bold]{format_bytes(plan.peak_bytes)}[/] of {format_bytes(plan.budget_bytes)} on {plan.machine.name}: "
+        f"{verdict}",
+        f"peak in {peak.phase}, {peak.module or 'outside of modules'}",
+        "", memory_bar(plan.breakdown, plan.budget_bytes, width), "",
+        f"{'settings':16} {reason(plan)}",
+        f"{'step':16} about {format_seconds(plan.chosen.step_seconds)}",
+        f"{'host memory':16} {format_bytes(host_bytes(plan))}",
+        f"{'disk':16} {format_bytes(disk_bytes(plan))}",
+    ]  # fmt: skip
+    because = plan.chosen.prediction.simulation.measured_because
+    if because:
+        lines.append(f"{'note':16} {because} cannot run without values: measured on small real models and extrapolated")
+    room = max([38, *(len(a.change) for a in others)])
+    table = [f"{'change':{room}} {'peak':>10} {'step':>9}"]
+    for a in others:
+        mark = "fits" if a.fits else "too large"
+        table.append(f"{a.change:{room}} {format_bytes(a.peak_bytes):>10} {format_seconds(a.step_seconds):>9}  {mark}")
+    return "\n".join([*lines, "", *table])
