@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -80,11 +81,10 @@ def export_run(
     trained = open_trained(run, model_path, unfinished)
     skeleton = trained.skeleton()
     job = _Job(trained, skeleton, trained.read_adapter(skeleton), settings, out)
-    try:
+    with ExitStack() as unproven:  # new or empty before: what is not proven, or stopped, is not left lying around
+        unproven.callback(shutil.rmtree, out, ignore_errors=True)
         found = FORMS[settings.to](job)
-    except BaseException:  # also a signal
-        shutil.rmtree(out, ignore_errors=True)  # new or empty before: what is not proven is not left lying around
-        raise
+        unproven.pop_all()
     report = {
         "run": trained.name, "form": settings.to, "base_model": trained.files.name, "layers": len(job.adapter.layers),
         "size_bytes": sum(file.stat().st_size for file in out.iterdir()), **found,
