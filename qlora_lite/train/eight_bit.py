@@ -9,8 +9,10 @@ and a card's, which a plan stands for too, go the ordinary way.
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import cache
 
 import torch
+from bitsandbytes.functional import create_dynamic_map
 from bitsandbytes.optim import AdamW8bit, Lion8bit
 from torch import Tensor
 
@@ -18,15 +20,16 @@ from qlora_lite.ops.shapes import device_type
 from qlora_lite.quant.blockwise import BLOCK_VALUES, nearest_entries, pack_blocks
 
 BATCH_VALUES = 1 << 18  # float32 copies of 1 MiB: larger ones leave the cache, smaller ones pay more for operators
-_CODES = {1: "dynamic", 2: "udynamic"}  # state -> bitsandbytes' name of its code
+
+
+@cache
+def _nearest(number: int) -> Tensor:
+    """Return ``nearest_entries`` of the code of a state: the first has signs, the second has none."""
+    return nearest_entries(create_dynamic_map(signed=number == 1))
 
 
 class _Together:
     """The part that both optimizers share; ``_update`` is each one's own."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._nearest = {number: nearest_entries(self.name2qmap[name]) for number, name in _CODES.items()}
 
     @torch.no_grad()
     def step(self) -> None:
@@ -55,7 +58,7 @@ class _Together:
         return torch.ops.bitsandbytes.dequantize_blockwise(packed, absmax, code, BLOCK_VALUES, torch.float32)
 
     def _pack(self, states: Sequence[dict], number: int, values: Tensor) -> None:
-        for part, packed in zip(("state", "absmax"), pack_blocks(values, self._nearest[number]), strict=True):
+        for part, packed in zip(("state", "absmax"), pack_blocks(values, _nearest(number)), strict=True):
             _put_back(packed, [state[f"{part}{number}"] for state in states])
 
 
