@@ -55,7 +55,7 @@ def as_json(plan: Plan, others: Sequence[Alternative]) -> dict:
         "breakdown": plan.breakdown, "host_bytes": host_bytes(plan), "disk_bytes": disk_bytes(plan),
         "step_seconds_estimate": plan.chosen.step_seconds, "chosen": plan.chosen.settings, "why": reason(plan),
         "constants": [o._asdict() for o in plan.chosen.prediction.overheads],
-        "measured_operator": plan.chosen.prediction.simulation.measured_because,
+        "measured_because": plan.chosen.prediction.simulation.measured_because,
         "alternatives": [asdict(alternative) for alternative in others],
     }  # fmt: skip
 
@@ -97,7 +97,7 @@ def describe(plan: Plan, others: Sequence[Alternative], width: int = 80) -> str:
     ]  # fmt: skip
     because = plan.chosen.prediction.simulation.measured_because
     if because:
-        lines.append(f"{'note':16} {because} cannot run without values: measured on small real models and extrapolated")
+        lines.append(f"{'note':16} {because}: measured on small real models and extrapolated")
     room = max([38, *(len(a.change) for a in others)])
     table = [f"{'change':{room}} {'peak':>10} {'step':>9}"]
     for a in others:

@@ -28,6 +28,7 @@ from qlora_lite.train.inventory import categorised
 from qlora_lite.train.loop import Trainer, largest_batches
 from qlora_lite.train.settings import TrainSettings
 
+CPU = torch.device("cpu")
 LEVER_KEYS = ("loss_chunk_tokens", "kept_blocks", "tile_tokens", "offload_checkpoints", "host_embeddings",
               "resident_blocks", "reuse_dequantized")  # fmt: skip
 CASE_KEYS = ("model", "tokens", "checkpointing", *LEVER_KEYS, "quant_head", "optimizer", "accumulation", "rank", "rows")
@@ -176,7 +177,7 @@ def check_case(case: dict) -> dict:
     }  # fmt: skip
 
 
-def seconds_of(action: Callable[[], object], device: torch.device) -> float:
+def seconds_of(action: Callable[[], object], device: torch.device = CPU) -> float:
     """Time a call, what it started on a card included."""
     started = time.perf_counter()
     action()

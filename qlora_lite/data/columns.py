@@ -9,14 +9,13 @@ is the value of a whole column.
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qlora_lite.errors import DataError
 
 _ROWS_PER_BATCH = 1000
-_KIND = re.compile(rb'"_type"\s*:\s*"(\w+)"')
 _PLAIN_KINDS = {"Value", "List", "LargeList", "Sequence", "ClassLabel", "Json"}
 
 
@@ -66,7 +65,10 @@ def _decoder(schema) -> Callable[[dict], dict]:
         DataError: what the file says of its columns is damaged, or has files or addresses opened.
     """
     described = (schema.metadata or {}).get(b"huggingface", b"")
-    kinds = {kind.decode("ascii", "replace") for kind in _KIND.findall(described)}
+    try:
+        kinds = set(_kinds(json.loads(described))) if described else set()
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"what it says of its columns cannot be read ({str(error)[:200]!r})") from error
     if "Json" not in kinds:
         return dict
     if not kinds <= _PLAIN_KINDS:  # images, sounds and the like are read from paths and addresses that rows name
@@ -77,6 +79,16 @@ def _decoder(schema) -> Callable[[dict], dict]:
         return Features.from_arrow_schema(schema).decode_example
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"what it says of its columns cannot be used ({str(error)[:200]!r})") from error
+
+
+def _kinds(described: object) -> Iterator[str]:
+    """Yield the names of all types in a description of columns."""
+    if isinstance(described, dict):
+        if "_type" in described:
+            yield str(described["_type"])
+        described = list(described.values())
+    for part in described if isinstance(described, list) else ():
+        yield from _kinds(part)
 
 
 def _record_batches(path: Path, kind: str) -> Iterator:

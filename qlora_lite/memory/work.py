@@ -5,6 +5,7 @@ torch's own formulas), bytes that all other operations read and write (dequantis
 writes two), and bytes that travel between device and host.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,10 +15,29 @@ from torch.utils.flop_counter import flop_registry
 from .marks import marks
 
 _COPY = torch.ops.aten.copy_.default
-# FLOPs of an operator's call; torch's table lacks the operators that add to a tensor in place
+
+
+def _of_what_is_seen(formula: Callable, causal: int) -> Callable:
+    """Halve a formula where tokens see only what came before them; argument number ``causal`` says so."""
+
+    def flops(*args, **kwargs) -> int:
+        return formula(*args, **kwargs) // (2 if len(args) > causal and args[causal] else 1)
+
+    return flops
+
+
+_aten = torch.ops.aten
+# FLOPs of an operator's call. torch's table lacks the operators that add to a tensor in place, and a CPU's flash
+# attention, which in a plan stands for a card's and like it leaves out what is not seen.
 FLOP_FORMULAS = flop_registry | {
-    torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
-    torch.ops.aten.baddbmm_: flop_registry[torch.ops.aten.baddbmm],
+    _aten.addmm_: flop_registry[_aten.addmm],
+    _aten.baddbmm_: flop_registry[_aten.baddbmm],
+    _aten._scaled_dot_product_flash_attention_for_cpu: _of_what_is_seen(
+        flop_registry[_aten._scaled_dot_product_flash_attention], causal=4
+    ),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _of_what_is_seen(
+        flop_registry[_aten._scaled_dot_product_flash_attention_backward], causal=7
+    ),
 }
 
 

@@ -5,7 +5,7 @@ or of the embeddings. (Loading a 7B model in float32 takes 28 GiB. transformers 
 them there once more first.) Every forward reads the whole file again: this is not for training.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from accelerate import init_empty_weights
@@ -34,20 +34,23 @@ def streamed_model(config, read: Read) -> nn.Module:
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters():  # the first name of each
         names[id(parameter)] = name
-    whole = blocks(model)
-    inside = {id(module) for block in whole for module in block.modules()}
-    alone = [m for m in model.modules() if id(m) not in inside and any(True for _ in m.parameters(recurse=False))]
-    for module in [*whole, *alone]:
-        _read_around_forward(module, names, read)
+    inside = set()
+    for block in blocks(model):
+        parts = list(block.modules())
+        inside.update(map(id, parts))
+        _read_around_forward(block, parts, names, read)
+    for module in model.modules():
+        if id(module) not in inside and module._parameters:
+            _read_around_forward(module, [module], names, read)
     return model
 
 
-def _read_around_forward(module: nn.Module, names: dict[int, str], read: Read) -> None:
-    """Give a module's parameters values before its forward, and take them away behind it."""
+def _read_around_forward(module: nn.Module, parts: Sequence[nn.Module], names: dict[int, str], read: Read) -> None:
+    """Give the own parameters of some parts of a module values before its forward, and take them away behind it."""
     taken: list[tuple[dict, str, nn.Parameter]] = []
 
     def fill(_module, _arguments) -> None:
-        for registry, leaf, empty in _empty_parameters(module):
+        for registry, leaf, empty in _empty_parameters(parts):
             taken.append((registry, leaf, empty))
             registry[leaf] = nn.Parameter(read(names[id(empty)]), requires_grad=False)
 
@@ -60,9 +63,9 @@ def _read_around_forward(module: nn.Module, names: dict[int, str], read: Read) -
     module.register_forward_hook(drop)
 
 
-def _empty_parameters(module: nn.Module) -> Iterator[tuple[dict, str, nn.Parameter]]:
+def _empty_parameters(parts: Sequence[nn.Module]) -> Iterator[tuple[dict, str, nn.Parameter]]:
     """Yield where each parameter without a value is registered, its last name, and itself."""
-    for part in module.modules():
+    for part in parts:
         for leaf, parameter in list(part._parameters.items()):
             if parameter is not None and parameter.is_meta:
                 yield part._parameters, leaf, parameter

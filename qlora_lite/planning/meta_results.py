@@ -22,10 +22,11 @@ class _Like(NamedTuple):
 
 
 _FIRST_ARGUMENT = "first argument"
+MOST_KNOWN = 1 << 16  # results; the plan of an 8B model needs some thousand
 
 
 class NeedsValuesError(RuntimeError):
-    """An operator, named by the message, cannot run on tensors without values."""
+    """An operator cannot run on tensors without values; the message names it and gives torch's reason."""
 
 
 class MetaResults:
@@ -53,6 +54,8 @@ class MetaResults:
         known = self._known.get(key)
         if known is None:
             result = _run(func, args, kwargs)
+            if len(self._known) >= MOST_KNOWN:
+                self._known.clear()
             if kind == "makes" and _is_new(result, args):
                 self._known[key] = _likes(result)
             elif kind == "writes" and args[0].is_meta:
@@ -65,7 +68,8 @@ def _run(func, args: tuple, kwargs: dict):
     try:
         return func(*args, **kwargs)
     except RuntimeError as error:  # torch has several wordings, and NotImplementedError is one of its subclasses
-        raise NeedsValuesError(str(func)) from error
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise NeedsValuesError(f"{func} cannot run without values ({why[:200]})") from error
 
 
 def _kind(func) -> str | None:

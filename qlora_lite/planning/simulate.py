@@ -92,7 +92,7 @@ class Simulation:
     resident: Moment  # between two steps
     work: Work
     offloaded_bytes: int = 0  # most that lay in host memory
-    measured_because: str = ""  # the operator that cannot run without values, where real tensors were measured instead
+    measured_because: str = ""  # the operator that cannot run without values, where real tensors were measured
 
     def peak(self, name: str | None = None) -> Moment:
         """Return the highest moment of a phase, or of all."""

@@ -2,7 +2,7 @@
 
 Unpacking a weight moves 4.6 bytes for each of its numbers (half a byte read, two written, two read by the product),
 whatever the number of rows. bitsandbytes' fused kernels read the half byte and no more. They round more than the
-plain way does (the product, before anything is added to it, and on a CPU the block maxima): at most 1.5 times its
+plain way does (the product, before anything is added to it, and on a CPU the block maxima): at most 1.6 times its
 error against float64. They have no gradient, so they are for use and not for training.
 
 On a card the kernel takes the packed weight as it is, double quantisation included. A CPU's wants another order of

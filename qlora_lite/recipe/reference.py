@@ -65,11 +65,12 @@ def _rule(annotation: object, metadata: list) -> str:
         flat = [part for item in outer for part in (item.metadata if isinstance(item, FieldInfo) else [item])]
         return _rule(inner, [*flat, *metadata])
     if origin in (Union, types.UnionType):
-        options = [_rule(option, metadata) for option in get_args(annotation) if option is not type(None)]
-        return f"{', or '.join(options)}, or null"
+        options = get_args(annotation)
+        rules = ["null" if option is type(None) else _rule(option, metadata) for option in options]
+        return ", or ".join(rules)
     if origin is Literal:
         choices = [str(choice) for choice in get_args(annotation)]
-        return f"{', '.join(choices[:-1])} or {choices[-1]}"
+        return " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))
     if annotation is bool:
         return "true or false"
     if annotation in (int, float):

@@ -31,6 +31,11 @@ def _nearest(number: int) -> Tensor:
 class _Together:
     """The part that both optimizers share; ``_update`` is each one's own."""
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for number in (1, 2):
+            _nearest(number)  # now: made by the first step of a process, a plan would count them as the step's
+
     @torch.no_grad()
     def step(self) -> None:
         """Update every parameter that has a gradient."""

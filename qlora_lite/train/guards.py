@@ -163,8 +163,12 @@ def check_frozen(model: nn.Module, checksum: str) -> None:
         raise TrainingError("a frozen weight changed during training; the adapter does not belong to the base model")
 
 
-def explain_not_finite(model: nn.Module, batches: list[Batch], step: int) -> TrainingError:
-    """Run the step's forward again with every module watched, and say where the first bad value stood."""
+def explain_not_finite(model: nn.Module, batches: list[Batch], step: int, updated: bool = False) -> TrainingError:
+    """Run the step's forward again with every module watched, and say where the first bad value stood.
+
+    Args:
+        updated: some factors have been changed by the step already.
+    """
     bad_factors = [name for name, p in lora_parameters(model) if not p.isfinite().all()]
     for batch in batches:
         place = f"the LoRA factor {bad_factors[0]}" if bad_factors else _first_bad_place(model, batch)
@@ -174,9 +178,12 @@ def explain_not_finite(model: nn.Module, batches: list[Batch], step: int) -> Tra
         bad = [name for name, p in lora_parameters(model) if p.grad is not None and not p.grad.isfinite().all()]
         batch, place = batches[0], f"the gradient of {bad[0]}" if bad else "the norm of the gradients"
     rows = ", ".join(batch.where[:4]) + (f" and {len(batch.where) - 4} more" if len(batch.where) > 4 else "")
+    weights = (
+        "the backward pass has changed weights already: go on from the last checkpoint with train --resume" if updated
+        else "the weights were left as they were before this step"
+    )  # fmt: skip
     return TrainingError(
-        f"step {step}: {place} is not finite (rows {rows}); the weights were left as they were before this "
-        "step. Lower train.learning_rate, or look at these rows"
+        f"step {step}: {place} is not finite (rows {rows}); {weights}. Lower train.learning_rate, or look at these rows"
     )
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from qlora_lite.data.batch import Batch, collate, plan_epoch
 from qlora_lite.data.stored import Example, row_lengths
 from qlora_lite.data.stream import stream_batches
-from qlora_lite.errors import DoesNotFitError, TrainingError
+from qlora_lite.errors import TrainingError
 from qlora_lite.lora.inject import lora_parameters
 from qlora_lite.memory.meter import PeakMeter
 from qlora_lite.models.anatomy import device_of
@@ -39,7 +39,7 @@ from .guards import (
     explain_not_finite,
 )
 from .optim import build_optimizer
-from .out_of_memory import CURES, cut, first_line, free_cached_memory, is_out_of_memory, lower_limit
+from .out_of_memory import cut, first_line, free_cached_memory, is_out_of_memory, lower_limit, no_retry
 from .rehearsal import rehearse_step
 from .schedule import lr_factor
 from .settings import TrainSettings
@@ -158,9 +158,10 @@ class Trainer:
         rate = s.learning_rate * lr_factor(self.step, self.total_steps, s.lr_scheduler, s.warmup_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        result = self._within_memory(micro_batches, self._step)
+        whole = s.levers.optimizer_in_backward
+        result = self._whole_step(micro_batches) if whole else self._within_memory(micro_batches, self._step)
         if not math.isfinite(result.loss + result.grad_norm):
-            self._skip_or_stop(micro_batches)
+            self._skip_or_stop(micro_batches, updated=whole and math.isfinite(result.loss))
         elif self.step - self.skipped == 1:
             check_adapters_took_part(self.model, result.norms.tolist())
         self.optimizer.zero_grad(set_to_none=True)
@@ -171,15 +172,20 @@ class Trainer:
         )  # fmt: skip
 
     def _step(self, batches: Iterator[Batch]) -> StepResult:
-        s, chunk = self.settings, self.settings.levers.loss_chunk_tokens
-        if not s.levers.optimizer_in_backward:
-            return train_step(self.model, list(batches), self.optimizer, s.max_grad_norm, chunk)
-        whole, *more = batches
-        if more:
-            raise DoesNotFitError(
-                "memory ran out, and with memory.optimizer_in_backward a step cannot be cut; turn it off, or " + CURES
+        s = self.settings
+        return train_step(self.model, list(batches), self.optimizer, s.max_grad_norm, s.levers.loss_chunk_tokens)
+
+    def _whole_step(self, micro_batches: Sequence[Sequence[Example]]) -> StepResult:
+        """Run a step whose backward pass updates the factors, so that it cannot be cut.
+
+        Raises:
+            DoesNotFitError: memory ran out.
+        """
+        (rows,) = micro_batches
+        with no_retry("in a step that memory.optimizer_in_backward keeps whole"):
+            return train_step_in_backward(
+                self.model, collate(rows), self.optimizer, self.settings.levers.loss_chunk_tokens
             )
-        return train_step_in_backward(self.model, whole, self.optimizer, chunk)
 
     def _within_memory(self, groups: Sequence[Sequence[Example]], compute: Callable[[Iterator[Batch]], T]) -> T:
         """Return what ``compute`` makes of the batches; where memory runs out, do it again with smaller ones.
@@ -204,10 +210,10 @@ class Trainer:
             log.warning("step %d: memory ran out (%s); from now on at most %d tokens go through the model at once, "
                         "with the same rows per step", self.step, reason, self.most_tokens)  # fmt: skip
 
-    def _skip_or_stop(self, micro_batches: list[list[Example]]) -> None:
+    def _skip_or_stop(self, micro_batches: list[list[Example]], updated: bool) -> None:
         """Count a step that was not finite, and end the run if it may not be left out."""
         batches = [collate(rows) for rows in cut(micro_batches, self.most_tokens)]
-        error = explain_not_finite(self.model, batches, self.step)
+        error = explain_not_finite(self.model, batches, self.step, updated)
         if self.settings.on_not_finite == "stop":
             raise error
         if self.skipped == self.settings.max_skipped_steps:
@@ -244,7 +250,8 @@ def largest_batches(
         most_tokens: see ``out_of_memory.cut``.
     """
     rows = Epochs(row_lengths(examples), settings).largest()
-    largest = cut([[examples[row] for row in rows]], most_tokens)
+    whole = settings.levers.optimizer_in_backward
+    largest = cut([[examples[row] for row in rows]], None if whole else most_tokens)
     evaluation = cut(_eval_rows(eval_examples, settings), most_tokens)
     batches = (max(map(collate, parts), key=lambda b: sum(b.row_lengths), default=None)
                for parts in (largest, evaluation))  # fmt: skip

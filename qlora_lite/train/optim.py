@@ -82,7 +82,8 @@ class UpdatesInBackward:
     """Update each parameter as soon as its gradient is there, and drop the gradient: no two exist at one time.
 
     While it is entered, a backward pass is the step. What needs all gradients first cannot be had: clipping, several
-    backward passes a step, leaving a step out.
+    backward passes a step, leaving a step out. It costs a call of the optimizer a factor, each of which looks at all
+    factors for the one with a gradient.
 
     Args:
         optimizer: any that leaves parameters without a gradient alone, as all of ``build_optimizer``'s do.

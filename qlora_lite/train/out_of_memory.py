@@ -75,10 +75,10 @@ def _tokens(rows: Sequence[Example]) -> int:
 
 
 @contextmanager
-def in_the_update() -> Iterator[None]:
-    """Make memory that runs out while weights are updated an error that no retry is tried for.
+def no_retry(where: str) -> Iterator[None]:
+    """Make memory that runs out an error where some weights may have their new values already.
 
-    Some weights may have their new values by then; doing the step again would count it twice for them.
+    Doing the step again would count it twice for them.
 
     Raises:
         DoesNotFitError: memory ran out.
@@ -89,8 +89,8 @@ def in_the_update() -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise DoesNotFitError(
-            f"memory ran out while the weights were updated ({first_line(error)}); go on from the last checkpoint "
-            f"with train --resume, and {CURES}"
+            f"memory ran out {where} ({first_line(error)}); go on from the last checkpoint with train --resume, and "
+            f"{CURES}"
         ) from error
 
 

@@ -20,7 +20,7 @@ from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, chunked_cross_entropy
 from qlora_lite.ops.shapes import kernel_rows
 
 from .optim import UpdatesInBackward, clip_gradients
-from .out_of_memory import in_the_update
+from .out_of_memory import no_retry
 
 
 class StepResult(NamedTuple):
@@ -156,7 +156,7 @@ def train_step(
     with phase("optimizer"):
         result = _result(batches, mean.item(), clip_gradients(parameters, max_grad_norm))
         if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
-            with category("optimizer"), in_the_update():
+            with category("optimizer"), no_retry("while the weights were updated"):
                 optimizer.step()
     return result
 
@@ -166,10 +166,8 @@ def train_step_in_backward(
 ) -> StepResult:
     """Run one optimizer step whose backward pass updates each factor; equals ``train_step`` without clipping.
 
-    A loss that is not finite leaves the weights alone; a gradient that is not finite is seen too late for that.
-
-    Raises:
-        DoesNotFitError: memory ran out, when some weights may have been changed already.
+    A loss that is not finite leaves the weights alone; a gradient that is not finite is seen too late for that, and so
+    is memory that runs out.
     """
     inputs = prepare(batch, device_of(model))
     with phase("forward"):
@@ -177,7 +175,7 @@ def train_step_in_backward(
     value = loss.item()
     if not math.isfinite(value):
         return _result([batch], value, loss.detach()[None])
-    with phase("backward"), in_the_update(), UpdatesInBackward(optimizer) as updates:
+    with phase("backward"), UpdatesInBackward(optimizer) as updates:
         loss.backward()
     return _result([batch], value, updates.norms())
 

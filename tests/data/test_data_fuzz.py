@@ -74,6 +74,18 @@ def outcome(path) -> str:
     return clean(read)
 
 
+@pytest.mark.parametrize("kind", [
+    '{"_type": "Image"}', '{"\\u005ftype": "Image"}', '{"x": [{"_type": ["Image"]}]}', '{"_type": "Value"',
+])  # fmt: skip
+def test_columns_whose_values_are_read_from_paths_are_refused(tmp_path, kind):
+    table = pyarrow.table({"prompt": ['"a"'], "completion": [json.dumps("/etc/hostname")]})
+    features = '{"prompt": {"_type": "Json"}, "completion": KIND}'.replace("KIND", kind)
+    table = table.replace_schema_metadata({"huggingface": '{"info": {"features": ' + features + "}}"})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    said = outcome(tmp_path / "rows.parquet")
+    assert "are not read; leave them out" in said or "what it says of its columns cannot be read" in said
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_the_files_are_good_before_they_are_spoiled(tmp_path, name):
     (tmp_path / name).write_bytes(FILES[name])

@@ -78,3 +78,29 @@ def test_a_plan_for_a_card_runs_the_card_s_operator_and_a_cpu_only_for_blocks_th
     with planning_for("cuda"):
         optimizer.step()
     assert len(calls) == 1 + 6
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_batches_of_the_real_size_equal_single_updates(name):
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(16, 8192)] * 5 + [(16, 32768)]  # two to a batch; the last fills one and more
+    values = [torch.randn(shape, generator=generator) for shape in shapes]
+    gradients = [torch.randn(shape, generator=generator) for shape in shapes]
+    sides = [[torch.nn.Parameter(value.clone()) for value in values] for _ in range(2)]
+    for make, side in zip(PAIRS[name], sides, strict=True):
+        optimizer = make(side, lr=0.01)
+        for parameter, gradient in zip(side, gradients, strict=True):
+            parameter.grad = gradient
+        for _ in range(2):
+            optimizer.step()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*sides, strict=True))
+
+
+def test_no_step_of_a_process_makes_the_packing_tables():
+    eight_bit._nearest.cache_clear()
+    parameters = [torch.nn.Parameter(torch.randn(64, 64))]
+    optimizer = build_optimizer(parameters, "adamw_8bit", 0.0, 0.0)
+    parameters[0].grad = torch.randn(64, 64)
+    made = eight_bit._nearest.cache_info().misses
+    optimizer.step()
+    assert made == eight_bit._nearest.cache_info().misses == 2

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import ARCHITECTURES
-from tiny_trainer import trainer
+from tiny_trainer import examples, trainer
 from transformers import AutoConfig
 
 from qlora_lite.errors import DoesNotFitError, TrainingError
@@ -15,6 +15,7 @@ from qlora_lite.models.load import run_rows_alone
 from qlora_lite.planning import simulate
 from qlora_lite.train import step as step_module
 from qlora_lite.train.guards import check_updates_in_backward
+from qlora_lite.train.loop import largest_batches
 
 IN_BACKWARD = Levers(optimizer_in_backward=True)
 WHOLE = dict(max_grad_norm=0.0, gradient_accumulation_steps=1, micro_batch_size=2)
@@ -95,7 +96,7 @@ def test_a_loss_that_is_not_finite_leaves_the_weights(monkeypatch):
     before = [parameter.detach().clone() for parameter in training.parameters]
     plain = step_module.summed_loss
     monkeypatch.setattr(step_module, "summed_loss", lambda *arguments: plain(*arguments) * float("nan"))
-    with pytest.raises(TrainingError, match="not finite"):
+    with pytest.raises(TrainingError, match=r"not finite.*weights were left as they were"):
         next(iter(training))
     assert all(torch.equal(a, b) for a, b in zip(before, training.parameters, strict=True))
 
@@ -104,7 +105,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run():
     training = trainer(**WHOLE, levers=IN_BACKWARD)
     layer = training.model.get_submodule("model.layers.1.self_attn.o_proj")
     layer.lora_B.register_hook(lambda grad: grad * float("nan"))
-    with pytest.raises(TrainingError, match="not finite"):
+    with pytest.raises(TrainingError, match=r"lora_\w+ is not finite.*has changed weights already.*--resume"):
         next(iter(training))
 
 
@@ -123,12 +124,33 @@ def test_memory_that_runs_out_is_an_error_with_the_cure(layer):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes.")
 
     training.model.get_submodule(layer).lora_B.register_hook(run_out)
-    with pytest.raises(DoesNotFitError, match=r"while the weights were updated.*--resume"):
+    with pytest.raises(DoesNotFitError, match=r"in a step that memory.optimizer_in_backward keeps whole.*--resume"):
         next(iter(training))
 
 
 def test_memory_that_runs_out_in_forward_is_no_reason_to_cut_the_step(monkeypatch):
     training = trainer(**WHOLE, levers=IN_BACKWARD)
-    training.most_tokens = 5
-    with pytest.raises(DoesNotFitError, match="a step cannot be cut; turn it off"):
+
+    def run_out(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(step_module, "summed_loss", run_out)
+    with pytest.raises(DoesNotFitError, match=r"optimizer_in_backward keeps whole \(CUDA out of memory"):
         next(iter(training))
+
+
+def test_an_evaluation_that_was_cut_leaves_the_steps_whole(monkeypatch):
+    expected = list(trainer(**WHOLE, levers=IN_BACKWARD))
+    training = trainer(**WHOLE, levers=IN_BACKWARD)
+    plain = step_module.summed_loss
+
+    def limited(model, inputs, *rest):
+        if not model.training and sum(inputs.row_lengths) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return plain(model, inputs, *rest)
+
+    monkeypatch.setattr(step_module, "summed_loss", limited)
+    training.evaluate(examples(9))
+    largest, _ = largest_batches(training.examples, (), training.settings, training.most_tokens)
+    assert training.most_tokens <= 20 < sum(largest.row_lengths)
+    assert [metrics.loss for metrics in training] == [metrics.loss for metrics in expected]
