@@ -251,6 +251,26 @@ def test_a_run_folder_that_is_none_is_an_error(command, tmp_path, name):
     assert (code, out) == (2, "") and "is not a run folder" in err
 
 
+@pytest.mark.parametrize("path", ["x" * 300, "~nobody-here/x", "a\nb/" + "y" * 5000])
+@pytest.mark.parametrize("arguments", [
+    ["train"], ["plan"], ["evaluate"], ["generate", "--prompt", "a"], ["export", "--to", "peft", "--out", "o"],
+    ["merge", "--out", "o"], ["compare"], ["data"], ["quantize", "--out", "o"], ["recipes", "check"], ["profile"],
+], ids=lambda arguments: arguments[0])  # fmt: skip
+def test_a_path_that_cannot_be_is_an_error_without_a_stack_trace(command, arguments, path):
+    name, *options = arguments
+    first = [name, options.pop(0)] if name == "recipes" else [name]
+    code, _, err = command(*first, path, *options)
+    assert code == 2 and "Traceback" not in err
+    assert err.startswith("error: ") or "Usage:" in err
+
+
+@pytest.mark.parametrize("key", ["model.path", "data.train", "data.template", "output.dir"])
+def test_a_setting_that_no_path_can_be_is_an_error_without_a_stack_trace(finished, command, key):
+    for value in ("x" * 300, "~nobody-here/x/" + "z" * 300):
+        code, _, err = command("train", finished[1], f"{key}={value}")
+        assert code == 2 and err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
+
+
 def test_debug_shows_the_stack_trace_and_its_absence_does_not(command, tmp_path):
     assert "Traceback" in command("--debug", "generate", tmp_path, "--prompt", "x")[2]
     assert "Traceback" not in command("generate", tmp_path, "--prompt", "x")[2]

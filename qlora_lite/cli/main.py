@@ -76,3 +76,8 @@ def main(arguments: list[str] | None = None) -> None:
             traceback.print_exc()
         click.echo("\n".join(f"error: {line}" for line in str(error).splitlines()), err=True)
         sys.exit(error.exit_code)
+    except OSError as error:  # of a path or a disk that no part of the package has looked at more closely
+        if "--debug" in arguments:
+            traceback.print_exc()
+        click.echo(f"error: {error} (qlora-lite --debug shows where)", err=True)
+        sys.exit(2)

@@ -42,7 +42,7 @@ def read_columns(path: Path, kind: str) -> Iterator[tuple[str, dict]]:
             for values in map(decode, batch.to_pylist()):
                 row += 1
                 yield f"{path}:{row}", {column: without_absent(value) for column, value in values.items()}
-    except (pyarrow.ArrowException, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (pyarrow.ArrowException, ValueError, TypeError, KeyError, AttributeError, MemoryError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:300]
         raise DataError(f"{path}: not a whole {kind} file ({reason})") from error
     except DataError as error:

@@ -44,7 +44,7 @@ def find_files(pattern: str) -> list[Path]:
     """
     if pattern.startswith(PREFIX):
         return hub_files(pattern)
-    path = Path(pattern).expanduser()
+    path = Path(os.path.expanduser(pattern))
     if path.is_dir():
         files = _files_of_folder(path)
         if not files:

@@ -9,6 +9,7 @@ when the tokenizer puts it before ordinary text.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,7 +82,7 @@ def choose_template(tokenizer: PreTrainedTokenizerFast, name: str | None = None)
     if not name.endswith(".jinja"):
         raise DataError(f"data.template {name!r} is unknown; choose one of {names}, or a file ending in .jinja")
     try:
-        source = Path(name).expanduser().read_text(encoding="utf-8")
+        source = Path(os.path.expanduser(name)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data.template {name!r} cannot be read ({error})") from error
     return _template(name, source, tokenizer, "" if _mentions_begin(source, tokenizer) else begin_of_text(tokenizer))

@@ -83,7 +83,7 @@ def _template_text(template: str | None) -> str | None:
     """Return a template's file content, or its name; the text behind a name is part of the code."""
     if template is None or not template.endswith(".jinja"):
         return template
-    return Path(template).expanduser().read_text(encoding="utf-8")
+    return Path(os.path.expanduser(template)).read_text(encoding="utf-8")
 
 
 @cache

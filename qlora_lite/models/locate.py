@@ -7,6 +7,7 @@ GGUF: pickled checkpoints are refused.
 
 import importlib.util
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,12 +44,12 @@ def locate(path: str, revision: str | None = None) -> ModelFiles:
     Raises:
         ModelError: nothing is there, a file is missing, cut short or of a kind that is not read.
     """
-    local = _package_file(path) if path.startswith("package:") else Path(path).expanduser()
+    local = _package_file(path) if path.startswith("package:") else Path(os.path.expanduser(path))
     if local.suffix == ".gguf":
-        if not local.is_file():
+        if not os.path.isfile(local):
             raise ModelError(f"no file {local}; check model.path")
         return ModelFiles(path, local.parent, (check_gguf(local),))
-    folder = local if local.is_dir() else _download(path, revision)
+    folder = local if os.path.isdir(local) else _download(path, revision)
     return ModelFiles(path, folder, _check_folder(folder))
 
 
@@ -59,7 +60,7 @@ def _package_file(path: str) -> Path:
         raise ModelError(f"model.path {path!r}: no package {package!r} is installed; pip install it first")
     root = Path(next(iter(spec.submodule_search_locations))).resolve()
     found = (root / file).resolve()
-    if not found.is_relative_to(root) or not found.is_file():
+    if not found.is_relative_to(root) or not os.path.isfile(found):
         raise ModelError(f"model.path {path!r}: the package {package!r} has no file {file!r}")
     return found
 
@@ -116,7 +117,7 @@ def _check_folder(folder: Path) -> tuple[Path, ...]:
         pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
         hint = "; pickled weights are not read, convert them to safetensors" if pickled else ""
         raise ModelError(f"{folder} has a config.json but no .safetensors weights{hint}")
-    missing = [name for name in names if not (folder / name).is_file()]
+    missing = [name for name in names if not os.path.isfile(folder / name)]  # False for a name too long, too
     if missing:
         raise ModelError(f"{folder} lacks {len(missing)} of {len(names)} weight files: {', '.join(missing[:4])}")
     return tuple(_check_safetensors(folder / name) for name in names)

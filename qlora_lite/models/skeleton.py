@@ -6,6 +6,7 @@ it.
 """
 
 import copy
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,8 +30,8 @@ def read_config(path: str, revision: str | None = None):
     Raises:
         ModelError: it is in none of these places.
     """
-    local = Path(path).expanduser()
-    if local.is_dir():
+    local = Path(os.path.expanduser(path))
+    if os.path.isdir(local):
         return _checked(lambda: AutoConfig.from_pretrained(local, local_files_only=True), path)
     if path.startswith("package:") or local.suffix == ".gguf":
         files = locate(path)

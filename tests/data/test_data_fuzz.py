@@ -8,6 +8,7 @@ import pyarrow.parquet
 import pytest
 from hostile import TIMES, clean, fuzz, spoiled, spoiled_bytes
 
+from qlora_lite.data import columns as columns_module
 from qlora_lite.data.formats import read_conversations
 from qlora_lite.data.lines import Problems
 from qlora_lite.data.read import Source
@@ -84,6 +85,15 @@ def test_columns_whose_values_are_read_from_paths_are_refused(tmp_path, kind):
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
     said = outcome(tmp_path / "rows.parquet")
     assert "are not read; leave them out" in said or "what it says of its columns cannot be read" in said
+
+
+def test_a_file_that_asks_for_more_memory_than_there_is_is_an_error(tmp_path, monkeypatch):
+    def run_out(*_):
+        raise MemoryError
+
+    (tmp_path / "rows.arrow").write_bytes(FILES["file.arrow"])
+    monkeypatch.setattr(columns_module, "_record_batches", run_out)
+    assert "not a whole arrow file (MemoryError)" in outcome(tmp_path / "rows.arrow")
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -76,6 +76,11 @@ def test_an_index_that_points_outside_its_folder_is_refused(many, name):
     assert f"points outside its folder: {name!r}" in refusal(many)
 
 
+def test_an_index_with_a_name_too_long_for_a_file_lacks_that_file(many):
+    rewrite(many / INDEX, lambda index: index["weight_map"].update({"model.norm.weight": "x" * 300}))
+    assert "lacks 1 of" in refusal(many)
+
+
 @pytest.mark.parametrize("weight_map", [None, [], {"a": 1}])
 def test_an_index_without_file_names_is_refused(many, weight_map):
     rewrite(many / INDEX, lambda index: index.update(weight_map=weight_map))
