@@ -21,7 +21,8 @@ def train_settings(recipe: Recipe) -> TrainSettings:
     return TrainSettings(
         max_steps=t.max_steps, epochs=t.epochs, learning_rate=t.learning_rate,
         micro_batch_size=t.micro_batch_size, gradient_accumulation_steps=t.gradient_accumulation_steps,
-        optimizer=t.optimizer, lr_scheduler=t.lr_scheduler, warmup_ratio=t.warmup_ratio,
+        optimizer=t.optimizer, stochastic_rounding=t.stochastic_rounding, lr_scheduler=t.lr_scheduler,
+        warmup_ratio=t.warmup_ratio,
         max_grad_norm=t.max_grad_norm, weight_decay=t.weight_decay, seed=t.seed,
         max_tokens=d.max_tokens, packing=d.packing, order=d.order,
         levers=Levers(**fixed_levers(recipe)), on_not_finite=t.on_not_finite, max_skipped_steps=t.max_skipped_steps,
@@ -85,5 +86,5 @@ def job_of(recipe: Recipe, config, device_type: str, eval_rows: Rows | None) -> 
     return Job(
         config, Rows((1,), 1), eval_rows, device_type, quant, double_quant, m.quant_head, dtype,
         tuple(Target(t.pattern, t.rank, t.alpha) for t in x.targets), x.rank, x.alpha, x.dropout, x.rslora,
-        getattr(torch, x.dtype), t.optimizer, t.max_grad_norm,
+        getattr(torch, x.dtype), t.optimizer, t.stochastic_rounding, t.max_grad_norm,
     )  # fmt: skip

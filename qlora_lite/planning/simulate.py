@@ -79,6 +79,7 @@ class Job:
     rslora: bool = False
     factor_dtype: torch.dtype = torch.bfloat16
     optimizer: str = "paged_adamw_8bit"
+    stochastic_rounding: bool = True
     max_grad_norm: float = 1.0
     accumulating: bool = False
     levers: Levers = field(default_factory=Levers)
@@ -192,7 +193,8 @@ def simulate_whole(job: Job, timeline: bool = False) -> Simulation | tuple[Simul
 def _run(job: Job, device: torch.device, timeline: bool, measured_because: str = ""):
     model = _model(job, device)
     parameters = [parameter for _, parameter in lora_parameters(model)]
-    optimizer = build_optimizer(parameters, job.optimizer, 0.0, 0.0)  # its tables are real numbers
+    # its tables are real numbers
+    optimizer = build_optimizer(parameters, job.optimizer, 0.0, 0.0, job.stochastic_rounding)
     counter, run = WorkCounter(), {"run": _remembered} if device == META else {}
     pinned = job.device_type == "cuda"
     ledger = Ledger(timeline, ALLOCATION_BYTES[job.device_type], pinned, counter, **run)

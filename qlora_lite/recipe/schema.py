@@ -207,6 +207,9 @@ class Train(_Section):
         "paged_lion_8bit", "lion_8bit", "lion_32bit", "adamw_torch",
     ] = "paged_adamw_8bit"  # fmt: skip
     """Optimizer; the paged ones can move their state to host memory when the GPU is full."""
+    stochastic_rounding: bool = True
+    """Round updated bfloat16 factors up or down by chance, so that updates too small for the type count on average;
+    false rounds to the nearest. Nothing changes with lora.dtype float32."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
     """Learning rate after the warm-up: kept, or lowered to zero along a line or a half cosine."""
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03

@@ -4,7 +4,7 @@ On a CPU bitsandbytes updates one factor after the other, each with some twenty 
 starting an operator costs more than its arithmetic, and packs states value by value. Here factors of whole blocks are
 laid end to end, up to ``BATCH_VALUES`` at once, and packed by ``quant.blockwise``. Blocks never reach across factors,
 so every bit of weights and states is bitsandbytes' own; so are the states, their names and their types. Other factors,
-and a card's, which a plan stands for too, go the ordinary way.
+and a card's, which a plan stands for too, go the ordinary way. Either way ``rounding`` may have the last word.
 """
 
 import math
@@ -19,6 +19,8 @@ from torch import Tensor
 from qlora_lite.ops.shapes import device_type
 from qlora_lite.quant.blockwise import BLOCK_VALUES, nearest_entries, pack_blocks
 
+from .rounding import round_by_chance
+
 BATCH_VALUES = 1 << 18  # float32 copies of 1 MiB: larger ones leave the cache, smaller ones pay more for operators
 
 
@@ -30,6 +32,8 @@ def _nearest(number: int) -> Tensor:
 
 class _Together:
     """The part that both optimizers share; ``_update`` is each one's own."""
+
+    rounds_by_chance = False
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -47,14 +51,18 @@ class _Together:
                 if not self.state[p]:
                     self.init_state(group, p, gindex, pindex)
                 if _has_whole_blocks(p, self.state[p]):
-                    together.append(p)
+                    together.append((pindex, p))
                 else:
                     self.update_step(group, p, gindex, pindex)
-            for batch in _batches(together, self.state):
-                for p in batch:
-                    self.state[p]["step"] += 1
+            for numbered in _batches(together, self.state):
+                places, batch = zip(*numbered, strict=True)
+                states = [self.state[p] for p in batch]
+                for state in states:
+                    state["step"] += 1
                 weights = _joined([p.data for p in batch]).float()
-                self._update(group, [self.state[p] for p in batch], weights, _joined([p.grad for p in batch]).float())
+                self._update(group, states, weights, _joined([p.grad for p in batch]).float())
+                if self.rounds_by_chance and batch[0].dtype == torch.bfloat16:
+                    weights = round_by_chance(weights, states[0]["step"], places, [p.numel() for p in batch])
                 _put_back(weights, [p.data for p in batch])
 
     def _unpack(self, states: Sequence[dict], number: int) -> Tensor:
@@ -72,14 +80,14 @@ def _has_whole_blocks(parameter: Tensor, state: dict) -> bool:
     return whole and device_type(parameter.device) == "cpu"
 
 
-def _batches(parameters: Sequence[Tensor], states: dict) -> Iterator[list[Tensor]]:
+def _batches(parameters: Sequence[tuple[int, Tensor]], states: dict) -> Iterator[list[tuple[int, Tensor]]]:
     """Yield neighbours of one type that have been updated as often, up to ``BATCH_VALUES`` or one alone."""
     batch, values, kind = [], 0, None
-    for p in parameters:
+    for pindex, p in parameters:
         if batch and (kind != (p.dtype, states[p]["step"]) or values + p.numel() > BATCH_VALUES):
             yield batch
             batch, values = [], 0
-        batch.append(p)
+        batch.append((pindex, p))
         values, kind = values + p.numel(), (p.dtype, states[p]["step"])
     if batch:
         yield batch

@@ -89,8 +89,9 @@ class Trainer:
         self.epochs = Epochs(row_lengths(examples), settings)
         self.parameters = [parameter for _, parameter in lora_parameters(model)]
         self.optimizer = build_optimizer(
-            self.parameters, settings.optimizer, settings.learning_rate, settings.weight_decay
-        )
+            self.parameters, settings.optimizer, settings.learning_rate, settings.weight_decay,
+            settings.stochastic_rounding,
+        )  # fmt: skip
         self.total_steps = self.epochs.total_steps()
         self.step = self.skipped = 0
         self.epoch = self.epoch_step = 0  # the next step's: its epoch, and the steps before it in that epoch
@@ -113,7 +114,7 @@ class Trainer:
         """
         s, device = self.settings, device_of(self.model)
         largest, evaluation = largest_batches(self.examples, eval_examples, s, self.most_tokens)
-        optimizer = build_optimizer(self.parameters, s.optimizer, 0.0, 0.0)
+        optimizer = build_optimizer(self.parameters, s.optimizer, 0.0, 0.0, s.stochastic_rounding)
         before, was_training = [torch.hash_tensor(p.detach()) for p in self.parameters], self.model.training
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             rehearse_step(

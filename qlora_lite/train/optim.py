@@ -12,6 +12,8 @@ import torch
 from qlora_lite.errors import TrainingError
 from qlora_lite.memory.marks import category, phase
 
+from .rounding import RoundingAdamW, rounding_by_chance
+
 BITSANDBYTES_NAMES = {
     "paged_adamw_8bit": "PagedAdamW8bit",
     "paged_adamw_32bit": "PagedAdamW32bit",
@@ -24,17 +26,20 @@ BITSANDBYTES_NAMES = {
 
 
 def build_optimizer(
-    parameters: Iterable[torch.nn.Parameter], name: str, learning_rate: float, weight_decay: float
-) -> torch.optim.Optimizer:
+    parameters: Iterable[torch.nn.Parameter], name: str, learning_rate: float, weight_decay: float,
+    stochastic_rounding: bool = True,
+) -> torch.optim.Optimizer:  # fmt: skip
     """Build an optimizer over the LoRA factors, the only parameters that are trained or decayed.
 
     Args:
         name: a key of ``BITSANDBYTES_NAMES``, or ``adamw_torch``.
         weight_decay: decoupled decay per step, as a factor on the learning rate.
+        stochastic_rounding: of bfloat16 factors; see ``rounding``.
     """
     parameters = list(parameters)
     if name == "adamw_torch":
-        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+        optimizer_class = RoundingAdamW if stochastic_rounding else torch.optim.AdamW
+        return optimizer_class(parameters, lr=learning_rate, weight_decay=weight_decay)
     import bitsandbytes.optim
 
     if parameters[0].device.type == "cuda":
@@ -45,6 +50,8 @@ def build_optimizer(
         key = name.removeprefix("paged_")
         faster = {"adamw_8bit": CpuAdamW8bit, "lion_8bit": CpuLion8bit}
         optimizer_class = faster.get(key) or getattr(bitsandbytes.optim, BITSANDBYTES_NAMES[key])
+    if stochastic_rounding:
+        optimizer_class = rounding_by_chance(optimizer_class)
     return optimizer_class(parameters, lr=learning_rate, weight_decay=weight_decay)
 
 

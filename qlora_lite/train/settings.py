@@ -29,3 +29,4 @@ class TrainSettings:
     levers: Levers = field(default_factory=Levers)
     on_not_finite: str = "stop"
     max_skipped_steps: int = 0
+    stochastic_rounding: bool = True

@@ -97,6 +97,8 @@ def test_the_predicted_peak_of_every_phase_is_the_measured_one(model_type, lever
         {"levers": Levers(reuse_dequantized=True, tile_tokens=8)},
         {"levers": Levers(reuse_dequantized=True, tile_tokens=8, resident_blocks=3, offload_checkpoints=True)},
         {"device_type": "cuda"}, {"quant": "none"}, {"dropout": 0.1}, {"optimizer": "adamw_torch"},
+        {"factor_dtype": torch.bfloat16}, {"factor_dtype": torch.bfloat16, "device_type": "cuda"},
+        {"factor_dtype": torch.bfloat16, "optimizer": "adamw_torch"},
     ],
 )  # fmt: skip
 def test_two_small_depths_continued_give_the_whole_depth_to_the_byte(changes):

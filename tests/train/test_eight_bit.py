@@ -59,9 +59,10 @@ def test_batches_hold_neighbours_of_one_type_that_were_updated_as_often(monkeypa
              (1, torch.float32, 2), (5000, torch.float32, 2), (1, torch.float32, 2)]  # fmt: skip
     parameters = [torch.empty(count, dtype=dtype) for count, dtype, _ in sizes]
     states = {p: {"step": step} for p, (_, _, step) in zip(parameters, sizes, strict=True)}
-    batches = list(eight_bit._batches(parameters, states))
+    batches = list(eight_bit._batches(list(enumerate(parameters)), states))
     assert [len(batch) for batch in batches] == [2, 1, 1, 1, 1, 1]
-    assert all(a is b for a, b in zip((p for batch in batches for p in batch), parameters, strict=True))
+    assert [place for batch in batches for place, _ in batch] == list(range(len(sizes)))
+    assert all(p is parameters[place] for batch in batches for place, p in batch)
     assert list(eight_bit._batches([], {})) == []
 
 

@@ -27,12 +27,14 @@ def run(levers, **changes):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "lion_8bit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("levers", [
     Levers(), Levers("none"), Levers(offload_checkpoints=True, resident_blocks=0, tile_tokens=5),
 ])  # fmt: skip
-def test_the_steps_are_those_of_updates_after_backward(optimizer, levers):
-    plain, steps = run(levers, optimizer=optimizer)
-    training, in_backward = run(replace(levers, optimizer_in_backward=True), optimizer=optimizer)
+def test_the_steps_are_those_of_updates_after_backward(optimizer, dtype, levers):
+    plain, steps = run(levers, optimizer=optimizer, dtype=dtype, rank=64)
+    whole = replace(levers, optimizer_in_backward=True)
+    training, in_backward = run(whole, optimizer=optimizer, dtype=dtype, rank=64)
     assert len(steps) == 4
     for one, other in zip(in_backward, steps, strict=True):
         assert (one.loss, one.grad_norm, one.tokens) == (other.loss, other.grad_norm, other.tokens)
