@@ -51,7 +51,7 @@ def measured(job, model_type, **changes):
     add_lora(model, job.targets, job.rank, job.alpha, job.dropout, job.rslora, job.factor_dtype)
     set_levers(model, job.levers)
     parameters = [p for _, p in lora_parameters(model)]
-    optimizer = build_optimizer(parameters, job.optimizer, 1e-4, 0.0)
+    optimizer = build_optimizer(parameters, job.optimizer, 1e-4, 0.0, job.stochastic_rounding)
     batch, ledger = all_learned(LENGTHS), Ledger()
     with ledger:
         for tensor, name, _ in categorised(model):
@@ -83,6 +83,16 @@ def test_the_predicted_peak_of_every_phase_is_the_measured_one(model_type, lever
         for kind, size in peak.breakdown.items():
             if kind not in ("workspace", "saved activations"):
                 assert predicted.peak(name).breakdown[kind] == size, (name, kind)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw_32bit", "lion_8bit", "adamw_torch"])
+@pytest.mark.parametrize("rounding", [True, False])
+def test_the_predicted_peak_of_the_update_of_bfloat16_factors_is_the_measured_one(optimizer, rounding):
+    job = job_for(config_of("llama"), factor_dtype=torch.bfloat16, rank=64, optimizer=optimizer,
+                  stochastic_rounding=rounding, max_grad_norm=0.0)  # fmt: skip
+    predicted, ledger = simulate_whole(job), measured(job, "llama")
+    peak = max((m for m in ledger.peaks.values() if m.phase == "optimizer"), key=lambda m: m.total)
+    assert predicted.peak("optimizer").total == pytest.approx(peak.total, rel=0.003)
 
 
 @pytest.mark.parametrize(

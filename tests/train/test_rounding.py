@@ -13,7 +13,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not support
 
 
 def rounded(values, step=1, place=0):
-    return round_by_chance(values, step, [place], [values.numel()])
+    found = round_by_chance(values, step, [place], [values.numel()])
+    assert found.dtype == torch.float32
+    return found.bfloat16()
 
 
 @pytest.mark.parametrize("value", [1 + 2**-9, -(1 + 2**-10), 3.0e-39, 1.2345e-12, -6.54321e20])
@@ -40,7 +42,7 @@ def test_what_bfloat16_can_hold_stays():
 def test_a_factor_is_rounded_the_same_way_alone_and_among_others_and_another_way_later():
     generator = torch.Generator().manual_seed(0)
     first, second = torch.randn(100, generator=generator), torch.randn(300, generator=generator)
-    together = round_by_chance(torch.cat([first, second]), 7, [3, 4], [100, 300])
+    together = round_by_chance(torch.cat([first, second]), 7, [3, 4], [100, 300]).bfloat16()
     assert torch.equal(together, torch.cat([rounded(first, 7, 3), rounded(second, 7, 4)]))
     for step, place in ((8, 3), (7, 4)):
         assert not torch.equal(rounded(first, step, place), together[:100])
