@@ -17,6 +17,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from qlora_lite.memory.marks import repeated
+
 _DROPPED_BITS = 16  # of a float32's, for a bfloat16
 _PLACES = 65_537  # seeds of one step; a CPU's generator takes 32 bits of a seed
 
@@ -75,15 +77,22 @@ def _set(parameter: torch.nn.Parameter, data: Tensor, grad: Tensor) -> None:
     parameter.grad = grad
 
 
+def of_its_shape(parameter: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Return the parameters with a gradient and the shape of one of them."""
+    return [p for p in parameters if p.shape == parameter.shape and p.grad is not None]
+
+
 class _OneByOne:
     """A bitsandbytes optimizer's update of a single parameter."""
 
     rounds_by_chance = True
 
     def update_step(self, group: dict, p: torch.nn.Parameter, gindex: int, pindex: int) -> None:
-        """Update a parameter."""
-        with in_float32({pindex: p}, lambda p: self.state[p]["step"]):
-            super().update_step(group, p, gindex, pindex)
+        """Update a parameter; in a plan, one of each shape, as often as there are."""
+        alike = of_its_shape(p, group["params"]) if p.is_meta else [p]
+        if alike[0] is p:
+            with repeated(len(alike)), in_float32({pindex: p}, lambda p: self.state[p]["step"]):
+                super().update_step(group, p, gindex, pindex)
 
 
 @cache

@@ -136,6 +136,19 @@ def test_pieces_that_a_plan_leaves_out_count_as_if_they_ran(monkeypatch, reuse):
     assert short.moments == whole.moments
 
 
+@pytest.mark.parametrize("in_backward", [False, True])
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_factors_of_one_shape_count_as_if_each_were_updated(monkeypatch, device_type, in_backward):
+    job = job_for(config_of("llama"), factor_dtype=torch.bfloat16, rank=64, device_type=device_type,
+                  levers=Levers(optimizer_in_backward=in_backward))  # fmt: skip
+    short = simulate_whole(job)
+    monkeypatch.setattr("qlora_lite.train.rounding.of_its_shape", lambda p, parameters: [p])
+    whole = simulate_whole(job)
+    assert short.work == whole.work and short.resident == whole.resident
+    for name in {phase for phase, _ in whole.moments} - {"load"}:
+        assert short.peak(name) == whole.peak(name), name
+
+
 def every_piece(total, size):
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
