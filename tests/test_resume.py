@@ -612,7 +612,7 @@ def test_too_little_space_is_seen_before_the_first_step(lab, monkeypatch, caplog
         lab.run()
     assert not (lab.out / "metrics.jsonl").exists()
     shutil.rmtree(lab.out)
-    free(1_500_000)
+    free(3_000_000)
     lab.run()
     assert any("it may end without some of them" in message for message in caplog.messages)
 

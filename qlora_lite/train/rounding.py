@@ -33,11 +33,10 @@ def round_by_chance(values: Tensor, step: int, places: Sequence[int], counts: Se
         counts: values of each.
     """
     found = torch.empty(values.shape, dtype=torch.int32, device=values.device)
-    if values.is_meta:  # a plan sees the memory; nine operators more for each factor would be a fifth of its time
-        return found.view(torch.float32)
-    generator = _generator(values.device)
+    generator = None if values.is_meta else _generator(values.device)
     for part, place in zip(found.view(-1).split(list(counts)), places, strict=True):
-        generator.manual_seed(step * _PLACES + place)
+        if generator is not None:
+            generator.manual_seed(step * _PLACES + place)
         part.random_(0, 1 << _DROPPED_BITS, generator=generator)
     # the larger the dropped bits, the more often the noise carries into those that stay
     return found.add_(values.view(torch.int32)).bitwise_and_(-1 << _DROPPED_BITS).view(torch.float32)
