@@ -7,7 +7,7 @@ chances that make it right on average. A factor is in float32 for its own update
 The chances are a function of the factor's place and of how often it was updated: nothing is left in a generator's
 state, so a resumed run, and one whose factors are updated in another order, rounds the same way.
 
-Source: stochastic rounding, arXiv 1502.02551, section 3.1; for weights in bfloat16, arXiv 2010.06192, section 4.1.
+Source: stochastic rounding, arXiv 1502.02551; for weights in bfloat16, arXiv 2010.06192.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -8,7 +8,7 @@ from tiny_runs import logits
 from qlora_lite.lora.adapter import attach_adapter, detach_adapter
 from qlora_lite.lora.inject import add_lora, lora_layers
 from qlora_lite.lora.read import Adapter, Factors
-from qlora_lite.models.streamed import streamed_model
+from qlora_lite.models.streamed import _read_around_forward, streamed_model
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -50,3 +50,23 @@ def test_no_more_than_one_block_is_held():
     streamed = streamed_model(whole.config, read)
     logits(streamed)
     assert len(most) == len(weights) and max(most) == 1
+
+
+def test_a_module_around_others_reads_what_is_its_own():
+    class Around(torch.nn.Module):
+        """A module with a parameter and a layer."""
+
+        def __init__(self):
+            super().__init__()
+            self.offset = torch.nn.Parameter(torch.empty(3, device="meta"))
+            self.layer = torch.nn.Linear(3, 3, device="meta")
+
+        def forward(self, x):
+            assert self.layer.weight.is_meta
+            return x + self.offset
+
+    module, asked = Around(), []
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    _read_around_forward(module, [module], names, lambda name: asked.append(name) or torch.ones(3))
+    assert torch.equal(module(torch.zeros(3)), torch.ones(3))
+    assert asked == ["offset"] and module.offset.is_meta
