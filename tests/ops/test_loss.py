@@ -44,7 +44,7 @@ def loss_and_gradient(hidden, targets, head, chunk):
 @pytest.mark.parametrize("chunk", [1, 2, 7, 16, 22, 23, 24, 1000])
 @pytest.mark.parametrize("tile", [1, 10, 100, 101, 8192])
 def test_loss_and_gradient_equal_the_float64_definition(name, chunk, tile, monkeypatch):
-    monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", tile)
+    monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", {"cpu": tile})
     hidden, targets, head = make(torch.float32, **HEADS[name])
     exact = hidden.double().requires_grad_()
     expected = plain_loss(exact, targets, head)
@@ -61,7 +61,7 @@ def test_loss_and_gradient_equal_the_float64_definition(name, chunk, tile, monke
 @pytest.mark.parametrize("tile", [10, 8192])
 def test_in_bf16_it_is_as_exact_as_plain_bf16_autograd(name, tile, monkeypatch):
     """Measured over these heads, both tiles and five seeds: 0.75 to 1.02 times the error of the plain path."""
-    monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", tile)
+    monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", {"cpu": tile})
     hidden, targets, head = make(torch.bfloat16, tokens=200, **HEADS[name])
     exact = hidden.double().requires_grad_()
     plain_loss(exact, targets, head).backward()
@@ -77,7 +77,7 @@ def test_in_bf16_it_is_as_exact_as_plain_bf16_autograd(name, tile, monkeypatch):
 
 @pytest.mark.parametrize("tile", [1, 3, 8192])
 def test_logits_of_a_thousand_neither_overflow_nor_lose_the_loss(tile, monkeypatch):
-    monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", tile)
+    monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", {"cpu": tile})
     head = Head(torch.eye(4) * 1000.0)
     hidden = torch.tensor([[1.0, 0, 0, 0], [0, 1.0, 0, 0]])
     loss, grad = loss_and_gradient(hidden, torch.tensor([0, 0]), head, 1)
@@ -113,7 +113,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_never_more_than_one_tile_of_logits_is_made(grad, monkeypatch):
-    monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", 50)
+    monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", {"cpu": 50})
     hidden, targets, head = make(torch.float32, softcap=2.0, tokens=640)
     assert 64 * 50 < hidden.numel() < 64 * VOCABULARY * 2
     hidden.requires_grad_(grad)

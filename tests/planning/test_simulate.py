@@ -127,7 +127,7 @@ def test_two_small_depths_continued_give_the_whole_depth_to_the_byte(changes):
 def test_pieces_that_a_plan_leaves_out_count_as_if_they_ran(monkeypatch, reuse):
     levers = Levers(tile_tokens=3, loss_chunk_tokens=2, reuse_dequantized=reuse)
     job = job_for(config_of("llama"), levers=levers)
-    monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", 24)
+    monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", {"cpu": 24})
     short = simulate_whole(job)
     for module in ("tile", "loss"):
         monkeypatch.setattr(f"qlora_lite.ops.{module}.pieces", every_piece)
