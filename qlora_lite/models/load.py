@@ -20,6 +20,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from qlora_lite.errors import ModelError, OutputError
 from qlora_lite.ops.attention import row_attention
+from qlora_lite.ops.norm import use_lean_norms
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.nf4 import Packed
 
@@ -88,9 +89,15 @@ def load_model(
         model = _load_prequantized(files.folder, compute_dtype, device)
     else:
         model = _load_quantized(files, quant, double_quant, compute_dtype, device, use_cache)
+    return adopt(model)
+
+
+def adopt(model: nn.Module) -> nn.Module:
+    """Freeze a transformers model and put this package's attention and norms into it; return it."""
     model.requires_grad_(False).eval()
     model.config.use_cache = False
     use_row_attention(model)
+    use_lean_norms(model)
     return model
 
 

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qlora_lite.errors import ModelError
 
 from .families import known_config, nearest
-from .load import use_row_attention
+from .load import adopt
 from .locate import locate
 from .quantizer import quantize_head, replace_linears
 
@@ -106,10 +106,7 @@ def meta_model(config, quant: str, double_quant: bool, dtype: torch.dtype, quant
         replace_linears(model, quant, double_quant, [name for name, m in model.named_modules() if m is head])
     if quant_head:
         quantize_head(model, quant, double_quant)
-    model.requires_grad_(False).eval()
-    model.config.use_cache = False
-    use_row_attention(model)
-    return model
+    return adopt(model)
 
 
 def give_storage(model: nn.Module, device: torch.device | str = "cpu") -> nn.Module:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from .anatomy import blocks
-from .load import use_row_attention
+from .load import adopt
 
 Read = Callable[[str], torch.Tensor]
 
@@ -28,9 +28,7 @@ def streamed_model(config, read: Read) -> nn.Module:
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.tie_weights()
-    model.requires_grad_(False).eval()
-    model.config.use_cache = False
-    use_row_attention(model)
+    adopt(model)
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters():  # the first name of each
         names[id(parameter)] = name

@@ -143,6 +143,48 @@ def test_the_error_in_bf16_is_below_that_of_eager_attention_in_bf16():
     assert max(mine / other for mine, other in zip(ours, theirs, strict=True)) < 1
 
 
+def run_rows(rows, window, capabilities, monkeypatch):
+    """Attend in bf16 on a CPU with such capabilities; return values, gradients, and whether a fused kernel ran."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    inputs = [t / 3 for t in tensors(sum(rows) + 7, 2, dtype=torch.bfloat16)]
+    upstream = torch.randn(1, sum(rows) + 7, HEADS, DIM, generator=torch.Generator().manual_seed(1))
+    with Functions() as seen:
+        found = values_and_gradients(
+            lambda *t: row_attention(None, *t, None, sliding_window=window, row_lengths=rows)[0], inputs, upstream
+        )
+    wanted = values_and_gradients(lambda *t: eager(*t, (*rows, 7), None, window), inputs, upstream.double())
+    return found, wanted, any("flash_attention" in name for name in seen.names)
+
+
+class Functions(TorchDispatchMode):
+    """Note the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rows", [LONG_ROWS, (5,), (33, 2)])
+def test_a_fused_kernel_gives_the_values_where_a_matrix_unit_makes_it_faster(rows, monkeypatch):
+    (out, *grads), (expected, *_), fused = run_rows(rows, None, {"amx_bf16": True}, monkeypatch)
+    assert fused
+    tokens = sum(rows)
+    assert (out[:, :tokens] - expected[:, :tokens]).norm() <= 4e-3 * expected[:, :tokens].norm()
+    assert not out[:, tokens:].any()
+    (_, *same), _, fused = run_rows(rows, None, {}, monkeypatch)
+    assert not fused
+    assert all(map(torch.equal, grads, same))
+
+
+@pytest.mark.parametrize("window, fused", [(None, True), (BLOCK_QUERIES + 45, True), (BLOCK_QUERIES, False)])
+def test_a_window_that_cuts_a_row_is_left_to_the_blocks(window, fused, monkeypatch):
+    assert run_rows((BLOCK_QUERIES + 45, 3), window, {"amx_bf16": True}, monkeypatch)[2] == fused
+
+
 def test_filler_behind_the_rows_gets_zeros_and_gives_no_gradient():
     inputs = [t.requires_grad_() for t in tensors(40)]
     out = block_attention(*inputs, (9, 20))

@@ -11,7 +11,7 @@ from qlora_lite.data.batch import Batch
 from qlora_lite.lora.inject import add_lora, lora_parameters
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.models.levers import Levers, set_levers
-from qlora_lite.models.load import use_row_attention
+from qlora_lite.models.load import adopt
 from qlora_lite.models.quantizer import quantize_in_place
 from qlora_lite.planning.simulate import Job, Rows, simulate, simulate_whole
 from qlora_lite.train.inventory import categorised
@@ -47,7 +47,7 @@ def measured(job, model_type, **changes):
     """Return the ledger of the second real training step and an evaluation."""
     model = build_tiny(model_type, **changes)
     quantize_in_place(model, job.quant, job.double_quant)
-    use_row_attention(model)
+    adopt(model)
     add_lora(model, job.targets, job.rank, job.alpha, job.dropout, job.rslora, job.factor_dtype)
     set_levers(model, job.levers)
     parameters = [p for _, p in lora_parameters(model)]

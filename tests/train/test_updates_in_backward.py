@@ -61,8 +61,7 @@ def test_the_plan_is_what_a_step_on_real_tensors_needs(levers):
     assert planned.moments == real.moments
     assert planned.work == real.work
     after = simulate.simulate_whole(replace(job, levers=replace(levers, optimizer_in_backward=False)))
-    # With the inputs of all blocks on the device the peak is at the last block, before there are gradients.
-    assert (planned.peak().total < after.peak().total) == levers.offload_checkpoints
+    assert planned.peak().total < after.peak().total
 
 
 def test_a_rehearsal_leaves_no_trace():
