@@ -18,8 +18,8 @@ import torch
 
 from .shapes import device_type, pad_rows, pieces
 
-# Words whose logits exist at once. On a CPU few are 1.3 to 1.6 times as fast: they stay in the cache, and malloc gives a
-# tensor of 32 MiB (1,024 tokens x 8,192 words in float32) pages that were never touched, time after time.
+# Words whose logits exist at once. On a CPU few are 1.3 to 1.6 times as fast: they stay in the cache, and malloc gives
+# a tensor of 32 MiB (1,024 tokens x 8,192 words, float32) pages that were never touched, time after time.
 TILE_WORDS = {"cuda": 8192, "cpu": 2048}
 AUTO_CHUNK_TOKENS = 1024  # at once 48 MiB of logits in bf16 and float32 on a card, 12 MiB on a CPU
 
