@@ -71,7 +71,7 @@ def projections_tables(result: Mapping) -> list[str]:
 TABLES = {
     "limit": ("A training step beside the limit that its own matrix products set: each distinct product timed alone, "
               "warm, times its count. What the rest of the step takes is told by place.", limit_table),
-    "limit_no_amx": ("The same with the processor's matrix unit left out (`--no-amx`), as on one without:", limit_table),
+    "limit_no_amx": ("The same without the processor's matrix unit, as on one that has none:", limit_table),
     "projections": ("Ways to compute LoRA projections, as ratios to the time of the hand-written way that is used here "
                     "(below 1 is faster).", projections_tables),
     "head": ("What `model.quant_head` costs: the 16-bit head against the same head in NF4, blocks and embeddings the "
