@@ -2,8 +2,8 @@
 
 torch's fused attention is made of many small products on a CPU; here a block of queries of all the heads that
 share a key head is one matrix, multiplied with just the keys that the block can see: two thirds of the time,
-forward and backward (9 heads of 64 over 3 key heads, 512 tokens in bf16, two cores: 3.6 and 8.2 ms against 5.3
-and 12.6). Only queries, keys and values are saved: backward builds a block's weights again, so that the largest
+forward and backward (9 heads of 64 over 3 key heads, 512 tokens in bf16, two cores of an EPYC: 3.6 and 8.2 ms against
+5.3 and 12.6). Only queries, keys and values are saved: backward builds a block's weights again, so that the largest
 tensors are one block's weights. A processor whose fused kernel is the faster one can take it for the values.
 
 The weights are ``softmax(scaling * q k^T)``. Products accumulate in float32 and the softmax is taken in
