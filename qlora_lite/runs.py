@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from .errors import CheckpointError, OutputError, RecipeError
 from .files import explain_write_errors, flush_to_disk, remove_leftovers, write_text
 from .recipe.load import load_recipe, resolve_to_yaml
@@ -34,8 +36,8 @@ VERSIONED = ("qlora-lite", "torch", "transformers", "bitsandbytes", "accelerate"
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions that a run's result can depend on."""
-    return {name: importlib.metadata.version(name) for name in VERSIONED}
+    """Return the versions that a run's result can depend on, torch's with the CUDA build that its metadata lacks."""
+    return {name: importlib.metadata.version(name) for name in VERSIONED} | {"torch": str(torch.__version__)}
 
 
 @dataclass(slots=True)
