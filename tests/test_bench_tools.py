@@ -9,20 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from lever_cases import build, gradients
-from tiny import build_tiny, random_batch
+from tiny import build_tiny
 from torch import nn
 
 from qlora_lite.data.batch import collate
 from qlora_lite.data.stored import Example
-from qlora_lite.lora.inject import lora_layers, lora_parameters
-from qlora_lite.lora.layer import LoraLinear
 from qlora_lite.memory.marks import phase
 from qlora_lite.memory.work import WorkCounter
-from qlora_lite.models.anatomy import blocks
-from qlora_lite.models.levers import Levers, set_levers
+from qlora_lite.models.levers import Levers
 from qlora_lite.models.load import use_row_attention
 from qlora_lite.quant.linear import QuantLinear, frozen_weight, materialize
-from qlora_lite.train.step import accumulate_gradients, prepare
 
 TOOLS = Path(__file__).parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
@@ -30,7 +26,6 @@ sys.path.insert(0, str(TOOLS))
 import _products  # noqa: E402
 from _measured_tables import TABLES  # noqa: E402
 from _products import BASE, LOW_RANK, PLACES, Layout, Product, StepClock  # noqa: E402
-from _shared_inputs import SharedInput, share_inputs  # noqa: E402
 from _texts import text_windows  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -168,70 +163,6 @@ def test_the_parts_of_a_step_add_up_and_only_recomputed_products_tell_its_kinds_
     assert "**share of the limit of its own products**" in "\n".join(TABLES["limit"][1](
         {"large_product_flops_per_second": 1e11, "cases": cases}
     ))  # fmt: skip
-
-
-def shared_set(outs, dtype=torch.float32, bias=True):
-    torch.manual_seed(0)
-    layers = []
-    for number, out in enumerate(outs):
-        base = QuantLinear.from_weight(torch.randn(out, 64), torch.randn(out) if bias else None, "nf4", True)
-        base = base if number else nn.Linear(64, out, bias=bias)  # of both kinds, with other numbers of tensors
-        layers.append(LoraLinear(base, 5, 7.0, dtype=dtype))
-        nn.init.normal_(layers[-1].lora_B)
-    return layers
-
-
-@pytest.mark.parametrize("outs", [(80,), (80, 48), (80, 48, 32)])
-@pytest.mark.parametrize("bias", [False, True])
-def test_projections_computed_together_equal_the_float64_formula(outs, bias):
-    layers, x = shared_set(outs, bias=bias), torch.randn(2, 9, 64, requires_grad=True)
-    shared = SharedInput(layers)
-    ys = [shared.call(number, x) for number in range(len(outs))]
-    leaf, total, expected_total, leaves = x.detach().double().requires_grad_(), 0.0, 0.0, []
-    for layer, y in zip(layers, ys, strict=True):
-        factors = [f.detach().double().requires_grad_() for f in (layer.lora_A, layer.lora_B)]
-        weight = materialize(*frozen_weight(layer.base), torch.float32).double()
-        expected = leaf @ weight.t() + layer.scale * leaf @ factors[0].t() @ factors[1].t()
-        expected = expected if layer.base.bias is None else expected + layer.base.bias.double()
-        assert (y - expected).norm() <= 1e-6 * expected.norm()
-        upstream = torch.randn(y.shape)
-        total = total + (y * upstream).sum()
-        expected_total = expected_total + (expected * upstream.double()).sum()
-        leaves += zip((layer.lora_A, layer.lora_B), factors, strict=True)
-    total.backward()
-    expected_total.backward()
-    for found, wanted in ((x, leaf), *leaves):
-        assert (found.grad - wanted.grad).norm() <= 1e-6 * wanted.grad.norm()
-
-
-def shared_gradients(model, levers, parameters):
-    """Return the gradients of a step whose blocks share inputs, of all factors."""
-    for block in blocks(model):
-        share_inputs(block, True)
-    assert len(list(lora_layers(model))) < len(parameters) // 2  # layers in sets have something else in their place
-    set_levers(model, levers)
-    accumulate_gradients(model.train(), [prepare(random_batch(seed=seed), CPU) for seed in range(2)])
-    for block in blocks(model):
-        share_inputs(block, False)
-    found = [parameter.grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.grad = None
-    return found
-
-
-def test_blocks_with_shared_inputs_have_the_same_gradients_computed_again_or_kept_and_can_be_put_back():
-    model = build()
-    parameters = dict(lora_parameters(model))
-    _, *plain = gradients(model, Levers("none"))
-    kept, first, again = (
-        shared_gradients(model, levers, list(parameters.values())) for levers in (Levers("none"), Levers(), Levers())
-    )
-    for one, two, three, wanted in zip(kept, first, again, plain, strict=True):
-        assert torch.equal(one, two) and torch.equal(one, three)
-        assert (one - wanted).norm() <= 1e-5 * wanted.norm()
-    back = dict(lora_parameters(model))
-    assert list(back) == list(parameters) and all(back[name] is factor for name, factor in parameters.items())
-    assert all(torch.equal(one, two) for one, two in zip(gradients(model, Levers("none"))[1:], plain, strict=True))
 
 
 def test_ways_that_give_other_numbers_are_not_compared():

@@ -53,22 +53,30 @@ def projections_tables(result: Mapping) -> list[str]:
     lines = []
     for title, rows in result["tables"].items():
         ways = list(dict.fromkeys(way for row in rows for way in row["ratios"]))
-        columns = [f"{way}, {pass_}" for way in ways for pass_ in ("forward", "backward")]
-        lines += [*([""] if lines else []), f"| {title} | hand-written: forward, backward | {' | '.join(columns)} |",
+        columns = [f"{way}, {part}" for way in ways for part in ("forward", "backward", "kept")]
+        head = "hand-written: forward, backward, kept"
+        lines += [*([""] if lines else []), f"| {title} | {head} | {' | '.join(columns)} |",
                   "|---" * (len(columns) + 2) + "|"]  # fmt: skip
         for row in rows:
-            cells = [f"{row['ratios'][way][pass_]:.2f}" if way in row["ratios"] else "" for way in ways
-                     for pass_ in ("forward", "backward")]  # fmt: skip
+            cells = [cell for way in ways for cell in _way_cells(row, way)]
             base = ", ".join(f"{1000 * row['seconds'][pass_]:.2f} ms" for pass_ in ("forward", "backward"))
+            base += f", {format_bytes(row['kept_bytes']['hand-written'])}"
             lines.append(f"| {row['name']} | {base} | {' | '.join(cells)} |")
-    lines += ["", "| a training step | hand-written | shared input |", "|---|---|---|"]
+    lines += ["", "| a training step | hand-written | each by itself |", "|---|---|---|"]
     for row in result["steps"]:
-        lines.append(f"| {row['name']} | {_ms(row['seconds'])} ms | {row['shared_ratio']:.3f} |")
+        lines.append(f"| {row['name']} | {_ms(row['seconds'])} ms | {row['apart_ratio']:.3f} |")
     of_reason = defaultdict(list)
     for name, reason in result["not_whole_graphs"].items():
         of_reason[reason].append(name)
     lines += ["", *(f"- not one graph: {'; '.join(names)}. {reason}" for reason, names in of_reason.items())]
     return lines
+
+
+def _way_cells(row: Mapping, way: str) -> list[str]:
+    if way not in row["ratios"]:
+        return ["", "", ""]
+    times = [f"{row['ratios'][way][part]:.2f}" for part in ("forward", "backward")]
+    return [*times, format_bytes(row["kept_bytes"][way])]
 
 
 # The result's name -> what the README says above its table, and the function that makes the table's lines.

@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from typing import NamedTuple
 
 import torch
-from _cases import RANK, seconds_of
+from _cases import seconds_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_lite.memory.marks import marks
@@ -103,7 +103,7 @@ class StepClock(TorchDispatchMode):
             return result
         layouts = tuple(layout_of(argument) for argument in args)
         flops = formula(*args, **kwargs, out_val=result)
-        product = Product(kind_of(layouts, place_of_caller()), func, layouts, tuple(sorted(kwargs.items())), flops)
+        product = Product(kind_of(func, place_of_caller()), func, layouts, tuple(sorted(kwargs.items())), flops)
         self.products[product] += 1
         self.product_seconds[product.place] += seconds
         return result
@@ -116,12 +116,11 @@ def layout_of(argument: object) -> object:
     return Layout(tuple(argument.shape), argument.stride(), argument.dtype)
 
 
-def kind_of(layouts: tuple, place: str) -> str:
-    """Return the place of a product, those of LoRA layers told apart by the side that is as short as the rank."""
+def kind_of(func: torch._ops.OpOverload, place: str) -> str:
+    """Return the place of a product, those of LoRA layers told apart: frozen weights' add to the factors'."""
     if place != PLACES["lora/layer.py"]:
         return place
-    sides = {size for layout in layouts if isinstance(layout, Layout) for size in layout.shape}
-    return LOW_RANK if RANK in sides else BASE
+    return BASE if func is torch.ops.aten.addmm_.default else LOW_RANK
 
 
 def place_of_caller() -> str:

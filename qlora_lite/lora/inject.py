@@ -18,6 +18,7 @@ from qlora_lite.errors import ModelError
 from qlora_lite.quant.linear import QuantLinear, is_conv1d
 
 from .layer import LoraLinear
+from .shared import share_inputs
 
 ALL_LINEAR = "all-linear"
 
@@ -89,6 +90,7 @@ def add_lora(
         )
         wrapped.train(model.training)
         model.set_submodule(name, wrapped)
+    share_inputs(model)
     return model
 
 

@@ -7,22 +7,35 @@ A starts Kaiming-uniform and B at zero, so that the first forward equals the bas
 The low-rank part is formed first and the base product accumulates onto it (no second [T, out] tensor, one
 rounding: see ``quant.linear.add_product``). x, x A^T and the *packed* weight are saved, and the weight is
 dequantised again in backward. Saving and multiplying are two autograd functions, so that a checkpointed
-block's second run can leave out its last product (``down_proj``; see ``ops.checkpoint``). With dropout the
-low-rank branch has its own input, so plain autograd is used around the same frozen product. ``reference=True``
-computes the formula with plain autograd; it is the oracle of the fast path.
+block's second run can leave out its last product (``down_proj``; see ``ops.checkpoint``). Layers with the same
+input can be begun together (``lora.shared``). With dropout the low-rank branch has its own input, so plain autograd
+is used around the same frozen product. ``reference=True`` computes the formula with plain autograd; it is the oracle
+of the fast path.
 
 Shapes: x [..., in], A [r, in], B [out, r], y [..., out]; T is the product of x's leading dimensions.
 Source: LoRA, arXiv 2106.09685, section 4.1; rank-stabilised scale: arXiv 2312.03732; QLoRA: arXiv 2305.14314.
 """
 
 import math
+from collections.abc import Sequence
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from qlora_lite.ops.checkpoint import product_or_stand_in
-from qlora_lite.quant.linear import FrozenMatmul, add_product, frozen_weight, kept_for, materialize, product_of_few
+from qlora_lite.quant.linear import (
+    FrozenMatmul,
+    KeptWeights,
+    WeightSpec,
+    add_product,
+    frozen_weight,
+    kept_for,
+    materialize,
+    product_of_few,
+)
 
 
 def lora_scale(alpha: float, rank: int, rslora: bool) -> float:
@@ -30,45 +43,82 @@ def lora_scale(alpha: float, rank: int, rslora: bool) -> float:
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 
-def lora_matmul(x, lora_a, lora_b, bias, scale, spec, frozen) -> torch.Tensor:
-    """Compute ``x W^T + bias + scale * (x A^T) B^T`` with gradients for x, A and B."""
-    kept = kept_for(x)
-    low, gradient = _LoraGradient.apply(x, lora_a, lora_b, scale, spec, kept, *frozen)
-    return product_or_stand_in(
-        lambda: _LoraProduct.apply(gradient, low, x.detach(), lora_b.detach(), bias, spec, kept, *frozen), gradient
-    )
+class Begun(NamedTuple):
+    """Products of LoRA layers with one input x, begun by ``begin`` and each ended by ``end``.
+
+    Of each layer: low [T, r], a stand-in for y, and its frozen weight. ``kept`` is where unpacked weights are found.
+    """
+
+    x: torch.Tensor
+    kept: KeptWeights | None
+    low: Sequence[torch.Tensor]
+    stand_ins: Sequence[torch.Tensor]
+    weights: Sequence[tuple[WeightSpec, tuple[torch.Tensor, ...]]]
+
+
+def begin(x: torch.Tensor, layers: Sequence["LoraLinear"]) -> Begun:
+    """Begin the products of x with layers of one scale: their low-rank parts, and their place in the graph."""
+    weights, kept = [frozen_weight(layer.base) for layer in layers], kept_for(x)
+    specs, counts = [spec for spec, _ in weights], [len(frozen) for _, frozen in weights]
+    tensors = [*(layer.lora_A for layer in layers), *(layer.lora_B for layer in layers),
+               *(tensor for _, frozen in weights for tensor in frozen)]  # fmt: skip
+    low, *stand_ins = _LoraGradient.apply(x, layers[0].scale, specs, counts, kept, *tensors)
+    return Begun(x, kept, low.chunk(len(layers), dim=1), stand_ins, weights)
+
+
+def end(layer: "LoraLinear", begun: Begun, number: int) -> torch.Tensor:
+    """Return ``x W^T + bias + scale * (x A^T) B^T``, with gradients for x, A and B.
+
+    Args:
+        number: of the layer, among those that were begun together.
+    """
+    stand_in, low, (spec, frozen) = begun.stand_ins[number], begun.low[number], begun.weights[number]
+    inputs = stand_in, low, begun.x.detach(), layer.lora_B.detach(), layer.base.bias
+    return product_or_stand_in(lambda: _LoraProduct.apply(*inputs, spec, begun.kept, *frozen), stand_in)
 
 
 class _LoraGradient(torch.autograd.Function):
-    """Compute ``low = scale * x A^T`` and take the gradients of the whole layer.
+    """Compute ``low = scale * x A^T`` of all layers, and take the gradients of the whole of them.
 
-    The second result stands for y in the graph: it has y's shape, no memory and no values, and what arrives as
-    its gradient is y's.
+    The other results stand for the layers' y in the graph: they have y's shape, no memory and no values, and what
+    arrives as their gradient is y's; None, where nobody used one.
     """
 
     @staticmethod
-    def forward(ctx, x, lora_a, lora_b, scale, spec, kept, *frozen):
+    def forward(ctx, x, scale, specs, counts, kept, *tensors):
         rows = x.reshape(-1, x.shape[-1])
-        low = functional.linear(rows, lora_a.to(x.dtype)).mul_(scale)
-        ctx.scale, ctx.spec, ctx.kept = scale, spec, kept
-        ctx.save_for_backward(rows, low, lora_a, lora_b, *frozen)
+        low = functional.linear(rows, _joined(tensors[: len(specs)], 0, x.dtype)).mul_(scale)
+        ctx.scale, ctx.specs, ctx.counts, ctx.kept = scale, specs, counts, kept
+        ctx.save_for_backward(rows, low, *tensors)
         ctx.mark_non_differentiable(low)
         ctx.set_materialize_grads(False)
-        return low, x.new_empty(()).expand(*x.shape[:-1], spec.shape[0])
+        return low, *(x.new_empty(()).expand(*x.shape[:-1], spec.shape[0]) for spec in specs)
 
     @staticmethod
-    def backward(ctx, _grad_low, grad_y):
-        rows, low, lora_a, lora_b, *frozen = ctx.saved_tensors
-        grad_rows = grad_y.reshape(-1, grad_y.shape[-1])
-        grad_low = (grad_rows @ lora_b.to(grad_y.dtype)).mul_(ctx.scale)
+    def backward(ctx, _grad_low, *grads_y):
+        rows, low, *tensors = ctx.saved_tensors
+        layers = len(ctx.specs)
+        factors_a, factors_b, frozen = tensors[:layers], tensors[layers : 2 * layers], iter(tensors[2 * layers :])
+        frozen, lows = [tuple(islice(frozen, count)) for count in ctx.counts], low.chunk(layers, dim=1)
+        used = [number for number in range(layers) if grads_y[number] is not None]
+        grads = {number: grads_y[number].reshape(-1, grads_y[number].shape[-1]) for number in used}
+        dtype, shape = grads_y[used[0]].dtype, grads_y[used[0]].shape[:-1]
+        grad_low = _joined([grads[number] @ factors_b[number].to(dtype) for number in used], 1, dtype).mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_low @ lora_a.to(grad_y.dtype)
-            grad_x.addmm_(grad_rows, materialize(ctx.spec, tuple(frozen), grad_y.dtype, ctx.kept))
-            grad_x = grad_x.view(*grad_y.shape[:-1], grad_x.shape[-1])
-        grad_a = (grad_low.t() @ rows).to(lora_a.dtype)
-        grad_b = (grad_rows.t() @ low).to(lora_b.dtype)
-        return grad_x, grad_a, grad_b, None, None, None, *(None for _ in frozen)
+            grad_x = grad_low @ _joined([factors_a[number] for number in used], 0, dtype)
+            for number in used:
+                grad_x.addmm_(grads[number], materialize(ctx.specs[number], frozen[number], dtype, ctx.kept))
+            grad_x = grad_x.view(*shape, grad_x.shape[-1])
+        grads_a, grads_b = [None] * layers, [None] * layers
+        for number, grad_a in zip(used, (grad_low.t() @ rows).chunk(len(used)), strict=True):
+            grads_a[number] = grad_a.to(factors_a[number].dtype)
+            grads_b[number] = (grads[number].t() @ lows[number]).to(factors_b[number].dtype)
+        return grad_x, None, None, None, None, *grads_a, *grads_b, *(None for _ in range(sum(ctx.counts)))
+
+
+def _joined(tensors: Sequence[torch.Tensor], dim: int, dtype: torch.dtype) -> torch.Tensor:
+    return (tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)).to(dtype)
 
 
 class _LoraProduct(torch.autograd.Function):
@@ -95,7 +145,11 @@ class LoraLinear(nn.Module):
         rslora: divide alpha by sqrt(r) instead of r.
         dtype: of the factors.
         reference: compute with plain autograd.
+
+    ``shared`` is the set of layers that this one's input is shared with, if any; see ``lora.shared``.
     """
+
+    shared = None
 
     def __init__(self, base, rank, alpha, dropout=0.0, rslora=False, dtype=torch.bfloat16, reference=False):
         super().__init__()
@@ -120,17 +174,17 @@ class LoraLinear(nn.Module):
         nn.init.zeros_(self.lora_B)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        spec, frozen = frozen_weight(self.base)
         dropping = self.training and self.dropout > 0
         if not dropping and not self.reference:
             y = product_of_few(self.base, x)
             if y is not None:
                 low = functional.linear(x, self.lora_A.to(x.dtype)).mul_(self.scale)
                 return y.add_(functional.linear(low, self.lora_B.to(x.dtype)))
-            return lora_matmul(x, self.lora_A, self.lora_B, self.base.bias, self.scale, spec, frozen)
+            return end(self, *((begin(x, [self]), 0) if self.shared is None else self.shared.begun_for(self, x)))
         branch = functional.dropout(x, self.dropout, self.training)
         low = self.scale * functional.linear(branch, self.lora_A.to(x.dtype))
         update = functional.linear(low, self.lora_B.to(x.dtype))
+        spec, frozen = frozen_weight(self.base)
         return FrozenMatmul.apply(x, update, self.base.bias, spec, *frozen)
 
     def extra_repr(self) -> str:

@@ -53,7 +53,8 @@ def row_attention(
         out = attend(query, key, value, attention_mask, scaling, **extra)
         return out.transpose(1, 2).contiguous(), None
     by_row = partial(_row_by_row, attend, query, key, value, row_lengths, scaling, sliding_window, **extra)
-    if device_type(query.device) == "cpu" and not written_out and not dropout:
+    compiling = torch.compiler.is_compiling()  # as one graph, which block attention's loops would make very long
+    if device_type(query.device) == "cpu" and not written_out and not dropout and not compiling:
         fused = by_row if _fused_is_faster(query.dtype, row_lengths, sliding_window) else None
         return block_attention(query, key, value, row_lengths, scaling, sliding_window, fused), None
     return by_row(), None

@@ -74,7 +74,7 @@ _run: ContextVar[Run | None] = ContextVar("run", default=None)
 
 def kept_result(compute: Callable[[], torch.Tensor]) -> torch.Tensor:
     """Return what ``compute()`` gives, from the first run if this is the second run of a checkpointed block."""
-    run = _run.get()
+    run = _present_run()
     return compute() if run is None else run.result(compute)
 
 
@@ -84,8 +84,12 @@ def product_or_stand_in(compute: Callable[[], torch.Tensor], stand_in: torch.Ten
     Args:
         stand_in: same shape, any values, and a node in the graph that takes the gradient of the product.
     """
-    run = _run.get()
+    run = _present_run()
     return compute() if run is None else run.product(compute, stand_in)
+
+
+def _present_run() -> Run | None:
+    return None if torch.compiler.is_compiling() else _run.get()  # torch.compile cannot trace a context variable
 
 
 @dataclass(slots=True)

@@ -36,7 +36,8 @@ class LeanNorm(Around):
         self.offset = offset
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.weight.requires_grad or not (x.requires_grad and torch.is_grad_enabled()):
+        plain = self.weight.requires_grad or torch.compiler.is_compiling()  # a compiler finds out what to keep
+        if plain or not (x.requires_grad and torch.is_grad_enabled()):
             return self.inner(x)
         return _RmsNorm.apply(x, self.weight, self.inner, self.offset)
 

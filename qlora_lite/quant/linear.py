@@ -84,7 +84,7 @@ def keeping_weights(stay: bool) -> Iterator[None]:
 
 def kept_for(x: torch.Tensor) -> KeptWeights | None:
     """Return where a product with x and its gradient find its unpacked weight; None where it would serve no other."""
-    kept = _kept.get()
+    kept = None if torch.compiler.is_compiling() else _kept.get()  # torch.compile cannot trace a context variable
     return kept if kept is not None and (kept.stay or x.requires_grad) else None
 
 

@@ -28,8 +28,8 @@ class Heights(TorchDispatchMode):
 def test_products_and_attention_run_over_multiples_only():
     model = build_tiny("llama")
     use_row_attention(model)
-    add_lora(model, rank=4, dtype=torch.float32)  # 4 and the model's own sizes are the only other heights
-    own = {4, 32, 64, 96, 160}
+    add_lora(model, rank=4, dtype=torch.float32)
+    own = {4, 8, 12, 32, 64, 96, 160}  # the only other heights: of one, two or three A factors, and the model's own
     with Heights() as seen:
         for lengths in [(9, 14, 6), (31, 33), (5,), (64, 1 + 1), (40, 7, 50)]:
             accumulate_gradients(model, [prepare(random_batch(lengths), model.device)])
