@@ -16,8 +16,10 @@ CUBLAS_WORKSPACE_BYTES = 32 * MIB  # torch's default on compute capability 9.0; 
 CUDA_SEGMENT_BYTES = 2 * 20 * MIB  # partly used segments of both pools (c10/cuda/CUDACachingAllocator.cpp)
 CUDA_FRAGMENTATION_SHARE = 0.04  # of what comes and goes within a step
 HOST_PROCESS_BYTES = 1536 * MIB  # Python, torch with its CUDA libraries, pinned buffers; not yet checked beside a card
-CPU_KERNELS_BYTES = 58 * MIB  # compiled oneDNN kernels, thread stacks and buffers, kept after the first step
-CPU_LOGITS_SHARE = 0.75  # of the largest logits: scratch of the head's products, and pages that malloc keeps
+CPU_BUFFERS_BYTES = 32 * MIB  # thread stacks and buffers
+# For each large product's shape: oneDNN keeps a compiled kernel (0.3 to 0.8 MiB are gone with a cache of 0), and malloc
+# pages in between. Where nothing is compiled (float32) it is too much.
+CPU_KERNEL_BYTES = int(1.35 * MIB)
 
 
 class Overhead(NamedTuple):
@@ -32,17 +34,17 @@ class Overhead(NamedTuple):
     allocated: bool = False
 
 
-def overheads(device_type: str, moments: Iterable[Moment], resident: Moment) -> tuple[Overhead, ...]:
+def overheads(device_type: str, moments: Iterable[Moment], resident: Moment, products: int) -> tuple[Overhead, ...]:
     """Return what comes on top of the tensors at a step's peak.
 
     Args:
         device_type: "cpu" or "cuda".
         moments: the high points of a step.
         resident: what is alive between two steps.
+        products: how many large matrix products differ in their shapes.
     """
-    moments = list(moments)
-    peak = max(moments, key=lambda moment: moment.total)
     if device_type == "cuda":
+        peak = max(moments, key=lambda moment: moment.total)
         fragmentation = int(CUDA_FRAGMENTATION_SHARE * max(0, peak.total - resident.total))
         return (
             Overhead("CUDA context", CUDA_CONTEXT_BYTES, "driver, kernels and streams of a torch process"),
@@ -50,8 +52,8 @@ def overheads(device_type: str, moments: Iterable[Moment], resident: Moment) -> 
             Overhead("allocator segments", CUDA_SEGMENT_BYTES, "the last, partly used segments"),
             Overhead("fragmentation", fragmentation, "holes between tensors of a step"),
         )
-    logits = max(moment.breakdown.get("logits", 0) for moment in moments)
+    kernels = products * CPU_KERNEL_BYTES
     return (
-        Overhead("kernels", CPU_KERNELS_BYTES, "compiled matrix kernels, thread stacks and buffers"),
-        Overhead("scratch of the head", int(CPU_LOGITS_SHARE * logits), "of its products, and pages that malloc keeps"),
+        Overhead("buffers", CPU_BUFFERS_BYTES, "thread stacks and buffers"),
+        Overhead("matrix kernels", kernels, f"compiled for {products} shapes of products, and kept"),
     )

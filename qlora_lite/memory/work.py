@@ -2,7 +2,8 @@
 
 Three totals are enough for a ranking of plans: floating-point operations of matrix products and attention (by
 torch's own formulas), bytes that all other operations read and write (dequantising a weight reads half a byte and
-writes two), and bytes that travel between device and host.
+writes two), and bytes that travel between device and host. Beside them, how many large products differ: a CPU compiles
+a kernel for each.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import flop_registry
 
 from .marks import marks
 
+LARGE_BYTES = 1 << 17  # of a product's operands and result
 _COPY = torch.ops.aten.copy_.default
 
 
@@ -42,7 +44,10 @@ FLOP_FORMULAS = flop_registry | {
 
 
 class Work(NamedTuple):
-    """FLOPs of products, bytes moved by everything else and over the bus, in training and in evaluation."""
+    """FLOPs of products, bytes moved by everything else and over the bus, in training and in evaluation.
+
+    ``large_products`` is how many products of ``LARGE_BYTES`` or more differ in their operator or their shapes.
+    """
 
     flops: int = 0
     moved_bytes: int = 0
@@ -50,6 +55,7 @@ class Work(NamedTuple):
     eval_flops: int = 0
     eval_moved_bytes: int = 0
     eval_bus_bytes: int = 0
+    large_products: int = 0
 
 
 class WorkCounter(TorchDispatchMode):
@@ -58,11 +64,12 @@ class WorkCounter(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self._totals = {True: [0, 0, 0], False: [0, 0, 0]}
+        self._products: set[tuple] = set()
 
     @property
     def work(self) -> Work:
         """Return what was counted since construction."""
-        return Work(*self._totals[False], *self._totals[True])
+        return Work(*self._totals[False], *self._totals[True], len(self._products))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -79,6 +86,9 @@ class WorkCounter(TorchDispatchMode):
             totals[2] += marks.repeats * args[0].nbytes
         elif formula is not None:
             totals[0] += marks.repeats * formula(*args, **kwargs, out_val=result)
+            tensors = [t for t in (*args, result) if isinstance(t, torch.Tensor)]
+            if sum(t.nbytes for t in tensors) >= LARGE_BYTES:
+                self._products.add((func, *(t.shape for t in tensors)))
         elif not func.is_view:
             outputs = result if isinstance(result, tuple | list) else (result,)
             totals[1] += marks.repeats * sum(t.nbytes for t in (*args, *outputs) if isinstance(t, torch.Tensor))

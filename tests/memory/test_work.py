@@ -1,0 +1,43 @@
+"""What a step's products are counted as, beside their operations: how many large ones differ."""
+
+import torch
+from transformers import AutoConfig
+
+from qlora_lite.memory.marks import phase
+from qlora_lite.memory.process import CPU_BUFFERS_BYTES, CPU_KERNEL_BYTES
+from qlora_lite.memory.work import WorkCounter
+from qlora_lite.models.families import known_config
+from qlora_lite.planning.predict import predict
+from qlora_lite.planning.simulate import Job, Rows
+
+
+def test_large_products_of_one_operator_and_shape_count_once():
+    large, other, small = torch.ones(256, 128), torch.ones(512, 128), torch.ones(16, 16)
+    with WorkCounter() as counter, phase("forward"):
+        for _ in range(3):
+            large @ large.t()
+        other @ large.t()
+        large.addmm(large, torch.ones(128, 128))
+        small @ small
+        large + large
+    assert counter.work.large_products == 3
+
+
+def test_a_product_of_weights_that_are_loaded_does_not_count():
+    with WorkCounter() as counter:
+        torch.ones(256, 128) @ torch.ones(128, 256)
+    assert counter.work.large_products == 0
+
+
+def test_a_longer_row_takes_more_kernels_on_a_cpu_whatever_the_depth():
+    """Attention's products grow with the keys that a block of queries sees."""
+    constants = {}
+    for tokens in (512, 1024):
+        for layers in (4, 12):
+            config = AutoConfig.for_model(**known_config("HuggingFaceTB/SmolLM2-135M") | {"num_hidden_layers": layers})
+            prediction = predict(Job(config, Rows((tokens,), 100), None))
+            assert [overhead.bytes for overhead in prediction.overheads] == [
+                CPU_BUFFERS_BYTES, CPU_KERNEL_BYTES * prediction.simulation.work.large_products
+            ]  # fmt: skip
+            constants[tokens, layers] = prediction.simulation.work.large_products
+    assert constants[512, 4] == constants[512, 12] < constants[1024, 4] == constants[1024, 12]
