@@ -85,7 +85,8 @@ TABLES = {
               "warm, times its count. What the rest of the step takes is told by place.", limit_table),
     "limit_no_amx": ("The same without the processor's matrix unit, as on one that has none:", limit_table),
     "projections": ("Ways to compute LoRA projections, as ratios to the time of the hand-written way that is used here "
-                    "(below 1 is faster).", projections_tables),
+                    "(below 1 is faster): q, k and v together, gate and up together. Kept is what lies in memory from "
+                    "forward to backward beside the weights, the factors and the input.", projections_tables),
     "head": ("What `model.quant_head` costs: the 16-bit head against the same head in NF4, blocks and embeddings the "
              "same, on text that neither was trained on.", head_table),
 }  # fmt: skip
