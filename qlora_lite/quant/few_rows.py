@@ -27,9 +27,9 @@ import torch
 from .nf4 import BLOCK_SIZE, Packed, absmax_of
 
 # Most rows for which the fused product is taken. On a card: up to 4 bitsandbytes 0.50 itself takes its fused kernel on
-# every one (_GEMM_4BIT_CUSTOM_FLOOR_M). On a CPU: the most that ``generate.answer`` runs together; with 64 rows it was
-# 1.0 to 1.8 times as fast, too little for what it rounds more.
-MOST_ROWS = {"cuda": 4, "cpu": 32}
+# every one (_GEMM_4BIT_CUSTOM_FLOOR_M). On a CPU: with 32 rows it was 1.2 times as fast without a matrix unit and 0.8
+# times with one (AMX), with 16 rows 1.3 times with it (``tools/bench_adapters``).
+MOST_ROWS = {"cuda": 4, "cpu": 16}
 _SIDE_BY_SIDE = 32  # rows of the weight that lie together in the CPU kernel's order
 
 
