@@ -180,7 +180,8 @@ class LoraLinear(nn.Module):
             if y is not None:
                 low = functional.linear(x, self.lora_A.to(x.dtype)).mul_(self.scale)
                 return y.add_(functional.linear(low, self.lora_B.to(x.dtype)))
-            return end(self, *((begin(x, [self]), 0) if self.shared is None else self.shared.begun_for(self, x)))
+            begun, number = (begin(x, [self]), 0) if self.shared is None else self.shared.begun_for(self, x)
+            return end(self, begun, number)
         branch = functional.dropout(x, self.dropout, self.training)
         low = self.scale * functional.linear(branch, self.lora_A.to(x.dtype))
         update = functional.linear(low, self.lora_B.to(x.dtype))

@@ -19,11 +19,13 @@ SETS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")  # in the order 
 
 
 class SharedInput:
-    """LoRA layers of one rank, scale and type, called in order with the same input."""
+    """LoRA layers of one rank, scale and type, called in order with the same input; each holds its set."""
 
     def __init__(self, layers: Sequence[LoraLinear]):
         self.layers = tuple(layers)
         self._begun: Begun | None = None
+        for layer in self.layers:
+            layer.shared = self
 
     def begun_for(self, layer: LoraLinear, x: torch.Tensor) -> tuple[Begun, int]:
         """Return the products that the first layer began for all, and which of them is this layer's."""
@@ -51,9 +53,7 @@ def share_inputs(model: nn.Module) -> None:
         for names in SETS:
             layers = [getattr(module, name, None) for name in names]
             if all(isinstance(layer, LoraLinear) for layer in layers) and _alike(layers):
-                shared = SharedInput(layers)
-                for layer in layers:
-                    layer.shared = shared
+                SharedInput(layers)  # held by its layers
 
 
 def _alike(layers: Sequence[LoraLinear]) -> bool:

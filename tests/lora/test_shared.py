@@ -26,9 +26,7 @@ def shared_set(outs, dtype=torch.float32, bias=True):
         base = base if number else nn.Linear(IN, out, bias=bias)
         layers.append(LoraLinear(base.to(dtype) if not number else base, 5, 7.0, dtype=dtype))
         nn.init.normal_(layers[-1].lora_B)
-    shared = SharedInput(layers)
-    for layer in layers:
-        layer.shared = shared
+    SharedInput(layers)  # held by its layers
     return layers
 
 
@@ -63,7 +61,7 @@ def test_layers_computed_together_equal_the_float64_formula(outs, bias):
 
 
 def test_in_bf16_the_error_is_that_of_bf16():
-    """Measured 4.1e-3 at most."""
+    """Measured 3.7e-3 at most over eight inputs; the unit roundoff of bf16 is 3.9e-3."""
     layers = shared_set((80, 48, 32), torch.bfloat16)
     check_against_formula(layers, torch.randn(1, 70, IN).bfloat16().requires_grad_(), range(3), 8e-3)
 
