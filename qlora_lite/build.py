@@ -11,7 +11,7 @@ from .models.load import load_model, resolve_compute_dtype, resolve_device
 from .models.quantizer import quantize_head
 from .models.skeleton import stored_quantization
 from .planning.simulate import Job, Rows
-from .recipe.schema import Recipe
+from .recipe.schema import COMPILED_WITH, Recipe
 from .train.settings import TrainSettings
 
 
@@ -32,6 +32,8 @@ def train_settings(recipe: Recipe) -> TrainSettings:
 def fixed_levers(recipe: Recipe) -> dict[str, object]:
     """Return the levers that a recipe sets, by the names of ``Levers``; those left to the planner are not in it."""
     m = recipe.memory
+    if recipe.train.compile:
+        m = m.model_copy(update=COMPILED_WITH)
     given = {
         "checkpointing": m.checkpointing, "kept_blocks": m.kept_blocks, "loss_chunk_tokens": m.loss_chunk_tokens,
         "tile_tokens": None if m.tile_tokens == "off" else m.tile_tokens,
@@ -39,7 +41,7 @@ def fixed_levers(recipe: Recipe) -> dict[str, object]:
         "offload_checkpoints": m.offload_checkpoints,
         "resident_blocks": None if m.resident_blocks == "all" else m.resident_blocks,
         "optimizer_in_backward": m.optimizer_in_backward,
-        "reuse_dequantized": m.reuse_dequantized,
+        "reuse_dequantized": m.reuse_dequantized, "compile": recipe.train.compile,
     }  # fmt: skip
     return {name: value for name, value in given.items() if value != "auto"}
 

@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from .memory.marks import timing
 from .memory.meter import PeakMeter
 from .memory_page import memory_page
 from .models.anatomy import device_of
+from .models.levers import set_levers
 from .models.tokenizer import load_tokenizer
 from .plan import Plan, alternatives, expected_peak, plan_run
 from .plan_text import reason
@@ -89,7 +90,11 @@ def _timed_steps(trainer: Trainer, steps: int) -> dict[str, float]:
 
 
 def _ledgered(trainer: Trainer, ledger: Ledger, model, eval_examples) -> str:
-    """Rehearse the largest step under the ledger; return the device's words if it ran out of memory."""
+    """Rehearse the largest step under the ledger; return the device's words if it ran out of memory.
+
+    The ledger cannot see into compiled blocks, so it sees them uncompiled.
+    """
+    set_levers(model, replace(trainer.settings.levers, compile=False))
     with ledger:
         for tensor, category, _ in categorised(model):
             ledger.claim([tensor], category)

@@ -1,48 +1,206 @@
-"""torch.compile takes a block as one graph, 4-bit layers and all, and its gradients are those of the block."""
+"""``train.compile``: blocks as compiled graphs, with the gradients of the blocks as they are and no weight unpacked.
+
+Graphs run operator by operator here (torch's "aot_eager"); one test compiles them to machine code.
+"""
+
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
-from tiny import build_tiny, random_batch
+from lever_cases import PLAIN, build, gradients
+from tiny import random_batch
 from torch import nn
 
-from qlora_lite.lora.inject import add_lora, lora_layers, lora_parameters
+from qlora_lite.errors import ModelError, TrainingError
+from qlora_lite.lora.inject import lora_layers
 from qlora_lite.models.anatomy import blocks
-from qlora_lite.models.load import adopt
-from qlora_lite.models.quantizer import quantize_in_place
-from qlora_lite.train.step import hidden_states, prepare
+from qlora_lite.models.levers import Levers, set_levers
+from qlora_lite.ops import compiled
+from qlora_lite.ops.attention import _gradient_operator, _rows_operator
+from qlora_lite.ops.checkpoint import Run, running
+from qlora_lite.ops.shapes import planning_for
+from qlora_lite.quant import linear
+from qlora_lite.quant.linear import QuantLinear, frozen_weight
+from qlora_lite.train.guards import check_compilable
+from qlora_lite.train.step import accumulate_gradients, prepare
 
 CPU = torch.device("cpu")
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{words}")  # what torch 2.13 does itself while it compiles
+    for words in (".*should not be instantiated", "The .grad attribute", "`torch.jit.script_method` is deprecated")
+]
+BOTH = Levers(kept_blocks=2, compile=True)
+FAMILIES = ["qwen3", "gemma2", "phi3", "gpt2", "gpt_neox"]
 
 
-def first_block(model_type):
-    """A 4-bit block with factors that do something, and what a batch of three rows calls it with."""
-    model = build_tiny(model_type)
-    quantize_in_place(model, "nf4", True)
-    add_lora(adopt(model), rank=4)
-    for _, layer in lora_layers(model):
-        nn.init.normal_(layer.lora_B, std=0.1, generator=torch.Generator().manual_seed(0))
-    block, found = blocks(model)[0], []
-    handle = block.register_forward_pre_hook(lambda _, *arguments: found.append(arguments), with_kwargs=True)
-    with torch.no_grad():
-        hidden_states(model.train(), prepare(random_batch(), CPU))
-    handle.remove()
-    (x,), kwargs = found[0]
-    return block, x, kwargs
+@pytest.fixture
+def graphs(monkeypatch):
+    """Run compiled graphs operator by operator; give a list of them."""
+    found = []
 
+    def backend(graph, inputs):
+        found.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
-def gradients(call, block, x, kwargs):
-    x = x.detach().requires_grad_()
-    y = call(x, **kwargs)
-    grads = torch.autograd.grad(y.square().sum(), [x, *(factor for _, factor in lora_parameters(block))])
-    return [y.detach(), *grads]
-
-
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.13 does it itself
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma3_text"])
-def test_a_block_is_one_graph_with_the_block_s_gradients(model_type):
-    block, x, kwargs = first_block(model_type)
-    expected = gradients(block, block, x, kwargs)
     torch._dynamo.reset()
-    compiled = torch.compile(block.forward, backend="aot_eager", fullgraph=True, dynamic=False)  # a break is an error
-    for found, wanted in zip(gradients(compiled, block, x, kwargs), expected, strict=True):
-        assert (found - wanted).norm() <= 1e-2 * wanted.norm()
+    functions = {
+        each: torch.compile(each, fullgraph=True, backend=backend) for each in (compiled._value, compiled._root)
+    }
+    monkeypatch.setattr(compiled, "_compiled", functions.__getitem__)
+    yield found
+    torch._dynamo.reset()
+
+
+def assert_close(found, expected, tolerance=1e-5):
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= tolerance * other.norm()
+
+
+@pytest.mark.parametrize("levers", [Levers(compile=True), Levers("none", compile=True), BOTH,
+                                    Levers(offload_checkpoints=True, host_embeddings=True, compile=True)])  # fmt: skip
+def test_compiled_blocks_have_the_gradients_of_the_blocks(graphs, levers):
+    assert_close(gradients(build(levers=levers), levers), gradients(build(), PLAIN))
+    assert graphs
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_compiled_blocks_of_every_kind_have_the_gradients_of_the_blocks(graphs, model_type):
+    assert_close(gradients(build(model_type), BOTH), gradients(build(model_type), PLAIN))
+    assert graphs
+
+
+def test_a_card_s_attention_is_compiled_too(graphs):
+    """Its kernels' gradients are torch's, and the operator has to let autograd see them."""
+    with planning_for("cuda"):
+        assert_close(gradients(build("gemma3_text"), BOTH), gradients(build("gemma3_text"), PLAIN))
+
+
+def test_frozen_layers_without_factors_are_compiled_too(graphs):
+    def built():
+        model = build("qwen2")  # q, k and v have biases
+        for block in blocks(model)[1:]:
+            block.mlp.gate_proj, block.self_attn.q_proj = block.mlp.gate_proj.base, block.self_attn.q_proj.base
+            for layer in (block.mlp.up_proj, block.self_attn.k_proj, block.self_attn.v_proj):
+                layer.shared = None
+        return model
+
+    assert_close(gradients(built(), BOTH), gradients(built(), PLAIN))
+
+
+def test_other_rows_and_lengths_need_no_other_graph(graphs):
+    model = build("gemma3_text")
+    set_levers(model, Levers(compile=True))
+    counts = []
+    for lengths in ((7, 12, 5), (31, 8), (3, 40, 20, 9), (150, 160)):
+        accumulate_gradients(model.train(), [prepare(random_batch(lengths), CPU)])
+        counts.append(len(graphs))
+    assert counts == [counts[0]] * 4
+    # forward; gradients; those of the first block, whose input needs none: each for layers with a window and without
+    assert counts[0] <= 6
+
+
+@pytest.mark.parametrize("levers", [Levers("none", compile=True), BOTH], ids=str)
+def test_no_unpacked_weight_is_kept_for_backward(graphs, levers):
+    model, kept = build(), set()
+    set_levers(model, levers)
+
+    def pack(tensor):
+        kept.add(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        accumulate_gradients(model.train(), [prepare(random_batch((60, 61)), CPU)])  # no side of a weight
+    weights = {frozen_weight(layer.base)[0].shape for _, layer in lora_layers(model)}
+    assert kept and not kept & (weights | {shape[::-1] for shape in weights})
+
+
+def test_what_a_block_keeps_of_attention_is_not_the_compiler_s_to_write_to():
+    q, k, v = (torch.randn(1, heads, 12, 16) for heads in (4, 2, 2))
+    with running(Run()) as first:
+        out = _rows_operator(q, k, v, torch.tensor([5, 7]), None, None, None, None)
+    (kept,) = first.kept
+    expected = kept.clone()
+    out.zero_()
+    with running(Run([kept])):
+        again = _rows_operator(q, k, v, torch.tensor([5, 7]), None, None, None, None)
+    assert torch.equal(again, expected)
+
+
+def test_the_operators_are_what_torch_asks_of_operators():
+    torch.manual_seed(0)
+    layer = QuantLinear.from_weight(torch.randn(96, 64), None, "nf4", True)
+    _, tensors = frozen_weight(layer)
+    checks = ("test_schema", "test_faketensor")
+    for x, addend, of_gradient in ((64, 96, False), (96, 64, True)):
+        arguments = torch.randn(5, addend), torch.randn(5, x), list(tensors), [96, 64], "nf4", False, of_gradient
+        torch.library.opcheck(linear._add_product, arguments, test_utils=checks)
+    q, k, v = (torch.randn(1, heads, 12, 16) for heads in (4, 2, 2))
+    lengths, sinks = torch.tensor([5, 7]), torch.randn(4)
+    for last in ((None, None, None, None), (None, 0.3, 4, None), (None, None, None, 2.0), (sinks, None, 4, None)):
+        torch.library.opcheck(_rows_operator, (q, k, v, lengths, *last), test_utils=checks)
+        torch.library.opcheck(
+            _gradient_operator, (torch.randn(1, 12, 4, 16), q, k, v, lengths, *last), test_utils=checks
+        )
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize(
+    ("model_type", "levers", "spared"),
+    [("llama", Levers(compile=True), 1), ("gpt_neox", Levers(compile=True), 2), ("gemma3_text", BOTH, 0)],
+)
+def test_machine_code_has_the_gradients_and_leaves_out_what_nobody_reads(monkeypatch, model_type, levers, spared):
+    """A second run spares its last product; both, of parallel attention and MLP (GPT-NeoX); none before a norm (Gemma).
+
+    Kept blocks have no second run.
+    """
+    torch._dynamo.reset()
+    expected, model, products = gradients(build(model_type), PLAIN), build(model_type), []
+    assert_close(gradients(model, levers), expected)
+    add_product = linear.add_product
+
+    def counting(*arguments, **options):
+        products.append(options["of_gradient"])
+        return add_product(*arguments, **options)
+
+    monkeypatch.setattr(linear, "add_product", counting)  # what the operator calls
+    assert_close(gradients(model, levers, batches=1), gradients(build(model_type), PLAIN, batches=1))
+    depth, each = len(blocks(model)), len(list(lora_layers(blocks(model)[0])))
+    first_runs, second_runs = depth * each, (depth - levers.kept_blocks) * (each - spared)
+    assert products.count(False) == first_runs + second_runs
+
+
+def test_a_block_that_cannot_be_compiled_is_an_error_with_the_cure(graphs):
+    model = build()
+    set_levers(model, Levers(compile=True))
+
+    class Breaks(nn.Module):
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            return x
+
+    blocks(model)[1].mlp.act_fn = Breaks()
+    with pytest.raises(ModelError, match=r"train\.compile: the blocks cannot be compiled \(.*\); set it to false"):
+        accumulate_gradients(model.train(), [prepare(random_batch(), CPU)])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "levers", "reason"),
+    [
+        ("llama", {"dropout": 0.1}, Levers(), "dropout"),
+        ("llama", {"attention_dropout": 0.1}, Levers(), "dropout"),
+        ("gpt2", {"resid_pdrop": 0.1}, Levers(), "dropout"),
+        (
+            "llama",
+            {},
+            Levers(tile_tokens=8, resident_blocks=0),
+            r"memory\.tile_tokens, or with memory\.resident_blocks",
+        ),
+        ("llama", {}, Levers(reuse_dequantized=True), r"memory\.reuse_dequantized"),
+    ],
+)
+def test_what_compiled_blocks_would_do_otherwise_is_refused(model_type, options, levers, reason):
+    model = build(model_type, **options)
+    check_compilable(model, levers)
+    with pytest.raises(TrainingError, match=f"train.compile does not go with {reason}: set it to false"):
+        check_compilable(model, replace(levers, compile=True))

@@ -33,7 +33,6 @@ from qlora_lite.quant.linear import (
     add_product,
     frozen_weight,
     kept_for,
-    materialize,
     product_of_few,
 )
 
@@ -108,7 +107,7 @@ class _LoraGradient(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = grad_low @ _joined([factors_a[number] for number in used], 0, dtype)
             for number in used:
-                grad_x.addmm_(grads[number], materialize(ctx.specs[number], frozen[number], dtype, ctx.kept))
+                add_product(grad_x, grads[number], ctx.specs[number], frozen[number], kept=ctx.kept, of_gradient=True)
             grad_x = grad_x.view(*shape, grad_x.shape[-1])
         grads_a, grads_b = [None] * layers, [None] * layers
         for number, grad_a in zip(used, (grad_low.t() @ rows).chunk(len(used)), strict=True):
@@ -127,7 +126,7 @@ class _LoraProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gradient, low, x, lora_b, bias, spec, kept, *frozen):
         y = functional.linear(low.view(*x.shape[:-1], low.shape[-1]), lora_b.to(x.dtype))
-        return add_product(y, x, materialize(spec, frozen, x.dtype, kept, again=True), bias)
+        return add_product(y, x, spec, frozen, bias, kept, again=True)
 
     @staticmethod
     def backward(ctx, grad_y):

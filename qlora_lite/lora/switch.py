@@ -84,10 +84,9 @@ class SwitchLinear(nn.Module):
         y, update = product_of_few(self.base, x), self._update(x, spec.shape[0])
         if y is not None:
             return y if update is None else y.add_(update)
-        weight = materialize(spec, frozen, x.dtype)
         if update is None:
-            return functional.linear(x, weight, self.base.bias)
-        return add_product(update, x, weight, self.base.bias)
+            return functional.linear(x, materialize(spec, frozen, x.dtype), self.base.bias)
+        return add_product(update, x, spec, frozen, self.base.bias)
 
     def _update(self, x: torch.Tensor, out_features: int) -> torch.Tensor | None:
         rows = self.switch.rows

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from qlora_lite.errors import ModelError
+from qlora_lite.ops import compiled
 from qlora_lite.ops.around import Around
 from qlora_lite.ops.checkpoint import Checkpoint, Skipping
 from qlora_lite.ops.offload import HostStore
@@ -29,7 +30,8 @@ class Levers:
     """How memory is traded for time; the names, meanings and defaults are those of the recipe's memory section.
 
     ``kept_blocks`` counts only where ``checkpointing`` is "block"; ``loss_chunk_tokens`` None takes the default,
-    ``tile_tokens`` None runs MLPs and norms whole, ``resident_blocks`` None streams nothing.
+    ``tile_tokens`` None runs MLPs and norms whole, ``resident_blocks`` None streams nothing. ``compile`` is the train
+    section's.
     """
 
     checkpointing: str = "block"
@@ -41,6 +43,7 @@ class Levers:
     host_embeddings: bool = False
     optimizer_in_backward: bool = False
     reuse_dequantized: bool = False
+    compile: bool = False
 
     @property
     def uses_host(self) -> tuple[bool, bool, bool]:
@@ -113,10 +116,11 @@ def set_levers(model: nn.Module, levers: Levers) -> None:
     host = HostStore(device_of(model)) if levers.offload_checkpoints else None
     skipping: dict[type, Skipping] = defaultdict(Skipping)  # what is learned of one block holds for its class
     for number, block in enumerate(found):
-        block.gradient_checkpointing = number < checkpointed
+        block.gradient_checkpointing = number < checkpointed or levers.compile
         # the place that transformers documents for it
         around = _keeping(levers, stay=False)  # until the block's own backward
-        block._gradient_checkpointing_func = Checkpoint(number, host, skipping[type(block)], around)
+        checkpoint = Checkpoint(number, host, skipping[type(block)], around, levers.compile)
+        block._gradient_checkpointing_func = checkpoint if number < checkpointed else compiled.value
     tiled = sum(_set_tiles(module, levers, skipping) for module in (decoder(model), *found))
     if levers.tile_tokens and not tiled:
         raise ModelError(f"{type(model).__name__} has no part that is known to work token by token: "

@@ -11,13 +11,15 @@ Shapes: query [B, H, T, D], key and value [B, K, T, D] with H a multiple of K (g
 result [B, T, H, D].
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from .block_attention import block_attention
+from .block_attention import block_attention, block_gradients
+from .checkpoint import running
 from .shapes import device_type, kernel_rows
 
 
@@ -35,8 +37,8 @@ def row_attention(
         sliding_window: a token sees itself and this many minus one before it; None for all.
         softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma-2); None for off.
         s_aux: attention sinks [H], a score per head that takes weight and gives nothing (gpt-oss); None for off.
-        row_lengths: tokens in each row, in order. Tokens behind the last row are filler: they attend to
-            nothing and get zeros.
+        row_lengths: tokens in each row, in order; an int64 tensor under torch.compile. Tokens behind the last row are
+            filler: they attend to nothing and get zeros.
 
     Returns:
         The attended values [B, T, H, D] and None in place of attention weights.
@@ -52,9 +54,10 @@ def row_attention(
     if row_lengths is None:
         out = attend(query, key, value, attention_mask, scaling, **extra)
         return out.transpose(1, 2).contiguous(), None
+    if torch.compiler.is_compiling():  # then the lengths are a tensor
+        return _rows_operator(query, key, value, row_lengths, s_aux, scaling, sliding_window, softcap), None
     by_row = partial(_row_by_row, attend, query, key, value, row_lengths, scaling, sliding_window, **extra)
-    compiling = torch.compiler.is_compiling()  # as one graph, which block attention's loops would make very long
-    if device_type(query.device) == "cpu" and not written_out and not dropout and not compiling:
+    if device_type(query.device) == "cpu" and not written_out and not dropout:
         fused = by_row if _fused_is_faster(query.dtype, row_lengths, sliding_window) else None
         return block_attention(query, key, value, row_lengths, scaling, sliding_window, fused), None
     return by_row(), None
@@ -128,3 +131,67 @@ def _written_out(query, key, value, mask, scaling, softcap, sinks):
         scores = torch.cat([scores, column.to(scores.dtype)], dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     return weights[..., : key.shape[2]] @ value
+
+
+# Attention over rows as one operator, for torch.compile: its loops follow the lengths of a batch's rows.
+
+
+@torch.library.custom_op("qlora_lite::row_attention", mutates_args=())
+def _rows_operator(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row_lengths: torch.Tensor, sinks: torch.Tensor | None,
+    scaling: float | None, window: int | None, softcap: float | None,
+) -> torch.Tensor:  # fmt: skip
+    out = _attended(query, key, value, row_lengths, sinks, scaling, window, softcap)
+    return out.clone()  # a compiler may compute in its memory, and a block's first run keeps the result
+
+
+def _attended(query, key, value, row_lengths, sinks, scaling, window, softcap) -> torch.Tensor:
+    lengths = tuple(row_lengths.tolist())
+    return row_attention(None, query, key, value, None, scaling, 0.0, window, softcap, sinks, lengths)[0]
+
+
+@_rows_operator.register_fake
+def _(query, key, value, row_lengths, sinks, scaling, window, softcap):
+    return query.new_empty(query.transpose(1, 2).shape)
+
+
+@torch.library.custom_op("qlora_lite::row_attention_gradient", mutates_args=())
+def _gradient_operator(
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row_lengths: torch.Tensor,
+    sinks: torch.Tensor | None, scaling: float | None, window: int | None, softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    if device_type(query.device) == "cpu" and sinks is None and not softcap:
+        return block_gradients(query, key, value, grad, row_lengths.tolist(), scaling, window)
+
+    inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+    with running(None), _autograd_inside():
+        grads = torch.autograd.grad(_attended(*inputs, row_lengths, sinks, scaling, window, softcap), inputs, grad)
+    return tuple(grad.transpose(1, 2).contiguous().transpose(1, 2) for grad in grads)  # laid out token by token
+
+
+@contextmanager
+def _autograd_inside() -> Iterator[None]:
+    """Let autograd see what an operator of our own does; torch hides it, whether gradients are enabled or not."""
+    hidden, key = torch._C._dispatch_tls_local_exclude_set(), torch._C.DispatchKey
+    for each in (key.AutogradFunctionality, key.AutogradOther, key.AutogradNestedTensor):
+        hidden = hidden.remove(each)
+    # as torch's own leaf functions do (torch 2.13, _higher_order_ops/invoke_leaf_function.py)
+    with torch.enable_grad(), torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), hidden):
+        yield
+
+
+@_gradient_operator.register_fake
+def _(grad, query, key, value, row_lengths, sinks, scaling, window, softcap):
+    return tuple(tensor.new_empty(tensor.transpose(1, 2).shape).transpose(1, 2) for tensor in (query, key, value))
+
+
+def _keep_inputs(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.settings = inputs[5:]
+
+
+def _gradients(ctx, grad):
+    return *_gradient_operator(grad, *ctx.saved_tensors, *ctx.settings), *(None,) * 5
+
+
+_rows_operator.register_autograd(_gradients, setup_context=_keep_inputs)

@@ -69,21 +69,32 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out):
-        query, key, value = ctx.saved_tensors
         grad_out = _by_key_head(grad_out, ctx.key_heads)
-        grad_query = torch.zeros_like(query)
-        grad_key, grad_value = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (key, value))
-        for block in _blocks(ctx.row_lengths, query.device, ctx.window):
-            q, k, v = _rows(query, block.queries), _rows(key, block.keys), _rows(value, block.keys)
-            grad = _without_filler(_rows(grad_out, block.queries), block)
-            weights = torch.softmax(_scores(q, k, block, ctx.scaling, ctx.window), -1)
-            _rows(grad_value, block.keys).add_(weights.transpose(1, 2) @ grad)
-            grad_weights = grad @ v.transpose(1, 2)
-            grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            _rows(grad_query, block.queries).baddbmm_(grad_scores, k, beta=0, alpha=ctx.scaling)
-            _rows(grad_key, block.keys).add_(grad_scores.transpose(1, 2) @ q)
-        grads = grad_query, grad_key.mul_(ctx.scaling).to(key.dtype), grad_value.to(key.dtype)
+        grads = _gradients(*ctx.saved_tensors, grad_out, ctx.row_lengths, ctx.scaling, ctx.window)
         return *(_by_token(grad, ctx.key_heads, ctx.tokens).transpose(1, 2) for grad in grads), *(None,) * 4
+
+
+def block_gradients(query, key, value, grad_out, row_lengths, scaling=None, window=None) -> tuple[torch.Tensor, ...]:
+    """Return the gradients of ``block_attention`` for query, key and value, given that of its result."""
+    scaling, key_heads = query.shape[3] ** -0.5 if scaling is None else scaling, key.shape[1]
+    q, k, v = (_by_key_head(tensor.transpose(1, 2), key_heads) for tensor in (query, key, value))
+    grads = _gradients(q, k, v, _by_key_head(grad_out, key_heads), row_lengths, scaling, window)
+    return tuple(_by_token(grad, key_heads, key.shape[2]).transpose(1, 2) for grad in grads)
+
+
+def _gradients(query, key, value, grad_out, row_lengths, scaling, window) -> tuple[torch.Tensor, ...]:
+    grad_query = torch.zeros_like(query)
+    grad_key, grad_value = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (key, value))
+    for block in _blocks(row_lengths, query.device, window):
+        q, k, v = _rows(query, block.queries), _rows(key, block.keys), _rows(value, block.keys)
+        grad = _without_filler(_rows(grad_out, block.queries), block)
+        weights = torch.softmax(_scores(q, k, block, scaling, window), -1)
+        _rows(grad_value, block.keys).add_(weights.transpose(1, 2) @ grad)
+        grad_weights = grad @ v.transpose(1, 2)
+        grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+        _rows(grad_query, block.queries).baddbmm_(grad_scores, k, beta=0, alpha=scaling)
+        _rows(grad_key, block.keys).add_(grad_scores.transpose(1, 2) @ q)
+    return grad_query, grad_key.mul_(scaling).to(key.dtype), grad_value.to(key.dtype)
 
 
 def _attend(query, key, value, row_lengths, scaling, window) -> torch.Tensor:

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 
+from . import compiled
 from .offload import HostStore
 
 
@@ -110,13 +111,15 @@ class Checkpoint:
         host: where the inputs wait for backward; None keeps them on their device.
         skipping: shared by blocks of one class; see ``Skipping``.
         around: a context to be in during the second run, such as ``quant.linear.keeping_weights``.
+        compiling: run the block compiled (``ops.compiled``), its second run and its gradients as one graph.
     """
 
     def __init__(
         self, number: int = 0, host: HostStore | None = None, skipping: "Skipping | None" = None,
-        around: Callable[[], AbstractContextManager] = nullcontext,
+        around: Callable[[], AbstractContextManager] = nullcontext, compiling: bool = False,
     ):  # fmt: skip
         self.number, self.host, self.skipping, self.around = number, host, skipping or Skipping(), around
+        self.compiling = compiling
 
     def __call__(self, block: Callable, *inputs):
         # The anchor makes autograd visit a block whose input needs no gradient (the first of a frozen model).
@@ -133,7 +136,8 @@ class _Checkpoint(torch.autograd.Function):
         tensors = [inputs[place] for place in ctx.places]
         ctx.random_state = random_state(*tensors)
         with running(Run()) as run:
-            outputs = block(*inputs)  # autograd functions run forward without recording
+            # autograd functions run forward without recording; a compiler would still tell inputs by their gradients
+            outputs = compiled.value(block, *map(_detached, inputs)) if checkpoint.compiling else block(*inputs)
         tensors += run.kept
         if checkpoint.host is None:
             ctx.save_for_backward(*tensors)
@@ -150,13 +154,22 @@ class _Checkpoint(torch.autograd.Function):
         kept = list(tensors[len(ctx.places) :])
         del tensors
         with torch.enable_grad(), with_random_state(ctx.random_state), checkpoint.around():
-            outputs = run_for_graph(ctx.block, inputs, kept, checkpoint.skipping, Run.only_adds_last)
+            if checkpoint.compiling:
+                with running(Run(kept)):
+                    outputs = compiled.gradient_root(ctx.block, grad_outputs, *inputs)
+                grad_outputs = [outputs.detach()]
+            else:
+                outputs = run_for_graph(ctx.block, inputs, kept, checkpoint.skipping, Run.only_adds_last)
         del kept
         outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
         reached = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if g is not None and o.requires_grad]
         if reached:  # nothing, for a block that has no factors and comes before the first that has
             torch.autograd.backward(*zip(*reached, strict=True))
         return None, None, None, *(getattr(value, "grad", None) for value in inputs)
+
+
+def _detached(value: object) -> object:
+    return value.detach() if isinstance(value, torch.Tensor) else value
 
 
 def run_for_graph(

@@ -107,15 +107,41 @@ def materialize(
     return weight.t() if spec.transposed else weight
 
 
-def add_product(addend: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias) -> torch.Tensor:
+def add_product(
+    addend: torch.Tensor, x: torch.Tensor, spec: WeightSpec, tensors: tuple[torch.Tensor, ...],
+    bias: torch.Tensor | None = None, kept: KeptWeights | None = None, again: bool = False, of_gradient: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """Add ``x @ weight.T + bias`` to ``addend`` [..., out] in place, and return it.
 
     The sum is rounded once, at the end of the product. Rounding the product first would swallow an addend
     below half a step of bf16 whole: the fate of a LoRA update in its first steps, measured as most of the
     learning lost.
+
+    Args:
+        kept, again: see ``materialize``.
+        of_gradient: x is the gradient [..., out] of such a product; add ``x @ weight`` to ``addend`` [..., in].
     """
-    addend.view(-1, addend.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.t())
+    rows, x = addend.view(-1, addend.shape[-1]), x.reshape(-1, x.shape[-1])
+    if torch.compiler.is_compiling():
+        _add_product(rows, x, list(tensors), list(spec.shape), spec.quant_type, spec.transposed, of_gradient)
+    else:
+        weight = materialize(spec, tensors, x.dtype, kept, again)
+        rows.addmm_(x, weight if of_gradient else weight.t())
     return addend if bias is None else addend.add_(bias)
+
+
+@torch.library.custom_op("qlora_lite::add_product", mutates_args={"addend"})
+def _add_product(
+    addend: torch.Tensor, x: torch.Tensor, tensors: list[torch.Tensor], shape: list[int], quant_type: str | None,
+    transposed: bool, of_gradient: bool,
+) -> None:  # fmt: skip
+    """``add_product`` as one operator, for torch.compile: the unpacked weight is not the compiler's to keep."""
+    add_product(addend, x, WeightSpec(tuple(shape), quant_type, transposed), tuple(tensors), of_gradient=of_gradient)
+
+
+@_add_product.register_fake
+def _(addend, x, tensors, shape, quant_type, transposed, of_gradient):
+    return None
 
 
 class FrozenMatmul(torch.autograd.Function):
@@ -124,18 +150,22 @@ class FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, addend, bias, spec, *tensors):
         ctx.spec, ctx.kept = spec, kept_for(x)
-        weight = materialize(spec, tensors, x.dtype, ctx.kept, again=True)
         ctx.save_for_backward(*tensors)
-        if addend is None:
-            return nn.functional.linear(x, weight, bias)
-        return add_product(addend.clone(), x, weight, bias)
+        if addend is None and not torch.compiler.is_compiling():
+            return nn.functional.linear(x, materialize(spec, tensors, x.dtype, ctx.kept, again=True), bias)
+        y = x.new_zeros(*x.shape[:-1], spec.shape[0]) if addend is None else addend.clone()
+        return add_product(y, x, spec, tensors, bias, ctx.kept, again=True)
 
     @staticmethod
     def backward(ctx, grad_y):
         tensors = ctx.saved_tensors  # read once: with checkpointing the second access is an error
-        weight = materialize(ctx.spec, tensors, grad_y.dtype, ctx.kept)
+        if torch.compiler.is_compiling():
+            grad_x = grad_y.new_zeros(*grad_y.shape[:-1], ctx.spec.shape[1])
+            add_product(grad_x, grad_y, ctx.spec, tensors, of_gradient=True)
+        else:
+            grad_x = grad_y @ materialize(ctx.spec, tensors, grad_y.dtype, ctx.kept)
         grad_addend = grad_y if ctx.needs_input_grad[1] else None
-        return grad_y @ weight, grad_addend, None, None, *(None for _ in tensors)
+        return grad_x, grad_addend, None, None, *(None for _ in tensors)
 
 
 class QuantLinear(nn.Module):

@@ -77,6 +77,8 @@ _RENAMED = {
         "gradient_clipping clip_grad max_norm gradient_clip_val grad_clip",
     "train.weight_decay":
         "wd decay",
+    "train.compile":
+        "torch_compile compile_model use_compile torch_compile_backend",
     "train.seed":
         "random_seed random_state data_seed",
     "train.eval_every_steps":

@@ -18,7 +18,7 @@ from qlora_lite.errors import Problem, RecipeError
 
 from . import foreign_names, paths, reference
 from .overrides import apply_overrides
-from .schema import Recipe, Rule
+from .schema import COMPILED_WITH, Recipe, Rule
 from .strict_yaml import MAX_BYTES, Document, Node, dump, parse, plain, scalar_value, shown
 
 MAX_PROBLEMS = 100
@@ -192,6 +192,12 @@ class _Checker:
                     ("memory", "optimizer_in_backward"),
                     f"memory.optimizer_in_backward = true: all gradients of a step are never there; write {missing}",
                 )
+        if self._value("train", "compile") is True:
+            needs = {("lora", "dropout"): 0, **{("memory", name): value for name, value in COMPILED_WITH.items()}}
+            for location, only in needs.items():
+                if (value := self._value(*location)) not in (None, "auto", only):
+                    message = f"{_key(location)} = {shown(value)}: does not go with train.compile; write "
+                    self._add(location, f"{message}{reference.written(only)} here, or train.compile: false")
         for location, source in self._sources():
             if message := _columns_problem(source):
                 self._add(location, f"{_key(location)}: {message}")

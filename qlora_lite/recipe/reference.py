@@ -101,10 +101,11 @@ def default_of(section: str, name: str) -> str | None:
         return None
     if name == "targets":
         return field.default[0].pattern
-    return _written(field.default)
+    return written(field.default)
 
 
-def _written(value: object) -> str:
+def written(value: object) -> str:
+    """Return a value as a recipe would write it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, tuple):
@@ -127,7 +128,7 @@ def reference_markdown() -> str:
         parts.append(f"### {title}\n\n{model.__doc__}\n")
         parts.append("| setting | accepts | default | what it does |\n|---|---|---|---|")
         for name, setting in model.model_fields.items():
-            shown = "required" if setting.is_required() else f"`{_written(setting.default)}`"
+            shown = "required" if setting.is_required() else f"`{written(setting.default)}`"
             parts.append(_row(name, setting, shown))
         parts.append("")
     return "\n".join(parts)

@@ -218,6 +218,10 @@ class Train(_Section):
     """Gradients with a larger norm are scaled down to it; 0 turns clipping off."""
     weight_decay: NonNegativeFloat = 0.0
     """Share of a weight removed per step, times the learning rate."""
+    compile: bool = False
+    """Run the blocks through torch.compile: faster steps after a minute or two of compilation, with results that differ
+    by rounding. Goes without lora.dropout, and with memory.tile_tokens off, memory.resident_blocks all and
+    memory.reuse_dequantized false, which auto then is; a CPU needs a C++ compiler."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seed of the factors, the order of rows and dropout."""
     deterministic: bool = False
@@ -247,6 +251,10 @@ class Train(_Section):
         tuple[_Tracker, ...], Field(strict=False), Rule(f"a list of {', '.join(get_args(_Tracker))}")
     ] = ()
     """Experiment trackers that also get the metrics; each must be installed."""
+
+
+# What these settings of the memory section are beside train.compile; auto becomes it, anything else is an error.
+COMPILED_WITH = {"tile_tokens": "off", "resident_blocks": "all", "reuse_dequantized": False}
 
 
 class Memory(_Section):

@@ -18,6 +18,7 @@ from qlora_lite.errors import ModelError, TrainingError
 from qlora_lite.lora.inject import lora_layers, lora_parameters
 from qlora_lite.lora.layer import LoraLinear
 from qlora_lite.models.anatomy import device_of, head
+from qlora_lite.models.levers import Levers
 from qlora_lite.models.load import rows_run_alone, run_rows_alone, use_row_attention, uses_row_attention
 from qlora_lite.ops.loss import head_logits
 
@@ -132,6 +133,28 @@ def check_updates_in_backward(model: nn.Module, settings: TrainSettings) -> None
     found = [reason for reason, applies in hindrances.items() if applies]
     if found:
         raise TrainingError(f"memory.optimizer_in_backward does not go with {', or with '.join(found)}")
+
+
+def check_compilable(model: nn.Module, levers: Levers) -> None:
+    """Check that the blocks can be compiled, where they are to be.
+
+    Raises:
+        TrainingError: naming what stands in the way.
+    """
+    if not levers.compile:
+        return
+    drops = any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
+    lora_drops = any(layer.dropout for _, layer in lora_layers(model))
+    hindrances = {
+        "rows that run one by one": rows_run_alone(model),
+        "attention other than this package's": not uses_row_attention(model),
+        "dropout": drops or lora_drops or bool(getattr(model.config, "attention_dropout", 0)),
+        "memory.tile_tokens": levers.tile_tokens, "memory.resident_blocks": levers.resident_blocks is not None,
+        "memory.reuse_dequantized": levers.reuse_dequantized,
+    }  # fmt: skip
+    found = [reason for reason, applies in hindrances.items() if applies]
+    if found:
+        raise TrainingError(f"train.compile does not go with {', or with '.join(found)}: set it to false")
 
 
 def check_trainable(model: nn.Module, announced: int) -> None:

@@ -33,6 +33,7 @@ from .epochs import Epochs
 from .generators import generator_states, restore_generators
 from .guards import (
     check_adapters_took_part,
+    check_compilable,
     check_forward,
     check_trainable,
     check_updates_in_backward,
@@ -103,6 +104,7 @@ class Trainer:
         check_forward(model)
         set_levers(model, settings.levers)
         check_updates_in_backward(model, settings)
+        check_compilable(model, settings.levers)
         self.meter = PeakMeter(device_of(model))
         weakref.finalize(self, self.meter.close)  # its thread would outlive the trainer
 
