@@ -184,11 +184,13 @@ def _single_changes(plan: Plan) -> Iterator[Levers]:
     """Yield the chosen levers with one of them changed, those left out that the user fixed."""
     levers, step = plan.chosen.levers, plan.step
     changes: dict[str, object] = {"loss_chunk_tokens": SMALL_CHUNK_TOKENS}
-    if levers.checkpointing == "block":
+    if levers.computes_again:
         changes["tile_tokens"] = None if levers.tile_tokens else TILE_TOKENS
         if step.job.quant != "none":
             changes["reuse_dequantized"] = not levers.reuse_dequantized
         if step.job.device_type == "cuda":
+            if not levers.compile:
+                changes["checkpointing"] = "selective" if levers.checkpointing == "block" else "block"
             changes["offload_checkpoints"] = not levers.offload_checkpoints
             changes["resident_blocks"] = levers.kept_blocks if levers.resident_blocks is None else None
     if step.job.device_type == "cuda" and not step.tied:

@@ -28,7 +28,7 @@ def reason(plan: Plan) -> str:
 
 def _in_words(chosen: Candidate) -> str:
     x = chosen.levers
-    kept = f" but for the last {x.kept_blocks} blocks" if x.checkpointing == "block" and x.kept_blocks else ""
+    kept = f" but for the last {x.kept_blocks} blocks" if x.computes_again and x.kept_blocks else ""
     resident = "" if x.resident_blocks is None else (
         f", weights streamed from the host but for {x.resident_blocks} blocks" if x.resident_blocks
         else ", weights streamed from the host"

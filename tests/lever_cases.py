@@ -17,6 +17,8 @@ SAME_ARITHMETIC = [
     Levers(resident_blocks=0, offload_checkpoints=True, host_embeddings=True),
     Levers(reuse_dequantized=True), Levers(reuse_dequantized=True, kept_blocks=2),
     Levers(reuse_dequantized=True, resident_blocks=1, offload_checkpoints=True),
+    Levers("selective"), Levers("selective", kept_blocks=2, offload_checkpoints=True),
+    Levers("selective", resident_blocks=1, offload_checkpoints=True, reuse_dequantized=True),
 ]  # fmt: skip
 
 

@@ -190,13 +190,8 @@ def test_a_block_that_cannot_be_compiled_is_an_error_with_the_cure(graphs):
         ("llama", {"dropout": 0.1}, Levers(), "dropout"),
         ("llama", {"attention_dropout": 0.1}, Levers(), "dropout"),
         ("gpt2", {"resid_pdrop": 0.1}, Levers(), "dropout"),
-        (
-            "llama",
-            {},
-            Levers(tile_tokens=8, resident_blocks=0),
-            r"memory\.tile_tokens, or with memory\.resident_blocks",
-        ),
-        ("llama", {}, Levers(reuse_dequantized=True), r"memory\.reuse_dequantized"),
+        ("llama", {}, Levers(tile_tokens=8, resident_blocks=0), "memory.tile_tokens, or with memory.resident_blocks"),
+        ("llama", {}, Levers("selective", reuse_dequantized=True), "memory.checkpointing selective, or with .*reuse"),
     ],
 )
 def test_what_compiled_blocks_would_do_otherwise_is_refused(model_type, options, levers, reason):

@@ -1,6 +1,7 @@
 """Plans of recipes: the command's figures, its choice, and a run that keeps to it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from tiny import ARCHITECTURES
@@ -82,6 +83,59 @@ def test_weights_are_unpacked_once_for_a_backward_where_that_is_faster_by_more_t
     assert not any("reuse_dequantized" in a.change for a in planner.alternatives(fixed))
     tight = planner.plan_recipe(recipe(block, keeps_none, "data.max_tokens=256"), CARD, without.peak_bytes + 2**20)
     assert tight.fits and not tight.chosen.levers.reuse_dequantized
+
+
+def test_attention_is_kept_on_a_card_where_rows_are_long_enough_to_show_it_and_memory_is_left(recipe):
+    long, on_device = "data.max_tokens=32768", "memory.offload_checkpoints=false"
+    roomy = planner.plan_recipe(recipe(long, on_device), CARD, 16 * GIB)
+    assert roomy.chosen.levers.checkpointing == "selective"
+    assert "checkpointing selective" in plan_text.reason(roomy)
+    (block,) = (
+        c for c in roomy.found if c.levers.checkpointing == "block" and c.levers == replace(
+            roomy.chosen.levers, checkpointing="block")
+    )  # fmt: skip
+    assert EQUALLY_FAST * roomy.chosen.step_seconds < block.step_seconds
+    kept = 32768 * (2 * 2048 + 4 * 32) * 16  # of 16 blocks: a hidden state in bf16 and a float for each of 32 heads
+    assert roomy.chosen.peak_bytes - block.peak_bytes == pytest.approx(kept, rel=0.1)
+    changes = {a.change: a for a in planner.alternatives(roomy)}
+    assert changes["memory.checkpointing=block"].step_seconds == block.step_seconds
+    tight = planner.plan_recipe(recipe(long, on_device), CARD, block.peak_bytes + 2**20)
+    assert tight.fits and tight.chosen.levers.checkpointing == "block"
+    fixed = planner.plan_recipe(recipe(long, "memory.checkpointing=block"), CARD, 16 * GIB)
+    assert not any(c.levers.checkpointing == "selective" for c in fixed.found)
+    short = planner.plan_recipe(recipe("data.max_tokens=1024"), CARD, 3 * GIB)
+    assert short.chosen.levers.checkpointing == "block"
+
+
+def test_attention_is_kept_on_the_host_where_the_device_has_no_room_and_the_host_has(recipe):
+    settings = recipe("data.max_tokens=32768", "memory.tile_tokens=4096", "memory.embeddings=device")
+    block = planner.plan_recipe(settings, replace(CARD, host_bytes=GIB), 6 * GIB).chosen
+    assert block.levers.checkpointing == "block" and not block.levers.offload_checkpoints
+    chosen = planner.plan_recipe(settings, CARD, 6 * GIB).chosen
+    assert chosen.levers == replace(block.levers, checkpointing="selective", offload_checkpoints=True)
+    assert chosen.prediction.simulation.offloaded_bytes > GIB
+
+
+@pytest.mark.parametrize("budget", [24, 4, 2.2])
+def test_a_plan_for_compiled_blocks_leaves_out_what_they_do_not_go_with(recipe, budget):
+    long = "data.max_tokens=16384"
+    plan = planner.plan_recipe(recipe("train.compile=true", long), replace(CARD, host_bytes=64 * GIB), budget * GIB)
+    for candidate in plan.found:
+        x = candidate.levers
+        assert x.compile and x.tile_tokens is None and x.resident_blocks is None and not x.reuse_dequantized
+        assert x.checkpointing in ("block", "none")
+    assert {a.change for a in planner.alternatives(plan)}  # which are simulated like all others
+    plain = planner.plan_recipe(recipe(long, "memory.tile_tokens=off", "memory.resident_blocks=all",
+                                       "memory.reuse_dequantized=false"), CARD, budget * GIB)  # fmt: skip
+    same = [c.peak_bytes for c in plain.found if c.levers.checkpointing != "selective"]
+    assert [candidate.peak_bytes for candidate in plan.found] == same[: len(plan.found)]
+
+
+def test_a_recipe_may_keep_attention_and_the_last_blocks(recipe):
+    settings = recipe("memory.checkpointing=selective", "data.max_tokens=1024", "memory.offload_checkpoints=false")
+    plan = planner.plan_recipe(settings, CARD, 3 * GIB)
+    assert plan.fits and plan.chosen.levers.checkpointing == "selective" and plan.chosen.levers.kept_blocks
+    assert f"selective but for the last {plan.chosen.levers.kept_blocks} blocks" in plan_text.reason(plan)
 
 
 def test_the_parts_add_up_to_the_peak_and_the_json_has_the_agreed_keys(recipe):

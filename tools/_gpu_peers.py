@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -32,11 +33,12 @@ def compare_sides(name: str, rows: int, length: int, chosen: Levers, device: tor
         "ours, blocks computed again": lambda: _ours(case | asdict(Levers()), device),
         "peers": lambda: _peers(case, device, False),
         "peers + Liger": lambda: _peers(case, device, True),
+        "ours, blocks computed again and compiled": lambda: _ours(case | asdict(Levers(compile=True)), device),
     }
     first_loss = None
     for side, run in sides.items():
         row = {"side": side, "model": name, "rows": rows, "length": length}
-        reason = _missing(side)
+        reason = _missing(side, device)
         if reason:
             yield row | {"skipped": reason}
             continue
@@ -51,7 +53,9 @@ def compare_sides(name: str, rows: int, length: int, chosen: Levers, device: tor
         yield row | ({"problem": f"first loss {row['first_loss']:.4f}, not {first_loss:.4f}"} if differs else {})
 
 
-def _missing(side: str) -> str:
+def _missing(side: str, device: torch.device) -> str:
+    if side.endswith("compiled") and device.type == "cpu" and shutil.which("g++") is None:
+        return "there is no C++ compiler"
     needed = ["peft"] * side.startswith("peers") + ["liger_kernel"] * side.endswith("Liger")
     return ", ".join(f"{name} is not installed" for name in needed if importlib.util.find_spec(name) is None)
 

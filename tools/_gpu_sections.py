@@ -33,7 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TENSOR_ERROR, ALLOCATED_ERRORS = 0.03, (-0.01, 0.05)  # of a prediction, above which it counts as wrong
 HOST_WEIGHTS = Levers(resident_blocks=0, host_embeddings=True)
 SAME_BITS = (  # weights leave the device once
-    Levers(offload_checkpoints=True), HOST_WEIGHTS, replace(HOST_WEIGHTS, offload_checkpoints=True),
+    Levers("selective"), Levers("selective", offload_checkpoints=True), Levers(offload_checkpoints=True),
+    HOST_WEIGHTS, replace(HOST_WEIGHTS, offload_checkpoints=True),
 )  # fmt: skip
 
 
@@ -44,6 +45,7 @@ class Scale:
     rehearsal: bool
     models: tuple[str, ...]
     tokens: int
+    long_tokens: int
     caps_bytes: tuple[int, ...]
     long_caps_bytes: tuple[int, ...]
     shapes: tuple[tuple[int, int], ...]  # rows, tokens a row, of the comparison with the peers
@@ -51,9 +53,9 @@ class Scale:
     spare_bytes: int
 
 
-CARD = Scale(False, ("llama-8b", "llama-7b"), 2048, tuple(n * GIB for n in (8, 12, 6, 16, 24)), (6 * GIB, 8 * GIB),
-             ((1, 2048), (4, 512)), 2**28, 768 * MIB)  # fmt: skip
-REHEARSAL = Scale(True, ("tiny",), 256, (80 * MIB, 64 * MIB), (64 * MIB,), ((2, 64),), 2**18, 0)
+CARD = Scale(False, ("llama-8b", "llama-7b"), 2048, 16384, tuple(n * GIB for n in (8, 12, 6, 16, 24)),
+             (6 * GIB, 8 * GIB), ((1, 2048), (4, 512)), 2**28, 768 * MIB)  # fmt: skip
+REHEARSAL = Scale(True, ("tiny",), 256, 512, (80 * MIB, 64 * MIB), (64 * MIB,), ((2, 64),), 2**18, 0)
 
 
 def tests(scale: Scale) -> Iterator[dict]:
@@ -176,9 +178,13 @@ def peers(scale: Scale) -> Iterator[dict]:
 
 
 def levers(scale: Scale) -> Iterator[dict]:
-    """Measure the lever table, every row in this process: a card's counters are exact from row to row."""
-    for case in lever_cases(scale.models[0], scale.tokens):
-        row = measure(case, warmup=1, steps=2)
+    """Measure the lever table, every row in this process: a card's counters are exact from row to row.
+
+    Its last row, attention's results kept, and the one before it are then measured at a long row, where it shows.
+    """
+    table, at_length = lever_cases(scale.models[0], scale.tokens), lever_cases(scale.models[0], scale.long_tokens)
+    for case, steps in [*((case, 2) for case in table), *((case, 1) for case in at_length[-2:])]:
+        row = measure(case, warmup=1, steps=steps)
         free_memory(resolve_device())
         wrong = "failed" not in row and abs(row["predicted_bytes"] / row["measured_bytes"] - 1) > TENSOR_ERROR
         yield row | ({"problem": "the prediction of the tensors is off"} if wrong else {})

@@ -72,7 +72,7 @@ def _levers(rows: Sequence[Mapping]) -> list[str]:
         speed = (
             f"{row['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in row else "out of memory (predicted)"
         )
-        lines.append(f"{row['lever']:36} {done} {speed}")
+        lines.append(f"{row['tokens']:7,} {row['lever']:36} {done} {speed}")
     return lines
 
 

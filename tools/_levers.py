@@ -37,6 +37,7 @@ def lever_cases(model: str, tokens: int) -> list[dict]:
         ("block inputs in host memory", {"offload_checkpoints": True}),
         ("weights in host memory", {"resident_blocks": 0}),
         ("weights unpacked once a backward", {"reuse_dequantized": True}),
+        ("attention's results kept on a card", {"checkpointing": "selective"}),
     ]
     found, case = [], {"model": model, "tokens": tokens}
     for name, change in steps:

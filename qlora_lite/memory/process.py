@@ -20,6 +20,7 @@ CPU_BUFFERS_BYTES = 32 * MIB  # thread stacks and buffers
 # For each large product's shape: oneDNN keeps a compiled kernel (0.2 to 1.3 MiB are gone with a cache of 0), and malloc
 # pages in between. Measured in bfloat16 only.
 CPU_KERNEL_BYTES = int(1.35 * MIB)
+CPU_COMPILER_BYTES = 112 * MIB  # of torch.compile: steps of the two demo models held 47 to 111 MiB more with it
 
 
 class Overhead(NamedTuple):
@@ -34,7 +35,9 @@ class Overhead(NamedTuple):
     allocated: bool = False
 
 
-def overheads(device_type: str, moments: Iterable[Moment], resident: Moment, products: int) -> tuple[Overhead, ...]:
+def overheads(
+    device_type: str, moments: Iterable[Moment], resident: Moment, products: int, compiling: bool = False
+) -> tuple[Overhead, ...]:  # fmt: skip
     """Return what comes on top of the tensors at a step's peak.
 
     Args:
@@ -42,6 +45,7 @@ def overheads(device_type: str, moments: Iterable[Moment], resident: Moment, pro
         moments: the high points of a step.
         resident: what is alive between two steps.
         products: how many large matrix products differ in their shapes.
+        compiling: blocks run through torch.compile.
     """
     if device_type == "cuda":
         peak = max(moments, key=lambda moment: moment.total)
@@ -53,7 +57,9 @@ def overheads(device_type: str, moments: Iterable[Moment], resident: Moment, pro
             Overhead("fragmentation", fragmentation, "holes between tensors of a step"),
         )
     kernels = products * CPU_KERNEL_BYTES
+    compiler = Overhead("torch.compile", CPU_COMPILER_BYTES, "its graphs, and what it keeps of making them")
     return (
         Overhead("buffers", CPU_BUFFERS_BYTES, "thread stacks and buffers"),
         Overhead("matrix kernels", kernels, f"compiled for {products} shapes of products, and kept"),
+        *([compiler] if compiling else []),
     )

@@ -29,7 +29,7 @@ from .anatomy import blocks, decoder, device_of, tokenwise_parts
 class Levers:
     """How memory is traded for time; the names, meanings and defaults are those of the recipe's memory section.
 
-    ``kept_blocks`` counts only where ``checkpointing`` is "block"; ``loss_chunk_tokens`` None takes the default,
+    ``kept_blocks`` counts only where blocks are computed again; ``loss_chunk_tokens`` None takes the default,
     ``tile_tokens`` None runs MLPs and norms whole, ``resident_blocks`` None streams nothing. ``compile`` is the train
     section's.
     """
@@ -44,6 +44,11 @@ class Levers:
     optimizer_in_backward: bool = False
     reuse_dequantized: bool = False
     compile: bool = False
+
+    @property
+    def computes_again(self) -> bool:
+        """Whether a block's backward computes the block again; "selective" does so too, but for its attention."""
+        return self.checkpointing != "none"
 
     @property
     def uses_host(self) -> tuple[bool, bool, bool]:
@@ -96,7 +101,7 @@ def on_host(model: nn.Module, module: nn.Module, tensor: torch.Tensor) -> bool:
 def set_levers(model: nn.Module, levers: Levers) -> None:
     """Run the blocks as the levers say, whatever was set before.
 
-    Of the last ``kept_blocks`` blocks everything is kept although ``checkpointing`` is "block": they are free again
+    Of the last ``kept_blocks`` blocks everything is kept although blocks are computed again: they are free again
     before the first block is computed a second time, so that the two never add up.
 
     Raises:
@@ -109,17 +114,18 @@ def set_levers(model: nn.Module, levers: Levers) -> None:
     if (streams and not hasattr(model, "block_stream")) or (levers.host_embeddings and not embeds_on_host):
         raise ModelError("memory.resident_blocks and memory.embeddings=host are for a model that was loaded so: "
                          "call models.levers.place before training, or leave them out")  # fmt: skip
-    checkpointed = len(found) - levers.kept_blocks if levers.checkpointing == "block" else 0
+    checkpointed = len(found) - levers.kept_blocks if levers.computes_again else 0
     if levers.resident_blocks is not None and checkpointed < len(found) - levers.resident_blocks:
         raise ModelError("streamed blocks cannot keep their activations: raise memory.resident_blocks, or lower "
-                         "memory.kept_blocks with memory.checkpointing=block")  # fmt: skip
+                         "memory.kept_blocks with memory.checkpointing=block or selective")  # fmt: skip
     host = HostStore(device_of(model)) if levers.offload_checkpoints else None
     skipping: dict[type, Skipping] = defaultdict(Skipping)  # what is learned of one block holds for its class
+    selective = levers.checkpointing == "selective"
     for number, block in enumerate(found):
         block.gradient_checkpointing = number < checkpointed or levers.compile
         # the place that transformers documents for it
         around = _keeping(levers, stay=False)  # until the block's own backward
-        checkpoint = Checkpoint(number, host, skipping[type(block)], around, levers.compile)
+        checkpoint = Checkpoint(number, host, skipping[type(block)], around, selective, levers.compile)
         block._gradient_checkpointing_func = checkpoint if number < checkpointed else compiled.value
     tiled = sum(_set_tiles(module, levers, skipping) for module in (decoder(model), *found))
     if levers.tile_tokens and not tiled:

@@ -20,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .block_attention import block_attention, block_gradients
 from .checkpoint import running
+from .kept_attention import kept_attention
 from .shapes import device_type, kernel_rows
 
 
@@ -100,6 +101,13 @@ def _window_mask(length: int, window: int | None, device) -> torch.Tensor | None
 
 
 def _sdpa(query, key, value, mask, scaling, dropout):
+    attend = partial(_fused, mask=mask, scaling=scaling, dropout=dropout)
+    if dropout or device_type(query.device) == "cpu":  # block_attention keeps its own
+        return attend(query, key, value)
+    return kept_attention(attend, query, key, value)
+
+
+def _fused(query, key, value, mask, scaling, dropout):
     causal = mask is None and query.shape[2] > 1
     if query.is_meta and not dropout:
         # torch would choose the unfused formula here; a CPU's fused kernel saves what a card's does.

@@ -6,7 +6,8 @@ offloading policy's) see the recomputed tensors. Here backward simply runs the b
 and calls backward through it: less Python, and every tensor shows.
 
 Two things are not computed again. Results that a function asks to keep (``kept_result``: attention's is one
-hidden-sized tensor, and the dearest of a block per byte on a CPU). And the value of the block's last product,
+hidden-sized tensor, and the dearest of a block per byte on a CPU; ``ops.kept_attention``, where fused kernels compute
+it and the policy says so). And the value of the block's last product,
 where it is only added to the residual stream: the second run is there for the graph and for what the block
 saves, and nobody reads its output. Whether that holds shows in the graph (``run_for_graph``).
 
@@ -34,19 +35,36 @@ class Run:
     Args:
         results: what an earlier run kept; None keeps.
         skipped: number of the product, from 1, whose value this run leaves out; 0 for none.
+        attention: for each call of ``kept_attention`` what an earlier run kept beside its tensors; None for a policy
+            that keeps none.
     """
 
-    def __init__(self, results: list[torch.Tensor] | None = None, skipped: int = 0):
+    def __init__(self, results: list[torch.Tensor] | None = None, skipped: int = 0, attention: list | None = None):
         self.kept: list[torch.Tensor] = []
         self.products = 0
+        self.attention = attention
+        self._calls = iter(attention or ())
         self._results = None if results is None else iter(results)
         self._skipped = skipped
         self._last: tuple[weakref.ref, object] | None = None  # the last product and its node in the graph
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this run keeps."""
+        return self._results is None
+
+    def next_result(self) -> torch.Tensor:
+        """Return the next tensor that an earlier run kept."""
+        return next(self._results)
+
+    def next_attention(self):
+        """Return what an earlier run kept of the next call of ``kept_attention`` beside its tensors."""
+        return next(self._calls)
+
     def result(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Return a result that an earlier run kept, or keep it."""
-        if self._results is not None:
-            return next(self._results)
+        if not self.is_first:
+            return self.next_result()
         self.kept.append(compute())
         return self.kept[-1]
 
@@ -75,7 +93,7 @@ _run: ContextVar[Run | None] = ContextVar("run", default=None)
 
 def kept_result(compute: Callable[[], torch.Tensor]) -> torch.Tensor:
     """Return what ``compute()`` gives, from the first run if this is the second run of a checkpointed block."""
-    run = _present_run()
+    run = present_run()
     return compute() if run is None else run.result(compute)
 
 
@@ -85,11 +103,12 @@ def product_or_stand_in(compute: Callable[[], torch.Tensor], stand_in: torch.Ten
     Args:
         stand_in: same shape, any values, and a node in the graph that takes the gradient of the product.
     """
-    run = _present_run()
+    run = present_run()
     return compute() if run is None else run.product(compute, stand_in)
 
 
-def _present_run() -> Run | None:
+def present_run() -> Run | None:
+    """Return the run that the code is in, None outside of all blocks."""
     return None if torch.compiler.is_compiling() else _run.get()  # torch.compile cannot trace a context variable
 
 
@@ -111,15 +130,17 @@ class Checkpoint:
         host: where the inputs wait for backward; None keeps them on their device.
         skipping: shared by blocks of one class; see ``Skipping``.
         around: a context to be in during the second run, such as ``quant.linear.keeping_weights``.
+        keeps_attention: keep the results of attention's fused kernels too; see ``ops.kept_attention``.
         compiling: run the block compiled (``ops.compiled``), its second run and its gradients as one graph.
     """
 
     def __init__(
         self, number: int = 0, host: HostStore | None = None, skipping: "Skipping | None" = None,
-        around: Callable[[], AbstractContextManager] = nullcontext, compiling: bool = False,
+        around: Callable[[], AbstractContextManager] = nullcontext, keeps_attention: bool = False,
+        compiling: bool = False,
     ):  # fmt: skip
         self.number, self.host, self.skipping, self.around = number, host, skipping or Skipping(), around
-        self.compiling = compiling
+        self.keeps_attention, self.compiling = keeps_attention, compiling
 
     def __call__(self, block: Callable, *inputs):
         # The anchor makes autograd visit a block whose input needs no gradient (the first of a frozen model).
@@ -135,10 +156,10 @@ class _Checkpoint(torch.autograd.Function):
         ctx.others = [None if place in ctx.places else value for place, value in enumerate(inputs)]
         tensors = [inputs[place] for place in ctx.places]
         ctx.random_state = random_state(*tensors)
-        with running(Run()) as run:
+        with running(Run(attention=[] if checkpoint.keeps_attention else None)) as run:
             # autograd functions run forward without recording; a compiler would still tell inputs by their gradients
             outputs = compiled.value(block, *map(_detached, inputs)) if checkpoint.compiling else block(*inputs)
-        tensors += run.kept
+        tensors, ctx.attention = tensors + run.kept, run.attention
         if checkpoint.host is None:
             ctx.save_for_backward(*tensors)
         else:
@@ -159,7 +180,7 @@ class _Checkpoint(torch.autograd.Function):
                     outputs = compiled.gradient_root(ctx.block, grad_outputs, *inputs)
                 grad_outputs = [outputs.detach()]
             else:
-                outputs = run_for_graph(ctx.block, inputs, kept, checkpoint.skipping, Run.only_adds_last)
+                outputs = run_for_graph(ctx.block, inputs, kept, checkpoint.skipping, Run.only_adds_last, ctx.attention)
         del kept
         outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
         reached = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if g is not None and o.requires_grad]
@@ -174,7 +195,7 @@ def _detached(value: object) -> object:
 
 def run_for_graph(
     function: Callable, inputs: Sequence, results: list[torch.Tensor], skipping: Skipping,
-    unread: Callable[[Run, object], bool],
+    unread: Callable[[Run, object], bool], attention: list | None = None,
 ):  # fmt: skip
     """Call a function again whose value is known already or not wanted, for its graph and for what it saves.
 
@@ -182,12 +203,12 @@ def run_for_graph(
     where the product left out was not the last, or is read after all, the run is done again with its value.
 
     Args:
-        results: what the first run kept.
+        results, attention: what the first run kept; see ``Run``.
         unread: says of a run and its output whether nobody reads the value of the last product.
     """
     while True:
         left_out = skipping.product or 0
-        with running(Run(results, left_out)) as run:
+        with running(Run(results, left_out, attention)) as run:
             outputs = function(*inputs)
         spared = unread(run, outputs) and left_out in (0, run.products)
         if skipping.product is None or not spared:

@@ -1,13 +1,15 @@
 """Keep tensors in host memory between a block's forward and its backward.
 
-The input of every block, 8 KiB a token and block for an 8B model, is all that checkpointing leaves on the device.
-It is not needed until the block's backward, so it goes to host memory beside the computation of the next block
-and comes back beside the backward of the one after it: at any time the device holds the inputs of at most two.
+The input of every block, 8 KiB a token and block for an 8B model, and as much again where attention's results are
+kept, is all that checkpointing leaves on the device. It is not needed until the block's backward, so it goes to host
+memory beside the computation of the next block and comes back beside the backward of the one after it: at any time the
+device holds what is kept of at most two.
 
 On a card, copies run on a stream of their own, to and from pinned memory (torch's own pool of it, so that no step
-but the first allocates any). Elsewhere the same code copies at once: it frees nothing there, but plans and tests
-run what a card runs. ``torch.autograd.graph.save_on_cpu`` copies on the computing stream and brings back late, so
-that the device waits for the bus twice a block.
+but the first allocates any) with the tensor's strides: between others torch makes one more copy on the device first
+(ATen/native/cuda/Copy.cu). Elsewhere the same code copies at once: it frees nothing there, but plans and tests run what
+a card runs. ``torch.autograd.graph.save_on_cpu`` copies on the computing stream and brings back late, so that the
+device waits for the bus twice a block.
 
 A tensor is dropped only after the computing stream was told to wait for its copy. Its memory is then reused in the
 order of that stream, however far the process runs ahead of the card. (``record_stream`` would give the memory back
@@ -80,7 +82,7 @@ class HostStore:
         self._let_go()
         tensors, pinned = [tensor.detach() for tensor in tensors], self.side.stream is not None
         with category("offloaded"):
-            hosts = [torch.empty(t.shape, dtype=t.dtype, device=self.side.host, pin_memory=pinned) for t in tensors]
+            hosts = [torch.empty_like(tensor, device=self.side.host, pin_memory=pinned) for tensor in tensors]
         self._stored[number] = hosts
         self._leaving = _Arrival(number, tensors, self.side.copy(list(zip(hosts, tensors, strict=True))))
 
@@ -106,5 +108,5 @@ class HostStore:
     def _bring(self, number: int) -> "_Arrival":
         hosts = self._stored.pop(number)
         with category("saved activations"):
-            tensors = [torch.empty(host.shape, dtype=host.dtype, device=self.side.device) for host in hosts]
+            tensors = [torch.empty_like(host, device=self.side.device) for host in hosts]
         return _Arrival(number, tensors, self.side.copy(list(zip(tensors, hosts, strict=True))))

@@ -24,7 +24,8 @@ class Machine:
     """Where a step would run.
 
     ``memory_bytes`` is what the run may use in all; ``base_bytes`` what the process holds before the model (on a
-    CPU: libraries; on a card the context is one of the constants of ``memory.process``).
+    CPU: libraries; on a card the context is one of the constants of ``memory.process``). ``host_bytes`` is what the
+    host beside a card has free, None where that is not known.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Machine:
     flops_per_second: float
     bytes_per_second: float
     bus_bytes_per_second: float
+    host_bytes: int | None = None
 
     def renamed(self, name: str, memory_bytes: int) -> "Machine":
         """Return the same speeds under another name and with another memory."""
@@ -65,11 +67,12 @@ def this_machine(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> M
     on_card = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_card else f"this CPU, {torch.get_num_threads()} threads"
     base = 0 if on_card else held_bytes(device)
-    bus = rate
+    bus, host_bytes = rate, None
     if on_card:
+        host_bytes = free_bytes(torch.device("cpu"))
         host = torch.empty(_COPY_BYTES, dtype=torch.uint8, pin_memory=True)
         bus = _COPY_BYTES / _fastest(lambda: target.copy_(host, non_blocking=True), device)
-    return Machine(name, device.type, free_bytes(device) + base, base, flops, rate, bus)
+    return Machine(name, device.type, free_bytes(device) + base, base, flops, rate, bus, host_bytes)
 
 
 def _fastest(action, device: torch.device) -> float:

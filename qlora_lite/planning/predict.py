@@ -34,4 +34,5 @@ def predict(job: Job) -> Prediction:
 def with_constants(job: Job, simulation: Simulation) -> Prediction:
     """Add to a job's simulation the constants of its kind of device."""
     moments, products = simulation.moments.values(), simulation.work.large_products
-    return Prediction(job, simulation, overheads(job.device_type, moments, simulation.resident, products))
+    found = overheads(job.device_type, moments, simulation.resident, products, job.levers.compile)
+    return Prediction(job, simulation, found)

@@ -10,7 +10,8 @@ The way begins with checkpointing per block. If that fits, keeping everything is
 pay and do not fit, or nothing fits at all, come the levers that save more, in the order of what they cost:
 tiles and, on a card, embeddings in host memory; then checkpoints there; at last the weights. It ends where one more
 lever makes nothing better. What memory the best then leaves buys back time: a block's weights are unpacked once for
-its second run and its backward, and as many of the last blocks are kept, or resident, as fit.
+its second run and its backward; on a card attention is not computed again where rows are so long that it shows; and as
+many of the last blocks are kept, or resident, as fit.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -109,7 +110,12 @@ def search(step: Step, machine: Machine, limit_bytes: int) -> list[Candidate]:
     best = choose(found, limit_bytes)
     if best is not None:
         found += _with_weights_reused(step, machine, best, limit_bytes)
-        return found + _with_more_on_device(step, machine, choose(found, limit_bytes), limit_bytes)
+        best = choose(found, limit_bytes)
+        selective = _with_attention_kept(step, machine, best, limit_bytes)
+        found += selective
+        for each in (best, *selective):
+            found += _with_more_on_device(step, machine, each, limit_bytes)
+        return found
     if "loss_chunk_tokens" not in step.fixed:
         small = replace(found[-1].levers, loss_chunk_tokens=SMALL_CHUNK_TOKENS)
         found.append(build_candidate(step, machine, small, step.sizes()[0]))
@@ -128,7 +134,7 @@ def smaller(step: Step) -> Iterator[Levers]:
     if step.job.device_type == "cuda":  # elsewhere there is no other memory to go to
         if not step.tied:
             changes[0]["host_embeddings"] = True  # a few KiB a token travel
-        if levers.checkpointing == "block":  # blocks that keep their activations must stay where they are
+        if levers.computes_again:  # blocks that keep their activations must stay where they are
             changes += [{"offload_checkpoints": True}, {"resident_blocks": levers.kept_blocks}]
     changes.append({"tile_tokens": SMALL_TILE_TOKENS})
     for change in changes:
@@ -154,16 +160,38 @@ def _with_weights_reused(step: Step, machine: Machine, best: Candidate, limit_by
 
     It comes before whole blocks are kept: it takes the weights of one and serves all.
     """
-    if "reuse_dequantized" in step.fixed or step.job.quant == "none" or best.levers.checkpointing != "block":
+    if "reuse_dequantized" in step.fixed or step.job.quant == "none" or not best.levers.computes_again:
         return []
     reusing = build_candidate(step, machine, replace(best.levers, reuse_dequantized=True), best.packs)
     return [reusing] if reusing.peak_bytes <= (1 - SPARED) * limit_bytes else []
 
 
+def _with_attention_kept(step: Step, machine: Machine, best: Candidate, limit_bytes: int) -> list[Candidate]:
+    """Return the candidate that does not compute attention again, if spare memory allows it and it shows in the time.
+
+    Where the device has no room for what that keeps, it goes to host memory. A CPU keeps attention's results anyway.
+    """
+    x = best.levers
+    if "checkpointing" in step.fixed or step.job.device_type == "cpu" or x.checkpointing != "block" or x.compile:
+        return []
+    selective = replace(x, checkpointing="selective")
+    ways = [selective]
+    if "offload_checkpoints" not in step.fixed and not selective.offload_checkpoints:
+        ways.append(replace(selective, offload_checkpoints=True))
+    for levers in ways:
+        found = build_candidate(step, machine, levers, best.packs)
+        if found.step_seconds * EQUALLY_FAST > best.step_seconds:
+            return []
+        fits_host = machine.host_bytes is None or found.prediction.simulation.offloaded_bytes <= machine.host_bytes
+        if fits_host and found.peak_bytes <= (1 - SPARED) * limit_bytes:
+            return [found]
+    return []
+
+
 def _with_more_on_device(step: Step, machine: Machine, best: Candidate, limit_bytes: int) -> list[Candidate]:
     """Return a candidate with as many last blocks kept (or resident) as spare memory allows, if it allows any."""
     name = "kept_blocks" if best.levers.resident_blocks is None else "resident_blocks"
-    if best.levers.checkpointing != "block" or name in step.fixed:
+    if not best.levers.computes_again or name in step.fixed:
         return []
     raised = _raised(step, machine, best, name, int((1 - SPARED) * limit_bytes))
     return [] if raised.levers == best.levers else [raised]

@@ -141,7 +141,7 @@ def _front(job: Job) -> int:
 def _last_blocks(job: Job) -> int | None:
     """Return how many of the last blocks run differently from those before; None if there are three kinds."""
     levers, depth = job.levers, job.config.num_hidden_layers
-    kept = min(levers.kept_blocks, depth) if levers.checkpointing == "block" else 0
+    kept = min(levers.kept_blocks, depth) if levers.computes_again else 0
     resident = 0 if levers.resident_blocks is None else min(levers.resident_blocks, depth)
     if kept and resident and kept != resident:
         return None

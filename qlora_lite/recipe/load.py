@@ -194,9 +194,11 @@ class _Checker:
                 )
         if self._value("train", "compile") is True:
             needs = {("lora", "dropout"): 0, **{("memory", name): value for name, value in COMPILED_WITH.items()}}
+            if self._value("memory", "checkpointing") == "selective":
+                needs["memory", "checkpointing"] = "block"
             for location, only in needs.items():
                 if (value := self._value(*location)) not in (None, "auto", only):
-                    message = f"{_key(location)} = {shown(value)}: does not go with train.compile; write "
+                    message = f"{_key(location)} = {reference.written(value)}: does not go with train.compile; write "
                     self._add(location, f"{message}{reference.written(only)} here, or train.compile: false")
         for location, source in self._sources():
             if message := _columns_problem(source):

@@ -220,8 +220,8 @@ class Train(_Section):
     """Share of a weight removed per step, times the learning rate."""
     compile: bool = False
     """Run the blocks through torch.compile: faster steps after a minute or two of compilation, with results that differ
-    by rounding. Goes without lora.dropout, and with memory.tile_tokens off, memory.resident_blocks all and
-    memory.reuse_dequantized false, which auto then is; a CPU needs a C++ compiler."""
+    by rounding. Goes without lora.dropout and memory.checkpointing selective, and with memory.tile_tokens off,
+    memory.resident_blocks all and memory.reuse_dequantized false, which auto then is; a CPU needs a C++ compiler."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seed of the factors, the order of rows and dropout."""
     deterministic: bool = False
@@ -263,11 +263,13 @@ class Memory(_Section):
     budget: Annotated[str, AfterValidator(_size_or_auto), Rule("auto, or a size with its unit, such as 8GiB")] = "auto"
     """Most memory the run may use; auto is what the device has free. The fastest plan that fits is chosen for the
     settings below that are auto, then proved by one measured step before the first; what does not fit ends there."""
-    checkpointing: Literal["auto", "block", "none"] = "auto"
-    """block keeps each block's input (on a CPU attention's result too) and computes the rest again in backward; none
-    keeps everything."""
+    checkpointing: Literal["auto", "block", "selective", "none"] = "auto"
+    """block keeps each block's input and computes the rest again in backward; selective keeps attention's results too,
+    where a fused kernel gives them (on a CPU block keeps them anyway, and the two are the same); none keeps
+    everything."""
     kept_blocks: Annotated[Count | Literal["auto"], Rule("a whole number of at least 0, or auto")] = "auto"
-    """Of the last blocks, how many keep everything although checkpointing is block; auto is as many as fit."""
+    """Of the last blocks, how many keep everything although checkpointing is block or selective; auto is as many as
+    fit."""
     loss_chunk_tokens: Annotated[PositiveInt | Literal["auto"], Rule("a whole number of at least 1, or auto")] = "auto"
     """Learned tokens whose logits exist at one time."""
     tile_tokens: Annotated[PositiveInt | Literal["auto", "off"], Rule("a whole number of at least 1, auto or off")] = (
@@ -278,7 +280,8 @@ class Memory(_Section):
     embeddings: Literal["auto", "device", "host"] = "auto"
     """Where the table of embeddings lies; of one in host memory only the rows of the batch travel."""
     offload_checkpoints: bool | Literal["auto"] = "auto"
-    """Keep the blocks' inputs in host memory until backward; they travel beside the computation."""
+    """Keep the blocks' inputs, and the attention results that are kept, in host memory until backward; they travel
+    beside the computation."""
     resident_blocks: Annotated[Count | Literal["auto", "all"], Rule("a whole number of at least 0, auto or all")] = (
         "auto"
     )

@@ -148,6 +148,7 @@ def check_compilable(model: nn.Module, levers: Levers) -> None:
     hindrances = {
         "rows that run one by one": rows_run_alone(model),
         "attention other than this package's": not uses_row_attention(model),
+        "memory.checkpointing selective": levers.checkpointing == "selective",
         "dropout": drops or lora_drops or bool(getattr(model.config, "attention_dropout", 0)),
         "memory.tile_tokens": levers.tile_tokens, "memory.resident_blocks": levers.resident_blocks is not None,
         "memory.reuse_dequantized": levers.reuse_dequantized,

@@ -13,7 +13,8 @@ from qlora_lite.memory.ledger import Ledger
 from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.models.load import adopt
 from qlora_lite.models.quantizer import quantize_in_place
-from qlora_lite.planning.simulate import Job, Rows, simulate, simulate_whole
+from qlora_lite.ops.shapes import planning_for
+from qlora_lite.planning.simulate import ALLOCATION_BYTES, Job, Rows, simulate, simulate_whole
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.optim import build_optimizer
 from qlora_lite.train.step import evaluate_loss, train_step
@@ -52,7 +53,7 @@ def measured(job, model_type, **changes):
     set_levers(model, job.levers)
     parameters = [p for _, p in lora_parameters(model)]
     optimizer = build_optimizer(parameters, job.optimizer, 1e-4, 0.0, job.stochastic_rounding)
-    batch, ledger = all_learned(LENGTHS), Ledger()
+    batch, ledger = all_learned(LENGTHS), Ledger(allocation_bytes=ALLOCATION_BYTES[job.device_type])
     with ledger:
         for tensor, name, _ in categorised(model):
             ledger.claim([tensor], name)
@@ -106,6 +107,9 @@ def test_the_predicted_peak_of_the_update_of_bfloat16_factors_is_the_measured_on
         {"levers": Levers(reuse_dequantized=True)}, {"levers": Levers(reuse_dequantized=True, kept_blocks=3)},
         {"levers": Levers(reuse_dequantized=True, tile_tokens=8)},
         {"levers": Levers(reuse_dequantized=True, tile_tokens=8, resident_blocks=3, offload_checkpoints=True)},
+        {"device_type": "cuda", "levers": Levers("selective")},
+        {"device_type": "cuda", "levers": Levers("selective", kept_blocks=3)},
+        {"device_type": "cuda", "levers": Levers("selective", resident_blocks=3, offload_checkpoints=True)},
         {"device_type": "cuda"}, {"quant": "none"}, {"dropout": 0.1}, {"optimizer": "adamw_torch"},
         {"factor_dtype": torch.bfloat16}, {"factor_dtype": torch.bfloat16, "device_type": "cuda"},
         {"factor_dtype": torch.bfloat16, "optimizer": "adamw_torch"},
@@ -159,6 +163,39 @@ def test_blocks_of_several_kinds_repeat_as_a_pattern():
     job = job_for(config)
     short, whole = simulate(job), simulate_whole(job)
     assert short.peak().bytes == whole.peak().bytes and short.work == whole.work
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_kept_attention_costs_a_hidden_state_and_a_number_for_each_head_a_token_and_block(offload):
+    tokens, depths = 64, (5, 9)
+
+    def held(checkpointing):
+        """Bytes in the forward's end that a block more adds, on the device and on the host."""
+        levers = Levers(checkpointing, offload_checkpoints=offload)
+        both = [
+            simulate_whole(job_for(
+                config_of("llama", num_hidden_layers=depth), rows=Rows((tokens,), tokens - 1), eval_rows=None,
+                compute_dtype=torch.bfloat16, factor_dtype=torch.bfloat16, device_type="cuda", levers=levers,
+            ))
+            for depth in depths
+        ]  # fmt: skip
+        device = [x.peak("forward").breakdown["saved activations"] for x in both]
+        return [(many - few) / (depths[1] - depths[0]) for few, many in (device, [x.offloaded_bytes for x in both])]
+
+    more = [selective - block for selective, block in zip(held("selective"), held("block"), strict=True)]
+    kept = tokens * (2 * 64 + 4 * 4)  # hidden size 64 in bf16, four heads
+    assert more == ([0, kept] if offload else [kept, 0])
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma3_text", "gpt2"])
+def test_the_predicted_peak_with_kept_attention_is_the_measured_one(model_type):
+    job = job_for(config_of(model_type), levers=Levers("selective"), device_type="cuda")  # no pieces, which plans skip
+    predicted = simulate_whole(job)
+    with planning_for("cuda"):
+        ledger = measured(job, model_type)
+    for name in ("forward", "backward"):
+        peak = max((m for m in ledger.peaks.values() if m.phase == name), key=lambda m: m.total)
+        assert predicted.peak(name).total == pytest.approx(peak.total, abs=INPUT_BYTES), name
 
 
 def test_what_costs_memory_shows():

@@ -326,6 +326,21 @@ def test_updates_in_backward_say_what_they_do_not_go_with(problems, recipe):
     assert recipe(GOOD, on, *together).memory.optimizer_in_backward
 
 
+def test_compiled_blocks_say_what_they_do_not_go_with(problems, recipe):
+    on = "train.compile=true"
+    for setting, said in {
+        "lora.dropout=0.1": "lora.dropout = 0.1: does not go with train.compile; write 0 here, or train.compile: false",
+        "memory.tile_tokens=512": "memory.tile_tokens = 512: does not go with train.compile; write off here",
+        "memory.resident_blocks=4": "memory.resident_blocks = 4: does not go with train.compile; write all here",
+        "memory.reuse_dequantized=true": "memory.reuse_dequantized = true: does not go with train.compile; write false",
+        "memory.checkpointing=selective": "memory.checkpointing = selective: does not go with train.compile; write bl",
+    }.items():
+        assert said in problems(GOOD, on, setting)[0]
+        assert recipe(GOOD, setting)
+    goes = "lora.dropout=0", "memory.tile_tokens=off", "memory.resident_blocks=all", "memory.checkpointing=none"
+    assert recipe(GOOD, on, *goes, "memory.reuse_dequantized=auto").train.compile
+
+
 def test_files_need_not_be_there_where_only_the_settings_are_wanted(recipe, folder):
     text = "model: {path: ./no.gguf}\ndata: {train: no.jsonl, template: no.jinja}\n"
     r = recipe(text, check_files=False)

@@ -103,6 +103,24 @@ def test_on_a_cpu_attention_is_not_computed_again_either(model):
     assert step_flops(model, Levers(), "cpu") - step_flops(model, Levers("none"), "cpu") == again
 
 
+@pytest.mark.parametrize("kept", [0, 1])
+def test_with_its_results_kept_attention_is_not_computed_again(model, kept):
+    scores = 2 * LENGTH * LENGTH * 64 // 2  # of all heads, half of each seen
+    attention = 2 * scores  # and the sum of values
+    block, selective = (step_flops(model, Levers(way, kept_blocks=kept)) for way in ("block", "selective"))
+    assert block - selective == (DEPTH - kept) * attention
+    assert step_work(model, Levers("selective"), "cpu") == step_work(model, Levers(), "cpu")
+
+
+def test_kept_results_of_attention_travel_with_the_inputs(model):
+    inputs_only, both = (step_work(model, Levers(way, offload_checkpoints=True)) for way in ("block", "selective"))
+    input_bytes, logsumexp_bytes = 4 * LENGTH * 64, 4 * LENGTH * 4  # float32, four heads
+    journeys = DEPTH + DEPTH - 1  # the last block's come back before they have left
+    assert inputs_only.bus_bytes == journeys * input_bytes
+    assert both.bus_bytes == journeys * (2 * input_bytes + logsumexp_bytes)
+    assert step_work(model, Levers("selective")).flops == both.flops < inputs_only.flops
+
+
 @pytest.mark.parametrize("tile_tokens", [8, LENGTH])
 def test_tiles_in_a_checkpointed_block_cost_no_product_more(model, tile_tokens):
     assert step_flops(model, Levers(tile_tokens=tile_tokens)) == step_flops(model, Levers())

@@ -18,6 +18,7 @@ from qlora_lite.models.anatomy import blocks
 from qlora_lite.models.levers import Levers, on_host, place, set_levers
 from qlora_lite.models.load import use_row_attention
 from qlora_lite.models.quantizer import quantize_head
+from qlora_lite.ops.kept_attention import FUSED
 from qlora_lite.ops.tile import Tiled
 from qlora_lite.quant.linear import QuantLinear, keeping_weights
 from qlora_lite.quant.nf4 import dequantize, quantize
@@ -35,6 +36,51 @@ def test_where_tensors_lie_and_whether_they_are_kept_changes_no_bit(levers):
     expected = gradients(build(), PLAIN)
     for one, other in zip(gradients(build(levers=levers), levers), expected, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.fixture
+def on_path_of_a_card(monkeypatch):
+    """Let attention run through torch's fused kernels, as a card's does."""
+    monkeypatch.setattr("qlora_lite.ops.attention.device_type", lambda device: "cuda")
+
+
+class Kernels(TorchDispatchMode):
+    """Count the fused operators of attention that run."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket in FUSED
+        return function(*args, **(kwargs or {}))
+
+
+WITH_ATTENTION_KEPT = [
+    {"offload_checkpoints": True}, {"kept_blocks": 1}, {"tile_tokens": 7}, {"reuse_dequantized": True},
+    {"resident_blocks": 0, "offload_checkpoints": True},
+]  # fmt: skip
+COMPUTED_AGAIN = "gemma2", "falcon"  # its scores are capped, for which there is no kernel; it calls torch's by itself
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        *((name, {}) for name in ARCHITECTURES),
+        *((name, changes) for name in ("llama", "gemma3_text") for changes in WITH_ATTENTION_KEPT),
+    ],
+    ids=str,
+)
+def test_attention_that_is_kept_changes_no_bit_and_runs_once(model_type, changes, on_path_of_a_card):
+    found, counts = [], []
+    for checkpointing in ("block", "selective"):
+        levers = Levers(checkpointing, **changes)
+        with Kernels() as kernels:
+            found.append(gradients(build(model_type, levers), levers))
+        counts.append(kernels.count)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    again = (2 if model_type == "gpt2" else DEPTH) - changes.get("kept_blocks", 0)
+    rows_and_batches = 3 * 2
+    assert counts[0] - counts[1] == (0 if model_type in COMPUTED_AGAIN else again * rows_and_batches)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "block"])
@@ -218,7 +264,7 @@ def test_a_model_without_a_tokenwise_part_cannot_be_tiled():
 
 
 levers_strategy = st.builds(
-    Levers, checkpointing=st.sampled_from(["block", "none"]), kept_blocks=st.integers(0, DEPTH),
+    Levers, checkpointing=st.sampled_from(["block", "selective", "none"]), kept_blocks=st.integers(0, DEPTH),
     loss_chunk_tokens=st.sampled_from([None, 3, 50]), tile_tokens=st.sampled_from([None, 1, 5, 64]),
     offload_checkpoints=st.booleans(), resident_blocks=st.sampled_from([None, 0, 1, 3, DEPTH]),
     host_embeddings=st.booleans(), reuse_dequantized=st.booleans(),
@@ -227,17 +273,22 @@ PLAIN_GRADIENTS = {}
 
 
 @settings(max_examples=40, deadline=None)
-@given(levers=levers_strategy, model_type=st.sampled_from(["llama", "gemma2", "olmo2"]), batches=st.integers(1, 2))
-def test_any_combination_gives_the_plain_gradients(levers, model_type, batches):
+@given(
+    levers=levers_strategy, model_type=st.sampled_from(["llama", "gemma2", "olmo2"]), batches=st.integers(1, 2),
+    device_type=st.sampled_from(["cpu", "cuda"]),
+)  # fmt: skip
+def test_any_combination_gives_the_plain_gradients(levers, model_type, batches, device_type):
     if model_type == "gemma2":  # its embeddings are its head
         levers = replace(levers, host_embeddings=False)
     if (model_type, batches) not in PLAIN_GRADIENTS:
         PLAIN_GRADIENTS[model_type, batches] = gradients(build(model_type), PLAIN, batches)
     model = build(model_type, levers)
     try:
-        found = gradients(model, levers, batches)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("qlora_lite.ops.attention.device_type", lambda device: device_type)
+            found = gradients(model, levers, batches)
     except ModelError:
-        kept = levers.kept_blocks if levers.checkpointing == "block" else DEPTH
+        kept = levers.kept_blocks if levers.computes_again else DEPTH
         assert levers.resident_blocks is not None and kept > levers.resident_blocks
         return
     assert_close(found, PLAIN_GRADIENTS[model_type, batches])
