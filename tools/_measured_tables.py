@@ -1,6 +1,5 @@
 """Markdown tables of what the measuring tools wrote: printed by each, and put into the README by update_readme."""
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from qlora_lite.units import format_bytes
@@ -68,10 +67,6 @@ def projections_tables(result: Mapping) -> list[str]:
     lines += ["", "| a training step | hand-written | each by itself |", "|---|---|---|"]
     for row in result["steps"]:
         lines.append(f"| {row['name']} | {_ms(row['seconds'])} ms | {row['apart_ratio']:.3f} |")
-    of_reason = defaultdict(list)
-    for name, reason in result["not_whole_graphs"].items():
-        of_reason[reason].append(name)
-    lines += ["", *(f"- not one graph: {'; '.join(names)}. {reason}" for reason, names in of_reason.items())]
     return lines
 
 

@@ -33,6 +33,7 @@ from qlora_lite.quant.linear import (
     add_product,
     frozen_weight,
     kept_for,
+    product_beside,
     product_of_few,
 )
 
@@ -125,8 +126,7 @@ class _LoraProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gradient, low, x, lora_b, bias, spec, kept, *frozen):
-        y = functional.linear(low.view(*x.shape[:-1], low.shape[-1]), lora_b.to(x.dtype))
-        return add_product(y, x, spec, frozen, bias, kept, again=True)
+        return product_beside(low, lora_b.to(x.dtype), x, spec, frozen, bias, kept, again=True)
 
     @staticmethod
     def backward(ctx, grad_y):

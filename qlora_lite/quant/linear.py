@@ -113,9 +113,9 @@ def add_product(
 ) -> torch.Tensor:  # fmt: skip
     """Add ``x @ weight.T + bias`` to ``addend`` [..., out] in place, and return it.
 
-    The sum is rounded once, at the end of the product. Rounding the product first would swallow an addend
-    below half a step of bf16 whole: the fate of a LoRA update in its first steps, measured as most of the
-    learning lost.
+    The sum is rounded once, at the end of the product (but not under torch.compile; see ``product_beside``). Rounding
+    the product first would swallow an addend below half a step of bf16 whole: the fate of a LoRA update in its first
+    steps, measured as most of the learning lost.
 
     Args:
         kept, again: see ``materialize``.
@@ -123,25 +123,54 @@ def add_product(
     """
     rows, x = addend.view(-1, addend.shape[-1]), x.reshape(-1, x.shape[-1])
     if torch.compiler.is_compiling():
-        _add_product(rows, x, list(tensors), list(spec.shape), spec.quant_type, spec.transposed, of_gradient)
+        rows.add_(_product(x, list(tensors), *_described(spec), of_gradient))
     else:
         weight = materialize(spec, tensors, x.dtype, kept, again)
         rows.addmm_(x, weight if of_gradient else weight.t())
     return addend if bias is None else addend.add_(bias)
 
 
-@torch.library.custom_op("qlora_lite::add_product", mutates_args={"addend"})
-def _add_product(
-    addend: torch.Tensor, x: torch.Tensor, tensors: list[torch.Tensor], shape: list[int], quant_type: str | None,
-    transposed: bool, of_gradient: bool,
-) -> None:  # fmt: skip
-    """``add_product`` as one operator, for torch.compile: the unpacked weight is not the compiler's to keep."""
-    add_product(addend, x, WeightSpec(tuple(shape), quant_type, transposed), tuple(tensors), of_gradient=of_gradient)
+def product_beside(
+    low: torch.Tensor, factor: torch.Tensor, x: torch.Tensor, spec: WeightSpec, tensors: tuple[torch.Tensor, ...],
+    bias: torch.Tensor | None, kept: KeptWeights | None, again: bool,
+) -> torch.Tensor:  # fmt: skip
+    """Return ``low @ factor.T + x @ weight.T + bias``, the sum of the products rounded once.
+
+    Args:
+        low, factor: [T, r] and [out, r].
+        kept, again: see ``materialize``.
+    """
+    if not torch.compiler.is_compiling():
+        y = nn.functional.linear(low.view(*x.shape[:-1], low.shape[-1]), factor)
+        return add_product(y, x, spec, tensors, bias, kept, again)
+    y = _product(x.reshape(-1, x.shape[-1]), list(tensors), *_described(spec), False, low, factor)
+    y = y.view(*x.shape[:-1], y.shape[-1])
+    return y if bias is None else y + bias
 
 
-@_add_product.register_fake
-def _(addend, x, tensors, shape, quant_type, transposed, of_gradient):
-    return None
+def _described(spec: WeightSpec) -> tuple[list[int], str | None, bool]:
+    return list(spec.shape), spec.quant_type, spec.transposed
+
+
+@torch.library.custom_op("qlora_lite::product", mutates_args=())
+def _product(
+    x: torch.Tensor, tensors: list[torch.Tensor], shape: list[int], quant_type: str | None, transposed: bool,
+    of_gradient: bool, low: torch.Tensor | None = None, factor: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Multiply rows by a frozen weight as one operator, for torch.compile: what is unpacked is not its to keep.
+
+    It gets nothing to add to in place: for a compiler that is another tensor, and a copy.
+    """
+    spec = WeightSpec(tuple(shape), quant_type, transposed)
+    if low is not None:
+        return product_beside(low, factor, x, spec, tuple(tensors), None, None, False)
+    weight = materialize(spec, tuple(tensors), x.dtype)
+    return x @ (weight if of_gradient else weight.t())
+
+
+@_product.register_fake
+def _(x, tensors, shape, quant_type, transposed, of_gradient, low=None, factor=None):
+    return x.new_empty(x.shape[0], shape[of_gradient])
 
 
 class FrozenMatmul(torch.autograd.Function):
