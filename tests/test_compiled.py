@@ -23,7 +23,7 @@ from qlora_lite.ops.shapes import planning_for
 from qlora_lite.quant import linear
 from qlora_lite.quant.linear import QuantLinear, frozen_weight
 from qlora_lite.train.guards import check_compilable
-from qlora_lite.train.step import accumulate_gradients, prepare
+from qlora_lite.train.step import accumulate_gradients, prepare, summed_loss
 
 CPU = torch.device("cpu")
 pytestmark = [
@@ -58,7 +58,9 @@ def assert_close(found, expected, tolerance=1e-5):
 
 
 @pytest.mark.parametrize(
-    "levers", [BOTH, Levers(offload_checkpoints=True, host_embeddings=True, compile=True)], ids=str
+    "levers",
+    [BOTH, Levers(offload_checkpoints=True, host_embeddings=True, reuse_dequantized=True, compile=True)],
+    ids=str,
 )
 def test_compiled_blocks_have_the_gradients_of_the_blocks(graphs, levers):
     assert_close(gradients(build(levers=levers), levers), gradients(build(), PLAIN))
@@ -101,19 +103,38 @@ def test_other_rows_and_lengths_need_no_other_graph(graphs):
     assert counts[0] <= 6
 
 
-@pytest.mark.parametrize("levers", [Levers("none", compile=True), BOTH], ids=str)
-def test_no_unpacked_weight_is_kept_for_backward(graphs, levers):
-    model, kept = build(), set()
+def kept_for_backward(levers):
+    """Shapes of what autograd keeps of a batch, and its bytes beside the model's own tensors."""
+    model, shapes, sizes = build(), set(), {}
+    owned = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     set_levers(model, levers)
 
     def pack(tensor):
-        kept.add(tuple(tensor.shape))
+        shapes.add(tuple(tensor.shape))
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
+    inputs = prepare(random_batch((60, 61)), CPU)  # no side of a weight
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        accumulate_gradients(model.train(), [prepare(random_batch((60, 61)), CPU)])  # no side of a weight
+        loss = summed_loss(model.train(), inputs)
     weights = {frozen_weight(layer.base)[0].shape for _, layer in lora_layers(model)}
-    assert kept and not kept & (weights | {shape[::-1] for shape in weights})
+    return loss, shapes & (weights | {shape[::-1] for shape in weights}), sum(sizes[p] for p in sizes.keys() - owned)
+
+
+@pytest.mark.parametrize("levers", [Levers("none", compile=True), BOTH])
+def test_compiled_blocks_keep_no_unpacked_weight_and_no_more_than_the_blocks(graphs, levers):
+    _, weights, size = kept_for_backward(levers)
+    _, _, size_of_blocks = kept_for_backward(replace(levers, compile=False))
+    assert not weights
+    assert 0 < size <= size_of_blocks
+
+
+def test_weights_are_unpacked_once_for_a_block_s_second_run_and_its_gradients(graphs, monkeypatch):
+    model, unpacked, dequantize = build(), [], linear.dequantize
+    set_levers(model, Levers(compile=True, reuse_dequantized=True))
+    monkeypatch.setattr(linear, "dequantize", lambda *arguments: unpacked.append(1) or dequantize(*arguments))
+    accumulate_gradients(model.train(), [prepare(random_batch(), CPU)])
+    assert len(unpacked) == 2 * len(list(lora_layers(model)))
 
 
 def test_what_a_block_keeps_of_attention_is_not_the_compiler_s_to_write_to():
@@ -192,7 +213,7 @@ def test_a_block_that_cannot_be_compiled_is_an_error_with_the_cure(graphs):
         ("llama", {"attention_dropout": 0.1}, Levers(), "dropout"),
         ("gpt2", {"resid_pdrop": 0.1}, Levers(), "dropout"),
         ("llama", {}, Levers(tile_tokens=8, resident_blocks=0), "memory.tile_tokens, or with memory.resident_blocks"),
-        ("llama", {}, Levers("selective", reuse_dequantized=True), "memory.checkpointing selective, or with .*reuse.*"),
+        ("llama", {}, Levers("selective", tile_tokens=8), "memory.checkpointing selective, or with memory.tile_tokens"),
     ],
 )
 def test_what_compiled_blocks_would_do_otherwise_is_refused(model_type, options, levers, reason):

@@ -122,11 +122,12 @@ def test_a_plan_for_compiled_blocks_leaves_out_what_they_do_not_go_with(recipe, 
     plan = planner.plan_recipe(recipe("train.compile=true", long), replace(CARD, host_bytes=64 * GIB), budget * GIB)
     for candidate in plan.found:
         x = candidate.levers
-        assert x.compile and x.tile_tokens is None and x.resident_blocks is None and not x.reuse_dequantized
+        assert x.compile and x.tile_tokens is None and x.resident_blocks is None
         assert x.checkpointing in ("block", "none")
     assert {a.change for a in planner.alternatives(plan)}  # which are simulated like all others
-    plain = planner.plan_recipe(recipe(long, "memory.tile_tokens=off", "memory.resident_blocks=all",
-                                       "memory.reuse_dequantized=false"), CARD, budget * GIB)  # fmt: skip
+    plain = planner.plan_recipe(
+        recipe(long, "memory.tile_tokens=off", "memory.resident_blocks=all"), CARD, budget * GIB
+    )
     same = [c.peak_bytes for c in plain.found if c.levers.checkpointing != "selective"]
     assert [candidate.peak_bytes for candidate in plan.found] == same[: len(plan.found)]
 

@@ -150,7 +150,8 @@ def _rows_operator(
     scaling: float | None, window: int | None, softcap: float | None,
 ) -> torch.Tensor:  # fmt: skip
     out = _attended(query, key, value, row_lengths, sinks, scaling, window, softcap)
-    return out.clone()  # a compiler may compute in its memory, and a block's first run keeps the result
+    # of its own, since a block's first run keeps the result and a compiler may write to it
+    return out.clone(memory_format=torch.contiguous_format)
 
 
 def _attended(query, key, value, row_lengths, sinks, scaling, window, softcap) -> torch.Tensor:

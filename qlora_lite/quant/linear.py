@@ -159,12 +159,13 @@ def _product(
 ) -> torch.Tensor:  # fmt: skip
     """Multiply rows by a frozen weight as one operator, for torch.compile: what is unpacked is not its to keep.
 
-    It gets nothing to add to in place: for a compiler that is another tensor, and a copy.
+    It gets nothing to add to in place: for a compiler that is another tensor, and a copy. Where weights are kept, the
+    gradient is computed inside too, since it is part of the same graph (``ops.compiled.gradient_root``).
     """
-    spec = WeightSpec(tuple(shape), quant_type, transposed)
+    spec, kept, again = WeightSpec(tuple(shape), quant_type, transposed), _kept.get(), not of_gradient
     if low is not None:
-        return product_beside(low, factor, x, spec, tuple(tensors), None, None, False)
-    weight = materialize(spec, tuple(tensors), x.dtype)
+        return product_beside(low, factor, x, spec, tuple(tensors), None, kept, again)
+    weight = materialize(spec, tuple(tensors), x.dtype, kept, again)
     return x @ (weight if of_gradient else weight.t())
 
 

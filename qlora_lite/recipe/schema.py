@@ -220,8 +220,8 @@ class Train(_Section):
     """Share of a weight removed per step, times the learning rate."""
     compile: bool = False
     """Run the blocks through torch.compile: faster steps after a minute or two of compilation, with results that differ
-    by rounding. Goes without lora.dropout and memory.checkpointing selective, and with memory.tile_tokens off,
-    memory.resident_blocks all and memory.reuse_dequantized false, which auto then is; a CPU needs a C++ compiler."""
+    by rounding. Goes without lora.dropout and memory.checkpointing selective, and with memory.tile_tokens off and
+    memory.resident_blocks all, which auto then is; a CPU needs a C++ compiler."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seed of the factors, the order of rows and dropout."""
     deterministic: bool = False
@@ -254,7 +254,7 @@ class Train(_Section):
 
 
 # What these settings of the memory section are beside train.compile; auto becomes it, anything else is an error.
-COMPILED_WITH = {"tile_tokens": "off", "resident_blocks": "all", "reuse_dequantized": False}
+COMPILED_WITH = {"tile_tokens": "off", "resident_blocks": "all"}
 
 
 class Memory(_Section):

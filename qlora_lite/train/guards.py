@@ -151,7 +151,6 @@ def check_compilable(model: nn.Module, levers: Levers) -> None:
         "memory.checkpointing selective": levers.checkpointing == "selective",
         "dropout": drops or lora_drops or bool(getattr(model.config, "attention_dropout", 0)),
         "memory.tile_tokens": levers.tile_tokens, "memory.resident_blocks": levers.resident_blocks is not None,
-        "memory.reuse_dequantized": levers.reuse_dequantized,
     }  # fmt: skip
     found = [reason for reason, applies in hindrances.items() if applies]
     if found:

@@ -332,13 +332,12 @@ def test_compiled_blocks_say_what_they_do_not_go_with(problems, recipe):
         "lora.dropout=0.1": "lora.dropout = 0.1: does not go with train.compile; write 0 here, or train.compile: false",
         "memory.tile_tokens=512": "memory.tile_tokens = 512: does not go with train.compile; write off here",
         "memory.resident_blocks=4": "memory.resident_blocks = 4: does not go with train.compile; write all here",
-        "memory.reuse_dequantized=true": "memory.reuse_dequantized = true: does not go with train.compile; write false",
         "memory.checkpointing=selective": "memory.checkpointing = selective: does not go with train.compile; write bl",
     }.items():
         assert said in problems(GOOD, on, setting)[0]
         assert recipe(GOOD, setting)
     goes = "lora.dropout=0", "memory.tile_tokens=off", "memory.resident_blocks=all", "memory.checkpointing=none"
-    assert recipe(GOOD, on, *goes, "memory.reuse_dequantized=auto").train.compile
+    assert recipe(GOOD, on, *goes, "memory.reuse_dequantized=true").train.compile
 
 
 def test_files_need_not_be_there_where_only_the_settings_are_wanted(recipe, folder):

@@ -139,3 +139,19 @@ def test_of_streamed_weights_two_blocks_are_on_the_device():
         parameter.grad = None
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() - before - held <= 32 * 2**20  # cuBLAS's workspace, no block's weights
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")  # torch's own, in compiling
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gemma3_text"])
+def test_compiled_blocks_have_the_gradients_of_the_blocks_on_a_card(model_type):
+    levers = Levers(kept_blocks=2, compile=True)
+    expected = gradients(build(model_type, device=CARD), PLAIN)
+    for one, other in zip(gradients(build(model_type, device=CARD), levers), expected, strict=True):
+        assert (one - other).norm() <= 1e-3 * other.norm()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")
+@pytest.mark.parametrize("checkpointing", ["block", "none"])
+def test_a_compiled_step_needs_no_more_memory_than_a_plain_one_which_is_what_plans_count(checkpointing):
+    plain = active_bytes_of_a_step(4, Levers(checkpointing))
+    assert active_bytes_of_a_step(4, Levers(checkpointing, compile=True)) <= 1.02 * plain
