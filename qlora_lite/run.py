@@ -246,7 +246,7 @@ class _Run:
         mapped = mapped_bytes((*self.model.parameters(), *self.model.buffers()))
         predicted = self.plan.machine.base_bytes + expected.peak_bytes - mapped
         if self.settings.levers.compile:
-            log.info("train.compile: compiling the blocks, a minute or two where they were not compiled before")
+            log.info("train.compile: compiling the blocks, which takes a minute or so the first time")
         self.trainer.rehearse(eval_examples)
         peak = self.meter.peak_bytes()
         place = expected.simulation.peak()

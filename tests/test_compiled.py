@@ -31,6 +31,7 @@ pytestmark = [
     for words in (".*should not be instantiated", "The .grad attribute", "`torch.jit.script_method` is deprecated")
 ]
 BOTH = Levers(kept_blocks=2, compile=True)
+HOST = Levers(offload_checkpoints=True, host_embeddings=True, reuse_dequantized=True, compile=True)
 FAMILIES = ["qwen3", "gemma2", "gpt2"]  # beside those of the other tests
 
 
@@ -57,11 +58,7 @@ def assert_close(found, expected, tolerance=1e-5):
         assert (one - other).norm() <= tolerance * other.norm()
 
 
-@pytest.mark.parametrize(
-    "levers",
-    [BOTH, Levers(offload_checkpoints=True, host_embeddings=True, reuse_dequantized=True, compile=True)],
-    ids=str,
-)
+@pytest.mark.parametrize("levers", [BOTH, HOST])
 def test_compiled_blocks_have_the_gradients_of_the_blocks(graphs, levers):
     assert_close(gradients(build(levers=levers), levers), gradients(build(), PLAIN))
     assert graphs

@@ -219,7 +219,7 @@ class Train(_Section):
     weight_decay: NonNegativeFloat = 0.0
     """Share of a weight removed per step, times the learning rate."""
     compile: bool = False
-    """Run the blocks through torch.compile: faster steps after a minute or two of compilation, with results that differ
+    """Run the blocks through torch.compile: faster steps after a minute or so of compilation, with results that differ
     by rounding. Goes without lora.dropout and memory.checkpointing selective, and with memory.tile_tokens off and
     memory.resident_blocks all, which auto then is; a CPU needs a C++ compiler."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
