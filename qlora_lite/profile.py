@@ -156,6 +156,10 @@ def _record(plan: Plan, expected: Prediction, ledger: Ledger, figures: dict, nam
     if total:
         shares = ", ".join(f"{n} {100 * s / total:.0f} %" for n, s in figures["seconds_by_phase"].items())
         sentences.append(f"a step takes {format_seconds(total)}: {shares}")
+    if plan.chosen.levers.compile:
+        sentences.append(
+            "measured with uncompiled blocks: the ledger cannot see into compiled ones, which keep no more"
+        )
     if figures["out_of_memory"]:
         sentences.insert(0, f"the device ran out of memory: {figures['out_of_memory']}")
     peak = ledger.peak
