@@ -158,7 +158,7 @@ def _record(plan: Plan, expected: Prediction, ledger: Ledger, figures: dict, nam
         sentences.append(f"a step takes {format_seconds(total)}: {shares}")
     if plan.chosen.levers.compile:
         sentences.append(
-            "measured with uncompiled blocks: the ledger cannot see into compiled ones, which keep no more"
+            "measured with uncompiled blocks, which keep as much or more: the ledger cannot see into compiled ones"
         )
     if figures["out_of_memory"]:
         sentences.insert(0, f"the device ran out of memory: {figures['out_of_memory']}")
