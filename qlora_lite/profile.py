@@ -157,9 +157,7 @@ def _record(plan: Plan, expected: Prediction, ledger: Ledger, figures: dict, nam
         shares = ", ".join(f"{n} {100 * s / total:.0f} %" for n, s in figures["seconds_by_phase"].items())
         sentences.append(f"a step takes {format_seconds(total)}: {shares}")
     if plan.chosen.levers.compile:
-        sentences.append(
-            "measured with uncompiled blocks, which keep as much or more: the ledger cannot see into compiled ones"
-        )
+        sentences.append("tensors were measured with uncompiled blocks: the ledger cannot see into compiled ones")
     if figures["out_of_memory"]:
         sentences.insert(0, f"the device ran out of memory: {figures['out_of_memory']}")
     peak = ledger.peak

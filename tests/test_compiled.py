@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 from lever_cases import PLAIN, build, gradients
-from tiny import random_batch
+from tiny import quantized_pair, random_batch
 from torch import nn
 
 from qlora_lite.errors import ModelError, TrainingError
-from qlora_lite.lora.inject import lora_layers
+from qlora_lite.lora.inject import Target, add_lora, lora_layers
 from qlora_lite.models.anatomy import blocks
 from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.ops import compiled
@@ -92,10 +92,10 @@ def test_other_rows_and_lengths_need_no_other_graph(graphs):
     model = build("gemma3_text")
     set_levers(model, Levers(compile=True))
     counts = []
-    for lengths in ((7, 12, 5), (31, 8), (3, 40, 20, 9), (150, 160)):
+    for lengths in ((7, 12, 5), (31, 8), (24,), (3, 40, 20, 9), (150, 160)):
         accumulate_gradients(model.train(), [prepare(random_batch(lengths), CPU)])
         counts.append(len(graphs))
-    assert counts == [counts[0]] * 4
+    assert counts == [counts[0]] * 5
     # forward; gradients; those of the first block, whose input needs none: each for layers with a window and without
     assert counts[0] <= 6
 
@@ -203,12 +203,29 @@ def test_a_block_that_cannot_be_compiled_is_an_error_with_the_cure(graphs):
         accumulate_gradients(model.train(), [prepare(random_batch(), CPU)])
 
 
+def test_dropout_by_a_rate_that_a_block_hands_to_a_function_is_refused():
+    model = build()
+    blocks(model)[0].mlp.residual_dropout = 0.1  # as Starcoder2 and OPT do
+    with pytest.raises(TrainingError, match=r"train\.compile does not go with dropout"):
+        check_compilable(model, Levers(compile=True))
+
+
+def test_nine_kinds_of_blocks_are_not_too_many_graphs(graphs):
+    model = quantized_pair("llama", num_hidden_layers=9)[0]
+    ranks = [Target(f"model.layers.{number}.*", rank=2 + number) for number in range(9)]
+    add_lora(model, ranks, dtype=torch.float32)
+    set_levers(model, Levers("none", compile=True))
+    accumulate_gradients(model.train(), [prepare(random_batch(), CPU)])
+    assert len(graphs) >= 9  # torch's own limit is eight
+
+
 @pytest.mark.parametrize(
     ("model_type", "options", "levers", "reason"),
     [
         ("llama", {"dropout": 0.1}, Levers(), "dropout"),
         ("llama", {"attention_dropout": 0.1}, Levers(), "dropout"),
         ("gpt2", {"resid_pdrop": 0.1}, Levers(), "dropout"),
+        ("granite", {"attention_dropout": 0.1}, Levers(), "dropout"),
         ("llama", {}, Levers(tile_tokens=8, resident_blocks=0), "memory.tile_tokens, or with memory.resident_blocks"),
         ("llama", {}, Levers("selective", tile_tokens=8), "memory.checkpointing selective, or with memory.tile_tokens"),
     ],

@@ -108,14 +108,17 @@ def _sdpa(query, key, value, mask, scaling, dropout):
 
 
 def _fused(query, key, value, mask, scaling, dropout):
-    causal = mask is None and query.shape[2] > 1
+    causal, groups = mask is None and query.shape[2] > 1, query.shape[1] // key.shape[1]
+    if mask is not None and groups > 1 and device_type(query.device) == "cuda":
+        # Of a card's kernels only flash attention takes grouped heads, and it takes no mask (torch 2.13's documentation
+        # of scaled_dot_product_attention): the formula would hold the scores of all heads.
+        key, value, groups = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1), 1
     if query.is_meta and not dropout:
         # torch would choose the unfused formula here; a CPU's fused kernel saves what a card's does.
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return fused(query, key, value, dropout, causal, attn_mask=mask, scale=scaling)[0]
-    grouped = query.shape[1] != key.shape[1]
     return scaled_dot_product_attention(
-        query, key, value, mask, dropout, is_causal=causal, scale=scaling, enable_gqa=grouped
+        query, key, value, mask, dropout, is_causal=causal, scale=scaling, enable_gqa=groups > 1
     )
 
 
@@ -155,8 +158,12 @@ def _rows_operator(
 
 
 def _attended(query, key, value, row_lengths, sinks, scaling, window, softcap) -> torch.Tensor:
-    lengths = tuple(row_lengths.tolist())
+    lengths = _lengths(row_lengths)
     return row_attention(None, query, key, value, None, scaling, 0.0, window, softcap, sinks, lengths)[0]
+
+
+def _lengths(row_lengths: torch.Tensor) -> tuple[int, ...]:
+    return tuple(length for length in row_lengths.tolist() if length)  # see ``compiled.lengths_tensor``
 
 
 @_rows_operator.register_fake
@@ -170,7 +177,7 @@ def _gradient_operator(
     sinks: torch.Tensor | None, scaling: float | None, window: int | None, softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     if device_type(query.device) == "cpu" and sinks is None and not softcap:
-        return block_gradients(query, key, value, grad, row_lengths.tolist(), scaling, window)
+        return block_gradients(query, key, value, grad, _lengths(row_lengths), scaling, window)
 
     inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
     with running(None), _autograd_inside():

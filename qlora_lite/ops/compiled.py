@@ -24,6 +24,8 @@ from torch.utils._pytree import tree_leaves
 
 from qlora_lite.errors import ModelError
 
+MOST_GRAPHS = 64  # of a process: kinds of blocks, by their layers, ranks, and whether they are kept; torch's limit is 8
+
 
 def value(block: partial, *inputs: torch.Tensor) -> torch.Tensor:
     """Return ``block(*inputs)``, compiled.
@@ -32,13 +34,14 @@ def value(block: partial, *inputs: torch.Tensor) -> torch.Tensor:
         block: as transformers gives it to a checkpointing function: a block's forward with its keywords.
 
     Raises:
-        ModelError: it does not compile.
+        ModelError: it cannot be traced or compiled. (A gradient that is compiled later, in backward, raises torch's
+            own error.)
     """
     with _in_words():
         return _compiled(_value)(*_parts(block, inputs), *inputs)
 
 
-def gradient_root(block: partial, grads: Sequence[torch.Tensor | None], *inputs: torch.Tensor) -> torch.Tensor:
+def gradient_root(block: partial, grads: Sequence[torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
     """Return a scalar whose backward, for any gradient of its own, is that of ``block(*inputs)``.
 
     Args:
@@ -61,8 +64,7 @@ def _value(forward: Callable, module: nn.Module, keywords: Mapping, *inputs):
 def _root(grads: tuple, forward: Callable, module: nn.Module, keywords: Mapping, *inputs):
     outputs = forward(module, *inputs, **keywords)
     outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
-    reached = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
-    return _Root.apply(*(tensor for pair in reached for tensor in pair))
+    return _Root.apply(*(tensor for pair in zip(outputs, grads, strict=True) for tensor in pair))
 
 
 class _Root(torch.autograd.Function):
@@ -87,14 +89,20 @@ def _parts(block: partial, inputs: tuple) -> tuple[Callable, nn.Module, dict]:
     """Return the forward, the module and the keywords of a call, which guards can tell from those of other kinds."""
     keywords = dict(block.keywords)
     if "row_lengths" in keywords:
-        keywords["row_lengths"] = torch.tensor(keywords["row_lengths"])
-        torch._dynamo.maybe_mark_dynamic(keywords["row_lengths"], 0)
+        keywords["row_lengths"] = lengths_tensor(keywords["row_lengths"])
     for tensor in tree_leaves((inputs, keywords)):
         _vary_along_tokens(tensor)
     if isinstance(block.func, MethodType):  # until transformers 5.19: the module's call, and no wrapped forward
         module = block.func.__self__
         return type(module).forward, module, keywords
     return block.func, block.args[0], keywords
+
+
+def lengths_tensor(row_lengths: Sequence[int]) -> torch.Tensor:
+    """Return the lengths of any number of rows, with a zero behind: a graph is never dynamic where there is one."""
+    tensor = torch.tensor((*row_lengths, 0))
+    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return tensor
 
 
 def _vary_along_tokens(tensor: object) -> None:
@@ -106,7 +114,8 @@ def _vary_along_tokens(tensor: object) -> None:
 @contextmanager
 def _in_words() -> Iterator[None]:
     try:
-        yield
-    except torch._dynamo.exc.TorchDynamoException as error:
+        with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
+            yield
+    except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
         reason = " ".join(str(error).split("\n\n")[0].split())
         raise ModelError(f"train.compile: the blocks cannot be compiled ({reason}); set it to false") from error

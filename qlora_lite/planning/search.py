@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from qlora_lite.errors import DoesNotFitError
+from qlora_lite.memory.process import HOST_PROCESS_BYTES
 from qlora_lite.models.levers import Levers
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS
 from qlora_lite.units import format_bytes
@@ -182,7 +183,9 @@ def _with_attention_kept(step: Step, machine: Machine, best: Candidate, limit_by
         found = build_candidate(step, machine, levers, best.packs)
         if found.step_seconds * EQUALLY_FAST > best.step_seconds:
             return []
-        fits_host = machine.host_bytes is None or found.prediction.simulation.offloaded_bytes <= machine.host_bytes
+        # Pinned memory comes in powers of two (ATen/core/CachingHostAllocator.h): up to twice what is asked for.
+        host_bytes = HOST_PROCESS_BYTES + 2 * found.prediction.simulation.offloaded_bytes
+        fits_host = machine.host_bytes is None or host_bytes <= (1 - SPARED) * machine.host_bytes
         if fits_host and found.peak_bytes <= (1 - SPARED) * limit_bytes:
             return [found]
     return []

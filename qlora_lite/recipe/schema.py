@@ -220,8 +220,9 @@ class Train(_Section):
     """Share of a weight removed per step, times the learning rate."""
     compile: bool = False
     """Run the blocks through torch.compile: faster steps after a minute or so of compilation, with results that differ
-    by rounding. Goes without lora.dropout and memory.checkpointing selective, and with memory.tile_tokens off and
-    memory.resident_blocks all, which auto then is; a CPU needs a C++ compiler."""
+    by rounding. Goes without dropout (lora.dropout or the model's own) and memory.checkpointing selective, and with
+    memory.tile_tokens off and memory.resident_blocks all, which auto then is; not for models whose rows run one by one;
+    a CPU needs a C++ compiler."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seed of the factors, the order of rows and dropout."""
     deterministic: bool = False

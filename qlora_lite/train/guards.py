@@ -143,18 +143,22 @@ def check_compilable(model: nn.Module, levers: Levers) -> None:
     """
     if not levers.compile:
         return
-    drops = any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
-    lora_drops = any(layer.dropout for _, layer in lora_layers(model))
     hindrances = {
         "rows that run one by one": rows_run_alone(model),
         "attention other than this package's": not uses_row_attention(model),
         "memory.checkpointing selective": levers.checkpointing == "selective",
-        "dropout": drops or lora_drops or bool(getattr(model.config, "attention_dropout", 0)),
+        "dropout": any(map(_drops, model.modules())),
         "memory.tile_tokens": levers.tile_tokens, "memory.resident_blocks": levers.resident_blocks is not None,
     }  # fmt: skip
     found = [reason for reason, applies in hindrances.items() if applies]
     if found:
         raise TrainingError(f"train.compile does not go with {', or with '.join(found)}: set it to false")
+
+
+def _drops(module: nn.Module) -> bool:
+    """Tell whether a module zeroes values at random, by a layer or by a rate that it hands to a function."""
+    rates = [value for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
+    return any(rates) or (isinstance(module, nn.Dropout) and module.p > 0)
 
 
 def check_trainable(model: nn.Module, announced: int) -> None:

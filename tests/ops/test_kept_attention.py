@@ -68,11 +68,12 @@ def test_rows_give_the_same_bits_and_are_attended_to_once(key_heads, window, dty
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("key_heads", [4, 2])
-def test_on_a_card_rows_give_the_same_bits_and_are_attended_to_once(key_heads, on_host):
+def test_on_a_card_rows_give_the_same_bits_and_are_attended_to_once(key_heads, window, on_host):
     torch.use_deterministic_algorithms(True)
     try:
-        card, attend = torch.device("cuda"), rows_of(row_lengths=ROWS)
+        card, attend = torch.device("cuda"), rows_of(row_lengths=ROWS, sliding_window=window)
         tensors = [t.detach().to(card).requires_grad_() for t in inputs(key_heads, dtype=torch.bfloat16)]
         expected, twice = run(attend, tensors)
         found, once = run(attend, tensors, keeps_attention=True, host=HostStore(card) if on_host else None)
