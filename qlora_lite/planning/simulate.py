@@ -220,7 +220,7 @@ def _model(job: Job, device: torch.device) -> nn.Module:
         give_storage(model, device)
     add_lora(model, job.targets, job.rank, job.alpha, job.dropout, job.rslora, job.factor_dtype)
     place(model, device, job.levers)
-    set_levers(model, replace(job.levers, compile=False))  # which needs the most memory that a compiled step may
+    set_levers(model, replace(job.levers, compile=False))  # compiled blocks are counted as plain ones
     return model
 
 
