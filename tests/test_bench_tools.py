@@ -18,7 +18,8 @@ from qlora_lite.memory.marks import phase
 from qlora_lite.memory.work import WorkCounter
 from qlora_lite.models.levers import Levers
 from qlora_lite.models.load import use_row_attention
-from qlora_lite.quant.linear import QuantLinear, frozen_weight, materialize
+from qlora_lite.quant.linear import QuantLinear, frozen_weight
+from qlora_lite.quant.product import materialize
 
 TOOLS = Path(__file__).parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))

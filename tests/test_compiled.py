@@ -20,7 +20,7 @@ from qlora_lite.ops import compiled
 from qlora_lite.ops.attention import _gradient_operator, _rows_operator
 from qlora_lite.ops.checkpoint import Run, running
 from qlora_lite.ops.shapes import planning_for
-from qlora_lite.quant import linear
+from qlora_lite.quant import product
 from qlora_lite.quant.linear import QuantLinear, frozen_weight
 from qlora_lite.train.guards import check_compilable
 from qlora_lite.train.step import accumulate_gradients, prepare, summed_loss
@@ -127,9 +127,9 @@ def test_compiled_blocks_keep_no_unpacked_weight_and_no_more_than_the_blocks(gra
 
 
 def test_weights_are_unpacked_once_for_a_block_s_second_run_and_its_gradients(graphs, monkeypatch):
-    model, unpacked, dequantize = build(), [], linear.dequantize
+    model, unpacked, dequantize = build(), [], product.dequantize
     set_levers(model, Levers(compile=True, reuse_dequantized=True))
-    monkeypatch.setattr(linear, "dequantize", lambda *arguments: unpacked.append(1) or dequantize(*arguments))
+    monkeypatch.setattr(product, "dequantize", lambda *arguments: unpacked.append(1) or dequantize(*arguments))
     accumulate_gradients(model.train(), [prepare(random_batch(), CPU)])
     assert len(unpacked) == 2 * len(list(lora_layers(model)))
 
@@ -153,7 +153,7 @@ def test_the_operators_are_what_torch_asks_of_operators():
     checks = ("test_schema", "test_faketensor")
     for x, of_gradient, *low_rank in ((64, False), (96, True), (64, False, torch.randn(5, 4), torch.randn(96, 4))):
         arguments = torch.randn(5, x), list(tensors), [96, 64], "nf4", False, of_gradient, *low_rank
-        torch.library.opcheck(linear._product, arguments, test_utils=checks)
+        torch.library.opcheck(product._operator, arguments, test_utils=checks)
     q, k, v = (torch.randn(1, heads, 12, 16) for heads in (4, 2, 2))
     lengths, sinks = torch.tensor([5, 7]), torch.randn(4)
     for last in ((None, None, None, None), (None, 0.3, 4, None), (None, None, None, 2.0), (sinks, None, 4, None)):
@@ -176,13 +176,13 @@ def test_machine_code_has_the_gradients_and_leaves_out_what_nobody_reads(monkeyp
     torch._dynamo.reset()
     expected, model, products = gradients(build(model_type), PLAIN), build(model_type), []
     assert_close(gradients(model, levers), expected)
-    product_beside = linear.product_beside
+    product_beside = product.product_beside
 
     def counting(*arguments):
         products.append(arguments)
         return product_beside(*arguments)
 
-    monkeypatch.setattr(linear, "product_beside", counting)  # what the operator calls for a layer's value
+    monkeypatch.setattr(product, "product_beside", counting)  # what the operator calls for a layer's value
     assert_close(gradients(model, levers, batches=1), gradients(build(model_type), PLAIN, batches=1))
     depth, each = len(blocks(model)), len(list(lora_layers(blocks(model)[0])))
     first_runs, second_runs = depth * each, (depth - levers.kept_blocks) * (each - spared)

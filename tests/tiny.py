@@ -82,7 +82,8 @@ def build_tiny(name: str, dtype=torch.float32, seed: int = 0, **changes) -> nn.M
 
 def quantized_pair(model_type: str, quant_type: str = "nf4", **options) -> tuple[nn.Module, nn.Module]:
     """Return a 4-bit model and a plain one that holds its dequantised weights."""
-    from qlora_lite.quant.linear import QuantLinear, frozen_weight, is_conv1d, materialize
+    from qlora_lite.quant.linear import QuantLinear, frozen_weight, is_conv1d
+    from qlora_lite.quant.product import materialize
 
     plain = build_tiny(model_type, **options)
     quantized = copy.deepcopy(plain)

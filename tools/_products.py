@@ -27,7 +27,7 @@ PLACES = {
     "ops/attention.py": "attention",
     "ops/loss.py": "loss",
     "lora/layer.py": "LoRA layers",
-    "quant/linear.py": "LoRA layers",
+    "quant/product.py": "LoRA layers",
 }  # the module of an operator -> what it belongs to
 OPTIMIZER, ELSEWHERE = "optimizer and clipping", "norms, activations, rotary, sums"
 LOW_RANK, BASE = "low-rank factors", "base weights"  # the two kinds of products in LoRA layers

@@ -35,7 +35,7 @@ from qlora_lite.files import sha256
 from qlora_lite.lora.layer import LoraLinear
 from qlora_lite.models import quantizer
 from qlora_lite.quant import tensor_file
-from qlora_lite.quant.linear import FrozenMatmul
+from qlora_lite.quant.product import FrozenMatmul
 from qlora_lite.train import loop
 
 tqdm.monitor_interval = 0  # else it has a thread too

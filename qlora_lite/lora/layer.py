@@ -5,7 +5,7 @@
 A starts Kaiming-uniform and B at zero, so that the first forward equals the base model's.
 
 The low-rank part is formed first and the base product accumulates onto it (no second [T, out] tensor, one
-rounding: see ``quant.linear.add_product``). x, x A^T and the *packed* weight are saved, and the weight is
+rounding: see ``quant.product.add_product``). x, x A^T and the *packed* weight are saved, and the weight is
 dequantised again in backward. Saving and multiplying are two autograd functions, so that a checkpointed
 block's second run can leave out its last product (``down_proj``; see ``ops.checkpoint``). Layers with the same
 input can be begun together (``lora.shared``). With dropout the low-rank branch has its own input, so plain autograd
@@ -26,16 +26,8 @@ from torch import nn
 from torch.nn import functional
 
 from qlora_lite.ops.checkpoint import product_or_stand_in
-from qlora_lite.quant.linear import (
-    FrozenMatmul,
-    KeptWeights,
-    WeightSpec,
-    add_product,
-    frozen_weight,
-    kept_for,
-    product_beside,
-    product_of_few,
-)
+from qlora_lite.quant.linear import frozen_weight, product_of_few
+from qlora_lite.quant.product import FrozenMatmul, KeptWeights, WeightSpec, add_product, kept_for, product_beside
 
 
 def lora_scale(alpha: float, rank: int, rslora: bool) -> float:

@@ -20,7 +20,8 @@ from torch import nn
 from torch.nn import functional
 
 from qlora_lite.errors import ModelError
-from qlora_lite.quant.linear import add_product, frozen_weight, materialize, product_of_few
+from qlora_lite.quant.linear import frozen_weight, product_of_few
+from qlora_lite.quant.product import add_product, materialize
 
 from .inject import linear_layers
 from .read import Adapter, Factors

@@ -20,7 +20,7 @@ from qlora_lite.ops.checkpoint import Checkpoint, Skipping
 from qlora_lite.ops.offload import HostStore
 from qlora_lite.ops.stream import BlockStream
 from qlora_lite.ops.tile import Tiled
-from qlora_lite.quant.linear import keeping_weights
+from qlora_lite.quant.product import keeping_weights
 
 from .anatomy import blocks, decoder, device_of, tokenwise_parts
 

@@ -129,7 +129,7 @@ class Checkpoint:
         number: of the block, counted along the model.
         host: where the inputs wait for backward; None keeps them on their device.
         skipping: shared by blocks of one class; see ``Skipping``.
-        around: a context to be in during the second run, such as ``quant.linear.keeping_weights``.
+        around: a context to be in during the second run, such as ``quant.product.keeping_weights``.
         keeps_attention: keep the results of attention's fused kernels too; see ``ops.kept_attention``.
         compiling: run the block compiled (``ops.compiled``), its second run and its gradients as one graph.
     """

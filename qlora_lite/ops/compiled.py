@@ -2,7 +2,7 @@
 
 A block is traced once for each kind of layer and not for each row length: along the tokens its graph is dynamic, and
 the lengths of the rows go in as a tensor. What a compiler should not look into are operators of their own: products
-with packed weights (``quant.linear``), so that no unpacked weight is ever its to keep, and attention over rows
+with packed weights (``quant.product``), so that no unpacked weight is ever its to keep, and attention over rows
 (``ops.attention``), whose loops follow the lengths.
 
 The second run of a checkpointed block and its gradients are one graph too (``gradient_root``). Nothing has to live from

@@ -1,24 +1,12 @@
-"""Frozen linear layers, 4-bit or not, behind one small interface.
-
-A layer's weight is described by a ``WeightSpec`` and a flat tuple of plain tensors. Everything that
-multiplies by a frozen weight takes this pair, so that 4-bit layers, 16-bit layers and GPT-2's transposed
-``Conv1D`` share one code path, and so that autograd keeps the *packed* tensors through
-``save_for_backward`` (tensors kept on ``ctx`` instead go stale silently when weights are streamed:
-bitsandbytes issues 2034 and 2035). Nothing dequantised outlives the operation that needed it, unless
-``keeping_weights`` says that it will be needed again at once.
+"""Frozen linear layers whose weights are stored in 4 bits, and what describes any linear layer's weight.
 
 ``bitsandbytes.nn.Linear4bit`` is not used: it keeps the quantisation constants outside the module's
 registers, rewrites its own weight during ``forward`` on CPUs, and its CPU training path was measured
 seven times slower than dequantise-then-matmul.
 
-Shapes: x [..., in], weight [out, in], y [..., out]; T is the product of x's leading dimensions.
+Shapes: x [..., in], weight [out, in], y [..., out].
 Source: QLoRA, arXiv 2305.14314, section 3.
 """
-
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -26,176 +14,11 @@ from torch import nn
 from qlora_lite.memory.meter import free_bytes
 
 from .few_rows import Arranged, arrange, arranged_bytes, can_arrange, card_product, cpu_product, few
-from .nf4 import BLOCK_SIZE, Packed, dequantize, dequantize_rows, empty_packed, quantize
+from .nf4 import BLOCK_SIZE, Packed, dequantize_rows, empty_packed, quantize
+from .product import FrozenMatmul, WeightSpec
 
 PACKED_BUFFERS = ("weight", "absmax", "absmax_code", "absmax_scale", "absmax_offset")
 SPARED = 0.5  # of the free memory, that arranged weights leave to everything else
-
-
-class WeightSpec(NamedTuple):
-    """How a tuple of tensors becomes a weight [out, in].
-
-    ``quant_type`` None means that the tuple holds the weight itself, stored [in, out] if ``transposed``.
-    """
-
-    shape: tuple[int, int]
-    quant_type: str | None
-    transposed: bool = False
-
-
-class KeptWeights:
-    """Unpacked weights that are going to be multiplied by again.
-
-    Args:
-        stay: they serve any number of products, as those of other tiles; else each goes with the gradient it is for.
-    """
-
-    def __init__(self, stay: bool):
-        self.stay = stay
-        self._weights: dict[tuple, torch.Tensor] = {}
-
-    def weight(self, spec: WeightSpec, tensors: tuple[torch.Tensor, ...], dtype: torch.dtype, again: bool):
-        """Return a weight, unpacked or found, and keep it if it is needed ``again``."""
-        key = tensors[0].untyped_storage()._cdata, tensors[0].storage_offset(), dtype
-        weight = self._weights.pop(key, None)
-        if weight is None:
-            weight = materialize(spec, tensors, dtype)
-        if again or self.stay:
-            self._weights[key] = weight
-        return weight
-
-
-_kept: ContextVar[KeptWeights | None] = ContextVar("kept", default=None)
-
-
-@contextmanager
-def keeping_weights(stay: bool) -> Iterator[None]:
-    """Let the products inside keep their unpacked weights for their gradients, which may be computed outside.
-
-    Args:
-        stay: see ``KeptWeights``.
-    """
-    token = _kept.set(KeptWeights(stay))
-    try:
-        yield
-    finally:
-        _kept.reset(token)
-
-
-def kept_for(x: torch.Tensor) -> KeptWeights | None:
-    """Return where a product with x and its gradient find its unpacked weight; None where it would serve no other."""
-    kept = None if torch.compiler.is_compiling() else _kept.get()  # torch.compile cannot trace a context variable
-    return kept if kept is not None and (kept.stay or x.requires_grad) else None
-
-
-def materialize(
-    spec: WeightSpec, tensors: tuple[torch.Tensor, ...], dtype: torch.dtype, kept: KeptWeights | None = None,
-    again: bool = False,
-) -> torch.Tensor:  # fmt: skip
-    """Return the weight [out, in] in ``dtype``; a view of the stored tensor where that is possible.
-
-    Args:
-        kept: from ``kept_for``.
-        again: it will be needed once more.
-    """
-    if spec.quant_type is not None:
-        if kept is not None:
-            return kept.weight(spec, tensors, dtype, again)
-        packed = Packed(*tensors, *(None,) * (len(Packed._fields) - len(tensors)))
-        return dequantize(packed, spec.shape, dtype, spec.quant_type)
-    weight = tensors[0].to(dtype)
-    return weight.t() if spec.transposed else weight
-
-
-def add_product(
-    addend: torch.Tensor, x: torch.Tensor, spec: WeightSpec, tensors: tuple[torch.Tensor, ...],
-    bias: torch.Tensor | None = None, kept: KeptWeights | None = None, again: bool = False, of_gradient: bool = False,
-) -> torch.Tensor:  # fmt: skip
-    """Add ``x @ weight.T + bias`` to ``addend`` [..., out] in place, and return it.
-
-    The sum is rounded once, at the end of the product (but not under torch.compile; see ``product_beside``). Rounding
-    the product first would swallow an addend below half a step of bf16 whole: the fate of a LoRA update in its first
-    steps, measured as most of the learning lost.
-
-    Args:
-        kept, again: see ``materialize``.
-        of_gradient: x is the gradient [..., out] of such a product; add ``x @ weight`` to ``addend`` [..., in].
-    """
-    rows, x = addend.view(-1, addend.shape[-1]), x.reshape(-1, x.shape[-1])
-    if torch.compiler.is_compiling():
-        rows.add_(_product(x, list(tensors), *_described(spec), of_gradient))
-    else:
-        weight = materialize(spec, tensors, x.dtype, kept, again)
-        rows.addmm_(x, weight if of_gradient else weight.t())
-    return addend if bias is None else addend.add_(bias)
-
-
-def product_beside(
-    low: torch.Tensor, factor: torch.Tensor, x: torch.Tensor, spec: WeightSpec, tensors: tuple[torch.Tensor, ...],
-    bias: torch.Tensor | None, kept: KeptWeights | None, again: bool,
-) -> torch.Tensor:  # fmt: skip
-    """Return ``low @ factor.T + x @ weight.T + bias``, the sum of the products rounded once.
-
-    Args:
-        low, factor: [T, r] and [out, r].
-        kept, again: see ``materialize``.
-    """
-    if not torch.compiler.is_compiling():
-        y = nn.functional.linear(low.view(*x.shape[:-1], low.shape[-1]), factor)
-        return add_product(y, x, spec, tensors, bias, kept, again)
-    y = _product(x.reshape(-1, x.shape[-1]), list(tensors), *_described(spec), False, low, factor)
-    y = y.view(*x.shape[:-1], y.shape[-1])
-    return y if bias is None else y + bias
-
-
-def _described(spec: WeightSpec) -> tuple[list[int], str | None, bool]:
-    return list(spec.shape), spec.quant_type, spec.transposed
-
-
-@torch.library.custom_op("qlora_lite::product", mutates_args=())
-def _product(
-    x: torch.Tensor, tensors: list[torch.Tensor], shape: list[int], quant_type: str | None, transposed: bool,
-    of_gradient: bool, low: torch.Tensor | None = None, factor: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """Multiply rows by a frozen weight as one operator, for torch.compile: what is unpacked is not its to keep.
-
-    It gets nothing to add to in place: for a compiler that is another tensor, and a copy. Where weights are kept, the
-    gradient is computed inside too, since it is part of the same graph (``ops.compiled.gradient_root``).
-    """
-    spec, kept, again = WeightSpec(tuple(shape), quant_type, transposed), _kept.get(), not of_gradient
-    if low is not None:
-        return product_beside(low, factor, x, spec, tuple(tensors), None, kept, again)
-    weight = materialize(spec, tuple(tensors), x.dtype, kept, again)
-    return x @ (weight if of_gradient else weight.t())
-
-
-@_product.register_fake
-def _(x, tensors, shape, quant_type, transposed, of_gradient, low=None, factor=None):
-    return x.new_empty(x.shape[0], shape[of_gradient])
-
-
-class FrozenMatmul(torch.autograd.Function):
-    """Compute ``addend + x @ weight.T + bias`` for a weight that gets no gradient; backward rebuilds the weight."""
-
-    @staticmethod
-    def forward(ctx, x, addend, bias, spec, *tensors):
-        ctx.spec, ctx.kept = spec, kept_for(x)
-        ctx.save_for_backward(*tensors)
-        if addend is None and not torch.compiler.is_compiling():
-            return nn.functional.linear(x, materialize(spec, tensors, x.dtype, ctx.kept, again=True), bias)
-        y = x.new_zeros(*x.shape[:-1], spec.shape[0]) if addend is None else addend.clone()
-        return add_product(y, x, spec, tensors, bias, ctx.kept, again=True)
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        tensors = ctx.saved_tensors  # read once: with checkpointing the second access is an error
-        if torch.compiler.is_compiling():
-            grad_x = grad_y.new_zeros(*grad_y.shape[:-1], ctx.spec.shape[1])
-            add_product(grad_x, grad_y, ctx.spec, tensors, of_gradient=True)
-        else:
-            grad_x = grad_y @ materialize(ctx.spec, tensors, grad_y.dtype, ctx.kept)
-        grad_addend = grad_y if ctx.needs_input_grad[1] else None
-        return grad_x, grad_addend, None, None, *(None for _ in tensors)
 
 
 class QuantLinear(nn.Module):

@@ -10,7 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_lite.lora.layer import LoraLinear
 from qlora_lite.ops.checkpoint import Checkpoint
-from qlora_lite.quant.linear import QuantLinear, frozen_weight, materialize
+from qlora_lite.quant.linear import QuantLinear, frozen_weight
+from qlora_lite.quant.product import materialize
 
 IN, OUT = 48, 80
 BASES = ["linear", "conv1d", "nf4", "fp4"]

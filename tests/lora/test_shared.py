@@ -11,7 +11,8 @@ from torch import nn
 from qlora_lite.lora.inject import Target, add_lora, lora_layers
 from qlora_lite.lora.layer import LoraLinear
 from qlora_lite.lora.shared import SharedInput
-from qlora_lite.quant.linear import QuantLinear, frozen_weight, materialize
+from qlora_lite.quant.linear import QuantLinear, frozen_weight
+from qlora_lite.quant.product import materialize
 
 IN = 64
 NAMES = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")

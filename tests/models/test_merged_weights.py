@@ -21,7 +21,8 @@ from qlora_lite.merge import MergeSettings, merge_run, prepare_merge
 from qlora_lite.models.load import load_model
 from qlora_lite.models.merge import ORIGINAL, TRAINED, open_merged
 from qlora_lite.models.save import save_quantized
-from qlora_lite.quant.linear import frozen_weight, is_conv1d, materialize
+from qlora_lite.quant.linear import frozen_weight, is_conv1d
+from qlora_lite.quant.product import materialize
 from qlora_lite.quant.tensor_file import stream_tensors
 from qlora_lite.runs import open_run
 from qlora_lite.trained import open_trained

@@ -12,7 +12,8 @@ from qlora_lite.memory.work import WorkCounter
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.ops.shapes import planning_for
-from qlora_lite.quant.linear import frozen_weight, materialize
+from qlora_lite.quant.linear import frozen_weight
+from qlora_lite.quant.product import materialize
 from qlora_lite.train.step import accumulate_gradients, hidden_states, prepare
 
 DEPTH, RANK, LENGTH = 4, 3, 32

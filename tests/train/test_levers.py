@@ -20,8 +20,9 @@ from qlora_lite.models.load import use_row_attention
 from qlora_lite.models.quantizer import quantize_head
 from qlora_lite.ops.kept_attention import FUSED
 from qlora_lite.ops.tile import Tiled
-from qlora_lite.quant.linear import QuantLinear, keeping_weights
+from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.nf4 import dequantize, quantize
+from qlora_lite.quant.product import keeping_weights
 from qlora_lite.train.guards import check_forward, frozen_checksum
 from qlora_lite.train.step import evaluate_loss
 
