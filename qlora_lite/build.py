@@ -38,6 +38,7 @@ def fixed_levers(recipe: Recipe) -> dict[str, object]:
         "checkpointing": m.checkpointing, "kept_blocks": m.kept_blocks, "loss_chunk_tokens": m.loss_chunk_tokens,
         "tile_tokens": None if m.tile_tokens == "off" else m.tile_tokens,
         "host_embeddings": m.embeddings if m.embeddings == "auto" else m.embeddings == "host",
+        "host_head": m.head if m.head == "auto" else m.head == "host",
         "offload_checkpoints": m.offload_checkpoints,
         "resident_blocks": None if m.resident_blocks == "all" else m.resident_blocks,
         "optimizer_in_backward": m.optimizer_in_backward,
@@ -58,8 +59,7 @@ def build_model(recipe: Recipe, adapter: Path | None = None, lora: bool = True, 
     device = resolve_device(m.device)
     dtype = resolve_compute_dtype(m.compute_dtype, device)
     levers = levers or Levers()
-    on_host = levers.host_embeddings or levers.resident_blocks is not None
-    model = load_model(m.path, m.quant, m.double_quant, dtype, "cpu" if on_host else device, m.revision)
+    model = load_model(m.path, m.quant, m.double_quant, dtype, "cpu" if levers.places_weights else device, m.revision)
     if m.quant_head:
         quantize_head(model, m.quant, m.double_quant)
     if adapter is not None:
@@ -70,7 +70,7 @@ def build_model(recipe: Recipe, adapter: Path | None = None, lora: bool = True, 
     targets = [Target(t.pattern, t.rank, t.alpha) for t in recipe.lora.targets]
     x = recipe.lora
     add_lora(model, targets, x.rank, x.alpha, x.dropout, x.rslora, getattr(torch, x.dtype))
-    return place(model, device, levers) if on_host else model
+    return place(model, device, levers) if levers.places_weights else model
 
 
 def job_of(recipe: Recipe, config, device_type: str, eval_rows: Rows | None) -> Job:

@@ -6,6 +6,7 @@ micro-batch taken as full) and for ``run`` (with the rows that were really read)
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations
 
 from .build import fixed_levers, job_of, train_settings
 from .data.batch import Batch
@@ -27,6 +28,7 @@ from .planning.search import (
     first_levers,
     longest,
     most_packs,
+    movable_tables,
     search,
     smaller,
 )
@@ -95,10 +97,13 @@ def plan_recipe(
     full = Rows((recipe.data.max_tokens,), recipe.data.max_tokens - 1)
     evaluation = eval_rows or (full if recipe.data.eval is not None else None)
     job = job_of(recipe, read_config(recipe.model.path, recipe.model.revision), machine.device_type, evaluation)
+    fixed, tied = fixed_levers(recipe), bool(job.config.tie_word_embeddings) and not job.quant_head
+    for one, other in permutations(("host_embeddings", "host_head")):
+        if tied and one in fixed:
+            fixed.setdefault(other, fixed[one])
     step = Step(
-        job, rows or full, t.micro_batch_size, t.gradient_accumulation_steps, fixed_levers(recipe),
-        m.micro_batches == "auto" and not m.optimizer_in_backward,
-        bool(job.config.tie_word_embeddings) and not job.quant_head,
+        job, rows or full, t.micro_batch_size, t.gradient_accumulation_steps, fixed,
+        m.micro_batches == "auto" and not m.optimizer_in_backward, tied,
     )  # fmt: skip
     found = search(step, machine, budget_bytes - machine.base_bytes)
     chosen = choose(found, budget_bytes - machine.base_bytes)
@@ -193,11 +198,12 @@ def _single_changes(plan: Plan) -> Iterator[Levers]:
                 changes["checkpointing"] = "selective" if levers.checkpointing == "block" else "block"
             changes["offload_checkpoints"] = not levers.offload_checkpoints
             changes["resident_blocks"] = levers.kept_blocks if levers.resident_blocks is None else None
-    if step.job.device_type == "cuda" and not step.tied:
-        changes["host_embeddings"] = not levers.host_embeddings
     for name, value in changes.items():
         if name not in step.fixed:
             yield replace(levers, **{name: value})
+    for table in movable_tables(step) if step.job.device_type == "cuda" else ():
+        if not table.keys() & step.fixed.keys():
+            yield replace(levers, **{name: not getattr(levers, name) for name in table})
 
 
 def _alternative(plan: Plan, change: str, candidate: Candidate) -> Alternative:

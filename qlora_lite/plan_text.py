@@ -38,6 +38,7 @@ def _in_words(chosen: Candidate) -> str:
         + (f", tiles of {x.tile_tokens} tokens" if x.tile_tokens else "")
         + (", weights unpacked once per backward" if x.reuse_dequantized else "")
         + (", embeddings in host memory" if x.host_embeddings else "")
+        + (", head in host memory" if x.host_head else "")
         + (", checkpoints in host memory" if x.offload_checkpoints else "")
         + f"{resident}, loss chunk {x.loss_chunk_tokens}, packs at once {chosen.packs}, "
         f"micro-batches {chosen.micro_batches}"

@@ -4,6 +4,8 @@ import torch
 from tiny import quantized_pair, random_batch, random_factors
 
 from qlora_lite.lora.inject import add_lora, lora_parameters
+from qlora_lite.memory.marks import phase
+from qlora_lite.memory.work import WorkCounter
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.levers import Levers, place, set_levers
 from qlora_lite.train.step import accumulate_gradients, prepare
@@ -13,13 +15,17 @@ CPU = torch.device("cpu")
 DEPTH = 5
 SAME_ARITHMETIC = [
     Levers(), Levers(kept_blocks=2), Levers(offload_checkpoints=True), Levers(host_embeddings=True),
-    Levers(resident_blocks=0), Levers(resident_blocks=2), Levers(resident_blocks=2, kept_blocks=2),
-    Levers(resident_blocks=0, offload_checkpoints=True, host_embeddings=True),
+    Levers(host_head=True), Levers(resident_blocks=0), Levers(resident_blocks=2),
+    Levers(resident_blocks=2, kept_blocks=2),
+    Levers(resident_blocks=0, offload_checkpoints=True, host_embeddings=True, host_head=True),
     Levers(reuse_dequantized=True), Levers(reuse_dequantized=True, kept_blocks=2),
     Levers(reuse_dequantized=True, resident_blocks=1, offload_checkpoints=True),
     Levers("selective"), Levers("selective", kept_blocks=2, offload_checkpoints=True),
     Levers("selective", resident_blocks=1, offload_checkpoints=True, reuse_dequantized=True),
 ]  # fmt: skip
+
+
+FEW_WORDS = {"cpu": 48, "cuda": 48}  # of a vocabulary of 160, that a head is multiplied with at once
 
 
 def build(model_type="llama", levers=PLAIN, dropout=0.0, device=CPU, **changes):
@@ -29,6 +35,13 @@ def build(model_type="llama", levers=PLAIN, dropout=0.0, device=CPU, **changes):
     add_lora(model, rank=4, dropout=dropout, dtype=torch.float32)
     random_factors(model)
     return place(model, device, levers)
+
+
+def rotary_flops(model, tokens):
+    """Return the operations of a Llama's rotary embedding, which is a product in transformers 5.17."""
+    with phase("forward"), WorkCounter() as counter:
+        model.model.rotary_emb(torch.zeros(1, tokens, 64), torch.arange(tokens)[None])
+    return counter.work.flops
 
 
 def gradients(model, levers, batches=2):

@@ -31,7 +31,7 @@ pytestmark = [
     for words in (".*should not be instantiated", "The .grad attribute", "`torch.jit.script_method` is deprecated")
 ]
 BOTH = Levers(kept_blocks=2, compile=True)
-HOST = Levers(offload_checkpoints=True, host_embeddings=True, reuse_dequantized=True, compile=True)
+HOST = Levers(offload_checkpoints=True, host_embeddings=True, host_head=True, reuse_dequantized=True, compile=True)
 FAMILIES = ["qwen3", "gemma2", "gpt2"]  # beside those of the other tests
 
 

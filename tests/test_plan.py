@@ -58,7 +58,8 @@ def test_what_the_recipe_fixes_is_kept(recipe):
     plan = planner.plan_recipe(settings, CARD, 24 * GIB)
     assert plan.chosen.settings == {
         "memory.checkpointing": "block", "memory.kept_blocks": 1, "memory.loss_chunk_tokens": 100,
-        "memory.tile_tokens": 64, "memory.embeddings": "device", "memory.offload_checkpoints": True,
+        "memory.tile_tokens": 64, "memory.embeddings": "device", "memory.head": "device",
+        "memory.offload_checkpoints": True,
         "memory.resident_blocks": "all", "memory.reuse_dequantized": True,
         "train.micro_batch_size": 2, "train.gradient_accumulation_steps": 2,
     }  # fmt: skip
@@ -114,6 +115,28 @@ def test_attention_is_kept_on_the_host_where_the_device_has_no_room_and_the_host
     chosen = planner.plan_recipe(settings, CARD, 6 * GIB).chosen
     assert chosen.levers == replace(block.levers, checkpointing="selective", offload_checkpoints=True)
     assert chosen.prediction.simulation.offloaded_bytes > GIB
+
+
+@pytest.mark.parametrize(("model", "moved"), [("Llama-3.1-8B", {"head"}), ("Llama-3.2-1B", {"embeddings", "head"})])
+def test_the_head_goes_to_the_host_before_the_blocks_with_the_embeddings_if_they_are_the_same(recipe, model, moved):
+    here, long = f"model.path=meta-llama/{model}", "data.max_tokens=16384"
+    without = planner.plan_recipe(recipe(here, long, "memory.head=device", "memory.resident_blocks=all"), CARD, GIB)
+    assert not without.fits and not any(candidate.levers.host_head for candidate in without.found)
+    budget = without.peak_bytes - 100 * 2**20
+    plan = planner.plan_recipe(recipe(here, long), CARD, budget)
+    assert plan.fits and plan.chosen.levers.host_head and plan.chosen.levers.host_embeddings
+    assert plan.chosen.levers.resident_blocks is None
+    assert "head in host memory" in plan_text.reason(plan)
+    changes = [set(alternative.change.split()) for alternative in planner.alternatives(plan)]
+    assert {f"memory.{name}=device" for name in moved} in changes
+    kept = planner.plan_recipe(recipe(here, long, "memory.embeddings=device"), CARD, budget)
+    assert any(candidate.levers.host_head for candidate in kept.found) is (moved == {"head"})
+
+
+def test_a_head_in_four_bits_is_never_planned_for_the_host(recipe):
+    plan = planner.plan_recipe(recipe("model.path=meta-llama/Llama-3.1-8B", "model.quant_head=true"), CARD, GIB)
+    assert not any(candidate.levers.host_head for candidate in plan.found)
+    assert not any("memory.head" in alternative.change for alternative in planner.alternatives(plan))
 
 
 @pytest.mark.parametrize("budget", [24, 4, 2.2])
@@ -177,12 +200,13 @@ def test_the_largest_number_under_a_limit_is_found_with_few_tries():
 
 
 def test_what_does_not_fit_is_told_with_the_parts_and_the_smallest_change(recipe):
-    plan = planner.plan_recipe(recipe("memory.checkpointing=none", "memory.tile_tokens=off"), CARD, 3 * GIB)
+    keeps_all = recipe("memory.checkpointing=none", "memory.tile_tokens=off", "memory.head=device")
+    plan = planner.plan_recipe(keeps_all, CARD, 3 * GIB)
     assert not plan.fits
     error = planner.does_not_fit(plan, list(planner.alternatives(plan)))
     assert error.exit_code == 3
     assert "saved activations" in str(error) and "data.max_tokens=512" in str(error) and "fits" in str(error)
-    floor = planner.plan_recipe(recipe(), CARD, GIB)
+    floor = planner.plan_recipe(recipe(), CARD, GIB // 2)
     assert "choose a smaller model" in str(planner.does_not_fit(floor, list(planner.alternatives(floor))))
 
 
@@ -241,7 +265,7 @@ class TestCommand:
         assert "<svg" in page.read_text()
 
     def test_json_is_one_object_and_nothing_else(self, capsys, file):
-        code, out, _ = self.call(capsys, file, "--vram", "1GiB", "--json", "--max-tokens")
+        code, out, _ = self.call(capsys, file, "--vram", "0.5GiB", "--json", "--max-tokens")
         values = json.loads(out)
         assert code == 3 and values["fits"] is False and values["max_tokens"] is None
 

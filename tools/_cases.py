@@ -29,7 +29,7 @@ from qlora_lite.train.loop import Trainer, largest_batches
 from qlora_lite.train.settings import TrainSettings
 
 CPU = torch.device("cpu")
-LEVER_KEYS = ("loss_chunk_tokens", "kept_blocks", "tile_tokens", "offload_checkpoints", "host_embeddings",
+LEVER_KEYS = ("loss_chunk_tokens", "kept_blocks", "tile_tokens", "offload_checkpoints", "host_embeddings", "host_head",
               "resident_blocks", "reuse_dequantized", "compile")  # fmt: skip
 CASE_KEYS = ("model", "tokens", "checkpointing", *LEVER_KEYS, "quant_head", "optimizer", "accumulation", "rank", "rows")
 RANK, OPTIMIZER = 16, "paged_adamw_8bit"
@@ -61,7 +61,7 @@ def plan_cases(cuda: bool) -> list[dict]:
             {"model": "llama-7b", "tokens": 2048, "checkpointing": "block", "tile_tokens": 1024,
              "offload_checkpoints": True, "host_embeddings": True},
             {"model": "llama-7b", "tokens": 2048, "checkpointing": "block", "tile_tokens": 1024,
-             "offload_checkpoints": True, "host_embeddings": True, "resident_blocks": 0},
+             "offload_checkpoints": True, "host_embeddings": True, "host_head": True, "resident_blocks": 0},
         ]  # fmt: skip
     lengths = (128, 512, 2048) if cuda else (128, 512)
     large = [{"model": "llama-1b", "tokens": tokens, "checkpointing": "block"} for tokens in lengths]
@@ -91,7 +91,7 @@ def model_of(case: dict, device: torch.device):
 
 def rearranged(model, device: torch.device, levers: Levers):
     """Put a resident model's weights where levers want them; return it."""
-    if levers.host_embeddings or levers.resident_blocks is not None:
+    if levers.places_weights:
         model.to("cpu")
         free_memory(device)
     return place(model, device, levers)

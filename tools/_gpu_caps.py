@@ -65,7 +65,7 @@ class CappedDevice:
                 "tokens_per_second": metrics[-1].tokens_per_second, **measured}  # fmt: skip
 
     def _placed(self, case: dict, levers: Levers):
-        key = case["model"], levers.host_embeddings, levers.resident_blocks
+        key = case["model"], levers.host_embeddings, levers.host_head, levers.resident_blocks
         if key != self._key:
             self._key = self._model = None
             free_memory(self.device)

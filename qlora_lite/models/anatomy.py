@@ -14,6 +14,8 @@ from qlora_lite.errors import ModelError
 from qlora_lite.ops.loss import Head
 from qlora_lite.quant.linear import QuantLinear, WeightRows
 
+from .host_tables import HostHead
+
 
 def text_config(model: nn.Module):
     """Return the configuration of the language model (some multimodal models nest it)."""
@@ -41,7 +43,10 @@ def head(model: nn.Module) -> Head:
     if getattr(config, "logits_scaling", None):  # Granite divides
         scale = 1.0 / float(config.logits_scaling)
     softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
-    weight = WeightRows(layer, model.dtype) if isinstance(layer, QuantLinear) else layer.weight
+    if isinstance(layer, QuantLinear):
+        weight = WeightRows(layer, model.dtype)
+    else:
+        weight = layer.rows if isinstance(layer, HostHead) else layer.weight
     return Head(weight, getattr(layer, "bias", None), scale, softcap)
 
 
@@ -59,7 +64,8 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 def device_of(model: nn.Module) -> torch.device:
     """Return the device that the model computes on (its first parameter may lie in host memory)."""
-    return model.get_output_embeddings().weight.device
+    layer = model.get_output_embeddings()
+    return layer.device if isinstance(layer, HostHead) else layer.weight.device
 
 
 def tokenwise_parts(module: nn.Module) -> list[str]:

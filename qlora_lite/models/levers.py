@@ -15,7 +15,6 @@ from torch import nn
 
 from qlora_lite.errors import ModelError
 from qlora_lite.ops import compiled
-from qlora_lite.ops.around import Around
 from qlora_lite.ops.checkpoint import Checkpoint, Skipping
 from qlora_lite.ops.offload import HostStore
 from qlora_lite.ops.stream import BlockStream
@@ -23,6 +22,7 @@ from qlora_lite.ops.tile import Tiled
 from qlora_lite.quant.product import keeping_weights
 
 from .anatomy import blocks, decoder, device_of, tokenwise_parts
+from .host_tables import HostEmbedding, HostHead
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,7 @@ class Levers:
     offload_checkpoints: bool = False
     resident_blocks: int | None = None
     host_embeddings: bool = False
+    host_head: bool = False
     optimizer_in_backward: bool = False
     reuse_dequantized: bool = False
     compile: bool = False
@@ -51,37 +52,36 @@ class Levers:
         return self.checkpointing != "none"
 
     @property
-    def uses_host(self) -> tuple[bool, bool, bool]:
-        """What lies in host memory: weights, checkpoints, embeddings; larger tuples ask more of the bus."""
-        return self.resident_blocks is not None, self.offload_checkpoints, self.host_embeddings
+    def uses_host(self) -> tuple[bool, bool, bool, bool]:
+        """What lies in host memory: blocks, checkpoints, head, embeddings; larger tuples ask more of the bus."""
+        return self.resident_blocks is not None, self.offload_checkpoints, self.host_head, self.host_embeddings
 
-
-class HostEmbedding(Around):
-    """An embedding whose table stays in host memory; only the rows of the batch travel."""
-
-    def __init__(self, inner: nn.Module, device: torch.device):
-        super().__init__(inner)
-        self.device = device
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.inner(input_ids.to(self.weight.device)).to(self.device)
+    @property
+    def places_weights(self) -> bool:
+        """Whether ``place`` leaves any weights in host memory."""
+        return self.host_head or self.host_embeddings or self.resident_blocks is not None
 
 
 def place(model: nn.Module, device: torch.device, levers: Levers) -> nn.Module:
     """Move a model from host memory to its device, but for what the levers keep there; return it.
 
     Raises:
-        ModelError: embeddings are to stay on the host that are also the head.
+        ModelError: of embeddings that are also the head only one is to stay on the host, or the head is no 16-bit
+            linear layer.
     """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if levers.host_embeddings != levers.host_head and embedding.weight is head.weight:
+        raise ModelError("the embeddings are also the head: set memory.embeddings and memory.head to the same")
+    if levers.host_head and not isinstance(head, nn.Linear):
+        raise ModelError(f"memory.head host is for a 16-bit head, and this one is a {type(head).__name__}: "
+                         "set it to device")  # fmt: skip
     if levers.host_embeddings:
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        if embedding.weight is head.weight:
-            raise ModelError("the embeddings are also the head, which computes: set memory.embeddings to device")
         model.set_input_embeddings(HostEmbedding(embedding, device))
+    if levers.host_head:
+        model.set_output_embeddings(HostHead(head, device))
     streamed = [] if levers.resident_blocks is None else blocks(model)[: len(blocks(model)) - levers.resident_blocks]
     staying = {id(part) for block in streamed for part in block.modules()}
-    if levers.host_embeddings:
-        staying.add(id(model.get_input_embeddings()))
+    staying |= {id(module) for module in model.modules() if isinstance(module, HostEmbedding | HostHead)}
     for module in model.modules():
         for registry in (module._parameters, module._buffers):
             for tensor in registry.values():
@@ -95,7 +95,8 @@ def place(model: nn.Module, device: torch.device, levers: Levers) -> nn.Module:
 def on_host(model: nn.Module, module: nn.Module, tensor: torch.Tensor) -> bool:
     """Tell whether a weight was left in host memory by ``place``."""
     stream = getattr(model, "block_stream", None)
-    return isinstance(module, HostEmbedding) or (stream is not None and stream.holds(tensor))
+    is_table = isinstance(module, HostEmbedding | HostHead) and tensor is module.weight
+    return is_table or (stream is not None and stream.holds(tensor))
 
 
 def set_levers(model: nn.Module, levers: Levers) -> None:
@@ -111,9 +112,14 @@ def set_levers(model: nn.Module, levers: Levers) -> None:
     found = blocks(model)
     streams = levers.resident_blocks is not None and levers.resident_blocks < len(found)
     embeds_on_host = isinstance(model.get_input_embeddings(), HostEmbedding)
-    if (streams and not hasattr(model, "block_stream")) or (levers.host_embeddings and not embeds_on_host):
-        raise ModelError("memory.resident_blocks and memory.embeddings=host are for a model that was loaded so: "
-                         "call models.levers.place before training, or leave them out")  # fmt: skip
+    head_on_host = isinstance(model.get_output_embeddings(), HostHead)
+    if (
+        (streams and not hasattr(model, "block_stream"))
+        or (levers.host_embeddings and not embeds_on_host)
+        or (levers.host_head and not head_on_host)
+    ):
+        raise ModelError("memory.resident_blocks, and memory.embeddings or memory.head host, are for a model that was "
+                         "loaded so: call models.levers.place before training, or leave them out")  # fmt: skip
     checkpointed = len(found) - levers.kept_blocks if levers.computes_again else 0
     if levers.resident_blocks is not None and checkpointed < len(found) - levers.resident_blocks:
         raise ModelError("streamed blocks cannot keep their activations: raise memory.resident_blocks, or lower "

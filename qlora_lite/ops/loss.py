@@ -40,8 +40,20 @@ class Head(NamedTuple):
 
 
 def head_logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
-    """Return float32 logits [N, V] of hidden states [N, D]."""
-    return _finished(torch.nn.functional.linear(hidden, head.weight[:], head.bias), head)
+    """Return float32 logits [..., V] of hidden states [..., D]."""
+    return _finished(head_products(hidden, head), head)
+
+
+def head_products(hidden: torch.Tensor, head: Head) -> torch.Tensor:
+    """Return ``hidden @ weight.T + bias`` [..., V], of a few thousand words after the other."""
+    tiles = pieces(head.weight.shape[0], TILE_WORDS[device_type(hidden.device)])
+    return torch.cat([_tile_products(hidden, head, words)[0] for words in tiles], dim=-1)
+
+
+def _tile_products(hidden: torch.Tensor, head: Head, words: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``hidden @ weight.T + bias`` of some words, and their weight."""
+    weight, bias = head.weight[words], None if head.bias is None else head.bias[words]
+    return torch.nn.functional.linear(hidden, weight, bias), weight
 
 
 def _finished(products: torch.Tensor, head: Head) -> torch.Tensor:
@@ -93,8 +105,7 @@ def _chunk(hidden, targets, head: Head, with_grad: bool):
     total, target_logits = torch.zeros_like(top), torch.zeros_like(top[:count])
     grad = torch.zeros_like(hidden, dtype=torch.float32) if with_grad else None
     for words in pieces(head.weight.shape[0], TILE_WORDS[device]):
-        weight, bias = head.weight[words], None if head.bias is None else head.bias[words]
-        products = torch.nn.functional.linear(hidden, weight, bias)
+        products, weight = _tile_products(hidden, head, words)
         place = (targets - words.start).clamp_(0, products.shape[1] - 1)
         found = _finished(products.gather(1, place), head)
         target_logits = torch.where(place + words.start == targets, found, target_logits)
@@ -111,6 +122,7 @@ def _chunk(hidden, targets, head: Head, with_grad: bool):
         total.mul_(shrink).add_(sums)
         if with_grad:
             grad.mul_(shrink).add_(products @ weight)
+        del weight  # before the next words' is there
     loss = ((top + total.log())[:count] - target_logits).sum()
     if not with_grad:
         return loss, None

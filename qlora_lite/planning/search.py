@@ -7,11 +7,11 @@ besides.) Among those that fit, the fastest by the time model wins; of plans tha
 that moves less to the host, and then the one that needs the least memory.
 
 The way begins with checkpointing per block. If that fits, keeping everything is tried. Where more packs at once would
-pay and do not fit, or nothing fits at all, come the levers that save more, in the order of what they cost:
-tiles and, on a card, embeddings in host memory; then checkpoints there; at last the weights. It ends where one more
-lever makes nothing better. What memory the best then leaves buys back time: a block's weights are unpacked once for
-its second run and its backward; on a card attention is not computed again where rows are so long that it shows; and as
-many of the last blocks are kept, or resident, as fit.
+pay and do not fit, or nothing fits at all, come the levers that save more, in the order of what they cost: tiles and,
+on a card, embeddings in host memory; then checkpoints there, the head, and at last the blocks' weights. It ends where
+one more lever makes nothing better. What memory the best then leaves buys back time: a block's weights are unpacked
+once for its second run and its backward; on a card attention is not computed again where rows are so long that it
+shows; and as many of the last blocks are kept, or resident, as fit.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -81,6 +81,7 @@ class Candidate:
             "memory.checkpointing": x.checkpointing, "memory.kept_blocks": x.kept_blocks,
             "memory.loss_chunk_tokens": x.loss_chunk_tokens, "memory.tile_tokens": x.tile_tokens or "off",
             "memory.embeddings": "host" if x.host_embeddings else "device",
+            "memory.head": "host" if x.host_head else "device",
             "memory.offload_checkpoints": x.offload_checkpoints,
             "memory.resident_blocks": "all" if x.resident_blocks is None else x.resident_blocks,
             "memory.reuse_dequantized": x.reuse_dequantized,
@@ -133,15 +134,26 @@ def smaller(step: Step) -> Iterator[Levers]:
     levers = first_levers(step)
     changes: list[dict] = [{"tile_tokens": TILE_TOKENS}]
     if step.job.device_type == "cuda":  # elsewhere there is no other memory to go to
+        tables = movable_tables(step)
         if not step.tied:
-            changes[0]["host_embeddings"] = True  # a few KiB a token travel
+            changes[0] |= tables.pop(0)  # of the embeddings a few KiB a token travel
         if levers.computes_again:  # blocks that keep their activations must stay where they are
-            changes += [{"offload_checkpoints": True}, {"resident_blocks": levers.kept_blocks}]
+            changes += [{"offload_checkpoints": True}, *tables, {"resident_blocks": levers.kept_blocks}]
+        else:
+            changes += tables
     changes.append({"tile_tokens": SMALL_TILE_TOKENS})
     for change in changes:
         earlier, levers = levers, replace(levers, **{k: v for k, v in change.items() if k not in step.fixed})
         if levers != earlier:
             yield levers
+
+
+def movable_tables(step: Step) -> list[dict[str, bool]]:
+    """Return the levers that put the embeddings and a 16-bit head into host memory; one where they are the same."""
+    embeddings, head = {"host_embeddings": True}, {"host_head": True}
+    if step.tied:
+        return [embeddings | head]
+    return [embeddings] if step.job.quant_head else [embeddings, head]
 
 
 def _divisions(

@@ -7,7 +7,7 @@ written, not on the validated recipe, so that a typo in one setting does not hid
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -17,14 +17,14 @@ from pydantic.fields import FieldInfo
 from qlora_lite.errors import Problem, RecipeError
 
 from . import foreign_names, paths, reference
+from .combinations import Location, conflicts, table_columns, without_evaluation
 from .overrides import apply_overrides
-from .schema import COMPILED_WITH, Recipe, Rule
+from .schema import Recipe, Rule
 from .strict_yaml import MAX_BYTES, Document, Node, dump, parse, plain, scalar_value, shown
 
 MAX_PROBLEMS = 100
 _MAIN_KEY = {"model": "path", "data": "train", "output": "dir"}
 _HEADER = "# Every setting of this run, defaults included.\n"
-_Location = tuple[str | int, ...]
 _Finder = Callable[[str, str], str]
 
 
@@ -97,10 +97,10 @@ class _Checker:
         self._explained = set(document.unreadable)  # keys whose absence another problem accounts for
         self._reported: set[str] = set()
 
-    def _add(self, location: _Location, message: str) -> None:
+    def _add(self, location: Location, message: str) -> None:
         self.problems.append(Problem(message, self._deepest(location).where, _key(location)))
 
-    def _deepest(self, location: _Location) -> Node:
+    def _deepest(self, location: Location) -> Node:
         """Return the last value that exists on the way to a place."""
         node, reached = self._root, Node(None, self._name)
         for part in location:
@@ -135,7 +135,7 @@ class _Checker:
                 self._invalid(details["loc"], details["type"])
         return None
 
-    def _invalid(self, location: _Location, kind: str) -> None:
+    def _invalid(self, location: Location, kind: str) -> None:
         """Report a value that breaks its rule, or a missing one."""
         while (field := reference.field_at(location)) is None:  # the last parts name one type of a union
             location = location[:-1]
@@ -153,7 +153,7 @@ class _Checker:
         rule, cure = reference.rule_of(field), _cure(node, field, location)
         self._add(location, f"{key} = {value}: must be {rule}; {cure}")
 
-    def _unknown(self, location: _Location) -> None:
+    def _unknown(self, location: Location) -> None:
         """Report a key that is no setting, with what to write instead."""
         key = _key(location)
         message = f"{shown(key)} is not a setting"
@@ -166,43 +166,18 @@ class _Checker:
 
     def combinations(self) -> None:
         """Report settings that do not go together."""
-        if self._value("data", "eval") is None and "data.eval" not in self._explained:
-            for name in ("eval_every_steps", "early_stopping_patience", "exact_match_rows"):
-                value = self._value("train", name)
-                if isinstance(value, int) and value > 0:
-                    message = f"train.{name} = {value}: needs evaluation rows; write data.eval, or 0 here"
-                    self._add(("train", name), message)
-        patience = self._value("train", "early_stopping_patience")
-        if isinstance(patience, int) and patience > 0 and not self._value("train", "eval_every_steps"):
-            message = f"train.early_stopping_patience = {patience}: needs evaluations on the way; write "
-            self._add(("train", "early_stopping_patience"), f"{message}train.eval_every_steps, or 0 here")
-        if self._value("data", "streaming") is True:
-            needs = {"data.order: as-is": self._value("data", "order") == "as-is",
-                     "train.max_steps": self._value("train", "max_steps") is not None}  # fmt: skip
-            if missing := " and ".join(setting for setting, is_there in needs.items() if not is_there):
-                self._add(
-                    ("data", "streaming"), f"data.streaming = true: has no order or end of its own; write {missing}"
-                )
-        if self._value("memory", "optimizer_in_backward") is True:
-            needs = {"max_grad_norm": 0, "gradient_accumulation_steps": 1, "on_not_finite": "stop"}
-            given = Recipe.model_fields["train"].default.model_dump()
-            given |= {name: value for name in needs if (value := self._value("train", name)) is not None}
-            if missing := " and ".join(f"train.{key}: {value}" for key, value in needs.items() if given[key] != value):
-                self._add(
-                    ("memory", "optimizer_in_backward"),
-                    f"memory.optimizer_in_backward = true: all gradients of a step are never there; write {missing}",
-                )
-        if self._value("train", "compile") is True:
-            needs = {("lora", "dropout"): 0, **{("memory", name): value for name, value in COMPILED_WITH.items()}}
-            if self._value("memory", "checkpointing") == "selective":
-                needs["memory", "checkpointing"] = "block"
-            for location, only in needs.items():
-                if (value := self._value(*location)) not in (None, "auto", only):
-                    message = f"{_key(location)} = {reference.written(value)}: does not go with train.compile; write "
-                    self._add(location, f"{message}{reference.written(only)} here, or train.compile: false")
-        for location, source in self._sources():
-            if message := _columns_problem(source):
-                self._add(location, f"{_key(location)}: {message}")
+        if "data.eval" not in self._explained:
+            self._add_all(without_evaluation(self._value))
+        self._add_all(conflicts(self._value))
+        self._add_all(
+            (location, f"{_key(location)}: {message}")
+            for location, source in self._sources()
+            if (message := table_columns(source))
+        )
+
+    def _add_all(self, found: Iterable[tuple[Location, str]]) -> None:
+        for location, message in found:
+            self._add(location, message)
 
     def files(self, folder: str) -> None:
         """Report files that are not there."""
@@ -219,7 +194,7 @@ class _Checker:
         for location, source in self._sources():
             self._find(location, paths.find_data, source.get("path"), folder)
 
-    def _sources(self) -> Iterator[tuple[_Location, dict]]:
+    def _sources(self) -> Iterator[tuple[Location, dict]]:
         """Yield the place and values of each item of data.train and data.eval, as far as they make sense."""
         for part in ("train", "eval"):
             value = self._value("data", part)
@@ -229,7 +204,7 @@ class _Checker:
                 if isinstance(item, str | dict):
                     yield ("data", part, index), {"path": item} if isinstance(item, str) else item
 
-    def _find(self, location: _Location, find: _Finder, path: object, folder: str) -> str | None:
+    def _find(self, location: Location, find: _Finder, path: object, folder: str) -> str | None:
         """Look for a file; report it where it is not there."""
         if not isinstance(path, str) or not path:
             return None
@@ -240,19 +215,7 @@ class _Checker:
             return None
 
 
-def _columns_problem(source: dict) -> str | None:
-    """Return what is wrong with the templates over a table's columns, or None."""
-    prompt, completion, row_format = source.get("prompt"), source.get("completion"), source.get("format")
-    if (prompt is None) != (completion is None):
-        return "prompt and completion go together; write both or neither"
-    if prompt is None and row_format == "table":
-        return 'format table needs templates over its columns; write prompt: "{...}" and completion: "{...}"'
-    if prompt is not None and row_format not in (None, "table"):
-        return f"prompt and completion are for tables, not for {shown(row_format)}; remove them, or the format"
-    return None
-
-
-def _key(location: _Location) -> str:
+def _key(location: Location) -> str:
     return ".".join(str(part) for part in location)
 
 
@@ -278,7 +241,7 @@ def _position(problem: Problem) -> tuple[int, int]:
     return int(is_override), int(number) if number.isdecimal() else 0
 
 
-def _cure(node: Node, field: FieldInfo, location: _Location) -> str:
+def _cure(node: Node, field: FieldInfo, location: Location) -> str:
     """Return what to do about a value that breaks the rule of its setting."""
     if len(location) == 1:
         main = _MAIN_KEY.get(str(location[0]), "setting")

@@ -279,7 +279,11 @@ class Memory(_Section):
     """Tokens that go through an MLP or a norm at one time; what they compute on the way is computed again in
     backward, tile by tile."""
     embeddings: Literal["auto", "device", "host"] = "auto"
-    """Where the table of embeddings lies; of one in host memory only the rows of the batch travel."""
+    """Where the table of embeddings lies; of one in host memory only the rows of the batch travel. Where the embeddings
+    are also the head, both are set to the same."""
+    head: Literal["auto", "device", "host"] = "auto"
+    """Where a 16-bit head's weight lies; of one in host memory a few thousand words travel at a time, for each
+    memory.loss_chunk_tokens once."""
     offload_checkpoints: bool | Literal["auto"] = "auto"
     """Keep the blocks' inputs, and the attention results that are kept, in host memory until backward; they travel
     beside the computation."""

@@ -340,6 +340,13 @@ def test_compiled_blocks_say_what_they_do_not_go_with(problems, recipe):
     assert recipe(GOOD, on, *goes, "memory.reuse_dequantized=true").train.compile
 
 
+def test_a_head_in_host_memory_is_one_in_sixteen_bit(problems, recipe):
+    said = "memory.head = host: is for a 16-bit head; write model.quant_head: false, or device here"
+    assert said in problems(GOOD, "memory.head=host", "model.quant_head=true")[0]
+    assert recipe(GOOD, "memory.head=host").memory.head == "host"
+    assert recipe(GOOD, "memory.head=device", "model.quant_head=true").model.quant_head
+
+
 def test_files_need_not_be_there_where_only_the_settings_are_wanted(recipe, folder):
     text = "model: {path: ./no.gguf}\ndata: {train: no.jsonl, template: no.jinja}\n"
     r = recipe(text, check_files=False)

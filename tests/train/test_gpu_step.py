@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lever_cases import PLAIN, SAME_ARITHMETIC, build, gradients
+from lever_cases import FEW_WORDS, PLAIN, SAME_ARITHMETIC, build, gradients
 from tiny import quantized_pair, random_batch, random_factors
 from transformers import AutoConfig
 
@@ -76,7 +76,8 @@ def test_allocated_memory_is_what_the_plan_says():
 
 
 @pytest.mark.parametrize("levers", SAME_ARITHMETIC, ids=str)
-def test_where_tensors_lie_and_whether_they_are_kept_changes_no_bit_on_a_card(levers, repeatable):
+def test_where_tensors_lie_and_whether_they_are_kept_changes_no_bit_on_a_card(levers, repeatable, monkeypatch):
+    monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", FEW_WORDS)
     expected = gradients(build(device=CARD), PLAIN)
     model = build(levers=levers, device=CARD)
     for _ in range(2):  # the second step finds the stream where the first left it

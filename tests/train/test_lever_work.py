@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lever_cases import rotary_flops
 from tiny import quantized_pair, random_batch
 
 from qlora_lite.lora.inject import add_lora, lora_layers, lora_parameters
 from qlora_lite.memory.marks import phase
 from qlora_lite.memory.work import WorkCounter
 from qlora_lite.models.anatomy import device_of
-from qlora_lite.models.levers import Levers, set_levers
+from qlora_lite.models.levers import Levers, place, set_levers
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.quant.linear import frozen_weight
 from qlora_lite.quant.product import materialize
@@ -33,9 +34,9 @@ def step_work(model, levers, device_type="cuda"):
     set_levers(model, levers)
     model.train()
     with planning_for(device_type):
-        accumulate_gradients(model, [inputs(model)])
+        accumulate_gradients(model, [inputs(model)], levers.loss_chunk_tokens)
         with WorkCounter() as counter:
-            accumulate_gradients(model, [inputs(model)])
+            accumulate_gradients(model, [inputs(model)], levers.loss_chunk_tokens)
     for _, parameter in lora_parameters(model):
         parameter.grad = None
     return counter.work
@@ -83,11 +84,12 @@ def test_keeping_everything_computes_each_product_once_forward_and_its_gradients
     assert attention.work.flops == 2 * scores * (2 + 5)  # forward: 2 products; backward: the scores again, 4 gradients
     learned = len(inputs(model).targets)
     head = 2 * 2 * learned * 160 * 64  # logits, and their gradient back to the hidden states
-    assert step_flops(model, Levers("none")) == linear + DEPTH * attention.work.flops + head
+    once = linear + DEPTH * attention.work.flops + head + rotary_flops(model, LENGTH)
+    assert step_flops(model, Levers("none")) == once
 
 
 def test_checkpointing_computes_a_block_again_but_for_its_last_product(model):
-    again = forward_flops(model) - product_flops(model, "down_proj")
+    again = forward_flops(model) - rotary_flops(model, LENGTH) - product_flops(model, "down_proj")
     assert step_flops(model, Levers()) - step_flops(model, Levers("none")) == again
 
 
@@ -120,6 +122,15 @@ def test_kept_results_of_attention_travel_with_the_inputs(model):
     assert inputs_only.bus_bytes == journeys * input_bytes
     assert both.bus_bytes == journeys * (2 * input_bytes + logsumexp_bytes)
     assert step_work(model, Levers("selective")).flops == both.flops < inputs_only.flops
+
+
+@pytest.mark.parametrize("chunk", [LENGTH, 10])
+def test_a_head_in_host_memory_travels_once_for_each_chunk_of_the_loss(chunk):
+    levers = Levers(host_head=True, loss_chunk_tokens=chunk)
+    model = add_lora(quantized_pair("llama", num_hidden_layers=DEPTH)[0], rank=RANK, dtype=torch.float32)
+    place(model, torch.device("cpu"), levers)
+    chunks = -(-len(inputs(model).targets) // chunk)
+    assert step_work(model, levers).bus_bytes == chunks * model.lm_head.weight.nbytes
 
 
 @pytest.mark.parametrize("tile_tokens", [8, LENGTH])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lever_cases import CPU, DEPTH, PLAIN, SAME_ARITHMETIC, build, gradients
+from lever_cases import CPU, DEPTH, FEW_WORDS, PLAIN, SAME_ARITHMETIC, build, gradients
 from tiny import ARCHITECTURES, build_tiny, random_batch, random_factors
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,7 +33,8 @@ def assert_close(found, expected):
 
 
 @pytest.mark.parametrize("levers", SAME_ARITHMETIC, ids=str)
-def test_where_tensors_lie_and_whether_they_are_kept_changes_no_bit(levers):
+def test_where_tensors_lie_and_whether_they_are_kept_changes_no_bit(levers, monkeypatch):
+    monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", FEW_WORDS)
     expected = gradients(build(), PLAIN)
     for one, other in zip(gradients(build(levers=levers), levers), expected, strict=True):
         assert torch.equal(one, other)
@@ -181,7 +182,7 @@ def test_a_step_that_ends_in_the_middle_of_a_stream_is_followed_by_a_right_one()
 
 
 def test_streamed_weights_are_never_written():
-    levers = Levers(resident_blocks=0, host_embeddings=True)
+    levers = Levers(resident_blocks=0, host_embeddings=True, host_head=True)
     checksum = frozen_checksum(build())
     model = build(levers=levers)
     assert frozen_checksum(model) == checksum
@@ -203,8 +204,8 @@ def test_of_streamed_blocks_at_most_two_are_on_the_device():
 
 
 def test_the_names_of_tiled_and_streamed_parts_stay_what_they_were():
-    plain, changed = build(), build(levers=Levers(resident_blocks=0, host_embeddings=True))
-    set_levers(changed, Levers(resident_blocks=0, host_embeddings=True, tile_tokens=4))
+    plain, changed = build(), build(levers=Levers(resident_blocks=0, host_embeddings=True, host_head=True))
+    set_levers(changed, Levers(resident_blocks=0, host_embeddings=True, host_head=True, tile_tokens=4))
     assert [name for name, _ in changed.named_parameters()] == [name for name, _ in plain.named_parameters()]
     assert list(changed.state_dict()) == list(plain.state_dict())
     assert any(isinstance(module, Tiled) for module in changed.modules())
@@ -240,7 +241,7 @@ def test_streamed_blocks_that_keep_their_activations_are_refused(levers):
         set_levers(build(), levers)
 
 
-@pytest.mark.parametrize("levers", [Levers(resident_blocks=1), Levers(host_embeddings=True)])
+@pytest.mark.parametrize("levers", [Levers(resident_blocks=1), Levers(host_embeddings=True), Levers(host_head=True)])
 def test_weights_that_were_not_left_on_the_host_are_not_taken_for_streamed(levers):
     with pytest.raises(ModelError, match="place"):
         set_levers(build(), levers)
@@ -248,10 +249,41 @@ def test_weights_that_were_not_left_on_the_host_are_not_taken_for_streamed(lever
     set_levers(build(), Levers(resident_blocks=DEPTH))  # all of them: nothing to stream
 
 
-def test_embeddings_that_are_the_head_stay_on_the_device():
-    model = build_tiny("llama", tie_word_embeddings=True)
-    with pytest.raises(ModelError, match=r"memory\.embeddings"):
-        place(model, CPU, Levers(host_embeddings=True))
+@pytest.mark.parametrize("levers", [Levers(host_embeddings=True), Levers(host_head=True)])
+def test_embeddings_that_are_the_head_go_to_the_host_with_it_or_stay(levers):
+    with pytest.raises(ModelError, match=r"set memory\.embeddings and memory\.head to the same"):
+        place(build_tiny("llama", tie_word_embeddings=True), CPU, levers)
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gpt2", "cohere"])
+def test_one_table_in_host_memory_serves_as_embeddings_and_head(model_type, monkeypatch):
+    monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", FEW_WORDS)
+    levers = Levers(host_embeddings=True, host_head=True)
+    model, plain = build(model_type, levers), build(model_type)
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    for one, other in zip(gradients(model, levers), gradients(plain, PLAIN), strict=True):
+        assert torch.equal(one, other)
+    ids = torch.arange(3, 23)[None]
+    assert torch.allclose(model.eval()(ids).logits, plain.eval()(ids).logits, atol=1e-5)
+    assert check_forward(model) < 1e-5
+
+
+def test_the_bias_of_a_head_in_host_memory_is_added(monkeypatch):
+    monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", FEW_WORDS)
+    levers, found = Levers(host_head=True), []
+    for each in (PLAIN, levers):
+        model = build(levers=PLAIN)
+        model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, 160), False)
+        found.append(gradients(place(model, CPU, each), each))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert [on_host(model, model.lm_head, tensor) for tensor in (model.lm_head.weight, model.lm_head.bias)] == [1, 0]
+
+
+def test_a_head_in_four_bits_stays_on_the_device():
+    model = build_tiny("llama")
+    quantize_head(model, "nf4", True)
+    with pytest.raises(ModelError, match=r"memory\.head host is for a 16-bit head, and this one is a QuantLinear"):
+        place(model, CPU, Levers(host_head=True))
 
 
 def test_a_model_without_a_tokenwise_part_cannot_be_tiled():
@@ -268,7 +300,7 @@ levers_strategy = st.builds(
     Levers, checkpointing=st.sampled_from(["block", "selective", "none"]), kept_blocks=st.integers(0, DEPTH),
     loss_chunk_tokens=st.sampled_from([None, 3, 50]), tile_tokens=st.sampled_from([None, 1, 5, 64]),
     offload_checkpoints=st.booleans(), resident_blocks=st.sampled_from([None, 0, 1, 3, DEPTH]),
-    host_embeddings=st.booleans(), reuse_dequantized=st.booleans(),
+    host_embeddings=st.booleans(), host_head=st.booleans(), reuse_dequantized=st.booleans(),
 )  # fmt: skip
 PLAIN_GRADIENTS = {}
 
@@ -280,7 +312,7 @@ PLAIN_GRADIENTS = {}
 )  # fmt: skip
 def test_any_combination_gives_the_plain_gradients(levers, model_type, batches, device_type):
     if model_type == "gemma2":  # its embeddings are its head
-        levers = replace(levers, host_embeddings=False)
+        levers = replace(levers, host_embeddings=levers.host_head)
     if (model_type, batches) not in PLAIN_GRADIENTS:
         PLAIN_GRADIENTS[model_type, batches] = gradients(build(model_type), PLAIN, batches)
     model = build(model_type, levers)

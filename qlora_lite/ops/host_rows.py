@@ -1,0 +1,62 @@
+"""A weight in host memory whose rows come to the device a slice at a time, the next slice beside the computation.
+
+For an output head: the chunked loss asks for a few thousand words after the other (``ops.loss``), multiplies them twice
+and is done with them. Two slices are on the device at a time.
+
+On a card, slices come on a stream of their own from pinned memory. Elsewhere the same code takes the memory for the
+next slice and copies when it is asked for, so that plans and tests see what a card has.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from qlora_lite.memory.marks import category, marks
+
+from .offload import SideStream
+
+
+class _Coming(NamedTuple):
+    """A slice's memory on the device, and the end of its copy (None: not begun, since copies happen at once)."""
+
+    rows: slice
+    tensor: torch.Tensor
+    event: "torch.cuda.Event | None"
+
+
+class HostRows:
+    """The rows of a weight [V, D] on a device: ``rows[a:b]`` in rising order, or ``rows[numbers]``.
+
+    Args:
+        weight: in host memory, pinned beside a card.
+        device: where the rows are wanted.
+    """
+
+    def __init__(self, weight: torch.Tensor, device: torch.device):
+        self.weight, self.shape, self.side = weight, weight.shape, SideStream(device)
+        self._coming: _Coming | None = None
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        if isinstance(rows, torch.Tensor):
+            return self.weight[rows.to(self.weight.device)].to(self.side.device)
+        start, stop, _ = rows.indices(len(self.weight))
+        here, self._coming = self._coming, None
+        if here is not None and here.rows != slice(start, stop):  # asked for out of order, or a step broke off
+            self.side.wait(here.event)
+            here = None
+        here = here or self._begin(start, stop)
+        if self.side.stream is None:
+            self._copy(here.rows, here.tensor)
+        if stop < len(self.weight) and marks.repeats == 1:  # a plan's piece that stands for others may be the last
+            self._coming = self._begin(stop, min(2 * stop - start, len(self.weight)))
+        self.side.wait(here.event)
+        return here.tensor
+
+    def _begin(self, start: int, stop: int) -> _Coming:
+        rows = slice(start, stop)
+        with category("head"):
+            tensor = self.weight.new_empty((stop - start, *self.shape[1:]), device=self.side.device)
+        return _Coming(rows, tensor, None if self.side.stream is None else self._copy(rows, tensor))
+
+    def _copy(self, rows: slice, tensor: torch.Tensor) -> "torch.cuda.Event | None":
+        return self.side.copy([(tensor, self.weight[rows])])

@@ -1,0 +1,91 @@
+"""Settings that are good by themselves and do not go together.
+
+Each check is given a function from a setting's place to its value as written (None where it is not), and yields the
+place of what it complains about, with the cure.
+"""
+
+from collections.abc import Callable, Iterator
+
+from .reference import written
+from .schema import COMPILED_WITH, Recipe
+from .strict_yaml import shown
+
+Location = tuple[str | int, ...]
+_Found = Iterator[tuple[Location, str]]
+_Value = Callable[..., object]
+
+
+def conflicts(value: _Value) -> _Found:
+    """Yield place and message of every setting that does not go with others."""
+    for check in (_patience, _streaming, _update_in_backward, _compile, _head):
+        yield from check(value)
+
+
+def without_evaluation(value: _Value) -> _Found:
+    """Yield the settings that need evaluation rows where there are none."""
+    if value("data", "eval") is None:
+        for name in ("eval_every_steps", "early_stopping_patience", "exact_match_rows"):
+            given = value("train", name)
+            if isinstance(given, int) and given > 0:
+                yield ("train", name), f"train.{name} = {given}: needs evaluation rows; write data.eval, or 0 here"
+
+
+def table_columns(source: dict) -> str | None:
+    """Return what is wrong with a source's templates over the columns of a table, or None."""
+    prompt, completion, row_format = source.get("prompt"), source.get("completion"), source.get("format")
+    if (prompt is None) != (completion is None):
+        return "prompt and completion go together; write both or neither"
+    if prompt is None and row_format == "table":
+        return 'format table needs templates over its columns; write prompt: "{...}" and completion: "{...}"'
+    if prompt is not None and row_format not in (None, "table"):
+        return f"prompt and completion are for tables, not for {shown(row_format)}; remove them, or the format"
+    return None
+
+
+def _patience(value: _Value) -> _Found:
+    patience = value("train", "early_stopping_patience")
+    if isinstance(patience, int) and patience > 0 and not value("train", "eval_every_steps"):
+        message = f"train.early_stopping_patience = {patience}: needs evaluations on the way; write "
+        yield ("train", "early_stopping_patience"), f"{message}train.eval_every_steps, or 0 here"
+
+
+def _streaming(value: _Value) -> _Found:
+    if value("data", "streaming") is not True:
+        return
+    needs = {
+        "data.order: as-is": value("data", "order") == "as-is",
+        "train.max_steps": value("train", "max_steps") is not None,
+    }
+    if missing := " and ".join(setting for setting, is_there in needs.items() if not is_there):
+        yield ("data", "streaming"), f"data.streaming = true: has no order or end of its own; write {missing}"
+
+
+def _update_in_backward(value: _Value) -> _Found:
+    if value("memory", "optimizer_in_backward") is not True:
+        return
+    needs = {"max_grad_norm": 0, "gradient_accumulation_steps": 1, "on_not_finite": "stop"}
+    given = Recipe.model_fields["train"].default.model_dump()
+    given |= {name: written for name in needs if (written := value("train", name)) is not None}
+    if missing := " and ".join(f"train.{key}: {only}" for key, only in needs.items() if given[key] != only):
+        message = f"memory.optimizer_in_backward = true: all gradients of a step are never there; write {missing}"
+        yield ("memory", "optimizer_in_backward"), message
+
+
+def _compile(value: _Value) -> _Found:
+    if value("train", "compile") is not True:
+        return
+    needs = {("lora", "dropout"): 0, **{("memory", name): only for name, only in COMPILED_WITH.items()}}
+    if value("memory", "checkpointing") == "selective":
+        needs["memory", "checkpointing"] = "block"
+    for location, only in needs.items():
+        if (given := value(*location)) not in (None, "auto", only):
+            message = f"{'.'.join(location)} = {written(given)}: does not go with train.compile; write "
+            yield location, f"{message}{written(only)} here, or train.compile: false"
+
+
+def _head(value: _Value) -> _Found:
+    if value("memory", "head") == "host" and value("model", "quant_head") is True:
+        yield (
+            ("memory", "head"),
+            "memory.head = host: is for a 16-bit head; write model.quant_head: false, or device here",
+        )
