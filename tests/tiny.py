@@ -66,12 +66,16 @@ UNUSUAL = {
 }  # fmt: skip
 
 
+EAGER = {"attn_implementation": "eager"}  # SDPA leaves out Gemma-2's soft cap in transformers 5.17
+
+
 def build_tiny(name: str, dtype=torch.float32, seed: int = 0, **changes) -> nn.Module:
     """Build a random model with weights large enough that every part of it shows in the logits."""
     torch.manual_seed(seed)
     model_type, settings = UNUSUAL.get(name) or (name, ARCHITECTURES[name])
     config = AutoConfig.for_model(model_type, **(settings | changes))
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    capped = getattr(config, "attn_logit_softcapping", None)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **(EAGER if capped else {}))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:

@@ -97,13 +97,13 @@ class StepClock(TorchDispatchMode):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - started
-        formula = FLOP_FORMULAS.get(func._overloadpacket)
-        if formula is None:
-            self.seconds[place_of_caller()] += seconds
+        formula, place = FLOP_FORMULAS.get(func._overloadpacket), place_of_caller()
+        if formula is None or place == ELSEWHERE:  # the rotary angles, which are a product in transformers 5.17
+            self.seconds[place] += seconds
             return result
         layouts = tuple(layout_of(argument) for argument in args)
         flops = formula(*args, **kwargs, out_val=result)
-        product = Product(kind_of(func, place_of_caller()), func, layouts, tuple(sorted(kwargs.items())), flops)
+        product = Product(kind_of(func, place), func, layouts, tuple(sorted(kwargs.items())), flops)
         self.products[product] += 1
         self.product_seconds[product.place] += seconds
         return result

@@ -1,7 +1,7 @@
 """Count what a step computes and moves, for an estimate of its time.
 
-Three totals are enough for a ranking of plans: floating-point operations of matrix products and attention (by
-torch's own formulas), bytes that all other operations read and write (dequantising a weight reads half a byte and
+Three totals are enough for a ranking of plans: floating-point operations of matrix products (by torch's own
+formulas) and attention, bytes that all other operations read and write (dequantising a weight reads half a byte and
 writes two), and bytes that travel between device and host. Beside them, how many large products differ: a CPU compiles
 a kernel for each.
 """
@@ -19,28 +19,37 @@ LARGE_BYTES = 1 << 17  # of a product's operands and result
 _COPY = torch.ops.aten.copy_.default
 
 
-def _of_what_is_seen(formula: Callable, causal: int) -> Callable:
-    """Halve a formula where tokens see only what came before them; argument number ``causal`` says so."""
+def _attention(first: int, causal: int, of_keys: int, of_values: int) -> Callable:
+    """Return the formula of a fused operator of attention, whose key and value may have fewer heads than its query.
 
-    def flops(*args, **kwargs) -> int:
-        return formula(*args, **kwargs) // (2 if len(args) > causal and args[causal] else 1)
+    Args:
+        first, causal: numbers of the arguments query and is_causal; a causal one computes half of the scores.
+        of_keys, of_values: products of the scores' size that sum over the size of a key, and of a value.
+    """
+
+    def flops(*args, **_unused) -> int:
+        query, key, value = args[first : first + 3]
+        scores = query.shape[:-1].numel() * key.shape[-2] // (2 if len(args) > causal and args[causal] else 1)
+        return 2 * scores * (of_keys * key.shape[-1] + of_values * value.shape[-1])
 
     return flops
 
 
 _aten = torch.ops.aten
-# FLOPs of an operator's call. torch's table lacks the operators that add to a tensor in place, and a CPU's flash
-# attention, which in a plan stands for a card's and like it leaves out what is not seen.
+# The kernels of ``scaled_dot_product_attention``, and the number of the argument is_causal of the operators
+# ``_scaled_dot_product_KERNEL`` and ``..._backward``. In a plan a CPU's stands for a card's.
+FUSED_ATTENTION = {"flash_attention": (4, 11), "efficient_attention": (6, 11), "cudnn_attention": (6, 14),
+          "flash_attention_for_cpu": (4, 7)}  # fmt: skip
+# FLOPs of an operator's call. torch's table lacks the operators that add to a tensor in place and a CPU's flash
+# attention, counts what causal attention leaves out, and fails on grouped heads (torch 2.11).
 FLOP_FORMULAS = flop_registry | {
     _aten.addmm_: flop_registry[_aten.addmm],
     _aten.baddbmm_: flop_registry[_aten.baddbmm],
-    _aten._scaled_dot_product_flash_attention_for_cpu: _of_what_is_seen(
-        flop_registry[_aten._scaled_dot_product_flash_attention], causal=4
-    ),
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _of_what_is_seen(
-        flop_registry[_aten._scaled_dot_product_flash_attention_backward], causal=7
-    ),
 }
+for _name, (_forward, _backward) in FUSED_ATTENTION.items():
+    # forward: scores, values; backward: the scores again, and the gradients of scores, value, query and key
+    FLOP_FORMULAS[getattr(_aten, f"_scaled_dot_product_{_name}")] = _attention(0, _forward, 1, 1)
+    FLOP_FORMULAS[getattr(_aten, f"_scaled_dot_product_{_name}_backward")] = _attention(1, _backward, 3, 2)
 
 
 class Work(NamedTuple):

@@ -40,8 +40,8 @@ class QuantizeOnArrival(ConversionOps):
     here, transformers would print the stack trace and pass on only that there was one.
     """
 
-    def __init__(self, config: QuantizeConfig, transposed: set[str], problems: list[str]):
-        self.config, self.transposed, self.problems = config, transposed, problems
+    def __init__(self, config: QuantizeConfig, layers: dict[str, QuantLinear], transposed: set[str], problems: list):
+        self.config, self.layers, self.transposed, self.problems = config, layers, transposed, problems
 
     def convert(self, input_dict, **_unused):
         result = {}
@@ -50,6 +50,10 @@ class QuantizeOnArrival(ConversionOps):
             path = name.rpartition(".")[0]
             if path in self.transposed:
                 weight = weight.t().contiguous()
+            shape = self.layers[path].out_features, self.layers[path].in_features
+            if tuple(weight.shape) != shape:
+                self.problems.append(f"{name}: has the shape {tuple(weight.shape)}, and {shape} is needed")
+                continue
             try:
                 packed = quantize(weight, self.config.quant_type, self.config.double_quant)
             except ModelError as error:
@@ -71,13 +75,17 @@ class OnArrivalQuantizer(HfQuantizer):
         config = self.quantization_config
         self.problems: list[str] = []
         self.transposed = replace_linears(model, config.quant_type, config.double_quant, skip)
+        self.layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+        for layer in self.layers.values():
+            # transformers 5.17 gives a checkpoint's weight the type of what stands here, before it is quantised
+            layer.weight = layer.weight.to(model.dtype)
 
     def param_needs_quantization(self, model, param_name, **_unused):
         path, _, name = param_name.rpartition(".")
         return name == "weight" and isinstance(model.get_submodule(path), QuantLinear)
 
     def get_quantize_ops(self):
-        return QuantizeOnArrival(self.quantization_config, self.transposed, self.problems)
+        return QuantizeOnArrival(self.quantization_config, self.layers, self.transposed, self.problems)
 
     def is_serializable(self):
         return False

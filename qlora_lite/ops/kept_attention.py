@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlora_lite.memory.work import FUSED_ATTENTION
+
 from .checkpoint import Run, present_run
 
-_KERNELS = "flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu"
-_NAMES = [f"_scaled_dot_product_{kernel}" for kernel in _KERNELS]
-FUSED = {getattr(torch.ops.aten, name) for name in _NAMES if hasattr(torch.ops.aten, name)}
+FUSED = {getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}") for kernel in FUSED_ATTENTION}
 
 
 class FusedCall(NamedTuple):

@@ -169,6 +169,10 @@ def test_the_file_says_what_llama_cpp_needs_to_know(run_of, tmp_path):
     assert fields["tokenizer.chat_template"] == (run / "template.jinja").read_text()
     assert fields["tokenizer.ggml.model"] == "gpt2" and fields["tokenizer.ggml.pre"] == "gpt-2"
     assert (fields["tokenizer.ggml.eos_token_id"], fields["tokenizer.ggml.eot_token_id"]) == (2, 4)
+
+
+def test_transformers_reads_the_tokenizer_of_the_file(run_of, tmp_path):
+    export_run(run_of("qwen2"), tmp_path / "gguf", ExportSettings("gguf"))
     tokenizer, read = (
         byte_tokenizer(merges=MERGES),
         AutoTokenizer.from_pretrained(tmp_path / "gguf", gguf_file=MODEL_FILE),

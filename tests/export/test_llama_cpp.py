@@ -6,7 +6,7 @@ import urllib.request
 import pytest
 import torch
 from test_gguf import FAMILIES, PROMPTS, greedy
-from tiny import DEMO_MODEL
+from tiny import DEMO_MODEL, EAGER
 from tiny_files import MERGES, VOCABULARY, byte_tokenizer
 from tiny_runs import make_run, tiny_run
 from transformers import AutoModelForCausalLM
@@ -72,8 +72,8 @@ def test_llama_cpp_continues_with_the_merged_model_s_tokens(family, run_of, tmp_
     run = run_of(family)
     export_run(run, tmp_path / "gguf", ExportSettings("gguf"))
     merge_run(run, tmp_path / "merged", MergeSettings(dtype="f16", rows=0))
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32, **EAGER).eval()
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", **EAGER).eval()
     found = [until_the_end(answer) for answer in answers_of(start(tmp_path / "gguf" / MODEL_FILE))]
     same, as_base = (
         sum(a == until_the_end(b) for a, b in zip(found, greedy(model), strict=True)) for model in (merged, base)

@@ -1,5 +1,6 @@
 """What a step's products are counted as, beside their operations: how many large ones differ."""
 
+import pytest
 import torch
 from transformers import AutoConfig
 
@@ -27,6 +28,21 @@ def test_a_product_of_weights_that_are_loaded_does_not_count():
     with WorkCounter() as counter:
         torch.ones(256, 128) @ torch.ones(128, 256)
     assert counter.work.large_products == 0
+
+
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+def test_attention_is_counted_as_its_products_would_be_whatever_the_heads_of_keys(key_heads):
+    query = torch.randn(2, 4, 24, 16, requires_grad=True)
+    key, value = (torch.randn(2, key_heads, 40, 16, requires_grad=True) for _ in range(2))
+    scores = 2 * 2 * 4 * 24 * 40 * 16
+    for causal, share in ((False, 1), (True, 2)):
+        with WorkCounter() as forward, phase("forward"):
+            fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            out = fused(query, key, value, 0.0, causal)[0]
+        with WorkCounter() as backward, phase("backward"):
+            out.sum().backward()
+        assert forward.work.flops == 2 * scores // share
+        assert backward.work.flops == 5 * scores // share
 
 
 def test_a_longer_row_takes_more_kernels_on_a_cpu_whatever_the_depth():

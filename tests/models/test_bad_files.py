@@ -115,7 +115,8 @@ def test_weights_that_are_missing_or_misshaped_are_named(one):
     assert "1 weights are missing or do not fit: model.layers.1.mlp.up_proj" in refusal(one)
     tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(95, 64)
     save_file(tensors, one / "model.safetensors", metadata={"format": "pt"})
-    assert "weights are missing or do not fit: model.layers.1.mlp.up_proj" in refusal(one)
+    said = "model.layers.1.mlp.up_proj.weight: has the shape (95, 64), and (96, 64) is needed"
+    assert said in refusal(one)
 
 
 def test_a_weight_that_is_not_finite_is_refused(one):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import ARCHITECTURES
+from tiny import ARCHITECTURES, EAGER
 from tiny_files import byte_tokenizer, save_tiny
 from tiny_runs import END_OF_ANSWER, logits, make_run, tiny_run
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -33,7 +33,7 @@ LORA = {"targets": ["all-linear", {"pattern": "*.1.*", "rank": 3, "alpha": 5}], 
 
 def merge(run, out, **settings):
     merge_run(run, out, MergeSettings(**({"dtype": "f32", "rows": 0} | settings)))
-    return AutoModelForCausalLM.from_pretrained(out)
+    return AutoModelForCausalLM.from_pretrained(out, **EAGER)
 
 
 def weight_of(module):

@@ -29,6 +29,7 @@ def test_loss_and_gradients_equal_those_of_plain_rows(model_type):
     random_factors(model)
     reference = add_reference_lora(plain, model)
     batch = random_batch()
+    check_forward(model)
     set_levers(model, Levers())
     model.train()
 

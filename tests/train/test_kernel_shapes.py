@@ -20,7 +20,7 @@ class Heights(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.addmm_.default):
             self.products.add(args[-2].shape[0])
-        elif function is torch.ops.aten.bmm.default:
+        elif function is torch.ops.aten.bmm.default and args[0].shape[2] > 1:  # not transformers 5.17's rotary angles
             self.attentions |= {*args[0].shape[1:], *args[1].shape[1:]}
         return function(*args, **(kwargs or {}))
 

