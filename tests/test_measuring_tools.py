@@ -114,12 +114,13 @@ def test_each_row_of_the_lever_table_adds_one_lever_to_the_row_before():
     rows = lever_cases("tiny", 256)
     for before, after in pairwise(rows):
         changed = {key for key in after if key != "lever" and after[key] != before.get(key)}
-        assert len(changed) == 1, after["lever"]
+        assert len(changed) == 1 or changed in ({"host_embeddings", "host_head"}, {"quant_head", "host_head"})
         assert set(before) <= set(after)
 
 
 def test_a_row_of_the_lever_table_is_measured_as_it_is_planned():
-    resident, on_host = lever_cases("tiny", 64)[5], lever_cases("tiny", 64)[-1]
+    by_name = {case["lever"]: case for case in lever_cases("tiny", 64)}
+    resident, on_host = by_name["8-bit optimizer states"], by_name["attention's results kept on a card"]
     found = [measure(case, warmup=1, steps=1) for case in (resident, on_host)]
     for row in found:
         assert row["predicted_bytes"] == pytest.approx(row["measured_bytes"], rel=0.05)

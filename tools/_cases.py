@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from qlora_lite.data.stored import Example
 from qlora_lite.lora.inject import add_lora
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.memory.meter import PeakMeter, held_bytes
-from qlora_lite.models.levers import Levers, place
+from qlora_lite.models.levers import Levers, place, set_levers
 from qlora_lite.models.load import resolve_device
 from qlora_lite.planning.predict import predict
 from qlora_lite.planning.simulate import ALLOCATION_BYTES, Job, rows_of
@@ -55,6 +56,11 @@ def plan_cases(cuda: bool) -> list[dict]:
         {"model": "smollm2-135m", "tokens": 512, "checkpointing": "block", "kept_blocks": 12},
         {"model": "smollm2-135m", "tokens": 2048, "checkpointing": "block", "tile_tokens": 256},
         {"model": "gemma3-270m", "tokens": 2048, "checkpointing": "block", "tile_tokens": 256},
+    ]
+    levers += [
+        {"model": model, "tokens": 512, "checkpointing": checkpointing, "compile": True}
+        for model in ("smollm2-135m", "gemma3-270m")
+        for checkpointing in ("block", "none")
     ]
     if cuda:  # without a card there is no other memory to go to
         levers += [
@@ -135,8 +141,9 @@ def job_of(case: dict, trainer: Trainer, evaluates: bool) -> Job:
 
 
 def under_ledger(trainer: Trainer, evaluation=()) -> Ledger:
-    """Rehearse a step under a ledger that knows what every tensor of the model is."""
+    """Rehearse a step under a ledger that knows what every tensor of the model is, compiled blocks uncompiled."""
     device = resolve_device()
+    set_levers(trainer.model, replace(trainer.settings.levers, compile=False))
     with Ledger(allocation_bytes=ALLOCATION_BYTES[device.type]) as ledger:
         for tensor, category, _ in categorised(trainer.model):
             ledger.claim([tensor], category)

@@ -1,13 +1,15 @@
-# Sourced by quickstart and test: make .venv with a supported Python and put it first on the PATH.
+# Sourced by quickstart and the tests: make a virtual environment, $venv or .venv, with a supported Python and put it
+# first on the PATH.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv=${venv:-.venv}
 
-if [ ! -x .venv/bin/python ]; then
+if [ ! -x "$venv/bin/python" ]; then
     for python in python3 python3.13 python3.12 python3.11; do
         if "$python" -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null; then
-            "$python" -m venv .venv && break
+            "$python" -m venv "$venv" && break
         fi
     done
 fi
-[ -x .venv/bin/python ] || { echo "error: Python 3.11, 3.12 or 3.13 with venv is needed" >&2; exit 2; }
-export PATH="$PWD/.venv/bin:$PATH"
+[ -x "$venv/bin/python" ] || { echo "error: Python 3.11, 3.12 or 3.13 with venv is needed" >&2; exit 2; }
+export PATH="$PWD/$venv/bin:$PATH"
