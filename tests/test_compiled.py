@@ -3,6 +3,7 @@
 Graphs run operator by operator here (torch's "aot_eager"); one test compiles them to machine code.
 """
 
+import inspect
 import shutil
 from dataclasses import replace
 
@@ -11,6 +12,8 @@ import torch
 from lever_cases import PLAIN, build, gradients
 from tiny import quantized_pair, random_batch
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.exc import InductorError
 
 from qlora_lite.errors import ModelError, TrainingError
 from qlora_lite.lora.inject import Target, add_lora, lora_layers
@@ -201,6 +204,32 @@ def test_a_block_that_cannot_be_compiled_is_an_error_with_the_cure(graphs):
     blocks(model)[1].mlp.act_fn = Breaks()
     with pytest.raises(ModelError, match=r"train\.compile: the blocks cannot be compiled \(.*\); set it to false"):
         accumulate_gradients(model.train(), [prepare(random_batch(), CPU)])
+
+
+@pytest.mark.parametrize(
+    ("reason", "told", "words"),
+    [
+        (NotImplementedError("no kernel"), ModelError, r"cannot be compiled \(.*no kernel.*\); set it to false"),
+        (torch.OutOfMemoryError("out of memory"), torch.OutOfMemoryError, "out of memory"),
+        (MemoryError("none left"), MemoryError, "none left"),
+    ],
+)
+def test_a_gradient_that_cannot_be_compiled_is_told_and_memory_that_runs_out_as_such(monkeypatch, reason, told, words):
+    def forward(graph, inputs):
+        return graph.forward
+
+    def backward(graph, inputs):
+        raise InductorError(reason, inspect.currentframe())  # as torch's own compiler does
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=forward, bw_compiler=backward)
+    failing = torch.compile(compiled._value, fullgraph=True, backend=backend)
+    monkeypatch.setattr(compiled, "_compiled", lambda function: failing)
+    model = build()
+    set_levers(model, Levers("none", compile=True))
+    with pytest.raises(told, match=words):
+        accumulate_gradients(model.train(), [prepare(random_batch(), CPU)])
+    torch._dynamo.reset()
 
 
 def test_dropout_by_a_rate_that_a_block_hands_to_a_function_is_refused():

@@ -34,10 +34,9 @@ def value(block: partial, *inputs: torch.Tensor) -> torch.Tensor:
         block: as transformers gives it to a checkpointing function: a block's forward with its keywords.
 
     Raises:
-        ModelError: it cannot be traced or compiled. (A gradient that is compiled later, in backward, raises torch's
-            own error.)
+        ModelError: it cannot be traced or compiled. A gradient may be compiled later: see ``in_words``.
     """
-    with _in_words():
+    with in_words():
         return _compiled(_value)(*_parts(block, inputs), *inputs)
 
 
@@ -53,7 +52,7 @@ def gradient_root(block: partial, grads: Sequence[torch.Tensor], *inputs: torch.
     """
     for grad in grads:
         _vary_along_tokens(grad)
-    with _in_words():
+    with in_words():
         return _compiled(_root)(tuple(grads), *_parts(block, inputs), *inputs)
 
 
@@ -112,10 +111,16 @@ def _vary_along_tokens(tensor: object) -> None:
 
 
 @contextmanager
-def _in_words() -> Iterator[None]:
+def in_words() -> Iterator[None]:
+    """Raise a ModelError that says what to do where torch cannot compile what is inside, forward or backward.
+
+    Where a compiler has no memory left, that error is raised, which is another one's to deal with.
+    """
     try:
         with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
             yield
     except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+        if isinstance(inner := getattr(error, "inner_exception", None), torch.OutOfMemoryError | MemoryError):
+            raise inner from error
         reason = " ".join(str(error).split("\n\n")[0].split())
         raise ModelError(f"train.compile: the blocks cannot be compiled ({reason}); set it to false") from error

@@ -16,6 +16,7 @@ from qlora_lite.data.batch import Batch
 from qlora_lite.memory.marks import category, phase
 from qlora_lite.models.anatomy import decoder, device_of, head
 from qlora_lite.models.load import rows_run_alone, uses_row_attention
+from qlora_lite.ops.compiled import in_words
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, chunked_cross_entropy
 from qlora_lite.ops.shapes import kernel_rows
 
@@ -134,7 +135,7 @@ def accumulate_gradients(
         with phase("forward"):
             loss = summed_loss(model, batch, chunk_tokens) / total
         with phase("backward"):
-            loss.backward()
+            _backward(loss)
         mean += loss.detach()
     return mean
 
@@ -176,8 +177,13 @@ def train_step_in_backward(
     if not math.isfinite(value):
         return _result([batch], value, loss.detach()[None])
     with phase("backward"), UpdatesInBackward(optimizer) as updates:
-        loss.backward()
+        _backward(loss)
     return _result([batch], value, updates.norms())
+
+
+def _backward(loss: torch.Tensor) -> None:
+    with in_words():  # where compiled blocks are kept, their gradients are compiled here
+        loss.backward()
 
 
 def _result(batches: Sequence[Batch], loss: float, norms: torch.Tensor) -> StepResult:
