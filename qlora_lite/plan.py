@@ -16,22 +16,11 @@ from .memory.process import HOST_PROCESS_BYTES
 from .models.levers import Levers
 from .models.load import resolve_compute_dtype, resolve_device
 from .models.skeleton import read_config
+from .planning.candidate import Candidate, Step, build_candidate, choose
+from .planning.largest import longest, most_packs
 from .planning.machine import Machine, this_machine
 from .planning.predict import Prediction, predict
-from .planning.search import (
-    SMALL_CHUNK_TOKENS,
-    TILE_TOKENS,
-    Candidate,
-    Step,
-    build_candidate,
-    choose,
-    first_levers,
-    longest,
-    most_packs,
-    movable_tables,
-    search,
-    smaller,
-)
+from .planning.search import SMALL_CHUNK_TOKENS, TILE_TOKENS, first_levers, movable_tables, search, smaller
 from .planning.simulate import Job, Rows, rows_of
 from .recipe.schema import Recipe
 from .train.loop import largest_batches

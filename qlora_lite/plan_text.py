@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 from .memory.bar import memory_bar
 from .plan import Alternative, Plan, disk_bytes, host_bytes
-from .planning.search import Candidate
+from .planning.candidate import Candidate
 from .planning.simulate import simulate_whole
 from .units import format_bytes, format_seconds
 

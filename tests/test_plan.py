@@ -14,8 +14,9 @@ from qlora_lite.cli.main import main
 from qlora_lite.errors import DoesNotFitError, ModelError
 from qlora_lite.memory.cards import find_card
 from qlora_lite.planning import simulate
+from qlora_lite.planning.candidate import EQUALLY_FAST
+from qlora_lite.planning.largest import largest_of
 from qlora_lite.planning.machine import Machine, machine_of_card
-from qlora_lite.planning.search import EQUALLY_FAST, _largest
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.run import run_recipe
 
@@ -192,11 +193,11 @@ def test_the_largest_number_under_a_limit_is_found_with_few_tries():
             tried.append(n)
             return 3 * n + n * n // 1000
 
-        found = _largest(peak, limit, 5, 10**6)
+        found = largest_of(peak, limit, 5, 10**6)
         assert peak(found) <= limit < peak(found + 1) or found == 10**6
         assert len(tried) < 40
     with pytest.raises(DoesNotFitError, match="even the smallest needs"):
-        _largest(lambda n: 10 * n, 5, 2, 100)
+        largest_of(lambda n: 10 * n, 5, 2, 100)
 
 
 def test_what_does_not_fit_is_told_with_the_parts_and_the_smallest_change(recipe):

@@ -20,9 +20,10 @@ from qlora_lite.memory.process import CUDA_CONTEXT_BYTES
 from qlora_lite.models.levers import Levers
 from qlora_lite.models.load import resolve_device
 from qlora_lite.plan import Plan, max_tokens
+from qlora_lite.planning.candidate import Step, choose
 from qlora_lite.planning.machine import Machine, this_machine
 from qlora_lite.planning.predict import predict
-from qlora_lite.planning.search import Step, choose, first_levers, search, smaller
+from qlora_lite.planning.search import first_levers, search, smaller
 from qlora_lite.planning.simulate import Job, Rows
 from qlora_lite.units import format_bytes
 

@@ -14,79 +14,23 @@ once for its second run and its backward; on a card attention is not computed ag
 shows; and as many of the last blocks are kept, or resident, as fit.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 
-from qlora_lite.errors import DoesNotFitError
 from qlora_lite.memory.process import HOST_PROCESS_BYTES
 from qlora_lite.models.levers import Levers
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS
-from qlora_lite.units import format_bytes
 
+from .candidate import EQUALLY_FAST, Candidate, Step, build_candidate, choose, timed
+from .largest import most
 from .machine import Machine
-from .predict import Prediction, predict, with_constants
-from .simulate import Job, Rows, along_last_blocks
+from .predict import with_constants
+from .simulate import along_last_blocks
 
-EQUALLY_FAST = 1.03  # time estimates closer than this are not told apart
 SPARED = 0.03  # of the limit, that is not spent on speed: a device's constants are known to a few percent
 SMALL_CHUNK_TOKENS = 256
 TILE_TOKENS = 4096  # tokens of an automatic tile: dequantising a weight for each costs a few percent
 SMALL_TILE_TOKENS = 1024  # the last resort
-LENGTH_STEP = 64  # tokens; the longest sequence is found to this
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """How an optimizer step is cut up: ``micro_batches`` times ``packs`` packs, each of the given rows.
-
-    ``pack`` is the fullest pack; ``fixed`` are the levers that the user chose and the search must keep;
-    ``may_split`` allows another division of the same packs. ``tied``: the embeddings are the head.
-    """
-
-    job: Job
-    pack: Rows
-    packs: int
-    micro_batches: int
-    fixed: Mapping[str, object] = field(default_factory=dict)
-    may_split: bool = True
-    tied: bool = False
-
-    def sizes(self) -> list[int]:
-        """Return the numbers of packs that may go through at once, smallest first."""
-        total = self.packs * self.micro_batches
-        sizes = [n for n in range(1, total + 1) if total % n == 0] if self.may_split else [self.packs]
-        return [n for n in sizes if n == sizes[-1] or n & (n - 1) == 0]  # powers of two come near enough
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """One way to run the step: levers, prediction, and estimated seconds of the whole optimizer step."""
-
-    levers: Levers
-    packs: int
-    micro_batches: int
-    prediction: Prediction
-    step_seconds: float
-
-    @property
-    def peak_bytes(self) -> int:
-        """Most memory it needs, constants included."""
-        return self.prediction.peak_bytes
-
-    @property
-    def settings(self) -> dict[str, object]:
-        """The levers as recipe keys."""
-        x = self.levers
-        return {
-            "memory.checkpointing": x.checkpointing, "memory.kept_blocks": x.kept_blocks,
-            "memory.loss_chunk_tokens": x.loss_chunk_tokens, "memory.tile_tokens": x.tile_tokens or "off",
-            "memory.embeddings": "host" if x.host_embeddings else "device",
-            "memory.head": "host" if x.host_head else "device",
-            "memory.offload_checkpoints": x.offload_checkpoints,
-            "memory.resident_blocks": "all" if x.resident_blocks is None else x.resident_blocks,
-            "memory.reuse_dequantized": x.reuse_dequantized,
-            "train.micro_batch_size": self.packs, "train.gradient_accumulation_steps": self.micro_batches,
-        }  # fmt: skip
 
 
 def search(step: Step, machine: Machine, limit_bytes: int) -> list[Candidate]:
@@ -224,96 +168,8 @@ def _raised(step: Step, machine: Machine, best: Candidate, name: str, limit_byte
         return with_constants(job, line[count]).peak_bytes
 
     # One block of a kind is no row of blocks to continue, so 1 and depth - 1 are left out.
-    count = _most(lambda n: peak_of(n + 1 if n else 0), limit_bytes, depth - 3)
+    count = most(lambda n: peak_of(n + 1 if n else 0), limit_bytes, depth - 3)
     count += bool(count)
     levers = replace(best.levers, **{name: count})
     prediction = with_constants(replace(job, levers=levers), line[count])
-    return _candidate(machine, levers, best.packs, best.micro_batches, prediction)
-
-
-def build_candidate(step: Step, machine: Machine, levers: Levers, packs: int) -> Candidate:
-    """Simulate one way to run the step."""
-    micro_batches = step.packs * step.micro_batches // packs
-    rows = Rows(step.pack.lengths * packs, step.pack.learned * packs)
-    evaluation = step.job.eval_rows
-    if evaluation is not None and sum(evaluation.lengths) <= sum(rows.lengths):
-        evaluation = None
-    job = replace(step.job, rows=rows, eval_rows=evaluation, accumulating=micro_batches > 1, levers=levers)
-    return _candidate(machine, levers, packs, micro_batches, predict(job))
-
-
-def _candidate(machine: Machine, levers: Levers, packs: int, micro_batches: int, prediction: Prediction) -> Candidate:
-    seconds = micro_batches * machine.seconds(prediction.simulation.work)
-    return Candidate(levers, packs, micro_batches, prediction, seconds)
-
-
-def choose(found: list[Candidate], limit_bytes: int) -> Candidate | None:
-    """Return the fastest candidate under a limit, None if none is.
-
-    Of nearly equal ones, the one that leaves more where it is, and then the one that needs the least memory.
-    """
-    fitting = [candidate for candidate in found if candidate.peak_bytes <= limit_bytes]
-    if not fitting:
-        return None
-    fastest = min(candidate.step_seconds for candidate in fitting)
-    return min(
-        (candidate for candidate in fitting if candidate.step_seconds <= EQUALLY_FAST * fastest),
-        key=lambda candidate: (candidate.levers.uses_host, candidate.peak_bytes),
-    )
-
-
-def _most(peak_of: Callable[[int], int], limit_bytes: int, largest: int) -> int:
-    """Return the largest count from 0 to ``largest`` whose peak fits; 0 is known to."""
-    low, high = 0, largest + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if peak_of(middle) <= limit_bytes else (low, middle)
-    return low
-
-
-def longest(job_of: Callable[[int], Job], limit_bytes: int, start: int, largest: int) -> int:
-    """Return the largest multiple of ``LENGTH_STEP`` whose job fits, by interpolation and then exactly.
-
-    Args:
-        job_of: builds the job for a number of tokens.
-        start: a first guess.
-        largest: the largest number to consider.
-
-    Raises:
-        DoesNotFitError: not even the smallest fits.
-    """
-    return LENGTH_STEP * _largest(
-        lambda n: predict(job_of(n * LENGTH_STEP)).peak_bytes, limit_bytes,
-        max(1, start // LENGTH_STEP), max(1, largest // LENGTH_STEP),
-    )  # fmt: skip
-
-
-def most_packs(job_of: Callable[[int], Job], limit_bytes: int, largest: int) -> int:
-    """Return the largest number of packs whose job fits.
-
-    Raises:
-        DoesNotFitError: not even one fits.
-    """
-    return _largest(lambda n: predict(job_of(n)).peak_bytes, limit_bytes, 1, largest)
-
-
-def _largest(peak_of: Callable[[int], int], limit_bytes: int, start: int, largest: int) -> int:
-    """Find the largest n from 1 to ``largest`` with ``peak_of(n) <= limit``, for a peak that grows with n.
-
-    The peak is nearly straight in n, so the next guess lies on the line through the two nearest points known.
-    """
-    known = {1: peak_of(1)}
-    if known[1] > limit_bytes:
-        raise DoesNotFitError(f"even the smallest needs {format_bytes(known[1])} of {format_bytes(limit_bytes)}")
-    low, high = 1, largest + 1  # low fits, high does not or may not be tried
-    guess = min(max(start, 2), largest)
-    while high - low > 1:
-        known[guess] = peak_of(guess)
-        low, high = (guess, high) if known[guess] <= limit_bytes else (low, guess)
-        below = max(n for n in known if n <= low)
-        above = min((n for n in known if n > below), default=None)
-        if above is None:  # everything fits so far: follow the line through the last two
-            above, below = below, max(n for n in known if n < below)
-        slope = max(1.0, (known[above] - known[below]) / (above - below))
-        guess = min(max(int(below + (limit_bytes - known[below]) / slope), low + 1), high - 1)
-    return low
+    return timed(machine, levers, best.packs, best.micro_batches, prediction)

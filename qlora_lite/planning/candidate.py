@@ -1,0 +1,98 @@
+"""Ways to run a step, each simulated, and the best of several."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from qlora_lite.models.levers import Levers
+
+from .machine import Machine
+from .predict import Prediction, predict
+from .simulate import Job, Rows
+
+EQUALLY_FAST = 1.03  # time estimates closer than this are not told apart
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How an optimizer step is cut up: ``micro_batches`` times ``packs`` packs, each of the given rows.
+
+    ``pack`` is the fullest pack; ``fixed`` are the levers that the user chose and the search must keep;
+    ``may_split`` allows another division of the same packs. ``tied``: the embeddings are the head.
+    """
+
+    job: Job
+    pack: Rows
+    packs: int
+    micro_batches: int
+    fixed: Mapping[str, object] = field(default_factory=dict)
+    may_split: bool = True
+    tied: bool = False
+
+    def sizes(self) -> list[int]:
+        """Return the numbers of packs that may go through at once, smallest first."""
+        total = self.packs * self.micro_batches
+        sizes = [n for n in range(1, total + 1) if total % n == 0] if self.may_split else [self.packs]
+        return [n for n in sizes if n == sizes[-1] or n & (n - 1) == 0]  # powers of two come near enough
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to run the step: levers, prediction, and estimated seconds of the whole optimizer step."""
+
+    levers: Levers
+    packs: int
+    micro_batches: int
+    prediction: Prediction
+    step_seconds: float
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most memory it needs, constants included."""
+        return self.prediction.peak_bytes
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """The levers as recipe keys."""
+        x = self.levers
+        return {
+            "memory.checkpointing": x.checkpointing, "memory.kept_blocks": x.kept_blocks,
+            "memory.loss_chunk_tokens": x.loss_chunk_tokens, "memory.tile_tokens": x.tile_tokens or "off",
+            "memory.embeddings": "host" if x.host_embeddings else "device",
+            "memory.head": "host" if x.host_head else "device",
+            "memory.offload_checkpoints": x.offload_checkpoints,
+            "memory.resident_blocks": "all" if x.resident_blocks is None else x.resident_blocks,
+            "memory.reuse_dequantized": x.reuse_dequantized,
+            "train.micro_batch_size": self.packs, "train.gradient_accumulation_steps": self.micro_batches,
+        }  # fmt: skip
+
+
+def build_candidate(step: Step, machine: Machine, levers: Levers, packs: int) -> Candidate:
+    """Simulate one way to run the step."""
+    micro_batches = step.packs * step.micro_batches // packs
+    rows = Rows(step.pack.lengths * packs, step.pack.learned * packs)
+    evaluation = step.job.eval_rows
+    if evaluation is not None and sum(evaluation.lengths) <= sum(rows.lengths):
+        evaluation = None
+    job = replace(step.job, rows=rows, eval_rows=evaluation, accumulating=micro_batches > 1, levers=levers)
+    return timed(machine, levers, packs, micro_batches, predict(job))
+
+
+def timed(machine: Machine, levers: Levers, packs: int, micro_batches: int, prediction: Prediction) -> Candidate:
+    """Return a way to run the step whose memory is known."""
+    seconds = micro_batches * machine.seconds(prediction.simulation.work)
+    return Candidate(levers, packs, micro_batches, prediction, seconds)
+
+
+def choose(found: Sequence[Candidate], limit_bytes: int) -> Candidate | None:
+    """Return the fastest candidate under a limit, None if none is.
+
+    Of nearly equal ones, the one that leaves more where it is, and then the one that needs the least memory.
+    """
+    fitting = [candidate for candidate in found if candidate.peak_bytes <= limit_bytes]
+    if not fitting:
+        return None
+    fastest = min(candidate.step_seconds for candidate in fitting)
+    return min(
+        (candidate for candidate in fitting if candidate.step_seconds <= EQUALLY_FAST * fastest),
+        key=lambda candidate: (candidate.levers.uses_host, candidate.peak_bytes),
+    )
