@@ -6,21 +6,29 @@ micro-batch taken as full) and for ``run`` (with the rows that were really read)
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import permutations
 
 from .build import fixed_levers, job_of, train_settings
 from .data.batch import Batch
 from .errors import DoesNotFitError
 from .memory.bar import BESIDE
-from .memory.process import HOST_PROCESS_BYTES
 from .models.levers import Levers
 from .models.load import resolve_compute_dtype, resolve_device
 from .models.skeleton import read_config
 from .planning.candidate import Candidate, Step, build_candidate, choose
-from .planning.largest import longest, most_packs
+from .planning.largest import LENGTH_STEP, longest, most_packs
 from .planning.machine import Machine, this_machine
 from .planning.predict import Prediction, predict
-from .planning.search import SMALL_CHUNK_TOKENS, TILE_TOKENS, first_levers, movable_tables, search, smaller
+from .planning.search import (
+    SMALL_CHUNK_TOKENS,
+    TILE_TOKENS,
+    first_levers,
+    movable_tables,
+    search,
+    smaller,
+    with_less_on_host,
+)
 from .planning.simulate import Job, Rows, rows_of
 from .recipe.schema import Recipe
 from .train.loop import largest_batches
@@ -62,6 +70,11 @@ class Plan:
         return self.machine.base_bytes + self.chosen.peak_bytes
 
     @property
+    def limit_bytes(self) -> int:
+        """What the budget leaves to a candidate."""
+        return self.budget_bytes - self.machine.base_bytes
+
+    @property
     def breakdown(self) -> dict[str, int]:
         """Bytes at the peak by category, and what is beside the tensors."""
         beside = self.peak_bytes - self.chosen.prediction.simulation.peak().total
@@ -94,9 +107,11 @@ def plan_recipe(
         job, rows or full, t.micro_batch_size, t.gradient_accumulation_steps, fixed,
         m.micro_batches == "auto" and not m.optimizer_in_backward, tied,
     )  # fmt: skip
+    if machine.device_type == "cuda" and m.host_budget_bytes is not None:
+        machine = replace(machine, host_bytes=m.host_budget_bytes)
     found = search(step, machine, budget_bytes - machine.base_bytes)
     chosen = choose(found, budget_bytes - machine.base_bytes)
-    least = min(found, key=lambda candidate: candidate.peak_bytes)
+    least = min(found, key=lambda candidate: (not candidate.fits_host, candidate.peak_bytes))
     kept = recipe.train.keep_checkpoints
     return Plan(machine, budget_bytes, chosen or least, chosen is not None, tuple(found), step, kept)
 
@@ -197,7 +212,7 @@ def _single_changes(plan: Plan) -> Iterator[Levers]:
 
 def _alternative(plan: Plan, change: str, candidate: Candidate) -> Alternative:
     peak = plan.machine.base_bytes + candidate.peak_bytes
-    return Alternative(change, peak, candidate.step_seconds, peak <= plan.budget_bytes)
+    return Alternative(change, peak, candidate.step_seconds, candidate.fits(plan.limit_bytes))
 
 
 def max_tokens(plan: Plan) -> int:
@@ -206,19 +221,38 @@ def max_tokens(plan: Plan) -> int:
     Raises:
         DoesNotFitError: not even 64 tokens fit.
     """
-    step, chosen = plan.step, plan.chosen
+    start, host_limit = 2 * sum(plan.chosen.prediction.job.rows.lengths), plan.machine.host_bytes
+    found, reason = 0, None
+    for number, (step, levers) in enumerate(_ways(plan.step)):
+        job_of = partial(_one_by_one, step, levers)
+        if found and not predict(job_of(found + LENGTH_STEP)).fits(plan.limit_bytes, host_limit):
+            continue
+        try:
+            found = longest(job_of, plan.limit_bytes, host_limit, found or start, MOST_TOKENS)
+        except DoesNotFitError as error:
+            reason = reason or error
+            continue
+        if number == 0 and predict(job_of(found + LENGTH_STEP)).fits_host(host_limit):
+            break  # the device is full, and this way leaves it the most room
+    if not found:
+        raise reason
+    return found
+
+
+def _ways(step: Step) -> Iterator[tuple[Step, Levers]]:
+    """Yield ways to run a step, each with less in host memory than the one before, or with more on the device."""
+    for each in with_less_on_host(step):
+        for levers in reversed([first_levers(each), *smaller(each)]):
+            yield each, levers
+
+
+def _one_by_one(step: Step, levers: Levers, tokens: int) -> Job:
+    """Return the step's job for packs of one row of so many tokens, as few at once as may be."""
     packs = 1 if step.may_split else step.packs
-    micro_batches = step.packs * step.micro_batches // packs
-    *_, levers = first_levers(step), *smaller(step)
-
-    def job_for(tokens: int) -> Job:
-        rows = Rows((tokens,) * packs, (tokens - 1) * packs)
-        evaluation = Rows((tokens,), tokens - 1) if step.job.eval_rows else None
-        accumulating = micro_batches > 1
-        return replace(step.job, rows=rows, eval_rows=evaluation, accumulating=accumulating, levers=levers)
-
-    limit = plan.budget_bytes - plan.machine.base_bytes
-    return longest(job_for, limit, 2 * sum(chosen.prediction.job.rows.lengths), MOST_TOKENS)
+    accumulating = step.packs * step.micro_batches // packs > 1
+    evaluation = Rows((tokens,), tokens - 1) if step.job.eval_rows else None
+    rows = Rows((tokens,) * packs, (tokens - 1) * packs)
+    return replace(step.job, rows=rows, eval_rows=evaluation, accumulating=accumulating, levers=levers)
 
 
 def max_batch(plan: Plan) -> int:
@@ -230,30 +264,46 @@ def max_batch(plan: Plan) -> int:
     pack, job = plan.step.pack, plan.chosen.prediction.job
     return most_packs(
         lambda n: replace(job, rows=Rows(pack.lengths * n, pack.learned * n)),
-        plan.budget_bytes - plan.machine.base_bytes, MOST_PACKS,
+        plan.limit_bytes, plan.machine.host_bytes, MOST_PACKS,
     )  # fmt: skip
 
 
 def does_not_fit(plan: Plan, others: Sequence[Alternative]) -> DoesNotFitError:
     """Say what would be needed, what for, and the smallest change that fits."""
-    short = plan.peak_bytes - plan.budget_bytes
-    resident = plan.chosen.prediction.simulation.resident.total
-    floor = plan.machine.base_bytes + resident + sum(o.bytes for o in plan.chosen.prediction.overheads)
+    return DoesNotFitError(f"does not fit: {_shortage(plan)}; {_cure(plan, others)}")
+
+
+def _shortage(plan: Plan) -> str:
+    if plan.peak_bytes <= plan.budget_bytes:
+        return f"{_of_host(plan, plan.chosen)} beside {plan.machine.name}"
+    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in _largest(plan.breakdown))
+    return (
+        f"{format_bytes(plan.peak_bytes)} of {format_bytes(plan.budget_bytes)} on {plan.machine.name}, "
+        f"{format_bytes(plan.peak_bytes - plan.budget_bytes)} too much ({parts})"
+    )
+
+
+def _of_host(plan: Plan, candidate: Candidate) -> str:
+    needed, limit = format_bytes(candidate.prediction.host_bytes), format_bytes(plan.machine.host_bytes)
+    return f"{needed} of host memory where {limit} may be used"
+
+
+def _cure(plan: Plan, others: Sequence[Alternative]) -> str:
     fitting = next((a for a in others if a.fits), None)
     if fitting is not None:
-        cure = f"{fitting.change} needs {format_bytes(fitting.peak_bytes)} and fits"
-    elif floor > plan.budget_bytes:
-        cure = f"its weights, adapter, optimizer and constants alone take {format_bytes(floor)}: choose a smaller model"
-    else:
-        try:
-            cure = f"data.max_tokens={max_tokens(plan)} fits"
-        except DoesNotFitError:
-            cure = "no sequence length fits: choose a smaller model or a lower lora.rank"
-    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in _largest(plan.breakdown))
-    return DoesNotFitError(
-        f"does not fit: {format_bytes(plan.peak_bytes)} of {format_bytes(plan.budget_bytes)} on {plan.machine.name}, "
-        f"{format_bytes(short)} too much ({parts}); {cure}"
-    )
+        return f"{fitting.change} needs {format_bytes(fitting.peak_bytes)} and fits"
+    beside = [c for c in plan.found if c.peak_bytes <= plan.limit_bytes and c is not plan.chosen]
+    if beside:  # which the host has no room for
+        least = min(beside, key=lambda candidate: candidate.prediction.host_bytes)
+        return f"{_difference(plan.chosen, least)} would fit with {_of_host(plan, least)}: raise memory.host_budget"
+    resident = plan.chosen.prediction.simulation.resident.total
+    floor = plan.machine.base_bytes + resident + sum(o.bytes for o in plan.chosen.prediction.overheads)
+    if floor > plan.budget_bytes:
+        return f"its weights, adapter, optimizer and constants alone take {format_bytes(floor)}: choose a smaller model"
+    try:
+        return f"data.max_tokens={max_tokens(plan)} fits"
+    except DoesNotFitError:
+        return "no sequence length fits: choose a smaller model or a lower lora.rank"
 
 
 def _largest(breakdown: dict[str, int], count: int = 4) -> list[tuple[str, int]]:
@@ -264,7 +314,7 @@ def host_bytes(plan: Plan) -> int:
     """Memory of the host: the whole process on a CPU; beside a card, libraries and what is kept off the card."""
     if plan.machine.device_type == "cpu":
         return plan.peak_bytes
-    return HOST_PROCESS_BYTES + plan.chosen.prediction.simulation.offloaded_bytes
+    return plan.chosen.prediction.host_bytes
 
 
 def disk_bytes(plan: Plan) -> int:

@@ -85,7 +85,9 @@ def describe(plan: Plan, others: Sequence[Alternative], width: int = 80) -> str:
     peak = plan.chosen.prediction.simulation.peak()
     margin = plan.budget_bytes - plan.peak_bytes
     verdict = (f"[bold green]fits[/] with {format_bytes(margin)} to spare" if plan.fits
-               else f"[bold red]does not fit[/]: {format_bytes(-margin)} too much")  # fmt: skip
+               else f"[bold red]does not fit[/]: {format_bytes(-margin)} too much" if margin < 0
+               else "[bold red]does not fit[/] the host's memory")  # fmt: skip
+    limit = "" if plan.machine.host_bytes is None else f" of {format_bytes(plan.machine.host_bytes)}"
     lines = [
         f"[bold]{format_bytes(plan.peak_bytes)}[/] of {format_bytes(plan.budget_bytes)} on {plan.machine.name}: "
         f"{verdict}",
@@ -93,7 +95,7 @@ def describe(plan: Plan, others: Sequence[Alternative], width: int = 80) -> str:
         "", memory_bar(plan.breakdown, plan.budget_bytes, width), "",
         f"{'settings':16} {reason(plan)}",
         f"{'step':16} about {format_seconds(plan.chosen.step_seconds)}",
-        f"{'host memory':16} {format_bytes(host_bytes(plan))}",
+        f"{'host memory':16} {format_bytes(host_bytes(plan))}{limit}",
         f"{'disk':16} {format_bytes(disk_bytes(plan))}",
     ]  # fmt: skip
     because = plan.chosen.prediction.simulation.measured_because

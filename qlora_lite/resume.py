@@ -34,8 +34,8 @@ HARMLESS = {
     "model.path", "model.revision", "data.train", "data.eval", "data.template", "data.max_bad_rows",
     "train.max_steps", "train.epochs", "train.early_stopping_patience", "train.save_every_steps",
     "train.save_every_minutes", "train.keep_checkpoints", "train.max_hours", "train.on_not_finite",
-    "train.max_skipped_steps", "train.trackers", "memory.budget", "memory.optimizer_in_backward", "output.dir",
-    "output.name",
+    "train.max_skipped_steps", "train.trackers", "memory.budget", "memory.host_budget", "memory.optimizer_in_backward",
+    "output.dir", "output.name",
 }  # fmt: skip
 _PARTS = {"recipe": dict, "identity": dict, "environment": dict, "plan": dict, "progress": dict, "summary": dict,
           "metrics_bytes": int}  # fmt: skip

@@ -134,6 +134,41 @@ def test_the_head_goes_to_the_host_before_the_blocks_with_the_embeddings_if_they
     assert any(candidate.levers.host_head for candidate in kept.found) is (moved == {"head"})
 
 
+def test_what_the_host_has_no_room_for_stays_on_the_card_or_does_not_fit(recipe):
+    long, host = "data.max_tokens=32768", "memory.host_budget={}GiB".format
+    free = planner.plan_recipe(recipe(long), CARD, 3 * GIB)
+    assert free.fits and free.chosen.levers.offload_checkpoints
+    needed = free.chosen.prediction.host_bytes
+    assert needed == planner.host_bytes(free) > 3.9 * GIB
+
+    enough = planner.plan_recipe(recipe(long, host(5)), CARD, 3 * GIB)
+    assert enough.chosen.settings == free.chosen.settings
+    assert "of 5.0 GiB" in plan_text.describe(enough, [])
+    little = planner.plan_recipe(recipe(long, host(3.2)), CARD, 3 * GIB)
+    assert not little.fits and little.chosen.fits_host and not little.chosen.levers.offload_checkpoints
+    said = str(planner.does_not_fit(little, []))
+    assert "too much" in said and "memory.offload_checkpoints=true" in said
+    assert "4.0 GiB of host memory where 3.2 GiB may be used: raise memory.host_budget" in said
+    roomy = planner.plan_recipe(recipe(long, host(3.2)), CARD, 6 * GIB)
+    assert roomy.fits and roomy.chosen.fits_host
+
+    fixed = planner.plan_recipe(recipe(long, host(2), "memory.offload_checkpoints=true"), CARD, 8 * GIB)
+    assert not fixed.fits and fixed.peak_bytes <= fixed.budget_bytes
+    assert "GiB of host memory where 2.0 GiB may be used beside RTX 4060" in str(planner.does_not_fit(fixed, []))
+    assert "does not fit[/] the host's memory" in plan_text.describe(fixed, [])
+
+
+def test_the_longest_sequence_leaves_the_host_what_it_may_not_use(recipe):
+    fixed = "memory.checkpointing=block", "memory.kept_blocks=0", "memory.reuse_dequantized=false"
+
+    def plan(host_gib, *changes):
+        return planner.plan_recipe(recipe(*fixed, f"memory.host_budget={host_gib}GiB", *changes), CARD, 4 * GIB)
+
+    tight, none = planner.max_tokens(plan(6)), planner.max_tokens(plan(1))
+    assert none < tight  # with 1 GiB nothing may leave the card
+    assert plan(6, f"data.max_tokens={tight}").fits and not plan(6, f"data.max_tokens={tight + 64}").fits
+
+
 def test_a_head_in_four_bits_is_never_planned_for_the_host(recipe):
     plan = planner.plan_recipe(recipe("model.path=meta-llama/Llama-3.1-8B", "model.quant_head=true"), CARD, GIB)
     assert not any(candidate.levers.host_head for candidate in plan.found)

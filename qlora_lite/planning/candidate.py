@@ -37,18 +37,31 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way to run the step: levers, prediction, and estimated seconds of the whole optimizer step."""
+    """One way to run the step: levers, prediction, and estimated seconds of the whole optimizer step.
+
+    ``host_limit_bytes`` is the machine's ``host_bytes``.
+    """
 
     levers: Levers
     packs: int
     micro_batches: int
     prediction: Prediction
     step_seconds: float
+    host_limit_bytes: int | None
 
     @property
     def peak_bytes(self) -> int:
         """Most memory it needs, constants included."""
         return self.prediction.peak_bytes
+
+    @property
+    def fits_host(self) -> bool:
+        """Whether the host beside a card has room for what it keeps there, as far as that is known."""
+        return self.prediction.fits_host(self.host_limit_bytes)
+
+    def fits(self, limit_bytes: float) -> bool:
+        """Tell whether the device and the host have room for it."""
+        return self.prediction.fits(limit_bytes, self.host_limit_bytes)
 
     @property
     def settings(self) -> dict[str, object]:
@@ -80,7 +93,7 @@ def build_candidate(step: Step, machine: Machine, levers: Levers, packs: int) ->
 def timed(machine: Machine, levers: Levers, packs: int, micro_batches: int, prediction: Prediction) -> Candidate:
     """Return a way to run the step whose memory is known."""
     seconds = micro_batches * machine.seconds(prediction.simulation.work)
-    return Candidate(levers, packs, micro_batches, prediction, seconds)
+    return Candidate(levers, packs, micro_batches, prediction, seconds, machine.host_bytes)
 
 
 def choose(found: Sequence[Candidate], limit_bytes: int) -> Candidate | None:
@@ -88,7 +101,7 @@ def choose(found: Sequence[Candidate], limit_bytes: int) -> Candidate | None:
 
     Of nearly equal ones, the one that leaves more where it is, and then the one that needs the least memory.
     """
-    fitting = [candidate for candidate in found if candidate.peak_bytes <= limit_bytes]
+    fitting = [candidate for candidate in found if candidate.fits(limit_bytes)]
     if not fitting:
         return None
     fastest = min(candidate.step_seconds for candidate in fitting)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from qlora_lite.errors import DoesNotFitError
 from qlora_lite.units import format_bytes
 
-from .predict import predict
+from .predict import Prediction, predict
 from .simulate import Job
 
 LENGTH_STEP = 64  # tokens; the longest sequence is found to this
@@ -20,30 +20,46 @@ def most(peak_of: Callable[[int], int], limit_bytes: int, largest: int) -> int:
     return low
 
 
-def longest(job_of: Callable[[int], Job], limit_bytes: int, start: int, largest: int) -> int:
+def longest(
+    job_of: Callable[[int], Job], limit_bytes: int, host_limit_bytes: int | None, start: int, largest: int
+) -> int:  # fmt: skip
     """Return the largest multiple of ``LENGTH_STEP`` whose job fits, by interpolation and then exactly.
 
     Args:
         job_of: builds the job for a number of tokens.
+        host_limit_bytes: what may be used of the host's memory beside a card, None where that is not known.
         start: a first guess.
         largest: the largest number to consider.
 
     Raises:
         DoesNotFitError: not even the smallest fits.
     """
-    return LENGTH_STEP * largest_of(
-        lambda n: predict(job_of(n * LENGTH_STEP)).peak_bytes, limit_bytes,
+    return LENGTH_STEP * _most_that_fit(
+        lambda n: predict(job_of(n * LENGTH_STEP)), limit_bytes, host_limit_bytes,
         max(1, start // LENGTH_STEP), max(1, largest // LENGTH_STEP),
     )  # fmt: skip
 
 
-def most_packs(job_of: Callable[[int], Job], limit_bytes: int, largest: int) -> int:
+def most_packs(job_of: Callable[[int], Job], limit_bytes: int, host_limit_bytes: int | None, largest: int) -> int:
     """Return the largest number of packs whose job fits.
 
     Raises:
         DoesNotFitError: not even one fits.
     """
-    return largest_of(lambda n: predict(job_of(n)).peak_bytes, limit_bytes, 1, largest)
+    return _most_that_fit(lambda n: predict(job_of(n)), limit_bytes, host_limit_bytes, 1, largest)
+
+
+def _most_that_fit(
+    prediction_of: Callable[[int], Prediction], limit_bytes: int, host_limit_bytes: int | None, start: int, largest: int
+) -> int:  # fmt: skip
+    found = largest_of(lambda n: prediction_of(n).peak_bytes, limit_bytes, start, largest)
+    if prediction_of(found).fits_host(host_limit_bytes):
+        return found
+    found = most(lambda n: prediction_of(n).host_bytes, host_limit_bytes, found)
+    if not found:
+        needed = format_bytes(prediction_of(1).host_bytes)
+        raise DoesNotFitError(f"even the smallest needs {needed} of {format_bytes(host_limit_bytes)} host memory")
+    return found
 
 
 def largest_of(peak_of: Callable[[int], int], limit_bytes: int, start: int, largest: int) -> int:

@@ -25,7 +25,7 @@ class Machine:
 
     ``memory_bytes`` is what the run may use in all; ``base_bytes`` what the process holds before the model (on a
     CPU: libraries; on a card the context is one of the constants of ``memory.process``). ``host_bytes`` is what the
-    host beside a card has free, None where that is not known.
+    process may use of the host's memory beside a card, None where that is not known.
     """
 
     name: str
@@ -69,7 +69,7 @@ def this_machine(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> M
     base = 0 if on_card else held_bytes(device)
     bus, host_bytes = rate, None
     if on_card:
-        host_bytes = free_bytes(torch.device("cpu"))
+        host_bytes = free_bytes(torch.device("cpu")) + held_bytes(torch.device("cpu"))
         host = torch.empty(_COPY_BYTES, dtype=torch.uint8, pin_memory=True)
         bus = _COPY_BYTES / _fastest(lambda: target.copy_(host, non_blocking=True), device)
     return Machine(name, device.type, free_bytes(device) + base, base, flops, rate, bus, host_bytes)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from qlora_lite.memory.process import Overhead, overheads
+from qlora_lite.memory.process import HOST_PROCESS_BYTES, Overhead, overheads
 
 from .simulate import Job, Simulation, simulate
 
@@ -19,6 +19,19 @@ class Prediction:
     def peak_bytes(self) -> int:
         """Most memory the step needs: on a card with its context, on a CPU above the process's baseline."""
         return self.simulation.peak().total + sum(overhead.bytes for overhead in self.overheads)
+
+    @property
+    def host_bytes(self) -> int:
+        """Memory that the process needs beside a card: libraries, and what is kept off the card."""
+        return HOST_PROCESS_BYTES + self.simulation.offloaded_bytes
+
+    def fits(self, limit_bytes: float, host_limit_bytes: int | None) -> bool:
+        """Tell whether the device and the host beside it have room for the step."""
+        return self.peak_bytes <= limit_bytes and self.fits_host(host_limit_bytes)
+
+    def fits_host(self, limit_bytes: int | None) -> bool:
+        """Tell whether the host beside a card has room for what is kept there; None is a limit that is not known."""
+        return limit_bytes is None or not self.simulation.offloaded_bytes or self.host_bytes <= limit_bytes
 
     @property
     def allocated_bytes(self) -> int:

@@ -17,7 +17,6 @@ shows; and as many of the last blocks are kept, or resident, as fit.
 from collections.abc import Iterator
 from dataclasses import replace
 
-from qlora_lite.memory.process import HOST_PROCESS_BYTES
 from qlora_lite.models.levers import Levers
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS
 
@@ -35,6 +34,25 @@ SMALL_TILE_TOKENS = 1024  # the last resort
 
 def search(step: Step, machine: Machine, limit_bytes: int) -> list[Candidate]:
     """Simulate the divisions and levers that may be best; more packs at once as long as it fits and pays."""
+    found: list[Candidate] = []
+    for each in with_less_on_host(step):
+        found += _search(each, machine, limit_bytes)
+        if choose(found, limit_bytes) is not None or all(candidate.fits_host for candidate in found):
+            break
+    return found
+
+
+def with_less_on_host(step: Step) -> Iterator[Step]:
+    """Yield the step, then with its checkpoints on the device, then with all weights there too, as far as it may be."""
+    yield step
+    weights = {"host_embeddings": False, "host_head": False, "resident_blocks": None}
+    for levers in ({"offload_checkpoints": False}, weights):
+        earlier, step = step, replace(step, fixed={**levers, **step.fixed})
+        if step != earlier:
+            yield step
+
+
+def _search(step: Step, machine: Machine, limit_bytes: int) -> list[Candidate]:
     start = first_levers(step)
     found = _divisions(step, machine, start, limit_bytes)
     best = choose(found, limit_bytes)
@@ -120,7 +138,7 @@ def _with_weights_reused(step: Step, machine: Machine, best: Candidate, limit_by
     if "reuse_dequantized" in step.fixed or step.job.quant == "none" or not best.levers.computes_again:
         return []
     reusing = build_candidate(step, machine, replace(best.levers, reuse_dequantized=True), best.packs)
-    return [reusing] if reusing.peak_bytes <= (1 - SPARED) * limit_bytes else []
+    return [reusing] if reusing.fits((1 - SPARED) * limit_bytes) else []
 
 
 def _with_attention_kept(step: Step, machine: Machine, best: Candidate, limit_bytes: int) -> list[Candidate]:
@@ -139,10 +157,7 @@ def _with_attention_kept(step: Step, machine: Machine, best: Candidate, limit_by
         found = build_candidate(step, machine, levers, best.packs)
         if found.step_seconds * EQUALLY_FAST > best.step_seconds:
             return []
-        # Pinned memory comes in powers of two (ATen/core/CachingHostAllocator.h): up to twice what is asked for.
-        host_bytes = HOST_PROCESS_BYTES + 2 * found.prediction.simulation.offloaded_bytes
-        fits_host = machine.host_bytes is None or host_bytes <= (1 - SPARED) * machine.host_bytes
-        if fits_host and found.peak_bytes <= (1 - SPARED) * limit_bytes:
+        if found.fits((1 - SPARED) * limit_bytes):
             return [found]
     return []
 

@@ -264,6 +264,11 @@ class Memory(_Section):
     budget: Annotated[str, AfterValidator(_size_or_auto), Rule("auto, or a size with its unit, such as 8GiB")] = "auto"
     """Most memory the run may use; auto is what the device has free. The fastest plan that fits is chosen for the
     settings below that are auto, then proved by one measured step before the first; what does not fit ends there."""
+    host_budget: Annotated[str, AfterValidator(_size_or_auto), Rule("auto, or a size with its unit, such as 24GiB")] = (
+        "auto"
+    )
+    """Most host memory the run may use beside a card; auto is what the host has free, and no limit where a plan is for
+    another machine's card. On a CPU memory.budget is all there is."""
     checkpointing: Literal["auto", "block", "selective", "none"] = "auto"
     """block keeps each block's input and computes the rest again in backward; selective keeps attention's results too,
     where a fused kernel gives them (on a CPU block keeps them anyway, and the two are the same); none keeps
@@ -307,6 +312,11 @@ class Memory(_Section):
     def budget_bytes(self) -> int | None:
         """Return the budget in bytes, or None for auto."""
         return None if self.budget == "auto" else parse_bytes(self.budget)
+
+    @property
+    def host_budget_bytes(self) -> int | None:
+        """Return the budget of host memory in bytes, or None for auto."""
+        return None if self.host_budget == "auto" else parse_bytes(self.host_budget)
 
 
 class Output(_Section):
