@@ -47,6 +47,7 @@ class Alternative:
     peak_bytes: int
     step_seconds: float
     fits: bool
+    fits_host: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +213,7 @@ def _single_changes(plan: Plan) -> Iterator[Levers]:
 
 def _alternative(plan: Plan, change: str, candidate: Candidate) -> Alternative:
     peak = plan.machine.base_bytes + candidate.peak_bytes
-    return Alternative(change, peak, candidate.step_seconds, candidate.fits(plan.limit_bytes))
+    return Alternative(change, peak, candidate.step_seconds, candidate.fits(plan.limit_bytes), candidate.fits_host)
 
 
 def max_tokens(plan: Plan) -> int:
@@ -231,8 +232,10 @@ def max_tokens(plan: Plan) -> int:
             found = longest(job_of, plan.limit_bytes, host_limit, found or start, MOST_TOKENS)
         except DoesNotFitError as error:
             reason = reason or error
+            if host_limit is None:
+                break
             continue
-        if number == 0 and predict(job_of(found + LENGTH_STEP)).fits_host(host_limit):
+        if host_limit is None or (number == 0 and predict(job_of(found + LENGTH_STEP)).fits_host(host_limit)):
             break  # the device is full, and this way leaves it the most room
     if not found:
         raise reason

@@ -16,11 +16,13 @@ def reason(plan: Plan) -> str:
     if len(plan.found) == 1:
         return f"{settings}: as the recipe says"
     faster = [c for c in plan.found if c.step_seconds < plan.chosen.step_seconds and c is not plan.chosen]
-    too_large = [c for c in faster if plan.machine.base_bytes + c.peak_bytes > plan.budget_bytes]
+    too_large = [c for c in faster if c.peak_bytes > plan.limit_bytes]
     if too_large:
         least = min(too_large, key=lambda c: c.peak_bytes)
         need = format_bytes(plan.machine.base_bytes + least.peak_bytes)
         return f"{settings}: the fastest that fits; a faster plan would need {need}"
+    if not all(c.fits_host for c in faster):
+        return f"{settings}: the fastest that the host's memory has room for"
     return f"{settings}: the fastest of {len(plan.found)} plans" + (
         " within 3 %, with the least memory" if faster else ""
     )
@@ -104,6 +106,6 @@ def describe(plan: Plan, others: Sequence[Alternative], width: int = 80) -> str:
     room = max([38, *(len(a.change) for a in others)])
     table = [f"{'change':{room}} {'peak':>10} {'step':>9}"]
     for a in others:
-        mark = "fits" if a.fits else "too large"
+        mark = "fits" if a.fits else "too large" if a.fits_host else "too large for the host"
         table.append(f"{a.change:{room}} {format_bytes(a.peak_bytes):>10} {format_seconds(a.step_seconds):>9}  {mark}")
     return "\n".join([*lines, "", *table])

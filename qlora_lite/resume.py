@@ -73,7 +73,10 @@ class Continuation:
         Raises:
             CheckpointError: naming each setting that makes another run of it.
         """
-        old, new = _flat(self.run["recipe"]), _flat(recipe.model_dump(mode="json"))
+        defaults = _flat({name: part.default.model_dump(mode="json") for name, part in Recipe.model_fields.items()
+                          if not part.is_required()})  # fmt: skip
+        old = defaults | _flat(self.run["recipe"])  # a setting that its version did not have was as the default is
+        new = _flat(recipe.model_dump(mode="json"))
         changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
         words = {key: f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed}
         self._take([words[key] for key in changed if key in HARMLESS])
@@ -227,7 +230,7 @@ def with_plan(recipe: Recipe, levers: Mapping[str, object]) -> Recipe:
     """Return a recipe with an earlier plan's levers in place of those it leaves open.
 
     Args:
-        levers: settings by dotted key, as ``planning.search.Candidate.settings`` gives them.
+        levers: settings by dotted key, as ``planning.candidate.Candidate.settings`` gives them.
 
     Raises:
         CheckpointError: a lever is none.

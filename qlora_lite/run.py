@@ -243,7 +243,8 @@ class _Run:
         expected = expected_peak(
             self.plan, *largest_batches(self.rows, eval_examples, self.settings, self.trainer.most_tokens)
         )
-        mapped = mapped_bytes((*self.model.parameters(), *self.model.buffers()))
+        weights = (*self.model.parameters(), *self.model.buffers())
+        mapped = mapped_bytes(weights) if device.type == "cpu" else 0
         predicted = self.plan.machine.base_bytes + expected.peak_bytes - mapped
         if self.settings.levers.compile:
             log.info("train.compile: compiling the blocks, which takes a minute or so the first time")

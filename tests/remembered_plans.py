@@ -1,7 +1,8 @@
 """Measure the machine and predict equal jobs only once, for tests of many tiny runs: that is most of their time."""
 
 import qlora_lite.plan
-import qlora_lite.planning.search
+import qlora_lite.planning.candidate
+import qlora_lite.planning.largest
 from qlora_lite.planning.predict import predict
 
 
@@ -28,5 +29,5 @@ def remember_predictions(setattr_=setattr) -> None:
         return machines[arguments]
 
     setattr_(qlora_lite.plan, "this_machine", measured_once)
-    for module in (qlora_lite.plan, qlora_lite.planning.search):
+    for module in (qlora_lite.plan, qlora_lite.planning.candidate, qlora_lite.planning.largest):
         setattr_(module, "predict", remembered)

@@ -158,6 +158,26 @@ def test_what_the_host_has_no_room_for_stays_on_the_card_or_does_not_fit(recipe)
     assert "does not fit[/] the host's memory" in plan_text.describe(fixed, [])
 
 
+def test_as_many_blocks_stay_on_the_card_as_it_has_room_for_where_the_host_has_none_for_all(recipe):
+    big = "model.path=meta-llama/Llama-3.1-8B", "memory.embeddings=device", "memory.head=device"
+    free = planner.plan_recipe(recipe(*big, "memory.resident_blocks=0"), CARD, 5 * GIB)
+    needed = free.chosen.prediction.host_bytes / GIB
+    plan = planner.plan_recipe(recipe(*big, f"memory.host_budget={needed - 1:.2f}GiB"), CARD, 5 * GIB)
+    assert plan.fits and plan.chosen.prediction.host_bytes <= (needed - 1) * GIB
+    assert 0 < plan.chosen.levers.resident_blocks < 32
+
+
+def test_on_a_cpu_the_host_s_memory_is_the_device_s(recipe):
+    cpu = Machine("a CPU", "cpu", 64 * GIB, 0, 1e11, 1e10, 1e10)
+    on_device, on_host = (
+        planner.plan_recipe(
+            recipe("memory.checkpointing=block", "memory.kept_blocks=0", f"memory.head={where}"), cpu, 64 * GIB
+        ).peak_bytes
+        for where in ("device", "host")
+    )
+    assert on_device <= on_host < 1.05 * on_device
+
+
 def test_the_longest_sequence_leaves_the_host_what_it_may_not_use(recipe):
     fixed = "memory.checkpointing=block", "memory.kept_blocks=0", "memory.reuse_dequantized=false"
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from qlora_lite import training
 from qlora_lite.errors import CheckpointError, Interrupted, OutputError
 from qlora_lite.files import sha256
 from qlora_lite.recipe.load import load_recipe
+from qlora_lite.resume import RUN, Continuation
 from qlora_lite.run import run_recipe
 from qlora_lite.runs import open_run
 from qlora_lite.train.checkpoints import MANIFEST, folder_of, steps_on_disk
@@ -248,6 +250,18 @@ def test_harmless_changes_are_listed_and_change_nothing(lab, whole, caplog):
     assert "train.save_every_steps: 2 -> 1" in part["changes"]
     assert any("train.keep_checkpoints: 3 -> 1 (changes nothing" in message for message in caplog.messages)
     assert lab.checkpoints == [8]
+
+
+def test_a_setting_that_the_run_s_version_did_not_have_counts_as_its_default(tmp_path, model_folder):
+    written = write_recipe(tmp_path, model_folder)
+    recipe, changed = load_recipe(written), load_recipe(written, ["memory.head=host"])
+    before = recipe.model_dump(mode="json")
+    del before["memory"]["head"]
+    earlier = Continuation(SimpleNamespace(documents={RUN: {"recipe": before}}))
+    earlier.compare_settings(recipe)
+    assert not earlier.accepted
+    with pytest.raises(CheckpointError, match=r"memory\.head: auto -> host"):
+        earlier.compare_settings(changed)
 
 
 def test_a_forced_change_is_taken_and_the_summary_says_so(lab, whole):

@@ -116,7 +116,7 @@ def chosen_row(capped: CappedDevice, name: str, tokens: int, cap_bytes: int) -> 
 
 def length_rows(capped: CappedDevice, name: str, tokens: int, cap_bytes: int) -> Iterator[dict]:
     """Run the longest sequence that is planned to fit, and longer ones until one fails."""
-    plan = plan_below(capped.machine, name, tokens, cap_bytes)
+    plan = plan_below(replace(capped.machine, host_bytes=None), name, tokens, cap_bytes)
     longest = max_tokens(plan)
     *_, levers = first_levers(plan.step), *smaller(plan.step)
     row = {"kind": "length", "model": name, "cap_bytes": cap_bytes, "planned_longest_tokens": longest}

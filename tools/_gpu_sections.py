@@ -180,10 +180,11 @@ def peers(scale: Scale) -> Iterator[dict]:
 def levers(scale: Scale) -> Iterator[dict]:
     """Measure the lever table, every row in this process: a card's counters are exact from row to row.
 
-    Its last row, attention's results kept, and the one before it are then measured at a long row, where it shows.
+    The first with attention's results kept, and the one before it, are then measured at a long row, where it shows.
     """
     table, at_length = lever_cases(scale.models[0], scale.tokens), lever_cases(scale.models[0], scale.long_tokens)
-    for case, steps in [*((case, 2) for case in table), *((case, 1) for case in at_length[-2:])]:
+    first = next(number for number, case in enumerate(at_length) if case["checkpointing"] == "selective")
+    for case, steps in [*((case, 2) for case in table), *((case, 1) for case in at_length[first - 1 : first + 1])]:
         row = measure(case, warmup=1, steps=steps)
         free_memory(resolve_device())
         wrong = "failed" not in row and abs(row["predicted_bytes"] / row["measured_bytes"] - 1) > TENSOR_ERROR

@@ -17,10 +17,11 @@ import torch
 SAMPLE_SECONDS = 0.01
 _STATUS = Path("/proc/self/status")
 _CGROUP = Path("/sys/fs/cgroup")
-_CGROUP_FILES = (  # a container's limit and use, versions 2 and 1
-    (_CGROUP / "memory.max", _CGROUP / "memory.current"),
-    (_CGROUP / "memory/memory.limit_in_bytes", _CGROUP / "memory/memory.usage_in_bytes"),
-)
+_CGROUP_FILES = (  # a container's limit and use, and the file pages in it that can be dropped; versions 2 and 1
+    (_CGROUP / "memory.max", _CGROUP / "memory.current", _CGROUP / "memory.stat", "inactive_file"),
+    (_CGROUP / "memory/memory.limit_in_bytes", _CGROUP / "memory/memory.usage_in_bytes", _CGROUP / "memory/memory.stat",
+     "total_inactive_file"),
+)  # fmt: skip
 
 
 def held_bytes(device: torch.device) -> int:
@@ -40,9 +41,10 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     available = psutil.virtual_memory().available
-    for limit, used in _CGROUP_FILES:
+    for limit, used, stat, droppable in _CGROUP_FILES:
         if limit.exists() and limit.read_text().strip().isdigit():
-            available = min(available, int(limit.read_text()) - int(used.read_text()))
+            found = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
+            available = min(available, int(limit.read_text()) - int(used.read_text()) + int(found.get(droppable, 0)))
     return available
 
 

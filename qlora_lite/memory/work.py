@@ -17,6 +17,7 @@ from .marks import marks
 
 LARGE_BYTES = 1 << 17  # of a product's operands and result
 _COPY = torch.ops.aten.copy_.default
+_ALLOCATIONS = {getattr(torch.ops.aten, name) for name in ("empty", "empty_like", "empty_strided", "new_empty")}
 
 
 def _attention(first: int, causal: int, of_keys: int, of_values: int) -> Callable:
@@ -98,6 +99,6 @@ class WorkCounter(TorchDispatchMode):
             tensors = [t for t in (*args, result) if isinstance(t, torch.Tensor)]
             if sum(t.nbytes for t in tensors) >= LARGE_BYTES:
                 self._products.add((func, *(t.shape for t in tensors)))
-        elif not func.is_view:
+        elif not func.is_view and func._overloadpacket not in _ALLOCATIONS:
             outputs = result if isinstance(result, tuple | list) else (result,)
             totals[1] += marks.repeats * sum(t.nbytes for t in (*args, *outputs) if isinstance(t, torch.Tensor))

@@ -47,9 +47,9 @@ class HostRows:
         here = here or self._begin(start, stop)
         if self.side.stream is None:
             self._copy(here.rows, here.tensor)
+        self.side.wait(here.event)
         if stop < len(self.weight) and marks.repeats == 1:  # a plan's piece that stands for others may be the last
             self._coming = self._begin(stop, min(2 * stop - start, len(self.weight)))
-        self.side.wait(here.event)
         return here.tensor
 
     def _begin(self, start: int, stop: int) -> _Coming:

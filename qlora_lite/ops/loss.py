@@ -85,10 +85,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for chunk in pieces(hidden.shape[0], chunk_tokens):
-            loss, grad = _chunk(hidden[chunk], targets[chunk, None], head, grad_hidden is not None)
-            total += loss
-            if grad_hidden is not None:
-                grad_hidden[chunk] = grad
+            grad = None if grad_hidden is None else grad_hidden[chunk]
+            total += _chunk(hidden[chunk], targets[chunk, None], head, grad)
         ctx.save_for_backward(grad_hidden)
         return total
 
@@ -98,34 +96,48 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden * grad_total, None, None, None
 
 
-def _chunk(hidden, targets, head: Head, with_grad: bool):
-    """Return the summed loss of one chunk and, if asked for, its gradient with respect to ``hidden``."""
+def _chunk(hidden, targets, head: Head, grad: torch.Tensor | None) -> torch.Tensor:
+    """Return the summed loss of one chunk, and put its gradient with respect to ``hidden`` into ``grad``, if there."""
     count, hidden, device = hidden.shape[0], pad_rows(hidden), device_type(hidden.device)
-    top = hidden.new_full((hidden.shape[0], 1), -torch.inf, dtype=torch.float32)
-    total, target_logits = torch.zeros_like(top), torch.zeros_like(top[:count])
-    grad = torch.zeros_like(hidden, dtype=torch.float32) if with_grad else None
+    sums = _Sums(hidden, count, grad is not None)
     for words in pieces(head.weight.shape[0], TILE_WORDS[device]):
+        sums.add(hidden, targets, head, words, TILE_TOKENS[device])
+    if grad is not None:
+        target_slopes = 1.0 if head.softcap is None else 1 - (sums.target_logits / head.softcap).square()
+        expected = (sums.grad / sums.total)[:count]
+        grad.copy_((expected - target_slopes * head.weight[targets[:, 0]]) * head.scale)
+    return ((sums.top + sums.total.log())[:count] - sums.target_logits).sum()
+
+
+class _Sums:
+    """What is known of a chunk's logits after some tiles of words.
+
+    top, total [N, 1]: their maximum, and the sum of ``exp(logit - top)``; grad [N, D]: the weight's rows, summed up by
+    the same exponentials (times the soft cap's slopes); target_logits [count, 1]. All in float32.
+    """
+
+    def __init__(self, hidden: torch.Tensor, count: int, with_grad: bool):
+        self.top = hidden.new_full((hidden.shape[0], 1), -torch.inf, dtype=torch.float32)
+        self.total, self.target_logits = torch.zeros_like(self.top), torch.zeros_like(self.top[:count])
+        self.grad = torch.zeros_like(hidden, dtype=torch.float32) if with_grad else None
+
+    def add(self, hidden, targets, head: Head, words: slice, rows_at_once: int) -> None:
+        """Add the tile of some words; nothing of it is left when the next one comes."""
         products, weight = _tile_products(hidden, head, words)
         place = (targets - words.start).clamp_(0, products.shape[1] - 1)
         found = _finished(products.gather(1, place), head)
-        target_logits = torch.where(place + words.start == targets, found, target_logits)
-        earlier, top, sums = top, torch.empty_like(top), torch.empty_like(top)
-        for rows in pieces(hidden.shape[0], TILE_TOKENS[device]):
+        self.target_logits = torch.where(place + words.start == targets, found, self.target_logits)
+        top, sums = torch.empty_like(self.top), torch.empty_like(self.top)
+        for rows in pieces(hidden.shape[0], rows_at_once):
             logits = _finished(products[rows], head)
-            torch.maximum(earlier[rows], logits.amax(dim=1, keepdim=True), out=top[rows])
-            slopes = None if head.softcap is None or not with_grad else 1 - (logits / head.softcap).square_()
+            torch.maximum(self.top[rows], logits.amax(dim=1, keepdim=True), out=top[rows])
+            slopes = None if head.softcap is None or self.grad is None else 1 - (logits / head.softcap).square_()
             weights = logits.sub_(top[rows]).exp_()  # in place: not yet divided by the sum over all words
             torch.sum(weights, dim=1, keepdim=True, out=sums[rows])
-            if with_grad:
+            if self.grad is not None:
                 products[rows] = weights if slopes is None else weights.mul_(slopes)
-        shrink = torch.exp(earlier - top)
-        total.mul_(shrink).add_(sums)
-        if with_grad:
-            grad.mul_(shrink).add_(products @ weight)
-        del weight  # before the next words' is there
-    loss = ((top + total.log())[:count] - target_logits).sum()
-    if not with_grad:
-        return loss, None
-    target_slopes = 1.0 if head.softcap is None else 1 - (target_logits / head.softcap).square()
-    grad = (grad / total)[:count] - target_slopes * head.weight[targets[:, 0]]
-    return loss, (grad * head.scale).to(hidden.dtype)
+        shrink = torch.exp(self.top - top)
+        self.top = top
+        self.total.mul_(shrink).add_(sums)
+        if self.grad is not None:
+            self.grad.mul_(shrink).add_(products @ weight)

@@ -53,7 +53,7 @@ def _most_that_fit(
     prediction_of: Callable[[int], Prediction], limit_bytes: int, host_limit_bytes: int | None, start: int, largest: int
 ) -> int:  # fmt: skip
     found = largest_of(lambda n: prediction_of(n).peak_bytes, limit_bytes, start, largest)
-    if prediction_of(found).fits_host(host_limit_bytes):
+    if host_limit_bytes is None or prediction_of(found).fits_host(host_limit_bytes):
         return found
     found = most(lambda n: prediction_of(n).host_bytes, host_limit_bytes, found)
     if not found:

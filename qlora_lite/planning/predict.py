@@ -18,7 +18,8 @@ class Prediction:
     @property
     def peak_bytes(self) -> int:
         """Most memory the step needs: on a card with its context, on a CPU above the process's baseline."""
-        return self.simulation.peak().total + sum(overhead.bytes for overhead in self.overheads)
+        beside = self.simulation.offloaded_bytes if self.job.device_type == "cpu" else 0  # the same memory there
+        return self.simulation.peak().total + beside + sum(overhead.bytes for overhead in self.overheads)
 
     @property
     def host_bytes(self) -> int:

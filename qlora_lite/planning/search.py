@@ -60,7 +60,8 @@ def _search(step: Step, machine: Machine, limit_bytes: int) -> list[Candidate]:
         candidate.peak_bytes > limit_bytes and candidate.step_seconds * EQUALLY_FAST < best.step_seconds
         for candidate in found
     )
-    if best is not None and "checkpointing" not in step.fixed:
+    streams = step.fixed.get("resident_blocks") is not None  # blocks that keep nothing
+    if best is not None and "checkpointing" not in step.fixed and not streams:
         # What does not fit with blocks computed again would not fit with more kept.
         keeping_all = _divisions(step, machine, replace(start, checkpointing="none"), limit_bytes)
         found += keeping_all
@@ -68,10 +69,14 @@ def _search(step: Step, machine: Machine, limit_bytes: int) -> list[Candidate]:
             return found  # more memory would change nothing
     for levers in smaller(step) if limited else ():
         best = choose(found, limit_bytes)
-        found += _divisions(step, machine, levers, limit_bytes, best.packs if best else 1)
-        if best is not None and choose(found, limit_bytes) is best:
+        more = _divisions(step, machine, levers, limit_bytes, best.packs if best else 1)
+        found += more
+        if best is not None and choose(found, limit_bytes) is best and all(each.fits_host for each in more):
             break
     best = choose(found, limit_bytes)
+    if best is None:
+        found += _with_less_to_stream(step, machine, found, limit_bytes)
+        best = choose(found, limit_bytes)
     if best is not None:
         found += _with_weights_reused(step, machine, best, limit_bytes)
         best = choose(found, limit_bytes)
@@ -169,6 +174,12 @@ def _with_more_on_device(step: Step, machine: Machine, best: Candidate, limit_by
         return []
     raised = _raised(step, machine, best, name, int((1 - SPARED) * limit_bytes))
     return [] if raised.levers == best.levers else [raised]
+
+
+def _with_less_to_stream(step: Step, machine: Machine, found: list[Candidate], limit_bytes: int) -> list[Candidate]:
+    """Return the last candidate that only the host has no room for with as many resident blocks as the device has."""
+    streamed = [c for c in found if c.levers.resident_blocks is not None and c.peak_bytes <= limit_bytes]
+    return _with_more_on_device(step, machine, streamed[-1], limit_bytes) if streamed else []
 
 
 def _raised(step: Step, machine: Machine, best: Candidate, name: str, limit_bytes: int) -> Candidate:

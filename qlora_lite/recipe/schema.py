@@ -267,8 +267,9 @@ class Memory(_Section):
     host_budget: Annotated[str, AfterValidator(_size_or_auto), Rule("auto, or a size with its unit, such as 24GiB")] = (
         "auto"
     )
-    """Most host memory the run may use beside a card; auto is what the host has free, and no limit where a plan is for
-    another machine's card. On a CPU memory.budget is all there is."""
+    """Most host memory that training may use beside a card; auto is what the host has free, and no limit where a plan
+    is for another machine's card. (A model's first loading takes its own share before: all of its weights in 4 bit.) On
+    a CPU memory.budget is all there is."""
     checkpointing: Literal["auto", "block", "selective", "none"] = "auto"
     """block keeps each block's input and computes the rest again in backward; selective keeps attention's results too,
     where a fused kernel gives them (on a CPU block keeps them anyway, and the two are the same); none keeps
@@ -287,8 +288,8 @@ class Memory(_Section):
     """Where the table of embeddings lies; of one in host memory only the rows of the batch travel. Where the embeddings
     are also the head, both are set to the same."""
     head: Literal["auto", "device", "host"] = "auto"
-    """Where a 16-bit head's weight lies; of one in host memory a few thousand words travel at a time, for each
-    memory.loss_chunk_tokens once."""
+    """Where a 16-bit head's weight lies; of one in host memory a few thousand words travel at a time, in training for
+    each memory.loss_chunk_tokens once, in exact matches for each token that is generated."""
     offload_checkpoints: bool | Literal["auto"] = "auto"
     """Keep the blocks' inputs, and the attention results that are kept, in host memory until backward; they travel
     beside the computation."""

@@ -77,11 +77,12 @@ INPUT_BYTES = (
 def test_the_predicted_peak_of_every_phase_is_the_measured_one(model_type, levers):
     if model_type == "cohere" and levers.reuse_dequantized:
         pytest.skip("the first backward, which a plan shows, keeps the weight of a product that later ones leave out")
-    tiny = build_tiny(model_type)
-    use_row_attention(tiny)
-    check_forward(tiny)
-    if rows_run_alone(tiny):
-        pytest.skip("its rows run alone: Falcon's in transformers 5.17")
+    if model_type == "falcon":
+        tiny = build_tiny(model_type)
+        use_row_attention(tiny)
+        check_forward(tiny)
+        if rows_run_alone(tiny):
+            pytest.skip("its rows run alone in transformers 5.17")
     job = job_for(config_of(model_type), levers=replace(levers, loss_chunk_tokens=8))
     predicted, ledger = simulate_whole(job), measured(job, model_type)
     for name in ("forward", "backward", "evaluation"):
@@ -134,9 +135,9 @@ def test_two_small_depths_continued_give_the_whole_depth_to_the_byte(changes):
     assert short.offloaded_bytes == whole.offloaded_bytes
 
 
-@pytest.mark.parametrize("reuse", [False, True])
-def test_pieces_that_a_plan_leaves_out_count_as_if_they_ran(monkeypatch, reuse):
-    levers = Levers(tile_tokens=3, loss_chunk_tokens=2, reuse_dequantized=reuse)
+@pytest.mark.parametrize("changes", [{}, {"reuse_dequantized": True}, {"host_head": True}])
+def test_pieces_that_a_plan_leaves_out_count_as_if_they_ran(monkeypatch, changes):
+    levers = Levers(tile_tokens=3, loss_chunk_tokens=2, **changes)
     job = job_for(config_of("llama"), levers=levers)
     monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", {"cpu": 24})
     short = simulate_whole(job)
