@@ -77,9 +77,9 @@ class Plan:
 
     @property
     def breakdown(self) -> dict[str, int]:
-        """Bytes at the peak by category, and what is beside the tensors."""
-        beside = self.peak_bytes - self.chosen.prediction.simulation.peak().total
-        return self.chosen.prediction.simulation.peak().breakdown | {BESIDE: beside}
+        """Bytes of the device at the peak by category, and what is beside the tensors."""
+        tensors = self.chosen.prediction.simulation.peak().on_device
+        return tensors | {BESIDE: self.peak_bytes - sum(tensors.values())}
 
 
 def plan_recipe(

@@ -67,6 +67,7 @@ def page_record(plan: Plan, others: Sequence[Alternative], title: str) -> dict:
     """Return what ``memory_page`` draws: the timeline of every block, the peak and the alternatives."""
     simulation, timeline = simulate_whole(plan.chosen.prediction.job, timeline=True)
     peak = simulation.peak()
+    host = [f"Host memory: {format_bytes(host_bytes(plan))}."] if simulation.offloaded_bytes else []
     constants = [o._asdict() for o in plan.chosen.prediction.overheads]
     if plan.machine.base_bytes:
         constants.append({"name": "process", "bytes": plan.machine.base_bytes, "why": "Python and its libraries"})
@@ -75,9 +76,9 @@ def page_record(plan: Plan, others: Sequence[Alternative], title: str) -> dict:
         "subtitle": f"Planned for {plan.machine.name}: {format_bytes(plan.peak_bytes)} of "
                     f"{format_bytes(plan.budget_bytes)}, about {format_seconds(plan.chosen.step_seconds)} a step",
         "budget_bytes": plan.budget_bytes,
-        "peak": {"bytes": peak.total, "phase": peak.phase, "module": peak.module, "breakdown": peak.breakdown},
-        "timeline": [{"phase": m.phase, "module": m.module, "bytes": m.breakdown} for m in timeline],
-        "sentences": [reason(plan)], "predicted": peak.breakdown, "measured": None, "constants": constants,
+        "peak": {"bytes": peak.total, "phase": peak.phase, "module": peak.module, "breakdown": peak.on_device},
+        "timeline": [{"phase": m.phase, "module": m.module, "bytes": m.on_device} for m in timeline],
+        "sentences": [reason(plan), *host], "predicted": peak.on_device, "measured": None, "constants": constants,
         "alternatives": [asdict(alternative) for alternative in others],
     }  # fmt: skip
 

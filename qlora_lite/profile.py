@@ -139,7 +139,7 @@ def _figures(plan: Plan, expected: Prediction, ledger: Ledger, seconds, process_
 
 def in_words(peak: Moment) -> str:
     """Say where the peak stood and what held it."""
-    parts = sorted(peak.breakdown.items(), key=lambda item: -item[1])[:4]
+    parts = sorted(peak.on_device.items(), key=lambda item: -item[1])[:4]
     shares = ", ".join(f"{name} {100 * size / max(1, peak.total):.0f} %" for name, size in parts)
     return f"peak in {peak.phase}, {peak.module or 'outside of modules'}: {format_bytes(peak.total)} ({shares})"
 
@@ -164,9 +164,9 @@ def _record(plan: Plan, expected: Prediction, ledger: Ledger, figures: dict, nam
     return {
         "title": f"Memory of {name}", "subtitle": f"One measured step on {plan.machine.name}",
         "budget_bytes": plan.budget_bytes,
-        "peak": {"bytes": peak.total, "phase": peak.phase, "module": peak.module, "breakdown": peak.breakdown},
-        "timeline": [{"phase": m.phase, "module": m.module, "bytes": m.breakdown} for m in ledger.timeline],
-        "sentences": sentences, "predicted": expected.simulation.peak().breakdown, "measured": peak.breakdown,
+        "peak": {"bytes": peak.total, "phase": peak.phase, "module": peak.module, "breakdown": peak.on_device},
+        "timeline": [{"phase": m.phase, "module": m.module, "bytes": m.on_device} for m in ledger.timeline],
+        "sentences": sentences, "predicted": expected.simulation.peak().on_device, "measured": peak.on_device,
         "constants": [o._asdict() for o in expected.overheads],
         "alternatives": [asdict(a) for a in others],
     }  # fmt: skip

@@ -219,6 +219,13 @@ def test_a_recipe_may_keep_attention_and_the_last_blocks(recipe):
 
 
 def test_the_parts_add_up_to_the_peak_and_the_json_has_the_agreed_keys(recipe):
+    streamed = planner.plan_recipe(recipe("data.max_tokens=32768"), CARD, 2.5 * GIB)
+    assert streamed.chosen.prediction.simulation.offloaded_bytes > GIB
+    assert sum(streamed.breakdown.values()) == streamed.peak_bytes <= streamed.budget_bytes
+    page = plan_text.page_record(streamed, [], "a plan")
+    assert "Host memory: " in page["sentences"][1]
+    for moment in page["timeline"]:
+        assert sum(moment["bytes"].values()) <= page["peak"]["bytes"] == sum(page["peak"]["breakdown"].values())
     plan = planner.plan_recipe(recipe(), CARD, 8 * GIB)
     values = plan_text.as_json(plan, list(planner.alternatives(plan)))
     assert set(values) >= {

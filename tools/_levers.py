@@ -34,12 +34,12 @@ def lever_cases(model: str, tokens: int) -> list[dict]:
         ("blocks computed again", {"checkpointing": "block"}),
         ("MLPs and norms in tiles", {"tile_tokens": min(MOST_TILE_TOKENS, part)}),
         ("8-bit optimizer states", {"optimizer": "paged_adamw_8bit"}),
-        ("embeddings and head in host memory", {"host_embeddings": True, "host_head": True}),
+        ("embeddings, head in host memory", {"host_embeddings": True, "host_head": True}),
         ("block inputs in host memory", {"offload_checkpoints": True}),
         ("weights in host memory", {"resident_blocks": 0}),
         ("weights unpacked once a backward", {"reuse_dequantized": True}),
         ("attention's results kept on a card", {"checkpointing": "selective"}),
-        ("head in 4 bit instead (other results)", {"quant_head": True, "host_head": False}),
+        ("4-bit head instead (not exact)", {"quant_head": True, "host_head": False}),
     ]
     found, case = [], {"model": model, "tokens": tokens}
     for name, change in steps:

@@ -49,6 +49,11 @@ class Moment(NamedTuple):
         """Live bytes by category, empty ones left out."""
         return {name: size for name, size in zip(CATEGORIES, self.bytes, strict=True) if size}
 
+    @property
+    def on_device(self) -> dict[str, int]:
+        """The breakdown of ``total``."""
+        return {name: size for name, size in self.breakdown.items() if name != CATEGORIES[_OFFLOADED]}
+
 
 _INDEX = {name: number for number, name in enumerate(CATEGORIES)}
 _OFFLOADED = _INDEX["offloaded"]
