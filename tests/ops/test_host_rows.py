@@ -53,12 +53,13 @@ def test_loss_gradient_and_logits_are_those_of_the_weight_to_the_bit(small_tiles
 def run_loss(device, chunks=2):
     """Return the most bytes of a head in host memory that a loss has on the device, what it leaves there, its work."""
     table = weight().to(device)
+    head = Head(HostRows(table, device))  # for longer than the loss, as a model's
     hidden, targets = torch.zeros(8 * chunks, HIDDEN, device=device), torch.zeros(8 * chunks, dtype=int, device=device)
     counter = WorkCounter()
     with Ledger(timeline=True, work=counter) as ledger:
         ledger.claim([table], "offloaded")
         with phase("forward"):
-            chunked_cross_entropy(hidden.requires_grad_(), targets, Head(HostRows(table, device)), 8)
+            chunked_cross_entropy(hidden.requires_grad_(), targets, head, 8)
     of_head = [moment.breakdown.get("head", 0) for moment in ledger.timeline]
     return max(of_head), of_head[-1], counter.work
 
