@@ -90,7 +90,7 @@ class PeakMeter:
     def close(self) -> None:
         """End the sampling thread."""
         self._stop.set()
-        if self._thread is not None:
+        if self._thread not in (None, threading.current_thread()):  # which may collect what holds this meter
             self._thread.join()
 
     def __enter__(self) -> "PeakMeter":
