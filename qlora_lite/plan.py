@@ -299,6 +299,8 @@ def _cure(plan: Plan, others: Sequence[Alternative]) -> str:
     if beside:  # which the host has no room for
         least = min(beside, key=lambda candidate: candidate.prediction.host_bytes)
         return f"{_difference(plan.chosen, least)} would fit with {_of_host(plan, least)}: raise memory.host_budget"
+    if not plan.chosen.fits_host:
+        return "free host memory, or raise memory.host_budget"
     resident = plan.chosen.prediction.simulation.resident.total
     floor = plan.machine.base_bytes + resident + sum(o.bytes for o in plan.chosen.prediction.overheads)
     if floor > plan.budget_bytes:

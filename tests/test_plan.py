@@ -156,6 +156,10 @@ def test_what_the_host_has_no_room_for_stays_on_the_card_or_does_not_fit(recipe)
     assert not fixed.fits and fixed.peak_bytes <= fixed.budget_bytes
     assert "GiB of host memory where 2.0 GiB may be used beside RTX 4060" in str(planner.does_not_fit(fixed, []))
     assert "does not fit[/] the host's memory" in plan_text.describe(fixed, [])
+    only = replace(fixed, found=(fixed.chosen,))  # as of a resumed run, whose plan is given
+    assert "may be used beside RTX 4060; free host memory, or raise memory.host_budget" in str(
+        planner.does_not_fit(only, [])
+    )
 
 
 def test_as_many_blocks_stay_on_the_card_as_it_has_room_for_where_the_host_has_none_for_all(recipe):

@@ -65,7 +65,7 @@ def _update_in_backward(value: _Value) -> _Found:
         return
     needs = {"max_grad_norm": 0, "gradient_accumulation_steps": 1, "on_not_finite": "stop"}
     given = Recipe.model_fields["train"].default.model_dump()
-    given |= {name: written for name in needs if (written := value("train", name)) is not None}
+    given |= {name: own for name in needs if (own := value("train", name)) is not None}
     if missing := " and ".join(f"train.{key}: {only}" for key, only in needs.items() if given[key] != only):
         message = f"memory.optimizer_in_backward = true: all gradients of a step are never there; write {missing}"
         yield ("memory", "optimizer_in_backward"), message
