@@ -6,7 +6,6 @@ micro-batch taken as full) and for ``run`` (with the rows that were really read)
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import permutations
 
 from .build import fixed_levers, job_of, train_settings
@@ -17,19 +16,12 @@ from .models.levers import Levers
 from .models.load import resolve_compute_dtype, resolve_device
 from .models.skeleton import read_config
 from .planning.candidate import Candidate, Step, build_candidate, choose
-from .planning.largest import LENGTH_STEP, longest, most_packs
+from .planning.largest import most_packs
+from .planning.length import longest_sequence
 from .planning.machine import Machine, this_machine
 from .planning.predict import Prediction, predict
-from .planning.search import (
-    SMALL_CHUNK_TOKENS,
-    TILE_TOKENS,
-    first_levers,
-    movable_tables,
-    search,
-    smaller,
-    with_less_on_host,
-)
-from .planning.simulate import Job, Rows, rows_of
+from .planning.search import SMALL_CHUNK_TOKENS, TILE_TOKENS, movable_tables, search
+from .planning.simulate import Rows, rows_of
 from .recipe.schema import Recipe
 from .train.loop import largest_batches
 from .train.settings import TrainSettings
@@ -222,40 +214,8 @@ def max_tokens(plan: Plan) -> int:
     Raises:
         DoesNotFitError: not even 64 tokens fit.
     """
-    start, host_limit = 2 * sum(plan.chosen.prediction.job.rows.lengths), plan.machine.host_bytes
-    found, reason = 0, None
-    for number, (step, levers) in enumerate(_ways(plan.step)):
-        job_of = partial(_one_by_one, step, levers)
-        if found and not predict(job_of(found + LENGTH_STEP)).fits(plan.limit_bytes, host_limit):
-            continue
-        try:
-            found = longest(job_of, plan.limit_bytes, host_limit, found or start, MOST_TOKENS)
-        except DoesNotFitError as error:
-            reason = reason or error
-            if host_limit is None:
-                break
-            continue
-        if host_limit is None or (number == 0 and predict(job_of(found + LENGTH_STEP)).fits_host(host_limit)):
-            break  # the device is full, and this way leaves it the most room
-    if not found:
-        raise reason
-    return found
-
-
-def _ways(step: Step) -> Iterator[tuple[Step, Levers]]:
-    """Yield ways to run a step, each with less in host memory than the one before, or with more on the device."""
-    for each in with_less_on_host(step):
-        for levers in reversed([first_levers(each), *smaller(each)]):
-            yield each, levers
-
-
-def _one_by_one(step: Step, levers: Levers, tokens: int) -> Job:
-    """Return the step's job for packs of one row of so many tokens, as few at once as may be."""
-    packs = 1 if step.may_split else step.packs
-    accumulating = step.packs * step.micro_batches // packs > 1
-    evaluation = Rows((tokens,), tokens - 1) if step.job.eval_rows else None
-    rows = Rows((tokens,) * packs, (tokens - 1) * packs)
-    return replace(step.job, rows=rows, eval_rows=evaluation, accumulating=accumulating, levers=levers)
+    start = 2 * sum(plan.chosen.prediction.job.rows.lengths)
+    return longest_sequence(plan.step, plan.limit_bytes, plan.machine.host_bytes, start, MOST_TOKENS)
 
 
 def max_batch(plan: Plan) -> int:
@@ -325,8 +285,7 @@ def host_bytes(plan: Plan) -> int:
 def disk_bytes(plan: Plan) -> int:
     """Room on the disk: the quantised model in the cache, the best and the last adapter, and the checkpoints: those
     that are kept and the one being written, each with the factors, the best ones so far and the optimizer's states."""
-    resident = plan.chosen.prediction.simulation.resident.breakdown
-    frozen = "base weights", "quantisation constants", "embeddings", "head", "offloaded"
-    weights = sum(resident.get(name, 0) for name in frozen)
+    simulation = plan.chosen.prediction.simulation
+    resident = simulation.resident.breakdown
     adapter, optimizer = resident.get("adapter", 0), resident.get("optimizer", 0)
-    return weights + 2 * adapter + (plan.kept_checkpoints + 1) * (2 * adapter + optimizer)
+    return simulation.frozen_bytes + 2 * adapter + (plan.kept_checkpoints + 1) * (2 * adapter + optimizer)

@@ -251,19 +251,27 @@ def test_max_tokens_is_the_longest_that_fits(recipe):
         assert again.fits is fits
 
 
-def test_the_largest_number_under_a_limit_is_found_with_few_tries():
-    for limit in (10, 11, 999, 12345, 10**9):
-        tried = []
+@pytest.mark.parametrize("steps_of", [1, 1000, 10**8])  # memory may be taken in steps
+@pytest.mark.parametrize("limit", [11, 999, 12345, 10**9])
+def test_the_largest_number_under_a_limit_is_found_with_few_tries(limit, steps_of):
+    tried = []
 
-        def peak(n, tried=tried):
-            tried.append(n)
-            return 3 * n + n * n // 1000
+    def missing(n):
+        tried.append(n)
+        return (3 * n + n * n // 1000) // steps_of * steps_of - limit
 
-        found = largest_of(peak, limit, 5, 10**6)
-        assert peak(found) <= limit < peak(found + 1) or found == 10**6
-        assert len(tried) < 40
-    with pytest.raises(DoesNotFitError, match="even the smallest needs"):
-        largest_of(lambda n: 10 * n, 5, 2, 100)
+    found = largest_of(missing, 5, 10**6)
+    assert len(tried) < 40
+    assert missing(found) <= 0
+    assert found == 10**6 or missing(found + 1) > 0
+
+
+def test_the_memory_that_has_no_room_for_the_shortest_sequence_is_named(recipe):
+    offloading = "memory.checkpointing=block", "memory.offload_checkpoints=true", "memory.micro_batches=as-given"
+    for budget, host, said in ((0.2, 64, r"of 204\.8 MiB$"), (8, 1, r"of 1\.0 GiB host memory$")):
+        plan = planner.plan_recipe(recipe(*offloading, f"memory.host_budget={host}GiB"), CARD, budget * GIB)
+        with pytest.raises(DoesNotFitError, match="even the smallest needs .* " + said):
+            planner.max_tokens(plan)
 
 
 def test_what_does_not_fit_is_told_with_the_parts_and_the_smallest_change(recipe):

@@ -80,14 +80,14 @@ class Ledger(TorchDispatchMode):
         allocation_bytes: each storage is counted in whole multiples of this, as an allocator would.
         work: counts the operations' work too; a mode for both is a third faster than one inside the other.
         run: runs an operator, given its arguments as a tuple and a dict.
-        pinned: storages in host memory are counted as powers of two, which torch's pool of pinned memory takes.
     """
 
-    def __init__(self, timeline: bool = False, allocation_bytes: int = 1, pinned: bool = False,
-                 work: WorkCounter | None = None, run: Callable = _run):  # fmt: skip
+    def __init__(
+        self, timeline: bool = False, allocation_bytes: int = 1, work: WorkCounter | None = None, run: Callable = _run
+    ):
         super().__init__()
         self._work, self._run = work, run
-        self.allocation_bytes, self.pinned = allocation_bytes, pinned
+        self.allocation_bytes = allocation_bytes
         self.live = [0] * len(CATEGORIES)
         self.timeline: list[Moment] | None = [] if timeline else None
         self.peaks: dict[tuple[str, str], Moment] = {}  # by phase and module
@@ -165,11 +165,9 @@ class Ledger(TorchDispatchMode):
         if entry is None:
             if size:
                 born = category if category is not None else _INDEX[marks.category]
-                if self.pinned and born == _OFFLOADED:
-                    size = 1 << (size - 1).bit_length()
                 self._entries[key] = _Entry(size, born, weakref.ref(storage, lambda _: self._forget(key)))
                 self._change(born, size)
-        elif size != entry.size and entry.category != _OFFLOADED:  # resized in place
+        elif size != entry.size:  # resized in place
             grown, entry.size = size - entry.size, size
             self._change(entry.category, grown)
         if entry is not None and category is not None:

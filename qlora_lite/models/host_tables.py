@@ -6,6 +6,8 @@ from torch import nn
 from qlora_lite.ops.around import Around
 from qlora_lite.ops.host_rows import HostRows
 from qlora_lite.ops.loss import Head, head_products
+from qlora_lite.ops.offload import host_memory
+from qlora_lite.ops.shapes import device_type
 
 
 class HostEmbedding(Around):
@@ -25,8 +27,9 @@ class HostHead(Around):
     def __init__(self, inner: nn.Linear, device: torch.device):
         super().__init__(inner)
         self.device = device
-        if device.type == "cuda":
-            self.weight.data = self.weight.data.pin_memory()
+        if device_type(device) == "cuda":
+            memory = host_memory(self.weight.nbytes, device).view(self.weight.dtype).view(self.weight.shape)
+            self.weight.data = memory.copy_(self.weight.data)
         if self.bias is not None:
             self.bias.data = self.bias.data.to(device)
         self.rows = HostRows(self.weight, device)

@@ -5,11 +5,12 @@ kept, is all that checkpointing leaves on the device. It is not needed until the
 memory beside the computation of the next block and comes back beside the backward of the one after it: at any time the
 device holds what is kept of at most two.
 
-On a card, copies run on a stream of their own, to and from pinned memory (torch's own pool of it, so that no step
-but the first allocates any) with the tensor's strides: between others torch makes one more copy on the device first
-(ATen/native/cuda/Copy.cu). Elsewhere the same code copies at once: it frees nothing there, but plans and tests run what
-a card runs. ``torch.autograd.graph.save_on_cpu`` copies on the computing stream and brings back late, so that the
-device waits for the bus twice a block.
+On a card, copies run on a stream of their own, to and from pinned memory. torch's pool of it gives whole powers of two
+(ATen/core/CachingHostAllocator.h), up to twice what is asked for: a block's tensors lie one after the other in a few
+parts of such sizes, at most an eighth more than they need. The parts stay for the next step, so that no step but the
+first takes any and a shorter batch takes no others. Elsewhere the same code copies at once: it frees nothing there, but
+plans and tests run what a card runs. ``torch.autograd.graph.save_on_cpu`` copies on the computing stream and brings
+back late, so that the device waits for the bus twice a block.
 
 A tensor is dropped only after the computing stream was told to wait for its copy. Its memory is then reused in the
 order of that stream, however far the process runs ahead of the card. (``record_stream`` would give the memory back
@@ -18,12 +19,28 @@ only when the process sees the end of the copy: a process that is blocks ahead w
 Source: ALST, arXiv 2506.13996, section 3.3.
 """
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
 from qlora_lite.memory.marks import category
+
+from .shapes import device_type
+
+MOST_PARTS = 4  # of the memory for a block's tensors; the last one is rounded up: at most an eighth too much
+
+
+def host_memory(size: int, device: torch.device) -> torch.Tensor:
+    """Return uint8 [size] in host memory, for copies from and to a device.
+
+    Beside a card it is pinned, and a whole power of two is asked for, which torch's pool of pinned memory gives anyway.
+    """
+    taken = 1 << (size - 1).bit_length() if device_type(device) == "cuda" else size
+    host = device if device.type == "meta" else torch.device("cpu")  # a plan's tensors have no memory at all
+    with category("offloaded"):
+        return torch.empty(taken, dtype=torch.uint8, device=host, pin_memory=device.type == "cuda")[:size]
 
 
 class SideStream:
@@ -31,7 +48,6 @@ class SideStream:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.host = device if device.type == "meta" else torch.device("cpu")  # a plan's tensors have no memory at all
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> "torch.cuda.Event | None":
@@ -64,6 +80,18 @@ class _Arrival(NamedTuple):
     event: "torch.cuda.Event | None"
 
 
+class _Form(NamedTuple):
+    """What a tensor looks like whose values lie in host memory."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def empty(self, device: torch.device) -> torch.Tensor:
+        """Return memory for the tensor."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
+
+
 class HostStore:
     """Tensors of numbered blocks in host memory, taken back in falling order.
 
@@ -73,18 +101,19 @@ class HostStore:
 
     def __init__(self, device: torch.device):
         self.side = SideStream(device)
-        self._stored: dict[int, list[torch.Tensor]] = {}
+        self._memory: dict[int, list[torch.Tensor]] = defaultdict(list)  # of each block, in parts
+        self._stored: dict[int, list[_Form]] = {}
         self._leaving: _Arrival | None = None  # of the block that was put last
         self._coming: dict[int, _Arrival] = {}
 
     def put(self, number: int, tensors: Sequence[torch.Tensor]) -> None:
         """Copy a block's tensors to the host; they stay on the device until the next block's are put."""
         self._let_go()
-        tensors, pinned = [tensor.detach() for tensor in tensors], self.side.stream is not None
-        with category("offloaded"):
-            hosts = [torch.empty_like(tensor, device=self.side.host, pin_memory=pinned) for tensor in tensors]
-        self._stored[number] = hosts
-        self._leaving = _Arrival(number, tensors, self.side.copy(list(zip(hosts, tensors, strict=True))))
+        tensors = [_dense(tensor.detach()) for tensor in tensors]
+        missing = sum(tensor.nbytes for tensor in tensors) - sum(map(len, self._memory[number]))
+        self._memory[number] += (host_memory(size, self.side.device) for size in part_sizes(missing))
+        self._stored[number] = [_Form(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
+        self._leaving = _Arrival(number, tensors, self.side.copy(list(self._pairs(number, tensors))))
 
     def _let_go(self) -> None:
         """Drop what is on the device, and have the computation wait for its copies before it reuses the memory."""
@@ -106,7 +135,43 @@ class HostStore:
         return here.tensors
 
     def _bring(self, number: int) -> "_Arrival":
-        hosts = self._stored.pop(number)
         with category("saved activations"):
-            tensors = [torch.empty_like(host, device=self.side.device) for host in hosts]
-        return _Arrival(number, tensors, self.side.copy(list(zip(tensors, hosts, strict=True))))
+            tensors = [form.empty(self.side.device) for form in self._stored.pop(number)]
+        pairs = [(target, source) for source, target in self._pairs(number, tensors)]
+        return _Arrival(number, tensors, self.side.copy(pairs))
+
+    def _pairs(self, number: int, tensors: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Pair a block's host memory with its tensors on the device, as bytes, cut where a part or a tensor ends."""
+        parts, part = iter(self._memory[number]), ()
+        for tensor in tensors:
+            flat = _flat(tensor)
+            while len(flat):
+                if not len(part):
+                    part = next(parts)
+                size = min(len(part), len(flat))
+                yield part[:size], flat[:size]
+                part, flat = part[size:], flat[size:]
+
+
+def part_sizes(size: int) -> Iterator[int]:
+    """Yield at most ``MOST_PARTS`` powers of two that together are ``size`` or a little more; none for 0 or less."""
+    for number in range(1, MOST_PARTS + 1):
+        if size > 0:
+            part = 1 << (size - 1).bit_length() if number == MOST_PARTS else 1 << size.bit_length() - 1
+            yield part
+            size -= part
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor whose memory has no gaps: itself, or a copy."""
+    return tensor if _in_memory(tensor).is_contiguous() else tensor.contiguous()
+
+
+def _in_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a view with the dimensions in the order in which they lie in memory."""
+    return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor without gaps as uint8 in the order of its memory."""
+    return _in_memory(tensor).view(-1).view(torch.uint8)

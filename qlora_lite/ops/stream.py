@@ -20,7 +20,7 @@ from torch import nn
 
 from qlora_lite.memory.marks import category
 
-from .offload import SideStream
+from .offload import SideStream, host_memory
 
 SLOTS = 2
 _ALIGNMENT = 256  # bytes; what vector loads and copies of any device are content with
@@ -44,14 +44,13 @@ class _Place(NamedTuple):
 class _HostBlock:
     """The frozen tensors of a block in one flat host buffer."""
 
-    def __init__(self, block: nn.Module, host: torch.device, pinned: bool):
+    def __init__(self, block: nn.Module, device: torch.device):
         found = [(registry, name, tensor) for registry, name, tensor in _frozen(block) if tensor.numel()]
         starts, size = [], 0
         for _, _, tensor in found:
             starts.append(size)
             size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-        with category("offloaded"):
-            self.flat = torch.empty(size, dtype=torch.uint8, device=host, pin_memory=pinned)
+        self.flat = host_memory(size, device)
         self.places = []
         for (registry, name, tensor), start in zip(found, starts, strict=True):
             place = _Place(registry, name, start, tensor).view(self.flat)
@@ -83,7 +82,7 @@ class BlockStream:
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device):
         self.side = SideStream(device)
-        self._blocks = [_HostBlock(block, self.side.host, pinned=device.type == "cuda") for block in blocks]
+        self._blocks = [_HostBlock(block, device) for block in blocks]
         self._storages = {block.flat.untyped_storage()._cdata for block in self._blocks}
         size = max(len(block.flat) for block in self._blocks)
         with category("base weights"):

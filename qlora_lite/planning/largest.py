@@ -52,33 +52,34 @@ def most_packs(job_of: Callable[[int], Job], limit_bytes: int, host_limit_bytes:
 def _most_that_fit(
     prediction_of: Callable[[int], Prediction], limit_bytes: int, host_limit_bytes: int | None, start: int, largest: int
 ) -> int:  # fmt: skip
-    found = largest_of(lambda n: prediction_of(n).peak_bytes, limit_bytes, start, largest)
-    if host_limit_bytes is None or prediction_of(found).fits_host(host_limit_bytes):
-        return found
-    found = most(lambda n: prediction_of(n).host_bytes, host_limit_bytes, found)
-    if not found:
-        needed = format_bytes(prediction_of(1).host_bytes)
-        raise DoesNotFitError(f"even the smallest needs {needed} of {format_bytes(host_limit_bytes)} host memory")
-    return found
+    smallest = prediction_of(1)
+    if not smallest.fits(limit_bytes, host_limit_bytes):
+        needed, limit, where = smallest.peak_bytes, limit_bytes, ""
+        if smallest.peak_bytes <= limit_bytes:
+            needed, limit, where = smallest.host_bytes, host_limit_bytes, " host memory"
+        raise DoesNotFitError(f"even the smallest needs {format_bytes(needed)} of {format_bytes(limit)}{where}")
+    return largest_of(lambda n: prediction_of(n).missing_bytes(limit_bytes, host_limit_bytes), start, largest)
 
 
-def largest_of(peak_of: Callable[[int], int], limit_bytes: int, start: int, largest: int) -> int:
-    """Find the largest n from 1 to ``largest`` with ``peak_of(n) <= limit``, for a peak that grows with n.
+def largest_of(missing_of: Callable[[int], float], start: int, largest: int) -> int:
+    """Find the largest n from 1 to ``largest`` with ``missing_of(n) <= 0``, for what grows with n and is so at 1.
 
-    The peak is nearly straight in n, so the next guess lies on the line through the two nearest points known.
+    It is nearly straight in n, so the next guess lies on the line through the two nearest points known. Memory that is
+    taken in large steps shows in guesses that get on slowly: what is open is then halved. As long as everything fits,
+    steps double.
     """
-    known = {1: peak_of(1)}
-    if known[1] > limit_bytes:
-        raise DoesNotFitError(f"even the smallest needs {format_bytes(known[1])} of {format_bytes(limit_bytes)}")
-    low, high = 1, largest + 1  # low fits, high does not or may not be tried
+    known = {1: missing_of(1)}
+    low, high, slow = 1, largest + 1, 0  # low fits, high does not or may not be tried
     guess = min(max(start, 2), largest)
     while high - low > 1:
-        known[guess] = peak_of(guess)
-        low, high = (guess, high) if known[guess] <= limit_bytes else (low, guess)
-        below = max(n for n in known if n <= low)
-        above = min((n for n in known if n > below), default=None)
-        if above is None:  # everything fits so far: follow the line through the last two
-            above, below = below, max(n for n in known if n < below)
-        slope = max(1.0, (known[above] - known[below]) / (above - below))
-        guess = min(max(int(below + (limit_bytes - known[below]) / slope), low + 1), high - 1)
+        known[guess], before, below = missing_of(guess), high - low, low
+        low, high = (guess, high) if known[guess] <= 0 else (low, guess)
+        if high in known:
+            slow += 2 * (high - low) > before
+            slope = (known[high] - known[low]) / (high - low)
+            guess = (low + high) // 2 if slow > 2 else low - int(known[low] / slope)
+        else:
+            slope = max(1.0, (known[low] - known[below]) / (low - below))
+            guess = max(low - int(known[low] / slope), 3 * low - 2 * below)
+        guess = min(max(guess, low + 1), high - 1)
     return low

@@ -26,9 +26,16 @@ class Prediction:
         """Memory that the process needs beside a card: libraries, and what is kept off the card."""
         return HOST_PROCESS_BYTES + self.simulation.offloaded_bytes
 
+    def missing_bytes(self, limit_bytes: float, host_limit_bytes: int | None) -> float:
+        """Return by how much the step exceeds the device's limit or the host's, the more of both; it fits at 0"""
+        beyond = self.peak_bytes - limit_bytes
+        if host_limit_bytes is None or not self.simulation.offloaded_bytes:
+            return beyond
+        return max(beyond, self.host_bytes - host_limit_bytes)
+
     def fits(self, limit_bytes: float, host_limit_bytes: int | None) -> bool:
         """Tell whether the device and the host beside it have room for the step."""
-        return self.peak_bytes <= limit_bytes and self.fits_host(host_limit_bytes)
+        return self.missing_bytes(limit_bytes, host_limit_bytes) <= 0
 
     def fits_host(self, limit_bytes: int | None) -> bool:
         """Tell whether the host beside a card has room for what is kept there; None is a limit that is not known."""

@@ -26,6 +26,7 @@ from .machine import Machine
 from .predict import with_constants
 from .simulate import along_last_blocks
 
+FEWEST_RESIDENT = 2  # blocks that stay or are streamed, if any; one alone is no line (``along_last_blocks``)
 SPARED = 0.03  # of the limit, that is not spent on speed: a device's constants are known to a few percent
 SMALL_CHUNK_TOKENS = 256
 TILE_TOKENS = 4096  # tokens of an automatic tile: dequantising a weight for each costs a few percent
@@ -83,7 +84,7 @@ def _search(step: Step, machine: Machine, limit_bytes: int) -> list[Candidate]:
         selective = _with_attention_kept(step, machine, best, limit_bytes)
         found += selective
         for each in (best, *selective):
-            found += _with_more_on_device(step, machine, each, limit_bytes)
+            found += _with_more_on_device(step, machine, each, int((1 - SPARED) * limit_bytes))
         return found
     if "loss_chunk_tokens" not in step.fixed:
         small = replace(found[-1].levers, loss_chunk_tokens=SMALL_CHUNK_TOKENS)
@@ -168,18 +169,23 @@ def _with_attention_kept(step: Step, machine: Machine, best: Candidate, limit_by
 
 
 def _with_more_on_device(step: Step, machine: Machine, best: Candidate, limit_bytes: int) -> list[Candidate]:
-    """Return a candidate with as many last blocks kept (or resident) as spare memory allows, if it allows any."""
+    """Return a candidate with as many last blocks kept (or resident) as the limit allows, if it allows any."""
     name = "kept_blocks" if best.levers.resident_blocks is None else "resident_blocks"
     if not best.levers.computes_again or name in step.fixed:
         return []
-    raised = _raised(step, machine, best, name, int((1 - SPARED) * limit_bytes))
+    raised = _raised(step, machine, best, name, limit_bytes)
     return [] if raised.levers == best.levers else [raised]
 
 
 def _with_less_to_stream(step: Step, machine: Machine, found: list[Candidate], limit_bytes: int) -> list[Candidate]:
-    """Return the last candidate that only the host has no room for with as many resident blocks as the device has."""
+    """Return the last candidate that only the host has no room for, with as many resident blocks as the device has,
+    and with all of them."""
     streamed = [c for c in found if c.levers.resident_blocks is not None and c.peak_bytes <= limit_bytes]
-    return _with_more_on_device(step, machine, streamed[-1], limit_bytes) if streamed else []
+    if not streamed or "resident_blocks" in step.fixed:
+        return []
+    last = streamed[-1]
+    resident = build_candidate(step, machine, replace(last.levers, resident_blocks=None), last.packs)
+    return [resident, *_with_more_on_device(step, machine, last, limit_bytes)]
 
 
 def _raised(step: Step, machine: Machine, best: Candidate, name: str, limit_bytes: int) -> Candidate:
@@ -193,9 +199,9 @@ def _raised(step: Step, machine: Machine, best: Candidate, name: str, limit_byte
         line[count] = at(count)
         return with_constants(job, line[count]).peak_bytes
 
-    # One block of a kind is no row of blocks to continue, so 1 and depth - 1 are left out.
-    count = most(lambda n: peak_of(n + 1 if n else 0), limit_bytes, depth - 3)
-    count += bool(count)
+    few = FEWEST_RESIDENT - 1  # are left out at both ends
+    count = most(lambda n: peak_of(n + few if n else 0), limit_bytes, depth - 1 - 2 * few)
+    count += few if count else 0
     levers = replace(best.levers, **{name: count})
     prediction = with_constants(replace(job, levers=levers), line[count])
     return timed(machine, levers, best.packs, best.micro_batches, prediction)

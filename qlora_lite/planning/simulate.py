@@ -93,6 +93,7 @@ class Simulation:
     resident: Moment  # between two steps
     work: Work
     offloaded_bytes: int = 0  # most that lay in host memory
+    frozen_bytes: int = 0  # the model without the adapter, wherever it lies
     measured_because: str = ""  # the operator that cannot run without values, where real tensors were measured
 
     def peak(self, name: str | None = None) -> Moment:
@@ -191,13 +192,13 @@ def simulate_whole(job: Job, timeline: bool = False) -> Simulation | tuple[Simul
 
 
 def _run(job: Job, device: torch.device, timeline: bool, measured_because: str = ""):
-    model = _model(job, device)
+    with planning_for(job.device_type):
+        model = _model(job, device)
     parameters = [parameter for _, parameter in lora_parameters(model)]
     # its tables are real numbers
     optimizer = build_optimizer(parameters, job.optimizer, 0.0, 0.0, job.stochastic_rounding)
     counter, run = WorkCounter(), {"run": _remembered} if device == META else {}
-    pinned = job.device_type == "cuda"
-    ledger = Ledger(timeline, ALLOCATION_BYTES[job.device_type], pinned, counter, **run)
+    ledger = Ledger(timeline, ALLOCATION_BYTES[job.device_type], counter, **run)
     with planning_for(job.device_type), ledger:
         for tensor, name, _ in categorised(model):
             ledger.claim([tensor], name)
@@ -208,8 +209,9 @@ def _run(job: Job, device: torch.device, timeline: bool, measured_because: str =
             job.levers.loss_chunk_tokens, job.accumulating, job.levers.optimizer_in_backward,
         )  # fmt: skip
         resident, moments = ledger.now(), list(ledger.timeline or ())  # what follows is only the model's end
+    frozen = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad)
     simulation = Simulation(
-        dict(ledger.peaks), resident, counter.work, ledger.offloaded_peak_bytes, measured_because
+        dict(ledger.peaks), resident, counter.work, ledger.offloaded_peak_bytes, frozen, measured_because
     )  # fmt: skip
     return (simulation, moments) if timeline else simulation
 
@@ -284,7 +286,8 @@ def _continued(base: _Ends, slopes: Sequence[tuple[_Ends, int]], depth: int, las
     resident = base.simulation.resident
     return Simulation(
         moments, Moment(resident.phase, "", line(lambda ends: ends.simulation.resident.bytes)),
-        Work(*line(lambda ends: ends.simulation.work)), *line(lambda ends: (ends.simulation.offloaded_bytes,)),
+        Work(*line(lambda ends: ends.simulation.work)),
+        *line(lambda ends: (ends.simulation.offloaded_bytes, ends.simulation.frozen_bytes)),
         base.simulation.measured_because,
     )  # fmt: skip
 

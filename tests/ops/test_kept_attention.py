@@ -166,12 +166,3 @@ def test_on_a_cpu_the_kernels_that_give_its_blocks_their_values_are_not_kept_twi
         assert len(saved) == 4
         results.append([out.detach(), *torch.autograd.grad(out.sum(), tensors)])
     assert all(map(torch.equal, *results))
-
-
-def test_tensors_come_back_from_the_host_with_their_strides():
-    store, first = HostStore(CPU), torch.randn(2, 3, 5).transpose(0, 2)
-    store.put(0, [first])
-    store.put(1, [torch.zeros(1)])
-    store.take(1)
-    (found,) = store.take(0)
-    assert torch.equal(found, first) and found.stride() == first.stride() and found.data_ptr() != first.data_ptr()

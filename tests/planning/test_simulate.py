@@ -133,6 +133,29 @@ def test_two_small_depths_continued_give_the_whole_depth_to_the_byte(changes):
     assert short.work == whole.work
     assert short.resident.bytes == whole.resident.bytes
     assert short.offloaded_bytes == whole.offloaded_bytes
+    assert short.frozen_bytes == whole.frozen_bytes
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_model_is_as_large_wherever_it_lies(tied):
+    config = config_of("llama", num_hidden_layers=7, tie_word_embeddings=tied)
+    on_host = Levers(resident_blocks=0, host_embeddings=True, host_head=True)
+    for levers, device_type in ((Levers(), "cpu"), (on_host, "cpu"), (on_host, "cuda")):
+        job = job_for(config, levers=levers, device_type=device_type)
+        resident = simulate(job_for(config)).resident.breakdown
+        assert simulate(job).frozen_bytes == sum(
+            resident.get(name, 0) for name in ("base weights", "quantisation constants", "embeddings", "head")
+        )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_of_what_lies_in_host_memory_only_the_pinned_is_rounded_up(tied):
+    config = config_of("llama", vocab_size=100, num_hidden_layers=7, tie_word_embeddings=tied)
+    job = job_for(config, levers=Levers(host_embeddings=True, host_head=True), device_type="cuda")
+    table = config.vocab_size * config.hidden_size * job.compute_dtype.itemsize
+    assert table.bit_count() > 1
+    pinned = 1 << table.bit_length()
+    assert simulate(job).offloaded_bytes == (pinned if tied else table + pinned)
 
 
 @pytest.mark.parametrize("changes", [{}, {"reuse_dequantized": True}, {"host_head": True}])

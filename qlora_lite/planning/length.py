@@ -1,0 +1,85 @@
+"""The longest sequence that fits, when every lever that is left to the planner saves most.
+
+Where the host's memory is no limit, that is one way to run the step. Where it is, a way that keeps less there may have
+room for more: checkpoints or weights on the device, or as many blocks as the host has no room for.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+from qlora_lite.errors import DoesNotFitError
+from qlora_lite.models.levers import Levers
+
+from .candidate import Step
+from .largest import LENGTH_STEP, longest
+from .predict import predict
+from .search import FEWEST_RESIDENT, first_levers, smaller, with_less_on_host
+from .simulate import Job, Rows
+
+JobOf = Callable[[int], Job]  # builds the job for a number of tokens
+
+
+def longest_sequence(step: Step, limit_bytes: int, host_limit_bytes: int | None, start: int, largest: int) -> int:
+    """Return the most tokens of a row that is alone in its pack, a multiple of ``LENGTH_STEP``.
+
+    Args:
+        limit_bytes: what a plan may use of the device.
+        host_limit_bytes: what it may use of the host's memory beside a card, None where that is not known.
+        start: a first guess.
+        largest: the largest number to consider.
+
+    Raises:
+        DoesNotFitError: not even the shortest fits.
+    """
+    saving_most, *others = _ways(step, host_limit_bytes)
+    found = longest(saving_most, limit_bytes, None, start, largest)
+    if predict(saving_most(found)).fits_host(host_limit_bytes):
+        return found
+    guess, found, reason = found, 0, None
+    for job_of in (*others, saving_most):
+        if found and not predict(job_of(found + LENGTH_STEP)).fits(limit_bytes, host_limit_bytes):
+            continue
+        try:
+            found = longest(job_of, limit_bytes, host_limit_bytes, found or guess, largest)
+        except DoesNotFitError as error:
+            reason = error
+    if not found:
+        raise reason
+    return found
+
+
+def _ways(step: Step, host_limit_bytes: int | None) -> Iterator[JobOf]:
+    """Yield ways to run a step: the one that needs least of the device, then those with less in host memory."""
+    for each in with_less_on_host(step):
+        for number, levers in enumerate(reversed([first_levers(each), *smaller(each)])):
+            yield partial(_one_row, each, levers)
+            streams_all = number == 0 and levers.resident_blocks is not None and "resident_blocks" not in each.fixed
+            if streams_all and host_limit_bytes is not None:
+                yield _partly_streamed(each, levers, host_limit_bytes)
+
+
+def _one_row(step: Step, levers: Levers, tokens: int) -> Job:
+    """Return the step's job for packs of one row of so many tokens, as few at once as may be."""
+    packs = 1 if step.may_split else step.packs
+    accumulating = step.packs * step.micro_batches // packs > 1
+    evaluation = Rows((tokens,), tokens - 1) if step.job.eval_rows else None
+    rows = Rows((tokens,) * packs, (tokens - 1) * packs)
+    return replace(step.job, rows=rows, eval_rows=evaluation, accumulating=accumulating, levers=levers)
+
+
+def _partly_streamed(step: Step, levers: Levers, host_limit_bytes: int) -> JobOf:
+    """Return a way in which those blocks stay on the device that the host has no room for."""
+    fewest, most = FEWEST_RESIDENT, step.job.config.num_hidden_layers - FEWEST_RESIDENT
+
+    def host_bytes(tokens: int, resident: int) -> int:
+        return predict(_one_row(step, replace(levers, resident_blocks=resident), tokens)).host_bytes
+
+    block_bytes = (host_bytes(LENGTH_STEP, 0) - host_bytes(LENGTH_STEP, fewest)) // fewest
+
+    def job_of(tokens: int) -> Job:
+        missing = host_bytes(tokens, 0) - host_limit_bytes
+        count = max(fewest, -(-missing // block_bytes))
+        return _one_row(step, replace(levers, resident_blocks=count if count <= most else None), tokens)
+
+    return job_of

@@ -1,0 +1,97 @@
+"""What goes to host memory comes back as it was, and takes little more room there than it needs."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_lite.memory.ledger import Ledger
+from qlora_lite.ops.offload import MOST_PARTS, HostStore, host_memory, part_sizes
+from qlora_lite.ops.shapes import planning_for
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+KIB = 1024
+
+
+@given(st.integers(1, 2**40))
+def test_parts_are_few_powers_of_two_and_an_eighth_too_much_at_most(size):
+    sizes = list(part_sizes(size))
+    assert len(sizes) <= MOST_PARTS
+    assert all(part.bit_count() == 1 for part in sizes)
+    assert size <= sum(sizes) <= size * 9 / 8
+    assert size.bit_count() > MOST_PARTS or sum(sizes) == size
+
+
+def test_nothing_takes_no_part():
+    assert list(part_sizes(0)) == list(part_sizes(-5)) == []
+
+
+def tensors_of(seed):
+    """Some tensors as a block keeps them: with the strides of attention's results, of several types, one empty."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(1, 40, (2,), generator=generator).tolist()
+    hidden = torch.randn(1, *sizes, generator=generator)
+    return [
+        hidden, torch.randn(2, *sizes, 3, generator=generator).bfloat16().transpose(1, 2), hidden[0, :, :1].double(),
+        torch.empty(0, 3), torch.tensor(seed), torch.randn(3, generator=generator).expand(2, 3), hidden[:, ::2],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_tensors_of_any_shape_come_back(seed):
+    store = HostStore(CPU)
+    for step, blocks in itertools.product(range(3), (3, 4)):  # into memory that was taken for others, and more
+        given_ = [tensors_of(seed + 10 * step + number) for number in range(blocks)]
+        for number, tensors in enumerate(given_):
+            store.put(number, tensors)
+        for number in reversed(range(blocks)):
+            for found, tensor in zip(store.take(number), given_[number], strict=True):
+                assert torch.equal(found, tensor) and found.dtype == tensor.dtype
+
+
+def test_strides_are_kept_and_memory_is_not_shared():
+    store, first = HostStore(CPU), torch.randn(2, 3, 5).transpose(0, 2)
+    store.put(0, [first])
+    store.put(1, [torch.zeros(1)])
+    store.take(1)
+    (found,) = store.take(0)
+    assert torch.equal(found, first) and found.stride() == first.stride() and found.data_ptr() != first.data_ptr()
+
+
+def test_a_step_that_broke_off_leaves_nothing_behind():
+    store, old, new = HostStore(CPU), torch.zeros(4), torch.ones(4)
+    for number in range(3):
+        store.put(number, [old])
+    store.take(2)
+    for number in range(2):
+        store.put(number, [new])
+    assert [store.take(number)[0].sum() for number in (1, 0)] == [4, 4]
+
+
+def host_bytes(store, *sizes):
+    """Return the bytes in host memory after steps of two blocks with a tensor of so many bytes each."""
+    held = []
+    with Ledger() as ledger:
+        for size in sizes:
+            for number in range(2):
+                store.put(number, [torch.empty(size, dtype=torch.uint8, device=store.side.device)])
+            for number in (1, 0):
+                store.take(number)
+            held.append(ledger.now().breakdown["offloaded"])
+        assert ledger.offloaded_peak_bytes == held[-1]
+    return held
+
+
+@pytest.mark.parametrize("device", [CPU, META])
+def test_host_memory_is_taken_once_and_holds_smaller_batches_too(device):
+    assert host_bytes(HostStore(device), 7 * KIB, 7 * KIB, 5 * KIB + 1) == 3 * [14 * KIB]
+    assert host_bytes(HostStore(device), 7 * KIB, 8 * KIB + 1) == [14 * KIB, 2 * (8 * KIB + 1)]
+
+
+def test_beside_a_card_a_whole_power_of_two_is_taken():
+    assert host_memory(5 * KIB, META).untyped_storage().nbytes() == 5 * KIB
+    with planning_for("cuda"):
+        memory = host_memory(5 * KIB, META)
+    assert len(memory) == 5 * KIB and memory.untyped_storage().nbytes() == 8 * KIB
