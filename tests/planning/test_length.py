@@ -1,0 +1,78 @@
+"""The longest sequence is the longest for which the search has a plan, whichever memory is short."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_simulate import config_of, job_for
+
+from qlora_lite.errors import DoesNotFitError
+from qlora_lite.memory.cards import find_card
+from qlora_lite.models.levers import Levers
+from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS
+from qlora_lite.planning.candidate import Step, choose
+from qlora_lite.planning.largest import LENGTH_STEP
+from qlora_lite.planning.length import longest_sequence
+from qlora_lite.planning.machine import machine_of_card
+from qlora_lite.planning.predict import predict
+from qlora_lite.planning.search import SMALL_TILE_TOKENS, search
+from qlora_lite.planning.simulate import Rows
+
+CARD, DEPTH, FAR = machine_of_card(find_card("rtx-4060")), 8, 4096
+FIXED = {"checkpointing": "block", "kept_blocks": 0, "tile_tokens": None, "reuse_dequantized": False}
+ON_HOST = {"offload_checkpoints": True, "host_embeddings": True, "host_head": True}
+
+
+def step_of(tokens, **fixed):
+    config = config_of("llama", num_hidden_layers=DEPTH, intermediate_size=1024)
+    job = job_for(config, compute_dtype=torch.bfloat16, device_type="cuda", eval_rows=None)
+    return Step(job, Rows((tokens,), tokens - 1), 1, 1, FIXED | fixed)
+
+
+def needs(tokens, resident_blocks, **levers):
+    """Return the bytes on the device and on the host of one way to run the step."""
+    step = step_of(tokens)
+    levers = Levers(loss_chunk_tokens=AUTO_CHUNK_TOKENS, resident_blocks=resident_blocks, **FIXED | ON_HOST | levers)
+    found = predict(replace(step.job, rows=step.pack, levers=levers))
+    return found.peak_bytes, found.host_bytes
+
+
+@pytest.mark.parametrize(
+    ("resident", "more_on_device", "offload_checkpoints"),
+    [(0, 0, True), (3, 0, True), (3, 50_000, True), (DEPTH - 2, 0, True), (3, 0, False), (None, 0, False)],
+)
+def test_one_step_more_has_no_plan(resident, more_on_device, offload_checkpoints):
+    fixed = ON_HOST | {"offload_checkpoints": offload_checkpoints}
+    device, host = needs(1024, resident, **fixed)
+    device += more_on_device
+    found = longest_sequence(step_of(64, **fixed), device, host, 64, FAR)
+    for tokens, fits in ((found, True), (found + LENGTH_STEP, False)):
+        candidates = search(step_of(tokens, **fixed), replace(CARD, host_bytes=host), device)
+        assert (choose(candidates, device) is not None) == fits
+    assert 1024 <= found < FAR
+
+
+def test_where_the_host_has_no_room_for_any_block_small_tiles_are_tried_with_all_on_the_device():
+    device, host = needs(FAR, None, tile_tokens=SMALL_TILE_TOKENS)
+    step = step_of(FAR, **ON_HOST)
+    del step.fixed["tile_tokens"]
+    chosen = choose(search(step, replace(CARD, host_bytes=host), device), device)
+    assert chosen.levers.tile_tokens == SMALL_TILE_TOKENS and chosen.levers.resident_blocks is None
+
+
+def test_with_room_for_nothing_on_the_host_all_stays_on_the_device():
+    device, _ = needs(512, None, offload_checkpoints=False, host_embeddings=False, host_head=False)
+    assert longest_sequence(step_of(64), device, 0, 64, FAR) == 512
+
+
+def test_without_a_limit_of_the_host_the_device_s_alone_counts():
+    device, _ = needs(1024, 0)
+    assert longest_sequence(step_of(64, **ON_HOST), device, None, 64, FAR) == 1024
+
+
+@pytest.mark.parametrize(("less_on_device", "less_on_host", "memory"), [(1, 0, "$"), (0, 1, " host memory$")])
+def test_the_memory_that_has_no_room_for_the_shortest_is_named(less_on_device, less_on_host, memory):
+    device, host = needs(LENGTH_STEP, 0)
+    step = step_of(64, resident_blocks=0, **ON_HOST)
+    with pytest.raises(DoesNotFitError, match=f"even the smallest needs .*iB of .*iB{memory}"):
+        longest_sequence(step, device - less_on_device, host - less_on_host, 64, FAR)
