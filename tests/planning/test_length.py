@@ -55,7 +55,7 @@ def test_one_step_more_has_no_plan(resident, more_on_device, offload_checkpoints
 def test_where_the_host_has_no_room_for_any_block_small_tiles_are_tried_with_all_on_the_device():
     device, host = needs(FAR, None, tile_tokens=SMALL_TILE_TOKENS)
     step = step_of(FAR, **ON_HOST)
-    del step.fixed["tile_tokens"]
+    del step.fixed["tile_tokens"], step.fixed["offload_checkpoints"]
     chosen = choose(search(step, replace(CARD, host_bytes=host), device), device)
     assert chosen.levers.tile_tokens == SMALL_TILE_TOKENS and chosen.levers.resident_blocks is None
 
