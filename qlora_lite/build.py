@@ -44,7 +44,8 @@ def fixed_levers(recipe: Recipe) -> dict[str, object]:
         "optimizer_in_backward": m.optimizer_in_backward,
         "reuse_dequantized": m.reuse_dequantized, "compile": recipe.train.compile,
     }  # fmt: skip
-    return {name: value for name, value in given.items() if value != "auto"}
+    folder = {} if m.offload_folder is None else {"offload_folder": m.offload_folder}
+    return folder | {name: value for name, value in given.items() if value != "auto"}
 
 
 def build_model(recipe: Recipe, adapter: Path | None = None, lora: bool = True, levers: Levers | None = None):

@@ -7,10 +7,11 @@ micro-batch taken as full) and for ``run`` (with the rows that were really read)
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
+from shutil import disk_usage
 
 from .build import fixed_levers, job_of, train_settings
 from .data.batch import Batch
-from .errors import DoesNotFitError
+from .errors import DoesNotFitError, OutputError
 from .memory.bar import BESIDE
 from .models.levers import Levers
 from .models.load import resolve_compute_dtype, resolve_device
@@ -117,6 +118,7 @@ def plan_run(recipe: Recipe, examples, eval_examples) -> tuple[Plan, TrainSettin
 
     Raises:
         DoesNotFitError: with the breakdown and the smallest change that fits.
+        OutputError: the disk of memory.offload_folder has no room.
         ModelError: see ``plan_recipe``.
     """
     device = resolve_device(recipe.model.device)
@@ -129,6 +131,11 @@ def plan_run(recipe: Recipe, examples, eval_examples) -> tuple[Plan, TrainSettin
     if not plan.fits:
         raise does_not_fit(plan, list(alternatives(plan)))
     chosen = plan.chosen
+    if chosen.levers.uses_disk:
+        needed, free = chosen.prediction.simulation.folder_bytes, disk_usage(chosen.levers.offload_folder).free
+        if needed > free:
+            raise OutputError(f"memory.offload_folder: needs {format_bytes(needed)} and has {format_bytes(free)} free; "
+                              "make room, or name another folder")  # fmt: skip
     return plan, replace(
         settings, levers=chosen.levers, micro_batch_size=chosen.packs,
         gradient_accumulation_steps=chosen.micro_batches,
@@ -258,9 +265,9 @@ def _cure(plan: Plan, others: Sequence[Alternative]) -> str:
     beside = [c for c in plan.found if c.peak_bytes <= plan.limit_bytes and c is not plan.chosen]
     if beside:  # which the host has no room for
         least = min(beside, key=lambda candidate: candidate.prediction.host_bytes)
-        return f"{_difference(plan.chosen, least)} would fit with {_of_host(plan, least)}: raise memory.host_budget"
+        return f"{_difference(plan.chosen, least)} would fit with {_of_host(plan, least)}: {_more_host(plan, least)}"
     if not plan.chosen.fits_host:
-        return "free host memory, or raise memory.host_budget"
+        return f"free host memory, or {_more_host(plan, plan.chosen)}"
     resident = plan.chosen.prediction.simulation.resident.total
     floor = plan.machine.base_bytes + resident + sum(o.bytes for o in plan.chosen.prediction.overheads)
     if floor > plan.budget_bytes:
@@ -269,6 +276,13 @@ def _cure(plan: Plan, others: Sequence[Alternative]) -> str:
         return f"data.max_tokens={max_tokens(plan)} fits"
     except DoesNotFitError:
         return "no sequence length fits: choose a smaller model or a lower lora.rank"
+
+
+def _more_host(plan: Plan, candidate: Candidate) -> str:
+    """Say what makes room in host memory for a candidate."""
+    on_disk = replace(candidate.levers, offload_folder=".")
+    disk_helps = on_disk.uses_disk and build_candidate(plan.step, plan.machine, on_disk, candidate.packs).fits_host
+    return "raise memory.host_budget" + (", or name a disk in memory.offload_folder" if disk_helps else "")
 
 
 def _largest(breakdown: dict[str, int], count: int = 4) -> list[tuple[str, int]]:

@@ -35,13 +35,14 @@ def _in_words(chosen: Candidate) -> str:
         f", weights streamed from the host but for {x.resident_blocks} blocks" if x.resident_blocks
         else ", weights streamed from the host"
     )  # fmt: skip
+    place = "on a disk" if x.uses_disk else "in host memory"
     return (
         f"checkpointing {x.checkpointing}{kept}"
         + (f", tiles of {x.tile_tokens} tokens" if x.tile_tokens else "")
         + (", weights unpacked once per backward" if x.reuse_dequantized else "")
         + (", embeddings in host memory" if x.host_embeddings else "")
         + (", head in host memory" if x.host_head else "")
-        + (", checkpoints in host memory" if x.offload_checkpoints else "")
+        + (f", block inputs {place}" if x.offload_checkpoints else "")
         + f"{resident}, loss chunk {x.loss_chunk_tokens}, packs at once {chosen.packs}, "
         f"micro-batches {chosen.micro_batches}"
     )
@@ -56,6 +57,7 @@ def as_json(plan: Plan, others: Sequence[Alternative]) -> dict:
         "first_step_peak_bytes": plan.peak_bytes - peak.total + plan.chosen.prediction.simulation.first_step_bytes(),
         "peak_phase": peak.phase, "peak_module": peak.module,
         "breakdown": plan.breakdown, "host_bytes": host_bytes(plan), "disk_bytes": disk_bytes(plan),
+        "offload_folder_bytes": plan.chosen.prediction.simulation.folder_bytes,
         "step_seconds_estimate": plan.chosen.step_seconds, "chosen": plan.chosen.settings, "why": reason(plan),
         "constants": [o._asdict() for o in plan.chosen.prediction.overheads],
         "measured_because": plan.chosen.prediction.simulation.measured_because,
@@ -101,7 +103,10 @@ def describe(plan: Plan, others: Sequence[Alternative], width: int = 80) -> str:
         f"{'host memory':16} {format_bytes(host_bytes(plan))}{limit}",
         f"{'disk':16} {format_bytes(disk_bytes(plan))}",
     ]  # fmt: skip
-    because = plan.chosen.prediction.simulation.measured_because
+    simulation = plan.chosen.prediction.simulation
+    if simulation.folder_bytes:
+        lines.append(f"{'offload folder':16} {format_bytes(simulation.folder_bytes)}")
+    because = simulation.measured_because
     if because:
         lines.append(f"{'note':16} {because}: measured on small real models and extrapolated")
     room = max([38, *(len(a.change) for a in others)])

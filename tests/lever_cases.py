@@ -44,6 +44,19 @@ def rotary_flops(model, tokens):
     return counter.work.flops
 
 
+def gradients_of_steps(model, levers):
+    """Return the gradients of two steps, each of micro-batches of several lengths, the levers set once."""
+    set_levers(model.train(), levers)
+    found = []
+    for number, lengths in enumerate([((9, 14, 6), (40,)), ((30, 31), (3, 4), (50,))]):
+        inputs = [prepare(random_batch(rows, seed=number), device_of(model)) for rows in lengths]
+        accumulate_gradients(model, inputs, levers.loss_chunk_tokens)
+        for _, parameter in lora_parameters(model):
+            found.append(parameter.grad)
+            parameter.grad = None
+    return found
+
+
 def gradients(model, levers, batches=2):
     """Return the gradients of a step of several micro-batches, and its loss."""
     set_levers(model, levers)

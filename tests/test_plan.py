@@ -148,7 +148,7 @@ def test_what_the_host_has_no_room_for_stays_on_the_card_or_does_not_fit(recipe)
     assert not little.fits and little.chosen.fits_host and not little.chosen.levers.offload_checkpoints
     said = str(planner.does_not_fit(little, []))
     assert "too much" in said and "memory.offload_checkpoints=true" in said
-    assert "4.0 GiB of host memory where 3.2 GiB may be used: raise memory.host_budget" in said
+    assert "4.0 GiB of host memory where 3.2 GiB may be used: raise memory.host_budget, or name a disk" in said
     roomy = planner.plan_recipe(recipe(long, host(3.2)), CARD, 6 * GIB)
     assert roomy.fits and roomy.chosen.fits_host
 
@@ -169,6 +169,52 @@ def test_as_many_blocks_stay_on_the_card_as_it_has_room_for_where_the_host_has_n
     plan = planner.plan_recipe(recipe(*big, f"memory.host_budget={needed - 1:.2f}GiB"), CARD, 5 * GIB)
     assert plan.fits and plan.chosen.prediction.host_bytes <= (needed - 1) * GIB
     assert 0 < plan.chosen.levers.resident_blocks < 32
+
+
+def test_checkpoints_on_a_disk_need_its_room_and_not_the_host_s(recipe, tmp_path):
+    offloading = (
+        "memory.checkpointing=block", "memory.kept_blocks=0", "memory.offload_checkpoints=true", "data.max_tokens=8192",
+    )  # fmt: skip
+    in_memory, on_disk = (
+        planner.plan_recipe(recipe(*offloading, *more), CARD, 8 * GIB)
+        for more in ([], [f"memory.offload_folder={tmp_path}"])
+    )
+    checkpoints = 16 * 8192 * 2048 * 2  # blocks, tokens, hidden size, bfloat16
+    assert in_memory.chosen.prediction.host_bytes - on_disk.chosen.prediction.host_bytes == checkpoints
+    assert planner.disk_bytes(on_disk) == planner.disk_bytes(in_memory)
+    assert plan_text.as_json(on_disk, [])["offload_folder_bytes"] == checkpoints
+    assert on_disk.peak_bytes == in_memory.peak_bytes
+    said = plan_text.describe(on_disk, [])
+    assert "block inputs on a disk" in said and "offload folder   512.0 MiB" in said
+    assert "offload folder" not in plan_text.describe(in_memory, [])
+
+
+def test_a_disk_is_for_what_fits_in_no_other_way(recipe, tmp_path):
+    folder, long = f"memory.offload_folder={tmp_path}", "data.max_tokens=32768"
+    assert not planner.plan_recipe(recipe(long, folder), CARD, 6 * GIB).chosen.levers.offload_checkpoints
+    assert planner.plan_recipe(recipe(long), CARD, 6 * GIB).chosen.levers.offload_checkpoints  # which is faster
+    tight = planner.plan_recipe(recipe(long, folder), CARD, 3 * GIB)
+    assert tight.fits and tight.chosen.levers.uses_disk and tight.chosen.levers.checkpointing == "block"
+
+
+def test_a_disk_is_named_as_the_cure_only_where_it_is_one(recipe):
+    offloading = "memory.checkpointing=block", "memory.offload_checkpoints=true", "memory.host_budget=1.55GiB"
+    for embeddings, helps in (("device", True), ("host", False)):
+        plan = planner.plan_recipe(recipe(*offloading, f"memory.embeddings={embeddings}"), CARD, 8 * GIB)
+        assert not plan.fits
+        assert ("name a disk in memory.offload_folder" in str(planner.does_not_fit(plan, []))) == helps
+
+
+def test_a_cpu_that_is_short_of_memory_puts_checkpoints_on_a_disk_if_one_is_named(recipe, tmp_path):
+    def plan(gib, *more):
+        cpu = Machine("a CPU", "cpu", gib * GIB, 0, 1e11, 1e10, 1e10)
+        return planner.plan_recipe(recipe("memory.checkpointing=block", "data.max_tokens=8192", *more), cpu, gib * GIB)
+
+    folder = f"memory.offload_folder={tmp_path}"
+    assert not plan(8, folder).chosen.levers.offload_checkpoints
+    enough = plan(1, folder).peak_bytes / GIB  # of what needs least
+    assert plan(enough, folder).fits and plan(enough, folder).chosen.levers.offload_checkpoints
+    assert not plan(enough).fits
 
 
 def test_on_a_cpu_the_host_s_memory_is_the_device_s(recipe):
@@ -223,7 +269,7 @@ def test_the_parts_add_up_to_the_peak_and_the_json_has_the_agreed_keys(recipe):
     values = plan_text.as_json(plan, list(planner.alternatives(plan)))
     assert set(values) >= {
         "fits", "budget_bytes", "peak_bytes", "peak_phase", "peak_module", "breakdown", "host_bytes", "disk_bytes",
-        "step_seconds_estimate", "chosen", "alternatives",
+        "offload_folder_bytes", "step_seconds_estimate", "chosen", "alternatives",
     }  # fmt: skip
     assert sum(values["breakdown"].values()) == values["peak_bytes"]
     changes = {a["change"].partition("=")[0] for a in values["alternatives"]}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -168,6 +169,18 @@ def test_the_levers_of_a_recipe_are_pulled_and_change_no_bit_of_the_adapter(run)
     groups = {entry["group"] for entry in pulled["memory_table"]}
     assert "offloaded" in groups and not {"embeddings", "quantisation constants"} & groups
     assert {f"memory.{name}": value for name, value in levers.items()}.items() <= pulled["plan"]["chosen"].items()
+
+
+def test_block_inputs_on_a_disk_change_no_bit_of_the_adapter_and_have_to_have_room(run, tmp_path, monkeypatch):
+    plain = summary_of(run(memory={"checkpointing": "block"}))
+    shutil.rmtree(run.folder)
+    (tmp_path / "fast").mkdir()
+    on_disk = {"offload_checkpoints": True, "offload_folder": str(tmp_path / "fast")}
+    assert summary_of(run(memory=on_disk))["adapter_sha256"] == plain["adapter_sha256"]
+    shutil.rmtree(run.folder)
+    monkeypatch.setattr("qlora_lite.plan.disk_usage", lambda folder: SimpleNamespace(free=1023))
+    with pytest.raises(OutputError, match=r"memory.offload_folder: needs .* and has 1023 B free; make room"):
+        run(memory=on_disk)
 
 
 def test_evaluation_more_often_does_not_change_the_training(run):

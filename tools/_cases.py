@@ -31,7 +31,7 @@ from qlora_lite.train.settings import TrainSettings
 
 CPU = torch.device("cpu")
 LEVER_KEYS = ("loss_chunk_tokens", "kept_blocks", "tile_tokens", "offload_checkpoints", "host_embeddings", "host_head",
-              "resident_blocks", "reuse_dequantized", "compile")  # fmt: skip
+              "offload_folder", "resident_blocks", "reuse_dequantized", "compile")  # fmt: skip
 CASE_KEYS = ("model", "tokens", "checkpointing", *LEVER_KEYS, "quant_head", "optimizer", "accumulation", "rank", "rows")
 RANK, OPTIMIZER = 16, "paged_adamw_8bit"
 

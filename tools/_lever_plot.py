@@ -42,7 +42,8 @@ def lever_plot(result: Mapping) -> str:
 
 
 def _breakdown(row: Mapping) -> dict[str, int]:
-    return in_order(row.get("measured_breakdown") or row["predicted_breakdown"])
+    parts = in_order(row.get("measured_breakdown") or row["predicted_breakdown"])
+    return {name: size for name, size in parts.items() if name != "on disk"}
 
 
 def _held(row: Mapping, place: str) -> int:

@@ -39,7 +39,8 @@ def lever_cases(model: str, tokens: int) -> list[dict]:
         ("weights in host memory", {"resident_blocks": 0}),
         ("weights unpacked once a backward", {"reuse_dequantized": True}),
         ("attention's results kept on a card", {"checkpointing": "selective"}),
-        ("4-bit head instead (not exact)", {"quant_head": True, "host_head": False}),
+        ("block inputs on a disk instead", {"offload_folder": "."}),
+        ("4-bit head instead (not exact)", {"quant_head": True, "host_head": False, "offload_folder": None}),
     ]
     found, case = [], {"model": model, "tokens": tokens}
     for name, change in steps:

@@ -1,6 +1,6 @@
 """The categories of memory, their colours, and a breakdown as one stacked bar for the terminal.
 
-Three families of hue, so that eleven colours stay readable: blues for the frozen model, greens for what is
+Three families of hue, so that twelve colours stay readable: blues for the frozen model, greens for what is
 trained, warm colours for what a step needs. Neighbours differ in lightness as well, which is what people with
 any kind of colour blindness still see; the bar's segments differ in texture too, for terminals without colours.
 """
@@ -22,6 +22,7 @@ COLOURS = {
     "offloaded": ("#f8cf9e", "#f9d9b2"),
     "logits": ("#ad3b2e", "#c9523f"),
     "workspace": ("#e9c840", "#f0d45c"),
+    "on disk": ("#c98a4b", "#d99a5b"),
 }
 CATEGORIES = tuple(COLOURS)
 BESIDE = "outside tensors"  # what a device or process needs besides, at all times

@@ -9,7 +9,7 @@ A storage's category is decided where it is born:
 - weights: from the modules that hold them, through ``claim``;
 - gradients: a hook on each trainable parameter;
 - saved activations: autograd's saved-tensor hooks, forward and recomputation alike;
-- logits, optimizer, offloaded: marked by the code that makes them (``memory.marks``);
+- logits, optimizer, offloaded, on disk: marked by the code that makes them (``memory.marks``);
 - workspace: everything else, such as dequantised weights and the results on their way to the next operation.
 
 What no operation returns is not seen: scratch inside kernels and what an allocator rounds up to. Those are
@@ -41,8 +41,8 @@ class Moment(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Bytes of all categories on the device (offloaded ones lie in host memory)."""
-        return sum(self.bytes) - self.bytes[_OFFLOADED]
+        """Bytes of all categories on the device (offloaded ones lie in host memory, or on a disk)."""
+        return sum(self.bytes) - self.bytes[_OFFLOADED] - self.bytes[_ON_DISK]
 
     @property
     def breakdown(self) -> dict[str, int]:
@@ -52,11 +52,11 @@ class Moment(NamedTuple):
     @property
     def on_device(self) -> dict[str, int]:
         """The breakdown of ``total``."""
-        return {name: size for name, size in self.breakdown.items() if name != CATEGORIES[_OFFLOADED]}
+        return {name: size for name, size in self.breakdown.items() if _INDEX[name] not in (_OFFLOADED, _ON_DISK)}
 
 
 _INDEX = {name: number for number, name in enumerate(CATEGORIES)}
-_OFFLOADED = _INDEX["offloaded"]
+_OFFLOADED, _ON_DISK = _INDEX["offloaded"], _INDEX["on disk"]
 
 
 @dataclass(slots=True)
@@ -91,7 +91,7 @@ class Ledger(TorchDispatchMode):
         self.live = [0] * len(CATEGORIES)
         self.timeline: list[Moment] | None = [] if timeline else None
         self.peaks: dict[tuple[str, str], Moment] = {}  # by phase and module
-        self.offloaded_peak_bytes = 0
+        self.offloaded_peak_bytes = self.disk_peak_bytes = 0
         self._entries: dict[int, _Entry] = {}
         self._modules: list[str] = []
         self._backward_module = ""
@@ -101,7 +101,7 @@ class Ledger(TorchDispatchMode):
     @property
     def live_bytes(self) -> int:
         """Bytes alive now on the device."""
-        return sum(self.live) - self.live[_OFFLOADED]
+        return sum(self.live) - self.live[_OFFLOADED] - self.live[_ON_DISK]
 
     @property
     def peak(self) -> Moment:
@@ -193,6 +193,7 @@ class Ledger(TorchDispatchMode):
             if highest is None or self.live_bytes > highest.total:
                 self.peaks[marks.phase, module] = self.now()
         self.offloaded_peak_bytes = max(self.offloaded_peak_bytes, self.live[_OFFLOADED])
+        self.disk_peak_bytes = max(self.disk_peak_bytes, self.live[_ON_DISK])
 
     def _saved(self, tensor: torch.Tensor) -> torch.Tensor:
         entry = self._entries.get(tensor.untyped_storage()._cdata)

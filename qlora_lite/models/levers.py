@@ -31,7 +31,7 @@ class Levers:
 
     ``kept_blocks`` counts only where blocks are computed again; ``loss_chunk_tokens`` None takes the default,
     ``tile_tokens`` None runs MLPs and norms whole, ``resident_blocks`` None streams nothing. ``compile`` is the train
-    section's.
+    section's. ``offload_folder`` counts only with ``offload_checkpoints``.
     """
 
     checkpointing: str = "block"
@@ -45,6 +45,7 @@ class Levers:
     optimizer_in_backward: bool = False
     reuse_dequantized: bool = False
     compile: bool = False
+    offload_folder: str | None = None
 
     @property
     def computes_again(self) -> bool:
@@ -55,6 +56,11 @@ class Levers:
     def uses_host(self) -> tuple[bool, bool, bool, bool]:
         """What lies in host memory: blocks, checkpoints, head, embeddings; larger tuples ask more of the bus."""
         return self.resident_blocks is not None, self.offload_checkpoints, self.host_head, self.host_embeddings
+
+    @property
+    def uses_disk(self) -> bool:
+        """Whether block inputs lie on a disk until backward."""
+        return self.offload_checkpoints and self.offload_folder is not None
 
     @property
     def places_weights(self) -> bool:
@@ -124,7 +130,7 @@ def set_levers(model: nn.Module, levers: Levers) -> None:
     if levers.resident_blocks is not None and checkpointed < len(found) - levers.resident_blocks:
         raise ModelError("streamed blocks cannot keep their activations: raise memory.resident_blocks, or lower "
                          "memory.kept_blocks with memory.checkpointing=block or selective")  # fmt: skip
-    host = HostStore(device_of(model)) if levers.offload_checkpoints else None
+    host = HostStore(device_of(model), levers.offload_folder) if levers.offload_checkpoints else None
     skipping: dict[type, Skipping] = defaultdict(Skipping)  # what is learned of one block holds for its class
     selective = levers.checkpointing == "selective"
     for number, block in enumerate(found):

@@ -7,7 +7,7 @@ device holds what is kept of at most two.
 
 On a card, copies run on a stream of their own, to and from pinned memory. torch's pool of it gives whole powers of two
 (ATen/core/CachingHostAllocator.h), up to twice what is asked for: a block's tensors lie one after the other in a few
-parts of such sizes, at most an eighth more than they need. The parts stay for the next step, so that no step but the
+parts of such sizes, at most a fifteenth more than they need. The parts stay for the next step, so that no step but the
 first takes any and a shorter batch takes no others. Elsewhere the same code copies at once: it frees nothing there, but
 plans and tests run what a card runs. ``torch.autograd.graph.save_on_cpu`` copies on the computing stream and brings
 back late, so that the device waits for the bus twice a block.
@@ -16,20 +16,29 @@ A tensor is dropped only after the computing stream was told to wait for its cop
 order of that stream, however far the process runs ahead of the card. (``record_stream`` would give the memory back
 only when the process sees the end of the copy: a process that is blocks ahead would hold all of them.)
 
+Where the host has no room for them, they lie in files on a disk that the process sees as memory: the operating system
+writes them beside the computation, and keeps of them what it has room for. Such memory is not pinned: the device waits
+during each copy.
+
 Source: ALST, arXiv 2506.13996, section 3.3.
 """
 
+import mmap
+import os
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
+from qlora_lite.errors import OutputError
 from qlora_lite.memory.marks import category
+from qlora_lite.units import format_bytes
 
 from .shapes import device_type
 
-MOST_PARTS = 4  # of the memory for a block's tensors; the last one is rounded up: at most an eighth too much
+MOST_PARTS = 4  # of the memory for a block's tensors; the last one is rounded up: at most a fifteenth too much
 
 
 def host_memory(size: int, device: torch.device) -> torch.Tensor:
@@ -41,6 +50,27 @@ def host_memory(size: int, device: torch.device) -> torch.Tensor:
     host = device if device.type == "meta" else torch.device("cpu")  # a plan's tensors have no memory at all
     with category("offloaded"):
         return torch.empty(taken, dtype=torch.uint8, device=host, pin_memory=device.type == "cuda")[:size]
+
+
+def disk_memory(size: int, folder: str, device: torch.device) -> torch.Tensor:
+    """Return uint8 [size] in a file without a name, which is gone when nobody holds the tensor, or the process ends.
+
+    Raises:
+        OutputError: the folder is not there, cannot be written to, or its disk has no room.
+    """
+    with category("on disk"):
+        if device.type == "meta":
+            return torch.empty(size, dtype=torch.uint8, device=device)
+        try:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.truncate(size)
+                if hasattr(os, "posix_fallocate"):  # a disk that is full later would kill the process
+                    os.posix_fallocate(file.fileno(), 0, size)
+                memory = mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            raise OutputError(f"memory.offload_folder: {format_bytes(size)} cannot be taken in {folder}: "
+                              f"{error.strerror}; choose another folder, or make room") from error  # fmt: skip
+        return torch.frombuffer(memory, dtype=torch.uint8)[:]  # an operation, which a ledger sees
 
 
 class SideStream:
@@ -97,10 +127,11 @@ class HostStore:
 
     Args:
         device: where they come from and return to.
+        folder: on a disk, where they lie instead.
     """
 
-    def __init__(self, device: torch.device):
-        self.side = SideStream(device)
+    def __init__(self, device: torch.device, folder: str | None = None):
+        self.side, self.folder = SideStream(device), folder
         self._memory: dict[int, list[torch.Tensor]] = defaultdict(list)  # of each block, in parts
         self._stored: dict[int, list[_Form]] = {}
         self._leaving: _Arrival | None = None  # of the block that was put last
@@ -110,10 +141,16 @@ class HostStore:
         """Copy a block's tensors to the host; they stay on the device until the next block's are put."""
         self._let_go()
         tensors = [_dense(tensor.detach()) for tensor in tensors]
-        missing = sum(tensor.nbytes for tensor in tensors) - sum(map(len, self._memory[number]))
-        self._memory[number] += (host_memory(size, self.side.device) for size in part_sizes(missing))
+        self._make_room(number, sum(tensor.nbytes for tensor in tensors))
         self._stored[number] = [_Form(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
         self._leaving = _Arrival(number, tensors, self.side.copy(list(self._pairs(number, tensors))))
+
+    def _make_room(self, number: int, size: int) -> None:
+        missing, device = size - sum(map(len, self._memory[number])), self.side.device
+        if self.folder is None:
+            self._memory[number] += (host_memory(part, device) for part in part_sizes(missing))
+        elif missing > 0:
+            self._memory[number].append(disk_memory(missing, self.folder, device))
 
     def _let_go(self) -> None:
         """Drop what is on the device, and have the computation wait for its copies before it reuses the memory."""

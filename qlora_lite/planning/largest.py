@@ -62,7 +62,7 @@ def _most_that_fit(
 
 
 def largest_of(missing_of: Callable[[int], float], start: int, largest: int) -> int:
-    """Find the largest n from 1 to ``largest`` with ``missing_of(n) <= 0``, for what grows with n and is so at 1.
+    """Find the largest n from 1 to ``largest`` with ``missing_of(n) <= 0``, of what grows with n; n = 1 is known to do.
 
     It is nearly straight in n, so the next guess lies on the line through the two nearest points known. Memory that is
     taken in large steps shows in guesses that get on slowly: what is open is then halved. As long as everything fits,

@@ -14,7 +14,7 @@ from qlora_lite.models.levers import Levers
 from .candidate import Step
 from .largest import LENGTH_STEP, longest
 from .predict import predict
-from .search import FEWEST_RESIDENT, first_levers, smaller, with_less_on_host
+from .search import FEWEST_ALIKE, first_levers, smaller, with_less_on_host
 from .simulate import Job, Rows
 
 JobOf = Callable[[int], Job]  # builds the job for a number of tokens
@@ -32,29 +32,33 @@ def longest_sequence(step: Step, limit_bytes: int, host_limit_bytes: int | None,
     Raises:
         DoesNotFitError: not even the shortest fits.
     """
-    saving_most, *others = _ways(step, host_limit_bytes)
-    found = longest(saving_most, limit_bytes, None, start, largest)
-    if predict(saving_most(found)).fits_host(host_limit_bytes):
-        return found
-    guess, found, reason = found, 0, None
-    for job_of in (*others, saving_most):
+    ways = _ways(step, host_limit_bytes)
+    saving_most, guess, reason = next(ways), start, None
+    try:
+        guess = longest(saving_most, limit_bytes, None, start, largest)
+        if predict(saving_most(guess)).fits_host(host_limit_bytes):
+            return guess
+    except DoesNotFitError as error:  # of one or two blocks, streaming needs more than it spares
+        reason = error
+    found = 0
+    for job_of in (*ways, saving_most):
         if found and not predict(job_of(found + LENGTH_STEP)).fits(limit_bytes, host_limit_bytes):
             continue
         try:
             found = longest(job_of, limit_bytes, host_limit_bytes, found or guess, largest)
         except DoesNotFitError as error:
-            reason = error
+            reason = reason or error
     if not found:
         raise reason
     return found
 
 
 def _ways(step: Step, host_limit_bytes: int | None) -> Iterator[JobOf]:
-    """Yield ways to run a step: the one that needs least of the device, then those with less in host memory."""
+    """Yield ways to run a step: first the one that needs least of the device, then those with less in host memory."""
     for each in with_less_on_host(step):
         for number, levers in enumerate(reversed([first_levers(each), *smaller(each)])):
             yield partial(_one_row, each, levers)
-            streams_all = number == 0 and levers.resident_blocks is not None and "resident_blocks" not in each.fixed
+            streams_all = number == 0 and levers.resident_blocks == 0 and "resident_blocks" not in each.fixed
             if streams_all and host_limit_bytes is not None:
                 yield _partly_streamed(each, levers, host_limit_bytes)
 
@@ -70,7 +74,7 @@ def _one_row(step: Step, levers: Levers, tokens: int) -> Job:
 
 def _partly_streamed(step: Step, levers: Levers, host_limit_bytes: int) -> JobOf:
     """Return a way in which those blocks stay on the device that the host has no room for."""
-    fewest, most = FEWEST_RESIDENT, step.job.config.num_hidden_layers - FEWEST_RESIDENT
+    fewest, most = FEWEST_ALIKE, step.job.config.num_hidden_layers - FEWEST_ALIKE
 
     def host_bytes(tokens: int, resident: int) -> int:
         return predict(_one_row(step, replace(levers, resident_blocks=resident), tokens)).host_bytes

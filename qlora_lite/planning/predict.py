@@ -27,7 +27,7 @@ class Prediction:
         return HOST_PROCESS_BYTES + self.simulation.offloaded_bytes
 
     def missing_bytes(self, limit_bytes: float, host_limit_bytes: int | None) -> float:
-        """Return by how much the step exceeds the device's limit or the host's, the more of both; it fits at 0"""
+        """Return by how much the step exceeds the device's limit or the host's, the larger; below 0 it fits."""
         beyond = self.peak_bytes - limit_bytes
         if host_limit_bytes is None or not self.simulation.offloaded_bytes:
             return beyond

@@ -6,12 +6,13 @@ out where it has no more tokens than training: it then needs less than training'
 besides.) Among those that fit, the fastest by the time model wins; of plans that are as good as equally fast, the one
 that moves less to the host, and then the one that needs the least memory.
 
-The way begins with checkpointing per block. If that fits, keeping everything is tried. Where more packs at once would
-pay and do not fit, or nothing fits at all, come the levers that save more, in the order of what they cost: tiles and,
-on a card, embeddings in host memory; then checkpoints there, the head, and at last the blocks' weights. It ends where
-one more lever makes nothing better. What memory the best then leaves buys back time: a block's weights are unpacked
-once for its second run and its backward; on a card attention is not computed again where rows are so long that it
-shows; and as many of the last blocks are kept, or resident, as fit.
+The way begins with checkpointing per block. If that fits, keeping everything is tried. Where more packs at once
+would pay and do not fit, or nothing fits at all, come the levers that save more, in the order of what they cost:
+tiles and, on a card, embeddings in host memory; then checkpoints there (or on a disk, which a CPU can do too), the
+head, and at last the blocks' weights. It ends where one more lever makes nothing better. What memory the best then
+leaves buys back time: a block's weights are unpacked once for its second run and its backward; on a card attention
+is not computed again where rows are so long that it shows; and as many of the last blocks are kept, or resident, as
+fit.
 """
 
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from .machine import Machine
 from .predict import with_constants
 from .simulate import along_last_blocks
 
-FEWEST_RESIDENT = 2  # blocks that stay or are streamed, if any; one alone is no line (``along_last_blocks``)
+FEWEST_ALIKE = 2  # blocks that run differently from the others, if any do; one alone is no line (``along_last_blocks``)
 SPARED = 0.03  # of the limit, that is not spent on speed: a device's constants are known to a few percent
 SMALL_CHUNK_TOKENS = 256
 TILE_TOKENS = 4096  # tokens of an automatic tile: dequantising a weight for each costs a few percent
@@ -44,10 +45,11 @@ def search(step: Step, machine: Machine, limit_bytes: int) -> list[Candidate]:
 
 
 def with_less_on_host(step: Step) -> Iterator[Step]:
-    """Yield the step, then with its checkpoints on the device, then with all weights there too, as far as it may be."""
+    """Yield the step, then with its block inputs on the device, then with all weights there too, as far as may be."""
     yield step
     weights = {"host_embeddings": False, "host_head": False, "resident_blocks": None}
-    for levers in ({"offload_checkpoints": False}, weights):
+    on_disk = "offload_folder" in step.fixed  # where checkpoints take nothing of the host
+    for levers in (weights,) if on_disk else ({"offload_checkpoints": False}, weights):
         earlier, step = step, replace(step, fixed={**levers, **step.fixed})
         if step != earlier:
             yield step
@@ -70,6 +72,8 @@ def _search(step: Step, machine: Machine, limit_bytes: int) -> list[Candidate]:
             return found  # more memory would change nothing
     for levers in smaller(step) if limited else ():
         best = choose(found, limit_bytes)
+        if best is not None and levers.uses_disk and not start.uses_disk:
+            break  # what it costs is not known, so it is for what fits in no other way
         more = _divisions(step, machine, levers, limit_bytes, best.packs if best else 1)
         found += more
         if best is not None and choose(found, limit_bytes) is best and all(each.fits_host for each in more):
@@ -101,7 +105,7 @@ def smaller(step: Step) -> Iterator[Levers]:
     """Yield levers that need less and less memory, the cheapest in time first."""
     levers = first_levers(step)
     changes: list[dict] = [{"tile_tokens": TILE_TOKENS}]
-    if step.job.device_type == "cuda":  # elsewhere there is no other memory to go to
+    if step.job.device_type == "cuda":
         tables = movable_tables(step)
         if not step.tied:
             changes[0] |= tables.pop(0)  # of the embeddings a few KiB a token travel
@@ -109,6 +113,8 @@ def smaller(step: Step) -> Iterator[Levers]:
             changes += [{"offload_checkpoints": True}, *tables, {"resident_blocks": levers.kept_blocks}]
         else:
             changes += tables
+    elif "offload_folder" in step.fixed and levers.computes_again:  # on a CPU the host is no other memory
+        changes.append({"offload_checkpoints": True})
     changes.append({"tile_tokens": SMALL_TILE_TOKENS})
     for change in changes:
         earlier, levers = levers, replace(levers, **{k: v for k, v in change.items() if k not in step.fixed})
@@ -155,9 +161,11 @@ def _with_attention_kept(step: Step, machine: Machine, best: Candidate, limit_by
     x = best.levers
     if "checkpointing" in step.fixed or step.job.device_type == "cpu" or x.checkpointing != "block" or x.compile:
         return []
+    if x.uses_disk:  # which would have to take twice as much
+        return []
     selective = replace(x, checkpointing="selective")
     ways = [selective]
-    if "offload_checkpoints" not in step.fixed and not selective.offload_checkpoints:
+    if not ({"offload_checkpoints", "offload_folder"} & step.fixed.keys() or selective.offload_checkpoints):
         ways.append(replace(selective, offload_checkpoints=True))
     for levers in ways:
         found = build_candidate(step, machine, levers, best.packs)
@@ -173,13 +181,15 @@ def _with_more_on_device(step: Step, machine: Machine, best: Candidate, limit_by
     name = "kept_blocks" if best.levers.resident_blocks is None else "resident_blocks"
     if not best.levers.computes_again or name in step.fixed:
         return []
+    if name == "resident_blocks" and best.levers.kept_blocks:  # of the same last blocks, which the user fixed
+        return []
     raised = _raised(step, machine, best, name, limit_bytes)
     return [] if raised.levers == best.levers else [raised]
 
 
 def _with_less_to_stream(step: Step, machine: Machine, found: list[Candidate], limit_bytes: int) -> list[Candidate]:
-    """Return the last candidate that only the host has no room for, with as many resident blocks as the device has,
-    and with all of them."""
+    """Return the last candidate that only the host has no room for in two ways that leave more on the device: with all
+    blocks resident, and with as many as fit there."""
     streamed = [c for c in found if c.levers.resident_blocks is not None and c.peak_bytes <= limit_bytes]
     if not streamed or "resident_blocks" in step.fixed:
         return []
@@ -199,7 +209,7 @@ def _raised(step: Step, machine: Machine, best: Candidate, name: str, limit_byte
         line[count] = at(count)
         return with_constants(job, line[count]).peak_bytes
 
-    few = FEWEST_RESIDENT - 1  # are left out at both ends
+    few = FEWEST_ALIKE - 1  # are left out at both ends
     count = most(lambda n: peak_of(n + few if n else 0), limit_bytes, depth - 1 - 2 * few)
     count += few if count else 0
     levers = replace(best.levers, **{name: count})

@@ -18,6 +18,7 @@ compare with the whole depth, byte for byte.
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -93,6 +94,7 @@ class Simulation:
     resident: Moment  # between two steps
     work: Work
     offloaded_bytes: int = 0  # most that lay in host memory
+    folder_bytes: int = 0  # most that lay in files of ``levers.offload_folder``
     frozen_bytes: int = 0  # the model without the adapter, wherever it lies
     measured_because: str = ""  # the operator that cannot run without values, where real tensors were measured
 
@@ -211,7 +213,8 @@ def _run(job: Job, device: torch.device, timeline: bool, measured_because: str =
         resident, moments = ledger.now(), list(ledger.timeline or ())  # what follows is only the model's end
     frozen = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad)
     simulation = Simulation(
-        dict(ledger.peaks), resident, counter.work, ledger.offloaded_peak_bytes, frozen, measured_because
+        dict(ledger.peaks), resident, counter.work, ledger.offloaded_peak_bytes, ledger.disk_peak_bytes, frozen,
+        measured_because,
     )  # fmt: skip
     return (simulation, moments) if timeline else simulation
 
@@ -237,6 +240,7 @@ def _at_depth(job: Job, layers: int) -> Job:
     return replace(job, config=shallow_config(job.config, layers))
 
 
+_ELSEWHERE = attrgetter("offloaded_bytes", "folder_bytes", "frozen_bytes")
 _BLOCK = re.compile(r"\.(\d+)(?=\.|$)")
 
 
@@ -287,7 +291,7 @@ def _continued(base: _Ends, slopes: Sequence[tuple[_Ends, int]], depth: int, las
     return Simulation(
         moments, Moment(resident.phase, "", line(lambda ends: ends.simulation.resident.bytes)),
         Work(*line(lambda ends: ends.simulation.work)),
-        *line(lambda ends: (ends.simulation.offloaded_bytes, ends.simulation.frozen_bytes)),
+        *line(lambda ends: _ELSEWHERE(ends.simulation)),
         base.simulation.measured_because,
     )  # fmt: skip
 

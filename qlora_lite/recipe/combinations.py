@@ -17,7 +17,7 @@ _Value = Callable[..., object]
 
 def conflicts(value: _Value) -> _Found:
     """Yield place and message of every setting that does not go with others."""
-    for check in (_patience, _streaming, _update_in_backward, _compile, _head):
+    for check in (_patience, _streaming, _update_in_backward, _compile, _head, _folder):
         yield from check(value)
 
 
@@ -89,3 +89,13 @@ def _head(value: _Value) -> _Found:
             ("memory", "head"),
             "memory.head = host: is for a 16-bit head; write model.quant_head: false, or device here",
         )
+
+
+def _folder(value: _Value) -> _Found:
+    unused = {"offload_checkpoints": False, "checkpointing": "none"}
+    if value("memory", "offload_folder") is None:
+        return
+    for name, without in unused.items():
+        if (given := value("memory", name)) == without:
+            message = f"memory.{name} = {written(given)}: leaves nothing for memory.offload_folder"
+            yield ("memory", name), f"{message}; remove one of the two"

@@ -191,6 +191,8 @@ class _Checker:
             message = f"model.revision = {shown(revision)}: is for hub models only; remove it"
             self._add(("model", "revision"), message)
         self._find(("data", "template"), paths.find_template, self._value("data", "template"), folder)
+        place = "memory", "offload_folder"
+        self._find(place, paths.find_folder, self._value(*place), folder)
         for location, source in self._sources():
             self._find(location, paths.find_data, source.get("path"), folder)
 

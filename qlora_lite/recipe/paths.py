@@ -1,6 +1,6 @@
-"""Find what a recipe names on this disk: data, model, template, output folder.
+"""Find what a recipe names on this disk: data, model, template, folders.
 
-A relative data, model or template path is looked for beside the recipe first (so that a copied recipe works
+A relative data, model, template or offload path is looked for beside the recipe first (so that a copied recipe works
 from any folder), then in the folder the program was started in. The output folder is always relative to the
 latter, like any program's output. Hub ids are checked by shape only: nothing here touches the network.
 """
@@ -80,6 +80,21 @@ def find_model(path: str, folder: str) -> str:
     return path
 
 
+def find_folder(path: str, folder: str) -> str:
+    """Return the absolute path of a folder.
+
+    Raises:
+        PathProblem: it is not there, or cannot be written to.
+    """
+    expanded = os.path.expanduser(path)
+    for candidate in (os.path.join(base, expanded) for base in _bases(folder)):
+        if os.path.isdir(candidate):
+            if not os.access(candidate, os.W_OK | os.X_OK):
+                raise PathProblem("may not be written to; choose another folder")
+            return os.path.abspath(candidate)
+    raise PathProblem(f"no such folder{_searched(expanded, folder)}")
+
+
 def find_template(template: str, folder: str) -> str:
     """Return `data.template` with a file's path made absolute; a template's name stays as it is.
 
@@ -134,10 +149,14 @@ def resolved(recipe: Recipe, folder: str, stem: str) -> Recipe:
     if recipe.output.dir is not None:
         output["dir"] = os.path.abspath(os.path.expanduser(recipe.output.dir))
     model = {"path": _or_beside(find_model, recipe.model.path, folder)}
+    memory = {}
+    if recipe.memory.offload_folder is not None:
+        memory["offload_folder"] = _or_beside(find_folder, recipe.memory.offload_folder, folder)
     return recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update=model),
             "data": recipe.data.model_copy(update=data),
+            "memory": recipe.memory.model_copy(update=memory),
             "output": recipe.output.model_copy(update=output),
         }
     )

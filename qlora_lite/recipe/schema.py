@@ -293,6 +293,10 @@ class Memory(_Section):
     offload_checkpoints: bool | Literal["auto"] = "auto"
     """Keep the blocks' inputs, and the attention results that are kept, in host memory until backward; they travel
     beside the computation."""
+    offload_folder: Text | None = None
+    """Folder on a fast disk for what memory.offload_checkpoints moves, in files without a name and not in host memory.
+    The device waits during each copy; estimates of time do not count the disk, so auto takes it only where nothing else
+    fits. A folder that is kept in memory, as /tmp often is, spares nothing."""
     resident_blocks: Annotated[Count | Literal["auto", "all"], Rule("a whole number of at least 0, auto or all")] = (
         "auto"
     )

@@ -60,6 +60,28 @@ def test_where_the_host_has_no_room_for_any_block_small_tiles_are_tried_with_all
     assert chosen.levers.tile_tokens == SMALL_TILE_TOKENS and chosen.levers.resident_blocks is None
 
 
+def test_where_files_take_the_block_inputs_the_host_s_room_is_for_weights():
+    folder = {"offload_folder": "a folder that a plan does not look for"}
+    device, host = needs(1024, None, host_embeddings=False, host_head=False, **folder)
+    step = step_of(64, **folder)
+    assert longest_sequence(step, device, host, 64, FAR) >= 1024
+    assert choose(search(step_of(1024, **folder), replace(CARD, host_bytes=host), device), device) is not None
+
+
+def test_the_last_blocks_may_be_kept_beside_a_limit_of_the_host():
+    step = step_of(64, kept_blocks=2, offload_checkpoints=True)
+    assert longest_sequence(step, 2**30, 2**31, 64, 512) == 512
+    device, host = needs(1024, 2, kept_blocks=2)
+    assert longest_sequence(step, device, host, 64, FAR) >= 1024
+
+
+def test_of_a_single_block_nothing_is_streamed_for_the_longest():
+    step = step_of(64)
+    step.job.config.num_hidden_layers = 1
+    plain = predict(replace(step.job, rows=step.pack, levers=Levers(loss_chunk_tokens=AUTO_CHUNK_TOKENS, **FIXED)))
+    assert longest_sequence(step, plain.peak_bytes, None, 64, FAR) == LENGTH_STEP
+
+
 def test_with_room_for_nothing_on_the_host_all_stays_on_the_device():
     device, _ = needs(512, None, offload_checkpoints=False, host_embeddings=False, host_head=False)
     assert longest_sequence(step_of(64), device, 0, 64, FAR) == 512

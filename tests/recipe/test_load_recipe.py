@@ -340,6 +340,15 @@ def test_compiled_blocks_say_what_they_do_not_go_with(problems, recipe):
     assert recipe(GOOD, on, *goes, "memory.reuse_dequantized=true").train.compile
 
 
+def test_the_folder_for_checkpoints_has_to_be_there_and_to_be_used(problems, recipe, tmp_path):
+    (tmp_path / "fast").mkdir()
+    assert recipe(GOOD, "memory.offload_folder=fast").memory.offload_folder == str(tmp_path / "fast")
+    assert "memory.offload_folder = slow: no such folder in" in problems(GOOD, "memory.offload_folder=slow")[0]
+    for unused in ("memory.offload_checkpoints=false", "memory.checkpointing=none"):
+        said = problems(GOOD, "memory.offload_folder=fast", unused)
+        assert "leaves nothing for memory.offload_folder; remove one of the two" in said[0]
+
+
 def test_a_head_in_host_memory_is_one_in_sixteen_bit(problems, recipe):
     said = "memory.head = host: is for a 16-bit head; write model.quant_head: false, or device here"
     assert said in problems(GOOD, "memory.head=host", "model.quant_head=true")[0]

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lever_cases import FEW_WORDS, PLAIN, SAME_ARITHMETIC, build, gradients
+from lever_cases import FEW_WORDS, PLAIN, SAME_ARITHMETIC, build, gradients, gradients_of_steps
 from tiny import quantized_pair, random_batch, random_factors
 from transformers import AutoConfig
 
@@ -83,6 +83,13 @@ def test_where_tensors_lie_and_whether_they_are_kept_changes_no_bit_on_a_card(le
     for _ in range(2):  # the second step finds the stream where the first left it
         for one, other in zip(gradients(model, levers), expected, strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_block_inputs_of_steps_of_any_length_come_back_to_a_card(on_disk, repeatable, tmp_path):
+    levers = Levers(offload_checkpoints=True, offload_folder=str(tmp_path) if on_disk else None)
+    model = build(device=CARD)
+    assert all(map(torch.equal, gradients_of_steps(model, levers), gradients_of_steps(model, PLAIN)))
 
 
 def active_bytes_of_a_step(depth, levers):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lever_cases import CPU, DEPTH, FEW_WORDS, PLAIN, SAME_ARITHMETIC, build, gradients
+from lever_cases import CPU, DEPTH, FEW_WORDS, PLAIN, SAME_ARITHMETIC, build, gradients, gradients_of_steps
 from tiny import ARCHITECTURES, build_tiny, random_batch, random_factors
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -38,6 +38,16 @@ def test_where_tensors_lie_and_whether_they_are_kept_changes_no_bit(levers, monk
     expected = gradients(build(), PLAIN)
     for one, other in zip(gradients(build(levers=levers), levers), expected, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize(
+    "more", [{}, {"resident_blocks": 1, "kept_blocks": 1}, {"checkpointing": "selective"}], ids=str
+)
+def test_block_inputs_of_steps_of_any_length_come_back_from_the_host_or_a_disk(more, on_disk, tmp_path):
+    levers = Levers(offload_checkpoints=True, offload_folder=str(tmp_path) if on_disk else None, **more)
+    found, expected = gradients_of_steps(build(levers=levers), levers), gradients_of_steps(build(), PLAIN)
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.fixture
