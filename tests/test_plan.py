@@ -189,11 +189,18 @@ def test_checkpoints_on_a_disk_need_its_room_and_not_the_host_s(recipe, tmp_path
     assert "offload folder" not in plan_text.describe(in_memory, [])
 
 
-def test_a_disk_is_for_what_fits_in_no_other_way(recipe, tmp_path):
-    folder, long = f"memory.offload_folder={tmp_path}", "data.max_tokens=32768"
-    assert not planner.plan_recipe(recipe(long, folder), CARD, 6 * GIB).chosen.levers.offload_checkpoints
-    assert planner.plan_recipe(recipe(long), CARD, 6 * GIB).chosen.levers.offload_checkpoints  # which is faster
-    tight = planner.plan_recipe(recipe(long, folder), CARD, 3 * GIB)
+@pytest.mark.parametrize(
+    ("changes", "gib"),
+    [(["data.max_tokens=32768"], 6), (["data.max_tokens=256", "train.gradient_accumulation_steps=64"], 1.6)],
+)
+def test_a_disk_is_for_what_fits_in_no_other_way(recipe, tmp_path, changes, gib):
+    folder = f"memory.offload_folder={tmp_path}"
+    assert planner.plan_recipe(
+        recipe(*changes), CARD, gib * GIB
+    ).chosen.levers.offload_checkpoints  # as fast, or faster
+    without = planner.plan_recipe(recipe(*changes, "memory.offload_checkpoints=false"), CARD, gib * GIB)
+    assert planner.plan_recipe(recipe(*changes, folder), CARD, gib * GIB).chosen.settings == without.chosen.settings
+    tight = planner.plan_recipe(recipe("data.max_tokens=32768", folder), CARD, 3 * GIB)
     assert tight.fits and tight.chosen.levers.uses_disk and tight.chosen.levers.checkpointing == "block"
 
 

@@ -14,7 +14,7 @@ from qlora_lite.models.levers import Levers
 from .candidate import Step
 from .largest import LENGTH_STEP, longest
 from .predict import predict
-from .search import FEWEST_ALIKE, first_levers, smaller, with_less_on_host
+from .search import FEWEST_ALIKE, first_levers, smaller, with_disk, with_less_on_host
 from .simulate import Job, Rows
 
 JobOf = Callable[[int], Job]  # builds the job for a number of tokens
@@ -32,7 +32,7 @@ def longest_sequence(step: Step, limit_bytes: int, host_limit_bytes: int | None,
     Raises:
         DoesNotFitError: not even the shortest fits.
     """
-    ways = _ways(step, host_limit_bytes)
+    ways = _ways(with_disk(step), host_limit_bytes)
     saving_most, guess, reason = next(ways), start, None
     try:
         guess = longest(saving_most, limit_bytes, None, start, largest)

@@ -8,11 +8,10 @@ that moves less to the host, and then the one that needs the least memory.
 
 The way begins with checkpointing per block. If that fits, keeping everything is tried. Where more packs at once
 would pay and do not fit, or nothing fits at all, come the levers that save more, in the order of what they cost:
-tiles and, on a card, embeddings in host memory; then checkpoints there (or on a disk, which a CPU can do too), the
-head, and at last the blocks' weights. It ends where one more lever makes nothing better. What memory the best then
-leaves buys back time: a block's weights are unpacked once for its second run and its backward; on a card attention
-is not computed again where rows are so long that it shows; and as many of the last blocks are kept, or resident, as
-fit.
+tiles and, on a card, embeddings in host memory; then checkpoints there, the head, and at last the blocks' weights.
+It ends where one more lever makes nothing better. What memory the best then leaves buys back time: a block's
+weights are unpacked once for its second run and its backward; on a card attention is not computed again where rows
+are so long that it shows; and as many of the last blocks are kept, or resident, as fit.
 """
 
 from collections.abc import Iterator
@@ -35,21 +34,34 @@ SMALL_TILE_TOKENS = 1024  # the last resort
 
 
 def search(step: Step, machine: Machine, limit_bytes: int) -> list[Candidate]:
-    """Simulate the divisions and levers that may be best; more packs at once as long as it fits and pays."""
+    """Simulate the divisions and levers that may be best; more packs at once as long as it fits and pays.
+
+    What a disk costs is not known, so it is for what fits in no other way.
+    """
     found: list[Candidate] = []
-    for each in with_less_on_host(step):
+    if with_disk(step) != step:
+        found = search(replace(step, fixed={**step.fixed, "offload_checkpoints": False}), machine, limit_bytes)
+        if choose(found, limit_bytes) is not None:
+            return found
+    for each in with_less_on_host(with_disk(step)):
         found += _search(each, machine, limit_bytes)
         if choose(found, limit_bytes) is not None or all(candidate.fits_host for candidate in found):
             break
     return found
 
 
+def with_disk(step: Step) -> Step:
+    """Return the step with its block inputs on a disk, if the user named one and did not say what to do with them."""
+    if "offload_folder" not in step.fixed or "offload_checkpoints" in step.fixed:
+        return step
+    return replace(step, fixed={**step.fixed, "offload_checkpoints": True})
+
+
 def with_less_on_host(step: Step) -> Iterator[Step]:
     """Yield the step, then with its block inputs on the device, then with all weights there too, as far as may be."""
     yield step
     weights = {"host_embeddings": False, "host_head": False, "resident_blocks": None}
-    on_disk = "offload_folder" in step.fixed  # where checkpoints take nothing of the host
-    for levers in (weights,) if on_disk else ({"offload_checkpoints": False}, weights):
+    for levers in ({"offload_checkpoints": False}, weights):
         earlier, step = step, replace(step, fixed={**levers, **step.fixed})
         if step != earlier:
             yield step
@@ -72,8 +84,6 @@ def _search(step: Step, machine: Machine, limit_bytes: int) -> list[Candidate]:
             return found  # more memory would change nothing
     for levers in smaller(step) if limited else ():
         best = choose(found, limit_bytes)
-        if best is not None and levers.uses_disk and not start.uses_disk:
-            break  # what it costs is not known, so it is for what fits in no other way
         more = _divisions(step, machine, levers, limit_bytes, best.packs if best else 1)
         found += more
         if best is not None and choose(found, limit_bytes) is best and all(each.fits_host for each in more):
@@ -105,7 +115,7 @@ def smaller(step: Step) -> Iterator[Levers]:
     """Yield levers that need less and less memory, the cheapest in time first."""
     levers = first_levers(step)
     changes: list[dict] = [{"tile_tokens": TILE_TOKENS}]
-    if step.job.device_type == "cuda":
+    if step.job.device_type == "cuda":  # elsewhere there is no other memory to go to
         tables = movable_tables(step)
         if not step.tied:
             changes[0] |= tables.pop(0)  # of the embeddings a few KiB a token travel
@@ -113,8 +123,6 @@ def smaller(step: Step) -> Iterator[Levers]:
             changes += [{"offload_checkpoints": True}, *tables, {"resident_blocks": levers.kept_blocks}]
         else:
             changes += tables
-    elif "offload_folder" in step.fixed and levers.computes_again:  # on a CPU the host is no other memory
-        changes.append({"offload_checkpoints": True})
     changes.append({"tile_tokens": SMALL_TILE_TOKENS})
     for change in changes:
         earlier, levers = levers, replace(levers, **{k: v for k, v in change.items() if k not in step.fixed})
@@ -165,7 +173,7 @@ def _with_attention_kept(step: Step, machine: Machine, best: Candidate, limit_by
         return []
     selective = replace(x, checkpointing="selective")
     ways = [selective]
-    if not ({"offload_checkpoints", "offload_folder"} & step.fixed.keys() or selective.offload_checkpoints):
+    if "offload_checkpoints" not in step.fixed and not selective.offload_checkpoints:
         ways.append(replace(selective, offload_checkpoints=True))
     for levers in ways:
         found = build_candidate(step, machine, levers, best.packs)

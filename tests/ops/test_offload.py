@@ -83,7 +83,7 @@ def held_bytes(store, where, *sizes):
             for number in (1, 0):
                 store.take(number)
             held.append(ledger.now().breakdown.pop(where))
-        assert ledger.now().total == 0 and ledger.peak.total <= 2 * max(sizes)  # on the device
+        assert ledger.live_bytes == ledger.now().total == 0 and ledger.peak.total <= 2 * max(sizes)  # on the device
         peaks = ledger.offloaded_peak_bytes, ledger.disk_peak_bytes
         assert sorted(peaks) == [0, held[-1]] and peaks.index(0) == (where == "offloaded")
     return held
