@@ -7,6 +7,7 @@ import torch
 from tiny_files import save_tiny, write_recipe
 
 from qlora_lite.errors import DoesNotFitError
+from qlora_lite.memory.bar import CATEGORIES
 from qlora_lite.memory.ledger import Moment
 from qlora_lite.memory.marks import phase, timing
 from qlora_lite.profile import in_words, profile_recipe
@@ -61,9 +62,8 @@ def test_when_memory_runs_out_the_page_shows_the_state_at_the_failure(recipe, tm
 
 
 def test_the_peak_is_told_in_words_with_its_largest_parts():
-    sizes = [0] * 11
-    sizes[0], sizes[7], sizes[9] = 600, 300, 100
-    words = in_words(Moment("backward", "model.layers.17", tuple(sizes)))
+    sizes = {"base weights": 600, "saved activations": 300, "logits": 100}
+    words = in_words(Moment("backward", "model.layers.17", tuple(sizes.get(name, 0) for name in CATEGORIES)))
     assert words == (
         "peak in backward, model.layers.17: 1000 B (base weights 60 %, saved activations 30 %, logits 10 %)"
     )
