@@ -35,8 +35,7 @@ HARMLESS = {
     "train.max_steps", "train.epochs", "train.early_stopping_patience", "train.save_every_steps",
     "train.save_every_minutes", "train.keep_checkpoints", "train.max_hours", "train.on_not_finite",
     "train.max_skipped_steps", "train.trackers", "memory.budget", "memory.host_budget", "memory.optimizer_in_backward",
-    "memory.offload_folder",
-    "output.dir", "output.name",
+    "memory.offload_folder", "output.dir", "output.name",
 }  # fmt: skip
 _PARTS = {"recipe": dict, "identity": dict, "environment": dict, "plan": dict, "progress": dict, "summary": dict,
           "metrics_bytes": int}  # fmt: skip
