@@ -64,6 +64,22 @@ def _own_process_state():
 
 
 @pytest.fixture
+def late_copies():
+    """Let copies between host and device begin at once and end when they are waited for, as on a card they may."""
+    from late_copies import copies_end_late
+
+    with copies_end_late():
+        yield
+
+
+@pytest.fixture(params=["at once", "late"])
+def copies(request):
+    """Run a test with copies at once, as a CPU makes them, and with late ones."""
+    if request.param == "late":
+        request.getfixturevalue("late_copies")
+
+
+@pytest.fixture
 def command(capsys):
     """Run a command in this process; return its exit code, standard output and standard error."""
 

@@ -44,8 +44,12 @@ def rotary_flops(model, tokens):
     return counter.work.flops
 
 
-def gradients_of_steps(model, levers):
-    """Return the gradients of two steps, each of micro-batches of several lengths, the levers set once."""
+def gradients_of_steps(model, levers, between=lambda model: []):
+    """Return the gradients of two steps, each of micro-batches of several lengths, the levers set once.
+
+    Args:
+        between: what else to do with the model after each step; gives more tensors to return.
+    """
     set_levers(model.train(), levers)
     found = []
     for number, lengths in enumerate([((9, 14, 6), (40,)), ((30, 31), (3, 4), (50,))]):
@@ -54,6 +58,7 @@ def gradients_of_steps(model, levers):
         for _, parameter in lora_parameters(model):
             found.append(parameter.grad)
             parameter.grad = None
+        found += between(model)
     return found
 
 

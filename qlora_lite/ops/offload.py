@@ -166,9 +166,9 @@ class HostStore:
             del self._stored[number]
         else:
             here = self._coming.pop(number, None) or self._bring(number)
+        self.side.wait(here.event)  # before there may be no memory for the next one, and this one be dropped
         if number - 1 in self._stored:
             self._coming[number - 1] = self._bring(number - 1)
-        self.side.wait(here.event)
         return here.tensors
 
     def _bring(self, number: int) -> "_Arrival":

@@ -43,7 +43,7 @@ def tensors_of(seed):
 
 @pytest.mark.parametrize("on_disk", [False, True])
 @pytest.mark.parametrize("seed", range(10))
-def test_tensors_of_any_shape_come_back(seed, on_disk, tmp_path):
+def test_tensors_of_any_shape_come_back(seed, on_disk, tmp_path, copies):
     store = HostStore(CPU, str(tmp_path) if on_disk else None)
     for step, blocks in itertools.product(range(3), (3, 4)):  # into memory that was taken for others, and more
         given_ = [tensors_of(seed + 10 * step + number) for number in range(blocks)]
@@ -63,7 +63,7 @@ def test_strides_are_kept_and_memory_is_not_shared():
     assert torch.equal(found, first) and found.stride() == first.stride() and found.data_ptr() != first.data_ptr()
 
 
-def test_a_step_that_broke_off_leaves_nothing_behind():
+def test_a_step_that_broke_off_leaves_nothing_behind(copies):
     store, old, new = HostStore(CPU), torch.zeros(4), torch.ones(4)
     for number in range(3):
         store.put(number, [old])

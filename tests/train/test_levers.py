@@ -1,7 +1,10 @@
 """Every lever, alone and with others, gives the gradients of the plain step."""
 
 import weakref
+from collections import defaultdict
+from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora_lite.errors import ModelError
 from qlora_lite.lora.inject import add_lora, lora_parameters
 from qlora_lite.lora.layer import LoraLinear
+from qlora_lite.memory.marks import marks
 from qlora_lite.models.anatomy import blocks
 from qlora_lite.models.levers import Levers, on_host, place, set_levers
 from qlora_lite.models.load import use_row_attention
@@ -24,7 +28,7 @@ from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.nf4 import dequantize, quantize
 from qlora_lite.quant.product import keeping_weights
 from qlora_lite.train.guards import check_forward, frozen_checksum
-from qlora_lite.train.step import evaluate_loss
+from qlora_lite.train.step import accumulate_gradients, evaluate_loss, prepare, summed_loss
 
 
 def assert_close(found, expected):
@@ -44,7 +48,7 @@ def test_where_tensors_lie_and_whether_they_are_kept_changes_no_bit(levers, monk
 @pytest.mark.parametrize(
     "more", [{}, {"resident_blocks": 1, "kept_blocks": 1}, {"checkpointing": "selective"}], ids=str
 )
-def test_block_inputs_of_steps_of_any_length_come_back_from_the_host_or_a_disk(more, on_disk, tmp_path):
+def test_block_inputs_of_steps_of_any_length_come_back_from_the_host_or_a_disk(more, on_disk, tmp_path, copies):
     levers = Levers(offload_checkpoints=True, offload_folder=str(tmp_path) if on_disk else None, **more)
     found, expected = gradients_of_steps(build(levers=levers), levers), gradients_of_steps(build(), PLAIN)
     assert all(map(torch.equal, found, expected))
@@ -53,7 +57,36 @@ def test_block_inputs_of_steps_of_any_length_come_back_from_the_host_or_a_disk(m
 @pytest.fixture
 def on_path_of_a_card(monkeypatch):
     """Let attention run through torch's fused kernels, as a card's does."""
-    monkeypatch.setattr("qlora_lite.ops.attention.device_type", lambda device: "cuda")
+    for module in ("attention", "fused_attention"):
+        monkeypatch.setattr(f"qlora_lite.ops.{module}.device_type", lambda device: "cuda")
+
+
+COPYING = [
+    *(levers for levers in SAME_ARITHMETIC if any(levers.uses_host[:3])),
+    Levers(resident_blocks=0, tile_tokens=20), Levers(resident_blocks=0, reuse_dequantized=True),
+    Levers(resident_blocks=1, tile_tokens=20, reuse_dequantized=True, offload_checkpoints=True, kept_blocks=1),
+    Levers("selective", resident_blocks=2, kept_blocks=1, offload_checkpoints=True, host_head=True),
+]  # fmt: skip
+
+
+def losses_without_gradients(model):
+    """Return the losses of an evaluation and of a forward in training mode, after which training goes on."""
+    batches = [random_batch((5, 40)), random_batch(seed=2)]
+    evaluated = evaluate_loss(model, batches).loss
+    with torch.no_grad():
+        return [torch.tensor(evaluated), summed_loss(model, prepare(batches[0], CPU))]
+
+
+@pytest.mark.parametrize("levers", COPYING, ids=str)
+def test_copies_that_end_late_change_no_bit_of_steps_and_evaluations(
+    levers, late_copies, on_path_of_a_card, monkeypatch
+):
+    monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", FEW_WORDS)
+    found, expected = (
+        gradients_of_steps(build(levers=each), each, losses_without_gradients)
+        for each in (levers, replace(PLAIN, tile_tokens=levers.tile_tokens))
+    )
+    assert all(map(torch.equal, found, expected))
 
 
 class Kernels(TorchDispatchMode):
@@ -191,6 +224,46 @@ def test_a_step_that_ends_in_the_middle_of_a_stream_is_followed_by_a_right_one()
         assert torch.equal(one, other)
 
 
+class RunsOut(TorchDispatchMode):
+    """Let memory run out where a step makes its n-th tensor; note the category of each that it makes."""
+
+    def __init__(self, number=None):
+        super().__init__()
+        self.number, self.made = number, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if all(result.alias_info is None for result in function._schema.returns):
+            self.made.append(marks.category)
+            if len(self.made) == self.number:
+                raise MemoryError
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_that_memory_ran_out_in_wherever_it_was_is_done_again_and_right(late_copies, monkeypatch):
+    monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", FEW_WORDS)
+    levers = Levers(resident_blocks=1, offload_checkpoints=True, host_head=True)
+    expected, model = gradients(build(), PLAIN, batches=1)[1:], build(levers=levers)
+    set_levers(model.train(), levers)
+    parameters = [parameter for _, parameter in lora_parameters(model)]
+
+    def step(number=None):
+        for parameter in parameters:
+            parameter.grad = None
+        with RunsOut(number) as seen, suppress(MemoryError):
+            accumulate_gradients(model, [prepare(random_batch(seed=0), CPU)])
+        return seen.made
+
+    step()  # the first also takes host memory
+    made, numbers_of = step(), defaultdict(list)
+    for number, category in enumerate(made, 1):
+        numbers_of[category].append(number)
+    assert {"saved activations", "head", "logits"} <= set(numbers_of)  # what comes from the host, and what is beside it
+    for number in chain.from_iterable(numbers[:: 1 + len(numbers) // 6] for numbers in numbers_of.values()):
+        assert step(number) == made[:number]
+        step()
+        assert all(map(torch.equal, (parameter.grad for parameter in parameters), expected))
+
+
 def test_streamed_weights_are_never_written():
     levers = Levers(resident_blocks=0, host_embeddings=True, host_head=True)
     checksum = frozen_checksum(build())
@@ -211,6 +284,23 @@ def test_of_streamed_blocks_at_most_two_are_on_the_device():
     }  # fmt: skip
     assert on_device == {2, 3, 4}  # the last two that ran, and the resident one
     assert len(stream.slots) == 2
+
+
+def test_streamed_blocks_compute_with_weights_that_are_on_the_device():
+    levers = Levers(resident_blocks=1)
+    model, parts = build(levers=levers), []
+
+    def check(part, _inputs, _output):
+        for module in part.modules():
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                assert tensor is None or not on_host(model, module, tensor)
+        parts.append(part)
+
+    for block in blocks(model):
+        for part in block.children():
+            part.register_forward_hook(check)
+    gradients(model, levers, batches=1)
+    assert len(parts) == 2 * DEPTH * len(list(blocks(model)[0].children()))
 
 
 def test_the_names_of_tiled_and_streamed_parts_stay_what_they_were():
