@@ -16,10 +16,10 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from .block_attention import block_attention, block_gradients
 from .checkpoint import running
+from .fused_attention import fused_attention, window_mask
 from .kept_attention import kept_attention
 from .shapes import device_type, kernel_rows
 
@@ -72,7 +72,7 @@ def _row_by_row(attend, query, key, value, row_lengths, scaling, window, **extra
         # seeing them, and their own results are dropped.
         seen = slice(start, start + kernel_rows(row_length, query.device))
         q, k, v = (tensor[:, :, seen] for tensor in (query, key, value))
-        mask = _window_mask(q.shape[2], window, q.device)
+        mask = window_mask(q.shape[2], window, q)
         outs.append(attend(q, k, v, mask, scaling, **extra)[:, :, :row_length].transpose(1, 2))
         start += row_length
     if start < length:
@@ -91,35 +91,11 @@ def _fused_is_faster(dtype: torch.dtype, row_lengths: Sequence[int], window: int
     return dtype == torch.bfloat16 and not windowed and torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
-def _window_mask(length: int, window: int | None, device) -> torch.Tensor | None:
-    """Return the band mask [length, length] of a window that is shorter than the row, else None."""
-    if window is None or length <= window:
-        return None
-    position = torch.arange(length, device=device)
-    distance = position[:, None] - position[None, :]
-    return (distance >= 0) & (distance < window)
-
-
 def _sdpa(query, key, value, mask, scaling, dropout):
-    attend = partial(_fused, mask=mask, scaling=scaling, dropout=dropout)
+    attend = partial(fused_attention, mask=mask, scaling=scaling, dropout=dropout)
     if dropout or device_type(query.device) == "cpu":  # block_attention keeps its own
         return attend(query, key, value)
     return kept_attention(attend, query, key, value)
-
-
-def _fused(query, key, value, mask, scaling, dropout):
-    causal, groups = mask is None and query.shape[2] > 1, query.shape[1] // key.shape[1]
-    if mask is not None and groups > 1 and device_type(query.device) == "cuda":
-        # Of a card's kernels only flash attention takes grouped heads, and it takes no mask (torch 2.13's documentation
-        # of scaled_dot_product_attention): the formula would hold the scores of all heads.
-        key, value, groups = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1), 1
-    if query.is_meta and not dropout:
-        # torch would choose the unfused formula here; a CPU's fused kernel saves what a card's does.
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return fused(query, key, value, dropout, causal, attn_mask=mask, scale=scaling)[0]
-    return scaled_dot_product_attention(
-        query, key, value, mask, dropout, is_causal=causal, scale=scaling, enable_gqa=groups > 1
-    )
 
 
 def _written_out(query, key, value, mask, scaling, softcap, sinks):

@@ -19,6 +19,7 @@ CPU_MULTIPLE = 32
 
 class _Planned:
     device_type: str | None = None
+    repeatable = False
 
 
 def device_type(device: torch.device) -> str:
@@ -26,17 +27,22 @@ def device_type(device: torch.device) -> str:
     return _Planned.device_type or device.type
 
 
+def planned_to_repeat() -> bool:
+    """Tell whether a plan is for a run that gives the same bits each time."""
+    return _Planned.repeatable
+
+
 @contextmanager
-def planning_for(device_type: str) -> Iterator[None]:
-    """Choose kernels and shapes as if tensors lay on such a device.
+def planning_for(device_type: str, repeatable: bool = False) -> Iterator[None]:
+    """Choose kernels and shapes as if tensors lay on such a device, and gave the same bits each time if wanted.
 
     A plan's tensors are on the meta device, which says nothing of the device that it is made for.
     """
-    _Planned.device_type = device_type
+    _Planned.device_type, _Planned.repeatable = device_type, repeatable
     try:
         yield
     finally:
-        _Planned.device_type = None
+        _Planned.device_type, _Planned.repeatable = None, False
 
 
 def pieces(total: int, size: int) -> Iterator[slice]:

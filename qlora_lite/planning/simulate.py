@@ -83,6 +83,7 @@ class Job:
     stochastic_rounding: bool = True
     max_grad_norm: float = 1.0
     accumulating: bool = False
+    deterministic: bool = False
     levers: Levers = field(default_factory=Levers)
 
 
@@ -201,7 +202,7 @@ def _run(job: Job, device: torch.device, timeline: bool, measured_because: str =
     optimizer = build_optimizer(parameters, job.optimizer, 0.0, 0.0, job.stochastic_rounding)
     counter, run = WorkCounter(), {"run": _remembered} if device == META else {}
     ledger = Ledger(timeline, ALLOCATION_BYTES[job.device_type], counter, **run)
-    with planning_for(job.device_type), ledger:
+    with planning_for(job.device_type, job.deterministic), ledger:
         for tensor, name, _ in categorised(model):
             ledger.claim([tensor], name)
         ledger.watch(model)

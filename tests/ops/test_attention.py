@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_lite.ops import attention
 from qlora_lite.ops.attention import row_attention
 from qlora_lite.ops.block_attention import BLOCK_QUERIES, block_attention
-from qlora_lite.ops.shapes import CPU_MULTIPLE, planning_for
+from qlora_lite.ops.shapes import CPU_MULTIPLE
 
 HEADS, DIM = 4, 8
 
@@ -184,25 +183,6 @@ def test_a_fused_kernel_gives_the_values_where_a_matrix_unit_makes_it_faster(row
 @pytest.mark.parametrize("window, fused", [(None, True), (BLOCK_QUERIES + 45, True), (BLOCK_QUERIES, False)])
 def test_a_window_that_cuts_a_row_is_left_to_the_blocks(window, fused, monkeypatch):
     assert run_rows((BLOCK_QUERIES + 45, 3), window, {"amx_bf16": True}, monkeypatch)[2] == fused
-
-
-def test_a_card_s_kernels_get_no_grouped_heads_beside_a_mask(monkeypatch):
-    """Those that take a mask would leave it to the formula, with the scores of all heads in memory."""
-    seen, fused = [], attention.scaled_dot_product_attention
-
-    def watched(query, key, value, mask, *rest, enable_gqa, **options):
-        seen.append((mask is not None, enable_gqa, query.shape[1] != key.shape[1]))
-        return fused(query, key, value, mask, *rest, enable_gqa=enable_gqa, **options)
-
-    monkeypatch.setattr(attention, "scaled_dot_product_attention", watched)
-    q, k, v = (torch.randn(1, heads, 12, 8) for heads in (4, 2, 2))
-    for window in (None, 5):
-        expected = row_attention(None, q, k, v, None, row_lengths=(12,), sliding_window=window)[0]
-        seen.clear()
-        with planning_for("cuda"):
-            found = row_attention(None, q, k, v, None, row_lengths=(12,), sliding_window=window)[0]
-        assert (found - expected).norm() <= 1e-5 * expected.norm()
-        assert seen == [(window is not None, window is None, window is None)]
 
 
 def test_filler_behind_the_rows_gets_zeros_and_gives_no_gradient():

@@ -1,0 +1,168 @@
+"""torch's fused kernels of attention, chosen so that a card never falls back to the formula, and planned as they are.
+
+On a card flash attention takes grouped heads but no mask and no float32; the memory-efficient kernel takes both but no
+grouped heads (torch 2.13's documentation of ``scaled_dot_product_attention``). For what neither takes, torch holds the
+scores of all heads. cuDNN's kernel is left out: it makes a plan of its own for every length of a row, in memory that
+nobody counts.
+
+Backward, a kernel takes memory that no tensor outside of it shows: for an 8B model 32 KiB a token, as much as all its
+inputs and results. A plan takes as much at the same place. Of a long row, flash attention's backward runs over a few
+heads at a time, with so much less; heads do not see each other.
+
+Source of the sizes: mha_bwd in torch's flash_attn/flash_api.cpp, kernel_backward.h of its memory-efficient attention.
+"""
+
+from contextlib import nullcontext
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from qlora_lite.memory.marks import category
+
+from .shapes import device_type, planned_to_repeat
+
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+MOST_SCRATCH_BYTES = 128 * 2**20  # that a call of a backward takes inside, if it has more heads than those of one key
+_ROWS = 128  # a multiple to which a kernel rounds up a row's length
+_MOST_PROCESSORS = 170  # of a card's: a repeatable backward has as many sums of the query's gradient as busy them all
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention
+_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
+_PLANNED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # stands for any of a card's
+_PLANNED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_MASK_MULTIPLE = 16  # entries, of a mask's rows in memory: others are copied
+
+
+def fused_attention(query, key, value, mask, scaling, dropout=0.0) -> torch.Tensor:
+    """Attend; causally without a mask.
+
+    Args:
+        query: [B, H, Tq, D].
+        key, value: [B, K, Tk, D], H a multiple of K.
+        mask: additive, or bool for what is seen, [Tq, Tk] or [B, 1, Tq, Tk]; None where each sees itself and those
+            before it, and a single query sees all.
+        scaling: factor on the scores; None means 1 / sqrt(D).
+
+    Returns:
+        [B, H, Tq, D], as a rule with T before H in memory.
+    """
+    causal, groups = mask is None and query.shape[2] > 1, query.shape[1] // key.shape[1]
+    on_card = device_type(query.device) == "cuda"
+    if on_card and groups > 1 and (mask is not None or query.dtype == torch.float32):
+        key, value, groups = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1), 1
+    if on_card and mask is None and not dropout and torch.is_grad_enabled() and query.requires_grad:
+        key_heads = _key_heads_at_once(query, key)
+        if key_heads < key.shape[1] and _flash_takes(query, key, value, scaling):
+            return _FewHeadsBackward.apply(query, key, value, scaling, key_heads)
+    if query.is_meta and not dropout:
+        # torch would choose the formula here; a CPU's fused kernel saves what a card's does
+        out = _PLANNED(query, key, value, dropout, causal, attn_mask=mask, scale=scaling)[0]
+        return _with_scratch(out, query, groups) if on_card and out.requires_grad else out
+    with sdpa_kernel(KERNELS) if query.is_cuda else nullcontext():
+        return scaled_dot_product_attention(
+            query, key, value, mask, dropout, is_causal=causal, scale=scaling, enable_gqa=groups > 1
+        )
+
+
+def window_mask(length: int, window: int | None, like: torch.Tensor) -> torch.Tensor | None:
+    """Return the mask [length, length] of a window that is shorter than the row, else None.
+
+    Args:
+        like: a query. For a card's, the mask is additive and of its type, which its kernel would make of another.
+    """
+    if window is None or length <= window:
+        return None
+    position = torch.arange(length, device=like.device)
+    seen = position[:, None] >= position
+    seen &= position[:, None] < position + window
+    if device_type(like.device) != "cuda":
+        return seen
+    mask = like.new_empty(length, -(-length // _MASK_MULTIPLE) * _MASK_MULTIPLE)[:, :length]
+    return mask.zero_().masked_fill_(seen.logical_not_(), -torch.inf)
+
+
+class _FewHeadsBackward(torch.autograd.Function):
+    """Causal flash attention whose backward runs over the query's heads of a few key heads at a time."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, scaling, key_heads):
+        if query.is_meta:
+            out, logsumexp = _PLANNED(query, key, value, 0.0, True, scale=scaling)
+            ctx.state = ()
+        else:
+            out, logsumexp, *_, seed, offset, _ = _FLASH(query, key, value, 0.0, True, scale=scaling)
+            ctx.state = seed, offset
+        ctx.save_for_backward(query, key, value, out, logsumexp)
+        ctx.scaling, ctx.key_heads = scaling, key_heads
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        query, key, value, out, logsumexp = ctx.saved_tensors
+        grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
+        groups = query.shape[1] // key.shape[1]
+        for first in range(0, key.shape[1], ctx.key_heads):
+            of_key = slice(first, first + ctx.key_heads)
+            of_query = slice(groups * of_key.start, groups * of_key.stop)
+            q, o, numbers, grad = (tensor[:, of_query] for tensor in (query, out, logsumexp, grad_out))
+            inputs = grad, q, key[:, of_key], value[:, of_key], o, numbers.contiguous()
+            if query.is_meta:
+                held = _scratch(q, groups)
+                found = _PLANNED_BACKWARD(*inputs, 0.0, True, scale=ctx.scaling)
+                del held
+            else:
+                length = query.shape[2]
+                found = _FLASH_BACKWARD(*inputs, None, None, length, length, 0.0, True, *ctx.state, scale=ctx.scaling)
+            for target, heads, part in zip(grads, (of_query, of_key, of_key), found, strict=True):
+                target[:, heads] = part
+        return *grads, None, None
+
+
+def _key_heads_at_once(query, key) -> int:
+    """Return over how many key heads a backward runs at once."""
+    if torch.are_deterministic_algorithms_enabled() or planned_to_repeat():
+        return key.shape[1]  # the fewer heads, the more sums of each
+    groups = query.shape[1] // key.shape[1]
+    return max(1, min(key.shape[1], MOST_SCRATCH_BYTES // _scratch_bytes(query[:, :groups], groups)))
+
+
+def _flash_takes(query, key, value, scaling) -> bool:
+    """Tell whether torch would run flash attention, and as it is: other sizes of a head are filled up first."""
+    if query.dtype == torch.float32 or query.shape[3] % 8 or query.shape[3] > 256:
+        return False
+    if query.is_meta:
+        return True
+    grouped = query.shape[1] != key.shape[1]
+    with sdpa_kernel(KERNELS):
+        chosen = torch._fused_sdp_choice(query, key, value, None, 0.0, True, scale=scaling, enable_gqa=grouped)
+    return chosen == SDPBackend.FLASH_ATTENTION.value
+
+
+def _with_scratch(out: torch.Tensor, query: torch.Tensor, groups: int) -> torch.Tensor:
+    """Have a planned kernel's backward take what a card's takes beside its results, for as long as it runs."""
+    held = []
+
+    def take(_grads) -> None:
+        held.append(_scratch(query, groups))
+
+    out.grad_fn.register_prehook(take)
+    out.grad_fn.register_hook(lambda *_: held.clear())
+    return out
+
+
+def _scratch(query, groups: int) -> torch.Tensor:
+    with category("workspace"):
+        return query.new_empty(_scratch_bytes(query, groups), dtype=torch.uint8)
+
+
+def _scratch_bytes(query, groups: int) -> int:
+    """Return the bytes that a kernel's backward takes inside, for a query [B, H, T, D] with H / groups key heads."""
+    batch, heads, length, size = query.shape
+    rows, numbers = -(-length // _ROWS) * _ROWS, -(-size // 32) * 32 if size <= 192 else 256
+    taken = 4 * batch * heads * rows  # what the gradients of the scores have in common, float32
+    if query.dtype != torch.float32:  # sums of the query's gradient, float32; else they are the result
+        sums = -(-_MOST_PROCESSORS // (batch * heads)) if planned_to_repeat() else 1
+        taken += 4 * sums * batch * heads * rows * numbers
+    if groups > 1:  # the gradients of key and value for each head of the query, before they are added up
+        taken += 2 * query.numel() * query.element_size()
+    return taken

@@ -1,0 +1,165 @@
+"""A card's fused kernels of attention get what they take, and a plan what they need."""
+
+import pytest
+import torch
+
+from qlora_lite.memory.ledger import Ledger
+from qlora_lite.memory.marks import phase
+from qlora_lite.ops import fused_attention
+from qlora_lite.ops.attention import row_attention
+from qlora_lite.ops.fused_attention import window_mask
+from qlora_lite.ops.shapes import planning_for
+
+HEADS, SIZE, LENGTH = 8, 80, 300
+ROWS, NUMBERS = 384, 96  # what a kernel makes of the length and the size of a head
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_card_s_kernels_get_grouped_heads_only_where_flash_attention_takes_the_call(window, dtype, monkeypatch):
+    """Another would leave it to the formula, with the scores of all heads in memory."""
+    seen, attend = [], fused_attention.scaled_dot_product_attention
+
+    def watched(query, key, value, mask, *rest, enable_gqa, **options):
+        seen.append((mask is not None, enable_gqa, query.shape[1] != key.shape[1]))
+        return attend(query, key, value, mask, *rest, enable_gqa=enable_gqa, **options)
+
+    monkeypatch.setattr(fused_attention, "scaled_dot_product_attention", watched)
+    q, k, v = (torch.randn(1, heads, 12, 8, dtype=dtype) for heads in (4, 2, 2))
+    expected = row_attention(None, q, k, v, None, row_lengths=(12,), sliding_window=window)[0]
+    seen.clear()
+    with planning_for("cuda"):
+        found = row_attention(None, q, k, v, None, row_lengths=(12,), sliding_window=window)[0]
+    assert (found - expected).norm() <= (1e-5 if dtype == torch.float32 else 0.02) * expected.norm()
+    grouped = window is None and dtype == torch.bfloat16
+    assert seen == [(window is not None, grouped, grouped)]
+
+
+@pytest.mark.parametrize("length, window", [(9, 1), (17, 5), (16, 15)])
+def test_a_card_s_window_is_added_to_the_scores_and_lies_as_its_kernel_wants(length, window):
+    query = torch.empty(0, dtype=torch.bfloat16)
+    allowed = window_mask(length, window, query)
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    assert torch.equal(allowed, (distance >= 0) & (distance < window))
+    with planning_for("cuda"):
+        mask = window_mask(length, window, query)
+    assert mask.dtype == query.dtype and mask.stride(0) % 16 == 0 and mask.shape == allowed.shape
+    assert torch.equal(mask == 0, allowed) and torch.equal(mask == -torch.inf, ~allowed)
+
+
+@pytest.mark.parametrize("window", [None, 300, 10])
+def test_a_mask_is_made_only_for_a_window_shorter_than_the_row(window):
+    assert (window_mask(300, window, torch.empty(0)) is None) == (window != 10)
+
+
+@pytest.fixture
+def planned_inside(monkeypatch):
+    """Return by how many bytes a kernel's own memory raises the most that a planned backward needs."""
+
+    def peak(key_heads, dtype, repeatable):
+        shapes = [(1, heads, LENGTH, SIZE) for heads in (HEADS, key_heads, key_heads)]
+        inputs = [torch.empty(shape, dtype=dtype, device="meta", requires_grad=True) for shape in shapes]
+        with planning_for("cuda", repeatable), Ledger() as ledger:
+            ledger.claim(inputs, "saved activations")
+            out = row_attention(None, *inputs, None, row_lengths=(LENGTH,))[0]
+            with phase("backward"):
+                out.backward(torch.empty_like(out))
+        return max(moment.total for moment in ledger.peaks.values() if moment.phase == "backward")
+
+    def inside(*settings):
+        with monkeypatch.context() as patch:
+            patch.setattr(fused_attention, "_scratch", lambda *_: None)
+            without = peak(*settings)
+        return peak(*settings) - without
+
+    return inside
+
+
+@pytest.mark.parametrize("repeatable, sums", [(False, 1), (True, 22)])  # 170 processors for 8 heads
+@pytest.mark.parametrize("key_heads", [HEADS, 2])
+def test_a_plan_counts_what_flash_attention_s_backward_takes_inside(planned_inside, key_heads, repeatable, sums):
+    expected = 4 * HEADS * ROWS + 4 * sums * HEADS * ROWS * NUMBERS  # a number and a row of float32 a token and head
+    if key_heads != HEADS:
+        expected += 2 * 2 * HEADS * LENGTH * SIZE  # bfloat16 gradients of key and value for each head of the query
+    assert planned_inside(key_heads, torch.bfloat16, repeatable) == expected
+
+
+def test_in_float32_the_query_s_gradient_is_summed_up_where_it_stays(planned_inside):
+    assert planned_inside(HEADS, torch.float32, False) == 4 * HEADS * ROWS
+
+
+def on_cpu(query, key, value, *rest, scale):
+    """A card's operator of flash attention, computed by a CPU's."""
+    out, logsumexp = fused_attention._PLANNED(query, key, value, *rest, scale=scale)
+    return out, logsumexp, None, None, 0, 0, torch.zeros(2), torch.zeros(()), torch.empty(0)
+
+
+def backward_on_cpu(*args, scale):
+    (*inputs, _, _, _, _, dropout, causal, _, _) = args
+    return fused_attention._PLANNED_BACKWARD(*inputs, dropout, causal, scale=scale)
+
+
+@pytest.mark.parametrize("key_heads, most, calls", [(8, 2**30, 0), (8, 1, 8), (4, 1, 4), (4, 100_000, 2), (1, 1, 0)])
+def test_a_backward_over_few_heads_at_a_time_gives_the_same_bits(key_heads, most, calls, monkeypatch):
+    seen = []
+
+    def backward(*args, **options):
+        seen.append(args[1].shape[1])
+        return backward_on_cpu(*args, **options)
+
+    monkeypatch.setattr(fused_attention, "_FLASH", on_cpu)
+    monkeypatch.setattr(fused_attention, "_FLASH_BACKWARD", backward)
+    monkeypatch.setattr(fused_attention, "MOST_SCRATCH_BYTES", most)
+    inputs = [torch.randn(1, heads, 60, 32).bfloat16().requires_grad_() for heads in (HEADS, key_heads, key_heads)]
+    grads = []
+    for whole in (True, False):
+        if whole:
+            out = fused_attention._PLANNED(*inputs, 0.0, True, scale=0.3)[0]
+        else:
+            with planning_for("cuda"):
+                out = fused_attention.fused_attention(*inputs, None, 0.3)
+        grads.append([out, *torch.autograd.grad(out, inputs, torch.arange(32.0).bfloat16().expand(out.shape))])
+    assert all(map(torch.equal, *grads))
+    assert seen == [HEADS // calls] * calls if calls else not seen
+
+
+def test_a_repeatable_backward_is_not_cut_since_fewer_heads_have_more_sums(planned_inside, monkeypatch):
+    whole = planned_inside(2, torch.bfloat16, True)
+    monkeypatch.setattr(fused_attention, "MOST_SCRATCH_BYTES", 1)
+    assert planned_inside(2, torch.bfloat16, True) == whole
+
+
+@pytest.mark.parametrize("key_heads", [HEADS, 2])
+def test_a_plan_of_a_backward_over_few_heads_counts_their_share(planned_inside, key_heads, monkeypatch):
+    whole = planned_inside(key_heads, torch.bfloat16, False)
+    monkeypatch.setattr(fused_attention, "MOST_SCRATCH_BYTES", 1)
+    assert planned_inside(key_heads, torch.bfloat16, False) == whole // key_heads
+
+
+def long_row(key_heads, device):
+    torch.manual_seed(0)
+    shapes = [(1, heads, 8192, 64) for heads in (HEADS, key_heads, key_heads)]
+    inputs = [torch.randn(shape, device=device).bfloat16().requires_grad_() for shape in shapes]
+    out = row_attention(None, *inputs, None, row_lengths=(8192,))[0]
+    return out, inputs, torch.ones_like(out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("key_heads", [HEADS, 2])
+def test_on_a_card_a_backward_takes_what_plans_count_and_few_heads_give_the_same(key_heads, monkeypatch):
+    found = []
+    for most in (2**40, 1):
+        monkeypatch.setattr(fused_attention, "MOST_SCRATCH_BYTES", most)
+        with planning_for("cuda"), Ledger(allocation_bytes=512) as ledger:
+            out, inputs, upstream = long_row(key_heads, "meta")
+            start = ledger.now().total
+            with phase("backward"):
+                torch.autograd.grad(out, inputs, upstream)
+        planned = max(moment.total for moment in ledger.peaks.values() if moment.phase == "backward") - start
+        out, inputs, upstream = long_row(key_heads, "cuda")
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        found.append(torch.autograd.grad(out, inputs, upstream))
+        assert planned == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.02)
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() <= 0.01 * other.norm()
