@@ -10,6 +10,7 @@ from .models.levers import Levers, place
 from .models.load import load_model, resolve_compute_dtype, resolve_device
 from .models.quantizer import quantize_head
 from .models.skeleton import stored_quantization
+from .planning.machine import Machine
 from .planning.simulate import Job, Rows
 from .recipe.schema import COMPILED_WITH, Recipe
 from .train.settings import TrainSettings
@@ -74,20 +75,20 @@ def build_model(recipe: Recipe, adapter: Path | None = None, lora: bool = True, 
     return place(model, device, levers) if levers.places_weights else model
 
 
-def job_of(recipe: Recipe, config, device_type: str, eval_rows: Rows | None) -> Job:
+def job_of(recipe: Recipe, config, machine: Machine, eval_rows: Rows | None) -> Job:
     """Describe a recipe's training step for the planner; the rows of its micro-batches are the planner's to set.
 
     Args:
         config: transformers configuration of the model.
-        device_type: "cpu" or "cuda", of the machine planned for.
+        machine: planned for.
         eval_rows: the largest evaluation batch, None without one.
     """
     m, x, t = recipe.model, recipe.lora, recipe.train
     quant, double_quant = stored_quantization(config) or (m.quant, m.double_quant)
-    on_this = device_type == "cpu" or m.compute_dtype != "auto"
-    dtype = resolve_compute_dtype(m.compute_dtype, torch.device("cpu")) if on_this else torch.bfloat16
+    dtype = machine.dtype if m.compute_dtype == "auto" else getattr(torch, m.compute_dtype)
     return Job(
-        config, Rows((1,), 1), eval_rows, device_type, quant, double_quant, m.quant_head, dtype,
+        config, Rows((1,), 1), eval_rows, machine.device_type, quant, double_quant, m.quant_head, dtype,
         tuple(Target(t.pattern, t.rank, t.alpha) for t in x.targets), x.rank, x.alpha, x.dropout, x.rslora,
         getattr(torch, x.dtype), t.optimizer, t.stochastic_rounding, t.max_grad_norm,
+        deterministic=t.deterministic,
     )  # fmt: skip

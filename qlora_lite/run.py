@@ -22,6 +22,7 @@ from .errors import CheckpointError, DoesNotFitError, Interrupted, OutputError, 
 from .evaluate import ExactMatch
 from .files import locked, write_text
 from .memory.meter import PeakMeter, mapped_bytes
+from .memory.process import CUDA_CONTEXT_BYTES
 from .models.anatomy import device_of
 from .models.cache import base_fingerprint
 from .models.load import resolve_device
@@ -54,7 +55,7 @@ from .train.determinism import deterministic
 from .train.guards import check_frozen, frozen_checksum
 from .train.inventory import inventory, total_parameters
 from .train.loop import Trainer, largest_batches
-from .train.out_of_memory import CURES, first_line, is_out_of_memory
+from .train.out_of_memory import CURES, first_line, free_cached_memory, is_out_of_memory
 from .train.state import STATE
 from .training import Progress, Training, checkpoint_bytes, how_to_go_on
 from .units import format_bytes, format_count, format_seconds
@@ -118,6 +119,7 @@ class _Run:
     def execute(self) -> None:
         """Go through the stages."""
         device = resolve_device(self.recipe.model.device)
+        _hold_to(device, 1.0)  # a run before this one in the same process may have had a smaller budget
         with deterministic(self.recipe.train.deterministic), PeakMeter(device) as meter:
             with self.stop.at_once(), _explaining_memory():
                 self._prepare(meter)
@@ -237,15 +239,18 @@ class _Run:
         """Run the largest micro-batch and evaluation batch once, and compare with the plan and the budget."""
         budget, device = self.plan.budget_bytes, device_of(self.model)
         if device.type == "cuda":
+            free_cached_memory(device)  # of loading
             total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+            _hold_to(device, (budget - CUDA_CONTEXT_BYTES) / total)
         eval_examples = self.eval_data.examples if self.eval_data else ()
         expected = expected_peak(
             self.plan, *largest_batches(self.rows, eval_examples, self.settings, self.trainer.most_tokens)
         )
         weights = (*self.model.parameters(), *self.model.buffers())
         mapped = mapped_bytes(weights) if device.type == "cpu" else 0
-        predicted = self.plan.machine.base_bytes + expected.peak_bytes - mapped
+        predicted = expected.allocated_bytes  # as the meter counts on a card
+        if device.type == "cpu":
+            predicted = self.plan.machine.base_bytes + expected.peak_bytes - mapped
         if self.settings.levers.compile:
             log.info("train.compile: compiling the blocks, which takes a minute or so the first time")
         self.trainer.rehearse(eval_examples)
@@ -283,6 +288,12 @@ class _Run:
     def _plain(self, prompt: str) -> str:
         ids = self.tokenizer(prompt, add_special_tokens=False).input_ids
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _hold_to(device: torch.device, share: float) -> None:
+    """Let torch's allocator take at most a share of a card."""
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
 
 
 def _device_name(device: torch.device) -> str:

@@ -12,7 +12,9 @@ from .ledger import Moment
 
 MIB = 2**20
 CUDA_CONTEXT_BYTES = 450 * MIB  # nvidia-smi shows 300 to 500 MiB for an idle torch process, by card and driver
-CUBLAS_WORKSPACE_BYTES = 32 * MIB  # torch's default on compute capability 9.0; 8.1 MiB on older cards
+# One for forward's thread and one for autograd's (aten/src/ATen/cuda/CublasHandlePool.cpp): 32 MiB each on compute
+# capability 9.0 and with train.deterministic, 8.1 MiB on others.
+CUBLAS_WORKSPACE_BYTES = 2 * 32 * MIB
 CUDA_SEGMENT_BYTES = 2 * 20 * MIB  # partly used segments of both pools (c10/cuda/CUDACachingAllocator.cpp)
 CUDA_FRAGMENTATION_SHARE = 0.04  # of what comes and goes within a step
 HOST_PROCESS_BYTES = 1536 * MIB  # Python, torch with its CUDA libraries, pinned buffers; not yet checked beside a card

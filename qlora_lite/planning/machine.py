@@ -12,6 +12,7 @@ import torch
 
 from qlora_lite.memory.cards import Card
 from qlora_lite.memory.meter import free_bytes, held_bytes
+from qlora_lite.memory.process import CUDA_CONTEXT_BYTES
 from qlora_lite.memory.work import Work
 
 MATMUL_REACHED = 0.6  # of a card's dense peak, for products of a few thousand rows; not measured here
@@ -25,7 +26,8 @@ class Machine:
 
     ``memory_bytes`` is what the run may use in all; ``base_bytes`` what the process holds before the model (on a
     CPU: libraries; on a card the context is one of the constants of ``memory.process``). ``host_bytes`` is what the
-    process may use of the host's memory beside a card, None where that is not known.
+    process may use of the host's memory beside a card, None where that is not known. ``dtype`` is what
+    ``model.compute_dtype: auto`` becomes there.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Machine:
     bytes_per_second: float
     bus_bytes_per_second: float
     host_bytes: int | None = None
+    dtype: torch.dtype = torch.bfloat16
 
     def renamed(self, name: str, memory_bytes: int) -> "Machine":
         """Return the same speeds under another name and with another memory."""
@@ -53,26 +56,38 @@ def machine_of_card(card: Card) -> Machine:
     return Machine(
         card.name, "cuda", card.memory_bytes, 0, MATMUL_REACHED * rate,
         BANDWIDTH_REACHED * card.bandwidth_bytes_per_second, card.pcie_bytes_per_second,
+        dtype=torch.bfloat16 if card.bf16_flops_per_second else torch.float32,
     )  # fmt: skip
 
 
 def this_machine(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Machine:
-    """Measure the device at hand; its memory is what is free now."""
+    """Measure the device at hand; its memory is what is free now, on a card with the context that is there already."""
+    on_card = device.type == "cuda"
+    *speeds, base = _speeds(device, dtype)
+    if not on_card:
+        name = f"this CPU, {torch.get_num_threads()} threads"
+        return Machine(name, "cpu", free_bytes(device) + base, base, *speeds, dtype=dtype)
+    torch.cuda.empty_cache()  # of the measurement
+    cpu, memory_bytes = torch.device("cpu"), free_bytes(device) + CUDA_CONTEXT_BYTES
+    host_bytes = free_bytes(cpu) + held_bytes(cpu)
+    return Machine(torch.cuda.get_device_name(device), "cuda", memory_bytes, 0, *speeds, host_bytes, dtype)
+
+
+def _speeds(device: torch.device, dtype: torch.dtype) -> tuple[float, float, float, int]:
+    """Return FLOPs a second, bytes a second of the device's memory and of its bus, and the bytes held meanwhile.
+
+    A small model's process never holds more than that, which its peak shows.
+    """
     rows, inner, columns = _PRODUCT
     a, b = torch.zeros(rows, inner, dtype=dtype, device=device), torch.zeros(inner, columns, dtype=dtype, device=device)
     source = torch.zeros(_COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     flops = 2 * rows * inner * columns / _fastest(lambda: a @ b, device)
-    rate = 2 * _COPY_BYTES / _fastest(lambda: target.copy_(source), device)
-    on_card = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if on_card else f"this CPU, {torch.get_num_threads()} threads"
-    base = 0 if on_card else held_bytes(device)
-    bus, host_bytes = rate, None
-    if on_card:
-        host_bytes = free_bytes(torch.device("cpu")) + held_bytes(torch.device("cpu"))
+    rate = bus = 2 * _COPY_BYTES / _fastest(lambda: target.copy_(source), device)
+    if device.type == "cuda":
         host = torch.empty(_COPY_BYTES, dtype=torch.uint8, pin_memory=True)
         bus = _COPY_BYTES / _fastest(lambda: target.copy_(host, non_blocking=True), device)
-    return Machine(name, device.type, free_bytes(device) + base, base, flops, rate, bus, host_bytes)
+    return flops, rate, bus, held_bytes(device)
 
 
 def _fastest(action, device: torch.device) -> float:
