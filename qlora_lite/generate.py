@@ -4,6 +4,7 @@ Generation is transformers' own (cache, stopping, sampling); this module pads on
 tokens that training taught, and cuts the prompt off.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,11 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from .lora.shared import forget_begun
 from .models.anatomy import device_of
+from .train.out_of_memory import free_cached_memory, is_out_of_memory
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +46,7 @@ def answer(
         prompts: rendered text, begin-of-text included where the model wants it.
         max_new_tokens: at most this many tokens per answer.
         stop: from ``stop_ids``.
-        batch_size: prompts that run together, alike in length.
+        batch_size: prompts that run together, alike in length; half as many once memory runs out.
         streamer: a transformers streamer; only with one prompt.
         before_batch: called with the indices of the prompts that run together next, in the order of the rows.
         stopping: a transformers ``StoppingCriteriaList``, asked after every token.
@@ -54,16 +59,28 @@ def answer(
     model.eval()
     head = model.get_output_embeddings().register_forward_pre_hook(_contiguous_input)
     try:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
+        while order:
+            rows = order[:batch_size]
             ids, mask = _pad_left([tokens[i] for i in rows], config.pad_token_id)
             ids, mask = ids.to(device), mask.to(device)
             if before_batch:
                 before_batch(rows)
-            out = model.generate(
-                input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer,
-                stopping_criteria=stopping,
-            )  # fmt: skip
+            try:
+                out = model.generate(
+                    input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer,
+                    stopping_criteria=stopping,
+                )  # fmt: skip
+            except (RuntimeError, MemoryError) as error:
+                if len(rows) == 1 or not is_out_of_memory(error):
+                    raise
+                out = None  # the error's trace holds the tensors of the attempt until this clause ends
+            if out is None:
+                forget_begun(model)
+                free_cached_memory(device)
+                batch_size = len(rows) // 2
+                log.warning("memory ran out; from now on %d prompts are answered at once", batch_size)
+                continue
+            order = order[batch_size:]
             texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
             for row, text in zip(rows, texts, strict=True):
                 answers[row] = text

@@ -40,9 +40,13 @@ class SharedInput:
             self._begun = None
         return begun, number
 
+    def forget(self) -> None:
+        """Drop what the first layer began."""
+        self._begun = None
+
     def fall_apart(self) -> None:
         """Let each layer compute by itself."""
-        self._begun = None
+        self.forget()
         for layer in self.layers:
             layer.shared = None
 
@@ -54,6 +58,13 @@ def share_inputs(model: nn.Module) -> None:
             layers = [getattr(module, name, None) for name in names]
             if all(isinstance(layer, LoraLinear) for layer in layers) and _alike(layers):
                 SharedInput(layers)  # held by its layers
+
+
+def forget_begun(model: nn.Module) -> None:
+    """Drop what a forward pass that broke off left between the layers of a set."""
+    for module in model.modules():
+        if isinstance(module, LoraLinear) and module.shared is not None:
+            module.shared.forget()
 
 
 def _alike(layers: Sequence[LoraLinear]) -> bool:

@@ -25,6 +25,7 @@ from qlora_lite.data.stored import Example, row_lengths
 from qlora_lite.data.stream import stream_batches
 from qlora_lite.errors import TrainingError
 from qlora_lite.lora.inject import lora_parameters
+from qlora_lite.lora.shared import forget_begun
 from qlora_lite.memory.meter import PeakMeter
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.levers import set_levers
@@ -116,7 +117,9 @@ class Trainer:
         """
         s, device = self.settings, device_of(self.model)
         largest, evaluation = largest_batches(self.examples, eval_examples, s, self.most_tokens)
-        optimizer = build_optimizer(self.parameters, s.optimizer, 0.0, 0.0, s.stochastic_rounding)
+        # bitsandbytes never gives paged states back; others of the same size are freed after the rehearsal
+        name = s.optimizer.removeprefix("paged_")
+        optimizer = build_optimizer(self.parameters, name, 0.0, 0.0, s.stochastic_rounding)
         before, was_training = [torch.hash_tensor(p.detach()) for p in self.parameters], self.model.training
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             rehearse_step(
@@ -207,6 +210,7 @@ class Trainer:
                     raise
                 reason = first_line(error)  # and not the error, whose trace holds the tensors of the attempt
             self.optimizer.zero_grad(set_to_none=True)
+            forget_begun(self.model)
             free_cached_memory(device)
             restore_generators(random_states, device)
             self.most_tokens = lower_limit(parts, reason)
