@@ -112,7 +112,7 @@ def _allocator_history(device: torch.device, out: Path) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    torch.cuda.memory._record_memory_history(max_entries=ALLOCATOR_EVENTS)  # documented under this name
+    torch.cuda.memory._record_memory_history(stacks="python", max_entries=ALLOCATOR_EVENTS)  # its name
     try:
         yield
     finally:

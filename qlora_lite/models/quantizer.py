@@ -84,6 +84,10 @@ class OnArrivalQuantizer(HfQuantizer):
         path, _, name = param_name.rpartition(".")
         return name == "weight" and isinstance(model.get_submodule(path), QuantLinear)
 
+    def param_element_size(self, model, param_name, param):
+        # what transformers reserves on a card before it loads, and keeps; codes stand here, in the model's type
+        return 1 if self.param_needs_quantization(model, param_name) else param.element_size()
+
     def get_quantize_ops(self):
         return QuantizeOnArrival(self.quantization_config, self.layers, self.transposed, self.problems)
 

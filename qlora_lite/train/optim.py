@@ -39,7 +39,8 @@ def build_optimizer(
     parameters = list(parameters)
     if name == "adamw_torch":
         optimizer_class = RoundingAdamW if stochastic_rounding else torch.optim.AdamW
-        return optimizer_class(parameters, lr=learning_rate, weight_decay=weight_decay)
+        # one factor after the other on a card too: all at once hold a further float32 value of each
+        return optimizer_class(parameters, lr=learning_rate, weight_decay=weight_decay, foreach=False)
     import bitsandbytes.optim
 
     if parameters[0].device.type == "cuda":
