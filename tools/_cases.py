@@ -18,6 +18,7 @@ import torch
 from _models import DEMO_MODELS, build, installed
 
 from qlora_lite.data.stored import Example
+from qlora_lite.errors import DoesNotFitError
 from qlora_lite.lora.inject import add_lora
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.memory.meter import PeakMeter, held_bytes
@@ -30,6 +31,7 @@ from qlora_lite.train.loop import Trainer, largest_batches
 from qlora_lite.train.settings import TrainSettings
 
 CPU = torch.device("cpu")
+OUT_OF_MEMORY = torch.OutOfMemoryError, DoesNotFitError  # a trainer whose one row is too large says so in its own words
 LEVER_KEYS = ("loss_chunk_tokens", "kept_blocks", "tile_tokens", "offload_checkpoints", "host_embeddings", "host_head",
               "offload_folder", "resident_blocks", "reuse_dequantized", "compile")  # fmt: skip
 CASE_KEYS = ("model", "tokens", "checkpointing", *LEVER_KEYS, "quant_head", "optimizer", "accumulation", "rank", "rows")

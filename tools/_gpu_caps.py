@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 
 import torch
-from _cases import free_memory, model_of, trainer_of, under_ledger
+from _cases import OUT_OF_MEMORY, free_memory, model_of, trainer_of, under_ledger
 from _models import MODELS
 from transformers import AutoConfig
 
@@ -56,7 +56,7 @@ class CappedDevice:
                 measured = self._measured(trainer, overhead_bytes)
             finally:
                 trainer.meter.close()
-        except torch.cuda.OutOfMemoryError as error:
+        except OUT_OF_MEMORY as error:
             return {"fits": False, "error": str(error).partition(".")[0]}
         finally:
             self._hold_to(None)
@@ -100,6 +100,8 @@ def plan_below(machine: Machine, name: str, tokens: int, cap_bytes: int) -> Plan
 
 def chosen_row(capped: CappedDevice, name: str, tokens: int, cap_bytes: int) -> dict:
     """Run the planner's choice for a cap."""
+    if cap_bytes > capped.machine.memory_bytes:
+        return {"kind": "choice", "model": name, "cap_bytes": cap_bytes, "skipped": "the card has less free"}
     plan = plan_below(capped.machine, name, tokens, cap_bytes)
     row = {"kind": "choice", "model": name, "tokens": tokens, "cap_bytes": cap_bytes, "planned_to_fit": plan.fits,
            "planned_bytes": plan.peak_bytes, "chosen": plan.chosen.settings}  # fmt: skip
@@ -126,8 +128,13 @@ def length_rows(capped: CappedDevice, name: str, tokens: int, cap_bytes: int) ->
         prediction = predict(job)
         seconds = capped.machine.seconds(prediction.simulation.work)
         row |= {"tokens": length, "above_planned": length / longest - 1, "planned_bytes": prediction.peak_bytes}
+        reasons = []
         if seconds > MOST_STEP_SECONDS:
-            yield row | {"fits": None, "not_run": f"a step would take about {seconds:.0f} s"}
+            reasons.append(f"a step would take about {seconds:.0f} s")
+        if not prediction.fits_host(capped.machine.host_bytes):
+            reasons.append(f"it takes {format_bytes(prediction.host_bytes)} of the host's memory")
+        if reasons:
+            yield row | {"fits": None, "not_run": ", ".join(reasons)}
             return
         started = time.perf_counter()
         overhead = sum(constant.bytes for constant in prediction.overheads)

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
 import torch
-from _cases import examples_of, free_memory, model_of, trainer_of
+from _cases import OUT_OF_MEMORY, examples_of, free_memory, model_of, trainer_of
 from _peers import dressed, peers_step, stock_model
 
+from qlora_lite.errors import QloraLiteError
 from qlora_lite.models.levers import Levers
 
 WARMUP, STEPS = 1, 3
@@ -45,8 +46,11 @@ def compare_sides(name: str, rows: int, length: int, chosen: Levers, device: tor
         free_memory(device)
         try:
             row |= run()
-        except torch.cuda.OutOfMemoryError as error:
+        except OUT_OF_MEMORY as error:
             yield row | {"out_of_memory": str(error).partition(".")[0]}
+            continue
+        except QloraLiteError as error:  # blocks that cannot be compiled here
+            yield row | {"problem": str(error)}
             continue
         first_loss = first_loss or row["first_loss"]
         differs = abs(row["first_loss"] / first_loss - 1) > LOSS_DIFFERENCE
@@ -54,8 +58,9 @@ def compare_sides(name: str, rows: int, length: int, chosen: Levers, device: tor
 
 
 def _missing(side: str, device: torch.device) -> str:
-    if side.endswith("compiled") and device.type == "cpu" and shutil.which("g++") is None:
-        return "there is no C++ compiler"
+    compilers = ("g++",) if device.type == "cpu" else ("cc", "gcc", "clang")  # Triton builds what calls its kernels
+    if side.endswith("compiled") and not any(map(shutil.which, compilers)):
+        return f"there is no compiler: {', '.join(compilers)}"
     needed = ["peft"] * side.startswith("peers") + ["liger_kernel"] * side.endswith("Liger")
     return ", ".join(f"{name} is not installed" for name in needed if importlib.util.find_spec(name) is None)
 

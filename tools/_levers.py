@@ -5,8 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-import torch
-from _cases import free_memory, job_of, model_of, trainer_of, under_ledger
+from _cases import OUT_OF_MEMORY, free_memory, job_of, model_of, trainer_of, under_ledger
 
 from qlora_lite.memory.meter import held_bytes
 from qlora_lite.models.load import resolve_device
@@ -73,7 +72,7 @@ def measure(case: dict, warmup: int, steps: int) -> dict:
         metrics = list(trainer)
         process_bytes = trainer.meter.peak_bytes() - base
         ledger = under_ledger(trainer)
-    except torch.cuda.OutOfMemoryError as error:
+    except OUT_OF_MEMORY as error:
         return row | {"failed": str(error).partition(".")[0]}
     finally:
         trainer.meter.close()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 MARK = "ROW "
 LIMIT_SECONDS = {  # of the sections of tools/gpu_check, in order of value
-    "tests": 75, "streamed": 50, "plan": 65, "caps": 100, "peers": 80, "levers": 80, "paged": 30,
+    "tests": 100, "streamed": 45, "plan": 55, "caps": 100, "peers": 75, "levers": 75, "paged": 20,
 }  # fmt: skip
 TAIL_LINES = 15  # of a failed section's own output
 
