@@ -71,3 +71,30 @@ def test_sampling_varies_and_greedy_does_not():
     drawn = {answer(model, tokenizer, [PROMPTS[1]], 8, sampling=Sampling(temperature=5.0))[0] for _ in range(4)}
     assert len(drawn) > 1
     assert len({answer(model, tokenizer, [PROMPTS[1]], 8)[0] for _ in range(4)}) == 1
+
+
+def test_where_memory_runs_out_fewer_prompts_are_answered_at_once(monkeypatch, caplog):
+    model, tokenizer, at_once = model_of("llama"), byte_tokenizer(), []
+    expected, real = answer(model, tokenizer, PROMPTS, 6), model.generate
+
+    def generate(input_ids, **options):
+        at_once.append(len(input_ids))
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(input_ids=input_ids, **options)
+
+    monkeypatch.setattr(model, "generate", generate)
+    assert answer(model, tokenizer, PROMPTS, 6) == expected
+    assert at_once == [5, 2, 2, 1] and "2 prompts are answered at once" in caplog.text
+
+
+@pytest.mark.parametrize("prompts, error", [(PROMPTS[:1], torch.OutOfMemoryError), (PROMPTS, ValueError)])
+def test_one_prompt_too_large_and_other_faults_are_raised(prompts, error, monkeypatch):
+    model = model_of("llama")
+
+    def generate(**_options):
+        raise error("as it is")
+
+    monkeypatch.setattr(model, "generate", generate)
+    with pytest.raises(error, match="as it is"):
+        answer(model, byte_tokenizer(), prompts, 6)

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from tiny import ARCHITECTURES
 from tiny_files import save_tiny, write_recipe
 from transformers import AutoConfig
@@ -48,6 +49,14 @@ def test_the_fastest_settings_that_fit_are_chosen_and_the_effective_batch_is_kep
         assert plan.chosen.packs * plan.chosen.micro_batches == 4
         assert plan.peak_bytes <= plan.budget_bytes
     assert "would need" in plan_text.reason(tight)
+
+
+def test_a_card_without_fast_bfloat16_is_planned_in_the_type_that_it_will_run_in(recipe):
+    old = machine_of_card(find_card("tesla-t4"))
+    plans = [planner.plan_recipe(recipe(*more), old, 24 * GIB) for more in ([], ["model.compute_dtype=bfloat16"])]
+    assert [plan.step.job.compute_dtype for plan in plans] == [torch.float32, torch.bfloat16]
+    assert planner.plan_recipe(recipe(), CARD, 24 * GIB).step.job.compute_dtype == torch.bfloat16
+    assert plans[0].chosen.prediction.simulation.resident.total > plans[1].chosen.prediction.simulation.resident.total
 
 
 def test_what_the_recipe_fixes_is_kept(recipe):

@@ -123,7 +123,7 @@ def _key_heads_at_once(query, key) -> int:
     if torch.are_deterministic_algorithms_enabled() or planned_to_repeat():
         return key.shape[1]  # the fewer heads, the more sums of each
     groups = query.shape[1] // key.shape[1]
-    return max(1, min(key.shape[1], MOST_SCRATCH_BYTES // _scratch_bytes(query[:, :groups], groups)))
+    return max(1, min(key.shape[1], MOST_SCRATCH_BYTES // max(1, _scratch_bytes(query[:, :groups], groups))))
 
 
 def _flash_takes(query, key, value, scaling) -> bool:

@@ -68,7 +68,8 @@ def this_machine(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> M
         name = f"this CPU, {torch.get_num_threads()} threads"
         return Machine(name, "cpu", free_bytes(device) + base, base, *speeds, dtype=dtype)
     torch.cuda.empty_cache()  # of the measurement
-    cpu, memory_bytes = torch.device("cpu"), free_bytes(device) + CUDA_CONTEXT_BYTES
+    total = torch.cuda.get_device_properties(device).total_memory
+    cpu, memory_bytes = torch.device("cpu"), min(total, free_bytes(device) + CUDA_CONTEXT_BYTES)
     host_bytes = free_bytes(cpu) + held_bytes(cpu)
     return Machine(torch.cuda.get_device_name(device), "cuda", memory_bytes, 0, *speeds, host_bytes, dtype)
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_lite.errors import ModelError
 from qlora_lite.models.load import load_model, resolve_compute_dtype, resolve_device
-from qlora_lite.models.quantizer import quantize_in_place
+from qlora_lite.models.quantizer import OnArrivalQuantizer, quantize_in_place
 from qlora_lite.models.save import save_quantized
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.quant.linear import QuantLinear
@@ -182,3 +182,20 @@ def test_without_fast_bf16_the_compute_type_is_float32_with_one_line_saying_so(m
         assert resolve_compute_dtype("auto", torch.device("cpu")) == torch.float32
     assert [record.message.startswith("compute type float32") for record in caplog.records] == [True]
     assert resolve_compute_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+
+
+def test_of_a_4_bit_weight_transformers_reserves_on_a_card_what_its_codes_take(tmp_path, monkeypatch):
+    build_tiny("llama").save_pretrained(tmp_path)
+    reserved, real = [], OnArrivalQuantizer._process_model_before_weight_loading
+
+    def seen(self, model, **options):
+        real(self, model, **options)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            is_code = isinstance(model.get_submodule(name.rpartition(".")[0]), QuantLinear) and name.endswith("weight")
+            reserved.append((is_code, tensor.numel() * self.param_element_size(model, name, tensor)))
+
+    monkeypatch.setattr(OnArrivalQuantizer, "_process_model_before_weight_loading", seen)
+    model = load(tmp_path)
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    assert sum(size for is_code, size in reserved if is_code) == sum(layer.weight.nbytes for layer in layers) > 0
+    assert sum(size for is_code, size in reserved if not is_code) >= sum(p.nbytes for p in model.parameters())

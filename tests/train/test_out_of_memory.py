@@ -1,6 +1,7 @@
 """Where memory runs out the step is done again in smaller pieces and stays the same step; other faults stay faults."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -144,6 +145,23 @@ def test_an_unrelated_error_is_raised_as_it_is(monkeypatch):
     fail_once_above(monkeypatch, step, "summed_loss", 5, OTHERS[0])
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         next(iter(trainer(**OPTIONS)))
+
+
+@pytest.mark.parametrize("name", ["k_proj", "up_proj"])
+def test_what_a_forward_left_between_two_layers_of_one_input_is_gone_before_it_is_tried_again(name, monkeypatch):
+    training, left = trainer(**OPTIONS, levers=Levers("none")), []
+    layer = next(module for path, module in training.model.named_modules() if path.endswith(name))
+
+    def fails_once(x):
+        if not left:
+            left.append(weakref.ref(layer.shared._begun.x))
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return type(layer).forward(layer, x)
+
+    layer.forward = fails_once
+    monkeypatch.setattr(loop, "free_cached_memory", lambda _device: left.append(left[0]() is None))
+    assert_same_steps(list(training), list(trainer(**OPTIONS, levers=Levers("none"))))
+    assert left[1:] == [True]
 
 
 def test_memory_that_runs_out_in_the_update_is_not_tried_again(monkeypatch):
