@@ -8,13 +8,18 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from qlora_lite.errors import DoesNotFitError
+from qlora_lite.models.levers import Levers
+
 TOOLS = Path(__file__).parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
 
+import _gpu_caps  # noqa: E402
 from _gpu_sections import CARD, SECTIONS  # noqa: E402
 from _gpu_summary import summary  # noqa: E402
 from _lever_plot import lever_plot  # noqa: E402
@@ -73,6 +78,30 @@ def test_problems_are_in_the_summary():
             {"kind": "filled card", "optimizer": "adamw_32bit", "problem": "wrong"}]  # fmt: skip
     text = summary({"paged": {"status": "failed", "seconds": 1.0, "rows": rows, "output": ["last line"]}})
     assert "paged      failed" in text and "PROBLEM: wrong" in text and "0.500 s a step" in text and "last line" in text
+
+
+def test_a_failed_test_is_named_in_the_summary_and_a_side_that_did_not_run_is_not_called_out_of_memory():
+    tests = [{"test": "tests/a.py::test_b", "problem": "failed"}, {"summary": "1 failed", "problem": "a test failed"}]
+    side = {"side": "ours", "model": "tiny", "rows": 1, "length": 64}
+    peers = [side | {"problem": "no compiler"}, side | {"out_of_memory": "2 GiB"}]
+    found = {"tests": tests, "peers": peers}
+    text = summary({name: {"status": "failed", "seconds": 1.0, "rows": rows} for name, rows in found.items()})
+    assert "PROBLEM: tests/a.py::test_b failed" in text and "64: did not run: ours" in text
+    assert text.count("out of memory") == 1
+
+
+def test_a_row_that_is_too_large_for_a_cap_is_a_finding_and_no_end(monkeypatch):
+    class TooLarge:
+        meter = SimpleNamespace(close=lambda: None)
+
+        def __iter__(self):
+            raise DoesNotFitError("the row alone needs more memory than there is. More words")
+
+    monkeypatch.setattr(_gpu_caps, "trainer_of", lambda *_: TooLarge())
+    capped = _gpu_caps.CappedDevice()
+    monkeypatch.setattr(capped, "_placed", lambda *_: torch.nn.Module())
+    found = capped.run("tiny", 64, Levers(), 2**30, 1, 0)
+    assert found == {"fits": False, "error": "the row alone needs more memory than there is"}
 
 
 def gpu_check(*arguments):

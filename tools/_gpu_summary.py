@@ -14,7 +14,8 @@ def summary(found: Mapping[str, Mapping]) -> str:
         lines.append(f"{name:10} {section['status']:10} {section['seconds']:7.1f}")
         lines += [f"    {line}" for line in _HEADLINES[name]([row for row in section["rows"] if "skipped" not in row])]
         lines += [f"    skipped: {row.get('side', '')} {row['skipped']}" for row in section["rows"] if "skipped" in row]
-        lines += [f"    PROBLEM: {row['problem']}" for row in section["rows"] if "problem" in row]
+        problems = [row for row in section["rows"] if "problem" in row]
+        lines += [f"    PROBLEM: {' '.join(filter(None, (row.get('test'), row['problem'])))}" for row in problems]
         lines += [f"    | {line}" for line in section.get("output", ())[-5:]]
     return "\n".join(lines)
 
@@ -60,7 +61,8 @@ def _peers(rows: Sequence[Mapping]) -> list[str]:
     lines = []
     for row in rows:
         peak = f", {format_bytes(row['peak_bytes'])}" if "peak_bytes" in row else ""
-        speed = f"{row['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in row else "out of memory"
+        speed = f"{row['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in row else "did not run"
+        speed = "out of memory" if "out_of_memory" in row else speed
         lines.append(f"{row['rows']} x {row['length']:,}: {speed}{peak}: {row['side']}")
     return lines
 
