@@ -21,8 +21,7 @@ from .data_page import write_data_page
 from .errors import CheckpointError, DoesNotFitError, Interrupted, OutputError, QloraLiteError
 from .evaluate import ExactMatch
 from .files import locked, write_text
-from .memory.meter import PeakMeter, mapped_bytes
-from .memory.process import CUDA_CONTEXT_BYTES
+from .memory.meter import PeakMeter, hold_to, mapped_bytes
 from .models.anatomy import device_of
 from .models.cache import base_fingerprint
 from .models.load import resolve_device
@@ -119,7 +118,7 @@ class _Run:
     def execute(self) -> None:
         """Go through the stages."""
         device = resolve_device(self.recipe.model.device)
-        _hold_to(device, 1.0)  # a run before this one in the same process may have had a smaller budget
+        hold_to(device, None)  # a run before this one in the same process may have had a smaller budget
         with deterministic(self.recipe.train.deterministic), PeakMeter(device) as meter:
             with self.stop.at_once(), _explaining_memory():
                 self._prepare(meter)
@@ -238,10 +237,8 @@ class _Run:
     def _rehearse(self) -> None:
         """Run the largest micro-batch and evaluation batch once, and compare with the plan and the budget."""
         budget, device = self.plan.budget_bytes, device_of(self.model)
-        if device.type == "cuda":
-            free_cached_memory(device)  # of loading
-            total = torch.cuda.get_device_properties(device).total_memory
-            _hold_to(device, (budget - CUDA_CONTEXT_BYTES) / total)
+        free_cached_memory(device)  # of loading
+        hold_to(device, budget)
         eval_examples = self.eval_data.examples if self.eval_data else ()
         expected = expected_peak(
             self.plan, *largest_batches(self.rows, eval_examples, self.settings, self.trainer.most_tokens)
@@ -288,12 +285,6 @@ class _Run:
     def _plain(self, prompt: str) -> str:
         ids = self.tokenizer(prompt, add_special_tokens=False).input_ids
         return self.tokenizer.decode(ids, skip_special_tokens=True)
-
-
-def _hold_to(device: torch.device, share: float) -> None:
-    """Let torch's allocator take at most a share of a card."""
-    if device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
 
 
 def _device_name(device: torch.device) -> str:

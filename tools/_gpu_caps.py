@@ -16,7 +16,7 @@ from _models import MODELS
 from transformers import AutoConfig
 
 from qlora_lite.lora.inject import lora_parameters
-from qlora_lite.memory.process import CUDA_CONTEXT_BYTES
+from qlora_lite.memory.meter import hold_to
 from qlora_lite.models.levers import Levers
 from qlora_lite.models.load import resolve_device
 from qlora_lite.plan import Plan, max_tokens
@@ -75,10 +75,8 @@ class CappedDevice:
 
     def _hold_to(self, cap_bytes: int | None) -> None:
         free_memory(self.device)
+        hold_to(self.device, cap_bytes)
         if self.device.type == "cuda":
-            total = torch.cuda.get_device_properties(self.device).total_memory
-            share = 1.0 if cap_bytes is None else (cap_bytes - CUDA_CONTEXT_BYTES) / total
-            torch.cuda.set_per_process_memory_fraction(min(1.0, share), self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def _measured(self, trainer, overhead_bytes: int) -> dict:

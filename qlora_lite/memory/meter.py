@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from .process import CUDA_CONTEXT_BYTES
+
 SAMPLE_SECONDS = 0.01
 _STATUS = Path("/proc/self/status")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -46,6 +48,14 @@ def free_bytes(device: torch.device) -> int:
             found = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
             available = min(available, int(limit.read_text()) - int(used.read_text()) + int(found.get(droppable, 0)))
     return available
+
+
+def hold_to(device: torch.device, budget_bytes: int | None) -> None:
+    """Let this process take at most a budget of a card, its context included; None is all of the card."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        share = 1.0 if budget_bytes is None else (budget_bytes - CUDA_CONTEXT_BYTES) / total
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
 
 
 def mapped_bytes(tensors: Iterable[torch.Tensor]) -> int:
