@@ -73,17 +73,16 @@ def answer(
             except (RuntimeError, MemoryError) as error:
                 if len(rows) == 1 or not is_out_of_memory(error):
                     raise
-                out = None  # the error's trace holds the tensors of the attempt until this clause ends
-            if out is None:
-                forget_begun(model)
-                free_cached_memory(device)
-                batch_size = len(rows) // 2
-                log.warning("memory ran out; from now on %d prompts are answered at once", batch_size)
+            else:
+                order = order[batch_size:]
+                texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+                for row, text in zip(rows, texts, strict=True):
+                    answers[row] = text
                 continue
-            order = order[batch_size:]
-            texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-            for row, text in zip(rows, texts, strict=True):
-                answers[row] = text
+            forget_begun(model)  # here, where the error is gone, whose trace held the tensors of the attempt
+            free_cached_memory(device)
+            batch_size = len(rows) // 2
+            log.warning("memory ran out; from now on %d prompts are answered at once", batch_size)
     finally:
         head.remove()
     model.train(was_training)

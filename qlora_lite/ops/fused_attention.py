@@ -5,9 +5,9 @@ grouped heads (torch 2.13's documentation of ``scaled_dot_product_attention``). 
 scores of all heads. cuDNN's kernel is left out: it makes a plan of its own for every length of a row, in memory that
 nobody counts.
 
-Backward, a kernel takes memory that no tensor outside of it shows: for an 8B model 32 KiB a token, as much as all its
-inputs and results. A plan takes as much at the same place. Of a long row, flash attention's backward runs over a few
-heads at a time, with so much less; heads do not see each other.
+Backward, a kernel takes memory that no tensor outside of it shows: for an 8B model 32 KiB a token. A
+plan takes as much at the same place. Of a long row, flash attention's backward runs over a few heads at a time, with so
+much less; heads do not see each other. A repeatable one does not: the fewer heads, the more sums it keeps of each.
 
 Source of the sizes: mha_bwd in torch's flash_attn/flash_api.cpp, kernel_backward.h of its memory-efficient attention.
 """

@@ -77,7 +77,7 @@ def this_machine(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> M
 def _speeds(device: torch.device, dtype: torch.dtype) -> tuple[float, float, float, int]:
     """Return FLOPs a second, bytes a second of the device's memory and of its bus, and the bytes held meanwhile.
 
-    A small model's process never holds more than that, which its peak shows.
+    The process of a small model never holds as much again, so that this is what its peak shows.
     """
     rows, inner, columns = _PRODUCT
     a, b = torch.zeros(rows, inner, dtype=dtype, device=device), torch.zeros(inner, columns, dtype=dtype, device=device)

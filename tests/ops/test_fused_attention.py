@@ -7,6 +7,7 @@ from qlora_lite.memory.ledger import Ledger
 from qlora_lite.memory.marks import phase
 from qlora_lite.ops import fused_attention
 from qlora_lite.ops.attention import row_attention
+from qlora_lite.ops.checkpoint import Checkpoint
 from qlora_lite.ops.fused_attention import window_mask
 from qlora_lite.ops.shapes import planning_for
 
@@ -121,6 +122,21 @@ def test_a_backward_over_few_heads_at_a_time_gives_the_same_bits(key_heads, most
         grads.append([out, *torch.autograd.grad(out, inputs, torch.arange(32.0).bfloat16().expand(out.shape))])
     assert all(map(torch.equal, *grads))
     assert seen == [HEADS // calls] * calls if calls else not seen
+
+
+def test_few_heads_go_back_from_what_the_first_run_of_a_block_kept(monkeypatch):
+    monkeypatch.setattr(fused_attention, "_FLASH", on_cpu)
+    monkeypatch.setattr(fused_attention, "_FLASH_BACKWARD", backward_on_cpu)
+    monkeypatch.setattr(fused_attention, "MOST_SCRATCH_BYTES", 1)
+    found = []
+    for keeps_attention in (False, True):
+        torch.manual_seed(0)
+        inputs = [torch.randn(1, heads, 60, 32).bfloat16().requires_grad_() for heads in (HEADS, 2, 2)]
+        with planning_for("cuda"):
+            block = lambda *tensors: row_attention(None, *tensors, None, row_lengths=(40, 20))[0]  # noqa: E731
+            out = Checkpoint(keeps_attention=keeps_attention)(block, *inputs)
+            found.append(torch.autograd.grad(out, inputs, torch.randn(out.shape).bfloat16()))
+    assert all(map(torch.equal, *found))
 
 
 def test_a_repeatable_backward_is_not_cut_since_fewer_heads_have_more_sums(planned_inside, monkeypatch):
