@@ -21,7 +21,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn: ``temperature`` 0 takes the most probable one."""
+    """How tokens are drawn: ``temperature`` 0 takes the most probable one.
+
+    This is all there is: the penalties and limits that a model's own ``generation_config.json`` may ask for are not
+    applied, so that answers tell what the weights say.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -57,6 +61,8 @@ def answer(
     answers = [""] * len(prompts)
     was_training, device = model.training, device_of(model)
     model.eval()
+    # transformers takes from it what a call's own config leaves open
+    stated, model.generation_config = model.generation_config, GenerationConfig()
     head = model.get_output_embeddings().register_forward_pre_hook(_contiguous_input)
     try:
         while order:
@@ -85,6 +91,7 @@ def answer(
             log.warning("memory ran out; from now on %d prompts are answered at once", batch_size)
     finally:
         head.remove()
+        model.generation_config = stated
     model.train(was_training)
     return answers
 
@@ -101,7 +108,7 @@ def _contiguous_input(_head, inputs):
 def _generation_config(sampling: Sampling, max_new_tokens: int, stop: list[int]) -> GenerationConfig:
     draw = {"do_sample": False}
     if sampling.temperature > 0:
-        draw = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        draw = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     pad = stop[0] if stop else 0  # masked out on the left, cut off on the right
     return GenerationConfig(
         max_new_tokens=max_new_tokens, eos_token_id=stop or None, pad_token_id=pad, use_cache=True, **draw

@@ -73,6 +73,27 @@ def test_sampling_varies_and_greedy_does_not():
     assert len({answer(model, tokenizer, [PROMPTS[1]], 8)[0] for _ in range(4)}) == 1
 
 
+def test_a_model_s_own_settings_of_generation_do_not_change_its_answers():
+    model, tokenizer = model_of("llama"), byte_tokenizer()
+    greedy = answer(model, tokenizer, PROMPTS, 12)
+    warm = Sampling(temperature=50.0)  # about as likely all
+    torch.manual_seed(0)
+    drawn = answer(model, tokenizer, PROMPTS, 12, sampling=warm)
+    stated = model.generation_config
+    stated.repetition_penalty, stated.top_k, stated.min_p, stated.suppress_tokens = 5.0, 2, 0.9, list(range(100, 200))
+    assert answer(model, tokenizer, PROMPTS, 12) == greedy
+    torch.manual_seed(0)
+    assert answer(model, tokenizer, PROMPTS, 12, sampling=warm) == drawn
+    assert model.generation_config is stated
+
+
+def test_sampling_draws_from_every_token():
+    model, tokenizer = model_of("llama"), byte_tokenizer()
+    torch.manual_seed(0)
+    drawn = answer(model, tokenizer, ["a"] * 400, 1, batch_size=400, sampling=Sampling(temperature=50.0))
+    assert len(set(drawn)) > 60  # of about 128 that one byte can be; transformers' own setting has 50 in all
+
+
 def test_where_memory_runs_out_fewer_prompts_are_answered_at_once(monkeypatch, caplog):
     model, tokenizer, at_once = model_of("llama"), byte_tokenizer(), []
     expected, real = answer(model, tokenizer, PROMPTS, 6), model.generate
