@@ -19,9 +19,10 @@ import torch
 
 from .block_attention import block_attention, block_gradients
 from .checkpoint import running
-from .fused_attention import fused_attention, window_mask
+from .fused_attention import fused_attention
 from .kept_attention import kept_attention
 from .shapes import device_type, kernel_rows
+from .window import window_attention
 
 
 def row_attention(
@@ -71,9 +72,8 @@ def _row_by_row(attend, query, key, value, row_lengths, scaling, window, **extra
         # Extra tokens up to the kernel's length are those of the next row: causal attention keeps the row from
         # seeing them, and their own results are dropped.
         seen = slice(start, start + kernel_rows(row_length, query.device))
-        q, k, v = (tensor[:, :, seen] for tensor in (query, key, value))
-        mask = window_mask(q.shape[2], window, q)
-        outs.append(attend(q, k, v, mask, scaling, **extra)[:, :, :row_length].transpose(1, 2))
+        row = (tensor[:, :, seen] for tensor in (query, key, value))
+        outs.append(window_attention(partial(attend, scaling=scaling, **extra), *row, window)[:, :row_length])
         start += row_length
     if start < length:
         outs.append(query.new_zeros(query.shape[0], length - start, *query.shape[1::2]))

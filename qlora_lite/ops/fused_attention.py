@@ -30,7 +30,6 @@ _FLASH = torch.ops.aten._scaled_dot_product_flash_attention
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
 _PLANNED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # stands for any of a card's
 _PLANNED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-_MASK_MULTIPLE = 16  # entries, of a mask's rows in memory: others are copied
 
 
 def fused_attention(query, key, value, mask, scaling, dropout=0.0) -> torch.Tensor:
@@ -62,23 +61,6 @@ def fused_attention(query, key, value, mask, scaling, dropout=0.0) -> torch.Tens
         return scaled_dot_product_attention(
             query, key, value, mask, dropout, is_causal=causal, scale=scaling, enable_gqa=groups > 1
         )
-
-
-def window_mask(length: int, window: int | None, like: torch.Tensor) -> torch.Tensor | None:
-    """Return the mask [length, length] of a window that is shorter than the row, else None.
-
-    Args:
-        like: a query. For a card's, the mask is additive and of its type, which its kernel would make of another.
-    """
-    if window is None or length <= window:
-        return None
-    position = torch.arange(length, device=like.device)
-    seen = position[:, None] >= position
-    seen &= position[:, None] < position + window
-    if device_type(like.device) != "cuda":
-        return seen
-    mask = like.new_empty(length, -(-length // _MASK_MULTIPLE) * _MASK_MULTIPLE)[:, :length]
-    return mask.zero_().masked_fill_(seen.logical_not_(), -torch.inf)
 
 
 class _FewHeadsBackward(torch.autograd.Function):
