@@ -11,6 +11,7 @@ from shutil import disk_usage
 
 from .build import fixed_levers, job_of, train_settings
 from .data.batch import Batch
+from .data.stored import row_lengths
 from .errors import DoesNotFitError, OutputError
 from .memory.bar import BESIDE
 from .models.levers import Levers
@@ -24,6 +25,7 @@ from .planning.predict import Prediction, predict
 from .planning.search import SMALL_CHUNK_TOKENS, TILE_TOKENS, movable_tables, search
 from .planning.simulate import Rows, rows_of
 from .recipe.schema import Recipe
+from .train.epochs import pack_by_pack
 from .train.loop import largest_batches
 from .train.settings import TrainSettings
 from .units import format_bytes
@@ -124,8 +126,7 @@ def plan_run(recipe: Recipe, examples, eval_examples) -> tuple[Plan, TrainSettin
     device = resolve_device(recipe.model.device)
     machine = this_machine(device, resolve_compute_dtype(recipe.model.compute_dtype, device))
     settings = train_settings(recipe)
-    one_pack = replace(settings, micro_batch_size=1, gradient_accumulation_steps=1)
-    pack, evaluation = largest_batches(examples, eval_examples, one_pack)
+    pack, evaluation = largest_batches(examples, eval_examples, pack_by_pack(settings, row_lengths(examples)))
     budget = recipe.memory.budget_bytes or machine.memory_bytes
     plan = plan_recipe(recipe, machine, budget, rows_of(pack), evaluation and rows_of(evaluation))
     if not plan.fits:

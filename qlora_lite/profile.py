@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from .errors import DoesNotFitError
 from .files import write_text
 from .memory.ledger import Ledger, Moment
 from .memory.marks import timing
-from .memory.meter import PeakMeter
+from .memory.meter import PeakMeter, hold_to
 from .memory_page import memory_page
 from .models.anatomy import device_of
 from .models.levers import set_levers
@@ -28,9 +29,11 @@ from .plan_text import reason
 from .planning.predict import Prediction
 from .planning.simulate import ALLOCATION_BYTES
 from .recipe.schema import Recipe
-from .rows import build_data
+from .rows import build_data, build_stream, rows_to_plan
+from .train.determinism import deterministic
 from .train.inventory import categorised
 from .train.loop import Trainer, largest_batches
+from .train.out_of_memory import first_line, is_out_of_memory
 from .units import format_bytes, format_seconds
 
 log = logging.getLogger("qlora_lite")
@@ -59,15 +62,16 @@ def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
     data, eval_data = (build_data(recipe, tokenizer, which) for which in ("train", "eval"))
     eval_examples = eval_data.examples if eval_data else ()
-    plan, settings = plan_run(recipe, data.examples, eval_examples)
+    rows = rows_to_plan(recipe, data)
+    plan, settings = plan_run(recipe, rows, eval_examples)
     log.info("plan: %s", reason(plan))
     model = build_model(recipe, levers=settings.levers)
-    trainer = Trainer(model, data.examples, settings)
-    largest, evaluation = largest_batches(data.examples, eval_examples, settings)
-    expected = expected_peak(plan, largest, evaluation)
+    trainer = Trainer(model, rows, settings, build_stream(recipe, tokenizer))
+    expected = expected_peak(plan, *largest_batches(rows, eval_examples, settings))
     device = device_of(model)
+    hold_to(device, plan.budget_bytes)
     ledger = Ledger(timeline=True, allocation_bytes=ALLOCATION_BYTES[device.type])
-    with PeakMeter(device) as meter, _allocator_history(device, out):
+    with deterministic(recipe.train.deterministic), PeakMeter(device) as meter, _allocator_history(device, out):
         seconds = _timed_steps(trainer, steps - 1) if steps > 1 else {}
         failure = _ledgered(trainer, ledger, model, eval_examples)
         process = meter.peak_bytes()
@@ -84,9 +88,8 @@ def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
 def _timed_steps(trainer: Trainer, steps: int) -> dict[str, float]:
     """Train without the ledger; return the mean seconds of each phase of a step."""
     with timing(device_of(trainer.model)) as seconds:
-        for _, _ in zip(range(steps), trainer, strict=False):
-            pass
-    return {name: value / steps for name, value in seconds.items()}
+        taken = sum(1 for _ in islice(trainer, steps))
+    return {name: value / taken for name, value in seconds.items()}
 
 
 def _ledgered(trainer: Trainer, ledger: Ledger, model, eval_examples) -> str:
@@ -101,8 +104,10 @@ def _ledgered(trainer: Trainer, ledger: Ledger, model, eval_examples) -> str:
         ledger.watch(model)
         try:
             trainer.rehearse(eval_examples)
-        except torch.OutOfMemoryError as error:
-            return str(error).splitlines()[0]
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return first_line(error)
     return ""
 
 

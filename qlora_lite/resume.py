@@ -162,7 +162,8 @@ def reopen(path: Path, recipe: Recipe, force: bool) -> tuple[RunFolder, Continua
         log.info("resume: %s has no checkpoint yet; it begins afresh", path)
         return create_run(path, recipe, replace=True), None
     continuation.compare_settings(recipe)
-    return RunFolder(path, recipe, continuation.run["summary"], continuation.run["metrics_bytes"]), continuation
+    run = RunFolder(path, recipe, continuation.run["summary"], continuation.run["metrics_bytes"], proven=False)
+    return run, continuation
 
 
 def _find_checkpoint(path: Path, force: bool) -> Continuation | None:

@@ -7,6 +7,7 @@ the run folder, the tokenizer, the data, then the model, then the memory, then t
 import json
 import logging
 import platform
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,6 +104,9 @@ def _execute(running: "_Run") -> None:
     except QloraLiteError as error:
         running.leave(error)
         raise
+    finally:
+        if running.run.summary.get("status") == "running":  # what nobody foresaw
+            running.leave(sys.exception())
 
 
 class _Run:
@@ -136,7 +140,8 @@ class _Run:
         self._compare(identity)
         self.rows = rows_to_plan(recipe, self.data)
         self._plan()
-        self.model = build_model(recipe, levers=self.settings.levers)
+        with _explaining_memory("while the model was loaded; close other programs, or choose a smaller model"):
+            self.model = build_model(recipe, levers=self.settings.levers)
         self.trainer = Trainer(self.model, self.rows, self.settings, build_stream(recipe, self.tokenizer))
         self._describe_model()
         self.checksum = frozen_checksum(self.model)
@@ -166,16 +171,21 @@ class _Run:
         """Put everything back to where the checkpoint was made, and write down what is different."""
         self.continuation.say_environment(now)
         self.training.restore(self.continuation)
+        self.run.proven = True
         rewind_run(self.run)
+        self._write_data()
         part = {"after_step": self.trainer.step, "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "changes": self.continuation.accepted, "forced_changes": self.continuation.forced}  # fmt: skip
         self.run.update(status="running", resumed=[*self.run.summary.get("resumed", []), part])
 
-    def leave(self, error: QloraLiteError) -> None:
-        """Write down why the run ended early, if the disk lets us."""
+    def leave(self, error: BaseException) -> None:
+        """Write down why the run ended early, if the disk lets us; a run that was not gone on with stays as it was."""
+        if not self.run.proven:
+            return
         can_go_on = isinstance(error, Interrupted | CheckpointError)
+        why = str(error) if isinstance(error, QloraLiteError) else repr(error)
         try:
-            self.run.update(**self.figures(), status="interrupted" if can_go_on else "failed", error=str(error))
+            self.run.update(**self.figures(), status="interrupted" if can_go_on else "failed", error=why)
             write_report(self.run.path)
         except OutputError as fault:
             log.warning("%s", fault)
@@ -191,17 +201,13 @@ class _Run:
     def _look_at_data(self) -> None:
         """Read the rows, write down what they are, and stop where training on them would be a mistake."""
         found = preflight(self.recipe, self.tokenizer)
-        self.data, self.eval_data, report = found.data, found.eval_data, found.report
-        write_text(self.run.path / "data.json", json.dumps(report, indent=2) + "\n")
-        write_data_page(report, self.run.path / "data.html", self.recipe.output.name)
-        counts = ("rows_read", "rows_kept", "dropped", "tokens", "learned_tokens", "packing_efficiency")
-        self.run.update(data={key: report[key] for key in counts} | {"end_token_ids": sorted(self.data.end_token_ids)})
+        self.data, self.eval_data, self.data_report = found.data, found.eval_data, found.report
+        if self.run.proven:
+            self._write_data()
         found.raise_if_unusable()
-        if self.data.template:  # for generate, chat and evaluate, and (in the tokenizer) for other tools
-            source = portable_source(self.data.template)
-            write_text(self.run.path / TEMPLATE, source)
-            if self.data.template.name != "model":
-                self.tokenizer.chat_template = source
+        if self.data.template and self.data.template.name != "model":  # for other tools
+            self.tokenizer.chat_template = portable_source(self.data.template)
+        report = self.data_report
         for problem in report["problems"]:
             log.warning("data: %s", line_of_problem(problem))
         efficiency = report["packing_efficiency"]
@@ -210,6 +216,16 @@ class _Run:
             report["tokens"], report["learned_tokens"], f", dropped: {report['dropped']}" if report["dropped"] else "",
             f", {report['packs']} packs {efficiency:.0%} full" if efficiency else "",
         )  # fmt: skip
+
+    def _write_data(self) -> None:
+        """Write down what the rows are, and the template for generate, chat and evaluate."""
+        path, report = self.run.path, self.data_report
+        write_text(path / "data.json", json.dumps(report, indent=2) + "\n")
+        write_data_page(report, path / "data.html", self.recipe.output.name)
+        if self.data.template:
+            write_text(path / TEMPLATE, portable_source(self.data.template))
+        counts = ("rows_read", "rows_kept", "dropped", "tokens", "learned_tokens", "packing_efficiency")
+        self.run.update(data={key: report[key] for key in counts} | {"end_token_ids": sorted(self.data.end_token_ids)})
 
     def _describe_model(self) -> None:
         table = inventory(self.model)
@@ -251,7 +267,7 @@ class _Run:
         if self.settings.levers.compile:
             log.info("train.compile: compiling the blocks, which takes a minute or so the first time")
         self.trainer.rehearse(eval_examples)
-        peak = self.meter.peak_bytes()
+        peak = self.trainer.meter.peak_bytes()  # without what loading took for a moment
         place = expected.simulation.peak()
         log.info("memory: the largest micro-batch peaks at %s (predicted %s, %s of %s); budget %s", format_bytes(peak),
                  format_bytes(predicted), place.phase, place.module or "the loss", format_bytes(budget))  # fmt: skip
@@ -294,11 +310,11 @@ def _device_name(device: torch.device) -> str:
 
 
 @contextmanager
-def _explaining_memory() -> Iterator[None]:
+def _explaining_memory(cure: str = CURES) -> Iterator[None]:
     """Turn torch's out-of-memory error into one that names the cures."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise DoesNotFitError(f"the device ran out of memory: {first_line(error)}; {CURES}") from error
+        raise DoesNotFitError(f"the device ran out of memory ({first_line(error)}); {cure}") from error

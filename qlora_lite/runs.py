@@ -49,6 +49,7 @@ class RunFolder:
         summary: content of ``summary.json``.
         metrics_bytes: size of ``metrics.jsonl`` as it was last written; what lies behind it is a torn line.
         waiting: lines of metrics that could not be written yet.
+        proven: False while nothing shows yet that this is the run to go on with: values are kept, not written.
     """
 
     path: Path
@@ -56,6 +57,7 @@ class RunFolder:
     summary: dict = field(default_factory=dict)
     metrics_bytes: int = 0
     waiting: list[str] = field(default_factory=list)
+    proven: bool = True
 
     def log_metrics(self, values: dict) -> None:
         """Append one line to ``metrics.jsonl``, with null for a value that is not finite.
@@ -108,8 +110,10 @@ class RunFolder:
         Raises:
             OutputError: it cannot be written.
         """
-        self._make_again()
         self.summary.update(values)
+        if not self.proven:
+            return
+        self._make_again()
         write_text(self.path / SUMMARY, json.dumps(self.summary, indent=2) + "\n")
 
 

@@ -215,6 +215,17 @@ def test_a_complete_run_is_left_as_it_is(lab, caplog):
     assert any("is complete" in message for message in caplog.messages)
 
 
+@pytest.mark.parametrize("change", ["steps", "rows"])
+def test_a_complete_run_is_left_as_it_is_by_one_that_turns_out_to_be_another(lab, change):
+    schedule = {"lr_scheduler": "cosine" if change == "steps" else "constant"}
+    lab.run(train=schedule)
+    before = {path: path.read_bytes() for path in lab.out.rglob("*") if path.is_file() and path.name != "log.txt"}
+    rows = {"train": str(write_rows(lab.folder / "other.jsonl", 24, "#"))} if change == "rows" else {}
+    with pytest.raises(CheckpointError, match=rf"this would not be the run that was begun:\n.*{change}"):
+        lab.run(resume="", train=schedule | {"max_steps": 12}, data=rows)
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_a_complete_run_without_checkpoints_is_not_overwritten_by_another_recipe(lab):
     lab.run()
     shutil.rmtree(lab.out / "checkpoints")

@@ -12,6 +12,7 @@ from tiny_files import save_tiny, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_lite
+from qlora_lite.build import build_model
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
 from qlora_lite.data.render import render_prompt
 from qlora_lite.errors import DataError, DoesNotFitError, ModelError, OutputError, RecipeError, TrainingError
@@ -268,6 +269,38 @@ def test_a_run_that_fails_on_the_way_says_failed_and_has_no_best_adapter(run, mo
     assert not (run.folder / "adapter").exists()
     with pytest.raises(RecipeError, match="has no adapter; the run ended before one was saved"):
         open_run(run.folder)
+
+
+def test_an_error_that_nobody_foresaw_is_a_run_that_failed(run, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr("qlora_lite.train.loop.Trainer._train", fail)
+    with pytest.raises(RuntimeError):
+        run()
+    summary = summary_of(run.folder)
+    assert (summary["status"], summary["error"]) == ("failed", "RuntimeError('an illegal memory access')")
+    assert (run.folder / "report.html").exists()
+
+
+def test_what_loading_takes_for_a_moment_is_not_the_micro_batch_s(run, monkeypatch):
+    def build(*args, **options):
+        torch.ones(2**28)  # 1 GiB
+        return build_model(*args, **options)
+
+    monkeypatch.setattr("qlora_lite.run.build_model", build)
+    run()
+    summary = summary_of(run.folder)
+    assert summary["peak_bytes"] - summary["plan"]["measured_peak_bytes"] > 2**29
+
+
+def test_memory_that_runs_out_in_loading_is_not_blamed_on_the_rows(run, monkeypatch):
+    def run_out(*_args, **_options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("qlora_lite.run.build_model", run_out)
+    with pytest.raises(DoesNotFitError, match=r"\(CUDA out of memory\); while the model was loaded.*smaller model"):
+        run()
 
 
 def test_a_target_that_matches_nothing_fails_with_its_name(run):

@@ -70,7 +70,7 @@ def mapped_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 class PeakMeter:
-    """Follow the peak of held memory from construction on.
+    """Follow the peak of held memory from construction on, on a card from that of the newest meter of all.
 
     Use as a context manager, or call ``close`` to end the sampling thread.
     """
@@ -91,7 +91,7 @@ class PeakMeter:
             self._peak = max(self._peak, held_bytes(self.device))
 
     def peak_bytes(self) -> int:
-        """Return the largest number of bytes held since construction."""
+        """Return the largest number of bytes held since then."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         self._peak = max(self._peak, held_bytes(self.device))

@@ -2,11 +2,19 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import count
 
 from qlora_lite.data.batch import plan_epoch
 
 from .settings import TrainSettings
+
+
+def pack_by_pack(settings: TrainSettings, lengths: Sequence[int]) -> TrainSettings:
+    """Return settings that run the same packs, and at most a few more, one in each step."""
+    packs = settings.micro_batch_size * settings.gradient_accumulation_steps
+    steps = Epochs(lengths, settings).total_steps() * packs
+    return replace(settings, micro_batch_size=1, gradient_accumulation_steps=1, max_steps=steps)
 
 
 class Epochs:
