@@ -45,35 +45,39 @@ def row_attention(
     Returns:
         The attended values [B, T, H, D] and None in place of attention weights.
     """
-    written_out = softcap or s_aux is not None
-    attend = _written_out if written_out else _sdpa
-    extra = {"softcap": softcap, "sinks": s_aux} if written_out else {"dropout": dropout}
+    no_kernel = softcap or s_aux is not None
     length = query.shape[2]
     if attention_mask is not None and not attention_mask.numel():  # of a block that does not pass row_lengths on
         attention_mask = None
     if row_lengths is None and attention_mask is None and length == key.shape[2]:
         row_lengths = (length,)
     if row_lengths is None:
-        out = attend(query, key, value, attention_mask, scaling, **extra)
+        if no_kernel:
+            out = _written_out(query, key, value, attention_mask, scaling, softcap, s_aux)
+        else:
+            out = _fused(query, key, value, attention_mask, scaling, dropout)
         return out.transpose(1, 2).contiguous(), None
     if torch.compiler.is_compiling():  # then the lengths are a tensor
         return _rows_operator(query, key, value, row_lengths, s_aux, scaling, sliding_window, softcap), None
-    by_row = partial(_row_by_row, attend, query, key, value, row_lengths, scaling, sliding_window, **extra)
-    if device_type(query.device) == "cpu" and not written_out and not dropout:
+    if no_kernel:
+        return block_attention(query, key, value, row_lengths, scaling, sliding_window, softcap, s_aux), None
+    by_row = partial(_row_by_row, query, key, value, row_lengths, scaling, sliding_window, dropout)
+    if device_type(query.device) == "cpu" and not dropout:
         fused = by_row if _fused_is_faster(query.dtype, row_lengths, sliding_window) else None
-        return block_attention(query, key, value, row_lengths, scaling, sliding_window, fused), None
+        return block_attention(query, key, value, row_lengths, scaling, sliding_window, attend=fused), None
     return by_row(), None
 
 
-def _row_by_row(attend, query, key, value, row_lengths, scaling, window, **extra) -> torch.Tensor:
-    """Attend within one row after the other; return [B, T, H, D]."""
+def _row_by_row(query, key, value, row_lengths, scaling, window, dropout) -> torch.Tensor:
+    """Attend within one row after the other with fused kernels; return [B, T, H, D]."""
+    attend = partial(_fused, scaling=scaling, dropout=dropout)
     outs, start, length = [], 0, query.shape[2]
     for row_length in row_lengths:
         # Extra tokens up to the kernel's length are those of the next row: causal attention keeps the row from
         # seeing them, and their own results are dropped.
         seen = slice(start, start + kernel_rows(row_length, query.device))
         row = (tensor[:, :, seen] for tensor in (query, key, value))
-        outs.append(window_attention(partial(attend, scaling=scaling, **extra), *row, window)[:, :row_length])
+        outs.append(window_attention(attend, *row, window)[:, :row_length])
         start += row_length
     if start < length:
         outs.append(query.new_zeros(query.shape[0], length - start, *query.shape[1::2]))
@@ -91,7 +95,7 @@ def _fused_is_faster(dtype: torch.dtype, row_lengths: Sequence[int], window: int
     return dtype == torch.bfloat16 and not windowed and torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
-def _sdpa(query, key, value, mask, scaling, dropout):
+def _fused(query, key, value, mask, scaling, dropout):
     attend = partial(fused_attention, mask=mask, scaling=scaling, dropout=dropout)
     if dropout or device_type(query.device) == "cpu":  # block_attention keeps its own
         return attend(query, key, value)
@@ -99,7 +103,7 @@ def _sdpa(query, key, value, mask, scaling, dropout):
 
 
 def _written_out(query, key, value, mask, scaling, softcap, sinks):
-    """Attend with capped scores or sinks, for which no fused kernel exists on every device."""
+    """Attend with capped scores or sinks and a mask that was made elsewhere, the scores of all heads in memory."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
@@ -152,12 +156,12 @@ def _gradient_operator(
     grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row_lengths: torch.Tensor,
     sinks: torch.Tensor | None, scaling: float | None, window: int | None, softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    if device_type(query.device) == "cpu" and sinks is None and not softcap:
-        return block_gradients(query, key, value, grad, _lengths(row_lengths), scaling, window)
+    if device_type(query.device) == "cpu" or sinks is not None or softcap:
+        return block_gradients(query, key, value, grad, _lengths(row_lengths), scaling, window, softcap, sinks)
 
     inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
     with running(None), _autograd_inside():
-        grads = torch.autograd.grad(_attended(*inputs, row_lengths, sinks, scaling, window, softcap), inputs, grad)
+        grads = torch.autograd.grad(_attended(*inputs, row_lengths, None, scaling, window, None), inputs, grad)
     return tuple(grad.transpose(1, 2).contiguous().transpose(1, 2) for grad in grads)  # laid out token by token
 
 

@@ -6,8 +6,9 @@ run would grow by hundreds of MiB. Rounding the counts up on CPUs keeps the kern
 this. Remove it when a run over random lengths no longer grows without it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch.nn.functional import pad
@@ -15,6 +16,7 @@ from torch.nn.functional import pad
 from qlora_lite.memory.marks import repeated
 
 CPU_MULTIPLE = 32
+T = TypeVar("T")
 
 
 class _Planned:
@@ -60,6 +62,22 @@ def pieces(total: int, size: int) -> Iterator[slice]:
                 yield slice(size, 2 * size)
     if total % size:
         yield slice(whole * size, total)
+
+
+def few_of_many(parts: Sequence[T], average: Callable[[Sequence[T]], T]) -> Iterator[T]:
+    """Yield parts that take more and more memory; in a plan for a card, an average one for all but the last two.
+
+    (A CPU's plan counts how many kernels its parts need.)
+
+    Args:
+        average: makes a part that takes the average work of some.
+    """
+    if _Planned.device_type != "cuda" or len(parts) < 4:
+        yield from parts
+        return
+    with repeated(len(parts) - 2):
+        yield average(parts[:-2])
+    yield from parts[-2:]  # the last may be smaller
 
 
 def kernel_rows(count: int, device: torch.device) -> int:

@@ -4,14 +4,19 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlora_lite.memory.ledger import Ledger
+from qlora_lite.memory.marks import phase
+from qlora_lite.memory.work import WorkCounter
+from qlora_lite.ops import block_attention as block_attention_module
+from qlora_lite.ops import shapes
 from qlora_lite.ops.attention import row_attention
 from qlora_lite.ops.block_attention import BLOCK_QUERIES, block_attention
-from qlora_lite.ops.shapes import CPU_MULTIPLE
+from qlora_lite.ops.shapes import CPU_MULTIPLE, planning_for
 
 HEADS, DIM = 4, 8
 
 
-def eager(query, key, value, rows, scaling=None, window=None, softcap=None):
+def eager(query, key, value, rows, scaling=None, window=None, softcap=None, sinks=None):
     """Attend in float64 under one mask over the whole batch; query [B, H, T, D]."""
     query, key, value = query.double(), key.double(), value.double()
     groups = query.shape[1] // key.shape[1]
@@ -25,7 +30,10 @@ def eager(query, key, value, rows, scaling=None, window=None, softcap=None):
     scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double()[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
+    weights = scores.softmax(-1)[..., : len(row)]
     return (weights @ value).transpose(1, 2)
 
 
@@ -112,15 +120,38 @@ def values_and_gradients(function, inputs, upstream):
     return out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))
 
 
+@pytest.mark.parametrize("softcap, sinks", [(None, None), (1.5, None), (None, torch.arange(-1.0, HEADS - 1))], ids=str)
 @pytest.mark.parametrize("window", [None, 1, 40, BLOCK_QUERIES + 10])
-@pytest.mark.parametrize("kv_heads", [4, 1])
-def test_rows_of_several_blocks_equal_the_oracle(kv_heads, window):
-    inputs = tensors(sum(LONG_ROWS), kv_heads)
-    upstream = torch.randn(1, sum(LONG_ROWS), HEADS, DIM, generator=torch.Generator().manual_seed(1))
-    found = values_and_gradients(lambda *t: block_attention(*t, LONG_ROWS, 0.3, window), inputs, upstream)
-    expected = values_and_gradients(lambda *t: eager(*t, LONG_ROWS, 0.3, window), inputs, upstream)
+@pytest.mark.parametrize("kv_heads, batch", [(4, 1), (1, 1), (2, 3)])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_rows_of_several_blocks_equal_the_oracle(device, kv_heads, batch, window, softcap, sinks, monkeypatch):
+    monkeypatch.setattr(shapes._Planned, "device_type", device)
+    monkeypatch.setattr(block_attention_module, "few_of_many", lambda blocks, _: blocks)  # this is no plan
+    inputs = tensors(sum(LONG_ROWS), kv_heads, batch)
+    upstream = torch.randn(batch, sum(LONG_ROWS), HEADS, DIM, generator=torch.Generator().manual_seed(1))
+    how = 0.3, window, softcap, sinks
+    found = values_and_gradients(lambda *t: block_attention(*t, LONG_ROWS, *how), inputs, upstream)
+    expected = values_and_gradients(lambda *t: eager(*t, LONG_ROWS, *how), inputs, upstream)
     for tensor, wanted in zip(found, expected, strict=True):
         assert (tensor - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+@pytest.mark.parametrize("window", [None, 3 * BLOCK_QUERIES])
+def test_a_plan_for_a_card_counts_the_work_of_many_blocks_by_their_average(window, monkeypatch):
+    length, works, peaks = 40 * BLOCK_QUERIES + 20, [], []
+    for all_of_them in (True, False):
+        if all_of_them:
+            monkeypatch.setattr(block_attention_module, "few_of_many", lambda blocks, _: blocks)
+        else:
+            monkeypatch.undo()
+        inputs = [torch.empty_like(t, device="meta").requires_grad_() for t in tensors(length, 2)]
+        with planning_for("cuda"), WorkCounter() as counter, Ledger() as ledger, phase("forward"):
+            out = block_attention(*inputs, (length,), 0.3, window, 1.5)
+            out.backward(torch.empty_like(out))
+        works.append(counter.work.flops)
+        peaks.append(ledger.peak.total)
+    assert works[1] == pytest.approx(works[0], rel=1e-3)
+    assert peaks[1] == peaks[0]
 
 
 def test_the_error_in_bf16_is_below_that_of_eager_attention_in_bf16():

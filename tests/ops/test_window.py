@@ -8,29 +8,22 @@ from test_attention import DIM, HEADS, eager, tensors, values_and_gradients
 
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.memory.marks import phase
-from qlora_lite.ops.attention import _sdpa, _written_out, row_attention
+from qlora_lite.ops.attention import _fused, row_attention
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.ops.window import window_attention, window_mask
-
-FORMS = {
-    "fused": partial(_sdpa, scaling=0.3, dropout=0.0),
-    "capped": partial(_written_out, scaling=0.3, softcap=1.5, sinks=None),
-}
 
 
 @pytest.mark.parametrize("length", [4, 5, 8, 9, 12, 15])
 @pytest.mark.parametrize("window", [1, 4, 7, None])
 @pytest.mark.parametrize("kv_heads, batch", [(HEADS, 1), (2, 3)])
-@pytest.mark.parametrize("form", FORMS)
-def test_chunks_of_a_row_equal_one_mask_over_it(form, kv_heads, batch, window, length):
+def test_chunks_of_a_row_equal_one_mask_over_it(kv_heads, batch, window, length):
     inputs = tensors(length, kv_heads, batch, torch.float64)
     upstream = torch.randn(batch, length, HEADS, DIM, generator=torch.Generator().manual_seed(1))
-    softcap = 1.5 if form == "capped" else None
-    found = values_and_gradients(lambda *row: window_attention(FORMS[form], *row, window), inputs, upstream)
-    expected = values_and_gradients(lambda *row: eager(*row, (length,), 0.3, window, softcap), inputs, upstream)
+    attend = partial(_fused, scaling=0.3, dropout=0.0)
+    found = values_and_gradients(lambda *row: window_attention(attend, *row, window), inputs, upstream)
+    expected = values_and_gradients(lambda *row: eager(*row, (length,), 0.3, window), inputs, upstream)
     for tensor, wanted in zip(found, expected, strict=True):
-        # capped weights are float32 inside
-        assert (tensor - wanted).norm() <= (1e-12 if form == "fused" else 1e-6) * wanted.norm()
+        assert (tensor - wanted).norm() <= 1e-12 * wanted.norm()
 
 
 @pytest.mark.parametrize("queries, window", [(1, 1), (5, 5), (3, 17)])
@@ -45,15 +38,16 @@ def test_a_mask_shows_each_query_as_many_keys_as_the_window_has(queries, window)
     assert torch.equal(mask == 0, seen) and torch.equal(mask == -torch.inf, ~seen)
 
 
-@pytest.mark.parametrize("softcap", [None, 1.5])
-def test_what_a_card_needs_for_a_window_grows_with_the_row_and_not_with_its_square(softcap):
+@pytest.mark.parametrize(
+    "settings", [{"sliding_window": 128}, {"softcap": 1.5}, {"s_aux": torch.zeros(4, device="meta")}], ids=str
+)
+def test_what_a_card_needs_grows_with_the_row_and_not_with_its_square(settings):
     peaks = []
     for length in (2048, 4096):
         inputs = [torch.empty(1, heads, length, 64, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2)]
         inputs = [tensor.requires_grad_() for tensor in inputs]
         with planning_for("cuda"), Ledger() as ledger:
-            options = {"sliding_window": 128, "softcap": softcap, "row_lengths": (length,)}
-            out = row_attention(None, *inputs, None, **options)[0]
+            out = row_attention(None, *inputs, None, row_lengths=(length,), **settings)[0]
             with phase("backward"):
                 out.backward(torch.empty_like(out))
         peaks.append(max(moment.total for moment in ledger.peaks.values()))
