@@ -11,7 +11,6 @@ from shutil import disk_usage
 
 from .build import fixed_levers, job_of, train_settings
 from .data.batch import Batch
-from .data.stored import row_lengths
 from .errors import DoesNotFitError, OutputError
 from .memory.bar import BESIDE
 from .models.levers import Levers
@@ -25,7 +24,6 @@ from .planning.predict import Prediction, predict
 from .planning.search import SMALL_CHUNK_TOKENS, TILE_TOKENS, movable_tables, search
 from .planning.simulate import Rows, rows_of
 from .recipe.schema import Recipe
-from .train.epochs import pack_by_pack
 from .train.loop import largest_batches
 from .train.settings import TrainSettings
 from .units import format_bytes
@@ -126,7 +124,9 @@ def plan_run(recipe: Recipe, examples, eval_examples) -> tuple[Plan, TrainSettin
     device = resolve_device(recipe.model.device)
     machine = this_machine(device, resolve_compute_dtype(recipe.model.compute_dtype, device))
     settings = train_settings(recipe)
-    pack, evaluation = largest_batches(examples, eval_examples, pack_by_pack(settings, row_lengths(examples)))
+    packs = settings.micro_batch_size * settings.gradient_accumulation_steps
+    one_by_one = replace(settings, micro_batch_size=1, gradient_accumulation_steps=packs)  # the same packs a step
+    pack, evaluation = largest_batches(examples, eval_examples, one_by_one)
     budget = recipe.memory.budget_bytes or machine.memory_bytes
     plan = plan_recipe(recipe, machine, budget, rows_of(pack), evaluation and rows_of(evaluation))
     if not plan.fits:

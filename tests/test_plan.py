@@ -7,11 +7,13 @@ import pytest
 import torch
 from tiny import ARCHITECTURES
 from tiny_files import save_tiny, write_recipe
+from tiny_trainer import examples
 from transformers import AutoConfig
 
 from qlora_lite import plan as planner
 from qlora_lite import plan_text
 from qlora_lite.cli.main import main
+from qlora_lite.data.stored import row_lengths
 from qlora_lite.errors import ModelError
 from qlora_lite.memory.cards import find_card
 from qlora_lite.planning import simulate
@@ -230,6 +232,25 @@ def test_a_cpu_that_is_short_of_memory_puts_checkpoints_on_a_disk_if_one_is_name
     enough = plan(1, folder).peak_bytes / GIB  # of what needs least
     assert plan(enough, folder).fits and plan(enough, folder).chosen.levers.offload_checkpoints
     assert not plan(enough).fits
+
+
+def test_the_largest_pack_is_looked_for_among_all_packs_of_the_steps(tmp_path, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def seen(_recipe, _machine, _budget, rows, _evaluation):
+        raise Seen(rows)
+
+    save_tiny(tmp_path / "model")
+    written = write_recipe(
+        tmp_path, tmp_path / "model", data={"packing": False, "order": "as-is"},
+        train={"max_steps": 1, "gradient_accumulation_steps": 6, "micro_batch_size": 2},
+    )  # fmt: skip
+    rows = sorted(examples(12), key=lambda row: len(row.token_ids))
+    monkeypatch.setattr(planner, "plan_recipe", seen)
+    with pytest.raises(Seen) as caught:
+        planner.plan_run(load_recipe(written), rows, ())
+    assert caught.value.args[0].lengths == (max(row_lengths(rows)),)
 
 
 def test_on_a_cpu_the_host_s_memory_is_the_device_s(recipe):

@@ -12,7 +12,7 @@ everything and cutting at max_tokens, the other known way, fills packs fully but
 | shuffle       | best-fit packs in random order                                                               |
 | as-is         | rows keep their order; a new pack begins when the next row does not fit                      |
 | longest-first | best-fit packs, that with the longest row first: what does not fit fails in the first step   |
-| by-length     | rows of like length share a pack and a micro-batch; the micro-batches come in random order   |
+| by-length     | rows of like length share a pack and a step; the steps come in random order                  |
 
 Shapes: T tokens of a micro-batch; input_ids and position_ids [1, T], labels [T]. Lengths are in tokens.
 """
@@ -65,6 +65,7 @@ def plan_epoch(
     order: str = "shuffle",
     seed: int = 0,
     epoch: int = 0,
+    micro_batches: int = 1,
 ) -> list[list[int]]:
     """Choose the rows of each micro-batch of an epoch; equal arguments give equal plans.
 
@@ -76,6 +77,7 @@ def plan_epoch(
         order: one of ORDERS.
         seed: of the run.
         epoch: from 0; each has its own order.
+        micro_batches: of a step. A step's packs are the same however many micro-batches they are cut into.
 
     Returns:
         Row numbers per micro-batch; every row stands in exactly one.
@@ -99,10 +101,16 @@ def plan_epoch(
         packs = pack_in_order(lengths, max_tokens, rows)
     if order == "shuffle" and packing:
         chance.shuffle(packs)
-    groups = [packs[start : start + micro_batch_size] for start in range(0, len(packs), micro_batch_size)]
     if order == "by-length":
-        chance.shuffle(groups)
-    return [[row for pack in group for row in pack] for group in groups]
+        steps = _groups(packs, micro_batch_size * micro_batches)
+        rest = steps.pop() if len(packs) % (micro_batch_size * micro_batches) else []  # stays last, as in all orders
+        chance.shuffle(steps)
+        packs = [pack for step in (*steps, rest) for pack in step]
+    return [[row for pack in group for row in pack] for group in _groups(packs, micro_batch_size)]
+
+
+def _groups(packs: list[list[int]], size: int) -> list[list[list[int]]]:
+    return [packs[start : start + size] for start in range(0, len(packs), size)]
 
 
 def pack_best_fit(lengths: Sequence[int], max_tokens: int, rows: Sequence[int]) -> list[list[int]]:

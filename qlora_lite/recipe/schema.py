@@ -177,7 +177,7 @@ class Data(_Section):
     """Put several rows into one sequence; they do not see each other."""
     order: Literal["shuffle", "as-is", "longest-first", "by-length"] = "shuffle"
     """Order of the rows in an epoch; shuffle depends on train.seed and the epoch only. longest-first shows at once what
-    does not fit; by-length puts rows of like length together and shuffles the micro-batches."""
+    does not fit; by-length puts rows of like length together and shuffles the steps."""
     streaming: bool = False
     """Make tokens while training, and keep none: for sources too large for a first pass. Hub data sets are then not
     downloaded but read over the network, once more for each epoch. Needs data.order as-is and train.max_steps; only the

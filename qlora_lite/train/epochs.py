@@ -2,19 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import count
 
 from qlora_lite.data.batch import plan_epoch
 
 from .settings import TrainSettings
-
-
-def pack_by_pack(settings: TrainSettings, lengths: Sequence[int]) -> TrainSettings:
-    """Return settings that run the same packs, and at most a few more, one in each step."""
-    packs = settings.micro_batch_size * settings.gradient_accumulation_steps
-    steps = Epochs(lengths, settings).total_steps() * packs
-    return replace(settings, micro_batch_size=1, gradient_accumulation_steps=1, max_steps=steps)
 
 
 class Epochs:
@@ -31,8 +23,8 @@ class Epochs:
     def steps(self, epoch: int) -> list[list[list[int]]]:
         """Return the rows of each micro-batch of each step of an epoch."""
         s = self.settings
-        plan = plan_epoch(self.lengths, s.max_tokens, s.packing, s.micro_batch_size, s.order, s.seed, epoch)
         group = s.gradient_accumulation_steps
+        plan = plan_epoch(self.lengths, s.max_tokens, s.packing, s.micro_batch_size, s.order, s.seed, epoch, group)
         return [plan[start : start + group] for start in range(0, len(plan), group)]
 
     def total_steps(self) -> int:

@@ -106,7 +106,7 @@ def test_by_length_no_row_of_another_micro_batch_lies_between_the_lengths_of_one
     assert all(left[1] <= right[0] for left, right in pairwise(ranges))
 
 
-def test_by_length_shuffles_the_micro_batches_and_the_rows_of_equal_length():
+def test_by_length_shuffles_the_steps_and_the_rows_of_equal_length():
     plans = [plan_epoch([3, 1, 2, 2] * 20, 4, False, 4, order="by-length", seed=seed) for seed in range(3)]
     assert plans[0] != plans[1] != plans[2]
     sizes = [[3, 1, 2, 2][rows[0] % 4] for rows in plans[0]]
