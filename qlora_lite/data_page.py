@@ -115,8 +115,9 @@ def _histogram(report: dict) -> str:
 def _sources(report: dict) -> str:
     named = [("training", s) for s in report.get("sources", [])]
     named += [("evaluation", s) for s in (report.get("eval") or {}).get("sources", [])]
-    rows = [[use, s["path"], s["format"] or "not recognised", f"{s['weight']:g}"] for use, s in named]
-    return table(["used for", "path", "format", "weight"], rows, numeric=3) if rows else ""
+    rows = [[use, s["path"], s["format"] or "not recognised", f"{s['weight']:g}", "; ".join(s["notes"])]
+            for use, s in named]  # fmt: skip
+    return table(["used for", "path", "format", "weight", "notes"], rows, numeric=3) if rows else ""
 
 
 def _dropped(report: dict) -> str:

@@ -8,7 +8,9 @@ Lengths and counts are in tokens and rows; shares go from 0 to 1.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from .data.batch import collate, packing_efficiency, plan_epoch
@@ -16,6 +18,7 @@ from .data.check import check_overlap, count_special_tokens, histogram
 from .data.examples import Dataset
 from .data.formats import check_format, recognise
 from .data.lines import Problems, RowProblem
+from .data.opening import left_out
 from .data.read import Source, read_rows
 from .data.show import pieces_of
 from .data.stored import row_lengths
@@ -25,6 +28,7 @@ from .recipe.schema import Recipe
 from .rows import build_sources, read_data
 
 _SHOWN_PER_RULE = 5
+_SHOWN_NAMES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +157,10 @@ def _lengths(recipe: Recipe, data: Dataset) -> dict:
 
 
 def _describe_source(source: Source) -> dict:
-    """Name the format of a source: the one that the recipe gives, or what its first row looks like."""
+    """Name the format of a source, the one that the recipe gives or what its first row looks like, and what is unused.
+
+    What is left out of a source by design is no problem, but said: a user may have meant it to be trained on.
+    """
     try:
         chosen = check_format(source)
         if chosen is None:
@@ -161,7 +168,18 @@ def _describe_source(source: Source) -> dict:
             chosen = recognise(row, where)
     except (DataError, StopIteration):
         chosen = None
-    return {"path": source.path, "format": chosen, "weight": source.weight}
+    return {"path": source.path, "format": chosen, "weight": source.weight, "notes": _notes(source)}
+
+
+def _notes(source: Source) -> list[str]:
+    notes = []
+    if unread := [str(path.relative_to(os.path.expanduser(source.path))) for path in left_out(source.path)]:
+        notes.append(f"{len(unread):,} not read: {_first(unread)}")
+    return notes
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN_NAMES]) + (", ..." if len(names) > _SHOWN_NAMES else "")
 
 
 def _describe_template(data: Dataset, tokenizer) -> dict | None:

@@ -18,8 +18,8 @@ ALWAYS = {"rows_read", "rows_kept", "dropped", "tokens", "learned_tokens", "pack
 def look(tmp_path):
     """Look at rows (None: those of the tiny recipe) with settings of the data section."""
 
-    def look_at(train=None, evaluation=None, tokenizer=None, **settings):
-        recipe = write_recipe(tmp_path, "owner/name")
+    def look_at(train=None, evaluation=None, tokenizer=None, source="train.jsonl", **settings):
+        recipe = write_recipe(tmp_path, "owner/name", data={"train": str(source)})
         for name, rows in (("train", train), ("eval", evaluation)):
             if rows is not None:
                 lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
@@ -126,6 +126,20 @@ def test_a_million_bad_rows_are_counted_and_the_first_of_each_rule_listed(look):
     assert found.report["errors"] == 501
     with pytest.raises(DataError, match="and 495 more problems"):
         found.raise_if_unusable()
+
+
+def notes_of(found):
+    return [source["notes"] for source in found.report["sources"]]
+
+
+def test_what_is_left_out_of_a_folder_is_counted_and_named_on_the_page_too(look, tmp_path):
+    for name in ("rows.jsonl", "README.md", *(f"{letter}.xml" for letter in "abcdef")):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        (tmp_path / "set" / name).write_text(json.dumps(pair("a")))
+    found = look(source=tmp_path / "set")
+    note = "7 not read: README.md, a.xml, b.xml, c.xml, d.xml, ..."
+    assert found.report["ok"] and notes_of(found) == [[note]]
+    assert note in render(found.report, "x") and notes_of(look()) == [[]]
 
 
 def test_plain_documents_have_no_template(look):

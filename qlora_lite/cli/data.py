@@ -61,17 +61,12 @@ def _report_of(error: QloraLiteError) -> dict:
 
 
 def _text(report: dict) -> str:
-    lines = []
-    for source in report["sources"]:
-        weight = "" if source["weight"] == 1 else f", weight {source['weight']:g}"
-        lines.append(_line("source", f"{source['path']} ({source['format'] or 'format not recognised'}{weight})"))
-    lines += _count_lines(report)
+    lines = [*_source_lines("source", report["sources"]), *_count_lines(report)]
     if report["packs"]:
         pack = f"{report['packs']:,} packs of {report['max_tokens']:,} tokens, {report['packing_efficiency']:.1%} full"
         lines.append(_line("packing", pack))
     if report["eval"]:
-        lines += ["", *(_line("evaluation", s["path"]) for s in report["eval"]["sources"])]
-        lines += _count_lines(report["eval"])
+        lines += ["", *_source_lines("evaluation", report["eval"]["sources"]), *_count_lines(report["eval"])]
     lines += ["", *_template_lines(report), "", *_histogram(report)]
     for row in report["rows"]:
         head = f"{row['where']}: {row['tokens']} tokens, {row['learned_tokens']} learned"
@@ -88,6 +83,15 @@ def _text(report: dict) -> str:
 
 def _line(label: str, value: str) -> str:
     return f"{label:16} {value}"
+
+
+def _source_lines(label: str, sources: list[dict]) -> list[str]:
+    lines = []
+    for source in sources:
+        weight = "" if source["weight"] == 1 else f", weight {source['weight']:g}"
+        lines.append(_line(label, f"{source['path']} ({source['format'] or 'format not recognised'}{weight})"))
+        lines += [_line("", note) for note in source["notes"]]
+    return lines
 
 
 def _count_lines(counts: dict) -> list[str]:

@@ -81,11 +81,12 @@ def _parts(source: Source, problems: Problems) -> list[tuple[str | Path, Callabl
     """Return the parts of a source, each with what reads it."""
     if source.streaming and source.path.startswith(PREFIX):
         return [(source.path, partial(hub_rows, source.path))]
-    return [(path, partial(_read_file, path, problems)) for path in find_files(source.path)]
+    is_text = source.format == "text"
+    return [(path, partial(_read_file, path, is_text, problems)) for path in find_files(source.path)]
 
 
-def _read_file(path: Path, problems: Problems) -> Iterator[tuple[str, dict]]:
-    reader = reader_of(path)
+def _read_file(path: Path, is_text: bool, problems: Problems) -> Iterator[tuple[str, dict]]:
+    reader = reader_of(path, is_text)
     if reader == "jsonl":
         return read_jsonl(path, problems)
     if reader == "json":

@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from qlora_lite.data.lines import MAX_ROW_BYTES, Problems
+from qlora_lite.data.opening import left_out
 from qlora_lite.data.read import Source, read_rows
 from qlora_lite.errors import DataError
 
@@ -159,9 +160,9 @@ def test_text_is_split_at_blank_lines_and_named_by_the_first_line(write):
 
 
 def test_text_without_blank_lines_has_one_document_per_line(write):
-    path = write("sst2.train", "1 good\n0 bad\n")
+    path = write("sst2.txt", "1 good\n0 bad\n")
     assert rows_of(path) == [(f"{path}:1", {"text": "1 good"}), (f"{path}:2", {"text": "0 bad"})]
-    path = write("sst2.train", "\n \n1 good\n0 bad\n\n\n")
+    path = write("sst2.txt", "\n \n1 good\n0 bad\n\n\n")
     assert [where.rpartition(":")[2] for where, _ in rows_of(path)] == ["3", "4"]
 
 
@@ -203,7 +204,7 @@ def test_a_parquet_file_cut_short_is_an_error(tmp_path, write):
     assert "not a whole arrow file" in failure(write("a.arrow", b"ARROW1rubbish"))
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt", "a.unknown"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt"])
 @pytest.mark.parametrize("content", ["", "\n\n"])
 def test_a_file_without_rows_is_an_error(write, name, content):
     assert "has no rows" in failure(write(name, content))
@@ -216,7 +217,7 @@ def test_a_json_list_without_rows_is_an_error(write):
 def test_a_folder_gives_its_data_files_in_order_of_name(write, tmp_path):
     write("set/b.jsonl", '{"text": "b"}')
     write("set/deep/a.jsonl", '{"text": "deep"}')
-    write("set/a.csv", "text\na\n")
+    write("set/a.ndjson", '{"text": "a"}')
     write("set/README", "no data")
     assert [row["text"] for _, row in rows_of(tmp_path / "set")] == ["a", "b", "deep"]
     assert [row["text"] for _, row in rows_of(tmp_path / "set" / "*.jsonl")] == ["b"]
@@ -224,10 +225,42 @@ def test_a_folder_gives_its_data_files_in_order_of_name(write, tmp_path):
 
 def test_a_folder_without_data_and_a_missing_file_are_errors(write, tmp_path):
     write("set/notes", "x")
+    write("set/README.md", "x")
     write("set/.hidden.jsonl", GOOD)
     assert "no data file in this folder" in failure(tmp_path / "set")
     assert "no such file" in failure(tmp_path / "nothing.jsonl")
     assert "no such file" in failure(tmp_path / "nothing*.jsonl")
+
+
+def test_what_a_folder_holds_besides_its_data_is_not_read_and_listed(write, tmp_path):
+    write("set/b.jsonl", GOOD)
+    for name in ("README.md", "card.md.gz", "notes", "a.xml", "deep/rows"):
+        write(f"set/{name}", f"{GOOD}\n")
+    for name in ("set/.hidden.xml", "other/c.jsonl"):
+        write(name, GOOD)
+    (tmp_path / "set" / "link").symlink_to(tmp_path / "other")
+    assert [where for where, _ in rows_of(tmp_path / "set")] == [f"{tmp_path}/set/b.jsonl:1"]
+    found = [str(path.relative_to(tmp_path / "set")) for path in left_out(str(tmp_path / "set"))]
+    assert found == ["README.md", "a.xml", "card.md.gz", "deep/rows", "link", "notes"]
+    assert left_out(str(tmp_path / "set" / "*")) == left_out(str(tmp_path / "set" / "b.jsonl")) == []
+
+
+def test_files_of_several_kinds_are_not_one_source(write, tmp_path):
+    for name in ("a.jsonl", "deep/b.jsonl.gz", "LICENSE.txt"):
+        write(f"set/{name}", GOOD)
+    assert failure(tmp_path / "set").startswith(f"{tmp_path}/set: files of several kinds (2 jsonl, 1 text); name those")
+    assert "several kinds (1 jsonl, 1 text)" in failure(tmp_path / "set" / "*.*")
+
+
+@pytest.mark.parametrize("name", ["rows", "rows.jsonlines", "rows.xml", "rows.train.gz"])
+def test_a_name_that_does_not_say_what_is_in_it_is_an_error_unless_the_format_is_text(write, name):
+    content = f"{GOOD}\n".encode()
+    path = write(name, gzip.compress(content) if name.endswith(".gz") else content)
+    message = failure(path)
+    assert message.startswith(f"{path}: the name does not say what is in it; name it like rows.jsonl")
+    assert ".ndjson" in message and "format: text" in message
+    assert rows_of(path, format="text") == [(f"{path}:1", {"text": GOOD})]
+    assert len(rows_of(write("rows.jsonl", GOOD), format="text")[0][1]["text"]) == 1  # a known name is still believed
 
 
 def test_a_fifo_and_a_symlink_loop_are_errors_and_do_not_hang(tmp_path):
@@ -281,7 +314,6 @@ def test_a_file_of_another_kind_than_its_name_says_is_an_error_with_the_cure(wri
         ("a.csv", 'text\n"a\nb"\nc\n'),
         ("a.tsv", "text\tn\na\t1\n"),
         ("a.txt", "one\ntwo\n\nthree\n"),
-        ("a.train", "1 good\n0 bad\n"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -303,7 +335,7 @@ def test_a_gzip_of_several_parts_is_read_whole_and_rubbish_behind_it_is_an_error
 
 def test_a_folder_gives_its_compressed_files_too(write, tmp_path):
     write("set/b.jsonl.gz", gzip.compress(b'{"text": "b"}'))
-    write("set/a.csv.zst", compressed(b"text\na\n", ".zst"))
+    write("set/a.jsonl.zst", compressed(b'{"text": "a"}', ".zst"))
     write("set/model.bin.gz", gzip.compress(b"no data"))
     assert [row["text"] for _, row in rows_of(tmp_path / "set")] == ["a", "b"]
 
