@@ -1,8 +1,10 @@
 """Every row has its place, and every row that is not whole is named."""
 
+import csv
 import gzip
 import json
 import os
+import re
 
 import pyarrow
 import pyarrow.parquet
@@ -147,6 +149,66 @@ def test_a_malformed_csv_row_is_named(write, body, line, said):
     path = write("a.csv", "q,a\n" + body)
     message = failure(path).splitlines()[0]
     assert message.startswith(f"{path}:{line}: ") and said in message
+
+
+def read_with_problems(path):
+    problems = Problems()
+    return [row for _, row in read_rows(Source(path), problems)], problems
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ('"q2,a2\n' + "q,a\n" * 1000, r"lines 3 to 1,003 were read as one row"),
+        ('"q2,a2\n' + "q,a\n" * 9 + 'q,"a"\n', r"lines 3 to 13 were read as one row"),
+        ('"q2,a2\n' + "q,a\n" * 9 + 'q"\n', r"1 fields, but .* lines 3 to 13 were read as one row"),
+    ],
+)
+def test_a_quote_left_open_is_fatal_since_good_rows_are_lost_with_it(write, body, said):
+    path = write("a.csv", "q,a\nq1,a1\n" + body)
+    rows, problems = read_with_problems(path)
+    assert rows == [{"q": "q1", "a": "a1"}] and problems.count == 1
+    assert problems.too_many(1000) and re.search(rf"^{path}:3: .*{said}", problems.shown[0])
+
+
+def test_a_bad_csv_row_of_one_line_is_not_fatal(write):
+    rows, problems = read_with_problems(write("a.csv", 'q,a\n"1"x,2\n1\n3,4\n'))
+    assert rows == [{"q": "3", "a": "4"}] and problems.count == 2 and not problems.too_many(2)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [(b'"caf\xe9', b'more",2'), (b'"one', b"caf\xe9", b'more",2'), (b'"one', b'caf\xe9",2'), (b'"one', b'caf\0",2')],
+)
+def test_a_csv_row_with_a_bad_line_in_it_is_left_out_whole_and_named_once(write, lines):
+    path = write("a.csv", b"\n".join([b"q,a", *lines, b"good,3", b""]))
+    rows, problems = read_with_problems(path)
+    bad_line = 2 + next(index for index, line in enumerate(lines) if b"caf" in line)
+    assert rows == [{"q": "good", "a": "3"}]
+    assert problems.count == 1 and problems.shown[0].startswith(f"{path}:{bad_line}: ") and not problems.fatal
+
+
+def test_a_csv_line_that_is_too_long_to_be_read_is_fatal_since_its_quotes_are_not_known(write):
+    path = write("a.csv", b'q,a\n"' + b"a" * MAX_ROW_BYTES + b'\nrest",2\n')
+    _, problems = read_with_problems(path)
+    assert problems.fatal and problems.shown[0].startswith(f"{path}:2: a line of more than 5,000,000 bytes")
+
+
+@pytest.mark.parametrize(
+    ("header", "said"), [(b"caf\xe9,a", "not UTF-8"), (b'"q"x,a', "not CSV"), (b'"q,a', "not CSV")]
+)
+def test_a_csv_header_that_cannot_be_read_is_an_error_and_the_next_row_takes_not_its_place(write, header, said):
+    path = write("a.csv", header + b"\n1,2\n3,4\n")
+    with pytest.raises(DataError, match=rf"^{path}:1: .*{said}"):
+        read_with_problems(path)
+
+
+def test_a_csv_field_may_be_as_long_as_a_row_and_the_limit_of_the_process_stays(write):
+    default, long = 131_072, "a" * 1_000_000
+    path = write("a.csv", f"q,a\n{long},1\nb,2\n")
+    rows = read_rows(Source(path))
+    assert next(rows)[1] == {"q": long, "a": "1"} and csv.field_size_limit() == default
+    assert len(list(rows)) == 1
 
 
 @pytest.mark.parametrize("header", ["q,q", "q,"])
