@@ -11,12 +11,13 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 from .data.batch import collate, packing_efficiency, plan_epoch
 from .data.check import check_overlap, count_special_tokens, histogram
 from .data.examples import Dataset
-from .data.formats import check_format, recognise
+from .data.formats import check_format, recognise, unused_columns
 from .data.lines import Problems, RowProblem
 from .data.opening import left_out
 from .data.read import Source, read_rows
@@ -161,21 +162,21 @@ def _describe_source(source: Source) -> dict:
 
     What is left out of a source by design is no problem, but said: a user may have meant it to be trained on.
     """
-    try:
+    chosen, notes = None, []
+    with suppress(DataError, StopIteration):  # the rows have been read before: what is wrong is among the problems
         chosen = check_format(source)
-        if chosen is None:
-            where, row = next(read_rows(source, Problems()))
-            chosen = recognise(row, where)
-    except (DataError, StopIteration):
-        chosen = None
-    return {"path": source.path, "format": chosen, "weight": source.weight, "notes": _notes(source)}
+        notes += _left_out(source)
+        where, row = next(read_rows(source, Problems()))
+        chosen = chosen or recognise(row, where)
+        if unused := unused_columns(row, chosen, source):
+            notes.append(f"columns not used: {_first(unused)}")
+    return {"path": source.path, "format": chosen, "weight": source.weight, "notes": notes}
 
 
-def _notes(source: Source) -> list[str]:
-    notes = []
-    if unread := [str(path.relative_to(os.path.expanduser(source.path))) for path in left_out(source.path)]:
-        notes.append(f"{len(unread):,} not read: {_first(unread)}")
-    return notes
+def _left_out(source: Source) -> list[str]:
+    """Say what of a folder is not read."""
+    unread = [str(path.relative_to(os.path.expanduser(source.path))) for path in left_out(source.path)]
+    return [f"{len(unread):,} not read: {_first(unread)}"] if unread else []
 
 
 def _first(names: Sequence[str]) -> str:

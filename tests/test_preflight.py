@@ -142,6 +142,13 @@ def test_what_is_left_out_of_a_folder_is_counted_and_named_on_the_page_too(look,
     assert note in render(found.report, "x") and notes_of(look()) == [[]]
 
 
+def test_columns_that_are_not_used_are_named_and_spoil_nothing(look):
+    report = look([{"text": "a b", "label": 1, "id": 2}], [{"text": "c d", "id": 3}]).report
+    assert report["ok"] and report["sources"][0]["notes"] == ["columns not used: label, id"]
+    assert report["eval"]["sources"][0]["notes"] == ["columns not used: id"]
+    assert "<td>columns not used: label, id</td>" in render(report, "x")
+
+
 def test_plain_documents_have_no_template(look):
     report = look([{"text": "one two"}, {"text": "three"}], [{"text": "four"}]).report
     assert report["template"] is None and report["sources"][0]["format"] == "text" and report["ok"]

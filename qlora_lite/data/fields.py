@@ -41,11 +41,7 @@ def fill(template: str | None, row: Mapping[str, object]) -> str:
         DataError: the template is not balanced, names no column, or gives an empty text.
     """
     parts = []
-    try:
-        pieces = list(string.Formatter().parse(template or ""))
-    except ValueError as error:
-        raise DataError(f"the template {template!r} is not balanced ({error}); write {{{{ for a brace") from None
-    for literal, column, spec, conversion in pieces:
+    for literal, column, spec, conversion in _pieces(template):
         parts.append(literal)
         if column is None:
             continue
@@ -58,3 +54,19 @@ def fill(template: str | None, row: Mapping[str, object]) -> str:
     if not filled.strip():
         raise DataError(f"the template {template!r} gives an empty text for this row")
     return filled
+
+
+def columns_of(template: str | None) -> list[str]:
+    """Return the columns that a template names.
+
+    Raises:
+        DataError: the template is not balanced.
+    """
+    return [column for _, column, _, _ in _pieces(template) if column is not None]
+
+
+def _pieces(template: str | None) -> list[tuple[str, str | None, str | None, str | None]]:
+    try:
+        return list(string.Formatter().parse(template or ""))
+    except ValueError as error:
+        raise DataError(f"the template {template!r} is not balanced ({error}); write {{{{ for a brace") from None

@@ -9,7 +9,7 @@ answer, an unknown role or a number where text should be is an error of that row
 | messages          | {"messages": [{"role", "content", "tool_calls"?, "weight"?}], "tools"?}              |
 | sharegpt          | {"conversations": [{"from", "value"}], "system"?, "tools"?}                          |
 | alpaca            | {"instruction", "input"?, "output", "system"?}                                       |
-| prompt-completion | {"prompt", "completion"}                                                             |
+| prompt-completion | {"prompt", "completion", "system"?}                                                  |
 | text              | {"text"}                                                                             |
 | table             | any columns; the prompt and completion templates of the source name them             |
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from qlora_lite.data.fields import fill, kind_of, text_of
+from qlora_lite.data.fields import columns_of, fill, kind_of, text_of
 from qlora_lite.data.lines import Problems
 from qlora_lite.data.read import Source, read_rows
 from qlora_lite.data.tools import check_calls, tool_calls, tool_definitions
@@ -37,6 +37,11 @@ _ROLES = {
 _NOT_SUPPORTED = (
     "functions", "function_call", "reasoning_content", "thinking", "history", "images", "audios", "videos",
 )  # fmt: skip
+_NEEDED = {"alpaca": {"instruction", "output"}, "prompt-completion": {"prompt", "completion"}, "text": {"text"}}
+_WITH_TURNS = {"messages", "conversations", "system", "tools"}
+_TAKEN = {
+    "messages": _WITH_TURNS, "sharegpt": _WITH_TURNS, "alpaca": {"input", "system"}, "prompt-completion": {"system"},
+}  # fmt: skip
 _AFTER = {"user": ("assistant",), "assistant": ("user",), "tool": ("tool", "assistant")}
 
 
@@ -145,14 +150,28 @@ def recognise(row: Mapping[str, object], where: str) -> str:
     turns = row.get("conversations")
     if isinstance(turns, list):
         return "sharegpt" if any(isinstance(turn, dict) and "from" in turn for turn in turns) else "messages"
-    for name, keys in (("alpaca", {"instruction", "output"}), ("prompt-completion", {"prompt", "completion"}),
-                       ("text", {"text"})):  # fmt: skip
-        if keys <= row.keys():
+    for name, needed in _NEEDED.items():
+        if needed <= row.keys():
             return name
     raise DataError(
         f"{where}: no format has the columns {', '.join(map(repr, row))}; say which ones to use with "
         "prompt: '{column}' and completion: '{column}', or name the format"
     )
+
+
+def unused_columns(row: Mapping[str, object], format_name: str, source: Source) -> list[str]:
+    """List the columns of a row that its format does not look at.
+
+    Args:
+        row: column to value.
+        format_name: one of FORMATS.
+        source: gives the templates of a table.
+    """
+    if format_name == "table":
+        used = {*columns_of(source.prompt), *columns_of(source.completion)}
+    else:
+        used = _NEEDED.get(format_name, set()) | _TAKEN.get(format_name, set())
+    return [column for column in row if column not in used]
 
 
 def normalise(row: Mapping[str, object], where: str, format_name: str, source: Source) -> Conversation | Document:
@@ -190,7 +209,7 @@ def _pair_of(row: Mapping[str, object], format_name: str) -> tuple[Turn, ...]:
         context = row.get("input")
         prompt = text_of(row, "instruction") + (f"\n\n{text_of(row, 'input')}" if context not in (None, "") else "")
         return _pair(prompt, text_of(row, "output"), row.get("system"))
-    return _pair(text_of(row, "prompt"), text_of(row, "completion"), None)
+    return _pair(text_of(row, "prompt"), text_of(row, "completion"), row.get("system"))
 
 
 def _refuse(holder: Mapping[str, object], keys: Sequence[str]) -> None:

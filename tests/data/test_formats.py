@@ -2,7 +2,15 @@
 
 import pytest
 
-from qlora_lite.data.formats import Conversation, Document, Turn, read_conversations
+from qlora_lite.data.formats import (
+    Conversation,
+    Document,
+    Turn,
+    check_format,
+    read_conversations,
+    recognise,
+    unused_columns,
+)
 from qlora_lite.data.lines import Problems
 from qlora_lite.data.read import Source
 from qlora_lite.errors import DataError
@@ -53,6 +61,8 @@ def read(write):
         ({"instruction": "q", "input": "", "output": "a", "system": None}, PAIR),
         ({"instruction": "q", "input": "x", "output": "a"}, (Turn("user", "q\n\nx"), PAIR[1])),
         ({"prompt": "q", "completion": "a", "id": 7}, PAIR),
+        ({"prompt": "q", "completion": "a", "system": ""}, PAIR),
+        ({"prompt": "q", "completion": "a", "system": "s"}, WITH_SYSTEM),
     ],
 )  # fmt: skip
 def test_a_row_becomes_turns(read, row, turns):
@@ -76,6 +86,22 @@ def test_a_table_fills_its_templates_and_nothing_else_in_them(read):
 def test_an_explicit_format_wins_over_recognition(read):
     (document,), _ = read([{"text": "t", "prompt": "q", "completion": "a"}], format="text")
     assert isinstance(document, Document)
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "unused"),
+    [
+        ({"messages": [], "system": "s", "tools": [], "id": 7, "prompt": "q"}, {}, ["id", "prompt"]),
+        ({"conversations": [{"from": "human"}], "score": 1}, {}, ["score"]),
+        ({"instruction": "q", "input": "", "output": "a", "system": "s"}, {}, []),
+        ({"prompt": "q", "completion": "a", "system": "s", "instruction": "x"}, {}, ["instruction"]),
+        ({"text": "t", "label": 1}, {}, ["label"]),
+        ({"q": "x", "a": "y", "b": "z"}, {"prompt": "{q} {q}", "completion": "{{b}} {a}"}, ["b"]),
+    ],
+)
+def test_the_columns_that_a_format_does_not_look_at_are_listed(row, settings, unused):
+    source = Source("a.jsonl", **settings)
+    assert unused_columns(row, check_format(source) or recognise(row, "a.jsonl:1"), source) == unused
 
 
 @pytest.mark.parametrize(
