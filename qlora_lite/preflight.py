@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
@@ -20,7 +20,7 @@ from .data.examples import Dataset
 from .data.formats import check_format, recognise, unused_columns
 from .data.lines import Problems, RowProblem
 from .data.opening import left_out
-from .data.read import Source, read_rows
+from .data.read import Source, read_rows, text_files
 from .data.show import pieces_of
 from .data.stored import row_lengths
 from .data.template import special_ids_of
@@ -158,14 +158,14 @@ def _lengths(recipe: Recipe, data: Dataset) -> dict:
 
 
 def _describe_source(source: Source) -> dict:
-    """Name the format of a source, the one that the recipe gives or what its first row looks like, and what is unused.
+    """Name the format of a source, the one that the recipe gives or what its first row looks like, and how it was read.
 
     What is left out of a source by design is no problem, but said: a user may have meant it to be trained on.
     """
     chosen, notes = None, []
-    with suppress(DataError, StopIteration):  # the rows have been read before: what is wrong is among the problems
+    with suppress(DataError, StopIteration, OSError):  # the rows were read before: what is wrong is among the problems
         chosen = check_format(source)
-        notes += _left_out(source)
+        notes += [*_left_out(source), *_documents(source)]
         where, row = next(read_rows(source, Problems()))
         chosen = chosen or recognise(row, where)
         if unused := unused_columns(row, chosen, source):
@@ -177,6 +177,14 @@ def _left_out(source: Source) -> list[str]:
     """Say what of a folder is not read."""
     unread = [str(path.relative_to(os.path.expanduser(source.path))) for path in left_out(source.path)]
     return [f"{len(unread):,} not read: {_first(unread)}"] if unread else []
+
+
+def _documents(source: Source) -> Iterator[str]:
+    """Say what a document of each plain-text file is."""
+    files = [(path.name, parted) for path, parted in text_files(source)]
+    for how, is_parted in (("each line is a document", False), ("blank lines part documents", True)):
+        if names := [name for name, parted in files if parted == is_parted]:
+            yield f"{how}: {_first(names)}"
 
 
 def _first(names: Sequence[str]) -> str:

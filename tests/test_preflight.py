@@ -149,6 +149,14 @@ def test_columns_that_are_not_used_are_named_and_spoil_nothing(look):
     assert "<td>columns not used: label, id</td>" in render(report, "x")
 
 
+def test_the_report_says_which_way_each_text_file_was_read(look, tmp_path):
+    (tmp_path / "set").mkdir()
+    for name, text in (("a.txt", "one\ntwo\n"), ("b.txt", "one\ntwo\n\nthree\n"), ("c.text", "one\n")):
+        (tmp_path / "set" / name).write_text(text)
+    notes = ["each line is a document: a.txt, c.text", "blank lines part documents: b.txt"]
+    assert notes_of(look(source=tmp_path / "set")) == [notes]
+
+
 def test_plain_documents_have_no_template(look):
     report = look([{"text": "one two"}, {"text": "three"}], [{"text": "four"}]).report
     assert report["template"] is None and report["sources"][0]["format"] == "text" and report["ok"]

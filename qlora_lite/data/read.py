@@ -156,6 +156,13 @@ def _next_row(reader: Iterator[list[str]]) -> list[str] | None:
         csv.field_size_limit(limit_before)
 
 
+def text_files(source: Source) -> Iterator[tuple[Path, bool]]:
+    """Yield the plain-text files of a source, each with whether blank lines part its documents."""
+    for path in () if source.path.startswith(PREFIX) else find_files(source.path):
+        if reader_of(path, source.format == "text") == "text":
+            yield path, _has_blank_line(path)
+
+
 def _read_text(path: Path, problems: Problems) -> Iterator[tuple[str, dict]]:
     """Yield {"text": document}; blank lines part documents, and without any each line is one."""
     each_line = not _has_blank_line(path)
