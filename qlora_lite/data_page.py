@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .files import write_text
 from .page import figure, page, section, table, text
-from .preflight import first_places, line_of_problem
+from .preflight import first_places, line_of_problem, what_was_read
 
 _MAX_PROBLEMS = 200
 
@@ -51,7 +51,11 @@ def render(report: dict, name: str) -> str:
 
 def _head(report: dict, name: str) -> str:
     status, style = ("can be trained on", "good") if report["ok"] else ("not to be trained on", "bad")
-    return f'<div class="head"><h1>Data of {text(name)}</h1><span class="status {style}">{status}</span></div>'
+    sample = what_was_read(report)
+    looked_at = f'<p class="facts">Looked at: {text(sample)}.</p>' if sample else ""
+    return (
+        f'<div class="head"><h1>Data of {text(name)}</h1><span class="status {style}">{status}</span></div>{looked_at}'
+    )
 
 
 def _figures(report: dict) -> str:

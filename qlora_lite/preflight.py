@@ -26,7 +26,7 @@ from .data.stored import row_lengths
 from .data.template import special_ids_of
 from .errors import DataError
 from .recipe.schema import Recipe
-from .rows import build_sources, read_data
+from .rows import STREAM_SAMPLE_ROWS, build_sources, read_data
 
 _SHOWN_PER_RULE = 5
 _SHOWN_NAMES = 5
@@ -78,6 +78,12 @@ def first_places(counts: dict, reason: str) -> str:
     return ", ".join(places) + (", ..." if 0 < len(places) < counts["dropped"][reason] else "")
 
 
+def what_was_read(report: dict) -> str:
+    """Say which rows a report is about, where it is not about all of them."""
+    rows = report.get("sample_rows")
+    return f"the first {rows:,} rows of each source; the rest is checked while training" if rows else ""
+
+
 def line_of_problem(problem: dict) -> str:
     """Write a problem of the report as "file:line: message"."""
     place = ":".join(str(part) for part in (problem["file"], problem["line"]) if part is not None)
@@ -98,6 +104,7 @@ def preflight(recipe: Recipe, tokenizer, rows_to_show: int = 4) -> Preflight:
     report = empty_report(problems) | {
         "ok": error_count == 0, "errors": error_count,
         **_counts(data),
+        "sample_rows": STREAM_SAMPLE_ROWS if recipe.data.streaming else None,
         **_lengths(recipe, data),
         "sources": [_describe_source(source) for source in build_sources(recipe, "train")],
         "template": _describe_template(data, tokenizer),

@@ -167,6 +167,14 @@ def test_without_packing_there_is_no_efficiency(look):
     assert report["packing_efficiency"] is None and report["packs"] is None
 
 
+def test_a_look_at_streamed_rows_says_that_it_is_one_at_their_first_thousand(look):
+    found = look([pair(f"q{i}") for i in range(1500)], streaming="true", order="as-is")
+    sample = "the first 1,000 rows of each source; the rest is checked while training"
+    assert found.report["ok"] and (found.report["rows_read"], found.report["sample_rows"]) == (1000, 1000)
+    assert sample in render(found.report, "x")
+    assert look().report["sample_rows"] is None and "Looked at" not in render(look().report, "x")
+
+
 HOSTILE = "</script><img src=x onerror=alert(1)>&\"'"
 
 

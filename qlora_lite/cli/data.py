@@ -61,7 +61,12 @@ def _report_of(error: QloraLiteError) -> dict:
 
 
 def _text(report: dict) -> str:
-    lines = [*_source_lines("source", report["sources"]), *_count_lines(report)]
+    from qlora_lite.preflight import line_of_problem, what_was_read
+
+    lines = _source_lines("source", report["sources"])
+    if sample := what_was_read(report):
+        lines.append(_line("looked at", sample))
+    lines += _count_lines(report)
     if report["packs"]:
         pack = f"{report['packs']:,} packs of {report['max_tokens']:,} tokens, {report['packing_efficiency']:.1%} full"
         lines.append(_line("packing", pack))
@@ -73,11 +78,10 @@ def _text(report: dict) -> str:
         lines += ["", click.style(head, bold=True), *_row(row)]
     warnings = [problem for problem in report["problems"] if problem["severity"] == "warning"]
     if warnings:
-        from qlora_lite.preflight import line_of_problem
-
         lines += ["", *(click.style(f"warning: {line_of_problem(problem)}", fg="yellow") for problem in warnings)]
     if report["ok"]:
-        lines += ["", click.style("no errors: these rows can be trained on", fg="green")]
+        verdict = f"no errors in {sample}" if sample else "no errors: these rows can be trained on"
+        lines += ["", click.style(verdict, fg="green")]
     return "\n".join(lines)
 
 
