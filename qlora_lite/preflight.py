@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 from .data.batch import collate, packing_efficiency, plan_epoch
-from .data.check import check_overlap, count_special_tokens, histogram
+from .data.check import check_answers, check_overlap, count_special_tokens, histogram
 from .data.examples import Dataset
 from .data.formats import check_format, recognise, unused_columns
 from .data.lines import Problems, RowProblem
@@ -127,11 +127,19 @@ def _problems(recipe: Recipe, data: Dataset, eval_data: Dataset | None) -> tuple
         known = [problem for problem in new if problem in listed]  # what is wrong with the template, twice
         listed += [problem for problem in new if problem not in known]
         error_count += part.problems.count - len(known) if is_error else 0
-    overlap, is_error = check_overlap(data.examples, eval_data.examples) if eval_data else (None, False)
-    if overlap:
-        listed.append(_problem(overlap, is_error))
+    for problem, is_error in _faults_of_evaluation(recipe, data, eval_data) if eval_data else ():
+        listed.append(_problem(problem, is_error))
         error_count += is_error
     return sorted(listed, key=lambda problem: problem["severity"] != "error"), error_count
+
+
+def _faults_of_evaluation(recipe: Recipe, data: Dataset, eval_data: Dataset) -> Iterator[tuple[RowProblem, bool]]:
+    """Yield what is wrong with good evaluation rows for this run, each with whether it is an error."""
+    overlap, is_error = check_overlap(data.examples, eval_data.examples)
+    if overlap:
+        yield overlap, is_error
+    if no_answer := check_answers(eval_data.examples[: recipe.train.exact_match_rows]):
+        yield no_answer, True
 
 
 def _problem(problem: RowProblem, is_error: bool) -> dict:

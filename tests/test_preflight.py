@@ -18,8 +18,9 @@ ALWAYS = {"rows_read", "rows_kept", "dropped", "tokens", "learned_tokens", "pack
 def look(tmp_path):
     """Look at rows (None: those of the tiny recipe) with settings of the data section."""
 
-    def look_at(train=None, evaluation=None, tokenizer=None, source="train.jsonl", **settings):
-        recipe = write_recipe(tmp_path, "owner/name", data={"train": str(source)})
+    def look_at(train=None, evaluation=None, tokenizer=None, source="train.jsonl", exact_rows=0, **settings):
+        more = {"data": {"train": str(source)}, "train": {"exact_match_rows": exact_rows}}
+        recipe = write_recipe(tmp_path, "owner/name", **more)
         for name, rows in (("train", train), ("eval", evaluation)):
             if rows is not None:
                 lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
@@ -160,6 +161,15 @@ def test_the_report_says_which_way_each_text_file_was_read(look, tmp_path):
 def test_plain_documents_have_no_template(look):
     report = look([{"text": "one two"}, {"text": "three"}], [{"text": "four"}]).report
     assert report["template"] is None and report["sources"][0]["format"] == "text" and report["ok"]
+
+
+def test_an_exact_match_on_plain_text_is_an_error_before_a_model_is_loaded(look):
+    documents = [{"text": "four"}, {"text": "five"}]
+    assert look(None, documents, exact_rows=0).report["ok"]
+    found = look(None, documents, exact_rows=2)
+    assert places(found) == {(1, "no answer to match", "error")} and found.report["errors"] == 1
+    with pytest.raises(DataError, match=r"eval.jsonl:1: has no answer to match; set train.exact_match_rows"):
+        found.raise_if_unusable()
 
 
 def test_without_packing_there_is_no_efficiency(look):
