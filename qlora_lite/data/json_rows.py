@@ -54,6 +54,21 @@ class _RowDecoder:
         return value, end, self._faults
 
 
+def decode_text(text: str) -> object:
+    """Decode a text that is one JSON value, as strictly as a row.
+
+    Raises:
+        ValueError: it is not, or the value has faults; RecursionError where it is nested too deeply.
+    """
+    stripped = text.strip(" \t\r\n")
+    value, end, faults = _RowDecoder().decode(stripped, 0)
+    if end < len(stripped):
+        faults = [*faults, f"something follows the value: {stripped[end : end + 20]!r}"]
+    if faults:
+        raise ValueError("; ".join(dict.fromkeys(faults)))
+    return value
+
+
 def read_jsonl(path: Path, problems: Problems) -> Iterator[tuple[str, dict]]:
     """Read one object per line; blank lines are skipped, lines that are no whole object go to `problems`."""
     decoder = _RowDecoder()
