@@ -18,10 +18,16 @@ def text_of(holder: Mapping[str, object], key: str) -> str:
     if value is None:
         raise DataError(f"{key!r} is missing or null; every row needs it")
     if not isinstance(value, str):
-        raise DataError(f"{key!r} is {kind_of(value)}, not text; put it in quotes")
+        raise DataError(f"{key!r} is {kind_of(value)}, not text; {_cure(value)}")
     if not value.strip():
         raise DataError(f"{key!r} is empty; fill it in or remove the row")
     return value
+
+
+def _cure(value: object) -> str:
+    if isinstance(value, list) and any(isinstance(turn, dict) and "role" in turn for turn in value):
+        return 'write all turns of the row as one list, {"messages": [...]}, which is format messages'
+    return "write it as text" if isinstance(value, list | dict) else "put it in quotes"
 
 
 def kind_of(value: object) -> str:

@@ -255,6 +255,9 @@ def _turn(message: object, number: int) -> Turn:
             calls = tool_calls(message.get("tool_calls"))
         if calls and role != "assistant":
             raise DataError("only the assistant can call tools; remove 'tool_calls'")
+        if role == "system" and isinstance(content, str) and not content.strip():
+            # not left out here: templates with a system text of their own write it where there is no such turn
+            raise DataError(f"{content_key!r} is empty; fill it in, or remove the turn (not the row)")
         text = "" if calls and content in (None, "") else text_of({content_key: content}, content_key)
     except DataError as error:
         raise DataError(f"turn {number} ({named}): {error}") from None

@@ -91,7 +91,9 @@ def read_jsonl(path: Path, problems: Problems) -> Iterator[tuple[str, dict]]:
 
 
 def _json_message(error: json.JSONDecodeError, text: str, number: int) -> str:
-    if text in ("[", "{") and number == 1:
+    if text == "{" and number == 1:
+        return "one JSON object over several lines; put each row on one line, or the rows into one list in a .json file"
+    if text == "[" and number == 1:
         return "this is one JSON document over several lines; name the file .json, or put one row per line"
     cut = " (is the line cut short?)" if error.pos >= len(text) or "Unterminated" in error.msg else ""
     return f"not JSON: {error.msg} at character {error.pos + 1}{cut}; {_CORRECT}"
