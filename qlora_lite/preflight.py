@@ -182,7 +182,7 @@ def _describe_source(source: Source) -> dict:
         chosen = check_format(source)
         notes += [*_left_out(source), *_documents(source)]
         where, row = next(read_rows(source, Problems()))
-        chosen = chosen or recognise(row, where)
+        chosen = chosen or recognise(row, where, source)
         if unused := unused_columns(row, chosen, source):
             notes.append(f"columns not used: {_first(unused)}")
     return {"path": source.path, "format": chosen, "weight": source.weight, "notes": notes}

@@ -113,7 +113,7 @@ def read_conversations(source: Source, problems: Problems) -> Iterator[Conversat
     format_name = check_format(source)
     for where, row in read_rows(source, problems):
         if format_name is None:
-            format_name = recognise(row, where)
+            format_name = recognise(row, where, source)
         try:
             yield normalise(row, where, format_name, source)
         except DataError as error:
@@ -139,11 +139,16 @@ def check_format(source: Source) -> str | None:
     return "table" if templates else source.format
 
 
-def recognise(row: Mapping[str, object], where: str) -> str:
+def recognise(row: Mapping[str, object], where: str, source: Source) -> str:
     """Name the format of a row from its keys.
 
+    Args:
+        row: column to value.
+        where: the row's place.
+        source: where it comes from.
+
     Raises:
-        DataError: no format has these keys.
+        DataError: no format has these keys; the message shows how to name the columns.
     """
     if isinstance(row.get("messages"), list):
         return "messages"
@@ -153,10 +158,20 @@ def recognise(row: Mapping[str, object], where: str) -> str:
     for name, needed in _NEEDED.items():
         if needed <= row.keys():
             return name
-    raise DataError(
-        f"{where}: no format has the columns {', '.join(map(repr, row))}; say which ones to use with "
-        "prompt: '{column}' and completion: '{column}', or name the format"
-    )
+    columns = list(row)
+    raise DataError(f"{where}: no format has the columns {', '.join(map(repr, columns))}; {_cure(columns, source)}")
+
+
+def _cure(columns: list[str], source: Source) -> str:
+    """Say what to do about columns that no format has."""
+    if len(columns) >= 2:
+        pair = f'prompt: "{{{columns[0]}}}", completion: "{{{columns[1]}}}"'
+        return f'say which ones to use, as in data.train: [{{path: "{source.path}", {pair}}}]'
+    for sign, name, cure in ((";", "semicolons", "save it with commas"), ("\t", "tabs", "name it .tsv"),
+                             (",", "commas", "name it .csv")):  # fmt: skip
+        if sign in "".join(columns):
+            return f"is it one column, or a file whose columns are parted by {name}? then {cure}"
+    return "an answer needs a prompt; for plain text, name the column text"
 
 
 def unused_columns(row: Mapping[str, object], format_name: str, source: Source) -> list[str]:

@@ -1,6 +1,9 @@
 """Formats are recognised by their keys, and a row that does not fit is named with what is wrong."""
 
+import re
+
 import pytest
+import yaml
 
 from qlora_lite.data.formats import (
     Conversation,
@@ -101,7 +104,7 @@ def test_an_explicit_format_wins_over_recognition(read):
 )
 def test_the_columns_that_a_format_does_not_look_at_are_listed(row, settings, unused):
     source = Source("a.jsonl", **settings)
-    assert unused_columns(row, check_format(source) or recognise(row, "a.jsonl:1"), source) == unused
+    assert unused_columns(row, check_format(source) or recognise(row, "a.jsonl:1", source), source) == unused
 
 
 @pytest.mark.parametrize(
@@ -181,6 +184,26 @@ def test_settings_that_do_not_go_together_are_an_error(read, settings, said):
         read([{"q": "x", "a": "y"}], **settings)
 
 
-def test_columns_that_no_format_has_are_an_error_that_shows_the_cure(read):
-    with pytest.raises(DataError, match=r"'question', 'answer'; say which ones to use with prompt: '\{column\}'"):
-        read([{"question": "x", "answer": "y"}])
+def test_columns_that_no_format_has_are_an_error_that_shows_the_cure(write):
+    path = write("a.csv", "question,answer,id\nx,y,1\n")
+    cure = f'data.train: [{{path: "{path}", prompt: "{{question}}", completion: "{{answer}}"}}]'
+    message = f"{path}:2: no format has the columns 'question', 'answer', 'id'; say which ones to use, as in {cure}"
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        list(read_conversations(Source(path), Problems()))
+    item = yaml.safe_load(cure)["data.train"][0]
+    (conversation,) = read_conversations(Source(**item), Problems())
+    assert [turn.content for turn in conversation.turns] == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "said"),
+    [
+        ("a.csv", "q;a", "parted by semicolons? then save it with commas"),
+        ("a.csv", "q\ta", "parted by tabs? then name it .tsv"),
+        ("a.tsv", "q,a", "parted by commas? then name it .csv"),
+        ("a.csv", "q", "for plain text, name the column text"),
+    ],
+)
+def test_one_column_that_no_format_has_may_be_several_that_are_parted_by_another_sign(write, name, header, said):
+    with pytest.raises(DataError, match=re.escape(said)):
+        list(read_conversations(Source(write(name, f"{header}\nx\n")), Problems()))
