@@ -64,6 +64,16 @@ class Preflight:
         raise DataError("\n".join(shown))
 
 
+def problem_entry(problem: RowProblem, is_error: bool) -> dict:
+    """Return a problem as the report has it, its place taken apart."""
+    file, _, line = problem.where.rpartition(":")
+    if not line.isdecimal():
+        file, line = problem.where, ""
+    severity = "error" if is_error else "warning"
+    return {"file": file or None, "line": int(line) if line else None, "rule": problem.rule,
+            "message": problem.message, "severity": severity}  # fmt: skip
+
+
 def empty_report(problems: list[dict]) -> dict:
     """Return the report of rows that could not be looked at."""
     return {
@@ -123,12 +133,12 @@ def _problems(recipe: Recipe, data: Dataset, eval_data: Dataset | None) -> tuple
     listed, error_count = [], 0
     for part in filter(None, (data, eval_data)):
         is_error = part.problems.too_many(recipe.data.max_bad_rows)
-        new = [_problem(problem, is_error) for problem in part.problems.found]
+        new = [problem_entry(problem, is_error) for problem in part.problems.found]
         known = [problem for problem in new if problem in listed]  # what is wrong with the template, twice
         listed += [problem for problem in new if problem not in known]
         error_count += part.problems.count - len(known) if is_error else 0
     for problem, is_error in _faults_of_evaluation(recipe, data, eval_data) if eval_data else ():
-        listed.append(_problem(problem, is_error))
+        listed.append(problem_entry(problem, is_error))
         error_count += is_error
     return sorted(listed, key=lambda problem: problem["severity"] != "error"), error_count
 
@@ -140,15 +150,6 @@ def _faults_of_evaluation(recipe: Recipe, data: Dataset, eval_data: Dataset) -> 
         yield overlap, is_error
     if no_answer := check_answers(eval_data.examples[: recipe.train.exact_match_rows]):
         yield no_answer, True
-
-
-def _problem(problem: RowProblem, is_error: bool) -> dict:
-    file, _, line = problem.where.rpartition(":")
-    if not line.isdecimal():
-        file, line = problem.where, ""
-    severity = "error" if is_error else "warning"
-    return {"file": file or None, "line": int(line) if line else None, "rule": problem.rule,
-            "message": problem.message, "severity": severity}  # fmt: skip
 
 
 def _counts(data: Dataset) -> dict:

@@ -49,15 +49,12 @@ def data(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool, html
 
 def _report_of(error: QloraLiteError) -> dict:
     """Return the report of rows that were not read, because of an error of the recipe or the model."""
-    from qlora_lite.preflight import empty_report
+    from qlora_lite.data.lines import RowProblem
+    from qlora_lite.preflight import empty_report, problem_entry
 
     problems = [(p.where, p.message) for p in error.problems] if isinstance(error, RecipeError) else [("", str(error))]
-    listed = []
-    for where, message in problems:
-        file, _, line = where.rpartition(":")
-        place = {"file": file, "line": int(line)} if line.isdecimal() else {"file": where or None, "line": None}
-        listed.append({**place, "rule": "recipe or model", "message": message, "severity": "error"})
-    return empty_report(listed)
+    rule = "recipe or model"
+    return empty_report([problem_entry(RowProblem(where, rule, message), True) for where, message in problems])
 
 
 def _text(report: dict) -> str:
