@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .files import write_text
 from .page import figure, page, section, table, text
-from .preflight import first_places, line_of_problem, what_was_read
+from .preflight import first_places, line_of_problem, line_of_template, what_was_read
 
 _MAX_PROBLEMS = 200
 
@@ -146,9 +146,7 @@ def _template(report: dict) -> str:
     template = report.get("template")
     if not template:
         return ""
-    name = "The model's own" if template["name"] == "model" else template["name"]
-    begin = f"rows begin with {template['begin_token']}" if template["begin_token"] else "rows have no begin token"
-    facts = f"{name}; {begin}; answers end with {' or '.join(template['end_tokens'])}."
+    facts = line_of_template(template)
     return f'<div class="card"><p class="facts">{text(facts)}</p><pre>{text(template["text"])}</pre></div>'
 
 

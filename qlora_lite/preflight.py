@@ -21,6 +21,7 @@ from .data.formats import check_format, recognise, unused_columns
 from .data.lines import Problems, RowProblem
 from .data.opening import left_out
 from .data.read import Source, read_rows, text_files
+from .data.render import ROW_DAY
 from .data.show import pieces_of
 from .data.stored import row_lengths
 from .data.template import special_ids_of
@@ -92,6 +93,14 @@ def what_was_read(report: dict) -> str:
     """Say which rows a report is about, where it is not about all of them."""
     rows = report.get("sample_rows")
     return f"the first {rows:,} rows of each source; the rest is checked while training" if rows else ""
+
+
+def line_of_template(template: dict) -> str:
+    """Write what the report says of the chat template, its text apart."""
+    name = "the model's own" if template["name"] == "model" else template["name"]
+    begin = f"rows begin with {template['begin_token']}" if template["begin_token"] else "rows have no begin token"
+    day = f"; today is {template['day']} in all rows" if template["day"] else ""
+    return f"{name}; {begin}; answers end with {' or '.join(template['end_tokens'])}{day}"
 
 
 def line_of_problem(problem: dict) -> str:
@@ -208,7 +217,7 @@ def _first(names: Sequence[str]) -> str:
 
 
 def _describe_template(data: Dataset, tokenizer) -> dict | None:
-    """Name the chat template, and what begins and ends a row; None if every row is a plain document."""
+    """Describe the chat template, and what begins and ends a row; None if every row is a plain document."""
     if data.template is None:
         return None
     first = next((int(example.token_ids[0]) for example in data.examples), None)
@@ -217,6 +226,7 @@ def _describe_template(data: Dataset, tokenizer) -> dict | None:
         "name": data.template.name,
         "text": data.template.source,
         "begin_token": tokenizer.bos_token if begins else None,
+        "day": f"{ROW_DAY:%d %b %Y}" if "strftime_now" in data.template.source else None,
         "end_tokens": tokenizer.convert_ids_to_tokens(sorted(data.end_token_ids)),
     }
 

@@ -56,6 +56,15 @@ def test_good_rows_give_a_report_without_problems(look):
     json.dumps(report)
 
 
+def test_a_template_that_writes_the_date_has_the_same_one_in_all_rows_and_it_is_said(look):
+    dated = byte_tokenizer()
+    dated.chat_template = "{{ strftime_now('%d %b %Y') + '\n' }}" + dated.chat_template
+    found = look(tokenizer=dated)
+    assert "".join(piece["text"] for piece in found.report["rows"][0]["pieces"]).startswith("26 Jul 2024\n")
+    assert "today is 26 Jul 2024 in all rows" in render(found.report, "x")
+    assert look().report["template"]["day"] is None and "today is" not in render(look().report, "x")
+
+
 def test_the_shown_rows_are_the_first_ones_with_their_learned_text(look):
     first, second = look().report["rows"]
     assert first["where"].endswith("train.jsonl:1") and second["where"].endswith("train.jsonl:2")

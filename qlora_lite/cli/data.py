@@ -111,11 +111,9 @@ def _count_lines(counts: dict) -> list[str]:
 
 
 def _template_lines(report: dict) -> list[str]:
-    template, lines = report["template"], []
-    if template:
-        name = "the model's own" if template["name"] == "model" else template["name"]
-        begin = f"rows begin with {template['begin_token']}" if template["begin_token"] else "no begin token"
-        lines.append(_line("template", f"{name}; {begin}; answers end with {' or '.join(template['end_tokens'])}"))
+    from qlora_lite.preflight import line_of_template
+
+    lines = [_line("template", line_of_template(report["template"]))] if report["template"] else []
     for token in report["special_tokens"]:
         lines.append(_line("special token", f"{token['token']} {token['count']:,} times, {token['learned']:,} learned"))
     return lines

@@ -162,7 +162,8 @@ class Data(_Section):
     eval: _Sources | None = None
     """Evaluation rows; null evaluates nothing."""
     template: Text | None = None
-    """Chat template: a name (plain suits a base model) or a .jinja file; null is the model's own."""
+    """Chat template: a name (plain suits a base model) or a .jinja file; null is the model's own. Where one writes
+    today's date, rows have 26 July 2024, so that they are the same every day; prompts to answer have the real one."""
     train_on: Literal["assistant", "completion", "all", "last"] = "assistant"
     """Which tokens are learned: every assistant message, the completion, all tokens, or the last answer."""
     train_on_end: bool = True
