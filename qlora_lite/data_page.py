@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .files import write_text
 from .page import figure, page, section, table, text
-from .preflight import first_places, line_of_problem
+from .preflight import first_places, line_of_problem, line_of_template, what_was_read
 
 _MAX_PROBLEMS = 200
 
@@ -51,7 +51,11 @@ def render(report: dict, name: str) -> str:
 
 def _head(report: dict, name: str) -> str:
     status, style = ("can be trained on", "good") if report["ok"] else ("not to be trained on", "bad")
-    return f'<div class="head"><h1>Data of {text(name)}</h1><span class="status {style}">{status}</span></div>'
+    sample = what_was_read(report)
+    looked_at = f'<p class="facts">Looked at: {text(sample)}.</p>' if sample else ""
+    return (
+        f'<div class="head"><h1>Data of {text(name)}</h1><span class="status {style}">{status}</span></div>{looked_at}'
+    )
 
 
 def _figures(report: dict) -> str:
@@ -115,8 +119,9 @@ def _histogram(report: dict) -> str:
 def _sources(report: dict) -> str:
     named = [("training", s) for s in report.get("sources", [])]
     named += [("evaluation", s) for s in (report.get("eval") or {}).get("sources", [])]
-    rows = [[use, s["path"], s["format"] or "not recognised", f"{s['weight']:g}"] for use, s in named]
-    return table(["used for", "path", "format", "weight"], rows, numeric=3) if rows else ""
+    rows = [[use, s["path"], s["format"] or "not recognised", f"{s['weight']:g}", "; ".join(s["notes"])]
+            for use, s in named]  # fmt: skip
+    return table(["used for", "path", "format", "weight", "notes"], rows, numeric=3) if rows else ""
 
 
 def _dropped(report: dict) -> str:
@@ -141,9 +146,7 @@ def _template(report: dict) -> str:
     template = report.get("template")
     if not template:
         return ""
-    name = "The model's own" if template["name"] == "model" else template["name"]
-    begin = f"rows begin with {template['begin_token']}" if template["begin_token"] else "rows have no begin token"
-    facts = f"{name}; {begin}; answers end with {' or '.join(template['end_tokens'])}."
+    facts = line_of_template(template)
     return f'<div class="card"><p class="facts">{text(facts)}</p><pre>{text(template["text"])}</pre></div>'
 
 

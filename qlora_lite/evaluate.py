@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import nn
 
 from .build import build_model, train_settings
+from .data.check import check_answers
 from .data.stored import Example
 from .errors import DataError
 from .generate import answer, stop_ids
@@ -38,9 +39,8 @@ def exact_match(model: nn.Module, tokenizer, examples: Sequence[Example], end_to
     Raises:
         DataError: a row is plain text and has no answer.
     """
-    without = next((example.where for example in examples if not example.answer), None)
-    if without:
-        raise DataError(f"{without} has no answer to match; set train.exact_match_rows (--rows) to 0 for plain text")
+    if problem := check_answers(examples):
+        raise DataError(str(problem))
     longest = max(len(tokenizer(example.answer, add_special_tokens=False).input_ids) for example in examples)
     stop = stop_ids(model, tokenizer, end_token_ids)
     prompts = [example.prompt for example in examples]

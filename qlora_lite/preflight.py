@@ -8,23 +8,29 @@ Lengths and counts are in tokens and rows; shares go from 0 to 1.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 from .data.batch import collate, packing_efficiency, plan_epoch
-from .data.check import check_overlap, count_special_tokens, histogram
+from .data.check import check_answers, check_overlap, count_special_tokens, histogram
 from .data.examples import Dataset
-from .data.formats import check_format, recognise
+from .data.formats import check_format, recognise, unused_columns
 from .data.lines import Problems, RowProblem
-from .data.read import Source, read_rows
+from .data.opening import left_out
+from .data.read import Source, read_rows, text_files
+from .data.render import ROW_DAY
 from .data.show import pieces_of
 from .data.stored import row_lengths
 from .data.template import special_ids_of
 from .errors import DataError
 from .recipe.schema import Recipe
-from .rows import build_sources, read_data
+from .rows import STREAM_SAMPLE_ROWS, build_sources, read_data
 
 _SHOWN_PER_RULE = 5
+_SHOWN_NAMES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +65,16 @@ class Preflight:
         raise DataError("\n".join(shown))
 
 
+def problem_entry(problem: RowProblem, is_error: bool) -> dict:
+    """Return a problem as the report has it, its place taken apart."""
+    file, _, line = problem.where.rpartition(":")
+    if not line.isdecimal():
+        file, line = problem.where, ""
+    severity = "error" if is_error else "warning"
+    return {"file": file or None, "line": int(line) if line else None, "rule": problem.rule,
+            "message": problem.message, "severity": severity}  # fmt: skip
+
+
 def empty_report(problems: list[dict]) -> dict:
     """Return the report of rows that could not be looked at."""
     return {
@@ -71,6 +87,20 @@ def first_places(counts: dict, reason: str) -> str:
     """Name the first rows that were left out for a reason, as "a.jsonl:1, a.jsonl:7, ..."; "" if no place is known."""
     places = counts["dropped_at"].get(reason, [])
     return ", ".join(places) + (", ..." if 0 < len(places) < counts["dropped"][reason] else "")
+
+
+def what_was_read(report: dict) -> str:
+    """Say which rows a report is about, where it is not about all of them."""
+    rows = report.get("sample_rows")
+    return f"the first {rows:,} rows of each source; the rest is checked while training" if rows else ""
+
+
+def line_of_template(template: dict) -> str:
+    """Write what the report says of the chat template, its text apart."""
+    name = "the model's own" if template["name"] == "model" else template["name"]
+    begin = f"rows begin with {template['begin_token']}" if template["begin_token"] else "rows have no begin token"
+    day = f"; today is {template['day']} in all rows" if template["day"] else ""
+    return f"{name}; {begin}; answers end with {' or '.join(template['end_tokens'])}{day}"
 
 
 def line_of_problem(problem: dict) -> str:
@@ -93,6 +123,7 @@ def preflight(recipe: Recipe, tokenizer, rows_to_show: int = 4) -> Preflight:
     report = empty_report(problems) | {
         "ok": error_count == 0, "errors": error_count,
         **_counts(data),
+        "sample_rows": STREAM_SAMPLE_ROWS if recipe.data.streaming else None,
         **_lengths(recipe, data),
         "sources": [_describe_source(source) for source in build_sources(recipe, "train")],
         "template": _describe_template(data, tokenizer),
@@ -111,24 +142,23 @@ def _problems(recipe: Recipe, data: Dataset, eval_data: Dataset | None) -> tuple
     listed, error_count = [], 0
     for part in filter(None, (data, eval_data)):
         is_error = part.problems.too_many(recipe.data.max_bad_rows)
-        new = [_problem(problem, is_error) for problem in part.problems.found]
+        new = [problem_entry(problem, is_error) for problem in part.problems.found]
         known = [problem for problem in new if problem in listed]  # what is wrong with the template, twice
         listed += [problem for problem in new if problem not in known]
         error_count += part.problems.count - len(known) if is_error else 0
-    overlap, is_error = check_overlap(data.examples, eval_data.examples) if eval_data else (None, False)
-    if overlap:
-        listed.append(_problem(overlap, is_error))
+    for problem, is_error in _faults_of_evaluation(recipe, data, eval_data) if eval_data else ():
+        listed.append(problem_entry(problem, is_error))
         error_count += is_error
     return sorted(listed, key=lambda problem: problem["severity"] != "error"), error_count
 
 
-def _problem(problem: RowProblem, is_error: bool) -> dict:
-    file, _, line = problem.where.rpartition(":")
-    if not line.isdecimal():
-        file, line = problem.where, ""
-    severity = "error" if is_error else "warning"
-    return {"file": file or None, "line": int(line) if line else None, "rule": problem.rule,
-            "message": problem.message, "severity": severity}  # fmt: skip
+def _faults_of_evaluation(recipe: Recipe, data: Dataset, eval_data: Dataset) -> Iterator[tuple[RowProblem, bool]]:
+    """Yield what is wrong with good evaluation rows for this run, each with whether it is an error."""
+    overlap, is_error = check_overlap(data.examples, eval_data.examples)
+    if overlap:
+        yield overlap, is_error
+    if no_answer := check_answers(eval_data.examples[: recipe.train.exact_match_rows]):
+        yield no_answer, True
 
 
 def _counts(data: Dataset) -> dict:
@@ -153,19 +183,41 @@ def _lengths(recipe: Recipe, data: Dataset) -> dict:
 
 
 def _describe_source(source: Source) -> dict:
-    """Name the format of a source: the one that the recipe gives, or what its first row looks like."""
-    try:
+    """Name the format of a source, the one that the recipe gives or what its first row looks like, and how it was read.
+
+    What is left out of a source by design is no problem, but said: a user may have meant it to be trained on.
+    """
+    chosen, notes = None, []
+    with suppress(DataError, StopIteration, OSError):  # the rows were read before: what is wrong is among the problems
         chosen = check_format(source)
-        if chosen is None:
-            where, row = next(read_rows(source, Problems()))
-            chosen = recognise(row, where)
-    except (DataError, StopIteration):
-        chosen = None
-    return {"path": source.path, "format": chosen, "weight": source.weight}
+        notes += [*_left_out(source), *_documents(source)]
+        where, row = next(read_rows(source, Problems()))
+        chosen = chosen or recognise(row, where, source)
+        if unused := unused_columns(row, chosen, source):
+            notes.append(f"columns not used: {_first(unused)}")
+    return {"path": source.path, "format": chosen, "weight": source.weight, "notes": notes}
+
+
+def _left_out(source: Source) -> list[str]:
+    """Say what of a folder is not read."""
+    unread = [str(path.relative_to(os.path.expanduser(source.path))) for path in left_out(source.path)]
+    return [f"{len(unread):,} not read: {_first(unread)}"] if unread else []
+
+
+def _documents(source: Source) -> Iterator[str]:
+    """Say what a document of each plain-text file is."""
+    files = [(path.name, parted) for path, parted in text_files(source)]
+    for how, is_parted in (("each line is a document", False), ("blank lines part documents", True)):
+        if names := [name for name, parted in files if parted == is_parted]:
+            yield f"{how}: {_first(names)}"
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN_NAMES]) + (", ..." if len(names) > _SHOWN_NAMES else "")
 
 
 def _describe_template(data: Dataset, tokenizer) -> dict | None:
-    """Name the chat template, and what begins and ends a row; None if every row is a plain document."""
+    """Describe the chat template, and what begins and ends a row; None if every row is a plain document."""
     if data.template is None:
         return None
     first = next((int(example.token_ids[0]) for example in data.examples), None)
@@ -174,6 +226,7 @@ def _describe_template(data: Dataset, tokenizer) -> dict | None:
         "name": data.template.name,
         "text": data.template.source,
         "begin_token": tokenizer.bos_token if begins else None,
+        "day": f"{ROW_DAY:%d %b %Y}" if "strftime_now" in data.template.source else None,
         "end_tokens": tokenizer.convert_ids_to_tokens(sorted(data.end_token_ids)),
     }
 

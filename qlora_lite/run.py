@@ -210,6 +210,9 @@ class _Run:
         report = self.data_report
         for problem in report["problems"]:
             log.warning("data: %s", line_of_problem(problem))
+        for source in [*report["sources"], *(report["eval"] or {"sources": []})["sources"]]:
+            for note in source["notes"]:
+                log.info("data: %s: %s", source["path"], note)
         efficiency = report["packing_efficiency"]
         log.info(
             "data: %d of %d rows, %d tokens, %d learned%s%s", report["rows_kept"], report["rows_read"],

@@ -106,6 +106,19 @@ def test_the_report_on_rows_needs_no_model_code():
     assert done.returncode == 0, done.stderr
 
 
+def test_data_says_of_streamed_rows_that_it_looked_at_the_first_ones_only(finished, command):
+    code, out, _ = command("data", finished[1], "data.streaming=true", "data.order=as-is")
+    sample = "the first 1,000 rows of each source; the rest is checked while training"
+    assert code == 0 and f"looked at        {sample}\nrows" in out and f"no errors in {sample}" in out
+
+
+def test_data_says_which_columns_are_not_used(finished, command, tmp_path):
+    (tmp_path / "notes.jsonl").write_text('{"text": "a b", "label": 1}\n')
+    recipe = write_recipe(tmp_path, finished[1].parent / "model", data={"train": "notes.jsonl"})
+    code, out, _ = command("data", recipe, "train.exact_match_rows=0")
+    assert code == 0 and re.search(r"notes.jsonl \(text\)\n +columns not used: label\nrows +1 read", out)
+
+
 def test_data_with_json_names_a_mistake_in_the_recipe_too(finished, command, tmp_path):
     recipe = write_recipe(tmp_path, finished[1].parent / "model")
     code, out, err = command("data", recipe, "data.max_token=9", "--json")

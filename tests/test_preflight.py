@@ -18,8 +18,9 @@ ALWAYS = {"rows_read", "rows_kept", "dropped", "tokens", "learned_tokens", "pack
 def look(tmp_path):
     """Look at rows (None: those of the tiny recipe) with settings of the data section."""
 
-    def look_at(train=None, evaluation=None, tokenizer=None, **settings):
-        recipe = write_recipe(tmp_path, "owner/name")
+    def look_at(train=None, evaluation=None, tokenizer=None, source="train.jsonl", exact_rows=0, **settings):
+        more = {"data": {"train": str(source)}, "train": {"exact_match_rows": exact_rows}}
+        recipe = write_recipe(tmp_path, "owner/name", **more)
         for name, rows in (("train", train), ("eval", evaluation)):
             if rows is not None:
                 lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
@@ -53,6 +54,15 @@ def test_good_rows_give_a_report_without_problems(look):
     end = next(token for token in report["special_tokens"] if token["token"] == "<|im_end|>")
     assert (end["count"], end["learned"]) == (48, 24)
     json.dumps(report)
+
+
+def test_a_template_that_writes_the_date_has_the_same_one_in_all_rows_and_it_is_said(look):
+    dated = byte_tokenizer()
+    dated.chat_template = "{{ strftime_now('%d %b %Y') + '\n' }}" + dated.chat_template
+    found = look(tokenizer=dated)
+    assert "".join(piece["text"] for piece in found.report["rows"][0]["pieces"]).startswith("26 Jul 2024\n")
+    assert "today is 26 Jul 2024 in all rows" in render(found.report, "x")
+    assert look().report["template"]["day"] is None and "today is" not in render(look().report, "x")
 
 
 def test_the_shown_rows_are_the_first_ones_with_their_learned_text(look):
@@ -128,14 +138,60 @@ def test_a_million_bad_rows_are_counted_and_the_first_of_each_rule_listed(look):
         found.raise_if_unusable()
 
 
+def notes_of(found):
+    return [source["notes"] for source in found.report["sources"]]
+
+
+def test_what_is_left_out_of_a_folder_is_counted_and_named_on_the_page_too(look, tmp_path):
+    for name in ("rows.jsonl", "README.md", *(f"{letter}.xml" for letter in "abcdef")):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        (tmp_path / "set" / name).write_text(json.dumps(pair("a")))
+    found = look(source=tmp_path / "set")
+    note = "7 not read: README.md, a.xml, b.xml, c.xml, d.xml, ..."
+    assert found.report["ok"] and notes_of(found) == [[note]]
+    assert note in render(found.report, "x") and notes_of(look()) == [[]]
+
+
+def test_columns_that_are_not_used_are_named_and_spoil_nothing(look):
+    report = look([{"text": "a b", "label": 1, "id": 2}], [{"text": "c d", "id": 3}]).report
+    assert report["ok"] and report["sources"][0]["notes"] == ["columns not used: label, id"]
+    assert report["eval"]["sources"][0]["notes"] == ["columns not used: id"]
+    assert "<td>columns not used: label, id</td>" in render(report, "x")
+
+
+def test_the_report_says_which_way_each_text_file_was_read(look, tmp_path):
+    (tmp_path / "set").mkdir()
+    for name, text in (("a.txt", "one\ntwo\n"), ("b.txt", "one\ntwo\n\nthree\n"), ("c.text", "one\n")):
+        (tmp_path / "set" / name).write_text(text)
+    notes = ["each line is a document: a.txt, c.text", "blank lines part documents: b.txt"]
+    assert notes_of(look(source=tmp_path / "set")) == [notes]
+
+
 def test_plain_documents_have_no_template(look):
     report = look([{"text": "one two"}, {"text": "three"}], [{"text": "four"}]).report
     assert report["template"] is None and report["sources"][0]["format"] == "text" and report["ok"]
 
 
+def test_an_exact_match_on_plain_text_is_an_error_before_a_model_is_loaded(look):
+    documents = [{"text": "four"}, {"text": "five"}]
+    assert look(None, documents, exact_rows=0).report["ok"]
+    found = look(None, documents, exact_rows=2)
+    assert places(found) == {(1, "no answer to match", "error")} and found.report["errors"] == 1
+    with pytest.raises(DataError, match=r"eval.jsonl:1: has no answer to match; set train.exact_match_rows"):
+        found.raise_if_unusable()
+
+
 def test_without_packing_there_is_no_efficiency(look):
     report = look(packing="false").report
     assert report["packing_efficiency"] is None and report["packs"] is None
+
+
+def test_a_look_at_streamed_rows_says_that_it_is_one_at_their_first_thousand(look):
+    found = look([pair(f"q{i}") for i in range(1500)], streaming="true", order="as-is")
+    sample = "the first 1,000 rows of each source; the rest is checked while training"
+    assert found.report["ok"] and (found.report["rows_read"], found.report["sample_rows"]) == (1000, 1000)
+    assert sample in render(found.report, "x")
+    assert look().report["sample_rows"] is None and "Looked at" not in render(look().report, "x")
 
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&\"'"

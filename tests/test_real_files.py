@@ -16,6 +16,7 @@ from qlora_lite.rows import build_data, build_sources
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 PATH = "train: {}"
+TEXT = "train: [{path: '{}', format: text}]"
 TABLE = "train: [{path: '{}', prompt: '{PROMPT}', completion: '{COMPLETION}'}]"
 WINDOWS = "train: {}\n  max_tokens: 256\n  overflow: split"
 
@@ -28,9 +29,9 @@ FILES = {
     "lf_alpaca_en_demo.json": (PATH, 999, 999, 0),
     "lf_identity.json": (PATH, 91, 91, 0),
     "lf_v1_sft_demo.jsonl": (PATH, 500, 500, 0),
-    # one document per line, as there is no blank line; the label is the first word
-    "sst2.train": (PATH, 6920, 6920, 0),
-    "sst2.dev": (PATH, 872, 872, 0),
+    # text whose name does not say so, one document per line, as there is no blank line; the label is the first word
+    "sst2.train": (TEXT, 6920, 6920, 0),
+    "sst2.dev": (TEXT, 872, 872, 0),
     # documents between blank lines; long ones become windows
     "tinyshakespeare.txt": (WINDOWS, 7222, 7341, 106),
     "wikitext2_valid.txt": (WINDOWS, 1160, 1940, 374),

@@ -221,9 +221,15 @@ def test_the_chat_template_of_a_run_is_its_own_from_then_on(run, tmp_path):
 
 def test_plain_text_rows_have_no_answers_to_match_and_say_so(run, tmp_path):
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": "one two three"}) + "\n")
-    with pytest.raises(DataError, match=r"text.jsonl:1 has no answer to match; set train\.exact_match_rows"):
+    with pytest.raises(DataError, match=r"text.jsonl:1: has no answer to match; set train\.exact_match_rows"):
         run(data={"eval": str(tmp_path / "text.jsonl")}, train={"exact_match_rows": 1})
     assert summary_of(run.folder)["status"] == "failed"
+
+
+def test_the_log_says_what_of_the_sources_is_not_used(run, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "one two three", "label": 1}) + "\n")
+    folder = run(data={"train": str(tmp_path / "rows.jsonl")}, train={"max_steps": 1, "exact_match_rows": 0})
+    assert f"data: {tmp_path / 'rows.jsonl'}: columns not used: label" in (folder / "log.txt").read_text()
 
 
 def test_a_folder_that_is_not_empty_is_refused_and_left_alone(run):

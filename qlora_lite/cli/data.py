@@ -49,45 +49,50 @@ def data(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool, html
 
 def _report_of(error: QloraLiteError) -> dict:
     """Return the report of rows that were not read, because of an error of the recipe or the model."""
-    from qlora_lite.preflight import empty_report
+    from qlora_lite.data.lines import RowProblem
+    from qlora_lite.preflight import empty_report, problem_entry
 
     problems = [(p.where, p.message) for p in error.problems] if isinstance(error, RecipeError) else [("", str(error))]
-    listed = []
-    for where, message in problems:
-        file, _, line = where.rpartition(":")
-        place = {"file": file, "line": int(line)} if line.isdecimal() else {"file": where or None, "line": None}
-        listed.append({**place, "rule": "recipe or model", "message": message, "severity": "error"})
-    return empty_report(listed)
+    rule = "recipe or model"
+    return empty_report([problem_entry(RowProblem(where, rule, message), True) for where, message in problems])
 
 
 def _text(report: dict) -> str:
-    lines = []
-    for source in report["sources"]:
-        weight = "" if source["weight"] == 1 else f", weight {source['weight']:g}"
-        lines.append(_line("source", f"{source['path']} ({source['format'] or 'format not recognised'}{weight})"))
+    from qlora_lite.preflight import line_of_problem, what_was_read
+
+    lines = _source_lines("source", report["sources"])
+    if sample := what_was_read(report):
+        lines.append(_line("looked at", sample))
     lines += _count_lines(report)
     if report["packs"]:
         pack = f"{report['packs']:,} packs of {report['max_tokens']:,} tokens, {report['packing_efficiency']:.1%} full"
         lines.append(_line("packing", pack))
     if report["eval"]:
-        lines += ["", *(_line("evaluation", s["path"]) for s in report["eval"]["sources"])]
-        lines += _count_lines(report["eval"])
+        lines += ["", *_source_lines("evaluation", report["eval"]["sources"]), *_count_lines(report["eval"])]
     lines += ["", *_template_lines(report), "", *_histogram(report)]
     for row in report["rows"]:
         head = f"{row['where']}: {row['tokens']} tokens, {row['learned_tokens']} learned"
         lines += ["", click.style(head, bold=True), *_row(row)]
     warnings = [problem for problem in report["problems"] if problem["severity"] == "warning"]
     if warnings:
-        from qlora_lite.preflight import line_of_problem
-
         lines += ["", *(click.style(f"warning: {line_of_problem(problem)}", fg="yellow") for problem in warnings)]
     if report["ok"]:
-        lines += ["", click.style("no errors: these rows can be trained on", fg="green")]
+        verdict = f"no errors in {sample}" if sample else "no errors: these rows can be trained on"
+        lines += ["", click.style(verdict, fg="green")]
     return "\n".join(lines)
 
 
 def _line(label: str, value: str) -> str:
     return f"{label:16} {value}"
+
+
+def _source_lines(label: str, sources: list[dict]) -> list[str]:
+    lines = []
+    for source in sources:
+        weight = "" if source["weight"] == 1 else f", weight {source['weight']:g}"
+        lines.append(_line(label, f"{source['path']} ({source['format'] or 'format not recognised'}{weight})"))
+        lines += [_line("", note) for note in source["notes"]]
+    return lines
 
 
 def _count_lines(counts: dict) -> list[str]:
@@ -106,11 +111,9 @@ def _count_lines(counts: dict) -> list[str]:
 
 
 def _template_lines(report: dict) -> list[str]:
-    template, lines = report["template"], []
-    if template:
-        name = "the model's own" if template["name"] == "model" else template["name"]
-        begin = f"rows begin with {template['begin_token']}" if template["begin_token"] else "no begin token"
-        lines.append(_line("template", f"{name}; {begin}; answers end with {' or '.join(template['end_tokens'])}"))
+    from qlora_lite.preflight import line_of_template
+
+    lines = [_line("template", line_of_template(report["template"]))] if report["template"] else []
     for token in report["special_tokens"]:
         lines.append(_line("special token", f"{token['token']} {token['count']:,} times, {token['learned']:,} learned"))
     return lines

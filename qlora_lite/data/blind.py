@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from datetime import datetime
 from functools import lru_cache
 
 from jinja2 import TemplateError, ext, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qlora_lite.data.formats import Turn, as_message
-from qlora_lite.data.render import render_turns
+from qlora_lite.data.render import ROW_DAY, render_turns
 from qlora_lite.data.template import Template
 
 _LEFT, _RIGHT = "\u2002", "\u2003"  # white space that no template writes; without it, the words were stripped
@@ -199,7 +198,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.filters = {name: kept if name in _FILTERS else _look for name, kept in self.filters.items()}
         always = {"iterable": _is_iterable, "sequence": _is_iterable}
         self.tests = {name: kept if name in _TESTS else _look for name, kept in self.tests.items()} | always
-        self.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        self.globals |= {"raise_exception": _refuse, "strftime_now": ROW_DAY.strftime}
 
     def call(self, context, function, *values: object, **named: object) -> object:
         """Call a function, with nothing but plain values."""

@@ -23,6 +23,7 @@ from qlora_lite.data.stored import Example, Examples, stored
 NOTHING_TO_LEARN = "nothing to learn"
 BEGIN_TWICE = "begin token twice"
 END_NOT_LEARNED = "end token never learned"
+NO_ANSWER = "no answer to match"
 IN_BOTH = "evaluation row in training"
 OVERLAP_ERROR_SHARE = 0.01  # from this share of the evaluation rows on, duplicates are an error
 _ROWS_PER_CHUNK = 10_000
@@ -84,6 +85,13 @@ def _begin_twice(ids: np.ndarray, starts: np.ndarray, begin_id: int | None) -> l
     second = np.flatnonzero((ids[1:] == begin_id) & (ids[:-1] == begin_id)) + 1
     second = second[~np.isin(second, starts)]
     return sorted(set((np.searchsorted(starts, second, side="right") - 1).tolist()))
+
+
+def check_answers(examples: Sequence[Example]) -> RowProblem | None:
+    """Look for a row without an answer, plain text, among those whose answers are to be compared word for word."""
+    where = next((example.where for example in examples if not example.answer), None)
+    message = "has no answer to match; set train.exact_match_rows (--rows) to 0 for plain text"
+    return RowProblem(where, NO_ANSWER, message) if where else None
 
 
 def check_overlap(train: Sequence[Example], evaluation: Sequence[Example]) -> tuple[RowProblem | None, bool]:

@@ -18,10 +18,16 @@ def text_of(holder: Mapping[str, object], key: str) -> str:
     if value is None:
         raise DataError(f"{key!r} is missing or null; every row needs it")
     if not isinstance(value, str):
-        raise DataError(f"{key!r} is {kind_of(value)}, not text; put it in quotes")
+        raise DataError(f"{key!r} is {kind_of(value)}, not text; {_cure(value)}")
     if not value.strip():
         raise DataError(f"{key!r} is empty; fill it in or remove the row")
     return value
+
+
+def _cure(value: object) -> str:
+    if isinstance(value, list) and any(isinstance(turn, dict) and "role" in turn for turn in value):
+        return 'write all turns of the row as one list, {"messages": [...]}, which is format messages'
+    return "write it as text" if isinstance(value, list | dict) else "put it in quotes"
 
 
 def kind_of(value: object) -> str:
@@ -41,11 +47,7 @@ def fill(template: str | None, row: Mapping[str, object]) -> str:
         DataError: the template is not balanced, names no column, or gives an empty text.
     """
     parts = []
-    try:
-        pieces = list(string.Formatter().parse(template or ""))
-    except ValueError as error:
-        raise DataError(f"the template {template!r} is not balanced ({error}); write {{{{ for a brace") from None
-    for literal, column, spec, conversion in pieces:
+    for literal, column, spec, conversion in _pieces(template):
         parts.append(literal)
         if column is None:
             continue
@@ -58,3 +60,19 @@ def fill(template: str | None, row: Mapping[str, object]) -> str:
     if not filled.strip():
         raise DataError(f"the template {template!r} gives an empty text for this row")
     return filled
+
+
+def columns_of(template: str | None) -> list[str]:
+    """Return the columns that a template names.
+
+    Raises:
+        DataError: the template is not balanced.
+    """
+    return [column for _, column, _, _ in _pieces(template) if column is not None]
+
+
+def _pieces(template: str | None) -> list[tuple[str, str | None, str | None, str | None]]:
+    try:
+        return list(string.Formatter().parse(template or ""))
+    except ValueError as error:
+        raise DataError(f"the template {template!r} is not balanced ({error}); write {{{{ for a brace") from None

@@ -9,7 +9,7 @@ answer, an unknown role or a number where text should be is an error of that row
 | messages          | {"messages": [{"role", "content", "tool_calls"?, "weight"?}], "tools"?}              |
 | sharegpt          | {"conversations": [{"from", "value"}], "system"?, "tools"?}                          |
 | alpaca            | {"instruction", "input"?, "output", "system"?}                                       |
-| prompt-completion | {"prompt", "completion"}                                                             |
+| prompt-completion | {"prompt", "completion", "system"?}                                                  |
 | text              | {"text"}                                                                             |
 | table             | any columns; the prompt and completion templates of the source name them             |
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from qlora_lite.data.fields import fill, kind_of, text_of
+from qlora_lite.data.fields import columns_of, fill, kind_of, text_of
 from qlora_lite.data.lines import Problems
 from qlora_lite.data.read import Source, read_rows
 from qlora_lite.data.tools import check_calls, tool_calls, tool_definitions
@@ -37,6 +37,11 @@ _ROLES = {
 _NOT_SUPPORTED = (
     "functions", "function_call", "reasoning_content", "thinking", "history", "images", "audios", "videos",
 )  # fmt: skip
+_NEEDED = {"alpaca": {"instruction", "output"}, "prompt-completion": {"prompt", "completion"}, "text": {"text"}}
+_WITH_TURNS = {"messages", "conversations", "system", "tools"}
+_TAKEN = {
+    "messages": _WITH_TURNS, "sharegpt": _WITH_TURNS, "alpaca": {"input", "system"}, "prompt-completion": {"system"},
+}  # fmt: skip
 _AFTER = {"user": ("assistant",), "assistant": ("user",), "tool": ("tool", "assistant")}
 
 
@@ -108,7 +113,7 @@ def read_conversations(source: Source, problems: Problems) -> Iterator[Conversat
     format_name = check_format(source)
     for where, row in read_rows(source, problems):
         if format_name is None:
-            format_name = recognise(row, where)
+            format_name = recognise(row, where, source)
         try:
             yield normalise(row, where, format_name, source)
         except DataError as error:
@@ -134,25 +139,54 @@ def check_format(source: Source) -> str | None:
     return "table" if templates else source.format
 
 
-def recognise(row: Mapping[str, object], where: str) -> str:
+def recognise(row: Mapping[str, object], where: str, source: Source) -> str:
     """Name the format of a row from its keys.
 
+    Args:
+        row: column to value.
+        where: the row's place.
+        source: where it comes from.
+
     Raises:
-        DataError: no format has these keys.
+        DataError: no format has these keys; the message shows how to name the columns.
     """
     if isinstance(row.get("messages"), list):
         return "messages"
     turns = row.get("conversations")
     if isinstance(turns, list):
         return "sharegpt" if any(isinstance(turn, dict) and "from" in turn for turn in turns) else "messages"
-    for name, keys in (("alpaca", {"instruction", "output"}), ("prompt-completion", {"prompt", "completion"}),
-                       ("text", {"text"})):  # fmt: skip
-        if keys <= row.keys():
+    for name, needed in _NEEDED.items():
+        if needed <= row.keys():
             return name
-    raise DataError(
-        f"{where}: no format has the columns {', '.join(map(repr, row))}; say which ones to use with "
-        "prompt: '{column}' and completion: '{column}', or name the format"
-    )
+    columns = list(row)
+    raise DataError(f"{where}: no format has the columns {', '.join(map(repr, columns))}; {_cure(columns, source)}")
+
+
+def _cure(columns: list[str], source: Source) -> str:
+    """Say what to do about columns that no format has."""
+    if len(columns) >= 2:
+        pair = f'prompt: "{{{columns[0]}}}", completion: "{{{columns[1]}}}"'
+        return f'say which ones to use, as in data.train: [{{path: "{source.path}", {pair}}}]'
+    for sign, name, cure in ((";", "semicolons", "save it with commas"), ("\t", "tabs", "name it .tsv"),
+                             (",", "commas", "name it .csv")):  # fmt: skip
+        if sign in "".join(columns):
+            return f"is it one column, or a file whose columns are parted by {name}? then {cure}"
+    return "an answer needs a prompt; for plain text, name the column text"
+
+
+def unused_columns(row: Mapping[str, object], format_name: str, source: Source) -> list[str]:
+    """List the columns of a row that its format does not look at.
+
+    Args:
+        row: column to value.
+        format_name: one of FORMATS.
+        source: gives the templates of a table.
+    """
+    if format_name == "table":
+        used = {*columns_of(source.prompt), *columns_of(source.completion)}
+    else:
+        used = _NEEDED.get(format_name, set()) | _TAKEN.get(format_name, set())
+    return [column for column in row if column not in used]
 
 
 def normalise(row: Mapping[str, object], where: str, format_name: str, source: Source) -> Conversation | Document:
@@ -190,7 +224,7 @@ def _pair_of(row: Mapping[str, object], format_name: str) -> tuple[Turn, ...]:
         context = row.get("input")
         prompt = text_of(row, "instruction") + (f"\n\n{text_of(row, 'input')}" if context not in (None, "") else "")
         return _pair(prompt, text_of(row, "output"), row.get("system"))
-    return _pair(text_of(row, "prompt"), text_of(row, "completion"), None)
+    return _pair(text_of(row, "prompt"), text_of(row, "completion"), row.get("system"))
 
 
 def _refuse(holder: Mapping[str, object], keys: Sequence[str]) -> None:
@@ -236,6 +270,9 @@ def _turn(message: object, number: int) -> Turn:
             calls = tool_calls(message.get("tool_calls"))
         if calls and role != "assistant":
             raise DataError("only the assistant can call tools; remove 'tool_calls'")
+        if role == "system" and isinstance(content, str) and not content.strip():
+            # not left out here: templates with a system text of their own write it where there is no such turn
+            raise DataError(f"{content_key!r} is empty; fill it in, or remove the turn (not the row)")
         text = "" if calls and content in (None, "") else text_of({content_key: content}, content_key)
     except DataError as error:
         raise DataError(f"turn {number} ({named}): {error}") from None

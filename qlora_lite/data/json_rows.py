@@ -54,6 +54,21 @@ class _RowDecoder:
         return value, end, self._faults
 
 
+def decode_text(text: str) -> object:
+    """Decode a text that is one JSON value, as strictly as a row.
+
+    Raises:
+        ValueError: it is not, or the value has faults; RecursionError where it is nested too deeply.
+    """
+    stripped = text.strip(" \t\r\n")
+    value, end, faults = _RowDecoder().decode(stripped, 0)
+    if end < len(stripped):
+        faults = [*faults, f"something follows the value: {stripped[end : end + 20]!r}"]
+    if faults:
+        raise ValueError("; ".join(dict.fromkeys(faults)))
+    return value
+
+
 def read_jsonl(path: Path, problems: Problems) -> Iterator[tuple[str, dict]]:
     """Read one object per line; blank lines are skipped, lines that are no whole object go to `problems`."""
     decoder = _RowDecoder()
@@ -76,7 +91,9 @@ def read_jsonl(path: Path, problems: Problems) -> Iterator[tuple[str, dict]]:
 
 
 def _json_message(error: json.JSONDecodeError, text: str, number: int) -> str:
-    if text in ("[", "{") and number == 1:
+    if text == "{" and number == 1:
+        return "one JSON object over several lines; put each row on one line, or the rows into one list in a .json file"
+    if text == "[" and number == 1:
         return "this is one JSON document over several lines; name the file .json, or put one row per line"
     cut = " (is the line cut short?)" if error.pos >= len(text) or "Unterminated" in error.msg else ""
     return f"not JSON: {error.msg} at character {error.pos + 1}{cut}; {_CORRECT}"

@@ -91,23 +91,35 @@ class Problems:
 
 def numbered_lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
     """Yield (line number, text without line end) of each good line; name the others."""
+    for number, text, fault in all_lines(path):
+        if fault:
+            problems.add(fault.where, fault.message, fault.rule)
+        else:
+            yield number, text
+
+
+def all_lines(path: Path) -> Iterator[tuple[int, str | None, RowProblem | None]]:
+    """Yield (line number, text without line end, what is wrong with it) of each line.
+
+    The text of a bad line is what can be read of it, None if it is too long to be read.
+    """
     with open_bytes(path) as file:
         number = 0
         while raw := file.readline(MAX_ROW_BYTES + 1):
             number += 1
-            where = f"{path}:{number}"
+            where, fault = f"{path}:{number}", None
             if len(raw) > MAX_ROW_BYTES:
                 while raw and not raw.endswith(b"\n"):
                     raw = file.readline(MAX_ROW_BYTES)
-                problems.add(where, f"a line of more than {MAX_ROW_BYTES:,} bytes; split this row")
+                message = f"a line of more than {MAX_ROW_BYTES:,} bytes; split this row"
+                yield number, None, RowProblem(where, DataError.rule, message)
                 continue
             try:
                 text = raw.decode("utf-8")
             except UnicodeDecodeError as error:
-                fault = f"byte {error.start + 1} of the line is not UTF-8; convert the file to UTF-8"
-                problems.add(where, fault, "not UTF-8")
-                continue
-            if "\0" in text:
-                problems.add(where, "the line holds a NUL character; remove it")
-                continue
-            yield number, text.removeprefix(_BOM if number == 1 else "").rstrip("\r\n")
+                text = raw.decode("utf-8", "replace")
+                message = f"byte {error.start + 1} of the line is not UTF-8; convert the file to UTF-8"
+                fault = RowProblem(where, "not UTF-8", message)
+            if "\0" in text and fault is None:
+                fault = RowProblem(where, DataError.rule, "the line holds a NUL character; remove it")
+            yield number, text.removeprefix(_BOM if number == 1 else "").rstrip("\r\n"), fault

@@ -2,8 +2,9 @@
 
 What a file is, its name says; the first bytes must agree. Going by the first bytes alone, the other known way,
 would let a file train whose name a user reads wrongly; going by the name alone gives "not UTF-8 in line 1" for
-a gzip. Unpacking is pyarrow's, which comes with `datasets`: it knows both kinds and, unlike Python's gzip module,
-has one exception for every kind of damage.
+a gzip. A name that says nothing is an error, since JSON that is read as plain text trains without a complaint.
+Unpacking is pyarrow's, which comes with `datasets`: it knows both kinds and, unlike Python's gzip module, has one
+exception for every kind of damage.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import glob
 import io
 import os
+from collections import Counter
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +24,7 @@ READER_OF_SUFFIX = {
     ".parquet": "parquet", ".arrow": "arrow", ".txt": "text", ".text": "text", ".md": "text",
 }  # fmt: skip
 _COMPRESSION_OF_SUFFIX = {".gz": "gzip", ".zst": "zstd"}
+_CARD_SUFFIX = ".md"  # of a folder's README, which describes the rows and is none of them
 _COLUMN_READERS = ("parquet", "arrow")
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip", b"BZh": "bzip2",
           b"\xfd7zXZ": "xz", b"PAR1": "Parquet", b"ARROW1": "Arrow", b"\xff\xfe": "UTF-16",
@@ -37,21 +40,22 @@ def find_files(pattern: str) -> list[Path]:
 
     Returns:
         At least one path, sorted by name; a folder gives its files with a known suffix, subfolders included,
-        hidden files and folders left out.
+        without what `left_out` lists, hidden files and hidden folders.
 
     Raises:
-        DataError: nothing is there, something is that is not a file, or one file is there under two names.
+        DataError: nothing is there, something is that is not a file, one file is there under two names, or
+            files of several kinds are.
     """
     if pattern.startswith(PREFIX):
         return hub_files(pattern)
     path = Path(os.path.expanduser(pattern))
     if path.is_dir():
-        files = _files_of_folder(path)
+        files = [found for found in _visible(path) if _is_data_file(found)]
         if not files:
-            suffixes = ", ".join(sorted(READER_OF_SUFFIX))
+            suffixes = ", ".join(sorted(READER_OF_SUFFIX.keys() - {_CARD_SUFFIX}))
             raise DataError(
                 f"{pattern}: no data file in this folder (looked for {suffixes}, each also with .gz or .zst); "
-                "rename the files, or name them with a pattern such as folder/*"
+                "rename the files, or name plain text of other names with a pattern such as folder/* and format: text"
             )
     elif path.exists():
         files = [path]
@@ -61,12 +65,41 @@ def find_files(pattern: str) -> list[Path]:
             link = " (a symbolic link that leads nowhere)" if path.is_symlink() else ""
             raise DataError(f"{pattern}: no such file{link}; check data.train and data.eval")
     _check_files(files)
+    _check_one_kind(pattern, files)
     return files
 
 
-def _files_of_folder(folder: Path) -> list[Path]:
-    found = (path for path in folder.rglob("*") if data_suffix(path) in READER_OF_SUFFIX and not path.is_dir())
+def left_out(pattern: str) -> list[Path]:
+    """List what is in a folder and not read: files of unknown or no suffix, .md files, and links to folders.
+
+    Args:
+        pattern: as for `find_files`; what is no folder leaves nothing out.
+    """
+    folder = Path(os.path.expanduser(pattern))
+    found = _visible(folder) if folder.is_dir() else []
+    return [path for path in found if (path.is_symlink() if path.is_dir() else not _is_data_file(path))]
+
+
+def _visible(folder: Path) -> list[Path]:
+    """Return all that is in a folder and its subfolders, links to folders not followed."""
+    found = folder.rglob("*")
     return sorted(path for path in found if not any(p.startswith(".") for p in path.relative_to(folder).parts))
+
+
+def _is_data_file(path: Path) -> bool:
+    suffix = data_suffix(path)
+    return suffix in READER_OF_SUFFIX and suffix != _CARD_SUFFIX and not path.is_dir()
+
+
+def _check_one_kind(pattern: str, files: list[Path]) -> None:
+    """Refuse files of several kinds: the same rows in two of them, or what is about the rows, would be trained on."""
+    kinds = Counter(READER_OF_SUFFIX.get(data_suffix(path), "other") for path in files)
+    if len(kinds) > 1:
+        counted = ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items()))
+        raise DataError(
+            f"{pattern}: files of several kinds ({counted}); name those of one kind with a pattern such as "
+            "folder/**/*.jsonl, or each file by itself"
+        )
 
 
 def _check_files(files: list[Path]) -> None:
@@ -88,28 +121,33 @@ def data_suffix(path: Path) -> str:
     return Path(path.stem).suffix.lower() if suffix in _COMPRESSION_OF_SUFFIX else suffix
 
 
-def reader_of(path: Path) -> str:
-    """Name the reader of a file, "json", "jsonl", "csv", "tsv", "parquet", "arrow" or "text" (any other suffix).
+def reader_of(path: Path, is_text: bool = False) -> str:
+    """Name the reader of a file: "json", "jsonl", "csv", "tsv", "parquet", "arrow" or "text".
+
+    Args:
+        path: the file.
+        is_text: whether a file whose name does not say what is in it is plain text.
 
     Raises:
-        DataError: the first bytes are those of another kind of file, or the name of a compressed file does not
-            say what is in it.
+        DataError: the name does not say what is in the file, or the first bytes are those of another kind.
     """
     suffix = data_suffix(path)
-    reader = READER_OF_SUFFIX.get(suffix, "text")
+    reader = READER_OF_SUFFIX.get(suffix, "text" if is_text else None)
     expected = _COMPRESSION_OF_SUFFIX.get(path.suffix.lower())
     with path.open("rb") as file:
         head = file.read(8)
     kind = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), None)
-    if expected is None:
-        if kind is not None and not (reader in _COLUMN_READERS and kind.lower() == reader):
-            raise DataError(f"{path}: {_cure(path, kind)}")
-        return reader
-    if not suffix:
-        raise DataError(f"{path}: the name does not say what is in it; name it like rows.jsonl{path.suffix}")
-    if reader in _COLUMN_READERS:
+    if expected is None and kind is not None and not (reader in _COLUMN_READERS and kind.lower() == reader):
+        raise DataError(f"{path}: {_cure(path, kind)}")
+    if reader is None:
+        example = f"rows.jsonl{path.suffix}" if expected else "rows.jsonl"
+        raise DataError(
+            f"{path}: the name does not say what is in it; name it like {example} (known are "
+            f"{', '.join(sorted(READER_OF_SUFFIX))}), or write format: text in the recipe if it is plain text"
+        )
+    if expected and reader in _COLUMN_READERS:
         raise DataError(f"{path}: {suffix[1:]} files are compressed inside; unpack this one first")
-    if kind != expected:
+    if expected and kind != expected:
         raise DataError(f"{path}: the name says {expected}, the content does not; rename it to {path.stem}")
     return reader
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from qlora_lite.data.columns import read_columns
 from qlora_lite.data.hub import PREFIX, hub_rows
 from qlora_lite.data.json_rows import read_json, read_jsonl
-from qlora_lite.data.lines import Problems, numbered_lines
+from qlora_lite.data.lines import MAX_ROW_BYTES, Problems, all_lines, numbered_lines
 from qlora_lite.data.opening import find_files, open_bytes, reader_of
 from qlora_lite.errors import DataError
 
@@ -81,11 +81,12 @@ def _parts(source: Source, problems: Problems) -> list[tuple[str | Path, Callabl
     """Return the parts of a source, each with what reads it."""
     if source.streaming and source.path.startswith(PREFIX):
         return [(source.path, partial(hub_rows, source.path))]
-    return [(path, partial(_read_file, path, problems)) for path in find_files(source.path)]
+    is_text = source.format == "text"
+    return [(path, partial(_read_file, path, is_text, problems)) for path in find_files(source.path)]
 
 
-def _read_file(path: Path, problems: Problems) -> Iterator[tuple[str, dict]]:
-    reader = reader_of(path)
+def _read_file(path: Path, is_text: bool, problems: Problems) -> Iterator[tuple[str, dict]]:
+    reader = reader_of(path, is_text)
     if reader == "jsonl":
         return read_jsonl(path, problems)
     if reader == "json":
@@ -98,35 +99,68 @@ def _read_file(path: Path, problems: Problems) -> Iterator[tuple[str, dict]]:
 
 
 def _read_csv(path: Path, delimiter: str, problems: Problems) -> Iterator[tuple[str, dict]]:
+    """Yield a dict per row; a row with a bad line in it is left out whole, and named by that line."""
     lines_of_row: list[int] = []  # the numbers of the lines that the csv reader took for the row at hand
+    bad_lines: list[int] = []
+    header: list[str] | None = None
 
     def lines() -> Iterator[str]:
-        for number, line in numbered_lines(path, problems):
+        for number, line, fault in all_lines(path):
             lines_of_row.append(number)
-            yield line + "\n"
+            if fault and header is None:
+                raise DataError(str(fault))
+            if fault:  # the reader still gets the line, for its quotes; those of one that is not read are not known
+                problems.add(fault.where, fault.message, fault.rule, fatal=line is None)
+                bad_lines.append(number)
+            yield (line or "") + "\n"
+
+    def refuse(fault: str) -> None:
+        """Name the row at hand; one of several lines may have taken in good rows, which leaving it out would lose."""
+        first, last = lines_of_row[0], lines_of_row[-1]
+        if last > first:
+            fault += f"; lines {first:,} to {last:,} were read as one row: a quote may be missing in the first"
+        if header is None:
+            raise DataError(f"{path}:{first}: {fault}")
+        problems.add(f"{path}:{first}", fault, fatal=last > first)
 
     reader = csv.reader(lines(), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
     while True:
         lines_of_row.clear()
+        bad_lines.clear()
         try:
-            cells = next(reader, None)
+            cells = _next_row(reader)
         except csv.Error as error:
-            problems.add(f"{path}:{lines_of_row[0]}", f"not CSV: {error}; check the quotes of this row")
+            refuse(f"not CSV: {error}; check the quotes of this row")
             continue
         if cells is None:
             return
         where = f"{path}:{lines_of_row[0]}"
-        if not cells:
+        if not cells or bad_lines:
             continue
         if header is None:
             header = [name.strip() for name in cells]
             if "" in header or len(set(header)) < len(header):
                 raise DataError(f"{where}: the first line must name every column once, it is {', '.join(cells)!r}")
         elif len(cells) != len(header):
-            problems.add(where, f"{len(cells)} fields, but the header names {len(header)} columns")
+            refuse(f"{len(cells)} fields, but the header names {len(header)} columns")
         else:
             yield where, dict(zip(header, cells, strict=True))
+
+
+def _next_row(reader: Iterator[list[str]]) -> list[str] | None:
+    """Return the next row, None after the last; csv's limit of a field is the whole process's, so it is put back."""
+    limit_before = csv.field_size_limit(MAX_ROW_BYTES)
+    try:
+        return next(reader, None)
+    finally:
+        csv.field_size_limit(limit_before)
+
+
+def text_files(source: Source) -> Iterator[tuple[Path, bool]]:
+    """Yield the plain-text files of a source, each with whether blank lines part its documents."""
+    for path in () if source.path.startswith(PREFIX) else find_files(source.path):
+        if reader_of(path, source.format == "text") == "text":
+            yield path, _has_blank_line(path)
 
 
 def _read_text(path: Path, problems: Problems) -> Iterator[tuple[str, dict]]:

@@ -8,6 +8,10 @@ model never stops; trainers that mask it because it equals the padding token are
 A template with {% generation %} blocks says itself what is learned; that is used where it is there. A template that
 writes earlier turns differently once later ones follow (it drops old reasoning, say) has no such prefixes: that is
 an error, and never an empty mask.
+
+Some templates write today's date. In rows it is always ROW_DAY, so that the same rows give the same tokens on every
+day: with the day of the run, the other known way, evaluation rows are not found among training rows of yesterday, a
+run cannot go on tomorrow, and cached tokens are of a day that has gone. Prompts for answers have the real date.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 
 from qlora_lite.data.formats import Conversation, Turn, as_message
 from qlora_lite.data.probe import FAULTS
@@ -26,7 +31,14 @@ from qlora_lite.errors import DataError
 CONTROL_TOKEN = "control token in text"
 TEMPLATE = "template does not fit"
 END_OF_ANSWER = "answer without an end token"
+ROW_DAY = datetime(2024, 7, 26)  # what Llama 3.1's template, the first of its kind, writes where it is given no clock
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_CODES = ("-d", "-m", "-H", "-I", *"aAbBcdDefFGHIjmMpSTuUVwWxXyY")  # of strftime
+_CLOCK = "".join([  # transformers takes no function for a template in place of its own, so this one is written in Jinja
+    "{% macro strftime_now(format) %}{{ format",
+    *(f" | replace('%{code}', '{ROW_DAY.strftime('%' + code)}')" for code in _CODES),
+    " }}{% endmacro %}\n",  # the line end goes with the tag, and leaves the template at the start of a line
+])  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +66,7 @@ def render_prompt(template: Template, turns: Sequence[Turn]) -> str:
         DataError: the template fails on these turns, or one of them holds a control token as text.
     """
     check_no_control_tokens(template, turns)
-    return render_turns(template, turns, add_generation_prompt=True)
+    return _rendered(template, template.source, turns, True, ())
 
 
 def render(template: Template, conversation: Conversation, answers: Iterable[int]) -> Rendering:
@@ -112,7 +124,7 @@ def check_shape(template: Template, conversation: Conversation) -> None:
 def render_turns(
     template: Template, turns: Sequence[Turn], add_generation_prompt: bool, tools: Sequence[dict] = ()
 ) -> str:
-    """Write turns as transformers does, with nothing checked.
+    """Write turns of a row as transformers does, with nothing checked.
 
     Args:
         template: how to write.
@@ -123,13 +135,23 @@ def render_turns(
     Raises:
         DataError: the template fails on them.
     """
+    return _rendered(template, _in_rows(template.source), turns, add_generation_prompt, tools)
+
+
+def _in_rows(source: str) -> str:
+    return _CLOCK + source if "strftime_now" in source else source
+
+
+def _rendered(
+    template: Template, source: str, turns: Sequence[Turn], add_generation_prompt: bool, tools: Sequence[dict]
+) -> str:
     from jinja2 import TemplateError
 
     try:
         text = template.tokenizer.apply_chat_template(
             [as_message(turn) for turn in turns],
             tools=list(tools) or None,
-            chat_template=template.source,
+            chat_template=source,
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
         )
@@ -199,7 +221,7 @@ def _block_spans(template: Template, conversation: Conversation, text: str) -> d
     _, (blocks,) = render_jinja_template(
         conversations=[[as_message(turn) for turn in conversation.turns]],
         tools=list(conversation.tools) or None,
-        chat_template=template.source,
+        chat_template=_in_rows(template.source),
         return_assistant_tokens_mask=True,
         **template.tokenizer.special_tokens_map,
     )

@@ -10,9 +10,9 @@ source: transformers documentation, "Tool use"; OpenAI API reference, chat compl
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 
+from qlora_lite.data.json_rows import decode_text
 from qlora_lite.errors import DataError
 
 UNBALANCED = "unbalanced tool calls"
@@ -120,9 +120,9 @@ def _parsed(value: object, what: str) -> object:
     if not isinstance(value, str) or not value.strip():
         return value
     try:
-        return json.loads(value)
+        return decode_text(value)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{what} holds text that is not JSON ({error}); write it as JSON") from None
+        raise DataError(f"{what} holds text that is not JSON ({error}); correct it") from None
 
 
 def _is_wrapped(tool: object) -> bool:

@@ -132,11 +132,12 @@ class Source(_Section):
     """One place that rows come from; a bare path is short for {path: PATH}."""
 
     path: Text
-    """A data file (JSON, JSONL, CSV, TSV, Parquet, Arrow, text; text kinds also as .gz or .zst), a folder, a
-    glob pattern, or a hub data set, hub:OWNER/NAME, hub:OWNER/NAME/CONFIG or either with :SPLIT."""
+    """A data file (JSON, JSONL, CSV, TSV, Parquet, Arrow, text; text kinds also as .gz or .zst), a folder or glob
+    pattern with files of one kind, or a hub data set, hub:OWNER/NAME, hub:OWNER/NAME/CONFIG or either with :SPLIT.
+    Blank lines in a text file (.txt, .text, .md) part its documents; in one without any, each line is a document."""
     format: Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text", "table"] | None = None
     """Shape of the rows; null recognises it from the first row. A table is any columns, with prompt and
-    completion."""
+    completion; text is also the format of a plain-text file whose name does not say so."""
     weight: PositiveFloat = 1.0
     """How often each row is used per epoch: 2 is twice, 0.5 every second row."""
     prompt: Text | None = None
@@ -161,7 +162,8 @@ class Data(_Section):
     eval: _Sources | None = None
     """Evaluation rows; null evaluates nothing."""
     template: Text | None = None
-    """Chat template: a name (plain suits a base model) or a .jinja file; null is the model's own."""
+    """Chat template: a name (plain suits a base model) or a .jinja file; null is the model's own. Where one writes
+    today's date, rows have 26 July 2024, so that they are the same every day; prompts to answer have the real one."""
     train_on: Literal["assistant", "completion", "all", "last"] = "assistant"
     """Which tokens are learned: every assistant message, the completion, all tokens, or the last answer."""
     train_on_end: bool = True

@@ -46,10 +46,16 @@ FAULTS = {
     "a nested null": (GOOD_TALK, talk(("user", "q"), ("assistant", None)), MALFORMED, "turn 2.*missing or null; every"),
     "a number as text": (GOOD, row(7), MALFORMED, "'prompt' is a number, not text; put it in quotes"),
     "a boolean as text": (GOOD, row(True), MALFORMED, "'prompt' is a boolean, not text; put it in quotes"),
-    "a list as text": (GOOD, row(["q"]), MALFORMED, "'prompt' is a list, not text; put it in quotes"),
-    "an object as text": (GOOD, row({"q": 1}), MALFORMED, "'prompt' is an object, not text; put it in quotes"),
+    "a list as text": (GOOD, row(["q"]), MALFORMED, "'prompt' is a list, not text; write it as text"),
+    "turns instead of text": (
+        GOOD, row([{"role": "user", "content": "q"}]), MALFORMED, "'prompt' is a list.*as one list, .*format messages"
+    ),
+    "an object as text": (GOOD, row({"q": 1}), MALFORMED, "'prompt' is an object, not text; write it as text"),
     "a missing field": (GOOD, b'{"prompt": "q"}', MALFORMED, "'completion' is missing or null; every row needs it"),
     "an empty field": (GOOD, row("q", ""), MALFORMED, "'completion' is empty; fill it in or remove the row"),
+    "an empty system turn": (
+        GOOD_TALK, talk(("system", ""), ("user", "q"), ("assistant", "a")), MALFORMED, "turn 1 .*empty.*remove the turn"
+    ),
     "a field of white space": (GOOD, row(" \t\n"), MALFORMED, "'prompt' is empty; fill it in or remove the row"),
     "no turns": (GOOD_TALK, b'{"messages": []}', MALFORMED, "no list of turns.*are two formats mixed"),
     "no answer": (GOOD_TALK, talk(("user", "q")), MALFORMED, "no answer: the last turn must be the assistant's"),
@@ -120,6 +126,13 @@ def test_what_carries_no_meaning_is_no_fault(write, tokenizer, name, content, li
 def test_one_json_array_that_is_named_jsonl_is_named_at_its_first_line(write, tokenizer):
     path = write("rows.jsonl", b"[\n" + GOOD + b",\n" + GOOD + b"\n]")
     with pytest.raises(DataError, match=rf"{path}:1: this is one JSON document over several lines; name the file"):
+        build_examples([Source(path)], tokenizer)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_one_object_over_several_lines_is_not_told_to_take_the_name_that_it_has(write, tokenizer, name):
+    path = write(name, json.dumps({"data": [{"prompt": "q", "completion": "a"}]}, indent=1))
+    with pytest.raises(DataError, match=rf"{path}:1: one JSON object over several lines; put each row on one line, or"):
         build_examples([Source(path)], tokenizer)
 
 

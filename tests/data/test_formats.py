@@ -1,8 +1,19 @@
 """Formats are recognised by their keys, and a row that does not fit is named with what is wrong."""
 
-import pytest
+import re
 
-from qlora_lite.data.formats import Conversation, Document, Turn, read_conversations
+import pytest
+import yaml
+
+from qlora_lite.data.formats import (
+    Conversation,
+    Document,
+    Turn,
+    check_format,
+    read_conversations,
+    recognise,
+    unused_columns,
+)
 from qlora_lite.data.lines import Problems
 from qlora_lite.data.read import Source
 from qlora_lite.errors import DataError
@@ -53,6 +64,8 @@ def read(write):
         ({"instruction": "q", "input": "", "output": "a", "system": None}, PAIR),
         ({"instruction": "q", "input": "x", "output": "a"}, (Turn("user", "q\n\nx"), PAIR[1])),
         ({"prompt": "q", "completion": "a", "id": 7}, PAIR),
+        ({"prompt": "q", "completion": "a", "system": ""}, PAIR),
+        ({"prompt": "q", "completion": "a", "system": "s"}, WITH_SYSTEM),
     ],
 )  # fmt: skip
 def test_a_row_becomes_turns(read, row, turns):
@@ -76,6 +89,22 @@ def test_a_table_fills_its_templates_and_nothing_else_in_them(read):
 def test_an_explicit_format_wins_over_recognition(read):
     (document,), _ = read([{"text": "t", "prompt": "q", "completion": "a"}], format="text")
     assert isinstance(document, Document)
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "unused"),
+    [
+        ({"messages": [], "system": "s", "tools": [], "id": 7, "prompt": "q"}, {}, ["id", "prompt"]),
+        ({"conversations": [{"from": "human"}], "score": 1}, {}, ["score"]),
+        ({"instruction": "q", "input": "", "output": "a", "system": "s"}, {}, []),
+        ({"prompt": "q", "completion": "a", "system": "s", "instruction": "x"}, {}, ["instruction"]),
+        ({"text": "t", "label": 1}, {}, ["label"]),
+        ({"q": "x", "a": "y", "b": "z"}, {"prompt": "{q} {q}", "completion": "{{b}} {a}"}, ["b"]),
+    ],
+)
+def test_the_columns_that_a_format_does_not_look_at_are_listed(row, settings, unused):
+    source = Source("a.jsonl", **settings)
+    assert unused_columns(row, check_format(source) or recognise(row, "a.jsonl:1", source), source) == unused
 
 
 @pytest.mark.parametrize(
@@ -155,6 +184,26 @@ def test_settings_that_do_not_go_together_are_an_error(read, settings, said):
         read([{"q": "x", "a": "y"}], **settings)
 
 
-def test_columns_that_no_format_has_are_an_error_that_shows_the_cure(read):
-    with pytest.raises(DataError, match=r"'question', 'answer'; say which ones to use with prompt: '\{column\}'"):
-        read([{"question": "x", "answer": "y"}])
+def test_columns_that_no_format_has_are_an_error_that_shows_the_cure(write):
+    path = write("a.csv", "question,answer,id\nx,y,1\n")
+    cure = f'data.train: [{{path: "{path}", prompt: "{{question}}", completion: "{{answer}}"}}]'
+    message = f"{path}:2: no format has the columns 'question', 'answer', 'id'; say which ones to use, as in {cure}"
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        list(read_conversations(Source(path), Problems()))
+    item = yaml.safe_load(cure)["data.train"][0]
+    (conversation,) = read_conversations(Source(**item), Problems())
+    assert [turn.content for turn in conversation.turns] == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "said"),
+    [
+        ("a.csv", "q;a", "parted by semicolons? then save it with commas"),
+        ("a.csv", "q\ta", "parted by tabs? then name it .tsv"),
+        ("a.tsv", "q,a", "parted by commas? then name it .csv"),
+        ("a.csv", "q", "for plain text, name the column text"),
+    ],
+)
+def test_one_column_that_no_format_has_may_be_several_that_are_parted_by_another_sign(write, name, header, said):
+    with pytest.raises(DataError, match=re.escape(said)):
+        list(read_conversations(Source(write(name, f"{header}\nx\n")), Problems()))

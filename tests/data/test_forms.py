@@ -12,7 +12,7 @@ from qlora_lite.data.formats import Conversation, Turn
 from qlora_lite.data.forms import make_form
 from qlora_lite.data.mask import render_row
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
-from qlora_lite.data.render import render
+from qlora_lite.data.render import ROW_DAY, render
 from qlora_lite.data.template import choose_template
 from qlora_lite.errors import DataError
 
@@ -57,6 +57,15 @@ def test_a_form_of_a_random_template_gives_what_rendering_gives(form, talks, add
     assert_fills_as_rendered(made, template, first)
     if [turn.role for turn in first] == [turn.role for turn in second]:
         assert_fills_as_rendered(made, template, second)
+
+
+@pytest.mark.parametrize("code", ["%d %b %Y", "%-d %B", "%A, %j", "%Y-%m-%d %H:%M:%S", "%y%U%p %x", "%F %T", "none"])
+def test_a_template_that_writes_the_date_has_a_form_since_the_clock_in_jinja_is_that_of_python(code):
+    chatml = "{% set today = strftime_now(format='" + code + "') %}\n  {{ today }}\n" + NAMED_TEMPLATES["chatml"]
+    template = template_of(chatml)
+    form = make_form(template, Conversation(TALK, "f:1"))
+    assert form.own[0].startswith(f"  {ROW_DAY.strftime(code)}\n<|im_start|>")
+    assert_fills_as_rendered(form, template, TALK)
 
 
 @pytest.mark.parametrize("name", NAMED_TEMPLATES)

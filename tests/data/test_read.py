@@ -1,14 +1,17 @@
 """Every row has its place, and every row that is not whole is named."""
 
+import csv
 import gzip
 import json
 import os
+import re
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from qlora_lite.data.lines import MAX_ROW_BYTES, Problems
+from qlora_lite.data.opening import left_out
 from qlora_lite.data.read import Source, read_rows
 from qlora_lite.errors import DataError
 
@@ -148,6 +151,66 @@ def test_a_malformed_csv_row_is_named(write, body, line, said):
     assert message.startswith(f"{path}:{line}: ") and said in message
 
 
+def read_with_problems(path):
+    problems = Problems()
+    return [row for _, row in read_rows(Source(path), problems)], problems
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ('"q2,a2\n' + "q,a\n" * 1000, r"lines 3 to 1,003 were read as one row"),
+        ('"q2,a2\n' + "q,a\n" * 9 + 'q,"a"\n', r"lines 3 to 13 were read as one row"),
+        ('"q2,a2\n' + "q,a\n" * 9 + 'q"\n', r"1 fields, but .* lines 3 to 13 were read as one row"),
+    ],
+)
+def test_a_quote_left_open_is_fatal_since_good_rows_are_lost_with_it(write, body, said):
+    path = write("a.csv", "q,a\nq1,a1\n" + body)
+    rows, problems = read_with_problems(path)
+    assert rows == [{"q": "q1", "a": "a1"}] and problems.count == 1
+    assert problems.too_many(1000) and re.search(rf"^{path}:3: .*{said}", problems.shown[0])
+
+
+def test_a_bad_csv_row_of_one_line_is_not_fatal(write):
+    rows, problems = read_with_problems(write("a.csv", 'q,a\n"1"x,2\n1\n3,4\n'))
+    assert rows == [{"q": "3", "a": "4"}] and problems.count == 2 and not problems.too_many(2)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [(b'"caf\xe9', b'more",2'), (b'"one', b"caf\xe9", b'more",2'), (b'"one', b'caf\xe9",2'), (b'"one', b'caf\0",2')],
+)
+def test_a_csv_row_with_a_bad_line_in_it_is_left_out_whole_and_named_once(write, lines):
+    path = write("a.csv", b"\n".join([b"q,a", *lines, b"good,3", b""]))
+    rows, problems = read_with_problems(path)
+    bad_line = 2 + next(index for index, line in enumerate(lines) if b"caf" in line)
+    assert rows == [{"q": "good", "a": "3"}]
+    assert problems.count == 1 and problems.shown[0].startswith(f"{path}:{bad_line}: ") and not problems.fatal
+
+
+def test_a_csv_line_that_is_too_long_to_be_read_is_fatal_since_its_quotes_are_not_known(write):
+    path = write("a.csv", b'q,a\n"' + b"a" * MAX_ROW_BYTES + b'\nrest",2\n')
+    _, problems = read_with_problems(path)
+    assert problems.fatal and problems.shown[0].startswith(f"{path}:2: a line of more than 5,000,000 bytes")
+
+
+@pytest.mark.parametrize(
+    ("header", "said"), [(b"caf\xe9,a", "not UTF-8"), (b'"q"x,a', "not CSV"), (b'"q,a', "not CSV")]
+)
+def test_a_csv_header_that_cannot_be_read_is_an_error_and_the_next_row_takes_not_its_place(write, header, said):
+    path = write("a.csv", header + b"\n1,2\n3,4\n")
+    with pytest.raises(DataError, match=rf"^{path}:1: .*{said}"):
+        read_with_problems(path)
+
+
+def test_a_csv_field_may_be_as_long_as_a_row_and_the_limit_of_the_process_stays(write):
+    default, long = 131_072, "a" * 1_000_000
+    path = write("a.csv", f"q,a\n{long},1\nb,2\n")
+    rows = read_rows(Source(path))
+    assert next(rows)[1] == {"q": long, "a": "1"} and csv.field_size_limit() == default
+    assert len(list(rows)) == 1
+
+
 @pytest.mark.parametrize("header", ["q,q", "q,"])
 def test_a_csv_header_must_name_each_column_once(write, header):
     assert "must name every column once" in failure(write("a.csv", f"{header}\n1,2\n"))
@@ -159,9 +222,9 @@ def test_text_is_split_at_blank_lines_and_named_by_the_first_line(write):
 
 
 def test_text_without_blank_lines_has_one_document_per_line(write):
-    path = write("sst2.train", "1 good\n0 bad\n")
+    path = write("sst2.txt", "1 good\n0 bad\n")
     assert rows_of(path) == [(f"{path}:1", {"text": "1 good"}), (f"{path}:2", {"text": "0 bad"})]
-    path = write("sst2.train", "\n \n1 good\n0 bad\n\n\n")
+    path = write("sst2.txt", "\n \n1 good\n0 bad\n\n\n")
     assert [where.rpartition(":")[2] for where, _ in rows_of(path)] == ["3", "4"]
 
 
@@ -203,7 +266,7 @@ def test_a_parquet_file_cut_short_is_an_error(tmp_path, write):
     assert "not a whole arrow file" in failure(write("a.arrow", b"ARROW1rubbish"))
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt", "a.unknown"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt"])
 @pytest.mark.parametrize("content", ["", "\n\n"])
 def test_a_file_without_rows_is_an_error(write, name, content):
     assert "has no rows" in failure(write(name, content))
@@ -216,7 +279,7 @@ def test_a_json_list_without_rows_is_an_error(write):
 def test_a_folder_gives_its_data_files_in_order_of_name(write, tmp_path):
     write("set/b.jsonl", '{"text": "b"}')
     write("set/deep/a.jsonl", '{"text": "deep"}')
-    write("set/a.csv", "text\na\n")
+    write("set/a.ndjson", '{"text": "a"}')
     write("set/README", "no data")
     assert [row["text"] for _, row in rows_of(tmp_path / "set")] == ["a", "b", "deep"]
     assert [row["text"] for _, row in rows_of(tmp_path / "set" / "*.jsonl")] == ["b"]
@@ -224,10 +287,42 @@ def test_a_folder_gives_its_data_files_in_order_of_name(write, tmp_path):
 
 def test_a_folder_without_data_and_a_missing_file_are_errors(write, tmp_path):
     write("set/notes", "x")
+    write("set/README.md", "x")
     write("set/.hidden.jsonl", GOOD)
     assert "no data file in this folder" in failure(tmp_path / "set")
     assert "no such file" in failure(tmp_path / "nothing.jsonl")
     assert "no such file" in failure(tmp_path / "nothing*.jsonl")
+
+
+def test_what_a_folder_holds_besides_its_data_is_not_read_and_listed(write, tmp_path):
+    write("set/b.jsonl", GOOD)
+    for name in ("README.md", "card.md.gz", "notes", "a.xml", "deep/rows"):
+        write(f"set/{name}", f"{GOOD}\n")
+    for name in ("set/.hidden.xml", "other/c.jsonl"):
+        write(name, GOOD)
+    (tmp_path / "set" / "link").symlink_to(tmp_path / "other")
+    assert [where for where, _ in rows_of(tmp_path / "set")] == [f"{tmp_path}/set/b.jsonl:1"]
+    found = [str(path.relative_to(tmp_path / "set")) for path in left_out(str(tmp_path / "set"))]
+    assert found == ["README.md", "a.xml", "card.md.gz", "deep/rows", "link", "notes"]
+    assert left_out(str(tmp_path / "set" / "*")) == left_out(str(tmp_path / "set" / "b.jsonl")) == []
+
+
+def test_files_of_several_kinds_are_not_one_source(write, tmp_path):
+    for name in ("a.jsonl", "deep/b.jsonl.gz", "LICENSE.txt"):
+        write(f"set/{name}", GOOD)
+    assert failure(tmp_path / "set").startswith(f"{tmp_path}/set: files of several kinds (2 jsonl, 1 text); name those")
+    assert "several kinds (1 jsonl, 1 text)" in failure(tmp_path / "set" / "*.*")
+
+
+@pytest.mark.parametrize("name", ["rows", "rows.jsonlines", "rows.xml", "rows.train.gz"])
+def test_a_name_that_does_not_say_what_is_in_it_is_an_error_unless_the_format_is_text(write, name):
+    content = f"{GOOD}\n".encode()
+    path = write(name, gzip.compress(content) if name.endswith(".gz") else content)
+    message = failure(path)
+    assert message.startswith(f"{path}: the name does not say what is in it; name it like rows.jsonl")
+    assert ".ndjson" in message and "format: text" in message
+    assert rows_of(path, format="text") == [(f"{path}:1", {"text": GOOD})]
+    assert len(rows_of(write("rows.jsonl", GOOD), format="text")[0][1]["text"]) == 1  # a known name is still believed
 
 
 def test_a_fifo_and_a_symlink_loop_are_errors_and_do_not_hang(tmp_path):
@@ -281,7 +376,6 @@ def test_a_file_of_another_kind_than_its_name_says_is_an_error_with_the_cure(wri
         ("a.csv", 'text\n"a\nb"\nc\n'),
         ("a.tsv", "text\tn\na\t1\n"),
         ("a.txt", "one\ntwo\n\nthree\n"),
-        ("a.train", "1 good\n0 bad\n"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -303,7 +397,7 @@ def test_a_gzip_of_several_parts_is_read_whole_and_rubbish_behind_it_is_an_error
 
 def test_a_folder_gives_its_compressed_files_too(write, tmp_path):
     write("set/b.jsonl.gz", gzip.compress(b'{"text": "b"}'))
-    write("set/a.csv.zst", compressed(b"text\na\n", ".zst"))
+    write("set/a.jsonl.zst", compressed(b'{"text": "a"}', ".zst"))
     write("set/model.bin.gz", gzip.compress(b"no data"))
     assert [row["text"] for _, row in rows_of(tmp_path / "set")] == ["a", "b"]
 

@@ -1,5 +1,7 @@
 """The text of a row, and the characters of its answers."""
 
+from datetime import datetime
+
 import pytest
 from tiny_tokenizer import make_tokenizer
 
@@ -139,6 +141,16 @@ def test_a_generation_block_is_found_behind_begin_of_text(tmp_path):
     (tmp_path / "t.jinja").write_text(GENERATION.replace("END", "<|im_end|>").replace("AFTER", "\n"))
     template = choose_template(make_tokenizer(adds_begin=True), str(tmp_path / "t.jinja"))
     assert answers_of(template) == ["two<|im_end|>", "four<|im_end|>"]
+
+
+@pytest.mark.parametrize("source", [CHATML, GENERATION.replace("END", "<|im_end|>")])
+def test_a_template_that_writes_the_date_writes_one_day_in_rows_and_today_in_prompts(own, source):
+    plain, dated = own(source), own("  {% if true %}{{ strftime_now('%d %B %Y') + '\n' }}{% endif %}" + source)
+    assert answers_of(dated) == answers_of(plain)
+    text = render(dated, Conversation(TURNS, "f:1"), (1,)).text
+    assert text == "26 July 2024\n" + render(plain, Conversation(TURNS, "f:1"), (1,)).text
+    today = datetime.strptime(render_prompt(dated, TURNS[:1]).partition("\n")[0], "%d %B %Y")
+    assert 0 <= (datetime.now() - today).days <= 1
 
 
 def test_a_generation_block_that_no_end_token_follows_is_an_error(own):

@@ -196,6 +196,29 @@ def test_tools_that_do_not_fit_are_an_error(read, row, said):
     assert len(problems.shown) == 1 and ":1: " in problems.shown[0] and said in problems.shown[0]
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"a": 1, "a": 2}', "the key 'a' stands twice"),
+        ('{"a": NaN}', "NaN is not JSON"),
+        ('{"a": "\\ud800"}', "surrogate"),
+        ('{"a": 1} {"b": 2}', "something follows the value: ' {"),
+        ('{"a": ' * 100_000, "is not JSON"),
+    ],
+)
+def test_json_text_in_a_row_is_read_as_strictly_as_the_row(read, text, said):
+    _, problems = read([{"messages": [USER, CALLING | {"tool_calls": [{"name": "f", "arguments": text}]}]}])
+    assert len(problems.shown) == 1 and "call of 'f' holds text" in problems.shown[0] and said in problems.shown[0]
+    _, problems = read([{"messages": [USER, ANSWER], "tools": text}])
+    assert len(problems.shown) == 1 and "tools holds text" in problems.shown[0] and said in problems.shown[0]
+
+
+def test_json_text_in_a_row_may_stand_between_white_space(read):
+    calling = CALLING | {"tool_calls": [{"name": "f", "arguments": ' {"a": 1}\n'}]}
+    ((conversation,), problems) = read([{"messages": [USER, calling]}])
+    assert problems.count == 0 and conversation.turns[1].calls[0]["function"]["arguments"] == {"a": 1}
+
+
 def test_a_template_that_ignores_tools_or_calls_is_an_error(build):
     plain = make_tokenizer()
     with pytest.raises(DataError, match="does not write the tool 'add'"):

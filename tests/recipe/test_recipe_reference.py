@@ -1,9 +1,14 @@
+import inspect
+from contextlib import nullcontext
+
 import pytest
 
-from qlora_lite.data import formats
+from qlora_lite.data import batch, examples, formats, hub
+from qlora_lite.errors import DataError
 from qlora_lite.recipe import reference
 from qlora_lite.recipe.foreign_names import _ADVICE, _KEY_OF
-from qlora_lite.recipe.schema import Recipe, Source, Target
+from qlora_lite.recipe.paths import PathProblem, find_data
+from qlora_lite.recipe.schema import Data, Recipe, Source, Target
 from qlora_lite.train import schedule
 
 
@@ -45,6 +50,29 @@ def test_every_local_name_in_the_foreign_table_exists_and_no_foreign_name_is_one
 
 
 def test_the_choices_of_the_recipe_are_those_of_the_layers_that_do_the_work():
-    assert reference.choices_of(reference.field_at(("train", "lr_scheduler"))) == schedule.SCHEDULES
+    for (section, name), choices in {
+        ("train", "lr_scheduler"): schedule.SCHEDULES, ("data", "train_on"): examples.TRAIN_ON,
+        ("data", "overflow"): examples.OVERFLOW, ("data", "order"): batch.ORDERS,
+    }.items():  # fmt: skip
+        assert reference.choices_of(reference.field_at((section, name))) == choices, name
     row_format = reference.rule_of(Source.model_fields["format"])
     assert row_format == f"{', '.join(formats.FORMATS[:-1])} or {formats.FORMATS[-1]}, or null"
+
+
+@pytest.mark.parametrize("function", [examples.build_examples, examples.read_examples])
+def test_the_functions_that_make_rows_have_the_defaults_of_the_recipe(function):
+    parameters = inspect.signature(function).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.name in Data.model_fields}
+    assert len(defaults) >= 5
+    assert defaults == {name: Data.model_fields[name].default for name in defaults}
+
+
+@pytest.mark.parametrize(
+    ("path", "is_good"),
+    [("hub:a/b", True), ("hub:a/b/c:d", True), ("hub:a/b:c", True), ("hub:a", False), ("hub:a/b/c/d", False),
+     ("hub:a/b:c[:5]", False), ("hub:a/b:", False), ("hub:a/ö", False)],
+)  # fmt: skip
+def test_the_recipe_and_the_reader_of_the_hub_know_the_same_paths(path, is_good):
+    for check, fault in ((lambda: find_data(path, "."), PathProblem), (lambda: hub.parse(path), DataError)):
+        with nullcontext() if is_good else pytest.raises(fault, match="must be hub:OWNER/NAME, hub:OWNER/NAME/CONFIG"):
+            check()
