@@ -4,7 +4,6 @@ A base that was replaced or moved since, a run that did not reach its end, an ad
 found here, before a merge or an export works for an hour on it.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,8 +107,7 @@ def open_trained(run: str | Path, model_path: str | None = None, unfinished: boo
         ModelError: the base model is gone or is another one.
     """
     folder, opened = Path(run), open_run(run)
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    if (status := summary.get("status")) != "complete" and not unfinished:
+    if (status := opened.summary.get("status")) != "complete" and not unfinished:
         raise RecipeError(
             f"the run {folder} did not reach its end (status {status}); its last adapter is {opened.adapter}: "
             "add --unfinished to use that one, or go on with qlora-lite train --resume"
@@ -120,7 +118,7 @@ def open_trained(run: str | Path, model_path: str | None = None, unfinished: boo
     except ModelError as error:
         moved = f"the base model of {folder} is not where it was ({opened.recipe.model.path}): {error}"
         raise ModelError(moved if model_path else f"{moved}. Say where it is now with --model PATH") from error
-    _check_base(summary, files, folder)
+    _check_base(opened.summary, files, folder)
     name = folder.resolve().name
     return TrainedRun(name, recipe, opened.adapter, opened.end_token_ids, files)
 
