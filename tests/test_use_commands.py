@@ -37,7 +37,7 @@ def test_export_says_what_was_written_how_well_and_how_to_use_it(form, runs, com
 def test_compare_prints_a_table_or_one_object(runs, command, tmp_path):
     code, out, _ = command("compare", *runs, "--base", "--rows", 2, "--out", tmp_path / "page")
     names = "base", "run1", "run2"
-    assert code == 0 and all(re.search(rf"^{name} +\d+\.\d{{4}}", out, re.MULTILINE) for name in names)
+    assert code == 0 and all(re.search(rf"^{name} +6 +\d+ +\d+\.\d{{4}}", out, re.MULTILINE) for name in names)
     assert (tmp_path / "page" / "compare.html").exists()
     code, out, _ = command("compare", *runs, "--json")
     assert code == 0 and out.count("\n") == 1 and [m["name"] for m in json.loads(out)["models"]] == ["run1", "run2"]
