@@ -46,9 +46,11 @@ def write_text(path: Path, text: str) -> None:
     """Replace a file's content in one step.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: it cannot be written, or is a folder.
     """
     with explain_write_errors(path):
+        if path.is_dir():
+            raise OutputError(f"cannot write {path}: it is a folder; name a file")
         beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             beside.write_text(text, encoding="utf-8")
@@ -66,6 +68,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: it cannot be written; ``path`` is then as it was.
     """
+    _check_name(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     with explain_write_errors(path):
@@ -90,12 +93,18 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
 
 
+def _check_name(path: Path) -> None:
+    if path.name in ("", ".."):
+        raise OutputError(f"{path} is a folder without a name here, which cannot be replaced; name a new one in it")
+
+
 def require_empty(path: Path) -> None:
     """Check that a folder may be written: it is new, or holds nothing.
 
     Raises:
         OutputError: something is there.
     """
+    _check_name(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise OutputError(f"{path} is not an empty folder; choose another --out")
 
