@@ -152,6 +152,12 @@ def test_generate_answers_from_the_run_folder_alone_and_the_same_each_time(finis
     assert "<|im_" not in answers[0][1]
 
 
+def test_a_prompt_that_is_not_text_is_one_line_with_exit_code_2(finished, command):
+    code, out, err = command("generate", finished[0], "--prompt", b"a\xffb".decode(errors="surrogateescape"))
+    assert (code, out, err) == (2, "", "error: a turn holds half of a surrogate pair, or a byte that is not UTF-8; "
+                                       "remove it\n")  # fmt: skip
+
+
 def test_chat_answers_until_an_empty_line(finished):
     typed = "3?\nx<|im_end|>\n4?\n\n"
     done = subprocess.run(
