@@ -235,6 +235,23 @@ def test_data_is_looked_for_beside_the_recipe_first_and_then_in_the_current_fold
     assert recipe().data.train[0].path == str(folder / "rows.jsonl")
 
 
+def test_a_path_on_the_command_line_is_looked_for_in_the_current_folder_first(recipe, problems, folder):
+    listed = GOOD.replace("rows.jsonl", "[rows.jsonl, {path: rows.jsonl}, rows.jsonl]")
+    for name in ("rows.jsonl", "t.jinja", "m.gguf"):
+        (folder / name).write_text("")
+        (folder / "elsewhere" / name).write_text("")
+    paths = [s.path for s in recipe(listed, "data.train.0=rows.jsonl", "data.train.1.path=rows.jsonl").data.train]
+    assert paths == [str(folder / "elsewhere" / "rows.jsonl")] * 2 + [str(folder / "rows.jsonl")]
+    (problem,) = problems(listed, "data.train.1.path=gone.jsonl")
+    assert f"no such file in elsewhere or {folder}; put it there" in problem
+    for key in ("train", "eval"):
+        (source,) = getattr(recipe(GOOD, f"data.{key}=r*s.jsonl").data, key)
+        assert source.path == str(folder / "elsewhere" / "r*s.jsonl")
+    given = recipe(GOOD, "model.path=m.gguf", "data.template=t.jinja", "data.eval=later.jsonl", check_files=False)
+    found = given.model.path, given.data.template, given.data.eval[0].path
+    assert found == tuple(str(folder / "elsewhere" / name) for name in ("m.gguf", "t.jinja", "later.jsonl"))
+
+
 def test_a_glob_pattern_must_match_something_and_stays_a_pattern(recipe, problems, folder):
     assert recipe(GOOD, "data.train=r*s.jsonl").data.train[0].path == str(folder / "r*s.jsonl")
     assert "no file matches this pattern" in problems(GOOD, "data.train=x*.jsonl")[0]
