@@ -130,6 +130,14 @@ def test_a_system_message_that_all_training_rows_share_is_the_modelfile_s(tmp_pa
         assert [line for line in lines if line.startswith("SYSTEM")] == expected
 
 
+def test_a_run_whose_training_rows_are_gone_is_exported_without_a_system_message(tmp_path):
+    run = tiny_run(tmp_path, merges=MERGES)
+    (tmp_path / "train.jsonl").unlink()
+    (note,) = export_run(run, tmp_path / "out", ExportSettings("ollama"))["notes"]
+    assert note.startswith("no SYSTEM line: the training rows") and str(tmp_path / "train.jsonl") in note
+    assert "SYSTEM" not in (tmp_path / "out" / "Modelfile").read_text()
+
+
 @pytest.mark.parametrize(("go", "expected"), [
     ("a{{ .System }}b", "aSb"),
     ("a {{- .System -}} b", "aSb"),
