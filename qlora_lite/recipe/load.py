@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -264,8 +263,8 @@ def _cure(node: Node, field: FieldInfo, location: Location) -> str:
         bare = value.replace("_", "").replace(",", "").lstrip("0")
         if "number" in rule and bare != value and isinstance(scalar_value(bare), int | float):
             return f"write {bare}"
-        if close := get_close_matches(value.lower(), reference.choices_of(field), 1, 0.6):
-            return f"did you mean {close[0]}?"
+        if meant := foreign_names.meant_value(value, reference.choices_of(field)):
+            return f"did you mean {meant}?"
     elif rule.startswith("text") and not worded and value is not None:
         return f'put it in quotes: "{node.text}"' if node.text else 'put text in quotes, such as "{question}"'
     if value == "":

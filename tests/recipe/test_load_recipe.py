@@ -156,7 +156,8 @@ def test_a_section_that_is_no_mapping_is_an_error_that_shows_how_to_write_it(pro
         ("rank: 3", "lora.rank"), ("Learning-Rate: 3", "train.learning_rate"), ("lora.rank: 3", "lora.rank"),
         ("lora: {lora_dropout: 0}", "lora.dropout"), ("train: {learning_rat: 1}", "train.learning_rate"),
         ("train: {rank: 1}", "lora.rank"), ("memroy: {}", "memory"),
-        ("flash_attention: true", "fastest attention"),
+        ("flash_attention: true", "fastest attention"), ("load_in_8bit: true", "no 8-bit base"),
+        ("lora: {use_dora: true}", "without DoRA's norms"), ("group_by_length: true", "data.order: by-length"),
     ],
 )  # fmt: skip
 def test_a_foreign_or_misspelt_name_is_answered_with_the_local_one(problems, line, local):
@@ -164,6 +165,24 @@ def test_a_foreign_or_misspelt_name_is_answered_with_the_local_one(problems, lin
     assert problem.startswith("r.yaml:3: ")
     assert "is not a setting; " in problem
     assert local in problem.partition("; ")[2]
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("model.device=gpu", "cuda"), ("lora.dtype=FP32", "float32"), ("train.optimizer=adamw", "adamw_torch"),
+        ("train.lr_scheduler=none", "constant"), ("data.order=random", "shuffle"), ("model.quant=int4", "nf4"),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_trainer_is_answered_with_the_one_that_means_the_same(problems, override, meant):
+    assert problems(GOOD, override)[0].endswith(f"; did you mean {meant}?")
+
+
+def test_a_setting_of_a_place_that_rows_come_from_is_shown_where_it_goes(problems):
+    (problem,) = problems(GOOD, "data.prompt='{question}'")
+    assert problem.endswith("it belongs to a place that rows come from, as in data.train: [{path: FILE, prompt: ...}]")
+    (problem,) = problems("model: {path: a/b}\ndata: {path: rows.jsonl}\n")
+    assert problem.endswith("as in data.train: [{path: FILE}]"), "nor is data.train called missing as well"
 
 
 def test_a_renamed_key_is_not_called_missing_as_well(problems):
