@@ -13,12 +13,14 @@ import importlib.util
 import os
 import re
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 
 from .schema import Recipe, Source
 from .strict_yaml import NOT_TEXT, shown
 
 Bases = tuple[str, str]  # the folders that a relative path is looked for in, the first one first
+TEMPLATES = "chatml", "llama3", "mistral", "gemma", "alpaca", "plain"  # names that data.template takes
 _GLOB = re.compile(r"[*?\[]")
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 _HUB_DATA = re.compile(r"hub:[\w.-]+/[\w.-]+(/[\w.-]+)?(:\w+)?", re.ASCII)
@@ -102,9 +104,15 @@ def find_template(template: str, bases: Bases) -> str:
     """Return `data.template` with a file's path made absolute; a template's name stays as it is.
 
     Raises:
-        PathProblem: it names a file that is not there.
+        PathProblem: it names a file that is not there, or is no name of a template.
     """
-    return find_data(template, bases) if template.endswith(".jinja") else template
+    if template.endswith(".jinja"):
+        return find_data(template, bases)
+    if template not in TEMPLATES:
+        close = get_close_matches(template, TEMPLATES, 1)
+        meant = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(TEMPLATES)}, or a .jinja file"
+        raise PathProblem(f"is no template; {meant}")
+    return template
 
 
 def _searched(path: str, bases: Bases) -> str:
@@ -147,7 +155,7 @@ def resolved(recipe: Recipe, bases: Callable[..., Bases], stem: str) -> Recipe:
     data = {"train": _absolute("train", recipe.data.train, bases)}
     if recipe.data.eval is not None:
         data["eval"] = _absolute("eval", recipe.data.eval, bases)
-    if recipe.data.template is not None:
+    if (recipe.data.template or "").endswith(".jinja"):
         data["template"] = _or_placed(find_template, recipe.data.template, bases("data", "template"))
     output = {"name": recipe.output.name or _name_of(stem)}
     if recipe.output.dir is not None:
