@@ -31,15 +31,17 @@ def explain_write_errors(path: Path) -> Iterator[None]:
 
 
 def _reason(error: OSError, path: Path) -> str:
+    in_cache = path.absolute().is_relative_to(cache_root().absolute())
+    setting = "$QLORA_LITE_CACHE" if in_cache else "output.dir, --out or --html"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         parent = next((p for p in (path, *path.parents) if p.exists()), None)
         free = f" ({format_bytes(shutil.disk_usage(parent).free)} free)" if parent else ""
-        return f"the disk is full{free}; free some space or set output.dir to another disk"
+        return f"the disk is full{free}; free some space or name another disk ({setting})"
     if error.errno == errno.EROFS:
-        return "the disk is read-only; set output.dir to a place that can be written"
+        return f"the disk is read-only; name a place that can be written ({setting})"
     if error.errno in (errno.EACCES, errno.EPERM):
-        return "no permission; change the folder's owner or set output.dir to one of your own"
-    return f"{error.strerror or error}; check the path or set output.dir"
+        return f"no permission; change the folder's owner or name one of your own ({setting})"
+    return f"{error.strerror or error}; check the path ({setting})"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from tiny import build_tiny
 
 from qlora_lite.errors import OutputError
-from qlora_lite.files import explain_write_errors, replacing_folder, require_empty, sha256, write_text
+from qlora_lite.files import cache_root, explain_write_errors, replacing_folder, require_empty, sha256, write_text
 from qlora_lite.lora.adapter import save_adapter
 from qlora_lite.lora.inject import add_lora
 
@@ -75,7 +75,7 @@ def test_a_rename_that_fails_gives_the_old_folder_back(folder, monkeypatch):
     [
         (errno.ENOSPC, r"the disk is full \(.* free\); free some space"),
         (errno.EDQUOT, "the disk is full"),
-        (errno.EROFS, "read-only; set output.dir"),
+        (errno.EROFS, r"read-only; name a place that can be written \(output.dir, --out or --html\)"),
         (errno.EACCES, "no permission; change the folder's owner"),
         (errno.ENOTDIR, "Not a directory; check the path"),
     ],
@@ -99,6 +99,12 @@ def test_a_folder_that_is_there_under_no_name_is_neither_a_file_to_write_nor_rep
         with pytest.raises(OutputError, match="cannot be replaced; name a new one in it"):
             use(Path(path))
     assert content(folder) == {"file": "old"}
+
+
+def test_a_fault_of_the_cache_names_the_cache_s_own_setting():
+    path = cache_root() / "tokens" / "x"
+    with pytest.raises(OutputError, match=r"the disk is full .*\(\$QLORA_LITE_CACHE\)$"), explain_write_errors(path):
+        raise OSError(errno.ENOSPC, "full")
 
 
 def test_a_path_under_a_file_cannot_be_written(folder):
