@@ -281,6 +281,14 @@ def test_a_setting_that_no_path_can_be_is_an_error_without_a_stack_trace(finishe
         assert code == 2 and err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
 
 
+def test_train_says_what_to_type_where_an_option_took_the_recipe_or_has_no_effect(finished, command):
+    folder, recipe, _ = finished
+    assert f"if it is the recipe: qlora-lite train {recipe} --resume" in command("train", "--resume", recipe)[2]
+    assert f"name the recipe: qlora-lite train RECIPE --resume {folder}" in command("train", "--resume", folder)[2]
+    code, out, err = command("train", recipe, "--force")
+    assert (code, out) == (2, "") and "--force is for --resume" in err
+
+
 def test_debug_shows_the_stack_trace_and_its_absence_does_not(command, tmp_path):
     assert "Traceback" in command("--debug", "generate", tmp_path, "--prompt", "x")[2]
     assert "Traceback" not in command("generate", tmp_path, "--prompt", "x")[2]
