@@ -203,6 +203,7 @@ def test_doctor_prints_one_json_object_or_lines(command):
     found = json.loads(out)
     assert code == 0 and out.count("\n") == 1
     assert found.keys() == {"versions", "machine", "notes"} and found["versions"]["torch"] == torch.__version__
+    assert (found["machine"]["cuda"] is None) == (torch.version.cuda is None) and "driver" not in found["machine"]
     code, out, _ = command("doctor")
     assert code == 0 and torch.__version__ in out and "bitsandbytes backend" in out
 
