@@ -100,7 +100,7 @@ def open_trained(run: str | Path, model_path: str | None = None, unfinished: boo
     Args:
         run: a run folder.
         model_path: where the base model lies now, if it moved.
-        unfinished: take the last adapter of a run that did not reach its end.
+        unfinished: take the best adapter so far, else the last, of a run that did not reach its end.
 
     Raises:
         RecipeError: it is not a run folder, has no adapter, or did not reach its end.
@@ -109,8 +109,8 @@ def open_trained(run: str | Path, model_path: str | None = None, unfinished: boo
     folder, opened = Path(run), open_run(run)
     if (status := opened.summary.get("status")) != "complete" and not unfinished:
         raise RecipeError(
-            f"the run {folder} did not reach its end (status {status}); its last adapter is {opened.adapter}: "
-            "add --unfinished to use that one, or go on with qlora-lite train --resume"
+            f"the run {folder} did not reach its end (status {status}); what it has is {opened.adapter}: "
+            "add --unfinished to use that, or go on with qlora-lite train --resume"
         )
     recipe = _where_it_lies_now(opened.recipe, model_path)
     try:

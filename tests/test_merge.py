@@ -233,7 +233,7 @@ def test_nan_missing_and_empty_factors_are_refused(run, tmp_path):
     assert "changes nothing: every lora_B is zero" in zeros
 
 
-def test_a_half_finished_run_offers_its_last_adapter(run, tmp_path):
+def test_a_half_finished_run_offers_the_adapter_it_has(run, tmp_path):
     summary = json.loads((run / "summary.json").read_text()) | {"status": "interrupted"}
     (run / "summary.json").write_text(json.dumps(summary))
     (run / "adapter").rename(run / "adapter-last")

@@ -10,8 +10,9 @@ from .output import prepare
 
 use_options = [
     click.option("--model", "model_path", help="Where the base model lies now, if it moved."),
-    click.option("--unfinished", is_flag=True, help="Take the last adapter of a run that did not reach its end."),
-]
+    click.option("--unfinished", is_flag=True,
+                 help="Take what a run that did not reach its end has: the best adapter so far, else the last."),
+]  # fmt: skip
 
 
 def of_a_run(command):
