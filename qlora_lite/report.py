@@ -26,7 +26,6 @@ from .run_files import RunFiles, curve, figures_of_metrics, number, read_run
 from .units import format_bytes, format_seconds
 
 STATUS_STYLE = {"complete": "good", "interrupted": "warn", "failed": "bad"}
-MAX_SAMPLES = 12
 
 
 def write_report(run_dir: Path) -> Path:
@@ -156,7 +155,7 @@ def _small_charts(run: RunFiles) -> str:
 
 
 def _samples(summary: dict[str, Any]) -> str:
-    return "".join(map(_sample, _dicts(summary.get("samples"))[:MAX_SAMPLES]))
+    return "".join(map(_sample, _dicts(summary.get("samples"))))
 
 
 def _sample(sample: dict[str, Any]) -> str:

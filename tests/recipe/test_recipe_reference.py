@@ -6,7 +6,6 @@ from qlora_lite.recipe import reference
 from qlora_lite.recipe.foreign_names import _ADVICE, _KEY_OF
 from qlora_lite.recipe.paths import TEMPLATES
 from qlora_lite.recipe.schema import Recipe, Source, Target
-from qlora_lite.train import schedule
 
 
 def test_every_setting_has_a_description_and_a_row_in_the_reference():
@@ -47,7 +46,6 @@ def test_every_local_name_in_the_foreign_table_exists_and_no_foreign_name_is_one
 
 
 def test_the_choices_of_the_recipe_are_those_of_the_layers_that_do_the_work():
-    assert reference.choices_of(reference.field_at(("train", "lr_scheduler"))) == schedule.SCHEDULES
     assert tuple(NAMED_TEMPLATES) == TEMPLATES
     row_format = reference.rule_of(Source.model_fields["format"])
     assert row_format == f"{', '.join(formats.FORMATS[:-1])} or {formats.FORMATS[-1]}, or null"
