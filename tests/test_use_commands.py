@@ -83,6 +83,8 @@ def test_evaluate_takes_settings_for_a_recipe_and_options_for_a_run(runs, comman
     (("merge", "NEW", "--out", "NEW"), "is not a run folder"),
     (("merge", "RUN", "--out", "NEW", "--model", "/nowhere"), "is not where it was"),
     (("export", "RUN", "--out", "RUN", "--to", "peft"), "is not an empty folder"),
+    (("export", "RUN", "--out", "NEW", "--to", "peft", "--dtype", "q8_0"), "not for --to peft"),
+    (("export", "RUN", "--out", "NEW", "--to", "vllm", "--base", "original"), "not for --to vllm"),
     (("compare", "RUN", "NEW"), "is not a run folder"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_with_exit_code_2(arguments, text, runs, command, tmp_path):

@@ -51,12 +51,12 @@ class ExportSettings:
     Args:
         to: "peft", "vllm", "gguf", "gguf-adapter" or "ollama".
         base: of a merged model, see ``merge.MergeSettings``.
-        dtype: of a GGUF model's matrices: "f16", "bf16" or "q8_0".
+        dtype: of a GGUF model's matrices: "f16", "bf16" or "q8_0"; None takes "f16".
     """
 
     to: str
     base: str | None = None
-    dtype: str = "f16"
+    dtype: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +165,7 @@ def _check_folder(job: _Job, change: Change) -> float:
 
 def _merged_model(job: _Job, write_beside: Callable[[Path], object], adds_begin: bool | None) -> dict:
     """Write and check ``model.gguf``; ``write_beside`` adds files to the folder."""
-    trained, kind = job.trained, job.settings.dtype
+    trained, kind = job.trained, job.settings.dtype or "f16"
     onto = check_choice(trained, job.settings.base)
     merged = open_merged(trained.files, job.skeleton, job.adapter, onto, trained.compute_dtype)
     with replacing_folder(job.out) as new:
