@@ -18,13 +18,14 @@ from .train.step import evaluate_loss
 
 BASE = "base"
 PAGE, REPORT = "compare.html", "compare.json"
+_ROWS = "eval", "max_bad_rows", "max_tokens", "overflow"  # the settings of data that say which rows are measured
 
 
 def compare_runs(
     runs: Sequence[str | Path], with_base: bool = False, answers: int = 8, model_path: str | None = None,
     unfinished: bool = False,
 ) -> dict:  # fmt: skip
-    """Measure runs on the evaluation rows of the first one, each with its own template.
+    """Measure runs on the evaluation rows of the first one, read and cut as it does, each with its own template.
 
     Args:
         with_base: measure the bare base model too, prompted as the first run is.
@@ -32,8 +33,9 @@ def compare_runs(
         model_path, unfinished: see ``trained.open_trained``.
 
     Returns:
-        rows_of, rows, models (name, eval_loss, perplexity, labelled_tokens, exact_match, adapter_bytes) and answers
-        (prompt, reference, and the answer of each model by name).
+        rows_of, base_model, models (name, rows, labelled_tokens, eval_loss, perplexity, exact_match, adapter_bytes),
+        same_tokens (whether all models were measured on as many rows and tokens, so that their losses can be ranked),
+        and answers (prompt, reference, and the answer of each model by name).
 
     Raises:
         RecipeError: the first run has no evaluation rows.
@@ -51,7 +53,8 @@ def compare_runs(
         figures, said[name or BASE] = _measure(tasks, name, rows_of.recipe, answers)
         measured.append(figures)
     return {
-        "rows_of": rows_of.name, "base_model": rows_of.files.name, "rows": measured[0]["rows"], "models": measured,
+        "rows_of": rows_of.name, "base_model": rows_of.files.name, "models": measured,
+        "same_tokens": len({(model["rows"], model["labelled_tokens"]) for model in measured}) == 1,
         "answers": _side_by_side(said),
     }  # fmt: skip
 
@@ -70,10 +73,10 @@ def write_comparison(result: dict, folder: Path) -> None:
 
 def _measure(tasks: Tasks, name: str | None, rows_of: Recipe, answers: int) -> tuple[dict, list[dict]]:
     with tasks.using(name) as task:
-        recipe = task.run.recipe
-        rows = recipe.data.model_copy(update={"eval": rows_of.data.eval})
-        data = build_data(recipe.model_copy(update={"data": rows}), tasks.tokenizer, "eval")
-        settings = train_settings(recipe)
+        own = task.run.recipe
+        rows = own.data.model_copy(update={key: getattr(rows_of.data, key) for key in _ROWS})
+        recipe = own.model_copy(update={"data": rows})
+        data, settings = build_data(recipe, tasks.tokenizer, "eval"), train_settings(recipe)
         batches, chunk_tokens = eval_batches(data.examples, settings), settings.levers.loss_chunk_tokens
         loss = evaluate_loss(tasks.model, batches, chunk_tokens)
         figures = {

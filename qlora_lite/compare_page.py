@@ -6,31 +6,37 @@ Shares are from 0 to 1, losses in nats per learned token. Needs the standard lib
 from .page import page, section, table, text
 from .units import format_bytes
 
+FIGURES = "rows", "learned tokens", "loss", "perplexity", "exact match", "adapter"
+NOT_THE_SAME = "The models were measured on different rows or tokens; their losses cannot be ranked."
+
 
 def render_comparison(result: dict) -> str:
     """Return the page's HTML for what ``compare_runs`` returns."""
     names = ", ".join(model["name"] for model in result["models"])
     head = f'<div class="head"><h1>{text(names)}</h1></div><p class="facts">over {text(result["base_model"])}</p>'
-    note = f"{result['rows']:,} evaluation rows of {result['rows_of']}, each run with its own template."
-    figures = section("Figures", _figures(result["models"]), note)
+    note = f"Evaluation rows of {result['rows_of']}, each run with its own template."
+    if not result["same_tokens"]:
+        note += f" {NOT_THE_SAME}"
+    figures = section("Figures", _figures(result["models"], result["same_tokens"]), note)
     answers = section("Answers", _answers(result["answers"]), "Greedy; an answer equal to the reference is marked.")
     return page(f"{names} - qlora-lite", head + figures + answers)
 
 
-def figures_of(model: dict) -> tuple[str, str, str, str]:
-    """Write a model's evaluation loss, perplexity, exact match and adapter size for people."""
+def figures_of(model: dict) -> tuple[str, ...]:
+    """Write a model's figures for people, in the order of ``FIGURES``."""
     exact = f"{model['exact_match']:.1%} of {model['exact_match_rows']}" if "exact_match" in model else ""
     size = format_bytes(model["adapter_bytes"]) if model["adapter_bytes"] else ""
-    return f"{model['eval_loss']:.4f}", f"{model['perplexity']:.4g}", exact, size
+    counts = f"{model['rows']:,}", f"{model['labelled_tokens']:,}"
+    return *counts, f"{model['eval_loss']:.4f}", f"{model['perplexity']:.4g}", exact, size
 
 
-def _figures(models: list[dict]) -> str:
-    best = min(model["eval_loss"] for model in models)
+def _figures(models: list[dict], same_tokens: bool) -> str:
+    best = min(model["eval_loss"] for model in models) if same_tokens else None
     rows = [
         (model["name"] + (" (lowest loss)" if model["eval_loss"] == best else ""), *figures_of(model))
         for model in models
     ]
-    return table(("Model", "Evaluation loss", "Perplexity", "Exact match", "Adapter"), rows, numeric=1)
+    return table(("model", *FIGURES), rows, numeric=1)
 
 
 def _answers(answers: list[dict]) -> str:

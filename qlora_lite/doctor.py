@@ -21,7 +21,7 @@ def examine() -> dict:
         f"{torch.backends.cpu.get_cpu_capability()}",
         "memory": format_bytes(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
         "gpu": _gpu(),
-        "driver": torch.version.cuda and f"built for CUDA {torch.version.cuda}",
+        "cuda": torch.version.cuda and f"torch is built for CUDA {torch.version.cuda}",
         "fast_bfloat16": has_fast_bf16(device),
         "bitsandbytes_backend": _backend(device),
         "cache": f"{cache_root()} ({_free(cache_root())} free)",

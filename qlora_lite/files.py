@@ -31,24 +31,28 @@ def explain_write_errors(path: Path) -> Iterator[None]:
 
 
 def _reason(error: OSError, path: Path) -> str:
+    in_cache = path.absolute().is_relative_to(cache_root().absolute())
+    setting = "$QLORA_LITE_CACHE" if in_cache else "output.dir, --out or --html"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         parent = next((p for p in (path, *path.parents) if p.exists()), None)
         free = f" ({format_bytes(shutil.disk_usage(parent).free)} free)" if parent else ""
-        return f"the disk is full{free}; free some space or set output.dir to another disk"
+        return f"the disk is full{free}; free some space or name another disk ({setting})"
     if error.errno == errno.EROFS:
-        return "the disk is read-only; set output.dir to a place that can be written"
+        return f"the disk is read-only; name a place that can be written ({setting})"
     if error.errno in (errno.EACCES, errno.EPERM):
-        return "no permission; change the folder's owner or set output.dir to one of your own"
-    return f"{error.strerror or error}; check the path or set output.dir"
+        return f"no permission; change the folder's owner or name one of your own ({setting})"
+    return f"{error.strerror or error}; check the path ({setting})"
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file's content in one step.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: it cannot be written, or is a folder.
     """
     with explain_write_errors(path):
+        if path.is_dir():
+            raise OutputError(f"cannot write {path}: it is a folder; name a file")
         beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             beside.write_text(text, encoding="utf-8")
@@ -66,6 +70,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: it cannot be written; ``path`` is then as it was.
     """
+    _check_name(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     with explain_write_errors(path):
@@ -90,12 +95,18 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
 
 
+def _check_name(path: Path) -> None:
+    if path.name in ("", ".."):
+        raise OutputError(f"{path} is a folder without a name here, which cannot be replaced; name a new one in it")
+
+
 def require_empty(path: Path) -> None:
     """Check that a folder may be written: it is new, or holds nothing.
 
     Raises:
         OutputError: something is there.
     """
+    _check_name(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise OutputError(f"{path} is not an empty folder; choose another --out")
 

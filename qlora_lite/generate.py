@@ -17,11 +17,12 @@ from .models.anatomy import device_of
 from .train.out_of_memory import free_cached_memory, is_out_of_memory
 
 log = logging.getLogger(__name__)
+COLDEST = 1e-6  # below, drawing is taking the most probable token, and logits over the temperature are infinite
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn: ``temperature`` 0 takes the most probable one.
+    """How tokens are drawn: ``temperature`` 0, or below ``COLDEST``, takes the most probable one.
 
     This is all there is: the penalties and limits that a model's own ``generation_config.json`` may ask for are not
     applied, so that answers tell what the weights say.
@@ -107,7 +108,7 @@ def _contiguous_input(_head, inputs):
 
 def _generation_config(sampling: Sampling, max_new_tokens: int, stop: list[int]) -> GenerationConfig:
     draw = {"do_sample": False}
-    if sampling.temperature > 0:
+    if sampling.temperature >= COLDEST:
         draw = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     pad = stop[0] if stop else 0  # masked out on the left, cut off on the right
     return GenerationConfig(

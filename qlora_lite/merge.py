@@ -30,6 +30,7 @@ from .trained import TrainedRun, open_trained
 
 REPORT = "merge_report.json"
 KEPT = 0.5  # of the base's distance to the trained model: a 4-bit model farther away than that has lost the adapter
+_UNMEASURED = "--rows 0 merges without measuring (not with --quantize)"
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
@@ -42,7 +43,7 @@ class MergeSettings:
             the first if the run was quantised.
         dtype: a key of DTYPES; of the merged weights.
         quantize: write the merged model as a 4-bit checkpoint of this type; None for none.
-        rows: held-out rows to measure on; 0 measures nothing.
+        rows: held-out rows to measure on; 0 measures nothing, and goes without ``quantize`` only.
         shard_bytes: of a weights file.
     """
 
@@ -62,6 +63,11 @@ def merge_run(
         QloraLiteError: the run cannot be used, the choice is impossible, or the folder cannot be written.
     """
     require_empty(out)
+    if settings.quantize and not settings.rows:
+        raise ModelError(
+            "--quantize needs rows (--rows 1 or more): without a measurement nobody sees whether rounding took the "
+            "update away; for a 4-bit model that is not measured, merge without it and use qlora-lite quantize"
+        )
     trained = open_trained(run, model_path, unfinished)
     onto = check_choice(trained, settings.base)
     rows = held_out(trained, settings.rows) if settings.rows else None
@@ -76,7 +82,7 @@ def merge_run(
             report |= {"measured_on": rows.where, "rows": rows.rows}
             report["models"] = _measure(trained, merged, dense, rows, settings)
         if settings.quantize:
-            _check_quantized(report)
+            _check_quantized(report["models"], settings.quantize)
             _write_quantized(trained, dense, out, settings.quantize)
     write_text(out / REPORT, json.dumps(report, indent=2) + "\n")
     return report
@@ -121,11 +127,11 @@ def held_out(trained: TrainedRun, count: int) -> HeldOut:
     recipe = trained.recipe
     which = "eval" if recipe.data.eval else "train"
     if which == "train" and recipe.data.streaming:
-        raise DataError("the run has no data.eval and streams its rows: there is nothing to measure on; use --rows 0")
+        raise DataError(f"the run has no data.eval and streams its rows: there is nothing to measure on; {_UNMEASURED}")
     try:
         data = build_data(recipe, trained.tokenizer(), which)
     except DataError as error:
-        raise DataError(f"{error}\n--rows 0 merges without measuring") from error
+        raise DataError(f"{error}\n{_UNMEASURED}") from error
     examples = data.examples[:count]
     return HeldOut(list(eval_batches(examples, train_settings(recipe))), len(examples), f"data.{which}")
 
@@ -173,15 +179,14 @@ def _write_dense(trained: TrainedRun, merged: Merged, folder: Path, settings: Me
         write_merged(merged, new, DTYPES[settings.dtype], tokenizer, ends, settings.shard_bytes)
 
 
-def _check_quantized(report: dict) -> None:
+def _check_quantized(models: dict, quant: str) -> None:
     """Refuse a 4-bit model in which rounding took the adapter away again.
 
     Merged into 4-bit weights, an update smaller than half a step of their grid rounds back to where it came from: seen
     on the quickstart's adapter, whose loss of 0.03 went back to 1.32, the base's being 1.39.
     """
-    models = report.get("models", {})
-    found = next((models[name] for name in models if name.startswith("merged, then")), None)
-    if found and found["kl"] > KEPT * models["base"]["kl"]:
+    found = models[f"merged, then {quant}"]
+    if found["kl"] > KEPT * models["base"]["kl"]:
         raise ModelError(
             f"quantised again, the merged model is nearly the base: KL to the trained model {found['kl']:.2e}, the "
             f"base's is {models['base']['kl']:.2e}. Rounding takes the update away; try --base original, write 16 bit "

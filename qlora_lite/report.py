@@ -1,7 +1,7 @@
 """Write report.html, one offline page about a run, from what the run wrote to its folder.
 
-It reads the files and takes no objects of the trainer, so that a report can be made again later, or of a run
-that was killed: whatever is missing or broken is said on the page, and only a folder that is not there is an
+It reads the files and takes no objects of the trainer, so that `qlora-lite report` can make it again later, or of a
+run that was killed: whatever is missing or broken is said on the page, and only a folder that is not there is an
 error. Figures that summary.json lacks are taken from metrics.jsonl where it has them.
 
 Units: bytes and seconds as in the files; losses in nats per learned token; exact match as a share, 0 to 1.
@@ -22,26 +22,25 @@ from .charts import Series, line_chart, short_number, smooth
 from .errors import OutputError
 from .files import write_text
 from .page import figure, page, pairs, section, table, text
-from .run_files import RunFiles, curve, figures_of_metrics, number, read_run
+from .run_files import FILES, RunFiles, curve, figures_of_metrics, number, read_run
 from .units import format_bytes, format_seconds
 
 STATUS_STYLE = {"complete": "good", "interrupted": "warn", "failed": "bad"}
-MAX_SAMPLES = 12
 
 
 def write_report(run_dir: Path) -> Path:
     """Write report.html into a run folder.
 
     Args:
-        run_dir: folder with recipe.yaml, metrics.jsonl and summary.json; each may be missing or cut short.
+        run_dir: folder with recipe.yaml, metrics.jsonl and summary.json; each may be cut short, and two be missing.
 
     Returns:
         Path of the page.
 
     Raises:
-        OutputError: the folder does not exist or cannot be written to.
+        OutputError: it is no run folder, or cannot be written to.
     """
-    if not run_dir.is_dir():
+    if not any((run_dir / name).is_file() for name in FILES):
         raise OutputError(f"there is no run folder {run_dir}; give the folder that train printed at its end")
     path = run_dir / "report.html"
     write_text(path, render(read_run(run_dir), run_dir.resolve().name))
@@ -156,7 +155,7 @@ def _small_charts(run: RunFiles) -> str:
 
 
 def _samples(summary: dict[str, Any]) -> str:
-    return "".join(map(_sample, _dicts(summary.get("samples"))[:MAX_SAMPLES]))
+    return "".join(map(_sample, _dicts(summary.get("samples"))))
 
 
 def _sample(sample: dict[str, Any]) -> str:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+FILES = RECIPE, METRICS, SUMMARY = "recipe.yaml", "metrics.jsonl", "summary.json"
+
 
 @dataclass(frozen=True, slots=True)
 class RunFiles:
@@ -27,16 +29,16 @@ class RunFiles:
 def read_run(run_dir: Path) -> RunFiles:
     """Read the three files of a run, as far as they are there."""
     problems: list[str] = []
-    summary = _json_object(_read(run_dir / "summary.json", []))  # whatever is wrong, one line says it below
+    summary = _json_object(_read(run_dir / SUMMARY, []))  # whatever is wrong, one line says it below
     if summary is None:
         summary = {}
         problems.append("There is no complete summary.json; the figures come from metrics.jsonl alone.")
-    text = _read(run_dir / "metrics.jsonl", problems)
+    text = _read(run_dir / METRICS, problems)
     lines = [line for line in text.split("\n") if line.strip()]
     metrics = [row for row in map(_json_object, lines) if row and _is_step(row.get("step"))]
     if len(metrics) < len(lines):
         problems.append(f"{len(lines) - len(metrics)} of {len(lines)} lines of metrics.jsonl could not be read.")
-    return RunFiles(summary, metrics, _read(run_dir / "recipe.yaml", problems), problems)
+    return RunFiles(summary, metrics, _read(run_dir / RECIPE, problems), problems)
 
 
 def _read(path: Path, problems: list[str]) -> str:

@@ -238,12 +238,13 @@ class OpenedRun:
     """What another command needs of a run: its recipe, its best adapter, and the tokens that end an answer.
 
     The adapter is the best one by evaluation, else the last one, else that of the newest whole checkpoint. The
-    recipe's template is the one that the run recorded.
+    recipe's template is the one that the run recorded; the summary is what ``summary.json`` holds.
     """
 
     recipe: Recipe
     adapter: Path
     end_token_ids: tuple[int, ...]
+    summary: dict
 
 
 def open_run(path: str | Path) -> OpenedRun:
@@ -272,4 +273,4 @@ def open_run(path: str | Path) -> OpenedRun:
     if (folder / TEMPLATE).is_file():
         data = recipe.data.model_copy(update={"template": str(folder / TEMPLATE)})
         recipe = recipe.model_copy(update={"data": data})
-    return OpenedRun(recipe, adapter, end_token_ids)
+    return OpenedRun(recipe, adapter, end_token_ids, summary)

@@ -4,7 +4,6 @@ A base that was replaced or moved since, a run that did not reach its end, an ad
 found here, before a merge or an export works for an hour on it.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,18 +100,17 @@ def open_trained(run: str | Path, model_path: str | None = None, unfinished: boo
     Args:
         run: a run folder.
         model_path: where the base model lies now, if it moved.
-        unfinished: take the last adapter of a run that did not reach its end.
+        unfinished: take the best adapter so far, else the last, of a run that did not reach its end.
 
     Raises:
         RecipeError: it is not a run folder, has no adapter, or did not reach its end.
         ModelError: the base model is gone or is another one.
     """
     folder, opened = Path(run), open_run(run)
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    if (status := summary.get("status")) != "complete" and not unfinished:
+    if (status := opened.summary.get("status")) != "complete" and not unfinished:
         raise RecipeError(
-            f"the run {folder} did not reach its end (status {status}); its last adapter is {opened.adapter}: "
-            "add --unfinished to use that one, or go on with qlora-lite train --resume"
+            f"the run {folder} did not reach its end (status {status}); what it has is {opened.adapter}: "
+            "add --unfinished to use that, or go on with qlora-lite train --resume"
         )
     recipe = _where_it_lies_now(opened.recipe, model_path)
     try:
@@ -120,7 +118,7 @@ def open_trained(run: str | Path, model_path: str | None = None, unfinished: boo
     except ModelError as error:
         moved = f"the base model of {folder} is not where it was ({opened.recipe.model.path}): {error}"
         raise ModelError(moved if model_path else f"{moved}. Say where it is now with --model PATH") from error
-    _check_base(summary, files, folder)
+    _check_base(opened.summary, files, folder)
     name = folder.resolve().name
     return TrainedRun(name, recipe, opened.adapter, opened.end_token_ids, files)
 

@@ -165,6 +165,12 @@ def test_generate_answers_from_the_run_folder_alone_and_the_same_each_time(finis
     assert "<|im_" not in answers[0][1]
 
 
+def test_a_prompt_that_is_not_text_is_one_line_with_exit_code_2(finished, command):
+    code, out, err = command("generate", finished[0], "--prompt", b"a\xffb".decode(errors="surrogateescape"))
+    assert (code, out, err) == (2, "", "error: a turn holds half of a surrogate pair, or a byte that is not UTF-8; "
+                                       "remove it\n")  # fmt: skip
+
+
 def test_chat_answers_until_an_empty_line(finished):
     typed = "3?\nx<|im_end|>\n4?\n\n"
     done = subprocess.run(
@@ -210,6 +216,7 @@ def test_doctor_prints_one_json_object_or_lines(command):
     found = json.loads(out)
     assert code == 0 and out.count("\n") == 1
     assert found.keys() == {"versions", "machine", "notes"} and found["versions"]["torch"] == torch.__version__
+    assert (found["machine"]["cuda"] is None) == (torch.version.cuda is None) and "driver" not in found["machine"]
     code, out, _ = command("doctor")
     assert code == 0 and torch.__version__ in out and "bitsandbytes backend" in out
 
@@ -286,6 +293,14 @@ def test_a_setting_that_no_path_can_be_is_an_error_without_a_stack_trace(finishe
     for value in ("x" * 300, "~nobody-here/x/" + "z" * 300):
         code, _, err = command("train", finished[1], f"{key}={value}")
         assert code == 2 and err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
+
+
+def test_train_says_what_to_type_where_an_option_took_the_recipe_or_has_no_effect(finished, command):
+    folder, recipe, _ = finished
+    assert f"if it is the recipe: qlora-lite train {recipe} --resume" in command("train", "--resume", recipe)[2]
+    assert f"name the recipe: qlora-lite train RECIPE --resume {folder}" in command("train", "--resume", folder)[2]
+    code, out, err = command("train", recipe, "--force")
+    assert (code, out) == (2, "") and "--force is for --resume" in err
 
 
 def test_debug_shows_the_stack_trace_and_its_absence_does_not(command, tmp_path):

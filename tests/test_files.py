@@ -11,7 +11,7 @@ import torch
 from tiny import build_tiny
 
 from qlora_lite.errors import OutputError
-from qlora_lite.files import explain_write_errors, replacing_folder, sha256, write_text
+from qlora_lite.files import cache_root, explain_write_errors, replacing_folder, require_empty, sha256, write_text
 from qlora_lite.lora.adapter import save_adapter
 from qlora_lite.lora.inject import add_lora
 
@@ -75,7 +75,7 @@ def test_a_rename_that_fails_gives_the_old_folder_back(folder, monkeypatch):
     [
         (errno.ENOSPC, r"the disk is full \(.* free\); free some space"),
         (errno.EDQUOT, "the disk is full"),
-        (errno.EROFS, "read-only; set output.dir"),
+        (errno.EROFS, r"read-only; name a place that can be written \(output.dir, --out or --html\)"),
         (errno.EACCES, "no permission; change the folder's owner"),
         (errno.ENOTDIR, "Not a directory; check the path"),
     ],
@@ -88,6 +88,23 @@ def test_every_fault_of_the_disk_names_the_path_and_a_cure(tmp_path, number, cur
         raise OSError(number, "Not a directory")
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("path", [".", "..", "/", "folder/.."])
+def test_a_folder_that_is_there_under_no_name_is_neither_a_file_to_write_nor_replaced(folder, monkeypatch, path):
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises(OutputError, match="it is a folder; name a file"):
+        write_text(Path(path), "x")
+    for use in (require_empty, lambda path: replacing_folder(path).__enter__()):
+        with pytest.raises(OutputError, match="cannot be replaced; name a new one in it"):
+            use(Path(path))
+    assert content(folder) == {"file": "old"}
+
+
+def test_a_fault_of_the_cache_names_the_cache_s_own_setting():
+    path = cache_root() / "tokens" / "x"
+    with pytest.raises(OutputError, match=r"the disk is full .*\(\$QLORA_LITE_CACHE\)$"), explain_write_errors(path):
+        raise OSError(errno.ENOSPC, "full")
 
 
 def test_a_path_under_a_file_cannot_be_written(folder):

@@ -96,13 +96,14 @@ def test_quantised_it_is_a_4_bit_checkpoint_like_the_one_measured(run, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"copy", "out"}, "the 16-bit model is gone"
 
 
-def test_a_4_bit_model_in_which_rounding_took_the_adapter_away_is_refused(run, tmp_path):
+def test_a_4_bit_model_in_which_rounding_took_the_adapter_away_is_refused_and_never_left_unmeasured(run, tmp_path):
     path = run / "adapter" / "adapter_model.safetensors"
     small = {name: tensor * (0.02 if "lora_B" in name else 1) for name, tensor in load_file(path).items()}
     save_file(small, path)
     text = refusal(ModelError, run, tmp_path / "out", quantize="nf4", rows=4)
     assert "quantised again, the merged model is nearly the base" in text and "--base original" in text
     assert {entry.name for entry in tmp_path.iterdir()} == {"copy"}
+    assert "needs rows (--rows 1 or more)" in refusal(ModelError, run, tmp_path / "out", quantize="nf4", rows=0)
 
 
 def test_without_rows_nothing_is_measured_and_the_data_is_not_needed(tmp_path):
@@ -232,7 +233,7 @@ def test_nan_missing_and_empty_factors_are_refused(run, tmp_path):
     assert "changes nothing: every lora_B is zero" in zeros
 
 
-def test_a_half_finished_run_offers_its_last_adapter(run, tmp_path):
+def test_a_half_finished_run_offers_the_adapter_it_has(run, tmp_path):
     summary = json.loads((run / "summary.json").read_text()) | {"status": "interrupted"}
     (run / "summary.json").write_text(json.dumps(summary))
     (run / "adapter").rename(run / "adapter-last")

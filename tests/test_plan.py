@@ -407,6 +407,11 @@ class TestCommand:
         values = json.loads(out)
         assert code == 3 and values["fits"] is False and values["max_tokens"] is None
 
+    @pytest.mark.parametrize(("budget", "planned_for"), [("24GiB", 2**29), ("0.25GiB", 2**28)])
+    def test_a_budget_never_makes_a_card_larger_than_it_is(self, capsys, file, budget, planned_for):
+        _, out, _ = self.call(capsys, file, "--vram", "0.5GiB", "--json", f"memory.budget={budget}")
+        assert json.loads(out)["budget_bytes"] == planned_for
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [

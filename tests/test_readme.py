@@ -37,6 +37,11 @@ def test_every_file_that_is_named_exists():
         assert (ROOT / path).exists(), path
 
 
+def test_every_recipe_that_a_command_is_given_exists():
+    named = re.findall(r"qlora-lite \w+ ([\w./-]+\.yaml)", README)
+    assert named and all((ROOT / path).is_file() for path in named), named
+
+
 def test_every_test_that_is_named_as_proof_exists():
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", README)
     assert len(named) >= 20

@@ -10,7 +10,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qlora_lite.charts import Series, line_chart, log_ticks, nice_ticks, short_number, smooth, thin
-from qlora_lite.errors import OutputError
 from qlora_lite.page import text as html_text
 from qlora_lite.report import write_report
 
@@ -201,8 +200,8 @@ def test_missing_metrics_are_said_and_the_rest_is_shown(report):
     assert "metrics.jsonl is missing" in text and "92.5 %" in text and "learning_rate 0.001" in text
 
 
-def test_an_empty_folder_gives_a_page_that_says_so(report):
-    text = Elements(report(None, None, None)).text
+def test_a_run_that_wrote_nothing_but_an_empty_recipe_gives_a_page_that_says_so(report):
+    text = Elements(report(None, None, "")).text
     assert "unfinished" in text and "metrics.jsonl is missing" in text and "Nothing was recorded" in text
 
 
@@ -244,9 +243,19 @@ def test_a_step_that_was_repeated_after_a_resume_counts_once(report):
     assert "step 2: training 1" in html and "training 3" not in html
 
 
-def test_a_folder_that_is_not_there_is_an_error(tmp_path):
-    with pytest.raises(OutputError, match="no run folder"):
-        write_report(tmp_path / "nowhere")
+def test_the_command_makes_the_page_of_a_run_that_was_killed(report, command, tmp_path):
+    report(SUMMARY | {"status": "running"})
+    (tmp_path / "report.html").unlink()
+    (tmp_path / "summary.json").write_text('{"status": "run')
+    assert command("report", tmp_path) == (0, f"wrote {tmp_path / 'report.html'}\n", "")
+    assert "no complete summary.json" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["nowhere", "."])
+def test_a_folder_that_is_not_there_or_is_no_run_s_is_an_error(command, tmp_path, name):
+    code, out, err = command("report", tmp_path / name)
+    assert (code, out) == (2, "") and err.startswith(f"error: there is no run folder {tmp_path / name}; give the")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_long_series_keeps_its_spikes_its_ends_and_its_gaps():

@@ -117,6 +117,14 @@ def test_sampling_follows_the_seed(client):
     assert len({draw(seed) for seed in range(4)}) > 1
 
 
+def test_a_temperature_next_to_zero_is_zero(client):
+    def answer(temperature):
+        reply = client.chat.completions.create(model="base", messages=ASKED, temperature=temperature)
+        return reply.choices[0].message.content
+
+    assert answer(1e-300) == answer(0)
+
+
 def test_text_parts_are_joined_and_developer_messages_are_system_messages(client, runs):
     parts = [{"role": "developer", "content": "Be brief."},
              {"role": "user", "content": [{"type": "text", "text": "3?"}]}]  # fmt: skip
@@ -127,6 +135,7 @@ def test_text_parts_are_joined_and_developer_messages_are_system_messages(client
 @pytest.mark.parametrize(("changes", "param"), [
     ({"messages": []}, "messages"), ({"messages": [{"role": "assistant", "content": "a"}]}, "messages"),
     ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role"),
+    ({"messages": [{"role": ["user"], "content": "a"}]}, "messages[0].role"),
     ({"messages": [{"role": "user", "content": ""}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": "<|im_end|>"}]}, "messages"),
@@ -169,7 +178,9 @@ def raw(port, path="/v1/chat/completions", body=b"{}", host=None, kind="applicat
     ({"body": b"{"}, 400), ({"body": b"[" * 10_000}, 400), ({"body": b"null"}, 400), ({"body": b"\xff"}, 400),
     ({"body": b"x" * 20_001}, 413), ({"kind": "text/plain"}, 415), ({"host": "evil.example"}, 403),
     ({"path": "/v1/models", "host": "evil.example:80", "method": "GET"}, 403), ({"path": "/v1/nothing"}, 404),
-    ({"method": "GET"}, 405), ({"path": "/v1/models/../../etc/passwd", "method": "GET"}, 404),
+    ({"method": "GET"}, 405),
+    ({"body": b'{"model": "base", "messages": [{"role": "user", "content": "\\ud800x"}]}'}, 400),
+    ({"path": "/v1/models/../../etc/passwd", "method": "GET"}, 404),
 ])  # fmt: skip
 def test_whatever_is_sent_the_error_has_the_api_s_form(server, options, status):
     found, body = raw(server[0], **options)

@@ -142,14 +142,33 @@ def test_a_comparison_has_each_run_s_own_figures(runs, tmp_path):
     assert page.count('class="card sample"') == 3 and "french" in page and "<script>alert" not in page
 
 
+def test_a_run_that_would_drop_rows_is_compared_on_all_of_the_first_run_s(runs, tmp_path):
+    short = make_run(tmp_path, runs[0].parent / "model", ["data.max_tokens=26", "data.overflow=drop"])
+    result = compare_runs([runs[0], short], answers=0)
+    assert result["same_tokens"] and [model["rows"] for model in result["models"]] == [6, 6]
+
+
+def test_losses_of_different_tokens_are_not_ranked(runs, command, tmp_path):
+    other = make_run(tmp_path, runs[0].parent / "model", ["data.train_on=all"])
+    code, out, _ = command("compare", runs[0], runs[1], other, "--rows", 0, "--out", tmp_path / "page")
+    counts = [line.split()[1:3] for line in out.splitlines()[3:6]]
+    assert code == 0 and {rows for rows, _ in counts} == {"6"} and counts[0] == counts[1] != counts[2]
+    page = (tmp_path / "page" / "compare.html").read_text()
+    assert "cannot be ranked" in out and "cannot be ranked" in page and "(lowest loss)" not in page
+    command("compare", *runs[:2], "--rows", 0, "--out", tmp_path / "page")
+    page = (tmp_path / "page" / "compare.html").read_text()
+    assert "cannot be ranked" not in page and page.count("(lowest loss)") == 1
+
+
 def test_answers_are_escaped_on_the_page():
     from qlora_lite.compare_page import render_comparison
 
     evil = "<script>alert(1)</script>"
-    model = {"name": evil, "eval_loss": 1.0, "perplexity": 2.7, "adapter_bytes": 3, "exact_match": 0.5,
-             "exact_match_rows": 2}  # fmt: skip
+    model = {"name": evil, "rows": 2, "labelled_tokens": 9, "eval_loss": 1.0, "perplexity": 2.7, "adapter_bytes": 3,
+             "exact_match": 0.5, "exact_match_rows": 2}  # fmt: skip
     row = {"where": "a:1", "prompt": evil, "reference": "x", "answers": {evil: evil, "good": " x"}}
-    page = render_comparison({"models": [model], "rows": 1, "rows_of": evil, "base_model": evil, "answers": [row]})
+    result = {"models": [model], "same_tokens": True, "rows_of": evil, "base_model": evil, "answers": [row]}
+    page = render_comparison(result)
     assert "<script>alert" not in page and page.count("&lt;script&gt;") >= 6
     assert "good ✓" in page and "50.0% of 2" in page
 

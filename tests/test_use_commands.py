@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from tiny_files import MERGES, save_tiny
@@ -36,10 +37,44 @@ def test_export_says_what_was_written_how_well_and_how_to_use_it(form, runs, com
 def test_compare_prints_a_table_or_one_object(runs, command, tmp_path):
     code, out, _ = command("compare", *runs, "--base", "--rows", 2, "--out", tmp_path / "page")
     names = "base", "run1", "run2"
-    assert code == 0 and all(re.search(rf"^{name} +\d+\.\d{{4}}", out, re.MULTILINE) for name in names)
+    assert code == 0 and all(re.search(rf"^{name} +6 +\d+ +\d+\.\d{{4}}", out, re.MULTILINE) for name in names)
     assert (tmp_path / "page" / "compare.html").exists()
     code, out, _ = command("compare", *runs, "--json")
     assert code == 0 and out.count("\n") == 1 and [m["name"] for m in json.loads(out)["models"]] == ["run1", "run2"]
+
+
+def test_evaluate_refuses_another_base_and_is_told_where_the_right_one_lies(tmp_path, command):
+    save_tiny(tmp_path / "model")
+    run = make_run(tmp_path, tmp_path / "model")
+    loss = json.loads(command("evaluate", run, "--json")[1])["eval_loss"]
+    (tmp_path / "model").rename(tmp_path / "moved")
+    assert "is not where it was" in command("evaluate", run)[2]
+    save_tiny(tmp_path / "model", intermediate_size=72)
+    code, out, err = command("evaluate", run)
+    assert (code, out) == (2, "") and "is another model: give the right one with --model PATH" in err
+    code, out, _ = command("evaluate", run, "--json", "--model", tmp_path / "moved")
+    assert code == 0 and json.loads(out)["eval_loss"] == loss
+
+
+def test_evaluate_measures_a_run_of_a_card_on_any_machine_and_a_failed_one_only_if_told_to(runs, command, tmp_path):
+    run = shutil.copytree(runs[0], tmp_path / "run")
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("device: cpu", "device: cuda"))
+    assert command("evaluate", run)[0] == 0
+    summary = json.loads((run / "summary.json").read_text()) | {"status": "failed"}
+    (run / "summary.json").write_text(json.dumps(summary))
+    code, out, err = command("evaluate", run)
+    assert (code, out) == (2, "") and "did not reach its end (status failed)" in err
+    assert command("evaluate", run, "--unfinished")[0] == 0
+
+
+def test_evaluate_takes_settings_for_a_recipe_and_options_for_a_run(runs, command):
+    recipe = runs[0].parent / "1" / "recipe.yaml"
+    code, out, _ = command("evaluate", recipe, "--json", "train.exact_match_rows=0", "data.max_tokens=64")
+    assert code == 0 and "exact_match" not in json.loads(out)
+    for arguments in ((runs[0], "data.max_tokens=64"), (recipe, "--base"), (recipe, "--model", "x")):
+        code, out, err = command("evaluate", *arguments)
+        assert (code, out) == (2, "") and "Usage:" in err
 
 
 @pytest.mark.parametrize(("arguments", "text"), [
@@ -48,6 +83,8 @@ def test_compare_prints_a_table_or_one_object(runs, command, tmp_path):
     (("merge", "NEW", "--out", "NEW"), "is not a run folder"),
     (("merge", "RUN", "--out", "NEW", "--model", "/nowhere"), "is not where it was"),
     (("export", "RUN", "--out", "RUN", "--to", "peft"), "is not an empty folder"),
+    (("export", "RUN", "--out", "NEW", "--to", "peft", "--dtype", "q8_0"), "not for --to peft"),
+    (("export", "RUN", "--out", "NEW", "--to", "vllm", "--base", "original"), "not for --to vllm"),
     (("compare", "RUN", "NEW"), "is not a run folder"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_with_exit_code_2(arguments, text, runs, command, tmp_path):

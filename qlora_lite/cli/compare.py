@@ -8,6 +8,8 @@ import click
 from .merge import of_a_run
 from .output import prepare
 
+_WIDTHS = 8, 16, 10, 12, 16, 12
+
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
@@ -21,7 +23,7 @@ def compare(runs: tuple[str, ...], base: bool, rows: int, out: Path | None, as_j
     """Measure RUNs on the evaluation rows of the first one, over one base model in memory."""
     prepare(verbose=False)
     from qlora_lite.compare import PAGE, compare_runs, write_comparison
-    from qlora_lite.compare_page import figures_of
+    from qlora_lite.compare_page import FIGURES, NOT_THE_SAME, figures_of
 
     result = compare_runs(runs, base, rows, model_path, unfinished)
     if out:
@@ -29,11 +31,11 @@ def compare(runs: tuple[str, ...], base: bool, rows: int, out: Path | None, as_j
     if as_json:
         click.echo(json.dumps(result))
         return
-    click.echo(f"{result['rows']} rows of {result['rows_of']}\n")
-    click.echo(f"{'':24}{'loss':>10}{'perplexity':>12}{'exact match':>16}{'adapter':>12}")
-    for model in result["models"]:
-        loss, perplexity, exact, size = figures_of(model)
-        click.echo(f"{model['name']:24}{loss:>10}{perplexity:>12}{exact:>16}{size:>12}")
+    click.echo(f"evaluation rows of {result['rows_of']}\n")
+    for name, figures in (("", FIGURES), *((model["name"], figures_of(model)) for model in result["models"])):
+        click.echo(f"{name:24}" + "".join(f"{figure:>{width}}" for figure, width in zip(figures, _WIDTHS, strict=True)))
+    if not result["same_tokens"]:
+        click.echo(f"note: {NOT_THE_SAME}")
     for row in result["answers"][:2]:
         click.echo(f"\n{'prompt':24}{_line(row['prompt'])}\n{'reference':24}{_line(row['reference'])}")
         for name, answer in row["answers"].items():

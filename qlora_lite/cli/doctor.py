@@ -10,7 +10,7 @@ from .output import prepare
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(as_json: bool) -> None:
-    """Show versions, GPU, driver and bitsandbytes backend, and what will be slow and why."""
+    """Show versions, GPU, CUDA build and bitsandbytes backend, and what will be slow and why."""
     prepare(verbose=False)
     from qlora_lite.doctor import examine
 

@@ -8,27 +8,42 @@ import click
 from qlora_lite.errors import RecipeError
 from qlora_lite.recipe.load import load_recipe
 
+from .merge import of_a_run
 from .output import prepare
 
 
 @click.command()
 @click.argument("run_or_recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--base", is_flag=True, help="Leave the run's adapter out.")
 @click.option("--rows", type=click.IntRange(min=0), help="Rows for exact match; default as in the recipe.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def evaluate(run_or_recipe: str, base: bool, rows: int | None, as_json: bool) -> None:
-    """Measure loss, perplexity and exact match of RUN_OR_RECIPE: a run folder, or a recipe's base model."""
+@of_a_run
+def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, rows: int | None, as_json: bool,
+             model_path: str | None, unfinished: bool) -> None:  # fmt: skip
+    """Measure loss, perplexity and exact match of RUN_OR_RECIPE: a run folder, or a recipe's base model.
+
+    KEY=VALUE replaces a setting of a recipe; a run is measured with its own.
+    """
     adapter = None
     if Path(run_or_recipe).is_dir():
-        from qlora_lite.runs import open_run
+        if overrides:
+            raise click.UsageError(f"a run is measured with its own settings: {overrides[0]} is for a recipe")
+        prepare(verbose=False)
+        from qlora_lite.trained import open_trained
 
-        opened = open_run(run_or_recipe)
-        recipe, adapter = opened.recipe, None if base else opened.adapter
+        trained = open_trained(run_or_recipe, model_path, unfinished)
+        recipe, adapter = trained.recipe, None if base else trained.adapter
     else:
-        recipe = load_recipe(run_or_recipe)
+        if base or model_path or unfinished:
+            raise click.UsageError(
+                "--base, --model and --unfinished are for a run folder; of a recipe the base model is measured, "
+                "and model.path=PATH says where it is"
+            )
+        recipe = load_recipe(run_or_recipe, overrides)
+        prepare(verbose=False)
     if recipe.data.eval is None:
         raise RecipeError("data.eval is not set; name the rows to evaluate on")
-    prepare(verbose=False)
     from qlora_lite.evaluate import evaluate_recipe
 
     result = evaluate_recipe(recipe, adapter, recipe.train.exact_match_rows if rows is None else rows)

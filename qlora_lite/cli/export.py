@@ -16,12 +16,14 @@ from .output import prepare
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must be new or empty.")
 @click.option("--base", type=click.Choice(["nf4", "fp4", "original"]),
               help="gguf, ollama: merge into the 4-bit weights of the run (default), or the original.")  # fmt: skip
-@click.option("--dtype", type=click.Choice(["f16", "bf16", "q8_0"]), default="f16", show_default=True,
-              help="gguf, ollama: type of the matrices.")  # fmt: skip
+@click.option("--dtype", type=click.Choice(["f16", "bf16", "q8_0"]),
+              help="gguf, ollama: type of the matrices (default f16).")  # fmt: skip
 @of_a_run
-def export(run: str, form: str, out: Path, base: str | None, dtype: str, model_path: str | None,
+def export(run: str, form: str, out: Path, base: str | None, dtype: str | None, model_path: str | None,
            unfinished: bool) -> None:  # fmt: skip
     """Write RUN for another program, load it back, and compare what it does with the run's adapter."""
+    if (base or dtype) and form not in ("gguf", "ollama"):
+        raise click.UsageError(f"--base and --dtype are for merged models (gguf, ollama), not for --to {form}")
     prepare()
     from qlora_lite.export.forms import REPORT, ExportSettings, export_run
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "merge": "Write a run's adapter and its base as one model, and measure the difference.",
     "export": "Write a run for peft, vLLM, llama.cpp or Ollama, and prove that it works there.",
     "compare": "Measure several runs over one base model, side by side.",
+    "report": "Write the page about a run again, also of one that was killed.",
     "serve": "Try runs with OpenAI-compatible clients, on this machine only.",
     "recipes": "List, show, copy and check recipes.",
     "quantize": "Write a model as a 4-bit checkpoint.",

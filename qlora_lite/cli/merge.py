@@ -10,8 +10,9 @@ from .output import prepare
 
 use_options = [
     click.option("--model", "model_path", help="Where the base model lies now, if it moved."),
-    click.option("--unfinished", is_flag=True, help="Take the last adapter of a run that did not reach its end."),
-]
+    click.option("--unfinished", is_flag=True,
+                 help="Take what a run that did not reach its end has: the best adapter so far, else the last."),
+]  # fmt: skip
 
 
 def of_a_run(command):
@@ -29,7 +30,7 @@ def of_a_run(command):
 @click.option("--dtype", type=click.Choice(["bf16", "f16", "f32"]), default="bf16", show_default=True)
 @click.option("--quantize", "quantize_to", type=click.Choice(["nf4", "fp4"]), help="Write a 4-bit checkpoint.")
 @click.option("--rows", type=click.IntRange(min=0), default=32, show_default=True,
-              help="Held-out rows to measure on; 0 measures nothing.")  # fmt: skip
+              help="Held-out rows to measure on; 0 measures nothing (not with --quantize).")  # fmt: skip
 @of_a_run
 def merge(run: str, out: Path, base: str | None, dtype: str, quantize_to: str | None, rows: int,
           model_path: str | None, unfinished: bool) -> None:  # fmt: skip

@@ -79,18 +79,16 @@ def _machine(settings, vram, card):
     from qlora_lite.models.load import resolve_compute_dtype, resolve_device
     from qlora_lite.planning.machine import machine_of_card, this_machine
 
-    budget = settings.memory.budget_bytes
     if card is not None:
         machine = machine_of_card(find_card(card))
-        return machine, min(budget or machine.memory_bytes, machine.memory_bytes)
-    if vram is not None:
+    elif vram is not None:
         like = min(CARDS, key=lambda known: abs(known.memory_bytes - vram))
-        machine = machine_of_card(like)
-        return machine.renamed(f"a card with {format_bytes(vram)} (speed of {like.name})", vram), budget or vram
-    device = resolve_device(settings.model.device)
-    dtype = resolve_compute_dtype(settings.model.compute_dtype, device)
-    machine = this_machine(device, dtype)
-    return machine, budget or machine.memory_bytes
+        machine = machine_of_card(like).renamed(f"a card with {format_bytes(vram)} (speed of {like.name})", vram)
+    else:
+        device = resolve_device(settings.model.device)
+        machine = this_machine(device, resolve_compute_dtype(settings.model.compute_dtype, device))
+        return machine, settings.memory.budget_bytes or machine.memory_bytes
+    return machine, min(settings.memory.budget_bytes or machine.memory_bytes, machine.memory_bytes)
 
 
 def _or_none(solve, made) -> int | None:

@@ -13,17 +13,24 @@ from .output import prepare, step_progress
 
 
 @click.command()
-@click.argument("recipe")
+@click.argument("recipe", required=False, metavar="RECIPE")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
     "--resume", is_flag=False, flag_value="", metavar="[RUN]",
     help="Go on from the newest whole checkpoint of a run folder; without RUN, of the recipe's newest run.",
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="With --resume: go on though settings or rows make another run of it.")
-def train(recipe: str, overrides: tuple[str, ...], resume: str | None, force: bool) -> None:
+def train(recipe: str | None, overrides: tuple[str, ...], resume: str | None, force: bool) -> None:
     """Fine-tune a model as RECIPE says; KEY=VALUE replaces a setting, such as lora.rank=32."""
     if resume and "=" in resume and not Path(resume).exists():  # the shell cannot tell an override from a RUN
         overrides, resume = (*overrides, resume), ""
+    if resume and Path(resume).is_file():
+        first = f"qlora-lite train {resume} --resume"
+        raise click.UsageError(f"--resume takes a run folder, and {resume} is a file; if it is the recipe: {first}")
+    if recipe is None:
+        raise click.UsageError("name the recipe: qlora-lite train RECIPE" + (f" --resume {resume}" if resume else ""))
+    if force and resume is None:
+        raise click.UsageError("--force is for --resume: it goes on with a run that settings or rows make another one")
     if resume and not Path(resume).is_dir():
         raise CheckpointError(f"--resume {resume}: there is no such run folder")
     settings = load_recipe(recipe, overrides)

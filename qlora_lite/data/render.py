@@ -63,8 +63,10 @@ def render_prompt(template: Template, turns: Sequence[Turn]) -> str:
         turns: the conversation so far, a user turn last.
 
     Raises:
-        DataError: the template fails on these turns, or one of them holds a control token as text.
+        DataError: the template fails on these turns, or one of them holds a control token as text, or what is no text.
     """
+    if any("\ud800" <= letter <= "\udfff" for turn in turns for letter in turn.content):  # which no tokenizer takes
+        raise DataError("a turn holds half of a surrogate pair, or a byte that is not UTF-8; remove it")
     check_no_control_tokens(template, turns)
     return _rendered(template, template.source, turns, True, ())
 

@@ -16,6 +16,7 @@ from qlora_lite.build import build_model
 from qlora_lite.data.formats import Conversation, read_conversations
 from qlora_lite.data.lines import Problems
 from qlora_lite.data.template import begin_of_text
+from qlora_lite.errors import DataError
 from qlora_lite.files import replacing_folder, require_empty, write_text
 from qlora_lite.lora.adapter import attach_adapter, load_adapter
 from qlora_lite.lora.read import Adapter
@@ -50,12 +51,12 @@ class ExportSettings:
     Args:
         to: "peft", "vllm", "gguf", "gguf-adapter" or "ollama".
         base: of a merged model, see ``merge.MergeSettings``.
-        dtype: of a GGUF model's matrices: "f16", "bf16" or "q8_0".
+        dtype: of a GGUF model's matrices: "f16", "bf16" or "q8_0"; None takes "f16".
     """
 
     to: str
     base: str | None = None
-    dtype: str = "f16"
+    dtype: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +132,14 @@ def _ollama(job: _Job) -> dict:
     go = go_template(pieces.without_begin(begin) if adds_begin else pieces)
     compared = check_template(go, template, tokenizer, pieces.before_system is not None, adds_begin)
     stops = tokenizer.convert_ids_to_tokens(sorted({*trained.end_token_ids, tokenizer.eos_token_id} - {None}))
-    text = modelfile(go, stops, _shared_system(trained))
+    try:
+        system, notes = _shared_system(trained), []
+    except DataError as error:  # the rows are needed for nothing else
+        system, notes = None, [f"no SYSTEM line: the training rows, where it would be found, cannot be read ({error})"]
+    text = modelfile(go, stops, system)
     found = _merged_model(job, lambda folder: (folder / "Modelfile").write_text(text, encoding="utf-8"), adds_begin)
     use = f"ollama create {trained.name} -f {job.out / 'Modelfile'}"
+    found["notes"] += notes
     return found | {"conversations_compared": compared, "use": use}
 
 
@@ -159,7 +165,7 @@ def _check_folder(job: _Job, change: Change) -> float:
 
 def _merged_model(job: _Job, write_beside: Callable[[Path], object], adds_begin: bool | None) -> dict:
     """Write and check ``model.gguf``; ``write_beside`` adds files to the folder."""
-    trained, kind = job.trained, job.settings.dtype
+    trained, kind = job.trained, job.settings.dtype or "f16"
     onto = check_choice(trained, job.settings.base)
     merged = open_merged(trained.files, job.skeleton, job.adapter, onto, trained.compute_dtype)
     with replacing_folder(job.out) as new:
@@ -212,7 +218,11 @@ def _gguf_logits(job: _Job) -> torch.Tensor:
 
 
 def _shared_system(trained: TrainedRun) -> str | None:
-    """Return the system message of the training rows, if the first ones all have the same."""
+    """Return the system message of the training rows, if the first ones all have the same.
+
+    Raises:
+        DataError: the rows cannot be read.
+    """
     found = set()
     for source in build_sources(trained.recipe, "train"):
         problems = Problems()

@@ -1,22 +1,21 @@
 """The part of Go's text/template that a chat template for Ollama needs: rendered here, to check what is exported.
 
-Text, ``{{ .System }}``, ``{{ .Role }}``, ``{{ .Content }}``, ``{{ "quoted" }}``, ``{{ if .System }}`` and
-``{{ if eq .Role "user" }}`` with ``else if``, ``else`` and ``end``, ``{{ range .Messages }}``, and the trim marks
-``{{-`` and ``-}}``. Anything else is an error, so a template that Go would read otherwise is never taken as checked.
+Text, ``{{ .System }}``, ``{{ .Role }}``, ``{{ .Content }}``, ``{{ if .System }}`` and ``{{ if eq .Role "user" }}`` with
+``else if``, ``else`` and ``end``, and ``{{ range .Messages }}``. Anything else is an error, so a template that Go would
+read otherwise is never taken as checked.
 
 A reader of our own and not Go's, because an export must be checked where it is made.
 Source: the documentation of Go's package text/template; ollama's ``template/template.go`` for the values.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from qlora_lite.errors import ModelError
 
-_ACTION = re.compile(r"\{\{(-?)\s*((?:\"(?:[^\"\\]|\\.)*\"|[^}\"])*?)\s*(-?)\}\}", re.DOTALL)
-_EQUALS = re.compile(r'eq \.(\w+) ("(?:[^"\\]|\\.)*")')
+_ACTION = re.compile(r"\{\{\s*([^}]*?)\s*\}\}")
+_EQUALS = re.compile(r'eq \.(\w+) "(\w+)"')
 _FIELD = re.compile(r"\.(\w+)")
 
 
@@ -43,15 +42,11 @@ def render_go(template: str, system: str, messages: Sequence[Mapping[str, str]])
 
 
 def _tokens(template: str) -> list[tuple[str, str]]:
-    found, end, trims = [], 0, False
+    found, end = [], 0
     for action in _ACTION.finditer(template):
-        text = template[end : action.start()]
-        text = text.lstrip() if trims else text
-        found.append(("text", text.rstrip() if action[1] else text))
-        found.append(("action", action[2]))
-        end, trims = action.end(), bool(action[3])
-    rest = template[end:]
-    return [*found, ("text", rest.lstrip() if trims else rest)]
+        found += [("text", template[end : action.start()]), ("action", action[1])]
+        end = action.end()
+    return [*found, ("text", template[end:])]
 
 
 def _parse(template: str) -> list:
@@ -85,7 +80,7 @@ def _render(nodes: list, values: Mapping) -> str:
         if kind == "text":
             written.append(content)
         elif kind == "action":
-            written.append(json.loads(content) if content.startswith('"') else str(_value(content, values)))
+            written.append(str(_value(content, values)))
         elif content.kind == "range":
             condition, body = content.branches[0]
             written += [_render(body, message) for message in _value(condition, values)]
@@ -99,7 +94,7 @@ def _holds(condition: str, values: Mapping) -> bool:
     if not condition:
         return True
     if equal := _EQUALS.fullmatch(condition):
-        return values[equal[1]] == json.loads(equal[2])
+        return values[equal[1]] == equal[2]
     return bool(_value(condition, values))
 
 

@@ -112,12 +112,6 @@ class Ledger(TorchDispatchMode):
         """What is alive at this moment."""
         return Moment(marks.phase, self._modules[-1] if self._modules else self._backward_module, (*self.live,))
 
-    def reset_peaks(self) -> None:
-        """Forget the peaks and the timeline, keep what is alive."""
-        self.peaks.clear()
-        if self.timeline is not None:
-            self.timeline.clear()
-
     def claim(self, tensors: Iterable[torch.Tensor], category: str) -> None:
         """Count tensors that exist already, or give those that are counted their category."""
         for tensor in tensors:

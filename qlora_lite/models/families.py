@@ -28,12 +28,6 @@ def known_config(hub_id: str) -> dict[str, Any] | None:
     return deepcopy(entry["config"]) if entry else None
 
 
-def published_parameters(hub_id: str) -> tuple[int, str] | None:
-    """Return the published number of parameters and its source, or None for a model that is not in the table."""
-    entry = _entry(hub_id)
-    return (entry["parameters"], entry["source"]) if entry else None
-
-
 def known_models() -> list[str]:
     """Return every hub id of the table, in its order."""
     return list(_table())

@@ -1,4 +1,4 @@
-"""What settings of other trainers are called here, for the message about an unknown key.
+"""What settings of other trainers, and their values, are called here, for the message about an unknown one.
 
 Covers axolotl, LLaMA-Factory, trl and transformers, unsloth, litgpt and torchtune. A name that is the last
 part of one of our own keys is found by that (`learning_rate` outside of `train`) and does not stand here.
@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from difflib import get_close_matches
 
+from .schema import Source
+
 _RENAMED = {
     "model.path":
         "base_model model_name_or_path model_name model_id model_id_or_path "
         "pretrained_model_name_or_path checkpoint_dir tokenizer_model",
     "model.quant":
-        "load_in_4bit load_in_8bit quantization_bit quantization quantize bnb_4bit_quant_type bits "
+        "load_in_4bit quantization_bit quantization quantize bnb_4bit_quant_type bits "
         "quant_type quantization_method quantization_type",
     "model.double_quant":
         "double_quantization bnb_4bit_use_double_quant use_double_quant",
@@ -111,6 +113,7 @@ _RENAMED = {
 }  # fmt: skip
 _KEY_OF = {name: key for key, names in _RENAMED.items() for name in names.split()}
 
+_NO_DORA = "remove it; factors are plain LoRA's here, without DoRA's norms"
 _ADVICE = {
     "warmup_steps": "write train.warmup_ratio, the warm-up's share of all steps, instead",
     "lr_warmup_steps": "write train.warmup_ratio, the warm-up's share of all steps, instead",
@@ -126,7 +129,11 @@ _ADVICE = {
     "flash_attn": "remove it; the fastest attention of the device is used",
     "attn_implementation": "remove it; the fastest attention of the device is used",
     "pad_to_sequence_len": "remove it; nothing is ever padded",
-    "group_by_length": "remove it; nothing is ever padded, so rows need no sorting by length",
+    "group_by_length": "write data.order: by-length, which puts rows of like length together",
+    "load_in_8bit": "remove it; there is no 8-bit base here: model.quant is nf4 or fp4 (4 bit), or none (16 bit)",
+    "use_dora": _NO_DORA,
+    "peft_use_dora": _NO_DORA,
+    "lora_use_dora": _NO_DORA,
     "logging_steps": "remove it; every step is written to metrics.jsonl",
     "early_stopping_threshold": "remove it; any lower evaluation loss is a better one",
     "early_stopping_min_delta": "remove it; any lower evaluation loss is a better one",
@@ -145,6 +152,19 @@ _ADVICE = {
     "fsdp": "remove it; one device is used (memory.budget limits its memory)",
 }
 
+_VALUES = {  # what letters alone would take for another value
+    "gpu": "cuda", "bf16": "bfloat16", "fp32": "float32", "adamw": "adamw_torch", "none": "constant",
+    "int4": "nf4", "4bit": "nf4", "random": "shuffle", "full": "block",
+}  # fmt: skip
+
+
+def meant_value(value: str, choices: Sequence[str]) -> str | None:
+    """Return which of a setting's choices a wrong value means, None where nothing is near."""
+    word = value.lower()
+    if (known := _VALUES.get(word)) in choices:
+        return known
+    return next(iter(get_close_matches(word, choices, 1, 0.6)), None)
+
 
 def cure(key: str, known: Sequence[str]) -> tuple[str, str | None]:
     """Say what to write instead of an unknown key.
@@ -158,6 +178,9 @@ def cure(key: str, known: Sequence[str]) -> tuple[str, str | None]:
     """
     section, _, leaf = key[:80].rpartition(".")
     name = leaf.lower().replace("-", "_")
+    if section == "data" and name in Source.model_fields:
+        item = "path: FILE" if name == "path" else f"path: FILE, {name}: ..."
+        return f"it belongs to a place that rows come from, as in data.train: [{{{item}}}]", "data.train"
     for proposal in (_KEY_OF.get(name), *(k for k in known if k.rpartition(".")[2] == name)):
         if proposal is not None:
             return f"here it is {proposal}", proposal

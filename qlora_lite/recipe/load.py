@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -18,14 +17,14 @@ from qlora_lite.errors import Problem, RecipeError
 
 from . import foreign_names, paths, reference
 from .combinations import Location, conflicts, table_columns, without_evaluation
-from .overrides import apply_overrides
+from .overrides import apply_overrides, override_number
 from .schema import Recipe, Rule
 from .strict_yaml import MAX_BYTES, Document, Node, dump, parse, plain, scalar_value, shown
 
 MAX_PROBLEMS = 100
 _MAIN_KEY = {"model": "path", "data": "train", "output": "dir"}
 _HEADER = "# Every setting of this run, defaults included.\n"
-_Finder = Callable[[str, str], str]
+_Finder = Callable[[str, paths.Bases], str]
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, check_files: bool = True) -> Recipe:
@@ -45,15 +44,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, check_files:
     document = parse(_read(path), str(path))
     root = _root(document, str(path))
     apply_overrides(root, overrides, document)
-    folder = os.path.dirname(os.path.abspath(path))
     checker = _Checker(root, document, str(path))
     recipe = checker.settings()
     checker.combinations()
     if check_files:
-        checker.files(folder)
+        checker.files()
     if checker.problems:
         raise RecipeError(_ordered(checker.problems, str(path)))
-    return paths.resolved(recipe, folder, Path(path).stem)
+    return paths.resolved(recipe, checker.bases, Path(path).stem)
 
 
 def resolve_to_yaml(recipe: Recipe) -> str:
@@ -93,6 +91,7 @@ class _Checker:
     def __init__(self, root: Node, document: Document, name: str) -> None:
         self.problems = list(document.problems)
         self._root, self._name = root, name
+        self._folder = os.path.dirname(os.path.abspath(name))
         self._known = reference.known_keys()
         self._explained = set(document.unreadable)  # keys whose absence another problem accounts for
         self._reported: set[str] = set()
@@ -116,6 +115,11 @@ class _Checker:
         for part in location:
             node = _child(node, part) if node is not None else None
         return None if node is None else plain(node)
+
+    def bases(self, *location: str | int) -> paths.Bases:
+        """Return where a relative path is looked for: first where whoever wrote it sees it."""
+        is_override = override_number(self._deepest(location).where) is not None
+        return (os.curdir, self._folder) if is_override else (self._folder, os.curdir)
 
     def settings(self) -> Recipe | None:
         """Check every setting by itself; return the recipe if all are good."""
@@ -179,22 +183,22 @@ class _Checker:
         for location, message in found:
             self._add(location, message)
 
-    def files(self, folder: str) -> None:
+    def files(self) -> None:
         """Report files that are not there."""
         try:
-            paths.check_folder(folder)
+            paths.check_folder(self._folder)
         except paths.PathProblem as error:
             self.problems.append(Problem(str(error), shown(self._name, 200)))
-        model = self._find(("model", "path"), paths.find_model, self._value("model", "path"), folder)
+        model = self._find(("model", "path"), paths.find_model, self._value("model", "path"))
         revision = self._value("model", "revision")
         if model and revision and (os.path.isabs(model) or model.startswith("package:")):
             message = f"model.revision = {shown(revision)}: is for hub models only; remove it"
             self._add(("model", "revision"), message)
-        self._find(("data", "template"), paths.find_template, self._value("data", "template"), folder)
+        self._find(("data", "template"), paths.find_template, self._value("data", "template"))
         place = "memory", "offload_folder"
-        self._find(place, paths.find_folder, self._value(*place), folder)
+        self._find(place, paths.find_folder, self._value(*place))
         for location, source in self._sources():
-            self._find(location, paths.find_data, source.get("path"), folder)
+            self._find(location, paths.find_data, source.get("path"))
 
     def _sources(self) -> Iterator[tuple[Location, dict]]:
         """Yield the place and values of each item of data.train and data.eval, as far as they make sense."""
@@ -206,12 +210,12 @@ class _Checker:
                 if isinstance(item, str | dict):
                     yield ("data", part, index), {"path": item} if isinstance(item, str) else item
 
-    def _find(self, location: Location, find: _Finder, path: object, folder: str) -> str | None:
+    def _find(self, location: Location, find: _Finder, path: object) -> str | None:
         """Look for a file; report it where it is not there."""
         if not isinstance(path, str) or not path:
             return None
         try:
-            return find(path, folder)
+            return find(path, self.bases(*location, "path"))  # "path": of an item of data.train, not the whole of it
         except paths.PathProblem as error:
             self._add(location, f"{_key(location)} = {shown(path, 200)}: {error}")
             return None
@@ -238,9 +242,10 @@ def _ordered(problems: list[Problem], name: str) -> list[Problem]:
 
 def _position(problem: Problem) -> tuple[int, int]:
     """Return the order of a problem: file lines first, then overrides, by number."""
-    is_override = problem.where.startswith("override ")
-    number = problem.where.rpartition(" " if is_override else ":")[2]
-    return int(is_override), int(number) if number.isdecimal() else 0
+    if (number := override_number(problem.where)) is not None:
+        return 1, number
+    line = problem.where.rpartition(":")[2]
+    return 0, int(line) if line.isdecimal() else 0
 
 
 def _cure(node: Node, field: FieldInfo, location: Location) -> str:
@@ -258,8 +263,8 @@ def _cure(node: Node, field: FieldInfo, location: Location) -> str:
         bare = value.replace("_", "").replace(",", "").lstrip("0")
         if "number" in rule and bare != value and isinstance(scalar_value(bare), int | float):
             return f"write {bare}"
-        if close := get_close_matches(value.lower(), reference.choices_of(field), 1, 0.6):
-            return f"did you mean {close[0]}?"
+        if meant := foreign_names.meant_value(value, reference.choices_of(field)):
+            return f"did you mean {meant}?"
     elif rule.startswith("text") and not worded and value is not None:
         return f'put it in quotes: "{node.text}"' if node.text else 'put text in quotes, such as "{question}"'
     if value == "":

@@ -6,11 +6,20 @@ its number from 0: `data.train.0.path=rows.jsonl`. An override that undoes anoth
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from qlora_lite.errors import Problem
 
 from .strict_yaml import MAX_DEPTH, Document, Node, parse, shown
+
+_PLACE = "override {}"
+
+
+def override_number(where: str) -> int | None:
+    """Return the number of the override that a place names, None for a place in a file."""
+    found = re.fullmatch(_PLACE.format(r"(\d+)"), where)
+    return int(found[1]) if found else None
 
 
 def apply_overrides(root: Node, overrides: Sequence[str], document: Document) -> None:
@@ -23,7 +32,7 @@ def apply_overrides(root: Node, overrides: Sequence[str], document: Document) ->
     """
     given: dict[tuple[str, ...], int] = {}
     for number, text in enumerate(overrides, start=1):
-        place = f"override {number}"
+        place = _PLACE.format(number)
         key, equals, raw = text.partition("=")
         parts = tuple(key.strip().split("."))
         if not equals or not all(parts) or len(parts) > MAX_DEPTH:

@@ -1,8 +1,9 @@
 """Find what a recipe names on this disk: data, model, template, folders.
 
-A relative data, model, template or offload path is looked for beside the recipe first (so that a copied recipe works
-from any folder), then in the folder the program was started in. The output folder is always relative to the
-latter, like any program's output. Hub ids are checked by shape only: nothing here touches the network.
+A relative data, model, template or offload path of a recipe is looked for beside the recipe first (so that a copied
+recipe works from any folder), then in the folder the program was started in; one from the command line the other way
+round, since there it means what the shell shows. The output folder is always relative to the folder the program was
+started in, like any program's output. Hub ids are checked by shape only: nothing here touches the network.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ import glob
 import importlib.util
 import os
 import re
+from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 
 from .schema import Recipe, Source
 from .strict_yaml import NOT_TEXT, shown
 
+Bases = tuple[str, str]  # the folders that a relative path is looked for in, the first one first
+TEMPLATES = "chatml", "llama3", "mistral", "gemma", "alpaca", "plain"  # names that data.template takes
 _GLOB = re.compile(r"[*?\[]")
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 _HUB_DATA = re.compile(r"hub:[\w.-]+/[\w.-]+(/[\w.-]+)?(:\w+)?", re.ASCII)
@@ -26,12 +31,12 @@ class PathProblem(ValueError):
     """Say what is wrong with a path, and the cure."""
 
 
-def find_data(path: str, folder: str) -> str:
+def find_data(path: str, bases: Bases) -> str:
     """Return the absolute path, or glob pattern, of a data file or folder; a hub path stays as it is.
 
     Args:
         path: as the recipe has it; "~" is the home folder.
-        folder: the recipe's folder.
+        bases: where to look.
 
     Raises:
         PathProblem: nothing is there.
@@ -41,7 +46,7 @@ def find_data(path: str, folder: str) -> str:
             raise PathProblem("must be hub:OWNER/NAME, hub:OWNER/NAME/CONFIG, or one of them with :SPLIT")
         return path
     expanded = os.path.expanduser(path)
-    for base in _bases(folder):
+    for base in bases:
         candidate = os.path.join(base, expanded)
         if os.path.exists(candidate):
             return os.path.abspath(candidate)
@@ -49,15 +54,15 @@ def find_data(path: str, folder: str) -> str:
         if _GLOB.search(expanded) and next(glob.iglob(pattern, recursive=True), None):
             return os.path.abspath(pattern)
     what = "no file matches this pattern" if _GLOB.search(expanded) else "no such file"
-    raise PathProblem(f"{what}{_searched(expanded, folder)}")
+    raise PathProblem(f"{what}{_searched(expanded, bases)}")
 
 
-def find_model(path: str, folder: str) -> str:
+def find_model(path: str, bases: Bases) -> str:
     """Return `model.path` with a local path made absolute; a hub id or package file stays as it is.
 
     Args:
         path: as the recipe has it.
-        folder: the recipe's folder.
+        bases: where to look.
 
     Raises:
         PathProblem: it is local and not there, in a package that is not installed, or of no known shape.
@@ -66,7 +71,7 @@ def find_model(path: str, folder: str) -> str:
         _check_package_file(path)
         return path
     expanded = os.path.expanduser(path)
-    for candidate in (os.path.join(base, expanded) for base in _bases(folder)):
+    for candidate in (os.path.join(base, expanded) for base in bases):
         if os.path.isdir(candidate):
             return os.path.abspath(candidate)
         if os.path.isfile(candidate):
@@ -74,46 +79,47 @@ def find_model(path: str, folder: str) -> str:
                 raise PathProblem("is a file; give the model's folder, or a .gguf file")
             return os.path.abspath(candidate)
     if path.startswith((".", "/", "~")) or path.endswith(".gguf") or os.path.isabs(path):
-        raise PathProblem(f"no such model{_searched(expanded, folder)}")
+        raise PathProblem(f"no such model{_searched(expanded, bases)}")
     if not _HUB_ID.fullmatch(path):
         raise PathProblem("is no hub id (owner/name), and no folder or .gguf file of that name is here")
     return path
 
 
-def find_folder(path: str, folder: str) -> str:
+def find_folder(path: str, bases: Bases) -> str:
     """Return the absolute path of a folder.
 
     Raises:
         PathProblem: it is not there, or cannot be written to.
     """
     expanded = os.path.expanduser(path)
-    for candidate in (os.path.join(base, expanded) for base in _bases(folder)):
+    for candidate in (os.path.join(base, expanded) for base in bases):
         if os.path.isdir(candidate):
             if not os.access(candidate, os.W_OK | os.X_OK):
                 raise PathProblem("may not be written to; choose another folder")
             return os.path.abspath(candidate)
-    raise PathProblem(f"no such folder{_searched(expanded, folder)}")
+    raise PathProblem(f"no such folder{_searched(expanded, bases)}")
 
 
-def find_template(template: str, folder: str) -> str:
+def find_template(template: str, bases: Bases) -> str:
     """Return `data.template` with a file's path made absolute; a template's name stays as it is.
 
     Raises:
-        PathProblem: it names a file that is not there.
+        PathProblem: it names a file that is not there, or is no name of a template.
     """
-    return find_data(template, folder) if template.endswith(".jinja") else template
+    if template.endswith(".jinja"):
+        return find_data(template, bases)
+    if template not in TEMPLATES:
+        close = get_close_matches(template, TEMPLATES, 1)
+        meant = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(TEMPLATES)}, or a .jinja file"
+        raise PathProblem(f"is no template; {meant}")
+    return template
 
 
-def _bases(folder: str) -> tuple[str, str]:
-    return folder, os.curdir
-
-
-def _searched(path: str, folder: str) -> str:
+def _searched(path: str, bases: Bases) -> str:
     if os.path.isabs(path):
         return "; correct the path"
-    here, beside = os.getcwd(), os.path.abspath(folder)
-    places = here if here == beside else f"{beside} or {here}"
-    return f" in {places}; put it there or correct the path"
+    places = dict.fromkeys(map(os.path.abspath, bases))
+    return f" in {' or '.join(places)}; put it there or correct the path"
 
 
 def _check_package_file(path: str) -> None:
@@ -138,20 +144,27 @@ def _check_package_file(path: str) -> None:
     raise PathProblem(f"the package {name} has no file {shown(file)}{has}")
 
 
-def resolved(recipe: Recipe, folder: str, stem: str) -> Recipe:
-    """Return the recipe with absolute paths and a name; what is not there is placed beside the recipe."""
-    data = {"train": _absolute(recipe.data.train, folder)}
+def resolved(recipe: Recipe, bases: Callable[..., Bases], stem: str) -> Recipe:
+    """Return the recipe with absolute paths and a name.
+
+    Args:
+        bases: returns where the path at a place such as "model", "path" is looked for; what is in neither folder is
+            placed in the first.
+        stem: the recipe file's name.
+    """
+    data = {"train": _absolute("train", recipe.data.train, bases)}
     if recipe.data.eval is not None:
-        data["eval"] = _absolute(recipe.data.eval, folder)
-    if recipe.data.template is not None:
-        data["template"] = _or_beside(find_template, recipe.data.template, folder)
+        data["eval"] = _absolute("eval", recipe.data.eval, bases)
+    if (recipe.data.template or "").endswith(".jinja"):
+        data["template"] = _or_placed(find_template, recipe.data.template, bases("data", "template"))
     output = {"name": recipe.output.name or _name_of(stem)}
     if recipe.output.dir is not None:
         output["dir"] = os.path.abspath(os.path.expanduser(recipe.output.dir))
-    model = {"path": _or_beside(find_model, recipe.model.path, folder)}
+    model = {"path": _or_placed(find_model, recipe.model.path, bases("model", "path"))}
     memory = {}
     if recipe.memory.offload_folder is not None:
-        memory["offload_folder"] = _or_beside(find_folder, recipe.memory.offload_folder, folder)
+        place = "memory", "offload_folder"
+        memory["offload_folder"] = _or_placed(find_folder, recipe.memory.offload_folder, bases(*place))
     return recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update=model),
@@ -162,18 +175,20 @@ def resolved(recipe: Recipe, folder: str, stem: str) -> Recipe:
     )
 
 
-def _absolute(sources: tuple[Source, ...], folder: str) -> tuple[Source, ...]:
-    return tuple(s.model_copy(update={"path": _or_beside(find_data, s.path, folder)}) for s in sources)
+def _absolute(part: str, sources: tuple[Source, ...], bases: Callable[..., Bases]) -> tuple[Source, ...]:
+    places = (bases("data", part, index, "path") for index in range(len(sources)))
+    found = [_or_placed(find_data, source.path, place) for source, place in zip(sources, places, strict=True)]
+    return tuple(s.model_copy(update={"path": path}) for s, path in zip(sources, found, strict=True))
 
 
-def _or_beside(find, path: str, folder: str) -> str:
-    """Return what `find` returns, or the path beside the recipe where it finds nothing."""
+def _or_placed(find: Callable[[str, Bases], str], path: str, bases: Bases) -> str:
+    """Return what `find` returns, or the path in the first folder where it finds nothing."""
     try:
-        return find(path, folder)
+        return find(path, bases)
     except PathProblem:
         if path.startswith(("package:", "hub:")):
             return path
-        return os.path.abspath(os.path.join(folder, os.path.expanduser(path)))
+        return os.path.abspath(os.path.join(bases[0], os.path.expanduser(path)))
 
 
 def check_folder(folder: str) -> None:

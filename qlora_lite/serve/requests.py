@@ -131,7 +131,8 @@ def _turns(messages: object) -> tuple[Turn, ...]:
 
 
 def _turn(message: object, place: str) -> Turn:
-    if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
+    role = message.get("role") if isinstance(message, Mapping) else None
+    if not isinstance(role, str) or role not in _ROLES:
         raise ApiError(400, f"{place}.role must be one of {', '.join(_ROLES)}", param=f"{place}.role")
     if message.get("tool_calls"):
         raise ApiError(400, f"{place}.tool_calls: tools are not supported here", "unsupported_parameter", place)
@@ -140,4 +141,4 @@ def _turn(message: object, place: str) -> Turn:
         parts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
                  for part in content]  # fmt: skip
         content = None if any(not isinstance(part, str) for part in parts) else "\n".join(parts)
-    return Turn(_ROLES[message["role"]], _text(content, f"{place}.content"))
+    return Turn(_ROLES[role], _text(content, f"{place}.content"))

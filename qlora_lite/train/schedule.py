@@ -2,8 +2,6 @@
 
 import math
 
-SCHEDULES = ("constant", "linear", "cosine")
-
 
 def lr_factor(step: int, total_steps: int, schedule: str, warmup_ratio: float) -> float:
     """Return the factor on the peak learning rate for one step.

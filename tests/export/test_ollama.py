@@ -130,10 +130,16 @@ def test_a_system_message_that_all_training_rows_share_is_the_modelfile_s(tmp_pa
         assert [line for line in lines if line.startswith("SYSTEM")] == expected
 
 
+def test_a_run_whose_training_rows_are_gone_is_exported_without_a_system_message(tmp_path):
+    run = tiny_run(tmp_path, merges=MERGES)
+    (tmp_path / "train.jsonl").unlink()
+    (note,) = export_run(run, tmp_path / "out", ExportSettings("ollama"))["notes"]
+    assert note.startswith("no SYSTEM line: the training rows") and str(tmp_path / "train.jsonl") in note
+    assert "SYSTEM" not in (tmp_path / "out" / "Modelfile").read_text()
+
+
 @pytest.mark.parametrize(("go", "expected"), [
     ("a{{ .System }}b", "aSb"),
-    ("a {{- .System -}} b", "aSb"),
-    ('{{ "{{" }}x', "{{x"),
     ("{{ if .System }}1{{ else }}2{{ end }}", "1"),
     ('{{ range .Messages }}{{ if eq .Role "user" }}U{{ .Content }}{{ else if eq .Role "assistant" }}A{{ else }}-'
      "{{ end }}{{ end }}!", "-UqA!"),
@@ -147,6 +153,7 @@ def test_go_templates_are_rendered_as_go_does(go, expected):
 
 @pytest.mark.parametrize("go", [
     "{{ .Tools }}", "{{ if .System }}x", "{{ end }}", "{{ len .Messages }}", "{{ $x := 1 }}",
+    "a {{- .System }}", "{{ .System -}} b", '{{ "quoted" }}', "{{{ .System }}",
     "{{ range .System.Content }}x{{ end }}", "{{ template }}",
 ])  # fmt: skip
 def test_what_is_not_read_of_go_is_an_error(go):

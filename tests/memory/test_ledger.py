@@ -1,7 +1,5 @@
 """The ledger counts each storage once, from birth to death, under the right name."""
 
-import gc
-
 import pytest
 import torch
 from torch import nn
@@ -126,9 +124,6 @@ def test_the_timeline_holds_every_change_and_its_highest_point_is_the_peak():
     one_step(ledger, Net(), torch.zeros(16, 32))
     assert max(moment.total for moment in ledger.timeline) == ledger.peak.total
     assert {moment.phase for moment in ledger.timeline} >= {"forward", "backward", "optimizer"}
-    ledger.reset_peaks()
-    gc.collect()
-    assert not ledger.timeline and not ledger.peaks
 
 
 def test_bytes_in_host_memory_are_not_counted_as_the_device_s():

@@ -60,7 +60,7 @@ def measured(job, model_type, **changes):
             ledger.claim([tensor], name)
         ledger.watch(model)
         for _ in range(2):
-            ledger.reset_peaks()
+            ledger.peaks.clear()
             train_step(model.train(), [batch], optimizer, job.max_grad_norm, job.levers.loss_chunk_tokens)
             optimizer.zero_grad(set_to_none=True)
         evaluate_loss(model, [batch], job.levers.loss_chunk_tokens)

@@ -39,6 +39,14 @@ def test_a_recipe_is_right_but_for_files_that_the_user_brings(name):
         assert all(any(words in problem.message for words in missing) for problem in error.problems)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_s_rows_lie_beside_it_or_on_the_hub(name):
+    data = load_recipe(catalog.recipes_folder() / f"{name}.yaml", check_files=False).data
+    for source in (*data.train, *(data.eval or ())):
+        is_beside = Path(source.path).resolve().is_relative_to(catalog.recipes_folder())
+        assert source.path.startswith("hub:") or is_beside, "a copy somewhere else could not run"
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("gb")])
 def test_a_recipe_for_a_card_lacks_only_the_users_rows(name):
     with pytest.raises(RecipeError) as caught:

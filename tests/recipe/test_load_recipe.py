@@ -156,7 +156,8 @@ def test_a_section_that_is_no_mapping_is_an_error_that_shows_how_to_write_it(pro
         ("rank: 3", "lora.rank"), ("Learning-Rate: 3", "train.learning_rate"), ("lora.rank: 3", "lora.rank"),
         ("lora: {lora_dropout: 0}", "lora.dropout"), ("train: {learning_rat: 1}", "train.learning_rate"),
         ("train: {rank: 1}", "lora.rank"), ("memroy: {}", "memory"),
-        ("flash_attention: true", "fastest attention"),
+        ("flash_attention: true", "fastest attention"), ("load_in_8bit: true", "no 8-bit base"),
+        ("lora: {use_dora: true}", "without DoRA's norms"), ("group_by_length: true", "data.order: by-length"),
     ],
 )  # fmt: skip
 def test_a_foreign_or_misspelt_name_is_answered_with_the_local_one(problems, line, local):
@@ -164,6 +165,24 @@ def test_a_foreign_or_misspelt_name_is_answered_with_the_local_one(problems, lin
     assert problem.startswith("r.yaml:3: ")
     assert "is not a setting; " in problem
     assert local in problem.partition("; ")[2]
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("model.device=gpu", "cuda"), ("lora.dtype=FP32", "float32"), ("train.optimizer=adamw", "adamw_torch"),
+        ("train.lr_scheduler=none", "constant"), ("data.order=random", "shuffle"), ("model.quant=int4", "nf4"),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_trainer_is_answered_with_the_one_that_means_the_same(problems, override, meant):
+    assert problems(GOOD, override)[0].endswith(f"; did you mean {meant}?")
+
+
+def test_a_setting_of_a_place_that_rows_come_from_is_shown_where_it_goes(problems):
+    (problem,) = problems(GOOD, "data.prompt='{question}'")
+    assert problem.endswith("it belongs to a place that rows come from, as in data.train: [{path: FILE, prompt: ...}]")
+    (problem,) = problems("model: {path: a/b}\ndata: {path: rows.jsonl}\n")
+    assert problem.endswith("as in data.train: [{path: FILE}]"), "nor is data.train called missing as well"
 
 
 def test_a_renamed_key_is_not_called_missing_as_well(problems):
@@ -233,6 +252,30 @@ def test_data_is_looked_for_beside_the_recipe_first_and_then_in_the_current_fold
     assert recipe(GOOD, "data.train=here.jsonl").data.train[0].path == str(folder / "elsewhere" / "here.jsonl")
     (folder / "elsewhere" / "rows.jsonl").write_text("")
     assert recipe().data.train[0].path == str(folder / "rows.jsonl")
+
+
+def test_a_path_on_the_command_line_is_looked_for_in_the_current_folder_first(recipe, problems, folder):
+    listed = GOOD.replace("rows.jsonl", "[rows.jsonl, {path: rows.jsonl}, rows.jsonl]")
+    for name in ("rows.jsonl", "t.jinja", "m.gguf"):
+        (folder / name).write_text("")
+        (folder / "elsewhere" / name).write_text("")
+    paths = [s.path for s in recipe(listed, "data.train.0=rows.jsonl", "data.train.1.path=rows.jsonl").data.train]
+    assert paths == [str(folder / "elsewhere" / "rows.jsonl")] * 2 + [str(folder / "rows.jsonl")]
+    (problem,) = problems(listed, "data.train.1.path=gone.jsonl")
+    assert f"no such file in elsewhere or {folder}; put it there" in problem
+    for key in ("train", "eval"):
+        (source,) = getattr(recipe(GOOD, f"data.{key}=r*s.jsonl").data, key)
+        assert source.path == str(folder / "elsewhere" / "r*s.jsonl")
+    given = recipe(GOOD, "model.path=m.gguf", "data.template=t.jinja", "data.eval=later.jsonl", check_files=False)
+    found = given.model.path, given.data.template, given.data.eval[0].path
+    assert found == tuple(str(folder / "elsewhere" / name) for name in ("m.gguf", "t.jinja", "later.jsonl"))
+
+
+def test_a_template_is_a_name_that_is_known_or_a_file_that_is_there(recipe, problems):
+    assert recipe(GOOD, "data.template=chatml").data.template == "chatml"
+    assert "chatlm: is no template; did you mean chatml?" in problems(GOOD, "data.template=chatlm")[0]
+    assert "choose one of chatml, llama3," in problems(GOOD, "data.template=mine")[0]
+    assert "no such file" in problems(GOOD, "data.template=mine.jinja")[0]
 
 
 def test_a_glob_pattern_must_match_something_and_stays_a_pattern(recipe, problems, folder):

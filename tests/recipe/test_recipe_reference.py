@@ -4,12 +4,12 @@ from contextlib import nullcontext
 import pytest
 
 from qlora_lite.data import batch, examples, formats, hub
+from qlora_lite.data.named_templates import NAMED_TEMPLATES
 from qlora_lite.errors import DataError
 from qlora_lite.recipe import reference
 from qlora_lite.recipe.foreign_names import _ADVICE, _KEY_OF
-from qlora_lite.recipe.paths import PathProblem, find_data
+from qlora_lite.recipe.paths import TEMPLATES, PathProblem, find_data
 from qlora_lite.recipe.schema import Data, Recipe, Source, Target
-from qlora_lite.train import schedule
 
 
 def test_every_setting_has_a_description_and_a_row_in_the_reference():
@@ -51,10 +51,10 @@ def test_every_local_name_in_the_foreign_table_exists_and_no_foreign_name_is_one
 
 def test_the_choices_of_the_recipe_are_those_of_the_layers_that_do_the_work():
     for (section, name), choices in {
-        ("train", "lr_scheduler"): schedule.SCHEDULES, ("data", "train_on"): examples.TRAIN_ON,
-        ("data", "overflow"): examples.OVERFLOW, ("data", "order"): batch.ORDERS,
+        ("data", "train_on"): examples.TRAIN_ON, ("data", "overflow"): examples.OVERFLOW, ("data", "order"): batch.ORDERS,
     }.items():  # fmt: skip
         assert reference.choices_of(reference.field_at((section, name))) == choices, name
+    assert tuple(NAMED_TEMPLATES) == TEMPLATES
     row_format = reference.rule_of(Source.model_fields["format"])
     assert row_format == f"{', '.join(formats.FORMATS[:-1])} or {formats.FORMATS[-1]}, or null"
 

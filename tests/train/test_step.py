@@ -10,10 +10,12 @@ from qlora_lite.data.batch import Batch
 from qlora_lite.errors import TrainingError
 from qlora_lite.lora.inject import add_lora, lora_parameters
 from qlora_lite.models.levers import Levers, set_levers
+from qlora_lite.recipe.reference import choices_of, field_at
 from qlora_lite.train.optim import BITSANDBYTES_NAMES, build_optimizer, clip_gradients
-from qlora_lite.train.schedule import SCHEDULES, lr_factor
+from qlora_lite.train.schedule import lr_factor
 from qlora_lite.train.step import accumulate_gradients, evaluate_loss, labelled_count, prepare, train_step
 
+SCHEDULES = choices_of(field_at(("train", "lr_scheduler")))
 LENGTHS = (4, 31, 9, 17, 5, 26, 12, 3)
 
 

@@ -1,0 +1,14 @@
+"""``qlora-lite report``: write the page about a run again, from what its folder holds."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def report(run: Path) -> None:
+    """Write report.html into RUN (a run folder), also of a run that was killed or still goes on."""
+    from qlora_lite.report import write_report
+
+    click.echo(f"wrote {write_report(run)}")
