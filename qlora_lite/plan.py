@@ -4,6 +4,7 @@ The composition of ``planning`` with recipes, for the ``plan`` command (before a
 micro-batch taken as full) and for ``run`` (with the rows that were really read).
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
@@ -27,6 +28,8 @@ from .recipe.schema import Recipe
 from .train.loop import largest_batches
 from .train.settings import TrainSettings
 from .units import format_bytes
+
+log = logging.getLogger(__name__)
 
 MOST_TOKENS, MOST_PACKS = 2**21, 4096  # the ends of --max-tokens and --max-batch
 MOST_CHANGES = 2  # settings in which an alternative that is shown may differ from the chosen plan
@@ -110,6 +113,15 @@ def plan_recipe(
     return Plan(machine, budget_bytes, chosen or least, chosen is not None, tuple(found), step, kept)
 
 
+def budget_of(recipe: Recipe, machine: Machine) -> int:
+    """Return the most memory that a recipe's run may use, in bytes: its own limit, but not more than there is."""
+    budget, there = recipe.memory.budget_bytes, machine.memory_bytes
+    if budget is not None and budget > there:
+        log.warning("memory.budget: %s is more than %s has, %s; that is the budget", format_bytes(budget),
+                    machine.name, format_bytes(there))  # fmt: skip
+    return there if budget is None else min(budget, there)
+
+
 def plan_run(recipe: Recipe, examples, eval_examples) -> tuple[Plan, TrainSettings]:
     """Plan a recipe for the device at hand and the rows that were read; return the plan and its settings.
 
@@ -127,8 +139,7 @@ def plan_run(recipe: Recipe, examples, eval_examples) -> tuple[Plan, TrainSettin
     packs = settings.micro_batch_size * settings.gradient_accumulation_steps
     one_by_one = replace(settings, micro_batch_size=1, gradient_accumulation_steps=packs)  # the same packs a step
     pack, evaluation = largest_batches(examples, eval_examples, one_by_one)
-    budget = recipe.memory.budget_bytes or machine.memory_bytes
-    plan = plan_recipe(recipe, machine, budget, rows_of(pack), evaluation and rows_of(evaluation))
+    plan = plan_recipe(recipe, machine, budget_of(recipe, machine), rows_of(pack), evaluation and rows_of(evaluation))
     if not plan.fits:
         raise does_not_fit(plan, list(alternatives(plan)))
     chosen = plan.chosen

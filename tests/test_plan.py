@@ -409,8 +409,13 @@ class TestCommand:
 
     @pytest.mark.parametrize(("budget", "planned_for"), [("24GiB", 2**29), ("0.25GiB", 2**28)])
     def test_a_budget_never_makes_a_card_larger_than_it_is(self, capsys, file, budget, planned_for):
-        _, out, _ = self.call(capsys, file, "--vram", "0.5GiB", "--json", f"memory.budget={budget}")
+        _, out, err = self.call(capsys, file, "--vram", "0.5GiB", "--json", f"memory.budget={budget}")
         assert json.loads(out)["budget_bytes"] == planned_for
+        assert ("24.0 GiB is more than a card with 512.0 MiB" in err) == (budget == "24GiB")
+
+    def test_a_budget_never_makes_this_machine_larger_than_it_is(self, capsys, file):
+        _, out, _ = self.call(capsys, file, "--json", "memory.budget=900000GiB")
+        assert json.loads(out)["budget_bytes"] < 2**49
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -51,8 +51,8 @@ def plan(recipe, overrides, vram, card, max_tokens, max_batch, html, as_json, ca
     from qlora_lite import plan as planner
     from qlora_lite import plan_text
 
-    machine, budget = _machine(settings, vram, card)
-    made = planner.plan_recipe(settings, machine, budget)
+    machine = _machine(settings, vram, card)
+    made = planner.plan_recipe(settings, machine, planner.budget_of(settings, machine))
     others = list(planner.alternatives(made))
     found = {}
     if max_tokens:
@@ -74,7 +74,7 @@ def plan(recipe, overrides, vram, card, max_tokens, max_batch, html, as_json, ca
 
 
 def _machine(settings, vram, card):
-    """Return the machine to plan for and the budget in bytes."""
+    """Return the machine to plan for."""
     from qlora_lite.memory.cards import CARDS, find_card
     from qlora_lite.models.load import resolve_compute_dtype, resolve_device
     from qlora_lite.planning.machine import machine_of_card, this_machine
@@ -87,8 +87,7 @@ def _machine(settings, vram, card):
     else:
         device = resolve_device(settings.model.device)
         machine = this_machine(device, resolve_compute_dtype(settings.model.compute_dtype, device))
-        return machine, settings.memory.budget_bytes or machine.memory_bytes
-    return machine, min(settings.memory.budget_bytes or machine.memory_bytes, machine.memory_bytes)
+    return machine
 
 
 def _or_none(solve, made) -> int | None:

@@ -51,7 +51,8 @@ def test_every_local_name_in_the_foreign_table_exists_and_no_foreign_name_is_one
 
 def test_the_choices_of_the_recipe_are_those_of_the_layers_that_do_the_work():
     for (section, name), choices in {
-        ("data", "train_on"): examples.TRAIN_ON, ("data", "overflow"): examples.OVERFLOW, ("data", "order"): batch.ORDERS,
+        ("data", "train_on"): examples.TRAIN_ON, ("data", "overflow"): examples.OVERFLOW,
+        ("data", "order"): batch.ORDERS,
     }.items():  # fmt: skip
         assert reference.choices_of(reference.field_at((section, name))) == choices, name
     assert tuple(NAMED_TEMPLATES) == TEMPLATES
