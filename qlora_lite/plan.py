@@ -25,6 +25,7 @@ from .planning.predict import Prediction, predict
 from .planning.search import SMALL_CHUNK_TOKENS, TILE_TOKENS, movable_tables, search
 from .planning.simulate import Rows, rows_of
 from .recipe.schema import Recipe
+from .saver import Space
 from .train.loop import largest_batches
 from .train.settings import TrainSettings
 from .units import format_bytes
@@ -309,9 +310,8 @@ def host_bytes(plan: Plan) -> int:
 
 
 def disk_bytes(plan: Plan) -> int:
-    """Room on the disk: the quantised model in the cache, the best and the last adapter, and the checkpoints: those
-    that are kept and the one being written, each with the factors, the best ones so far and the optimizer's states."""
+    """Room on the disk: the quantised model in the cache, and what the run writes."""
     simulation = plan.chosen.prediction.simulation
-    resident = simulation.resident.breakdown
-    adapter, optimizer = resident.get("adapter", 0), resident.get("optimizer", 0)
-    return simulation.frozen_bytes + 2 * adapter + (plan.kept_checkpoints + 1) * (2 * adapter + optimizer)
+    held, with_evaluation = simulation.resident.breakdown, plan.step.job.eval_rows is not None
+    space = Space(held.get("adapter", 0), held.get("optimizer", 0), with_evaluation, plan.kept_checkpoints)
+    return simulation.frozen_bytes + space.whole_bytes()

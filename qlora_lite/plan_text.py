@@ -24,7 +24,7 @@ def reason(plan: Plan) -> str:
     if not all(c.fits_host for c in faster):
         return f"{settings}: the fastest that the host's memory has room for"
     return f"{settings}: the fastest of {len(plan.found)} plans" + (
-        " within 3 %, with the least memory" if faster else ""
+        " within 3 %, with least on the host, then least memory" if faster else ""
     )
 
 

@@ -49,7 +49,7 @@ from .runs import (
     package_versions,
     rewind_run,
 )
-from .saver import check_space
+from .saver import Space, check_space
 from .stopping import Stop, stop_signals
 from .train.determinism import deterministic
 from .train.guards import check_frozen, frozen_checksum
@@ -57,7 +57,7 @@ from .train.inventory import inventory, total_parameters
 from .train.loop import Trainer, largest_batches
 from .train.out_of_memory import CURES, first_line, free_cached_memory, is_out_of_memory
 from .train.state import STATE
-from .training import Progress, Training, checkpoint_bytes, how_to_go_on
+from .training import Progress, Training, how_to_go_on
 from .units import format_bytes, format_count, format_seconds
 
 log = logging.getLogger("qlora_lite")
@@ -152,8 +152,8 @@ class _Run:
             self.trainer.most_tokens = self.continuation.checkpoint.documents[STATE]["most_tokens"]
         self._rehearse()
         factors = sum(parameter.nbytes for parameter in self.trainer.parameters)
-        size = checkpoint_bytes(self.trainer, self.eval_data is not None)
-        check_space(self.run.path, size, factors, recipe.train.keep_checkpoints)
+        has_evaluation, keep = self.eval_data is not None, recipe.train.keep_checkpoints
+        check_space(self.run.path, Space(factors, self.trainer.optimizer_bytes, has_evaluation, keep))
         about = {
             "recipe": recipe.model_dump(mode="json"), "identity": identity | model_identity,
             "plan": self.plan.chosen.settings, "environment": environment(_device_name(device_of(self.model))),

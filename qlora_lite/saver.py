@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from .errors import OutputError
 from .train.checkpoints import Checkpoint, keep_only, steps_on_disk, write_checkpoint
@@ -112,27 +113,45 @@ class Saver:
         self._thread.shutdown()
 
 
-def check_space(folder: Path, checkpoint_bytes: int, adapter_bytes: int, keep: int) -> None:
-    """Compare what a run will write with the free space of its disk, before it begins.
+class Space(NamedTuple):
+    """What a run writes, in bytes.
 
     Args:
-        folder: of the run.
-        checkpoint_bytes: size of one checkpoint.
-        adapter_bytes: size of the adapter, which is written twice (the best and the last), each beside its old one.
+        adapter_bytes: of the factors, written twice (the best and the last), each beside its old one.
+        optimizer_bytes: of the optimizer's states.
+        with_evaluation: then a checkpoint holds the factors that were best so far, too.
         keep: checkpoints kept; one more exists while it is written.
+    """
+
+    adapter_bytes: int
+    optimizer_bytes: int
+    with_evaluation: bool
+    keep: int
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Size of one checkpoint."""
+        return self.adapter_bytes * (2 if self.with_evaluation else 1) + self.optimizer_bytes
+
+    def whole_bytes(self, there: int = 0) -> int:
+        """Return the most that is written, beside checkpoints that are there already."""
+        return max(1, self.keep + 1 - there) * self.checkpoint_bytes + 4 * self.adapter_bytes
+
+
+def check_space(folder: Path, space: Space) -> None:
+    """Compare what a run will write into its folder with the free space of its disk, before it begins.
 
     Raises:
         OutputError: not even one checkpoint and the adapter would fit.
     """
-    there = len(steps_on_disk(folder / "checkpoints"))
-    least = checkpoint_bytes + 2 * adapter_bytes
-    whole = max(1, keep + 1 - there) * checkpoint_bytes + 4 * adapter_bytes
+    least = space.checkpoint_bytes + 2 * space.adapter_bytes
+    whole = space.whole_bytes(len(steps_on_disk(folder / "checkpoints")))
     free = shutil.disk_usage(folder).free
     if free >= whole:
         return
     text = (
         f"the disk of {folder} has {format_bytes(free)} free; this run needs {format_bytes(whole)} for checkpoints of "
-        f"{format_bytes(checkpoint_bytes)} and its adapters"
+        f"{format_bytes(space.checkpoint_bytes)} and its adapters"
     )
     if free < least:
         raise OutputError(f"{text}. Free some space, or set output.dir to another disk")

@@ -264,9 +264,3 @@ def how_to_go_on(folder: Path) -> str:
     """Say what to type to go on with a run."""
     recipe, run = shlex.quote(str(folder / RECIPE)), shlex.quote(str(folder))
     return f"To go on: qlora-lite train {recipe} --resume {run}"
-
-
-def checkpoint_bytes(trainer: Trainer, with_evaluation: bool) -> int:
-    """Return the size of a trainer's checkpoints: factors, the best ones if there is evaluation, optimizer."""
-    factors = sum(parameter.nbytes for parameter in trainer.parameters)
-    return factors * (2 if with_evaluation else 1) + trainer.optimizer_bytes

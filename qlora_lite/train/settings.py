@@ -7,7 +7,7 @@ from qlora_lite.models.levers import Levers
 
 @dataclass(frozen=True, slots=True)
 class TrainSettings:
-    """What the loop needs to know; the names, meanings and defaults are those of the recipe.
+    """What the loop needs to know; the names and meanings are those of the recipe.
 
     ``max_steps`` None trains for ``epochs``.
     """
