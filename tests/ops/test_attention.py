@@ -21,8 +21,8 @@ def eager(query, key, value, rows, scaling=None, window=None, softcap=None, sink
     query, key, value = query.double(), key.double(), value.double()
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    row = torch.cat([torch.full((length,), i) for i, length in enumerate(rows)])
-    position = torch.arange(len(row))
+    row = torch.cat([torch.full((length,), i, device=query.device) for i, length in enumerate(rows)])
+    position = torch.arange(len(row), device=query.device)
     distance = position[:, None] - position[None, :]
     allowed = (row[:, None] == row[None, :]) & (distance >= 0)
     if window is not None:
@@ -134,6 +134,22 @@ def test_rows_of_several_blocks_equal_the_oracle(device, kv_heads, batch, window
     expected = values_and_gradients(lambda *t: eager(*t, LONG_ROWS, *how), inputs, upstream)
     for tensor, wanted in zip(found, expected, strict=True):
         assert (tensor - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("softcap, sinks", [(None, None), (1.5, None), (None, torch.arange(-1.0, HEADS - 1))], ids=str)
+@pytest.mark.parametrize("window", [None, 40])
+def test_on_a_card_windows_caps_and_sinks_equal_the_oracle(window, softcap, sinks, dtype, error):
+    inputs = [tensor.cuda() / 3 for tensor in tensors(sum(LONG_ROWS), 2, dtype=dtype)]
+    sinks = None if sinks is None else sinks.cuda()
+    upstream = torch.randn(1, sum(LONG_ROWS), HEADS, DIM, device="cuda")
+    found = values_and_gradients(
+        lambda *t: row_attention(None, *t, None, 0.3, 0.0, window, softcap, sinks, LONG_ROWS)[0], inputs, upstream
+    )
+    expected = values_and_gradients(lambda *t: eager(*t, LONG_ROWS, 0.3, window, softcap, sinks), inputs, upstream)
+    for tensor, wanted in zip(found, expected, strict=True):
+        assert (tensor - wanted).norm() <= error * wanted.norm()
 
 
 @pytest.mark.parametrize("window", [None, 3 * BLOCK_QUERIES])
