@@ -225,7 +225,7 @@ def test_a_disk_is_named_as_the_cure_only_where_it_is_one(recipe):
 def test_a_cpu_that_is_short_of_memory_puts_checkpoints_on_a_disk_if_one_is_named(recipe, tmp_path):
     def plan(gib, *more):
         cpu = Machine("a CPU", "cpu", gib * GIB, 0, 1e11, 1e10, 1e10)
-        return planner.plan_recipe(recipe("memory.checkpointing=block", "data.max_tokens=8192", *more), cpu, gib * GIB)
+        return planner.plan_recipe(recipe("memory.checkpointing=block", "data.max_tokens=2048", *more), cpu, gib * GIB)
 
     folder = f"memory.offload_folder={tmp_path}"
     assert not plan(8, folder).chosen.levers.offload_checkpoints
