@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from qlora_lite.errors import ModelError
-from qlora_lite.quant.linear import QuantLinear, is_conv1d
+from qlora_lite.quant.linear import is_linear
 
 from .layer import LoraLinear
 from .shared import share_inputs
@@ -35,11 +35,7 @@ class Target:
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return every linear layer of the decoder blocks by path: the layers that LoRA may wrap."""
     head = model.get_output_embeddings()
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if (isinstance(module, QuantLinear | nn.Linear) or is_conv1d(module)) and module is not head
-    }
+    return {name: module for name, module in model.named_modules() if is_linear(module) and module is not head}
 
 
 def _matches(pattern: str, name: str) -> bool:
