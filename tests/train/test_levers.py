@@ -264,6 +264,13 @@ def test_a_step_that_memory_ran_out_in_wherever_it_was_is_done_again_and_right(l
         assert all(map(torch.equal, (parameter.grad for parameter in parameters), expected))
 
 
+def test_more_resident_blocks_than_there_are_leave_none_to_stream():
+    levers = Levers("none", resident_blocks=DEPTH + 2)  # which streamed blocks could not have
+    model = build(levers=levers)
+    assert not hasattr(model, "block_stream")
+    assert all(map(torch.equal, gradients(model, levers), gradients(build(), PLAIN)))
+
+
 def test_streamed_weights_are_never_written():
     levers = Levers(resident_blocks=0, host_embeddings=True, host_head=True)
     checksum = frozen_checksum(build())
