@@ -23,11 +23,13 @@ from .recipe.schema import Recipe
 from .rows import build_sources
 from .runs import CHECKPOINTS, RunFolder, create_run, newest_path, package_versions
 from .train.checkpoints import Checkpoint, newest_whole
+from .train.guards import CHECKSUM_MARK
 from .train.schedule import lr_factor
 from .train.settings import TrainSettings
 from .train.state import STATE, numbers_of
 
 log = logging.getLogger("qlora_lite")
+BASE_MODEL = "base model"  # its name in a checkpoint's identity
 RUN = "run.json"  # what a checkpoint holds of the run, beside the trainer's state
 # What these settings lead to is compared by itself, or changes nothing of what a step computes.
 HARMLESS = {
@@ -92,7 +94,12 @@ class Continuation:
             CheckpointError: naming each that is another.
         """
         before = self.run["identity"]
-        self._refuse([f"other {name} than before" for name, value in now.items() if before.get(name) != value])
+        changed = [name for name, value in now.items() if before.get(name) != value]
+        if BASE_MODEL in changed and not str(before.get(BASE_MODEL, CHECKSUM_MARK)).startswith(CHECKSUM_MARK):
+            changed.remove(BASE_MODEL)
+            self.accepted.append(f"{BASE_MODEL}: not compared, since an earlier version took its checksum otherwise")
+            log.warning("resume: %s", self.accepted[-1])
+        self._refuse([f"other {name} than before" for name in changed])
 
     def compare_schedule(self, total_steps: int, settings: TrainSettings) -> None:
         """Compare the number of steps, and with it the learning rates of the steps that are done.
