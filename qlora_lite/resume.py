@@ -75,8 +75,8 @@ class Continuation:
         Raises:
             CheckpointError: naming each setting that makes another run of it.
         """
-        defaults = _flat({name: part.default.model_dump(mode="json") for name, part in Recipe.model_fields.items()
-                          if not part.is_required()})  # fmt: skip
+        defaults = _flat({name: section.annotation.model_construct().model_dump(mode="json")
+                          for name, section in Recipe.model_fields.items()})  # fmt: skip
         old = defaults | _flat(self.run["recipe"])  # a setting that its version did not have was as the default is
         new = _flat(recipe.model_dump(mode="json"))
         changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]

@@ -253,15 +253,23 @@ def test_harmless_changes_are_listed_and_change_nothing(lab, whole, caplog):
     assert lab.checkpoints == [8]
 
 
-def test_a_setting_that_the_run_s_version_did_not_have_counts_as_its_default(tmp_path, model_folder):
+@pytest.mark.parametrize(
+    ("section", "name", "other"),
+    [("memory", "head", "host"), ("model", "quant_head", "true"), ("data", "overflow", "truncate"),
+     ("lora", "targets", "q_proj")],
+)  # fmt: skip
+def test_a_setting_that_the_run_s_version_did_not_have_counts_as_its_default(
+    section, name, other, tmp_path, model_folder
+):
     written = write_recipe(tmp_path, model_folder)
-    recipe, changed = load_recipe(written), load_recipe(written, ["memory.head=host"])
+    recipe, changed = load_recipe(written), load_recipe(written, [f"{section}.{name}={other}"])
     before = recipe.model_dump(mode="json")
-    del before["memory"]["head"]
+    default = before[section][name]
+    del before[section][name]
     earlier = Continuation(SimpleNamespace(documents={RUN: {"recipe": before}}))
     earlier.compare_settings(recipe)
     assert not earlier.accepted
-    with pytest.raises(CheckpointError, match=r"memory\.head: auto -> host"):
+    with pytest.raises(CheckpointError, match=rf"{section}\.{name}: {default} -> "):
         earlier.compare_settings(changed)
 
 
