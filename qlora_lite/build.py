@@ -7,9 +7,7 @@ import torch
 from .lora.adapter import load_adapter
 from .lora.inject import Target, add_lora
 from .models.levers import Levers, place
-from .models.load import load_model, resolve_compute_dtype, resolve_device
-from .models.quantizer import quantize_head
-from .models.skeleton import stored_quantization
+from .models.load import load_model, resolve_compute_dtype, resolve_device, stored_quantization
 from .planning.machine import Machine
 from .planning.simulate import Job, Rows
 from .recipe.schema import COMPILED_WITH, Recipe
@@ -61,9 +59,10 @@ def build_model(recipe: Recipe, adapter: Path | None = None, lora: bool = True, 
     device = resolve_device(m.device)
     dtype = resolve_compute_dtype(m.compute_dtype, device)
     levers = levers or Levers()
-    model = load_model(m.path, m.quant, m.double_quant, dtype, "cpu" if levers.places_weights else device, m.revision)
-    if m.quant_head:
-        quantize_head(model, m.quant, m.double_quant)
+    model = load_model(
+        m.path, m.quant, m.double_quant, dtype, "cpu" if levers.places_weights else device, m.revision,
+        quant_head=m.quant_head,
+    )  # fmt: skip
     if adapter is not None:
         return load_adapter(model, adapter)
     if not lora:
@@ -84,7 +83,7 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_rows: Rows | None) -> 
         eval_rows: the largest evaluation batch, None without one.
     """
     m, x, t = recipe.model, recipe.lora, recipe.train
-    quant, double_quant = stored_quantization(config) or (m.quant, m.double_quant)
+    quant, double_quant = stored_quantization(config.to_dict()) or (m.quant, m.double_quant)
     dtype = machine.dtype if m.compute_dtype == "auto" else getattr(torch, m.compute_dtype)
     return Job(
         config, Rows((1,), 1), eval_rows, machine.device_type, quant, double_quant, m.quant_head, dtype,

@@ -94,11 +94,11 @@ def check_choice(trained: TrainedRun, base: str | None) -> str:
     Raises:
         ModelError: the run did not see such weights.
     """
-    quant = trained.recipe.model.quant
+    quant, _ = trained.quantization
     if base in (None, quant):
         return TRAINED if base or quant != "none" else ORIGINAL
     if base != "original":
-        raise ModelError(f"the run trained on {quant} weights (model.quant), not on {base}; choose --base original")
+        raise ModelError(f"the run trained on {quant} weights, not on {base}: leave out --base, or choose original")
     return ORIGINAL
 
 
@@ -139,7 +139,7 @@ def held_out(trained: TrainedRun, count: int) -> HeldOut:
 def _describe(trained: TrainedRun, merged: Merged, settings: MergeSettings) -> dict:
     return {
         "run": trained.name, "adapter": str(trained.adapter), "base_model": trained.files.name,
-        "merged_into": trained.recipe.model.quant if merged.onto == TRAINED else "original",
+        "merged_into": trained.quantization[0] if merged.onto == TRAINED else "original",
         "dtype": settings.dtype, "compute_dtype": str(trained.compute_dtype).removeprefix("torch."),
         "quantized": settings.quantize, "layers": len(merged.adapter.layers),
         "notes": _notes(trained, merged, settings),

@@ -23,11 +23,13 @@ from .recipe.schema import Recipe
 from .rows import build_sources
 from .runs import CHECKPOINTS, RunFolder, create_run, newest_path, package_versions
 from .train.checkpoints import Checkpoint, newest_whole
+from .train.guards import CHECKSUM_MARK
 from .train.schedule import lr_factor
 from .train.settings import TrainSettings
 from .train.state import STATE, numbers_of
 
 log = logging.getLogger("qlora_lite")
+BASE_MODEL = "base model"  # its name in a checkpoint's identity
 RUN = "run.json"  # what a checkpoint holds of the run, beside the trainer's state
 # What these settings lead to is compared by itself, or changes nothing of what a step computes.
 HARMLESS = {
@@ -73,8 +75,8 @@ class Continuation:
         Raises:
             CheckpointError: naming each setting that makes another run of it.
         """
-        defaults = _flat({name: part.default.model_dump(mode="json") for name, part in Recipe.model_fields.items()
-                          if not part.is_required()})  # fmt: skip
+        defaults = _flat({name: section.annotation.model_construct().model_dump(mode="json")
+                          for name, section in Recipe.model_fields.items()})  # fmt: skip
         old = defaults | _flat(self.run["recipe"])  # a setting that its version did not have was as the default is
         new = _flat(recipe.model_dump(mode="json"))
         changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
@@ -92,7 +94,12 @@ class Continuation:
             CheckpointError: naming each that is another.
         """
         before = self.run["identity"]
-        self._refuse([f"other {name} than before" for name, value in now.items() if before.get(name) != value])
+        changed = [name for name, value in now.items() if before.get(name) != value]
+        if BASE_MODEL in changed and not str(before.get(BASE_MODEL, CHECKSUM_MARK)).startswith(CHECKSUM_MARK):
+            changed.remove(BASE_MODEL)
+            self.accepted.append(f"{BASE_MODEL}: not compared, since an earlier version took its checksum otherwise")
+            log.warning("resume: %s", self.accepted[-1])
+        self._refuse([f"other {name} than before" for name in changed])
 
     def compare_schedule(self, total_steps: int, settings: TrainSettings) -> None:
         """Compare the number of steps, and with it the learning rates of the steps that are done.

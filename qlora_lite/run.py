@@ -33,7 +33,7 @@ from .plan_text import reason
 from .preflight import line_of_problem, preflight
 from .recipe.schema import Recipe
 from .report import write_report
-from .resume import Continuation, data_identity, environment, path_to_continue, reopen, with_plan
+from .resume import BASE_MODEL, Continuation, data_identity, environment, path_to_continue, reopen, with_plan
 from .rows import build_stream, rows_to_plan
 from .runs import (
     ADAPTER,
@@ -145,7 +145,7 @@ class _Run:
         self.trainer = Trainer(self.model, self.rows, self.settings, build_stream(recipe, self.tokenizer))
         self._describe_model()
         self.checksum = frozen_checksum(self.model)
-        model_identity = {"base model": self.checksum, "type of device": device_of(self.model).type}
+        model_identity = {BASE_MODEL: self.checksum, "type of device": device_of(self.model).type}
         self._compare(model_identity)
         if self.continuation:
             self.continuation.compare_schedule(self.trainer.total_steps, self.settings)

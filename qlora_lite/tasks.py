@@ -134,9 +134,9 @@ def _check_one_base(runs: Sequence[TrainedRun]) -> None:
     """Raise unless all runs were trained on the same weights, quantised in the same way."""
 
     def base(run: TrainedRun) -> tuple:
-        m = run.recipe.model
-        double_quant = m.double_quant if m.quant != "none" else None
-        return base_fingerprint(run.files), m.quant, double_quant, m.quant_head, run.compute_dtype
+        quant, double_quant = run.quantization
+        head = run.recipe.model.quant_head
+        return base_fingerprint(run.files), quant, double_quant if quant != "none" else None, head, run.compute_dtype
 
     first = runs[0]
     for run in runs[1:]:

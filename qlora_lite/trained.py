@@ -15,9 +15,9 @@ from .data.template import Template, choose_template
 from .errors import ModelError, RecipeError
 from .lora.read import Adapter, read_adapter
 from .models.cache import base_fingerprint
-from .models.load import resolve_compute_dtype, resolve_device
+from .models.load import resolve_compute_dtype, resolve_device, stored_quantization
 from .models.locate import ModelFiles, locate
-from .models.skeleton import meta_model, read_config, stored_quantization
+from .models.skeleton import meta_model, read_config
 from .models.tokenizer import load_tokenizer
 from .recipe.schema import Recipe
 from .runs import open_run
@@ -51,12 +51,16 @@ class TrainedRun:
         """Return the type to compute in."""
         return resolve_compute_dtype(self.recipe.model.compute_dtype, self.device)
 
+    @property
+    def quantization(self) -> tuple[str, bool]:
+        """Return how the run saw the linear layers: their type, and whether their block maxima were quantised too."""
+        m = self.recipe.model
+        return stored_quantization(self.files.config) or (m.quant, m.double_quant)
+
     def skeleton(self) -> nn.Module:
         """Return the base model on the meta device, its layers 4-bit where the run's were."""
         m = self.recipe.model
-        config = read_config(m.path, m.revision)
-        quant, double_quant = stored_quantization(config) or (m.quant, m.double_quant)
-        return meta_model(config, quant, double_quant, self.compute_dtype, m.quant_head)
+        return meta_model(read_config(m.path, m.revision), *self.quantization, self.compute_dtype, m.quant_head)
 
     def tokenizer(self):
         """Return the tokenizer with the chat template that training used."""

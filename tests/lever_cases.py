@@ -1,7 +1,7 @@
 """What tests of levers share on a CPU and on a card: a tiny 4-bit model, its gradients, levers that change no bit."""
 
 import torch
-from tiny import quantized_pair, random_batch, random_factors
+from tiny import ARCHITECTURES, quantized_pair, random_batch, random_factors
 
 from qlora_lite.lora.inject import add_lora, lora_parameters
 from qlora_lite.memory.marks import phase
@@ -30,7 +30,7 @@ FEW_WORDS = {"cpu": 48, "cuda": 48}  # of a vocabulary of 160, that a head is mu
 
 def build(model_type="llama", levers=PLAIN, dropout=0.0, device=CPU, **changes):
     """A 4-bit model with random factors, its weights where the levers want them."""
-    layers = {} if model_type == "gpt2" else {"num_hidden_layers": DEPTH}
+    layers = {"num_hidden_layers": DEPTH} if model_type in ARCHITECTURES and model_type != "gpt2" else {}
     model = quantized_pair(model_type, **(layers | changes))[0]
     add_lora(model, rank=4, dropout=dropout, dtype=torch.float32)
     random_factors(model)

@@ -13,16 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import build_tiny, random_batch
-from tiny_files import save_tiny
-from tiny_runs import tiny_run
+from tiny_files import byte_tokenizer, save_tiny
+from tiny_runs import make_run, tiny_run
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from qlora_lite.errors import DataError, ModelError, OutputError, RecipeError
 from qlora_lite.likeness import compare, outputs
 from qlora_lite.merge import MergeSettings, merge_run
-from qlora_lite.models.load import use_row_attention
+from qlora_lite.models.load import load_model, use_row_attention
 from qlora_lite.models.merge import Merged
+from qlora_lite.models.save import save_quantized
 
 GIB = 2**30
 
@@ -85,6 +86,19 @@ def test_merging_into_the_original_weights_is_another_model_and_says_so(run, tmp
     other = merge_run(run, tmp_path / "original", MergeSettings(dtype="f32", base="original", rows=4))
     assert other["models"]["merged"]["kl"] > 1000 * kept["models"]["merged"]["kl"]
     assert any("another model" in note for note in other["notes"]) and not kept["notes"]
+
+
+@pytest.mark.parametrize("asked", ["nf4", "none"])
+def test_a_run_of_a_4_bit_checkpoint_is_merged_into_its_weights_whatever_was_asked_for(asked, tmp_path):
+    save_tiny(tmp_path / "plain", intermediate_size=128)
+    save_quantized(load_model(str(tmp_path / "plain"), "fp4", True, torch.float32), tmp_path / "packed",
+                   byte_tokenizer())  # fmt: skip
+    run = make_run(tmp_path, tmp_path / "packed", [f"model.quant={asked}", "model.double_quant=false"])
+    for base, text in (("original", "leave out --base"), ("nf4", "trained on fp4 weights, not on nf4: leave out")):
+        assert text in refusal(ModelError, run, tmp_path / "out", base=base)
+    for base in (None, "fp4"):
+        report = merge_run(run, tmp_path / f"out-{base}", MergeSettings(base, dtype="f32", rows=4))
+        assert report["merged_into"] == "fp4" and report["models"]["merged"]["kl"] < 1e-7
 
 
 def test_quantised_it_is_a_4_bit_checkpoint_like_the_one_measured(run, tmp_path):

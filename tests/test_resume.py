@@ -21,10 +21,11 @@ from qlora_lite import training
 from qlora_lite.errors import CheckpointError, Interrupted, OutputError
 from qlora_lite.files import sha256
 from qlora_lite.recipe.load import load_recipe
-from qlora_lite.resume import RUN, Continuation
+from qlora_lite.resume import BASE_MODEL, RUN, Continuation
 from qlora_lite.run import run_recipe
 from qlora_lite.runs import open_run
 from qlora_lite.train.checkpoints import MANIFEST, folder_of, steps_on_disk
+from qlora_lite.train.guards import CHECKSUM_MARK
 from qlora_lite.train.loop import Trainer
 from qlora_lite.train.step import Evaluation
 
@@ -263,16 +264,38 @@ def test_harmless_changes_are_listed_and_change_nothing(lab, whole, caplog):
     assert lab.checkpoints == [8]
 
 
-def test_a_setting_that_the_run_s_version_did_not_have_counts_as_its_default(tmp_path, model_folder):
+@pytest.mark.parametrize(
+    ("section", "name", "other"),
+    [("memory", "head", "host"), ("model", "quant_head", "true"), ("data", "overflow", "truncate"),
+     ("lora", "targets", "q_proj")],
+)  # fmt: skip
+def test_a_setting_that_the_run_s_version_did_not_have_counts_as_its_default(
+    section, name, other, tmp_path, model_folder
+):
     written = write_recipe(tmp_path, model_folder)
-    recipe, changed = load_recipe(written), load_recipe(written, ["memory.head=host"])
+    recipe, changed = load_recipe(written), load_recipe(written, [f"{section}.{name}={other}"])
     before = recipe.model_dump(mode="json")
-    del before["memory"]["head"]
+    default = before[section][name]
+    del before[section][name]
     earlier = Continuation(SimpleNamespace(documents={RUN: {"recipe": before}}))
     earlier.compare_settings(recipe)
     assert not earlier.accepted
-    with pytest.raises(CheckpointError, match=r"memory\.head: auto -> host"):
+    with pytest.raises(CheckpointError, match=rf"{section}\.{name}: {default} -> "):
         earlier.compare_settings(changed)
+
+
+def test_a_checksum_of_the_model_that_an_earlier_version_took_is_not_compared_and_said(caplog):
+    def compare(before):
+        continuation = Continuation(SimpleNamespace(documents={RUN: {"identity": before}}))
+        continuation.compare_identity({BASE_MODEL: CHECKSUM_MARK + "1f", "type of device": "cpu"})
+        return continuation.accepted
+
+    said = "base model: not compared, since an earlier version took its checksum otherwise"
+    assert compare({BASE_MODEL: "2e", "type of device": "cpu"}) == [said] and said in caplog.text
+    assert compare({BASE_MODEL: CHECKSUM_MARK + "1f", "type of device": "cpu"}) == []
+    for other in ({BASE_MODEL: CHECKSUM_MARK + "2e"}, {}):
+        with pytest.raises(CheckpointError, match="other base model than before"):
+            compare({**other, "type of device": "cpu"})
 
 
 def test_a_forced_change_is_taken_and_the_summary_says_so(lab, whole):

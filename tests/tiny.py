@@ -55,6 +55,7 @@ UNUSUAL = {
         n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, first_k_dense_replace=1, n_group=1,
         topk_group=1)),
     "nemotron": ("nemotron", _GATED | dict(head_dim=16)),
+    "mamba": ("mamba", dict(vocab_size=160, hidden_size=64, num_hidden_layers=2, state_size=8)),
     "mamba2": ("mamba2", dict(vocab_size=160, hidden_size=64, num_hidden_layers=2, state_size=8, num_heads=8,
                               head_dim=16, n_groups=1, chunk_size=8)),
     "recurrent_gemma": ("recurrent_gemma", _GATED | dict(num_hidden_layers=3, num_key_value_heads=1, head_dim=16,
@@ -62,6 +63,7 @@ UNUSUAL = {
     "qwen3_next": ("qwen3_next", _GATED | _LINEAR | dict(
         num_hidden_layers=4, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
         shared_expert_intermediate_size=32)),
+    "opt": ("opt", _COMMON | dict(ffn_dim=96, dropout=0.0, word_embed_proj_dim=32, max_position_embeddings=128)),
     "lfm2": ("lfm2", _GATED | dict(layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False)),
 }  # fmt: skip
 

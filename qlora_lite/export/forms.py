@@ -182,7 +182,7 @@ def _merged_model(job: _Job, write_beside: Callable[[Path], object], adds_begin:
         change, logits = _merged_change(job, merged), _gguf_logits(job)
     rounded = logits_of(_streamed_base(merged, config, lambda weight: as_read(weight, kind)))
     share, distance = check_merged(change, logits, rounded, what, LIMITS[kind])
-    into = "original" if onto == ORIGINAL else trained.recipe.model.quant
+    into = "original" if onto == ORIGINAL else trained.quantization[0]
     return {"share": share, "distance": distance, "dtype": kind, "merged_into": into, "notes": notes}
 
 

@@ -6,16 +6,17 @@ such as ``"q_proj"`` (the last part of a module's path), or glob patterns over t
 wins. A target that matches nothing is an error, since silence would train less than was asked for.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lite.errors import ModelError
-from qlora_lite.quant.linear import QuantLinear, is_conv1d
+from qlora_lite.quant.linear import is_linear
 
 from .layer import LoraLinear
 from .shared import share_inputs
@@ -33,28 +34,35 @@ class Target:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return every linear layer of the decoder blocks by path: the layers that LoRA may wrap."""
+    """Return every linear layer but the head by path: the layers that LoRA may wrap."""
     head = model.get_output_embeddings()
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if (isinstance(module, QuantLinear | nn.Linear) or is_conv1d(module)) and module is not head
-    }
+    return {name: module for name, module in model.named_modules() if is_linear(module) and module is not head}
+
+
+def in_blocks(model: nn.Module) -> set[str]:
+    """Return the paths of everything inside the blocks of a model, which transformers marks by their class."""
+    blocks = {path: m for path, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer)}
+    return {f"{path}.{name}" for path, block in blocks.items() for name, _ in block.named_modules()}
 
 
 def _matches(pattern: str, name: str) -> bool:
-    return pattern == ALL_LINEAR or fnmatchcase(name, pattern) or name.rpartition(".")[2] == pattern
+    return fnmatchcase(name, pattern) or name.rpartition(".")[2] == pattern
 
 
-def choose_layers(names: Sequence[str], targets: Sequence[Target]) -> dict[str, Target]:
+def choose_layers(names: Sequence[str], targets: Sequence[Target], inside: Container[str]) -> dict[str, Target]:
     """Return the target of each chosen layer.
+
+    Args:
+        names: paths of the layers there are.
+        inside: the paths that "all-linear" means.
 
     Raises:
         ModelError: targets that match no layer, all of them at once, each with the nearest names.
     """
     chosen, unmatched = {}, []
     for target in targets:
-        matched = [name for name in names if _matches(target.pattern, name)]
+        every = target.pattern == ALL_LINEAR
+        matched = [name for name in names if (name in inside if every else _matches(target.pattern, name))]
         chosen.update(dict.fromkeys(matched, target))
         if not matched:
             unmatched.append(target.pattern)
@@ -84,10 +92,11 @@ def add_lora(
     wanted = [target if isinstance(target, Target) else Target(target) for target in listed]
     model.requires_grad_(False)
     layers = linear_layers(model)
-    for name, target in choose_layers(list(layers), wanted).items():
+    for name, target in choose_layers(list(layers), wanted, in_blocks(model)).items():
         wrapped = LoraLinear(
             layers[name], target.rank or rank, target.alpha or alpha, dropout, rslora, dtype, reference
         )
+        wrapped.path = name
         wrapped.train(model.training)
         model.set_submodule(name, wrapped)
     share_inputs(model)

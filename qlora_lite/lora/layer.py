@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from qlora_lite.errors import ModelError
 from qlora_lite.ops.checkpoint import product_or_stand_in
 from qlora_lite.quant.linear import frozen_weight, product_of_few
 from qlora_lite.quant.product import FrozenMatmul, KeptWeights, WeightSpec, add_product, kept_for, product_beside
@@ -137,10 +138,12 @@ class LoraLinear(nn.Module):
         dtype: of the factors.
         reference: compute with plain autograd.
 
-    ``shared`` is the set of layers that this one's input is shared with, if any; see ``lora.shared``.
+    ``shared`` is the set of layers that this one's input is shared with, if any; see ``lora.shared``. ``path`` is its
+    name in the model.
     """
 
     shared = None
+    path = "a layer"
 
     def __init__(self, base, rank, alpha, dropout=0.0, rslora=False, dtype=torch.bfloat16, reference=False):
         super().__init__()
@@ -152,6 +155,18 @@ class LoraLinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype, device=device))
         self.reference = reference
         self.reset_parameters()
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """There is none: the layer is no product with one tensor.
+
+        Raises:
+            ModelError: always; the architecture, Mamba for one, computes with the weight past the factors.
+        """
+        packed = frozen_weight(self.base)[0].quant_type is not None
+        codes = ", and set model.quant to none, since it would read 4-bit codes" if packed else ""
+        raise ModelError(f"this architecture reads the weight of {self.path} itself, past the LoRA factors: "
+                         f"leave it out of lora.targets{codes}")  # fmt: skip
 
     def reset_parameters(self) -> None:
         """Draw A from U(-1/sqrt(in), 1/sqrt(in)), the Kaiming-uniform bound with a = sqrt(5), and zero B.

@@ -6,13 +6,15 @@ cap) is read from the configuration, and ``train.guards`` compares the result wi
 training.
 """
 
+import inspect
+
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lite.errors import ModelError
 from qlora_lite.ops.loss import Head
-from qlora_lite.quant.linear import QuantLinear, WeightRows
+from qlora_lite.quant.linear import QuantLinear, WeightRows, is_linear
 
 from .host_tables import HostHead
 
@@ -69,10 +71,17 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def tokenwise_parts(module: nn.Module) -> list[str]:
-    """Return the names of a block's or decoder's direct parts that work on each token by itself: MLPs and norms.
+    """Return the names of a block's or decoder's direct parts that make one tensor of one, token by token: MLPs, norms.
 
     transformers has no other mark for them than their class's name; ``train.guards.check_forward`` compares the
-    result of running them in tiles with the model's own logits.
+    result of running them in tiles with the model's own logits. Left out are those that take more than one tensor
+    (Bloom's and MPT's MLPs add the residual themselves) and MLPs without a linear layer (GPT-OSS's is a router with
+    experts, and gives the router's scores too).
     """
-    classes = {name: type(part).__name__ for name, part in module.named_children()}
-    return [name for name, kind in classes.items() if kind.endswith("MLP") or "Norm" in kind]
+    return [name for name, part in module.named_children() if _is_tokenwise(part)]
+
+
+def _is_tokenwise(part: nn.Module) -> bool:
+    kind = type(part).__name__
+    named_so = "Norm" in kind or (kind.endswith("MLP") and any(map(is_linear, part.modules())))
+    return named_so and len(inspect.signature(part.forward).parameters) == 1

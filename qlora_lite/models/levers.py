@@ -52,6 +52,10 @@ class Levers:
         """Whether a block's backward computes the block again; "selective" does so too, but for its attention."""
         return self.checkpointing != "none"
 
+    def streamed_of(self, depth: int) -> int:
+        """Return how many of a model's blocks, the first ones, have their weights streamed."""
+        return 0 if self.resident_blocks is None else max(0, depth - self.resident_blocks)
+
     @property
     def uses_host(self) -> tuple[bool, bool, bool, bool]:
         """What lies in host memory: blocks, checkpoints, head, embeddings; larger tuples ask more of the bus."""
@@ -85,7 +89,8 @@ def place(model: nn.Module, device: torch.device, levers: Levers) -> nn.Module:
         model.set_input_embeddings(HostEmbedding(embedding, device))
     if levers.host_head:
         model.set_output_embeddings(HostHead(head, device))
-    streamed = [] if levers.resident_blocks is None else blocks(model)[: len(blocks(model)) - levers.resident_blocks]
+    found = blocks(model)
+    streamed = found[: levers.streamed_of(len(found))]
     staying = {id(part) for block in streamed for part in block.modules()}
     staying |= {id(module) for module in model.modules() if isinstance(module, HostEmbedding | HostHead)}
     for module in model.modules():
@@ -116,18 +121,18 @@ def set_levers(model: nn.Module, levers: Levers) -> None:
             that belong in host memory were not left there by ``place``.
     """
     found = blocks(model)
-    streams = levers.resident_blocks is not None and levers.resident_blocks < len(found)
+    streamed = levers.streamed_of(len(found))
     embeds_on_host = isinstance(model.get_input_embeddings(), HostEmbedding)
     head_on_host = isinstance(model.get_output_embeddings(), HostHead)
     if (
-        (streams and not hasattr(model, "block_stream"))
+        (streamed and not hasattr(model, "block_stream"))
         or (levers.host_embeddings and not embeds_on_host)
         or (levers.host_head and not head_on_host)
     ):
         raise ModelError("memory.resident_blocks, and memory.embeddings or memory.head host, are for a model that was "
                          "loaded so: call models.levers.place before training, or leave them out")  # fmt: skip
     checkpointed = len(found) - levers.kept_blocks if levers.computes_again else 0
-    if levers.resident_blocks is not None and checkpointed < len(found) - levers.resident_blocks:
+    if checkpointed < streamed:
         raise ModelError("streamed blocks cannot keep their activations: raise memory.resident_blocks, or lower "
                          "memory.kept_blocks with memory.checkpointing=block or selective")  # fmt: skip
     host = HostStore(device_of(model), levers.offload_folder) if levers.offload_checkpoints else None

@@ -25,8 +25,8 @@ from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.nf4 import Packed
 
 from .cache import cache_entry
-from .locate import ModelFiles, locate, read_json
-from .quantizer import QuantizeConfig, quantize_in_place, register
+from .locate import ModelFiles, locate
+from .quantizer import QuantizeConfig, quantize_head, quantize_in_place, register
 from .save import save_quantized
 
 log = logging.getLogger("qlora_lite")
@@ -67,28 +67,36 @@ def resolve_compute_dtype(name: str, device: torch.device) -> torch.dtype:
 def load_model(
     path: str, quant: str = "nf4", double_quant: bool = True, compute_dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu", revision: str | None = None, use_cache: bool = True, config=None,
+    quant_head: bool = False,
 ) -> nn.Module:  # fmt: skip
     """Load a causal language model, frozen, in training mode off.
 
     Args:
         path: folder, ``.gguf`` file, ``package:NAME/FILE`` or hub id.
-        quant: ``nf4``, ``fp4`` or ``none`` (16-bit linears).
+        quant: ``nf4``, ``fp4`` or ``none`` (16-bit linears); of a checkpoint that is 4-bit already, its own counts.
         double_quant: quantise the block maxima too: 4.127 instead of 4.5 bits per weight.
         compute_dtype: of activations, head, embeddings and norms.
         use_cache: keep and reuse the quantised model on disk.
         config: transformers configuration in place of the file's, for a model that is not quantised.
+        quant_head: keep a 4-bit copy of the head.
 
     Raises:
         ModelError: files are missing or broken, or part of the model would silently stay in 16 bit.
     """
     files = locate(path, revision)
-    quantized_already = _stored_quantization(files)
-    if quant == "none" and quantized_already is None:
-        model = _from_pretrained(files, compute_dtype, device, config=config)
-    elif quantized_already is not None:
+    stored, asked = stored_quantization(files.config), (quant, double_quant)
+    if stored is not None:
+        if stored != asked:
+            log.warning("%s is stored in 4 bit already and is taken as it is: model.quant %s, model.double_quant %s",
+                        path, stored[0], str(stored[1]).lower())  # fmt: skip
+        quant, double_quant = stored
         model = _load_prequantized(files.folder, compute_dtype, device)
+    elif quant == "none":
+        model = _from_pretrained(files, compute_dtype, device, config=config)
     else:
         model = _load_quantized(files, quant, double_quant, compute_dtype, device, use_cache)
+    if quant_head:
+        quantize_head(model, quant, double_quant)
     return adopt(model)
 
 
@@ -131,22 +139,23 @@ def _is_whole(entry: Path) -> bool:
     return True
 
 
-def _stored_quantization(files: ModelFiles) -> str | None:
-    """Return the method a checkpoint is quantised with already, or None.
+def stored_quantization(config: dict) -> tuple[str, bool] | None:
+    """Return (quant type, double quantisation) of a checkpoint that is bitsandbytes 4-bit already, else None.
+
+    Args:
+        config: what ``config.json`` says.
 
     Raises:
-        ModelError: it is not bitsandbytes 4-bit.
+        ModelError: it is quantised in another way.
     """
-    if files.gguf_file:
-        return None
-    stored = read_json(files.folder / "config.json").get("quantization_config")
+    stored = config.get("quantization_config")
     if stored is None:
         return None
     if not isinstance(stored, dict):
-        raise ModelError(f"{files.folder / 'config.json'}: quantization_config must be an object, not {stored!r}")
+        raise ModelError(f"quantization_config in config.json must be an object, not {stored!r}")
     if stored.get("quant_method") != "bitsandbytes" or not stored.get("load_in_4bit", stored.get("_load_in_4bit")):
-        raise ModelError(f"{files.folder} is quantised with {stored.get('quant_method')}; use the 16-bit model instead")
-    return "bitsandbytes"
+        raise ModelError(f"the model is quantised with {stored.get('quant_method')}; use the 16-bit model instead")
+    return stored.get("bnb_4bit_quant_type", "fp4"), bool(stored.get("bnb_4bit_use_double_quant"))
 
 
 def _load_prequantized(folder: Path, dtype, device) -> nn.Module:

@@ -37,6 +37,15 @@ class ModelFiles:
         """The GGUF file's name inside ``folder``, or None."""
         return next((path.name for path in self.weights if path.suffix == ".gguf"), None)
 
+    @property
+    def config(self) -> dict:
+        """What ``config.json`` says; nothing for a GGUF file, which has its own.
+
+        Raises:
+            ModelError: it cannot be read.
+        """
+        return {} if self.gguf_file else read_json(self.folder / "config.json")
+
 
 def locate(path: str, revision: str | None = None) -> ModelFiles:
     """Find a model's files, downloading a hub model on first use, and check that they are whole.

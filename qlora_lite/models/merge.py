@@ -112,7 +112,7 @@ def open_merged(
     base = open_weights(files, skeleton, compute_dtype)
     if base.packed and onto == ORIGINAL:
         raise ModelError(
-            f"{files.name} is a 4-bit checkpoint: there are no original weights to merge into; use --base nf4"
+            f"{files.name} is a 4-bit checkpoint: there are no original weights to merge into; leave out --base"
         )
     found = {parameter.removesuffix(".weight") for parameter in base.parameters.values()}
     if missing := sorted(adapter.layers.keys() - found):

@@ -58,14 +58,6 @@ def _checked(read: Callable, path: str):
         raise ModelError(f"cannot read the configuration of {path}: {str(error).splitlines()[0]}") from error
 
 
-def stored_quantization(config) -> tuple[str, bool] | None:
-    """Return (quant type, double quantisation) of a checkpoint that is bitsandbytes 4-bit already, else None."""
-    stored = getattr(config, "quantization_config", None)
-    if not isinstance(stored, dict) or stored.get("quant_method") != "bitsandbytes":
-        return None
-    return stored.get("bnb_4bit_quant_type", "fp4"), bool(stored.get("bnb_4bit_use_double_quant"))
-
-
 def shallow_config(config, layers: int):
     """Return a copy of a model's configuration with fewer blocks."""
     config = copy.deepcopy(config)

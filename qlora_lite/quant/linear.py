@@ -99,6 +99,11 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Tell whether a module is a linear layer whose weight ``frozen_weight`` can describe."""
+    return isinstance(module, QuantLinear | nn.Linear) or is_conv1d(module)
+
+
 def stands_for_conv1d(module: nn.Module) -> bool:
     """Tell whether a layer's weight is stored [in, out] in files: a ``Conv1D``, or the 4-bit one in its place."""
     return is_conv1d(module) or getattr(module, "replaces", "") == "Conv1D"

@@ -33,6 +33,7 @@ from qlora_lite.models.levers import set_levers
 from .epochs import Epochs
 from .generators import generator_states, restore_generators
 from .guards import (
+    bit_sums,
     check_adapters_took_part,
     check_compilable,
     check_forward,
@@ -120,7 +121,7 @@ class Trainer:
         # bitsandbytes never gives paged states back; others of the same size are freed after the rehearsal
         name = s.optimizer.removeprefix("paged_")
         optimizer = build_optimizer(self.parameters, name, 0.0, 0.0, s.stochastic_rounding)
-        before, was_training = [torch.hash_tensor(p.detach()) for p in self.parameters], self.model.training
+        before, was_training = list(map(bit_sums, self.parameters)), self.model.training
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             rehearse_step(
                 self.model, self.parameters, optimizer, prepare(largest, device),
@@ -131,7 +132,7 @@ class Trainer:
             value.nbytes for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
         )  # fmt: skip
         self.model.train(was_training)
-        if any(torch.hash_tensor(p.detach()) != h for p, h in zip(self.parameters, before, strict=True)):
+        if list(map(bit_sums, self.parameters)) != before:
             raise TrainingError("the rehearsal before training changed a LoRA factor; please report this")
 
     def __iter__(self) -> Iterator[StepMetrics]:

@@ -7,6 +7,7 @@ from tiny import ARCHITECTURES, build_tiny
 from qlora_lite.errors import ModelError
 from qlora_lite.lora.inject import Target, add_lora, linear_layers, lora_layers, lora_parameters
 from qlora_lite.lora.layer import LoraLinear
+from qlora_lite.models.quantizer import quantize_in_place
 
 
 def adapted(*targets, model_type="llama", **options):
@@ -24,6 +25,27 @@ def test_all_linear_wraps_every_linear_layer_of_the_blocks_and_never_the_head(mo
     assert len(wrapped) == len(linears) - 1
     assert model.get_output_embeddings() is head
     assert not isinstance(head, LoraLinear)
+
+
+def test_all_linear_leaves_layers_outside_the_blocks_alone_and_their_names_take_them():
+    everywhere, inside = set(linear_layers(build_tiny("opt"))), set(adapted("all-linear", model_type="opt"))
+    assert everywhere - inside == {"model.decoder.project_in", "model.decoder.project_out"}
+    assert set(adapted("project_in", model_type="opt")) == {"model.decoder.project_in"}
+
+
+@pytest.mark.filterwarnings("ignore")  # what they say about missing kernels
+@pytest.mark.parametrize("model_type", ["mamba", "mamba2"])
+def test_a_layer_whose_weight_the_architecture_reads_itself_is_named_and_no_target(model_type):
+    ids = torch.arange(3, 12)[None]
+    text = r"reads the weight of backbone\.layers\.0\.mixer\.\w+_proj itself.*: leave it out of lora\.targets"
+    for quant, more in (("none", "$"), ("nf4", ", and set model.quant to none")):
+        model = build_tiny(model_type)
+        if quant != "none":
+            quantize_in_place(model, quant, True)
+        with pytest.raises(ModelError, match=text + more):
+            add_lora(model).train()(ids, use_cache=False)
+    model = add_lora(build_tiny(model_type), "in_proj")
+    assert model.train()(ids, use_cache=False).logits.isfinite().all()
 
 
 def test_a_plain_name_is_the_last_part_of_a_path():

@@ -125,15 +125,22 @@ def test_layers_that_transformers_cannot_load_in_4_bit_are_not_saved_and_not_cac
 
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("quant", ["nf4", "fp4"])
-def test_a_checkpoint_that_bitsandbytes_quantised_is_taken_over_as_it_is(quant, double_quant, tmp_path):
+def test_a_checkpoint_that_bitsandbytes_quantised_is_taken_over_as_it_is(quant, double_quant, tmp_path, caplog):
     from transformers import BitsAndBytesConfig
 
     save_tiny(tmp_path / "plain")
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quant, bnb_4bit_use_double_quant=double_quant)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=config, dtype=torch.float32)
     theirs.save_pretrained(tmp_path / "theirs")
-    # the recipe's own settings do not matter for weights that are quantised already
-    assert_same_weights(load(tmp_path / "theirs"), load(tmp_path / "plain", quant, double_quant=double_quant))
+    ours = load(tmp_path / "plain", quant, double_quant=double_quant)
+    for asked in ((quant, double_quant), ("none", True)):  # what is asked for does not count, and that is said
+        caplog.clear()
+        assert_same_weights(load(tmp_path / "theirs", asked[0], double_quant=asked[1]), ours)
+        stored = f"model.quant {quant}, model.double_quant {str(double_quant).lower()}"
+        said = f"is stored in 4 bit already and is taken as it is: {stored}"
+        assert (said in caplog.text) == (asked != (quant, double_quant))
+    head = load(tmp_path / "theirs", "none", quant_head=True).get_output_embeddings()
+    assert (head.quant_type, head.double_quant) == (quant, double_quant)
 
 
 def test_a_checkpoint_of_another_quantisation_is_refused(tmp_path):

@@ -169,14 +169,14 @@ def test_a_base_that_is_a_4_bit_checkpoint_is_unpacked(model_type, tmp_path):
     run = make_run(tmp_path, tmp_path / "model")
     assert torch.allclose(logits(merge(run, tmp_path / "out")), logits(trained_model(run)), atol=2e-4)
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
-    with pytest.raises(ModelError, match="no original weights to merge into; use --base nf4"):
+    with pytest.raises(ModelError, match="no original weights to merge into; leave out --base"):
         prepare_merge(open_trained(run), ORIGINAL)
 
 
 def test_a_run_on_16_bit_weights_is_merged_into_them(tmp_path):
     run = tiny_run(tmp_path, overrides=["model.quant=none"])
     assert torch.allclose(logits(merge(run, tmp_path / "out")), logits(trained_model(run)), atol=2e-4)
-    with pytest.raises(ModelError, match="choose --base original"):
+    with pytest.raises(ModelError, match="leave out --base, or choose original"):
         merge_run(run, tmp_path / "nf4", MergeSettings(base="nf4", rows=0))
 
 

@@ -98,3 +98,10 @@ def test_the_memory_that_has_no_room_for_the_shortest_is_named(less_on_device, l
     step = step_of(64, resident_blocks=0, **ON_HOST)
     with pytest.raises(DoesNotFitError, match=f"even the smallest needs .*iB of .*iB{memory}"):
         longest_sequence(step, device - less_on_device, host - less_on_host, 64, FAR)
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "mpt", "gpt_oss"])
+def test_a_search_with_too_little_memory_ends_for_families_whose_mlps_are_no_plain_functions(model_type):
+    step = Step(job_for(config_of(model_type), eval_rows=None), Rows((40,), 39), 1, 1)
+    found = search(step, CARD, 1)
+    assert any(candidate.levers.tile_tokens for candidate in found) and choose(found, 1) is None

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, build_tiny
+from tiny import ARCHITECTURES, UNUSUAL, build_tiny
 from transformers import AutoConfig
 
 from qlora_lite.data.batch import Batch
@@ -23,8 +23,9 @@ from qlora_lite.train.step import evaluate_loss, train_step
 LENGTHS = (9, 14, 6)
 
 
-def config_of(model_type, **changes):
-    return AutoConfig.for_model(model_type, **(ARCHITECTURES[model_type] | changes))
+def config_of(name, **changes):
+    model_type, settings = UNUSUAL.get(name) or (name, ARCHITECTURES[name])
+    return AutoConfig.for_model(model_type, **(settings | changes))
 
 
 def all_learned(lengths):

@@ -16,6 +16,7 @@ from qlora_lite.models.anatomy import blocks
 from qlora_lite.models.levers import Levers, place, set_levers
 from qlora_lite.planning.predict import predict
 from qlora_lite.planning.simulate import Job, rows_of
+from qlora_lite.train.guards import bit_sums
 from qlora_lite.train.optim import build_optimizer
 from qlora_lite.train.rehearsal import rehearse_step
 from qlora_lite.train.step import accumulate_gradients, prepare
@@ -165,3 +166,9 @@ def test_compiled_blocks_have_the_gradients_of_the_blocks_on_a_card(model_type):
 def test_a_compiled_step_needs_no_more_memory_than_a_plain_one_which_is_what_plans_count(checkpointing):
     plain = active_bytes_of_a_step(4, Levers(checkpointing))
     assert active_bytes_of_a_step(4, Levers(checkpointing, compile=True)) <= 1.02 * plain
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
+def test_bits_are_summed_on_a_card_as_on_a_cpu(dtype):
+    tensor = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul_(50).abs_().to(dtype)[:-3]
+    assert bit_sums(tensor.cuda()) == bit_sums(tensor)

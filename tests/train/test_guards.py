@@ -13,7 +13,7 @@ from qlora_lite.errors import ModelError, TrainingError
 from qlora_lite.lora.inject import add_lora, lora_layers, lora_parameters
 from qlora_lite.models.levers import Levers
 from qlora_lite.quant.linear import QuantLinear
-from qlora_lite.train.guards import check_frozen, check_trainable, frozen_checksum
+from qlora_lite.train.guards import HASHED_WORDS, bit_sums, check_frozen, check_trainable, frozen_checksum
 from qlora_lite.train.inventory import inventory, total_parameters
 from qlora_lite.train.loop import Trainer
 from qlora_lite.train.settings import TrainSettings
@@ -105,6 +105,40 @@ def test_the_checksum_notices_one_flipped_bit_in_any_frozen_tensor(dtype):
             check_frozen(model, checksum)
         flat[0] ^= 1
     check_frozen(model, checksum)
+
+
+@pytest.mark.parametrize("words", [HASHED_WORDS, 64])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.base.weight"])
+def test_the_checksum_notices_rows_that_changed_places(name, words, monkeypatch):
+    monkeypatch.setattr("qlora_lite.train.guards.HASHED_WORDS", words)
+    model, _ = quantized_pair("llama", dtype=torch.bfloat16)
+    add_lora(model, rank=2)
+    tensor, checksum = dict((*model.named_parameters(), *model.named_buffers()))[name].detach(), frozen_checksum(model)
+    for moved in (tensor.flip(0), tensor.roll(1, 0), tensor.roll(len(tensor) // 2, 0)):
+        tensor.copy_(moved)
+        with pytest.raises(TrainingError, match="a frozen weight changed"):
+            check_frozen(model, checksum)
+
+
+@pytest.mark.parametrize("distance", [1, 2, HASHED_WORDS // 2])
+def test_two_words_that_differ_in_one_bit_anywhere_cannot_change_places_unseen(distance):
+    words = torch.ones(HASHED_WORDS, dtype=torch.int32)
+    for bit in range(32):
+        changed = words.clone()
+        changed[7] ^= 1 << bit if bit < 31 else -(1 << 31)  # the sign
+        assert bit_sums(changed) != bit_sums(changed.roll(distance))
+
+
+def test_a_tensor_filled_with_one_value_is_not_taken_for_zeros():
+    for dtype in (torch.uint8, torch.bfloat16, torch.float32):
+        sums = [bit_sums(torch.full((6, 64), value, dtype=dtype)) for value in (0, 1, 2, 3)]
+        assert len(set(map(tuple, sums))) == 4
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 0), (0, 1), (3, 20), (1, 2000)])
+def test_bits_are_summed_alike_wherever_a_tensor_begins_and_ends(start, stop):
+    part = torch.arange(1000, dtype=torch.int16).view(torch.uint8)[start:stop]
+    assert bit_sums(part) == bit_sums(part.clone())
 
 
 def test_training_leaves_every_frozen_bit_and_moves_every_factor():

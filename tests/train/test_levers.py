@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lever_cases import CPU, DEPTH, FEW_WORDS, PLAIN, SAME_ARITHMETIC, build, gradients, gradients_of_steps
-from tiny import ARCHITECTURES, build_tiny, random_batch, random_factors
+from tiny import ARCHITECTURES, UNUSUAL, build_tiny, random_batch, random_factors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_lite.errors import ModelError
@@ -129,7 +129,7 @@ def test_attention_that_is_kept_changes_no_bit_and_runs_once(model_type, changes
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "block"])
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", [*ARCHITECTURES, *sorted(UNUSUAL.keys() - {"mamba", "mamba2"})])
 def test_tiles_give_the_plain_gradients(model_type, checkpointing):
     levers = Levers(checkpointing, tile_tokens=7)
     assert_close(gradients(build(model_type), levers), gradients(build(model_type), PLAIN))
@@ -262,6 +262,13 @@ def test_a_step_that_memory_ran_out_in_wherever_it_was_is_done_again_and_right(l
         assert step(number) == made[:number]
         step()
         assert all(map(torch.equal, (parameter.grad for parameter in parameters), expected))
+
+
+def test_more_resident_blocks_than_there_are_leave_none_to_stream():
+    levers = Levers("none", resident_blocks=DEPTH + 2)  # which streamed blocks could not have
+    model = build(levers=levers)
+    assert not hasattr(model, "block_stream")
+    assert all(map(torch.equal, gradients(model, levers), gradients(build(), PLAIN)))
 
 
 def test_streamed_weights_are_never_written():

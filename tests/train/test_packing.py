@@ -14,9 +14,10 @@ from qlora_lite.train.step import accumulate_gradients, labelled_count, prepare
 
 # Families in which rows end to end see each other: distances counted over the whole sequence, a state or a
 # convolution that runs on, an attention of their own that takes no rows.
-RUN_ALONE = {"bloom", "mpt", "nemotron", "mamba2", "recurrent_gemma", "qwen3_next", "lfm2"}
+RUN_ALONE = {"bloom", "mpt", "nemotron", "mamba", "mamba2", "recurrent_gemma", "qwen3_next", "lfm2"}
 EITHER = {"falcon", "falcon_alibi"}  # their own attention takes rows in transformers 5.24, not in 5.17
-TARGETS = {"mamba2": ["in_proj"]}  # the reference implementation reads the weights of its other layers itself
+# The reference implementations read the weights of their other layers themselves.
+TARGETS = {"mamba": ["in_proj"], "mamba2": ["in_proj"]}
 
 
 @pytest.mark.filterwarnings("ignore")  # what architectures say about missing kernels and about each other
