@@ -17,10 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_lite.errors import ModelError
 
+from .anatomy import blocks
 from .families import known_config, nearest
 from .load import adopt
 from .locate import locate
 from .quantizer import quantize_head, replace_linears
+
+_patterns: dict[str, tuple[int, int]] = {}  # by configuration, see ``block_pattern``
 
 
 def read_config(path: str, revision: str | None = None):
@@ -67,10 +70,44 @@ def shallow_config(config, layers: int):
     return config
 
 
-def block_pattern(config) -> int:
-    """Return after how many blocks the kinds of block repeat: 1 for equal blocks, 6 for Gemma-3's."""
-    kinds = list(getattr(config, "layer_types", None) or [""])
-    return next(n for n in range(1, len(kinds) + 1) if kinds == (kinds[:n] * len(kinds))[: len(kinds)])
+def block_pattern(config) -> tuple[int, int]:
+    """Return how many of the first blocks are kinds of their own, and after how many the others repeat to the last.
+
+    (0, 1) for equal blocks, (0, 6) for 12 of Gemma-3's, (3, 1) for DeepSeek-V3's, whose first three have no experts.
+    Asked of the modules, since configurations have many words for it; the fewest blocks that show it count.
+
+    Raises:
+        ModelError: see ``meta_model``.
+    """
+    key = config.to_json_string(use_diff=False)
+    if key not in _patterns:
+        kinds = _kinds_of_blocks(config)
+        depth = len(kinds)
+        found = [(first, n) for n in range(1, depth + 1) for first in range(depth % n, depth, n)
+                 if kinds[first:] == kinds[first : first + n] * ((depth - first) // n)]  # fmt: skip
+        _patterns[key] = min(found, key=lambda pattern: (pattern[0] + 3 * pattern[1], pattern))
+    return _patterns[key]
+
+
+def _kinds_of_blocks(config) -> list:
+    """Return what a block's memory and work can depend on, by block."""
+    found, depth = blocks(meta_model(config, "none", False, torch.float32)), config.num_hidden_layers
+    types = getattr(config, "layer_types", None) or [None] * depth
+    if not len(found) == len(types) == depth:
+        return list(range(depth))  # nothing is known of them
+    kinds = [_facts(block) | {"layer type": kind} for block, kind in zip(found, types, strict=True)]
+    differing = {key for number, kind in enumerate(kinds) for key, value in kind.items() if value != number}
+    return [{key: value for key, value in kind.items() if key in differing} for kind in kinds]  # but for their numbers
+
+
+def _facts(block: nn.Module) -> dict:
+    """Return the classes, shapes and switches of a block's modules by name."""
+    facts = {}
+    for path, module in block.named_modules():
+        said = {name: x if isinstance(x, int | str) else type(x) for name, x in vars(module).items() if name[0] != "_"}
+        shapes = [(name, tuple(p.shape)) for name, p in module.named_parameters(recurse=False)]
+        facts |= {path: (type(module), shapes)} | {(path, name): value for name, value in said.items()}
+    return facts
 
 
 def meta_model(config, quant: str, double_quant: bool, dtype: torch.dtype, quant_head: bool = False) -> nn.Module:

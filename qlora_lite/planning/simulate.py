@@ -123,10 +123,10 @@ def simulate(job: Job) -> Simulation:
         return simulate_whole(job)
     if last:
         return along_last_blocks(job)(last)
-    depth, pattern = job.config.num_hidden_layers, block_pattern(job.config)
-    front = _front(job) * pattern
+    depth, (unlike, pattern) = job.config.num_hidden_layers, block_pattern(job.config)
+    front = unlike + _front(job) * pattern
     shallow, deeper = front + pattern, front + 2 * pattern
-    if depth <= deeper or (depth - shallow) % pattern:
+    if depth <= deeper:
         return simulate_whole(job)
     small, large = (
         _ends(simulate_whole(_at_depth(job, layers)), layers, 0, (front, pattern)) for layers in (shallow, deeper)
@@ -135,7 +135,7 @@ def simulate(job: Job) -> Simulation:
 
 
 def _front(job: Job) -> int:
-    """Return how many of the first blocks (times their pattern) differ from those that follow.
+    """Return how many of the first blocks (times their pattern) need more than those that follow, being of their kind.
 
     The first has all gradients beside it; with checkpoints in host memory, the second has the first's input too.
     """
@@ -157,7 +157,7 @@ def along_last_blocks(job: Job) -> Callable[[int], Simulation]:
 
     It grows in a straight line with the blocks of either kind: three small models show both slopes.
     """
-    depth, pattern = job.config.num_hidden_layers, block_pattern(job.config)
+    depth, (unlike, pattern) = job.config.num_hidden_layers, block_pattern(job.config)
 
     def with_last(count: int, layers: int) -> Job:
         levers = job.levers
@@ -165,7 +165,7 @@ def along_last_blocks(job: Job) -> Callable[[int], Simulation]:
         resident = levers.resident_blocks and count
         return replace(_at_depth(job, layers), levers=replace(levers, kept_blocks=kept, resident_blocks=resident))
 
-    front = _front(job)
+    front = unlike + _front(job)
     few = front + 1
     if pattern > 1 or depth < few + 4:
         return lambda count: simulate_whole(with_last(count, depth))

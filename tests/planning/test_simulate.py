@@ -13,6 +13,7 @@ from qlora_lite.memory.ledger import Ledger
 from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.models.load import adopt, rows_run_alone, use_row_attention
 from qlora_lite.models.quantizer import quantize_in_place
+from qlora_lite.models.skeleton import block_pattern
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.planning.simulate import ALLOCATION_BYTES, Job, Rows, simulate, simulate_whole
 from qlora_lite.train.guards import check_forward
@@ -189,12 +190,32 @@ def every_piece(total, size):
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
-def test_blocks_of_several_kinds_repeat_as_a_pattern():
-    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
-    config = config_of("gemma3_text", num_hidden_layers=12, layer_types=kinds * 4)
-    job = job_for(config)
+SLIDING = ["sliding_attention", "sliding_attention", "full_attention"]
+LLAMA = ARCHITECTURES["llama"]
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32)
+ROUTED = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_group=1, topk_group=1)
+BLOCKS_OF_SEVERAL_KINDS = [
+    ("gemma3_text", ARCHITECTURES["gemma3_text"] | dict(layer_types=SLIDING * 4), (0, 3)),
+    ("gemma3_text", ARCHITECTURES["gemma3_text"] | dict(layer_types=["full_attention"] * 3 + SLIDING * 3), (3, 3)),
+    ("deepseek_v3", UNUSUAL["deepseek_v3"][1] | dict(first_k_dense_replace=3), (3, 1)),
+    ("glm4_moe", LLAMA | ROUTED | dict(head_dim=16, first_k_dense_replace=3), (3, 1)),
+    ("qwen2_moe", LLAMA | EXPERTS | dict(decoder_sparse_step=2), (0, 2)),
+    ("qwen3_moe", LLAMA | EXPERTS | dict(mlp_only_layers=[5], head_dim=16), (6, 1)),
+    ("qwen3_moe", LLAMA | EXPERTS | dict(mlp_only_layers=[10], head_dim=16), (11, 1)),
+    ("qwen3_next", UNUSUAL["qwen3_next"][1], (0, 4)),
+    ("smollm3", LLAMA, (0, 4)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("levers", [Levers(), Levers(offload_checkpoints=True, kept_blocks=3)], ids=str)
+@pytest.mark.parametrize(("model_type", "options", "pattern"), BLOCKS_OF_SEVERAL_KINDS)
+def test_blocks_of_several_kinds_are_continued_as_they_repeat(model_type, options, pattern, levers):
+    config = AutoConfig.for_model(model_type, **(options | {"num_hidden_layers": 12}))
+    job = job_for(config, levers=levers, quant="none")
     short, whole = simulate(job), simulate_whole(job)
+    assert block_pattern(config) == pattern
     assert short.peak().bytes == whole.peak().bytes and short.work == whole.work
+    assert short.frozen_bytes == whole.frozen_bytes
 
 
 @pytest.mark.parametrize("offload", [False, True])
