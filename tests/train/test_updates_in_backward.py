@@ -60,7 +60,7 @@ def test_no_gradients_exist_at_one_time_but_those_of_projections_that_share_an_i
 def test_the_plan_is_what_a_step_on_real_tensors_needs(levers):
     config = AutoConfig.for_model("llama", **ARCHITECTURES["llama"] | {"num_hidden_layers": 5})
     rows = simulate.Rows((20, 11), 29)
-    job = simulate.Job(config, rows, rows, rank=4, compute_dtype=torch.float32, max_grad_norm=0.0, levers=levers)
+    job = simulate.Job(config, rows, rows, rank=32, compute_dtype=torch.float32, max_grad_norm=0.0, levers=levers)
     planned, real = (simulate._run(job, device, False) for device in (simulate.META, simulate.CPU))
     assert planned.moments == real.moments
     assert planned.work == real.work
