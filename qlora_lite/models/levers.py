@@ -131,7 +131,7 @@ def set_levers(model: nn.Module, levers: Levers) -> None:
     ):
         raise ModelError("memory.resident_blocks, and memory.embeddings or memory.head host, are for a model that was "
                          "loaded so: call models.levers.place before training, or leave them out")  # fmt: skip
-    checkpointed = len(found) - levers.kept_blocks if levers.computes_again else 0
+    checkpointed = max(0, len(found) - levers.kept_blocks) if levers.computes_again else 0
     if checkpointed < streamed:
         raise ModelError("streamed blocks cannot keep their activations: raise memory.resident_blocks, or lower "
                          "memory.kept_blocks with memory.checkpointing=block or selective")  # fmt: skip

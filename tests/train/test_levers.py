@@ -272,6 +272,10 @@ def test_more_resident_blocks_than_there_are_leave_none_to_stream():
     assert all(map(torch.equal, gradients(model, levers), gradients(build(), PLAIN)))
 
 
+def test_more_kept_blocks_than_there_are_keep_all():
+    assert all(map(torch.equal, gradients(build(), Levers(kept_blocks=DEPTH + 2)), gradients(build(), PLAIN)))
+
+
 def test_streamed_weights_are_never_written():
     levers = Levers(resident_blocks=0, host_embeddings=True, host_head=True)
     checksum = frozen_checksum(build())
