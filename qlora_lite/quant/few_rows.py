@@ -19,17 +19,19 @@ Shapes: x [..., in], weight [out, in], y [..., out]; rows are the product of x's
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import bitsandbytes.functional as bnb
 import torch
 
-from .nf4 import BLOCK_SIZE, Packed, absmax_of
+from .nf4 import BLOCK_SIZE, Packed, absmax_of, dequantize, quantize
 
 # Most rows for which the fused product is taken. On a card: up to 4 bitsandbytes 0.50 itself takes its fused kernel on
 # every one (_GEMM_4BIT_CUSTOM_FLOOR_M). On a CPU: with 32 rows it was 1.2 times as fast without a matrix unit and 0.8
 # times with one (AMX), with 16 rows 1.3 times with it (``tools/bench_adapters``).
 MOST_ROWS = {"cuda": 4, "cpu": 16}
+MOST_ERROR = 0.05  # relative, of a product in the right order: rounding to bfloat16 is 0.5 %, another order 100 %
 _SIDE_BY_SIDE = 32  # rows of the weight that lie together in the CPU kernel's order
 
 
@@ -75,6 +77,18 @@ def arrange(packed: Packed, shape: Sequence[int], quant_type: str) -> Arranged:
         absmax.t().to(torch.bfloat16).contiguous(),
         bnb.get_4bit_type(quant_type, device="cpu"),
     )
+
+
+@cache
+def kernel_takes_our_order() -> bool:
+    """Tell whether the CPU kernel's order is that of ``arrange``: it is bitsandbytes' own and not promised."""
+    shape, generator = (2 * _SIDE_BY_SIDE, 2 * BLOCK_SIZE), torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(size, generator=generator).to(torch.bfloat16) for size in ((1, shape[1]), shape))
+    weight.view(-1, BLOCK_SIZE).mul_(torch.arange(1, 4 * _SIDE_BY_SIDE + 1).unsqueeze(1))  # no two blocks are alike
+    packed = quantize(weight)
+    expected = x.float() @ dequantize(packed, shape, torch.float32).t()
+    found = cpu_product(x, arrange(packed, shape, "nf4"), shape).float()
+    return bool((found - expected).norm() <= MOST_ERROR * expected.norm())
 
 
 def few(x: torch.Tensor) -> bool:

@@ -8,14 +8,27 @@ Shapes: x [..., in], weight [out, in], y [..., out].
 Source: QLoRA, arXiv 2305.14314, section 3.
 """
 
+import logging
+
 import torch
 from torch import nn
 
 from qlora_lite.memory.meter import free_bytes
 
-from .few_rows import Arranged, arrange, arranged_bytes, can_arrange, card_product, cpu_product, few
+from .few_rows import (
+    Arranged,
+    arrange,
+    arranged_bytes,
+    can_arrange,
+    card_product,
+    cpu_product,
+    few,
+    kernel_takes_our_order,
+)
 from .nf4 import BLOCK_SIZE, Packed, dequantize_rows, empty_packed, quantize
 from .product import FrozenMatmul, WeightSpec
+
+log = logging.getLogger("qlora_lite")
 
 PACKED_BUFFERS = ("weight", "absmax", "absmax_code", "absmax_scale", "absmax_offset")
 SPARED = 0.5  # of the free memory, that arranged weights leave to everything else
@@ -123,7 +136,8 @@ def frozen_weight(module: nn.Module) -> tuple[WeightSpec, tuple[torch.Tensor, ..
 def arrange_weights(model: nn.Module) -> int:
     """Give the 4-bit layers of a model in host memory what their fused products of few rows need.
 
-    Where the processor has no such kernel, or the memory is not there, layers go on unpacking their weights.
+    Where the processor has no such kernel, or it wants another order, or the memory is not there, layers go on
+    unpacking their weights.
 
     Returns:
         Bytes that it took.
@@ -132,6 +146,9 @@ def arrange_weights(model: nn.Module) -> int:
         return 0
     layers = [module for module in model.modules() if isinstance(module, QuantLinear) and module.arranged is None]
     layers = [layer for layer in layers if can_arrange((layer.out_features, layer.in_features), layer.weight.device)]
+    if layers and not kernel_takes_our_order():
+        log.warning("generation unpacks weights for every token: this bitsandbytes orders them otherwise on a CPU")
+        return 0
     taken = sum(arranged_bytes((layer.out_features, layer.in_features)) for layer in layers)
     if taken > (1 - SPARED) * free_bytes(torch.device("cpu")):
         return 0

@@ -6,7 +6,7 @@ from transformers import AutoConfig
 
 from qlora_lite.memory.marks import phase
 from qlora_lite.memory.process import CPU_BUFFERS_BYTES, CPU_KERNEL_BYTES
-from qlora_lite.memory.work import WorkCounter
+from qlora_lite.memory.work import FUSED_ATTENTION, WorkCounter, of_this_torch
 from qlora_lite.models.families import known_config
 from qlora_lite.planning.predict import predict
 from qlora_lite.planning.simulate import Job, Rows
@@ -43,6 +43,11 @@ def test_attention_is_counted_as_its_products_would_be_whatever_the_heads_of_key
             out.sum().backward()
         assert forward.work.flops == 2 * scores // share
         assert backward.work.flops == 5 * scores // share
+
+
+def test_a_kernel_of_attention_that_this_torch_does_not_have_is_left_out():
+    assert "flash_attention_for_cpu" in FUSED_ATTENTION
+    assert of_this_torch({**FUSED_ATTENTION, "of_another_torch": (4, 7)}) == FUSED_ATTENTION
 
 
 def test_a_longer_row_takes_more_kernels_on_a_cpu_whatever_the_depth():

@@ -11,8 +11,8 @@ from qlora_lite.lora.layer import LoraLinear
 from qlora_lite.lora.read import Factors
 from qlora_lite.lora.switch import Switch, SwitchLinear
 from qlora_lite.models.quantizer import quantize_in_place
-from qlora_lite.quant import linear
-from qlora_lite.quant.few_rows import MOST_ROWS, arrange, arranged_bytes, can_arrange
+from qlora_lite.quant import few_rows, linear
+from qlora_lite.quant.few_rows import MOST_ROWS, arrange, arranged_bytes, can_arrange, kernel_takes_our_order
 from qlora_lite.quant.linear import QuantLinear, arrange_weights
 from qlora_lite.quant.nf4 import dequantize, quantize
 
@@ -174,6 +174,21 @@ def test_a_model_s_layers_are_arranged_and_answer_alike():
     assert (found - expected).norm() <= 0.03 * expected.norm()
     layers[0].set_packed(layers[1].packed)
     assert layers[0].arranged is None  # of the weight that was there before
+
+
+@on_this_cpu
+def test_where_the_kernel_wants_another_order_weights_are_unpacked_and_that_is_said(monkeypatch, caplog):
+    def other_order(packed, shape, quant_type):
+        ours = arrange(packed, shape, quant_type)
+        return ours._replace(codes=ours.codes.roll(1, 0))
+
+    assert kernel_takes_our_order()
+    kernel_takes_our_order.cache_clear()
+    monkeypatch.setattr(few_rows, "arrange", other_order)
+    model = tiny_model(torch.bfloat16)
+    assert arrange_weights(model) == 0 and "orders them otherwise on a CPU" in caplog.text
+    assert all(module.arranged is None for module in model.modules() if isinstance(module, QuantLinear))
+    kernel_takes_our_order.cache_clear()
 
 
 @on_this_cpu
