@@ -22,10 +22,11 @@ from .errors import CheckpointError, OutputError, RecipeError
 from .files import explain_write_errors, flush_to_disk, remove_leftovers, write_text
 from .recipe.load import load_recipe, resolve_to_yaml
 from .recipe.schema import Recipe
-from .train.checkpoints import folder_of, newest_whole
+from .train.checkpoints import CHECKPOINTS, folder_of, newest_whole
 
 log = logging.getLogger("qlora_lite")
-ADAPTER, ADAPTER_LAST, CHECKPOINTS = "adapter", "adapter-last", "checkpoints"
+ADAPTER, ADAPTER_LAST = "adapter", "adapter-last"
+ADAPTER_CONFIG = "adapter_config.json"  # ``lora.read`` has the name too, and takes seconds to import
 TEMPLATE = "template.jinja"
 METRICS, SUMMARY, RECIPE, LOG = "metrics.jsonl", "summary.json", "recipe.yaml", "log.txt"
 COMPLETE = "complete"  # the status of a run that came to its end
@@ -204,7 +205,7 @@ def is_complete(path: Path, recipe: Recipe) -> bool:
         return False
     if not is_same and newest_whole(path / CHECKPOINTS)[0] is None:
         raise CheckpointError(f"{path} is complete and has no checkpoint to go on from; choose another output.dir")
-    return is_same and (path / ADAPTER / "adapter_config.json").is_file()
+    return is_same and (path / ADAPTER / ADAPTER_CONFIG).is_file()
 
 
 class _LogFile(logging.FileHandler):
@@ -261,9 +262,7 @@ def open_run(path: str | Path) -> OpenedRun:
         end_token_ids = tuple(int(token) for token in summary["data"]["end_token_ids"])
     except (OSError, ValueError, KeyError, TypeError):
         raise RecipeError(f"{folder / 'summary.json'} is missing or broken; is this a whole run folder?") from None
-    adapter = next(
-        (f for f in (folder / ADAPTER, folder / ADAPTER_LAST) if (f / "adapter_config.json").is_file()), None
-    )
+    adapter = next((f for f in (folder / ADAPTER, folder / ADAPTER_LAST) if (f / ADAPTER_CONFIG).is_file()), None)
     if adapter is None:
         checkpoint, _ = newest_whole(folder / CHECKPOINTS)
         adapter = checkpoint and folder_of(folder / CHECKPOINTS, checkpoint.step)

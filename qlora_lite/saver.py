@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .errors import OutputError
-from .train.checkpoints import Checkpoint, keep_only, steps_on_disk, write_checkpoint
+from .train.checkpoints import CHECKPOINTS, Checkpoint, keep_only, steps_on_disk, write_checkpoint
 from .units import format_bytes
 
 log = logging.getLogger("qlora_lite")
@@ -145,7 +145,7 @@ def check_space(folder: Path, space: Space) -> None:
         OutputError: not even one checkpoint and the adapter would fit.
     """
     least = space.checkpoint_bytes + 2 * space.adapter_bytes
-    whole = space.whole_bytes(len(steps_on_disk(folder / "checkpoints")))
+    whole = space.whole_bytes(len(steps_on_disk(folder / CHECKPOINTS)))
     free = shutil.disk_usage(folder).free
     if free >= whole:
         return

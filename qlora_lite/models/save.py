@@ -13,6 +13,8 @@ from qlora_lite.quant.linear import QuantLinear, is_conv1d
 from qlora_lite.quant.nf4 import to_bnb_state
 from qlora_lite.quant.tensor_file import write_tensors
 
+from .locate import INDEX_NAME
+
 SHARD_BYTES = 4 * 2**30
 
 
@@ -75,7 +77,7 @@ def save_quantized(model: nn.Module, folder: Path, tokenizer=None) -> None:
             write_tensors(new / file, shard)
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            (new / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+            (new / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
         (new / "config.json").write_text(json.dumps(config, indent=2, default=str), encoding="utf-8")
         if model.can_generate():
             model.generation_config.save_pretrained(new)

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from qlora_lite.data.batch import Batch
-from qlora_lite.lora.inject import Target, add_lora, lora_parameters
+from qlora_lite.lora.inject import ALL_LINEAR, Target, add_lora, lora_parameters
 from qlora_lite.memory.ledger import Ledger, Moment
 from qlora_lite.memory.work import Work, WorkCounter
 from qlora_lite.models.levers import Levers, place, set_levers
@@ -73,7 +73,7 @@ class Job:
     double_quant: bool = True
     quant_head: bool = False
     compute_dtype: torch.dtype = torch.bfloat16
-    targets: tuple[Target, ...] = (Target("all-linear"),)
+    targets: tuple[Target, ...] = (Target(ALL_LINEAR),)
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0

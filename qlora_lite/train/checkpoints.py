@@ -32,6 +32,7 @@ from qlora_lite.quant.tensor_file import write_tensors
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+CHECKPOINTS = "checkpoints"  # the folder of a run's
 MAX_JSON_BYTES = 64 * 2**20
 _FOLDER_NAME = re.compile(r"step-(\d{8,12})")
 _FILE_NAME = re.compile(r"\w[\w-]*\.(json|safetensors)", re.ASCII)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from qlora_lite.data.batch import Batch
+from qlora_lite.data.batch import IGNORED_LABEL, Batch
 from qlora_lite.errors import ModelError, TrainingError
 from qlora_lite.lora.inject import lora_layers, lora_parameters
 from qlora_lite.lora.layer import LoraLinear
@@ -77,7 +77,7 @@ def _logits_error(model: nn.Module) -> float:
     rows = [torch.randint(0, vocabulary, (1, length), generator=generator) for length in lengths]
     positions = [torch.arange(length)[None] for length in lengths]
     ids, position_ids = torch.cat(rows, dim=1), torch.cat(positions, dim=1)
-    batch = Batch(ids, position_ids, torch.full((ids.shape[1],), -100), lengths, ("",) * len(lengths))
+    batch = Batch(ids, position_ids, torch.full((ids.shape[1],), IGNORED_LABEL), lengths, ("",) * len(lengths))
     was_training = model.training
     model.eval()
     packed = head_logits(hidden_states(model, prepare(batch, device_of(model))), head(model))

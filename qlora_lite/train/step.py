@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from qlora_lite.data.batch import Batch
+from qlora_lite.data.batch import IGNORED_LABEL, Batch
 from qlora_lite.memory.marks import category, phase
 from qlora_lite.models.anatomy import decoder, device_of, head
 from qlora_lite.models.load import rows_run_alone, uses_row_attention
@@ -70,7 +70,7 @@ def prepare(batch: Batch, device: torch.device) -> Inputs:
     filler = filler_tokens(batch.row_lengths, device)
     input_ids = torch.nn.functional.pad(batch.input_ids, (0, filler))
     position_ids = torch.cat([batch.position_ids, torch.arange(filler)[None]], dim=1)
-    learned = (batch.labels != -100).nonzero().squeeze(1)
+    learned = (batch.labels != IGNORED_LABEL).nonzero().squeeze(1)
     tensors = [t.to(device) for t in (input_ids, position_ids, learned, batch.labels[learned])]
     return Inputs(*tensors[:2], batch.row_lengths, *tensors[2:])
 
@@ -122,7 +122,7 @@ def summed_loss(model: nn.Module, inputs: Inputs, chunk_tokens: int | None = Non
 
 def labelled_count(batch: Batch) -> int:
     """Return how many tokens of a batch are targets."""
-    return int((batch.labels != -100).sum())
+    return int((batch.labels != IGNORED_LABEL).sum())
 
 
 def accumulate_gradients(
