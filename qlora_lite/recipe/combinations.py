@@ -67,8 +67,8 @@ def _update_in_backward(value: _Value) -> _Found:
     given = Recipe.model_fields["train"].default.model_dump()
     given |= {name: own for name in needs if (own := value("train", name)) is not None}
     if missing := " and ".join(f"train.{key}: {only}" for key, only in needs.items() if given[key] != only):
-        message = f"memory.optimizer_in_backward = true: all gradients of a step are never there; write {missing}"
-        yield ("memory", "optimizer_in_backward"), message
+        message = "memory.optimizer_in_backward = true: the gradients of a whole step never exist at the same time"
+        yield ("memory", "optimizer_in_backward"), f"{message}; write {missing}"
 
 
 def _compile(value: _Value) -> _Found:

@@ -130,14 +130,14 @@ def check_updates_in_backward(model: nn.Module, settings: TrainSettings) -> None
     if not settings.levers.optimizer_in_backward:
         return
     hindrances = {
-        "clipping: set train.max_grad_norm to 0": settings.max_grad_norm > 0,
-        "several micro-batches: set train.gradient_accumulation_steps to 1": settings.gradient_accumulation_steps > 1,
-        "leaving steps out: set train.on_not_finite to stop": settings.on_not_finite != "stop",
-        "the rows of this model, which run one by one": rows_run_alone(model),
+        "clipping (set train.max_grad_norm to 0)": settings.max_grad_norm > 0,
+        "several micro-batches (set train.gradient_accumulation_steps to 1)": settings.gradient_accumulation_steps > 1,
+        "skipping steps (set train.on_not_finite to stop)": settings.on_not_finite != "stop",
+        "this model, whose rows run one by one (set memory.optimizer_in_backward to false)": rows_run_alone(model),
     }
     found = [reason for reason, applies in hindrances.items() if applies]
     if found:
-        raise TrainingError(f"memory.optimizer_in_backward does not go with {', or with '.join(found)}")
+        raise TrainingError(f"memory.optimizer_in_backward is incompatible with: {'; '.join(found)}")
 
 
 def check_compilable(model: nn.Module, levers: Levers) -> None:
@@ -157,7 +157,7 @@ def check_compilable(model: nn.Module, levers: Levers) -> None:
     }  # fmt: skip
     found = [reason for reason, applies in hindrances.items() if applies]
     if found:
-        raise TrainingError(f"train.compile does not go with {', or with '.join(found)}: set it to false")
+        raise TrainingError(f"set train.compile to false: it is incompatible with {', '.join(found)}")
 
 
 def _drops(module: nn.Module) -> bool:

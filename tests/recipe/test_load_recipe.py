@@ -360,7 +360,7 @@ def test_settings_that_do_not_go_together_are_problems(problems, recipe, folder)
 
 def test_updates_in_backward_say_what_they_do_not_go_with(problems, recipe):
     on = "memory.optimizer_in_backward=true"
-    said = "memory.optimizer_in_backward = true: all gradients of a step are never there; write train.max_grad_norm: 0"
+    said = "the gradients of a whole step never exist at the same time; write train.max_grad_norm: 0"
     assert problems(GOOD, on, "train.gradient_accumulation_steps=1")[0].endswith(said)
     others = problems(GOOD, on, "train.gradient_accumulation_steps=4", "train.on_not_finite=skip")[0]
     for needed in ("max_grad_norm: 0", "gradient_accumulation_steps: 1", "on_not_finite: stop"):
