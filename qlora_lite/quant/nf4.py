@@ -185,18 +185,6 @@ def quantize_reference(weight: Tensor, quant_type: str = "nf4", double_quant: bo
     return Packed(codes, numbers.to(torch.uint8).view(-1)[: len(absmax)], code, scale, offset)
 
 
-def dequantize_reference(packed: Packed, shape: Sequence[int], dtype: torch.dtype, quant_type: str = "nf4") -> Tensor:
-    """Do what `dequantize` does, in short plain torch."""
-    absmax = packed.absmax
-    if packed.absmax_code is not None:
-        scale = packed.absmax_scale.repeat_interleave(ABSMAX_BLOCK_SIZE)[: len(absmax)]
-        absmax = packed.absmax_code[absmax.long()] * scale + packed.absmax_offset
-    numbers = torch.stack((packed.codes >> 4, packed.codes & 15), dim=1).view(-1)[: prod(shape)]
-    table = bnb.get_4bit_type(quant_type, device=packed.codes.device)
-    values = table[numbers.long()] * absmax.repeat_interleave(BLOCK_SIZE)[: len(numbers)]
-    return values.to(dtype).view(tuple(shape))
-
-
 def to_bnb_state(
     packed: Packed, shape: Sequence[int], dtype: torch.dtype, quant_type: str = "nf4"
 ) -> dict[str, Tensor]:
