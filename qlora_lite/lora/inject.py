@@ -40,8 +40,13 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def in_blocks(model: nn.Module) -> set[str]:
-    """Return the paths of everything inside the blocks of a model, which transformers marks by their class."""
+    """Return the paths of everything inside the blocks of a model, which transformers marks by their class.
+
+    All of its paths, where nothing is marked.
+    """
     blocks = {path: m for path, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer)}
+    if not blocks:
+        return {path for path, _ in model.named_modules()}
     return {f"{path}.{name}" for path, block in blocks.items() for name, _ in block.named_modules()}
 
 

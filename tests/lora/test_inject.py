@@ -33,6 +33,18 @@ def test_all_linear_leaves_layers_outside_the_blocks_alone_and_their_names_take_
     assert set(adapted("project_in", model_type="opt")) == {"model.decoder.project_in"}
 
 
+def test_all_linear_is_every_layer_but_the_head_where_no_block_is_marked():
+    class Bare(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.lm_head = torch.nn.Linear(4, 4), torch.nn.Linear(4, 8)
+
+        def get_output_embeddings(self):
+            return self.lm_head
+
+    assert [name for name, _ in lora_layers(add_lora(Bare(), rank=2))] == ["q_proj"]
+
+
 @pytest.mark.filterwarnings("ignore")  # what they say about missing kernels
 @pytest.mark.parametrize("model_type", ["mamba", "mamba2"])
 def test_a_layer_whose_weight_the_architecture_reads_itself_is_named_and_no_target(model_type):
