@@ -13,7 +13,7 @@ import torch
 
 from .shapes import device_type
 
-_MASK_MULTIPLE = 16  # entries, of a mask's rows in memory: a card's kernel takes no others
+_MASK_MULTIPLE = 16  # entries, of a mask's rows in memory: a card's kernel copies others
 
 
 def window_attention(attend: Callable[..., torch.Tensor], query, key, value, window: int | None) -> torch.Tensor:
