@@ -22,13 +22,14 @@ from .errors import CheckpointError, OutputError, RecipeError
 from .files import explain_write_errors, flush_to_disk, remove_leftovers, write_text
 from .recipe.load import load_recipe, resolve_to_yaml
 from .recipe.schema import Recipe
+from .run_files import METRICS, RECIPE, SUMMARY
 from .train.checkpoints import CHECKPOINTS, folder_of, newest_whole
 
 log = logging.getLogger("qlora_lite")
 ADAPTER, ADAPTER_LAST = "adapter", "adapter-last"
 ADAPTER_CONFIG = "adapter_config.json"  # ``lora.read`` has the name too, and takes seconds to import
 TEMPLATE = "template.jinja"
-METRICS, SUMMARY, RECIPE, LOG = "metrics.jsonl", "summary.json", "recipe.yaml", "log.txt"
+LOG = "log.txt"
 COMPLETE = "complete"  # the status of a run that came to its end
 _OUTPUTS = (
     METRICS, SUMMARY, TEMPLATE, "report.html", "data.html", "data.json", ADAPTER, ADAPTER_LAST, CHECKPOINTS,

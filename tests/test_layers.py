@@ -10,14 +10,14 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "qlora_lite"
 LAYERS = [
     {"errors", "units"},
-    {"files"},
+    {"files", "run_files"},
     {"recipe", "memory"},
     {"quant", "ops", "data"},
     {"lora"},
     {"models"},
     {"train"},
     {"planning"},
-    {"build", "rows", "runs", "saver", "stopping", "tracking", "generate", "charts", "stacked", "page", "run_files"},
+    {"build", "rows", "runs", "saver", "stopping", "tracking", "generate", "charts", "stacked", "page"},
     {"evaluate", "report", "preflight", "memory_page", "plan", "resume", "likeness", "trained", "compare_page"},
     {"plan_text"},
     {"data_page", "profile", "training", "merge", "tasks"},
