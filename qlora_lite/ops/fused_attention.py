@@ -9,7 +9,8 @@ Backward, a kernel takes memory that no tensor outside of it shows: for an 8B mo
 plan takes as much at the same place. Of a long row, flash attention's backward runs over a few heads at a time, with so
 much less; heads do not see each other. A repeatable one does not: the fewer heads, the more sums it keeps of each.
 
-Source of the sizes: mha_bwd in torch's flash_attn/flash_api.cpp, kernel_backward.h of its memory-efficient attention.
+Source of the sizes: mha_bwd in torch's flash_attn/flash_api.cpp and what calls it in attention_backward.cu, and
+kernel_backward.h of its memory-efficient attention.
 """
 
 from contextlib import nullcontext
@@ -26,6 +27,7 @@ KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacken
 MOST_SCRATCH_BYTES = 128 * 2**20  # that a call of a backward takes inside, if it has more heads than those of one key
 _ROWS = 128  # a multiple to which a kernel rounds up a row's length
 _MOST_PROCESSORS = 170  # of a card's: a repeatable backward has as many sums of the query's gradient as busy them all
+_PIECE, _PIECES_AT_ONCE = 64, 200  # of the keys, in the memory-efficient kernel: its tile, and what busies a card
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
 _PLANNED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # stands for any of a card's
@@ -56,7 +58,8 @@ def fused_attention(query, key, value, mask, scaling, dropout=0.0) -> torch.Tens
     if query.is_meta and not dropout:
         # torch would choose the formula here; a CPU's fused kernel saves what a card's does
         out = _PLANNED(query, key, value, dropout, causal, attn_mask=mask, scale=scaling)[0]
-        return _with_scratch(out, query, groups) if on_card and out.requires_grad else out
+        flash = mask is None and query.dtype != torch.float32
+        return _with_scratch(out, query, key, groups, flash) if on_card and out.requires_grad else out
     with sdpa_kernel(KERNELS) if query.is_cuda else nullcontext():
         return scaled_dot_product_attention(
             query, key, value, mask, dropout, is_causal=causal, scale=scaling, enable_gqa=groups > 1
@@ -89,7 +92,7 @@ class _FewHeadsBackward(torch.autograd.Function):
             q, o, numbers, grad = (tensor[:, of_query] for tensor in (query, out, logsumexp, grad_out))
             inputs = grad, q, key[:, of_key], value[:, of_key], o, numbers.contiguous()
             if query.is_meta:
-                held = _scratch(q, groups)
+                held = _scratch(q, key, grad, groups, flash=True)
                 found = _PLANNED_BACKWARD(*inputs, 0.0, True, scale=ctx.scaling)
                 del held
             else:
@@ -105,7 +108,9 @@ def _key_heads_at_once(query, key) -> int:
     if torch.are_deterministic_algorithms_enabled() or planned_to_repeat():
         return key.shape[1]  # the fewer heads, the more sums of each
     groups = query.shape[1] // key.shape[1]
-    return max(1, min(key.shape[1], MOST_SCRATCH_BYTES // max(1, _scratch_bytes(query[:, :groups], groups))))
+    share = query[:, :groups]
+    taken = _flash_bytes(share, groups) + 2 * share.nbytes  # with copies of the results and their gradients
+    return max(1, min(key.shape[1], MOST_SCRATCH_BYTES // max(1, taken)))
 
 
 def _flash_takes(query, key, value, scaling) -> bool:
@@ -120,31 +125,57 @@ def _flash_takes(query, key, value, scaling) -> bool:
     return chosen == SDPBackend.FLASH_ATTENTION.value
 
 
-def _with_scratch(out: torch.Tensor, query: torch.Tensor, groups: int) -> torch.Tensor:
+def _with_scratch(out: torch.Tensor, query, key, groups: int, flash: bool) -> torch.Tensor:
     """Have a planned kernel's backward take what a card's takes beside its results, for as long as it runs."""
     held = []
 
-    def take(_grads) -> None:
-        held.append(_scratch(query, groups))
+    def take(grads) -> None:
+        held.append(_scratch(query, key, grads[0], groups, flash))
 
     out.grad_fn.register_prehook(take)
     out.grad_fn.register_hook(lambda *_: held.clear())
     return out
 
 
-def _scratch(query, groups: int) -> torch.Tensor:
+def _scratch(query, key, grad_out, groups: int, flash: bool) -> torch.Tensor:
+    """Return memory of the size that a kernel's backward takes inside.
+
+    Flash attention's takes results, which lie in memory as the queries do, and their gradients with T before H; what
+    lies otherwise is copied.
+    """
+    if flash:
+        copied = sum(tensor.nbytes for tensor in (query, grad_out) if not tensor.transpose(1, 2).is_contiguous())
+        taken = _flash_bytes(query, groups) + copied
+    else:
+        taken = _efficient_bytes(query, key)
     with category("workspace"):
-        return query.new_empty(_scratch_bytes(query, groups), dtype=torch.uint8)
+        return query.new_empty(taken, dtype=torch.uint8)
 
 
-def _scratch_bytes(query, groups: int) -> int:
-    """Return the bytes that a kernel's backward takes inside, for a query [B, H, T, D] with H / groups key heads."""
+def _flash_bytes(query, groups: int) -> int:
+    """Return the bytes that flash attention's backward takes for a query [B, H, T, D] with H / groups key heads."""
     batch, heads, length, size = query.shape
-    rows, numbers = -(-length // _ROWS) * _ROWS, -(-size // 32) * 32 if size <= 192 else 256
-    taken = 4 * batch * heads * rows  # what the gradients of the scores have in common, float32
-    if query.dtype != torch.float32:  # sums of the query's gradient, float32; else they are the result
-        sums = -(-_MOST_PROCESSORS // (batch * heads)) if planned_to_repeat() else 1
-        taken += 4 * sums * batch * heads * rows * numbers
+    rows, numbers = _up(length, _ROWS), _up(size, 32) if size <= 192 else 256
+    sums = -(-_MOST_PROCESSORS // (batch * heads)) if planned_to_repeat() else 1  # of the query's gradient, float32
+    taken = 4 * batch * heads * rows * (1 + sums * numbers)  # with what the gradients of the scores have in common
     if groups > 1:  # the gradients of key and value for each head of the query, before they are added up
-        taken += 2 * query.numel() * query.element_size()
+        taken += 2 * query.nbytes
     return taken
+
+
+def _efficient_bytes(query, key) -> int:
+    """Return the bytes that the memory-efficient kernel's backward takes for a query [B, H, T, D], in float32 sums.
+
+    Of the query's gradient; of those of key and value where heads are wider than the kernel's tile, for as many pieces
+    of the keys as it runs at a time.
+    """
+    batch, heads, length, size = query.shape
+    numbers = _up(length, _ROWS) * (1 + _up(size, _PIECE))
+    if query.dtype != torch.float32 and size > _ROWS:
+        pieces = min(-(-key.shape[2] // _PIECE), max(1, _PIECES_AT_ONCE // (batch * heads)))
+        numbers += 2 * pieces * _PIECE * _up(size, _ROWS)
+    return 4 * batch * heads * numbers
+
+
+def _up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple

@@ -1,5 +1,7 @@
 """A card's fused kernels of attention get what they take, and a plan what they need."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -12,6 +14,8 @@ from qlora_lite.ops.shapes import planning_for
 
 HEADS, SIZE, LENGTH = 8, 80, 300
 ROWS, NUMBERS = 384, 96  # what a kernel makes of the length and the size of a head
+WIDE = 256  # a size of a head beyond the memory-efficient kernel's tile
+COPY = 2 * HEADS * LENGTH * SIZE  # bytes of something as large as the queries, bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -40,36 +44,61 @@ def test_a_card_s_kernels_get_grouped_heads_only_where_flash_attention_takes_the
 def planned_inside(monkeypatch):
     """Return by how many bytes a kernel's own memory raises the most that a planned backward needs."""
 
-    def peak(key_heads, dtype, repeatable):
-        shapes = [(1, heads, LENGTH, SIZE) for heads in (HEADS, key_heads, key_heads)]
-        inputs = [torch.empty(shape, dtype=dtype, device="meta", requires_grad=True) for shape in shapes]
+    def peak(key_heads, dtype, repeatable, heads_first=False, mask=None):
+        inputs = laid_out(key_heads, LENGTH, SIZE if mask is None else WIDE, dtype, heads_first, "meta")
         with planning_for("cuda", repeatable), Ledger() as ledger:
             ledger.claim(inputs, "saved activations")
-            out = row_attention(None, *inputs, None, row_lengths=(LENGTH,))[0]
+            out = fused_attention.fused_attention(*inputs, mask, None)
             with phase("backward"):
-                out.backward(torch.empty_like(out))
+                torch.autograd.grad(out, inputs, torch.empty_like(out))
         return max(moment.total for moment in ledger.peaks.values() if moment.phase == "backward")
 
     def inside(*settings):
         with monkeypatch.context() as patch:
-            patch.setattr(fused_attention, "_scratch", lambda *_: None)
+            patch.setattr(fused_attention, "_scratch", lambda *_, **__: None)
             without = peak(*settings)
         return peak(*settings) - without
 
     return inside
 
 
+def laid_out(key_heads, length, size, dtype, heads_first, device):
+    """Return query, key and value [1, H, T, D]; in memory T lies before H, as a model has it, or behind."""
+    torch.manual_seed(0)
+    found = []
+    for heads in (HEADS, key_heads, key_heads):
+        shape = (1, heads, length, size) if heads_first else (1, length, heads, size)
+        tensor = torch.randn(shape, device=device).to(dtype)
+        found.append((tensor if heads_first else tensor.transpose(1, 2)).requires_grad_())
+    return found
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
 @pytest.mark.parametrize("repeatable, sums", [(False, 1), (True, 22)])  # 170 processors for 8 heads
 @pytest.mark.parametrize("key_heads", [HEADS, 2])
-def test_a_plan_counts_what_flash_attention_s_backward_takes_inside(planned_inside, key_heads, repeatable, sums):
+def test_a_plan_counts_what_flash_attention_s_backward_takes_inside(
+    planned_inside, key_heads, repeatable, sums, heads_first
+):  # fmt: skip
     expected = 4 * HEADS * ROWS + 4 * sums * HEADS * ROWS * NUMBERS  # a number and a row of float32 a token and head
     if key_heads != HEADS:
-        expected += 2 * 2 * HEADS * LENGTH * SIZE  # bfloat16 gradients of key and value for each head of the query
-    assert planned_inside(key_heads, torch.bfloat16, repeatable) == expected
+        expected += 2 * COPY  # bfloat16 gradients of key and value for each head of the query
+    if heads_first:
+        expected += 2 * COPY  # the results, which lie as the queries do, and their gradients
+    assert planned_inside(key_heads, torch.bfloat16, repeatable, heads_first) == expected
 
 
-def test_in_float32_the_query_s_gradient_is_summed_up_where_it_stays(planned_inside):
-    assert planned_inside(HEADS, torch.float32, False) == 4 * HEADS * ROWS
+def test_in_float32_the_query_s_gradient_is_summed_up_beside_the_result(planned_inside):
+    assert planned_inside(HEADS, torch.float32, False) == 4 * HEADS * ROWS * (
+        1 + 128
+    )  # another kernel: 80 is rounded up
+
+
+@pytest.mark.parametrize("at_once, pieces", [(200, 5), (16, 2), (4, 1)])  # of 64 keys: 5 for 300, and for all 8 heads
+def test_with_a_mask_and_wide_heads_pieces_of_the_keys_have_sums_too(planned_inside, at_once, pieces, monkeypatch):
+    monkeypatch.setattr(fused_attention, "_PIECES_AT_ONCE", at_once)
+    mask = torch.empty(LENGTH, LENGTH, dtype=torch.bool, device="meta")
+    numbers = ROWS * (1 + WIDE) + 2 * 64 * pieces * WIDE
+    assert planned_inside(HEADS, torch.bfloat16, False, False, mask) == 4 * HEADS * numbers
 
 
 def on_cpu(query, key, value, *rest, scale):
@@ -83,7 +112,7 @@ def backward_on_cpu(*args, scale):
     return fused_attention._PLANNED_BACKWARD(*inputs, dropout, causal, scale=scale)
 
 
-@pytest.mark.parametrize("key_heads, most, calls", [(8, 2**30, 0), (8, 1, 8), (4, 1, 4), (4, 100_000, 2), (1, 1, 0)])
+@pytest.mark.parametrize("key_heads, most, calls", [(8, 2**30, 0), (8, 1, 8), (4, 1, 4), (4, 130_000, 2), (1, 1, 0)])
 def test_a_backward_over_few_heads_at_a_time_gives_the_same_bits(key_heads, most, calls, monkeypatch):
     seen = []
 
@@ -132,33 +161,44 @@ def test_a_repeatable_backward_is_not_cut_since_fewer_heads_have_more_sums(plann
 def test_a_plan_of_a_backward_over_few_heads_counts_their_share(planned_inside, key_heads, monkeypatch):
     whole = planned_inside(key_heads, torch.bfloat16, False)
     monkeypatch.setattr(fused_attention, "MOST_SCRATCH_BYTES", 1)
-    assert planned_inside(key_heads, torch.bfloat16, False) == whole // key_heads
+    copied = 2 * COPY  # a few heads of the results and their gradients lie apart from one another
+    assert planned_inside(key_heads, torch.bfloat16, False) == (whole + copied) // key_heads
 
 
-def long_row(key_heads, device):
-    torch.manual_seed(0)
-    shapes = [(1, heads, 8192, 64) for heads in (HEADS, key_heads, key_heads)]
-    inputs = [torch.randn(shape, device=device).bfloat16().requires_grad_() for shape in shapes]
-    out = row_attention(None, *inputs, None, row_lengths=(8192,))[0]
-    return out, inputs, torch.ones_like(out)
+@pytest.mark.gpu
+@pytest.mark.parametrize("most", [2**40, 1])
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("key_heads, dtype, size, masked", [
+    (HEADS, torch.bfloat16, 64, False), (2, torch.bfloat16, 64, False), (2, torch.bfloat16, 128, False),
+    (2, torch.float32, 64, False), (HEADS, torch.bfloat16, 64, True), (1, torch.bfloat16, WIDE, True),
+])  # fmt: skip
+def test_on_a_card_a_backward_takes_what_plans_count(key_heads, dtype, size, masked, heads_first, most, monkeypatch):
+    monkeypatch.setattr(fused_attention, "MOST_SCRATCH_BYTES", most)
+    taken = {}
+    for device in ("meta", "cuda"):
+        mask = torch.ones(2048, 2048, dtype=torch.bool, device=device).tril() if masked else None
+        with planning_for("cuda") if device == "meta" else nullcontext(), Ledger(allocation_bytes=512) as ledger:
+            inputs = laid_out(key_heads, 2048, size, dtype, heads_first, device)
+            out = fused_attention.fused_attention(*inputs, mask, None)
+            upstream = out.new_ones(1, 2048, HEADS, size).transpose(1, 2)
+            start = ledger.now().total if device == "meta" else torch.cuda.memory_allocated()
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            with phase("backward"):
+                torch.autograd.grad(out, inputs, upstream)
+        peak = max(moment.total for moment in ledger.peaks.values() if moment.phase == "backward")
+        taken[device] = (peak if device == "meta" else torch.cuda.max_memory_allocated()) - start
+    assert taken["meta"] == pytest.approx(taken["cuda"], rel=0.02)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("key_heads", [HEADS, 2])
-def test_on_a_card_a_backward_takes_what_plans_count_and_few_heads_give_the_same(key_heads, monkeypatch):
+def test_on_a_card_a_backward_over_few_heads_gives_the_same(key_heads, monkeypatch):
     found = []
     for most in (2**40, 1):
         monkeypatch.setattr(fused_attention, "MOST_SCRATCH_BYTES", most)
-        with planning_for("cuda"), Ledger(allocation_bytes=512) as ledger:
-            out, inputs, upstream = long_row(key_heads, "meta")
-            start = ledger.now().total
-            with phase("backward"):
-                torch.autograd.grad(out, inputs, upstream)
-        planned = max(moment.total for moment in ledger.peaks.values() if moment.phase == "backward") - start
-        out, inputs, upstream = long_row(key_heads, "cuda")
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        found.append(torch.autograd.grad(out, inputs, upstream))
-        assert planned == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.02)
+        inputs = laid_out(key_heads, 8192, 64, torch.bfloat16, False, "cuda")
+        out = fused_attention.fused_attention(*inputs, None, None)
+        found.append(torch.autograd.grad(out, inputs, torch.ones_like(out)))
     for one, other in zip(*found, strict=True):
         assert (one - other).norm() <= 0.01 * other.norm()
