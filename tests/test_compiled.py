@@ -129,6 +129,21 @@ def test_compiled_blocks_keep_no_unpacked_weight_and_no_more_than_the_blocks(gra
     assert 0 < size <= size_of_blocks
 
 
+def test_an_input_s_gradient_is_rounded_once_and_has_no_second_tensor():
+    """Added outside of the product's operator, an update's gradient would lie in memory beside it, as large as x."""
+    model, _ = quantized_pair("llama", dtype=torch.bfloat16)
+    _, layer = next(iter(lora_layers(add_lora(model, rank=4))))
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(1, 40, layer.lora_A.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
+    run = torch.compile(nn.Module.__call__, fullgraph=True, backend="aot_eager")
+    found = []
+    for call in (layer, lambda inputs: run(layer, inputs)):
+        inputs = x.clone().requires_grad_()
+        found.append(torch.autograd.grad(call(inputs).float().square().sum(), inputs)[0])
+    torch._dynamo.reset()
+    assert torch.equal(*found)
+
+
 def test_weights_are_unpacked_once_for_a_block_s_second_run_and_its_gradients(graphs, monkeypatch):
     model, unpacked, dequantize = build(), [], product.dequantize
     set_levers(model, Levers(compile=True, reuse_dequantized=True))

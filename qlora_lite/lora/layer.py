@@ -99,8 +99,11 @@ class _LoraGradient(torch.autograd.Function):
         grad_low = _joined([grads[number] @ factors_b[number].to(dtype) for number in used], 1, dtype).mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_low @ _joined([factors_a[number] for number in used], 0, dtype)
-            for number in used:
+            # the first product is rounded with what it is added to, which under torch.compile needs one operator
+            factor, first = _joined([factors_a[number] for number in used], 0, dtype).t(), used[0]
+            inputs = grad_low, factor, grads[first], ctx.specs[first], frozen[first]
+            grad_x = product_beside(*inputs, None, ctx.kept, again=False, of_gradient=True)
+            for number in used[1:]:
                 add_product(grad_x, grads[number], ctx.specs[number], frozen[number], kept=ctx.kept, of_gradient=True)
             grad_x = grad_x.view(*shape, grad_x.shape[-1])
         grads_a, grads_b = [None] * layers, [None] * layers

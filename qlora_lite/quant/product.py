@@ -134,18 +134,18 @@ def add_product(
 
 def product_beside(
     low: torch.Tensor, factor: torch.Tensor, x: torch.Tensor, spec: WeightSpec, tensors: tuple[torch.Tensor, ...],
-    bias: torch.Tensor | None, kept: KeptWeights | None, again: bool,
+    bias: torch.Tensor | None, kept: KeptWeights | None, again: bool, of_gradient: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """Return ``low @ factor.T + x @ weight.T + bias``, the sum of the products rounded once.
+    """Return ``low @ factor.T`` and ``product`` of the other arguments, their sum rounded once.
 
     Args:
-        low, factor: [T, r] and [out, r].
+        low, factor: [T, r] and [out, r]; of a gradient [in, r].
         kept, again: see ``materialize``.
     """
     if not torch.compiler.is_compiling():
         y = nn.functional.linear(low.view(*x.shape[:-1], low.shape[-1]), factor)
-        return add_product(y, x, spec, tensors, bias, kept, again)
-    y = _operator(x.reshape(-1, x.shape[-1]), list(tensors), *_described(spec), False, low, factor)
+        return add_product(y, x, spec, tensors, bias, kept, again, of_gradient)
+    y = _operator(x.reshape(-1, x.shape[-1]), list(tensors), *_described(spec), of_gradient, low, factor)
     y = y.view(*x.shape[:-1], y.shape[-1])
     return y if bias is None else y + bias
 
@@ -166,7 +166,7 @@ def _operator(
     """
     spec, kept, again = WeightSpec(tuple(shape), quant_type, transposed), _kept.get(), not of_gradient
     if low is not None:
-        return product_beside(low, factor, x, spec, tuple(tensors), None, kept, again)
+        return product_beside(low, factor, x, spec, tuple(tensors), None, kept, again, of_gradient)
     return product(x, spec, tuple(tensors), None, kept, again, of_gradient)
 
 
