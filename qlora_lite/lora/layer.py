@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from qlora_lite.errors import ModelError
 from qlora_lite.ops.checkpoint import product_or_stand_in
+from qlora_lite.ops.shapes import device_type
 from qlora_lite.quant.linear import frozen_weight, product_of_few
 from qlora_lite.quant.product import FrozenMatmul, KeptWeights, WeightSpec, add_product, kept_for, product_beside
 
@@ -117,6 +118,13 @@ def _joined(tensors: Sequence[torch.Tensor], dim: int, dtype: torch.dtype) -> to
     return (tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)).to(dtype)
 
 
+def _dropped(x: torch.Tensor, share: float) -> torch.Tensor:
+    """Zero values at random; for backward a card's kernel, and so its plan, keeps a byte of each, a CPU more."""
+    if x.is_meta and device_type(x.device) == "cuda":
+        return torch.native_dropout(x, share, True)[0]
+    return functional.dropout(x, share)
+
+
 class _LoraProduct(torch.autograd.Function):
     """Compute ``x W^T + bias + low B^T``; save nothing and hand y's gradient on to ``_LoraGradient``."""
 
@@ -191,7 +199,7 @@ class LoraLinear(nn.Module):
                 return y.add_(functional.linear(low, self.lora_B.to(x.dtype)))
             begun, number = (begin(x, [self]), 0) if self.shared is None else self.shared.begun_for(self, x)
             return end(self, begun, number)
-        branch = functional.dropout(x, self.dropout, self.training)
+        branch = _dropped(x, self.dropout) if dropping else x
         low = self.scale * functional.linear(branch, self.lora_A.to(x.dtype))
         update = functional.linear(low, self.lora_B.to(x.dtype))
         spec, frozen = frozen_weight(self.base)

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_lite.lora.layer import LoraLinear
 from qlora_lite.ops.checkpoint import Checkpoint
+from qlora_lite.ops.shapes import planning_for
 from qlora_lite.quant.linear import QuantLinear, frozen_weight
 from qlora_lite.quant.product import materialize
 
@@ -210,6 +211,17 @@ def test_dropout_drops_inputs_of_the_low_rank_branch_only():
     layer.train()
     dropped = ((layer(rows) - layer.base(rows)).abs().amax(1) < 1e-5).float().mean()
     assert dropped == pytest.approx(0.25, abs=0.02)
+
+
+@pytest.mark.parametrize("device_type, dtype", [("cuda", torch.bool), ("cpu", torch.bfloat16)])
+def test_a_plan_of_dropout_keeps_a_byte_a_value_on_a_card_as_its_kernel_does(device_type, dtype):
+    layer = LoraLinear(nn.Linear(24, 8, device="meta", dtype=torch.bfloat16), rank=2, alpha=1, dropout=0.1).to("meta")
+    x, kept = torch.empty(1, 5, 24, device="meta", dtype=torch.bfloat16), []
+    with planning_for(device_type), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
+        layer.train()(x.requires_grad_())
+    masks = [tensor for tensor in kept if tensor.shape == x.shape and tensor is not x]
+    assert dtype in {tensor.dtype for tensor in masks}
+    assert any(tensor.dtype == torch.bool for tensor in masks) == (device_type == "cuda")
 
 
 def test_dropout_gives_the_same_gradients_as_the_formula_under_the_same_mask():
