@@ -7,6 +7,7 @@ import shutil
 import torch
 
 from .files import cache_root
+from .memory.process import segments_grow
 from .models.load import has_fast_bf16, resolve_device
 from .runs import package_versions
 from .units import format_bytes
@@ -58,6 +59,11 @@ def _notes(device: torch.device) -> list[str]:
         notes.append("paged optimizers are ordinary ones here: there is no device memory to page")
     if not has_fast_bf16(device):
         notes.append("this device has no fast bfloat16: the compute type falls back to float32")
+    if device.type == "cuda" and not segments_grow():
+        notes.append(
+            "torch's CUDA allocator has segments of fixed sizes here (WSL, or PYTORCH_ALLOC_CONF): plans leave more "
+            "room for holes between tensors; PYTORCH_ALLOC_CONF=expandable_segments:True makes them grow"
+        )
     if "plain torch" in _backend(device):
         notes.append("bitsandbytes has no native library here: 4-bit layers run in plain torch, many times slower")
     return notes

@@ -197,7 +197,8 @@ def test_machine_code_has_the_gradients_and_leaves_out_what_nobody_reads(monkeyp
     product_beside = product.product_beside
 
     def counting(*arguments):
-        products.append(arguments)
+        *_, of_gradient = arguments
+        products.extend([arguments] * (not of_gradient))
         return product_beside(*arguments)
 
     monkeypatch.setattr(product, "product_beside", counting)  # what the operator calls for a layer's value

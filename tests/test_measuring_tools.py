@@ -1,8 +1,10 @@
 """The tools that measure levers and cards: sections end as they should, tables and plots show what was measured."""
 
 import json
+import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -20,6 +22,7 @@ TOOLS = Path(__file__).parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
 
 import _gpu_caps  # noqa: E402
+from _card import card_environment  # noqa: E402
 from _gpu_sections import CARD, SECTIONS  # noqa: E402
 from _gpu_summary import summary  # noqa: E402
 from _lever_plot import lever_plot  # noqa: E402
@@ -200,3 +203,40 @@ def test_the_table_says_what_each_row_is_of_the_first():
 def test_speeds_of_several_processes_are_kept_and_their_median_is_the_rows():
     rows = [{"tokens_per_second": speed, "measured_process_bytes": speed} for speed in (5, 1, 2)]
     assert merged(rows) == {"tokens_per_second": 2, "each_tokens_per_second": [5, 1, 2], "measured_process_bytes": 5}
+
+
+def test_the_least_memory_in_which_a_plan_runs_is_found_within_8_mib():
+    needed, tried = 1100 * MIB, []
+
+    def run(model, tokens, levers, cap_bytes, steps, overhead_bytes, train, **case):
+        assert (model, tokens, overhead_bytes, case) == ("tiny", 256, 0, {"optimizer": "adamw_8bit"})
+        tried.append(cap_bytes)
+        return {"fits": cap_bytes >= needed, "measured_bytes": 500 * MIB, "reserved_bytes": 900 * MIB, "step": {}}
+
+    machine = SimpleNamespace(memory_bytes=80 * 2**30)
+    row = runpy.run_path(str(TOOLS / "check_card"))["check"](SimpleNamespace(machine=machine, run=run), "tiny", 256, 4)
+    assert needed <= row["least_bytes"] < needed + 8 * MIB
+    assert tried[0] == machine.memory_bytes and len(tried) < 10
+    assert row["planned_bytes"] > row["predicted_bytes"] > 0 and row["allocated_bytes"] == 500 * MIB
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built for CUDA")
+def test_without_a_torch_for_cuda_there_is_no_card_that_computes_nothing():
+    done = subprocess.run([sys.executable, TOOLS / "check_card"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "error: this torch is built without CUDA")
+
+
+@pytest.mark.skipif(
+    torch.version.cuda is None or torch.cuda.is_available(), reason="needs a torch for CUDA and no card"
+)
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+def test_over_a_card_that_computes_nothing_a_plan_runs_in_what_was_planned(tmp_path):
+    code = ("import json, runpy; from _gpu_caps import CappedDevice; "
+            f"check = runpy.run_path({str(TOOLS / 'check_card')!r})['check']; "
+            "print(json.dumps(check(CappedDevice(), 'tiny', 256, 4)))")  # fmt: skip
+    environment = os.environ | card_environment(tmp_path, gib=8) | {"PYTHONPATH": f"{TOOLS}:{TOOLS.parent}"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout.splitlines()[-1])
+    assert row["allocated_bytes"] <= 1.05 * row["predicted_bytes"]
+    assert row["least_bytes"] <= row["planned_bytes"] and row["step"]["launches"] > 100

@@ -157,7 +157,7 @@ def under_ledger(trainer: Trainer, evaluation=()) -> Ledger:
 def check_case(case: dict) -> dict:
     """Measure one case: the rehearsal that every run makes, alone and under the ledger, beside its prediction."""
     device = resolve_device()
-    base = held_bytes(device)
+    base = 0 if device.type == "cuda" else held_bytes(device)  # cuBLAS's workspaces stay from one case to the next
     trainer = trainer_of(case, model_of(case, device))
     evaluation = trainer.examples[: case.get("rows", 1)]
     if device.type == "cuda":

@@ -7,7 +7,7 @@ card there is no allocator to hold: a rehearsal compares the ledger and the plan
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 
 import torch
@@ -25,11 +25,18 @@ from qlora_lite.planning.machine import Machine, this_machine
 from qlora_lite.planning.predict import predict
 from qlora_lite.planning.search import first_levers, search, smaller
 from qlora_lite.planning.simulate import Job, Rows
+from qlora_lite.train.loop import Trainer
 from qlora_lite.units import format_bytes
 
 STEPS_ABOVE = (1.0, 1.02, 1.05, 1.1, 1.2, 1.4)  # times the planned longest, until one fails
 LENGTH_MULTIPLE = 64  # tokens; planned lengths are multiples of it
 MOST_STEP_SECONDS = 30.0  # a longer step is not tried; the estimate is written down
+
+
+def trained(trainer: Trainer) -> dict:
+    """Take a trainer's steps as a run does; return the speed of the last."""
+    *_, last = trainer
+    return {"tokens_per_second": last.tokens_per_second}
 
 
 class CappedDevice:
@@ -40,20 +47,24 @@ class CappedDevice:
         self.machine = replace(this_machine(self.device), base_bytes=0)
         self._key, self._model = None, None
 
-    def run(self, name: str, tokens: int, levers: Levers, cap_bytes: int, steps: int, overhead_bytes: int) -> dict:
-        """Train some steps below a cap; return "fits" and what was measured.
+    def run(
+        self, name: str, tokens: int, levers: Levers, cap_bytes: int, steps: int, overhead_bytes: int,
+        train: Callable[[Trainer], dict] = trained, **case,
+    ) -> dict:  # fmt: skip
+        """Train some steps below a cap; return "fits", what training found and what was measured.
 
         Args:
             overhead_bytes: what the plan adds to the tensors, for devices that cannot be held to a cap.
+            train: takes the steps.
+            case: what else is different (see ``_cases``).
         """
-        case = {"model": name, "tokens": tokens, **asdict(levers)}
+        case |= {"model": name, "tokens": tokens, **asdict(levers)}
         model = self._placed(case, levers)
         try:
             self._hold_to(cap_bytes)
             trainer = trainer_of(case, model, steps)
             try:
-                metrics = list(trainer)
-                measured = self._measured(trainer, overhead_bytes)
+                found = train(trainer) | self._measured(trainer, overhead_bytes)
             finally:
                 trainer.meter.close()
         except OUT_OF_MEMORY as error:
@@ -62,8 +73,7 @@ class CappedDevice:
             self._hold_to(None)
             for _, parameter in lora_parameters(model):
                 parameter.grad = None
-        return {"fits": self.device.type == "cuda" or measured["measured_bytes"] <= cap_bytes,
-                "tokens_per_second": metrics[-1].tokens_per_second, **measured}  # fmt: skip
+        return {"fits": self.device.type == "cuda" or found["measured_bytes"] <= cap_bytes, **found}
 
     def _placed(self, case: dict, levers: Levers):
         key = case["model"], levers.host_embeddings, levers.host_head, levers.resident_blocks

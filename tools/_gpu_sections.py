@@ -32,7 +32,7 @@ from qlora_lite.train.step import accumulate_gradients, prepare
 GIB, MIB = 2**30, 2**20
 ROOT = Path(__file__).resolve().parent.parent
 # Of a prediction, beyond which it counts as wrong. Allocated memory has the rests of pieces that are not worth cutting,
-# which a plan counts apart (``memory.process.CUDA_SEGMENT_BYTES``).
+# which a plan counts apart (``memory.process.GROWING_SEGMENT_BYTES``).
 TENSOR_ERROR, ALLOCATED_ERRORS = 0.03, (-0.03, 0.05)
 HOST_WEIGHTS = Levers(resident_blocks=0, host_embeddings=True, host_head=True)
 SAME_BITS = (  # weights leave the device once

@@ -5,6 +5,7 @@ On a CUDA card: the allocator's own counter. Elsewhere: the process's anonymous 
 time and are not counted); without ``/proc``, the resident-set maximum that the operating system keeps.
 """
 
+import os
 import resource
 import sys
 import threading
@@ -14,7 +15,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from .process import CUDA_CONTEXT_BYTES
+from .process import ALLOCATOR_VARIABLES, CUDA_CONTEXT_BYTES, GROWING, segments_grow
 
 SAMPLE_SECONDS = 0.01
 _STATUS = Path("/proc/self/status")
@@ -48,6 +49,15 @@ def free_bytes(device: torch.device) -> int:
             found = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
             available = min(available, int(limit.read_text()) - int(used.read_text()) + int(found.get(droppable, 0)))
     return available
+
+
+def grow_segments(device: torch.device) -> None:
+    """Have the allocator of a card take memory in segments that grow, so that fewer holes are left between tensors.
+
+    Where the user has set the allocator up (PYTORCH_ALLOC_CONF), it stays so.
+    """
+    if device.type == "cuda" and segments_grow() and not any(os.environ.get(name) for name in ALLOCATOR_VARIABLES):
+        torch._C._accelerator_setAllocatorSettings(GROWING)  # torch 2.13 has no public function for it
 
 
 def hold_to(device: torch.device, budget_bytes: int | None) -> None:

@@ -1,10 +1,13 @@
 """What a device or a process needs beyond its tensors, as named constants with their source.
 
-A card: constants from public sources, to be checked with ``tools/check_plan`` on one.
+A card: constants from public sources, to be checked with ``tools/check_plan`` on one; those of torch's allocator were
+measured without one (``tools/check_card``).
 A CPU: measured by ``tools/check_plan`` here (torch 2.13, glibc 2.36, two threads), above the memory that the process
 holds after its imports.
 """
 
+import os
+import platform
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -15,14 +18,36 @@ CUDA_CONTEXT_BYTES = 450 * MIB  # nvidia-smi shows 300 to 500 MiB for an idle to
 # One for forward's thread and one for autograd's (aten/src/ATen/cuda/CublasHandlePool.cpp): 32 MiB each on compute
 # capability 9.0 and with train.deterministic, 8.1 MiB on others.
 CUBLAS_WORKSPACE_BYTES = 2 * 32 * MIB
-CUDA_SEGMENT_BYTES = 2 * 20 * MIB  # partly used segments of both pools (c10/cuda/CUDACachingAllocator.cpp)
-CUDA_FRAGMENTATION_SHARE = 0.04  # of what comes and goes within a step
+# Of torch's CUDA allocator: bytes, and a share of what comes and goes within a step. tools/check_card found that up to
+# 105 MiB are needed with segments that grow, and up to 1.0 GiB with fixed ones.
+GROWING_SEGMENT_BYTES, GROWING_HOLES_SHARE = 128 * MIB, 0.005
+FIXED_SEGMENT_BYTES, FIXED_HOLES_SHARE = 448 * MIB, 0.07
+# The first time, torch.compile's inductor times kernels with as much memory as the card's second-level cache: 24 to 128
+# MiB, by card.
+CUDA_COMPILER_BYTES = 128 * MIB
 HOST_PROCESS_BYTES = 1536 * MIB  # Python, torch with its CUDA libraries, pinned buffers; not yet checked beside a card
 CPU_BUFFERS_BYTES = 32 * MIB  # thread stacks and buffers
 # For each large product's shape: oneDNN keeps a compiled kernel (0.2 to 1.3 MiB are gone with a cache of 0), and malloc
 # pages in between. Measured in bfloat16 only.
 CPU_KERNEL_BYTES = int(1.35 * MIB)
 CPU_COMPILER_BYTES = 112 * MIB  # of torch.compile: compiled steps of tools/check_plan held 14 to 76 MiB more
+
+
+ALLOCATOR_VARIABLES = (
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+)  # torch's settings of its allocator, new and old name
+GROWING = "expandable_segments:True"
+
+
+def segments_grow() -> bool:
+    """Tell whether torch's CUDA allocator takes memory in segments that grow: ``meter.grow_segments`` sees to it.
+
+    Its own default, segments of fixed sizes, leaves more holes. It stays where the user has set the allocator up, and
+    on WSL, where growing ones can fail (pytorch issue 192330).
+    """
+    settings = [os.environ[name] for name in ALLOCATOR_VARIABLES if os.environ.get(name)]
+    return any(GROWING in text for text in settings) if settings else "microsoft" not in platform.release().lower()
 
 
 class Overhead(NamedTuple):
@@ -51,12 +76,16 @@ def overheads(
     """
     if device_type == "cuda":
         peak = max(moments, key=lambda moment: moment.total)
-        fragmentation = int(CUDA_FRAGMENTATION_SHARE * max(0, peak.total - resident.total))
+        segments, share = FIXED_SEGMENT_BYTES, FIXED_HOLES_SHARE
+        if segments_grow():
+            segments, share = GROWING_SEGMENT_BYTES, GROWING_HOLES_SHARE
+        holes = int(share * max(0, peak.total - resident.total))
         return (
             Overhead("CUDA context", CUDA_CONTEXT_BYTES, "driver, kernels and streams of a torch process"),
             Overhead("matrix-product workspace", CUBLAS_WORKSPACE_BYTES, "cuBLAS keeps it for the whole run", True),
-            Overhead("allocator segments", CUDA_SEGMENT_BYTES, "the last, partly used segments"),
-            Overhead("fragmentation", fragmentation, "holes between tensors of a step"),
+            Overhead("allocator segments", segments, "partly used segments, and small holes"),
+            Overhead("fragmentation", holes, "holes between tensors of a step"),
+            *([Overhead("torch.compile", CUDA_COMPILER_BYTES, "what it times kernels with")] if compiling else []),
         )
     kernels = products * CPU_KERNEL_BYTES
     compiler = Overhead("torch.compile", CPU_COMPILER_BYTES, "its graphs, and what it keeps of making them")

@@ -19,6 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import AttentionInterface
 
 from qlora_lite.errors import ModelError, OutputError
+from qlora_lite.memory.meter import grow_segments
 from qlora_lite.ops.attention import row_attention
 from qlora_lite.ops.norm import use_lean_norms
 from qlora_lite.quant.linear import QuantLinear
@@ -35,7 +36,7 @@ ROW_ATTENTION = "qlora_lite_rows"
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """Return the device to train on: CUDA if there is one, unless told otherwise.
+    """Return the device to train on: CUDA if there is one, unless told otherwise; set a card's allocator up.
 
     Raises:
         ModelError: CUDA is asked for and not usable.
@@ -43,7 +44,9 @@ def resolve_device(name: str = "auto") -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ModelError("model.device is cuda, but torch finds no CUDA device; see qlora-lite doctor")
     usable = torch.cuda.is_available() if name == "auto" else name == "cuda"
-    return torch.device("cuda", torch.cuda.current_device()) if usable else torch.device("cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if usable else torch.device("cpu")
+    grow_segments(device)
+    return device
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -7,7 +7,10 @@ import psutil
 import pytest
 import torch
 
-from qlora_lite.memory import meter
+from qlora_lite.memory import meter, process
+from qlora_lite.memory.bar import CATEGORIES
+from qlora_lite.memory.ledger import Moment
+from qlora_lite.models.load import resolve_device
 
 
 @pytest.mark.parametrize(("limit", "free"), [("1000", 1000 - 700 + 300), ("max", None), ("9" * 30, None)])
@@ -37,3 +40,64 @@ def test_a_meter_can_be_closed_by_its_own_thread(monkeypatch):
             break
         time.sleep(0.01)
     assert ended == [None] and peak_meter.peak_bytes() == 7
+
+
+@pytest.fixture
+def settings_of_the_allocator(monkeypatch):
+    """Settings that torch's allocator was given; the variables of the environment that hold some are taken out."""
+    given = []
+    for name in process.ALLOCATOR_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(process.platform, "release", lambda: "6.1.0-amd64")
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", given.append)
+    return given
+
+
+def beside_tensors(compiling=False) -> dict[str, int]:
+    """What a card's plan counts beside the tensors of a step in which 1 GiB comes and goes."""
+    peak, resident = (Moment("backward", "", (size,) + (0,) * (len(CATEGORIES) - 1)) for size in (3 * 2**30, 2**31))
+    return {found.name: found.bytes for found in process.overheads("cuda", [peak], resident, 0, compiling)}
+
+
+def holes() -> int:
+    found = beside_tensors()
+    return found["allocator segments"] + found["fragmentation"]
+
+
+def test_a_compiled_step_on_a_card_has_room_for_what_its_compiler_times_kernels_with():
+    assert beside_tensors(True) == beside_tensors() | {"torch.compile": process.CUDA_COMPILER_BYTES}
+
+
+def test_a_card_s_allocator_grows_its_segments_and_a_cpu_has_none(settings_of_the_allocator):
+    meter.grow_segments(torch.device("cpu"))
+    assert settings_of_the_allocator == []
+    meter.grow_segments(torch.device("cuda"))
+    assert settings_of_the_allocator == ["expandable_segments:True"]
+    assert holes() == process.GROWING_SEGMENT_BYTES + int(process.GROWING_HOLES_SHARE * 2**30)
+
+
+@pytest.mark.parametrize("name", process.ALLOCATOR_VARIABLES)
+def test_an_allocator_that_the_user_has_set_up_stays_so_and_a_plan_knows(settings_of_the_allocator, name, monkeypatch):
+    monkeypatch.setenv(name, "max_split_size_mb:512")
+    meter.grow_segments(torch.device("cuda"))
+    assert settings_of_the_allocator == []
+    assert holes() == process.FIXED_SEGMENT_BYTES + int(process.FIXED_HOLES_SHARE * 2**30)
+    monkeypatch.setenv(name, "max_split_size_mb:512,expandable_segments:True")
+    meter.grow_segments(torch.device("cuda"))
+    assert settings_of_the_allocator == []
+    assert holes() == process.GROWING_SEGMENT_BYTES + int(process.GROWING_HOLES_SHARE * 2**30)
+
+
+def test_on_wsl_segments_stay_as_they_are(settings_of_the_allocator, monkeypatch):
+    monkeypatch.setattr(process.platform, "release", lambda: "5.15.167.4-microsoft-standard-WSL2")
+    meter.grow_segments(torch.device("cuda"))
+    assert settings_of_the_allocator == [] and not process.segments_grow()
+
+
+@pytest.mark.gpu
+def test_on_a_card_segments_really_grow():
+    device = resolve_device("cuda")
+    held = torch.empty(2**26, device=device)
+    segments = torch.cuda.memory._snapshot()["segments"]  # torch 2.13 has no public name for it
+    of_it = [s for s in segments if s["address"] <= held.data_ptr() < s["address"] + s["total_size"]]
+    assert [segment["is_expandable"] for segment in of_it] == [process.segments_grow()]

@@ -1,6 +1,7 @@
 """On a card: the same step as on a CPU, and memory as planned. Needs a CUDA device."""
 
 import copy
+import gc
 import os
 from dataclasses import replace
 
@@ -66,7 +67,8 @@ def test_loss_and_gradients_on_a_card_are_those_on_a_cpu(model_type):
 
 
 def test_allocated_memory_is_what_the_plan_says():
-    sizes, before = SIZES | {"num_hidden_layers": 4}, asked_for()
+    sizes = SIZES | {"num_hidden_layers": 4}
+    gc.collect()  # what is left on the card are cuBLAS's workspaces, which a plan counts
     model, _ = quantized_pair("llama", dtype=torch.bfloat16, **sizes)
     model = add_lora(model, rank=16).to("cuda")
     set_levers(model, Levers())
@@ -76,7 +78,7 @@ def test_allocated_memory_is_what_the_plan_says():
     optimizer = build_optimizer(parameters, job.optimizer, 0.0, 0.0)
     torch.cuda.reset_peak_memory_stats()
     rehearse_step(model, parameters, optimizer, prepare(batch, model.device), None, 1.0, None, False)
-    measured = asked_for("peak") - before
+    measured = asked_for("peak")
     predicted = predict(replace(job, config=model.config)).allocated_bytes
     assert -0.01 <= predicted / measured - 1 <= 0.05
 
