@@ -16,7 +16,8 @@ from qlora_lite.cli.main import main
 from qlora_lite.data.stored import row_lengths
 from qlora_lite.errors import ModelError
 from qlora_lite.memory.cards import find_card
-from qlora_lite.planning import simulate
+from qlora_lite.memory.process import CUDA_COMPILER_BYTES
+from qlora_lite.planning import machine, simulate
 from qlora_lite.planning.candidate import EQUALLY_FAST
 from qlora_lite.planning.largest import largest_of
 from qlora_lite.planning.machine import Machine, machine_of_card
@@ -279,10 +280,9 @@ def test_a_plan_for_compiled_blocks_leaves_out_what_they_do_not_go_with(recipe, 
         assert x.compile and x.tile_tokens is None and x.resident_blocks is None
         assert x.checkpointing in ("block", "none")
     assert {a.change for a in planner.alternatives(plan)}  # which are simulated like all others
-    plain = planner.plan_recipe(
-        recipe(long, "memory.tile_tokens=off", "memory.resident_blocks=all"), CARD, budget * GIB
-    )
-    same = [c.peak_bytes for c in plain.found if c.levers.checkpointing != "selective"]
+    without = recipe(long, "memory.tile_tokens=off", "memory.resident_blocks=all")
+    plain = planner.plan_recipe(without, CARD, budget * GIB - CUDA_COMPILER_BYTES)
+    same = [c.peak_bytes + CUDA_COMPILER_BYTES for c in plain.found if c.levers.checkpointing != "selective"]
     assert [candidate.peak_bytes for candidate in plan.found] == same[: len(plan.found)]
 
 
@@ -443,7 +443,9 @@ def test_a_run_keeps_to_its_plan_and_writes_predicted_beside_measured(tmp_path):
     folder = run_recipe(load_recipe(file))
     plan = json.loads((folder / "summary.json").read_text())["plan"]
     assert plan["measured_peak_bytes"] <= plan["budget_bytes"]
-    assert plan["predicted_peak_bytes"] == pytest.approx(plan["measured_peak_bytes"], rel=0.15)
+    # The process is counted with what it holds while the machine's speed is measured, which a tiny model never needs.
+    assert plan["measured_peak_bytes"] <= 1.15 * plan["predicted_peak_bytes"]
+    assert plan["predicted_peak_bytes"] <= 1.3 * plan["measured_peak_bytes"] + 2 * machine._COPY_BYTES
     chosen = plan["chosen"]
     assert chosen["train.micro_batch_size"] * chosen["train.gradient_accumulation_steps"] == 2
     assert "predicted" in (folder / "log.txt").read_text()
