@@ -137,9 +137,10 @@ def simulate(job: Job) -> Simulation:
 def _front(job: Job) -> int:
     """Return how many of the first blocks (times their pattern) need more than those that follow, being of their kind.
 
-    The first has all gradients beside it; with checkpoints in host memory, the second has the first's input too.
+    The first has all gradients beside it, but none of its input's: inside attention, of which a card's kernel takes
+    most, the second can need more. With checkpoints in host memory, that one has the first's input too.
     """
-    return 2 if job.levers.offload_checkpoints else 1
+    return 2 if job.levers.offload_checkpoints or job.device_type == "cuda" else 1
 
 
 def _last_blocks(job: Job) -> int | None:
