@@ -1,12 +1,12 @@
 /* A CUDA card that computes nothing: preloaded before torch built for CUDA, it takes the place of the CUDA runtime, of
  * cuBLAS and of the few functions of the driver that torch asks for by name. torch's own code then runs as on a card:
- * its caching allocator, its streams and events, its pinned memory, and all that its and bitsandbytes' kernels do on the
- * host, such as the memory that they take. Kernels are counted, not run.
+ * its caching allocator, its streams and events, its pinned memory, and all that its and bitsandbytes' kernels do on
+ * the host, such as the memory that they take. Kernels are counted, not run.
  *
- * Memory of the card is address space of the host that is never written: copies to it are dropped, and what is read from
- * it is zero. Copies and events are over at once. What is asked of the card besides (its size, what is in use, counts)
- * is in the environment and in the functions at the end. tools/_card.py builds and preloads it, with a function that
- * returns 0 for every other name that torch needs from these libraries.
+ * Memory of the card is address space of the host that is never written: copies to it are dropped, and what is read
+ * from it is zero. Copies and events are over at once. The size of the card comes from the environment; a tool asks
+ * for counts with the function at the end. tools/_card.py builds and preloads it, with a function that returns 0 for
+ * every other name that torch needs from these libraries.
  */
 #define _GNU_SOURCE
 #include <cuda.h>
@@ -22,15 +22,14 @@
 static const size_t PAGE = 4096;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static size_t total_bytes, used_bytes, peak_bytes;
-static int major, minor, processors;
+static int major, minor;
 static long launches, waits, allocations, pinned;
 
 __attribute__((constructor)) static void begin(void) {
-    const char *memory = getenv("CARD_BYTES"), *capability = getenv("CARD_CAPABILITY"), *count = getenv("CARD_PROCESSORS");
+    const char *memory = getenv("CARD_BYTES"), *capability = getenv("CARD_CAPABILITY");
     total_bytes = memory ? strtoull(memory, NULL, 10) : (size_t)80 << 30;
     major = capability ? atoi(capability) / 10 : 8;
-    minor = capability ? atoi(capability) % 10 : 6; /* one for which torch has kernels: some tables end in an error else */
-    processors = count ? atoi(count) : 128;
+    minor = capability ? atoi(capability) % 10 : 6; /* one that torch is built for: else a few of its kernels fail */
 }
 
 /* ---- Memory: a table of what was handed out, by address. ---- */
@@ -115,7 +114,9 @@ static enum cudaMemoryType type_of(const void *place) {
 
 cudaError_t cudaMalloc(void **start, size_t size) { return hand_out(start, size, cudaMemoryTypeDevice); }
 cudaError_t cudaFree(void *start) { return take_back(start); }
-cudaError_t cudaHostAlloc(void **start, size_t size, unsigned flags) { return hand_out(start, size, cudaMemoryTypeHost); }
+cudaError_t cudaHostAlloc(void **start, size_t size, unsigned flags) {
+    return hand_out(start, size, cudaMemoryTypeHost);
+}
 cudaError_t cudaFreeHost(void *start) { return take_back(start); }
 cudaError_t cudaMallocManaged(void **start, size_t size, unsigned flags) {
     return hand_out(start, size, cudaMemoryTypeManaged);
@@ -134,11 +135,15 @@ cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, c
 }
 
 /* Expandable segments: addresses are reserved first, and memory is counted when it is made. */
-CUresult cuMemAddressReserve(CUdeviceptr *start, size_t size, size_t alignment, CUdeviceptr wish, unsigned long long flags) {
+CUresult cuMemAddressReserve(
+    CUdeviceptr *start, size_t size, size_t alignment, CUdeviceptr wish, unsigned long long flags
+) {
     *start = (CUdeviceptr)reserve(size);
     return *start ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
 }
-CUresult cuMemAddressFree(CUdeviceptr start, size_t size) { return munmap((void *)start, size) ? CUDA_ERROR_INVALID_VALUE : 0; }
+CUresult cuMemAddressFree(CUdeviceptr start, size_t size) {
+    return munmap((void *)start, size) ? CUDA_ERROR_INVALID_VALUE : 0;
+}
 CUresult cuMemCreate(
     CUmemGenericAllocationHandle *handle, size_t size, const CUmemAllocationProp *properties, unsigned long long flags
 ) {
@@ -150,11 +155,15 @@ CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
     unuse(handle);
     return CUDA_SUCCESS;
 }
-CUresult cuMemMap(CUdeviceptr start, size_t size, size_t offset, CUmemGenericAllocationHandle handle, unsigned long long flags) {
+CUresult cuMemMap(
+    CUdeviceptr start, size_t size, size_t offset, CUmemGenericAllocationHandle handle, unsigned long long flags
+) {
     return CUDA_SUCCESS;
 }
 CUresult cuMemUnmap(CUdeviceptr start, size_t size) { return CUDA_SUCCESS; }
-CUresult cuMemSetAccess(CUdeviceptr start, size_t size, const CUmemAccessDesc *access, size_t count) { return CUDA_SUCCESS; }
+CUresult cuMemSetAccess(CUdeviceptr start, size_t size, const CUmemAccessDesc *access, size_t count) {
+    return CUDA_SUCCESS;
+}
 
 /* ---- Copies: from the card come zeros, to it goes nothing. ---- */
 
@@ -167,7 +176,9 @@ cudaError_t cudaMemcpy(void *target, const void *source, size_t size, enum cudaM
     waits++;
     return copied(target, source, size, kind);
 }
-cudaError_t cudaMemcpyAsync(void *target, const void *source, size_t size, enum cudaMemcpyKind kind, cudaStream_t stream) {
+cudaError_t cudaMemcpyAsync(
+    void *target, const void *source, size_t size, enum cudaMemcpyKind kind, cudaStream_t stream
+) {
     return copied(target, source, size, kind);
 }
 cudaError_t cudaMemset(void *start, int value, size_t size) { return cudaSuccess; }
@@ -182,7 +193,7 @@ cudaError_t cudaRuntimeGetVersion(int *version) { return *version = CUDART_VERSI
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *properties, int device) {
     *properties = (struct cudaDeviceProp){
         .name = "a card that computes nothing", .totalGlobalMem = total_bytes, .major = major, .minor = minor,
-        .multiProcessorCount = processors, .warpSize = 32, .maxThreadsPerBlock = 1024,
+        .multiProcessorCount = 128, .warpSize = 32, .maxThreadsPerBlock = 1024,
         .maxThreadsPerMultiProcessor = 1536, .maxBlocksPerMultiProcessor = 24, .maxThreadsDim = {1024, 1024, 64},
         .maxGridSize = {2147483647, 65535, 65535}, .sharedMemPerBlock = 48 << 10, .sharedMemPerBlockOptin = 99 << 10,
         .sharedMemPerMultiprocessor = 100 << 10, .reservedSharedMemPerBlock = 1 << 10, .regsPerBlock = 65536,
@@ -209,27 +220,38 @@ cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, in
     case cudaDevAttrMultiProcessorCount: *value = all.multiProcessorCount; break;
     case cudaDevAttrComputeCapabilityMajor: *value = all.major; break;
     case cudaDevAttrComputeCapabilityMinor: *value = all.minor; break;
-    case cudaDevAttrManagedMemory: case cudaDevAttrConcurrentManagedAccess: case cudaDevAttrUnifiedAddressing: *value = 1; break;
+    case cudaDevAttrManagedMemory: case cudaDevAttrConcurrentManagedAccess: *value = 1; break;
+    case cudaDevAttrUnifiedAddressing: *value = 1; break;
     default: *value = 0;
     }
     return cudaSuccess;
 }
-cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) { return *least = 0, *greatest = -5, cudaSuccess; }
-cudaError_t cudaDeviceGetPCIBusId(char *name, int size, int device) { return snprintf(name, size, "0000:01:00.0"), cudaSuccess; }
+cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
+    return *least = 0, *greatest = -5, cudaSuccess;
+}
+cudaError_t cudaDeviceGetPCIBusId(char *name, int size, int device) {
+    return snprintf(name, size, "0000:01:00.0"), cudaSuccess;
+}
 cudaError_t cudaGetLastError(void) {
     cudaError_t error = last_error;
     last_error = cudaSuccess;
     return error;
 }
 cudaError_t cudaPeekAtLastError(void) { return last_error; }
-const char *cudaGetErrorName(cudaError_t error) { return error == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation" : "another"; }
-const char *cudaGetErrorString(cudaError_t error) { return error == cudaErrorMemoryAllocation ? "out of memory" : "another error"; }
+const char *cudaGetErrorName(cudaError_t error) {
+    return error == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation" : "another";
+}
+const char *cudaGetErrorString(cudaError_t error) {
+    return error == cudaErrorMemoryAllocation ? "out of memory" : "another error";
+}
 CUresult cuGetErrorString(CUresult error, const char **words) {
     *words = error == CUDA_ERROR_OUT_OF_MEMORY ? "out of memory" : "another error";
     return CUDA_SUCCESS;
 }
 CUresult cuCtxGetCurrent(CUcontext *context) { return *context = (CUcontext)ranges, CUDA_SUCCESS; }
-CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned *flags, int *active) { return *flags = 0, *active = 1, CUDA_SUCCESS; }
+CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned *flags, int *active) {
+    return *flags = 0, *active = 1, CUDA_SUCCESS;
+}
 CUresult cuMemGetAllocationGranularity(
     size_t *granularity, const CUmemAllocationProp *properties, CUmemAllocationGranularity_flags option
 ) {
@@ -242,13 +264,17 @@ static void *name(void) {
     static size_t names = 0;
     return (void *)(__sync_add_and_fetch(&names, 1) * 16);
 }
-cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int priority) { return *stream = name(), cudaSuccess; }
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int priority) {
+    return *stream = name(), cudaSuccess;
+}
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return waits++, cudaSuccess; }
 cudaError_t cudaDeviceSynchronize(void) { return waits++, cudaSuccess; }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) { return waits++, cudaSuccess; }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) { return *event = name(), cudaSuccess; }
 cudaError_t cudaEventCreate(cudaEvent_t *event) { return *event = name(), cudaSuccess; }
-cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, cudaEvent_t end) { return *milliseconds = 0, cudaSuccess; }
+cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, cudaEvent_t end) {
+    return *milliseconds = 0, cudaSuccess;
+}
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
     return *status = cudaStreamCaptureStatusNone, cudaSuccess;
 }
@@ -258,7 +284,9 @@ cudaError_t cudaStreamGetCaptureInfo(
 ) {
     return *status = cudaStreamCaptureStatusNone, cudaSuccess;
 }
-cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void *argument) { return function(argument), cudaSuccess; }
+cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void *argument) {
+    return function(argument), cudaSuccess;
+}
 
 /* ---- Kernels. A launch begins by pushing its shape; what that returns tells whether to go on. ---- */
 
@@ -267,7 +295,9 @@ void **__cudaRegisterFatBinary(void *binary) {
     return &handle;
 }
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, void *stream) { return launches++, 1; }
-cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *shape, const void *kernel, void **arguments) { return launches++, cudaSuccess; }
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *shape, const void *kernel, void **arguments) {
+    return launches++, cudaSuccess;
+}
 cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *attributes, const void *kernel) {
     *attributes = (struct cudaFuncAttributes){
         .maxThreadsPerBlock = 1024, .numRegs = 32, .maxDynamicSharedSizeBytes = 99 << 10,
@@ -285,9 +315,12 @@ int cublasGetMathMode(void *handle, int *mode) { return *mode = 0; }
 int cublasGetPointerMode_v2(void *handle, int *mode) { return *mode = 0; }
 int cublasLtMatmulDescCreate(void **made, int compute, int scale) { return *made = name(), 0; }
 int cublasLtMatmulPreferenceCreate(void **made) { return *made = name(), 0; }
-int cublasLtMatrixLayoutCreate(void **made, int type, unsigned long rows, unsigned long columns, long step) { return *made = name(), 0; }
+int cublasLtMatrixLayoutCreate(void **made, int type, unsigned long rows, unsigned long columns, long step) {
+    return *made = name(), 0;
+}
 int cublasLtMatmulAlgoGetHeuristic(
-    void *handle, void *product, void *a, void *b, void *c, void *d, void *preference, int wanted, void *found, int *count
+    void *handle, void *product, void *a, void *b, void *c, void *d, void *preference, int wanted, void *found,
+    int *count
 ) {
     return *count = 1, 0;
 }
@@ -297,7 +330,8 @@ int cublasLtMatmulAlgoGetHeuristic(
 static CUresult not_there(void) { return CUDA_ERROR_NOT_SUPPORTED; }
 
 cudaError_t cudaGetDriverEntryPointByVersion(
-    const char *symbol, void **function, unsigned version, unsigned long long flags, enum cudaDriverEntryPointQueryResult *result
+    const char *symbol, void **function, unsigned version, unsigned long long flags,
+    enum cudaDriverEntryPointQueryResult *result
 ) {
     void *found = dlsym(RTLD_DEFAULT, symbol);
     *function = found ? found : (void *)not_there;

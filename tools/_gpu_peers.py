@@ -32,8 +32,8 @@ def compare_sides(name: str, rows: int, length: int, chosen: Levers, device: tor
     sides: dict[str, Callable[[], dict]] = {
         "ours, as planned": lambda: _ours(case | asdict(chosen), device),
         "ours, blocks computed again": lambda: _ours(case | asdict(Levers()), device),
-        "peers": lambda: _peers(case, device, False),
-        "peers + Liger": lambda: _peers(case, device, True),
+        "peers": lambda: peers_side(case, device, False),
+        "peers + Liger": lambda: peers_side(case, device, True),
         "ours, blocks computed again and compiled": lambda: _ours(case | asdict(Levers(compile=True)), device),
     }
     first_loss = None
@@ -74,7 +74,8 @@ def _ours(case: dict, device: torch.device) -> dict:
             "first_loss": metrics[0].loss, **_peak(device)}  # fmt: skip
 
 
-def _peers(case: dict, device: torch.device, liger: bool) -> dict:
+def peers_side(case: dict, device: torch.device, liger: bool) -> dict:
+    """Train the case the stock way; return speed, first loss and the allocator's peak on a card."""
     model = stock_model(case["model"], device)
     if liger:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
