@@ -124,11 +124,16 @@ def chosen_row(capped: CappedDevice, name: str, tokens: int, cap_bytes: int) -> 
     return row
 
 
+def longest_row(plan: Plan) -> tuple[int, Levers]:
+    """Return the tokens of the longest row that is planned to fit, and the levers for it: those that need least."""
+    *_, levers = first_levers(plan.step), *smaller(plan.step)
+    return max_tokens(plan), levers
+
+
 def length_rows(capped: CappedDevice, name: str, tokens: int, cap_bytes: int) -> Iterator[dict]:
     """Run the longest sequence that is planned to fit, and longer ones until one fails."""
     plan = plan_below(replace(capped.machine, host_bytes=None), name, tokens, cap_bytes)
-    longest = max_tokens(plan)
-    *_, levers = first_levers(plan.step), *smaller(plan.step)
+    longest, levers = longest_row(plan)
     row = {"kind": "length", "model": name, "cap_bytes": cap_bytes, "planned_longest_tokens": longest}
     lengths = [max(longest, round(share * longest / LENGTH_MULTIPLE) * LENGTH_MULTIPLE) for share in STEPS_ABOVE]
     for length in dict.fromkeys(lengths):

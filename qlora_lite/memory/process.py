@@ -22,8 +22,8 @@ CUBLAS_WORKSPACE_BYTES = 2 * 32 * MIB
 # about 100 MiB are needed with segments that grow, and up to 906 MiB with fixed ones.
 GROWING_SEGMENT_BYTES, GROWING_HOLES_SHARE = 128 * MIB, 0.005
 FIXED_SEGMENT_BYTES, FIXED_HOLES_SHARE = 448 * MIB, 0.07
-# The first time, torch.compile's inductor times kernels with as much memory as the card's second-level cache: 24 to 128
-# MiB, by card.
+# The first time, torch.compile's inductor times kernels with as much memory as the card's second-level cache holds;
+# data sheets name less than this. Not checked on a card.
 CUDA_COMPILER_BYTES = 128 * MIB
 HOST_PROCESS_BYTES = 1536 * MIB  # Python, torch with its CUDA libraries, pinned buffers; not yet checked beside a card
 CPU_BUFFERS_BYTES = 32 * MIB  # thread stacks and buffers
@@ -31,12 +31,8 @@ CPU_BUFFERS_BYTES = 32 * MIB  # thread stacks and buffers
 # pages in between. Measured in bfloat16 only.
 CPU_KERNEL_BYTES = int(1.35 * MIB)
 CPU_COMPILER_BYTES = 112 * MIB  # of torch.compile: compiled steps of tools/check_plan held 14 to 76 MiB more
-
-
-ALLOCATOR_VARIABLES = (
-    "PYTORCH_ALLOC_CONF",
-    "PYTORCH_CUDA_ALLOC_CONF",
-)  # torch's settings of its allocator, new and old name
+# Where torch reads its allocator's settings, by the new and the old name, and the one that has segments grow.
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 GROWING = "expandable_segments:True"
 
 
