@@ -42,7 +42,7 @@ def _in_words(chosen: Candidate) -> str:
         + (", weights unpacked once per backward" if x.reuse_dequantized else "")
         + (", embeddings in host memory" if x.host_embeddings else "")
         + (", head in host memory" if x.host_head else "")
-        + (f", block inputs {place}" if x.offload_checkpoints else "")
+        + (f", block inputs {place}" if x.offload_checkpoints and x.computes_again else "")
         + f"{resident}, loss chunk {x.loss_chunk_tokens}, packs at once {chosen.packs}, "
         f"micro-batches {chosen.micro_batches}"
     )

@@ -77,6 +77,12 @@ def test_what_the_recipe_fixes_is_kept(recipe):
         "train.micro_batch_size": 2, "train.gradient_accumulation_steps": 2,
     }  # fmt: skip
     assert plan_text.reason(plan).endswith("as the recipe says")
+    assert "block inputs in host memory" in plan_text.reason(plan)
+
+
+def test_no_block_inputs_are_told_of_where_every_block_is_kept(recipe):
+    settings = recipe("memory.checkpointing=none", "memory.offload_checkpoints=true")
+    assert "block inputs" not in plan_text.reason(planner.plan_recipe(settings, CARD, 24 * GIB))
 
 
 def test_weights_are_unpacked_once_for_a_backward_where_that_is_faster_by_more_than_estimates_tell(recipe):
