@@ -1,5 +1,6 @@
 """Examine the machine: versions, devices, and what will be slow here and why."""
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -50,6 +51,11 @@ def _free(path) -> str:
     return format_bytes(shutil.disk_usage(existing).free)
 
 
+def _has_c_compiler() -> bool:
+    """Tell whether there is one where triton looks for it (triton 3.7, runtime/build.py)."""
+    return bool(os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc"))
+
+
 def _notes(device: torch.device) -> list[str]:
     notes = []
     if device.type == "cpu":
@@ -63,6 +69,11 @@ def _notes(device: torch.device) -> list[str]:
         notes.append(
             "torch's CUDA allocator has segments of fixed sizes here (WSL, or PYTORCH_ALLOC_CONF): plans leave more "
             "room for holes between tensors; PYTORCH_ALLOC_CONF=expandable_segments:True makes them grow"
+        )
+    if device.type == "cuda" and importlib.util.find_spec("triton") and not _has_c_compiler():
+        notes.append(
+            "no C compiler is found, which triton needs: for train.compile, and for a few products of torch 2.13 and "
+            "later; install gcc, or leave train.compile off and set TORCH_DISABLE_NATIVE_JIT=1"
         )
     if "plain torch" in _backend(device):
         notes.append("bitsandbytes has no native library here: 4-bit layers run in plain torch, many times slower")

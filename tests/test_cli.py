@@ -13,6 +13,7 @@ import torch
 from tiny_files import save_tiny, write_recipe
 from transformers import AutoModelForCausalLM
 
+from qlora_lite import doctor
 from qlora_lite.cli.main import COMMANDS
 
 COMMAND = [sys.executable, "-c", "from qlora_lite.cli.main import main; main()"]
@@ -219,6 +220,16 @@ def test_doctor_prints_one_json_object_or_lines(command):
     assert (found["machine"]["cuda"] is None) == (torch.version.cuda is None) and "driver" not in found["machine"]
     code, out, _ = command("doctor")
     assert code == 0 and torch.__version__ in out and "bitsandbytes backend" in out
+
+
+@pytest.mark.parametrize("device, found, noted", [("cuda", None, True), ("cuda", "cc", False), ("cpu", None, False)])
+def test_doctor_notes_a_card_beside_which_triton_finds_no_c_compiler(device, found, noted, monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: found)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    for name, value in (("has_fast_bf16", True), ("segments_grow", True), ("_backend", "a native library")):
+        monkeypatch.setattr(doctor, name, lambda *_, value=value: value)
+    assert any("no C compiler" in note for note in doctor._notes(torch.device(device))) == noted
 
 
 @pytest.mark.parametrize(
