@@ -44,6 +44,18 @@ def _cuda_device(request):
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _computing_card():
+    """Compute on the CPU what is asked of a card, where tools/check_order put one in its place."""
+    if "CARD_ORDER" not in os.environ:
+        yield
+        return
+    from _computing_card import ComputingCard  # of tools, which is among the paths then
+
+    with ComputingCard(os.environ["CARD_ORDER"], int(os.environ["CARD_SEED"])):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
     """Keep the quantised models of the tests out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:

@@ -8,7 +8,7 @@ from qlora_lite.memory.marks import phase
 from qlora_lite.memory.work import WorkCounter
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.levers import Levers, place, set_levers
-from qlora_lite.train.step import accumulate_gradients, prepare
+from qlora_lite.train.step import accumulate_gradients, evaluate_loss, prepare, summed_loss
 
 PLAIN = Levers("none")
 CPU = torch.device("cpu")
@@ -23,8 +23,12 @@ SAME_ARITHMETIC = [
     Levers("selective"), Levers("selective", kept_blocks=2, offload_checkpoints=True),
     Levers("selective", resident_blocks=1, offload_checkpoints=True, reuse_dequantized=True),
 ]  # fmt: skip
-
-
+COPYING = [
+    *(levers for levers in SAME_ARITHMETIC if any(levers.uses_host[:3])),
+    Levers(resident_blocks=0, tile_tokens=20), Levers(resident_blocks=0, reuse_dequantized=True),
+    Levers(resident_blocks=1, tile_tokens=20, reuse_dequantized=True, offload_checkpoints=True, kept_blocks=1),
+    Levers("selective", resident_blocks=2, kept_blocks=1, offload_checkpoints=True, host_head=True),
+]  # fmt: skip
 FEW_WORDS = {"cpu": 48, "cuda": 48}  # of a vocabulary of 160, that a head is multiplied with at once
 
 
@@ -72,3 +76,11 @@ def gradients(model, levers, batches=2):
     for _, parameter in lora_parameters(model):
         parameter.grad = None
     return [loss, *found]
+
+
+def losses_without_gradients(model):
+    """Return the losses of an evaluation and of a forward in training mode, after which training goes on."""
+    batches = [random_batch((5, 40)), random_batch(seed=2)]
+    evaluated = evaluate_loss(model, batches).loss
+    with torch.no_grad():
+        return [torch.tensor(evaluated), summed_loss(model, prepare(batches[0], device_of(model)))]

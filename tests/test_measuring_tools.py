@@ -226,10 +226,13 @@ def test_without_a_torch_for_cuda_there_is_no_card_that_computes_nothing():
     assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "error: this torch is built without CUDA")
 
 
-@pytest.mark.skipif(
-    torch.version.cuda is None or torch.cuda.is_available(), reason="needs a torch for CUDA and no card"
+OVER_A_CARD = pytest.mark.skipif(
+    torch.version.cuda is None or torch.cuda.is_available() or shutil.which("cc") is None,
+    reason="needs a torch for CUDA, a C compiler and no card",
 )
-@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+
+
+@OVER_A_CARD
 def test_over_a_card_that_computes_nothing_a_plan_runs_in_what_was_planned(tmp_path):
     code = ("import json, runpy; from _gpu_caps import CappedDevice; "
             f"check = runpy.run_path({str(TOOLS / 'check_card')!r})['check']; "
@@ -240,3 +243,64 @@ def test_over_a_card_that_computes_nothing_a_plan_runs_in_what_was_planned(tmp_p
     row = json.loads(done.stdout.splitlines()[-1])
     assert row["allocated_bytes"] <= 1.05 * row["predicted_bytes"]
     assert row["least_bytes"] <= row["planned_bytes"] and row["step"]["launches"] > 100
+
+
+MISTAKES = """
+import torch
+from _computing_card import ORDERS, ComputingCard
+
+ONES = torch.ones(64, pin_memory=True)
+
+def arrives(side, wait):  # a copy to the card, and what is computed from it
+    there = torch.zeros(64, device="cuda")
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        there.copy_(ONES, non_blocking=True)
+    if wait:
+        torch.cuda.current_stream().wait_stream(side)
+    return (there * 1).cpu()
+
+def leaves(side, wait):  # what is computed, and a copy of it to the host
+    here, there = torch.zeros(64, pin_memory=True), torch.zeros(64, device="cuda") + 1
+    if wait:
+        side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        here.copy_(there, non_blocking=True)
+    side.synchronize()
+    return here
+
+def is_used_again(side, wait):  # memory that is given back before the copy from it has ended
+    here, there = torch.zeros(64, pin_memory=True), torch.ones(64, device="cuda")
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        here.copy_(there, non_blocking=True)
+    if wait:
+        torch.cuda.current_stream().wait_stream(side)
+    del there
+    other = torch.zeros(64, device="cuda")
+    torch.cuda.current_stream().synchronize()
+    side.synchronize()
+    return here
+
+for memory in (arrives, leaves, is_used_again):
+    for wait in (False, True):
+        wrong = []
+        for order in ORDERS:
+            with ComputingCard(order):
+                torch.zeros(64, device="cuda").sum().item()
+                if not torch.equal(memory(torch.cuda.Stream(), wait), torch.ones(64)):
+                    wrong.append(order)
+        print(memory.__name__, wait, ", ".join(wrong))
+"""
+
+
+@OVER_A_CARD
+def test_a_card_that_computes_shows_every_wait_that_is_missing_and_no_other(tmp_path):
+    environment = os.environ | card_environment(tmp_path, gib=8) | {"PYTHONPATH": f"{TOOLS}:{TOOLS.parent}"}
+    done = subprocess.run([sys.executable, "-c", MISTAKES], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = [line.strip() for line in done.stdout.splitlines()]
+    assert [line for line in found if " True" in line] == ["arrives True", "leaves True", "is_used_again True"]
+    late, early = "late, computing first", "late, copies first"
+    for line, orders in zip(found[::2], (late, early, late), strict=True):
+        assert line.partition(" False ")[2].startswith(orders)  # and, it may be, by chance

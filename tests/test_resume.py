@@ -144,6 +144,20 @@ def test_runs_of_every_kind_go_on_to_the_very_same_end(lab, tmp_path, model_fold
     assert_same_run(lab, other)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory", [
+    {}, {"offload_checkpoints": True, "embeddings": "host", "head": "host"},
+    {"resident_blocks": 0, "checkpointing": "selective", "reuse_dequantized": True},
+], ids=str)  # fmt: skip
+def test_on_a_card_a_repeatable_run_goes_on_to_the_very_same_end(lab, tmp_path, model_folder, memory):
+    train = {"deterministic": True, "optimizer": "paged_adamw_8bit", "exact_match_rows": 2}
+    other = Lab(tmp_path / "whole", model_folder)
+    other.run(train=train, memory=memory)
+    lab.stop(3, train=train, memory=memory)
+    lab.run(resume="", train=train, memory=memory)
+    assert_same_run(lab, other)
+
+
 def test_a_killed_run_loses_the_steps_since_its_checkpoint_and_their_lines_only(lab, whole):
     lab.stop(5)
     shutil.rmtree(folder_of(lab.out / "checkpoints", 5))  # as if the process had been killed instead

@@ -6,7 +6,10 @@
  * Memory of the card is address space of the host that is never written: copies to it are dropped, and what is read
  * from it is zero. Copies and events are over at once. The size of the card comes from the environment; a tool asks
  * for counts with the function at the end. tools/_card.py builds and preloads it, with a function that returns 0 for
- * every other name that torch needs from these libraries.
+ * every other name that torch and triton need from these libraries.
+ *
+ * A tool can have it compute: tools/_computing_card.py gives it work in the place of kernels. Then copies are made, and
+ * both wait in the queues of their streams.
  */
 #define _GNU_SOURCE
 #include <cuda.h>
@@ -88,8 +91,11 @@ static cudaError_t hand_out(void **start, size_t size, enum cudaMemoryType type)
     return cudaSuccess;
 }
 
+static void run_all(void);
+
 static cudaError_t take_back(void *start) {
     if (!start) return cudaSuccess;
+    run_all(); /* what is freed is free at once, so it waits for all */
     pthread_mutex_lock(&lock);
     struct Range **link = bucket(start), *range = NULL;
     while (*link && (*link)->start != start) link = &(*link)->next;
@@ -165,24 +171,210 @@ CUresult cuMemSetAccess(CUdeviceptr start, size_t size, const CUmemAccessDesc *a
     return CUDA_SUCCESS;
 }
 
-/* ---- Copies: from the card come zeros, to it goes nothing. ---- */
+static void *name(void) {
+    static size_t names = 0;
+    return (void *)(__sync_add_and_fetch(&names, 1) * 16);
+}
 
-static cudaError_t copied(void *target, const void *source, size_t size, enum cudaMemcpyKind kind) {
-    if (kind == cudaMemcpyDeviceToHost && size <= 1 << 20) memset(target, 0, size); /* more is put off, not looked at */
-    if (kind == cudaMemcpyHostToHost) memmove(target, source, size);
+/* ---- Streams and events. On a card that computes, each stream has a queue; else everything is over at once.
+
+   What lies in a queue is done in the order of its stream, after what it was told to wait for, and at the latest when
+   the host waits for it. How much sooner is up to a card, so there are several orders. ---- */
+
+enum Kind { WORK, COPY, FILL, RECORD, WAIT };
+enum Order { LATE, DEFAULT_FIRST, OTHERS_FIRST, BY_CHANCE }; /* which streams are worked off as soon as they may be */
+
+struct Event {
+    long recorded, done; /* how often: a wait is for the last record before it */
+    struct Stream *stream;
+};
+struct Item {
+    enum Kind kind;
+    long number; /* of the work, of an event's record, or the byte to fill with */
+    struct Event *event;
+    struct Stream *stream; /* in which the event was recorded */
+    char *target;
+    const char *source;
+    size_t size;
+    int owned; /* the source is a copy of memory that is not pinned, made when it was asked for */
+    struct Item *next;
+};
+struct Stream {
+    void *name;
+    struct Item *first, *last;
+    int busy;
+};
+static struct Stream streams[256];
+static int stream_count;
+static void (*run_work)(long); /* what a card that computes calls for each work, by its number */
+static enum Order order;
+static unsigned chance;
+static __thread int quiet; /* copies and fills of this thread are part of a work: not done by themselves */
+
+static void run_event(struct Event *event, struct Stream *stream, long number);
+
+static struct Stream *stream_of(void *name) {
+    pthread_mutex_lock(&lock);
+    int number = 0;
+    while (number < stream_count && streams[number].name != name) number++;
+    if (number == stream_count) {
+        if (number == sizeof streams / sizeof *streams) abort();
+        streams[stream_count++].name = name;
+    }
+    pthread_mutex_unlock(&lock);
+    return &streams[number];
+}
+
+static void run_one(struct Stream *stream) {
+    struct Item *item = stream->first;
+    if (stream->busy++) abort(); /* two threads at once, or an event that waits for itself */
+    switch (item->kind) {
+    case WORK: run_work(item->number); break;
+    case COPY: memmove(item->target, item->source, item->size); break;
+    case FILL: memset(item->target, item->number, item->size); break;
+    case RECORD: item->event->done = item->number; break;
+    case WAIT: run_event(item->event, item->stream, item->number); break;
+    }
+    pthread_mutex_lock(&lock);
+    stream->first = item->next;
+    if (!item->next) stream->last = NULL;
+    pthread_mutex_unlock(&lock);
+    stream->busy--;
+    if (item->owned) free((void *)item->source);
+    free(item);
+}
+
+static void run_event(struct Event *event, struct Stream *stream, long number) {
+    while (event->done < number) run_one(stream);
+}
+
+static void run_stream(struct Stream *stream) {
+    while (stream->first) run_one(stream);
+}
+
+static void run_all(void) {
+    for (int number = 0; number < stream_count; number++) run_stream(&streams[number]);
+}
+
+static void enqueue(void *name, struct Item item) {
+    struct Stream *stream = stream_of(name);
+    struct Item *kept = malloc(sizeof *kept);
+    *kept = item;
+    pthread_mutex_lock(&lock);
+    if (stream->last) stream->last->next = kept;
+    else stream->first = kept;
+    stream->last = kept;
+    pthread_mutex_unlock(&lock);
+    if (order == (name ? OTHERS_FIRST : DEFAULT_FIRST)) run_stream(stream);
+    if (order == BY_CHANCE) {
+        static int favoured, left;
+        if (--left < 0) favoured = rand_r(&chance) % (stream_count + 1), left = rand_r(&chance) % 100;
+        if (favoured < stream_count && !streams[favoured].busy) run_stream(&streams[favoured]);
+    }
+}
+
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int priority) {
+    return *stream = name(), cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    waits++;
+    run_stream(stream_of(stream));
+    return cudaSuccess;
+}
+cudaError_t cudaStreamQuery(cudaStream_t stream) {
+    return stream_of(stream)->first ? cudaErrorNotReady : cudaSuccess;
+}
+cudaError_t cudaDeviceSynchronize(void) {
+    waits++;
+    run_all();
+    return cudaSuccess;
+}
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
+    return *event = calloc(1, sizeof(struct Event)), cudaSuccess;
+}
+cudaError_t cudaEventCreate(cudaEvent_t *event) { return cudaEventCreateWithFlags(event, 0); }
+cudaError_t cudaEventRecordWithFlags(cudaEvent_t name, cudaStream_t stream, unsigned flags) {
+    struct Event *event = (struct Event *)name;
+    event->stream = stream_of(stream);
+    event->recorded++;
+    if (run_work) enqueue(stream, (struct Item){.kind = RECORD, .event = event, .number = event->recorded});
+    else event->done = event->recorded;
+    return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    return cudaEventRecordWithFlags(event, stream, 0);
+}
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t name, unsigned flags) {
+    struct Event *event = (struct Event *)name;
+    if (event->done < event->recorded)
+        enqueue(stream, (struct Item){.kind = WAIT, .event = event, .stream = event->stream, .number = event->recorded});
+    return cudaSuccess;
+}
+cudaError_t cudaEventQuery(cudaEvent_t name) {
+    struct Event *event = (struct Event *)name;
+    return event->done < event->recorded ? cudaErrorNotReady : cudaSuccess;
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t name) {
+    struct Event *event = (struct Event *)name;
+    waits++;
+    run_event(event, event->stream, event->recorded);
+    return cudaSuccess;
+}
+cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, cudaEvent_t end) {
+    return *milliseconds = 0, cudaSuccess;
+}
+cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void *argument) {
+    run_stream(stream_of(stream));
+    return function(argument), cudaSuccess;
+}
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
+    return *status = cudaStreamCaptureStatusNone, cudaSuccess;
+}
+cudaError_t cudaStreamGetCaptureInfo(
+    cudaStream_t stream, enum cudaStreamCaptureStatus *status, unsigned long long *number, cudaGraph_t *graph,
+    const cudaGraphNode_t **nodes, const cudaGraphEdgeData **edges, size_t *count
+) {
+    return *status = cudaStreamCaptureStatusNone, cudaSuccess;
+}
+
+/* What a tool asks of a card that computes. */
+void card_compute(void (*run)(long), int chosen, unsigned seed) { run_work = run, order = chosen, chance = seed; }
+void card_work(void *stream, long number) { enqueue(stream, (struct Item){.kind = WORK, .number = number}); }
+void card_quiet(int on) { quiet = on; }
+
+/* ---- Copies. Without a queue, from the card come zeros, to it goes nothing. ---- */
+
+cudaError_t cudaMemcpyAsync(
+    void *target, const void *source, size_t size, enum cudaMemcpyKind kind, cudaStream_t stream
+) {
+    if (!run_work) {
+        if (kind == cudaMemcpyDeviceToHost && size <= 1 << 20) memset(target, 0, size); /* more is put off, not read */
+        if (kind == cudaMemcpyHostToHost) memmove(target, source, size);
+        return cudaSuccess;
+    }
+    if (quiet) return cudaSuccess;
+    int owned = kind == cudaMemcpyHostToDevice && type_of(source) == cudaMemoryTypeUnregistered;
+    if (owned) source = memcpy(malloc(size), source, size);
+    enqueue(stream, (struct Item){.kind = COPY, .target = target, .source = source, .size = size, .owned = owned});
+    if (kind == cudaMemcpyDeviceToHost && type_of(target) == cudaMemoryTypeUnregistered) run_stream(stream_of(stream));
     return cudaSuccess;
 }
 cudaError_t cudaMemcpy(void *target, const void *source, size_t size, enum cudaMemcpyKind kind) {
     waits++;
-    return copied(target, source, size, kind);
+    cudaMemcpyAsync(target, source, size, kind, NULL);
+    run_all();
+    return cudaSuccess;
 }
-cudaError_t cudaMemcpyAsync(
-    void *target, const void *source, size_t size, enum cudaMemcpyKind kind, cudaStream_t stream
-) {
-    return copied(target, source, size, kind);
+cudaError_t cudaMemsetAsync(void *start, int value, size_t size, cudaStream_t stream) {
+    if (run_work && !quiet)
+        enqueue(stream, (struct Item){.kind = FILL, .target = start, .number = value, .size = size});
+    return cudaSuccess;
 }
-cudaError_t cudaMemset(void *start, int value, size_t size) { return cudaSuccess; }
-cudaError_t cudaMemsetAsync(void *start, int value, size_t size, cudaStream_t stream) { return cudaSuccess; }
+cudaError_t cudaMemset(void *start, int value, size_t size) {
+    cudaMemsetAsync(start, value, size, NULL);
+    run_all();
+    return cudaSuccess;
+}
 
 /* ---- The device. ---- */
 
@@ -226,6 +418,9 @@ cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, in
     }
     return cudaSuccess;
 }
+CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) { /* the same numbers */
+    return cudaDeviceGetAttribute(value, (enum cudaDeviceAttr)attribute, device);
+}
 cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
     return *least = 0, *greatest = -5, cudaSuccess;
 }
@@ -258,36 +453,6 @@ CUresult cuMemGetAllocationGranularity(
     return *granularity = 2 << 20, CUDA_SUCCESS;
 }
 
-/* ---- Streams and events: names, since everything is over at once. ---- */
-
-static void *name(void) {
-    static size_t names = 0;
-    return (void *)(__sync_add_and_fetch(&names, 1) * 16);
-}
-cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int priority) {
-    return *stream = name(), cudaSuccess;
-}
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return waits++, cudaSuccess; }
-cudaError_t cudaDeviceSynchronize(void) { return waits++, cudaSuccess; }
-cudaError_t cudaEventSynchronize(cudaEvent_t event) { return waits++, cudaSuccess; }
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) { return *event = name(), cudaSuccess; }
-cudaError_t cudaEventCreate(cudaEvent_t *event) { return *event = name(), cudaSuccess; }
-cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, cudaEvent_t end) {
-    return *milliseconds = 0, cudaSuccess;
-}
-cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
-    return *status = cudaStreamCaptureStatusNone, cudaSuccess;
-}
-cudaError_t cudaStreamGetCaptureInfo(
-    cudaStream_t stream, enum cudaStreamCaptureStatus *status, unsigned long long *number, cudaGraph_t *graph,
-    const cudaGraphNode_t **nodes, const cudaGraphEdgeData **edges, size_t *count
-) {
-    return *status = cudaStreamCaptureStatusNone, cudaSuccess;
-}
-cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void *argument) {
-    return function(argument), cudaSuccess;
-}
-
 /* ---- Kernels. A launch begins by pushing its shape; what that returns tells whether to go on. ---- */
 
 void **__cudaRegisterFatBinary(void *binary) {
@@ -304,6 +469,12 @@ cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *attributes, const v
         .ptxVersion = major * 10 + minor, .binaryVersion = major * 10 + minor,
     };
     return cudaSuccess;
+}
+CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfunction kernel) {
+    return *value = attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0, CUDA_SUCCESS;
+}
+CUresult cuLaunchKernelEx(const CUlaunchConfig *shape, CUfunction kernel, void **arguments, void **more) {
+    return launches++, CUDA_SUCCESS;
 }
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
     int *blocks, const void *kernel, int threads, size_t shared, unsigned flags

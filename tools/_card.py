@@ -45,6 +45,8 @@ def card_environment(folder: Path, gib: int) -> dict[str, str]:
     libraries, includes = _users(), _includes()
     needed = {name for library in libraries for name in _undefined(library)}
     needed |= {name.decode() for name in re.findall(rb"nvml[A-Z]\w+", libraries[1].read_bytes())}  # asked for by name
+    triton = _package("triton") / "backends/nvidia/driver.c"  # torch has kernels of its own in it; compiled when needed
+    needed |= set(re.findall(r"\bcu[A-Z][a-z]\w+", triton.read_text("utf-8")))
     library = folder / "libcuda.so.1"  # the name by which torch looks for the driver
     compiler = ["cc", "-shared", "-fPIC", "-O1", "-w", *(f"-I{path}" for path in includes), str(SOURCE)]
     subprocess.run([*compiler, "-o", str(library)], check=True)

@@ -61,9 +61,14 @@ CARD = Scale(False, ("llama-8b", "llama-7b"), 2048, 16384, tuple(n * GIB for n i
 REHEARSAL = Scale(True, ("tiny",), 256, 512, (80 * MIB, 64 * MIB), (64 * MIB,), ((2, 64),), 2**18, 0)
 
 
+def gpu_tests() -> list[Path]:
+    """Return the files with tests marked gpu."""
+    return [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
+
+
 def tests(scale: Scale) -> Iterator[dict]:
     """Run the tests marked gpu; without a card they are collected and skip."""
-    files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
+    files = gpu_tests()
     if importlib.util.find_spec("pytest") is None:
         yield {"skipped": "pytest is not installed"}
         return

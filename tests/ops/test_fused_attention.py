@@ -194,6 +194,7 @@ def test_on_a_card_a_backward_takes_what_plans_count(key_heads, dtype, size, mas
 
 
 @pytest.mark.gpu
+@pytest.mark.real_card
 @pytest.mark.parametrize("key_heads", [HEADS, 2])
 def test_on_a_card_a_backward_over_few_heads_gives_the_same(key_heads, monkeypatch):
     found = []

@@ -7,7 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lever_cases import FEW_WORDS, PLAIN, SAME_ARITHMETIC, build, gradients, gradients_of_steps
+from lever_cases import (
+    COPYING,
+    FEW_WORDS,
+    PLAIN,
+    SAME_ARITHMETIC,
+    build,
+    gradients,
+    gradients_of_steps,
+    losses_without_gradients,
+)  # fmt: skip
 from tiny import quantized_pair, random_batch, random_factors
 from transformers import AutoConfig
 
@@ -66,6 +75,7 @@ def test_loss_and_gradients_on_a_card_are_those_on_a_cpu(model_type):
         assert (found - other).norm() <= 1e-3 * other.norm() + 1e-7
 
 
+@pytest.mark.real_card
 def test_allocated_memory_is_what_the_plan_says():
     sizes = SIZES | {"num_hidden_layers": 4}
     gc.collect()  # what is left on the card are cuBLAS's workspaces, which a plan counts
@@ -91,6 +101,16 @@ def test_where_tensors_lie_and_whether_they_are_kept_changes_no_bit_on_a_card(le
     for _ in range(2):  # the second step finds the stream where the first left it
         for one, other in zip(gradients(model, levers), expected, strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("levers", COPYING, ids=str)
+def test_copies_change_no_bit_of_steps_and_evaluations_on_a_card(levers, repeatable, monkeypatch):
+    monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", FEW_WORDS)
+    found, expected = (
+        gradients_of_steps(build(levers=each, device=CARD), each, losses_without_gradients)
+        for each in (levers, replace(PLAIN, tile_tokens=levers.tile_tokens))
+    )
+    assert all(torch.equal(one.cpu(), other.cpu()) for one, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -122,6 +142,7 @@ def active_bytes_of_a_step(depth, levers):
     return peak - before - sum(parameter.nbytes for parameter in parameters)
 
 
+@pytest.mark.real_card
 def test_offloaded_checkpoints_leave_at_most_two_block_inputs_on_the_device():
     input_bytes, few, many = 4096 * SIZES["hidden_size"] * 2, 4, 16
     offloaded, kept = (
@@ -154,6 +175,7 @@ def test_of_streamed_weights_two_blocks_are_on_the_device():
     assert asked_for() - before - held <= CUBLAS_WORKSPACE_BYTES  # and no block's weights
 
 
+@pytest.mark.real_card
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute", "ignore:TensorFloat32")
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "gemma3_text"])
 def test_compiled_blocks_have_the_gradients_of_the_blocks_on_a_card(model_type):
@@ -163,6 +185,7 @@ def test_compiled_blocks_have_the_gradients_of_the_blocks_on_a_card(model_type):
         assert (one - other).norm() <= 1e-3 * other.norm()
 
 
+@pytest.mark.real_card
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute", "ignore:TensorFloat32")
 @pytest.mark.parametrize("checkpointing", ["block", "none"])
 def test_a_compiled_step_needs_no_more_memory_than_a_plain_one_which_is_what_plans_count(checkpointing):

@@ -10,7 +10,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lever_cases import CPU, DEPTH, FEW_WORDS, PLAIN, SAME_ARITHMETIC, build, gradients, gradients_of_steps
+from lever_cases import (
+    COPYING,
+    CPU,
+    DEPTH,
+    FEW_WORDS,
+    PLAIN,
+    SAME_ARITHMETIC,
+    build,
+    gradients,
+    gradients_of_steps,
+    losses_without_gradients,
+)  # fmt: skip
 from tiny import ARCHITECTURES, UNUSUAL, build_tiny, random_batch, random_factors
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,7 +39,7 @@ from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.nf4 import dequantize, quantize
 from qlora_lite.quant.product import keeping_weights
 from qlora_lite.train.guards import check_forward, frozen_checksum
-from qlora_lite.train.step import accumulate_gradients, evaluate_loss, prepare, summed_loss
+from qlora_lite.train.step import accumulate_gradients, evaluate_loss, prepare
 
 
 def assert_close(found, expected):
@@ -59,22 +70,6 @@ def on_path_of_a_card(monkeypatch):
     """Let attention run through torch's fused kernels, as a card's does."""
     for module in ("attention", "fused_attention"):
         monkeypatch.setattr(f"qlora_lite.ops.{module}.device_type", lambda device: "cuda")
-
-
-COPYING = [
-    *(levers for levers in SAME_ARITHMETIC if any(levers.uses_host[:3])),
-    Levers(resident_blocks=0, tile_tokens=20), Levers(resident_blocks=0, reuse_dequantized=True),
-    Levers(resident_blocks=1, tile_tokens=20, reuse_dequantized=True, offload_checkpoints=True, kept_blocks=1),
-    Levers("selective", resident_blocks=2, kept_blocks=1, offload_checkpoints=True, host_head=True),
-]  # fmt: skip
-
-
-def losses_without_gradients(model):
-    """Return the losses of an evaluation and of a forward in training mode, after which training goes on."""
-    batches = [random_batch((5, 40)), random_batch(seed=2)]
-    evaluated = evaluate_loss(model, batches).loss
-    with torch.no_grad():
-        return [torch.tensor(evaluated), summed_loss(model, prepare(batches[0], CPU))]
 
 
 @pytest.mark.parametrize("levers", COPYING, ids=str)
