@@ -81,7 +81,7 @@ def tests(scale: Scale) -> Iterator[dict]:
         command += ["-o", "addopts=-ra", "-W", "ignore:Unknown config option:pytest.PytestConfigWarning"]
     if not scale.rehearsal:
         command.append("--require-gpu")
-    for which in ("not compile", "compile"):  # compiling takes long: last
+    for which in ("not compile and not goes_on", "goes_on", "compile"):  # whole runs and compiling take long: last
         yield from _pytest([*command, "-k", which])
 
 
