@@ -6,7 +6,8 @@ in the queue of its stream, which computes the operator on the same addresses wi
 host and card are the runtime's own. So results are true only if each stream waits for what it needs: a wait that is
 missing, or memory that is used again too soon, gives wrong numbers in one of the orders.
 
-What it cannot show: what a card's kernels compute and how long they take. A compiler's kernels are not seen at all.
+What it cannot show: what a card's kernels compute and how long they take. Not seen at all are a compiler's kernels, and
+operators that a thread calls which is neither the one that entered nor autograd's.
 """
 
 from __future__ import annotations
