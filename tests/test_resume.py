@@ -52,13 +52,13 @@ def model_folder(tmp_path_factory):
 class Lab:
     """One recipe in a folder of its own, begun and gone on with."""
 
-    def __init__(self, folder, model_folder):
-        self.folder, self.model, self.out = folder, model_folder, folder / "out"
+    def __init__(self, folder, model_folder, overrides=()):
+        self.folder, self.model, self.out, self.overrides = folder, model_folder, folder / "out", overrides
         folder.mkdir(exist_ok=True)
 
     def recipe(self, **sections):
         merged = {name: {**WHOLE.get(name, {}), **sections.get(name, {})} for name in {*WHOLE, *sections}}
-        return load_recipe(write_recipe(self.folder, self.model, **merged))
+        return load_recipe(write_recipe(self.folder, self.model, **merged), self.overrides)
 
     def run(self, stop_at=None, number=signal.SIGTERM, resume=None, force=False, at_step=None, **sections):
         """Run, with a signal after a step if one is given, or a call at each step."""
@@ -145,14 +145,16 @@ def test_runs_of_every_kind_go_on_to_the_very_same_end(lab, tmp_path, model_fold
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:You are calling .generate")  # with tables in host memory; prompts go to the card
 @pytest.mark.parametrize("memory", [
     {}, {"offload_checkpoints": True, "embeddings": "host", "head": "host"},
     {"resident_blocks": 0, "checkpointing": "selective", "reuse_dequantized": True},
 ], ids=str)  # fmt: skip
-def test_on_a_card_a_repeatable_run_goes_on_to_the_very_same_end(lab, tmp_path, model_folder, memory):
+def test_on_a_card_a_repeatable_run_goes_on_to_the_very_same_end(tmp_path, model_folder, memory):
     train = {"deterministic": True, "optimizer": "paged_adamw_8bit", "exact_match_rows": 2}
-    other = Lab(tmp_path / "whole", model_folder)
+    lab, other = (Lab(tmp_path / name, model_folder, ["model.device=cuda"]) for name in ("stopped", "whole"))
     other.run(train=train, memory=memory)
+    assert torch.cuda.max_memory_allocated()
     lab.stop(3, train=train, memory=memory)
     lab.run(resume="", train=train, memory=memory)
     assert_same_run(lab, other)

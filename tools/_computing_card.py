@@ -94,7 +94,7 @@ class ComputingCard(TorchDispatchMode):
         def work():
             with torch.random.fork_rng([], enabled=seed is not None):
                 if seed is not None:
-                    torch.manual_seed(seed)
+                    torch.default_generator.manual_seed(seed)  # the CPU's only: the card's goes on by itself
                 found = _tensors(compute(*inputs, **more))
             for target, value in zip(targets, found, strict=operator not in WRITTEN_OUT):
                 if target.data_ptr() != value.data_ptr():  # else it was written in place
