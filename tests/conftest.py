@@ -21,9 +21,9 @@ def pytest_collection_modifyitems(config, items):
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(later)
         if item.get_closest_marker("model"):
-            item.fixturenames.insert(0, "_demo_models")
+            item.fixturenames = ["_demo_models", *item.fixturenames]  # a list of its own: cases share theirs
         if item.get_closest_marker("gpu"):
-            item.fixturenames.insert(0, "_cuda_device")
+            item.fixturenames = ["_cuda_device", *item.fixturenames]
 
 
 @pytest.fixture(scope="session")

@@ -209,6 +209,7 @@ static int stream_count;
 static void (*run_work)(long); /* what a card that computes calls for each work, by its number */
 static enum Order order;
 static unsigned chance;
+static pthread_mutex_t working = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP; /* one thread at a time does what is queued */
 static __thread int quiet; /* copies and fills of this thread are part of a work: not done by themselves */
 
 static void run_event(struct Event *event, struct Stream *stream, long number);
@@ -227,12 +228,14 @@ static struct Stream *stream_of(void *name) {
 
 static void run_one(struct Stream *stream) {
     struct Item *item = stream->first;
-    if (stream->busy++) abort(); /* two threads at once, or an event that waits for itself */
+    if (stream->busy++) abort(); /* an event that waits for itself */
     switch (item->kind) {
     case WORK: run_work(item->number); break;
     case COPY: memmove(item->target, item->source, item->size); break;
     case FILL: memset(item->target, item->number, item->size); break;
-    case RECORD: item->event->done = item->number; break;
+    case RECORD:
+        if (item->event->done < item->number) item->event->done = item->number;
+        break;
     case WAIT: run_event(item->event, item->stream, item->number); break;
     }
     pthread_mutex_lock(&lock);
@@ -245,11 +248,15 @@ static void run_one(struct Stream *stream) {
 }
 
 static void run_event(struct Event *event, struct Stream *stream, long number) {
+    pthread_mutex_lock(&working);
     while (event->done < number) run_one(stream);
+    pthread_mutex_unlock(&working);
 }
 
 static void run_stream(struct Stream *stream) {
+    pthread_mutex_lock(&working);
     while (stream->first) run_one(stream);
+    pthread_mutex_unlock(&working);
 }
 
 static void run_all(void) {
@@ -265,12 +272,14 @@ static void enqueue(void *name, struct Item item) {
     else stream->first = kept;
     stream->last = kept;
     pthread_mutex_unlock(&lock);
+    if (pthread_mutex_trylock(&working)) return; /* another thread is at it, which may need what this one holds */
     if (order == (name ? OTHERS_FIRST : DEFAULT_FIRST)) run_stream(stream);
     if (order == BY_CHANCE) {
         static int favoured, left;
         if (--left < 0) favoured = rand_r(&chance) % (stream_count + 1), left = rand_r(&chance) % 100;
         if (favoured < stream_count && !streams[favoured].busy) run_stream(&streams[favoured]);
     }
+    pthread_mutex_unlock(&working);
 }
 
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int priority) {
