@@ -1,17 +1,27 @@
 """Turn the sections of a recipe into the arguments of the lower layers: model, loop settings, the planner's job."""
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
+from torch import nn
 
+from .errors import CheckpointError
 from .lora.adapter import load_adapter
 from .lora.inject import Target, add_lora
-from .models.levers import Levers, place
+from .models.anatomy import blocks
+from .models.levers import Levers, place, set_levers
 from .models.load import load_model, resolve_compute_dtype, resolve_device, stored_quantization
+from .models.skeleton import meta_model, read_config
+from .planning.answering import left_on_host, memory_to_use, placement
 from .planning.machine import Machine
 from .planning.simulate import Job, Rows
 from .recipe.schema import COMPILED_WITH, Recipe
 from .train.settings import TrainSettings
+
+log = logging.getLogger(__name__)
 
 
 def train_settings(recipe: Recipe) -> TrainSettings:
@@ -47,15 +57,13 @@ def fixed_levers(recipe: Recipe) -> dict[str, object]:
     return folder | {name: value for name, value in given.items() if value != "auto"}
 
 
-def build_model(recipe: Recipe, adapter: Path | None = None, lora: bool = True, levers: Levers | None = None):
-    """Load a recipe's base model on its device, with new LoRA factors or those of an adapter folder.
+def build_model(recipe: Recipe, levers: Levers | None = None) -> nn.Module:
+    """Load a recipe's base model on its device, with new LoRA factors, for training.
 
     Args:
-        adapter: folder to load factors from; None for new ones.
-        lora: False leaves the base model bare.
         levers: which of its weights stay in host memory.
     """
-    m = recipe.model
+    m, x = recipe.model, recipe.lora
     device = resolve_device(m.device)
     dtype = resolve_compute_dtype(m.compute_dtype, device)
     levers = levers or Levers()
@@ -63,15 +71,40 @@ def build_model(recipe: Recipe, adapter: Path | None = None, lora: bool = True, 
         m.path, m.quant, m.double_quant, dtype, "cpu" if levers.places_weights else device, m.revision,
         quant_head=m.quant_head,
     )  # fmt: skip
-    if adapter is not None:
-        return load_adapter(model, adapter)
-    if not lora:
-        return model
     torch.manual_seed(recipe.train.seed)
-    targets = [Target(t.pattern, t.rank, t.alpha) for t in recipe.lora.targets]
-    x = recipe.lora
+    targets = [Target(t.pattern, t.rank, t.alpha) for t in x.targets]
     add_lora(model, targets, x.rank, x.alpha, x.dropout, x.rslora, getattr(torch, x.dtype))
     return place(model, device, levers) if levers.places_weights else model
+
+
+def build_to_use(recipe: Recipe, adapter: Path | None = None, use_cache: bool = True) -> nn.Module:
+    """Load a recipe's base model for answers and evaluations, its weights on the device as far as they fit.
+
+    Args:
+        adapter: folder of an adapter to put into it.
+        use_cache: keep and reuse the quantised model on disk.
+    """
+    m = recipe.model
+    device = resolve_device(m.device)
+    dtype = resolve_compute_dtype(m.compute_dtype, device)
+    tiles, levers = Levers(tile_tokens=fixed_levers(recipe).get("tile_tokens")), Levers()
+    if (memory := memory_to_use(device, recipe.memory.budget_bytes)) is not None:
+        config = read_config(m.path, m.revision)
+        skeleton = meta_model(config, *_quantization(recipe, config), dtype, m.quant_head)
+        if tiles.tile_tokens:
+            set_levers(skeleton, tiles)
+        levers = placement(skeleton, recipe.data.max_tokens * recipe.train.micro_batch_size, memory)
+    model = load_model(
+        m.path, m.quant, m.double_quant, dtype, "cpu" if levers.places_weights else device, m.revision, use_cache,
+        quant_head=m.quant_head,
+    )  # fmt: skip
+    if levers.places_weights:
+        left = left_on_host(levers, len(blocks(model)))
+        log.info("the device has no room for all weights beside a prompt; in host memory: %s", left)
+        place(model, device, levers)
+    if tiles.tile_tokens:
+        set_levers(model, tiles)
+    return model if adapter is None else load_adapter(model, adapter)
 
 
 def job_of(recipe: Recipe, config, machine: Machine, eval_rows: Rows | None) -> Job:
@@ -83,7 +116,7 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_rows: Rows | None) -> 
         eval_rows: the largest evaluation batch, None without one.
     """
     m, x, t = recipe.model, recipe.lora, recipe.train
-    quant, double_quant = stored_quantization(config.to_dict()) or (m.quant, m.double_quant)
+    quant, double_quant = _quantization(recipe, config)
     dtype = machine.dtype if m.compute_dtype == "auto" else getattr(torch, m.compute_dtype)
     return Job(
         config, Rows((1,), 1), eval_rows, machine.device_type, quant, double_quant, m.quant_head, dtype,
@@ -91,3 +124,31 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_rows: Rows | None) -> 
         getattr(torch, x.dtype), t.optimizer, t.stochastic_rounding, t.max_grad_norm,
         deterministic=t.deterministic,
     )  # fmt: skip
+
+
+def _quantization(recipe: Recipe, config) -> tuple[str, bool]:
+    """Return the type of the linear layers' weights, and whether their block maxima are quantised too."""
+    return stored_quantization(config.to_dict()) or (recipe.model.quant, recipe.model.double_quant)
+
+
+def with_plan(recipe: Recipe, levers: Mapping[str, object]) -> Recipe:
+    """Return a recipe with an earlier plan's levers in place of those it leaves open.
+
+    Args:
+        levers: settings by dotted key, as ``planning.candidate.Candidate.settings`` gives them.
+
+    Raises:
+        CheckpointError: a lever is none.
+    """
+    sections: dict[str, dict] = {"memory": {"micro_batches": "as-given"}, "train": {}}
+    try:
+        for key, value in levers.items():
+            section, _, name = key.partition(".")
+            sections[section][name] = value
+        changed = {
+            name: type(getattr(recipe, name)).model_validate(getattr(recipe, name).model_dump() | values)
+            for name, values in sections.items()
+        }  # fmt: skip
+    except (KeyError, ValidationError) as error:
+        raise CheckpointError(f"the plan on record is none that this version makes: {error!r}") from None
+    return recipe.model_copy(update=changed)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .build import build_model, train_settings
+from .build import build_to_use, train_settings
 from .data.check import check_answers
 from .data.stored import Example
 from .errors import DataError
@@ -61,7 +61,7 @@ def evaluate_recipe(recipe: Recipe, adapter: Path | None, exact_match_rows: int)
     """
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
     data, settings = build_data(recipe, tokenizer, "eval"), train_settings(recipe)
-    model = build_model(recipe, adapter, lora=False)
+    model = build_to_use(recipe, adapter)
     check_forward(model)
     result = evaluate_loss(model, eval_batches(data.examples, settings), settings.levers.loss_chunk_tokens)
     measured = {

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .build import train_settings
+from .build import build_to_use, train_settings
 from .errors import DataError, ModelError
 from .files import replacing_folder, require_empty, require_space, write_text
 from .likeness import Outputs, compare, outputs
@@ -213,8 +213,10 @@ def _measure(trained: TrainedRun, merged: Merged, dense: Path, rows: HeldOut, se
 
     def dense_model(quant: str, dtype: torch.dtype) -> Outputs:
         gc.collect()  # the model before this one
-        loaded = load_model(str(dense), quant, m.double_quant, dtype, trained.device, use_cache=False)
-        return outputs(loaded, rows.batches)
+        here = {"path": str(dense), "revision": None, "quant": quant, "quant_head": False,
+                "compute_dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
+        recipe = trained.recipe.model_copy(update={"model": m.model_copy(update=here)})
+        return outputs(build_to_use(recipe, use_cache=False), rows.batches)
 
     found = {"base": base, "trained": reference, "merged": dense_model("none", dtype)}
     found[f"merged, then {again}"] = dense_model(again, trained.compute_dtype)

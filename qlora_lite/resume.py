@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 
 from .data.examples import Dataset
 from .data.opening import find_files
@@ -232,26 +231,3 @@ def data_identity(recipe: Recipe, tokenizer, data: Dataset, eval_data: Dataset |
 def environment(device_name: str) -> dict[str, object]:
     """Return what a result's last bits can depend on."""
     return {**package_versions(), "device": device_name, "threads": torch.get_num_threads()}
-
-
-def with_plan(recipe: Recipe, levers: Mapping[str, object]) -> Recipe:
-    """Return a recipe with an earlier plan's levers in place of those it leaves open.
-
-    Args:
-        levers: settings by dotted key, as ``planning.candidate.Candidate.settings`` gives them.
-
-    Raises:
-        CheckpointError: a lever is none.
-    """
-    sections: dict[str, dict] = {"memory": {"micro_batches": "as-given"}, "train": {}}
-    try:
-        for key, value in levers.items():
-            section, _, name = key.partition(".")
-            sections[section][name] = value
-        changed = {
-            name: type(getattr(recipe, name)).model_validate(getattr(recipe, name).model_dump() | values)
-            for name, values in sections.items()
-        }  # fmt: skip
-    except (KeyError, ValidationError) as error:
-        raise CheckpointError(f"the checkpoint's plan is none that this version makes: {error!r}") from None
-    return recipe.model_copy(update=changed)

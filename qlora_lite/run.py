@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .build import build_model
+from .build import build_model, with_plan
 from .data.template import portable_source
 from .data_page import write_data_page
 from .errors import CheckpointError, DoesNotFitError, Interrupted, OutputError, QloraLiteError
@@ -33,7 +33,7 @@ from .plan_text import reason
 from .preflight import line_of_problem, preflight
 from .recipe.schema import Recipe
 from .report import write_report
-from .resume import BASE_MODEL, Continuation, data_identity, environment, path_to_continue, reopen, with_plan
+from .resume import BASE_MODEL, Continuation, data_identity, environment, path_to_continue, reopen
 from .rows import build_stream, rows_to_plan
 from .runs import (
     ADAPTER,

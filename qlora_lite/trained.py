@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .build import build_model
+from .build import build_to_use, with_plan
 from .data.template import Template, choose_template
-from .errors import ModelError, RecipeError
+from .errors import CheckpointError, ModelError, RecipeError
 from .lora.read import Adapter, read_adapter
 from .models.cache import base_fingerprint
 from .models.load import resolve_compute_dtype, resolve_device, stored_quantization
@@ -20,7 +20,7 @@ from .models.locate import ModelFiles, locate
 from .models.skeleton import meta_model, read_config
 from .models.tokenizer import load_tokenizer
 from .recipe.schema import Recipe
-from .runs import open_run
+from .runs import OpenedRun, open_run
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,8 @@ class TrainedRun:
 
     Args:
         name: the run folder's name.
-        recipe: with the base model where it lies now, a device of this machine, and the recorded template.
+        recipe: with the base model where it lies now, a device of this machine, and what the run recorded: its
+            template and the levers of its plan.
         adapter: folder of the adapter.
         end_token_ids: the tokens that training taught to end an answer.
         files: of the base model.
@@ -94,8 +95,8 @@ class TrainedRun:
         return adapter
 
     def build_base(self) -> nn.Module:
-        """Load the base model as the run did, without LoRA layers."""
-        return build_model(self.recipe, lora=False)
+        """Load the base model as the run saw it, without LoRA layers, its weights on the device as far as they fit."""
+        return build_to_use(self.recipe)
 
 
 def open_trained(run: str | Path, model_path: str | None = None, unfinished: bool = False) -> TrainedRun:
@@ -116,7 +117,7 @@ def open_trained(run: str | Path, model_path: str | None = None, unfinished: boo
             f"the run {folder} did not reach its end (status {status}); what it has is {opened.adapter}: "
             "add --unfinished to use that, or go on with qlora-lite train --resume"
         )
-    recipe = _where_it_lies_now(opened.recipe, model_path)
+    recipe = _where_it_lies_now(_as_it_ran(opened), model_path)
     try:
         files = locate(recipe.model.path, recipe.model.revision)
     except ModelError as error:
@@ -125,6 +126,14 @@ def open_trained(run: str | Path, model_path: str | None = None, unfinished: boo
     _check_base(opened.summary, files, folder)
     name = folder.resolve().name
     return TrainedRun(name, recipe, opened.adapter, opened.end_token_ids, files)
+
+
+def _as_it_ran(opened: OpenedRun) -> Recipe:
+    """Return a run's recipe with the plan that it recorded; an earlier version's may say nothing now."""
+    try:
+        return with_plan(opened.recipe, opened.summary["plan"]["chosen"])
+    except (KeyError, TypeError, CheckpointError):
+        return opened.recipe
 
 
 def _where_it_lies_now(recipe: Recipe, model_path: str | None) -> Recipe:

@@ -18,11 +18,12 @@ from safetensors.torch import save
 from tiny_trainer import trainer
 from torch import nn
 
+from qlora_lite.build import with_plan
 from qlora_lite.lora.adapter import CONFIG_NAME, WEIGHTS_NAME, adapter_config, load_adapter
 from qlora_lite.lora.inject import add_lora
 from qlora_lite.models.locate import INDEX_NAME, check_gguf, locate
 from qlora_lite.recipe.load import load_recipe
-from qlora_lite.resume import RUN, Continuation, checked, with_plan
+from qlora_lite.resume import RUN, Continuation, checked
 from qlora_lite.train.checkpoints import MANIFEST, Checkpoint, newest_whole, sealed, write_checkpoint
 from qlora_lite.train.state import STATE, capture, restore
 from qlora_lite.training import Training
@@ -30,6 +31,8 @@ from qlora_lite.training import Training
 
 class Bare(nn.Module):
     """Two linear layers that LoRA may wrap, and no head."""
+
+    device = torch.device("cpu")
 
     def __init__(self):
         super().__init__()

@@ -145,7 +145,6 @@ def test_runs_of_every_kind_go_on_to_the_very_same_end(lab, tmp_path, model_fold
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:You are calling .generate")  # with tables in host memory; prompts go to the card
 @pytest.mark.parametrize("memory", [
     {}, {"offload_checkpoints": True, "embeddings": "host", "head": "host"},
     {"resident_blocks": 0, "checkpointing": "selective", "reuse_dequantized": True},

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qlora_lite.build import build_model
+from qlora_lite.build import build_to_use
 from qlora_lite.data.formats import Conversation, read_conversations
 from qlora_lite.data.lines import Problems
 from qlora_lite.data.template import begin_of_text
@@ -152,7 +152,7 @@ def _base(job: _Job) -> nn.Module:
     """Load the base as the run saw it, in float32, where rounding does not hide what an adapter does."""
     recipe = job.trained.recipe
     model = recipe.model.model_copy(update={"compute_dtype": "float32"})
-    return build_model(recipe.model_copy(update={"model": model}), lora=False)
+    return build_to_use(recipe.model_copy(update={"model": model}))
 
 
 def _adapter_change(job: _Job) -> Change:

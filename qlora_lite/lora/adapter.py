@@ -106,10 +106,11 @@ def attach_adapter(model: nn.Module, adapter: Adapter) -> nn.Module:
     targets = [Target(name, factors.rank, factors.alpha) for name, factors in adapter.layers.items()]
     first = next(iter(adapter.layers.values()))
     add_lora(model, targets, dropout=adapter.dropout, rslora=first.rslora, dtype=first.lora_A.dtype)
+    device = torch.device("cpu") if model.device.type == "meta" else model.device
     with torch.no_grad():
         for name, layer in lora_layers(model):
-            if layer.lora_A.is_meta:  # a model whose weights are read when they are needed
-                layer.lora_A, layer.lora_B = (nn.Parameter(torch.empty_like(p, device="cpu"))
+            if layer.lora_A.device != device:  # the layer's weight is elsewhere until it is needed
+                layer.lora_A, layer.lora_B = (nn.Parameter(torch.empty_like(p, device=device))
                                               for p in (layer.lora_A, layer.lora_B))  # fmt: skip
             layer.lora_A.copy_(adapter.layers[name].lora_A)
             layer.lora_B.copy_(adapter.layers[name].lora_B)

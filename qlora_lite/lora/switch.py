@@ -71,10 +71,9 @@ class Switch:
 class SwitchLinear(nn.Module):
     """A frozen linear layer with the factors of every adapter that adapts it."""
 
-    def __init__(self, base: nn.Module, switch: Switch, factors: Mapping[str, Factors]):
+    def __init__(self, base: nn.Module, switch: Switch, factors: Mapping[str, Factors], device: torch.device):
         super().__init__()
         self.base, self.switch = base.requires_grad_(False), switch
-        device = base.weight.device
         self.factors = {
             name: (each.lora_A.to(device), each.lora_B.to(device), each.scale) for name, each in factors.items()
         }
@@ -118,5 +117,5 @@ def add_switch(model: nn.Module, adapters: Mapping[str, Adapter]) -> Switch:
     for path, layer in linear_layers(model).items():
         factors = {name: adapter.layers[path] for name, adapter in adapters.items() if path in adapter.layers}
         if factors:
-            model.set_submodule(path, SwitchLinear(layer, switch, factors))
+            model.set_submodule(path, SwitchLinear(layer, switch, factors, model.device))
     return switch

@@ -87,6 +87,7 @@ def place(model: nn.Module, device: torch.device, levers: Levers) -> nn.Module:
                          "set it to device")  # fmt: skip
     if levers.host_embeddings:
         model.set_input_embeddings(HostEmbedding(embedding, device))
+        _say_where_it_computes(model)
     if levers.host_head:
         model.set_output_embeddings(HostHead(head, device))
     found = blocks(model)
@@ -101,6 +102,17 @@ def place(model: nn.Module, device: torch.device, levers: Levers) -> nn.Module:
     if streamed:
         model.block_stream = BlockStream(streamed, device)
     return model
+
+
+def _say_where_it_computes(model: nn.Module) -> None:
+    """Have ``model.device``, to which transformers' ``generate`` brings every input, be where the model computes.
+
+    transformers takes it from the first parameter: the table in host memory. The class is the same in name and in
+    ``isinstance``, as with torch's ``fully_shard``.
+    """
+    own = type(model)
+    members = {"device": property(device_of), "__module__": own.__module__, "__doc__": own.__doc__}
+    model.__class__ = type(own.__name__, (own,), members)
 
 
 def on_host(model: nn.Module, module: nn.Module, tensor: torch.Tensor) -> bool:

@@ -39,7 +39,7 @@ from qlora_lite.train.step import Inputs, filler_tokens, labelled_count
 from .meta_results import MetaResults, NeedsValuesError
 
 META, CPU = torch.device("meta"), torch.device("cpu")
-_remembered = MetaResults()
+remembered = MetaResults()
 ALLOCATION_BYTES = {"cuda": 512, "cpu": 1}  # CUDA's caching allocator rounds up (c10/cuda/CUDACachingAllocator.cpp)
 
 
@@ -201,7 +201,7 @@ def _run(job: Job, device: torch.device, timeline: bool, measured_because: str =
     parameters = [parameter for _, parameter in lora_parameters(model)]
     # its tables are real numbers
     optimizer = build_optimizer(parameters, job.optimizer, 0.0, 0.0, job.stochastic_rounding)
-    counter, run = WorkCounter(), {"run": _remembered} if device == META else {}
+    counter, run = WorkCounter(), {"run": remembered} if device == META else {}
     ledger = Ledger(timeline, ALLOCATION_BYTES[job.device_type], counter, **run)
     with planning_for(job.device_type, job.deterministic), ledger:
         for tensor, name, _ in categorised(model):

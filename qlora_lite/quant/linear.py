@@ -142,7 +142,7 @@ def arrange_weights(model: nn.Module) -> int:
     Returns:
         Bytes that it took.
     """
-    if model.dtype != torch.bfloat16:  # the kernel would round all inputs to it
+    if model.device.type != "cpu" or model.dtype != torch.bfloat16:  # the kernel would round all inputs to it
         return 0
     layers = [module for module in model.modules() if isinstance(module, QuantLinear) and module.arranged is None]
     layers = [layer for layer in layers if can_arrange((layer.out_features, layer.in_features), layer.weight.device)]

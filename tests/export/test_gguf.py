@@ -98,7 +98,7 @@ def test_a_large_model_is_checked_block_by_block_with_the_same_outcome(family, b
     whole = export_run(run, tmp_path / "whole", ExportSettings("gguf", base))
     monkeypatch.setattr(forms, "WHOLE_BYTES", 0)
     monkeypatch.setattr(forms, "load_model", None)
-    monkeypatch.setattr(forms, "build_model", None)
+    monkeypatch.setattr(forms, "build_to_use", None)
     streamed = export_run(run, tmp_path / "streamed", ExportSettings("gguf", base))
     assert streamed["share"] == pytest.approx(whole["share"], abs=2e-3)
     assert streamed["distance"] == pytest.approx(whole["distance"], rel=0.02)

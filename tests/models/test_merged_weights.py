@@ -12,7 +12,7 @@ from tiny_files import byte_tokenizer, save_tiny
 from tiny_runs import END_OF_ANSWER, logits, make_run, tiny_run
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from qlora_lite.build import build_model
+from qlora_lite.build import build_to_use
 from qlora_lite.errors import ModelError
 from qlora_lite.lora.inject import linear_layers, lora_layers
 from qlora_lite.lora.merge import merged_weight
@@ -43,7 +43,7 @@ def weight_of(module):
 
 def trained_model(run):
     opened = open_run(run)
-    return build_model(opened.recipe, opened.adapter)
+    return build_to_use(opened.recipe, opened.adapter)
 
 
 def test_the_update_is_added_in_float32():

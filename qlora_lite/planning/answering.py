@@ -1,0 +1,105 @@
+"""Place a model that only answers: weights on the device as far as they fit beside a prompt, the others on the host.
+
+Answers need far less memory than training does, and whatever lies in host memory comes over the bus for every token: so
+the levers of training are not taken over, and nothing stays on the host that has room on the device.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from qlora_lite.memory.ledger import Ledger
+from qlora_lite.memory.meter import free_bytes
+from qlora_lite.memory.process import CUDA_CONTEXT_BYTES, overheads
+from qlora_lite.models.anatomy import blocks, decoder
+from qlora_lite.models.levers import Levers
+from qlora_lite.models.load import uses_row_attention
+from qlora_lite.ops.shapes import planning_for
+from qlora_lite.ops.stream import SLOTS
+
+from .meta_results import NeedsValuesError
+from .simulate import ALLOCATION_BYTES, remembered
+
+UNKNOWN_SHARE = 0.25  # of the memory: for a prompt of a model that cannot run without values
+
+
+def memory_to_use(device: torch.device, budget_bytes: int | None) -> int | None:
+    """Return what a model may take of a card, in bytes; None for a CPU, whose memory is the host's."""
+    if device.type != "cuda":
+        return None
+    free = free_bytes(device)
+    return free if budget_bytes is None else min(free, budget_bytes - CUDA_CONTEXT_BYTES)
+
+
+def placement(model: nn.Module, tokens: int, memory_bytes: int) -> Levers:
+    """Return the fastest way to place a model's weights that fits beside a prompt, or the one that needs least.
+
+    Args:
+        model: as it would be loaded, on the meta device.
+        tokens: of the longest prompt.
+        memory_bytes: of the device.
+    """
+    try:
+        room = memory_bytes - prompt_bytes(model, tokens)
+    except NeedsValuesError:
+        room = int((1 - UNKNOWN_SHARE) * memory_bytes)
+    for levers in _placements(model):
+        if bytes_on_device(model, levers) <= room:
+            break
+    return levers
+
+
+def prompt_bytes(model: nn.Module, tokens: int) -> int:
+    """Return what one prompt takes of a card when it is read: its keys and values, and what is computed on the way.
+
+    Raises:
+        NeedsValuesError: the model cannot run on the meta device.
+    """
+    ids = torch.zeros((1, tokens), dtype=torch.int64, device="meta")
+    no_mask = {"attention_mask": ids.new_empty((1, 1, 0, 0))} if uses_row_attention(model) else {}
+    ledger = Ledger(allocation_bytes=ALLOCATION_BYTES["cuda"], run=remembered)
+    with planning_for("cuda"), torch.no_grad(), ledger:
+        before = ledger.now()
+        decoder(model)(input_ids=ids, position_ids=torch.arange(tokens, device="meta")[None], use_cache=True, **no_mask)
+    beside = sum(each.bytes for each in overheads("cuda", ledger.peaks.values(), before, 0))
+    return ledger.peak.total + beside - CUDA_CONTEXT_BYTES
+
+
+def left_on_host(levers: Levers, depth: int) -> str:
+    """Say what lies in host memory, of a model with so many blocks."""
+    streamed = levers.streamed_of(depth)
+    left = {"embeddings": levers.host_embeddings, "head": levers.host_head, f"{streamed} of {depth} blocks": streamed}
+    return ", ".join(filter(left.get, left)) or "nothing"
+
+
+def _placements(model: nn.Module) -> Iterator[Levers]:
+    """Yield ways to place the weights, from the fastest to the smallest.
+
+    Of embeddings in host memory only the rows of the batch travel. A head there travels whole, as a block does.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    alone = embedding.weight is not head.weight
+    yield Levers()
+    yield Levers(host_embeddings=alone)
+    for resident in reversed(range(len(blocks(model)))):
+        yield Levers(host_embeddings=alone, resident_blocks=resident)
+    if isinstance(head, nn.Linear):
+        yield Levers(host_embeddings=True, host_head=True, resident_blocks=0)
+
+
+def bytes_on_device(model: nn.Module, levers: Levers) -> int:
+    """Return what a model's weights take of the device as ``levers.place`` leaves them."""
+    tables = [(model.get_input_embeddings(), levers.host_embeddings), (model.get_output_embeddings(), levers.host_head)]
+    elsewhere = {id(table.weight) for table, on_host in tables if on_host}
+    found = [] if levers.resident_blocks is None else blocks(model)
+    streamed = [_weights(block) for block in found[: levers.streamed_of(len(found))]]
+    for weights in streamed:
+        elsewhere |= weights.keys()
+    resident = sum(size for key, size in _weights(model).items() if key not in elsewhere)
+    return resident + SLOTS * max((sum(weights.values()) for weights in streamed), default=0)
+
+
+def _weights(module: nn.Module) -> dict[int, int]:
+    """Return the bytes of a module's parameters and buffers, each once."""
+    return {id(tensor): tensor.nbytes for tensor in (*module.parameters(), *module.buffers())}

@@ -1,0 +1,191 @@
+"""A model that is only used lies on the device as far as it fits, and answers as one that fits whole."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, UNUSUAL, build_tiny, quantized_pair, random_batch, random_factors
+from tiny_runs import logits, tiny_run
+
+from qlora_lite import build
+from qlora_lite.converse import open_session
+from qlora_lite.evaluate import evaluate_recipe
+from qlora_lite.generate import answer
+from qlora_lite.likeness import compare, outputs
+from qlora_lite.lora.adapter import attach_adapter
+from qlora_lite.lora.inject import add_lora, lora_layers
+from qlora_lite.lora.read import Adapter, Factors
+from qlora_lite.lora.switch import add_switch
+from qlora_lite.memory.process import CUBLAS_WORKSPACE_BYTES, GROWING_SEGMENT_BYTES
+from qlora_lite.models.anatomy import blocks, decoder, device_of
+from qlora_lite.models.levers import Levers, on_host, place
+from qlora_lite.models.skeleton import meta_model
+from qlora_lite.ops.tile import Tiled
+from qlora_lite.planning import answering
+from qlora_lite.planning.answering import bytes_on_device, placement, prompt_bytes
+from qlora_lite.planning.meta_results import NeedsValuesError
+from qlora_lite.trained import open_trained
+
+CPU = torch.device("cpu")
+
+
+def skeleton_of(model_type, **changes):
+    return meta_model(build_tiny(model_type, **changes).config, "nf4", True, torch.bfloat16)
+
+
+def tensors(model):
+    """Every tensor of a model once, with the module that has it."""
+    found = {}
+    for module in model.modules():
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            found.setdefault(id(tensor), (module, tensor))
+    return found.values()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2"])
+def test_less_memory_gives_placements_that_need_less_and_fit(model_type, tied):
+    model = skeleton_of(model_type, num_hidden_layers=4, tie_word_embeddings=tied)
+    prompt, seen = prompt_bytes(model, 100), []
+    memory = prompt + bytes_on_device(model, Levers())
+    while not seen or placement(model, 100, memory) != seen[-1]:
+        seen.append(placement(model, 100, memory))
+        needs = prompt + bytes_on_device(model, seen[-1])
+        assert needs <= memory
+        memory = needs - 1
+    assert seen[0] == Levers() and seen[-1] == Levers(resident_blocks=0, host_embeddings=True, host_head=True)
+    assert (Levers(host_embeddings=True) in seen) is not tied
+    assert Levers(host_embeddings=not tied, resident_blocks=1) in seen
+    assert placement(model, 100, 0) == seen[-1], "what needs least, where nothing fits"
+    assert placement(model, 10_000, prompt + bytes_on_device(model, Levers())) == seen[-1], "a longer prompt"
+
+
+@pytest.mark.parametrize("model_type", sorted({*ARCHITECTURES, *UNUSUAL} - {"mamba", "recurrent_gemma"}))
+def test_a_longer_prompt_takes_its_cache_at_least(model_type):
+    model, real = skeleton_of(model_type), build_tiny(model_type, torch.bfloat16)
+
+    def cached(tokens):
+        out = decoder(real)(input_ids=torch.zeros(1, tokens, dtype=torch.int64), use_cache=True)
+        layers = map(vars, out.past_key_values.layers)
+        return sum(x.nbytes for layer in layers for x in layer.values() if isinstance(x, torch.Tensor))
+
+    assert prompt_bytes(model, 120) - prompt_bytes(model, 60) >= cached(120) - cached(60) - 512 * len(blocks(real))
+
+
+def test_a_model_that_cannot_run_without_values_leaves_a_share_of_the_memory_to_prompts():
+    model = skeleton_of("mamba")  # in 4 bit: it reads a packed weight itself
+    with pytest.raises(NeedsValuesError):
+        prompt_bytes(model, 8)
+    whole = bytes_on_device(model, Levers())
+    assert placement(model, 8, whole * 4 // 3 + 2) == Levers() != placement(model, 8, whole * 5 // 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gemma2"])
+def test_on_a_card_a_prompt_takes_what_was_reckoned(model_type):
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4}
+    changes, tokens = (
+        shape | {"num_attention_heads": 16, "num_key_value_heads": 4},
+        1500,
+    )  # flash attention splits fewer
+    constants = GROWING_SEGMENT_BYTES + CUBLAS_WORKSPACE_BYTES
+    expected = prompt_bytes(skeleton_of(model_type, **changes), tokens) - constants
+    model = quantized_pair(model_type, dtype=torch.bfloat16, **changes)[0].to("cuda")
+    answer(model, OneToken(), ["9"], 2)  # what is taken once
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    answer(model, OneToken(), ["9" * tokens], 2)
+    assert torch.cuda.max_memory_allocated() - before == pytest.approx(expected, rel=0.03)
+
+
+class OneToken:
+    """A tokenizer whose every character is one token."""
+
+    def __call__(self, text, add_special_tokens):
+        return SimpleNamespace(input_ids=list(map(ord, text)))
+
+    def batch_decode(self, rows, skip_special_tokens):
+        return ["" for _ in rows]
+
+
+@pytest.mark.parametrize("levers", [
+    Levers(), Levers(host_embeddings=True), Levers(resident_blocks=2), Levers(resident_blocks=0, host_embeddings=True),
+    Levers(resident_blocks=0, host_embeddings=True, host_head=True),
+], ids=str)  # fmt: skip
+def test_bytes_on_the_device_are_those_that_placing_leaves_there(levers):
+    expected = bytes_on_device(quantized_pair("llama", num_hidden_layers=4)[0], levers)
+    model = place(quantized_pair("llama", num_hidden_layers=4)[0], CPU, levers)
+    found = sum(tensor.nbytes for module, tensor in tensors(model) if not on_host(model, module, tensor))
+    slots = model.block_stream.slots if levers.resident_blocks is not None else ()
+    aligned = 256 * len(list(tensors(blocks(model)[0])))  # at most, of a slot
+    assert expected <= found + sum(slot.nbytes for slot in slots) <= expected + aligned * len(slots)
+
+
+def random_adapter(model_type):
+    adapted = add_lora(quantized_pair(model_type)[0], rank=3, alpha=6.0, dtype=torch.float32)
+    random_factors(adapted)
+    return Adapter({name: Factors(layer.lora_A.detach(), layer.lora_B.detach(), 6.0)
+                    for name, layer in lora_layers(adapted)}, 0.0)  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_a_model_placed_before_its_adapters_gives_the_same_logits(model_type):
+    def placed():
+        model = quantized_pair(model_type)[0]
+        return place(model, CPU, list(answering._placements(model))[-1])
+
+    adapter, streamed = random_adapter(model_type), placed()
+    assert torch.equal(logits(streamed), logits(quantized_pair(model_type)[0]))
+    whole = attach_adapter(quantized_pair(model_type)[0], adapter)
+    assert torch.equal(logits(attach_adapter(streamed, adapter)), logits(whole))
+    found = []
+    for model in (placed(), quantized_pair(model_type)[0]):
+        switch = add_switch(model, {"one": adapter})
+        with switch.using("one"):
+            found.append(logits(model))
+    assert torch.equal(*found)
+    assert not torch.allclose(found[0], logits(model), atol=1e-2), "the adapter changes something"
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_small_card_evaluates_answers_and_compares_as_a_large_one(tmp_path, monkeypatch, caplog, device, tied):
+    run = tiny_run(tmp_path, overrides=[f"model.device={device}"], num_hidden_layers=4, tie_word_embeddings=tied)
+    caplog.set_level("INFO", "qlora_lite.build")
+    found, placed, some = [], [], Levers(resident_blocks=1, host_embeddings=not tied)
+    skeleton, tokens = open_trained(run).skeleton(), open_trained(run).recipe.data.max_tokens
+    enough_for_some = prompt_bytes(skeleton, tokens) + bytes_on_device(skeleton, some)
+    monkeypatch.setattr(build, "place", lambda *args: placed.append(args[-1]) or place(*args))
+    for memory in (2**40, enough_for_some, 0):
+        monkeypatch.setattr(build, "memory_to_use", lambda _device, _budget, memory=memory: memory)
+        found.append(uses(run, device))
+    assert found[0] == found[1] == found[2]
+    assert "in host memory: " + ("3 of 4 blocks" if tied else "embeddings, 3 of 4 blocks") in caplog.messages[-6]
+    assert "embeddings, head, 4 of 4 blocks" in caplog.messages[-1]
+    assert placed == 3 * [some] + 3 * [Levers(resident_blocks=0, host_embeddings=True, host_head=True)]
+
+
+def uses(run, device):
+    """What a run's evaluation says, its model in a conversation, and the base beside the trained model."""
+    trained, session = open_trained(run), open_session(run, max_new_tokens=6)
+    assert device_of(session.tasks.model).type == device
+    session.say("3?")
+    model = trained.build_base()
+    base = outputs(model, [random_batch(vocabulary=120)])
+    adapted = outputs(attach_adapter(model, trained.read_adapter(trained.skeleton())), [random_batch(vocabulary=120)])
+    return evaluate_recipe(trained.recipe, trained.adapter, 3), session.reply(), compare(adapted, base)
+
+
+def test_a_run_is_used_in_the_tiles_of_its_plan(tmp_path):
+    run = tiny_run(tmp_path)
+    summary = json.loads((run / "summary.json").read_text())
+    for tile in (None, 16):
+        summary["plan"] = {"chosen": {"memory.tile_tokens": tile or "off"}}
+        (run / "summary.json").write_text(json.dumps(summary))
+        trained = open_trained(run)
+        tiles = [module.tile_tokens for module in trained.build_base().modules() if isinstance(module, Tiled)]
+        assert set(tiles) == ({tile} if tile else set())
+    summary["plan"] = {"chosen": {"memory.of_another_version": 1}}
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert open_trained(run).recipe.memory == trained.recipe.memory.model_copy(update={"tile_tokens": "auto"})
