@@ -100,7 +100,7 @@ def build_to_use(recipe: Recipe, adapter: Path | None = None, use_cache: bool = 
     )  # fmt: skip
     if levers.places_weights:
         left = left_on_host(levers, len(blocks(model)))
-        log.info("the device has no room for all weights beside a prompt; in host memory: %s", left)
+        log.warning("the card has no room for all weights, so that answers take longer; in host memory: %s", left)
         place(model, device, levers)
     if tiles.tile_tokens:
         set_levers(model, tiles)

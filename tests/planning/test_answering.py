@@ -152,7 +152,6 @@ def test_a_model_placed_before_its_adapters_gives_the_same_logits(model_type):
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_small_card_evaluates_answers_and_compares_as_a_large_one(tmp_path, monkeypatch, caplog, device, tied):
     run = tiny_run(tmp_path, overrides=[f"model.device={device}"], num_hidden_layers=4, tie_word_embeddings=tied)
-    caplog.set_level("INFO", "qlora_lite.build")
     found, placed, some = [], [], Levers(resident_blocks=1, host_embeddings=not tied)
     skeleton, tokens = open_trained(run).skeleton(), open_trained(run).recipe.data.max_tokens
     enough_for_some = prompt_bytes(skeleton, tokens) + bytes_on_device(skeleton, some)
