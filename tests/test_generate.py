@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny import build_tiny
+from tiny import ARCHITECTURES, UNUSUAL, build_tiny, quantized_pair
 from tiny_files import VOCABULARY, byte_tokenizer
 
 from qlora_lite.generate import Sampling, answer, stop_ids
-from qlora_lite.models.levers import Levers, set_levers
-from qlora_lite.models.load import use_row_attention
+from qlora_lite.models.levers import Levers, place, set_levers
+from qlora_lite.models.load import adopt, use_row_attention
 
 PROMPTS = ["a", "the quick brown fox", "hello", "", "zz top"]
 PROMPTS = [f"<s>{prompt}" for prompt in PROMPTS]
@@ -119,3 +119,19 @@ def test_one_prompt_too_large_and_other_faults_are_raised(prompts, error, monkey
     monkeypatch.setattr(model, "generate", generate)
     with pytest.raises(error, match="as it is"):
         answer(model, byte_tokenizer(), prompts, 6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("placed", [False, True])
+@pytest.mark.parametrize("model_type", sorted({*ARCHITECTURES, *UNUSUAL}))
+def test_on_a_card_answers_are_those_of_the_cpu(model_type, placed):
+    def made():
+        if model_type in ARCHITECTURES:
+            return quantized_pair(model_type, vocab_size=VOCABULARY)[0]
+        return adopt(build_tiny(model_type, vocab_size=VOCABULARY))
+
+    tokenizer, expected = byte_tokenizer(), answer(made(), byte_tokenizer(), PROMPTS, 8)
+    model, card = made(), torch.device("cuda", 0)
+    levers = Levers(resident_blocks=0, host_embeddings=True, host_head=True) if placed else Levers()
+    assert answer(place(model, card, levers), tokenizer, PROMPTS, 8) == expected
+    assert len(set(expected)) > 1

@@ -245,10 +245,16 @@ def _unpacked(codes, maxima, block_size, quant_type, shape, dtype):
     return (values * maxima.float().repeat_interleave(block_size)[: len(values)]).to(dtype).view(tuple(shape))
 
 
+def _counts(numbers, bins=100, low=0, high=0):
+    """Count whole numbers, which a CPU's kernel does not."""
+    return torch.histc(numbers.double(), bins, low, high)
+
+
 WRITTEN_OUT = {  # kernels that a CPU lacks or computes otherwise; of their results the first, the others are not used
     aten._scaled_dot_product_flash_attention.default: _flash,
     aten._scaled_dot_product_flash_attention_backward.default: _flash_gradients,
     aten._scaled_dot_product_efficient_attention.default: _efficient,
     aten._scaled_dot_product_efficient_attention_backward.default: _efficient_gradients,
+    aten.histc.default: _counts,
     torch.ops.bitsandbytes.dequantize_4bit.default: _unpacked,
 }
