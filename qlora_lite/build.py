@@ -1,7 +1,7 @@
 """Turn the sections of a recipe into the arguments of the lower layers: model, loop settings, the planner's job."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -9,8 +9,8 @@ from pydantic import ValidationError
 from torch import nn
 
 from .errors import CheckpointError
-from .lora.adapter import load_adapter
 from .lora.inject import Target, add_lora
+from .lora.read import adapter_bytes
 from .models.anatomy import blocks
 from .models.levers import Levers, place, set_levers
 from .models.load import load_model, resolve_compute_dtype, resolve_device, stored_quantization
@@ -77,11 +77,11 @@ def build_model(recipe: Recipe, levers: Levers | None = None) -> nn.Module:
     return place(model, device, levers) if levers.places_weights else model
 
 
-def build_to_use(recipe: Recipe, adapter: Path | None = None, use_cache: bool = True) -> nn.Module:
+def build_to_use(recipe: Recipe, adapters: Sequence[Path] = (), use_cache: bool = True) -> nn.Module:
     """Load a recipe's base model for answers and evaluations, its weights on the device as far as they fit.
 
     Args:
-        adapter: folder of an adapter to put into it.
+        adapters: folders of those that the device must have room for; they are for the caller to attach.
         use_cache: keep and reuse the quantised model on disk.
     """
     m = recipe.model
@@ -93,6 +93,7 @@ def build_to_use(recipe: Recipe, adapter: Path | None = None, use_cache: bool = 
         skeleton = meta_model(config, *_quantization(recipe, config), dtype, m.quant_head)
         if tiles.tile_tokens:
             set_levers(skeleton, tiles)
+        memory -= sum(adapter_bytes(folder) for folder in adapters)
         levers = placement(skeleton, recipe.data.max_tokens * recipe.train.micro_batch_size, memory)
     model = load_model(
         m.path, m.quant, m.double_quant, dtype, "cpu" if levers.places_weights else device, m.revision, use_cache,
@@ -104,7 +105,7 @@ def build_to_use(recipe: Recipe, adapter: Path | None = None, use_cache: bool = 
         place(model, device, levers)
     if tiles.tile_tokens:
         set_levers(model, tiles)
-    return model if adapter is None else load_adapter(model, adapter)
+    return model
 
 
 def job_of(recipe: Recipe, config, machine: Machine, eval_rows: Rows | None) -> Job:

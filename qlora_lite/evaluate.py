@@ -11,6 +11,7 @@ from .data.check import check_answers
 from .data.stored import Example
 from .errors import DataError
 from .generate import answer, stop_ids
+from .lora.adapter import load_adapter
 from .models.tokenizer import load_tokenizer
 from .quant.linear import arrange_weights
 from .recipe.schema import Recipe
@@ -61,7 +62,9 @@ def evaluate_recipe(recipe: Recipe, adapter: Path | None, exact_match_rows: int)
     """
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
     data, settings = build_data(recipe, tokenizer, "eval"), train_settings(recipe)
-    model = build_to_use(recipe, adapter)
+    model = build_to_use(recipe, [adapter] if adapter else [])
+    if adapter:
+        load_adapter(model, adapter)
     check_forward(model)
     result = evaluate_loss(model, eval_batches(data.examples, settings), settings.levers.loss_chunk_tokens)
     measured = {

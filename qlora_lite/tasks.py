@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
+from .build import build_to_use
 from .data.formats import Turn
 from .data.render import render_prompt
 from .data.template import Template
@@ -117,7 +118,8 @@ def open_tasks(runs: Sequence[str | Path], model_path: str | None = None, unfini
     if len(set(names)) < len(names):
         raise ModelError(f"the same run is given twice: {', '.join(names)}")
     adapters = {name: run.read_adapter(skeleton, must_change=False) for name, run in zip(names, opened, strict=True)}
-    model, tokenizer = first.build_base(), load_tokenizer(first.recipe.model.path, first.recipe.model.revision)
+    model = build_to_use(first.recipe, [run.adapter for run in opened])
+    tokenizer = load_tokenizer(first.recipe.model.path, first.recipe.model.revision)
     switch = add_switch(model, adapters)
     arrange_weights(model)
     tasks = {

@@ -96,7 +96,7 @@ class TrainedRun:
 
     def build_base(self) -> nn.Module:
         """Load the base model as the run saw it, without LoRA layers, its weights on the device as far as they fit."""
-        return build_to_use(self.recipe)
+        return build_to_use(self.recipe, [self.adapter])
 
 
 def open_trained(run: str | Path, model_path: str | None = None, unfinished: bool = False) -> TrainedRun:

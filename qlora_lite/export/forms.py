@@ -152,7 +152,7 @@ def _base(job: _Job) -> nn.Module:
     """Load the base as the run saw it, in float32, where rounding does not hide what an adapter does."""
     recipe = job.trained.recipe
     model = recipe.model.model_copy(update={"compute_dtype": "float32"})
-    return build_to_use(recipe.model_copy(update={"model": model}))
+    return build_to_use(recipe.model_copy(update={"model": model}), [job.trained.adapter])
 
 
 def _adapter_change(job: _Job) -> Change:

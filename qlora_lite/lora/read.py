@@ -113,6 +113,12 @@ def read_adapter(model: nn.Module, folder: str | Path) -> Adapter:
     return Adapter(factors, config.get("lora_dropout", 0.0))
 
 
+def adapter_bytes(folder: Path) -> int:
+    """Return what the factors of an adapter folder take in memory; 0 where ``read_adapter`` will say that they lack."""
+    file = folder / WEIGHTS_NAME
+    return file.stat().st_size if file.is_file() else 0
+
+
 def _read_config(folder: Path) -> dict:
     path = folder / CONFIG_NAME
     try:

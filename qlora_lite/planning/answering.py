@@ -17,6 +17,7 @@ from qlora_lite.models.levers import Levers
 from qlora_lite.models.load import uses_row_attention
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.ops.stream import SLOTS
+from qlora_lite.train.out_of_memory import free_cached_memory
 
 from .meta_results import NeedsValuesError
 from .simulate import ALLOCATION_BYTES, remembered
@@ -28,6 +29,7 @@ def memory_to_use(device: torch.device, budget_bytes: int | None) -> int | None:
     """Return what a model may take of a card, in bytes; None for a CPU, whose memory is the host's."""
     if device.type != "cuda":
         return None
+    free_cached_memory(device)  # of a model before this one
     free = free_bytes(device)
     return free if budget_bytes is None else min(free, budget_bytes - CUDA_CONTEXT_BYTES)
 

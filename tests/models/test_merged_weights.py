@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qlora_lite.build import build_to_use
 from qlora_lite.errors import ModelError
+from qlora_lite.lora.adapter import load_adapter
 from qlora_lite.lora.inject import linear_layers, lora_layers
 from qlora_lite.lora.merge import merged_weight
 from qlora_lite.lora.read import Factors
@@ -43,7 +44,7 @@ def weight_of(module):
 
 def trained_model(run):
     opened = open_run(run)
-    return build_to_use(opened.recipe, opened.adapter)
+    return load_adapter(build_to_use(opened.recipe), opened.adapter)
 
 
 def test_the_update_is_added_in_float32():

@@ -1,6 +1,7 @@
 """A model that is only used lies on the device as far as it fits, and answers as one that fits whole."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from qlora_lite.generate import answer
 from qlora_lite.likeness import compare, outputs
 from qlora_lite.lora.adapter import attach_adapter
 from qlora_lite.lora.inject import add_lora, lora_layers
-from qlora_lite.lora.read import Adapter, Factors
+from qlora_lite.lora.read import WEIGHTS_NAME, Adapter, Factors
 from qlora_lite.lora.switch import add_switch
 from qlora_lite.memory.process import CUBLAS_WORKSPACE_BYTES, GROWING_SEGMENT_BYTES
 from qlora_lite.models.anatomy import blocks, decoder, device_of
@@ -25,6 +26,7 @@ from qlora_lite.ops.tile import Tiled
 from qlora_lite.planning import answering
 from qlora_lite.planning.answering import bytes_on_device, placement, prompt_bytes
 from qlora_lite.planning.meta_results import NeedsValuesError
+from qlora_lite.tasks import open_tasks
 from qlora_lite.trained import open_trained
 
 CPU = torch.device("cpu")
@@ -153,16 +155,37 @@ def test_a_model_placed_before_its_adapters_gives_the_same_logits(model_type):
 def test_a_small_card_evaluates_answers_and_compares_as_a_large_one(tmp_path, monkeypatch, caplog, device, tied):
     run = tiny_run(tmp_path, overrides=[f"model.device={device}"], num_hidden_layers=4, tie_word_embeddings=tied)
     found, placed, some = [], [], Levers(resident_blocks=1, host_embeddings=not tied)
-    skeleton, tokens = open_trained(run).skeleton(), open_trained(run).recipe.data.max_tokens
-    enough_for_some = prompt_bytes(skeleton, tokens) + bytes_on_device(skeleton, some)
     monkeypatch.setattr(build, "place", lambda *args: placed.append(args[-1]) or place(*args))
-    for memory in (2**40, enough_for_some, 0):
+    for memory in (2**40, needed(open_trained(run), some), 0):
         monkeypatch.setattr(build, "memory_to_use", lambda _device, _budget, memory=memory: memory)
         found.append(uses(run, device))
     assert found[0] == found[1] == found[2]
     assert "in host memory: " + ("3 of 4 blocks" if tied else "embeddings, 3 of 4 blocks") in caplog.messages[-6]
     assert "embeddings, head, 4 of 4 blocks" in caplog.messages[-1]
     assert placed == 3 * [some] + 3 * [Levers(resident_blocks=0, host_embeddings=True, host_head=True)]
+
+
+@pytest.mark.parametrize("use", ["base", "evaluation", "tasks"])
+def test_the_device_has_room_for_the_adapters_too(tmp_path, monkeypatch, use):
+    run, placed = tiny_run(tmp_path, num_hidden_layers=4), []
+    twin, trained = shutil.copytree(run, tmp_path / "twin"), open_trained(run)
+    uses_of_model = {
+        "base": trained.build_base, "tasks": lambda: open_tasks([run, twin]),
+        "evaluation": lambda: evaluate_recipe(trained.recipe, trained.adapter, 0),
+    }  # fmt: skip
+    adapters = (2 if use == "tasks" else 1) * (run / "adapter" / WEIGHTS_NAME).stat().st_size
+    enough = needed(trained, Levers()) - (run / "adapter" / WEIGHTS_NAME).stat().st_size + adapters
+    monkeypatch.setattr(build, "place", lambda *args: placed.append(args[-1]) or place(*args))
+    for memory, expected in ((enough, 0), (enough - 1, 1)):
+        monkeypatch.setattr(build, "memory_to_use", lambda _device, _budget, memory=memory: memory)
+        uses_of_model[use]()
+        assert len(placed) == expected
+
+
+def needed(trained, levers):
+    """What a run's model takes of a card beside its longest row and its adapter."""
+    skeleton, adapter = trained.skeleton(), (trained.adapter / WEIGHTS_NAME).stat().st_size
+    return prompt_bytes(skeleton, trained.recipe.data.max_tokens) + bytes_on_device(skeleton, levers) + adapter
 
 
 def uses(run, device):
