@@ -94,7 +94,7 @@ def build_to_use(recipe: Recipe, adapters: Sequence[Path] = (), use_cache: bool 
         if tiles.tile_tokens:
             set_levers(skeleton, tiles)
         memory -= sum(adapter_bytes(folder) for folder in adapters)
-        levers = placement(skeleton, recipe.data.max_tokens * recipe.train.micro_batch_size, memory)
+        levers = placement(skeleton, recipe.data.max_tokens, memory)
     model = load_model(
         m.path, m.quant, m.double_quant, dtype, "cpu" if levers.places_weights else device, m.revision, use_cache,
         quant_head=m.quant_head,
@@ -150,6 +150,6 @@ def with_plan(recipe: Recipe, levers: Mapping[str, object]) -> Recipe:
             name: type(getattr(recipe, name)).model_validate(getattr(recipe, name).model_dump() | values)
             for name, values in sections.items()
         }  # fmt: skip
-    except (KeyError, ValidationError) as error:
+    except (KeyError, AttributeError, ValidationError) as error:
         raise CheckpointError(f"the plan on record is none that this version makes: {error!r}") from None
     return recipe.model_copy(update=changed)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from .errors import DoesNotFitError
 from .lora.shared import forget_begun
 from .models.anatomy import device_of
 from .train.out_of_memory import free_cached_memory, is_out_of_memory
@@ -55,6 +56,9 @@ def answer(
         streamer: a transformers streamer; only with one prompt.
         before_batch: called with the indices of the prompts that run together next, in the order of the rows.
         stopping: a transformers ``StoppingCriteriaList``, asked after every token.
+
+    Raises:
+        DoesNotFitError: memory ran out over a single prompt.
     """
     tokens = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(tokens[i]))
@@ -78,7 +82,7 @@ def answer(
                     stopping_criteria=stopping,
                 )  # fmt: skip
             except (RuntimeError, MemoryError) as error:
-                if len(rows) == 1 or not is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
             else:
                 order = order[batch_size:]
@@ -88,6 +92,9 @@ def answer(
                 continue
             forget_begun(model)  # here, where the error is gone, whose trace held the tensors of the attempt
             free_cached_memory(device)
+            if len(rows) == 1:
+                raise DoesNotFitError(f"memory ran out over a prompt of {ids.shape[1]} tokens and its answer of at "
+                                      f"most {max_new_tokens}: shorten it, or free memory")  # fmt: skip
             batch_size = len(rows) // 2
             log.warning("memory ran out; from now on %d prompts are answered at once", batch_size)
     finally:

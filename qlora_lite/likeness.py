@@ -23,11 +23,12 @@ CHUNK_TOKENS = 64  # of logits at once: 64 MiB for a vocabulary of 262,144
 
 
 class Outputs(NamedTuple):
-    """What a model says about labelled tokens: hidden states [N, D], its head, and the targets [N]."""
+    """What a model says about labelled tokens: hidden states [N, D] and targets [N] on the host, and its head."""
 
     hidden: torch.Tensor
     head: Head
     targets: torch.Tensor
+    device: torch.device
 
 
 class Likeness(NamedTuple):
@@ -52,13 +53,16 @@ def outputs(model: nn.Module, batches: Iterable[Batch]) -> Outputs:
         ModelError: rows run together here would not give the model's own logits.
     """
     check_forward(model.eval())
-    inputs = [prepare(batch, device_of(model)) for batch in batches]
-    hidden = torch.cat([hidden_states(model, each)[each.learned] for each in inputs])
+    hidden, targets = [], []
+    for batch in batches:
+        inputs = prepare(batch, device_of(model))
+        hidden.append(hidden_states(model, inputs)[inputs.learned].cpu())
+        targets.append(inputs.targets.cpu())
     own = head(model)
     kept = own._replace(**{
         name: part.detach() for name, part in own._asdict().items() if isinstance(part, torch.Tensor)
     })  # fmt: skip
-    return Outputs(hidden, kept, torch.cat([each.targets for each in inputs]))
+    return Outputs(torch.cat(hidden), kept, torch.cat(targets), device_of(model))
 
 
 @torch.no_grad()
@@ -68,11 +72,11 @@ def compare(reference: Outputs, other: Outputs) -> Likeness:
     for start in range(0, total, CHUNK_TOKENS):
         rows = slice(start, start + CHUNK_TOKENS)
         expected, found = (_log_probabilities(each, rows) for each in (reference, other))
-        loss += functional.nll_loss(found, other.targets[rows].cpu(), reduction="sum").item()
+        loss += functional.nll_loss(found, other.targets[rows], reduction="sum").item()
         kl += (expected.exp() * (expected - found)).sum(dtype=torch.float64).item()
         agree += int((expected.argmax(-1) == found.argmax(-1)).sum())
     return Likeness(loss / total, max(0.0, kl / total), agree / total)
 
 
 def _log_probabilities(model: Outputs, rows: slice) -> torch.Tensor:
-    return torch.log_softmax(head_logits(model.hidden[rows], model.head), dim=-1).cpu()
+    return torch.log_softmax(head_logits(model.hidden[rows].to(model.device), model.head), dim=-1).cpu()

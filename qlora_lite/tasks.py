@@ -118,7 +118,9 @@ def open_tasks(runs: Sequence[str | Path], model_path: str | None = None, unfini
     if len(set(names)) < len(names):
         raise ModelError(f"the same run is given twice: {', '.join(names)}")
     adapters = {name: run.read_adapter(skeleton, must_change=False) for name, run in zip(names, opened, strict=True)}
-    model = build_to_use(first.recipe, [run.adapter for run in opened])
+    longest = max((run.recipe for run in opened), key=lambda recipe: recipe.data.max_tokens)
+    data = first.recipe.data.model_copy(update={"max_tokens": longest.data.max_tokens})
+    model = build_to_use(first.recipe.model_copy(update={"data": data}), [run.adapter for run in opened])
     tokenizer = load_tokenizer(first.recipe.model.path, first.recipe.model.revision)
     switch = add_switch(model, adapters)
     arrange_weights(model)

@@ -1,13 +1,16 @@
 """Prompts answered together give what each gives alone, and what plain transformers gives."""
 
+from functools import partial
+
 import pytest
 import torch
 from tiny import ARCHITECTURES, UNUSUAL, build_tiny, quantized_pair
 from tiny_files import VOCABULARY, byte_tokenizer
 
+from qlora_lite.errors import DoesNotFitError
 from qlora_lite.generate import Sampling, answer, stop_ids
 from qlora_lite.models.levers import Levers, place, set_levers
-from qlora_lite.models.load import adopt, use_row_attention
+from qlora_lite.models.load import _mask_for_padding_only, adopt, use_row_attention
 
 PROMPTS = ["a", "the quick brown fox", "hello", "", "zz top"]
 PROMPTS = [f"<s>{prompt}" for prompt in PROMPTS]
@@ -39,6 +42,14 @@ def test_greedy_answers_are_those_of_plain_transformers(model_type):
         ids = torch.cat([ids, plain(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
     (text,) = answer(model_of(model_type), tokenizer, [PROMPTS[1]], 10)
     assert text == tokenizer.decode(ids[0, -10:], skip_special_tokens=True)
+
+
+def test_a_prompt_without_padding_is_read_without_a_mask():
+    made = partial(_mask_for_padding_only, 6, 6, batch_size=2, local_size=3, allow_is_causal_skip=False)
+    whole, padded = torch.ones(2, 6, dtype=torch.bool), torch.arange(12).view(2, 6) > 0
+    assert made(attention_mask=whole) is None
+    assert made(attention_mask=padded).shape == (2, 1, 6, 6)
+    assert _mask_for_padding_only(1, 6, attention_mask=whole, batch_size=2, allow_is_causal_skip=False) is not None
 
 
 def test_an_answer_ends_with_a_stop_token():
@@ -109,15 +120,18 @@ def test_where_memory_runs_out_fewer_prompts_are_answered_at_once(monkeypatch, c
     assert at_once == [5, 2, 2, 1] and "2 prompts are answered at once" in caplog.text
 
 
-@pytest.mark.parametrize("prompts, error", [(PROMPTS[:1], torch.OutOfMemoryError), (PROMPTS, ValueError)])
-def test_one_prompt_too_large_and_other_faults_are_raised(prompts, error, monkeypatch):
+@pytest.mark.parametrize("prompts, error, raised, text", [
+    (PROMPTS[:1], torch.OutOfMemoryError, DoesNotFitError, "a prompt of 2 tokens and its answer of at most 6"),
+    (PROMPTS, ValueError, ValueError, "as it is"),
+])  # fmt: skip
+def test_one_prompt_too_large_and_other_faults_are_raised(prompts, error, raised, text, monkeypatch):
     model = model_of("llama")
 
     def generate(**_options):
         raise error("as it is")
 
     monkeypatch.setattr(model, "generate", generate)
-    with pytest.raises(error, match="as it is"):
+    with pytest.raises(raised, match=text):
         answer(model, byte_tokenizer(), prompts, 6)
 
 

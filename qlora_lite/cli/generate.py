@@ -4,7 +4,7 @@ import time
 
 import click
 
-from qlora_lite.errors import DataError, ModelError
+from qlora_lite.errors import DataError, DoesNotFitError, ModelError
 
 from .output import prepare
 
@@ -59,7 +59,7 @@ def _answer(session, line: str) -> None:
     session.say(line)
     try:
         session.reply(show=True)
-    except DataError as error:  # a control token in what was typed, say
+    except (DataError, DoesNotFitError) as error:  # a control token in what was typed, or too much of it
         click.echo(f"error: {error}", err=True)
         session.turns.pop()
 

@@ -263,8 +263,12 @@ def rows_run_alone(model: nn.Module) -> bool:
 
 
 def _mask_for_padding_only(q_length, kv_length, attention_mask=None, **kwargs):
-    """Build transformers' SDPA mask for padding or a cache; ``row_attention`` needs none without them."""
-    if attention_mask is None and q_length == kv_length:
+    """Build transformers' SDPA mask for padding or a cache; ``row_attention`` needs none without them.
+
+    Older transformers (5.17) say with a mask of ones that nothing is padded. What they would make of it for a window
+    takes the square of the prompt's length: 256 MiB for 16,384 tokens.
+    """
+    if q_length == kv_length and (attention_mask is None or attention_mask.all()):
         return None
     sdpa_mask = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
     return sdpa_mask(q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kwargs)

@@ -97,16 +97,23 @@ class BlockStream:
                 part.register_forward_pre_hook(self._entering(number))
 
     def _entering(self, number: int):
-        def enter(_module, _inputs):
-            self.enter(number)
+        def enter(module, _inputs):
+            self.enter(number, module.training)
 
         return enter
 
-    def enter(self, number: int) -> None:
-        """Have a block on the device, and begin to bring the next one in the direction of travel."""
+    def enter(self, number: int, training: bool = True) -> None:
+        """Have a block on the device, and begin to bring the next one in the direction of travel.
+
+        Args:
+            training: the last block's forward is followed by its backward; else by the first block's forward.
+        """
         if number == self._current:
             return
-        onward = number + 1 if self._current is None or number > self._current else number - 1
+        if not training:
+            onward = (number + 1) % len(self._blocks)
+        else:
+            onward = number + 1 if self._current is None or number > self._current else number - 1
         if number not in self._in_slot:
             self._load(number)
         self.side.wait(self._arrival[number])

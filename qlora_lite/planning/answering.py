@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qlora_lite.memory.ledger import Ledger
-from qlora_lite.memory.meter import free_bytes
+from qlora_lite.memory.meter import free_bytes, held_bytes
 from qlora_lite.memory.process import CUDA_CONTEXT_BYTES, overheads
 from qlora_lite.models.anatomy import blocks, decoder
 from qlora_lite.models.levers import Levers
@@ -31,7 +31,7 @@ def memory_to_use(device: torch.device, budget_bytes: int | None) -> int | None:
         return None
     free_cached_memory(device)  # of a model before this one
     free = free_bytes(device)
-    return free if budget_bytes is None else min(free, budget_bytes - CUDA_CONTEXT_BYTES)
+    return free if budget_bytes is None else min(free, budget_bytes - CUDA_CONTEXT_BYTES - held_bytes(device))
 
 
 def placement(model: nn.Module, tokens: int, memory_bytes: int) -> Levers:
@@ -62,10 +62,11 @@ def prompt_bytes(model: nn.Module, tokens: int) -> int:
     no_mask = {"attention_mask": ids.new_empty((1, 1, 0, 0))} if uses_row_attention(model) else {}
     ledger = Ledger(allocation_bytes=ALLOCATION_BYTES["cuda"], run=remembered)
     with planning_for("cuda"), torch.no_grad(), ledger:
+        ledger.claim((*model.parameters(), *model.buffers()), "base weights")
         before = ledger.now()
         decoder(model)(input_ids=ids, position_ids=torch.arange(tokens, device="meta")[None], use_cache=True, **no_mask)
     beside = sum(each.bytes for each in overheads("cuda", ledger.peaks.values(), before, 0))
-    return ledger.peak.total + beside - CUDA_CONTEXT_BYTES
+    return ledger.peak.total - before.total + beside - CUDA_CONTEXT_BYTES
 
 
 def left_on_host(levers: Levers, depth: int) -> str:
@@ -84,7 +85,7 @@ def _placements(model: nn.Module) -> Iterator[Levers]:
     alone = embedding.weight is not head.weight
     yield Levers()
     yield Levers(host_embeddings=alone)
-    for resident in reversed(range(len(blocks(model)))):
+    for resident in reversed(range(len(blocks(model)) - SLOTS)):  # fewer streamed ones than slots would save nothing
         yield Levers(host_embeddings=alone, resident_blocks=resident)
     if isinstance(head, nn.Linear):
         yield Levers(host_embeddings=True, host_head=True, resident_blocks=0)

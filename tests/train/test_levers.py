@@ -289,7 +289,11 @@ def test_of_streamed_blocks_at_most_two_are_on_the_device():
         for tensor in (*module._parameters.values(), *module._buffers.values())
         if tensor is not None and not tensor.requires_grad and not on_host(model, module, tensor)
     }  # fmt: skip
-    assert on_device == {2, 3, 4}  # the last two that ran, and the resident one
+    assert on_device == {
+        0,
+        3,
+        4,
+    }  # that ran last, with which the next token begins, resident
     assert len(stream.slots) == 2
 
 
@@ -326,6 +330,16 @@ def test_train_and_eval_reach_the_module_inside_a_tile():
     inner = next(module for module in model.modules() if isinstance(module, Tiled)).inner
     assert model.train() and inner.training
     assert model.eval() and not inner.training
+
+
+def test_what_is_no_longer_than_a_tile_is_used_as_it_is(monkeypatch):
+    model, ids = build(), torch.zeros(1, 4, dtype=torch.int64)
+    set_levers(model, Levers(tile_tokens=4))
+    monkeypatch.setattr("qlora_lite.ops.tile.tiled", None)
+    model.eval()(ids, use_cache=False)
+    for mode, tokens in ((True, 4), (False, 5)):
+        with pytest.raises(TypeError, match="NoneType"):
+            model.train(mode)(ids[:, :1].expand(1, tokens), use_cache=False)
 
 
 def test_dropout_in_a_tile_is_repeated_in_backward():
