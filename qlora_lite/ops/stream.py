@@ -97,23 +97,16 @@ class BlockStream:
                 part.register_forward_pre_hook(self._entering(number))
 
     def _entering(self, number: int):
-        def enter(module, _inputs):
-            self.enter(number, module.training)
+        def enter(_module, _inputs):
+            self.enter(number)
 
         return enter
 
-    def enter(self, number: int, training: bool = True) -> None:
-        """Have a block on the device, and begin to bring the next one in the direction of travel.
-
-        Args:
-            training: the last block's forward is followed by its backward; else by the first block's forward.
-        """
+    def enter(self, number: int) -> None:
+        """Have a block on the device, and begin to bring the next one in the direction of travel."""
         if number == self._current:
             return
-        if not training:
-            onward = (number + 1) % len(self._blocks)
-        else:
-            onward = number + 1 if self._current is None or number > self._current else number - 1
+        onward = number + 1 if self._current is None or number > self._current else number - 1
         if number not in self._in_slot:
             self._load(number)
         self.side.wait(self._arrival[number])
