@@ -261,7 +261,7 @@ COMPILED_WITH = {"tile_tokens": "off", "resident_blocks": "all"}
 
 
 class Memory(_Section):
-    """How memory is traded for time in training; when a model is used, only the budget and tiles count."""
+    """How memory is traded for time in training; of a model in use, budget, tile_tokens and loss_chunk_tokens count."""
 
     budget: Annotated[str, AfterValidator(_size_or_auto), Rule("auto, or a size with its unit, such as 8GiB")] = "auto"
     """Most memory the run may use; auto is what the device has free. The fastest plan that fits is chosen for the
