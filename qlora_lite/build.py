@@ -12,7 +12,7 @@ from .errors import CheckpointError
 from .lora.inject import Target, add_lora
 from .lora.read import adapter_bytes
 from .models.anatomy import blocks
-from .models.levers import Levers, place, set_levers
+from .models.levers import Levers, levers_of, place, set_levers
 from .models.load import load_model, resolve_compute_dtype, resolve_device, stored_quantization
 from .models.skeleton import meta_model, read_config
 from .planning.answering import left_on_host, memory_to_use, placement
@@ -40,21 +40,8 @@ def train_settings(recipe: Recipe) -> TrainSettings:
 
 def fixed_levers(recipe: Recipe) -> dict[str, object]:
     """Return the levers that a recipe sets, by the names of ``Levers``; those left to the planner are not in it."""
-    m = recipe.memory
-    if recipe.train.compile:
-        m = m.model_copy(update=COMPILED_WITH)
-    given = {
-        "checkpointing": m.checkpointing, "kept_blocks": m.kept_blocks, "loss_chunk_tokens": m.loss_chunk_tokens,
-        "tile_tokens": None if m.tile_tokens == "off" else m.tile_tokens,
-        "host_embeddings": m.embeddings if m.embeddings == "auto" else m.embeddings == "host",
-        "host_head": m.head if m.head == "auto" else m.head == "host",
-        "offload_checkpoints": m.offload_checkpoints,
-        "resident_blocks": None if m.resident_blocks == "all" else m.resident_blocks,
-        "optimizer_in_backward": m.optimizer_in_backward,
-        "reuse_dequantized": m.reuse_dequantized, "compile": recipe.train.compile,
-    }  # fmt: skip
-    folder = {} if m.offload_folder is None else {"offload_folder": m.offload_folder}
-    return folder | {name: value for name, value in given.items() if value != "auto"}
+    said = recipe.memory.model_dump() | {"compile": recipe.train.compile}
+    return levers_of(said | COMPILED_WITH if recipe.train.compile else said)
 
 
 def build_model(recipe: Recipe, levers: Levers | None = None) -> nn.Module:
@@ -77,11 +64,14 @@ def build_model(recipe: Recipe, levers: Levers | None = None) -> nn.Module:
     return place(model, device, levers) if levers.places_weights else model
 
 
-def build_to_use(recipe: Recipe, adapters: Sequence[Path] = (), use_cache: bool = True) -> nn.Module:
+def build_to_use(
+    recipe: Recipe, adapters: Sequence[Path] = (), context_tokens: int | None = None, use_cache: bool = True
+) -> nn.Module:  # fmt: skip
     """Load a recipe's base model for answers and evaluations, its weights on the device as far as they fit.
 
     Args:
         adapters: folders of those that the device must have room for; they are for the caller to attach.
+        context_tokens: of the longest prompt with its answer that it must have room for; None is data.max_tokens.
         use_cache: keep and reuse the quantised model on disk.
     """
     m = recipe.model
@@ -89,12 +79,11 @@ def build_to_use(recipe: Recipe, adapters: Sequence[Path] = (), use_cache: bool 
     dtype = resolve_compute_dtype(m.compute_dtype, device)
     tiles, levers = Levers(tile_tokens=fixed_levers(recipe).get("tile_tokens")), Levers()
     if (memory := memory_to_use(device, recipe.memory.budget_bytes)) is not None:
-        config = read_config(m.path, m.revision)
-        skeleton = meta_model(config, *_quantization(recipe, config), dtype, m.quant_head)
+        skeleton = build_skeleton(recipe)
         if tiles.tile_tokens:
             set_levers(skeleton, tiles)
         memory -= sum(adapter_bytes(folder) for folder in adapters)
-        levers = placement(skeleton, recipe.data.max_tokens, memory)
+        levers = placement(skeleton, context_tokens or recipe.data.max_tokens, memory)
     model = load_model(
         m.path, m.quant, m.double_quant, dtype, "cpu" if levers.places_weights else device, m.revision, use_cache,
         quant_head=m.quant_head,
@@ -108,6 +97,13 @@ def build_to_use(recipe: Recipe, adapters: Sequence[Path] = (), use_cache: bool 
     return model
 
 
+def build_skeleton(recipe: Recipe) -> nn.Module:
+    """Return a recipe's base model on the meta device, its layers in 4 bit where those of the loaded one are."""
+    m = recipe.model
+    config, dtype = read_config(m.path, m.revision), resolve_compute_dtype(m.compute_dtype, resolve_device(m.device))
+    return meta_model(config, *quantization_of(recipe, config.to_dict()), dtype, m.quant_head)
+
+
 def job_of(recipe: Recipe, config, machine: Machine, eval_rows: Rows | None) -> Job:
     """Describe a recipe's training step for the planner; the rows of its micro-batches are the planner's to set.
 
@@ -117,7 +113,7 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_rows: Rows | None) -> 
         eval_rows: the largest evaluation batch, None without one.
     """
     m, x, t = recipe.model, recipe.lora, recipe.train
-    quant, double_quant = _quantization(recipe, config)
+    quant, double_quant = quantization_of(recipe, config.to_dict())
     dtype = machine.dtype if m.compute_dtype == "auto" else getattr(torch, m.compute_dtype)
     return Job(
         config, Rows((1,), 1), eval_rows, machine.device_type, quant, double_quant, m.quant_head, dtype,
@@ -127,9 +123,13 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_rows: Rows | None) -> 
     )  # fmt: skip
 
 
-def _quantization(recipe: Recipe, config) -> tuple[str, bool]:
-    """Return the type of the linear layers' weights, and whether their block maxima are quantised too."""
-    return stored_quantization(config.to_dict()) or (recipe.model.quant, recipe.model.double_quant)
+def quantization_of(recipe: Recipe, config: dict) -> tuple[str, bool]:
+    """Return the type of the linear layers' weights, and whether their block maxima are quantised too.
+
+    Args:
+        config: what the model's ``config.json`` says.
+    """
+    return stored_quantization(config) or (recipe.model.quant, recipe.model.double_quant)
 
 
 def with_plan(recipe: Recipe, levers: Mapping[str, object]) -> Recipe:

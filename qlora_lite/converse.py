@@ -57,7 +57,7 @@ class Session:
 
 def open_session(
     runs: str | Path | Sequence[str | Path], system: str | None = None, max_new_tokens: int = 256,
-    temperature: float = 0.0, model_path: str | None = None,
+    temperature: float = 0.0, model_path: str | None = None, context_tokens: int | None = None,
 ) -> Session:  # fmt: skip
     """Load the base model of one or more runs and their adapters for a conversation.
 
@@ -65,12 +65,13 @@ def open_session(
         runs: run folders that share a base model; the first one's adapter is used at first.
         system: the system message, if any.
         model_path: where the base model lies now, if it moved.
+        context_tokens: see ``tasks.open_tasks``.
 
     Raises:
         RecipeError: one is not a run folder, or has no adapter.
         ModelError: the base model is gone, or an adapter does not fit it.
     """
     listed = [runs] if isinstance(runs, str | Path) else runs
-    tasks = open_tasks(listed, model_path, unfinished=True)
+    tasks = open_tasks(listed, model_path, unfinished=True, context_tokens=context_tokens)
     turns = [Turn("system", system)] if system else []
     return Session(tasks, tasks.names[0], max_new_tokens, Sampling(temperature), turns)

@@ -99,12 +99,17 @@ class Tasks:
             )
 
 
-def open_tasks(runs: Sequence[str | Path], model_path: str | None = None, unfinished: bool = False) -> Tasks:
+def open_tasks(
+    runs: Sequence[str | Path], model_path: str | None = None, unfinished: bool = False,
+    context_tokens: int | None = None,
+) -> Tasks:  # fmt: skip
     """Load the base model that runs share, with all their adapters.
 
     Args:
         runs: run folders; a task's name is its folder's, or the path as given where two folders have the same.
         model_path, unfinished: see ``trained.open_trained``.
+        context_tokens: of the longest prompt with its answer that a card must have room for, before weights; None is
+            the longest row that one of the runs may have.
 
     Raises:
         RecipeError: a run cannot be used.
@@ -118,9 +123,8 @@ def open_tasks(runs: Sequence[str | Path], model_path: str | None = None, unfini
     if len(set(names)) < len(names):
         raise ModelError(f"the same run is given twice: {', '.join(names)}")
     adapters = {name: run.read_adapter(skeleton, must_change=False) for name, run in zip(names, opened, strict=True)}
-    longest = max((run.recipe for run in opened), key=lambda recipe: recipe.data.max_tokens)
-    data = first.recipe.data.model_copy(update={"max_tokens": longest.data.max_tokens})
-    model = build_to_use(first.recipe.model_copy(update={"data": data}), [run.adapter for run in opened])
+    longest = max(run.recipe.data.max_tokens for run in opened)
+    model = build_to_use(first.recipe, [run.adapter for run in opened], context_tokens or longest)
     tokenizer = load_tokenizer(first.recipe.model.path, first.recipe.model.revision)
     switch = add_switch(model, adapters)
     arrange_weights(model)

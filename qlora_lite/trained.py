@@ -10,14 +10,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .build import build_to_use, with_plan
+from .build import build_skeleton, build_to_use, quantization_of, with_plan
 from .data.template import Template, choose_template
 from .errors import CheckpointError, ModelError, RecipeError
 from .lora.read import Adapter, read_adapter
 from .models.cache import base_fingerprint
-from .models.load import resolve_compute_dtype, resolve_device, stored_quantization
+from .models.load import resolve_compute_dtype, resolve_device
 from .models.locate import ModelFiles, locate
-from .models.skeleton import meta_model, read_config
 from .models.tokenizer import load_tokenizer
 from .recipe.schema import Recipe
 from .runs import OpenedRun, open_run
@@ -55,13 +54,11 @@ class TrainedRun:
     @property
     def quantization(self) -> tuple[str, bool]:
         """Return how the run saw the linear layers: their type, and whether their block maxima were quantised too."""
-        m = self.recipe.model
-        return stored_quantization(self.files.config) or (m.quant, m.double_quant)
+        return quantization_of(self.recipe, self.files.config)
 
     def skeleton(self) -> nn.Module:
         """Return the base model on the meta device, its layers 4-bit where the run's were."""
-        m = self.recipe.model
-        return meta_model(read_config(m.path, m.revision), *self.quantization, self.compute_dtype, m.quant_head)
+        return build_skeleton(self.recipe)
 
     def tokenizer(self):
         """Return the tokenizer with the chat template that training used."""

@@ -11,6 +11,7 @@ import urllib.request
 
 import openai
 import pytest
+import torch
 import uvicorn
 from tiny_files import save_tiny
 from tiny_runs import make_run
@@ -223,6 +224,21 @@ def test_requests_beyond_the_line_are_refused_and_the_line_empties(server, clien
         go.set()
     assert sorted(outcomes) == ["length", "length"] + ["too_many_requests"] * 3
     assert client.chat.completions.create(**long).choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_conversation_too_long_for_the_memory_is_an_error_of_its_own_and_the_next_is_answered(
+    server, client, runs, monkeypatch, stream
+):  # fmt: skip
+    def generate(**_options):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patched, pytest.raises(openai.BadRequestError, match="--context-tokens") as caught:
+        patched.setattr(server[1].model, "generate", generate)
+        client.chat.completions.create(model="base", messages=ASKED, stream=stream)
+    assert caught.value.code == "context_length_exceeded"
+    reply = client.chat.completions.create(model="french-run", messages=ASKED)
+    assert reply.choices[0].message.content == expected(runs, "french-run")
 
 
 def test_a_client_that_leaves_a_stream_frees_its_place(client, runs):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from .merge import of_a_run
+from .options import of_a_run
 from .output import prepare
 
 _WIDTHS = 8, 16, 10, 12, 16, 12

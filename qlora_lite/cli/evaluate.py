@@ -8,7 +8,7 @@ import click
 from qlora_lite.errors import RecipeError
 from qlora_lite.recipe.load import load_recipe
 
-from .merge import of_a_run
+from .options import of_a_run
 from .output import prepare
 
 

@@ -1,47 +1,51 @@
 """``qlora-lite generate`` and ``chat``: use runs' adapters with the runs' own templates."""
 
 import time
+from collections.abc import Sequence
 
 import click
 
 from qlora_lite.errors import DataError, DoesNotFitError, ModelError
 
+from .options import context_option, model_option
 from .output import prepare
 
-_tokens = click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
-_temperature = click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True,
-                            help="0 takes the most probable token each time.")  # fmt: skip
-_model = click.option("--model", "model_path", help="Where the base model lies now, if it moved.")
+_conversation_options = [
+    click.option("--system", help="System message."),
+    click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True),
+    click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True,
+                 help="0 takes the most probable token each time."),
+    context_option, model_option,
+]  # fmt: skip
+
+
+def _of_a_conversation(command):
+    """Add the options of ``converse.open_session``."""
+    for option in _conversation_options[::-1]:
+        command = option(command)
+    return command
 
 
 @click.command()
 @click.argument("run")
 @click.option("--prompt", required=True, help="What the user says.")
-@click.option("--system", help="System message.")
-@_tokens
-@_temperature
-@_model
-def generate(run: str, prompt: str, system: str | None, max_new_tokens: int, temperature: float,
-             model_path: str | None) -> None:  # fmt: skip
+@_of_a_conversation
+def generate(run: str, prompt: str, **options) -> None:
     """Answer one prompt with the adapter of RUN (a run folder)."""
-    session = _open([run], system, max_new_tokens, temperature, model_path)
+    session = _open([run], options)
     session.say(prompt)
     click.echo(session.reply())
 
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
-@click.option("--system", help="System message.")
-@_tokens
-@_temperature
-@_model
-def chat(runs: tuple[str, ...], system: str | None, max_new_tokens: int, temperature: float,
-         model_path: str | None) -> None:  # fmt: skip
+@_of_a_conversation
+def chat(runs: tuple[str, ...], **options) -> None:
     """Talk with the adapters of one or more runs over one base model.
 
     /use NAME goes on with another adapter, /new forgets the conversation; an empty line or end of input ends it.
     """
-    session = _open(runs, system, max_new_tokens, temperature, model_path)
+    session = _open(runs, options)
     if len(runs) > 1:
         click.echo(f"adapters: {', '.join(session.tasks.names)}; /use NAME goes on with another", err=True)
     while True:
@@ -83,8 +87,8 @@ def _is_command(session, line: str) -> bool:
     return True
 
 
-def _open(runs, system, max_new_tokens, temperature, model_path):
+def _open(runs: Sequence[str], options: dict):
     prepare(verbose=False)
     from qlora_lite.converse import open_session
 
-    return open_session(runs, system, max_new_tokens, temperature, model_path)
+    return open_session(runs, **options)

@@ -6,20 +6,8 @@ import click
 
 from qlora_lite.units import format_bytes, format_seconds
 
+from .options import of_a_run
 from .output import prepare
-
-use_options = [
-    click.option("--model", "model_path", help="Where the base model lies now, if it moved."),
-    click.option("--unfinished", is_flag=True,
-                 help="Take what a run that did not reach its end has: the best adapter so far, else the last."),
-]  # fmt: skip
-
-
-def of_a_run(command):
-    """Add the options with which a run is opened."""
-    for option in use_options:
-        command = option(command)
-    return command
 
 
 @click.command()

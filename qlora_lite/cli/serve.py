@@ -2,7 +2,7 @@
 
 import click
 
-from .merge import of_a_run
+from .options import context_option, of_a_run
 from .output import prepare
 
 
@@ -13,9 +13,10 @@ from .output import prepare
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of an answer.")
 @click.option("--max-waiting", type=click.IntRange(min=0), default=8, show_default=True,
               help="Requests that wait while one is answered; more are refused.")  # fmt: skip
+@context_option
 @of_a_run
 def serve(runs: tuple[str, ...], host: str, port: int, max_new_tokens: int, max_waiting: int,
-          model_path: str | None, unfinished: bool) -> None:  # fmt: skip
+          context_tokens: int | None, model_path: str | None, unfinished: bool) -> None:  # fmt: skip
     """Answer /v1/chat/completions with the adapters of RUNs; the request's model selects one, "base" selects none.
 
     For trying an adapter on this machine. vLLM and Ollama are for production: see qlora-lite export.
@@ -25,4 +26,4 @@ def serve(runs: tuple[str, ...], host: str, port: int, max_new_tokens: int, max_
     from qlora_lite.tasks import open_tasks
 
     limits = Limits(waiting=max_waiting, new_tokens=max_new_tokens)
-    run_server(open_tasks(runs, model_path, unfinished), limits, host, port)
+    run_server(open_tasks(runs, model_path, unfinished, context_tokens), limits, host, port)

@@ -5,9 +5,9 @@ any time. The module that does the work is named beside each lever; ``planning.s
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
@@ -24,6 +24,14 @@ from qlora_lite.quant.product import keeping_weights
 from .anatomy import blocks, decoder, device_of, tokenwise_parts
 from .host_tables import HostEmbedding, HostHead
 
+# What the recipe calls otherwise: its key, and its words for values.
+_IN_A_RECIPE = {
+    "host_embeddings": ("embeddings", {False: "device", True: "host"}),
+    "host_head": ("head", {False: "device", True: "host"}),
+    "tile_tokens": ("tile_tokens", {None: "off"}),
+    "resident_blocks": ("resident_blocks", {None: "all"}),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Levers:
@@ -38,14 +46,24 @@ class Levers:
     kept_blocks: int = 0
     loss_chunk_tokens: int | None = None
     tile_tokens: int | None = None
-    offload_checkpoints: bool = False
-    resident_blocks: int | None = None
     host_embeddings: bool = False
     host_head: bool = False
+    offload_checkpoints: bool = False
+    resident_blocks: int | None = None
     optimizer_in_backward: bool = False
     reuse_dequantized: bool = False
     compile: bool = False
     offload_folder: str | None = None
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """The keys of a recipe's memory section (``compile`` is the train section's), with values in its words."""
+        said = {}
+        for field in fields(self):
+            key, words = _IN_A_RECIPE.get(field.name, (field.name, {}))
+            value = getattr(self, field.name)
+            said[key] = words.get(value, value)
+        return said
 
     @property
     def computes_again(self) -> bool:
@@ -70,6 +88,16 @@ class Levers:
     def places_weights(self) -> bool:
         """Whether ``place`` leaves any weights in host memory."""
         return self.host_head or self.host_embeddings or self.resident_blocks is not None
+
+
+def levers_of(settings: Mapping[str, object]) -> dict[str, object]:
+    """Return the fields of ``Levers`` that settings in a recipe's words fix; "auto" and None fix nothing."""
+    found = {}
+    for field in fields(Levers):
+        key, words = _IN_A_RECIPE.get(field.name, (field.name, {}))
+        if (said := settings.get(key)) not in ("auto", None):
+            found[field.name] = next((value for value, word in words.items() if word == said), said)
+    return found
 
 
 def place(model: nn.Module, device: torch.device, levers: Levers) -> nn.Module:

@@ -9,6 +9,7 @@ from .machine import Machine
 from .predict import Prediction, predict
 from .simulate import Job, Rows
 
+NOT_CHOSEN = {"optimizer_in_backward", "compile", "offload_folder"}  # levers that are as the recipe says
 EQUALLY_FAST = 1.03  # time estimates closer than this are not told apart
 
 
@@ -65,16 +66,9 @@ class Candidate:
 
     @property
     def settings(self) -> dict[str, object]:
-        """The levers as recipe keys."""
-        x = self.levers
-        return {
-            "memory.checkpointing": x.checkpointing, "memory.kept_blocks": x.kept_blocks,
-            "memory.loss_chunk_tokens": x.loss_chunk_tokens, "memory.tile_tokens": x.tile_tokens or "off",
-            "memory.embeddings": "host" if x.host_embeddings else "device",
-            "memory.head": "host" if x.host_head else "device",
-            "memory.offload_checkpoints": x.offload_checkpoints,
-            "memory.resident_blocks": "all" if x.resident_blocks is None else x.resident_blocks,
-            "memory.reuse_dequantized": x.reuse_dequantized,
+        """What the plan chose, by recipe keys."""
+        levers = {f"memory.{key}": value for key, value in self.levers.settings.items() if key not in NOT_CHOSEN}
+        return levers | {
             "train.micro_batch_size": self.packs, "train.gradient_accumulation_steps": self.micro_batches,
         }  # fmt: skip
 

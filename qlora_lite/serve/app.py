@@ -16,7 +16,7 @@ import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from qlora_lite.errors import OutputError, QloraLiteError
+from qlora_lite.errors import DoesNotFitError, OutputError, QloraLiteError
 from qlora_lite.tasks import Tasks
 
 from .engine import Engine, Piece
@@ -65,7 +65,9 @@ def build_app(tasks: Tasks, limits: Limits, hosts: tuple[str, ...] = LOCAL) -> S
         Route("/v1/models", api.models), Route("/v1/models/{name:path}", api.model),
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
     ]  # fmt: skip
-    handlers = {ApiError: _api_error, HTTPException: _http_error, Exception: _internal_error}
+    handlers = {
+        ApiError: _api_error, HTTPException: _http_error, DoesNotFitError: _too_long, Exception: _internal_error,
+    }  # fmt: skip
     return Starlette(routes=routes, exception_handlers=handlers)
 
 
@@ -186,6 +188,10 @@ async def _api_error(_request: Request, error: ApiError) -> Response:
 
 async def _http_error(_request: Request, error: HTTPException) -> Response:
     return JSONResponse(ApiError(error.status_code, f"{error.detail}; see /v1/models").body(), error.status_code)
+
+
+async def _too_long(request: Request, error: DoesNotFitError) -> Response:
+    return await _api_error(request, ApiError(400, str(error), "context_length_exceeded", "messages"))
 
 
 async def _internal_error(_request: Request, error: Exception) -> Response:

@@ -26,6 +26,7 @@ from qlora_lite.ops.tile import Tiled
 from qlora_lite.planning import answering
 from qlora_lite.planning.answering import bytes_on_device, memory_to_use, placement, prompt_bytes
 from qlora_lite.planning.meta_results import NeedsValuesError
+from qlora_lite.serve import app
 from qlora_lite.tasks import open_tasks
 from qlora_lite.trained import open_trained
 
@@ -197,8 +198,8 @@ def test_a_small_card_evaluates_answers_and_compares_as_a_large_one(tmp_path, mo
     assert placed == 3 * [some] + 3 * [Levers(resident_blocks=0, host_embeddings=True, host_head=True)]
 
 
-@pytest.mark.parametrize("use", ["base", "evaluation", "tasks"])
-def test_the_device_has_room_for_the_adapters_too(tmp_path, monkeypatch, use):
+@pytest.mark.parametrize("use", ["base", "evaluation", "tasks", "generate", "serve"])
+def test_the_device_has_room_for_the_adapters_and_the_context(tmp_path, monkeypatch, command, use):
     run, placed = tiny_run(tmp_path, num_hidden_layers=4), []
     twin, trained = shutil.copytree(run, tmp_path / "twin"), open_trained(run)
     longer = (run / "recipe.yaml").read_text().replace("max_tokens: 128", "max_tokens: 300")
@@ -206,11 +207,15 @@ def test_the_device_has_room_for_the_adapters_too(tmp_path, monkeypatch, use):
     uses_of_model = {
         "base": trained.build_base, "tasks": lambda: open_tasks([run, twin]),
         "evaluation": lambda: evaluate_recipe(trained.recipe, trained.adapter, 0),
+        "generate": lambda: command("generate", run, "--prompt", "3?", "--max-new-tokens", 1, "--context-tokens", 300),
+        "serve": lambda: command("serve", run, "--context-tokens", 300),
     }  # fmt: skip
-    enough = needed(trained, Levers())
-    if use == "tasks":  # the longer rows, and both adapters
-        enough = needed(open_trained(twin), Levers()) + (run / "adapter" / WEIGHTS_NAME).stat().st_size
-        assert enough > needed(trained, Levers()) + 2**19
+    monkeypatch.setattr(app, "run_server", lambda *_arguments: None)
+    longest = trained if use in ("base", "evaluation") else open_trained(twin)
+    enough = needed(longest, Levers())
+    if use == "tasks":  # both adapters
+        enough += (run / "adapter" / WEIGHTS_NAME).stat().st_size
+    assert longest is trained or enough > needed(trained, Levers()) + 2**19
     monkeypatch.setattr(build, "place", lambda *args: placed.append(args[-1]) or place(*args))
     for memory, expected in ((enough, 0), (enough - 1, 1)):
         monkeypatch.setattr(build, "memory_to_use", lambda _device, _budget, memory=memory: memory)
