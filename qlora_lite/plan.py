@@ -123,19 +123,21 @@ def budget_of(recipe: Recipe, machine: Machine) -> int:
     return there if budget is None else min(budget, there)
 
 
-def plan_run(recipe: Recipe, examples, eval_examples) -> tuple[Plan, TrainSettings]:
+def plan_run(recipe: Recipe, examples, eval_examples, machine: Machine | None = None) -> tuple[Plan, TrainSettings]:
     """Plan a recipe for the device at hand and the rows that were read; return the plan and its settings.
 
     Args:
         examples, eval_examples: tokenised rows; none of the latter if there is no evaluation.
+        machine: the device as it is known; None measures it.
 
     Raises:
         DoesNotFitError: with the breakdown and the smallest change that fits.
         OutputError: the disk of memory.offload_folder has no room.
         ModelError: see ``plan_recipe``.
     """
-    device = resolve_device(recipe.model.device)
-    machine = this_machine(device, resolve_compute_dtype(recipe.model.compute_dtype, device))
+    if machine is None:
+        device = resolve_device(recipe.model.device)
+        machine = this_machine(device, resolve_compute_dtype(recipe.model.compute_dtype, device))
     settings = train_settings(recipe)
     packs = settings.micro_batch_size * settings.gradient_accumulation_steps
     one_by_one = replace(settings, micro_batch_size=1, gradient_accumulation_steps=packs)  # the same packs a step

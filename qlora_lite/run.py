@@ -4,6 +4,7 @@ Lower layers take plain arguments; recipes stop here. The order is chosen so tha
 the run folder, the tokenizer, the data, then the model, then the memory, then the training.
 """
 
+import gc
 import json
 import logging
 import platform
@@ -11,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -28,8 +29,9 @@ from .models.cache import base_fingerprint
 from .models.load import resolve_device
 from .models.locate import locate
 from .models.tokenizer import load_tokenizer
-from .plan import alternatives, expected_peak, plan_run
+from .plan import expected_peak, plan_run
 from .plan_text import reason
+from .planning.machine import Machine
 from .preflight import line_of_problem, preflight
 from .recipe.schema import Recipe
 from .report import write_report
@@ -62,6 +64,7 @@ from .units import format_bytes, format_count, format_seconds
 
 log = logging.getLogger("qlora_lite")
 SAMPLES = 4
+SPARED = 0.02  # of the budget: left free in a plan after one that a rehearsal found too small
 
 
 def run_recipe(
@@ -122,7 +125,6 @@ class _Run:
     def execute(self) -> None:
         """Go through the stages."""
         device = resolve_device(self.recipe.model.device)
-        hold_to(device, None)  # a run before this one in the same process may have had a smaller budget
         with deterministic(self.recipe.train.deterministic), PeakMeter(device) as meter:
             with self.stop.at_once(), _explaining_memory():
                 self._prepare(meter)
@@ -139,29 +141,56 @@ class _Run:
         identity = data_identity(recipe, self.tokenizer, self.data, self.eval_data)
         self._compare(identity)
         self.rows = rows_to_plan(recipe, self.data)
-        self._plan()
-        with _explaining_memory("while the model was loaded; close other programs, or choose a smaller model"):
-            self.model = build_model(recipe, levers=self.settings.levers)
-        self.trainer = Trainer(self.model, self.rows, self.settings, build_stream(recipe, self.tokenizer))
-        self._describe_model()
-        self.checksum = frozen_checksum(self.model)
-        model_identity = {BASE_MODEL: self.checksum, "type of device": device_of(self.model).type}
-        self._compare(model_identity)
-        if self.continuation:
-            self.continuation.compare_schedule(self.trainer.total_steps, self.settings)
-            self.trainer.most_tokens = self.continuation.checkpoint.documents[STATE]["most_tokens"]
-        self._rehearse()
+        identity |= self._load_for_a_proven_plan()
         factors = sum(parameter.nbytes for parameter in self.trainer.parameters)
         has_evaluation, keep = self.eval_data is not None, recipe.train.keep_checkpoints
         check_space(self.run.path, Space(factors, self.trainer.optimizer_bytes, has_evaluation, keep))
         about = {
-            "recipe": recipe.model_dump(mode="json"), "identity": identity | model_identity,
+            "recipe": recipe.model_dump(mode="json"), "identity": identity,
             "plan": self.plan.chosen.settings, "environment": environment(_device_name(device_of(self.model))),
         }  # fmt: skip
         self.training = Training(recipe, self.run, self.trainer, self.tokenizer, self.eval_data, self.meter, self.stop,
                                  about, self.progress)  # fmt: skip
         if self.continuation:
             self._restore(about["environment"])
+
+    def _load_for_a_proven_plan(self) -> dict:
+        """Load the model for the fastest plan that a rehearsal proves to fit; return its identity.
+
+        Where a rehearsal needs more than was planned, it is planned again with so much less.
+
+        Raises:
+            DoesNotFitError: nothing fits.
+        """
+        machine = None
+        while True:
+            hold_to(self.meter.device, None)  # an earlier plan or run in this process may have had a smaller budget
+            self._plan(machine)
+            identity = self._load()
+            taken_bytes, budget = self._rehearse(), self.plan.budget_bytes
+            if taken_bytes <= budget:
+                return identity
+            beyond_bytes = taken_bytes - self.plan.peak_bytes + int(SPARED * budget)
+            log.warning("that is more than was planned; planning again with %s less", format_bytes(beyond_bytes))
+            machine = replace(self.plan.machine, base_bytes=self.plan.machine.base_bytes + beyond_bytes)
+            self.model = self.trainer = None
+            gc.collect()
+            free_cached_memory(self.meter.device)
+
+    def _load(self) -> dict:
+        """Load the model as planned, and compare it with that of the run that is gone on with; return its identity."""
+        with _explaining_memory("while the model was loaded; close other programs, or choose a smaller model"):
+            self.model = build_model(self.recipe, levers=self.settings.levers)
+        stream = build_stream(self.recipe, self.tokenizer)
+        self.trainer = Trainer(self.model, self.rows, self.settings, stream)
+        self._describe_model()
+        self.checksum = frozen_checksum(self.model)
+        identity = {BASE_MODEL: self.checksum, "type of device": device_of(self.model).type}
+        self._compare(identity)
+        if self.continuation:
+            self.continuation.compare_schedule(self.trainer.total_steps, self.settings)
+            self.trainer.most_tokens = self.continuation.checkpoint.documents[STATE]["most_tokens"]
+        return identity
 
     def _compare(self, identity: dict) -> None:
         if self.continuation:
@@ -245,16 +274,23 @@ class _Run:
             base_fingerprint=base_fingerprint(locate(self.recipe.model.path, self.recipe.model.revision)),
         )  # fmt: skip
 
-    def _plan(self) -> None:
-        """Choose how to run the step before anything large is loaded; what cannot fit ends the run here."""
+    def _plan(self, machine: Machine | None) -> None:
+        """Choose how to run the step before anything large is loaded; what cannot fit ends the run here.
+
+        Args:
+            machine: None measures it.
+        """
         eval_examples = self.eval_data.examples if self.eval_data else ()
         keeps_plan = self.continuation is not None and self.continuation.keeps_plan
         recipe = with_plan(self.recipe, self.continuation.run["plan"]) if keeps_plan else self.recipe
-        self.plan, self.settings = plan_run(recipe, self.rows, eval_examples)
+        self.plan, self.settings = plan_run(recipe, self.rows, eval_examples, machine)
         log.info("plan: %s", reason(self.plan))
 
-    def _rehearse(self) -> None:
-        """Run the largest micro-batch and evaluation batch once, and compare with the plan and the budget."""
+    def _rehearse(self) -> int:
+        """Run the largest micro-batch and evaluation batch once; return what they took, in bytes.
+
+        Where memory runs out that is not known; it is then one byte more than the budget.
+        """
         budget, device = self.plan.budget_bytes, device_of(self.model)
         free_cached_memory(device)  # of loading
         hold_to(device, budget)
@@ -269,7 +305,14 @@ class _Run:
             predicted = self.plan.machine.base_bytes + expected.peak_bytes - mapped
         if self.settings.levers.compile:
             log.info("train.compile: compiling the blocks, which takes a minute or so the first time")
-        self.trainer.rehearse(eval_examples)
+        try:
+            self.trainer.rehearse(eval_examples)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            log.warning("memory: ran out over the largest micro-batch (predicted %s; %s)", format_bytes(predicted),
+                        first_line(error))  # fmt: skip
+            return budget + 1
         peak = self.trainer.meter.peak_bytes()  # without what loading took for a moment
         place = expected.simulation.peak()
         log.info("memory: the largest micro-batch peaks at %s (predicted %s, %s of %s); budget %s", format_bytes(peak),
@@ -278,13 +321,7 @@ class _Run:
             "budget_bytes": budget, "predicted_peak_bytes": predicted, "measured_peak_bytes": peak,
             "chosen": self.plan.chosen.settings, "why": reason(self.plan),
         })  # fmt: skip
-        if peak > budget:
-            others = [a for a in alternatives(self.plan) if a.peak_bytes < self.plan.peak_bytes - (peak - budget)]
-            cure = f"{others[0].change} needs less" if others else CURES
-            raise DoesNotFitError(
-                f"the largest micro-batch peaks at {format_bytes(peak)}, over the budget of {format_bytes(budget)}; "
-                f"{cure}"
-            )
+        return peak
 
     def _conclude(self, before: ExactMatch | None, after: ExactMatch | None) -> None:
         digest = self.training.save_adapter(ADAPTER)

@@ -16,9 +16,12 @@ from qlora_lite.build import build_model
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
 from qlora_lite.data.render import render_prompt
 from qlora_lite.errors import DataError, DoesNotFitError, ModelError, OutputError, RecipeError, TrainingError
+from qlora_lite.memory.meter import held_bytes
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs import open_run
+from qlora_lite.train.loop import Trainer
 
+BUDGET = 1536 * 2**20
 METRICS = {
     "step", "loss", "learning_rate", "grad_norm", "tokens", "labelled_tokens", "tokens_per_second", "peak_bytes",
     "seconds",
@@ -307,6 +310,65 @@ def test_memory_that_runs_out_in_loading_is_not_blamed_on_the_rows(run, monkeypa
     monkeypatch.setattr("qlora_lite.run.build_model", run_out)
     with pytest.raises(DoesNotFitError, match=r"\(CUDA out of memory\); while the model was loaded.*smaller model"):
         run()
+
+
+@pytest.fixture
+def wide_run(tmp_path, monkeypatch):
+    """Train a model whose blocks keep far more than their inputs, with a rehearsal that takes what ``more`` says."""
+    save_tiny(tmp_path / "wide", intermediate_size=8192, num_hidden_layers=4)
+    rehearse, train = Trainer.rehearse, {"max_steps": 2, "micro_batch_size": 4}
+
+    def call(more=lambda _levers: None, **memory):
+        def rehearse_with_more(trainer, *rows):
+            beside = more(trainer.settings.levers)
+            rehearse(trainer, *rows)
+            del beside
+
+        monkeypatch.setattr(Trainer, "rehearse", rehearse_with_more)
+        file = write_recipe(tmp_path, tmp_path / "wide", train=train, memory=memory)
+        return summary_of(qlora_lite.run_recipe(load_recipe(file)))
+
+    call.folder = tmp_path / "out"
+    return call
+
+
+def run_out(_levers):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def take_all(_levers):
+    return torch.ones((BUDGET + 50 * 2**20 - held_bytes(torch.device("cpu"))) // 4)
+
+
+@pytest.mark.parametrize("more", [run_out, take_all])
+def test_what_needs_more_than_was_planned_is_planned_again_and_proved(wide_run, more):
+    auto = {"budget": f"{BUDGET}B", "checkpointing": "auto"}
+    planned = wide_run(**auto)
+    assert planned["plan"]["chosen"]["memory.checkpointing"] == "none"
+    shutil.rmtree(wide_run.folder)
+    again = wide_run(lambda levers: more(levers) if levers.checkpointing == "none" else None, **auto)
+    assert again["plan"]["chosen"]["memory.checkpointing"] == "block"
+    assert again["plan"]["measured_peak_bytes"] <= again["plan"]["budget_bytes"] == BUDGET
+    assert again["adapter_sha256"] == planned["adapter_sha256"]
+    log = (wide_run.folder / "log.txt").read_text()
+    assert log.count("that is more than was planned; planning again with") == 1
+    assert log.count("memory: ran out over the largest micro-batch (predicted") == (more is run_out)
+
+
+@pytest.mark.parametrize(("more", "fixed"), [
+    (take_all, {}), (run_out, {"checkpointing": "block", "kept_blocks": 0}),
+])  # fmt: skip
+def test_a_run_that_no_rehearsal_proves_ends_before_its_first_step(wide_run, more, fixed):
+    tried = []
+
+    def always(levers):
+        tried.append(levers)
+        return more(levers)
+
+    with pytest.raises(DoesNotFitError, match=r"does not fit: .* of 1\.5 GiB"):
+        wide_run(always, **({"budget": f"{BUDGET}B", "checkpointing": "auto"} | fixed))
+    assert len(tried) == len(set(tried)) and (len(tried) == 1) is bool(fixed)
+    assert summary_of(wide_run.folder)["status"] == "failed" and not (wide_run.folder / "metrics.jsonl").exists()
 
 
 def test_a_target_that_matches_nothing_fails_with_its_name(run):
