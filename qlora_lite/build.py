@@ -13,7 +13,7 @@ from .lora.inject import Target, add_lora
 from .lora.read import adapter_bytes
 from .models.anatomy import blocks
 from .models.levers import Levers, levers_of, place, set_levers
-from .models.load import load_model, resolve_compute_dtype, resolve_device, stored_quantization
+from .models.load import compute_dtype_on, load_model, resolve_compute_dtype, resolve_device, stored_quantization
 from .models.skeleton import meta_model, read_config
 from .planning.answering import left_on_host, memory_to_use, placement
 from .planning.machine import Machine
@@ -114,7 +114,7 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_rows: Rows | None) -> 
     """
     m, x, t = recipe.model, recipe.lora, recipe.train
     quant, double_quant = quantization_of(recipe, config.to_dict())
-    dtype = machine.dtype if m.compute_dtype == "auto" else getattr(torch, m.compute_dtype)
+    dtype = compute_dtype_on(machine.device_type, machine.dtype, m.compute_dtype)
     return Job(
         config, Rows((1,), 1), eval_rows, machine.device_type, quant, double_quant, m.quant_head, dtype,
         tuple(Target(t.pattern, t.rank, t.alpha) for t in x.targets), x.rank, x.alpha, x.dropout, x.rslora,

@@ -4,6 +4,8 @@ import importlib.util
 import os
 import platform
 import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 
@@ -11,6 +13,7 @@ from .files import cache_root
 from .memory.process import segments_grow
 from .models.load import has_fast_bf16, resolve_device
 from .runs import package_versions
+from .train.optim import can_page
 from .units import format_bytes
 
 
@@ -51,9 +54,12 @@ def _free(path) -> str:
     return format_bytes(shutil.disk_usage(existing).free)
 
 
-def _has_c_compiler() -> bool:
-    """Tell whether there is one where triton looks for it (triton 3.7, runtime/build.py)."""
-    return bool(os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc"))
+def missing_for_triton() -> str:
+    """Name what triton builds its kernels' launchers with (3.7, runtime/build.py) and does not find; "" is nothing."""
+    if not (os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")):
+        return "a C compiler (gcc)"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return "" if header.exists() else "Python.h (python3-dev)"
 
 
 def _notes(device: torch.device) -> list[str]:
@@ -62,7 +68,6 @@ def _notes(device: torch.device) -> list[str]:
         notes.append("no CUDA GPU is usable: training runs on the processor; take a small model")
         if not torch.version.cuda:
             notes.append("this torch is built without CUDA; install the CUDA build if the machine has a card")
-        notes.append("paged optimizers are ordinary ones here: there is no device memory to page")
     if not has_fast_bf16(device):
         notes.append("this device has no fast bfloat16: the compute type falls back to float32")
     if device.type == "cuda" and not segments_grow():
@@ -70,11 +75,13 @@ def _notes(device: torch.device) -> list[str]:
             "torch's CUDA allocator has segments of fixed sizes here (WSL, or PYTORCH_ALLOC_CONF): plans leave more "
             "room for holes between tensors; PYTORCH_ALLOC_CONF=expandable_segments:True makes them grow"
         )
-    if device.type == "cuda" and importlib.util.find_spec("triton") and not _has_c_compiler():
+    if device.type == "cuda" and importlib.util.find_spec("triton") and (missing := missing_for_triton()):
         notes.append(
-            "no C compiler is found, which triton needs: for train.compile, and for a few products of torch 2.13 and "
-            "later; install gcc, or leave train.compile off and set TORCH_DISABLE_NATIVE_JIT=1"
+            f"triton needs {missing} for train.compile, and for a few products of torch 2.13 and later: install it, or "
+            "leave train.compile off and set TORCH_DISABLE_NATIVE_JIT=1"
         )
+    if not can_page(device):
+        notes.append("paged optimizers are ordinary ones here: no card is found that can page their states")
     if "plain torch" in _backend(device):
         notes.append("bitsandbytes has no native library here: 4-bit layers run in plain torch, many times slower")
     return notes

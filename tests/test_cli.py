@@ -222,14 +222,33 @@ def test_doctor_prints_one_json_object_or_lines(command):
     assert code == 0 and torch.__version__ in out and "bitsandbytes backend" in out
 
 
-@pytest.mark.parametrize("device, found, noted", [("cuda", None, True), ("cuda", "cc", False), ("cpu", None, False)])
-def test_doctor_notes_a_card_beside_which_triton_finds_no_c_compiler(device, found, noted, monkeypatch):
+@pytest.mark.parametrize(("device", "compiler", "header", "missing"), [
+    ("cuda", None, True, "a C compiler (gcc)"), ("cuda", "gcc", False, "Python.h (python3-dev)"),
+    ("cuda", "gcc", True, None), ("cpu", None, False, None),
+])  # fmt: skip
+def test_doctor_notes_what_triton_misses_beside_a_card(device, compiler, header, missing, monkeypatch, tmp_path):
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr("shutil.which", lambda name: found)
+    monkeypatch.setattr("shutil.which", lambda name: compiler)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    for name, value in (("has_fast_bf16", True), ("segments_grow", True), ("_backend", "a native library")):
+    monkeypatch.setattr("sysconfig.get_path", lambda name: tmp_path)
+    if header:
+        (tmp_path / "Python.h").touch()
+    for name, value in (
+        ("has_fast_bf16", True), ("segments_grow", True), ("can_page", True), ("_backend", "a native library")
+    ):  # fmt: skip
         monkeypatch.setattr(doctor, name, lambda *_, value=value: value)
-    assert any("no C compiler" in note for note in doctor._notes(torch.device(device))) == noted
+    notes = [note for note in doctor._notes(torch.device(device)) if "triton needs" in note]
+    assert [note.partition(" for train.compile")[0] for note in notes] == [f"triton needs {missing}"] * bool(missing)
+
+
+@pytest.mark.parametrize("pages", [True, False])
+def test_doctor_notes_a_card_that_cannot_page(pages, monkeypatch):
+    for name, value in (
+        ("has_fast_bf16", True), ("segments_grow", True), ("can_page", pages), ("_backend", "a native library")
+    ):  # fmt: skip
+        monkeypatch.setattr(doctor, name, lambda *_, value=value: value)
+    noted = any("paged optimizers are ordinary ones" in note for note in doctor._notes(torch.device("cuda")))
+    assert noted is not pages
 
 
 @pytest.mark.parametrize(

@@ -56,9 +56,10 @@ def test_the_fastest_settings_that_fit_are_chosen_and_the_effective_batch_is_kep
 
 def test_a_card_without_fast_bfloat16_is_planned_in_the_type_that_it_will_run_in(recipe):
     old = machine_of_card(find_card("tesla-t4"))
-    plans = [planner.plan_recipe(recipe(*more), old, 24 * GIB) for more in ([], ["model.compute_dtype=bfloat16"])]
+    plans = [planner.plan_recipe(recipe(), card, 24 * GIB) for card in (old, CARD)]
     assert [plan.step.job.compute_dtype for plan in plans] == [torch.float32, torch.bfloat16]
-    assert planner.plan_recipe(recipe(), CARD, 24 * GIB).step.job.compute_dtype == torch.bfloat16
+    with pytest.raises(ModelError, match="compute_dtype bfloat16 is for cards"):
+        planner.plan_recipe(recipe("model.compute_dtype=bfloat16"), old, 24 * GIB)
     assert plans[0].chosen.prediction.simulation.resident.total > plans[1].chosen.prediction.simulation.resident.total
 
 
@@ -451,7 +452,7 @@ def test_a_run_keeps_to_its_plan_and_writes_predicted_beside_measured(tmp_path):
     assert plan["measured_peak_bytes"] <= plan["budget_bytes"]
     # The process is counted with what it holds while the machine's speed is measured, which a tiny model never needs.
     assert plan["measured_peak_bytes"] <= 1.15 * plan["predicted_peak_bytes"]
-    assert plan["predicted_peak_bytes"] <= 1.3 * plan["measured_peak_bytes"] + 2 * machine._COPY_BYTES
+    assert plan["predicted_peak_bytes"] <= 1.3 * plan["measured_peak_bytes"] + 2 * machine._COPY_BYTES["cpu"]
     chosen = plan["chosen"]
     assert chosen["train.micro_batch_size"] * chosen["train.gradient_accumulation_steps"] == 2
     assert "predicted" in (folder / "log.txt").read_text()

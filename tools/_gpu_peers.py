@@ -13,6 +13,7 @@ import torch
 from _cases import OUT_OF_MEMORY, examples_of, free_memory, model_of, trainer_of
 from _peers import dressed, peers_step, stock_model
 
+from qlora_lite.doctor import missing_for_triton
 from qlora_lite.errors import QloraLiteError
 from qlora_lite.models.levers import Levers
 
@@ -58,9 +59,10 @@ def compare_sides(name: str, rows: int, length: int, chosen: Levers, device: tor
 
 
 def _missing(side: str, device: torch.device) -> str:
-    compilers = ("g++",) if device.type == "cpu" else ("cc", "gcc", "clang")  # Triton builds what calls its kernels
-    if side.endswith("compiled") and not any(map(shutil.which, compilers)):
-        return f"there is no compiler: {', '.join(compilers)}"
+    if side.endswith("compiled"):
+        missing = missing_for_triton() if device.type == "cuda" else "" if shutil.which("g++") else "g++"
+        if missing:
+            return f"there is no {missing}"
     needed = ["peft"] * side.startswith("peers") + ["liger_kernel"] * side.endswith("Liger")
     return ", ".join(f"{name} is not installed" for name in needed if importlib.util.find_spec(name) is None)
 

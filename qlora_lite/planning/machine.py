@@ -17,7 +17,10 @@ from qlora_lite.memory.work import Work
 
 MATMUL_REACHED = 0.6  # of a card's dense peak, for products of a few thousand rows; not measured here
 BANDWIDTH_REACHED = 0.8  # of a card's memory bandwidth, element-wise kernels; not measured here
-_PRODUCT, _COPY_BYTES, _TRIES = (512, 2048, 2048), 64 * 2**20, 3
+# Large enough for a fast card: far longer than a launch, more than its second-level cache holds.
+_PRODUCT = {"cpu": (512, 2048, 2048), "cuda": (2048, 4096, 4096)}
+_COPY_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
+_BUS_BYTES, _TRIES = 64 * 2**20, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +82,15 @@ def _speeds(device: torch.device, dtype: torch.dtype) -> tuple[float, float, flo
 
     The process of a small model never holds as much again, so that this is what its peak shows.
     """
-    rows, inner, columns = _PRODUCT
+    (rows, inner, columns), copied = _PRODUCT[device.type], _COPY_BYTES[device.type]
     a, b = torch.zeros(rows, inner, dtype=dtype, device=device), torch.zeros(inner, columns, dtype=dtype, device=device)
-    source = torch.zeros(_COPY_BYTES, dtype=torch.uint8, device=device)
+    source = torch.zeros(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     flops = 2 * rows * inner * columns / _fastest(lambda: a @ b, device)
-    rate = bus = 2 * _COPY_BYTES / _fastest(lambda: target.copy_(source), device)
+    rate = bus = 2 * copied / _fastest(lambda: target.copy_(source), device)
     if device.type == "cuda":
-        host = torch.empty(_COPY_BYTES, dtype=torch.uint8, pin_memory=True)
-        bus = _COPY_BYTES / _fastest(lambda: target.copy_(host, non_blocking=True), device)
+        host = torch.empty(_BUS_BYTES, dtype=torch.uint8, pin_memory=True)
+        bus = _BUS_BYTES / _fastest(lambda: target[:_BUS_BYTES].copy_(host, non_blocking=True), device)
     return flops, rate, bus, held_bytes(device)
 
 

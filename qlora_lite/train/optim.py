@@ -2,9 +2,12 @@
 
 8-bit states are kept per block of 256 values with a dynamic code (8-bit optimizers, arXiv 2110.02861); factors under
 4,096 values keep 32-bit states, bitsandbytes' own rule; on a CPU ``eight_bit`` updates them, to the same bits. Paged
-states live in memory that CUDA moves to the host under pressure; without CUDA they are ordinary memory.
+states live in memory that CUDA moves to the host under pressure; where that cannot be, they are ordinary memory.
 """
 
+import ctypes
+import logging
+import os
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -14,6 +17,9 @@ from qlora_lite.memory.marks import category, phase
 
 from .rounding import RoundingAdamW, rounding_by_chance
 
+log = logging.getLogger(__name__)
+
+CONCURRENT_MANAGED_ACCESS = 89  # an attribute of a device, in cuda.h
 BITSANDBYTES_NAMES = {
     "paged_adamw_8bit": "PagedAdamW8bit",
     "paged_adamw_32bit": "PagedAdamW32bit",
@@ -43,17 +49,32 @@ def build_optimizer(
         return optimizer_class(parameters, lr=learning_rate, weight_decay=weight_decay, foreach=False)
     import bitsandbytes.optim
 
-    if parameters[0].device.type == "cuda":
-        optimizer_class = getattr(bitsandbytes.optim, BITSANDBYTES_NAMES[name])
-    else:
-        from .eight_bit import CpuAdamW8bit, CpuLion8bit
+    from .eight_bit import CpuAdamW8bit, CpuLion8bit
 
-        key = name.removeprefix("paged_")
-        faster = {"adamw_8bit": CpuAdamW8bit, "lion_8bit": CpuLion8bit}
-        optimizer_class = faster.get(key) or getattr(bitsandbytes.optim, BITSANDBYTES_NAMES[key])
+    device = parameters[0].device
+    if name.startswith("paged_") and not can_page(device):
+        name = name.removeprefix("paged_")
+        if device.type == "cuda":
+            log.info("optimizer states cannot be paged on this card: %s it is", name)
+    on_cpu = {} if device.type == "cuda" else {"adamw_8bit": CpuAdamW8bit, "lion_8bit": CpuLion8bit}
+    optimizer_class = on_cpu.get(name) or getattr(bitsandbytes.optim, BITSANDBYTES_NAMES[name])
     if stochastic_rounding:
         optimizer_class = rounding_by_chance(optimizer_class)
     return optimizer_class(parameters, lr=learning_rate, weight_decay=weight_decay)
+
+
+def can_page(device: torch.device) -> bool:
+    """Tell whether a device and its host may use the same managed memory at one time, as paged states do.
+
+    A card on WSL or Windows, or a share of one, may not; bitsandbytes does not ask, and ends the process where CUDA
+    gives it no such memory (``cget_managed_ptr``).
+    """
+    if device.type != "cuda":
+        return False
+    driver, found = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1"), ctypes.c_int()
+    number = torch.cuda.current_device() if device.index is None else device.index
+    error = driver.cuDeviceGetAttribute(ctypes.byref(found), CONCURRENT_MANAGED_ACCESS, number)
+    return error == 0 and found.value == 1
 
 
 def clip_gradients(parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:

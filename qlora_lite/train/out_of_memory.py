@@ -21,6 +21,7 @@ _WORDINGS = (
     "can't allocate memory", "not enough memory",  # torch's CPU allocator on Linux and macOS, on Windows
     "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED",
     "cudaErrorMemoryAllocation", "std::bad_alloc", "HOST_ALLOCATION_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",  # what it says on a card that is full
 )  # fmt: skip
 CURES = "lower data.max_tokens or lora.rank, or give it more memory"
 

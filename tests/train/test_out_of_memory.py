@@ -19,6 +19,7 @@ WORDINGS = [
     RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
     RuntimeError("HIP out of memory. Tried to allocate"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     RuntimeError(CPU_WORDS),
     RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 12 bytes."),
@@ -27,6 +28,7 @@ WORDINGS = [
 ]
 OTHERS = [
     RuntimeError("mat1 and mat2 shapes cannot be multiplied"), RuntimeError("CUDA error: an illegal memory access"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasSetStream(handle, stream)`"),
     RuntimeError("CUDA error: device-side assert triggered"), ValueError("out of memory"), OSError("out of memory"),
 ]  # fmt: skip
 OPTIONS = dict(max_tokens=40, gradient_accumulation_steps=2, max_steps=3, dtype=torch.float32)

@@ -1,6 +1,8 @@
 """Accumulation, schedules, clipping and optimizers do what their definitions say."""
 
+import ctypes
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from qlora_lite.errors import TrainingError
 from qlora_lite.lora.inject import add_lora, lora_parameters
 from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.recipe.reference import choices_of, field_at
-from qlora_lite.train.optim import BITSANDBYTES_NAMES, build_optimizer, clip_gradients
+from qlora_lite.train import optim
+from qlora_lite.train.optim import BITSANDBYTES_NAMES, build_optimizer, can_page, clip_gradients
 from qlora_lite.train.schedule import lr_factor
 from qlora_lite.train.step import accumulate_gradients, evaluate_loss, labelled_count, prepare, train_step
 
@@ -139,6 +142,27 @@ def test_every_optimizer_takes_a_step_and_lowers_the_loss(name, dtype):
     assert all(p.isfinite().all() for p in parameters)
     eight_bit = {t.dtype for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)}
     assert (torch.uint8 in eight_bit) == name.endswith("8bit")
+
+
+@pytest.mark.parametrize(("error", "attribute", "pages"), [(0, 1, True), (0, 0, False), (801, 1, False)])
+def test_a_card_s_driver_is_asked_whether_states_can_be_paged(error, attribute, pages, monkeypatch):
+    def get_attribute(found, number, device):
+        assert (number, device) == (89, 1)  # as cuda.h has it
+        found._obj.value = attribute
+        return error
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(cuDeviceGetAttribute=get_attribute))
+    assert can_page(torch.device("cuda", 1)) is pages
+    assert not can_page(torch.device("cpu")) and not can_page(torch.device("meta"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pages", [True, False])
+@pytest.mark.parametrize("name", [name for name in BITSANDBYTES_NAMES if name.startswith("paged")])
+def test_on_a_card_states_are_paged_where_that_can_be(name, pages, monkeypatch):
+    monkeypatch.setattr(optim, "can_page", lambda device: pages)
+    weight = torch.nn.Parameter(torch.zeros(512, 512, device="cuda"))
+    assert build_optimizer([weight], name, 0.1, 0.0).is_paged is pages
 
 
 @pytest.mark.parametrize("name", [*BITSANDBYTES_NAMES, "adamw_torch"])
