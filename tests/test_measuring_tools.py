@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,14 +17,16 @@ import pytest
 import torch
 
 from qlora_lite.errors import DoesNotFitError
+from qlora_lite.memory.cards import find_card
 from qlora_lite.models.levers import Levers
+from qlora_lite.planning.machine import machine_of_card
 
 TOOLS = Path(__file__).parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
 
 import _gpu_caps  # noqa: E402
 from _card import card_environment  # noqa: E402
-from _gpu_sections import CARD, SECTIONS  # noqa: E402
+from _gpu_sections import CARD, SECTIONS, resident_task  # noqa: E402
 from _gpu_summary import summary  # noqa: E402
 from _lever_plot import lever_plot  # noqa: E402
 from _levers import lever_cases, measure, merged  # noqa: E402
@@ -124,6 +127,13 @@ def test_without_a_card_there_is_no_check():
     assert done.returncode == 2 and "no CUDA device" in done.stderr
 
 
+def test_a_small_or_slow_card_is_given_a_task_that_it_has_room_and_time_for():
+    card = machine_of_card(find_card("a100-80gb"))
+    small, slow = replace(card, memory_bytes=5 * 2**30), replace(card, flops_per_second=card.flops_per_second / 3)
+    tasks = [resident_task("streamed", 25, CARD, machine) for machine in (card, small, slow)]
+    assert tasks == [("llama-8b", 2048), ("llama-1b", 2048), ("llama-8b", 1024)]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_every_section_can_be_rehearsed_without_a_card(tmp_path):
@@ -137,8 +147,8 @@ def test_every_section_can_be_rehearsed_without_a_card(tmp_path):
     assert lengths[0] and not lengths[-1]
     equal = [row for row in found["sections"]["streamed"]["rows"] if row["kind"] == "equal"]
     assert len(equal) == 6 and all(row["tensors"] > 10 and row["different"] == 0 for row in equal)
-    losses = [row["first_loss"] for row in found["sections"]["peers"]["rows"] if "first_loss" in row]
-    assert len(losses) == 3 and max(losses) == pytest.approx(min(losses), rel=2e-4)
+    losses = [row["first_loss"] for row in found["sections"]["peers"]["rows"] if "skipped" not in row]
+    assert len(losses) >= 3 and max(losses) == pytest.approx(min(losses), rel=2e-4)
     assert sorted((TOOLS / "results").iterdir()) == before
 
 

@@ -17,7 +17,7 @@ from qlora_lite.doctor import missing_for_triton
 from qlora_lite.errors import QloraLiteError
 from qlora_lite.models.levers import Levers
 
-WARMUP, STEPS = 1, 3
+SIDES, WARMUP, STEPS = 5, 1, 3
 LOSS_DIFFERENCE = 0.01  # of the first loss, before anything was learned: more means that other work was done
 
 

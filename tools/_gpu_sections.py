@@ -13,23 +13,31 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import torch
-from _cases import check_case, free_memory, model_of, plan_cases, rearranged, trainer_of
+from _cases import OUT_OF_MEMORY, check_case, free_memory, model_of, plan_cases, rearranged, trainer_of
 from _gpu_caps import CappedDevice, chosen_row, length_rows, plan_below
-from _gpu_peers import compare_sides
+from _gpu_peers import SIDES, STEPS, WARMUP, compare_sides
 from _levers import lever_cases, measure
+from _models import MODELS
+from _sections import LIMIT_SECONDS
+from transformers import AutoConfig
 
 from qlora_lite.lora.inject import lora_parameters
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.models.load import resolve_device
+from qlora_lite.planning.machine import Machine, this_machine
+from qlora_lite.planning.predict import predict
+from qlora_lite.planning.simulate import Job, Rows
 from qlora_lite.train.loop import largest_batches
 from qlora_lite.train.optim import build_optimizer
 from qlora_lite.train.step import accumulate_gradients, prepare
 
 GIB, MIB = 2**30, 2**20
+TIMED = 3  # passes, of which the fastest counts
 ROOT = Path(__file__).resolve().parent.parent
 # Of a prediction, beyond which it counts as wrong. Allocated memory has the rests of pieces that are not worth cutting,
 # which a plan counts apart (``memory.process.GROWING_SEGMENT_BYTES``).
@@ -43,10 +51,11 @@ SAME_BITS = (  # weights leave the device once
 
 @dataclass(frozen=True)
 class Scale:
-    """The sizes of all sections: those for a card, or tiny ones."""
+    """The sizes of all sections: those for a card, or tiny ones; ``small_model`` is for a small or slow card."""
 
     rehearsal: bool
     models: tuple[str, ...]
+    small_model: str
     tokens: int
     long_tokens: int
     caps_bytes: tuple[int, ...]
@@ -56,9 +65,25 @@ class Scale:
     spare_bytes: int
 
 
-CARD = Scale(False, ("llama-8b", "llama-7b"), 2048, 16384, tuple(n * GIB for n in (8, 12, 6, 16, 24)),
+CARD = Scale(False, ("llama-8b", "llama-7b"), "llama-1b", 2048, 16384, tuple(n * GIB for n in (8, 12, 6, 16, 24)),
              (6 * GIB, 8 * GIB), ((1, 2048), (4, 512)), 2**28, 768 * MIB)  # fmt: skip
-REHEARSAL = Scale(True, ("tiny",), 256, 512, (80 * MIB, 64 * MIB), (64 * MIB,), ((2, 64),), 2**18, 0)
+REHEARSAL = Scale(True, ("tiny",), "tiny", 256, 512, (80 * MIB, 64 * MIB), (64 * MIB,), ((2, 64),), 2**18, 0)
+
+
+def resident_task(section: str, steps: int, scale: Scale, machine: Machine) -> tuple[str, int]:
+    """Return the largest model and row that the card has room for and, by estimate, time for in half of a section.
+
+    Args:
+        steps: that the section takes with it, all weights on the card.
+    """
+    for name, part in product((scale.models[0], scale.small_model), (1, 2, 4)):
+        tokens = scale.tokens // part
+        config, rows = AutoConfig.for_model("llama", **MODELS[name]), Rows((tokens,), tokens - 1)
+        needed = predict(Job(config, rows, None, machine.device_type))
+        seconds = steps * machine.seconds(needed.simulation.work)
+        if needed.peak_bytes <= machine.memory_bytes and seconds <= LIMIT_SECONDS[section] / 2:
+            break
+    return name, tokens
 
 
 def gpu_tests() -> list[Path]:
@@ -100,8 +125,11 @@ def _pytest(command: list[str]) -> Iterator[dict]:
 
 def streamed(scale: Scale) -> Iterator[dict]:
     """Compare weights and checkpoints in host memory with the resident step: gradients bit for bit, memory, speed."""
-    device, name = resolve_device(), scale.models[0]
-    case = {"model": name, "tokens": scale.tokens, "checkpointing": "block"}
+    device = resolve_device()
+    steps = 2 + TIMED + (1 + TIMED) * len(SAME_BITS)
+    name, tokens = resident_task("streamed", steps, scale, this_machine(device))
+    case = {"model": name, "tokens": tokens, "checkpointing": "block"}
+    yield {"kind": "task", **case}
     model = model_of(case, device)
     for path, parameter in lora_parameters(model):
         if path.endswith("lora_B"):
@@ -113,14 +141,18 @@ def streamed(scale: Scale) -> Iterator[dict]:
     expected = _gradients(model, inputs, Levers())
     again = _gradients(model, inputs, Levers())
     yield {"kind": "equal", "levers": "resident, a second time"} | _equality(again, expected)
-    resident = _speed(model, inputs, Levers(), scale)
+    resident = _speed(model, inputs, Levers())
     yield {"kind": "speed", "levers": "resident", **resident}
     for levers in SAME_BITS:
         if levers == HOST_WEIGHTS:
             model = rearranged(model, device, levers)
         torch.use_deterministic_algorithms(True)
-        yield {"kind": "equal", "levers": _named(levers)} | _equality(_gradients(model, inputs, levers), expected)
-        found = _speed(model, inputs, levers, scale)
+        try:
+            yield {"kind": "equal", "levers": _named(levers)} | _equality(_gradients(model, inputs, levers), expected)
+            found = _speed(model, inputs, levers)
+        except OUT_OF_MEMORY as error:
+            yield {"side": _named(levers), "skipped": str(error).partition(".")[0]}
+            continue
         found["of_resident_speed"] = found["tokens_per_second"] / resident["tokens_per_second"]
         yield {"kind": "speed", "levers": _named(levers), **found}
 
@@ -146,19 +178,19 @@ def _equality(found: list[torch.Tensor], expected: list[torch.Tensor]) -> dict:
     return row | ({"problem": f"{different} of {len(found)} tensors differ"} if different else {})
 
 
-def _speed(model, inputs, levers: Levers, scale: Scale) -> dict:
+def _speed(model, inputs, levers: Levers) -> dict:
     """Return tokens a second of forward and backward in the ordinary mode, and the allocator's peak."""
     torch.use_deterministic_algorithms(False)
     on_card = inputs.input_ids.is_cuda
     seconds = []
     if on_card:
         torch.cuda.reset_peak_memory_stats()
-    for _ in range(3):
+    for _ in range(TIMED):
         started = time.perf_counter()
         _gradients(model, inputs, levers)
         seconds.append(time.perf_counter() - started)
     peak = {"peak_bytes": torch.cuda.max_memory_allocated()} if on_card else {}
-    return {"tokens_per_second": scale.tokens / min(seconds), **peak}
+    return {"tokens_per_second": inputs.input_ids.numel() / min(seconds), **peak}
 
 
 def plan(scale: Scale) -> Iterator[dict]:
@@ -166,8 +198,12 @@ def plan(scale: Scale) -> Iterator[dict]:
     device = resolve_device()
     tiny = [{"model": "tiny", "tokens": scale.tokens, "checkpointing": way} for way in ("block", "none")]
     for case in tiny if scale.rehearsal else plan_cases(True):
-        row = check_case(case)
         free_memory(device)
+        try:
+            row = check_case(case)
+        except OUT_OF_MEMORY as error:
+            yield {"side": str(case), "skipped": str(error).partition(".")[0]}
+            continue
         errors = []
         if abs(row["predicted_tensor_bytes"] / row["measured_tensor_bytes"] - 1) > TENSOR_ERROR:
             errors.append("tensors")
@@ -189,9 +225,11 @@ def caps(scale: Scale) -> Iterator[dict]:
 
 def peers(scale: Scale) -> Iterator[dict]:
     """Compare tokens a second with peft + bitsandbytes + transformers, and Liger where it is installed."""
-    device, name = resolve_device(), scale.models[0]
-    for rows, length in scale.shapes:
-        machine = CappedDevice().machine
+    device = resolve_device()
+    machine = CappedDevice().machine
+    name, tokens = resident_task("peers", SIDES * (WARMUP + STEPS) * len(scale.shapes), scale, machine)
+    for rows, whole in scale.shapes:
+        length = whole * tokens // scale.tokens
         chosen = plan_below(machine, name, rows * length, machine.memory_bytes).chosen.levers
         yield from compare_sides(name, rows, length, chosen, device)
 
@@ -201,7 +239,9 @@ def levers(scale: Scale) -> Iterator[dict]:
 
     The first with attention's results kept, and the one before it, are then measured at a long row, where it shows.
     """
-    table, at_length = lever_cases(scale.models[0], scale.tokens), lever_cases(scale.models[0], scale.long_tokens)
+    rows = len(lever_cases(scale.models[0], scale.tokens))
+    name, tokens = resident_task("levers", 3 * rows, scale, this_machine(resolve_device()))
+    table, at_length = lever_cases(name, tokens), lever_cases(name, scale.long_tokens * tokens // scale.tokens)
     first = next(number for number, case in enumerate(at_length) if case["checkpointing"] == "selective")
     for case, steps in [*((case, 2) for case in table), *((case, 1) for case in at_length[first - 1 : first + 1])]:
         row = measure(case, warmup=1, steps=steps)

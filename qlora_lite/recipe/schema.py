@@ -80,7 +80,8 @@ class Model(_Section):
     """Keep a 4-bit copy of the head in place of the 16-bit one: less memory, and a model that answers a little
     differently, before training and after (measured in the README)."""
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Type of activations and matrix products; auto is bfloat16 on devices fast at it, else float32."""
+    """Type of activations and matrix products; auto is bfloat16 on devices fast at it, else float32, which is all that
+    a card below compute capability 8.0 takes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a CUDA GPU if there is one."""
     revision: Text | None = None
@@ -208,7 +209,8 @@ class Train(_Section):
         "paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_32bit",
         "paged_lion_8bit", "lion_8bit", "lion_32bit", "adamw_torch",
     ] = "paged_adamw_8bit"  # fmt: skip
-    """Optimizer; the paged ones can move their state to host memory when the GPU is full."""
+    """Optimizer; the paged ones can move their state to host memory when the GPU is full, and are as the others where
+    its driver cannot do that (WSL, or a share of a card)."""
     stochastic_rounding: bool = True
     """Round updated bfloat16 factors up or down by chance, so that updates too small for the type count on average;
     false rounds to the nearest. Nothing changes with lora.dtype float32."""
