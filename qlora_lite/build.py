@@ -8,12 +8,12 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from .errors import CheckpointError
+from .errors import CheckpointError, ModelError
 from .lora.inject import Target, add_lora
 from .lora.read import adapter_bytes
 from .models.anatomy import blocks
 from .models.levers import Levers, levers_of, place, set_levers
-from .models.load import compute_dtype_on, load_model, resolve_compute_dtype, resolve_device, stored_quantization
+from .models.load import load_model, resolve_compute_dtype, resolve_device, stored_quantization
 from .models.skeleton import meta_model, read_config
 from .planning.answering import left_on_host, memory_to_use, placement
 from .planning.machine import Machine
@@ -111,10 +111,16 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_rows: Rows | None) -> 
         config: transformers configuration of the model.
         machine: planned for.
         eval_rows: the largest evaluation batch, None without one.
+
+    Raises:
+        ModelError: the machine is a card that has no bfloat16, and the recipe asks for it.
     """
     m, x, t = recipe.model, recipe.lora, recipe.train
     quant, double_quant = quantization_of(recipe, config.to_dict())
-    dtype = compute_dtype_on(machine.device_type, machine.dtype, m.compute_dtype)
+    dtype = machine.dtype if m.compute_dtype == "auto" else getattr(torch, m.compute_dtype)
+    if machine.device_type == "cuda" and dtype == torch.bfloat16 != machine.dtype:
+        raise ModelError("model.compute_dtype bfloat16 is for training on cards of compute capability 8.0 and later, "
+                         "since attention elsewhere holds the scores of whole rows; leave it on auto")  # fmt: skip
     return Job(
         config, Rows((1,), 1), eval_rows, machine.device_type, quant, double_quant, m.quant_head, dtype,
         tuple(Target(t.pattern, t.rank, t.alpha) for t in x.targets), x.rank, x.alpha, x.dropout, x.rslora,

@@ -58,7 +58,8 @@ def missing_for_triton() -> str:
     """Name what triton builds its kernels' launchers with (3.7, runtime/build.py) and does not find; "" is nothing."""
     if not (os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")):
         return "a C compiler (gcc)"
-    header = Path(sysconfig.get_path("include"), "Python.h")
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    header = Path(sysconfig.get_path("include", scheme), "Python.h")
     return "" if header.exists() else "Python.h (python3-dev)"
 
 

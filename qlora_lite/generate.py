@@ -93,11 +93,11 @@ def answer(
             forget_begun(model)  # here, where the error is gone, whose trace held the tensors of the attempt
             free_cached_memory(device)
             if len(rows) == 1:
-                tokens = ids.shape[1]
+                length = ids.shape[1]
                 raise DoesNotFitError(
-                    f"memory ran out over a prompt of {tokens} tokens and its answer of at most {max_new_tokens}: "
+                    f"memory ran out over a prompt of {length} tokens and its answer of at most {max_new_tokens}: "
                     "shorten it, free memory, or have room made for it on a card (generate, chat and serve with "
-                    f"--context-tokens {tokens + max_new_tokens})"
+                    f"--context-tokens {length + max_new_tokens})"
                 )
             batch_size = len(rows) // 2
             log.warning("memory ran out; from now on %d prompts are answered at once", batch_size)

@@ -123,26 +123,26 @@ def budget_of(recipe: Recipe, machine: Machine) -> int:
     return there if budget is None else min(budget, there)
 
 
-def plan_run(recipe: Recipe, examples, eval_examples, machine: Machine | None = None) -> tuple[Plan, TrainSettings]:
+def plan_run(recipe: Recipe, examples, eval_examples, left_free: int = 0) -> tuple[Plan, TrainSettings]:
     """Plan a recipe for the device at hand and the rows that were read; return the plan and its settings.
 
     Args:
         examples, eval_examples: tokenised rows; none of the latter if there is no evaluation.
-        machine: the device as it is known; None measures it.
+        left_free: bytes of the budget that the plan may not use.
 
     Raises:
         DoesNotFitError: with the breakdown and the smallest change that fits.
         OutputError: the disk of memory.offload_folder has no room.
         ModelError: see ``plan_recipe``.
     """
-    if machine is None:
-        device = resolve_device(recipe.model.device)
-        machine = this_machine(device, resolve_compute_dtype(recipe.model.compute_dtype, device))
+    device = resolve_device(recipe.model.device)
+    machine = this_machine(device, resolve_compute_dtype(recipe.model.compute_dtype, device))
     settings = train_settings(recipe)
     packs = settings.micro_batch_size * settings.gradient_accumulation_steps
     one_by_one = replace(settings, micro_batch_size=1, gradient_accumulation_steps=packs)  # the same packs a step
     pack, evaluation = largest_batches(examples, eval_examples, one_by_one)
-    plan = plan_recipe(recipe, machine, budget_of(recipe, machine), rows_of(pack), evaluation and rows_of(evaluation))
+    budget_bytes = budget_of(recipe, machine) - left_free
+    plan = plan_recipe(recipe, machine, budget_bytes, rows_of(pack), evaluation and rows_of(evaluation))
     if not plan.fits:
         raise does_not_fit(plan, list(alternatives(plan)))
     chosen = plan.chosen

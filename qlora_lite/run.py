@@ -12,8 +12,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -31,7 +32,6 @@ from .models.locate import locate
 from .models.tokenizer import load_tokenizer
 from .plan import expected_peak, plan_run
 from .plan_text import reason
-from .planning.machine import Machine
 from .preflight import line_of_problem, preflight
 from .recipe.schema import Recipe
 from .report import write_report
@@ -64,7 +64,7 @@ from .units import format_bytes, format_count, format_seconds
 
 log = logging.getLogger("qlora_lite")
 SAMPLES = 4
-SPARED = 0.02  # of the budget: left free in a plan after one that a rehearsal found too small
+LEFT_FREE = (0.02, 0.05, 0.1)  # of the budget: beside what a rehearsal took too much, one plan after the other
 
 
 def run_recipe(
@@ -112,6 +112,13 @@ def _execute(running: "_Run") -> None:
             running.leave(sys.exception())
 
 
+class Excess(NamedTuple):
+    """What a rehearsal took beyond its plan, at least, in bytes, and what happened."""
+
+    bytes: int
+    words: str
+
+
 class _Run:
     """One execution of a recipe: the state that its stages share."""
 
@@ -141,12 +148,17 @@ class _Run:
         identity = data_identity(recipe, self.tokenizer, self.data, self.eval_data)
         self._compare(identity)
         self.rows = rows_to_plan(recipe, self.data)
-        identity |= self._load_for_a_proven_plan()
+        self._load_for_a_proven_plan()
+        self.checksum = frozen_checksum(self.model)
+        model_identity = {BASE_MODEL: self.checksum, "type of device": device_of(self.model).type}
+        self._compare(model_identity)
+        if self.continuation:
+            self.continuation.compare_schedule(self.trainer.total_steps, self.settings)
         factors = sum(parameter.nbytes for parameter in self.trainer.parameters)
         has_evaluation, keep = self.eval_data is not None, recipe.train.keep_checkpoints
         check_space(self.run.path, Space(factors, self.trainer.optimizer_bytes, has_evaluation, keep))
         about = {
-            "recipe": recipe.model_dump(mode="json"), "identity": identity,
+            "recipe": recipe.model_dump(mode="json"), "identity": identity | model_identity,
             "plan": self.plan.chosen.settings, "environment": environment(_device_name(device_of(self.model))),
         }  # fmt: skip
         self.training = Training(recipe, self.run, self.trainer, self.tokenizer, self.eval_data, self.meter, self.stop,
@@ -154,43 +166,47 @@ class _Run:
         if self.continuation:
             self._restore(about["environment"])
 
-    def _load_for_a_proven_plan(self) -> dict:
-        """Load the model for the fastest plan that a rehearsal proves to fit; return its identity.
+    def _load_for_a_proven_plan(self) -> None:
+        """Load the model for the fastest plan that a rehearsal proves to fit.
 
-        Where a rehearsal needs more than was planned, it is planned again with so much less.
+        Where a rehearsal takes more than its plan and the budget, it is planned again with as much and a little more
+        left free, a few times. (A run that goes on has its checkpoint's plan and no other.)
 
         Raises:
             DoesNotFitError: nothing fits.
         """
-        machine = None
-        while True:
+        left_free, excess = 0, None
+        free_cached_memory(self.meter.device)
+        for share in (*LEFT_FREE, None):
             hold_to(self.meter.device, None)  # an earlier plan or run in this process may have had a smaller budget
-            self._plan(machine)
-            identity = self._load()
-            taken_bytes, budget = self._rehearse(), self.plan.budget_bytes
-            if taken_bytes <= budget:
-                return identity
-            beyond_bytes = taken_bytes - self.plan.peak_bytes + int(SPARED * budget)
-            log.warning("that is more than was planned; planning again with %s less", format_bytes(beyond_bytes))
-            machine = replace(self.plan.machine, base_bytes=self.plan.machine.base_bytes + beyond_bytes)
-            self.model = self.trainer = None
-            gc.collect()
-            free_cached_memory(self.meter.device)
+            try:
+                self._plan(left_free)
+            except DoesNotFitError:
+                if excess is None:
+                    raise
+                break
+            self._load()
+            excess = self._rehearse()
+            if excess is None:
+                return
+            if share is not None:
+                left_free = excess.bytes + int(share * self.budget_bytes)
+                log.warning("%s; planning again with %s left free", excess.words, format_bytes(left_free))
+                self.model = self.trainer = None
+                gc.collect()
+                free_cached_memory(self.meter.device)
+                self.meter.restart()
+        raise DoesNotFitError(f"{excess.words}; {CURES}")
 
-    def _load(self) -> dict:
-        """Load the model as planned, and compare it with that of the run that is gone on with; return its identity."""
+    def _load(self) -> None:
+        """Load the model as planned, and make its trainer."""
         with _explaining_memory("while the model was loaded; close other programs, or choose a smaller model"):
             self.model = build_model(self.recipe, levers=self.settings.levers)
         stream = build_stream(self.recipe, self.tokenizer)
         self.trainer = Trainer(self.model, self.rows, self.settings, stream)
-        self._describe_model()
-        self.checksum = frozen_checksum(self.model)
-        identity = {BASE_MODEL: self.checksum, "type of device": device_of(self.model).type}
-        self._compare(identity)
         if self.continuation:
-            self.continuation.compare_schedule(self.trainer.total_steps, self.settings)
             self.trainer.most_tokens = self.continuation.checkpoint.documents[STATE]["most_tokens"]
-        return identity
+        self._describe_model()
 
     def _compare(self, identity: dict) -> None:
         if self.continuation:
@@ -274,24 +290,22 @@ class _Run:
             base_fingerprint=base_fingerprint(locate(self.recipe.model.path, self.recipe.model.revision)),
         )  # fmt: skip
 
-    def _plan(self, machine: Machine | None) -> None:
+    def _plan(self, left_free: int) -> None:
         """Choose how to run the step before anything large is loaded; what cannot fit ends the run here.
 
         Args:
-            machine: None measures it.
+            left_free: bytes of the budget that no plan may use.
         """
         eval_examples = self.eval_data.examples if self.eval_data else ()
         keeps_plan = self.continuation is not None and self.continuation.keeps_plan
         recipe = with_plan(self.recipe, self.continuation.run["plan"]) if keeps_plan else self.recipe
-        self.plan, self.settings = plan_run(recipe, self.rows, eval_examples, machine)
+        self.plan, self.settings = plan_run(recipe, self.rows, eval_examples, left_free)
+        self.budget_bytes = self.plan.budget_bytes + left_free
         log.info("plan: %s", reason(self.plan))
 
-    def _rehearse(self) -> int:
-        """Run the largest micro-batch and evaluation batch once; return what they took, in bytes.
-
-        Where memory runs out that is not known; it is then one byte more than the budget.
-        """
-        budget, device = self.plan.budget_bytes, device_of(self.model)
+    def _rehearse(self) -> Excess | None:
+        """Run the largest micro-batch and evaluation batch once; compare with the budget, and write down what fits."""
+        budget, device = self.budget_bytes, device_of(self.model)
         free_cached_memory(device)  # of loading
         hold_to(device, budget)
         eval_examples = self.eval_data.examples if self.eval_data else ()
@@ -307,21 +321,21 @@ class _Run:
             log.info("train.compile: compiling the blocks, which takes a minute or so the first time")
         try:
             self.trainer.rehearse(eval_examples)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            log.warning("memory: ran out over the largest micro-batch (predicted %s; %s)", format_bytes(predicted),
-                        first_line(error))  # fmt: skip
-            return budget + 1
+        except torch.OutOfMemoryError as error:  # of the device: no other plan is a cure for the host's
+            words = f"memory ran out over the largest micro-batch, predicted {format_bytes(predicted)}"
+            return Excess(budget - self.plan.peak_bytes, f"{words} ({first_line(error)})")
         peak = self.trainer.meter.peak_bytes()  # without what loading took for a moment
         place = expected.simulation.peak()
         log.info("memory: the largest micro-batch peaks at %s (predicted %s, %s of %s); budget %s", format_bytes(peak),
                  format_bytes(predicted), place.phase, place.module or "the loss", format_bytes(budget))  # fmt: skip
+        if peak > budget:
+            words = f"the largest micro-batch peaks at {format_bytes(peak)}, over the budget of {format_bytes(budget)}"
+            return Excess(peak - self.plan.peak_bytes, words)
         self.run.update(plan={
             "budget_bytes": budget, "predicted_peak_bytes": predicted, "measured_peak_bytes": peak,
             "chosen": self.plan.chosen.settings, "why": reason(self.plan),
         })  # fmt: skip
-        return peak
+        return None
 
     def _conclude(self, before: ExactMatch | None, after: ExactMatch | None) -> None:
         digest = self.training.save_adapter(ADAPTER)

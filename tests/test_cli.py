@@ -230,7 +230,7 @@ def test_doctor_notes_what_triton_misses_beside_a_card(device, compiler, header,
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr("shutil.which", lambda name: compiler)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    monkeypatch.setattr("sysconfig.get_path", lambda name: tmp_path)
+    monkeypatch.setattr("sysconfig.get_path", lambda name, scheme: tmp_path)
     if header:
         (tmp_path / "Python.h").touch()
     for name, value in (

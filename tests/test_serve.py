@@ -241,6 +241,22 @@ def test_a_conversation_too_long_for_the_memory_is_an_error_of_its_own_and_the_n
     assert reply.choices[0].message.content == expected(runs, "french-run")
 
 
+def test_memory_that_runs_out_amid_a_stream_is_the_same_error(server, client, monkeypatch):
+    whole, calls = server[1].model.forward, []
+
+    def run_out(*args, **kwargs):
+        calls.append(0)
+        if len(calls) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(server[1].model, "forward", run_out)
+    stream = client.chat.completions.create(model="base", messages=ASKED, stream=True)
+    with pytest.raises(openai.APIError, match="--context-tokens") as caught:
+        list(stream)
+    assert caught.value.code == "context_length_exceeded" and len(calls) == 4
+
+
 def test_a_client_that_leaves_a_stream_frees_its_place(client, runs):
     for _ in range(3):
         stream = client.chat.completions.create(model="base", messages=ASKED, stream=True)

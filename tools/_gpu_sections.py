@@ -17,11 +17,11 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from _cases import OUT_OF_MEMORY, check_case, free_memory, model_of, plan_cases, rearranged, trainer_of
+from _cases import OUT_OF_MEMORY, check_case, free_memory, levers_of, model_of, plan_cases, rearranged, trainer_of
 from _gpu_caps import CappedDevice, chosen_row, length_rows, plan_below
 from _gpu_peers import SIDES, STEPS, WARMUP, compare_sides
 from _levers import lever_cases, measure
-from _models import MODELS
+from _models import DEMO_MODELS, MODELS
 from _sections import LIMIT_SECONDS
 from transformers import AutoConfig
 
@@ -30,11 +30,12 @@ from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.models.load import resolve_device
 from qlora_lite.planning.machine import Machine, this_machine
-from qlora_lite.planning.predict import predict
+from qlora_lite.planning.predict import Prediction, predict
 from qlora_lite.planning.simulate import Job, Rows
 from qlora_lite.train.loop import largest_batches
 from qlora_lite.train.optim import build_optimizer
 from qlora_lite.train.step import accumulate_gradients, prepare
+from qlora_lite.units import format_bytes
 
 GIB, MIB = 2**30, 2**20
 TIMED = 3  # passes, of which the fastest counts
@@ -78,12 +79,17 @@ def resident_task(section: str, steps: int, scale: Scale, machine: Machine) -> t
     """
     for name, part in product((scale.models[0], scale.small_model), (1, 2, 4)):
         tokens = scale.tokens // part
-        config, rows = AutoConfig.for_model("llama", **MODELS[name]), Rows((tokens,), tokens - 1)
-        needed = predict(Job(config, rows, None, machine.device_type))
+        needed = needs(name, tokens, Levers(), machine)
         seconds = steps * machine.seconds(needed.simulation.work)
         if needed.peak_bytes <= machine.memory_bytes and seconds <= LIMIT_SECONDS[section] / 2:
             break
     return name, tokens
+
+
+def needs(name: str, tokens: int, levers: Levers, machine: Machine) -> Prediction:
+    """Predict a step of one row, all of it learned."""
+    config, rows = AutoConfig.for_model("llama", **MODELS[name]), Rows((tokens,), tokens - 1)
+    return predict(Job(config, rows, None, machine.device_type, levers=levers))
 
 
 def gpu_tests() -> list[Path]:
@@ -126,8 +132,8 @@ def _pytest(command: list[str]) -> Iterator[dict]:
 def streamed(scale: Scale) -> Iterator[dict]:
     """Compare weights and checkpoints in host memory with the resident step: gradients bit for bit, memory, speed."""
     device = resolve_device()
-    steps = 2 + TIMED + (1 + TIMED) * len(SAME_BITS)
-    name, tokens = resident_task("streamed", steps, scale, this_machine(device))
+    machine, steps = this_machine(device), 2 + TIMED + (1 + TIMED) * len(SAME_BITS)
+    name, tokens = resident_task("streamed", steps, scale, machine)
     case = {"model": name, "tokens": tokens, "checkpointing": "block"}
     yield {"kind": "task", **case}
     model = model_of(case, device)
@@ -146,13 +152,13 @@ def streamed(scale: Scale) -> Iterator[dict]:
     for levers in SAME_BITS:
         if levers == HOST_WEIGHTS:
             model = rearranged(model, device, levers)
-        torch.use_deterministic_algorithms(True)
-        try:
-            yield {"kind": "equal", "levers": _named(levers)} | _equality(_gradients(model, inputs, levers), expected)
-            found = _speed(model, inputs, levers)
-        except OUT_OF_MEMORY as error:
-            yield {"side": _named(levers), "skipped": str(error).partition(".")[0]}
+        needed = needs(name, tokens, levers, machine).peak_bytes
+        if needed > machine.memory_bytes:
+            yield {"side": _named(levers), "skipped": f"needs {format_bytes(needed)}, more than there is"}
             continue
+        torch.use_deterministic_algorithms(True)
+        yield {"kind": "equal", "levers": _named(levers)} | _equality(_gradients(model, inputs, levers), expected)
+        found = _speed(model, inputs, levers)
         found["of_resident_speed"] = found["tokens_per_second"] / resident["tokens_per_second"]
         yield {"kind": "speed", "levers": _named(levers), **found}
 
@@ -196,13 +202,19 @@ def _speed(model, inputs, levers: Levers) -> dict:
 def plan(scale: Scale) -> Iterator[dict]:
     """Compare predicted with measured memory for the README's table."""
     device = resolve_device()
+    machine = this_machine(device)
     tiny = [{"model": "tiny", "tokens": scale.tokens, "checkpointing": way} for way in ("block", "none")]
     for case in tiny if scale.rehearsal else plan_cases(True):
         free_memory(device)
+        random = case["model"] not in DEMO_MODELS  # and large
+        needed = needs(case["model"], case["tokens"], levers_of(case), machine).peak_bytes if random else 0
+        if needed > machine.memory_bytes:
+            yield {"side": str(case), "skipped": f"needs {format_bytes(needed)}, more than there is"}
+            continue
         try:
             row = check_case(case)
         except OUT_OF_MEMORY as error:
-            yield {"side": str(case), "skipped": str(error).partition(".")[0]}
+            yield case | {"problem": str(error).partition(".")[0]}
             continue
         errors = []
         if abs(row["predicted_tensor_bytes"] / row["measured_tensor_bytes"] - 1) > TENSOR_ERROR:

@@ -9,8 +9,8 @@ unfinished_option = click.option(
 )  # fmt: skip
 context_option = click.option(
     "--context-tokens", type=click.IntRange(min=1),
-    help="Of the longest conversation, answer included, that a card must have room for; weights that are then too much "
-    "lie in host memory.  [default: the run's data.max_tokens]",
+    help="Of the longest conversation, answer included, that a card must have room for; weights that it has no room "
+    "for beside that lie in host memory.  [default: the run's data.max_tokens]",
 )  # fmt: skip
 
 

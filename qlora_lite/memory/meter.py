@@ -87,18 +87,23 @@ class PeakMeter:
 
     def __init__(self, device: torch.device | str):
         self.device = torch.device(device)
-        self._peak = held_bytes(self.device)
+        self.restart()
         self._stop = threading.Event()
         self._thread = None
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
+        if self.device.type != "cuda":
             self._thread = threading.Thread(target=self._sample, name="memory-meter", daemon=True)
             self._thread.start()
 
+    def restart(self) -> None:
+        """Forget the peak so far."""
+        self._peak = held_bytes(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
     def _sample(self) -> None:
         while not self._stop.wait(SAMPLE_SECONDS):
-            self._peak = max(self._peak, held_bytes(self.device))
+            held = held_bytes(self.device)  # takes a while, in which the peak may be forgotten
+            self._peak = max(self._peak, held)
 
     def peak_bytes(self) -> int:
         """Return the largest number of bytes held since then."""

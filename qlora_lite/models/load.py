@@ -58,27 +58,13 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def resolve_compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return bfloat16 where the hardware multiplies it, else float32 with one line saying so.
-
-    Raises:
-        ModelError: see ``compute_dtype_on``.
-    """
-    auto = torch.bfloat16 if has_fast_bf16(device) else torch.float32
-    if name == "auto" and auto == torch.float32:
-        log.info("compute type float32: this %s has no fast bfloat16", device.type)
-    return compute_dtype_on(device.type, auto, name)
-
-
-def compute_dtype_on(device_type: str, auto: torch.dtype, name: str) -> torch.dtype:
-    """Return the type that a recipe's word means on a device for which ``auto`` is the fast one.
-
-    Raises:
-        ModelError: bfloat16 on a card that has none: attention would hold the scores of whole rows.
-    """
-    if name == "bfloat16" and device_type == "cuda" and auto != torch.bfloat16:
-        raise ModelError("model.compute_dtype bfloat16 is for cards of compute capability 8.0 and later; leave it on "
-                         "auto, which is float32 on this one")  # fmt: skip
-    return auto if name == "auto" else getattr(torch, name)
+    """Return bfloat16 where the hardware multiplies it, else float32 with one line saying so."""
+    if name != "auto":
+        return getattr(torch, name)
+    if has_fast_bf16(device):
+        return torch.bfloat16
+    log.info("compute type float32: this %s has no fast bfloat16 (model.compute_dtype overrides)", device.type)
+    return torch.float32
 
 
 def load_model(

@@ -14,6 +14,7 @@ from qlora_lite.memory.cards import Card
 from qlora_lite.memory.meter import free_bytes, held_bytes
 from qlora_lite.memory.process import CUDA_CONTEXT_BYTES
 from qlora_lite.memory.work import Work
+from qlora_lite.models.load import has_fast_bf16
 
 MATMUL_REACHED = 0.6  # of a card's dense peak, for products of a few thousand rows; not measured here
 BANDWIDTH_REACHED = 0.8  # of a card's memory bandwidth, element-wise kernels; not measured here
@@ -64,17 +65,20 @@ def machine_of_card(card: Card) -> Machine:
 
 
 def this_machine(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Machine:
-    """Measure the device at hand; its memory is what is free now, on a card with the context that is there already."""
-    on_card = device.type == "cuda"
+    """Measure the device at hand, its speed in a type that a step would compute in.
+
+    Its memory is what is free now, on a card with the context that is there already.
+    """
+    on_card, auto = device.type == "cuda", torch.bfloat16 if has_fast_bf16(device) else torch.float32
     *speeds, base = _speeds(device, dtype)
     if not on_card:
         name = f"this CPU, {torch.get_num_threads()} threads"
-        return Machine(name, "cpu", free_bytes(device) + base, base, *speeds, dtype=dtype)
+        return Machine(name, "cpu", free_bytes(device) + base, base, *speeds, dtype=auto)
     torch.cuda.empty_cache()  # of the measurement
     total = torch.cuda.get_device_properties(device).total_memory
     cpu, memory_bytes = torch.device("cpu"), min(total, free_bytes(device) + CUDA_CONTEXT_BYTES)
     host_bytes = free_bytes(cpu) + held_bytes(cpu)
-    return Machine(torch.cuda.get_device_name(device), "cuda", memory_bytes, 0, *speeds, host_bytes, dtype)
+    return Machine(torch.cuda.get_device_name(device), "cuda", memory_bytes, 0, *speeds, host_bytes, auto)
 
 
 def _speeds(device: torch.device, dtype: torch.dtype) -> tuple[float, float, float, int]:

@@ -267,7 +267,8 @@ class Memory(_Section):
 
     budget: Annotated[str, AfterValidator(_size_or_auto), Rule("auto, or a size with its unit, such as 8GiB")] = "auto"
     """Most memory the run may use; auto is what the device has free. The fastest plan that fits is chosen for the
-    settings below that are auto, then proved by one measured step before the first; what does not fit ends there."""
+    settings below that are auto, then proved by one measured step before the first. A plan that takes more is
+    replaced; what does not fit ends there."""
     host_budget: Annotated[str, AfterValidator(_size_or_auto), Rule("auto, or a size with its unit, such as 24GiB")] = (
         "auto"
     )

@@ -66,7 +66,7 @@ def build_app(tasks: Tasks, limits: Limits, hosts: tuple[str, ...] = LOCAL) -> S
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
     ]  # fmt: skip
     handlers = {
-        ApiError: _api_error, HTTPException: _http_error, DoesNotFitError: _too_long, Exception: _internal_error,
+        ApiError: _api_error, HTTPException: _http_error, DoesNotFitError: _memory_error, Exception: _internal_error,
     }  # fmt: skip
     return Starlette(routes=routes, exception_handlers=handlers)
 
@@ -172,7 +172,8 @@ async def _events(reply: dict, first: Piece, rest: AsyncIterator[Piece], wanted:
             piece = await anext(rest)
     except (QloraLiteError, RuntimeError) as error:  # RuntimeError: out of memory, among others
         log.error("a stream broke off: %s", error)
-        yield f"data: {json.dumps(ApiError(500, str(error)).body())}\n\n"
+        said = _too_long(error) if isinstance(error, DoesNotFitError) else ApiError(500, str(error))
+        yield f"data: {json.dumps(said.body())}\n\n"
         return
     yield event({}, piece.finish)
     if wanted.wants_usage:
@@ -190,8 +191,12 @@ async def _http_error(_request: Request, error: HTTPException) -> Response:
     return JSONResponse(ApiError(error.status_code, f"{error.detail}; see /v1/models").body(), error.status_code)
 
 
-async def _too_long(request: Request, error: DoesNotFitError) -> Response:
-    return await _api_error(request, ApiError(400, str(error), "context_length_exceeded", "messages"))
+async def _memory_error(request: Request, error: DoesNotFitError) -> Response:
+    return await _api_error(request, _too_long(error))
+
+
+def _too_long(error: DoesNotFitError) -> ApiError:
+    return ApiError(400, str(error), "context_length_exceeded", "messages")
 
 
 async def _internal_error(_request: Request, error: Exception) -> Response:

@@ -66,12 +66,16 @@ def build_optimizer(
 def can_page(device: torch.device) -> bool:
     """Tell whether a device and its host may use the same managed memory at one time, as paged states do.
 
-    A card on WSL or Windows, or a share of one, may not; bitsandbytes does not ask, and ends the process where CUDA
-    gives it no such memory (``cget_managed_ptr``).
+    A card on WSL or Windows, or a share of one, may not; bitsandbytes does not ask before it takes such memory, and
+    ends the process where CUDA has none to give (``cget_managed_ptr``).
     """
     if device.type != "cuda":
         return False
-    driver, found = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1"), ctypes.c_int()
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:  # the device is of another maker
+        return False
+    found = ctypes.c_int()
     number = torch.cuda.current_device() if device.index is None else device.index
     error = driver.cuDeviceGetAttribute(ctypes.byref(found), CONCURRENT_MANAGED_ACCESS, number)
     return error == 0 and found.value == 1

@@ -8,6 +8,7 @@ Allocators do not agree on one error: torch's own class is a RuntimeError, and s
 cuBLAS and cuDNN, which can be told from other faults only by their words.
 """
 
+import ctypes
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -96,6 +97,8 @@ def no_retry(where: str) -> Iterator[None]:
 
 
 def free_cached_memory(device: torch.device) -> None:
-    """Give memory that no tensor uses back to the device."""
+    """Give memory that no tensor uses back to the device, or to the operating system."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    elif trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+        trim(0)

@@ -191,14 +191,6 @@ def test_without_fast_bf16_the_compute_type_is_float32_with_one_line_saying_so(m
     assert resolve_compute_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
 
 
-def test_bfloat16_is_refused_on_a_card_that_has_none(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    card = torch.device("cuda", 0)
-    assert resolve_compute_dtype("auto", card) == resolve_compute_dtype("float32", card) == torch.float32
-    with pytest.raises(ModelError, match=r"8\.0 and later; leave it on auto, which is float32"):
-        resolve_compute_dtype("bfloat16", card)
-
-
 def test_of_a_4_bit_weight_transformers_reserves_on_a_card_what_its_codes_take(tmp_path, monkeypatch):
     build_tiny("llama").save_pretrained(tmp_path)
     reserved, real = [], OnArrivalQuantizer._process_model_before_weight_loading

@@ -156,6 +156,14 @@ def test_a_card_s_driver_is_asked_whether_states_can_be_paged(error, attribute, 
     assert not can_page(torch.device("cpu")) and not can_page(torch.device("meta"))
 
 
+def test_without_a_driver_nothing_is_paged(monkeypatch):
+    def load(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    assert not can_page(torch.device("cuda", 0))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("pages", [True, False])
 @pytest.mark.parametrize("name", [name for name in BITSANDBYTES_NAMES if name.startswith("paged")])
