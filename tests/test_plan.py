@@ -58,7 +58,7 @@ def test_a_card_without_fast_bfloat16_is_planned_in_the_type_that_it_will_run_in
     old = machine_of_card(find_card("tesla-t4"))
     plans = [planner.plan_recipe(recipe(), card, 24 * GIB) for card in (old, CARD)]
     assert [plan.step.job.compute_dtype for plan in plans] == [torch.float32, torch.bfloat16]
-    with pytest.raises(ModelError, match="compute_dtype bfloat16 is for cards"):
+    with pytest.raises(ModelError, match="compute_dtype bfloat16 is for training on cards"):
         planner.plan_recipe(recipe("model.compute_dtype=bfloat16"), old, 24 * GIB)
     assert plans[0].chosen.prediction.simulation.resident.total > plans[1].chosen.prediction.simulation.resident.total
 
