@@ -36,7 +36,7 @@ def _streamed(rows: Sequence[Mapping]) -> list[str]:
 
 
 def _plan(rows: Sequence[Mapping]) -> list[str]:
-    lines, rows = [], [row for row in rows if "problem" not in row or "measured_tensor_bytes" in row]
+    lines, rows = [], [row for row in rows if "measured_tensor_bytes" in row]
     for kind, name in (("tensor", "tensors"), ("process", "allocated by the process")):
         errors = [row[f"predicted_{kind}_bytes"] / row[f"measured_{kind}_bytes"] - 1 for row in rows]
         if errors:

@@ -3,8 +3,8 @@
 Unpacking a weight moves 4.6 bytes for each of its numbers (half a byte read, two written, two read by the product),
 whatever the number of rows. bitsandbytes' fused kernels read the half byte and no more. They round more than the
 plain way does: the product, before anything is added to it; on a CPU the block maxima, at most 1.6 times the error
-against float64; on a card, of up to three rows, everything that is summed. They have no gradient, so they are for use
-and not for training.
+against float64; on a card, of up to three rows (on many cards four), every number that is summed. They have no
+gradient, so they are for use and not for training.
 
 On a card the kernel takes the packed weight as it is, double quantisation included. A CPU's wants another order of
 the codes (32 rows of the weight side by side) and the maxima in bfloat16, so its weights are arranged once, beside

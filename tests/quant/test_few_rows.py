@@ -18,7 +18,8 @@ from qlora_lite.quant.nf4 import dequantize, quantize
 
 # Most error against float64, in units of that of the unpacked weight's product. Measured over 99 shapes, both types and
 # 1 to 33 rows: 1.1 to 1.48, the most where few numbers are averaged (one row, 32 outputs). A card's kernel for up to
-# three rows rounds every weight and every product to bfloat16 (bitsandbytes 0.50, csrc/gemm_4bit.cu).
+# three rows, on many cards four, rounds every weight and every product to bfloat16 (bitsandbytes 0.50,
+# csrc/gemm_4bit_simt.cu; which rows it takes, csrc/gemm_4bit.cu).
 FACTOR = {"cpu": 1.6, "cuda": 2.0}
 SHAPES = [(32, 64), (64, 128), (96, 192), (192, 576), (1536, 576), (576, 1536), (640, 2048), (32, 4160)]
 CPU = torch.device("cpu")
