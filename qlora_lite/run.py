@@ -149,16 +149,11 @@ class _Run:
         self._compare(identity)
         self.rows = rows_to_plan(recipe, self.data)
         self._load_for_a_proven_plan()
-        self.checksum = frozen_checksum(self.model)
-        model_identity = {BASE_MODEL: self.checksum, "type of device": device_of(self.model).type}
-        self._compare(model_identity)
-        if self.continuation:
-            self.continuation.compare_schedule(self.trainer.total_steps, self.settings)
         factors = sum(parameter.nbytes for parameter in self.trainer.parameters)
         has_evaluation, keep = self.eval_data is not None, recipe.train.keep_checkpoints
         check_space(self.run.path, Space(factors, self.trainer.optimizer_bytes, has_evaluation, keep))
         about = {
-            "recipe": recipe.model_dump(mode="json"), "identity": identity | model_identity,
+            "recipe": recipe.model_dump(mode="json"), "identity": identity | self._model_identity(),
             "plan": self.plan.chosen.settings, "environment": environment(_device_name(device_of(self.model))),
         }  # fmt: skip
         self.training = Training(recipe, self.run, self.trainer, self.tokenizer, self.eval_data, self.meter, self.stop,
@@ -175,31 +170,30 @@ class _Run:
         Raises:
             DoesNotFitError: nothing fits.
         """
-        left_free, excess = 0, None
         free_cached_memory(self.meter.device)
-        for share in (*LEFT_FREE, None):
-            hold_to(self.meter.device, None)  # an earlier plan or run in this process may have had a smaller budget
+        self._plan()
+        self._load()
+        excess = self._rehearse()
+        for share in LEFT_FREE:
+            if excess is None:
+                return
+            left_free = excess.bytes + int(share * self.budget_bytes)
+            log.warning("%s; planning again with %s left free", excess.words, format_bytes(left_free))
+            self.model = self.trainer = None
+            gc.collect()
+            free_cached_memory(self.meter.device)
+            self.meter.restart()
             try:
                 self._plan(left_free)
             except DoesNotFitError:
-                if excess is None:
-                    raise
                 break
             self._load()
             excess = self._rehearse()
-            if excess is None:
-                return
-            if share is not None:
-                left_free = excess.bytes + int(share * self.budget_bytes)
-                log.warning("%s; planning again with %s left free", excess.words, format_bytes(left_free))
-                self.model = self.trainer = None
-                gc.collect()
-                free_cached_memory(self.meter.device)
-                self.meter.restart()
-        raise DoesNotFitError(f"{excess.words}; {CURES}")
+        if excess is not None:
+            raise DoesNotFitError(f"{excess.words}; {CURES}")
 
     def _load(self) -> None:
-        """Load the model as planned, and make its trainer."""
+        """Load the model as planned, make its trainer, and stop where either is not that of a run to go on with."""
         with _explaining_memory("while the model was loaded; close other programs, or choose a smaller model"):
             self.model = build_model(self.recipe, levers=self.settings.levers)
         stream = build_stream(self.recipe, self.tokenizer)
@@ -207,6 +201,13 @@ class _Run:
         if self.continuation:
             self.trainer.most_tokens = self.continuation.checkpoint.documents[STATE]["most_tokens"]
         self._describe_model()
+        self.checksum = frozen_checksum(self.model)
+        self._compare(self._model_identity())
+        if self.continuation:
+            self.continuation.compare_schedule(self.trainer.total_steps, self.settings)
+
+    def _model_identity(self) -> dict:
+        return {BASE_MODEL: self.checksum, "type of device": device_of(self.model).type}
 
     def _compare(self, identity: dict) -> None:
         if self.continuation:
@@ -290,13 +291,14 @@ class _Run:
             base_fingerprint=base_fingerprint(locate(self.recipe.model.path, self.recipe.model.revision)),
         )  # fmt: skip
 
-    def _plan(self, left_free: int) -> None:
+    def _plan(self, left_free: int = 0) -> None:
         """Choose how to run the step before anything large is loaded; what cannot fit ends the run here.
 
         Args:
             left_free: bytes of the budget that no plan may use.
         """
         eval_examples = self.eval_data.examples if self.eval_data else ()
+        hold_to(self.meter.device, None)  # an earlier plan or run in this process may have had a smaller budget
         keeps_plan = self.continuation is not None and self.continuation.keeps_plan
         recipe = with_plan(self.recipe, self.continuation.run["plan"]) if keeps_plan else self.recipe
         self.plan, self.settings = plan_run(recipe, self.rows, eval_examples, left_free)

@@ -350,7 +350,7 @@ def test_more_steps_under_a_schedule_that_bends_are_refused_and_fewer_always(lab
     assert lab.summary["steps"] == 11
 
 
-def test_other_rows_another_tokenizer_and_another_model_are_refused_by_name(lab, tmp_path):
+def test_other_rows_another_tokenizer_and_another_model_are_refused_by_name(lab, tmp_path, caplog):
     lab.stop(2)
     rows = write_rows(tmp_path / "other.jsonl", 24, "#")
     with pytest.raises(CheckpointError, match="other training rows than before"):
@@ -359,9 +359,11 @@ def test_other_rows_another_tokenizer_and_another_model_are_refused_by_name(lab,
         lab.run(resume="", data={"eval": str(write_rows(tmp_path / "eval.jsonl", 7, "!"))})
     save_tiny(tmp_path / "model", seed=5)
     lab.model = tmp_path / "model"
+    caplog.clear()
     with pytest.raises(CheckpointError, match="other base model than before"):
         lab.run(resume="")
     assert lab.summary["status"] == "interrupted"
+    assert "the largest micro-batch peaks" not in caplog.text  # refused before a step is rehearsed
 
 
 def test_another_tokenizer_is_refused_by_name_though_the_rows_are_the_same(lab, tmp_path):
