@@ -89,6 +89,24 @@ def held_bytes(store, where, *sizes):
     return held
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("device", [CPU, META])
+def test_of_any_number_of_blocks_the_device_holds_the_tensors_of_two(device, on_disk, tmp_path):
+    store, blocks, peaks = HostStore(device, str(tmp_path) if on_disk else None), 6, []
+    with Ledger() as ledger:
+        for _ in range(2):
+            for number in range(blocks):
+                store.put(number, [torch.empty(KIB, dtype=torch.uint8, device=device)])
+            peaks.append(ledger.peak.total)
+            ledger.peaks.clear()
+            for number in reversed(range(blocks)):
+                store.take(number)
+            peaks.append(ledger.peak.total)
+            ledger.peaks.clear()
+            assert ledger.live_bytes == 0
+    assert peaks == 4 * [2 * KIB]
+
+
 @pytest.mark.parametrize("device", [CPU, META])
 def test_host_memory_is_taken_once_and_holds_smaller_batches_too(device):
     assert held_bytes(HostStore(device), "offloaded", 7 * KIB, 7 * KIB, 5 * KIB + 1) == 3 * [14 * KIB]
