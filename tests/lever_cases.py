@@ -1,5 +1,7 @@
 """What tests of levers share on a CPU and on a card: a tiny 4-bit model, its gradients, levers that change no bit."""
 
+import tempfile
+
 import torch
 from tiny import ARCHITECTURES, quantized_pair, random_batch, random_factors
 
@@ -8,11 +10,19 @@ from qlora_lite.memory.marks import phase
 from qlora_lite.memory.work import WorkCounter
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.levers import Levers, place, set_levers
-from qlora_lite.train.step import accumulate_gradients, evaluate_loss, prepare, summed_loss
+from qlora_lite.models.quantizer import quantize_head
+from qlora_lite.train.step import (
+    accumulate_gradients,
+    evaluate_loss,
+    prepare,
+    summed_loss,
+    train_step_in_backward,
+)
 
 PLAIN = Levers("none")
 CPU = torch.device("cpu")
 DEPTH = 5
+FOLDER = tempfile.gettempdir()  # for files without a name, which are gone by themselves
 SAME_ARITHMETIC = [
     Levers(), Levers(kept_blocks=2), Levers(offload_checkpoints=True), Levers(host_embeddings=True),
     Levers(host_head=True), Levers(resident_blocks=0), Levers(resident_blocks=2),
@@ -32,10 +42,12 @@ COPYING = [
 FEW_WORDS = {"cpu": 48, "cuda": 48}  # of a vocabulary of 160, that a head is multiplied with at once
 
 
-def build(model_type="llama", levers=PLAIN, dropout=0.0, device=CPU, **changes):
+def build(model_type="llama", levers=PLAIN, dropout=0.0, device=CPU, quant_head=False, **changes):
     """A 4-bit model with random factors, its weights where the levers want them."""
     layers = {"num_hidden_layers": DEPTH} if model_type in ARCHITECTURES and model_type != "gpt2" else {}
     model = quantized_pair(model_type, **(layers | changes))[0]
+    if quant_head:
+        quantize_head(model, "nf4", True)
     add_lora(model, rank=4, dropout=dropout, dtype=torch.float32)
     random_factors(model)
     return place(model, device, levers)
@@ -76,6 +88,16 @@ def gradients(model, levers, batches=2):
     for _, parameter in lora_parameters(model):
         parameter.grad = None
     return [loss, *found]
+
+
+def gradients_in_backward(model, levers):
+    """Return what ``gradients`` does of one micro-batch, as the optimizer of a step that updates in backward saw it."""
+    set_levers(model, levers)
+    parameters = [parameter for _, parameter in lora_parameters(model)]
+    optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=1.0)  # whose state is the sum of the gradients that it saw
+    step = train_step_in_backward(model.train(), random_batch(seed=0), optimizer, levers.loss_chunk_tokens)
+    assert all(parameter.grad is None for parameter in parameters)
+    return [torch.tensor(step.loss), *(optimizer.state[parameter]["momentum_buffer"] for parameter in parameters)]
 
 
 def losses_without_gradients(model):

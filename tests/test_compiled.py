@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lever_cases import PLAIN, build, gradients
+from lever_cases import FOLDER, PLAIN, build, gradients, gradients_in_backward
 from tiny import quantized_pair, random_batch
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
@@ -64,6 +64,14 @@ def assert_close(found, expected, tolerance=1e-5):
 @pytest.mark.parametrize("levers", [BOTH, HOST])
 def test_compiled_blocks_have_the_gradients_of_the_blocks(graphs, levers):
     assert_close(gradients(build(levers=levers), levers), gradients(build(), PLAIN))
+    assert graphs
+
+
+def test_compiled_blocks_go_with_a_head_in_four_bits_files_and_updates_in_backward(graphs):
+    levers = Levers(loss_chunk_tokens=3, offload_checkpoints=True, offload_folder=FOLDER, optimizer_in_backward=True,
+                    compile=True)  # fmt: skip
+    found = gradients_in_backward(build(levers=levers, quant_head=True), levers)
+    assert_close(found, gradients(build(quant_head=True), PLAIN, batches=1))
     assert graphs
 
 

@@ -2,9 +2,10 @@
 
 import weakref
 from collections import defaultdict
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
-from itertools import chain
+from functools import cache
+from itertools import chain, combinations
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from lever_cases import (
     CPU,
     DEPTH,
     FEW_WORDS,
+    FOLDER,
     PLAIN,
     SAME_ARITHMETIC,
     build,
     gradients,
+    gradients_in_backward,
     gradients_of_steps,
     losses_without_gradients,
 )  # fmt: skip
@@ -65,18 +68,24 @@ def test_block_inputs_of_steps_of_any_length_come_back_from_the_host_or_a_disk(m
     assert all(map(torch.equal, found, expected))
 
 
+@contextmanager
+def on_path_of(device_type):
+    """Let attention run as on such a device, a card's through torch's fused kernels, and cut the head into slices."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qlora_lite.ops.loss.TILE_WORDS", FEW_WORDS)
+        for module in ("attention", "fused_attention"):
+            patch.setattr(f"qlora_lite.ops.{module}.device_type", lambda device: device_type)
+        yield
+
+
 @pytest.fixture
-def on_path_of_a_card(monkeypatch):
-    """Let attention run through torch's fused kernels, as a card's does."""
-    for module in ("attention", "fused_attention"):
-        monkeypatch.setattr(f"qlora_lite.ops.{module}.device_type", lambda device: "cuda")
+def on_path_of_a_card():
+    with on_path_of("cuda"):
+        yield
 
 
 @pytest.mark.parametrize("levers", COPYING, ids=str)
-def test_copies_that_end_late_change_no_bit_of_steps_and_evaluations(
-    levers, late_copies, on_path_of_a_card, monkeypatch
-):
-    monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", FEW_WORDS)
+def test_copies_that_end_late_change_no_bit_of_steps_and_evaluations(levers, late_copies, on_path_of_a_card):
     found, expected = (
         gradients_of_steps(build(levers=each), each, losses_without_gradients)
         for each in (levers, replace(PLAIN, tile_tokens=levers.tile_tokens))
@@ -413,36 +422,73 @@ def test_a_model_without_a_tokenwise_part_cannot_be_tiled():
         set_levers(model, Levers(tile_tokens=4))
 
 
+@cache
+def plain_gradients(model_type, batches, device_type, quant_head, **cuts):
+    """Return the gradients of a model on the device whose blocks keep everything, its work cut into the same parts."""
+    with on_path_of(device_type):
+        return gradients(build(model_type, quant_head=quant_head), replace(PLAIN, **cuts), batches)
+
+
+def assert_plain_gradients(levers, model_type="llama", batches=2, device_type="cpu", quant_head=False):
+    """Assert that not a bit differs where work is cut into the same parts, and little where it is not cut at all."""
+    model = build(model_type, levers, quant_head=quant_head)
+    frozen = frozen_checksum(model)
+    with on_path_of(device_type):
+        if levers.optimizer_in_backward:
+            batches, found = 1, gradients_in_backward(model, levers)
+        else:
+            found = gradients(model, levers, batches)
+    cuts = {"loss_chunk_tokens": levers.loss_chunk_tokens, "tile_tokens": levers.tile_tokens}
+    assert all(map(torch.equal, found, plain_gradients(model_type, batches, device_type, quant_head, **cuts)))
+    assert_close(found, plain_gradients(model_type, batches, "cpu", quant_head))
+    assert frozen_checksum(model) == frozen
+
+
+ONE_LEVER = {
+    "none": {"checkpointing": "none"}, "selective": {"checkpointing": "selective"}, "kept_blocks": {"kept_blocks": 2},
+    "loss_chunk_tokens": {"loss_chunk_tokens": 3}, "tile_tokens": {"tile_tokens": 7},
+    "host_embeddings": {"host_embeddings": True}, "host_head": {"host_head": True},
+    "offload_checkpoints": {"offload_checkpoints": True}, "resident_blocks": {"resident_blocks": 2},
+    "offload_folder": {"offload_checkpoints": True, "offload_folder": FOLDER},
+    "optimizer_in_backward": {"optimizer_in_backward": True}, "reuse_dequantized": {"reuse_dequantized": True},
+    "quant_head": {"quant_head": True},
+}  # fmt: skip
+REFUSED = {("none", "resident_blocks"): "streamed blocks", ("host_head", "quant_head"): "16-bit head"}
+PAIRS = [pair for pair in combinations(ONE_LEVER, 2) if pair != ("none", "selective")]  # two values of one setting
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=" ".join)
+def test_any_two_levers_give_the_plain_gradients(pair):
+    one, other = (ONE_LEVER[name] for name in pair)
+    both = one | other
+    quant_head = both.pop("quant_head", False)
+    with pytest.raises(ModelError, match=REFUSED[pair]) if pair in REFUSED else nullcontext():
+        assert_plain_gradients(Levers(**both), device_type="cuda", quant_head=quant_head)
+
+
 levers_strategy = st.builds(
     Levers, checkpointing=st.sampled_from(["block", "selective", "none"]), kept_blocks=st.integers(0, DEPTH),
     loss_chunk_tokens=st.sampled_from([None, 3, 50]), tile_tokens=st.sampled_from([None, 1, 5, 64]),
     offload_checkpoints=st.booleans(), resident_blocks=st.sampled_from([None, 0, 1, 3, DEPTH]),
     host_embeddings=st.booleans(), host_head=st.booleans(), reuse_dequantized=st.booleans(),
-)  # fmt: skip
-PLAIN_GRADIENTS = {}
+    optimizer_in_backward=st.booleans(), offload_folder=st.sampled_from([None, FOLDER]),
+)  # fmt: skip  # ``compile`` is in tests/test_compiled.py: a graph takes seconds
 
 
 @settings(max_examples=40, deadline=None)
 @given(
     levers=levers_strategy, model_type=st.sampled_from(["llama", "gemma2", "olmo2"]), batches=st.integers(1, 2),
-    device_type=st.sampled_from(["cpu", "cuda"]),
+    device_type=st.sampled_from(["cpu", "cuda"]), quant_head=st.booleans(),
 )  # fmt: skip
-def test_any_combination_gives_the_plain_gradients(levers, model_type, batches, device_type):
-    if model_type == "gemma2":  # its embeddings are its head
+def test_any_combination_gives_the_plain_gradients(levers, model_type, batches, device_type, quant_head):
+    if quant_head:  # which stays on the device
+        levers = replace(levers, host_head=False)
+    elif model_type == "gemma2":  # its embeddings are its head
         levers = replace(levers, host_embeddings=levers.host_head)
-    if (model_type, batches) not in PLAIN_GRADIENTS:
-        PLAIN_GRADIENTS[model_type, batches] = gradients(build(model_type), PLAIN, batches)
-    model = build(model_type, levers)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("qlora_lite.ops.attention.device_type", lambda device: device_type)
-            found = gradients(model, levers, batches)
-    except ModelError:
-        kept = levers.kept_blocks if levers.computes_again else DEPTH
-        assert levers.resident_blocks is not None and kept > levers.resident_blocks
-        return
-    assert_close(found, PLAIN_GRADIENTS[model_type, batches])
-    assert torch.equal(build(model_type).lm_head.weight, model.lm_head.weight)
+    kept = levers.kept_blocks if levers.computes_again else DEPTH
+    refused = levers.resident_blocks is not None and kept > levers.resident_blocks and levers.resident_blocks < DEPTH
+    with pytest.raises(ModelError, match="streamed blocks") if refused else nullcontext():
+        assert_plain_gradients(levers, model_type, batches, device_type, quant_head)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "cohere"])
