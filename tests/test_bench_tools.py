@@ -26,7 +26,7 @@ TOOLS = Path(__file__).parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
 
 import _products  # noqa: E402
-from _measured_tables import TABLES  # noqa: E402
+from _measured_tables import TABLES, limit_sentence  # noqa: E402
 from _products import BASE, LOW_RANK, PLACES, Layout, Product, StepClock  # noqa: E402
 from _texts import text_windows  # noqa: E402
 
@@ -167,6 +167,17 @@ def test_the_parts_of_a_step_add_up_and_only_recomputed_products_tell_its_kinds_
     assert "**share of the limit of its own products**" in "\n".join(TABLES["limit"][1](
         {"large_product_flops_per_second": 1e11, "cases": cases}
     ))  # fmt: skip
+
+
+def test_the_distance_to_the_target_is_that_of_the_better_way_to_run_blocks():
+    cases = [{"model": model, "checkpointing": kind, "share": share, "compiled_share": compiled}
+             for model, kind, share, compiled in [("a", "block", 0.5, 0.7), ("a", "none", 0.6, 0.65),
+                                                  ("b", "block", 0.7, 0.9), ("b", "none", 0.8, 0.85)]]  # fmt: skip
+    assert limit_sentence(cases).endswith(
+        "a plain 60.0% (kept; 20.0 points short), compiled 70.0% (computed again; 10.0 points short); "
+        "b plain 80.0% (kept; the target is met), compiled 90.0% (computed again; the target is met)."
+    )
+    assert "compiled" not in limit_sentence([{"model": "a", "checkpointing": "none", "share": 0.5}])
 
 
 def test_ways_that_give_other_numbers_are_not_compared():
