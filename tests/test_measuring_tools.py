@@ -29,7 +29,7 @@ from _card import card_environment  # noqa: E402
 from _gpu_sections import CARD, SECTIONS, resident_task  # noqa: E402
 from _gpu_summary import summary  # noqa: E402
 from _lever_plot import lever_plot  # noqa: E402
-from _levers import lever_cases, measure, merged  # noqa: E402
+from _levers import by_saving, lever_cases, measure, merged, resident_cases, saving_levers  # noqa: E402
 from _sections import LIMIT_SECONDS, run_section  # noqa: E402
 
 MIB = 2**20
@@ -153,20 +153,39 @@ def test_every_section_can_be_rehearsed_without_a_card(tmp_path):
 
 
 def test_each_row_of_the_lever_table_adds_one_lever_to_the_row_before():
-    rows = lever_cases("tiny", 256)
-    for before, after in pairwise(rows):
-        changed = {key for key in after if key != "lever" and after[key] != before.get(key)}
-        assert len(changed) == 1 or changed in (
-            {"host_embeddings", "host_head"},
-            {"host_head", "offload_folder", "quant_head"},
-        )
-        assert set(before) <= set(after)
+    for rows in (lever_cases("tiny", 256, list(saving_levers(256))), resident_cases("tiny", 256)):
+        for before, after in pairwise(rows):
+            changed = {key for key in after if key != "lever" and after[key] != before.get(key)}
+            assert len(changed) == 1 or changed in (
+                {"host_embeddings", "host_head"},
+                {"host_head", "offload_folder", "quant_head"},
+            )
+            assert set(before) <= set(after)
+    assert {"kept_blocks", "compile"} <= set(rows[-1])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "third_last"), [(2048, "MLPs and norms in tiles"), (8192, "8-bit optimizer states")]
+)
+def test_the_levers_of_the_table_are_in_the_order_of_what_they_save_which_the_length_decides(tokens, third_last):
+    order = by_saving("llama-8b", tokens, "cuda")
+    assert sorted(order) == sorted(saving_levers(tokens)) and order[-3] == third_last
+    assert order[:3] == ["weights in host memory", "embeddings, head in host memory", "block inputs in host memory"]
+
+
+@pytest.mark.parametrize("compiler", ["", "g++"])
+def test_what_has_no_compiler_is_left_out_of_the_lever_table(compiler, capsys):
+    bench = runpy.run_path(str(TOOLS / "bench_levers"))
+    bench["stacks_of"].__globals__.update(missing_compiler=lambda _: compiler)
+    _, resident = bench["stacks_of"]("tiny", 64, "cpu")
+    assert len(resident) == (2 if compiler else 3) and bool(compiler) == ("no g++" in capsys.readouterr().err)
 
 
 def test_a_row_of_the_lever_table_is_measured_as_it_is_planned():
-    by_name = {case["lever"]: case for case in lever_cases("tiny", 64)}
-    resident, on_host = by_name["8-bit optimizer states"], by_name["attention's results kept on a card"]
-    found = [measure(case, warmup=1, steps=1) for case in (resident, on_host)]
+    by_name = {case["lever"]: case for case in lever_cases("tiny", 64, list(saving_levers(64)))}
+    resident, on_host = by_name["blocks computed again"], by_name["attention's results kept on a card"]
+    assert on_host["optimizer_in_backward"]
+    found = [measure(case, warmup=1, steps=1) for case in (resident, on_host, resident_cases("tiny", 64)[1])]
     for row in found:
         assert row["predicted_bytes"] == pytest.approx(row["measured_bytes"], rel=0.05)
         assert row["tokens_per_second"] > 0 and row["loss"] > 0
@@ -206,8 +225,22 @@ def test_the_bars_of_the_plot_are_as_long_as_the_memory_they_stand_for():
 
 def test_the_table_says_what_each_row_is_of_the_first():
     lines = runpy.run_path(str(TOOLS / "update_readme"))["lever_tables"](result())
-    assert "| none: all kept | out of memory, 900.0 MiB | | | | |" in lines
-    assert "| weights in host memory | 150.0 MiB, 150.0 MiB | 17% | 200.0 MiB | 50.0 |  |" in lines
+    assert "| none: all kept | out of memory, 900.0 MiB | | | | | |" in lines
+    assert "| weights in host memory | 150.0 MiB, 150.0 MiB | 17% | 200.0 MiB | 50.0 |  | 0.50 |" in lines
+
+
+def test_a_speed_that_repeats_do_not_tell_from_another_is_marked_with_its_spread_beside_it():
+    found = result()
+    for row, each in zip(
+        found["tables"][0]["rows"], ([90.0, 80.0, 99.0], [99.5, 100.0, 130.0], [50.0, 40.0, 99.5]), strict=True
+    ):
+        row |= {"measured_bytes": MIB, "measured_host_bytes": 0, "tokens_per_second": sorted(each)[1]}
+        row["each_tokens_per_second"] = each
+        row.pop("failed", None)
+    first, faster, slower = (line for line in runpy.run_path(str(TOOLS / "update_readme"))["lever_tables"](found)[4:])
+    assert first.endswith("| 90.0 (80.0 to 99.0) |  |  |")
+    assert faster.endswith("| 100.0 (99.5 to 130.0) | 1.11 | 1.11 |")
+    assert slower.endswith("| 50.0 (40.0 to 99.5) | 0.56, within the spread | 0.50, within the spread |")
 
 
 def test_speeds_of_several_processes_are_kept_and_their_median_is_the_rows():

@@ -33,7 +33,7 @@ from qlora_lite.train.settings import TrainSettings
 CPU = torch.device("cpu")
 OUT_OF_MEMORY = torch.OutOfMemoryError, DoesNotFitError  # a trainer whose one row is too large says so in its own words
 LEVER_KEYS = ("loss_chunk_tokens", "kept_blocks", "tile_tokens", "offload_checkpoints", "host_embeddings", "host_head",
-              "offload_folder", "resident_blocks", "reuse_dequantized", "compile")  # fmt: skip
+              "offload_folder", "resident_blocks", "optimizer_in_backward", "reuse_dequantized", "compile")  # fmt: skip
 CASE_KEYS = ("model", "tokens", "checkpointing", *LEVER_KEYS, "quant_head", "optimizer", "accumulation", "rank", "rows")
 RANK, OPTIMIZER = 16, "paged_adamw_8bit"
 
@@ -120,12 +120,17 @@ def examples_of(case: dict) -> list[Example]:
     return [Example(row, learned, "", "", f"row {number}") for number, row in enumerate(ids)]
 
 
+def _max_norm(case: dict) -> float:
+    """Return what gradients are clipped to; those that never exist at one time cannot be."""
+    return 0.0 if case.get("optimizer_in_backward") else 1.0
+
+
 def trainer_of(case: dict, model, steps: int = 1) -> Trainer:
     """Return a trainer whose every micro-batch has the case's rows."""
     settings = TrainSettings(
         max_steps=steps, epochs=1, learning_rate=1e-4, micro_batch_size=1,
         gradient_accumulation_steps=case.get("accumulation", 1), optimizer=case.get("optimizer", OPTIMIZER),
-        lr_scheduler="constant", warmup_ratio=0.0, max_grad_norm=1.0, weight_decay=0.0, seed=0,
+        lr_scheduler="constant", warmup_ratio=0.0, max_grad_norm=_max_norm(case), weight_decay=0.0, seed=0,
         max_tokens=case["tokens"], packing=True, order="as-is", levers=levers_of(case),
     )  # fmt: skip
     return Trainer(model, examples_of(case), settings)
@@ -138,7 +143,8 @@ def job_of(case: dict, trainer: Trainer, evaluates: bool) -> Job:
     return Job(
         model.config, largest, largest if evaluates else None, resolve_device().type, compute_dtype=model.dtype,
         quant_head=case.get("quant_head", False), rank=case.get("rank", RANK), optimizer=trainer.settings.optimizer,
-        accumulating=case.get("accumulation", 1) > 1, levers=levers_of(case),
+        max_grad_norm=trainer.settings.max_grad_norm, accumulating=case.get("accumulation", 1) > 1,
+        levers=levers_of(case),
     )  # fmt: skip
 
 

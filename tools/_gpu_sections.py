@@ -20,7 +20,7 @@ import torch
 from _cases import OUT_OF_MEMORY, check_case, free_memory, levers_of, model_of, plan_cases, rearranged, trainer_of
 from _gpu_caps import CappedDevice, chosen_row, length_rows, plan_below
 from _gpu_peers import SIDES, STEPS, WARMUP, compare_sides
-from _levers import lever_cases, measure
+from _levers import by_saving, lever_cases, measure, saving_levers
 from _models import DEMO_MODELS, MODELS
 from _sections import LIMIT_SECONDS
 from transformers import AutoConfig
@@ -251,9 +251,12 @@ def levers(scale: Scale) -> Iterator[dict]:
 
     The first with attention's results kept, and the one before it, are then measured at a long row, where it shows.
     """
-    rows = len(lever_cases(scale.models[0], scale.tokens))
-    name, tokens = resident_task("levers", 3 * rows, scale, this_machine(resolve_device()))
-    table, at_length = lever_cases(name, tokens), lever_cases(name, scale.long_tokens * tokens // scale.tokens)
+    machine = this_machine(resolve_device())
+    rows = len(lever_cases(scale.models[0], scale.tokens, list(saving_levers(scale.tokens))))
+    name, tokens = resident_task("levers", 3 * rows, scale, machine)
+    order = by_saving(name, tokens, machine.device_type)
+    table = lever_cases(name, tokens, order)
+    at_length = lever_cases(name, scale.long_tokens * tokens // scale.tokens, order)
     first = next(number for number, case in enumerate(at_length) if case["checkpointing"] == "selective")
     for case, steps in [*((case, 2) for case in table), *((case, 1) for case in at_length[first - 1 : first + 1])]:
         row = measure(case, warmup=1, steps=steps)

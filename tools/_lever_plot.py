@@ -72,14 +72,13 @@ def _table(table: Mapping, top: int, device: str) -> tuple[str, int]:
         parts.append(_small(x, top + HEAD - 14, f"{short_number(tick)} {unit}" if tick else "0", "middle"))
     for number, row in enumerate(rows):
         place = top + HEAD + ROW * number
-        parts += [_bar(row, place, scale), _speed(row, place, fastest)]
+        parts += [_bar(row, "+ " if number else "", place, scale), _speed(row, place, fastest)]
     return "".join(parts), HEAD + ROW * len(rows) + 14
 
 
-def _bar(row: Mapping, top: int, scale: float) -> str:
+def _bar(row: Mapping, sign: str, top: int, scale: float) -> str:
     """Draw a row's name, its device's bar with the total, and its host's bar."""
-    first = "" if row["lever"].startswith("none") else "+ "
-    parts, x = [f'<text x="12" y="{top + 14}">{escape(first + row["lever"])}</text>'], float(LEFT)
+    parts, x = [f'<text x="12" y="{top + 14}">{escape(sign + row["lever"])}</text>'], float(LEFT)
     for name, size in _breakdown(row).items():
         if name != "offloaded":
             parts.append(_rect(x, top, size * scale, BAR, COLOURS[name][0], f"{name}: {format_bytes(size)}"))

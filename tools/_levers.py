@@ -1,51 +1,111 @@
-"""The levers that lower memory, stacked one on the other in the order of what they save for what they cost."""
+"""The levers that lower memory, stacked one on the other, what saves most first.
+
+What saves most differs from model to model and from length to length, so the order is a prediction's (``by_saving``).
+Levers that spend memory for speed come after all that save it, and those that do not go with streamed weights or tiles
+are a stack of their own (``resident_cases``).
+"""
 
 from __future__ import annotations
 
+import shutil
 import statistics
 from collections.abc import Sequence
 
-from _cases import OUT_OF_MEMORY, free_memory, job_of, model_of, trainer_of, under_ledger
+from _cases import OUT_OF_MEMORY, free_memory, job_of, levers_of, model_of, trainer_of, under_ledger
+from _models import config_of
 
+from qlora_lite.doctor import missing_for_triton
 from qlora_lite.memory.meter import held_bytes
 from qlora_lite.models.load import resolve_device
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS
 from qlora_lite.planning.predict import predict
+from qlora_lite.planning.simulate import Job, Rows
 
 SEEN_TILES = 4  # a step is cut into at least so many tiles and chunks, so that the levers show at any length
 MOST_TILE_TOKENS = 1024
+KEPT_BLOCKS = 4
 
 
-def lever_cases(model: str, tokens: int) -> list[dict]:
-    """Return one case for each lever, each with all levers before it; "lever" names what is new.
+def saving_levers(tokens: int) -> dict[str, dict]:
+    """Return the levers that save memory where blocks are computed again, by the names of their rows.
 
     Embeddings and head are moved together, since in the model for CPUs they are the same.
+    """
+    part = max(1, tokens // SEEN_TILES)
+    return {
+        "weights in host memory": {"resident_blocks": 0},
+        "embeddings, head in host memory": {"host_embeddings": True, "host_head": True},
+        "block inputs in host memory": {"offload_checkpoints": True},
+        "8-bit optimizer states": {"optimizer": "paged_adamw_8bit"},
+        "MLPs and norms in tiles": {"tile_tokens": min(MOST_TILE_TOKENS, part)},
+        "updates in backward, no clipping": {"optimizer_in_backward": True},
+        "loss by slices of tokens too": {"loss_chunk_tokens": min(AUTO_CHUNK_TOKENS, part)},
+    }
+
+
+def first_case(model: str, tokens: int) -> dict:
+    """Return the case without any lever; of the loss there are never all words' logits (``ops.loss.TILE_WORDS``)."""
+    return {"model": model, "tokens": tokens, "checkpointing": "none", "loss_chunk_tokens": tokens,
+            "optimizer": "paged_adamw_32bit"}  # fmt: skip
+
+
+def by_saving(model: str, tokens: int, device_type: str) -> list[str]:
+    """Return the names of ``saving_levers``, what saves most first: each predicted by itself, blocks computed again."""
+    config, again = config_of(model), first_case(model, tokens) | {"checkpointing": "block"}
+
+    def needed(change: dict) -> int:
+        case = again | change
+        job = Job(config, Rows((tokens,), tokens - 1), None, device_type, optimizer=case["optimizer"],
+                  levers=levers_of(case))  # fmt: skip
+        return predict(job).simulation.peak().total
+
+    levers = saving_levers(tokens)
+    return sorted(levers, key=lambda name: needed(levers[name]))
+
+
+def lever_cases(model: str, tokens: int, order: Sequence[str]) -> list[dict]:
+    """Return one case for each lever, each with all levers before it; "lever" names what is new.
 
     Args:
         model: a key of ``_models.MODELS``.
         tokens: of the one row of a step, all of them learned.
+        order: of the levers that save memory (see ``by_saving``).
     """
-    part = max(1, tokens // SEEN_TILES)
-    first = {"checkpointing": "none", "loss_chunk_tokens": tokens, "optimizer": "paged_adamw_32bit"}
-    steps = [
-        ("none: everything kept, whole logits", first),
-        ("loss in chunks", {"loss_chunk_tokens": min(AUTO_CHUNK_TOKENS, part)}),
+    saving = saving_levers(tokens)
+    return _stack([
+        ("none: all kept, loss by word slices", first_case(model, tokens)),
         ("blocks computed again", {"checkpointing": "block"}),
-        ("MLPs and norms in tiles", {"tile_tokens": min(MOST_TILE_TOKENS, part)}),
-        ("8-bit optimizer states", {"optimizer": "paged_adamw_8bit"}),
-        ("embeddings, head in host memory", {"host_embeddings": True, "host_head": True}),
-        ("block inputs in host memory", {"offload_checkpoints": True}),
-        ("weights in host memory", {"resident_blocks": 0}),
+        *((name, saving[name]) for name in order),
         ("weights unpacked once a backward", {"reuse_dequantized": True}),
         ("attention's results kept on a card", {"checkpointing": "selective"}),
         ("block inputs on a disk instead", {"offload_folder": "."}),
         ("4-bit head instead (not exact)", {"quant_head": True, "host_head": False, "offload_folder": None}),
-    ]
-    found, case = [], {"model": model, "tokens": tokens}
+    ])  # fmt: skip
+
+
+def resident_cases(model: str, tokens: int) -> list[dict]:
+    """Return a stack of what needs its weights on the device, and whole MLPs: kept blocks, compiled blocks."""
+    first = {"model": model, "tokens": tokens, "checkpointing": "block", "optimizer": "paged_adamw_8bit"}
+    return _stack([
+        ("none: blocks computed again", first),
+        (f"last {KEPT_BLOCKS} blocks kept", {"kept_blocks": KEPT_BLOCKS}),
+        ("blocks compiled", {"compile": True}),
+    ])  # fmt: skip
+
+
+def _stack(steps: Sequence[tuple[str, dict]]) -> list[dict]:
+    found, case = [], {}
     for name, change in steps:
         case = case | change
         found.append({"lever": name, **case})
     return found
+
+
+def missing_compiler(device_type: str) -> str:
+    """Name what compiled blocks need here and what is not there; "" is nothing."""
+    if device_type == "cuda":
+        return missing_for_triton()
+    return "" if shutil.which("g++") else "g++"
 
 
 def measure(case: dict, warmup: int, steps: int) -> dict:
@@ -63,8 +123,8 @@ def measure(case: dict, warmup: int, steps: int) -> dict:
     prediction = predict(job_of(case, trainer, evaluates=False))
     expected = prediction.simulation.peak()
     row = case | {
-        "predicted_bytes": expected.total, "predicted_host_bytes": prediction.simulation.offloaded_bytes,
-        "predicted_breakdown": expected.breakdown,
+        "predicted_bytes": expected.total, "planned_bytes": prediction.peak_bytes,
+        "predicted_host_bytes": prediction.simulation.offloaded_bytes, "predicted_breakdown": expected.breakdown,
         "predicted_process_bytes": prediction.allocated_bytes if device.type == "cuda" else prediction.peak_bytes,
     }  # fmt: skip
     free_memory(device)

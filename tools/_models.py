@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 from qlora_lite.models.load import load_model
 from qlora_lite.models.quantizer import quantize_head
-from qlora_lite.models.skeleton import give_storage, meta_model
+from qlora_lite.models.skeleton import give_storage, meta_model, read_config
 from qlora_lite.quant.linear import QuantLinear
 
 # Where a model's weights are, or the shape of a Llama whose weights are random.
@@ -90,6 +90,11 @@ def fill(model, config) -> None:
     fresh = type(rotary)(config)
     for name, buffer in fresh.named_buffers():
         getattr(rotary, name).copy_(buffer)
+
+
+def config_of(name: str):
+    """Return transformers' configuration of a model, without its weights."""
+    return read_config(path_of(name)) if name in DEMO_MODELS else AutoConfig.for_model("llama", **MODELS[name])
 
 
 def warm_cache(names) -> None:
