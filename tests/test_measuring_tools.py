@@ -25,8 +25,9 @@ TOOLS = Path(__file__).parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
 
 import _gpu_caps  # noqa: E402
+import _gpu_peers  # noqa: E402
 from _card import card_environment  # noqa: E402
-from _gpu_sections import CARD, SECTIONS, resident_task  # noqa: E402
+from _gpu_sections import CARD, SECTIONS, lever_problem, resident_task  # noqa: E402
 from _gpu_summary import summary  # noqa: E402
 from _lever_plot import lever_plot  # noqa: E402
 from _levers import by_saving, lever_cases, measure, merged, resident_cases, saving_levers  # noqa: E402
@@ -110,6 +111,49 @@ def test_a_row_that_is_too_large_for_a_cap_is_a_finding_and_no_end(monkeypatch):
     assert found == {"fits": False, "error": "the row alone needs more memory than there is"}
 
 
+def test_a_cap_under_which_every_length_fits_is_a_problem_since_none_was_seen_to_fail(monkeypatch):
+    capped = _gpu_caps.CappedDevice()
+    monkeypatch.setattr(capped, "run", lambda *_, **__: {"fits": True})
+    *rows, last = _gpu_caps.length_rows(capped, "tiny", 256, 64 * MIB)
+    assert last["problem"] == f"no failing length up to {last['tokens']:,} tokens"
+    assert rows and not any("problem" in row for row in rows)
+    longest = last["planned_longest_tokens"]
+    monkeypatch.setattr(capped, "run", lambda name, tokens, *_, **__: {"fits": tokens == longest})
+    assert [row.get("problem") for row in _gpu_caps.length_rows(capped, "tiny", 256, 64 * MIB)] == [None, None]
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_the_planner_s_choice_that_runs_out_of_memory_is_a_problem_if_it_was_planned_to_fit(fits, monkeypatch):
+    def ours(*_):
+        raise DoesNotFitError("too large. More words")
+
+    monkeypatch.setattr(_gpu_peers, "_ours", ours)
+    monkeypatch.setattr(_gpu_peers, "_missing", lambda side, _: "left out" if side.startswith("peers") else "")
+    plan = SimpleNamespace(fits=fits, chosen=SimpleNamespace(levers=Levers()))
+    rows = list(_gpu_peers.compare_sides("tiny", 1, 64, plan, torch.device("cpu")))
+    assert [row["side"] for row in rows if "problem" in row] == ["ours, as planned"] * fits
+    assert sum(row.get("out_of_memory") == "too large" for row in rows) == 3
+
+
+def test_a_lever_row_that_runs_out_of_memory_is_a_problem_if_it_was_predicted_to_fit():
+    failed = {"failed": "out of memory", "planned_bytes": 100}
+    assert lever_problem(failed, 100) and not lever_problem(failed, 99)
+    assert lever_problem({"predicted_bytes": 104, "measured_bytes": 100}, 100)
+    assert not lever_problem({"predicted_bytes": 102, "measured_bytes": 100}, 100)
+
+
+def test_the_loss_alone_is_timed_and_one_that_gives_another_number_is_a_problem(monkeypatch):
+    def wrong():
+        return lambda hidden, weight, targets: 1.1 * _gpu_peers._our_loss()(hidden, weight, targets)
+
+    cpu, known = torch.device("cpu"), dict(_gpu_peers.LOSSES)
+    monkeypatch.setattr(_gpu_peers, "LOSSES", known | {"wrong": ("", wrong), "alike": ("", _gpu_peers._our_loss)})
+    ours, *others, wrong_row, alike = _gpu_peers.compare_losses("tiny", 64, cpu)
+    assert ours["tokens_per_second"] > 0 and ours["loss"] == pytest.approx(alike["loss"])
+    assert all("skipped" in row for row in others) and len(others) == 2
+    assert "problem" in wrong_row and not {"problem", "skipped"} & {*ours, *alike}
+
+
 def gpu_check(*arguments):
     command = [sys.executable, TOOLS / "gpu_check", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=TOOLS.parent)
@@ -147,7 +191,7 @@ def test_every_section_can_be_rehearsed_without_a_card(tmp_path):
     assert lengths[0] and not lengths[-1]
     equal = [row for row in found["sections"]["streamed"]["rows"] if row["kind"] == "equal"]
     assert len(equal) == 6 and all(row["tensors"] > 10 and row["different"] == 0 for row in equal)
-    losses = [row["first_loss"] for row in found["sections"]["peers"]["rows"] if "skipped" not in row]
+    losses = [row["first_loss"] for row in found["sections"]["peers"]["rows"] if "first_loss" in row]
     assert len(losses) >= 3 and max(losses) == pytest.approx(min(losses), rel=2e-4)
     assert sorted((TOOLS / "results").iterdir()) == before
 

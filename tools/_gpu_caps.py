@@ -155,6 +155,8 @@ def length_rows(capped: CappedDevice, name: str, tokens: int, cap_bytes: int) ->
         done["seconds"] = time.perf_counter() - started
         if length == longest and not done["fits"]:
             done["problem"] = "the longest sequence that was planned to fit does not"
+        elif length == max(lengths) and done["fits"]:
+            done["problem"] = f"no failing length up to {length:,} tokens"
         yield done
         if not done["fits"]:
             return

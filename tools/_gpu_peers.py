@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -11,27 +10,33 @@ from dataclasses import asdict
 
 import torch
 from _cases import OUT_OF_MEMORY, examples_of, free_memory, model_of, trainer_of
+from _levers import missing_compiler
+from _models import config_of
 from _peers import dressed, peers_step, stock_model
 
-from qlora_lite.doctor import missing_for_triton
 from qlora_lite.errors import QloraLiteError
 from qlora_lite.models.levers import Levers
+from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, Head, chunked_cross_entropy
+from qlora_lite.plan import Plan
 
 SIDES, WARMUP, STEPS = 5, 1, 3
+PLANNED = "ours, as planned"
+HEAD_SPREAD = 0.02
 LOSS_DIFFERENCE = 0.01  # of the first loss, before anything was learned: more means that other work was done
 
 
-def compare_sides(name: str, rows: int, length: int, chosen: Levers, device: torch.device) -> Iterator[dict]:
+def compare_sides(name: str, rows: int, length: int, plan: Plan, device: torch.device) -> Iterator[dict]:
     """Yield speed and memory of every side: ours as planned and as the peers, the peers, the peers with Liger.
 
     Args:
         name: a key of ``_models.MODELS``.
         rows: of a step, each of ``length`` tokens, all learned.
-        chosen: the levers of the planner's choice.
+        plan: the planner's choice for this step; if it runs out of memory although it was planned to fit, that is a
+            problem. Of the other sides it is a finding.
     """
     case = {"model": name, "tokens": rows * length, "rows": rows, "optimizer": "adamw_8bit"}
     sides: dict[str, Callable[[], dict]] = {
-        "ours, as planned": lambda: _ours(case | asdict(chosen), device),
+        PLANNED: lambda: _ours(case | asdict(plan.chosen.levers), device),
         "ours, blocks computed again": lambda: _ours(case | asdict(Levers()), device),
         "peers": lambda: peers_side(case, device, False),
         "peers + Liger": lambda: peers_side(case, device, True),
@@ -48,7 +53,7 @@ def compare_sides(name: str, rows: int, length: int, chosen: Levers, device: tor
         try:
             row |= run()
         except OUT_OF_MEMORY as error:
-            yield row | {"out_of_memory": str(error).partition(".")[0]}
+            yield row | {"out_of_memory": str(error).partition(".")[0]} | _against_plan(side, plan)
             continue
         except QloraLiteError as error:  # blocks that cannot be compiled here
             yield row | {"problem": str(error)}
@@ -58,12 +63,17 @@ def compare_sides(name: str, rows: int, length: int, chosen: Levers, device: tor
         yield row | ({"problem": f"first loss {row['first_loss']:.4f}, not {first_loss:.4f}"} if differs else {})
 
 
+def _against_plan(side: str, plan: Plan) -> dict:
+    return {"problem": "it was planned to fit, and memory ran out"} if side == PLANNED and plan.fits else {}
+
+
 def _missing(side: str, device: torch.device) -> str:
-    if side.endswith("compiled"):
-        missing = missing_for_triton() if device.type == "cuda" else "" if shutil.which("g++") else "g++"
-        if missing:
-            return f"there is no {missing}"
-    needed = ["peft"] * side.startswith("peers") + ["liger_kernel"] * side.endswith("Liger")
+    if side.endswith("compiled") and (missing := missing_compiler(device.type)):
+        return f"there is no {missing}"
+    return _not_installed(["peft"] * side.startswith("peers") + ["liger_kernel"] * side.endswith("Liger"))
+
+
+def _not_installed(needed: list[str]) -> str:
     return ", ".join(f"{name} is not installed" for name in needed if importlib.util.find_spec(name) is None)
 
 
@@ -102,3 +112,71 @@ def peers_side(case: dict, device: torch.device, liger: bool) -> dict:
 
 def _peak(device: torch.device) -> dict:
     return {"peak_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
+
+
+def compare_losses(name: str, tokens: int, device: torch.device) -> Iterator[dict]:
+    """Yield speed and memory of the loss alone, forward and backward: ours, Liger's fused one, cut-cross-entropy's.
+
+    Args:
+        name: a key of ``_models.MODELS``, whose head, frozen and random, is taken.
+        tokens: all learned.
+    """
+    config, random = config_of(name), torch.Generator(device).manual_seed(0)
+    made = {"generator": random, "device": device, "dtype": torch.bfloat16}
+    weight = torch.randn(config.vocab_size, config.hidden_size, **made) * HEAD_SPREAD
+    hidden = torch.randn(tokens, config.hidden_size, **made).requires_grad_()
+    targets = torch.randint(config.vocab_size, (tokens,), generator=random, device=device)
+    expected = None
+    for side, (package, loss_of) in LOSSES.items():
+        row = {"side": side, "model": name, "rows": 1, "length": tokens}
+        reason = _not_installed([package]) if package else ""
+        if package and not reason and device.type == "cpu":
+            reason = "its kernels are for a card"
+        if reason:
+            yield row | {"skipped": reason}
+            continue
+        free_memory(device)
+        row |= _timed_loss(loss_of(), hidden, weight, targets)
+        expected = expected or row["loss"]
+        differs = abs(row["loss"] / expected - 1) > LOSS_DIFFERENCE
+        yield row | ({"problem": f"loss {row['loss']:.4f}, not {expected:.4f}"} if differs else {})
+
+
+def _timed_loss(loss_of: Callable, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> dict:
+    seconds = []
+    if hidden.is_cuda:
+        torch.cuda.reset_peak_memory_stats(hidden.device)
+    for _ in range(WARMUP + STEPS):
+        hidden.grad, started = None, time.perf_counter()
+        loss = loss_of(hidden, weight, targets)
+        loss.backward()
+        mean = loss.item() / len(targets)
+        if hidden.is_cuda:
+            torch.cuda.synchronize(hidden.device)
+        seconds.append(time.perf_counter() - started)
+    return {"tokens_per_second": len(targets) / statistics.median(seconds[WARMUP:]), "loss": mean,
+            **_peak(hidden.device)}  # fmt: skip
+
+
+def _our_loss() -> Callable:
+    return lambda hidden, weight, targets: chunked_cross_entropy(hidden, targets, Head(weight), AUTO_CHUNK_TOKENS)
+
+
+def _liger_loss() -> Callable:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+    return lambda hidden, weight, targets: loss(weight, hidden, targets)
+
+
+def _cut_loss() -> Callable:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return lambda hidden, weight, targets: linear_cross_entropy(hidden, weight, targets, reduction="sum")
+
+
+LOSSES = {  # side -> the package that it needs beside this one, and what gives the summed loss
+    "the loss alone, ours": ("", _our_loss),
+    "the loss alone, Liger": ("liger_kernel", _liger_loss),
+    "the loss alone, cut-cross-entropy": ("cut_cross_entropy", _cut_loss),
+}

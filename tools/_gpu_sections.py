@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from _cases import OUT_OF_MEMORY, check_case, free_memory, levers_of, model_of, plan_cases, rearranged, trainer_of
 from _gpu_caps import CappedDevice, chosen_row, length_rows, plan_below
-from _gpu_peers import SIDES, STEPS, WARMUP, compare_sides
+from _gpu_peers import SIDES, STEPS, WARMUP, compare_losses, compare_sides
 from _levers import by_saving, lever_cases, measure, saving_levers
 from _models import DEMO_MODELS, MODELS
 from _sections import LIMIT_SECONDS
@@ -236,14 +236,16 @@ def caps(scale: Scale) -> Iterator[dict]:
 
 
 def peers(scale: Scale) -> Iterator[dict]:
-    """Compare tokens a second with peft + bitsandbytes + transformers, and Liger where it is installed."""
+    """Compare tokens a second with peft + bitsandbytes + transformers, and Liger where it is installed; then the loss
+    alone with Liger's and cut-cross-entropy's."""
     device = resolve_device()
     machine = CappedDevice().machine
     name, tokens = resident_task("peers", SIDES * (WARMUP + STEPS) * len(scale.shapes), scale, machine)
     for rows, whole in scale.shapes:
         length = whole * tokens // scale.tokens
-        chosen = plan_below(machine, name, rows * length, machine.memory_bytes).chosen.levers
-        yield from compare_sides(name, rows, length, chosen, device)
+        planned = plan_below(machine, name, rows * length, machine.memory_bytes)
+        yield from compare_sides(name, rows, length, planned, device)
+    yield from compare_losses(name, tokens, device)
 
 
 def levers(scale: Scale) -> Iterator[dict]:
@@ -261,8 +263,16 @@ def levers(scale: Scale) -> Iterator[dict]:
     for case, steps in [*((case, 2) for case in table), *((case, 1) for case in at_length[first - 1 : first + 1])]:
         row = measure(case, warmup=1, steps=steps)
         free_memory(resolve_device())
-        wrong = "failed" not in row and abs(row["predicted_bytes"] / row["measured_bytes"] - 1) > TENSOR_ERROR
-        yield row | ({"problem": "the prediction of the tensors is off"} if wrong else {})
+        problem = lever_problem(row, machine.memory_bytes)
+        yield row | ({"problem": problem} if problem else {})
+
+
+def lever_problem(row: dict, memory_bytes: int) -> str:
+    """Say what is wrong with a row of the lever table on a device with so much memory; "" is nothing."""
+    if "failed" in row:
+        return "it was predicted to fit, and memory ran out" if row["planned_bytes"] <= memory_bytes else ""
+    error = row["predicted_bytes"] / row["measured_bytes"] - 1
+    return "the prediction of the tensors is off" if abs(error) > TENSOR_ERROR else ""
 
 
 def paged(scale: Scale) -> Iterator[dict]:
