@@ -80,6 +80,8 @@ def _head(summary: dict[str, Any], name: str, folder_name: str) -> str:
 
 def _notices(run: RunFiles, summary: dict[str, Any]) -> str:
     notices = [str(summary["error"])] if summary.get("error") else []
+    other_results = summary.get("other_results")
+    notices += map(str, other_results) if isinstance(other_results, list) else []
     for part in _dicts(summary.get("resumed")):
         if changes := part.get("forced_changes"):
             notices.append(f"Gone on with after step {part.get('after_step')} by force, as another run: {changes}")

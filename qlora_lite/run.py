@@ -286,7 +286,7 @@ class _Run:
                  format_count(trainable))  # fmt: skip
         self.run.update(
             device=_device_name(device_of(self.model)), trainable_parameters=trainable,
-            memory_table=[asdict(entry) for entry in table],
+            memory_table=[asdict(entry) for entry in table], other_results=_other_results(self.recipe),
             versions=package_versions(),
             base_fingerprint=base_fingerprint(locate(self.recipe.model.path, self.recipe.model.revision)),
         )  # fmt: skip
@@ -357,6 +357,16 @@ class _Run:
     def _plain(self, prompt: str) -> str:
         ids = self.tokenizer(prompt, add_special_tokens=False).input_ids
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _other_results(recipe: Recipe) -> list[str]:
+    """Say which settings that spare memory or time give other results than the same run without them."""
+    settings = {
+        "model.quant_head: the head is in 4 bit, which is another model than the one with its 16-bit head; losses and "
+        "answers differ": recipe.model.quant_head,
+        "train.compile: results differ by rounding from those of a run without it": recipe.train.compile,
+    }
+    return [what for what, is_set in settings.items() if is_set]
 
 
 def _device_name(device: torch.device) -> str:

@@ -22,7 +22,7 @@ SUMMARY = {
     "eval_loss_before": 1.5714, "eval_loss_after": 0.0213, "exact_match_before": 0.0,
     "exact_match_after": 0.925, "exact_match_rows": 120,
     "versions": {"torch": "2.13.0"},
-    "data": {"rows_read": 1960, "packing_efficiency": 0.984},
+    "data": {"rows_read": 1960, "packing_efficiency": 0.984}, "other_results": [],
     "samples": [{"prompt": "two pies for mon", "reference": "{2}", "before": "I am sorry", "after": "{2}"}],
     "memory_table": [
         {"group": "base weights", "dtype": "nf4", "device": "cpu", "bytes": 2**20, "why": "frozen"},
@@ -188,6 +188,10 @@ def test_a_loss_that_is_not_finite_is_a_gap_a_mark_and_a_notice(report):
 
 def test_the_reason_of_a_failed_run_is_shown(report):
     assert "out of luck" in Elements(report(SUMMARY | {"error": "out of luck"})).text
+
+
+def test_settings_that_change_results_are_told(report):
+    assert "another head" in Elements(report(SUMMARY | {"other_results": ["another head"]})).text
 
 
 def test_a_missing_recipe_is_said_and_the_rest_is_shown(report):

@@ -31,7 +31,7 @@ METRICS = {
 SUMMARY = {
     "status", "steps", "seconds", "tokens", "tokens_per_second", "peak_bytes", "trainable_parameters",
     "eval_loss_before", "eval_loss_after", "exact_match_before", "exact_match_after", "adapter_sha256", "versions",
-    "samples", "memory_table", "data",
+    "samples", "memory_table", "data", "other_results",
 }  # fmt: skip
 
 
@@ -105,6 +105,15 @@ def test_the_summary_has_what_is_promised_and_its_sums_are_those_of_the_steps(fi
     assert all(entry.keys() == {"group", "dtype", "device", "bytes", "why"} for entry in summary["memory_table"])
     assert all(sample.keys() == {"prompt", "reference", "before", "after"} for sample in summary["samples"])
     assert summary["versions"]["torch"] == torch.__version__
+
+
+def test_the_summary_and_the_report_say_which_levers_change_results(finished, model_folder, tmp_path):
+    assert summary_of(finished[0])["other_results"] == []
+    recipe = write_recipe(tmp_path, model_folder, train={"max_steps": 1, "exact_match_rows": 0})
+    folder = qlora_lite.run_recipe(load_recipe(recipe, ["model.quant_head=true"]))
+    (said,) = summary_of(folder)["other_results"]
+    assert said.startswith("model.quant_head: the head is in 4 bit, which is another model")
+    assert said in (folder / "report.html").read_text()
 
 
 def test_the_best_adapter_is_kept_and_its_loss_is_the_one_reported(finished):
