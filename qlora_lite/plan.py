@@ -110,6 +110,9 @@ def plan_recipe(
     found = search(step, machine, budget_bytes - machine.base_bytes)
     chosen = choose(found, budget_bytes - machine.base_bytes)
     least = min(found, key=lambda candidate: (not candidate.fits_host, candidate.peak_bytes))
+    if job.quant_head and job.config.tie_word_embeddings and not (chosen or least).levers.host_embeddings:
+        log.warning("model.quant_head: the embeddings are also the head, and their 16-bit table stays on the device: "
+                    "the 4-bit copy takes memory and saves none")  # fmt: skip
     kept = recipe.train.keep_checkpoints
     return Plan(machine, budget_bytes, chosen or least, chosen is not None, tuple(found), step, kept)
 
@@ -216,7 +219,8 @@ def _single_changes(plan: Plan) -> Iterator[Levers]:
             if not levers.compile:
                 changes["checkpointing"] = "selective" if levers.checkpointing == "block" else "block"
             changes["offload_checkpoints"] = not levers.offload_checkpoints
-            changes["resident_blocks"] = levers.kept_blocks if levers.resident_blocks is None else None
+            if levers.checkpoint_every == 1:
+                changes["resident_blocks"] = levers.kept_blocks if levers.resident_blocks is None else None
     for name, value in changes.items():
         if name not in step.fixed:
             yield replace(levers, **{name: value})

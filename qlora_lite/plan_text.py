@@ -38,14 +38,27 @@ def _in_words(chosen: Candidate) -> str:
     place = "on a disk" if x.uses_disk else "in host memory"
     return (
         f"checkpointing {x.checkpointing}{kept}"
+        + (f", {x.checkpoint_every} blocks at once" if x.computes_again and x.checkpoint_every > 1 else "")
         + (f", tiles of {x.tile_tokens} tokens" if x.tile_tokens else "")
-        + (", weights unpacked once per backward" if x.reuse_dequantized else "")
+        + (", weights unpacked once per backward" if x.unpacks_once else "")
         + (", embeddings in host memory" if x.host_embeddings else "")
         + (", head in host memory" if x.host_head else "")
         + (f", block inputs {place}" if x.offload_checkpoints and x.computes_again else "")
+        + (", factors updated in backward" if x.optimizer_in_backward else "")
+        + (", blocks compiled" if x.compile else "")
         + f"{resident}, loss chunk {x.loss_chunk_tokens}, packs at once {chosen.packs}, "
         f"micro-batches {chosen.micro_batches}"
     )
+
+
+def transfers(plan: Plan) -> str | None:
+    """Say how long a step's transfers between host and card take, and whether they hide; None where nothing travels."""
+    work, machine, steps = plan.chosen.prediction.simulation.work, plan.machine, plan.chosen.micro_batches
+    if not work.bus_bytes:
+        return None
+    bus, computing = steps * machine.bus_seconds(work), steps * machine.computing_seconds(work)
+    hidden = "hidden behind" if bus <= computing else "more than"
+    return f"{format_seconds(bus)} over the bus, {hidden} the {format_seconds(computing)} of computing"
 
 
 def as_json(plan: Plan, others: Sequence[Alternative]) -> dict:
@@ -58,7 +71,8 @@ def as_json(plan: Plan, others: Sequence[Alternative]) -> dict:
         "peak_phase": peak.phase, "peak_module": peak.module,
         "breakdown": plan.breakdown, "host_bytes": host_bytes(plan), "disk_bytes": disk_bytes(plan),
         "offload_folder_bytes": plan.chosen.prediction.simulation.folder_bytes,
-        "step_seconds_estimate": plan.chosen.step_seconds, "chosen": plan.chosen.settings, "why": reason(plan),
+        "step_seconds_estimate": plan.chosen.step_seconds, "transfers": transfers(plan),
+        "chosen": plan.chosen.settings, "why": reason(plan),
         "constants": [o._asdict() for o in plan.chosen.prediction.overheads],
         "measured_because": plan.chosen.prediction.simulation.measured_because,
         "alternatives": [asdict(alternative) for alternative in others],
@@ -100,6 +114,7 @@ def describe(plan: Plan, others: Sequence[Alternative], width: int = 80) -> str:
         "", memory_bar(plan.breakdown, plan.budget_bytes, width), "",
         f"{'settings':16} {reason(plan)}",
         f"{'step':16} about {format_seconds(plan.chosen.step_seconds)}",
+        *([f"{'transfers':16} {transfers(plan)}"] if transfers(plan) else []),
         f"{'host memory':16} {format_bytes(host_bytes(plan))}{limit}",
         f"{'disk':16} {format_bytes(disk_bytes(plan))}",
     ]  # fmt: skip

@@ -32,6 +32,9 @@ SAME_ARITHMETIC = [
     Levers(reuse_dequantized=True, resident_blocks=1, offload_checkpoints=True),
     Levers("selective"), Levers("selective", kept_blocks=2, offload_checkpoints=True),
     Levers("selective", resident_blocks=1, offload_checkpoints=True, reuse_dequantized=True),
+    Levers(checkpoint_every=2), Levers(checkpoint_every=DEPTH), Levers(checkpoint_every=2, kept_blocks=1),
+    Levers(checkpoint_every=3, offload_checkpoints=True, reuse_dequantized=True),
+    Levers("selective", checkpoint_every=2, offload_checkpoints=True, host_embeddings=True),
 ]  # fmt: skip
 COPYING = [
     *(levers for levers in SAME_ARITHMETIC if any(levers.uses_host[:3])),

@@ -280,6 +280,7 @@ def test_nine_kinds_of_blocks_are_not_too_many_graphs(graphs):
         ("gpt2", {"resid_pdrop": 0.1}, Levers(), "dropout"),
         ("granite", {"attention_dropout": 0.1}, Levers(), "dropout"),
         ("llama", {}, Levers(tile_tokens=8, resident_blocks=0), "memory.tile_tokens, memory.resident_blocks"),
+        ("llama", {}, Levers(checkpoint_every=2), "memory.checkpoint_every"),
         ("llama", {}, Levers("selective", tile_tokens=8), "memory.checkpointing selective, memory.tile_tokens"),
     ],
 )

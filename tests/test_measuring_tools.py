@@ -222,14 +222,15 @@ def test_what_has_no_compiler_is_left_out_of_the_lever_table(compiler, capsys):
     bench = runpy.run_path(str(TOOLS / "bench_levers"))
     bench["stacks_of"].__globals__.update(missing_compiler=lambda _: compiler)
     _, resident = bench["stacks_of"]("tiny", 64, "cpu")
-    assert len(resident) == (2 if compiler else 3) and bool(compiler) == ("no g++" in capsys.readouterr().err)
+    assert len(resident) == (3 if compiler else 4) and bool(compiler) == ("no g++" in capsys.readouterr().err)
 
 
 def test_a_row_of_the_lever_table_is_measured_as_it_is_planned():
     by_name = {case["lever"]: case for case in lever_cases("tiny", 64, list(saving_levers(64)))}
     resident, on_host = by_name["blocks computed again"], by_name["attention's results kept on a card"]
     assert on_host["optimizer_in_backward"]
-    found = [measure(case, warmup=1, steps=1) for case in (resident, on_host, resident_cases("tiny", 64)[1])]
+    stretched, _, kept, _ = resident_cases("tiny", 64)
+    found = [measure(case, warmup=1, steps=1) for case in (resident, on_host, stretched, kept)]
     for row in found:
         assert row["predicted_bytes"] == pytest.approx(row["measured_bytes"], rel=0.05)
         assert row["tokens_per_second"] > 0 and row["loss"] > 0

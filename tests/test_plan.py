@@ -23,6 +23,7 @@ from qlora_lite.planning.largest import largest_of
 from qlora_lite.planning.machine import Machine, machine_of_card
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.run import run_recipe
+from qlora_lite.units import format_seconds
 
 GIB = 2**30
 
@@ -71,7 +72,8 @@ def test_what_the_recipe_fixes_is_kept(recipe):
                       "memory.reuse_dequantized=true")  # fmt: skip
     plan = planner.plan_recipe(settings, CARD, 24 * GIB)
     assert plan.chosen.settings == {
-        "memory.checkpointing": "block", "memory.kept_blocks": 1, "memory.loss_chunk_tokens": 100,
+        "memory.checkpointing": "block", "memory.kept_blocks": 1, "memory.checkpoint_every": 1,
+        "memory.loss_chunk_tokens": 100,
         "memory.tile_tokens": 64, "memory.embeddings": "device", "memory.head": "device",
         "memory.offload_checkpoints": True,
         "memory.resident_blocks": "all", "memory.reuse_dequantized": True,
@@ -81,9 +83,30 @@ def test_what_the_recipe_fixes_is_kept(recipe):
     assert "block inputs in host memory" in plan_text.reason(plan)
 
 
-def test_no_block_inputs_are_told_of_where_every_block_is_kept(recipe):
-    settings = recipe("memory.checkpointing=none", "memory.offload_checkpoints=true")
-    assert "block inputs" not in plan_text.reason(planner.plan_recipe(settings, CARD, 24 * GIB))
+def test_every_lever_of_the_recipe_is_named_and_none_that_does_nothing(recipe):
+    def reason(*settings):
+        return plan_text.reason(planner.plan_recipe(recipe(*settings), CARD, 24 * GIB))
+
+    once = reason("memory.optimizer_in_backward=true", "train.max_grad_norm=0", "train.compile=true")
+    assert "factors updated in backward" in once and "blocks compiled" in once
+    plain = reason("memory.checkpointing=none", "memory.reuse_dequantized=true", "memory.tile_tokens=auto")
+    assert not any(words in plain for words in ("unpacked once", "in backward", "compiled"))
+    tiled = reason("memory.checkpointing=none", "memory.reuse_dequantized=true", "memory.tile_tokens=64")
+    assert "unpacked once" in tiled
+
+
+def test_the_time_of_transfers_is_told_beside_that_of_computing(recipe):
+    streamed = "memory.resident_blocks=0", "memory.offload_checkpoints=false", "data.max_tokens=512"
+    for bus, words in ((1e9, "more than the"), (1e12, "hidden behind the")):
+        machine = replace(CARD, bus_bytes_per_second=bus)
+        plan = planner.plan_recipe(recipe(*streamed), machine, 24 * GIB)
+        work, chosen = plan.chosen.prediction.simulation.work, plan.chosen
+        seconds = chosen.micro_batches * work.bus_bytes / bus
+        said = f"{format_seconds(seconds)} over the bus, {words}"
+        assert plan_text.as_json(plan, [])["transfers"].startswith(said) and said in plan_text.describe(plan, [])
+        assert (chosen.step_seconds == pytest.approx(seconds)) == (words == "more than the")
+    resident = planner.plan_recipe(recipe(), CARD, 24 * GIB)
+    assert plan_text.transfers(resident) is None and "transfers" not in plan_text.describe(resident, [])
 
 
 def test_weights_are_unpacked_once_for_a_backward_where_that_is_faster_by_more_than_estimates_tell(recipe):
@@ -171,7 +194,8 @@ def test_what_the_host_has_no_room_for_stays_on_the_card_or_does_not_fit(recipe)
     roomy = planner.plan_recipe(recipe(long, host(3.2)), CARD, 6 * GIB)
     assert roomy.fits and roomy.chosen.fits_host
 
-    fixed = planner.plan_recipe(recipe(long, host(2), "memory.offload_checkpoints=true"), CARD, 8 * GIB)
+    offloading = "memory.offload_checkpoints=true", "memory.checkpoint_every=1"
+    fixed = planner.plan_recipe(recipe(long, host(2), *offloading), CARD, 8 * GIB)
     assert not fixed.fits and fixed.peak_bytes <= fixed.budget_bytes
     assert "GiB of host memory where 2.0 GiB may be used beside RTX 4060" in str(planner.does_not_fit(fixed, []))
     assert "does not fit[/] the host's memory" in plan_text.describe(fixed, [])
@@ -179,6 +203,23 @@ def test_what_the_host_has_no_room_for_stays_on_the_card_or_does_not_fit(recipe)
     assert "may be used beside RTX 4060; free host memory, or raise memory.host_budget" in str(
         planner.does_not_fit(only, [])
     )
+
+
+def test_fewer_block_inputs_are_kept_where_nothing_else_makes_room_for_them(recipe):
+    long, offloading = "data.max_tokens=32768", ("memory.offload_checkpoints=true", "memory.host_budget=2GiB")
+    for_host = planner.plan_recipe(recipe(long, *offloading), CARD, 8 * GIB)
+    assert for_host.fits and for_host.chosen.levers.checkpoint_every > 1 and for_host.chosen.levers.offload_checkpoints
+    assert f"{for_host.chosen.levers.checkpoint_every} blocks at once" in plan_text.reason(for_host)
+
+    here = long, "memory.offload_checkpoints=false", "memory.resident_blocks=all"
+    each = planner.plan_recipe(recipe(*here, "memory.checkpoint_every=1"), CARD, GIB)
+    budget = each.peak_bytes - 50 * 2**20
+    for_device = planner.plan_recipe(recipe(*here), CARD, budget)
+    assert not each.fits and for_device.fits and for_device.chosen.levers.checkpoint_every == 2
+    lengths = [planner.max_tokens(replace(plan, budget_bytes=budget)) for plan in (each, for_device)]
+    assert lengths[0] < 32768 <= lengths[1]
+    streamed = planner.plan_recipe(recipe(long, "memory.checkpoint_every=2"), CARD, GIB)
+    assert not streamed.fits and all(c.levers.resident_blocks is None for c in streamed.found)
 
 
 def test_as_many_blocks_stay_on_the_card_as_it_has_room_for_where_the_host_has_none_for_all(recipe):
@@ -223,7 +264,8 @@ def test_a_disk_is_for_what_fits_in_no_other_way(recipe, tmp_path, changes, gib)
 
 
 def test_a_disk_is_named_as_the_cure_only_where_it_is_one(recipe):
-    offloading = "memory.checkpointing=block", "memory.offload_checkpoints=true", "memory.host_budget=1.55GiB"
+    block = "memory.checkpointing=block", "memory.checkpoint_every=1"
+    offloading = *block, "memory.offload_checkpoints=true", "memory.host_budget=1.55GiB"
     for embeddings, helps in (("device", True), ("host", False)):
         plan = planner.plan_recipe(recipe(*offloading, f"memory.embeddings={embeddings}"), CARD, 8 * GIB)
         assert not plan.fits
@@ -240,6 +282,18 @@ def test_a_cpu_that_is_short_of_memory_puts_checkpoints_on_a_disk_if_one_is_name
     enough = plan(1, folder).peak_bytes / GIB  # of what needs least
     assert plan(enough, folder).fits and plan(enough, folder).chosen.levers.offload_checkpoints
     assert not plan(enough).fits
+
+
+@pytest.mark.parametrize(("model", "place", "warned"), [
+    ("Llama-3.2-1B", "device", True), ("Llama-3.2-1B", "host", False), ("Llama-3.1-8B", "device", False),
+])  # fmt: skip
+def test_a_four_bit_head_that_spares_nothing_is_warned_of(recipe, caplog, model, place, warned):
+    path = f"model.path=meta-llama/{model}"
+    head = planner.plan_recipe(recipe(path, f"memory.embeddings={place}", "model.quant_head=true"), CARD, 24 * GIB)
+    assert ("the 4-bit copy takes memory and saves none" in caplog.text) == warned
+    without = planner.plan_recipe(recipe(path, "memory.embeddings=device", "memory.head=device"), CARD, 24 * GIB)
+    frozen = [plan.chosen.prediction.simulation.resident.total for plan in (head, without)]
+    assert (frozen[0] > frozen[1]) == warned
 
 
 def test_the_largest_pack_is_looked_for_among_all_packs_of_the_steps(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from qlora_lite.planning.simulate import Job, Rows
 
 SEEN_TILES = 4  # a step is cut into at least so many tiles and chunks, so that the levers show at any length
 MOST_TILE_TOKENS = 1024
-KEPT_BLOCKS = 4
+KEPT_BLOCKS, CHECKPOINT_EVERY = 4, 2
 
 
 def saving_levers(tokens: int) -> dict[str, dict]:
@@ -84,10 +84,11 @@ def lever_cases(model: str, tokens: int, order: Sequence[str]) -> list[dict]:
 
 
 def resident_cases(model: str, tokens: int) -> list[dict]:
-    """Return a stack of what needs its weights on the device, and whole MLPs: kept blocks, compiled blocks."""
+    """Return a stack of what needs its weights on the device: fewer block inputs, kept blocks, compiled blocks."""
     first = {"model": model, "tokens": tokens, "checkpointing": "block", "optimizer": "paged_adamw_8bit"}
     return _stack([
-        ("none: blocks computed again", first),
+        (f"{CHECKPOINT_EVERY} blocks computed again at once", first | {"checkpoint_every": CHECKPOINT_EVERY}),
+        ("blocks computed again one by one", {"checkpoint_every": 1}),
         (f"last {KEPT_BLOCKS} blocks kept", {"kept_blocks": KEPT_BLOCKS}),
         ("blocks compiled", {"compile": True}),
     ])  # fmt: skip

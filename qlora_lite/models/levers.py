@@ -15,7 +15,7 @@ from torch import nn
 
 from qlora_lite.errors import ModelError
 from qlora_lite.ops import compiled
-from qlora_lite.ops.checkpoint import Checkpoint, Skipping
+from qlora_lite.ops.checkpoint import Checkpoint, Skipping, Stretches
 from qlora_lite.ops.offload import HostStore
 from qlora_lite.ops.stream import BlockStream
 from qlora_lite.ops.tile import Tiled
@@ -37,13 +37,14 @@ _IN_A_RECIPE = {
 class Levers:
     """How memory is traded for time; the names, meanings and defaults are those of the recipe's memory section.
 
-    ``kept_blocks`` counts only where blocks are computed again; ``loss_chunk_tokens`` None takes the default,
-    ``tile_tokens`` None runs MLPs and norms whole, ``resident_blocks`` None streams nothing. ``compile`` is the train
-    section's. ``offload_folder`` counts only with ``offload_checkpoints``.
+    ``kept_blocks`` and ``checkpoint_every`` count only where blocks are computed again; ``loss_chunk_tokens`` None
+    takes the default, ``tile_tokens`` None runs MLPs and norms whole, ``resident_blocks`` None streams nothing.
+    ``compile`` is the train section's. ``offload_folder`` counts only with ``offload_checkpoints``.
     """
 
     checkpointing: str = "block"
     kept_blocks: int = 0
+    checkpoint_every: int = 1
     loss_chunk_tokens: int | None = None
     tile_tokens: int | None = None
     host_embeddings: bool = False
@@ -69,6 +70,11 @@ class Levers:
     def computes_again(self) -> bool:
         """Whether a block's backward computes the block again; "selective" does so too, but for its attention."""
         return self.checkpointing != "none"
+
+    @property
+    def unpacks_once(self) -> bool:
+        """Whether weights unpacked for a second run, or for a tile, serve what follows too."""
+        return self.reuse_dequantized and (self.computes_again or self.tile_tokens is not None)
 
     def streamed_of(self, depth: int) -> int:
         """Return how many of a model's blocks, the first ones, have their weights streamed."""
@@ -172,17 +178,20 @@ def set_levers(model: nn.Module, levers: Levers) -> None:
         raise ModelError("memory.resident_blocks, and memory.embeddings or memory.head host, are for a model that was "
                          "loaded so: call models.levers.place before training, or leave them out")  # fmt: skip
     checkpointed = max(0, len(found) - levers.kept_blocks) if levers.computes_again else 0
+    if streamed and levers.computes_again and levers.checkpoint_every > 1:
+        raise ModelError("streamed blocks are computed again one by one: set memory.checkpoint_every to 1, or "
+                         "memory.resident_blocks to all")  # fmt: skip
     if checkpointed < streamed:
         raise ModelError("streamed blocks cannot keep their activations: raise memory.resident_blocks, or lower "
                          "memory.kept_blocks with memory.checkpointing=block or selective")  # fmt: skip
     host = HostStore(device_of(model), levers.offload_folder) if levers.offload_checkpoints else None
     skipping: dict[type, Skipping] = defaultdict(Skipping)  # what is learned of one block holds for its class
-    selective = levers.checkpointing == "selective"
+    selective, stretches = levers.checkpointing == "selective", Stretches(levers.checkpoint_every, checkpointed)
     for number, block in enumerate(found):
         block.gradient_checkpointing = number < checkpointed or levers.compile
         # the place that transformers documents for it
         around = _keeping(levers, stay=False)  # until the block's own backward
-        checkpoint = Checkpoint(number, host, skipping[type(block)], around, selective, levers.compile)
+        checkpoint = Checkpoint(number, host, skipping[type(block)], around, selective, levers.compile, stretches)
         block._gradient_checkpointing_func = checkpoint if number < checkpointed else compiled.value
     tiled = sum(_set_tiles(module, levers, skipping) for module in (decoder(model), *found))
     if levers.tile_tokens and not tiled:

@@ -11,9 +11,10 @@ it and the policy says so). And the value of the block's last product,
 where it is only added to the residual stream: the second run is there for the graph and for what the block
 saves, and nobody reads its output. Whether that holds shows in the graph (``run_for_graph``).
 
-What is kept stays on the device, or goes to host memory with a ``HostStore``.
+What is kept stays on the device, or goes to host memory with a ``HostStore``. With ``Stretches`` only the first of
+some blocks in a row keeps its input, and all of them are computed again at once.
 
-Source: training deep nets with sublinear memory cost, arXiv 1604.06174, section 4.
+Source: training deep nets with sublinear memory cost, arXiv 1604.06174, section 4; stretches are its segments.
 """
 
 import weakref
@@ -24,6 +25,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+
+from qlora_lite.errors import ModelError
 
 from . import compiled
 from .offload import HostStore
@@ -119,6 +122,43 @@ class Skipping:
     product: int | None = None  # its number from 1, 0 for none; None before the first such run has shown it
 
 
+class Stretches:
+    """Cut a model's checkpointed blocks into stretches of which only the first block keeps its input.
+
+    A block that is not given the very output of the one before begins a stretch too: what a model does between its
+    blocks is not computed again.
+
+    Args:
+        length: blocks of a stretch; the first one may have fewer.
+        count: checkpointed blocks of the model.
+    """
+
+    def __init__(self, length: int = 1, count: int = 0):
+        self.length, self.count = length, count
+        self._calls: list = []  # of the stretch that has begun
+        self._output: weakref.ref | None = None
+
+    def earlier_calls(self, number: int, tensors: Sequence[torch.Tensor]) -> list:
+        """Return the contexts of the calls before this one in its stretch; none where it begins one.
+
+        Args:
+            number: of the block, counted along the model.
+            tensors: what it is given.
+        """
+        goes_on = self._output is not None and len(tensors) == 1 and self._output() is tensors[0]
+        if (self.count - number) % self.length == 0 or not goes_on:
+            self._calls = []
+        return list(self._calls)
+
+    def add(self, number: int, call: torch.autograd.function.FunctionCtx, outputs) -> None:
+        """Have the next block go on from this call, unless the stretch ends here."""
+        if (self.count - number - 1) % self.length == 0 or not isinstance(outputs, torch.Tensor):
+            self._calls, self._output = [], None
+        else:
+            self._calls.append(call)
+            self._output = weakref.ref(outputs)
+
+
 class Checkpoint:
     """Call a block so that only its tensor inputs are kept; one object for each block.
 
@@ -132,15 +172,16 @@ class Checkpoint:
         around: a context to be in during the second run, such as ``quant.product.keeping_weights``.
         keeps_attention: keep the results of attention's fused kernels too; see ``ops.kept_attention``.
         compiling: run the block compiled (``ops.compiled``), its second run and its gradients as one graph.
+        stretches: shared by the blocks of a model; without, each block keeps its input.
     """
 
     def __init__(
         self, number: int = 0, host: HostStore | None = None, skipping: "Skipping | None" = None,
         around: Callable[[], AbstractContextManager] = nullcontext, keeps_attention: bool = False,
-        compiling: bool = False,
+        compiling: bool = False, stretches: Stretches | None = None,
     ):  # fmt: skip
         self.number, self.host, self.skipping, self.around = number, host, skipping or Skipping(), around
-        self.keeps_attention, self.compiling = keeps_attention, compiling
+        self.keeps_attention, self.compiling, self.stretches = keeps_attention, compiling, stretches or Stretches()
 
     def __call__(self, block: Callable, *inputs):
         # The anchor makes autograd visit a block whose input needs no gradient (the first of a frozen model).
@@ -155,38 +196,73 @@ class _Checkpoint(torch.autograd.Function):
         ctx.places = [place for place, value in enumerate(inputs) if isinstance(value, torch.Tensor)]
         ctx.others = [None if place in ctx.places else value for place, value in enumerate(inputs)]
         tensors = [inputs[place] for place in ctx.places]
+        ctx.earlier = checkpoint.stretches.earlier_calls(checkpoint.number, tensors)
         ctx.random_state = random_state(*tensors)
         with running(Run(attention=[] if checkpoint.keeps_attention else None)) as run:
             # autograd functions run forward without recording; a compiler would still tell inputs by their gradients
             outputs = compiled.value(block, *map(_detached, inputs)) if checkpoint.compiling else block(*inputs)
-        tensors, ctx.attention = tensors + run.kept, run.attention
+        ctx.own_inputs, ctx.attention, ctx.passed_on = 0 if ctx.earlier else len(tensors), run.attention, None
+        tensors = tensors[: ctx.own_inputs] + run.kept
         if checkpoint.host is None:
             ctx.save_for_backward(*tensors)
         else:
             checkpoint.host.put(checkpoint.number, tensors)
+        ctx.set_materialize_grads(False)
+        checkpoint.stretches.add(checkpoint.number, ctx, outputs)
         return outputs
 
     @staticmethod
     def backward(ctx, *grad_outputs):
-        checkpoint, inputs = ctx.checkpoint, list(ctx.others)
-        tensors = ctx.saved_tensors if checkpoint.host is None else checkpoint.host.take(checkpoint.number)
-        for place, tensor in zip(ctx.places, tensors, strict=False):
-            inputs[place] = tensor.detach().requires_grad_(ctx.needs_input_grad[3 + place])
-        kept = list(tensors[len(ctx.places) :])
-        del tensors
-        with torch.enable_grad(), with_random_state(ctx.random_state), checkpoint.around():
-            if checkpoint.compiling:
-                with running(Run(kept)):
-                    outputs = compiled.gradient_root(ctx.block, grad_outputs, *inputs)
-                grad_outputs = [outputs.detach()]
-            else:
-                outputs = run_for_graph(ctx.block, inputs, kept, checkpoint.skipping, Run.only_adds_last, ctx.attention)
-        del kept
+        if ctx.passed_on is not None:
+            return _hand_on(ctx, *grad_outputs)
+        calls = [*ctx.earlier, ctx]
+        stored = [_stored(call) for call in reversed(calls)]  # a HostStore gives them in falling order
+        entered = list(calls[0].others)
+        for place, tensor in zip(calls[0].places, stored[-1], strict=False):
+            entered[place] = tensor.detach().requires_grad_(calls[0].needs_input_grad[3 + place])
+        outputs, inputs = None, entered
+        for call in calls:
+            if call is not calls[0]:
+                inputs = [outputs if place in call.places else value for place, value in enumerate(call.others)]
+            outputs = _again(call, inputs, list(stored.pop()[call.own_inputs :]), grad_outputs, call is ctx)
+        del inputs
+        if ctx.checkpoint.compiling:
+            grad_outputs = [outputs.detach()]
         outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
         reached = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if g is not None and o.requires_grad]
         if reached:  # nothing, for a block that has no factors and comes before the first that has
             torch.autograd.backward(*zip(*reached, strict=True))
-        return None, None, None, *(getattr(value, "grad", None) for value in inputs)
+        gradients = [getattr(value, "grad", None) for value in entered]
+        for call in ctx.earlier:
+            call.passed_on = (gradients[calls[0].places[0]],)
+        return None, None, None, *gradients
+
+
+def _stored(call) -> Sequence[torch.Tensor]:
+    """Return what a call of a block kept: its own inputs, if any, and results."""
+    host = call.checkpoint.host
+    return call.saved_tensors if host is None else host.take(call.checkpoint.number)
+
+
+def _again(call, inputs: Sequence, kept: list[torch.Tensor], grad_outputs: Sequence, is_last: bool):
+    """Run a block once more for its graph: the last one of a stretch without what nobody reads of it."""
+    checkpoint = call.checkpoint
+    with torch.enable_grad(), with_random_state(call.random_state), checkpoint.around():
+        if checkpoint.compiling:
+            with running(Run(kept)):
+                return compiled.gradient_root(call.block, grad_outputs, *inputs)
+        if is_last:
+            return run_for_graph(call.block, inputs, kept, checkpoint.skipping, Run.only_adds_last, call.attention)
+        with running(Run(kept, attention=call.attention)):
+            return call.block(*inputs)
+
+
+def _hand_on(call, gradient: torch.Tensor | None) -> tuple:
+    """Return the gradient of a stretch's input as that of a block inside it, whose own part the end has computed."""
+    (expected,) = call.passed_on
+    if gradient is not expected:
+        raise ModelError("a block's output is read by more than the block after it: set memory.checkpoint_every to 1")
+    return None, None, None, *(gradient if place in call.places else None for place in range(len(call.others)))
 
 
 def _detached(value: object) -> object:

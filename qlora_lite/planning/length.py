@@ -14,7 +14,7 @@ from qlora_lite.models.levers import Levers
 from .candidate import Step
 from .largest import LENGTH_STEP, longest
 from .predict import predict
-from .search import FEWEST_ALIKE, first_levers, smaller, with_disk, with_less_on_host
+from .search import FEWEST_ALIKE, first_levers, in_stretches, smaller, with_disk, with_less_on_host
 from .simulate import Job, Rows
 
 JobOf = Callable[[int], Job]  # builds the job for a number of tokens
@@ -36,7 +36,9 @@ def longest_sequence(step: Step, limit_bytes: int, host_limit_bytes: int | None,
     saving_most, guess, reason = next(ways), start, None
     try:
         guess = longest(saving_most, limit_bytes, None, start, largest)
-        if predict(saving_most(guess)).fits_host(host_limit_bytes):
+        job = saving_most(guess)
+        inputs_on_device = job.levers.computes_again and not job.levers.offload_checkpoints
+        if predict(job).fits_host(host_limit_bytes) and not inputs_on_device:
             return guess
     except DoesNotFitError as error:  # of one or two blocks, streaming needs more than it spares
         reason = error
@@ -61,6 +63,9 @@ def _ways(step: Step, host_limit_bytes: int | None) -> Iterator[JobOf]:
             streams_all = number == 0 and levers.resident_blocks == 0 and "resident_blocks" not in each.fixed
             if streams_all and host_limit_bytes is not None:
                 yield _partly_streamed(each, levers, host_limit_bytes)
+            if number == 0:
+                for stretches in in_stretches(each, levers):
+                    yield partial(_one_row, each, stretches)
 
 
 def _one_row(step: Step, levers: Levers, tokens: int) -> Job:

@@ -48,10 +48,17 @@ class Machine:
         """Return the same speeds under another name and with another memory."""
         return replace(self, name=name, memory_bytes=memory_bytes)
 
+    def computing_seconds(self, work: Work) -> float:
+        """Estimate how long the device computes on one micro-batch's training work."""
+        return work.flops / self.flops_per_second + work.moved_bytes / self.bytes_per_second
+
+    def bus_seconds(self, work: Work) -> float:
+        """Estimate how long the transfers between host and device of the same work take."""
+        return work.bus_bytes / self.bus_bytes_per_second
+
     def seconds(self, work: Work) -> float:
-        """Estimate the time of one micro-batch's training work; transfers hide behind it as far as they can."""
-        computing = work.flops / self.flops_per_second + work.moved_bytes / self.bytes_per_second
-        return max(computing, work.bus_bytes / self.bus_bytes_per_second)
+        """Estimate the time of the same work; transfers hide behind the computation as far as they can."""
+        return max(self.computing_seconds(work), self.bus_seconds(work))
 
 
 def machine_of_card(card: Card) -> Machine:

@@ -29,6 +29,7 @@ from .simulate import along_last_blocks
 FEWEST_ALIKE = 2  # blocks that run differently from the others, if any do; one alone is no line (``along_last_blocks``)
 SPARED = 0.03  # of the limit, that is not spent on speed: a device's constants are known to a few percent
 SMALL_CHUNK_TOKENS = 256
+CHECKPOINT_EVERY = 2, 4  # blocks of a stretch that are tried; more take more for themselves than they spare
 TILE_TOKENS = 4096  # tokens of an automatic tile: dequantising a weight for each costs a few percent
 SMALL_TILE_TOKENS = 1024  # the last resort
 
@@ -45,6 +46,8 @@ def search(step: Step, machine: Machine, limit_bytes: int) -> list[Candidate]:
             return found
     for each in with_less_on_host(with_disk(step)):
         found += _search(each, machine, limit_bytes)
+        if choose(found, limit_bytes) is None:
+            found += _in_stretches(each, machine, found[-1], limit_bytes)
         if choose(found, limit_bytes) is not None or all(candidate.fits_host for candidate in found):
             break
     return found
@@ -61,10 +64,18 @@ def with_less_on_host(step: Step) -> Iterator[Step]:
     """Yield the step, then with its block inputs on the device, then with all weights there too, as far as may be."""
     yield step
     weights = {"host_embeddings": False, "host_head": False, "resident_blocks": None}
-    for levers in ({"offload_checkpoints": False}, weights):
+    for levers in ({"offload_checkpoints": False}, weights) if step.job.device_type == "cuda" else ():
         earlier, step = step, replace(step, fixed={**levers, **step.fixed})
         if step != earlier:
             yield step
+
+
+def in_stretches(step: Step, levers: Levers) -> Iterator[Levers]:
+    """Yield the levers with the inputs of fewer and fewer blocks kept, and no weights streamed, if that may be."""
+    changes = {"checkpoint_every": 1, "resident_blocks": None}
+    if levers.computes_again and not changes.keys() & {name for name in step.fixed if step.fixed[name] is not None}:
+        for every in CHECKPOINT_EVERY:
+            yield replace(levers, **changes | {"checkpoint_every": every})
 
 
 def _search(step: Step, machine: Machine, limit_bytes: int) -> list[Candidate]:
@@ -106,6 +117,18 @@ def _search(step: Step, machine: Machine, limit_bytes: int) -> list[Candidate]:
     return found
 
 
+def _in_stretches(step: Step, machine: Machine, last: Candidate, limit_bytes: int) -> list[Candidate]:
+    """Return the last candidate with the inputs of fewer blocks kept, where they are what there is no room for."""
+    if last.levers.offload_checkpoints and last.fits_host:
+        return []
+    found: list[Candidate] = []
+    for levers in in_stretches(step, last.levers):
+        found.append(build_candidate(step, machine, levers, last.packs))
+        if found[-1].fits(limit_bytes):
+            break
+    return found
+
+
 def first_levers(step: Step) -> Levers:
     """Return the levers that the search begins with: what the user fixed, and checkpointing per block."""
     return replace(Levers(loss_chunk_tokens=AUTO_CHUNK_TOKENS), **step.fixed)
@@ -120,7 +143,8 @@ def smaller(step: Step) -> Iterator[Levers]:
         if not step.tied:
             changes[0] |= tables.pop(0)  # of the embeddings a few KiB a token travel
         if levers.computes_again:  # blocks that keep their activations must stay where they are
-            changes += [{"offload_checkpoints": True}, *tables, {"resident_blocks": levers.kept_blocks}]
+            streamed = [{"resident_blocks": levers.kept_blocks}] if levers.checkpoint_every == 1 else []
+            changes += [{"offload_checkpoints": True}, *tables, *streamed]
         else:
             changes += tables
     changes.append({"tile_tokens": SMALL_TILE_TOKENS})

@@ -18,6 +18,7 @@ compare with the whole depth, byte for byte.
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from math import lcm
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -123,7 +124,7 @@ def simulate(job: Job) -> Simulation:
         return simulate_whole(job)
     if last:
         return along_last_blocks(job)(last)
-    depth, (unlike, pattern) = job.config.num_hidden_layers, block_pattern(job.config)
+    depth, (unlike, pattern) = job.config.num_hidden_layers, _pattern(job)
     front = unlike + _front(job) * pattern
     shallow, deeper = front + pattern, front + 2 * pattern
     if depth <= deeper:
@@ -132,6 +133,15 @@ def simulate(job: Job) -> Simulation:
         _ends(simulate_whole(_at_depth(job, layers)), layers, 0, (front, pattern)) for layers in (shallow, deeper)
     )
     return _continued(small, [(large, (depth - shallow) // pattern)], depth, 0)
+
+
+def _pattern(job: Job) -> tuple[int, int]:
+    """Return how many of the first blocks run in ways of their own, and after how many the others repeat."""
+    unlike, pattern = block_pattern(job.config)
+    if job.levers.computes_again:  # in stretches that are counted from the last block
+        pattern = lcm(pattern, job.levers.checkpoint_every)
+        unlike += (job.config.num_hidden_layers - unlike) % pattern
+    return unlike, pattern
 
 
 def _front(job: Job) -> int:
@@ -158,7 +168,7 @@ def along_last_blocks(job: Job) -> Callable[[int], Simulation]:
 
     It grows in a straight line with the blocks of either kind: three small models show both slopes.
     """
-    depth, (unlike, pattern) = job.config.num_hidden_layers, block_pattern(job.config)
+    depth, (unlike, pattern) = job.config.num_hidden_layers, _pattern(job)
 
     def with_last(count: int, layers: int) -> Job:
         levers = job.levers

@@ -7,7 +7,7 @@ place of what it complains about, with the cure.
 from collections.abc import Callable, Iterator
 
 from .reference import written
-from .schema import COMPILED_WITH, Recipe
+from .schema import COMPILED_WITH, Memory, Recipe
 from .strict_yaml import shown
 
 Location = tuple[str | int, ...]
@@ -17,7 +17,7 @@ _Value = Callable[..., object]
 
 def conflicts(value: _Value) -> _Found:
     """Yield place and message of every setting that does not go with others."""
-    for check in (_patience, _streaming, _update_in_backward, _compile, _head, _folder):
+    for check in (_patience, _streaming, _update_in_backward, _compile, _head, _all_kept, _stretches, _folder):
         yield from check(value)
 
 
@@ -89,6 +89,30 @@ def _head(value: _Value) -> _Found:
             ("memory", "head"),
             "memory.head = host: is for a 16-bit head; write model.quant_head: false, or device here",
         )
+
+
+def _all_kept(value: _Value) -> _Found:
+    if value("memory", "checkpointing") != "none":
+        return
+    given = {name: value("memory", name) for name in Memory.model_fields}
+    unpacked_once = given["reuse_dequantized"] is True and given["tile_tokens"] == "off"
+    for name, is_lost, why in (
+        ("kept_blocks", given["kept_blocks"] not in (None, "auto", 0), "all are kept"),
+        ("checkpoint_every", given["checkpoint_every"] not in (None, "auto", 1), "no block is computed again"),
+        ("offload_checkpoints", given["offload_checkpoints"] is True, "no block inputs wait for backward"),
+        ("reuse_dequantized", unpacked_once, "nothing is unpacked again but in tiles"),
+        ("resident_blocks", given["resident_blocks"] not in (None, "auto", "all"), "blocks cannot be streamed"),
+    ):
+        if is_lost:
+            message = f"memory.{name} = {written(given[name])}: with memory.checkpointing none {why}"
+            yield ("memory", name), f"{message}; remove one of the two"
+
+
+def _stretches(value: _Value) -> _Found:
+    every, resident = value("memory", "checkpoint_every"), value("memory", "resident_blocks")
+    if every not in (None, "auto", 1) and resident not in (None, "auto", "all"):
+        message = f"memory.checkpoint_every = {written(every)}: is for weights that are not streamed"
+        yield ("memory", "checkpoint_every"), f"{message}; write 1 here, or memory.resident_blocks: all"
 
 
 def _folder(value: _Value) -> _Found:

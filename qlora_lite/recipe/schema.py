@@ -78,7 +78,8 @@ class Model(_Section):
     """Quantise the block scales too: 4.13 instead of 4.5 bits per weight."""
     quant_head: bool = False
     """Keep a 4-bit copy of the head in place of the 16-bit one: less memory, and a model that answers a little
-    differently, before training and after (measured in the README)."""
+    differently, before training and after (measured in the README). Where the embeddings are also the head their 16-bit
+    table stays, and the copy saves memory only with memory.embeddings host."""
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Type of activations and matrix products; auto is bfloat16 on devices fast at it, else float32, which is all that
     a card below compute capability 8.0 takes."""
@@ -225,8 +226,8 @@ class Train(_Section):
     compile: bool = False
     """Run the blocks through torch.compile: faster steps after a minute or so of compilation, with results that differ
     by rounding. Goes without dropout (lora.dropout or the model's own) and memory.checkpointing selective, and with
-    memory.tile_tokens off and memory.resident_blocks all, which auto then is; not for models whose rows run one by one;
-    a CPU needs a C++ compiler."""
+    memory.tile_tokens off, memory.resident_blocks all and memory.checkpoint_every 1, which auto then is; not for models
+    whose rows run one by one; a CPU needs a C++ compiler."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seed of the factors, the order of rows and dropout."""
     deterministic: bool = False
@@ -259,7 +260,7 @@ class Train(_Section):
 
 
 # What these settings of the memory section are beside train.compile; auto becomes it, anything else is an error.
-COMPILED_WITH = {"tile_tokens": "off", "resident_blocks": "all"}
+COMPILED_WITH = {"tile_tokens": "off", "resident_blocks": "all", "checkpoint_every": 1}
 
 
 class Memory(_Section):
@@ -282,6 +283,9 @@ class Memory(_Section):
     kept_blocks: Annotated[Count | Literal["auto"], Rule("a whole number of at least 0, or auto")] = "auto"
     """Of the last blocks, how many keep everything although checkpointing is block or selective; auto is as many as
     fit."""
+    checkpoint_every: Annotated[PositiveInt | Literal["auto"], Rule("a whole number of at least 1, or auto")] = "auto"
+    """Of so many blocks in a row only the first keeps its input, and backward computes them all again at once; for
+    memory.checkpointing block or selective, and weights that are not streamed. auto is 1 unless nothing else fits."""
     loss_chunk_tokens: Annotated[PositiveInt | Literal["auto"], Rule("a whole number of at least 1, or auto")] = "auto"
     """Learned tokens whose logits exist at one time."""
     tile_tokens: Annotated[PositiveInt | Literal["auto", "off"], Rule("a whole number of at least 1, auto or off")] = (

@@ -154,6 +154,7 @@ def check_compilable(model: nn.Module, levers: Levers) -> None:
         "memory.checkpointing selective": levers.checkpointing == "selective",
         "dropout": any(map(_drops, model.modules())),
         "memory.tile_tokens": levers.tile_tokens, "memory.resident_blocks": levers.resident_blocks is not None,
+        "memory.checkpoint_every": levers.checkpoint_every > 1,
     }  # fmt: skip
     found = [reason for reason, applies in hindrances.items() if applies]
     if found:

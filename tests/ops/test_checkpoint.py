@@ -1,10 +1,14 @@
 """Checkpointing changes what is kept, never a number."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
-from qlora_lite.ops.checkpoint import Checkpoint, Skipping, kept_result, product_or_stand_in
+from qlora_lite.errors import ModelError
+from qlora_lite.ops.checkpoint import Checkpoint, Skipping, Stretches, kept_result, product_or_stand_in
 
 checkpoint = Checkpoint()
 
@@ -182,3 +186,85 @@ def test_without_a_checkpoint_every_call_computes():
     exponentials(torch.ones(2), calls)
     exponentials(torch.ones(2), calls)
     assert len(calls) == 4
+
+
+class Layer(Block):
+    """One output."""
+
+    def forward(self, x):
+        return super().forward(x, 0.7)[0]
+
+
+LAYERS = 5
+
+
+def in_stretches(length):
+    stretches = Stretches(length, LAYERS)
+    return [Checkpoint(number, stretches=stretches) for number in range(LAYERS)]
+
+
+def through(layers, x, calls, between=lambda number, x: x):
+    torch.manual_seed(7)
+    for number, (layer, call) in enumerate(zip(layers, calls, strict=True)):
+        x = between(number, call(layer, x))
+    return x
+
+
+def all_gradients(layers, x, *how):
+    layers.zero_grad(set_to_none=True)
+    x.grad = None
+    through(layers, x, *how).square().sum().backward()
+    return [x.grad, *(parameter.grad for parameter in layers.parameters())]
+
+
+PLAIN_CALLS = [lambda layer, x: layer(x)] * LAYERS
+
+
+@pytest.fixture
+def layers():
+    torch.manual_seed(0)
+    return nn.ModuleList(Layer() for _ in range(LAYERS))
+
+
+@pytest.mark.parametrize("input_needs_grad", [True, False])
+@pytest.mark.parametrize("between", [lambda n, x: x, lambda n, x: 2 * x if n == 3 else x], ids=["nothing", "a product"])
+@pytest.mark.parametrize("length", [2, 3, LAYERS, LAYERS + 1])
+def test_stretches_of_layers_change_no_bit(layers, length, between, input_needs_grad):
+    x = torch.randn(3, 5, requires_grad=input_needs_grad)
+    expected = all_gradients(layers, x, PLAIN_CALLS, between)
+    calls = in_stretches(length)
+    for _ in range(2):  # the second time from a new beginning
+        for layer in layers:
+            layer.calls = 0
+        for one, other in zip(all_gradients(layers, x, calls, between), expected, strict=True):
+            assert (one is None and other is None) or torch.equal(one, other)
+        assert [layer.calls for layer in layers] == [2] * LAYERS
+
+
+@pytest.mark.parametrize(("length", "inputs"), [(1, 5), (2, 3), (3, 2), (LAYERS, 1)])
+def test_a_stretch_saves_the_input_of_its_first_layer(layers, length, inputs):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        through(layers, torch.randn(3, 5), in_stretches(length))
+    assert len(saved) == inputs
+
+
+def test_an_output_that_something_else_reads_too_is_an_error_and_no_wrong_gradient(layers):
+    seen = []
+    out = through(layers, torch.randn(3, 5), in_stretches(LAYERS), lambda n, x: seen.append(x) or x)
+    with pytest.raises(ModelError, match=r"read by more than the block after it: set memory\.checkpoint_every to 1"):
+        (out.sum() + seen[2].sum()).backward()
+
+
+def test_a_forward_without_a_backward_leaves_nothing_alive(layers):
+    x = torch.randn(3, 5) * 1.0
+    kept = weakref.ref(x)
+    gc.disable()
+    try:
+        out = through(layers, x, in_stretches(2))
+        del x
+        assert kept() is not None
+        del out
+        assert kept() is None
+    finally:
+        gc.enable()

@@ -139,6 +139,43 @@ def test_two_small_depths_continued_give_the_whole_depth_to_the_byte(changes):
     assert short.frozen_bytes == whole.frozen_bytes
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("levers", [
+    Levers(checkpoint_every=2), Levers(checkpoint_every=3, offload_checkpoints=True, tile_tokens=8),
+    Levers("selective", checkpoint_every=2, reuse_dequantized=True, host_embeddings=True, host_head=True),
+    Levers(checkpoint_every=2, kept_blocks=3),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_stretches_of_blocks_are_continued_as_they_repeat(model_type, device_type, levers):
+    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 9 + ["sliding_attention"]}
+    config = config_of(model_type, num_hidden_layers=19, **(kinds if model_type == "gemma3_text" else {}))
+    job = job_for(config, levers=levers, device_type=device_type)
+    short, whole = simulate(job), simulate_whole(job)
+    assert short.peak().bytes == whole.peak().bytes and short.peak().module == whole.peak().module
+    assert short.work == whole.work and short.resident.bytes == whole.resident.bytes
+    assert short.offloaded_bytes == whole.offloaded_bytes
+
+
+@pytest.mark.parametrize(("device_type", "results"), [("cuda", 0), ("cpu", 1)])
+@pytest.mark.parametrize("every", [2, 4])
+def test_of_a_stretch_only_the_first_blocks_input_is_kept(every, device_type, results):
+    """At the end of forward, beside each block's attention on a CPU; or in host memory."""
+
+    def simulated(**levers):
+        config = config_of("llama", num_hidden_layers=8)
+        job = job_for(config, levers=Levers(**levers), device_type=device_type, eval_rows=None)
+        return simulate_whole(job)
+
+    def kept(**levers):
+        return simulated(**levers).moments["forward", "model.norm"].breakdown["saved activations"]
+
+    of_a_block = kept() // (8 * (1 + results))
+    assert of_a_block >= sum(LENGTHS) * 64 * 4
+    assert kept(checkpoint_every=every) == of_a_block * (8 // every + 8 * results)
+    away = [simulated(checkpoint_every=n, offload_checkpoints=True).offloaded_bytes for n in (1, every)]
+    assert away[0] - away[1] >= (7 - 7 // every) * sum(LENGTHS) * 64 * 4  # the last block's never leaves
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_model_is_as_large_wherever_it_lies(tied):
     config = config_of("llama", num_hidden_layers=7, tie_word_embeddings=tied)

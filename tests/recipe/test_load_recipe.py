@@ -379,7 +379,7 @@ def test_compiled_blocks_say_what_they_do_not_go_with(problems, recipe):
     }.items():
         assert said in problems(GOOD, on, setting)[0]
         assert recipe(GOOD, setting)
-    goes = "lora.dropout=0", "memory.tile_tokens=off", "memory.resident_blocks=all", "memory.checkpointing=none"
+    goes = "lora.dropout=0", "memory.tile_tokens=off", "memory.resident_blocks=all", "memory.checkpointing=block"
     assert recipe(GOOD, on, *goes, "memory.reuse_dequantized=true").train.compile
 
 
@@ -390,6 +390,36 @@ def test_the_folder_for_checkpoints_has_to_be_there_and_to_be_used(problems, rec
     for unused in ("memory.offload_checkpoints=false", "memory.checkpointing=none"):
         said = problems(GOOD, "memory.offload_folder=fast", unused)
         assert "leaves nothing for memory.offload_folder; remove one of the two" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("lost", "settings"),
+    [
+        ("kept_blocks = 3", ["memory.kept_blocks=3"]),
+        ("checkpoint_every = 2", ["memory.checkpoint_every=2"]),
+        ("offload_checkpoints = true", ["memory.offload_checkpoints=true"]),
+        ("reuse_dequantized = true", ["memory.reuse_dequantized=true", "memory.tile_tokens=off"]),
+        ("resident_blocks = 2", ["memory.resident_blocks=2"]),
+    ],
+)
+def test_what_does_nothing_where_all_is_kept_is_an_error(problems, recipe, lost, settings):
+    said = problems(GOOD, "memory.checkpointing=none", *settings)[0]
+    assert f"memory.{lost}: with memory.checkpointing none" in said
+    assert recipe(GOOD, "memory.checkpointing=block", *settings)
+
+
+def test_streamed_weights_do_not_go_with_blocks_computed_again_together(problems, recipe):
+    streamed = "memory.resident_blocks=2"
+    said = "memory.checkpoint_every = 2: is for weights that are not streamed"
+    assert said in problems(GOOD, streamed, "memory.checkpoint_every=2")[0]
+    assert recipe(GOOD, streamed, "memory.checkpoint_every=1").memory.checkpoint_every == 1
+    assert recipe(GOOD, "memory.resident_blocks=all", "memory.checkpoint_every=2").memory.checkpoint_every == 2
+
+
+def test_what_changes_nothing_may_stand_beside_keeping_all(recipe):
+    tiled = "memory.reuse_dequantized=true", "memory.tile_tokens=64"
+    nothing = "memory.kept_blocks=0", "memory.resident_blocks=all", "memory.offload_checkpoints=false"
+    assert recipe(GOOD, "memory.checkpointing=none", *tiled, *nothing)
 
 
 def test_a_head_in_host_memory_is_one_in_sixteen_bit(problems, recipe):

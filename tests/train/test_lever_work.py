@@ -99,6 +99,13 @@ def test_kept_blocks_are_not_computed_again(model, kept):
     assert step_flops(model, Levers(kept_blocks=kept)) - none == (every - none) * (DEPTH - kept) // DEPTH
 
 
+@pytest.mark.parametrize("every", [2, 3, DEPTH])
+def test_of_a_stretch_only_the_last_block_leaves_out_its_last_product(model, every):
+    inside = DEPTH - -(-DEPTH // every)  # blocks that are not the last of their stretch
+    more = step_flops(model, Levers(checkpoint_every=every)) - step_flops(model, Levers())
+    assert more == product_flops(model, "down_proj") // DEPTH * inside
+
+
 def test_on_a_cpu_attention_is_not_computed_again_either(model):
     names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")
     low = sum(2 * LENGTH * RANK * layer.base.in_features for _, layer in lora_layers(model))  # x A^T of every layer

@@ -446,6 +446,7 @@ def assert_plain_gradients(levers, model_type="llama", batches=2, device_type="c
 
 ONE_LEVER = {
     "none": {"checkpointing": "none"}, "selective": {"checkpointing": "selective"}, "kept_blocks": {"kept_blocks": 2},
+    "checkpoint_every": {"checkpoint_every": 2},
     "loss_chunk_tokens": {"loss_chunk_tokens": 3}, "tile_tokens": {"tile_tokens": 7},
     "host_embeddings": {"host_embeddings": True}, "host_head": {"host_head": True},
     "offload_checkpoints": {"offload_checkpoints": True}, "resident_blocks": {"resident_blocks": 2},
@@ -453,7 +454,10 @@ ONE_LEVER = {
     "optimizer_in_backward": {"optimizer_in_backward": True}, "reuse_dequantized": {"reuse_dequantized": True},
     "quant_head": {"quant_head": True},
 }  # fmt: skip
-REFUSED = {("none", "resident_blocks"): "streamed blocks", ("host_head", "quant_head"): "16-bit head"}
+REFUSED = {
+    ("none", "resident_blocks"): "streamed blocks cannot keep", ("host_head", "quant_head"): "16-bit head",
+    ("checkpoint_every", "resident_blocks"): "streamed blocks are computed again one by one",
+}  # fmt: skip
 PAIRS = [pair for pair in combinations(ONE_LEVER, 2) if pair != ("none", "selective")]  # two values of one setting
 
 
@@ -468,6 +472,7 @@ def test_any_two_levers_give_the_plain_gradients(pair):
 
 levers_strategy = st.builds(
     Levers, checkpointing=st.sampled_from(["block", "selective", "none"]), kept_blocks=st.integers(0, DEPTH),
+    checkpoint_every=st.sampled_from([1, 1, 2, DEPTH]),
     loss_chunk_tokens=st.sampled_from([None, 3, 50]), tile_tokens=st.sampled_from([None, 1, 5, 64]),
     offload_checkpoints=st.booleans(), resident_blocks=st.sampled_from([None, 0, 1, 3, DEPTH]),
     host_embeddings=st.booleans(), host_head=st.booleans(), reuse_dequantized=st.booleans(),
@@ -486,7 +491,9 @@ def test_any_combination_gives_the_plain_gradients(levers, model_type, batches, 
     elif model_type == "gemma2":  # its embeddings are its head
         levers = replace(levers, host_embeddings=levers.host_head)
     kept = levers.kept_blocks if levers.computes_again else DEPTH
-    refused = levers.resident_blocks is not None and kept > levers.resident_blocks and levers.resident_blocks < DEPTH
+    stretches = levers.computes_again and levers.checkpoint_every > 1
+    streams = levers.resident_blocks is not None and levers.resident_blocks < DEPTH
+    refused = streams and (kept > levers.resident_blocks or stretches)
     with pytest.raises(ModelError, match="streamed blocks") if refused else nullcontext():
         assert_plain_gradients(levers, model_type, batches, device_type, quant_head)
 
