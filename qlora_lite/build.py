@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -26,16 +27,8 @@ log = logging.getLogger(__name__)
 
 def train_settings(recipe: Recipe) -> TrainSettings:
     """Return the loop's settings from a recipe."""
-    t, d = recipe.train, recipe.data
-    return TrainSettings(
-        max_steps=t.max_steps, epochs=t.epochs, learning_rate=t.learning_rate,
-        micro_batch_size=t.micro_batch_size, gradient_accumulation_steps=t.gradient_accumulation_steps,
-        optimizer=t.optimizer, stochastic_rounding=t.stochastic_rounding, lr_scheduler=t.lr_scheduler,
-        warmup_ratio=t.warmup_ratio,
-        max_grad_norm=t.max_grad_norm, weight_decay=t.weight_decay, seed=t.seed,
-        max_tokens=d.max_tokens, packing=d.packing, order=d.order,
-        levers=Levers(**fixed_levers(recipe)), on_not_finite=t.on_not_finite, max_skipped_steps=t.max_skipped_steps,
-    )  # fmt: skip
+    said = recipe.data.model_dump() | recipe.train.model_dump() | {"levers": Levers(**fixed_levers(recipe))}
+    return TrainSettings(**{field.name: said[field.name] for field in fields(TrainSettings)})
 
 
 def fixed_levers(recipe: Recipe) -> dict[str, object]:

@@ -47,7 +47,7 @@ def compare_runs(
     rows_of = tasks.task(None).run
     if rows_of.recipe.data.eval is None:
         raise RecipeError(f"{rows_of.name} has no data.eval; give a run with evaluation rows first")
-    check_forward(tasks.model)
+    check_forward(tasks.model, rows_of.recipe.data.max_tokens)
     measured, said = [], {}
     for name in ([None] if with_base else []) + list(tasks.names):
         figures, said[name or BASE] = _measure(tasks, name, rows_of.recipe, answers)

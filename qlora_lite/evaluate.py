@@ -65,7 +65,7 @@ def evaluate_recipe(recipe: Recipe, adapter: Path | None, exact_match_rows: int)
     model = build_to_use(recipe, [adapter] if adapter else [])
     if adapter:
         load_adapter(model, adapter)
-    check_forward(model)
+    check_forward(model, settings.max_tokens)
     result = evaluate_loss(model, eval_batches(data.examples, settings), settings.levers.loss_chunk_tokens)
     measured = {
         "adapter": str(adapter) if adapter else None, "rows": len(data.examples),

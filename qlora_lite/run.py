@@ -218,7 +218,7 @@ class _Run:
         self.continuation.say_environment(now)
         self.training.restore(self.continuation)
         self.run.proven = True
-        rewind_run(self.run)
+        rewind_run(self.run, has_best=self.training.best_factors is not None)
         self._write_data()
         part = {"after_step": self.trainer.step, "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "changes": self.continuation.accepted, "forced_changes": self.continuation.forced}  # fmt: skip

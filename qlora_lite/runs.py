@@ -86,7 +86,7 @@ class RunFolder:
             stream.truncate(min(self.metrics_bytes, os.fstat(stream.fileno()).st_size))
             stream.write("".join(self.waiting).encode())
             stream.flush()
-            self.metrics_bytes = stream.tell()
+            self.metrics_bytes = os.fstat(stream.fileno()).st_size
         self.waiting.clear()
 
     def _make_again(self) -> None:
@@ -169,17 +169,20 @@ def create_run(path: Path, recipe: Recipe, replace: bool = False) -> RunFolder:
     return run
 
 
-def rewind_run(run: RunFolder) -> None:
+def rewind_run(run: RunFolder, has_best: bool) -> None:
     """Go back to where a run was: cut off the metrics of later steps, and write the recipe that it goes on with.
 
     Args:
         run: with the summary and the ``metrics_bytes`` of then.
+        has_best: the adapter that is there is the best one by evaluation, not the end of an earlier run.
 
     Raises:
         OutputError: the folder cannot be written.
     """
     remove_leftovers(run.path)
     remove_leftovers(run.path / CHECKPOINTS)
+    if not has_best:
+        shutil.rmtree(run.path / ADAPTER, ignore_errors=True)
     file = run.path / METRICS
     written = file.read_bytes()[: run.metrics_bytes] if file.is_file() else b""
     whole = written.rfind(b"\n") + 1

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from .errors import OutputError
 from .train.checkpoints import CHECKPOINTS, Checkpoint, keep_only, steps_on_disk, write_checkpoint
+from .train.out_of_memory import first_line, is_out_of_memory
 from .units import format_bytes
 
 log = logging.getLogger("qlora_lite")
@@ -62,7 +63,8 @@ class Saver:
         """Begin to write a checkpoint, unless that of this step is there; a failure is logged, now or later.
 
         Args:
-            capture: copies the state to host memory; an OutputError there is a failure like one of the disk.
+            capture: copies the state to host memory; an OutputError there, or memory that runs out, is a failure like
+                one of the disk.
         """
         self.wait()
         self._last_try = time.monotonic()
@@ -70,7 +72,7 @@ class Saver:
             return
         try:
             checkpoint = capture()
-        except OutputError as error:
+        except (OutputError, RuntimeError, MemoryError) as error:
             self._note_failure(step, error)
         else:
             self._pending_step = step
@@ -92,17 +94,22 @@ class Saver:
         pending, self._pending = self._pending, None
         try:
             pending.result()
-        except OutputError as error:
+        except (OutputError, RuntimeError, MemoryError) as error:
             self._note_failure(self._pending_step, error)
         else:
             self.failure = None
             self._steps = [*self._steps, self._pending_step][-self._keep :]
             log.info("step %d: checkpoint written", self._pending_step)
 
-    def _note_failure(self, step: int, error: OutputError) -> None:
-        self.failure = str(error)
+    def _note_failure(self, step: int, error: Exception) -> None:
+        if is_out_of_memory(error):
+            self.failure = f"there is no memory for it ({first_line(error)})"
+        elif isinstance(error, OutputError):
+            self.failure = str(error)
+        else:
+            raise error
         log.warning(
-            "step %d: no checkpoint was written: %s. Training goes on and tries again with the next", step, error
+            "step %d: no checkpoint was written: %s. Training goes on and tries again with the next", step, self.failure
         )
 
     def __enter__(self) -> "Saver":

@@ -18,7 +18,6 @@ from .errors import CheckpointError, Interrupted, OutputError
 from .evaluate import ExactMatch, exact_match
 from .lora.adapter import CONFIG_NAME, adapter_config, adapter_tensors, fill_adapter, save_adapter
 from .memory.meter import PeakMeter
-from .models.anatomy import device_of
 from .recipe.schema import Recipe
 from .resume import RUN, Continuation
 from .runs import ADAPTER, ADAPTER_LAST, CHECKPOINTS, RECIPE, RunFolder, package_versions
@@ -27,7 +26,6 @@ from .stopping import Stop, StopNow
 from .tracking import tracking
 from .train.checkpoints import Checkpoint, Tensors
 from .train.loop import StepMetrics, Trainer
-from .train.out_of_memory import first_line, is_out_of_memory
 from .train.state import STATE, capture, compare_tensors, restore
 
 log = logging.getLogger("qlora_lite")
@@ -102,7 +100,7 @@ class Training:
         if saved["best_loss"] is not None:
             compare_tensors(best, adapter_tensors(self.model), BEST)
             self.best_loss = float(saved["best_loss"])
-            self.best_factors = {name: tensor.to(device_of(self.model)) for name, tensor in best.items()}
+            self.best_factors = {name: tensor.clone() for name, tensor in best.items()}
 
     def _progress(self) -> dict:
         return {
@@ -127,25 +125,24 @@ class Training:
             self.run.flush_metrics, package_versions(), self.recipe.recipe_hash, whole_step,
         ) as self.saver:  # fmt: skip
             try:
-                if whole_step is None:
-                    self.before = self._measure("before")
-                self._train()
-                return self._measure_best()
+                with tracking(t.trackers, self.recipe.output.name or "qlora-lite", self.run.path) as self.track:
+                    if whole_step is None:
+                        self.before = self._measure("before")
+                    self._train()
+                    return self._measure_best()
             except StopNow as reason:
                 raise self._interrupted(str(reason)) from None
 
     def _train(self) -> None:
-        with tracking(self.recipe.train.trackers, self.recipe.output.name or "qlora-lite", self.run.path) as track:
-            self._evaluate_if_due()  # the run may have been stopped between a step and its evaluation
-            steps = iter(self.trainer)
-            while not self.ends_early and (metrics := next(steps, None)):
-                self._note(metrics)
-                track(asdict(metrics), metrics.step)
-                self.stop.check()
-                self._evaluate_if_due()
-                if self.saver.due(metrics.step):
-                    self._save_checkpoint()
-                self.stop.check()
+        self._evaluate_if_due()  # the run may have been stopped between a step and its evaluation
+        steps = iter(self.trainer)
+        while not self.ends_early and (metrics := next(steps, None)):
+            self._note(metrics)
+            self.stop.check()
+            self._evaluate_if_due()
+            if self.saver.due(metrics.step):
+                self._save_checkpoint()
+            self.stop.check()
         if self.ends_early:
             log.info("step %d: %d evaluations in a row brought no better loss; training ends here "
                      "(train.early_stopping_patience)", self.trainer.step, self.evaluations_without_better)  # fmt: skip
@@ -154,10 +151,14 @@ class Training:
 
     def _note(self, metrics: StepMetrics) -> None:
         values = asdict(metrics)
-        self.run.log_metrics(values)
+        self._log(values)
         self.totals = {name: self.totals[name] + values.get(name, 0) for name in self.totals} | {"steps": metrics.step}
         if self.progress:
             self.progress(metrics, self.trainer.total_steps)
+
+    def _log(self, values: dict) -> None:
+        self.run.log_metrics(values)
+        self.track(values, values["step"])
 
     def _evaluate_if_due(self) -> None:
         step, every = self.trainer.step, self.recipe.train.eval_every_steps
@@ -171,16 +172,16 @@ class Training:
         with self.stop.at_once():
             result = self.trainer.evaluate(self.eval_data.examples)
         step = self.trainer.step
-        self.run.log_metrics({"step": step, "eval_loss": result.loss, "eval_perplexity": result.perplexity,
-                              "eval_labelled_tokens": result.labelled_tokens})  # fmt: skip
+        self._log({"step": step, "eval_loss": result.loss, "eval_perplexity": result.perplexity,
+                   "eval_labelled_tokens": result.labelled_tokens})  # fmt: skip
         log.info("step %d: evaluation loss %.4f", step, result.loss)
         return result.loss
 
-    def _measure(self, when: str) -> ExactMatch | None:
-        """Measure loss and exact match; ``when`` is "before" or "after"."""
+    def _measure(self, when: str, loss: float | None = None) -> ExactMatch | None:
+        """Measure loss, if it is not known, and exact match; ``when`` is "before" or "after"."""
         if self.eval_data is None:
             return None
-        self.run.update(**{f"eval_loss_{when}": self._eval_loss()})
+        self.run.update(**{f"eval_loss_{when}": self._eval_loss() if loss is None else loss})
         rows = self.eval_data.examples[: self.recipe.train.exact_match_rows]
         if not rows:
             return None
@@ -195,7 +196,7 @@ class Training:
         if not loss < self.best_loss:  # NaN is never better
             return False
         self.best_loss = loss
-        self.best_factors = {name: tensor.clone() for name, tensor in adapter_tensors(self.model).items()}
+        self.best_factors = {name: tensor.to("cpu", copy=True) for name, tensor in adapter_tensors(self.model).items()}
         self._try_save(ADAPTER)
         return True
 
@@ -206,22 +207,17 @@ class Training:
             if self.evaluated_step < self.trainer.step:  # else it ended early, with an evaluation
                 self._keep_if_best(self._eval_loss())
             fill_adapter(self.model, self.best_factors)
+            return self._measure("after", self.best_loss)
         return self._measure("after")
 
     def _save_checkpoint(self) -> None:
-        try:
-            self.saver.save(self.trainer.step, self._capture)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            log.warning("step %d: there is no memory to copy the state for a checkpoint (%s); training goes on",
-                        self.trainer.step, first_line(error))  # fmt: skip
+        self.saver.save(self.trainer.step, self._capture)
 
     def _capture(self) -> Checkpoint:
         self.run.write_metrics()  # a checkpoint that knows of lines that wait would lose them
         tensors, state = capture(self.trainer)
         if self.best_factors is not None:
-            tensors[BEST] = {n: t.to("cpu", copy=True).contiguous() for n, t in self.best_factors.items()}
+            tensors[BEST] = self.best_factors
         run = self.about | {
             "progress": self._progress(), "summary": dict(self.run.summary), "metrics_bytes": self.run.metrics_bytes,
         }  # fmt: skip

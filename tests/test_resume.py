@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from remembered_plans import remember_predictions
 from safetensors.torch import load_file
 from tiny_files import save_tiny, write_recipe, write_rows
 
-from qlora_lite import training
+from qlora_lite import saver, training
 from qlora_lite.errors import CheckpointError, Interrupted, OutputError
 from qlora_lite.files import sha256
 from qlora_lite.recipe.load import load_recipe
@@ -506,15 +507,11 @@ LOSSES = [0.1, 5.0, 6.0, 4.0, 4.0, 4.5, 3.0, 7.0, 7.5]  # by step: the first is 
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """Let evaluations give the losses above; one of them can be cut off by a signal."""
+    """Let evaluations give the losses above."""
 
     def evaluate(trainer, _examples):
-        evaluate.calls += 1
-        if evaluate.calls == evaluate.signal_at:
-            os.kill(os.getpid(), signal.SIGTERM)
         return Evaluation(LOSSES[trainer.step], 2.0, 10)
 
-    evaluate.calls, evaluate.signal_at = 0, None
     monkeypatch.setattr(Trainer, "evaluate", evaluate)
     return evaluate
 
@@ -522,7 +519,7 @@ def scripted(monkeypatch):
 def test_training_ends_when_evaluations_bring_no_better_loss_for_so_long(lab, scripted, caplog):
     lab.run(**PATIENT)
     evaluated = [line["step"] for line in lab.lines if "eval_loss" in line]
-    assert evaluated == [0, 1, 2, 3, 4, 5, 5], "a better one starts the count again, an equal one does not"
+    assert evaluated == [0, 1, 2, 3, 4, 5], "a better one starts the count again, an equal one does not"
     assert [line["step"] for line in lab.lines if "loss" in line][-1] == lab.summary["steps"] == 5
     assert lab.summary["ended_by"] == "train.early_stopping_patience" and lab.summary["status"] == "complete"
     assert sum("step 5: 2 evaluations in a row brought no better loss" in m for m in caplog.messages) == 1
@@ -551,10 +548,18 @@ def test_a_resumed_run_ends_early_where_the_uninterrupted_one_does(lab, tmp_path
     assert_same_run(lab, undisturbed)
 
 
-def test_a_run_stopped_after_its_early_end_takes_no_further_step(lab, tmp_path, model_folder, scripted):
+def test_a_run_stopped_after_its_early_end_takes_no_further_step(lab, tmp_path, model_folder, scripted, monkeypatch):
     undisturbed = Lab(tmp_path / "undisturbed", model_folder)
     undisturbed.run(**PATIENT)
-    scripted.calls, scripted.signal_at = 0, 7  # the measurement of the best factors, behind the end
+    answer, calls = training.exact_match, []
+
+    def exact_match(*arguments):
+        calls.append(1)
+        if len(calls) == 2:  # of the best factors, behind the end
+            os.kill(os.getpid(), signal.SIGTERM)
+        return answer(*arguments)
+
+    monkeypatch.setattr(training, "exact_match", exact_match)
     with pytest.raises(Interrupted, match="stopped by SIGTERM after step 5; all of it is saved"):
         lab.run(**PATIENT)
     lab.run(resume="", **PATIENT)
@@ -619,7 +624,64 @@ def test_memory_that_runs_out_in_a_save_costs_that_checkpoint_and_no_step(lab, w
     lab.run()
     assert_same_run(lab, whole)
     assert calls == [2, 4, 6, 8] and lab.checkpoints == [8, 6, 2]
-    assert sum("step 4: there is no memory to copy the state for a checkpoint" in m for m in caplog.messages) == 1
+    said = "step 4: no checkpoint was written: there is no memory for it (CUDA out of memory.). Training goes on"
+    assert sum(said in message for message in caplog.messages) == 1
+
+
+def test_memory_that_runs_out_in_the_writer_costs_that_checkpoint_and_is_told_of_at_the_end(lab, whole, monkeypatch):
+    write, calls = saver.write_checkpoint, []
+
+    def short(root, checkpoint, *about):
+        calls.append(checkpoint.step)
+        if checkpoint.step in (2, 4):
+            raise MemoryError
+        return write(root, checkpoint, *about)
+
+    monkeypatch.setattr(saver, "write_checkpoint", short)
+    said = lab.stop(4)
+    assert "no checkpoint is there (there is no memory for it (MemoryError))" in said
+    shutil.rmtree(lab.out)
+    lab.run()
+    assert_same_run(lab, whole)
+    assert calls == [2, 4, 2, 4, 6, 8] and lab.checkpoints == [8, 6]
+
+
+def test_a_writer_with_any_other_fault_ends_the_run(lab, monkeypatch):
+    def broken(*_arguments):
+        raise RuntimeError("of another kind")
+
+    monkeypatch.setattr(saver, "write_checkpoint", broken)
+    with pytest.raises(RuntimeError, match="of another kind"):
+        lab.run()
+
+
+def test_a_finished_run_that_goes_on_and_is_stopped_gives_others_its_new_adapter(lab):
+    unmeasured = {"eval_every_steps": 0, "lr_scheduler": "constant", "warmup_ratio": 0.0, "exact_match_rows": 0}
+    without = Lab(lab.folder, lab.model, ["data.eval=null"])
+    without.run(train=unmeasured | {"max_steps": 2})
+    first = sha256(open_run(lab.out).adapter / "adapter_model.safetensors")
+    without.stop(4, resume="", train=unmeasured | {"max_steps": 6})
+    assert open_run(lab.out).adapter.name == "adapter-last"
+    assert sha256(open_run(lab.out).adapter / "adapter_model.safetensors") != first
+
+
+def test_the_last_evaluation_is_that_of_the_last_step_and_the_best_one_is_not_made_again(lab, scripted):
+    lab.run(train={"eval_every_steps": 1})
+    assert [(line["step"], line["eval_loss"]) for line in lab.lines if "eval_loss" in line] == list(enumerate(LOSSES))
+    assert lab.summary["eval_loss_after"] == min(LOSSES[1:]) < LOSSES[8]
+
+
+def test_trackers_are_sent_steps_and_evaluations(lab, monkeypatch):
+    sent = []
+
+    @contextmanager
+    def tracking(*_arguments):
+        yield lambda values, step: sent.append((step, "eval_loss" in values))
+
+    monkeypatch.setattr(training, "tracking", tracking)
+    lab.run()
+    lines = [(line["step"], "eval_loss" in line) for line in lab.lines]
+    assert sent == lines and {is_evaluation for _, is_evaluation in sent} == {True, False}
 
 
 def test_a_disk_that_takes_no_metrics_for_a_while_gets_them_later(lab, whole, caplog):

@@ -69,7 +69,7 @@ for _name, (_forward, _backward) in FUSED_ATTENTION.items():
 
 
 class Work(NamedTuple):
-    """FLOPs of products, bytes moved by everything else and over the bus, in training and in evaluation.
+    """FLOPs of products, bytes moved by everything else and over the bus, in training.
 
     ``large_products`` is how many products of ``LARGE_BYTES`` or more differ in their operator or their shapes.
     """
@@ -77,9 +77,6 @@ class Work(NamedTuple):
     flops: int = 0
     moved_bytes: int = 0
     bus_bytes: int = 0
-    eval_flops: int = 0
-    eval_moved_bytes: int = 0
-    eval_bus_bytes: int = 0
     large_products: int = 0
 
 
@@ -88,13 +85,13 @@ class WorkCounter(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self._totals = {True: [0, 0, 0], False: [0, 0, 0]}
+        self._totals = [0, 0, 0]
         self._products: set[tuple] = set()
 
     @property
     def work(self) -> Work:
         """Return what was counted since construction."""
-        return Work(*self._totals[False], *self._totals[True], len(self._products))
+        return Work(*self._totals, len(self._products))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -105,7 +102,7 @@ class WorkCounter(TorchDispatchMode):
         """Count an operation that has run."""
         if marks.phase == "load":
             return
-        totals = self._totals[marks.phase == "evaluation"]
+        totals = [0, 0, 0] if marks.phase == "evaluation" else self._totals
         formula = FLOP_FORMULAS.get(func._overloadpacket)
         if func is _COPY and marks.category == "offloaded":
             totals[2] += marks.repeats * args[0].nbytes

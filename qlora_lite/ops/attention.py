@@ -17,6 +17,8 @@ from functools import partial
 
 import torch
 
+from qlora_lite.errors import ModelError
+
 from .block_attention import block_attention, block_gradients
 from .checkpoint import running
 from .fused_attention import fused_attention
@@ -44,8 +46,14 @@ def row_attention(
 
     Returns:
         The attended values [B, T, H, D] and None in place of attention weights.
+
+    Raises:
+        ModelError: dropout beside capped scores or sinks.
     """
     no_kernel = softcap or s_aux is not None
+    if dropout and no_kernel:
+        raise ModelError("dropout of attention's weights is not known here beside capped scores or sinks: set "
+                         "attention_dropout to 0 in the model's config.json")  # fmt: skip
     length = query.shape[2]
     if attention_mask is not None and not attention_mask.numel():  # of a block that does not pass row_lengths on
         attention_mask = None
@@ -110,9 +118,6 @@ def _written_out(query, key, value, mask, scaling, softcap, sinks):
     scores = query @ key.transpose(2, 3) * scaling
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
-    if mask is None and query.shape[2] > 1:
-        length = query.shape[2]
-        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:

@@ -92,6 +92,17 @@ class Run:
 
 
 _run: ContextVar[Run | None] = ContextVar("run", default=None)
+_row: ContextVar[int] = ContextVar("row", default=0)
+
+
+@contextmanager
+def row_alone(number: int) -> Iterator[None]:
+    """Run the blocks for one of several rows, counted from 0, that all go forward before the first goes backward."""
+    token = _row.set(number)
+    try:
+        yield
+    finally:
+        _row.reset(token)
 
 
 def kept_result(compute: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -203,10 +214,11 @@ class _Checkpoint(torch.autograd.Function):
             outputs = compiled.value(block, *map(_detached, inputs)) if checkpoint.compiling else block(*inputs)
         ctx.own_inputs, ctx.attention, ctx.passed_on = 0 if ctx.earlier else len(tensors), run.attention, None
         tensors = tensors[: ctx.own_inputs] + run.kept
+        ctx.number = checkpoint.number + _row.get() * checkpoint.stretches.count
         if checkpoint.host is None:
             ctx.save_for_backward(*tensors)
         else:
-            checkpoint.host.put(checkpoint.number, tensors)
+            checkpoint.host.put(ctx.number, tensors)
         ctx.set_materialize_grads(False)
         checkpoint.stretches.add(checkpoint.number, ctx, outputs)
         return outputs
@@ -241,7 +253,7 @@ class _Checkpoint(torch.autograd.Function):
 def _stored(call) -> Sequence[torch.Tensor]:
     """Return what a call of a block kept: its own inputs, if any, and results."""
     host = call.checkpoint.host
-    return call.saved_tensors if host is None else host.take(call.checkpoint.number)
+    return call.saved_tensors if host is None else host.take(call.number)
 
 
 def _again(call, inputs: Sequence, kept: list[torch.Tensor], grad_outputs: Sequence, is_last: bool):
@@ -282,6 +294,7 @@ def run_for_graph(
         results, attention: what the first run kept; see ``Run``.
         unread: says of a run and its output whether nobody reads the value of the last product.
     """
+    state = random_state(*(value for value in inputs if isinstance(value, torch.Tensor)))
     while True:
         left_out = skipping.product or 0
         with running(Run(results, left_out, attention)) as run:
@@ -291,6 +304,7 @@ def run_for_graph(
             skipping.product = run.products if spared else 0
         if spared or not left_out:
             return outputs
+        set_random_state(state)
 
 
 @contextmanager
@@ -321,7 +335,12 @@ def random_state(*tensors: torch.Tensor) -> RandomState:
 def with_random_state(state: RandomState) -> Iterator[None]:
     """Go back to a random state, and return to the present one at the end."""
     with torch.random.fork_rng([] if state.device is None else [state.device]):
-        torch.set_rng_state(state.cpu)
-        if state.device is not None:
-            torch.cuda.set_rng_state(state.cuda, state.device)
+        set_random_state(state)
         yield
+
+
+def set_random_state(state: RandomState) -> None:
+    """Go back to a random state."""
+    torch.set_rng_state(state.cpu)
+    if state.device is not None:
+        torch.cuda.set_rng_state(state.cuda, state.device)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load_file
 
 from qlora_lite.errors import CheckpointError
 from qlora_lite.files import explain_write_errors, flush_to_disk, replacing_folder, sha256
@@ -115,21 +115,21 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     manifest = _read_manifest(folder)
     tensors, documents = {}, {}
     for name, entry in manifest["files"].items():
-        content = _read_file(folder / name, entry["bytes"])
-        if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+        path = _plain_file(folder / name, entry["bytes"])
+        if sha256(path) != entry["sha256"]:
             raise _damaged(folder, f"the content of {name} is not what was written (its SHA-256 differs)")
         try:
             if name.endswith(".json"):
-                documents[name] = _object(content)
+                documents[name] = _object(path.read_bytes())
             else:
-                tensors[name] = load(content)
+                tensors[name] = load_file(path)  # file pages, which are no memory of the process's
         except (ValueError, TypeError, KeyError, RecursionError, SafetensorError, RuntimeError) as error:
             raise _damaged(folder, f"{name} cannot be read: {error}") from None
     return Checkpoint(manifest["step"], tensors, documents)
 
 
 def _read_manifest(folder: Path) -> dict:
-    text = _read_file(folder / MANIFEST, None)
+    text = _plain_file(folder / MANIFEST, None).read_bytes()
     try:
         manifest = _object(text)["manifest"]
         if text.decode() != sealed(manifest):
@@ -162,8 +162,8 @@ def _object(content: bytes) -> dict:
     return value
 
 
-def _read_file(path: Path, size: int | None) -> bytes:
-    """Return the content of a plain file of the size given (any, for None); nothing else is opened."""
+def _plain_file(path: Path, size: int | None) -> Path:
+    """Check that there is a plain file of the size given (any, for None); nothing else is opened."""
     try:
         found = path.lstat()
         if not stat.S_ISREG(found.st_mode):
@@ -172,7 +172,7 @@ def _read_file(path: Path, size: int | None) -> bytes:
             raise _damaged(path.parent, f"{path.name} has {found.st_size} bytes of {size}")
         if size is None and found.st_size > MAX_JSON_BYTES:
             raise _damaged(path.parent, f"{path.name} is larger than {MAX_JSON_BYTES} bytes")
-        return path.read_bytes()
+        return path
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         raise _damaged(path.parent, f"{path.name} {'is missing' if missing else f'cannot be read: {error.strerror}'}"

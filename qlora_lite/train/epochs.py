@@ -1,8 +1,9 @@
 """Which rows stand in which micro-batch of which step: a pure function of the rows' lengths and the settings."""
 
-import math
 from collections.abc import Sequence
+from fractions import Fraction
 from itertools import count
+from math import ceil
 
 from qlora_lite.data.batch import plan_epoch
 
@@ -31,10 +32,9 @@ class Epochs:
         """Return how many optimizer steps the run has, at least 1."""
         if self.settings.max_steps:
             return self.settings.max_steps
-        whole = math.floor(self.settings.epochs)
+        whole, part = divmod(Fraction(self.settings.epochs).limit_denominator(1_000_000), 1)
         steps = sum(len(self.steps(epoch)) for epoch in range(whole))
-        part = self.settings.epochs - whole
-        return max(1, steps + (math.ceil(part * len(self.steps(whole))) if part else 0))
+        return max(1, steps + (ceil(part * len(self.steps(whole))) if part else 0))
 
     def largest(self) -> list[int]:
         """Return the rows of the micro-batch with the most tokens of all that the run will see."""

@@ -34,15 +34,19 @@ HASHED_WORDS = 1 << 18  # at once: 2 MiB
 # 5 modulo 8, so that any two of so many powers differ in one of their last 20 bits: no product of their difference
 # with that of two words that differ in their last 45 bits is a multiple of 2**64.
 ODD_NUMBER = 0x9E3779B97F4A7C15 - (1 << 64)
-CHECKSUM_MARK = "words:"  # of how the checksum is taken; one without it was taken in another way
+CHECKSUM_MARK = "weights:"  # of how the checksum is taken; one without it was taken in another way
 
 
-def check_forward(model: nn.Module) -> float:
+def check_forward(model: nn.Module, longest: int = 0) -> float:
     """Compare packed rows and the chunked head with the model's own logits, row by row with its own attention.
 
     A model in which rows end to end see each other (a state that runs on: Mamba, Qwen3-Next, RecurrentGemma; a
     convolution: LFM2; distances counted over the whole sequence: Bloom, MPT) is switched to running them one by
-    one, which is exact, with one logged line because packing then saves no time.
+    one, which is exact, with one logged line because packing then saves no time. So is one whose rotary embedding
+    (dynamic, longrope) turns all rows of a batch as its longest.
+
+    Args:
+        longest: tokens of the longest row that there may be; the comparison is of short ones.
 
     Returns:
         The relative L2 error.
@@ -50,6 +54,7 @@ def check_forward(model: nn.Module) -> float:
     Raises:
         ModelError: the difference is more than rounding.
     """
+    _run_alone_if_rotated_together(model, longest)
     tolerance = LOGITS_TOLERANCE[model.dtype]
     error = _logits_error(model)
     if not error <= tolerance and not rows_run_alone(model):
@@ -67,6 +72,30 @@ def check_forward(model: nn.Module) -> float:
             "not know; it cannot be trained exactly"
         )
     return error
+
+
+def _run_alone_if_rotated_together(model: nn.Module, longest: int) -> None:
+    """Run rows one by one where the longest of a batch would decide the frequencies of all: where rows can be longer
+    than those that the model was first trained on."""
+    limits = [_first_length(module.config) for module in model.modules() if _follows_longest_row(module)]
+    if limits and longest > min(limits) and not rows_run_alone(model):
+        run_rows_alone(model)
+        log.warning("%s: rows of more than %d tokens are rotated otherwise than shorter ones, so each row is run by "
+                    "itself; a data.max_tokens of no more spares that", type(model).__name__, min(limits))  # fmt: skip
+
+
+def _follows_longest_row(module: nn.Module) -> bool:
+    kinds = getattr(module, "rope_type", None)
+    kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
+    return any(kind == "longrope" or "dynamic" in str(kind) for kind in kinds)
+
+
+def _first_length(config) -> int:
+    """Return the tokens of the rows that a model was trained on before its rotary embedding was stretched."""
+    rope = config.rope_parameters
+    settings = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
+    key = "original_max_position_embeddings"
+    return min((each[key] for each in settings if key in each), default=config.max_position_embeddings)
 
 
 @torch.no_grad()
@@ -197,9 +226,14 @@ def bit_sums(tensor: torch.Tensor) -> list[int]:
 
 
 def frozen_checksum(model: nn.Module) -> str:
-    """Return a checksum over the bits of every frozen parameter and buffer, computed where they lie."""
+    """Return a checksum over the bits of every frozen weight, computed where they lie.
+
+    Not of tables that are made from the configuration: a forward pass may change those (rotary frequencies that
+    follow the longest row).
+    """
     factors = {id(parameter) for _, parameter in lora_parameters(model)}
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in factors and t.numel()]
+    weights = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}  # shared ones once
+    tensors = [tensor for number, tensor in weights.items() if number not in factors and tensor.numel()]
     sums = [f"{tuple(tensor.shape)} {bit_sums(tensor)}" for tensor in tensors]
     return CHECKSUM_MARK + hashlib.sha256(" ".join(sums).encode()).hexdigest()
 

@@ -103,7 +103,7 @@ class Trainer:
         check_trainable(model, sum(parameter.numel() for parameter in self.parameters))
         tiny_tiles = settings.levers.tile_tokens and CHECKED_TILE_TOKENS  # so that the check's few tokens are cut
         set_levers(model, replace(settings.levers, tile_tokens=tiny_tiles))
-        check_forward(model)
+        check_forward(model, settings.max_tokens)
         set_levers(model, settings.levers)
         check_updates_in_backward(model, settings)
         check_compilable(model, settings.levers)
@@ -137,9 +137,9 @@ class Trainer:
 
     def __iter__(self) -> Iterator[StepMetrics]:
         self.model.train()
-        for micro_batches in self._steps():
-            if self.step == self.total_steps:
-                return
+        steps = self._steps()
+        while self.step < self.total_steps:
+            micro_batches = next(steps)
             self.epoch_step += 1
             yield self._train(micro_batches)
 

@@ -1,6 +1,7 @@
 """Learning-rate factors as a pure function of the step, so that a resumed run needs no scheduler state."""
 
 import math
+from fractions import Fraction
 
 
 def lr_factor(step: int, total_steps: int, schedule: str, warmup_ratio: float) -> float:
@@ -11,7 +12,7 @@ def lr_factor(step: int, total_steps: int, schedule: str, warmup_ratio: float) -
         schedule: ``constant``, ``linear`` or ``cosine`` (both reach 0 after the last step).
         warmup_ratio: share of the steps, rounded up, that rise linearly to the peak.
     """
-    warmup = math.ceil(total_steps * warmup_ratio)
+    warmup = math.ceil(total_steps * Fraction(warmup_ratio).limit_denominator(1_000_000))
     if step <= warmup:
         return step / warmup
     if schedule == "constant":

@@ -16,6 +16,7 @@ from qlora_lite.data.batch import IGNORED_LABEL, Batch
 from qlora_lite.memory.marks import category, phase
 from qlora_lite.models.anatomy import decoder, device_of, head
 from qlora_lite.models.load import rows_run_alone, uses_row_attention
+from qlora_lite.ops.checkpoint import row_alone
 from qlora_lite.ops.compiled import in_words
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, chunked_cross_entropy
 from qlora_lite.ops.shapes import kernel_rows
@@ -99,12 +100,12 @@ def hidden_states(model: nn.Module, inputs: Inputs) -> torch.Tensor:
 def _hidden_states_row_by_row(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     """Run each row by itself; the tokens behind it, up to the kernel's length, cannot change what came before."""
     outs, start, device = [], 0, inputs.input_ids.device
-    for length in inputs.row_lengths:
+    for number, length in enumerate(inputs.row_lengths):
         ids = inputs.input_ids[:, start : start + kernel_rows(length, device)]
         positions = torch.arange(ids.shape[1], device=device)[None]
-        outs.append(
-            decoder(model)(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0, :length]
-        )
+        with row_alone(number):
+            output = decoder(model)(input_ids=ids, position_ids=positions, use_cache=False)
+        outs.append(output.last_hidden_state[0, :length])
         start += length
     return torch.cat(outs)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlora_lite.errors import ModelError
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.memory.marks import phase
 from qlora_lite.memory.work import WorkCounter
@@ -62,6 +63,13 @@ def test_each_row_attends_causally_to_itself_only(kv_heads, window, softcap):
     grads = torch.autograd.grad(out, (q, k, v), upstream)
     for grad, wanted in zip(grads, torch.autograd.grad(expected, (q, k, v), upstream.double()), strict=True):
         assert torch.allclose(grad, wanted.float(), atol=2e-5)
+
+
+@pytest.mark.parametrize("special", [{"softcap": 1.5}, {"s_aux": torch.zeros(4)}])
+def test_dropout_that_would_be_left_out_is_refused(special):
+    q = torch.randn(1, 4, 6, 8)
+    with pytest.raises(ModelError, match="set attention_dropout to 0"):
+        row_attention(None, q, q, q, None, dropout=0.1, row_lengths=(6,), **special)
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from qlora_lite.errors import CheckpointError, OutputError
+from qlora_lite.memory.meter import mapped_bytes
 from qlora_lite.train.checkpoints import (
     MANIFEST,
     Checkpoint,
@@ -51,6 +52,13 @@ def assert_content(checkpoint, step):
     for file, tensors in wanted.tensors.items():
         assert checkpoint.tensors[file].keys() == tensors.keys()
         assert all(torch.equal(tensor, checkpoint.tensors[file][name]) for name, tensor in tensors.items())
+
+
+def test_a_checkpoint_that_is_read_takes_pages_of_its_files_and_no_memory(tmp_path):
+    tensors = {"optimizer.safetensors": {"state": torch.zeros(2**20)}}
+    write_checkpoint(tmp_path, Checkpoint(1, tensors, {}), {"torch": "1"}, "abc")
+    read = read_checkpoint(folder_of(tmp_path, 1)).tensors["optimizer.safetensors"]
+    assert mapped_bytes(read.values()) == 4 * 2**20
 
 
 def test_a_checkpoint_comes_back_as_it_was_and_the_newest_is_found(root):

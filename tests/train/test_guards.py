@@ -4,19 +4,26 @@ import copy
 import gc
 import threading
 
+import numpy as np
 import pytest
 import torch
-from tiny import quantized_pair
+from tiny import ARCHITECTURES, quantized_pair, random_factors
 from tiny_trainer import SETTINGS, examples, trainer
 
+from qlora_lite.data.batch import collate
+from qlora_lite.data.stored import Example
 from qlora_lite.errors import ModelError, TrainingError
 from qlora_lite.lora.inject import add_lora, lora_layers, lora_parameters
 from qlora_lite.models.levers import Levers
+from qlora_lite.models.load import rows_run_alone
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.train.guards import HASHED_WORDS, bit_sums, check_frozen, check_trainable, frozen_checksum
 from qlora_lite.train.inventory import inventory, total_parameters
 from qlora_lite.train.loop import Trainer
 from qlora_lite.train.settings import TrainSettings
+from qlora_lite.train.step import accumulate_gradients, prepare
+
+CPU = torch.device("cpu")
 
 
 def test_a_nan_in_a_frozen_weight_names_the_step_the_rows_and_the_module():
@@ -90,7 +97,7 @@ def test_a_weight_that_is_nan_before_training_stops_it_there():
 
 def frozen_tensors(model):
     factors = {id(p) for _, p in lora_parameters(model)}
-    return [t for t in (*model.parameters(), *model.buffers()) if id(t) not in factors]
+    return [t for t in model.state_dict(keep_vars=True).values() if id(t) not in factors]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -229,3 +236,48 @@ def test_a_trainer_that_is_gone_leaves_no_thread():
     del training
     gc.collect()
     assert not any(thread.name == "memory-meter" for thread in threading.enumerate())
+
+
+ROTATED_TOGETHER = {
+    "phi3": {
+        "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64,
+            "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+        },
+        "original_max_position_embeddings": 64, "max_position_embeddings": 512,
+    },
+    "llama": {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, "max_position_embeddings": 64,
+    },
+}  # fmt: skip
+
+
+def rows_of(*lengths):
+    random = np.random.default_rng(0)
+    return [
+        Example(random.integers(3, 160, length).astype(np.int32), np.ones(length, bool), "", "", f"rows:{length}")
+        for length in lengths
+    ]
+
+
+@pytest.mark.parametrize("model_type", ROTATED_TOGETHER)
+def test_rows_that_would_be_rotated_as_the_longest_of_their_batch_run_alone(model_type, monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, model_type, ARCHITECTURES[model_type] | ROTATED_TOGETHER[model_type])
+    changes = {"max_tokens": 128, "packing": False, "micro_batch_size": 1, "gradient_accumulation_steps": 1}
+    training = trainer(model_type, rows=rows_of(9, 6, 80, 100), max_steps=4, order="as-is", **changes)
+    random_factors(training.model)
+    rows = rows_of(100, 6)
+
+    def gradient(batches):
+        accumulate_gradients(training.model.train(), [prepare(collate(rows), CPU) for rows in batches])
+        parts = [parameter.grad.flatten() for parameter in training.parameters]
+        training.optimizer.zero_grad(set_to_none=True)
+        return torch.cat(parts)
+
+    apart = gradient([[row] for row in rows])
+    assert (gradient([rows]) - apart).norm() <= 1e-5 * apart.norm()
+    checksum = frozen_checksum(training.model)
+    assert len(list(training)) == 4
+    check_frozen(training.model, checksum)  # frequencies that follow the rows are no weights
+    short = trainer(model_type, rows=rows_of(60, 6), max_steps=1, **changes | {"max_tokens": 64})
+    assert not rows_run_alone(short.model)

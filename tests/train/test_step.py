@@ -99,6 +99,13 @@ def test_a_short_run_has_positive_rates_up_to_the_peak(schedule, warmup, total):
     assert max(factors) == 1
 
 
+@pytest.mark.parametrize(
+    ("total", "warmup", "peak"), [(100, 0.07, 7), (50, 0.14, 7), (100, 0.071, 8), (1000, 0.03, 30)]
+)
+def test_a_share_of_the_steps_is_what_it_is_in_decimals(total, warmup, peak):
+    assert next(step for step in range(1, total) if lr_factor(step, total, "constant", warmup) == 1) == peak
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_clipping_scales_the_gradients_to_the_norm_and_returns_the_one_before(dtype):
     parameters = [torch.nn.Parameter(torch.zeros(3, dtype=dtype)), torch.nn.Parameter(torch.zeros(1, dtype=dtype))]
