@@ -118,7 +118,7 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_rows: Rows | None) -> 
         config, Rows((1,), 1), eval_rows, machine.device_type, quant, double_quant, m.quant_head, dtype,
         tuple(Target(t.pattern, t.rank, t.alpha) for t in x.targets), x.rank, x.alpha, x.dropout, x.rslora,
         getattr(torch, x.dtype), t.optimizer, t.stochastic_rounding, t.max_grad_norm,
-        deterministic=t.deterministic,
+        deterministic=t.deterministic, saved_factors=1 if eval_rows is None else 2,
     )  # fmt: skip
 
 

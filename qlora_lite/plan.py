@@ -161,9 +161,16 @@ def plan_run(recipe: Recipe, examples, eval_examples, left_free: int = 0) -> tup
 
 
 def expected_peak(plan: Plan, largest: Batch, evaluation: Batch | None) -> Prediction:
-    """Predict the very step that a run rehearses: its own largest batches, in the chosen way."""
-    job = plan.chosen.prediction.job
+    """Predict the very step that a run rehearses, and saves nothing of: its own largest batches, in the chosen way."""
+    job = replace(plan.chosen.prediction.job, saved_factors=0)
     return predict(replace(job, rows=rows_of(largest), eval_rows=evaluation and rows_of(evaluation)))
+
+
+def as_metered(plan: Plan, expected: Prediction) -> int:
+    """Return a prediction as ``memory.meter`` counts: what is allocated on a card, the whole process on a CPU."""
+    if plan.machine.device_type == "cuda":
+        return expected.allocated_bytes
+    return plan.machine.base_bytes + expected.peak_bytes
 
 
 def alternatives(plan: Plan) -> Iterator[Alternative]:

@@ -24,7 +24,7 @@ from .memory_page import memory_page
 from .models.anatomy import device_of
 from .models.levers import set_levers
 from .models.tokenizer import load_tokenizer
-from .plan import Plan, alternatives, expected_peak, plan_run
+from .plan import Plan, alternatives, as_metered, expected_peak, plan_run
 from .plan_text import reason
 from .planning.predict import Prediction
 from .planning.simulate import ALLOCATION_BYTES
@@ -136,7 +136,7 @@ def _figures(plan: Plan, expected: Prediction, ledger: Ledger, seconds, process_
             for phase in ("forward", "backward", "optimizer", "evaluation")
         },
         "process_peak_bytes": process_bytes, "budget_bytes": plan.budget_bytes,
-        "predicted_process_bytes": plan.machine.base_bytes + expected.peak_bytes,
+        "predicted_process_bytes": as_metered(plan, expected),
         "seconds_by_phase": seconds, "chosen": plan.chosen.settings, "why": reason(plan),
         "out_of_memory": failure or None,
     }  # fmt: skip

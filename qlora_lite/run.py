@@ -30,7 +30,7 @@ from .models.cache import base_fingerprint
 from .models.load import resolve_device
 from .models.locate import locate
 from .models.tokenizer import load_tokenizer
-from .plan import expected_peak, plan_run
+from .plan import as_metered, expected_peak, plan_run
 from .plan_text import reason
 from .preflight import line_of_problem, preflight
 from .recipe.schema import Recipe
@@ -316,9 +316,7 @@ class _Run:
         )
         weights = (*self.model.parameters(), *self.model.buffers())
         mapped = mapped_bytes(weights) if device.type == "cpu" else 0
-        predicted = expected.allocated_bytes  # as the meter counts on a card
-        if device.type == "cpu":
-            predicted = self.plan.machine.base_bytes + expected.peak_bytes - mapped
+        predicted = as_metered(self.plan, expected) - mapped
         if self.settings.levers.compile:
             log.info("train.compile: compiling the blocks, which takes a minute or so the first time")
         try:
@@ -327,12 +325,14 @@ class _Run:
             words = f"memory ran out over the largest micro-batch, predicted {format_bytes(predicted)}"
             return Excess(budget - self.plan.peak_bytes, f"{words} ({first_line(error)})")
         peak = self.trainer.meter.peak_bytes()  # without what loading took for a moment
+        saving = self.plan.chosen.prediction.saving_bytes
         place = expected.simulation.peak()
         log.info("memory: the largest micro-batch peaks at %s (predicted %s, %s of %s); budget %s", format_bytes(peak),
                  format_bytes(predicted), place.phase, place.module or "the loss", format_bytes(budget))  # fmt: skip
-        if peak > budget:
-            words = f"the largest micro-batch peaks at {format_bytes(peak)}, over the budget of {format_bytes(budget)}"
-            return Excess(peak - self.plan.peak_bytes, words)
+        if peak + saving > budget:
+            beside = f" and a checkpoint's copy takes {format_bytes(saving)}" if saving else ""
+            words = f"the largest micro-batch peaks at {format_bytes(peak)}{beside}, over the budget of "
+            return Excess(peak + saving - self.plan.peak_bytes, words + format_bytes(budget))
         self.run.update(plan={
             "budget_bytes": budget, "predicted_peak_bytes": predicted, "measured_peak_bytes": peak,
             "chosen": self.plan.chosen.settings, "why": reason(self.plan),

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from qlora_lite import plan as planner
 from qlora_lite import plan_text
 from qlora_lite.cli.main import main
+from qlora_lite.data.batch import collate
 from qlora_lite.data.stored import row_lengths
 from qlora_lite.errors import ModelError
 from qlora_lite.memory.cards import find_card
@@ -294,6 +295,18 @@ def test_a_four_bit_head_that_spares_nothing_is_warned_of(recipe, caplog, model,
     without = planner.plan_recipe(recipe(path, "memory.embeddings=device", "memory.head=device"), CARD, 24 * GIB)
     frozen = [plan.chosen.prediction.simulation.resident.total for plan in (head, without)]
     assert (frozen[0] > frozen[1]) == warned
+
+
+@pytest.mark.parametrize(("settings", "adapters"), [((), 1), (("data.eval=rows.jsonl",), 2)])
+def test_on_a_cpu_the_copy_of_a_checkpoint_is_part_of_the_plan_and_of_no_rehearsal(recipe, settings, adapters):
+    cpu = Machine("a CPU", "cpu", 24 * GIB, 0, 1e11, 1e10, 1e10)
+    for where, counted in ((cpu, 1), (CARD, 0)):
+        plan = planner.plan_recipe(recipe("lora.rank=64", *settings), where, 24 * GIB)
+        prediction = plan.chosen.prediction
+        held = prediction.simulation.resident.breakdown
+        assert prediction.saving_bytes == counted * (adapters * held["adapter"] + held["optimizer"])
+        assert planner.expected_peak(plan, collate(examples(1)), None).saving_bytes == 0
+        assert sum(o.bytes for o in prediction.overheads if o.name == "checkpoint") == prediction.saving_bytes
 
 
 def test_the_largest_pack_is_looked_for_among_all_packs_of_the_steps(tmp_path, monkeypatch):

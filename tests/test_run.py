@@ -17,6 +17,7 @@ from qlora_lite.data.named_templates import NAMED_TEMPLATES
 from qlora_lite.data.render import render_prompt
 from qlora_lite.errors import DataError, DoesNotFitError, ModelError, OutputError, RecipeError, TrainingError
 from qlora_lite.memory.meter import held_bytes
+from qlora_lite.planning.predict import Prediction
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs import open_run
 from qlora_lite.train.loop import Trainer
@@ -391,6 +392,12 @@ def test_a_run_that_no_rehearsal_proves_ends_before_its_first_step(wide_run, mor
     summary = summary_of(wide_run.folder)
     assert summary["status"] == "failed" and "plan" not in summary
     assert not (wide_run.folder / "metrics.jsonl").exists()
+
+
+def test_a_rehearsal_that_leaves_no_room_for_a_checkpoint_s_copy_proves_nothing(run, monkeypatch):
+    monkeypatch.setattr(Prediction, "saving_bytes", 2**40)
+    with pytest.raises(DoesNotFitError, match=r"peaks at .* and a checkpoint's copy takes .*, over the budget"):
+        run(train={"max_steps": 1})
 
 
 def test_memory_of_the_host_that_runs_out_is_no_reason_to_plan_again(wide_run):

@@ -6,6 +6,8 @@ from qlora_lite.memory.process import HOST_PROCESS_BYTES, Overhead, overheads
 
 from .simulate import Job, Simulation, simulate
 
+CHECKPOINT = "checkpoint"
+
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
@@ -20,6 +22,11 @@ class Prediction:
         """Most memory the step needs: on a card with its context, on a CPU above the process's baseline."""
         beside = self.simulation.offloaded_bytes if self.job.device_type == "cpu" else 0  # the same memory there
         return self.simulation.peak().total + beside + sum(overhead.bytes for overhead in self.overheads)
+
+    @property
+    def saving_bytes(self) -> int:
+        """What of the peak is a checkpoint that is being written: no rehearsal shows it."""
+        return sum(overhead.bytes for overhead in self.overheads if overhead.name == CHECKPOINT)
 
     @property
     def host_bytes(self) -> int:
@@ -56,4 +63,8 @@ def with_constants(job: Job, simulation: Simulation) -> Prediction:
     """Add to a job's simulation the constants of its kind of device."""
     moments, products = simulation.moments.values(), simulation.work.large_products
     found = overheads(job.device_type, moments, simulation.resident, products, job.levers.compile)
+    if job.saved_factors and job.device_type == "cpu":
+        held = simulation.resident.breakdown
+        copied = job.saved_factors * held.get("adapter", 0) + held.get("optimizer", 0)
+        found += (Overhead(CHECKPOINT, copied, "its copy, until it is written"),)
     return Prediction(job, simulation, found)

@@ -63,7 +63,8 @@ class Job:
 
     ``config`` is transformers'; ``device_type`` is that of the machine planned for, "cpu" or "cuda"; the other
     fields have the recipe's names and meanings. ``rows`` is the largest micro-batch and ``eval_rows`` the
-    largest evaluation batch (None: there is none).
+    largest evaluation batch (None: there is none). ``saved_factors``: how many adapters a checkpoint
+    holds that is written beside the step (2 with that which was best by evaluation), 0 where none is.
     """
 
     config: object
@@ -85,6 +86,7 @@ class Job:
     max_grad_norm: float = 1.0
     accumulating: bool = False
     deterministic: bool = False
+    saved_factors: int = 0
     levers: Levers = field(default_factory=Levers)
 
 
