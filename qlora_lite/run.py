@@ -1,7 +1,8 @@
 """From a recipe to a trained adapter: the one place where all parts meet.
 
-Lower layers take plain arguments; recipes stop here. The order is chosen so that what is cheap fails first:
-the run folder, the tokenizer, the data, then the model, then the memory, then the training.
+Recipes go no further down than the layer of ``build``; what lies below takes plain arguments. The order is chosen so
+that what is cheap fails first: the run folder, the tokenizer, the data, then the model, then the memory, then the
+training.
 """
 
 import gc

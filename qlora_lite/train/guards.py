@@ -1,6 +1,6 @@
 """Checks that stop a run which would end well and mean nothing.
 
-Before training: rows packed together, and the chunked head, must give the logits that the model itself
+Before training: a few short rows packed together, and the chunked head, must give the logits that the model itself
 gives for each row alone. After the first step: every wrapped layer took part. At the end: the frozen
 weights are the ones that were loaded. At a loss that is not finite: which rows, which module.
 """
