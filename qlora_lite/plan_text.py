@@ -13,6 +13,8 @@ from .units import format_bytes, format_seconds
 def reason(plan: Plan) -> str:
     """Say in one line why this plan was chosen."""
     settings = _in_words(plan.chosen)
+    if not plan.fits:
+        return f"{settings}: does not fit; of {len(plan.found)} plans, the one that needs least"
     if len(plan.found) == 1:
         return f"{settings}: as the recipe says"
     faster = [c for c in plan.found if c.step_seconds < plan.chosen.step_seconds and c is not plan.chosen]
@@ -84,9 +86,6 @@ def page_record(plan: Plan, others: Sequence[Alternative], title: str) -> dict:
     simulation, timeline = simulate_whole(plan.chosen.prediction.job, timeline=True)
     peak = simulation.peak()
     host = [f"Host memory: {format_bytes(host_bytes(plan))}."] if simulation.offloaded_bytes else []
-    constants = [o._asdict() for o in plan.chosen.prediction.overheads]
-    if plan.machine.base_bytes:
-        constants.append({"name": "process", "bytes": plan.machine.base_bytes, "why": "Python and its libraries"})
     return {
         "title": title,
         "subtitle": f"Planned for {plan.machine.name}: {format_bytes(plan.peak_bytes)} of "
@@ -94,9 +93,18 @@ def page_record(plan: Plan, others: Sequence[Alternative], title: str) -> dict:
         "budget_bytes": plan.budget_bytes,
         "peak": {"bytes": peak.total, "phase": peak.phase, "module": peak.module, "breakdown": peak.on_device},
         "timeline": [{"phase": m.phase, "module": m.module, "bytes": m.on_device} for m in timeline],
-        "sentences": [reason(plan), *host], "predicted": peak.on_device, "measured": None, "constants": constants,
+        "sentences": [reason(plan), *host], "predicted": peak.on_device, "measured": None,
+        "constants": constants(plan),
         "alternatives": [asdict(alternative) for alternative in others],
     }  # fmt: skip
+
+
+def constants(plan: Plan) -> list[dict]:
+    """Return what comes on top of the chosen way's tensors, as ``memory_page`` shows it."""
+    found = [overhead._asdict() for overhead in plan.chosen.prediction.overheads]
+    if plan.machine.base_bytes:
+        found.append({"name": "process", "bytes": plan.machine.base_bytes, "why": "Python and its libraries"})
+    return found
 
 
 def describe(plan: Plan, others: Sequence[Alternative], width: int = 80) -> str:

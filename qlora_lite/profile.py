@@ -25,7 +25,7 @@ from .models.anatomy import device_of
 from .models.levers import set_levers
 from .models.tokenizer import load_tokenizer
 from .plan import Plan, alternatives, as_metered, expected_peak, plan_run
-from .plan_text import reason
+from .plan_text import constants, reason
 from .planning.predict import Prediction
 from .planning.simulate import ALLOCATION_BYTES
 from .recipe.schema import Recipe
@@ -172,6 +172,6 @@ def _record(plan: Plan, expected: Prediction, ledger: Ledger, figures: dict, nam
         "peak": {"bytes": peak.total, "phase": peak.phase, "module": peak.module, "breakdown": peak.on_device},
         "timeline": [{"phase": m.phase, "module": m.module, "bytes": m.on_device} for m in ledger.timeline],
         "sentences": sentences, "predicted": expected.simulation.peak().on_device, "measured": peak.on_device,
-        "constants": [o._asdict() for o in expected.overheads],
+        "constants": constants(plan),
         "alternatives": [asdict(a) for a in others],
     }  # fmt: skip

@@ -20,7 +20,7 @@ from .errors import CheckpointError
 from .files import content_digest
 from .recipe.schema import Recipe
 from .rows import build_sources
-from .runs import CHECKPOINTS, RunFolder, create_run, newest_path, package_versions
+from .runs import CHECKPOINTS, RECIPE, RunFolder, create_run, newest_path, package_versions
 from .train.checkpoints import Checkpoint, newest_whole
 from .train.guards import CHECKSUM_MARK
 from .train.schedule import lr_factor
@@ -150,8 +150,13 @@ def path_to_continue(recipe: Recipe, resume: str | Path) -> Path | None:
 
     Args:
         resume: the folder, or "" for that of the recipe's newest run.
+
+    Raises:
+        CheckpointError: the folder has something in it and is no run's.
     """
     path = Path(resume) if resume != "" else newest_path(recipe)
+    if resume != "" and path.is_dir() and any(path.iterdir()) and not (path / RECIPE).is_file():
+        raise CheckpointError(f"{path} is not a run folder: it has no {RECIPE}; name the folder that train printed")
     if path is None:
         log.info("resume: there is no run of this recipe yet; a new one begins")
     return path

@@ -54,6 +54,7 @@ from .runs import (
 )
 from .saver import Space, check_space
 from .stopping import Stop, stop_signals
+from .tracking import check_trackers
 from .train.determinism import deterministic
 from .train.guards import check_frozen, frozen_checksum
 from .train.inventory import inventory, total_parameters
@@ -144,6 +145,7 @@ class _Run:
     def _prepare(self, meter: PeakMeter) -> None:
         """Do all that comes before the first step; nothing of it is lost if it is cut off."""
         recipe, self.meter = self.recipe, meter
+        check_trackers(recipe.train.trackers)
         self.tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
         self._look_at_data()
         identity = data_identity(recipe, self.tokenizer, self.data, self.eval_data)

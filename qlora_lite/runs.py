@@ -23,7 +23,7 @@ from .files import explain_write_errors, flush_to_disk, remove_leftovers, write_
 from .recipe.load import load_recipe, resolve_to_yaml
 from .recipe.schema import Recipe
 from .run_files import METRICS, RECIPE, SUMMARY
-from .train.checkpoints import CHECKPOINTS, folder_of, newest_whole
+from .train.checkpoints import CHECKPOINTS, folder_of, newest_whole, steps_on_disk
 
 log = logging.getLogger("qlora_lite")
 ADAPTER, ADAPTER_LAST = "adapter", "adapter-last"
@@ -133,11 +133,22 @@ def new_path(recipe: Recipe) -> Path:
 
 
 def newest_path(recipe: Recipe) -> Path | None:
-    """Return the folder of a recipe's newest run, None if it has none."""
+    """Return the folder of a recipe's newest run, None if it has none; of one that failed before it came to a
+    checkpoint, the folder of the run before it."""
     if recipe.output.dir:
         return Path(recipe.output.dir) if Path(recipe.output.dir).is_dir() else None
     digits = "[0-9]"
-    return max(Path("runs").glob(f"{_name(recipe)}-{digits * 8}-{digits * 6}"), default=None)
+    paths = sorted(Path("runs").glob(f"{_name(recipe)}-{digits * 8}-{digits * 6}"), reverse=True)
+    return next((path for path in paths if not _never_began(path)), paths[0] if paths else None)
+
+
+def _never_began(path: Path) -> bool:
+    """Tell whether a run failed and left nothing to go on from."""
+    try:
+        status = json.loads((path / SUMMARY).read_text(encoding="utf-8"))["status"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return status == "failed" and not steps_on_disk(path / CHECKPOINTS)
 
 
 def _name(recipe: Recipe) -> str:

@@ -1,8 +1,9 @@
 """Stop a run between steps and never inside one, on a signal or when its time is over.
 
-The first SIGINT or SIGTERM is noted, and the training loop asks for it after every step: what was learned is then
-saved. Where nothing would be left half done (loading, evaluating), it acts at once. A second one always acts at once,
-because the handlers that were there before are put back with the first. Time is counted by a clock that nobody can set.
+The first SIGINT, SIGTERM or SIGHUP (a terminal that is closed) is noted, and the training loop asks for it after every
+step: what was learned is then saved. Where nothing would be left half done (loading, evaluating), it acts at once. A
+second one always acts at once, because the handlers that were there before are put back with the first. Time is counted
+by a clock that nobody can set.
 """
 
 import math
@@ -12,7 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 # What a second signal does where signals were ignored before, as shells set it for a command in the background.
-ACTING = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+ACTING = {
+    signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL,
+}  # fmt: skip
 
 
 class StopNow(KeyboardInterrupt):
@@ -70,7 +73,10 @@ class Stop:
 
 @contextmanager
 def stop_signals(max_hours: float | None) -> Iterator[Stop]:
-    """Give a ``Stop`` that SIGINT and SIGTERM are noted in; the handlers from before come back at the end."""
+    """Give a ``Stop`` that signals are noted in; the handlers from before come back at the end.
+
+    A SIGHUP that is ignored, as nohup has it, stays so.
+    """
     stop = Stop(max_hours)
     earlier = {}
 
@@ -84,8 +90,9 @@ def stop_signals(max_hours: float | None) -> Iterator[Stop]:
         stop.note(signal.Signals(number).name)
 
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            earlier[number] = signal.signal(number, on_signal)
+        for number in ACTING:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                earlier[number] = signal.signal(number, on_signal)
     except ValueError:  # not the main thread: signals are the caller's business
         pass
     try:

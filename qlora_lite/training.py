@@ -154,7 +154,11 @@ class Training:
         self._log(values)
         self.totals = {name: self.totals[name] + values.get(name, 0) for name in self.totals} | {"steps": metrics.step}
         if self.progress:
-            self.progress(metrics, self.trainer.total_steps)
+            try:
+                self.progress(metrics, self.trainer.total_steps)
+            except OSError as error:  # whoever watched is gone; what is learned is worth more
+                log.warning("step %d: progress cannot be shown (%s); training goes on", metrics.step, error)
+                self.progress = None
 
     def _log(self, values: dict) -> None:
         self.run.log_metrics(values)

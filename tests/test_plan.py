@@ -299,10 +299,12 @@ def test_a_four_bit_head_that_spares_nothing_is_warned_of(recipe, caplog, model,
 
 @pytest.mark.parametrize(("settings", "adapters"), [((), 1), (("data.eval=rows.jsonl",), 2)])
 def test_on_a_cpu_the_copy_of_a_checkpoint_is_part_of_the_plan_and_of_no_rehearsal(recipe, settings, adapters):
-    cpu = Machine("a CPU", "cpu", 24 * GIB, 0, 1e11, 1e10, 1e10)
+    cpu = Machine("a CPU", "cpu", 24 * GIB, 300 * 2**20, 1e11, 1e10, 1e10)
     for where, counted in ((cpu, 1), (CARD, 0)):
         plan = planner.plan_recipe(recipe("lora.rank=64", *settings), where, 24 * GIB)
         prediction = plan.chosen.prediction
+        beside = sum(constant["bytes"] for constant in plan_text.constants(plan))
+        assert beside + prediction.simulation.peak().total == plan.peak_bytes
         held = prediction.simulation.resident.breakdown
         assert prediction.saving_bytes == counted * (adapters * held["adapter"] + held["optimizer"])
         assert planner.expected_peak(plan, collate(examples(1)), None).saving_bytes == 0
@@ -414,7 +416,7 @@ def test_the_largest_number_under_a_limit_is_found_with_few_tries(limit, steps_o
 def test_what_does_not_fit_is_told_with_the_parts_and_the_smallest_change(recipe):
     keeps_all = recipe("memory.checkpointing=none", "memory.tile_tokens=off", "memory.head=device")
     plan = planner.plan_recipe(keeps_all, CARD, 3 * GIB)
-    assert not plan.fits
+    assert not plan.fits and plan_text.reason(plan).endswith(" plans, the one that needs least")
     error = planner.does_not_fit(plan, list(planner.alternatives(plan)))
     assert error.exit_code == 3
     assert "saved activations" in str(error) and "data.max_tokens=512" in str(error) and "fits" in str(error)

@@ -19,12 +19,13 @@ from safetensors.torch import load_file
 from tiny_files import save_tiny, write_recipe, write_rows
 
 from qlora_lite import saver, training
-from qlora_lite.errors import CheckpointError, Interrupted, OutputError
+from qlora_lite.errors import CheckpointError, Interrupted, OutputError, RecipeError
 from qlora_lite.files import sha256
 from qlora_lite.recipe.load import load_recipe
+from qlora_lite.recipe.schema import Output
 from qlora_lite.resume import BASE_MODEL, RUN, Continuation
 from qlora_lite.run import run_recipe
-from qlora_lite.runs import open_run
+from qlora_lite.runs import newest_path, open_run
 from qlora_lite.train.checkpoints import MANIFEST, folder_of, steps_on_disk
 from qlora_lite.train.guards import CHECKSUM_MARK
 from qlora_lite.train.loop import Trainer
@@ -574,6 +575,70 @@ def test_more_patience_goes_on_with_a_run_that_ended_early(lab, tmp_path, model_
     lab.run(resume="", **patient)
     assert_same_run(lab, undisturbed)
     assert "train.early_stopping_patience: 2 -> 3" in lab.summary["resumed"][0]["changes"]
+
+
+# --- who watches, and where
+
+
+def test_a_console_that_is_gone_ends_no_run(lab, whole, caplog):
+    shown = []
+
+    def gone(step):
+        shown.append(step)
+        if step == 3:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    lab.run(at_step=gone)
+    assert_same_run(lab, whole)
+    assert shown == [1, 2, 3] and "step 3: progress cannot be shown" in caplog.text
+
+
+def test_a_closed_terminal_stops_a_run_as_other_signals_do_unless_it_is_ignored(lab, whole):
+    assert "stopped by SIGHUP after step 3; all of it is saved" in lab.stop(3, number=signal.SIGHUP)
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        lab.run(stop_at=5, number=signal.SIGHUP, resume="")
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
+    assert_same_run(lab, whole)
+
+
+def test_the_newest_run_is_not_one_that_failed_before_its_first_checkpoint(lab, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    recipe = lab.recipe().model_copy(update={"output": Output(name="night")})
+
+    def made(stamp, status, step=None):
+        path = tmp_path / "runs" / f"night-20260101-00000{stamp}"
+        path.mkdir(parents=True)
+        (path / "summary.json").write_text(json.dumps({"status": status}))
+        if step is not None:
+            folder_of(path / "checkpoints", step).mkdir(parents=True)
+        return path
+
+    failed = made(1, "failed")
+    assert newest_path(recipe).name == failed.name, "there is no other"
+    stopped = made(2, "interrupted", 4)
+    for stamp in (3, 4):
+        made(stamp, "failed")
+        assert newest_path(recipe).name == stopped.name
+    assert made(5, "failed", 2).name == newest_path(recipe).name
+    running = made(6, "running")
+    assert newest_path(recipe).name == running.name, "its first checkpoint may be on its way"
+
+
+def test_a_folder_of_other_things_is_no_run_to_go_on_with(lab, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("x")
+    with pytest.raises(CheckpointError, match=r"other is not a run folder: it has no recipe\.yaml"):
+        lab.run(resume=tmp_path / "other")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["thesis.tex"]
+
+
+def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_loaded(lab, monkeypatch, caplog):
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["tensorboard"])
+    with pytest.raises(RecipeError, match=r"train\.trackers: aim, wandb is not installed"):
+        lab.run(train={"trackers": ["wandb", "tensorboard", "aim"]})
+    assert "plan:" not in caplog.text
 
 
 # --- disks
