@@ -23,7 +23,7 @@ from .planning.length import longest_sequence
 from .planning.machine import Machine, this_machine
 from .planning.predict import Prediction, predict
 from .planning.search import SMALL_CHUNK_TOKENS, TILE_TOKENS, movable_tables, search
-from .planning.simulate import Rows, rows_of
+from .planning.simulate import Job, Rows, rows_of
 from .recipe.schema import Recipe
 from .saver import Space
 from .train.loop import largest_batches
@@ -113,6 +113,7 @@ def plan_recipe(
     if job.quant_head and job.config.tie_word_embeddings and not (chosen or least).levers.host_embeddings:
         log.warning("model.quant_head: the embeddings are also the head, and their 16-bit table stays on the device: "
                     "the 4-bit copy takes memory and saves none")  # fmt: skip
+    _warn_of_length(job, max(step.pack.lengths))
     kept = recipe.train.keep_checkpoints
     return Plan(machine, budget_bytes, chosen or least, chosen is not None, tuple(found), step, kept)
 
@@ -248,7 +249,16 @@ def max_tokens(plan: Plan) -> int:
         DoesNotFitError: not even 64 tokens fit.
     """
     start = 2 * sum(plan.chosen.prediction.job.rows.lengths)
-    return longest_sequence(plan.step, plan.limit_bytes, plan.machine.host_bytes, start, MOST_TOKENS)
+    found = longest_sequence(plan.step, plan.limit_bytes, plan.machine.host_bytes, start, MOST_TOKENS)
+    _warn_of_length(plan.step.job, found)
+    return found
+
+
+def _warn_of_length(job: Job, tokens: int) -> None:
+    positions = getattr(job.config, "max_position_embeddings", None)
+    if positions and tokens > positions:
+        log.warning("a row of %s tokens is longer than the %s that the model was made for (max_position_embeddings): "
+                    "what it learns there may be of no use", f"{tokens:,}", f"{positions:,}")  # fmt: skip
 
 
 def max_batch(plan: Plan) -> int:
