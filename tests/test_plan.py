@@ -313,7 +313,9 @@ def test_on_a_cpu_the_copy_of_a_checkpoint_is_part_of_the_plan_and_of_no_rehears
 
 @pytest.mark.parametrize(("tokens", "warned"), [(8192, False), (8256, True)])
 def test_rows_longer_than_the_model_was_made_for_are_warned_of(recipe, caplog, tokens, warned):
-    settings = recipe("model.path=meta-llama/Meta-Llama-3-8B", f"data.max_tokens={tokens}", "memory.checkpointing=block")
+    settings = recipe(
+        "model.path=meta-llama/Meta-Llama-3-8B", f"data.max_tokens={tokens}", "memory.checkpointing=block"
+    )
     plan = planner.plan_recipe(settings, CARD, 8 * GIB)
     assert ("a row of 8,256 tokens is longer than the 8,192 that the model was made for" in caplog.text) == warned
     longest = planner.max_tokens(plan)
