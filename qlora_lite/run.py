@@ -46,6 +46,7 @@ from .runs import (
     TEMPLATE,
     RunFolder,
     create_run,
+    how_to_go_on,
     is_complete,
     logging_to,
     new_path,
@@ -61,7 +62,7 @@ from .train.inventory import inventory, total_parameters
 from .train.loop import Trainer, largest_batches
 from .train.out_of_memory import CURES, first_line, free_cached_memory, is_out_of_memory
 from .train.state import STATE
-from .training import Progress, Training, how_to_go_on
+from .training import Progress, Training
 from .units import format_bytes, format_count, format_seconds
 
 log = logging.getLogger("qlora_lite")

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -221,6 +222,12 @@ def is_complete(path: Path, recipe: Recipe) -> bool:
     if not is_same and newest_whole(path / CHECKPOINTS)[0] is None:
         raise CheckpointError(f"{path} is complete and has no checkpoint to go on from; choose another output.dir")
     return is_same and (path / ADAPTER / ADAPTER_CONFIG).is_file()
+
+
+def how_to_go_on(folder: Path) -> str:
+    """Say what to type to go on with a run."""
+    recipe, run = shlex.quote(str(folder / RECIPE)), shlex.quote(str(folder))
+    return f"To go on: qlora-lite train {recipe} --resume {run}"
 
 
 class _LogFile(logging.FileHandler):

@@ -19,7 +19,7 @@ from .models.load import resolve_compute_dtype, resolve_device
 from .models.locate import ModelFiles, locate
 from .models.tokenizer import load_tokenizer
 from .recipe.schema import Recipe
-from .runs import OpenedRun, open_run
+from .runs import OpenedRun, how_to_go_on, open_run
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ def open_trained(run: str | Path, model_path: str | None = None, unfinished: boo
     if (status := opened.summary.get("status")) != "complete" and not unfinished:
         raise RecipeError(
             f"the run {folder} did not reach its end (status {status}); what it has is {opened.adapter}: "
-            "add --unfinished to use that, or go on with qlora-lite train --resume"
+            f"add --unfinished to use that. {how_to_go_on(folder)}"
         )
     recipe = _where_it_lies_now(_as_it_ran(opened), model_path)
     try:

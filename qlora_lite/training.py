@@ -6,10 +6,8 @@ two steps both belong together, and only there are they saved.
 
 import logging
 import math
-import shlex
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 
 from torch import nn
 
@@ -20,7 +18,7 @@ from .lora.adapter import CONFIG_NAME, adapter_config, adapter_tensors, fill_ada
 from .memory.meter import PeakMeter
 from .recipe.schema import Recipe
 from .resume import RUN, Continuation
-from .runs import ADAPTER, ADAPTER_LAST, CHECKPOINTS, RECIPE, RunFolder, package_versions
+from .runs import ADAPTER, ADAPTER_LAST, CHECKPOINTS, RunFolder, how_to_go_on, package_versions
 from .saver import Saver
 from .stopping import Stop, StopNow
 from .tracking import tracking
@@ -258,9 +256,3 @@ class Training:
             there = "no checkpoint is there" if newest is None else f"the newest checkpoint is of step {newest}"
             kept = f"{there} ({self.saver.failure or 'none was due'})"
         return Interrupted(f"stopped by {reason} after step {step}; {kept}. {how_to_go_on(self.run.path)}")
-
-
-def how_to_go_on(folder: Path) -> str:
-    """Say what to type to go on with a run."""
-    recipe, run = shlex.quote(str(folder / RECIPE)), shlex.quote(str(folder))
-    return f"To go on: qlora-lite train {recipe} --resume {run}"

@@ -253,6 +253,7 @@ def test_a_half_finished_run_offers_the_adapter_it_has(run, tmp_path):
     (run / "adapter").rename(run / "adapter-last")
     text = refusal(RecipeError, run, tmp_path / "out", rows=0)
     assert "status interrupted" in text and f"{run / 'adapter-last'}: add --unfinished" in text
+    assert f"To go on: qlora-lite train {run / 'recipe.yaml'} --resume {run}" in text
     merge_run(run, tmp_path / "out", MergeSettings(rows=0), unfinished=True)
     assert (tmp_path / "out" / "model.safetensors").exists()
 

@@ -27,13 +27,16 @@ Entries = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape b
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write contiguous host tensors to a safetensors file.
+    """Write contiguous host tensors to a safetensors file, with the rights that any new file of the user's gets.
 
     Raises:
         OSError: it cannot be written.
     """
+    path.touch()
+    rights = path.stat().st_mode  # safetensors 0.8 lets nobody else read its files
     try:
         save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(rights)
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error

@@ -13,6 +13,7 @@ import torch
 
 from qlora_lite.errors import CheckpointError, OutputError
 from qlora_lite.memory.meter import mapped_bytes
+from qlora_lite.quant.tensor_file import write_tensors
 from qlora_lite.train.checkpoints import (
     MANIFEST,
     Checkpoint,
@@ -52,6 +53,12 @@ def assert_content(checkpoint, step):
     for file, tensors in wanted.tensors.items():
         assert checkpoint.tensors[file].keys() == tensors.keys()
         assert all(torch.equal(tensor, checkpoint.tensors[file][name]) for name, tensor in tensors.items())
+
+
+def test_whoever_may_read_a_users_new_files_may_read_its_tensors(tmp_path):
+    (tmp_path / "plain").touch()
+    write_tensors(tmp_path / "tensors", {"a": torch.zeros(2)})
+    assert (tmp_path / "tensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_a_checkpoint_that_is_read_takes_pages_of_its_files_and_no_memory(tmp_path):
