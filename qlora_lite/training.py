@@ -198,7 +198,8 @@ class Training:
         if not loss < self.best_loss:  # NaN is never better
             return False
         self.best_loss = loss
-        self.best_factors = {name: tensor.to("cpu", copy=True) for name, tensor in adapter_tensors(self.model).items()}
+        factors = adapter_tensors(self.model).items()
+        self.best_factors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in factors}
         self._try_save(ADAPTER)
         return True
 
