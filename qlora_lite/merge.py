@@ -26,6 +26,7 @@ from .models.merge import ORIGINAL, TRAINED, Merged, open_merged, write_merged
 from .models.save import SHARD_BYTES, save_quantized
 from .rows import build_data
 from .train.loop import eval_batches
+from .train.out_of_memory import explaining_memory
 from .trained import TrainedRun, open_trained
 
 REPORT = "merge_report.json"
@@ -74,17 +75,18 @@ def merge_run(
     started = time.monotonic()
     merged = prepare_merge(trained, onto)
     report = _describe(trained, merged, settings)
-    with PeakMeter("cpu") as meter, _place_of_dense_model(out, settings) as dense:
+    with PeakMeter("cpu") as meter, replacing_folder(out) as new, _place_of_dense_model(new, settings) as dense:
         before_bytes = meter.peak_bytes()
         _write_dense(trained, merged, dense, settings)
         report |= {"peak_bytes_above_start": meter.peak_bytes() - before_bytes, "seconds": time.monotonic() - started}
         if rows is not None:
             report |= {"measured_on": rows.where, "rows": rows.rows}
-            report["models"] = _measure(trained, merged, dense, rows, settings)
+            with explaining_memory(f"to measure the models, free some, or lower --rows; {_UNMEASURED}"):
+                report["models"] = _measure(trained, merged, dense, rows, settings)
         if settings.quantize:
             _check_quantized(report["models"], settings.quantize)
-            _write_quantized(trained, dense, out, settings.quantize)
-    write_text(out / REPORT, json.dumps(report, indent=2) + "\n")
+            _write_quantized(trained, dense, new, settings.quantize)
+        write_text(new / REPORT, json.dumps(report, indent=2) + "\n")
     return report
 
 
@@ -161,11 +163,13 @@ def _notes(trained: TrainedRun, merged: Merged, settings: MergeSettings) -> list
 
 @contextmanager
 def _place_of_dense_model(out: Path, settings: MergeSettings) -> Iterator[Path]:
-    """Give the folder for the 16-bit or 32-bit model: the output, or a temporary one beside it."""
+    """Give a new folder for the 16-bit or 32-bit model: the output, or a temporary one beside it."""
     if not settings.quantize:
         yield out
         return
-    beside = out.absolute().with_name(f".{out.name}.dense")
+    beside = out.absolute().with_name(f"{out.name}.dense")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
     try:
         yield beside
     finally:
@@ -175,8 +179,7 @@ def _place_of_dense_model(out: Path, settings: MergeSettings) -> Iterator[Path]:
 def _write_dense(trained: TrainedRun, merged: Merged, folder: Path, settings: MergeSettings) -> None:
     tokenizer = trained.tokenizer()
     ends = sorted({*trained.end_token_ids, tokenizer.eos_token_id} - {None})
-    with replacing_folder(folder) as new:
-        write_merged(merged, new, DTYPES[settings.dtype], tokenizer, ends, settings.shard_bytes)
+    write_merged(merged, folder, DTYPES[settings.dtype], tokenizer, ends, settings.shard_bytes)
 
 
 def _check_quantized(models: dict, quant: str) -> None:

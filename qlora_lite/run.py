@@ -11,8 +11,6 @@ import logging
 import platform
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -60,7 +58,7 @@ from .train.determinism import deterministic
 from .train.guards import check_frozen, frozen_checksum
 from .train.inventory import inventory, total_parameters
 from .train.loop import Trainer, largest_batches
-from .train.out_of_memory import CURES, first_line, free_cached_memory, is_out_of_memory
+from .train.out_of_memory import CURES, explaining_memory, first_line, free_cached_memory
 from .train.state import STATE
 from .training import Progress, Training
 from .units import format_bytes, format_count, format_seconds
@@ -136,9 +134,9 @@ class _Run:
         """Go through the stages."""
         device = resolve_device(self.recipe.model.device)
         with deterministic(self.recipe.train.deterministic), PeakMeter(device) as meter:
-            with self.stop.at_once(), _explaining_memory():
+            with self.stop.at_once(), explaining_memory():
                 self._prepare(meter)
-            with _explaining_memory():
+            with explaining_memory():
                 after = self.training.go(self.continuation and self.continuation.checkpoint.step)
             check_frozen(self.model, self.checksum)
             self._conclude(self.training.before, after)
@@ -198,7 +196,7 @@ class _Run:
 
     def _load(self) -> None:
         """Load the model as planned, make its trainer, and stop where either is not that of a run to go on with."""
-        with _explaining_memory("while the model was loaded; close other programs, or choose a smaller model"):
+        with explaining_memory("while the model was loaded; close other programs, or choose a smaller model"):
             self.model = build_model(self.recipe, levers=self.settings.levers)
         stream = build_stream(self.recipe, self.tokenizer)
         self.trainer = Trainer(self.model, self.rows, self.settings, stream)
@@ -377,14 +375,3 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
-
-
-@contextmanager
-def _explaining_memory(cure: str = CURES) -> Iterator[None]:
-    """Turn torch's out-of-memory error into one that names the cures."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise DoesNotFitError(f"the device ran out of memory ({first_line(error)}); {cure}") from error

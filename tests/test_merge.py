@@ -18,7 +18,7 @@ from tiny_runs import make_run, tiny_run
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from qlora_lite.errors import DataError, ModelError, OutputError, RecipeError
+from qlora_lite.errors import DataError, DoesNotFitError, ModelError, OutputError, RecipeError
 from qlora_lite.likeness import compare, outputs
 from qlora_lite.merge import MergeSettings, merge_run
 from qlora_lite.models.load import load_model, use_row_attention
@@ -181,12 +181,24 @@ def test_an_interrupted_merge_leaves_nothing_and_can_be_done_again(run, tmp_path
 
 
 @SIGNALS
-def test_a_merge_interrupted_while_it_measures_leaves_no_half_model(run, tmp_path, command, signalled, number):
+@pytest.mark.parametrize("options", [(), ("--quantize", "nf4")])
+def test_a_merge_interrupted_while_it_measures_leaves_nothing(run, tmp_path, command, signalled, options, number):
     from qlora_lite import merge
 
     signalled(merge, "outputs", 2, number)  # of the merged model
-    assert command("merge", run, "--out", tmp_path / "out", "--quantize", "nf4", "--rows", 4)[0] == 130
+    code, _, err = command("merge", run, "--out", tmp_path / "out", *options, "--rows", 4)
+    assert code == 130 and err.splitlines()[-1] == "interrupted"
     assert {path.name for path in tmp_path.iterdir()} == {"copy"}
+
+
+def test_memory_that_runs_out_over_the_measurement_names_the_way_without_it(run, tmp_path, monkeypatch):
+    from qlora_lite import merge
+
+    def full(*_arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(merge, "outputs", full)
+    assert "--rows 0 merges without measuring" in refusal(DoesNotFitError, run, tmp_path / "out")
 
 
 @SIGNALS

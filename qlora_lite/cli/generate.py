@@ -1,5 +1,6 @@
 """``qlora-lite generate`` and ``chat``: use runs' adapters with the runs' own templates."""
 
+import sys
 import time
 from collections.abc import Sequence
 
@@ -34,7 +35,10 @@ def generate(run: str, prompt: str, **options) -> None:
     """Answer one prompt with the adapter of RUN (a run folder)."""
     session = _open([run], options)
     session.say(prompt)
-    click.echo(session.reply())
+    show = sys.stdout.isatty()  # where somebody watches, word by word as it comes
+    answer = session.reply(show)
+    if not show:
+        click.echo(answer)
 
 
 @click.command()

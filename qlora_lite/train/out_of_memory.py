@@ -77,6 +77,21 @@ def _tokens(rows: Sequence[Example]) -> int:
 
 
 @contextmanager
+def explaining_memory(cure: str = CURES) -> Iterator[None]:
+    """Turn an allocator's error into one that names the cures.
+
+    Raises:
+        DoesNotFitError: memory ran out.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DoesNotFitError(f"the device ran out of memory ({first_line(error)}); {cure}") from error
+
+
+@contextmanager
 def no_retry(where: str) -> Iterator[None]:
     """Make memory that runs out an error where some weights may have their new values already.
 
