@@ -1,12 +1,15 @@
 """The commands: what they print and where, their exit codes, and one line instead of a stack trace."""
 
+import io
 import json
+import logging
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_lite import doctor
 from qlora_lite.cli.main import COMMANDS
+from qlora_lite.cli.output import prepare, step_progress
 
 COMMAND = [sys.executable, "-c", "from qlora_lite.cli.main import main; main()"]
 
@@ -392,3 +396,23 @@ def test_an_interrupted_run_can_be_used(finished, command, tmp_path):
     shutil.rmtree(folder / "adapter")
     code, out, _ = command("evaluate", folder, "--json", "--rows", 0)
     assert code == 0 and json.loads(out)["adapter"].endswith("adapter-last")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_log_lines_stand_above_the_bar_which_says_no_step_before_the_first(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    prepare()
+    log, handler = logging.getLogger("qlora_lite"), logging.getLogger("qlora_lite").handlers[0]
+    with step_progress() as show:
+        log.info("a line of the log")
+        show(SimpleNamespace(step=3, loss=0.5, tokens_per_second=100.0, peak_bytes=2**20), 4)
+    log.info("a last line")
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).strip() for line in re.split(r"[\r\n]", terminal.getvalue())]
+    assert {"a line of the log", "a last line"} <= set(lines) and handler.stream is terminal
+    bars = [line for line in lines if "━" in line]
+    assert bars[0].startswith("before the first step") and bars[-1].startswith("step 3/4  loss 0.500")

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from tiny_files import MERGES, save_tiny
-from tiny_runs import make_run
+from tiny_runs import make_run, tiny_run
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,21 @@ def test_evaluate_takes_settings_for_a_recipe_and_options_for_a_run(runs, comman
     for arguments in ((runs[0], "data.max_tokens=64"), (recipe, "--base"), (recipe, "--model", "x")):
         code, out, err = command("evaluate", *arguments)
         assert (code, out) == (2, "") and "Usage:" in err
+
+
+def test_evaluate_measures_a_run_on_other_rows_also_one_that_has_none(tmp_path, command, monkeypatch):
+    run = tiny_run(tmp_path, overrides=["data.eval=null", "train.exact_match_rows=0"])
+    code, _, err = command("evaluate", run)
+    assert code == 2 and "no evaluation rows; name some, as in data.eval=rows.jsonl" in err
+    (tmp_path / "here").mkdir()
+    (tmp_path / "eval.jsonl").rename(tmp_path / "here/others.jsonl")
+    monkeypatch.chdir(tmp_path / "here")
+    measured = [
+        json.loads(command("evaluate", run, "--json", "--rows", 2, f"data.eval={name}", *options)[1])
+        for name, options in [("others.jsonl", []), ("others.jsonl", ["--base"]), (tmp_path / "train.jsonl", [])]
+    ]
+    assert len({figures["eval_loss"] for figures in measured}) == 3 and measured[0]["exact_match_rows"] == 2
+    assert "no such file" in command("evaluate", run, "data.eval=nowhere.jsonl")[2]
 
 
 @pytest.mark.parametrize(("arguments", "text"), [

@@ -23,17 +23,21 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, rows: i
              model_path: str | None, unfinished: bool) -> None:  # fmt: skip
     """Measure loss, perplexity and exact match of RUN_OR_RECIPE: a run folder, or a recipe's base model.
 
-    KEY=VALUE replaces a setting of a recipe; a run is measured with its own.
+    KEY=VALUE replaces a setting of a recipe; a run is measured with its own, on its evaluation rows or on those of
+    data.eval=PATH.
     """
     adapter = None
     if Path(run_or_recipe).is_dir():
-        if overrides:
-            raise click.UsageError(f"a run is measured with its own settings: {overrides[0]} is for a recipe")
+        if other := next((each for each in overrides if not each.startswith("data.eval")), None):
+            raise click.UsageError(f"of a run only data.eval=PATH can be replaced; {other} is for a recipe")
         prepare(verbose=False)
+        from qlora_lite.runs import RECIPE
         from qlora_lite.trained import open_trained
 
         trained = open_trained(run_or_recipe, model_path, unfinished)
-        recipe, adapter = trained.recipe, None if base else trained.adapter
+        named = load_recipe(Path(run_or_recipe) / RECIPE, overrides, check_files=False)
+        data = trained.recipe.data.model_copy(update={"eval": named.data.eval})
+        recipe, adapter = trained.recipe.model_copy(update={"data": data}), None if base else trained.adapter
     else:
         if base or model_path or unfinished:
             raise click.UsageError(
@@ -43,7 +47,7 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, rows: i
         recipe = load_recipe(run_or_recipe, overrides)
         prepare(verbose=False)
     if recipe.data.eval is None:
-        raise RecipeError("data.eval is not set; name the rows to evaluate on")
+        raise RecipeError("there are no evaluation rows; name some, as in data.eval=rows.jsonl")
     from qlora_lite.evaluate import evaluate_recipe
 
     result = evaluate_recipe(recipe, adapter, recipe.train.exact_match_rows if rows is None else rows)

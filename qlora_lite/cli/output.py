@@ -44,13 +44,24 @@ def step_progress() -> Iterator:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"),
-               TimeRemainingColumn(compact=True))  # fmt: skip
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda metrics, total: bar.update(
-            task, completed=metrics.step, total=total, description=_describe(metrics)
-        )
+        task = bar.add_task("before the first step", total=None)
+        with _log_to(sys.stderr):  # which is the bar's now, and writes above it
+            yield lambda metrics, total: bar.update(
+                task, completed=metrics.step, total=total, description=_describe(metrics, total)
+            )
+
+
+@contextmanager
+def _log_to(stream) -> Iterator[None]:
+    handlers = logging.getLogger("qlora_lite").handlers
+    earlier = [handler.setStream(stream) for handler in handlers]
+    try:
+        yield
+    finally:
+        for handler, before in zip(handlers, earlier, strict=True):
+            handler.setStream(before)
 
 
 class _PlainLines:
@@ -65,9 +76,9 @@ class _PlainLines:
         self.shown = now
         left = self.spent / self.count * (total - metrics.step)
         left_text = f", {format_seconds(left)} left" if metrics.step < total else ""
-        print(f"step {metrics.step}/{total}  {_describe(metrics)}{left_text}", file=sys.stderr, flush=True)
+        print(_describe(metrics, total) + left_text, file=sys.stderr, flush=True)
 
 
-def _describe(metrics) -> str:
-    return (f"loss {metrics.loss:.3f}  {metrics.tokens_per_second:.0f} tokens/s  "
+def _describe(metrics, total: int) -> str:
+    return (f"step {metrics.step}/{total}  loss {metrics.loss:.3f}  {metrics.tokens_per_second:.0f} tokens/s  "
             f"{format_bytes(metrics.peak_bytes)}")  # fmt: skip
