@@ -305,7 +305,10 @@ def _cure(plan: Plan, others: Sequence[Alternative]) -> str:
     if not plan.chosen.fits_host:
         return f"free host memory, or {_more_host(plan, plan.chosen)}"
     resident = plan.chosen.prediction.simulation.resident.total
-    floor = plan.machine.base_bytes + resident + sum(o.bytes for o in plan.chosen.prediction.overheads)
+    constants = plan.machine.base_bytes + sum(overhead.bytes for overhead in plan.chosen.prediction.overheads)
+    if constants > plan.budget_bytes:
+        return f"what such a process needs beside tensors takes {format_bytes(constants)} alone: give it more memory"
+    floor = constants + resident
     if floor > plan.budget_bytes:
         return f"its weights, adapter, optimizer and constants alone take {format_bytes(floor)}: choose a smaller model"
     try:

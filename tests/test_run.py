@@ -261,7 +261,7 @@ def test_a_folder_under_a_file_is_refused(run, tmp_path):
 
 
 def test_a_budget_that_is_too_small_stops_before_the_first_step(run):
-    with pytest.raises(DoesNotFitError, match=r"does not fit: .* of 1\.0 MiB .*choose a smaller model") as caught:
+    with pytest.raises(DoesNotFitError, match=r"does not fit: .* of 1\.0 MiB .*: give it more memory") as caught:
         run(memory={"budget": "1MiB"})
     assert caught.value.exit_code == 3
     summary = summary_of(run.folder)

@@ -18,9 +18,10 @@ class _Size(click.ParamType):
 
     def convert(self, value, param, ctx):
         try:
-            return value if isinstance(value, int) else parse_bytes(value)
+            size_bytes = value if isinstance(value, int) else parse_bytes(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
+        return size_bytes or self.fail("no memory is nothing to plan for; write a size such as 8GiB", param, ctx)
 
 
 @click.command()
