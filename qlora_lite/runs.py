@@ -152,6 +152,11 @@ def _never_began(path: Path) -> bool:
     return status == "failed" and not steps_on_disk(path / CHECKPOINTS)
 
 
+def _failed_at_once(path: Path) -> bool:
+    """Tell whether a run failed before its first step, so that it may be begun anew in the same folder."""
+    return _never_began(path) and not (path / METRICS).exists()
+
+
 def _name(recipe: Recipe) -> str:
     return recipe.output.name or "run"
 
@@ -160,7 +165,8 @@ def create_run(path: Path, recipe: Recipe, replace: bool = False) -> RunFolder:
     """Begin a run in its folder, with its resolved recipe; call it with the folder locked.
 
     Args:
-        replace: remove what a run that never came to a checkpoint has left in it.
+        replace: remove what a run that never came to a checkpoint has left in it; of one that failed before its first
+            step, it is removed in any case.
 
     Raises:
         OutputError: the folder cannot be written, or holds something else already.
@@ -168,7 +174,7 @@ def create_run(path: Path, recipe: Recipe, replace: bool = False) -> RunFolder:
     if replace:
         remove_leftovers(path)
     with explain_write_errors(path):
-        is_run = replace and (path / RECIPE).is_file()
+        is_run = (replace or _failed_at_once(path)) and (path / RECIPE).is_file()
         if any(path.iterdir()) and not is_run:
             raise OutputError(f"{path} is not empty; choose another output.dir or remove it")
         for name in _OUTPUTS:

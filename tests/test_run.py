@@ -254,6 +254,19 @@ def test_a_folder_that_is_not_empty_is_refused_and_left_alone(run):
     assert [path.name for path in run.folder.iterdir()] == ["precious"]
 
 
+def test_a_start_that_failed_is_no_obstacle_to_the_next_but_a_run_with_steps_is(run):
+    with pytest.raises(DoesNotFitError):
+        run(memory={"budget": "1MiB"})
+    run(train={"max_steps": 1})
+    assert summary_of(run.folder)["status"] == "complete"
+    shutil.rmtree(run.folder / "checkpoints")
+    for status in ("complete", "failed"):
+        (run.folder / "summary.json").write_text(json.dumps(summary_of(run.folder) | {"status": status}))
+        with pytest.raises(OutputError, match=r"is not empty; choose another output\.dir"):
+            run(train={"max_steps": 1})
+    assert len(lines_of(run.folder)) >= 1
+
+
 def test_a_folder_under_a_file_is_refused(run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"cannot write .*file/out: Not a directory"):
