@@ -80,7 +80,7 @@ class Continuation:
         new = _flat(recipe.model_dump(mode="json"))
         changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
         words = {key: f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed}
-        self._take([words[key] for key in changed if key in HARMLESS])
+        self.accepted += [words[key] for key in changed if key in HARMLESS]
         self._refuse([words[key] for key in changed if key not in HARMLESS])
 
     def compare_identity(self, now: Mapping[str, str | None]) -> None:
@@ -97,7 +97,6 @@ class Continuation:
         if BASE_MODEL in changed and not str(before.get(BASE_MODEL, CHECKSUM_MARK)).startswith(CHECKSUM_MARK):
             changed.remove(BASE_MODEL)
             self.accepted.append(f"{BASE_MODEL}: not compared, since an earlier version took its checksum otherwise")
-            log.warning("resume: %s", self.accepted[-1])
         self._refuse([f"other {name} than before" for name in changed])
 
     def compare_schedule(self, total_steps: int, settings: TrainSettings) -> None:
@@ -116,23 +115,24 @@ class Continuation:
                  for total in (before, total_steps)]  # fmt: skip
         change = f"steps: {before} -> {total_steps}"
         if rates[0] == rates[1]:
-            self._take([change])
+            self.accepted.append(change)
         else:
             self._refuse([f"{change}, for which train.lr_scheduler {settings.lr_scheduler} gives the {done} steps that "
                           "are done other learning rates"])  # fmt: skip
 
-    def say_environment(self, now: Mapping[str, object]) -> None:
-        """Say what may change the last bits of the result: another version, device or number of threads."""
+    def say_changes(self, now: Mapping[str, object]) -> None:
+        """Say what is different and accepted, once everything has been compared.
+
+        Args:
+            now: what may change the last bits of the result: versions, device, number of threads.
+        """
+        for change in self.accepted:
+            log.info("resume: accepted: %s", change)
         before = self.run["environment"]
         changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
         if changed:
             log.warning("resume: %s; the last digits may differ from an uninterrupted run's", ", ".join(changed))
             self.accepted += changed
-
-    def _take(self, changes: list[str]) -> None:
-        self.accepted += changes
-        for change in changes:
-            log.info("resume: %s (changes nothing of what was trained)", change)
 
     def _refuse(self, changes: list[str]) -> None:
         if changes and not self.force:

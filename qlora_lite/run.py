@@ -217,7 +217,7 @@ class _Run:
 
     def _restore(self, now: dict) -> None:
         """Put everything back to where the checkpoint was made, and write down what is different."""
-        self.continuation.say_environment(now)
+        self.continuation.say_changes(now)
         self.training.restore(self.continuation)
         self.run.proven = True
         rewind_run(self.run, has_best=self.training.best_factors is not None)

@@ -15,6 +15,14 @@ def pytest_addoption(parser):
     parser.addoption("--require-model", action="store_true", help="fail, not skip, where the demo models are missing")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """Take a process per core, but few for a small machine, and one beside a card, which tests must not share."""
+    import torch
+
+    return 0 if torch.cuda.is_available() else min(4, os.cpu_count())
+
+
 def pytest_collection_modifyitems(config, items):
     later = pytest.mark.skip(reason="takes minutes: --slow runs it")
     for item in items:

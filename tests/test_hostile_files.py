@@ -236,7 +236,7 @@ def test_the_numbers_of_a_checkpoint_may_be_anything(trained, tmp_path, times, c
         continuation = Continuation(checked(Checkpoint(1, good.tensors, documents)), force=True)
         continuation.compare_settings(recipe)
         continuation.compare_identity({"tokenizer": "y"})
-        continuation.say_environment({"torch": "3"})
+        continuation.say_changes({"torch": "3"})
         continuation.compare_schedule(6, other.settings)
         with_plan(recipe, continuation.run["plan"])
         restore(other, continuation.checkpoint)

@@ -234,13 +234,14 @@ def test_a_complete_run_is_left_as_it_is(lab, caplog):
 
 
 @pytest.mark.parametrize("change", ["steps", "rows"])
-def test_a_complete_run_is_left_as_it_is_by_one_that_turns_out_to_be_another(lab, change):
+def test_a_complete_run_is_left_as_it_is_by_one_that_turns_out_to_be_another(lab, change, caplog):
     schedule = {"lr_scheduler": "cosine" if change == "steps" else "constant"}
     lab.run(train=schedule)
     before = {path: path.read_bytes() for path in lab.out.rglob("*") if path.is_file() and path.name != "log.txt"}
     rows = {"train": str(write_rows(lab.folder / "other.jsonl", 24, "#"))} if change == "rows" else {}
     with pytest.raises(CheckpointError, match=rf"this would not be the run that was begun:\n.*{change}"):
         lab.run(resume="", train=schedule | {"max_steps": 12}, data=rows)
+    assert not any("accepted" in message for message in caplog.messages)
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -277,7 +278,7 @@ def test_harmless_changes_are_listed_and_change_nothing(lab, whole, caplog):
     (part,) = lab.summary["resumed"]
     assert part["forced_changes"] == []
     assert "train.save_every_steps: 2 -> 1" in part["changes"]
-    assert any("train.keep_checkpoints: 3 -> 1 (changes nothing" in message for message in caplog.messages)
+    assert any("resume: accepted: train.keep_checkpoints: 3 -> 1" in message for message in caplog.messages)
     assert lab.checkpoints == [8]
 
 
@@ -302,9 +303,12 @@ def test_a_setting_that_the_run_s_version_did_not_have_counts_as_its_default(
 
 
 def test_a_checksum_of_the_model_that_an_earlier_version_took_is_not_compared_and_said(caplog):
+    caplog.set_level(logging.INFO, "qlora_lite")
+
     def compare(before):
-        continuation = Continuation(SimpleNamespace(documents={RUN: {"identity": before}}))
+        continuation = Continuation(SimpleNamespace(documents={RUN: {"identity": before, "environment": {}}}))
         continuation.compare_identity({BASE_MODEL: CHECKSUM_MARK + "1f", "type of device": "cpu"})
+        continuation.say_changes({})
         return continuation.accepted
 
     said = "base model: not compared, since an earlier version took its checksum otherwise"
