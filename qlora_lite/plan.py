@@ -5,14 +5,14 @@ micro-batch taken as full) and for ``run`` (with the rows that were really read)
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 from shutil import disk_usage
 
 from .build import fixed_levers, job_of, train_settings
 from .data.batch import Batch
-from .errors import DoesNotFitError, OutputError
+from .errors import DoesNotFitError, OutputError, RecipeError
 from .memory.bar import BESIDE
 from .models.levers import Levers
 from .models.load import resolve_compute_dtype, resolve_device
@@ -92,6 +92,7 @@ def plan_recipe(
 
     Raises:
         ModelError: the model's configuration is not known here, or cannot be planned.
+        RecipeError: more blocks are to be kept or resident than the model has.
     """
     t, m = recipe.train, recipe.memory
     full = Rows((recipe.data.max_tokens,), recipe.data.max_tokens - 1)
@@ -105,6 +106,7 @@ def plan_recipe(
         job, rows or full, t.micro_batch_size, t.gradient_accumulation_steps, fixed,
         m.micro_batches == "auto" and not m.optimizer_in_backward, tied,
     )  # fmt: skip
+    _check_counts(fixed, job.config.num_hidden_layers)
     if machine.device_type == "cuda" and m.host_budget_bytes is not None:
         machine = replace(machine, host_bytes=m.host_budget_bytes)
     found = search(step, machine, budget_bytes - machine.base_bytes)
@@ -116,6 +118,15 @@ def plan_recipe(
     _warn_of_length(job, max(step.pack.lengths))
     kept = recipe.train.keep_checkpoints
     return Plan(machine, budget_bytes, chosen or least, chosen is not None, tuple(found), step, kept)
+
+
+def _check_counts(fixed: Mapping[str, object], blocks: int) -> None:
+    problems = [
+        f"memory.{name} = {fixed[name]}: the model has {blocks} blocks; write at most as many"
+        for name in ("kept_blocks", "resident_blocks") if (fixed.get(name) or 0) > blocks
+    ]  # fmt: skip
+    if problems:
+        raise RecipeError(problems)
 
 
 def budget_of(recipe: Recipe, machine: Machine) -> int:

@@ -16,7 +16,7 @@ import torch
 
 from .build import build_model
 from .errors import DoesNotFitError
-from .files import write_text
+from .files import explain_write_errors, write_text
 from .memory.ledger import Ledger, Moment
 from .memory.marks import timing
 from .memory.meter import PeakMeter, hold_to
@@ -58,6 +58,7 @@ def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
     Raises:
         DoesNotFitError: the plan does not fit, or the device ran out of memory; in the second case the page shows the
             state at the failure.
+        OutputError: the folder cannot be written.
     """
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
     data, eval_data = (build_data(recipe, tokenizer, which) for which in ("train", "eval"))
@@ -65,6 +66,8 @@ def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
     rows = rows_to_plan(recipe, data)
     plan, settings = plan_run(recipe, rows, eval_examples)
     log.info("plan: %s", reason(plan))
+    with explain_write_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
     model = build_model(recipe, levers=settings.levers)
     trainer = Trainer(model, rows, settings, build_stream(recipe, tokenizer))
     expected = expected_peak(plan, *largest_batches(rows, eval_examples, settings))
@@ -76,7 +79,6 @@ def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
         failure = _ledgered(trainer, ledger, model, eval_examples)
         process = meter.peak_bytes()
     figures = _figures(plan, expected, ledger, seconds, process, failure)
-    out.mkdir(parents=True, exist_ok=True)
     page = out / "memory.html"
     write_text(out / "memory.json", json.dumps(figures, indent=2) + "\n")
     write_text(page, memory_page(_record(plan, expected, ledger, figures, recipe.output.name)))
@@ -121,7 +123,6 @@ def _allocator_history(device: torch.device, out: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        out.mkdir(parents=True, exist_ok=True)
         torch.cuda.memory._dump_snapshot(str(out / "memory_snapshot.pickle"))
         torch.cuda.memory._record_memory_history(enabled=None)
 

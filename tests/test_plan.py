@@ -15,7 +15,7 @@ from qlora_lite import plan_text
 from qlora_lite.cli.main import main
 from qlora_lite.data.batch import collate
 from qlora_lite.data.stored import row_lengths
-from qlora_lite.errors import ModelError
+from qlora_lite.errors import ModelError, RecipeError
 from qlora_lite.memory.cards import find_card
 from qlora_lite.memory.process import CUDA_COMPILER_BYTES
 from qlora_lite.planning import machine, simulate
@@ -42,6 +42,25 @@ def recipe(tmp_path):
 
 
 CARD = machine_of_card(find_card("rtx-4060"))
+
+
+@pytest.mark.parametrize(("setting", "value"), [
+    ("kept_blocks", 3), ("checkpoint_every", 2), ("offload_checkpoints", "true"), ("reuse_dequantized", "true"),
+    ("resident_blocks", 9),
+])  # fmt: skip
+def test_what_is_set_for_blocks_that_are_computed_again_has_them_computed_again(setting, value, recipe):
+    plan = planner.plan_recipe(recipe(f"memory.{setting}={value}"), CARD, 24 * GIB)
+    assert plan.fits and str(plan.chosen.settings[f"memory.{setting}"]).lower() == str(value)
+    assert plan.chosen.levers.computes_again
+
+
+def test_more_blocks_than_the_model_has_are_refused(recipe):
+    for name in ("kept_blocks", "resident_blocks"):
+        with pytest.raises(
+            RecipeError, match=rf"^memory\.{name} = 17: the model has 16 blocks; write at most as many$"
+        ):
+            planner.plan_recipe(recipe(f"memory.{name}=17"), CARD, 24 * GIB)
+        planner.plan_recipe(recipe(f"memory.{name}=16"), CARD, 24 * GIB)
 
 
 def test_the_fastest_settings_that_fit_are_chosen_and_the_effective_batch_is_kept(recipe):

@@ -6,11 +6,11 @@ import pytest
 import torch
 from tiny_files import save_tiny, write_recipe
 
-from qlora_lite.errors import DoesNotFitError
+from qlora_lite import profile
+from qlora_lite.errors import DoesNotFitError, OutputError
 from qlora_lite.memory.bar import CATEGORIES
 from qlora_lite.memory.ledger import Moment
 from qlora_lite.memory.marks import phase, timing
-from qlora_lite.profile import in_words, profile_recipe
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.train.loop import Trainer
 
@@ -23,7 +23,7 @@ def recipe(tmp_path_factory):
 
 
 def test_predicted_and_measured_agree_and_the_time_of_each_phase_is_told(recipe, tmp_path):
-    done = profile_recipe(recipe, tmp_path / "out", steps=3)
+    done = profile.profile_recipe(recipe, tmp_path / "out", steps=3)
     figures = json.loads((tmp_path / "out" / "memory.json").read_text())
     assert done.figures == figures
     assert figures["peak_bytes"] == pytest.approx(figures["predicted_peak_bytes"], rel=0.01)
@@ -58,16 +58,23 @@ def test_when_memory_runs_out_the_page_shows_the_state_at_the_failure(kind, word
 
     monkeypatch.setattr(Trainer, "rehearse", run_out)
     with pytest.raises(DoesNotFitError, match=r"ran out of memory: .*out of memory.*memory\.html shows"):
-        profile_recipe(recipe, tmp_path / "out", steps=1)
+        profile.profile_recipe(recipe, tmp_path / "out", steps=1)
     figures = json.loads((tmp_path / "out" / "memory.json").read_text())
     assert figures["out_of_memory"] == words
     assert figures["peak_phase"] == "forward" and figures["peak_bytes"] > 0
     assert "ran out of memory" in (tmp_path / "out" / "memory.html").read_text()
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(profile, "build_model", lambda *_args, **_options: pytest.fail("the model was loaded"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"cannot write .*file/out: Not a directory; check the path .*--out"):
+        profile.profile_recipe(recipe, tmp_path / "file" / "out", steps=1)
+
+
 def test_the_peak_is_told_in_words_with_its_largest_parts():
     sizes = {"base weights": 600, "saved activations": 300, "logits": 100}
-    words = in_words(Moment("backward", "model.layers.17", tuple(sizes.get(name, 0) for name in CATEGORIES)))
+    words = profile.in_words(Moment("backward", "model.layers.17", tuple(sizes.get(name, 0) for name in CATEGORIES)))
     assert words == (
         "peak in backward, model.layers.17: 1000 B (base weights 60 %, saved activations 30 %, logits 10 %)"
     )

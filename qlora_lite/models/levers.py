@@ -72,6 +72,14 @@ class Levers:
         return self.checkpointing != "none"
 
     @property
+    def is_of_second_runs(self) -> bool:
+        """Whether anything in it is of use only where blocks are computed again."""
+        return (
+            self.kept_blocks > 0 or self.checkpoint_every > 1 or self.offload_checkpoints
+            or self.resident_blocks is not None or (self.reuse_dequantized and self.tile_tokens is None)
+        )  # fmt: skip
+
+    @property
     def unpacks_once(self) -> bool:
         """Whether weights unpacked for a second run, or for a tile, serve what follows too."""
         return self.reuse_dequantized and (self.computes_again or self.tile_tokens is not None)

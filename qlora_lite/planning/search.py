@@ -86,8 +86,7 @@ def _search(step: Step, machine: Machine, limit_bytes: int) -> list[Candidate]:
         candidate.peak_bytes > limit_bytes and candidate.step_seconds * EQUALLY_FAST < best.step_seconds
         for candidate in found
     )
-    streams = step.fixed.get("resident_blocks") is not None  # blocks that keep nothing
-    if best is not None and "checkpointing" not in step.fixed and not streams:
+    if best is not None and "checkpointing" not in step.fixed and not start.is_of_second_runs:
         # What does not fit with blocks computed again would not fit with more kept.
         keeping_all = _divisions(step, machine, replace(start, checkpointing="none"), limit_bytes)
         found += keeping_all
