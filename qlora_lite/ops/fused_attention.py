@@ -1,9 +1,9 @@
 """torch's fused kernels of attention, chosen so that a card never falls back to the formula, and planned as they are.
 
-On a card flash attention takes grouped heads but no mask and no float32; the memory-efficient kernel takes both but no
-grouped heads (torch 2.13's documentation of ``scaled_dot_product_attention``). For what neither takes, torch holds the
-scores of all heads. cuDNN's kernel is left out: it makes a plan of its own for every length of a row, in memory that
-nobody counts.
+On a card flash attention takes grouped heads but no mask, no float32 and no heads of some sizes; the memory-efficient
+kernel takes all of these but no grouped heads (torch 2.13's documentation of ``scaled_dot_product_attention``, and
+sdp_utils.cpp). For what neither takes, torch holds the scores of all heads. cuDNN's kernel is left out: it makes a plan
+of its own for every length of a row, in memory that nobody counts.
 
 Backward, a kernel takes memory that no tensor outside of it shows: for an 8B model 32 KiB a token. A
 plan takes as much at the same place. Of a long row, flash attention's backward runs over a few heads at a time, with so
@@ -48,17 +48,16 @@ def fused_attention(query, key, value, mask, scaling, dropout=0.0) -> torch.Tens
         [B, H, Tq, D], as a rule with T before H in memory.
     """
     causal, groups = mask is None and query.shape[2] > 1, query.shape[1] // key.shape[1]
-    on_card = device_type(query.device) == "cuda"
-    if on_card and groups > 1 and (mask is not None or query.dtype == torch.float32):
+    on_card, flash = device_type(query.device) == "cuda", mask is None and _is_for_flash(query, value, dropout)
+    if on_card and groups > 1 and not flash:
         key, value, groups = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1), 1
-    if on_card and mask is None and not dropout and torch.is_grad_enabled() and query.requires_grad:
+    if on_card and flash and not dropout and torch.is_grad_enabled() and query.requires_grad:
         key_heads = _key_heads_at_once(query, key)
         if key_heads < key.shape[1] and _flash_takes(query, key, value, scaling):
             return _FewHeadsBackward.apply(query, key, value, scaling, key_heads)
     if query.is_meta and not dropout:
         # torch would choose the formula here; a CPU's fused kernel saves what a card's does
         out = _PLANNED(query, key, value, dropout, causal, attn_mask=mask, scale=scaling)[0]
-        flash = mask is None and query.dtype != torch.float32
         return _with_scratch(out, query, key, groups, flash) if on_card and out.requires_grad else out
     with sdpa_kernel(KERNELS) if query.is_cuda else nullcontext():
         return scaled_dot_product_attention(
@@ -113,9 +112,19 @@ def _key_heads_at_once(query, key) -> int:
     return max(1, min(key.shape[1], MOST_SCRATCH_BYTES // max(1, taken)))
 
 
+def _is_for_flash(query, value, dropout: float) -> bool:
+    """Tell whether flash attention takes heads of this kind, without a mask, on any card.
+
+    Of heads between 192 and 224, and of wider ones with dropout, the cards of consumers have no backward.
+    """
+    size = query.shape[3]
+    has_backward = size <= 192 or (size > 224 and not dropout)
+    return query.dtype != torch.float32 and size <= 256 and size == value.shape[3] and has_backward
+
+
 def _flash_takes(query, key, value, scaling) -> bool:
     """Tell whether torch would run flash attention, and as it is: other sizes of a head are filled up first."""
-    if query.dtype == torch.float32 or query.shape[3] % 8 or query.shape[3] > 256:
+    if query.shape[3] % 8:
         return False
     if query.is_meta:
         return True

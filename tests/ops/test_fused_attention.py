@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.memory.marks import phase
@@ -38,6 +39,37 @@ def test_a_card_s_kernels_get_grouped_heads_only_where_flash_attention_takes_the
     grouped = dtype == torch.bfloat16
     masked = 0 if window is None else 2  # calls: the whole chunk behind the first, and the rest of the row
     assert seen == [(False, grouped, grouped)] + [(True, False, False)] * masked
+
+
+@pytest.mark.parametrize(("size", "value_size", "dropout", "grouped"), [
+    (128, 128, 0, True), (128, 128, 0.1, True), (256, 256, 0, True), (256, 256, 0.1, False), (512, 512, 0, False),
+    (208, 208, 0, False), (128, 64, 0, False),
+])  # fmt: skip
+def test_heads_of_a_size_that_flash_attention_does_not_take_are_not_grouped(size, value_size, dropout, grouped):
+    """Gemma 4's have 512: grouped, the formula would hold the scores of all heads, and a plan would not."""
+    shapes = (1, 8, 5, size), (1, 2, 5, size), (1, 2, 5, value_size)
+    query, key, value = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
+    called = []
+
+    class Watching(TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), options=None):
+            if function is fused_attention.scaled_dot_product_attention:
+                called.append((options["enable_gqa"], arguments[1].shape[1]))
+            return function(*arguments, **options or {})
+
+    with planning_for("cuda"), Watching():
+        fused_attention.fused_attention(query, key, value, None, None, dropout)
+    assert called == [(grouped, 2 if grouped else 8)]
+
+
+@pytest.mark.parametrize(("size", "taken"), [(128, True), (512, False)])
+def test_a_plan_counts_the_kernel_that_takes_the_heads(size, taken, monkeypatch):
+    seen = []
+    monkeypatch.setattr(fused_attention, "_with_scratch", lambda out, *arguments: seen.append(arguments[-1]) or out)
+    inputs = laid_out(2, LENGTH, size, torch.bfloat16, False, "meta")
+    with planning_for("cuda"):
+        fused_attention.fused_attention(*inputs, None, None)
+    assert seen == [taken]
 
 
 @pytest.fixture
