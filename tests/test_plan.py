@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from remembered_plans import remember_predictions
 from tiny import ARCHITECTURES
 from tiny_files import save_tiny, write_recipe
 from tiny_trainer import examples
@@ -44,6 +45,22 @@ def recipe(tmp_path):
 CARD = machine_of_card(find_card("rtx-4060"))
 
 
+def test_no_setting_that_fits_makes_a_faster_plan(recipe, monkeypatch):
+    remember_predictions(monkeypatch.setattr)
+
+    def plan(gib, *overrides):
+        return planner.plan_recipe(recipe("train.gradient_accumulation_steps=4", *overrides), CARD, int(gib * GIB))
+
+    auto, tables = plan(2.4), ("memory.embeddings=host", "memory.head=host")
+    chosen = auto.chosen
+    assert auto.fits and chosen.packs == 1 and chosen.levers.host_embeddings and chosen.levers.kept_blocks > 0
+    for overrides in ((), ("memory.offload_checkpoints=true",), ("memory.reuse_dequantized=true",)):
+        other = plan(2.4, *tables, *overrides)
+        assert not other.fits or chosen.step_seconds <= EQUALLY_FAST * other.chosen.step_seconds, overrides
+    roomier = plan(2.8)
+    assert roomier.chosen.levers.checkpointing == "none" and roomier.chosen.levers.host_embeddings
+
+
 @pytest.mark.parametrize(("setting", "value"), [
     ("kept_blocks", 3), ("checkpoint_every", 2), ("offload_checkpoints", "true"), ("reuse_dequantized", "true"),
     ("resident_blocks", 9),
@@ -65,7 +82,7 @@ def test_more_blocks_than_the_model_has_are_refused(recipe):
 
 def test_the_fastest_settings_that_fit_are_chosen_and_the_effective_batch_is_kept(recipe):
     roomy = planner.plan_recipe(recipe("train.gradient_accumulation_steps=4"), CARD, 24 * GIB)
-    tight = planner.plan_recipe(recipe("train.gradient_accumulation_steps=4"), CARD, 3 * GIB)
+    tight = planner.plan_recipe(recipe("train.gradient_accumulation_steps=4"), CARD, 2 * GIB)
     assert roomy.fits and tight.fits
     assert roomy.chosen.levers.checkpointing == "none" and tight.chosen.levers.checkpointing == "block"
     assert roomy.chosen.step_seconds < tight.chosen.step_seconds
@@ -167,7 +184,7 @@ def test_attention_is_kept_on_a_card_where_rows_are_long_enough_to_show_it_and_m
     assert tight.fits and tight.chosen.levers.checkpointing == "block"
     fixed = planner.plan_recipe(recipe(long, "memory.checkpointing=block"), CARD, 16 * GIB)
     assert not any(c.levers.checkpointing == "selective" for c in fixed.found)
-    short = planner.plan_recipe(recipe("data.max_tokens=1024"), CARD, 3 * GIB)
+    short = planner.plan_recipe(recipe("data.max_tokens=1024"), CARD, 2 * GIB)
     assert short.chosen.levers.checkpointing == "block"
 
 
@@ -271,7 +288,7 @@ def test_checkpoints_on_a_disk_need_its_room_and_not_the_host_s(recipe, tmp_path
 
 @pytest.mark.parametrize(
     ("changes", "gib"),
-    [(["data.max_tokens=32768"], 6), (["data.max_tokens=256", "train.gradient_accumulation_steps=64"], 1.6)],
+    [(["data.max_tokens=32768"], 6), (["data.max_tokens=256", "train.gradient_accumulation_steps=64"], 1.45)],
 )
 def test_a_disk_is_for_what_fits_in_no_other_way(recipe, tmp_path, changes, gib):
     folder = f"memory.offload_folder={tmp_path}"
@@ -388,8 +405,8 @@ def test_a_plan_for_compiled_blocks_leaves_out_what_they_do_not_go_with(recipe, 
     assert {a.change for a in planner.alternatives(plan)}  # which are simulated like all others
     without = recipe(long, "memory.tile_tokens=off", "memory.resident_blocks=all")
     plain = planner.plan_recipe(without, CARD, budget * GIB - CUDA_COMPILER_BYTES)
-    same = [c.peak_bytes + CUDA_COMPILER_BYTES for c in plain.found if c.levers.checkpointing != "selective"]
-    assert [candidate.peak_bytes for candidate in plan.found] == same[: len(plan.found)]
+    same = {candidate.peak_bytes + CUDA_COMPILER_BYTES for candidate in plain.found}
+    assert {candidate.peak_bytes for candidate in plan.found} <= same
 
 
 def test_a_recipe_may_keep_attention_and_the_last_blocks(recipe):

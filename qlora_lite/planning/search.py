@@ -11,11 +11,14 @@ would pay and do not fit, or nothing fits at all, come the levers that save more
 tiles and, on a card, embeddings in host memory; then checkpoints there, the head, and at last the blocks' weights.
 It ends where one more lever makes nothing better. What memory the best then leaves buys back time: a block's
 weights are unpacked once for its second run and its backward; on a card attention is not computed again where rows
-are so long that it shows; and as many of the last blocks are kept, or resident, as fit.
+are so long that it shows; and as many of the last blocks are kept, or resident, as fit. More memory is then left, and
+spent, with fewer packs at once and with what a card may have in host memory, as long as that makes the step faster.
 """
 
+from collections import ChainMap
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 
 from qlora_lite.models.levers import Levers
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS
@@ -86,7 +89,7 @@ def _search(step: Step, machine: Machine, limit_bytes: int) -> list[Candidate]:
         candidate.peak_bytes > limit_bytes and candidate.step_seconds * EQUALLY_FAST < best.step_seconds
         for candidate in found
     )
-    if best is not None and "checkpointing" not in step.fixed and not start.is_of_second_runs:
+    if best is not None and _may_keep_all(step):
         # What does not fit with blocks computed again would not fit with more kept.
         keeping_all = _divisions(step, machine, replace(start, checkpointing="none"), limit_bytes)
         found += keeping_all
@@ -103,12 +106,8 @@ def _search(step: Step, machine: Machine, limit_bytes: int) -> list[Candidate]:
         found += _with_less_to_stream(step, machine, found, limit_bytes)
         best = choose(found, limit_bytes)
     if best is not None:
-        found += _with_weights_reused(step, machine, best, limit_bytes)
-        best = choose(found, limit_bytes)
-        selective = _with_attention_kept(step, machine, best, limit_bytes)
-        found += selective
-        for each in (best, *selective):
-            found += _with_more_on_device(step, machine, each, int((1 - SPARED) * limit_bytes))
+        found += _spending(step, machine, best, limit_bytes)
+        found += _freeing_and_spending(step, machine, best, choose(found, limit_bytes), limit_bytes)
         return found
     if "loss_chunk_tokens" not in step.fixed:
         small = replace(found[-1].levers, loss_chunk_tokens=SMALL_CHUNK_TOKENS)
@@ -173,6 +172,56 @@ def _divisions(
     return found
 
 
+def _may_keep_all(step: Step) -> bool:
+    return "checkpointing" not in step.fixed and not first_levers(step).is_of_second_runs
+
+
+def _spending(step: Step, machine: Machine, best: Candidate, limit_bytes: int) -> list[Candidate]:
+    """Return candidates that spend on speed what memory the best leaves."""
+    reusing = _with_weights_reused(step, machine, best, limit_bytes)
+    best = choose([best, *reusing], limit_bytes)
+    selective = _with_attention_kept(step, machine, best, limit_bytes)
+    room = int((1 - SPARED) * limit_bytes)
+    more = [_with_more_on_device(step, machine, each, room) for each in (best, *selective)]
+    return [*reusing, *selective, *chain.from_iterable(more)]
+
+
+def _freeing_and_spending(
+    step: Step, machine: Machine, start: Candidate, best: Candidate, limit_bytes: int
+) -> list[Candidate]:  # fmt: skip
+    """Return candidates that need less than where the spending began, and spend that too, as long as it pays.
+
+    Fewer packs at once, and what a card has in host memory at next to no cost in time, make room for blocks that are
+    not computed again.
+    """
+    if not best.levers.computes_again or best.levers.resident_blocks is not None or "kept_blocks" in step.fixed:
+        return []
+    found: list[Candidate] = []
+    for levers in _moved_to_host(step, start.levers):
+        for packs in (size for size in step.sizes() if size <= start.packs):
+            if (levers, packs) != (start.levers, start.packs):
+                freeing = build_candidate(step, machine, levers, packs)
+                if freeing.fits(limit_bytes):
+                    found += [freeing, *_spending(step, machine, freeing, limit_bytes)]
+        earlier, best = best, choose([best, *found], limit_bytes)
+        if best is earlier and levers != start.levers:
+            break
+    return found
+
+
+def _moved_to_host(step: Step, levers: Levers) -> Iterator[Levers]:
+    """Yield the levers, then with embeddings and head in a card's host memory, then with block inputs there too; where
+    there are tiles, which cost time, with all of that at once in their place."""
+    yield levers
+    changes = [dict(ChainMap(*movable_tables(step))), {"offload_checkpoints": True}]
+    if levers.tile_tokens is not None:
+        changes = [{"tile_tokens": None} | changes[0] | changes[1]]
+    for change in changes if step.job.device_type == "cuda" else ():
+        earlier, levers = levers, replace(levers, **{k: v for k, v in change.items() if k not in step.fixed})
+        if levers != earlier:
+            yield levers
+
+
 def _with_weights_reused(step: Step, machine: Machine, best: Candidate, limit_bytes: int) -> list[Candidate]:
     """Return the candidate that unpacks each weight of a block's backward once, if spare memory allows it.
 
@@ -208,14 +257,19 @@ def _with_attention_kept(step: Step, machine: Machine, best: Candidate, limit_by
 
 
 def _with_more_on_device(step: Step, machine: Machine, best: Candidate, limit_bytes: int) -> list[Candidate]:
-    """Return a candidate with as many last blocks kept (or resident) as the limit allows, if it allows any."""
+    """Return a candidate with as many last blocks kept (or resident) as the limit allows, if it allows any; where it
+    has room for nearly all, also one that keeps all."""
     name = "kept_blocks" if best.levers.resident_blocks is None else "resident_blocks"
     if not best.levers.computes_again or name in step.fixed:
         return []
     if name == "resident_blocks" and best.levers.kept_blocks:  # of the same last blocks, which the user fixed
         return []
     raised = _raised(step, machine, best, name, limit_bytes)
-    return [] if raised.levers == best.levers else [raised]
+    found = [] if raised.levers == best.levers else [raised]
+    if raised.levers.kept_blocks == step.job.config.num_hidden_layers - FEWEST_ALIKE and _may_keep_all(step):
+        keeps_all = replace(best.levers, checkpointing="none", reuse_dequantized=False, offload_checkpoints=False)
+        found.append(build_candidate(step, machine, keeps_all, best.packs))
+    return found
 
 
 def _with_less_to_stream(step: Step, machine: Machine, found: list[Candidate], limit_bytes: int) -> list[Candidate]:
