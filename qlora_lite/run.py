@@ -58,7 +58,7 @@ from .train.determinism import deterministic
 from .train.guards import check_frozen, frozen_checksum
 from .train.inventory import inventory, total_parameters
 from .train.loop import Trainer, largest_batches
-from .train.out_of_memory import CURES, explaining_memory, first_line, free_cached_memory
+from .train.out_of_memory import CURES, explaining_memory, first_line, free_cached_memory, is_out_of_device_memory
 from .train.state import STATE
 from .training import Progress, Training
 from .units import format_bytes, format_count, format_seconds
@@ -323,7 +323,9 @@ class _Run:
             log.info("train.compile: compiling the blocks, which takes a minute or so the first time")
         try:
             self.trainer.rehearse(eval_examples)
-        except torch.OutOfMemoryError as error:  # of the device: no other plan is a cure for the host's
+        except RuntimeError as error:
+            if not is_out_of_device_memory(error):  # no other plan is a cure for the host's
+                raise
             words = f"memory ran out over the largest micro-batch, predicted {format_bytes(predicted)}"
             return Excess(budget - self.plan.peak_bytes, f"{words} ({first_line(error)})")
         peak = self.trainer.meter.peak_bytes()  # without what loading took for a moment

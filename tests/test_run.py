@@ -370,10 +370,15 @@ def take_all(levers, budget):
     return [torch.ones(2**18) for _ in range(pieces - 150 if levers.checkpointing == "none" else pieces + 50)]
 
 
-WORDS = {run_out: "memory ran out over the largest micro-batch", take_all: "over the budget of"}
+def run_out_in_a_library(_levers, _budget):
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
 
 
-@pytest.mark.parametrize("more", [run_out, take_all])
+RAN_OUT = "memory ran out over the largest micro-batch"
+WORDS = {run_out: RAN_OUT, run_out_in_a_library: RAN_OUT, take_all: "over the budget of"}
+
+
+@pytest.mark.parametrize("more", WORDS)
 def test_what_needs_more_than_was_planned_is_planned_again_and_proved(wide_run, more):
     planned = wide_run(checkpointing="auto")
     assert planned["plan"]["chosen"]["memory.checkpointing"] == "none"

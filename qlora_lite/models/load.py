@@ -32,6 +32,7 @@ from .save import save_quantized
 
 log = logging.getLogger("qlora_lite")
 
+_ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)")  # as torch names those that it was built for
 ROW_ATTENTION = "qlora_lite_rows"
 
 
@@ -39,14 +40,36 @@ def resolve_device(name: str = "auto") -> torch.device:
     """Return the device to train on: CUDA if there is one, unless told otherwise; set a card's allocator up.
 
     Raises:
-        ModelError: CUDA is asked for and not usable.
+        ModelError: CUDA is asked for and not usable, or the card is too old for this build of torch.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ModelError("model.device is cuda, but torch finds no CUDA device; see qlora-lite doctor")
     usable = torch.cuda.is_available() if name == "auto" else name == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if usable else torch.device("cpu")
+    if usable and (problem := missing_kernels(device)):
+        raise ModelError(f"{problem}, or compute on the processor with model.device=cpu")
     grow_segments(device)
     return device
+
+
+def missing_kernels(device: torch.device) -> str:
+    """Say why this build of torch cannot compute on a card, and the cure; "" where it can.
+
+    A build has machine code for some generations, and may have one form that newer cards translate.
+    """
+    if torch.version.cuda is None:
+        return ""
+    card = torch.cuda.get_device_capability(device)
+    names = torch.cuda.get_arch_list()
+    for kind, major, minor in (found.groups() for name in names if (found := _ARCHITECTURE.match(name))):
+        built = int(major), int(minor)
+        if (kind == "sm" and built[0] == card[0] and built <= card) or (kind == "compute" and built <= card):
+            return ""
+    name = torch.cuda.get_device_name(device)
+    return (
+        f"torch {torch.__version__} has no kernels for {name}, compute capability {card[0]}.{card[1]} (it has "
+        f"{', '.join(names)}): install a build for it from pytorch.org, such as one for an earlier CUDA"
+    )
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -23,11 +23,13 @@ during each copy.
 Source: ALST, arXiv 2506.13996, section 3.3.
 """
 
+import logging
 import mmap
 import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -38,6 +40,7 @@ from qlora_lite.units import format_bytes
 
 from .shapes import device_type
 
+log = logging.getLogger("qlora_lite")
 MOST_PARTS = 4  # of the memory for a block's tensors; the last one is rounded up: at most a fifteenth too much
 
 
@@ -45,11 +48,25 @@ def host_memory(size: int, device: torch.device) -> torch.Tensor:
     """Return uint8 [size] in host memory, for copies from and to a device.
 
     Beside a card it is pinned, and a whole power of two is asked for, which torch's pool of pinned memory gives anyway.
+    Where no more can be pinned (WSL allows about 1 GiB), it is ordinary memory: the same copies, slower.
     """
     taken = 1 << (size - 1).bit_length() if device_type(device) == "cuda" else size
     host = device if device.type == "meta" else torch.device("cpu")  # a plan's tensors have no memory at all
     with category("offloaded"):
-        return torch.empty(taken, dtype=torch.uint8, device=host, pin_memory=device.type == "cuda")[:size]
+        if device.type == "cuda":
+            try:
+                return torch.empty(taken, dtype=torch.uint8, pin_memory=True)[:size]
+            except RuntimeError as error:
+                _say_not_pinned(str(error).partition("\n")[0])
+        return torch.empty(taken, dtype=torch.uint8, device=host)[:size]
+
+
+@cache
+def _say_not_pinned(reason: str) -> None:
+    log.warning(
+        "host memory cannot be pinned any more (%s): copies between it and the card take longer, and are not hidden "
+        "behind the computation; fewer weights or block inputs in host memory may be faster", reason,
+    )  # fmt: skip
 
 
 def disk_memory(size: int, folder: str, device: torch.device) -> torch.Tensor:

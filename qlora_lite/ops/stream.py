@@ -106,7 +106,8 @@ class BlockStream:
         """Have a block on the device, and begin to bring the next one in the direction of travel."""
         if number == self._current:
             return
-        onward = number + 1 if self._current is None or number > self._current else number - 1
+        begins = number == 0 or self._current is None  # a forward pass, which may follow another
+        onward = number + 1 if begins or number > self._current else number - 1
         if number not in self._in_slot:
             self._load(number)
         self.side.wait(self._arrival[number])

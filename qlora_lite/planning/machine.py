@@ -15,6 +15,7 @@ from qlora_lite.memory.meter import free_bytes, held_bytes
 from qlora_lite.memory.process import CUDA_CONTEXT_BYTES
 from qlora_lite.memory.work import Work
 from qlora_lite.models.load import has_fast_bf16
+from qlora_lite.ops.offload import host_memory
 
 MATMUL_REACHED = 0.6  # of a card's dense peak, for products of a few thousand rows; not measured here
 BANDWIDTH_REACHED = 0.8  # of a card's memory bandwidth, element-wise kernels; not measured here
@@ -100,7 +101,7 @@ def _speeds(device: torch.device, dtype: torch.dtype) -> tuple[float, float, flo
     flops = 2 * rows * inner * columns / _fastest(lambda: a @ b, device)
     rate = bus = 2 * copied / _fastest(lambda: target.copy_(source), device)
     if device.type == "cuda":
-        host = torch.empty(_BUS_BYTES, dtype=torch.uint8, pin_memory=True)
+        host = host_memory(_BUS_BYTES, device)
         bus = _BUS_BYTES / _fastest(lambda: target[:_BUS_BYTES].copy_(host, non_blocking=True), device)
     return flops, rate, bus, held_bytes(device)
 

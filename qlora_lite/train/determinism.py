@@ -29,6 +29,8 @@ def deterministic(wanted: bool) -> Iterator[None]:
     os.environ.setdefault(*WORKSPACE)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False  # of every tensor that is then written anyway
     try:
         yield
     except RuntimeError as error:
@@ -38,3 +40,4 @@ def deterministic(wanted: bool) -> Iterator[None]:
         raise TrainingError(f"train.deterministic cannot be kept by this model: {reason}; set it to false") from error
     finally:
         torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fills

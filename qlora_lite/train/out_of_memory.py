@@ -17,21 +17,32 @@ import torch
 from qlora_lite.data.stored import Example, row_lengths
 from qlora_lite.errors import DoesNotFitError
 
-_WORDINGS = (
+_OF_THE_HOST = (
+    "DefaultCPUAllocator", "can't allocate memory", "not enough memory",  # torch's on Linux and macOS, on Windows
+    "std::bad_alloc", "HOST_ALLOCATION_FAILED",
+)  # fmt: skip
+_OF_A_DEVICE = (
     "out of memory",  # CUDA, HIP, MPS and XPU
-    "can't allocate memory", "not enough memory",  # torch's CPU allocator on Linux and macOS, on Windows
     "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED",
-    "cudaErrorMemoryAllocation", "std::bad_alloc", "HOST_ALLOCATION_FAILED",
+    "cudaErrorMemoryAllocation",
     "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",  # what it says on a card that is full
+    "NVML_SUCCESS ==",  # torch fails over its own message where it may not ask who uses the card (pytorch issue 112377)
 )  # fmt: skip
 CURES = "lower data.max_tokens or lora.rank, or give it more memory"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error says, in any allocator's words, that there is no memory left."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(wording in str(error) for wording in _WORDINGS)
+    return is_out_of_device_memory(error) or isinstance(error, MemoryError) or _says(error, _OF_THE_HOST)
+
+
+def is_out_of_device_memory(error: BaseException) -> bool:
+    """Tell whether it is a card that has no memory left, and not the host."""
+    return isinstance(error, torch.OutOfMemoryError) or (_says(error, _OF_A_DEVICE) and not _says(error, _OF_THE_HOST))
+
+
+def _says(error: BaseException, wordings: Iterable[str]) -> bool:
+    return isinstance(error, RuntimeError) and any(wording in str(error) for wording in wordings)
 
 
 def first_line(error: BaseException) -> str:
@@ -115,5 +126,7 @@ def free_cached_memory(device: torch.device) -> None:
     """Give memory that no tensor uses back to the device, or to the operating system."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        if torch.cuda.is_initialized():
+            torch._C._host_emptyCache()  # of pinned memory; torch 2.11 has no public function for it
     elif trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
         trim(0)

@@ -183,6 +183,27 @@ def test_asking_for_cuda_without_a_device_is_an_error(monkeypatch):
     assert resolve_device("auto") == torch.device("cpu")
 
 
+@pytest.mark.parametrize(("card", "built", "usable"), [
+    ((8, 6), ["sm_80", "sm_90"], True), ((8, 0), ["sm_86"], False), ((6, 1), ["sm_75", "sm_120"], False),
+    ((12, 1), ["sm_120"], True), ((12, 0), ["sm_90", "compute_90"], True), ((10, 3), ["sm_100a"], True),
+    ((7, 5), ["sm_75", "compute_120"], True), ((7, 0), ["compute_75"], False),
+])  # fmt: skip
+def test_a_card_for_which_this_torch_has_no_kernels_is_refused_by_name(card, built, usable, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: card)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "Old Card")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr("qlora_lite.models.load.grow_segments", lambda _device: None)
+    if usable:
+        assert resolve_device("auto").type == "cuda"
+    else:
+        with pytest.raises(ModelError, match=rf"no kernels for Old Card, compute capability {card[0]}\.{card[1]} \(it"):
+            resolve_device("auto")
+    assert resolve_device("cpu").type == "cpu"
+
+
 def test_without_fast_bf16_the_compute_type_is_float32_with_one_line_saying_so(monkeypatch, caplog):
     monkeypatch.setattr("qlora_lite.models.load.has_fast_bf16", lambda device: False)
     with caplog.at_level("INFO", "qlora_lite"):

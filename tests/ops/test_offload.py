@@ -17,6 +17,22 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 KIB = 1024
 
 
+def test_where_no_more_can_be_pinned_ordinary_memory_is_taken_and_said_once(monkeypatch, caplog):
+    make = torch.empty
+
+    def refused(*size, pin_memory=False, **options):
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
+        return make(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", refused)
+    for _ in range(2):
+        memory = host_memory(100, torch.device("cuda"))
+        assert memory.shape == (100,) and memory.device == CPU and not memory.is_pinned()
+    (said,) = caplog.messages
+    assert "cannot be pinned any more (CUDA error: out of memory)" in said
+
+
 @given(st.integers(1, 2**40))
 def test_parts_are_few_powers_of_two_and_a_fifteenth_too_much_at_most(size):
     sizes = list(part_sizes(size))

@@ -11,7 +11,7 @@ from qlora_lite.data.stored import row_lengths
 from qlora_lite.errors import DoesNotFitError, TrainingError
 from qlora_lite.models.levers import Levers
 from qlora_lite.train import loop, step
-from qlora_lite.train.out_of_memory import cut, is_out_of_memory, lower_limit
+from qlora_lite.train.out_of_memory import cut, is_out_of_device_memory, is_out_of_memory, lower_limit
 
 CPU_WORDS = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."  # noqa: E501
 WORDINGS = [
@@ -21,6 +21,7 @@ WORDINGS = [
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError('NVML_SUCCESS == r INTERNAL ASSERT FAILED at "../c10/cuda/CUDACachingAllocator.cpp":1407'),
     RuntimeError(CPU_WORDS),
     RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 12 bytes."),
     RuntimeError("std::bad_alloc"),
@@ -37,6 +38,8 @@ OPTIONS = dict(max_tokens=40, gradient_accumulation_steps=2, max_steps=3, dtype=
 @pytest.mark.parametrize("error", WORDINGS, ids=lambda error: str(error)[:30] or type(error).__name__)
 def test_every_allocator_s_words_are_known(error):
     assert is_out_of_memory(error)
+    of_the_host = isinstance(error, MemoryError) or "DefaultCPU" in str(error) or "bad_alloc" in str(error)
+    assert is_out_of_device_memory(error) is not of_the_host
 
 
 @pytest.mark.parametrize("error", OTHERS, ids=lambda error: str(error)[:30])
