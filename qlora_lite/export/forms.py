@@ -24,7 +24,7 @@ from qlora_lite.merge import check_choice
 from qlora_lite.models.gguf_names import gguf_names
 from qlora_lite.models.load import load_model
 from qlora_lite.models.locate import locate
-from qlora_lite.models.merge import ORIGINAL, Merged, open_merged
+from qlora_lite.models.merge import ORIGINAL, TRAINED, Merged, open_merged
 from qlora_lite.models.skeleton import meta_model
 from qlora_lite.models.streamed import streamed_model
 from qlora_lite.models.weights import open_weights
@@ -181,7 +181,10 @@ def _merged_model(job: _Job, write_beside: Callable[[Path], object], adds_begin:
     else:
         change, logits = _merged_change(job, merged), _gguf_logits(job)
     rounded = logits_of(_streamed_base(merged, config, lambda weight: as_read(weight, kind)))
-    share, distance = check_merged(change, logits, rounded, what, LIMITS[kind])
+    # as the file's weights are, where the base beside them unpacks its own in float32
+    seen_rounded = onto == TRAINED and trained.compute_dtype == torch.bfloat16
+    limit = max(LIMITS[kind], LIMITS["bf16"] * seen_rounded)
+    share, distance = check_merged(change, logits, rounded, what, limit)
     into = "original" if onto == ORIGINAL else trained.quantization[0]
     return {"share": share, "distance": distance, "dtype": kind, "merged_into": into, "notes": notes}
 

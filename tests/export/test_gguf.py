@@ -70,6 +70,15 @@ def test_transformers_reads_f16_with_the_merged_model_s_tokens(family, run_of, t
     assert report["distance"] < 0.01 and abs(report["share"] - 1) < 0.01
 
 
+@pytest.mark.parametrize("base", ["nf4", "original"])
+def test_a_run_that_saw_its_weights_in_bfloat16_may_be_as_far_off_as_that_rounds(base, run_of, tmp_path, monkeypatch):
+    limits = {"f16": 1e-3, "bf16": 0.1}
+    monkeypatch.setattr(forms, "LIMITS", limits)
+    run = run_of("llama", overrides=["model.compute_dtype=bfloat16"])
+    distance = export_run(run, tmp_path / "gguf", ExportSettings("gguf", base=base))["distance"]
+    assert (distance > limits["f16"]) == (base == "nf4")
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(("kind", "most"), [("bf16", 0.02), ("q8_0", 0.1)])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
