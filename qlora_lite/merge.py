@@ -67,7 +67,7 @@ def merge_run(
     if settings.quantize and not settings.rows:
         raise ModelError(
             "--quantize needs rows (--rows 1 or more): without a measurement nobody sees whether rounding took the "
-            "update away; for a 4-bit model that is not measured, merge without it and use qlora-lite quantize"
+            "update away"
         )
     trained = open_trained(run, model_path, unfinished)
     onto = check_choice(trained, settings.base)
@@ -158,6 +158,8 @@ def _notes(trained: TrainedRun, merged: Merged, settings: MergeSettings) -> list
         notes.append(f"the sum of weight and update is rounded once, to {settings.dtype}; --dtype f32 keeps it exact")
     if settings.quantize:
         notes.append(f"the merged weights are quantised again to {settings.quantize}, which is never exact")
+    else:
+        notes.append("use it with model.quant: none; quantised again it loses much or all of the update")
     return notes
 
 

@@ -6,6 +6,7 @@ micro-batch taken as full) and for ``run`` (with the rows that were really read)
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import permutations
 from shutil import disk_usage
@@ -22,7 +23,7 @@ from .planning.largest import most_packs
 from .planning.length import longest_sequence
 from .planning.machine import Machine, this_machine
 from .planning.predict import Prediction, predict
-from .planning.search import SMALL_CHUNK_TOKENS, TILE_TOKENS, movable_tables, search
+from .planning.search import SMALL_CHUNK_TOKENS, TILE_TOKENS, first_levers, movable_tables, search, smaller
 from .planning.simulate import Job, Rows, rows_of
 from .recipe.schema import Recipe
 from .saver import Space
@@ -273,16 +274,24 @@ def _warn_of_length(job: Job, tokens: int) -> None:
 
 
 def max_batch(plan: Plan) -> int:
-    """Return how many packs fit into one micro-batch, the other settings kept.
+    """Return how many packs fit into one micro-batch when every lever that is left to the planner saves most.
 
     Raises:
         DoesNotFitError: not even one fits.
     """
     pack, job = plan.step.pack, plan.chosen.prediction.job
-    return most_packs(
-        lambda n: replace(job, rows=Rows(pack.lengths * n, pack.learned * n)),
-        plan.limit_bytes, plan.machine.host_bytes, MOST_PACKS,
-    )  # fmt: skip
+
+    def fitting(levers: Levers) -> int:
+        return most_packs(
+            lambda n: replace(job, rows=Rows(pack.lengths * n, pack.learned * n), levers=levers),
+            plan.limit_bytes, plan.machine.host_bytes, MOST_PACKS,
+        )  # fmt: skip
+
+    ways = [plan.chosen.levers, first_levers(plan.step), *smaller(plan.step)]
+    for levers in reversed(ways):  # what saves most of the device may ask too much of the host
+        with suppress(DoesNotFitError):
+            return fitting(levers)
+    return fitting(plan.chosen.levers)
 
 
 def does_not_fit(plan: Plan, others: Sequence[Alternative]) -> DoesNotFitError:

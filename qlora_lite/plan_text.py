@@ -133,7 +133,7 @@ def describe(plan: Plan, others: Sequence[Alternative], width: int = 80) -> str:
     if because:
         lines.append(f"{'note':16} {because}: measured on small real models and extrapolated")
     room = max([38, *(len(a.change) for a in others)])
-    table = [f"{'change':{room}} {'peak':>10} {'step':>9}"]
+    table = [f"{'change, all else as above':{room}} {'peak':>10} {'step':>9}"]
     for a in others:
         mark = "fits" if a.fits else "too large" if a.fits_host else "too large for the host"
         table.append(f"{a.change:{room}} {format_bytes(a.peak_bytes):>10} {format_seconds(a.step_seconds):>9}  {mark}")

@@ -38,6 +38,7 @@ HARMLESS = {
     "train.max_skipped_steps", "train.trackers", "memory.budget", "memory.host_budget", "memory.optimizer_in_backward",
     "memory.offload_folder", "output.dir", "output.name",
 }  # fmt: skip
+PLACE = {"output.dir", "output.name"}  # of the run, which is the folder that is gone on with, whatever they say
 _PARTS = {"recipe": dict, "identity": dict, "environment": dict, "plan": dict, "progress": dict, "summary": dict,
           "metrics_bytes": int}  # fmt: skip
 
@@ -80,7 +81,7 @@ class Continuation:
         new = _flat(recipe.model_dump(mode="json"))
         changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
         words = {key: f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed}
-        self.accepted += [words[key] for key in changed if key in HARMLESS]
+        self.accepted += [words[key] for key in changed if key in HARMLESS - PLACE]
         self._refuse([words[key] for key in changed if key not in HARMLESS])
 
     def compare_identity(self, now: Mapping[str, str | None]) -> None:
@@ -108,7 +109,8 @@ class Continuation:
         state = self.checkpoint.documents[STATE]
         before, done = state["total_steps"], self.checkpoint.step
         if total_steps < done:
-            raise CheckpointError(f"the checkpoint is of step {done}, and the run now ends after {total_steps}")
+            raise CheckpointError(f"the checkpoint is of step {done}, and the run now ends after {total_steps} steps; "
+                                  "set train.max_steps or train.epochs to more")  # fmt: skip
         if total_steps == before:
             return
         rates = [[lr_factor(step, total, settings.lr_scheduler, settings.warmup_ratio) for step in range(1, done + 1)]

@@ -141,6 +141,11 @@ def open_tasks(
 def _check_one_base(runs: Sequence[TrainedRun]) -> None:
     """Raise unless all runs were trained on the same weights, quantised in the same way."""
 
+    def words(found: tuple) -> str:
+        fingerprint, quant, double_quant, head, dtype = found
+        return (f"fingerprint {fingerprint}, model.quant {quant}{' with double_quant' if double_quant else ''}"
+                f"{', 4-bit head' if head else ''}, computed in {str(dtype).removeprefix('torch.')}")  # fmt: skip
+
     def base(run: TrainedRun) -> tuple:
         quant, double_quant = run.quantization
         head = run.recipe.model.quant_head
@@ -149,5 +154,5 @@ def _check_one_base(runs: Sequence[TrainedRun]) -> None:
     first = runs[0]
     for run in runs[1:]:
         if base(run) != base(first):
-            said = [f"{each.name} on {each.files.name} {base(each)}" for each in (first, run)]
+            said = [f"{each.name} on {each.files.name}, {words(base(each))}" for each in (first, run)]
             raise ModelError(f"these runs were trained on different bases and cannot share one: {'; '.join(said)}")

@@ -4,6 +4,7 @@ A base that was replaced or moved since, a run that did not reach its end, an ad
 found here, before a merge or an export works for an hour on it.
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from .models.locate import ModelFiles, locate
 from .models.tokenizer import load_tokenizer
 from .recipe.schema import Recipe
 from .runs import OpenedRun, how_to_go_on, open_run
+
+log = logging.getLogger("qlora_lite")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,8 @@ def open_trained(run: str | Path, model_path: str | None = None, unfinished: boo
             f"the run {folder} did not reach its end (status {status}); what it has is {opened.adapter}: "
             f"add --unfinished to use that. {how_to_go_on(folder)}"
         )
+    if status != "complete":
+        log.warning("the run %s did not reach its end; %s is what it has", folder, opened.adapter)
     recipe = _where_it_lies_now(_as_it_ran(opened), model_path)
     try:
         files = locate(recipe.model.path, recipe.model.revision)

@@ -66,8 +66,10 @@ def format_seconds(seconds: float) -> str:
         seconds: duration in seconds, at least 0.
 
     Returns:
-        Text such as "0.4s", "12.3s", "3m 05s" or "2h 07m".
+        Text such as "35ms", "0.4s", "12.3s", "3m 05s" or "2h 07m".
     """
+    if 0 < round(seconds, 3) < 0.1:
+        return f"{1000 * seconds:.0f}ms"
     if round(seconds, 1) < 60:
         return f"{seconds:.1f}s"
     whole = round(seconds)

@@ -160,7 +160,7 @@ def test_evaluate_takes_a_recipe_and_measures_its_base_model(finished, command):
 def test_evaluate_without_evaluation_rows_is_an_error(finished, command, tmp_path):
     recipe = write_recipe(tmp_path, finished[1].parent / "model", data={"eval": None}, train={"exact_match_rows": 0})
     code, out, err = command("evaluate", recipe, "--json")
-    assert (code, out, err) == (2, "", "error: data.eval is not set; name the rows to evaluate on\n")
+    assert (code, out, err) == (2, "", "error: there are no evaluation rows; name some, as in data.eval=rows.jsonl\n")
 
 
 def test_generate_answers_from_the_run_folder_alone_and_the_same_each_time(finished, command):
@@ -188,7 +188,11 @@ def test_chat_answers_until_an_empty_line(finished):
 
 def test_quantize_writes_what_plain_transformers_loads(finished, command, tmp_path):
     model = finished[1].parent / "model"
-    assert command("quantize", model, "--out", tmp_path / "q")[:2] == (0, f"wrote {tmp_path / 'q'}\n")
+    code, out, err = command("quantize", model, "--out", tmp_path / "q")
+    assert (code, out) == (0, f"wrote {tmp_path / 'q'}\n") and "loses much" not in err
+    merged = shutil.copytree(model, tmp_path / "merged")
+    (merged / "merge_report.json").write_text("{}")
+    assert "loses much or all of the update" in command("quantize", merged, "--out", tmp_path / "again")[2]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "q")
     assert any(type(m).__name__ == "Linear4bit" for m in loaded.modules())
     assert loaded.dtype == torch.bfloat16
@@ -379,7 +383,7 @@ def test_a_stopped_run_goes_on_with_every_spelling_of_resume(finished, command, 
     arguments = spelling.format(out=tmp_path / "out").split()
     code, out, err = command("train", recipe, "train.max_hours=null", *arguments)
     assert code == 0, err
-    assert "resume: train.max_hours: 1e-09 -> None" in err and "adapter" in out
+    assert "resume: accepted: train.max_hours: 1e-09 -> None" in err and "adapter" in out
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["status"] == "complete"
 
 

@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from qlora_lite import plan as planner
 from qlora_lite import plan_text
 from qlora_lite.cli.main import main
+from qlora_lite.cli.plan import _machine
 from qlora_lite.data.batch import collate
 from qlora_lite.data.stored import row_lengths
 from qlora_lite.errors import ModelError, RecipeError
@@ -57,6 +58,7 @@ def test_no_setting_that_fits_makes_a_faster_plan(recipe, monkeypatch):
     for overrides in ((), ("memory.offload_checkpoints=true",), ("memory.reuse_dequantized=true",)):
         other = plan(2.4, *tables, *overrides)
         assert not other.fits or chosen.step_seconds <= EQUALLY_FAST * other.chosen.step_seconds, overrides
+    assert planner.max_batch(auto) > 1  # with the memory that the chosen plan spends on blocks that are kept
     roomier = plan(2.8)
     assert roomier.chosen.levers.checkpointing == "none" and roomier.chosen.levers.host_embeddings
 
@@ -69,6 +71,10 @@ def test_what_is_set_for_blocks_that_are_computed_again_has_them_computed_again(
     plan = planner.plan_recipe(recipe(f"memory.{setting}={value}"), CARD, 24 * GIB)
     assert plan.fits and str(plan.chosen.settings[f"memory.{setting}"]).lower() == str(value)
     assert plan.chosen.levers.computes_again
+
+
+def test_a_size_of_memory_is_planned_for_with_the_speed_of_a_card_that_computes_in_bfloat16(recipe):
+    assert _machine(recipe(), 12 * 10**9, None).dtype == torch.bfloat16  # nearest to it is an older one
 
 
 def test_more_blocks_than_the_model_has_are_refused(recipe):

@@ -108,7 +108,7 @@ def test_runs_with_the_same_folder_name_go_by_their_paths(runs, tmp_path):
 
 def test_runs_of_different_bases_are_refused_with_both_named(runs, tmp_path):
     other = tiny_run(tmp_path, seed=9)
-    with pytest.raises(ModelError, match=r"different bases and cannot share one: french on .* run on "):
+    with pytest.raises(ModelError, match=r"cannot share one: french on .*, model\.quant .*; run on "):
         open_tasks([runs[0], other])
     plain = make_run(tmp_path / "plain", runs[0].parent / "model", ["model.quant=none"])
     with pytest.raises(ModelError, match="different bases"):

@@ -60,6 +60,9 @@ def test_bytes_are_shown_in_the_largest_fitting_binary_unit(size, text):
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
+        (0.0, "0.0s"),
+        (0.0004, "0.0s"),
+        (0.0351, "35ms"),
         (0.44, "0.4s"),
         (59.94, "59.9s"),
         (59.96, "1m 00s"),

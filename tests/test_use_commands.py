@@ -65,7 +65,9 @@ def test_evaluate_measures_a_run_of_a_card_on_any_machine_and_a_failed_one_only_
     (run / "summary.json").write_text(json.dumps(summary))
     code, out, err = command("evaluate", run)
     assert (code, out) == (2, "") and "did not reach its end (status failed)" in err
-    assert command("evaluate", run, "--unfinished")[0] == 0
+    for use in (("evaluate", run, "--unfinished"), ("generate", run, "--prompt", "hi", "--max-new-tokens", 1)):
+        code, _, err = command(*use)
+        assert code == 0 and f"the run {run} did not reach its end; {run / 'adapter'} is what it has" in err
 
 
 def test_evaluate_takes_settings_for_a_recipe_and_options_for_a_run(runs, command):

@@ -54,6 +54,6 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, rows: i
     if as_json:
         click.echo(json.dumps(result))
         return
-    for name, value in result.items():
+    for name, value in (result | {"adapter": result["adapter"] or "none: the base model"}).items():
         click.echo(f"{name.replace('_', ' '):18} {value:.4f}" if isinstance(value, float) else
                    f"{name.replace('_', ' '):18} {value}")  # fmt: skip

@@ -83,7 +83,7 @@ def _machine(settings, vram, card):
     if card is not None:
         machine = machine_of_card(find_card(card))
     elif vram is not None:
-        like = min(CARDS, key=lambda known: abs(known.memory_bytes - vram))
+        like = min(CARDS, key=lambda known: (not known.bf16_flops_per_second, abs(known.memory_bytes - vram)))
         machine = machine_of_card(like).renamed(f"a card with {format_bytes(vram)} (speed of {like.name})", vram)
     else:
         device = resolve_device(settings.model.device)
@@ -105,7 +105,7 @@ def _show(text: str, found: dict, html: Path | None) -> None:
     console.print(text)
     names = {"max_tokens": "longest sequence that fits", "max_batch": "packs that fit at once"}
     for key, value in found.items():
-        console.print(f"{names[key]}: {value if value is not None else 'none'}")
+        console.print(f"{names[key]}, with every lever that saves memory: {value if value is not None else 'none'}")
     if html is not None:
         console.print(f"timeline: {html}")
 

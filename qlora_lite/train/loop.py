@@ -99,6 +99,7 @@ class Trainer:
         self.step = self.skipped = 0
         self.epoch = self.epoch_step = 0  # the next step's: its epoch, and the steps before it in that epoch
         self.optimizer_bytes = 0  # of its states, known after a rehearsal
+        self._is_still = False  # its gradients are zero, which has been said
         self.most_tokens: int | None = None  # at once through the model, since memory ran out with more
         check_trainable(model, sum(parameter.numel() for parameter in self.parameters))
         tiny_tiles = settings.levers.tile_tokens and CHECKED_TILE_TOKENS  # so that the check's few tokens are cut
@@ -171,6 +172,10 @@ class Trainer:
             self._skip_or_stop(micro_batches, updated=whole and math.isfinite(result.loss))
         elif self.step - self.skipped == 1:
             check_adapters_took_part(self.model, result.norms.tolist())
+        elif result.grad_norm == 0 and not self._is_still:
+            self._is_still = True
+            log.warning("step %d: every gradient is zero, so that nothing is learned any more; a lower "
+                        "train.learning_rate may have kept the model from breaking", self.step)  # fmt: skip
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
         return StepMetrics(

@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny import quantized_pair, random_batch, random_factors
+from tiny_trainer import trainer
 
 from qlora_lite.data.batch import Batch
 from qlora_lite.errors import TrainingError
 from qlora_lite.lora.inject import add_lora, lora_parameters
 from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.recipe.reference import choices_of, field_at
-from qlora_lite.train import optim
+from qlora_lite.train import loop, optim
 from qlora_lite.train.optim import BITSANDBYTES_NAMES, build_optimizer, can_page, clip_gradients
 from qlora_lite.train.schedule import lr_factor
 from qlora_lite.train.step import accumulate_gradients, evaluate_loss, labelled_count, prepare, train_step
@@ -225,3 +226,12 @@ def test_kept_blocks_are_not_computed_again_and_change_no_gradient(model):
             hook.remove()
     assert torch.equal(gradients[0], gradients[1])
     assert torch.equal(gradients[0], gradients[9])
+
+
+def test_gradients_that_are_zero_are_told_once(monkeypatch, caplog):
+    still = trainer(max_steps=3)
+    step = loop.train_step
+    monkeypatch.setattr(loop, "train_step", lambda *given: step(*given)._replace(grad_norm=0.0))
+    assert len(list(still)) == 3
+    (said,) = [message for message in caplog.messages if "nothing is learned any more" in message]
+    assert said.startswith("step 2: every gradient is zero")
