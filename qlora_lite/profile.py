@@ -143,6 +143,14 @@ def _figures(plan: Plan, expected: Prediction, ledger: Ledger, seconds, process_
     }  # fmt: skip
 
 
+def _beside(plan: Plan, figures: dict) -> list[dict]:
+    """Return what was needed beside the tensors: on a CPU what was measured, on a card the plan's constants."""
+    if plan.machine.device_type == "cuda":  # its counter sees tensors only
+        return constants(plan)
+    size = max(0, figures["process_peak_bytes"] - figures["peak_bytes"])
+    return [{"name": "process", "bytes": size, "why": "Python, its libraries and buffers, measured"}]
+
+
 def in_words(peak: Moment) -> str:
     """Say where the peak stood and what held it."""
     parts = sorted(peak.on_device.items(), key=lambda item: -item[1])[:4]
@@ -173,6 +181,6 @@ def _record(plan: Plan, expected: Prediction, ledger: Ledger, figures: dict, nam
         "peak": {"bytes": peak.total, "phase": peak.phase, "module": peak.module, "breakdown": peak.on_device},
         "timeline": [{"phase": m.phase, "module": m.module, "bytes": m.on_device} for m in ledger.timeline],
         "sentences": sentences, "predicted": expected.simulation.peak().on_device, "measured": peak.on_device,
-        "constants": constants(plan),
+        "constants": _beside(plan, figures),
         "alternatives": [asdict(a) for a in others],
     }  # fmt: skip

@@ -13,6 +13,7 @@ from qlora_lite.memory.ledger import Moment
 from qlora_lite.memory.marks import phase, timing
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.train.loop import Trainer
+from qlora_lite.units import format_bytes
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,8 @@ def test_predicted_and_measured_agree_and_the_time_of_each_phase_is_told(recipe,
     for name in ("base weights", "adapter", "embeddings", "optimizer"):
         assert figures["measured"].get(name, 0) == figures["predicted"].get(name, 0)
     page = done.page.read_text()
+    outside = format_bytes(figures["process_peak_bytes"] - figures["peak_bytes"])
+    assert f'<td>process</td><td class="number">{outside}</td>' in page
     assert "<svg" in page and "saved activations" in page and figures["peak_module"].rpartition(".")[2] in page
 
 
