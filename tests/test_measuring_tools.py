@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import warnings
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from itertools import pairwise
@@ -26,8 +27,9 @@ sys.path.insert(0, str(TOOLS))
 
 import _gpu_caps  # noqa: E402
 import _gpu_peers  # noqa: E402
+import _gpu_sections  # noqa: E402
 from _card import card_environment  # noqa: E402
-from _gpu_sections import CARD, SECTIONS, lever_problem, resident_task  # noqa: E402
+from _gpu_sections import CARD, REHEARSAL, SECTIONS, lever_problem, resident_task  # noqa: E402
 from _gpu_summary import summary  # noqa: E402
 from _lever_plot import lever_plot  # noqa: E402
 from _levers import by_saving, lever_cases, measure, merged, resident_cases, saving_levers  # noqa: E402
@@ -152,6 +154,51 @@ def test_the_loss_alone_is_timed_and_one_that_gives_another_number_is_a_problem(
     assert ours["tokens_per_second"] > 0 and ours["loss"] == pytest.approx(alike["loss"])
     assert all("skipped" in row for row in others) and len(others) == 2
     assert "problem" in wrong_row and not {"problem", "skipped"} & {*ours, *alike}
+
+
+SOME_TESTS = """
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+@pytest.mark.parametrize("case", [f"Levers(compile=False)-{n}" for n in range(45)])
+def test_levers(case):
+    print("a test of", case)
+
+def test_compiled_blocks():
+    pass
+
+def test_a_run_goes_on():
+    pass
+
+@pytest.mark.parametrize("way", ["compiled"])
+def test_another_run_goes_on(way):
+    pass
+"""
+
+
+def test_tests_that_compile_run_last_and_the_passed_are_counted_meanwhile(tmp_path, monkeypatch, capsys):
+    (tmp_path / "test_some.py").write_text(SOME_TESTS, encoding="utf-8")
+    monkeypatch.setattr(_gpu_sections, "gpu_tests", lambda: [tmp_path / "test_some.py"])
+    rows = list(_gpu_sections.tests(REHEARSAL))
+    assert [row["passed"] for row in rows if "passed" in row] == [20, 40]
+    assert [row["summary"].split(",")[0].strip("= ") for row in rows if "summary" in row] == [
+        "45 passed", "1 passed", "2 passed"]  # fmt: skip
+    assert not any("problem" in row for row in rows)
+    ran = re.findall(r"::(test_\w+).* PASSED", capsys.readouterr().out)
+    assert ran[45:] == ["test_a_run_goes_on", "test_compiled_blocks", "test_another_run_goes_on"]
+
+
+def test_tests_without_an_end_say_how_many_had_passed():
+    rows = [{"passed": 20}, {"summary": "35 passed"}, {"passed": 40}]
+    section = {"status": "timed out", "seconds": 1.0, "rows": rows}
+    assert "no end: 40 or more passed" in summary({"tests": section})
+    assert "no end" not in summary({"tests": section | {"rows": [*rows, {"summary": "10 passed"}]}})
+
+
+def test_what_torch_says_of_a_card_s_context_in_a_thread_is_no_error():
+    warnings.warn("Attempting to run cuBLAS, but there was no current CUDA context! Attempting to set the primary "
+                  "context... (Triggered internally at CublasHandlePool.cpp)", UserWarning, stacklevel=1)  # fmt: skip
 
 
 def gpu_check(*arguments):

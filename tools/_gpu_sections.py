@@ -38,6 +38,9 @@ from qlora_lite.train.step import accumulate_gradients, prepare
 from qlora_lite.units import format_bytes
 
 GIB, MIB = 2**30, 2**20
+# Whole runs and compiling take long: last. ("compile" is in the names of all cases of levers, as compile=False.)
+ORDER = "not compiled and not goes_on", "goes_on and not compiled", "compiled"
+COUNTED = 20  # passed tests after which a row says how many, so that it is known where there was no time for all
 TIMED = 3  # passes, of which the fastest counts
 ROOT = Path(__file__).resolve().parent.parent
 # Of a prediction, beyond which it counts as wrong. Allocated memory has the rests of pieces that are not worth cutting,
@@ -112,19 +115,27 @@ def tests(scale: Scale) -> Iterator[dict]:
         command += ["-o", "addopts=-ra", "-W", "ignore:Unknown config option:pytest.PytestConfigWarning"]
     if not scale.rehearsal:
         command.append("--require-gpu")
-    for which in ("not compile and not goes_on", "goes_on", "compile"):  # whole runs and compiling take long: last
-        yield from _pytest([*command, "-k", which])
+    passed = 0
+    for which in ORDER:
+        for row in _pytest([*command, "-k", which]):
+            passed += "passed" in row
+            if "passed" not in row:
+                yield row
+            elif passed % COUNTED == 0:
+                yield {"passed": passed}
 
 
 def _pytest(command: list[str]) -> Iterator[dict]:
-    """Run pytest; yield each failure as soon as it is there, and its last line."""
+    """Run pytest; yield each test that ended as soon as it has, and its last line."""
     last = ""
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         for line in process.stdout:
             print(line, end="", flush=True)
             last = line.strip() or last
-            outcome = re.match(r"(\S+::.*) (FAILED|ERROR) ", line)
-            if outcome:
+            outcome = re.match(r"(\S+::.*) (PASSED|FAILED|ERROR) ", line)
+            if outcome and outcome[2] == "PASSED":
+                yield {"passed": outcome[1]}
+            elif outcome:
                 yield {"test": outcome[1], "problem": outcome[2].lower()}
     yield {"summary": last} | ({"problem": "a test failed"} if process.returncode else {})
 
