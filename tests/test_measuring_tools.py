@@ -1,6 +1,7 @@
 """The tools that measure levers and cards: sections end as they should, tables and plots show what was measured."""
 
 import json
+import math
 import os
 import re
 import runpy
@@ -21,6 +22,7 @@ from qlora_lite.errors import DoesNotFitError
 from qlora_lite.memory.cards import find_card
 from qlora_lite.models.levers import Levers
 from qlora_lite.planning.machine import machine_of_card
+from qlora_lite.planning.predict import predict
 
 TOOLS = Path(__file__).parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
@@ -36,6 +38,7 @@ from _levers import by_saving, lever_cases, measure, merged, resident_cases, sav
 from _sections import LIMIT_SECONDS, run_section  # noqa: E402
 
 MIB = 2**20
+CAP = 672 * MIB  # of a card, for the tiny model
 FIRST_ROW = "from _sections import report; report({'kind': 'first'}); "
 
 
@@ -122,6 +125,62 @@ def test_a_cap_under_which_every_length_fits_is_a_problem_since_none_was_seen_to
     longest = last["planned_longest_tokens"]
     monkeypatch.setattr(capped, "run", lambda name, tokens, *_, **__: {"fits": tokens == longest})
     assert [row.get("problem") for row in _gpu_caps.length_rows(capped, "tiny", 256, 64 * MIB)] == [None, None]
+
+
+def on_a_card(monkeypatch, **changes):
+    """Return a device that is a card of the table to the planner, on which nothing runs and nothing fits."""
+    capped = _gpu_caps.CappedDevice()
+    capped.machine = replace(machine_of_card(find_card("rtx-4090")), **changes)
+    monkeypatch.setattr(capped, "run", lambda *_, **__: {"fits": False})
+    return capped
+
+
+@pytest.mark.parametrize("scarce", ["time", "host memory"])
+def test_where_the_longest_row_takes_too_much_a_shorter_one_of_plainer_levers_is_run(scarce, monkeypatch):
+    monkeypatch.setattr(_gpu_caps, "MOST_STEP_SECONDS", math.inf)
+    capped = on_a_card(monkeypatch)
+    [longest] = _gpu_caps.length_rows(capped, "tiny", 256, CAP)
+    plan = _gpu_caps.plan_below(capped.machine, "tiny", 256, CAP)
+    tokens, levers = _gpu_caps.longest_row(plan)
+    assert (longest["tokens"], longest["levers"]) == (tokens, levers.settings) and longest["planned_bytes"] <= CAP
+    assert longest["problem"] == "the longest sequence that was planned to fit does not"
+    prediction = predict(_gpu_caps.row_job(plan, levers, tokens))
+    if scarce == "time":
+        monkeypatch.setattr(_gpu_caps, "MOST_STEP_SECONDS", capped.machine.seconds(prediction.simulation.work) / 2)
+    else:
+        capped.machine = replace(capped.machine, host_bytes=prediction.host_bytes)  # longer ones are run too
+    [row] = _gpu_caps.length_rows(capped, "tiny", 256, CAP)
+    assert 1024 < row["tokens"] < longest["tokens"] and row["levers"] != longest["levers"]
+
+
+@pytest.mark.parametrize("changes", [{"flops_per_second": 1.0}, {"memory_bytes": CAP - 1}])
+def test_where_no_length_can_be_run_it_is_said(changes, monkeypatch):
+    [row] = _gpu_caps.length_rows(on_a_card(monkeypatch, **changes), "tiny", 256, CAP)
+    assert row["skipped"] == "the card has less free" if "memory_bytes" in changes else "levers" in row["skipped"]
+    assert "skipped: length of tiny" in summary({"caps": {"status": "skipped", "seconds": 1.0, "rows": [row]}})
+
+
+def test_all_choices_are_run_before_the_first_length(monkeypatch):
+    monkeypatch.setattr(_gpu_sections, "chosen_row", lambda capped, *case: ("choice", *case))
+    monkeypatch.setattr(_gpu_sections, "length_rows", lambda capped, *case: [("length", *case)])
+    rows = [(kind, name, cap // 2**30) for kind, name, _, cap in _gpu_sections.caps(CARD)]
+    assert rows[0] == ("choice", "llama-8b", 8) and rows[9] == ("choice", "llama-7b", 24)
+    assert rows[10:] == [("length", "llama-8b", 6), ("length", "llama-8b", 8)]
+
+
+def test_a_plan_knows_that_embeddings_are_the_head():
+    machine = machine_of_card(find_card("rtx-4090"))
+    assert _gpu_caps.plan_below(machine, "llama-1b", 64, 2**33).step.tied
+    assert not _gpu_caps.plan_below(machine, "tiny", 64, 2**33).step.tied
+
+
+def test_a_model_that_there_is_no_room_to_build_in_is_a_finding_and_no_end(monkeypatch):
+    def model_of(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. More words")
+
+    monkeypatch.setattr(_gpu_caps, "model_of", model_of)
+    row = _gpu_caps.chosen_row(_gpu_caps.CappedDevice(), "tiny", 256, 80 * MIB)
+    assert row["error"] == "CUDA out of memory" and not row["fits"] and "build" in row["problem"]
 
 
 @pytest.mark.parametrize("fits", [True, False])

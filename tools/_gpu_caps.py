@@ -9,18 +9,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 
 import torch
 from _cases import OUT_OF_MEMORY, free_memory, model_of, trainer_of, under_ledger
 from _models import MODELS
 from transformers import AutoConfig
 
+from qlora_lite.errors import DoesNotFitError
 from qlora_lite.lora.inject import lora_parameters
 from qlora_lite.memory.meter import hold_to
 from qlora_lite.models.levers import Levers
 from qlora_lite.models.load import resolve_device
-from qlora_lite.plan import Plan, max_tokens
+from qlora_lite.plan import MOST_TOKENS, Plan, max_tokens
 from qlora_lite.planning.candidate import Step, choose
+from qlora_lite.planning.largest import LENGTH_STEP, longest
 from qlora_lite.planning.machine import Machine, this_machine
 from qlora_lite.planning.predict import predict
 from qlora_lite.planning.search import first_levers, search, smaller
@@ -29,8 +32,8 @@ from qlora_lite.train.loop import Trainer
 from qlora_lite.units import format_bytes
 
 STEPS_ABOVE = (1.0, 1.02, 1.05, 1.1, 1.2, 1.4)  # times the planned longest, until one fails
-LENGTH_MULTIPLE = 64  # tokens; planned lengths are multiples of it
-MOST_STEP_SECONDS = 30.0  # a longer step is not tried; the estimate is written down
+NOT_BUILT = "there is no room to build the model in, whose weights are made on the device"
+MOST_STEP_SECONDS = 30.0  # by estimate; what takes longer is not tried
 
 
 def trained(trainer: Trainer) -> dict:
@@ -59,7 +62,10 @@ class CappedDevice:
             case: what else is different (see ``_cases``).
         """
         case |= {"model": name, "tokens": tokens, **asdict(levers)}
-        model = self._placed(case, levers)
+        try:
+            model = self._placed(case, levers)
+        except OUT_OF_MEMORY as error:
+            return {"fits": False, "built": False, "error": str(error).partition(".")[0]}
         try:
             self._hold_to(cap_bytes)
             trainer = trainer_of(case, model, steps)
@@ -99,7 +105,7 @@ def plan_below(machine: Machine, name: str, tokens: int, cap_bytes: int) -> Plan
     """Plan one row of all learned tokens a step, on a card of the cap's size."""
     config = AutoConfig.for_model("llama", **MODELS[name])
     job = Job(config, Rows((1,), 1), None, machine.device_type)
-    step = Step(job, Rows((tokens,), tokens - 1), 1, 1)
+    step = Step(job, Rows((tokens,), tokens - 1), 1, 1, tied=bool(config.tie_word_embeddings))
     found = search(step, machine, cap_bytes)
     chosen = choose(found, cap_bytes)
     least = min(found, key=lambda candidate: candidate.peak_bytes)
@@ -120,7 +126,7 @@ def chosen_row(capped: CappedDevice, name: str, tokens: int, cap_bytes: int) -> 
     overhead = sum(constant.bytes for constant in prediction.overheads)
     row |= capped.run(name, tokens, plan.chosen.levers, cap_bytes, 3, overhead)
     if not row["fits"]:
-        row["problem"] = f"the plan for {format_bytes(cap_bytes)} does not fit"
+        row["problem"] = NOT_BUILT if "built" in row else f"the plan for {format_bytes(cap_bytes)} does not fit"
     return row
 
 
@@ -130,32 +136,54 @@ def longest_row(plan: Plan) -> tuple[int, Levers]:
     return max_tokens(plan), levers
 
 
+def lengths_within(capped: CappedDevice, plan: Plan) -> tuple[Levers, list[int]]:
+    """Return levers, and with them the longest row that is planned to fit and longer ones; no row if none would do.
+
+    Levers are tried from those that need least memory to the plainest: the less they save, the shorter are rows and
+    steps. A row will do if its step is short enough, and the host has room for the longest.
+    """
+    start = 2 * sum(plan.step.pack.lengths)
+    for levers in reversed((first_levers(plan.step), *smaller(plan.step))):
+        job_of = partial(row_job, plan, levers)
+        try:
+            first = longest(job_of, plan.limit_bytes, None, start, MOST_TOKENS)
+        except DoesNotFitError:
+            continue
+        found = [max(first, round(share * first / LENGTH_STEP) * LENGTH_STEP) for share in STEPS_ABOVE]
+        short = capped.machine.seconds(predict(job_of(first)).simulation.work) <= MOST_STEP_SECONDS
+        if short and predict(job_of(found[-1])).fits_host(capped.machine.host_bytes):
+            return levers, list(dict.fromkeys(found))
+    return levers, []
+
+
+def row_job(plan: Plan, levers: Levers, tokens: int) -> Job:
+    """Return the plan's job with other levers for one row of so many tokens, all learned."""
+    return replace(plan.step.job, rows=Rows((tokens,), tokens - 1), levers=levers)
+
+
 def length_rows(capped: CappedDevice, name: str, tokens: int, cap_bytes: int) -> Iterator[dict]:
     """Run the longest sequence that is planned to fit, and longer ones until one fails."""
+    row = {"kind": "length", "model": name, "cap_bytes": cap_bytes}
+    if cap_bytes > capped.machine.memory_bytes:
+        yield row | {"skipped": "the card has less free"}
+        return
     plan = plan_below(replace(capped.machine, host_bytes=None), name, tokens, cap_bytes)
-    longest, levers = longest_row(plan)
-    row = {"kind": "length", "model": name, "cap_bytes": cap_bytes, "planned_longest_tokens": longest}
-    lengths = [max(longest, round(share * longest / LENGTH_MULTIPLE) * LENGTH_MULTIPLE) for share in STEPS_ABOVE]
-    for length in dict.fromkeys(lengths):
-        job = replace(plan.step.job, rows=Rows((length,), length - 1), levers=levers)
-        prediction = predict(job)
-        seconds = capped.machine.seconds(prediction.simulation.work)
-        row |= {"tokens": length, "above_planned": length / longest - 1, "planned_bytes": prediction.peak_bytes}
-        reasons = []
-        if seconds > MOST_STEP_SECONDS:
-            reasons.append(f"a step would take about {seconds:.0f} s")
-        if not prediction.fits_host(capped.machine.host_bytes):
-            reasons.append(f"it takes {format_bytes(prediction.host_bytes)} of the host's memory")
-        if reasons:
-            yield row | {"fits": None, "not_run": ", ".join(reasons)}
-            return
+    levers, lengths = lengths_within(capped, plan)
+    if not lengths:
+        most = f"takes at most {MOST_STEP_SECONDS:.0f} s"
+        yield row | {"skipped": f"no levers with which a step of the longest row {most} and the host has room for it"}
+        return
+    row |= {"planned_longest_tokens": lengths[0], "levers": levers.settings}
+    for length in lengths:
+        prediction = predict(row_job(plan, levers, length))
+        row |= {"tokens": length, "above_planned": length / lengths[0] - 1, "planned_bytes": prediction.peak_bytes}
         started = time.perf_counter()
         overhead = sum(constant.bytes for constant in prediction.overheads)
         done = row | capped.run(name, length, levers, cap_bytes, 1, overhead)
         done["seconds"] = time.perf_counter() - started
-        if length == longest and not done["fits"]:
-            done["problem"] = "the longest sequence that was planned to fit does not"
-        elif length == max(lengths) and done["fits"]:
+        if length == lengths[0] and not done["fits"]:
+            done["problem"] = NOT_BUILT if "built" in done else "the longest sequence that was planned to fit does not"
+        elif length == lengths[-1] and done["fits"]:
             done["problem"] = f"no failing length up to {length:,} tokens"
         yield done
         if not done["fits"]:

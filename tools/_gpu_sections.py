@@ -237,13 +237,12 @@ def plan(scale: Scale) -> Iterator[dict]:
 
 
 def caps(scale: Scale) -> Iterator[dict]:
-    """Run the planner's choices and its longest sequences below caps."""
+    """Run the planner's choices below caps, then longest sequences."""
     capped = CappedDevice()
-    for number, name in enumerate(scale.models):
-        for cap in scale.caps_bytes:
-            yield chosen_row(capped, name, scale.tokens, cap)
-        for cap in () if number else scale.long_caps_bytes:
-            yield from length_rows(capped, name, scale.tokens, cap)
+    for name, cap in product(scale.models, scale.caps_bytes):
+        yield chosen_row(capped, name, scale.tokens, cap)
+    for cap in scale.long_caps_bytes:  # long steps: what there is no time for is the last
+        yield from length_rows(capped, scale.models[0], scale.tokens, cap)
 
 
 def peers(scale: Scale) -> Iterator[dict]:

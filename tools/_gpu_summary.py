@@ -13,11 +13,17 @@ def summary(found: Mapping[str, Mapping]) -> str:
     for name, section in found.items():
         lines.append(f"{name:10} {section['status']:10} {section['seconds']:7.1f}")
         lines += [f"    {line}" for line in _HEADLINES[name]([row for row in section["rows"] if "skipped" not in row])]
-        lines += [f"    skipped: {row.get('side', '')} {row['skipped']}" for row in section["rows"] if "skipped" in row]
+        lines += [f"    skipped: {_skipped(row)} {row['skipped']}" for row in section["rows"] if "skipped" in row]
         problems = [row for row in section["rows"] if "problem" in row]
         lines += [f"    PROBLEM: {' '.join(filter(None, (row.get('test'), row['problem'])))}" for row in problems]
         lines += [f"    | {line}" for line in section.get("output", ())[-5:]]
     return "\n".join(lines)
+
+
+def _skipped(row: Mapping) -> str:
+    if "cap_bytes" in row:
+        return f"{row['kind']} of {row['model']} below {format_bytes(row['cap_bytes'])}:"
+    return row.get("side", "")
 
 
 def _tests(rows: Sequence[Mapping]) -> list[str]:
@@ -49,8 +55,7 @@ def _plan(rows: Sequence[Mapping]) -> list[str]:
 def _caps(rows: Sequence[Mapping]) -> list[str]:
     lines = []
     for row in rows:
-        not_run = f"not run: {row.get('not_run', 'planned not to fit')}"
-        fits = {True: "fits", False: "fails", None: not_run}[row.get("fits")]
+        fits = {True: "fits", False: "fails", None: "not run: planned not to fit"}[row.get("fits")]
         above = f" ({row['above_planned']:+.0%} of the planned longest)" if row["kind"] == "length" else ""
         took = f", {format_bytes(row['measured_bytes'])}" if "measured_bytes" in row else ""
         speed = f", {row['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in row else ""
