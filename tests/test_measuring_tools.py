@@ -30,11 +30,12 @@ sys.path.insert(0, str(TOOLS))
 import _gpu_caps  # noqa: E402
 import _gpu_peers  # noqa: E402
 import _gpu_sections  # noqa: E402
+import _levers  # noqa: E402
 from _card import card_environment  # noqa: E402
 from _gpu_sections import CARD, REHEARSAL, SECTIONS, lever_problem, resident_task  # noqa: E402
 from _gpu_summary import summary  # noqa: E402
 from _lever_plot import lever_plot  # noqa: E402
-from _levers import by_saving, lever_cases, measure, merged, resident_cases, saving_levers  # noqa: E402
+from _levers import by_saving, first_case, lever_cases, measure, merged, resident_cases, saving_levers  # noqa: E402
 from _sections import LIMIT_SECONDS, run_section  # noqa: E402
 
 MIB = 2**20
@@ -342,6 +343,19 @@ def test_a_row_of_the_lever_table_is_measured_as_it_is_planned():
         assert row["tokens_per_second"] > 0 and row["loss"] > 0
     assert found[1]["measured_bytes"] < found[0]["measured_bytes"]
     assert found[1]["measured_host_bytes"] > found[0]["measured_host_bytes"] == 0
+
+
+@pytest.mark.parametrize("place", ["model_of", "trainer_of", "under_ledger"])
+def test_a_lever_row_is_its_prediction_wherever_memory_runs_out(place, monkeypatch):
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. More words")
+
+    case = first_case("tiny", 64)
+    expected = measure(case, warmup=0, steps=1)
+    monkeypatch.setattr(_levers, place, too_large)
+    row = measure(case, warmup=0, steps=1)
+    assert row == {key: expected.get(key, "CUDA out of memory") for key in row}
+    assert {"failed", "planned_bytes", "predicted_bytes"} <= set(row) and "measured_bytes" not in row
 
 
 def result():

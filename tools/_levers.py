@@ -11,7 +11,7 @@ import shutil
 import statistics
 from collections.abc import Sequence
 
-from _cases import OUT_OF_MEMORY, free_memory, job_of, levers_of, model_of, trainer_of, under_ledger
+from _cases import OUT_OF_MEMORY, RANK, free_memory, job_of, levers_of, model_of, trainer_of, under_ledger
 from _models import config_of
 
 from qlora_lite.doctor import missing_for_triton
@@ -54,13 +54,17 @@ def by_saving(model: str, tokens: int, device_type: str) -> list[str]:
     config, again = config_of(model), first_case(model, tokens) | {"checkpointing": "block"}
 
     def needed(change: dict) -> int:
-        case = again | change
-        job = Job(config, Rows((tokens,), tokens - 1), None, device_type, optimizer=case["optimizer"],
-                  levers=levers_of(case))  # fmt: skip
-        return predict(job).simulation.peak().total
+        return predict(_row_job(again | change, config, device_type)).simulation.peak().total
 
     levers = saving_levers(tokens)
     return sorted(levers, key=lambda name: needed(levers[name]))
+
+
+def _row_job(case: dict, config, device_type: str) -> Job:
+    """Describe a case's step of one row to the planner, without a model."""
+    rows = Rows((case["tokens"],), case["tokens"] - 1)
+    return Job(config, rows, None, device_type, quant_head=case.get("quant_head", False), rank=RANK,
+               optimizer=case["optimizer"], levers=levers_of(case))  # fmt: skip
 
 
 def lever_cases(model: str, tokens: int, order: Sequence[str]) -> list[dict]:
@@ -120,14 +124,12 @@ def measure(case: dict, warmup: int, steps: int) -> dict:
     """
     device = resolve_device()
     base = held_bytes(device)
-    trainer = trainer_of(case, model_of(case, device), warmup + steps)
-    prediction = predict(job_of(case, trainer, evaluates=False))
-    expected = prediction.simulation.peak()
-    row = case | {
-        "predicted_bytes": expected.total, "planned_bytes": prediction.peak_bytes,
-        "predicted_host_bytes": prediction.simulation.offloaded_bytes, "predicted_breakdown": expected.breakdown,
-        "predicted_process_bytes": prediction.allocated_bytes if device.type == "cuda" else prediction.peak_bytes,
-    }  # fmt: skip
+    try:
+        trainer = trainer_of(case, model_of(case, device), warmup + steps)
+    except OUT_OF_MEMORY as error:
+        job = _row_job(case, config_of(case["model"]), device.type)
+        return case | _predicted(job) | {"failed": str(error).partition(".")[0]}
+    row = case | _predicted(job_of(case, trainer, evaluates=False))
     free_memory(device)
     try:
         metrics = list(trainer)
@@ -142,6 +144,17 @@ def measure(case: dict, warmup: int, steps: int) -> dict:
         "measured_breakdown": ledger.peak.breakdown, "measured_place": f"{ledger.peak.phase} {ledger.peak.module}",
         "measured_process_bytes": process_bytes, "loss": metrics[-1].loss,
         "tokens_per_second": statistics.median(step.tokens_per_second for step in metrics[warmup:]),
+    }  # fmt: skip
+
+
+def _predicted(job: Job) -> dict:
+    """Return the figures of a prediction."""
+    prediction = predict(job)
+    expected = prediction.simulation.peak()
+    return {
+        "predicted_bytes": expected.total, "planned_bytes": prediction.peak_bytes,
+        "predicted_host_bytes": prediction.simulation.offloaded_bytes, "predicted_breakdown": expected.breakdown,
+        "predicted_process_bytes": prediction.allocated_bytes if job.device_type == "cuda" else prediction.peak_bytes,
     }  # fmt: skip
 
 
