@@ -39,7 +39,7 @@ from _levers import by_saving, first_case, lever_cases, measure, merged, residen
 from _sections import LIMIT_SECONDS, run_section  # noqa: E402
 
 MIB = 2**20
-CAP = 672 * MIB  # of a card, for the tiny model
+CAP = 650 * MIB  # of a card, for the tiny model
 FIRST_ROW = "from _sections import report; report({'kind': 'first'}); "
 
 
@@ -192,9 +192,62 @@ def test_the_planner_s_choice_that_runs_out_of_memory_is_a_problem_if_it_was_pla
     monkeypatch.setattr(_gpu_peers, "_ours", ours)
     monkeypatch.setattr(_gpu_peers, "_missing", lambda side, _: "left out" if side.startswith("peers") else "")
     plan = SimpleNamespace(fits=fits, chosen=SimpleNamespace(levers=Levers()))
-    rows = list(_gpu_peers.compare_sides("tiny", 1, 64, plan, torch.device("cpu")))
+    sides = _gpu_peers.Comparison("tiny", 1, 64, plan, torch.device("cpu"))
+    rows = [*sides.plain(), *sides.compiled()]
     assert [row["side"] for row in rows if "problem" in row] == ["ours, as planned"] * fits
     assert sum(row.get("out_of_memory") == "too large" for row in rows) == 3
+
+
+@pytest.mark.parametrize("error", [ImportError, AttributeError, TypeError, ValueError, RuntimeError, KeyError])
+def test_a_side_that_a_foreign_package_ends_is_a_problem_and_the_others_go_on(error, monkeypatch):
+    def broken(*_):
+        raise error("no such name\nmore lines")
+
+    monkeypatch.setattr(_gpu_peers, "peers_side", broken)
+    monkeypatch.setattr(_gpu_peers, "_missing", lambda *_: "")
+    monkeypatch.setattr(_gpu_peers, "_ours", lambda *_: {"first_loss": 2.0})
+    plan = SimpleNamespace(fits=True, chosen=SimpleNamespace(levers=Levers()))
+    sides = _gpu_peers.Comparison("tiny", 1, 64, plan, torch.device("cpu"))
+    problems = [row.get("problem") for row in (*sides.plain(), *sides.compiled())]
+    words = f"{error.__name__}: " + ("'no such name\\nmore lines'" if error is KeyError else "no such name")
+    assert problems == [None, None, words, words, None]
+
+
+def test_a_compiled_side_with_another_first_loss_is_a_problem(monkeypatch):
+    monkeypatch.setattr(_gpu_peers, "_missing", lambda *_: "")
+    monkeypatch.setattr(_gpu_peers, "peers_side", lambda *_: {"first_loss": 2.0})
+    monkeypatch.setattr(_gpu_peers, "_ours", lambda case, _: {"first_loss": 2.1 if case["compile"] else 2.0})
+    plan = SimpleNamespace(fits=True, chosen=SimpleNamespace(levers=Levers()))
+    sides = _gpu_peers.Comparison("tiny", 1, 64, plan, torch.device("cpu"))
+    assert not any("problem" in row for row in sides.plain())
+    assert ["problem" in row for row in sides.compiled()] == [True]
+
+
+def test_what_is_compiled_is_compared_last(monkeypatch):
+    monkeypatch.setattr(_gpu_peers, "_missing", lambda *_: "left out")
+    monkeypatch.setattr(_gpu_peers, "_loss_row", lambda *_: {})
+    sides = [row["side"] for row in _gpu_sections.peers(replace(REHEARSAL, shapes=((2, 64), (1, 64))))]
+    compiled = [number for number, side in enumerate(sides) if side.endswith("compiled")]
+    assert compiled == [len(sides) - 2, len(sides) - 1] and len(sides) == 2 * _gpu_peers.SIDES + 3
+
+
+def test_a_loss_that_ends_with_an_error_or_without_memory_is_a_row(monkeypatch):
+    def broken():
+        raise AttributeError("no such name")
+
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. More words")
+
+    losses = {"broken": ("", broken), "large": ("", lambda: too_large), "ours": ("", _gpu_peers._our_loss)}
+    monkeypatch.setattr(_gpu_peers, "LOSSES", losses)
+    cpu = torch.device("cpu")
+    first, second, third = _gpu_peers.compare_losses("tiny", 64, cpu)
+    assert first["problem"] == "AttributeError: no such name" and third["loss"] > 0 and "problem" not in third
+    assert second["out_of_memory"] == "CUDA out of memory" and "problem" not in second
+    monkeypatch.setattr(_gpu_peers, "_loss_inputs", too_large)
+    [row] = _gpu_peers.compare_losses("tiny", 64, cpu)
+    assert row["out_of_memory"] == "CUDA out of memory"
+    assert "out of memory: the loss alone" in summary({"peers": {"status": "passed", "seconds": 1.0, "rows": [row]}})
 
 
 def test_a_lever_row_that_runs_out_of_memory_is_a_problem_if_it_was_predicted_to_fit():

@@ -22,45 +22,66 @@ from qlora_lite.plan import Plan
 SIDES, WARMUP, STEPS = 5, 1, 3
 PLANNED = "ours, as planned"
 HEAD_SPREAD = 0.02
+# What a package of another version than it was written for, or a kernel that is not for this card, may end with.
+BROKEN = ImportError, AttributeError, TypeError, ValueError, RuntimeError, LookupError, AssertionError, OSError
 LOSS_DIFFERENCE = 0.01  # of the first loss, before anything was learned: more means that other work was done
 
 
-def compare_sides(name: str, rows: int, length: int, plan: Plan, device: torch.device) -> Iterator[dict]:
-    """Yield speed and memory of every side: ours as planned and as the peers, the peers, the peers with Liger.
+class Comparison:
+    """Speed and memory of every side on one step: ours as planned and as the peers, the peers, the peers with Liger."""
 
-    Args:
-        name: a key of ``_models.MODELS``.
-        rows: of a step, each of ``length`` tokens, all learned.
-        plan: the planner's choice for this step; if it runs out of memory although it was planned to fit, that is a
-            problem. Of the other sides it is a finding.
-    """
-    case = {"model": name, "tokens": rows * length, "rows": rows, "optimizer": "adamw_8bit"}
-    sides: dict[str, Callable[[], dict]] = {
-        PLANNED: lambda: _ours(case | asdict(plan.chosen.levers), device),
-        "ours, blocks computed again": lambda: _ours(case | asdict(Levers()), device),
-        "peers": lambda: peers_side(case, device, False),
-        "peers + Liger": lambda: peers_side(case, device, True),
-        "ours, blocks computed again and compiled": lambda: _ours(case | asdict(Levers(compile=True)), device),
-    }
-    first_loss = None
-    for side, run in sides.items():
-        row = {"side": side, "model": name, "rows": rows, "length": length}
-        reason = _missing(side, device)
-        if reason:
-            yield row | {"skipped": reason}
-            continue
-        free_memory(device)
+    def __init__(self, name: str, rows: int, length: int, plan: Plan, device: torch.device):
+        """Prepare the sides.
+
+        Args:
+            name: a key of ``_models.MODELS``.
+            rows: of a step, each of ``length`` tokens, all learned.
+            plan: the planner's choice for this step; if it runs out of memory although it was planned to fit, that is a
+                problem. Of the other sides it is a finding.
+        """
+        case = {"model": name, "tokens": rows * length, "rows": rows, "optimizer": "adamw_8bit"}
+        self._row = {"model": name, "rows": rows, "length": length}
+        self._plan, self._device, self._first_loss = plan, device, None
+        self._plain: dict[str, Callable[[], dict]] = {
+            PLANNED: lambda: _ours(case | asdict(plan.chosen.levers), device),
+            "ours, blocks computed again": lambda: _ours(case | asdict(Levers()), device),
+            "peers": lambda: peers_side(case, device, False),
+            "peers + Liger": lambda: peers_side(case, device, True),
+        }
+        self._compiled: dict[str, Callable[[], dict]] = {
+            "ours, blocks computed again and compiled": lambda: _ours(case | asdict(Levers(compile=True)), device),
+        }
+
+    def plain(self) -> Iterator[dict]:
+        """Yield a row of each side that is not compiled."""
+        for side, run in self._plain.items():
+            yield self._found(side, run)
+
+    def compiled(self) -> Iterator[dict]:
+        """Yield a row of each side that is; a compiler may take longer than all others together."""
+        for side, run in self._compiled.items():
+            yield self._found(side, run)
+
+    def _found(self, side: str, run: Callable[[], dict]) -> dict:
+        row = {"side": side, **self._row}
+        if reason := _missing(side, self._device):
+            return row | {"skipped": reason}
+        free_memory(self._device)
         try:
             row |= run()
         except OUT_OF_MEMORY as error:
-            yield row | {"out_of_memory": str(error).partition(".")[0]} | _against_plan(side, plan)
-            continue
-        except QloraLiteError as error:  # blocks that cannot be compiled here
-            yield row | {"problem": str(error)}
-            continue
-        first_loss = first_loss or row["first_loss"]
-        differs = abs(row["first_loss"] / first_loss - 1) > LOSS_DIFFERENCE
-        yield row | ({"problem": f"first loss {row['first_loss']:.4f}, not {first_loss:.4f}"} if differs else {})
+            return row | {"out_of_memory": str(error).partition(".")[0]} | _against_plan(side, self._plan)
+        except (QloraLiteError, *BROKEN) as error:
+            return row | {"problem": _told(error)}
+        self._first_loss = self._first_loss or row["first_loss"]
+        differs = abs(row["first_loss"] / self._first_loss - 1) > LOSS_DIFFERENCE
+        problem = f"first loss {row['first_loss']:.4f}, not {self._first_loss:.4f}"
+        return row | ({"problem": problem} if differs else {})
+
+
+def _told(error: Exception) -> str:
+    """Return an error's first line and its kind."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _against_plan(side: str, plan: Plan) -> dict:
@@ -121,25 +142,45 @@ def compare_losses(name: str, tokens: int, device: torch.device) -> Iterator[dic
         name: a key of ``_models.MODELS``, whose head, frozen and random, is taken.
         tokens: all learned.
     """
+    row = {"model": name, "rows": 1, "length": tokens}
+    try:
+        inputs = _loss_inputs(name, tokens, device)
+    except OUT_OF_MEMORY as error:
+        yield {"side": "the loss alone", **row, "out_of_memory": str(error).partition(".")[0]}
+        return
+    expected = None
+    for side, (package, loss_of) in LOSSES.items():
+        found = {"side": side, **row, **_loss_row(package, loss_of, inputs)}
+        expected = expected or found.get("loss")
+        if "loss" in found and abs(found["loss"] / expected - 1) > LOSS_DIFFERENCE:
+            found["problem"] = f"loss {found['loss']:.4f}, not {expected:.4f}"
+        yield found
+
+
+def _loss_inputs(name: str, tokens: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Return hidden states, the head's weight and targets."""
     config, random = config_of(name), torch.Generator(device).manual_seed(0)
     made = {"generator": random, "device": device, "dtype": torch.bfloat16}
     weight = torch.randn(config.vocab_size, config.hidden_size, **made) * HEAD_SPREAD
     hidden = torch.randn(tokens, config.hidden_size, **made).requires_grad_()
-    targets = torch.randint(config.vocab_size, (tokens,), generator=random, device=device)
-    expected = None
-    for side, (package, loss_of) in LOSSES.items():
-        row = {"side": side, "model": name, "rows": 1, "length": tokens}
-        reason = _not_installed([package]) if package else ""
-        if package and not reason and device.type == "cpu":
-            reason = "its kernels are for a card"
-        if reason:
-            yield row | {"skipped": reason}
-            continue
-        free_memory(device)
-        row |= _timed_loss(loss_of(), hidden, weight, targets)
-        expected = expected or row["loss"]
-        differs = abs(row["loss"] / expected - 1) > LOSS_DIFFERENCE
-        yield row | ({"problem": f"loss {row['loss']:.4f}, not {expected:.4f}"} if differs else {})
+    return hidden, weight, torch.randint(config.vocab_size, (tokens,), generator=random, device=device)
+
+
+def _loss_row(package: str, loss_of: Callable, inputs: tuple[torch.Tensor, ...]) -> dict:
+    """Return what a loss took, or why it has no figures."""
+    device = inputs[0].device
+    reason = _not_installed([package]) if package else ""
+    if package and not reason and device.type == "cpu":
+        reason = "its kernels are for a card"
+    if reason:
+        return {"skipped": reason}
+    free_memory(device)
+    try:
+        return _timed_loss(loss_of(), *inputs)
+    except OUT_OF_MEMORY as error:
+        return {"out_of_memory": str(error).partition(".")[0]}
+    except BROKEN as error:
+        return {"problem": _told(error)}
 
 
 def _timed_loss(loss_of: Callable, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> dict:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from _cases import OUT_OF_MEMORY, check_case, free_memory, levers_of, model_of, plan_cases, rearranged, trainer_of
 from _gpu_caps import CappedDevice, chosen_row, length_rows, plan_below
-from _gpu_peers import SIDES, STEPS, WARMUP, compare_losses, compare_sides
+from _gpu_peers import SIDES, STEPS, WARMUP, Comparison, compare_losses
 from _levers import by_saving, lever_cases, measure, saving_levers
 from _models import DEMO_MODELS, MODELS
 from _sections import LIMIT_SECONDS
@@ -251,11 +251,15 @@ def peers(scale: Scale) -> Iterator[dict]:
     device = resolve_device()
     machine = CappedDevice().machine
     name, tokens = resident_task("peers", SIDES * (WARMUP + STEPS) * len(scale.shapes), scale, machine)
+    comparisons = []
     for rows, whole in scale.shapes:
         length = whole * tokens // scale.tokens
         planned = plan_below(machine, name, rows * length, machine.memory_bytes)
-        yield from compare_sides(name, rows, length, planned, device)
+        comparisons.append(Comparison(name, rows, length, planned, device))
+        yield from comparisons[-1].plain()
     yield from compare_losses(name, tokens, device)
+    for comparison in comparisons:  # last: a compiler may take all the time that is left
+        yield from comparison.compiled()
 
 
 def levers(scale: Scale) -> Iterator[dict]:
