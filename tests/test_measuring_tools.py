@@ -6,8 +6,10 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import warnings
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -15,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -72,6 +75,23 @@ def test_a_section_that_takes_too_long_is_stopped_with_its_children_and_its_find
     assert found["status"] == "timed out" and found["rows"] == [{"kind": "first"}]
     subprocess.run([sys.executable, "-c", "import time; time.sleep(5)"], check=True)
     assert not lasting.exists()
+
+
+STOPPED = """
+import json, os, sys
+from _sections import interruptible, run_section
+interruptible()
+code = f"from _sections import report; report({{'kind': 'first'}}); import os, time; " \
+    f"os.kill({os.getpid()}, int({sys.argv[1]})); time.sleep(30)"
+print(json.dumps(run_section([sys.executable, "-c", code], 60)))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_section_of_a_process_that_is_interrupted_is_stopped_and_its_findings_stay(number):
+    done = subprocess.run([sys.executable, "-c", STOPPED, str(int(number))], capture_output=True, text=True, cwd=TOOLS)
+    found = json.loads(done.stdout)
+    assert found["status"] == "stopped" and found["rows"] == [{"kind": "first"}] and found["seconds"] < 25
 
 
 def test_a_section_that_found_nothing_failed_and_one_that_only_skipped_was_skipped():
@@ -323,6 +343,24 @@ def test_a_rehearsal_is_never_written_among_the_results():
     done = gpu_check("--rehearse", "--out", str(TOOLS / "results" / "rehearsal.json"))
     assert done.returncode == 2 and "another --out" in done.stderr
     assert not (TOOLS / "results" / "rehearsal.json").exists()
+
+
+def test_a_check_that_is_stopped_ends_its_section_and_writes_what_it_found(tmp_path):
+    out, command = tmp_path / "a" / "new" / "kit.txt", [sys.executable, TOOLS / "gpu_check", "--rehearse"]
+    whole = [*command, "--only", "paged", "tests", "levers", "--out", out]
+    process = subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=TOOLS.parent)
+    written = out.with_suffix(".json")
+    while not written.exists() and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(2)  # the next section has begun
+    inside = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    words, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and f"wrote {written}" in words and "stopped" in words
+    found = json.loads(written.read_text("utf-8"))["sections"]
+    assert [(name, section["status"]) for name, section in found.items()] == [("paged", "passed"), ("tests", "stopped")]
+    assert inside and not any(child.is_running() for child in inside)
+    assert [path.name for path in written.parent.iterdir()] == ["kit.json"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from qlora_lite.files import write_text
+
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "transformers", "bitsandbytes", "numpy")
 
@@ -27,7 +29,7 @@ def write_result(name: str, payload: dict[str, Any], folder: Path = RESULTS) -> 
     Returns:
         The file written.
     """
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     result = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -35,7 +37,7 @@ def write_result(name: str, payload: dict[str, Any], folder: Path = RESULTS) -> 
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         **payload,
     }
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(result, indent=2) + "\n")
     return path
 
 

@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 MARK = "ROW "
@@ -36,7 +37,8 @@ def run_section(command: Sequence[str], limit_seconds: float, environment: Mappi
         environment: added to this process's.
 
     Returns:
-        "status" ("passed", "failed", "timed out" or "skipped"), "seconds", "rows", and "output" unless it passed.
+        "status" ("passed", "failed", "timed out", "skipped", or "stopped" where this process was interrupted),
+        "seconds", "rows", and "output" unless it passed.
     """
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -46,18 +48,41 @@ def run_section(command: Sequence[str], limit_seconds: float, environment: Mappi
                 command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
                 env={**os.environ, **(environment or {})},
             )  # fmt: skip
+            code, ended = None, "timed out"
             try:
                 code = process.wait(max(limit_seconds, 0.0))
             except subprocess.TimeoutExpired:
-                code = None
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                _end(process)
+            except KeyboardInterrupt:  # Ctrl-C, and what ``interruptible`` makes the same of
+                ended = "stopped"
+                _end(process)
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     rows = [row for line in lines if line.startswith(MARK) and (row := _row(line)) is not None]
-    found = {"status": _status(code, rows), "seconds": round(time.perf_counter() - started, 1), "rows": rows}
-    if found["status"] in ("failed", "timed out"):
+    found = {
+        "status": ended if code is None else _status(code, rows),
+        "seconds": round(time.perf_counter() - started, 1),
+        "rows": rows,
+    }
+    if found["status"] in ("failed", "timed out", "stopped"):
         found["output"] = [line for line in lines if not line.startswith(MARK)][-TAIL_LINES:]
     return found
+
+
+def interruptible() -> None:
+    """Have a request to end, or a terminal that goes away, interrupt this process as Ctrl-C does.
+
+    A section is not in its process group, so that it would live on, and what it found be lost.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, signal.default_int_handler)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Kill a process and its children, if there are any left."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _row(line: str) -> dict | None:
@@ -67,9 +92,7 @@ def _row(line: str) -> dict | None:
         return None
 
 
-def _status(code: int | None, rows: Sequence[Mapping]) -> str:
-    if code is None:
-        return "timed out"
+def _status(code: int, rows: Sequence[Mapping]) -> str:
     if code != 0 or not rows or any("problem" in row for row in rows):
         return "failed"
     return "skipped" if all("skipped" in row for row in rows) else "passed"
