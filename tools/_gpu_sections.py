@@ -20,11 +20,12 @@ import torch
 from _cases import OUT_OF_MEMORY, check_case, free_memory, levers_of, model_of, plan_cases, rearranged, trainer_of
 from _gpu_caps import CappedDevice, chosen_row, length_rows, plan_below
 from _gpu_peers import SIDES, STEPS, WARMUP, Comparison, compare_losses
-from _levers import by_saving, lever_cases, measure, saving_levers
+from _levers import by_saving, lever_cases, measure, missing_compiler, resident_cases, saving_levers
 from _models import DEMO_MODELS, MODELS
 from _sections import LIMIT_SECONDS
 from transformers import AutoConfig
 
+from qlora_lite.errors import QloraLiteError
 from qlora_lite.lora.inject import lora_parameters
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.levers import Levers, set_levers
@@ -33,7 +34,7 @@ from qlora_lite.planning.machine import Machine, this_machine
 from qlora_lite.planning.predict import Prediction, predict
 from qlora_lite.planning.simulate import Job, Rows
 from qlora_lite.train.loop import largest_batches
-from qlora_lite.train.optim import build_optimizer
+from qlora_lite.train.optim import build_optimizer, can_page
 from qlora_lite.train.step import accumulate_gradients, prepare
 from qlora_lite.units import format_bytes
 
@@ -227,12 +228,7 @@ def plan(scale: Scale) -> Iterator[dict]:
         except OUT_OF_MEMORY as error:
             yield case | {"problem": str(error).partition(".")[0]}
             continue
-        errors = []
-        if abs(row["predicted_tensor_bytes"] / row["measured_tensor_bytes"] - 1) > TENSOR_ERROR:
-            errors.append("tensors")
-        allocated = row["predicted_process_bytes"] / row["measured_process_bytes"] - 1
-        if device.type == "cuda" and not ALLOCATED_ERRORS[0] <= allocated <= ALLOCATED_ERRORS[1]:
-            errors.append("allocated memory")
+        errors = prediction_errors(row["predicted_tensor_bytes"] / row["measured_tensor_bytes"], row, device.type)
         yield row | ({"problem": f"prediction of {' and '.join(errors)} is off"} if errors else {})
 
 
@@ -265,33 +261,59 @@ def peers(scale: Scale) -> Iterator[dict]:
 def levers(scale: Scale) -> Iterator[dict]:
     """Measure the lever table, every row in this process: a card's counters are exact from row to row.
 
-    The first with attention's results kept, and the one before it, are then measured at a long row, where it shows.
+    The first with attention's results kept, and the one before it, are then measured at a long row, where it shows;
+    then the levers that need their weights on the device, compiled blocks last.
     """
-    machine = this_machine(resolve_device())
+    device = resolve_device()
+    machine = this_machine(device)
     rows = len(lever_cases(scale.models[0], scale.tokens, list(saving_levers(scale.tokens))))
+    rows += len(resident_cases(scale.models[0], scale.tokens))
     name, tokens = resident_task("levers", 3 * rows, scale, machine)
     order = by_saving(name, tokens, machine.device_type)
     table = lever_cases(name, tokens, order)
     at_length = lever_cases(name, scale.long_tokens * tokens // scale.tokens, order)
     first = next(number for number, case in enumerate(at_length) if case["checkpointing"] == "selective")
-    for case, steps in [*((case, 2) for case in table), *((case, 1) for case in at_length[first - 1 : first + 1])]:
+    rows = [(case, 2) for case in table] + [(case, 1) for case in at_length[first - 1 : first + 1]]
+    for case, steps in [*rows, *((case, 2) for case in resident_cases(name, tokens))]:
+        yield lever_row(case, steps, machine)
+        free_memory(device)
+
+
+def lever_row(case: dict, steps: int, machine: Machine) -> dict:
+    """Measure a row of the lever table."""
+    if case.get("compile") and (missing := missing_compiler(machine.device_type)):
+        return {"side": case["lever"], "skipped": f"there is no {missing}"}
+    try:
         row = measure(case, warmup=1, steps=steps)
-        free_memory(resolve_device())
-        problem = lever_problem(row, machine.memory_bytes)
-        yield row | ({"problem": problem} if problem else {})
+    except QloraLiteError as error:  # blocks that cannot be compiled here
+        return case | {"problem": str(error)}
+    problem = lever_problem(row, machine)
+    return row | ({"problem": problem} if problem else {})
 
 
-def lever_problem(row: dict, memory_bytes: int) -> str:
-    """Say what is wrong with a row of the lever table on a device with so much memory; "" is nothing."""
+def lever_problem(row: dict, machine: Machine) -> str:
+    """Say what is wrong with a row of the lever table that was measured on a machine; "" is nothing."""
     if "failed" in row:
-        return "it was predicted to fit, and memory ran out" if row["planned_bytes"] <= memory_bytes else ""
-    error = row["predicted_bytes"] / row["measured_bytes"] - 1
-    return "the prediction of the tensors is off" if abs(error) > TENSOR_ERROR else ""
+        return "it was predicted to fit, and memory ran out" if row["planned_bytes"] <= machine.memory_bytes else ""
+    errors = prediction_errors(row["predicted_bytes"] / row["measured_bytes"], row, machine.device_type)
+    return f"prediction of {' and '.join(errors)} is off" if errors else ""
+
+
+def prediction_errors(tensor_share: float, row: dict, device_type: str) -> list[str]:
+    """Name what was predicted wrong; ``tensor_share`` is predicted over measured, of the tensors."""
+    errors = ["tensors"] if abs(tensor_share - 1) > TENSOR_ERROR else []
+    if device_type == "cuda":
+        allocated = row["predicted_process_bytes"] / row["measured_process_bytes"] - 1
+        errors += [] if ALLOCATED_ERRORS[0] <= allocated <= ALLOCATED_ERRORS[1] else ["allocated memory"]
+    return errors
 
 
 def paged(scale: Scale) -> Iterator[dict]:
     """Step an optimizer whose states do not fit beside what fills the card: paged it must work, and change nothing."""
     device = resolve_device()
+    if device.type == "cuda" and not can_page(device):
+        yield {"skipped": "the card and the host cannot use the same memory at one time (WSL, or a share of a card)"}
+        return
     expected, seconds = _optimized("adamw_32bit", scale, device)
     yield {"kind": "with room", "optimizer": "adamw_32bit", "seconds": seconds}
     filled = None

@@ -77,6 +77,9 @@ def _peers(rows: Sequence[Mapping]) -> list[str]:
 def _levers(rows: Sequence[Mapping]) -> list[str]:
     lines = []
     for row in rows:
+        if "predicted_bytes" not in row:
+            lines.append(f"{row['tokens']:7,} {row['lever']:36} did not run")
+            continue
         done = f"{format_bytes(row.get('measured_bytes', row['predicted_bytes'])):>10}"
         speed = (
             f"{row['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in row else "out of memory (predicted)"

@@ -123,7 +123,7 @@ def measure(case: dict, warmup: int, steps: int) -> dict:
         The case with its figures; where the card has too little memory, with "failed" and the prediction alone.
     """
     device = resolve_device()
-    base = held_bytes(device)
+    base = 0 if device.type == "cuda" else held_bytes(device)  # cuBLAS's workspaces stay from one case to the next
     try:
         trainer = trainer_of(case, model_of(case, device), warmup + steps)
     except OUT_OF_MEMORY as error:
