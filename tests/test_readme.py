@@ -1,7 +1,9 @@
 """The README tells the truth of today's code: its generated parts are up to date, its commands exist."""
 
 import ast
+import json
 import re
+import shutil
 import subprocess
 import sys
 from importlib.machinery import SourceFileLoader
@@ -25,6 +27,48 @@ def update_readme():
 
 def test_the_generated_parts_are_what_update_readme_writes():
     assert update_readme().render(README) == README
+
+
+def test_the_command_below_the_lever_table_is_the_one_that_gives_it(tmp_path):
+    module = update_readme()
+    default = re.search(r'"--repeats", type=int, default=(\d+)', (ROOT / "tools" / "bench_levers").read_text("utf-8"))
+    assert int(default[1]) == module.LEVER_REPEATS
+    result = json.loads((module.RESULTS / "levers.json").read_text("utf-8"))
+    module.RESULTS = tmp_path
+    for repeats, command in ((2, "(`tools/bench_levers --repeats 2`; "), (3, "(`tools/bench_levers`; ")):
+        result["settings"]["repeats"] = repeats
+        (tmp_path / "levers.json").write_text(json.dumps(result), encoding="utf-8")
+        assert command in module.levers()
+
+
+def check_of_a_card(status):
+    rows = [{"kind": "equal", "levers": "resident", "different": 0}]
+    peers = [{"side": "peers", "rows": 1, "length": 64, "tokens_per_second": 1234.0}]
+    sections = {"streamed": {"status": status, "seconds": 12.5, "rows": rows},
+                "peers": {"status": "passed", "seconds": 3.0, "rows": peers}}  # fmt: skip
+    machine = {"gpu": "A Made-up Card", "gpu_memory_bytes": 24 * 2**30, "cpu": "a CPU", "cores": 2}
+    versions = {"torch": "2.99", "peft": "0.99"}
+    return {"date": "2030-01-02 03:04 UTC", "machine": machine, "versions": versions, "sections": sections}
+
+
+@pytest.mark.parametrize("status", ["passed", "failed"])
+def test_what_a_card_was_found_to_do_is_in_the_readme_as_soon_as_it_is_there(status, tmp_path):
+    module = update_readme()
+    shutil.copytree(module.RESULTS, tmp_path, dirs_exist_ok=True)
+    module.RESULTS = tmp_path
+    (tmp_path / "gpu_check.json").unlink(missing_ok=True)
+    without = module.render(README)
+    (tmp_path / "gpu_check.json").write_text(json.dumps(check_of_a_card(status)), encoding="utf-8")
+    found = module.render(README)
+    for words in ("No GPU has run this code yet", "no card was there to tell"):
+        assert words in without and words not in found
+    assert "A Made-up Card, 24.0 GiB, 2030-01-02 03:04 UTC, torch 2.99, peft 0.99" in found
+    assert "```\nsection    status" in found and "    1 x 64: 1,234 tokens/s: peers\n" in found
+    assert ("has not been measured yet" in found) == (status == "failed")  # of transfers, which "streamed" measures
+    assert "all times, have not been checked on a card" in found  # "levers" was not run
+    assert not re.search("^ *<!-- \\w+:begin -->.", found, re.MULTILINE)  # such a line would be HTML to its end
+    (tmp_path / "gpu_check.json").unlink()
+    assert module.render(found) == without
 
 
 def test_every_command_has_a_row():
