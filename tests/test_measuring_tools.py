@@ -13,6 +13,7 @@ import warnings
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from functools import cache
+from importlib.metadata import PackageNotFoundError
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ import psutil
 import pytest
 import torch
 
-from qlora_lite.errors import DoesNotFitError, TrainingError
+from qlora_lite.errors import DoesNotFitError, OutputError, TrainingError
 from qlora_lite.memory.cards import find_card
 from qlora_lite.models.levers import Levers
 from qlora_lite.planning.machine import machine_of_card
@@ -35,6 +36,7 @@ import _gpu_caps  # noqa: E402
 import _gpu_peers  # noqa: E402
 import _gpu_sections  # noqa: E402
 import _levers  # noqa: E402
+import _results  # noqa: E402
 from _card import card_environment  # noqa: E402
 from _gpu_sections import CARD, REHEARSAL, SECTIONS, lever_problem, resident_task  # noqa: E402
 from _gpu_summary import summary  # noqa: E402
@@ -93,6 +95,28 @@ def test_a_section_of_a_process_that_is_interrupted_is_stopped_and_its_findings_
     done = subprocess.run([sys.executable, "-c", STOPPED, str(int(number))], capture_output=True, text=True, cwd=TOOLS)
     found = json.loads(done.stdout)
     assert found["status"] == "stopped" and found["rows"] == [{"kind": "first"}] and found["seconds"] < 25
+
+
+def test_results_name_the_versions_of_what_is_installed_and_are_replaced_at_once(tmp_path, monkeypatch):
+    installed = {name: "1.0" for name in (*_results.PACKAGES, "peft")}
+    monkeypatch.setattr(_results, "version", lambda name: installed[name] if name in installed else not_there(name))
+    path = _results.write_result("kit", {"sections": {}}, tmp_path / "a" / "b")
+    versions = json.loads(path.read_text("utf-8"))["versions"]
+    assert list(versions) == ["python", "torch", "transformers", "bitsandbytes", "accelerate", "numpy", "peft"]
+    before = path.read_bytes()
+    with pytest.raises(OutputError), monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", half_a_file)
+        _results.write_result("kit", {"sections": {"tests": 1}}, path.parent)
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+
+
+def not_there(name):
+    raise PackageNotFoundError(name)
+
+
+def half_a_file(path, text, encoding):
+    path.write_bytes(text.encode(encoding)[: len(text) // 2])
+    raise OSError(28, "No space left on device")
 
 
 def test_a_section_that_found_nothing_failed_and_one_that_only_skipped_was_skipped():

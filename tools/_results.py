@@ -15,7 +15,9 @@ import torch
 from qlora_lite.files import write_text
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("torch", "transformers", "bitsandbytes", "numpy")
+PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "numpy")
+OTHERS = ("peft", "triton", "liger_kernel", "cut_cross_entropy")  # what is compared with, or compiles; if installed
+UNKNOWN = "unknown"
 
 
 def write_result(name: str, payload: dict[str, Any], folder: Path = RESULTS) -> Path:
@@ -34,18 +36,24 @@ def write_result(name: str, payload: dict[str, Any], folder: Path = RESULTS) -> 
     result = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": machine(),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **_versions()},
         **payload,
     }
     write_text(path, json.dumps(result, indent=2) + "\n")
     return path
 
 
+def _versions() -> dict[str, str]:
+    """Return the versions of packages that figures depend on."""
+    others = {name: _version(name) for name in OTHERS}
+    return {name: _version(name) for name in PACKAGES} | {k: v for k, v in others.items() if v != UNKNOWN}
+
+
 def _version(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:  # modules on PYTHONPATH without their metadata
-        return "unknown"
+        return UNKNOWN
 
 
 def machine() -> dict[str, Any]:
