@@ -59,7 +59,7 @@ class Preflight:
             if seen[problem["rule"]] <= _SHOWN_PER_RULE:
                 shown.append(line_of_problem(problem))
         if rest := self.report["errors"] - len(shown):
-            shown.append(f"... and {rest:,} more problems")
+            shown.append(f"... and {rest:,} more problems; qlora-lite data --json lists them")
         if any(part.problems.count and not part.problems.fatal for part in (self.data, self.eval_data) if part):
             shown.append("correct these rows, or let some be left out and counted with data.max_bad_rows")
         raise DataError("\n".join(shown))

@@ -134,7 +134,7 @@ def test_a_million_bad_rows_are_counted_and_the_first_of_each_rule_listed(look):
     rules = [problem["rule"] for problem in found.report["problems"]]
     assert rules == ["malformed row"] * 20 + ["control token in text"]
     assert found.report["errors"] == 501
-    with pytest.raises(DataError, match="and 495 more problems"):
+    with pytest.raises(DataError, match="and 495 more problems; qlora-lite data --json lists them"):
         found.raise_if_unusable()
 
 
