@@ -66,10 +66,10 @@ def largest_of(missing_of: Callable[[int], float], start: int, largest: int) -> 
 
     It is nearly straight in n, so the next guess lies on the line through the two nearest points known. Memory that is
     taken in large steps shows in guesses that get on slowly: what is open is then halved. As long as everything fits,
-    steps double.
+    guesses go a little beyond the line, and from the third on steps double.
     """
     known = {1: missing_of(1)}
-    low, high, slow = 1, largest + 1, 0  # low fits, high does not or may not be tried
+    low, high, slow, ups = 1, largest + 1, 0, 0  # low fits, high does not or may not be tried
     guess = min(max(start, 2), largest)
     while high - low > 1:
         known[guess], before, below = missing_of(guess), high - low, low
@@ -80,6 +80,7 @@ def largest_of(missing_of: Callable[[int], float], start: int, largest: int) -> 
             guess = (low + high) // 2 if slow > 2 else low - int(known[low] / slope)
         else:
             slope = max(1.0, (known[low] - known[below]) / (low - below))
-            guess = max(low - int(known[low] / slope), 3 * low - 2 * below)
+            ahead, ups = low - int(known[low] / slope), ups + 1
+            guess = ahead + (ahead - low) // 16 if ups <= 2 else max(ahead, 3 * low - 2 * below)
         guess = min(max(guess, low + 1), high - 1)
     return low
