@@ -492,7 +492,9 @@ def test_the_levers_of_the_table_are_in_the_order_of_what_they_save_which_the_le
 def test_what_has_no_compiler_is_left_out_of_the_lever_table(compiler, capsys):
     bench = runpy.run_path(str(TOOLS / "bench_levers"))
     bench["stacks_of"].__globals__.update(missing_compiler=lambda _: compiler)
-    _, resident = bench["stacks_of"]("tiny", 64, "cpu")
+    _, resident, alone = bench["stacks_of"]("tiny", 64, "cpu")
+    assert [case["lever"] for case in alone] == ["blocks computed again", *saving_levers(64)]
+    assert all(case["checkpointing"] == "block" for case in alone) and "resident_blocks" not in alone[-1]
     assert len(resident) == (3 if compiler else 4) and bool(compiler) == ("no g++" in capsys.readouterr().err)
 
 
@@ -556,6 +558,12 @@ def test_the_table_says_what_each_row_is_of_the_first():
     lines = runpy.run_path(str(TOOLS / "update_readme"))["lever_tables"](result())
     assert "| none: all kept | out of memory, 900.0 MiB | | | | | |" in lines
     assert "| weights in host memory | 150.0 MiB, 150.0 MiB | 17% | 200.0 MiB | 50.0 |  | 0.50 |" in lines
+    of_levers_alone = result()
+    of_levers_alone["tables"][0] |= {"alone": True, "rows": of_levers_alone["tables"][0]["rows"][1:]}
+    lines = runpy.run_path(str(TOOLS / "update_readme"))["lever_tables"](of_levers_alone)
+    assert lines[-1] == "| weights in host memory | 150.0 MiB, 150.0 MiB | 48% | 200.0 MiB | 50.0 | 0.50 |"
+    assert lines[2].startswith("| one lever alone |") and lines[2].count("|") == lines[3].count("|") == 7
+    assert "weights" not in lever_plot(of_levers_alone)
 
 
 def test_a_speed_that_repeats_do_not_tell_from_another_is_marked_with_its_spread_beside_it():

@@ -25,13 +25,14 @@ STYLE = (
 
 
 def lever_plot(result: Mapping) -> str:
-    """Return the SVG of a result of ``tools/bench_levers``."""
+    """Return the SVG of a result of ``tools/bench_levers``, without its table of levers alone."""
     parts, top = [], 8
-    for table in result["tables"]:
+    tables = [table for table in result["tables"] if not table.get("alone")]
+    for table in tables:
         drawn, height = _table(table, top, result["machine"]["gpu"] or result["machine"]["cpu"])
         parts.append(drawn)
         top += height
-    shown = {name for table in result["tables"] for row in table["rows"] for name in _breakdown(row)}
+    shown = {name for table in tables for row in table["rows"] for name in _breakdown(row)}
     legend, height = _legend([name for name in COLOURS if name in shown], top)
     total = top + height
     return (

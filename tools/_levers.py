@@ -87,6 +87,13 @@ def lever_cases(model: str, tokens: int, order: Sequence[str]) -> list[dict]:
     ])  # fmt: skip
 
 
+def alone_cases(model: str, tokens: int) -> list[dict]:
+    """Return the case in which blocks are computed again, and that case with each lever that saves memory alone."""
+    again = first_case(model, tokens) | {"checkpointing": "block"}
+    changes = {"blocks computed again": {}, **saving_levers(tokens)}
+    return [{"lever": name, **again, **change} for name, change in changes.items()]
+
+
 def resident_cases(model: str, tokens: int) -> list[dict]:
     """Return a stack of what needs its weights on the device: fewer block inputs, kept blocks, compiled blocks."""
     first = {"model": model, "tokens": tokens, "checkpointing": "block", "optimizer": "paged_adamw_8bit"}
