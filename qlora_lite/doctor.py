@@ -11,7 +11,7 @@ import torch
 
 from .files import cache_root
 from .memory.process import segments_grow
-from .models.load import has_fast_bf16, resolve_device
+from .models.load import has_fast_bf16, missing_kernels, resolve_device
 from .runs import package_versions
 from .train.optim import can_page
 from .units import format_bytes
@@ -19,7 +19,8 @@ from .units import format_bytes
 
 def examine() -> dict:
     """Return ``versions``, ``machine`` facts and ``notes``: one sentence each on what is slow or missing."""
-    device = resolve_device("auto")
+    too_old = torch.cuda.is_available() and missing_kernels(torch.device("cuda", torch.cuda.current_device()))
+    device = torch.device("cpu") if too_old else resolve_device("auto")
     machine = {
         "python": platform.python_version(),
         "processor": f"{platform.machine()}, {torch.get_num_threads()} threads, "
@@ -31,7 +32,7 @@ def examine() -> dict:
         "bitsandbytes_backend": _backend(device),
         "cache": f"{cache_root()} ({_free(cache_root())} free)",
     }
-    return {"versions": package_versions(), "machine": machine, "notes": _notes(device)}
+    return {"versions": package_versions(), "machine": machine, "notes": [too_old] * bool(too_old) + _notes(device)}
 
 
 def _gpu() -> str | None:

@@ -81,7 +81,7 @@ def merge_run(
         report |= {"peak_bytes_above_start": meter.peak_bytes() - before_bytes, "seconds": time.monotonic() - started}
         if rows is not None:
             report |= {"measured_on": rows.where, "rows": rows.rows}
-            with explaining_memory(f"to measure the models, free some, or lower --rows; {_UNMEASURED}"):
+            with _measuring():
                 report["models"] = _measure(trained, merged, dense, rows, settings)
         if settings.quantize:
             _check_quantized(report["models"], settings.quantize)
@@ -161,6 +161,21 @@ def _notes(trained: TrainedRun, merged: Merged, settings: MergeSettings) -> list
     else:
         notes.append("use it with model.quant: none; quantised again it loses much or all of the update")
     return notes
+
+
+@contextmanager
+def _measuring() -> Iterator[None]:
+    """Say what to do where measuring fails; an error of a file is then none of writing the output.
+
+    Raises:
+        DoesNotFitError: memory ran out.
+        ModelError: a file of the base model could not be read, or a program not be run.
+    """
+    try:
+        with explaining_memory(f"to measure the models, free some, or lower --rows; {_UNMEASURED}"):
+            yield
+    except OSError as error:
+        raise ModelError(f"the models cannot be measured: {error}; {_UNMEASURED}") from error
 
 
 @contextmanager

@@ -6,8 +6,8 @@ micro-batch taken as full) and for ``run`` (with the rows that were really read)
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import permutations
 from shutil import disk_usage
 
@@ -281,17 +281,20 @@ def max_batch(plan: Plan) -> int:
     """
     pack, job = plan.step.pack, plan.chosen.prediction.job
 
-    def fitting(levers: Levers) -> int:
-        return most_packs(
-            lambda n: replace(job, rows=Rows(pack.lengths * n, pack.learned * n), levers=levers),
-            plan.limit_bytes, plan.machine.host_bytes, MOST_PACKS,
-        )  # fmt: skip
+    def job_of(packs: int, levers: Levers) -> Job:
+        return replace(job, rows=Rows(pack.lengths * packs, pack.learned * packs), levers=levers)
 
-    ways = [plan.chosen.levers, first_levers(plan.step), *smaller(plan.step)]
-    for levers in reversed(ways):  # what saves most of the device may ask too much of the host
-        with suppress(DoesNotFitError):
-            return fitting(levers)
-    return fitting(plan.chosen.levers)
+    found, limits, reason = 0, (plan.limit_bytes, plan.machine.host_bytes), None
+    for levers in reversed([plan.chosen.levers, first_levers(plan.step), *smaller(plan.step)]):
+        if found and not predict(job_of(found + 1, levers)).fits(*limits):
+            continue  # what saves most of the device may ask most of the host, so that no way is the best for sure
+        try:
+            found = most_packs(partial(job_of, levers=levers), *limits, MOST_PACKS)
+        except DoesNotFitError as error:
+            reason = error
+    if not found:
+        raise reason
+    return found
 
 
 def does_not_fit(plan: Plan, others: Sequence[Alternative]) -> DoesNotFitError:

@@ -249,6 +249,15 @@ def test_doctor_notes_what_triton_misses_beside_a_card(device, compiler, header,
     assert [note.partition(" for train.compile")[0] for note in notes] == [f"triton needs {missing}"] * bool(missing)
 
 
+def test_doctor_notes_a_card_without_kernels_and_looks_at_the_processor(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(doctor, "_gpu", lambda: "an old card")
+    monkeypatch.setattr(doctor, "missing_kernels", lambda _device: "no kernels for it")
+    found = doctor.examine()
+    assert found["notes"][0] == "no kernels for it" and found["machine"]["bitsandbytes_backend"].startswith("cpu")
+
+
 @pytest.mark.parametrize("pages", [True, False])
 def test_doctor_notes_a_card_that_cannot_page(pages, monkeypatch):
     for name, value in (
@@ -407,7 +416,9 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_log_lines_stand_above_the_bar_which_says_no_step_before_the_first(monkeypatch):
+@pytest.mark.parametrize("redirects", ["1", "0"])  # as rich takes it from the environment
+def test_log_lines_stand_above_the_bar_which_says_no_step_before_the_first(redirects, monkeypatch):
+    monkeypatch.setenv("TTY_COMPATIBLE", redirects)
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     monkeypatch.setenv("TERM", "xterm")
     prepare()
@@ -418,5 +429,7 @@ def test_log_lines_stand_above_the_bar_which_says_no_step_before_the_first(monke
     log.info("a last line")
     lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).strip() for line in re.split(r"[\r\n]", terminal.getvalue())]
     assert {"a line of the log", "a last line"} <= set(lines) and handler.stream is terminal
+    if redirects == "0":  # and no bar is drawn
+        return
     bars = [line for line in lines if "━" in line]
     assert bars[0].startswith("before the first step") and bars[-1].startswith("step 3/4  loss 0.500")

@@ -198,8 +198,13 @@ def test_memory_that_runs_out_over_the_measurement_names_the_way_without_it(run,
     def full(*_arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(merge, "outputs", full)
-    assert "--rows 0 merges without measuring" in refusal(DoesNotFitError, run, tmp_path / "out")
+    def gone(*_arguments):
+        raise FileNotFoundError(2, "No such file or directory", "/usr/bin/gcc")
+
+    for failing, error in ((full, DoesNotFitError), (gone, ModelError)):
+        monkeypatch.setattr(merge, "outputs", failing)
+        said = refusal(error, run, tmp_path / "out")
+        assert "measure" in said and "--rows 0 merges without measuring" in said and "cannot write" not in said
 
 
 @SIGNALS

@@ -59,8 +59,18 @@ def test_no_setting_that_fits_makes_a_faster_plan(recipe, monkeypatch):
         other = plan(2.4, *tables, *overrides)
         assert not other.fits or chosen.step_seconds <= EQUALLY_FAST * other.chosen.step_seconds, overrides
     assert planner.max_batch(auto) > 1  # with the memory that the chosen plan spends on blocks that are kept
+    hosts = [replace(auto, machine=replace(CARD, host_bytes=int(gib * GIB))) for gib in (1.55, 1.6, 3)]
+    found = [planner.max_batch(each) for each in hosts]
+    assert found == sorted(found) and 0 < found[0] < found[-1]  # more memory of the host is never for fewer
     roomier = plan(2.8)
     assert roomier.chosen.levers.checkpointing == "none" and roomier.chosen.levers.host_embeddings
+
+
+def test_all_blocks_are_kept_only_with_what_was_set_and_within_the_room_for_it(recipe):
+    for gib, settings in ((2.75, ()), (2.0, ("memory.reuse_dequantized=true", "memory.tile_tokens=1024"))):
+        chosen = planner.plan_recipe(recipe(*settings), CARD, int(gib * GIB)).chosen
+        assert chosen.levers.reuse_dequantized or not settings
+        assert chosen.levers.host_embeddings and chosen.peak_bytes <= 0.97 * gib * GIB
 
 
 @pytest.mark.parametrize(("setting", "value"), [

@@ -60,13 +60,11 @@ def test_what_a_card_was_found_to_do_is_in_the_readme_as_soon_as_it_is_there(sta
     without = module.render(README)
     (tmp_path / "gpu_check.json").write_text(json.dumps(check_of_a_card(status)), encoding="utf-8")
     found = module.render(README)
-    for words in ("No GPU has run this code yet", "no card was there to tell"):
-        assert words in without and words not in found
+    none = "No GPU has run this code yet"
+    assert none in without and none not in found
     assert "A Made-up Card, 24.0 GiB, 2030-01-02 03:04 UTC, torch 2.99, peft 0.99" in found
     assert "```\nsection    status" in found and "    1 x 64: 1,234 tokens/s: peers\n" in found
-    assert ("has not been measured yet" in found) == (status == "failed")  # of transfers, which "streamed" measures
-    assert "all times, have not been checked on a card" in found  # "levers" was not run
-    assert not re.search("^ *<!-- \\w+:begin -->.", found, re.MULTILINE)  # such a line would be HTML to its end
+    assert f"streamed   {status}" in found
     (tmp_path / "gpu_check.json").unlink()
     assert module.render(found) == without
 

@@ -55,12 +55,13 @@ def step_progress() -> Iterator:
 
 @contextmanager
 def _log_to(stream) -> Iterator[None]:
-    handlers = logging.getLogger("qlora_lite").handlers
-    earlier = [handler.setStream(stream) for handler in handlers]
+    earlier = {handler: handler.stream for handler in logging.getLogger("qlora_lite").handlers}
     try:
+        for handler in earlier:
+            handler.setStream(stream)
         yield
     finally:
-        for handler, before in zip(handlers, earlier, strict=True):
+        for handler, before in earlier.items():
             handler.setStream(before)
 
 

@@ -32,7 +32,7 @@ from .save import save_quantized
 
 log = logging.getLogger("qlora_lite")
 
-_ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)")  # as torch names those that it was built for
+_ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)(a?)f?")  # as torch names what it was built for; a: that card alone
 ROW_ATTENTION = "qlora_lite_rows"
 
 
@@ -47,7 +47,7 @@ def resolve_device(name: str = "auto") -> torch.device:
     usable = torch.cuda.is_available() if name == "auto" else name == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if usable else torch.device("cpu")
     if usable and (problem := missing_kernels(device)):
-        raise ModelError(f"{problem}, or compute on the processor with model.device=cpu")
+        raise ModelError(f"{problem}; or compute on the processor, with an empty CUDA_VISIBLE_DEVICES")
     grow_segments(device)
     return device
 
@@ -61,9 +61,11 @@ def missing_kernels(device: torch.device) -> str:
         return ""
     card = torch.cuda.get_device_capability(device)
     names = torch.cuda.get_arch_list()
-    for kind, major, minor in (found.groups() for name in names if (found := _ARCHITECTURE.match(name))):
+    if not names:
+        return ""
+    for kind, major, minor, only in (found.groups() for name in names if (found := _ARCHITECTURE.fullmatch(name))):
         built = int(major), int(minor)
-        if (kind == "sm" and built[0] == card[0] and built <= card) or (kind == "compute" and built <= card):
+        if built == card or (built <= card and only != "a" and (kind == "compute" or built[0] == card[0])):
             return ""
     name = torch.cuda.get_device_name(device)
     return (

@@ -57,6 +57,8 @@ def host_memory(size: int, device: torch.device) -> torch.Tensor:
             try:
                 return torch.empty(taken, dtype=torch.uint8, pin_memory=True)[:size]
             except RuntimeError as error:
+                if "out of memory" not in str(error):  # an earlier fault of the card, which shows here
+                    raise
                 _say_not_pinned(str(error).partition("\n")[0])
         return torch.empty(taken, dtype=torch.uint8, device=host)[:size]
 

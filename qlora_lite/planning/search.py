@@ -267,8 +267,10 @@ def _with_more_on_device(step: Step, machine: Machine, best: Candidate, limit_by
     raised = _raised(step, machine, best, name, limit_bytes)
     found = [] if raised.levers == best.levers else [raised]
     if raised.levers.kept_blocks == step.job.config.num_hidden_layers - FEWEST_ALIKE and _may_keep_all(step):
-        keeps_all = replace(best.levers, checkpointing="none", reuse_dequantized=False, offload_checkpoints=False)
-        found.append(build_candidate(step, machine, keeps_all, best.packs))
+        changes = {"checkpointing": "none", "reuse_dequantized": False, "offload_checkpoints": False}
+        unset = {name: value for name, value in changes.items() if name not in step.fixed}
+        keeps_all = build_candidate(step, machine, replace(best.levers, **unset), best.packs)
+        found += [keeps_all] if keeps_all.fits(limit_bytes) else []
     return found
 
 

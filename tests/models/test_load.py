@@ -185,8 +185,9 @@ def test_asking_for_cuda_without_a_device_is_an_error(monkeypatch):
 
 @pytest.mark.parametrize(("card", "built", "usable"), [
     ((8, 6), ["sm_80", "sm_90"], True), ((8, 0), ["sm_86"], False), ((6, 1), ["sm_75", "sm_120"], False),
-    ((12, 1), ["sm_120"], True), ((12, 0), ["sm_90", "compute_90"], True), ((10, 3), ["sm_100a"], True),
-    ((7, 5), ["sm_75", "compute_120"], True), ((7, 0), ["compute_75"], False),
+    ((12, 1), ["sm_120"], True), ((12, 0), ["sm_90", "compute_90"], True), ((10, 3), ["sm_100a"], False),
+    ((10, 0), ["sm_100a"], True), ((6, 1), [], True), ((7, 5), ["sm_75", "compute_120"], True),
+    ((7, 0), ["compute_75"], False),
 ])  # fmt: skip
 def test_a_card_for_which_this_torch_has_no_kernels_is_refused_by_name(card, built, usable, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")

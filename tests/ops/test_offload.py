@@ -18,11 +18,11 @@ KIB = 1024
 
 
 def test_where_no_more_can_be_pinned_ordinary_memory_is_taken_and_said_once(monkeypatch, caplog):
-    make = torch.empty
+    make, message = torch.empty, "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"
 
     def refused(*size, pin_memory=False, **options):
         if pin_memory:
-            raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
+            raise RuntimeError(message)
         return make(*size, **options)
 
     monkeypatch.setattr(torch, "empty", refused)
@@ -31,6 +31,9 @@ def test_where_no_more_can_be_pinned_ordinary_memory_is_taken_and_said_once(monk
         assert memory.shape == (100,) and memory.device == CPU and not memory.is_pinned()
     (said,) = caplog.messages
     assert "cannot be pinned any more (CUDA error: out of memory)" in said
+    message = "CUDA error: an illegal memory access was encountered"
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        host_memory(100, torch.device("cuda"))
 
 
 @given(st.integers(1, 2**40))
