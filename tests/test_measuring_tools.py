@@ -81,8 +81,10 @@ def test_a_section_that_takes_too_long_is_stopped_with_its_children_and_its_find
 
 
 STOPPED = """
-import json, os, sys
+import json, os, signal, sys
 from _sections import interruptible, run_section
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run below nohup, as SIGINT is in the background
+signal.signal(signal.SIGINT, signal.default_int_handler)
 interruptible()
 code = f"from _sections import report; report({{'kind': 'first'}}); import os, time; " \
     f"os.kill({os.getpid()}, int({sys.argv[1]})); time.sleep(30)"

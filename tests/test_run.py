@@ -421,12 +421,12 @@ def test_a_rehearsal_that_leaves_no_room_for_a_checkpoint_s_copy_proves_nothing(
 def test_memory_of_the_host_that_runs_out_is_no_reason_to_plan_again(wide_run):
     tried = []
 
-    def run_out_of_pinned_memory(levers, _budget):
+    def run_out_of_host_memory(levers, _budget):
         tried.append(levers)
-        raise RuntimeError("CUDA error: out of memory")
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes.")
 
     with pytest.raises(DoesNotFitError, match="the device ran out of memory"):
-        wide_run(run_out_of_pinned_memory, checkpointing="auto")
+        wide_run(run_out_of_host_memory, checkpointing="auto")
     assert len(tried) == 1
 
 
