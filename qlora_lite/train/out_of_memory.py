@@ -10,7 +10,7 @@ cuBLAS and cuDNN, which can be told from other faults only by their words.
 
 import ctypes
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -88,7 +88,7 @@ def _tokens(rows: Sequence[Example]) -> int:
 
 
 @contextmanager
-def explaining_memory(cure: str = CURES) -> Iterator[None]:
+def explaining_memory(cure: str = CURES, what: str = "the device ran out of memory") -> Iterator[None]:
     """Turn an allocator's error into one that names the cures.
 
     Raises:
@@ -99,11 +99,10 @@ def explaining_memory(cure: str = CURES) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise DoesNotFitError(f"the device ran out of memory ({first_line(error)}); {cure}") from error
+        raise DoesNotFitError(f"{what} ({first_line(error)}); {cure}") from error
 
 
-@contextmanager
-def no_retry(where: str) -> Iterator[None]:
+def no_retry(where: str) -> AbstractContextManager[None]:
     """Make memory that runs out an error where some weights may have their new values already.
 
     Doing the step again would count it twice for them.
@@ -111,15 +110,8 @@ def no_retry(where: str) -> Iterator[None]:
     Raises:
         DoesNotFitError: memory ran out.
     """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise DoesNotFitError(
-            f"memory ran out {where} ({first_line(error)}); go on from the last checkpoint with train --resume, and "
-            f"{CURES}"
-        ) from error
+    cure = f"go on from the last checkpoint with train --resume, and {CURES}"
+    return explaining_memory(cure, f"memory ran out {where}")
 
 
 def free_cached_memory(device: torch.device) -> None:
