@@ -48,7 +48,8 @@ def host_memory(size: int, device: torch.device) -> torch.Tensor:
     """Return uint8 [size] in host memory, for copies from and to a device.
 
     Beside a card it is pinned, and a whole power of two is asked for, which torch's pool of pinned memory gives anyway.
-    Where no more can be pinned (WSL allows about 1 GiB), it is ordinary memory: the same copies, slower.
+    Where no more can be pinned (in WSL after 0.5 to 1 GiB: microsoft/WSL issue 14078, nvidia-docker issue 1725), it is
+    ordinary memory: the same copies, slower.
     """
     taken = 1 << (size - 1).bit_length() if device_type(device) == "cuda" else size
     host = device if device.type == "meta" else torch.device("cpu")  # a plan's tensors have no memory at all
