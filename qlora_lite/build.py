@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 
 def train_settings(recipe: Recipe) -> TrainSettings:
     """Return the loop's settings from a recipe."""
-    said = recipe.data.model_dump() | recipe.train.model_dump() | {"levers": Levers(**fixed_levers(recipe))}
+    said = recipe.data.model_dump() | recipe.train.model_dump() | recipe.memory.model_dump()
+    said["levers"] = Levers(**fixed_levers(recipe))
     return TrainSettings(**{field.name: said[field.name] for field in fields(TrainSettings)})
 
 

@@ -126,12 +126,13 @@ class Continuation:
         """Say what is different and accepted, once everything has been compared.
 
         Args:
-            now: what may change the last bits of the result: versions, device, number of threads.
+            now: see ``environment``.
         """
         for change in self.accepted:
             log.info("resume: accepted: %s", change)
         before = self.run["environment"]
-        changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
+        known = [key for key in now if key in before]  # an earlier version may not have written down all
+        changed = [f"{key} {before[key]} -> {now[key]}" for key in known if before[key] != now[key]]
         if changed:
             log.warning("resume: %s; the last digits may differ from an uninterrupted run's", ", ".join(changed))
             self.accepted += changed
@@ -235,6 +236,6 @@ def data_identity(recipe: Recipe, tokenizer, data: Dataset, eval_data: Dataset |
     }
 
 
-def environment(device_name: str) -> dict[str, object]:
-    """Return what a result's last bits can depend on."""
-    return {**package_versions(), "device": device_name, "threads": torch.get_num_threads()}
+def environment(device_name: str, loss: str) -> dict[str, object]:
+    """Return what a result's last bits can depend on: versions, device, number of threads, whose loss is computed."""
+    return {**package_versions(), "device": device_name, "threads": torch.get_num_threads(), "loss": loss}

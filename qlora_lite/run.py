@@ -156,7 +156,8 @@ class _Run:
         check_space(self.run.path, Space(factors, self.trainer.optimizer_bytes, has_evaluation, keep))
         about = {
             "recipe": recipe.model_dump(mode="json"), "identity": identity | self._model_identity(),
-            "plan": self.plan.chosen.settings, "environment": environment(_device_name(device_of(self.model))),
+            "plan": self.plan.chosen.settings,
+            "environment": environment(_device_name(device_of(self.model)), self._loss()),
         }  # fmt: skip
         self.training = Training(recipe, self.run, self.trainer, self.tokenizer, self.eval_data, self.meter, self.stop,
                                  about, self.progress)  # fmt: skip
@@ -339,9 +340,12 @@ class _Run:
             return Excess(peak + saving - self.plan.peak_bytes, words + format_bytes(budget))
         self.run.update(plan={
             "budget_bytes": budget, "predicted_peak_bytes": predicted, "measured_peak_bytes": peak,
-            "chosen": self.plan.chosen.settings, "why": reason(self.plan),
+            "chosen": self.plan.chosen.settings, "why": reason(self.plan), "loss": self._loss(),
         })  # fmt: skip
         return None
+
+    def _loss(self) -> str:
+        return self.trainer.fused_loss or "chunked"
 
     def _conclude(self, before: ExactMatch | None, after: ExactMatch | None) -> None:
         digest = self.training.save_adapter(ADAPTER)

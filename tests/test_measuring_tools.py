@@ -288,13 +288,13 @@ def test_what_is_compiled_is_compared_last(monkeypatch):
 
 
 def test_a_loss_that_ends_with_an_error_or_without_memory_is_a_row(monkeypatch):
-    def broken():
+    def broken(*_):
         raise AttributeError("no such name")
 
     def too_large(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. More words")
 
-    losses = {"broken": ("", broken), "large": ("", lambda: too_large), "ours": ("", _gpu_peers._our_loss)}
+    losses = {"broken": ("", broken), "large": ("", too_large), "ours": ("", _gpu_peers._our_loss)}
     monkeypatch.setattr(_gpu_peers, "LOSSES", losses)
     cpu = torch.device("cpu")
     first, second, third = _gpu_peers.compare_losses("tiny", 64, cpu)
@@ -352,14 +352,15 @@ def test_where_nothing_can_be_paged_it_is_said(monkeypatch):
 
 
 def test_the_loss_alone_is_timed_and_one_that_gives_another_number_is_a_problem(monkeypatch):
-    def wrong():
-        return lambda hidden, weight, targets: 1.1 * _gpu_peers._our_loss()(hidden, weight, targets)
+    def wrong(*inputs):
+        return 1.1 * _gpu_peers._our_loss(*inputs)
 
     cpu, known = torch.device("cpu"), dict(_gpu_peers.LOSSES)
     monkeypatch.setattr(_gpu_peers, "LOSSES", known | {"wrong": ("", wrong), "alike": ("", _gpu_peers._our_loss)})
     ours, *others, wrong_row, alike = _gpu_peers.compare_losses("tiny", 64, cpu)
     assert ours["tokens_per_second"] > 0 and ours["loss"] == pytest.approx(alike["loss"])
     assert all("skipped" in row for row in others) and len(others) == 2
+    assert ours["gradient_error"] < 0.01 < 0.09 < wrong_row["gradient_error"]
     assert "problem" in wrong_row and not {"problem", "skipped"} & {*ours, *alike}
 
 

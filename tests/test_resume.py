@@ -319,6 +319,13 @@ def test_a_checksum_of_the_model_that_an_earlier_version_took_is_not_compared_an
             compare({**other, "type of device": "cpu"})
 
 
+def test_whose_loss_is_computed_is_compared_with_what_the_checkpoint_knows_of_it():
+    before = {"loss": "liger", "torch": "2.13"}
+    continuation = Continuation(SimpleNamespace(documents={RUN: {"environment": before}}))
+    continuation.say_changes({"loss": "chunked", "torch": "2.13", "new in this version": 1})
+    assert continuation.accepted == ["loss liger -> chunked"]
+
+
 def test_a_forced_change_is_taken_and_the_summary_says_so(lab, whole):
     lab.stop(4)
     lab.run(resume="", force=True, lora={"alpha": 16})

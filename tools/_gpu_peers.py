@@ -16,14 +16,13 @@ from _peers import dressed, peers_step, stock_model
 
 from qlora_lite.errors import QloraLiteError
 from qlora_lite.models.levers import Levers
+from qlora_lite.ops.fused_loss import CHECKED_TOKENS, FUSED, Loss, errors_of, foreign_errors
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, Head, chunked_cross_entropy
 from qlora_lite.plan import Plan
 
 SIDES, WARMUP, STEPS = 5, 1, 3
 PLANNED = "ours, as planned"
 HEAD_SPREAD = 0.02
-# What a package of another version than it was written for, or a kernel that is not for this card, may end with.
-BROKEN = ImportError, AttributeError, TypeError, ValueError, RuntimeError, LookupError, AssertionError, OSError
 LOSS_DIFFERENCE = 0.01  # of the first loss, before anything was learned: more means that other work was done
 
 
@@ -71,7 +70,7 @@ class Comparison:
             row |= run()
         except OUT_OF_MEMORY as error:
             return row | {"out_of_memory": str(error).partition(".")[0]} | _against_plan(side, self._plan)
-        except (QloraLiteError, *BROKEN) as error:
+        except (QloraLiteError, *foreign_errors()) as error:
             return row | {"problem": _told(error)}
         self._first_loss = self._first_loss or row["first_loss"]
         differs = abs(row["first_loss"] / self._first_loss - 1) > LOSS_DIFFERENCE
@@ -136,7 +135,7 @@ def _peak(device: torch.device) -> dict:
 
 
 def compare_losses(name: str, tokens: int, device: torch.device) -> Iterator[dict]:
-    """Yield speed and memory of the loss alone, forward and backward: ours, Liger's fused one, cut-cross-entropy's.
+    """Yield speed, memory and relative errors of the loss alone: ours, and those of ``ops.fused_loss``.
 
     Args:
         name: a key of ``_models.MODELS``, whose head, frozen and random, is taken.
@@ -149,8 +148,8 @@ def compare_losses(name: str, tokens: int, device: torch.device) -> Iterator[dic
         yield {"side": "the loss alone", **row, "out_of_memory": str(error).partition(".")[0]}
         return
     expected = None
-    for side, (package, loss_of) in LOSSES.items():
-        found = {"side": side, **row, **_loss_row(package, loss_of, inputs)}
+    for side, (package, loss) in LOSSES.items():
+        found = {"side": side, **row, **_loss_row(package, loss, inputs)}
         expected = expected or found.get("loss")
         if "loss" in found and abs(found["loss"] / expected - 1) > LOSS_DIFFERENCE:
             found["problem"] = f"loss {found['loss']:.4f}, not {expected:.4f}"
@@ -166,7 +165,7 @@ def _loss_inputs(name: str, tokens: int, device: torch.device) -> tuple[torch.Te
     return hidden, weight, torch.randint(config.vocab_size, (tokens,), generator=random, device=device)
 
 
-def _loss_row(package: str, loss_of: Callable, inputs: tuple[torch.Tensor, ...]) -> dict:
+def _loss_row(package: str, loss: Loss, inputs: tuple[torch.Tensor, ...]) -> dict:
     """Return what a loss took, or why it has no figures."""
     device = inputs[0].device
     reason = _not_installed([package]) if package else ""
@@ -176,48 +175,33 @@ def _loss_row(package: str, loss_of: Callable, inputs: tuple[torch.Tensor, ...])
         return {"skipped": reason}
     free_memory(device)
     try:
-        return _timed_loss(loss_of(), *inputs)
+        return _timed_loss(loss, *inputs)
     except OUT_OF_MEMORY as error:
         return {"out_of_memory": str(error).partition(".")[0]}
-    except BROKEN as error:
+    except foreign_errors() as error:
         return {"problem": _told(error)}
 
 
-def _timed_loss(loss_of: Callable, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> dict:
+def _timed_loss(loss: Loss, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> dict:
     seconds = []
     if hidden.is_cuda:
         torch.cuda.reset_peak_memory_stats(hidden.device)
     for _ in range(WARMUP + STEPS):
         hidden.grad, started = None, time.perf_counter()
-        loss = loss_of(hidden, weight, targets)
-        loss.backward()
-        mean = loss.item() / len(targets)
+        total = loss(hidden, targets, Head(weight))
+        total.backward()
+        mean = total.item() / len(targets)
         if hidden.is_cuda:
             torch.cuda.synchronize(hidden.device)
         seconds.append(time.perf_counter() - started)
-    return {"tokens_per_second": len(targets) / statistics.median(seconds[WARMUP:]), "loss": mean,
-            **_peak(hidden.device)}  # fmt: skip
+    found = {"tokens_per_second": len(targets) / statistics.median(seconds[WARMUP:]), "loss": mean,
+             **_peak(hidden.device)}  # fmt: skip
+    loss_error, gradient_error = errors_of(loss, hidden[:CHECKED_TOKENS], targets[:CHECKED_TOKENS], Head(weight))
+    return found | {"loss_error": loss_error, "gradient_error": gradient_error}
 
 
-def _our_loss() -> Callable:
-    return lambda hidden, weight, targets: chunked_cross_entropy(hidden, targets, Head(weight), AUTO_CHUNK_TOKENS)
+def _our_loss(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
+    return chunked_cross_entropy(hidden, targets, head, AUTO_CHUNK_TOKENS)
 
 
-def _liger_loss() -> Callable:
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-    return lambda hidden, weight, targets: loss(weight, hidden, targets)
-
-
-def _cut_loss() -> Callable:
-    from cut_cross_entropy import linear_cross_entropy
-
-    return lambda hidden, weight, targets: linear_cross_entropy(hidden, weight, targets, reduction="sum")
-
-
-LOSSES = {  # side -> the package that it needs beside this one, and what gives the summed loss
-    "the loss alone, ours": ("", _our_loss),
-    "the loss alone, Liger": ("liger_kernel", _liger_loss),
-    "the loss alone, cut-cross-entropy": ("cut_cross_entropy", _cut_loss),
-}
+LOSSES = {"the loss alone, ours": ("", _our_loss)} | {f"the loss alone, {name}": FUSED[name] for name in FUSED}

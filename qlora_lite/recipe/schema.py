@@ -288,6 +288,10 @@ class Memory(_Section):
     memory.checkpointing block or selective, and weights that are not streamed. auto is 1 unless nothing else fits."""
     loss_chunk_tokens: Annotated[PositiveInt | Literal["auto"], Rule("a whole number of at least 1, or auto")] = "auto"
     """Learned tokens whose logits exist at one time."""
+    fused_loss: Literal["auto", "off"] = "auto"
+    """Liger's or cut-cross-entropy's loss in place of the chunked one, on a card and in training only. auto tries those
+    that are installed on the run's own rows and head before the first step, and takes one that is faster, holds no more
+    memory and is about as exact; none with train.deterministic. Results differ by rounding."""
     tile_tokens: Annotated[PositiveInt | Literal["auto", "off"], Rule("a whole number of at least 1, auto or off")] = (
         "auto"
     )

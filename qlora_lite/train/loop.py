@@ -27,8 +27,10 @@ from qlora_lite.errors import TrainingError
 from qlora_lite.lora.inject import lora_parameters
 from qlora_lite.lora.shared import forget_begun
 from qlora_lite.memory.meter import PeakMeter
-from qlora_lite.models.anatomy import device_of
+from qlora_lite.models.anatomy import device_of, head
 from qlora_lite.models.levers import set_levers
+from qlora_lite.ops.fused_loss import candidates, choose_loss
+from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS
 
 from .epochs import Epochs
 from .generators import generator_states, restore_generators
@@ -46,7 +48,16 @@ from .out_of_memory import cut, first_line, free_cached_memory, is_out_of_memory
 from .rehearsal import rehearse_step
 from .schedule import lr_factor
 from .settings import TrainSettings
-from .step import Evaluation, StepResult, evaluate_loss, prepare, train_step, train_step_in_backward
+from .step import (
+    Evaluation,
+    Inputs,
+    StepResult,
+    evaluate_loss,
+    hidden_states,
+    prepare,
+    train_step,
+    train_step_in_backward,
+)
 
 log = logging.getLogger("qlora_lite")
 T = TypeVar("T")
@@ -100,6 +111,7 @@ class Trainer:
         self.epoch = self.epoch_step = 0  # the next step's: its epoch, and the steps before it in that epoch
         self.optimizer_bytes = 0  # of its states, known after a rehearsal
         self._is_still = False  # its gradients are zero, which has been said
+        self.fused_loss: str | None = None  # in place of the chunked one, known after a rehearsal
         self.most_tokens: int | None = None  # at once through the model, since memory ran out with more
         check_trainable(model, sum(parameter.numel() for parameter in self.parameters))
         tiny_tiles = settings.levers.tile_tokens and CHECKED_TILE_TOKENS  # so that the check's few tokens are cut
@@ -123,11 +135,13 @@ class Trainer:
         name = s.optimizer.removeprefix("paged_")
         optimizer = build_optimizer(self.parameters, name, 0.0, 0.0, s.stochastic_rounding)
         before, was_training = list(map(bit_sums, self.parameters)), self.model.training
+        inputs = prepare(largest, device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            self._choose_loss(inputs)
             rehearse_step(
-                self.model, self.parameters, optimizer, prepare(largest, device),
+                self.model, self.parameters, optimizer, inputs,
                 evaluation and prepare(evaluation, device), s.max_grad_norm, s.levers.loss_chunk_tokens,
-                s.gradient_accumulation_steps > 1, s.levers.optimizer_in_backward,
+                s.gradient_accumulation_steps > 1, s.levers.optimizer_in_backward, self.fused_loss,
             )  # fmt: skip
         self.optimizer_bytes = sum(
             value.nbytes for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
@@ -135,6 +149,18 @@ class Trainer:
         self.model.train(was_training)
         if list(map(bit_sums, self.parameters)) != before:
             raise TrainingError("the rehearsal before training changed a LoRA factor; please report this")
+
+    def _choose_loss(self, inputs: Inputs) -> None:
+        """Find out which loss the steps compute, on the hidden states of a micro-batch (see ``ops.fused_loss``)."""
+        s, device, its_head = self.settings, device_of(self.model), head(self.model)
+        if not (names := candidates(s.fused_loss, its_head, device)):
+            return
+        with torch.no_grad():
+            hidden = hidden_states(self.model.eval(), inputs)[inputs.learned]
+        chunk_tokens = s.levers.loss_chunk_tokens or AUTO_CHUNK_TOKENS
+        self.fused_loss = choose_loss(names, hidden, inputs.targets, its_head, chunk_tokens)
+        free_cached_memory(device)
+        self.meter.restart()
 
     def __iter__(self) -> Iterator[StepMetrics]:
         self.model.train()
@@ -185,7 +211,9 @@ class Trainer:
 
     def _step(self, batches: Iterator[Batch]) -> StepResult:
         s = self.settings
-        return train_step(self.model, list(batches), self.optimizer, s.max_grad_norm, s.levers.loss_chunk_tokens)
+        return train_step(
+            self.model, list(batches), self.optimizer, s.max_grad_norm, s.levers.loss_chunk_tokens, self.fused_loss
+        )
 
     def _whole_step(self, micro_batches: Sequence[Sequence[Example]]) -> StepResult:
         """Run a step whose backward pass updates the factors, so that it cannot be cut.
@@ -196,7 +224,7 @@ class Trainer:
         (rows,) = micro_batches
         with no_retry("in a step that memory.optimizer_in_backward keeps whole"):
             return train_step_in_backward(
-                self.model, collate(rows), self.optimizer, self.settings.levers.loss_chunk_tokens
+                self.model, collate(rows), self.optimizer, self.settings.levers.loss_chunk_tokens, self.fused_loss
             )
 
     def _within_memory(self, groups: Sequence[Sequence[Example]], compute: Callable[[Iterator[Batch]], T]) -> T:

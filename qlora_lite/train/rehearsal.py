@@ -18,7 +18,7 @@ from .step import Inputs, accumulate_gradients, summed_loss
 def rehearse_step(
     model: nn.Module, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, inputs: Inputs,
     eval_inputs: Inputs | None, max_grad_norm: float, chunk_tokens: int | None, accumulating: bool,
-    updates_in_backward: bool = False,
+    updates_in_backward: bool = False, fused: str | None = None,
 ) -> None:  # fmt: skip
     """Go through forward, backward, optimizer and evaluation as any later step would, and forget the results.
 
@@ -31,6 +31,7 @@ def rehearse_step(
         eval_inputs: the largest evaluation batch; None if there is none.
         accumulating: the micro-batch is not the first of its step, so that gradients are there already.
         updates_in_backward: see ``optim.UpdatesInBackward``.
+        fused: see ``step.summed_loss``.
     """
     for together in [[parameter] for parameter in parameters] if updates_in_backward else [parameters]:
         with category("gradients"):
@@ -42,9 +43,9 @@ def rehearse_step(
             optimizer.zero_grad(set_to_none=True)
     if updates_in_backward:
         with UpdatesInBackward(optimizer, rehearsing=True):
-            accumulate_gradients(model.train(), [inputs], chunk_tokens)
+            accumulate_gradients(model.train(), [inputs], chunk_tokens, fused)
     else:
-        accumulate_gradients(model.train(), [inputs], chunk_tokens)
+        accumulate_gradients(model.train(), [inputs], chunk_tokens, fused)
         with phase("optimizer"):
             clip_gradients(list(parameters), max_grad_norm)
             for parameter in parameters:

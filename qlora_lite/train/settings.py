@@ -30,3 +30,4 @@ class TrainSettings:
     on_not_finite: str = "stop"
     max_skipped_steps: int = 0
     stochastic_rounding: bool = True
+    fused_loss: str = "off"

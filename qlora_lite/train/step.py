@@ -18,6 +18,7 @@ from qlora_lite.models.anatomy import decoder, device_of, head
 from qlora_lite.models.load import rows_run_alone, uses_row_attention
 from qlora_lite.ops.checkpoint import row_alone
 from qlora_lite.ops.compiled import in_words
+from qlora_lite.ops.fused_loss import FUSED
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, chunked_cross_entropy
 from qlora_lite.ops.shapes import kernel_rows
 
@@ -110,14 +111,19 @@ def _hidden_states_row_by_row(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     return torch.cat(outs)
 
 
-def summed_loss(model: nn.Module, inputs: Inputs, chunk_tokens: int | None = None) -> torch.Tensor:
+def summed_loss(
+    model: nn.Module, inputs: Inputs, chunk_tokens: int | None = None, fused: str | None = None
+) -> torch.Tensor:  # fmt: skip
     """Return the float32 sum of the losses of a batch's labelled tokens.
 
     Args:
         chunk_tokens: tokens whose logits exist at once; None takes the default.
+        fused: name of the loss in ``ops.fused_loss`` that takes the place of the chunked one.
     """
     hidden = hidden_states(model, inputs)[inputs.learned]
     with category("logits"):
+        if fused:
+            return FUSED[fused][1](hidden, inputs.targets, head(model))
         return chunked_cross_entropy(hidden, inputs.targets, head(model), chunk_tokens or AUTO_CHUNK_TOKENS)
 
 
@@ -127,14 +133,14 @@ def labelled_count(batch: Batch) -> int:
 
 
 def accumulate_gradients(
-    model: nn.Module, batches: Sequence[Inputs], chunk_tokens: int | None = None
+    model: nn.Module, batches: Sequence[Inputs], chunk_tokens: int | None = None, fused: str | None = None
 ) -> torch.Tensor:  # fmt: skip
     """Add the gradients of the mean loss over all labelled tokens of the batches; return that mean."""
     total = sum(len(batch.targets) for batch in batches)
     mean = torch.zeros((), dtype=torch.float32, device=device_of(model))
     for batch in batches:
         with phase("forward"):
-            loss = summed_loss(model, batch, chunk_tokens) / total
+            loss = summed_loss(model, batch, chunk_tokens, fused) / total
         with phase("backward"):
             _backward(loss)
         mean += loss.detach()
@@ -143,7 +149,7 @@ def accumulate_gradients(
 
 def train_step(
     model: nn.Module, batches: Sequence[Batch], optimizer: torch.optim.Optimizer, max_grad_norm: float,
-    chunk_tokens: int | None = None,
+    chunk_tokens: int | None = None, fused: str | None = None,
 ) -> StepResult:  # fmt: skip
     """Run one optimizer step over micro-batches; a step that is not finite leaves the weights alone.
 
@@ -154,7 +160,8 @@ def train_step(
         DoesNotFitError: memory ran out in the update, when some weights may have been changed already.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    mean = accumulate_gradients(model, [prepare(batch, device_of(model)) for batch in batches], chunk_tokens)
+    inputs = [prepare(batch, device_of(model)) for batch in batches]
+    mean = accumulate_gradients(model, inputs, chunk_tokens, fused)
     with phase("optimizer"):
         result = _result(batches, mean.item(), clip_gradients(parameters, max_grad_norm))
         if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
@@ -164,8 +171,9 @@ def train_step(
 
 
 def train_step_in_backward(
-    model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, chunk_tokens: int | None = None
-) -> StepResult:
+    model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, chunk_tokens: int | None = None,
+    fused: str | None = None,
+) -> StepResult:  # fmt: skip
     """Run one optimizer step whose backward pass updates each factor; equals ``train_step`` without clipping.
 
     A loss that is not finite leaves the weights alone; a gradient that is not finite is seen too late for that, and so
@@ -173,7 +181,7 @@ def train_step_in_backward(
     """
     inputs = prepare(batch, device_of(model))
     with phase("forward"):
-        loss = summed_loss(model, inputs, chunk_tokens) / len(inputs.targets)
+        loss = summed_loss(model, inputs, chunk_tokens, fused) / len(inputs.targets)
     value = loss.item()
     if not math.isfinite(value):
         return _result([batch], value, loss.detach()[None])

@@ -1,0 +1,182 @@
+"""Another package's loss in place of ``loss.chunked_cross_entropy``, on a card where it is the better one.
+
+Liger (arXiv 2410.10989) and cut-cross-entropy (arXiv 2411.09009) do in one kernel what takes several passes over the
+logits in plain torch. Neither is faster everywhere: Liger's multiplies the fewer tokens at once the larger the
+vocabulary is beside the hidden size, cut-cross-entropy's multiplies by the head once more in backward. So no table
+says which is used; each that is installed is tried on the run's own hidden states and head, and taken if it is faster,
+holds no more memory (a plan counts ours, and stays true) and is about as near to float64 as ours.
+
+Legend: N labelled tokens, D hidden size, V vocabulary.
+"""
+
+import importlib
+import importlib.util
+import logging
+import math
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from .loss import Head, chunked_cross_entropy
+from .shapes import pieces
+
+log = logging.getLogger(__name__)
+
+Loss = Callable[[torch.Tensor, torch.Tensor, Head], torch.Tensor]
+"""The float32 sum over N tokens of hidden states [N, D] and targets int64 [N], as ``chunked_cross_entropy`` gives."""
+
+TIMED_RUNS = 3
+FASTER = 0.95  # of our time: what is less apart may be chance
+CHECKED_TOKENS, CHECKED_WORDS = 16, 2048  # in float64, and words at once
+# Times our error, and what an error is counted as at least. Liger stores the gradient of the logits in bfloat16 after
+# the target's share was subtracted: up to 2.5 times our error over Triton's interpreter (liger-kernel 0.8.5). What is
+# wrong, and not only rounded otherwise, is off by far more.
+WORSE, GRADIENT_ROUNDING, LOSS_ROUNDING = 3.0, 2.0**-9, 2.0**-12
+
+
+def _liger(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
+    module = importlib.import_module("liger_kernel.transformers")
+    return module.LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=head.softcap)(head.weight, hidden, targets)
+
+
+def _cut(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
+    module = importlib.import_module("cut_cross_entropy")
+    return module.linear_cross_entropy(hidden, head.weight, targets, softcap=head.softcap, reduction="sum")
+
+
+FUSED: dict[str, tuple[str, Loss]] = {  # by the recipe's name: the package's, and its loss
+    "liger": ("liger_kernel", _liger),
+    "cut-cross-entropy": ("cut_cross_entropy", _cut),
+}
+
+
+def installed() -> list[str]:
+    """Return the names in ``FUSED`` whose package is there; none is imported."""
+    return [name for name, (package, _) in FUSED.items() if importlib.util.find_spec(package) is not None]
+
+
+def candidates(setting: str, head: Head, device: torch.device) -> list[str]:
+    """Return the losses to try for a setting of ``memory.fused_loss``, by name.
+
+    None knows a head in 4 bit or in host memory, with a bias, or with a scale of its logits, and none promises the same
+    bits each time.
+    """
+    is_plain = device.type == "cuda" and torch.is_tensor(head.weight) and head.weight.device == device
+    is_known = is_plain and head.bias is None and head.scale == 1.0
+    if setting == "off" or not is_known or torch.are_deterministic_algorithms_enabled():
+        return []
+    return installed()
+
+
+class Trial(NamedTuple):
+    """What a loss took, forward and backward: seconds, bytes of the card beside its inputs, and relative errors."""
+
+    seconds: float
+    peak_bytes: int
+    loss_error: float
+    gradient_error: float
+
+
+def foreign_errors() -> tuple[type[Exception], ...]:
+    """Return what a package for other versions, a kernel that is not for this card, or a compiler may end with."""
+    errors: tuple[type[Exception], ...] = (
+        ImportError, AttributeError, TypeError, ValueError, RuntimeError, LookupError, AssertionError, OSError,
+        subprocess.SubprocessError,
+    )  # fmt: skip
+    if importlib.util.find_spec("triton") is not None:
+        errors += (importlib.import_module("triton.errors").TritonError,)
+    return errors
+
+
+def choose_loss(
+    names: Sequence[str], hidden: torch.Tensor, targets: torch.Tensor, head: Head, chunk_tokens: int
+) -> str | None:  # fmt: skip
+    """Return the name of the loss to use in place of ours, None to stay with it; say why.
+
+    Args:
+        names: of the losses to try.
+        hidden: [N, D], those of a step; N at least 1.
+        chunk_tokens: of ours.
+    """
+    ours = try_loss(lambda *inputs: chunked_cross_entropy(*inputs, chunk_tokens), hidden, targets, head)
+    seconds, best = FASTER * ours.seconds, None
+    for name in names:
+        try:
+            trial = try_loss(FUSED[name][1], hidden, targets, head)
+        except foreign_errors() as error:
+            log.info("memory.fused_loss: %s does not run here (%s: %s)", name, type(error).__name__,
+                     (str(error).splitlines() or [""])[0])  # fmt: skip
+            continue
+        fault = _fault(trial, ours)
+        log.info("memory.fused_loss: %s takes %.2f of the time of the chunked loss%s", name,
+                 trial.seconds / ours.seconds, f"; not used, {fault}" if fault else "")  # fmt: skip
+        if not fault and trial.seconds < seconds:
+            seconds, best = trial.seconds, name
+    log.info("memory.fused_loss: %s", f"{best} is used" if best else "the chunked loss stays")
+    return best
+
+
+def _fault(trial: Trial, ours: Trial) -> str:
+    """Say why a loss cannot stand for ours, whatever its time."""
+    if trial.peak_bytes > ours.peak_bytes:
+        return f"since it takes {trial.peak_bytes / 2**20:,.0f} MiB and not {ours.peak_bytes / 2**20:,.0f}"
+    for what, found, own, least in (
+        ("loss", trial.loss_error, ours.loss_error, LOSS_ROUNDING),
+        ("gradient", trial.gradient_error, ours.gradient_error, GRADIENT_ROUNDING),
+    ):
+        limit = WORSE * max(own, least)
+        if not found <= limit:  # NaN is not
+            return f"since its {what} is off by {found:.1e}, at most {limit:.1e}"
+    return ""
+
+
+def try_loss(loss: Loss, hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> Trial:
+    """Run a loss forward and backward a few times and compare its first tokens with float64."""
+    device = hidden.device
+    _value_and_gradient(loss, hidden, targets, head)  # compiles, and chooses kernels
+    held = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    seconds = math.inf
+    for _ in range(TIMED_RUNS):
+        torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        _value_and_gradient(loss, hidden, targets, head)
+        torch.cuda.synchronize(device)
+        seconds = min(seconds, time.perf_counter() - started)
+    peak = torch.cuda.max_memory_allocated(device) - held
+    return Trial(seconds, peak, *errors_of(loss, hidden[:CHECKED_TOKENS], targets[:CHECKED_TOKENS], head))
+
+
+@torch.no_grad()
+def errors_of(loss: Loss, hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> tuple[float, float]:
+    """Return how far a loss and its gradient are from float64's, relatively."""
+    found, exact = _value_and_gradient(loss, hidden, targets, head), exact_loss(hidden, targets, head)
+    return tuple(float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True))
+
+
+def _value_and_gradient(
+    loss: Loss, hidden: torch.Tensor, targets: torch.Tensor, head: Head
+) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden = hidden.detach().requires_grad_()
+    with torch.enable_grad():
+        value = loss(hidden, targets, head)
+        (gradient,) = torch.autograd.grad(value / len(targets), hidden)
+    return value.detach(), gradient
+
+
+def exact_loss(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss and the gradient of its mean in float64, a few thousand words at a time; few tokens."""
+    hidden, tiles = hidden.double(), list(pieces(head.weight.shape[0], CHECKED_WORDS))
+    logits = torch.cat([hidden @ head.weight[words].double().T for words in tiles], dim=1)
+    slopes = torch.ones((), dtype=torch.float64, device=hidden.device)
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+        slopes = 1 - (logits / head.softcap).square()
+    value = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    weights = logits.softmax(dim=1)
+    weights[torch.arange(len(targets), device=hidden.device), targets] -= 1
+    weights *= slopes / len(targets)
+    return value, sum(weights[:, words] @ head.weight[words].double() for words in tiles)
