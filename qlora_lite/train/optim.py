@@ -9,6 +9,7 @@ import ctypes
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from functools import cache
 
 import torch
 
@@ -57,10 +58,34 @@ def build_optimizer(
         if device.type == "cuda":
             log.info("optimizer states cannot be paged on this card: %s it is", name)
     on_cpu = {} if device.type == "cuda" else {"adamw_8bit": CpuAdamW8bit, "lion_8bit": CpuLion8bit}
-    optimizer_class = on_cpu.get(name) or getattr(bitsandbytes.optim, BITSANDBYTES_NAMES[name])
+    optimizer_class = on_cpu.get(name) or _without_waits(getattr(bitsandbytes.optim, BITSANDBYTES_NAMES[name]))
     if stochastic_rounding:
         optimizer_class = rounding_by_chance(optimizer_class)
     return optimizer_class(parameters, lr=learning_rate, weight_decay=weight_decay)
+
+
+class _WithoutWaits:
+    """The step of a bitsandbytes optimizer, which itself has the host wait for the card after each parameter.
+
+    Kernels run in their order on the card anyway, so only who looks at paged states from the host has to wait.
+    """
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update every parameter that has a gradient."""
+        for gindex, group in enumerate(self.param_groups):
+            for pindex, p in enumerate(group["params"]):
+                if p.grad is None:
+                    continue
+                if not self.state[p]:
+                    self.init_state(group, p, gindex, pindex)
+                self.prefetch_state(p)
+                self.update_step(group, p, gindex, pindex)
+
+
+@cache
+def _without_waits(optimizer_class: type) -> type:
+    return type(optimizer_class.__name__, (_WithoutWaits, optimizer_class), {})
 
 
 def can_page(device: torch.device) -> bool:

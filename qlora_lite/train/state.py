@@ -39,13 +39,18 @@ def capture(trainer: Trainer) -> tuple[dict[str, Tensors], dict]:
     states, numbers = _optimizer_state(trainer)
     torch_device = device_of(trainer.model)
     tensors = {WEIGHTS_NAME: factors, OPTIMIZER: states, GENERATORS: generator_states(torch_device)}
-    if torch_device.type == "cuda":
-        torch.cuda.synchronize(torch_device)  # paged states are read by the host where they lie
+    _wait(torch_device)
     on_host = {file: {name: _host_copy(t) for name, t in content.items()} for file, content in tensors.items()}
     return on_host, {
         "step": trainer.step, "epoch": trainer.epoch, "epoch_step": trainer.epoch_step, "skipped": trainer.skipped,
         "most_tokens": trainer.most_tokens, "total_steps": trainer.total_steps, "optimizer": numbers,
     }  # fmt: skip
+
+
+def _wait(device: torch.device) -> None:
+    """Wait for the card: paged states are read and written by the host where they lie."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -91,6 +96,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
         name: set(values) for name, values in state["optimizer"].items()
     }:
         raise CheckpointError(f"{STATE}: the optimizer has other numbers than the one of this run")
+    _wait(device_of(trainer.model))
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(saved[OPTIMIZER][name])
