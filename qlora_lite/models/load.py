@@ -23,7 +23,7 @@ from qlora_lite.memory.meter import grow_segments
 from qlora_lite.ops.attention import row_attention
 from qlora_lite.ops.norm import use_lean_norms
 from qlora_lite.quant.linear import QuantLinear
-from qlora_lite.quant.nf4 import Packed
+from qlora_lite.quant.nf4 import from_bnb_state
 
 from .cache import cache_entry
 from .locate import ModelFiles, locate
@@ -198,10 +198,9 @@ def _load_prequantized(folder: Path, dtype, device) -> nn.Module:
 
 
 def _from_linear4bit(module: nn.Module, dtype: torch.dtype) -> QuantLinear:
-    state = module.weight.quant_state
-    nested = (state.state2.code, state.state2.absmax, state.offset) if state.nested else (None, None, None)
-    packed = Packed(module.weight.data.view(torch.uint8).reshape(-1, 1), state.absmax, *nested)
-    layer = QuantLinear.from_packed(packed, tuple(state.shape), module.bias, state.quant_type, dtype)
+    state = module.weight.quant_state.as_dict(packed=True)
+    packed, shape, _, quant_type = from_bnb_state({"": module.weight.data, **state})
+    layer = QuantLinear.from_packed(packed, shape, module.bias, quant_type, dtype)
     layer.replaces = module.source_cls.__name__
     return layer
 

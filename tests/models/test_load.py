@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from bitsandbytes.functional import quantize_4bit
+from safetensors.torch import save_file
 from tiny import ARCHITECTURES, EAGER, build_tiny
 from tiny_files import save_tiny
 from transformers import AutoModelForCausalLM
@@ -141,6 +143,23 @@ def test_a_checkpoint_that_bitsandbytes_quantised_is_taken_over_as_it_is(quant, 
         assert (said in caplog.text) == (asked != (quant, double_quant))
     head = load(tmp_path / "theirs", "none", quant_head=True).get_output_embeddings()
     assert (head.quant_type, head.double_quant) == (quant, double_quant)
+
+
+@pytest.mark.parametrize("block_size", [32, 128])
+def test_a_bitsandbytes_checkpoint_in_blocks_of_another_size_is_refused(block_size, tmp_path):
+    plain, tensors = save_tiny(tmp_path), {}
+    for name, tensor in plain.state_dict().items():
+        if name.endswith("proj.weight"):
+            codes, state = quantize_4bit(tensor, blocksize=block_size, quant_type="nf4", compress_statistics=True)
+            tensors |= {name: codes, **{f"{name}.{key}": part for key, part in state.as_dict(packed=True).items()}}
+        else:
+            tensors[name] = tensor
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    path, stored = tmp_path / "config.json", {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    stored |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": stored}))
+    with pytest.raises(ModelError, match=rf"has block sizes \({block_size}, 256\)"):
+        load(tmp_path)
 
 
 def test_a_checkpoint_of_another_quantisation_is_refused(tmp_path):
