@@ -98,13 +98,14 @@ def build_skeleton(recipe: Recipe) -> nn.Module:
     return meta_model(config, *quantization_of(recipe, config.to_dict()), dtype, m.quant_head)
 
 
-def job_of(recipe: Recipe, config, machine: Machine, eval_rows: Rows | None) -> Job:
+def job_of(recipe: Recipe, config, machine: Machine, eval_rows: Rows | None, rows_alone: bool = False) -> Job:
     """Describe a recipe's training step for the planner; the rows of its micro-batches are the planner's to set.
 
     Args:
         config: transformers configuration of the model.
         machine: planned for.
         eval_rows: the largest evaluation batch, None without one.
+        rows_alone: the loaded model has shown that its rows run one by one.
 
     Raises:
         ModelError: the machine is a card that has no bfloat16, and the recipe asks for it.
@@ -119,7 +120,8 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_rows: Rows | None) -> 
         config, Rows((1,), 1), eval_rows, machine.device_type, quant, double_quant, m.quant_head, dtype,
         tuple(Target(t.pattern, t.rank, t.alpha) for t in x.targets), x.rank, x.alpha, x.dropout, x.rslora,
         getattr(torch, x.dtype), t.optimizer, t.stochastic_rounding, t.max_grad_norm,
-        deterministic=t.deterministic, saved_factors=1 if eval_rows is None else 2,
+        deterministic=t.deterministic, saved_factors=1 if eval_rows is None else 2, longest=recipe.data.max_tokens,
+        rows_alone=rows_alone,
     )  # fmt: skip
 
 

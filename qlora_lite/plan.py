@@ -81,7 +81,8 @@ class Plan:
 
 
 def plan_recipe(
-    recipe: Recipe, machine: Machine, budget_bytes: int, rows: Rows | None = None, eval_rows: Rows | None = None
+    recipe: Recipe, machine: Machine, budget_bytes: int, rows: Rows | None = None, eval_rows: Rows | None = None,
+    rows_alone: bool = False,
 ) -> Plan:  # fmt: skip
     """Choose the fastest way to run a recipe's step within a budget.
 
@@ -90,6 +91,7 @@ def plan_recipe(
         budget_bytes: most memory it may use, the process's own included.
         rows: the fullest pack; None takes one row of ``data.max_tokens``, every token learned.
         eval_rows: the fullest evaluation pack; None likewise, if the recipe has evaluation rows.
+        rows_alone: see ``build.job_of``.
 
     Raises:
         ModelError: the model's configuration is not known here, or cannot be planned.
@@ -98,7 +100,7 @@ def plan_recipe(
     t, m = recipe.train, recipe.memory
     full = Rows((recipe.data.max_tokens,), recipe.data.max_tokens - 1)
     evaluation = eval_rows or (full if recipe.data.eval is not None else None)
-    job = job_of(recipe, read_config(recipe.model.path, recipe.model.revision), machine, evaluation)
+    job = job_of(recipe, read_config(recipe.model.path, recipe.model.revision), machine, evaluation, rows_alone)
     fixed, tied = fixed_levers(recipe), bool(job.config.tie_word_embeddings) and not job.quant_head
     for one, other in permutations(("host_embeddings", "host_head")):
         if tied and one in fixed:
@@ -139,12 +141,15 @@ def budget_of(recipe: Recipe, machine: Machine) -> int:
     return there if budget is None else min(budget, there)
 
 
-def plan_run(recipe: Recipe, examples, eval_examples, left_free: int = 0) -> tuple[Plan, TrainSettings]:
+def plan_run(
+    recipe: Recipe, examples, eval_examples, left_free: int = 0, rows_alone: bool = False
+) -> tuple[Plan, TrainSettings]:  # fmt: skip
     """Plan a recipe for the device at hand and the rows that were read; return the plan and its settings.
 
     Args:
         examples, eval_examples: tokenised rows; none of the latter if there is no evaluation.
         left_free: bytes of the budget that the plan may not use.
+        rows_alone: see ``build.job_of``.
 
     Raises:
         DoesNotFitError: with the breakdown and the smallest change that fits.
@@ -158,7 +163,8 @@ def plan_run(recipe: Recipe, examples, eval_examples, left_free: int = 0) -> tup
     one_by_one = replace(settings, micro_batch_size=1, gradient_accumulation_steps=packs)  # the same packs a step
     pack, evaluation = largest_batches(examples, eval_examples, one_by_one)
     budget_bytes = budget_of(recipe, machine) - left_free
-    plan = plan_recipe(recipe, machine, budget_bytes, rows_of(pack), evaluation and rows_of(evaluation))
+    eval_rows = evaluation and rows_of(evaluation)
+    plan = plan_recipe(recipe, machine, budget_bytes, rows_of(pack), eval_rows, rows_alone)
     if not plan.fits:
         raise does_not_fit(plan, list(alternatives(plan)))
     chosen = plan.chosen
@@ -173,9 +179,9 @@ def plan_run(recipe: Recipe, examples, eval_examples, left_free: int = 0) -> tup
     )  # fmt: skip
 
 
-def expected_peak(plan: Plan, largest: Batch, evaluation: Batch | None) -> Prediction:
+def expected_peak(plan: Plan, largest: Batch, evaluation: Batch | None, rows_alone: bool) -> Prediction:
     """Predict the very step that a run rehearses, and saves nothing of: its own largest batches, in the chosen way."""
-    job = replace(plan.chosen.prediction.job, saved_factors=0)
+    job = replace(plan.chosen.prediction.job, saved_factors=0, rows_alone=rows_alone)
     return predict(replace(job, rows=rows_of(largest), eval_rows=evaluation and rows_of(evaluation)))
 
 

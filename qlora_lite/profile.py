@@ -23,6 +23,7 @@ from .memory.meter import PeakMeter, hold_to
 from .memory_page import memory_page
 from .models.anatomy import device_of
 from .models.levers import set_levers
+from .models.rows_alone import rows_run_alone
 from .models.tokenizer import load_tokenizer
 from .plan import Plan, alternatives, as_metered, expected_peak, plan_run
 from .plan_text import constants, reason
@@ -70,7 +71,7 @@ def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
         out.mkdir(parents=True, exist_ok=True)
     model = build_model(recipe, levers=settings.levers)
     trainer = Trainer(model, rows, settings, build_stream(recipe, tokenizer))
-    expected = expected_peak(plan, *largest_batches(rows, eval_examples, settings))
+    expected = expected_peak(plan, *largest_batches(rows, eval_examples, settings), rows_run_alone(model))
     device = device_of(model)
     hold_to(device, plan.budget_bytes)
     ledger = Ledger(timeline=True, allocation_bytes=ALLOCATION_BYTES[device.type])

@@ -28,6 +28,7 @@ from .models.anatomy import device_of
 from .models.cache import base_fingerprint
 from .models.load import resolve_device
 from .models.locate import locate
+from .models.rows_alone import rows_run_alone, why_rows_run_alone
 from .models.tokenizer import load_tokenizer
 from .plan import as_metered, expected_peak, plan_run
 from .plan_text import reason
@@ -129,6 +130,7 @@ class _Run:
         self.recipe, self.run, self.progress, self.stop = recipe, run, progress, stop
         self.continuation = continuation
         self.training: Training | None = None
+        self.rows_alone = False  # although nothing but the loaded model shows it
 
     def execute(self) -> None:
         """Go through the stages."""
@@ -176,16 +178,18 @@ class _Run:
         free_cached_memory(self.meter.device)
         self._plan()
         self._load()
+        if rows_run_alone(self.model) and not why_rows_run_alone(self.model, self.recipe.data.max_tokens):
+            self.rows_alone = True  # which only the loaded model has shown
+            self._drop_model()
+            self._plan()
+            self._load()
         excess = self._rehearse()
         for share in LEFT_FREE:
             if excess is None:
                 return
             left_free = excess.bytes + int(share * self.budget_bytes)
             log.warning("%s; planning again with %s left free", excess.words, format_bytes(left_free))
-            self.model = self.trainer = None
-            gc.collect()
-            free_cached_memory(self.meter.device)
-            self.meter.restart()
+            self._drop_model()
             try:
                 self._plan(left_free)
             except DoesNotFitError:
@@ -194,6 +198,12 @@ class _Run:
             excess = self._rehearse()
         if excess is not None:
             raise DoesNotFitError(f"{excess.words}; {CURES}")
+
+    def _drop_model(self) -> None:
+        self.model = self.trainer = None
+        gc.collect()
+        free_cached_memory(self.meter.device)
+        self.meter.restart()
 
     def _load(self) -> None:
         """Load the model as planned, make its trainer, and stop where either is not that of a run to go on with."""
@@ -304,7 +314,7 @@ class _Run:
         hold_to(self.meter.device, None)  # an earlier plan or run in this process may have had a smaller budget
         keeps_plan = self.continuation is not None and self.continuation.keeps_plan
         recipe = with_plan(self.recipe, self.continuation.run["plan"]) if keeps_plan else self.recipe
-        self.plan, self.settings = plan_run(recipe, self.rows, eval_examples, left_free)
+        self.plan, self.settings = plan_run(recipe, self.rows, eval_examples, left_free, self.rows_alone)
         self.budget_bytes = self.plan.budget_bytes + left_free
         log.info("plan: %s", reason(self.plan))
 
@@ -314,9 +324,8 @@ class _Run:
         free_cached_memory(device)  # of loading
         hold_to(device, budget)
         eval_examples = self.eval_data.examples if self.eval_data else ()
-        expected = expected_peak(
-            self.plan, *largest_batches(self.rows, eval_examples, self.settings, self.trainer.most_tokens)
-        )
+        batches = largest_batches(self.rows, eval_examples, self.settings, self.trainer.most_tokens)
+        expected = expected_peak(self.plan, *batches, rows_run_alone(self.model))
         weights = (*self.model.parameters(), *self.model.buffers())
         mapped = mapped_bytes(weights) if device.type == "cpu" else 0
         predicted = as_metered(self.plan, expected) - mapped

@@ -359,7 +359,7 @@ def test_on_a_cpu_the_copy_of_a_checkpoint_is_part_of_the_plan_and_of_no_rehears
         assert beside + prediction.simulation.peak().total == plan.peak_bytes
         held = prediction.simulation.resident.breakdown
         assert prediction.saving_bytes == counted * (adapters * held["adapter"] + held["optimizer"])
-        assert planner.expected_peak(plan, collate(examples(1)), None).saving_bytes == 0
+        assert planner.expected_peak(plan, collate(examples(1)), None, False).saving_bytes == 0
         assert sum(o.bytes for o in prediction.overheads if o.name == "checkpoint") == prediction.saving_bytes
 
 
@@ -378,7 +378,7 @@ def test_the_largest_pack_is_looked_for_among_all_packs_of_the_steps(tmp_path, m
     class Seen(Exception):
         pass
 
-    def seen(_recipe, _machine, _budget, rows, _evaluation):
+    def seen(_recipe, _machine, _budget, rows, *_others):
         raise Seen(rows)
 
     save_tiny(tmp_path / "model")

@@ -12,6 +12,7 @@ from tiny_files import save_tiny, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_lite
+from qlora_lite import run as run_module
 from qlora_lite.build import build_model
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
 from qlora_lite.data.render import render_prompt
@@ -115,6 +116,27 @@ def test_the_summary_and_the_report_say_which_levers_change_results(finished, mo
     (said,) = summary_of(folder)["other_results"]
     assert said.startswith("model.quant_head: the head is in 4 bit, which is another model")
     assert said in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("model_type", "plans"), [("bloom", [False, True]), ("lfm2", [False])])
+def test_a_model_that_shows_on_loading_that_its_rows_run_alone_is_planned_once_more(
+    model_type, plans, tmp_path, monkeypatch
+):  # fmt: skip
+    made, plan_run = [], run_module.plan_run
+
+    def noted(*given):
+        made.append((given[-1], plan_run(*given)))
+        return made[-1][1]
+
+    monkeypatch.setattr(run_module, "plan_run", noted)
+    save_tiny(tmp_path / "model", model_type)
+    train = {"max_steps": 1, "exact_match_rows": 0, "micro_batch_size": 1, "gradient_accumulation_steps": 1}
+    recipe = write_recipe(tmp_path, tmp_path / "model", data={"max_tokens": 512}, train=train)
+    folder = qlora_lite.run_recipe(load_recipe(recipe))
+    assert [alone for alone, _ in made] == plans
+    peaks = [plan.peak_bytes for _, (plan, _) in made]
+    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(plans)
+    assert summary_of(folder)["plan"]["predicted_peak_bytes"] <= peaks[-1]
 
 
 def test_the_best_adapter_is_kept_and_its_loss_is_the_one_reported(finished):

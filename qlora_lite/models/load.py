@@ -274,18 +274,6 @@ def uses_row_attention(model: nn.Module) -> bool:
     return model.config._attn_implementation == ROW_ATTENTION
 
 
-def run_rows_alone(model: nn.Module) -> None:
-    """Make training run the rows of a batch one by one, with transformers' attention, where joining is not exact."""
-    model.qlora_lite_rows_run_alone = True
-    if uses_row_attention(model):
-        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-
-
-def rows_run_alone(model: nn.Module) -> bool:
-    """Tell whether the rows of a batch must be run one by one."""
-    return getattr(model, "qlora_lite_rows_run_alone", False)
-
-
 def _mask_for_padding_only(q_length, kv_length, attention_mask=None, **kwargs):
     """Build transformers' SDPA mask for padding or a cache; ``row_attention`` needs none without them.
 

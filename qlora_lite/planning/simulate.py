@@ -30,6 +30,7 @@ from qlora_lite.lora.inject import ALL_LINEAR, Target, add_lora, lora_parameters
 from qlora_lite.memory.ledger import Ledger, Moment
 from qlora_lite.memory.work import Work, WorkCounter
 from qlora_lite.models.levers import Levers, place, set_levers
+from qlora_lite.models.rows_alone import run_rows_alone, why_rows_run_alone
 from qlora_lite.models.skeleton import block_pattern, give_storage, meta_model, shallow_config
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.train.inventory import categorised
@@ -65,6 +66,7 @@ class Job:
     fields have the recipe's names and meanings. ``rows`` is the largest micro-batch and ``eval_rows`` the
     largest evaluation batch (None: there is none). ``saved_factors``: how many adapters a checkpoint
     holds that is written beside the step (2 with that which was best by evaluation), 0 where none is.
+    ``longest`` is the longest row that there may be; ``rows_alone`` says that rows are known to run one by one.
     """
 
     config: object
@@ -87,6 +89,8 @@ class Job:
     accumulating: bool = False
     deterministic: bool = False
     saved_factors: int = 0
+    longest: int = 0
+    rows_alone: bool = False
     levers: Levers = field(default_factory=Levers)
 
 
@@ -239,6 +243,8 @@ def _model(job: Job, device: torch.device) -> nn.Module:
         give_storage(model, device)
     add_lora(model, job.targets, job.rank, job.alpha, job.dropout, job.rslora, job.factor_dtype)
     place(model, device, job.levers)
+    if job.rows_alone or why_rows_run_alone(model, max(job.longest, *job.rows.lengths)):
+        run_rows_alone(model)
     set_levers(model, replace(job.levers, compile=False))  # compiled blocks are counted as plain ones
     return model
 

@@ -19,7 +19,8 @@ from qlora_lite.lora.inject import lora_layers, lora_parameters
 from qlora_lite.lora.layer import LoraLinear
 from qlora_lite.models.anatomy import device_of, head
 from qlora_lite.models.levers import Levers
-from qlora_lite.models.load import rows_run_alone, run_rows_alone, use_row_attention, uses_row_attention
+from qlora_lite.models.load import use_row_attention, uses_row_attention
+from qlora_lite.models.rows_alone import rows_run_alone, run_rows_alone, use_own_attention, why_rows_run_alone
 from qlora_lite.ops.loss import head_logits
 
 from .settings import TrainSettings
@@ -40,10 +41,10 @@ CHECKSUM_MARK = "weights:"  # of how the checksum is taken; one without it was t
 def check_forward(model: nn.Module, longest: int = 0) -> float:
     """Compare packed rows and the chunked head with the model's own logits, row by row with its own attention.
 
-    A model in which rows end to end see each other (a state that runs on: Mamba, Qwen3-Next, RecurrentGemma; a
-    convolution: LFM2; distances counted over the whole sequence: Bloom, MPT) is switched to running them one by
-    one, which is exact, with one logged line because packing then saves no time. So is one whose rotary embedding
-    (dynamic, longrope) turns all rows of a batch as its longest.
+    A model in which rows end to end see each other is switched to running them one by one, which is exact, with one
+    logged line because packing then saves no time: where the model says so (``models.rows_alone``), or the comparison
+    shows it (distances counted over the whole sequence: Bloom, MPT). Where ours leaves something out, it goes back to
+    the attention that transformers has for it.
 
     Args:
         longest: tokens of the longest row that there may be; the comparison is of short ones.
@@ -54,17 +55,21 @@ def check_forward(model: nn.Module, longest: int = 0) -> float:
     Raises:
         ModelError: the difference is more than rounding.
     """
-    _run_alone_if_rotated_together(model, longest)
+    if not rows_run_alone(model) and (why := why_rows_run_alone(model, longest)):
+        run_rows_alone(model)
+        log.warning("%s: each row is run by itself, since %s", type(model).__name__, why)
     tolerance = LOGITS_TOLERANCE[model.dtype]
     error = _logits_error(model)
-    if not error <= tolerance and not rows_run_alone(model):
-        run_rows_alone(model)
-        together, error = error, _logits_error(model)
-        if error <= tolerance:
-            log.warning(
-                "%s: rows laid end to end see each other (relative error %.1e), so each is run by itself: exact, but "
-                "packing saves no time", type(model).__name__, together,
-            )  # fmt: skip
+    together = error
+    for change in (run_rows_alone, use_own_attention):
+        if not error <= tolerance:
+            change(model)
+            error = _logits_error(model)
+            if error <= tolerance:
+                log.warning(
+                    "%s: rows laid end to end see each other (relative error %.1e), so each is run by itself: exact, "
+                    "but packing saves no time", type(model).__name__, together,
+                )  # fmt: skip
     if not error <= tolerance:
         raise ModelError(
             f"{type(model).__name__}: rows trained here give other logits than the model itself gives "
@@ -72,30 +77,6 @@ def check_forward(model: nn.Module, longest: int = 0) -> float:
             "not know; it cannot be trained exactly"
         )
     return error
-
-
-def _run_alone_if_rotated_together(model: nn.Module, longest: int) -> None:
-    """Run rows one by one where the longest of a batch would decide the frequencies of all: where rows can be longer
-    than those that the model was first trained on."""
-    limits = [_first_length(module.config) for module in model.modules() if _follows_longest_row(module)]
-    if limits and longest > min(limits) and not rows_run_alone(model):
-        run_rows_alone(model)
-        log.warning("%s: rows of more than %d tokens are rotated otherwise than shorter ones, so each row is run by "
-                    "itself; a data.max_tokens of no more spares that", type(model).__name__, min(limits))  # fmt: skip
-
-
-def _follows_longest_row(module: nn.Module) -> bool:
-    kinds = getattr(module, "rope_type", None)
-    kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
-    return any(kind == "longrope" or "dynamic" in str(kind) for kind in kinds)
-
-
-def _first_length(config) -> int:
-    """Return the tokens of the rows that a model was trained on before its rotary embedding was stretched."""
-    rope = config.rope_parameters
-    settings = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
-    key = "original_max_position_embeddings"
-    return min((each[key] for each in settings if key in each), default=config.max_position_embeddings)
 
 
 @torch.no_grad()

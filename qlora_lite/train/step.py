@@ -15,7 +15,8 @@ from torch import nn
 from qlora_lite.data.batch import IGNORED_LABEL, Batch
 from qlora_lite.memory.marks import category, phase
 from qlora_lite.models.anatomy import decoder, device_of, head
-from qlora_lite.models.load import rows_run_alone, uses_row_attention
+from qlora_lite.models.load import uses_row_attention
+from qlora_lite.models.rows_alone import rows_run_alone
 from qlora_lite.ops.checkpoint import row_alone
 from qlora_lite.ops.compiled import in_words
 from qlora_lite.ops.fused_loss import FUSED
@@ -87,15 +88,18 @@ def hidden_states(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     """Return the last hidden states [T, D] of rows laid end to end."""
     if rows_run_alone(model):
         return _hidden_states_row_by_row(model, inputs)
+    return _decoded(model, inputs.input_ids, inputs.position_ids, inputs.row_lengths)
+
+
+def _decoded(model: nn.Module, ids: torch.Tensor, positions: torch.Tensor, row_lengths: tuple[int, ...]):
+    """Return the last hidden states of the rows that the tokens begin with."""
     rows = {}
     if uses_row_attention(model):
         # row_attention needs no mask. Without one, transformers looks at the positions for packed rows, and a card
         # waits for the answer; one of four dimensions it passes on as it is.
-        rows = {"row_lengths": inputs.row_lengths, "attention_mask": inputs.input_ids.new_empty((1, 1, 0, 0))}
-    output = decoder(model)(
-        input_ids=inputs.input_ids, position_ids=inputs.position_ids, use_cache=False, **rows
-    )  # fmt: skip
-    return output.last_hidden_state[0, : sum(inputs.row_lengths)]
+        rows = {"row_lengths": row_lengths, "attention_mask": ids.new_empty((1, 1, 0, 0))}
+    output = decoder(model)(input_ids=ids, position_ids=positions, use_cache=False, **rows)
+    return output.last_hidden_state[0, : sum(row_lengths)]
 
 
 def _hidden_states_row_by_row(model: nn.Module, inputs: Inputs) -> torch.Tensor:
@@ -105,8 +109,7 @@ def _hidden_states_row_by_row(model: nn.Module, inputs: Inputs) -> torch.Tensor:
         ids = inputs.input_ids[:, start : start + kernel_rows(length, device)]
         positions = torch.arange(ids.shape[1], device=device)[None]
         with row_alone(number):
-            output = decoder(model)(input_ids=ids, position_ids=positions, use_cache=False)
-        outs.append(output.last_hidden_state[0, :length])
+            outs.append(_decoded(model, ids, positions, (length,)))
         start += length
     return torch.cat(outs)
 

@@ -11,8 +11,9 @@ from qlora_lite.data.batch import Batch
 from qlora_lite.lora.inject import add_lora, lora_parameters
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.models.levers import Levers, set_levers
-from qlora_lite.models.load import adopt, rows_run_alone, use_row_attention
+from qlora_lite.models.load import adopt, use_row_attention
 from qlora_lite.models.quantizer import quantize_in_place
+from qlora_lite.models.rows_alone import rows_run_alone
 from qlora_lite.models.skeleton import block_pattern
 from qlora_lite.ops import fused_attention
 from qlora_lite.ops.shapes import planning_for
@@ -54,6 +55,7 @@ def measured(job, model_type, **changes):
     quantize_in_place(model, job.quant, job.double_quant)
     adopt(model)
     add_lora(model, job.targets, job.rank, job.alpha, job.dropout, job.rslora, job.factor_dtype)
+    check_forward(model, max(job.rows.lengths))
     set_levers(model, job.levers)
     parameters = [p for _, p in lora_parameters(model)]
     optimizer = build_optimizer(parameters, job.optimizer, 1e-4, 0.0, job.stochastic_rounding)
@@ -94,6 +96,26 @@ def test_the_predicted_peak_of_every_phase_is_the_measured_one(model_type, lever
         for kind, size in peak.breakdown.items():
             if kind not in ("workspace", "saved activations"):
                 assert predicted.peak(name).breakdown[kind] == size, (name, kind)
+
+
+@pytest.mark.parametrize(("name", "is_seen"), [("bloom", False), ("mpt", False), ("lfm2", True)])
+def test_rows_that_run_one_by_one_are_planned_so_where_the_model_says_it_or_has_shown_it(name, is_seen):
+    job = job_for(config_of(name), levers=Levers(loss_chunk_tokens=8), rows_alone=not is_seen)
+    predicted, ledger = simulate_whole(job), measured(job, name)
+    peak = max(moment.total for moment in ledger.peaks.values() if moment.phase == "forward")
+    assert predicted.peak("forward").total == pytest.approx(peak, abs=INPUT_BYTES)
+    together = simulate_whole(replace(job, rows_alone=False)).peak("forward").total
+    assert (together == predicted.peak("forward").total) == is_seen
+
+
+def test_rows_longer_than_those_of_the_first_training_are_planned_one_by_one():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    job = job_for(config_of("llama", rope_parameters=rope, max_position_embeddings=64))
+    short, long, alone = (
+        simulate_whole(other).peak("forward").total
+        for other in (replace(job, longest=64), replace(job, longest=65), replace(job, rows_alone=True))
+    )
+    assert short != long == alone
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw_32bit", "lion_8bit", "adamw_torch"])

@@ -11,12 +11,12 @@ from tiny import (
     random_factors,
     reference_loss,
 )
-from transformers.modeling_utils import AttentionInterface
 
 from qlora_lite.errors import ModelError
 from qlora_lite.lora.inject import add_lora, lora_layers
 from qlora_lite.models.levers import Levers, set_levers
-from qlora_lite.models.load import ROW_ATTENTION, rows_run_alone, use_row_attention, uses_row_attention
+from qlora_lite.models.load import use_row_attention, uses_row_attention
+from qlora_lite.models.rows_alone import rows_run_alone
 from qlora_lite.ops.attention import row_attention
 from qlora_lite.train.guards import check_forward
 from qlora_lite.train.step import accumulate_gradients, labelled_count, prepare
@@ -73,7 +73,9 @@ def test_the_forward_check_goes_back_to_the_model_s_own_attention_where_ours_lea
     def without_sinks(*tensors, s_aux, **settings):
         return row_attention(*tensors, **settings)
 
-    AttentionInterface.register(ROW_ATTENTION, without_sinks)
+    monkeypatch.setattr("qlora_lite.models.load.row_attention", without_sinks)
+    use_row_attention(model)
     check_forward(model)
     assert rows_run_alone(model) and not uses_row_attention(model)
+    monkeypatch.undo()
     use_row_attention(model)

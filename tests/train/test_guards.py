@@ -15,7 +15,7 @@ from qlora_lite.data.stored import Example
 from qlora_lite.errors import ModelError, TrainingError
 from qlora_lite.lora.inject import add_lora, lora_layers, lora_parameters
 from qlora_lite.models.levers import Levers
-from qlora_lite.models.load import rows_run_alone
+from qlora_lite.models.rows_alone import rows_run_alone
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.train.guards import HASHED_WORDS, bit_sums, check_frozen, check_trainable, frozen_checksum
 from qlora_lite.train.inventory import inventory, total_parameters

@@ -35,8 +35,9 @@ from qlora_lite.lora.layer import LoraLinear
 from qlora_lite.memory.marks import marks
 from qlora_lite.models.anatomy import blocks
 from qlora_lite.models.levers import Levers, on_host, place, set_levers
-from qlora_lite.models.load import rows_run_alone, use_row_attention
+from qlora_lite.models.load import use_row_attention
 from qlora_lite.models.quantizer import quantize_head
+from qlora_lite.models.rows_alone import rows_run_alone
 from qlora_lite.ops.kept_attention import FUSED
 from qlora_lite.ops.tile import Tiled
 from qlora_lite.quant.linear import QuantLinear

@@ -12,7 +12,7 @@ from qlora_lite.errors import DoesNotFitError, TrainingError
 from qlora_lite.lora.inject import lora_layers
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.models.levers import Levers
-from qlora_lite.models.load import run_rows_alone
+from qlora_lite.models.rows_alone import run_rows_alone
 from qlora_lite.planning import simulate
 from qlora_lite.train import step as step_module
 from qlora_lite.train.guards import check_updates_in_backward
