@@ -13,6 +13,7 @@ from shutil import disk_usage
 
 from .build import fixed_levers, job_of, train_settings
 from .data.batch import Batch
+from .data.stored import row_lengths
 from .errors import DoesNotFitError, OutputError, RecipeError
 from .memory.bar import BESIDE
 from .models.levers import Levers
@@ -27,6 +28,7 @@ from .planning.search import SMALL_CHUNK_TOKENS, TILE_TOKENS, first_levers, mova
 from .planning.simulate import Job, Rows, rows_of
 from .recipe.schema import Recipe
 from .saver import Space
+from .train.epochs import Epochs
 from .train.loop import largest_batches
 from .train.settings import TrainSettings
 from .units import format_bytes
@@ -161,7 +163,7 @@ def plan_run(
     settings = train_settings(recipe)
     packs = settings.micro_batch_size * settings.gradient_accumulation_steps
     one_by_one = replace(settings, micro_batch_size=1, gradient_accumulation_steps=packs)  # the same packs a step
-    pack, evaluation = largest_batches(examples, eval_examples, one_by_one)
+    pack, evaluation = largest_batches(examples, eval_examples, Epochs(row_lengths(examples), one_by_one))
     budget_bytes = budget_of(recipe, machine) - left_free
     eval_rows = evaluation and rows_of(evaluation)
     plan = plan_recipe(recipe, machine, budget_bytes, rows_of(pack), eval_rows, rows_alone)
@@ -209,7 +211,10 @@ def alternatives(plan: Plan) -> Iterator[Alternative]:
             yield _alternative(plan, change, other)
         seen.add(change)
     job = step.job
-    optimizer = "adamw_32bit" if "8bit" in job.optimizer else "adamw_8bit"
+    name = job.optimizer.removeprefix("paged_")
+    states = {"8bit": "32bit", "32bit": "8bit"}
+    family, _, bits = name.rpartition("_")
+    optimizer = f"{family}_{states[bits]}" if bits in states else "adamw_8bit"
     changed = {f"train.optimizer={optimizer}": replace(step, job=replace(job, optimizer=optimizer))}
     if len(step.pack.lengths) == 1 and step.pack.lengths[0] >= 128:
         half = step.pack.lengths[0] // 2

@@ -71,7 +71,7 @@ def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
         out.mkdir(parents=True, exist_ok=True)
     model = build_model(recipe, levers=settings.levers)
     trainer = Trainer(model, rows, settings, build_stream(recipe, tokenizer))
-    expected = expected_peak(plan, *largest_batches(rows, eval_examples, settings), rows_run_alone(model))
+    expected = expected_peak(plan, *largest_batches(rows, eval_examples, trainer.epochs), rows_run_alone(model))
     device = device_of(model)
     hold_to(device, plan.budget_bytes)
     ledger = Ledger(timeline=True, allocation_bytes=ALLOCATION_BYTES[device.type])

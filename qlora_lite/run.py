@@ -59,7 +59,7 @@ from .train.determinism import deterministic
 from .train.guards import check_frozen, frozen_checksum
 from .train.inventory import inventory, total_parameters
 from .train.loop import Trainer, largest_batches
-from .train.out_of_memory import CURES, explaining_memory, first_line, free_cached_memory, is_out_of_device_memory
+from .train.out_of_memory import CURES, another_plan_may_help, explaining_memory, first_line, free_cached_memory
 from .train.state import STATE
 from .training import Progress, Training
 from .units import format_bytes, format_count, format_seconds
@@ -207,7 +207,8 @@ class _Run:
 
     def _load(self) -> None:
         """Load the model as planned, make its trainer, and stop where either is not that of a run to go on with."""
-        with explaining_memory("while the model was loaded; close other programs, or choose a smaller model"):
+        with explaining_memory("close other programs, or choose a smaller model",
+                               "memory ran out while the model was loaded"):  # fmt: skip
             self.model = build_model(self.recipe, levers=self.settings.levers)
         stream = build_stream(self.recipe, self.tokenizer)
         self.trainer = Trainer(self.model, self.rows, self.settings, stream)
@@ -324,7 +325,7 @@ class _Run:
         free_cached_memory(device)  # of loading
         hold_to(device, budget)
         eval_examples = self.eval_data.examples if self.eval_data else ()
-        batches = largest_batches(self.rows, eval_examples, self.settings, self.trainer.most_tokens)
+        batches = largest_batches(self.rows, eval_examples, self.trainer.epochs, self.trainer.most_tokens)
         expected = expected_peak(self.plan, *batches, rows_run_alone(self.model))
         weights = (*self.model.parameters(), *self.model.buffers())
         mapped = mapped_bytes(weights) if device.type == "cpu" else 0
@@ -333,8 +334,8 @@ class _Run:
             log.info("train.compile: compiling the blocks, which takes a minute or so the first time")
         try:
             self.trainer.rehearse(eval_examples)
-        except RuntimeError as error:
-            if not is_out_of_device_memory(error):  # no other plan is a cure for the host's
+        except (RuntimeError, MemoryError) as error:
+            if not another_plan_may_help(error, device):
                 raise
             words = f"memory ran out over the largest micro-batch, predicted {format_bytes(predicted)}"
             return Excess(budget - self.plan.peak_bytes, f"{words} ({first_line(error)})")
@@ -360,11 +361,11 @@ class _Run:
         digest = self.training.save_adapter(ADAPTER)
         if self.trainer.most_tokens is not None:
             self.run.summary["plan"]["most_tokens"] = self.trainer.most_tokens
-        rows = self.eval_data.examples[:SAMPLES] if after else []
+        rows = self.eval_data.examples[:SAMPLES] if before and after else []
         samples = [
             {"prompt": self._plain(row.prompt), "reference": row.answer, "before": b, "after": a}
             for row, b, a in zip(rows, before.answers, after.answers, strict=False)
-        ] if after else []  # fmt: skip
+        ] if before and after else []  # fmt: skip
         self.run.update(**self.figures(), status=COMPLETE, ended_by=self.training.ended_by, adapter_sha256=digest,
                         samples=samples)  # fmt: skip
         write_report(self.run.path)

@@ -37,7 +37,7 @@ SAME_ARITHMETIC = [
     Levers("selective", checkpoint_every=2, offload_checkpoints=True, host_embeddings=True),
 ]  # fmt: skip
 COPYING = [
-    *(levers for levers in SAME_ARITHMETIC if any(levers.uses_host[:3])),
+    *(levers for levers in SAME_ARITHMETIC if any(levers.host_rank[:3])),
     Levers(resident_blocks=0, tile_tokens=20), Levers(resident_blocks=0, reuse_dequantized=True),
     Levers(resident_blocks=1, tile_tokens=20, reuse_dequantized=True, offload_checkpoints=True, kept_blocks=1),
     Levers("selective", resident_blocks=2, kept_blocks=1, offload_checkpoints=True, host_head=True),

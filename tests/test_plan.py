@@ -470,10 +470,19 @@ def test_the_largest_number_under_a_limit_is_found_with_few_tries(limit, steps_o
         tried.append(n)
         return (3 * n + n * n // 1000) // steps_of * steps_of - limit
 
-    found = largest_of(missing, 5, 10**6)
+    found = largest_of(missing, missing(1), 5, 10**6)
     assert len(tried) < 40
     assert missing(found) <= 0
     assert found == 10**6 or missing(found + 1) > 0
+
+
+@pytest.mark.parametrize(("optimizer", "other"), [
+    ("paged_adamw_8bit", "adamw_32bit"), ("adamw_32bit", "adamw_8bit"), ("paged_lion_8bit", "lion_32bit"),
+    ("lion_32bit", "lion_8bit"), ("adamw_torch", "adamw_8bit"),
+])  # fmt: skip
+def test_the_optimizer_that_is_offered_is_of_the_same_family(recipe, optimizer, other):
+    plan = planner.plan_recipe(recipe(f"train.optimizer={optimizer}"), CARD, 24 * GIB)
+    assert [a.change for a in planner.alternatives(plan) if "optimizer" in a.change] == [f"train.optimizer={other}"]
 
 
 def test_what_does_not_fit_is_told_with_the_parts_and_the_smallest_change(recipe):

@@ -22,7 +22,7 @@ from qlora_lite.planning.predict import Prediction
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs import open_run
 from qlora_lite.train.loop import Trainer
-from qlora_lite.train.out_of_memory import free_cached_memory
+from qlora_lite.train.out_of_memory import another_plan_may_help, free_cached_memory
 
 CPU = torch.device("cpu")
 
@@ -353,7 +353,10 @@ def test_memory_that_runs_out_in_loading_is_not_blamed_on_the_rows(run, monkeypa
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("qlora_lite.run.build_model", run_out)
-    with pytest.raises(DoesNotFitError, match=r"\(CUDA out of memory\); while the model was loaded.*smaller model"):
+    with pytest.raises(
+        DoesNotFitError,
+        match=r"^memory ran out while the model was loaded \(CUDA out of memory\); close other programs.*smaller model",
+    ):
         run()
 
 
@@ -440,16 +443,21 @@ def test_a_rehearsal_that_leaves_no_room_for_a_checkpoint_s_copy_proves_nothing(
         run(train={"max_steps": 1})
 
 
-def test_memory_of_the_host_that_runs_out_is_no_reason_to_plan_again(wide_run):
+@pytest.mark.parametrize("error", [
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."), MemoryError(),
+])  # fmt: skip
+def test_memory_of_the_host_that_runs_out_is_a_reason_to_plan_again_on_a_cpu_and_not_beside_a_card(wide_run, error):
     tried = []
 
     def run_out_of_host_memory(levers, _budget):
-        tried.append(levers)
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes.")
+        tried.append(levers.checkpointing)
+        if tried == ["none"]:
+            raise error
 
-    with pytest.raises(DoesNotFitError, match="the device ran out of memory"):
-        wide_run(run_out_of_host_memory, checkpointing="auto")
-    assert len(tried) == 1
+    wide_run(run_out_of_host_memory, checkpointing="auto")
+    assert tried == ["none", "block"]
+    assert not another_plan_may_help(error, torch.device("cuda"))
+    assert another_plan_may_help(torch.OutOfMemoryError("CUDA out of memory."), torch.device("cuda"))
 
 
 def test_a_target_that_matches_nothing_fails_with_its_name(run):

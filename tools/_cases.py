@@ -140,7 +140,7 @@ def trainer_of(case: dict, model, steps: int = 1) -> Trainer:
 def job_of(case: dict, trainer: Trainer, evaluates: bool) -> Job:
     """Describe the case's step for the planner."""
     model = trainer.model
-    largest = rows_of(largest_batches(trainer.examples, (), trainer.settings)[0])
+    largest = rows_of(largest_batches(trainer.examples, (), trainer.epochs)[0])
     return Job(
         model.config, largest, largest if evaluates else None, resolve_device().type, compute_dtype=model.dtype,
         quant_head=case.get("quant_head", False), rank=case.get("rank", RANK), optimizer=trainer.settings.optimizer,

@@ -153,7 +153,7 @@ def streamed(scale: Scale) -> Iterator[dict]:
         if path.endswith("lora_B"):
             torch.nn.init.normal_(parameter, std=0.01)
     trainer = trainer_of(case, model)
-    inputs = prepare(largest_batches(trainer.examples, (), trainer.settings)[0], device_of(model))
+    inputs = prepare(largest_batches(trainer.examples, (), trainer.epochs)[0], device_of(model))
     trainer.meter.close()
     torch.use_deterministic_algorithms(True)
     expected = _gradients(model, inputs, Levers())

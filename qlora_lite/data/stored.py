@@ -89,7 +89,8 @@ class Examples:
     @property
     def lengths(self) -> np.ndarray:
         """Return the tokens of each example: int64 [N]."""
-        return np.diff(self.rows[:, 0])[self.order]
+        starts = self.rows[:, 0]
+        return starts[self.order + 1] - starts[self.order]
 
     @property
     def learned_counts(self) -> np.ndarray:

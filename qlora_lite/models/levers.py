@@ -89,7 +89,7 @@ class Levers:
         return 0 if self.resident_blocks is None else max(0, depth - self.resident_blocks)
 
     @property
-    def uses_host(self) -> tuple[bool, bool, bool, bool]:
+    def host_rank(self) -> tuple[bool, bool, bool, bool]:
         """What lies in host memory: blocks, checkpoints, head, embeddings; larger tuples ask more of the bus."""
         return self.resident_blocks is not None, self.offload_checkpoints, self.host_head, self.host_embeddings
 

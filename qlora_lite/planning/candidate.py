@@ -101,5 +101,5 @@ def choose(found: Sequence[Candidate], limit_bytes: int) -> Candidate | None:
     fastest = min(candidate.step_seconds for candidate in fitting)
     return min(
         (candidate for candidate in fitting if candidate.step_seconds <= EQUALLY_FAST * fastest),
-        key=lambda candidate: (candidate.levers.uses_host, candidate.peak_bytes),
+        key=lambda candidate: (candidate.levers.host_rank, candidate.peak_bytes),
     )

@@ -58,17 +58,18 @@ def _most_that_fit(
         if smallest.peak_bytes <= limit_bytes:
             needed, limit, where = smallest.host_bytes, host_limit_bytes, " host memory"
         raise DoesNotFitError(f"even the smallest needs {format_bytes(needed)} of {format_bytes(limit)}{where}")
-    return largest_of(lambda n: prediction_of(n).missing_bytes(limit_bytes, host_limit_bytes), start, largest)
+    missing = smallest.missing_bytes(limit_bytes, host_limit_bytes)
+    return largest_of(lambda n: prediction_of(n).missing_bytes(limit_bytes, host_limit_bytes), missing, start, largest)
 
 
-def largest_of(missing_of: Callable[[int], float], start: int, largest: int) -> int:
+def largest_of(missing_of: Callable[[int], float], missing_of_one: float, start: int, largest: int) -> int:
     """Find the largest n from 1 to ``largest`` with ``missing_of(n) <= 0``, of what grows with n; n = 1 is known to do.
 
     It is nearly straight in n, so the next guess lies on the line through the two nearest points known. Memory that is
     taken in large steps shows in guesses that get on slowly: what is open is then halved. As long as everything fits,
     guesses go a little beyond the line, and from the third on steps double.
     """
-    known = {1: missing_of(1)}
+    known = {1: missing_of_one}
     low, high, slow, ups = 1, largest + 1, 0, 0  # low fits, high does not or may not be tried
     guess = min(max(start, 2), largest)
     while high - low > 1:

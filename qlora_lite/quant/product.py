@@ -189,6 +189,7 @@ class FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         tensors = ctx.saved_tensors  # read once: with checkpointing the second access is an error
-        grad_x = product(grad_y, ctx.spec, tensors, kept=ctx.kept, of_gradient=True)
+        wants_x = ctx.needs_input_grad[0]
+        grad_x = product(grad_y, ctx.spec, tensors, kept=ctx.kept, of_gradient=True) if wants_x else None
         grad_addend = grad_y if ctx.needs_input_grad[1] else None
         return grad_x, grad_addend, None, None, *(None for _ in tensors)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from qlora_lite.lora.inject import lora_parameters
+from qlora_lite.models.anatomy import text_config
 from qlora_lite.models.levers import on_host
 from qlora_lite.quant.linear import QuantLinear
 
@@ -73,5 +74,6 @@ def total_parameters(model: nn.Module) -> int:
     """Return the number of weights of the model without the adapter, 4-bit ones counted whole."""
     factors = {id(parameter) for _, parameter in lora_parameters(model)}
     plain = sum(p.numel() for p in model.parameters() if id(p) not in factors)
-    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantLinear))
-    return plain + packed
+    copy = model.get_output_embeddings() if text_config(model).tie_word_embeddings else None
+    packed = [m for m in model.modules() if isinstance(m, QuantLinear) and m is not copy]
+    return plain + sum(m.in_features * m.out_features for m in packed)

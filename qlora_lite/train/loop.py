@@ -130,7 +130,7 @@ class Trainer:
             TrainingError: a factor is not what it was.
         """
         s, device = self.settings, device_of(self.model)
-        largest, evaluation = largest_batches(self.examples, eval_examples, s, self.most_tokens)
+        largest, evaluation = largest_batches(self.examples, eval_examples, self.epochs, self.most_tokens)
         # bitsandbytes never gives paged states back; others of the same size are freed after the rehearsal
         name = s.optimizer.removeprefix("paged_")
         optimizer = build_optimizer(self.parameters, name, 0.0, 0.0, s.stochastic_rounding)
@@ -174,6 +174,8 @@ class Trainer:
         """Yield the rows of each micro-batch of each step, from the present place in the data on."""
         while True:
             yield from islice(self._steps_of_epoch(), self.epoch_step, None)
+            if self.epoch_step == 0:
+                raise TrainingError("the stream of rows has none to train on")
             self.epoch, self.epoch_step = self.epoch + 1, 0
 
     def _steps_of_epoch(self) -> Iterator[list[list[Example]]]:
@@ -282,18 +284,17 @@ def eval_batches(examples: Sequence[Example], settings: TrainSettings) -> Iterat
 
 
 def largest_batches(
-    examples: Sequence[Example], eval_examples: Sequence[Example], settings: TrainSettings,
-    most_tokens: int | None = None,
-) -> tuple[Batch, Batch | None]:  # fmt: skip
+    examples: Sequence[Example], eval_examples: Sequence[Example], epochs: Epochs, most_tokens: int | None = None
+) -> tuple[Batch, Batch | None]:
     """Return the micro-batch and the evaluation batch with the most tokens; None without evaluation rows.
 
     Args:
+        epochs: of the examples.
         most_tokens: see ``out_of_memory.cut``.
     """
-    rows = Epochs(row_lengths(examples), settings).largest()
-    whole = settings.levers.optimizer_in_backward
-    largest = cut([[examples[row] for row in rows]], None if whole else most_tokens)
-    evaluation = cut(_eval_rows(eval_examples, settings), most_tokens)
+    whole = epochs.settings.levers.optimizer_in_backward
+    largest = cut([[examples[row] for row in epochs.largest()]], None if whole else most_tokens)
+    evaluation = cut(_eval_rows(eval_examples, epochs.settings), most_tokens)
     batches = (max(map(collate, parts), key=lambda b: sum(b.row_lengths), default=None)
                for parts in (largest, evaluation))  # fmt: skip
     return tuple(batches)

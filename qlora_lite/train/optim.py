@@ -46,7 +46,7 @@ def build_optimizer(
     parameters = list(parameters)
     if name == "adamw_torch":
         optimizer_class = RoundingAdamW if stochastic_rounding else torch.optim.AdamW
-        # one factor after the other on a card too: all at once hold a further float32 value of each
+        # one factor after the other on a card too: all at once hold further values of each
         return optimizer_class(parameters, lr=learning_rate, weight_decay=weight_decay, foreach=False)
     import bitsandbytes.optim
 

@@ -36,6 +36,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return is_out_of_device_memory(error) or isinstance(error, MemoryError) or _says(error, _OF_THE_HOST)
 
 
+def another_plan_may_help(error: BaseException, device: torch.device) -> bool:
+    """Tell whether it is the device that has no memory left: beside a card, no plan is a cure for the host's."""
+    return is_out_of_memory(error) if device.type == "cpu" else is_out_of_device_memory(error)
+
+
 def is_out_of_device_memory(error: BaseException) -> bool:
     """Tell whether it is a card that has no memory left, and not the host."""
     return isinstance(error, torch.OutOfMemoryError) or (_says(error, _OF_A_DEVICE) and not _says(error, _OF_THE_HOST))

@@ -2,7 +2,8 @@
 
 A bfloat16 number has 8 bits of precision. Rounded to the nearest, a weight never feels an update below 1/512 of
 itself, however often it comes. Here the updated float32 weight is rounded to the lower or the upper neighbour, with
-chances that make it right on average. A factor is in float32 for its own update only.
+chances that make it right on average. A factor is in float32 for its own update only; with torch's AdamW, which
+updates all in one call, all of them are at the same time.
 
 The chances are a function of the factor's place and of how often it was updated: nothing is left in a generator's
 state, so a resumed run, and one whose factors are updated in another order, rounds the same way.

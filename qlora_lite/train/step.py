@@ -166,7 +166,7 @@ def train_step(
     inputs = [prepare(batch, device_of(model)) for batch in batches]
     mean = accumulate_gradients(model, inputs, chunk_tokens, fused)
     with phase("optimizer"):
-        result = _result(batches, mean.item(), clip_gradients(parameters, max_grad_norm))
+        result = _result(batches, mean, clip_gradients(parameters, max_grad_norm))
         if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
             with category("optimizer"), no_retry("while the weights were updated"):
                 optimizer.step()
@@ -185,12 +185,11 @@ def train_step_in_backward(
     inputs = prepare(batch, device_of(model))
     with phase("forward"):
         loss = summed_loss(model, inputs, chunk_tokens, fused) / len(inputs.targets)
-    value = loss.item()
-    if not math.isfinite(value):
-        return _result([batch], value, loss.detach()[None])
+    if not math.isfinite(loss.item()):
+        return _result([batch], loss.detach(), loss.detach()[None])
     with phase("backward"), UpdatesInBackward(optimizer) as updates:
         _backward(loss)
-    return _result([batch], value, updates.norms())
+    return _result([batch], loss.detach(), updates.norms())
 
 
 def _backward(loss: torch.Tensor) -> None:
@@ -198,24 +197,25 @@ def _backward(loss: torch.Tensor) -> None:
         loss.backward()
 
 
-def _result(batches: Sequence[Batch], loss: float, norms: torch.Tensor) -> StepResult:
+def _result(batches: Sequence[Batch], loss: torch.Tensor, norms: torch.Tensor) -> StepResult:
+    """Read back what a step has found, once for both numbers."""
     tokens = sum(batch.input_ids.shape[1] for batch in batches)
-    grad_norm = torch.linalg.vector_norm(norms).item()
-    return StepResult(loss, grad_norm, norms, tokens, sum(labelled_count(batch) for batch in batches))
+    value, grad_norm = torch.stack([loss, torch.linalg.vector_norm(norms)]).tolist()
+    return StepResult(value, grad_norm, norms, tokens, sum(labelled_count(batch) for batch in batches))
 
 
 @torch.no_grad()
 def evaluate_loss(model: nn.Module, batches: Iterable[Batch], chunk_tokens: int | None = None) -> Evaluation:
     """Return the mean loss over every labelled token of the batches, with dropout off."""
     was_training = model.training
-    total, count = 0.0, 0
+    total, count = torch.zeros((), dtype=torch.float64, device=device_of(model)), 0
     try:
         model.eval()
         with phase("evaluation"):
             for batch in batches:
-                total += summed_loss(model, prepare(batch, device_of(model)), chunk_tokens).item()
+                total += summed_loss(model, prepare(batch, device_of(model)), chunk_tokens)
                 count += labelled_count(batch)
     finally:
         model.train(was_training)
-    loss = total / max(1, count)
+    loss = total.item() / max(1, count)
     return Evaluation(loss, math.exp(min(loss, 700.0)), count)

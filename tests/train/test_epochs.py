@@ -1,11 +1,15 @@
 """The rows of a step are the same however they are cut into micro-batches."""
 
+from fractions import Fraction
+from math import ceil
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_trainer import SETTINGS, examples, trainer
 
 from qlora_lite.data.batch import ORDERS
+from qlora_lite.errors import TrainingError
 from qlora_lite.train.epochs import Epochs
 from qlora_lite.train.settings import TrainSettings
 
@@ -26,6 +30,34 @@ def test_the_steps_of_an_epoch_have_the_same_rows_in_micro_batches_of_every_size
 def test_a_part_of_an_epoch_is_what_it_is_in_decimals(epochs, steps):
     changes = {"max_steps": None, "epochs": epochs, "packing": False, "gradient_accumulation_steps": 1}
     assert Epochs([5] * 10, TrainSettings(**SETTINGS | changes | {"micro_batch_size": 1})).total_steps() == steps
+
+
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=30), st.sampled_from(ORDERS), st.booleans(),
+    st.one_of(st.integers(1, 9), st.fractions(Fraction(1, 50), 3).map(float)),
+)  # fmt: skip
+def test_the_largest_micro_batch_is_that_of_all_steps_that_the_run_has(lengths, order, packing, until):
+    many = {"max_steps": until} if isinstance(until, int) else {"max_steps": None, "epochs": until}
+    epochs = Epochs(lengths, TrainSettings(**SETTINGS | many | {"max_tokens": 64, "order": order, "packing": packing}))
+    per_epoch, whole = [epochs.steps(epoch) for epoch in range(12)], until
+    if isinstance(until, float):
+        whole = sum(map(len, per_epoch[: int(until)]))
+        whole += ceil(Fraction(until - int(until)).limit_denominator(1_000_000) * len(per_epoch[int(until)]))
+    assert epochs.total_steps() == max(1, whole)
+    seen = [rows for steps in per_epoch for step in steps for rows in step]
+    micro_batches = [rows for step in [step for steps in per_epoch for step in steps][: max(1, whole)] for rows in step]
+    assert epochs.largest() in seen
+    assert sum(lengths[row] for row in epochs.largest()) == max(
+        sum(lengths[row] for row in rows) for rows in micro_batches
+    )
+
+
+def test_a_run_without_rows_is_an_error_and_no_endless_loop():
+    with pytest.raises(TrainingError, match="there are no rows to train on"):
+        trainer(rows=[])
+    training = trainer(stream=(), packing=False, order="as-is")
+    with pytest.raises(TrainingError, match="the stream of rows has none"):
+        next(iter(training))
 
 
 def test_a_stream_is_not_read_for_a_step_behind_the_last():

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from tiny import ARCHITECTURES, quantized_pair, random_factors
+from tiny import ARCHITECTURES, build_tiny, quantized_pair, random_factors
 from tiny_trainer import SETTINGS, examples, trainer
 
 from qlora_lite.data.batch import collate
@@ -15,6 +15,7 @@ from qlora_lite.data.stored import Example
 from qlora_lite.errors import ModelError, TrainingError
 from qlora_lite.lora.inject import add_lora, lora_layers, lora_parameters
 from qlora_lite.models.levers import Levers
+from qlora_lite.models.quantizer import quantize_head
 from qlora_lite.models.rows_alone import rows_run_alone
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.train.guards import HASHED_WORDS, bit_sums, check_frozen, check_trainable, frozen_checksum
@@ -224,6 +225,14 @@ def test_the_inventory_counts_every_byte_once(model_type):
     assert codes == sum(m.in_features * m.out_features for m in packed) // 2
     assert total_parameters(model) == weights
     assert all(entry.why and entry.device == "cpu" for entry in table)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_4_bit_copy_of_the_embeddings_is_not_counted_as_weights_of_its_own(tied):
+    model = build_tiny("llama", tie_word_embeddings=tied)
+    weights = sum(p.numel() for p in model.parameters())
+    quantize_head(model, "nf4", True)
+    assert total_parameters(model) == weights
 
 
 def test_every_layer_of_a_new_trainer_has_zero_b():

@@ -159,6 +159,6 @@ def test_an_evaluation_that_was_cut_leaves_the_steps_whole(monkeypatch):
 
     monkeypatch.setattr(step_module, "summed_loss", limited)
     training.evaluate(examples(9))
-    largest, _ = largest_batches(training.examples, (), training.settings, training.most_tokens)
+    largest, _ = largest_batches(training.examples, (), training.epochs, training.most_tokens)
     assert training.most_tokens <= 20 < sum(largest.row_lengths)
     assert [metrics.loss for metrics in training] == [metrics.loss for metrics in expected]
