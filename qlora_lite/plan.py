@@ -24,7 +24,7 @@ from .planning.largest import most_packs
 from .planning.length import longest_sequence
 from .planning.machine import Machine, this_machine
 from .planning.predict import Prediction, predict
-from .planning.search import SMALL_CHUNK_TOKENS, TILE_TOKENS, first_levers, movable_tables, search, smaller
+from .planning.search import SMALL_CHUNK_TOKENS, first_levers, search, single_changes, smaller
 from .planning.simulate import Job, Rows, rows_of
 from .recipe.schema import Recipe
 from .saver import Space
@@ -204,7 +204,8 @@ def alternatives(plan: Plan) -> Iterator[Alternative]:
             yield _alternative(plan, change, other)
         seen.add(change)
     known = {(other.levers, other.packs): other for other in plan.found}
-    for levers in _single_changes(plan):
+    fewer = [] if "loss_chunk_tokens" in step.fixed else [replace(chosen.levers, loss_chunk_tokens=SMALL_CHUNK_TOKENS)]
+    for levers in (*fewer, *single_changes(step, chosen.levers)):
         other = known.get((levers, chosen.packs)) or build_candidate(step, plan.machine, levers, chosen.packs)
         change = _difference(chosen, other)
         if change not in seen:
@@ -236,28 +237,6 @@ def _difference(chosen: Candidate, other: Candidate) -> str:
 
 def _as_yaml(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _single_changes(plan: Plan) -> Iterator[Levers]:
-    """Yield the chosen levers with one of them changed, those left out that the user fixed."""
-    levers, step = plan.chosen.levers, plan.step
-    changes: dict[str, object] = {"loss_chunk_tokens": SMALL_CHUNK_TOKENS}
-    if levers.computes_again:
-        changes["tile_tokens"] = None if levers.tile_tokens else TILE_TOKENS
-        if step.job.quant != "none":
-            changes["reuse_dequantized"] = not levers.reuse_dequantized
-        if step.job.device_type == "cuda":
-            if not levers.compile:
-                changes["checkpointing"] = "selective" if levers.checkpointing == "block" else "block"
-            changes["offload_checkpoints"] = not levers.offload_checkpoints
-            if levers.checkpoint_every == 1:
-                changes["resident_blocks"] = levers.kept_blocks if levers.resident_blocks is None else None
-    for name, value in changes.items():
-        if name not in step.fixed:
-            yield replace(levers, **{name: value})
-    for table in movable_tables(step) if step.job.device_type == "cuda" else ():
-        if not table.keys() & step.fixed.keys():
-            yield replace(levers, **{name: not getattr(levers, name) for name in table})
 
 
 def _alternative(plan: Plan, change: str, candidate: Candidate) -> Alternative:

@@ -18,16 +18,16 @@ def reason(plan: Plan) -> str:
     if len(plan.found) == 1:
         return f"{settings}: as the recipe says"
     faster = [c for c in plan.found if c.step_seconds < plan.chosen.step_seconds and c is not plan.chosen]
+    is_near = any(c.fits(plan.limit_bytes) for c in faster)
+    near = "within 3 %, with least on the host and then least memory, of " if is_near else ""
     too_large = [c for c in faster if c.peak_bytes > plan.limit_bytes]
     if too_large:
         least = min(too_large, key=lambda c: c.peak_bytes)
         need = format_bytes(plan.machine.base_bytes + least.peak_bytes)
-        return f"{settings}: the fastest that fits; a faster plan would need {need}"
+        return f"{settings}: {near}the fastest that fits; a faster plan would need {need}"
     if not all(c.fits_host for c in faster):
-        return f"{settings}: the fastest that the host's memory has room for"
-    return f"{settings}: the fastest of {len(plan.found)} plans" + (
-        " within 3 %, with least on the host, then least memory" if faster else ""
-    )
+        return f"{settings}: {near}the fastest that the host's memory has room for"
+    return f"{settings}: {near}the fastest of {len(plan.found)} plans"
 
 
 def _in_words(chosen: Candidate) -> str:

@@ -21,7 +21,7 @@ from qlora_lite.errors import ModelError, RecipeError
 from qlora_lite.memory.cards import find_card
 from qlora_lite.memory.process import CUDA_COMPILER_BYTES
 from qlora_lite.planning import machine, simulate
-from qlora_lite.planning.candidate import EQUALLY_FAST
+from qlora_lite.planning.candidate import EQUALLY_FAST, build_candidate
 from qlora_lite.planning.largest import largest_of
 from qlora_lite.planning.machine import Machine, machine_of_card
 from qlora_lite.recipe.load import load_recipe
@@ -44,6 +44,18 @@ def recipe(tmp_path):
 
 
 CARD = machine_of_card(find_card("rtx-4060"))
+
+
+@pytest.mark.parametrize(("gib", "changes"), [(8, ["model.quant=none"]), (8, []), (2, []), (1.6, [])])
+def test_no_single_change_that_fits_is_faster_than_by_what_the_time_model_tells_apart(recipe, gib, changes):
+    settings = recipe("data.max_tokens=1024", "train.gradient_accumulation_steps=16", *changes)
+    plan = planner.plan_recipe(settings, CARD, int(gib * GIB))
+    fitting = [a for a in planner.alternatives(plan) if a.fits and a.change.startswith("memory.")]
+    assert all(plan.chosen.step_seconds <= EQUALLY_FAST * a.step_seconds for a in fitting)
+    alone = [a for a in fitting if " " not in a.change and a.step_seconds <= plan.chosen.step_seconds]
+    assert not any(a.change.endswith(("=device", "offload_checkpoints=false", "resident_blocks=all")) for a in alone)
+    is_near = any(a.step_seconds < plan.chosen.step_seconds for a in fitting)
+    assert is_near <= ("within 3 %, with least on the host and then least memory, of" in plan_text.reason(plan))
 
 
 def test_no_setting_that_fits_makes_a_faster_plan(recipe, monkeypatch):
@@ -197,7 +209,9 @@ def test_attention_is_kept_on_a_card_where_rows_are_long_enough_to_show_it_and_m
     changes = {a.change: a for a in planner.alternatives(roomy)}
     assert changes["memory.checkpointing=block"].step_seconds == block.step_seconds
     tight = planner.plan_recipe(recipe(long, on_device), CARD, block.peak_bytes + 2**20)
-    assert tight.fits and tight.chosen.levers.checkpointing == "block"
+    frees = tight.chosen.levers.tile_tokens is not None or tight.chosen.levers.host_embeddings
+    assert tight.fits and (tight.chosen.levers.checkpointing == "block" or frees)
+    assert tight.chosen.step_seconds <= EQUALLY_FAST * block.step_seconds
     fixed = planner.plan_recipe(recipe(long, "memory.checkpointing=block"), CARD, 16 * GIB)
     assert not any(c.levers.checkpointing == "selective" for c in fixed.found)
     short = planner.plan_recipe(recipe("data.max_tokens=1024"), CARD, 2 * GIB)
@@ -302,17 +316,13 @@ def test_checkpoints_on_a_disk_need_its_room_and_not_the_host_s(recipe, tmp_path
     assert "offload folder" not in plan_text.describe(in_memory, [])
 
 
-@pytest.mark.parametrize(
-    ("changes", "gib"),
-    [(["data.max_tokens=32768"], 6), (["data.max_tokens=256", "train.gradient_accumulation_steps=64"], 1.45)],
-)
-def test_a_disk_is_for_what_fits_in_no_other_way(recipe, tmp_path, changes, gib):
-    folder = f"memory.offload_folder={tmp_path}"
-    in_memory = planner.plan_recipe(recipe(*changes), CARD, gib * GIB)  # as fast, or faster
+def test_a_disk_is_for_what_fits_in_no_other_way(recipe, tmp_path):
+    long, folder = "data.max_tokens=32768", f"memory.offload_folder={tmp_path}"
+    in_memory = planner.plan_recipe(recipe(long), CARD, 6 * GIB)  # as fast, or faster
     assert in_memory.chosen.levers.offload_checkpoints
-    without = planner.plan_recipe(recipe(*changes, "memory.offload_checkpoints=false"), CARD, gib * GIB)
-    assert planner.plan_recipe(recipe(*changes, folder), CARD, gib * GIB).chosen.settings == without.chosen.settings
-    tight = planner.plan_recipe(recipe("data.max_tokens=32768", folder), CARD, 3 * GIB)
+    without = planner.plan_recipe(recipe(long, "memory.offload_checkpoints=false"), CARD, 6 * GIB)
+    assert planner.plan_recipe(recipe(long, folder), CARD, 6 * GIB).chosen.settings == without.chosen.settings
+    tight = planner.plan_recipe(recipe(long, folder), CARD, 3 * GIB)
     assert tight.fits and tight.chosen.levers.uses_disk and tight.chosen.levers.checkpointing == "block"
 
 
@@ -421,8 +431,9 @@ def test_a_plan_for_compiled_blocks_leaves_out_what_they_do_not_go_with(recipe, 
     assert {a.change for a in planner.alternatives(plan)}  # which are simulated like all others
     without = recipe(long, "memory.tile_tokens=off", "memory.resident_blocks=all")
     plain = planner.plan_recipe(without, CARD, budget * GIB - CUDA_COMPILER_BYTES)
-    same = {candidate.peak_bytes + CUDA_COMPILER_BYTES for candidate in plain.found}
-    assert {candidate.peak_bytes for candidate in plan.found} <= same
+    for compiled in plan.found:
+        same = build_candidate(plain.step, CARD, replace(compiled.levers, compile=False), compiled.packs)
+        assert compiled.peak_bytes == same.peak_bytes + CUDA_COMPILER_BYTES
 
 
 def test_a_recipe_may_keep_attention_and_the_last_blocks(recipe):

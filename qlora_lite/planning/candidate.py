@@ -93,7 +93,8 @@ def timed(machine: Machine, levers: Levers, packs: int, micro_batches: int, pred
 def choose(found: Sequence[Candidate], limit_bytes: int) -> Candidate | None:
     """Return the fastest candidate under a limit, None if none is.
 
-    Of nearly equal ones, the one that leaves more where it is, and then the one that needs the least memory.
+    Of nearly equal ones, the one that leaves more where it is, then the one that needs the least memory, and then the
+    fastest.
     """
     fitting = [candidate for candidate in found if candidate.fits(limit_bytes)]
     if not fitting:
@@ -101,5 +102,5 @@ def choose(found: Sequence[Candidate], limit_bytes: int) -> Candidate | None:
     fastest = min(candidate.step_seconds for candidate in fitting)
     return min(
         (candidate for candidate in fitting if candidate.step_seconds <= EQUALLY_FAST * fastest),
-        key=lambda candidate: (candidate.levers.host_rank, candidate.peak_bytes),
+        key=lambda candidate: (candidate.levers.host_rank, candidate.peak_bytes, candidate.step_seconds),
     )

@@ -108,7 +108,7 @@ def _search(step: Step, machine: Machine, limit_bytes: int) -> list[Candidate]:
     if best is not None:
         found += _spending(step, machine, best, limit_bytes)
         found += _freeing_and_spending(step, machine, best, choose(found, limit_bytes), limit_bytes)
-        return found
+        return _with_single_changes(step, machine, found, limit_bytes)
     if "loss_chunk_tokens" not in step.fixed:
         small = replace(found[-1].levers, loss_chunk_tokens=SMALL_CHUNK_TOKENS)
         found.append(build_candidate(step, machine, small, step.sizes()[0]))
@@ -207,6 +207,36 @@ def _freeing_and_spending(
         if best is earlier and levers != start.levers:
             break
     return found
+
+
+def _with_single_changes(step: Step, machine: Machine, found: list[Candidate], limit_bytes: int) -> list[Candidate]:
+    """Return the candidates, and those that differ from the best of all in one lever: the search goes another way."""
+    best = None
+    while best is not (best := choose(found, limit_bytes)):
+        known = {candidate.levers for candidate in found if candidate.packs == best.packs}
+        changed = [levers for levers in single_changes(step, best.levers) if levers not in known]
+        found = found + [build_candidate(step, machine, levers, best.packs) for levers in changed]
+    return found
+
+
+def single_changes(step: Step, levers: Levers) -> Iterator[Levers]:
+    """Yield levers with one of them changed, those left out that the user fixed."""
+    changes: list[dict[str, object]] = []
+    if levers.computes_again:
+        changes.append({"tile_tokens": None if levers.tile_tokens else TILE_TOKENS})
+        if step.job.quant != "none":
+            changes.append({"reuse_dequantized": not levers.reuse_dequantized})
+    if levers.computes_again and step.job.device_type == "cuda":
+        if not levers.compile:
+            changes.append({"checkpointing": "selective" if levers.checkpointing == "block" else "block"})
+        changes.append({"offload_checkpoints": not levers.offload_checkpoints})
+        if levers.checkpoint_every == 1:
+            changes.append({"resident_blocks": levers.kept_blocks if levers.resident_blocks is None else None})
+    for table in movable_tables(step) if step.job.device_type == "cuda" else ():
+        changes.append({name: not getattr(levers, name) for name in table})
+    for change in changes:
+        if not change.keys() & step.fixed.keys():
+            yield replace(levers, **change)
 
 
 def _moved_to_host(step: Step, levers: Levers) -> Iterator[Levers]:
