@@ -19,9 +19,9 @@ from .memory.bar import BESIDE
 from .models.levers import Levers
 from .models.load import resolve_compute_dtype, resolve_device
 from .models.skeleton import read_config
-from .planning.candidate import Candidate, Step, build_candidate, choose
+from .planning.candidate import Candidate, Step, build_candidate, choose, timed
 from .planning.largest import most_packs
-from .planning.length import longest_sequence
+from .planning.length import longest_job
 from .planning.machine import Machine, this_machine
 from .planning.predict import Prediction, predict
 from .planning.search import SMALL_CHUNK_TOKENS, first_levers, search, single_changes, smaller
@@ -250,10 +250,16 @@ def max_tokens(plan: Plan) -> int:
     Raises:
         DoesNotFitError: not even 64 tokens fit.
     """
-    start = 2 * sum(plan.chosen.prediction.job.rows.lengths)
-    found = longest_sequence(plan.step, plan.limit_bytes, plan.machine.host_bytes, start, MOST_TOKENS)
-    _warn_of_length(plan.step.job, found)
-    return found
+    return longest_row(plan).prediction.job.rows.lengths[0]
+
+
+def longest_row(plan: Plan) -> Candidate:
+    """Return the way to run the longest sequence that fits; see ``max_tokens``."""
+    step, start = plan.step, 2 * sum(plan.chosen.prediction.job.rows.lengths)
+    job = longest_job(step, plan.limit_bytes, plan.machine.host_bytes, start, MOST_TOKENS)
+    _warn_of_length(job, job.rows.lengths[0])
+    packs = len(job.rows.lengths)
+    return timed(plan.machine, job.levers, packs, step.packs * step.micro_batches // packs, predict(job))
 
 
 def _warn_of_length(job: Job, tokens: int) -> None:

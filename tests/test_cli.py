@@ -170,6 +170,12 @@ def test_generate_answers_from_the_run_folder_alone_and_the_same_each_time(finis
     assert "<|im_" not in answers[0][1]
 
 
+@pytest.mark.parametrize("temperature", ["nan", "-1", "2.5", "inf"])
+def test_a_temperature_that_is_none_is_refused(finished, command, temperature):
+    code, _, err = command("generate", finished[0], "--prompt", "1?", "--temperature", temperature)
+    assert code == 2 and "must be a number from 0 to 2" in err
+
+
 def test_a_prompt_that_is_not_text_is_one_line_with_exit_code_2(finished, command):
     code, out, err = command("generate", finished[0], "--prompt", b"a\xffb".decode(errors="surrogateescape"))
     assert (code, out, err) == (2, "", "error: a turn holds half of a surrogate pair, or a byte that is not UTF-8; "
@@ -372,7 +378,7 @@ def test_a_signal_ends_the_run_with_130_and_keeps_the_adapter_so_far(finished, t
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert out == "" and "Traceback" not in err
-    assert f"error: stopped by {number.name} after step" in err
+    assert f"\nstopped by {number.name} after step" in err
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["status"] == "interrupted"
     assert (tmp_path / "out" / "adapter-last" / "adapter_model.safetensors").exists()
@@ -388,7 +394,7 @@ def test_a_signal_ends_the_run_with_130_and_keeps_the_adapter_so_far(finished, t
 def test_a_stopped_run_goes_on_with_every_spelling_of_resume(finished, command, tmp_path, spelling):
     recipe = write_recipe(tmp_path, finished[1].parent / "model", train={"max_hours": 1e-9, "exact_match_rows": 0})
     code, out, err = command("train", recipe)
-    assert code == 130 and out == "" and "error: stopped by train.max_hours" in err
+    assert code == 130 and out == "" and "\nstopped by train.max_hours" in err
     arguments = spelling.format(out=tmp_path / "out").split()
     code, out, err = command("train", recipe, "train.max_hours=null", *arguments)
     assert code == 0, err

@@ -22,11 +22,11 @@ from qlora_lite.memory.cards import find_card
 from qlora_lite.memory.process import CUDA_COMPILER_BYTES
 from qlora_lite.planning import machine, simulate
 from qlora_lite.planning.candidate import EQUALLY_FAST, build_candidate
-from qlora_lite.planning.largest import largest_of
+from qlora_lite.planning.largest import LENGTH_STEP, largest_of
 from qlora_lite.planning.machine import Machine, machine_of_card
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.run import run_recipe
-from qlora_lite.units import format_seconds
+from qlora_lite.units import format_bytes, format_seconds
 
 GIB = 2**30
 
@@ -610,3 +610,24 @@ def test_a_run_keeps_to_its_plan_and_writes_predicted_beside_measured(tmp_path):
     chosen = plan["chosen"]
     assert chosen["train.micro_batch_size"] * chosen["train.gradient_accumulation_steps"] == 2
     assert "predicted" in (folder / "log.txt").read_text()
+
+
+def test_the_command_says_what_the_longest_sequence_takes_of_host_and_time(tmp_path, command):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model:\n  path: meta-llama/Llama-3.2-1B\ndata:\n  train: rows.jsonl\n  max_tokens: 256\n")
+    code, out, _ = command("plan", file, "--card", "rtx-4060", "--max-tokens", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["max_tokens"] > 1024 and found["max_tokens"] % LENGTH_STEP == 0
+    assert found["max_tokens_host_bytes"] > found["host_bytes"]
+    assert found["max_tokens_step_seconds"] > found["step_seconds_estimate"]
+    code, out, _ = command("plan", file, "--card", "rtx-4060", "--max-tokens")
+    price = f"{found['max_tokens']} ({format_bytes(found['max_tokens_host_bytes'])} of host memory, about "
+    assert price + format_seconds(found["max_tokens_step_seconds"]) in out
+
+
+def test_the_command_plans_a_built_in_recipe_by_its_name_and_says_that_a_run_would_not_use_the_card(command):
+    code, out, err = command("plan", "qwen2.5-7b-8gb", "--vram", "8GiB", "model.device=cpu", "--json")
+    assert code == 0 and json.loads(out)["fits"]
+    assert command("plan", "no-such-recipe")[0] == 2
+    code, _, err = command("plan", "qwen2.5-7b-8gb", "--card", "rtx-4060", "model.device=cpu")
+    assert code == 0 and "model.device cpu: this is the plan of a card all the same" in err

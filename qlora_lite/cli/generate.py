@@ -11,10 +11,17 @@ from qlora_lite.errors import DataError, DoesNotFitError, ModelError
 from .options import context_option, model_option
 from .output import prepare
 
+
+def _checked_temperature(_context, _option, value: float) -> float:
+    if not 0 <= value <= 2:  # NaN is not
+        raise click.BadParameter("must be a number from 0 to 2")
+    return value
+
+
 _conversation_options = [
     click.option("--system", help="System message."),
     click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True),
-    click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True,
+    click.option("--temperature", type=float, default=0.0, show_default=True, callback=_checked_temperature,
                  help="0 takes the most probable token each time."),
     context_option, model_option,
 ]  # fmt: skip

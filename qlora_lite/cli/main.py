@@ -10,7 +10,7 @@ from importlib import import_module
 import click
 
 from qlora_lite import __version__
-from qlora_lite.errors import QloraLiteError
+from qlora_lite.errors import Interrupted, QloraLiteError
 from qlora_lite.stopping import stop_signals
 
 COMMANDS = {
@@ -76,7 +76,8 @@ def main(arguments: list[str] | None = None) -> None:
     except QloraLiteError as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        click.echo("\n".join(f"error: {line}" for line in str(error).splitlines()), err=True)
+        mark = "" if isinstance(error, Interrupted) else "error: "  # who stops a run has made no error
+        click.echo("\n".join(f"{mark}{line}" for line in str(error).splitlines()), err=True)
         sys.exit(error.exit_code)
     except OSError as error:  # of a path or a disk that no part of the package has looked at more closely
         if "--debug" in arguments:

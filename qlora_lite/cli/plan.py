@@ -1,16 +1,20 @@
 """``qlora-lite plan``: say what a recipe will need before anything is downloaded."""
 
 import json
+import logging
 from pathlib import Path
 
 import click
 
 from qlora_lite.errors import QloraLiteError
 from qlora_lite.files import write_text
+from qlora_lite.recipe.catalog import find_recipe, list_recipes
 from qlora_lite.recipe.load import load_recipe
-from qlora_lite.units import format_bytes, parse_bytes
+from qlora_lite.units import format_bytes, format_seconds, parse_bytes
 
 from .output import prepare
+
+log = logging.getLogger("qlora_lite")
 
 
 class _Size(click.ParamType):
@@ -47,8 +51,11 @@ def plan(recipe, overrides, vram, card, max_tokens, max_batch, html, as_json, ca
         raise click.UsageError("name a recipe (or --cards, --models)")
     if vram is not None and card is not None:
         raise click.UsageError("--vram and --card exclude each other")
-    settings = load_recipe(recipe, overrides, check_files=False)  # neither rows nor weights are needed
+    path = find_recipe(recipe) if not Path(recipe).exists() and recipe in dict(list_recipes()) else recipe
+    settings = load_recipe(path, overrides, check_files=False)  # neither rows nor weights are needed
     prepare(verbose=not as_json)
+    if settings.model.device == "cpu" and (vram or card):
+        log.warning("model.device cpu: this is the plan of a card all the same, which a run would leave alone")
     from qlora_lite import plan as planner
     from qlora_lite import plan_text
 
@@ -57,7 +64,7 @@ def plan(recipe, overrides, vram, card, max_tokens, max_batch, html, as_json, ca
     others = list(planner.alternatives(made))
     found = {}
     if max_tokens:
-        found["max_tokens"] = _or_none(planner.max_tokens, made)
+        found |= _longest(planner, made)
     if max_batch:
         found["max_batch"] = _or_none(planner.max_batch, made)
     if html is not None:
@@ -83,7 +90,7 @@ def _machine(settings, vram, card):
     if card is not None:
         machine = machine_of_card(find_card(card))
     elif vram is not None:
-        like = min(CARDS, key=lambda known: (not known.bf16_flops_per_second, abs(known.memory_bytes - vram)))
+        like = min(CARDS, key=lambda known: (not known.has_bf16, abs(known.memory_bytes - vram)))
         machine = machine_of_card(like).renamed(f"a card with {format_bytes(vram)} (speed of {like.name})", vram)
     else:
         device = resolve_device(settings.model.device)
@@ -91,7 +98,17 @@ def _machine(settings, vram, card):
     return machine
 
 
-def _or_none(solve, made) -> int | None:
+def _longest(planner, made) -> dict:
+    """Return the longest sequence that fits, and what it takes of the host and of time."""
+    longest = _or_none(planner.longest_row, made)
+    if longest is None:
+        return {"max_tokens": None}
+    found = longest.prediction
+    return {"max_tokens": found.job.rows.lengths[0], "max_tokens_host_bytes": found.host_bytes,
+            "max_tokens_step_seconds": longest.step_seconds}  # fmt: skip
+
+
+def _or_none(solve, made):
     try:
         return solve(made)
     except QloraLiteError:
@@ -103,9 +120,15 @@ def _show(text: str, found: dict, html: Path | None) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     console.print(text)
-    names = {"max_tokens": "longest sequence that fits", "max_batch": "packs that fit at once"}
-    for key, value in found.items():
-        console.print(f"{names[key]}, with every lever that saves memory: {value if value is not None else 'none'}")
+    saving = ", with every lever that saves memory"
+    if "max_tokens" in found:
+        price = ""
+        if found["max_tokens"]:
+            host, seconds = found["max_tokens_host_bytes"], found["max_tokens_step_seconds"]
+            price = f" ({format_bytes(host)} of host memory, about {format_seconds(seconds)} a step)"
+        console.print(f"longest sequence that fits{saving}: {found['max_tokens'] or 'none'}{price}")
+    if "max_batch" in found:
+        console.print(f"packs that fit at once{saving}: {found['max_batch'] or 'none'}")
     if html is not None:
         console.print(f"timeline: {html}")
 
@@ -113,10 +136,10 @@ def _show(text: str, found: dict, html: Path | None) -> None:
 def _known_cards() -> list[str]:
     from qlora_lite.memory.cards import CARDS
 
-    return [f"{'card':20} {'usable':>9}  {'bf16 TFLOP/s':>12}  {'GB/s':>5}  memory as"] + [
+    return [f"{'card':20} {'usable':>9}  {'TFLOP/s':>12}  {'GB/s':>5}  memory as"] + [
         f"{card.name:20} {format_bytes(card.memory_bytes):>9}  "
-        f"{(card.bf16_flops_per_second or 0) / 1e12 or '-':>12}  {card.bandwidth_bytes_per_second / 1e9:>5.0f}  "
-        f"{card.memory_source}"
+        f"{card.flops_per_second / 1e12:>7.1f} {'bf16' if card.has_bf16 else 'fp32'}  "
+        f"{card.bandwidth_bytes_per_second / 1e9:>5.0f}  {card.memory_source}"
         for card in CARDS
     ]  # fmt: skip
 

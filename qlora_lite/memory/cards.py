@@ -13,10 +13,10 @@ box's number is the known other way, and promises 0.2 to 3.6 GiB that no program
   for a card without error correction.
 
 Rates are the vendor's: bandwidth from the product pages and datasheets; operations from the architecture
-papers (Pascal, Volta, Turing, Ampere GA100 and GA102, Ada, Hopper, Blackwell) and datasheets, dense tensor cores with
-16-bit inputs and float32 accumulation, which is what torch runs. GeForce cards do that at half the advertised
-rate, twice their float32 rate. The GTX 1080 Ti has no tensor cores and almost no 16-bit units: its float32
-rate is given. Real kernels reach a part of these; a time estimate has to apply its own efficiency.
+papers (Pascal, Volta, Turing, Ampere GA100 and GA102, Ada, Hopper, Blackwell) and datasheets, in the type that a card
+trains in: bfloat16 on dense tensor cores with float32 accumulation, which GeForce cards do at half the advertised rate,
+twice their float32 rate; float32 before compute capability 8.0, where torch has no fast bfloat16. Real kernels reach a
+part of these; a time estimate has to apply its own efficiency.
 
 Host to device: 80 % of the data rate of the card's PCIe link (8, 16 or 32 GT/s per lane for generations 3, 4
 and 5, 128 bits of data in 130), the part that large copies from pinned memory usually reach; a board with
@@ -51,7 +51,7 @@ class Card:
         memory_bytes: total that torch sees.
         memory_source: "reported", "sibling" or "rule"; see the module's text.
         bandwidth_bytes_per_second: of the card's own memory.
-        fp16_flops_per_second: dense, float32 accumulation.
+        flops_per_second: in bfloat16, dense, float32 accumulation; in float32 where it has no bfloat16.
         pcie_bytes_per_second: host to device, large copies from pinned memory.
         compute_capability: NVIDIA's (major, minor).
     """
@@ -61,14 +61,14 @@ class Card:
     memory_bytes: int
     memory_source: str
     bandwidth_bytes_per_second: float
-    fp16_flops_per_second: float
+    flops_per_second: float
     pcie_bytes_per_second: float
     compute_capability: tuple[int, int]
 
     @property
-    def bf16_flops_per_second(self) -> float | None:
-        """The rate in bfloat16, which is that of float16; None below capability 8.0, where torch emulates it."""
-        return self.fp16_flops_per_second if self.compute_capability >= (8, 0) else None
+    def has_bf16(self) -> bool:
+        """Whether it multiplies in bfloat16; below capability 8.0 torch emulates that."""
+        return self.compute_capability >= (8, 0)
 
 
 def _card(
@@ -90,9 +90,9 @@ def _card(
 CARDS = (
     #     name               box  torch's total MiB  GB/s   TFLOP/s  PCIe  capability
     _card("GTX 1080 Ti",       11, "reported 11172",  484,   11.3, "3x16", "6.1"),
-    _card("RTX 2060",           6, "reported 5918",   336,   25.8, "3x16", "7.5"),
-    _card("RTX 2070",           8, "sibling 7753",    448,   29.9, "3x16", "7.5"),   # RTX 3070
-    _card("RTX 2080 Ti",       11, "reported 11012",  616,   53.8, "3x16", "7.5"),
+    _card("RTX 2060",           6, "reported 5918",   336,    6.5, "3x16", "7.5"),
+    _card("RTX 2070",           8, "sibling 7753",    448,    7.5, "3x16", "7.5"),   # RTX 3070
+    _card("RTX 2080 Ti",       11, "reported 11012",  616,   13.4, "3x16", "7.5"),
     _card("RTX 3050",           8, "sibling 7753",    224,   18.2, "4x8",  "8.6"),   # RTX 3070
     _card("RTX 3060",          12, "reported 12028",  360,   25.6, "4x16", "8.6"),
     _card("RTX 3060 Ti",        8, "sibling 7753",    448,   32.4, "4x16", "8.6"),   # RTX 3070
@@ -125,10 +125,10 @@ CARDS = (
     _card("RTX A5000",         24, "reported 24248",  768,  111.1, "4x16", "8.6"),   # error correction off; where it
     _card("RTX A6000",         48, "reported 48569",  768,  154.8, "4x16", "8.6"),   # is on, a sixteenth is missing
     _card("RTX 6000 Ada",      48, "reported 48520",  960,  364.2, "4x16", "8.9"),
-    _card("Tesla P100",        16, "reported 16269",  732,   21.2, "3x16", "6.0"),
-    _card("Tesla V100 16GB",   16, "reported 16130",  900,  125.0, "3x16", "7.0"),
-    _card("Tesla V100 32GB",   32, "reported 32494",  900,  125.0, "3x16", "7.0"),
-    _card("Tesla T4",          16, "reported 14912",  320,   65.0, "3x16", "7.5"),
+    _card("Tesla P100",        16, "reported 16269",  732,    9.3, "3x16", "6.0"),
+    _card("Tesla V100 16GB",   16, "reported 16130",  900,   14.0, "3x16", "7.0"),
+    _card("Tesla V100 32GB",   32, "reported 32494",  900,   14.0, "3x16", "7.0"),
+    _card("Tesla T4",          16, "reported 14912",  320,    8.1, "3x16", "7.5"),
     _card("A10",               24, "sibling 22515",   600,  125.0, "4x16", "8.6"),   # A10G
     _card("A10G",              24, "reported 22515",  600,   70.0, "4x16", "8.6"),
     _card("L4",                24, "reported 22563",  300,  121.0, "4x16", "8.9"),

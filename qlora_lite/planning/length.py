@@ -20,8 +20,8 @@ from .simulate import Job, Rows
 JobOf = Callable[[int], Job]  # builds the job for a number of tokens
 
 
-def longest_sequence(step: Step, limit_bytes: int, host_limit_bytes: int | None, start: int, largest: int) -> int:
-    """Return the most tokens of a row that is alone in its pack, a multiple of ``LENGTH_STEP``.
+def longest_job(step: Step, limit_bytes: int, host_limit_bytes: int | None, start: int, largest: int) -> Job:
+    """Return the job with the most tokens of a row that is alone in its pack, a multiple of ``LENGTH_STEP``.
 
     Args:
         limit_bytes: what a plan may use of the device.
@@ -39,20 +39,20 @@ def longest_sequence(step: Step, limit_bytes: int, host_limit_bytes: int | None,
         job = saving_most(guess)
         inputs_on_device = job.levers.computes_again and not job.levers.offload_checkpoints
         if predict(job).fits_host(host_limit_bytes) and not inputs_on_device:
-            return guess
+            return job
     except DoesNotFitError as error:  # of one or two blocks, streaming needs more than it spares
         reason = error
-    found = 0
+    found, found_by = 0, saving_most
     for job_of in (*ways, saving_most):
         if found and not predict(job_of(found + LENGTH_STEP)).fits(limit_bytes, host_limit_bytes):
             continue
         try:
-            found = longest(job_of, limit_bytes, host_limit_bytes, found or guess, largest)
+            found, found_by = longest(job_of, limit_bytes, host_limit_bytes, found or guess, largest), job_of
         except DoesNotFitError as error:
             reason = reason or error
     if not found:
         raise reason
-    return found
+    return found_by(found)
 
 
 def _ways(step: Step, host_limit_bytes: int | None) -> Iterator[JobOf]:

@@ -64,11 +64,10 @@ class Machine:
 
 def machine_of_card(card: Card) -> Machine:
     """Return a card of the table as a machine."""
-    rate = card.bf16_flops_per_second or card.fp16_flops_per_second
     return Machine(
-        card.name, "cuda", card.memory_bytes, 0, MATMUL_REACHED * rate,
+        card.name, "cuda", card.memory_bytes, 0, MATMUL_REACHED * card.flops_per_second,
         BANDWIDTH_REACHED * card.bandwidth_bytes_per_second, card.pcie_bytes_per_second,
-        dtype=torch.bfloat16 if card.bf16_flops_per_second else torch.float32,
+        dtype=torch.bfloat16 if card.has_bf16 else torch.float32,
     )  # fmt: skip
 
 

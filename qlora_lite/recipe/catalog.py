@@ -35,7 +35,7 @@ def show_recipe(name: str) -> str:
     Raises:
         RecipeError: there is no recipe of that name.
     """
-    return _find(name).read_text(encoding="utf-8")
+    return find_recipe(name).read_text(encoding="utf-8")
 
 
 def copy_recipe(name: str, destination: str | Path | None = None) -> Path:
@@ -52,7 +52,7 @@ def copy_recipe(name: str, destination: str | Path | None = None) -> Path:
         RecipeError: there is no recipe of that name.
         OutputError: a file is there already, or cannot be written.
     """
-    source = _find(name)
+    source = find_recipe(name)
     target = Path(destination) if destination is not None else Path(source.name)
     if target.suffix not in (".yaml", ".yml") or target.is_dir():
         target = target / source.name
@@ -72,7 +72,12 @@ def copy_recipe(name: str, destination: str | Path | None = None) -> Path:
     return target
 
 
-def _find(name: str) -> Path:
+def find_recipe(name: str) -> Path:
+    """Return the file of a built-in recipe.
+
+    Raises:
+        RecipeError: there is no recipe of that name.
+    """
     names = [path.stem for path in sorted(recipes_folder().glob("*.yaml"))]
     wanted = name.removesuffix(".yaml")
     if wanted in names:

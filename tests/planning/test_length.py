@@ -12,7 +12,7 @@ from qlora_lite.models.levers import Levers
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS
 from qlora_lite.planning.candidate import Step, choose
 from qlora_lite.planning.largest import LENGTH_STEP
-from qlora_lite.planning.length import longest_sequence
+from qlora_lite.planning.length import longest_job
 from qlora_lite.planning.machine import machine_of_card
 from qlora_lite.planning.predict import predict
 from qlora_lite.planning.search import SMALL_TILE_TOKENS, search
@@ -21,6 +21,10 @@ from qlora_lite.planning.simulate import Rows
 CARD, DEPTH, FAR = machine_of_card(find_card("rtx-4060")), 8, 4096
 FIXED = {"checkpointing": "block", "kept_blocks": 0, "tile_tokens": None, "reuse_dequantized": False}
 ON_HOST = {"offload_checkpoints": True, "host_embeddings": True, "host_head": True}
+
+
+def longest_tokens(*given):
+    return longest_job(*given).rows.lengths[0]
 
 
 def step_of(tokens, **fixed):
@@ -45,7 +49,7 @@ def test_one_step_more_has_no_plan(resident, more_on_device, offload_checkpoints
     fixed = ON_HOST | {"offload_checkpoints": offload_checkpoints}
     device, host = needs(1024, resident, **fixed)
     device += more_on_device
-    found = longest_sequence(step_of(64, **fixed), device, host, 64, FAR)
+    found = longest_tokens(step_of(64, **fixed), device, host, 64, FAR)
     for tokens, fits in ((found, True), (found + LENGTH_STEP, False)):
         candidates = search(step_of(tokens, **fixed), replace(CARD, host_bytes=host), device)
         assert (choose(candidates, device) is not None) == fits
@@ -64,32 +68,32 @@ def test_where_files_take_the_block_inputs_the_host_s_room_is_for_weights():
     folder = {"offload_folder": "a folder that a plan does not look for"}
     device, host = needs(1024, None, host_embeddings=False, host_head=False, **folder)
     step = step_of(64, **folder)
-    assert longest_sequence(step, device, host, 64, FAR) >= 1024
+    assert longest_tokens(step, device, host, 64, FAR) >= 1024
     assert choose(search(step_of(1024, **folder), replace(CARD, host_bytes=host), device), device) is not None
 
 
 def test_the_last_blocks_may_be_kept_beside_a_limit_of_the_host():
     step = step_of(64, kept_blocks=2, offload_checkpoints=True)
-    assert longest_sequence(step, 2**30, 2**31, 64, 512) == 512
+    assert longest_tokens(step, 2**30, 2**31, 64, 512) == 512
     device, host = needs(1024, 2, kept_blocks=2)
-    assert longest_sequence(step, device, host, 64, FAR) >= 1024 > longest_sequence(step, device, host - 1, 64, FAR)
+    assert longest_tokens(step, device, host, 64, FAR) >= 1024 > longest_tokens(step, device, host - 1, 64, FAR)
 
 
 def test_of_a_single_block_nothing_is_streamed_for_the_longest():
     step = step_of(64)
     step.job.config.num_hidden_layers = 1
     plain = predict(replace(step.job, rows=step.pack, levers=Levers(loss_chunk_tokens=AUTO_CHUNK_TOKENS, **FIXED)))
-    assert longest_sequence(step, plain.peak_bytes, None, 64, FAR) == LENGTH_STEP
+    assert longest_tokens(step, plain.peak_bytes, None, 64, FAR) == LENGTH_STEP
 
 
 def test_with_room_for_nothing_on_the_host_all_stays_on_the_device():
     device, _ = needs(512, None, offload_checkpoints=False, host_embeddings=False, host_head=False)
-    assert longest_sequence(step_of(64), device, 0, 64, FAR) == 512
+    assert longest_tokens(step_of(64), device, 0, 64, FAR) == 512
 
 
 def test_without_a_limit_of_the_host_the_device_s_alone_counts():
     device, _ = needs(1024, 0)
-    assert longest_sequence(step_of(64, **ON_HOST), device, None, 64, FAR) == 1024
+    assert longest_tokens(step_of(64, **ON_HOST), device, None, 64, FAR) == 1024
 
 
 @pytest.mark.parametrize(("less_on_device", "less_on_host", "memory"), [(1, 0, "$"), (0, 1, " host memory$")])
@@ -97,7 +101,7 @@ def test_the_memory_that_has_no_room_for_the_shortest_is_named(less_on_device, l
     device, host = needs(LENGTH_STEP, 0)
     step = step_of(64, resident_blocks=0, **ON_HOST)
     with pytest.raises(DoesNotFitError, match=f"even the smallest needs .*iB of .*iB{memory}"):
-        longest_sequence(step, device - less_on_device, host - less_on_host, 64, FAR)
+        longest_tokens(step, device - less_on_device, host - less_on_host, 64, FAR)
 
 
 @pytest.mark.parametrize("model_type", ["bloom", "mpt", "gpt_oss"])
