@@ -314,9 +314,12 @@ def _of_host(plan: Plan, candidate: Candidate) -> str:
 
 
 def _cure(plan: Plan, others: Sequence[Alternative]) -> str:
-    fitting = next((a for a in others if a.fits), None)
-    if fitting is not None:
-        return f"{fitting.change} needs {format_bytes(fitting.peak_bytes)} and fits"
+    fitting = [a for a in others if a.fits]
+    for alternative in fitting:
+        if not alternative.change.startswith("data.max_tokens"):
+            return f"{alternative.change} needs {format_bytes(alternative.peak_bytes)} and fits"
+    if fitting:
+        return _shorter(plan)
     beside = [c for c in plan.found if c.peak_bytes <= plan.limit_bytes and c is not plan.chosen]
     if beside:  # which the host has no room for
         least = min(beside, key=lambda candidate: candidate.prediction.host_bytes)
@@ -331,9 +334,14 @@ def _cure(plan: Plan, others: Sequence[Alternative]) -> str:
     if floor > plan.budget_bytes:
         return f"its weights, adapter, optimizer and constants alone take {format_bytes(floor)}: choose a smaller model"
     try:
-        return f"data.max_tokens={max_tokens(plan)} fits"
+        return _shorter(plan)
     except DoesNotFitError:
         return "no sequence length fits: choose a smaller model or a lower lora.rank"
+
+
+def _shorter(plan: Plan) -> str:
+    what_else = "longer rows are an error, unless data.overflow says what to do with them"
+    return f"data.max_tokens={max_tokens(plan)} fits ({what_else})"
 
 
 def _more_host(plan: Plan, candidate: Candidate) -> str:

@@ -256,7 +256,8 @@ class _Run:
             return {}
         totals = self.training.totals
         speed = totals["tokens"] / totals["seconds"] if totals["steps"] else None
-        return totals | {"tokens_per_second": speed, "peak_bytes": self.training.peak_bytes}
+        skipped = {"skipped_steps": self.trainer.skipped}
+        return totals | skipped | {"tokens_per_second": speed, "peak_bytes": self.training.peak_bytes}
 
     def _look_at_data(self) -> None:
         """Read the rows, write down what they are, and stop where training on them would be a mistake."""

@@ -1,6 +1,7 @@
 """Plans of recipes: the command's figures, its choice, and a run that keeps to it."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -502,7 +503,11 @@ def test_what_does_not_fit_is_told_with_the_parts_and_the_smallest_change(recipe
     assert not plan.fits and plan_text.reason(plan).endswith(" plans, the one that needs least")
     error = planner.does_not_fit(plan, list(planner.alternatives(plan)))
     assert error.exit_code == 3
-    assert "saved activations" in str(error) and "data.max_tokens=512" in str(error) and "fits" in str(error)
+    assert "saved activations" in str(error) and "data.overflow says what to do with them" in str(error)
+    longest = int(re.search(r"data\.max_tokens=(\d+) fits", str(error))[1])
+    settings = ("memory.checkpointing=none", "memory.tile_tokens=off", "memory.head=device")
+    for tokens, fits in ((longest, True), (longest + LENGTH_STEP, False)):
+        assert planner.plan_recipe(recipe(*settings, f"data.max_tokens={tokens}"), CARD, 3 * GIB).fits is fits
     for budget_bytes, cure in ((GIB // 2, "beside tensors takes"), (int(0.68 * GIB), "choose a smaller model")):
         floor = planner.plan_recipe(recipe(), CARD, budget_bytes)
         assert cure in str(planner.does_not_fit(floor, list(planner.alternatives(floor))))

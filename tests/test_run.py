@@ -118,6 +118,24 @@ def test_the_summary_and_the_report_say_which_levers_change_results(finished, mo
     assert said in (folder / "report.html").read_text()
 
 
+def test_steps_that_changed_nothing_are_told_in_the_summary_and_at_the_end(run, finished, monkeypatch):
+    from qlora_lite.cli.train import _result
+    from qlora_lite.train import step
+
+    plain, calls = step.summed_loss, []
+
+    def broken_once(model, *given):
+        calls.append(torch.is_grad_enabled() and not given[0].input_ids.is_meta)  # else an evaluation, or a plan
+        return plain(model, *given) * (float("nan") if calls[-1] and sum(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(step, "summed_loss", broken_once)
+    folder = run(train={"max_steps": 3, "gradient_accumulation_steps": 1, "on_not_finite": "skip"})
+    summary = summary_of(folder)
+    assert summary["skipped_steps"] == 1 and "for 3 steps, of which 1 changed nothing" in _result(folder, summary)
+    summary = summary_of(finished[0])
+    assert summary["skipped_steps"] == 0 and "changed nothing" not in _result(finished[0], summary)
+
+
 @pytest.mark.parametrize(("model_type", "plans"), [("bloom", [False, True]), ("lfm2", [False])])
 def test_a_model_that_shows_on_loading_that_its_rows_run_alone_is_planned_once_more(
     model_type, plans, tmp_path, monkeypatch

@@ -53,7 +53,8 @@ def _result(folder, summary: dict) -> str:
     if "exact_match_after" in summary:
         lines.append(_change(f"exact match ({summary['exact_match_rows']} rows)", summary, "exact_match", "{:.1%}"))
     lines += [
-        f"{'time':24} {format_seconds(summary['seconds'])} for {summary['steps']} steps",
+        f"{'time':24} {format_seconds(summary['seconds'])} for {summary['steps']} steps"
+        + (f", of which {summary['skipped_steps']} changed nothing: not finite" if summary["skipped_steps"] else ""),
         f"{'speed':24} {summary['tokens_per_second']:.0f} tokens/s",
         f"{'peak memory':24} {format_bytes(summary['peak_bytes'])}",
         f"{'adapter':24} {folder / 'adapter'}",

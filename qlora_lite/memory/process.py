@@ -34,16 +34,21 @@ CPU_COMPILER_BYTES = 112 * MIB  # of torch.compile: compiled steps of tools/chec
 # Where torch reads its allocator's settings, by the new and the old name, and the one that has segments grow.
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 GROWING = "expandable_segments:True"
+DEVICE_VARIABLES = "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"  # name a share of a card as MIG-...
 
 
 def segments_grow() -> bool:
     """Tell whether torch's CUDA allocator takes memory in segments that grow: ``meter.grow_segments`` sees to it.
 
-    Its own default, segments of fixed sizes, leaves more holes. It stays where the user has set the allocator up, and
-    on WSL, where growing ones can fail (pytorch issue 192330).
+    Its own default, segments of fixed sizes, leaves more holes. It stays where the user has set the allocator up, on
+    WSL, where growing ones can fail (pytorch issue 192330), and on a share of a card, where what they ask of the driver
+    is not allowed (vllm pull request 42467).
     """
     settings = [os.environ[name] for name in ALLOCATOR_VARIABLES if os.environ.get(name)]
-    return any(GROWING in text for text in settings) if settings else "microsoft" not in platform.release().lower()
+    if settings:
+        return any(GROWING in text for text in settings)
+    is_share = any("MIG-" in os.environ.get(name, "") for name in DEVICE_VARIABLES)
+    return not is_share and "microsoft" not in platform.release().lower()
 
 
 class Overhead(NamedTuple):

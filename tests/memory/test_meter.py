@@ -94,6 +94,15 @@ def test_on_wsl_segments_stay_as_they_are(settings_of_the_allocator, monkeypatch
     assert settings_of_the_allocator == [] and not process.segments_grow()
 
 
+@pytest.mark.parametrize("name", process.DEVICE_VARIABLES)
+def test_on_a_share_of_a_card_segments_stay_as_they_are(settings_of_the_allocator, name, monkeypatch):
+    monkeypatch.setenv(name, "MIG-7f3a1c52-0000-5a6b-9c1d-0123456789ab")
+    meter.grow_segments(torch.device("cuda"))
+    assert settings_of_the_allocator == [] and not process.segments_grow()
+    monkeypatch.setenv(process.ALLOCATOR_VARIABLES[0], process.GROWING)
+    assert process.segments_grow()
+
+
 @pytest.mark.gpu
 def test_on_a_card_segments_really_grow():
     device = resolve_device("cuda")
