@@ -319,6 +319,16 @@ def test_a_checksum_of_the_model_that_an_earlier_version_took_is_not_compared_an
             compare({**other, "type of device": "cpu"})
 
 
+def test_a_run_that_is_gone_on_with_to_count_matches_that_it_did_not_count_before_ends_well(tmp_path, model_folder):
+    from qlora_lite.cli.train import _result
+
+    lab = Lab(tmp_path, model_folder)
+    lab.stop(2, train={"exact_match_rows": 0})
+    lab.run(resume="", force=True, train={"exact_match_rows": 2})
+    assert lab.summary["status"] == "complete" and "exact_match_after" in lab.summary and not lab.summary["samples"]
+    assert "exact match" not in _result(lab.out, lab.summary)
+
+
 def test_whose_loss_is_computed_is_compared_with_what_the_checkpoint_knows_of_it():
     before = {"loss": "liger", "torch": "2.13"}
     continuation = Continuation(SimpleNamespace(documents={RUN: {"environment": before}}))

@@ -50,7 +50,7 @@ def _result(folder, summary: dict) -> str:
     lines.append("")
     if "eval_loss_after" in summary:
         lines.append(_change("evaluation loss", summary, "eval_loss", "{:.4f}"))
-    if "exact_match_after" in summary:
+    if {"exact_match_before", "exact_match_after"} <= summary.keys():  # a run that was gone on with may have one only
         lines.append(_change(f"exact match ({summary['exact_match_rows']} rows)", summary, "exact_match", "{:.1%}"))
     lines += [
         f"{'time':24} {format_seconds(summary['seconds'])} for {summary['steps']} steps"

@@ -26,7 +26,9 @@ def deterministic(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    os.environ.setdefault(*WORKSPACE)
+    name, needed = WORKSPACE
+    given = os.environ.get(name)
+    os.environ.setdefault(name, needed)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     fills = torch.utils.deterministic.fill_uninitialized_memory
@@ -40,4 +42,6 @@ def deterministic(wanted: bool) -> Iterator[None]:
         raise TrainingError(f"train.deterministic cannot be kept by this model: {reason}; set it to false") from error
     finally:
         torch.use_deterministic_algorithms(before)
+        if given is None:
+            os.environ.pop(name, None)
         torch.utils.deterministic.fill_uninitialized_memory = fills
