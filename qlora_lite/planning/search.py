@@ -210,11 +210,15 @@ def _freeing_and_spending(
 
 
 def _with_single_changes(step: Step, machine: Machine, found: list[Candidate], limit_bytes: int) -> list[Candidate]:
-    """Return the candidates, and those that differ from the best of all in one lever: the search goes another way."""
+    """Return the candidates, and those that differ from the best of all in one lever: the search goes another way.
+
+    What moves more to the host is left out, since it is never faster.
+    """
     best = None
     while best is not (best := choose(found, limit_bytes)):
         known = {candidate.levers for candidate in found if candidate.packs == best.packs}
-        changed = [levers for levers in single_changes(step, best.levers) if levers not in known]
+        changed = [levers for levers in single_changes(step, best.levers)
+                   if levers not in known and levers.host_rank <= best.levers.host_rank]  # fmt: skip
         found = found + [build_candidate(step, machine, levers, best.packs) for levers in changed]
     return found
 
