@@ -212,14 +212,15 @@ def _freeing_and_spending(
 def _with_single_changes(step: Step, machine: Machine, found: list[Candidate], limit_bytes: int) -> list[Candidate]:
     """Return the candidates, and those that differ from the best of all in one lever: the search goes another way.
 
-    What moves more to the host is left out, since it is never faster.
+    What moves more to the host is left out, since it is never faster, and what would spend the memory that is spared.
     """
-    best = None
+    best, room = None, (1 - SPARED) * limit_bytes
     while best is not (best := choose(found, limit_bytes)):
         known = {candidate.levers for candidate in found if candidate.packs == best.packs}
         changed = [levers for levers in single_changes(step, best.levers)
                    if levers not in known and levers.host_rank <= best.levers.host_rank]  # fmt: skip
-        found = found + [build_candidate(step, machine, levers, best.packs) for levers in changed]
+        more = [build_candidate(step, machine, levers, best.packs) for levers in changed]
+        found = found + [candidate for candidate in more if candidate.peak_bytes <= max(room, best.peak_bytes)]
     return found
 
 
@@ -231,7 +232,7 @@ def single_changes(step: Step, levers: Levers) -> Iterator[Levers]:
         if step.job.quant != "none":
             changes.append({"reuse_dequantized": not levers.reuse_dequantized})
     if levers.computes_again and step.job.device_type == "cuda":
-        if not levers.compile:
+        if not levers.compile and not levers.uses_disk:  # which would have to take twice as much
             changes.append({"checkpointing": "selective" if levers.checkpointing == "block" else "block"})
         changes.append({"offload_checkpoints": not levers.offload_checkpoints})
         if levers.checkpoint_every == 1:
