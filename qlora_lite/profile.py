@@ -76,6 +76,7 @@ def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
     hold_to(device, plan.budget_bytes)
     ledger = Ledger(timeline=True, allocation_bytes=ALLOCATION_BYTES[device.type])
     with deterministic(recipe.train.deterministic), PeakMeter(device) as meter, _allocator_history(device, out):
+        trainer.choose_loss()
         seconds = _timed_steps(trainer, steps - 1) if steps > 1 else {}
         failure = _ledgered(trainer, ledger, model, eval_examples)
         process = meter.peak_bytes()

@@ -29,6 +29,7 @@ from .train.state import STATE, numbers_of
 
 log = logging.getLogger("qlora_lite")
 BASE_MODEL = "base model"  # its name in a checkpoint's identity
+CHUNKED = "chunked"  # the loss that is this package's own
 RUN = "run.json"  # what a checkpoint holds of the run, beside the trainer's state
 # What these settings lead to is compared by itself, or changes nothing of what a step computes.
 HARMLESS = {
@@ -62,6 +63,11 @@ class Continuation:
     def run(self) -> dict:
         """What the checkpoint holds of the run."""
         return self.checkpoint.documents[RUN]
+
+    @property
+    def loss(self) -> str:
+        """Whose loss the run's steps have computed; earlier versions had one only."""
+        return self.run["environment"].get("loss", CHUNKED)
 
     @property
     def keeps_plan(self) -> bool:
@@ -130,7 +136,7 @@ class Continuation:
         """
         for change in self.accepted:
             log.info("resume: accepted: %s", change)
-        before = self.run["environment"]
+        before = self.run["environment"] | {"loss": self.loss}
         known = [key for key in now if key in before]  # an earlier version may not have written down all
         changed = [f"{key} {before[key]} -> {now[key]}" for key in known if before[key] != now[key]]
         if changed:

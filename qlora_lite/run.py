@@ -35,7 +35,7 @@ from .plan_text import reason
 from .preflight import line_of_problem, preflight
 from .recipe.schema import Recipe
 from .report import write_report
-from .resume import BASE_MODEL, Continuation, data_identity, environment, path_to_continue, reopen
+from .resume import BASE_MODEL, CHUNKED, Continuation, data_identity, environment, path_to_continue, reopen
 from .rows import build_stream, rows_to_plan
 from .runs import (
     ADAPTER,
@@ -333,7 +333,9 @@ class _Run:
         predicted = as_metered(self.plan, expected) - mapped
         if self.settings.levers.compile:
             log.info("train.compile: compiling the blocks, which takes a minute or so the first time")
+        keeps_plan = self.continuation is not None and self.continuation.keeps_plan
         try:
+            self.trainer.choose_loss(self.continuation.loss if keeps_plan else None)
             self.trainer.rehearse(eval_examples)
         except (RuntimeError, MemoryError) as error:
             if not another_plan_may_help(error, device):
@@ -356,16 +358,15 @@ class _Run:
         return None
 
     def _loss(self) -> str:
-        return self.trainer.fused_loss or "chunked"
+        return self.trainer.fused_loss or CHUNKED
 
     def _conclude(self, before: ExactMatch | None, after: ExactMatch | None) -> None:
         digest = self.training.save_adapter(ADAPTER)
         if self.trainer.most_tokens is not None:
             self.run.summary["plan"]["most_tokens"] = self.trainer.most_tokens
-        rows = self.eval_data.examples[:SAMPLES] if before and after else []
         samples = [
             {"prompt": self._plain(row.prompt), "reference": row.answer, "before": b, "after": a}
-            for row, b, a in zip(rows, before.answers, after.answers, strict=False)
+            for row, b, a in zip(self.eval_data.examples[:SAMPLES], before.answers, after.answers, strict=False)
         ] if before and after else []  # fmt: skip
         self.run.update(**self.figures(), status=COMPLETE, ended_by=self.training.ended_by, adapter_sha256=digest,
                         samples=samples)  # fmt: skip

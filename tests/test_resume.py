@@ -327,13 +327,18 @@ def test_a_run_that_is_gone_on_with_to_count_matches_that_it_did_not_count_befor
     lab.run(resume="", force=True, train={"exact_match_rows": 2})
     assert lab.summary["status"] == "complete" and "exact_match_after" in lab.summary and not lab.summary["samples"]
     assert "exact match" not in _result(lab.out, lab.summary)
+    earlier = {key: value for key, value in lab.summary.items() if key not in ("skipped_steps", "eval_loss_before")}
+    assert "evaluation loss" in _result(lab.out, lab.summary) and "evaluation loss" not in _result(lab.out, earlier)
 
 
 def test_whose_loss_is_computed_is_compared_with_what_the_checkpoint_knows_of_it():
-    before = {"loss": "liger", "torch": "2.13"}
-    continuation = Continuation(SimpleNamespace(documents={RUN: {"environment": before}}))
-    continuation.say_changes({"loss": "chunked", "torch": "2.13", "new in this version": 1})
-    assert continuation.accepted == ["loss liger -> chunked"]
+    for before, now, said in (
+        ({"loss": "liger"}, "chunked", ["loss liger -> chunked"]), ({"loss": "liger"}, "liger", []),
+        ({}, "liger", ["loss chunked -> liger"]), ({}, "chunked", []),
+    ):  # fmt: skip
+        continuation = Continuation(SimpleNamespace(documents={RUN: {"environment": before}}))
+        continuation.say_changes({"loss": now, "new in this version": 1})
+        assert continuation.accepted == said
 
 
 def test_a_forced_change_is_taken_and_the_summary_says_so(lab, whole):

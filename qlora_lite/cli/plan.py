@@ -103,8 +103,9 @@ def _longest(planner, made) -> dict:
     longest = _or_none(planner.longest_row, made)
     if longest is None:
         return {"max_tokens": None}
-    found = longest.prediction
-    return {"max_tokens": found.job.rows.lengths[0], "max_tokens_host_bytes": found.host_bytes,
+    found, on_cpu = longest.prediction, made.machine.device_type == "cpu"
+    host_bytes = made.machine.base_bytes + found.peak_bytes if on_cpu else found.host_bytes
+    return {"max_tokens": found.job.rows.lengths[0], "max_tokens_host_bytes": host_bytes,
             "max_tokens_step_seconds": longest.step_seconds}  # fmt: skip
 
 

@@ -48,13 +48,13 @@ def _result(folder, summary: dict) -> str:
         lines += ["", f"prompt     {_line(sample['prompt'])}", f"reference  {_line(sample['reference'])}",
                   f"before     {_line(sample['before'])}", f"after      {_line(sample['after'])}"]  # fmt: skip
     lines.append("")
-    if "eval_loss_after" in summary:
-        lines.append(_change("evaluation loss", summary, "eval_loss", "{:.4f}"))
-    if {"exact_match_before", "exact_match_after"} <= summary.keys():  # a run that was gone on with may have one only
-        lines.append(_change(f"exact match ({summary['exact_match_rows']} rows)", summary, "exact_match", "{:.1%}"))
+    lines += _change("evaluation loss", summary, "eval_loss", "{:.4f}")
+    lines += _change(f"exact match ({summary.get('exact_match_rows')} rows)", summary, "exact_match", "{:.1%}")
     lines += [
         f"{'time':24} {format_seconds(summary['seconds'])} for {summary['steps']} steps"
-        + (f", of which {summary['skipped_steps']} changed nothing: not finite" if summary["skipped_steps"] else ""),
+        + (
+            f", of which {summary['skipped_steps']} changed nothing: not finite" if summary.get("skipped_steps") else ""
+        ),
         f"{'speed':24} {summary['tokens_per_second']:.0f} tokens/s",
         f"{'peak memory':24} {format_bytes(summary['peak_bytes'])}",
         f"{'adapter':24} {folder / 'adapter'}",
@@ -63,8 +63,11 @@ def _result(folder, summary: dict) -> str:
     return "\n".join(lines)
 
 
-def _change(label: str, summary: dict, key: str, form: str) -> str:
-    return f"{label:24} {form.format(summary[key + '_before'])} -> {form.format(summary[key + '_after'])}"
+def _change(label: str, summary: dict, key: str, form: str) -> list[str]:
+    """Return a line of what was measured before and after; a run that was gone on with may have one of them only."""
+    if not {f"{key}_before", f"{key}_after"} <= summary.keys():
+        return []
+    return [f"{label:24} {form.format(summary[key + '_before'])} -> {form.format(summary[key + '_after'])}"]
 
 
 def _line(text: str) -> str:

@@ -4,7 +4,7 @@ Liger (arXiv 2410.10989) and cut-cross-entropy (arXiv 2411.09009) do in one kern
 logits in plain torch. Neither is faster everywhere: Liger's multiplies the fewer tokens at once the larger the
 vocabulary is beside the hidden size, cut-cross-entropy's multiplies by the head once more in backward. So no table
 says which is used; each that is installed is tried on the run's own hidden states and head, and taken if it is faster,
-holds no more memory (a plan counts ours, and stays true) and is about as near to float64 as ours.
+holds no more memory on the largest micro-batch (a plan counts ours) and is about as near to float64 as ours.
 
 Legend: N labelled tokens, D hidden size, V vocabulary.
 """

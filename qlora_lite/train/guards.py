@@ -61,15 +61,16 @@ def check_forward(model: nn.Module, longest: int = 0) -> float:
     tolerance = LOGITS_TOLERANCE[model.dtype]
     error = _logits_error(model)
     together = error
-    for change in (run_rows_alone, use_own_attention):
+    for change, why in (
+        (run_rows_alone, "rows laid end to end see each other"),
+        (use_own_attention, "attention over rows leaves something out, and transformers' own takes its place"),
+    ):
         if not error <= tolerance:
             change(model)
             error = _logits_error(model)
             if error <= tolerance:
-                log.warning(
-                    "%s: rows laid end to end see each other (relative error %.1e), so each is run by itself: exact, "
-                    "but packing saves no time", type(model).__name__, together,
-                )  # fmt: skip
+                log.warning("%s: %s (relative error %.1e), so each row is run by itself: exact, but packing saves no "
+                            "time", type(model).__name__, why, together)  # fmt: skip
     if not error <= tolerance:
         raise ModelError(
             f"{type(model).__name__}: rows trained here give other logits than the model itself gives "

@@ -50,7 +50,6 @@ from .schedule import lr_factor
 from .settings import TrainSettings
 from .step import (
     Evaluation,
-    Inputs,
     StepResult,
     evaluate_loss,
     hidden_states,
@@ -111,7 +110,7 @@ class Trainer:
         self.epoch = self.epoch_step = 0  # the next step's: its epoch, and the steps before it in that epoch
         self.optimizer_bytes = 0  # of its states, known after a rehearsal
         self._is_still = False  # its gradients are zero, which has been said
-        self.fused_loss: str | None = None  # in place of the chunked one, known after a rehearsal
+        self.fused_loss: str | None = None  # in place of the chunked one; see ``choose_loss``
         self.most_tokens: int | None = None  # at once through the model, since memory ran out with more
         check_trainable(model, sum(parameter.numel() for parameter in self.parameters))
         tiny_tiles = settings.levers.tile_tokens and CHECKED_TILE_TOKENS  # so that the check's few tokens are cut
@@ -135,11 +134,9 @@ class Trainer:
         name = s.optimizer.removeprefix("paged_")
         optimizer = build_optimizer(self.parameters, name, 0.0, 0.0, s.stochastic_rounding)
         before, was_training = list(map(bit_sums, self.parameters)), self.model.training
-        inputs = prepare(largest, device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            self._choose_loss(inputs)
             rehearse_step(
-                self.model, self.parameters, optimizer, inputs,
+                self.model, self.parameters, optimizer, prepare(largest, device),
                 evaluation and prepare(evaluation, device), s.max_grad_norm, s.levers.loss_chunk_tokens,
                 s.gradient_accumulation_steps > 1, s.levers.optimizer_in_backward, self.fused_loss,
             )  # fmt: skip
@@ -150,17 +147,28 @@ class Trainer:
         if list(map(bit_sums, self.parameters)) != before:
             raise TrainingError("the rehearsal before training changed a LoRA factor; please report this")
 
-    def _choose_loss(self, inputs: Inputs) -> None:
-        """Find out which loss the steps compute, on the hidden states of a micro-batch (see ``ops.fused_loss``)."""
+    def choose_loss(self, recorded: str | None = None) -> None:
+        """Find out which loss the steps compute, on the hidden states of the largest micro-batch.
+
+        See ``ops.fused_loss``; without this call it is the chunked one.
+
+        Args:
+            recorded: the loss of a run that goes on, which is kept where it can be.
+        """
         s, device, its_head = self.settings, device_of(self.model), head(self.model)
-        if not (names := candidates(s.fused_loss, its_head, device)):
-            return
-        with torch.no_grad():
-            hidden = hidden_states(self.model.eval(), inputs)[inputs.learned]
-        chunk_tokens = s.levers.loss_chunk_tokens or AUTO_CHUNK_TOKENS
-        self.fused_loss = choose_loss(names, hidden, inputs.targets, its_head, chunk_tokens)
-        free_cached_memory(device)
-        self.meter.restart()
+        names = candidates(s.fused_loss, its_head, device)
+        if recorded is not None:
+            self.fused_loss = recorded if recorded in names else None
+        elif names:
+            largest, _ = largest_batches(self.examples, (), self.epochs, self.most_tokens)
+            inputs, was_training = prepare(largest, device), self.model.training
+            with torch.no_grad():
+                hidden = hidden_states(self.model.eval(), inputs)[inputs.learned]
+            self.model.train(was_training)
+            chunk_tokens = s.levers.loss_chunk_tokens or AUTO_CHUNK_TOKENS
+            self.fused_loss = choose_loss(names, hidden, inputs.targets, its_head, chunk_tokens)
+            free_cached_memory(device)
+            self.meter.restart()
 
     def __iter__(self) -> Iterator[StepMetrics]:
         self.model.train()
@@ -257,6 +265,9 @@ class Trainer:
         """Count a step that was not finite, and end the run if it may not be left out."""
         batches = [collate(rows) for rows in cut(micro_batches, self.most_tokens)]
         error = explain_not_finite(self.model, batches, self.step, updated)
+        if self.fused_loss:
+            error = TrainingError(f"{error}. The step's loss was {self.fused_loss}'s, and what was looked at is the "
+                                  "chunked one, which memory.fused_loss off computes")  # fmt: skip
         if self.settings.on_not_finite == "stop":
             raise error
         if self.skipped == self.settings.max_skipped_steps:

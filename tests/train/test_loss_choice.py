@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_trainer import trainer
 
+from qlora_lite.errors import TrainingError
 from qlora_lite.models.levers import Levers
 from qlora_lite.ops import fused_loss
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, chunked_cross_entropy, head_logits
@@ -30,8 +31,9 @@ def other(monkeypatch):
 @pytest.mark.parametrize("changes", [{}, WHOLE])
 def test_every_step_and_the_rehearsal_compute_the_chosen_loss_and_evaluations_ours(other, changes):
     training, plain = trainer(**changes, fused_loss="auto"), trainer(**changes)
-    training.rehearse(training.examples[:2])
-    plain.rehearse(plain.examples[:2])
+    for each in (training, plain):
+        each.choose_loss()
+        each.rehearse(each.examples[:2])
     assert training.fused_loss == "other" and plain.fused_loss is None
     assert len(other) == 1 and other[0][0]
     steps, losses = list(training), [metrics.loss for metrics in plain]
@@ -46,7 +48,8 @@ def test_the_losses_are_tried_on_the_hidden_states_of_the_largest_micro_batch(ot
     tried = []
     monkeypatch.setattr(loop, "choose_loss", lambda *given: tried.append(given))
     training = trainer("gemma2", fused_loss="auto", levers=Levers(loss_chunk_tokens=7), dropout=0.5)
-    training.rehearse()
+    training.choose_loss()
+    assert not training.model.training
     [(names, hidden, targets, head, chunk_tokens)] = tried
     assert (names, chunk_tokens, training.fused_loss) == (["other"], 7, None)
     assert hidden.shape == (len(targets), head.weight.shape[1]) and not hidden.requires_grad
@@ -56,9 +59,24 @@ def test_the_losses_are_tried_on_the_hidden_states_of_the_largest_micro_batch(ot
     assert losses == [metrics.loss for metrics in again]
 
 
+@pytest.mark.parametrize(("recorded", "kept"), [("other", "other"), ("chunked", None), ("gone", None)])
+def test_a_run_that_goes_on_keeps_its_loss_where_it_can_be_had(other, recorded, kept):
+    training = trainer(fused_loss="auto")
+    training.choose_loss(recorded)
+    assert training.fused_loss == kept and not other
+
+
+def test_a_chosen_loss_that_is_not_finite_is_named_with_the_cure(other, monkeypatch):
+    training = trainer(fused_loss="auto")
+    training.choose_loss()
+    monkeypatch.setitem(fused_loss.FUSED, "other", ("json", lambda hidden, *_: hidden.float().sum() * float("nan")))
+    with pytest.raises(TrainingError, match=r"The step's loss was other's, .* which memory\.fused_loss off computes"):
+        list(training)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("repeatable", [False, True])
-def test_a_card_s_rehearsal_tries_what_is_installed_unless_bits_must_repeat(monkeypatch, repeatable):
+def test_a_card_tries_what_is_installed_unless_bits_must_repeat(monkeypatch, repeatable):
     same = lambda *inputs: chunked_cross_entropy(*inputs, AUTO_CHUNK_TOKENS)  # noqa: E731
     for name in list(fused_loss.FUSED):
         monkeypatch.setitem(fused_loss.FUSED, name, ("no_such_package", None))
@@ -67,7 +85,7 @@ def test_a_card_s_rehearsal_tries_what_is_installed_unless_bits_must_repeat(monk
     training = trainer(device="cuda", fused_loss="auto")
     torch.use_deterministic_algorithms(repeatable)
     try:
-        training.rehearse()
+        training.choose_loss()
     finally:
         torch.use_deterministic_algorithms(False)
     assert training.fused_loss == (None if repeatable else "same")
