@@ -323,7 +323,7 @@ def test_a_disk_is_for_what_fits_in_no_other_way(recipe, tmp_path):
     assert in_memory.chosen.levers.offload_checkpoints
     without = planner.plan_recipe(recipe(long, "memory.offload_checkpoints=false"), CARD, 6 * GIB)
     assert planner.plan_recipe(recipe(long, folder), CARD, 6 * GIB).chosen.settings == without.chosen.settings
-    for gib in (3, 3.5):
+    for gib in (3, 4):
         tight = planner.plan_recipe(recipe(long, folder), CARD, int(gib * GIB))
         assert tight.fits and tight.chosen.levers.uses_disk and tight.chosen.levers.checkpointing == "block"
 
@@ -636,7 +636,7 @@ def test_on_a_cpu_the_host_memory_of_the_longest_sequence_is_that_of_the_process
     shape = "model:\n  path: HuggingFaceTB/SmolLM2-135M\n  device: cpu\ndata:\n  train: rows.jsonl\n  max_tokens: 64\n"
     file.write_text(f"{shape}memory:\n  budget: 2GiB\n")
     found = json.loads(command("plan", file, "--max-tokens", "--json")[1])
-    assert 2**30 < found["max_tokens_host_bytes"] <= found["budget_bytes"] == 2**31
+    assert 0.9 * 2**31 < found["max_tokens_host_bytes"] <= found["budget_bytes"] == 2**31
 
 
 def test_the_command_plans_a_built_in_recipe_by_its_name_and_says_that_a_run_would_not_use_the_card(command):
