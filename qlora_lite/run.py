@@ -306,6 +306,10 @@ class _Run:
             base_fingerprint=base_fingerprint(locate(self.recipe.model.path, self.recipe.model.revision)),
         )  # fmt: skip
 
+    @property
+    def _keeps_plan(self) -> bool:
+        return self.continuation is not None and self.continuation.keeps_plan
+
     def _plan(self, left_free: int = 0) -> None:
         """Choose how to run the step before anything large is loaded; what cannot fit ends the run here.
 
@@ -314,8 +318,7 @@ class _Run:
         """
         eval_examples = self.eval_data.examples if self.eval_data else ()
         hold_to(self.meter.device, None)  # an earlier plan or run in this process may have had a smaller budget
-        keeps_plan = self.continuation is not None and self.continuation.keeps_plan
-        recipe = with_plan(self.recipe, self.continuation.run["plan"]) if keeps_plan else self.recipe
+        recipe = with_plan(self.recipe, self.continuation.run["plan"]) if self._keeps_plan else self.recipe
         self.plan, self.settings = plan_run(recipe, self.rows, eval_examples, left_free, self.rows_alone)
         self.budget_bytes = self.plan.budget_bytes + left_free
         log.info("plan: %s", reason(self.plan))
@@ -333,9 +336,8 @@ class _Run:
         predicted = as_metered(self.plan, expected) - mapped
         if self.settings.levers.compile:
             log.info("train.compile: compiling the blocks, which takes a minute or so the first time")
-        keeps_plan = self.continuation is not None and self.continuation.keeps_plan
         try:
-            self.trainer.choose_loss(self.continuation.loss if keeps_plan else None)
+            self.trainer.choose_loss(self.continuation.loss if self._keeps_plan else None)
             self.trainer.rehearse(eval_examples)
         except (RuntimeError, MemoryError) as error:
             if not another_plan_may_help(error, device):

@@ -50,11 +50,10 @@ def _result(folder, summary: dict) -> str:
     lines.append("")
     lines += _change("evaluation loss", summary, "eval_loss", "{:.4f}")
     lines += _change(f"exact match ({summary.get('exact_match_rows')} rows)", summary, "exact_match", "{:.1%}")
+    skipped = summary.get("skipped_steps")  # which earlier versions did not write down
+    without_effect = f", of which {skipped} changed nothing: not finite" if skipped else ""
     lines += [
-        f"{'time':24} {format_seconds(summary['seconds'])} for {summary['steps']} steps"
-        + (
-            f", of which {summary['skipped_steps']} changed nothing: not finite" if summary.get("skipped_steps") else ""
-        ),
+        f"{'time':24} {format_seconds(summary['seconds'])} for {summary['steps']} steps{without_effect}",
         f"{'speed':24} {summary['tokens_per_second']:.0f} tokens/s",
         f"{'peak memory':24} {format_bytes(summary['peak_bytes'])}",
         f"{'adapter':24} {folder / 'adapter'}",

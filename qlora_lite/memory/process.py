@@ -19,8 +19,8 @@ CUDA_CONTEXT_BYTES = 450 * MIB  # nvidia-smi shows 300 to 500 MiB for an idle to
 # capability 9.0 and with train.deterministic, 8.1 MiB on others.
 CUBLAS_WORKSPACE_BYTES = 2 * 32 * MIB
 # Of torch's CUDA allocator: bytes, and a share of what comes and goes within a step. tools/check_card found that
-# about 100 MiB are needed with segments that grow, and up to 1 GiB with fixed ones, but for one plan of 17, which took
-# 0.5 GiB more than this leaves.
+# up to 99 MiB are needed with segments that grow, and up to 842 MiB with fixed ones, but for one plan of 17, which took
+# 1.5 GiB: 0.5 more than this leaves.
 GROWING_SEGMENT_BYTES, GROWING_HOLES_SHARE = 128 * MIB, 0.005
 FIXED_SEGMENT_BYTES, FIXED_HOLES_SHARE = 576 * MIB, 0.07
 # The first time, torch.compile's inductor times kernels with as much memory as the card's second-level cache holds;
