@@ -11,12 +11,11 @@ from .evaluate import exact_match
 from .files import explain_write_errors, write_text
 from .recipe.schema import Recipe
 from .rows import build_data
-from .tasks import Tasks, open_tasks
+from .tasks import BASE, Tasks, open_tasks
 from .train.guards import check_forward
 from .train.loop import eval_batches
 from .train.step import evaluate_loss
 
-BASE = "base"
 PAGE, REPORT = "compare.html", "compare.json"
 _ROWS = "eval", "max_bad_rows", "max_tokens", "overflow"  # the settings of data that say which rows are measured
 

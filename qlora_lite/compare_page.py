@@ -18,7 +18,9 @@ def render_comparison(result: dict) -> str:
     if not result["same_tokens"]:
         note += f" {NOT_THE_SAME}"
     figures = section("Figures", _figures(result["models"], result["same_tokens"]), note)
-    answers = section("Answers", _answers(result["answers"]), "Greedy; an answer equal to the reference is marked.")
+    answers = section(
+        "Answers", "".join(map(_card, result["answers"])), "Greedy; an answer equal to the reference is marked."
+    )
     return page(f"{names} - qlora-lite", head + figures + answers)
 
 
@@ -37,10 +39,6 @@ def _figures(models: list[dict], same_tokens: bool) -> str:
         for model in models
     ]
     return table(("model", *FIGURES), rows, numeric=1)
-
-
-def _answers(answers: list[dict]) -> str:
-    return "".join(map(_card, answers))
 
 
 def _card(row: dict) -> str:

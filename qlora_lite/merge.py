@@ -150,7 +150,7 @@ def _describe(trained: TrainedRun, merged: Merged, settings: MergeSettings) -> d
 
 def _notes(trained: TrainedRun, merged: Merged, settings: MergeSettings) -> list[str]:
     notes = []
-    if merged.onto == ORIGINAL:
+    if merged.onto == ORIGINAL and trained.quantization[0] != "none":
         notes.append("the adapter was fitted to the quantised weights; on the original ones it is another model")
     if trained.recipe.model.quant_head and (merged.onto == ORIGINAL or merged.config.tie_word_embeddings):
         notes.append("the run computed with a 4-bit copy of the head; the merged model has the head itself")

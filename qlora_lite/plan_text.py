@@ -124,7 +124,7 @@ def describe(plan: Plan, others: Sequence[Alternative], width: int = 80) -> str:
         f"{'step':16} about {format_seconds(plan.chosen.step_seconds)}",
         *([f"{'transfers':16} {transfers(plan)}"] if transfers(plan) else []),
         f"{'host memory':16} {format_bytes(host_bytes(plan))}{limit}",
-        f"{'disk':16} {format_bytes(disk_bytes(plan))}",
+        f"{'disk':16} {format_bytes(disk_bytes(plan))} for the prepared model and the run, beside what is downloaded",
     ]  # fmt: skip
     simulation = plan.chosen.prediction.simulation
     if simulation.folder_bytes:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from .data.examples import Dataset
+from .data.hub import PREFIX
 from .data.opening import find_files
 from .errors import CheckpointError
 from .files import content_digest
@@ -230,10 +231,11 @@ def _flat(recipe: dict) -> dict[str, object]:
 
 
 def data_identity(recipe: Recipe, tokenizer, data: Dataset, eval_data: Dataset | None) -> dict[str, str | None]:
-    """Return digests of what is learned and measured; of a stream, of its first rows and its files."""
+    """Return digests of what is learned and measured; of a stream, of its first rows and the files that lie here."""
     training = data.examples.digest()
     if recipe.data.streaming:
-        files = [path for source in build_sources(recipe, "train") for path in find_files(source.path)]
+        local = [source.path for source in build_sources(recipe, "train") if not source.path.startswith(PREFIX)]
+        files = [file for path in local for file in find_files(path)]
         training = " ".join([training, *map(content_digest, files)])
     return {
         "training rows": hashlib.sha256(training.encode()).hexdigest(),

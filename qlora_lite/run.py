@@ -9,6 +9,7 @@ import gc
 import json
 import logging
 import platform
+import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -99,7 +100,10 @@ def run_recipe(
 
 
 def _execute(running: "_Run") -> None:
-    """Run to the end, or leave a summary and a report that say how far it came and why no further."""
+    """Run to the end, or leave a summary and a report that say how far it came and why no further.
+
+    Of a run that failed before its training, in a folder that no recipe names, nothing is left: the error says it all.
+    """
     try:
         running.execute()
     except KeyboardInterrupt as cut:  # before training, or by a second signal
@@ -108,6 +112,8 @@ def _execute(running: "_Run") -> None:
         raise error from None
     except QloraLiteError as error:
         running.leave(error)
+        if running.training is None and running.continuation is None and not running.recipe.output.dir:
+            shutil.rmtree(running.run.path, ignore_errors=True)
         raise
     finally:
         if running.run.summary.get("status") == "running":  # what nobody foresaw

@@ -23,6 +23,8 @@ from .models.tokenizer import load_tokenizer
 from .quant.linear import arrange_weights
 from .trained import TrainedRun, open_trained
 
+BASE = "base"  # what the bare model is called beside the runs
+
 
 @dataclass(frozen=True, slots=True)
 class Task:

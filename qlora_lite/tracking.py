@@ -1,10 +1,17 @@
-"""Send metrics to experiment trackers, through accelerate."""
+"""Send metrics to experiment trackers, through accelerate.
 
+A tracker that fails, as one does whose server is away, ends no training: a warning, and it is sent nothing more.
+"""
+
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import RecipeError
+
+log = logging.getLogger("qlora_lite")
+FAILURES = OSError, RuntimeError, ValueError  # of a network, a disk, a tracker's own
 
 
 def check_trackers(trackers: Sequence[str]) -> None:
@@ -37,7 +44,22 @@ def tracking(trackers: Sequence[str], name: str, folder: Path) -> Iterator[Calla
 
     accelerator = Accelerator(log_with=list(trackers), project_dir=folder)
     accelerator.init_trackers(name)
+    works = True
+
+    def send(values: dict, step: int) -> None:
+        nonlocal works
+        if not works:
+            return
+        try:
+            accelerator.log(values, step=step)
+        except FAILURES as error:
+            works = False
+            log.warning("step %d: %s takes no metrics (%s); it is sent no more", step, ", ".join(trackers), error)
+
     try:
-        yield lambda values, step: accelerator.log(values, step=step)
+        yield send
     finally:
-        accelerator.end_training()
+        try:
+            accelerator.end_training()
+        except FAILURES as error:
+            log.warning("%s did not end well (%s)", ", ".join(trackers), error)

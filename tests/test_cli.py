@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from qlora_lite import doctor
 from qlora_lite.cli.main import COMMANDS
-from qlora_lite.cli.output import prepare, step_progress
+from qlora_lite.cli.output import one_line, prepare, step_progress
 
-COMMAND = [sys.executable, "-c", "from qlora_lite.cli.main import main; main()"]
+COMMAND = [sys.executable, "-m", "qlora_lite"]
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +180,11 @@ def test_a_prompt_that_is_not_text_is_one_line_with_exit_code_2(finished, comman
     code, out, err = command("generate", finished[0], "--prompt", b"a\xffb".decode(errors="surrogateescape"))
     assert (code, out, err) == (2, "", "error: a turn holds half of a surrogate pair, or a byte that is not UTF-8; "
                                        "remove it\n")  # fmt: skip
+
+
+def test_an_answer_is_shown_in_one_line_without_what_a_terminal_would_obey():
+    assert one_line("two\n lines \x1b[31mred\x07") == "two lines  [31mred "
+    assert len(one_line("x" * 1000)) == 120 and one_line("x" * 120) == "x" * 120
 
 
 def test_chat_answers_until_an_empty_line(finished):

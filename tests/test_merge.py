@@ -127,6 +127,13 @@ def test_without_rows_nothing_is_measured_and_the_data_is_not_needed(tmp_path):
     assert "models" not in merge_run(run, tmp_path / "out", MergeSettings(rows=0))
 
 
+def test_a_16_bit_run_is_not_told_that_its_weights_were_quantised(tmp_path):
+    save_tiny(tmp_path / "plain")
+    run = make_run(tmp_path, tmp_path / "plain", ["model.quant=none"])
+    report = merge_run(run, tmp_path / "out", MergeSettings(dtype="f32", rows=0))
+    assert not any("quantised weights" in note for note in report["notes"])
+
+
 def test_training_rows_are_measured_on_where_there_are_no_others(tmp_path):
     run = tiny_run(tmp_path, overrides=["data.eval=null", "train.exact_match_rows=0"])
     assert merge_run(run, tmp_path / "out", MergeSettings(rows=3))["measured_on"] == "data.train"

@@ -776,6 +776,35 @@ def test_trackers_are_sent_steps_and_evaluations(lab, monkeypatch):
     assert sent == lines and {is_evaluation for _, is_evaluation in sent} == {True, False}
 
 
+@pytest.mark.parametrize("error", [ConnectionError("away"), RuntimeError("its own")])
+def test_a_tracker_that_fails_is_sent_no_more_and_ends_no_training(lab, whole, error, monkeypatch, caplog):
+    sent = []
+
+    class Failing:
+        def __init__(self, **_arguments):
+            pass
+
+        def init_trackers(self, _name):
+            pass
+
+        def log(self, _values, step):
+            sent.append(step)
+            if step == 3:
+                raise error
+
+        def end_training(self):
+            raise error
+
+    monkeypatch.setattr("accelerate.Accelerator", Failing)
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["mlflow"])
+    lab.run(train={"trackers": ["mlflow"]})
+    assert_same_run(lab, whole)
+    assert max(sent) == 3 and lab.summary["status"] == "complete"
+    assert [m for m in caplog.messages if "mlflow" in m] == [
+        f"step 3: mlflow takes no metrics ({error}); it is sent no more", f"mlflow did not end well ({error})",
+    ]  # fmt: skip
+
+
 def test_a_disk_that_takes_no_metrics_for_a_while_gets_them_later(lab, whole, caplog):
     metrics, aside = lab.out / "metrics.jsonl", lab.folder / "aside"
 

@@ -307,6 +307,29 @@ def test_a_start_that_failed_is_no_obstacle_to_the_next_but_a_run_with_steps_is(
     assert len(lines_of(run.folder)) >= 1
 
 
+def test_a_start_that_failed_leaves_no_folder_that_no_recipe_names_but_a_run_that_trained_does(
+    run, tmp_path, monkeypatch
+):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    nowhere = {"dir": None, "name": "night"}
+    for failing, error in (
+        ({"memory": {"budget": "1MiB"}}, DoesNotFitError),
+        ({"lora": {"targets": ["no"]}}, ModelError),
+    ):
+        with pytest.raises(error):
+            run(**failing, output=nowhere)
+        assert not list((tmp_path / "runs").iterdir())
+
+    def fail(*_arguments):
+        raise TrainingError("on the way")
+
+    monkeypatch.setattr(Trainer, "_train", fail)
+    with pytest.raises(TrainingError, match="on the way"):
+        run(output=nowhere)
+    [left] = (tmp_path / "runs").iterdir()
+    assert summary_of(left)["status"] == "failed"
+
+
 def test_a_folder_under_a_file_is_refused(run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"cannot write .*file/out: Not a directory"):

@@ -267,7 +267,7 @@ def test_a_client_that_leaves_a_stream_frees_its_place(client, runs):
 
 
 def test_the_command_listens_on_this_machine_only_and_says_what_it_is_for(runs):
-    command = [sys.executable, "-c", "from qlora_lite.cli.main import main; main()", "serve", *map(str, runs), "--port"]
+    command = [sys.executable, "-m", "qlora_lite", "serve", *map(str, runs), "--port"]
     process = subprocess.Popen([*command, "0"], stderr=subprocess.PIPE, text=True)
     try:
         line = process.stderr.readline()
@@ -284,6 +284,9 @@ def test_the_command_listens_on_this_machine_only_and_says_what_it_is_for(runs):
         assert status == 200 and len(body["data"]) == 3
         taken = subprocess.run([*command, str(port)], capture_output=True, text=True)
         assert taken.returncode == 2 and f"error: cannot listen on 127.0.0.1:{port}" in taken.stderr
+        assert "choose another --port" in taken.stderr
+        nowhere = subprocess.run([*command, "0", "--host", "999.1.1.1"], capture_output=True, text=True)
+        assert nowhere.returncode == 2 and "choose another --host" in nowhere.stderr
     finally:
         process.terminate()
         process.communicate(timeout=20)

@@ -49,7 +49,7 @@ def limit_table(result: Mapping) -> list[str]:
         steps = [f"**{_ms(case['compiled_step_seconds'])}**" for case in cases]
         add("**a step, `train.compile` and `reuse_dequantized`**", steps)
         add("**share of the limit of the same products**", [f"**{case['compiled_share']:.1%}**" for case in cases])
-    return [*lines, "", limit_sentence(cases)]
+    return lines
 
 
 def limit_sentence(cases: Sequence[Mapping]) -> str:

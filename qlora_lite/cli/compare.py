@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from .options import of_a_run
-from .output import prepare
+from .output import one_line, prepare
 
 _WIDTHS = 8, 16, 10, 12, 16, 12
 
@@ -37,13 +37,8 @@ def compare(runs: tuple[str, ...], base: bool, rows: int, out: Path | None, as_j
     if not result["same_tokens"]:
         click.echo(f"note: {NOT_THE_SAME}")
     for row in result["answers"][:2]:
-        click.echo(f"\n{'prompt':24}{_line(row['prompt'])}\n{'reference':24}{_line(row['reference'])}")
+        click.echo(f"\n{'prompt':24}{one_line(row['prompt'])}\n{'reference':24}{one_line(row['reference'])}")
         for name, answer in row["answers"].items():
-            click.echo(f"{name:24}{_line(answer)}")
+            click.echo(f"{name:24}{one_line(answer)}")
     if out:
         click.echo(f"\n{'page':24}{out / PAGE}")
-
-
-def _line(text: str) -> str:
-    flat = "".join(letter if letter.isprintable() else " " for letter in " ".join(text.split()))
-    return flat if len(flat) <= 120 else flat[:117] + "..."

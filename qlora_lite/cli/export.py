@@ -33,7 +33,8 @@ def export(run: str, form: str, out: Path, base: str | None, dtype: str | None, 
         click.echo(f"{'loaded back':24}changes the base's logits as the adapter does, to {report['error']:.1e}")
     else:
         said = f"makes {report['share']:.1%} of the change that the adapter makes in the base's logits"
-        click.echo(f"{'loaded back':24}{said}; rounding moves them by {report['distance']:.1e}")
+        rounding = f"100% is all of it; by rounding they are {report['distance']:.1e} of their size away"
+        click.echo(f"{'loaded back':24}{said} ({rounding})")
     if "conversations_compared" in report:
         click.echo(f"{'template':24}same tokens for {report['conversations_compared']} random conversations")
     for note in report.get("notes", []):

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 from qlora_lite.units import format_bytes, format_seconds
 
+LINE_LETTERS = 120  # of an answer
 PLAIN_LINE_SECONDS = 10  # between progress lines where there is no terminal
 
 
@@ -83,3 +84,9 @@ class _PlainLines:
 def _describe(metrics, total: int) -> str:
     return (f"step {metrics.step}/{total}  loss {metrics.loss:.3f}  {metrics.tokens_per_second:.0f} tokens/s  "
             f"{format_bytes(metrics.peak_bytes)}")  # fmt: skip
+
+
+def one_line(text: str) -> str:
+    """Return the start of a text that a model wrote, without what a terminal would take for a command."""
+    flat = "".join(letter if letter.isprintable() else " " for letter in " ".join(text.split()))
+    return flat if len(flat) <= LINE_LETTERS else flat[: LINE_LETTERS - 3] + "..."

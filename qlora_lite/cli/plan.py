@@ -83,15 +83,16 @@ def plan(recipe, overrides, vram, card, max_tokens, max_batch, html, as_json, ca
 
 def _machine(settings, vram, card):
     """Return the machine to plan for."""
-    from qlora_lite.memory.cards import CARDS, find_card
+    from qlora_lite.memory.cards import find_card, slowest_card
     from qlora_lite.models.load import resolve_compute_dtype, resolve_device
     from qlora_lite.planning.machine import machine_of_card, this_machine
 
     if card is not None:
         machine = machine_of_card(find_card(card))
     elif vram is not None:
-        like = min(CARDS, key=lambda known: (not known.has_bf16, abs(known.memory_bytes - vram)))
-        machine = machine_of_card(like).renamed(f"a card with {format_bytes(vram)} (speed of {like.name})", vram)
+        like = slowest_card(vram)
+        named = f"a card with {format_bytes(vram)} (as fast as {like.name}, the slowest of its size)"
+        machine = machine_of_card(like).renamed(named, vram)
     else:
         device = resolve_device(settings.model.device)
         machine = this_machine(device, resolve_compute_dtype(settings.model.compute_dtype, device))

@@ -9,7 +9,7 @@ from qlora_lite.errors import CheckpointError
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.units import format_bytes, format_seconds
 
-from .output import prepare, step_progress
+from .output import one_line, prepare, step_progress
 
 
 @click.command()
@@ -45,8 +45,8 @@ def train(recipe: str | None, overrides: tuple[str, ...], resume: str | None, fo
 def _result(folder, summary: dict) -> str:
     lines = []
     for sample in summary["samples"][:2]:
-        lines += ["", f"prompt     {_line(sample['prompt'])}", f"reference  {_line(sample['reference'])}",
-                  f"before     {_line(sample['before'])}", f"after      {_line(sample['after'])}"]  # fmt: skip
+        lines += ["", f"prompt     {one_line(sample['prompt'])}", f"reference  {one_line(sample['reference'])}",
+                  f"before     {one_line(sample['before'])}", f"after      {one_line(sample['after'])}"]  # fmt: skip
     lines.append("")
     lines += _change("evaluation loss", summary, "eval_loss", "{:.4f}")
     lines += _change(f"exact match ({summary.get('exact_match_rows')} rows)", summary, "exact_match", "{:.1%}")
@@ -67,8 +67,3 @@ def _change(label: str, summary: dict, key: str, form: str) -> list[str]:
     if not {f"{key}_before", f"{key}_after"} <= summary.keys():
         return []
     return [f"{label:24} {form.format(summary[key + '_before'])} -> {form.format(summary[key + '_after'])}"]
-
-
-def _line(text: str) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= 160 else flat[:157] + "..."

@@ -125,6 +125,13 @@ def row_lengths(examples: Sequence[Example] | Examples) -> list[int]:
     return [len(example.token_ids) for example in examples]
 
 
+def largest_token(examples: Sequence[Example] | Examples) -> int:
+    """Return the largest token id of all examples, -1 where there is none."""
+    if isinstance(examples, Examples):
+        return int(examples.token_ids.max(initial=-1))
+    return max((int(example.token_ids.max(initial=-1)) for example in examples), default=-1)
+
+
 def repeated(first: int, count: int, weight: float) -> np.ndarray:
     """Return the rows first, first + 1, ... with row i as often as whole numbers lie in (i w, (i + 1) w].
 

@@ -54,6 +54,15 @@ def _matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern) or name.rpartition(".")[2] == pattern
 
 
+def matching(names: Sequence[str], targets: Sequence[Target], inside: Container[str]) -> dict[str, tuple[int, ...]]:
+    """Return which of the targets match each layer, by number; see ``choose_layers``."""
+
+    def matches(pattern: str, name: str) -> bool:
+        return name in inside if pattern == ALL_LINEAR else _matches(pattern, name)
+
+    return {name: tuple(n for n, target in enumerate(targets) if matches(target.pattern, name)) for name in names}
+
+
 def choose_layers(names: Sequence[str], targets: Sequence[Target], inside: Container[str]) -> dict[str, Target]:
     """Return the target of each chosen layer.
 
@@ -64,20 +73,15 @@ def choose_layers(names: Sequence[str], targets: Sequence[Target], inside: Conta
     Raises:
         ModelError: targets that match no layer, all of them at once, each with the nearest names.
     """
-    chosen, unmatched = {}, []
-    for target in targets:
-        every = target.pattern == ALL_LINEAR
-        matched = [name for name in names if (name in inside if every else _matches(target.pattern, name))]
-        chosen.update(dict.fromkeys(matched, target))
-        if not matched:
-            unmatched.append(target.pattern)
-    if unmatched:
+    found = matching(names, targets, inside)
+    used = {number for numbers in found.values() for number in numbers}
+    if unmatched := [target.pattern for number, target in enumerate(targets) if number not in used]:
         known = sorted({name.rpartition(".")[2] for name in names})
         near = {near for pattern in unmatched for near in get_close_matches(pattern, known)}
         listed = ", ".join(repr(pattern) for pattern in unmatched)
         hint = f"did you mean {', '.join(sorted(near))}?" if near else f"this model has {', '.join(known)}"
         raise ModelError(f"lora.targets: {listed} matches no linear layer of this model; {hint}")
-    return {name: chosen[name] for name in names if name in chosen}
+    return {name: targets[numbers[-1]] for name, numbers in found.items() if numbers}
 
 
 def add_lora(

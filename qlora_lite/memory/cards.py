@@ -16,7 +16,9 @@ Rates are the vendor's: bandwidth from the product pages and datasheets; operati
 papers (Pascal, Volta, Turing, Ampere GA100 and GA102, Ada, Hopper, Blackwell) and datasheets, in the type that a card
 trains in: bfloat16 on dense tensor cores with float32 accumulation, which GeForce cards do at half the advertised rate,
 twice their float32 rate; float32 before compute capability 8.0, where torch has no fast bfloat16. Real kernels reach a
-part of these; a time estimate has to apply its own efficiency.
+part of these; a time estimate has to apply its own efficiency. Of a laptop's card, rates are those of the highest clock
+that the vendor's comparison of laptops or a public test states; makers choose the power, and with less of it the same
+card takes up to 1.8 times as long.
 
 Host to device: 80 % of the data rate of the card's PCIe link (8, 16 or 32 GT/s per lane for generations 3, 4
 and 5, 128 bits of data in 130), the part that large copies from pinned memory usually reach; a board with
@@ -103,7 +105,15 @@ CARDS = (
     _card("RTX 3080 Ti",       12, "sibling 12028",   912,   68.2, "4x16", "8.6"),   # RTX 3060
     _card("RTX 3090",          24, "sibling 24110",   936,   71.0, "4x16", "8.6"),   # RTX 3090 Ti; reported 24252
     _card("RTX 3090 Ti",       24, "reported 24110", 1008,   80.0, "4x16", "8.6"),
-    _card("RTX 4050 Laptop",    6, "rule",            192,   18.0, "4x8",  "8.9"),
+    _card("RTX 3060 Laptop",    6, "rule",            336,   26.2, "4x16", "8.6"),
+    _card("RTX 3070 Laptop",    8, "rule",            448,   33.2, "4x16", "8.6"),
+    _card("RTX 3080 Laptop 8GB", 8, "rule",           448,   42.0, "4x16", "8.6"),
+    _card("RTX 3080 Laptop 16GB", 16, "rule",         448,   42.0, "4x16", "8.6"),
+    _card("RTX 4050 Laptop",    6, "rule",            192,   24.3, "4x8",  "8.9"),
+    _card("RTX 4060 Laptop",    8, "rule",            256,   29.1, "4x8",  "8.9"),
+    _card("RTX 4070 Laptop",    8, "rule",            256,   40.1, "4x8",  "8.9"),
+    _card("RTX 4080 Laptop",   12, "rule",            432,   67.7, "4x16", "8.9"),
+    _card("RTX 4090 Laptop",   16, "rule",            576,   79.4, "4x16", "8.9"),
     _card("RTX 4060",           8, "sibling 7806",    272,   30.2, "4x8",  "8.9"),   # RTX 4060 Ti; reported 7807
     _card("RTX 4060 Ti 8GB",    8, "reported 7806",   288,   44.1, "4x8",  "8.9"),
     _card("RTX 4060 Ti 16GB",  16, "reported 15945",  288,   44.1, "4x8",  "8.9"),
@@ -121,6 +131,11 @@ CARDS = (
     _card("RTX 5070 Ti",       16, "sibling 15848",   896,   87.9, "5x16", "12.0"),  # RTX 5060 Ti 16GB
     _card("RTX 5080",          16, "sibling 15848",   960,  112.6, "5x16", "12.0"),  # RTX 5060 Ti 16GB
     _card("RTX 5090",          32, "reported 32119", 1792,  209.5, "5x16", "12.0"),
+    _card("RTX 5060 Laptop",    8, "rule",            384,   26.8, "5x8",  "12.0"),
+    _card("RTX 5070 Laptop",    8, "rule",            384,   49.9, "5x8",  "12.0"),
+    _card("RTX 5070 Ti Laptop", 12, "rule",           672,   62.0, "5x16", "12.0"),
+    _card("RTX 5080 Laptop",   16, "rule",            896,   83.4, "5x16", "12.0"),
+    _card("RTX 5090 Laptop",   24, "rule",            896,  114.0, "5x16", "12.0"),
     _card("RTX A4000",         16, "reported 16117",  448,   76.7, "4x16", "8.6"),   # workstation cards are sold with
     _card("RTX A5000",         24, "reported 24248",  768,  111.1, "4x16", "8.6"),   # error correction off; where it
     _card("RTX A6000",         48, "reported 48569",  768,  154.8, "4x16", "8.6"),   # is on, a sixteenth is missing
@@ -162,6 +177,13 @@ def find_card(name: str) -> Card:
     near = dict.fromkeys(every[key] for key in get_close_matches(wanted, every, 6))
     cure = f"did you mean {_either(list(near)[:3])}? Or" if near else "qlora-lite plan --cards lists it; or"
     raise CardError(f"there is no card {name!r} in the table; {cure} give the memory itself, such as --vram 12GiB")
+
+
+def slowest_card(memory_bytes: int) -> Card:
+    """Return the slowest card with bfloat16 among those whose size is nearest to so much memory."""
+    return min(
+        CARDS, key=lambda card: (not card.has_bf16, abs(card.box_gib - memory_bytes / 2**30), card.flops_per_second)
+    )
 
 
 def _keys(card: Card) -> tuple[str, str]:

@@ -9,7 +9,7 @@ import os
 import resource
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -19,12 +19,11 @@ from .process import ALLOCATOR_VARIABLES, CUDA_CONTEXT_BYTES, GROWING, segments_
 
 SAMPLE_SECONDS = 0.01
 _STATUS = Path("/proc/self/status")
-_CGROUP = Path("/sys/fs/cgroup")
-_CGROUP_FILES = (  # a container's limit and use, and the file pages in it that can be dropped; versions 2 and 1
-    (_CGROUP / "memory.max", _CGROUP / "memory.current", _CGROUP / "memory.stat", "inactive_file"),
-    (_CGROUP / "memory/memory.limit_in_bytes", _CGROUP / "memory/memory.usage_in_bytes", _CGROUP / "memory/memory.stat",
-     "total_inactive_file"),
-)  # fmt: skip
+_CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_CGROUP_NAMES = {  # of a group's limit and use, and in its memory.stat of the file pages that can be dropped; by root
+    ".": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 
 
 def held_bytes(device: torch.device) -> int:
@@ -43,12 +42,20 @@ def free_bytes(device: torch.device) -> int:
     """Return the bytes that a process could still take: free on the card, or available here within its limits."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    available = psutil.virtual_memory().available
-    for limit, used, stat, droppable in _CGROUP_FILES:
-        if limit.exists() and limit.read_text().strip().isdigit():
-            found = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
-            available = min(available, int(limit.read_text()) - int(used.read_text()) + int(found.get(droppable, 0)))
-    return available
+    return min([psutil.virtual_memory().available, *_left_in_groups()])
+
+
+def _left_in_groups() -> Iterator[int]:
+    """Yield what the limit of a container, a batch system's job or a service leaves, and of each group around it."""
+    lines = _OWN_CGROUPS.read_text().splitlines() if _OWN_CGROUPS.exists() else []
+    paths = {kinds: path.lstrip("/") for _, kinds, path in (line.split(":", 2) for line in lines)}  # "" is version 2's
+    for root, (limit, used, droppable) in _CGROUP_NAMES.items():
+        own = Path(paths.get(root.strip("."), ""))  # where a container hides it, the root is that group
+        for group in (_CGROUPS / root / part for part in (own, *own.parents)):
+            if (group / limit).exists() and (text := (group / limit).read_text().strip()).isdigit():
+                stat = group / "memory.stat"
+                found = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
+                yield int(text) - int((group / used).read_text()) + int(found.get(droppable, 0))
 
 
 def grow_segments(device: torch.device) -> None:

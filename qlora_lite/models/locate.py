@@ -5,18 +5,18 @@ package, found without importing the package), or a hub id. Weights are only eve
 GGUF: pickled checkpoints are refused.
 """
 
-import importlib.util
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_lite.errors import ModelError
+from qlora_lite.package_files import PREFIX, package_file
 
 from .gguf_header import end_of_tensors
 
-INDEX_NAME = "model.safetensors.index.json"
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+WHOLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
+HUB_FILES, HUB_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja"], ["*.safetensors"]
 HUB_DOUBLES = ["consolidated*", "original/*"]  # the same weights again, in other layouts
 
 
@@ -47,40 +47,40 @@ class ModelFiles:
         return {} if self.gguf_file else read_json(self.folder / "config.json")
 
 
-def locate(path: str, revision: str | None = None) -> ModelFiles:
+def locate(path: str, revision: str | None = None, with_weights: bool = True) -> ModelFiles:
     """Find a model's files, downloading a hub model on first use, and check that they are whole.
+
+    Args:
+        with_weights: False neither downloads safetensors nor looks at them, for who needs only the tokenizer.
 
     Raises:
         ModelError: nothing is there, a file is missing, cut short or of a kind that is not read.
     """
-    local = _package_file(path) if path.startswith("package:") else Path(os.path.expanduser(path))
+    local = _package_file(path) if path.startswith(PREFIX) else Path(os.path.expanduser(path))
     if local.suffix == ".gguf":
         if not os.path.isfile(local):
             raise ModelError(f"no file {local}; check model.path")
         return ModelFiles(path, local.parent, (check_gguf(local),))
-    folder = local if os.path.isdir(local) else _download(path, revision)
-    return ModelFiles(path, folder, _check_folder(folder))
+    folder = local if os.path.isdir(local) else _download(path, revision, with_weights)
+    read_json(folder / "config.json")
+    return ModelFiles(path, folder, _check_weights(folder) if with_weights else ())
 
 
 def _package_file(path: str) -> Path:
-    package, _, file = path.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise ModelError(f"model.path {path!r}: no package {package!r} is installed; pip install it first")
-    root = Path(next(iter(spec.submodule_search_locations))).resolve()
-    found = (root / file).resolve()
-    if not found.is_relative_to(root) or not os.path.isfile(found):
-        raise ModelError(f"model.path {path!r}: the package {package!r} has no file {file!r}")
-    return found
+    try:
+        return package_file(path)
+    except LookupError as error:
+        raise ModelError(f"model.path {path!r}: {error.args[0]}") from None
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, with_weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     missing = f"no folder {name!r} here, and it"
+    wanted = HUB_FILES + (HUB_WEIGHTS if with_weights else [])
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_DOUBLES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=HUB_DOUBLES))
     except HFValidationError:
         raise ModelError(f"{missing} is not a hub id of the form owner/model; check model.path") from None
     except LocalEntryNotFoundError:
@@ -110,8 +110,7 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def _check_folder(folder: Path) -> tuple[Path, ...]:
-    read_json(folder / "config.json")
+def _check_weights(folder: Path) -> tuple[Path, ...]:
     if (folder / INDEX_NAME).exists():
         weight_map = read_json(folder / INDEX_NAME).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
@@ -120,6 +119,8 @@ def _check_folder(folder: Path) -> tuple[Path, ...]:
         outside = [name for name in names if Path(name).name != name]
         if outside:
             raise ModelError(f"{folder / INDEX_NAME} points outside its folder: {outside[0]!r}")
+    elif (folder / WHOLE_NAME).exists():  # whatever lies beside it: the same weights in another layout, an adapter
+        names = [WHOLE_NAME]
     else:
         names = sorted(path.name for path in folder.glob("*.safetensors") if path.name != "adapter_model.safetensors")
     if not names:

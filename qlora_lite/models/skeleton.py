@@ -7,7 +7,7 @@ it.
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_lite.errors import ModelError
+from qlora_lite.lora.inject import Target, in_blocks, linear_layers, matching
 
 from .anatomy import blocks
 from .families import known_config, nearest
@@ -23,7 +24,7 @@ from .load import adopt
 from .locate import locate
 from .quantizer import quantize_head, replace_linears
 
-_patterns: dict[str, tuple[int, int]] = {}  # by configuration, see ``block_pattern``
+_patterns: dict[tuple, tuple[int, int]] = {}  # by configuration and targets, see ``block_pattern``
 
 
 def read_config(path: str, revision: str | None = None):
@@ -70,18 +71,19 @@ def shallow_config(config, layers: int):
     return config
 
 
-def block_pattern(config) -> tuple[int, int]:
+def block_pattern(config, targets: Sequence[Target] = ()) -> tuple[int, int]:
     """Return how many of the first blocks are kinds of their own, and after how many the others repeat to the last.
 
     (0, 1) for equal blocks, (0, 6) for 12 of Gemma-3's, (3, 1) for DeepSeek-V3's, whose first three have no experts.
-    Asked of the modules, since configurations have many words for it; the fewest blocks that show it count.
+    Asked of the modules, since configurations have many words for it; the fewest blocks that show it count. Blocks
+    whose layers are matched by other targets of LoRA are of another kind too.
 
     Raises:
         ModelError: see ``meta_model``.
     """
-    key = config.to_json_string(use_diff=False)
+    key = config.to_json_string(use_diff=False), tuple(targets)
     if key not in _patterns:
-        kinds = _kinds_of_blocks(config)
+        kinds = _kinds_of_blocks(config, targets)
         depth = len(kinds)
         found = [(first, n) for n in range(1, depth + 1) for first in range(depth % n, depth, n)
                  if kinds[first:] == kinds[first : first + n] * ((depth - first) // n)]  # fmt: skip
@@ -89,24 +91,27 @@ def block_pattern(config) -> tuple[int, int]:
     return _patterns[key]
 
 
-def _kinds_of_blocks(config) -> list:
+def _kinds_of_blocks(config, targets: Sequence[Target]) -> list:
     """Return what a block's memory and work can depend on, by block."""
-    found, depth = blocks(meta_model(config, "none", False, torch.float32)), config.num_hidden_layers
+    model, depth = meta_model(config, "none", False, torch.float32), config.num_hidden_layers
+    found, layers = blocks(model), linear_layers(model)
+    matched = {layers[name]: numbers for name, numbers in matching(list(layers), targets, in_blocks(model)).items()}
     types = getattr(config, "layer_types", None) or [None] * depth
     if not len(found) == len(types) == depth:
         return list(range(depth))  # nothing is known of them
-    kinds = [_facts(block) | {"layer type": kind} for block, kind in zip(found, types, strict=True)]
+    kinds = [_facts(block, matched) | {"layer type": kind} for block, kind in zip(found, types, strict=True)]
     differing = {key for number, kind in enumerate(kinds) for key, value in kind.items() if value != number}
     return [{key: value for key, value in kind.items() if key in differing} for kind in kinds]  # but for their numbers
 
 
-def _facts(block: nn.Module) -> dict:
-    """Return the classes, shapes and switches of a block's modules by name."""
+def _facts(block: nn.Module, matched: Mapping[nn.Module, tuple[int, ...]]) -> dict:
+    """Return the classes, shapes, switches and targets of a block's modules by name."""
     facts = {}
     for path, module in block.named_modules():
         said = {name: x if isinstance(x, int | str) else type(x) for name, x in vars(module).items() if name[0] != "_"}
         shapes = [(name, tuple(p.shape)) for name, p in module.named_parameters(recurse=False)]
-        facts |= {path: (type(module), shapes)} | {(path, name): value for name, value in said.items()}
+        kind = type(module), shapes, matched.get(module)
+        facts |= {path: kind} | {(path, name): value for name, value in said.items()}
     return facts
 
 

@@ -19,7 +19,7 @@ def load_tokenizer(path: str, revision: str | None = None):
     Raises:
         ModelError: there is none, or it cannot be read.
     """
-    files = locate(path, revision)
+    files = locate(path, revision, with_weights=False)
     try:
         tokenizer = _gguf_tokenizer(files) if files.gguf_file else AutoTokenizer.from_pretrained(files.folder)
     except (OSError, ValueError, TypeError, KeyError, IndexError, ImportError) as error:

@@ -143,7 +143,7 @@ def simulate(job: Job) -> Simulation:
 
 def _pattern(job: Job) -> tuple[int, int]:
     """Return how many of the first blocks run in ways of their own, and after how many the others repeat."""
-    unlike, pattern = block_pattern(job.config)
+    unlike, pattern = block_pattern(job.config, job.targets)
     if job.levers.computes_again:  # in stretches that are counted from the last block
         pattern = lcm(pattern, job.levers.checkpoint_every)
         unlike += (job.config.num_hidden_layers - unlike) % pattern

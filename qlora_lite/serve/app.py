@@ -8,6 +8,7 @@ behind its user's back, by a form or by a name that changes its address.
 Starlette and uvicorn are the extra "serve", imported here and nowhere else.
 """
 
+import errno
 import json
 import logging
 import socket
@@ -17,7 +18,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from qlora_lite.errors import DoesNotFitError, OutputError, QloraLiteError
-from qlora_lite.tasks import Tasks
+from qlora_lite.tasks import BASE, Tasks
 
 from .engine import Engine, Piece
 from .requests import ApiError, ChatRequest, read_request
@@ -84,9 +85,10 @@ def run_server(tasks: Tasks, limits: Limits, host: str, port: int) -> None:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        raise OutputError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
+        wrong = "host" if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL else "port"
+        raise OutputError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --{wrong}") from error
     app = build_app(tasks, limits, LOCAL if host in LOCAL else ())
-    names = ", ".join((*tasks.names, "base"))
+    names = ", ".join(dict.fromkeys((*tasks.names, BASE)))
     shown = f"[{host}]" if ":" in host else host
     log.info("serving %s on http://%s:%d/v1", names, shown, listener.getsockname()[1])
     log.info("this is for trying adapters, one request at a time; use vLLM or Ollama in production (qlora-lite export)")

@@ -17,11 +17,10 @@ from qlora_lite.data.render import render_prompt
 from qlora_lite.errors import DataError
 from qlora_lite.generate import answer
 from qlora_lite.models.anatomy import text_config
-from qlora_lite.tasks import Tasks
+from qlora_lite.tasks import BASE, Tasks
 
 from .requests import ApiError, ChatRequest
 
-BASE = "base"
 UNFINISHED = "\ufffd"  # what a cut character is decoded to
 
 
@@ -45,7 +44,7 @@ class Engine:
 
     def __init__(self, tasks: Tasks, most_waiting: int):
         self.tasks, self.most_waiting = tasks, most_waiting
-        self.names = (*tasks.names, BASE) if BASE not in tasks.names else tasks.names
+        self.names = tuple(dict.fromkeys((*tasks.names, BASE)))
         self._inside, self._turn = 0, asyncio.Lock()
 
     async def pieces(self, request: ChatRequest) -> AsyncIterator[Piece]:

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from qlora_lite.data.batch import IGNORED_LABEL, Batch
-from qlora_lite.errors import ModelError, TrainingError
+from qlora_lite.data.stored import Example, largest_token
+from qlora_lite.errors import DataError, ModelError, TrainingError
 from qlora_lite.lora.inject import lora_layers, lora_parameters
 from qlora_lite.lora.layer import LoraLinear
 from qlora_lite.models.anatomy import device_of, head
@@ -176,6 +177,21 @@ def _drops(module: nn.Module) -> bool:
     """Tell whether a module zeroes values at random, by a layer or by a rate that it hands to a function."""
     rates = [value for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
     return any(rates) or (isinstance(module, nn.Dropout) and module.p > 0)
+
+
+def check_vocabulary(model: nn.Module, examples: Sequence[Example]) -> None:
+    """Check that the model has an embedding for every token of the rows.
+
+    Raises:
+        DataError: it lacks one, which a card would answer with an assertion of its own.
+    """
+    words = model.get_input_embeddings().weight.shape[0]
+    if (token := largest_token(examples)) >= words:
+        row = next(example for example in examples if token in example.token_ids)
+        raise DataError(
+            f"{row.where}: there is no embedding for token {token}, the model has {words}; use the tokenizer that came "
+            "with the model, or a model that was given embeddings for the tokens added"
+        )
 
 
 def check_trainable(model: nn.Module, announced: int) -> None:

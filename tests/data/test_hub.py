@@ -1,14 +1,20 @@
 """Hub data sets are fetched by `datasets` and read like Arrow files; without a network the error says so."""
 
 import json
+from types import SimpleNamespace
 
 import datasets
 import pytest
+from tiny_files import byte_tokenizer
+from tiny_trainer import examples
 
 from qlora_lite.data import hub
 from qlora_lite.data.opening import find_files
 from qlora_lite.data.read import Source, read_rows
+from qlora_lite.data.stored import stored
 from qlora_lite.errors import DataError
+from qlora_lite.recipe.schema import Recipe
+from qlora_lite.resume import data_identity
 
 TOOLS = [{"name": "f", "parameters": {"a": {"type": "string"}}}, {"name": "g", "parameters": {"b": {"type": "number"}}}]
 ROWS = [{"messages": [{"role": "user", "content": "q"}], "tools": [tool]} for tool in TOOLS]
@@ -137,3 +143,18 @@ def test_keys_that_arrow_filled_with_nulls_are_taken_out_of_a_stream_too(monkeyp
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([stored]))
     ((_, row),) = read_rows(Source("hub:a/b", streaming=True))
     assert row == {"text": None, "tools": [{"name": "f", "parameters": {"a": {"type": "string"}}}]}
+
+
+def test_a_run_of_a_stream_is_recognised_without_a_download(streamed, monkeypatch, write):
+    monkeypatch.setattr(hub, "hub_files", None)
+    rows = SimpleNamespace(examples=stored(examples(2)))
+
+    def identity(*paths):
+        sources = [{"path": path} for path in paths]
+        data = {"train": sources, "streaming": True, "order": "as-is"}
+        recipe = Recipe(model={"path": "m"}, data=data, train={"max_steps": 1})
+        return data_identity(recipe, byte_tokenizer(), rows, None)["training rows"]
+
+    local = [str(write(f"{name}/rows.jsonl", ROWS[:count])) for name, count in (("one", 1), ("two", 2))]
+    assert len({identity("hub:owner/name", *files) for files in ((), local[:1], local[1:])}) == 3
+    assert streamed == []

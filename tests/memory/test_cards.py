@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_lite.memory.cards import CARDS, RULE_BYTES, RULE_SHARE, CardError, find_card
+from qlora_lite.memory.cards import CARDS, RULE_BYTES, RULE_SHARE, CardError, find_card, slowest_card
 
 
 @pytest.mark.parametrize(
@@ -12,6 +12,7 @@ from qlora_lite.memory.cards import CARDS, RULE_BYTES, RULE_SHARE, CardError, fi
         ("NVIDIA GeForce RTX 4060", "RTX 4060"), (" rtx_4060_8gb ", "RTX 4060"),
         ("4060 ti 16gb", "RTX 4060 Ti 16GB"), ("RTX-4060-Ti-8GB", "RTX 4060 Ti 8GB"),
         ("4070 ti super", "RTX 4070 Ti Super"), ("NVIDIA GeForce RTX 4050 Laptop GPU", "RTX 4050 Laptop"),
+        ("rtx-4060-laptop", "RTX 4060 Laptop"), ("NVIDIA GeForce RTX 5070 Ti Laptop GPU", "RTX 5070 Ti Laptop"),
         ("t4", "Tesla T4"), ("a10", "A10"), ("A10G", "A10G"), ("h100", "H100"),
         ("NVIDIA A100-SXM4-80GB", "A100 80GB"), ("NVIDIA A100-PCIE-40GB", "A100 40GB"),
         ("Tesla V100-SXM2-16GB", "Tesla V100 16GB"), ("NVIDIA H100 80GB HBM3", "H100"),
@@ -67,6 +68,16 @@ def test_a_card_without_bfloat16_says_so():
     assert not find_card("t4").has_bf16 and find_card("t4").flops_per_second == 8.1e12
     assert not find_card("1080 ti").has_bf16
     assert find_card("4090").has_bf16 and find_card("4090").flops_per_second == 165.2e12
+
+
+@pytest.mark.parametrize(("gib", "name"), [(7, "RTX 3050"), (8, "RTX 3050"), (8.9, "RTX 3050"), (11.5, "RTX 3060"),
+                                           (0.5, "RTX 4050 Laptop"), (500, "H200")])  # fmt: skip
+def test_memory_without_a_card_s_name_is_as_fast_as_the_slowest_card_of_that_size(gib, name):
+    found = slowest_card(int(gib * 2**30))
+    assert found.name == name
+    assert not [
+        c for c in CARDS if c.box_gib == found.box_gib and c.has_bf16 and c.flops_per_second < found.flops_per_second
+    ]
 
 
 def test_a_plug_is_slower_than_its_data_rate():

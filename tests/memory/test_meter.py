@@ -13,15 +13,40 @@ from qlora_lite.memory.ledger import Moment
 from qlora_lite.models.load import resolve_device
 
 
+@pytest.fixture(params=["0::/{}", "4:memory:/{}\n0::/"], ids=["version 2", "version 1"])
+def groups(request, tmp_path, monkeypatch):
+    """Write the memory groups of a process that is in slurm/job_7: each is (limit, use, pages that can be dropped)."""
+    root = tmp_path if "memory" not in request.param else tmp_path / "memory"
+    names = meter._CGROUP_NAMES[str(root.relative_to(tmp_path))]
+    (tmp_path / "own").write_text(request.param.format("slurm/job_7") + "\n")
+    monkeypatch.setattr(meter, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(meter, "_OWN_CGROUPS", tmp_path / "own")
+
+    def write(group, limit, used=700, droppable=300):
+        (root / group).mkdir(parents=True, exist_ok=True)
+        for name, text in (
+            *zip(names, (limit, used), strict=False),
+            ("memory.stat", f"anon 4\n{names[2]} {droppable}"),
+        ):
+            (root / group / name).write_text(str(text))
+
+    return write
+
+
 @pytest.mark.parametrize(("limit", "free"), [("1000", 1000 - 700 + 300), ("max", None), ("9" * 30, None)])
-def test_what_a_container_leaves_counts_the_pages_that_can_be_dropped(tmp_path, monkeypatch, limit, free):
-    limits = {"limit": limit, "used": "700", "stat": "anon 400\ninactive_file 300\n"}
-    for name, text in limits.items():
-        (tmp_path / name).write_text(text)
-    files = tmp_path / "limit", tmp_path / "used", tmp_path / "stat", "inactive_file"
-    monkeypatch.setattr(meter, "_CGROUP_FILES", (files,))
+def test_what_a_container_leaves_counts_the_pages_that_can_be_dropped(groups, limit, free):
+    groups(".", limit)
     found = meter.free_bytes(torch.device("cpu"))
     assert found == free or (free is None and 0.5 < found / psutil.virtual_memory().available < 2)
+
+
+def test_the_limit_of_a_batch_system_s_job_or_of_a_group_around_it_is_kept(groups):
+    groups("slurm/job_7", "max")
+    groups("slurm", 2000)
+    assert meter.free_bytes(torch.device("cpu")) == 2000 - 700 + 300
+    groups("slurm/job_7", 1000)
+    groups("slurm/job_8", 800)
+    assert meter.free_bytes(torch.device("cpu")) == 1000 - 700 + 300
 
 
 def test_a_meter_can_be_closed_by_its_own_thread(monkeypatch):

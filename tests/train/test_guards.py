@@ -11,8 +11,8 @@ from tiny import ARCHITECTURES, build_tiny, quantized_pair, random_factors
 from tiny_trainer import SETTINGS, examples, trainer
 
 from qlora_lite.data.batch import collate
-from qlora_lite.data.stored import Example
-from qlora_lite.errors import ModelError, TrainingError
+from qlora_lite.data.stored import Example, stored
+from qlora_lite.errors import DataError, ModelError, TrainingError
 from qlora_lite.lora.inject import add_lora, lora_layers, lora_parameters
 from qlora_lite.models.levers import Levers
 from qlora_lite.models.quantizer import quantize_head
@@ -87,6 +87,19 @@ def test_a_parameter_that_should_be_frozen_is_noticed():
         check_trainable(training.model, announced)
     with pytest.raises(TrainingError):
         Trainer(training.model, training.examples, training.settings)
+
+
+@pytest.mark.parametrize("is_stored", [True, False])
+def test_a_token_that_the_model_has_no_embedding_for_is_named_with_its_row(is_stored):
+    training, rows = trainer(), examples()
+    words = training.model.get_input_embeddings().weight.shape[0]
+    rows[7].token_ids[2] = words
+    rows = stored(rows) if is_stored else rows
+    said = rf"rows\.jsonl:8: there is no embedding for token {words}, the model has {words}; use the tokenizer"
+    with pytest.raises(DataError, match=said):
+        Trainer(training.model, rows, training.settings)
+    with pytest.raises(DataError, match=said):
+        training.rehearse(rows)
 
 
 def test_a_weight_that_is_nan_before_training_stops_it_there():
