@@ -35,6 +35,14 @@ _UNMEASURED = "--rows 0 merges without measuring (not with --quantize)"
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
+def loses_its_update(model_path: str) -> bool:
+    """Tell whether a folder holds a merged model in 16 bit or more: quantised again, it loses much or all of it."""
+    try:
+        return json.loads((Path(model_path) / REPORT).read_text(encoding="utf-8")).get("quantized") is None
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 @dataclass(frozen=True, slots=True)
 class MergeSettings:
     """What is merged and how.

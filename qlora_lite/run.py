@@ -25,6 +25,7 @@ from .errors import CheckpointError, DoesNotFitError, Interrupted, OutputError, 
 from .evaluate import ExactMatch
 from .files import locked, write_text
 from .memory.meter import PeakMeter, hold_to, mapped_bytes
+from .merge import loses_its_update
 from .models.anatomy import device_of
 from .models.cache import base_fingerprint
 from .models.load import resolve_device
@@ -153,6 +154,9 @@ class _Run:
         """Do all that comes before the first step; nothing of it is lost if it is cut off."""
         recipe, self.meter = self.recipe, meter
         check_trackers(recipe.train.trackers)
+        if recipe.model.quant != "none" and loses_its_update(recipe.model.path):
+            log.warning("model.path is a merged model: in 4 bit it loses much or all of what was merged into it; train "
+                        "on it with model.quant none, or merge with --quantize, which measures that")  # fmt: skip
         self.tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
         self._look_at_data()
         identity = data_identity(recipe, self.tokenizer, self.data, self.eval_data)
@@ -377,7 +381,7 @@ class _Run:
             for row, b, a in zip(self.eval_data.examples[:SAMPLES], before.answers, after.answers, strict=False)
         ] if before and after else []  # fmt: skip
         self.run.update(**self.figures(), status=COMPLETE, ended_by=self.training.ended_by, adapter_sha256=digest,
-                        samples=samples)  # fmt: skip
+                        adapter_step=self.training.adapter_step, samples=samples)  # fmt: skip
         write_report(self.run.path)
         log.info("done: %d steps in %s, peak memory %s", self.trainer.step,
                  format_seconds(self.run.summary["seconds"]), format_bytes(self.run.summary["peak_bytes"]))  # fmt: skip

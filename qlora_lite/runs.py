@@ -284,7 +284,7 @@ def open_run(path: str | Path) -> OpenedRun:
     """
     folder = Path(path)
     if not (folder / RECIPE).is_file():
-        raise RecipeError(f"{folder} is not a run folder: it has no recipe.yaml")
+        raise RecipeError(f"{folder} is not a run folder: it has no recipe.yaml{_meant(folder)}")
     try:
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         end_token_ids = tuple(int(token) for token in summary["data"]["end_token_ids"])
@@ -301,3 +301,11 @@ def open_run(path: str | Path) -> OpenedRun:
         data = recipe.data.model_copy(update={"template": str(folder / TEMPLATE)})
         recipe = recipe.model_copy(update={"data": data})
     return OpenedRun(recipe, adapter, end_token_ids, summary)
+
+
+def _meant(folder: Path) -> str:
+    """Say what to name instead of a folder inside a run, or of an adapter that no run folder is around."""
+    around = next((parent for parent in folder.absolute().parents[:2] if (parent / RECIPE).is_file()), None)
+    if around:
+        return f"; name the run, {around}"
+    return "; an adapter alone is for peft" if (folder / ADAPTER_CONFIG).is_file() else ""

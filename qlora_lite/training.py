@@ -46,7 +46,7 @@ class Training:
     ):  # fmt: skip
         self.recipe, self.run, self.trainer, self.tokenizer = recipe, run, trainer, tokenizer
         self.eval_data, self.meter, self.stop, self.about, self.progress = eval_data, meter, stop, about, progress
-        self.best_loss, self.best_factors = math.inf, None
+        self.best_loss, self.best_factors, self.best_step = math.inf, None, 0
         self.evaluated_step = 0
         self.evaluations_without_better = 0  # in a row, of those in training
         self.before: ExactMatch | None = None
@@ -69,6 +69,14 @@ class Training:
         """Whether so many evaluations brought no better loss that there is no point in going on."""
         is_due = 0 < self.recipe.train.early_stopping_patience <= self.evaluations_without_better
         return is_due and self.trainer.step < self.trainer.total_steps
+
+    @property
+    def adapter_step(self) -> int | None:
+        """The step whose factors are the run's adapter: the best by evaluation, else the last.
+
+        None where the run was begun by a version that did not write it down.
+        """
+        return self.trainer.step if self.best_factors is None else self.best_step or None
 
     @property
     def ended_by(self) -> str:
@@ -97,7 +105,7 @@ class Training:
             self.before = ExactMatch(float(saved["before"]["score"]), tuple(map(str, answers)))
         if saved["best_loss"] is not None:
             compare_tensors(best, adapter_tensors(self.model), BEST)
-            self.best_loss = float(saved["best_loss"])
+            self.best_loss, self.best_step = float(saved["best_loss"]), int(saved.get("best_step", 0))
             self.best_factors = {name: tensor.clone() for name, tensor in best.items()}
 
     def _progress(self) -> dict:
@@ -105,7 +113,7 @@ class Training:
             "evaluated_step": self.evaluated_step, "totals": self.totals, "peak_bytes": self.peak_bytes,
             "evaluations_without_better": self.evaluations_without_better,
             "before": self.before and {"score": self.before.score, "answers": self.before.answers},
-            "best_loss": None if self.best_factors is None else self.best_loss,
+            "best_loss": None if self.best_factors is None else self.best_loss, "best_step": self.best_step,
         }  # fmt: skip
 
     def go(self, whole_step: int | None = None) -> ExactMatch | None:
@@ -197,7 +205,7 @@ class Training:
         """Keep the factors if their loss is the best one so far; tell whether it is."""
         if not loss < self.best_loss:  # NaN is never better
             return False
-        self.best_loss = loss
+        self.best_loss, self.best_step = loss, self.trainer.step
         factors = adapter_tensors(self.model).items()
         self.best_factors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in factors}
         self._try_save(ADAPTER)

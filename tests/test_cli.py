@@ -17,6 +17,7 @@ from tiny_files import save_tiny, write_recipe
 from transformers import AutoModelForCausalLM
 
 from qlora_lite import doctor
+from qlora_lite.cli.generate import _is_command
 from qlora_lite.cli.main import COMMANDS
 from qlora_lite.cli.output import one_line, prepare, step_progress
 
@@ -187,13 +188,20 @@ def test_an_answer_is_shown_in_one_line_without_what_a_terminal_would_obey():
     assert len(one_line("x" * 1000)) == 120 and one_line("x" * 120) == "x" * 120
 
 
+@pytest.mark.parametrize("word", ["/help", "/system you are", "/Quit?", "/etc/passwd"])
+def test_chat_takes_no_misspelt_command_for_talk(word):
+    session = SimpleNamespace(turns=[])
+    assert _is_command(session, word) is (word in ("/help", "/system you are")) and session.turns == []
+
+
 def test_chat_answers_until_an_empty_line(finished):
-    typed = "3?\nx<|im_end|>\n4?\n\n"
+    typed = "3?\nx<|im_end|>\n4?\n/help\n/quit\n5?\n"
     done = subprocess.run(
         [*COMMAND, "chat", finished[0], "--max-new-tokens", "4"], input=typed, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("error: turn 3 holds the text '<|im_end|>'") == 1
+    assert done.stderr.count("/use NAME goes on") == 2 and done.stderr.count("you> ") == 5
     assert "Traceback" not in done.stderr
 
 

@@ -763,6 +763,12 @@ def test_the_last_evaluation_is_that_of_the_last_step_and_the_best_one_is_not_ma
     assert lab.summary["eval_loss_after"] == min(LOSSES[1:]) < LOSSES[8]
 
 
+def test_a_run_gone_on_with_knows_the_step_of_its_best_factors(lab, scripted):
+    lab.stop(7, train={"eval_every_steps": 1})
+    lab.run(resume="", train={"eval_every_steps": 1})
+    assert lab.summary["adapter_step"] == LOSSES.index(min(LOSSES[1:])) == 6
+
+
 def test_trackers_are_sent_steps_and_evaluations(lab, monkeypatch):
     sent = []
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import qlora_lite
 from qlora_lite import run as run_module
 from qlora_lite.build import build_model
+from qlora_lite.cli.train import _result
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
 from qlora_lite.data.render import render_prompt
 from qlora_lite.errors import DataError, DoesNotFitError, ModelError, OutputError, RecipeError, TrainingError
@@ -119,7 +120,6 @@ def test_the_summary_and_the_report_say_which_levers_change_results(finished, mo
 
 
 def test_steps_that_changed_nothing_are_told_in_the_summary_and_at_the_end(run, finished, monkeypatch):
-    from qlora_lite.cli.train import _result
     from qlora_lite.train import step
 
     plain, calls = step.summed_loss, []
@@ -163,6 +163,16 @@ def test_the_best_adapter_is_kept_and_its_loss_is_the_one_reported(finished):
     assert summary_of(folder)["eval_loss_after"] == pytest.approx(min(losses[1:]), rel=1e-5)
 
 
+@pytest.mark.parametrize(("report", "quant", "warned"), [({"quantized": None}, "nf4", True), ({}, "none", False),
+                                                         ({"quantized": "nf4"}, "nf4", False)])  # fmt: skip
+def test_training_on_a_merged_model_in_4_bit_is_warned_of(model_folder, tmp_path, caplog, report, quant, warned):
+    merged = shutil.copytree(model_folder, tmp_path / "merged")
+    (merged / "merge_report.json").write_text(json.dumps(report))
+    recipe = write_recipe(tmp_path, merged, train={"max_steps": 1})
+    qlora_lite.run_recipe(load_recipe(recipe, [f"model.quant={quant}"]))
+    assert any("in 4 bit it loses much or all" in message for message in caplog.messages) is warned
+
+
 def test_a_run_that_gets_worse_goes_back_to_its_best_adapter(run, monkeypatch):
     from qlora_lite.train.step import Evaluation
 
@@ -175,6 +185,10 @@ def test_a_run_that_gets_worse_goes_back_to_its_best_adapter(run, monkeypatch):
     best, last = (load_file(folder / name / "adapter_model.safetensors") for name in ("adapter", "adapter-last"))
     assert all(torch.equal(best[name], two_steps[name]) for name in best)
     assert not all(torch.equal(best[name], last[name]) for name in best)
+    summary = summary_of(folder)
+    assert summary["adapter_step"] == 2 and f"{folder / 'adapter'} (step 2, the best by" in _result(folder, summary)
+    worse = ": worse than the model before training"
+    assert worse not in _result(folder, summary) and worse in _result(folder, summary | {"eval_loss_before": 0.5})
 
 
 def test_the_digest_is_that_of_the_adapter_s_file(finished):
@@ -513,6 +527,17 @@ def test_a_folder_that_is_no_run_is_refused(finished, tmp_path, damage):
     (folder / damage).unlink()
     with pytest.raises(RecipeError, match=damage):
         open_run(folder)
+
+
+@pytest.mark.parametrize("inside", ["adapter", "adapter-last", "checkpoints/step-00000003"])
+def test_a_folder_inside_a_run_is_refused_with_the_run_s_name(finished, inside):
+    with pytest.raises(RecipeError, match=rf"has no recipe\.yaml; name the run, {finished[0]}$"):
+        open_run(finished[0] / inside)
+
+
+def test_an_adapter_alone_is_said_to_be_one(finished, tmp_path):
+    with pytest.raises(RecipeError, match=r"recipe\.yaml; an adapter alone is for peft$"):
+        open_run(shutil.copytree(finished[0] / "adapter", tmp_path / "adapter"))
 
 
 @pytest.mark.parametrize("packing", [True, False])

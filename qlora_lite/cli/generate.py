@@ -1,5 +1,6 @@
 """``qlora-lite generate`` and ``chat``: use runs' adapters with the runs' own templates."""
 
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from qlora_lite.errors import DataError, DoesNotFitError, ModelError
 
 from .options import context_option, model_option
 from .output import prepare
+
+_COMMANDS = "/use NAME goes on with another adapter, /new forgets the conversation, /quit or an empty line ends it"
 
 
 def _checked_temperature(_context, _option, value: float) -> float:
@@ -54,17 +57,16 @@ def generate(run: str, prompt: str, **options) -> None:
 def chat(runs: tuple[str, ...], **options) -> None:
     """Talk with the adapters of one or more runs over one base model.
 
-    /use NAME goes on with another adapter, /new forgets the conversation; an empty line or end of input ends it.
+    /use NAME goes on with another adapter, /new forgets the conversation; /quit, an empty line or end of input ends it.
     """
     session = _open(runs, options)
-    if len(runs) > 1:
-        click.echo(f"adapters: {', '.join(session.tasks.names)}; /use NAME goes on with another", err=True)
+    click.echo(f"{_COMMANDS} (adapters: {', '.join(session.tasks.names)})", err=True)
     while True:
         try:
             line = click.prompt("you", prompt_suffix="> ", default="", show_default=False, err=True)
         except click.Abort:
             return
-        if not line.strip():
+        if line.strip() in ("", "/quit", "/exit"):
             return
         if not _is_command(session, line):
             _answer(session, line)
@@ -80,13 +82,16 @@ def _answer(session, line: str) -> None:
 
 
 def _is_command(session, line: str) -> bool:
-    """Carry out /use and /new; any other line is for the model."""
+    """Carry out a command, or name those that there are; any other line is for the model."""
     word, _, rest = line.strip().partition(" ")
+    if not re.fullmatch("/[a-z]+", word):
+        return False
     if word == "/new":
         session.turns[:] = [turn for turn in session.turns if turn.role == "system"]
         return True
     if word != "/use":
-        return False
+        click.echo(_COMMANDS, err=True)
+        return True
     started = time.perf_counter()
     try:
         session.use(rest.strip())

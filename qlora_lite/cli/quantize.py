@@ -20,12 +20,12 @@ def quantize(model: str, out: Path, quant: str, double_quant: bool) -> None:
     prepare()
     import torch
 
-    from qlora_lite.merge import REPORT
+    from qlora_lite.merge import loses_its_update
     from qlora_lite.models.load import load_model
     from qlora_lite.models.save import save_quantized
     from qlora_lite.models.tokenizer import load_tokenizer
 
-    if (Path(model) / REPORT).is_file():
+    if loses_its_update(model):
         click.echo("warning: a merged model quantised again loses much or all of the update; qlora-lite merge RUN "
                    "--quantize measures that, and refuses where the update is lost", err=True)  # fmt: skip
     loaded = load_model(model, quant, double_quant, torch.bfloat16, use_cache=False)

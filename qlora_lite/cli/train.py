@@ -56,10 +56,18 @@ def _result(folder, summary: dict) -> str:
         f"{'time':24} {format_seconds(summary['seconds'])} for {summary['steps']} steps{without_effect}",
         f"{'speed':24} {summary['tokens_per_second']:.0f} tokens/s",
         f"{'peak memory':24} {format_bytes(summary['peak_bytes'])}",
-        f"{'adapter':24} {folder / 'adapter'}",
+        f"{'adapter':24} {folder / 'adapter'}{_of_step(summary)}",
         f"{'report':24} {folder / 'report.html'}",
     ]
     return "\n".join(lines)
+
+
+def _of_step(summary: dict) -> str:
+    """Say which step's factors the adapter is, where it is not the last's, and whether it made things worse."""
+    step, before, after = (summary.get(key) for key in ("adapter_step", "eval_loss_before", "eval_loss_after"))
+    said = f" (step {step}, the best by evaluation loss)" if step not in (None, summary["steps"]) else ""
+    worse = before is not None and after is not None and not after <= before
+    return f"{said}: worse than the model before training" if worse else said
 
 
 def _change(label: str, summary: dict, key: str, form: str) -> list[str]:
