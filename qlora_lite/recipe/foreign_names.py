@@ -6,11 +6,13 @@ part of one of our own keys is found by that (`learning_rate` outside of `train`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 
 from .schema import Source
 
+_NUMBER = re.compile(r"\.\d+\.")
 _RENAMED = {
     "model.path":
         "base_model model_name_or_path model_name model_id model_id_or_path "
@@ -47,7 +49,8 @@ _RENAMED = {
         "chat_template prompt_template prompt_style chat_template_jinja",
     "data.train_on":
         "train_on_inputs train_on_input train_on_responses_only assistant_only_loss "
-        "completion_only_loss train_on_prompt mask_prompt mask_history roles_to_train",
+        "completion_only_loss train_on_prompt mask_prompt mask_history roles_to_train response_template "
+        "instruction_template response_part instruction_part",
     "data.max_tokens":
         "sequence_len cutoff_len max_seq_length max_seq_len max_length model_max_length seq_len "
         "sequence_length context_length block_size",
@@ -101,9 +104,14 @@ _RENAMED = {
         "mlflow_experiment_name use_tensorboard",
     "memory.checkpointing":
         "gradient_checkpointing use_gradient_checkpointing activation_checkpointing "
-        "enable_activation_checkpointing grad_checkpoint",
+        "enable_activation_checkpointing grad_checkpoint gradient_checkpointing_kwargs",
     "memory.budget":
         "gpu_memory_limit max_memory memory_limit vram gpu_memory_utilization",
+    "memory.micro_batches":
+        "auto_find_batch_size",
+    "memory.fused_loss":
+        "use_liger_kernel liger_kernel use_liger enable_liger_kernel liger_fused_linear_cross_entropy "
+        "cut_cross_entropy use_cce",
     "memory.optimizer_in_backward":
         "optimizer_in_bwd fused_backward",
     "output.dir":
@@ -113,43 +121,63 @@ _RENAMED = {
 }  # fmt: skip
 _KEY_OF = {name: key for key, names in _RENAMED.items() for name in names.split()}
 
-_NO_DORA = "remove it; factors are plain LoRA's here, without DoRA's norms"
-_ADVICE = {
-    "warmup_steps": "write train.warmup_ratio, the warm-up's share of all steps, instead",
-    "lr_warmup_steps": "write train.warmup_ratio, the warm-up's share of all steps, instead",
-    "val_set_size": "put the evaluation rows in a file of their own and name it in data.eval",
-    "val_size": "put the evaluation rows in a file of their own and name it in data.eval",
-    "val_split_fraction": "put the evaluation rows in a file of their own and name it in data.eval",
-    "max_samples": "rows are never dropped silently; shorten the file, or set train.max_steps",
-    "adapter": "remove it; LoRA on a 4-bit model is what this program does (model.quant)",
-    "finetuning_type": "remove it; LoRA on a 4-bit model is what this program does (model.quant)",
-    "stage": "remove it; supervised fine-tuning is what this program does",
-    "do_train": "remove it; `qlora-lite train` trains",
-    "flash_attention": "remove it; the fastest attention of the device is used",
-    "flash_attn": "remove it; the fastest attention of the device is used",
-    "attn_implementation": "remove it; the fastest attention of the device is used",
-    "pad_to_sequence_len": "remove it; nothing is ever padded",
-    "group_by_length": "write data.order: by-length, which puts rows of like length together",
-    "load_in_8bit": "remove it; there is no 8-bit base here: model.quant is nf4 or fp4 (4 bit), or none (16 bit)",
-    "use_dora": _NO_DORA,
-    "peft_use_dora": _NO_DORA,
-    "lora_use_dora": _NO_DORA,
-    "logging_steps": "remove it; every step is written to metrics.jsonl",
-    "early_stopping_threshold": "remove it; any lower evaluation loss is a better one",
-    "early_stopping_min_delta": "remove it; any lower evaluation loss is a better one",
-    "load_best_model_at_end": "remove it; the best factors by evaluation loss are always kept, in adapter",
-    "metric_for_best_model": "remove it; the best factors are those with the lowest evaluation loss",
-    "overwrite_output_dir": "remove it; a run folder is never overwritten",
-    "resume_from_checkpoint": "remove it; `qlora-lite train RECIPE --resume` goes on from the newest checkpoint",
-    "auto_resume_from_checkpoints": "remove it; `qlora-lite train RECIPE --resume` goes on from the newest checkpoint",
-    "trust_remote_code": "remove it; code from a model's repository is never run",
-    "lora_on_cpu": "remove it; set model.device",
-    "special_tokens": "remove it; the model's tokenizer is used as it is",
-    "bias": "remove it; LoRA factors have no bias",
-    "task_type": "remove it; models are causal language models",
-    "init_lora_weights": "remove it; B starts at zero, A is Kaiming-uniform",
-    "deepspeed": "remove it; one device is used (memory.budget limits its memory)",
-    "fsdp": "remove it; one device is used (memory.budget limits its memory)",
+_ADVICE_ON = {
+    "write train.warmup_ratio, the warm-up's share of all steps, instead": "warmup_steps lr_warmup_steps",
+    "put the evaluation rows in a file of their own and name it in data.eval":
+        "val_set_size val_size val_split_fraction test_size",
+    "rows are never dropped silently; give their place in data.train a weight below 1, or set train.max_steps":
+        "max_samples max_train_samples",
+    "name the column text, or write {path: FILE, prompt: ..., completion: ...} in data.train":
+        "dataset_text_field text_column field_instruction field_output",
+    'here they are items of lora.targets, such as {pattern: "model.layers.1?.*", rank: 8}; the last that matches wins':
+        "rank_pattern alpha_pattern layers_to_transform layers_pattern exclude_modules lora_layers_to_transform",
+    "remove it; nothing but LoRA factors is trained":
+        "modules_to_save lora_modules_to_save full_finetuning unfrozen_parameters",
+    "remove it; a run begins with new factors: go on with --resume, or train on what `qlora-lite merge` writes":
+        "lora_model_dir adapter_name_or_path adapter_model_id",
+    "remove it; LoRA on a 4-bit model is what this program does (model.quant)": "adapter finetuning_type",
+    "remove it; supervised fine-tuning is what this program does": "stage",
+    "remove it; `qlora-lite train` trains": "do_train",
+    "remove it; the fastest attention of the device is used": "flash_attention flash_attn attn_implementation",
+    "remove it; nothing is ever padded": "pad_to_sequence_len",
+    "write data.order: by-length, which puts rows of like length together": "group_by_length",
+    "remove it; there is no 8-bit base here: model.quant is nf4 or fp4 (4 bit), or none (16 bit)": "load_in_8bit",
+    "remove it; factors are plain LoRA's here, without DoRA's norms": "dora use_dora peft_use_dora lora_use_dora",
+    "remove it; every step is written to metrics.jsonl": "logging_steps logging_first_step logging_dir",
+    "remove it; any lower evaluation loss is a better one": "early_stopping_threshold early_stopping_min_delta",
+    "remove it; the best factors by evaluation loss are always kept, in adapter": "load_best_model_at_end",
+    "remove it; the best factors are those with the lowest evaluation loss":
+        "metric_for_best_model greater_is_better",
+    "remove it; a run folder is never overwritten": "overwrite_output_dir",
+    "remove it; `qlora-lite train RECIPE --resume` goes on from the newest checkpoint":
+        "resume_from_checkpoint auto_resume_from_checkpoints",
+    "remove it; code from a model's repository is never run": "trust_remote_code",
+    "remove it; set model.device": "lora_on_cpu",
+    "remove it; the model's tokenizer is used as it is": "special_tokens",
+    "remove it; LoRA factors have no bias": "bias",
+    "remove it; models are causal language models": "task_type",
+    "remove it; B starts at zero, A is Kaiming-uniform": "init_lora_weights",
+    "remove it; one device is used (memory.budget limits its memory)": "deepspeed fsdp fsdp_config",
+    "remove it; optimizers have their usual betas and epsilon":
+        "adam_beta1 adam_beta2 adam_epsilon optim_args",
+    "remove it; the cosine ends at zero": "cosine_min_lr_ratio lr_scheduler_kwargs",
+    "remove it; no noise is added to embeddings": "neftune_noise_alpha noisy_embedding_alpha",
+    "remove it; tokens are made once and kept": "dataset_num_proc dataset_processes preprocessing_num_workers "
+        "dataloader_num_workers dataloader_pin_memory dataset_prepared_path overwrite_cache",
+    "remove it; `qlora-lite data` names the columns that are not used": "remove_unused_columns",
+    "remove it; `qlora-lite export` writes a folder that can be uploaded": "push_to_hub hub_model_id hub_strategy",
+    "remove it; weights are written as safetensors and as nothing else": "save_safetensors",
+    "log in with `hf auth login`": "token hf_token use_auth_token hub_token hf_hub_token",
+}  # fmt: skip
+_ADVICE = {name: advice for advice, names in _ADVICE_ON.items() for name in names.split()}
+_IN_SOURCES = {
+    "type": "here it is format",
+    "ds_type": "remove it; a file's name says what it is",
+    "split": "write it behind the name, as in hub:OWNER/NAME:SPLIT",
+    "name": "write it behind the name, as in hub:OWNER/NAME/CONFIG",
+}
+_ADVICE_AT = {"model.dtype": "here it is model.compute_dtype"} | {
+    f"data.{which}.*.{name}": advice for which in ("train", "eval") for name, advice in _IN_SOURCES.items()
 }
 
 _VALUES = {  # what letters alone would take for another value
@@ -181,6 +209,8 @@ def cure(key: str, known: Sequence[str]) -> tuple[str, str | None]:
     if section == "data" and name in Source.model_fields:
         item = "path: FILE" if name == "path" else f"path: FILE, {name}: ..."
         return f"it belongs to a place that rows come from, as in data.train: [{{{item}}}]", "data.train"
+    if advice := _ADVICE_AT.get(_NUMBER.sub(".*.", f"{section}.{name}")):
+        return advice, None
     for proposal in (_KEY_OF.get(name), *(k for k in known if k.rpartition(".")[2] == name)):
         if proposal is not None:
             return f"here it is {proposal}", proposal

@@ -53,7 +53,8 @@ def find_data(path: str, bases: Bases) -> str:
         if _GLOB.search(expanded) and next(glob.iglob(pattern, recursive=True), None):
             return os.path.abspath(pattern)
     what = "no file matches this pattern" if _GLOB.search(expanded) else "no such file"
-    raise PathProblem(f"{what}{_searched(expanded, bases)}")
+    hub = f"; a data set of the hub is hub:{path}" if path.count("/") == 1 and _HUB_ID.fullmatch(path) else ""
+    raise PathProblem(f"{what}{_searched(expanded, bases)}{hub}")
 
 
 def find_model(path: str, bases: Bases) -> str:

@@ -157,7 +157,11 @@ def test_a_section_that_is_no_mapping_is_an_error_that_shows_how_to_write_it(pro
         ("lora: {lora_dropout: 0}", "lora.dropout"), ("train: {learning_rat: 1}", "train.learning_rate"),
         ("train: {rank: 1}", "lora.rank"), ("memroy: {}", "memory"),
         ("flash_attention: true", "fastest attention"), ("load_in_8bit: true", "no 8-bit base"),
-        ("lora: {use_dora: true}", "without DoRA's norms"), ("group_by_length: true", "data.order: by-length"),
+        ("lora: {use_dora: true}", "without DoRA's norms"), ("lora: {dora: true}", "without DoRA's norms"),
+        ("lora: {rank_pattern: {}}", "items of lora.targets"),
+        ("use_liger_kernel: true", "memory.fused_loss"), ("auto_find_batch_size: true", "memory.micro_batches"),
+        ("adam_beta2: 0.95", "usual betas"), ("response_template: x", "data.train_on"),
+        ("group_by_length: true", "data.order: by-length"),
     ],
 )  # fmt: skip
 def test_a_foreign_or_misspelt_name_is_answered_with_the_local_one(problems, line, local):
@@ -183,6 +187,19 @@ def test_a_setting_of_a_place_that_rows_come_from_is_shown_where_it_goes(problem
     assert problem.endswith("it belongs to a place that rows come from, as in data.train: [{path: FILE, prompt: ...}]")
     (problem,) = problems("model: {path: a/b}\ndata: {path: rows.jsonl}\n")
     assert problem.endswith("as in data.train: [{path: FILE}]"), "nor is data.train called missing as well"
+
+
+def test_the_settings_of_a_place_that_rows_come_from_are_answered_as_others_call_them(problems):
+    text = "model: {path: a/b}\ndata: {train: [{path: rows.jsonl, TYPED}]}\n"
+    for typed, said in (("type: alpaca", "here it is format"), ("split: test", "hub:OWNER/NAME:SPLIT")):
+        assert any(problem.endswith(said) for problem in problems(text.replace("TYPED", typed))), typed
+    assert problems(GOOD, "model.dtype=bfloat16")[0].endswith("; here it is model.compute_dtype")
+
+
+def test_a_data_set_of_the_hub_without_its_prefix_is_answered_with_it(problems):
+    (problem,) = problems(GOOD, "data.train=tatsu-lab/alpaca")
+    assert problem.endswith("put it there or correct the path; a data set of the hub is hub:tatsu-lab/alpaca")
+    assert "hub:" not in problems(GOOD, "data.train=absent.jsonl")[0]
 
 
 def test_a_renamed_key_is_not_called_missing_as_well(problems):
