@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import islice
 
 from .data.batch import collate, packing_efficiency, plan_epoch
 from .data.check import check_answers, check_overlap, count_special_tokens, histogram
@@ -31,6 +32,8 @@ from .rows import STREAM_SAMPLE_ROWS, build_sources, read_data
 
 _SHOWN_PER_RULE = 5
 _SHOWN_NAMES = 5
+_SAMPLED_DOCUMENTS = 20  # of each source
+RENDERED = "rendered chat in a document"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +123,7 @@ def preflight(recipe: Recipe, tokenizer, rows_to_show: int = 4) -> Preflight:
     data = read_data(recipe, tokenizer, "train")
     eval_data = read_data(recipe, tokenizer, "eval") if recipe.data.eval else None
     problems, error_count = _problems(recipe, data, eval_data)
+    problems += [problem_entry(problem, False) for problem in _rendered_chats(recipe, tokenizer)]
     report = empty_report(problems) | {
         "ok": error_count == 0, "errors": error_count,
         **_counts(data),
@@ -150,6 +154,22 @@ def _problems(recipe: Recipe, data: Dataset, eval_data: Dataset | None) -> tuple
         listed.append(problem_entry(problem, is_error))
         error_count += is_error
     return sorted(listed, key=lambda problem: problem["severity"] != "error"), error_count
+
+
+def _rendered_chats(recipe: Recipe, tokenizer) -> Iterator[RowProblem]:
+    """Yield the first document of each source that holds a special token as text, as a chat that was rendered does."""
+    tokens = tokenizer.convert_ids_to_tokens(sorted(special_ids_of(tokenizer)))
+    for source in build_sources(recipe, "train"):
+        with suppress(DataError, OSError):  # the rows were read before: what is wrong is among the problems
+            for where, row in islice(read_rows(source, Problems()), _SAMPLED_DOCUMENTS):
+                if recognise(row, where, source) != "text":
+                    break
+                held = next((token for token in tokens if len(token) > 3 and token in row["text"]), None)  # not "<s>"
+                if held is not None:
+                    message = (f"the text holds {held!r}, which stays plain letters in a document, and is learned as "
+                               "those; give chats as messages, not as text that a template made of them")  # fmt: skip
+                    yield RowProblem(where, RENDERED, message)
+                    break
 
 
 def _faults_of_evaluation(recipe: Recipe, data: Dataset, eval_data: Dataset) -> Iterator[tuple[RowProblem, bool]]:

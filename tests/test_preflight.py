@@ -167,6 +167,16 @@ def test_the_report_says_which_way_each_text_file_was_read(look, tmp_path):
     assert notes_of(look(source=tmp_path / "set")) == [notes]
 
 
+def test_a_document_that_a_template_made_of_a_chat_is_warned_of(look):
+    chat = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+    found = look([{"text": "plain"}, {"text": chat}, {"text": chat}])
+    found.raise_if_unusable()
+    assert places(found) == {(2, "rendered chat in a document", "warning")} and found.report["ok"]
+    assert "give chats as messages" in found.report["problems"][0]["message"]
+    for rows in ([{"text": "a <s> b"}], [pair("q", "a")]):
+        assert look(rows).report["problems"] == []
+
+
 def test_plain_documents_have_no_template(look):
     report = look([{"text": "one two"}, {"text": "three"}], [{"text": "four"}]).report
     assert report["template"] is None and report["sources"][0]["format"] == "text" and report["ok"]

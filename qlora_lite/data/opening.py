@@ -12,6 +12,7 @@ from __future__ import annotations
 import glob
 import io
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import BinaryIO
@@ -29,6 +30,7 @@ _COLUMN_READERS = ("parquet", "arrow")
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip", b"BZh": "bzip2",
           b"\xfd7zXZ": "xz", b"PAR1": "Parquet", b"ARROW1": "Arrow", b"\xff\xfe": "UTF-16",
           b"\xfe\xff": "UTF-16"}  # fmt: skip
+_SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])")
 _SUFFIX_OF_MAGIC = {"gzip": ".gz", "zstd": ".zst"}
 
 
@@ -44,7 +46,7 @@ def find_files(pattern: str) -> list[Path]:
 
     Raises:
         DataError: nothing is there, something is that is not a file, one file is there under two names, or
-            files of several kinds are.
+            files of several kinds, or a folder with those of several splits.
     """
     if pattern.startswith(PREFIX):
         return hub_files(pattern)
@@ -57,6 +59,7 @@ def find_files(pattern: str) -> list[Path]:
                 f"{pattern}: no data file in this folder (looked for {suffixes}, each also with .gz or .zst); "
                 "rename the files, or name plain text of other names with a pattern such as folder/* and format: text"
             )
+        _check_one_split(path, files)
     elif path.exists():
         files = [path]
     else:
@@ -89,6 +92,20 @@ def _visible(folder: Path) -> list[Path]:
 def _is_data_file(path: Path) -> bool:
     suffix = data_suffix(path)
     return suffix in READER_OF_SUFFIX and suffix != _CARD_SUFFIX and not path.is_dir()
+
+
+def _check_one_split(folder: Path, files: list[Path]) -> None:
+    """Refuse a folder whose names speak of training and of other rows, as those of a hub data set do."""
+    found: dict[str, Path] = {}
+    for path in files:
+        if split := _SPLIT.search(str(path.relative_to(folder)).lower()):
+            found.setdefault(split[0], path)
+    if "train" in found and len(found) > 1:
+        every = f"{folder}/**/*{''.join(found['train'].suffixes)}"
+        raise DataError(
+            f"{folder}: files of several splits ({', '.join(sorted(found))}); name those to read, such as "
+            f"{found['train']} or {folder}/**/*train*; all of them are {every}"
+        )
 
 
 def _check_one_kind(pattern: str, files: list[Path]) -> None:

@@ -314,6 +314,19 @@ def test_files_of_several_kinds_are_not_one_source(write, tmp_path):
     assert "several kinds (1 jsonl, 1 text)" in failure(tmp_path / "set" / "*.*")
 
 
+def test_a_folder_with_the_files_of_several_splits_is_not_one_source(write, tmp_path):
+    row = json.dumps({"text": "a"})
+    for name in ("data/train-00000-of-00001.jsonl", "data/Test-00000-of-00001.jsonl"):
+        write(f"set/{name}", row)
+    message = failure(tmp_path / "set")
+    assert message.startswith(f"{tmp_path}/set: files of several splits (test, train); name those to read, such as ")
+    assert len(rows_of(tmp_path / "set" / "**" / "*train*")) == 1
+    assert len(rows_of(tmp_path / "set" / "**" / "*.jsonl")) == 2
+    for name in ("training-1.jsonl", "contest.jsonl", "train-a.jsonl", "train-b.jsonl"):
+        write(f"other/{name}", row)
+    assert len(rows_of(tmp_path / "other")) == 4
+
+
 @pytest.mark.parametrize("name", ["rows", "rows.jsonlines", "rows.xml", "rows.train.gz"])
 def test_a_name_that_does_not_say_what_is_in_it_is_an_error_unless_the_format_is_text(write, name):
     content = f"{GOOD}\n".encode()
