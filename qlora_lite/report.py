@@ -60,7 +60,7 @@ def render(run: RunFiles, folder_name: str) -> str:
         section("Over the steps", _small_charts(run)),
         section("Answers before and after", _samples(summary), "Held-out rows, greedy generation."),
         section("Where the memory goes", _memory_table(summary)),
-        section("Settings", _settings(run.recipe), "The resolved recipe, defaults included."),
+        section("Settings", _settings(run.recipe) + _chosen(summary), "The resolved recipe, defaults included."),
         section("Data and versions", _data_and_versions(summary)),
     ]
     return page(f"{name} - qlora-lite", "".join(body))
@@ -205,6 +205,13 @@ def _settings(recipe: str) -> str:
     return f'<div class="columns">{"".join(_pairs_of(str(key), sections[key]) for key in sections)}</div>'
 
 
+def _chosen(summary: dict[str, Any]) -> str:
+    """List what the plan chose where the recipe says auto."""
+    plan = summary.get("plan")
+    cards = _pairs_of("as planned", plan.get("chosen")) if isinstance(plan, dict) else ""
+    return f'<div class="columns">{cards}</div>' if cards else ""
+
+
 def _data_and_versions(summary: dict[str, Any]) -> str:
     adapter = {"weights": summary.get("trainable_parameters"), "sha256": summary.get("adapter_sha256")}
     cards = _counts("Training rows", summary.get("data")) + _counts("Adapter", adapter)
@@ -217,7 +224,13 @@ def _counts(title: str, values: object) -> str:
     if not isinstance(values, dict):
         return ""
     known = [(str(key).replace("_", " "), value) for key, value in values.items() if value is not None]
-    return _pairs_of(title, {key: f"{v:,}" if isinstance(v, int | float) else v for key, v in known})
+    return _pairs_of(title, {key: _counted(value) for key, value in known})
+
+
+def _counted(value: object) -> object:
+    if isinstance(value, dict):
+        return ", ".join(f"{_counted(count)} {reason}" for reason, count in value.items()) or "none"
+    return f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
 
 
 def _pairs_of(title: str, values: object) -> str:

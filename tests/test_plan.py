@@ -577,6 +577,7 @@ class TestCommand:
         assert code == 0 or code is None
         assert "RTX 4060" in out and "fits" in out and "saved activations" in out and "packs that fit at once" in out
         assert "<svg" in page.read_text()
+        assert "Memory plan of recipe: meta-llama/Llama-3.2-1B, 256 tokens, rank 16, on RTX 4060" in page.read_text()
 
     def test_json_is_one_object_and_nothing_else(self, capsys, file):
         code, out, _ = self.call(capsys, file, "--vram", "0.5GiB", "--json", "--max-tokens")

@@ -70,7 +70,7 @@ def plan(recipe, overrides, vram, card, max_tokens, max_batch, html, as_json, ca
     if html is not None:
         from qlora_lite.memory_page import memory_page
 
-        write_text(html, memory_page(plan_text.page_record(made, others, f"Memory plan of {Path(recipe).stem}")))
+        write_text(html, memory_page(plan_text.page_record(made, others, _title(settings, machine))))
     if as_json:
         click.echo(json.dumps(plan_text.as_json(made, others) | found))
     else:
@@ -79,6 +79,11 @@ def plan(recipe, overrides, vram, card, max_tokens, max_batch, html, as_json, ca
         if not as_json:
             raise planner.does_not_fit(made, others)
         raise click.exceptions.Exit(3)
+
+
+def _title(settings, machine) -> str:
+    rows = f"{settings.data.max_tokens:,} tokens, rank {settings.lora.rank}"
+    return f"Memory plan of {settings.output.name}: {settings.model.path}, {rows}, on {machine.name}"
 
 
 def _machine(settings, vram, card):
