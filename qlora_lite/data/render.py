@@ -246,10 +246,16 @@ def _block_spans(template: Template, conversation: Conversation, text: str) -> d
 
 
 def _check_nothing_dropped(turns: Sequence[Turn], text: str, answers: dict[int, tuple[int, int]]) -> None:
+    """Check that every turn is written, each behind the one before it.
+
+    Of an answer, the end must be; what it begins with may be written by the prompt, as a "<think>" is by some.
+    """
     position = 0
     for index, turn in enumerate(turns):
         content = turn.content.strip()
-        position = text.find(content, answers.get(index, (position,))[0])
+        if index in answers:
+            position = max(position, answers[index][0] - max(len(content) - 1, 0))
+        position = text.find(content, position)
         end = position + len(content)
         places = [(text.find(name, max(position, 0)), len(name)) for name in written_names(turn.calls)]
         end = max([end, *(place + length for place, length in places)])

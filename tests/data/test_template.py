@@ -177,6 +177,27 @@ def test_a_template_that_rewrites_history_is_an_error_except_for_the_last_answer
     assert answers_of(own(thinks), wanted=[3]) == ["<think>four<|im_end|>"]
 
 
+OPENS_THOUGHT = (
+    "{% for m in messages %}{% set parts = m.content.split('</think>\n') %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if parts|length > 1 %}{{ '<think>\n' + parts[0].split('<think>\n')[-1] + '</think>\n' }}{% endif %}"
+    "{{ parts[-1] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
+
+
+def test_a_thought_that_the_prompt_opens_is_learned_from_there_on(own):
+    thinking = (TURNS[0], Turn("assistant", "<think>\nhm\n</think>\ntwo"))
+    assert answers_of(own(OPENS_THOUGHT), thinking, [1]) == ["hm\n</think>\ntwo<|im_end|>"]
+    with pytest.raises(DataError, match=r"drops or changes turn 2 \(assistant\)"):
+        answers_of(own(OPENS_THOUGHT.replace("parts[0].split", "'' if true else parts[0].split")), thinking, [1])
+
+
+def test_an_answer_whose_words_stand_before_it_counts_as_dropped(own):
+    drops = CHATML.replace("m.content", "('constant' if m.content == 'assistant' else m.content)")
+    with pytest.raises(DataError, match=r"drops or changes turn 2 \(assistant\)"):
+        answers_of(own(drops), (TURNS[0], Turn("assistant", "assistant")), [1])
+
+
 def test_a_prompt_that_the_text_does_not_begin_with_is_an_error(own):
     other_prompt = CHATML.replace("assistant\n'", "assistant: '")
     with pytest.raises(DataError, match="otherwise when it prompts"):
