@@ -20,7 +20,7 @@ from .train.guards import check_forward
 from .train.loop import eval_batches
 from .train.step import evaluate_loss
 
-SPARE_TOKENS = 8  # beyond the longest reference answer: enough to see that an answer did not stop
+SPARE_TOKENS = 8  # beyond the longest answer of the rows: enough to see that an answer did not stop
 
 
 class ExactMatch(NamedTuple):
@@ -31,7 +31,9 @@ class ExactMatch(NamedTuple):
 
 
 def exact_match(model: nn.Module, tokenizer, examples: Sequence[Example], end_token_ids: Iterable[int]) -> ExactMatch:
-    """Answer every example's prompt greedily and compare with its reference, white space at the ends apart.
+    """Answer every example's prompt greedily and compare with what its row writes there, white space at the ends apart.
+
+    That is compared as it comes back from the tokenizer, which may write some letters otherwise.
 
     Args:
         examples: rows with a prompt and an answer.
@@ -42,11 +44,14 @@ def exact_match(model: nn.Module, tokenizer, examples: Sequence[Example], end_to
     """
     if problem := check_answers(examples):
         raise DataError(str(problem))
-    longest = max(len(tokenizer(example.answer, add_special_tokens=False).input_ids) for example in examples)
-    stop = stop_ids(model, tokenizer, end_token_ids)
     prompts = [example.prompt for example in examples]
+    given = tokenizer(prompts, add_special_tokens=False).input_ids
+    longest = max(len(example.token_ids) - len(ids) for example, ids in zip(examples, given, strict=True))
+    stop = stop_ids(model, tokenizer, end_token_ids)
     answers = [text.strip() for text in answer(model, tokenizer, prompts, longest + SPARE_TOKENS, stop)]
-    right = sum(text == example.answer.strip() for text, example in zip(answers, examples, strict=True))
+    written = tokenizer([example.answer for example in examples], add_special_tokens=False).input_ids
+    references = tokenizer.batch_decode(written, skip_special_tokens=True)
+    right = sum(text == reference.strip() for text, reference in zip(answers, references, strict=True))
     return ExactMatch(right / len(examples), tuple(answers))
 
 

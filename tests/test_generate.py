@@ -1,13 +1,19 @@
 """Prompts answered together give what each gives alone, and what plain transformers gives."""
 
+import json
 from functools import partial
 
 import pytest
 import torch
 from tiny import ARCHITECTURES, UNUSUAL, build_tiny, quantized_pair
 from tiny_files import VOCABULARY, byte_tokenizer
+from tokenizers import normalizers
 
+from qlora_lite.data.examples import build_examples
+from qlora_lite.data.named_templates import NAMED_TEMPLATES
+from qlora_lite.data.read import Source
 from qlora_lite.errors import DoesNotFitError
+from qlora_lite.evaluate import exact_match
 from qlora_lite.generate import Sampling, answer, stop_ids
 from qlora_lite.models.levers import Levers, place, set_levers
 from qlora_lite.models.load import _mask_for_padding_only, adopt, use_row_attention
@@ -66,6 +72,30 @@ def test_stop_tokens_are_those_of_tokenizer_model_and_training():
     assert stop_ids(model, byte_tokenizer(), {9}) == [2, 7, 9]
     model.generation_config.eos_token_id = None
     assert stop_ids(model, byte_tokenizer()) == [2]
+
+
+def test_a_model_that_writes_what_its_rows_teach_matches_all_of_them(tmp_path, monkeypatch):
+    tokenizer, model = byte_tokenizer(), model_of("llama")
+    words = "('<think></think>' if m.role == 'assistant' else '') + m.content"
+    tokenizer.chat_template = NAMED_TEMPLATES["chatml"].replace("m.content", words)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    rows = [{"prompt": f"{i}?", "completion": f"Answer {i} " + "o" * 9 * i} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = build_examples([Source(str(tmp_path / "rows.jsonl"))], tokenizer)
+    given = [tokenizer(example.prompt, add_special_tokens=False).input_ids for example in data.examples]
+    taught = {tuple(ids): e.token_ids[len(ids) :].tolist() for ids, e in zip(given, data.examples, strict=True)}
+
+    def generate(input_ids, attention_mask, generation_config, **_):
+        prompts = [tuple(ids[mask.bool()].tolist()) for ids, mask in zip(input_ids, attention_mask, strict=True)]
+        said = [torch.tensor(taught[prompt][: generation_config.max_new_tokens]) for prompt in prompts]
+        padded = torch.nn.utils.rnn.pad_sequence(said, batch_first=True, padding_value=generation_config.pad_token_id)
+        return torch.cat([input_ids, padded], dim=1)
+
+    monkeypatch.setattr(model, "generate", generate)
+    match = exact_match(model, tokenizer, data.examples, data.end_token_ids)
+    assert match.score == 1 and match.answers[1] == "<think></think>answer 1 ooooooooo"
+    taught[tuple(given[2])][0] += 1
+    assert exact_match(model, tokenizer, data.examples, data.end_token_ids).score == 2 / 3
 
 
 def test_generation_gives_the_mode_back_and_works_in_a_checkpointed_model():

@@ -79,7 +79,8 @@ def test_its_rows_are_those_that_rendering_and_tokenising_each_alone_gives(name,
         assert isinstance(row, Conversation)
         rendered = render_row(row, template, "assistant")
         (tokens,) = tokenise([rendered.text], tokenizer)
-        learned, _ = mark_row(rendered, tokens, template, True)
+        learned, ends = mark_row(rendered, tokens, template, True)
         assert example.token_ids.tolist() == tokens.ids.tolist() and example.learned.tolist() == learned.tolist()
-        assert example.prompt == rendered.text[: rendered.answers[-1][0]]
-        assert (example.answer, example.where) == (rendered.answer, rendered.where)
+        first = rendered.answers[-1][0]
+        assert example.prompt == rendered.text[:first]
+        assert (example.answer, example.where) == (rendered.text[first : tokens.starts[ends[-1]]], rendered.where)

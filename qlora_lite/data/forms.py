@@ -87,7 +87,7 @@ def make_form(template: Template, conversation: Conversation) -> Form | None:
     try:
         text = blind_text(template, turns, False, asked)
         for index in (index for index, turn in enumerate(turns) if turn.role == "assistant"):
-            if span := _span(template, turns, index, asked):
+            if span := _span(template, turns, text, index, asked):
                 answers[index] = span
     except (LookedAtError, TemplateError, DataError, *FAULTS):
         return None
@@ -99,14 +99,20 @@ def make_form(template: Template, conversation: Conversation) -> Form | None:
     return Form(own, contents, places, tuple(dict.fromkeys(asked)))
 
 
-def _span(template: Template, turns: tuple[Turn, ...], index: int, asked: list[Question]) -> tuple[int, int] | None:
-    """Return the characters of an answer; None if they cannot be found, which `render.render` explains to each row."""
+def _span(
+    template: Template, turns: tuple[Turn, ...], text: str, index: int, asked: list[Question]
+) -> tuple[int, int] | None:
+    """Return the characters of an answer; None if `render.render` must find them, or explain to each row what is wrong.
+
+    Where a text does not begin with the prompt, that of other words may: those that the prompt itself begins to write.
+    """
     try:
         span = render(template, Conversation(turns, ""), [index]).answers[index]
     except DataError:
         return None
+    if not text.startswith(blind_text(template, turns[:index], True, asked)):
+        return None
     if not GENERATION_BLOCK.search(template.source):
-        blind_text(template, turns[:index], True, asked)
         blind_text(template, turns[: index + 1], False, asked)
     return span
 

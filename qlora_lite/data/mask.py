@@ -42,14 +42,12 @@ class Row:
         text: all of it, special tokens included.
         learned: the spans to learn.
         answers: the spans of answers, end token included; the last answer is always among them.
-        answer: the text of the last answer.
         where: the row's place.
     """
 
     text: str
     learned: tuple[tuple[int, int], ...]
     answers: tuple[tuple[int, int], ...]
-    answer: str
     where: str
 
 
@@ -104,7 +102,7 @@ def render_row(
         rendering = render(template, conversation, needed)
     spans = [(0, len(rendering.text))] if train_on == "all" else [rendering.answers[index] for index in learned]
     found = tuple(rendering.answers[index] for index in needed)
-    return Row(rendering.text, tuple(spans), found, turns[-1].content, conversation.where)
+    return Row(rendering.text, tuple(spans), found, conversation.where)
 
 
 def tokenise(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[Tokens]:
@@ -178,7 +176,7 @@ def _shown(text: str, starts: np.ndarray, ends: np.ndarray, tokens: np.ndarray) 
     return repr(text[starts[tokens[0]] : ends[tokens[0]]])
 
 
-def mark_row(row: Row, tokens: Tokens, template: Template, train_on_end: bool) -> tuple[np.ndarray, list[int]]:
+def mark_row(row: Row, tokens: Tokens, template: Template, train_on_end: bool) -> tuple[np.ndarray, np.ndarray]:
     """Mark what is learned of one row.
 
     Args:
@@ -188,7 +186,7 @@ def mark_row(row: Row, tokens: Tokens, template: Template, train_on_end: bool) -
         train_on_end: whether the tokens that end answers are learned.
 
     Returns:
-        bool [T], and the tokens that end its answers.
+        bool [T], and the index of the token that ends each answer: int64 [answers].
 
     Raises:
         DataError: a token lies across the border of an answer, the tokens before one are not those of the prompt
@@ -199,7 +197,7 @@ def mark_row(row: Row, tokens: Tokens, template: Template, train_on_end: bool) -
     learned = learned_tokens(tokens.starts, tokens.ends, row.learned, row.text)
     ends = end_places(row, tokens, template.special_ids)
     learned[ends] &= train_on_end
-    return learned, tokens.ids[ends].tolist()
+    return learned, ends
 
 
 def seam_fault(row: Row, tokens: Tokens, template: Template) -> str | None:

@@ -46,24 +46,28 @@ def mark_rows(
     """
     tokens = tokenise_rows([row.text for row in rows], template.tokenizer, template.cut, template.token_lengths)
     if _in_order(tokens):
-        learned, doubtful, end_ids = _mark(rows, tokens, template, train_on_end)
+        learned, doubtful, last_ends, end_ids = _mark(rows, tokens, template, train_on_end)
     else:
-        learned, doubtful, end_ids = np.zeros(len(tokens.ids), np.bool_), np.ones(len(rows), np.bool_), set()
+        learned, doubtful = np.zeros(len(tokens.ids), np.bool_), np.ones(len(rows), np.bool_)
+        last_ends, end_ids = np.zeros(len(rows), np.int64), set()
     made: list[Example | DataError] = []
     borders = tokens.borders.tolist()
     for index, row in enumerate(rows):
         start, end = borders[index], borders[index + 1]
-        ids, marks = tokens.ids[start:end], learned[start:end]
+        first = tokens.text_borders[index]
+        ids, marks, last_end = tokens.ids[start:end], learned[start:end], last_ends[index]
         if doubtful[index]:
-            first = tokens.text_borders[index]
             of_row = Tokens(ids, tokens.starts[start:end] - first, tokens.ends[start:end] - first)
             try:
                 marks, ends = mark_row(row, of_row, template, train_on_end)
             except DataError as error:
                 made.append(error)
                 continue
-            end_ids.update(ends)
-        made.append(Example(ids, marks, row.text[: row.answers[-1][0]], row.answer, row.where))
+            end_ids.update(ids[ends].tolist())
+            last_end = start + ends[-1]
+        begin = row.answers[-1][0]
+        answer = template.special.sub("", row.text[begin : tokens.starts[last_end] - first])
+        made.append(Example(ids, marks, row.text[:begin], answer, row.where))
     return made, end_ids
 
 
@@ -75,8 +79,11 @@ def _in_order(tokens: TextTokens) -> bool:
 
 def _mark(
     rows: Sequence[Row], tokens: TextTokens, template: Template, train_on_end: bool
-) -> tuple[np.ndarray, np.ndarray, set[int]]:
-    """Return what is learned bool [T], which rows are in doubt bool [R], and the tokens that end answers."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, set[int]]:
+    """Return what is learned bool [T], which rows are in doubt bool [R], and what ends answers.
+
+    The last two are the index of the token that ends each row's last answer, int64 [R], and the ids of all such tokens.
+    """
     is_special = np.zeros(len(template.tokenizer), np.bool_)
     is_special[sorted(template.special_ids)] = True
     spans = _spans([row.learned for row in rows], tokens)
@@ -93,10 +100,11 @@ def _mark(
     places = _tokens_before(tokens, answers.row, answers.last) - 1
     doubtful[answers.row[(places < tokens.borders[answers.row]) | ~is_special[tokens.ids[places]]]] = True
     doubtful[answers.row[_has_other_prompt(rows, tokens, answers, is_special, template)]] = True
+    last_ends = places[np.cumsum([len(row.answers) for row in rows]) - 1]
     places = places[~doubtful[answers.row]]
     if not train_on_end:
         learned[places] = False
-    return learned, doubtful, set(np.unique(tokens.ids[places]).tolist())
+    return learned, doubtful, last_ends, set(np.unique(tokens.ids[places]).tolist())
 
 
 def _spans(of_rows: Sequence[Sequence[tuple[int, int]]], tokens: TextTokens) -> _Spans:

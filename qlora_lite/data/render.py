@@ -5,7 +5,8 @@ rendering of all turns before it, with the generation prompt, ends (what the mod
 and its end is the first special token after it. The end token belongs to the answer. It must be learned, or the
 model never stops; trainers that mask it because it equals the padding token are why no padding exists here.
 
-A template with {% generation %} blocks says itself what is learned; that is used where it is there. A template that
+A template with {% generation %} blocks says itself what is learned; that is used where it is there, but for what the
+prompt ends with (some blocks begin before the header of the answer, which the model is given). A template that
 writes earlier turns differently once later ones follow (it drops old reasoning, say) has no such prefixes: that is
 an error, and never an empty mask.
 
@@ -90,7 +91,7 @@ def render(template: Template, conversation: Conversation, answers: Iterable[int
     text = render_turns(template, turns, False, conversation.tools)
     if GENERATION_BLOCK.search(template.source):
         spans = _block_spans(template, conversation, text)
-        found = {index: spans[index] for index in answers}
+        found = {index: _behind_prompt(template, conversation, index, text, spans[index]) for index in answers}
     else:
         found = {index: _prefix_span(template, conversation, index, text) for index in answers}
     _check_nothing_dropped(turns, text, found)
@@ -243,6 +244,15 @@ def _block_spans(template: Template, conversation: Conversation, text: str) -> d
             end += following.end() if following else 0
         spans[index] = start, _end_of_answer(template, text[:end], start)
     return spans
+
+
+def _behind_prompt(
+    template: Template, conversation: Conversation, index: int, text: str, span: tuple[int, int]
+) -> tuple[int, int]:
+    """Return the characters of a block without those at its beginning with which the prompt ends."""
+    start, end = span
+    prompt = render_turns(template, conversation.turns[:index], True, conversation.tools)
+    return (len(prompt), end) if text.startswith(prompt) and start < len(prompt) < end else span
 
 
 def _check_nothing_dropped(turns: Sequence[Turn], text: str, answers: dict[int, tuple[int, int]]) -> None:

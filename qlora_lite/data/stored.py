@@ -36,7 +36,8 @@ class Example:
         token_ids: int32 [T].
         learned: bool [T]; learned[t] means that token t is to be predicted.
         prompt: the text up to the last answer, special tokens included; "" for a plain document.
-        answer: the last answer; "" for a plain document.
+        answer: what follows it up to the token that ends the last answer, without special tokens; "" for a plain
+            document.
         where: the row's place, "file.jsonl:12".
     """
 

@@ -49,6 +49,18 @@ def test_an_example_holds_tokens_mask_prompt_answer_and_place(build, tokenizer):
     )
 
 
+def test_the_answer_of_an_example_is_what_its_row_writes_behind_the_prompt_up_to_the_end_token(build):
+    tokenizer = make_tokenizer()
+    words = "('<think></think><s>\\n' if m.role == 'assistant' else '') + m.content"
+    tokenizer.chat_template = NAMED_TEMPLATES["chatml"].replace("m.content", words)
+    for example in build(PAIRS, tokenizer=tokenizer).examples:
+        assert example.prompt.endswith("<|im_start|>assistant\n")
+        number = example.where.rpartition(":")[2]
+        assert example.answer == f"<think></think>\nanswer {int(number) - 1}"
+        learned = tokenizer.decode(example.token_ids[example.learned], skip_special_tokens=True)
+        assert learned == example.answer
+
+
 def test_every_row_and_token_is_counted(build, tokenizer):
     data = build(PAIRS)
     assert (data.rows_read, data.rows_kept, data.dropped, data.truncated) == (4, 4, {}, 0)

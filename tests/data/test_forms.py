@@ -324,3 +324,19 @@ def test_a_special_token_inside_a_turn_is_an_error_of_the_form_too(token):
     made = make_form(template, Conversation(TALK[1:], "f:1"))
     with pytest.raises(DataError, match=re.escape(f"turn 2 holds the text {token!r}")):
         made.fill(template, turns, [1])
+
+
+@pytest.mark.parametrize("prompt", ["<think>", "{{ '<think>' if messages[-1].content == 'one' else '' }}"])
+def test_a_generation_block_that_may_begin_with_what_the_prompt_writes_is_found_row_by_row(prompt):
+    template = template_of(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}" + prompt + "{% endif %}"
+    )
+    form, starts = make_form(template, Conversation(TALK, "f:1")), []
+    for words in ("two", "<think>two"):
+        turns = (*TALK[:2], Turn("assistant", words))
+        row = outcome(turns, template, form)
+        assert row == outcome(turns, template, None)
+        starts.append(row.text[row.answers[-1][0] :])
+    assert starts == ["two<|im_end|>"] * 2

@@ -146,7 +146,7 @@ def test_tokens_before_an_answer_that_the_prompt_alone_would_not_give_are_named(
 def test_completion_needs_rows_with_one_answer(tokenizer):
     turns = (Turn("user", "q"), Turn("assistant", "a"))
     template = choose_template(tokenizer)
-    assert render_row(Conversation(turns, "f:1"), template, "completion").answer == "a"
+    assert len(render_row(Conversation(turns, "f:1"), template, "completion").answers) == 1
     with pytest.raises(DataError, match="this has 2"):
         render_row(Conversation(turns * 2, "f:1"), template, "completion")
 

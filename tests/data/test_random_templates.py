@@ -34,22 +34,23 @@ class Form:
     begin: str
     closing: str
     trims: bool
-    block: str  # where {% generation %} stands: "none", "words" or "words and end"
+    block: str  # what stands in {% generation %}: "none", "words", "words and end" or "all", what is before them too
 
     def source(self):
         words = "m.content|trim" if self.trims else "m.content"
         end, rest = self.end_and_rest()
         opening, closing = ("", "") if self.block == "none" else ("{% generation %}", "{% endgeneration %}")
         answer = f"{{{{ {words} }}}}{closing}{{{{ {json.dumps(end)} }}}}"
-        if self.block == "words and end":
+        if self.block in ("words and end", "all"):
             answer = f"{{{{ {words} }}}}{{{{ {json.dumps(end)} }}}}{closing}"
+        header = f"{{{{ {json.dumps(self.before['assistant'])} }}}}"
+        answer = opening + header + answer if self.block == "all" else header + opening + answer
         parts = [f"{{{{ {json.dumps(self.begin)} }}}}{{% for m in messages %}}"]
         for role in ("system", "user"):
             test = "if" if role == "system" else "elif"
             parts.append(f"{{% {test} m.role == '{role}' %}}{{{{ {json.dumps(self.before[role])} + {words} + "
                          f"{json.dumps(self.after[role])} }}}}")  # fmt: skip
-        parts.append(f"{{% else %}}{{{{ {json.dumps(self.before['assistant'])} }}}}{opening}{answer}"
-                     f"{{{{ {json.dumps(rest)} }}}}{{% endif %}}{{% endfor %}}")  # fmt: skip
+        parts.append(f"{{% else %}}{answer}{{{{ {json.dumps(rest)} }}}}{{% endif %}}{{% endfor %}}")
         parts.append(f"{{% if add_generation_prompt %}}{{{{ {json.dumps(self.before['assistant'])} }}}}"
                      f"{{% else %}}{{{{ {json.dumps(self.closing)} }}}}{{% endif %}}")  # fmt: skip
         return "".join(parts)
@@ -76,7 +77,7 @@ def forms(draw):
         begin=draw(st.sampled_from(["", "<s>"])),
         closing=draw(st.sampled_from(["", "</s>", "\n"])),
         trims=draw(st.booleans()),
-        block=draw(st.sampled_from(["none", "words", "words and end"])),
+        block=draw(st.sampled_from(["none", "words", "words and end", "all"])),
     )
 
 

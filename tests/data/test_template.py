@@ -153,6 +153,17 @@ def test_a_template_that_writes_the_date_writes_one_day_in_rows_and_today_in_pro
     assert 0 <= (datetime.now() - today).days <= 1
 
 
+@pytest.mark.parametrize("opens", ["", "<think>\n"])
+def test_a_generation_block_around_the_end_of_the_prompt_begins_behind_it(own, opens):
+    header = "{{ '<|im_start|>assistant\n" + opens + "' }}"
+    source = GENERATION.replace("{{ '<|im_start|>assistant\n' }}", header)
+    source = source.replace(header + "{% generation %}", "{% generation %}" + header)
+    template = own(source.replace("END", "<|im_end|>").replace("AFTER", "\n"))
+    assert answers_of(template) == ["two<|im_end|>", "four<|im_end|>"]
+    rendering = render(template, Conversation(TURNS, "f:1"), [3])
+    assert rendering.text[: rendering.answers[3][0]] == render_prompt(template, TURNS[:3])
+
+
 def test_a_generation_block_that_no_end_token_follows_is_an_error(own):
     with pytest.raises(DataError, match="would never learn to stop"):
         answers_of(own(GENERATION.replace("END", "").replace("AFTER", "\n")))
