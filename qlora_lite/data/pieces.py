@@ -80,9 +80,9 @@ def lengths_of_tokens(tokenizer: PreTrainedTokenizerFast) -> np.ndarray | None:
     """Return how many characters of an ASCII text each token covers: int64 [tokens]; None if that cannot be said.
 
     It is as many as the token has letters, in byte-level BPE and in that of SentencePiece. Where a token has more than
-    it covers (a space put before the text, "<0x0A>" for a line end, the unknown token), it is too many, and too few
-    where a model leaves out letters that it has no token for. A tokenizer that can do both has no lengths; so those
-    that add up to the length of the text are right.
+    it covers (a space put before the text, "<0x0A>" for a line end, the unknown token), it is too many. It is too few
+    where a model leaves out letters that it has no token for, and where a token takes white space along. A tokenizer
+    that can do both has no lengths; so those that add up to the length of the text are right.
     """
     backend = tokenizer.backend_tokenizer
     model = backend.model
@@ -93,7 +93,8 @@ def lengths_of_tokens(tokenizer: PreTrainedTokenizerFast) -> np.ndarray | None:
     if any(map(_loses_letters, before)) or any(step.get("trim_offsets") for step in after):
         return None
     adds = any(step["type"] in ("Prepend", "Metaspace") or step.get("add_prefix_space") for step in before)
-    if model.unk_token is None and (adds or model.byte_fallback):
+    swallows = any(token.lstrip or token.rstrip for token in tokenizer.added_tokens_decoder.values())
+    if (swallows or model.unk_token is None) and (adds or model.byte_fallback):
         return None
     vocabulary = backend.get_vocab(with_added_tokens=True)
     lengths = np.zeros(max(vocabulary.values()) + 1, np.int64)

@@ -17,7 +17,7 @@ from qlora_lite.data.template import choose_template
 CORPUS = ["user assistant the answer is 42", "ab  a b\n\nab ä user<a", "b a  >b"] * 5
 
 
-def words_tokenizer(normalizer=None, pre_tokenizer=None):
+def words_tokenizer(normalizer=None, pre_tokenizer=None, tokens=()):
     """Make a tokenizer in the manner of SentencePiece: a space is a letter, and may be put before the text."""
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.normalizer, backend.pre_tokenizer = normalizer, pre_tokenizer
@@ -25,6 +25,7 @@ def words_tokenizer(normalizer=None, pre_tokenizer=None):
     backend.train_from_iterator(CORPUS, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
     return tokenizer
 
 
@@ -58,6 +59,10 @@ CUT = {
     "a space before each piece": words_tokenizer(pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme="always")),
     "a space from the normalizer": words_tokenizer(
         normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    ),
+    "a space before each piece and white space after": words_tokenizer(
+        normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+        tokens=[AddedToken("<|x|>", rstrip=True, normalized=False)],
     ),
     "pieces stripped": words_tokenizer(
         normalizers.Strip(), pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -105,8 +110,8 @@ def test_the_tokens_of_the_pieces_are_those_of_the_whole(name, rows):
 
 
 def test_lengths_are_used_where_they_are_never_too_short():
-    trimming = {"offsets without spaces", "pieces stripped"}
-    assert {name for name, tokenizer in CUT.items() if lengths_of_tokens(tokenizer) is None} == trimming
+    without = {"offsets without spaces", "pieces stripped", "a space before each piece and white space after"}
+    assert {name for name, tokenizer in CUT.items() if lengths_of_tokens(tokenizer) is None} == without
     assert lengths_of_tokens(words_tokenizer(normalizers.Replace("ab", "c"))) is None
     assert lengths_of_tokens(words_tokenizer(normalizers.Replace(Regex("a+"), "c"))) is None
     assert lengths_of_tokens(words_tokenizer(normalizers.Lowercase())) is None
@@ -123,6 +128,14 @@ def test_a_letter_that_is_left_out_is_not_taken_for_a_space_put_before():
     tokenizer.backend_tokenizer.model.unk_token = None
     assert len(tokenise(["a#"], tokenizer)[0].ids) == 1
     assert_as_whole(["a#", "a#</s>"], tokenizer, None, lengths_of_tokens(tokenizer))
+
+
+@pytest.mark.parametrize("side", ["lstrip", "rstrip"])
+def test_white_space_that_a_token_takes_along_is_not_taken_for_a_space_put_before(side):
+    token = AddedToken("<|x|>", normalized=False, **{side: True})
+    space_before = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    tokenizer = words_tokenizer(pre_tokenizer=space_before, tokens=[token])
+    assert_as_whole(["<|x|>\na", "a\n<|x|>"], tokenizer, None, lengths_of_tokens(tokenizer))
 
 
 def test_an_unknown_letter_is_not_taken_for_the_letters_of_its_token():
