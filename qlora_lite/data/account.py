@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from qlora_lite.data.forms import Form
 from qlora_lite.data.lines import Problems
 from qlora_lite.data.template import Template
-from qlora_lite.errors import DataError
 
 TOO_LONG = "longer than max_tokens"
 SHOWN_ROWS = 5
@@ -39,7 +38,7 @@ class Account:
         longest: the longest of the rows that are an error for their length, (tokens, where).
         end_token_ids: the tokens that end answers and documents.
         template: the chat template, once a conversation needed it.
-        shapes: sequence of roles -> the form that its rows fill in (None: each is rendered), or what is wrong with it.
+        shapes: sequence of roles -> the form that its rows fill in (None: each is rendered).
     """
 
     problems: Problems = field(default_factory=Problems)
@@ -51,7 +50,7 @@ class Account:
     longest: list[tuple[int, str]] = field(default_factory=list)
     end_token_ids: set[int] = field(default_factory=set)
     template: Template | None = None
-    shapes: dict[tuple, Form | DataError | None] = field(default_factory=dict)
+    shapes: dict[tuple, Form | None] = field(default_factory=dict)
 
     def drop(self, reason: str, where: str) -> None:
         """Count a row that is left out."""

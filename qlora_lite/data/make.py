@@ -182,19 +182,13 @@ def _rendered(conversations: Sequence[Conversation], settings: Settings, account
 
 
 def _form(conversation: Conversation, template: Template, account: Account) -> Form | None:
-    """Return the form for this sequence of roles, checked the first time it comes; rows of a bad one get its error."""
+    """Return the form for this sequence of roles, which is checked until a row of it passes."""
     turns = conversation.turns
     shape = (*[(turn.role, not turn.content, bool(turn.calls)) for turn in turns], bool(conversation.tools))
     if shape not in account.shapes:
-        try:
-            check_shape(template, conversation)
-            account.shapes[shape] = make_form(template, conversation)
-        except DataError as error:
-            account.shapes[shape] = error
-    form = account.shapes[shape]
-    if isinstance(form, DataError):
-        raise form
-    return form
+        check_shape(template, conversation)
+        account.shapes[shape] = make_form(template, conversation)
+    return account.shapes[shape]
 
 
 def _conversations(

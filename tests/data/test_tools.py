@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 from tiny_tokenizer import make_tokenizer
 
-from qlora_lite.data.examples import build_examples
+from qlora_lite.data.examples import build_examples, read_examples
 from qlora_lite.data.formats import Turn, as_message, read_conversations
 from qlora_lite.data.lines import Problems
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
@@ -245,6 +245,22 @@ def test_a_template_may_write_arguments_before_the_name(build):
 def test_a_special_token_inside_a_call_or_a_definition_is_an_error(build, row):
     with pytest.raises(DataError, match=r"a.jsonl:1: .* holds the text '<\|im_end\|>'"):
         build([row])
+
+
+@pytest.mark.parametrize("bad_row", [0, 2])
+def test_a_row_that_the_template_refuses_does_not_condemn_others_with_the_same_roles(write, bad_row):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace(
+        "{% for m in messages %}",
+        "{% for m in messages %}{% if m.tool_calls|default([])|length > 1 %}{{ raise_exception('one') }}{% endif %}",
+    )
+    assert tokenizer.chat_template != TEMPLATE
+    rows = [{"messages": [USER, CALLING], "tools": [TOOL]} for _ in range(3)]
+    rows[bad_row] = {"messages": [USER, CALLING | {"tool_calls": [CALL | {"id": "2"}, CALL]}], "tools": [TOOL]}
+    path = write("a.jsonl", rows)
+    data = read_examples([Source(path)], tokenizer)
+    assert data.rows_kept == 2
+    assert [problem.where for problem in data.problems.found] == [f"{path}:{bad_row + 1}"]
 
 
 def test_the_generation_blocks_of_a_template_hold_calls_too(build):
