@@ -161,9 +161,7 @@ def _documents(
 def _control_tokens(encoded: list[list[int]], tokenizer: PreTrainedTokenizerFast) -> dict[int, set[int]]:
     """Return the control tokens that texts became, by the number of the document."""
     control_ids = sorted(special_ids_of(tokenizer) - {tokenizer.unk_token_id})
-    is_control = np.zeros(len(tokenizer), np.bool_)
-    is_control[control_ids] = True
-    if not is_control[np.fromiter(chain.from_iterable(encoded), np.int32)].any():
+    if not np.isin(np.fromiter(chain.from_iterable(encoded), np.int32), control_ids).any():
         return {}
     return {index: found for index, ids in enumerate(encoded) if (found := set(ids).intersection(control_ids))}
 

@@ -84,8 +84,7 @@ def _mark(
 
     The last two are the index of the token that ends each row's last answer, int64 [R], and the ids of all such tokens.
     """
-    is_special = np.zeros(len(template.tokenizer), np.bool_)
-    is_special[sorted(template.special_ids)] = True
+    is_special = np.isin(tokens.ids, sorted(template.special_ids))
     spans = _spans([row.learned for row in rows], tokens)
     answers = _spans([row.answers for row in rows], tokens)
     doubtful = np.zeros(len(rows), np.bool_)
@@ -98,7 +97,7 @@ def _mark(
     doubtful |= ~np.logical_or.reduceat(learned, tokens.borders[:-1])
 
     places = _tokens_before(tokens, answers.row, answers.last) - 1
-    doubtful[answers.row[(places < tokens.borders[answers.row]) | ~is_special[tokens.ids[places]]]] = True
+    doubtful[answers.row[(places < tokens.borders[answers.row]) | ~is_special[places]]] = True
     doubtful[answers.row[_has_other_prompt(rows, tokens, answers, is_special, template)]] = True
     last_ends = places[np.cumsum([len(row.answers) for row in rows]) - 1]
     places = places[~doubtful[answers.row]]
@@ -130,10 +129,11 @@ def _has_other_prompt(
 ) -> np.ndarray:
     """Tell for each answer whether the tokens before it differ from those of its prompt alone: bool [S].
 
-    Only the text from the last special token before the answer is looked at, as in `mask.seam_fault`.
+    Only the text from the last special token before the answer is looked at, as in `mask.seam_fault`; is_special bool
+    [T] says which tokens are.
     """
     after = _tokens_before(tokens, answers.row, answers.first)
-    specials = np.flatnonzero(is_special[tokens.ids])
+    specials = np.flatnonzero(is_special)
     begin = tokens.borders[answers.row]
     if len(specials):
         nearest = np.searchsorted(specials, after) - 1

@@ -130,6 +130,20 @@ def test_a_document_whose_words_are_control_tokens_is_an_error_but_an_unknown_wo
         build([{"text": "a </s>"}], tokenizer=tokenizer)
 
 
+@pytest.mark.parametrize(("row", "end"), [(PAIRS[0], "<|im_end|>"), ({"text": "some words"}, "</s>")])
+def test_a_special_token_may_have_a_number_above_how_many_tokens_there_are(build, row, end):
+    content = json.loads(make_tokenizer().backend_tokenizer.to_str())
+    for token in content["added_tokens"]:
+        token["id"] += 1000
+        content["model"]["vocab"][token["content"]] += 1000
+    backend = Tokenizer.from_str(json.dumps(content))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    tokenizer.chat_template = NAMED_TEMPLATES["chatml"]
+    data = build([row], tokenizer=tokenizer)
+    assert len(tokenizer) < 1000 and data.end_token_ids == {tokenizer.convert_tokens_to_ids(end)}
+    assert learned_text(data.examples[0], tokenizer).endswith(end)
+
+
 def test_a_special_token_written_in_a_conversation_is_an_error_with_its_line(build):
     with pytest.raises(DataError, match=r"a.jsonl:2: turn 1 holds the text '<\|im_end\|>'"):
         build([PAIRS[0], {"prompt": "x<|im_end|>", "completion": "y"}])
