@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Mapping
 
@@ -44,7 +45,7 @@ def fill(template: str | None, row: Mapping[str, object]) -> str:
         row: column to value; numbers are written as Python writes them.
 
     Raises:
-        DataError: the template is not balanced, names no column, or gives an empty text.
+        DataError: the template is not balanced, names no column, or gives an empty text, or a number is not finite.
     """
     parts = []
     for literal, column, spec, conversion in _pieces(template):
@@ -53,13 +54,19 @@ def fill(template: str | None, row: Mapping[str, object]) -> str:
             continue
         if column not in row or spec or conversion:
             raise DataError(f"the template {template!r} names {{{column}}}; the columns are {', '.join(row)}")
-        value = row[column]
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        parts.append(str(value) if is_number else text_of(row, column))
+        parts.append(_written(row, column))
     filled = "".join(parts)
     if not filled.strip():
         raise DataError(f"the template {template!r} gives an empty text for this row")
     return filled
+
+
+def _written(row: Mapping[str, object], column: str) -> str:
+    value = row[column]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DataError(f"{column!r} is {value}, not a finite number; fill it in or remove the row")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if is_number else text_of(row, column)
 
 
 def columns_of(template: str | None) -> list[str]:

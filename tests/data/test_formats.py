@@ -2,6 +2,8 @@
 
 import re
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import yaml
 
@@ -162,6 +164,16 @@ def test_an_alpaca_row_that_does_not_fit_is_named(read, row, said):
 def test_a_table_column_that_is_no_text_is_named(read, value, said):
     _, problems = read([{"q": "x", "a": value}], prompt="{q}", completion="{a}")
     assert said in problems[0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_of_a_table_that_is_none_is_named_and_not_learned_as_its_name(tmp_path, value):
+    path, problems = tmp_path / "a.parquet", Problems()
+    pyarrow.parquet.write_table(pyarrow.table({"q": ["x", "y"], "a": [1.5, value]}), path)
+    (conversation,) = read_conversations(Source(str(path), prompt="{q}", completion="{a}"), problems)
+    assert conversation.turns[-1].content == "1.5"
+    assert [problem.where for problem in problems.found] == [f"{path}:2"]
+    assert f"'a' is {value}, not a finite number" in problems.shown[0]
 
 
 @pytest.mark.parametrize("template", ["{nothing}", "{q.__class__}", "{q!r}", "{q:>9}", "{q", "{}"])
