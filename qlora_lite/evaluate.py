@@ -1,5 +1,6 @@
 """Measure a model on evaluation rows: loss, perplexity, and the share of rows answered word for word."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,11 +21,12 @@ from .train.guards import check_forward
 from .train.loop import eval_batches
 from .train.step import evaluate_loss
 
+log = logging.getLogger(__name__)
 SPARE_TOKENS = 8  # beyond the longest answer of the rows: enough to see that an answer did not stop
 
 
 class ExactMatch(NamedTuple):
-    """Share of answers equal to their reference, and the answers, in the order of the examples."""
+    """Share of answers equal to their reference, and the answers, in the order of the examples; "" for one left out."""
 
     score: float
     answers: tuple[str, ...]
@@ -36,23 +38,26 @@ def exact_match(model: nn.Module, tokenizer, examples: Sequence[Example], end_to
     That is compared as it comes back from the tokenizer, which may write some letters otherwise.
 
     Args:
-        examples: rows with a prompt and an answer.
+        examples: rows with a prompt; those whose answer was cut off are left out.
         end_token_ids: the tokens that end an answer in these rows.
 
     Raises:
-        DataError: a row is plain text and has no answer.
+        DataError: a row is plain text and has no answer, or all answers were cut off.
     """
-    if problem := check_answers(examples):
+    problem, is_error = check_answers(examples)
+    if is_error:
         raise DataError(str(problem))
-    prompts = [example.prompt for example in examples]
+    asked = [example for example in examples if example.answer]
+    prompts = [example.prompt for example in asked]
     given = tokenizer(prompts, add_special_tokens=False).input_ids
-    longest = max(len(example.token_ids) - len(ids) for example, ids in zip(examples, given, strict=True))
+    longest = max(len(example.token_ids) - len(ids) for example, ids in zip(asked, given, strict=True))
     stop = stop_ids(model, tokenizer, end_token_ids)
     answers = [text.strip() for text in answer(model, tokenizer, prompts, longest + SPARE_TOKENS, stop)]
-    written = tokenizer([example.answer for example in examples], add_special_tokens=False).input_ids
+    written = tokenizer([example.answer for example in asked], add_special_tokens=False).input_ids
     references = tokenizer.batch_decode(written, skip_special_tokens=True)
     right = sum(text == reference.strip() for text, reference in zip(answers, references, strict=True))
-    return ExactMatch(right / len(examples), tuple(answers))
+    in_order = iter(answers)
+    return ExactMatch(right / len(asked), tuple(next(in_order) if example.answer else "" for example in examples))
 
 
 def evaluate_recipe(recipe: Recipe, adapter: Path | None, exact_match_rows: int) -> dict:
@@ -63,7 +68,8 @@ def evaluate_recipe(recipe: Recipe, adapter: Path | None, exact_match_rows: int)
         exact_match_rows: rows to answer, 0 for none.
 
     Returns:
-        eval_loss, perplexity, labelled_tokens, rows and, if asked for, exact_match and exact_match_rows.
+        eval_loss, perplexity, labelled_tokens, rows and, if asked for, exact_match and exact_match_rows, the rows that
+        were compared.
     """
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
     data, settings = build_data(recipe, tokenizer, "eval"), train_settings(recipe)
@@ -80,5 +86,7 @@ def evaluate_recipe(recipe: Recipe, adapter: Path | None, exact_match_rows: int)
         rows = data.examples[:exact_match_rows]
         arrange_weights(model)
         match = exact_match(model, tokenizer, rows, data.end_token_ids)
-        measured |= {"exact_match": match.score, "exact_match_rows": len(rows)}
+        if left_out := check_answers(rows)[0]:
+            log.warning("%s", left_out)
+        measured |= {"exact_match": match.score, "exact_match_rows": sum(bool(row.answer) for row in rows)}
     return measured

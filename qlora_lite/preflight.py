@@ -177,8 +177,9 @@ def _faults_of_evaluation(recipe: Recipe, data: Dataset, eval_data: Dataset) -> 
     overlap, is_error = check_overlap(data.examples, eval_data.examples)
     if overlap:
         yield overlap, is_error
-    if no_answer := check_answers(eval_data.examples[: recipe.train.exact_match_rows]):
-        yield no_answer, True
+    no_answer, is_error = check_answers(eval_data.examples[: recipe.train.exact_match_rows])
+    if no_answer:
+        yield no_answer, is_error
 
 
 def _counts(data: Dataset) -> dict:

@@ -158,6 +158,17 @@ def test_evaluate_takes_a_recipe_and_measures_its_base_model(finished, command):
     assert re.search(rf"eval loss +{summary['eval_loss_before']:.4f}", out)
 
 
+def test_evaluate_says_how_many_rows_it_left_out_of_exact_match_because_their_answer_is_cut_off(
+    finished, command, tmp_path
+):
+    recipe = write_recipe(tmp_path, finished[1].parent / "model")
+    rows = [{"prompt": "x", "completion": "o" * 200}, {"prompt": "y", "completion": "z"}]
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, err = command("evaluate", recipe, "--json", "--rows", 2, "data.overflow=truncate")
+    assert (code, json.loads(out)["exact_match_rows"]) == (0, 1)
+    assert "eval.jsonl:1: the answers of 1 of 2 rows were cut off at data.max_tokens" in err
+
+
 def test_evaluate_without_evaluation_rows_is_an_error(finished, command, tmp_path):
     recipe = write_recipe(tmp_path, finished[1].parent / "model", data={"eval": None}, train={"exact_match_rows": 0})
     code, out, err = command("evaluate", recipe, "--json")

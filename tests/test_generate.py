@@ -1,6 +1,7 @@
 """Prompts answered together give what each gives alone, and what plain transformers gives."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -94,6 +95,8 @@ def test_a_model_that_writes_what_its_rows_teach_matches_all_of_them(tmp_path, m
     monkeypatch.setattr(model, "generate", generate)
     match = exact_match(model, tokenizer, data.examples, data.end_token_ids)
     assert match.score == 1 and match.answers[1] == "<think></think>answer 1 ooooooooo"
+    cut = [replace(example, answer="") if index == 1 else example for index, example in enumerate(data.examples)]
+    assert exact_match(model, tokenizer, cut, data.end_token_ids) == (1, (match.answers[0], "", match.answers[2]))
     taught[tuple(given[2])][0] += 1
     assert exact_match(model, tokenizer, data.examples, data.end_token_ids).score == 2 / 3
 

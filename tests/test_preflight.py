@@ -191,6 +191,17 @@ def test_an_exact_match_on_plain_text_is_an_error_before_a_model_is_loaded(look)
         found.raise_if_unusable()
 
 
+def test_rows_whose_answer_is_cut_off_are_counted_and_an_error_only_if_they_are_all(look):
+    cut = pair("x", "o" * 200)
+    found = look(None, [cut, pair("z"), cut], exact_rows=3, overflow="truncate")
+    found.raise_if_unusable()
+    assert places(found) == {(1, "no answer to match", "warning")}
+    assert "the answers of 2 of 3 rows were cut off" in found.report["problems"][0]["message"]
+    found = look(None, [cut, pair("z"), cut], exact_rows=1, overflow="truncate")
+    with pytest.raises(DataError, match=r"the answers of 1 of 1 rows were cut off at data\.max_tokens"):
+        found.raise_if_unusable()
+
+
 def test_without_packing_there_is_no_efficiency(look):
     report = look(packing="false").report
     assert report["packing_efficiency"] is None and report["packs"] is None

@@ -87,11 +87,27 @@ def _begin_twice(ids: np.ndarray, starts: np.ndarray, begin_id: int | None) -> l
     return sorted(set((np.searchsorted(starts, second, side="right") - 1).tolist()))
 
 
-def check_answers(examples: Sequence[Example]) -> RowProblem | None:
-    """Look for a row without an answer, plain text, among those whose answers are to be compared word for word."""
-    where = next((example.where for example in examples if not example.answer), None)
-    message = "has no answer to match; set train.exact_match_rows (--rows) to 0 for plain text"
-    return RowProblem(where, NO_ANSWER, message) if where else None
+def check_answers(examples: Sequence[Example]) -> tuple[RowProblem | None, bool]:
+    """Look for rows without an answer among those whose answers are to be compared word for word.
+
+    Args:
+        examples: the rows that were asked for.
+
+    Returns:
+        What is wrong, if anything, and whether nothing can be compared: a row is plain text, or all answers were cut
+        off. Rows whose answer was cut off are left out otherwise.
+    """
+    without = [example for example in examples if not example.answer]
+    if plain := next((example.where for example in without if not example.prompt), None):
+        message = "has no answer to match; set train.exact_match_rows (--rows) to 0 for plain text"
+        return RowProblem(plain, NO_ANSWER, message), True
+    if not without:
+        return None, False
+    message = (
+        f"the answers of {len(without)} of {len(examples)} rows were cut off at data.max_tokens, so that exact match "
+        "leaves them out; raise it, or set train.exact_match_rows (--rows) to 0"
+    )
+    return RowProblem(without[0].where, NO_ANSWER, message), len(without) == len(examples)
 
 
 def check_overlap(train: Sequence[Example], evaluation: Sequence[Example]) -> tuple[RowProblem | None, bool]:

@@ -21,7 +21,7 @@ from qlora_lite.data.check import NOTHING_TO_LEARN
 from qlora_lite.data.formats import Conversation, Document, read_conversations
 from qlora_lite.data.forms import Form, make_form
 from qlora_lite.data.mask import Row, render_row
-from qlora_lite.data.mask_rows import mark_rows
+from qlora_lite.data.mask_rows import Marked, mark_rows
 from qlora_lite.data.read import Source
 from qlora_lite.data.render import CONTROL_TOKEN, check_shape
 from qlora_lite.data.split import only_last_answer, parts, windows
@@ -39,8 +39,8 @@ _ROWS_PER_CALL = 1000
 _TOKENIZER_IN_USE = Lock()  # a fast tokenizer cannot be called from two threads: each call sets it up anew
 
 _Batch = list[Document] | list[tuple[Conversation, Row]]
-_Encoded = list[list[int]] | tuple[list[Example | DataError], set[int]]  # of documents, of conversations
-_Made = Iterator[tuple[Conversation | Document, Example]]
+_Encoded = list[list[int]] | tuple[list[Marked | DataError], set[int]]  # of documents, of conversations
+_Made = Iterator[tuple[Conversation | Document, Marked]]
 
 
 def make_examples(
@@ -152,7 +152,7 @@ def _documents(
             fault = f"the text became the control token {names}; write it differently"
             account.problems.add(document.where, fault, CONTROL_TOKEN)
         elif end - start > 1 and learned[start:end].any():
-            yield document, Example(flat[start:end], learned[start:end], "", "", document.where)
+            yield document, Marked(Example(flat[start:end], learned[start:end], "", "", document.where), 0)
         else:
             fault = "a document of one token has nothing to learn; remove it"
             account.problems.add(document.where, fault, NOTHING_TO_LEARN)
@@ -190,21 +190,22 @@ def _form(conversation: Conversation, template: Template, account: Account) -> F
 
 
 def _conversations(
-    rendered: list[tuple[Conversation, Row]], marked: tuple[list[Example | DataError], set[int]], account: Account
+    rendered: list[tuple[Conversation, Row]], encoded: tuple[list[Marked | DataError], set[int]], account: Account
 ) -> _Made:
     """Yield the examples of rendered conversations, and note what is wrong with the others."""
-    examples, end_token_ids = marked
+    made, end_token_ids = encoded
     account.end_token_ids.update(end_token_ids)
-    for (conversation, row), example in zip(rendered, examples, strict=True):
-        if isinstance(example, DataError):
-            account.problems.add(row.where, example)
+    for (conversation, row), marked in zip(rendered, made, strict=True):
+        if isinstance(marked, DataError):
+            account.problems.add(row.where, marked)
         else:
-            yield conversation, example
+            yield conversation, marked
 
 
 def _fit(made: _Made, settings: Settings, account: Account) -> Iterator[Example]:
     max_tokens, overflow = settings.max_tokens, settings.overflow
-    for row, example in made:
+    for row, marked in made:
+        example = marked.example
         if len(example.token_ids) <= max_tokens:
             yield example
         elif overflow in ("error", "drop"):
@@ -219,7 +220,8 @@ def _fit(made: _Made, settings: Settings, account: Account) -> Iterator[Example]
         else:
             account.truncated += 1
             token_ids, learned = example.token_ids[:max_tokens].copy(), example.learned[:max_tokens].copy()
-            yield replace(example, token_ids=token_ids, learned=learned)
+            answer = example.answer if marked.answered <= max_tokens else ""
+            yield replace(example, token_ids=token_ids, learned=learned, answer=answer)
 
 
 def _split(conversation: Conversation, settings: Settings, account: Account) -> Iterator[Example]:
@@ -232,8 +234,8 @@ def _split(conversation: Conversation, settings: Settings, account: Account) -> 
         rendered = _rendered([part], settings, account)
         if not rendered:
             return None
-        marked = _encode(rendered, account.template.tokenizer, settings, account)
-        return next((example for _, example in _conversations(rendered, marked, account)), None)
+        encoded = _encode(rendered, account.template.tokenizer, settings, account)
+        return next((marked.example for _, marked in _conversations(rendered, encoded, account)), None)
 
     def length_of(part: Conversation) -> int:
         example = made_of(part, whole)

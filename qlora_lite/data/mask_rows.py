@@ -31,9 +31,15 @@ class _Spans:
     last: np.ndarray
 
 
-def mark_rows(
-    rows: Sequence[Row], template: Template, train_on_end: bool
-) -> tuple[list[Example | DataError], set[int]]:
+@dataclass(frozen=True, slots=True)
+class Marked:
+    """Hold the example of a row, and how many tokens it has up to the end of its last answer."""
+
+    example: Example
+    answered: int
+
+
+def mark_rows(rows: Sequence[Row], template: Template, train_on_end: bool) -> tuple[list[Marked | DataError], set[int]]:
     """Tokenise rendered rows and mark what is learned.
 
     Args:
@@ -50,7 +56,7 @@ def mark_rows(
     else:
         learned, doubtful = np.zeros(len(tokens.ids), np.bool_), np.ones(len(rows), np.bool_)
         last_ends, end_ids = np.zeros(len(rows), np.int64), set()
-    made: list[Example | DataError] = []
+    made: list[Marked | DataError] = []
     borders = tokens.borders.tolist()
     for index, row in enumerate(rows):
         start, end = borders[index], borders[index + 1]
@@ -67,7 +73,7 @@ def mark_rows(
             last_end = start + ends[-1]
         begin = row.answers[-1][0]
         answer = template.special.sub("", row.text[begin : tokens.starts[last_end] - first])
-        made.append(Example(ids, marks, row.text[:begin], answer, row.where))
+        made.append(Marked(Example(ids, marks, row.text[:begin], answer, row.where), int(last_end) - start + 1))
     return made, end_ids
 
 

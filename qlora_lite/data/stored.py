@@ -37,7 +37,7 @@ class Example:
         learned: bool [T]; learned[t] means that token t is to be predicted.
         prompt: the text up to the last answer, special tokens included; "" for a plain document.
         answer: what follows it up to the token that ends the last answer, without special tokens; "" for a plain
-            document.
+            document, and where it was cut off.
         where: the row's place, "file.jsonl:12".
     """
 

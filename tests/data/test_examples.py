@@ -299,6 +299,14 @@ def test_truncation_is_counted_and_never_leaves_a_row_without_a_learned_token(bu
     assert all(e.learned.any() and len(e.token_ids) <= 40 for e in data.examples)
 
 
+def test_a_row_whose_answer_is_cut_off_has_none(build):
+    (whole,) = build(PAIRS[:1]).examples
+    for left_out, answer in ((0, "answer 0"), (1, "answer 0"), (2, "")):  # nothing, the line end, the end token too
+        max_tokens = len(whole.token_ids) - left_out
+        (example,) = build(PAIRS[:1], max_tokens=max_tokens, overflow="truncate", train_on_end=False).examples
+        assert (len(example.token_ids), example.prompt, example.answer) == (max_tokens, whole.prompt, answer)
+
+
 def test_rows_that_are_all_dropped_are_an_error(build):
     with pytest.raises(DataError, match="no row is left to train on: 4 rows longer than max_tokens"):
         build(PAIRS, max_tokens=4, overflow="drop")

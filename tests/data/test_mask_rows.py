@@ -10,6 +10,7 @@ from tokenizers import normalizers, pre_tokenizers
 
 from qlora_lite.data.mask import Row, mark_row, tokenise
 from qlora_lite.data.mask_rows import mark_rows
+from qlora_lite.data.stored import Example
 from qlora_lite.data.template import choose_template
 from qlora_lite.errors import DataError
 
@@ -62,17 +63,18 @@ def one_by_one(given_rows, template, train_on_end):
         ends.update(tokens.ids[of_row].tolist())
         first = row.answers[-1][0]
         answer = template.special.sub("", row.text[first : tokens.starts[of_row[-1]]])
-        made.append((tokens.ids.tolist(), learned.tolist(), row.text[:first], answer, row.where))
+        made.append((as_lists(Example(tokens.ids, learned, row.text[:first], answer, row.where)), of_row[-1] + 1))
     return made, ends
+
+
+def as_lists(example):
+    return example.token_ids.tolist(), example.learned.tolist(), example.prompt, example.answer, example.where
 
 
 def at_once(given_rows, template, train_on_end):
     made, ends = mark_rows(given_rows, template, train_on_end)
     return [
-        (str(row), row.rule)
-        if isinstance(row, DataError)
-        else (row.token_ids.tolist(), row.learned.tolist(), row.prompt, row.answer, row.where)
-        for row in made
+        (str(row), row.rule) if isinstance(row, DataError) else (as_lists(row.example), row.answered) for row in made
     ], ends
 
 
