@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from qlora_lite.errors import DataError
+
+_NO_NAME = frozenset("{}!:")  # what `string.Formatter` takes apart
 
 
 def text_of(holder: Mapping[str, object], key: str) -> str:
@@ -48,12 +50,13 @@ def fill(template: str | None, row: Mapping[str, object]) -> str:
         DataError: the template is not balanced, names no column, or gives an empty text, or a number is not finite.
     """
     parts = []
-    for literal, column, spec, conversion in _pieces(template):
+    for literal, column, spec, conversion in _pieces(template, row):
         parts.append(literal)
         if column is None:
             continue
         if column not in row or spec or conversion:
-            raise DataError(f"the template {template!r} names {{{column}}}; the columns are {', '.join(row)}")
+            columns = f"the columns are {', '.join(row)}{_cure_of_name(template, row)}"
+            raise DataError(f"the template {template!r} names {{{column}}}; {columns}")
         parts.append(_written(row, column))
     filled = "".join(parts)
     if not filled.strip():
@@ -78,8 +81,15 @@ def columns_of(template: str | None) -> list[str]:
     return [column for _, column, _, _ in _pieces(template) if column is not None]
 
 
-def _pieces(template: str | None) -> list[tuple[str, str | None, str | None, str | None]]:
+def _pieces(template: str | None, columns: Iterable[str] = ()) -> list[tuple[str, str | None, str | None, str | None]]:
     try:
         return list(string.Formatter().parse(template or ""))
     except ValueError as error:
-        raise DataError(f"the template {template!r} is not balanced ({error}); write {{{{ for a brace") from None
+        cure = f"write {{{{ for a brace{_cure_of_name(template, columns)}"
+        raise DataError(f"the template {template!r} is not balanced ({error}); {cure}") from None
+
+
+def _cure_of_name(template: str, columns: Iterable[str]) -> str:
+    """Say what to do about a column that this template means and none can name; "" if there is no such column."""
+    odd = next((name for name in columns if f"{{{name}}}" in template and not _NO_NAME.isdisjoint(name)), None)
+    return f"; rename the column {odd!r}: no template can name one with {{, }}, ! or : in it" if odd else ""

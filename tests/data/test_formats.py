@@ -182,6 +182,15 @@ def test_a_table_template_can_only_name_columns(read, template):
     assert "template" in problems[0]
 
 
+@pytest.mark.parametrize("column", ["a!b", "a:b", "a {b}", "a{", "}"])
+def test_a_column_that_no_template_can_name_is_to_be_renamed(read, column):
+    row = {"q": "x", "b:c": "z", column: "y"}
+    _, problems = read([row], prompt="{q}", completion="{" + column + "}")
+    assert f"rename the column {column!r}" in problems[0]
+    _, problems = read([row], prompt="{q}", completion="{a}")
+    assert "the columns are q, b:c" in problems[0] and "rename" not in problems[0]
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
