@@ -222,7 +222,8 @@ def normalise(row: Mapping[str, object], where: str, format_name: str, source: S
 def _pair_of(row: Mapping[str, object], format_name: str) -> tuple[Turn, ...]:
     if format_name == "alpaca":
         context = row.get("input")
-        prompt = text_of(row, "instruction") + (f"\n\n{text_of(row, 'input')}" if context not in (None, "") else "")
+        is_blank = context is None or (isinstance(context, str) and not context.strip())
+        prompt = text_of(row, "instruction") + ("" if is_blank else f"\n\n{text_of(row, 'input')}")
         return _pair(prompt, text_of(row, "output"), row.get("system"))
     return _pair(text_of(row, "prompt"), text_of(row, "completion"), row.get("system"))
 

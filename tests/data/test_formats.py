@@ -64,6 +64,7 @@ def read(write):
         ({"conversations": SHAREGPT, "system": "s"}, WITH_SYSTEM),
         ({"instruction": "q", "output": "a"}, PAIR),
         ({"instruction": "q", "input": "", "output": "a", "system": None}, PAIR),
+        ({"instruction": "q", "input": " \n", "output": "a"}, PAIR),
         ({"instruction": "q", "input": "x", "output": "a"}, (Turn("user", "q\n\nx"), PAIR[1])),
         ({"prompt": "q", "completion": "a", "id": 7}, PAIR),
         ({"prompt": "q", "completion": "a", "system": ""}, PAIR),
