@@ -21,7 +21,7 @@ from .train.guards import check_forward
 from .train.loop import eval_batches
 from .train.step import evaluate_loss
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("qlora_lite")
 SPARE_TOKENS = 8  # beyond the longest answer of the rows: enough to see that an answer did not stop
 
 
@@ -30,6 +30,11 @@ class ExactMatch(NamedTuple):
 
     score: float
     answers: tuple[str, ...]
+
+
+def rows_compared(examples: Sequence[Example]) -> int:
+    """Return how many rows have an answer to compare with."""
+    return sum(bool(example.answer) for example in examples)
 
 
 def exact_match(model: nn.Module, tokenizer, examples: Sequence[Example], end_token_ids: Iterable[int]) -> ExactMatch:
@@ -88,5 +93,5 @@ def evaluate_recipe(recipe: Recipe, adapter: Path | None, exact_match_rows: int)
         match = exact_match(model, tokenizer, rows, data.end_token_ids)
         if left_out := check_answers(rows)[0]:
             log.warning("%s", left_out)
-        measured |= {"exact_match": match.score, "exact_match_rows": sum(bool(row.answer) for row in rows)}
+        measured |= {"exact_match": match.score, "exact_match_rows": rows_compared(rows)}
     return measured

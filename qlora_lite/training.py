@@ -13,7 +13,7 @@ from torch import nn
 
 from .data.examples import Dataset
 from .errors import CheckpointError, Interrupted, OutputError
-from .evaluate import ExactMatch, exact_match
+from .evaluate import ExactMatch, exact_match, rows_compared
 from .lora.adapter import CONFIG_NAME, adapter_config, adapter_tensors, fill_adapter, save_adapter
 from .memory.meter import PeakMeter
 from .recipe.schema import Recipe
@@ -197,8 +197,8 @@ class Training:
             return None
         with self.stop.at_once():
             result = exact_match(self.model, self.tokenizer, rows, self.eval_data.end_token_ids)
-        log.info("exact match %s training: %.1f %% of %d rows", when, 100 * result.score, len(rows))
-        self.run.update(**{f"exact_match_{when}": result.score, "exact_match_rows": len(rows)})
+        log.info("exact match %s training: %.1f %% of %d rows", when, 100 * result.score, rows_compared(rows))
+        self.run.update(**{f"exact_match_{when}": result.score, "exact_match_rows": rows_compared(rows)})
         return result
 
     def _keep_if_best(self, loss: float) -> bool:

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_files import save_tiny, write_recipe
+from tiny_files import save_tiny, write_recipe, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_lite
@@ -285,6 +285,14 @@ def test_the_chat_template_of_a_run_is_its_own_from_then_on(run, tmp_path):
     opened = open_run(folder)
     result = evaluate_recipe(opened.recipe, opened.adapter, 0)
     assert result["eval_loss"] == pytest.approx(summary_of(folder)["eval_loss_after"], rel=1e-4)
+
+
+def test_the_summary_counts_the_rows_that_exact_match_compares(run, tmp_path):
+    parts = [write_rows(tmp_path / "cut.jsonl", 1, mark).read_text() for mark in ("!", "!" * 200)]
+    (tmp_path / "cut.jsonl").write_text("".join(parts))
+    data = {"eval": str(tmp_path / "cut.jsonl"), "overflow": "truncate"}
+    summary = summary_of(run(data=data, train={"max_steps": 1, "exact_match_rows": 2}))
+    assert summary["exact_match_rows"] == 1 and summary["exact_match_before"] in (0.0, 1.0)
 
 
 def test_plain_text_rows_have_no_answers_to_match_and_say_so(run, tmp_path):

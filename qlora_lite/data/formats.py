@@ -9,18 +9,19 @@ answer, an unknown role or a number where text should be is an error of that row
 | messages          | {"messages": [{"role", "content", "tool_calls"?, "weight"?}], "tools"?}              |
 | sharegpt          | {"conversations": [{"from", "value"}], "system"?, "tools"?}                          |
 | alpaca            | {"instruction", "input"?, "output", "system"?}                                       |
-| prompt-completion | {"prompt", "completion", "system"?}                                                  |
+| prompt-completion | {"prompt", "completion", "system"?}, both text, or both lists of turns as in messages |
 | text              | {"text"}                                                                             |
 | table             | any columns; the prompt and completion templates of the source name them             |
 
 content is text or a list of text parts. Tools, calls and results: see `tools`; in sharegpt a call is a turn of its
-own, {"from": "function_call", "value": JSON text}, and a result {"from": "observation", "value": text}.
+own, {"from": "function_call", "value": JSON text}, and a result {"from": "observation", "value": text}. Of a prompt
+that is a list of turns no answer is learned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qlora_lite.data.fields import columns_of, fill, kind_of, text_of
 from qlora_lite.data.lines import Problems
@@ -40,8 +41,11 @@ _NOT_SUPPORTED = (
 _NEEDED = {"alpaca": {"instruction", "output"}, "prompt-completion": {"prompt", "completion"}, "text": {"text"}}
 _WITH_TURNS = {"messages", "conversations", "system", "tools"}
 _TAKEN = {
-    "messages": _WITH_TURNS, "sharegpt": _WITH_TURNS, "alpaca": {"input", "system"}, "prompt-completion": {"system"},
+    "messages": _WITH_TURNS, "sharegpt": _WITH_TURNS, "alpaca": {"input", "system"},
+    "prompt-completion": {"system", "tools"},
 }  # fmt: skip
+_ANSWERS = "completion", "response", "output", "answer", "answers", "chosen", "target", "solution", "summary", "label"
+_QUESTIONS = "prompt", "question", "instruction", "query", "input", "problem"
 _AFTER = {"user": ("assistant",), "assistant": ("user",), "tool": ("tool", "assistant")}
 
 
@@ -165,13 +169,22 @@ def recognise(row: Mapping[str, object], where: str, source: Source) -> str:
 def _cure(columns: list[str], source: Source) -> str:
     """Say what to do about columns that no format has."""
     if len(columns) >= 2:
-        pair = f'prompt: "{{{columns[0]}}}", completion: "{{{columns[1]}}}"'
+        prompt, completion = _likely(columns)
+        pair = f'prompt: "{{{prompt}}}", completion: "{{{completion}}}"'
         return f'say which ones to use, as in data.train: [{{path: "{source.path}", {pair}}}]'
     for sign, name, cure in ((";", "semicolons", "save it with commas"), ("\t", "tabs", "name it .tsv"),
                              (",", "commas", "name it .csv")):  # fmt: skip
         if sign in "".join(columns):
             return f"is it one column, or a file whose columns are parted by {name}? then {cure}"
     return "an answer needs a prompt; for plain text, name the column text"
+
+
+def _likely(columns: list[str]) -> tuple[str, str]:
+    """Return the columns that are named most like a question and an answer, else the first ones."""
+    answer = next((name for name in columns if name.lower() in _ANSWERS), None)
+    others = [name for name in columns if name != answer]
+    question = next((name for name in others if name.lower() in _QUESTIONS), others[0])
+    return question, answer or next(name for name in columns if name != question)
 
 
 def unused_columns(row: Mapping[str, object], format_name: str, source: Source) -> list[str]:
@@ -209,7 +222,7 @@ def normalise(row: Mapping[str, object], where: str, format_name: str, source: S
     if format_name == "table":
         pair = fill(source.prompt, row), fill(source.completion, row)
         turns = _pair(*pair, None)
-    elif format_name in ("messages", "sharegpt"):
+    elif format_name in ("messages", "sharegpt") or _has_lists(row, format_name):
         turns, tools = _turns(row, format_name), tool_definitions(row.get("tools"))
         check_calls(turns, tools)
     else:
@@ -228,6 +241,13 @@ def _pair_of(row: Mapping[str, object], format_name: str) -> tuple[Turn, ...]:
     return _pair(text_of(row, "prompt"), text_of(row, "completion"), row.get("system"))
 
 
+def _has_lists(row: Mapping[str, object], format_name: str) -> bool:
+    """Tell whether prompt and completion are lists of turns."""
+    return format_name == "prompt-completion" and all(
+        isinstance(row.get(key), list) for key in ("prompt", "completion")
+    )
+
+
 def _refuse(holder: Mapping[str, object], keys: Sequence[str]) -> None:
     if holder.keys().isdisjoint(keys):
         return
@@ -242,10 +262,13 @@ def _pair(prompt: str, answer: str, system: object) -> tuple[Turn, ...]:
 
 
 def _turns(row: Mapping[str, object], format_name: str) -> tuple[Turn, ...]:
-    messages = row.get("messages") if "messages" in row else row.get("conversations")
+    prompt = row["prompt"] if _has_lists(row, format_name) else []
+    messages = [*prompt, *row["completion"]] if prompt else row.get("messages", row.get("conversations"))
     if not isinstance(messages, list) or not messages:
         raise DataError(f"no list of turns, as format {format_name} needs; are two formats mixed in this source?")
     turns = [_turn(message, number) for number, message in enumerate(messages, start=1)]
+    asked = turns[: len(prompt)]
+    turns[: len(prompt)] = [replace(turn, learned=False) if turn.role == "assistant" else turn for turn in asked]
     if row.get("system"):
         turns.insert(0, Turn("system", text_of(row, "system")))
     return tuple(turns)

@@ -218,6 +218,30 @@ def test_columns_that_no_format_has_are_an_error_that_shows_the_cure(write):
 
 
 @pytest.mark.parametrize(
+    ("columns", "pair"),
+    [
+        (["instruction", "context", "response", "category"], ("instruction", "response")),
+        (["id", "Answers", "query"], ("query", "Answers")), (["prompt", "chosen", "rejected"], ("prompt", "chosen")),
+        (["response", "meta"], ("meta", "response")), (["a", "question"], ("question", "a")), (["a", "b"], ("a", "b")),
+    ],
+)  # fmt: skip
+def test_the_columns_shown_are_those_named_like_a_question_and_an_answer(columns, pair):
+    shown = 'prompt: "{{{}}}", completion: "{{{}}}"'.format(*pair)
+    with pytest.raises(DataError, match=re.escape(shown)):
+        recognise(dict.fromkeys(columns, "x"), "a.jsonl:1", Source("a.jsonl"))
+
+
+def test_a_prompt_and_a_completion_that_are_lists_of_turns_are_one_conversation_with_its_last_part_learned(read):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    rows = [{"prompt": [user("q")], "completion": [assistant("a")], "system": "s"},
+            {"prompt": [user("q"), assistant("a"), user("q")], "completion": [assistant("a")], "tools": [tool]},
+            {"prompt": [user("q")], "completion": "a"}, {"prompt": [], "completion": [assistant("a")]}]  # fmt: skip
+    (one, two), problems = read(rows)
+    assert one.turns == WITH_SYSTEM and two.turns == (*UNLEARNED, *PAIR) and len(two.tools) == 1
+    assert len(problems) == 2 and unused_columns(rows[1], "prompt-completion", Source("a")) == []
+
+
+@pytest.mark.parametrize(
     ("name", "header", "said"),
     [
         ("a.csv", "q;a", "parted by semicolons? then save it with commas"),
