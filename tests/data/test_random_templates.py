@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tiny_tokenizer import SPECIAL_TOKENS, make_tokenizer
 
 from qlora_lite.data.batch import collate, plan_epoch
+from qlora_lite.data.check import BEGIN_TWICE
 from qlora_lite.data.examples import read_examples
 from qlora_lite.data.formats import Turn
 from qlora_lite.data.read import Source
@@ -151,7 +152,8 @@ def test_text_mask_and_packs_are_those_of_the_reference(form, talks, train_on, t
     assert {e.where: (e.token_ids.tolist(), e.learned.tolist()) for e in data.examples} == {
         where: row for where, row in right.items() if row
     }
-    assert all(right.get(problem.where) is None for problem in data.problems.found)
+    # "<" before "s>" is begin-of-text: a template's fault, which leaves the row as it is
+    assert all(right.get(problem.where) is None or problem.rule == BEGIN_TWICE for problem in data.problems.found)
     for example in data.examples:
         turns = talks[int(example.where.rpartition(":")[2]) - 1]
         text, _, starts, _ = written(form, turns)
