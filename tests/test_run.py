@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_files import save_tiny, write_recipe, write_rows
+from tiny_files import save_tiny, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_lite
@@ -288,8 +288,8 @@ def test_the_chat_template_of_a_run_is_its_own_from_then_on(run, tmp_path):
 
 
 def test_the_summary_counts_the_rows_that_exact_match_compares(run, tmp_path):
-    parts = [write_rows(tmp_path / "cut.jsonl", 1, mark).read_text() for mark in ("!", "!" * 200)]
-    (tmp_path / "cut.jsonl").write_text("".join(parts))
+    rows = [{"prompt": "x", "completion": "o" * 200}, {"prompt": "y", "completion": "z"}]
+    (tmp_path / "cut.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"eval": str(tmp_path / "cut.jsonl"), "overflow": "truncate"}
     summary = summary_of(run(data=data, train={"max_steps": 1, "exact_match_rows": 2}))
     assert summary["exact_match_rows"] == 1 and summary["exact_match_before"] in (0.0, 1.0)
