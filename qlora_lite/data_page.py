@@ -119,9 +119,11 @@ def _histogram(report: dict) -> str:
 def _sources(report: dict) -> str:
     named = [("training", s) for s in report.get("sources", [])]
     named += [("evaluation", s) for s in (report.get("eval") or {}).get("sources", [])]
-    rows = [[use, s["path"], s["format"] or "not recognised", f"{s['weight']:g}", "; ".join(s["notes"])]
+    rows = [[use, s["path"], s["format"] or "not recognised", "; ".join(s["notes"]), f"{s['weight']:g}",
+             *(f"{s[count]:,}" for count in ("examples", "tokens", "learned_tokens"))]
             for use, s in named]  # fmt: skip
-    return table(["used for", "path", "format", "weight", "notes"], rows, numeric=3) if rows else ""
+    columns = ["used for", "path", "format", "notes", "weight", "examples", "tokens", "learned"]
+    return table(columns, rows, numeric=range(4, 8)) if rows else ""
 
 
 def _dropped(report: dict) -> str:

@@ -32,18 +32,20 @@ def figure(label: str, value: str, before: str = "", detail: str = "") -> str:
     )
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]], numeric: int, totals: int = 0) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[object]], numeric: int | range, totals: int = 0) -> str:
     """Write a table.
 
     Args:
         head: column titles.
         rows: cells, escaped here.
-        numeric: the column to align right, counted from 0.
+        numeric: the column, or columns, to align right, counted from 0.
         totals: how many of the last rows are sums.
     """
 
+    right = range(numeric, numeric + 1) if isinstance(numeric, int) else numeric
+
     def cells(row: Sequence[object], tag: str) -> str:
-        style = ["" if column != numeric else ' class="number"' for column in range(len(row))]
+        style = [' class="number"' if column in right else "" for column in range(len(row))]
         return "".join(f"<{tag}{style[i]}>{text(cell)}</{tag}>" for i, cell in enumerate(row))
 
     first_total = len(rows) - totals

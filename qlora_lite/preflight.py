@@ -13,7 +13,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, groupby, islice, zip_longest
+from operator import attrgetter
 
 from .data.batch import collate, packing_efficiency, plan_epoch
 from .data.check import check_answers, check_overlap, count_special_tokens, histogram
@@ -24,7 +25,7 @@ from .data.opening import left_out
 from .data.read import Source, read_rows, text_files
 from .data.render import ROW_DAY
 from .data.show import pieces_of
-from .data.stored import row_lengths
+from .data.stored import Example, Examples, row_lengths
 from .data.template import special_ids_of
 from .errors import DataError
 from .recipe.schema import Recipe
@@ -129,12 +130,12 @@ def preflight(recipe: Recipe, tokenizer, rows_to_show: int = 4) -> Preflight:
         **_counts(data),
         "sample_rows": STREAM_SAMPLE_ROWS if recipe.data.streaming else None,
         **_lengths(recipe, data),
-        "sources": [_describe_source(source) for source in build_sources(recipe, "train")],
+        "sources": _sources(recipe, data, "train"),
         "template": _describe_template(data, tokenizer),
         "special_tokens": _special_tokens(data, tokenizer),
         "eval": eval_data and {
             **_counts(eval_data),
-            "sources": [_describe_source(source) for source in build_sources(recipe, "eval")],
+            "sources": _sources(recipe, eval_data, "eval"),
         },
         "rows": _rows(data, tokenizer, rows_to_show),
     }  # fmt: skip
@@ -203,6 +204,23 @@ def _lengths(recipe: Recipe, data: Dataset) -> dict:
     }
 
 
+def _sources(recipe: Recipe, data: Dataset, which: str) -> list[dict]:
+    """Describe each source, and count what it gives: examples, their tokens and those that are learned."""
+    described = []
+    for source, part in zip(build_sources(recipe, which), _parts(data), strict=True):
+        counts = {"examples": len(part), "tokens": int(part.lengths.sum())}
+        described.append(_describe_source(source) | counts | {"learned_tokens": int(part.learned_counts.sum())})
+    return described
+
+
+def _parts(data: Dataset) -> Iterator[Examples]:
+    """Yield the examples of each source."""
+    end = 0
+    for count in data.examples_of:
+        start, end = end, end + count
+        yield data.examples[start:end]
+
+
 def _describe_source(source: Source) -> dict:
     """Name the format of a source, the one that the recipe gives or what its first row looks like, and how it was read.
 
@@ -237,6 +255,11 @@ def _first(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN_NAMES]) + (", ..." if len(names) > _SHOWN_NAMES else "")
 
 
+def _distinct(examples: Examples) -> Iterator[Example]:
+    """Yield examples without those that a weight repeats."""
+    return (next(same) for _, same in groupby(examples, attrgetter("where")))
+
+
 def _describe_template(data: Dataset, tokenizer) -> dict | None:
     """Describe the chat template, and what begins and ends a row; None if every row is a plain document."""
     if data.template is None:
@@ -260,8 +283,9 @@ def _special_tokens(data: Dataset, tokenizer) -> list[dict]:
 
 
 def _rows(data: Dataset, tokenizer, count: int) -> list[dict]:
-    """Return the text of the first rows, as the collator hands them to the model."""
-    examples = [example for example in data.examples[:count] if example.learned.any()]
+    """Return the text of rows of each source in turn, the first ones first, as the collator hands them to the model."""
+    in_turn = chain.from_iterable(zip_longest(*map(_distinct, _parts(data))))
+    examples = list(islice((row for row in in_turn if row is not None and row.learned.any()), count))
     if not examples:
         return []
     shown = pieces_of(collate(examples), tokenizer, special_ids_of(tokenizer))

@@ -6,6 +6,7 @@ import re
 import pytest
 from tiny_files import byte_tokenizer, write_recipe
 
+from qlora_lite.cli.data import _text
 from qlora_lite.data_page import render
 from qlora_lite.errors import DataError
 from qlora_lite.preflight import first_places, preflight
@@ -175,6 +176,30 @@ def test_a_document_that_a_template_made_of_a_chat_is_warned_of(look):
     assert "give chats as messages" in found.report["problems"][0]["message"]
     for rows in ([{"text": "a <s> b"}], [pair("q", "a")]):
         assert look(rows).report["problems"] == []
+
+
+def test_each_source_is_counted_and_shown_in_turn(tmp_path):
+    tokenizer = byte_tokenizer()
+    parts = [("a", 3, 2.0), ("b", 4, 0.5), ("c", 1, 1.0)]
+    for name, count, _ in parts:
+        lines = [json.dumps(pair(f"{name}{i}", "y" * (i + 1))) + "\n" for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    sources = [{"path": str(tmp_path / f"{name}.jsonl"), "weight": weight} for name, _, weight in parts]
+    recipe = load_recipe(write_recipe(tmp_path, "owner/name", data={"train": sources}), check_files=False)
+    for _ in range(2):  # made, and from the cache
+        found = preflight(recipe, tokenizer, 4)
+        report = found.report
+        assert [source["examples"] for source in report["sources"]] == [6, 2, 1]
+        for count in ("tokens", "learned_tokens"):
+            assert sum(source[count] for source in report["sources"]) == report[count]
+        of_a = [example for example in found.data.examples if "a.jsonl" in example.where]
+        assert report["sources"][0]["tokens"] == sum(len(example.token_ids) for example in of_a)
+        assert [row["where"].rpartition("/")[2] for row in report["rows"]] == [
+            "a.jsonl:1", "b.jsonl:2", "c.jsonl:1", "a.jsonl:2",
+        ]  # fmt: skip
+        assert '<td class="number">6</td>' in render(report, "x")
+        said = r"a\.jsonl \(prompt-completion, weight 2\)\n +6 examples, [\d,]+ tokens, \d+ learned\n"
+        assert re.search(said, _text(report))
 
 
 def test_plain_documents_have_no_template(look):

@@ -91,6 +91,9 @@ def _source_lines(label: str, sources: list[dict]) -> list[str]:
     for source in sources:
         weight = "" if source["weight"] == 1 else f", weight {source['weight']:g}"
         lines.append(_line(label, f"{source['path']} ({source['format'] or 'format not recognised'}{weight})"))
+        if len(sources) > 1:
+            counts = f"{source['examples']:,} examples, {source['tokens']:,} tokens"
+            lines.append(_line("", f"{counts}, {source['learned_tokens']:,} learned"))
         lines += [_line("", note) for note in source["notes"]]
     return lines
 

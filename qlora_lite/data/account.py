@@ -35,6 +35,7 @@ class Account:
         dropped_at: reason -> the places of the first of them.
         truncated: rows cut to max_tokens.
         split: rows cut into parts.
+        examples_of: examples of each source, one after the other in the set.
         longest: the longest of the rows that are an error for their length, (tokens, where).
         end_token_ids: the tokens that end answers and documents.
         template: the chat template, once a conversation needed it.
@@ -47,6 +48,7 @@ class Account:
     dropped_at: dict[str, list[str]] = field(default_factory=dict)
     truncated: int = 0
     split: int = 0
+    examples_of: list[int] = field(default_factory=list)
     longest: list[tuple[int, str]] = field(default_factory=list)
     end_token_ids: set[int] = field(default_factory=set)
     template: Template | None = None

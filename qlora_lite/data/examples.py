@@ -60,6 +60,7 @@ class Dataset:
         dropped_at: reason -> the places of the first of them.
         truncated: rows cut to max_tokens.
         split: rows cut into several examples.
+        examples_of: examples of each source, one after the other in `examples`.
         tokens: tokens of all examples.
         learned_tokens: tokens that are predicted, of all examples.
         end_token_ids: the tokens that end answers and documents; generation stops at any of them.
@@ -74,6 +75,7 @@ class Dataset:
     dropped_at: dict[str, list[str]]
     truncated: int
     split: int
+    examples_of: tuple[int, ...]
     tokens: int
     learned_tokens: int
     end_token_ids: frozenset[int]
@@ -152,6 +154,7 @@ def read_examples(
         dropped_at=account.dropped_at,
         truncated=account.truncated,
         split=account.split,
+        examples_of=tuple(account.examples_of),
         tokens=int(examples.lengths.sum()),
         learned_tokens=int(examples.learned_counts.sum()),
         end_token_ids=frozenset(account.end_token_ids),
@@ -212,6 +215,7 @@ def _write(source: Source, job: _Job, account: Account, writer: ExampleWriter) -
     except DataError as error:
         _note_bad_source(source, error, account.problems)
     order = repeated(first, writer.count - first, source.weight)
+    account.examples_of.append(len(order))
     account.dropped[LEFT_OUT] += writer.count - first - len(np.unique(order))
     return order
 

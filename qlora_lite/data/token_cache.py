@@ -106,7 +106,8 @@ def save_set(folder: Path, examples: Examples, account: Account) -> None:
         "sizes": sizes(folder),
         "files": examples.files,
         "rows_read": account.rows_read, "dropped": account.dropped, "dropped_at": account.dropped_at,
-        "truncated": account.truncated, "split": account.split, "end_token_ids": sorted(account.end_token_ids),
+        "truncated": account.truncated, "split": account.split, "examples_of": account.examples_of,
+        "end_token_ids": sorted(account.end_token_ids),
         "has_template": account.template is not None,
         "problems": [asdict(problem) for problem in account.problems.found],
         "problem_counts": account.problems.counts, "fatal": account.problems.fatal,
@@ -132,7 +133,7 @@ def load_set(folder: Path, tokenizer: PreTrainedTokenizerFast, template: str | N
         problems = Problems(found, Counter(content["problem_counts"]), content["fatal"])
         account = Account(
             problems, content["rows_read"], Counter(content["dropped"]), content["dropped_at"],
-            content["truncated"], content["split"],
+            content["truncated"], content["split"], content["examples_of"],
             end_token_ids=set(content["end_token_ids"]),
             template=choose_template(tokenizer, template) if content["has_template"] else None,
         )  # fmt: skip
