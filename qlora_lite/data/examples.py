@@ -254,6 +254,9 @@ def _check_arguments(
             "convert it with transformers first (load it with AutoTokenizer and save it again)"
         )
     for source in sources:
+        if not isinstance(source, Source):
+            cure = 'write Source("rows.jsonl"), or Source("mine", rows=rows) for rows in memory'
+            raise DataError(f"a source is {type(source).__name__}; {cure}")
         if not 0 < source.weight < float("inf"):
             raise DataError(f"{source.path}: weight {source.weight} must be above 0 and finite")
     if not sources:

@@ -13,12 +13,13 @@ one document per line.
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from qlora_lite.data.columns import read_columns
+from qlora_lite.data.fields import kind_of
 from qlora_lite.data.hub import PREFIX, hub_rows
 from qlora_lite.data.json_rows import read_json, read_jsonl
 from qlora_lite.data.lines import MAX_ROW_BYTES, Problems, all_lines, numbered_lines
@@ -39,6 +40,8 @@ class Source:
         prompt: with `completion`, a template such as "Q: {question}" over the row's columns.
         completion: the template of the answer.
         streaming: read a hub data set over the network, row by row, instead of downloading it first.
+        rows: rows in memory (a list of dicts, a `datasets.Dataset`) in place of files; `path` is then what messages
+            call them.
     """
 
     path: str
@@ -47,6 +50,7 @@ class Source:
     prompt: str | None = None
     completion: str | None = None
     streaming: bool = False
+    rows: Iterable[Mapping[str, object]] | None = None
 
 
 def read_rows(source: Source, problems: Problems | None = None) -> Iterator[tuple[str, dict]]:
@@ -79,10 +83,20 @@ def read_rows(source: Source, problems: Problems | None = None) -> Iterator[tupl
 
 def _parts(source: Source, problems: Problems) -> list[tuple[str | Path, Callable[[], Iterator[tuple[str, dict]]]]]:
     """Return the parts of a source, each with what reads it."""
+    if source.rows is not None:
+        return [(source.path, partial(_in_memory, source.path, source.rows, problems))]
     if source.streaming and source.path.startswith(PREFIX):
         return [(source.path, partial(hub_rows, source.path))]
     is_text = source.format == "text"
     return [(path, partial(_read_file, path, is_text, problems)) for path in find_files(source.path)]
+
+
+def _in_memory(name: str, rows: Iterable[object], problems: Problems) -> Iterator[tuple[str, dict]]:
+    for number, row in enumerate(rows, start=1):
+        if isinstance(row, Mapping):
+            yield f"{name}:{number}", dict(row)
+        else:
+            problems.add(f"{name}:{number}", f"the row is {kind_of(row)}, not an object with columns")
 
 
 def _read_file(path: Path, is_text: bool, problems: Problems) -> Iterator[tuple[str, dict]]:

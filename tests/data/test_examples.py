@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from hypothesis import given
@@ -128,6 +129,24 @@ def test_a_document_whose_words_are_control_tokens_is_an_error_but_an_unknown_wo
     assert build([{"text": "a b"}], tokenizer=tokenizer).examples[0].token_ids.tolist() == [2, 0, 1]
     with pytest.raises(DataError, match=r"a.jsonl:1: the text became the control token '</s>'"):
         build([{"text": "a </s>"}], tokenizer=tokenizer)
+
+
+def test_rows_in_memory_are_read_as_those_of_a_file(write):
+    rows = [{"prompt": f"q{number}", "completion": "a"} for number in range(3)]
+    of_file = build_examples([Source(write("rows.jsonl", rows))], make_tokenizer())
+    for held in (rows, datasets.Dataset.from_list(rows)):
+        found = build_examples([Source("mine", rows=held, weight=2)], make_tokenizer())
+        assert [e.where for e in found.examples] == [f"mine:{n}" for n in (1, 1, 2, 2, 3, 3)]
+        assert [e.token_ids.tolist() for e in found.examples[::2]] == [e.token_ids.tolist() for e in of_file.examples]
+    with pytest.raises(DataError, match=r"mine:2: the row is a str, not an object with columns"):
+        build_examples([Source("mine", rows=[rows[0], "x"])], make_tokenizer())
+
+
+@pytest.mark.parametrize("given", [[{"prompt": "q", "completion": "a"}], "rows.jsonl", ["rows.jsonl"]])
+def test_what_is_no_source_is_answered_with_how_to_make_one(given):
+    said = r'a source is (dict|str); write Source\("rows.jsonl"\), or Source\("mine", rows='
+    with pytest.raises(DataError, match=said):
+        build_examples(given, make_tokenizer())
 
 
 @pytest.mark.parametrize(("row", "end"), [(PAIRS[0], "<|im_end|>"), ({"text": "some words"}, "</s>")])
