@@ -138,6 +138,8 @@ def test_rows_in_memory_are_read_as_those_of_a_file(write):
         found = build_examples([Source("mine", rows=held, weight=2)], make_tokenizer())
         assert [e.where for e in found.examples] == [f"mine:{n}" for n in (1, 1, 2, 2, 3, 3)]
         assert [e.token_ids.tolist() for e in found.examples[::2]] == [e.token_ids.tolist() for e in of_file.examples]
+    with pytest.raises(DataError, match="mine: the file has no rows"):
+        build_examples([Source("mine", rows=[])], make_tokenizer())
     with pytest.raises(DataError, match=r"mine:2: the row is a str, not an object with columns"):
         build_examples([Source("mine", rows=[rows[0], "x"])], make_tokenizer())
 
