@@ -61,6 +61,7 @@ def test_train_prints_the_result_to_standard_output_and_the_progress_to_standard
     for label in ("evaluation loss", "exact match (2 rows)", "speed", "peak memory", "adapter", "report"):
         assert re.search(rf"^{re.escape(label)}  ", done.stdout, re.MULTILINE), label
     assert str(folder / "adapter") in done.stdout and str(folder / "report.html") in done.stdout
+    assert re.search(rf"^next +qlora-lite chat {re.escape(str(folder))} ", done.stdout, re.MULTILINE)
     assert "step 1/6  loss" in done.stderr and "step 6/6  loss" in done.stderr
     assert "memory: base weights" in done.stderr
     assert "Loading weights" not in done.stderr and "Warning" not in done.stderr

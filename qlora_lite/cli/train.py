@@ -58,6 +58,7 @@ def _result(folder, summary: dict) -> str:
         f"{'peak memory':24} {format_bytes(summary['peak_bytes'])}",
         f"{'adapter':24} {folder / 'adapter'}{_of_step(summary)}",
         f"{'report':24} {folder / 'report.html'}",
+        f"{'next':24} qlora-lite chat {folder} (or generate, evaluate, merge, export, serve)",
     ]
     return "\n".join(lines)
 
