@@ -19,7 +19,7 @@ _ALPACA_OPENING = (
 )
 _NO_TOOLS = (
     "{% for m in messages if m.role == 'tool' %}{{ raise_exception('it has no form for tool turns; use the "
-    "model\\'s own template or chatml') }}{% endfor %}"
+    "model\\'s own template, or that of a model with tools, as a .jinja file') }}{% endfor %}"
 )
 NAMED_TEMPLATES = {
     "chatml": (

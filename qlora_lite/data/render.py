@@ -270,9 +270,7 @@ def _check_nothing_dropped(turns: Sequence[Turn], text: str, answers: dict[int, 
         places = [(text.find(name, max(position, 0)), len(name)) for name in written_names(turn.calls)]
         end = max([end, *(place + length for place, length in places)])
         if min([position, *(place for place, _ in places)]) < 0 or (index in answers and end > answers[index][1]):
-            raise DataError(
-                f"the chat template drops or changes turn {index + 1} ({turn.role}); choose another "
-                "data.template or remove that turn",
-                TEMPLATE,
-            )
+            cure = "give one that writes calls, as a .jinja file," if turn.calls else "choose another data.template"
+            fault = f"the chat template drops or changes turn {index + 1} ({turn.role}); {cure} or remove that turn"
+            raise DataError(fault, TEMPLATE)
         position = end

@@ -69,7 +69,9 @@ def test_a_named_template_writes_tool_turns_as_such_or_refuses_them(tokenizer, n
     if name == "chatml":
         assert "<|im_start|>tool\nten<|im_end|>" in render(template, Conversation(turns, "f:1"), [3]).text
         return
-    with pytest.raises(DataError, match="no form for tool turns; use the model's own template or chatml"):
+    with pytest.raises(
+        DataError, match="no form for tool turns; use the model's own template, or that of a model with tools"
+    ):
         render(template, Conversation(turns, "f:1"), [3])
 
 

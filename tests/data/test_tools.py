@@ -223,7 +223,7 @@ def test_a_template_that_ignores_tools_or_calls_is_an_error(build):
     plain = make_tokenizer()
     with pytest.raises(DataError, match="does not write the tool 'add'"):
         build([{"messages": [USER, ANSWER], "tools": [TOOL]}], tokenizer=plain)
-    with pytest.raises(DataError, match=r"drops or changes turn 2 \(assistant\)"):
+    with pytest.raises(DataError, match=r"drops or changes turn 2 \(assistant\); give one that writes calls, as a"):
         build([{"messages": [USER, CALLING]}], tokenizer=plain)
     names_only = make_tokenizer()
     names_only.chat_template = TEMPLATE.replace("call.function | tojson", "call.function.name")
