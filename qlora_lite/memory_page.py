@@ -30,6 +30,7 @@ from .units import format_bytes, format_seconds
 
 BANDS = (BESIDE, *CATEGORIES, OTHER)
 STYLE_OF = {name: f"band-{number}" for number, name in enumerate(BANDS)}
+LOAD = "load"  # the phase before the step, in which all that stays arrives
 BUDGET_OUT_OF_SIGHT = 2.5  # a budget this many times the peak would flatten the chart: it is told, not drawn
 
 
@@ -116,9 +117,10 @@ def _timeline(record: Mapping[str, Any], title: str) -> str:
     label = f"{title}: memory by category over one step"
     shown = thin(moments)
     charts = _drawings(shown, names, len(moments), label, f"peak {format_bytes(_peak_bytes(record))}", line)
-    changing = _changing(moments, names)
+    changing = _changing([moment for moment in moments if moment.phase != LOAD], names)
     if changing:
-        part = [replace(m, sizes=tuple(m.sizes[band] for band in changing)) for m in shown]
+        step = [moment for moment in shown if moment.phase != LOAD]
+        part = [replace(m, sizes=tuple(m.sizes[band] for band in changing)) for m in step]
         top = max(moment.total_bytes for moment in part)
         charts += "<h3>Only what changes during the step</h3>" + _drawings(
             part, [names[band] for band in changing], len(moments), f"{label}, changing part", format_bytes(top), None
@@ -143,10 +145,10 @@ def _drawings(
 
 def _changing(moments: Sequence[Moment], names: Sequence[str]) -> list[int]:
     """Return the bands that change by over half a percent of the peak; none where they are most of it anyway."""
-    most = max(moment.total_bytes for moment in moments)
+    most = max((moment.total_bytes for moment in moments), default=0)
     spans = [[moment.sizes[band] for moment in moments] for band in range(len(names))]
-    changing = [band for band, sizes in enumerate(spans) if max(sizes) - min(sizes) > most / 200]
-    level_bytes = sum(max(sizes) for band, sizes in enumerate(spans) if band not in changing)
+    changing = [band for band, sizes in enumerate(spans) if moments and max(sizes) - min(sizes) > most / 200]
+    level_bytes = sum(max(sizes, default=0) for band, sizes in enumerate(spans) if band not in changing)
     return changing if level_bytes > most / 3 else []
 
 
