@@ -11,11 +11,12 @@ from torch import nn
 
 from .errors import CheckpointError, ModelError
 from .lora.inject import Target, add_lora
+from .lora.outside import set_outside
 from .lora.read import adapter_bytes
 from .models.anatomy import blocks
 from .models.levers import Levers, levers_of, place, set_levers
 from .models.load import load_model, resolve_compute_dtype, resolve_device, stored_quantization
-from .models.skeleton import meta_model, read_config
+from .models.skeleton import meta_model, read_part
 from .planning.answering import left_on_host, memory_to_use, placement
 from .planning.machine import Machine
 from .planning.simulate import Job, Rows
@@ -94,8 +95,9 @@ def build_to_use(
 def build_skeleton(recipe: Recipe) -> nn.Module:
     """Return a recipe's base model on the meta device, its layers in 4 bit where those of the loaded one are."""
     m = recipe.model
-    config, dtype = read_config(m.path, m.revision), resolve_compute_dtype(m.compute_dtype, resolve_device(m.device))
-    return meta_model(config, *quantization_of(recipe, config.to_dict()), dtype, m.quant_head)
+    part, dtype = read_part(m.path, m.revision), resolve_compute_dtype(m.compute_dtype, resolve_device(m.device))
+    model = meta_model(part.config, *quantization_of(recipe, part.config.to_dict()), dtype, m.quant_head)
+    return set_outside(model, part.outside)
 
 
 def job_of(recipe: Recipe, config, machine: Machine, eval_rows: Rows | None, rows_alone: bool = False) -> Job:

@@ -4,7 +4,7 @@ import copy
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from qlora_lite.data.batch import Batch
 from qlora_lite.models.load import adopt
@@ -68,7 +68,30 @@ UNUSUAL = {
 }  # fmt: skip
 
 
+_VISION = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, image_size=56,
+               patch_size=14)  # fmt: skip
+
+# models that hold a language model among other parts; name -> settings of the whole
+NESTED = {
+    "gemma3": dict(text_config=ARCHITECTURES["gemma3_text"], vision_config=_VISION, mm_tokens_per_image=4,
+                   image_token_index=3, boi_token_index=4, eoi_token_index=5),
+    "mistral3": dict(text_config=_GATED | dict(model_type="mistral", head_dim=16), image_token_index=3,
+                     vision_config=_VISION | dict(model_type="pixtral", head_dim=32), tie_word_embeddings=False),
+    "qwen3_5": dict(text_config=_GATED | _LINEAR | dict(num_hidden_layers=4, head_dim=16),
+                    vision_config=dict(hidden_size=64, intermediate_size=128, depth=2, num_heads=4,
+                                       out_hidden_size=64)),
+}  # fmt: skip
+
+
 EAGER = {"attn_implementation": "eager"}  # SDPA leaves out Gemma-2's soft cap in transformers 5.17
+
+
+def build_nested(name: str, dtype=torch.float32, **changes) -> nn.Module:
+    """Build a random model of NESTED; ``changes`` are for its language model."""
+    torch.manual_seed(0)
+    settings = NESTED[name] | {"text_config": NESTED[name]["text_config"] | changes}
+    model = AutoModelForMultimodalLM.from_config(AutoConfig.for_model(name, **settings), dtype=dtype)
+    return _enlarged(model)
 
 
 def build_tiny(name: str, dtype=torch.float32, seed: int = 0, **changes) -> nn.Module:
@@ -77,7 +100,10 @@ def build_tiny(name: str, dtype=torch.float32, seed: int = 0, **changes) -> nn.M
     model_type, settings = UNUSUAL.get(name) or (name, ARCHITECTURES[name])
     config = AutoConfig.for_model(model_type, **(settings | changes))
     capped = getattr(config, "attn_logit_softcapping", None)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **(EAGER if capped else {}))
+    return _enlarged(AutoModelForCausalLM.from_config(config, dtype=dtype, **(EAGER if capped else {})))
+
+
+def _enlarged(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import yaml
-from tiny import build_tiny
+from tiny import build_nested, build_tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -36,6 +36,14 @@ def save_tiny(
     model = build_tiny(model_type, vocab_size=VOCABULARY, **options)
     model.save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
     byte_tokenizer(template, merges).save_pretrained(folder)
+    return model
+
+
+def save_nested(folder: Path, name: str = "gemma3", merges=(), **options):
+    """Write a tiny random model that holds a language model among other parts, as the hub has it; return it."""
+    model = build_nested(name, vocab_size=VOCABULARY, **options)
+    model.save_pretrained(folder)
+    byte_tokenizer(merges=merges).save_pretrained(folder)
     return model
 
 

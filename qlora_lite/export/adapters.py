@@ -21,7 +21,8 @@ from qlora_lite.errors import ModelError
 from qlora_lite.files import replacing_folder
 from qlora_lite.lora.adapter import adapter_config, attach_adapter, detach_adapter, write_adapter
 from qlora_lite.lora.fold import with_one_alpha
-from qlora_lite.lora.read import PREFIX, Adapter, Factors
+from qlora_lite.lora.outside import outside
+from qlora_lite.lora.read import Adapter, Factors, factor_names
 from qlora_lite.models.gguf_names import GgufNames
 from qlora_lite.quant.linear import stands_for_conv1d
 
@@ -49,8 +50,8 @@ def write_peft(adapter: Adapter, skeleton: nn.Module, out: Path, base_model: str
     detach_adapter(skeleton)
     tensors = {}
     for name, factors in adapter.layers.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = factors.lora_A.contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = factors.lora_B.contiguous()
+        name_a, name_b = factor_names(outside(skeleton, name))
+        tensors |= {name_a: factors.lora_A.contiguous(), name_b: factors.lora_B.contiguous()}
     config = {key: value for key, value in config.items() if value not in ({}, False)}
     write_adapter(out, tensors, config, tokenizer)
 

@@ -19,6 +19,7 @@ from qlora_lite.data.template import begin_of_text
 from qlora_lite.errors import DataError
 from qlora_lite.files import replacing_folder, require_empty, write_text
 from qlora_lite.lora.adapter import attach_adapter, load_adapter
+from qlora_lite.lora.outside import has_outside
 from qlora_lite.lora.read import Adapter
 from qlora_lite.merge import check_choice
 from qlora_lite.models.gguf_names import gguf_names
@@ -97,7 +98,17 @@ def export_run(
 def _peft(job: _Job) -> dict:
     change = _adapter_change(job)
     write_peft(job.adapter, job.skeleton, job.out, job.trained.recipe.model.path, job.trained.tokenizer())
-    return {"error": _check_folder(job, change), "use": f'PeftModel.from_pretrained(base, "{job.out}")'}
+    use = f'PeftModel.from_pretrained(base, "{job.out}")'
+    return {"error": _check_folder(job, change), "notes": _of_the_whole(job), "use": use}
+
+
+def _of_the_whole(job: _Job) -> list[str]:
+    """Say what an adapter folder fits where the run's model is part of a larger one."""
+    if not has_outside(job.skeleton):
+        return []
+    begin = job.skeleton.qlora_lite_outside[1]
+    return [f"the adapter fits the whole of {job.trained.files.name} as transformers loads it, whose layers begin with "
+            f"{begin!r}, and not its language model taken out"]  # fmt: skip
 
 
 def _vllm(job: _Job) -> dict:
@@ -105,7 +116,7 @@ def _vllm(job: _Job) -> dict:
     change = _adapter_change(job)
     write_peft(adapter, job.skeleton, job.out, job.trained.recipe.model.path, job.trained.tokenizer())
     use = f"vllm serve BASE --enable-lora --max-lora-rank {needed_rank} --lora-modules {job.trained.name}={job.out}"
-    return {"error": _check_folder(job, change), "use": use}
+    return {"error": _check_folder(job, change), "notes": _of_the_whole(job), "use": use}
 
 
 def _gguf_adapter(job: _Job) -> dict:
@@ -173,8 +184,11 @@ def _merged_model(job: _Job, write_beside: Callable[[Path], object], adds_begin:
             merged, new, kind, trained.name, trained.tokenizer(), tuple(trained.end_token_ids), adds_begin
         )
         write_beside(new)
+    if has_outside(job.skeleton):
+        notes.append(f"the file holds the language model alone, without the other parts of {trained.files.name}")
     what, config = str(job.out / MODEL_FILE), copy.deepcopy(job.skeleton.config)
-    if sum(4 * prod(shape) for _, shape in merged.entries(torch.float32).values()) > WHOLE_BYTES:
+    entries = merged.entries(torch.float32)
+    if sum(4 * prod(entries[stored][1]) for stored in merged.base.parameters) > WHOLE_BYTES:
         notes.append("the file was read back block by block, by this package's own reader: it is large for others")
         change = change_of(_streamed_base(merged, config, lambda weight: weight), merged.adapter)
         logits = logits_of(_streamed_file(Path(what), config))

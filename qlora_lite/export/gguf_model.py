@@ -76,12 +76,11 @@ def write_gguf(
 
 def _planned(merged: Merged, kind: str) -> Iterator[tuple]:
     """Yield stored name, parameter, shape and GGUF type of every tensor of the file."""
-    for stored, (_, shape) in merged.entries(torch.float32).items():
-        parameter = merged.base.parameters[stored]
-        is_tied = parameter == "lm_head.weight" and merged.config.tie_word_embeddings
-        if is_tied or parameter.endswith("inv_freq"):  # llama.cpp computes the rotary frequencies
-            continue
-        yield stored, parameter, shape, _stored_type(shape, kind)
+    entries = merged.entries(torch.float32)
+    for stored, parameter in merged.base.parameters.items():
+        if parameter != "lm_head.weight" or not merged.config.tie_word_embeddings:
+            shape = entries[stored][1]
+            yield stored, parameter, shape, _stored_type(shape, kind)
 
 
 def _stored_type(shape: tuple[int, ...], kind: str):

@@ -1,9 +1,11 @@
 """Adapter files in the PEFT format: ``adapter_model.safetensors`` and a small ``adapter_config.json``.
 
 Only keys that every peft of the last years and vLLM understand are written. Reading and its checks are in ``read``.
+The files fit what ``AutoModelForCausalLM`` makes of the base model's files: see ``outside`` for models with a tower.
 """
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -15,27 +17,25 @@ from qlora_lite.quant.linear import is_conv1d, stands_for_conv1d
 from qlora_lite.quant.tensor_file import write_tensors
 
 from .inject import Target, add_lora, linear_layers, lora_layers
-from .read import CONFIG_NAME, PREFIX, WEIGHTS_NAME, Adapter, read_adapter
+from .outside import has_outside, outside
+from .read import CONFIG_NAME, WEIGHTS_NAME, Adapter, factor_names, read_adapter
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the factors of a model under the names of the PEFT format."""
     tensors = {}
     for name, layer in lora_layers(model):
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach()
+        name_a, name_b = factor_names(outside(model, name))
+        tensors |= {name_a: layer.lora_A.detach(), name_b: layer.lora_B.detach()}
     return tensors
 
 
 def adapter_config(model: nn.Module, base_model: str) -> dict:
     """Return the content of ``adapter_config.json``: the commonest rank and alpha, patterns for the rest."""
-    layers = dict(lora_layers(model))
+    layers = {outside(model, name): layer for name, layer in lora_layers(model)}
     first = next(iter(layers.values()))
     ranks, alphas = [layer.rank for layer in layers.values()], [layer.alpha for layer in layers.values()]
     rank, alpha = max(set(ranks), key=ranks.count), max(set(alphas), key=alphas.count)
-    every = {n for n, m in model.named_modules() if n in layers or (isinstance(m, nn.Linear) or is_conv1d(m))}
-    leaves = {name.rpartition(".")[2] for name in layers}
-    by_leaf = {name for name in every | set(linear_layers(model)) if name.rpartition(".")[2] in leaves}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -43,7 +43,7 @@ def adapter_config(model: nn.Module, base_model: str) -> dict:
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": first.dropout,
-        "target_modules": sorted(leaves if by_leaf == set(layers) else layers),
+        "target_modules": _target_modules(model, layers),
         "rank_pattern": {name: layer.rank for name, layer in layers.items() if layer.rank != rank},
         "alpha_pattern": {name: layer.alpha for name, layer in layers.items() if layer.alpha != alpha},
         "use_rslora": first.rslora,
@@ -51,6 +51,14 @@ def adapter_config(model: nn.Module, base_model: str) -> dict:
         "bias": "none",
         "inference_mode": True,
     }
+
+
+def _target_modules(model: nn.Module, layers: Collection[str]) -> list[str]:
+    """Return the last parts of the adapted layers' paths, or whole paths where others have the same (a tower's may)."""
+    every = {n for n, m in model.named_modules() if n in layers or (isinstance(m, nn.Linear) or is_conv1d(m))}
+    leaves = {name.rpartition(".")[2] for name in layers}
+    by_leaf = {name for name in every | set(linear_layers(model)) if name.rpartition(".")[2] in leaves}
+    return sorted(leaves if by_leaf == set(layers) and not has_outside(model) else layers)
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "", tokenizer=None) -> str:

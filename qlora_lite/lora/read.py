@@ -4,7 +4,8 @@ Whatever this package cannot compute (DoRA, trained biases, ``modules_to_save``)
 missing, unexpected, of a wrong shape or not finite are listed in one error: an adapter that loads and does nothing is
 the worst fault of this kind.
 
-Tensor names: ``base_model.model.PATH.lora_A.weight`` [r, in] and ``...lora_B.weight`` [out, r].
+Tensor names: ``base_model.model.PATH.lora_A.weight`` [r, in] and ``...lora_B.weight`` [out, r]; PATH is as files have
+it (``outside``).
 """
 
 import json
@@ -25,6 +26,7 @@ from qlora_lite.quant.linear import frozen_weight
 
 from .inject import linear_layers
 from .layer import lora_scale
+from .outside import outside
 
 WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -94,7 +96,8 @@ def read_adapter(model: nn.Module, folder: str | Path) -> Adapter:
         if path.exists() and not path.is_file():  # reading a pipe would wait for ever
             raise ModelError(f"{path} is not an ordinary file")
     config = _read_config(folder)
-    layers = linear_layers(model)
+    inside = {outside(model, name): name for name in linear_layers(model)}
+    layers = {name: model.get_submodule(path) for name, path in inside.items()}
     tensors = _read_tensors(folder / WEIGHTS_NAME, HEADER_BYTES + HEADER_BYTES_PER_LAYER * len(layers))
     ranks, problems = _check(tensors, layers)
     problems += _without_factors(config, layers, ranks)
@@ -104,13 +107,17 @@ def read_adapter(model: nn.Module, folder: str | Path) -> Adapter:
         raise ModelError(f"the adapter {folder} does not fit this model: {shown}")
     alphas, rslora = _from_patterns(config.get("alpha_pattern") or {}, list(ranks)), bool(config.get("use_rslora"))
     factors = {
-        name: Factors(
-            tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"],
-            alphas.get(name, config["lora_alpha"]), rslora,
+        inside[name]: Factors(
+            *(tensors[key] for key in factor_names(name)), alphas.get(name, config["lora_alpha"]), rslora
         )
         for name in ranks
-    }  # fmt: skip
+    }
     return Adapter(factors, config.get("lora_dropout", 0.0))
+
+
+def factor_names(name: str) -> tuple[str, str]:
+    """Return the names of A and B of a layer in adapter files; see ``outside`` for the layer's own."""
+    return f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
 
 
 def adapter_bytes(folder: Path) -> int:
@@ -182,7 +189,7 @@ def _check(tensors, layers) -> tuple[dict[str, int], list[str]]:
     ranks, problems, known = {}, [], set()
     adapted = {m[1] for name in tensors if (m := re.fullmatch(rf"{PREFIX}(.+)\.lora_[AB]\.weight", name))}
     for name in sorted(adapted & set(layers)):
-        keys = [f"{PREFIX}{name}.lora_{side}.weight" for side in "AB"]
+        keys = factor_names(name)
         known.update(keys)
         problems += [f"{key} is missing" for key in keys if key not in tensors]
         if any(key not in tensors for key in keys):

@@ -5,11 +5,14 @@ are quantised weight by weight while they are read; a checkpoint that is bitsand
 as it is; a GGUF file is dequantised by transformers and quantised again; and whatever was quantised here
 before comes from the cache.
 
-Weights of the head, the embeddings and the norms keep the compute type; tied weights stay tied.
+Weights of the head, the embeddings and the norms keep the compute type; tied weights stay tied. Of a larger model the
+language model alone is loaded (``nested``).
 """
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -17,8 +20,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
+from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
 from qlora_lite.errors import ModelError, OutputError
+from qlora_lite.lora.outside import set_outside
 from qlora_lite.memory.meter import grow_segments
 from qlora_lite.ops.attention import row_attention
 from qlora_lite.ops.norm import use_lean_norms
@@ -27,6 +32,7 @@ from qlora_lite.quant.nf4 import from_bnb_state
 
 from .cache import cache_entry
 from .locate import ModelFiles, locate
+from .nested import LanguagePart, read_language_part, stored_names
 from .quantizer import QuantizeConfig, quantize_head, quantize_in_place, register
 from .save import save_quantized
 
@@ -113,19 +119,20 @@ def load_model(
     """
     files = locate(path, revision)
     stored, asked = stored_quantization(files.config), (quant, double_quant)
+    part = None if files.gguf_file else read_language_part(files.folder, path)
     if stored is not None:
         if stored != asked:
             log.warning("%s is stored in 4 bit already and is taken as it is: model.quant %s, model.double_quant %s",
                         path, stored[0], str(stored[1]).lower())  # fmt: skip
         quant, double_quant = stored
-        model = _load_prequantized(files.folder, compute_dtype, device)
+        model = _load_prequantized(files, part, compute_dtype, device)
     elif quant == "none":
-        model = _from_pretrained(files, compute_dtype, device, config=config)
+        model = _from_pretrained(files, part, compute_dtype, device, config=config)
     else:
-        model = _load_quantized(files, quant, double_quant, compute_dtype, device, use_cache)
+        model = _load_quantized(files, part, quant, double_quant, compute_dtype, device, use_cache)
     if quant_head:
         quantize_head(model, quant, double_quant)
-    return adopt(model)
+    return adopt(set_outside(model, part and part.outside))
 
 
 def adopt(model: nn.Module) -> nn.Module:
@@ -137,17 +144,17 @@ def adopt(model: nn.Module) -> nn.Module:
     return model
 
 
-def _load_quantized(files, quant, double_quant, dtype, device, use_cache):
+def _load_quantized(files, part, quant, double_quant, dtype, device, use_cache):
     entry = cache_entry(files, quant=quant, double_quant=double_quant, dtype=str(dtype)) if use_cache else None
     if entry is not None and entry.exists() and _is_whole(entry):
-        return _load_prequantized(entry, dtype, device)
+        return _load_prequantized(ModelFiles(str(entry), entry, ()), None, dtype, device)
     if files.gguf_file:
-        model = _from_pretrained(files, dtype, "cpu")
+        model = _from_pretrained(files, None, dtype, "cpu")
         quantize_in_place(model, quant, double_quant)
         model.to(device)
     else:
         register()
-        model = _from_pretrained(files, dtype, device, QuantizeConfig(quant, double_quant))
+        model = _from_pretrained(files, part, dtype, device, QuantizeConfig(quant, double_quant))
         _forget_quantizer(model)
     if entry is not None:
         try:
@@ -186,10 +193,9 @@ def stored_quantization(config: dict) -> tuple[str, bool] | None:
     return stored.get("bnb_4bit_quant_type", "fp4"), bool(stored.get("bnb_4bit_use_double_quant"))
 
 
-def _load_prequantized(folder: Path, dtype, device) -> nn.Module:
+def _load_prequantized(files: ModelFiles, part: LanguagePart | None, dtype, device) -> nn.Module:
     """Load a bitsandbytes checkpoint through transformers and take over its packed tensors."""
-    files = ModelFiles(str(folder), folder, ())
-    model = _from_pretrained(files, dtype, device)
+    model = _from_pretrained(files, part, dtype, device)
     for name, module in list(model.named_modules()):
         if type(module).__name__ == "Linear4bit":
             model.set_submodule(name, _from_linear4bit(module, dtype))
@@ -205,19 +211,22 @@ def _from_linear4bit(module: nn.Module, dtype: torch.dtype) -> QuantLinear:
     return layer
 
 
-def _from_pretrained(files: ModelFiles, dtype, device, quantization_config=None, config=None) -> nn.Module:
+def _from_pretrained(
+    files: ModelFiles, part: LanguagePart | None, dtype, device, quantization_config=None, config=None
+) -> nn.Module:
     extra = {"quantization_config": quantization_config} if quantization_config else {}
     if files.gguf_file:
         extra = {"gguf_file": files.gguf_file, **_gguf_options()}
     else:
-        extra["use_safetensors"] = True
+        extra |= {"use_safetensors": True, **(_of_language_model(files, part) if part and part.whole else {})}
     if config is not None:
         extra["config"] = config
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            files.folder, dtype=dtype, device_map={"": device}, output_loading_info=True,
-            local_files_only=True, trust_remote_code=False, ignore_mismatched_sizes=True, **extra,
-        )  # fmt: skip
+        with _without_report() if "key_mapping" in extra else nullcontext():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                files.folder, dtype=dtype, device_map={"": device}, output_loading_info=True,
+                local_files_only=True, trust_remote_code=False, ignore_mismatched_sizes=True, **extra,
+            )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, ImportError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"cannot load {files.name}: {reason}") from error
@@ -231,6 +240,27 @@ def _from_pretrained(files: ModelFiles, dtype, device, quantization_config=None,
         shown = ", ".join([*missing, *broken][:4])
         raise ModelError(f"{files.name}: {len(missing) + len(broken)} weights are missing or do not fit: {shown}")
     return model
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Keep transformers from listing every tensor of the parts that are left out; what is missing is raised here."""
+    verbosity = get_verbosity()
+    set_verbosity_error()
+    try:
+        yield
+    finally:
+        set_verbosity(verbosity)
+
+
+def _of_language_model(files: ModelFiles, part: LanguagePart) -> dict:
+    """Return the options of transformers that load the language model alone from the files of a larger one."""
+    log.info("%s is a %s: its language model alone is loaded", files.name, type(part.whole).__name__)
+    mapping = part.key_mapping(stored_names(files))
+    if stored := getattr(part.config, "quantization_config", None):
+        skipped = stored.get("llm_int8_skip_modules") or []
+        stored["llm_int8_skip_modules"] = [part.here(path, mapping) for path in skipped]
+    return {"config": part.config, "key_mapping": mapping}
 
 
 def _gguf_options() -> dict:

@@ -72,7 +72,7 @@ class Merged:
         }  # fmt: skip
 
     def _layer(self, stored: str) -> tuple[str, nn.Module | None]:
-        path, _, leaf = self.base.parameters[stored].rpartition(".")
+        path, _, leaf = self.base.parameters.get(stored, "").rpartition(".")
         return path, self.layers.get(path) if leaf == "weight" else None
 
     def _is_conv1d(self, stored: str) -> bool:
@@ -184,10 +184,20 @@ def _write_configs(merged: Merged, folder: Path, dtype: torch.dtype, end_token_i
         generation = read_json(stored) if stored.is_file() else {}
     config.pop("quantization_config", None)
     config["architectures"] = config.get("architectures") or [merged.architecture]
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+    config.setdefault("torch_dtype" if "torch_dtype" in config else "dtype", None)
+    _say_dtype(config, str(dtype).removeprefix("torch."))
     generation["eos_token_id"] = end_token_ids
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", generation)
+
+
+def _say_dtype(config: dict, name: str) -> None:
+    """Write the type of all floats wherever a configuration, or one inside it, says one."""
+    for key, value in config.items():
+        if key in ("torch_dtype", "dtype"):
+            config[key] = name
+        elif isinstance(value, dict):
+            _say_dtype(value, name)
 
 
 def _write_json(path: Path, content: dict) -> None:

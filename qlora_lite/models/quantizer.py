@@ -23,6 +23,7 @@ from qlora_lite.quant.nf4 import BLOCK_SIZE, quantize
 from qlora_lite.units import format_bytes
 
 METHOD = "qlora_lite"
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class QuantizeConfig(QuantizationConfigMixin):
@@ -130,12 +131,15 @@ def replace_linears(model: nn.Module, quant_type: str, double_quant: bool, skip=
 
 
 def refuse_unquantized_experts(model: nn.Module) -> None:
-    """Raise if the blocks hold weights that are neither linear layers nor small.
+    """Raise if the blocks hold weights that are neither linear layers nor small; convolutions stay in 16 bit.
 
     Raises:
         ModelError: naming the modules and the bytes that 4-bit loading would silently leave in 16 bit.
     """
-    stacked = [(name, p) for name, p in model.named_parameters() if p.ndim >= 3 and p.numel() > 2**16]
+    stacked = [
+        (f"{path}.{leaf}", p) for path, module in model.named_modules() if not isinstance(module, CONVOLUTIONS)
+        for leaf, p in module.named_parameters(recurse=False) if p.ndim >= 3 and p.numel() > 2**16
+    ]  # fmt: skip
     if stacked:
         size = format_bytes(sum(p.numel() * 2 for _, p in stacked))
         raise ModelError(

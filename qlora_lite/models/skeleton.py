@@ -7,7 +7,7 @@ it.
 
 import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,28 +22,34 @@ from .anatomy import blocks
 from .families import known_config, nearest
 from .load import adopt
 from .locate import locate
+from .nested import LanguagePart, language_part, read_language_part
 from .quantizer import quantize_head, replace_linears
 
 _patterns: dict[tuple, tuple[int, int]] = {}  # by configuration and targets, see ``block_pattern``
 
 
 def read_config(path: str, revision: str | None = None):
-    """Return a model's configuration without its weights: from its folder or file, the hub's cache, or the families
-    that ship with the package; nothing is downloaded.
+    """Return the configuration of a model, or of the language model inside it; see ``read_part``."""
+    return read_part(path, revision).config
+
+
+def read_part(path: str, revision: str | None = None) -> LanguagePart:
+    """Find a model's language model without its weights: in the configuration of its folder or file, in the hub's
+    cache, or among the families that ship with the package; nothing is downloaded.
 
     Raises:
-        ModelError: it is in none of these places.
+        ModelError: it is in none of these places, or cannot be loaded alone.
     """
     local = Path(os.path.expanduser(path))
     if os.path.isdir(local):
-        return _checked(lambda: AutoConfig.from_pretrained(local, local_files_only=True), path)
+        return read_language_part(local, path)
     if path.startswith("package:") or local.suffix == ".gguf":
         files = locate(path)
         extra = {"gguf_file": files.gguf_file} if files.gguf_file else {}
-        return _checked(lambda: AutoConfig.from_pretrained(files.folder, local_files_only=True, **extra), path)
+        return read_language_part(files.folder, path, **extra)
     cached = try_to_load_from_cache(path, "config.json", revision=revision) if path.count("/") == 1 else None
     if isinstance(cached, str):
-        return _checked(lambda: AutoConfig.from_pretrained(Path(cached).parent, local_files_only=True), path)
+        return read_language_part(Path(cached).parent, path)
     known = known_config(path)
     if known is None:
         near = nearest(path)
@@ -52,14 +58,7 @@ def read_config(path: str, revision: str | None = None):
             f"{path!r} is no folder or file here, not in the hub's cache, and not among the configurations that "
             f"ship for planning; {hint}"
         )
-    return _checked(lambda: AutoConfig.for_model(**known), path)
-
-
-def _checked(read: Callable, path: str):
-    try:
-        return read()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"cannot read the configuration of {path}: {str(error).splitlines()[0]}") from error
+    return language_part(AutoConfig.for_model(**known))
 
 
 def shallow_config(config, layers: int):

@@ -17,8 +17,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from qlora_lite.errors import ModelError
 from qlora_lite.quant.nf4 import dequantize, from_bnb_state
@@ -27,6 +25,7 @@ from qlora_lite.quant.tensor_file import DTYPES, Entries
 from .gguf_names import gguf_names
 from .load import load_model
 from .locate import ModelFiles, check_gguf
+from .nested import names_in_model, read_language_part
 
 log = logging.getLogger("qlora_lite")
 
@@ -37,8 +36,7 @@ class BaseWeights:
 
     Args:
         entries: dtype and shape by stored name, in the order of the files.
-        parameters: parameter name by stored name; a part of the checkpoint outside the language model has none of
-            its names in the model.
+        parameters: parameter name by stored name; what is no part of the language model is not in it.
         read: returns the tensor of a stored name, on the host.
         packed: stored names of 4-bit weights, which ``read`` unpacks to [out, in] in the compute type.
     """
@@ -62,9 +60,11 @@ def open_weights(files: ModelFiles, skeleton: nn.Module, compute_dtype: torch.dt
     if files.gguf_file:
         return _gguf_file(files, skeleton) or _whole_model(files)
     places, entries = _index(files)
+    mapping = read_language_part(files.folder, files.name).key_mapping(entries)
+    names = _parameter_names(skeleton, list(entries), mapping)
     if any(".quant_state." in name for name in entries):
-        return _packed_files(places, entries, compute_dtype)
-    return _plain_files(places, entries, skeleton) or _whole_model(files)
+        return _packed_files(places, entries, names, compute_dtype)
+    return _plain_files(places, entries, names) or _whole_model(files)
 
 
 def _whole_model(files: ModelFiles) -> BaseWeights:
@@ -94,25 +94,17 @@ def _index(files: ModelFiles) -> tuple[dict[str, safe_open], dict]:
     return places, entries
 
 
-def _plain_files(places: dict, entries: dict, skeleton: nn.Module) -> BaseWeights | None:
+def _plain_files(places: dict, entries: dict, names: dict[str, str] | None) -> BaseWeights | None:
     """Read 16-bit safetensors; None if transformers would join or split their tensors."""
-    parameters = _parameter_names(skeleton, list(entries))
-    if parameters is None:
+    return names and BaseWeights(entries, names, lambda name: places[name].get_tensor(name))
+
+
+def _parameter_names(skeleton: nn.Module, stored: list[str], mapping: dict[str, str] | None) -> dict[str, str] | None:
+    found, state = names_in_model(skeleton, stored, mapping), skeleton.state_dict()
+    if any(joined is not None for _, joined in found.values()):
         return None
-    return BaseWeights(entries, parameters, lambda name: places[name].get_tensor(name))
-
-
-def _parameter_names(skeleton: nn.Module, stored: list[str]) -> dict[str, str] | None:
-    mapping = get_model_conversion_mapping(skeleton)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if not isinstance(entry, WeightRenaming)]
-    state, names = skeleton.state_dict(), {}
-    for name in stored:
-        renamed, joined = rename_source_key(name, renamings, converters, skeleton.base_model_prefix, state)
-        if joined is not None:
-            return None
-        names[name] = name if renamed not in state and name in state else renamed
-    return names
+    names = {name: renamed if renamed in state else name for name, (renamed, _) in found.items()}
+    return {name: parameter for name, parameter in names.items() if parameter in state}
 
 
 def _gguf_file(files: ModelFiles, skeleton: nn.Module) -> BaseWeights | None:
@@ -147,7 +139,9 @@ def _is_weight(parameter: str) -> bool:
     return parameter.endswith((".weight", ".bias"))
 
 
-def _packed_files(places: dict, stored: dict, compute_dtype: torch.dtype) -> BaseWeights:
+def _packed_files(
+    places: dict, stored: dict, names: dict[str, str] | None, compute_dtype: torch.dtype
+) -> BaseWeights:  # fmt: skip
     """Read a bitsandbytes 4-bit checkpoint, each packed weight under its plain name."""
     state_of = {name.rpartition(".quant_state.")[0]: name for name in stored if ".quant_state." in name}
     parts = {name: [part for part in stored if part == name or part.startswith(f"{name}.")] for name in state_of}
@@ -163,7 +157,8 @@ def _packed_files(places: dict, stored: dict, compute_dtype: torch.dtype) -> Bas
     entries = {name: entry for name, entry in stored.items() if name not in inside}
     for name, state in state_of.items():
         entries[name] = compute_dtype, _shape_before_packing(places[state].get_tensor(state), name)
-    return BaseWeights(entries, {name: name for name in entries}, read, frozenset(parts))
+    parameters = names or {name: name for name in entries}
+    return BaseWeights(entries, {name: p for name, p in parameters.items() if name in entries}, read, frozenset(parts))
 
 
 def _shape_before_packing(state: torch.Tensor, name: str) -> tuple[int, ...]:

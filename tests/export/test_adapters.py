@@ -14,7 +14,8 @@ import torch
 from gguf import GGUFReader
 from safetensors.torch import load_file
 from tiny import ReferenceLora
-from tiny_runs import logits, tiny_run
+from tiny_files import save_nested
+from tiny_runs import logits, make_run, tiny_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_lite.errors import ModelError, OutputError
@@ -147,6 +148,19 @@ def test_a_reader_with_vllm_s_rules_gives_equal_logits(model_type, case, tmp_pat
     report = export_run(run, tmp_path / "out", ExportSettings("vllm"))
     assert torch.allclose(logits(vllm_reads(tmp_path / "out", plain(tmp_path))), adapted_logits(run), atol=2e-4)
     assert "--max-lora-rank 8" in report["use"]
+
+
+@pytest.mark.parametrize("form", ["peft", "vllm"])
+def test_of_a_larger_model_the_folder_fits_the_whole_and_says_so(form, tmp_path):
+    whole = save_nested(tmp_path / "model")
+    run = make_run(tmp_path, tmp_path / "model", PLAIN_WEIGHTS, lora=MIXED)
+    report = export_run(run, tmp_path / "out", ExportSettings(form))
+    theirs = peft.PeftModel.from_pretrained(plain(tmp_path), tmp_path / "out") if form == "peft" else (
+        vllm_reads(tmp_path / "out", plain(tmp_path))
+    )  # fmt: skip
+    assert not torch.allclose(logits(theirs), logits(whole), atol=1e-2)
+    assert torch.allclose(logits(theirs), adapted_logits(run), atol=2e-4)
+    assert "fits the whole of" in report["notes"][0] and "'model.language_model.'" in report["notes"][0]
 
 
 def test_vllm_s_rules_read_an_unfolded_adapter_wrongly(tmp_path):

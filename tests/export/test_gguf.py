@@ -8,7 +8,7 @@ import pytest
 import torch
 from gguf import GGUFReader
 from tiny import build_tiny
-from tiny_files import MERGES, VOCABULARY, byte_tokenizer, save_tiny
+from tiny_files import MERGES, VOCABULARY, byte_tokenizer, save_nested, save_tiny
 from tiny_runs import logits, make_run, tiny_run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -133,6 +133,21 @@ def test_a_base_in_the_original_weights_is_another_file(run_of, tmp_path):
     assert [report["merged_into"] for report in reports] == ["nf4", "original"]
     found = [logits(read_gguf(tmp_path / base)) for base in ("nf4", "original")]
     assert not torch.allclose(*found, atol=1e-2)
+
+
+def test_of_a_larger_model_the_file_holds_the_language_model_alone(tmp_path):
+    layers = {"num_hidden_layers": 6, "layer_types": None}
+    save_nested(tmp_path / "model", merges=MERGES, **layers)
+    run = make_run(tmp_path, tmp_path / "model")
+    report = export_run(run, tmp_path / "gguf", ExportSettings("gguf"))
+    merge_run(run, tmp_path / "merged", MergeSettings(dtype="f16", rows=0))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    config = merged.config.get_text_config()
+    read = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "gguf", gguf_file=MODEL_FILE, dtype=torch.float32, config=config
+    )
+    assert torch.allclose(logits(read), logits(merged), atol=0.02 * logits(merged).abs().max())
+    assert "holds the language model alone" in report["notes"][0]
 
 
 @torch.no_grad()

@@ -135,7 +135,7 @@ def test_an_unknown_architecture_and_remote_code_are_refused_without_a_question(
     (one / "evil.py").write_text("raise SystemExit('this ran')")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
     rewrite(one / "config.json", lambda config: config.update(change | {"model_type": "no_such_model"}))
-    assert "cannot load" in refusal(one)
+    assert "cannot read the configuration" in refusal(one)
 
 
 def write_gguf(path):

@@ -8,12 +8,13 @@ from bitsandbytes.functional import quantize_4bit
 from safetensors.torch import save_file
 from tiny import ARCHITECTURES, EAGER, build_tiny
 from tiny_files import save_tiny
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_lite.errors import ModelError
 from qlora_lite.models.load import load_model, resolve_compute_dtype, resolve_device
 from qlora_lite.models.quantizer import OnArrivalQuantizer, quantize_in_place
 from qlora_lite.models.save import save_quantized
+from qlora_lite.models.skeleton import meta_model
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.train.guards import check_forward
@@ -173,8 +174,6 @@ def test_a_checkpoint_of_another_quantisation_is_refused(tmp_path):
 
 @pytest.mark.parametrize("quant", ["nf4", "fp4"])
 def test_stacked_experts_are_refused_with_their_bytes(quant, tmp_path):
-    from transformers import AutoConfig
-
     config = AutoConfig.for_model(
         "mixtral", vocab_size=160, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=8,
@@ -184,6 +183,13 @@ def test_stacked_experts_are_refused_with_their_bytes(quant, tmp_path):
     size = f"{stacked / 2**20:.1f} MiB"
     with pytest.raises(ModelError, match=f"4 weights hold several experts .* {size} of them in 16 bit"):
         load(tmp_path, quant)
+
+
+def test_large_convolutions_are_no_experts_and_stay_as_they_are():
+    config = AutoConfig.for_model("mamba", vocab_size=160, hidden_size=16_384, num_hidden_layers=1, state_size=8)
+    model = meta_model(config, "nf4", True, torch.bfloat16)
+    assert model.backbone.layers[0].mixer.conv1d.weight.numel() > 2**16
+    assert isinstance(model.backbone.layers[0].mixer.in_proj, QuantLinear)
 
 
 def test_the_tokenizer_comes_with_its_template(tmp_path):

@@ -1,0 +1,27 @@
+"""What adapter files call the layers of a language model that was taken out of a larger one.
+
+Others load the adapter onto the model that transformers makes of the same files: for Gemma 3 of the hub that is the
+whole, vision tower included, where ``model.layers.0`` is ``model.language_model.layers.0``. So files have the names of
+the whole, while everything else has those of the language model; of other models both are the same.
+"""
+
+from torch import nn
+
+
+def set_outside(model: nn.Module, begins: tuple[str, str] | None) -> nn.Module:
+    """Say how the paths of a model's layers begin in it and in files; None if alike. Return the model."""
+    model.qlora_lite_outside = begins
+    return model
+
+
+def has_outside(model: nn.Module) -> bool:
+    """Tell whether files have other names than the model."""
+    return getattr(model, "qlora_lite_outside", None) is not None
+
+
+def outside(model: nn.Module, path: str) -> str:
+    """Return what files call the layer of a path."""
+    if not has_outside(model):
+        return path
+    here, there = model.qlora_lite_outside
+    return there + path.removeprefix(here) if path.startswith(here) else path

@@ -1,0 +1,186 @@
+"""The language model inside a larger one: Gemma 3 with its vision tower, Mistral 3, Qwen3.5 and their like.
+
+The config.json of such a model nests the language model's. That one alone is planned, loaded and trained: the tensors
+of towers and projectors are not read. What it is called in the files is asked of transformers: the class that it has
+for the whole is built on the meta device, and the decoder there is found by its class.
+
+Adapters are for the whole, since that is what others load from the same files, see ``lora.outside``. Some families
+(Qwen3.5) are taken apart by ``AutoModelForCausalLM`` itself; their adapters are for the language model.
+"""
+
+import copy
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+from qlora_lite.errors import ModelError
+
+from .anatomy import decoder
+from .locate import ModelFiles
+
+_BUILD_ERRORS = (ValueError, TypeError, AttributeError, KeyError, ImportError)
+
+
+@dataclass(frozen=True, slots=True)
+class LanguagePart:
+    """A language model, and where it lies in a larger one.
+
+    Args:
+        config: its transformers configuration.
+        whole: the larger model on the meta device; None where there is none, or transformers takes it apart itself.
+        paths: how the names of its decoder's and its head's weights begin in the whole -> in the language model.
+    """
+
+    config: object
+    whole: nn.Module | None
+    paths: dict[str, str]
+
+    @property
+    def outside(self) -> tuple[str, str] | None:
+        """How paths of the decoder's modules begin here and in the whole; None if they begin alike."""
+        return None if self.whole is None else next((here, there) for there, here in self.paths.items())
+
+    def key_mapping(self, stored: Iterable[str]) -> dict[str, str] | None:
+        """Return transformers' patterns that turn the names of the files into the language model's."""
+        if self.whole is None:
+            return None
+        mapping = {}
+        for name, (renamed, _) in names_in_model(self.whole, stored).items():
+            for there, here in self.paths.items():
+                rest = renamed.removeprefix(there)
+                begin = name.removesuffix(rest)
+                if rest != renamed and begin not in ("", name, here):
+                    mapping[f"^{re.escape(begin)}"] = here
+        return mapping
+
+    def here(self, path: str, mapping: dict[str, str]) -> str:
+        """Return what a path of the files or of the whole is in the language model.
+
+        Args:
+            mapping: see ``key_mapping``.
+        """
+        begins = mapping | {f"^{re.escape(there)}": here for there, here in self.paths.items()}
+        return next((re.sub(begin, here, path) for begin, here in begins.items() if re.search(begin, path)), path)
+
+
+def read_language_part(folder: Path, name: str, **options) -> LanguagePart:
+    """Read the configuration of a folder, or of a GGUF file in it, and find the language model.
+
+    Args:
+        name: of the model, for messages.
+        options: for ``AutoConfig.from_pretrained``.
+
+    Raises:
+        ModelError: it cannot be read; see ``language_part``.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"cannot read the configuration of {name}: {str(error).splitlines()[0]}") from error
+    return language_part(config)
+
+
+def language_part(config) -> LanguagePart:
+    """Return the language model of a configuration, which may be all that there is.
+
+    Raises:
+        ModelError: transformers cannot load the language model alone.
+    """
+    try:
+        text = config if config.is_encoder_decoder else config.get_text_config(decoder=True)
+    except ValueError as error:
+        raise _not_alone(config, error) from error
+    if text is config:
+        return LanguagePart(config, None, {})
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise _not_alone(config, f"it has no class for {text.model_type}")
+    text = copy.deepcopy(text)
+    if stored := getattr(config, "quantization_config", None):
+        text.quantization_config = stored
+    whole = _whole(config)
+    if type(whole.config) is type(text):
+        return LanguagePart(text, None, {})
+    text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)
+    return LanguagePart(text, whole, _paths(whole, _on_meta(AutoModelForCausalLM, text)))
+
+
+def _not_alone(config, reason: object) -> ModelError:
+    said = next(iter(str(reason).strip().splitlines()), "")
+    return ModelError(f"models of the type {config.model_type} hold a language model among other parts, and "
+                      f"transformers cannot load it alone: {said}; choose a model of text alone")  # fmt: skip
+
+
+def _whole(config) -> nn.Module:
+    known = {
+        AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForMultimodalLM: MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    }  # fmt: skip
+    auto = next((auto for auto, mapping in known.items() if type(config) in mapping), None)
+    if auto is None:
+        raise _not_alone(config, "it has no class for the whole")
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    try:
+        return _on_meta(auto, config)
+    except _BUILD_ERRORS as error:
+        raise _not_alone(config, error) from error
+
+
+def _on_meta(auto, config) -> nn.Module:
+    with torch.device("meta"):
+        return auto.from_config(config)
+
+
+def _paths(whole: nn.Module, alone: nn.Module) -> dict[str, str]:
+    inner = decoder(alone)
+    found = [path for path, module in whole.named_modules() if type(module) is type(inner)]
+    if len(found) != 1:
+        raise _not_alone(whole.config, f"{type(whole).__name__} has {len(found)} parts of the class "
+                                       f"{type(inner).__name__}")  # fmt: skip
+    paths = {f"{found[0]}.": f"{_path_of(inner, alone)}."}
+    if (head := whole.get_output_embeddings()) is not None:
+        paths[f"{_path_of(head, whole)}."] = f"{_path_of(alone.get_output_embeddings(), alone)}."
+    return paths
+
+
+def _path_of(module: nn.Module, model: nn.Module) -> str:
+    return next(path for path, each in model.named_modules() if each is module)
+
+
+def stored_names(files: ModelFiles) -> list[str]:
+    """Return the names of all tensors in safetensors files."""
+    names = []
+    for path in files.weights:
+        with safe_open(path, framework="pt") as file:
+            names += file.keys()
+    return names
+
+
+def names_in_model(
+    model: nn.Module, stored: Iterable[str], key_mapping: dict[str, str] | None = None
+) -> dict[str, tuple[str, str | None]]:
+    """Return the parameter that transformers makes of each stored name, and the rule by which it joins or splits it.
+
+    Args:
+        model: shapes are enough.
+        key_mapping: patterns that are applied first, as ``from_pretrained`` takes them.
+    """
+    mapping = get_model_conversion_mapping(model, key_mapping)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if not isinstance(entry, WeightRenaming)]
+    state = model.state_dict()
+    return {name: rename_source_key(name, renamings, converters, model.base_model_prefix, state) for name in stored}
