@@ -17,7 +17,7 @@ from qlora_lite.quant.linear import is_conv1d, stands_for_conv1d
 from qlora_lite.quant.tensor_file import write_tensors
 
 from .inject import Target, add_lora, linear_layers, lora_layers
-from .outside import has_outside, outside
+from .outside import outside
 from .read import CONFIG_NAME, WEIGHTS_NAME, Adapter, factor_names, read_adapter
 
 
@@ -54,11 +54,14 @@ def adapter_config(model: nn.Module, base_model: str) -> dict:
 
 
 def _target_modules(model: nn.Module, layers: Collection[str]) -> list[str]:
-    """Return the last parts of the adapted layers' paths, or whole paths where others have the same (a tower's may)."""
+    """Return the last parts of the adapted layers' paths, or whole paths where other layers have the same.
+
+    Whole paths too where files have other names than the model (``outside``): a tower's layers may end alike.
+    """
     every = {n for n, m in model.named_modules() if n in layers or (isinstance(m, nn.Linear) or is_conv1d(m))}
     leaves = {name.rpartition(".")[2] for name in layers}
     by_leaf = {name for name in every | set(linear_layers(model)) if name.rpartition(".")[2] in leaves}
-    return sorted(leaves if by_leaf == set(layers) and not has_outside(model) else layers)
+    return sorted(leaves if by_leaf == set(layers) else layers)
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "", tokenizer=None) -> str:

@@ -54,6 +54,13 @@ def test_names_that_newer_transformers_give_are_read_as_well(tmp_path):
     assert torch.equal(logits(load(tmp_path)), logits(adopt(whole)))
 
 
+def test_whether_the_head_is_tied_is_what_the_whole_says(tmp_path):
+    whole = save_nested(tmp_path, "mistral3", dtype=torch.bfloat16, tie_word_embeddings=True)
+    assert whole.config.text_config.tie_word_embeddings and not whole.config.tie_word_embeddings
+    alone = load(tmp_path)
+    assert not alone.config.tie_word_embeddings and torch.equal(logits(alone), logits(adopt(whole)))
+
+
 @pytest.mark.parametrize("name", NESTED)
 @pytest.mark.parametrize("use_cache", [False, True])
 def test_in_4_bit_it_has_the_bytes_of_quantising_the_whole_in_place(name, use_cache, tmp_path):
