@@ -225,13 +225,8 @@ def _merged_change(job: _Job, merged: Merged) -> Change:
 
 
 def _gguf_logits(job: _Job) -> torch.Tensor:
-    """Read the file back through transformers, with the run's configuration.
-
-    transformers takes some settings of a GGUF model from the family's defaults (caps of logits, attention scales);
-    what the file says of them is for llama.cpp, and tested there. A Mistral's file is a Llama's, and read as one.
-    """
-    config = None if job.skeleton.config.model_type == "mistral" else copy.deepcopy(job.skeleton.config)
-    return logits_of(load_model(str(job.out / MODEL_FILE), "none", compute_dtype=torch.float32, config=config))
+    """Read the file back as a base model, with the settings that it says."""
+    return logits_of(load_model(str(job.out / MODEL_FILE), "none", compute_dtype=torch.float32))
 
 
 def _shared_system(trained: TrainedRun) -> str | None:

@@ -15,9 +15,10 @@ import torch
 from qlora_lite.errors import ModelError
 from qlora_lite.files import require_space
 from qlora_lite.models.gguf_names import gguf_names
+from qlora_lite.models.gguf_settings import ROPE_FACTORS, rope_factors
 from qlora_lite.models.merge import Merged
 
-from .gguf_config import rope_factors, write_config
+from .gguf_config import write_config
 from .gguf_tokenizer import write_tokenizer
 
 MODEL_FILE = "model.gguf"
@@ -56,7 +57,7 @@ def write_gguf(
     planned, total_bytes = list(_planned(merged, kind)), SPARE_BYTES
     factors = rope_factors(merged.config)
     if factors is not None:
-        writer.add_tensor_info("rope_freqs.weight", factors.shape, np.dtype(np.float32), 4 * len(factors))
+        writer.add_tensor_info(ROPE_FACTORS, factors.shape, np.dtype(np.float32), 4 * len(factors))
     for _, parameter, shape, stored_as in planned:
         size_bytes = prod(quants.quant_shape_to_byte_shape(shape, stored_as))
         writer.add_tensor_info(names.of(parameter), shape, np.dtype(np.float32), size_bytes, raw_dtype=stored_as)

@@ -15,7 +15,7 @@ from qlora_lite.files import cache_root, content_digest
 
 from .locate import ModelFiles
 
-FORMAT_VERSION = 1  # raise it when the bytes that quantisation produces change
+FORMAT_VERSION = 2  # raise it when the bytes that quantisation produces change, or the configuration beside them
 
 
 def cache_entry(files: ModelFiles, **settings) -> Path:

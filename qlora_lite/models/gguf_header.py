@@ -10,17 +10,33 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 import mmap
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 
-MAGIC, VERSIONS, DEFAULT_ALIGNMENT = 0x46554747, (2, 3), 32
+MAGIC, VERSIONS, ALIGNMENT, DEFAULT_ALIGNMENT = 0x46554747, (2, 3), "general.alignment", 32
 MOST_DIMENSIONS, DEEPEST_ARRAY = 8, 4
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes by type of a plain value
+_PLAIN = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # by type
 _UINT32, _STRING, _ARRAY = 4, 8, 9
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 
-def end_of_tensors(path: Path) -> int:
-    """Return the size in bytes that a file must have for all tensors that its header announces.
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file's header says.
+
+    Args:
+        values: of all keys but those of arrays.
+        tensors: where each begins in the file, in bytes, its type and its number of elements, by name.
+        end: size in bytes that the file must have for all tensors.
+    """
+
+    values: dict[str, object]
+    tensors: dict[str, tuple[int, int, int]]
+    end: int
+
+
+def read_header(path: Path) -> Header:
+    """Read a file's header.
 
     Raises:
         ValueError: it is not a GGUF file, or its header is cut short or contradicts itself.
@@ -30,20 +46,28 @@ def end_of_tensors(path: Path) -> int:
         return _Walk(content).whole()
 
 
+def end_of_tensors(path: Path) -> int:
+    """Return the size in bytes that a file must have; see ``read_header``."""
+    return read_header(path).end
+
+
 class _Walk:
     def __init__(self, content: mmap.mmap):
         self.content, self.size, self.place = content, len(content), 0
 
-    def whole(self) -> int:
+    def whole(self) -> Header:
         if self.u32() != MAGIC:
             raise ValueError("it does not begin as GGUF files do")
         if (version := self.u32()) not in VERSIONS:
             raise ValueError(f"its version is {version}, or it is big-endian")
         tensors, keys = self.u64(), self.u64()
-        alignment = self.alignment(keys)
-        ends = self.tensor_ends(tensors)
+        values = self.values(keys)
+        found = self.tensors(tensors)
+        alignment = values.get(ALIGNMENT, DEFAULT_ALIGNMENT)
         start = -(-self.place // alignment) * alignment
-        return start + max(ends)
+        end = start + max(offset + size for offset, size, *_ in found.values())
+        places = {name: (start + offset, kind, elements) for name, (offset, _, kind, elements) in found.items()}
+        return Header(values, places, end)
 
     def skip(self, size: int) -> int:
         """Go on by some bytes; return where they began."""
@@ -63,26 +87,29 @@ class _Walk:
         start = self.skip(length)
         return self.content[start : start + length].decode()
 
-    def alignment(self, keys: int) -> int:
-        """Walk over the metadata and return what it says of the alignment of tensors."""
-        alignment, seen = DEFAULT_ALIGNMENT, set()
+    def values(self, keys: int) -> dict[str, object]:
+        """Walk over the metadata and return what is no array."""
+        values, seen = {}, set()
         for _ in range(keys):
             key, kind = self.text(), self.u32()
             if key in seen:
                 raise ValueError(f"its key {key[:80]!r} is there twice")
             seen.add(key)
-            if key == "general.alignment":
-                alignment = self.u32() if kind == _UINT32 else 0
-                if alignment.bit_count() != 1:
-                    raise ValueError("its general.alignment is not a power of two")
+            if key == ALIGNMENT and kind != _UINT32:
+                raise ValueError(f"its {key} is not a power of two")
+            if kind == _STRING:
+                values[key] = self.text()
+            elif kind in _PLAIN:
+                values[key] = struct.unpack_from(f"<{_PLAIN[kind]}", self.content, self.skip(_size(kind)))[0]
             else:
                 self.value(kind)
-        return alignment
+        if values.get(ALIGNMENT, DEFAULT_ALIGNMENT).bit_count() != 1:
+            raise ValueError(f"its {ALIGNMENT} is not a power of two")
+        return values
 
     def value(self, kind: int, depth: int = 0) -> None:
-        if kind in _SIZES:
-            self.skip(_SIZES[kind])
-        elif kind == _STRING:
+        """Walk over a string or an array."""
+        if kind == _STRING:
             self.skip(self.u64())
         elif kind == _ARRAY and depth < DEEPEST_ARRAY:
             self.array(self.u32(), self.u64(), depth)
@@ -90,24 +117,23 @@ class _Walk:
             raise ValueError(f"it has a value of the unknown type {kind}")
 
     def array(self, kind: int, count: int, depth: int) -> None:
-        if kind in _SIZES:
-            self.skip(_SIZES[kind] * count)
+        if kind in _PLAIN:
+            self.skip(_size(kind) * count)
         elif kind in (_STRING, _ARRAY):
             for _ in range(count):  # each takes at least 8 bytes, or there are none left
                 self.value(kind, depth + 1)
         else:
             raise ValueError(f"it has an array of the unknown type {kind}")
 
-    def tensor_ends(self, count: int) -> list[int]:
-        """Walk over the list of tensors; return where each ends, from the first tensor's place on."""
+    def tensors(self, count: int) -> dict[str, tuple[int, int, int, int]]:
+        """Walk over the list of tensors; return their offsets and sizes in bytes, types and numbers of elements."""
         from gguf.constants import GGML_QUANT_SIZES
 
-        ends, seen = [], set()
+        found = {}
         for _ in range(count):
             name, dimensions = self.text(), self.u32()
-            if name in seen or dimensions > MOST_DIMENSIONS:
+            if name in found or dimensions > MOST_DIMENSIONS:
                 raise ValueError(f"its tensor {name[:80]!r} is there twice, or has {dimensions} dimensions")
-            seen.add(name)
             elements = 1
             for _ in range(dimensions):
                 elements *= self.u64()
@@ -117,7 +143,11 @@ class _Walk:
             block, block_bytes = GGML_QUANT_SIZES[kind]
             if elements % block:
                 raise ValueError(f"its tensor {name[:80]!r} has {elements} values, not whole blocks of {block}")
-            ends.append(offset + elements // block * block_bytes)
-        if not ends:
+            found[name] = offset, elements // block * block_bytes, kind, elements
+        if not found:
             raise ValueError("it has no tensors")
-        return ends
+        return found
+
+
+def _size(kind: int) -> int:
+    return struct.calcsize(f"<{_PLAIN[kind]}")

@@ -100,8 +100,7 @@ def resolve_compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def load_model(
     path: str, quant: str = "nf4", double_quant: bool = True, compute_dtype: torch.dtype = torch.bfloat16,
-    device: torch.device | str = "cpu", revision: str | None = None, use_cache: bool = True, config=None,
-    quant_head: bool = False,
+    device: torch.device | str = "cpu", revision: str | None = None, use_cache: bool = True, quant_head: bool = False,
 ) -> nn.Module:  # fmt: skip
     """Load a causal language model, frozen, in training mode off.
 
@@ -111,7 +110,6 @@ def load_model(
         double_quant: quantise the block maxima too: 4.127 instead of 4.5 bits per weight.
         compute_dtype: of activations, head, embeddings and norms.
         use_cache: keep and reuse the quantised model on disk.
-        config: transformers configuration in place of the file's, for a model that is not quantised.
         quant_head: keep a 4-bit copy of the head.
 
     Raises:
@@ -119,7 +117,7 @@ def load_model(
     """
     files = locate(path, revision)
     stored, asked = stored_quantization(files.config), (quant, double_quant)
-    part = None if files.gguf_file else read_language_part(files.folder, path)
+    part = read_language_part(files.folder, path, files.gguf_file)
     if stored is not None:
         if stored != asked:
             log.warning("%s is stored in 4 bit already and is taken as it is: model.quant %s, model.double_quant %s",
@@ -127,12 +125,12 @@ def load_model(
         quant, double_quant = stored
         model = _load_prequantized(files, part, compute_dtype, device)
     elif quant == "none":
-        model = _from_pretrained(files, part, compute_dtype, device, config=config)
+        model = _from_pretrained(files, part, compute_dtype, device)
     else:
         model = _load_quantized(files, part, quant, double_quant, compute_dtype, device, use_cache)
     if quant_head:
         quantize_head(model, quant, double_quant)
-    return adopt(set_outside(model, part and part.outside))
+    return adopt(set_outside(model, part.outside))
 
 
 def adopt(model: nn.Module) -> nn.Module:
@@ -149,7 +147,7 @@ def _load_quantized(files, part, quant, double_quant, dtype, device, use_cache):
     if entry is not None and entry.exists() and _is_whole(entry):
         return _load_prequantized(ModelFiles(str(entry), entry, ()), None, dtype, device)
     if files.gguf_file:
-        model = _from_pretrained(files, None, dtype, "cpu")
+        model = _from_pretrained(files, part, dtype, "cpu")
         quantize_in_place(model, quant, double_quant)
         model.to(device)
     else:
@@ -212,15 +210,13 @@ def _from_linear4bit(module: nn.Module, dtype: torch.dtype) -> QuantLinear:
 
 
 def _from_pretrained(
-    files: ModelFiles, part: LanguagePart | None, dtype, device, quantization_config=None, config=None
-) -> nn.Module:
+    files: ModelFiles, part: LanguagePart | None, dtype, device, quantization_config=None
+) -> nn.Module:  # fmt: skip
     extra = {"quantization_config": quantization_config} if quantization_config else {}
     if files.gguf_file:
-        extra = {"gguf_file": files.gguf_file, **_gguf_options()}
+        extra = {"gguf_file": files.gguf_file, "config": part.config, **_gguf_options()}
     else:
         extra |= {"use_safetensors": True, **(_of_language_model(files, part) if part and part.whole else {})}
-    if config is not None:
-        extra["config"] = config
     try:
         with _without_report() if "key_mapping" in extra else nullcontext():
             model, info = AutoModelForCausalLM.from_pretrained(

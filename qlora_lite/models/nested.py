@@ -30,6 +30,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from qlora_lite.errors import ModelError
 
 from .anatomy import decoder
+from .gguf_settings import as_the_file_says
 from .locate import ModelFiles
 
 _BUILD_ERRORS = (ValueError, TypeError, AttributeError, KeyError, ImportError)
@@ -77,21 +78,22 @@ class LanguagePart:
         return next((re.sub(begin, here, path) for begin, here in begins.items() if re.search(begin, path)), path)
 
 
-def read_language_part(folder: Path, name: str, **options) -> LanguagePart:
+def read_language_part(folder: Path, name: str, gguf_file: str | None = None) -> LanguagePart:
     """Read the configuration of a folder, or of a GGUF file in it, and find the language model.
 
     Args:
         name: of the model, for messages.
-        options: for ``AutoConfig.from_pretrained``.
+        gguf_file: its name in the folder.
 
     Raises:
         ModelError: it cannot be read; see ``language_part``.
     """
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+        extra = {"gguf_file": gguf_file} if gguf_file else {}
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **extra)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"cannot read the configuration of {name}: {str(error).splitlines()[0]}") from error
-    return language_part(config)
+    return language_part(as_the_file_says(config, folder / gguf_file) if gguf_file else config)
 
 
 def language_part(config) -> LanguagePart:

@@ -45,8 +45,7 @@ def read_part(path: str, revision: str | None = None) -> LanguagePart:
         return read_language_part(local, path)
     if path.startswith("package:") or local.suffix == ".gguf":
         files = locate(path)
-        extra = {"gguf_file": files.gguf_file} if files.gguf_file else {}
-        return read_language_part(files.folder, path, **extra)
+        return read_language_part(files.folder, path, files.gguf_file)
     cached = try_to_load_from_cache(path, "config.json", revision=revision) if path.count("/") == 1 else None
     if isinstance(cached, str):
         return read_language_part(Path(cached).parent, path)

@@ -1,12 +1,13 @@
 """A GGUF file gives, in readers that share no code with its writer, the merged model's tokens."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFWriter
 from tiny import build_tiny
 from tiny_files import MERGES, VOCABULARY, byte_tokenizer, save_nested, save_tiny
 from tiny_runs import logits, make_run, tiny_run
@@ -15,10 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from qlora_lite.errors import ModelError
 from qlora_lite.export import forms
 from qlora_lite.export.forms import ExportSettings, export_run
-from qlora_lite.export.gguf_config import rope_factors
 from qlora_lite.export.gguf_model import MODEL_FILE
 from qlora_lite.export.gguf_tokenizer import ADDED, CONTROL, ORDINARY, UNUSED, describe_tokenizer
 from qlora_lite.merge import MergeSettings, merge_run
+from qlora_lite.models.gguf_settings import as_the_file_says, rope_factors
+from qlora_lite.models.load import load_model
 from qlora_lite.models.locate import locate
 from qlora_lite.models.skeleton import meta_model, read_config
 from qlora_lite.models.weights import open_weights
@@ -180,6 +182,89 @@ def test_a_gguf_base_is_read_tensor_by_tensor_with_the_values_that_transformers_
         assert weights.entries[name] == (torch.float32, tuple(parameter.shape))
 
 
+def scaled(kind, **settings):
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **settings}, "max_position_embeddings": 512}
+
+
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "factor": 8.0}
+GEMMA3_ROPE = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+               "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}}  # fmt: skip
+SAID = {  # what files say beyond what transformers' reader takes; family, settings
+    "llama3": ("llama", scaled("llama3", original_max_position_embeddings=64, **LLAMA3)),
+    "llama3 of its own first context": ("llama", scaled("llama3", original_max_position_embeddings=8192, **LLAMA3)),
+    "linear": ("llama", scaled("linear", factor=4.0)),
+    "yarn": ("qwen2", scaled("yarn", factor=4.0, original_max_position_embeddings=32)),
+    "yarn with bounds": ("qwen2", scaled("yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=8.0,
+                                         beta_slow=2.0)),
+    "size of heads": ("qwen3", {}),
+    "caps and a small scale": ("gemma2", {}),
+    "scale of a 27B": ("gemma2", {"num_hidden_layers": 46, "head_dim": 32, "query_pre_attn_scalar": 16}),
+    "scaling of whole blocks": ("gemma3_text", {"num_hidden_layers": 6, "rope_parameters": GEMMA3_ROPE}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_a_gguf_base_is_scaled_as_its_file_says(case, run_of, tmp_path):
+    family, options = SAID[case]
+    run = run_of(family, **options)
+    export_run(run, tmp_path / "gguf", ExportSettings("gguf", "original"))
+    merge_run(run, tmp_path / "merged", MergeSettings("original", dtype="f16", rows=0))
+    path = str(tmp_path / "gguf" / MODEL_FILE)
+    read, merged = (load_model(each, "none", compute_dtype=torch.float32) for each in (path, str(tmp_path / "merged")))
+    ids = torch.randint(5, VOCABULARY, (2, 100), generator=torch.Generator().manual_seed(0))
+    expected = logits(merged, ids)
+    assert (logits(read, ids) - expected).norm() < 1e-3 * expected.norm()
+    planned, in_4_bit = read_config(path), load_model(path, compute_dtype=torch.float32)
+    for name in ("rope_parameters", "query_pre_attn_scalar", "attn_logit_softcapping", "head_dim"):
+        for config in (planned, in_4_bit.config):
+            assert getattr(config, name, None) == getattr(merged.config, name, None), name
+
+
+def say(path, values=(), factors=None):
+    """Write a GGUF file that says little but what is asked for."""
+    writer = GGUFWriter(path, "llama")
+    for key, value in dict(values).items():
+        (writer.add_string if isinstance(value, str) else writer.add_float32)(f"llama.{key}", value)
+    writer.add_tensor("token_embd.weight", np.zeros((2, 32), np.float32))
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", np.array(factors, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(("values", "factors", "text"), [
+    ({"rope.scaling.type": "longrope"}, None, "rope.scaling.type longrope"),
+    ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.yarn_attn_factor": 0.5}, None,
+     "rope.scaling.yarn_attn_factor 0.5"),
+    ({"rope.scaling.type": "linear", "rope.scaling.of_tomorrow": 1.0}, None, "rope.scaling.of_tomorrow"),
+    ({"rope.scaling.type": "linear", "rope.scaling.factor": 2.0}, [1, 2] * 4, "rope_freqs.weight beside a scaling"),
+    ({}, [1, 2, 1, 2, 3, 4, 5, 8], "rope_freqs.weight"), ({}, [1, 8], "rope_freqs.weight"),
+    ({"attention.scale": 0.5}, None, "attention.scale 0.5"),
+    ({"final_logit_softcapping": 30.0}, None, "final_logit_softcapping 30.0"),
+    ({"rope.freq_base_swa": 5.0}, None, "rope.freq_base_swa 5.0"),
+])  # fmt: skip
+def test_what_a_gguf_base_says_and_no_setting_holds_is_refused_by_name(values, factors, text, tmp_path):
+    with pytest.raises(ModelError, match=f"says {re.escape(text)}, for which its model has no setting here"):
+        as_the_file_says(build_tiny("llama").config, say(tmp_path / "a.gguf", values, factors))
+
+
+def test_what_changes_nothing_in_a_gguf_base_is_taken_as_such(tmp_path):
+    values = {"rope.scaling.type": "none", "rope.scaling.attn_factor": 1.0, "logit_scale": 1.0, "rope.freq_base": 7.0}
+    config = build_tiny("llama").config
+    for factors in (None, [1.0] * 8):
+        assert as_the_file_says(config, say(tmp_path / "a.gguf", values, factors)).to_dict() == config.to_dict()
+    values = {"rope.scaling.factor": 4.0}  # of before there was a type
+    assert as_the_file_says(config, say(tmp_path / "a.gguf", values)).rope_parameters["rope_type"] == "linear"
+
+
+def test_a_family_without_rotary_positions_is_refused_a_scaling(tmp_path):
+    with pytest.raises(ModelError, match=r"says rope\.scaling\.type linear"):
+        as_the_file_says(build_tiny("gpt2").config, say(tmp_path / "a.gguf", {"rope.scaling.type": "linear"}))
+
+
 def fields_of(path):
     return {name: field.contents() for name, field in GGUFReader(path).fields.items()}
 
@@ -236,6 +321,9 @@ def test_a_way_to_cut_words_that_llama_cpp_does_not_know_is_refused():
 @pytest.mark.parametrize(("family", "options", "text"), [
     ("llama", {"hidden_act": "gelu"}, "activation gelu"),
     ("gemma2", {"query_pre_attn_scalar": 99}, "query_pre_attn_scalar 99"),
+    ("gemma2", {"num_hidden_layers": 46, "head_dim": 32, "query_pre_attn_scalar": 32}, "query_pre_attn_scalar 32"),
+    ("qwen2", scaled("yarn", factor=4.0, original_max_position_embeddings=32, attention_factor=1.5),
+     r"attention_factor 1\.5"),
     ("gemma3_text", {"layer_types": ["full_attention", "full_attention"]}, "layer_types"),
     ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type dynamic"),
 ])  # fmt: skip
