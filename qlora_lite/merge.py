@@ -164,6 +164,9 @@ def _notes(trained: TrainedRun, merged: Merged, settings: MergeSettings) -> list
         notes.append("the run computed with a 4-bit copy of the head; the merged model has the head itself")
     if settings.dtype != "f32":
         notes.append(f"the sum of weight and update is rounded once, to {settings.dtype}; --dtype f32 keeps it exact")
+    if merged.base.in_memory:
+        notes.append("the tensors are named and laid out as transformers has them in memory: other programs may not "
+                     "know the model")  # fmt: skip
     if settings.quantize:
         notes.append(f"the merged weights are quantised again to {settings.quantize}, which is never exact")
     else:

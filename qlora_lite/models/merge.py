@@ -175,11 +175,11 @@ def _write_configs(merged: Merged, folder: Path, dtype: torch.dtype, end_token_i
 
     As JSON, not through transformers' classes: these refuse to save what some well-known models ship.
     """
-    source = merged.files.folder
-    if merged.files.gguf_file:
-        config, generation = merged.config.to_dict(), GenerationConfig.from_model_config(merged.config).to_diff_dict()
+    gguf, source = merged.files.gguf_file, merged.files.folder
+    config = merged.config.to_dict() if gguf or merged.base.in_memory else read_json(source / "config.json")
+    if gguf:
+        generation = GenerationConfig.from_model_config(merged.config).to_diff_dict()
     else:
-        config = read_json(source / "config.json")
         stored = source / "generation_config.json"
         generation = read_json(stored) if stored.is_file() else {}
     config.pop("quantization_config", None)

@@ -2,8 +2,9 @@
 
 A merge and an export walk a model weight by weight, so that a 13 GiB checkpoint passes through the memory of one
 weight. What a stored name is called inside the model is asked of transformers (renames, the base model's prefix), and
-for GGUF files of ``gguf_names``. Files whose tensors transformers joins or splits while it loads have no weight of
-their own for a layer; these, and GGUF files of other families, are loaded into memory as a whole, which is logged.
+for GGUF files of ``gguf_names``. What transformers joins into something else than a linear layer (experts,
+convolutions) stays as the files have it. Files that have no weight of their own for a linear layer, and GGUF files of
+other families, are loaded into memory as a whole, which is logged.
 
 Names: "stored" is a tensor's name in the files, "parameter" its name in the model.
 """
@@ -11,7 +12,7 @@ Names: "stored" is a tensor's name in the files, "parameter" its name in the mod
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from qlora_lite.errors import ModelError
+from qlora_lite.quant.linear import is_linear
 from qlora_lite.quant.nf4 import dequantize, from_bnb_state
 from qlora_lite.quant.tensor_file import DTYPES, Entries
 
@@ -36,15 +38,17 @@ class BaseWeights:
 
     Args:
         entries: dtype and shape by stored name, in the order of the files.
-        parameters: parameter name by stored name; what is no part of the language model is not in it.
+        parameters: parameter name by stored name; what is joined, or no part of the language model, is not in it.
         read: returns the tensor of a stored name, on the host.
         packed: stored names of 4-bit weights, which ``read`` unpacks to [out, in] in the compute type.
+        in_memory: the stored names are transformers' own, and not those of ordinary files.
     """
 
     entries: Entries
     parameters: dict[str, str]
     read: Callable[[str], torch.Tensor]
-    packed: frozenset[str] = field(default=frozenset())
+    packed: frozenset[str] = frozenset()
+    in_memory: bool = False
 
 
 def open_weights(files: ModelFiles, skeleton: nn.Module, compute_dtype: torch.dtype) -> BaseWeights:
@@ -69,7 +73,8 @@ def open_weights(files: ModelFiles, skeleton: nn.Module, compute_dtype: torch.dt
 
 def _whole_model(files: ModelFiles) -> BaseWeights:
     log.info("%s is loaded into memory as a whole: its files cannot be read weight by weight", files.name)
-    model = load_model(files.name, "none", compute_dtype=torch.float32, use_cache=False)
+    path = files.weights[0] if files.gguf_file else files.folder  # not the name, which may have other revisions
+    model = load_model(str(path), "none", compute_dtype=torch.float32, use_cache=False)
     first_names = {id(parameter): name for name, parameter in model.named_parameters()}  # tied ones are named once
     state = {
         name: tensor.detach()
@@ -77,7 +82,7 @@ def _whole_model(files: ModelFiles) -> BaseWeights:
         if first_names.get(id(tensor), name) == name
     }
     entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
-    return BaseWeights(entries, {name: name for name in state}, state.__getitem__)
+    return BaseWeights(entries, {name: name for name in state}, state.__getitem__, in_memory=True)
 
 
 def _index(files: ModelFiles) -> tuple[dict[str, safe_open], dict]:
@@ -95,15 +100,17 @@ def _index(files: ModelFiles) -> tuple[dict[str, safe_open], dict]:
 
 
 def _plain_files(places: dict, entries: dict, names: dict[str, str] | None) -> BaseWeights | None:
-    """Read 16-bit safetensors; None if transformers would join or split their tensors."""
+    """Read 16-bit safetensors; None if they have no weights of their own for linear layers."""
     return names and BaseWeights(entries, names, lambda name: places[name].get_tensor(name))
 
 
 def _parameter_names(skeleton: nn.Module, stored: list[str], mapping: dict[str, str] | None) -> dict[str, str] | None:
     found, state = names_in_model(skeleton, stored, mapping), skeleton.state_dict()
-    if any(joined is not None for _, joined in found.values()):
+    joined = {name for name, (_, rule) in found.items() if rule is not None}
+    linear = {path for path, module in skeleton.named_modules() if is_linear(module)}
+    if any(found[name][0].rpartition(".")[0] in linear for name in joined):
         return None
-    names = {name: renamed if renamed in state else name for name, (renamed, _) in found.items()}
+    names = {name: renamed if renamed in state else name for name, (renamed, _) in found.items() if name not in joined}
     return {name: parameter for name, parameter in names.items() if parameter in state}
 
 

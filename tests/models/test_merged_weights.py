@@ -2,6 +2,7 @@
 
 import json
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -216,6 +217,48 @@ def test_streamed_files_are_safetensors_of_any_kind(dtype, tmp_path):
     stream_tensors(tmp_path / "t.safetensors", entries, tensors.__getitem__)
     loaded = load_file(tmp_path / "t.safetensors")
     assert all(torch.equal(loaded[name], tensor) and loaded[name].dtype == dtype for name, tensor in tensors.items())
+
+
+def test_experts_are_merged_under_the_names_of_the_files_and_from_their_revision(tmp_path, monkeypatch):
+    hub = tmp_path / "hub" / "models--o--moe"
+    for revision, (sha, seed) in {"main": ("a" * 40, 0), "v2": ("b" * 40, 1)}.items():
+        save_tiny(hub / "snapshots" / sha, "deepseek_v3", seed=seed)
+        (hub / "refs").mkdir(exist_ok=True)
+        (hub / "refs" / revision).write_text(sha)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    base = load_file(hub / "snapshots" / ("b" * 40) / "model.safetensors")
+    assert any(name.endswith("mlp.experts.0.up_proj.weight") for name in base)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folder = hub / "snapshots" / ("b" * 40)
+    run = make_run(tmp_path / "run", folder, ["model.quant=none"], lora={"rank": 4, "alpha": 8})
+    text = (run / "recipe.yaml").read_text().replace(str(folder), "o/moe").replace("revision: null", "revision: v2")
+    (run / "recipe.yaml").write_text(text)
+    report = merge_run(run, tmp_path / "merged", EXACT)
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    assert found.keys() == base.keys() and not any("named and laid out" in note for note in report["notes"])
+    trained = load_adapter(load_model(str(folder), "none", compute_dtype=torch.float32), run / "adapter")
+    changed = {name for name in base if not torch.equal(base[name], found[name])}
+    assert changed == {f"{path}.weight" for path, _ in lora_layers(trained)}
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(logits(merged), logits(trained), atol=2e-4)
+
+
+def test_linear_layers_that_files_have_only_joined_are_merged_in_memory_from_the_folder_and_that_is_noted(
+    tmp_path, monkeypatch
+):
+    run = tiny_run(tmp_path, overrides=["model.quant=none"])
+
+    def joined(model, stored, mapping=None):
+        return {name: (name, "qkv" if "q_proj" in name else None) for name in stored}
+
+    monkeypatch.setattr("qlora_lite.models.weights.names_in_model", joined)
+    trained = open_trained(run)
+    elsewhere = replace(trained, files=replace(trained.files, name="no/such-model"))
+    monkeypatch.setattr("qlora_lite.merge.open_trained", lambda *_: elsewhere)
+    report = merge_run(run, tmp_path / "merged", EXACT)
+    assert any("named and laid out as transformers has them in memory" in note for note in report["notes"])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(logits(merged), logits(trained_model(run)), atol=2e-4)
 
 
 def test_a_layer_without_a_stored_weight_is_named(tmp_path):
