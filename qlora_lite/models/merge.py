@@ -13,6 +13,7 @@ What an adapter is merged into is a choice, since no choice is right for all:
 Names, tensors that are no floats, and parts of the checkpoint outside the language model stay as they are.
 """
 
+import copy
 import json
 from dataclasses import dataclass
 from math import prod
@@ -176,9 +177,11 @@ def _write_configs(merged: Merged, folder: Path, dtype: torch.dtype, end_token_i
     As JSON, not through transformers' classes: these refuse to save what some well-known models ship.
     """
     gguf, source = merged.files.gguf_file, merged.files.folder
-    config = merged.config.to_dict() if gguf or merged.base.in_memory else read_json(source / "config.json")
+    as_loaded = copy.deepcopy(merged.config)
+    as_loaded.use_cache = True  # off for training
+    config = as_loaded.to_dict() if gguf or merged.base.in_memory else read_json(source / "config.json")
     if gguf:
-        generation = GenerationConfig.from_model_config(merged.config).to_diff_dict()
+        generation = GenerationConfig.from_model_config(as_loaded).to_diff_dict()
     else:
         stored = source / "generation_config.json"
         generation = read_json(stored) if stored.is_file() else {}

@@ -68,7 +68,8 @@ def save_quantized(model: nn.Module, folder: Path, tokenizer=None) -> None:
         ModelError: the model has no 4-bit layers, or some that transformers could not load (Falcon's).
         OutputError: the folder cannot be written.
     """
-    config = {**model.config.to_diff_dict(), "quantization_config": _quantization_config(model)}
+    config = {**model.config.to_diff_dict(), "quantization_config": _quantization_config(model), "use_cache": True,
+              "architectures": [type(model).__name__]}  # fmt: skip
     state = quantized_state(model)
     plan = split_torch_state_dict_into_shards(state, max_shard_size=SHARD_BYTES)
     with replacing_folder(folder) as new:

@@ -159,7 +159,7 @@ def test_a_run_on_a_gguf_base_is_exported_and_merged(run_of, tmp_path):
     export_run(run, tmp_path / "gguf", ExportSettings("gguf"))
     merge_run(run, tmp_path / "merged", MergeSettings(dtype="f16", rows=0))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
-    assert merged.config.tie_word_embeddings
+    assert merged.config.tie_word_embeddings and merged.config.use_cache and merged.generation_config.use_cache
     assert greedy(read_gguf(tmp_path / "gguf")) == greedy(merged)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "first", gguf_file=MODEL_FILE, dtype=torch.float32)
     assert not torch.allclose(logits(base), logits(merged), atol=1e-2)

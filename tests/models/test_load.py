@@ -7,10 +7,13 @@ import torch
 from bitsandbytes.functional import quantize_4bit
 from safetensors.torch import save_file
 from tiny import ARCHITECTURES, EAGER, build_tiny
-from tiny_files import save_tiny
+from tiny_files import MERGES, save_tiny
+from tiny_runs import tiny_run
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_lite.errors import ModelError
+from qlora_lite.export.forms import ExportSettings, export_run
+from qlora_lite.export.gguf_model import MODEL_FILE
 from qlora_lite.models.load import load_model, resolve_compute_dtype, resolve_device
 from qlora_lite.models.quantizer import OnArrivalQuantizer, quantize_in_place
 from qlora_lite.models.save import save_quantized
@@ -114,6 +117,20 @@ def test_a_saved_4_bit_model_gives_equal_logits_in_plain_transformers(model_type
     theirs.train()  # its inference kernel rounds to bf16
     assert torch.allclose(theirs(input_ids=IDS).logits, logits(model), atol=1e-4)
     assert_same_weights(load(tmp_path / "quantized"), model)
+
+
+@pytest.mark.parametrize("base", ["folder", "gguf"])
+def test_a_saved_4_bit_model_says_its_class_and_keeps_its_cache_of_keys(base, tmp_path):
+    path = tmp_path / "model"
+    if base == "gguf":
+        run = tiny_run(tmp_path, merges=MERGES)
+        export_run(run, tmp_path / "gguf", ExportSettings("gguf"))
+        path = tmp_path / "gguf" / MODEL_FILE
+    else:
+        save_tiny(path)
+    save_quantized(load(path), tmp_path / "quantized")
+    config = json.loads((tmp_path / "quantized" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"] and config["use_cache"]
 
 
 def test_layers_that_transformers_cannot_load_in_4_bit_are_not_saved_and_not_cached(tmp_path, caplog):
