@@ -118,6 +118,8 @@ def load_model(
     files = locate(path, revision)
     stored, asked = stored_quantization(files.config), (quant, double_quant)
     part = read_language_part(files.folder, path, files.gguf_file)
+    if part.whole is not None and use_cache:
+        log.info("%s is a %s: its language model alone is loaded", path, type(part.whole).__name__)
     if stored is not None:
         if stored != asked:
             log.warning("%s is stored in 4 bit already and is taken as it is: model.quant %s, model.double_quant %s",
@@ -251,7 +253,6 @@ def _without_report() -> Iterator[None]:
 
 def _of_language_model(files: ModelFiles, part: LanguagePart) -> dict:
     """Return the options of transformers that load the language model alone from the files of a larger one."""
-    log.info("%s is a %s: its language model alone is loaded", files.name, type(part.whole).__name__)
     mapping = part.key_mapping(stored_names(files))
     if stored := getattr(part.config, "quantization_config", None):
         skipped = stored.get("llm_int8_skip_modules") or []

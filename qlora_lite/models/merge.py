@@ -18,6 +18,7 @@ import json
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from shutil import copyfile
 
 import torch
 from torch import nn
@@ -37,6 +38,7 @@ from .save import SHARD_BYTES
 from .weights import BaseWeights, open_weights
 
 TRAINED, ORIGINAL = "trained", "original"
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")  # of towers
 SPARE_BYTES = 64 * 2**20  # of disk, beside the weights: tokenizer, configurations, index
 
 
@@ -172,19 +174,8 @@ def _into_shards(entries: Entries, shard_bytes: int) -> list[list[str]]:
 
 
 def _write_configs(merged: Merged, folder: Path, dtype: torch.dtype, end_token_ids: list[int]) -> None:
-    """Write the base's configurations with the new type and the tokens that training taught as ends.
-
-    As JSON, not through transformers' classes: these refuse to save what some well-known models ship.
-    """
-    gguf, source = merged.files.gguf_file, merged.files.folder
-    as_loaded = copy.deepcopy(merged.config)
-    as_loaded.use_cache = True  # off for training
-    config = as_loaded.to_dict() if gguf or merged.base.in_memory else read_json(source / "config.json")
-    if gguf:
-        generation = GenerationConfig.from_model_config(as_loaded).to_diff_dict()
-    else:
-        stored = source / "generation_config.json"
-        generation = read_json(stored) if stored.is_file() else {}
+    """Write the base's configurations with the new type and the tokens that training taught as ends."""
+    config, generation = _configs(merged)
     config.pop("quantization_config", None)
     config["architectures"] = config.get("architectures") or [merged.architecture]
     config.setdefault("torch_dtype" if "torch_dtype" in config else "dtype", None)
@@ -192,6 +183,23 @@ def _write_configs(merged: Merged, folder: Path, dtype: torch.dtype, end_token_i
     generation["eos_token_id"] = end_token_ids
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", generation)
+    for name in () if merged.base.in_memory or merged.files.gguf_file else PROCESSOR_FILES:
+        if (merged.files.folder / name).is_file():
+            copyfile(merged.files.folder / name, folder / name)
+
+
+def _configs(merged: Merged) -> tuple[dict, dict]:
+    """Return the configurations of the model and of its generation.
+
+    As JSON, not through transformers' classes: these refuse to save what some well-known models ship.
+    """
+    as_loaded, source = copy.deepcopy(merged.config), merged.files.folder
+    as_loaded.use_cache = True  # off for training
+    if merged.files.gguf_file:
+        return as_loaded.to_dict(), GenerationConfig.from_model_config(as_loaded).to_diff_dict()
+    stored = source / "generation_config.json"
+    config = as_loaded.to_dict() if merged.base.in_memory else read_json(source / "config.json")
+    return config, read_json(stored) if stored.is_file() else {}
 
 
 def _say_dtype(config: dict, name: str) -> None:

@@ -39,7 +39,7 @@ def language_model(whole):
 def test_its_logits_are_those_of_the_whole_to_the_bit(name, tmp_path, caplog):
     whole = save_nested(tmp_path, name, dtype=torch.bfloat16)
     with caplog.at_level("INFO"):
-        alone = load(tmp_path)
+        alone = load_model(str(tmp_path), "none")
     assert torch.equal(logits(alone), logits(adopt(whole)))
     assert not any("vision" in path or "projector" in path for path, _ in alone.named_modules())
     assert ("its language model alone is loaded" in caplog.text) == (name != "qwen3_5")
@@ -145,8 +145,10 @@ def test_an_adapter_that_peft_trained_on_the_whole_gives_the_same_logits_here(tm
 @pytest.mark.parametrize("name", NESTED)
 def test_merged_it_is_the_whole_again_with_the_trained_logits(name, tmp_path):
     save_nested(tmp_path / "model", name)
+    (tmp_path / "model" / "preprocessor_config.json").write_text('{"size": 56}')
     run = make_run(tmp_path, tmp_path / "model", PLAIN, lora={"rank": 4, "alpha": 8})
     merge_run(run, tmp_path / "merged", MergeSettings(dtype="f32", rows=2))
+    assert (tmp_path / "merged" / "preprocessor_config.json").read_text() == '{"size": 56}'
     merged, info = AutoModelForMultimodalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     trained = load_adapter(load(tmp_path / "model", "none", torch.float32), run / "adapter")
