@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import nn
 from transformers import (
@@ -33,7 +34,10 @@ from .anatomy import decoder
 from .gguf_settings import as_the_file_says
 from .locate import ModelFiles
 
-_BUILD_ERRORS = (ValueError, TypeError, AttributeError, KeyError, ImportError)
+# What transformers raises over a configuration that contradicts itself, or lacks a library.
+_BUILD_ERRORS = (
+    ValueError, TypeError, AttributeError, KeyError, RuntimeError, ArithmeticError, ImportError, StrictDataclassError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +90,16 @@ def read_language_part(folder: Path, name: str, gguf_file: str | None = None) ->
         gguf_file: its name in the folder.
 
     Raises:
-        ModelError: it cannot be read; see ``language_part``.
+        ModelError: it cannot be read; see ``as_the_file_says`` and ``language_part``.
     """
     try:
         extra = {"gguf_file": gguf_file} if gguf_file else {}
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **extra)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"cannot read the configuration of {name}: {str(error).splitlines()[0]}") from error
-    return language_part(as_the_file_says(config, folder / gguf_file) if gguf_file else config)
+        config = as_the_file_says(config, folder / gguf_file) if gguf_file else config
+    except (OSError, *_BUILD_ERRORS) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(f"cannot read the configuration of {name}: {reason}") from error
+    return language_part(config)
 
 
 def language_part(config) -> LanguagePart:
@@ -113,10 +119,17 @@ def language_part(config) -> LanguagePart:
     text = copy.deepcopy(text)
     if stored := getattr(config, "quantization_config", None):
         text.quantization_config = stored
+    try:
+        return _taken_out(config, text)
+    except _BUILD_ERRORS as error:
+        raise _not_alone(config, error) from error
+
+
+def _taken_out(config, text) -> LanguagePart:
     whole = _whole(config)
     if type(whole.config) is type(text):
         return LanguagePart(text, None, {})
-    text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)
+    text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", text.tie_word_embeddings))
     return LanguagePart(text, whole, _paths(whole, _on_meta(AutoModelForCausalLM, text)))
 
 
@@ -136,10 +149,7 @@ def _whole(config) -> nn.Module:
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    try:
-        return _on_meta(auto, config)
-    except _BUILD_ERRORS as error:
-        raise _not_alone(config, error) from error
+    return _on_meta(auto, config)
 
 
 def _on_meta(auto, config) -> nn.Module:

@@ -265,6 +265,18 @@ def test_a_family_without_rotary_positions_is_refused_a_scaling(tmp_path):
         as_the_file_says(build_tiny("gpt2").config, say(tmp_path / "a.gguf", {"rope.scaling.type": "linear"}))
 
 
+def test_a_gguf_base_of_no_heads_is_refused(run_of, tmp_path):
+    rope = scaled("llama3", original_max_position_embeddings=64, **LLAMA3)
+    export_run(run_of("llama", **rope), tmp_path / "gguf", ExportSettings("gguf"))
+    path = tmp_path / "gguf" / MODEL_FILE
+    reader = GGUFReader(path, "r+")
+    reader.get_field("llama.attention.head_count").parts[-1][0] = 0
+    reader.data.flush()
+    for read in (read_config, load_model):
+        with pytest.raises(ModelError, match="cannot read the configuration"):
+            read(str(path))
+
+
 def fields_of(path):
     return {name: field.contents() for name, field in GGUFReader(path).fields.items()}
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_files import save_tiny
+from tiny_files import save_nested, save_tiny
 
 from qlora_lite.errors import ModelError
 from qlora_lite.models.load import load_model
@@ -136,6 +136,17 @@ def test_an_unknown_architecture_and_remote_code_are_refused_without_a_question(
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
     rewrite(one / "config.json", lambda config: config.update(change | {"model_type": "no_such_model"}))
     assert "cannot read the configuration" in refusal(one)
+
+
+@pytest.mark.parametrize("change", [
+    {"text_config": 5}, {"text_config": {"num_hidden_layers": "a"}}, {"decoder": {}}, {"vision_config": "x"},
+    {"vision_config": {"hidden_size": -1}},
+])  # fmt: skip
+def test_a_configuration_whose_parts_make_no_sense_is_refused_in_one_line(change, tmp_path):
+    save_nested(tmp_path)
+    rewrite(tmp_path / "config.json", lambda config: config.update(change))
+    said = refusal(tmp_path)
+    assert "\n" not in said and ("cannot read the configuration" in said or "cannot load it alone" in said)
 
 
 def write_gguf(path):
