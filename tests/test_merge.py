@@ -127,6 +127,18 @@ def test_without_rows_nothing_is_measured_and_the_data_is_not_needed(tmp_path):
     assert "models" not in merge_run(run, tmp_path / "out", MergeSettings(rows=0))
 
 
+def test_a_weight_too_large_for_the_type_is_named_whether_or_not_rows_are_measured(tmp_path):
+    save_tiny(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][3] = 7e4
+    save_file(tensors, file, {"format": "pt"})
+    run = make_run(tmp_path, tmp_path / "model")
+    for base, rows in (("original", 0), ("nf4", 4)):
+        said = refusal(ModelError, run, tmp_path / "out", base=base, dtype="f16", rows=rows)
+        assert "model.norm.weight is too large for float16" in said
+
+
 def test_a_16_bit_run_is_not_told_that_its_weights_were_quantised(tmp_path):
     save_tiny(tmp_path / "plain")
     run = make_run(tmp_path, tmp_path / "plain", ["model.quant=none"])

@@ -3,7 +3,7 @@
 import copy
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import prod
@@ -24,10 +24,11 @@ from qlora_lite.lora.read import Adapter
 from qlora_lite.merge import check_choice
 from qlora_lite.models.gguf_names import gguf_names
 from qlora_lite.models.load import load_model
-from qlora_lite.models.locate import locate
+from qlora_lite.models.locate import locate, read_json
 from qlora_lite.models.merge import ORIGINAL, TRAINED, Merged, open_merged
 from qlora_lite.models.skeleton import meta_model
 from qlora_lite.models.streamed import streamed_model
+from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.models.weights import open_weights
 from qlora_lite.rows import build_sources
 from qlora_lite.trained import TrainedRun, open_trained
@@ -116,7 +117,21 @@ def _vllm(job: _Job) -> dict:
     change = _adapter_change(job)
     write_peft(adapter, job.skeleton, job.out, job.trained.recipe.model.path, job.trained.tokenizer())
     use = f"vllm serve BASE --enable-lora --max-lora-rank {needed_rank} --lora-modules {job.trained.name}={job.out}"
-    return {"error": _check_folder(job, change), "notes": _of_the_whole(job), "use": use}
+    return {"error": _check_folder(job, change), "notes": [*_of_the_whole(job), *_to_tell_vllm(job)], "use": use}
+
+
+def _to_tell_vllm(job: _Job) -> Iterator[str]:
+    """Say what a server of the base model does not know of the run: its chat template, and what ends its answers."""
+    trained = job.trained
+    own, model = trained.tokenizer().chat_template, trained.recipe.model
+    if own is not None and own != load_tokenizer(model.path, model.revision).chat_template:
+        template = job.out / "chat_template.jinja"
+        yield f"vLLM renders chats with the base's template: serve with --chat-template {template}"
+    generation = trained.files.folder / "generation_config.json"
+    config = read_json(generation) if generation.is_file() else trained.files.config
+    known = config.get("eos_token_id")
+    if ends := sorted(set(trained.end_token_ids) - set(known if isinstance(known, list) else [known])):
+        yield f"vLLM does not end answers at the tokens that the run learned: send stop_token_ids {ends} with requests"
 
 
 def _gguf_adapter(job: _Job) -> dict:

@@ -83,7 +83,11 @@ class Merged:
         return layer is not None and stands_for_conv1d(layer)
 
     def weight(self, stored: str, dtype: torch.dtype) -> torch.Tensor:
-        """Return one tensor by its stored name and in its stored layout; floats are rounded once, to ``dtype``."""
+        """Return one tensor by its stored name and in its stored layout; floats are rounded once, to ``dtype``.
+
+        Raises:
+            ModelError: a number is too large for the type.
+        """
         tensor = self.base.read(stored)
         if not tensor.is_floating_point():
             return tensor
@@ -97,7 +101,11 @@ class Merged:
                 weight = dequantize(packed, weight.shape, self.compute_dtype, layer.quant_type)
         if layer is not None and path in self.adapter.layers:
             weight = merged_weight(weight, self.adapter.layers[path])
-        return (weight.t() if is_conv1d else weight).to(dtype).contiguous()
+        rounded = (weight.t() if is_conv1d else weight).to(dtype).contiguous()
+        if not rounded.isfinite().all():
+            name = str(dtype).removeprefix("torch.")
+            raise ModelError(f"a number of {stored} is too large for {name}, or not finite; choose another --dtype")
+        return rounded
 
 
 def open_merged(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -46,9 +47,8 @@ def read_part(path: str, revision: str | None = None) -> LanguagePart:
     if path.startswith("package:") or local.suffix == ".gguf":
         files = locate(path)
         return read_language_part(files.folder, path, files.gguf_file)
-    cached = try_to_load_from_cache(path, "config.json", revision=revision) if path.count("/") == 1 else None
-    if isinstance(cached, str):
-        return read_language_part(Path(cached).parent, path)
+    if (folder := _folder_in_cache(path, revision)) is not None:
+        return read_language_part(folder, path)
     known = known_config(path)
     if known is None:
         near = nearest(path)
@@ -58,6 +58,15 @@ def read_part(path: str, revision: str | None = None) -> LanguagePart:
             f"ship for planning; {hint}"
         )
     return language_part(AutoConfig.for_model(**known))
+
+
+def _folder_in_cache(path: str, revision: str | None) -> Path | None:
+    """Return where the hub's cache has a model's configuration."""
+    try:
+        cached = try_to_load_from_cache(path, "config.json", revision=revision)
+    except HFValidationError:  # it is no hub id
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def shallow_config(config, layers: int):

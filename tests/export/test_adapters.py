@@ -15,7 +15,7 @@ from gguf import GGUFReader
 from safetensors.torch import load_file
 from tiny import ReferenceLora
 from tiny_files import save_nested
-from tiny_runs import logits, make_run, tiny_run
+from tiny_runs import END_OF_ANSWER, logits, make_run, tiny_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_lite.errors import ModelError, OutputError
@@ -148,6 +148,23 @@ def test_a_reader_with_vllm_s_rules_gives_equal_logits(model_type, case, tmp_pat
     report = export_run(run, tmp_path / "out", ExportSettings("vllm"))
     assert torch.allclose(logits(vllm_reads(tmp_path / "out", plain(tmp_path))), adapted_logits(run), atol=2e-4)
     assert "--max-lora-rank 8" in report["use"]
+
+
+def test_vllm_is_told_of_a_template_and_of_ends_of_answers_that_the_base_does_not_know(tmp_path):
+    run = tiny_run(tmp_path / "a")
+    report = export_run(run, tmp_path / "known", ExportSettings("vllm"))
+    assert report["notes"] == ["vLLM does not end answers at the tokens that the run learned: send stop_token_ids "
+                               f"[{END_OF_ANSWER}] with requests"]  # fmt: skip
+    shutil.copytree(tmp_path / "a" / "model", tmp_path / "b" / "model")
+    generation = {"eos_token_id": [0, END_OF_ANSWER]}
+    (tmp_path / "b" / "model" / "generation_config.json").write_text(json.dumps(generation))
+    run = make_run(tmp_path / "b", tmp_path / "b" / "model")
+    assert export_run(run, tmp_path / "out", ExportSettings("vllm"))["notes"] == []
+    (run / "template.jinja").write_text("{{ messages[0].content }}")
+    notes = export_run(run, tmp_path / "other", ExportSettings("vllm"))["notes"]
+    template = tmp_path / "other" / "chat_template.jinja"
+    assert notes == [f"vLLM renders chats with the base's template: serve with --chat-template {template}"]
+    assert template.read_text() == "{{ messages[0].content }}"
 
 
 @pytest.mark.parametrize("form", ["peft", "vllm"])

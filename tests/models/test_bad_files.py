@@ -9,6 +9,7 @@ import torch
 from tiny_files import save_nested, save_tiny
 
 from qlora_lite.errors import ModelError
+from qlora_lite.models import skeleton
 from qlora_lite.models.load import load_model
 from qlora_lite.models.locate import check_gguf, locate
 from qlora_lite.models.tokenizer import load_tokenizer
@@ -261,3 +262,12 @@ def test_other_layouts_of_the_weights_beside_them_are_left_alone(one):
     for name in ("consolidated.safetensors", "adapter_model.safetensors"):
         shutil.copy(one / "model.safetensors", one / name)
     assert locate(str(one)).weights == (one / "model.safetensors",)
+
+
+def test_a_hub_id_without_an_owner_is_looked_for_in_the_cache_too(one, monkeypatch):
+    cached = {"gpt2": str(one / "config.json")}
+    monkeypatch.setattr(skeleton, "try_to_load_from_cache", lambda path, *_, **__: cached.get(path))
+    assert skeleton.read_config("gpt2").model_type == "llama"
+    monkeypatch.undo()
+    for path in ("gpt2-absent", "no such model", "a/b/c"):
+        assert "is no folder or file here, not in the hub's cache" in refusal(path, skeleton.read_config)
