@@ -13,8 +13,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from itertools import chain, groupby, islice, zip_longest
-from operator import attrgetter
+from itertools import chain, islice, zip_longest
+
+import numpy as np
 
 from .data.batch import collate, packing_efficiency, plan_epoch
 from .data.check import check_answers, check_overlap, count_special_tokens, histogram
@@ -159,13 +160,15 @@ def _problems(recipe: Recipe, data: Dataset, eval_data: Dataset | None) -> tuple
 
 def _rendered_chats(recipe: Recipe, tokenizer) -> Iterator[RowProblem]:
     """Yield the first document of each source that holds a special token as text, as a chat that was rendered does."""
-    tokens = tokenizer.convert_ids_to_tokens(sorted(special_ids_of(tokenizer)))
+    ids = special_ids_of(tokenizer) - {tokenizer.unk_token_id, tokenizer.mask_token_id}
+    tokens = tokenizer.convert_ids_to_tokens(sorted(ids))
     for source in build_sources(recipe, "train"):
         with suppress(DataError, OSError):  # the rows were read before: what is wrong is among the problems
             for where, row in islice(read_rows(source, Problems()), _SAMPLED_DOCUMENTS):
-                if recognise(row, where, source) != "text":
+                if (check_format(source) or recognise(row, where, source)) != "text":
                     break
-                held = next((token for token in tokens if len(token) > 3 and token in row["text"]), None)  # not "<s>"
+                text = str(row.get("text"))
+                held = next((token for token in tokens if len(token) > 3 and token in text), None)  # not "<s>"
                 if held is not None:
                     message = (f"the text holds {held!r}, which stays plain letters in a document, and is learned as "
                                "those; give chats as messages, not as text that a template made of them")  # fmt: skip
@@ -257,7 +260,8 @@ def _first(names: Sequence[str]) -> str:
 
 def _distinct(examples: Examples) -> Iterator[Example]:
     """Yield examples without those that a weight repeats."""
-    return (next(same) for _, same in groupby(examples, attrgetter("where")))
+    is_new = np.diff(examples.order, prepend=-1) != 0
+    return (examples[int(index)] for index in np.flatnonzero(is_new))
 
 
 def _describe_template(data: Dataset, tokenizer) -> dict | None:

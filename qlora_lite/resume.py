@@ -17,6 +17,7 @@ import torch
 from .data.examples import Dataset
 from .data.hub import PREFIX
 from .data.opening import find_files
+from .data.stored import DIGEST_MARK
 from .errors import CheckpointError
 from .files import content_digest
 from .recipe.schema import Recipe
@@ -102,9 +103,9 @@ class Continuation:
         """
         before = self.run["identity"]
         changed = [name for name, value in now.items() if before.get(name) != value]
-        if BASE_MODEL in changed and not str(before.get(BASE_MODEL, CHECKSUM_MARK)).startswith(CHECKSUM_MARK):
-            changed.remove(BASE_MODEL)
-            self.accepted.append(f"{BASE_MODEL}: not compared, since an earlier version took its checksum otherwise")
+        for name in [name for name in changed if _taken_otherwise(before.get(name), now[name])]:
+            changed.remove(name)
+            self.accepted.append(f"{name}: not compared, since an earlier version took its checksum otherwise")
         self._refuse([f"other {name} than before" for name in changed])
 
     def compare_schedule(self, total_steps: int, settings: TrainSettings) -> None:
@@ -230,6 +231,12 @@ def _flat(recipe: dict) -> dict[str, object]:
     return flat
 
 
+def _taken_otherwise(earlier: object, now: str | None) -> bool:
+    """Tell whether a checksum is marked with how it was taken, and an earlier one is not."""
+    marks = [mark for mark in (CHECKSUM_MARK, DIGEST_MARK) if now is not None and now.startswith(mark)]
+    return bool(marks) and isinstance(earlier, str) and not earlier.startswith(marks[0])
+
+
 def data_identity(recipe: Recipe, tokenizer, data: Dataset, eval_data: Dataset | None) -> dict[str, str | None]:
     """Return digests of what is learned and measured; of a stream, of its first rows and the files that lie here."""
     training = data.examples.digest()
@@ -238,7 +245,7 @@ def data_identity(recipe: Recipe, tokenizer, data: Dataset, eval_data: Dataset |
         files = [file for path in local for file in find_files(path)]
         training = " ".join([training, *map(content_digest, files)])
     return {
-        "training rows": hashlib.sha256(training.encode()).hexdigest(),
+        "training rows": DIGEST_MARK + hashlib.sha256(training.encode()).hexdigest(),
         "evaluation rows": eval_data and eval_data.examples.digest(),
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
     }

@@ -83,7 +83,7 @@ def run_recipe(
         force: go on although the recipe or the data make another run of it.
 
     Raises:
-        QloraLiteError: see its subclasses; the summary then says "failed" or "interrupted".
+        QloraLiteError: see its subclasses; the summary then says "failed" or "interrupted", if the folder is kept.
     """
     path = None if resume is None else path_to_continue(recipe, resume)
     is_new, path = path is None, path or new_path(recipe)
@@ -96,14 +96,16 @@ def run_recipe(
                 return path
             if run is None:
                 run, continuation = reopen(path, recipe, force)
-            _execute(_Run(recipe, run, progress, stop, continuation))
+            _execute(_Run(recipe, run, progress, stop, continuation), is_new and not recipe.output.dir)
     return path
 
 
-def _execute(running: "_Run") -> None:
+def _execute(running: "_Run", is_own_folder: bool) -> None:
     """Run to the end, or leave a summary and a report that say how far it came and why no further.
 
-    Of a run that failed before its training, in a folder that no recipe names, nothing is left: the error says it all.
+    Args:
+        is_own_folder: it was made for this run, and nobody named it; of a run that failed before its training, it is
+            then removed: the error says it all.
     """
     try:
         running.execute()
@@ -113,7 +115,7 @@ def _execute(running: "_Run") -> None:
         raise error from None
     except QloraLiteError as error:
         running.leave(error)
-        if running.training is None and running.continuation is None and not running.recipe.output.dir:
+        if is_own_folder and running.training is None:
             shutil.rmtree(running.run.path, ignore_errors=True)
         raise
     finally:
@@ -378,8 +380,8 @@ class _Run:
             self.run.summary["plan"]["most_tokens"] = self.trainer.most_tokens
         samples = [
             {"prompt": self._plain(row.prompt), "reference": row.answer, "before": b, "after": a}
-            for row, b, a in zip(self.eval_data.examples[:SAMPLES], before.answers, after.answers, strict=False)
-        ] if before and after else []  # fmt: skip
+            for row, b, a in zip(self.eval_data.examples, before.answers, after.answers, strict=False) if row.answer
+        ][:SAMPLES] if before and after else []  # fmt: skip
         self.run.update(**self.figures(), status=COMPLETE, ended_by=self.training.ended_by, adapter_sha256=digest,
                         adapter_step=self.training.adapter_step, samples=samples)  # fmt: skip
         write_report(self.run.path)

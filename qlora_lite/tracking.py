@@ -4,6 +4,7 @@ A tracker that fails, as one does whose server is away, ends no training: a warn
 """
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,13 @@ from pathlib import Path
 from .errors import RecipeError
 
 log = logging.getLogger("qlora_lite")
-FAILURES = OSError, RuntimeError, ValueError  # of a network, a disk, a tracker's own
+_OWN = (("mlflow.exceptions", "MlflowException"), ("wandb.errors", "Error"))  # which are no kind of the others
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """Return what a network, a disk and the trackers that are loaded raise."""
+    own = [getattr(sys.modules[module], name) for module, name in _OWN if module in sys.modules]
+    return (OSError, RuntimeError, ValueError, *own)
 
 
 def check_trackers(trackers: Sequence[str]) -> None:
@@ -52,7 +59,7 @@ def tracking(trackers: Sequence[str], name: str, folder: Path) -> Iterator[Calla
             return
         try:
             accelerator.log(values, step=step)
-        except FAILURES as error:
+        except failures() as error:
             works = False
             log.warning("step %d: %s takes no metrics (%s); it is sent no more", step, ", ".join(trackers), error)
 
@@ -61,5 +68,5 @@ def tracking(trackers: Sequence[str], name: str, folder: Path) -> Iterator[Calla
     finally:
         try:
             accelerator.end_training()
-        except FAILURES as error:
+        except failures() as error:
             log.warning("%s did not end well (%s)", ", ".join(trackers), error)

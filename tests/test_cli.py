@@ -200,14 +200,15 @@ def test_an_answer_is_shown_in_one_line_without_what_a_terminal_would_obey():
     assert len(one_line("x" * 1000)) == 120 and one_line("x" * 120) == "x" * 120
 
 
-@pytest.mark.parametrize("word", ["/help", "/system you are", "/Quit?", "/etc/passwd"])
-def test_chat_takes_no_misspelt_command_for_talk(word):
+@pytest.mark.parametrize(("line", "is_command"), [("/help", True), ("/system you are", True), ("/ues b", True),
+                                                  ("/think why?", False), ("/etc is where?", False)])  # fmt: skip
+def test_chat_takes_no_misspelt_command_for_talk_and_no_talk_for_a_command(line, is_command):
     session = SimpleNamespace(turns=[])
-    assert _is_command(session, word) is (word in ("/help", "/system you are")) and session.turns == []
+    assert _is_command(session, line) is is_command and session.turns == []
 
 
 def test_chat_answers_until_an_empty_line(finished):
-    typed = "3?\nx<|im_end|>\n4?\n/help\n/quit\n5?\n"
+    typed = "3?\nx<|im_end|>\n4?\n/help\n/exit\n5?\n"
     done = subprocess.run(
         [*COMMAND, "chat", finished[0], "--max-new-tokens", "4"], input=typed, capture_output=True, text=True
     )

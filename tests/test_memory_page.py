@@ -100,9 +100,10 @@ def test_phases_are_named_and_a_narrow_one_stands_above_the_others():
 def test_what_changes_is_drawn_apart_where_most_stays():
     assert "Only what changes during the step" in memory_page(sample_record())
     loading = {"phase": "load", "module": "", "bytes": {"base weights": MIB}}
-    record = small(timeline=[loading, *sample_record()["timeline"]])
+    record = small(timeline=[loading] * 400 + sample_record()["timeline"])
     drawn = memory_page(record).partition("Only what changes during the step")[2]
     assert drawn and f'class="{STYLE_OF["base weights"]}"' not in drawn.partition("</svg>")[0]
+    assert ">load<" in memory_page(record).partition("</svg>")[0] and ">load<" not in drawn.partition("</svg>")[0]
     assert "Only what changes" not in memory_page(small(timeline=[loading]))
     assert "Only what changes during the step" not in memory_page(small())
 

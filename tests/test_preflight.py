@@ -174,8 +174,26 @@ def test_a_document_that_a_template_made_of_a_chat_is_warned_of(look):
     found.raise_if_unusable()
     assert places(found) == {(2, "rendered chat in a document", "warning")} and found.report["ok"]
     assert "give chats as messages" in found.report["problems"][0]["message"]
-    for rows in ([{"text": "a <s> b"}], [pair("q", "a")]):
-        assert look(rows).report["problems"] == []
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"unk_token": "<unk>"})
+    for rows in ([{"text": "a <s> b"}], [{"text": "a <unk> b"}], [pair("q", "a")]):
+        assert look(rows, tokenizer=tokenizer).report["problems"] == []
+    for value in (None, 5):
+        said = [problem["message"] for problem in look([{"text": "plain"}, {"text": value}]).report["problems"]]
+        assert len(said) == 1 and said[0].startswith("'text' is ")
+
+
+def test_a_column_of_a_table_that_is_called_text_is_no_document(look, tmp_path):
+    (tmp_path / "table.jsonl").write_text(json.dumps({"q": "a", "a": "b", "text": "<|im_end|>"}) + "\n")
+    source = {"path": str(tmp_path / "table.jsonl"), "prompt": "{q}", "completion": "{a}"}
+    recipe = load_recipe(write_recipe(tmp_path, "owner/name", data={"train": [source]}), check_files=False)
+    assert preflight(recipe, byte_tokenizer()).report["problems"] == []
+
+
+def test_every_part_of_a_row_that_was_split_is_shown(look):
+    turns = [{"role": role, "content": "x" * 30} for role in ("user", "assistant") * 4]
+    report = look([{"messages": turns}], overflow="split", max_tokens=128).report
+    assert report["split"] == 1 and len(report["rows"]) == 2 < report["rows_kept"]
 
 
 def test_each_source_is_counted_and_shown_in_turn(tmp_path):

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tiny_files import save_tiny, write_recipe, write_rows
 
 from qlora_lite import saver, training
+from qlora_lite.data.stored import DIGEST_MARK
 from qlora_lite.errors import CheckpointError, Interrupted, OutputError, RecipeError
 from qlora_lite.files import sha256
 from qlora_lite.recipe.load import load_recipe
@@ -317,6 +318,18 @@ def test_a_checksum_of_the_model_that_an_earlier_version_took_is_not_compared_an
     for other in ({BASE_MODEL: CHECKSUM_MARK + "2e"}, {}):
         with pytest.raises(CheckpointError, match="other base model than before"):
             compare({**other, "type of device": "cpu"})
+
+
+def test_digests_of_rows_that_an_earlier_version_took_are_not_compared_but_rows_where_there_were_none_are():
+    now = {"training rows": DIGEST_MARK + "1f", "evaluation rows": DIGEST_MARK + "2f"}
+    earlier = Continuation(SimpleNamespace(documents={RUN: {"identity": {name: "3f" for name in now}}}))
+    earlier.compare_identity(now)
+    assert len(earlier.accepted) == 2 and all(
+        "an earlier version took its checksum" in line for line in earlier.accepted
+    )
+    for before in ({"training rows": "3f", "evaluation rows": None}, now | {"training rows": DIGEST_MARK + "9f"}):
+        with pytest.raises(CheckpointError, match=r"other (training|evaluation) rows than before"):
+            Continuation(SimpleNamespace(documents={RUN: {"identity": before}})).compare_identity(now)
 
 
 def test_a_run_that_is_gone_on_with_to_count_matches_that_it_did_not_count_before_ends_well(tmp_path, model_folder):
@@ -782,7 +795,13 @@ def test_trackers_are_sent_steps_and_evaluations(lab, monkeypatch):
     assert sent == lines and {is_evaluation for _, is_evaluation in sent} == {True, False}
 
 
-@pytest.mark.parametrize("error", [ConnectionError("away"), RuntimeError("its own")])
+class TrackersOwn(Exception):
+    """As mlflow's and wandb's are: a kind of its own."""
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionError("away"), RuntimeError("its own"), TrackersOwn("no"), TrackersOwn("x")]
+)
 def test_a_tracker_that_fails_is_sent_no_more_and_ends_no_training(lab, whole, error, monkeypatch, caplog):
     sent = []
 
@@ -801,6 +820,8 @@ def test_a_tracker_that_fails_is_sent_no_more_and_ends_no_training(lab, whole, e
         def end_training(self):
             raise error
 
+    own = ("mlflow.exceptions", "MlflowException") if str(error) == "no" else ("wandb.errors", "Error")
+    monkeypatch.setitem(sys.modules, own[0], SimpleNamespace(**{own[1]: TrackersOwn}))
     monkeypatch.setattr("accelerate.Accelerator", Failing)
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["mlflow"])
     lab.run(train={"trackers": ["mlflow"]})

@@ -17,7 +17,15 @@ from qlora_lite.build import build_model
 from qlora_lite.cli.train import _result
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
 from qlora_lite.data.render import render_prompt
-from qlora_lite.errors import DataError, DoesNotFitError, ModelError, OutputError, RecipeError, TrainingError
+from qlora_lite.errors import (
+    CheckpointError,
+    DataError,
+    DoesNotFitError,
+    ModelError,
+    OutputError,
+    RecipeError,
+    TrainingError,
+)
 from qlora_lite.memory.meter import held_bytes
 from qlora_lite.planning.predict import Prediction
 from qlora_lite.recipe.load import load_recipe
@@ -293,6 +301,7 @@ def test_the_summary_counts_the_rows_that_exact_match_compares(run, tmp_path):
     data = {"eval": str(tmp_path / "cut.jsonl"), "overflow": "truncate"}
     summary = summary_of(run(data=data, train={"max_steps": 1, "exact_match_rows": 2}))
     assert summary["exact_match_rows"] == 1 and summary["exact_match_before"] in (0.0, 1.0)
+    assert [sample["reference"] for sample in summary["samples"]] == ["z"]
 
 
 def test_plain_text_rows_have_no_answers_to_match_and_say_so(run, tmp_path):
@@ -350,6 +359,25 @@ def test_a_start_that_failed_leaves_no_folder_that_no_recipe_names_but_a_run_tha
         run(output=nowhere)
     [left] = (tmp_path / "runs").iterdir()
     assert summary_of(left)["status"] == "failed"
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_start_that_failed_leaves_a_folder_that_was_gone_on_with_as_it_was(
+    model_folder, tmp_path, monkeypatch, steps
+):
+    monkeypatch.chdir(tmp_path)
+    written = write_recipe(tmp_path, model_folder, train={"save_every_steps": 3}, output={"dir": None, "name": "night"})
+    folder = qlora_lite.run_recipe(load_recipe(written))
+    (folder / "notes.md").write_text("mine")
+    if not steps:
+        shutil.rmtree(folder / "checkpoints")
+    summary = summary_of(folder) | {"status": "interrupted"}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    failing = load_recipe(written, ["memory.budget=1MiB"])
+    for resume in ("", folder):
+        with pytest.raises((DoesNotFitError, CheckpointError)):
+            qlora_lite.run_recipe(failing, resume=resume, force=True)
+        assert (folder / "notes.md").read_text() == "mine"
 
 
 def test_a_folder_under_a_file_is_refused(run, tmp_path):

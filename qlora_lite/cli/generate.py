@@ -1,9 +1,9 @@
 """``qlora-lite generate`` and ``chat``: use runs' adapters with the runs' own templates."""
 
-import re
 import sys
 import time
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 import click
 
@@ -12,6 +12,7 @@ from qlora_lite.errors import DataError, DoesNotFitError, ModelError
 from .options import context_option, model_option
 from .output import prepare
 
+_NO_COMMANDS = "/help", "/reset", "/clear", "/system", "/bye"  # as others have them
 _COMMANDS = "/use NAME goes on with another adapter, /new forgets the conversation, /quit or an empty line ends it"
 
 
@@ -84,14 +85,14 @@ def _answer(session, line: str) -> None:
 def _is_command(session, line: str) -> bool:
     """Carry out a command, or name those that there are; any other line is for the model."""
     word, _, rest = line.strip().partition(" ")
-    if not re.fullmatch("/[a-z]+", word):
-        return False
     if word == "/new":
         session.turns[:] = [turn for turn in session.turns if turn.role == "system"]
         return True
-    if word != "/use":
+    if word in _NO_COMMANDS or (word != "/use" and get_close_matches(word, ("/use", "/new", "/quit"), 1, 0.75)):
         click.echo(_COMMANDS, err=True)
         return True
+    if word != "/use":  # as /think, which some models know
+        return False
     started = time.perf_counter()
     try:
         session.use(rest.strip())

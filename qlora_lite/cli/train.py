@@ -1,6 +1,7 @@
 """``qlora-lite train``: run a recipe and say what came of it."""
 
 import json
+import shlex
 from pathlib import Path
 
 import click
@@ -58,7 +59,7 @@ def _result(folder, summary: dict) -> str:
         f"{'peak memory':24} {format_bytes(summary['peak_bytes'])}",
         f"{'adapter':24} {folder / 'adapter'}{_of_step(summary)}",
         f"{'report':24} {folder / 'report.html'}",
-        f"{'next':24} qlora-lite chat {folder} (or generate, evaluate, merge, export, serve)",
+        f"{'next':24} qlora-lite chat {shlex.quote(str(folder))} (or generate, evaluate, merge, export, serve)",
     ]
     return "\n".join(lines)
 

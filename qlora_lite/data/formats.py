@@ -262,8 +262,9 @@ def _pair(prompt: str, answer: str, system: object) -> tuple[Turn, ...]:
 
 
 def _turns(row: Mapping[str, object], format_name: str) -> tuple[Turn, ...]:
-    prompt = row["prompt"] if _has_lists(row, format_name) else []
-    messages = [*prompt, *row["completion"]] if prompt else row.get("messages", row.get("conversations"))
+    has_lists = _has_lists(row, format_name)
+    prompt = row["prompt"] if has_lists else []
+    messages = [*prompt, *row["completion"]] if has_lists else row.get("messages", row.get("conversations"))
     if not isinstance(messages, list) or not messages:
         raise DataError(f"no list of turns, as format {format_name} needs; are two formats mixed in this source?")
     turns = [_turn(message, number) for number, message in enumerate(messages, start=1)]

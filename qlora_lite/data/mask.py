@@ -83,10 +83,9 @@ def render_row(
     """
     turns = conversation.turns
     answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
-    if train_on == "completion" and len(answers) > 1:
+    if train_on == "completion" and (count := sum(turns[index].learned for index in answers)) > 1:
         raise DataError(
-            f"train_on completion needs rows with one answer, this has {len(answers)}; set data.train_on to "
-            "assistant or last"
+            f"train_on completion needs rows with one answer, this has {count}; set data.train_on to assistant or last"
         )
     wanted = answers[-1:] if train_on == "last" else answers
     learned = [index for index in wanted if turns[index].learned]

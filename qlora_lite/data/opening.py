@@ -98,13 +98,15 @@ def _check_one_split(folder: Path, files: list[Path]) -> None:
     """Refuse a folder whose names speak of training and of other rows, as those of a hub data set do."""
     found: dict[str, Path] = {}
     for path in files:
-        if split := _SPLIT.search(str(path.relative_to(folder)).lower()):
-            found.setdefault(split[0], path)
+        inside = path.relative_to(folder)
+        for place in (folder / part for part in (inside, *inside.parents)):
+            if split := _SPLIT.search(place.name.lower() if place != folder else ""):
+                found.setdefault(split[0], place)
+                break
     if "train" in found and len(found) > 1:
-        every = f"{folder}/**/*{''.join(found['train'].suffixes)}"
         raise DataError(
-            f"{folder}: files of several splits ({', '.join(sorted(found))}); name those to read, such as "
-            f"{found['train']} or {folder}/**/*train*; all of them are {every}"
+            f"{folder}: files of several splits ({', '.join(sorted(found))}); name those to read, each by itself or "
+            f"with a pattern, such as {found['train']}"
         )
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from qlora_lite.data.columns import read_columns
+from qlora_lite.data.columns import read_columns, without_absent
 from qlora_lite.data.fields import kind_of
 from qlora_lite.data.hub import PREFIX, hub_rows
 from qlora_lite.data.json_rows import read_json, read_jsonl
@@ -92,9 +92,10 @@ def _parts(source: Source, problems: Problems) -> list[tuple[str | Path, Callabl
 
 
 def _in_memory(name: str, rows: Iterable[object], problems: Problems) -> Iterator[tuple[str, dict]]:
+    is_arrow = hasattr(rows, "features")  # a Dataset's: nulls stand where a row's objects lack a key
     for number, row in enumerate(rows, start=1):
         if isinstance(row, Mapping):
-            yield f"{name}:{number}", dict(row)
+            yield f"{name}:{number}", {str(key): without_absent(v) if is_arrow else v for key, v in row.items()}
         else:
             problems.add(f"{name}:{number}", f"the row is {kind_of(row)}, not an object with columns")
 

@@ -26,6 +26,7 @@ import numpy as np
 
 _FILES = {"token_ids": np.int32, "learned": np.bool_, "text": np.uint8, "rows": np.int64}
 _COLUMNS = 5
+DIGEST_MARK = "tokens:"  # of how the digest is taken; one without it was taken in another way
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +101,11 @@ class Examples:
         return np.add.reduceat(self.learned, starts, dtype=np.int64)[self.order] if len(starts) else self.order
 
     def digest(self) -> str:
-        """Return a SHA-256 over tokens, mask and texts of all examples in order, wherever they come from."""
+        """Return a SHA-256 over tokens and mask of all examples in order, wherever they come from, marked as such."""
         result = hashlib.sha256()
-        for array in (self.order, self.rows[:, :3], self.token_ids, self.learned, self.text):
+        for array in (self.order, self.rows[:, 0], self.token_ids, self.learned):
             result.update(np.ascontiguousarray(array))
-        return result.hexdigest()
+        return DIGEST_MARK + result.hexdigest()
 
     def joined(self) -> tuple[np.ndarray, np.ndarray]:
         """Return token_ids and learned of all examples, end to end; a view where they lie so already."""
@@ -127,7 +128,7 @@ def row_lengths(examples: Sequence[Example] | Examples) -> list[int]:
 
 
 def largest_token(examples: Sequence[Example] | Examples) -> int:
-    """Return the largest token id of all examples, -1 where there is none."""
+    """Return the largest token id of all examples, and of rows stored with them; -1 where there is none."""
     if isinstance(examples, Examples):
         return int(examples.token_ids.max(initial=-1))
     return max((int(example.token_ids.max(initial=-1)) for example in examples), default=-1)

@@ -59,7 +59,7 @@ _LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy", "pyarrow")
 def cache_key(
     sources: Sequence[Source], tokenizer: PreTrainedTokenizerFast, template: str | None, settings: Settings
 ) -> str | None:
-    """Return the key of a set of tokens: 32 hexadecimal digits; None if a file cannot be read.
+    """Return the key of a set of tokens: 32 hexadecimal digits; None for rows in memory, or if a file cannot be read.
 
     Args:
         sources: where the rows are.
@@ -67,6 +67,8 @@ def cache_key(
         template: see `template.choose_template`.
         settings: how rows become tokens.
     """
+    if any(source.rows is not None for source in sources):
+        return None
     try:
         files = [[(str(path), content_digest(path)) for path in find_files(source.path)] for source in sources]
         text = _template_text(template)

@@ -51,7 +51,7 @@ def locate(path: str, revision: str | None = None, with_weights: bool = True) ->
     """Find a model's files, downloading a hub model on first use, and check that they are whole.
 
     Args:
-        with_weights: False neither downloads safetensors nor looks at them, for who needs only the tokenizer.
+        with_weights: False downloads no weights of a hub model, for who needs only its tokenizer.
 
     Raises:
         ModelError: nothing is there, a file is missing, cut short or of a kind that is not read.
@@ -61,9 +61,12 @@ def locate(path: str, revision: str | None = None, with_weights: bool = True) ->
         if not os.path.isfile(local):
             raise ModelError(f"no file {local}; check model.path")
         return ModelFiles(path, local.parent, (check_gguf(local),))
-    folder = local if os.path.isdir(local) else _download(path, revision, with_weights)
+    if os.path.isdir(local):
+        read_json(local / "config.json")
+        return ModelFiles(path, local, _check_weights(local))
+    folder = _download(path, revision, with_weights)
     read_json(folder / "config.json")
-    return ModelFiles(path, folder, _check_weights(folder) if with_weights else ())
+    return ModelFiles(path, folder, _downloaded_weights(folder) if with_weights else ())
 
 
 def _package_file(path: str) -> Path:
@@ -108,6 +111,14 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise ModelError(f"{path} is not a JSON object")
     return value
+
+
+def _downloaded_weights(folder: Path) -> tuple[Path, ...]:
+    try:
+        return _check_weights(folder)
+    except ModelError as error:
+        cure = "if it was not downloaded whole, connect to the network once"
+        raise ModelError(f"{error}; {cure}") from None
 
 
 def _check_weights(folder: Path) -> tuple[Path, ...]:

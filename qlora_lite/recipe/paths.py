@@ -23,6 +23,7 @@ Bases = tuple[str, str]  # the folders that a relative path is looked for in, th
 TEMPLATES = "chatml", "llama3", "mistral", "gemma", "alpaca", "plain"  # names that data.template takes
 _GLOB = re.compile(r"[*?\[]")
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+_DATA_FILE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|parquet|arrow|txt|text|md|gz|zst)$", re.IGNORECASE)
 _HUB_DATA = re.compile(r"hub:[\w.-]+/[\w.-]+(/[\w.-]+)?(:\w+)?", re.ASCII)
 
 
@@ -53,7 +54,8 @@ def find_data(path: str, bases: Bases) -> str:
         if _GLOB.search(expanded) and next(glob.iglob(pattern, recursive=True), None):
             return os.path.abspath(pattern)
     what = "no file matches this pattern" if _GLOB.search(expanded) else "no such file"
-    hub = f"; a data set of the hub is hub:{path}" if path.count("/") == 1 and _HUB_ID.fullmatch(path) else ""
+    is_id = path.count("/") == 1 and _HUB_ID.fullmatch(path) and not _DATA_FILE.search(path)
+    hub = f"; a data set of the hub is hub:{path}" if is_id else ""
     raise PathProblem(f"{what}{_searched(expanded, bases)}{hub}")
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.data.examples import build_examples, read_examples
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
-from qlora_lite.data.read import Source
+from qlora_lite.data.read import Source, read_rows
 from qlora_lite.data.stored import repeated
 from qlora_lite.errors import DataError
 
@@ -142,6 +142,25 @@ def test_rows_in_memory_are_read_as_those_of_a_file(write):
         build_examples([Source("mine", rows=[])], make_tokenizer())
     with pytest.raises(DataError, match=r"mine:2: the row is a str, not an object with columns"):
         build_examples([Source("mine", rows=[rows[0], "x"])], make_tokenizer())
+
+
+def test_the_one_completion_is_learned_whatever_the_prompt_has_of_answers():
+    turn = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    row = {"prompt": [*turn, turn[0]], "completion": [turn[1]]}
+    found = build_examples([Source("m", rows=[row])], make_tokenizer(), train_on="completion")
+    alone = build_examples([Source("m", rows=[row])], make_tokenizer(), train_on="last")
+    assert found.examples[0].learned.tolist() == alone.examples[0].learned.tolist()
+
+
+def test_a_dataset_in_memory_is_read_as_its_parquet_file(tmp_path):
+    tools = [{"name": name, "parameters": {"type": "object", "properties": {name * 2: {"type": "string"}}}}
+             for name in "fg"]  # fmt: skip
+    rows = [{"messages": [{"role": "user", "content": "q"}], "tools": [tool]} for tool in tools]
+    held = datasets.Dataset.from_list(rows)
+    held.to_parquet(tmp_path / "rows.parquet")
+    read = [[row for _, row in read_rows(source)] for source in
+            (Source("m", rows=rows), Source("m", rows=held), Source(str(tmp_path / "rows.parquet")))]  # fmt: skip
+    assert read[0] == read[1] == read[2] == rows
 
 
 @pytest.mark.parametrize("given", [[{"prompt": "q", "completion": "a"}], "rows.jsonl", ["rows.jsonl"]])

@@ -237,6 +237,7 @@ def test_a_prompt_and_a_completion_that_are_lists_of_turns_are_one_conversation_
             {"prompt": [user("q"), assistant("a"), user("q")], "completion": [assistant("a")], "tools": [tool]},
             {"prompt": [user("q")], "completion": "a"}, {"prompt": [], "completion": [assistant("a")]}]  # fmt: skip
     (one, two), problems = read(rows)
+    assert "turn 1 is assistant where user must stand" in problems[1]
     assert one.turns == WITH_SYSTEM and two.turns == (*UNLEARNED, *PAIR) and len(two.tools) == 1
     assert len(problems) == 2 and unused_columns(rows[1], "prompt-completion", Source("a")) == []
 

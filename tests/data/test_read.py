@@ -319,9 +319,16 @@ def test_a_folder_with_the_files_of_several_splits_is_not_one_source(write, tmp_
     for name in ("data/train-00000-of-00001.jsonl", "data/Test-00000-of-00001.jsonl"):
         write(f"set/{name}", row)
     message = failure(tmp_path / "set")
-    assert message.startswith(f"{tmp_path}/set: files of several splits (test, train); name those to read, such as ")
+    assert message.startswith(
+        f"{tmp_path}/set: files of several splits (test, train); name those to read, each by itself"
+    )
+    assert message.endswith(f"such as {tmp_path}/set/data/train-00000-of-00001.jsonl")
     assert len(rows_of(tmp_path / "set" / "**" / "*train*")) == 1
     assert len(rows_of(tmp_path / "set" / "**" / "*.jsonl")) == 2
+    for name in ("train/0.jsonl", "train/1.jsonl", "test/0.jsonl"):
+        write(f"folders/{name}", row)
+    message = failure(tmp_path / "folders")
+    assert message.endswith(f"such as {tmp_path}/folders/train") and len(rows_of(tmp_path / "folders" / "train")) == 2
     for name in ("training-1.jsonl", "contest.jsonl", "train-a.jsonl", "train-b.jsonl"):
         write(f"other/{name}", row)
     assert len(rows_of(tmp_path / "other")) == 4

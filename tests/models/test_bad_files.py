@@ -254,8 +254,10 @@ def test_a_hub_model_s_weights_are_not_fetched_for_its_tokenizer(asked_of_the_hu
     assert revision == "v2" and {"*.json", "*.jinja"} < patterns and not any("safetensors" in p for p in patterns)
     assert locate("owner/model").weights == (one / "model.safetensors",)
     assert "*.safetensors" in asked_of_the_hub[1][1]
-    (one / "model.safetensors").write_bytes(b"cut")
-    load_tokenizer(str(one))
+    (one / "model.safetensors").unlink()
+    load_tokenizer("owner/model")
+    assert refusal("owner/model", locate).endswith("; if it was not downloaded whole, connect to the network once")
+    assert refusal(one, load_tokenizer).endswith("has a config.json but no .safetensors weights")
 
 
 def test_other_layouts_of_the_weights_beside_them_are_left_alone(one):

@@ -199,7 +199,8 @@ def test_the_settings_of_a_place_that_rows_come_from_are_answered_as_others_call
 def test_a_data_set_of_the_hub_without_its_prefix_is_answered_with_it(problems):
     (problem,) = problems(GOOD, "data.train=tatsu-lab/alpaca")
     assert problem.endswith("put it there or correct the path; a data set of the hub is hub:tatsu-lab/alpaca")
-    assert "hub:" not in problems(GOOD, "data.train=absent.jsonl")[0]
+    for file in ("absent.jsonl", "data/absent.jsonl", "data/absent.csv.gz"):
+        assert "hub:" not in problems(GOOD, f"data.train={file}")[0]
 
 
 def test_a_renamed_key_is_not_called_missing_as_well(problems):

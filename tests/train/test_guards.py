@@ -100,6 +100,8 @@ def test_a_token_that_the_model_has_no_embedding_for_is_named_with_its_row(is_st
         Trainer(training.model, rows, training.settings)
     with pytest.raises(DataError, match=said):
         training.rehearse(rows)
+    if is_stored:
+        Trainer(training.model, rows[:7], training.settings)  # a row that a weight leaves out is no harm
 
 
 def test_a_weight_that_is_nan_before_training_stops_it_there():
