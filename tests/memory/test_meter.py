@@ -51,15 +51,16 @@ def test_the_limit_of_a_batch_system_s_job_or_of_a_group_around_it_is_kept(group
 
 def test_a_meter_can_be_closed_by_its_own_thread(monkeypatch):
     """As when that thread collects the garbage that holds it."""
-    ended = []
+    meters, ended = [], []
 
     def held(_device):
-        if threading.current_thread().name == "memory-meter" and not ended:
-            ended.append(peak_meter.close())
+        if threading.current_thread().name == "memory-meter" and meters and not ended:
+            ended.append(meters[0].close())
         return 7
 
     monkeypatch.setattr(meter, "held_bytes", held)
     peak_meter = meter.PeakMeter("cpu")
+    meters.append(peak_meter)
     for _ in range(500):
         if ended:
             break
