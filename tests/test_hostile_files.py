@@ -6,6 +6,7 @@ as often.
 
 import json
 import logging
+import struct
 from pathlib import Path
 
 import gguf
@@ -166,8 +167,6 @@ def test_a_gguf_file_may_hold_anything_and_one_that_passes_is_read_by_gguf(tmp_p
 
 
 def test_counts_of_a_gguf_file_that_would_keep_a_reader_busy_for_good_are_refused(tmp_path):
-    import struct
-
     path = tmp_path / "x.gguf"
     key = struct.pack("<Q", 1) + b"k"
     array_of_bytes = key + struct.pack("<IIQ", 9, 0, 2**60)
@@ -180,6 +179,13 @@ def test_counts_of_a_gguf_file_that_would_keep_a_reader_busy_for_good_are_refuse
     ]:
         path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, *counts) + metadata)
         assert "cut short or not a GGUF file" in clean(check_gguf, path)
+
+
+def test_a_gguf_tensor_of_no_values_whose_other_length_is_beyond_all_memory_is_refused(tmp_path, good_gguf):
+    path, lengths = tmp_path / "x.gguf", struct.pack("<QQ", 32, 2)
+    assert lengths in good_gguf
+    path.write_bytes(good_gguf.replace(lengths, struct.pack("<QQ", 2**60, 0), 1))
+    assert "has 0 values" in clean(check_gguf, path)
 
 
 def checkpoint_of(training, run):

@@ -141,7 +141,7 @@ class _Walk:
             if kind not in GGML_QUANT_SIZES:
                 raise ValueError(f"its tensor {name[:80]!r} is of the unknown type {kind}")
             block, block_bytes = GGML_QUANT_SIZES[kind]
-            if elements % block:
+            if not elements or elements % block:
                 raise ValueError(f"its tensor {name[:80]!r} has {elements} values, not whole blocks of {block}")
             found[name] = offset, elements // block * block_bytes, kind, elements
         if not found:
