@@ -23,7 +23,8 @@ def package_file(path: str) -> Path:
         spec = None
     roots = [os.path.realpath(root) for root in (spec and spec.submodule_search_locations) or ()]
     if not roots:
-        raise LookupError(f"the package {name} is not installed; `{_PIP.get(name, f'pip install {_hyphens(name)}')}`")
+        command = _PIP.get(name, f"pip install {name.replace('_', '-')}")
+        raise LookupError(f"the package {name} is not installed; `{command}`")
     for root in roots:
         found = os.path.realpath(os.path.join(root, file))
         if os.path.isfile(found) and Path(found).is_relative_to(root):
@@ -31,7 +32,3 @@ def package_file(path: str) -> Path:
     models = sorted(file.name for root in roots for file in Path(root).glob("*.gguf"))
     has = f"; it has {', '.join(models[:5])}" if models else "; look into the package for the right name"
     raise LookupError(f"the package {name} has no file {file[:60]!r}{has}")
-
-
-def _hyphens(name: str) -> str:
-    return name.replace("_", "-")

@@ -99,9 +99,9 @@ def _check_one_split(folder: Path, files: list[Path]) -> None:
     found: dict[str, Path] = {}
     for path in files:
         inside = path.relative_to(folder)
-        for place in (folder / part for part in (inside, *inside.parents)):
-            if split := _SPLIT.search(place.name.lower() if place != folder else ""):
-                found.setdefault(split[0], place)
+        for part in (inside, *inside.parents):
+            if split := _SPLIT.search(part.name.lower()):
+                found.setdefault(split[0], folder / part)
                 break
     if "train" in found and len(found) > 1:
         raise DataError(

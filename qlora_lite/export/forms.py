@@ -19,7 +19,7 @@ from qlora_lite.data.template import begin_of_text
 from qlora_lite.errors import DataError
 from qlora_lite.files import replacing_folder, require_empty, write_text
 from qlora_lite.lora.adapter import attach_adapter, load_adapter
-from qlora_lite.lora.outside import has_outside
+from qlora_lite.lora.outside import begins_of
 from qlora_lite.lora.read import Adapter
 from qlora_lite.merge import check_choice
 from qlora_lite.models.gguf_names import gguf_names
@@ -105,11 +105,10 @@ def _peft(job: _Job) -> dict:
 
 def _of_the_whole(job: _Job) -> list[str]:
     """Say what an adapter folder fits where the run's model is part of a larger one."""
-    if not has_outside(job.skeleton):
+    if (begins := begins_of(job.skeleton)) is None:
         return []
-    begin = job.skeleton.qlora_lite_outside[1]
     return [f"the adapter fits the whole of {job.trained.files.name} as transformers loads it, whose layers begin with "
-            f"{begin!r}, and not its language model taken out"]  # fmt: skip
+            f"{begins[1]!r}, and not its language model taken out"]  # fmt: skip
 
 
 def _vllm(job: _Job) -> dict:
@@ -199,7 +198,7 @@ def _merged_model(job: _Job, write_beside: Callable[[Path], object], adds_begin:
             merged, new, kind, trained.name, trained.tokenizer(), tuple(trained.end_token_ids), adds_begin
         )
         write_beside(new)
-    if has_outside(job.skeleton):
+    if begins_of(job.skeleton) is not None:
         notes.append(f"the file holds the language model alone, without the other parts of {trained.files.name}")
     what, config = str(job.out / MODEL_FILE), copy.deepcopy(job.skeleton.config)
     entries = merged.entries(torch.float32)

@@ -14,14 +14,12 @@ def set_outside(model: nn.Module, begins: tuple[str, str] | None) -> nn.Module:
     return model
 
 
-def has_outside(model: nn.Module) -> bool:
-    """Tell whether files have other names than the model."""
-    return getattr(model, "qlora_lite_outside", None) is not None
+def begins_of(model: nn.Module) -> tuple[str, str] | None:
+    """Return how the paths of a model's layers begin in it and in files; None if alike."""
+    return getattr(model, "qlora_lite_outside", None)
 
 
 def outside(model: nn.Module, path: str) -> str:
     """Return what files call the layer of a path."""
-    if not has_outside(model):
-        return path
-    here, there = model.qlora_lite_outside
+    here, there = begins_of(model) or ("", "")
     return there + path.removeprefix(here) if path.startswith(here) else path

@@ -17,8 +17,10 @@ papers (Pascal, Volta, Turing, Ampere GA100 and GA102, Ada, Hopper, Blackwell) a
 trains in: bfloat16 on dense tensor cores with float32 accumulation, which GeForce cards do at half the advertised rate,
 twice their float32 rate; float32 before compute capability 8.0, where torch has no fast bfloat16. Real kernels reach a
 part of these; a time estimate has to apply its own efficiency. Of a laptop's card, rates are those of the highest clock
-that the vendor's comparison of laptops or a public test states; makers choose the power, and with less of it the same
-card takes up to 1.8 times as long.
+that the vendor's comparison of laptops or a public test states, for the 50 series a sixteenth of the vendor's AI TOPS
+where these are stated; bandwidth is the bus's width times the data rate of its generation's memory where no figure was
+found (RTX 4080, 5070 Ti, 5080 and 5090). Makers choose the power: by the range of clocks that the vendor states, the
+same card with the least of it takes up to 1.8 times as long.
 
 Host to device: 80 % of the data rate of the card's PCIe link (8, 16 or 32 GT/s per lane for generations 3, 4
 and 5, 128 bits of data in 130), the part that large copies from pinned memory usually reach; a board with
