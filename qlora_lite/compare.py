@@ -17,7 +17,8 @@ from .train.loop import eval_batches
 from .train.step import evaluate_loss
 
 PAGE, REPORT = "compare.html", "compare.json"
-_ROWS = "eval", "max_bad_rows", "max_tokens", "overflow"  # the settings of data that say which rows are measured
+# The settings of data that say which rows are measured.
+_ROWS = "train", "eval", "eval_share", "streaming", "max_bad_rows", "max_tokens", "overflow"
 
 
 def compare_runs(
@@ -44,8 +45,8 @@ def compare_runs(
     if BASE in tasks.names:
         raise ModelError(f"a run folder is called {BASE!r}, the name of the bare model here; rename it")
     rows_of = tasks.task(None).run
-    if rows_of.recipe.data.eval is None:
-        raise RecipeError(f"{rows_of.name} has no data.eval; give a run with evaluation rows first")
+    if not rows_of.recipe.data.has_eval:
+        raise RecipeError(f"{rows_of.name} has no data.eval or data.eval_share; give a run with evaluation rows first")
     check_forward(tasks.model, rows_of.recipe.data.max_tokens)
     measured, said = [], {}
     for name in ([None] if with_base else []) + list(tasks.names):

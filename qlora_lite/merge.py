@@ -135,7 +135,8 @@ def held_out(trained: TrainedRun, count: int) -> HeldOut:
         DataError: the rows cannot be read.
     """
     recipe = trained.recipe
-    which = "eval" if recipe.data.eval else "train"
+    which = "eval" if recipe.data.has_eval else "train"
+    name = "data.eval_share" if recipe.data.eval_share else f"data.{which}"
     if which == "train" and recipe.data.streaming:
         raise DataError(f"the run has no data.eval and streams its rows: there is nothing to measure on; {_UNMEASURED}")
     try:
@@ -143,7 +144,7 @@ def held_out(trained: TrainedRun, count: int) -> HeldOut:
     except DataError as error:
         raise DataError(f"{error}\n{_UNMEASURED}") from error
     examples = data.examples[:count]
-    return HeldOut(list(eval_batches(examples, train_settings(recipe))), len(examples), f"data.{which}")
+    return HeldOut(list(eval_batches(examples, train_settings(recipe))), len(examples), name)
 
 
 def _describe(trained: TrainedRun, merged: Merged, settings: MergeSettings) -> dict:

@@ -101,7 +101,7 @@ def plan_recipe(
     """
     t, m = recipe.train, recipe.memory
     full = Rows((recipe.data.max_tokens,), recipe.data.max_tokens - 1)
-    evaluation = eval_rows or (full if recipe.data.eval is not None else None)
+    evaluation = eval_rows or (full if recipe.data.has_eval else None)
     job = job_of(recipe, read_config(recipe.model.path, recipe.model.revision), machine, evaluation, rows_alone)
     fixed, tied = fixed_levers(recipe), bool(job.config.tie_word_embeddings) and not job.quant_head
     for one, other in permutations(("host_embeddings", "host_head")):

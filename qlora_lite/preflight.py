@@ -123,7 +123,7 @@ def preflight(recipe: Recipe, tokenizer, rows_to_show: int = 4) -> Preflight:
         rows_to_show: rows whose text goes into the report.
     """
     data = read_data(recipe, tokenizer, "train")
-    eval_data = read_data(recipe, tokenizer, "eval") if recipe.data.eval else None
+    eval_data = read_data(recipe, tokenizer, "eval") if recipe.data.has_eval else None
     problems, error_count = _problems(recipe, data, eval_data)
     problems += [problem_entry(problem, False) for problem in _rendered_chats(recipe, tokenizer)]
     report = empty_report(problems) | {

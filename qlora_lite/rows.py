@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from .data.account import Settings
 from .data.examples import Dataset, read_examples
+from .data.held_out import hold_out
 from .data.read import Source
 from .data.stored import Example
 from .data.stream import RowStream, largest_rows
@@ -18,12 +19,12 @@ STREAM_SAMPLE_ROWS = 1000  # of each streamed source, looked at before training
 
 
 def build_data(recipe: Recipe, tokenizer, which: str = "train") -> Dataset | None:
-    """Read, render and tokenise a recipe's training or evaluation rows; None if it names none.
+    """Read, render and tokenise a recipe's training or evaluation rows; None if it has none.
 
     Raises:
         DataError: a row cannot be used.
     """
-    if getattr(recipe.data, which) is None:
+    if which == "eval" and not recipe.data.has_eval:
         return None
     data = read_data(recipe, tokenizer, which)
     data.problems.raise_if_any(recipe.data.max_bad_rows)
@@ -35,6 +36,14 @@ def read_data(recipe: Recipe, tokenizer, which: str) -> Dataset:
 
     Of streamed training rows, only the first ones are read.
     """
+    d = recipe.data
+    if d.eval_share:
+        training, evaluation = hold_out(_read(recipe, tokenizer, "train"), d.eval_share)
+        return evaluation if which == "eval" else training
+    return _read(recipe, tokenizer, which)
+
+
+def _read(recipe: Recipe, tokenizer, which: str) -> Dataset:
     d = recipe.data
     sources = build_sources(recipe, which)
     settings = d.template, d.train_on, d.max_tokens, d.overflow, d.train_on_end
@@ -67,4 +76,5 @@ def rows_to_plan(recipe: Recipe, data: Dataset) -> Sequence[Example]:
 def build_sources(recipe: Recipe, which: str) -> list[Source]:
     """Return where a recipe's training or evaluation rows come from."""
     streaming = recipe.data.streaming and which == "train"
-    return [Source(s.path, s.format, s.weight, s.prompt, s.completion, streaming) for s in getattr(recipe.data, which)]
+    named = recipe.data.train if which == "train" or recipe.data.eval_share else recipe.data.eval
+    return [Source(s.path, s.format, s.weight, s.prompt, s.completion, streaming) for s in named]

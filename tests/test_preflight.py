@@ -7,6 +7,7 @@ import pytest
 from tiny_files import byte_tokenizer, write_recipe
 
 from qlora_lite.cli.data import _text
+from qlora_lite.data.held_out import HELD_OUT
 from qlora_lite.data_page import render
 from qlora_lite.errors import DataError
 from qlora_lite.preflight import first_places, preflight
@@ -194,6 +195,19 @@ def test_every_part_of_a_row_that_was_split_is_shown(look):
     turns = [{"role": role, "content": "x" * 30} for role in ("user", "assistant") * 4]
     report = look([{"messages": turns}], overflow="split", max_tokens=128).report
     assert report["split"] == 1 and len(report["rows"]) == 2 < report["rows_kept"]
+
+
+def test_rows_held_out_for_evaluation_are_counted_on_both_sides_and_shown_as_its_own(look):
+    found = look([pair(f"q{i}") for i in range(20)], eval="null", eval_share=0.2)
+    report = found.report
+    assert report["ok"] and report["problems"] == []
+    assert (report["rows_read"], report["rows_kept"], report["dropped"]) == (20, 16, {HELD_OUT: 4})
+    assert (report["eval"]["rows_read"], report["eval"]["rows_kept"], report["eval"]["dropped"]) == (4, 4, {})
+    assert report["sources"][0]["examples"] == 16 and report["eval"]["sources"][0]["examples"] == 4
+    assert "16 kept, 4 dropped (held out for evaluation (data.eval_share))" in _text(report)
+    alone = look([pair("q")], eval="null", eval_share=0.2)
+    with pytest.raises(DataError, match="no row can be held out"):
+        alone.raise_if_unusable()
 
 
 def test_each_source_is_counted_and_shown_in_turn(tmp_path):

@@ -8,13 +8,14 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_files import save_tiny, write_recipe
+from tiny_files import byte_tokenizer, save_tiny, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_lite
 from qlora_lite import run as run_module
 from qlora_lite.build import build_model
 from qlora_lite.cli.train import _result
+from qlora_lite.compare import compare_runs
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
 from qlora_lite.data.render import render_prompt
 from qlora_lite.errors import (
@@ -26,9 +27,11 @@ from qlora_lite.errors import (
     RecipeError,
     TrainingError,
 )
+from qlora_lite.evaluate import evaluate_recipe
 from qlora_lite.memory.meter import held_bytes
 from qlora_lite.planning.predict import Prediction
 from qlora_lite.recipe.load import load_recipe
+from qlora_lite.rows import build_data
 from qlora_lite.runs import open_run
 from qlora_lite.train.loop import Trainer
 from qlora_lite.train.out_of_memory import another_plan_may_help, free_cached_memory
@@ -277,9 +280,20 @@ def test_a_run_without_evaluation_rows_keeps_the_last_adapter(run):
     assert all(torch.equal(last[name], best[name]) for name in last)
 
 
+def test_a_run_on_one_file_of_rows_is_measured_on_those_that_it_did_not_learn(run):
+    folder = run(data={"eval": None, "eval_share": 0.25}, train={"eval_every_steps": 3})
+    summary, recipe = summary_of(folder), open_run(folder).recipe
+    assert summary["eval_loss_after"] < summary["eval_loss_before"] and summary["exact_match_rows"] == 2
+    training, evaluation = (build_data(recipe, byte_tokenizer(), which) for which in ("train", "eval"))
+    assert (summary["data"]["rows_kept"], len(evaluation.examples)) == (len(training.examples), 5) == (19, 5)
+    result = evaluate_recipe(recipe, folder / "adapter", 2)
+    assert result["eval_loss"] == pytest.approx(summary["eval_loss_after"], rel=1e-4) and result["rows"] == 5
+    (model,) = compare_runs([folder], answers=0)["models"]
+    assert model["eval_loss"] == pytest.approx(result["eval_loss"], rel=1e-4) and model["rows"] == 5
+
+
 def test_the_chat_template_of_a_run_is_its_own_from_then_on(run, tmp_path):
     from qlora_lite.converse import open_session
-    from qlora_lite.evaluate import evaluate_recipe
 
     file = tmp_path / "shouting.jinja"
     file.write_text(NAMED_TEMPLATES["chatml"].replace("m.role", "m.role|upper").replace("assistant", "ASSISTANT"))

@@ -148,6 +148,13 @@ def test_a_run_that_would_drop_rows_is_compared_on_all_of_the_first_run_s(runs, 
     assert result["same_tokens"] and [model["rows"] for model in result["models"]] == [6, 6]
 
 
+def test_runs_are_compared_on_the_rows_that_the_first_one_held_out(runs, tmp_path):
+    held = make_run(tmp_path, runs[0].parent / "model", ["data.eval=null", "data.eval_share=0.25"])
+    other = make_run(tmp_path / "other", runs[0].parent / "model", data={"train": str(tmp_path / "eval.jsonl")})
+    result = compare_runs([held, other], answers=0)
+    assert result["same_tokens"] and [model["rows"] for model in result["models"]] == [5, 5]
+
+
 def test_losses_of_different_tokens_are_not_ranked(runs, command, tmp_path):
     other = make_run(tmp_path, runs[0].parent / "model", ["data.train_on=all"])
     code, out, _ = command("compare", runs[0], runs[1], other, "--rows", 0, "--out", tmp_path / "page")

@@ -94,6 +94,19 @@ def test_evaluate_measures_a_run_on_other_rows_also_one_that_has_none(tmp_path, 
     assert "no such file" in command("evaluate", run, "data.eval=nowhere.jsonl")[2]
 
 
+def test_evaluate_measures_a_run_that_held_rows_out_on_those_or_on_others(tmp_path, command):
+    run = tiny_run(tmp_path, overrides=["data.eval=null", "data.eval_share=0.25"])
+    own, given = (
+        json.loads(command("evaluate", run, "--json", *options)[1])
+        for options in ([], [f"data.eval={tmp_path / 'eval.jsonl'}"])
+    )
+    assert (own["rows"], given["rows"]) == (5, 6) and own["eval_loss"] != given["eval_loss"]
+    assert "only data.eval=PATH can be replaced" in command("evaluate", run, "data.eval_share=0.5")[2]
+    command("merge", run, "--out", tmp_path / "merged")
+    report = json.loads((tmp_path / "merged" / "merge_report.json").read_text())
+    assert report["measured_on"] == "data.eval_share" and report["rows"] == 5
+
+
 @pytest.mark.parametrize(("arguments", "text"), [
     (("merge", "RUN", "--out", "RUN"), "is not an empty folder; choose another --out"),
     (("merge", "RUN", "--out", "NEW", "--base", "fp4"), "the run trained on nf4 weights"),

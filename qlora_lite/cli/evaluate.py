@@ -28,15 +28,17 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, rows: i
     """
     adapter = None
     if Path(run_or_recipe).is_dir():
-        if other := next((each for each in overrides if not each.startswith("data.eval")), None):
+        if other := next((each for each in overrides if not each.startswith(("data.eval=", "data.eval."))), None):
             raise click.UsageError(f"of a run only data.eval=PATH can be replaced; {other} is for a recipe")
         prepare(verbose=False)
         from qlora_lite.runs import RECIPE
         from qlora_lite.trained import open_trained
 
         trained = open_trained(run_or_recipe, model_path, unfinished)
-        named = load_recipe(Path(run_or_recipe) / RECIPE, overrides, check_files=False)
-        data = trained.recipe.data.model_copy(update={"eval": named.data.eval})
+        instead = (*overrides, "data.eval_share=0") if overrides else ()
+        named = load_recipe(Path(run_or_recipe) / RECIPE, instead, check_files=False)
+        measured_on = {"eval": named.data.eval, "eval_share": named.data.eval_share}
+        data = trained.recipe.data.model_copy(update=measured_on)
         recipe, adapter = trained.recipe.model_copy(update={"data": data}), None if base else trained.adapter
     else:
         if base or model_path or unfinished:
@@ -46,7 +48,7 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, rows: i
             )
         recipe = load_recipe(run_or_recipe, overrides)
         prepare(verbose=False)
-    if recipe.data.eval is None:
+    if not recipe.data.has_eval:
         raise RecipeError("there are no evaluation rows; name some, as in data.eval=rows.jsonl")
     from qlora_lite.evaluate import evaluate_recipe
 

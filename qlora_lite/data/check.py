@@ -123,7 +123,7 @@ def check_overlap(train: Sequence[Example], evaluation: Sequence[Example]) -> tu
     places: dict[bytes, list[str]] = {}
     for row in evaluation:
         places.setdefault(row.token_ids.tobytes(), []).append(row.where)
-    alike = np.flatnonzero(np.isin(_signatures(train), _signatures(evaluation))).tolist()
+    alike = np.flatnonzero(np.isin(signatures(train), signatures(evaluation))).tolist()
     twins = {key: row.where for row in map(train.__getitem__, alike) if (key := row.token_ids.tobytes()) in places}
     found = [(where, twins[key]) for key, wheres in places.items() if key in twins for where in wheres]
     if not found:
@@ -136,12 +136,25 @@ def check_overlap(train: Sequence[Example], evaluation: Sequence[Example]) -> tu
     return RowProblem(found[0][0], IN_BOTH, message), len(found) >= OVERLAP_ERROR_SHARE * len(evaluation)
 
 
-def _signatures(examples: Sequence[Example]) -> np.ndarray:
-    """Return a number per row that equal rows share, and few others do: int64 [rows]."""
-    found = [np.empty(0, np.int64)]
+def signatures(examples: Sequence[Example]) -> np.ndarray:
+    """Return a number per row that equal rows share, and others do by a rare chance only: uint64 [rows]."""
+    found = [np.empty(0, np.uint64)]
     for rows, ids, _, starts in _chunks(examples):
-        found.append(np.add.reduceat(ids.astype(np.int64), starts) * 1_000_003 + rows.lengths)
+        places = np.arange(len(ids)) - np.repeat(starts, rows.lengths)
+        weights = scattered(np.arange(rows.lengths.max(), dtype=np.uint64))
+        found.append(np.add.reduceat((ids + 1).astype(np.uint64) * weights[places], starts))
     return np.concatenate(found)
+
+
+def scattered(values: np.ndarray) -> np.ndarray:
+    """Return numbers mixed so that near ones lie anywhere: uint64, as many.
+
+    source: the finaliser of SplitMix64 (Steele, Lea and Flood, 2014).
+    """
+    mixed = values + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
 
 
 def count_special_tokens(examples: Sequence[Example], special_ids: Collection[int]) -> list[SpecialToken]:

@@ -17,17 +17,30 @@ _Value = Callable[..., object]
 
 def conflicts(value: _Value) -> _Found:
     """Yield place and message of every setting that does not go with others."""
-    for check in (_patience, _streaming, _update_in_backward, _compile, _head, _all_kept, _stretches, _folder):
+    for check in (
+        _patience,
+        _held_out,
+        _streaming,
+        _update_in_backward,
+        _compile,
+        _head,
+        _all_kept,
+        _stretches,
+        _folder,
+    ):
         yield from check(value)
 
 
 def without_evaluation(value: _Value) -> _Found:
     """Yield the settings that need evaluation rows where there are none."""
-    if value("data", "eval") is None:
+    if value("data", "eval") is None and not value("data", "eval_share"):
         for name in ("eval_every_steps", "early_stopping_patience", "exact_match_rows"):
             given = value("train", name)
             if isinstance(given, int) and given > 0:
-                yield ("train", name), f"train.{name} = {given}: needs evaluation rows; write data.eval, or 0 here"
+                yield (
+                    ("train", name),
+                    f"train.{name} = {given}: needs evaluation rows; write data.eval or data.eval_share, or 0 here",
+                )
 
 
 def table_columns(source: dict) -> str | None:
@@ -47,6 +60,20 @@ def _patience(value: _Value) -> _Found:
     if isinstance(patience, int) and patience > 0 and not value("train", "eval_every_steps"):
         message = f"train.early_stopping_patience = {patience}: needs evaluations on the way; write "
         yield ("train", "early_stopping_patience"), f"{message}train.eval_every_steps, or 0 here"
+
+
+def _held_out(value: _Value) -> _Found:
+    share = value("data", "eval_share")
+    if not isinstance(share, int | float) or share == 0:
+        return
+    if value("data", "eval") is not None:
+        yield (
+            ("data", "eval_share"),
+            f"data.eval_share = {written(share)}: data.eval names the rows; remove one of the two",
+        )
+    if value("data", "streaming") is True:
+        message = f"data.eval_share = {written(share)}: nothing can be held out of a stream"
+        yield ("data", "eval_share"), f"{message}; name evaluation rows in data.eval"
 
 
 def _streaming(value: _Value) -> _Found:

@@ -45,6 +45,8 @@ _RENAMED = {
     "data.eval":
         "test_datasets eval_dataset validation_file val_file val_dataset valid_data eval_path "
         "test_file validation_data",
+    "data.eval_share":
+        "val_set_size val_size val_split_fraction test_size validation_split_percentage",
     "data.template":
         "chat_template prompt_template prompt_style chat_template_jinja",
     "data.train_on":
@@ -123,8 +125,6 @@ _KEY_OF = {name: key for key, names in _RENAMED.items() for name in names.split(
 
 _ADVICE_ON = {
     "write train.warmup_ratio, the warm-up's share of all steps, instead": "warmup_steps lr_warmup_steps",
-    "put the evaluation rows in a file of their own and name it in data.eval":
-        "val_set_size val_size val_split_fraction test_size",
     "rows are never dropped silently; give their place in data.train a weight below 1, or set train.max_steps":
         "max_samples max_train_samples",
     "name the column text, or write {path: FILE, prompt: ..., completion: ...} in data.train":

@@ -162,7 +162,10 @@ class Data(_Section):
     train: _Sources
     """Training rows."""
     eval: _Sources | None = None
-    """Evaluation rows; null evaluates nothing."""
+    """Evaluation rows; null evaluates nothing, or what data.eval_share holds out."""
+    eval_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the training rows that is held out as evaluation rows, where data.eval names none. Which rows depends on
+    their files and lines alone; rows that are alike stay together."""
     template: Text | None = None
     """Chat template: a name (plain suits a base model) or a .jinja file; null is the model's own. Where one writes
     today's date, rows have 26 July 2024, so that they are the same every day; prompts to answer have the real one."""
@@ -186,6 +189,11 @@ class Data(_Section):
     """Make tokens while training, and keep none: for sources too large for a first pass. Hub data sets are then not
     downloaded but read over the network, once more for each epoch. Needs data.order as-is and train.max_steps; only the
     first 1,000 rows of each source are checked before, a bad row after them ends the run."""
+
+    @property
+    def has_eval(self) -> bool:
+        """Whether there are evaluation rows."""
+        return self.eval is not None or self.eval_share > 0
 
 
 _Tracker = Literal[

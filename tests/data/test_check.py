@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_lite.data import check
-from qlora_lite.data.check import check_examples, check_overlap, count_special_tokens, histogram
+from qlora_lite.data.check import check_examples, check_overlap, count_special_tokens, histogram, signatures
 from qlora_lite.data.stored import Example
 
 BEGIN, END = 1, 2
@@ -121,3 +121,9 @@ def test_the_histogram_counts_every_length_once_in_equal_ranges(lengths, bars):
 
 def test_no_rows_have_no_histogram_and_no_problems():
     assert histogram([]) == [] and check_examples([], BEGIN, {END}) == [] and count_special_tokens([], set()) == []
+
+
+def test_only_equal_rows_share_a_signature_wherever_they_stand():
+    rows = [[1, 2, 3], [3, 2, 1], [1, 2], [1, 2, 0], [2, 1], [0], [0, 0], [1, 2, 3]]
+    found = signatures([example(ids) for ids in rows] * 2_000).tolist()
+    assert found[:8] * 2_000 == found and len(set(found[:7])) == 7 and found[7] == found[0]

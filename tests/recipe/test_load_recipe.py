@@ -96,7 +96,7 @@ memory: {loss_chunk_tokens: 0, budget: 8}
         "r.yaml:15: data.train.2 = 7: must be a path, or a list of {path, ",
         "r.yaml:16: data.max_tokens = 1_000: must be a whole number of at least 8; write 1000",
         "r.yaml:18: train.optimizer = adamw_8bits: must be ",
-        "r.yaml:19: train.exact_match_rows = 3: needs evaluation rows; write data.eval, or 0 here",
+        "r.yaml:19: train.exact_match_rows = 3: needs evaluation rows; write data.eval or data.eval_share, or 0 here",
         "r.yaml:20: train.epochs = -1: must be a number above 0; the default is 1",
         "r.yaml:21: memory.budget = 8: must be auto, or a size with its unit, such as 8GiB; ",
         "r.yaml:21: memory.loss_chunk_tokens = 0: must be a whole number of at least 1, or auto; ",
@@ -148,7 +148,7 @@ def test_a_section_that_is_no_mapping_is_an_error_that_shows_how_to_write_it(pro
         ("datasets: [{path: x}]", "data.train"), ("gradient_checkpointing: true", "memory.checkpointing"),
         ("learning_rate: 1", "train.learning_rate"), ("warmup_steps: 10", "train.warmup_ratio"),
         ("optim: adamw", "train.optimizer"), ("output_dir: x", "output.dir"),
-        ("val_set_size: 0.1", "data.eval"), ("early_stopping: 3", "train.early_stopping_patience"),
+        ("val_set_size: 0.1", "data.eval_share"), ("early_stopping: 3", "train.early_stopping_patience"),
         ("patience: 3", "train.early_stopping_patience"),
         ("early_stopping_patience: 3", "train.early_stopping_patience"),
         ("sample_packing: true", "data.packing"), ("packing: true", "data.packing"),
@@ -194,6 +194,26 @@ def test_the_settings_of_a_place_that_rows_come_from_are_answered_as_others_call
     for typed, said in (("type: alpaca", "here it is format"), ("split: test", "hub:OWNER/NAME:SPLIT")):
         assert any(problem.endswith(said) for problem in problems(text.replace("TYPED", typed))), typed
     assert problems(GOOD, "model.dtype=bfloat16")[0].endswith("; here it is model.compute_dtype")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["data.eval_share=0.1", "data.eval=rows.jsonl"], "data.eval names the rows; remove one of the two"),
+        (
+            ["data.eval_share=0.1", "data.streaming=true", "data.order=as-is", "train.max_steps=3"],
+            "nothing can be held",
+        ),
+        (["data.eval_share=1"], "must be a number of at least 0 and below 1"),
+        (["data.eval_share=200"], "must be a number of at least 0 and below 1"),
+        (["data.eval_share=0", "train.eval_every_steps=5"], "write data.eval or data.eval_share, or 0 here"),
+    ],
+)
+def test_rows_are_held_out_only_where_that_can_be(problems, recipe, settings, message):
+    (problem,) = problems(GOOD, *settings)
+    assert message in problem
+    held = recipe(GOOD, "data.eval_share=0.1", "train.eval_every_steps=5", "train.early_stopping_patience=2")
+    assert held.data.has_eval and not recipe(GOOD).data.has_eval and recipe(GOOD, "data.eval=rows.jsonl").data.has_eval
 
 
 def test_a_data_set_of_the_hub_without_its_prefix_is_answered_with_it(problems):

@@ -1,0 +1,87 @@
+"""Hold a share of the training rows out for evaluation.
+
+Which rows is decided by their file and line alone: the same ones under every template and seed, so that runs can be
+compared. Rows that are alike token for token, and the parts of a split row, stay on one side together: what was
+learned is no measure of what was not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from qlora_lite.data.check import NOTHING_TO_LEARN, scattered, signatures
+from qlora_lite.data.examples import Dataset
+from qlora_lite.data.lines import Problems
+from qlora_lite.data.stored import Examples
+
+HELD_OUT = "held out for evaluation (data.eval_share)"
+
+
+def hold_out(data: Dataset, share: float) -> tuple[Dataset, Dataset]:
+    """Return the training rows without a share of them, and that share, each row once whatever its weight.
+
+    Args:
+        data: training rows; what is wrong with them stays with the first part.
+        share: of the rows, above 0 and below 1; at least one is taken.
+
+    Returns:
+        Training and evaluation rows. Where no row can be spared, none is, and the first part says so as a problem.
+    """
+    rows, sources = np.unique(data.examples.order, return_index=True)
+    source_of = np.searchsorted(np.cumsum(data.examples_of), sources, side="right")
+    is_held = _chosen(replace(data.examples, order=rows), share)
+    held = rows[is_held]
+    kept = ~np.isin(data.examples.order, held)
+    train_of = [int(part.sum()) for part in np.split(kept, np.cumsum(data.examples_of)[:-1])]
+    eval_of = np.bincount(source_of[is_held], minlength=len(data.examples_of)).tolist()
+    training = _with(data, data.examples.order[kept], train_of)
+    training.dropped.update({HELD_OUT: len(held)} if len(held) else {})
+    evaluation = replace(_with(data, held, eval_of), rows_read=len(held), dropped={}, dropped_at={}, truncated=0,
+                         split=0, problems=Problems())  # fmt: skip
+    if not len(held) and not data.problems.count:
+        message = ("no row can be held out for data.eval_share: there is one only, or all are alike; name evaluation "
+                   "rows in data.eval")  # fmt: skip
+        training.problems.add("", message, NOTHING_TO_LEARN, fatal=True)
+    return training, evaluation
+
+
+def _chosen(examples: Examples, share: float) -> np.ndarray:
+    """Return which of distinct rows are held out: bool [rows]."""
+    count = len(examples)
+    left = min(max(1, round(share * count)), count - 1)
+    groups = _groups(examples)
+    keys, sizes = np.unique(groups, return_counts=True)
+    taken = []
+    for key, size in zip(keys.tolist(), sizes.tolist(), strict=True):
+        if not left:
+            break
+        if size <= left:
+            taken.append(key)
+            left -= size
+    return np.isin(groups, np.array(taken, np.uint64))
+
+
+def _groups(examples: Examples) -> np.ndarray:
+    """Return a number for each row, shared by rows that must stay together and random otherwise: uint64 [rows]."""
+    places = examples.rows[examples.order + 1, 3:].astype(np.uint64)
+    groups = scattered(places[:, 0] << np.uint64(40) | places[:, 1])
+    alike = [np.unique(values, return_inverse=True)[1] for values in (groups, signatures(examples))]
+    while True:
+        before = groups
+        for members in alike:
+            least = np.full(len(groups), np.iinfo(np.uint64).max, np.uint64)
+            np.minimum.at(least, members, groups)
+            groups = least[members]
+        if np.array_equal(before, groups):
+            return groups
+
+
+def _with(data: Dataset, order: np.ndarray, examples_of: list[int]) -> Dataset:
+    """Return a data set with other examples of the same rows."""
+    examples = replace(data.examples, order=order)
+    return replace(
+        data, examples=examples, rows_kept=len(examples), examples_of=tuple(examples_of), dropped=dict(data.dropped),
+        tokens=int(examples.lengths.sum()), learned_tokens=int(examples.learned_counts.sum()),
+    )  # fmt: skip
