@@ -10,9 +10,10 @@ from pydantic import ValidationError
 from torch import nn
 
 from .errors import CheckpointError, ModelError
+from .lora.adapter import begin_with
 from .lora.inject import Target, add_lora
 from .lora.outside import set_outside
-from .lora.read import adapter_bytes
+from .lora.read import adapter_bytes, read_adapter
 from .models.anatomy import blocks
 from .models.levers import Levers, levers_of, place, set_levers
 from .models.load import load_model, resolve_compute_dtype, resolve_device, stored_quantization
@@ -39,13 +40,14 @@ def fixed_levers(recipe: Recipe) -> dict[str, object]:
     return levers_of(said | COMPILED_WITH if recipe.train.compile else said)
 
 
-def build_model(recipe: Recipe, levers: Levers | None = None) -> nn.Module:
-    """Load a recipe's base model on its device, with new LoRA factors, for training.
+def build_model(recipe: Recipe, levers: Levers | None = None, adapter: Path | None = None) -> nn.Module:
+    """Load a recipe's base model on its device, with LoRA factors, for training.
 
     Args:
         levers: which of its weights stay in host memory.
+        adapter: see ``add_factors``.
     """
-    m, x = recipe.model, recipe.lora
+    m = recipe.model
     device = resolve_device(m.device)
     dtype = resolve_compute_dtype(m.compute_dtype, device)
     levers = levers or Levers()
@@ -53,10 +55,25 @@ def build_model(recipe: Recipe, levers: Levers | None = None) -> nn.Module:
         m.path, m.quant, m.double_quant, dtype, "cpu" if levers.places_weights else device, m.revision,
         quant_head=m.quant_head,
     )  # fmt: skip
+    add_factors(recipe, model, adapter)
+    return place(model, device, levers) if levers.places_weights else model
+
+
+def add_factors(recipe: Recipe, model: nn.Module, adapter: Path | None = None) -> nn.Module:
+    """Add a recipe's LoRA factors to a base model (a skeleton, too); return the model.
+
+    Args:
+        adapter: folder of the adapter that lora.init_from means; None makes new factors.
+
+    Raises:
+        ModelError: a target matches no layer, or the adapter is not of the recipe's layers, ranks and scales.
+    """
+    x = recipe.lora
+    first = read_adapter(model, adapter) if adapter else None
     torch.manual_seed(recipe.train.seed)
     targets = [Target(t.pattern, t.rank, t.alpha) for t in x.targets]
     add_lora(model, targets, x.rank, x.alpha, x.dropout, x.rslora, getattr(torch, x.dtype))
-    return place(model, device, levers) if levers.places_weights else model
+    return begin_with(model, first) if first else model
 
 
 def build_to_use(

@@ -35,6 +35,7 @@ from .train.determinism import deterministic
 from .train.inventory import categorised
 from .train.loop import Trainer, largest_batches
 from .train.out_of_memory import first_line, is_out_of_memory
+from .trained import adapter_to_begin_with
 from .units import format_bytes, format_seconds
 
 log = logging.getLogger("qlora_lite")
@@ -69,7 +70,7 @@ def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
     log.info("plan: %s", reason(plan))
     with explain_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    model = build_model(recipe, levers=settings.levers)
+    model = build_model(recipe, settings.levers, adapter_to_begin_with(recipe))
     trainer = Trainer(model, rows, settings, build_stream(recipe, tokenizer))
     expected = expected_peak(plan, *largest_batches(rows, eval_examples, trainer.epochs), rows_run_alone(model))
     device = device_of(model)

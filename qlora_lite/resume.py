@@ -30,12 +30,12 @@ from .train.settings import TrainSettings
 from .train.state import STATE, numbers_of
 
 log = logging.getLogger("qlora_lite")
-BASE_MODEL = "base model"  # its name in a checkpoint's identity
+BASE_MODEL, FIRST_ADAPTER = "base model", "adapter in lora.init_from"  # their names in a checkpoint's identity
 CHUNKED = "chunked"  # the loss that is this package's own
 RUN = "run.json"  # what a checkpoint holds of the run, beside the trainer's state
 # What these settings lead to is compared by itself, or changes nothing of what a step computes.
 HARMLESS = {
-    "model.path", "model.revision", "data.train", "data.eval", "data.template", "data.max_bad_rows",
+    "model.path", "model.revision", "lora.init_from", "data.train", "data.eval", "data.template", "data.max_bad_rows",
     "train.max_steps", "train.epochs", "train.early_stopping_patience", "train.save_every_steps",
     "train.save_every_minutes", "train.keep_checkpoints", "train.max_hours", "train.on_not_finite",
     "train.max_skipped_steps", "train.trackers", "memory.budget", "memory.host_budget", "memory.optimizer_in_backward",

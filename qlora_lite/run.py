@@ -18,12 +18,13 @@ from typing import NamedTuple
 
 import torch
 
-from .build import build_model, with_plan
+from .build import add_factors, build_model, build_skeleton, with_plan
 from .data.template import portable_source
 from .data_page import write_data_page
 from .errors import CheckpointError, DoesNotFitError, Interrupted, OutputError, QloraLiteError
 from .evaluate import ExactMatch
-from .files import locked, write_text
+from .files import locked, sha256, write_text
+from .lora.read import WEIGHTS_NAME
 from .memory.meter import PeakMeter, hold_to, mapped_bytes
 from .merge import loses_its_update
 from .models.anatomy import device_of
@@ -37,7 +38,16 @@ from .plan_text import reason
 from .preflight import line_of_problem, preflight
 from .recipe.schema import Recipe
 from .report import write_report
-from .resume import BASE_MODEL, CHUNKED, Continuation, data_identity, environment, path_to_continue, reopen
+from .resume import (
+    BASE_MODEL,
+    CHUNKED,
+    FIRST_ADAPTER,
+    Continuation,
+    data_identity,
+    environment,
+    path_to_continue,
+    reopen,
+)
 from .rows import build_stream, rows_to_plan
 from .runs import (
     ADAPTER,
@@ -63,6 +73,7 @@ from .train.inventory import inventory, total_parameters
 from .train.loop import Trainer, largest_batches
 from .train.out_of_memory import CURES, another_plan_may_help, explaining_memory, first_line, free_cached_memory
 from .train.state import STATE
+from .trained import adapter_to_begin_with
 from .training import Progress, Training
 from .units import format_bytes, format_count, format_seconds
 
@@ -139,6 +150,7 @@ class _Run:
         self.recipe, self.run, self.progress, self.stop = recipe, run, progress, stop
         self.continuation = continuation
         self.training: Training | None = None
+        self.first_adapter: Path | None = None
         self.rows_alone = False  # although nothing but the loaded model shows it
 
     def execute(self) -> None:
@@ -158,10 +170,12 @@ class _Run:
         check_trackers(recipe.train.trackers)
         if recipe.model.quant != "none" and loses_its_update(recipe.model.path):
             log.warning("model.path is a merged model: in 4 bit it loses much or all of what was merged into it; train "
-                        "on it with model.quant none, or merge with --quantize, which measures that")  # fmt: skip
+                        "on its base with lora.init_from, or with model.quant none")  # fmt: skip
         self.tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
+        self._find_first_adapter()
         self._look_at_data()
         identity = data_identity(recipe, self.tokenizer, self.data, self.eval_data)
+        identity[FIRST_ADAPTER] = self.first_adapter and sha256(self.first_adapter / WEIGHTS_NAME)
         self._compare(identity)
         self.rows = rows_to_plan(recipe, self.data)
         self._load_for_a_proven_plan()
@@ -221,7 +235,7 @@ class _Run:
         """Load the model as planned, make its trainer, and stop where either is not that of a run to go on with."""
         with explaining_memory("close other programs, or choose a smaller model",
                                "memory ran out while the model was loaded"):  # fmt: skip
-            self.model = build_model(self.recipe, levers=self.settings.levers)
+            self.model = build_model(self.recipe, self.settings.levers, self.first_adapter)
         stream = build_stream(self.recipe, self.tokenizer)
         self.trainer = Trainer(self.model, self.rows, self.settings, stream)
         if self.continuation:
@@ -270,6 +284,13 @@ class _Run:
         speed = totals["tokens"] / totals["seconds"] if totals["steps"] else None
         skipped = {"skipped_steps": self.trainer.skipped}
         return totals | skipped | {"tokens_per_second": speed, "peak_bytes": self.training.peak_bytes}
+
+    def _find_first_adapter(self) -> None:
+        """Find what lora.init_from names, and stop at once where it does not fit model and recipe."""
+        self.first_adapter = adapter_to_begin_with(self.recipe)
+        if self.first_adapter:
+            add_factors(self.recipe, build_skeleton(self.recipe), self.first_adapter)
+            log.info("lora: training begins with the factors of %s", self.first_adapter)
 
     def _look_at_data(self) -> None:
         """Read the rows, write down what they are, and stop where training on them would be a mistake."""

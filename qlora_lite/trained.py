@@ -20,7 +20,7 @@ from .models.load import resolve_compute_dtype, resolve_device
 from .models.locate import ModelFiles, locate
 from .models.tokenizer import load_tokenizer
 from .recipe.schema import Recipe
-from .runs import OpenedRun, how_to_go_on, open_run
+from .runs import RECIPE, OpenedRun, how_to_go_on, open_run
 
 log = logging.getLogger("qlora_lite")
 
@@ -125,9 +125,26 @@ def open_trained(run: str | Path, model_path: str | None = None, unfinished: boo
     except ModelError as error:
         moved = f"the base model of {folder} is not where it was ({opened.recipe.model.path}): {error}"
         raise ModelError(moved if model_path else f"{moved}. Say where it is now with --model PATH") from error
-    _check_base(opened.summary, files, folder)
+    _check_base(opened.summary, files, folder, "--model PATH")
     name = folder.resolve().name
     return TrainedRun(name, recipe, opened.adapter, opened.end_token_ids, files)
+
+
+def adapter_to_begin_with(recipe: Recipe) -> Path | None:
+    """Return the folder of the adapter that ``lora.init_from`` means: a run's is its best one.
+
+    Raises:
+        RecipeError: the run has no adapter.
+        ModelError: the run is of another base model.
+    """
+    if recipe.lora.init_from is None:
+        return None
+    folder = Path(recipe.lora.init_from)
+    if not (folder / RECIPE).is_file():
+        return folder
+    opened = open_run(folder)
+    _check_base(opened.summary, locate(recipe.model.path, recipe.model.revision), folder, "model.path")
+    return opened.adapter
 
 
 def _as_it_ran(opened: OpenedRun) -> Recipe:
@@ -145,7 +162,7 @@ def _where_it_lies_now(recipe: Recipe, model_path: str | None) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update=changes)})
 
 
-def _check_base(summary: dict, files: ModelFiles, folder: Path) -> None:
+def _check_base(summary: dict, files: ModelFiles, folder: Path, where: str) -> None:
     recorded = summary.get("base_fingerprint")
     if recorded is None:  # a run of an earlier version; shapes are still compared
         return
@@ -153,5 +170,5 @@ def _check_base(summary: dict, files: ModelFiles, folder: Path) -> None:
     if found != recorded:
         raise ModelError(
             f"{folder} was trained on {summary.get('model')} with fingerprint {recorded}; {files.name} has fingerprint "
-            f"{found} and is another model: give the right one with --model PATH"
+            f"{found} and is another model: give the right one with {where}"
         )

@@ -17,8 +17,11 @@ from qlora_lite.quant.linear import is_conv1d, stands_for_conv1d
 from qlora_lite.quant.tensor_file import write_tensors
 
 from .inject import Target, add_lora, linear_layers, lora_layers
+from .layer import LoraLinear
 from .outside import outside
-from .read import CONFIG_NAME, WEIGHTS_NAME, Adapter, factor_names, read_adapter
+from .read import CONFIG_NAME, WEIGHTS_NAME, Adapter, Factors, factor_names, read_adapter
+
+_SHOWN = 3  # names of layers in an error
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -118,14 +121,45 @@ def attach_adapter(model: nn.Module, adapter: Adapter) -> nn.Module:
     first = next(iter(adapter.layers.values()))
     add_lora(model, targets, dropout=adapter.dropout, rslora=first.rslora, dtype=first.lora_A.dtype)
     device = torch.device("cpu") if model.device.type == "meta" else model.device
-    with torch.no_grad():
-        for name, layer in lora_layers(model):
-            if layer.lora_A.device != device:  # the layer's weight is elsewhere until it is needed
-                layer.lora_A, layer.lora_B = (nn.Parameter(torch.empty_like(p, device=device))
-                                              for p in (layer.lora_A, layer.lora_B))  # fmt: skip
-            layer.lora_A.copy_(adapter.layers[name].lora_A)
-            layer.lora_B.copy_(adapter.layers[name].lora_B)
+    layers = dict(lora_layers(model))
+    for layer in layers.values():
+        if layer.lora_A.device != device:  # the layer's weight is elsewhere until it is needed
+            layer.lora_A, layer.lora_B = (nn.Parameter(torch.empty_like(p, device=device))
+                                          for p in (layer.lora_A, layer.lora_B))  # fmt: skip
+    _fill(layers, adapter.layers)
     return model
+
+
+def begin_with(model: nn.Module, adapter: Adapter) -> nn.Module:
+    """Copy an adapter's factors into a model's LoRA layers, which must be the same ones; return the model.
+
+    Raises:
+        ModelError: other layers, ranks or scales, all of what differs at once.
+    """
+    own, given = dict(lora_layers(model)), adapter.layers
+    differences = [
+        f"{what} {_some(names)}"
+        for what, names in (("it lacks", own.keys() - given.keys()), ("lora.targets lack", given.keys() - own.keys()))
+        if names
+    ]
+    for what in ("rank", "alpha", "rslora"):
+        pairs = {(getattr(own[name], what), getattr(given[name], what)) for name in own.keys() & given.keys()}
+        differences += [f"lora.{what} is {here}, its {what} {there}" for here, there in sorted(pairs) if here != there]
+    if differences:
+        raise ModelError(f"lora.init_from: the adapter has other factors than this recipe: {'; '.join(differences)}")
+    _fill(own, given)
+    return model
+
+
+def _some(names: Collection[str]) -> str:
+    return ", ".join(sorted(names)[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def _fill(own: dict[str, LoraLinear], given: dict[str, Factors]) -> None:
+    with torch.no_grad():
+        for name, layer in own.items():
+            layer.lora_A.copy_(given[name].lora_A)
+            layer.lora_B.copy_(given[name].lora_B)
 
 
 def detach_adapter(model: nn.Module) -> nn.Module:

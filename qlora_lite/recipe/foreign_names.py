@@ -39,6 +39,8 @@ _RENAMED = {
         "lora_attn_modules",
     "lora.rslora":
         "use_rslora peft_use_rslora lora_use_rslora",
+    "lora.init_from":
+        "lora_model_dir adapter_name_or_path adapter_model_id adapter_checkpoint is_trainable",
     "data.train":
         "dataset datasets dataset_name dataset_path train_file train_path train_data train_dataset "
         "data_path train_files dataset_dir training_data",
@@ -133,8 +135,6 @@ _ADVICE_ON = {
         "rank_pattern alpha_pattern layers_to_transform layers_pattern exclude_modules lora_layers_to_transform",
     "remove it; nothing but LoRA factors is trained":
         "modules_to_save lora_modules_to_save full_finetuning unfrozen_parameters",
-    "remove it; a run begins with new factors: go on with --resume, or train on what `qlora-lite merge` writes":
-        "lora_model_dir adapter_name_or_path adapter_model_id",
     "remove it; LoRA on a 4-bit model is what this program does (model.quant)": "adapter finetuning_type",
     "remove it; supervised fine-tuning is what this program does": "stage",
     "remove it; `qlora-lite train` trains": "do_train",

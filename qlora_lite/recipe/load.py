@@ -195,8 +195,10 @@ class _Checker:
             message = f"model.revision = {shown(revision)}: is for hub models only; remove it"
             self._add(("model", "revision"), message)
         self._find(("data", "template"), paths.find_template, self._value("data", "template"))
-        place = "memory", "offload_folder"
-        self._find(place, paths.find_folder, self._value(*place))
+        for place, find in (
+            (("lora", "init_from"), paths.find_adapter), (("memory", "offload_folder"), paths.find_folder),
+        ):  # fmt: skip
+            self._find(place, find, self._value(*place))
         for location, source in self._sources():
             self._find(location, paths.find_data, source.get("path"))
 

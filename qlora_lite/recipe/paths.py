@@ -20,6 +20,7 @@ from .schema import Recipe, Source
 from .strict_yaml import NOT_TEXT
 
 Bases = tuple[str, str]  # the folders that a relative path is looked for in, the first one first
+ADAPTER_FILES = "recipe.yaml", "adapter_config.json"  # one of which a run folder or an adapter's has
 TEMPLATES = "chatml", "llama3", "mistral", "gemma", "alpaca", "plain"  # names that data.template takes
 _GLOB = re.compile(r"[*?\[]")
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
@@ -105,6 +106,21 @@ def find_folder(path: str, bases: Bases) -> str:
     raise PathProblem(f"no such folder{_searched(expanded, bases)}")
 
 
+def find_adapter(path: str, bases: Bases) -> str:
+    """Return the absolute path of a run folder or an adapter's.
+
+    Raises:
+        PathProblem: it is not there, or is neither.
+    """
+    expanded = os.path.expanduser(path)
+    for candidate in (os.path.join(base, expanded) for base in bases):
+        if os.path.isdir(candidate):
+            if not any(os.path.isfile(os.path.join(candidate, name)) for name in ADAPTER_FILES):
+                raise PathProblem(f"is no run folder and no adapter: it has neither {' nor '.join(ADAPTER_FILES)}")
+            return os.path.abspath(candidate)
+    raise PathProblem(f"no such folder{_searched(expanded, bases)}")
+
+
 def find_template(template: str, bases: Bases) -> str:
     """Return `data.template` with a file's path made absolute; a template's name stays as it is.
 
@@ -144,13 +160,16 @@ def resolved(recipe: Recipe, bases: Callable[..., Bases], stem: str) -> Recipe:
     if recipe.output.dir is not None:
         output["dir"] = os.path.abspath(os.path.expanduser(recipe.output.dir))
     model = {"path": _or_placed(find_model, recipe.model.path, bases("model", "path"))}
-    memory = {}
+    lora, memory = {}, {}
+    if recipe.lora.init_from is not None:
+        lora["init_from"] = _or_placed(find_adapter, recipe.lora.init_from, bases("lora", "init_from"))
     if recipe.memory.offload_folder is not None:
         place = "memory", "offload_folder"
         memory["offload_folder"] = _or_placed(find_folder, recipe.memory.offload_folder, bases(*place))
     return recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update=model),
+            "lora": recipe.lora.model_copy(update=lora),
             "data": recipe.data.model_copy(update=data),
             "memory": recipe.memory.model_copy(update=memory),
             "output": recipe.output.model_copy(update=output),

@@ -121,6 +121,9 @@ class Lora(_Section):
     """Scale by alpha / sqrt(rank), which keeps high ranks from learning too slowly."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the factors and their gradients."""
+    init_from: Text | None = None
+    """Adapter whose factors training begins with: a run folder, or a folder in the PEFT format, with the layers, ranks
+    and alphas of this section; they are rounded to lora.dtype. null begins with new ones, which change nothing."""
 
     @field_serializer("targets")
     def _short_targets(self, targets: tuple[Target, ...]) -> object:
