@@ -16,6 +16,7 @@ class _Marks:
     phase = "load"
     category = "workspace"
     repeats = 1  # how many times over what runs now counts as work
+    kinds = 1  # how many shapes each shape of what runs now stands for
     clock = None  # called between phases while ``timing`` is active
 
 
@@ -62,13 +63,15 @@ def timing(device: torch.device) -> Iterator[dict[str, float]]:
 
 
 @contextmanager
-def repeated(times: int) -> Iterator[None]:
-    """Let the work inside stand for itself ``times`` times over (a plan leaves out what would only be repeated)."""
-    earlier, marks.repeats = marks.repeats, marks.repeats * times
+def repeated(times: int, kinds: int = 1) -> Iterator[None]:
+    """Let the work inside stand for itself ``times`` times over (a plan leaves out what would only be repeated), and
+    each product's shape for so many ``kinds`` of shapes."""
+    earlier = marks.repeats, marks.kinds
+    marks.repeats, marks.kinds = marks.repeats * times, marks.kinds * kinds
     try:
         yield
     finally:
-        marks.repeats = earlier
+        marks.repeats, marks.kinds = earlier
 
 
 @contextmanager

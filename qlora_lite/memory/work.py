@@ -86,12 +86,12 @@ class WorkCounter(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self._totals = [0, 0, 0]
-        self._products: set[tuple] = set()
+        self._products: dict[tuple, int] = {}  # and how many shapes each stands for
 
     @property
     def work(self) -> Work:
         """Return what was counted since construction."""
-        return Work(*self._totals, len(self._products))
+        return Work(*self._totals, sum(self._products.values()))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -110,7 +110,7 @@ class WorkCounter(TorchDispatchMode):
             totals[0] += marks.repeats * formula(*args, **kwargs, out_val=result)
             tensors = [t for t in (*args, result) if isinstance(t, torch.Tensor)]
             if sum(t.nbytes for t in tensors) >= LARGE_BYTES:
-                self._products.add((func, *(t.shape for t in tensors)))
+                self._products[func, *(t.shape for t in tensors)] = marks.kinds
         elif not func.is_view and func._overloadpacket not in _ALLOCATIONS:
             outputs = result if isinstance(result, tuple | list) else (result,)
             totals[1] += marks.repeats * sum(t.nbytes for t in (*args, *outputs) if isinstance(t, torch.Tensor))

@@ -144,8 +144,12 @@ def _blocks(row_lengths: Sequence[int], device: torch.device, window: int | None
             first = 0 if window is None else max(0, start + 1 - window) // CPU_MULTIPLE * CPU_MULTIPLE
             end = row + start + whole
             blocks.append(Block(slice(row + start, end), whole - count, slice(row + first, end)))
-        yield from few_of_many(blocks, _average)
+        yield from few_of_many(blocks, _average, _size)
         row += length
+
+
+def _size(block: Block) -> tuple[int, int]:
+    return block.queries.stop - block.queries.start, block.keys.stop - block.keys.start
 
 
 def _average(blocks: Sequence[Block]) -> Block:

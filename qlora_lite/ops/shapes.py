@@ -6,7 +6,7 @@ run would grow by hundreds of MiB. Rounding the counts up on CPUs keeps the kern
 this. Remove it when a run over random lengths no longer grows without it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from qlora_lite.memory.marks import repeated
 
 CPU_MULTIPLE = 32
+_MANY = {"cuda": 4, "cpu": 64}  # parts, from which on a plan takes their average
 T = TypeVar("T")
 
 
@@ -64,19 +65,25 @@ def pieces(total: int, size: int) -> Iterator[slice]:
         yield slice(whole * size, total)
 
 
-def few_of_many(parts: Sequence[T], average: Callable[[Sequence[T]], T]) -> Iterator[T]:
-    """Yield parts that take more and more memory; in a plan for a card, an average one for all but the last two.
+def few_of_many(
+    parts: Sequence[T], average: Callable[[Sequence[T]], T], size: Callable[[T], Hashable]
+) -> Iterator[T]:  # fmt: skip
+    """Yield parts that take more and more memory; in a plan, where they are many, an average one for all but the last
+    two.
 
-    (A CPU's plan counts how many kernels its parts need.)
+    A CPU's plan counts how many kernels its parts need: the average stands for as many as there are sizes. Several rows
+    can share some, so that there it is for long rows only.
 
     Args:
         average: makes a part that takes the average work of some.
+        size: returns what parts that need the same kernels have in common.
     """
-    if _Planned.device_type != "cuda" or len(parts) < 4:
+    if _Planned.device_type is None or len(parts) < _MANY[_Planned.device_type]:
         yield from parts
         return
-    with repeated(len(parts) - 2):
-        yield average(parts[:-2])
+    most = parts[:-2]
+    with repeated(len(most), len(set(map(size, most)))):
+        yield average(most)
     yield from parts[-2:]  # the last may be smaller
 
 
