@@ -7,13 +7,17 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .build import build_to_use, train_settings
+from .build import build_skeleton, build_to_use, train_settings
 from .data.check import check_answers
-from .data.stored import Example
+from .data.stored import Example, row_lengths
 from .errors import DataError
 from .generate import answer, stop_ids
 from .lora.adapter import load_adapter
+from .memory.meter import held_bytes
+from .memory.process import CUDA_CONTEXT_BYTES
+from .models.anatomy import device_of
 from .models.tokenizer import load_tokenizer
+from .planning.answering import MOST_PROMPTS, prompts_at_once
 from .quant.linear import arrange_weights
 from .recipe.schema import Recipe
 from .rows import build_data
@@ -37,7 +41,9 @@ def rows_compared(examples: Sequence[Example]) -> int:
     return sum(bool(example.answer) for example in examples)
 
 
-def exact_match(model: nn.Module, tokenizer, examples: Sequence[Example], end_token_ids: Iterable[int]) -> ExactMatch:
+def exact_match(
+    model: nn.Module, tokenizer, examples: Sequence[Example], end_token_ids: Iterable[int], at_once: int = MOST_PROMPTS
+) -> ExactMatch:  # fmt: skip
     """Answer every example's prompt greedily and compare with what its row writes there, white space at the ends apart.
 
     That is compared as it comes back from the tokenizer, which may write some letters otherwise.
@@ -45,6 +51,7 @@ def exact_match(model: nn.Module, tokenizer, examples: Sequence[Example], end_to
     Args:
         examples: rows with a prompt; those whose answer was cut off are left out.
         end_token_ids: the tokens that end an answer in these rows.
+        at_once: prompts that are answered together.
 
     Raises:
         DataError: a row is plain text and has no answer, or all answers were cut off.
@@ -57,12 +64,19 @@ def exact_match(model: nn.Module, tokenizer, examples: Sequence[Example], end_to
     given = tokenizer(prompts, add_special_tokens=False).input_ids
     longest = max(len(example.token_ids) - len(ids) for example, ids in zip(asked, given, strict=True))
     stop = stop_ids(model, tokenizer, end_token_ids)
-    answers = [text.strip() for text in answer(model, tokenizer, prompts, longest + SPARE_TOKENS, stop)]
+    answers = [text.strip() for text in answer(model, tokenizer, prompts, longest + SPARE_TOKENS, stop, at_once)]
     written = tokenizer([example.answer for example in asked], add_special_tokens=False).input_ids
     references = tokenizer.batch_decode(written, skip_special_tokens=True)
     right = sum(text == reference.strip() for text, reference in zip(answers, references, strict=True))
     in_order = iter(answers)
     return ExactMatch(right / len(asked), tuple(next(in_order) if example.answer else "" for example in examples))
+
+
+def answered_at_once(recipe: Recipe, model: nn.Module, examples: Sequence[Example], budget_bytes: int) -> int:
+    """Return how many prompts of some rows a budget has room for at once, beside the model as it is loaded now."""
+    device, tokens = device_of(model), max(row_lengths(examples)) + SPARE_TOKENS
+    context = CUDA_CONTEXT_BYTES if device.type == "cuda" else 0
+    return prompts_at_once(build_skeleton(recipe), tokens, budget_bytes - context - held_bytes(device), device.type)
 
 
 def evaluate_recipe(recipe: Recipe, adapter: Path | None, exact_match_rows: int) -> dict:

@@ -13,7 +13,7 @@ from shutil import disk_usage
 
 from .build import fixed_levers, job_of, train_settings
 from .data.batch import Batch
-from .data.stored import row_lengths
+from .data.stored import learned_counts, row_lengths
 from .errors import DoesNotFitError, OutputError, RecipeError
 from .memory.bar import BESIDE
 from .models.levers import Levers
@@ -21,11 +21,11 @@ from .models.load import resolve_compute_dtype, resolve_device
 from .models.skeleton import read_config
 from .planning.candidate import Candidate, Step, build_candidate, choose, timed
 from .planning.largest import most_packs
-from .planning.length import longest_job
+from .planning.length import longest_job, packs_at_once
 from .planning.machine import Machine, this_machine
 from .planning.predict import Prediction, predict
 from .planning.search import SMALL_CHUNK_TOKENS, first_levers, search, single_changes, smaller
-from .planning.simulate import Job, Rows, rows_of
+from .planning.simulate import Job, Rows, full_pack, rows_of
 from .recipe.schema import Recipe
 from .saver import Space
 from .train.epochs import Epochs
@@ -91,8 +91,8 @@ def plan_recipe(
     Args:
         machine: where it is to run.
         budget_bytes: most memory it may use, the process's own included.
-        rows: the fullest pack; None takes one row of ``data.max_tokens``, every token learned.
-        eval_rows: the fullest evaluation pack; None likewise, if the recipe has evaluation rows.
+        rows: those of a pack that needs as much as any; None takes ``data.max_tokens`` tokens, all learned.
+        eval_rows: those of an evaluation pack; None likewise, if the recipe has evaluation rows.
         rows_alone: see ``build.job_of``.
 
     Raises:
@@ -100,15 +100,15 @@ def plan_recipe(
         RecipeError: more blocks are to be kept or resident than the model has.
     """
     t, m = recipe.train, recipe.memory
-    full = Rows((recipe.data.max_tokens,), recipe.data.max_tokens - 1)
-    evaluation = eval_rows or (full if recipe.data.has_eval else None)
+    d = recipe.data
+    evaluation = eval_rows or (full_pack(d.max_tokens, packing=True) if d.has_eval else None)
     job = job_of(recipe, read_config(recipe.model.path, recipe.model.revision), machine, evaluation, rows_alone)
     fixed, tied = fixed_levers(recipe), bool(job.config.tie_word_embeddings) and not job.quant_head
     for one, other in permutations(("host_embeddings", "host_head")):
         if tied and one in fixed:
             fixed.setdefault(other, fixed[one])
     step = Step(
-        job, rows or full, t.micro_batch_size, t.gradient_accumulation_steps, fixed,
+        job, rows or full_pack(d.max_tokens, d.packing), t.micro_batch_size, t.gradient_accumulation_steps, fixed,
         m.micro_batches == "auto" and not m.optimizer_in_backward, tied,
     )  # fmt: skip
     _check_counts(fixed, job.config.num_hidden_layers)
@@ -120,7 +120,7 @@ def plan_recipe(
     if job.quant_head and job.config.tie_word_embeddings and not (chosen or least).levers.host_embeddings:
         log.warning("model.quant_head: the embeddings are also the head, and their 16-bit table stays on the device: "
                     "the 4-bit copy takes memory and saves none")  # fmt: skip
-    _warn_of_length(job, max(step.pack.lengths))
+    _warn_of_length(job, max(rows.lengths) if rows else d.max_tokens)
     kept = recipe.train.keep_checkpoints
     return Plan(machine, budget_bytes, chosen or least, chosen is not None, tuple(found), step, kept)
 
@@ -163,7 +163,8 @@ def plan_run(
     settings = train_settings(recipe)
     packs = settings.micro_batch_size * settings.gradient_accumulation_steps
     one_by_one = replace(settings, micro_batch_size=1, gradient_accumulation_steps=packs)  # the same packs a step
-    pack, evaluation = largest_batches(examples, eval_examples, Epochs(row_lengths(examples), one_by_one))
+    epochs = Epochs(row_lengths(examples), learned_counts(examples), one_by_one)
+    pack, evaluation = largest_batches(examples, eval_examples, epochs)
     budget_bytes = budget_of(recipe, machine) - left_free
     eval_rows = evaluation and rows_of(evaluation)
     plan = plan_recipe(recipe, machine, budget_bytes, rows_of(pack), eval_rows, rows_alone)
@@ -217,11 +218,11 @@ def alternatives(plan: Plan) -> Iterator[Alternative]:
     family, _, bits = name.rpartition("_")
     optimizer = f"{family}_{states[bits]}" if bits in states else "adamw_8bit"
     changed = {f"train.optimizer={optimizer}": replace(step, job=replace(job, optimizer=optimizer))}
-    if len(step.pack.lengths) == 1 and step.pack.lengths[0] >= 128:
-        half = step.pack.lengths[0] // 2
-        rows = Rows((half,), half - 1)
-        half_job = replace(job, eval_rows=rows if job.eval_rows else None)
-        changed[f"data.max_tokens={half}"] = replace(step, pack=rows, job=half_job)
+    tokens, several = sum(step.pack.lengths), len(step.pack.lengths) > 1
+    if step.pack == full_pack(tokens, several) and tokens >= 128:
+        half_job = replace(job, eval_rows=full_pack(tokens // 2, packing=True) if job.eval_rows else None)
+        half = replace(step, pack=full_pack(tokens // 2, several), job=half_job)
+        changed[f"data.max_tokens={tokens // 2}"] = half
     for change, other_step in changed.items():
         yield _alternative(plan, change, build_candidate(other_step, plan.machine, chosen.levers, chosen.packs))
 
@@ -245,21 +246,23 @@ def _alternative(plan: Plan, change: str, candidate: Candidate) -> Alternative:
 
 
 def max_tokens(plan: Plan) -> int:
-    """Return the longest sequence that fits when every lever that is left to the planner saves most; a multiple of 64.
+    """Return the most data.max_tokens that fits when every lever that is left to the planner saves most; a multiple of
+    64.
 
     Raises:
         DoesNotFitError: not even 64 tokens fit.
     """
-    return longest_row(plan).prediction.job.rows.lengths[0]
+    return longest_pack(plan)[0]
 
 
-def longest_row(plan: Plan) -> Candidate:
-    """Return the way to run the longest sequence that fits; see ``max_tokens``."""
+def longest_pack(plan: Plan) -> tuple[int, Candidate]:
+    """Return ``max_tokens`` and the way to run packs of that length."""
     step, start = plan.step, 2 * sum(plan.chosen.prediction.job.rows.lengths)
     job = longest_job(step, plan.limit_bytes, plan.machine.host_bytes, start, MOST_TOKENS)
-    _warn_of_length(job, job.rows.lengths[0])
-    packs = len(job.rows.lengths)
-    return timed(plan.machine, job.levers, packs, step.packs * step.micro_batches // packs, predict(job))
+    packs = packs_at_once(step)
+    tokens = sum(job.rows.lengths) // packs
+    _warn_of_length(job, tokens)
+    return tokens, timed(plan.machine, job.levers, packs, step.packs * step.micro_batches // packs, predict(job))
 
 
 def _warn_of_length(job: Job, tokens: int) -> None:

@@ -70,7 +70,8 @@ def rows_to_plan(recipe: Recipe, data: Dataset) -> Sequence[Example]:
     if not recipe.data.streaming:
         return data.examples
     t = recipe.train
-    return largest_rows(data.examples, recipe.data.max_tokens, t.micro_batch_size * t.gradient_accumulation_steps)
+    count = t.micro_batch_size * t.gradient_accumulation_steps
+    return largest_rows(data.examples, recipe.data.max_tokens, recipe.data.packing, count)
 
 
 def build_sources(recipe: Recipe, which: str) -> list[Source]:

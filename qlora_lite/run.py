@@ -188,7 +188,7 @@ class _Run:
             "environment": environment(_device_name(device_of(self.model)), self._loss()),
         }  # fmt: skip
         self.training = Training(recipe, self.run, self.trainer, self.tokenizer, self.eval_data, self.meter, self.stop,
-                                 about, self.progress)  # fmt: skip
+                                 about, self.budget_bytes, self.progress)  # fmt: skip
         if self.continuation:
             self._restore(about["environment"])
 

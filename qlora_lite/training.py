@@ -12,8 +12,8 @@ from dataclasses import asdict
 from torch import nn
 
 from .data.examples import Dataset
-from .errors import CheckpointError, Interrupted, OutputError
-from .evaluate import ExactMatch, exact_match, rows_compared
+from .errors import CheckpointError, DoesNotFitError, Interrupted, OutputError
+from .evaluate import ExactMatch, answered_at_once, exact_match, rows_compared
 from .lora.adapter import CONFIG_NAME, adapter_config, adapter_tensors, fill_adapter, save_adapter
 from .memory.meter import PeakMeter
 from .recipe.schema import Recipe
@@ -37,15 +37,17 @@ class Training:
 
     Args:
         about: what checkpoints are to say of the run: recipe, identity, environment, plan (see ``resume``).
+        budget_bytes: most memory that the run may use.
         progress: called after every step with its metrics and the total number of steps.
     """
 
     def __init__(
         self, recipe: Recipe, run: RunFolder, trainer: Trainer, tokenizer, eval_data: Dataset | None,
-        meter: PeakMeter, stop: Stop, about: dict, progress: Progress | None,
+        meter: PeakMeter, stop: Stop, about: dict, budget_bytes: int, progress: Progress | None,
     ):  # fmt: skip
         self.recipe, self.run, self.trainer, self.tokenizer = recipe, run, trainer, tokenizer
         self.eval_data, self.meter, self.stop, self.about, self.progress = eval_data, meter, stop, about, progress
+        self.budget_bytes = budget_bytes
         self.best_loss, self.best_factors, self.best_step = math.inf, None, 0
         self.evaluated_step = 0
         self.evaluations_without_better = 0  # in a row, of those in training
@@ -195,8 +197,17 @@ class Training:
         rows = self.eval_data.examples[: self.recipe.train.exact_match_rows]
         if not rows:
             return None
-        with self.stop.at_once():
-            result = exact_match(self.model, self.tokenizer, rows, self.eval_data.end_token_ids)
+        try:
+            with self.stop.at_once():
+                at_once = answered_at_once(self.recipe, self.model, rows, self.budget_bytes)
+                result = exact_match(self.model, self.tokenizer, rows, self.eval_data.end_token_ids, at_once)
+        except DoesNotFitError as error:
+            if when == "before":
+                reason, _, _ = str(error).partition(":")
+                raise DoesNotFitError(f"train.exact_match_rows: {reason}; set it to 0, and count with "
+                                      "`qlora-lite evaluate` when the run has ended") from None  # fmt: skip
+            log.warning("exact match after training is not counted: %s", error)
+            return None
         log.info("exact match %s training: %.1f %% of %d rows", when, 100 * result.score, rows_compared(rows))
         self.run.update(**{f"exact_match_{when}": result.score, "exact_match_rows": rows_compared(rows)})
         return result

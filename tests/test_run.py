@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_lite
 from qlora_lite import run as run_module
-from qlora_lite.build import build_model
+from qlora_lite.build import build_model, build_skeleton
 from qlora_lite.cli.train import _result
 from qlora_lite.compare import compare_runs
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
@@ -27,8 +27,9 @@ from qlora_lite.errors import (
     RecipeError,
     TrainingError,
 )
-from qlora_lite.evaluate import evaluate_recipe
+from qlora_lite.evaluate import SPARE_TOKENS, answered_at_once, evaluate_recipe
 from qlora_lite.memory.meter import held_bytes
+from qlora_lite.planning.answering import UNPLANNED, prompt_bytes
 from qlora_lite.planning.predict import Prediction
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.rows import build_data
@@ -316,6 +317,50 @@ def test_the_summary_counts_the_rows_that_exact_match_compares(run, tmp_path):
     summary = summary_of(run(data=data, train={"max_steps": 1, "exact_match_rows": 2}))
     assert summary["exact_match_rows"] == 1 and summary["exact_match_before"] in (0.0, 1.0)
     assert [sample["reference"] for sample in summary["samples"]] == ["z"]
+
+
+def test_prompts_for_exact_matches_share_what_the_budget_leaves_beside_the_model(run, monkeypatch):
+    at_once = []
+
+    def answer(*arguments):
+        at_once.append(arguments[5])
+        return [""] * len(arguments[2])
+
+    monkeypatch.setattr("qlora_lite.evaluate.answer", answer)
+    run(train={"max_steps": 1})
+    assert at_once == [32, 32]
+    held = held_bytes(CPU)
+    recipe = open_run(run.folder).recipe
+    rows, model = build_data(recipe, byte_tokenizer(), "eval").examples, build_model(recipe)
+    needed = [int(UNPLANNED * prompt_bytes(build_skeleton(recipe), max(rows.lengths) + SPARE_TOKENS, n, "cpu"))
+              for n in (8, 16)]  # fmt: skip
+    monkeypatch.setattr("qlora_lite.evaluate.held_bytes", lambda _: held)
+    for budget, prompts in ((held + needed[1] + 1, 16), (held + needed[1] - 1, 8), (held + needed[0] + 1, 8), (0, 1)):
+        assert answered_at_once(recipe, model, rows, budget) == prompts
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_prompts_that_memory_runs_out_over_end_the_run_before_training_and_not_after_it(run, monkeypatch, caplog, call):
+    calls = []
+
+    def answer(_model, _tokenizer, prompts, *_):
+        calls.append(1)
+        if len(calls) == call:
+            raise DoesNotFitError("memory ran out over a prompt of 9 tokens: shorten it")
+        return ["x"] * len(prompts)
+
+    monkeypatch.setattr("qlora_lite.evaluate.answer", answer)
+    if call == 1:
+        with pytest.raises(
+            DoesNotFitError, match=r"train\.exact_match_rows: memory ran out over .* 9 tokens; set it to 0"
+        ):
+            run(train={"max_steps": 2})
+        return
+    folder = run(train={"max_steps": 2})
+    summary = summary_of(folder)
+    assert summary["status"] == "complete" and "exact_match_after" not in summary and summary["samples"] == []
+    assert any("exact match after training is not counted: memory ran out" in message for message in caplog.messages)
+    assert "exact match" not in _result(folder, summary) and (folder / "report.html").exists()
 
 
 def test_plain_text_rows_have_no_answers_to_match_and_say_so(run, tmp_path):

@@ -106,13 +106,14 @@ def _machine(settings, vram, card):
 
 def _longest(planner, made) -> dict:
     """Return the longest sequence that fits, and what it takes of the host and of time."""
-    longest = _or_none(planner.longest_row, made)
+    longest = _or_none(planner.longest_pack, made)
     if longest is None:
         return {"max_tokens": None}
-    found, on_cpu = longest.prediction, made.machine.device_type == "cpu"
+    tokens, candidate = longest
+    found, on_cpu = candidate.prediction, made.machine.device_type == "cpu"
     host_bytes = made.machine.base_bytes + found.peak_bytes if on_cpu else found.host_bytes
-    return {"max_tokens": found.job.rows.lengths[0], "max_tokens_host_bytes": host_bytes,
-            "max_tokens_step_seconds": longest.step_seconds}  # fmt: skip
+    return {"max_tokens": tokens, "max_tokens_host_bytes": host_bytes,
+            "max_tokens_step_seconds": candidate.step_seconds}  # fmt: skip
 
 
 def _or_none(solve, made):

@@ -22,8 +22,9 @@ from __future__ import annotations
 import random
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -191,6 +192,65 @@ def packing_efficiency(lengths: Sequence[int], max_tokens: int, packs: Sequence[
     if not packs:
         return 0.0
     return sum(lengths[row] for pack in packs for row in pack) / (max_tokens * len(packs))
+
+
+class Extent(NamedTuple):
+    """The most of each that a micro-batch has: its memory grows with all of them."""
+
+    tokens: int
+    rows: int
+    longest: int  # tokens of a row
+    learned: int  # tokens
+
+
+def extent_of(lengths: Sequence[int], learned: Sequence[int], batches: Sequence[Sequence[int]]) -> Extent:
+    """Return the most of each that any of some micro-batches has.
+
+    Args:
+        lengths: tokens of each row.
+        learned: learned tokens of each row.
+        batches: the rows of each micro-batch, at least one.
+    """
+    counts = np.fromiter(map(len, batches), np.int64)
+    rows, starts = np.fromiter(chain.from_iterable(batches), np.int64), np.cumsum(counts) - counts
+    tokens, taught = np.asarray(lengths)[rows], np.asarray(learned)[rows]
+    sums = (np.add.reduceat(each, starts).max() for each in (tokens, taught))
+    return Extent(int(next(sums)), int(counts.max()), int(tokens.max()), int(next(sums)))
+
+
+def enlarged(rows: Sequence[Example], most: Extent) -> list[Example]:
+    """Return rows that need as much memory as any micro-batch: the tokens of the one that has most, cut into other rows
+    where another has more rows or a longer one, and learned as much as any.
+
+    Args:
+        rows: of the micro-batch with the most tokens; they are repeated where ``most`` has more.
+    """
+    lengths = [len(row.token_ids) for row in rows]
+    if (sum(lengths), len(rows), max(lengths)) != most[:3]:
+        lengths = _cut_otherwise(sorted(lengths, reverse=True), most)
+    elif sum(int(row.learned.sum()) for row in rows) >= most.learned:
+        return list(rows)
+    tokens, found = np.resize(np.concatenate([row.token_ids for row in rows]), most.tokens), []
+    end, left = 0, min(most.learned, most.tokens - len(lengths))
+    for length in lengths:
+        start, end = end, end + length
+        learned = np.zeros(length, np.bool_)
+        learned[1 : 1 + left] = True  # a row's first token is predicted by none
+        left -= int(learned.sum())
+        found.append(replace(rows[0], token_ids=tokens[start:end], learned=learned))
+    return found
+
+
+def _cut_otherwise(lengths: Sequence[int], most: Extent) -> list[int]:
+    """Return the lengths of the longest row and of so many others as it leaves tokens for, in proportions as given.
+
+    (Of various lengths, because a CPU has kernels for each.)
+    """
+    longest = min(most.longest, most.tokens - (most.rows > 1))
+    count = min(most.rows - 1, most.tokens - longest)
+    others, spare = np.resize(lengths[1:] or lengths, count), most.tokens - longest - count
+    ends = np.cumsum(others) * spare // max(1, others.sum())
+    return [longest, *(1 + np.diff(ends, prepend=0)).tolist()]
 
 
 def collate(examples: Sequence[Example]) -> Batch:

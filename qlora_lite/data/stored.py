@@ -127,6 +127,13 @@ def row_lengths(examples: Sequence[Example] | Examples) -> list[int]:
     return [len(example.token_ids) for example in examples]
 
 
+def learned_counts(examples: Sequence[Example] | Examples) -> list[int]:
+    """Return the learned tokens of each example."""
+    if isinstance(examples, Examples):
+        return examples.learned_counts.tolist()
+    return [int(example.learned.sum()) for example in examples]
+
+
 def largest_token(examples: Sequence[Example] | Examples) -> int:
     """Return the largest token id of all examples, and of rows stored with them; -1 where there is none."""
     if isinstance(examples, Examples):

@@ -85,14 +85,17 @@ def stream_batches(
         yield rows
 
 
-def largest_rows(sample: Sequence[Example], max_tokens: int, count: int) -> list[Example]:
-    """Return rows as large as any that a stream can give, to find out beforehand whether they fit.
+def largest_rows(sample: Sequence[Example], max_tokens: int, packing: bool, count: int) -> list[Example]:
+    """Return rows that need as much as any that a stream can give, to find out beforehand whether they fit.
 
     Args:
         sample: rows of the stream, at least one; the first one's tokens are repeated.
-        max_tokens: tokens of each row.
-        count: how many.
+        max_tokens: room of a pack, or tokens of each row without packing.
+        packing: packs may hold several rows, and hold two here, one of them of one token.
+        count: how many packs.
     """
-    first = sample[0]
-    row = replace(first, token_ids=np.resize(first.token_ids, max_tokens), learned=np.ones(max_tokens, np.bool_))
-    return [row] * count
+    first, lengths = sample[0], (max_tokens - 1, 1) if packing else (max_tokens,)
+    return [
+        replace(first, token_ids=np.resize(first.token_ids, length), learned=np.ones(length, np.bool_))
+        for length in lengths
+    ] * count

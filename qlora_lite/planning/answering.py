@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from qlora_lite.memory.ledger import Ledger
+from qlora_lite.memory.marks import phase
 from qlora_lite.memory.meter import free_bytes, held_bytes
 from qlora_lite.memory.process import CUDA_CONTEXT_BYTES, overheads
+from qlora_lite.memory.work import WorkCounter
 from qlora_lite.models.anatomy import blocks, decoder
 from qlora_lite.models.levers import Levers
 from qlora_lite.models.load import uses_row_attention
@@ -22,6 +24,8 @@ from qlora_lite.train.out_of_memory import free_cached_memory
 from .meta_results import NeedsValuesError
 from .simulate import ALLOCATION_BYTES, remembered
 
+MOST_PROMPTS = 32  # that are read at once
+UNPLANNED = 1.25  # times what is planned for prompts is more than they took (tests/planning/test_answering.py)
 UNKNOWN_SHARE = 0.25  # of the memory: for a prompt of a model that cannot run without values
 
 
@@ -52,21 +56,45 @@ def placement(model: nn.Module, tokens: int, memory_bytes: int) -> Levers:
     return levers
 
 
-def prompt_bytes(model: nn.Module, tokens: int) -> int:
-    """Return what one prompt takes of a card when it is read: its keys and values, and what is computed on the way.
+def prompt_bytes(model: nn.Module, tokens: int, prompts: int = 1, device_type: str = "cuda") -> int:
+    """Return what prompts take of a device when they are read: keys and values, and what is computed on the way.
+
+    Args:
+        tokens: of each prompt.
+        prompts: how many are read at once.
 
     Raises:
         NeedsValuesError: the model cannot run on the meta device.
     """
-    ids = torch.zeros((1, tokens), dtype=torch.int64, device="meta")
-    no_mask = {"attention_mask": ids.new_empty((1, 1, 0, 0))} if uses_row_attention(model) else {}
-    ledger = Ledger(allocation_bytes=ALLOCATION_BYTES["cuda"], run=remembered)
-    with planning_for("cuda"), torch.no_grad(), ledger:
+    ids = torch.zeros((prompts, tokens), dtype=torch.int64, device="meta")
+    no_mask = {"attention_mask": ids.new_empty((prompts, 1, 0, 0))} if uses_row_attention(model) else {}
+    counter = WorkCounter()
+    ledger = Ledger(allocation_bytes=ALLOCATION_BYTES[device_type], work=counter, run=remembered)
+    with planning_for(device_type), torch.no_grad(), ledger, phase("forward"):
         ledger.claim((*model.parameters(), *model.buffers()), "base weights")
         before = ledger.now()
         decoder(model)(input_ids=ids, position_ids=torch.arange(tokens, device="meta")[None], use_cache=True, **no_mask)
-    beside = sum(each.bytes for each in overheads("cuda", ledger.peaks.values(), before, 0))
-    return ledger.peak.total - before.total + beside - CUDA_CONTEXT_BYTES
+    beside = sum(
+        each.bytes for each in overheads(device_type, ledger.peaks.values(), before, counter.work.large_products)
+    )
+    return ledger.peak.total - before.total + beside - (CUDA_CONTEXT_BYTES if device_type == "cuda" else 0)
+
+
+def prompts_at_once(model: nn.Module, tokens: int, room_bytes: float, device_type: str) -> int:
+    """Return how many prompts can be read at once, a power of two up to ``MOST_PROMPTS``; 1 where not even one fits.
+
+    Args:
+        model: on the meta device.
+        tokens: of the longest prompt with its answer.
+        room_bytes: what is left of the device beside the loaded model.
+    """
+    prompts = MOST_PROMPTS
+    try:
+        while prompts > 1 and UNPLANNED * prompt_bytes(model, tokens, prompts, device_type) > room_bytes:
+            prompts //= 2
+    except NeedsValuesError:  # then memory that runs out on the way says it
+        return MOST_PROMPTS
+    return prompts
 
 
 def left_on_host(levers: Levers, depth: int) -> str:

@@ -15,13 +15,14 @@ from .candidate import Step
 from .largest import LENGTH_STEP, longest
 from .predict import predict
 from .search import FEWEST_ALIKE, first_levers, in_stretches, smaller, with_disk, with_less_on_host
-from .simulate import Job, Rows
+from .simulate import Job, Rows, full_pack
 
 JobOf = Callable[[int], Job]  # builds the job for a number of tokens
 
 
 def longest_job(step: Step, limit_bytes: int, host_limit_bytes: int | None, start: int, largest: int) -> Job:
-    """Return the job with the most tokens of a row that is alone in its pack, a multiple of ``LENGTH_STEP``.
+    """Return the job with the most tokens of a pack, a multiple of ``LENGTH_STEP``: of one row alone, or of several
+    where the step's have several.
 
     Args:
         limit_bytes: what a plan may use of the device.
@@ -59,21 +60,27 @@ def _ways(step: Step, host_limit_bytes: int | None) -> Iterator[JobOf]:
     """Yield ways to run a step: first the one that needs least of the device, then those with less in host memory."""
     for each in with_less_on_host(step):
         for number, levers in enumerate(reversed([first_levers(each), *smaller(each)])):
-            yield partial(_one_row, each, levers)
+            yield partial(_one_pack, each, levers)
             streams_all = number == 0 and levers.resident_blocks == 0 and "resident_blocks" not in each.fixed
             if streams_all and host_limit_bytes is not None:
                 yield _partly_streamed(each, levers, host_limit_bytes)
             if number == 0:
                 for stretches in in_stretches(each, levers):
-                    yield partial(_one_row, each, stretches)
+                    yield partial(_one_pack, each, stretches)
 
 
-def _one_row(step: Step, levers: Levers, tokens: int) -> Job:
-    """Return the step's job for packs of one row of so many tokens, as few at once as may be."""
-    packs = 1 if step.may_split else step.packs
+def packs_at_once(step: Step) -> int:
+    """Return the fewest packs that may go through at once."""
+    return 1 if step.may_split else step.packs
+
+
+def _one_pack(step: Step, levers: Levers, tokens: int) -> Job:
+    """Return the step's job for packs of so many tokens, as few at once as may be."""
+    packs = packs_at_once(step)
     accumulating = step.packs * step.micro_batches // packs > 1
-    evaluation = Rows((tokens,), tokens - 1) if step.job.eval_rows else None
-    rows = Rows((tokens,) * packs, (tokens - 1) * packs)
+    evaluation = full_pack(tokens, len(step.job.eval_rows.lengths) > 1) if step.job.eval_rows else None
+    pack = full_pack(tokens, len(step.pack.lengths) > 1)
+    rows = Rows(pack.lengths * packs, pack.learned * packs)
     return replace(step.job, rows=rows, eval_rows=evaluation, accumulating=accumulating, levers=levers)
 
 
@@ -82,13 +89,13 @@ def _partly_streamed(step: Step, levers: Levers, host_limit_bytes: int) -> JobOf
     fewest, most = FEWEST_ALIKE, step.job.config.num_hidden_layers - FEWEST_ALIKE
 
     def host_bytes(tokens: int, resident: int) -> int:
-        return predict(_one_row(step, replace(levers, resident_blocks=resident), tokens)).host_bytes
+        return predict(_one_pack(step, replace(levers, resident_blocks=resident), tokens)).host_bytes
 
     block_bytes = (host_bytes(LENGTH_STEP, 0) - host_bytes(LENGTH_STEP, fewest)) // fewest
 
     def job_of(tokens: int) -> Job:
         missing = host_bytes(tokens, 0) - host_limit_bytes
         count = max(fewest, -(-missing // block_bytes))
-        return _one_row(step, replace(levers, resident_blocks=count if count <= most else None), tokens)
+        return _one_pack(step, replace(levers, resident_blocks=count if count <= most else None), tokens)
 
     return job_of

@@ -53,6 +53,15 @@ class Rows:
     learned: int
 
 
+def full_pack(tokens: int, packing: bool) -> Rows:
+    """Return the rows of a pack of so many tokens, all learned, that needs as much as any, where no row is known.
+
+    Packing lays several rows into one, whose attention is then copied together: nearly all of it one row, and another.
+    """
+    lengths = (tokens - 1, 1) if packing and tokens > 2 else (tokens,)
+    return Rows(lengths, tokens - len(lengths))
+
+
 def rows_of(batch: Batch) -> Rows:
     """Return the shape of a batch."""
     return Rows(batch.row_lengths, labelled_count(batch))

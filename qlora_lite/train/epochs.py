@@ -3,13 +3,16 @@
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import cached_property
+from heapq import nlargest
 from itertools import count
 from math import ceil
 
-from qlora_lite.data.batch import plan_epoch
+from qlora_lite.data.batch import Extent, extent_of, plan_epoch
 from qlora_lite.errors import TrainingError
 
 from .settings import TrainSettings
+
+LOOKED_AT = 1_000_000  # rows of a run, once for each epoch, whose micro-batches are looked at
 
 
 class Epochs:
@@ -17,16 +20,17 @@ class Epochs:
 
     Args:
         lengths: tokens of each row.
+        learned: learned tokens of each row.
         settings: see ``TrainSettings``.
 
     Raises:
         TrainingError: there are no rows.
     """
 
-    def __init__(self, lengths: Sequence[int], settings: TrainSettings):
+    def __init__(self, lengths: Sequence[int], learned: Sequence[int], settings: TrainSettings):
         if not len(lengths):
             raise TrainingError("there are no rows to train on")
-        self.lengths, self.settings = lengths, settings
+        self.lengths, self.learned, self.settings = lengths, learned, settings
 
     def steps(self, epoch: int) -> list[list[list[int]]]:
         """Return the rows of each micro-batch of each step of an epoch."""
@@ -39,15 +43,17 @@ class Epochs:
         """Return how many optimizer steps the run has, at least 1."""
         return self.settings.max_steps or self._course[0]
 
-    def largest(self) -> list[int]:
-        """Return the rows of the micro-batch with the most tokens of all that the run will see."""
-        return self._course[1]
+    def largest(self) -> tuple[list[int], Extent]:
+        """Return the rows of the micro-batch with the most tokens of all that the run will see, and the most that any
+        has of each thing that takes memory."""
+        return self._course[1:]
 
     @cached_property
-    def _course(self) -> tuple[int, list[int]]:
-        """How many steps the run has, and the rows of its largest micro-batch: in one pass, which takes seconds for
-        hundreds of thousands of rows."""
-        s, largest, done = self.settings, [], 0
+    def _course(self) -> tuple[int, list[int], Extent]:
+        """How many steps the run has, and its largest micro-batch: in one pass, which takes seconds for hundreds of
+        thousands of rows. After ``LOOKED_AT`` rows the micro-batches still to come are taken to be as full as can be.
+        """
+        s, largest, extents, done = self.settings, [], [], 0
         epochs = Fraction(s.epochs).limit_denominator(1_000_000)
         for epoch in count():
             steps = self.steps(epoch)
@@ -55,10 +61,24 @@ class Epochs:
                 steps = steps[: s.max_steps - done]
             elif epochs - epoch < 1:
                 steps = steps[: max(ceil((epochs - epoch) * len(steps)), 0 if done else 1)]
-            largest = max([largest, *(rows for step in steps for rows in step)], key=self._tokens)
+            micro_batches = [rows for step in steps for rows in step]
+            if micro_batches:
+                largest = max([largest, *micro_batches], key=self._tokens)
+                extents.append(extent_of(self.lengths, self.learned, micro_batches))
             done += len(steps)
             if done == s.max_steps or (not s.max_steps and epoch + 1 >= epochs):
-                return done, largest
+                return done, largest, _most(extents)
+            if s.max_steps and (epoch + 1) * len(self.lengths) >= LOOKED_AT:
+                return s.max_steps, largest, self._as_full_as_can_be(_most(extents))
+
+    def _as_full_as_can_be(self, seen: Extent) -> Extent:
+        s = self.settings
+        tokens = s.micro_batch_size * s.max_tokens if s.packing else sum(nlargest(s.micro_batch_size, self.lengths))
+        return Extent(tokens, seen.rows, max(self.lengths), seen.learned + tokens - seen.tokens)
 
     def _tokens(self, rows: Sequence[int]) -> int:
         return sum(self.lengths[row] for row in rows)
+
+
+def _most(extents: Sequence[Extent]) -> Extent:
+    return Extent(*map(max, zip(*extents, strict=True)))

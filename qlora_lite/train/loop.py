@@ -20,8 +20,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from qlora_lite.data.batch import Batch, collate, plan_epoch
-from qlora_lite.data.stored import Example, row_lengths
+from qlora_lite.data.batch import Batch, collate, enlarged, extent_of, plan_epoch
+from qlora_lite.data.stored import Example, learned_counts, row_lengths
 from qlora_lite.data.stream import stream_batches
 from qlora_lite.errors import TrainingError
 from qlora_lite.lora.inject import lora_parameters
@@ -101,7 +101,7 @@ class Trainer:
         stream: Iterable[Example] | None = None,
     ):
         self.model, self.examples, self.settings, self.stream = model, examples, settings, stream
-        self.epochs = Epochs(row_lengths(examples), settings)
+        self.epochs = Epochs(row_lengths(examples), learned_counts(examples), settings)
         self.parameters = [parameter for _, parameter in lora_parameters(model)]
         self.optimizer = build_optimizer(
             self.parameters, settings.optimizer, settings.learning_rate, settings.weight_decay,
@@ -288,9 +288,13 @@ class Trainer:
         )
 
 
+def _eval_plan(examples: Sequence[Example], settings: TrainSettings) -> list[list[int]]:
+    return plan_epoch(row_lengths(examples), settings.max_tokens, True, 1, "as-is", settings.seed, 0)
+
+
 def _eval_rows(examples: Sequence[Example], settings: TrainSettings) -> Iterator[Sequence[Example]]:
     """Yield the rows of each evaluation batch: slices, which copy nothing, because the rows keep their order."""
-    for rows in plan_epoch(row_lengths(examples), settings.max_tokens, True, 1, "as-is", settings.seed, 0):
+    for rows in _eval_plan(examples, settings):
         yield examples[rows[0] : rows[-1] + 1]
 
 
@@ -302,15 +306,26 @@ def eval_batches(examples: Sequence[Example], settings: TrainSettings) -> Iterat
 def largest_batches(
     examples: Sequence[Example], eval_examples: Sequence[Example], epochs: Epochs, most_tokens: int | None = None
 ) -> tuple[Batch, Batch | None]:
-    """Return the micro-batch and the evaluation batch with the most tokens; None without evaluation rows.
+    """Return a micro-batch and an evaluation batch that need as much memory as any; None without evaluation rows.
+
+    See ``batch.enlarged``: what a batch needs follows its tokens, its rows, the longest one and what is learned.
 
     Args:
         epochs: of the examples.
         most_tokens: see ``out_of_memory.cut``.
     """
     whole = epochs.settings.levers.optimizer_in_backward
-    largest = cut([[examples[row] for row in epochs.largest()]], None if whole else most_tokens)
-    evaluation = cut(_eval_rows(eval_examples, epochs.settings), most_tokens)
-    batches = (max(map(collate, parts), key=lambda b: sum(b.row_lengths), default=None)
-               for parts in (largest, evaluation))  # fmt: skip
-    return tuple(batches)
+    rows, most = epochs.largest()
+    largest = _fullest(enlarged([examples[row] for row in rows], most), None if whole else most_tokens)
+    if not len(eval_examples):
+        return largest, None
+    lengths, batches = row_lengths(eval_examples), _eval_plan(eval_examples, epochs.settings)
+    rows = max(batches, key=lambda rows: sum(lengths[row] for row in rows))
+    most = extent_of(lengths, learned_counts(eval_examples), batches)
+    return largest, _fullest(enlarged([eval_examples[row] for row in rows], most), most_tokens)
+
+
+def _fullest(rows: Sequence[Example], most_tokens: int | None) -> Batch:
+    """Return that part of a batch with the most tokens which would go through the model at once."""
+    parts = cut([rows], most_tokens)
+    return collate(max(parts, key=lambda part: sum(row_lengths(part))))

@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 
 from qlora_lite.data.batch import (
     ORDERS,
+    Extent,
     collate,
+    enlarged,
+    extent_of,
     pack_best_fit,
     pack_in_order,
     packing_efficiency,
@@ -169,3 +172,40 @@ def test_a_batch_has_the_types_and_shapes_that_models_take():
     assert batch.input_ids.dtype == batch.position_ids.dtype == batch.labels.dtype == torch.int64
     assert batch.input_ids.shape == batch.position_ids.shape == (1, 5)
     assert batch.labels.shape == (5,)
+
+
+@given(rows=st.lists(st.integers(2, 60), min_size=1, max_size=8), more=st.tuples(*[st.integers(0, 30)] * 4))
+def test_enlarged_rows_have_the_most_of_everything_that_some_micro_batch_has(rows, more):
+    examples = [taught(length, length - 1 - length % 2) for length in rows]
+    own = extent_of(rows, [int(e.learned.sum()) for e in examples], [range(len(rows))])
+    most = Extent(*(mine + beyond for mine, beyond in zip(own, more, strict=True)))
+    most = most._replace(tokens=max(most.tokens, 2 * most.rows, most.longest))
+    batch = collate(enlarged(examples, most))
+    longest = min(most.longest, most.tokens - (most.rows > 1))
+    count = min(most.rows, most.tokens - longest + 1)
+    assert sum(batch.row_lengths) == most.tokens and len(batch.row_lengths) == count >= min(2, most.rows)
+    assert max(batch.row_lengths) >= longest
+    assert int((batch.labels != -100).sum()) == min(most.learned, most.tokens - count)
+    assert sorted(set(batch.input_ids[0].tolist())) == sorted({int(t) for e in examples for t in e.token_ids})
+    assert min(batch.row_lengths) >= 1
+
+
+def test_rows_that_have_the_most_of_everything_stay_as_they_are():
+    examples = [taught(9, 4), taught(5, 4)]
+    assert all(one is other for one, other in zip(enlarged(examples, Extent(14, 2, 9, 8)), examples, strict=True))
+    learned = [int(each.learned.sum()) for each in enlarged(examples, Extent(14, 2, 9, 10))]
+    assert learned == [8, 2]
+
+
+def test_the_rows_of_an_enlarged_batch_are_of_various_lengths_as_those_given_are():
+    lengths = [200, 100, 50, 30, 20]
+    found = enlarged([taught(n, 1) for n in lengths], Extent(400, 9, 150, 5))
+    assert len(found[0].token_ids) == 150 and len({len(each.token_ids) for each in found}) >= 5
+
+
+def test_the_most_of_some_micro_batches_is_that_of_a_look_at_each():
+    assert extent_of([5, 7, 2, 9], [1, 6, 1, 3], [[0, 1], [2], [3, 2, 0]]) == (16, 3, 9, 7)
+
+
+def taught(length, count):
+    return example(length, [place >= length - count for place in range(length)])

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_lite.data.account import Settings
-from qlora_lite.data.batch import collate, plan_epoch
+from qlora_lite.data.batch import collate, pack_in_order, plan_epoch
 from qlora_lite.data.examples import build_examples
 from qlora_lite.data.read import Source
 from qlora_lite.data.stored import Example
@@ -70,7 +70,10 @@ def test_a_row_that_is_too_long_ends_the_stream(stream, write):
 
 def test_the_largest_rows_have_as_many_tokens_as_any_and_all_are_learned():
     row = Example(np.arange(7, dtype=np.int32), np.zeros(7, bool), "", "", "f:1")
-    batch = collate(largest_rows([row], 20, 3))
+    batch = collate(largest_rows([row], 20, False, 3))
     assert batch.row_lengths == (20, 20, 20)
     assert batch.input_ids[0, :9].tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1]
     assert (batch.labels != -100).sum() == 57
+    packed = largest_rows([row], 20, True, 3)
+    assert pack_in_order([len(each.token_ids) for each in packed], 20, range(6)) == [[0, 1], [2, 3], [4, 5]]
+    assert collate(packed[:2]).row_lengths == (19, 1)

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, UNUSUAL, build_tiny, quantized_pair, random_batch, random_factors
+from tiny import ARCHITECTURES, DEMO_MODEL, UNUSUAL, build_tiny, quantized_pair, random_batch, random_factors
 from tiny_runs import logits, tiny_run
 
 from qlora_lite import build
@@ -24,7 +26,15 @@ from qlora_lite.models.levers import Levers, on_host, place, set_levers
 from qlora_lite.models.skeleton import meta_model
 from qlora_lite.ops.tile import Tiled
 from qlora_lite.planning import answering
-from qlora_lite.planning.answering import bytes_on_device, memory_to_use, placement, prompt_bytes
+from qlora_lite.planning.answering import (
+    MOST_PROMPTS,
+    UNPLANNED,
+    bytes_on_device,
+    memory_to_use,
+    placement,
+    prompt_bytes,
+    prompts_at_once,
+)
 from qlora_lite.planning.meta_results import NeedsValuesError
 from qlora_lite.serve import app
 from qlora_lite.tasks import open_tasks
@@ -85,6 +95,49 @@ def test_a_budget_is_shared_with_what_the_process_holds(monkeypatch):
     assert memory_to_use(card, None) == memory_to_use(card, 24 * gib) == 8 * gib and given_back == [card, card]
     assert memory_to_use(card, 6 * gib) == 5 * gib - CUDA_CONTEXT_BYTES
     assert memory_to_use(CPU, 6 * gib) is None
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_as_many_prompts_are_read_at_once_as_there_is_room_for(device_type):
+    model, tokens = skeleton_of("llama", hidden_size=256, intermediate_size=1024, num_hidden_layers=4), 700
+    needs = {n: UNPLANNED * prompt_bytes(model, tokens, n, device_type) for n in (1, 2, 4, 8, 16, 32)}
+    assert list(needs.values()) == sorted(needs.values()) and needs[32] > 8 * needs[2] - 7 * needs[1]
+    for prompts, room in needs.items():
+        assert prompts_at_once(model, tokens, room, device_type) == prompts
+        assert prompts_at_once(model, tokens, room - 1, device_type) == max(1, prompts // 2)
+    assert prompts_at_once(model, tokens, -1, device_type) == 1
+    assert prompts_at_once(skeleton_of("mamba"), 8, 0, device_type) == MOST_PROMPTS, "where nothing can be planned"
+
+
+MEASURE = """
+import sys, torch
+from qlora_lite.generate import answer
+from qlora_lite.memory.meter import PeakMeter, held_bytes
+from qlora_lite.models.load import load_model
+from qlora_lite.models.skeleton import meta_model, read_part
+from qlora_lite.models.tokenizer import load_tokenizer
+from qlora_lite.planning.answering import prompt_bytes
+path, count, new = sys.argv[1], int(sys.argv[2]), 4
+tokenizer, model = load_tokenizer(path), load_model(path, compute_dtype=torch.bfloat16)
+answer(model, tokenizer, ["a few words"], 1)
+prompts = ["alpha beta gamma delta " * (110 - 10 * (i % 5)) for i in range(count)]
+before = held_bytes(torch.device("cpu"))
+with PeakMeter("cpu") as meter:
+    answer(model, tokenizer, prompts, new)
+    taken = meter.peak_bytes() - before
+skeleton = meta_model(read_part(path, None).config, "nf4", True, torch.bfloat16)
+print(taken, prompt_bytes(skeleton, len(tokenizer(prompts[0]).input_ids) + new, count, "cpu"))
+"""
+
+
+@pytest.mark.parametrize("count", [2, 16])
+@pytest.mark.model
+def test_prompts_take_no_more_of_a_cpu_s_memory_than_is_reckoned_for_them(count):
+    out = subprocess.run(
+        [sys.executable, "-c", MEASURE, DEMO_MODEL, str(count)], capture_output=True, text=True, check=True
+    )
+    taken, planned = map(int, out.stdout.split()[-2:])
+    assert taken <= UNPLANNED * planned and planned <= 2 * taken + 100 * 2**20
 
 
 def test_the_weights_themselves_are_no_part_of_a_prompt():

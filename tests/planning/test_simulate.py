@@ -17,7 +17,7 @@ from qlora_lite.models.rows_alone import rows_run_alone
 from qlora_lite.models.skeleton import block_pattern
 from qlora_lite.ops import fused_attention
 from qlora_lite.ops.shapes import planning_for
-from qlora_lite.planning.simulate import ALLOCATION_BYTES, Job, Rows, simulate, simulate_whole
+from qlora_lite.planning.simulate import ALLOCATION_BYTES, Job, Rows, full_pack, simulate, simulate_whole
 from qlora_lite.train.guards import check_forward
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.optim import build_optimizer
@@ -397,3 +397,12 @@ def test_no_memory_is_used_for_the_tensors_of_a_plan():
     peak = simulate(job_for(config, compute_dtype=torch.bfloat16, factor_dtype=torch.bfloat16)).peak()
     assert peak.total > 36 * 2**30
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 2**30
+
+
+@pytest.mark.parametrize("levers", [Levers(), Levers("none"), Levers(kept_blocks=2), Levers("selective")], ids=str)
+def test_a_pack_of_which_no_row_is_known_needs_as_much_on_a_card_as_one_of_any_rows(levers):
+    job = job_for(config_of("llama"), compute_dtype=torch.bfloat16, device_type="cuda", eval_rows=None, levers=levers)
+    full = simulate(replace(job, rows=full_pack(512, packing=True))).peak().total
+    for lengths in ((512,), (256,) * 2, (128,) * 4, (32,) * 16, (500, 12)):
+        assert simulate(replace(job, rows=Rows(lengths, 512 - len(lengths)))).peak().total <= full
+    assert full_pack(512, packing=False) == Rows((512,), 511)

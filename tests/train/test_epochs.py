@@ -10,6 +10,7 @@ from tiny_trainer import SETTINGS, examples, trainer
 
 from qlora_lite.data.batch import ORDERS
 from qlora_lite.errors import TrainingError
+from qlora_lite.train import epochs as epochs_module
 from qlora_lite.train.epochs import Epochs
 from qlora_lite.train.settings import TrainSettings
 
@@ -19,7 +20,7 @@ def test_the_steps_of_an_epoch_have_the_same_rows_in_micro_batches_of_every_size
     steps = []
     for packs, micro_batches in ((1, 6), (2, 3), (6, 1)):
         changes = {"micro_batch_size": packs, "gradient_accumulation_steps": micro_batches, "max_tokens": 64}
-        epochs = Epochs(lengths, TrainSettings(**SETTINGS | changes | {"order": order, "packing": packing}))
+        epochs = Epochs(lengths, lengths, TrainSettings(**SETTINGS | changes | {"order": order, "packing": packing}))
         steps.append([[row for rows in step for row in rows] for step in epochs.steps(0)])
         assert all(len(step) <= micro_batches for step in epochs.steps(0))
     assert steps[0] == steps[1] == steps[2]
@@ -29,7 +30,9 @@ def test_the_steps_of_an_epoch_have_the_same_rows_in_micro_batches_of_every_size
 @pytest.mark.parametrize(("epochs", "steps"), [(1.1, 11), (2.1, 21), (1.25, 13), (0.05, 1), (3, 30)])
 def test_a_part_of_an_epoch_is_what_it_is_in_decimals(epochs, steps):
     changes = {"max_steps": None, "epochs": epochs, "packing": False, "gradient_accumulation_steps": 1}
-    assert Epochs([5] * 10, TrainSettings(**SETTINGS | changes | {"micro_batch_size": 1})).total_steps() == steps
+    assert (
+        Epochs([5] * 10, [4] * 10, TrainSettings(**SETTINGS | changes | {"micro_batch_size": 1})).total_steps() == steps
+    )
 
 
 @given(
@@ -38,7 +41,9 @@ def test_a_part_of_an_epoch_is_what_it_is_in_decimals(epochs, steps):
 )  # fmt: skip
 def test_the_largest_micro_batch_is_that_of_all_steps_that_the_run_has(lengths, order, packing, until):
     many = {"max_steps": until} if isinstance(until, int) else {"max_steps": None, "epochs": until}
-    epochs = Epochs(lengths, TrainSettings(**SETTINGS | many | {"max_tokens": 64, "order": order, "packing": packing}))
+    settings = TrainSettings(**SETTINGS | many | {"max_tokens": 64, "order": order, "packing": packing})
+    learned = [(7 * length) % 11 + 1 for length in lengths]
+    epochs = Epochs(lengths, learned, settings)
     per_epoch, whole = [epochs.steps(epoch) for epoch in range(12)], until
     if isinstance(until, float):
         whole = sum(map(len, per_epoch[: int(until)]))
@@ -46,10 +51,29 @@ def test_the_largest_micro_batch_is_that_of_all_steps_that_the_run_has(lengths, 
     assert epochs.total_steps() == max(1, whole)
     seen = [rows for steps in per_epoch for step in steps for rows in step]
     micro_batches = [rows for step in [step for steps in per_epoch for step in steps][: max(1, whole)] for rows in step]
-    assert epochs.largest() in seen
-    assert sum(lengths[row] for row in epochs.largest()) == max(
-        sum(lengths[row] for row in rows) for rows in micro_batches
-    )
+    largest, most = epochs.largest()
+    assert largest in seen and sum(lengths[row] for row in largest) == most.tokens
+    assert most == (
+        max(sum(lengths[row] for row in rows) for rows in micro_batches), max(map(len, micro_batches)),
+        max(lengths[row] for rows in micro_batches for row in rows),
+        max(sum(learned[row] for row in rows) for rows in micro_batches),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("packing", "tokens"), [(True, 2 * 64), (False, 60 + 59)])
+def test_of_a_run_without_an_end_a_part_is_looked_at_and_the_rest_taken_to_be_as_full_as_can_be(
+    packing, tokens, monkeypatch
+):
+    monkeypatch.setattr(epochs_module, "LOOKED_AT", 3 * 60)
+    endless = {"max_steps": 10**9, "max_tokens": 64, "packing": packing, "micro_batch_size": 2}
+    epochs = Epochs(range(1, 61), range(60), TrainSettings(**SETTINGS | endless))
+    assert epochs.total_steps() == 10**9
+    _, most = epochs.largest()
+    assert most.tokens == tokens >= most.learned and most.longest == 60
+    for epoch in range(12):
+        for rows in (rows for step in epochs.steps(epoch) for rows in step):
+            assert sum(epochs.lengths[row] for row in rows) <= most.tokens
+            assert sum(epochs.learned[row] for row in rows) <= most.learned
 
 
 def test_a_run_without_rows_is_an_error_and_no_endless_loop():

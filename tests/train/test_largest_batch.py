@@ -1,0 +1,53 @@
+"""No step of a run holds more than its rehearsal did, whatever else than its tokens makes a micro-batch large."""
+
+import numpy as np
+import pytest
+from tiny_trainer import trainer
+
+from qlora_lite.data.stored import Example
+from qlora_lite.memory.ledger import Ledger
+from qlora_lite.models.levers import Levers
+from qlora_lite.train.inventory import categorised
+
+PACK = 256
+
+
+def row(length, learned):
+    mask = np.zeros(length, bool)
+    mask[length - min(learned, length - 1) :] = True
+    return Example(np.random.default_rng(length).integers(3, 160, length).astype(np.int32), mask, "", "", "f:1")
+
+
+SETS = {
+    "few learned in the fullest": [row(256, 3)] + [row(250, 249)] * 3,
+    "one row in the fullest": [row(256, 255)] + [row(10, 9)] * 75,
+    "many rows in the fullest": [row(16, 15)] * 16 + [row(250, 249)] * 3,
+    "all at once in none": [row(16, 3)] * 16 + [row(250, 2)] + [row(3, 2)] * 80 + [row(100, 99)] * 2,
+}
+
+
+def peak_of(training, run):
+    ledger = Ledger()
+    with ledger:
+        for tensor, category, _ in categorised(training.model):
+            ledger.claim([tensor], category)
+        ledger.watch(training.model)
+        run()
+    return ledger.peak.total
+
+
+@pytest.mark.parametrize("levers", [Levers(), Levers("none"), Levers(kept_blocks=1), Levers("selective")], ids=str)
+@pytest.mark.parametrize("rows", SETS.values(), ids=SETS)
+def test_no_step_holds_more_than_the_rehearsal_did(rows, levers):
+    training = trainer(rows=rows, order="as-is", max_tokens=PACK, max_steps=6, gradient_accumulation_steps=1,
+                       levers=levers)  # fmt: skip
+    rehearsed, steps = peak_of(training, training.rehearse), iter(training)
+    later = [peak_of(training, lambda: next(steps)) for _ in range(training.total_steps)]
+    assert max(later) <= 1.01 * rehearsed
+
+
+@pytest.mark.parametrize("rows", SETS.values(), ids=SETS)
+def test_no_evaluation_holds_more_than_the_rehearsed_one_did(rows):
+    training = trainer(rows=[row(8, 4)], max_tokens=PACK, max_steps=1, gradient_accumulation_steps=1)
+    rehearsed = peak_of(training, lambda: training.rehearse(rows))
+    assert peak_of(training, lambda: training.evaluate(rows)) <= 1.01 * rehearsed
