@@ -68,6 +68,18 @@ class QuantLinear(nn.Module):
             if value is not None:
                 setattr(self, name, value)
 
+    def _apply(self, fn, recurse=True):
+        """Move as torch does for ``to``, ``half`` and others, and let no stored tensor change its type.
+
+        Kernels read the constants as float32, whatever they are.
+        """
+        stored = self.packed
+        super()._apply(fn, recurse)
+        for name, tensor in zip(PACKED_BUFFERS, stored, strict=True):
+            if tensor is not None and (moved := getattr(self, name)).dtype != tensor.dtype:
+                setattr(self, name, tensor.to(moved.device))
+        return self
+
     @classmethod
     def from_weight(cls, weight, bias, quant_type, double_quant):
         """Quantise a weight [out, in]; ``bias`` [out] or None is kept as it is."""

@@ -15,7 +15,7 @@ from qlora_lite.errors import ModelError
 from qlora_lite.export.forms import ExportSettings, export_run
 from qlora_lite.export.gguf_model import MODEL_FILE
 from qlora_lite.models.load import load_model, resolve_compute_dtype, resolve_device
-from qlora_lite.models.quantizer import OnArrivalQuantizer, quantize_in_place
+from qlora_lite.models.quantizer import OnArrivalQuantizer, quantize_head, quantize_in_place
 from qlora_lite.models.save import save_quantized
 from qlora_lite.models.skeleton import meta_model
 from qlora_lite.models.tokenizer import load_tokenizer
@@ -270,3 +270,26 @@ def test_of_a_4_bit_weight_transformers_reserves_on_a_card_what_its_codes_take(t
     layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
     assert sum(size for is_code, size in reserved if is_code) == sum(layer.weight.nbytes for layer in layers) > 0
     assert sum(size for is_code, size in reserved if not is_code) >= sum(p.nbytes for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_another_type_for_a_model_leaves_what_is_stored_in_4_bit_as_it_is(double_quant, dtype):
+    model = build_tiny("qwen2")  # which has biases
+    quantize_in_place(model, "nf4", double_quant)
+    quantize_head(model, "nf4", double_quant)
+    before = packed(model)
+    after = packed(model.to(dtype))
+    assert after.keys() == before.keys() and any("lm_head" in name for name, _ in after)
+    for key, tensor in after.items():
+        assert tensor.dtype == before[key].dtype and torch.equal(tensor, before[key]), key
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert {tensor.device.type for tensor in packed(model.to("meta", torch.float32)).values()} == {"meta"}
+
+
+def test_a_4_bit_model_in_another_type_computes_alike():
+    model = build_tiny("llama")
+    quantize_in_place(model, "nf4", double_quant=True)
+    model, before = model.float(), logits(model)
+    for change in (model.bfloat16, model.half, model.float):
+        assert (logits(change()) - before).norm() < 0.02 * before.norm()
