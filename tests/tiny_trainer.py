@@ -16,6 +16,9 @@ SETTINGS = dict(
     max_tokens=32, packing=True, order="shuffle",
 )  # fmt: skip
 
+# a row whose one learned token is predicted where only the first is seen
+TWO_TOKENS = Example(np.array([5, 2], np.int32), np.array([False, True]), "", "", "short.txt:1")
+
 
 def examples(count=12):
     """Rows of random tokens, all but the first two of each to be learned."""

@@ -1,13 +1,13 @@
 """Checks that stop a run which would end well and mean nothing.
 
 Before training: a few short rows packed together, and the chunked head, must give the logits that the model itself
-gives for each row alone. After the first step: every wrapped layer took part. At the end: the frozen
+gives for each row alone. After the first step that can show it: every wrapped layer took part. At the end: the frozen
 weights are the ones that were loaded. At a loss that is not finite: which rows, which module.
 """
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -114,8 +114,16 @@ def _own_attention(model: nn.Module) -> Iterator[None]:
         use_row_attention(model)
 
 
+def can_reach_every_layer(rows: Iterable[Example]) -> bool:
+    """Tell whether a step of these rows can give every wrapped layer a gradient.
+
+    The first learned token that can has two before it: where a token sees only itself, queries and keys change nothing.
+    """
+    return any(row.learned[2:].any() for row in rows)
+
+
 def check_adapters_took_part(model: nn.Module, norms: Sequence[float]) -> None:
-    """Check after the first backward that gradient reached every wrapped layer.
+    """Check after the first backward that can show it (``can_reach_every_layer``) that gradient reached every layer.
 
     B starts at zero, so A's first gradient is zero by construction and B's is the one to look at.
 

@@ -36,6 +36,7 @@ from .epochs import Epochs
 from .generators import generator_states, restore_generators
 from .guards import (
     bit_sums,
+    can_reach_every_layer,
     check_adapters_took_part,
     check_compilable,
     check_forward,
@@ -111,6 +112,7 @@ class Trainer:
         self.step = self.skipped = 0
         self.epoch = self.epoch_step = 0  # the next step's: its epoch, and the steps before it in that epoch
         self.optimizer_bytes = 0  # of its states, known after a rehearsal
+        self.took_part = False  # every wrapped layer, which a step has shown
         self._is_still = False  # its gradients are zero, which has been said
         self.fused_loss: str | None = None  # in place of the chunked one; see ``choose_loss``
         self.most_tokens: int | None = None  # at once through the model, since memory ran out with more
@@ -211,8 +213,10 @@ class Trainer:
         result = self._whole_step(micro_batches) if whole else self._within_memory(micro_batches, self._step)
         if not math.isfinite(result.loss + result.grad_norm):
             self._skip_or_stop(micro_batches, updated=whole and math.isfinite(result.loss))
-        elif self.step - self.skipped == 1:
-            check_adapters_took_part(self.model, result.norms.tolist())
+        elif not self.took_part:
+            if can_reach_every_layer(row for rows in micro_batches for row in rows):
+                check_adapters_took_part(self.model, result.norms.tolist())
+                self.took_part = True
         elif result.grad_norm == 0 and not self._is_still:
             self._is_still = True
             log.warning("step %d: every gradient is zero, so that nothing is learned any more; a lower "

@@ -43,7 +43,8 @@ def capture(trainer: Trainer) -> tuple[dict[str, Tensors], dict]:
     on_host = {file: {name: _host_copy(t) for name, t in content.items()} for file, content in tensors.items()}
     return on_host, {
         "step": trainer.step, "epoch": trainer.epoch, "epoch_step": trainer.epoch_step, "skipped": trainer.skipped,
-        "most_tokens": trainer.most_tokens, "total_steps": trainer.total_steps, "optimizer": numbers,
+        "most_tokens": trainer.most_tokens, "total_steps": trainer.total_steps, "took_part": trainer.took_part,
+        "optimizer": numbers,
     }  # fmt: skip
 
 
@@ -105,6 +106,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     fill_adapter(trainer.model, saved[WEIGHTS_NAME])
     for name in _COUNTS:
         setattr(trainer, name, state[name])
+    trainer.took_part = bool(state.get("took_part", True))  # earlier versions saw to it in the first step
     restore_generators(saved[GENERATORS], device_of(trainer.model))
 
 

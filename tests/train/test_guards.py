@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import ARCHITECTURES, build_tiny, quantized_pair, random_factors
-from tiny_trainer import SETTINGS, examples, trainer
+from tiny_trainer import SETTINGS, TWO_TOKENS, examples, trainer
 
 from qlora_lite.data.batch import collate
 from qlora_lite.data.stored import Example, stored
@@ -77,6 +77,29 @@ def test_an_adapter_that_takes_no_part_is_named_after_the_first_step(monkeypatch
     layer.lora_B.register_hook(torch.zeros_like)
     with pytest.raises(TrainingError, match=r"1 of the wrapped layers got no gradient, first .*\.1\.mlp\.up_proj"):
         next(iter(training))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_rows_in_which_tokens_see_only_themselves_do_not_show_who_takes_part(whole):
+    step = dict(max_grad_norm=0.0, levers=Levers(optimizer_in_backward=True)) if whole else {}
+    training = trainer(
+        rows=[TWO_TOKENS, *examples(3)], packing=False, gradient_accumulation_steps=1, order="as-is", **step
+    )
+    queries = training.model.get_submodule("model.layers.0.self_attn.q_proj").lora_B
+    steps = iter(training)
+    next(steps)
+    assert not queries.any() and not training.took_part
+    next(steps)
+    assert queries.any() and training.took_part
+
+
+def test_an_adapter_that_takes_no_part_is_named_after_the_first_step_that_shows_it():
+    training = trainer(rows=[TWO_TOKENS, *examples(3)], packing=False, gradient_accumulation_steps=1, order="as-is")
+    training.model.get_submodule("model.layers.1.mlp.up_proj").lora_B.register_hook(torch.zeros_like)
+    steps = iter(training)
+    next(steps)
+    with pytest.raises(TrainingError, match=r"1 of the wrapped layers got no gradient, first .*\.1\.mlp\.up_proj"):
+        next(steps)
 
 
 def test_a_parameter_that_should_be_frozen_is_noticed():

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from tiny_trainer import examples, trainer
+from tiny_trainer import TWO_TOKENS, examples, trainer
 
 from qlora_lite.data.batch import collate
 from qlora_lite.errors import CheckpointError, TrainingError
@@ -92,6 +92,21 @@ def test_every_place_to_stop_gives_the_uninterrupted_run(tmp_path, packing, accu
         training, found = interrupted(tmp_path, [stop], **options)
         assert found == steps, stop
         assert_same_state(training, whole)
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_whether_every_adapter_took_part_is_asked_once_in_a_run_that_goes_on(tmp_path, stop):
+    options = dict(rows=[TWO_TOKENS, *examples(3)], packing=False, gradient_accumulation_steps=1, order="as-is")
+    training = trainer(**options)
+    steps_of(training, stop)
+    other = trainer(**options)
+    restore(other, saved(training, tmp_path))
+    other.model.get_submodule("model.layers.1.mlp.up_proj").lora_B.register_hook(torch.zeros_like)
+    if stop == 1:  # of a row that cannot show it
+        with pytest.raises(TrainingError, match="1 of the wrapped layers got no gradient"):
+            steps_of(other)
+    else:
+        assert len(steps_of(other)) == 2
 
 
 def test_two_interruptions_in_one_epoch_see_every_row_once(tmp_path, monkeypatch):
