@@ -25,6 +25,7 @@ def conflicts(value: _Value) -> _Found:
         _compile,
         _head,
         _all_kept,
+        _kept_and_streamed,
         _stretches,
         _folder,
     ):
@@ -133,6 +134,14 @@ def _all_kept(value: _Value) -> _Found:
         if is_lost:
             message = f"memory.{name} = {written(given[name])}: with memory.checkpointing none {why}"
             yield ("memory", name), f"{message}; remove one of the two"
+
+
+def _kept_and_streamed(value: _Value) -> _Found:
+    kept, resident = value("memory", "kept_blocks"), value("memory", "resident_blocks")
+    both_given = type(kept) is type(resident) is int and value("memory", "checkpointing") != "none"
+    if both_given and 0 <= resident < kept:
+        message = f"memory.kept_blocks = {kept}: blocks whose weights are streamed cannot keep their activations"
+        yield ("memory", "kept_blocks"), f"{message}; write at most {resident} here, or raise memory.resident_blocks"
 
 
 def _stretches(value: _Value) -> _Found:

@@ -454,6 +454,15 @@ def test_streamed_weights_do_not_go_with_blocks_computed_again_together(problems
     assert recipe(GOOD, "memory.resident_blocks=all", "memory.checkpoint_every=2").memory.checkpoint_every == 2
 
 
+def test_no_more_blocks_keep_their_activations_than_have_resident_weights(problems, recipe):
+    said = "memory.kept_blocks = 2: blocks whose weights are streamed cannot keep their activations; write at most 1 h"
+    found = problems(GOOD, "memory.kept_blocks=2", "memory.resident_blocks=1")
+    assert len(found) == 1 and said in found[0]
+    for kept, resident in ((2, 2), (2, "all"), (2, "auto"), ("auto", 1)):
+        given = recipe(GOOD, f"memory.kept_blocks={kept}", f"memory.resident_blocks={resident}").memory
+        assert (given.kept_blocks, given.resident_blocks) == (kept, resident)
+
+
 def test_what_changes_nothing_may_stand_beside_keeping_all(recipe):
     tiled = "memory.reuse_dequantized=true", "memory.tile_tokens=64"
     nothing = "memory.kept_blocks=0", "memory.resident_blocks=all", "memory.offload_checkpoints=false"
