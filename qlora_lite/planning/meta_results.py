@@ -22,7 +22,7 @@ class _Like(NamedTuple):
 
 
 _FIRST_ARGUMENT = "first argument"
-MOST_KNOWN = 1 << 16  # results; the plan of Llama-3.1-8B with its alternatives makes 628
+MOST_KNOWN = 1 << 16  # results; a plan with its alternatives makes some hundreds
 
 
 class NeedsValuesError(RuntimeError):
