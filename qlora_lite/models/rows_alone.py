@@ -5,6 +5,10 @@ Some say so (``why_rows_run_alone``), others show it when their logits are compa
 
 from torch import nn
 
+from qlora_lite.errors import ModelError
+from qlora_lite.ops.shapes import CPU_MULTIPLE, kernel_rows
+
+from .anatomy import device_of
 from .load import uses_row_attention
 
 
@@ -24,17 +28,34 @@ def rows_run_alone(model: nn.Module) -> bool:
     return getattr(model, "qlora_lite_rows_run_alone", False)
 
 
+def longest_possible(config) -> int | None:
+    """Return the most tokens that a model can compute at once, None where nothing limits them.
+
+    GPT-Neo looks up who sees whom in a table that has so many.
+    """
+    return config.max_position_embeddings if config.model_type == "gpt_neo" else None
+
+
 def why_rows_run_alone(model: nn.Module, longest: int) -> str:
     """Say what tells without a computation that rows must run one by one; "" if nothing does.
 
     A state runs on from row to row (Mamba, Qwen3.5, RecurrentGemma), as transformers marks it; a convolution reaches
-    into the row before (LFM2); or the longest row of a batch decides how all are rotated (dynamic, longrope), where
-    rows can be longer than those of the first training.
+    into the row before (LFM2); several rows may be more tokens than the model can compute (GPT-Neo); or the longest row
+    of a batch decides how all are rotated (dynamic, longrope), where rows can be longer than those of the first
+    training.
 
     Args:
         longest: tokens of the longest row that there may be.
+
+    Raises:
+        ModelError: the model cannot compute so many.
     """
     exact = "exact, but packing saves no time"
+    if (most := longest_possible(model.config)) is not None:
+        if kernel_rows(longest, device_of(model)) > most:
+            raise ModelError(f"{type(model).__name__} computes at most {most} tokens at once: set data.max_tokens to "
+                             f"{most // CPU_MULTIPLE * CPU_MULTIPLE}")  # fmt: skip
+        return f"together they may be more than the {most} tokens that it can compute: {exact}"
     if model._is_stateful:
         return f"a state would run on from one to the next: {exact}"
     if any(isinstance(module, nn.Conv1d) and module.kernel_size[0] > 1 for module in model.modules()):

@@ -10,6 +10,7 @@ from functools import partial
 
 from qlora_lite.errors import DoesNotFitError
 from qlora_lite.models.levers import Levers
+from qlora_lite.models.rows_alone import longest_possible
 
 from .candidate import Step
 from .largest import LENGTH_STEP, longest
@@ -33,6 +34,7 @@ def longest_job(step: Step, limit_bytes: int, host_limit_bytes: int | None, star
     Raises:
         DoesNotFitError: not even the shortest fits.
     """
+    largest = min(largest, longest_possible(step.job.config) or largest)
     ways = _ways(with_disk(step), host_limit_bytes)
     saving_most, guess, reason = next(ways), start, None
     try:
@@ -45,7 +47,8 @@ def longest_job(step: Step, limit_bytes: int, host_limit_bytes: int | None, star
         reason = error
     found, found_by = 0, saving_most
     for job_of in (*ways, saving_most):
-        if found and not predict(job_of(found + LENGTH_STEP)).fits(limit_bytes, host_limit_bytes):
+        more = found + LENGTH_STEP
+        if found and (more > largest or not predict(job_of(more)).fits(limit_bytes, host_limit_bytes)):
             continue
         try:
             found, found_by = longest(job_of, limit_bytes, host_limit_bytes, found or guess, largest), job_of

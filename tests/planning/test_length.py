@@ -109,3 +109,10 @@ def test_a_search_with_too_little_memory_ends_for_families_whose_mlps_are_no_pla
     step = Step(job_for(config_of(model_type), eval_rows=None), Rows((40,), 39), 1, 1)
     found = search(step, CARD, 1)
     assert any(candidate.levers.tile_tokens for candidate in found) and choose(found, 1) is None
+
+
+@pytest.mark.parametrize("offload_checkpoints", [True, False])
+def test_of_a_model_that_computes_so_many_tokens_at_most_no_more_are_looked_at(offload_checkpoints):
+    step = step_of(64, offload_checkpoints=offload_checkpoints)
+    step = replace(step, job=replace(step.job, config=config_of("gpt_neo")))
+    assert longest_tokens(step, 2**30, 2**31, 256, FAR) == 128

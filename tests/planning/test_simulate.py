@@ -98,7 +98,7 @@ def test_the_predicted_peak_of_every_phase_is_the_measured_one(model_type, lever
                 assert predicted.peak(name).breakdown[kind] == size, (name, kind)
 
 
-@pytest.mark.parametrize(("name", "is_seen"), [("bloom", False), ("mpt", False), ("lfm2", True)])
+@pytest.mark.parametrize(("name", "is_seen"), [("bloom", False), ("mpt", False), ("lfm2", True), ("gpt_neo", True)])
 def test_rows_that_run_one_by_one_are_planned_so_where_the_model_says_it_or_has_shown_it(name, is_seen):
     job = job_for(config_of(name), levers=Levers(loss_chunk_tokens=8), rows_alone=not is_seen)
     predicted, ledger = simulate_whole(job), measured(job, name)

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from tiny import ARCHITECTURES, build_tiny, quantized_pair, random_factors
+from tiny import ARCHITECTURES, UNUSUAL, build_tiny, quantized_pair, random_factors
 from tiny_trainer import SETTINGS, TWO_TOKENS, examples, trainer
 
 from qlora_lite.data.batch import collate
@@ -328,3 +328,20 @@ def test_rows_that_would_be_rotated_as_the_longest_of_their_batch_run_alone(mode
     check_frozen(training.model, checksum)  # frequencies that follow the rows are no weights
     short = trainer(model_type, rows=rows_of(60, 6), max_steps=1, **changes | {"max_tokens": 64})
     assert not rows_run_alone(short.model)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_more_tokens_than_gpt_neo_has_places_in_its_table_train_row_by_row(micro_batch_size):
+    training = trainer("gpt_neo", rows=rows_of(100, 28, 128, 60), max_tokens=128, micro_batch_size=micro_batch_size)
+    assert len(list(training)) == 4
+
+
+@pytest.mark.parametrize(("table", "max_tokens", "advised"), [(128, 129, 128), (100, 97, 96)])
+def test_a_row_that_gpt_neo_has_no_table_for_is_refused_with_the_length_that_goes(
+    table, max_tokens, advised, monkeypatch
+):
+    kind, settings = UNUSUAL["gpt_neo"]
+    monkeypatch.setitem(UNUSUAL, "gpt_neo", (kind, settings | {"max_position_embeddings": table}))
+    with pytest.raises(ModelError, match=rf"computes at most {table} tokens at once: set data.max_tokens to {advised}"):
+        trainer("gpt_neo", max_tokens=max_tokens)
+    assert len(list(trainer("gpt_neo", rows=rows_of(advised, 7), max_tokens=advised))) == 4

@@ -14,9 +14,9 @@ from qlora_lite.train.guards import check_forward
 from qlora_lite.train.step import accumulate_gradients, labelled_count, prepare
 
 # Families in which rows end to end see each other: distances counted over the whole sequence, a state or a
-# convolution that runs on, an attention of their own that takes no rows.
+# convolution that runs on, an attention of their own that takes no rows. GPT-Neo cannot compute more tokens than a row.
 SHOWN = {"bloom", "mpt", "nemotron"}  # only by a comparison
-RUN_ALONE = {"bloom", "mpt", "nemotron", "mamba", "mamba2", "recurrent_gemma", "qwen3_next", "lfm2"}
+RUN_ALONE = {"bloom", "mpt", "nemotron", "mamba", "mamba2", "recurrent_gemma", "qwen3_next", "lfm2", "gpt_neo"}
 EITHER = {"falcon", "falcon_alibi"}  # their own attention takes rows in transformers 5.24, not in 5.17
 # The reference implementations read the weights of their other layers themselves.
 TARGETS = {"mamba": ["in_proj"], "mamba2": ["in_proj"]}
