@@ -51,7 +51,9 @@ class LateCopies(SideStream):
         for target, source in pairs:
             assert target.is_contiguous() and source.is_contiguous() and target.nbytes == source.nbytes
             storages = tuple(StorageWeakRef(tensor.untyped_storage()) for tensor in (target, source))
-            if all(storages[0] != late.storages[1] for late in self._waiting):  # or else those that read it come first
+            begin, end = target.data_ptr(), target.data_ptr() + target.nbytes
+            if all(end <= late.source or late.source + late.size <= begin for late in self._waiting):
+                # or else those that read it come first
                 target.view(torch.uint8).fill_(POISON)  # counted by autograd as ``copy_`` is
             self._waiting.append(_Late(target.data_ptr(), source.data_ptr(), target.nbytes, storages))
             self.begun += 1

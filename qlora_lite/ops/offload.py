@@ -7,10 +7,10 @@ device holds what is kept of at most two.
 
 On a card, copies run on a stream of their own, to and from pinned memory. torch's pool of it gives whole powers of two
 (ATen/core/CachingHostAllocator.h), up to twice what is asked for: a block's tensors lie one after the other in a few
-parts of such sizes, at most a fifteenth more than they need. The parts stay for the next step, so that no step but the
-first takes any and a shorter batch takes no others. Elsewhere the same code copies at once: it frees nothing there, but
-plans and tests run what a card runs. ``torch.autograd.graph.save_on_cpu`` copies on the computing stream and brings
-back late, so that the device waits for the bus twice a block.
+parts of such sizes, at most a fifteenth more than they need, and those of the next block behind them. The parts stay
+for the next step, so that only a step that needs more than any before takes some. Elsewhere the same code copies at
+once: it frees nothing there, but plans and tests run what a card runs. ``torch.autograd.graph.save_on_cpu`` copies on
+the computing stream and brings back late, so that the device waits for the bus twice a block.
 
 A tensor is dropped only after the computing stream was told to wait for its copy. Its memory is then reused in the
 order of that stream, however far the process runs ahead of the card. (``record_stream`` would give the memory back
@@ -27,7 +27,7 @@ import logging
 import mmap
 import os
 import tempfile
-from collections import defaultdict
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
@@ -142,8 +142,20 @@ class _Form(NamedTuple):
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
 
 
+class _Stored(NamedTuple):
+    """Where a block's tensors lie in host memory, in bytes from its begin, and what they look like."""
+
+    start: int
+    stop: int
+    forms: list[_Form]
+
+
 class HostStore:
-    """Tensors of numbered blocks in host memory, taken back in falling order.
+    """Tensors of numbered blocks in host memory, put in rising order from 0 and taken back in falling order.
+
+    They lie there as a stack, each block's behind those of the block before: no more is taken than the most that was
+    there at one time needs, whatever a block's own size is in each step. One stream makes all copies in their order, so
+    that what comes back has been read before others are written to its place.
 
     Args:
         device: where they come from and return to.
@@ -152,25 +164,37 @@ class HostStore:
 
     def __init__(self, device: torch.device, folder: str | None = None):
         self.side, self.folder = SideStream(device), folder
-        self._memory: dict[int, list[torch.Tensor]] = defaultdict(list)  # of each block, in parts
-        self._stored: dict[int, list[_Form]] = {}
+        self._parts: list[torch.Tensor] = []  # of the memory, one behind the other
+        self._begins = [0]  # of the parts, in bytes from that of the first, and of what would be the next
+        self._stored: dict[int, _Stored] = {}
         self._leaving: _Arrival | None = None  # of the block that was put last
         self._coming: dict[int, _Arrival] = {}
 
     def put(self, number: int, tensors: Sequence[torch.Tensor]) -> None:
         """Copy a block's tensors to the host; they stay on the device until the next block's are put."""
         self._let_go()
+        if number in self._stored:  # of a step that broke off
+            self._stored.clear()
         tensors = [_dense(tensor.detach()) for tensor in tensors]
-        self._make_room(number, sum(tensor.nbytes for tensor in tensors))
-        self._stored[number] = [_Form(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
-        self._leaving = _Arrival(number, tensors, self.side.copy(list(self._pairs(number, tensors))))
+        start = next(reversed(self._stored.values())).stop if self._stored else 0
+        size = sum(tensor.nbytes for tensor in tensors)
+        stop = start + (sum(part_sizes(size)) if self.folder is None else size)
+        self._make_room(stop)
+        forms = [_Form(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
+        self._stored[number] = _Stored(start, stop, forms)
+        self._leaving = _Arrival(number, tensors, self.side.copy(list(self._pairs(start, tensors))))
 
-    def _make_room(self, number: int, size: int) -> None:
-        missing, device = size - sum(map(len, self._memory[number])), self.side.device
+    def _make_room(self, stop: int) -> None:
+        missing, device = stop - self._begins[-1], self.side.device
         if self.folder is None:
-            self._memory[number] += (host_memory(part, device) for part in part_sizes(missing))
+            self._add(host_memory(part, device) for part in part_sizes(missing))
         elif missing > 0:
-            self._memory[number].append(disk_memory(missing, self.folder, device))
+            self._add([disk_memory(missing, self.folder, device)])
+
+    def _add(self, parts: Iterable[torch.Tensor]) -> None:
+        for part in parts:
+            self._parts.append(part)
+            self._begins.append(self._begins[-1] + len(part))
 
     def _let_go(self) -> None:
         """Drop what is on the device, and have the computation wait for its copies before it reuses the memory."""
@@ -192,19 +216,21 @@ class HostStore:
         return here.tensors
 
     def _bring(self, number: int) -> "_Arrival":
+        stored = self._stored.pop(number)
         with category("saved activations"):
-            tensors = [form.empty(self.side.device) for form in self._stored.pop(number)]
-        pairs = [(target, source) for source, target in self._pairs(number, tensors)]
+            tensors = [form.empty(self.side.device) for form in stored.forms]
+        pairs = [(target, source) for source, target in self._pairs(stored.start, tensors)]
         return _Arrival(number, tensors, self.side.copy(pairs))
 
-    def _pairs(self, number: int, tensors: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Pair a block's host memory with its tensors on the device, as bytes, cut where a part or a tensor ends."""
-        parts, part = iter(self._memory[number]), ()
+    def _pairs(self, start: int, tensors: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Pair host memory from a place on with tensors on the device, as bytes, cut where a part or a tensor ends."""
+        number = bisect_right(self._begins, start) - 1  # of the part that it lies in
+        parts, part, skipped = iter(self._parts[number:]), (), start - self._begins[number]
         for tensor in tensors:
             flat = _flat(tensor)
             while len(flat):
                 if not len(part):
-                    part = next(parts)
+                    part, skipped = next(parts)[skipped:], 0
                 size = min(len(part), len(flat))
                 yield part[:size], flat[:size]
                 part, flat = part[size:], flat[size:]

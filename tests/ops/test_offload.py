@@ -132,6 +132,43 @@ def test_host_memory_is_taken_once_and_holds_smaller_batches_too(device):
     assert held_bytes(HostStore(device), "offloaded", 7 * KIB, 8 * KIB + 1) == [14 * KIB, 2 * (8 * KIB + 1)]
 
 
+def put_all(store, sizes):
+    for number, size in enumerate(sizes):
+        store.put(number, [torch.full((size,), number, dtype=torch.uint8, device=store.side.device)])
+
+
+def take_all(store, sizes):
+    for number in reversed(range(len(sizes))):
+        (found,) = store.take(number)
+        assert found.shape == (sizes[number],) and (found.is_meta or (found == number).all())
+
+
+SAME_SUM = (4, 1, 1, 2), (1, 4, 2, 1), (2,) * 4, (1,) * 8, (5, 3), (8,)  # KiB of the blocks of a step
+
+
+@pytest.mark.parametrize("is_first_broken_off", [False, True])
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("device", [CPU, META])
+def test_no_more_is_held_than_the_largest_step_needs(device, on_disk, is_first_broken_off, tmp_path):
+    store = HostStore(device, str(tmp_path) if on_disk else None)
+    with Ledger() as ledger:
+        for step, blocks in enumerate(SAME_SUM):
+            sizes = [KIB * block for block in blocks]
+            put_all(store, sizes)
+            if step == 0 and is_first_broken_off:
+                store.take(len(sizes) - 1)
+            else:
+                take_all(store, sizes)
+            assert ledger.now().breakdown["on disk" if on_disk else "offloaded"] == 8 * KIB
+
+
+def test_values_stay_where_blocks_of_other_sizes_lay_before(copies):
+    store = HostStore(CPU)
+    for blocks in (*SAME_SUM, (3, 7, 5), (1, 1, 16), *SAME_SUM):
+        put_all(store, [17 * block + 1 for block in blocks])
+        take_all(store, [17 * block + 1 for block in blocks])
+
+
 @pytest.mark.parametrize("device", [CPU, META])
 def test_what_lies_in_files_takes_no_host_memory_and_has_no_name(device, tmp_path):
     store = HostStore(device, str(tmp_path))

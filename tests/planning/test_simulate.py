@@ -49,8 +49,8 @@ def job_for(config, **changes):
     )
 
 
-def measured(job, model_type, **changes):
-    """Return the ledger of the second real training step and an evaluation."""
+def measured(job, model_type, steps=(LENGTHS, LENGTHS), **changes):
+    """Return the ledger of the last of some real training steps, of rows of such lengths, and an evaluation."""
     model = build_tiny(model_type, **changes)
     quantize_in_place(model, job.quant, job.double_quant)
     adopt(model)
@@ -64,9 +64,11 @@ def measured(job, model_type, **changes):
         for tensor, name, _ in categorised(model):
             ledger.claim([tensor], name)
         ledger.watch(model)
-        for _ in range(2):
+        for lengths in steps:
             ledger.peaks.clear()
-            train_step(model.train(), [batch], optimizer, job.max_grad_norm, job.levers.loss_chunk_tokens)
+            train_step(
+                model.train(), [all_learned(lengths)], optimizer, job.max_grad_norm, job.levers.loss_chunk_tokens
+            )
             optimizer.zero_grad(set_to_none=True)
         evaluate_loss(model, [batch], job.levers.loss_chunk_tokens)
     return ledger
@@ -106,6 +108,16 @@ def test_rows_that_run_one_by_one_are_planned_so_where_the_model_says_it_or_has_
     assert predicted.peak("forward").total == pytest.approx(peak, abs=INPUT_BYTES)
     together = simulate_whole(replace(job, rows_alone=False)).peak("forward").total
     assert (together == predicted.peak("forward").total) == is_seen
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_rows_that_run_one_by_one_hold_what_is_planned_of_host_memory_in_any_order(device_type):
+    rows = Rows((64, 32, 32, 96), 220)
+    job = job_for(config_of("bloom"), rows=rows, rows_alone=True, device_type=device_type,
+                  levers=Levers(offload_checkpoints=True))  # fmt: skip
+    others = (96, 64, 32, 32), (32, 96, 64, 32), (32,) * 7, (96, 96, 32), (96, 128), (64,)
+    ledger = measured(job, "bloom", [rows.lengths, *others])
+    assert ledger.offloaded_peak_bytes == simulate_whole(job).offloaded_bytes > 0
 
 
 def test_rows_longer_than_those_of_the_first_training_are_planned_one_by_one():
