@@ -152,6 +152,11 @@ _ADVICE_ON = {
     "remove it; `qlora-lite train RECIPE --resume` goes on from the newest checkpoint":
         "resume_from_checkpoint auto_resume_from_checkpoints",
     "remove it; code from a model's repository is never run": "trust_remote_code",
+    "remove it; a model's files say what it is": "model_type tokenizer_type is_llama_derived_model",
+    "remove it; recipes are always checked strictly": "strict",
+    "remove it; model.compute_dtype says what is computed in": "tf32 bf16_full_eval fp16_full_eval",
+    "remove it; the model's own configuration is used": "overrides_of_model_config rope_scaling",
+    "write data.streaming: true, with data.order: as-is and train.max_steps": "pretraining_dataset iterable_dataset",
     "remove it; set model.device": "lora_on_cpu",
     "remove it; the model's tokenizer is used as it is": "special_tokens",
     "remove it; LoRA factors have no bias": "bias",

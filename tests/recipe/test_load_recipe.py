@@ -161,7 +161,9 @@ def test_a_section_that_is_no_mapping_is_an_error_that_shows_how_to_write_it(pro
         ("lora: {rank_pattern: {}}", "items of lora.targets"),
         ("use_liger_kernel: true", "memory.fused_loss"), ("auto_find_batch_size: true", "memory.micro_batches"),
         ("adam_beta2: 0.95", "usual betas"), ("response_template: x", "data.train_on"),
-        ("group_by_length: true", "data.order: by-length"),
+        ("group_by_length: true", "data.order: by-length"), ("tf32: true", "model.compute_dtype"),
+        ("model_type: LlamaForCausalLM", "a model's files say"), ("lora_model_dir: x", "lora.init_from"),
+        ("pretraining_dataset: x", "data.streaming"),
     ],
 )  # fmt: skip
 def test_a_foreign_or_misspelt_name_is_answered_with_the_local_one(problems, line, local):
