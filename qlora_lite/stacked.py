@@ -20,7 +20,7 @@ from itertools import accumulate, groupby
 
 LEFT, RIGHT, TOP, BOTTOM = 66, 14, 46, 44  # margins around the plot, pixels; the phases' names stand in the upper one
 MAX_MOMENTS = 1500
-LETTER = 7.0  # width of a letter at the labels' size, pixels
+LETTER, LINE = 7.0, 14  # width of a letter at the labels' size, and height of a line, pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,17 +190,20 @@ def _marks(
     """Draw the budget's line and the peak's dot, their texts in each other's lee."""
     fullest = max(range(len(moments)), key=lambda i: moments[i].total_bytes)
     x, y = (edges[fullest] + edges[fullest + 1]) / 2, frame.y(moments[fullest].total_bytes)
+    half = LETTER * len(peak) / 2
+    middle = min(max(x, LEFT + half), frame.width - RIGHT - half)
     parts, label_y, on_right = [], y - 9, x < frame.width / 2
     if budget and budget[0] <= frame.top_bytes:
         line, right = frame.y(budget[0]), frame.width - RIGHT
         place = f'x1="{LEFT}" x2="{right}" y1="{line}" y2="{line}"'
         parts.append(f'<line class="under" {place}/><line class="budget" {place}/>')
-        x_text, anchor = (right - 4, "end") if on_right else (LEFT + 6, "start")
-        parts.append(_text(x_text, line - 6, budget[1], anchor, "tick halo"))
         if label_y - 12 < line < label_y + 4:
             label_y = line - 6
-    half = LETTER * len(peak) / 2
-    middle = min(max(x, LEFT + half), frame.width - RIGHT - half)
+        x_text, anchor = (right - 4, "end") if on_right else (LEFT + 6, "start")
+        room = right - middle - half if on_right else middle - half - LEFT  # beside the peak's text, if that is as high
+        is_in_the_way = abs(label_y - line + 6) < LINE and room < LETTER * len(budget[1]) + 6
+        y_text = min(label_y, line - 6) - LINE if is_in_the_way else line - 6
+        parts.append(_text(x_text, y_text, budget[1], anchor, "tick halo"))
     parts.append(f'<circle class="peak" cx="{x:.1f}" cy="{y}" r="4"/>')
     return "".join(parts) + _text(middle, label_y, peak, style="tick halo strong")
 

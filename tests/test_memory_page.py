@@ -182,3 +182,24 @@ def test_a_long_timeline_is_thinned():
     html = memory_page(sample_record(timeline=points[:20_000]))
     assert 700 < len(data_of(html)["kib"]) <= 1500
     assert len(html) < 900_000
+
+
+@pytest.mark.parametrize("budget_gib", [3.9, 4.0, 4.1, 4.3, 4.6, 6])
+@pytest.mark.parametrize("place", range(5))
+def test_the_texts_of_budget_and_peak_lie_apart_in_wide_and_narrow_pictures(budget_gib, place):
+    sizes = [1, 1, 1, 1, 1]
+    sizes[place] = 3
+    timeline = [
+        {"phase": "forward", "module": "a", "bytes": {"base weights": GIB, "logits": size * GIB}} for size in sizes
+    ]
+    html = memory_page(small(timeline=timeline, budget_bytes=int(budget_gib * GIB)))
+    found = re.findall(r'<text class="tick halo[^"]*" x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)">([^<]+)<', html)
+    boxes = {"budget": [], "peak": []}
+    for x, y, anchor, text in found:
+        if (name := text.split()[0]) in boxes:
+            width = 7 * len(text)
+            left = float(x) - {"start": 0, "middle": width / 2, "end": width}[anchor]
+            boxes[name].append((left, left + width, float(y)))
+    assert len(boxes["budget"]) == len(boxes["peak"]) >= 2
+    for (left, right, y), (left_of_peak, right_of_peak, y_of_peak) in zip(*boxes.values(), strict=True):
+        assert right <= left_of_peak or right_of_peak <= left or abs(y - y_of_peak) >= 12
