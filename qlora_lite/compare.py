@@ -1,6 +1,7 @@
 """Measure several runs over one base model on the same rows, and put their answers side by side."""
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from .train.guards import check_forward
 from .train.loop import eval_batches
 from .train.step import evaluate_loss
 
+log = logging.getLogger("qlora_lite")
 PAGE, REPORT = "compare.html", "compare.json"
 # The settings of data that say which rows are measured.
 _ROWS = "train", "eval", "eval_share", "streaming", "max_bad_rows", "max_tokens", "overflow"
@@ -76,6 +78,12 @@ def _measure(tasks: Tasks, name: str | None, rows_of: Recipe, answers: int) -> t
         own = task.run.recipe
         rows = own.data.model_copy(update={key: getattr(rows_of.data, key) for key in _ROWS})
         recipe = own.model_copy(update={"data": rows})
+        if name and _may_have_learned(own, rows_of):
+            log.warning(
+                "%s has trained on files of which %s held rows out, and may have learned those",
+                name,
+                rows_of.output.name,
+            )
         data, settings = build_data(recipe, tasks.tokenizer, "eval"), train_settings(recipe)
         batches, chunk_tokens = eval_batches(data.examples, settings), settings.levers.loss_chunk_tokens
         loss = evaluate_loss(tasks.model, batches, chunk_tokens)
@@ -93,6 +101,12 @@ def _measure(tasks: Tasks, name: str | None, rows_of: Recipe, answers: int) -> t
         for row, answer in zip(chosen, match.answers, strict=True)
     ]
     return figures | {"exact_match": match.score, "exact_match_rows": len(chosen)}, said
+
+
+def _may_have_learned(own: Recipe, rows_of: Recipe) -> bool:
+    """Tell whether a run's training rows come from the files that the measured ones were held out of."""
+    shared = {source.path for source in own.data.train} & {source.path for source in rows_of.data.train}
+    return bool(shared) and 0 < rows_of.data.eval_share != own.data.eval_share
 
 
 def _plain(tasks: Tasks, prompt: str) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 
 from .build import build_skeleton, build_to_use, train_settings
 from .data.check import check_answers
-from .data.stored import Example, row_lengths
+from .data.stored import Example
 from .errors import DataError
 from .generate import answer, stop_ids
 from .lora.adapter import load_adapter
@@ -60,11 +60,9 @@ def exact_match(
     if is_error:
         raise DataError(str(problem))
     asked = [example for example in examples if example.answer]
-    prompts = [example.prompt for example in asked]
-    given = tokenizer(prompts, add_special_tokens=False).input_ids
-    longest = max(len(example.token_ids) - len(ids) for example, ids in zip(asked, given, strict=True))
+    prompts, (_, new_tokens) = [example.prompt for example in asked], _most_tokens(tokenizer, asked)
     stop = stop_ids(model, tokenizer, end_token_ids)
-    answers = [text.strip() for text in answer(model, tokenizer, prompts, longest + SPARE_TOKENS, stop, at_once)]
+    answers = [text.strip() for text in answer(model, tokenizer, prompts, new_tokens, stop, at_once)]
     written = tokenizer([example.answer for example in asked], add_special_tokens=False).input_ids
     references = tokenizer.batch_decode(written, skip_special_tokens=True)
     right = sum(text == reference.strip() for text, reference in zip(answers, references, strict=True))
@@ -72,9 +70,18 @@ def exact_match(
     return ExactMatch(right / len(asked), tuple(next(in_order) if example.answer else "" for example in examples))
 
 
-def answered_at_once(recipe: Recipe, model: nn.Module, examples: Sequence[Example], budget_bytes: int) -> int:
+def _most_tokens(tokenizer, asked: Sequence[Example]) -> tuple[int, int]:
+    """Return the tokens of the longest prompt, and the most that are generated for any."""
+    given = tokenizer([example.prompt for example in asked], add_special_tokens=False).input_ids
+    answers = [len(example.token_ids) - len(ids) for example, ids in zip(asked, given, strict=True)]
+    return max(map(len, given)), max(answers) + SPARE_TOKENS
+
+
+def answered_at_once(
+    recipe: Recipe, model: nn.Module, tokenizer, examples: Sequence[Example], budget_bytes: int
+) -> int:  # fmt: skip
     """Return how many prompts of some rows a budget has room for at once, beside the model as it is loaded now."""
-    device, tokens = device_of(model), max(row_lengths(examples)) + SPARE_TOKENS
+    device, tokens = device_of(model), sum(_most_tokens(tokenizer, [row for row in examples if row.answer]))
     context = CUDA_CONTEXT_BYTES if device.type == "cuda" else 0
     return prompts_at_once(build_skeleton(recipe), tokens, budget_bytes - context - held_bytes(device), device.type)
 

@@ -122,8 +122,8 @@ def preflight(recipe: Recipe, tokenizer, rows_to_show: int = 4) -> Preflight:
         tokenizer: the model's.
         rows_to_show: rows whose text goes into the report.
     """
-    data = read_data(recipe, tokenizer, "train")
-    eval_data = read_data(recipe, tokenizer, "eval") if recipe.data.has_eval else None
+    parts = read_data(recipe, tokenizer)
+    data, eval_data = parts["train"], parts.get("eval")
     problems, error_count = _problems(recipe, data, eval_data)
     problems += [problem_entry(problem, False) for problem in _rendered_chats(recipe, tokenizer)]
     report = empty_report(problems) | {

@@ -30,7 +30,7 @@ from .train.settings import TrainSettings
 from .train.state import STATE, numbers_of
 
 log = logging.getLogger("qlora_lite")
-BASE_MODEL, FIRST_ADAPTER = "base model", "adapter in lora.init_from"  # their names in a checkpoint's identity
+BASE_MODEL = "base model"  # its name in a checkpoint's identity
 CHUNKED = "chunked"  # the loss that is this package's own
 RUN = "run.json"  # what a checkpoint holds of the run, beside the trainer's state
 # What these settings lead to is compared by itself, or changes nothing of what a step computes.

@@ -26,21 +26,23 @@ def build_data(recipe: Recipe, tokenizer, which: str = "train") -> Dataset | Non
     """
     if which == "eval" and not recipe.data.has_eval:
         return None
-    data = read_data(recipe, tokenizer, which)
-    data.problems.raise_if_any(recipe.data.max_bad_rows)
-    return data
+    parts = read_data(recipe, tokenizer, (which,))
+    for part in parts.values():
+        part.problems.raise_if_any(recipe.data.max_bad_rows)
+    return parts[which]
 
 
-def read_data(recipe: Recipe, tokenizer, which: str) -> Dataset:
-    """Read a recipe's training or evaluation rows; what is wrong with them is noted, not raised.
+def read_data(recipe: Recipe, tokenizer, wanted: Sequence[str] = ("train", "eval")) -> dict[str, Dataset]:
+    """Read a recipe's training and evaluation rows; what is wrong with them is noted, not raised.
 
     Of streamed training rows, only the first ones are read.
+
+    Args:
+        wanted: of "train" and "eval"; where one is a share of the other's rows both are read.
     """
-    d = recipe.data
-    if d.eval_share:
-        training, evaluation = hold_out(_read(recipe, tokenizer, "train"), d.eval_share)
-        return evaluation if which == "eval" else training
-    return _read(recipe, tokenizer, which)
+    if share := recipe.data.eval_share:
+        return dict(zip(("train", "eval"), hold_out(_read(recipe, tokenizer, "train"), share), strict=True))
+    return {which: _read(recipe, tokenizer, which) for which in wanted if getattr(recipe.data, which) is not None}
 
 
 def _read(recipe: Recipe, tokenizer, which: str) -> Dataset:

@@ -23,8 +23,7 @@ from .data.template import portable_source
 from .data_page import write_data_page
 from .errors import CheckpointError, DoesNotFitError, Interrupted, OutputError, QloraLiteError
 from .evaluate import ExactMatch
-from .files import locked, sha256, write_text
-from .lora.read import WEIGHTS_NAME
+from .files import locked, write_text
 from .memory.meter import PeakMeter, hold_to, mapped_bytes
 from .merge import loses_its_update
 from .models.anatomy import device_of
@@ -41,7 +40,6 @@ from .report import write_report
 from .resume import (
     BASE_MODEL,
     CHUNKED,
-    FIRST_ADAPTER,
     Continuation,
     data_identity,
     environment,
@@ -175,7 +173,6 @@ class _Run:
         self._find_first_adapter()
         self._look_at_data()
         identity = data_identity(recipe, self.tokenizer, self.data, self.eval_data)
-        identity[FIRST_ADAPTER] = self.first_adapter and sha256(self.first_adapter / WEIGHTS_NAME)
         self._compare(identity)
         self.rows = rows_to_plan(recipe, self.data)
         self._load_for_a_proven_plan()
@@ -286,8 +283,11 @@ class _Run:
         return totals | skipped | {"tokens_per_second": speed, "peak_bytes": self.training.peak_bytes}
 
     def _find_first_adapter(self) -> None:
-        """Find what lora.init_from names, and stop at once where it does not fit model and recipe."""
-        self.first_adapter = adapter_to_begin_with(self.recipe)
+        """Find what lora.init_from names, and stop at once where it does not fit model and recipe.
+
+        (A run that goes on has its checkpoint's factors and no others.)
+        """
+        self.first_adapter = None if self.continuation else adapter_to_begin_with(self.recipe)
         if self.first_adapter:
             add_factors(self.recipe, build_skeleton(self.recipe), self.first_adapter)
             log.info("lora: training begins with the factors of %s", self.first_adapter)

@@ -20,7 +20,7 @@ from .models.load import resolve_compute_dtype, resolve_device
 from .models.locate import ModelFiles, locate
 from .models.tokenizer import load_tokenizer
 from .recipe.schema import Recipe
-from .runs import RECIPE, OpenedRun, how_to_go_on, open_run
+from .runs import ADAPTER_CONFIG, OpenedRun, how_to_go_on, open_run
 
 log = logging.getLogger("qlora_lite")
 
@@ -134,16 +134,18 @@ def adapter_to_begin_with(recipe: Recipe) -> Path | None:
     """Return the folder of the adapter that ``lora.init_from`` means: a run's is its best one.
 
     Raises:
-        RecipeError: the run has no adapter.
-        ModelError: the run is of another base model.
+        ModelError: the run has no adapter, or is of another base model.
     """
     if recipe.lora.init_from is None:
         return None
     folder = Path(recipe.lora.init_from)
-    if not (folder / RECIPE).is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         return folder
-    opened = open_run(folder)
-    _check_base(opened.summary, locate(recipe.model.path, recipe.model.revision), folder, "model.path")
+    try:
+        opened = open_run(folder)
+        _check_base(opened.summary, locate(recipe.model.path, recipe.model.revision), folder, "model.path")
+    except (RecipeError, ModelError) as error:
+        raise ModelError(f"lora.init_from: {error}") from error
     return opened.adapter
 
 

@@ -199,7 +199,7 @@ class Training:
             return None
         try:
             with self.stop.at_once():
-                at_once = answered_at_once(self.recipe, self.model, rows, self.budget_bytes)
+                at_once = answered_at_once(self.recipe, self.model, self.tokenizer, rows, self.budget_bytes)
                 result = exact_match(self.model, self.tokenizer, rows, self.eval_data.end_token_ids, at_once)
         except DoesNotFitError as error:
             if when == "before":

@@ -1,25 +1,23 @@
 """Training that begins with an adapter goes on from its factors to the bit, and never with one that does not fit."""
 
 import json
-import shutil
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny import random_factors
 from tiny_files import save_tiny, write_recipe
 from transformers import AutoModelForCausalLM
 
 from qlora_lite.build import add_factors, build_model, build_skeleton
-from qlora_lite.errors import CheckpointError, Interrupted, ModelError, RecipeError
+from qlora_lite.errors import Interrupted, ModelError, RecipeError
 from qlora_lite.evaluate import evaluate_recipe
 from qlora_lite.lora.adapter import save_adapter
 from qlora_lite.lora.inject import lora_layers
 from qlora_lite.profile import profile_recipe
 from qlora_lite.recipe.load import load_recipe
-from qlora_lite.resume import FIRST_ADAPTER
 from qlora_lite.run import run_recipe
 from qlora_lite.runs import open_run
 from qlora_lite.trained import adapter_to_begin_with
@@ -124,7 +122,7 @@ def test_layers_that_the_adapter_lacks_are_named(model_folder, second, tmp_path)
 
 def test_a_run_of_another_base_model_is_refused_by_name(first, second, tmp_path):
     save_tiny(tmp_path / "other", seed=5)
-    with pytest.raises(ModelError, match=r"is another model: give the right one with model\.path"):
+    with pytest.raises(ModelError, match=r"lora\.init_from: .* is another model: give the right one with model\.path"):
         run_recipe(second(first, f"model.path={tmp_path / 'other'}"))
 
 
@@ -138,7 +136,7 @@ def test_what_is_no_adapter_is_a_fault_of_the_recipe(second, tmp_path, monkeypat
     assert second("empty").lora.init_from == str(tmp_path / "empty")
 
 
-def test_a_stopped_second_run_goes_on_to_the_very_same_end_wherever_the_adapter_lies_now(first, second, tmp_path):
+def test_a_stopped_second_run_goes_on_to_the_very_same_end_without_the_adapter_it_began_with(first, second, tmp_path):
     whole = run_recipe(second(first, f"output.dir={tmp_path / 'whole'}", "train.save_every_steps=2"))
 
     def stop(metrics, _total):
@@ -148,12 +146,9 @@ def test_a_stopped_second_run_goes_on_to_the_very_same_end_wherever_the_adapter_
     overrides = [f"output.dir={tmp_path / 'cut'}", "train.save_every_steps=2"]
     with pytest.raises(Interrupted):
         run_recipe(second(first, *overrides), stop)
-    moved = shutil.copytree(first / "adapter", tmp_path / "moved")
-    other = shutil.copytree(moved, tmp_path / "other")
-    save_file({name: tensor * 2 for name, tensor in load_file(moved / WEIGHTS).items()}, other / WEIGHTS)
-    with pytest.raises(CheckpointError, match=f"other {FIRST_ADAPTER} than before"):
-        run_recipe(second(other, *overrides), resume="")
-    run_recipe(second(moved, *overrides), resume="")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "adapter_config.json").write_text("{}")  # no adapter at all, and not looked at
+    run_recipe(second(tmp_path / "other", *overrides), resume="")
     one, two = (load_file(Path(folder) / "adapter" / WEIGHTS) for folder in (whole, tmp_path / "cut"))
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 

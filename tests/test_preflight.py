@@ -205,9 +205,10 @@ def test_rows_held_out_for_evaluation_are_counted_on_both_sides_and_shown_as_its
     assert (report["eval"]["rows_read"], report["eval"]["rows_kept"], report["eval"]["dropped"]) == (4, 4, {})
     assert report["sources"][0]["examples"] == 16 and report["eval"]["sources"][0]["examples"] == 4
     assert "16 kept, 4 dropped (held out for evaluation (data.eval_share))" in _text(report)
-    alone = look([pair("q")], eval="null", eval_share=0.2)
-    with pytest.raises(DataError, match="no row can be held out"):
-        alone.raise_if_unusable()
+    for rows in ([pair("q")], [pair("q"), "{"]):
+        alone = look(rows, eval="null", eval_share=0.2, max_bad_rows=5)
+        with pytest.raises(DataError, match="no row can be held out"):
+            alone.raise_if_unusable()
 
 
 def test_each_source_is_counted_and_shown_in_turn(tmp_path):

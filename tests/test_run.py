@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import peft
@@ -329,14 +330,17 @@ def test_prompts_for_exact_matches_share_what_the_budget_leaves_beside_the_model
     monkeypatch.setattr("qlora_lite.evaluate.answer", answer)
     run(train={"max_steps": 1})
     assert at_once == [32, 32]
-    held = held_bytes(CPU)
-    recipe = open_run(run.folder).recipe
+    held, recipe = held_bytes(CPU), open_run(run.folder).recipe
+    pairs = [("x" * 60, "y"), ("z", "a" * 50)]  # a long prompt and a long answer run together
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+    Path(recipe.data.eval[0].path).write_text("".join(json.dumps(row) + "\n" for row in rows))
     rows, model = build_data(recipe, byte_tokenizer(), "eval").examples, build_model(recipe)
-    needed = [int(UNPLANNED * prompt_bytes(build_skeleton(recipe), max(rows.lengths) + SPARE_TOKENS, n, "cpu"))
-              for n in (8, 16)]  # fmt: skip
+    ends = [len(row.token_ids) - len(byte_tokenizer()(row.prompt, add_special_tokens=False).input_ids) for row in rows]
+    tokens = max(len(byte_tokenizer()(row.prompt, add_special_tokens=False).input_ids) for row in rows) + max(ends)
+    needed = [int(UNPLANNED * prompt_bytes(build_skeleton(recipe), tokens + SPARE_TOKENS, n, "cpu")) for n in (8, 16)]
     monkeypatch.setattr("qlora_lite.evaluate.held_bytes", lambda _: held)
     for budget, prompts in ((held + needed[1] + 1, 16), (held + needed[1] - 1, 8), (held + needed[0] + 1, 8), (0, 1)):
-        assert answered_at_once(recipe, model, rows, budget) == prompts
+        assert answered_at_once(recipe, model, byte_tokenizer(), rows, budget) == prompts
 
 
 @pytest.mark.parametrize("call", [1, 2])

@@ -148,11 +148,17 @@ def test_a_run_that_would_drop_rows_is_compared_on_all_of_the_first_run_s(runs, 
     assert result["same_tokens"] and [model["rows"] for model in result["models"]] == [6, 6]
 
 
-def test_runs_are_compared_on_the_rows_that_the_first_one_held_out(runs, tmp_path):
+def test_runs_are_compared_on_the_rows_that_the_first_one_held_out(runs, tmp_path, caplog):
     held = make_run(tmp_path, runs[0].parent / "model", ["data.eval=null", "data.eval_share=0.25"])
     other = make_run(tmp_path / "other", runs[0].parent / "model", data={"train": str(tmp_path / "eval.jsonl")})
     result = compare_runs([held, other], answers=0)
     assert result["same_tokens"] and [model["rows"] for model in result["models"]] == [5, 5]
+    assert not any("may have learned those" in message for message in caplog.messages)
+    all_of_them = make_run(tmp_path / "third", runs[0].parent / "model", data={"train": str(tmp_path / "train.jsonl")})
+    compare_runs([all_of_them, held], answers=0)  # on rows of a file of their own
+    assert not any("may have learned those" in message for message in caplog.messages)
+    compare_runs([held, all_of_them], answers=0)
+    assert any("may have learned those" in message for message in caplog.messages)
 
 
 def test_losses_of_different_tokens_are_not_ranked(runs, command, tmp_path):

@@ -101,6 +101,12 @@ def test_evaluate_measures_a_run_that_held_rows_out_on_those_or_on_others(tmp_pa
         for options in ([], [f"data.eval={tmp_path / 'eval.jsonl'}"])
     )
     assert (own["rows"], given["rows"]) == (5, 6) and own["eval_loss"] != given["eval_loss"]
+    rows, recipe = tmp_path / "train.jsonl", tmp_path / "recipe.yaml"
+    for content, said in ((rows.read_text() + "{", "not JSON"), (rows.read_text().splitlines()[0], "held out")):
+        (tmp_path / "bad.jsonl").write_text(content)
+        settings = f"data.train={tmp_path / 'bad.jsonl'}", "data.eval=null", "data.eval_share=0.25"
+        code, out, err = command("evaluate", recipe, *settings)
+        assert (code, out) == (2, "") and said in err
     assert "only data.eval=PATH can be replaced" in command("evaluate", run, "data.eval_share=0.5")[2]
     command("merge", run, "--out", tmp_path / "merged")
     report = json.loads((tmp_path / "merged" / "merge_report.json").read_text())

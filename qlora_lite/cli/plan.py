@@ -33,7 +33,7 @@ class _Size(click.ParamType):
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--vram", type=_Size(), help="Memory to plan for, such as 12GiB.")
 @click.option("--card", help="Card to plan for, such as rtx-4060; see --cards.")
-@click.option("--max-tokens", is_flag=True, help="Also find the longest sequence that fits.")
+@click.option("--max-tokens", is_flag=True, help="Also find the largest data.max_tokens that fits.")
 @click.option("--max-batch", is_flag=True, help="Also find how many packs fit at once.")
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page with a timeline.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -105,7 +105,7 @@ def _machine(settings, vram, card):
 
 
 def _longest(planner, made) -> dict:
-    """Return the longest sequence that fits, and what it takes of the host and of time."""
+    """Return the largest data.max_tokens that fits, and what it takes of the host and of time."""
     longest = _or_none(planner.longest_pack, made)
     if longest is None:
         return {"max_tokens": None}
@@ -134,7 +134,7 @@ def _show(text: str, found: dict, html: Path | None) -> None:
         if found["max_tokens"]:
             host, seconds = found["max_tokens_host_bytes"], found["max_tokens_step_seconds"]
             price = f" ({format_bytes(host)} of host memory, about {format_seconds(seconds)} a step)"
-        console.print(f"longest sequence that fits{saving}: {found['max_tokens'] or 'none'}{price}")
+        console.print(f"largest data.max_tokens that fits{saving}: {found['max_tokens'] or 'none'}{price}")
     if "max_batch" in found:
         console.print(f"packs that fit at once{saving}: {found['max_batch'] or 'none'}")
     if html is not None:

@@ -249,8 +249,10 @@ def _cut_otherwise(lengths: Sequence[int], most: Extent) -> list[int]:
     longest = min(most.longest, most.tokens - (most.rows > 1))
     count = min(most.rows - 1, most.tokens - longest)
     others, spare = np.resize(lengths[1:] or lengths, count), most.tokens - longest - count
-    ends = np.cumsum(others) * spare // max(1, others.sum())
-    return [longest, *(1 + np.diff(ends, prepend=0)).tolist()]
+    found = 1 + np.diff(np.cumsum(others) * spare // max(1, others.sum()), prepend=0)
+    if found.max(initial=0) > longest:
+        found = 1 + np.diff(np.arange(1, count + 1) * spare // count, prepend=0)
+    return [longest, *found.tolist()]
 
 
 def collate(examples: Sequence[Example]) -> Batch:

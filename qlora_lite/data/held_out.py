@@ -24,7 +24,7 @@ def hold_out(data: Dataset, share: float) -> tuple[Dataset, Dataset]:
 
     Args:
         data: training rows; what is wrong with them stays with the first part.
-        share: of the rows, above 0 and below 1; at least one is taken.
+        share: of the rows, above 0 and below 1; more are taken only where else none could be.
 
     Returns:
         Training and evaluation rows. Where no row can be spared, none is, and the first part says so as a problem.
@@ -37,10 +37,11 @@ def hold_out(data: Dataset, share: float) -> tuple[Dataset, Dataset]:
     train_of = [int(part.sum()) for part in np.split(kept, np.cumsum(data.examples_of)[:-1])]
     eval_of = np.bincount(source_of[is_held], minlength=len(data.examples_of)).tolist()
     training = _with(data, data.examples.order[kept], train_of)
-    training.dropped.update({HELD_OUT: len(held)} if len(held) else {})
-    evaluation = replace(_with(data, held, eval_of), rows_read=len(held), dropped={}, dropped_at={}, truncated=0,
+    places = len(np.unique(data.examples.rows[held + 1, 3:], axis=0))  # a split row is one, whatever its parts
+    training.dropped.update({HELD_OUT: places} if places else {})
+    evaluation = replace(_with(data, held, eval_of), rows_read=places, dropped={}, dropped_at={}, truncated=0,
                          split=0, problems=Problems())  # fmt: skip
-    if not len(held) and not data.problems.count:
+    if len(rows) and not places:
         message = ("no row can be held out for data.eval_share: there is one only, or all are alike; name evaluation "
                    "rows in data.eval")  # fmt: skip
         training.problems.add("", message, NOTHING_TO_LEARN, fatal=True)
@@ -50,10 +51,12 @@ def hold_out(data: Dataset, share: float) -> tuple[Dataset, Dataset]:
 def _chosen(examples: Examples, share: float) -> np.ndarray:
     """Return which of distinct rows are held out: bool [rows]."""
     count = len(examples)
-    left = min(max(1, round(share * count)), count - 1)
     groups = _groups(examples)
     keys, sizes = np.unique(groups, return_counts=True)
-    taken = []
+    if len(keys) < 2:
+        return np.zeros(count, np.bool_)
+    left, taken = max(round(share * count), int(sizes.min())), []
+    left = min(left, count - int(sizes.min()))
     for key, size in zip(keys.tolist(), sizes.tolist(), strict=True):
         if not left:
             break

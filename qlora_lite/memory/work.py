@@ -110,7 +110,8 @@ class WorkCounter(TorchDispatchMode):
             totals[0] += marks.repeats * formula(*args, **kwargs, out_val=result)
             tensors = [t for t in (*args, result) if isinstance(t, torch.Tensor)]
             if sum(t.nbytes for t in tensors) >= LARGE_BYTES:
-                self._products[func, *(t.shape for t in tensors)] = marks.kinds
+                product = (func, *(t.shape for t in tensors))
+                self._products[product] = max(marks.kinds, self._products.get(product, 0))
         elif not func.is_view and func._overloadpacket not in _ALLOCATIONS:
             outputs = result if isinstance(result, tuple | list) else (result,)
             totals[1] += marks.repeats * sum(t.nbytes for t in (*args, *outputs) if isinstance(t, torch.Tensor))

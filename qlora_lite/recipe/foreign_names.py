@@ -161,7 +161,7 @@ _ADVICE_ON = {
     "remove it; the model's tokenizer is used as it is": "special_tokens",
     "remove it; LoRA factors have no bias": "bias",
     "remove it; models are causal language models": "task_type",
-    "remove it; B starts at zero, A is Kaiming-uniform": "init_lora_weights",
+    "remove it; new factors begin with B at zero, or with those of an adapter (lora.init_from)": "init_lora_weights",
     "remove it; one device is used (memory.budget limits its memory)": "deepspeed fsdp fsdp_config",
     "remove it; optimizers have their usual betas and epsilon":
         "adam_beta1 adam_beta2 adam_epsilon optim_args",

@@ -72,9 +72,11 @@ class Epochs:
                 return s.max_steps, largest, self._as_full_as_can_be(_most(extents))
 
     def _as_full_as_can_be(self, seen: Extent) -> Extent:
-        s = self.settings
+        s, longest = self.settings, max(self.lengths)
         tokens = s.micro_batch_size * s.max_tokens if s.packing else sum(nlargest(s.micro_batch_size, self.lengths))
-        return Extent(tokens, seen.rows, max(self.lengths), seen.learned + tokens - seen.tokens)
+        tokens = min(tokens, sum(self.lengths))
+        learned = min(seen.learned + tokens - seen.tokens, sum(self.learned))
+        return Extent(tokens, max(seen.rows, -(-tokens // longest)), longest, learned)
 
     def _tokens(self, rows: Sequence[int]) -> int:
         return sum(self.lengths[row] for row in rows)

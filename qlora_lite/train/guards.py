@@ -125,7 +125,7 @@ def can_reach_every_layer(rows: Iterable[Example]) -> bool:
 def check_adapters_took_part(model: nn.Module, norms: Sequence[float]) -> None:
     """Check after the first backward that can show it (``can_reach_every_layer``) that gradient reached every layer.
 
-    B starts at zero, so A's first gradient is zero by construction and B's is the one to look at.
+    New factors begin with B at zero, so A's first gradient is zero by construction and B's is the one to look at.
 
     Args:
         norms: of the gradients of ``lora_parameters(model)``, in their order.

@@ -180,11 +180,12 @@ def test_enlarged_rows_have_the_most_of_everything_that_some_micro_batch_has(row
     own = extent_of(rows, [int(e.learned.sum()) for e in examples], [range(len(rows))])
     most = Extent(*(mine + beyond for mine, beyond in zip(own, more, strict=True)))
     most = most._replace(tokens=max(most.tokens, 2 * most.rows, most.longest))
+    most = most._replace(rows=max(most.rows, -(-most.tokens // most.longest)))  # as of any real ones
     batch = collate(enlarged(examples, most))
     longest = min(most.longest, most.tokens - (most.rows > 1))
     count = min(most.rows, most.tokens - longest + 1)
     assert sum(batch.row_lengths) == most.tokens and len(batch.row_lengths) == count >= min(2, most.rows)
-    assert max(batch.row_lengths) >= longest
+    assert max(batch.row_lengths) == max(longest, -(-(most.tokens - longest) // max(1, count - 1)))
     assert int((batch.labels != -100).sum()) == min(most.learned, most.tokens - count)
     assert sorted(set(batch.input_ids[0].tolist())) == sorted({int(t) for e in examples for t in e.token_ids})
     assert min(batch.row_lengths) >= 1

@@ -94,6 +94,21 @@ def test_a_row_that_a_weight_repeats_is_measured_once_and_learned_nowhere(share,
 PAIRS_OF_ANOTHER = [{"prompt": f"other {i}", "completion": f"yes {i}"} for i in range(20)]
 
 
+@pytest.mark.parametrize(("kinds", "share", "held"), [(3, 0.25, 10), (3, 0.01, 10), (2, 0.9, 15), (30, 0.01, 1)])
+def test_where_rows_that_are_alike_are_more_than_the_share_the_fewest_of_them_are_held_out(kinds, share, held):
+    training, evaluation = hold_out(read([PAIRS[i % kinds] for i in range(30)]), share)
+    assert len(evaluation.examples) == held and len(training.examples) == 30 - held
+    assert training.problems.count == 0
+
+
+def test_a_split_row_counts_as_one_whatever_its_parts():
+    rows = [{"text": " ".join(f"w{row}{i}" for i in range(120))} for row in range(3)]
+    data = read(rows, max_tokens=64, overflow="split")
+    training, evaluation = hold_out(data, 0.05)
+    assert evaluation.rows_read == training.dropped[HELD_OUT] == 1 < len(evaluation.examples)
+    assert len(set(places(evaluation))) == 1 and not set(places(training)) & set(places(evaluation))
+
+
 @pytest.mark.parametrize("rows", [PAIRS[:1], [PAIRS[0]] * 30])
 def test_where_no_row_can_be_spared_none_is_and_it_is_said(rows):
     training, evaluation = hold_out(read(rows), 0.5)
@@ -105,6 +120,8 @@ def test_where_no_row_can_be_spared_none_is_and_it_is_said(rows):
 def test_what_is_wrong_with_rows_is_told_once_and_with_the_training_rows():
     data = read([*PAIRS, {"prompt": "no answer", "completion": ""}])
     training, evaluation = hold_out(data, 0.1)
+    alone = read([PAIRS[0], {"prompt": "no answer", "completion": ""}])
+    assert "no row can be held out" in hold_out(alone, 0.1)[0].problems.found[-1].message
     assert training.problems.count == data.problems.count == 1 and evaluation.problems.count == 0
     nothing = read([{"prompt": "no answer", "completion": ""}])
     before = nothing.problems.count
@@ -117,7 +134,8 @@ def test_no_row_is_on_both_sides_and_no_more_than_asked_for_is_taken(kinds, shar
     data = DATA_OF_KINDS.setdefault(tuple(kinds), read(rows, TOKENIZER))
     training, evaluation = hold_out(replace(data, problems=type(data.problems)()), share)
     assert len(training.examples) + len(evaluation.examples) == len(rows) and len(training.examples) > 0
-    assert len(evaluation.examples) <= max(1, round(share * len(rows)))
+    assert len(evaluation.examples) <= max(round(share * len(rows)), min(map(kinds.count, kinds)))
+    assert (len(evaluation.examples) > 0) == (len(set(kinds)) > 1)
     assert check_overlap(training.examples, evaluation.examples)[0] is None or not len(evaluation.examples)
 
 

@@ -187,6 +187,15 @@ def test_a_plan_counts_the_work_and_the_kernels_of_many_blocks_by_their_average(
     assert 5 * min(calls[2:]) < min(calls[:2]), "a plan's time does not grow with the length"
 
 
+def test_a_plan_s_kernels_do_not_depend_on_the_order_of_rows():
+    inputs, counts = [torch.empty_like(t, device="meta") for t in tensors(105 * BLOCK_QUERIES, 2)], []
+    for rows in ((65 * BLOCK_QUERIES, 40 * BLOCK_QUERIES), (40 * BLOCK_QUERIES, 65 * BLOCK_QUERIES)):
+        with planning_for("cpu"), WorkCounter() as counter, phase("forward"):
+            block_attention(*inputs, rows, 0.3)
+        counts.append(counter.work.large_products)
+    assert counts[0] == counts[1] >= 2 * 63
+
+
 def test_a_plan_of_short_rows_for_a_cpu_runs_each_block_since_rows_share_kernels():
     inputs = [torch.empty_like(t, device="meta") for t in tensors(20 * BLOCK_QUERIES, 2)]
     counts = []

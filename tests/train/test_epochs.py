@@ -60,6 +60,13 @@ def test_the_largest_micro_batch_is_that_of_all_steps_that_the_run_has(lengths, 
     )  # fmt: skip
 
 
+def test_of_a_run_without_an_end_on_few_rows_no_micro_batch_is_taken_to_have_more_than_all_of_them(monkeypatch):
+    monkeypatch.setattr(epochs_module, "LOOKED_AT", 24)
+    endless = {"max_steps": 10**9, "max_tokens": 4096, "packing": True, "micro_batch_size": 8}
+    _, most = Epochs([20] * 24, [7] * 24, TrainSettings(**SETTINGS | endless)).largest()
+    assert most == (480, 24, 20, 168)
+
+
 @pytest.mark.parametrize(("packing", "tokens"), [(True, 2 * 64), (False, 60 + 59)])
 def test_of_a_run_without_an_end_a_part_is_looked_at_and_the_rest_taken_to_be_as_full_as_can_be(
     packing, tokens, monkeypatch
