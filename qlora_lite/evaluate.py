@@ -10,18 +10,18 @@ from torch import nn
 from .build import build_skeleton, build_to_use, train_settings
 from .data.check import check_answers
 from .data.stored import Example
-from .errors import DataError
+from .errors import DataError, ModelError
 from .generate import answer, stop_ids
 from .lora.adapter import load_adapter
 from .memory.meter import held_bytes
 from .memory.process import CUDA_CONTEXT_BYTES
-from .models.anatomy import device_of
+from .models.anatomy import device_of, position_limit
 from .models.tokenizer import load_tokenizer
 from .planning.answering import MOST_PROMPTS, prompts_at_once
 from .quant.linear import arrange_weights
 from .recipe.schema import Recipe
 from .rows import build_data
-from .train.guards import check_forward
+from .train.guards import check_embeddings, check_forward
 from .train.loop import eval_batches
 from .train.step import evaluate_loss
 
@@ -60,7 +60,7 @@ def exact_match(
     if is_error:
         raise DataError(str(problem))
     asked = [example for example in examples if example.answer]
-    prompts, (_, new_tokens) = [example.prompt for example in asked], _most_tokens(tokenizer, asked)
+    prompts, (_, new_tokens) = [example.prompt for example in asked], _most_tokens(model, tokenizer, asked)
     stop = stop_ids(model, tokenizer, end_token_ids)
     answers = [text.strip() for text in answer(model, tokenizer, prompts, new_tokens, stop, at_once)]
     written = tokenizer([example.answer for example in asked], add_special_tokens=False).input_ids
@@ -70,18 +70,29 @@ def exact_match(
     return ExactMatch(right / len(asked), tuple(next(in_order) if example.answer else "" for example in examples))
 
 
-def _most_tokens(tokenizer, asked: Sequence[Example]) -> tuple[int, int]:
-    """Return the tokens of the longest prompt, and the most that are generated for any."""
+def _most_tokens(model: nn.Module, tokenizer, asked: Sequence[Example]) -> tuple[int, int]:
+    """Return the tokens of the longest prompt, and the most that are generated for any.
+
+    Raises:
+        ModelError: together they are more than the model can compute.
+    """
     given = tokenizer([example.prompt for example in asked], add_special_tokens=False).input_ids
     answers = [len(example.token_ids) - len(ids) for example, ids in zip(asked, given, strict=True)]
-    return max(map(len, given)), max(answers) + SPARE_TOKENS
+    prompt, new = max(map(len, given)), max(answers) + SPARE_TOKENS
+    limit = position_limit(model)
+    if limit is not None and prompt + max(answers) > limit:
+        raise ModelError(
+            f"train.exact_match_rows (--rows): prompts of {prompt} tokens with answers of {max(answers)} are more than "
+            f"the {limit} positions that the model has embeddings of; set it to 0"
+        )
+    return prompt, new if limit is None else min(new, limit - prompt)
 
 
 def answered_at_once(
     recipe: Recipe, model: nn.Module, tokenizer, examples: Sequence[Example], budget_bytes: int
 ) -> int:  # fmt: skip
     """Return how many prompts of some rows a budget has room for at once, beside the model as it is loaded now."""
-    device, tokens = device_of(model), sum(_most_tokens(tokenizer, [row for row in examples if row.answer]))
+    device, tokens = device_of(model), sum(_most_tokens(model, tokenizer, [row for row in examples if row.answer]))
     context = CUDA_CONTEXT_BYTES if device.type == "cuda" else 0
     return prompts_at_once(build_skeleton(recipe), tokens, budget_bytes - context - held_bytes(device), device.type)
 
@@ -103,6 +114,7 @@ def evaluate_recipe(recipe: Recipe, adapter: Path | None, exact_match_rows: int)
     if adapter:
         load_adapter(model, adapter)
     check_forward(model, settings.max_tokens)
+    check_embeddings(model, data.examples)
     result = evaluate_loss(model, eval_batches(data.examples, settings), settings.levers.loss_chunk_tokens)
     measured = {
         "adapter": str(adapter) if adapter else None, "rows": len(data.examples),

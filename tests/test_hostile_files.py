@@ -246,7 +246,7 @@ def test_the_numbers_of_a_checkpoint_may_be_anything(trained, tmp_path, times, c
         continuation.compare_schedule(6, other.settings)
         with_plan(recipe, continuation.run["plan"])
         restore(other, continuation.checkpoint)
-        Training(None, None, other, None, None, None, None, {}, None).restore(continuation)
+        Training(None, None, other, None, None, None, None, {}, 0, None).restore(continuation)
 
     assert clean(go_on, good.documents) == ""
     state, everything = good.documents[STATE], st.sampled_from([STATE, RUN])

@@ -343,6 +343,20 @@ def test_prompts_for_exact_matches_share_what_the_budget_leaves_beside_the_model
         assert answered_at_once(recipe, model, byte_tokenizer(), rows, budget) == prompts
 
 
+def test_prompts_and_answers_that_a_model_has_no_positions_for_are_told_before_training(tmp_path):
+    save_tiny(tmp_path / "model", "gpt2", n_positions=128)
+
+    def train(*pairs):
+        recipe = write_recipe(tmp_path, tmp_path / "model", output={"dir": str(tmp_path / str(len(pairs[0][0])))})
+        rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+        (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return qlora_lite.run_recipe(load_recipe(recipe))
+
+    assert summary_of(train(("q" * 60, "a"), ("q", "a" * 45)))["exact_match_rows"] == 2
+    with pytest.raises(ModelError, match=r"exact_match_rows .* more than the 128 positions .* set it to 0"):
+        train(("q" * 70, "a"), ("q", "a" * 70))
+
+
 @pytest.mark.parametrize("call", [1, 2])
 def test_prompts_that_memory_runs_out_over_end_the_run_before_training_and_not_after_it(run, monkeypatch, caplog, call):
     calls = []

@@ -36,6 +36,18 @@ def decoder(model: nn.Module) -> nn.Module:
     return inner
 
 
+def position_limit(model: nn.Module) -> int | None:
+    """Return the tokens of the longest row that a table of positions has room for (GPT-2, OPT); None without one.
+
+    OPT's has two rows more.
+    """
+    limit = getattr(text_config(model), "max_position_embeddings", None)
+    if limit is None:
+        return None
+    tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings())
+    return limit if any(0 <= table.num_embeddings - limit <= 2 for table in tables) else None
+
+
 def head(model: nn.Module) -> Head:
     """Describe the model's output head, with the scale and soft cap that its configuration states."""
     layer, config = model.get_output_embeddings(), text_config(model)

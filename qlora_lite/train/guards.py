@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from qlora_lite.data.batch import IGNORED_LABEL, Batch
-from qlora_lite.data.stored import Example, largest_token
+from qlora_lite.data.stored import Example, largest_token, row_lengths
 from qlora_lite.errors import DataError, ModelError, TrainingError
 from qlora_lite.lora.inject import lora_layers, lora_parameters
 from qlora_lite.lora.layer import LoraLinear
-from qlora_lite.models.anatomy import device_of, head
+from qlora_lite.models.anatomy import device_of, head, position_limit
 from qlora_lite.models.levers import Levers
 from qlora_lite.models.load import use_row_attention, uses_row_attention
 from qlora_lite.models.rows_alone import rows_run_alone, run_rows_alone, use_own_attention, why_rows_run_alone
@@ -187,12 +187,19 @@ def _drops(module: nn.Module) -> bool:
     return any(rates) or (isinstance(module, nn.Dropout) and module.p > 0)
 
 
-def check_vocabulary(model: nn.Module, examples: Sequence[Example]) -> None:
-    """Check that the model has an embedding for every token of the rows.
+def check_embeddings(model: nn.Module, examples: Sequence[Example]) -> None:
+    """Check that the model has an embedding for every token of the rows, and for every position.
 
     Raises:
         DataError: it lacks one, which a card would answer with an assertion of its own.
     """
+    limit = position_limit(model)
+    if limit is not None and (longest := max(row_lengths(examples), default=0)) > limit:
+        where = examples[row_lengths(examples).index(longest)].where
+        raise DataError(
+            f"{where}: the row has {longest} tokens, and the model has embeddings of {limit} positions; set "
+            f"data.max_tokens to {limit}, and data.overflow to what becomes of longer rows"
+        )
     words = model.get_input_embeddings().weight.shape[0]
     if largest_token(examples) < words:
         return

@@ -39,10 +39,10 @@ from .guards import (
     can_reach_every_layer,
     check_adapters_took_part,
     check_compilable,
+    check_embeddings,
     check_forward,
     check_trainable,
     check_updates_in_backward,
-    check_vocabulary,
     explain_not_finite,
 )
 from .optim import build_optimizer
@@ -116,7 +116,7 @@ class Trainer:
         self._is_still = False  # its gradients are zero, which has been said
         self.fused_loss: str | None = None  # in place of the chunked one; see ``choose_loss``
         self.most_tokens: int | None = None  # at once through the model, since memory ran out with more
-        check_vocabulary(model, examples)
+        check_embeddings(model, examples)
         check_trainable(model, sum(parameter.numel() for parameter in self.parameters))
         tiny_tiles = settings.levers.tile_tokens and CHECKED_TILE_TOKENS  # so that the check's few tokens are cut
         set_levers(model, replace(settings.levers, tile_tokens=tiny_tiles))
@@ -135,7 +135,7 @@ class Trainer:
             TrainingError: a factor is not what it was.
         """
         s, device = self.settings, device_of(self.model)
-        check_vocabulary(self.model, eval_examples)
+        check_embeddings(self.model, eval_examples)
         largest, evaluation = largest_batches(self.examples, eval_examples, self.epochs, self.most_tokens)
         # bitsandbytes never gives paged states back; others of the same size are freed after the rehearsal
         name = s.optimizer.removeprefix("paged_")

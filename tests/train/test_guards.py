@@ -14,6 +14,7 @@ from qlora_lite.data.batch import collate
 from qlora_lite.data.stored import Example, stored
 from qlora_lite.errors import DataError, ModelError, TrainingError
 from qlora_lite.lora.inject import add_lora, lora_layers, lora_parameters
+from qlora_lite.models.anatomy import position_limit
 from qlora_lite.models.levers import Levers
 from qlora_lite.models.quantizer import quantize_head
 from qlora_lite.models.rows_alone import rows_run_alone
@@ -328,6 +329,29 @@ def test_rows_that_would_be_rotated_as_the_longest_of_their_batch_run_alone(mode
     check_frozen(training.model, checksum)  # frequencies that follow the rows are no weights
     short = trainer(model_type, rows=rows_of(60, 6), max_steps=1, **changes | {"max_tokens": 64})
     assert not rows_run_alone(short.model)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "opt"])
+def test_a_row_longer_than_the_table_of_positions_is_named_with_what_to_set(model_type):
+    fits, longer = rows_of(128, 60, 100), rows_of(7, 129)
+    assert len(list(trainer(model_type, rows=fits, max_tokens=256))) == 4
+    said = r"rows:129: the row has 129 tokens, and the model has embeddings of 128 .* set data\.max_tokens to 128"
+    with pytest.raises(DataError, match=said):
+        trainer(model_type, rows=longer, max_tokens=256)
+    with pytest.raises(DataError, match=said):
+        trainer(model_type, rows=fits, max_tokens=256).rehearse(longer)
+    assert len(list(trainer("llama", rows=rows_of(7, 300), max_tokens=512))) == 4
+
+
+@pytest.mark.parametrize("model_type", sorted({*ARCHITECTURES, *UNUSUAL}))
+def test_a_limit_of_positions_is_that_of_a_model_that_cannot_embed_more(model_type):
+    model = build_tiny(model_type)
+    limit = position_limit(model)
+    assert (limit is not None) == (model_type in ("gpt2", "opt", "gpt_neo"))
+    if limit:
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.zeros(1, limit + 1, dtype=torch.int64))
+        model(torch.zeros(1, limit, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
