@@ -79,11 +79,8 @@ def _measure(tasks: Tasks, name: str | None, rows_of: Recipe, answers: int) -> t
         rows = own.data.model_copy(update={key: getattr(rows_of.data, key) for key in _ROWS})
         recipe = own.model_copy(update={"data": rows})
         if name and _may_have_learned(own, rows_of):
-            log.warning(
-                "%s has trained on files of which %s held rows out, and may have learned those",
-                name,
-                rows_of.output.name,
-            )
+            log.warning("%s has trained on files of which %s held rows out, and may have learned those", name,
+                        rows_of.output.name)  # fmt: skip
         data, settings = build_data(recipe, tasks.tokenizer, "eval"), train_settings(recipe)
         batches, chunk_tokens = eval_batches(data.examples, settings), settings.levers.loss_chunk_tokens
         loss = evaluate_loss(tasks.model, batches, chunk_tokens)

@@ -37,15 +37,7 @@ from .plan_text import reason
 from .preflight import line_of_problem, preflight
 from .recipe.schema import Recipe
 from .report import write_report
-from .resume import (
-    BASE_MODEL,
-    CHUNKED,
-    Continuation,
-    data_identity,
-    environment,
-    path_to_continue,
-    reopen,
-)
+from .resume import BASE_MODEL, CHUNKED, Continuation, data_identity, environment, path_to_continue, reopen
 from .rows import build_stream, rows_to_plan
 from .runs import (
     ADAPTER,

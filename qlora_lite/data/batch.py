@@ -220,7 +220,7 @@ def extent_of(lengths: Sequence[int], learned: Sequence[int], batches: Sequence[
 
 def enlarged(rows: Sequence[Example], most: Extent) -> list[Example]:
     """Return rows that need as much memory as any micro-batch: the tokens of the one that has most, cut into other rows
-    where another has more rows or a longer one, and learned as much as any.
+    where another has more rows or a longer one, and learned as much as any, evenly: parts of it have some to learn too.
 
     Args:
         rows: of the micro-batch with the most tokens; they are repeated where ``most`` has more.
@@ -231,12 +231,12 @@ def enlarged(rows: Sequence[Example], most: Extent) -> list[Example]:
     elif sum(int(row.learned.sum()) for row in rows) >= most.learned:
         return list(rows)
     tokens, found = np.resize(np.concatenate([row.token_ids for row in rows]), most.tokens), []
-    end, left = 0, min(most.learned, most.tokens - len(lengths))
-    for length in lengths:
+    rooms, end = np.array(lengths) - 1, 0  # a row's first token is predicted by none
+    shares = np.cumsum(rooms) * min(most.learned, rooms.sum()) // max(1, rooms.sum())
+    for length, count in zip(lengths, np.diff(shares, prepend=0).tolist(), strict=True):
         start, end = end, end + length
         learned = np.zeros(length, np.bool_)
-        learned[1 : 1 + left] = True  # a row's first token is predicted by none
-        left -= int(learned.sum())
+        learned[1 : 1 + count] = True
         found.append(replace(rows[0], token_ids=tokens[start:end], learned=learned))
     return found
 

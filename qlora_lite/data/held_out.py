@@ -1,8 +1,8 @@
 """Hold a share of the training rows out for evaluation.
 
-Which rows is decided by their file and line alone: the same ones under every template and seed, so that runs can be
-compared. Rows that are alike token for token, and the parts of a split row, stay on one side together: what was
-learned is no measure of what was not.
+Rows are chosen by the numbers of their file and line, whatever template and seed are, so that runs can be compared.
+Rows that are alike token for token, and the parts of a split row, stay on one side together: what was learned is no
+measure of what was not.
 """
 
 from __future__ import annotations

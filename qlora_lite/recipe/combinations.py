@@ -18,17 +18,9 @@ _Value = Callable[..., object]
 def conflicts(value: _Value) -> _Found:
     """Yield place and message of every setting that does not go with others."""
     for check in (
-        _patience,
-        _held_out,
-        _streaming,
-        _update_in_backward,
-        _compile,
-        _head,
-        _all_kept,
-        _kept_and_streamed,
-        _stretches,
-        _folder,
-    ):
+        _patience, _held_out, _streaming, _update_in_backward, _compile, _head, _all_kept, _kept_and_streamed,
+        _stretches, _folder,
+    ):  # fmt: skip
         yield from check(value)
 
 

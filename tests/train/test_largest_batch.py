@@ -8,6 +8,7 @@ from qlora_lite.data.stored import Example
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.models.levers import Levers
 from qlora_lite.train.inventory import categorised
+from qlora_lite.train.loop import largest_batches
 
 PACK = 256
 
@@ -44,6 +45,16 @@ def test_no_step_holds_more_than_the_rehearsal_did(rows, levers):
     rehearsed, steps = peak_of(training, training.rehearse), iter(training)
     later = [peak_of(training, lambda: next(steps)) for _ in range(training.total_steps)]
     assert max(later) <= 1.01 * rehearsed
+
+
+@pytest.mark.parametrize("most_tokens", [100, 74, 30])
+@pytest.mark.parametrize("rows", [*SETS.values(), [row(20, 1)] * 12 + [row(40, 1)] * 6], ids=[*SETS, "one each"])
+def test_what_is_rehearsed_after_memory_ran_out_has_something_to_learn(rows, most_tokens):
+    training = trainer(rows=rows, order="as-is", max_tokens=PACK, max_steps=6, gradient_accumulation_steps=1)
+    training.most_tokens = most_tokens
+    for batch in largest_batches(training.examples, rows, training.epochs, most_tokens):
+        assert sum(batch.row_lengths) <= max(most_tokens, *batch.row_lengths)
+    training.rehearse(rows)
 
 
 @pytest.mark.parametrize("rows", SETS.values(), ids=SETS)
