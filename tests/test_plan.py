@@ -301,6 +301,18 @@ def test_as_many_blocks_stay_on_the_card_as_it_has_room_for_where_the_host_has_n
     assert 0 < plan.chosen.levers.resident_blocks < 32
 
 
+def test_where_weights_are_streamed_the_last_blocks_stay_and_keep_all_if_that_is_faster(recipe):
+    big = recipe("model.path=meta-llama/Llama-3.1-8B", "data.max_tokens=512")
+    plan = planner.plan_recipe(big, CARD, 4 * GIB)
+    levers = plan.chosen.levers
+    assert plan.fits and 2 <= levers.kept_blocks == levers.resident_blocks < 32
+    streaming_all = replace(levers, kept_blocks=0, resident_blocks=0)
+    slower = build_candidate(plan.step, plan.machine, streaming_all, plan.chosen.packs)
+    assert plan.chosen.step_seconds * EQUALLY_FAST < slower.step_seconds
+    one_more = replace(levers, kept_blocks=levers.kept_blocks + 2, resident_blocks=levers.kept_blocks + 2)
+    assert build_candidate(plan.step, plan.machine, one_more, plan.chosen.packs).peak_bytes > 0.97 * plan.limit_bytes
+
+
 def test_checkpoints_on_a_disk_need_its_room_and_not_the_host_s(recipe, tmp_path):
     offloading = (
         "memory.checkpointing=block", "memory.kept_blocks=0", "memory.offload_checkpoints=true", "data.max_tokens=8192",

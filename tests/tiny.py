@@ -48,6 +48,8 @@ UNUSUAL = {
                                 attention_types=[[["global", "local"], 1]], max_position_embeddings=128,
                                 attention_dropout=0.0, resid_dropout=0.0, embed_dropout=0.0)),
     "cohere2": ("cohere2", _GATED | dict(num_hidden_layers=4, head_dim=16, sliding_window=5, logit_scale=0.25)),
+    "qwen3_moe": ("qwen3_moe", _GATED | dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32,
+                                             head_dim=16, norm_topk_prob=True)),
     "gpt_oss": ("gpt_oss", _GATED | dict(num_local_experts=4, num_experts_per_tok=2, head_dim=16, sliding_window=5,
                                          rope_parameters={"rope_type": "default", "rope_theta": 1e4})),
     "deepseek_v3": ("deepseek_v3", _GATED | dict(
@@ -114,16 +116,24 @@ def _enlarged(model: nn.Module) -> nn.Module:
 
 def quantized_pair(model_type: str, quant_type: str = "nf4", **options) -> tuple[nn.Module, nn.Module]:
     """Return a 4-bit model and a plain one that holds its dequantised weights."""
-    from qlora_lite.quant.linear import QuantLinear, frozen_weight, is_conv1d
+    from qlora_lite.models.experts import PACKED
+    from qlora_lite.quant.linear import is_conv1d
+    from qlora_lite.quant.packed import PackedWeight
     from qlora_lite.quant.product import materialize
 
     plain = build_tiny(model_type, **options)
     quantized = copy.deepcopy(plain)
     quantize_in_place(quantized, quant_type, double_quant=True)
     for name, module in quantized.named_modules():
-        if isinstance(module, QuantLinear):
-            spec, tensors = frozen_weight(module)
-            weight, target = materialize(spec, tensors, torch.float32), plain.get_submodule(name)
+        if not isinstance(module, PackedWeight):
+            continue
+        weight, (path, _, leaf) = materialize(*module.described, torch.float32), name.rpartition(".")
+        target = plain.get_submodule(path if leaf.startswith(PACKED) else name)
+        if leaf.startswith(PACKED):
+            weight = weight.transpose(1, 2) if target.is_transposed else weight
+            target.get_parameter(leaf.removeprefix(PACKED)).data = weight.contiguous()
+            plain.set_experts_implementation("eager")  # transformers' own loop over the experts
+        else:
             target.weight.data = weight.t().contiguous() if is_conv1d(target) else weight
     return adopt(quantized), plain
 

@@ -31,6 +31,7 @@ from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.nf4 import from_bnb_state
 
 from .cache import cache_entry
+from .experts import use_packed_experts
 from .locate import ModelFiles, locate
 from .nested import LanguagePart, read_language_part, stored_names
 from .quantizer import QuantizeConfig, quantize_head, quantize_in_place, register
@@ -136,10 +137,11 @@ def load_model(
 
 
 def adopt(model: nn.Module) -> nn.Module:
-    """Freeze a transformers model and put this package's attention and norms into it; return it."""
+    """Freeze a transformers model and put this package's attention, experts and norms into it; return it."""
     model.requires_grad_(False).eval()
     model.config.use_cache = False
     use_row_attention(model)
+    use_packed_experts(model)
     use_lean_norms(model)
     return model
 

@@ -18,16 +18,19 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora_lite.errors import ModelError
-from qlora_lite.quant.linear import PACKED_BUFFERS, QuantLinear, frozen_weight, is_conv1d
+from qlora_lite.quant.linear import QuantLinear, frozen_weight, is_conv1d, is_linear_16_bit
 from qlora_lite.quant.nf4 import BLOCK_SIZE, quantize
+from qlora_lite.quant.packed import PACKED_BUFFERS, PackedWeight
 from qlora_lite.units import format_bytes
+
+from .experts import Projection, drop_parameter, pack_in_place, projections, put_empty
 
 METHOD = "qlora_lite"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class QuantizeConfig(QuantizationConfigMixin):
-    """Ask ``from_pretrained`` to quantise the linear layers of the blocks on arrival."""
+    """Ask ``from_pretrained`` to quantise the linear layers and the experts of the blocks on arrival."""
 
     def __init__(self, quant_type: str = "nf4", double_quant: bool = True, **_unused):
         self.quant_method = METHOD
@@ -41,8 +44,12 @@ class QuantizeOnArrival(ConversionOps):
     here, transformers would print the stack trace and pass on only that there was one.
     """
 
-    def __init__(self, config: QuantizeConfig, layers: dict[str, QuantLinear], transposed: set[str], problems: list):
-        self.config, self.layers, self.transposed, self.problems = config, layers, transposed, problems
+    def __init__(
+        self, config: QuantizeConfig, layers: dict[str, PackedWeight], transposed: set[str],
+        experts: dict[str, Projection], problems: list,
+    ):  # fmt: skip
+        self.config, self.layers, self.transposed = config, layers, transposed
+        self.experts, self.problems = experts, problems
 
     def convert(self, input_dict, **_unused):
         result = {}
@@ -51,7 +58,11 @@ class QuantizeOnArrival(ConversionOps):
             path = name.rpartition(".")[0]
             if path in self.transposed:
                 weight = weight.t().contiguous()
-            shape = self.layers[path].out_features, self.layers[path].in_features
+            if projection := self.experts.get(name):
+                path = projection.packed
+                weight = projection.straight(weight)
+                result[name] = weight.new_empty(0)  # the parameter is there, as far as transformers asks
+            shape = self.layers[path].shape
             if tuple(weight.shape) != shape:
                 self.problems.append(f"{name}: has the shape {tuple(weight.shape)}, and {shape} is needed")
                 continue
@@ -67,7 +78,7 @@ class QuantizeOnArrival(ConversionOps):
 
 
 class OnArrivalQuantizer(HfQuantizer):
-    """Put ``QuantLinear`` layers into the skeleton and fill them while the checkpoint is read."""
+    """Put packed weights into the skeleton and fill them while the checkpoint is read."""
 
     requires_calibration = False
 
@@ -75,22 +86,33 @@ class OnArrivalQuantizer(HfQuantizer):
         skip = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
         config = self.quantization_config
         self.problems: list[str] = []
-        self.transposed = replace_linears(model, config.quant_type, config.double_quant, skip)
-        self.layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+        self.experts = {f"{projection.path}.{projection.name}": projection for projection in projections(model)}
+        for projection in self.experts.values():
+            put_empty(projection, config.quant_type, config.double_quant)
+        self.transposed = _replace_linears(model, config.quant_type, config.double_quant, skip, self.experts)
+        self.layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)}
         for layer in self.layers.values():
             # transformers 5.17 gives a checkpoint's weight the type of what stands here, before it is quantised
             layer.weight = layer.weight.to(model.dtype)
 
     def param_needs_quantization(self, model, param_name, **_unused):
         path, _, name = param_name.rpartition(".")
-        return name == "weight" and isinstance(model.get_submodule(path), QuantLinear)
+        return param_name in self.experts or (name == "weight" and isinstance(model.get_submodule(path), QuantLinear))
 
     def param_element_size(self, model, param_name, param):
         # what transformers reserves on a card before it loads, and keeps; codes stand here, in the model's type
-        return 1 if self.param_needs_quantization(model, param_name) else param.element_size()
+        if param_name in self.experts:  # what stands for it is asked for too
+            return 0
+        return 1 if param_name.rpartition(".")[0] in self.layers else param.element_size()
 
     def get_quantize_ops(self):
-        return QuantizeOnArrival(self.quantization_config, self.layers, self.transposed, self.problems)
+        return QuantizeOnArrival(
+            self.quantization_config, self.layers, self.transposed, self.experts, self.problems
+        )  # fmt: skip
+
+    def _process_model_after_weight_loading(self, model, **_unused):
+        for projection in self.experts.values():
+            drop_parameter(projection)
 
     def is_serializable(self):
         return False
@@ -100,24 +122,33 @@ class OnArrivalQuantizer(HfQuantizer):
         return True
 
 
-def replace_linears(model: nn.Module, quant_type: str, double_quant: bool, skip=()) -> set[str]:
-    """Put empty ``QuantLinear`` layers on the meta device in place of a skeleton's linear layers.
+def replace_weights(model: nn.Module, quant_type: str, double_quant: bool, skip=()) -> None:
+    """Put empty packed weights on the meta device in place of a skeleton's linear layers and experts.
 
     Args:
         skip: paths, or last parts of paths, of layers that stay as they are (the head).
 
+    Raises:
+        ModelError: weights of the blocks would stay in 16 bit.
+    """
+    for projection in list(projections(model)):
+        put_empty(projection, quant_type, double_quant)
+        drop_parameter(projection)
+    _replace_linears(model, quant_type, double_quant, skip)
+
+
+def _replace_linears(model: nn.Module, quant_type: str, double_quant: bool, skip=(), experts=()) -> set[str]:
+    """Put empty ``QuantLinear`` layers on the meta device in place of a skeleton's linear layers.
+
     Returns:
         The paths of the layers whose weight is stored [in, out] in checkpoints (``Conv1D``).
-
-    Raises:
-        ModelError: weights of the blocks would stay in 16 bit (experts held in one three-dimensional tensor).
     """
-    refuse_unquantized_experts(model)
+    _refuse_16_bit(model, experts)
     transposed = set()
     for name, module in list(model.named_modules()):
         if name in skip or name.rpartition(".")[2] in skip:
             continue
-        if not isinstance(module, nn.Linear) and not is_conv1d(module):
+        if not is_linear_16_bit(module):
             continue
         if is_conv1d(module):
             transposed.add(name)
@@ -130,31 +161,36 @@ def replace_linears(model: nn.Module, quant_type: str, double_quant: bool, skip=
     return transposed
 
 
-def refuse_unquantized_experts(model: nn.Module) -> None:
+def _refuse_16_bit(model: nn.Module, packed=()) -> None:
     """Raise if the blocks hold weights that are neither linear layers nor small; convolutions stay in 16 bit.
+
+    Args:
+        packed: paths of parameters for which there is a packed weight.
 
     Raises:
         ModelError: naming the modules and the bytes that 4-bit loading would silently leave in 16 bit.
     """
     stacked = [
         (f"{path}.{leaf}", p) for path, module in model.named_modules() if not isinstance(module, CONVOLUTIONS)
-        for leaf, p in module.named_parameters(recurse=False) if p.ndim >= 3 and p.numel() > 2**16
+        for leaf, p in module.named_parameters(recurse=False)
+        if p.ndim >= 3 and p.numel() > 2**16 and f"{path}.{leaf}" not in packed
     ]  # fmt: skip
     if stacked:
         size = format_bytes(sum(p.numel() * 2 for _, p in stacked))
         raise ModelError(
             f"{len(stacked)} weights hold several experts in one tensor, such as {stacked[0][0]} "
-            f"{tuple(stacked[0][1].shape)}; 4-bit loading would leave {size} of them in 16 bit. Such models are "
-            "not supported yet; set model.quant to none if that fits, or choose a model without experts"
+            f"{tuple(stacked[0][1].shape)}, in a form that is not known here; 4-bit loading would leave {size} of them "
+            "in 16 bit. Set model.quant to none if that fits, or choose another model"
         )
 
 
 def quantize_in_place(model: nn.Module, quant_type: str, double_quant: bool) -> None:
-    """Quantise the linear layers of a model that is in memory already, one at a time; the head stays."""
-    refuse_unquantized_experts(model)
+    """Quantise the linear layers and experts of a model that is in memory already, one at a time; the head stays."""
+    pack_in_place(model, quant_type, double_quant)
+    _refuse_16_bit(model)
     head = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
-        if module is head or (not isinstance(module, nn.Linear) and not is_conv1d(module)):
+        if module is head or not is_linear_16_bit(module):
             continue
         weight = module.weight.detach().t().contiguous() if is_conv1d(module) else module.weight.detach()
         layer = QuantLinear.from_weight(weight, module.bias, quant_type, double_quant)

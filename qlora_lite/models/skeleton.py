@@ -24,7 +24,7 @@ from .families import known_config, nearest
 from .load import adopt
 from .locate import locate
 from .nested import LanguagePart, language_part, read_language_part
-from .quantizer import quantize_head, replace_linears
+from .quantizer import quantize_head, replace_weights
 
 _patterns: dict[tuple, tuple[int, int]] = {}  # by configuration and targets, see ``block_pattern``
 
@@ -144,7 +144,7 @@ def meta_model(config, quant: str, double_quant: bool, dtype: torch.dtype, quant
         raise ModelError(f"no causal language model can be built from this configuration: {reason}") from error
     if quant != "none":
         head = model.get_output_embeddings()
-        replace_linears(model, quant, double_quant, [name for name, m in model.named_modules() if m is head])
+        replace_weights(model, quant, double_quant, [name for name, m in model.named_modules() if m is head])
     if quant_head:
         quantize_head(model, quant, double_quant)
     return adopt(model)

@@ -88,9 +88,18 @@ class Run:
         if node is None or self._last is None or node.name() != "AddBackward0":
             return False
         product, product_node = self._last
-        return product() is not outputs and any(term is product_node for term, _ in node.next_functions)
+        terms = [_before_views(term) for term, _ in node.next_functions]
+        return product() is not outputs and any(term is product_node for term in terms)
 
 
+def _before_views(node):
+    """Return the node of the tensor that another shape was given to."""
+    while node is not None and node.name() in _VIEWS:
+        ((node, _),) = node.next_functions
+    return node
+
+
+_VIEWS = "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"  # of results with their elements in order
 _run: ContextVar[Run | None] = ContextVar("run", default=None)
 _row: ContextVar[int] = ContextVar("row", default=0)
 

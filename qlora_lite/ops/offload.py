@@ -51,7 +51,7 @@ def host_memory(size: int, device: torch.device) -> torch.Tensor:
     Where no more can be pinned (in WSL after 0.5 to 1 GiB: microsoft/WSL issue 14078, nvidia-docker issue 1725), it is
     ordinary memory: the same copies, slower.
     """
-    taken = 1 << (size - 1).bit_length() if device_type(device) == "cuda" else size
+    taken = pinned_bytes(size) if device_type(device) == "cuda" else size
     host = device if device.type == "meta" else torch.device("cpu")  # a plan's tensors have no memory at all
     with category("offloaded"):
         if device.type == "cuda":
@@ -62,6 +62,11 @@ def host_memory(size: int, device: torch.device) -> torch.Tensor:
                     raise
                 _say_not_pinned(str(error).partition("\n")[0])
         return torch.empty(taken, dtype=torch.uint8, device=host)[:size]
+
+
+def pinned_bytes(size: int) -> int:
+    """Return what torch's pool of pinned memory takes for so many bytes."""
+    return 1 << (size - 1).bit_length()
 
 
 @cache

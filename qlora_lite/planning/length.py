@@ -99,6 +99,8 @@ def _partly_streamed(step: Step, levers: Levers, host_limit_bytes: int) -> JobOf
     def job_of(tokens: int) -> Job:
         missing = host_bytes(tokens, 0) - host_limit_bytes
         count = max(fewest, -(-missing // block_bytes))
+        while count < most and host_bytes(tokens, count) > host_limit_bytes:  # several share an allocation
+            count += 1
         return _one_pack(step, replace(levers, resident_blocks=count if count <= most else None), tokens)
 
     return job_of

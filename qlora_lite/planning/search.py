@@ -16,7 +16,7 @@ spent, with fewer packs at once and with what a card may have in host memory, as
 """
 
 from collections import ChainMap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 
@@ -292,16 +292,19 @@ def _with_attention_kept(step: Step, machine: Machine, best: Candidate, limit_by
 
 
 def _with_more_on_device(step: Step, machine: Machine, best: Candidate, limit_bytes: int) -> list[Candidate]:
-    """Return a candidate with as many last blocks kept (or resident) as the limit allows, if it allows any; where it
-    has room for nearly all, also one that keeps all."""
-    name = "kept_blocks" if best.levers.resident_blocks is None else "resident_blocks"
-    if not best.levers.computes_again or name in step.fixed:
+    """Return candidates with as many last blocks kept (of streamed ones resident, or both) as the limit allows, if it
+    allows any; where it has room for nearly all, also one that keeps all."""
+    if not best.levers.computes_again:
         return []
-    if name == "resident_blocks" and best.levers.kept_blocks:  # of the same last blocks, which the user fixed
-        return []
-    raised = _raised(step, machine, best, name, limit_bytes)
-    found = [] if raised.levers == best.levers else [raised]
-    if raised.levers.kept_blocks == step.job.config.num_hidden_layers - FEWEST_ALIKE and _may_keep_all(step):
+    ways = [("kept_blocks",)]
+    if best.levers.resident_blocks is not None:  # of the same last blocks, so not where the user fixed some
+        ways = [] if best.levers.kept_blocks else [("resident_blocks",), ("resident_blocks", "kept_blocks")]
+    ways = [names for names in ways if not step.fixed.keys() & {*names}]
+    raised = (_raised(step, machine, best, names, limit_bytes) for names in ways)
+    found = [candidate for candidate in raised if candidate.levers != best.levers]
+    nearly_all = step.job.config.num_hidden_layers - FEWEST_ALIKE, None
+    kept = [(candidate.levers.kept_blocks, candidate.levers.resident_blocks) for candidate in found]
+    if nearly_all in kept and _may_keep_all(step):
         changes = {"checkpointing": "none", "reuse_dequantized": False, "offload_checkpoints": False}
         unset = {name: value for name, value in changes.items() if name not in step.fixed}
         keeps_all = build_candidate(step, machine, replace(best.levers, **unset), best.packs)
@@ -320,10 +323,10 @@ def _with_less_to_stream(step: Step, machine: Machine, found: list[Candidate], l
     return [resident, *_with_more_on_device(step, machine, last, limit_bytes)]
 
 
-def _raised(step: Step, machine: Machine, best: Candidate, name: str, limit_bytes: int) -> Candidate:
-    """Return a candidate with as many last blocks kept (or resident) as fit."""
+def _raised(step: Step, machine: Machine, best: Candidate, names: Sequence[str], limit_bytes: int) -> Candidate:
+    """Return a candidate with as many last blocks kept, resident or both, by the levers' names, as fit."""
     depth = step.job.config.num_hidden_layers
-    job = replace(best.prediction.job, levers=replace(best.levers, **{name: 1}))
+    job = replace(best.prediction.job, levers=replace(best.levers, **dict.fromkeys(names, 1)))
     at = along_last_blocks(job)
     line = {0: best.prediction.simulation}
 
@@ -334,6 +337,6 @@ def _raised(step: Step, machine: Machine, best: Candidate, name: str, limit_byte
     few = FEWEST_ALIKE - 1  # are left out at both ends
     count = most(lambda n: peak_of(n + few if n else 0), limit_bytes, depth - 1 - 2 * few)
     count += few if count else 0
-    levers = replace(best.levers, **{name: count})
+    levers = replace(best.levers, **dict.fromkeys(names, count))
     prediction = with_constants(replace(job, levers=levers), line[count])
     return timed(machine, levers, best.packs, best.micro_batches, prediction)

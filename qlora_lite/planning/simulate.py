@@ -33,6 +33,7 @@ from qlora_lite.models.levers import Levers, place, set_levers
 from qlora_lite.models.rows_alone import run_rows_alone, why_rows_run_alone
 from qlora_lite.models.skeleton import block_pattern, give_storage, meta_model, shallow_config
 from qlora_lite.ops.shapes import planning_for
+from qlora_lite.ops.stream import spare_bytes
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.optim import build_optimizer
 from qlora_lite.train.rehearsal import rehearse_step
@@ -114,6 +115,7 @@ class Simulation:
     folder_bytes: int = 0  # most that lay in files of ``levers.offload_folder``
     frozen_bytes: int = 0  # the model without the adapter, wherever it lies
     measured_because: str = ""  # the operator that cannot run without values, where real tensors were measured
+    streamed_sizes: tuple[int, ...] = ()  # bytes of the first streamed blocks, of each kind at least one
 
     def peak(self, name: str | None = None) -> Moment:
         """Return the highest moment of a phase, or of all."""
@@ -139,13 +141,18 @@ def simulate(job: Job) -> Simulation:
         return simulate_whole(job)
     if last:
         return along_last_blocks(job)(last)
+    return _as_allocated(job, _repeating(job))
+
+
+def _repeating(job: Job) -> Simulation:
+    """Simulate a model whose blocks all run in the same way, or in a few ways in turn."""
     depth, (unlike, pattern) = job.config.num_hidden_layers, _pattern(job)
     front = unlike + _front(job) * pattern
     shallow, deeper = front + pattern, front + 2 * pattern
     if depth <= deeper:
-        return simulate_whole(job)
+        return _on_meta(job)
     small, large = (
-        _ends(simulate_whole(_at_depth(job, layers)), layers, 0, (front, pattern)) for layers in (shallow, deeper)
+        _ends(_on_meta(_at_depth(job, layers)), layers, 0, (front, pattern)) for layers in (shallow, deeper)
     )
     return _continued(small, [(large, (depth - shallow) // pattern)], depth, 0)
 
@@ -196,23 +203,46 @@ def along_last_blocks(job: Job) -> Callable[[int], Simulation]:
     if pattern > 1 or depth < few + 4:
         return lambda count: simulate_whole(with_last(count, depth))
     small, more_first, more_last = (
-        _ends(simulate_whole(with_last(last, first + last)), first + last, last, (front, 1))
+        _ends(_on_meta(with_last(last, first + last)), first + last, last, (front, 1))
         for first, last in ((few, 2), (few + 1, 2), (few, 3))
     )
 
     def at(count: int) -> Simulation:
         if not 2 <= count <= depth - few:
             return simulate_whole(with_last(count, depth))
-        return _continued(small, [(more_first, depth - count - few), (more_last, count - 2)], depth, count)
+        found = _continued(small, [(more_first, depth - count - few), (more_last, count - 2)], depth, count)
+        return _as_allocated(with_last(count, depth), found)
 
     return at
 
 
 def simulate_whole(job: Job, timeline: bool = False) -> Simulation | tuple[Simulation, list[Moment]]:
-    """Return the memory and work of a step, every block of the model run; with the timeline if asked for.
+    """Return the memory and work of a step, every block of the model run; with the timeline if asked for."""
+    if timeline:
+        simulation, moments = _on_meta(job, timeline)
+        return _as_allocated(job, simulation), moments
+    return _as_allocated(job, _on_meta(job))
 
-    An operator that cannot run without values, or whose result's shape depends on them, is no reason to guess: the
-    step then runs on real tensors, and the result says so.
+
+def _as_allocated(job: Job, simulation: Simulation) -> Simulation:
+    """Add to what lies in host memory what the allocations of streamed blocks take beyond them.
+
+    They are shared between blocks, so that it does not grow in a straight line.
+    """
+    streamed, sizes = job.levers.streamed_of(job.config.num_hidden_layers), simulation.streamed_sizes
+    if not streamed or job.device_type != "cuda":
+        return simulation
+    unlike, pattern = _pattern(job)
+    kinds = [number if number < unlike else unlike + (number - unlike) % pattern for number in range(streamed)]
+    spare = spare_bytes([sizes[kind] for kind in kinds])
+    return replace(simulation, offloaded_bytes=simulation.offloaded_bytes + spare)
+
+
+def _on_meta(job: Job, timeline: bool = False) -> Simulation | tuple[Simulation, list[Moment]]:
+    """Run the step on tensors without values.
+
+    An operator that cannot, or whose result's shape depends on them, is no reason to guess: the step then runs on real
+    tensors, and the result says so.
     """
     try:
         return _run(job, META, timeline)
@@ -241,7 +271,7 @@ def _run(job: Job, device: torch.device, timeline: bool, measured_because: str =
     frozen = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad)
     simulation = Simulation(
         dict(ledger.peaks), resident, counter.work, ledger.offloaded_peak_bytes, ledger.disk_peak_bytes, frozen,
-        measured_because,
+        measured_because, tuple(model.block_stream.sizes) if hasattr(model, "block_stream") else (),
     )  # fmt: skip
     return (simulation, moments) if timeline else simulation
 
@@ -321,7 +351,7 @@ def _continued(base: _Ends, slopes: Sequence[tuple[_Ends, int]], depth: int, las
         moments, Moment(resident.phase, "", line(lambda ends: ends.simulation.resident.bytes)),
         Work(*line(lambda ends: ends.simulation.work)),
         *line(lambda ends: _ELSEWHERE(ends.simulation)),
-        base.simulation.measured_because,
+        base.simulation.measured_because, base.simulation.streamed_sizes,
     )  # fmt: skip
 
 

@@ -25,20 +25,18 @@ from .few_rows import (
     few,
     kernel_takes_our_order,
 )
-from .nf4 import BLOCK_SIZE, Packed, dequantize_rows, empty_packed, quantize
+from .nf4 import BLOCK_SIZE, Packed, dequantize_rows, quantize
+from .packed import PackedWeight
 from .product import FrozenMatmul, WeightSpec
 
 log = logging.getLogger("qlora_lite")
 
-PACKED_BUFFERS = ("weight", "absmax", "absmax_code", "absmax_scale", "absmax_offset")
 SPARED = 0.5  # of the free memory, that arranged weights leave to everything else
 
 
-class QuantLinear(nn.Module):
-    """A frozen linear layer whose weight [out, in] is stored as NF4 or FP4 codes with its constants.
+class QuantLinear(PackedWeight):
+    """A frozen linear layer whose weight [out, in] is stored in 4 bits; ``bias`` [out], if any, is a frozen parameter.
 
-    The codes are the buffer ``weight`` (uint8 [ceil(out * in / 2), 1]); with ``double_quant`` the block
-    maxima are uint8 with a 256-entry code, otherwise float32. ``bias`` [out], if any, is a frozen parameter.
     ``replaces`` is the name of the class that stood here before; ``arranged`` is a second form of the weight for
     products of few rows, made by ``arrange_weights``.
     """
@@ -47,38 +45,14 @@ class QuantLinear(nn.Module):
     arranged: Arranged | None = None
 
     def __init__(self, in_features, out_features, bias, quant_type, double_quant, dtype, device=None):
-        super().__init__()
+        super().__init__((out_features, in_features), quant_type, double_quant, device)
         self.in_features, self.out_features = in_features, out_features
-        self.quant_type, self.double_quant = quant_type, double_quant
-        packed = empty_packed((out_features, in_features), double_quant, device)
-        for name, tensor in zip(PACKED_BUFFERS, packed, strict=True):
-            if tensor is not None:
-                self.register_buffer(name, tensor)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), False) if bias else None
-
-    @property
-    def packed(self) -> Packed:
-        """The stored tensors as the tuple that ``quant.nf4`` works on."""
-        return Packed(*(getattr(self, name, None) for name in PACKED_BUFFERS))
 
     def set_packed(self, packed: Packed) -> None:
         """Take over packed tensors of this layer's shape, without a copy."""
         self.arranged = None
-        for name, value in zip(PACKED_BUFFERS, packed, strict=True):
-            if value is not None:
-                setattr(self, name, value)
-
-    def _apply(self, fn, recurse=True):
-        """Move as torch does for ``to``, ``half`` and others, and let no stored tensor change its type.
-
-        Kernels read the constants as float32, whatever they are.
-        """
-        stored = self.packed
-        super()._apply(fn, recurse)
-        for name, tensor in zip(PACKED_BUFFERS, stored, strict=True):
-            if tensor is not None and (moved := getattr(self, name)).dtype != tensor.dtype:
-                setattr(self, name, tensor.to(moved.device))
-        return self
+        super().set_packed(packed)
 
     @classmethod
     def from_weight(cls, weight, bias, quant_type, double_quant):
@@ -124,9 +98,19 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
+def is_linear_16_bit(module: nn.Module) -> bool:
+    """Tell whether a module is a linear layer that is not in 4 bits.
+
+    Some routers are subclasses of ``nn.Linear`` that give more than a product (Phi-MoE, Llama-4); Falcon's is one that
+    does the same by other words.
+    """
+    is_product = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return is_product or type(module).__name__ == "FalconLinear" or is_conv1d(module)
+
+
 def is_linear(module: nn.Module) -> bool:
     """Tell whether a module is a linear layer whose weight ``frozen_weight`` can describe."""
-    return isinstance(module, QuantLinear | nn.Linear) or is_conv1d(module)
+    return isinstance(module, QuantLinear) or is_linear_16_bit(module)
 
 
 def stands_for_conv1d(module: nn.Module) -> bool:
@@ -137,8 +121,7 @@ def stands_for_conv1d(module: nn.Module) -> bool:
 def frozen_weight(module: nn.Module) -> tuple[WeightSpec, tuple[torch.Tensor, ...]]:
     """Describe the weight of a ``QuantLinear``, an ``nn.Linear`` or a ``Conv1D`` as spec and tensors."""
     if isinstance(module, QuantLinear):
-        tensors = tuple(tensor for tensor in module.packed if tensor is not None)
-        return WeightSpec((module.out_features, module.in_features), module.quant_type), tensors
+        return module.described
     shape = tuple(module.weight.shape)
     if is_conv1d(module):
         return WeightSpec(shape[::-1], None, transposed=True), (module.weight,)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from qlora_lite.lora.inject import lora_parameters
 from qlora_lite.models.anatomy import text_config
 from qlora_lite.models.levers import on_host
 from qlora_lite.quant.linear import QuantLinear
+from qlora_lite.quant.packed import PackedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +58,9 @@ def _category(module, name, tensor, factors, embedding, head) -> tuple[str, str]
         return "adapter", "trained; the gradient has the same size and type"
     if module is head and isinstance(module, QuantLinear):
         return "head", f"{module.quant_type}, because of model.quant_head"
-    if isinstance(module, QuantLinear) and name == "weight":
+    if isinstance(module, PackedWeight) and name == "weight":
         return "base weights", f"{module.quant_type} codes, two per byte, never unpacked for longer than a product"
-    if isinstance(module, QuantLinear) and name != "bias":
+    if isinstance(module, PackedWeight) and name != "bias":
         return "quantisation constants", "one maximum per 64 weights, quantised again if model.double_quant"
     if module is embedding:
         tied = head is not None and getattr(head, "weight", None) is tensor
@@ -75,5 +77,5 @@ def total_parameters(model: nn.Module) -> int:
     factors = {id(parameter) for _, parameter in lora_parameters(model)}
     plain = sum(p.numel() for p in model.parameters() if id(p) not in factors)
     copy = model.get_output_embeddings() if text_config(model).tie_word_embeddings else None
-    packed = [m for m in model.modules() if isinstance(m, QuantLinear) and m is not copy]
-    return plain + sum(m.in_features * m.out_features for m in packed)
+    packed = [m for m in model.modules() if isinstance(m, PackedWeight) and m is not copy]
+    return plain + sum(prod(m.shape) for m in packed)

@@ -190,10 +190,10 @@ def test_a_checkpoint_of_another_quantisation_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("quant", ["nf4", "fp4"])
-def test_stacked_experts_are_refused_with_their_bytes(quant, tmp_path):
+def test_experts_of_an_unknown_form_are_refused_with_their_bytes(quant, tmp_path):
     config = AutoConfig.for_model(
-        "mixtral", vocab_size=160, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=8,
+        "llama4_text", vocab_size=160, hidden_size=64, intermediate_size=192, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_local_experts=8, intermediate_size_mlp=96,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     stacked = 2 * 8 * (192 * 2 * 64 + 64 * 192) * 2  # layers, experts, the two weights of each, bytes

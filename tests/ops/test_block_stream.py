@@ -1,8 +1,12 @@
 """Streamed blocks are on the device when they run, and the next one is on its way."""
 
+from random import Random
+
+import pytest
 import torch
 
-from qlora_lite.ops.stream import BlockStream
+from qlora_lite.ops.offload import pinned_bytes
+from qlora_lite.ops.stream import MOST_AT_ONCE_BYTES, BlockStream, shared_allocations, spare_bytes
 
 
 def test_a_forward_pass_after_another_has_its_second_block_under_way_while_the_first_runs(monkeypatch):
@@ -25,3 +29,41 @@ def test_a_forward_pass_after_another_has_its_second_block_under_way_while_the_f
     for number in (2, 1, 0):  # backward, from the last block on
         stream.enter(number)
     assert order == ["load 1", "load 0"]
+
+
+@pytest.mark.parametrize(
+    ("mib", "count", "taken_gib"), [(107, 32, 3.5), (305, 48, 15), (437, 80, 36), (128, 32, 4), (5000, 3, 24)]
+)
+def test_blocks_share_pinned_memory_so_that_little_of_it_is_wasted(mib, count, taken_gib):
+    """Each alone would take 4, 24, 40, 4 and 24 GiB; those of 5,000 MiB are too large to be together."""
+    sizes = [mib << 20] * count
+    groups = shared_allocations(sizes)
+    assert [size for group in groups for size in group] == sizes
+    assert all(len(group) == 1 or sum(group) <= MOST_AT_ONCE_BYTES for group in groups)
+    assert sum(sizes) + spare_bytes(sizes) == taken_gib * 2**30
+
+
+def test_blocks_of_any_sizes_take_no_more_together_than_each_alone():
+    random = Random(0)
+    for _ in range(300):
+        sizes = [random.randint(1, 1 << random.randint(1, 33)) for _ in range(random.randint(1, 40))]
+        assert 0 <= spare_bytes(sizes) <= sum(pinned_bytes(size) for size in sizes) - sum(sizes)
+
+
+def test_blocks_that_share_an_allocation_keep_their_own_values(monkeypatch):
+    asked = []
+
+    def as_pinned(size, _device):
+        asked.append(size)
+        return torch.empty(pinned_bytes(size), dtype=torch.uint8)[:size]
+
+    monkeypatch.setattr("qlora_lite.ops.stream.host_memory", as_pinned)
+    blocks = [torch.nn.Sequential(torch.nn.Linear(3 + n, 5).requires_grad_(False)) for n in range(7)]
+    expected = [[p.clone() for p in block.parameters()] for block in blocks]
+    stream = BlockStream(blocks, torch.device("cpu"))
+    assert len(asked) < len(blocks) and sum(asked) == sum(stream.sizes)
+    for number in (*range(7), *range(5, -1, -1)):
+        stream.enter(number)
+        for block, values in zip(blocks, expected, strict=True):
+            assert all(torch.equal(p, value) for p, value in zip(block.parameters(), values, strict=True))
+    assert all(stream.holds(p) or number in (0, 1) for number, block in enumerate(blocks) for p in block.parameters())

@@ -16,7 +16,9 @@ from qlora_lite.models.quantizer import quantize_in_place
 from qlora_lite.models.rows_alone import rows_run_alone
 from qlora_lite.models.skeleton import block_pattern
 from qlora_lite.ops import fused_attention
+from qlora_lite.ops.offload import pinned_bytes
 from qlora_lite.ops.shapes import planning_for
+from qlora_lite.ops.stream import shared_allocations
 from qlora_lite.planning.simulate import ALLOCATION_BYTES, Job, Rows, full_pack, simulate, simulate_whole
 from qlora_lite.train.guards import check_forward
 from qlora_lite.train.inventory import categorised
@@ -230,6 +232,26 @@ def test_of_what_lies_in_host_memory_only_the_pinned_is_rounded_up(tied):
     assert table.bit_count() > 1
     pinned = 1 << table.bit_length()
     assert simulate(job).offloaded_bytes == (pinned if tied else table + pinned)
+
+
+@pytest.mark.parametrize("resident", [0, 1, 3, 9])
+def test_streamed_blocks_take_of_the_host_what_their_shared_allocations_take(resident):
+    """At the model's own depth, though fewer blocks are simulated: it does not grow in a straight line."""
+    config = config_of("llama", num_hidden_layers=23)
+    job = job_for(config, levers=Levers(resident_blocks=resident), device_type="cuda")
+    (size,) = {*simulate(replace(job, levers=Levers(resident_blocks=0))).streamed_sizes}
+    taken = sum(pinned_bytes(sum(group)) for group in shared_allocations([size] * (23 - resident)))
+    assert simulate(job).offloaded_bytes == simulate_whole(job).offloaded_bytes == taken
+    assert taken < (23 - resident) * pinned_bytes(size)
+
+
+def test_streamed_blocks_of_several_sizes_are_counted_by_what_they_are():
+    config = config_of("deepseek_v3", num_hidden_layers=11, first_k_dense_replace=3, moe_intermediate_size=64)
+    job = job_for(config, levers=Levers(resident_blocks=0), device_type="cuda")
+    whole = simulate_whole(job)
+    assert whole.streamed_sizes[0] < whole.streamed_sizes[-1]
+    taken = sum(pinned_bytes(sum(group)) for group in shared_allocations(list(whole.streamed_sizes)))
+    assert simulate(job).offloaded_bytes == whole.offloaded_bytes == taken
 
 
 @pytest.mark.parametrize("changes", [{}, {"reuse_dequantized": True}, {"host_head": True}])

@@ -1,0 +1,179 @@
+"""Compute the experts of a block whose weights are in 4 bits, one expert at a time.
+
+Each token of a block goes through a few of its experts. Pairs of a token and an expert are sorted by expert; then each
+expert's weights are unpacked, used for its rows, a tile at a time, and dropped. So at most one expert is in 16 bit, and
+what lies in memory beside it does not depend on what the router does. (transformers' grouped product wants all experts
+of a block in 16 bit: 1.1 GiB of Qwen3-30B-A3B's.)
+
+Backward keeps the block's input, the router's choice and its weights, and computes each tile's first product again. As
+in ``ops.tile`` one autograd function stands for the result in the graph and one computes it, so that a checkpointed
+block's second run can leave the value out.
+
+Shapes: T tokens of hidden size D, K experts a token, E experts of inner size I, n rows of a tile; the first product of
+a gated expert has 2 I columns.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import linear
+
+from qlora_lite.memory.marks import repeated
+from qlora_lite.ops.checkpoint import product_or_stand_in
+from qlora_lite.ops.shapes import CPU_MULTIPLE, device_type, pad_rows, pieces
+from qlora_lite.quant.nf4 import Packed, dequantize_rows
+from qlora_lite.quant.product import WeightSpec
+
+TILE_ROWS = 1024  # bounds what is beside an expert's weights; fewer would leave a card's units without work
+
+
+class Experts(NamedTuple):
+    """What the experts of a block compute beside their weights.
+
+    Args:
+        activate: from the first product [n, I or 2 I] to the second's input [n, I].
+        up, down: the weights [E, I or 2 I, D] and [E, D, I].
+        tensors_of_up: how many of a flat tuple of tensors are the first's.
+        has_bias: the last two of the tuple are their biases, [E, I or 2 I] and [E, D].
+    """
+
+    activate: Callable[[torch.Tensor], torch.Tensor]
+    up: WeightSpec
+    down: WeightSpec
+    tensors_of_up: int
+    has_bias: bool
+
+
+def routed(
+    hidden_TD: torch.Tensor, chosen_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts,
+    tensors: Sequence[torch.Tensor],
+) -> torch.Tensor:  # fmt: skip
+    """Return the sum over a token's experts of ``weight * down(activate(up(hidden)))``, [T, D].
+
+    The weights of the experts get no gradient; hidden states and the router's weights do.
+
+    Args:
+        chosen_TK: numbers of each token's experts, different ones.
+        tensors: of up and down, and their biases; see ``Experts``.
+    """
+    gradient = _Gradient.apply(hidden_TD, weights_TK, chosen_TK, experts, *tensors)
+    inputs = hidden_TD.detach(), weights_TK.detach(), chosen_TK, experts, *tensors
+    return product_or_stand_in(lambda: _Value.apply(gradient, *inputs), gradient)
+
+
+class _Part(NamedTuple):
+    """Rows of one expert, and its weights and biases."""
+
+    tokens: torch.Tensor  # int64 [n]
+    pairs: torch.Tensor  # int64 [n], numbers in the flattened [T, K]
+    up: torch.Tensor
+    down: torch.Tensor
+    up_bias: torch.Tensor | None
+    down_bias: torch.Tensor | None
+
+    def first(self, hidden_TD: torch.Tensor) -> torch.Tensor:
+        """Return the first product of the part's rows, [n, I or 2 I]."""
+        return _product(hidden_TD[self.tokens], self.up, self.up_bias)
+
+
+def _product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return linear(pad_rows(rows), weight, bias)[: len(rows)]
+
+
+def _for_each_part(
+    do: Callable[[_Part], None], chosen_TK: torch.Tensor, dtype: torch.dtype, experts: Experts,
+    tensors: Sequence[torch.Tensor],
+) -> None:  # fmt: skip
+    """Call ``do`` with the rows of each expert that has any, in tiles; it may keep nothing of them."""
+    tensors, biases = (tensors[:-2], tensors[-2:]) if experts.has_bias else (tensors, None)
+    up, down = tensors[: experts.tensors_of_up], tensors[experts.tensors_of_up :]
+    pairs = chosen_TK.flatten().argsort(stable=True)
+    tokens, end = pairs // chosen_TK.shape[1], 0
+    for expert, count in _rows_of_experts(chosen_TK, experts.up.shape[0]):
+        start, end = end, end + count
+        own = [_unpacked(experts.up, up, expert, dtype), _unpacked(experts.down, down, expert, dtype)]
+        own += [bias[expert] for bias in biases] if biases else (None, None)
+        for tile in pieces(count, TILE_ROWS):
+            here = slice(start + tile.start, start + tile.stop)
+            do(_Part(tokens[here], pairs[here], *own))
+        del own  # before the next expert's are unpacked
+
+
+def _rows_of_experts(chosen_TK: torch.Tensor, count: int) -> Iterator[tuple[int, int]]:
+    """Yield the number of each expert that has rows, and how many.
+
+    A plan knows no router: one expert has as many as it can have, all tokens, and the others share what is left.
+    """
+    if not chosen_TK.is_meta:
+        rows = torch.bincount(chosen_TK.flatten(), minlength=count).tolist()
+        yield from ((expert, of_it) for expert, of_it in enumerate(rows) if of_it)
+        return
+    tokens, pairs = chosen_TK.shape[0], chosen_TK.numel()
+    yield 0, tokens
+    others = min(count, pairs) - 1
+    if others > 0:
+        share = max(1, -(-(pairs - tokens) // others))
+        kinds = min(others, TILE_ROWS // CPU_MULTIPLE) if device_type(chosen_TK.device) == "cpu" else 1
+        with repeated(others, kinds):
+            yield 1, min(share, pairs - tokens)
+
+
+def _unpacked(spec: WeightSpec, tensors: Sequence[torch.Tensor], expert: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return one expert's weight, [out, in]."""
+    packed = Packed(*tensors, *(None,) * (len(Packed._fields) - len(tensors)))
+    count, *shape = spec.shape
+    rows = dequantize_rows(packed, (count, shape[0] * shape[1]), slice(expert, expert + 1), dtype, spec.quant_type)
+    return rows.view(shape)
+
+
+class _Gradient(torch.autograd.Function):
+    """Stand for the result in the graph, without memory or values; take its gradient."""
+
+    @staticmethod
+    def forward(ctx, hidden_TD, weights_TK, chosen_TK, experts, *tensors):
+        ctx.experts = experts
+        ctx.save_for_backward(hidden_TD, weights_TK, chosen_TK, *tensors)
+        return hidden_TD.new_empty(()).expand(hidden_TD.shape)
+
+    @staticmethod
+    def backward(ctx, grad_TD):
+        hidden_TD, weights_TK, chosen_TK, *tensors = ctx.saved_tensors
+        grad_hidden_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32, device=hidden_TD.device)
+        grad_weights = torch.zeros(weights_TK.numel(), dtype=torch.float32, device=hidden_TD.device)
+
+        def add(part: _Part) -> None:
+            grad, weight = grad_TD[part.tokens], weights_TK.view(-1)[part.pairs, None]
+            first = part.first(hidden_TD).requires_grad_()
+            with torch.enable_grad():
+                inner = ctx.experts.activate(first)
+            grad_inner = _product(grad, part.down.t())
+            of_weights = (grad_inner * inner.detach()).sum(-1, dtype=torch.float32)
+            if part.down_bias is not None:
+                of_weights += (grad * part.down_bias).sum(-1, dtype=torch.float32)
+            grad_weights[part.pairs] = of_weights
+            (grad_first,) = torch.autograd.grad(inner, first, grad_inner.mul_(weight))
+            grad_hidden_TD.index_add_(0, part.tokens, _product(grad_first, part.up.t()).float())
+
+        _for_each_part(add, chosen_TK, hidden_TD.dtype, ctx.experts, tensors)
+        grad_weights = grad_weights.view(weights_TK.shape).to(weights_TK.dtype)
+        return grad_hidden_TD.to(hidden_TD.dtype), grad_weights, None, None, *(None for _ in tensors)
+
+
+class _Value(torch.autograd.Function):
+    """Compute the result, save nothing, and hand its gradient on to ``_Gradient``."""
+
+    @staticmethod
+    def forward(ctx, gradient, hidden_TD, weights_TK, chosen_TK, experts, *tensors):
+        sum_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32, device=hidden_TD.device)
+
+        def add(part: _Part) -> None:
+            y = _product(experts.activate(part.first(hidden_TD)), part.down, part.down_bias)
+            sum_TD.index_add_(0, part.tokens, y.mul_(weights_TK.view(-1)[part.pairs, None]).float())
+
+        _for_each_part(add, chosen_TK, hidden_TD.dtype, experts, tensors)
+        return sum_TD.to(hidden_TD.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_TD):
+        return grad_TD, *(None for _ in ctx.needs_input_grad[1:])

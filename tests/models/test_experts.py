@@ -1,0 +1,236 @@
+"""Experts whose weights are in 4 bits compute what transformers' own would with the unpacked weights."""
+
+import weakref
+
+import pytest
+import torch
+from tiny import UNUSUAL, build_tiny, quantized_pair, random_batch, random_factors
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qlora_lite.errors import ModelError
+from qlora_lite.lora.inject import add_lora, linear_layers, lora_parameters
+from qlora_lite.memory.ledger import Ledger
+from qlora_lite.memory.work import WorkCounter
+from qlora_lite.models import routed
+from qlora_lite.models.anatomy import blocks
+from qlora_lite.models.experts import PACKED
+from qlora_lite.models.levers import Levers, set_levers
+from qlora_lite.models.load import adopt, load_model
+from qlora_lite.models.quantizer import quantize_in_place
+from qlora_lite.models.skeleton import meta_model
+from qlora_lite.planning.simulate import Job, Rows, simulate
+from qlora_lite.quant.linear import QuantLinear
+from qlora_lite.quant.product import materialize
+from qlora_lite.train.inventory import categorised, total_parameters
+from qlora_lite.train.optim import build_optimizer
+from qlora_lite.train.step import accumulate_gradients, prepare, train_step
+
+# a plain form; interleaved, transposed and with biases; with experts for all tokens
+FORMS = "qwen3_moe", "gpt_oss", "deepseek_v3"
+UNGATED = dict(
+    vocab_size=160, hidden_size=64, num_hidden_layers=2, layers_block_type=["attention", "moe"], num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=32,
+    moe_shared_expert_intermediate_size=32, mamba_num_heads=4, mamba_head_dim=16, n_groups=1, ssm_state_size=8,
+)  # fmt: skip
+
+
+def logits_and_gradient(model, count=21):
+    """Return a model's logits for random tokens, and a gradient of its embedded input."""
+    ids = torch.randint(3, 160, (1, count), generator=torch.Generator().manual_seed(4))
+    inputs = model.get_input_embeddings()(ids).detach().requires_grad_()
+    logits = model(inputs_embeds=inputs, use_cache=False).logits
+    logits.float().log_softmax(-1)[..., 7].sum().backward()
+    return logits.detach(), inputs.grad
+
+
+def errors(found, exact):
+    return [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(found, exact, strict=True)]
+
+
+@pytest.mark.parametrize("tile_rows", [1024, 3])
+@pytest.mark.parametrize("name", FORMS)
+def test_logits_and_gradients_are_as_near_to_float64_as_those_of_transformers_own_experts(name, tile_rows, monkeypatch):
+    monkeypatch.setattr(routed, "TILE_ROWS", tile_rows)
+    packed, plain = quantized_pair(name)
+    for key, bias in packed.named_parameters():
+        if key.endswith("proj_bias"):
+            plain.get_parameter(key).data = bias.data.normal_(generator=torch.Generator().manual_seed(5)).clone()
+    ours, theirs = logits_and_gradient(packed), logits_and_gradient(plain)
+    exact = logits_and_gradient(plain.double())
+    for own, other in zip(errors(ours, exact), errors(theirs, exact), strict=True):
+        assert own <= 3 * max(other, 1e-7)
+
+
+def test_experts_without_a_gate_are_computed_too(monkeypatch):
+    try:
+        config = AutoConfig.for_model("nemotron_h", **UNGATED)
+    except ValueError:
+        pytest.skip("transformers 5.17 has other names for its layers")
+    monkeypatch.setitem(UNUSUAL, "nemotron_h", ("nemotron_h", UNGATED))
+    packed, plain = quantized_pair("nemotron_h")
+    assert AutoModelForCausalLM.from_config(config).model.layers[1].mixer.experts.up_proj.ndim == 3
+    assert max(errors(logits_and_gradient(packed), logits_and_gradient(plain.double()))) < 3e-6
+
+
+def test_gradients_of_the_router_s_weights_are_those_of_plain_autograd():
+    """In the model they reach the factors only through the router; here alone, with experts that share an input."""
+    random = torch.Generator().manual_seed(0)
+    count, size, tokens = 5, 64, 11
+    model = quantized_pair("qwen3_moe", num_experts=count, num_experts_per_tok=2)[0]
+    experts = model.model.layers[0].mlp.experts
+    hidden = torch.randn(tokens, size, generator=random).requires_grad_()
+    chosen = torch.rand(tokens, count, generator=random).topk(2).indices
+    weights = torch.rand(tokens, 2, generator=random).requires_grad_()
+    up, down = (
+        materialize(*getattr(experts, PACKED + name).described, torch.float32) for name in ("gate_up_proj", "down_proj")
+    )
+    y = experts(hidden, chosen, weights)
+    gate, right = torch.einsum("td,tkid->tki", hidden, up[chosen]).chunk(2, -1)
+    expected = torch.einsum("tki,tkdi,tk->td", torch.nn.functional.silu(gate) * right, down[chosen], weights)
+    upstream = torch.randn(tokens, size, generator=random)
+    found, wanted = (torch.autograd.grad((value * upstream).sum(), [hidden, weights]) for value in (y, expected))
+    assert torch.allclose(y, expected, atol=1e-5)
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("name", FORMS)
+def test_experts_of_a_checkpoint_are_packed_on_arrival_as_in_memory(name, double_quant, tmp_path):
+    model = build_tiny(name, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)  # under the names of the hub's files: one weight for each expert
+    loaded = load_model(str(tmp_path), "nf4", double_quant, use_cache=False)
+    quantize_in_place(model, "nf4", double_quant)
+    expected, found = model.state_dict(), loaded.state_dict()
+    assert any(f".{PACKED}down_proj.weight" in key for key in found)
+    assert expected.keys() == found.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    skeleton = meta_model(model.config, "nf4", double_quant, torch.bfloat16).state_dict()
+    assert skeleton.keys() == found.keys()
+    for key in (key for key in found if PACKED in key):
+        assert (skeleton[key].shape, skeleton[key].dtype) == (found[key].shape, found[key].dtype)
+
+
+def test_a_damaged_expert_is_named(tmp_path):
+    model = build_tiny("qwen3_moe")
+    model.model.layers[1].mlp.experts.down_proj.data[3, 5, 7] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.experts\.down_proj.* NaN"):
+        load_model(str(tmp_path), use_cache=False)
+
+
+def test_all_weights_are_counted_as_parameters():
+    plain = build_tiny("qwen3_moe")
+    packed = meta_model(plain.config, "nf4", True, torch.bfloat16)
+    assert total_parameters(packed) == total_parameters(plain) == sum(p.numel() for p in plain.parameters())
+
+
+@pytest.mark.parametrize("model_type", ["phimoe", "llama4_text"])
+def test_a_router_that_gives_more_than_a_product_is_no_linear_layer(model_type):
+    sizes = dict(vocab_size=160, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, num_local_experts=4, pad_token_id=0)  # fmt: skip
+    more = dict(head_dim=16, intermediate_size_mlp=96) if model_type == "llama4_text" else {}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes | more), dtype=torch.float32)
+    routers = [name for name, module in model.named_modules() if name.endswith("router")]
+    quantize_in_place(model, "nf4", True)
+    adopt(model)
+    assert routers and not any(isinstance(model.get_submodule(name), QuantLinear) for name in routers)
+    assert not {*routers} & linear_layers(model).keys()
+    assert model(input_ids=torch.arange(9)[None]).logits.isfinite().all()
+
+
+class Unpacked(TorchDispatchMode):
+    """Note the sizes of weights as they are unpacked, and the most that were alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.most, self._alive = [], 0, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.bitsandbytes.dequantize_4bit.default:
+            self._alive = [each for each in self._alive if each() is not None]
+            self._alive.append(weakref.ref(result.untyped_storage()))
+            self.sizes.append(result.numel())
+            self.most = max(self.most, sum(each() is not None for each in self._alive))
+        return result
+
+
+def adapted(**changes):
+    model = quantized_pair("qwen3_moe", **changes)[0]
+    add_lora(model, rank=4, dtype=torch.float32)
+    random_factors(model)
+    return model.train()
+
+
+def second_step(levers, lengths, **changes):
+    """Return what a second step unpacks and its gradients; the first shows what a block's second run may leave out."""
+    model = adapted(moe_intermediate_size=48, **changes)  # like no weight of attention
+    inputs = prepare(random_batch(lengths), torch.device("cpu"))
+    set_levers(model, levers)
+    for _ in range(2):
+        for _, parameter in lora_parameters(model):
+            parameter.grad = None
+        with Unpacked() as unpacked:
+            accumulate_gradients(model, [inputs], None)
+    return unpacked, [parameter.grad for _, parameter in lora_parameters(model)]
+
+
+def test_one_expert_is_unpacked_at_a_time_and_those_that_nobody_chose_not_at_all():
+    unpacked, _ = second_step(Levers(), (4, 3), num_experts=64, num_experts_per_tok=2)
+    of_experts = [size for size in unpacked.sizes if size in (2 * 48 * 64, 64 * 48)]
+    assert unpacked.most <= 2  # an expert's two
+    assert 0 < len(of_experts) <= 2 * 2 * 2 * 2 * 7  # weights, layers, passes, experts of a token, tokens
+
+
+def test_a_checkpointed_block_computes_its_experts_once_forward_and_once_backward():
+    (plain, expected), (checkpointed, found) = (second_step(levers, (9, 14)) for levers in (Levers("none"), Levers()))
+    assert checkpointed.sizes.count(64 * 48) == plain.sizes.count(64 * 48) > 0
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("spread", ["one", "all"])
+def test_no_router_makes_a_step_take_more_than_is_planned(spread):
+    """Whether all tokens go to the same experts or to all of them."""
+    lengths, tokens = (300, 410), 710
+    model = adapted(max_position_embeddings=512, moe_intermediate_size=512)  # what a tile takes shows
+    with torch.no_grad():
+        for block in blocks(model):
+            block.mlp.gate.weight.mul_(0 if spread == "one" else 20)
+    batch = random_batch(lengths)
+    rows = Rows(lengths, int((batch.labels >= 0).sum()))
+    job = Job(model.config, rows, None, compute_dtype=torch.float32, factor_dtype=torch.float32, rank=4,
+              optimizer="adamw_torch", levers=Levers("none"))  # fmt: skip
+    planned, optimizer = (
+        simulate(job),
+        build_optimizer([p for _, p in lora_parameters(model)], job.optimizer, 1e-4, 0.0),
+    )
+    set_levers(model, job.levers)
+    work = WorkCounter()
+    with Ledger(work=work) as ledger:
+        for tensor, name, _ in categorised(model):
+            ledger.claim([tensor], name)
+        ledger.watch(model)
+        for _ in range(2):
+            ledger.peaks.clear()
+            earlier = work.work.flops
+            train_step(model, [batch], optimizer, job.max_grad_norm, None)
+            optimizer.zero_grad(set_to_none=True)
+    for phase in ("forward", "backward"):
+        peak = max(moment.total for moment in ledger.peaks.values() if moment.phase == phase)
+        held = planned.resident.total
+        assert peak <= planned.peak(phase).total + 16 * tokens  # the batch's own numbers stand a little longer
+        assert planned.peak(phase).total - held <= (1.1 if spread == "one" else 2.5) * (peak - held)
+    assert planned.work.flops == pytest.approx(work.work.flops - earlier, rel=0.1)  # rows are rounded up on a CPU
+
+
+def test_a_tile_s_rows_bound_what_lies_beside_an_expert_s_weights(monkeypatch):
+    experts = quantized_pair("qwen3_moe", moe_intermediate_size=512)[0].model.layers[0].mlp.experts
+    hidden, chosen = torch.randn(640, 64), torch.tensor([[0, 1, 2]]).expand(640, 3)
+    peaks = []
+    for rows in (1024, 32):
+        monkeypatch.setattr(routed, "TILE_ROWS", rows)
+        with Ledger() as ledger:
+            experts(hidden, chosen, torch.ones(640, 3))
+        peaks.append(ledger.peak.total)
+    assert peaks[1] < 0.4 * peaks[0]
