@@ -17,14 +17,12 @@ import torch
 from .data.examples import Dataset
 from .data.hub import PREFIX
 from .data.opening import find_files
-from .data.stored import DIGEST_MARK
 from .errors import CheckpointError
 from .files import content_digest
 from .recipe.schema import Recipe
 from .rows import build_sources
 from .runs import CHECKPOINTS, RECIPE, RunFolder, create_run, newest_path, package_versions
 from .train.checkpoints import Checkpoint, newest_whole
-from .train.guards import CHECKSUM_MARK
 from .train.schedule import lr_factor
 from .train.settings import TrainSettings
 from .train.state import STATE, numbers_of
@@ -67,11 +65,6 @@ class Continuation:
         return self.checkpoint.documents[RUN]
 
     @property
-    def loss(self) -> str:
-        """Whose loss the run's steps have computed; earlier versions had one only."""
-        return self.run["environment"].get("loss", CHUNKED)
-
-    @property
     def keeps_plan(self) -> bool:
         """Whether steps are run as the checkpoint's plan says, and not as one that forced changes ask for."""
         levers = ("memory.", "train.micro_batch_size", "train.gradient_accumulation_steps")
@@ -83,10 +76,7 @@ class Continuation:
         Raises:
             CheckpointError: naming each setting that makes another run of it.
         """
-        defaults = _flat({name: section.annotation.model_construct().model_dump(mode="json")
-                          for name, section in Recipe.model_fields.items()})  # fmt: skip
-        old = defaults | _flat(self.run["recipe"])  # a setting that its version did not have was as the default is
-        new = _flat(recipe.model_dump(mode="json"))
+        old, new = _flat(self.run["recipe"]), _flat(recipe.model_dump(mode="json"))
         changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
         words = {key: f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed}
         self.accepted += [words[key] for key in changed if key in HARMLESS - PLACE]
@@ -102,11 +92,7 @@ class Continuation:
             CheckpointError: naming each that is another.
         """
         before = self.run["identity"]
-        changed = [name for name, value in now.items() if before.get(name) != value]
-        for name in [name for name in changed if _taken_otherwise(before.get(name), now[name])]:
-            changed.remove(name)
-            self.accepted.append(f"{name}: not compared, since an earlier version took its checksum otherwise")
-        self._refuse([f"other {name} than before" for name in changed])
+        self._refuse([f"other {name} than before" for name, value in now.items() if before.get(name) != value])
 
     def compare_schedule(self, total_steps: int, settings: TrainSettings) -> None:
         """Compare the number of steps, and with it the learning rates of the steps that are done.
@@ -138,9 +124,8 @@ class Continuation:
         """
         for change in self.accepted:
             log.info("resume: accepted: %s", change)
-        before = self.run["environment"] | {"loss": self.loss}
-        known = [key for key in now if key in before]  # an earlier version may not have written down all
-        changed = [f"{key} {before[key]} -> {now[key]}" for key in known if before[key] != now[key]]
+        before = self.run["environment"]
+        changed = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
         if changed:
             log.warning("resume: %s; the last digits may differ from an uninterrupted run's", ", ".join(changed))
             self.accepted += changed
@@ -201,7 +186,7 @@ def _find_checkpoint(path: Path, force: bool) -> Continuation | None:
     if checkpoint is None:
         if reasons:  # to begin afresh would remove what may be worth a look
             cure = f"to begin afresh, remove {path / CHECKPOINTS}"
-            raise CheckpointError("\n".join([f"no whole checkpoint is left in {path}; {cure}", *reasons]))
+            raise CheckpointError(f"no whole checkpoint is left in {path}; {cure} ({reasons[0]})")
         return None
     log.info("resume: going on after step %d", checkpoint.step)
     return Continuation(checked(checkpoint), force)
@@ -231,12 +216,6 @@ def _flat(recipe: dict) -> dict[str, object]:
     return flat
 
 
-def _taken_otherwise(earlier: object, now: str | None) -> bool:
-    """Tell whether a checksum is marked with how it was taken, and an earlier one is not."""
-    marks = [mark for mark in (CHECKSUM_MARK, DIGEST_MARK) if now is not None and now.startswith(mark)]
-    return bool(marks) and isinstance(earlier, str) and not earlier.startswith(marks[0])
-
-
 def data_identity(recipe: Recipe, tokenizer, data: Dataset, eval_data: Dataset | None) -> dict[str, str | None]:
     """Return digests of what is learned and measured; of a stream, of its first rows and the files that lie here."""
     training = data.examples.digest()
@@ -245,7 +224,7 @@ def data_identity(recipe: Recipe, tokenizer, data: Dataset, eval_data: Dataset |
         files = [file for path in local for file in find_files(path)]
         training = " ".join([training, *map(content_digest, files)])
     return {
-        "training rows": DIGEST_MARK + hashlib.sha256(training.encode()).hexdigest(),
+        "training rows": hashlib.sha256(training.encode()).hexdigest(),
         "evaluation rows": eval_data and eval_data.examples.digest(),
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
     }

@@ -362,7 +362,7 @@ class _Run:
         if self.settings.levers.compile:
             log.info("train.compile: compiling the blocks, which takes a minute or so the first time")
         try:
-            self.trainer.choose_loss(self.continuation.loss if self._keeps_plan else None)
+            self.trainer.choose_loss(self.continuation.run["environment"].get("loss") if self._keeps_plan else None)
             self.trainer.rehearse(eval_examples)
         except (RuntimeError, MemoryError) as error:
             if not another_plan_may_help(error, device):

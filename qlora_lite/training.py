@@ -73,12 +73,9 @@ class Training:
         return is_due and self.trainer.step < self.trainer.total_steps
 
     @property
-    def adapter_step(self) -> int | None:
-        """The step whose factors are the run's adapter: the best by evaluation, else the last.
-
-        None where the run was begun by a version that did not write it down.
-        """
-        return self.trainer.step if self.best_factors is None else self.best_step or None
+    def adapter_step(self) -> int:
+        """The step whose factors are the run's adapter: the best by evaluation, else the last."""
+        return self.trainer.step if self.best_factors is None else self.best_step
 
     @property
     def ended_by(self) -> str:
@@ -107,7 +104,7 @@ class Training:
             self.before = ExactMatch(float(saved["before"]["score"]), tuple(map(str, answers)))
         if saved["best_loss"] is not None:
             compare_tensors(best, adapter_tensors(self.model), BEST)
-            self.best_loss, self.best_step = float(saved["best_loss"]), int(saved.get("best_step", 0))
+            self.best_loss, self.best_step = float(saved["best_loss"]), int(saved["best_step"])
             self.best_factors = {name: tensor.clone() for name, tensor in best.items()}
 
     def _progress(self) -> dict:

@@ -26,7 +26,6 @@ import numpy as np
 
 _FILES = {"token_ids": np.int32, "learned": np.bool_, "text": np.uint8, "rows": np.int64}
 _COLUMNS = 5
-DIGEST_MARK = "tokens:"  # of how the digest is taken; one without it was taken in another way
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +100,11 @@ class Examples:
         return np.add.reduceat(self.learned, starts, dtype=np.int64)[self.order] if len(starts) else self.order
 
     def digest(self) -> str:
-        """Return a SHA-256 over tokens and mask of all examples in order, wherever they come from, marked as such."""
+        """Return a SHA-256 over tokens and mask of all examples in order, wherever they come from."""
         result = hashlib.sha256()
         for array in (self.order, self.rows[:, 0], self.token_ids, self.learned):
             result.update(np.ascontiguousarray(array))
-        return DIGEST_MARK + result.hexdigest()
+        return result.hexdigest()
 
     def joined(self) -> tuple[np.ndarray, np.ndarray]:
         """Return token_ids and learned of all examples, end to end; a view where they lie so already."""

@@ -36,7 +36,6 @@ HASHED_WORDS = 1 << 18  # at once: 2 MiB
 # 5 modulo 8, so that any two of so many powers differ in one of their last 20 bits: no product of their difference
 # with that of two words that differ in their last 45 bits is a multiple of 2**64.
 ODD_NUMBER = 0x9E3779B97F4A7C15 - (1 << 64)
-CHECKSUM_MARK = "weights:"  # of how the checksum is taken; one without it was taken in another way
 
 
 def check_forward(model: nn.Module, longest: int = 0) -> float:
@@ -250,7 +249,7 @@ def frozen_checksum(model: nn.Module) -> str:
     weights = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}  # shared ones once
     tensors = [tensor for number, tensor in weights.items() if number not in factors and tensor.numel()]
     sums = [f"{tuple(tensor.shape)} {bit_sums(tensor)}" for tensor in tensors]
-    return CHECKSUM_MARK + hashlib.sha256(" ".join(sums).encode()).hexdigest()
+    return hashlib.sha256(" ".join(sums).encode()).hexdigest()
 
 
 def check_frozen(model: nn.Module, checksum: str) -> None:

@@ -104,9 +104,8 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     for name, parameter in lora_parameters(trainer.model):
         trainer.optimizer.state.get(parameter, {}).update(state["optimizer"].get(name, {}))
     fill_adapter(trainer.model, saved[WEIGHTS_NAME])
-    for name in _COUNTS:
+    for name in (*_COUNTS, "took_part"):
         setattr(trainer, name, state[name])
-    trainer.took_part = bool(state.get("took_part", True))  # earlier versions saw to it in the first step
     restore_generators(saved[GENERATORS], device_of(trainer.model))
 
 
@@ -123,6 +122,7 @@ def numbers_of(checkpoint: Checkpoint) -> dict:
         counts.remove(None)
     numbers = state.get("optimizer")
     good = all(type(count) is int and count >= 0 for count in counts) and isinstance(numbers, dict)
+    good = good and type(state.get("took_part")) is bool
     good = good and all(isinstance(values, dict) for values in numbers.values())
     good = good and all(type(number) in (int, float) for values in numbers.values() for number in values.values())
     if missing or not good:

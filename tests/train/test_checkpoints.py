@@ -163,7 +163,7 @@ def test_a_forged_manifest_reaches_no_other_file(root, name):
 
 @pytest.mark.parametrize("change", [
     lambda m: m.update(files=[]), lambda m: m.update(files={"x.json": 3}), lambda m: m.update(files=None),
-    lambda m: m.update(format=2), lambda m: m.update(step="12"), lambda m: m.update(step=True), lambda m: m.pop("step"),
+    lambda m: m.update(format=1), lambda m: m.update(step="12"), lambda m: m.update(step=True), lambda m: m.pop("step"),
     lambda m: m["files"]["state.json"].update(bytes="9"), lambda m: m["files"]["state.json"].pop("sha256"),
 ], ids=range(9))  # fmt: skip
 def test_a_forged_manifest_is_one_clean_error(root, change):
