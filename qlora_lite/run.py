@@ -191,28 +191,29 @@ class _Run:
             DoesNotFitError: nothing fits.
         """
         free_cached_memory(self.meter.device)
-        self._plan()
-        self._load()
-        if rows_run_alone(self.model) and not why_rows_run_alone(self.model, self.recipe.data.max_tokens):
-            self.rows_alone = True  # which only the loaded model has shown
-            self._drop_model()
-            self._plan()
-            self._load()
-        excess = self._rehearse()
-        for share in LEFT_FREE:
-            if excess is None:
-                return
+        self._plan_and_load()
+        shares = iter(LEFT_FREE)
+        while excess := self._rehearse():
+            too_much = DoesNotFitError(f"{excess.words}; {CURES}")
+            if (share := next(shares, None)) is None:
+                raise too_much
             left_free = excess.bytes + int(share * self.budget_bytes)
             log.warning("%s; planning again with %s left free", excess.words, format_bytes(left_free))
             self._drop_model()
             try:
-                self._plan(left_free)
-            except DoesNotFitError:
-                break
-            self._load()
-            excess = self._rehearse()
-        if excess is not None:
-            raise DoesNotFitError(f"{excess.words}; {CURES}")
+                self._plan_and_load(left_free)
+            except DoesNotFitError as error:
+                raise too_much from error
+
+    def _plan_and_load(self, left_free: int = 0) -> None:
+        """Load the model as planned, once more where only the loaded model has shown that its rows run one by one."""
+        self._plan(left_free)
+        self._load()
+        run_alone = rows_run_alone(self.model) and not why_rows_run_alone(self.model, self.recipe.data.max_tokens)
+        if run_alone and not self.rows_alone:
+            self.rows_alone = True
+            self._drop_model()
+            self._plan_and_load(left_free)
 
     def _drop_model(self) -> None:
         self.model = self.trainer = None
