@@ -3,11 +3,11 @@
 import tempfile
 
 import torch
+from counted import counted
 from tiny import ARCHITECTURES, quantized_pair, random_batch, random_factors
 
 from qlora_lite.lora.inject import add_lora, lora_parameters
 from qlora_lite.memory.marks import phase
-from qlora_lite.memory.work import WorkCounter
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.levers import Levers, place, set_levers
 from qlora_lite.models.quantizer import quantize_head
@@ -58,7 +58,7 @@ def build(model_type="llama", levers=PLAIN, dropout=0.0, device=CPU, quant_head=
 
 def rotary_flops(model, tokens):
     """Return the operations of a Llama's rotary embedding, which is a product in transformers 5.17."""
-    with phase("forward"), WorkCounter() as counter:
+    with phase("forward"), counted() as counter:
         model.model.rotary_emb(torch.zeros(1, tokens, 64), torch.arange(tokens)[None])
     return counter.work.flops
 

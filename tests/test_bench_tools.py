@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from counted import counted
 from lever_cases import build, gradients, rotary_flops
 from tiny import build_tiny, random_batch
 from torch import nn
@@ -15,7 +16,6 @@ from torch import nn
 from qlora_lite.data.batch import collate
 from qlora_lite.data.stored import Example
 from qlora_lite.memory.marks import phase
-from qlora_lite.memory.work import WorkCounter
 from qlora_lite.models.levers import Levers
 from qlora_lite.models.load import use_row_attention
 from qlora_lite.quant.linear import QuantLinear, frozen_weight
@@ -112,7 +112,7 @@ def test_a_watched_step_has_the_flops_that_the_planner_counts(levers):
     gradients(model, levers)  # how blocks end is learned from the first
     with StepClock(CPU) as clock:
         gradients(model, levers)
-    with WorkCounter() as counter:
+    with counted() as counter:
         gradients(model, levers)
     watched = sum(count * product.flops for product, count in clock.products.items())
     tokens = prepare(random_batch(), CPU).input_ids.shape[1]

@@ -78,7 +78,7 @@ class Ledger(TorchDispatchMode):
     Args:
         timeline: also keep every change as a ``Moment`` (for pictures; some MiB per step).
         allocation_bytes: each storage is counted in whole multiples of this, as an allocator would.
-        work: counts the operations' work too; a mode for both is a third faster than one inside the other.
+        work: counts the operations' work too.
         run: runs an operator, given its arguments as a tuple and a dict.
     """
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from .marks import marks
@@ -80,11 +79,10 @@ class Work(NamedTuple):
     large_products: int = 0
 
 
-class WorkCounter(TorchDispatchMode):
-    """Add up the work of all operations while it is the active mode."""
+class WorkCounter:
+    """Add up the work of the operations that it is shown, as a ``Ledger`` does with all that run."""
 
     def __init__(self):
-        super().__init__()
         self._totals = [0, 0, 0]
         self._products: dict[tuple, int] = {}  # and how many shapes each stands for
 
@@ -92,11 +90,6 @@ class WorkCounter(TorchDispatchMode):
     def work(self) -> Work:
         """Return what was counted since construction."""
         return Work(*self._totals, sum(self._products.values()))
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.see(func, args, kwargs or {}, result)
-        return result
 
     def see(self, func, args: tuple, kwargs: dict, result) -> None:
         """Count an operation that has run."""

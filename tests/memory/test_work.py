@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from counted import counted
 from transformers import AutoConfig
 
 from qlora_lite.memory.marks import phase
 from qlora_lite.memory.process import CPU_BUFFERS_BYTES, CPU_KERNEL_BYTES
-from qlora_lite.memory.work import FUSED_ATTENTION, WorkCounter, of_this_torch
+from qlora_lite.memory.work import FUSED_ATTENTION, of_this_torch
 from qlora_lite.models.families import known_config
 from qlora_lite.planning.predict import predict
 from qlora_lite.planning.simulate import Job, Rows
@@ -14,7 +15,7 @@ from qlora_lite.planning.simulate import Job, Rows
 
 def test_large_products_of_one_operator_and_shape_count_once():
     large, other, small = torch.ones(256, 128), torch.ones(512, 128), torch.ones(16, 16)
-    with WorkCounter() as counter, phase("forward"):
+    with counted() as counter, phase("forward"):
         for _ in range(3):
             large @ large.t()
         other @ large.t()
@@ -25,7 +26,7 @@ def test_large_products_of_one_operator_and_shape_count_once():
 
 
 def test_a_product_of_weights_that_are_loaded_does_not_count():
-    with WorkCounter() as counter:
+    with counted() as counter:
         torch.ones(256, 128) @ torch.ones(128, 256)
     assert counter.work.large_products == 0
 
@@ -36,10 +37,10 @@ def test_attention_is_counted_as_its_products_would_be_whatever_the_heads_of_key
     key, value = (torch.randn(2, key_heads, 40, 16, requires_grad=True) for _ in range(2))
     scores = 2 * 2 * 4 * 24 * 40 * 16
     for causal, share in ((False, 1), (True, 2)):
-        with WorkCounter() as forward, phase("forward"):
+        with counted() as forward, phase("forward"):
             fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
             out = fused(query, key, value, 0.0, causal)[0]
-        with WorkCounter() as backward, phase("backward"):
+        with counted() as backward, phase("backward"):
             out.sum().backward()
         assert forward.work.flops == 2 * scores // share
         assert backward.work.flops == 5 * scores // share

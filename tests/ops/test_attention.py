@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from counted import counted
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_lite.errors import ModelError
@@ -172,7 +173,8 @@ def test_a_plan_counts_the_work_and_the_kernels_of_many_blocks_by_their_average(
         else:
             monkeypatch.undo()
         inputs = [torch.empty_like(t, device="meta").requires_grad_() for t in tensors(length, 2)]
-        with planning_for(device), WorkCounter() as counter, Ledger() as ledger, phase("forward"):
+        counter = WorkCounter()
+        with planning_for(device), Ledger(work=counter) as ledger, phase("forward"):
             for _ in range(2):  # what a second block of the model needs is what the first one did
                 start = time.perf_counter()
                 out = block_attention(*inputs, (length,), 0.3, window, 1.5)
@@ -190,7 +192,7 @@ def test_a_plan_counts_the_work_and_the_kernels_of_many_blocks_by_their_average(
 def test_a_plan_s_kernels_do_not_depend_on_the_order_of_rows():
     inputs, counts = [torch.empty_like(t, device="meta") for t in tensors(105 * BLOCK_QUERIES, 2)], []
     for rows in ((65 * BLOCK_QUERIES, 40 * BLOCK_QUERIES), (40 * BLOCK_QUERIES, 65 * BLOCK_QUERIES)):
-        with planning_for("cpu"), WorkCounter() as counter, phase("forward"):
+        with planning_for("cpu"), counted() as counter, phase("forward"):
             block_attention(*inputs, rows, 0.3)
         counts.append(counter.work.large_products)
     assert counts[0] == counts[1] >= 2 * 63
@@ -200,7 +202,7 @@ def test_a_plan_of_short_rows_for_a_cpu_runs_each_block_since_rows_share_kernels
     inputs = [torch.empty_like(t, device="meta") for t in tensors(20 * BLOCK_QUERIES, 2)]
     counts = []
     for rows in ((10 * BLOCK_QUERIES,) * 2, (10 * BLOCK_QUERIES, 8 * BLOCK_QUERIES)):
-        with planning_for("cpu"), WorkCounter() as counter, phase("forward"):
+        with planning_for("cpu"), counted() as counter, phase("forward"):
             block_attention(*inputs, rows, 0.3)
         counts.append(counter.work.large_products)
     assert counts[0] == counts[1] > 0

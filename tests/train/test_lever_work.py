@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from counted import counted
 from lever_cases import rotary_flops
 from tiny import quantized_pair, random_batch
 
 from qlora_lite.lora.inject import add_lora, lora_layers, lora_parameters
 from qlora_lite.memory.marks import phase
-from qlora_lite.memory.work import WorkCounter
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.levers import Levers, place, set_levers
 from qlora_lite.ops.shapes import planning_for
@@ -35,7 +35,7 @@ def step_work(model, levers, device_type="cuda"):
     model.train()
     with planning_for(device_type):
         accumulate_gradients(model, [inputs(model)], levers.loss_chunk_tokens)
-        with WorkCounter() as counter:
+        with counted() as counter:
             accumulate_gradients(model, [inputs(model)], levers.loss_chunk_tokens)
     for _, parameter in lora_parameters(model):
         parameter.grad = None
@@ -49,7 +49,7 @@ def step_flops(model, levers, device_type="cuda"):
 def forward_flops(model, device_type="cuda"):
     """Return the operations of all blocks' forward."""
     set_levers(model, Levers("none"))
-    with torch.no_grad(), planning_for(device_type), phase("forward"), WorkCounter() as counter:
+    with torch.no_grad(), planning_for(device_type), phase("forward"), counted() as counter:
         hidden_states(model, inputs(model))
     return counter.work.flops
 
@@ -74,7 +74,7 @@ def test_keeping_everything_computes_each_product_once_forward_and_its_gradients
         linear += 2 * LENGTH * (inside * outside + RANK * (inside + outside))  # forward
         linear += 2 * LENGTH * RANK * (inside + 2 * outside)  # gradients of low, A and B
         linear += 0 if first else 2 * LENGTH * (inside * outside + RANK * inside)  # gradient of x
-    with planning_for("cuda"), WorkCounter() as attention:
+    with planning_for("cuda"), counted() as attention:
         q = torch.zeros(1, 4, LENGTH, 16, requires_grad=True)
         k, v = (torch.zeros(1, 2, LENGTH, 16, requires_grad=True) for _ in range(2))
         with phase("forward"):
@@ -151,7 +151,7 @@ def test_where_tensors_lie_changes_no_operation(model):
 
 def unpacking_bytes(model, *names):
     """Return the bytes that unpacking the layers of some names once moves, over all blocks."""
-    with phase("forward"), WorkCounter() as counter:
+    with phase("forward"), counted() as counter:
         for path, layer in lora_layers(model):
             if path.endswith(names):
                 materialize(*frozen_weight(layer.base), torch.float32)
