@@ -47,7 +47,7 @@ class LateCopies(SideStream):
         self.begun = 0  # copies so far: an event is this number
         self._waiting: deque[_Late] = deque()
 
-    def _copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> int:
+    def copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> int:
         for target, source in pairs:
             assert target.is_contiguous() and source.is_contiguous() and target.nbytes == source.nbytes
             storages = tuple(StorageWeakRef(tensor.untyped_storage()) for tensor in (target, source))
@@ -92,10 +92,10 @@ def copies_end_late() -> Iterator[None]:
     streams, host, copies = WeakSet(), [], 0
 
     class Counted(LateCopies):
-        def _copy(self, pairs):
+        def copy(self, pairs):
             nonlocal copies
             copies += len(pairs)
-            return super()._copy(pairs)
+            return super().copy(pairs)
 
     def side_stream(device):
         stream = Counted(device, host)

@@ -7,21 +7,11 @@ On a card, slices come on a stream of their own from pinned memory. Elsewhere th
 next slice and copies when it is asked for, so that plans and tests see what a card has.
 """
 
-from typing import NamedTuple
-
 import torch
 
 from qlora_lite.memory.marks import category, marks
 
-from .offload import SideStream
-
-
-class _Coming(NamedTuple):
-    """A slice's memory on the device, and the end of its copy (None: not begun, since copies happen at once)."""
-
-    rows: slice
-    tensor: torch.Tensor
-    event: "torch.cuda.Event | None"
+from .offload import Arrival, SideStream
 
 
 class HostRows:
@@ -34,29 +24,28 @@ class HostRows:
 
     def __init__(self, weight: torch.Tensor, device: torch.device):
         self.weight, self.shape, self.side = weight, weight.shape, SideStream(device)
-        self._coming: _Coming | None = None
+        self._coming: Arrival | None = None
 
     def __getitem__(self, rows: slice | torch.Tensor) -> torch.Tensor:
         if isinstance(rows, torch.Tensor):
             return self.weight[rows.to(self.weight.device)].to(self.side.device)
         start, stop, _ = rows.indices(len(self.weight))
         here, self._coming = self._coming, None
-        if here is not None and here.rows != slice(start, stop):  # asked for out of order, or a step broke off
+        if here is not None and here.of != slice(start, stop):  # asked for out of order, or a step broke off
             self.side.wait(here.event)
             here = None
         here = here or self._begin(start, stop)
+        (tensor,) = here.tensors
         if self.side.stream is None:
-            self._copy(here.rows, here.tensor)
+            self.side.copy([(tensor, self.weight[start:stop])])
         self.side.wait(here.event)
         if stop < len(self.weight) and marks.repeats == 1:  # a plan's piece that stands for others may be the last
             self._coming = self._begin(stop, min(2 * stop - start, len(self.weight)))
-        return here.tensor
+        return tensor
 
-    def _begin(self, start: int, stop: int) -> _Coming:
+    def _begin(self, start: int, stop: int) -> Arrival:
+        """Take the memory for a slice, and begin its copy where there is a stream for it."""
         rows = slice(start, stop)
         with category("head"):
             tensor = self.weight.new_empty((stop - start, *self.shape[1:]), device=self.side.device)
-        return _Coming(rows, tensor, None if self.side.stream is None else self._copy(rows, tensor))
-
-    def _copy(self, rows: slice, tensor: torch.Tensor) -> "torch.cuda.Event | None":
-        return self.side.copy([(tensor, self.weight[rows])])
+        return Arrival(rows, [tensor], self.side.stream and self.side.copy([(tensor, self.weight[rows])]))

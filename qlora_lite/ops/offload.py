@@ -105,12 +105,9 @@ class SideStream:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    @category("offloaded")  # no tensor is born here; the mark tells a ``WorkCounter`` what takes the bus
     def copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> "torch.cuda.Event | None":
         """Copy each (target, source) after what the computation was given so far; return what to wait for."""
-        with category("offloaded"):  # no tensor is born here; the mark tells a ``WorkCounter`` what takes the bus
-            return self._copy(pairs)
-
-    def _copy(self, pairs):
         if self.stream is None:
             for target, source in pairs:
                 target.copy_(source)
@@ -127,10 +124,10 @@ class SideStream:
             torch.cuda.current_stream(self.device).wait_event(event)
 
 
-class _Arrival(NamedTuple):
-    """A block's tensors on the device, and the end of the copy that they are part of."""
+class Arrival(NamedTuple):
+    """Tensors on the device, the block or rows that they are, and the end of their copy (None: nothing to wait for)."""
 
-    number: int
+    of: int | slice
     tensors: list[torch.Tensor]
     event: "torch.cuda.Event | None"
 
@@ -172,8 +169,8 @@ class HostStore:
         self._parts: list[torch.Tensor] = []  # of the memory, one behind the other
         self._begins = [0]  # of the parts, in bytes from that of the first, and of what would be the next
         self._stored: dict[int, _Stored] = {}
-        self._leaving: _Arrival | None = None  # of the block that was put last
-        self._coming: dict[int, _Arrival] = {}
+        self._leaving: Arrival | None = None  # of the block that was put last
+        self._coming: dict[int, Arrival] = {}
 
     def put(self, number: int, tensors: Sequence[torch.Tensor]) -> None:
         """Copy a block's tensors to the host; they stay on the device until the next block's are put."""
@@ -187,7 +184,7 @@ class HostStore:
         self._make_room(stop)
         forms = [_Form(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
         self._stored[number] = _Stored(start, stop, forms)
-        self._leaving = _Arrival(number, tensors, self.side.copy(list(self._pairs(start, tensors))))
+        self._leaving = Arrival(number, tensors, self.side.copy(list(self._pairs(start, tensors))))
 
     def _make_room(self, stop: int) -> None:
         missing, device = stop - self._begins[-1], self.side.device
@@ -210,7 +207,7 @@ class HostStore:
 
     def take(self, number: int) -> list[torch.Tensor]:
         """Return a block's tensors on the device, and begin to bring those of the block before it."""
-        if self._leaving is not None and self._leaving.number == number:  # the last block's never left
+        if self._leaving is not None and self._leaving.of == number:  # the last block's never left
             here, self._leaving = self._leaving, None
             del self._stored[number]
         else:
@@ -220,12 +217,12 @@ class HostStore:
             self._coming[number - 1] = self._bring(number - 1)
         return here.tensors
 
-    def _bring(self, number: int) -> "_Arrival":
+    def _bring(self, number: int) -> Arrival:
         stored = self._stored.pop(number)
         with category("saved activations"):
             tensors = [form.empty(self.side.device) for form in stored.forms]
         pairs = [(target, source) for source, target in self._pairs(stored.start, tensors)]
-        return _Arrival(number, tensors, self.side.copy(pairs))
+        return Arrival(number, tensors, self.side.copy(pairs))
 
     def _pairs(self, start: int, tensors: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Pair host memory from a place on with tensors on the device, as bytes, cut where a part or a tensor ends."""
