@@ -7,6 +7,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from qlora_lite.data.batch import Batch
+from qlora_lite.lora.layer import LoraLinear
 from qlora_lite.models.load import adopt
 from qlora_lite.models.quantizer import quantize_in_place
 
@@ -162,6 +163,13 @@ def reference_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
         total = total + nn.functional.cross_entropy(logits, batch.labels[row], ignore_index=-100, reduction="sum")
         start += length
     return total
+
+
+class PlainLora(LoraLinear):
+    """The package's layer by the formula and plain autograd, as it computes with dropout."""
+
+    def forward(self, x):
+        return self.by_autograd(x, x)
 
 
 class ReferenceLora(nn.Module):

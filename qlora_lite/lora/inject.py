@@ -86,13 +86,13 @@ def choose_layers(names: Sequence[str], targets: Sequence[Target], inside: Conta
 
 def add_lora(
     model: nn.Module, targets: str | Sequence[str | Target] = ALL_LINEAR, rank: int = 16, alpha: float = 32.0,
-    dropout: float = 0.0, rslora: bool = False, dtype: torch.dtype = torch.bfloat16, reference: bool = False,
+    dropout: float = 0.0, rslora: bool = False, dtype: torch.dtype = torch.bfloat16,
 ) -> nn.Module:  # fmt: skip
     """Freeze the model and wrap the chosen linear layers in place; return the model.
 
     Args:
         targets: ``"all-linear"``, or names, glob patterns and ``Target`` objects.
-        rank, alpha, dropout, rslora, dtype, reference: see ``LoraLinear``.
+        rank, alpha, dropout, rslora, dtype: see ``LoraLinear``.
 
     Raises:
         ModelError: a target matches no layer.
@@ -102,9 +102,7 @@ def add_lora(
     model.requires_grad_(False)
     layers = linear_layers(model)
     for name, target in choose_layers(list(layers), wanted, in_blocks(model)).items():
-        wrapped = LoraLinear(
-            layers[name], target.rank or rank, target.alpha or alpha, dropout, rslora, dtype, reference
-        )
+        wrapped = LoraLinear(layers[name], target.rank or rank, target.alpha or alpha, dropout, rslora, dtype)
         wrapped.path = name
         wrapped.train(model.training)
         model.set_submodule(name, wrapped)

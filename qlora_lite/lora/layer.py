@@ -9,8 +9,7 @@ rounding: see ``quant.product.add_product``). x, x A^T and the *packed* weight a
 dequantised again in backward. Saving and multiplying are two autograd functions, so that a checkpointed
 block's second run can leave out its last product (``down_proj``; see ``ops.checkpoint``). Layers with the same
 input can be begun together (``lora.shared``). With dropout the low-rank branch has its own input, so plain autograd
-is used around the same frozen product. ``reference=True`` computes the formula with plain autograd; it is the oracle
-of the fast path.
+is used around the same frozen product.
 
 Shapes: x [..., in], A [r, in], B [out, r], y [..., out]; T is the product of x's leading dimensions.
 Source: LoRA, arXiv 2106.09685, section 4.1; rank-stabilised scale: arXiv 2312.03732; QLoRA: arXiv 2305.14314.
@@ -147,7 +146,6 @@ class LoraLinear(nn.Module):
         dropout: probability of dropping an input of the low-rank branch while training, in [0, 1).
         rslora: divide alpha by sqrt(r) instead of r.
         dtype: of the factors.
-        reference: compute with plain autograd.
 
     ``shared`` is the set of layers that this one's input is shared with, if any; see ``lora.shared``. ``path`` is its
     name in the model.
@@ -156,7 +154,7 @@ class LoraLinear(nn.Module):
     shared = None
     path = "a layer"
 
-    def __init__(self, base, rank, alpha, dropout=0.0, rslora=False, dtype=torch.bfloat16, reference=False):
+    def __init__(self, base, rank, alpha, dropout=0.0, rslora=False, dtype=torch.bfloat16):
         super().__init__()
         self.base = base.requires_grad_(False)
         (out_features, in_features), device = frozen_weight(base)[0].shape, base.weight.device
@@ -164,7 +162,6 @@ class LoraLinear(nn.Module):
         self.scale = lora_scale(alpha, rank, rslora)
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype, device=device))
-        self.reference = reference
         self.reset_parameters()
 
     @property
@@ -191,15 +188,21 @@ class LoraLinear(nn.Module):
         nn.init.zeros_(self.lora_B)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        dropping = self.training and self.dropout > 0
-        if not dropping and not self.reference:
-            y = product_of_few(self.base, x)
-            if y is not None:
-                low = functional.linear(x, self.lora_A.to(x.dtype)).mul_(self.scale)
-                return y.add_(functional.linear(low, self.lora_B.to(x.dtype)))
-            begun, number = (begin(x, [self]), 0) if self.shared is None else self.shared.begun_for(self, x)
-            return end(self, begun, number)
-        branch = _dropped(x, self.dropout) if dropping else x
+        if self.training and self.dropout > 0:
+            return self.by_autograd(x, _dropped(x, self.dropout))
+        y = product_of_few(self.base, x)
+        if y is not None:
+            low = functional.linear(x, self.lora_A.to(x.dtype)).mul_(self.scale)
+            return y.add_(functional.linear(low, self.lora_B.to(x.dtype)))
+        begun, number = (begin(x, [self]), 0) if self.shared is None else self.shared.begun_for(self, x)
+        return end(self, begun, number)
+
+    def by_autograd(self, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        """Return y by the formula, the low-rank part of an input of its own: plain autograd around the frozen product.
+
+        Args:
+            branch: the low-rank part's input.
+        """
         low = self.scale * functional.linear(branch, self.lora_A.to(x.dtype))
         update = functional.linear(low, self.lora_B.to(x.dtype))
         spec, frozen = frozen_weight(self.base)

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from tiny import PlainLora
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
@@ -30,8 +31,8 @@ def make_base(kind, bias=True, dtype=torch.float32, seed=0):
     return base
 
 
-def make_layer(base, rank=5, **options):
-    layer = LoraLinear(base, rank, alpha=7.0, **({"dtype": torch.float32} | options))
+def make_layer(base, rank=5, kind=LoraLinear, **options):
+    layer = kind(base, rank, alpha=7.0, **({"dtype": torch.float32} | options))
     with torch.no_grad():
         layer.lora_B.normal_(generator=torch.Generator().manual_seed(1))
         layer.lora_A.normal_(generator=torch.Generator().manual_seed(2))
@@ -65,10 +66,10 @@ def random_input(*shape, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("kind", BASES)
-@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("path", [LoraLinear, PlainLora])
 @pytest.mark.parametrize("bias", [False, True])
-def test_both_paths_equal_the_float64_formula(kind, reference, bias):
-    layer = make_layer(make_base(kind, bias), reference=reference)
+def test_both_paths_equal_the_float64_formula(kind, path, bias):
+    layer = make_layer(make_base(kind, bias), kind=path)
     check_against_formula(layer, random_input(2, 9, IN), 1e-6)
 
 

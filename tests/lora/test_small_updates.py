@@ -2,17 +2,18 @@
 
 import pytest
 import torch
+from tiny import PlainLora
 from torch import nn
 
 from qlora_lite.lora.layer import LoraLinear
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("reference", [False, True])
-def test_a_small_update_shifts_the_mean_of_the_rounded_output_by_its_own_size(bias, reference):
+@pytest.mark.parametrize("path", [LoraLinear, PlainLora])
+def test_a_small_update_shifts_the_mean_of_the_rounded_output_by_its_own_size(bias, path):
     torch.manual_seed(0)
     base = nn.Linear(64, 128, bias=bias, dtype=torch.bfloat16)
-    layer = LoraLinear(base, rank=4, alpha=4.0, reference=reference)
+    layer = path(base, rank=4, alpha=4.0)
     x = torch.randn(4096, 64, dtype=torch.bfloat16)
     with torch.no_grad():
         plain = layer(x).double()
