@@ -21,7 +21,8 @@ from .models.skeleton import meta_model, read_part
 from .planning.answering import left_on_host, memory_to_use, placement
 from .planning.machine import Machine
 from .planning.simulate import Job, Rows
-from .recipe.schema import COMPILED_WITH, Recipe
+from .recipe.schema import Recipe
+from .together import WITH_COMPILE
 from .train.settings import TrainSettings
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def train_settings(recipe: Recipe) -> TrainSettings:
 def fixed_levers(recipe: Recipe) -> dict[str, object]:
     """Return the levers that a recipe sets, by the names of ``Levers``; those left to the planner are not in it."""
     said = recipe.memory.model_dump() | {"compile": recipe.train.compile}
-    return levers_of(said | COMPILED_WITH if recipe.train.compile else said)
+    return levers_of(said | WITH_COMPILE if recipe.train.compile else said)  # each is that or "auto"
 
 
 def build_model(recipe: Recipe, levers: Levers | None = None, adapter: Path | None = None) -> nn.Module:

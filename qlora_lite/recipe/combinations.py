@@ -6,8 +6,10 @@ place of what it complains about, with the cure.
 
 from collections.abc import Callable, Iterator
 
+from qlora_lite.together import WITH_COMPILE, WITH_UPDATES_IN_BACKWARD
+
 from .reference import written
-from .schema import COMPILED_WITH, Memory, Recipe
+from .schema import Memory, Recipe
 from .strict_yaml import shown
 
 Location = tuple[str | int, ...]
@@ -83,8 +85,7 @@ def _streaming(value: _Value) -> _Found:
 def _update_in_backward(value: _Value) -> _Found:
     if value("memory", "optimizer_in_backward") is not True:
         return
-    needs = {"max_grad_norm": 0, "gradient_accumulation_steps": 1, "on_not_finite": "stop"}
-    given = Recipe.model_fields["train"].default.model_dump()
+    needs, given = WITH_UPDATES_IN_BACKWARD, Recipe.model_fields["train"].default.model_dump()
     given |= {name: own for name in needs if (own := value("train", name)) is not None}
     if missing := " and ".join(f"train.{key}: {only}" for key, only in needs.items() if given[key] != only):
         message = "memory.optimizer_in_backward = true: the gradients of a whole step never exist at the same time"
@@ -94,7 +95,7 @@ def _update_in_backward(value: _Value) -> _Found:
 def _compile(value: _Value) -> _Found:
     if value("train", "compile") is not True:
         return
-    needs = {("lora", "dropout"): 0, **{("memory", name): only for name, only in COMPILED_WITH.items()}}
+    needs = {("lora", "dropout"): 0, **{("memory", name): only for name, only in WITH_COMPILE.items()}}
     if value("memory", "checkpointing") == "selective":
         needs["memory", "checkpointing"] = "block"
     for location, only in needs.items():

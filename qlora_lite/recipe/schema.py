@@ -270,10 +270,6 @@ class Train(_Section):
     """Experiment trackers that also get the metrics; each must be installed."""
 
 
-# What these settings of the memory section are beside train.compile; auto becomes it, anything else is an error.
-COMPILED_WITH = {"tile_tokens": "off", "resident_blocks": "all", "checkpoint_every": 1}
-
-
 class Memory(_Section):
     """How memory is traded for time in training; of a model in use, budget, tile_tokens and loss_chunk_tokens count."""
 

@@ -23,6 +23,7 @@ from qlora_lite.models.levers import Levers
 from qlora_lite.models.load import use_row_attention, uses_row_attention
 from qlora_lite.models.rows_alone import rows_run_alone, run_rows_alone, use_own_attention, why_rows_run_alone
 from qlora_lite.ops.loss import head_logits
+from qlora_lite.together import WITH_COMPILE, WITH_UPDATES_IN_BACKWARD
 
 from .settings import TrainSettings
 from .step import hidden_states, prepare, summed_loss
@@ -148,13 +149,11 @@ def check_updates_in_backward(model: nn.Module, settings: TrainSettings) -> None
     """
     if not settings.levers.optimizer_in_backward:
         return
-    hindrances = {
-        "clipping (set train.max_grad_norm to 0)": settings.max_grad_norm > 0,
-        "several micro-batches (set train.gradient_accumulation_steps to 1)": settings.gradient_accumulation_steps > 1,
-        "skipping steps (set train.on_not_finite to stop)": settings.on_not_finite != "stop",
-        "this model, whose rows run one by one (set memory.optimizer_in_backward to false)": rows_run_alone(model),
-    }
-    found = [reason for reason, applies in hindrances.items() if applies]
+    given = {name: getattr(settings, name) for name in WITH_UPDATES_IN_BACKWARD}
+    found = [f"train.{name} {given[name]} (set it to {only})" for name, only in WITH_UPDATES_IN_BACKWARD.items()
+             if given[name] != only]  # fmt: skip
+    if rows_run_alone(model):
+        found.append("this model, whose rows run one by one (set memory.optimizer_in_backward to false)")
     if found:
         raise TrainingError(f"memory.optimizer_in_backward is incompatible with: {'; '.join(found)}")
 
@@ -172,9 +171,8 @@ def check_compilable(model: nn.Module, levers: Levers) -> None:
         "attention other than this package's": not uses_row_attention(model),
         "memory.checkpointing selective": levers.checkpointing == "selective",
         "dropout": any(map(_drops, model.modules())),
-        "memory.tile_tokens": levers.tile_tokens, "memory.resident_blocks": levers.resident_blocks is not None,
-        "memory.checkpoint_every": levers.checkpoint_every > 1,
-    }  # fmt: skip
+        **{f"memory.{name}": levers.settings[name] != only for name, only in WITH_COMPILE.items()},
+    }
     found = [reason for reason, applies in hindrances.items() if applies]
     if found:
         raise TrainingError(f"set train.compile to false: it is incompatible with {', '.join(found)}")

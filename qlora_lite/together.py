@@ -1,0 +1,4 @@
+"""What other settings must be beside one, in a recipe's words: a recipe is checked by it, and so is a trainer."""
+
+WITH_COMPILE = {"tile_tokens": "off", "resident_blocks": "all", "checkpoint_every": 1}  # of the memory section
+WITH_UPDATES_IN_BACKWARD = {"max_grad_norm": 0, "gradient_accumulation_steps": 1, "on_not_finite": "stop"}  # of train
