@@ -178,9 +178,10 @@ def _rendered_chats(recipe: Recipe, tokenizer) -> Iterator[RowProblem]:
 
 def _faults_of_evaluation(recipe: Recipe, data: Dataset, eval_data: Dataset) -> Iterator[tuple[RowProblem, bool]]:
     """Yield what is wrong with good evaluation rows for this run, each with whether it is an error."""
-    overlap, is_error = check_overlap(data.examples, eval_data.examples)
-    if overlap:
-        yield overlap, is_error
+    if not recipe.data.eval_share:  # which leaves no row on both sides
+        overlap, is_error = check_overlap(data.examples, eval_data.examples)
+        if overlap:
+            yield overlap, is_error
     no_answer, is_error = check_answers(eval_data.examples[: recipe.train.exact_match_rows])
     if no_answer:
         yield no_answer, is_error
