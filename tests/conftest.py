@@ -65,6 +65,16 @@ def _computing_card():
         yield
 
 
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A tiny model on disk."""
+    from tiny_files import save_tiny
+
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny(folder)
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
     """Keep the quantised models of the tests out of the user's cache."""

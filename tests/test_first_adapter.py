@@ -1,6 +1,5 @@
 """Training that begins with an adapter goes on from its factors to the bit, and never with one that does not fit."""
 
-import json
 from pathlib import Path
 
 import peft
@@ -9,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import random_factors
 from tiny_files import save_tiny, write_recipe
+from tiny_runs import summary_of
 from transformers import AutoModelForCausalLM
 
 from qlora_lite.build import add_factors, build_model, build_skeleton
@@ -26,13 +26,6 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    save_tiny(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def first(model_folder, tmp_path_factory):
     """A finished run."""
     return run_recipe(load_recipe(write_recipe(tmp_path_factory.mktemp("first"), model_folder)))
@@ -47,10 +40,6 @@ def second(model_folder, tmp_path):
         return load_recipe(path, [f"lora.init_from={adapter}", *overrides])
 
     return make
-
-
-def summary_of(folder):
-    return json.loads((folder / "summary.json").read_text())
 
 
 @pytest.mark.parametrize("part", ["", "adapter"])

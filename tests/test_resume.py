@@ -45,13 +45,6 @@ def _planned_once():
         yield
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    save_tiny(folder)
-    return folder
-
-
 class Lab:
     """One recipe in a folder of its own, begun and gone on with."""
 

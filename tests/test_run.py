@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_files import byte_tokenizer, save_tiny, write_recipe
+from tiny_runs import summary_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_lite
@@ -52,13 +53,6 @@ SUMMARY = {
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    save_tiny(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def finished(model_folder, tmp_path_factory):
     """A finished run and its recipe file."""
     folder = tmp_path_factory.mktemp("finished")
@@ -75,10 +69,6 @@ def run(model_folder, tmp_path):
 
     call.folder = tmp_path / "out"
     return call
-
-
-def summary_of(folder):
-    return json.loads((folder / "summary.json").read_text())
 
 
 def lines_of(folder):

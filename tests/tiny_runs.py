@@ -47,6 +47,11 @@ def tiny_run(folder: Path, model_type: str = "llama", lora=None, overrides=(), s
     return make_run(folder, folder / "model", overrides, lora=lora or {"rank": 4, "alpha": 8})
 
 
+def summary_of(folder: Path) -> dict:
+    """Return what a run says of itself."""
+    return json.loads((folder / "summary.json").read_text())
+
+
 def logits(model, ids=None) -> torch.Tensor:
     """Return a model's logits for a few tokens."""
     ids = torch.randint(5, 160, (2, 11), generator=torch.Generator().manual_seed(0)) if ids is None else ids
