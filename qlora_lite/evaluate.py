@@ -1,7 +1,7 @@
 """Measure a model on evaluation rows: loss, perplexity, and the share of rows answered word for word."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +42,8 @@ def rows_compared(examples: Sequence[Example]) -> int:
 
 
 def exact_match(
-    model: nn.Module, tokenizer, examples: Sequence[Example], end_token_ids: Iterable[int], at_once: int = MOST_PROMPTS
+    model: nn.Module, tokenizer, examples: Sequence[Example], end_token_ids: Iterable[int],
+    at_once: Callable[[int], int] = lambda _tokens: MOST_PROMPTS,
 ) -> ExactMatch:  # fmt: skip
     """Answer every example's prompt greedily and compare with what its row writes there, white space at the ends apart.
 
@@ -51,7 +52,7 @@ def exact_match(
     Args:
         examples: rows with a prompt; those whose answer was cut off are left out.
         end_token_ids: the tokens that end an answer in these rows.
-        at_once: prompts that are answered together.
+        at_once: returns how many prompts are answered together, given the tokens of the longest with its answer.
 
     Raises:
         DataError: a row is plain text and has no answer, or all answers were cut off.
@@ -60,9 +61,9 @@ def exact_match(
     if is_error:
         raise DataError(str(problem))
     asked = [example for example in examples if example.answer]
-    prompts, (_, new_tokens) = [example.prompt for example in asked], _most_tokens(model, tokenizer, asked)
+    prompts, (prompt, new) = [example.prompt for example in asked], _most_tokens(model, tokenizer, asked)
     stop = stop_ids(model, tokenizer, end_token_ids)
-    answers = [text.strip() for text in answer(model, tokenizer, prompts, new_tokens, stop, at_once)]
+    answers = [text.strip() for text in answer(model, tokenizer, prompts, new, stop, at_once(prompt + new))]
     written = tokenizer([example.answer for example in asked], add_special_tokens=False).input_ids
     references = tokenizer.batch_decode(written, skip_special_tokens=True)
     right = sum(text == reference.strip() for text, reference in zip(answers, references, strict=True))
@@ -88,11 +89,13 @@ def _most_tokens(model: nn.Module, tokenizer, asked: Sequence[Example]) -> tuple
     return prompt, new if limit is None else min(new, limit - prompt)
 
 
-def answered_at_once(
-    recipe: Recipe, model: nn.Module, tokenizer, examples: Sequence[Example], budget_bytes: int
-) -> int:  # fmt: skip
-    """Return how many prompts of some rows a budget has room for at once, beside the model as it is loaded now."""
-    device, tokens = device_of(model), sum(_most_tokens(model, tokenizer, [row for row in examples if row.answer]))
+def answered_at_once(recipe: Recipe, model: nn.Module, budget_bytes: int, tokens: int) -> int:
+    """Return how many prompts a budget has room for at once, beside the model as it is loaded now.
+
+    Args:
+        tokens: of the longest prompt with its answer.
+    """
+    device = device_of(model)
     context = CUDA_CONTEXT_BYTES if device.type == "cuda" else 0
     return prompts_at_once(build_skeleton(recipe), tokens, budget_bytes - context - held_bytes(device), device.type)
 

@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 
 from torch import nn
 
@@ -196,7 +197,7 @@ class Training:
             return None
         try:
             with self.stop.at_once():
-                at_once = answered_at_once(self.recipe, self.model, self.tokenizer, rows, self.budget_bytes)
+                at_once = partial(answered_at_once, self.recipe, self.model, self.budget_bytes)
                 result = exact_match(self.model, self.tokenizer, rows, self.eval_data.end_token_ids, at_once)
         except DoesNotFitError as error:
             if when == "before":

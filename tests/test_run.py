@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +30,7 @@ from qlora_lite.errors import (
     RecipeError,
     TrainingError,
 )
-from qlora_lite.evaluate import SPARE_TOKENS, answered_at_once, evaluate_recipe
+from qlora_lite.evaluate import SPARE_TOKENS, answered_at_once, evaluate_recipe, exact_match
 from qlora_lite.memory.meter import held_bytes
 from qlora_lite.planning.answering import UNPLANNED, prompt_bytes
 from qlora_lite.planning.predict import Prediction
@@ -330,7 +331,8 @@ def test_prompts_for_exact_matches_share_what_the_budget_leaves_beside_the_model
     needed = [int(UNPLANNED * prompt_bytes(build_skeleton(recipe), tokens + SPARE_TOKENS, n, "cpu")) for n in (8, 16)]
     monkeypatch.setattr("qlora_lite.evaluate.held_bytes", lambda _: held)
     for budget, prompts in ((held + needed[1] + 1, 16), (held + needed[1] - 1, 8), (held + needed[0] + 1, 8), (0, 1)):
-        assert answered_at_once(recipe, model, byte_tokenizer(), rows, budget) == prompts
+        exact_match(model, byte_tokenizer(), rows, (), partial(answered_at_once, recipe, model, budget))
+        assert at_once.pop() == prompts
 
 
 def test_prompts_and_answers_that_a_model_has_no_positions_for_are_told_before_training(tmp_path):
