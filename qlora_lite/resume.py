@@ -29,7 +29,6 @@ from .train.state import STATE, numbers_of
 
 log = logging.getLogger("qlora_lite")
 BASE_MODEL = "base model"  # its name in a checkpoint's identity
-CHUNKED = "chunked"  # the loss that is this package's own
 RUN = "run.json"  # what a checkpoint holds of the run, beside the trainer's state
 # What these settings lead to is compared by itself, or changes nothing of what a step computes.
 HARMLESS = {

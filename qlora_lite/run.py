@@ -37,7 +37,7 @@ from .plan_text import reason
 from .preflight import line_of_problem, preflight
 from .recipe.schema import Recipe
 from .report import write_report
-from .resume import BASE_MODEL, CHUNKED, Continuation, data_identity, environment, path_to_continue, reopen
+from .resume import BASE_MODEL, Continuation, data_identity, environment, path_to_continue, reopen
 from .rows import build_stream, rows_to_plan
 from .runs import (
     ADAPTER,
@@ -68,6 +68,7 @@ from .training import Progress, Training
 from .units import format_bytes, format_count, format_seconds
 
 log = logging.getLogger("qlora_lite")
+CHUNKED = "chunked"  # the loss that is this package's own
 SAMPLES = 4
 LEFT_FREE = (0.02, 0.05, 0.1)  # of the budget: beside what a rehearsal took too much, one plan after the other
 
