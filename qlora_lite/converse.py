@@ -62,13 +62,13 @@ def open_session(
     """Load the base model of one or more runs and their adapters for a conversation.
 
     Args:
-        runs: run folders that share a base model; the first one's adapter is used at first.
+        runs: run folders, or adapters', that share a base model; the first one's adapter is used at first.
         system: the system message, if any.
-        model_path: where the base model lies now, if it moved.
+        model_path: see ``trained.open_trained``.
         context_tokens: see ``tasks.open_tasks``.
 
     Raises:
-        RecipeError: one is not a run folder, or has no adapter.
+        RecipeError: one is no such folder, or has no adapter.
         ModelError: the base model is gone, or an adapter does not fit it.
     """
     listed = [runs] if isinstance(runs, str | Path) else runs

@@ -31,6 +31,7 @@ from .trained import TrainedRun, open_trained
 
 REPORT = "merge_report.json"
 KEPT = 0.5  # of the base's distance to the trained model: a 4-bit model farther away than that has lost the adapter
+UNKNOWN_BASE = "the adapter does not say what it was fitted to; if that was a model in 16 bit: --base original"
 _UNMEASURED = "--rows 0 merges without measuring (not with --quantize)"
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
@@ -132,9 +133,11 @@ def held_out(trained: TrainedRun, count: int) -> HeldOut:
     """Read the run's evaluation rows, or its training rows where it has none (the report says which).
 
     Raises:
-        DataError: the rows cannot be read.
+        DataError: there are none, or they cannot be read.
     """
     recipe = trained.recipe
+    if trained.is_alone:
+        raise DataError(f"the adapter {trained.adapter} is alone, without rows to measure on; {_UNMEASURED}")
     which = "eval" if recipe.data.has_eval else "train"
     name = "data.eval_share" if recipe.data.eval_share else f"data.{which}"
     if which == "train" and recipe.data.streaming:
@@ -159,7 +162,9 @@ def _describe(trained: TrainedRun, merged: Merged, settings: MergeSettings) -> d
 
 def _notes(trained: TrainedRun, merged: Merged, settings: MergeSettings) -> list[str]:
     notes = []
-    if merged.onto == ORIGINAL and trained.quantization[0] != "none":
+    if trained.is_alone and merged.onto == TRAINED:
+        notes.append(UNKNOWN_BASE)
+    if merged.onto == ORIGINAL and not trained.is_alone and trained.quantization[0] != "none":
         notes.append("the adapter was fitted to the quantised weights; on the original ones it is another model")
     if trained.recipe.model.quant_head and (merged.onto == ORIGINAL or merged.config.tie_word_embeddings):
         notes.append("the run computed with a 4-bit copy of the head; the merged model has the head itself")

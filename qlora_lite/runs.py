@@ -284,7 +284,13 @@ def open_run(path: str | Path) -> OpenedRun:
     """
     folder = Path(path)
     if not (folder / RECIPE).is_file():
-        raise RecipeError(f"{folder} is not a run folder: it has no recipe.yaml{_meant(folder)}")
+        around = _run_around(folder)
+        lacks = (
+            f"recipe.yaml; name the run, {around}"
+            if around
+            else f"recipe.yaml, nor is it an adapter's ({ADAPTER_CONFIG})"
+        )
+        raise RecipeError(f"{folder} is not a run folder: it has no {lacks}")
     try:
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         end_token_ids = tuple(int(token) for token in summary["data"]["end_token_ids"])
@@ -303,9 +309,12 @@ def open_run(path: str | Path) -> OpenedRun:
     return OpenedRun(recipe, adapter, end_token_ids, summary)
 
 
-def _meant(folder: Path) -> str:
-    """Say what to name instead of a folder inside a run, or of an adapter that no run folder is around."""
-    around = next((parent for parent in folder.absolute().parents[:2] if (parent / RECIPE).is_file()), None)
-    if around:
-        return f"; name the run, {around}"
-    return "; an adapter alone is for peft" if (folder / ADAPTER_CONFIG).is_file() else ""
+def is_adapter_alone(folder: Path) -> bool:
+    """Tell whether a folder is an adapter's that belongs to no run folder, as peft writes it."""
+    is_adapter = (folder / ADAPTER_CONFIG).is_file() and not (folder / RECIPE).is_file()
+    return is_adapter and _run_around(folder) is None
+
+
+def _run_around(folder: Path) -> Path | None:
+    parents = folder.absolute().parents[:2]
+    return next((p for p in parents if (p / RECIPE).is_file() and (p / SUMMARY).is_file()), None)

@@ -108,7 +108,8 @@ def open_tasks(
     """Load the base model that runs share, with all their adapters.
 
     Args:
-        runs: run folders; a task's name is its folder's, or the path as given where two folders have the same.
+        runs: run folders, or adapters' in the PEFT format; a task's name is its folder's, or the path as given where
+            two folders have the same.
         model_path, unfinished: see ``trained.open_trained``.
         context_tokens: of the longest prompt with its answer that a card must have room for, before weights; None is
             the longest row that one of the runs may have.

@@ -2,40 +2,46 @@
 
 A base that was replaced or moved since, a run that did not reach its end, an adapter that changes nothing: each is
 found here, before a merge or an export works for an hour on it.
+
+An adapter alone, in a folder as peft writes it, is opened like a run. Its base is the one that it names, loaded as a
+recipe's defaults say; its chat template is what lies beside it, else the base's; what ends an answer is what the
+template writes there.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from .build import build_skeleton, build_to_use, quantization_of, with_plan
-from .data.template import Template, choose_template
-from .errors import CheckpointError, ModelError, RecipeError
-from .lora.read import Adapter, read_adapter
+from .data.render import end_of_answers
+from .data.template import Template, choose_template, template_in
+from .errors import CheckpointError, DataError, ModelError, RecipeError
+from .lora.read import Adapter, named_base, read_adapter
 from .models.cache import base_fingerprint
 from .models.load import resolve_compute_dtype, resolve_device
 from .models.locate import ModelFiles, locate
 from .models.tokenizer import load_tokenizer
-from .recipe.schema import Recipe
-from .runs import ADAPTER_CONFIG, OpenedRun, how_to_go_on, open_run
+from .recipe.schema import Data, Model, Recipe
+from .runs import ADAPTER_CONFIG, OpenedRun, how_to_go_on, is_adapter_alone, open_run
 
 log = logging.getLogger("qlora_lite")
 
 
 @dataclass(frozen=True, slots=True)
 class TrainedRun:
-    """A run whose adapter is to be used.
+    """A run whose adapter is to be used, or an adapter alone.
 
     Args:
-        name: the run folder's name.
+        name: the folder's name.
         recipe: with the base model where it lies now, a device of this machine, and what the run recorded: its
             template and the levers of its plan.
         adapter: folder of the adapter.
         end_token_ids: the tokens that training taught to end an answer.
         files: of the base model.
+        own_template: Jinja text that lies beside an adapter alone, used in place of the tokenizer's own.
     """
 
     name: str
@@ -43,6 +49,12 @@ class TrainedRun:
     adapter: Path
     end_token_ids: tuple[int, ...]
     files: ModelFiles
+    own_template: str | None = None
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether this is an adapter alone, which names no rows."""
+        return not self.recipe.data.train
 
     @property
     def device(self) -> torch.device:
@@ -66,19 +78,20 @@ class TrainedRun:
     def tokenizer(self):
         """Return the tokenizer with the chat template that training used."""
         tokenizer = load_tokenizer(self.recipe.model.path, self.recipe.model.revision)
-        name = self.recipe.data.template
-        if name is not None or tokenizer.chat_template:
-            template = choose_template(tokenizer, name)
-            tokenizer.chat_template = template.source
+        if self.recipe.data.template or self.own_template or tokenizer.chat_template:
+            tokenizer.chat_template = self.template(tokenizer).source
         return tokenizer
 
     def template(self, tokenizer) -> Template:
         """Return the chat template that training used.
 
         Raises:
-            DataError: the rows were plain text and the tokenizer has none.
+            DataError: there is none: the rows were plain text, or an adapter alone came without.
         """
-        return choose_template(tokenizer, self.recipe.data.template)
+        if self.is_alone and not (self.own_template or tokenizer.chat_template):
+            raise DataError(f"neither the adapter {self.adapter} nor its base model has a chat template; put the one "
+                            "that it was trained with into that folder, as chat_template.jinja")  # fmt: skip
+        return choose_template(tokenizer, self.recipe.data.template, self.own_template)
 
     def read_adapter(self, skeleton: nn.Module, must_change: bool = True) -> Adapter:
         """Read the adapter for the base model.
@@ -100,18 +113,22 @@ class TrainedRun:
 
 
 def open_trained(run: str | Path, model_path: str | None = None, unfinished: bool = False) -> TrainedRun:
-    """Open a run for use.
+    """Open a run for use, or an adapter alone.
 
     Args:
-        run: a run folder.
-        model_path: where the base model lies now, if it moved.
+        run: a run folder, or an adapter's in the PEFT format.
+        model_path: where the base model lies, if not where the run or the adapter says.
         unfinished: take the best adapter so far, else the last, of a run that did not reach its end.
 
     Raises:
-        RecipeError: it is not a run folder, has no adapter, or did not reach its end.
-        ModelError: the base model is gone or is another one.
+        RecipeError: it is no such folder, has no adapter, or the run did not reach its end.
+        ModelError: the base model is gone or is another one, or an adapter alone names none.
+        DataError: the chat template beside an adapter alone cannot be used.
     """
-    folder, opened = Path(run), open_run(run)
+    folder = Path(run)
+    if is_adapter_alone(folder):
+        return _open_alone(folder, model_path)
+    opened = open_run(folder)
     if (status := opened.summary.get("status")) != "complete" and not unfinished:
         raise RecipeError(
             f"the run {folder} did not reach its end (status {status}); what it has is {opened.adapter}: "
@@ -128,6 +145,27 @@ def open_trained(run: str | Path, model_path: str | None = None, unfinished: boo
     _check_base(opened.summary, files, folder, "--model PATH")
     name = folder.resolve().name
     return TrainedRun(name, recipe, opened.adapter, opened.end_token_ids, files)
+
+
+def _open_alone(folder: Path, model_path: str | None) -> TrainedRun:
+    base, revision = named_base(folder)
+    if not (base or model_path):
+        raise ModelError(
+            f"the adapter {folder} does not say what it was trained on; say where that is with --model PATH"
+        )
+    named = Recipe(model=Model(path=base or model_path, revision=revision), data=Data.model_construct(train=()))
+    recipe = _where_it_lies_now(named, model_path)
+    try:
+        files = locate(recipe.model.path, recipe.model.revision)
+    except ModelError as error:
+        said = f"the base model of the adapter {folder} is not there: {error}"
+        raise ModelError(said if model_path else f"{said}. Say where it is with --model PATH") from error
+    trained = TrainedRun(folder.resolve().name, recipe, folder, (), files, template_in(folder))
+    tokenizer = trained.tokenizer()
+    if not tokenizer.chat_template:
+        return trained
+    end = end_of_answers(trained.template(tokenizer))
+    return replace(trained, end_token_ids=(tokenizer.convert_tokens_to_ids(end),)) if end else trained
 
 
 def adapter_to_begin_with(recipe: Recipe) -> Path | None:

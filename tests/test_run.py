@@ -642,11 +642,6 @@ def test_a_folder_inside_a_run_is_refused_with_the_run_s_name(finished, inside):
         open_run(finished[0] / inside)
 
 
-def test_an_adapter_alone_is_said_to_be_one(finished, tmp_path):
-    with pytest.raises(RecipeError, match=r"recipe\.yaml; an adapter alone is for peft$"):
-        open_run(shutil.copytree(finished[0] / "adapter", tmp_path / "adapter"))
-
-
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_streamed_run_trains_the_adapter_that_rows_in_memory_train(run, packing):
     data = {"order": "as-is", "packing": packing}

@@ -20,7 +20,10 @@ _WIDTHS = 8, 16, 10, 12, 16, 12
 @of_a_run
 def compare(runs: tuple[str, ...], base: bool, rows: int, out: Path | None, as_json: bool,
             model_path: str | None, unfinished: bool) -> None:  # fmt: skip
-    """Measure RUNs on the evaluation rows of the first one, over one base model in memory."""
+    """Measure RUNs on the evaluation rows of the first one, over one base model in memory.
+
+    The others may be adapters' folders in the PEFT format.
+    """
     prepare(verbose=False)
     from qlora_lite.compare import PAGE, compare_runs, write_comparison
     from qlora_lite.compare_page import FIGURES, NOT_THE_SAME, figures_of

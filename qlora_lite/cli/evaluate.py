@@ -35,6 +35,9 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, rows: i
         from qlora_lite.trained import open_trained
 
         trained = open_trained(run_or_recipe, model_path, unfinished)
+        if trained.is_alone:
+            raise RecipeError(f"{run_or_recipe} is an adapter alone, which names no evaluation rows; measure it beside "
+                              f"a run, on that one's: qlora-lite compare RUN {run_or_recipe}")  # fmt: skip
         instead = (*overrides, "data.eval_share=0") if overrides else ()
         named = load_recipe(Path(run_or_recipe) / RECIPE, instead, check_files=False)
         measured_on = {"eval": named.data.eval, "eval_share": named.data.eval_share}

@@ -21,7 +21,10 @@ from .output import prepare
 @of_a_run
 def export(run: str, form: str, out: Path, base: str | None, dtype: str | None, model_path: str | None,
            unfinished: bool) -> None:  # fmt: skip
-    """Write RUN for another program, load it back, and compare what it does with the run's adapter."""
+    """Write RUN for another program, load it back, and compare what it does with the run's adapter.
+
+    RUN is a run folder, or an adapter's in the PEFT format.
+    """
     if (base or dtype) and form not in ("gguf", "ollama"):
         raise click.UsageError(f"--base and --dtype are for merged models (gguf, ollama), not for --to {form}")
     prepare()

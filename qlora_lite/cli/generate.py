@@ -43,7 +43,7 @@ def _of_a_conversation(command):
 @click.option("--prompt", required=True, help="What the user says.")
 @_of_a_conversation
 def generate(run: str, prompt: str, **options) -> None:
-    """Answer one prompt with the adapter of RUN (a run folder)."""
+    """Answer one prompt with the adapter of RUN, a run folder or an adapter's in the PEFT format."""
     session = _open([run], options)
     session.say(prompt)
     show = sys.stdout.isatty()  # where somebody watches, word by word as it comes
@@ -56,7 +56,7 @@ def generate(run: str, prompt: str, **options) -> None:
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @_of_a_conversation
 def chat(runs: tuple[str, ...], **options) -> None:
-    """Talk with the adapters of one or more runs over one base model.
+    """Talk with the adapters of one or more runs over one base model; a RUN may be an adapter's folder, as peft has it.
 
     /use NAME goes on with another adapter, /new forgets the conversation; /quit, an empty line or end of input ends it.
     """

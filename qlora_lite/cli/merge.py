@@ -22,7 +22,10 @@ from .output import prepare
 @of_a_run
 def merge(run: str, out: Path, base: str | None, dtype: str, quantize_to: str | None, rows: int,
           model_path: str | None, unfinished: bool) -> None:  # fmt: skip
-    """Write the base model with RUN's adapter merged into it as an ordinary transformers checkpoint."""
+    """Write the base model with RUN's adapter merged into it as an ordinary transformers checkpoint.
+
+    RUN is a run folder, or an adapter's in the PEFT format (with --rows 0).
+    """
     prepare()
     from qlora_lite.merge import REPORT, MergeSettings, merge_run
 

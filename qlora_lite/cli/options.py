@@ -2,7 +2,9 @@
 
 import click
 
-model_option = click.option("--model", "model_path", help="Where the base model lies now, if it moved.")
+model_option = click.option(
+    "--model", "model_path", help="Where the base model lies, if not where the run or the adapter says."
+)
 unfinished_option = click.option(
     "--unfinished", is_flag=True,
     help="Take what a run that did not reach its end has: the best adapter so far, else the last.",

@@ -19,7 +19,8 @@ def serve(runs: tuple[str, ...], host: str, port: int, max_new_tokens: int, max_
           context_tokens: int | None, model_path: str | None, unfinished: bool) -> None:  # fmt: skip
     """Answer /v1/chat/completions with the adapters of RUNs; the request's model selects one, "base" selects none.
 
-    For trying an adapter on this machine. vLLM and Ollama are for production: see qlora-lite export.
+    A RUN is a run folder, or an adapter's in the PEFT format. For trying an adapter on this machine.
+    vLLM and Ollama are for production: see qlora-lite export.
     """
     prepare()
     from qlora_lite.serve.app import Limits, run_server

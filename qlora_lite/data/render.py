@@ -141,6 +141,16 @@ def render_turns(
     return _rendered(template, _in_rows(template.source), turns, add_generation_prompt, tools)
 
 
+def end_of_answers(template: Template) -> str | None:
+    """Return the special token with which a template ends an answer; None where it writes none.
+
+    Raises:
+        DataError: the template fails on a question and its answer.
+    """
+    found = template.ending.search(render_turns(template, [Turn("user", "a"), Turn("assistant", "b")], False))
+    return found and found[1]
+
+
 def _in_rows(source: str) -> str:
     return _CLOCK + source if "strftime_now" in source else source
 

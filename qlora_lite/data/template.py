@@ -9,6 +9,7 @@ when the tokenizer puts it before ordinary text.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass, field
@@ -53,18 +54,23 @@ class Template:
     token_lengths: np.ndarray | None = field(compare=False)
 
 
-def choose_template(tokenizer: PreTrainedTokenizerFast, name: str | None = None) -> Template:
+def choose_template(
+    tokenizer: PreTrainedTokenizerFast, name: str | None = None, own: str | None = None
+) -> Template:  # fmt: skip
     """Choose the chat template of a run.
 
     Args:
         tokenizer: the model's tokenizer.
         name: None for the tokenizer's own, a name of NAMED_TEMPLATES, or the path of a file ending in .jinja.
+        own: Jinja text that stands for the tokenizer's own; None is what it has.
 
     Raises:
         DataError: there is no such template, or the tokenizer has none of its own.
     """
     names = ", ".join(NAMED_TEMPLATES)
     if name is None:
+        if own is not None:
+            return _template("model", own, tokenizer, "")
         if not tokenizer.chat_template:
             raise DataError(
                 f"the tokenizer has no chat template; set data.template to one of {names} (plain suits a "
@@ -86,6 +92,24 @@ def choose_template(tokenizer: PreTrainedTokenizerFast, name: str | None = None)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data.template {name!r} cannot be read ({error})") from error
     return _template(name, source, tokenizer, "" if _mentions_begin(source, tokenizer) else begin_of_text(tokenizer))
+
+
+def template_in(folder: Path) -> str | None:
+    """Return the chat template that a tokenizer's files in a folder hold; None where there is none.
+
+    Raises:
+        DataError: it cannot be read, or there are several and no default.
+    """
+    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    try:
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+        found = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
+        if isinstance(found, list):
+            found = {each["name"]: each["template"] for each in found}["default"]
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{folder} has a chat template that cannot be read ({error!r}); write it as {file}") from error
+    return found if isinstance(found, str) else None
 
 
 def portable_source(template: Template) -> str:

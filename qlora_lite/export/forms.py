@@ -21,7 +21,7 @@ from qlora_lite.files import replacing_folder, require_empty, write_text
 from qlora_lite.lora.adapter import attach_adapter, load_adapter
 from qlora_lite.lora.outside import begins_of
 from qlora_lite.lora.read import Adapter
-from qlora_lite.merge import check_choice
+from qlora_lite.merge import UNKNOWN_BASE, check_choice
 from qlora_lite.models.gguf_names import gguf_names
 from qlora_lite.models.load import load_model
 from qlora_lite.models.locate import locate, read_json
@@ -198,6 +198,8 @@ def _merged_model(job: _Job, write_beside: Callable[[Path], object], adds_begin:
             merged, new, kind, trained.name, trained.tokenizer(), tuple(trained.end_token_ids), adds_begin
         )
         write_beside(new)
+    if trained.is_alone and onto == TRAINED:
+        notes.append(UNKNOWN_BASE)
     if begins_of(job.skeleton) is not None:
         notes.append(f"the file holds the language model alone, without the other parts of {trained.files.name}")
     what, config = str(job.out / MODEL_FILE), copy.deepcopy(job.skeleton.config)
@@ -249,6 +251,8 @@ def _shared_system(trained: TrainedRun) -> str | None:
     Raises:
         DataError: the rows cannot be read.
     """
+    if trained.is_alone:
+        raise DataError("the adapter is alone and names none")
     found = set()
     for source in build_sources(trained.recipe, "train"):
         problems = Problems()

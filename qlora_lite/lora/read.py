@@ -115,6 +115,17 @@ def read_adapter(model: nn.Module, folder: str | Path) -> Adapter:
     return Adapter(factors, config.get("lora_dropout", 0.0))
 
 
+def named_base(folder: str | Path) -> tuple[str | None, str | None]:
+    """Return the base model that an adapter folder names, and its revision; None for what it does not name.
+
+    Raises:
+        ModelError: the configuration is broken, or of what this package cannot compute.
+    """
+    config = _read_config(Path(folder))
+    base, revision = (config.get(key) for key in ("base_model_name_or_path", "revision"))
+    return tuple(value if isinstance(value, str) and value else None for value in (base, revision))
+
+
 def factor_names(name: str) -> tuple[str, str]:
     """Return the names of A and B of a layer in adapter files; see ``outside`` for the layer's own."""
     return f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
@@ -179,7 +190,9 @@ def _read_tensors(path: Path, header_bytes: int) -> dict[str, torch.Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except FileNotFoundError:
-        raise ModelError(f"{path} is missing") from None
+        pickled = path.with_suffix(".bin").exists()
+        hint = "; pickled weights are not read, load and save the adapter with a peft of today" if pickled else ""
+        raise ModelError(f"{path} is missing{hint}") from None
     except (OSError, SafetensorError) as error:
         raise ModelError(f"cannot read {path}: {error}; it is cut short or not a safetensors file") from None
 
