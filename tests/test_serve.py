@@ -129,7 +129,20 @@ def test_a_temperature_next_to_zero_is_zero(client):
 def test_text_parts_are_joined_and_developer_messages_are_system_messages(client, runs):
     parts = [{"role": "developer", "content": "Be brief."},
              {"role": "user", "content": [{"type": "text", "text": "3?"}]}]  # fmt: skip
-    reply = client.chat.completions.create(model="french-run", messages=parts, user="me", metadata={})
+    reply = client.chat.completions.create(model="french-run", messages=parts)
+    assert reply.choices[0].message.content == expected(runs, "french-run")
+
+
+def test_what_asks_for_nothing_or_changes_no_answer_is_taken_as_clients_send_it_unasked(client, runs):
+    nothing = {"n": 1, "tools": [], "tool_choice": "auto", "top_logprobs": 0, "logit_bias": {}, "top_k": -1,
+               "min_p": 0.0, "repetition_penalty": 1.0, "best_of": 1, "echo": False, "suffix": None,
+               "guided_json": None, "response_format": {"type": "text"}, "chat_template_kwargs": {},
+               "add_generation_prompt": True, "continue_final_message": False,
+               "stop": None, "seed": None, "reasoning_effort": None}  # fmt: skip
+    harmless = {"user": "me", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "priority": 1,
+                "parallel_tool_calls": True, "safety_identifier": "x", "prompt_cache_key": "y", "keep_alive": "5m",
+                "cache_prompt": True, "stream_options": None}  # fmt: skip
+    reply = client.chat.completions.create(model="french-run", messages=ASKED, extra_body=nothing | harmless)
     assert reply.choices[0].message.content == expected(runs, "french-run")
 
 
@@ -146,6 +159,16 @@ def test_text_parts_are_joined_and_developer_messages_are_system_messages(client
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"), ({"logprobs": True}, "logprobs"),
     ({"response_format": {"type": "json_object"}}, "response_format"), ({"seed": 1.5}, "seed"),
     ({"stream": "yes"}, "stream"), ({"presence_penalty": 0.5}, "presence_penalty"),
+    ({"max_completion_tokens": 0}, "max_completion_tokens"), ({"top_logprobs": 2}, "top_logprobs"),
+    ({"tool_choice": "required"}, "tool_choice"), ({"reasoning_effort": "low"}, "reasoning_effort"),
+    ({"top_k": 40}, "top_k"), ({"min_p": 0.1}, "min_p"), ({"repetition_penalty": 1.1}, "repetition_penalty"),
+    ({"best_of": 3}, "best_of"), ({"echo": True}, "echo"), ({"suffix": "x"}, "suffix"), ({"top_a": 0.2}, "top_a"),
+    ({"guided_json": {}}, "guided_json"), ({"structured_outputs": {}}, "structured_outputs"),
+    ({"grammar": "root ::= x"}, "grammar"), ({"chat_template": "x"}, "chat_template"),
+    ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
+    ({"add_generation_prompt": False}, "add_generation_prompt"), ({"enable_thinking": False}, "enable_thinking"),
+    ({"continue_final_message": True}, "continue_final_message"), ({"stop_token_ids": [2]}, "stop_token_ids"),
+    ({"ignore_eos": True}, "ignore_eos"), ({"min_tokens": 3}, "min_tokens"), ({"max_new_tokens": 3}, "max_new_tokens"),
 ])  # fmt: skip
 def test_a_bad_request_is_an_error_of_the_api_s_form_that_names_the_field(client, changes, param):
     with pytest.raises(openai.BadRequestError) as caught:

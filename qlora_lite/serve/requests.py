@@ -1,8 +1,9 @@
 """Read a chat request of the OpenAI API, and write its errors in the API's own form.
 
 What would change the answer and is not done here (tools, several choices, penalties, a response format) is refused by
-name. What does not (`user`, `metadata`, ...) is ignored, as clients send it unasked.
-Source: the API reference of /v1/chat/completions.
+name, what other servers of this API have added to it included. What does not (`user`, `metadata`, ...) is ignored, as
+clients send it unasked.
+Source: the API reference of /v1/chat/completions; the additions of vLLM, llama.cpp, Ollama and other servers.
 """
 
 from collections.abc import Mapping
@@ -14,10 +15,30 @@ from qlora_lite.generate import Sampling
 
 MOST_MESSAGES, MOST_STOPS = 1000, 4
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_NEUTRAL = {  # settings that are not done here -> the values that ask for nothing
-    "n": (None, 1), "tools": (None, []), "functions": (None, []), "logprobs": (None, False), "logit_bias": (None, {}),
-    "presence_penalty": (None, 0), "frequency_penalty": (None, 0), "response_format": (None, {"type": "text"}),
-    "modalities": (None, ["text"]), "audio": (None,), "prediction": (None,), "web_search_options": (None,),
+_NEUTRAL = {  # settings that are not done here -> the values beside null that ask for nothing
+    "n": (1,), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
+    "logprobs": (False,), "top_logprobs": (0,), "logit_bias": ({},), "presence_penalty": (0,),
+    "frequency_penalty": (0,), "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (),
+    "prediction": (), "web_search_options": (), "reasoning_effort": (), "verbosity": ("medium",),
+    # of the older /v1/completions
+    "prompt": ("",), "suffix": ("",), "echo": (False,), "best_of": (1,),
+    # which tokens are drawn
+    "top_k": (0, -1), "min_p": (0,), "top_a": (0,), "typical_p": (1,), "tfs_z": (1,), "top_n_sigma": (0, -1),
+    "repetition_penalty": (1,), "repeat_penalty": (1,), "no_repeat_ngram_size": (0,), "mirostat": (0,),
+    "xtc_probability": (0,), "dry_multiplier": (0,), "dynatemp_range": (0,), "do_sample": (),
+    "use_beam_search": (False,), "bad_words": ([],), "allowed_token_ids": ([],), "logits_processors": ([],),
+    "samplers": (), "options": ({},),
+    # where the answer ends, and what is left of it
+    "max_new_tokens": (), "max_length": (), "n_predict": (-1,), "num_predict": (-1,), "min_tokens": (0,),
+    "ignore_eos": (False,), "stop_token_ids": ([],), "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    # what form it has
+    "format": ("",), "grammar": ("",), "json_schema": (), "guided_json": (), "guided_regex": (), "guided_choice": (),
+    "guided_grammar": (), "structured_outputs": (), "structural_tag": (),
+    # how the prompt is written
+    "chat_template": (), "chat_template_kwargs": ({},), "add_generation_prompt": (True,),
+    "continue_final_message": (False,), "add_special_tokens": (False,), "truncate_prompt_tokens": (),
+    "documents": ([],), "think": (), "thinking": (), "enable_thinking": (), "thinking_budget": (), "reasoning": (),
 }  # fmt: skip
 
 
@@ -72,13 +93,13 @@ def read_request(body: object, most_new_tokens: int) -> ChatRequest:
     if not isinstance(body, Mapping):
         raise ApiError(400, "the request must be a JSON object")
     for name, neutral in _NEUTRAL.items():
-        if body.get(name) not in neutral:
+        if (value := body.get(name)) is not None and value not in neutral:
             raise ApiError(400, f"{name} is not supported here; leave it out", "unsupported_parameter", name)
     options = body.get("stream_options") or {}
     if not isinstance(options, Mapping):
         raise ApiError(400, "stream_options must be an object", param="stream_options")
-    asked = [body[name] for name in ("max_completion_tokens", "max_tokens") if body.get(name) is not None]
-    most = _number(asked[0], "max_tokens", 1, None, int) if asked else most_new_tokens
+    asked = next((name for name in ("max_completion_tokens", "max_tokens") if body.get(name) is not None), None)
+    most = _number(body[asked], asked, 1, None, int) if asked else most_new_tokens
     temperature = _number(body.get("temperature", 0), "temperature", 0, 2)
     top_p = _number(body.get("top_p", 1), "top_p", 0, 1)
     seed = body.get("seed")
