@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qlora_lite.errors import ModelError
+from qlora_lite.errors import ModelError, OutputError
 from qlora_lite.files import replacing_folder, sha256
 from qlora_lite.quant.linear import is_conv1d, stands_for_conv1d
 from qlora_lite.quant.tensor_file import write_tensors
@@ -85,7 +85,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "", tok
 
 
 def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], config: dict, tokenizer=None) -> None:
-    """Write an adapter folder in one step.
+    """Write an adapter folder in one step; one that is there is replaced.
 
     Args:
         tensors: contiguous, on the host, under the names of the PEFT format.
@@ -93,8 +93,10 @@ def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], config: dict, 
         tokenizer: written beside with its chat template, if given.
 
     Raises:
-        OutputError: the folder cannot be written.
+        OutputError: the folder cannot be written, or holds something else than an adapter.
     """
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_NAME).is_file():
+        raise OutputError(f"{folder} holds something else than an adapter, which would be gone; choose another folder")
     with replacing_folder(folder) as new:
         write_tensors(new / WEIGHTS_NAME, tensors)
         (new / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

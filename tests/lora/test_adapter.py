@@ -10,7 +10,7 @@ from hostile import Trap
 from safetensors.torch import load_file, save_file
 from tiny import build_tiny, random_factors
 
-from qlora_lite.errors import ModelError
+from qlora_lite.errors import ModelError, OutputError
 from qlora_lite.lora.adapter import load_adapter, save_adapter
 from qlora_lite.lora.inject import Target, add_lora, lora_layers
 
@@ -70,6 +70,16 @@ def test_saving_again_replaces_the_folder_and_leaves_nothing_beside_it(folder):
     save_adapter(add_lora(build_tiny("llama"), ["up_proj"], rank=1), folder)
     assert {name.split(".")[-3] for name in load_file(folder / "adapter_model.safetensors")} == {"up_proj"}
     assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
+
+
+def test_a_folder_of_something_else_is_never_replaced(folder):
+    model = load_adapter(build_tiny("llama"), folder)
+    (folder.parent / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="something else than an adapter, which would be gone; choose another"):
+        save_adapter(model, folder.parent)
+    assert (folder.parent / "notes.txt").read_text() == "mine" and folder.is_dir()
+    (folder.parent / "empty").mkdir()
+    save_adapter(model, folder.parent / "empty")
 
 
 def test_loading_from_a_path_and_saving_to_it_keeps_every_byte(folder):
