@@ -18,6 +18,8 @@ _HEAD_BYTES = 1 << 16
 _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\n\r]*")
 _ESCAPED_ODDITY = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")
+HALF_A_PAIR = "half of a surrogate pair (\\ud800 to \\udfff) is no character; remove it"
+NUL = "the row holds a NUL character (\\u0000); remove it"
 _NUL_IN_JSON = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 _CORRECT = "correct or remove this row"
 _TOO_DEEP = f"nested too deeply, or a number too long, to be a row; {_CORRECT}"
@@ -48,9 +50,9 @@ class _RowDecoder:
         if _ESCAPED_ODDITY.search(text, start, end):
             dumped = json.dumps(value, ensure_ascii=False)
             if re.search("[\ud800-\udfff]", dumped):
-                self._faults.append("half of a surrogate pair (\\ud800 to \\udfff) is no character; remove it")
+                self._faults.append(HALF_A_PAIR)
             if _NUL_IN_JSON.search(dumped):
-                self._faults.append("the row holds a NUL character (\\u0000); remove it")
+                self._faults.append(NUL)
         return value, end, self._faults
 
 

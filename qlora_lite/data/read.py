@@ -13,6 +13,7 @@ one document per line.
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,12 +22,13 @@ from pathlib import Path
 from qlora_lite.data.columns import read_columns, without_absent
 from qlora_lite.data.fields import kind_of
 from qlora_lite.data.hub import PREFIX, hub_rows
-from qlora_lite.data.json_rows import read_json, read_jsonl
+from qlora_lite.data.json_rows import HALF_A_PAIR, NUL, read_json, read_jsonl
 from qlora_lite.data.lines import MAX_ROW_BYTES, Problems, all_lines, numbered_lines
 from qlora_lite.data.opening import find_files, open_bytes, reader_of
 from qlora_lite.errors import DataError
 
 _PIECE_BYTES = 1 << 20
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # is no text, in files neither (``json_rows``)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +96,24 @@ def _parts(source: Source, problems: Problems) -> list[tuple[str | Path, Callabl
 def _in_memory(name: str, rows: Iterable[object], problems: Problems) -> Iterator[tuple[str, dict]]:
     is_arrow = hasattr(rows, "features")  # a Dataset's: nulls stand where a row's objects lack a key
     for number, row in enumerate(rows, start=1):
-        if isinstance(row, Mapping):
+        if isinstance(row, Mapping) and (odd := next(filter(None, map(_NO_TEXT.search, _texts(row))), None)):
+            problems.add(f"{name}:{number}", NUL if odd[0] == "\0" else HALF_A_PAIR)
+        elif isinstance(row, Mapping):
             yield f"{name}:{number}", {str(key): without_absent(v) if is_arrow else v for key, v in row.items()}
         else:
             problems.add(f"{name}:{number}", f"the row is {kind_of(row)}, not an object with columns")
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yield every text in a row, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for pair in value.items():
+            yield from _texts(pair)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
 
 
 def _read_file(path: Path, is_text: bool, problems: Problems) -> Iterator[tuple[str, dict]]:

@@ -144,6 +144,14 @@ def test_rows_in_memory_are_read_as_those_of_a_file(write):
         build_examples([Source("mine", rows=[rows[0], "x"])], make_tokenizer())
 
 
+@pytest.mark.parametrize(("bad", "said"), [("a\ud83d", "half of a surrogate pair"), ("a\0", "a NUL character")])
+def test_rows_in_memory_are_refused_for_what_is_no_text_as_those_of_a_file_are(bad, said):
+    talk = [{"role": "user", "content": bad}, {"role": "assistant", "content": "b"}]
+    for row in ({"messages": talk}, {"prompt": bad, "completion": "b"}, {"text": bad}, {"text": "b", bad: 1}):
+        with pytest.raises(DataError, match=f"^mine:1: .*{said}.*; remove it$"):
+            build_examples([Source("mine", rows=[row])], make_tokenizer())
+
+
 def test_the_one_completion_is_learned_whatever_the_prompt_has_of_answers():
     turn = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
     row = {"prompt": [*turn, turn[0]], "completion": [turn[1]]}
