@@ -29,6 +29,7 @@ _API = {
     "export_run": "qlora_lite.export.forms",
     "ExportSettings": "qlora_lite.export.forms",
     "open_tasks": "qlora_lite.tasks",
+    "Turn": "qlora_lite.data.formats",
     "compare_runs": "qlora_lite.compare",
 }
 

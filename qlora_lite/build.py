@@ -21,6 +21,7 @@ from .models.skeleton import meta_model, read_part
 from .planning.answering import left_on_host, memory_to_use, placement
 from .planning.machine import Machine
 from .planning.simulate import Job, Rows
+from .recipe.load import require_recipe
 from .recipe.schema import Recipe
 from .together import WITH_COMPILE
 from .train.settings import TrainSettings
@@ -29,7 +30,12 @@ log = logging.getLogger(__name__)
 
 
 def train_settings(recipe: Recipe) -> TrainSettings:
-    """Return the loop's settings from a recipe."""
+    """Return the loop's settings from a recipe.
+
+    Raises:
+        RecipeError: it is no recipe.
+    """
+    require_recipe(recipe)
     said = recipe.data.model_dump() | recipe.train.model_dump() | recipe.memory.model_dump()
     said["levers"] = Levers(**fixed_levers(recipe))
     return TrainSettings(**{field.name: said[field.name] for field in fields(TrainSettings)})

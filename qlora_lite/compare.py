@@ -24,7 +24,7 @@ _ROWS = "train", "eval", "eval_share", "streaming", "max_bad_rows", "max_tokens"
 
 
 def compare_runs(
-    runs: Sequence[str | Path], with_base: bool = False, answers: int = 8, model_path: str | None = None,
+    runs: str | Path | Sequence[str | Path], with_base: bool = False, answers: int = 8, model_path: str | None = None,
     unfinished: bool = False,
 ) -> dict:  # fmt: skip
     """Measure runs on the evaluation rows of the first one, read and cut as it does, each with its own template.

@@ -71,7 +71,6 @@ def open_session(
         RecipeError: one is no such folder, or has no adapter.
         ModelError: the base model is gone, or an adapter does not fit it.
     """
-    listed = [runs] if isinstance(runs, str | Path) else runs
-    tasks = open_tasks(listed, model_path, unfinished=True, context_tokens=context_tokens)
+    tasks = open_tasks(runs, model_path, unfinished=True, context_tokens=context_tokens)
     turns = [Turn("system", system)] if system else []
     return Session(tasks, tasks.names[0], max_new_tokens, Sampling(temperature), turns)

@@ -9,7 +9,7 @@ Exit codes: 2 the recipe, the data, the model, the disk or the arguments are wro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -73,6 +73,17 @@ class ModelError(QloraLiteError):
     """Report a model, tokenizer or adapter that cannot be found, read or used."""
 
     exit_code = 2
+
+
+def require_one_of(name: str, value: object, choices: Iterable[str | None]) -> None:
+    """Check an argument that has few values.
+
+    Raises:
+        ModelError: it is none of them.
+    """
+    known = list(choices)
+    if value not in known:
+        raise ModelError(f"{name} is {value!r}; choose one of {', '.join(map(str, known))}")
 
 
 class OutputError(QloraLiteError):

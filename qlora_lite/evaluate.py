@@ -10,7 +10,7 @@ from torch import nn
 from .build import build_skeleton, build_to_use, train_settings
 from .data.check import check_answers
 from .data.stored import Example
-from .errors import DataError, ModelError
+from .errors import DataError, ModelError, RecipeError
 from .generate import answer, stop_ids
 from .lora.adapter import load_adapter
 from .memory.meter import held_bytes
@@ -19,6 +19,7 @@ from .models.anatomy import device_of, position_limit
 from .models.tokenizer import load_tokenizer
 from .planning.answering import MOST_PROMPTS, prompts_at_once
 from .quant.linear import arrange_weights
+from .recipe.load import require_recipe
 from .recipe.schema import Recipe
 from .rows import build_data
 from .train.guards import check_embeddings, check_forward
@@ -100,7 +101,7 @@ def answered_at_once(recipe: Recipe, model: nn.Module, budget_bytes: int, tokens
     return prompts_at_once(build_skeleton(recipe), tokens, budget_bytes - context - held_bytes(device), device.type)
 
 
-def evaluate_recipe(recipe: Recipe, adapter: Path | None, exact_match_rows: int) -> dict:
+def evaluate_recipe(recipe: Recipe, adapter: str | Path | None, exact_match_rows: int) -> dict:
     """Measure a recipe's model on its evaluation rows, with an adapter or without.
 
     Args:
@@ -110,7 +111,14 @@ def evaluate_recipe(recipe: Recipe, adapter: Path | None, exact_match_rows: int)
     Returns:
         eval_loss, perplexity, labelled_tokens, rows and, if asked for, exact_match and exact_match_rows, the rows that
         were compared.
+
+    Raises:
+        RecipeError: it is no recipe, or names no evaluation rows.
     """
+    require_recipe(recipe)
+    if not recipe.data.has_eval:
+        raise RecipeError("there are no evaluation rows; name some, as in data.eval=rows.jsonl")
+    adapter = adapter and Path(adapter)
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
     data, settings = build_data(recipe, tokenizer, "eval"), train_settings(recipe)
     model = build_to_use(recipe, [adapter] if adapter else [])

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from .build import build_to_use, train_settings
-from .errors import DataError, ModelError
+from .errors import DataError, ModelError, require_one_of
 from .files import replacing_folder, require_empty, require_space, write_text
 from .likeness import Outputs, compare, outputs
 from .lora.adapter import attach_adapter
@@ -33,6 +33,7 @@ REPORT = "merge_report.json"
 KEPT = 0.5  # of the base's distance to the trained model: a 4-bit model farther away than that has lost the adapter
 UNKNOWN_BASE = "the adapter does not say what it was fitted to; if that was a model in 16 bit: --base original"
 _UNMEASURED = "--rows 0 merges without measuring (not with --quantize)"
+BASES = (None, "nf4", "fp4", "original")
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
@@ -63,16 +64,25 @@ class MergeSettings:
     rows: int = 32
     shard_bytes: int = SHARD_BYTES
 
+    def __post_init__(self) -> None:
+        require_one_of("base", self.base, BASES)
+        require_one_of("dtype", self.dtype, DTYPES)
+        require_one_of("quantize", self.quantize, (None, "nf4", "fp4"))
+        if not isinstance(self.rows, int) or self.rows < 0:
+            raise ModelError(f"rows is {self.rows!r}; give a whole number of at least 0")
+
 
 def merge_run(
-    run: str | Path, out: Path, settings: MergeSettings, model_path: str | None = None, unfinished: bool = False
+    run: str | Path, out: str | Path, settings: MergeSettings, model_path: str | None = None, unfinished: bool = False
 ) -> dict:
     """Write the merged model of a run into a new folder; return the report.
 
     Raises:
         QloraLiteError: the run cannot be used, the choice is impossible, or the folder cannot be written.
     """
-    require_empty(out)
+    if not isinstance(settings, MergeSettings):
+        raise ModelError(f"settings is {settings!r}; give MergeSettings(...)")
+    require_empty(out := Path(out))
     if settings.quantize and not settings.rows:
         raise ModelError(
             "--quantize needs rows (--rows 1 or more): without a measurement nobody sees whether rounding took the "

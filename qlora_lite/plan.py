@@ -16,6 +16,7 @@ from .data.batch import Batch
 from .data.stored import learned_counts, row_lengths
 from .errors import DoesNotFitError, OutputError, RecipeError
 from .memory.bar import BESIDE
+from .memory.cards import CardError
 from .models.levers import Levers
 from .models.load import resolve_compute_dtype, resolve_device
 from .models.skeleton import read_config
@@ -26,6 +27,7 @@ from .planning.machine import Machine, this_machine
 from .planning.predict import Prediction, predict
 from .planning.search import SMALL_CHUNK_TOKENS, first_levers, search, single_changes, smaller
 from .planning.simulate import Job, Rows, full_pack, rows_of
+from .recipe.load import require_recipe
 from .recipe.schema import Recipe
 from .saver import Space
 from .train.epochs import Epochs
@@ -97,8 +99,16 @@ def plan_recipe(
 
     Raises:
         ModelError: the model's configuration is not known here, or cannot be planned.
-        RecipeError: more blocks are to be kept or resident than the model has.
+        RecipeError: it is no recipe, or more blocks are to be kept or resident than the model has.
+        CardError: the machine is none, or the budget no number of bytes.
     """
+    require_recipe(recipe)
+    if not isinstance(machine, Machine):
+        raise CardError(
+            f"a machine is wanted, not {type(machine).__name__}; qlora_lite.machine_of_card(CARD) makes one"
+        )
+    if not isinstance(budget_bytes, int | float):
+        raise CardError(f"budget_bytes is {budget_bytes!r}; give a number, such as 8 * 2**30")
     t, m = recipe.train, recipe.memory
     d = recipe.data
     evaluation = eval_rows or (full_pack(d.max_tokens, packing=True) if d.has_eval else None)

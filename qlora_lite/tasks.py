@@ -15,7 +15,7 @@ from .build import build_to_use
 from .data.formats import Turn
 from .data.render import render_prompt
 from .data.template import Template
-from .errors import ModelError
+from .errors import DataError, ModelError, RecipeError
 from .generate import Sampling, answer, stop_ids
 from .lora.switch import Switch, add_switch
 from .models.cache import base_fingerprint
@@ -84,8 +84,12 @@ class Tasks:
 
         Raises:
             ModelError: a name is not there, or the tasks of a call end their answers with different tokens.
-            DataError: a template refuses its conversation.
+            DataError: a conversation is none, or a template refuses it.
         """
+        if len(names) != len(conversations):
+            raise ModelError(f"{len(names)} names are given for {len(conversations)} conversations; give as many")
+        if not all(isinstance(turn, Turn) for turns in conversations for turn in turns):
+            raise DataError('a conversation is a list of turns, such as [qlora_lite.Turn("user", "Hello")]')
         tasks = [self.task(name) for name in names]
         if len({task.stop for task in tasks}) > 1:
             raise ModelError("these tasks end their answers with different tokens; answer them one after the other")
@@ -102,14 +106,14 @@ class Tasks:
 
 
 def open_tasks(
-    runs: Sequence[str | Path], model_path: str | None = None, unfinished: bool = False,
+    runs: str | Path | Sequence[str | Path], model_path: str | None = None, unfinished: bool = False,
     context_tokens: int | None = None,
 ) -> Tasks:  # fmt: skip
     """Load the base model that runs share, with all their adapters.
 
     Args:
-        runs: run folders, or adapters' in the PEFT format; a task's name is its folder's, or the path as given where
-            two folders have the same.
+        runs: one or more run folders, or adapters' in the PEFT format; a task's name is its folder's, or the path as
+            given where two folders have the same.
         model_path, unfinished: see ``trained.open_trained``.
         context_tokens: of the longest prompt with its answer that a card must have room for, before weights; None is
             the longest row that one of the runs may have.
@@ -118,6 +122,9 @@ def open_tasks(
         RecipeError: a run cannot be used.
         ModelError: the runs do not share a base, or an adapter does not fit it.
     """
+    runs = [runs] if isinstance(runs, str | Path) else runs
+    if not runs:
+        raise RecipeError("no run is given; name a run folder, or an adapter's")
     opened = [open_trained(run, model_path, unfinished) for run in runs]
     _check_one_base(opened)
     first, skeleton = opened[0], opened[0].skeleton()

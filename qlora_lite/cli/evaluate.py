@@ -51,8 +51,6 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, rows: i
             )
         recipe = load_recipe(run_or_recipe, overrides)
         prepare(verbose=False)
-    if not recipe.data.has_eval:
-        raise RecipeError("there are no evaluation rows; name some, as in data.eval=rows.jsonl")
     from qlora_lite.evaluate import evaluate_recipe
 
     result = evaluate_recipe(recipe, adapter, recipe.train.exact_match_rows if rows is None else rows)

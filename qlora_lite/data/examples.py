@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -246,19 +246,29 @@ def _check_arguments(
         raise DataError(f"data.train_on {train_on!r} is unknown; choose one of {', '.join(TRAIN_ON)}")
     if overflow not in OVERFLOW:
         raise DataError(f"data.overflow {overflow!r} is unknown; choose one of {', '.join(OVERFLOW)}")
-    if max_tokens < 2:
-        raise DataError(f"data.max_tokens is {max_tokens}; a row needs at least 2 tokens")
+    if not isinstance(max_tokens, int) or max_tokens < 2:
+        raise DataError(f"data.max_tokens is {max_tokens!r}; a row needs at least 2 tokens")
+    if not hasattr(tokenizer, "is_fast"):
+        name = type(tokenizer).__name__
+        raise DataError(f"a tokenizer is wanted, not {name}; qlora_lite.load_tokenizer(PATH) loads one")
     if not tokenizer.is_fast:
         raise DataError(
             "this tokenizer has no tokenizer.json, so the place of its tokens in the text is unknown; "
             "convert it with transformers first (load it with AutoTokenizer and save it again)"
         )
+    if isinstance(sources, Source):
+        raise DataError("sources is one source; put it into a list: [Source(...)]")
     for source in sources:
         if not isinstance(source, Source):
             cure = 'write Source("rows.jsonl"), or Source("mine", rows=rows) for rows in memory'
             raise DataError(f"a source is {type(source).__name__}; {cure}")
         if not 0 < source.weight < float("inf"):
             raise DataError(f"{source.path}: weight {source.weight} must be above 0 and finite")
+        if source.rows is not None and (
+            isinstance(source.rows, str | bytes | Mapping) or not isinstance(source.rows, Iterable)
+        ):
+            kind = type(source.rows).__name__
+            raise DataError(f"{source.path}: rows is {kind}; give a list of dicts, one a row, or a datasets.Dataset")
     if not sources:
         raise DataError("no data source is given; set data.train")
 

@@ -16,12 +16,12 @@ from qlora_lite.build import build_to_use
 from qlora_lite.data.formats import Conversation, read_conversations
 from qlora_lite.data.lines import Problems
 from qlora_lite.data.template import begin_of_text
-from qlora_lite.errors import DataError
+from qlora_lite.errors import DataError, ModelError, require_one_of
 from qlora_lite.files import replacing_folder, require_empty, write_text
 from qlora_lite.lora.adapter import attach_adapter, load_adapter
 from qlora_lite.lora.outside import begins_of
 from qlora_lite.lora.read import Adapter
-from qlora_lite.merge import UNKNOWN_BASE, check_choice
+from qlora_lite.merge import BASES, UNKNOWN_BASE, check_choice
 from qlora_lite.models.gguf_names import gguf_names
 from qlora_lite.models.load import load_model
 from qlora_lite.models.locate import locate, read_json
@@ -60,6 +60,11 @@ class ExportSettings:
     base: str | None = None
     dtype: str | None = None
 
+    def __post_init__(self) -> None:
+        require_one_of("to", self.to, FORMS)
+        require_one_of("base", self.base, BASES)
+        require_one_of("dtype", self.dtype, (None, *LIMITS))
+
 
 @dataclass(frozen=True, slots=True)
 class _Job:
@@ -73,14 +78,16 @@ class _Job:
 
 
 def export_run(
-    run: str | Path, out: Path, settings: ExportSettings, model_path: str | None = None, unfinished: bool = False
+    run: str | Path, out: str | Path, settings: ExportSettings, model_path: str | None = None, unfinished: bool = False
 ) -> dict:
     """Write a run in another program's form into a new folder and prove that it works; return the report.
 
     Raises:
         QloraLiteError: the run cannot be used, the form cannot hold it, or what was written does something else.
     """
-    require_empty(out)
+    if not isinstance(settings, ExportSettings):
+        raise ModelError(f'settings is {settings!r}; give ExportSettings("peft") or another form')
+    require_empty(out := Path(out))
     trained = open_trained(run, model_path, unfinished)
     skeleton = trained.skeleton()
     job = _Job(trained, skeleton, trained.read_adapter(skeleton), settings, out)

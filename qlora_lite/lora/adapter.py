@@ -16,7 +16,7 @@ from qlora_lite.files import replacing_folder, sha256
 from qlora_lite.quant.linear import is_conv1d, stands_for_conv1d
 from qlora_lite.quant.tensor_file import write_tensors
 
-from .inject import Target, add_lora, linear_layers, lora_layers
+from .inject import Target, add_lora, linear_layers, lora_layers, require_base, require_model
 from .layer import LoraLinear
 from .outside import outside
 from .read import CONFIG_NAME, WEIGHTS_NAME, Adapter, Factors, factor_names, read_adapter
@@ -67,20 +67,21 @@ def _target_modules(model: nn.Module, layers: Collection[str]) -> list[str]:
     return sorted(leaves if by_leaf == set(layers) else layers)
 
 
-def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "", tokenizer=None) -> str:
+def save_adapter(model: nn.Module, folder: str | Path, base_model: str | Path = "", tokenizer=None) -> str:
     """Write the adapter, and the tokenizer with its chat template if given; return the weights' SHA-256.
 
     Raises:
         ModelError: the model has no adapter, or a factor is not finite.
         OutputError: the folder cannot be written.
     """
+    require_model(model)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
     if not tensors:
         raise ModelError("the model has no LoRA layers; call add_lora first")
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise ModelError(f"the adapter is not saved: {len(broken)} tensors are not finite, first {broken[0]}")
-    write_adapter(Path(folder), tensors, adapter_config(model, base_model), tokenizer)
+    write_adapter(Path(folder), tensors, adapter_config(model, str(base_model)), tokenizer)
     return sha256(Path(folder) / WEIGHTS_NAME)
 
 
@@ -112,8 +113,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         folder: written by ``save_adapter`` or by peft.
 
     Raises:
-        ModelError: see ``read_adapter``.
+        ModelError: see ``read_adapter``; or the model has LoRA layers already.
     """
+    require_base(model)
     return attach_adapter(model, read_adapter(model, folder))
 
 

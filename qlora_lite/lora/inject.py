@@ -95,10 +95,11 @@ def add_lora(
         rank, alpha, dropout, rslora, dtype: see ``LoraLinear``.
 
     Raises:
-        ModelError: a target matches no layer.
+        ModelError: a target matches no layer, there are factors already, or an argument is none of its kind.
     """
-    listed = [targets] if isinstance(targets, str) else targets
-    wanted = [target if isinstance(target, Target) else Target(target) for target in listed]
+    require_base(model)
+    wanted = _as_targets(targets)
+    _check_factors(rank, alpha, dropout, dtype)
     model.requires_grad_(False)
     layers = linear_layers(model)
     for name, target in choose_layers(list(layers), wanted, in_blocks(model)).items():
@@ -108,6 +109,47 @@ def add_lora(
         model.set_submodule(name, wrapped)
     share_inputs(model)
     return model
+
+
+def require_model(model: object) -> None:
+    """Check that a function was given a model of transformers.
+
+    Raises:
+        ModelError: it is something else, such as the path of one.
+    """
+    if not isinstance(model, nn.Module) or not hasattr(model, "get_output_embeddings"):
+        raise ModelError(f"a model is wanted, not {type(model).__name__}; qlora_lite.load_model(PATH) loads one")
+
+
+def require_base(model: object) -> None:
+    """Check that a function was given a model without LoRA layers.
+
+    Raises:
+        ModelError: it has some, or is none.
+    """
+    require_model(model)
+    if any(lora_layers(model)):
+        raise ModelError("the model has LoRA layers already; load the base model again, or train those that it has")
+
+
+def _as_targets(targets: str | Sequence[str | Target]) -> list[Target]:
+    listed = [targets] if isinstance(targets, str | Target) else targets
+    if not isinstance(listed, list | tuple) or not listed or not all(isinstance(t, str | Target) for t in listed):
+        raise ModelError(
+            f"targets must be {ALL_LINEAR!r}, or a list of layers' names and glob patterns, not {targets!r}"
+        )
+    return [target if isinstance(target, Target) else Target(target) for target in listed]
+
+
+def _check_factors(rank: object, alpha: object, dropout: object, dtype: object) -> None:
+    if not isinstance(rank, int) or rank < 1:
+        raise ModelError(f"rank is {rank!r}; give a whole number of at least 1")
+    if not isinstance(alpha, int | float) or not alpha > 0:
+        raise ModelError(f"alpha is {alpha!r}; give a number above 0")
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ModelError(f"dropout is {dropout!r}; give a number of at least 0 and below 1")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ModelError(f"dtype is {dtype!r}; give torch.bfloat16 or torch.float32")
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:

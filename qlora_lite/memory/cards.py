@@ -168,7 +168,7 @@ def find_card(name: str) -> Card:
     Raises:
         CardError: no card has that name (the nearest are named), or several sizes have it (all are named).
     """
-    wanted = NO_MEANING.sub("", name.lower())
+    wanted = NO_MEANING.sub("", str(name).lower())
     for key in (wanted, wanted.replace("pcie", "")):  # few cards differ by their plug
         found = [card for card in CARDS if key in _keys(card)]
         if len(found) == 1:

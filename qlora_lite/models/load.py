@@ -22,7 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
-from qlora_lite.errors import ModelError, OutputError
+from qlora_lite.errors import ModelError, OutputError, require_one_of
 from qlora_lite.lora.outside import set_outside
 from qlora_lite.memory.meter import grow_segments
 from qlora_lite.ops.attention import row_attention
@@ -40,6 +40,7 @@ from .save import save_quantized
 log = logging.getLogger("qlora_lite")
 
 _ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)(a?)f?")  # as torch names what it was built for; a: that card alone
+QUANTS = ("nf4", "fp4", "none")
 ROW_ATTENTION = "qlora_lite_rows"
 
 
@@ -100,7 +101,7 @@ def resolve_compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_model(
-    path: str, quant: str = "nf4", double_quant: bool = True, compute_dtype: torch.dtype = torch.bfloat16,
+    path: str | Path, quant: str = "nf4", double_quant: bool = True, compute_dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu", revision: str | None = None, use_cache: bool = True, quant_head: bool = False,
 ) -> nn.Module:  # fmt: skip
     """Load a causal language model, frozen, in training mode off.
@@ -114,9 +115,15 @@ def load_model(
         quant_head: keep a 4-bit copy of the head.
 
     Raises:
-        ModelError: files are missing or broken, or part of the model would silently stay in 16 bit.
+        ModelError: files are missing or broken, part of the model would silently stay in 16 bit, or there is no such
+            type or device.
     """
+    require_one_of("quant", quant, QUANTS)
+    if not isinstance(compute_dtype, torch.dtype) or not compute_dtype.is_floating_point:
+        raise ModelError(f"compute_dtype is {compute_dtype!r}; give torch.bfloat16 or torch.float32")
+    _check_device(device)
     files = locate(path, revision)
+    path = files.name
     stored, asked = stored_quantization(files.config), (quant, double_quant)
     part = read_language_part(files.folder, path, files.gguf_file)
     if part.whole is not None and use_cache:
@@ -134,6 +141,15 @@ def load_model(
     if quant_head:
         quantize_head(model, quant, double_quant)
     return adopt(set_outside(model, part.outside))
+
+
+def _check_device(device: torch.device | str) -> None:
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError):
+        raise ModelError(f"device is {device!r}; give cpu or cuda") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ModelError("device is cuda, but torch finds no CUDA device; see qlora-lite doctor")
 
 
 def adopt(model: nn.Module) -> nn.Module:

@@ -47,7 +47,7 @@ class ModelFiles:
         return {} if self.gguf_file else read_json(self.folder / "config.json")
 
 
-def locate(path: str, revision: str | None = None, with_weights: bool = True) -> ModelFiles:
+def locate(path: str | Path, revision: str | None = None, with_weights: bool = True) -> ModelFiles:
     """Find a model's files, downloading a hub model on first use, and check that they are whole.
 
     Args:
@@ -56,6 +56,7 @@ def locate(path: str, revision: str | None = None, with_weights: bool = True) ->
     Raises:
         ModelError: nothing is there, a file is missing, cut short or of a kind that is not read.
     """
+    path = os.fspath(path)
     local = _package_file(path) if path.startswith(PREFIX) else Path(os.path.expanduser(path))
     if local.suffix == ".gguf":
         if not os.path.isfile(local):

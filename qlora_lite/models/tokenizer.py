@@ -1,6 +1,7 @@
 """Load a base model's tokenizer, without the code that loads the model."""
 
 import logging
+from pathlib import Path
 
 from transformers import AutoTokenizer
 
@@ -13,7 +14,7 @@ from .locate import ModelFiles, locate
 log = logging.getLogger("qlora_lite")
 
 
-def load_tokenizer(path: str, revision: str | None = None):
+def load_tokenizer(path: str | Path, revision: str | None = None):
     """Load the model's fast tokenizer.
 
     Raises:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qlora_lite.memory.cards import Card
+from qlora_lite.memory.cards import Card, CardError
 from qlora_lite.memory.meter import free_bytes, held_bytes
 from qlora_lite.memory.process import CUDA_CONTEXT_BYTES
 from qlora_lite.memory.work import Work
@@ -63,7 +63,13 @@ class Machine:
 
 
 def machine_of_card(card: Card) -> Machine:
-    """Return a card of the table as a machine."""
+    """Return a card of the table as a machine.
+
+    Raises:
+        CardError: it is no card.
+    """
+    if not isinstance(card, Card):
+        raise CardError(f"a card is wanted, not {card!r}; qlora_lite.find_card(NAME) finds one")
     return Machine(
         card.name, "cuda", card.memory_bytes, 0, MATMUL_REACHED * card.flops_per_second,
         BANDWIDTH_REACHED * card.bandwidth_bytes_per_second, card.pcie_bytes_per_second,

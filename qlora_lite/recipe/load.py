@@ -41,6 +41,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, check_files:
     Raises:
         RecipeError: every problem of the file and the overrides, in the order of the file.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise RecipeError(f"a recipe is a YAML file, and its path is wanted, not {type(path).__name__}")
+    if isinstance(overrides, str) or not all(isinstance(text, str) for text in overrides):
+        raise RecipeError(f'overrides must be a list of texts, such as ["lora.rank=32"], not {overrides!r}')
     document = parse(_read(path), str(path))
     root = _root(document, str(path))
     apply_overrides(root, overrides, document)
@@ -52,6 +56,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, check_files:
     if checker.problems:
         raise RecipeError(_ordered(checker.problems, str(path)))
     return paths.resolved(recipe, checker.bases, Path(path).stem)
+
+
+def require_recipe(value: object) -> None:
+    """Check that a function was given a recipe.
+
+    Raises:
+        RecipeError: it is something else, such as the path of one.
+    """
+    if not isinstance(value, Recipe):
+        raise RecipeError(f"a recipe is wanted, not {type(value).__name__}; qlora_lite.load_recipe(PATH) loads one")
 
 
 def resolve_to_yaml(recipe: Recipe) -> str:

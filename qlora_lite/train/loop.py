@@ -21,10 +21,10 @@ import torch
 from torch import nn
 
 from qlora_lite.data.batch import Batch, collate, enlarged, extent_of, plan_epoch
-from qlora_lite.data.stored import Example, learned_counts, row_lengths
+from qlora_lite.data.stored import Example, Examples, learned_counts, row_lengths
 from qlora_lite.data.stream import stream_batches
-from qlora_lite.errors import TrainingError
-from qlora_lite.lora.inject import lora_parameters
+from qlora_lite.errors import DataError, ModelError, TrainingError
+from qlora_lite.lora.inject import lora_layers, lora_parameters, require_model
 from qlora_lite.lora.shared import forget_begun
 from qlora_lite.memory.meter import PeakMeter
 from qlora_lite.models.anatomy import device_of, head
@@ -90,8 +90,9 @@ class Trainer:
         stream: gives the rows of an epoch each time it is iterated, to be used in place of ``examples``.
 
     Raises:
-        DataError: the model has no embedding for a token.
-        ModelError: rows trained together would not give the model's own logits.
+        DataError: the model has no embedding for a token, or the examples are none.
+        TrainingError: the settings are none.
+        ModelError: the model has no LoRA layers, or rows trained together would not give the model's own logits.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class Trainer:
         settings: TrainSettings,
         stream: Iterable[Example] | None = None,
     ):
+        _check_arguments(model, examples, settings)
         self.model, self.examples, self.settings, self.stream = model, examples, settings, stream
         self.epochs = Epochs(row_lengths(examples), learned_counts(examples), settings)
         self.parameters = [parameter for _, parameter in lora_parameters(model)]
@@ -290,6 +292,16 @@ class Trainer:
         return self._within_memory(
             list(_eval_rows(examples, self.settings)), lambda batches: evaluate_loss(self.model, batches, chunk)
         )
+
+
+def _check_arguments(model: object, examples: object, settings: object) -> None:
+    require_model(model)
+    if not any(lora_layers(model)):
+        raise ModelError("the model has no LoRA layers; call add_lora first")
+    if not isinstance(examples, Examples | Sequence) or not isinstance(next(iter(examples), None), Example | None):
+        raise DataError(f"examples is {type(examples).__name__}; give build_examples(...).examples")
+    if not isinstance(settings, TrainSettings):
+        raise TrainingError(f"settings is {type(settings).__name__}; give qlora_lite.train_settings(RECIPE)")
 
 
 def _eval_plan(examples: Sequence[Example], settings: TrainSettings) -> list[list[int]]:
