@@ -3,7 +3,7 @@
 The key is a hash over every weight file's SHA-256, the configurations and the quantisation settings, so a
 changed file under an old name is never mistaken for the old one.
 
-An entry is an ordinary bitsandbytes checkpoint folder, moved into place when it is whole.
+An entry is a checkpoint folder as ``save.save_for_cache`` writes it, moved into place when it is whole.
 """
 
 import hashlib

@@ -78,6 +78,17 @@ def _shape(projection: Projection) -> tuple[int, ...]:
     return (count, other, one) if projection.experts.is_transposed else (count, one, other)
 
 
+def placeholder() -> torch.Tensor:
+    """Return what stands for a projection's parameter until it is dropped: to transformers' loader it is then there."""
+    return torch.empty(0)
+
+
+def placeholders(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return a placeholder by the name of each parameter that a packed weight has taken the place of."""
+    parts = [name.rpartition(".") for name, _ in model.named_modules()]
+    return {f"{path}.{leaf.removeprefix(PACKED)}": placeholder() for path, _, leaf in parts if leaf.startswith(PACKED)}
+
+
 def drop_parameter(projection: Projection) -> None:
     """Let go of a projection's parameter, for which a packed weight stands now."""
     delattr(projection.experts, projection.name)
@@ -93,7 +104,7 @@ def pack_in_place(model: nn.Module, quant_type: str, double_quant: bool) -> None
 
 def use_packed_experts(model: nn.Module) -> None:
     """Have a model with packed experts compute with them."""
-    if any(name.rpartition(".")[2].startswith(PACKED) for name, _ in model.named_modules()):
+    if placeholders(model):
         ExpertsInterface.register(NAME, packed_experts)
         model.set_experts_implementation(NAME)
 

@@ -35,7 +35,7 @@ from .experts import use_packed_experts
 from .locate import ModelFiles, locate
 from .nested import LanguagePart, read_language_part, stored_names
 from .quantizer import QuantizeConfig, quantize_head, quantize_in_place, register
-from .save import save_quantized
+from .save import save_for_cache
 
 log = logging.getLogger("qlora_lite")
 
@@ -163,6 +163,7 @@ def adopt(model: nn.Module) -> nn.Module:
 
 
 def _load_quantized(files, part, quant, double_quant, dtype, device, use_cache):
+    register()
     entry = cache_entry(files, quant=quant, double_quant=double_quant, dtype=str(dtype)) if use_cache else None
     if entry is not None and entry.exists() and _is_whole(entry):
         return _load_prequantized(ModelFiles(str(entry), entry, ()), None, dtype, device)
@@ -171,12 +172,11 @@ def _load_quantized(files, part, quant, double_quant, dtype, device, use_cache):
         quantize_in_place(model, quant, double_quant)
         model.to(device)
     else:
-        register()
         model = _from_pretrained(files, part, dtype, device, QuantizeConfig(quant, double_quant))
         _forget_quantizer(model)
     if entry is not None:
         try:
-            save_quantized(model, entry)
+            save_for_cache(model, entry)
         except (OutputError, ModelError) as error:
             log.warning("the quantised model is not cached: %s", error)
     return model
@@ -212,7 +212,8 @@ def stored_quantization(config: dict) -> tuple[str, bool] | None:
 
 
 def _load_prequantized(files: ModelFiles, part: LanguagePart | None, dtype, device) -> nn.Module:
-    """Load a bitsandbytes checkpoint through transformers and take over its packed tensors."""
+    """Load a bitsandbytes checkpoint through transformers and take over its packed tensors; or one of the cache, which
+    may have packed tensors of our own."""
     model = _from_pretrained(files, part, dtype, device)
     for name, module in list(model.named_modules()):
         if type(module).__name__ == "Linear4bit":

@@ -23,7 +23,7 @@ from qlora_lite.quant.nf4 import BLOCK_SIZE, quantize
 from qlora_lite.quant.packed import PACKED_BUFFERS, PackedWeight
 from qlora_lite.units import format_bytes
 
-from .experts import Projection, drop_parameter, pack_in_place, projections, put_empty
+from .experts import Projection, drop_parameter, pack_in_place, placeholder, projections, put_empty
 
 METHOD = "qlora_lite"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -61,7 +61,7 @@ class QuantizeOnArrival(ConversionOps):
             if projection := self.experts.get(name):
                 path = projection.packed
                 weight = projection.straight(weight)
-                result[name] = weight.new_empty(0)  # the parameter is there, as far as transformers asks
+                result[name] = placeholder()
             shape = self.layers[path].shape
             if tuple(weight.shape) != shape:
                 self.problems.append(f"{name}: has the shape {tuple(weight.shape)}, and {shape} is needed")
@@ -78,7 +78,7 @@ class QuantizeOnArrival(ConversionOps):
 
 
 class OnArrivalQuantizer(HfQuantizer):
-    """Put packed weights into the skeleton and fill them while the checkpoint is read."""
+    """Put packed weights into the skeleton and fill them while the checkpoint is read, which may have them packed."""
 
     requires_calibration = False
 
@@ -91,7 +91,7 @@ class OnArrivalQuantizer(HfQuantizer):
             put_empty(projection, config.quant_type, config.double_quant)
         self.transposed = _replace_linears(model, config.quant_type, config.double_quant, skip, self.experts)
         self.layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)}
-        for layer in self.layers.values():
+        for layer in () if self.pre_quantized else self.layers.values():
             # transformers 5.17 gives a checkpoint's weight the type of what stands here, before it is quantised
             layer.weight = layer.weight.to(model.dtype)
 

@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from qlora_lite.memory.marks import repeated
 from qlora_lite.ops.checkpoint import product_or_stand_in
-from qlora_lite.ops.shapes import CPU_MULTIPLE, device_type, pad_rows, pieces
+from qlora_lite.ops.shapes import CPU_MULTIPLE, device_type, kernel_rows, pieces
 from qlora_lite.quant.nf4 import Packed, dequantize_rows
 from qlora_lite.quant.product import WeightSpec
 
@@ -63,8 +63,9 @@ def routed(
 
 
 class _Part(NamedTuple):
-    """Rows of one expert, and its weights and biases."""
+    """Rows of one expert, and its weights and biases; rows beyond ``count`` fill a kernel and mean nothing."""
 
+    count: int
     tokens: torch.Tensor  # int64 [n]
     pairs: torch.Tensor  # int64 [n], numbers in the flattened [T, K]
     up: torch.Tensor
@@ -74,11 +75,11 @@ class _Part(NamedTuple):
 
     def first(self, hidden_TD: torch.Tensor) -> torch.Tensor:
         """Return the first product of the part's rows, [n, I or 2 I]."""
-        return _product(hidden_TD[self.tokens], self.up, self.up_bias)
+        return linear(hidden_TD[self.tokens], self.up, self.up_bias)
 
-
-def _product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    return linear(pad_rows(rows), weight, bias)[: len(rows)]
+    def add_rows(self, sum_TD: torch.Tensor, rows: torch.Tensor) -> None:
+        """Add rows [n, D] to those of their tokens."""
+        sum_TD.index_add_(0, self.tokens[: self.count], rows[: self.count].to(sum_TD.dtype))
 
 
 def _for_each_part(
@@ -88,15 +89,15 @@ def _for_each_part(
     """Call ``do`` with the rows of each expert that has any, in tiles; it may keep nothing of them."""
     tensors, biases = (tensors[:-2], tensors[-2:]) if experts.has_bias else (tensors, None)
     up, down = tensors[: experts.tensors_of_up], tensors[experts.tensors_of_up :]
-    pairs = chosen_TK.flatten().argsort(stable=True)
-    tokens, end = pairs // chosen_TK.shape[1], 0
+    pairs, end = chosen_TK.flatten().sort(stable=True).indices, 0
     for expert, count in _rows_of_experts(chosen_TK, experts.up.shape[0]):
         start, end = end, end + count
         own = [_unpacked(experts.up, up, expert, dtype), _unpacked(experts.down, down, expert, dtype)]
         own += [bias[expert] for bias in biases] if biases else (None, None)
         for tile in pieces(count, TILE_ROWS):
-            here = slice(start + tile.start, start + tile.stop)
-            do(_Part(tokens[here], pairs[here], *own))
+            here = pairs[start + tile.start : start + tile.stop]
+            filled = pad(here, (0, kernel_rows(len(here), here.device) - len(here)))
+            do(_Part(len(here), filled // chosen_TK.shape[1], filled, *own))
         del own  # before the next expert's are unpacked
 
 
@@ -147,13 +148,13 @@ class _Gradient(torch.autograd.Function):
             first = part.first(hidden_TD).requires_grad_()
             with torch.enable_grad():
                 inner = ctx.experts.activate(first)
-            grad_inner = _product(grad, part.down.t())
+            grad_inner = grad @ part.down
             of_weights = (grad_inner * inner.detach()).sum(-1, dtype=torch.float32)
             if part.down_bias is not None:
                 of_weights += (grad * part.down_bias).sum(-1, dtype=torch.float32)
-            grad_weights[part.pairs] = of_weights
+            grad_weights[part.pairs[: part.count]] = of_weights[: part.count]
             (grad_first,) = torch.autograd.grad(inner, first, grad_inner.mul_(weight))
-            grad_hidden_TD.index_add_(0, part.tokens, _product(grad_first, part.up.t()).float())
+            part.add_rows(grad_hidden_TD, grad_first @ part.up)
 
         _for_each_part(add, chosen_TK, hidden_TD.dtype, ctx.experts, tensors)
         grad_weights = grad_weights.view(weights_TK.shape).to(weights_TK.dtype)
@@ -168,8 +169,8 @@ class _Value(torch.autograd.Function):
         sum_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32, device=hidden_TD.device)
 
         def add(part: _Part) -> None:
-            y = _product(experts.activate(part.first(hidden_TD)), part.down, part.down_bias)
-            sum_TD.index_add_(0, part.tokens, y.mul_(weights_TK.view(-1)[part.pairs, None]).float())
+            y = linear(experts.activate(part.first(hidden_TD)), part.down, part.down_bias)
+            part.add_rows(sum_TD, y.mul_(weights_TK.view(-1)[part.pairs, None]))
 
         _for_each_part(add, chosen_TK, hidden_TD.dtype, experts, tensors)
         return sum_TD.to(hidden_TD.dtype)

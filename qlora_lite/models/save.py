@@ -1,4 +1,8 @@
-"""Write a quantised model as an ordinary bitsandbytes checkpoint that transformers loads."""
+"""Write a quantised model as an ordinary bitsandbytes checkpoint that transformers loads.
+
+transformers loads no experts in 4 bit. A model that has some is written for the cache alone, under this package's own
+names; ``quantizer`` loads it.
+"""
 
 import json
 from pathlib import Path
@@ -11,9 +15,12 @@ from qlora_lite.errors import ModelError
 from qlora_lite.files import replacing_folder
 from qlora_lite.quant.linear import QuantLinear, is_conv1d
 from qlora_lite.quant.nf4 import to_bnb_state
+from qlora_lite.quant.packed import PackedWeight
 from qlora_lite.quant.tensor_file import write_tensors
 
+from .experts import placeholders
 from .locate import INDEX_NAME
+from .quantizer import QuantizeConfig
 
 SHARD_BYTES = 4 * 2**30
 
@@ -21,18 +28,23 @@ SHARD_BYTES = 4 * 2**30
 def quantized_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the model's tensors under bitsandbytes' names; a tied tensor appears once."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
-    state, seen = {}, set()
-    for name, tensor in model.state_dict().items():
-        path = name.rpartition(".")[0]
-        if (path in layers and not name.endswith(".bias")) or tensor.data_ptr() in seen:
-            continue
-        seen.add(tensor.data_ptr())
-        state[name] = tensor
+    plain = _each_once(model)
+    state = {name: tensor for name, tensor in plain.items()
+             if name.rpartition(".")[0] not in layers or name.endswith(".bias")}  # fmt: skip
     for path, layer in layers.items():
         shape, dtype = (layer.out_features, layer.in_features), model.dtype
         for key, value in to_bnb_state(layer.packed, shape, dtype, layer.quant_type).items():
             state[f"{path}.weight.{key}".rstrip(".")] = value
     return state
+
+
+def _each_once(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return a model's tensors by their first names."""
+    names: dict[int, str] = {}
+    state = model.state_dict()
+    for name, tensor in state.items():
+        names.setdefault(tensor.data_ptr(), name)
+    return {name: state[name] for name in names.values()}
 
 
 def _owned(tensor: torch.Tensor) -> torch.Tensor:
@@ -46,6 +58,8 @@ def _quantization_config(model: nn.Module) -> dict:
     if not layers:
         raise ModelError("the model has no 4-bit layers to save")
     foreign = sorted({layer.replaces for layer in layers} - {"Linear", "Conv1D"})
+    if placeholders(model):
+        raise ModelError("transformers does not load experts in 4 bit; qlora-lite quantises the 16-bit model itself")
     if foreign:
         raise ModelError(f"transformers does not load 4-bit weights into layers of class {', '.join(foreign)}")
     skipped = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)]
@@ -65,12 +79,28 @@ def save_quantized(model: nn.Module, folder: Path, tokenizer=None) -> None:
     """Write the model, its configuration and the tokenizer if given to a folder, all or nothing.
 
     Raises:
-        ModelError: the model has no 4-bit layers, or some that transformers could not load (Falcon's).
+        ModelError: the model has no 4-bit layers, or some that transformers could not load (Falcon's, experts).
         OutputError: the folder cannot be written.
     """
-    config = {**model.config.to_diff_dict(), "quantization_config": _quantization_config(model), "use_cache": True,
+    _write(model, folder, _quantization_config(model), quantized_state(model), tokenizer)
+
+
+def save_for_cache(model: nn.Module, folder: Path) -> None:
+    """Write the model for ``load`` alone: as ``save_quantized`` does, or, with experts in 4 bit, under our own names.
+
+    Raises:
+        ModelError, OutputError: see ``save_quantized``.
+    """
+    if not (missing := placeholders(model)):
+        return save_quantized(model, folder)
+    packed = next(module for module in model.modules() if isinstance(module, PackedWeight))
+    config = QuantizeConfig(packed.quant_type, packed.double_quant).to_dict()
+    return _write(model, folder, config, _each_once(model) | missing)
+
+
+def _write(model: nn.Module, folder: Path, quantization: dict, state: dict[str, torch.Tensor], tokenizer=None) -> None:
+    config = {**model.config.to_diff_dict(), "quantization_config": quantization, "use_cache": True,
               "architectures": [type(model).__name__]}  # fmt: skip
-    state = quantized_state(model)
     plan = split_torch_state_dict_into_shards(state, max_shard_size=SHARD_BYTES)
     with replacing_folder(folder) as new:
         for file, names in plan.filename_to_tensors.items():

@@ -18,6 +18,7 @@ from qlora_lite.models.experts import PACKED
 from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.models.load import adopt, load_model
 from qlora_lite.models.quantizer import quantize_in_place
+from qlora_lite.models.save import save_quantized
 from qlora_lite.models.skeleton import meta_model
 from qlora_lite.planning.simulate import Job, Rows, simulate
 from qlora_lite.quant.linear import QuantLinear
@@ -109,6 +110,26 @@ def test_experts_of_a_checkpoint_are_packed_on_arrival_as_in_memory(name, double
     assert skeleton.keys() == found.keys()
     for key in (key for key in found if PACKED in key):
         assert (skeleton[key].shape, skeleton[key].dtype) == (found[key].shape, found[key].dtype)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_experts_come_from_the_cache_as_they_were_packed(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("QLORA_LITE_CACHE", str(tmp_path / "cache"))
+    build_tiny(name, tie_word_embeddings=name == "gpt_oss").save_pretrained(tmp_path / "model")
+    first = load_model(str(tmp_path / "model"))
+    monkeypatch.setattr("qlora_lite.models.quantizer.quantize", None)  # is not called again
+    second = load_model(str(tmp_path / "model"))
+    expected, found = first.state_dict(), second.state_dict()
+    assert expected.keys() == found.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    ids = torch.arange(3, 20)[None]
+    assert torch.equal(second(input_ids=ids).logits, first(input_ids=ids).logits)
+
+
+def test_experts_in_four_bits_are_not_written_for_transformers(tmp_path):
+    model = quantized_pair("qwen3_moe")[0]
+    with pytest.raises(ModelError, match="transformers does not load experts in 4 bit"):
+        save_quantized(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_expert_is_named(tmp_path):
