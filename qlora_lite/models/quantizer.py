@@ -91,7 +91,7 @@ class OnArrivalQuantizer(HfQuantizer):
             put_empty(projection, config.quant_type, config.double_quant)
         self.transposed = _replace_linears(model, config.quant_type, config.double_quant, skip, self.experts)
         self.layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)}
-        for layer in () if self.pre_quantized else self.layers.values():
+        for layer in self.layers.values():
             # transformers 5.17 gives a checkpoint's weight the type of what stands here, before it is quantised
             layer.weight = layer.weight.to(model.dtype)
 
