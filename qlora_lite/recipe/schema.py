@@ -238,7 +238,7 @@ class Train(_Section):
     """Run the blocks through torch.compile: faster steps after a minute or so of compilation, with results that differ
     by rounding. Goes without dropout (lora.dropout or the model's own) and memory.checkpointing selective, and with
     memory.tile_tokens off, memory.resident_blocks all and memory.checkpoint_every 1, which auto then is; not for models
-    whose rows run one by one; a CPU needs a C++ compiler."""
+    whose rows run one by one or whose experts are in 4 bit; a CPU needs a C++ compiler."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seed of the factors, the order of rows and dropout."""
     deterministic: bool = False

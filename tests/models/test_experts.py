@@ -8,7 +8,7 @@ from tiny import UNUSUAL, build_tiny, quantized_pair, random_batch, random_facto
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_lite.errors import ModelError
+from qlora_lite.errors import ModelError, TrainingError
 from qlora_lite.lora.inject import add_lora, linear_layers, lora_parameters
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.memory.work import WorkCounter
@@ -23,6 +23,7 @@ from qlora_lite.models.skeleton import meta_model
 from qlora_lite.planning.simulate import Job, Rows, simulate
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.product import materialize
+from qlora_lite.train.guards import check_compilable
 from qlora_lite.train.inventory import categorised, total_parameters
 from qlora_lite.train.optim import build_optimizer
 from qlora_lite.train.step import accumulate_gradients, prepare, train_step
@@ -38,7 +39,7 @@ UNGATED = dict(
 
 def logits_and_gradient(model, count=21):
     """Return a model's logits for random tokens, and a gradient of its embedded input."""
-    ids = torch.randint(3, 160, (1, count), generator=torch.Generator().manual_seed(4))
+    ids = torch.randint(3, 160, (1, count), generator=torch.Generator().manual_seed(4)).to(model.device)
     inputs = model.get_input_embeddings()(ids).detach().requires_grad_()
     logits = model(inputs_embeds=inputs, use_cache=False).logits
     logits.float().log_softmax(-1)[..., 7].sum().backward()
@@ -243,6 +244,20 @@ def test_no_router_makes_a_step_take_more_than_is_planned(spread):
         assert peak <= planned.peak(phase).total + 16 * tokens  # the batch's own numbers stand a little longer
         assert planned.peak(phase).total - held <= (1.1 if spread == "one" else 2.5) * (peak - held)
     assert planned.work.flops == pytest.approx(work.work.flops - earlier, rel=0.1)  # rows are rounded up on a CPU
+
+
+def test_experts_are_not_compiled_and_that_is_said():
+    with pytest.raises(TrainingError, match="set train.compile to false: it is incompatible with experts in 4 bit"):
+        check_compilable(adapted(), Levers(compile=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FORMS)
+def test_experts_compute_on_a_card_what_they_do_on_a_cpu(name):
+    packed, _ = quantized_pair(name)
+    expected = logits_and_gradient(packed)
+    found = logits_and_gradient(packed.to("cuda"))
+    assert max(errors([tensor.cpu() for tensor in found], expected)) < 1e-4
 
 
 def test_a_tile_s_rows_bound_what_lies_beside_an_expert_s_weights(monkeypatch):

@@ -12,7 +12,8 @@ NAMES = [name for name, _ in catalog.list_recipes()]
 
 
 def test_the_recipes_that_must_ship_are_there():
-    cards = {f"{model}-{size}gb" for model in ("llama3.1-8b", "mistral-7b", "qwen2.5-7b") for size in (8, 12, 24)}
+    cards = {f"{model}-{size}gb" for size in (8, 12, 24)
+             for model in ("llama3.1-8b", "mistral-7b", "qwen2.5-7b", "qwen3-30b-a3b")}  # fmt: skip
     assert {"gemma3-270m", "gsm8k"} | cards <= set(NAMES)
 
 
