@@ -247,7 +247,7 @@ def test_no_router_makes_a_step_take_more_than_is_planned(spread):
 
 
 def test_experts_are_not_compiled_and_that_is_said():
-    with pytest.raises(TrainingError, match="set train.compile to false: it is incompatible with experts in 4 bit"):
+    with pytest.raises(TrainingError, match=r"set train\.compile to false: it is incompatible with experts in 4 bit"):
         check_compilable(adapted(), Levers(compile=True))
 
 
