@@ -51,7 +51,7 @@ def _result(folder, summary: dict) -> str:
     lines.append("")
     lines += _change("evaluation loss", summary, "eval_loss", "{:.4f}")
     lines += _change(f"exact match ({summary.get('exact_match_rows')} rows)", summary, "exact_match", "{:.1%}")
-    skipped = summary.get("skipped_steps")  # which earlier versions did not write down
+    skipped = summary["skipped_steps"]
     without_effect = f", of which {skipped} changed nothing: not finite" if skipped else ""
     lines += [
         f"{'time':24} {format_seconds(summary['seconds'])} for {summary['steps']} steps{without_effect}",

@@ -1,9 +1,9 @@
-"""Compute the experts of a block whose weights are in 4 bits, one expert at a time.
+"""Compute the experts of a block whose weights are in 4 bits, a few experts at a time.
 
-Each token of a block goes through a few of its experts. Pairs of a token and an expert are sorted by expert; then each
-expert's weights are unpacked, used for its rows, a tile at a time, and dropped. So at most one expert is in 16 bit, and
-what lies in memory beside it does not depend on what the router does. (transformers' grouped product wants all experts
-of a block in 16 bit: 1.1 GiB of Qwen3-30B-A3B's.)
+Each token of a block goes through a few of its experts. Pairs of a token and an expert are sorted by expert; then the
+weights of one expert after the other, or of a few small ones, are unpacked, used for their rows, a tile at a time, and
+dropped. So what lies in memory does not depend on what the router does. (transformers' grouped product wants all
+experts of a block in 16 bit: 1.1 GiB of Qwen3-30B-A3B's.)
 
 Backward keeps the block's input, the router's choice and its weights, and computes each tile's first product again. As
 in ``ops.tile`` one autograd function stands for the result in the graph and one computes it, so that a checkpointed
@@ -14,6 +14,7 @@ a gated expert has 2 I columns.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,8 @@ from qlora_lite.ops.shapes import CPU_MULTIPLE, device_type, kernel_rows, pieces
 from qlora_lite.quant.nf4 import Packed, dequantize_rows
 from qlora_lite.quant.product import WeightSpec
 
-TILE_ROWS = 1024  # bounds what is beside an expert's weights; fewer would leave a card's units without work
+TILE_ROWS = 1024  # bounds what is beside the weights; fewer would leave a card's units without work
+UNPACKED_BYTES = 1 << 27  # of experts that are unpacked together, so that small ones do not wait for a call each
 
 
 class Experts(NamedTuple):
@@ -90,42 +92,71 @@ def _for_each_part(
     tensors, biases = (tensors[:-2], tensors[-2:]) if experts.has_bias else (tensors, None)
     up, down = tensors[: experts.tensors_of_up], tensors[experts.tensors_of_up :]
     pairs, end = chosen_TK.flatten().sort(stable=True).indices, 0
-    for expert, count in _rows_of_experts(chosen_TK, experts.up.shape[0]):
-        start, end = end, end + count
-        own = [_unpacked(experts.up, up, expert, dtype), _unpacked(experts.down, down, expert, dtype)]
-        own += [bias[expert] for bias in biases] if biases else (None, None)
-        for tile in pieces(count, TILE_ROWS):
-            here = pairs[start + tile.start : start + tile.stop]
-            filled = pad(here, (0, kernel_rows(len(here), here.device) - len(here)))
-            do(_Part(len(here), filled // chosen_TK.shape[1], filled, *own))
-        del own  # before the next expert's are unpacked
+    for group in _groups(chosen_TK, experts, dtype):
+        with repeated(group.times):
+            numbers = torch.tensor([share.expert for share in group.shares], device=chosen_TK.device)
+            ups, downs = _unpacked(experts.up, up, numbers, dtype), _unpacked(experts.down, down, numbers, dtype)
+            for place, (expert, count, times, kinds) in enumerate(group.shares):
+                start, end = end, end + count
+                own = [ups[place], downs[place], *((bias[expert] for bias in biases) if biases else (None, None))]
+                with repeated(times, kinds):
+                    for tile in pieces(count, TILE_ROWS):
+                        here = pairs[start + tile.start : start + tile.stop]
+                        filled = pad(here, (0, kernel_rows(len(here), here.device) - len(here)))
+                        do(_Part(len(here), filled // chosen_TK.shape[1], filled, *own))
+        del ups, downs, own  # before the next are unpacked
 
 
-def _rows_of_experts(chosen_TK: torch.Tensor, count: int) -> Iterator[tuple[int, int]]:
-    """Yield the number of each expert that has rows, and how many.
+class _Share(NamedTuple):
+    """How many rows an expert has; in a plan, so many ``times`` over, in products of so many ``kinds`` of shapes."""
 
-    A plan knows no router: one expert has as many as it can have, all tokens, and the others share what is left.
+    expert: int
+    rows: int
+    times: int = 1
+    kinds: int = 1
+
+
+class _Group(NamedTuple):
+    """Experts that are unpacked together; in a plan, so many ``times`` over."""
+
+    shares: list[_Share]
+    times: int = 1
+
+
+def _groups(chosen_TK: torch.Tensor, experts: Experts, dtype: torch.dtype) -> Iterator[_Group]:
+    """Yield the experts that have rows, as many at a time as ``UNPACKED_BYTES`` have room for.
+
+    A plan knows no router: one expert has as many rows as it can have, those of all tokens, and the others share what
+    is left.
     """
+    count, weights = experts.up.shape[0], sum(prod(spec.shape[1:]) for spec in (experts.up, experts.down))
+    at_once = max(1, UNPACKED_BYTES // (weights * dtype.itemsize))
     if not chosen_TK.is_meta:
         rows = torch.bincount(chosen_TK.flatten(), minlength=count).tolist()
-        yield from ((expert, of_it) for expert, of_it in enumerate(rows) if of_it)
+        shares = [_Share(expert, of_it) for expert, of_it in enumerate(rows) if of_it]
+        yield from (_Group(shares[start : start + at_once]) for start in range(0, len(shares), at_once))
         return
     tokens, pairs = chosen_TK.shape[0], chosen_TK.numel()
-    yield 0, tokens
     others = min(count, pairs) - 1
-    if others > 0:
-        share = max(1, -(-(pairs - tokens) // others))
-        kinds = min(others, TILE_ROWS // CPU_MULTIPLE) if device_type(chosen_TK.device) == "cpu" else 1
-        with repeated(others, kinds):
-            yield 1, min(share, pairs - tokens)
+    share = min(pairs - tokens, max(1, -(-(pairs - tokens) // max(1, others))))
+    kinds = min(others, TILE_ROWS // CPU_MULTIPLE) if device_type(chosen_TK.device) == "cpu" else 1
+    here = min(at_once - 1, others)
+    yield _Group([_Share(0, tokens), *_alike(share, here, kinds)])
+    for times, size in (((others - here) // at_once, at_once), (1, (others - here) % at_once)):
+        if times and size:
+            yield _Group(_alike(share, size, kinds), times)
 
 
-def _unpacked(spec: WeightSpec, tensors: Sequence[torch.Tensor], expert: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return one expert's weight, [out, in]."""
+def _alike(rows: int, count: int, kinds: int) -> list[_Share]:
+    """Return the shares of so many experts in a plan: one stands for all, and the others have no rows."""
+    return [_Share(0, rows, count, kinds), *[_Share(0, 0)] * (count - 1)] if count else []
+
+
+def _unpacked(spec: WeightSpec, tensors: Sequence[torch.Tensor], numbers: torch.Tensor, dtype: torch.dtype):
+    """Return the weights of some experts, [n, out, in]."""
     packed = Packed(*tensors, *(None,) * (len(Packed._fields) - len(tensors)))
     count, *shape = spec.shape
-    rows = dequantize_rows(packed, (count, shape[0] * shape[1]), slice(expert, expert + 1), dtype, spec.quant_type)
-    return rows.view(shape)
+    return dequantize_rows(packed, (count, prod(shape)), numbers, dtype, spec.quant_type).view(-1, *shape)
 
 
 class _Gradient(torch.autograd.Function):
