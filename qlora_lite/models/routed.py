@@ -175,7 +175,7 @@ class _Gradient(torch.autograd.Function):
         grad_weights = torch.zeros(weights_TK.numel(), dtype=torch.float32, device=hidden_TD.device)
 
         def add(part: _Part) -> None:
-            grad, weight = grad_TD[part.tokens], weights_TK.view(-1)[part.pairs, None]
+            grad, weight = grad_TD[part.tokens], weights_TK.reshape(-1)[part.pairs, None]
             first = part.first(hidden_TD).requires_grad_()
             with torch.enable_grad():
                 inner = ctx.experts.activate(first)
@@ -201,7 +201,7 @@ class _Value(torch.autograd.Function):
 
         def add(part: _Part) -> None:
             y = linear(experts.activate(part.first(hidden_TD)), part.down, part.down_bias)
-            part.add_rows(sum_TD, y.mul_(weights_TK.view(-1)[part.pairs, None]))
+            part.add_rows(sum_TD, y.mul_(weights_TK.reshape(-1)[part.pairs, None]))
 
         _for_each_part(add, chosen_TK, hidden_TD.dtype, experts, tensors)
         return sum_TD.to(hidden_TD.dtype)
