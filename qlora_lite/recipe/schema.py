@@ -73,7 +73,7 @@ class Model(_Section):
     """Base model: a hub id (owner/name), a local folder with safetensors, a .gguf file, or
     package:NAME/FILE for a file inside an installed Python package."""
     quant: Literal["nf4", "fp4", "none"] = "nf4"
-    """How the frozen linear layers and experts are stored: 4-bit NF4 or FP4 as bitsandbytes does, or none for 16 bit."""
+    """How the frozen linear layers and experts are stored: 4-bit NF4 or FP4 as in bitsandbytes, or none for 16 bit."""
     double_quant: bool = True
     """Quantise the block scales too: 4.13 instead of 4.5 bits per weight."""
     quant_head: bool = False
