@@ -31,9 +31,9 @@ from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.nf4 import from_bnb_state
 
 from .cache import cache_entry
-from .experts import use_packed_experts
+from .experts import projections, use_packed_experts
 from .locate import ModelFiles, locate
-from .nested import LanguagePart, read_language_part, stored_names
+from .nested import LanguagePart, read_language_part, stored_names, without_weights
 from .quantizer import QuantizeConfig, quantize_head, quantize_in_place, register
 from .save import save_for_cache
 
@@ -133,6 +133,7 @@ def load_model(
             log.warning("%s is stored in 4 bit already and is taken as it is: model.quant %s, model.double_quant %s",
                         path, stored[0], str(stored[1]).lower())  # fmt: skip
         quant, double_quant = stored
+        _refuse_stored_experts(path, part)
         model = _load_prequantized(files, part, compute_dtype, device)
     elif quant == "none":
         model = _from_pretrained(files, part, compute_dtype, device)
@@ -150,6 +151,13 @@ def _check_device(device: torch.device | str) -> None:
         raise ModelError(f"device is {device!r}; give cpu or cuda") from None
     if kind == "cuda" and not torch.cuda.is_available():
         raise ModelError("device is cuda, but torch finds no CUDA device; see qlora-lite doctor")
+
+
+def _refuse_stored_experts(path: str, part: LanguagePart) -> None:
+    """Refuse a 4-bit checkpoint of a mixture of experts before transformers makes room for its experts in 16 bit."""
+    if any(projections(without_weights(part.config))):
+        raise ModelError(f"{path} is a 4-bit checkpoint of a mixture of experts, which transformers reads with experts "
+                         "in 16 bit, if at all; use the 16-bit model instead")  # fmt: skip
 
 
 def adopt(model: nn.Module) -> nn.Module:

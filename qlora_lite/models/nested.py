@@ -130,7 +130,7 @@ def _taken_out(config, text) -> LanguagePart:
     if type(whole.config) is type(text):
         return LanguagePart(text, None, {})
     text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", text.tie_word_embeddings))
-    return LanguagePart(text, whole, _paths(whole, _on_meta(AutoModelForCausalLM, text)))
+    return LanguagePart(text, whole, _paths(whole, without_weights(text)))
 
 
 def _not_alone(config, reason: object) -> ModelError:
@@ -146,15 +146,16 @@ def _whole(config) -> nn.Module:
     auto = next((auto for auto, mapping in known.items() if type(config) in mapping), None)
     if auto is None:
         raise _not_alone(config, "it has no class for the whole")
+    return without_weights(config, auto)
+
+
+def without_weights(config, auto=AutoModelForCausalLM, **options) -> nn.Module:
+    """Return transformers' model of a configuration on the meta device, in 16 bit whatever it says of quantisation."""
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    return _on_meta(auto, config)
-
-
-def _on_meta(auto, config) -> nn.Module:
     with torch.device("meta"):
-        return auto.from_config(config)
+        return auto.from_config(config, **options)
 
 
 def _paths(whole: nn.Module, alone: nn.Module) -> dict[str, str]:

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from qlora_lite.errors import ModelError
 from qlora_lite.lora.inject import Target, in_blocks, linear_layers, matching
@@ -23,7 +23,7 @@ from .anatomy import blocks
 from .families import known_config, nearest
 from .load import adopt
 from .locate import locate
-from .nested import LanguagePart, language_part, read_language_part
+from .nested import LanguagePart, language_part, read_language_part, without_weights
 from .quantizer import quantize_head, replace_weights
 
 _patterns: dict[tuple, tuple[int, int]] = {}  # by configuration and targets, see ``block_pattern``
@@ -133,12 +133,8 @@ def meta_model(config, quant: str, double_quant: bool, dtype: torch.dtype, quant
     Raises:
         ModelError: transformers has no causal language model for the configuration.
     """
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = without_weights(config, dtype=dtype)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"no causal language model can be built from this configuration: {reason}") from error

@@ -1,5 +1,6 @@
 """Experts whose weights are in 4 bits compute what transformers' own would with the unpacked weights."""
 
+import json
 import weakref
 
 import pytest
@@ -134,6 +135,16 @@ def test_experts_in_four_bits_are_not_written_for_transformers(tmp_path):
     with pytest.raises(ModelError, match="transformers does not load experts in 4 bit"):
         save_quantized(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_four_bit_checkpoint_with_experts_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    build_tiny("qwen3_moe").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("qlora_lite.models.load._from_pretrained", None)
+    with pytest.raises(ModelError, match=r"4-bit checkpoint of a mixture of experts.*use the 16-bit model"):
+        load_model(str(tmp_path))
 
 
 def test_a_damaged_expert_is_named(tmp_path):
