@@ -22,7 +22,7 @@ from torch.nn.functional import linear, pad
 
 from qlora_lite.memory.marks import repeated
 from qlora_lite.ops.checkpoint import product_or_stand_in
-from qlora_lite.ops.shapes import CPU_MULTIPLE, device_type, kernel_rows, pieces
+from qlora_lite.ops.shapes import CPU_MULTIPLE, device_type, is_planned, kernel_rows, pieces
 from qlora_lite.quant.nf4 import Packed, dequantize_rows
 from qlora_lite.quant.product import WeightSpec
 
@@ -131,7 +131,7 @@ def _groups(chosen_TK: torch.Tensor, experts: Experts, dtype: torch.dtype) -> It
     """
     count, weights = experts.up.shape[0], sum(prod(spec.shape[1:]) for spec in (experts.up, experts.down))
     at_once = max(1, UNPACKED_BYTES // (weights * dtype.itemsize))
-    if not chosen_TK.is_meta:
+    if not is_planned():
         rows = torch.bincount(chosen_TK.flatten(), minlength=count).tolist()
         shares = [_Share(expert, of_it) for expert, of_it in enumerate(rows) if of_it]
         yield from (_Group(shares[start : start + at_once]) for start in range(0, len(shares), at_once))

@@ -30,6 +30,11 @@ def device_type(device: torch.device) -> str:
     return _Planned.device_type or device.type
 
 
+def is_planned() -> bool:
+    """Tell whether what runs is a plan, whose tensors have no meaning, nor values for the most part."""
+    return _Planned.device_type is not None
+
+
 def planned_to_repeat() -> bool:
     """Tell whether a plan is for a run that gives the same bits each time."""
     return _Planned.repeatable

@@ -20,7 +20,8 @@ from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.models.load import adopt, load_model
 from qlora_lite.models.quantizer import quantize_in_place
 from qlora_lite.models.save import save_quantized
-from qlora_lite.models.skeleton import meta_model
+from qlora_lite.models.skeleton import give_storage, meta_model
+from qlora_lite.ops.shapes import planning_for
 from qlora_lite.planning.simulate import Job, Rows, simulate
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.product import materialize
@@ -270,6 +271,19 @@ def test_no_router_makes_a_step_take_more_than_is_planned(spread, at_once, monke
         if at_once == 1:  # more than the three that have rows are counted otherwise
             assert planned.peak(phase).total - held <= (1.1 if spread == "one" else 2.5) * (peak - held)
     assert planned.work.flops == pytest.approx(work.work.flops - earlier, rel=0.1)  # rows are rounded up on a CPU
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_a_plan_does_not_ask_the_router_even_where_it_runs_on_real_tensors(device):
+    """As for families with an operator that needs values: what lies in those tensors means nothing."""
+    config = build_tiny("qwen3_moe", num_experts=32, moe_intermediate_size=64).config
+    model = give_storage(meta_model(config, "nf4", True, torch.float32), device)
+    experts = model.model.layers[0].mlp.experts
+    chosen = torch.zeros(60, 3, dtype=torch.int64, device=device)
+    with planning_for("cuda"), Ledger() as ledger:
+        experts(torch.zeros(60, 64, device=device), chosen, torch.zeros(60, 3, device=device))
+    weights = 32 * 3 * 64 * 64 * 4  # all of them, not the one that was chosen
+    assert ledger.peak.total > weights
 
 
 def test_experts_are_not_compiled_and_that_is_said():
