@@ -16,7 +16,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lite.errors import ModelError
-from qlora_lite.quant.linear import is_linear
+from qlora_lite.quant.linear import is_linear, routers
 
 from .layer import LoraLinear
 from .shared import share_inputs
@@ -34,9 +34,10 @@ class Target:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return every linear layer but the head by path: the layers that LoRA may wrap."""
-    head = model.get_output_embeddings()
-    return {name: module for name, module in model.named_modules() if is_linear(module) and module is not head}
+    """Return every linear layer but the head and routers by path: the layers that LoRA may wrap."""
+    head, left_out = model.get_output_embeddings(), routers(model)
+    return {name: module for name, module in model.named_modules()
+            if is_linear(module) and module is not head and name not in left_out}  # fmt: skip
 
 
 def in_blocks(model: nn.Module) -> set[str]:

@@ -18,7 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora_lite.errors import ModelError
-from qlora_lite.quant.linear import QuantLinear, frozen_weight, is_conv1d, is_linear_16_bit
+from qlora_lite.quant.linear import QuantLinear, frozen_weight, is_conv1d, is_linear_16_bit, routers
 from qlora_lite.quant.nf4 import BLOCK_SIZE, quantize
 from qlora_lite.quant.packed import PACKED_BUFFERS, PackedWeight
 from qlora_lite.units import format_bytes
@@ -144,7 +144,7 @@ def _replace_linears(model: nn.Module, quant_type: str, double_quant: bool, skip
         The paths of the layers whose weight is stored [in, out] in checkpoints (``Conv1D``).
     """
     _refuse_16_bit(model, experts)
-    transposed = set()
+    transposed, skip = set(), {*skip, *routers(model)}
     for name, module in list(model.named_modules()):
         if name in skip or name.rpartition(".")[2] in skip:
             continue
@@ -185,12 +185,15 @@ def _refuse_16_bit(model: nn.Module, packed=()) -> None:
 
 
 def quantize_in_place(model: nn.Module, quant_type: str, double_quant: bool) -> None:
-    """Quantise the linear layers and experts of a model that is in memory already, one at a time; the head stays."""
+    """Quantise the linear layers and experts of a model that is in memory already, one at a time.
+
+    The head and routers stay as they are.
+    """
     pack_in_place(model, quant_type, double_quant)
     _refuse_16_bit(model)
-    head = model.get_output_embeddings()
+    head, skip = model.get_output_embeddings(), routers(model)
     for name, module in list(model.named_modules()):
-        if module is head or not is_linear_16_bit(module):
+        if module is head or name in skip or not is_linear_16_bit(module):
             continue
         weight = module.weight.detach().t().contiguous() if is_conv1d(module) else module.weight.detach()
         layer = QuantLinear.from_weight(weight, module.bias, quant_type, double_quant)

@@ -26,7 +26,7 @@ from .offload import SideStream, host_memory, pinned_bytes
 
 SLOTS = 2
 MOST_AT_ONCE_BYTES = 1 << 32  # of pinned memory; a host that has no room for more can still give less
-_ALIGNMENT = 512  # bytes; what vector loads and copies of any device are content with, and what a plan counts in
+ALIGNMENT = 512  # bytes; what vector loads and copies of any device are content with, and what a plan counts in
 
 
 class _Place(NamedTuple):
@@ -71,7 +71,7 @@ def _frozen(block: nn.Module) -> Iterator[tuple[dict, str, torch.Tensor]]:
 
 
 def _taken(tensor: torch.Tensor) -> int:
-    return -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+    return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def _host_buffers(sizes: list[int], device: torch.device) -> Iterator[torch.Tensor]:

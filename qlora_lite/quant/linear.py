@@ -9,6 +9,7 @@ Source: QLoRA, arXiv 2305.14314, section 3.
 """
 
 import logging
+import re
 
 import torch
 from torch import nn
@@ -31,6 +32,7 @@ from .product import FrozenMatmul, WeightSpec
 
 log = logging.getLogger("qlora_lite")
 
+_ROUTER = re.compile(r"(^|[._])(router|gate|wg)(\.|$)")
 SPARED = 0.5  # of the free memory, that arranged weights leave to everything else
 
 
@@ -91,6 +93,21 @@ class WeightRows:
 
     def __getitem__(self, rows: slice | torch.Tensor) -> torch.Tensor:
         return dequantize_rows(self._packed, self.shape, rows, self._dtype, self._quant_type)
+
+
+def routers(model: nn.Module) -> set[str]:
+    """Return the paths of linear layers that choose among experts or weigh them: they stay as they are.
+
+    transformers has no mark for them but their names and sizes, beside experts of its common form.
+    """
+    found = set()
+    for path, experts in model.named_modules():
+        if hasattr(experts, "has_gate"):
+            beside, sizes = path.rpartition(".")[0], (experts.num_experts, 1)
+            layers = [(name, m) for name, m in model.get_submodule(beside).named_modules() if is_linear(m)]
+            found |= {f"{beside}.{name}" for name, layer in layers
+                      if _ROUTER.search(name) and frozen_weight(layer)[0].shape[0] in sizes}  # fmt: skip
+    return found
 
 
 def is_conv1d(module: nn.Module) -> bool:

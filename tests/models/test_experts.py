@@ -176,6 +176,28 @@ def test_a_router_that_gives_more_than_a_product_is_no_linear_layer(model_type):
     assert model(input_ids=torch.arange(9)[None]).logits.isfinite().all()
 
 
+ROUTED = dict(vocab_size=160, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+              num_key_value_heads=2, head_dim=16, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32,
+              pad_token_id=0)  # fmt: skip
+
+
+@pytest.mark.parametrize(("model_type", "changes", "ends"), [
+    ("qwen2_moe", dict(shared_expert_intermediate_size=32), "shared_expert_gate"),
+    ("afmoe", dict(num_dense_layers=1), "router.gate"), ("hunyuan_v1_moe", dict(moe_topk=2), "gate.wg"),
+])  # fmt: skip
+def test_what_chooses_among_experts_stays_as_it_is(model_type, changes, ends):
+    config = AutoConfig.for_model(model_type, **ROUTED | changes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    layers = {name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    chooses = {name for name in layers if name.endswith(ends)}
+    assert chooses and linear_layers(model).keys() == layers - chooses - {"lm_head"}
+    for packed in (meta_model(config, "nf4", True, torch.float32), model):
+        quantize_in_place(model, "nf4", True) if packed is model else None
+        in_4_bit = {name for name, m in packed.named_modules() if isinstance(m, QuantLinear)}
+        assert in_4_bit == layers - chooses - {"lm_head"}
+        assert linear_layers(packed).keys() == in_4_bit
+
+
 class Unpacked(TorchDispatchMode):
     """Note the sizes of weights as they are unpacked, and the most that were alive at once."""
 

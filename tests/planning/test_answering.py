@@ -24,6 +24,7 @@ from qlora_lite.memory.process import CUBLAS_WORKSPACE_BYTES, CUDA_CONTEXT_BYTES
 from qlora_lite.models.anatomy import blocks, decoder, device_of
 from qlora_lite.models.levers import Levers, on_host, place, set_levers
 from qlora_lite.models.skeleton import meta_model
+from qlora_lite.ops.stream import ALIGNMENT
 from qlora_lite.ops.tile import Tiled
 from qlora_lite.planning import answering
 from qlora_lite.planning.answering import (
@@ -191,7 +192,7 @@ def test_bytes_on_the_device_are_those_that_placing_leaves_there(levers):
     model = place(quantized_pair("llama", num_hidden_layers=4)[0], CPU, levers)
     found = sum(tensor.nbytes for module, tensor in tensors(model) if not on_host(model, module, tensor))
     slots = model.block_stream.slots if levers.resident_blocks is not None else ()
-    aligned = 256 * len(list(tensors(blocks(model)[0])))  # at most, of a slot
+    aligned = ALIGNMENT * len(list(tensors(blocks(model)[0])))  # at most, of a slot
     assert expected <= found + sum(slot.nbytes for slot in slots) <= expected + aligned * len(slots)
 
 
