@@ -552,7 +552,9 @@ def test_an_unknown_model_names_the_nearest(recipe):
         planner.plan_recipe(recipe("model.path=someone/Llama-3.2-1"), CARD, GIB)
 
 
-def test_an_operator_that_needs_values_is_measured_on_small_real_models_and_named(recipe, tmp_path, monkeypatch):
+def test_an_operator_that_needs_values_is_measured_on_small_real_models_and_named(
+    recipe, tmp_path, monkeypatch, caplog
+):  # fmt: skip
     AutoConfig.for_model("llama", **ARCHITECTURES["llama"] | {"num_hidden_layers": 5}).save_pretrained(tmp_path)
     settings = recipe(f"model.path={tmp_path}", "data.max_tokens=64", "memory.checkpointing=block")
     planned = planner.plan_recipe(settings, CARD, 8 * GIB)
@@ -563,10 +565,13 @@ def test_an_operator_that_needs_values_is_measured_on_small_real_models_and_name
         plain_step(*arguments)
 
     monkeypatch.setattr(simulate, "rehearse_step", step_that_looks_at_values)
+    simulate._say_measured.cache_clear()
     measured = planner.plan_recipe(settings, CARD, 8 * GIB)
     because = measured.chosen.prediction.simulation.measured_because
     assert because.startswith("aten.nonzero.default cannot run without values (")
     assert f"{because}: measured on" in plan_text.describe(measured, [])
+    (said,) = [r.message for r in caplog.records if because in r.message]
+    assert "measured on the processor with real tensors" in said
     assert measured.peak_bytes == pytest.approx(planned.peak_bytes, abs=100)
 
 

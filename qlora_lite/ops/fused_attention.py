@@ -16,8 +16,10 @@ kernel_backward.h of its memory-efficient attention.
 from contextlib import nullcontext
 
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
 from qlora_lite.memory.marks import category
 
@@ -63,6 +65,39 @@ def fused_attention(query, key, value, mask, scaling, dropout=0.0) -> torch.Tens
         return scaled_dot_product_attention(
             query, key, value, mask, dropout, is_causal=causal, scale=scaling, enable_gqa=groups > 1
         )
+
+
+class PlannedAttention(TorchFunctionMode):
+    """Have a plan's model that calls torch's attention itself hold what the kernel that torch would run holds."""
+
+    def during(self, module: nn.Module) -> None:
+        """Do so in every forward of a module: a backward, where it may run again, has no mode that was entered."""
+        module.register_forward_pre_hook(lambda *_: self._begin())
+        module.register_forward_hook(lambda *_: self._end())
+
+    def _begin(self) -> None:
+        self.__enter__()
+
+    def _end(self) -> None:
+        self.__exit__(None, None, None)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return (_planned if func is scaled_dot_product_attention else func)(*args, **(kwargs or {}))
+
+
+def _planned(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+) -> torch.Tensor:  # fmt: skip
+    no_kernel = dropout_p or (query.shape[1] != key.shape[1] and not enable_gqa) or query.shape[3] != value.shape[3]
+    if no_kernel or not query.is_meta:  # without one torch takes the formula, as it does without values
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if attn_mask is not None and attn_mask.dtype == torch.bool:  # kernels add theirs
+        attn_mask = torch.where(
+            attn_mask, torch.scalar_tensor(0.0, dtype=query.dtype, device=query.device), float("-inf")
+        )
+    return fused_attention(query, key, value, attn_mask, scale)
 
 
 class _FewHeadsBackward(torch.autograd.Function):

@@ -5,12 +5,19 @@ in every block and every candidate. Here an operator that makes new tensors runs
 strides, types and other arguments; after that its results are made from what is known of them. One that writes into
 its first argument gives that back. Views, whatever else returns memory that it was given, and what makes or changes
 real tensors (small tables, an optimizer's count of steps) always run.
+
+Places of tokens follow from the lengths of rows: what is counted with ``arange``, and what is made of nothing else, has
+its values beside it, so that transformers can be told whether several rows lie end to end.
 """
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+_COUNTED = (torch.ops.aten.arange.default, torch.ops.aten.arange.start, torch.ops.aten.arange.start_step)
+_READ = torch.ops.aten._local_scalar_dense.default
 
 
 class _Like(NamedTuple):
@@ -35,6 +42,7 @@ class MetaResults:
     def __init__(self):
         self._kinds: dict[object, str | None] = {}
         self._known: dict[tuple, object] = {}
+        self._values = WeakIdKeyDictionary()  # by the meta tensor that has them
 
     def __call__(self, func, args: tuple, kwargs: dict):
         """Return the operator's result.
@@ -45,6 +53,31 @@ class MetaResults:
         Raises:
             NeedsValuesError: it cannot run on meta tensors.
         """
+        if func is _READ and args[0] in self._values:
+            return self._values[args[0]].item()
+        result = self._result(func, args, kwargs)
+        self._keep_values(func, args, kwargs, result)
+        return result
+
+    def _keep_values(self, func, args: tuple, kwargs: dict, result) -> None:
+        """Compute the values of a result that follows from counted places alone; one larger than they are is left."""
+        given, counted = list(_tensors((args, tuple(kwargs.values())))), func in _COUNTED
+        known = [tensor for tensor in given if tensor in self._values]
+        if known and func._schema.is_mutable:
+            self._values.clear()  # of views too
+            return
+        if not isinstance(result, torch.Tensor) or not result.is_meta:
+            return
+        if counted or (given and len(known) == len(given) and result.numel() <= sum(t.numel() for t in given)):
+            named = {key: self._real(value) for key, value in kwargs.items() if key != "device"}
+            self._values[result] = func(*self._real(args), **named)
+
+    def _real(self, value):
+        if isinstance(value, torch.Tensor):
+            return self._values[value]
+        return [*map(self._real, value)] if isinstance(value, tuple | list) else value
+
+    def _result(self, func, args: tuple, kwargs: dict):
         if func not in self._kinds:
             self._kinds[func] = _kind(func)
         kind = self._kinds[func]

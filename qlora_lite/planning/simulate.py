@@ -15,9 +15,11 @@ differently (kept, or resident beside streamed ones) there are two such rows of 
 compare with the whole depth, byte for byte.
 """
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from math import lcm
 from operator import attrgetter
 from typing import NamedTuple
@@ -29,9 +31,12 @@ from qlora_lite.data.batch import Batch
 from qlora_lite.lora.inject import ALL_LINEAR, Target, add_lora, lora_parameters
 from qlora_lite.memory.ledger import Ledger, Moment
 from qlora_lite.memory.work import Work, WorkCounter
+from qlora_lite.models.anatomy import blocks
 from qlora_lite.models.levers import Levers, place, set_levers
+from qlora_lite.models.load import uses_row_attention
 from qlora_lite.models.rows_alone import run_rows_alone, why_rows_run_alone
 from qlora_lite.models.skeleton import block_pattern, give_storage, meta_model, shallow_config
+from qlora_lite.ops.fused_attention import PlannedAttention
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.ops.stream import spare_bytes
 from qlora_lite.train.inventory import categorised
@@ -41,6 +46,7 @@ from qlora_lite.train.step import Inputs, filler_tokens, labelled_count
 
 from .meta_results import MetaResults, NeedsValuesError
 
+log = logging.getLogger("qlora_lite")
 META, CPU = torch.device("meta"), torch.device("cpu")
 remembered = MetaResults()
 ALLOCATION_BYTES = {"cuda": 512, "cpu": 1}  # CUDA's caching allocator rounds up (c10/cuda/CUDACachingAllocator.cpp)
@@ -242,12 +248,20 @@ def _on_meta(job: Job, timeline: bool = False) -> Simulation | tuple[Simulation,
     """Run the step on tensors without values.
 
     An operator that cannot, or whose result's shape depends on them, is no reason to guess: the step then runs on real
-    tensors, and the result says so.
+    tensors, and the log and the result say so.
     """
     try:
         return _run(job, META, timeline)
     except NeedsValuesError as error:
+        _say_measured(job.config.model_type, str(error))
         return _run(job, CPU, timeline, str(error))
+
+
+@cache
+def _say_measured(model_type: str, why: str) -> None:
+    """Say it once, and not for each candidate."""
+    log.warning("plan: of this %s, steps are measured on the processor with real tensors, which takes their memory and "
+                "minutes for a large model, since %s", model_type, why)  # fmt: skip
 
 
 def _run(job: Job, device: torch.device, timeline: bool, measured_because: str = ""):
@@ -285,13 +299,18 @@ def _model(job: Job, device: torch.device) -> nn.Module:
     if job.rows_alone or why_rows_run_alone(model, max(job.longest, *job.rows.lengths)):
         run_rows_alone(model)
     set_levers(model, replace(job.levers, compile=False))  # compiled blocks are counted as plain ones
+    if device == META and not uses_row_attention(model):
+        for part in (part for block in blocks(model) for part in block.children()):
+            PlannedAttention().during(part)  # hooks of a block itself are not called where it runs again
     return model
 
 
 def _inputs(rows: Rows, device: torch.device) -> Inputs:
     tokens = sum(rows.lengths) + filler_tokens(rows.lengths, device)
-    shapes = (1, tokens), (1, tokens), (rows.learned,), (rows.learned,)
-    ids, positions, learned, targets = (torch.zeros(shape, dtype=torch.int64, device=device) for shape in shapes)
+    shapes = (1, tokens), (rows.learned,), (rows.learned,)
+    ids, learned, targets = (torch.zeros(shape, dtype=torch.int64, device=device) for shape in shapes)
+    counted = (*rows.lengths, tokens - sum(rows.lengths))
+    positions = torch.cat([torch.arange(length, device=device) for length in counted])[None]
     return Inputs(ids, positions, rows.lengths, learned, targets)
 
 

@@ -130,3 +130,19 @@ def test_an_operator_that_needs_values_says_so():
     for look in (lambda x: x.nonzero(), lambda x: x.sum().item(), lambda x: x.repeat_interleave(x.long())):
         with Remembering(), pytest.raises(NeedsValuesError, match=r"^aten\S+ cannot run without values \(.+\)$"):
             look(meta(3))
+
+
+def test_what_is_made_of_counted_places_alone_is_known_and_nothing_else():
+    with Remembering() as ours:
+        for _ in range(2):
+            places = torch.cat([torch.arange(length, device=META) for length in (3, 4)])[None]
+            assert not (torch.diff(places, dim=-1) == 1).all()
+            assert (torch.diff(places[:, 3:], dim=-1) == 1).all()
+            assert places.max().item() == 3
+        for unknown in (meta(7) + places, places[0][:, None] + places, torch.zeros(7, device=META)):
+            with pytest.raises(NeedsValuesError):
+                unknown.sum().item()
+        places.add_(1)
+        with pytest.raises(NeedsValuesError):
+            places.max().item()
+        assert len(ours.results._values) == 0

@@ -19,7 +19,7 @@ from qlora_lite.ops import fused_attention
 from qlora_lite.ops.offload import pinned_bytes
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.ops.stream import shared_allocations
-from qlora_lite.planning.simulate import ALLOCATION_BYTES, Job, Rows, full_pack, simulate, simulate_whole
+from qlora_lite.planning.simulate import ALLOCATION_BYTES, Job, Rows, _run, full_pack, simulate, simulate_whole
 from qlora_lite.train.guards import check_forward
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.optim import build_optimizer
@@ -100,6 +100,17 @@ def test_the_predicted_peak_of_every_phase_is_the_measured_one(model_type, lever
         for kind, size in peak.breakdown.items():
             if kind not in ("workspace", "saved activations"):
                 assert predicted.peak(name).breakdown[kind] == size, (name, kind)
+
+
+@pytest.mark.parametrize("lengths", [(32,), LENGTHS], ids=["one row", "several"])
+@pytest.mark.parametrize("name", ["falcon", "falcon_alibi", "gpt_neo", "qwen3_next", "recurrent_gemma"])
+def test_attention_of_a_models_own_is_planned_without_values_as_it_runs_with_them(name, lengths):
+    rows = Rows(lengths, sum(lengths) - len(lengths))
+    job = job_for(config_of(name), rows=rows, eval_rows=rows, levers=Levers(loss_chunk_tokens=8))
+    without, real = simulate_whole(job), _run(job, torch.device("cpu"), False)
+    assert without.measured_because == ""
+    for phase in ("forward", "backward", "evaluation"):
+        assert without.peak(phase).total == pytest.approx(real.peak(phase).total, abs=INPUT_BYTES), phase
 
 
 @pytest.mark.parametrize(("name", "is_seen"), [("bloom", False), ("mpt", False), ("lfm2", True), ("gpt_neo", True)])
