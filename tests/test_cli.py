@@ -387,6 +387,10 @@ def test_debug_shows_the_stack_trace_and_its_absence_does_not(command, tmp_path)
     assert "Traceback" not in command("generate", tmp_path, "--prompt", "x")[2]
 
 
+def test_a_misspelt_command_is_answered_with_the_one_that_is_meant(command):
+    assert "did you mean train?" in command("trian")[2]
+
+
 @pytest.mark.parametrize("arguments", [["no-such-command"], ["train"], ["evaluate", "x", "--rows", "-1"], ["--no"]])
 def test_wrong_arguments_end_with_exit_code_2(command, arguments):
     code, out, err = command(*arguments)

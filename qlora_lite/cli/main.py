@@ -5,6 +5,7 @@ Commands are imported on use, so that ``--help`` needs neither torch nor transfo
 
 import sys
 import traceback
+from difflib import get_close_matches
 from importlib import import_module
 
 import click
@@ -43,6 +44,11 @@ class _Commands(click.Group):
         if name not in COMMANDS:
             return None
         return getattr(import_module(f"qlora_lite.cli.{_MODULES[name]}"), name)
+
+    def resolve_command(self, ctx, args):
+        if args and args[0] not in COMMANDS and (close := get_close_matches(args[0], COMMANDS, 1)):
+            ctx.fail(f"No such command {args[0]!r}; did you mean {close[0]}?")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, _ctx, formatter):
         with formatter.section("Commands"):

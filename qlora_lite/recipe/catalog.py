@@ -82,9 +82,15 @@ def find_recipe(name: str) -> Path:
     wanted = name.removesuffix(".yaml")
     if wanted in names:
         return recipes_folder() / f"{wanted}.yaml"
-    close = get_close_matches(wanted, names, 1)
-    cure = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
+    close = closest_recipe(wanted)
+    cure = f"did you mean {close}?" if close else f"there are {', '.join(names)}"
     raise RecipeError(Problem(f"there is no built-in recipe {name!r}; {cure}"))
+
+
+def closest_recipe(name: str) -> str | None:
+    """Return the built-in recipe that a name is most like, None where it is like none."""
+    names = [path.stem for path in sorted(recipes_folder().glob("*.yaml"))]
+    return next(iter(get_close_matches(name, names, 1)), None)
 
 
 def _summary(path: Path) -> str:

@@ -36,7 +36,7 @@ _RENAMED = {
         "lora_dropout",
     "lora.targets":
         "lora_target_modules target_modules lora_target lora_target_linear lora_modules "
-        "lora_attn_modules",
+        "lora_attn_modules apply_lora_to_mlp apply_lora_to_output",
     "lora.rslora":
         "use_rslora peft_use_rslora lora_use_rslora",
     "lora.init_from":
@@ -83,7 +83,7 @@ _RENAMED = {
     "train.warmup_ratio":
         "warmup",
     "train.max_grad_norm":
-        "gradient_clipping clip_grad max_norm gradient_clip_val grad_clip",
+        "gradient_clipping clip_grad clip_grad_norm max_norm gradient_clip_val grad_clip",
     "train.weight_decay":
         "wd decay",
     "train.compile":
@@ -109,6 +109,8 @@ _RENAMED = {
     "memory.checkpointing":
         "gradient_checkpointing use_gradient_checkpointing activation_checkpointing "
         "enable_activation_checkpointing grad_checkpoint gradient_checkpointing_kwargs",
+    "memory.offload_checkpoints":
+        "enable_activation_offloading activation_offloading",
     "memory.budget":
         "gpu_memory_limit max_memory memory_limit vram gpu_memory_utilization",
     "memory.micro_batches":
@@ -138,12 +140,17 @@ _ADVICE_ON = {
     "remove it; LoRA on a 4-bit model is what this program does (model.quant)": "adapter finetuning_type",
     "remove it; supervised fine-tuning is what this program does": "stage",
     "remove it; `qlora-lite train` trains": "do_train",
-    "remove it; the fastest attention of the device is used": "flash_attention flash_attn attn_implementation",
+    "remove it; the fastest attention of the device is used":
+        "flash_attention flash_attn attn_implementation xformers_attention",
     "remove it; nothing is ever padded": "pad_to_sequence_len",
+    "remove it; evaluation rows are batched as training rows are": "eval_sample_packing",
+    "remove it; one device is used, which model.device names": "local_rank",
+    "remove it; model.path says where the model is, and adapters are written as peft has them": "checkpointer",
     "write data.order: by-length, which puts rows of like length together": "group_by_length",
     "remove it; there is no 8-bit base here: model.quant is nf4 or fp4 (4 bit), or none (16 bit)": "load_in_8bit",
     "remove it; factors are plain LoRA's here, without DoRA's norms": "dora use_dora peft_use_dora lora_use_dora",
-    "remove it; every step is written to metrics.jsonl": "logging_steps logging_first_step logging_dir",
+    "remove it; every step is written to metrics.jsonl":
+        "logging_steps logging_first_step logging_dir log_every_n_steps",
     "remove it; any lower evaluation loss is a better one": "early_stopping_threshold early_stopping_min_delta",
     "remove it; the best factors by evaluation loss are always kept, in adapter": "load_best_model_at_end",
     "remove it; the best factors are those with the lowest evaluation loss":
@@ -181,7 +188,7 @@ _IN_SOURCES = {
     "split": "write it behind the name, as in hub:OWNER/NAME:SPLIT",
     "name": "write it behind the name, as in hub:OWNER/NAME/CONFIG",
 }
-_ADVICE_AT = {"model.dtype": "here it is model.compute_dtype"} | {
+_ADVICE_AT = dict.fromkeys(("model.dtype", ".dtype"), "here it is model.compute_dtype") | {
     f"data.{which}.*.{name}": advice for which in ("train", "eval") for name, advice in _IN_SOURCES.items()
 }
 

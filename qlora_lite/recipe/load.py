@@ -7,6 +7,7 @@ written, not on the validated recipe, so that a typo in one setting does not hid
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -16,12 +17,14 @@ from pydantic.fields import FieldInfo
 from qlora_lite.errors import Problem, RecipeError
 
 from . import foreign_names, paths, reference
+from .catalog import closest_recipe
 from .combinations import Location, conflicts, table_columns, without_evaluation
 from .overrides import apply_overrides, override_number
 from .schema import Recipe, Rule
 from .strict_yaml import MAX_BYTES, Document, Node, dump, parse, plain, scalar_value, shown
 
 MAX_PROBLEMS = 100
+_THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+")
 _MAIN_KEY = {"model": "path", "data": "train", "output": "dir"}
 _HEADER = "# Every setting of this run, defaults included.\n"
 _Finder = Callable[[str, paths.Bases], str]
@@ -80,7 +83,11 @@ def _read(path: str | Path) -> bytes:
     except IsADirectoryError:
         message = "is a folder; name the .yaml file in it"
     except FileNotFoundError:
-        message = "no such file; `qlora-lite recipes list` shows the built-in ones, `recipes copy` copies one"
+        near = closest_recipe(str(path))
+        copying = f"`qlora-lite recipes copy {near}` copies the built-in one of that name" if near else (
+            "`qlora-lite recipes list` shows the built-in ones, `recipes copy` copies one"
+        )  # fmt: skip
+        message = f"no such file; {copying}"
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         message = f"cannot be read: {getattr(error, 'strerror', None) or error}"
     raise RecipeError(Problem(message, shown(str(path), 200)))
@@ -167,7 +174,7 @@ class _Checker:
                 self._add(location, f"{key} is missing; write it: {what[:1].lower()}{what[1:]}")
             return
         node = self._deepest(location)
-        value = shown(f'"{node.text}"' if node.quoted else node.text or plain(node))
+        value = shown(f'"{node.text}"' if node.quoted else node.text or "null" if node.value is None else plain(node))
         rule, cure = reference.rule_of(field), _cure(node, field, location)
         self._add(location, f"{key} = {value}: must be {rule}; {cure}")
 
@@ -264,6 +271,19 @@ def _position(problem: Problem) -> tuple[int, int]:
     return 0, int(line) if line.isdecimal() else 0
 
 
+def _meant_number(value: str, is_whole: bool) -> str | None:
+    """Return a number as YAML takes it, None for what is none, or may be another one.
+
+    Commas before groups of three part thousands where the number is whole; where it need not be, they may be anything.
+    """
+    grouped = _THOUSANDS.fullmatch(value) is not None
+    if grouped and not is_whole:
+        return None
+    bare = re.sub(r"^0+(?=\d)", "", value.replace("_", "").replace(",", "" if grouped else "."))
+    number = scalar_value(bare)
+    return bare if bare != value and isinstance(number, int if is_whole else int | float) else None
+
+
 def _cure(node: Node, field: FieldInfo, location: Location) -> str:
     """Return what to do about a value that breaks the rule of its setting."""
     if len(location) == 1:
@@ -276,9 +296,8 @@ def _cure(node: Node, field: FieldInfo, location: Location) -> str:
             return f"write {'true' if value.lower() in ('yes', 'on') else 'false'}"
         if node.quoted and not isinstance(scalar_value(node.text), str):
             return "remove the quotes"
-        bare = value.replace("_", "").replace(",", "").lstrip("0")
-        if "number" in rule and bare != value and isinstance(scalar_value(bare), int | float):
-            return f"write {bare}"
+        if "number" in rule and (number := _meant_number(value, "whole number" in rule)):
+            return f"write {number}"
         if meant := foreign_names.meant_value(value, reference.choices_of(field)):
             return f"did you mean {meant}?"
     elif rule.startswith("text") and not worded and value is not None:

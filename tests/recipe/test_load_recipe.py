@@ -163,7 +163,11 @@ def test_a_section_that_is_no_mapping_is_an_error_that_shows_how_to_write_it(pro
         ("adam_beta2: 0.95", "usual betas"), ("response_template: x", "data.train_on"),
         ("group_by_length: true", "data.order: by-length"), ("tf32: true", "model.compute_dtype"),
         ("model_type: LlamaForCausalLM", "a model's files say"), ("lora_model_dir: x", "lora.init_from"),
-        ("pretraining_dataset: x", "data.streaming"),
+        ("pretraining_dataset: x", "data.streaming"), ("clip_grad_norm: 1", "train.max_grad_norm"),
+        ("enable_activation_offloading: true", "memory.offload_checkpoints"), ("dtype: bf16", "model.compute_dtype"),
+        ("log_every_n_steps: 1", "metrics.jsonl"), ("checkpointer: {}", "model.path says"),
+        ("apply_lora_to_mlp: true", "lora.targets"), ("eval_sample_packing: true", "evaluation rows"),
+        ("local_rank: 0", "one device"), ("xformers_attention: true", "fastest attention"),
     ],
 )  # fmt: skip
 def test_a_foreign_or_misspelt_name_is_answered_with_the_local_one(problems, line, local):
@@ -255,6 +259,12 @@ def test_overrides_follow_the_rules_of_the_file(recipe):
     [
         ("lora.rank=x", "lora.rank = x: must be a whole number of at least 1"),
         ("lora.rank=012", "write 12"),
+        ("lora.rank=1,024", "write 1024"),
+        ("train.learning_rate=1,5e-3", "write 1.5e-3"),
+        ("train.learning_rate=0,0002", "write 0.0002"),
+        ("lora.alpha=1,024", "must be a number above 0; the default is"),
+        ("train.max_steps=1,5", "or null; the default is null"),
+        ("train.epochs=", "train.epochs = null: must be a number"),
         ("lora.rnak=3", "did you mean lora.rank?"),
         ("lora_r=3", "here it is lora.rank"),
         ("foo", "foo is not an override; write it like lora.rank=32"),
@@ -511,7 +521,8 @@ def test_the_hash_changes_with_every_setting_but_where_results_go(recipe):
 def test_a_recipe_file_that_cannot_be_read_is_one_clean_problem(tmp_path):
     for path, message in (
         (tmp_path, "is a folder"),
-        (tmp_path / "no.yaml", "no such file"),
+        (tmp_path / "no.yaml", "no such file; `qlora-lite recipes list`"),
+        ("quickstat", "`qlora-lite recipes copy quickstart` copies"),
         ("a\0b", "cannot be"),
     ):
         with pytest.raises(RecipeError, match=message):
