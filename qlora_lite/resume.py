@@ -19,7 +19,7 @@ from .data.hub import PREFIX
 from .data.opening import find_files
 from .errors import CheckpointError
 from .files import content_digest
-from .recipe.schema import Recipe
+from .recipe.schema import Recipe, Train
 from .rows import build_sources
 from .runs import CHECKPOINTS, RECIPE, RunFolder, create_run, newest_path, package_versions
 from .train.checkpoints import Checkpoint, newest_whole
@@ -93,7 +93,7 @@ class Continuation:
         before = self.run["identity"]
         self._refuse([f"other {name} than before" for name, value in now.items() if before.get(name) != value])
 
-    def compare_schedule(self, total_steps: int, settings: TrainSettings) -> None:
+    def compare_schedule(self, total_steps: int, settings: TrainSettings | Train) -> None:
         """Compare the number of steps, and with it the learning rates of the steps that are done.
 
         Raises:
@@ -168,6 +168,8 @@ def reopen(path: Path, recipe: Recipe, force: bool) -> tuple[RunFolder, Continua
         log.info("resume: %s has no checkpoint yet; it begins afresh", path)
         return create_run(path, recipe, replace=True), None
     continuation.compare_settings(recipe)
+    if recipe.train.max_steps is not None:
+        continuation.compare_schedule(recipe.train.max_steps, recipe.train)
     run = RunFolder(path, recipe, continuation.run["summary"], continuation.run["metrics_bytes"], proven=False)
     return run, continuation
 

@@ -236,7 +236,7 @@ class _Run:
         self._describe_model()
         self.checksum = frozen_checksum(self.model)
         self._compare(self._model_identity())
-        if self.continuation:
+        if self.continuation and self.recipe.train.max_steps is None:  # what only the rows tell
             self.continuation.compare_schedule(self.trainer.total_steps, self.settings)
 
     def _model_identity(self) -> dict:
@@ -300,13 +300,14 @@ class _Run:
         report = self.data_report
         for problem in report["problems"]:
             log.warning("data: %s", line_of_problem(problem))
-        for source in [*report["sources"], *(report["eval"] or {"sources": []})["sources"]]:
-            for note in source["notes"]:
-                log.info("data: %s: %s", source["path"], note)
+        sources = [*report["sources"], *(report["eval"] or {"sources": []})["sources"]]
+        for path, note in dict.fromkeys((source["path"], note) for source in sources for note in source["notes"]):
+            log.info("data: %s: %s", path, note)
+        left_out = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items())
         efficiency = report["packing_efficiency"]
         log.info(
             "data: %d of %d rows, %d tokens, %d learned%s%s", report["rows_kept"], report["rows_read"],
-            report["tokens"], report["learned_tokens"], f", dropped: {report['dropped']}" if report["dropped"] else "",
+            report["tokens"], report["learned_tokens"], f", left out: {left_out}" if left_out else "",
             f", {report['packs']} packs {efficiency:.0%} full" if efficiency else "",
         )  # fmt: skip
 

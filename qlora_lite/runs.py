@@ -145,11 +145,15 @@ def newest_path(recipe: Recipe) -> Path | None:
 
 def _never_began(path: Path) -> bool:
     """Tell whether a run failed and left nothing to go on from."""
+    return _status(path) == "failed" and not steps_on_disk(path / CHECKPOINTS)
+
+
+def _status(path: Path) -> str | None:
+    """Return what a run's summary says of it, None where there is none."""
     try:
-        status = json.loads((path / SUMMARY).read_text(encoding="utf-8"))["status"]
+        return json.loads((path / SUMMARY).read_text(encoding="utf-8"))["status"]
     except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return status == "failed" and not steps_on_disk(path / CHECKPOINTS)
+        return None
 
 
 def _failed_at_once(path: Path) -> bool:
@@ -176,7 +180,7 @@ def create_run(path: Path, recipe: Recipe, replace: bool = False) -> RunFolder:
     with explain_write_errors(path):
         is_run = (replace or _failed_at_once(path)) and (path / RECIPE).is_file()
         if any(path.iterdir()) and not is_run:
-            raise OutputError(f"{path} is not empty; choose another output.dir or remove it")
+            raise OutputError(f"{path} is not empty; {_other_place(path)}")
         for name in _OUTPUTS:
             output = path / name
             shutil.rmtree(output) if output.is_dir() else output.unlink(missing_ok=True)
@@ -185,6 +189,14 @@ def create_run(path: Path, recipe: Recipe, replace: bool = False) -> RunFolder:
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     run.update(status="running", name=_name(recipe), model=recipe.model.path, started=started)
     return run
+
+
+def _other_place(path: Path) -> str:
+    """Say what to do instead of beginning a run in a folder that has something in it: first what keeps it."""
+    steps = steps_on_disk(path / CHECKPOINTS)
+    if not steps or _status(path) == COMPLETE:
+        return "choose another output.dir or remove it"
+    return f"its run came to a checkpoint of step {steps[-1]}. {how_to_go_on(path)}. Or choose another output.dir"
 
 
 def rewind_run(run: RunFolder, has_best: bool) -> None:

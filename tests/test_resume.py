@@ -333,16 +333,19 @@ def test_more_steps_give_the_longer_run_where_the_learning_rates_are_the_same(la
     assert "steps: 8 -> 11" in lab.summary["resumed"][0]["changes"]
 
 
-def test_more_steps_under_a_schedule_that_bends_are_refused_and_fewer_always(lab):
+def test_more_steps_under_a_schedule_that_bends_are_refused_and_fewer_always(lab, monkeypatch):
     lab.stop(4)
+    monkeypatch.setattr("qlora_lite.run.load_tokenizer", None)  # before anything is loaded
     with pytest.raises(
         CheckpointError, match=r"steps: 8 -> 11, for which train\.lr_scheduler cosine gives the 4 steps"
     ):
         lab.run(resume="", train={"max_steps": 11})
     with pytest.raises(CheckpointError, match="the checkpoint is of step 4, and the run now ends after 3"):
         lab.run(resume="", force=True, train={"max_steps": 3})
+    monkeypatch.undo()
     lab.run(resume="", force=True, train={"max_steps": 11})
     assert lab.summary["steps"] == 11
+    assert len(lab.summary["resumed"][-1]["forced_changes"]) == len({*lab.summary["resumed"][-1]["forced_changes"]})
 
 
 def test_other_rows_another_tokenizer_and_another_model_are_refused_by_name(lab, tmp_path, caplog):

@@ -386,6 +386,15 @@ def test_the_log_says_what_of_the_sources_is_not_used(run, tmp_path):
     assert f"data: {tmp_path / 'rows.jsonl'}: columns not used: label" in (folder / "log.txt").read_text()
 
 
+def test_the_log_says_once_what_is_not_used_of_rows_that_are_held_out_too_and_how_many_those_are(run, tmp_path):
+    rows = "".join(json.dumps({"text": f"one two {n}", "label": n}) + "\n" for n in range(4))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    data = {"train": str(tmp_path / "rows.jsonl"), "eval_share": 0.5, "eval": None}
+    said = (run(data=data, train={"max_steps": 1, "exact_match_rows": 0}) / "log.txt").read_text()
+    assert said.count("columns not used: label") == 1
+    assert ", left out: 2 held out for evaluation (data.eval_share)" in said
+
+
 def test_a_folder_that_is_not_empty_is_refused_and_left_alone(run):
     run.folder.mkdir()
     (run.folder / "precious").write_text("x")
@@ -399,6 +408,9 @@ def test_a_start_that_failed_is_no_obstacle_to_the_next_but_a_run_with_steps_is(
         run(memory={"budget": "1MiB"})
     run(train={"max_steps": 1})
     assert summary_of(run.folder)["status"] == "complete"
+    (run.folder / "summary.json").write_text(json.dumps(summary_of(run.folder) | {"status": "running"}))
+    with pytest.raises(OutputError, match=r"of step 1\. To go on: qlora-lite train \S+ --resume \S+ Or choose another"):
+        run(train={"max_steps": 1})
     shutil.rmtree(run.folder / "checkpoints")
     for status in ("complete", "failed"):
         (run.folder / "summary.json").write_text(json.dumps(summary_of(run.folder) | {"status": status}))
