@@ -162,12 +162,12 @@ def recognise(row: Mapping[str, object], where: str, source: Source) -> str:
     for name, needed in _NEEDED.items():
         if needed <= row.keys():
             return name
-    columns = list(row)
-    raise DataError(f"{where}: no format has the columns {', '.join(map(repr, columns))}; {_cure(columns, source)}")
+    raise DataError(f"{where}: no format has the columns {', '.join(map(repr, row))}; {_cure(row, source)}")
 
 
-def _cure(columns: list[str], source: Source) -> str:
+def _cure(row: Mapping[str, object], source: Source) -> str:
     """Say what to do about columns that no format has."""
+    columns = list(row)
     if len(columns) >= 2:
         prompt, completion = _likely(columns)
         pair = f'prompt: "{{{prompt}}}", completion: "{{{completion}}}"'
@@ -176,6 +176,9 @@ def _cure(columns: list[str], source: Source) -> str:
                              (",", "commas", "name it .csv")):  # fmt: skip
         if sign in "".join(columns):
             return f"is it one column, or a file whose columns are parted by {name}? then {cure}"
+    for name, value in row.items():
+        if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+            return f"are the rows in the list {name!r}? then make that list the file"
     return "an answer needs a prompt; for plain text, name the column text"
 
 
@@ -199,6 +202,7 @@ def unused_columns(row: Mapping[str, object], format_name: str, source: Source) 
         used = {*columns_of(source.prompt), *columns_of(source.completion)}
     else:
         used = _NEEDED.get(format_name, set()) | _TAKEN.get(format_name, set())
+        used |= {column for column in _NOT_SUPPORTED if row.get(column)}  # each is an error of its own
     return [column for column in row if column not in used]
 
 

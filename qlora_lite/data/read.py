@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -169,13 +170,25 @@ def _read_csv(path: Path, delimiter: str, problems: Problems) -> Iterator[tuple[
         if not cells or bad_lines:
             continue
         if header is None:
-            header = [name.strip() for name in cells]
-            if "" in header or len(set(header)) < len(header):
-                raise DataError(f"{where}: the first line must name every column once, it is {', '.join(cells)!r}")
+            header = _column_names(cells, where)
         elif len(cells) != len(header):
             refuse(f"{len(cells)} fields, but the header names {len(header)} columns")
         else:
             yield where, dict(zip(header, cells, strict=True))
+
+
+def _column_names(cells: list[str], where: str) -> list[str]:
+    """Return the names of a table's columns; one without a name, as pandas writes its index, is called by its place.
+
+    Raises:
+        DataError: none has a name, or two have the same.
+    """
+    header = [name.strip() or f"column {number}" for number, name in enumerate(cells, 1)]
+    if not any(name.strip() for name in cells):
+        raise DataError(f"{where}: the first line must name the columns, it is {', '.join(cells)!r}")
+    if twice := [name for name, count in Counter(header).items() if count > 1]:
+        raise DataError(f"{where}: the first line names the column {twice[0]!r} twice; rename one")
+    return header
 
 
 def _next_row(reader: Iterator[list[str]]) -> list[str] | None:

@@ -211,9 +211,14 @@ def test_a_csv_field_may_be_as_long_as_a_row_and_the_limit_of_the_process_stays(
     assert len(list(rows)) == 1
 
 
-@pytest.mark.parametrize("header", ["q,q", "q,"])
-def test_a_csv_header_must_name_each_column_once(write, header):
-    assert "must name every column once" in failure(write("a.csv", f"{header}\n1,2\n"))
+@pytest.mark.parametrize(("header", "said"), [("q,q", "names the column 'q' twice"), (" ,", "must name the columns")])
+def test_a_csv_header_must_name_columns_and_each_once(write, header, said):
+    assert said in failure(write("a.csv", f"{header}\n1,2\n"))
+
+
+def test_a_csv_column_without_a_name_is_called_by_its_place(write):
+    rows = read_rows(Source(write("a.csv", ",prompt,completion\n0,a,b\n")))
+    assert [row for _, row in rows] == [{"column 1": "0", "prompt": "a", "completion": "b"}]
 
 
 def test_text_is_split_at_blank_lines_and_named_by_the_first_line(write):
