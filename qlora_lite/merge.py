@@ -185,8 +185,10 @@ def _notes(trained: TrainedRun, merged: Merged, settings: MergeSettings) -> list
                      "know the model")  # fmt: skip
     if settings.quantize:
         notes.append(f"the merged weights are quantised again to {settings.quantize}, which is never exact")
-    else:
+    elif merged.onto == TRAINED:
         notes.append("use it with model.quant: none; quantised again it loses much or all of the update")
+    else:
+        notes.append("quantised again, as with model.quant: nf4, it is rounded once more, which is never exact")
     return notes
 
 

@@ -341,11 +341,11 @@ def _cure(plan: Plan, others: Sequence[Alternative]) -> str:
         return f"free host memory, or {_more_host(plan, plan.chosen)}"
     resident = plan.chosen.prediction.simulation.resident
     trained = resident.breakdown.get("adapter", 0) + resident.breakdown.get("optimizer", 0)
-    if trained > plan.budget_bytes:
-        return f"the adapter and its optimizer alone take {format_bytes(trained)}: lower lora.rank"
     constants = plan.machine.base_bytes + sum(overhead.bytes for overhead in plan.chosen.prediction.overheads)
     if constants > plan.budget_bytes:
         return f"what such a process needs beside tensors takes {format_bytes(constants)} alone: give it more memory"
+    if trained > plan.budget_bytes:
+        return f"the adapter and its optimizer alone take {format_bytes(trained)}: lower lora.rank"
     floor = constants + resident.total
     if floor > plan.budget_bytes:
         cure = "lower lora.rank" if floor - trained <= plan.budget_bytes else "choose a smaller model"

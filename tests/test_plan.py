@@ -526,6 +526,8 @@ def test_what_does_not_fit_is_told_with_the_parts_and_the_smallest_change(recipe
     for budget_bytes, cure in ((GIB // 2, "beside tensors takes"), (int(0.68 * GIB), "choose a smaller model")):
         floor = planner.plan_recipe(recipe(), CARD, budget_bytes)
         assert cure in str(planner.does_not_fit(floor, list(planner.alternatives(floor))))
+    nothing = planner.plan_recipe(recipe(), CARD, 1024)  # less than the adapter too, which is not what to cure
+    assert "beside tensors takes" in str(planner.does_not_fit(nothing, list(planner.alternatives(nothing))))
 
 
 @pytest.mark.parametrize(

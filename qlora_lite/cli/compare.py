@@ -35,13 +35,16 @@ def compare(runs: tuple[str, ...], base: bool, rows: int, out: Path | None, as_j
         click.echo(json.dumps(result))
         return
     click.echo(f"evaluation rows of {result['rows_of']}\n")
+    left = max(24, *(len(model["name"]) + 2 for model in result["models"]))
     for name, figures in (("", FIGURES), *((model["name"], figures_of(model)) for model in result["models"])):
-        click.echo(f"{name:24}" + "".join(f"{figure:>{width}}" for figure, width in zip(figures, _WIDTHS, strict=True)))
+        click.echo(
+            f"{name:{left}}" + "".join(f"{figure:>{width}}" for figure, width in zip(figures, _WIDTHS, strict=True))
+        )
     if not result["same_tokens"]:
         click.echo(f"note: {NOT_THE_SAME}")
     for row in result["answers"][:2]:
-        click.echo(f"\n{'prompt':24}{one_line(row['prompt'])}\n{'reference':24}{one_line(row['reference'])}")
+        click.echo(f"\n{'prompt':{left}}{one_line(row['prompt'])}\n{'reference':{left}}{one_line(row['reference'])}")
         for name, answer in row["answers"].items():
-            click.echo(f"{name:24}{one_line(answer)}")
+            click.echo(f"{name:{left}}{one_line(answer)}")
     if out:
-        click.echo(f"\n{'page':24}{out / PAGE}")
+        click.echo(f"\n{'page':{left}}{out / PAGE}")
