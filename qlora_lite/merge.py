@@ -93,6 +93,8 @@ def merge_run(
     rows = held_out(trained, settings.rows) if settings.rows else None
     started = time.monotonic()
     merged = prepare_merge(trained, onto)
+    if settings.quantize and merged.packs_experts:
+        raise ModelError("transformers does not load experts in 4 bit: leave out --quantize")
     report = _describe(trained, merged, settings)
     with PeakMeter("cpu") as meter, replacing_folder(out) as new, _place_of_dense_model(new, settings) as dense:
         before_bytes = meter.peak_bytes()
@@ -176,6 +178,8 @@ def _notes(trained: TrainedRun, merged: Merged, settings: MergeSettings) -> list
         notes.append(UNKNOWN_BASE)
     if merged.onto == ORIGINAL and not trained.is_alone and trained.quantization[0] != "none":
         notes.append("the adapter was fitted to the quantised weights; on the original ones it is another model")
+    if merged.packs_experts and merged.onto == TRAINED:
+        notes.append("the experts are in 16 bit, as the files have them; the run computed with them in 4 bit")
     if trained.recipe.model.quant_head and (merged.onto == ORIGINAL or merged.config.tie_word_embeddings):
         notes.append("the run computed with a 4-bit copy of the head; the merged model has the head itself")
     if settings.dtype != "f32":

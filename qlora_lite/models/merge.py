@@ -33,6 +33,7 @@ from qlora_lite.quant.linear import QuantLinear, stands_for_conv1d
 from qlora_lite.quant.nf4 import dequantize, quantize
 from qlora_lite.quant.tensor_file import Entries, stream_tensors
 
+from .experts import placeholders
 from .locate import INDEX_NAME, ModelFiles, read_json
 from .save import SHARD_BYTES
 from .weights import BaseWeights, open_weights
@@ -55,6 +56,7 @@ class Merged:
         adapter: what is merged.
         onto: ``TRAINED`` or ``ORIGINAL``.
         compute_dtype: that the run computed in.
+        packs_experts: whether the run quantised experts, which are here as the files have them.
     """
 
     files: ModelFiles
@@ -65,6 +67,7 @@ class Merged:
     adapter: Adapter
     onto: str
     compute_dtype: torch.dtype
+    packs_experts: bool
 
     def entries(self, dtype: torch.dtype) -> Entries:
         """Return dtype and shape of what ``weight`` gives for every stored name."""
@@ -131,7 +134,8 @@ def open_merged(
     name, layers, head = type(skeleton).__name__, linear_layers(skeleton), skeleton.get_output_embeddings()
     if isinstance(head, QuantLinear) and not skeleton.config.tie_word_embeddings:
         layers |= {path: module for path, module in skeleton.named_modules() if module is head}
-    return Merged(files, base, skeleton.config, name, layers, adapter, onto, compute_dtype)
+    packs_experts = bool(placeholders(skeleton))
+    return Merged(files, base, skeleton.config, name, layers, adapter, onto, compute_dtype, packs_experts)
 
 
 def write_merged(

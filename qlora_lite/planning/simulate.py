@@ -48,7 +48,7 @@ from .meta_results import MetaResults, NeedsValuesError
 
 log = logging.getLogger("qlora_lite")
 META, CPU = torch.device("meta"), torch.device("cpu")
-remembered = MetaResults()
+remembered, with_values = MetaResults(), MetaResults(with_values=True)
 ALLOCATION_BYTES = {"cuda": 512, "cpu": 1}  # CUDA's caching allocator rounds up (c10/cuda/CUDACachingAllocator.cpp)
 
 
@@ -270,7 +270,8 @@ def _run(job: Job, device: torch.device, timeline: bool, measured_because: str =
     parameters = [parameter for _, parameter in lora_parameters(model)]
     # its tables are real numbers
     optimizer = build_optimizer(parameters, job.optimizer, 0.0, 0.0, job.stochastic_rounding)
-    counter, run = WorkCounter(), {"run": remembered} if device == META else {}
+    remember = remembered if uses_row_attention(model) else with_values
+    counter, run = WorkCounter(), {"run": remember} if device == META else {}
     ledger = Ledger(timeline, ALLOCATION_BYTES[job.device_type], counter, **run)
     with planning_for(job.device_type, job.deterministic), ledger:
         for tensor, name, _ in categorised(model):

@@ -243,6 +243,22 @@ def test_experts_are_merged_under_the_names_of_the_files_and_from_their_revision
     assert torch.allclose(logits(merged), logits(trained), atol=2e-4)
 
 
+def test_experts_that_a_run_packed_are_merged_in_16_bit_and_that_is_noted(tmp_path):
+    save_tiny(tmp_path / "model", "qwen3_moe")
+    base = load_file(tmp_path / "model" / "model.safetensors")
+    run = make_run(tmp_path / "run", tmp_path / "model", lora={"rank": 4, "alpha": 8})
+    report = merge_run(run, tmp_path / "merged", EXACT)
+    assert any("experts are in 16 bit" in note for note in report["notes"])
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    assert all(torch.equal(found[name], base[name]) for name in base if ".experts." in name)
+    assert not any(torch.equal(found[name], base[name]) for name in base if "_proj" in name and "self_attn" in name)
+    original = merge_run(run, tmp_path / "original", replace(EXACT, base="original"))
+    assert not any("experts" in note for note in original["notes"])
+    with pytest.raises(ModelError, match="leave out --quantize"):
+        merge_run(run, tmp_path / "packed", replace(EXACT, quantize="nf4", rows=1))
+    assert not (tmp_path / "packed").exists()
+
+
 def test_linear_layers_that_files_have_only_joined_are_merged_in_memory_from_the_folder_and_that_is_noted(
     tmp_path, monkeypatch
 ):
