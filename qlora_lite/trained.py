@@ -161,10 +161,13 @@ def _open_alone(folder: Path, model_path: str | None) -> TrainedRun:
         said = f"the base model of the adapter {folder} is not there: {error}"
         raise ModelError(said if model_path else f"{said}. Say where it is with --model PATH") from error
     trained = TrainedRun(folder.resolve().name, recipe, folder, (), files, template_in(folder))
-    tokenizer = trained.tokenizer()
-    if not tokenizer.chat_template:
-        return trained
-    end = end_of_answers(trained.template(tokenizer))
+    try:
+        tokenizer = trained.tokenizer()
+        if not tokenizer.chat_template:
+            return trained
+        end = end_of_answers(trained.template(tokenizer))
+    except DataError as error:
+        raise DataError(f"the chat template of the adapter {folder}: {error}") from error
     return replace(trained, end_token_ids=(tokenizer.convert_tokens_to_ids(end),)) if end else trained
 
 

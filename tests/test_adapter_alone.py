@@ -113,6 +113,17 @@ def test_without_any_template_it_can_be_exported_and_says_what_to_do_to_be_asked
     assert command("generate", adapter, "--prompt", "3?", "--max-new-tokens", 2)[0] == 0
 
 
+def test_a_template_beside_it_that_cannot_be_used_is_named(adapter):
+    (adapter / TEMPLATE).write_text("{% for")
+    with pytest.raises(DataError, match=r"the chat template of the adapter .*adapter"):
+        open_trained(adapter)
+    (adapter / TEMPLATE).unlink()
+    config = json.loads((adapter / TOKENIZER).read_text()) if (adapter / TOKENIZER).is_file() else {}
+    (adapter / TOKENIZER).write_text(json.dumps(config | {"chat_template": [{"name": "default", "template": 3}]}))
+    with pytest.raises(DataError, match="cannot be read"):
+        open_trained(adapter)
+
+
 def test_a_base_that_is_elsewhere_or_not_named_is_asked_for(run, adapter, command):
     for base, said in (("/nowhere", "is not there: no folder '/nowhere'"), (None, "does not say what it was trained")):
         change(adapter, base_model_name_or_path=base)

@@ -233,6 +233,13 @@ def test_quantize_writes_what_plain_transformers_loads(finished, command, tmp_pa
     assert (code, out) == (2, "") and "is not an empty folder; choose another --out" in err
 
 
+def test_quantize_refuses_experts_before_it_reads_them(command, tmp_path, monkeypatch):
+    save_tiny(tmp_path / "model", "qwen3_moe")
+    monkeypatch.setattr("qlora_lite.models.load.load_model", None)
+    code, _, err = command("quantize", tmp_path / "model", "--out", tmp_path / "q")
+    assert code == 2 and "transformers does not load experts in 4 bit" in err
+
+
 def test_recipes_are_listed_shown_copied_and_checked(command, tmp_path):
     code, out, _ = command("recipes", "list")
     assert code == 0 and re.search(r"^quickstart +\S", out, re.MULTILINE)

@@ -22,12 +22,18 @@ def quantize(model: str, out: Path, quant: str, double_quant: bool) -> None:
 
     from qlora_lite.merge import loses_its_update
     from qlora_lite.models.load import load_model
-    from qlora_lite.models.save import save_quantized
+    from qlora_lite.models.locate import locate
+    from qlora_lite.models.nested import read_language_part
+    from qlora_lite.models.save import bnb_config, save_quantized
+    from qlora_lite.models.skeleton import meta_model
     from qlora_lite.models.tokenizer import load_tokenizer
 
     if loses_its_update(model):
         click.echo("warning: a merged model quantised again loses much or all of the update; qlora-lite merge RUN "
                    "--quantize measures that, and refuses where the update is lost", err=True)  # fmt: skip
+    files = locate(model)
+    config = read_language_part(files.folder, model, files.gguf_file).config
+    bnb_config(meta_model(config, quant, double_quant, torch.bfloat16))  # refuses before anything large is read
     loaded = load_model(model, quant, double_quant, torch.bfloat16, use_cache=False)
     save_quantized(loaded, out, load_tokenizer(model))
     click.echo(f"wrote {out}")

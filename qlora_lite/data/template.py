@@ -103,13 +103,15 @@ def template_in(folder: Path) -> str | None:
     file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     try:
         if file.is_file():
-            return file.read_text(encoding="utf-8")
+            return file.read_text(encoding="utf-8") or None
         found = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
         if isinstance(found, list):
             found = {each["name"]: each["template"] for each in found}["default"]
+        if not isinstance(found, str | None):
+            raise TypeError(f"{found!r} is no text")
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{folder} has a chat template that cannot be read ({error!r}); write it as {file}") from error
-    return found if isinstance(found, str) else None
+    return found or None
 
 
 def portable_source(template: Template) -> str:

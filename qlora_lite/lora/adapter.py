@@ -23,6 +23,8 @@ from .read import CONFIG_NAME, WEIGHTS_NAME, Adapter, Factors, factor_names, rea
 
 _SHOWN = 3  # names of layers in an error
 
+_SUFFIXES = ".json", ".safetensors", ".jinja", ".model", ".txt"  # of an adapter's files and a tokenizer's
+
 
 def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the factors of a model under the names of the PEFT format."""
@@ -86,7 +88,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str | Path = 
 
 
 def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], config: dict, tokenizer=None) -> None:
-    """Write an adapter folder in one step; one that is there is replaced.
+    """Write an adapter folder in one step; one that is there is replaced, if it holds nothing else.
 
     Args:
         tensors: contiguous, on the host, under the names of the PEFT format.
@@ -96,8 +98,11 @@ def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], config: dict, 
     Raises:
         OutputError: the folder cannot be written, or holds something else than an adapter.
     """
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_NAME).is_file():
-        raise OutputError(f"{folder} holds something else than an adapter, which would be gone; choose another folder")
+    there = [folder] if folder.is_file() else list(folder.iterdir()) if folder.is_dir() else []
+    other = [path.name for path in there if not path.is_file() or path.suffix not in _SUFFIXES or path == folder]
+    if there and (other or not (folder / CONFIG_NAME).is_file()):
+        what = f"{other[0]}, which is no part of an adapter" if other else "something else than an adapter"
+        raise OutputError(f"{folder} holds {what} and would be gone; choose another folder")
     with replacing_folder(folder) as new:
         write_tensors(new / WEIGHTS_NAME, tensors)
         (new / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

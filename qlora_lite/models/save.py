@@ -53,7 +53,12 @@ def _owned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.numel() <= 256 else tensor
 
 
-def _quantization_config(model: nn.Module) -> dict:
+def bnb_config(model: nn.Module) -> dict:
+    """Return what a checkpoint's configuration says of a model's 4-bit layers; a skeleton is enough.
+
+    Raises:
+        ModelError: the model has no 4-bit layers, or some that transformers could not load (Falcon's, experts).
+    """
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
     if not layers:
         raise ModelError("the model has no 4-bit layers to save")
@@ -79,10 +84,10 @@ def save_quantized(model: nn.Module, folder: Path, tokenizer=None) -> None:
     """Write the model, its configuration and the tokenizer if given to a folder, all or nothing.
 
     Raises:
-        ModelError: the model has no 4-bit layers, or some that transformers could not load (Falcon's, experts).
+        ModelError: see ``bnb_config``.
         OutputError: the folder cannot be written.
     """
-    _write(model, folder, _quantization_config(model), quantized_state(model), tokenizer)
+    _write(model, folder, bnb_config(model), quantized_state(model), tokenizer)
 
 
 def save_for_cache(model: nn.Module, folder: Path) -> None:

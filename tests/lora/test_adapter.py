@@ -72,10 +72,27 @@ def test_saving_again_replaces_the_folder_and_leaves_nothing_beside_it(folder):
     assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
 
 
+@pytest.mark.parametrize("name", ["my_notes.md", "checkpoint-500/adapter_model.safetensors"])
+def test_an_adapter_among_other_things_is_never_replaced(folder, name):
+    model = load_adapter(build_tiny("llama"), folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("mine")
+    with pytest.raises(OutputError, match=rf"holds {name.split('/')[0]}, which is no part of an adapter"):
+        save_adapter(model, folder)
+    assert (folder / name).read_text() == "mine"
+
+
+def test_a_file_is_never_replaced_by_an_adapter(folder, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match="would be gone; choose another folder"):
+        save_adapter(load_adapter(build_tiny("llama"), folder), tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_a_folder_of_something_else_is_never_replaced(folder):
     model = load_adapter(build_tiny("llama"), folder)
     (folder.parent / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match="something else than an adapter, which would be gone; choose another"):
+    with pytest.raises(OutputError, match="no part of an adapter and would be gone; choose another"):
         save_adapter(model, folder.parent)
     assert (folder.parent / "notes.txt").read_text() == "mine" and folder.is_dir()
     (folder.parent / "empty").mkdir()
