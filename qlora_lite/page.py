@@ -144,7 +144,7 @@ polyline { fill: none; stroke-linejoin: round; stroke-linecap: round; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th, td { text-align: left; padding: 8px 16px; border-top: 1px solid var(--rule); vertical-align: top; }
 th { font-size: 13px; font-weight: 600; color: var(--soft); border-top: 0; white-space: nowrap; }
-td:first-child, td:last-child { min-width: 11em; }
+td:first-child, td:last-child:not(.number) { min-width: 11em; }
 .total td { font-weight: 600; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 dl, .sample { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 3px 16px; }
