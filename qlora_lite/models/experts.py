@@ -89,6 +89,11 @@ def placeholders(model: nn.Module) -> dict[str, torch.Tensor]:
     return {f"{path}.{leaf.removeprefix(PACKED)}": placeholder() for path, _, leaf in parts if leaf.startswith(PACKED)}
 
 
+def packs_experts(model: nn.Module) -> bool:
+    """Tell whether a model, or a skeleton, has experts in 4 bits."""
+    return bool(placeholders(model))
+
+
 def drop_parameter(projection: Projection) -> None:
     """Let go of a projection's parameter, for which a packed weight stands now."""
     delattr(projection.experts, projection.name)
@@ -104,7 +109,7 @@ def pack_in_place(model: nn.Module, quant_type: str, double_quant: bool) -> None
 
 def use_packed_experts(model: nn.Module) -> None:
     """Have a model with packed experts compute with them."""
-    if placeholders(model):
+    if packs_experts(model):
         ExpertsInterface.register(NAME, packed_experts)
         model.set_experts_implementation(NAME)
 

@@ -33,7 +33,7 @@ from qlora_lite.quant.linear import QuantLinear, stands_for_conv1d
 from qlora_lite.quant.nf4 import dequantize, quantize
 from qlora_lite.quant.tensor_file import Entries, stream_tensors
 
-from .experts import placeholders
+from .experts import packs_experts
 from .locate import INDEX_NAME, ModelFiles, read_json
 from .save import SHARD_BYTES
 from .weights import BaseWeights, open_weights
@@ -134,8 +134,9 @@ def open_merged(
     name, layers, head = type(skeleton).__name__, linear_layers(skeleton), skeleton.get_output_embeddings()
     if isinstance(head, QuantLinear) and not skeleton.config.tie_word_embeddings:
         layers |= {path: module for path, module in skeleton.named_modules() if module is head}
-    packs_experts = bool(placeholders(skeleton))
-    return Merged(files, base, skeleton.config, name, layers, adapter, onto, compute_dtype, packs_experts)
+    return Merged(
+        files, base, skeleton.config, name, layers, adapter, onto, compute_dtype, packs_experts(skeleton)
+    )  # fmt: skip
 
 
 def write_merged(

@@ -103,7 +103,8 @@ class OnArrivalQuantizer(HfQuantizer):
         # what transformers reserves on a card before it loads, and keeps; codes stand here, in the model's type
         if param_name in self.experts:  # what stands for it is asked for too
             return 0
-        return 1 if param_name.rpartition(".")[0] in self.layers else param.element_size()
+        path, _, name = param_name.rpartition(".")
+        return 1 if name == "weight" and path in self.layers else param.element_size()
 
     def get_quantize_ops(self):
         return QuantizeOnArrival(

@@ -26,8 +26,8 @@ from qlora_lite.ops.shapes import CPU_MULTIPLE, device_type, is_planned, kernel_
 from qlora_lite.quant.nf4 import Packed, dequantize_rows
 from qlora_lite.quant.product import WeightSpec
 
-TILE_ROWS = 1024  # bounds what is beside the weights; fewer would leave a card's units without work
-UNPACKED_BYTES = 1 << 27  # of experts that are unpacked together, so that small ones do not wait for a call each
+TILE_ROWS = 1024  # bounds what is beside the weights
+UNPACKED_BYTES = 1 << 27  # of experts that are unpacked together, so that small ones take few calls
 
 
 class Experts(NamedTuple):
@@ -154,9 +154,9 @@ def _alike(rows: int, count: int, kinds: int) -> list[_Share]:
 
 def _unpacked(spec: WeightSpec, tensors: Sequence[torch.Tensor], numbers: torch.Tensor, dtype: torch.dtype):
     """Return the weights of some experts, [n, out, in]."""
-    packed = Packed(*tensors, *(None,) * (len(Packed._fields) - len(tensors)))
     count, *shape = spec.shape
-    return dequantize_rows(packed, (count, prod(shape)), numbers, dtype, spec.quant_type).view(-1, *shape)
+    rows = dequantize_rows(Packed(*tensors), (count, prod(shape)), numbers, dtype, spec.quant_type)
+    return rows.view(-1, *shape)
 
 
 class _Gradient(torch.autograd.Function):

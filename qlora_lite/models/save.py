@@ -18,7 +18,7 @@ from qlora_lite.quant.nf4 import to_bnb_state
 from qlora_lite.quant.packed import PackedWeight
 from qlora_lite.quant.tensor_file import write_tensors
 
-from .experts import placeholders
+from .experts import packs_experts, placeholders
 from .locate import INDEX_NAME
 from .quantizer import QuantizeConfig
 
@@ -63,7 +63,7 @@ def bnb_config(model: nn.Module) -> dict:
     if not layers:
         raise ModelError("the model has no 4-bit layers to save")
     foreign = sorted({layer.replaces for layer in layers} - {"Linear", "Conv1D"})
-    if placeholders(model):
+    if packs_experts(model):
         raise ModelError("transformers does not load experts in 4 bit; qlora-lite quantises the 16-bit model itself")
     if foreign:
         raise ModelError(f"transformers does not load 4-bit weights into layers of class {', '.join(foreign)}")

@@ -40,7 +40,7 @@ class MetaResults:
     """Run operators; ``MetaResults()(func, args, kwargs)`` equals ``func(*args, **kwargs)`` on meta tensors.
 
     Args:
-        with_values: of places of tokens, which takes a tenth longer.
+        with_values: keep those of places of tokens, which takes time with every operator.
     """
 
     def __init__(self, with_values: bool = False):

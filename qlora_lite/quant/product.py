@@ -90,8 +90,7 @@ def materialize(
     if spec.quant_type is not None:
         if kept is not None:
             return kept.weight(spec, tensors, dtype, again)
-        packed = Packed(*tensors, *(None,) * (len(Packed._fields) - len(tensors)))
-        return dequantize(packed, spec.shape, dtype, spec.quant_type)
+        return dequantize(Packed(*tensors), spec.shape, dtype, spec.quant_type)
     weight = tensors[0].to(dtype)
     return weight.t() if spec.transposed else weight
 

@@ -19,7 +19,7 @@ from qlora_lite.errors import DataError, ModelError, TrainingError
 from qlora_lite.lora.inject import lora_layers, lora_parameters
 from qlora_lite.lora.layer import LoraLinear
 from qlora_lite.models.anatomy import device_of, head, position_limit
-from qlora_lite.models.experts import placeholders
+from qlora_lite.models.experts import packs_experts
 from qlora_lite.models.levers import Levers
 from qlora_lite.models.load import use_row_attention, uses_row_attention
 from qlora_lite.models.rows_alone import rows_run_alone, run_rows_alone, use_own_attention, why_rows_run_alone
@@ -172,7 +172,7 @@ def check_compilable(model: nn.Module, levers: Levers) -> None:
         "attention other than this package's": not uses_row_attention(model),
         "memory.checkpointing selective": levers.checkpointing == "selective",
         "dropout": any(map(_drops, model.modules())),
-        "experts in 4 bit": bool(placeholders(model)),
+        "experts in 4 bit": packs_experts(model),
         **{f"memory.{name}": levers.settings[name] != only for name, only in WITH_COMPILE.items()},
     }
     found = [reason for reason, applies in hindrances.items() if applies]

@@ -18,7 +18,7 @@ from qlora_lite.models.anatomy import blocks
 from qlora_lite.models.experts import PACKED
 from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.models.load import adopt, load_model
-from qlora_lite.models.quantizer import quantize_in_place
+from qlora_lite.models.quantizer import OnArrivalQuantizer, QuantizeConfig, quantize_in_place
 from qlora_lite.models.save import save_quantized
 from qlora_lite.models.skeleton import give_storage, meta_model
 from qlora_lite.ops.shapes import planning_for
@@ -116,6 +116,21 @@ def test_experts_of_a_checkpoint_are_packed_on_arrival_as_in_memory(name, double
     assert skeleton.keys() == found.keys()
     for key in (key for key in found if PACKED in key):
         assert (skeleton[key].shape, skeleton[key].dtype) == (found[key].shape, found[key].dtype)
+
+
+def test_room_is_reserved_for_what_a_card_will_hold():
+    """As transformers asks: codes by the byte, constants by what they are, parameters that are dropped not at all."""
+    model = build_tiny("qwen3_moe", dtype=torch.bfloat16)
+    quantizer = OnArrivalQuantizer(QuantizeConfig("nf4", double_quant=False))
+    quantizer.pre_quantized = False
+    model._keep_in_fp32_modules = None
+    quantizer._process_model_before_weight_loading(model)
+    block = "model.layers.0"
+    sizes = {name: quantizer.param_element_size(model, f"{block}.{name}", model.state_dict()[f"{block}.{name}"])
+             for name in ("self_attn.q_proj.weight", "self_attn.q_proj.absmax", "mlp.experts.down_proj",
+                          "mlp.experts.packed_down_proj.weight", "mlp.experts.packed_down_proj.absmax",
+                          "input_layernorm.weight")}  # fmt: skip
+    assert list(sizes.values()) == [1, 4, 0, 1, 4, 2]
 
 
 @pytest.mark.parametrize("name", FORMS)
