@@ -215,7 +215,7 @@ def test_a_hostile_pattern_cannot_hang(folder, pattern):
         load_adapter(build_tiny("llama"), folder)
     except ModelError as error:
         assert "alpha_pattern" in str(error)
-    assert time.process_time() - started < 2
+    assert time.process_time() - started < 10
 
 
 def test_a_pattern_that_is_no_regular_expression_is_refused(folder):
