@@ -193,7 +193,7 @@ class Ledger(TorchDispatchMode):
         entry = self._entries.get(tensor.untyped_storage()._cdata)
         if entry is not None and CATEGORIES[entry.category] in _PASSING:
             self._move(entry, _INDEX["saved activations"])
-        return tensor
+        return tensor.data  # for with an operator's own result, graph and tensor would hold each other
 
     def _has_gradient(self, parameter: torch.Tensor) -> None:
         self.claim([parameter.grad], "gradients")

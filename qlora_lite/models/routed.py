@@ -91,11 +91,13 @@ def _for_each_part(
     """Call ``do`` with the rows of each expert that has any, in tiles; it may keep nothing of them."""
     tensors, biases = (tensors[:-2], tensors[-2:]) if experts.has_bias else (tensors, None)
     up, down = tensors[: experts.tensors_of_up], tensors[experts.tensors_of_up :]
-    pairs, end = chosen_TK.flatten().sort(stable=True).indices, 0
-    for group in _groups(chosen_TK, experts, dtype):
+    ordered, pairs = chosen_TK.flatten().sort(stable=True)
+    groups, end = list(_groups(ordered, chosen_TK.shape[0], experts, dtype)), 0
+    del ordered
+    numbers = torch.tensor([share.expert for group in groups for share in group.shares], device=chosen_TK.device)
+    for group, of_group in zip(groups, numbers.split([len(group.shares) for group in groups]), strict=True):
         with repeated(group.times):
-            numbers = torch.tensor([share.expert for share in group.shares], device=chosen_TK.device)
-            ups, downs = _unpacked(experts.up, up, numbers, dtype), _unpacked(experts.down, down, numbers, dtype)
+            ups, downs = _unpacked(experts.up, up, of_group, dtype), _unpacked(experts.down, down, of_group, dtype)
             for place, (expert, count, times, kinds) in enumerate(group.shares):
                 start, end = end, end + count
                 own = [ups[place], downs[place], *((bias[expert] for bias in biases) if biases else (None, None))]
@@ -123,23 +125,25 @@ class _Group(NamedTuple):
     times: int = 1
 
 
-def _groups(chosen_TK: torch.Tensor, experts: Experts, dtype: torch.dtype) -> Iterator[_Group]:
+def _groups(ordered: torch.Tensor, tokens: int, experts: Experts, dtype: torch.dtype) -> Iterator[_Group]:
     """Yield the experts that have rows, as many at a time as ``UNPACKED_BYTES`` have room for.
 
+    ``ordered`` are the experts' numbers of all pairs, sorted. The host waits for the device once.
     A plan knows no router: one expert has as many rows as it can have, those of all tokens, and the others share what
     is left.
     """
     count, weights = experts.up.shape[0], sum(prod(spec.shape[1:]) for spec in (experts.up, experts.down))
     at_once = max(1, UNPACKED_BYTES // (weights * dtype.itemsize))
     if not is_planned():
-        rows = torch.bincount(chosen_TK.flatten(), minlength=count).tolist()
+        numbers = torch.arange(count + 1, dtype=ordered.dtype, device=ordered.device)
+        rows = torch.searchsorted(ordered, numbers).diff().tolist()
         shares = [_Share(expert, of_it) for expert, of_it in enumerate(rows) if of_it]
         yield from (_Group(shares[start : start + at_once]) for start in range(0, len(shares), at_once))
         return
-    tokens, pairs = chosen_TK.shape[0], chosen_TK.numel()
+    pairs = ordered.numel()
     others = min(count, pairs) - 1
     share = min(pairs - tokens, max(1, -(-(pairs - tokens) // max(1, others))))
-    kinds = min(others, TILE_ROWS // CPU_MULTIPLE) if device_type(chosen_TK.device) == "cpu" else 1
+    kinds = min(others, TILE_ROWS // CPU_MULTIPLE) if device_type(ordered.device) == "cpu" else 1
     here = min(at_once - 1, others)
     yield _Group([_Share(0, tokens), *_alike(share, here, kinds)])
     for times, size in (((others - here) // at_once, at_once), (1, (others - here) % at_once)):

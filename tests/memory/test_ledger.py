@@ -126,6 +126,15 @@ def test_the_timeline_holds_every_change_and_its_highest_point_is_the_peak():
     assert {moment.phase for moment in ledger.timeline} >= {"forward", "backward", "optimizer"}
 
 
+def test_what_an_operator_saves_of_its_own_result_dies_with_it_without_a_backward():
+    weight = torch.ones(256, requires_grad=True)
+    with Ledger() as ledger:
+        result = weight.exp()
+        assert live(ledger, "saved activations") == ledger.live_bytes == KIB
+        del result
+        assert ledger.live_bytes == 0
+
+
 def test_bytes_in_host_memory_are_not_counted_as_the_device_s():
     with Ledger() as ledger:
         with category("offloaded"):
