@@ -14,6 +14,7 @@ from .lora.adapter import begin_with
 from .lora.inject import Target, add_lora
 from .lora.outside import set_outside
 from .lora.read import adapter_bytes, read_adapter
+from .memory.meter import hold_to
 from .models.anatomy import blocks
 from .models.levers import Levers, levers_of, place, set_levers
 from .models.load import load_model, resolve_compute_dtype, resolve_device, stored_quantization
@@ -98,6 +99,7 @@ def build_to_use(
     dtype = resolve_compute_dtype(m.compute_dtype, device)
     tiles, levers = Levers(tile_tokens=fixed_levers(recipe).get("tile_tokens")), Levers()
     if (memory := memory_to_use(device, recipe.memory.budget_bytes)) is not None:
+        hold_to(device, recipe.memory.budget_bytes)
         skeleton = build_skeleton(recipe)
         if tiles.tile_tokens:
             set_levers(skeleton, tiles)

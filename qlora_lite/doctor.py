@@ -4,11 +4,10 @@ import importlib.util
 import os
 import platform
 import shutil
-import sysconfig
-from pathlib import Path
 
 import torch
 
+from .compilers import NO_TRITON, missing_for_triton
 from .files import cache_root
 from .memory.process import segments_grow
 from .models.load import has_fast_bf16, missing_kernels, resolve_device
@@ -55,15 +54,6 @@ def _free(path) -> str:
     return format_bytes(shutil.disk_usage(existing).free)
 
 
-def missing_for_triton() -> str:
-    """Name what triton builds its kernels' launchers with (3.7, runtime/build.py) and does not find; "" is nothing."""
-    if not (os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")):
-        return "a C compiler (gcc)"
-    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
-    header = Path(sysconfig.get_path("include", scheme), "Python.h")
-    return "" if header.exists() else "Python.h (python3-dev)"
-
-
 def _notes(device: torch.device) -> list[str]:
     notes = []
     if device.type == "cpu":
@@ -81,7 +71,7 @@ def _notes(device: torch.device) -> list[str]:
     if device.type == "cuda" and importlib.util.find_spec("triton") and (missing := missing_for_triton()):
         notes.append(
             f"triton needs {missing} for train.compile, and for a few products of torch 2.13 and later: install it, or "
-            "leave train.compile off and set TORCH_DISABLE_NATIVE_JIT=1"
+            f"leave train.compile off (in Python, set {'='.join(NO_TRITON)} too, before torch is imported)"
         )
     if not can_page(device):
         notes.append("paged optimizers are ordinary ones here: no card is found that can page their states")

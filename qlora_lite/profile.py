@@ -66,21 +66,22 @@ def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
     data, eval_data = (build_data(recipe, tokenizer, which) for which in ("train", "eval"))
     eval_examples = eval_data.examples if eval_data else ()
     rows = rows_to_plan(recipe, data)
-    plan, settings = plan_run(recipe, rows, eval_examples)
-    log.info("plan: %s", reason(plan))
-    with explain_write_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-    model = build_model(recipe, settings.levers, adapter_to_begin_with(recipe))
-    trainer = Trainer(model, rows, settings, build_stream(recipe, tokenizer))
-    expected = expected_peak(plan, *largest_batches(rows, eval_examples, trainer.epochs), rows_run_alone(model))
-    device = device_of(model)
-    hold_to(device, plan.budget_bytes)
-    ledger = Ledger(timeline=True, allocation_bytes=ALLOCATION_BYTES[device.type])
-    with deterministic(recipe.train.deterministic), PeakMeter(device) as meter, _allocator_history(device, out):
-        trainer.choose_loss()
-        seconds = _timed_steps(trainer, steps - 1) if steps > 1 else {}
-        failure = _ledgered(trainer, ledger, model, eval_examples)
-        process = meter.peak_bytes()
+    with deterministic(recipe.train.deterministic):  # before the plan, which times the device's first product
+        plan, settings = plan_run(recipe, rows, eval_examples)
+        log.info("plan: %s", reason(plan))
+        with explain_write_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+        model = build_model(recipe, settings.levers, adapter_to_begin_with(recipe))
+        trainer = Trainer(model, rows, settings, build_stream(recipe, tokenizer))
+        expected = expected_peak(plan, *largest_batches(rows, eval_examples, trainer.epochs), rows_run_alone(model))
+        device = device_of(model)
+        hold_to(device, plan.budget_bytes)
+        ledger = Ledger(timeline=True, allocation_bytes=ALLOCATION_BYTES[device.type])
+        with PeakMeter(device) as meter, _allocator_history(device, out):
+            trainer.choose_loss()
+            seconds = _timed_steps(trainer, steps - 1) if steps > 1 else {}
+            failure = _ledgered(trainer, ledger, model, eval_examples)
+            process = meter.peak_bytes()
     figures = _figures(plan, expected, ledger, seconds, process, failure)
     page = out / "memory.html"
     write_text(out / "memory.json", json.dumps(figures, indent=2) + "\n")

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import re
 import shutil
 import signal
@@ -20,6 +21,7 @@ from qlora_lite import doctor
 from qlora_lite.cli.generate import _is_command
 from qlora_lite.cli.main import COMMANDS
 from qlora_lite.cli.output import one_line, prepare, step_progress
+from qlora_lite.compilers import NO_TRITON
 
 COMMAND = [sys.executable, "-m", "qlora_lite"]
 
@@ -45,6 +47,19 @@ def test_help_names_every_command_without_importing_torch():
     assert done.returncode == 0, done.stderr
     assert all(re.search(rf"^  {name} ", done.stdout, re.MULTILINE) for name in COMMANDS)
     assert time.monotonic() - started < 2  # measured: 0.06 to 0.10 s; loose, for a busy machine
+
+
+@pytest.mark.parametrize("compiler", [None, "gcc"])
+def test_torch_takes_its_own_kernels_where_triton_could_build_none(compiler, monkeypatch, command, tmp_path):
+    name, value = NO_TRITON
+    monkeypatch.setenv(name, "")  # for its old state to be put back
+    monkeypatch.delenv(name)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("shutil.which", lambda _name: compiler)
+    monkeypatch.setattr("sysconfig.get_path", lambda _name, _scheme: tmp_path)
+    (tmp_path / "Python.h").touch()
+    command("recipes", "list")
+    assert os.environ.get(name) == (None if compiler else value)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -289,3 +289,13 @@ def test_what_compiled_blocks_would_do_otherwise_is_refused(model_type, options,
     check_compilable(model, levers)
     with pytest.raises(TrainingError, match=f"set train.compile to false: it is incompatible with {reason}$"):
         check_compilable(model, replace(levers, compile=True))
+
+
+def test_a_compiler_that_is_missing_is_told_before_the_first_step(monkeypatch):
+    model = build("llama")
+    monkeypatch.setattr("shutil.which", lambda _name: "a path")
+    check_compilable(model, Levers(compile=True))
+    monkeypatch.setattr("shutil.which", lambda _name: None)
+    check_compilable(model, Levers())
+    with pytest.raises(TrainingError, match=r"train\.compile needs a C\+\+ compiler \(g\+\+\): install it, or set"):
+        check_compilable(model, Levers(compile=True))

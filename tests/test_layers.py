@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "qlora_lite"
 LAYERS = [
-    {"errors", "units", "together"},
+    {"errors", "units", "together", "compilers"},
     {"files", "package_files", "run_files"},
     {"recipe", "memory"},
     {"quant", "ops", "data"},

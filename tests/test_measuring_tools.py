@@ -332,14 +332,14 @@ def test_levers_that_need_their_weights_on_the_card_are_measured_too_and_compile
             raise TrainingError("blocks cannot be compiled here")
         return case | {"failed": "out of memory", "planned_bytes": 2**60, "predicted_bytes": 2**60}
 
-    monkeypatch.setattr(_gpu_sections, "missing_compiler", lambda _: missing)
+    monkeypatch.setattr(_gpu_sections, "missing_for_compile", lambda _: missing)
     monkeypatch.setattr(_gpu_sections, "measure", measured)
     *rows, last = _gpu_sections.levers(REHEARSAL)
     names = [case["lever"] for case in resident_cases("tiny", 256)]
     assert [row["lever"] for row in rows[-3:]] == names[:3]
     text = summary({"levers": {"status": "failed", "seconds": 1.0, "rows": [*rows, last]}})
     if missing:
-        assert last["skipped"] == "there is no g++" and f"skipped: {names[-1]} there is no g++" in text
+        assert last["skipped"] == "g++ is missing" and f"skipped: {names[-1]} g++ is missing" in text
     else:
         assert last["problem"] == "blocks cannot be compiled here" and "did not run" in text
 
@@ -492,11 +492,11 @@ def test_the_levers_of_the_table_are_in_the_order_of_what_they_save_which_the_le
 @pytest.mark.parametrize("compiler", ["", "g++"])
 def test_what_has_no_compiler_is_left_out_of_the_lever_table(compiler, capsys):
     bench = runpy.run_path(str(TOOLS / "bench_levers"))
-    bench["stacks_of"].__globals__.update(missing_compiler=lambda _: compiler)
+    bench["stacks_of"].__globals__.update(missing_for_compile=lambda _: compiler)
     _, resident, alone = bench["stacks_of"]("tiny", 64, "cpu")
     assert [case["lever"] for case in alone] == ["blocks computed again", *saving_levers(64)]
     assert all(case["checkpointing"] == "block" for case in alone) and "resident_blocks" not in alone[-1]
-    assert len(resident) == (3 if compiler else 4) and bool(compiler) == ("no g++" in capsys.readouterr().err)
+    assert len(resident) == (3 if compiler else 4) and bool(compiler) == ("g++ is missing" in capsys.readouterr().err)
 
 
 def test_a_row_of_the_lever_table_is_measured_as_it_is_planned():

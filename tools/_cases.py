@@ -59,6 +59,9 @@ def plan_cases(cuda: bool) -> list[dict]:
         {"model": "smollm2-135m", "tokens": 512, "checkpointing": "block", "kept_blocks": 12},
         {"model": "smollm2-135m", "tokens": 2048, "checkpointing": "block", "tile_tokens": 256},
         {"model": "gemma3-270m", "tokens": 2048, "checkpointing": "block", "tile_tokens": 256},
+        {"model": "smollm2-135m", "tokens": 512, "checkpointing": "block", "checkpoint_every": 4},
+        {"model": "gemma3-270m", "tokens": 512, "checkpointing": "block", "reuse_dequantized": True},
+        {"model": "gemma3-270m", "tokens": 512, "checkpointing": "block", "optimizer_in_backward": True},
     ]
     levers += [
         {"model": model, "tokens": 512, "checkpointing": checkpointing, "compile": True}
@@ -75,6 +78,9 @@ def plan_cases(cuda: bool) -> list[dict]:
     lengths = (128, 512, 2048) if cuda else (128, 512)
     large = [{"model": "llama-1b", "tokens": tokens, "checkpointing": "block"} for tokens in lengths]
     large += [{"model": "llama-1b", "tokens": 256, "checkpointing": "none"}]
+    large += [
+        {"model": "qwen3-moe", "tokens": 512, "checkpointing": checkpointing} for checkpointing in ("block", "none")
+    ]
     large += [{"model": "llama-7b", "tokens": 2048 if cuda else 256, "checkpointing": "block"}]
     if cuda:
         large += [{"model": "llama-8b", "tokens": tokens, "checkpointing": "block"} for tokens in (2048, 8192)]

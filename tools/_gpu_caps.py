@@ -13,8 +13,7 @@ from functools import partial
 
 import torch
 from _cases import OUT_OF_MEMORY, free_memory, model_of, trainer_of, under_ledger
-from _models import MODELS
-from transformers import AutoConfig
+from _models import config_of
 
 from qlora_lite.errors import DoesNotFitError
 from qlora_lite.lora.inject import lora_parameters
@@ -103,7 +102,7 @@ class CappedDevice:
 
 def plan_below(machine: Machine, name: str, tokens: int, cap_bytes: int) -> Plan:
     """Plan one row of all learned tokens a step, on a card of the cap's size."""
-    config = AutoConfig.for_model("llama", **MODELS[name])
+    config = config_of(name)
     job = Job(config, Rows((1,), 1), None, machine.device_type)
     step = Step(job, Rows((tokens,), tokens - 1), 1, 1, tied=bool(config.tie_word_embeddings))
     found = search(step, machine, cap_bytes)

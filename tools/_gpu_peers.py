@@ -10,10 +10,10 @@ from dataclasses import asdict
 
 import torch
 from _cases import OUT_OF_MEMORY, examples_of, free_memory, model_of, trainer_of
-from _levers import missing_compiler
 from _models import config_of
 from _peers import dressed, peers_step, stock_model
 
+from qlora_lite.compilers import missing_for_compile
 from qlora_lite.errors import QloraLiteError
 from qlora_lite.models.levers import Levers
 from qlora_lite.ops.fused_loss import CHECKED_TOKENS, FUSED, Loss, errors_of, foreign_errors
@@ -88,8 +88,8 @@ def _against_plan(side: str, plan: Plan) -> dict:
 
 
 def _missing(side: str, device: torch.device) -> str:
-    if side.endswith("compiled") and (missing := missing_compiler(device.type)):
-        return f"there is no {missing}"
+    if side.endswith("compiled") and (missing := missing_for_compile(device.type)):
+        return f"{missing} is missing"
     return _not_installed(["peft"] * side.startswith("peers") + ["liger_kernel"] * side.endswith("Liger"))
 
 

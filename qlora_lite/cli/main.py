@@ -11,6 +11,7 @@ from importlib import import_module
 import click
 
 from qlora_lite import __version__
+from qlora_lite.compilers import avoid_what_is_missing
 from qlora_lite.errors import Interrupted, QloraLiteError
 from qlora_lite.stopping import stop_signals
 
@@ -70,6 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     SIGTERM ends a command as SIGINT does, so that what it was writing is cleared away; train has its own way.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    avoid_what_is_missing()
     try:
         with stop_signals(None) as stop, stop.at_once():
             sys.exit(cli.main(arguments, prog_name="qlora-lite", standalone_mode=False))  # an Exit is returned

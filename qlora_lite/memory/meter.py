@@ -68,11 +68,17 @@ def grow_segments(device: torch.device) -> None:
 
 
 def hold_to(device: torch.device, budget_bytes: int | None) -> None:
-    """Let this process take at most a budget of a card, its context included; None is all of the card."""
+    """Let this process take at most a budget of a card, its context included, and never more than is free now.
+
+    Some drivers (WSL's) answer who asks for more than there is with memory of the host, many times slower, and with no
+    error.
+    """
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        share = 1.0 if budget_bytes is None else (budget_bytes - CUDA_CONTEXT_BYTES) / total
-        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+        most = free_bytes(device) + torch.cuda.memory_reserved(device)
+        if budget_bytes is not None:
+            most = min(most, budget_bytes - CUDA_CONTEXT_BYTES)
+        torch.cuda.set_per_process_memory_fraction(min(max(0.0, most / total), 1.0), device)
 
 
 def mapped_bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -15,6 +15,9 @@ from .ledger import Moment
 
 MIB = 2**20
 CUDA_CONTEXT_BYTES = 450 * MIB  # nvidia-smi shows 300 to 500 MiB for an idle torch process, by card and driver
+# A card's free memory is read before most kernels were called, and CUDA loads a kernel's code when it is first called
+# (CUDA programming guide, lazy loading). A guess: no card has run this.
+CUDA_LATER_BYTES = 128 * MIB
 # One for forward's thread and one for autograd's (aten/src/ATen/cuda/CublasHandlePool.cpp): 32 MiB each on compute
 # capability 9.0 and with train.deterministic, 8.1 MiB on others.
 CUBLAS_WORKSPACE_BYTES = 2 * 32 * MIB

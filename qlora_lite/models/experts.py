@@ -45,6 +45,12 @@ class Projection(NamedTuple):
         """The path of what takes its place."""
         return f"{self.path}.{PACKED}{self.name}"
 
+    @property
+    def stacking_bytes(self) -> int:
+        """What it takes to put the experts of a checkpoint together: transformers stacks them and joins the parts of a
+        gated first product (core_model_loading), and ``straight`` makes one more copy."""
+        return (3 if self.experts.is_transposed else 2) * self.parameter.nbytes
+
     def straight(self, weight: torch.Tensor) -> torch.Tensor:
         """Return a weight as [E, out, in], whole."""
         return (weight.transpose(1, 2) if self.experts.is_transposed else weight).contiguous()

@@ -24,17 +24,18 @@ from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosi
 
 from qlora_lite.errors import ModelError, OutputError, require_one_of
 from qlora_lite.lora.outside import set_outside
-from qlora_lite.memory.meter import grow_segments
+from qlora_lite.memory.meter import free_bytes, grow_segments
 from qlora_lite.ops.attention import row_attention
 from qlora_lite.ops.norm import use_lean_norms
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.nf4 import from_bnb_state
+from qlora_lite.units import format_bytes
 
 from .cache import cache_entry
 from .experts import projections, use_packed_experts
 from .locate import ModelFiles, locate
 from .nested import LanguagePart, read_language_part, stored_names, without_weights
-from .quantizer import QuantizeConfig, quantize_head, quantize_in_place, register
+from .quantizer import QuantizeConfig, quantize_head, quantize_in_place, register, replace_weights
 from .save import save_for_cache
 
 log = logging.getLogger("qlora_lite")
@@ -180,14 +181,38 @@ def _load_quantized(files, part, quant, double_quant, dtype, device, use_cache):
         quantize_in_place(model, quant, double_quant)
         model.to(device)
     else:
-        model = _from_pretrained(files, part, dtype, device, QuantizeConfig(quant, double_quant))
+        place = device if _has_room(part, quant, double_quant, dtype, device) else "cpu"
+        model = _from_pretrained(files, part, dtype, place, QuantizeConfig(quant, double_quant))
         _forget_quantizer(model)
+        model.to(device)
     if entry is not None:
         try:
             save_for_cache(model, entry)
         except (OutputError, ModelError) as error:
             log.warning("the quantised model is not cached: %s", error)
     return model
+
+
+def _has_room(part: LanguagePart, quant: str, double_quant: bool, dtype, device) -> bool:
+    """Tell whether a device has room for what loading takes there for a moment.
+
+    Beside the weights that is little, but for experts: transformers puts those of a block together in 16 bit.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return True
+    model = without_weights(part.config, dtype=dtype)
+    stacked = max((each.stacking_bytes for each in projections(model)), default=0)
+    if not stacked:
+        return True
+    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    replace_weights(model, quant, double_quant, skip=[head])
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    if weights + stacked <= free_bytes(device) + torch.cuda.memory_reserved(device):
+        return True
+    log.info("the model is quantised in host memory: a block's experts in 16 bit take %s more on the card for a moment",
+             format_bytes(stacked))  # fmt: skip
+    return False
 
 
 def _is_whole(entry: Path) -> bool:

@@ -69,7 +69,7 @@ class _Part(NamedTuple):
 
     count: int
     tokens: torch.Tensor  # int64 [n]
-    pairs: torch.Tensor  # int64 [n], numbers in the flattened [T, K]
+    pairs: slice  # count of the sorted ones
     up: torch.Tensor
     down: torch.Tensor
     up_bias: torch.Tensor | None
@@ -84,28 +84,52 @@ class _Part(NamedTuple):
         sum_TD.index_add_(0, self.tokens[: self.count], rows[: self.count].to(sum_TD.dtype))
 
 
+class _Pairs(NamedTuple):
+    """Pairs of a token and an expert, sorted by expert: P = T K of them.
+
+    Args:
+        experts: their numbers, int64 [P].
+        places: of the pairs in the flattened [T, K], int64 [P].
+        tokens: their numbers, int64 [P].
+    """
+
+    experts: torch.Tensor
+    places: torch.Tensor
+    tokens: torch.Tensor
+
+
+def _sorted(chosen_TK: torch.Tensor) -> _Pairs:
+    experts, places = chosen_TK.flatten().sort(stable=True)
+    return _Pairs(experts, places, places // chosen_TK.shape[1])
+
+
 def _for_each_part(
-    do: Callable[[_Part], None], chosen_TK: torch.Tensor, dtype: torch.dtype, experts: Experts,
+    do: Callable[[_Part], None], sorted_pairs: _Pairs, most_rows: int, dtype: torch.dtype, experts: Experts,
     tensors: Sequence[torch.Tensor],
 ) -> None:  # fmt: skip
-    """Call ``do`` with the rows of each expert that has any, in tiles; it may keep nothing of them."""
+    """Call ``do`` with the rows of each expert that has any, in tiles; it may keep nothing of them.
+
+    Args:
+        most_rows: that one expert can have, T.
+    """
     tensors, biases = (tensors[:-2], tensors[-2:]) if experts.has_bias else (tensors, None)
     up, down = tensors[: experts.tensors_of_up], tensors[experts.tensors_of_up :]
-    ordered, pairs = chosen_TK.flatten().sort(stable=True)
-    groups, end = list(_groups(ordered, chosen_TK.shape[0], experts, dtype)), 0
-    del ordered
-    numbers = torch.tensor([share.expert for group in groups for share in group.shares], device=chosen_TK.device)
+    tokens, end = sorted_pairs.tokens, 0
+    groups = list(_groups(sorted_pairs.experts, most_rows, experts, dtype))
+    numbers = torch.tensor([share.expert for group in groups for share in group.shares], device=tokens.device)
     for group, of_group in zip(groups, numbers.split([len(group.shares) for group in groups]), strict=True):
         with repeated(group.times):
-            ups, downs = _unpacked(experts.up, up, of_group, dtype), _unpacked(experts.down, down, of_group, dtype)
-            for place, (expert, count, times, kinds) in enumerate(group.shares):
-                start, end = end, end + count
+            which = group.neighbours or of_group
+            ups, downs = _unpacked(experts.up, up, which, dtype), _unpacked(experts.down, down, which, dtype)
+            for place, (expert, of_it, times, kinds) in enumerate(group.shares):
+                start, end = end, end + of_it
                 own = [ups[place], downs[place], *((bias[expert] for bias in biases) if biases else (None, None))]
                 with repeated(times, kinds):
-                    for tile in pieces(count, TILE_ROWS):
-                        here = pairs[start + tile.start : start + tile.stop]
-                        filled = pad(here, (0, kernel_rows(len(here), here.device) - len(here)))
-                        do(_Part(len(here), filled // chosen_TK.shape[1], filled, *own))
+                    for tile in pieces(of_it, TILE_ROWS):
+                        pairs = slice(start + tile.start, start + tile.stop)
+                        here = tokens[pairs]
+                        count, rows = len(here), kernel_rows(len(here), here.device)
+                        do(_Part(count, pad(here, (0, rows - count)) if rows > count else here, pairs, *own))
         del ups, downs, own  # before the next are unpacked
 
 
@@ -124,28 +148,34 @@ class _Group(NamedTuple):
     shares: list[_Share]
     times: int = 1
 
+    @property
+    def neighbours(self) -> slice | None:
+        """The experts' numbers where they follow one another, so that their packed weights need no copy."""
+        first, last = self.shares[0].expert, self.shares[-1].expert
+        return slice(first, last + 1) if last - first == len(self.shares) - 1 else None
 
-def _groups(ordered: torch.Tensor, tokens: int, experts: Experts, dtype: torch.dtype) -> Iterator[_Group]:
+
+def _groups(numbers: torch.Tensor, most_rows: int, experts: Experts, dtype: torch.dtype) -> Iterator[_Group]:
     """Yield the experts that have rows, as many at a time as ``UNPACKED_BYTES`` have room for.
 
-    ``ordered`` are the experts' numbers of all pairs, sorted. The host waits for the device once.
+    ``numbers`` are the experts' of all pairs, sorted. The host waits for the device once.
     A plan knows no router: one expert has as many rows as it can have, those of all tokens, and the others share what
     is left.
     """
     count, weights = experts.up.shape[0], sum(prod(spec.shape[1:]) for spec in (experts.up, experts.down))
     at_once = max(1, UNPACKED_BYTES // (weights * dtype.itemsize))
     if not is_planned():
-        numbers = torch.arange(count + 1, dtype=ordered.dtype, device=ordered.device)
-        rows = torch.searchsorted(ordered, numbers).diff().tolist()
+        all_of_them = torch.arange(count + 1, dtype=numbers.dtype, device=numbers.device)
+        rows = torch.searchsorted(numbers, all_of_them).diff().tolist()
         shares = [_Share(expert, of_it) for expert, of_it in enumerate(rows) if of_it]
         yield from (_Group(shares[start : start + at_once]) for start in range(0, len(shares), at_once))
         return
-    pairs = ordered.numel()
+    pairs = numbers.numel()
     others = min(count, pairs) - 1
-    share = min(pairs - tokens, max(1, -(-(pairs - tokens) // max(1, others))))
-    kinds = min(others, TILE_ROWS // CPU_MULTIPLE) if device_type(ordered.device) == "cpu" else 1
+    share = min(pairs - most_rows, max(1, -(-(pairs - most_rows) // max(1, others))))
+    kinds = min(others, TILE_ROWS // CPU_MULTIPLE) if device_type(numbers.device) == "cpu" else 1
     here = min(at_once - 1, others)
-    yield _Group([_Share(0, tokens), *_alike(share, here, kinds)])
+    yield _Group([_Share(0, most_rows), *_alike(share, here, kinds)])
     for times, size in (((others - here) // at_once, at_once), (1, (others - here) % at_once)):
         if times and size:
             yield _Group(_alike(share, size, kinds), times)
@@ -156,7 +186,7 @@ def _alike(rows: int, count: int, kinds: int) -> list[_Share]:
     return [_Share(0, rows, count, kinds), *[_Share(0, 0)] * (count - 1)] if count else []
 
 
-def _unpacked(spec: WeightSpec, tensors: Sequence[torch.Tensor], numbers: torch.Tensor, dtype: torch.dtype):
+def _unpacked(spec: WeightSpec, tensors: Sequence[torch.Tensor], numbers: torch.Tensor | slice, dtype: torch.dtype):
     """Return the weights of some experts, [n, out, in]."""
     count, *shape = spec.shape
     rows = dequantize_rows(Packed(*tensors), (count, prod(shape)), numbers, dtype, spec.quant_type)
@@ -176,10 +206,12 @@ class _Gradient(torch.autograd.Function):
     def backward(ctx, grad_TD):
         hidden_TD, weights_TK, chosen_TK, *tensors = ctx.saved_tensors
         grad_hidden_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32, device=hidden_TD.device)
-        grad_weights = torch.zeros(weights_TK.numel(), dtype=torch.float32, device=hidden_TD.device)
+        pairs = _sorted(chosen_TK)
+        weights = weights_TK.flatten()[pairs.places]
+        grad_weights = torch.empty(weights.shape, dtype=torch.float32, device=hidden_TD.device)
 
         def add(part: _Part) -> None:
-            grad, weight = grad_TD[part.tokens], weights_TK.reshape(-1)[part.pairs, None]
+            grad = grad_TD[part.tokens]
             first = part.first(hidden_TD).requires_grad_()
             with torch.enable_grad():
                 inner = ctx.experts.activate(first)
@@ -187,11 +219,13 @@ class _Gradient(torch.autograd.Function):
             of_weights = (grad_inner * inner.detach()).sum(-1, dtype=torch.float32)
             if part.down_bias is not None:
                 of_weights += (grad * part.down_bias).sum(-1, dtype=torch.float32)
-            grad_weights[part.pairs[: part.count]] = of_weights[: part.count]
-            (grad_first,) = torch.autograd.grad(inner, first, grad_inner.mul_(weight))
+            grad_weights[part.pairs] = of_weights[: part.count]
+            grad_inner[: part.count].mul_(weights[part.pairs, None])
+            (grad_first,) = torch.autograd.grad(inner, first, grad_inner)
             part.add_rows(grad_hidden_TD, grad_first @ part.up)
 
-        _for_each_part(add, chosen_TK, hidden_TD.dtype, ctx.experts, tensors)
+        _for_each_part(add, pairs, len(hidden_TD), hidden_TD.dtype, ctx.experts, tensors)
+        grad_weights = torch.empty_like(grad_weights).index_copy_(0, pairs.places, grad_weights)
         grad_weights = grad_weights.view(weights_TK.shape).to(weights_TK.dtype)
         return grad_hidden_TD.to(hidden_TD.dtype), grad_weights, None, None, *(None for _ in tensors)
 
@@ -203,11 +237,14 @@ class _Value(torch.autograd.Function):
     def forward(ctx, gradient, hidden_TD, weights_TK, chosen_TK, experts, *tensors):
         sum_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32, device=hidden_TD.device)
 
-        def add(part: _Part) -> None:
-            y = linear(experts.activate(part.first(hidden_TD)), part.down, part.down_bias)
-            part.add_rows(sum_TD, y.mul_(weights_TK.reshape(-1)[part.pairs, None]))
+        pairs = _sorted(chosen_TK)
+        weights = weights_TK.flatten()[pairs.places]
 
-        _for_each_part(add, chosen_TK, hidden_TD.dtype, experts, tensors)
+        def add(part: _Part) -> None:
+            y = linear(experts.activate(part.first(hidden_TD)), part.down, part.down_bias)[: part.count]
+            part.add_rows(sum_TD, y.mul_(weights[part.pairs, None]))
+
+        _for_each_part(add, pairs, len(hidden_TD), hidden_TD.dtype, experts, tensors)
         return sum_TD.to(hidden_TD.dtype)
 
     @staticmethod

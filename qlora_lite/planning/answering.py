@@ -12,7 +12,7 @@ from torch import nn
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.memory.marks import phase
 from qlora_lite.memory.meter import free_bytes, held_bytes
-from qlora_lite.memory.process import CUDA_CONTEXT_BYTES, overheads
+from qlora_lite.memory.process import CUDA_CONTEXT_BYTES, CUDA_LATER_BYTES, overheads
 from qlora_lite.memory.work import WorkCounter
 from qlora_lite.models.anatomy import blocks, decoder
 from qlora_lite.models.levers import Levers
@@ -34,7 +34,7 @@ def memory_to_use(device: torch.device, budget_bytes: int | None) -> int | None:
     if device.type != "cuda":
         return None
     free_cached_memory(device)  # of a model before this one
-    free = free_bytes(device)
+    free = free_bytes(device) - CUDA_LATER_BYTES
     return free if budget_bytes is None else min(free, budget_bytes - CUDA_CONTEXT_BYTES - held_bytes(device))
 
 

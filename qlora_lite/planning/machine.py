@@ -12,7 +12,7 @@ import torch
 
 from qlora_lite.memory.cards import Card, CardError
 from qlora_lite.memory.meter import free_bytes, held_bytes
-from qlora_lite.memory.process import CUDA_CONTEXT_BYTES
+from qlora_lite.memory.process import CUDA_CONTEXT_BYTES, CUDA_LATER_BYTES
 from qlora_lite.memory.work import Work
 from qlora_lite.models.load import has_fast_bf16
 from qlora_lite.ops.offload import host_memory
@@ -89,7 +89,7 @@ def this_machine(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> M
         return Machine(name, "cpu", free_bytes(device) + base, base, *speeds, dtype=auto)
     torch.cuda.empty_cache()  # of the measurement
     total = torch.cuda.get_device_properties(device).total_memory
-    cpu, memory_bytes = torch.device("cpu"), min(total, free_bytes(device) + CUDA_CONTEXT_BYTES)
+    cpu, memory_bytes = torch.device("cpu"), min(total, free_bytes(device) + CUDA_CONTEXT_BYTES - CUDA_LATER_BYTES)
     host_bytes = free_bytes(cpu) + held_bytes(cpu)
     return Machine(torch.cuda.get_device_name(device), "cuda", memory_bytes, 0, *speeds, host_bytes, auto)
 

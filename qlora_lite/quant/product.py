@@ -121,7 +121,8 @@ def add_product(
 
     The sum is rounded once, at the end of the product (but not under torch.compile; see ``product_beside``). Rounding
     the product first would swallow an addend below half a step of bf16 whole: the fate of a LoRA update in its first
-    steps, measured as most of the learning lost.
+    steps, measured as most of the learning lost. (On a card, torch lets cuBLAS add parts of a long sum in bf16:
+    ``torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction``.)
     """
     if torch.compiler.is_compiling():
         return addend.add_(product(x, spec, tensors, bias, of_gradient=of_gradient))

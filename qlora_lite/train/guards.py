@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from qlora_lite.compilers import missing_for_compile
 from qlora_lite.data.batch import IGNORED_LABEL, Batch
 from qlora_lite.data.stored import Example, largest_token, row_lengths
 from qlora_lite.errors import DataError, ModelError, TrainingError
@@ -178,6 +179,8 @@ def check_compilable(model: nn.Module, levers: Levers) -> None:
     found = [reason for reason, applies in hindrances.items() if applies]
     if found:
         raise TrainingError(f"set train.compile to false: it is incompatible with {', '.join(found)}")
+    if missing := missing_for_compile(device_of(model).type):
+        raise TrainingError(f"train.compile needs {missing}: install it, or set train.compile to false")
 
 
 def _drops(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -10,7 +11,10 @@ import torch
 from qlora_lite.memory import meter, process
 from qlora_lite.memory.bar import CATEGORIES
 from qlora_lite.memory.ledger import Moment
+from qlora_lite.memory.meter import hold_to
 from qlora_lite.models.load import resolve_device
+
+GIB = 2**30
 
 
 @pytest.fixture(params=["0::/{}", "4:memory:/{}\n0::/"], ids=["version 2", "version 1"])
@@ -127,6 +131,17 @@ def test_on_a_share_of_a_card_segments_stay_as_they_are(settings_of_the_allocato
     assert settings_of_the_allocator == [] and not process.segments_grow()
     monkeypatch.setenv(process.ALLOCATOR_VARIABLES[0], process.GROWING)
     assert process.segments_grow()
+
+
+def test_a_process_is_held_to_its_budget_and_to_what_is_free(monkeypatch):
+    card, total, shares = SimpleNamespace(type="cuda"), 16 * GIB, []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(total_memory=total))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (9 * GIB, total))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _device: GIB)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _device: shares.append(share))
+    for budget in (None, 24 * GIB, 6 * GIB, 0):
+        hold_to(card, budget)
+    assert [share * total for share in shares] == [10 * GIB, 10 * GIB, 6 * GIB - process.CUDA_CONTEXT_BYTES, 0]
 
 
 @pytest.mark.gpu

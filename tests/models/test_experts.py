@@ -1,6 +1,7 @@
 """Experts whose weights are in 4 bits compute what transformers' own would with the unpacked weights."""
 
 import json
+import logging
 import weakref
 
 import pytest
@@ -13,7 +14,7 @@ from qlora_lite.errors import ModelError, TrainingError
 from qlora_lite.lora.inject import add_lora, linear_layers, lora_parameters
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.memory.work import WorkCounter
-from qlora_lite.models import routed
+from qlora_lite.models import load, routed
 from qlora_lite.models.anatomy import blocks
 from qlora_lite.models.experts import PACKED
 from qlora_lite.models.levers import Levers, set_levers
@@ -169,6 +170,43 @@ def test_a_damaged_expert_is_named(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.experts\.down_proj.* NaN"):
         load_model(str(tmp_path), use_cache=False)
+
+
+@pytest.mark.parametrize(("name", "copies"), [("qwen3_moe", 2), ("gpt_oss", 3), ("llama", 0)])
+def test_a_card_has_room_for_the_weights_and_a_block_s_experts_in_16_bit_or_the_host_packs_them(
+    name, copies, tmp_path, monkeypatch, caplog
+):
+    caplog.set_level(logging.INFO)
+    model = build_tiny(name)
+    model.save_pretrained(tmp_path)
+    sizes = [p.numel() * 2 for path, p in model.named_parameters() if "experts" in path and p.ndim == 3]
+    skeleton = meta_model(model.config, "nf4", True, torch.bfloat16)
+    weights = sum(tensor.nbytes for tensor in (*skeleton.parameters(), *skeleton.buffers()))
+    enough, places = weights + copies * max(sizes, default=0), []
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _device: 64)
+
+    def loading(*args):
+        places.append(args[3])
+        raise ModelError("it is to be loaded there")
+
+    monkeypatch.setattr(load, "_from_pretrained", loading)
+    monkeypatch.setattr(load, "_check_device", lambda _device: None)
+    for free in (enough - 64, enough - 65):
+        monkeypatch.setattr(load, "free_bytes", lambda _device, free=free: free)
+        with pytest.raises(ModelError, match="it is to be loaded there"):
+            load_model(str(tmp_path), device="cuda", use_cache=False)
+    assert places == ["cuda", "cpu" if copies else "cuda"]
+    assert ("quantised in host memory" in caplog.text) == bool(copies)
+
+
+@pytest.mark.gpu
+def test_experts_that_the_host_packs_are_those_that_a_card_packs(tmp_path, monkeypatch):
+    build_tiny("qwen3_moe").save_pretrained(tmp_path)
+    expected = load_model(str(tmp_path), device="cuda", use_cache=False).state_dict()
+    monkeypatch.setattr(load, "_has_room", lambda *_: False)
+    found = load_model(str(tmp_path), device="cuda", use_cache=False).state_dict()
+    assert expected.keys() == found.keys() and {tensor.device.type for tensor in found.values()} == {"cuda"}
+    assert all(torch.equal(found[key], expected[key]) for key in found if "absmax" not in key)
 
 
 def test_all_weights_are_counted_as_parameters():

@@ -1,0 +1,35 @@
+"""What torch builds code with while a model runs, and whether it is installed.
+
+torch.compile builds with a C++ compiler for a processor, and by way of triton with a C compiler for a card. A few
+products of torch 2.13 and later are triton's too, unless ``NO_TRITON`` is set before torch is imported
+(torch/_native/common_utils.py).
+"""
+
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
+NO_TRITON = ("TORCH_DISABLE_NATIVE_JIT", "1")  # torch's own kernels in place of triton's
+
+
+def missing_for_compile(device_type: str) -> str:
+    """Name what torch.compile needs for a device ("cpu" or "cuda") and does not find; "" is nothing."""
+    if device_type == "cuda":
+        return missing_for_triton()
+    return "" if shutil.which(os.environ.get("CXX") or "g++") else "a C++ compiler (g++)"
+
+
+def missing_for_triton() -> str:
+    """Name what triton builds its kernels' launchers with (3.7, runtime/build.py) and does not find; "" is nothing."""
+    if not (os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")):
+        return "a C compiler (gcc)"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    header = Path(sysconfig.get_path("include", scheme), "Python.h")
+    return "" if header.exists() else "Python.h (python3-dev)"
+
+
+def avoid_what_is_missing() -> None:
+    """Have torch, which must not be imported yet, take its own kernels where triton could build none."""
+    if missing_for_triton():
+        os.environ.setdefault(*NO_TRITON)
