@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from html import escape
 
 Point = tuple[float, float]  # step, value; the value may be NaN or infinite
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 10, 26  # margins around the plot, pixels
+LEFT, RIGHT, TOP, BOTTOM = 60, 14, 10, 26  # margins around the plot, pixels
 MAX_POINTS = 600  # drawn per series
 LARGEST = 1e100  # a value beyond is drawn like an infinite one
 SMALLEST = 1e-300  # below it a division by the number of ticks, or the next lower power of ten, would be nothing

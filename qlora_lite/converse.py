@@ -1,5 +1,6 @@
 """A conversation with the adapters of one or more runs: the runs' own base model, templates and stop tokens."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,10 @@ from .data.formats import Turn
 from .data.render import render_prompt
 from .data.template import Template
 from .generate import Sampling, answer
+from .models.anatomy import text_config
 from .tasks import Tasks, open_tasks
+
+log = logging.getLogger("qlora_lite")
 
 
 @dataclass(slots=True)
@@ -46,6 +50,7 @@ class Session:
         tokenizer = self.tasks.tokenizer
         with self.tasks.using(self.task) as task:
             prompt = render_prompt(task.template, self.turns)
+            self._warn_of_length(prompt)
             streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
             (text,) = answer(
                 self.tasks.model, tokenizer, [prompt], self.max_new_tokens, task.stop, sampling=self.sampling,
@@ -53,6 +58,13 @@ class Session:
             )  # fmt: skip
         self.turns.append(Turn("assistant", text))
         return text
+
+    def _warn_of_length(self, prompt: str) -> None:
+        limit = getattr(text_config(self.tasks.model), "max_position_embeddings", None)
+        tokens = len(self.tasks.tokenizer(prompt, add_special_tokens=False).input_ids)
+        if limit and tokens >= limit:
+            log.warning("the prompt has %s tokens, and the model was made for %s (max_position_embeddings): its answer "
+                        "may be of no use, or empty", f"{tokens:,}", f"{limit:,}")  # fmt: skip
 
 
 def open_session(

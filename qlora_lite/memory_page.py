@@ -30,7 +30,7 @@ from .units import format_bytes, format_seconds
 
 BANDS = (BESIDE, *CATEGORIES, OTHER)
 STYLE_OF = {name: f"band-{number}" for number, name in enumerate(BANDS)}
-LOAD = "load"  # the phase before the step, in which all that stays arrives
+LOAD, END = "load", "end"  # the phases before the step, in which all that stays arrives, and after it
 BUDGET_OUT_OF_SIGHT = 2.5  # a budget this many times the peak would flatten the chart: it is told, not drawn
 
 
@@ -43,7 +43,7 @@ def memory_page(record: Mapping[str, Any]) -> str:
         _figures(record),
         _sentences(record),
         section("One training step", _timeline(record, title), note),
-        section("Predicted and measured", _comparison(record), "Tensors at the peak."),
+        section(" and ".join(_sides(record)).capitalize(), _comparison(record), "Tensors at the peak."),
         section("Other settings", _alternatives(record), "Peaks include what stands outside the tensors."),
         section("Outside the tensors", _constants(record)),
     ]
@@ -117,9 +117,9 @@ def _timeline(record: Mapping[str, Any], title: str) -> str:
     label = f"{title}: memory by category over one step"
     shown = thin(moments)
     charts = _drawings(shown, names, len(moments), label, f"peak {format_bytes(_peak_bytes(record))}", line)
-    changing = _changing([moment for moment in moments if moment.phase != LOAD], names)
+    changing = _changing([moment for moment in moments if moment.phase not in (LOAD, END)], names)
     if changing:
-        step = [moment for moment in shown if moment.phase != LOAD]
+        step = [moment for moment in shown if moment.phase not in (LOAD, END)]
         part = [replace(m, sizes=tuple(m.sizes[band] for band in changing)) for m in step]
         top = max(moment.total_bytes for moment in part)
         charts += "<h3>Only what changes during the step</h3>" + _drawings(
@@ -156,10 +156,12 @@ def _moments(timeline: Sequence[Mapping[str, Any]], beside_bytes: int) -> tuple[
     """Return every moment, and the bands that hold anything at any of them."""
     parts = [{BESIDE: beside_bytes} | in_order(point["bytes"]) for point in timeline]
     names = [name for name in BANDS if any(part.get(name) for part in parts)]
+    loaded = next((index for index, point in enumerate(timeline) if point["phase"] != LOAD), len(timeline))
     moments = [
-        Moment(index, str(point["phase"]), str(point["module"]), tuple(part.get(name, 0) for name in names))
+        Moment(index, END if index > loaded and point["phase"] == LOAD else str(point["phase"]), str(point["module"]),
+               tuple(part.get(name, 0) for name in names))
         for index, (point, part) in enumerate(zip(timeline, parts, strict=True))
-    ]
+    ]  # fmt: skip
     return moments, names
 
 
@@ -194,9 +196,13 @@ def _legend(record: Mapping[str, Any], names: Sequence[str]) -> str:
     return f'<div class="bands">{rows}</div>'
 
 
+def _sides(record: Mapping[str, Any]) -> dict[str, Mapping[str, int]]:
+    return {key: record[key] for key in ("predicted", "measured") if record.get(key)}
+
+
 def _comparison(record: Mapping[str, Any]) -> str:
     """Write predicted and measured per category, their difference where both are given."""
-    given = {key: record[key] for key in ("predicted", "measured") if record.get(key)}
+    given = _sides(record)
     if not given:
         return ""
     columns = {key: in_order(sizes) for key, sizes in given.items()}

@@ -37,7 +37,7 @@ from .units import format_bytes
 
 log = logging.getLogger(__name__)
 
-MOST_TOKENS, MOST_PACKS = 2**21, 4096  # the ends of --max-tokens and --max-batch
+MOST_TOKENS, MOST_PACKS = 2**21, 256  # the ends of --max-tokens and --max-batch
 MOST_CHANGES = 2  # settings in which an alternative that is shown may differ from the chosen plan
 
 
@@ -295,6 +295,8 @@ def max_batch(plan: Plan) -> int:
 
     found, limits, reason = 0, (plan.limit_bytes, plan.machine.host_bytes), None
     for levers in reversed([plan.chosen.levers, first_levers(plan.step), *smaller(plan.step)]):
+        if found == MOST_PACKS:
+            break
         if found and not predict(job_of(found + 1, levers)).fits(*limits):
             continue  # what saves most of the device may ask most of the host, so that no way is the best for sure
         try:

@@ -83,6 +83,22 @@ def test_train_prints_the_result_to_standard_output_and_the_progress_to_standard
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("name", ["list", "plan"])
+def test_output_that_nobody_reads_any_more_is_no_failure(name, finished):
+    arguments = ["recipes", "list"] if name == "list" else ["plan", finished[1]]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*COMMAND, *arguments], **pipes) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (0, "")
+
+
+def test_letters_that_the_output_s_encoding_lacks_are_replaced(finished):
+    latin = os.environ | {"PYTHONIOENCODING": "latin-1"}  # which has no letters for the bar
+    done = subprocess.run([*COMMAND, "plan", finished[1]], capture_output=True, env=latin)
+    assert done.returncode == 0 and b"? base weights" in done.stdout, done.stderr
+
+
 def test_an_override_is_in_the_written_recipe(finished):
     assert "rank: 2" in (finished[0] / "recipe.yaml").read_text()
 

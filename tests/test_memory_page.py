@@ -104,6 +104,8 @@ def test_what_changes_is_drawn_apart_where_most_stays():
     drawn = memory_page(record).partition("Only what changes during the step")[2]
     assert drawn and f'class="{STYLE_OF["base weights"]}"' not in drawn.partition("</svg>")[0]
     assert ">load<" in memory_page(record).partition("</svg>")[0] and ">load<" not in drawn.partition("</svg>")[0]
+    after = memory_page(record | {"timeline": [*record["timeline"], *[loading] * 400]}).partition("</svg>")[0]
+    assert after.count(">load<") == after.count(">end<") == 1
     assert "Only what changes" not in memory_page(small(timeline=[loading]))
     assert "Only what changes during the step" not in memory_page(small())
 
@@ -125,7 +127,7 @@ def test_predicted_and_measured_are_compared():
 @pytest.mark.parametrize("key", ["predicted", "measured"])
 def test_one_side_alone_is_shown_without_a_difference(key):
     text = Elements(memory_page(small(**{key: {"logits": GIB}}))).text
-    assert f"category {key} logits 1.0 GiB in all 1.0 GiB" in text
+    assert f"{key.capitalize()} Tensors at the peak. category {key} logits 1.0 GiB in all 1.0 GiB" in text
 
 
 def test_other_settings_are_listed_against_this_one():

@@ -81,6 +81,12 @@ def test_no_setting_that_fits_makes_a_faster_plan(recipe, monkeypatch):
     assert roomier.chosen.levers.checkpointing == "none" and roomier.chosen.levers.host_embeddings
 
 
+def test_where_more_packs_fit_than_anybody_asks_for_the_search_ends(recipe, monkeypatch):
+    asked = []
+    monkeypatch.setattr(planner, "most_packs", lambda *_: asked.append(1) or planner.MOST_PACKS)
+    assert planner.max_batch(planner.plan_recipe(recipe(), CARD, 8 * GIB)) == planner.MOST_PACKS and len(asked) == 1
+
+
 def test_all_blocks_are_kept_only_with_what_was_set_and_within_the_room_for_it(recipe):
     for gib, settings in ((2.75, ()), (2.0, ("memory.reuse_dequantized=true", "memory.tile_tokens=1024"))):
         chosen = planner.plan_recipe(recipe(*settings), CARD, int(gib * GIB)).chosen
@@ -599,6 +605,20 @@ class TestCommand:
         assert "RTX 4060" in out and "fits" in out and "saved activations" in out and "packs that fit at once" in out
         assert "<svg" in page.read_text()
         assert "Memory plan of recipe: meta-llama/Llama-3.2-1B, 256 tokens, rank 16, on RTX 4060" in page.read_text()
+
+    def test_one_card_is_planned_for_and_more_are_not_ignored(self, capsys, file):
+        code, out, err = self.call(capsys, file, "--card", "rtx-3090", "--card", "rtx-4090")
+        assert code == 2 and out == "" and "--card takes one card" in err
+
+    @pytest.mark.parametrize(("found", "shown"), [(planner.MOST_PACKS, "256 or more"), (7, "7"), (None, "none")])
+    def test_the_plan_is_shown_before_what_takes_longer(self, capsys, file, monkeypatch, found, shown):
+        def counted(_plan):
+            assert "RTX 4060" in capsys.readouterr().out
+            return found
+
+        monkeypatch.setattr(planner, "max_batch", counted)
+        _, out, _ = self.call(capsys, file, "--card", "rtx-4060", "--max-batch")
+        assert out == f"packs that fit at once, with every lever that saves memory: {shown}\n"
 
     def test_json_is_one_object_and_nothing_else(self, capsys, file):
         code, out, _ = self.call(capsys, file, "--vram", "0.5GiB", "--json", "--max-tokens")

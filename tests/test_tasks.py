@@ -88,6 +88,17 @@ def test_a_conversation_goes_on_with_another_adapter(runs):
         session.use("greek")
 
 
+def test_a_prompt_that_is_longer_than_the_model_was_made_for_is_told(runs, caplog):
+    session = open_session(runs[:1], max_new_tokens=1)
+    session.say("3?")
+    session.reply()
+    assert not caplog.messages
+    session.tasks.model.config.max_position_embeddings = 32
+    session.say("4?" * 16)
+    session.reply()
+    assert ["the model was made for 32" in message for message in caplog.messages] == [True]
+
+
 def test_chat_swaps_adapters_by_name(runs):
     command = [sys.executable, "-c", "from qlora_lite.cli.main import main; main()"]
     typed = "3?\n/use latin\n/use greek\n/new\n4?\n\n"

@@ -3,6 +3,8 @@
 Commands are imported on use, so that ``--help`` needs neither torch nor transformers.
 """
 
+import io
+import os
 import sys
 import traceback
 from difflib import get_close_matches
@@ -46,6 +48,13 @@ class _Commands(click.Group):
             return None
         return getattr(import_module(f"qlora_lite.cli.{_MODULES[name]}"), name)
 
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # commands print when their work is done, and whoever read has left
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+            return 0
+
     def resolve_command(self, ctx, args):
         if args and args[0] not in COMMANDS and (close := get_close_matches(args[0], COMMANDS, 1)):
             ctx.fail(f"No such command {args[0]!r}; did you mean {close[0]}?")
@@ -71,6 +80,9 @@ def main(arguments: list[str] | None = None) -> None:
     SIGTERM ends a command as SIGINT does, so that what it was writing is cleared away; train has its own way.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # of an encoding that may lack some letters
+            stream.reconfigure(errors="replace")
     avoid_what_is_missing()
     try:
         with stop_signals(None) as stop, stop.at_once():

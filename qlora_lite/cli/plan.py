@@ -32,7 +32,7 @@ class _Size(click.ParamType):
 @click.argument("recipe", required=False)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--vram", type=_Size(), help="Memory to plan for, such as 12GiB.")
-@click.option("--card", help="Card to plan for, such as rtx-4060; see --cards.")
+@click.option("--card", multiple=True, help="Card to plan for, such as rtx-4060; see --cards.")
 @click.option("--max-tokens", is_flag=True, help="Also find the largest data.max_tokens that fits.")
 @click.option("--max-batch", is_flag=True, help="Also find how many packs fit at once.")
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page with a timeline.")
@@ -49,6 +49,9 @@ def plan(recipe, overrides, vram, card, max_tokens, max_batch, html, as_json, ca
         return
     if recipe is None:
         raise click.UsageError("name a recipe (or --cards, --models)")
+    if len(card) > 1:
+        raise click.UsageError("--card takes one card: plan for one after the other")
+    card = card[0] if card else None
     if vram is not None and card is not None:
         raise click.UsageError("--vram and --card exclude each other")
     path = find_recipe(recipe) if not Path(recipe).exists() and recipe in dict(list_recipes()) else recipe
@@ -62,6 +65,8 @@ def plan(recipe, overrides, vram, card, max_tokens, max_batch, html, as_json, ca
     machine = _machine(settings, vram, card)
     made = planner.plan_recipe(settings, machine, planner.budget_of(settings, machine))
     others = list(planner.alternatives(made))
+    if not as_json:  # before what takes longer
+        _print(plan_text.describe(made, others))
     found = {}
     if max_tokens:
         found |= _longest(planner, made)
@@ -74,7 +79,7 @@ def plan(recipe, overrides, vram, card, max_tokens, max_batch, html, as_json, ca
     if as_json:
         click.echo(json.dumps(plan_text.as_json(made, others) | found))
     else:
-        _show(plan_text.describe(made, others), found, html)
+        _show(found, planner.MOST_PACKS, html)
     if not made.fits:
         if not as_json:
             raise planner.does_not_fit(made, others)
@@ -123,22 +128,28 @@ def _or_none(solve, made):
         return None
 
 
-def _show(text: str, found: dict, html: Path | None) -> None:
+def _print(text: str) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True)
-    console.print(text)
+    with console.capture() as printed:  # by itself it ends the process where nobody reads
+        console.print(text)
+    click.echo(printed.get(), nl=False)
+
+
+def _show(found: dict, most_packs: int, html: Path | None) -> None:
     saving = ", with every lever that saves memory"
     if "max_tokens" in found:
         price = ""
         if found["max_tokens"]:
             host, seconds = found["max_tokens_host_bytes"], found["max_tokens_step_seconds"]
             price = f" ({format_bytes(host)} of host memory, about {format_seconds(seconds)} a step)"
-        console.print(f"largest data.max_tokens that fits{saving}: {found['max_tokens'] or 'none'}{price}")
+        _print(f"largest data.max_tokens that fits{saving}: {found['max_tokens'] or 'none'}{price}")
     if "max_batch" in found:
-        console.print(f"packs that fit at once{saving}: {found['max_batch'] or 'none'}")
+        more = " or more" if found["max_batch"] == most_packs else ""
+        _print(f"packs that fit at once{saving}: {found['max_batch'] or 'none'}{more}")
     if html is not None:
-        console.print(f"timeline: {html}")
+        _print(f"timeline: {html}")
 
 
 def _known_cards() -> list[str]:

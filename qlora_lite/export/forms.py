@@ -165,7 +165,9 @@ def _ollama(job: _Job) -> dict:
     compared = check_template(go, template, tokenizer, pieces.before_system is not None, adds_begin)
     stops = tokenizer.convert_ids_to_tokens(sorted({*trained.end_token_ids, tokenizer.eos_token_id} - {None}))
     try:
-        system, notes = _shared_system(trained), []
+        system = _shared_system(trained)
+        notes = ["the SYSTEM line is the message that the training rows share; generate, chat and serve have none but "
+                 "what they are given"] if system else []  # fmt: skip
     except DataError as error:  # the rows are needed for nothing else
         system, notes = None, [f"no SYSTEM line: the training rows, where it would be found, cannot be read ({error})"]
     text = modelfile(go, stops, system)

@@ -125,7 +125,8 @@ def test_a_system_message_that_all_training_rows_share_is_the_modelfile_s(tmp_pa
            '{"role": "assistant", "content": "b"}]}\n'  # fmt: skip
     for systems, expected in ((("Be brief.",) * 3, ['SYSTEM """Be brief."""']), (("Be brief.", "Be long."), [])):
         (tmp_path / "train.jsonl").write_text("".join(rows % system for system in systems))
-        export_run(run, tmp_path / str(len(systems)), ExportSettings("ollama"))
+        report = export_run(run, tmp_path / str(len(systems)), ExportSettings("ollama"))
+        assert any("the SYSTEM line is" in note for note in report["notes"]) == bool(expected)
         lines = (tmp_path / str(len(systems)) / "Modelfile").read_text().splitlines()
         assert [line for line in lines if line.startswith("SYSTEM")] == expected
 
