@@ -18,7 +18,7 @@ from itertools import chain, islice, zip_longest
 import numpy as np
 
 from .data.batch import collate, packing_efficiency, plan_epoch
-from .data.check import check_answers, check_overlap, count_special_tokens, histogram
+from .data.check import check_answers, check_overlap, check_prompts, count_special_tokens, histogram
 from .data.examples import Dataset
 from .data.formats import check_format, recognise, unused_columns
 from .data.lines import Problems, RowProblem
@@ -182,6 +182,8 @@ def _faults_of_evaluation(recipe: Recipe, data: Dataset, eval_data: Dataset) -> 
         overlap, is_error = check_overlap(data.examples, eval_data.examples)
         if overlap:
             yield overlap, is_error
+    if prompts := check_prompts(data.examples, eval_data.examples):
+        yield prompts, False
     no_answer, is_error = check_answers(eval_data.examples[: recipe.train.exact_match_rows])
     if no_answer:
         yield no_answer, is_error

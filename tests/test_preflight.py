@@ -117,6 +117,21 @@ def test_evaluation_rows_in_training_are_an_error_from_one_percent_on(look):
         found.raise_if_unusable()
 
 
+def test_evaluation_prompts_that_are_training_prompts_with_other_answers_are_warned_of(look):
+    train = [pair(f"q{i}") for i in range(9)]
+    found = look(train, [pair("new"), pair("q3", "z"), pair("q3", "x"), pair("q4", "z")])
+    found.raise_if_unusable()
+    assert places(found) == {(2, "evaluation prompt in training", "warning")}
+    message = found.report["problems"][0]["message"]
+    assert message.startswith("2 of 3 evaluation prompts are also prompts of training rows, with other answers (")
+    assert "train.jsonl:4)" in message and message.endswith(
+        "keep all rows of a prompt in one of data.train and data.eval"
+    )
+    held = look([pair("one for all", f"y{i}") for i in range(20)], eval="null", eval_share=0.2)
+    held.raise_if_unusable()
+    assert held.report["problems"][0]["message"].startswith("1 of 1 evaluation prompts are also")
+
+
 def test_a_missing_file_and_a_bad_row_of_another_are_both_named(look, tmp_path):
     found = look([pair("a"), "{"], eval=str(tmp_path / "none.jsonl"))
     files = [problem["file"] for problem in found.report["problems"]]

@@ -25,6 +25,7 @@ BEGIN_TWICE = "begin token twice"
 END_NOT_LEARNED = "end token never learned"
 NO_ANSWER = "no answer to match"
 IN_BOTH = "evaluation row in training"
+PROMPT_IN_BOTH = "evaluation prompt in training"
 OVERLAP_ERROR_SHARE = 0.01  # from this share of the evaluation rows on, duplicates are an error
 _ROWS_PER_CHUNK = 10_000
 _SHOWN_ROWS = 5
@@ -134,6 +135,41 @@ def check_overlap(train: Sequence[Example], evaluation: Sequence[Example]) -> tu
         f"{', ...' if len(found) > _SHOWN_ROWS else ''}); remove them from data.train or data.eval"
     )
     return RowProblem(found[0][0], IN_BOTH, message), len(found) >= OVERLAP_ERROR_SHARE * len(evaluation)
+
+
+def check_prompts(train: Sequence[Example], evaluation: Sequence[Example]) -> RowProblem | None:
+    """Look for evaluation rows whose prompt is that of a training row with another answer.
+
+    Rows that are training rows themselves are left to `check_overlap`.
+
+    Args:
+        train: the training rows.
+        evaluation: the evaluation rows.
+    """
+    (asked, is_asked), (learned, is_learned) = prompt_signatures(evaluation), prompt_signatures(train)
+    is_twin = np.isin(signatures(evaluation), signatures(train))
+    found = np.flatnonzero(~is_twin & np.isin(asked, learned[is_learned]))
+    if not len(found):
+        return None
+    first = int(found[0])
+    twin = int(np.flatnonzero(is_learned & (learned == asked[first]))[0])
+    message = (
+        f"{len(np.unique(asked[found]))} of {len(np.unique(asked[is_asked]))} evaluation prompts are also prompts of "
+        f"training rows, with other answers (this row has that of {train[twin].where}): they do not show what the "
+        "model does with prompts that it never saw; keep all rows of a prompt in one of data.train and data.eval"
+    )
+    return RowProblem(evaluation[first].where, PROMPT_IN_BOTH, message)
+
+
+def prompt_signatures(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
+    """Return a number per row that rows with the same prompt share, int64 [rows], and which have one, bool [rows].
+
+    Other rows share it by a rare chance only. The numbers hold within this process.
+    """
+    examples = stored(examples)
+    starts, ends = examples.rows[examples.order, 2], examples.rows[examples.order + 1, 1]
+    spans = zip(starts.tolist(), ends.tolist(), strict=True)
+    return np.array([hash(examples.text[start:end].tobytes()) for start, end in spans], np.int64), ends > starts
 
 
 def signatures(examples: Sequence[Example]) -> np.ndarray:

@@ -2,16 +2,21 @@
 
 Rows are chosen by the numbers of their file and line, whatever template and seed are, so that runs can be compared.
 Rows that are alike token for token, and the parts of a split row, stay on one side together: what was learned is no
-measure of what was not.
+measure of what was not. So do rows with the same prompt, which for a conversation is all that stands before its last
+answer: a system text or a greeting that many share makes no prompt of its own. Where prompts have so many rows each
+that their groups give less than half of the share (one instruction for all rows), whole prompts would leave a task
+unlearned, or nothing to measure; rows are then held out one by one, and the preflight says which prompts are on both
+sides.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from qlora_lite.data.check import NOTHING_TO_LEARN, scattered, signatures
+from qlora_lite.data.check import NOTHING_TO_LEARN, prompt_signatures, scattered, signatures
 from qlora_lite.data.examples import Dataset
 from qlora_lite.data.lines import Problems
 from qlora_lite.data.stored import Examples
@@ -50,27 +55,38 @@ def hold_out(data: Dataset, share: float) -> tuple[Dataset, Dataset]:
 
 def _chosen(examples: Examples, share: float) -> np.ndarray:
     """Return which of distinct rows are held out: bool [rows]."""
-    count = len(examples)
-    groups = _groups(examples)
+    wanted = max(round(share * len(examples)), 1)
+    places = examples.rows[examples.order + 1, 3:].astype(np.uint64)
+    numbers = scattered(places[:, 0] << np.uint64(40) | places[:, 1])
+    prompts, has_prompt = prompt_signatures(examples)
+    by_prompt = np.where(has_prompt, prompts, np.arange(len(prompts)))  # without one, each row is by itself
+    alike = [np.unique(values, return_inverse=True)[1] for values in (numbers, signatures(examples), by_prompt)]
+    held = _filled(_groups(numbers, alike), wanted)
+    if 2 * held.sum() >= wanted:
+        return held
+    groups = _groups(numbers, alike[:2])
+    return _filled(groups, max(wanted, int(np.unique(groups, return_counts=True)[1].min(initial=len(groups)))))
+
+
+def _filled(groups: np.ndarray, room: int) -> np.ndarray:
+    """Return the rows of the groups that fit, first come first served; one group at least is left: bool [rows]."""
     keys, sizes = np.unique(groups, return_counts=True)
-    if len(keys) < 2:
-        return np.zeros(count, np.bool_)
-    left, taken = max(round(share * count), int(sizes.min())), []
-    left = min(left, count - int(sizes.min()))
+    left, taken = min(room, len(groups) - int(sizes.min(initial=len(groups)))), []
     for key, size in zip(keys.tolist(), sizes.tolist(), strict=True):
-        if not left:
-            break
         if size <= left:
             taken.append(key)
             left -= size
     return np.isin(groups, np.array(taken, np.uint64))
 
 
-def _groups(examples: Examples) -> np.ndarray:
-    """Return a number for each row, shared by rows that must stay together and random otherwise: uint64 [rows]."""
-    places = examples.rows[examples.order + 1, 3:].astype(np.uint64)
-    groups = scattered(places[:, 0] << np.uint64(40) | places[:, 1])
-    alike = [np.unique(values, return_inverse=True)[1] for values in (groups, signatures(examples))]
+def _groups(numbers: np.ndarray, alike: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the least number of all rows that must stay together with each row: uint64 [rows].
+
+    Args:
+        numbers: a random one of each row, uint64 [rows].
+        alike: for each way to be alike, what rows that are so share, int [rows], counted from 0.
+    """
+    groups = numbers
     while True:
         before = groups
         for members in alike:

@@ -1,12 +1,21 @@
 """The finished examples are looked at once more, against references that look at one row and token at a time."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_lite.data import check
-from qlora_lite.data.check import check_examples, check_overlap, count_special_tokens, histogram, signatures
+from qlora_lite.data.check import (
+    check_examples,
+    check_overlap,
+    check_prompts,
+    count_special_tokens,
+    histogram,
+    signatures,
+)
 from qlora_lite.data.stored import Example
 
 BEGIN, END = 1, 2
@@ -96,6 +105,31 @@ def test_the_duplicates_are_those_of_comparing_every_row_with_every_other(train,
     count = sum(row in train for row in evaluation)
     assert (problem is None) == (count == 0)
     assert problem is None or problem.message.startswith(f"{count} of {len(evaluation)} ")
+
+
+def asked(pairs, name):
+    """Make rows of prompts and answers; a prompt of "" makes a document."""
+    return [replace(example([*prompt.encode(), 7, *answer.encode()], where=f"{name}:{number}"), prompt=prompt)
+            for number, (prompt, answer) in enumerate(pairs)]  # fmt: skip
+
+
+letters = st.tuples(st.sampled_from(["", "a", "b", "ab", "c"]), st.sampled_from(["x", "y", "z"]))
+
+
+@given(*[st.lists(letters, min_size=1, max_size=8)] * 2)
+def test_the_prompts_in_both_are_those_of_comparing_every_row_with_every_other(train, evaluation):
+    problem = check_prompts(asked(train, "train"), asked(evaluation, "eval"))
+    of_train, of_both = {prompt for prompt, _ in train}, [row for row in evaluation if row[0] and row not in train]
+    found = [prompt for prompt, _ in of_both if prompt in of_train]
+    assert (problem is None) == (not found)
+    if found:
+        count = (
+            f"{len(set(found))} of {len({prompt for prompt, _ in evaluation if prompt})} evaluation prompts are also"
+        )
+        first = next(i for i, row in enumerate(evaluation) if row in of_both and row[0] in of_train)
+        twin = next(i for i, (prompt, _) in enumerate(train) if prompt == evaluation[first][0])
+        assert problem.message.startswith(count) and problem.where == f"eval:{first}"
+        assert f"(this row has that of train:{twin})" in problem.message
 
 
 @given(token_rows)

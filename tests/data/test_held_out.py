@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizer import make_tokenizer
 
-from qlora_lite.data.check import check_overlap
+from qlora_lite.data.check import check_overlap, check_prompts
 from qlora_lite.data.examples import read_examples
 from qlora_lite.data.held_out import HELD_OUT, hold_out
 from qlora_lite.data.read import Source
@@ -61,6 +61,58 @@ def test_rows_that_are_alike_stay_together_and_no_evaluation_row_is_learned():
     assert len(evaluation.examples) == 12 and check_overlap(training.examples, evaluation.examples) == (None, False)
     kinds = {int(where.rpartition(":")[2]) % 15 for where in places(evaluation)}
     assert len(kinds) == 3
+
+
+def talk(*texts, system="be brief"):
+    turns = [{"role": "system", "content": system}]
+    turns += [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+    return {"messages": turns}
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [pair | {"completion": f"answer {n}"} for n in range(3) for pair in PAIRS[:20]],
+        [talk("hello", "hi", f"question {i}", f"answer {n}") for n in range(3) for i in range(20)],
+    ],
+)
+def test_rows_with_the_same_prompt_and_other_answers_stay_together(rows):
+    training, evaluation = hold_out(read(rows), 0.2)
+    assert len(evaluation.examples) == 12 and check_prompts(training.examples, evaluation.examples) is None
+    kinds = [(int(where.rpartition(":")[2]) - 1) % 20 for where in places(evaluation)]
+    assert len(set(kinds)) == 4 and all(kinds.count(kind) == 3 for kind in kinds)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [talk(f"question {i}", f"answer {i}") for i in range(40)],
+        [talk("hello", "hi", f"question {i}", f"answer {i}") for i in range(40)],
+        [{"text": f"document {i}"} for i in range(40)],
+    ],
+)
+def test_a_system_text_a_greeting_or_no_prompt_at_all_keeps_no_rows_together(rows):
+    _, evaluation = hold_out(read(rows), 0.2)
+    assert places(evaluation) == places(hold_out(read(PAIRS), 0.2)[1])
+
+
+def test_documents_beside_rows_with_prompts_are_held_out_like_those():
+    documents = [{"text": f"document {i}"} for i in range(40)]
+    _, evaluation = hold_out(read(PAIRS, others=[documents]), 0.2)
+    assert len(evaluation.examples) == 16 and 4 <= evaluation.examples_of[1] <= 12
+
+
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_where_prompts_have_more_rows_than_the_share_it_is_kept_to_and_the_prompts_on_both_sides_are_counted(prompts):
+    training, evaluation = hold_out(read([PAIRS[i % prompts] | {"completion": f"answer {i}"} for i in range(60)]), 0.1)
+    assert len(evaluation.examples) == 6 and training.problems.count == 0
+    problem = check_prompts(training.examples, evaluation.examples)
+    assert problem.message.startswith(f"{prompts} of {prompts} evaluation prompts are also prompts of training rows")
+
+
+def test_a_few_rows_with_prompts_of_their_own_are_not_all_that_is_measured():
+    rows = [{"prompt": "one for most", "completion": f"answer {i}"} for i in range(57)] + PAIRS[:3]
+    assert len(hold_out(read(rows), 0.2)[1].examples) == 12
 
 
 def test_the_parts_of_a_split_document_stay_together_also_where_one_part_is_another_row_s():
