@@ -6,7 +6,7 @@ answer, an unknown role or a number where text should be is an error of that row
 
 | format            | a row                                                                                |
 |-------------------|--------------------------------------------------------------------------------------|
-| messages          | {"messages": [{"role", "content", "tool_calls"?, "weight"?}], "tools"?}              |
+| messages          | {"messages": [{"role", "content", "tool_calls"?, "weight"?, "train"?}], "tools"?}    |
 | sharegpt          | {"conversations": [{"from", "value"}], "system"?, "tools"?}                          |
 | alpaca            | {"instruction", "input"?, "output", "system"?}                                       |
 | prompt-completion | {"prompt", "completion", "system"?}, both text, or both lists of turns as in messages |
@@ -14,8 +14,8 @@ answer, an unknown role or a number where text should be is an error of that row
 | table             | any columns; the prompt and completion templates of the source name them             |
 
 content is text or a list of text parts. Tools, calls and results: see `tools`; in sharegpt a call is a turn of its
-own, {"from": "function_call", "value": JSON text}, and a result {"from": "observation", "value": text}. Of a prompt
-that is a list of turns no answer is learned.
+own, {"from": "function_call", "value": JSON text}, and a result {"from": "observation", "value": text}. An answer
+with "weight" (or "loss_weight") 0 or "train" false is not learned, nor is one in a prompt that is a list of turns.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Turn:
     Args:
         role: "system", "user", "assistant" or "tool".
         content: its text; empty only where there are calls.
-        learned: False where the row gives this turn the weight 0.
+        learned: False where the row gives this turn the weight 0, or says train: false.
         calls: the tool calls of an assistant turn, as `tools.tool_calls` makes them.
         call_id: of a tool turn, the call that it answers, if the row says so.
         name: of a tool turn, the tool, if the row says so.
@@ -320,14 +320,18 @@ def _part(part: object, number: int) -> str:
 
 
 def _learned(message: Mapping[str, object], number: int) -> bool:
-    for key in ("weight", "loss_weight"):
-        weight = message.get(key)
-        if weight is None:
+    """Tell whether nothing in a turn says that it is not to be learned."""
+    is_learned = True
+    for key in ("weight", "loss_weight", "train"):
+        given = message.get(key)
+        if given is None:
             continue
-        if weight not in (0, 1):
-            raise DataError(f"turn {number} has {key} {weight!r}; a turn is learned (1) or not (0)")
-        return bool(weight)
-    return True
+        if key == "train" and not isinstance(given, bool):
+            raise DataError(f"turn {number} has train {given!r}; a turn is learned (true) or not (false)")
+        if given not in (0, 1):
+            raise DataError(f"turn {number} has {key} {given!r}; a turn is learned (1) or not (0)")
+        is_learned = is_learned and bool(given)
+    return is_learned
 
 
 def _check_order(turns: tuple[Turn, ...]) -> None:

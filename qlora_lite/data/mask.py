@@ -90,7 +90,7 @@ def render_row(
     wanted = answers[-1:] if train_on == "last" else answers
     learned = [index for index in wanted if turns[index].learned]
     if not learned and train_on != "all":
-        fault = "nothing to learn: every answer that counts has weight 0; give one the weight 1"
+        fault = "nothing to learn: every answer that counts has weight 0 or train false; give one 1 or true"
         raise DataError(fault, NOTHING_TO_LEARN)
     if train_on == "all":
         learned = [] if train_on_end else answers

@@ -85,7 +85,7 @@ FAULTS = {
         GOOD_TALK,
         json.dumps({"messages": [{"role": "user", "content": "q"},
                                  {"role": "assistant", "content": "a", "weight": 0}]}).encode(),
-        "nothing to learn", "every answer that counts has weight 0; give one the weight 1",
+        "nothing to learn", "every answer that counts has weight 0 or train false; give one 1 or true",
     ),
 }  # fmt: skip
 
