@@ -20,7 +20,7 @@ import numpy as np
 from .data.batch import collate, packing_efficiency, plan_epoch
 from .data.check import check_answers, check_overlap, check_prompts, count_special_tokens, histogram
 from .data.examples import Dataset
-from .data.formats import check_format, recognise, unused_columns
+from .data.formats import check_format, recognise, used_columns
 from .data.lines import Problems, RowProblem
 from .data.opening import left_out
 from .data.read import Source, read_rows, text_files
@@ -28,6 +28,7 @@ from .data.render import ROW_DAY
 from .data.show import pieces_of
 from .data.stored import Example, Examples, row_lengths
 from .data.template import special_ids_of
+from .data.unused import unused_of
 from .errors import DataError
 from .recipe.schema import Recipe
 from .rows import STREAM_SAMPLE_ROWS, build_sources, read_data
@@ -213,9 +214,10 @@ def _lengths(recipe: Recipe, data: Dataset) -> dict:
 def _sources(recipe: Recipe, data: Dataset, which: str) -> list[dict]:
     """Describe each source, and count what it gives: examples, their tokens and those that are learned."""
     described = []
-    for source, part in zip(build_sources(recipe, which), _parts(data), strict=True):
+    for source, part, unused in zip(build_sources(recipe, which), _parts(data), data.unused, strict=True):
         counts = {"examples": len(part), "tokens": int(part.lengths.sum())}
-        described.append(_describe_source(source) | counts | {"learned_tokens": int(part.learned_counts.sum())})
+        counts["learned_tokens"] = int(part.learned_counts.sum())
+        described.append(_describe_source(source, unused) | counts)
     return described
 
 
@@ -227,7 +229,7 @@ def _parts(data: Dataset) -> Iterator[Examples]:
         yield data.examples[start:end]
 
 
-def _describe_source(source: Source) -> dict:
+def _describe_source(source: Source, unused: dict[str, Counter[str]]) -> dict:
     """Name the format of a source, the one that the recipe gives or what its first row looks like, and how it was read.
 
     What is left out of a source by design is no problem, but said: a user may have meant it to be trained on.
@@ -238,8 +240,8 @@ def _describe_source(source: Source) -> dict:
         notes += [*_left_out(source), *_documents(source)]
         where, row = next(read_rows(source, Problems()))
         chosen = chosen or recognise(row, where, source)
-        if unused := unused_columns(row, chosen, source):
-            notes.append(f"columns not used: {_first(unused)}")
+        for what, names in unused_of(unused, used_columns(chosen, source)):
+            notes.append(f"{what} not used: {_first(names)}")
     return {"path": source.path, "format": chosen, "weight": source.weight, "notes": notes}
 
 

@@ -154,7 +154,7 @@ def test_data_says_which_columns_are_not_used(finished, command, tmp_path):
     (tmp_path / "notes.jsonl").write_text('{"text": "a b", "label": 1}\n')
     recipe = write_recipe(tmp_path, finished[1].parent / "model", data={"train": "notes.jsonl"})
     code, out, _ = command("data", recipe, "train.exact_match_rows=0")
-    assert code == 0 and re.search(r"notes.jsonl \(text\)\n +columns not used: label\nrows +1 read", out)
+    assert code == 0 and re.search(r"notes.jsonl \(text\)\n +columns not used: label \(1 row\)\nrows +1 read", out)
 
 
 def test_data_with_json_names_a_mistake_in_the_recipe_too(finished, command, tmp_path):

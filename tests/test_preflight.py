@@ -169,11 +169,15 @@ def test_what_is_left_out_of_a_folder_is_counted_and_named_on_the_page_too(look,
     assert note in render(found.report, "x") and notes_of(look()) == [[]]
 
 
-def test_columns_that_are_not_used_are_named_and_spoil_nothing(look):
-    report = look([{"text": "a b", "label": 1, "id": 2}], [{"text": "c d", "id": 3}]).report
-    assert report["ok"] and report["sources"][0]["notes"] == ["columns not used: label, id"]
-    assert report["eval"]["sources"][0]["notes"] == ["columns not used: id"]
-    assert "<td>columns not used: label, id</td>" in render(report, "x")
+def test_columns_and_keys_that_are_not_used_are_counted_in_all_rows_and_spoil_nothing(look):
+    report = look([{"text": "a b", "label": 1, "id": 2}, {"text": "e", "Text": "f"}], [{"text": "c d", "id": 3}]).report
+    note = "columns not used: Text (1 row; what is read is text), label (1 row), id (1 row)"
+    assert report["ok"] and report["sources"][0]["notes"] == [note]
+    assert report["eval"]["sources"][0]["notes"] == ["columns not used: id (1 row)"]
+    assert f"<td>{note}</td>" in render(report, "x")
+    turns = [{"role": "user", "content": "q", "name": "bob"}, {"role": "assistant", "content": "a"}]
+    for _ in range(2):  # made, and from the cache
+        assert notes_of(look([{"messages": turns}] * 3)) == [["keys of turns not used: name (3 rows)"]]
 
 
 def test_the_report_says_which_way_each_text_file_was_read(look, tmp_path):

@@ -36,6 +36,7 @@ class Account:
         truncated: rows cut to max_tokens.
         split: rows cut into parts.
         examples_of: examples of each source, one after the other in the set.
+        unused: what the rows of each source hold that is not looked at, see `unused.no_counts`.
         longest: the longest of the rows that are an error for their length, (tokens, where).
         end_token_ids: the tokens that end answers and documents.
         template: the chat template, once a conversation needed it.
@@ -49,6 +50,7 @@ class Account:
     truncated: int = 0
     split: int = 0
     examples_of: list[int] = field(default_factory=list)
+    unused: list[dict[str, Counter[str]]] = field(default_factory=list)
     longest: list[tuple[int, str]] = field(default_factory=list)
     end_token_ids: set[int] = field(default_factory=set)
     template: Template | None = None

@@ -61,6 +61,7 @@ class Dataset:
         truncated: rows cut to max_tokens.
         split: rows cut into several examples.
         examples_of: examples of each source, one after the other in `examples`.
+        unused: what the rows of each source hold that is not looked at, see `unused.no_counts`.
         tokens: tokens of all examples.
         learned_tokens: tokens that are predicted, of all examples.
         end_token_ids: the tokens that end answers and documents; generation stops at any of them.
@@ -76,6 +77,7 @@ class Dataset:
     truncated: int
     split: int
     examples_of: tuple[int, ...]
+    unused: tuple[dict[str, Counter[str]], ...]
     tokens: int
     learned_tokens: int
     end_token_ids: frozenset[int]
@@ -155,6 +157,7 @@ def read_examples(
         truncated=account.truncated,
         split=account.split,
         examples_of=tuple(account.examples_of),
+        unused=tuple(account.unused),
         tokens=int(examples.lengths.sum()),
         learned_tokens=int(examples.learned_counts.sum()),
         end_token_ids=frozenset(account.end_token_ids),

@@ -20,7 +20,7 @@ with "weight" (or "loss_weight") 0 or "train" false is not learned, nor is one i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qlora_lite.data.fields import columns_of, fill, kind_of, text_of
@@ -30,7 +30,7 @@ from qlora_lite.data.tools import check_calls, tool_calls, tool_definitions
 from qlora_lite.errors import DataError
 
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt-completion", "text", "table")
-_ROLES = {
+ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
     "gpt": "assistant", "model": "assistant", "bot": "assistant", "function_call": "assistant",
     "tool": "tool", "observation": "tool", "ipython": "tool",
@@ -101,12 +101,15 @@ def as_message(turn: Turn) -> dict[str, object]:
     return {"role": turn.role, "content": turn.content} | {key: value for key, value in more.items() if value}
 
 
-def read_conversations(source: Source, problems: Problems) -> Iterator[Conversation | Document]:
+def read_conversations(
+    source: Source, problems: Problems, look: Callable[[Mapping[str, object], frozenset[str]], None] | None = None
+) -> Iterator[Conversation | Document]:
     """Read a source and normalise its rows; rows that cannot be used go to `problems`.
 
     Args:
         source: where to read and how.
         problems: collects malformed rows, each with its place.
+        look: is given each good row, and the columns that its format looks at.
 
     Returns:
         An iterator over the good rows, in order.
@@ -114,14 +117,19 @@ def read_conversations(source: Source, problems: Problems) -> Iterator[Conversat
     Raises:
         DataError: the format is unknown or not recognised, or a file cannot be read.
     """
-    format_name = check_format(source)
+    format_name, used = check_format(source), None
     for where, row in read_rows(source, problems):
         if format_name is None:
             format_name = recognise(row, where, source)
         try:
-            yield normalise(row, where, format_name, source)
+            normal = normalise(row, where, format_name, source)
         except DataError as error:
             problems.add(where, error)
+            continue
+        if look is not None:
+            used = used_columns(format_name, source) if used is None else used
+            look(row, used)
+        yield normal
 
 
 def check_format(source: Source) -> str | None:
@@ -190,20 +198,19 @@ def _likely(columns: list[str]) -> tuple[str, str]:
     return question, answer or next(name for name in columns if name != question)
 
 
-def unused_columns(row: Mapping[str, object], format_name: str, source: Source) -> list[str]:
-    """List the columns of a row that its format does not look at.
+def used_columns(format_name: str, source: Source) -> frozenset[str]:
+    """Return the columns that a format looks at.
 
     Args:
-        row: column to value.
         format_name: one of FORMATS.
         source: gives the templates of a table.
+
+    Raises:
+        DataError: a template is not balanced.
     """
     if format_name == "table":
-        used = {*columns_of(source.prompt), *columns_of(source.completion)}
-    else:
-        used = _NEEDED.get(format_name, set()) | _TAKEN.get(format_name, set())
-        used |= {column for column in _NOT_SUPPORTED if row.get(column)}  # each is an error of its own
-    return [column for column in row if column not in used]
+        return frozenset(columns_of(source.prompt) + columns_of(source.completion))
+    return frozenset(_NEEDED.get(format_name, set()) | _TAKEN.get(format_name, set()))
 
 
 def normalise(row: Mapping[str, object], where: str, format_name: str, source: Source) -> Conversation | Document:
@@ -285,10 +292,10 @@ def _turn(message: object, number: int) -> Turn:
     _refuse(message, _NOT_SUPPORTED)
     role_key, content_key = ("role", "content") if "role" in message else ("from", "value")
     named = message.get(role_key)
-    if not isinstance(named, str) or named not in _ROLES:
-        known = f"the roles are {', '.join(_ROLES)}"
+    if not isinstance(named, str) or named not in ROLES:
+        known = f"the roles are {', '.join(ROLES)}"
         raise DataError(f"turn {number} has the unknown role {named!r}; {known}", "unknown role")
-    role = _ROLES[named]
+    role = ROLES[named]
     content = message.get(content_key)
     if isinstance(content, list):
         content = "".join(_part(part, number) for part in content)

@@ -10,6 +10,7 @@ import heapq
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import chain, islice
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ from qlora_lite.data.render import CONTROL_TOKEN, check_shape
 from qlora_lite.data.split import only_last_answer, parts, windows
 from qlora_lite.data.stored import Example
 from qlora_lite.data.template import Template, begin_of_text, choose_template, special_ids_of
+from qlora_lite.data.unused import count_unused, no_counts
 from qlora_lite.errors import DataError
 
 if TYPE_CHECKING:
@@ -70,7 +72,9 @@ def make_examples(
 
 def _chunks(source: Source, max_rows: int | None, account: Account) -> Iterator[list[Conversation | Document]]:
     """Yield the good rows of a source, some at a time, and count all of them."""
-    rows = islice(read_conversations(source, account.problems), max_rows)
+    unused = no_counts()
+    account.unused.append(unused)
+    rows = islice(read_conversations(source, account.problems, partial(count_unused, unused)), max_rows)
     while True:
         bad_before = account.problems.count
         chunk = list(islice(rows, _ROWS_PER_CALL))

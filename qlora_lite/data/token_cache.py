@@ -40,6 +40,7 @@ from qlora_lite.data.opening import find_files
 from qlora_lite.data.read import Source
 from qlora_lite.data.stored import Examples, load_arrays, sizes
 from qlora_lite.data.template import choose_template
+from qlora_lite.data.unused import no_counts
 from qlora_lite.errors import DataError
 from qlora_lite.files import content_digest, sha256, write_text
 from qlora_lite.units import format_bytes
@@ -109,6 +110,7 @@ def save_set(folder: Path, examples: Examples, account: Account) -> None:
         "files": examples.files,
         "rows_read": account.rows_read, "dropped": account.dropped, "dropped_at": account.dropped_at,
         "truncated": account.truncated, "split": account.split, "examples_of": account.examples_of,
+        "unused": account.unused,
         "end_token_ids": sorted(account.end_token_ids),
         "has_template": account.template is not None,
         "problems": [asdict(problem) for problem in account.problems.found],
@@ -136,6 +138,7 @@ def load_set(folder: Path, tokenizer: PreTrainedTokenizerFast, template: str | N
         account = Account(
             problems, content["rows_read"], Counter(content["dropped"]), content["dropped_at"],
             content["truncated"], content["split"], content["examples_of"],
+            [{what: Counter(counts[what]) for what in no_counts()} for counts in content["unused"]],
             end_token_ids=set(content["end_token_ids"]),
             template=choose_template(tokenizer, template) if content["has_template"] else None,
         )  # fmt: skip

@@ -1,0 +1,71 @@
+"""Count what rows hold and training does not look at: columns that their format does not have, and keys of turns.
+
+Every row is counted while it is read: what the first one lacks may be the content of later ones.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+
+from qlora_lite.data.formats import ROLES
+
+COLUMNS, KEYS = "columns", "keys of turns"
+MOST_NAMES = 1000  # counted of each; rows may name their columns as they like
+_TURN_KEYS = frozenset({"role", "content", "from", "value", "weight", "loss_weight", "train", "tool_calls"})
+_RESULT_KEYS = _TURN_KEYS | {"tool_call_id", "name"}
+_WITH_TURNS = "messages", "conversations", "prompt", "completion"
+
+
+def no_counts() -> dict[str, Counter[str]]:
+    """Return counts of nothing yet: COLUMNS and KEYS -> name -> rows in which it holds something."""
+    return {COLUMNS: Counter(), KEYS: Counter()}
+
+
+def count_unused(counts: dict[str, Counter[str]], row: Mapping[str, object], used: frozenset[str]) -> None:
+    """Count the columns and keys of a good row that hold something that is not looked at.
+
+    Args:
+        counts: those of the rows before, as `no_counts` makes them.
+        row: column to value.
+        used: the columns that its format looks at.
+    """
+    if "messages" in row:
+        used = used - {"conversations"}
+    keys = set()
+    for turns in (row.get(column) for column in _WITH_TURNS if column in used):
+        for turn in turns if isinstance(turns, list) else ():
+            if turn.keys() <= _TURN_KEYS:  # as nearly all
+                continue
+            known = _RESULT_KEYS if ROLES[turn.get("role", turn.get("from"))] == "tool" else _TURN_KEYS
+            keys.update(key for key in turn.keys() - known if _holds(turn[key]))
+    for what, names in ((COLUMNS, [name for name in row if name not in used and _holds(row[name])]), (KEYS, keys)):
+        for name in names:
+            if name in counts[what] or len(counts[what]) < MOST_NAMES:
+                counts[what][name] += 1
+
+
+def _holds(value: object) -> bool:
+    return value is not None and not (isinstance(value, str | list | dict) and not value)
+
+
+def unused_of(counts: Mapping[str, Counter[str]], used: Collection[str]) -> Iterator[tuple[str, list[str]]]:
+    """Say what is not used, as (COLUMNS, ["id (12 rows)", ...]).
+
+    A name that differs from one that is read in case or space only comes first, and with that one.
+
+    Args:
+        counts: as `count_unused` fills them.
+        used: the columns that the format looks at.
+    """
+    for what, known in ((COLUMNS, used), (KEYS, _RESULT_KEYS)):
+        meant_of = {name.lower(): name for name in known}
+        likely, others = [], []
+        for name, count in counts[what].items():
+            said, meant = f"{count:,} row{'s' * (count > 1)}", meant_of.get(name.strip().lower(), name)
+            if meant == name:
+                others.append(f"{name} ({said})")
+            else:
+                likely.append(f"{name} ({said}; what is read is {meant})")
+        if likely or others:
+            yield what, likely + others
