@@ -22,10 +22,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from qlora_lite.data.fields import columns_of, fill, kind_of, text_of
 from qlora_lite.data.lines import Problems
-from qlora_lite.data.read import Source, read_rows
+from qlora_lite.data.opening import data_suffix
+from qlora_lite.data.read import Source, ask_for_sign, read_rows
 from qlora_lite.data.tools import check_calls, tool_calls, tool_definitions
 from qlora_lite.errors import DataError
 
@@ -170,32 +172,57 @@ def recognise(row: Mapping[str, object], where: str, source: Source) -> str:
     for name, needed in _NEEDED.items():
         if needed <= row.keys():
             return name
-    raise DataError(f"{where}: no format has the columns {', '.join(map(repr, row))}; {_cure(row, source)}")
+    raise DataError(f"{where}: no format has the columns {', '.join(map(repr, row))}; {_cure(row, where, source)}")
 
 
-def _cure(row: Mapping[str, object], source: Source) -> str:
+def _cure(row: Mapping[str, object], where: str, source: Source) -> str:
     """Say what to do about columns that no format has."""
     columns = list(row)
+    suffix = data_suffix(Path(where.rpartition(":")[0]))
+    if suffix in (".csv", ".tsv"):
+        if any(map(_is_sentence, columns)):
+            return "is the line that names the columns missing? then write it, such as prompt and completion"
+        if asked := ask_for_sign(columns, "\t" if suffix == ".tsv" else ","):
+            return asked
+    if {"chosen", "rejected"} <= row.keys():
+        return f"preference training is not offered; to learn the chosen answers alone, {_cure_of_chosen(row, source)}"
     if len(columns) >= 2:
-        prompt, completion = _likely(columns)
-        pair = f'prompt: "{{{prompt}}}", completion: "{{{completion}}}"'
-        return f'say which ones to use, as in data.train: [{{path: "{source.path}", {pair}}}]'
-    for sign, name, cure in ((";", "semicolons", "save it with commas"), ("\t", "tabs", "name it .tsv"),
-                             (",", "commas", "name it .csv")):  # fmt: skip
-        if sign in "".join(columns):
-            return f"is it one column, or a file whose columns are parted by {name}? then {cure}"
+        prompt, completion = _likely(row)
+        how = "" if prompt and completion else " in place of the dots"
+        return f"say which ones to use{how}, as in {_as_table(source, prompt, completion)}"
     for name, value in row.items():
         if isinstance(value, list) and all(isinstance(item, dict) for item in value):
             return f"are the rows in the list {name!r}? then make that list the file"
     return "an answer needs a prompt; for plain text, name the column text"
 
 
-def _likely(columns: list[str]) -> tuple[str, str]:
-    """Return the columns that are named most like a question and an answer, else the first ones."""
+def _is_sentence(name: str) -> bool:
+    """Tell whether the name of a column looks like the content of one."""
+    words = name.split()
+    return len(words) > 6 or (len(words) > 2 and name.rstrip().endswith((".", "?", "!")))
+
+
+def _cure_of_chosen(row: Mapping[str, object], source: Source) -> str:
+    prompt, chosen = row.get("prompt"), row["chosen"]
+    if isinstance(chosen, list):
+        if isinstance(prompt, list) or len(chosen) > 1:
+            return f"rename the column chosen to {'completion' if isinstance(prompt, list) else 'messages'}"
+        return 'write all turns of a row as one list, {"messages": [...]}'
+    question, _ = _likely(row)
+    return f"write {_as_table(source, question, 'chosen')}" if question else "write the prompt into a column of its own"
+
+
+def _as_table(source: Source, prompt: str | None, completion: str | None) -> str:
+    pair = f'prompt: "{{{prompt or "..."}}}", completion: "{{{completion or "..."}}}"'
+    return f'data.train: [{{path: "{source.path}", {pair}}}]'
+
+
+def _likely(row: Mapping[str, object]) -> tuple[str | None, str | None]:
+    """Return the columns of text or numbers that are named like a question and an answer."""
+    columns = [name for name, value in row.items() if type(value) in (str, int, float)]
     answer = next((name for name in columns if name.lower() in _ANSWERS), None)
-    others = [name for name in columns if name != answer]
-    question = next((name for name in others if name.lower() in _QUESTIONS), others[0])
-    return question, answer or next(name for name in columns if name != question)
+    question = next((name for name in columns if name != answer and name.lower() in _QUESTIONS), None)
+    return question, answer
 
 
 def used_columns(format_name: str, source: Source) -> frozenset[str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import csv
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,11 @@ from qlora_lite.data.opening import find_files, open_bytes, reader_of
 from qlora_lite.errors import DataError
 
 _PIECE_BYTES = 1 << 20
+_FIRST_LINE = re.compile(r'sep=([^\w\s"]|\t)')  # in which Excel names the sign between columns
+_SIGNS = {
+    ";": ("semicolons", "save it with commas, or write sep=; as its first line"),
+    "\t": ("tabs", "name it .tsv"), ",": ("commas", "name it .csv"),
+}  # fmt: skip
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")  # is no text, in files neither (``json_rows``)
 
 
@@ -131,7 +136,10 @@ def _read_file(path: Path, is_text: bool, problems: Problems) -> Iterator[tuple[
 
 
 def _read_csv(path: Path, delimiter: str, problems: Problems) -> Iterator[tuple[str, dict]]:
-    """Yield a dict per row; a row with a bad line in it is left out whole, and named by that line."""
+    """Yield a dict per row; a row with a bad line in it is left out whole, and named by that line.
+
+    A first line such as sep=; names the sign between columns in place of `delimiter`, as in Excel.
+    """
     lines_of_row: list[int] = []  # the numbers of the lines that the csv reader took for the row at hand
     bad_lines: list[int] = []
     header: list[str] | None = None
@@ -141,6 +149,9 @@ def _read_csv(path: Path, delimiter: str, problems: Problems) -> Iterator[tuple[
             lines_of_row.append(number)
             if fault and header is None:
                 raise DataError(str(fault))
+            if header is None and "\r" in line:
+                cure = "save it with the line ends of Windows or Linux"
+                raise DataError(f"{path}:{number}: the lines end with a carriage return alone, as on old Macs; {cure}")
             if fault:  # the reader still gets the line, for its quotes; those of one that is not read are not known
                 problems.add(fault.where, fault.message, fault.rule, fatal=line is None)
                 bad_lines.append(number)
@@ -155,7 +166,8 @@ def _read_csv(path: Path, delimiter: str, problems: Problems) -> Iterator[tuple[
             raise DataError(f"{path}:{first}: {fault}")
         problems.add(f"{path}:{first}", fault, fatal=last > first)
 
-    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+    all_rows = lines()
+    reader = csv.reader(all_rows, delimiter=delimiter, strict=True)
     while True:
         lines_of_row.clear()
         bad_lines.clear()
@@ -169,26 +181,40 @@ def _read_csv(path: Path, delimiter: str, problems: Problems) -> Iterator[tuple[
         where = f"{path}:{lines_of_row[0]}"
         if not cells or bad_lines:
             continue
-        if header is None:
-            header = _column_names(cells, where)
+        if header is None and (named := _FIRST_LINE.fullmatch(delimiter.join(cells))) and lines_of_row == [1]:
+            delimiter = named[1]
+            reader = csv.reader(all_rows, delimiter=delimiter, strict=True)
+        elif header is None:
+            header = _column_names(cells, where, delimiter)
         elif len(cells) != len(header):
-            refuse(f"{len(cells)} fields, but the header names {len(header)} columns")
+            cure = f"; {asked}" if (asked := ask_for_sign(header, delimiter)) else ""
+            refuse(f"{len(cells)} fields, but the header names {len(header)} columns{cure}")
         else:
             yield where, dict(zip(header, cells, strict=True))
 
 
-def _column_names(cells: list[str], where: str) -> list[str]:
+def _column_names(cells: list[str], where: str, delimiter: str) -> list[str]:
     """Return the names of a table's columns; one without a name, as pandas writes its index, is called by its place.
 
     Raises:
-        DataError: none has a name, or two have the same.
+        DataError: none has a name, two have the same, or they are parted by another sign.
     """
+    if len(cells) == 1 and (asked := ask_for_sign(cells, delimiter)):
+        raise DataError(f"{where}: the first line names one column, {cells[0]!r}; {asked}")
     header = [name.strip() or f"column {number}" for number, name in enumerate(cells, 1)]
     if not any(name.strip() for name in cells):
         raise DataError(f"{where}: the first line must name the columns, it is {', '.join(cells)!r}")
     if twice := [name for name, count in Counter(header).items() if count > 1]:
         raise DataError(f"{where}: the first line names the column {twice[0]!r} twice; rename one")
     return header
+
+
+def ask_for_sign(names: Sequence[str], delimiter: str) -> str | None:
+    """Ask whether the columns of a table are parted by another sign, if that gives more of them, and say what to do."""
+    for sign, (called, cure) in _SIGNS.items():
+        if sign != delimiter and sum(name.count(sign) for name in names) >= len(names):
+            return f"are the columns parted by {called}? then {cure}"
+    return None
 
 
 def _next_row(reader: Iterator[list[str]]) -> list[str] | None:

@@ -213,18 +213,75 @@ def test_columns_that_no_format_has_are_an_error_that_shows_the_cure(write):
     assert [turn.content for turn in conversation.turns] == ["x", "y"]
 
 
+def cure_of(row, path="a.jsonl"):
+    """Return what is said of a row that no format has, behind its columns."""
+    with pytest.raises(DataError) as caught:
+        recognise(row, f"{path}:2", Source(path))
+    return str(caught.value).partition("; ")[2]
+
+
+def table(prompt, completion, path="a.jsonl"):
+    return f'data.train: [{{path: "{path}", prompt: "{{{prompt}}}", completion: "{{{completion}}}"}}]'
+
+
 @pytest.mark.parametrize(
     ("columns", "pair"),
     [
         (["instruction", "context", "response", "category"], ("instruction", "response")),
-        (["id", "Answers", "query"], ("query", "Answers")), (["prompt", "chosen", "rejected"], ("prompt", "chosen")),
-        (["response", "meta"], ("meta", "response")), (["a", "question"], ("question", "a")), (["a", "b"], ("a", "b")),
+        (["id", "Answers", "query"], ("query", "Answers")), (["prompt", "chosen"], ("prompt", "chosen")),
+        (["response", "meta"], ("...", "response")), (["a", "question"], ("question", "...")),
+        (["a", "b"], ("...", "...")),
+        (["custom_id", "method", "url", "body"], ("...", "...")), (["Prompt", "Completion"], ("Prompt", "Completion")),
     ],
 )  # fmt: skip
-def test_the_columns_shown_are_those_named_like_a_question_and_an_answer(columns, pair):
-    shown = 'prompt: "{{{}}}", completion: "{{{}}}"'.format(*pair)
-    with pytest.raises(DataError, match=re.escape(shown)):
-        recognise(dict.fromkeys(columns, "x"), "a.jsonl:1", Source("a.jsonl"))
+def test_columns_named_like_a_question_and_an_answer_are_shown_and_no_others_are_guessed(columns, pair):
+    how = " in place of the dots" if "..." in pair else ""
+    assert cure_of(dict.fromkeys(columns, "x")) == f"say which ones to use{how}, as in {table(*pair)}"
+
+
+def test_a_column_that_is_no_text_is_not_shown_as_an_answer():
+    for value in ({"text": ["a"]}, ["a"], None, True):
+        assert cure_of({"question": "q", "answers": value}).endswith(table("question", "..."))
+    assert cure_of({"question": "q", "answers": 4}).endswith(table("question", "answers"))
+
+
+CHOSEN_ALONE = "preference training is not offered; to learn the chosen answers alone, "
+
+
+@pytest.mark.parametrize(
+    ("row", "cure"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, f"write {table('prompt', 'chosen')}"),
+        ({"rejected": "b", "chosen": "a", "question": "q"}, f"write {table('question', 'chosen')}"),
+        ({"chosen": "a", "rejected": "b", "id": 1}, "write the prompt into a column of its own"),
+        ({"prompt": 1, "chosen": [user("q"), assistant("a")], "rejected": 1}, "rename the column chosen to messages"),
+        ({"prompt": [user("q")], "chosen": [assistant("a")], "rejected": []}, "rename the column chosen to completion"),
+        ({"prompt": "q", "chosen": [assistant("a")], "rejected": []},
+         'write all turns of a row as one list, {"messages": [...]}'),
+    ],
+)  # fmt: skip
+def test_of_rows_for_preference_training_the_chosen_answers_can_be_learned_and_never_the_rejected(read, row, cure):
+    assert cure_of(row) == CHOSEN_ALONE + cure
+    if "rename" in cure:
+        new = cure.rpartition(" ")[2]
+        (conversation,), problems = read([{"prompt": row["prompt"], new: row["chosen"]}])
+        assert conversation.turns == PAIR and problems == []
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv.gz"])
+def test_a_table_whose_first_line_is_content_is_asked_for_the_names_of_its_columns(name):
+    said = "is the line that names the columns missing? then write it, such as prompt and completion"
+    assert cure_of({"What is 1 plus 3?": "x", "It is 4.": "y"}, name) == said
+    assert cure_of({"a": "x", "so many words that this is content": "y"}, name) == said
+    for columns in (("ID No.", "Really?"), ("name of the best answer", "b")):
+        assert cure_of(dict.fromkeys(columns, "x"), name).endswith(table("...", "...", name))
+    assert "dots" in cure_of({"What is 1 plus 3?": "x", "It is 4.": "y"}, "a.jsonl")
+
+
+def test_a_table_of_several_columns_that_another_sign_parts_into_more_is_asked_for_it():
+    assert cure_of({"id;prompt;answer": "x", "short": "y"}, "a.csv").startswith("are the columns parted by semicolons?")
+    for row, name in (({"a;b": "x", "c": "y"}, "a.csv"), ({"id;prompt;answer": "x", "short": "y"}, "a.jsonl")):
+        assert "in place of the dots" in cure_of(row, name)
 
 
 def test_a_prompt_and_a_completion_that_are_lists_of_turns_are_one_conversation_with_its_last_part_learned(read):
@@ -238,15 +295,6 @@ def test_a_prompt_and_a_completion_that_are_lists_of_turns_are_one_conversation_
     assert len(problems) == 2 and rows[1].keys() <= used_columns("prompt-completion", Source("a"))
 
 
-@pytest.mark.parametrize(
-    ("name", "header", "said"),
-    [
-        ("a.csv", "q;a", "parted by semicolons? then save it with commas"),
-        ("a.csv", "q\ta", "parted by tabs? then name it .tsv"),
-        ("a.tsv", "q,a", "parted by commas? then name it .csv"),
-        ("a.csv", "q", "for plain text, name the column text"),
-    ],
-)
-def test_one_column_that_no_format_has_may_be_several_that_are_parted_by_another_sign(write, name, header, said):
-    with pytest.raises(DataError, match=re.escape(said)):
-        list(read_conversations(Source(write(name, f"{header}\nx\n")), Problems()))
+def test_one_column_that_no_format_has_may_be_plain_text(write):
+    with pytest.raises(DataError, match="for plain text, name the column text"):
+        list(read_conversations(Source(write("a.csv", "q\nx\n")), Problems()))

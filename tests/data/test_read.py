@@ -221,6 +221,57 @@ def test_a_csv_column_without_a_name_is_called_by_its_place(write):
     assert [row for _, row in rows] == [{"column 1": "0", "prompt": "a", "completion": "b"}]
 
 
+@pytest.mark.parametrize("row", ["x;y", "x, then;y", "x", "x\ty"])
+@pytest.mark.parametrize(
+    ("name", "header", "asked"),
+    [
+        ("a.csv", "q;a", "semicolons? then save it with commas, or write sep=; as its first line"),
+        ("a.csv", "q\ta", "tabs? then name it .tsv"),
+        ("a.tsv", "q,a", "commas? then name it .csv"),
+    ],
+)
+def test_a_header_of_one_column_with_another_sign_in_it_is_an_error_whatever_the_rows_hold(
+    write, name, header, asked, row
+):
+    path = write(name, f"{header}\n{row}\n")
+    message = f"{path}:1: the first line names one column, {header!r}; are the columns parted by {asked}"
+    assert failure(path) == message
+
+
+def test_a_header_of_one_column_may_hold_the_sign_that_parts_columns(write):
+    assert rows_of(write("a.csv", '"one, text"\nx\n'))[0][1] == {"one, text": "x"}
+
+
+def test_a_row_of_another_length_is_asked_for_a_sign_that_parts_the_header_into_more(write):
+    message = failure(write("a.csv", "id;prompt;answer, short\n1;a;b\n"))
+    assert "1 fields, but the header names 2 columns; are the columns parted by semicolons? then save" in message
+    assert "parted" not in failure(write("a.csv", "prompt;x,answer\n1;a;b\n"))
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "sign"),
+    [("a.csv", "sep=,", ","), ("a.csv", "\ufeffsep=;\r", ";"), ("a.csv", "sep=\t", "\t"), ("a.tsv", '"sep=|"', "|")],
+)
+def test_a_first_line_that_names_the_sign_between_columns_is_believed(write, name, first, sign):
+    path = write(name, f'{first}\nq{sign}a\nx, y{sign}"1{sign}2"\n')
+    if sign == ",":
+        path = write(name, f'{first}\nq,a\n"x, y","1,2"\n')
+    assert rows_of(path) == [(f"{path}:3", {"q": "x, y", "a": f"1{sign}2"})]
+
+
+def test_only_the_first_line_names_a_sign(write):
+    assert rows_of(write("a.csv", "q,a\nsep=;,b\n"))[0][1] == {"q": "sep=;", "a": "b"}
+    assert "names one column, 'sep=;'" in failure(write("a.csv", "\nsep=;\nq;a\n"))
+
+
+def test_a_table_whose_lines_end_as_on_old_macs_is_an_error_that_says_so(write):
+    path = write("a.csv", b"q,a\rx,y\rz,w\r")
+    assert failure(path).startswith(
+        f"{path}:1: the lines end with a carriage return alone, as on old Macs; save it with"
+    )
+    assert rows_of(write("a.csv", b'q,a\r\n"x\ry",z\r\n'))[0][1] == {"q": "x\ry", "a": "z"}
+
+
 def test_text_is_split_at_blank_lines_and_named_by_the_first_line(write):
     path = write("a.txt", "\n\none\ntwo\n \n\nthree\n")
     assert rows_of(path) == [(f"{path}:3", {"text": "one\ntwo"}), (f"{path}:7", {"text": "three"})]
