@@ -25,7 +25,8 @@ READER_OF_SUFFIX = {
     ".parquet": "parquet", ".arrow": "arrow", ".txt": "text", ".text": "text", ".md": "text",
 }  # fmt: skip
 _COMPRESSION_OF_SUFFIX = {".gz": "gzip", ".zst": "zstd"}
-_CARD_SUFFIX = ".md"  # of a folder's README, which describes the rows and is none of them
+_CARD_SUFFIX = ".md"  # of what may describe the rows beside it and be none of them
+_CARD = "readme"  # how the name of what does begins
 _COLUMN_READERS = ("parquet", "arrow")
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip", b"BZh": "bzip2",
           b"\xfd7zXZ": "xz", b"PAR1": "Parquet", b"ARROW1": "Arrow", b"\xff\xfe": "UTF-16",
@@ -42,7 +43,8 @@ def find_files(pattern: str) -> list[Path]:
 
     Returns:
         At least one path, sorted by name; a folder gives its files with a known suffix, subfolders included,
-        without what `left_out` lists, hidden files and hidden folders.
+        without what `left_out` lists, hidden files and hidden folders. Its .md files are data where it has no others,
+        a README never.
 
     Raises:
         DataError: nothing is there, something is that is not a file, one file is there under two names, or
@@ -52,9 +54,9 @@ def find_files(pattern: str) -> list[Path]:
         return hub_files(pattern)
     path = Path(os.path.expanduser(pattern))
     if path.is_dir():
-        files = [found for found in _visible(path) if _is_data_file(found)]
+        files = _data_files(_visible(path))
         if not files:
-            suffixes = ", ".join(sorted(READER_OF_SUFFIX.keys() - {_CARD_SUFFIX}))
+            suffixes = ", ".join(sorted(READER_OF_SUFFIX))
             raise DataError(
                 f"{pattern}: no data file in this folder (looked for {suffixes}, each also with .gz or .zst); "
                 "rename the files, or name plain text of other names with a pattern such as folder/* and format: text"
@@ -73,14 +75,15 @@ def find_files(pattern: str) -> list[Path]:
 
 
 def left_out(pattern: str) -> list[Path]:
-    """List what is in a folder and not read: files of unknown or no suffix, .md files, and links to folders.
+    """List what is in a folder and not read: files that are no data (see `find_files`), and links to folders.
 
     Args:
         pattern: as for `find_files`; what is no folder leaves nothing out.
     """
     folder = Path(os.path.expanduser(pattern))
     found = _visible(folder) if folder.is_dir() else []
-    return [path for path in found if (path.is_symlink() if path.is_dir() else not _is_data_file(path))]
+    read = set(_data_files(found))
+    return [path for path in found if (path.is_symlink() if path.is_dir() else path not in read)]
 
 
 def _visible(folder: Path) -> list[Path]:
@@ -89,9 +92,11 @@ def _visible(folder: Path) -> list[Path]:
     return sorted(path for path in found if not any(p.startswith(".") for p in path.relative_to(folder).parts))
 
 
-def _is_data_file(path: Path) -> bool:
-    suffix = data_suffix(path)
-    return suffix in READER_OF_SUFFIX and suffix != _CARD_SUFFIX and not path.is_dir()
+def _data_files(found: list[Path]) -> list[Path]:
+    """Return the data files of a folder: those of a known suffix, .md only where there are no others, and no README."""
+    files = [path for path in found if data_suffix(path) in READER_OF_SUFFIX and not path.is_dir()]
+    others = [path for path in files if data_suffix(path) != _CARD_SUFFIX]
+    return others or [path for path in files if not path.name.lower().startswith(_CARD)]
 
 
 def _check_one_split(folder: Path, files: list[Path]) -> None:

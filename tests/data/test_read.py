@@ -363,6 +363,19 @@ def test_what_a_folder_holds_besides_its_data_is_not_read_and_listed(write, tmp_
     assert left_out(str(tmp_path / "set" / "*")) == left_out(str(tmp_path / "set" / "b.jsonl")) == []
 
 
+def test_a_folder_of_md_files_alone_gives_them_without_its_readme(write, tmp_path):
+    (tmp_path / "set" / "old.md").mkdir(parents=True)
+    for name in ("b.md", "deep/a.md.gz", "README.md", "deep/readme-first.md", "notes.rst"):
+        write(f"set/{name}", gzip.compress(b"in a") if name.endswith(".gz") else f"in {name}")
+    assert [row["text"] for _, row in rows_of(tmp_path / "set")] == ["in b.md", "in a"]
+    found = [str(path.relative_to(tmp_path / "set")) for path in left_out(str(tmp_path / "set"))]
+    assert found == ["README.md", "deep/readme-first.md", "notes.rst"]
+    write("set/deep/c.text", "in c")
+    assert [row["text"] for _, row in rows_of(tmp_path / "set")] == ["in c"] and len(
+        left_out(str(tmp_path / "set"))
+    ) == 5
+
+
 def test_files_of_several_kinds_are_not_one_source(write, tmp_path):
     for name in ("a.jsonl", "deep/b.jsonl.gz", "LICENSE.txt"):
         write(f"set/{name}", GOOD)
