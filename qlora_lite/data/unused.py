@@ -30,7 +30,7 @@ def count_unused(counts: dict[str, Counter[str]], row: Mapping[str, object], use
         row: column to value.
         used: the columns that its format looks at.
     """
-    if "messages" in row:
+    if "messages" in used and isinstance(row.get("messages"), list):  # of two lists of turns, this one is looked at
         used = used - {"conversations"}
     keys = set()
     for turns in (row.get(column) for column in _WITH_TURNS if column in used):

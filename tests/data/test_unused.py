@@ -47,6 +47,8 @@ def said(rows, **settings):
             ["messages"],
         ),
         ({"text": "t", "label": 1, "empty": "", "none": None, "images": [], "more": {}}, {}, ["label"]),
+        ({"messages": "x", "conversations": "y"}, {"prompt": "{messages}", "completion": "{conversations}"}, []),
+        ({"messages": ["x"], "conversations": "y"}, {"prompt": "{conversations}", "completion": "a"}, ["messages"]),
         ({"q": "x", "a": "y", "b": "z"}, {"prompt": "{q} {q}", "completion": "{{b}} {a}"}, ["b"]),
     ],
 )
