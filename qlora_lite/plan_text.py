@@ -63,6 +63,15 @@ def transfers(plan: Plan) -> str | None:
     return f"{format_seconds(bus)} over the bus, {hidden} the {format_seconds(computing)} of computing"
 
 
+def time_of_step(plan: Plan) -> str:
+    """Say how long a step takes, and where the host and not the card is what it waits for."""
+    chosen, machine = plan.chosen, plan.machine
+    work, said = chosen.prediction.simulation.work, f"about {format_seconds(chosen.step_seconds)}"
+    if machine.device_type == "cpu" or machine.seconds(work) > machine.starting_seconds(work):
+        return said
+    return f"{said}: what the host takes to start {chosen.micro_batches * work.operations:,} operations"
+
+
 def as_json(plan: Plan, others: Sequence[Alternative]) -> dict:
     """Return the plan as plain values."""
     peak = plan.chosen.prediction.simulation.peak()
@@ -121,7 +130,7 @@ def describe(plan: Plan, others: Sequence[Alternative], width: int = 80) -> str:
         f"peak in {peak.phase}, {peak.module or 'outside of modules'}",
         "", memory_bar(plan.breakdown, plan.budget_bytes, width), "",
         f"{'settings':16} {reason(plan)}",
-        f"{'step':16} about {format_seconds(plan.chosen.step_seconds)}",
+        f"{'step':16} {time_of_step(plan)}",
         *([f"{'transfers':16} {transfers(plan)}"] if transfers(plan) else []),
         f"{'host memory':16} {format_bytes(host_bytes(plan))}{limit}",
         f"{'disk':16} {format_bytes(disk_bytes(plan))} for the prepared model and the run, beside what is downloaded",

@@ -169,6 +169,16 @@ def test_every_lever_of_the_recipe_is_named_and_none_that_does_nothing(recipe):
     assert "unpacked once" in tiled
 
 
+def test_where_the_host_is_slower_than_the_card_more_packs_go_through_at_once_and_it_is_told(recipe):
+    settings, words = ("train.gradient_accumulation_steps=8",), "what the host takes to start"
+    slow, fast = (
+        planner.plan_recipe(recipe(*settings), replace(CARD, flops_per_second=rate, bytes_per_second=rate), 24 * GIB)
+        for rate in (1e13, 1e16)
+    )
+    assert words in plan_text.describe(fast, []) and words not in plan_text.describe(slow, [])
+    assert fast.chosen.packs > slow.chosen.packs
+
+
 def test_the_time_of_transfers_is_told_beside_that_of_computing(recipe):
     streamed = "memory.resident_blocks=0", "memory.offload_checkpoints=false", "data.max_tokens=512"
     for bus, words in ((1e9, "more than the"), (1e12, "hidden behind the")):

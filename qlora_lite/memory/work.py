@@ -1,9 +1,9 @@
 """Count what a step computes and moves, for an estimate of its time.
 
-Three totals are enough for a ranking of plans: floating-point operations of matrix products (by torch's own
+Four totals are enough for a ranking of plans: floating-point operations of matrix products (by torch's own
 formulas) and attention, bytes that all other operations read and write (dequantising a weight reads half a byte and
-writes two), and bytes that travel between device and host. Beside them, how many large products differ: a CPU compiles
-a kernel for each.
+writes two), bytes that travel between device and host, and the operations themselves, which the host has to start one
+by one. Beside them, how many large products differ: a CPU compiles a kernel for each.
 """
 
 from collections.abc import Callable
@@ -68,14 +68,16 @@ for _name, (_forward, _backward) in FUSED_ATTENTION.items():
 
 
 class Work(NamedTuple):
-    """FLOPs of products, bytes moved by everything else and over the bus, in training.
+    """FLOPs of products, bytes moved by everything else and over the bus, and operations, in training.
 
-    ``large_products`` is how many products of ``LARGE_BYTES`` or more differ in their operator or their shapes.
+    ``operations`` are those of forward and backward (a micro-batch's) that are no views. ``large_products`` is how many
+    products of ``LARGE_BYTES`` or more differ in their operator or their shapes.
     """
 
     flops: int = 0
     moved_bytes: int = 0
     bus_bytes: int = 0
+    operations: int = 0
     large_products: int = 0
 
 
@@ -83,7 +85,7 @@ class WorkCounter:
     """Add up the work of the operations that it is shown, as a ``Ledger`` does with all that run."""
 
     def __init__(self):
-        self._totals = [0, 0, 0]
+        self._totals = [0, 0, 0, 0]
         self._products: dict[tuple, int] = {}  # and how many shapes each stands for
 
     @property
@@ -95,7 +97,10 @@ class WorkCounter:
         """Count an operation that has run."""
         if marks.phase == "load":
             return
-        totals = [0, 0, 0] if marks.phase == "evaluation" else self._totals
+        if func.is_view or func._overloadpacket in _ALLOCATIONS:
+            return
+        totals = [0, 0, 0, 0] if marks.phase == "evaluation" else self._totals
+        totals[3] += marks.repeats if marks.phase != "optimizer" else 0
         formula = FLOP_FORMULAS.get(func._overloadpacket)
         if func is _COPY and marks.category == "offloaded":
             totals[2] += marks.repeats * args[0].nbytes
@@ -105,6 +110,6 @@ class WorkCounter:
             if sum(t.nbytes for t in tensors) >= LARGE_BYTES:
                 product = (func, *(t.shape for t in tensors))
                 self._products[product] = max(marks.kinds, self._products.get(product, 0))
-        elif not func.is_view and func._overloadpacket not in _ALLOCATIONS:
+        else:
             outputs = result if isinstance(result, tuple | list) else (result,)
             totals[1] += marks.repeats * sum(t.nbytes for t in (*args, *outputs) if isinstance(t, torch.Tensor))

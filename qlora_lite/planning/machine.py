@@ -19,6 +19,9 @@ from qlora_lite.ops.offload import host_memory
 
 MATMUL_REACHED = 0.6  # of a card's dense peak, for products of a few thousand rows; not measured here
 BANDWIDTH_REACHED = 0.8  # of a card's memory bandwidth, element-wise kernels; not measured here
+# Of the host, to start an operation: "Python, views, autograd" of tools/bench_limit was 6 to 18 us for each of a step's
+# on CPUs. A card's driver takes some more, which was not measured here.
+OPERATION_SECONDS = 10e-6
 # Large enough for a fast card: far longer than a launch, more than its second-level cache holds.
 _PRODUCT = {"cpu": (512, 2048, 2048), "cuda": (2048, 4096, 4096)}
 _COPY_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
@@ -53,13 +56,23 @@ class Machine:
         """Estimate how long the device computes on one micro-batch's training work."""
         return work.flops / self.flops_per_second + work.moved_bytes / self.bytes_per_second
 
+    def starting_seconds(self, work: Work) -> float:
+        """Estimate how long the host takes to start the operations of the same work."""
+        return OPERATION_SECONDS * work.operations
+
     def bus_seconds(self, work: Work) -> float:
         """Estimate how long the transfers between host and device of the same work take."""
         return work.bus_bytes / self.bus_bytes_per_second
 
     def seconds(self, work: Work) -> float:
-        """Estimate the time of the same work; transfers hide behind the computation as far as they can."""
-        return max(self.computing_seconds(work), self.bus_seconds(work))
+        """Estimate the time of the same work.
+
+        A card computes while the host starts what comes next, and transfers hide behind both, as far as they can.
+        """
+        computing, starting = self.computing_seconds(work), self.starting_seconds(work)
+        if self.device_type == "cpu":
+            return computing + starting
+        return max(computing, starting, self.bus_seconds(work))
 
 
 def machine_of_card(card: Card) -> Machine:

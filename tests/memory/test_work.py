@@ -5,10 +5,11 @@ import torch
 from counted import counted
 from transformers import AutoConfig
 
-from qlora_lite.memory.marks import phase
+from qlora_lite.memory.marks import phase, repeated
 from qlora_lite.memory.process import CPU_BUFFERS_BYTES, CPU_KERNEL_BYTES
-from qlora_lite.memory.work import FUSED_ATTENTION, of_this_torch
+from qlora_lite.memory.work import FUSED_ATTENTION, Work, of_this_torch
 from qlora_lite.models.families import known_config
+from qlora_lite.planning.machine import OPERATION_SECONDS, Machine
 from qlora_lite.planning.predict import predict
 from qlora_lite.planning.simulate import Job, Rows
 
@@ -29,6 +30,23 @@ def test_a_product_of_weights_that_are_loaded_does_not_count():
     with counted() as counter:
         torch.ones(256, 128) @ torch.ones(128, 256)
     assert counter.work.large_products == 0
+
+
+def test_operations_of_forward_and_backward_are_counted_but_no_views_and_memory_alone():
+    x = torch.ones(4, 4)
+    with counted() as counter:
+        for name in ("load", "forward", "backward", "optimizer", "evaluation"):
+            with phase(name), repeated(3):
+                (x.t().contiguous().view(2, 8) + 1).sum()
+                torch.empty(4)
+    assert counter.work.operations == 2 * 3 * 3  # a copy, an addition, a sum
+
+
+@pytest.mark.parametrize(("device", "seconds"), [("cpu", 3 + 4), ("cuda", 5)])
+def test_a_card_computes_while_the_host_starts_what_comes_next(device, seconds):
+    machine = Machine("", device, 0, 0, 2.0, 4.0, 10.0)
+    assert machine.seconds(Work(4, 4, 50, round(4 / OPERATION_SECONDS))) == pytest.approx(seconds)
+    assert machine.seconds(Work(4, 4, 0, round(6 / OPERATION_SECONDS))) == pytest.approx(9 if device == "cpu" else 6)
 
 
 @pytest.mark.parametrize("key_heads", [4, 2, 1])
