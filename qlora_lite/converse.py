@@ -1,20 +1,24 @@
 """A conversation with the adapters of one or more runs: the runs' own base model, templates and stop tokens."""
 
 import logging
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import TextStreamer
 
+from .data import hub
 from .data.formats import Turn
 from .data.render import render_prompt
 from .data.template import Template
+from .errors import DataError
 from .generate import Sampling, answer
 from .models.anatomy import text_config
 from .tasks import Tasks, open_tasks
 
 log = logging.getLogger("qlora_lite")
+SHOWN_LETTERS = 200  # of a system message
 
 
 @dataclass(slots=True)
@@ -85,4 +89,22 @@ def open_session(
     """
     tasks = open_tasks(runs, model_path, unfinished=True, context_tokens=context_tokens)
     turns = [Turn("system", system)] if system else []
+    if system is None:
+        _tell_of_system(tasks)
     return Session(tasks, tasks.names[0], max_new_tokens, Sampling(temperature), turns)
+
+
+def _tell_of_system(tasks: Tasks) -> None:
+    """Say whether training always had a system message, which this conversation has not."""
+    for name in tasks.names:
+        run = tasks.task(name).run
+        if any(source.path.startswith(hub.PREFIX) for source in run.recipe.data.train):
+            continue  # those may have to be downloaded
+        try:
+            system = run.shared_system()
+        except DataError:  # the rows are needed for nothing else
+            continue
+        if system:
+            shown = shlex.quote(system) if len(system) <= SHOWN_LETTERS else f"{system[:SHOWN_LETTERS]!r}..."
+            log.warning("%s: the training rows share a system message, and here is none; for it: --system %s",
+                        name, shown)  # fmt: skip

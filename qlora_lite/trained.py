@@ -10,12 +10,15 @@ template writes there.
 
 import logging
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from .build import build_skeleton, build_to_use, quantization_of, with_plan
+from .data.formats import Conversation, read_conversations
+from .data.lines import Problems
 from .data.render import end_of_answers
 from .data.template import Template, choose_template, template_in
 from .errors import CheckpointError, DataError, ModelError, RecipeError
@@ -25,9 +28,11 @@ from .models.load import resolve_compute_dtype, resolve_device
 from .models.locate import ModelFiles, locate
 from .models.tokenizer import load_tokenizer
 from .recipe.schema import Data, Model, Recipe
+from .rows import build_sources
 from .runs import ADAPTER_CONFIG, OpenedRun, how_to_go_on, is_adapter_alone, open_run
 
 log = logging.getLogger("qlora_lite")
+SYSTEM_ROWS = 200  # of each source, looked at for a system message that all share
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +97,22 @@ class TrainedRun:
             raise DataError(f"neither the adapter {self.adapter} nor its base model has a chat template; put the one "
                             "that it was trained with into that folder, as chat_template.jinja")  # fmt: skip
         return choose_template(tokenizer, self.recipe.data.template, self.own_template)
+
+    def shared_system(self) -> str | None:
+        """Return the system message of the training rows, if the first ones all have the same.
+
+        Raises:
+            DataError: the rows cannot be read.
+        """
+        if self.is_alone:
+            raise DataError("the adapter is alone and names none")
+        found = set()
+        for source in build_sources(self.recipe, "train"):
+            for row in islice(read_conversations(source, Problems()), SYSTEM_ROWS):
+                if not isinstance(row, Conversation):
+                    break
+                found.add(row.turns[0].content if row.turns[0].role == "system" else None)
+        return found.pop() if len(found) == 1 else None
 
     def read_adapter(self, skeleton: nn.Module, must_change: bool = True) -> Adapter:
         """Read the adapter for the base model.

@@ -88,6 +88,25 @@ def test_a_conversation_goes_on_with_another_adapter(runs):
         session.use("greek")
 
 
+def test_a_conversation_without_the_system_message_that_the_training_rows_share_is_told(tmp_path, caplog):
+    run = tiny_run(tmp_path)
+    row = '{"messages": [{"role": "system", "content": "Be %s."}, {"role": "user", "content": "a"}, ' \
+          '{"role": "assistant", "content": "b"}]}\n'  # fmt: skip
+    for rows, system, told in (
+        (row % "brief" * 3, None, "'Be brief.'"), (row % "brief" * 3, "Be long.", ""),
+        (row % "brief" + row % "long", None, ""), (row % ("brief" * 99), None, f"'Be {'brief' * 39}br'..."),
+    ):  # fmt: skip
+        caplog.clear()
+        (tmp_path / "train.jsonl").write_text(rows)
+        open_session(run, system)
+        said = [message.partition("--system ")[2] for message in caplog.messages if "--system" in message]
+        assert said == [told] * bool(told)
+    (tmp_path / "train.jsonl").unlink()
+    caplog.clear()
+    open_session(run)
+    assert not any("--system" in message for message in caplog.messages)
+
+
 def test_a_prompt_that_is_longer_than_the_model_was_made_for_is_told(runs, caplog):
     session = open_session(runs[:1], max_new_tokens=1)
     session.say("3?")

@@ -13,8 +13,6 @@ import torch
 from torch import nn
 
 from qlora_lite.build import build_to_use
-from qlora_lite.data.formats import Conversation, read_conversations
-from qlora_lite.data.lines import Problems
 from qlora_lite.data.template import begin_of_text
 from qlora_lite.errors import DataError, ModelError, require_one_of
 from qlora_lite.files import replacing_folder, require_empty, write_text
@@ -30,7 +28,6 @@ from qlora_lite.models.skeleton import meta_model
 from qlora_lite.models.streamed import streamed_model
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.models.weights import open_weights
-from qlora_lite.rows import build_sources
 from qlora_lite.trained import TrainedRun, open_trained
 
 from .adapters import ADAPTER_FILE, for_vllm, read_gguf_adapter, write_gguf_adapter, write_peft
@@ -43,7 +40,6 @@ REPORT = "export_report.json"
 LIMITS = {"f16": 0.02, "bf16": 0.1, "q8_0": 0.2}
 # In float32: a larger model is not loaded as a whole for the check, but read block by block, see ``models.streamed``.
 WHOLE_BYTES = 4 * 2**30
-SYSTEM_ROWS = 200  # of the training rows, looked at for a system message that all share
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +161,7 @@ def _ollama(job: _Job) -> dict:
     compared = check_template(go, template, tokenizer, pieces.before_system is not None, adds_begin)
     stops = tokenizer.convert_ids_to_tokens(sorted({*trained.end_token_ids, tokenizer.eos_token_id} - {None}))
     try:
-        system = _shared_system(trained)
+        system = trained.shared_system()
         notes = ["the SYSTEM line is the message that the training rows share; generate, chat and serve have none but "
                  "what they are given"] if system else []  # fmt: skip
     except DataError as error:  # the rows are needed for nothing else
@@ -252,21 +248,3 @@ def _merged_change(job: _Job, merged: Merged) -> Change:
 def _gguf_logits(job: _Job) -> torch.Tensor:
     """Read the file back as a base model, with the settings that it says."""
     return logits_of(load_model(str(job.out / MODEL_FILE), "none", compute_dtype=torch.float32))
-
-
-def _shared_system(trained: TrainedRun) -> str | None:
-    """Return the system message of the training rows, if the first ones all have the same.
-
-    Raises:
-        DataError: the rows cannot be read.
-    """
-    if trained.is_alone:
-        raise DataError("the adapter is alone and names none")
-    found = set()
-    for source in build_sources(trained.recipe, "train"):
-        problems = Problems()
-        for number, row in enumerate(read_conversations(source, problems)):
-            if number == SYSTEM_ROWS or not isinstance(row, Conversation):
-                break
-            found.add(row.turns[0].content if row.turns[0].role == "system" else None)
-    return found.pop() if len(found) == 1 else None
