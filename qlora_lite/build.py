@@ -89,6 +89,8 @@ def build_to_use(
 ) -> nn.Module:  # fmt: skip
     """Load a recipe's base model for answers and evaluations, its weights on the device as far as they fit.
 
+    From then on the process is held to ``memory.budget``.
+
     Args:
         adapters: folders of those that the device must have room for; they are for the caller to attach.
         context_tokens: of the longest prompt with its answer that it must have room for; None is data.max_tokens.
@@ -99,7 +101,7 @@ def build_to_use(
     dtype = resolve_compute_dtype(m.compute_dtype, device)
     tiles, levers = Levers(tile_tokens=fixed_levers(recipe).get("tile_tokens")), Levers()
     if (memory := memory_to_use(device, recipe.memory.budget_bytes)) is not None:
-        hold_to(device, recipe.memory.budget_bytes)
+        hold_to(device, None)  # loading may take more for a moment
         skeleton = build_skeleton(recipe)
         if tiles.tile_tokens:
             set_levers(skeleton, tiles)
@@ -115,6 +117,7 @@ def build_to_use(
         place(model, device, levers)
     if tiles.tile_tokens:
         set_levers(model, tiles)
+    hold_to(device, recipe.memory.budget_bytes)
     return model
 
 

@@ -7,6 +7,7 @@ products of torch 2.13 and later are triton's too, unless ``NO_TRITON`` is set b
 
 import os
 import shutil
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -17,13 +18,15 @@ def missing_for_compile(device_type: str) -> str:
     """Name what torch.compile needs for a device ("cpu" or "cuda") and does not find; "" is nothing."""
     if device_type == "cuda":
         return missing_for_triton()
-    return "" if shutil.which(os.environ.get("CXX") or "g++") else "a C++ compiler (g++)"
+    name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    return "" if shutil.which(name) else f"a C++ compiler ({name})"
 
 
 def missing_for_triton() -> str:
     """Name what triton builds its kernels' launchers with (3.7, runtime/build.py) and does not find; "" is nothing."""
-    if not (os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")):
-        return "a C compiler (gcc)"
+    names = [os.environ["CC"]] if os.environ.get("CC") else ["clang", "gcc"]
+    if not any(map(shutil.which, names)):
+        return f"a C compiler ({names[-1]})"
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
     header = Path(sysconfig.get_path("include", scheme), "Python.h")
     return "" if header.exists() else "Python.h (python3-dev)"

@@ -17,7 +17,7 @@ The record (every key but `timeline` and `peak` may be missing):
 Layer: as `report`; the standard library only.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -156,13 +156,20 @@ def _moments(timeline: Sequence[Mapping[str, Any]], beside_bytes: int) -> tuple[
     """Return every moment, and the bands that hold anything at any of them."""
     parts = [{BESIDE: beside_bytes} | in_order(point["bytes"]) for point in timeline]
     names = [name for name in BANDS if any(part.get(name) for part in parts)]
-    loaded = next((index for index, point in enumerate(timeline) if point["phase"] != LOAD), len(timeline))
     moments = [
-        Moment(index, END if index > loaded and point["phase"] == LOAD else str(point["phase"]), str(point["module"]),
-               tuple(part.get(name, 0) for name in names))
-        for index, (point, part) in enumerate(zip(timeline, parts, strict=True))
-    ]  # fmt: skip
+        Moment(index, phase, str(point["module"]), tuple(part.get(name, 0) for name in names))
+        for index, (phase, point, part) in enumerate(zip(_phases(timeline), timeline, parts, strict=True))
+    ]
     return moments, names
+
+
+def _phases(timeline: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the phase of each moment; one between two phases belongs to the first, one after the last to the end."""
+    named = [index for index, point in enumerate(timeline) if point["phase"] != LOAD]
+    phase, last = LOAD, named[-1] if named else len(timeline)
+    for index, point in enumerate(timeline):
+        phase = str(point["phase"]) if point["phase"] != LOAD else END if index > last else phase
+        yield phase
 
 
 def _axes(top_bytes: int, count: int, width: int, height: int) -> Axes:

@@ -283,7 +283,8 @@ def _warn_of_length(job: Job, tokens: int) -> None:
 
 
 def max_batch(plan: Plan) -> int:
-    """Return how many packs fit into one micro-batch when every lever that is left to the planner saves most.
+    """Return how many packs fit into one micro-batch when every lever that is left to the planner saves most: up to
+    ``MOST_PACKS``, which says that no more were looked for.
 
     Raises:
         DoesNotFitError: not even one fits.

@@ -58,9 +58,13 @@ def transfers(plan: Plan) -> str | None:
     work, machine, steps = plan.chosen.prediction.simulation.work, plan.machine, plan.chosen.micro_batches
     if not work.bus_bytes:
         return None
-    bus, computing = steps * machine.bus_seconds(work), steps * machine.computing_seconds(work)
-    hidden = "hidden behind" if bus <= computing else "more than"
-    return f"{format_seconds(bus)} over the bus, {hidden} the {format_seconds(computing)} of computing"
+    bus, computing, starting = (
+        steps * seconds(work) for seconds in (machine.bus_seconds, machine.computing_seconds, machine.starting_seconds)
+    )
+    hidden, what = "hidden behind" if bus <= max(computing, starting) else "more than", "of computing"
+    if starting > computing:
+        computing, what = starting, "of starting operations"
+    return f"{format_seconds(bus)} over the bus, {hidden} the {format_seconds(computing)} {what}"
 
 
 def time_of_step(plan: Plan) -> str:

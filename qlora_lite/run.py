@@ -347,7 +347,6 @@ class _Run:
             left_free: bytes of the budget that no plan may use.
         """
         eval_examples = self.eval_data.examples if self.eval_data else ()
-        hold_to(self.meter.device, None)  # an earlier plan or run in this process may have had a smaller budget
         recipe = with_plan(self.recipe, self.continuation.run["plan"]) if self._keeps_plan else self.recipe
         self.plan, self.settings = plan_run(recipe, self.rows, eval_examples, left_free, self.rows_alone)
         self.budget_bytes = self.plan.budget_bytes + left_free

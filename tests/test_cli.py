@@ -83,14 +83,20 @@ def test_train_prints_the_result_to_standard_output_and_the_progress_to_standard
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("name", ["list", "plan"])
-def test_output_that_nobody_reads_any_more_is_no_failure(name, finished):
-    arguments = ["recipes", "list"] if name == "list" else ["plan", finished[1]]
+def test_a_result_that_nobody_reads_any_more_is_no_failure_of_the_work():
+    code = "from qlora_lite.cli.output import print_result\nprint_result('done')\nprint_result('and said')"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([*COMMAND, *arguments], **pipes) as process:
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
         process.stdout.close()
         said = process.stderr.read()
     assert (process.returncode, said) == (0, "")
+
+
+def test_a_plan_that_nobody_reads_any_more_has_written_its_page(finished, tmp_path):
+    command = [*COMMAND, "plan", finished[1], "--html", tmp_path / "plan.html"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        process.stdout.close()
+    assert (tmp_path / "plan.html").exists()
 
 
 def test_letters_that_the_output_s_encoding_lacks_are_replaced(finished):

@@ -106,6 +106,8 @@ def test_what_changes_is_drawn_apart_where_most_stays():
     assert ">load<" in memory_page(record).partition("</svg>")[0] and ">load<" not in drawn.partition("</svg>")[0]
     after = memory_page(record | {"timeline": [*record["timeline"], *[loading] * 400]}).partition("</svg>")[0]
     assert after.count(">load<") == after.count(">end<") == 1
+    between = memory_page(small(timeline=[sample_record()["timeline"][0], loading, sample_record()["timeline"][-1]]))
+    assert ">load<" not in between and ">end<" not in between
     assert "Only what changes" not in memory_page(small(timeline=[loading]))
     assert "Only what changes during the step" not in memory_page(small())
 

@@ -176,6 +176,12 @@ def test_where_the_host_is_slower_than_the_card_more_packs_go_through_at_once_an
         for rate in (1e13, 1e16)
     )
     assert words in plan_text.describe(fast, []) and words not in plan_text.describe(slow, [])
+    streamed = planner.plan_recipe(recipe(*settings, "memory.resident_blocks=0"), fast.machine, 24 * GIB)
+    work = streamed.chosen.prediction.simulation.work
+    for share, hidden in ((0.9, "hidden behind the"), (1.1, "more than the")):
+        bus = work.bus_bytes / (share * fast.machine.starting_seconds(work))
+        said = plan_text.transfers(replace(streamed, machine=replace(fast.machine, bus_bytes_per_second=bus)))
+        assert hidden in said and "of starting operations" in said
     assert fast.chosen.packs > slow.chosen.packs
 
 

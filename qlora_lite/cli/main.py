@@ -4,7 +4,6 @@ Commands are imported on use, so that ``--help`` needs neither torch nor transfo
 """
 
 import io
-import os
 import sys
 import traceback
 from difflib import get_close_matches
@@ -47,13 +46,6 @@ class _Commands(click.Group):
         if name not in COMMANDS:
             return None
         return getattr(import_module(f"qlora_lite.cli.{_MODULES[name]}"), name)
-
-    def invoke(self, ctx):
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError:  # commands print when their work is done, and whoever read has left
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
-            return 0
 
     def resolve_command(self, ctx, args):
         if args and args[0] not in COMMANDS and (close := get_close_matches(args[0], COMMANDS, 1)):

@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import click
+
 from qlora_lite.units import format_bytes, format_seconds
 
 LINE_LETTERS = 120  # of an answer
@@ -84,6 +86,14 @@ class _PlainLines:
 def _describe(metrics, total: int) -> str:
     return (f"step {metrics.step}/{total}  loss {metrics.loss:.3f}  {metrics.tokens_per_second:.0f} tokens/s  "
             f"{format_bytes(metrics.peak_bytes)}")  # fmt: skip
+
+
+def print_result(text: str) -> None:
+    """Print what came of a command's work; if whoever read has left, that is no failure of the work."""
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
 
 
 def one_line(text: str) -> str:

@@ -65,6 +65,10 @@ def plan(recipe, overrides, vram, card, max_tokens, max_batch, html, as_json, ca
     machine = _machine(settings, vram, card)
     made = planner.plan_recipe(settings, machine, planner.budget_of(settings, machine))
     others = list(planner.alternatives(made))
+    if html is not None:
+        from qlora_lite.memory_page import memory_page
+
+        write_text(html, memory_page(plan_text.page_record(made, others, _title(settings, machine))))
     if not as_json:  # before what takes longer
         _print(plan_text.describe(made, others))
     found = {}
@@ -72,10 +76,6 @@ def plan(recipe, overrides, vram, card, max_tokens, max_batch, html, as_json, ca
         found |= _longest(planner, made)
     if max_batch:
         found["max_batch"] = _or_none(planner.max_batch, made)
-    if html is not None:
-        from qlora_lite.memory_page import memory_page
-
-        write_text(html, memory_page(plan_text.page_record(made, others, _title(settings, machine))))
     if as_json:
         click.echo(json.dumps(plan_text.as_json(made, others) | found))
     else:

@@ -10,7 +10,7 @@ from qlora_lite.errors import CheckpointError
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.units import format_bytes, format_seconds
 
-from .output import one_line, prepare, step_progress
+from .output import one_line, prepare, print_result, step_progress
 
 
 @click.command()
@@ -40,7 +40,7 @@ def train(recipe: str | None, overrides: tuple[str, ...], resume: str | None, fo
 
     with step_progress() as progress:
         folder = run.run_recipe(settings, progress, resume, force)
-    click.echo(_result(folder, json.loads((folder / "summary.json").read_text(encoding="utf-8"))))
+    print_result(_result(folder, json.loads((folder / "summary.json").read_text(encoding="utf-8"))))
 
 
 def _result(folder, summary: dict) -> str:

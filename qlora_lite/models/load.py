@@ -205,10 +205,11 @@ def _has_room(part: LanguagePart, quant: str, double_quant: bool, dtype, device)
     stacked = max((each.stacking_bytes for each in projections(model)), default=0)
     if not stacked:
         return True
-    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
-    replace_weights(model, quant, double_quant, skip=[head])
+    head = model.get_output_embeddings()
+    replace_weights(model, quant, double_quant, [name for name, module in model.named_modules() if module is head])
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    if weights + stacked <= free_bytes(device) + torch.cuda.memory_reserved(device):
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if weights + stacked <= free_bytes(device) + cached:
         return True
     log.info("the model is quantised in host memory: a block's experts in 16 bit take %s more on the card for a moment",
              format_bytes(stacked))  # fmt: skip

@@ -208,7 +208,7 @@ class _Gradient(torch.autograd.Function):
         grad_hidden_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32, device=hidden_TD.device)
         pairs = _sorted(chosen_TK)
         weights = weights_TK.flatten()[pairs.places]
-        grad_weights = torch.empty(weights.shape, dtype=torch.float32, device=hidden_TD.device)
+        grad_weights = torch.zeros(weights.shape, dtype=torch.float32, device=hidden_TD.device)
 
         def add(part: _Part) -> None:
             grad = grad_TD[part.tokens]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from qlora_lite.memory.cards import Card, CardError
-from qlora_lite.memory.meter import free_bytes, held_bytes
+from qlora_lite.memory.meter import free_bytes, held_bytes, hold_to
 from qlora_lite.memory.process import CUDA_CONTEXT_BYTES, CUDA_LATER_BYTES
 from qlora_lite.memory.work import Work
 from qlora_lite.models.load import has_fast_bf16
@@ -95,6 +95,7 @@ def this_machine(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> M
 
     Its memory is what is free now, on a card with the context that is there already.
     """
+    hold_to(device, None)  # what came before in this process may have had a smaller budget
     on_card, auto = device.type == "cuda", torch.bfloat16 if has_fast_bf16(device) else torch.float32
     *speeds, base = _speeds(device, dtype)
     if not on_card:

@@ -284,8 +284,9 @@ def _run(job: Job, device: torch.device, timeline: bool, measured_because: str =
         )  # fmt: skip
         resident, moments = ledger.now(), list(ledger.timeline or ())  # what follows is only the model's end
     frozen = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad)
+    work = counter.work._replace(operations=0) if job.levers.compile else counter.work  # how few it has is not known
     simulation = Simulation(
-        dict(ledger.peaks), resident, counter.work, ledger.offloaded_peak_bytes, ledger.disk_peak_bytes, frozen,
+        dict(ledger.peaks), resident, work, ledger.offloaded_peak_bytes, ledger.disk_peak_bytes, frozen,
         measured_because, tuple(model.block_stream.sizes) if hasattr(model, "block_stream") else (),
     )  # fmt: skip
     return (simulation, moments) if timeline else simulation

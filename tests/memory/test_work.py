@@ -9,9 +9,10 @@ from qlora_lite.memory.marks import phase, repeated
 from qlora_lite.memory.process import CPU_BUFFERS_BYTES, CPU_KERNEL_BYTES
 from qlora_lite.memory.work import FUSED_ATTENTION, Work, of_this_torch
 from qlora_lite.models.families import known_config
+from qlora_lite.models.levers import Levers
 from qlora_lite.planning.machine import OPERATION_SECONDS, Machine
 from qlora_lite.planning.predict import predict
-from qlora_lite.planning.simulate import Job, Rows
+from qlora_lite.planning.simulate import Job, Rows, simulate
 
 
 def test_large_products_of_one_operator_and_shape_count_once():
@@ -40,6 +41,14 @@ def test_operations_of_forward_and_backward_are_counted_but_no_views_and_memory_
                 (x.t().contiguous().view(2, 8) + 1).sum()
                 torch.empty(4)
     assert counter.work.operations == 2 * 3 * 3  # a copy, an addition, a sum
+
+
+def test_how_many_operations_compiled_blocks_start_is_not_known():
+    config = AutoConfig.for_model(**known_config("HuggingFaceTB/SmolLM2-135M") | {"num_hidden_layers": 2})
+    plain, compiled = (
+        simulate(Job(config, Rows((64,), 63), None, levers=Levers(compile=value))).work for value in (False, True)
+    )
+    assert plain.operations and compiled == plain._replace(operations=0)
 
 
 @pytest.mark.parametrize(("device", "seconds"), [("cpu", 3 + 4), ("cuda", 5)])
