@@ -1,12 +1,13 @@
 """Hold a share of the training rows out for evaluation.
 
-Rows are chosen by the numbers of their file and line, whatever template and seed are, so that runs can be compared.
+Rows are chosen by the numbers of their file and line and by which of them must stay together, whatever the seed is.
+Which must, the rendered rows say: another template, prompt or data.max_tokens may group them otherwise, and then other
+rows are held out; `compare` looks where they are.
 Rows that are alike token for token, and the parts of a split row, stay on one side together: what was learned is no
 measure of what was not. So do rows with the same prompt, which for a conversation is all that stands before its last
-answer: a system text or a greeting that many share makes no prompt of its own. Where prompts have so many rows each
-that their groups give less than half of the share (one instruction for all rows), whole prompts would leave a task
-unlearned, or nothing to measure; rows are then held out one by one, and the preflight says which prompts are on both
-sides.
+answer: a system text or a greeting that many share makes no prompt of its own. A prompt with more rows than a quarter
+of what is to be held out (one instruction for all rows, say) would be too much of what is measured, or a task that is
+left unlearned: its rows are held out one by one, and the preflight says which prompts are on both sides.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from qlora_lite.data.lines import Problems
 from qlora_lite.data.stored import Examples
 
 HELD_OUT = "held out for evaluation (data.eval_share)"
+PROMPT_SHARE = 0.25  # of the rows to hold out: a prompt with more is not kept together
 
 
 def hold_out(data: Dataset, share: float) -> tuple[Dataset, Dataset]:
@@ -58,25 +60,30 @@ def _chosen(examples: Examples, share: float) -> np.ndarray:
     wanted = max(round(share * len(examples)), 1)
     places = examples.rows[examples.order + 1, 3:].astype(np.uint64)
     numbers = scattered(places[:, 0] << np.uint64(40) | places[:, 1])
-    prompts, has_prompt = prompt_signatures(examples)
-    by_prompt = np.where(has_prompt, prompts, np.arange(len(prompts)))  # without one, each row is by itself
-    alike = [np.unique(values, return_inverse=True)[1] for values in (numbers, signatures(examples), by_prompt)]
-    held = _filled(_groups(numbers, alike), wanted)
-    if 2 * held.sum() >= wanted:
-        return held
-    groups = _groups(numbers, alike[:2])
-    return _filled(groups, max(wanted, int(np.unique(groups, return_counts=True)[1].min(initial=len(groups)))))
-
-
-def _filled(groups: np.ndarray, room: int) -> np.ndarray:
-    """Return the rows of the groups that fit, first come first served; one group at least is left: bool [rows]."""
+    alike = [np.unique(each, return_inverse=True)[1]
+             for each in (numbers, signatures(examples), _by_prompt(examples, wanted))]  # fmt: skip
+    groups = _groups(numbers, alike)
     keys, sizes = np.unique(groups, return_counts=True)
-    left, taken = min(room, len(groups) - int(sizes.min(initial=len(groups)))), []
+    fewest = int(sizes.min(initial=len(groups)))
+    left, taken = min(max(wanted, fewest), len(groups) - fewest), []  # one group at least is left
     for key, size in zip(keys.tolist(), sizes.tolist(), strict=True):
         if size <= left:
             taken.append(key)
             left -= size
     return np.isin(groups, np.array(taken, np.uint64))
+
+
+def _by_prompt(examples: Examples, wanted: int) -> np.ndarray:
+    """Return a number per row that rows share whose prompt keeps them together: int64 [rows].
+
+    Args:
+        examples: distinct rows.
+        wanted: rows to hold out.
+    """
+    prompts, has_prompt = prompt_signatures(examples)
+    _, kinds, sizes = np.unique(prompts, return_inverse=True, return_counts=True)
+    is_kept = has_prompt & (sizes[kinds] <= PROMPT_SHARE * wanted)
+    return np.where(is_kept, prompts, np.arange(len(prompts)))
 
 
 def _groups(numbers: np.ndarray, alike: Sequence[np.ndarray]) -> np.ndarray:

@@ -170,8 +170,9 @@ class Data(_Section):
     """Evaluation rows; null evaluates nothing, or what data.eval_share holds out."""
     eval_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the training rows that is held out as evaluation rows, where data.eval names none. They are chosen
-    by their places in the files, whatever template and seed are; rows that are alike stay together, and so do those
-    with the same prompt, unless prompts have more rows each than the share."""
+    by their places in the files, whatever train.seed is; rows that are alike stay together, and so do those with the
+    same prompt, unless it has more rows than a quarter of what is held out. A template that writes other prompts may
+    hold other rows out."""
     template: Text | None = None
     """Chat template: a name (plain suits a base model) or a .jinja file; null is the model's own. Where one writes
     today's date, rows have 26 July 2024, so that they are the same every day; prompts to answer have the real one."""

@@ -102,17 +102,40 @@ def test_documents_beside_rows_with_prompts_are_held_out_like_those():
     assert len(evaluation.examples) == 16 and 4 <= evaluation.examples_of[1] <= 12
 
 
-@pytest.mark.parametrize("prompts", [1, 3])
-def test_where_prompts_have_more_rows_than_the_share_it_is_kept_to_and_the_prompts_on_both_sides_are_counted(prompts):
-    training, evaluation = hold_out(read([PAIRS[i % prompts] | {"completion": f"answer {i}"} for i in range(60)]), 0.1)
-    assert len(evaluation.examples) == 6 and training.problems.count == 0
-    problem = check_prompts(training.examples, evaluation.examples)
-    assert problem.message.startswith(f"{prompts} of {prompts} evaluation prompts are also prompts of training rows")
+@pytest.mark.parametrize(
+    ("prompts", "count", "share"),
+    [(1, 60, 0.1), (3, 60, 0.1), (1, 10, 0.2), (5, 10, 0.2), (3, 3000, 0.05), (3, 60, 0.9)],
+)
+def test_where_prompts_have_many_rows_the_share_is_kept_to_and_the_prompts_on_both_sides_are_counted(
+    prompts, count, share
+):
+    rows = [PAIRS[i % prompts] | {"completion": f"answer {i}"} for i in range(count)]
+    training, evaluation = hold_out(read(rows), share)
+    assert len(evaluation.examples) == round(share * count) and training.problems.count == 0
+    found = check_prompts(training.examples, evaluation.examples).message
+    held = {(int(where.rpartition(":")[2]) - 1) % prompts for where in places(evaluation)}
+    assert found.startswith(f"{len(held)} of {len(held)} evaluation prompts are also prompts of training rows")
+    assert len(held) == min(prompts, round(share * count))
 
 
-def test_a_few_rows_with_prompts_of_their_own_are_not_all_that_is_measured():
-    rows = [{"prompt": "one for most", "completion": f"answer {i}"} for i in range(57)] + PAIRS[:3]
-    assert len(hold_out(read(rows), 0.2)[1].examples) == 12
+def test_the_rows_with_prompts_of_their_own_beside_one_that_most_share_are_held_out_no_more_often():
+    rows = [{"prompt": "one for most", "completion": f"answer {i}"} for i in range(950)]
+    rows += [{"prompt": f"question {i}", "completion": "yes"} for i in range(50)]
+    _, evaluation = hold_out(read(rows), 0.05)
+    own = sum(int(where.rpartition(":")[2]) > 950 for where in places(evaluation))
+    assert len(evaluation.examples) == 50 and own <= 10
+
+
+def test_the_prompts_of_a_few_answers_each_are_held_out_whole():
+    rows = [{"prompt": f"question {i % 200}", "completion": f"answer {i}"} for i in range(1000)]
+    training, evaluation = hold_out(read(rows), 0.05)
+    assert len(evaluation.examples) == 50 and check_prompts(training.examples, evaluation.examples) is None
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.05, 1), (0.3, 3), (0.9, 9)])
+def test_of_ten_rows_with_prompts_of_their_own_the_share_is_held_out(share, count):
+    training, evaluation = hold_out(read(PAIRS[:10]), share)
+    assert len(evaluation.examples) == count and check_prompts(training.examples, evaluation.examples) is None
 
 
 def test_the_parts_of_a_split_document_stay_together_also_where_one_part_is_another_row_s():
