@@ -7,7 +7,8 @@ from pathlib import Path
 
 from .build import train_settings
 from .compare_page import render_comparison
-from .errors import ModelError, RecipeError
+from .data.examples import Dataset
+from .errors import DataError, ModelError, RecipeError
 from .evaluate import exact_match
 from .files import explain_write_errors, write_text
 from .recipe.schema import Recipe
@@ -78,10 +79,10 @@ def _measure(tasks: Tasks, name: str | None, rows_of: Recipe, answers: int) -> t
         own = task.run.recipe
         rows = own.data.model_copy(update={key: getattr(rows_of.data, key) for key in _ROWS})
         recipe = own.model_copy(update={"data": rows})
-        if name and _may_have_learned(own, rows_of):
+        data, settings = build_data(recipe, tasks.tokenizer, "eval"), train_settings(recipe)
+        if name and _may_have_learned(own, rows_of, data, tasks.tokenizer):
             log.warning("%s has trained on files of which %s held rows out, and may have learned those", name,
                         rows_of.output.name)  # fmt: skip
-        data, settings = build_data(recipe, tasks.tokenizer, "eval"), train_settings(recipe)
         batches, chunk_tokens = eval_batches(data.examples, settings), settings.levers.loss_chunk_tokens
         loss = evaluate_loss(tasks.model, batches, chunk_tokens)
         figures = {
@@ -100,10 +101,24 @@ def _measure(tasks: Tasks, name: str | None, rows_of: Recipe, answers: int) -> t
     return figures | {"exact_match": match.score, "exact_match_rows": len(chosen)}, said
 
 
-def _may_have_learned(own: Recipe, rows_of: Recipe) -> bool:
-    """Tell whether a run's training rows come from the files that the measured ones were held out of."""
+def _may_have_learned(own: Recipe, rows_of: Recipe, measured: Dataset, tokenizer) -> bool:
+    """Tell whether rows held out of one run are training rows of another; which are, its own recipe says.
+
+    Args:
+        own: the recipe of the run that is measured.
+        rows_of: the recipe of the run that held rows out; one with data.eval held none.
+        measured: those rows.
+    """
     shared = {source.path for source in own.data.train} & {source.path for source in rows_of.data.train}
-    return bool(shared) and 0 < rows_of.data.eval_share != own.data.eval_share
+    if not rows_of.data.eval_share or not shared or own.data == rows_of.data:
+        return False
+    if own.data.streaming:  # what it learned is not known before it is read to the end
+        return True
+    try:
+        learned = {row.where for row in build_data(own, tokenizer).examples}
+    except DataError:  # as where another of its files is gone
+        return True
+    return any(row.where in learned for row in measured.examples)
 
 
 def _plain(tasks: Tasks, prompt: str) -> str:

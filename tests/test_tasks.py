@@ -191,6 +191,38 @@ def test_runs_are_compared_on_the_rows_that_the_first_one_held_out(runs, tmp_pat
     assert any("may have learned those" in message for message in caplog.messages)
 
 
+@pytest.mark.parametrize(
+    ("changes", "others", "is_said"),
+    [
+        ({}, "{other}", False),
+        ({"max_tokens": 60}, "{prompt} {other}", False),  # as many prompts: the same rows are held out
+        ({}, "{prompt}", True),  # one for each pair of rows
+        ({"train": "more files"}, "{other}", True),
+        ({"train": "a missing file"}, "{other}", True),
+    ],
+)
+def test_a_run_that_held_other_rows_of_the_file_out_may_have_learned_those_measured(
+    runs, tmp_path, caplog, changes, others, is_said
+):
+    """Rows are held out by their places and prompts, of which the template in the recipe makes others."""
+    rows = [{"prompt": f"{i % 20}", "other": f"q{i}", "completion": "x"} for i in range(40)]
+    for name in ("rows", "a", "gone"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(name, template, before=(), **data):
+        paths = [str(tmp_path / f"{each}.jsonl") for each in (*before, "rows")]
+        train = [{"path": path, "prompt": template, "completion": "{completion}"} for path in paths]
+        return make_run(
+            tmp_path / name, runs[0].parent / "model", data={"train": train, "eval": None, "eval_share": 0.3} | data
+        )
+
+    before = {"more files": ["a"], "a missing file": ["gone"]}.get(changes.pop("train", None), [])
+    held, other = run("one", "{other}"), run("two", others, before, **changes)
+    (tmp_path / "gone.jsonl").unlink()
+    compare_runs([held, other], answers=0)
+    assert any("may have learned those" in message for message in caplog.messages) == is_said
+
+
 def test_losses_of_different_tokens_are_not_ranked(runs, command, tmp_path):
     other = make_run(tmp_path, runs[0].parent / "model", ["data.train_on=all"])
     code, out, _ = command("compare", runs[0], runs[1], other, "--rows", 0, "--out", tmp_path / "page")
