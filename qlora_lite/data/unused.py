@@ -38,7 +38,7 @@ def count_unused(counts: dict[str, Counter[str]], row: Mapping[str, object], use
             if turn.keys() <= _TURN_KEYS:  # as nearly all
                 continue
             known = _RESULT_KEYS if ROLES[turn.get("role", turn.get("from"))] == "tool" else _TURN_KEYS
-            keys.update(key for key in turn.keys() - known if _holds(turn[key]))
+            keys.update(str(key) for key in turn.keys() - known if _holds(turn[key]))
     for what, names in ((COLUMNS, [name for name in row if name not in used and _holds(row[name])]), (KEYS, keys)):
         for name in names:
             if name in counts[what] or len(counts[what]) < MOST_NAMES:

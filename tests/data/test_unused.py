@@ -85,6 +85,10 @@ def test_the_keys_of_turns_that_are_not_used_are_counted_once_a_row():
     assert counted([pair])[0] == {COLUMNS: {}, KEYS: {"x": 1, "y": 1}}
 
 
+def test_a_key_of_a_turn_that_is_no_text_is_named_as_one():
+    assert said([{"messages": [QUESTION | {5: "y"}, ANSWER]}]) == {KEYS: ["5 (1 row)"]}
+
+
 def test_the_name_and_call_of_a_tool_s_result_are_used():
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": {}}}
     result = {"role": "tool", "content": "r", "name": "f", "tool_call_id": "c"}
