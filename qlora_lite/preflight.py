@@ -183,7 +183,7 @@ def _faults_of_evaluation(recipe: Recipe, data: Dataset, eval_data: Dataset) -> 
         overlap, is_error = check_overlap(data.examples, eval_data.examples)
         if overlap:
             yield overlap, is_error
-    if prompts := check_prompts(data.examples, eval_data.examples):
+    if prompts := check_prompts(data.examples, eval_data.examples, bool(recipe.data.eval_share)):
         yield prompts, False
     no_answer, is_error = check_answers(eval_data.examples[: recipe.train.exact_match_rows])
     if no_answer:

@@ -129,7 +129,10 @@ def test_evaluation_prompts_that_are_training_prompts_with_other_answers_are_war
     )
     held = look([pair("one for all", f"y{i}") for i in range(20)], eval="null", eval_share=0.2)
     held.raise_if_unusable()
-    assert held.report["problems"][0]["message"].startswith("1 of 1 evaluation prompts are also")
+    message = held.report["problems"][0]["message"]
+    assert message.startswith("1 of 1 evaluation prompts are also") and message.endswith(
+        "; data.eval_share splits one with many rows; for new prompts, name rows with others in data.eval"
+    )
 
 
 def test_a_missing_file_and_a_bad_row_of_another_are_both_named(look, tmp_path):

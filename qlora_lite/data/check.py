@@ -137,7 +137,7 @@ def check_overlap(train: Sequence[Example], evaluation: Sequence[Example]) -> tu
     return RowProblem(found[0][0], IN_BOTH, message), len(found) >= OVERLAP_ERROR_SHARE * len(evaluation)
 
 
-def check_prompts(train: Sequence[Example], evaluation: Sequence[Example]) -> RowProblem | None:
+def check_prompts(train: Sequence[Example], evaluation: Sequence[Example], is_share: bool = False) -> RowProblem | None:
     """Look for evaluation rows whose prompt is that of a training row with another answer.
 
     Rows that are training rows themselves are left to `check_overlap`.
@@ -145,18 +145,24 @@ def check_prompts(train: Sequence[Example], evaluation: Sequence[Example]) -> Ro
     Args:
         train: the training rows.
         evaluation: the evaluation rows.
+        is_share: whether data.eval_share held them out.
     """
     (asked, is_asked), (learned, is_learned) = prompt_signatures(evaluation), prompt_signatures(train)
-    is_twin = np.isin(signatures(evaluation), signatures(train))
-    found = np.flatnonzero(~is_twin & np.isin(asked, learned[is_learned]))
+    is_found = np.isin(asked, learned[is_learned])
+    if is_found.any():  # before all tokens are looked at again
+        is_found &= ~np.isin(signatures(evaluation), signatures(train))
+    found = np.flatnonzero(is_found)
     if not len(found):
         return None
     first = int(found[0])
     twin = int(np.flatnonzero(is_learned & (learned == asked[first]))[0])
+    cure = "keep all rows of a prompt in one of data.train and data.eval"
+    if is_share:
+        cure = "data.eval_share splits one with many rows; for new prompts, name rows with others in data.eval"
     message = (
         f"{len(np.unique(asked[found]))} of {len(np.unique(asked[is_asked]))} evaluation prompts are also prompts of "
         f"training rows, with other answers (this row has that of {train[twin].where}): they do not show what the "
-        "model does with prompts that it never saw; keep all rows of a prompt in one of data.train and data.eval"
+        f"model does with prompts that it never saw; {cure}"
     )
     return RowProblem(evaluation[first].where, PROMPT_IN_BOTH, message)
 
