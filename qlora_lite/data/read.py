@@ -29,7 +29,8 @@ from qlora_lite.data.opening import find_files, open_bytes, reader_of
 from qlora_lite.errors import DataError
 
 _PIECE_BYTES = 1 << 20
-_FIRST_LINE = re.compile(r'sep=([^\w\s"]|\t)')  # in which Excel names the sign between columns
+_FIRST_LINE = re.compile(r'sep=([^\w\s"]|\t)\1*', re.IGNORECASE)  # in which Excel names the sign between columns
+_PROSE = re.compile("[;,] ")  # signs that part words, as in a column "text, cleaned"
 _SIGNS = {
     ";": ("semicolons", "save it with commas, or write sep=; as its first line"),
     "\t": ("tabs", "name it .tsv"), ",": ("commas", "name it .csv"),
@@ -149,9 +150,6 @@ def _read_csv(path: Path, delimiter: str, problems: Problems) -> Iterator[tuple[
             lines_of_row.append(number)
             if fault and header is None:
                 raise DataError(str(fault))
-            if header is None and "\r" in line:
-                cure = "save it with the line ends of Windows or Linux"
-                raise DataError(f"{path}:{number}: the lines end with a carriage return alone, as on old Macs; {cure}")
             if fault:  # the reader still gets the line, for its quotes; those of one that is not read are not known
                 problems.add(fault.where, fault.message, fault.rule, fatal=line is None)
                 bad_lines.append(number)
@@ -174,7 +172,11 @@ def _read_csv(path: Path, delimiter: str, problems: Problems) -> Iterator[tuple[
         try:
             cells = _next_row(reader)
         except csv.Error as error:
-            refuse(f"not CSV: {error}; check the quotes of this row")
+            fault = f"not CSV: {error}; check the quotes of this row"
+            if header is None and "new-line" in str(error):  # a carriage return outside quotes
+                cure = "save it with those of Windows or Linux"
+                fault = f"the lines end with a carriage return alone, as on old Macs; {cure}"
+            refuse(fault)
             continue
         if cells is None:
             return
@@ -199,7 +201,7 @@ def _column_names(cells: list[str], where: str, delimiter: str) -> list[str]:
     Raises:
         DataError: none has a name, two have the same, or they are parted by another sign.
     """
-    if len(cells) == 1 and (asked := ask_for_sign(cells, delimiter)):
+    if len(cells) == 1 and (asked := ask_for_sign([_PROSE.sub(" ", cells[0])], delimiter)):
         raise DataError(f"{where}: the first line names one column, {cells[0]!r}; {asked}")
     header = [name.strip() or f"column {number}" for number, name in enumerate(cells, 1)]
     if not any(name.strip() for name in cells):

@@ -242,6 +242,13 @@ def test_a_header_of_one_column_may_hold_the_sign_that_parts_columns(write):
     assert rows_of(write("a.csv", '"one, text"\nx\n'))[0][1] == {"one, text": "x"}
 
 
+@pytest.mark.parametrize(
+    ("name", "header"), [("a.tsv", "text, cleaned"), ("a.csv", "text; cleaned"), ("a.tsv", "one, two; three")]
+)
+def test_a_header_of_one_column_may_hold_signs_as_prose_does(write, name, header):
+    assert rows_of(write(name, f"{header}\nx\n"))[0][1] == {header: "x"}
+
+
 def test_a_row_of_another_length_is_asked_for_a_sign_that_parts_the_header_into_more(write):
     message = failure(write("a.csv", "id;prompt;answer, short\n1;a;b\n"))
     assert "1 fields, but the header names 2 columns; are the columns parted by semicolons? then save" in message
@@ -250,7 +257,16 @@ def test_a_row_of_another_length_is_asked_for_a_sign_that_parts_the_header_into_
 
 @pytest.mark.parametrize(
     ("name", "first", "sign"),
-    [("a.csv", "sep=,", ","), ("a.csv", "\ufeffsep=;\r", ";"), ("a.csv", "sep=\t", "\t"), ("a.tsv", '"sep=|"', "|")],
+    [
+        ("a.csv", "sep=,", ","),
+        ("a.csv", "\ufeffsep=;\r", ";"),
+        ("a.csv", "sep=\t", "\t"),
+        ("a.tsv", '"sep=|"', "|"),
+        ("a.csv", "Sep=;", ";"),
+        ("a.csv", "sep=;;", ";"),
+        ("a.csv", "SEP=,,,", ","),
+        ("a.tsv", "sep=\t\t", "\t"),
+    ],
 )
 def test_a_first_line_that_names_the_sign_between_columns_is_believed(write, name, first, sign):
     path = write(name, f'{first}\nq{sign}a\nx, y{sign}"1{sign}2"\n')
@@ -269,7 +285,14 @@ def test_a_table_whose_lines_end_as_on_old_macs_is_an_error_that_says_so(write):
     assert failure(path).startswith(
         f"{path}:1: the lines end with a carriage return alone, as on old Macs; save it with"
     )
+    assert "as on old Macs" in failure(write("a.csv", b'"q",a\r"x",y\r'))
+    assert "as on old Macs" in failure(write("a.csv", b"sep=;\rq;a\rx;y\r"))
     assert rows_of(write("a.csv", b'q,a\r\n"x\ry",z\r\n'))[0][1] == {"q": "x\ry", "a": "z"}
+
+
+def test_a_quoted_name_of_a_column_may_hold_a_carriage_return(write):
+    assert rows_of(write("a.csv", b'q,"a\rb"\r\nx,y\r\n'))[0][1] == {"q": "x", "a\rb": "y"}
+    assert rows_of(write("a.csv", b'q,"a\r\nb\rc"\nx,y\n'))[0][1] == {"q": "x", "a\nb\rc": "y"}
 
 
 def test_text_is_split_at_blank_lines_and_named_by_the_first_line(write):
