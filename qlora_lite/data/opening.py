@@ -26,7 +26,7 @@ READER_OF_SUFFIX = {
 }  # fmt: skip
 _COMPRESSION_OF_SUFFIX = {".gz": "gzip", ".zst": "zstd"}
 _CARD_SUFFIX = ".md"  # of what may describe the rows beside it and be none of them
-_CARD = "readme"  # how the name of what does begins
+_ABOUT = re.compile(r"(readme|license|licence|changelog|contributing)(?![a-z])", re.IGNORECASE)  # texts that do
 _COLUMN_READERS = ("parquet", "arrow")
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip", b"BZh": "bzip2",
           b"\xfd7zXZ": "xz", b"PAR1": "Parquet", b"ARROW1": "Arrow", b"\xff\xfe": "UTF-16",
@@ -43,8 +43,9 @@ def find_files(pattern: str) -> list[Path]:
 
     Returns:
         At least one path, sorted by name; a folder gives its files with a known suffix, subfolders included,
-        without what `left_out` lists, hidden files and hidden folders. Its .md files are data where it has no others,
-        a README never.
+        without what `left_out` lists, hidden files and hidden folders. Its .md files are data where it has no others;
+        a .md, .txt or .text file whose name begins with the word readme, license, licence, changelog or
+        contributing never is.
 
     Raises:
         DataError: nothing is there, something is that is not a file, one file is there under two names, or
@@ -93,10 +94,10 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _data_files(found: list[Path]) -> list[Path]:
-    """Return the data files of a folder: those of a known suffix, .md only where there are no others, and no README."""
+    """Return the data files of a folder, as `find_files` says which they are."""
     files = [path for path in found if data_suffix(path) in READER_OF_SUFFIX and not path.is_dir()]
-    others = [path for path in files if data_suffix(path) != _CARD_SUFFIX]
-    return others or [path for path in files if not path.name.lower().startswith(_CARD)]
+    files = [path for path in files if READER_OF_SUFFIX[data_suffix(path)] != "text" or not _ABOUT.match(path.name)]
+    return [path for path in files if data_suffix(path) != _CARD_SUFFIX] or files
 
 
 def _check_one_split(folder: Path, files: list[Path]) -> None:

@@ -399,8 +399,20 @@ def test_a_folder_of_md_files_alone_gives_them_without_its_readme(write, tmp_pat
     ) == 5
 
 
+@pytest.mark.parametrize("data", ["a.jsonl", "README.jsonl", "readme.txt.jsonl", "a.txt", "a.md", "licensed.text"])
+def test_what_is_written_about_a_folder_of_data_is_none_of_it(write, tmp_path, data):
+    about = ["CHANGELOG.md", "LICENSE.md", "README.TXT", "contributing.Text", "licence-of-data.txt", "readme.md.gz"]
+    for name in about:
+        write(f"set/deep/{name}", "about")
+    assert "no data file in this folder" in failure(tmp_path / "set")
+    write(f"set/{data}", GOOD)
+    assert [where for where, _ in rows_of(tmp_path / "set")] == [f"{tmp_path}/set/{data}:1"]
+    assert [path.name for path in left_out(str(tmp_path / "set"))] == about
+    assert [row for _, row in rows_of(tmp_path / "set" / "deep" / "README.TXT")] == [{"text": "about"}]
+
+
 def test_files_of_several_kinds_are_not_one_source(write, tmp_path):
-    for name in ("a.jsonl", "deep/b.jsonl.gz", "LICENSE.txt"):
+    for name in ("a.jsonl", "deep/b.jsonl.gz", "notes.txt"):
         write(f"set/{name}", GOOD)
     assert failure(tmp_path / "set").startswith(f"{tmp_path}/set: files of several kinds (2 jsonl, 1 text); name those")
     assert "several kinds (1 jsonl, 1 text)" in failure(tmp_path / "set" / "*.*")
