@@ -19,8 +19,9 @@ from qlora_lite.ops.offload import host_memory
 
 MATMUL_REACHED = 0.6  # of a card's dense peak, for products of a few thousand rows; not measured here
 BANDWIDTH_REACHED = 0.8  # of a card's memory bandwidth, element-wise kernels; not measured here
-# Of the host, to start an operation: "Python, views, autograd" of tools/bench_limit was 6 to 18 us for each of a step's
-# on CPUs. A card's driver takes some more, which was not measured here.
+# Of the host, to start an operation: what tools/bench_limit calls "Python, views, autograd" was 5 to 18 us on CPUs for
+# each operation that a simulation of the same step counts, the optimizer's too. A card's driver takes some more, which
+# was not measured here.
 OPERATION_SECONDS = 10e-6
 # Large enough for a fast card: far longer than a launch, more than its second-level cache holds.
 _PRODUCT = {"cpu": (512, 2048, 2048), "cuda": (2048, 4096, 4096)}
