@@ -14,7 +14,7 @@ from .lora.adapter import begin_with
 from .lora.inject import Target, add_lora
 from .lora.outside import set_outside
 from .lora.read import adapter_bytes, read_adapter
-from .memory.meter import hold_to
+from .memory.meter import free_bytes, hold_to
 from .models.anatomy import blocks
 from .models.levers import Levers, levers_of, place, set_levers
 from .models.load import load_model, resolve_compute_dtype, resolve_device, stored_quantization
@@ -61,7 +61,7 @@ def build_model(recipe: Recipe, levers: Levers | None = None, adapter: Path | No
     levers = levers or Levers()
     model = load_model(
         m.path, m.quant, m.double_quant, dtype, "cpu" if levers.places_weights else device, m.revision,
-        quant_head=m.quant_head,
+        quant_head=m.quant_head, in_files=levers.weights_on_disk,
     )  # fmt: skip
     add_factors(recipe, model, adapter)
     return place(model, device, levers) if levers.places_weights else model
@@ -106,14 +106,14 @@ def build_to_use(
         if tiles.tile_tokens:
             set_levers(skeleton, tiles)
         memory -= sum(adapter_bytes(folder) for folder in adapters)
-        levers = placement(skeleton, context_tokens or recipe.data.max_tokens, memory)
+        levers = placement(skeleton, context_tokens or recipe.data.max_tokens, memory, free_bytes(torch.device("cpu")))
     model = load_model(
         m.path, m.quant, m.double_quant, dtype, "cpu" if levers.places_weights else device, m.revision, use_cache,
-        quant_head=m.quant_head,
+        quant_head=m.quant_head, in_files=levers.weights_on_disk,
     )  # fmt: skip
     if levers.places_weights:
         left = left_on_host(levers, len(blocks(model)))
-        log.warning("the card has no room for all weights, so that answers take longer; in host memory: %s", left)
+        log.warning("the card has no room for all weights, so that answers take longer; %s", left)
         place(model, device, levers)
     if tiles.tile_tokens:
         set_levers(model, tiles)

@@ -368,7 +368,11 @@ def _more_host(plan: Plan, candidate: Candidate) -> str:
     """Say what makes room in host memory for a candidate."""
     on_disk = replace(candidate.levers, offload_folder=".")
     disk_helps = on_disk.uses_disk and build_candidate(plan.step, plan.machine, on_disk, candidate.packs).fits_host
-    return "raise memory.host_budget" + (", or name a disk in memory.offload_folder" if disk_helps else "")
+    has_to_hold_all = candidate.levers.resident_blocks is not None and plan.step.fixed.get("stream_from_disk") is False
+    return (
+        "raise memory.host_budget" + (", or name a disk in memory.offload_folder" if disk_helps else "")
+        + (", or set memory.stream_from to auto" if has_to_hold_all else "")
+    )  # fmt: skip
 
 
 def _largest(breakdown: dict[str, int], count: int = 4) -> list[tuple[str, int]]:

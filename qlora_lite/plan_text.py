@@ -6,6 +6,7 @@ from dataclasses import asdict
 from .memory.bar import memory_bar
 from .plan import Alternative, Plan, disk_bytes, host_bytes
 from .planning.candidate import Candidate
+from .planning.machine import DISK_BYTES_PER_SECOND
 from .planning.simulate import simulate_whole
 from .units import format_bytes, format_seconds
 
@@ -33,9 +34,10 @@ def reason(plan: Plan) -> str:
 def _in_words(chosen: Candidate) -> str:
     x = chosen.levers
     kept = f" but for the last {x.kept_blocks} blocks" if x.computes_again and x.kept_blocks else ""
+    source = "the disk" if x.stream_from_disk else "the host"
     resident = "" if x.resident_blocks is None else (
-        f", weights streamed from the host but for {x.resident_blocks} blocks" if x.resident_blocks
-        else ", weights streamed from the host"
+        f", weights streamed from {source} but for {x.resident_blocks} blocks" if x.resident_blocks
+        else f", weights streamed from {source}"
     )  # fmt: skip
     place = "on a disk" if x.uses_disk else "in host memory"
     return (
@@ -64,7 +66,11 @@ def transfers(plan: Plan) -> str | None:
     hidden, what = "hidden behind" if bus <= max(computing, starting) else "more than", "of computing"
     if starting > computing:
         computing, what = starting, "of starting operations"
-    return f"{format_seconds(bus)} over the bus, {hidden} the {format_seconds(computing)} {what}"
+    said = f"{format_seconds(bus)} over the bus, {hidden} the {format_seconds(computing)} {what}"
+    if work.disk_bytes:
+        disk, size = format_seconds(steps * machine.disk_seconds(work)), format_bytes(steps * work.disk_bytes)
+        said += f"; {size} from the disk, {disk} if it gives {DISK_BYTES_PER_SECOND / 1e9:g} GB/s"
+    return said
 
 
 def time_of_step(plan: Plan) -> str:

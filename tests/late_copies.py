@@ -70,6 +70,8 @@ class LateCopies(SideStream):
             assert not any(storage.expired() for storage in late.storages), "memory was given back before its copy"
             ctypes.memmove(late.target, late.source, late.size)
 
+    wait_on_host = wait
+
     def finish(self) -> None:
         """Check the copies that nobody waited for.
 
@@ -113,7 +115,7 @@ def copies_end_late() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module in ("offload", "stream", "host_rows"):
             patch.setattr(f"qlora_lite.ops.{module}.SideStream", side_stream)
-        for module in ("offload", "stream"):
+        for module in ("offload", "stream", "read_ahead"):
             patch.setattr(f"qlora_lite.ops.{module}.host_memory", noted(host_memory))
         patch.setattr("qlora_lite.ops.offload.disk_memory", noted(disk_memory))
         yield

@@ -26,7 +26,8 @@ FOLDER = tempfile.gettempdir()  # for files without a name, which are gone by th
 SAME_ARITHMETIC = [
     Levers(), Levers(kept_blocks=2), Levers(offload_checkpoints=True), Levers(host_embeddings=True),
     Levers(host_head=True), Levers(resident_blocks=0), Levers(resident_blocks=2),
-    Levers(resident_blocks=2, kept_blocks=2),
+    Levers(resident_blocks=2, kept_blocks=2), Levers(resident_blocks=0, stream_from_disk=True),
+    Levers(resident_blocks=1, stream_from_disk=True, offload_checkpoints=True, reuse_dequantized=True),
     Levers(resident_blocks=0, offload_checkpoints=True, host_embeddings=True, host_head=True),
     Levers(reuse_dequantized=True), Levers(reuse_dequantized=True, kept_blocks=2),
     Levers(reuse_dequantized=True, resident_blocks=1, offload_checkpoints=True),
@@ -37,7 +38,7 @@ SAME_ARITHMETIC = [
     Levers("selective", checkpoint_every=2, offload_checkpoints=True, host_embeddings=True),
 ]  # fmt: skip
 COPYING = [
-    *(levers for levers in SAME_ARITHMETIC if any(levers.host_rank[:3])),
+    *(levers for levers in SAME_ARITHMETIC if any(levers.host_rank[:4])),
     Levers(resident_blocks=0, tile_tokens=20), Levers(resident_blocks=0, reuse_dequantized=True),
     Levers(resident_blocks=1, tile_tokens=20, reuse_dequantized=True, offload_checkpoints=True, kept_blocks=1),
     Levers("selective", resident_blocks=2, kept_blocks=1, offload_checkpoints=True, host_head=True),

@@ -474,7 +474,7 @@ def test_each_row_of_the_lever_table_adds_one_lever_to_the_row_before():
             changed = {key for key in after if key != "lever" and after[key] != before.get(key)}
             assert len(changed) == 1 or changed in (
                 {"host_embeddings", "host_head"},
-                {"host_head", "offload_folder", "quant_head"},
+                {"host_head", "offload_folder", "quant_head", "stream_from_disk"},
             )
             assert set(before) <= set(after)
     assert {"kept_blocks", "compile"} <= set(rows[-1])

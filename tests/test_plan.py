@@ -26,7 +26,7 @@ from qlora_lite.memory.process import CUDA_COMPILER_BYTES
 from qlora_lite.planning import machine, simulate
 from qlora_lite.planning.candidate import EQUALLY_FAST, build_candidate
 from qlora_lite.planning.largest import LENGTH_STEP, largest_of
-from qlora_lite.planning.machine import Machine, machine_of_card
+from qlora_lite.planning.machine import DISK_BYTES_PER_SECOND, Machine, machine_of_card
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.run import run_recipe
 from qlora_lite.units import format_bytes, format_seconds
@@ -150,7 +150,7 @@ def test_what_the_recipe_fixes_is_kept(recipe):
         "memory.loss_chunk_tokens": 100,
         "memory.tile_tokens": 64, "memory.embeddings": "device", "memory.head": "device",
         "memory.offload_checkpoints": True,
-        "memory.resident_blocks": "all", "memory.reuse_dequantized": True,
+        "memory.resident_blocks": "all", "memory.reuse_dequantized": True, "memory.stream_from": "host",
         "train.micro_batch_size": 2, "train.gradient_accumulation_steps": 2,
     }  # fmt: skip
     assert plan_text.reason(plan).endswith("as the recipe says")
@@ -321,6 +321,31 @@ def test_as_many_blocks_stay_on_the_card_as_it_has_room_for_where_the_host_has_n
     plan = planner.plan_recipe(recipe(*big, f"memory.host_budget={needed - 1:.2f}GiB"), CARD, 5 * GIB)
     assert plan.fits and plan.chosen.prediction.host_bytes <= (needed - 1) * GIB
     assert 0 < plan.chosen.levers.resident_blocks < 32
+
+
+def test_weights_come_from_the_disk_where_the_host_has_room_for_no_other_plan(recipe):
+    big = "model.path=meta-llama/Llama-3.1-8B", "data.max_tokens=2048"
+    free = planner.plan_recipe(recipe(*big), CARD, 3 * GIB)
+    assert free.chosen.levers.resident_blocks is not None and not free.chosen.levers.weights_on_disk
+    assert "from the disk" not in plan_text.transfers(free)
+    needed = free.chosen.prediction.host_bytes / GIB
+    small = [f"memory.host_budget={0.6 * needed:.2f}GiB"]
+    plan = planner.plan_recipe(recipe(*big, *small), CARD, 3 * GIB)
+    work, host = plan.chosen.prediction.simulation.work, plan.chosen.prediction.host_bytes
+    assert plan.fits and plan.chosen.levers.weights_on_disk and host <= 0.6 * needed * GIB
+    seconds = plan.chosen.micro_batches * work.disk_bytes / DISK_BYTES_PER_SECOND
+    assert plan.chosen.step_seconds >= seconds > 0
+    said = plan_text.describe(plan, [])
+    assert "weights streamed from the disk" in said
+    assert (
+        f"{format_bytes(plan.chosen.micro_batches * work.disk_bytes)} from the disk, {format_seconds(seconds)} if"
+        in said
+    )
+    longest = [planner.max_tokens(replace(each, budget_bytes=3 * GIB)) for each in (free, plan)]
+    assert 2048 <= longest[1] <= longest[0]
+    refused = planner.plan_recipe(recipe(*big, *small, "memory.stream_from=host"), CARD, 3 * GIB)
+    assert not refused.fits
+    assert "set memory.stream_from to auto" in str(planner.does_not_fit(refused, []))
 
 
 def test_where_weights_are_streamed_the_last_blocks_stay_and_keep_all_if_that_is_faster(recipe):

@@ -244,6 +244,17 @@ def test_the_levers_of_a_recipe_are_pulled_and_change_no_bit_of_the_adapter(run)
     assert {f"memory.{name}": value for name, value in levers.items()}.items() <= pulled["plan"]["chosen"].items()
 
 
+def test_weights_that_are_read_from_the_disk_change_no_bit_of_the_adapter(run):
+    plain = summary_of(run())
+    shutil.rmtree(run.folder)
+    pulled = summary_of(run(memory={"resident_blocks": 0, "stream_from": "disk"}))
+    assert pulled["adapter_sha256"] == plain["adapter_sha256"]
+    assert pulled["exact_match_after"] == plain["exact_match_after"]
+    groups = {entry["group"] for entry in pulled["memory_table"]}
+    assert "offloaded" in groups, "the buffers that they pass through"
+    assert pulled["plan"]["chosen"]["memory.stream_from"] == "disk"
+
+
 def test_block_inputs_on_a_disk_change_no_bit_of_the_adapter_and_have_to_have_room(run, tmp_path, monkeypatch):
     plain = summary_of(run(memory={"checkpointing": "block"}))
     shutil.rmtree(run.folder)

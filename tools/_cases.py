@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 OUT_OF_MEMORY = torch.OutOfMemoryError, DoesNotFitError  # a trainer whose one row is too large says so in its own words
 LEVER_KEYS = ("loss_chunk_tokens", "kept_blocks", "checkpoint_every", "tile_tokens", "offload_checkpoints",
               "host_embeddings", "host_head", "offload_folder", "resident_blocks", "optimizer_in_backward",
-              "reuse_dequantized", "compile")  # fmt: skip
+              "reuse_dequantized", "compile", "stream_from_disk")  # fmt: skip
 CASE_KEYS = ("model", "tokens", "checkpointing", *LEVER_KEYS, "quant_head", "optimizer", "accumulation", "rank", "rows")
 RANK, OPTIMIZER = 16, "paged_adamw_8bit"
 

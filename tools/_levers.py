@@ -81,7 +81,9 @@ def lever_cases(model: str, tokens: int, order: Sequence[str]) -> list[dict]:
         ("weights unpacked once a backward", {"reuse_dequantized": True}),
         ("attention's results kept on a card", {"checkpointing": "selective"}),
         ("block inputs on a disk instead", {"offload_folder": "."}),
-        ("4-bit head instead (not exact)", {"quant_head": True, "host_head": False, "offload_folder": None}),
+        ("weights on a disk too", {"stream_from_disk": True}),
+        ("4-bit head instead (not exact)",
+         {"quant_head": True, "host_head": False, "offload_folder": None, "stream_from_disk": False}),
     ])  # fmt: skip
 
 

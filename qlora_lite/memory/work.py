@@ -1,9 +1,9 @@
 """Count what a step computes and moves, for an estimate of its time.
 
-Four totals are enough for a ranking of plans: floating-point operations of matrix products (by torch's own
+Four totals are mostly enough for a ranking of plans: floating-point operations of matrix products (by torch's own
 formulas) and attention, bytes that all other operations read and write (dequantising a weight reads half a byte and
 writes two), bytes that travel between device and host, and the operations themselves, which the host has to start one
-by one. Beside them, how many large products differ: a CPU compiles a kernel for each.
+by one. Beside them, how many large products differ (a CPU compiles a kernel for each), and bytes that a disk gives.
 """
 
 from collections.abc import Callable
@@ -71,7 +71,8 @@ class Work(NamedTuple):
     """FLOPs of products, bytes moved by everything else and over the bus, and operations, in training.
 
     ``operations`` are those of forward and backward (a micro-batch's) that are no views. ``large_products`` is how many
-    products of ``LARGE_BYTES`` or more differ in their operator or their shapes.
+    products of ``LARGE_BYTES`` or more differ in their operator or their shapes. ``disk_bytes`` are those of streamed
+    weights, before they take the bus.
     """
 
     flops: int = 0
@@ -79,25 +80,29 @@ class Work(NamedTuple):
     bus_bytes: int = 0
     operations: int = 0
     large_products: int = 0
+    disk_bytes: int = 0
 
 
 class WorkCounter:
     """Add up the work of the operations that it is shown, as a ``Ledger`` does with all that run."""
 
     def __init__(self):
-        self._totals = [0, 0, 0, 0]
+        self._totals, self._disk_bytes = [0, 0, 0, 0], 0
         self._products: dict[tuple, int] = {}  # and how many shapes each stands for
 
     @property
     def work(self) -> Work:
         """Return what was counted since construction."""
-        return Work(*self._totals, sum(self._products.values()))
+        return Work(*self._totals, sum(self._products.values()), self._disk_bytes)
 
     def see(self, func, args: tuple, kwargs: dict, result) -> None:
         """Count an operation that has run."""
         if marks.phase == "load":
             return
         if func.is_view or func._overloadpacket in _ALLOCATIONS:
+            return
+        if func is _COPY and marks.category == "on disk":  # by a thread, beside what the host starts
+            self._disk_bytes += marks.repeats * args[0].nbytes if marks.phase != "evaluation" else 0
             return
         totals = [0, 0, 0, 0] if marks.phase == "evaluation" else self._totals
         totals[3] += marks.repeats if marks.phase != "optimizer" else 0

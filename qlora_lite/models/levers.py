@@ -30,6 +30,7 @@ _IN_A_RECIPE = {
     "host_head": ("head", {False: "device", True: "host"}),
     "tile_tokens": ("tile_tokens", {None: "off"}),
     "resident_blocks": ("resident_blocks", {None: "all"}),
+    "stream_from_disk": ("stream_from", {False: "host", True: "disk"}),
 }
 
 
@@ -39,7 +40,8 @@ class Levers:
 
     ``kept_blocks`` and ``checkpoint_every`` count only where blocks are computed again; ``loss_chunk_tokens`` None
     takes the default, ``tile_tokens`` None runs MLPs and norms whole, ``resident_blocks`` None streams nothing.
-    ``compile`` is the train section's. ``offload_folder`` counts only with ``offload_checkpoints``.
+    ``compile`` is the train section's. ``offload_folder`` counts only with ``offload_checkpoints``, and
+    ``stream_from_disk`` only with ``resident_blocks``.
     """
 
     checkpointing: str = "block"
@@ -55,6 +57,7 @@ class Levers:
     reuse_dequantized: bool = False
     compile: bool = False
     offload_folder: str | None = None
+    stream_from_disk: bool = False
 
     @property
     def settings(self) -> dict[str, object]:
@@ -89,9 +92,11 @@ class Levers:
         return 0 if self.resident_blocks is None else max(0, depth - self.resident_blocks)
 
     @property
-    def host_rank(self) -> tuple[bool, bool, bool, bool]:
-        """What lies in host memory: blocks, checkpoints, head, embeddings; larger tuples ask more of the bus."""
-        return self.resident_blocks is not None, self.offload_checkpoints, self.host_head, self.host_embeddings
+    def host_rank(self) -> tuple[bool, bool, bool, bool, bool]:
+        """What lies on the disk or in host memory: blocks, checkpoints, head, embeddings; larger tuples ask more of the
+        disk or the bus."""
+        streams = self.resident_blocks is not None
+        return self.weights_on_disk, streams, self.offload_checkpoints, self.host_head, self.host_embeddings
 
     @property
     def uses_disk(self) -> bool:
@@ -99,8 +104,13 @@ class Levers:
         return self.offload_checkpoints and self.offload_folder is not None
 
     @property
+    def weights_on_disk(self) -> bool:
+        """Whether streamed blocks come from a disk."""
+        return self.stream_from_disk and self.resident_blocks is not None
+
+    @property
     def places_weights(self) -> bool:
-        """Whether ``place`` leaves any weights in host memory."""
+        """Whether ``place`` leaves any weights in host memory, or on a disk."""
         return self.host_head or self.host_embeddings or self.resident_blocks is not None
 
 
@@ -142,7 +152,7 @@ def place(model: nn.Module, device: torch.device, levers: Levers) -> nn.Module:
                 if tensor is not None and (tensor.requires_grad or id(module) not in staying):
                     tensor.data = tensor.data.to(device)
     if streamed:
-        model.block_stream = BlockStream(streamed, device)
+        model.block_stream = BlockStream(streamed, device, levers.stream_from_disk)
     return model
 
 
@@ -158,10 +168,19 @@ def _say_where_it_computes(model: nn.Module) -> None:
 
 
 def on_host(model: nn.Module, module: nn.Module, tensor: torch.Tensor) -> bool:
-    """Tell whether a weight was left in host memory by ``place``."""
-    stream = getattr(model, "block_stream", None)
+    """Tell whether a weight was left in host memory, or on a disk, by ``place``."""
     is_table = isinstance(module, HostEmbedding | HostHead) and tensor is module.weight
-    return is_table or (stream is not None and stream.holds(tensor))
+    return is_table or _is_streamed(model, tensor)
+
+
+def on_disk(model: nn.Module, tensor: torch.Tensor) -> bool:
+    """Tell whether a weight was left by ``place`` in the file that it was loaded from."""
+    return _is_streamed(model, tensor) and model.block_stream.on_disk
+
+
+def _is_streamed(model: nn.Module, tensor: torch.Tensor) -> bool:
+    stream = getattr(model, "block_stream", None)
+    return stream is not None and stream.holds(tensor)
 
 
 def set_levers(model: nn.Module, levers: Levers) -> None:

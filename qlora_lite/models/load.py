@@ -23,6 +23,7 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
 from qlora_lite.errors import ModelError, OutputError, require_one_of
+from qlora_lite.files import cache_root, explain_write_errors
 from qlora_lite.lora.outside import set_outside
 from qlora_lite.memory.meter import free_bytes, grow_segments
 from qlora_lite.ops.attention import row_attention
@@ -104,6 +105,7 @@ def resolve_compute_dtype(name: str, device: torch.device) -> torch.dtype:
 def load_model(
     path: str | Path, quant: str = "nf4", double_quant: bool = True, compute_dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu", revision: str | None = None, use_cache: bool = True, quant_head: bool = False,
+    in_files: bool = False,
 ) -> nn.Module:  # fmt: skip
     """Load a causal language model, frozen, in training mode off.
 
@@ -114,6 +116,8 @@ def load_model(
         compute_dtype: of activations, head, embeddings and norms.
         use_cache: keep and reuse the quantised model on disk.
         quant_head: keep a 4-bit copy of the head.
+        in_files: where the device is the host, never have all 4-bit weights in its memory: they stay in files that the
+            process sees as memory, those of the cache if it is used, also while they are made.
 
     Raises:
         ModelError: files are missing or broken, part of the model would silently stay in 16 bit, or there is no such
@@ -139,7 +143,7 @@ def load_model(
     elif quant == "none":
         model = _from_pretrained(files, part, compute_dtype, device)
     else:
-        model = _load_quantized(files, part, quant, double_quant, compute_dtype, device, use_cache)
+        model = _load_quantized(files, part, quant, double_quant, compute_dtype, device, use_cache, in_files)
     if quant_head:
         quantize_head(model, quant, double_quant)
     return adopt(set_outside(model, part.outside))
@@ -171,7 +175,7 @@ def adopt(model: nn.Module) -> nn.Module:
     return model
 
 
-def _load_quantized(files, part, quant, double_quant, dtype, device, use_cache):
+def _load_quantized(files, part, quant, double_quant, dtype, device, use_cache, in_files):
     register()
     entry = cache_entry(files, quant=quant, double_quant=double_quant, dtype=str(dtype)) if use_cache else None
     if entry is not None and entry.exists() and _is_whole(entry):
@@ -182,7 +186,8 @@ def _load_quantized(files, part, quant, double_quant, dtype, device, use_cache):
         model.to(device)
     else:
         place = device if _has_room(part, quant, double_quant, dtype, device) else "cpu"
-        model = _from_pretrained(files, part, dtype, place, QuantizeConfig(quant, double_quant))
+        config = QuantizeConfig(quant, double_quant, _folder_for_files() if in_files else None)
+        model = _from_pretrained(files, part, dtype, place, config)
         _forget_quantizer(model)
         model.to(device)
     if entry is not None:
@@ -190,7 +195,17 @@ def _load_quantized(files, part, quant, double_quant, dtype, device, use_cache):
             save_for_cache(model, entry)
         except (OutputError, ModelError) as error:
             log.warning("the quantised model is not cached: %s", error)
+        else:
+            if in_files:
+                return _load_prequantized(ModelFiles(str(entry), entry, ()), None, dtype, device)
     return model
+
+
+def _folder_for_files() -> str:
+    folder = cache_root()
+    with explain_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return str(folder)
 
 
 def _has_room(part: LanguagePart, quant: str, double_quant: bool, dtype, device) -> bool:

@@ -17,24 +17,29 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qlora_lite.errors import ModelError
+from qlora_lite.errors import ModelError, OutputError
 from qlora_lite.quant.linear import QuantLinear, frozen_weight, is_conv1d, is_linear_16_bit, routers
-from qlora_lite.quant.nf4 import BLOCK_SIZE, quantize
+from qlora_lite.quant.nf4 import BLOCK_SIZE, Packed, quantize
 from qlora_lite.quant.packed import PACKED_BUFFERS, PackedWeight
 from qlora_lite.units import format_bytes
 
 from .experts import Projection, drop_parameter, pack_in_place, placeholder, projections, put_empty
+from .in_files import InFiles
 
 METHOD = "qlora_lite"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class QuantizeConfig(QuantizationConfigMixin):
-    """Ask ``from_pretrained`` to quantise the linear layers and the experts of the blocks on arrival."""
+    """Ask ``from_pretrained`` to quantise the linear layers and the experts of the blocks on arrival.
 
-    def __init__(self, quant_type: str = "nf4", double_quant: bool = True, **_unused):
+    Args:
+        folder: what comes of it is put into files there (``in_files``); None leaves it in memory.
+    """
+
+    def __init__(self, quant_type: str = "nf4", double_quant: bool = True, folder: str | None = None, **_unused):
         self.quant_method = METHOD
-        self.quant_type, self.double_quant = quant_type, double_quant
+        self.quant_type, self.double_quant, self.folder = quant_type, double_quant, folder
 
 
 class QuantizeOnArrival(ConversionOps):
@@ -46,10 +51,11 @@ class QuantizeOnArrival(ConversionOps):
 
     def __init__(
         self, config: QuantizeConfig, layers: dict[str, PackedWeight], transposed: set[str],
-        experts: dict[str, Projection], problems: list,
+        experts: dict[str, Projection], problems: list, files: InFiles | None = None,
     ):  # fmt: skip
         self.config, self.layers, self.transposed = config, layers, transposed
         self.experts, self.problems = experts, problems
+        self.files = files
 
     def convert(self, input_dict, **_unused):
         result = {}
@@ -68,7 +74,9 @@ class QuantizeOnArrival(ConversionOps):
                 continue
             try:
                 packed = quantize(weight, self.config.quant_type, self.config.double_quant)
-            except ModelError as error:
+                if self.files:
+                    packed = Packed(*(part if part is None else self.files.put(part) for part in packed))
+            except (ModelError, OutputError) as error:
                 self.problems.append(f"{name}: {error}")
                 continue
             for buffer, tensor in zip(PACKED_BUFFERS, packed, strict=True):
@@ -86,6 +94,7 @@ class OnArrivalQuantizer(HfQuantizer):
         skip = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
         config = self.quantization_config
         self.problems: list[str] = []
+        self.files = config.folder and InFiles(config.folder)
         self.experts = {f"{projection.path}.{projection.name}": projection for projection in projections(model)}
         for projection in self.experts.values():
             put_empty(projection, config.quant_type, config.double_quant)
@@ -108,7 +117,7 @@ class OnArrivalQuantizer(HfQuantizer):
 
     def get_quantize_ops(self):
         return QuantizeOnArrival(
-            self.quantization_config, self.layers, self.transposed, self.experts, self.problems
+            self.quantization_config, self.layers, self.transposed, self.experts, self.problems, self.files
         )  # fmt: skip
 
     def _process_model_after_weight_loading(self, model, **_unused):

@@ -77,11 +77,13 @@ def _say_not_pinned(reason: str) -> None:
     )  # fmt: skip
 
 
-def disk_memory(size: int, folder: str, device: torch.device) -> torch.Tensor:
+def disk_memory(
+    size: int, folder: str, device: torch.device, setting: str = "memory.offload_folder"
+) -> torch.Tensor:  # fmt: skip
     """Return uint8 [size] in a file without a name, which is gone when nobody holds the tensor, or the process ends.
 
     Raises:
-        OutputError: the folder is not there, cannot be written to, or its disk has no room.
+        OutputError: naming the setting; the folder is not there, cannot be written to, or its disk has no room.
     """
     with category("on disk"):
         if device.type == "meta":
@@ -93,8 +95,8 @@ def disk_memory(size: int, folder: str, device: torch.device) -> torch.Tensor:
                     os.posix_fallocate(file.fileno(), 0, size)
                 memory = mmap.mmap(file.fileno(), size)
         except OSError as error:
-            raise OutputError(f"memory.offload_folder: {format_bytes(size)} cannot be taken in {folder}: "
-                              f"{error.strerror}; choose another folder, or make room") from error  # fmt: skip
+            raise OutputError(f"{setting}: {format_bytes(size)} cannot be taken in {folder}: {error.strerror}; choose "
+                              "another folder, or make room") from error  # fmt: skip
         return torch.frombuffer(memory, dtype=torch.uint8)[:]  # an operation, which a ledger sees
 
 
@@ -122,6 +124,11 @@ class SideStream:
         """Let the computation go on only after a copy."""
         if event is not None:
             torch.cuda.current_stream(self.device).wait_event(event)
+
+    def wait_on_host(self, event: "torch.cuda.Event | None") -> None:
+        """Return when a copy has ended, after which the host may write to what it read."""
+        if event is not None:
+            event.synchronize()
 
 
 class Arrival(NamedTuple):

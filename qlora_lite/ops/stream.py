@@ -1,21 +1,22 @@
-"""Keep the frozen weights of blocks in host memory and bring each block to the device when it runs.
+"""Keep the frozen weights of blocks in host memory or on a disk, and bring each block to the device when it runs.
 
-A block's tensors lie in one flat buffer (pinned beside a card), so that one copy brings them; several blocks share an
-allocation, since pinned memory comes in whole powers of two. The device has two slots: while a block computes in one,
-the next in the direction of travel (the following in forward, the one before in backward) arrives in the other. Frozen
-weights are never written back. 4-bit blocks are what makes this pay: for an 8B model 107 MiB a block, 4 ms over a fast
-bus, against 20 ms of products for 2,048 tokens.
+In host memory a block's tensors lie in one flat buffer (pinned beside a card), so that one copy brings them; several
+blocks share an allocation, since pinned memory comes in whole powers of two. On a disk they stay in the file that they
+were loaded from, which the process sees as memory (``read_ahead``). The device has two slots: while a block computes in
+one, the next in the direction of travel (the following in forward, the one before in backward) arrives in the other.
+Frozen weights are never written back. 4-bit blocks are what makes this pay: for an 8B model 107 MiB a block, 4 ms over
+a fast bus, against 20 ms of products for 2,048 tokens.
 
-A block's modules hold views of its slot while it is there and views of the host buffer otherwise, so that
-whatever reads the model's tensors finds the true values. Saved tensors point into a slot: they must be gone
+A block's modules hold views of its slot while it is there and otherwise what lies in host memory or in the file, so
+that whatever reads the model's tensors finds the true values. Saved tensors point into a slot: they must be gone
 before the slot is used again, which checkpointing per block sees to (autograd's version counters raise otherwise).
 
 Source: the idea of layer-to-layer execution, L2L, arXiv 2002.05645.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -23,41 +24,52 @@ from torch import nn
 from qlora_lite.memory.marks import category
 
 from .offload import SideStream, host_memory, pinned_bytes
+from .read_ahead import ReadAhead
 
 SLOTS = 2
 MOST_AT_ONCE_BYTES = 1 << 32  # of pinned memory; a host that has no room for more can still give less
 ALIGNMENT = 512  # bytes; what vector loads and copies of any device are content with, and what a plan counts in
 
 
-class _Place(NamedTuple):
-    """Where one tensor of a block is registered, and where it lies in the flat buffer."""
+@dataclass(slots=True)
+class _Place:
+    """Where one tensor of a block is registered, and where it lies in a flat buffer."""
 
     registry: dict[str, torch.Tensor | None]
     name: str
     start: int
-    tensor: torch.Tensor  # a view of the host buffer
+    tensor: torch.Tensor  # while the block is not on the device
 
     def view(self, flat: torch.Tensor) -> torch.Tensor:
-        """Return the tensor as a view of another flat buffer."""
+        """Return the tensor's place in a flat buffer."""
         size = self.tensor.nbytes
         found = flat[self.start : self.start + size].view(self.tensor.dtype).view(self.tensor.shape)
         return nn.Parameter(found, False) if isinstance(self.tensor, nn.Parameter) else found
 
 
-class _HostBlock:
-    """The frozen tensors of a block in one flat host buffer."""
+class _Block:
+    """The frozen tensors of a block, one behind the other in any flat buffer of ``size`` bytes or more."""
 
-    def __init__(self, block: nn.Module, flat: torch.Tensor):
-        self.flat, self.places, start = flat, [], 0
+    def __init__(self, block: nn.Module):
+        self.places, self.size = [], 0
         for registry, name, tensor in _frozen(block):
-            place = _Place(registry, name, start, tensor).view(flat)
-            place.copy_(tensor)
-            self.places.append(_Place(registry, name, start, place))
-            start += _taken(tensor)
+            self.places.append(_Place(registry, name, self.size, tensor))
+            self.size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+
+    def fill(self, flat: torch.Tensor) -> None:
+        """Copy the tensors to a buffer."""
+        for place in self.places:
+            place.view(flat).copy_(place.tensor)
+
+    def move(self, flat: torch.Tensor) -> None:
+        """Let the tensors lie in a buffer for good."""
+        self.fill(flat)
+        for place in self.places:
+            place.tensor = place.view(flat)
         self.show(None)
 
     def show(self, flat: torch.Tensor | None) -> None:
-        """Let the block's modules see a copy in a slot, or the host buffer."""
+        """Let the block's modules see a copy in a slot, or where the tensors lie."""
         for place in self.places:
             place.registry[place.name] = place.tensor if flat is None else place.view(flat)
 
@@ -70,8 +82,24 @@ def _frozen(block: nn.Module) -> Iterator[tuple[dict, str, torch.Tensor]]:
                     yield registry, name, tensor
 
 
-def _taken(tensor: torch.Tensor) -> int:
-    return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+class _InHostMemory:
+    """Blocks that lie in host memory, each in one flat buffer."""
+
+    def __init__(self, blocks: Sequence[_Block], side: SideStream):
+        self._side, self._flat = side, []
+        self.buffers: Sequence[torch.Tensor] = ()  # beside the blocks themselves
+        buffers = _host_buffers([block.size for block in blocks], side.device)
+        for block, flat in zip(blocks, buffers, strict=True):  # so that no more than a few lie there twice
+            block.move(flat)
+            self._flat.append(flat)
+
+    def begin(self, number: int) -> None:
+        """Do nothing: a block can be brought at any time."""
+
+    def bring(self, number: int, slot: torch.Tensor) -> object:
+        """Copy a block to the begin of a slot on the device; return what to wait for."""
+        flat = self._flat[number]
+        return self._side.copy([(slot[: len(flat)], flat)])
 
 
 def _host_buffers(sizes: list[int], device: torch.device) -> Iterator[torch.Tensor]:
@@ -115,14 +143,18 @@ class BlockStream:
     Args:
         blocks: in the order they run; each must run with checkpointing while it is trained.
         device: where they compute.
+        on_disk: leave their tensors where they were loaded, in files that the process sees as memory.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], device: torch.device):
-        self.side = SideStream(device)
-        self.sizes = [sum(_taken(tensor) for _, _, tensor in _frozen(block)) for block in blocks]
-        buffers = _host_buffers(self.sizes, device)
-        self._blocks = [_HostBlock(block, flat) for block, flat in zip(blocks, buffers, strict=True)]
-        self._storages = {block.flat.untyped_storage()._cdata for block in self._blocks}
+    def __init__(self, blocks: Sequence[nn.Module], device: torch.device, on_disk: bool = False):
+        self.on_disk, self.side = on_disk, SideStream(device)
+        self._blocks = [_Block(block) for block in blocks]
+        self.sizes = [block.size for block in self._blocks]
+        self._source = (
+            ReadAhead([block.fill for block in self._blocks], self.sizes, self.side) if on_disk
+            else _InHostMemory(self._blocks, self.side)
+        )  # fmt: skip
+        self._storages = {place.tensor.untyped_storage()._cdata for block in self._blocks for place in block.places}
         with category("base weights"):
             self._slots = [torch.empty(max(self.sizes), dtype=torch.uint8, device=device) for _ in range(SLOTS)]
         self._in_slot: list[int | None] = [None] * SLOTS
@@ -141,30 +173,43 @@ class BlockStream:
         return enter
 
     def enter(self, number: int) -> None:
-        """Have a block on the device, and begin to bring the next one in the direction of travel."""
+        """Have a block on the device, begin to bring the next one in the direction of travel, and to read the one
+        behind that."""
         if number == self._current:
             return
         begins = number == 0 or self._current is None  # a forward pass, which may follow another
-        onward = number + 1 if begins or number > self._current else number - 1
+        step = 1 if begins or number > self._current else -1
         if number not in self._in_slot:
             self._load(number)
         self.side.wait(self._arrival[number])
         self._current = number
-        if 0 <= onward < len(self._blocks) and onward not in self._in_slot:
-            self._load(onward)
+        if self._is_elsewhere(number + step):
+            self._load(number + step)
+        if number == len(self._blocks) - 1:  # where a step turns back
+            step = -1
+        if self._is_elsewhere(number + 2 * step):
+            self._source.begin(number + 2 * step)
+
+    def _is_elsewhere(self, number: int) -> bool:
+        return 0 <= number < len(self._blocks) and number not in self._in_slot
 
     def _load(self, number: int) -> None:
         slot = next(slot for slot, holds in enumerate(self._in_slot) if holds is None or holds != self._current)
-        evicted, block, flat = self._in_slot[slot], self._blocks[number], self._slots[slot]
+        evicted, flat = self._in_slot[slot], self._slots[slot]
         if evicted is not None:
             self._blocks[evicted].show(None)
-        self._arrival[number] = self.side.copy([(flat[: len(block.flat)], block.flat)])
+        self._arrival[number] = self._source.bring(number, flat)
         self._in_slot[slot] = number
-        block.show(flat)
+        self._blocks[number].show(flat)
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Tell whether a tensor lies in one of the host buffers."""
+        """Tell whether a tensor lies where the blocks are while they are not on the device."""
         return tensor.untyped_storage()._cdata in self._storages
+
+    @property
+    def buffers(self) -> Sequence[torch.Tensor]:
+        """Host memory that a disk's blocks pass through, uint8."""
+        return self._source.buffers
 
     @property
     def slots(self) -> Sequence[torch.Tensor]:

@@ -5,6 +5,7 @@ the levers of training are not taken over, and nothing stays on the host that ha
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -38,13 +39,14 @@ def memory_to_use(device: torch.device, budget_bytes: int | None) -> int | None:
     return free if budget_bytes is None else min(free, budget_bytes - CUDA_CONTEXT_BYTES - held_bytes(device))
 
 
-def placement(model: nn.Module, tokens: int, memory_bytes: int) -> Levers:
+def placement(model: nn.Module, tokens: int, memory_bytes: int, host_bytes: int | None = None) -> Levers:
     """Return the fastest way to place a model's weights that fits beside a prompt, or the one that needs least.
 
     Args:
         model: as it would be loaded, on the meta device.
         tokens: of the longest prompt.
         memory_bytes: of the device.
+        host_bytes: of the host, free; streamed weights that it has no room for stay on the disk.
     """
     try:
         room = memory_bytes - prompt_bytes(model, tokens)
@@ -53,7 +55,9 @@ def placement(model: nn.Module, tokens: int, memory_bytes: int) -> Levers:
     for levers in _placements(model):
         if bytes_on_device(model, levers) <= room:
             break
-    return levers
+    if host_bytes is None or bytes_on_device(model, Levers()) - bytes_on_device(model, levers) <= host_bytes:
+        return levers
+    return replace(levers, stream_from_disk=True)
 
 
 def prompt_bytes(model: nn.Module, tokens: int, prompts: int = 1, device_type: str = "cuda") -> int:
@@ -98,10 +102,12 @@ def prompts_at_once(model: nn.Module, tokens: int, room_bytes: float, device_typ
 
 
 def left_on_host(levers: Levers, depth: int) -> str:
-    """Say what lies in host memory, of a model with so many blocks."""
-    streamed = levers.streamed_of(depth)
-    left = {"embeddings": levers.host_embeddings, "head": levers.host_head, f"{streamed} of {depth} blocks": streamed}
-    return ", ".join(filter(left.get, left)) or "nothing"
+    """Say what lies in host memory, and what on a disk, of a model with so many blocks."""
+    streamed, on_disk = f"{levers.streamed_of(depth)} of {depth} blocks", levers.weights_on_disk
+    left = {"embeddings": levers.host_embeddings, "head": levers.host_head,
+            streamed: levers.streamed_of(depth) and not on_disk}  # fmt: skip
+    in_memory = ", ".join(filter(left.get, left)) or "nothing"
+    return f"in host memory: {in_memory}" + (f"; on the disk: {streamed}" if on_disk else "")
 
 
 def _placements(model: nn.Module) -> Iterator[Levers]:

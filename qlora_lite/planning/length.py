@@ -65,7 +65,7 @@ def _ways(step: Step, host_limit_bytes: int | None) -> Iterator[JobOf]:
         for number, levers in enumerate(reversed([first_levers(each), *smaller(each)])):
             yield partial(_one_pack, each, levers)
             streams_all = number == 0 and levers.resident_blocks == 0 and "resident_blocks" not in each.fixed
-            if streams_all and host_limit_bytes is not None:
+            if streams_all and host_limit_bytes is not None and not levers.stream_from_disk:
                 yield _partly_streamed(each, levers, host_limit_bytes)
             if number == 0:
                 for stretches in in_stretches(each, levers):

@@ -23,6 +23,7 @@ BANDWIDTH_REACHED = 0.8  # of a card's memory bandwidth, element-wise kernels; n
 # each operation that a simulation of the same step counts, the optimizer's too. A card's driver takes some more, which
 # was not measured here.
 OPERATION_SECONDS = 10e-6
+DISK_BYTES_PER_SECOND = 2e9  # assumed of a common NVMe disk, for a file that is seen as memory; not measured here
 # Large enough for a fast card: far longer than a launch, more than its second-level cache holds.
 _PRODUCT = {"cpu": (512, 2048, 2048), "cuda": (2048, 4096, 4096)}
 _COPY_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
@@ -65,15 +66,20 @@ class Machine:
         """Estimate how long the transfers between host and device of the same work take."""
         return work.bus_bytes / self.bus_bytes_per_second
 
+    def disk_seconds(self, work: Work) -> float:
+        """Estimate how long a disk takes to give the weights that the same work streams from it."""
+        return work.disk_bytes / DISK_BYTES_PER_SECOND
+
     def seconds(self, work: Work) -> float:
         """Estimate the time of the same work.
 
-        A card computes while the host starts what comes next, and transfers hide behind both, as far as they can.
+        A card computes while the host starts what comes next, and transfers and a disk hide behind both, as far as they
+        can.
         """
         computing, starting = self.computing_seconds(work), self.starting_seconds(work)
         if self.device_type == "cpu":
             return computing + starting
-        return max(computing, starting, self.bus_seconds(work))
+        return max(computing, starting, self.bus_seconds(work), self.disk_seconds(work))
 
 
 def machine_of_card(card: Card) -> Machine:

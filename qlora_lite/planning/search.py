@@ -8,7 +8,8 @@ that moves less to the host, and then the one that needs the least memory.
 
 The way begins with checkpointing per block. If that fits, keeping everything is tried. Where more packs at once
 would pay and do not fit, or nothing fits at all, come the levers that save more, in the order of what they cost:
-tiles and, on a card, embeddings in host memory; then checkpoints there, the head, and at last the blocks' weights.
+tiles and, on a card, embeddings in host memory; then checkpoints there, the head, and at last the blocks' weights,
+which come from the disk where the host has no room for any other plan.
 It ends where one more lever makes nothing better. What memory the best then leaves buys back time: a block's
 weights are unpacked once for its second run and its backward; on a card attention is not computed again where rows
 are so long that it shows; and as many of the last blocks are kept, or resident, as fit. More memory is then left, and
@@ -40,7 +41,7 @@ SMALL_TILE_TOKENS = 1024  # the last resort
 def search(step: Step, machine: Machine, limit_bytes: int) -> list[Candidate]:
     """Simulate the divisions and levers that may be best; more packs at once as long as it fits and pays.
 
-    What a disk costs is not known, so it is for what fits in no other way.
+    What a disk costs is known least, so it is for what fits in no other way.
     """
     found: list[Candidate] = []
     if with_disk(step) != step:
@@ -64,13 +65,20 @@ def with_disk(step: Step) -> Step:
 
 
 def with_less_on_host(step: Step) -> Iterator[Step]:
-    """Yield the step, then with its block inputs on the device, then with all weights there too, as far as may be."""
+    """Yield the step, then with its block inputs on the device, then with all weights there too, as far as may be; at
+    last with streamed weights on the disk, and then with its block inputs on the device."""
     yield step
+    inputs, on_disk = {"offload_checkpoints": False}, {"stream_from_disk": True}
     weights = {"host_embeddings": False, "host_head": False, "resident_blocks": None}
-    for levers in ({"offload_checkpoints": False}, weights) if step.job.device_type == "cuda" else ():
-        earlier, step = step, replace(step, fixed={**levers, **step.fixed})
-        if step != earlier:
-            yield step
+    ways = [inputs, inputs | weights]
+    if step.fixed.get("resident_blocks", 0) is not None and step.fixed.get("checkpointing") != "none":
+        ways += [on_disk, on_disk | inputs]
+    seen = [step.fixed]
+    for levers in ways if step.job.device_type == "cuda" else ():
+        fixed = {**levers, **step.fixed}
+        if fixed not in seen:
+            yield replace(step, fixed=fixed)
+            seen.append(fixed)
 
 
 def in_stretches(step: Step, levers: Levers) -> Iterator[Levers]:

@@ -236,7 +236,7 @@ def _as_allocated(job: Job, simulation: Simulation) -> Simulation:
     They are shared between blocks, so that it does not grow in a straight line.
     """
     streamed, sizes = job.levers.streamed_of(job.config.num_hidden_layers), simulation.streamed_sizes
-    if not streamed or job.device_type != "cuda":
+    if not streamed or job.levers.stream_from_disk or job.device_type != "cuda":
         return simulation
     unlike, pattern = _pattern(job)
     kinds = [number if number < unlike else unlike + (number - unlike) % pattern for number in range(streamed)]
@@ -276,6 +276,7 @@ def _run(job: Job, device: torch.device, timeline: bool, measured_because: str =
     with planning_for(job.device_type, job.deterministic), ledger:
         for tensor, name, _ in categorised(model):
             ledger.claim([tensor], name)
+        in_files = ledger.now().breakdown.get("on disk", 0)  # the weights themselves
         ledger.watch(model)
         eval_inputs = _inputs(job.eval_rows, device) if job.eval_rows else None
         rehearse_step(
@@ -286,7 +287,8 @@ def _run(job: Job, device: torch.device, timeline: bool, measured_because: str =
     frozen = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad)
     work = counter.work._replace(operations=0) if job.levers.compile else counter.work  # how few it has is not known
     simulation = Simulation(
-        dict(ledger.peaks), resident, work, ledger.offloaded_peak_bytes, ledger.disk_peak_bytes, frozen,
+        dict(ledger.peaks), resident, work, ledger.offloaded_peak_bytes,
+        ledger.disk_peak_bytes - in_files, frozen,
         measured_because, tuple(model.block_stream.sizes) if hasattr(model, "block_stream") else (),
     )  # fmt: skip
     return (simulation, moments) if timeline else simulation

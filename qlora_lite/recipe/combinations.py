@@ -21,7 +21,7 @@ def conflicts(value: _Value) -> _Found:
     """Yield place and message of every setting that does not go with others."""
     for check in (
         _patience, _held_out, _streaming, _update_in_backward, _compile, _head, _all_kept, _kept_and_streamed,
-        _stretches, _folder,
+        _stretches, _folder, _stream_from,
     ):  # fmt: skip
         yield from check(value)
 
@@ -152,3 +152,11 @@ def _folder(value: _Value) -> _Found:
         if (given := value("memory", name)) == without:
             message = f"memory.{name} = {written(given)}: leaves nothing for memory.offload_folder"
             yield ("memory", name), f"{message}; remove one of the two"
+
+
+def _stream_from(value: _Value) -> _Found:
+    given, resident = value("memory", "stream_from"), value("memory", "resident_blocks")
+    if given == "disk" and (resident == "all" or value("memory", "checkpointing") == "none"):
+        other = "resident_blocks all" if resident == "all" else "checkpointing none"
+        message = f"memory.stream_from = disk: with memory.{other} no weights are streamed"
+        yield ("memory", "stream_from"), f"{message}; remove one of the two"

@@ -9,7 +9,7 @@ from torch import nn
 
 from qlora_lite.lora.inject import lora_parameters
 from qlora_lite.models.anatomy import text_config
-from qlora_lite.models.levers import on_host
+from qlora_lite.models.levers import on_disk, on_host
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.packed import PackedWeight
 
@@ -45,12 +45,17 @@ def categorised(model: nn.Module) -> Iterator[tuple[torch.Tensor, str, str]]:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     for module in model.modules():
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if on_host(model, module, tensor):
+            if on_disk(model, tensor):
+                yield tensor, "on disk", "in the prepared model's file; read when it is needed"
+            elif on_host(model, module, tensor):
                 yield tensor, "offloaded", "in host memory; travels to the device when it is needed"
             else:
                 yield (tensor, *_category(module, name, tensor, factors, embedding, head))
-    for slot in (getattr(model, "block_stream", None) and model.block_stream.slots) or ():
-        yield slot, "base weights", "room for a streamed block"
+    if stream := getattr(model, "block_stream", None):
+        for slot in stream.slots:
+            yield slot, "base weights", "room for a streamed block"
+        for buffer in stream.buffers:
+            yield buffer, "offloaded", "room for a streamed block that is read from the disk"
 
 
 def _category(module, name, tensor, factors, embedding, head) -> tuple[str, str]:

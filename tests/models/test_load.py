@@ -1,6 +1,8 @@
 """Every way into a 4-bit model gives the same packed bytes, and the same logits as transformers and bitsandbytes."""
 
+import errno
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +17,12 @@ from qlora_lite.errors import ModelError
 from qlora_lite.export.forms import ExportSettings, export_run
 from qlora_lite.export.gguf_model import MODEL_FILE
 from qlora_lite.models.load import load_model, resolve_compute_dtype, resolve_device
-from qlora_lite.models.quantizer import OnArrivalQuantizer, quantize_head, quantize_in_place
+from qlora_lite.models.quantizer import OnArrivalQuantizer, QuantizeOnArrival, quantize_head, quantize_in_place
 from qlora_lite.models.save import save_quantized
 from qlora_lite.models.skeleton import meta_model
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.quant.linear import QuantLinear
+from qlora_lite.quant.packed import PackedWeight
 from qlora_lite.train.guards import check_forward
 
 IDS = torch.randint(3, 160, (2, 11), generator=torch.Generator().manual_seed(0))
@@ -293,3 +296,60 @@ def test_a_4_bit_model_in_another_type_computes_alike():
     model, before = model.float(), logits(model)
     for change in (model.bfloat16, model.half, model.float):
         assert (logits(change()) - before).norm() < 0.02 * before.norm()
+
+
+def file_of(tensor):
+    """Return the path of the file that a tensor's memory is mapped from, "" if from none."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        begin, end = (int(address, 16) for address in line.split()[0].split("-"))
+        if begin <= tensor.data_ptr() < end:
+            inode, *path = line.split(maxsplit=5)[4:]
+            return path[0].strip() if inode != "0" else ""
+    raise AssertionError("no such memory")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not show what is mapped")
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+def test_a_model_that_memory_has_no_room_for_lies_in_files_from_its_first_weight_on(
+    model_type, use_cache, tmp_path, monkeypatch
+):  # fmt: skip
+    build_tiny(model_type).save_pretrained(tmp_path / "model")
+    expected, made = load(tmp_path / "model"), []
+    convert = QuantizeOnArrival.convert
+
+    def noted(self, *args, **kwargs):
+        found = convert(self, *args, **kwargs)
+        made.extend(tensor for name, tensor in found.items() if not name.endswith("_proj"))  # of experts, a placeholder
+        assert all(map(file_of, made))
+        return found
+
+    monkeypatch.setattr(QuantizeOnArrival, "convert", noted)
+    monkeypatch.setattr("qlora_lite.models.in_files.PART_BYTES", 1 << 14)
+    monkeypatch.setenv("QLORA_LITE_CACHE", str(tmp_path / "cache"))
+    for _ in range(1 + use_cache):
+        model = load(tmp_path / "model", use_cache=use_cache, in_files=True)
+        held = {name: tensor for name, tensor in packed_parts(model).items() if tensor.nbytes > 1024}  # not tables
+        files = {file_of(tensor).rpartition(".")[2] for tensor in held.values()}
+        assert len(held) >= 8 and "" not in files
+        assert (files == {"safetensors"}) == use_cache, "or else files without a name"
+        theirs = packed_parts(expected)
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in packed_parts(model).items())
+    assert len({tensor.untyped_storage()._cdata for tensor in made}) > 1, "several parts"
+
+
+def packed_parts(model):
+    """Every tensor of every weight in 4 bit, those of experts too."""
+    return {name: buffer for name, buffer in model.named_buffers()
+            if isinstance(model.get_submodule(name.rpartition(".")[0]), PackedWeight)}  # fmt: skip
+
+
+def test_a_disk_without_room_for_the_weights_is_named_with_its_cure(tmp_path, monkeypatch):
+    def full(*_arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save_tiny(tmp_path / "model")
+    monkeypatch.setattr("os.posix_fallocate", full)
+    monkeypatch.setenv("QLORA_LITE_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ModelError, match=r"QLORA_LITE_CACHE: 1.0 GiB cannot be taken .* No space left .* make room"):
+        load(tmp_path / "model", in_files=True)

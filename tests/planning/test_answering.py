@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -78,6 +79,12 @@ def test_less_memory_gives_placements_that_need_less_and_fit(model_type, tied):
     assert (Levers(host_embeddings=True) in seen) is not tied
     assert Levers(host_embeddings=not tied, resident_blocks=1) in seen
     assert placement(model, 100, 0) == seen[-1], "what needs least, where nothing fits"
+    for levers in seen:
+        on_host = bytes_on_device(model, Levers()) - bytes_on_device(model, levers)
+        memory = prompt + bytes_on_device(model, levers)
+        assert placement(model, 100, memory, on_host) == levers
+        if levers.resident_blocks is not None:
+            assert placement(model, 100, memory, on_host - 1) == replace(levers, stream_from_disk=True)
     assert placement(model, 10_000, prompt + bytes_on_device(model, Levers())) == seen[-1], "a longer prompt"
 
 
@@ -245,18 +252,22 @@ def test_a_small_card_evaluates_answers_and_compares_as_a_large_one(tmp_path, mo
     run = tiny_run(tmp_path, overrides=[f"model.device={device}"], num_hidden_layers=4, tie_word_embeddings=tied)
     found, placed, some = [], [], Levers(resident_blocks=1, host_embeddings=not tied)
     monkeypatch.setattr(build, "place", lambda *args: placed.append(args[-1]) or place(*args))
-    for memory in (2**40, needed(open_trained(run), some), 0):
+    small = needed(open_trained(run), some)
+    for memory, host in ((2**40, 2**40), (small, 2**40), (0, 2**40), (small, 0)):
         monkeypatch.setattr(build, "memory_to_use", lambda _device, _budget, memory=memory: memory)
+        monkeypatch.setattr(build, "free_bytes", lambda _device, host=host: host)
         found.append(uses(run, device))
     for loss, answer_text, alike in found[1:]:
         assert answer_text == found[0][1]
         assert loss == pytest.approx(found[0][0], rel=1e-6), "a head in slices may round otherwise"
         assert alike == pytest.approx(found[0][2], rel=1e-4)
     said = [message.partition("in host memory: ")[2] for message in caplog.messages if "no room for all" in message]
-    assert said == 3 * ["3 of 4 blocks" if tied else "embeddings, 3 of 4 blocks"] + 3 * [
-        "embeddings, head, 4 of 4 blocks"
-    ]
-    assert placed == 3 * [some] + 3 * [Levers(resident_blocks=0, host_embeddings=True, host_head=True)]
+    table = "" if tied else "embeddings"
+    places = [", ".join(filter(None, (table, "3 of 4 blocks"))), "embeddings, head, 4 of 4 blocks",
+              f"{table or 'nothing'}; on the disk: 3 of 4 blocks"]  # fmt: skip
+    assert said == [place for place in places for _ in range(3)]
+    chosen = some, Levers(resident_blocks=0, host_embeddings=True, host_head=True), replace(some, stream_from_disk=True)
+    assert placed == [levers for levers in chosen for _ in range(3)]
 
 
 @pytest.mark.parametrize("use", ["base", "evaluation", "tasks", "generate", "serve"])

@@ -164,6 +164,8 @@ def test_the_predicted_peak_of_the_update_of_bfloat16_factors_is_the_measured_on
         {"levers": Levers(resident_blocks=0, host_embeddings=True, host_head=True)},
         {"levers": Levers(resident_blocks=3, offload_checkpoints=True, tile_tokens=8)},
         {"levers": Levers(resident_blocks=3, kept_blocks=3)}, {"levers": Levers(kept_blocks=7)},
+        {"levers": Levers(resident_blocks=0, stream_from_disk=True, offload_checkpoints=True)},
+        {"device_type": "cuda", "levers": Levers(resident_blocks=3, stream_from_disk=True)},
         {"levers": Levers(reuse_dequantized=True)}, {"levers": Levers(reuse_dequantized=True, kept_blocks=3)},
         {"levers": Levers(reuse_dequantized=True, tile_tokens=8)},
         {"levers": Levers(reuse_dequantized=True, tile_tokens=8, resident_blocks=3, offload_checkpoints=True)},
@@ -265,6 +267,32 @@ def test_streamed_blocks_of_several_sizes_are_counted_by_what_they_are():
     assert whole.streamed_sizes[0] < whole.streamed_sizes[-1]
     taken = sum(pinned_bytes(sum(group)) for group in shared_allocations(list(whole.streamed_sizes)))
     assert simulate(job).offloaded_bytes == whole.offloaded_bytes == taken
+
+
+@pytest.mark.parametrize("resident", [0, 3])
+def test_of_blocks_on_a_disk_the_host_holds_two_and_all_are_read_in_forward_and_in_backward(resident):
+    depth, levers = 23, Levers(resident_blocks=resident)
+    job = job_for(config_of("llama", num_hidden_layers=depth), levers=levers, device_type="cuda", eval_rows=None)
+    from_host = simulate(job)
+    on_disk = simulate(replace(job, levers=replace(levers, stream_from_disk=True)))
+    (size,) = {*from_host.streamed_sizes}
+    assert on_disk.offloaded_bytes == 2 * pinned_bytes(size) < from_host.offloaded_bytes / 4
+    assert on_disk.peak().on_device == from_host.peak().on_device and on_disk.frozen_bytes == from_host.frozen_bytes
+    assert on_disk.folder_bytes == 0, "their file is there anyway"
+    assert on_disk.work._replace(disk_bytes=0) == from_host.work
+    assert from_host.work.disk_bytes == 0 and on_disk.work.bus_bytes == (2 * (depth - resident) - 2) * size
+    on_cpu = simulate(replace(job, levers=replace(levers, stream_from_disk=True), device_type="cpu"))
+    without_gaps = on_cpu.resident.breakdown["on disk"] / (depth - resident)
+    assert on_disk.work.disk_bytes / without_gaps - on_disk.work.bus_bytes / size in (0, 1), "one is read in vain"
+
+
+def test_blocks_on_a_disk_hold_of_host_memory_what_is_planned():
+    levers = Levers(resident_blocks=1, stream_from_disk=True, loss_chunk_tokens=8)
+    job = job_for(config_of("llama", num_hidden_layers=5), levers=levers)
+    planned, real = simulate_whole(job), _run(job, torch.device("cpu"), False)
+    assert planned.offloaded_bytes == real.offloaded_bytes > 0
+    assert planned.peak().total == pytest.approx(real.peak().total, abs=INPUT_BYTES)
+    assert planned.folder_bytes == real.folder_bytes == 0
 
 
 @pytest.mark.parametrize("changes", [{}, {"reuse_dequantized": True}, {"host_head": True}])

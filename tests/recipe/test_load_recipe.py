@@ -433,6 +433,16 @@ def test_compiled_blocks_say_what_they_do_not_go_with(problems, recipe):
     assert recipe(GOOD, on, *goes, "memory.reuse_dequantized=true").train.compile
 
 
+def test_weights_that_come_from_a_disk_have_to_be_streamed(problems, recipe):
+    disk = "memory.stream_from=disk"
+    for settings in ([], ["memory.resident_blocks=2"], ["memory.checkpointing=selective"]):
+        assert recipe(GOOD, disk, *settings).memory.stream_from == "disk"
+    for setting, said in (("resident_blocks=all", "resident_blocks all"), ("checkpointing=none", "checkpointing none")):
+        found = problems(GOOD, disk, f"memory.{setting}")
+        assert f"memory.stream_from = disk: with memory.{said} no weights are streamed; remove one" in found[0]
+        assert recipe(GOOD, "memory.stream_from=host", f"memory.{setting}")
+
+
 def test_the_folder_for_checkpoints_has_to_be_there_and_to_be_used(problems, recipe, tmp_path):
     (tmp_path / "fast").mkdir()
     assert recipe(GOOD, "memory.offload_folder=fast").memory.offload_folder == str(tmp_path / "fast")

@@ -453,12 +453,15 @@ ONE_LEVER = {
     "host_embeddings": {"host_embeddings": True}, "host_head": {"host_head": True},
     "offload_checkpoints": {"offload_checkpoints": True}, "resident_blocks": {"resident_blocks": 2},
     "offload_folder": {"offload_checkpoints": True, "offload_folder": FOLDER},
+    "stream_from_disk": {"resident_blocks": 0, "stream_from_disk": True},
     "optimizer_in_backward": {"optimizer_in_backward": True}, "reuse_dequantized": {"reuse_dequantized": True},
     "quant_head": {"quant_head": True},
 }  # fmt: skip
 REFUSED = {
     ("none", "resident_blocks"): "streamed blocks cannot keep", ("host_head", "quant_head"): "16-bit head",
+    ("none", "stream_from_disk"): "streamed blocks cannot keep", ("kept_blocks", "stream_from_disk"): "cannot keep",
     ("checkpoint_every", "resident_blocks"): "streamed blocks are computed again one by one",
+    ("checkpoint_every", "stream_from_disk"): "streamed blocks are computed again one by one",
 }  # fmt: skip
 PAIRS = [pair for pair in combinations(ONE_LEVER, 2) if pair != ("none", "selective")]  # two values of one setting
 
@@ -479,6 +482,7 @@ levers_strategy = st.builds(
     offload_checkpoints=st.booleans(), resident_blocks=st.sampled_from([None, 0, 1, 3, DEPTH]),
     host_embeddings=st.booleans(), host_head=st.booleans(), reuse_dequantized=st.booleans(),
     optimizer_in_backward=st.booleans(), offload_folder=st.sampled_from([None, FOLDER]),
+    stream_from_disk=st.booleans(),
 )  # fmt: skip  # ``compile`` is in tests/test_compiled.py: a graph takes seconds
 
 
