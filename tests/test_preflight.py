@@ -7,6 +7,7 @@ import pytest
 from tiny_files import byte_tokenizer, write_recipe
 
 from qlora_lite.cli.data import _text
+from qlora_lite.data.formats import BAD_ANSWER
 from qlora_lite.data.held_out import HELD_OUT
 from qlora_lite.data_page import render
 from qlora_lite.errors import DataError
@@ -101,6 +102,18 @@ def test_rows_left_out_are_named_in_the_report_and_on_the_page(look):
     assert [where.rpartition("/")[2] for where in named] == [f"train.jsonl:{line}" for line in (2, 3, 4, 5, 6)]
     assert first_places(found.report, "longer than max_tokens") == ", ".join(named) + ", ..."
     assert f"<td>{', '.join(named)}, ...</td>" in render(found.report, "x")
+
+
+def test_answers_that_are_marked_as_bad_are_left_out_counted_and_named(look):
+    rows = [pair("a") | {"label": True}, *[pair("b", "bad") | {"label": False}] * 2, pair("c") | {"label": "x"}]
+    for _ in range(2):  # made, and from the cache
+        report = look(rows, [pair("d") | {"label": False}, pair("e")]).report
+        assert report["ok"] and (report["rows_read"], report["rows_kept"]) == (4, 2)
+        assert report["dropped"] == {BAD_ANSWER: 2} and report["eval"]["dropped"] == {BAD_ANSWER: 1}
+        assert [where.rpartition(":")[2] for where in report["dropped_at"][BAD_ANSWER]] == ["2", "3"]
+        assert report["sources"][0]["notes"] == ["columns not used: label (1 row)"]
+    (problem,) = look(rows[1:3]).report["problems"]
+    assert problem["message"] == f"no row is left to train on: 2 rows {BAD_ANSWER}"
 
 
 def test_one_bad_row_among_many_is_found_and_named(look):

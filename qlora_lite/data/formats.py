@@ -16,6 +16,9 @@ answer, an unknown role or a number where text should be is an error of that row
 content is text or a list of text parts. Tools, calls and results: see `tools`; in sharegpt a call is a turn of its
 own, {"from": "function_call", "value": JSON text}, and a result {"from": "observation", "value": text}. An answer
 with "weight" (or "loss_weight") 0 or "train" false is not learned, nor is one in a prompt that is a list of turns.
+Rows with "label" (or "kto_tag") false, as KTO marks bad answers, are left out; a label of another kind has no meaning.
+
+source: trl documentation, "Dataset formats: unpaired preference"; LLaMA-Factory, data/README.md.
 """
 
 from __future__ import annotations
@@ -41,6 +44,8 @@ _NOT_SUPPORTED = (
     "functions", "function_call", "reasoning_content", "thinking", "history", "images", "audios", "videos",
 )  # fmt: skip
 _NEEDED = {"alpaca": {"instruction", "output"}, "prompt-completion": {"prompt", "completion"}, "text": {"text"}}
+_JUDGEMENTS = "label", "kto_tag"
+BAD_ANSWER = "marked as a bad answer (label false)"
 _WITH_TURNS = {"messages", "conversations", "system", "tools"}
 _TAKEN = {
     "messages": _WITH_TURNS, "sharegpt": _WITH_TURNS, "alpaca": {"input", "system"},
@@ -104,14 +109,18 @@ def as_message(turn: Turn) -> dict[str, object]:
 
 
 def read_conversations(
-    source: Source, problems: Problems, look: Callable[[Mapping[str, object], frozenset[str]], None] | None = None
+    source: Source,
+    problems: Problems,
+    look: Callable[[Mapping[str, object], frozenset[str]], None] | None = None,
+    drop: Callable[[str, str], None] | None = None,
 ) -> Iterator[Conversation | Document]:
-    """Read a source and normalise its rows; rows that cannot be used go to `problems`.
+    """Read a source and normalise its rows; rows that cannot be used go to `problems`, bad answers nowhere.
 
     Args:
         source: where to read and how.
         problems: collects malformed rows, each with its place.
         look: is given each good row, and the columns that its format looks at.
+        drop: is given the reason and the place of each row that says of itself that its answer is a bad one.
 
     Returns:
         An iterator over the good rows, in order.
@@ -123,6 +132,11 @@ def read_conversations(
     for where, row in read_rows(source, problems):
         if format_name is None:
             format_name = recognise(row, where, source)
+        judged = _judgements(row, format_name)
+        if not all(row[name] for name in judged):
+            if drop is not None:
+                drop(BAD_ANSWER, where)
+            continue
         try:
             normal = normalise(row, where, format_name, source)
         except DataError as error:
@@ -130,8 +144,15 @@ def read_conversations(
             continue
         if look is not None:
             used = used_columns(format_name, source) if used is None else used
-            look(row, used)
+            look(row, used.union(judged))
         yield normal
+
+
+def _judgements(row: Mapping[str, object], format_name: str) -> list[str]:
+    """Return the columns that say whether the answer of a row is a good one; a text or number there is a class."""
+    if format_name not in _TAKEN or row.keys().isdisjoint(_JUDGEMENTS):
+        return []
+    return [name for name in _JUDGEMENTS if isinstance(row.get(name), bool)]
 
 
 def check_format(source: Source) -> str | None:

@@ -74,7 +74,12 @@ def _chunks(source: Source, max_rows: int | None, account: Account) -> Iterator[
     """Yield the good rows of a source, some at a time, and count all of them."""
     unused = no_counts()
     account.unused.append(unused)
-    rows = islice(read_conversations(source, account.problems, partial(count_unused, unused)), max_rows)
+
+    def drop(reason: str, where: str) -> None:
+        account.rows_read += 1
+        account.drop(reason, where)
+
+    rows = islice(read_conversations(source, account.problems, partial(count_unused, unused), drop), max_rows)
     while True:
         bad_before = account.problems.count
         chunk = list(islice(rows, _ROWS_PER_CALL))

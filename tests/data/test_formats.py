@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from qlora_lite.data.formats import (
+    BAD_ANSWER,
     Conversation,
     Document,
     Turn,
@@ -80,6 +81,36 @@ def test_a_row_becomes_turns(read, row, turns):
     assert problems == []
     assert isinstance(conversation, Conversation) and conversation.turns == turns
     assert conversation.where.endswith("a.jsonl:1")
+
+
+JUDGED = (
+    {"prompt": "q", "completion": "a"}, {"instruction": "q", "output": "a"}, {"messages": [user("q"), assistant("a")]},
+    {"conversations": SHAREGPT}, {"prompt": [user("q")], "completion": [assistant("a")]},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("row", JUDGED)
+@pytest.mark.parametrize("column", ["label", "kto_tag"])
+def test_a_row_that_says_its_answer_is_a_bad_one_is_left_out_whatever_else_is_wrong_with_it(write, row, column):
+    rows = [row | {column: False}, row | {column: True}, row | {"prompt": None, "output": 7, column: False}, row]
+    path, dropped, seen = write("a.jsonl", rows), [], []
+    more = (lambda _row, used: seen.append(column in used)), lambda *what: dropped.append(what)
+    kept = list(read_conversations(Source(path), problems := Problems(), *more))
+    assert [each.where.rpartition(":")[2] for each in kept] == ["2", "4"] and problems.shown == []
+    assert dropped == [(BAD_ANSWER, f"{path}:1"), (BAD_ANSWER, f"{path}:3")] and seen == [True, False]
+
+
+@pytest.mark.parametrize("label", [0, 1, 0.0, "false", "False", "bad", "", None, []])
+@pytest.mark.parametrize("row", JUDGED)
+def test_a_label_that_names_a_class_leaves_no_row_out(read, row, label):
+    kept, problems = read([row | {"label": label}] * 2)
+    assert len(kept) == 2 and problems == []
+
+
+def test_of_documents_and_tables_a_label_is_a_column_as_any(read):
+    assert len(read([{"text": "t", "label": False}])[0]) == 1
+    rows = [{"prompt": "q", "completion": "a", "label": False, "kto_tag": False}]
+    assert len(read(rows, prompt="{prompt}", completion="{completion}")[0]) == 1
 
 
 def test_text_stays_as_it_is(read):
