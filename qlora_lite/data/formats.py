@@ -29,6 +29,7 @@ from pathlib import Path
 
 from qlora_lite.data.fields import columns_of, fill, kind_of, text_of
 from qlora_lite.data.lines import Problems
+from qlora_lite.data.one_object import ask_for_columns, ask_for_list
 from qlora_lite.data.opening import data_suffix
 from qlora_lite.data.read import Source, ask_for_sign, read_rows
 from qlora_lite.data.tools import check_calls, tool_calls, tool_definitions
@@ -185,6 +186,8 @@ def recognise(row: Mapping[str, object], where: str, source: Source) -> str:
     Raises:
         DataError: no format has these keys; the message shows how to name the columns.
     """
+    if asked := ask_for_columns(row):
+        raise DataError(f"{where}: {asked}")
     if isinstance(row.get("messages"), list):
         return "messages"
     turns = row.get("conversations")
@@ -199,7 +202,8 @@ def recognise(row: Mapping[str, object], where: str, source: Source) -> str:
 def _cure(row: Mapping[str, object], where: str, source: Source) -> str:
     """Say what to do about columns that no format has."""
     columns = list(row)
-    suffix = data_suffix(Path(where.rpartition(":")[0]))
+    file = Path(where.rpartition(":")[0])
+    suffix = data_suffix(file)
     if suffix in (".csv", ".tsv"):
         if any(map(_is_sentence, columns)):
             return "is the line that names the columns missing? then write it, such as prompt and completion"
@@ -207,14 +211,15 @@ def _cure(row: Mapping[str, object], where: str, source: Source) -> str:
             return asked
     if {"chosen", "rejected"} <= row.keys():
         return f"preference training is not offered; to learn the chosen answers alone, {_cure_of_chosen(row, source)}"
-    if len(columns) >= 2:
-        prompt, completion = _likely(row)
-        how = "" if prompt and completion else " in place of the dots"
-        return f"say which ones to use{how}, as in {_as_table(source, prompt, completion)}"
-    for name, value in row.items():
-        if isinstance(value, list) and all(isinstance(item, dict) for item in value):
-            return f"are the rows in the list {name!r}? then make that list the file"
-    return "an answer needs a prompt; for plain text, name the column text"
+    prompt, completion = _likely(row)
+    asked = None if prompt and completion else ask_for_list(row, file)
+    if asked and sum(isinstance(value, str | int | float) for value in row.values()) < 2:
+        return asked
+    if len(columns) < 2:
+        return "an answer needs a prompt; for plain text, name the column text"
+    how = "" if prompt and completion else " in place of the dots"
+    which = f"say which ones to use{how}, as in {_as_table(source, prompt, completion)}"
+    return f"{asked}; if not, {which}" if asked else which
 
 
 def _is_sentence(name: str) -> bool:

@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
-from qlora_lite.data.lines import Problems, numbered_lines
+from qlora_lite.data.lines import Problems, all_lines, numbered_lines
+from qlora_lite.data.one_object import fault_of_one_object
 from qlora_lite.data.opening import open_bytes
 
 _HEAD_BYTES = 1 << 16
@@ -116,22 +119,40 @@ def _checked(where: str, value: object, faults: list[str], problems: Problems) -
 
 
 def read_json(path: Path, problems: Problems) -> Iterator[tuple[str, dict]]:
-    """Read a .json file: one list of objects, or (as many files of that name are) one object per line."""
+    """Read a .json file: one list of objects, or (as many files of that name are) one object per line.
+
+    One that is a single object is a problem, which says where its rows may be.
+    """
     with open_bytes(path) as file:
         head = file.read(_HEAD_BYTES).removeprefix(_BOM).lstrip()
-        if head and not head.startswith(b"["):
-            return read_jsonl(path, problems)
+    is_list = not head or head.startswith(b"[")
+    if not is_list and _begins_with_a_row(path):
+        return read_jsonl(path, problems)
     with open_bytes(path) as file:
         raw = file.read()
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        if not is_list:
+            return read_jsonl(path, problems)
         line = raw.count(b"\n", 0, error.start) + 1
         problems.add(f"{path}:{line}", "not UTF-8; convert the file to UTF-8", "not UTF-8", fatal=True)
         return iter(())
     if text.lstrip().startswith("["):
         return _read_json_array(path, text, problems)
+    if fault := fault_of_one_object(text, path):
+        problems.add(f"{path}:1", fault, fatal=True)
+        return iter(())
     return read_jsonl(path, problems)
+
+
+def _begins_with_a_row(path: Path) -> bool:
+    """Tell whether one of the first two lines is whole JSON, as where each row has a line of its own."""
+    for _, text, _ in islice(all_lines(path), 2):
+        with suppress(ValueError, RecursionError):
+            json.loads(text or "")
+            return True
+    return False
 
 
 def _read_json_array(path: Path, text: str, problems: Problems) -> Iterator[tuple[str, dict]]:

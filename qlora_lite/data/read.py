@@ -6,8 +6,8 @@ beside tokenising and gives each row a place, `file:line` (for Parquet and Arrow
 that all later messages use.
 
 Every text kind may be compressed with gzip or zstd. Files are streamed, so memory does not grow with them; only
-a JSON array is read whole. Plain text: documents are separated by blank lines; a file without a blank line has
-one document per line.
+a JSON array is read whole, and a .json file that does not begin with a row. Plain text: documents are separated by
+blank lines; a file without a blank line has one document per line.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def test_one_json_array_that_is_named_jsonl_is_named_at_its_first_line(write, to
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
 def test_one_object_over_several_lines_is_not_told_to_take_the_name_that_it_has(write, tokenizer, name):
-    path = write(name, json.dumps({"data": [{"prompt": "q", "completion": "a"}]}, indent=1))
+    path = write(name, json.dumps({"prompt": "q", "completion": "a"}, indent=1))
     with pytest.raises(DataError, match=rf"{path}:1: one JSON object over several lines; put each row on one line, or"):
         build_examples([Source(path)], tokenizer)
 

@@ -227,12 +227,6 @@ def test_settings_that_do_not_go_together_are_an_error(read, settings, said):
         read([{"q": "x", "a": "y"}], **settings)
 
 
-def test_rows_in_a_list_of_an_object_are_answered_with_the_list(write):
-    path = write("a.json", '{"data": [{"prompt": "x", "completion": "y"}]}')
-    with pytest.raises(DataError, match="are the rows in the list 'data'\\? then make that list the file"):
-        list(read_conversations(Source(path), Problems()))
-
-
 def test_columns_that_no_format_has_are_an_error_that_shows_the_cure(write):
     path = write("a.csv", "question,answer,id\nx,y,1\n")
     cure = f'data.train: [{{path: "{path}", prompt: "{{question}}", completion: "{{answer}}"}}]'
