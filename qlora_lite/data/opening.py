@@ -27,6 +27,8 @@ READER_OF_SUFFIX = {
 _COMPRESSION_OF_SUFFIX = {".gz": "gzip", ".zst": "zstd"}
 _CARD_SUFFIX = ".md"  # of what may describe the rows beside it and be none of them
 _ABOUT = re.compile(r"(readme|license|licence|changelog|contributing)(?![a-z])", re.IGNORECASE)  # texts that do
+_DESCRIPTIONS = {"dataset_info.json", "state.json"}  # beside what `datasets.save_to_disk` wrote, one folder a split,
+_SPLITS = "dataset_dict.json"  # and above the folders of several
 _COLUMN_READERS = ("parquet", "arrow")
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip", b"BZh": "bzip2",
           b"\xfd7zXZ": "xz", b"PAR1": "Parquet", b"ARROW1": "Arrow", b"\xff\xfe": "UTF-16",
@@ -45,7 +47,7 @@ def find_files(pattern: str) -> list[Path]:
         At least one path, sorted by name; a folder gives its files with a known suffix, subfolders included,
         without what `left_out` lists, hidden files and hidden folders. Its .md files are data where it has no others;
         a .md, .txt or .text file whose name begins with the word readme, license, licence, changelog or
-        contributing never is.
+        contributing never is. Of one that `datasets.save_to_disk` wrote, the data set is, and nothing beside it.
 
     Raises:
         DataError: nothing is there, something is that is not a file, one file is there under two names, or
@@ -97,7 +99,23 @@ def _data_files(found: list[Path]) -> list[Path]:
     """Return the data files of a folder, as `find_files` says which they are."""
     files = [path for path in found if data_suffix(path) in READER_OF_SUFFIX and not path.is_dir()]
     files = [path for path in files if READER_OF_SUFFIX[data_suffix(path)] != "text" or not _ABOUT.match(path.name)]
+    files = _without_what_describes(files)
     return [path for path in files if data_suffix(path) != _CARD_SUFFIX] or files
+
+
+def _without_what_describes(files: list[Path]) -> list[Path]:
+    """Leave out what `datasets` writes beside the rows of a saved data set, results of map and filter among them."""
+    names: dict[Path, set[str]] = {}
+    for path in files:
+        names.setdefault(path.parent, set()).add(path.name)
+    saved = {folder for folder, found in names.items() if found >= _DESCRIPTIONS}
+    above = {folder.parent for folder in saved}
+    return [
+        path
+        for path in files
+        if not (path.name == _SPLITS and path.parent in above)
+        and not (path.parent in saved and (path.name in _DESCRIPTIONS or path.match("cache-*.arrow")))
+    ]
 
 
 def _check_one_split(folder: Path, files: list[Path]) -> None:

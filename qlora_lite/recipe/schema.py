@@ -138,10 +138,10 @@ class Source(_Section):
 
     path: Text
     """A data file (JSON, JSONL, CSV, TSV, Parquet, Arrow, text; text kinds also as .gz or .zst), a folder or glob
-    pattern with files of one kind, or a hub data set, hub:OWNER/NAME, hub:OWNER/NAME/CONFIG or either with :SPLIT.
-    Blank lines in a text file (.txt, .text, .md) part its documents; in one without any, each line is a document. Of a
-    folder, .md files are read where it has no others, and never a .md, .txt or .text file whose name begins with
-    the word readme, license, licence, changelog or contributing.
+    pattern with files of one kind, a split's folder as save_to_disk of datasets writes it, or a hub data set,
+    hub:OWNER/NAME, hub:OWNER/NAME/CONFIG or either with :SPLIT. Blank lines in a text file (.txt, .text, .md) part its
+    documents; in one without any, each line is a document. Of a folder, .md files are read where it has no others, and
+    never a .md, .txt or .text file whose name begins with the word readme, license, licence, changelog or contributing.
     Commas part the columns of a .csv file, unless its first line names another sign, as in sep=;"""
     format: Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text", "table"] | None = None
     """Shape of the rows; null recognises it from the first row. A table is any columns, with prompt and

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 
 import pyarrow
 import pyarrow.parquet
@@ -436,6 +437,29 @@ def test_a_folder_with_the_files_of_several_splits_is_not_one_source(write, tmp_
     for name in ("training-1.jsonl", "contest.jsonl", "train-a.jsonl", "train-b.jsonl"):
         write(f"other/{name}", row)
     assert len(rows_of(tmp_path / "other")) == 4
+
+
+def test_a_saved_data_set_is_read_without_what_describes_it_and_what_was_made_of_it(tmp_path):
+    from datasets import Dataset, DatasetDict, load_from_disk
+
+    saved = Dataset.from_list([{"text": str(number)} for number in range(5)])
+    splits = DatasetDict({"train": saved, "test": saved.select([3, 1])})
+    splits.save_to_disk(tmp_path / "set", num_shards={"train": 2, "test": 1})
+    assert "several splits (test, train)" in failure(tmp_path / "set")
+    load_from_disk(tmp_path / "set" / "train").map(lambda row: {"text": row["text"] * 2})
+    (made,) = (tmp_path / "set" / "train").glob("cache-*.arrow")
+    for name, texts in (("train", "01234"), ("test", "31")):
+        assert [row["text"] for _, row in rows_of(tmp_path / "set" / name)] == list(texts)
+    assert [path.name for path in left_out(str(made.parent))] == [made.name, "dataset_info.json", "state.json"]
+    (tmp_path / "set" / "train").rename(tmp_path / "set" / "rows")
+    shutil.rmtree(tmp_path / "set" / "test")
+    assert len(rows_of(tmp_path / "set")) == 5
+
+
+def test_files_of_these_names_are_rows_where_no_saved_data_set_is(write, tmp_path):
+    for name in ("state.json", "dataset_dict.json"):
+        write(f"set/{name}", GOOD)
+    assert len(rows_of(tmp_path / "set")) == 2
 
 
 @pytest.mark.parametrize("name", ["rows", "rows.jsonlines", "rows.xml", "rows.train.gz"])
