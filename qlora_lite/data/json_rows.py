@@ -13,7 +13,7 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
-from qlora_lite.data.lines import Problems, all_lines, numbered_lines
+from qlora_lite.data.lines import ASK_OLD_MAC, Problems, all_lines, numbered_lines
 from qlora_lite.data.one_object import fault_of_one_object
 from qlora_lite.data.opening import open_bytes
 
@@ -91,7 +91,8 @@ def read_jsonl(path: Path, problems: Problems) -> Iterator[tuple[str, dict]]:
             problems.add(where, _TOO_DEEP)
             continue
         if end < len(text):
-            faults = [*faults, f"something follows the object: {text[end : end + 20]!r}; one object per line"]
+            cure = ASK_OLD_MAC if text[end] == "\r" else "one object per line"
+            faults = [*faults, f"something follows the object: {text[end : end + 20]!r}; {cure}"]
         yield from _checked(where, value, faults, problems)
 
 

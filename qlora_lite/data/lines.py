@@ -6,6 +6,7 @@ the rest. A byte-order mark at the start and CRLF line ends are accepted; they c
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,7 +17,11 @@ from qlora_lite.errors import DataError
 
 MAX_ROW_BYTES = 5_000_000
 MAX_SHOWN_PROBLEMS = 20
+ASK_OLD_MAC = (
+    "do the lines end with a carriage return alone, as on old Macs? then save it with those of Windows or Linux"
+)
 _BOM = "\ufeff"
+_RETURN = re.compile(rb"\r(?!\n|$)")  # alone, not before a line end
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +114,10 @@ def all_lines(path: Path) -> Iterator[tuple[int, str | None, RowProblem | None]]
             number += 1
             where, fault = f"{path}:{number}", None
             if len(raw) > MAX_ROW_BYTES:
+                cure = f"{ASK_OLD_MAC}; if not, split this row" if _RETURN.search(raw) else "split this row"
                 while raw and not raw.endswith(b"\n"):
                     raw = file.readline(MAX_ROW_BYTES)
-                message = f"a line of more than {MAX_ROW_BYTES:,} bytes; split this row"
+                message = f"a line of more than {MAX_ROW_BYTES:,} bytes; {cure}"
                 yield number, None, RowProblem(where, DataError.rule, message)
                 continue
             try:

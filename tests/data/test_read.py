@@ -291,6 +291,21 @@ def test_a_table_whose_lines_end_as_on_old_macs_is_an_error_that_says_so(write):
     assert rows_of(write("a.csv", b'q,a\r\n"x\ry",z\r\n'))[0][1] == {"q": "x\ry", "a": "z"}
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.txt"])
+def test_a_file_of_many_megabytes_whose_lines_end_as_on_old_macs_is_asked_for_them(write, name):
+    line = GOOD if "json" in name else "x\ty" if name.endswith("tsv") else "x,y"
+    message = failure(write(name, f"{line}\r" * (MAX_ROW_BYTES // len(line))))
+    assert "more than 5,000,000 bytes; do the lines end with a carriage return alone" in message
+    assert message.endswith("; if not, split this row")
+    ends = [b"a" * MAX_ROW_BYTES + b"\r", b"a" * (MAX_ROW_BYTES - 1) + b"\r\n"]
+    assert [("old Macs" in failure(write(name, end + b"\n"))) for end in ends] == [False, False]
+
+
+def test_json_rows_of_one_line_whose_lines_end_as_on_old_macs_are_asked_for_them(write):
+    assert "do the lines end with a carriage return alone" in failure(write("a.jsonl", f"{GOOD}\r{GOOD}\r"))
+    assert "Macs" not in failure(write("a.jsonl", GOOD + GOOD))
+
+
 def test_a_quoted_name_of_a_column_may_hold_a_carriage_return(write):
     assert rows_of(write("a.csv", b'q,"a\rb"\r\nx,y\r\n'))[0][1] == {"q": "x", "a\rb": "y"}
     assert rows_of(write("a.csv", b'q,"a\r\nb\rc"\nx,y\n'))[0][1] == {"q": "x", "a\nb\rc": "y"}
