@@ -13,9 +13,10 @@ answer, an unknown role or a number where text should be is an error of that row
 | text              | {"text"}                                                                             |
 | table             | any columns; the prompt and completion templates of the source name them             |
 
-content is text or a list of text parts. Tools, calls and results: see `tools`; in sharegpt a call is a turn of its
-own, {"from": "function_call", "value": JSON text}, and a result {"from": "observation", "value": text}. An answer
-with "weight" (or "loss_weight") 0 or "train" false is not learned, nor is one in a prompt that is a list of turns.
+content is text or a list of text parts; it may stand beside "from", and "value" beside "role". Tools, calls and
+results: see `tools`; in sharegpt a call is a turn of its own, {"from": "function_call", "value": JSON text}, and a
+result {"from": "observation", "value": text}. An answer with "weight" (or "loss_weight") 0 or "train" false is not
+learned, nor is one in a prompt that is a list of turns.
 Rows with "label" (or "kto_tag") false, as KTO marks bad answers, are left out; a label of another kind has no meaning.
 
 source: trl documentation, "Dataset formats: unpaired preference"; LLaMA-Factory, data/README.md.
@@ -38,7 +39,8 @@ from qlora_lite.errors import DataError
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt-completion", "text", "table")
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
-    "gpt": "assistant", "model": "assistant", "bot": "assistant", "function_call": "assistant",
+    "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant", "bing": "assistant",
+    "bard": "assistant", "function_call": "assistant",
     "tool": "tool", "observation": "tool", "ipython": "tool",
 }  # fmt: skip
 _NOT_SUPPORTED = (
@@ -343,7 +345,15 @@ def _turn(message: object, number: int) -> Turn:
     if not isinstance(message, dict):
         raise DataError(f'turn {number} is {kind_of(message)}, not an object with "role" and "content"')
     _refuse(message, _NOT_SUPPORTED)
+    if message.keys().isdisjoint(("role", "from")):
+        keys = ", ".join(map(repr, message)) or "none"
+        raise DataError(
+            f"turn {number} does not say whose it is (its keys: {keys}); write it as "
+            '{"role": "user", "content": ...}', "unknown role",
+        )  # fmt: skip
     role_key, content_key = ("role", "content") if "role" in message else ("from", "value")
+    if content_key not in message:
+        content_key = next((key for key in ("content", "value") if key in message), content_key)
     named = message.get(role_key)
     if not isinstance(named, str) or named not in ROLES:
         known = f"the roles are {', '.join(ROLES)}"
