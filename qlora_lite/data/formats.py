@@ -16,7 +16,7 @@ answer, an unknown role or a number where text should be is an error of that row
 content is text or a list of text parts; it may stand beside "from", and "value" beside "role". Tools, calls and
 results: see `tools`; in sharegpt a call is a turn of its own, {"from": "function_call", "value": JSON text}, and a
 result {"from": "observation", "value": text}. An answer with "weight" (or "loss_weight") 0 or "train" false is not
-learned, nor is one in a prompt that is a list of turns.
+learned, nor is one in a prompt that is a list of turns; a turn of another role is not, whatever it says.
 Rows with "label" (or "kto_tag") false, as KTO marks bad answers, are left out; a label of another kind has no meaning.
 
 source: trl documentation, "Dataset formats: unpaired preference"; LLaMA-Factory, data/README.md.

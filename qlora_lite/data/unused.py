@@ -12,7 +12,9 @@ from qlora_lite.data.formats import ROLES
 
 COLUMNS, KEYS = "columns", "keys of turns"
 MOST_NAMES = 1000  # counted of each; rows may name their columns as they like
-_TURN_KEYS = frozenset({"role", "content", "from", "value", "weight", "loss_weight", "train", "tool_calls"})
+_WEIGHTS = "weight", "loss_weight", "train"
+_PLAIN_KEYS = frozenset({"role", "content", "from", "value", "tool_calls"})
+_TURN_KEYS = _PLAIN_KEYS.union(_WEIGHTS)
 _RESULT_KEYS = _TURN_KEYS | {"tool_call_id", "name"}
 _WITH_TURNS = "messages", "conversations", "prompt", "completion"
 
@@ -35,9 +37,12 @@ def count_unused(counts: dict[str, Counter[str]], row: Mapping[str, object], use
     keys = set()
     for turns in (row.get(column) for column in _WITH_TURNS if column in used):
         for turn in turns if isinstance(turns, list) else ():
-            if turn.keys() <= _TURN_KEYS:  # as nearly all
+            if turn.keys() <= _PLAIN_KEYS:  # as nearly all
                 continue
-            known = _RESULT_KEYS if ROLES[turn.get("role", turn.get("from"))] == "tool" else _TURN_KEYS
+            role = ROLES[turn.get("role", turn.get("from"))]
+            known = _RESULT_KEYS if role == "tool" else _TURN_KEYS
+            if role != "assistant":  # one that says it is to be learned is not, one that says it is not is right
+                keys.update(f"{key} of {role} turns" for key in _WEIGHTS if turn.get(key))
             keys.update(str(key) for key in turn.keys() - known if _holds(turn[key]))
     for what, names in ((COLUMNS, [name for name in row if name not in used and _holds(row[name])]), (KEYS, keys)):
         for name in names:

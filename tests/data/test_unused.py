@@ -85,6 +85,19 @@ def test_the_keys_of_turns_that_are_not_used_are_counted_once_a_row():
     assert counted([pair])[0] == {COLUMNS: {}, KEYS: {"x": 1, "y": 1}}
 
 
+@pytest.mark.parametrize("key", ["weight", "loss_weight", "train"])
+def test_a_turn_that_asks_to_be_learned_and_cannot_be_is_counted(key):
+    def row(value, answered=True):
+        system = {"from": "system", "value": "s", key: value}
+        return {"messages": [system, QUESTION | {key: value}, ANSWER | {key: answered}]}
+
+    asked = said([row(True), row(True, False), row(False), row(None), row(0), TALK])[KEYS]
+    assert sorted(asked) == [f"{key} of system turns (2 rows)", f"{key} of user turns (2 rows)"]
+    call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}], key: True}
+    counts, _, problems = counted([{"messages": [QUESTION, call, {"role": "tool", "content": "r", key: True}, ANSWER]}])
+    assert counts[KEYS] == {f"{key} of tool turns": 1} and not problems.count
+
+
 def test_a_key_of_a_turn_that_is_no_text_is_named_as_one():
     assert said([{"messages": [QUESTION | {5: "y"}, ANSWER]}]) == {KEYS: ["5 (1 row)"]}
 
