@@ -101,12 +101,13 @@ def answered_at_once(recipe: Recipe, model: nn.Module, budget_bytes: int, tokens
     return prompts_at_once(build_skeleton(recipe), tokens, budget_bytes - context - held_bytes(device), device.type)
 
 
-def evaluate_recipe(recipe: Recipe, adapter: str | Path | None, exact_match_rows: int) -> dict:
+def evaluate_recipe(recipe: Recipe, adapter: str | Path | None, exact_match_rows: int, tokenizer=None) -> dict:
     """Measure a recipe's model on its evaluation rows, with an adapter or without.
 
     Args:
         adapter: adapter folder; None measures the base model.
         exact_match_rows: rows to answer, 0 for none.
+        tokenizer: the model's, with another chat template than its own; None loads it.
 
     Returns:
         eval_loss, perplexity, labelled_tokens, rows and, if asked for, exact_match and exact_match_rows, the rows that
@@ -119,7 +120,7 @@ def evaluate_recipe(recipe: Recipe, adapter: str | Path | None, exact_match_rows
     if not recipe.data.has_eval:
         raise RecipeError("there are no evaluation rows; name some, as in data.eval=rows.jsonl")
     adapter = adapter and Path(adapter)
-    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
+    tokenizer = tokenizer or load_tokenizer(recipe.model.path, recipe.model.revision)
     data, settings = build_data(recipe, tokenizer, "eval"), train_settings(recipe)
     model = build_to_use(recipe, [adapter] if adapter else [])
     if adapter:

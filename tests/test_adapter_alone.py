@@ -157,12 +157,47 @@ def test_it_is_merged_with_no_rows_and_compared_on_those_of_a_run(run, adapter, 
     assert ends == [2, END_OF_ANSWER]
     code, out, _ = command("merge", adapter, "--out", tmp_path / "plain", "--rows", 0, "--base", "original")
     assert code == 0 and "into the original weights" in out and "fitted to" not in out
-    code, out, err = command("evaluate", adapter)
-    assert (code, out) == (2, "") and err.rstrip().endswith(f"qlora-lite compare RUN {adapter}")
     first, second = compare_runs([run, adapter], answers=0)["models"]
     assert first["eval_loss"] == second["eval_loss"] and second["name"] == "adapter"
     with pytest.raises(RecipeError, match="give a run with evaluation rows first"):
         compare_runs([adapter, run])
+
+
+def test_it_is_evaluated_on_rows_that_are_named_with_the_template_beside_it(run, adapter, tmp_path, command):
+    def measured(folder, *arguments):
+        code, out, err = command("evaluate", folder, "--json", *arguments)
+        assert code == 0, err
+        return json.loads(out)
+
+    rows, cut = f"data.eval={run.parent / 'eval.jsonl'}", ("data.max_tokens=27", "data.overflow=drop")
+    own, alone = (measured(folder, "--rows", 2, rows) for folder in (run, adapter))
+    loss = pytest.approx(own["eval_loss"], rel=1e-5)
+    assert alone["eval_loss"] == loss and alone["adapter"] == str(adapter) and alone["exact_match_rows"] == 2
+    assert all(own[name] == alone[name] for name in ("rows", "labelled_tokens", "exact_match"))
+    base = measured(adapter, "--base", rows)
+    assert base["adapter"] is None and base["eval_loss"] != loss
+    assert measured(adapter, rows, *cut)["rows"] == own["rows"] - 1
+    assert measured(adapter, rows, "data.train_on=all")["labelled_tokens"] > own["labelled_tokens"]
+    (adapter / TEMPLATE).write_text(OTHER)
+    assert measured(adapter, rows)["eval_loss"] != loss
+    assert measured(adapter, rows, "data.template=chatml")["eval_loss"] == loss
+    model = run.parent.parent / "model"
+    change(adapter, base_model_name_or_path="/nowhere")
+    assert measured(adapter, rows, "data.template=chatml", "--model", model)["eval_loss"] == loss
+
+
+def test_what_it_cannot_be_evaluated_with_is_named(adapter, command):
+    names = "data.eval, data.max_tokens, data.overflow, data.template, data.train_on"
+    for arguments, said in (
+        ((), "as in data.eval=rows.jsonl, or measure it beside a run, on that one's: qlora-lite compare RUN"),
+        (("data.max_tokens=64",), "name some, as in data.eval=rows.jsonl"),
+        (("data.eval=null",), "there are no evaluation rows; name some"),
+        (("data.eval=none.jsonl",), "none.jsonl: no such file"),
+        (("data.eval=x.jsonl", "data.max_tokens=no"), "override 2: data.max_tokens = no: must be a whole number"),
+        (("data.eval=x.jsonl", "train.seed=1"), f"alone only {names} can be set; train.seed=1 is for a recipe"),
+    ):
+        code, out, err = command("evaluate", adapter, *arguments)
+        assert (code, out) == (2, "") and said in err, err
 
 
 @pytest.mark.parametrize("form", ["peft", "vllm", "gguf", "gguf-adapter", "ollama"])

@@ -6,10 +6,13 @@ from pathlib import Path
 import click
 
 from qlora_lite.errors import RecipeError
-from qlora_lite.recipe.load import load_recipe
+from qlora_lite.recipe.load import load_recipe, recipe_of
 
 from .options import of_a_run
 from .output import prepare
+
+_OF_A_RUN = "data.eval=", "data.eval."
+_OF_AN_ADAPTER = *_OF_A_RUN, "data.max_tokens=", "data.overflow=", "data.template=", "data.train_on="
 
 
 @click.command()
@@ -24,25 +27,13 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, rows: i
     """Measure loss, perplexity and exact match of RUN_OR_RECIPE: a run folder, or a recipe's base model.
 
     KEY=VALUE replaces a setting of a recipe; a run is measured with its own, on its evaluation rows or on those of
-    data.eval=PATH.
+    data.eval=PATH. An adapter alone needs that, and takes data.max_tokens, overflow, template and train_on too.
     """
-    adapter = None
+    adapter = tokenizer = None
     if Path(run_or_recipe).is_dir():
-        if other := next((each for each in overrides if not each.startswith(("data.eval=", "data.eval."))), None):
-            raise click.UsageError(f"of a run only data.eval=PATH can be replaced; {other} is for a recipe")
         prepare(verbose=False)
-        from qlora_lite.runs import RECIPE
-        from qlora_lite.trained import open_trained
-
-        trained = open_trained(run_or_recipe, model_path, unfinished)
-        if trained.is_alone:
-            raise RecipeError(f"{run_or_recipe} is an adapter alone, which names no evaluation rows; measure it beside "
-                              f"a run, on that one's: qlora-lite compare RUN {run_or_recipe}")  # fmt: skip
-        instead = (*overrides, "data.eval_share=0") if overrides else ()
-        named = load_recipe(Path(run_or_recipe) / RECIPE, instead, check_files=False)
-        measured_on = {"eval": named.data.eval, "eval_share": named.data.eval_share}
-        data = trained.recipe.data.model_copy(update=measured_on)
-        recipe, adapter = trained.recipe.model_copy(update={"data": data}), None if base else trained.adapter
+        recipe, adapter, tokenizer = _opened(run_or_recipe, overrides, model_path, unfinished)
+        adapter = None if base else adapter
     else:
         if base or model_path or unfinished:
             raise click.UsageError(
@@ -53,10 +44,43 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, rows: i
         prepare(verbose=False)
     from qlora_lite.evaluate import evaluate_recipe
 
-    result = evaluate_recipe(recipe, adapter, recipe.train.exact_match_rows if rows is None else rows)
+    result = evaluate_recipe(recipe, adapter, recipe.train.exact_match_rows if rows is None else rows, tokenizer)
     if as_json:
         click.echo(json.dumps(result))
         return
     for name, value in (result | {"adapter": result["adapter"] or "none: the base model"}).items():
         click.echo(f"{name.replace('_', ' '):18} {value:.4f}" if isinstance(value, float) else
                    f"{name.replace('_', ' '):18} {value}")  # fmt: skip
+
+
+def _opened(folder: str, overrides: tuple[str, ...], model_path: str | None, unfinished: bool) -> tuple:
+    """Return the recipe to measure a run or an adapter alone with, its adapter, and a tokenizer if not the base's."""
+    from qlora_lite.runs import RECIPE, is_adapter_alone
+
+    is_alone = is_adapter_alone(Path(folder))
+    _check_overrides(folder, overrides, is_alone)
+    from qlora_lite.trained import open_trained
+
+    trained = open_trained(folder, model_path, unfinished)
+    data, tokenizer = trained.recipe.data, None
+    if is_alone:
+        settings = {"model": {"path": trained.recipe.model.path}, "data": {"train": "no-rows"}}
+        data, tokenizer = recipe_of(settings, overrides, folder).data, trained.tokenizer()
+    elif overrides:
+        named = load_recipe(Path(folder) / RECIPE, (*overrides, "data.eval_share=0"), check_files=False)
+        data = data.model_copy(update={"eval": named.data.eval, "eval_share": named.data.eval_share})
+    return trained.recipe.model_copy(update={"data": data}), trained.adapter, tokenizer
+
+
+def _check_overrides(folder: str, overrides: tuple[str, ...], is_alone: bool) -> None:
+    """Raise where a setting cannot be replaced, or the evaluation rows of an adapter alone are not named."""
+    names = _OF_AN_ADAPTER if is_alone else _OF_A_RUN
+    if other := next((each for each in overrides if not each.startswith(names)), None):
+        if not is_alone:
+            raise click.UsageError(f"of a run only data.eval=PATH can be replaced; {other} is for a recipe")
+        settings = ", ".join(name[:-1] for name in _OF_AN_ADAPTER if name.endswith("="))
+        raise click.UsageError(f"of an adapter alone only {settings} can be set; {other} is for a recipe")
+    if is_alone and not any(each.startswith(_OF_A_RUN) for each in overrides):
+        raise RecipeError(f"{folder} is an adapter alone, which names no evaluation rows; name some, as in "
+                          "data.eval=rows.jsonl, or measure it beside a run, on that one's: "
+                          f"qlora-lite compare RUN {folder}")  # fmt: skip

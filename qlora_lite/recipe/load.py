@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -48,17 +48,35 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, check_files:
         raise RecipeError(f"a recipe is a YAML file, and its path is wanted, not {type(path).__name__}")
     if isinstance(overrides, str) or not all(isinstance(text, str) for text in overrides):
         raise RecipeError(f'overrides must be a list of texts, such as ["lora.rank=32"], not {overrides!r}')
-    document = parse(_read(path), str(path))
-    root = _root(document, str(path))
+    return _checked(_read(path), str(path), overrides, check_files)
+
+
+def recipe_of(settings: Mapping[str, object], overrides: Sequence[str], name: str) -> Recipe:
+    """Check settings that stand in no file; none of the files that they name is looked for.
+
+    Args:
+        settings: sections with settings, such as {"model": {"path": "owner/name"}}.
+        overrides: as for `load_recipe`.
+        name: what messages call the settings.
+
+    Raises:
+        RecipeError: every problem of the settings and the overrides.
+    """
+    return _checked(dump(settings).encode(), name, overrides, check_files=False)
+
+
+def _checked(content: bytes, name: str, overrides: Sequence[str], check_files: bool) -> Recipe:
+    document = parse(content, name)
+    root = _root(document, name)
     apply_overrides(root, overrides, document)
-    checker = _Checker(root, document, str(path))
+    checker = _Checker(root, document, name)
     recipe = checker.settings()
     checker.combinations()
     if check_files:
         checker.files()
     if checker.problems:
-        raise RecipeError(_ordered(checker.problems, str(path)))
-    return paths.resolved(recipe, checker.bases, Path(path).stem)
+        raise RecipeError(_ordered(checker.problems, name))
+    return paths.resolved(recipe, checker.bases, Path(name).stem)
 
 
 def require_recipe(value: object) -> None:
