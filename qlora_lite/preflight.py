@@ -36,6 +36,8 @@ from .rows import STREAM_SAMPLE_ROWS, build_sources, read_data
 _SHOWN_PER_RULE = 5
 _SHOWN_NAMES = 5
 _SAMPLED_DOCUMENTS = 20  # of each source
+_HOW = {"lines": "each line is a document", "blank-lines": "blank lines part documents",
+        "file": "each file is a document"}  # fmt: skip
 RENDERED = "rendered chat in a document"
 
 
@@ -253,9 +255,9 @@ def _left_out(source: Source) -> list[str]:
 
 def _documents(source: Source) -> Iterator[str]:
     """Say what a document of each plain-text file is."""
-    files = [(path.name, parted) for path, parted in text_files(source)]
-    for how, is_parted in (("each line is a document", False), ("blank lines part documents", True)):
-        if names := [name for name, parted in files if parted == is_parted]:
+    files = [(path.name, documents) for path, documents in text_files(source)]
+    for documents, how in _HOW.items():
+        if names := [name for name, each in files if each == documents]:
             yield f"{how}: {_first(names)}"
 
 

@@ -80,4 +80,4 @@ def build_sources(recipe: Recipe, which: str) -> list[Source]:
     """Return where a recipe's training or evaluation rows come from."""
     streaming = recipe.data.streaming and which == "train"
     named = recipe.data.train if which == "train" or recipe.data.eval_share else recipe.data.eval
-    return [Source(s.path, s.format, s.weight, s.prompt, s.completion, streaming) for s in named]
+    return [Source(s.path, s.format, s.weight, s.prompt, s.completion, streaming, documents=s.documents) for s in named]

@@ -202,6 +202,11 @@ def test_the_report_says_which_way_each_text_file_was_read(look, tmp_path):
         (tmp_path / "set" / name).write_text(text)
     notes = ["each line is a document: a.txt, c.text", "blank lines part documents: b.txt"]
     assert notes_of(look(source=tmp_path / "set")) == [notes]
+    whole = {"train": [{"path": str(tmp_path / "set"), "documents": "file"}]}
+    found = preflight(
+        load_recipe(write_recipe(tmp_path, "owner/name", data=whole), check_files=False), byte_tokenizer()
+    )
+    assert notes_of(found) == [["each file is a document: a.txt, b.txt, c.text"]] and found.report["rows_read"] == 3
 
 
 def test_a_document_that_a_template_made_of_a_chat_is_warned_of(look):

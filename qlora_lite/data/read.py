@@ -6,8 +6,8 @@ beside tokenising and gives each row a place, `file:line` (for Parquet and Arrow
 that all later messages use.
 
 Every text kind may be compressed with gzip or zstd. Files are streamed, so memory does not grow with them; only
-a JSON array is read whole, and a .json file that does not begin with a row. Plain text: documents are separated by
-blank lines; a file without a blank line has one document per line.
+a JSON array is read whole, and a .json file that does not begin with a row. Plain text: unless the source says what a
+document is, documents are separated by blank lines; a file without a blank line has one document per line.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from qlora_lite.data.lines import MAX_ROW_BYTES, Problems, all_lines, numbered_l
 from qlora_lite.data.opening import find_files, open_bytes, reader_of
 from qlora_lite.errors import DataError
 
+DOCUMENTS = "lines", "blank-lines", "file"
 _PIECE_BYTES = 1 << 20
 _FIRST_LINE = re.compile(r'sep=([^\w\s"]|\t)\1*', re.IGNORECASE)  # in which Excel names the sign between columns
 _PROSE = re.compile("[;,] ")  # signs that part words, as in a column "text, cleaned"
@@ -51,6 +52,8 @@ class Source:
         streaming: read a hub data set over the network, row by row, instead of downloading it first.
         rows: rows in memory (a list of dicts, a `datasets.Dataset`) in place of files; `path` is then what messages
             call them.
+        documents: what a document of a plain-text file is, one of DOCUMENTS; None for blank-lines where there are any,
+            else lines.
     """
 
     path: str
@@ -60,6 +63,7 @@ class Source:
     completion: str | None = None
     streaming: bool = False
     rows: Iterable[Mapping[str, object]] | None = None
+    documents: str | None = None
 
 
 def read_rows(source: Source, problems: Problems | None = None) -> Iterator[tuple[str, dict]]:
@@ -92,12 +96,15 @@ def read_rows(source: Source, problems: Problems | None = None) -> Iterator[tupl
 
 def _parts(source: Source, problems: Problems) -> list[tuple[str | Path, Callable[[], Iterator[tuple[str, dict]]]]]:
     """Return the parts of a source, each with what reads it."""
+    if source.documents not in (None, *DOCUMENTS):
+        raise DataError(f"{source.path}: documents is {source.documents!r}; choose one of {', '.join(DOCUMENTS)}")
+    if source.documents and (source.rows is not None or source.path.startswith(PREFIX)):
+        raise DataError(f"{source.path}: documents is for files of plain text; remove it")
     if source.rows is not None:
         return [(source.path, partial(_in_memory, source.path, source.rows, problems))]
     if source.streaming and source.path.startswith(PREFIX):
         return [(source.path, partial(hub_rows, source.path))]
-    is_text = source.format == "text"
-    return [(path, partial(_read_file, path, is_text, problems)) for path in find_files(source.path)]
+    return [(path, partial(_read_file, path, source, problems)) for path in find_files(source.path)]
 
 
 def _in_memory(name: str, rows: Iterable[object], problems: Problems) -> Iterator[tuple[str, dict]]:
@@ -123,8 +130,10 @@ def _texts(value: object) -> Iterator[str]:
             yield from _texts(item)
 
 
-def _read_file(path: Path, is_text: bool, problems: Problems) -> Iterator[tuple[str, dict]]:
-    reader = reader_of(path, is_text)
+def _read_file(path: Path, source: Source, problems: Problems) -> Iterator[tuple[str, dict]]:
+    reader = reader_of(path, source.format == "text")
+    if source.documents and reader != "text":
+        raise DataError(f"{path}: documents is for files of plain text, not for {reader}; remove it")
     if reader == "jsonl":
         return read_jsonl(path, problems)
     if reader == "json":
@@ -132,7 +141,7 @@ def _read_file(path: Path, is_text: bool, problems: Problems) -> Iterator[tuple[
     if reader in ("csv", "tsv"):
         return _read_csv(path, "\t" if reader == "tsv" else ",", problems)
     if reader == "text":
-        return _read_text(path, problems)
+        return _read_text(path, _documents_of(path, source), problems)
     return read_columns(path, reader)
 
 
@@ -228,22 +237,28 @@ def _next_row(reader: Iterator[list[str]]) -> list[str] | None:
         csv.field_size_limit(limit_before)
 
 
-def text_files(source: Source) -> Iterator[tuple[Path, bool]]:
-    """Yield the plain-text files of a source, each with whether blank lines part its documents."""
+def text_files(source: Source) -> Iterator[tuple[Path, str]]:
+    """Yield the plain-text files of a source, each with what a document of it is, one of DOCUMENTS."""
     for path in () if source.path.startswith(PREFIX) else find_files(source.path):
         if reader_of(path, source.format == "text") == "text":
-            yield path, _has_blank_line(path)
+            yield path, _documents_of(path, source)
 
 
-def _read_text(path: Path, problems: Problems) -> Iterator[tuple[str, dict]]:
-    """Yield {"text": document}; blank lines part documents, and without any each line is one."""
-    each_line = not _has_blank_line(path)
-    start, lines = 0, []
+def _documents_of(path: Path, source: Source) -> str:
+    return source.documents or ("blank-lines" if _has_blank_line(path) else "lines")
+
+
+def _read_text(path: Path, documents: str, problems: Problems) -> Iterator[tuple[str, dict]]:
+    """Yield {"text": document} of each document, without the blank lines around it."""
+    start, lines, blank = 0, [], []
     for number, line in numbered_lines(path, problems):
         if line.strip():
             start = start or number
-            lines.append(line)
-        if lines and (each_line or not line.strip()):
+            lines += [*blank, line]
+            blank = []
+        elif lines and documents == "file":
+            blank.append(line)
+        if lines and (documents == "lines" or (documents == "blank-lines" and not line.strip())):
             yield f"{path}:{start}", {"text": "\n".join(lines)}
             start, lines = 0, []
     if lines:

@@ -139,10 +139,9 @@ class Source(_Section):
     path: Text
     """A data file (JSON, JSONL, CSV, TSV, Parquet, Arrow, text; text kinds also as .gz or .zst), a folder or glob
     pattern with files of one kind, a split's folder as save_to_disk of datasets writes it, or a hub data set,
-    hub:OWNER/NAME, hub:OWNER/NAME/CONFIG or either with :SPLIT. Blank lines in a text file (.txt, .text, .md) part its
-    documents; in one without any, each line is a document. Of a folder, .md files are read where it has no others, and
-    never a .md, .txt or .text file whose name begins with the word readme, license, licence, changelog or contributing.
-    Commas part the columns of a .csv file, unless its first line names another sign, as in sep=;"""
+    hub:OWNER/NAME, hub:OWNER/NAME/CONFIG or either with :SPLIT. Of a folder, .md files are read where it has no others,
+    and never a .md, .txt or .text file whose name begins with the word readme, license, licence, changelog or
+    contributing. Commas part the columns of a .csv file, unless its first line names another sign, as in sep=;"""
     format: Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text", "table"] | None = None
     """Shape of the rows; null recognises it from the first row. A table is any columns, with prompt and
     completion; text is also the format of a plain-text file whose name does not say so."""
@@ -152,13 +151,16 @@ class Source(_Section):
     """Template of the prompt over a row's columns, such as "{question}"; goes with completion."""
     completion: Text | None = None
     """Template of the answer over a row's columns, such as "{answer}"; goes with prompt."""
+    documents: Literal["lines", "blank-lines", "file"] | None = None
+    """What a document of a text file (.txt, .text, .md) is: a line, what stands between blank lines, or the whole file.
+    null is blank-lines for a file with one between its lines, else lines."""
 
 
 _Sources = Annotated[
     tuple[Source, ...],
     Field(strict=False, min_length=1),
     _one_or_many("path"),
-    Rule("a path, or a list of {path, format, weight, prompt, completion}"),
+    Rule("a path, or a list of {path, format, weight, prompt, completion, documents}"),
 ]
 
 

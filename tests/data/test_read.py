@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -13,7 +14,7 @@ import pytest
 
 from qlora_lite.data.lines import MAX_ROW_BYTES, Problems
 from qlora_lite.data.opening import left_out
-from qlora_lite.data.read import Source, read_rows
+from qlora_lite.data.read import Source, read_rows, text_files
 from qlora_lite.errors import DataError
 
 GOOD = '{"text": "a"}'
@@ -321,6 +322,38 @@ def test_text_without_blank_lines_has_one_document_per_line(write):
     assert rows_of(path) == [(f"{path}:1", {"text": "1 good"}), (f"{path}:2", {"text": "0 bad"})]
     path = write("sst2.txt", "\n \n1 good\n0 bad\n\n\n")
     assert [where.rpartition(":")[2] for where, _ in rows_of(path)] == ["3", "4"]
+
+
+@pytest.mark.parametrize(
+    ("documents", "rows"),
+    [
+        ("lines", [(2, "one"), (3, " two"), (6, "three")]),
+        ("blank-lines", [(2, "one\n two"), (6, "three")]),
+        ("file", [(2, "one\n two\n \n\nthree")]),
+    ],
+)
+def test_a_source_may_say_what_a_document_of_its_text_files_is(write, tmp_path, documents, rows):
+    path = write("set/a.txt", "\none\n two\n \n\nthree\n\n")
+    assert rows_of(path, documents=documents) == [(f"{path}:{line}", {"text": text}) for line, text in rows]
+    other = write("set/b.txt.gz", gzip.compress(b"four\nfive\n\n"))
+    texts = ["four", "five"] if documents == "lines" else ["four\nfive"]
+    assert [row["text"] for _, row in rows_of(tmp_path / "set", documents=documents)][-len(texts) :] == texts
+    assert dict(text_files(Source(str(tmp_path / "set"), documents=documents))) == {
+        Path(path): documents, Path(other): documents,
+    }  # fmt: skip
+
+
+def test_what_a_document_is_cannot_be_said_of_rows(write):
+    for source, said in (
+        (Source(write("a.jsonl", GOOD), documents="file"), "is for files of plain text, not for jsonl; remove it"),
+        (Source("mine", rows=[{"text": "a"}], documents="file"), "is for files of plain text; remove it"),
+        (Source("hub:a/b", streaming=True, documents="file"), "is for files of plain text; remove it"),
+        (Source("a.txt", documents="page"), "documents is 'page'; choose one of lines, blank-lines, file"),
+    ):
+        with pytest.raises(DataError, match=f"^{source.path}: .*{said}$"):
+            list(read_rows(source))
+    with pytest.raises(DataError, match="the file has no rows"):
+        list(read_rows(Source(write("a.txt", "\n \n"), documents="file")))
 
 
 def test_parquet_and_arrow_rows_are_named_by_number(tmp_path):
