@@ -1,12 +1,13 @@
 """Count what a step computes and moves, for an estimate of its time.
 
-Four totals are mostly enough for a ranking of plans: floating-point operations of matrix products (by torch's own
-formulas) and attention, bytes that all other operations read and write (dequantising a weight reads half a byte and
+Four totals are mostly enough for a ranking of plans: floating-point operations of products and attention (most by
+torch's own formulas), bytes that all other operations read and write (dequantising a weight reads half a byte and
 writes two), bytes that travel between device and host, and the operations themselves, which the host has to start one
 by one. Beside them, how many large products differ (a CPU compiles a kernel for each), and bytes that a disk gives.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,19 @@ def _attention(first: int, causal: int, of_keys: int, of_values: int) -> Callabl
     return flops
 
 
+def _product(first: int) -> Callable:
+    """Return the formula of a matrix product, or of several, whose factors begin with the argument of that number.
+
+    It is torch's, which looks for tensors inside of every argument first: half of the time that counting takes.
+    """
+
+    def flops(*args, **_unused) -> int:
+        left, right = args[first : first + 2]
+        return 2 * left.numel() * right.shape[-1]
+
+    return flops
+
+
 _aten = torch.ops.aten
 
 
@@ -58,13 +72,26 @@ FUSED_ATTENTION = of_this_torch({
 # FLOPs of an operator's call. torch's table lacks the operators that add to a tensor in place and a CPU's flash
 # attention, counts what causal attention leaves out, and fails on grouped heads (torch 2.11).
 FLOP_FORMULAS = flop_registry | {
-    _aten.addmm_: flop_registry[_aten.addmm],
-    _aten.baddbmm_: flop_registry[_aten.baddbmm],
+    packet: _product(first)
+    for first, packets in enumerate([(_aten.mm, _aten.bmm), (_aten.addmm, _aten.addmm_, _aten.baddbmm, _aten.baddbmm_)])
+    for packet in packets
 }
 for _name, (_forward, _backward) in FUSED_ATTENTION.items():
     # forward: scores, values; backward: the scores again, and the gradients of scores, value, query and key
     FLOP_FORMULAS[getattr(_aten, f"_scaled_dot_product_{_name}")] = _attention(0, _forward, 1, 1)
     FLOP_FORMULAS[getattr(_aten, f"_scaled_dot_product_{_name}_backward")] = _attention(1, _backward, 3, 2)
+
+
+def _no_work(*_args, **_kwargs) -> int:
+    return 0
+
+
+@cache
+def _formula(func) -> Callable | None:
+    """Return an operator's formula, None if it only moves bytes, ``_no_work`` for views and memory alone."""
+    if func.is_view or func._overloadpacket in _ALLOCATIONS:
+        return _no_work
+    return FLOP_FORMULAS.get(func._overloadpacket)
 
 
 class Work(NamedTuple):
@@ -99,14 +126,14 @@ class WorkCounter:
         """Count an operation that has run."""
         if marks.phase == "load":
             return
-        if func.is_view or func._overloadpacket in _ALLOCATIONS:
+        formula = _formula(func)
+        if formula is _no_work:
             return
         if func is _COPY and marks.category == "on disk":  # by a thread, beside what the host starts
             self._disk_bytes += marks.repeats * args[0].nbytes if marks.phase != "evaluation" else 0
             return
         totals = [0, 0, 0, 0] if marks.phase == "evaluation" else self._totals
         totals[3] += marks.repeats if marks.phase != "optimizer" else 0
-        formula = FLOP_FORMULAS.get(func._overloadpacket)
         if func is _COPY and marks.category == "offloaded":
             totals[2] += marks.repeats * args[0].nbytes
         elif formula is not None:

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from counted import counted
+from torch.utils.flop_counter import flop_registry
 from transformers import AutoConfig
 
 from qlora_lite.memory.marks import phase, repeated
 from qlora_lite.memory.process import CPU_BUFFERS_BYTES, CPU_KERNEL_BYTES
-from qlora_lite.memory.work import FUSED_ATTENTION, Work, of_this_torch
+from qlora_lite.memory.work import FLOP_FORMULAS, FUSED_ATTENTION, Work, of_this_torch
 from qlora_lite.models.families import known_config
 from qlora_lite.models.levers import Levers
 from qlora_lite.planning.machine import OPERATION_SECONDS, Machine
@@ -25,6 +26,18 @@ def test_large_products_of_one_operator_and_shape_count_once():
         small @ small
         large + large
     assert counter.work.large_products == 3
+
+
+@pytest.mark.parametrize(("operator", "shapes"), [
+    ("mm", [(2, 3), (3, 5)]), ("addmm", [(2, 5), (2, 3), (3, 5)]),
+    ("bmm", [(7, 2, 3), (7, 3, 5)]), ("baddbmm", [(7, 2, 5), (7, 2, 3), (7, 3, 5)]),
+])  # fmt: skip
+def test_formulas_of_products_are_torch_s(operator, shapes):
+    packet, tensors = getattr(torch.ops.aten, operator), [torch.ones(shape) for shape in shapes]
+    assert FLOP_FORMULAS[packet](*tensors, alpha=2) == flop_registry[packet](*tensors, out_val=packet(*tensors))
+    if "add" in operator:
+        in_place = getattr(torch.ops.aten, f"{operator}_")
+        assert FLOP_FORMULAS[in_place](*tensors) == FLOP_FORMULAS[packet](*tensors)
 
 
 def test_a_product_of_weights_that_are_loaded_does_not_count():
