@@ -18,7 +18,6 @@ the named constants of ``memory.process``.
 
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -28,8 +27,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .bar import CATEGORIES
 from .marks import marks
 from .work import WorkCounter
-
-_PASSING = frozenset({"workspace", "logits"})  # categories that a hook may still change
 
 
 class Moment(NamedTuple):
@@ -57,15 +54,13 @@ class Moment(NamedTuple):
 
 _INDEX = {name: number for number, name in enumerate(CATEGORIES)}
 _OFFLOADED, _ON_DISK = _INDEX["offloaded"], _INDEX["on disk"]
+_PASSING = frozenset({_INDEX["workspace"], _INDEX["logits"]})  # categories that a hook may still change
 
 
-@dataclass(slots=True)
-class _Entry:
-    """A live storage; ``death`` is kept so that its callback stays alive."""
+class _Entry(weakref.ref):
+    """A live storage: its address, its bytes, and how many are counted of them in which category."""
 
-    size: int
-    category: int
-    death: weakref.ref = field(repr=False)
+    __slots__ = ("category", "key", "nbytes", "size")
 
 
 def _run(func, args: tuple, kwargs: dict):
@@ -89,6 +84,7 @@ class Ledger(TorchDispatchMode):
         self._work, self._run = work, run
         self.allocation_bytes = allocation_bytes
         self.live = [0] * len(CATEGORIES)
+        self.live_bytes = 0  # on the device
         self.timeline: list[Moment] | None = [] if timeline else None
         self.peaks: dict[tuple[str, str], Moment] = {}  # by phase and module
         self.offloaded_peak_bytes = self.disk_peak_bytes = 0
@@ -97,11 +93,6 @@ class Ledger(TorchDispatchMode):
         self._backward_module = ""
         self._handles: list = []
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._saved, _unchanged)
-
-    @property
-    def live_bytes(self) -> int:
-        """Bytes alive now on the device."""
-        return sum(self.live) - self.live[_OFFLOADED] - self.live[_ON_DISK]
 
     @property
     def peak(self) -> Moment:
@@ -140,7 +131,10 @@ class Ledger(TorchDispatchMode):
         self._handles.clear()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        return self.follow(func, args, kwargs or {})
+
+    def follow(self, func, args: tuple, kwargs: dict):
+        """Run an operator, count what it gives and does, and return its result."""
         result = self._run(func, args, kwargs)
         if self._work is not None:
             self._work.see(func, args, kwargs, result)
@@ -154,45 +148,62 @@ class Ledger(TorchDispatchMode):
 
     def _count(self, tensor: torch.Tensor, category: int | None = None) -> None:
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, -(-storage.nbytes() // self.allocation_bytes) * self.allocation_bytes
+        key, nbytes = storage._cdata, storage.nbytes()
         entry = self._entries.get(key)
         if entry is None:
-            if size:
-                born = category if category is not None else _INDEX[marks.category]
-                self._entries[key] = _Entry(size, born, weakref.ref(storage, lambda _: self._forget(key)))
-                self._change(born, size)
-        elif size != entry.size:  # resized in place
-            grown, entry.size = size - entry.size, size
-            self._change(entry.category, grown)
-        if entry is not None and category is not None:
+            if nbytes:
+                self._begin(storage, key, nbytes, _INDEX[marks.category] if category is None else category)
+            return
+        if nbytes != entry.nbytes:  # resized in place
+            earlier = entry.size
+            entry.nbytes, entry.size = nbytes, self._allocated(nbytes)
+            self._change(entry.category, entry.size - earlier)
+        if category is not None:
             self._move(entry, category)
 
-    def _forget(self, key: int) -> None:
-        entry = self._entries.pop(key)
+    def _allocated(self, nbytes: int) -> int:
+        return -(-nbytes // self.allocation_bytes) * self.allocation_bytes
+
+    def _begin(self, storage: torch.UntypedStorage, key: int, nbytes: int, category: int) -> None:
+        self._entries[key] = entry = _Entry(storage, self._forget)
+        entry.key, entry.nbytes, entry.size, entry.category = key, nbytes, self._allocated(nbytes), category
+        self._change(category, entry.size)
+
+    def _forget(self, entry: _Entry) -> None:
+        del self._entries[entry.key]
         self._change(entry.category, -entry.size)
 
     def _move(self, entry: _Entry, category: int) -> None:
         if entry.category != category:
-            self.live[entry.category] -= entry.size
+            self._add(entry.category, -entry.size)
             entry.category = category
             self._change(category, entry.size)
 
-    def _change(self, category: int, size: int) -> None:
+    def _add(self, category: int, size: int) -> None:
         self.live[category] += size
+        if category == _OFFLOADED:
+            self.offloaded_peak_bytes = max(self.offloaded_peak_bytes, self.live[_OFFLOADED])
+        elif category == _ON_DISK:
+            self.disk_peak_bytes = max(self.disk_peak_bytes, self.live[_ON_DISK])
+        else:
+            self.live_bytes += size
+
+    def _change(self, category: int, size: int) -> None:
+        self._add(category, size)
         if self.timeline is not None:
             self.timeline.append(self.now())
         if size > 0:
-            module = self._modules[-1] if self._modules else self._backward_module
-            highest = self.peaks.get((marks.phase, module))
+            place = marks.phase, self._modules[-1] if self._modules else self._backward_module
+            highest = self.peaks.get(place)
             if highest is None or self.live_bytes > highest.total:
-                self.peaks[marks.phase, module] = self.now()
-        self.offloaded_peak_bytes = max(self.offloaded_peak_bytes, self.live[_OFFLOADED])
-        self.disk_peak_bytes = max(self.disk_peak_bytes, self.live[_ON_DISK])
+                self.peaks[place] = Moment(*place, (*self.live,))
 
     def _saved(self, tensor: torch.Tensor) -> torch.Tensor:
         entry = self._entries.get(tensor.untyped_storage()._cdata)
-        if entry is not None and CATEGORIES[entry.category] in _PASSING:
+        if entry is not None and entry.category in _PASSING:
             self._move(entry, _INDEX["saved activations"])
+        if tensor.grad_fn is None:
+            return tensor
         return tensor.data  # for with an operator's own result, graph and tensor would hold each other
 
     def _has_gradient(self, parameter: torch.Tensor) -> None:

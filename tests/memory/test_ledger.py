@@ -144,3 +144,27 @@ def test_bytes_in_host_memory_are_not_counted_as_the_device_s():
         assert ledger.live_bytes == 0
         del host, view
         assert live(ledger, "offloaded") == 0
+
+
+def test_what_goes_to_host_memory_leaves_the_device_and_comes_back():
+    with Ledger() as ledger:
+        x = torch.zeros(256)
+        for category_, on_device in (("offloaded", 0), ("on disk", 0), ("logits", KIB), ("gradients", KIB)):
+            ledger.claim([x], category_)
+            assert ledger.live_bytes == ledger.now().total == on_device
+            assert live(ledger, category_) == sum(ledger.live) == KIB
+        assert ledger.offloaded_peak_bytes == ledger.disk_peak_bytes == KIB
+
+
+def test_a_tensor_without_a_graph_is_saved_as_it_is():
+    ran = []
+
+    def run(func, args, kwargs):
+        ran.append(func)
+        return func(*args, **kwargs)
+
+    weight = torch.ones(4, requires_grad=True)
+    with Ledger(run=run) as ledger:
+        ledger.claim([weight], "adapter")
+        weight * weight
+        assert ran == [torch.ops.aten.mul.Tensor] and live(ledger, "adapter") == weight.nbytes
