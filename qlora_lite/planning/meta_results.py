@@ -10,7 +10,7 @@ Places of tokens follow from the lengths of rows: what is counted with ``arange`
 have its values beside it, so that transformers' own attention can be told whether several rows lie end to end.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ class _Like(NamedTuple):
     dtype: torch.dtype
 
 
-_FIRST_ARGUMENT = "first argument"
+_FIRST_ARGUMENT, _UNSEEN = "first argument", "unseen"
 MOST_KNOWN = 1 << 16  # results; a plan with its alternatives makes some hundreds
 
 
@@ -45,7 +45,7 @@ class MetaResults:
 
     def __init__(self, with_values: bool = False):
         self._with_values = with_values
-        self._kinds: dict[object, str | None] = {}
+        self._kinds: dict[object, str | None] = {}  # by operator
         self._known: dict[tuple, object] = {}
         self._values = WeakIdKeyDictionary()  # by the meta tensor that has them
 
@@ -85,12 +85,12 @@ class MetaResults:
         return [*map(self._real, value)] if isinstance(value, tuple | list) else value
 
     def _result(self, func, args: tuple, kwargs: dict):
-        if func not in self._kinds:
-            self._kinds[func] = _kind(func)
-        kind = self._kinds[func]
+        kind = self._kinds.get(func, _UNSEEN)
+        if kind is _UNSEEN:
+            kind = self._kinds[func] = _kind(func)
         if kind is None:
             return _run(func, args, kwargs)
-        key = (func, _key(args), _key(tuple(kwargs.items())))
+        key = (func, *_key(args), *_key(kwargs.items()))
         known = self._known.get(key)
         if known is None:
             result = _run(func, args, kwargs)
@@ -124,12 +124,17 @@ def _kind(func) -> str | None:
     return "writes" if writes and torch.Tag.inplace_view not in func.tags else None
 
 
-def _key(value) -> tuple:
-    if isinstance(value, torch.Tensor):
-        return value.shape, value.stride(), value.dtype, value.device.type
-    if isinstance(value, tuple | list):
-        return tuple(map(_key, value))
-    return type(value), value  # 1, 1.0 and True are equal and promote differently
+def _key(values: Iterable) -> list:
+    """Return what tells an operator's arguments apart, each tensor by its form, flat for speed."""
+    key: list = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            key += value.shape, value.stride(), value.dtype, value.device
+        elif isinstance(value, tuple | list):
+            key += len(value), *_key(value)
+        else:
+            key += type(value), value  # 1, 1.0 and True are equal and promote differently
+    return key
 
 
 def _likes(result):
