@@ -77,9 +77,9 @@ def _set(parameter: torch.nn.Parameter, data: Tensor, grad: Tensor) -> None:
     parameter.grad = grad
 
 
-def of_its_shape(parameter: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Return the parameters with a gradient and the shape of one of them."""
-    return [p for p in parameters if p.shape == parameter.shape and p.grad is not None]
+def of_its_shape(parameter: Tensor, parameters: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Yield the parameters with a gradient and the shape of one of them."""
+    return (p for p in parameters if p.shape == parameter.shape and p.grad is not None)
 
 
 class _OneByOne:
@@ -89,9 +89,9 @@ class _OneByOne:
 
     def update_step(self, group: dict, p: torch.nn.Parameter, gindex: int, pindex: int) -> None:
         """Update a parameter; in a plan, one of each shape, as often as there are."""
-        alike = of_its_shape(p, group["params"]) if p.is_meta else [p]
-        if alike[0] is p:
-            with repeated(len(alike)), in_float32({pindex: p}, lambda p: self.state[p]["step"]):
+        alike = iter(of_its_shape(p, group["params"]) if p.is_meta else [p])
+        if next(alike) is p:
+            with repeated(1 + sum(1 for _ in alike)), in_float32({pindex: p}, lambda p: self.state[p]["step"]):
                 super().update_step(group, p, gindex, pindex)
 
 
