@@ -23,10 +23,12 @@ from qlora_lite.data.stored import row_lengths
 from qlora_lite.errors import ModelError, RecipeError
 from qlora_lite.memory.cards import find_card
 from qlora_lite.memory.process import CUDA_COMPILER_BYTES
+from qlora_lite.models.skeleton import shallow_config
 from qlora_lite.planning import machine, simulate
 from qlora_lite.planning.candidate import EQUALLY_FAST, build_candidate
 from qlora_lite.planning.largest import LENGTH_STEP, largest_of
 from qlora_lite.planning.machine import DISK_BYTES_PER_SECOND, Machine, machine_of_card
+from qlora_lite.planning.predict import predict
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.run import run_recipe
 from qlora_lite.units import format_bytes, format_seconds
@@ -79,6 +81,18 @@ def test_no_setting_that_fits_makes_a_faster_plan(recipe, monkeypatch):
     assert found == sorted(found) and 0 < found[0] < found[-1]  # more memory of the host is never for fewer
     roomier = plan(3)
     assert roomier.chosen.levers.checkpointing == "none" and roomier.chosen.levers.host_embeddings
+
+
+def test_no_job_is_simulated_twice_for_a_plan_and_its_alternatives(recipe, monkeypatch):
+    asked = []
+    monkeypatch.setattr("qlora_lite.planning.candidate.predict", lambda job: asked.append(repr(job)) or predict(job))
+    plan = planner.plan_recipe(recipe("train.gradient_accumulation_steps=4"), CARD, int(2.4 * GIB))
+    list(planner.alternatives(plan))
+    assert len(asked) == len({*asked}) > 10
+    step, chosen = plan.step, plan.chosen
+    shallow = replace(step, job=replace(step.job, config=shallow_config(step.job.config, 8)))
+    smaller, same = (build_candidate(each, CARD, chosen.levers, chosen.packs) for each in (shallow, step))
+    assert smaller.peak_bytes < same.peak_bytes == chosen.peak_bytes
 
 
 def test_where_more_packs_fit_than_anybody_asks_for_the_search_ends(recipe, monkeypatch):

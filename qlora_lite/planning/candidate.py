@@ -18,7 +18,8 @@ class Step:
     """How an optimizer step is cut up: ``micro_batches`` times ``packs`` packs, each of the given rows.
 
     ``pack`` is the fullest pack; ``fixed`` are the levers that the user chose and the search must keep;
-    ``may_split`` allows another division of the same packs. ``tied``: the embeddings are the head.
+    ``may_split`` allows another division of the same packs. ``tied``: the embeddings are the head. ``known`` is what
+    was predicted of jobs, by the identity of their configuration, which has no hash, and the rest.
     """
 
     job: Job
@@ -28,6 +29,7 @@ class Step:
     fixed: Mapping[str, object] = field(default_factory=dict)
     may_split: bool = True
     tied: bool = False
+    known: dict[tuple[int, Job], Prediction] = field(default_factory=dict, compare=False, repr=False)
 
     def sizes(self) -> list[int]:
         """Return the numbers of packs that may go through at once, smallest first."""
@@ -74,14 +76,18 @@ class Candidate:
 
 
 def build_candidate(step: Step, machine: Machine, levers: Levers, packs: int) -> Candidate:
-    """Simulate one way to run the step."""
+    """Simulate one way to run the step, if that was not done before."""
     micro_batches = step.packs * step.micro_batches // packs
     rows = Rows(step.pack.lengths * packs, step.pack.learned * packs)
     evaluation = step.job.eval_rows
     if evaluation is not None and sum(evaluation.lengths) <= sum(rows.lengths):
         evaluation = None
-    job = replace(step.job, rows=rows, eval_rows=evaluation, accumulating=micro_batches > 1, levers=levers)
-    return timed(machine, levers, packs, micro_batches, predict(job))
+    done = replace(levers, stream_from_disk=levers.weights_on_disk)  # the same where nothing is streamed
+    job = replace(step.job, rows=rows, eval_rows=evaluation, accumulating=micro_batches > 1, levers=done)
+    key = id(job.config), replace(job, config=None)  # what is known keeps the configuration alive
+    if key not in step.known:
+        step.known[key] = predict(job)
+    return timed(machine, levers, packs, micro_batches, step.known[key])
 
 
 def timed(machine: Machine, levers: Levers, packs: int, micro_batches: int, prediction: Prediction) -> Candidate:
