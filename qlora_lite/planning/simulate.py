@@ -35,7 +35,7 @@ from qlora_lite.models.anatomy import blocks
 from qlora_lite.models.levers import Levers, place, set_levers
 from qlora_lite.models.load import uses_row_attention
 from qlora_lite.models.rows_alone import run_rows_alone, why_rows_run_alone
-from qlora_lite.models.skeleton import block_pattern, give_storage, meta_model, shallow_config
+from qlora_lite.models.skeleton import block_pattern, give_storage, meta_copy, shallow_config
 from qlora_lite.ops.fused_attention import PlannedAttention
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.ops.stream import spare_bytes
@@ -306,7 +306,7 @@ def _run(job: Job, device: torch.device, timeline: bool, measured_because: str =
 
 
 def _model(job: Job, device: torch.device) -> nn.Module:
-    model = meta_model(job.config, job.quant, job.double_quant, job.compute_dtype, job.quant_head)
+    model = meta_copy(job.config, job.quant, job.double_quant, job.compute_dtype, job.quant_head)
     if device != META:
         give_storage(model, device)
     add_lora(model, job.targets, job.rank, job.alpha, job.dropout, job.rslora, job.factor_dtype)
