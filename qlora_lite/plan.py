@@ -387,8 +387,12 @@ def host_bytes(plan: Plan) -> int:
 
 
 def disk_bytes(plan: Plan) -> int:
-    """Room on the disk: the quantised model in the cache, and what the run writes."""
+    """Room on the disk: the quantised model in the cache, and what the run writes.
+
+    Of a model that memory has no room for, the weights lie there twice while it is prepared.
+    """
     simulation = plan.chosen.prediction.simulation
     held, with_evaluation = simulation.resident.breakdown, plan.step.job.eval_rows is not None
     space = Space(held.get("adapter", 0), held.get("optimizer", 0), with_evaluation, plan.kept_checkpoints)
-    return simulation.frozen_bytes + space.whole_bytes()
+    times = 2 if plan.chosen.levers.weights_on_disk else 1
+    return times * simulation.frozen_bytes + space.whole_bytes()

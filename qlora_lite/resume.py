@@ -76,6 +76,11 @@ class Continuation:
             CheckpointError: naming each setting that makes another run of it.
         """
         old, new = _flat(self.run["recipe"]), _flat(recipe.model_dump(mode="json"))
+        sections = {name: type(section).model_fields for name, section in recipe}
+        unsaid = _flat(
+            {name: {key: field.default for key, field in fields.items()} for name, fields in sections.items()}
+        )
+        old = {key: unsaid.get(key) for key in new} | old  # of settings that are newer than the checkpoint
         changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
         words = {key: f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed}
         self.accepted += [words[key] for key in changed if key in HARMLESS - PLACE]

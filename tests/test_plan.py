@@ -355,8 +355,12 @@ def test_weights_come_from_the_disk_where_the_host_has_room_for_no_other_plan(re
         f"{format_bytes(plan.chosen.micro_batches * work.disk_bytes)} from the disk, {format_seconds(seconds)} if"
         in said
     )
-    longest = [planner.max_tokens(replace(each, budget_bytes=3 * GIB)) for each in (free, plan)]
-    assert 2048 <= longest[1] <= longest[0]
+    assert len({(c.levers, c.packs) for c in plan.found}) == len(plan.found)
+    whole = planner.plan_recipe(recipe("memory.stream_from=disk"), CARD, 8 * GIB)
+    assert whole.chosen.settings["memory.resident_blocks"] == "all"
+    assert whole.chosen.settings["memory.stream_from"] == "host", "nothing is streamed"
+    for each in (plan, whole):
+        assert all(c.levers.stream_from_disk == c.levers.weights_on_disk for c in each.found)
     refused = planner.plan_recipe(recipe(*big, *small, "memory.stream_from=host"), CARD, 3 * GIB)
     assert not refused.fits
     assert "set memory.stream_from to auto" in str(planner.does_not_fit(refused, []))

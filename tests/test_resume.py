@@ -308,6 +308,21 @@ def test_whose_loss_is_computed_is_compared_with_what_the_checkpoint_knows_of_it
         assert continuation.accepted == said
 
 
+def test_a_setting_that_is_newer_than_the_checkpoint_has_been_what_it_is_by_default(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    (tmp_path / "r.yaml").write_text("model: {path: gpt2}\ndata: {train: rows.jsonl}\n")
+    recipe = load_recipe(tmp_path / "r.yaml")
+    for section, name, other in (("memory", "stream_from", "disk"), ("train", "seed", 5)):
+        written = recipe.model_dump(mode="json")
+        del written[section][name]
+        continuation = Continuation(SimpleNamespace(documents={RUN: {"recipe": written}}))
+        continuation.compare_settings(recipe)
+        assert not continuation.accepted and not continuation.forced
+        values = {section: getattr(recipe, section).model_copy(update={name: other})}
+        with pytest.raises(CheckpointError, match=rf"{section}.{name}: {getattr(getattr(recipe, section), name)} -> "):
+            continuation.compare_settings(recipe.model_copy(update=values))
+
+
 def test_a_forced_change_is_taken_and_the_summary_says_so(lab, whole):
     lab.stop(4)
     lab.run(resume="", force=True, lora={"alpha": 16})

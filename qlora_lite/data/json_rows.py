@@ -148,8 +148,9 @@ def read_json(path: Path, problems: Problems) -> Iterator[tuple[str, dict]]:
 
 
 def _begins_with_a_row(path: Path) -> bool:
-    """Tell whether one of the first two lines is whole JSON, as where each row has a line of its own."""
-    for _, text, _ in islice(all_lines(path), 2):
+    """Tell whether one of the first two lines, empty ones apart, is whole JSON, as where each row has its own."""
+    texts = (text for _, text, _ in all_lines(path) if text is None or text.strip())
+    for text in islice(texts, 2):
         with suppress(ValueError, RecursionError):
             json.loads(text or "")
             return True

@@ -116,8 +116,9 @@ def load_model(
         compute_dtype: of activations, head, embeddings and norms.
         use_cache: keep and reuse the quantised model on disk.
         quant_head: keep a 4-bit copy of the head.
-        in_files: where the device is the host, never have all 4-bit weights in its memory: they stay in files that the
-            process sees as memory, those of the cache if it is used, also while they are made.
+        in_files: where the device is the host and weights are quantised from 16-bit safetensors, never have all of them
+            in its memory: they stay in files that the process sees as memory, those of the cache if it is used, also
+            while they are made. (A GGUF file is unpacked in memory first; what is stored in 4 bit stays where it is.)
 
     Raises:
         ModelError: files are missing or broken, part of the model would silently stay in 16 bit, or there is no such

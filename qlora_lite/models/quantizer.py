@@ -60,6 +60,8 @@ class QuantizeOnArrival(ConversionOps):
     def convert(self, input_dict, **_unused):
         result = {}
         for name, value in input_dict.items():
+            if self.files and self.files.is_full:
+                continue
             weight = value[0] if isinstance(value, list) else value
             path = name.rpartition(".")[0]
             if path in self.transposed:
@@ -76,7 +78,10 @@ class QuantizeOnArrival(ConversionOps):
                 packed = quantize(weight, self.config.quant_type, self.config.double_quant)
                 if self.files:
                     packed = Packed(*(part if part is None else self.files.put(part) for part in packed))
-            except (ModelError, OutputError) as error:
+            except OutputError as error:
+                self.problems.insert(0, f"{name}: {error}")
+                continue
+            except ModelError as error:
                 self.problems.append(f"{name}: {error}")
                 continue
             for buffer, tensor in zip(PACKED_BUFFERS, packed, strict=True):

@@ -150,7 +150,7 @@ def meta_model(config, quant: str, double_quant: bool, dtype: torch.dtype, quant
 
 def meta_copy(config, *how) -> nn.Module:
     """Return a model like ``meta_model``'s, a copy of an earlier one where there is one: in half of the time."""
-    key = (str(vars(config)), *how)
+    key = (type(config), str(vars(config)), *how)
     if key not in _built:
         if len(_built) == MOST_BUILT:
             _built.clear()

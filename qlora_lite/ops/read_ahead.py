@@ -29,11 +29,11 @@ class ReadAhead:
     def __init__(self, fills: Sequence[Callable[[torch.Tensor], None]], sizes: Sequence[int], side: SideStream):
         self._fills, self._sizes, self._side = fills, sizes, side
         self.buffers = [host_memory(max(sizes), side.device) for _ in range(BUFFERS)]
-        self._left: list[object] = [None] * BUFFERS  # the end of the last copy from each
+        self._last_copy: list[object] = [None] * BUFFERS  # the end of the last copy from each
         self._next = 0  # buffer, in turn
         self._reading: dict[int, tuple[int, Future | None]] = {}  # by block: its buffer, and when it is whole
         # A plan's tensors have no values, and no time.
-        self._thread = None if side.device.type == "meta" else ThreadPoolExecutor(1, "qlora_lite read ahead")
+        self._executor = None if side.device.type == "meta" else ThreadPoolExecutor(1, "qlora_lite read ahead")
 
     def begin(self, number: int) -> None:
         """Begin to read a block; what was read into the buffer that is next and never brought is forgotten."""
@@ -41,12 +41,12 @@ class ReadAhead:
             return
         here, self._next = self._next, (self._next + 1) % BUFFERS
         self._reading = {block: reading for block, reading in self._reading.items() if reading[0] != here}
-        self._side.wait_on_host(self._left[here])
+        self._side.wait_on_host(self._last_copy[here])
         self._reading[number] = here, self._read(number, self.buffers[here])
 
     def _read(self, number: int, buffer: torch.Tensor) -> Future | None:
-        if self._thread is not None:
-            return self._thread.submit(self._fills[number], buffer)
+        if self._executor is not None:
+            return self._executor.submit(self._fills[number], buffer)
         with category("on disk"):  # no tensor is born here; the mark tells a ``WorkCounter`` what the disk gives
             self._fills[number](buffer)
         return None
@@ -58,5 +58,5 @@ class ReadAhead:
         if reading is not None:
             reading.result()
         size = self._sizes[number]
-        self._left[here] = self._side.copy([(slot[:size], self.buffers[here][:size])])
-        return self._left[here]
+        self._last_copy[here] = self._side.copy([(slot[:size], self.buffers[here][:size])])
+        return self._last_copy[here]

@@ -82,6 +82,11 @@ def _frozen(block: nn.Module) -> Iterator[tuple[dict, str, torch.Tensor]]:
                     yield registry, name, tensor
 
 
+def _home(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return where a tensor lies: its storage, which others may share, and the place in it."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset() * tensor.itemsize
+
+
 class _InHostMemory:
     """Blocks that lie in host memory, each in one flat buffer."""
 
@@ -114,6 +119,11 @@ def _host_buffers(sizes: list[int], device: torch.device) -> Iterator[torch.Tens
         return
     for here in shared_allocations(sizes):
         yield from host_memory(sum(here), device).split(here)
+
+
+def flat_sizes(blocks: Sequence[nn.Module]) -> list[int]:
+    """Return the bytes of each block's frozen tensors in a flat buffer."""
+    return [_Block(block).size for block in blocks]
 
 
 def spare_bytes(sizes: list[int]) -> int:
@@ -154,7 +164,7 @@ class BlockStream:
             ReadAhead([block.fill for block in self._blocks], self.sizes, self.side) if on_disk
             else _InHostMemory(self._blocks, self.side)
         )  # fmt: skip
-        self._storages = {place.tensor.untyped_storage()._cdata for block in self._blocks for place in block.places}
+        self._homes = {_home(place.tensor) for block in self._blocks for place in block.places}
         with category("base weights"):
             self._slots = [torch.empty(max(self.sizes), dtype=torch.uint8, device=device) for _ in range(SLOTS)]
         self._in_slot: list[int | None] = [None] * SLOTS
@@ -167,14 +177,18 @@ class BlockStream:
                 part.register_forward_pre_hook(self._entering(number))
 
     def _entering(self, number: int):
-        def enter(_module, _inputs):
-            self.enter(number)
+        def enter(module, _inputs):
+            self.enter(number, module.training)
 
         return enter
 
-    def enter(self, number: int) -> None:
+    def enter(self, number: int, turns: bool = True) -> None:
         """Have a block on the device, begin to bring the next one in the direction of travel, and to read the one
-        behind that."""
+        behind that.
+
+        Args:
+            turns: backward follows the last block, and not another forward pass.
+        """
         if number == self._current:
             return
         begins = number == 0 or self._current is None  # a forward pass, which may follow another
@@ -185,10 +199,11 @@ class BlockStream:
         self._current = number
         if self._is_elsewhere(number + step):
             self._load(number + step)
-        if number == len(self._blocks) - 1:  # where a step turns back
-            step = -1
-        if self._is_elsewhere(number + 2 * step):
-            self._source.begin(number + 2 * step)
+        onward = [number + 2 * step]
+        if number == len(self._blocks) - 1:
+            onward = [number - 2] if turns else [0, 1]
+        for other in filter(self._is_elsewhere, onward):
+            self._source.begin(other)
 
     def _is_elsewhere(self, number: int) -> bool:
         return 0 <= number < len(self._blocks) and number not in self._in_slot
@@ -204,7 +219,7 @@ class BlockStream:
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Tell whether a tensor lies where the blocks are while they are not on the device."""
-        return tensor.untyped_storage()._cdata in self._storages
+        return _home(tensor) in self._homes
 
     @property
     def buffers(self) -> Sequence[torch.Tensor]:

@@ -18,8 +18,9 @@ from qlora_lite.memory.work import WorkCounter
 from qlora_lite.models.anatomy import blocks, decoder
 from qlora_lite.models.levers import Levers
 from qlora_lite.models.load import uses_row_attention
+from qlora_lite.ops.offload import pinned_bytes
 from qlora_lite.ops.shapes import planning_for
-from qlora_lite.ops.stream import SLOTS
+from qlora_lite.ops.stream import SLOTS, flat_sizes, spare_bytes
 from qlora_lite.train.out_of_memory import free_cached_memory
 
 from .meta_results import NeedsValuesError
@@ -55,7 +56,7 @@ def placement(model: nn.Module, tokens: int, memory_bytes: int, host_bytes: int 
     for levers in _placements(model):
         if bytes_on_device(model, levers) <= room:
             break
-    if host_bytes is None or bytes_on_device(model, Levers()) - bytes_on_device(model, levers) <= host_bytes:
+    if levers.resident_blocks is None or host_bytes is None or bytes_on_host(model, levers) <= host_bytes:
         return levers
     return replace(levers, stream_from_disk=True)
 
@@ -135,6 +136,17 @@ def bytes_on_device(model: nn.Module, levers: Levers) -> int:
         elsewhere |= weights.keys()
     resident = sum(size for key, size in _weights(model).items() if key not in elsewhere)
     return resident + SLOTS * max((sum(weights.values()) for weights in streamed), default=0)
+
+
+def bytes_on_host(model: nn.Module, levers: Levers) -> int:
+    """Return what a model's weights take of host memory beside a card, as ``levers.place`` leaves them: all is pinned
+    but embeddings that are not the head."""
+    embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    tables = pinned_bytes(head.nbytes) if levers.host_head else 0
+    tables += embeddings.nbytes if levers.host_embeddings and not (levers.host_head and embeddings is head) else 0
+    found = [] if levers.resident_blocks is None else blocks(model)
+    sizes = flat_sizes(found[: levers.streamed_of(len(found))])
+    return tables + sum(sizes) + spare_bytes(sizes)
 
 
 def _weights(module: nn.Module) -> dict[int, int]:

@@ -75,6 +75,12 @@ class Candidate:
         }  # fmt: skip
 
 
+def settled(step: Step, levers: Levers) -> Levers:
+    """Return the levers with what is streamed on the disk if the step's is to be, and no disk where nothing is."""
+    on_disk = levers.stream_from_disk or bool(step.fixed.get("stream_from_disk"))
+    return replace(levers, stream_from_disk=on_disk and levers.resident_blocks is not None)
+
+
 def build_candidate(step: Step, machine: Machine, levers: Levers, packs: int) -> Candidate:
     """Simulate one way to run the step, if that was not done before."""
     micro_batches = step.packs * step.micro_batches // packs
@@ -82,8 +88,8 @@ def build_candidate(step: Step, machine: Machine, levers: Levers, packs: int) ->
     evaluation = step.job.eval_rows
     if evaluation is not None and sum(evaluation.lengths) <= sum(rows.lengths):
         evaluation = None
-    done = replace(levers, stream_from_disk=levers.weights_on_disk)  # the same where nothing is streamed
-    job = replace(step.job, rows=rows, eval_rows=evaluation, accumulating=micro_batches > 1, levers=done)
+    levers = settled(step, levers)
+    job = replace(step.job, rows=rows, eval_rows=evaluation, accumulating=micro_batches > 1, levers=levers)
     key = id(job.config), replace(job, config=None)  # what is known keeps the configuration alive
     if key not in step.known:
         step.known[key] = predict(job)

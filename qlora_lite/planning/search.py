@@ -24,7 +24,7 @@ from itertools import chain
 from qlora_lite.models.levers import Levers
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS
 
-from .candidate import EQUALLY_FAST, Candidate, Step, build_candidate, choose, timed
+from .candidate import EQUALLY_FAST, Candidate, Step, build_candidate, choose, settled, timed
 from .largest import most
 from .machine import Machine
 from .predict import with_constants
@@ -54,7 +54,7 @@ def search(step: Step, machine: Machine, limit_bytes: int) -> list[Candidate]:
             found += _in_stretches(each, machine, found[-1], limit_bytes)
         if choose(found, limit_bytes) is not None or all(candidate.fits_host for candidate in found):
             break
-    return found
+    return list({(candidate.levers, candidate.packs): candidate for candidate in found}.values())
 
 
 def with_disk(step: Step) -> Step:
@@ -71,7 +71,7 @@ def with_less_on_host(step: Step) -> Iterator[Step]:
     inputs, on_disk = {"offload_checkpoints": False}, {"stream_from_disk": True}
     weights = {"host_embeddings": False, "host_head": False, "resident_blocks": None}
     ways = [inputs, inputs | weights]
-    if step.fixed.get("resident_blocks", 0) is not None and step.fixed.get("checkpointing") != "none":
+    if step.job.quant != "none" and step.fixed.get("resident_blocks", 0) is not None:
         ways += [on_disk, on_disk | inputs]
     seen = [step.fixed]
     for levers in ways if step.job.device_type == "cuda" else ():
@@ -249,7 +249,7 @@ def single_changes(step: Step, levers: Levers) -> Iterator[Levers]:
         changes.append({name: not getattr(levers, name) for name in table})
     for change in changes:
         if not change.keys() & step.fixed.keys():
-            yield replace(levers, **change)
+            yield settled(step, replace(levers, **change))
 
 
 def _moved_to_host(step: Step, levers: Levers) -> Iterator[Levers]:

@@ -155,8 +155,13 @@ def _folder(value: _Value) -> _Found:
 
 
 def _stream_from(value: _Value) -> _Found:
-    given, resident = value("memory", "stream_from"), value("memory", "resident_blocks")
-    if given == "disk" and (resident == "all" or value("memory", "checkpointing") == "none"):
-        other = "resident_blocks all" if resident == "all" else "checkpointing none"
-        message = f"memory.stream_from = disk: with memory.{other} no weights are streamed"
-        yield ("memory", "stream_from"), f"{message}; remove one of the two"
+    if value("memory", "stream_from") != "disk":
+        return
+    for place, without, why in (
+        (("memory", "resident_blocks"), "all", "no weights are streamed"),
+        (("memory", "checkpointing"), "none", "no weights are streamed"),
+        (("model", "quant"), "none", "weights are not prepared in a file"),
+    ):
+        if value(*place) == without:
+            message = f"memory.stream_from = disk: with {'.'.join(place)} {without} {why}"
+            yield ("memory", "stream_from"), f"{message}; remove one of the two"

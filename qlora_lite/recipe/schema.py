@@ -288,8 +288,8 @@ class Memory(_Section):
         "auto"
     )
     """Most host memory that training may use beside a card; auto is what the host has free, and no limit where a plan
-    is for another machine's card. (A model's first loading takes its own share before, all of its weights in 4 bit,
-    unless they are streamed from the disk.) On a CPU memory.budget is all there is."""
+    is for another machine's card. (A model's first loading takes its own share before: all of its weights in 4 bit,
+    unless they are streamed from the disk; those of a GGUF file in 16 bit.) On a CPU memory.budget is all there is."""
     checkpointing: Literal["auto", "block", "selective", "none"] = "auto"
     """block keeps each block's input and computes the rest again in backward; selective keeps attention's results too,
     where a fused kernel gives them (on a CPU block keeps them anyway, and the two are the same); none keeps
@@ -330,9 +330,10 @@ class Memory(_Section):
     """How many of the last blocks keep their frozen weights on the device; the others' lie in host memory and
     come, one block ahead, in forward and in backward. Results are the same to the bit."""
     stream_from: Literal["auto", "host", "disk"] = "auto"
-    """Where streamed weights wait: host is pinned memory for all of them; disk leaves them in the file of the prepared
-    model, of which host memory holds two blocks, and more where the system has room for it. auto is disk only where the
-    host has room for no other plan; estimates of time assume a disk that gives 2 GB/s."""
+    """Where streamed weights in 4 bit wait: host is pinned memory for all of them; disk leaves them in the file of the
+    prepared model (of a 4-bit checkpoint, in its own), of which host memory holds two blocks, and more where the system
+    has room for it. auto is disk only where the host has room for no other plan; estimates of time assume a disk that
+    gives 2 GB/s. A file that cannot be read any more ends the process."""
     optimizer_in_backward: bool = False
     """Update each factor as soon as its gradient is there, so that the gradients of all never lie in memory at one
     time. Clipping, several micro-batches a step and leaving steps out need all of them first: with

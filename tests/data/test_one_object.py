@@ -86,6 +86,13 @@ def test_a_row_is_none_of_these(write, row, settings):
         assert not problems.count
 
 
+def test_empty_lines_before_rows_are_none_of_them(write):
+    for rows in (ROWS[:1], ROWS):
+        path = write("a.json", b"\n\n" + b"\n".join(json.dumps(row).encode() for row in rows))
+        assert len(list(read_conversations(Source(path), problems := Problems()))) == len(rows)
+        assert not problems.count
+
+
 @pytest.mark.parametrize(
     "bad",
     [b'{"prompt": "x", ', b'{"prompt": "\xff", ', b'{"prompt": "\xff", "completion": "y"}', b"x" * (MAX_ROW_BYTES + 1)],

@@ -345,11 +345,15 @@ def packed_parts(model):
 
 
 def test_a_disk_without_room_for_the_weights_is_named_with_its_cure(tmp_path, monkeypatch):
+    asked = []
+
     def full(*_arguments):
+        asked.append(_arguments)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     save_tiny(tmp_path / "model")
     monkeypatch.setattr("os.posix_fallocate", full)
     monkeypatch.setenv("QLORA_LITE_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(ModelError, match=r"QLORA_LITE_CACHE: 1.0 GiB cannot be taken .* No space left .* make room"):
+    with pytest.raises(ModelError, match=r"QLORA_LITE_CACHE: 256.0 MiB cannot be taken .* No space left .* make room"):
         load(tmp_path / "model", in_files=True)
+    assert len(asked) == 1, "the other weights are not tried"

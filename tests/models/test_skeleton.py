@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import build_tiny
+from transformers import Glm4Config, GlmConfig
 
 from qlora_lite.models import skeleton
 from qlora_lite.models.skeleton import meta_copy, meta_model
@@ -38,6 +39,13 @@ def test_what_is_done_to_a_copy_is_not_done_to_the_next():
     model = meta_copy(config, *HOW)
     model.set_output_embeddings(None)
     assert meta_copy(config, *HOW).get_output_embeddings() is not None
+
+
+def test_configurations_with_the_same_numbers_and_other_blocks_are_other_models():
+    numbers = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                   num_key_value_heads=1, head_dim=8, pad_token_id=0)  # fmt: skip
+    names = [type(meta_copy(config(**numbers), *HOW)).__name__ for config in (GlmConfig, Glm4Config)]
+    assert names == ["GlmForCausalLM", "Glm4ForCausalLM"]
 
 
 def test_another_configuration_or_type_is_another_model_and_only_the_last_few_are_kept(monkeypatch):

@@ -67,3 +67,10 @@ def test_blocks_that_share_an_allocation_keep_their_own_values(monkeypatch):
         for block, values in zip(blocks, expected, strict=True):
             assert all(torch.equal(p, value) for p, value in zip(block.parameters(), values, strict=True))
     assert all(stream.holds(p) or number in (0, 1) for number, block in enumerate(blocks) for p in block.parameters())
+
+
+def test_what_only_shares_a_storage_with_a_streamed_weight_is_not_one():
+    shared, block = torch.zeros(3, 4), torch.nn.Sequential(torch.nn.Module())
+    block[0].register_buffer("weight", shared[1])
+    stream = BlockStream([block], torch.device("cpu"), on_disk=True)
+    assert [stream.holds(row) for row in shared] == [False, True, False]

@@ -30,7 +30,7 @@ from qlora_lite.memory.process import (
 from qlora_lite.models.anatomy import blocks, decoder, device_of
 from qlora_lite.models.levers import Levers, on_host, place, set_levers
 from qlora_lite.models.skeleton import meta_model
-from qlora_lite.ops.stream import ALIGNMENT
+from qlora_lite.ops.stream import ALIGNMENT, spare_bytes
 from qlora_lite.ops.tile import Tiled
 from qlora_lite.planning import answering
 from qlora_lite.planning.answering import (
@@ -47,7 +47,7 @@ from qlora_lite.serve import app
 from qlora_lite.tasks import open_tasks
 from qlora_lite.trained import open_trained
 
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")
 WITH_STATES = {"mamba", "mamba2", "recurrent_gemma"}  # in place of keys and values
 
 
@@ -80,11 +80,18 @@ def test_less_memory_gives_placements_that_need_less_and_fit(model_type, tied):
     assert Levers(host_embeddings=not tied, resident_blocks=1) in seen
     assert placement(model, 100, 0) == seen[-1], "what needs least, where nothing fits"
     for levers in seen:
-        on_host = bytes_on_device(model, Levers()) - bytes_on_device(model, levers)
         memory = prompt + bytes_on_device(model, levers)
+        assert placement(model, 100, memory, 2**40) == levers
+        if levers.resident_blocks is None:
+            assert placement(model, 100, memory, 0) == levers
+            continue
+        streamed = place(skeleton_of(model_type, num_hidden_layers=4, tie_word_embeddings=tied), META, levers)
+        table = model.get_input_embeddings().weight.nbytes
+        pinned = 1 << (table - 1).bit_length() if levers.host_head else 0
+        on_host = sum(streamed.block_stream.sizes) + spare_bytes(streamed.block_stream.sizes) + pinned
+        on_host += table if levers.host_embeddings and not (tied and levers.host_head) else 0
         assert placement(model, 100, memory, on_host) == levers
-        if levers.resident_blocks is not None:
-            assert placement(model, 100, memory, on_host - 1) == replace(levers, stream_from_disk=True)
+        assert placement(model, 100, memory, on_host - 1) == replace(levers, stream_from_disk=True)
     assert placement(model, 10_000, prompt + bytes_on_device(model, Levers())) == seen[-1], "a longer prompt"
 
 

@@ -437,10 +437,13 @@ def test_weights_that_come_from_a_disk_have_to_be_streamed(problems, recipe):
     disk = "memory.stream_from=disk"
     for settings in ([], ["memory.resident_blocks=2"], ["memory.checkpointing=selective"]):
         assert recipe(GOOD, disk, *settings).memory.stream_from == "disk"
-    for setting, said in (("resident_blocks=all", "resident_blocks all"), ("checkpointing=none", "checkpointing none")):
-        found = problems(GOOD, disk, f"memory.{setting}")
-        assert f"memory.stream_from = disk: with memory.{said} no weights are streamed; remove one" in found[0]
-        assert recipe(GOOD, "memory.stream_from=host", f"memory.{setting}")
+    for setting, said in (
+        ("memory.resident_blocks=all", "memory.resident_blocks all no weights are streamed"),
+        ("memory.checkpointing=none", "memory.checkpointing none no weights are streamed"),
+        ("model.quant=none", "model.quant none weights are not prepared in a file"),
+    ):
+        assert f"memory.stream_from = disk: with {said}; remove one of the two" in problems(GOOD, disk, setting)[0]
+        assert recipe(GOOD, "memory.stream_from=host", setting)
 
 
 def test_the_folder_for_checkpoints_has_to_be_there_and_to_be_used(problems, recipe, tmp_path):
