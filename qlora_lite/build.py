@@ -113,7 +113,7 @@ def build_to_use(
     )  # fmt: skip
     if levers.places_weights:
         left = left_on_host(levers, len(blocks(model)))
-        log.warning("the card has no room for all weights, so that answers take longer; %s", left)
+        log.warning("the card has no room for all weights, so that answers take longer; in host memory: %s", left)
         place(model, device, levers)
     if tiles.tile_tokens:
         set_levers(model, tiles)

@@ -149,7 +149,7 @@ def meta_model(config, quant: str, double_quant: bool, dtype: torch.dtype, quant
 
 
 def meta_copy(config, *how) -> nn.Module:
-    """Return a model like ``meta_model``'s, a copy of an earlier one where there is one: in half of the time."""
+    """Return a model like ``meta_model``'s, a copy of an earlier one where there is one, which is sooner made."""
     key = (type(config), str(vars(config)), *how)
     if key not in _built:
         if len(_built) == MOST_BUILT:

@@ -108,7 +108,7 @@ def left_on_host(levers: Levers, depth: int) -> str:
     left = {"embeddings": levers.host_embeddings, "head": levers.host_head,
             streamed: levers.streamed_of(depth) and not on_disk}  # fmt: skip
     in_memory = ", ".join(filter(left.get, left)) or "nothing"
-    return f"in host memory: {in_memory}" + (f"; on the disk: {streamed}" if on_disk else "")
+    return in_memory + (f"; on the disk: {streamed}" if on_disk else "")
 
 
 def _placements(model: nn.Module) -> Iterator[Levers]:

@@ -54,6 +54,7 @@ def search(step: Step, machine: Machine, limit_bytes: int) -> list[Candidate]:
             found += _in_stretches(each, machine, found[-1], limit_bytes)
         if choose(found, limit_bytes) is not None or all(candidate.fits_host for candidate in found):
             break
+    # The ways have candidates in common: those that keep on the device what they differ in.
     return list({(candidate.levers, candidate.packs): candidate for candidate in found}.values())
 
 

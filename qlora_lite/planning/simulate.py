@@ -137,7 +137,7 @@ class Simulation:
 
 
 class PlanLedger(Ledger):
-    """A ledger of what is never compiled: torch need not keep its compiler out, a tenth of an operator's time."""
+    """A ledger of what is never compiled: torch need not keep its compiler out of each operator."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:  # torch's own name; one that does not ask only takes longer
