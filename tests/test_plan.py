@@ -355,6 +355,7 @@ def test_weights_come_from_the_disk_where_the_host_has_room_for_no_other_plan(re
         f"{format_bytes(plan.chosen.micro_batches * work.disk_bytes)} from the disk, {format_seconds(seconds)} if"
         in said
     )
+    assert planner.disk_bytes(plan) - planner.disk_bytes(free) == plan.chosen.prediction.simulation.frozen_bytes
     assert len({(c.levers, c.packs) for c in plan.found}) == len(plan.found)
     whole = planner.plan_recipe(recipe("memory.stream_from=disk"), CARD, 8 * GIB)
     assert whole.chosen.settings["memory.resident_blocks"] == "all"

@@ -15,7 +15,7 @@ from qlora_lite.planning.largest import LENGTH_STEP
 from qlora_lite.planning.length import longest_job
 from qlora_lite.planning.machine import machine_of_card
 from qlora_lite.planning.predict import predict
-from qlora_lite.planning.search import SMALL_TILE_TOKENS, search
+from qlora_lite.planning.search import SMALL_TILE_TOKENS, search, with_less_on_host
 from qlora_lite.planning.simulate import Rows
 
 CARD, DEPTH, FAR = machine_of_card(find_card("rtx-4060")), 8, 4096
@@ -85,6 +85,13 @@ def test_where_the_host_has_no_room_for_weights_they_are_read_from_the_disk():
     (device, all_of_them), (_, two) = needs(1024, 0), needs(1024, 0, stream_from_disk=True)
     assert two < all_of_them
     assert longest_tokens(step_of(64, **ON_HOST), device, two, 64, FAR) >= 1024
+
+
+@pytest.mark.parametrize(("quant", "ways"), [("nf4", 2), ("none", 0)])
+def test_only_weights_that_were_prepared_in_a_file_are_read_from_it(quant, ways):
+    step = step_of(64)
+    step = replace(step, job=replace(step.job, quant=quant))
+    assert sum("stream_from_disk" in each.fixed for each in with_less_on_host(step)) == ways
 
 
 def test_of_a_single_block_nothing_is_streamed_for_the_longest():
