@@ -170,14 +170,15 @@ def under_ledger(trainer: Trainer, evaluation=()) -> Ledger:
 def check_case(case: dict) -> dict:
     """Measure one case: the rehearsal that every run makes, alone and under the ledger, beside its prediction."""
     device = resolve_device()
-    base = 0 if device.type == "cuda" else held_bytes(device)  # cuBLAS's workspaces stay from one case to the next
+    on_card = device.type == "cuda"
+    base = 0 if on_card else held_bytes(device)  # cuBLAS's workspaces stay from one case to the next
     trainer = trainer_of(case, model_of(case, device))
     evaluation = trainer.examples[: case.get("rows", 1)]
     if device.type == "cuda":
         free_memory(device)  # so that what is reserved is the step's
     with PeakMeter(device) as meter:
         trainer.rehearse(evaluation)
-        process = meter.peak_bytes() - base
+        process = meter.peak_bytes()
         reserved = torch.cuda.max_memory_reserved() if device.type == "cuda" else None
     plain_seconds = seconds_of(lambda: trainer.rehearse(evaluation), device)
     ledger_started = time.perf_counter()
@@ -191,8 +192,8 @@ def check_case(case: dict) -> dict:
         "predicted_tensor_bytes": expected.total, "measured_tensor_bytes": ledger.peak.total,
         "predicted_place": f"{expected.phase} {expected.module}",
         "measured_place": f"{ledger.peak.phase} {ledger.peak.module}",
-        "predicted_process_bytes": prediction.allocated_bytes if device.type == "cuda" else prediction.peak_bytes,
-        "measured_process_bytes": process,
+        "predicted_process_bytes": prediction.allocated_bytes if on_card else base + prediction.peak_bytes,
+        "measured_process_bytes": process, "base_bytes": base,
         "measured_reserved_bytes": reserved, "plain_seconds": plain_seconds, "ledger_seconds": ledger_seconds,
         "resident_bytes": prediction.simulation.resident.total, "plan_seconds": plan_seconds,
         "work": prediction.simulation.work._asdict(), **estimates(trainer.model, case),

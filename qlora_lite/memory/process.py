@@ -2,8 +2,8 @@
 
 A card: constants from public sources, to be checked with ``tools/check_plan`` on one; those of torch's allocator were
 measured without one (``tools/check_card``).
-A CPU: measured by ``tools/check_plan`` here (torch 2.13, glibc 2.36, two threads), above the memory that the process
-holds after its imports.
+A CPU: fitted to ``tools/check_plan`` here (torch 2.13, glibc 2.36, bfloat16), above the memory that the process holds
+after its imports. What malloc says at the peak (``mallinfo2``) divides it into the parts below.
 """
 
 import os
@@ -30,11 +30,12 @@ FIXED_SEGMENT_BYTES, FIXED_HOLES_SHARE = 576 * MIB, 0.07
 # data sheets name less than this. Not checked on a card.
 CUDA_COMPILER_BYTES = 128 * MIB
 HOST_PROCESS_BYTES = 1536 * MIB  # Python, torch with its CUDA libraries, pinned buffers; not yet checked beside a card
-CPU_BUFFERS_BYTES = 32 * MIB  # thread stacks and buffers
-# For each large product's shape: oneDNN keeps a compiled kernel (0.2 to 1.3 MiB are gone with a cache of 0), and malloc
-# pages in between. Measured in bfloat16 only.
-CPU_KERNEL_BYTES = int(1.35 * MIB)
-CPU_COMPILER_BYTES = 112 * MIB  # of torch.compile: compiled steps of tools/check_plan held 14 to 76 MiB more
+CPU_BUFFERS_BYTES = 56 * MIB  # modules that loading a model imports (37 MiB), thread stacks, buffers of the step
+CPU_KERNEL_BYTES = 3 * MIB // 4  # for each large product's shape: oneDNN keeps a compiled kernel
+# Of the adapter and the optimizer's states: gradients and states are allocated among tensors of a step that are freed,
+# and malloc keeps the holes.
+CPU_HOLES_SHARE = 0.5
+CPU_COMPILER_BYTES = 80 * MIB  # of torch.compile: compiled steps of tools/check_plan held up to 80 MiB more
 # Where torch reads its allocator's settings, by the new and the old name, and the one that has segments grow.
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 GROWING = "expandable_segments:True"
@@ -93,9 +94,11 @@ def overheads(
             *([Overhead("torch.compile", CUDA_COMPILER_BYTES, "what it times kernels with")] if compiling else []),
         )
     kernels = products * CPU_KERNEL_BYTES
+    holes = int(CPU_HOLES_SHARE * sum(resident.breakdown.get(name, 0) for name in ("adapter", "optimizer")))
     compiler = Overhead("torch.compile", CPU_COMPILER_BYTES, "its graphs, and what it keeps of making them")
     return (
-        Overhead("buffers", CPU_BUFFERS_BYTES, "thread stacks and buffers"),
+        Overhead("buffers", CPU_BUFFERS_BYTES, "modules that loading imports, thread stacks and buffers"),
         Overhead("matrix kernels", kernels, f"compiled for {products} shapes of products, and kept"),
+        Overhead("fragmentation", holes, "holes that malloc keeps between tensors of a step"),
         *([compiler] if compiling else []),
     )

@@ -26,7 +26,7 @@ OPERATION_SECONDS = 10e-6
 DISK_BYTES_PER_SECOND = 2e9  # assumed of a common NVMe disk, for a file that is seen as memory; not measured here
 # Large enough for a fast card: far longer than a launch, more than its second-level cache holds.
 _PRODUCT = {"cpu": (512, 2048, 2048), "cuda": (2048, 4096, 4096)}
-_COPY_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
+_COPY_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}  # less than any step needs, and malloc gives it back at once
 _BUS_BYTES, _TRIES = 64 * 2**20, 3
 
 
@@ -104,7 +104,8 @@ def this_machine(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> M
     """
     hold_to(device, None)  # what came before in this process may have had a smaller budget
     on_card, auto = device.type == "cuda", torch.bfloat16 if has_fast_bf16(device) else torch.float32
-    *speeds, base = _speeds(device, dtype)
+    speeds = _speeds(device, dtype)
+    base = held_bytes(device)
     if not on_card:
         name = f"this CPU, {torch.get_num_threads()} threads"
         return Machine(name, "cpu", free_bytes(device) + base, base, *speeds, dtype=auto)
@@ -115,11 +116,8 @@ def this_machine(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> M
     return Machine(torch.cuda.get_device_name(device), "cuda", memory_bytes, 0, *speeds, host_bytes, auto)
 
 
-def _speeds(device: torch.device, dtype: torch.dtype) -> tuple[float, float, float, int]:
-    """Return FLOPs a second, bytes a second of the device's memory and of its bus, and the bytes held meanwhile.
-
-    The process of a small model never holds as much again, so that this is what its peak shows.
-    """
+def _speeds(device: torch.device, dtype: torch.dtype) -> tuple[float, float, float]:
+    """Return FLOPs a second, and bytes a second of the device's memory and of its bus."""
     (rows, inner, columns), copied = _PRODUCT[device.type], _COPY_BYTES[device.type]
     a, b = torch.zeros(rows, inner, dtype=dtype, device=device), torch.zeros(inner, columns, dtype=dtype, device=device)
     source = torch.zeros(copied, dtype=torch.uint8, device=device)
@@ -129,7 +127,7 @@ def _speeds(device: torch.device, dtype: torch.dtype) -> tuple[float, float, flo
     if device.type == "cuda":
         host = host_memory(_BUS_BYTES, device)
         bus = _BUS_BYTES / _fastest(lambda: target[:_BUS_BYTES].copy_(host, non_blocking=True), device)
-    return flops, rate, bus, held_bytes(device)
+    return flops, rate, bus
 
 
 def _fastest(action, device: torch.device) -> float:
