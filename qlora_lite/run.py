@@ -63,6 +63,7 @@ from .train.guards import check_frozen, frozen_checksum
 from .train.inventory import inventory, total_parameters
 from .train.loop import Trainer, largest_batches
 from .train.out_of_memory import CURES, another_plan_may_help, explaining_memory, first_line, free_cached_memory
+from .train.shared_cores import sharing_cores
 from .train.state import STATE
 from .trained import adapter_to_begin_with
 from .training import Progress, Training
@@ -149,7 +150,8 @@ class _Run:
     def execute(self) -> None:
         """Go through the stages."""
         device = resolve_device(self.recipe.model.device)
-        with deterministic(self.recipe.train.deterministic), PeakMeter(device) as meter:
+        repeatable = deterministic(self.recipe.train.deterministic)
+        with repeatable, sharing_cores(device.type), PeakMeter(device) as meter:
             with self.stop.at_once(), explaining_memory():
                 self._prepare(meter)
             with explaining_memory():
