@@ -81,12 +81,12 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             for file in sorted(beside.rglob("*")):
                 flush_to_disk(file)
             flush_to_disk(beside)
-            if path.exists():
-                path.rename(old)
             try:
+                if path.exists():
+                    path.rename(old)
                 beside.rename(path)
             except BaseException:
-                if old.exists():
+                if old.exists() and not path.exists():
                     old.rename(path)
                 raise
             flush_to_disk(path.parent)

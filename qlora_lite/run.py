@@ -52,6 +52,7 @@ from .runs import (
     is_complete,
     logging_to,
     new_path,
+    newest_checkpoint,
     package_versions,
     rewind_run,
 )
@@ -115,7 +116,8 @@ def _execute(running: "_Run", is_own_folder: bool) -> None:
     try:
         running.execute()
     except KeyboardInterrupt as cut:  # before training, or by a second signal
-        error = Interrupted(f"stopped at once by {str(cut) or 'SIGINT'}. {how_to_go_on(running.run.path)}")
+        there = newest_checkpoint(running.newest_step)
+        error = Interrupted(f"stopped at once by {str(cut) or 'SIGINT'}; {there}. {how_to_go_on(running.run.path)}")
         running.leave(error)
         raise error from None
     except QloraLiteError as error:
@@ -158,6 +160,13 @@ class _Run:
                 after = self.training.go(self.continuation and self.continuation.checkpoint.step)
             check_frozen(self.model, self.checksum)
             self._conclude(self.training.before, after)
+
+    @property
+    def newest_step(self) -> int | None:
+        """The step of the newest checkpoint known to be whole."""
+        if self.training and self.training.saver:
+            return self.training.saver.newest_step
+        return self.continuation and self.continuation.checkpoint.step
 
     def _prepare(self, meter: PeakMeter) -> None:
         """Do all that comes before the first step; nothing of it is lost if it is cut off."""

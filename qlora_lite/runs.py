@@ -248,6 +248,11 @@ def how_to_go_on(folder: Path) -> str:
     return f"To go on: qlora-lite train {recipe} --resume {run}"
 
 
+def newest_checkpoint(step: int | None) -> str:
+    """Say what there is to go on from: the step of the newest checkpoint, None for none."""
+    return "no checkpoint is there" if step is None else f"the newest checkpoint is of step {step}"
+
+
 class _LogFile(logging.FileHandler):
     """A log file whose disk may fail: what could not be logged is not worth a trace on the terminal each time."""
 

@@ -91,14 +91,14 @@ class Saver:
         """Take note of how the writing of the last one ended, if it has."""
         if self._pending is None or not (wait or self._pending.done()):
             return
-        pending, self._pending = self._pending, None
         try:
-            pending.result()
+            self._pending.result()  # a signal may cut it: it is still pending then
         except (OutputError, RuntimeError, MemoryError) as error:
+            self._pending = None
             self._note_failure(self._pending_step, error)
         else:
-            self.failure = None
             self._steps = [*self._steps, self._pending_step][-self._keep :]
+            self._pending = self.failure = None
             log.info("step %d: checkpoint written", self._pending_step)
 
     def _note_failure(self, step: int, error: Exception) -> None:

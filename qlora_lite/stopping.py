@@ -2,8 +2,9 @@
 
 The first SIGINT, SIGTERM or SIGHUP (a terminal that is closed) is noted, and the training loop asks for it after every
 step: what was learned is then saved. Where nothing would be left half done (loading, evaluating), it acts at once. A
-second one always acts at once, because the handlers that were there before are put back with the first. Time is counted
-by a clock that nobody can set.
+second one always acts at once, because the handlers that were there before are put back with the first. These may be
+another ``Stop``'s, as the command line's are, and act in the middle of a step: an exception says whose it is, and only
+with its own does a run save anything. Time is counted by a clock that nobody can set.
 """
 
 import math
@@ -19,7 +20,16 @@ ACTING = {
 
 
 class StopNow(KeyboardInterrupt):
-    """End the run here; not an ``Exception``, so that no library on the way takes it for a fault of its own."""
+    """End the run here; not an ``Exception``, so that no library on the way takes it for a fault of its own.
+
+    Args:
+        reason: the signal's name, or the setting that ends the run.
+        stop: who raised it.
+    """
+
+    def __init__(self, reason: str, stop: "Stop"):
+        super().__init__(reason)
+        self.stop = stop
 
 
 class Stop:
@@ -46,7 +56,7 @@ class Stop:
 
     def _raise(self) -> None:
         if self._reason is not None:
-            raise StopNow(self._reason)
+            raise StopNow(self._reason, self)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:

@@ -19,7 +19,7 @@ from .lora.adapter import CONFIG_NAME, adapter_config, adapter_tensors, fill_ada
 from .memory.meter import PeakMeter
 from .recipe.schema import Recipe
 from .resume import RUN, Continuation
-from .runs import ADAPTER, ADAPTER_LAST, CHECKPOINTS, RunFolder, how_to_go_on, package_versions
+from .runs import ADAPTER, ADAPTER_LAST, CHECKPOINTS, RunFolder, how_to_go_on, newest_checkpoint, package_versions
 from .saver import Saver
 from .stopping import Stop, StopNow
 from .tracking import tracking
@@ -55,6 +55,7 @@ class Training:
         self.before: ExactMatch | None = None
         self.totals = {"steps": 0, "seconds": 0.0, "tokens": 0, "labelled_tokens": 0}
         self.earlier_peak_bytes = 0
+        self.saver: Saver | None = None
         self.is_trained = False  # from then on the factors may be the best ones, and not those of the last step
 
     @property
@@ -123,7 +124,8 @@ class Training:
             whole_step: the step of the checkpoint that the run goes on from.
 
         Raises:
-            Interrupted: the run was stopped; what was learned is saved.
+            Interrupted: the run was stopped between steps; what was learned is saved.
+            KeyboardInterrupt: it was stopped at once; nothing was saved.
         """
         t = self.recipe.train
         with Saver(
@@ -136,8 +138,10 @@ class Training:
                         self.before = self._measure("before")
                     self._train()
                     return self._measure_best()
-            except StopNow as reason:
-                raise self._interrupted(str(reason)) from None
+            except StopNow as cut:
+                if cut.stop is not self.stop:  # a second signal, by the caller's handler: perhaps in half a step
+                    raise
+                raise self._interrupted(str(cut)) from None
 
     def _train(self) -> None:
         self._evaluate_if_due()  # the run may have been stopped between a step and its evaluation
@@ -271,6 +275,5 @@ class Training:
         elif newest == step:
             kept = "all of it is saved"
         else:
-            there = "no checkpoint is there" if newest is None else f"the newest checkpoint is of step {newest}"
-            kept = f"{there} ({self.saver.failure or 'none was due'})"
+            kept = f"{newest_checkpoint(newest)} ({self.saver.failure or 'none was due'})"
         return Interrupted(f"stopped by {reason} after step {step}; {kept}. {how_to_go_on(self.run.path)}")

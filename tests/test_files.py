@@ -70,6 +70,20 @@ def test_a_rename_that_fails_gives_the_old_folder_back(folder, monkeypatch):
     assert content(folder) == {"file": "old"}
 
 
+def test_a_signal_between_the_two_renames_gives_the_old_folder_back(folder, monkeypatch):
+    rename = Path.rename
+
+    def cut_off(path, target):
+        rename(path, target)
+        if target.name.endswith(".old"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", cut_off)
+    with pytest.raises(KeyboardInterrupt), replacing_folder(folder) as new:
+        (new / "other").write_text("new")
+    assert content(folder) == {"file": "old"}
+
+
 @pytest.mark.parametrize(
     ("number", "cure"),
     [

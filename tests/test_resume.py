@@ -27,7 +27,7 @@ from qlora_lite.recipe.schema import Output
 from qlora_lite.resume import RUN, Continuation
 from qlora_lite.run import run_recipe
 from qlora_lite.runs import newest_path, open_run
-from qlora_lite.train import checkpoints
+from qlora_lite.train import checkpoints, loop
 from qlora_lite.train.checkpoints import MANIFEST, folder_of, steps_on_disk
 from qlora_lite.train.loop import Trainer
 from qlora_lite.train.step import Evaluation
@@ -467,6 +467,40 @@ def test_a_second_signal_stops_at_once(lab, whole, request, before):
     assert lab.checkpoints == [4, 2]
     lab.run(resume="")
     assert_same_run(lab, whole)
+
+
+INT, TERM = signal.SIGINT, signal.SIGTERM
+
+
+@pytest.mark.parametrize("sent", [
+    [(loop, "train_step", 6, [INT, INT])], [(loop, "train_step", 6, [TERM, TERM])],  # its number is counted already
+    [(loop, "train_step", 5, [INT]), (training, "capture", 3, [TERM])],  # in the save of what was learned
+    [(Trainer, "evaluate", 3, [TERM]), (training, "capture", 3, [INT])],
+], ids=["step", "step by TERM", "save", "save from evaluation"])  # fmt: skip
+def test_two_signals_to_the_command_never_save_half_a_step(lab, whole, monkeypatch, command, sent):
+    """The second one acts by the command line's handler, which ends the run at any place."""
+    for owner, name, call, numbers in sent:
+        signal_at(monkeypatch, owner, name, call, numbers)
+    lab.recipe()
+    code, _, said = command("train", lab.folder / "recipe.yaml")
+    monkeypatch.undo()
+    lab.run(resume="")
+    assert_same_run(lab, whole)
+    assert code == 130 and lab.summary["resumed"][0]["after_step"] == 4
+    assert f"stopped at once by {sent[-1][-1][-1].name}; the newest checkpoint is of step 4. To go on: " in said
+
+
+def signal_at(monkeypatch, owner, name, call, numbers):
+    """Send this process signals at a call of a function."""
+    real, calls = getattr(owner, name), iter(range(1, 999))
+
+    def signalled(*arguments, **options):
+        if next(calls) == call:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, signalled)
 
 
 def test_time_that_is_over_stops_the_run_like_a_signal(lab, whole):

@@ -1,5 +1,7 @@
 """Saving stalls training no longer than copying the state takes, and never more than one checkpoint is on its way."""
 
+import os
+import signal
 import threading
 
 import pytest
@@ -96,6 +98,17 @@ def test_an_error_of_the_writer_reaches_the_user_and_the_next_interval_tries_aga
         saver.wait()
         assert saver.failure is None and saver.newest_step == 2
     assert "step 1: no checkpoint was written" in caplog.text
+
+
+def test_a_wait_cut_off_by_a_signal_forgets_no_checkpoint(tmp_path):
+    disk = SlowDisk()
+    with make_saver(tmp_path, disk) as saver:
+        saver.save(1, lambda: checkpoint(1))
+        threading.Timer(SHORT, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            saver.wait()
+        disk.gate.set()
+    assert saver.newest_step == 1
 
 
 def test_any_other_error_of_the_writer_ends_the_run(tmp_path):
