@@ -13,7 +13,7 @@ def test_killed_stopped_hindered_and_damaged_runs_come_to_the_same_end():
     assert done.returncode == 0, done.stdout + done.stderr
     rows = re.findall(r"^(.{58})" + r" +(\d+)" * 5 + "$", done.stdout, re.MULTILINE)
     may_mount = "left out, this process may not mount one" not in done.stdout
-    assert len(rows) == 15 + may_mount
+    assert len(rows) == 18 + may_mount
     for fault, tried, survived, lost, damaged, again in rows:
         assert int(tried) == int(survived) > 0, fault
         assert int(lost) == int(damaged) == 0, fault

@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -100,6 +101,31 @@ def signalled(lab: Lab, row: Row, number: int, seconds: float, allowed: set[int]
     first = lab.wait(child)
     lab.note_steps(out)
     lab.judge(row, out, f"after {seconds:.3f} s", (first, lab.resume(out)), allowed)
+
+
+def signalled_twice(lab: Lab, row: Row, pair: tuple[int, int], gap: float, at: tuple[str, int] | float) -> None:
+    """Send a run two signals, and go on.
+
+    Args:
+        gap: seconds between them.
+        at: the call (kind, number) that the first one comes at, or seconds after the start.
+    """
+    out = lab.folder / f"trial-{row.fault.replace(' ', '-')}-{row.tried}"
+
+    def send(process: int) -> None:
+        os.kill(process, pair[0])
+        time.sleep(gap)
+        os.kill(process, pair[1])
+
+    if isinstance(at, float):
+        child = lab.start(out)
+        time.sleep(at)
+        send(child)
+    else:
+        child = lab.start(out, install=at_call(*at, lambda: threading.Thread(target=send, args=(os.getpid(),)).start()))
+    first = lab.wait(child)
+    lab.note_steps(out)
+    lab.judge(row, out, f"{at}, {1000 * gap:.0f} ms apart", (first, lab.resume(out)), {130, -pair[1], 0})
 
 
 def hindered(lab: Lab, row: Row, number: int, code: int, lasting: bool) -> None:
