@@ -287,7 +287,8 @@ class _Run:
         totals = self.training.totals
         speed = totals["tokens"] / totals["seconds"] if totals["steps"] else None
         skipped = {"skipped_steps": self.trainer.skipped}
-        return totals | skipped | {"tokens_per_second": speed, "peak_bytes": self.training.peak_bytes}
+        return totals | skipped | self.training.digests | {
+            "tokens_per_second": speed, "peak_bytes": self.training.peak_bytes}  # fmt: skip
 
     def _find_first_adapter(self) -> None:
         """Find what lora.init_from names, and stop at once where it does not fit model and recipe.
@@ -403,14 +404,14 @@ class _Run:
         return self.trainer.fused_loss or CHUNKED
 
     def _conclude(self, before: ExactMatch | None, after: ExactMatch | None) -> None:
-        digest = self.training.save_adapter(ADAPTER)
+        self.training.save_adapter(ADAPTER)
         if self.trainer.most_tokens is not None:
             self.run.summary["plan"]["most_tokens"] = self.trainer.most_tokens
         samples = [
             {"prompt": self._plain(row.prompt), "reference": row.answer, "before": b, "after": a}
             for row, b, a in zip(self.eval_data.examples, before.answers, after.answers, strict=False) if row.answer
         ][:SAMPLES] if before and after else []  # fmt: skip
-        self.run.update(**self.figures(), status=COMPLETE, ended_by=self.training.ended_by, adapter_sha256=digest,
+        self.run.update(**self.figures(), status=COMPLETE, ended_by=self.training.ended_by,
                         adapter_step=self.training.adapter_step, samples=samples)  # fmt: skip
         write_report(self.run.path)
         log.info("done: %d steps in %s, peak memory %s", self.trainer.step,

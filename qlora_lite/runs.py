@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from .errors import CheckpointError, OutputError, RecipeError
-from .files import explain_write_errors, flush_to_disk, remove_leftovers, write_text
+from .errors import CheckpointError, ModelError, OutputError, RecipeError
+from .files import explain_write_errors, flush_to_disk, remove_leftovers, sha256, write_text
 from .recipe.load import load_recipe, resolve_to_yaml
 from .recipe.schema import Recipe
 from .run_files import METRICS, RECIPE, SUMMARY
@@ -28,7 +28,9 @@ from .train.checkpoints import CHECKPOINTS, folder_of, newest_whole, steps_on_di
 
 log = logging.getLogger("qlora_lite")
 ADAPTER, ADAPTER_LAST = "adapter", "adapter-last"
-ADAPTER_CONFIG = "adapter_config.json"  # ``lora.read`` has the name too, and takes seconds to import
+# ``lora.read`` has these names too, and takes seconds to import.
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DIGESTS = {ADAPTER: "adapter_sha256", ADAPTER_LAST: "adapter_last_sha256"}  # what a summary calls them
 TEMPLATE = "template.jinja"
 LOG = "log.txt"
 COMPLETE = "complete"  # the status of a run that came to its end
@@ -150,10 +152,16 @@ def _never_began(path: Path) -> bool:
 
 def _status(path: Path) -> str | None:
     """Return what a run's summary says of it, None where there is none."""
+    return _summary(path).get("status")
+
+
+def _summary(path: Path) -> dict:
+    """Return a run's summary; nothing of one that is missing or broken."""
     try:
-        return json.loads((path / SUMMARY).read_text(encoding="utf-8"))["status"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
 
 
 def _failed_at_once(path: Path) -> bool:
@@ -228,7 +236,7 @@ def is_complete(path: Path, recipe: Recipe) -> bool:
     """Tell whether a recipe's run came to its end, so that there is nothing to go on with.
 
     Raises:
-        CheckpointError: it did with another recipe, and has no checkpoint to go on from.
+        CheckpointError: it did with another recipe, or its adapter is lost, and it has no checkpoint to go on from.
     """
     try:
         summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
@@ -237,15 +245,22 @@ def is_complete(path: Path, recipe: Recipe) -> bool:
         return False
     if not isinstance(summary, dict) or summary.get("status") != COMPLETE:
         return False
-    if not is_same and newest_whole(path / CHECKPOINTS)[0] is None:
+    adapter = path / ADAPTER
+    is_whole = is_same and (adapter / ADAPTER_CONFIG).is_file() and _is_as_written(adapter)
+    if not is_whole and newest_whole(path / CHECKPOINTS)[0] is None:
         raise CheckpointError(f"{path} is complete and has no checkpoint to go on from; choose another output.dir")
-    return is_same and (path / ADAPTER / ADAPTER_CONFIG).is_file()
+    if is_same and not is_whole:
+        log.warning("resume: %s is lost or damaged; it is written again", adapter)
+    return is_whole
 
 
 def how_to_go_on(folder: Path) -> str:
     """Say what to type to go on with a run."""
-    recipe, run = shlex.quote(str(folder / RECIPE)), shlex.quote(str(folder))
-    return f"To go on: qlora-lite train {recipe} --resume {run}"
+    return f"To go on: {_resume_command(folder)}"
+
+
+def _resume_command(folder: Path) -> str:
+    return f"qlora-lite train {shlex.quote(str(folder / RECIPE))} --resume {shlex.quote(str(folder))}"
 
 
 def newest_checkpoint(step: int | None) -> str:
@@ -298,6 +313,7 @@ def open_run(path: str | Path) -> OpenedRun:
 
     Raises:
         RecipeError: it is not a run folder, or has no adapter yet.
+        ModelError: the adapter is damaged.
     """
     folder = Path(path)
     if not (folder / RECIPE).is_file():
@@ -314,7 +330,9 @@ def open_run(path: str | Path) -> OpenedRun:
     except (OSError, ValueError, KeyError, TypeError):
         raise RecipeError(f"{folder / 'summary.json'} is missing or broken; is this a whole run folder?") from None
     adapter = next((f for f in (folder / ADAPTER, folder / ADAPTER_LAST) if (f / ADAPTER_CONFIG).is_file()), None)
-    if adapter is None:
+    if adapter:
+        check_adapter(adapter)
+    else:
         checkpoint, _ = newest_whole(folder / CHECKPOINTS)
         adapter = checkpoint and folder_of(folder / CHECKPOINTS, checkpoint.step)
     if adapter is None:
@@ -324,6 +342,34 @@ def open_run(path: str | Path) -> OpenedRun:
         data = recipe.data.model_copy(update={"template": str(folder / TEMPLATE)})
         recipe = recipe.model_copy(update={"data": data})
     return OpenedRun(recipe, adapter, end_token_ids, summary)
+
+
+def check_adapter(folder: Path) -> None:
+    """Compare an adapter's weights with the SHA-256 that its run's summary has of them.
+
+    Nothing is compared where none is known: of an adapter without a run, as peft writes it, and of a run that was
+    killed or is still going on.
+
+    Raises:
+        ModelError: they are not what was written; the cure names what the run has instead.
+    """
+    if _is_as_written(folder):
+        return
+    run = folder.parent
+    checkpoint, _ = newest_whole(run / CHECKPOINTS)
+    cures = []
+    if checkpoint:
+        cures.append(f"write it again from the checkpoint of step {checkpoint.step}: {_resume_command(run)}")
+    if folder.name == ADAPTER and (run / ADAPTER_LAST / ADAPTER_CONFIG).is_file():
+        cures.append(f"remove {folder} to use {run / ADAPTER_LAST}, that of the last step")
+    cure = ", or ".join(cures) or "bring it back from a copy, or train again"
+    raise ModelError(f"{folder / ADAPTER_WEIGHTS} is damaged: its SHA-256 is not the one in {run / SUMMARY}; {cure}")
+
+
+def _is_as_written(adapter: Path) -> bool:
+    """Tell whether an adapter's weights have the SHA-256 that its run recorded, if any."""
+    recorded, weights = _summary(adapter.parent).get(DIGESTS.get(adapter.name)), adapter / ADAPTER_WEIGHTS
+    return not isinstance(recorded, str) or not weights.is_file() or sha256(weights) == recorded
 
 
 def is_adapter_alone(folder: Path) -> bool:

@@ -29,7 +29,7 @@ from .models.locate import ModelFiles, locate
 from .models.tokenizer import load_tokenizer
 from .recipe.schema import Data, Model, Recipe
 from .rows import build_sources
-from .runs import ADAPTER_CONFIG, OpenedRun, how_to_go_on, is_adapter_alone, open_run
+from .runs import ADAPTER_CONFIG, OpenedRun, check_adapter, how_to_go_on, is_adapter_alone, open_run
 
 log = logging.getLogger("qlora_lite")
 SYSTEM_ROWS = 200  # of each source, looked at for a system message that all share
@@ -143,7 +143,7 @@ def open_trained(run: str | Path, model_path: str | None = None, unfinished: boo
 
     Raises:
         RecipeError: it is no such folder, has no adapter, or the run did not reach its end.
-        ModelError: the base model is gone or is another one, or an adapter alone names none.
+        ModelError: the base model is gone or is another one, an adapter alone names none, or the adapter is damaged.
         DataError: the chat template beside an adapter alone cannot be used.
     """
     folder = Path(run)
@@ -196,14 +196,15 @@ def adapter_to_begin_with(recipe: Recipe) -> Path | None:
     """Return the folder of the adapter that ``lora.init_from`` means: a run's is its best one.
 
     Raises:
-        ModelError: the run has no adapter, or is of another base model.
+        ModelError: the run has no adapter, it is damaged, or it is of another base model.
     """
     if recipe.lora.init_from is None:
         return None
     folder = Path(recipe.lora.init_from)
-    if (folder / ADAPTER_CONFIG).is_file():
-        return folder
     try:
+        if (folder / ADAPTER_CONFIG).is_file():
+            check_adapter(folder)
+            return folder
         opened = open_run(folder)
         _check_base(opened.summary, locate(recipe.model.path, recipe.model.revision), folder, "model.path")
     except (RecipeError, ModelError) as error:

@@ -19,7 +19,16 @@ from .lora.adapter import CONFIG_NAME, adapter_config, adapter_tensors, fill_ada
 from .memory.meter import PeakMeter
 from .recipe.schema import Recipe
 from .resume import RUN, Continuation
-from .runs import ADAPTER, ADAPTER_LAST, CHECKPOINTS, RunFolder, how_to_go_on, newest_checkpoint, package_versions
+from .runs import (
+    ADAPTER,
+    ADAPTER_LAST,
+    CHECKPOINTS,
+    DIGESTS,
+    RunFolder,
+    how_to_go_on,
+    newest_checkpoint,
+    package_versions,
+)
 from .saver import Saver
 from .stopping import Stop, StopNow
 from .tracking import tracking
@@ -55,6 +64,7 @@ class Training:
         self.before: ExactMatch | None = None
         self.totals = {"steps": 0, "seconds": 0.0, "tokens": 0, "labelled_tokens": 0}
         self.earlier_peak_bytes = 0
+        self.digests: dict[str, str] = {}  # of the adapters written, as the summary names them
         self.saver: Saver | None = None
         self.is_trained = False  # from then on the factors may be the best ones, and not those of the last step
 
@@ -248,13 +258,14 @@ class Training:
         config = adapter_config(self.model, self.recipe.model.path)
         return Checkpoint(self.trainer.step, tensors, {STATE: state, RUN: run, CONFIG_NAME: config})
 
-    def save_adapter(self, name: str) -> str:
-        """Write the adapter into the run's folder and return its SHA-256.
+    def save_adapter(self, name: str) -> None:
+        """Write the adapter into the run's folder, and note its SHA-256.
 
         Raises:
             OutputError: it cannot be written.
         """
-        return save_adapter(self.model, self.run.path / name, self.recipe.model.path, self.tokenizer)
+        digest = save_adapter(self.model, self.run.path / name, self.recipe.model.path, self.tokenizer)
+        self.digests[DIGESTS[name]] = digest
 
     def _try_save(self, name: str) -> None:
         try:

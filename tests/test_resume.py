@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tiny_files import save_tiny, write_recipe, write_rows
 
 from qlora_lite import saver, training
-from qlora_lite.errors import CheckpointError, Interrupted, OutputError, RecipeError
+from qlora_lite.errors import CheckpointError, Interrupted, ModelError, OutputError, RecipeError
 from qlora_lite.files import sha256
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.recipe.schema import Output
@@ -543,6 +543,38 @@ def test_a_run_that_was_killed_can_be_used_with_its_newest_checkpoint(lab):
     from qlora_lite.evaluate import evaluate_recipe
 
     assert evaluate_recipe(opened.recipe, opened.adapter, 0)["eval_loss"] < lab.lines[0]["eval_loss"]
+
+
+def flip_a_bit(path, place=-9):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_adapter_is_refused_with_what_there_is_instead_and_written_again_by_resume(lab, whole, caplog):
+    lab.stop(4)
+    flip_a_bit(lab.out / "adapter-last" / "adapter_model.safetensors")
+    assert open_run(lab.out).adapter.name == "adapter"  # the best one is another file
+    (lab.out / "adapter").rename(lab.folder / "best")
+    again = (
+        "write it again from the checkpoint of step {}: qlora-lite train " + f"{lab.out}/recipe.yaml --resume {lab.out}"
+    )
+    with pytest.raises(ModelError, match=r"adapter-last/adapter_model\.safetensors is damaged: its SHA-256") as caught:
+        open_run(lab.out)
+    assert str(caught.value).endswith(again.format(4))
+    lab.run(resume="")
+    flip_a_bit(lab.out / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="adapter/adapter_model") as caught:
+        open_run(lab.out)
+    cure = f"{again.format(8)}, or remove {lab.out}/adapter to use {lab.out}/adapter-last, that of the last step"
+    assert str(caught.value).endswith(cure)
+    lab.run(resume="")
+    assert "adapter is lost or damaged; it is written again" in caplog.text
+    assert_same_run(lab, whole)
+    shutil.rmtree(lab.out / "checkpoints")
+    flip_a_bit(lab.out / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="is complete and has no checkpoint"):
+        lab.run(resume="")
 
 
 # --- early stopping

@@ -127,3 +127,41 @@ def test_a_mistake_is_one_line_with_exit_code_2(arguments, text, runs, command, 
     places = {"RUN": runs[0], "NEW": tmp_path / "new"}
     code, out, err = command(*(places.get(argument, argument) for argument in arguments))
     assert (code, out) == (2, "") and text in err and "Traceback" not in err and not (tmp_path / "new").exists()
+
+
+USES = {
+    "evaluate": ("evaluate", "RUN"), "generate": ("generate", "RUN", "--prompt", "hi"), "chat": ("chat", "RUN"),
+    "serve": ("serve", "RUN"), "compare": ("compare", "RUN"), "merge": ("merge", "RUN", "--out", "OUT"),
+    "export": ("export", "RUN", "--to", "peft", "--out", "OUT"),
+    "a run to begin with": ("train", "RUN/recipe.yaml", "lora.init_from=RUN", "output.dir=OUT"),
+    "an adapter to begin with": ("profile", "RUN/recipe.yaml", "lora.init_from=RUN/adapter"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", USES.values(), ids=USES)
+def test_a_damaged_adapter_is_one_error_wherever_it_is_read(arguments, runs, command, tmp_path):
+    run = shutil.copytree(runs[0], tmp_path / "run")
+    flip_a_bit(run / "adapter" / "adapter_model.safetensors")
+    places = {"RUN": str(run), "OUT": str(tmp_path / "out")}
+    code, out, err = command(*(re.sub("RUN|OUT", lambda name: places[name[0]], word) for word in arguments))
+    assert (code, out) == (2, "")
+    (line,) = (line for line in err.splitlines() if line.startswith("error: "))
+    assert f"{run}/adapter/adapter_model.safetensors is damaged: its SHA-256 is not the one in {run}/summary" in line
+    assert line.endswith("bring it back from a copy, or train again")
+
+
+def test_an_adapter_whose_sum_nobody_knows_is_used(runs, command, tmp_path):
+    run = shutil.copytree(runs[0], tmp_path / "run")
+    flip_a_bit(run / "adapter" / "adapter_model.safetensors")
+    alone, rows = shutil.copytree(run / "adapter", tmp_path / "alone"), runs[0].parent / "1" / "eval.jsonl"
+    assert command("evaluate", alone, "--model", runs[0].parent / "model", f"data.eval={rows}")[0] == 0
+    summary = json.loads((run / "summary.json").read_text())
+    del summary["adapter_sha256"]
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert command("evaluate", run)[0] == 0
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
