@@ -24,7 +24,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-_FILES = {"token_ids": np.int32, "learned": np.bool_, "text": np.uint8, "rows": np.int64}
+FILES = {"token_ids": np.int32, "learned": np.bool_, "text": np.uint8, "rows": np.int64}
 _COLUMNS = 5
 
 
@@ -175,7 +175,7 @@ class ExampleWriter:
     def add_all(self, examples: Iterable[Example]) -> None:
         """Append examples."""
         if not self._sinks:
-            self._sinks = {name: self._open(name) for name in _FILES}
+            self._sinks = {name: self._open(name) for name in FILES}
             self._sinks["rows"].write(np.zeros(_COLUMNS, np.int64).tobytes())
         batch = list(examples)
         if not batch:
@@ -201,7 +201,7 @@ class ExampleWriter:
         self.add_all(())
         if self.folder is None:
             buffers = {name: sink.getbuffer() for name, sink in self._sinks.items()}
-            return _examples({name: np.frombuffer(buffers[name], _FILES[name]) for name in _FILES}, self.files, order)
+            return _examples({name: np.frombuffer(buffers[name], FILES[name]) for name in FILES}, self.files, order)
         for sink in self._sinks.values():
             sink.close()
         return load_arrays(self.folder, self.files, order)
@@ -222,12 +222,7 @@ def load_arrays(folder: Path, files: Sequence[str], order: np.ndarray) -> Exampl
     Raises:
         OSError, ValueError: a file is missing, or its size is not a whole number of entries.
     """
-    return _examples({name: _mapped(folder / name, dtype) for name, dtype in _FILES.items()}, files, order)
-
-
-def sizes(folder: Path) -> dict[str, int]:
-    """Return the bytes of each file that an `ExampleWriter` wrote."""
-    return {name: (folder / name).stat().st_size for name in _FILES}
+    return _examples({name: _mapped(folder / name, dtype) for name, dtype in FILES.items()}, files, order)
 
 
 def _mapped(path: Path, dtype: type) -> np.ndarray:

@@ -32,7 +32,7 @@ from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.nf4 import from_bnb_state
 from qlora_lite.units import format_bytes
 
-from .cache import cache_entry
+from .cache import cache_entry, check_sums
 from .experts import projections, use_packed_experts
 from .locate import ModelFiles, locate
 from .nested import LanguagePart, read_language_part, stored_names, without_weights
@@ -233,8 +233,9 @@ def _has_room(part: LanguagePart, quant: str, double_quant: bool, dtype, device)
 
 
 def _is_whole(entry: Path) -> bool:
-    """Check a cache entry as any model folder is checked."""
+    """Check a cache entry as any model folder is checked, and what its files hold."""
     try:
+        check_sums(entry)
         locate(str(entry))
     except ModelError as error:
         log.warning("the cached model is damaged and made again: %s", error)

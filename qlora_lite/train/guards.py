@@ -25,6 +25,7 @@ from qlora_lite.models.levers import Levers
 from qlora_lite.models.load import use_row_attention, uses_row_attention
 from qlora_lite.models.rows_alone import rows_run_alone, run_rows_alone, use_own_attention, why_rows_run_alone
 from qlora_lite.ops.loss import head_logits
+from qlora_lite.quant.tensor_file import bit_sums
 from qlora_lite.together import WITH_COMPILE, WITH_UPDATES_IN_BACKWARD
 
 from .settings import TrainSettings
@@ -35,10 +36,6 @@ log = logging.getLogger("qlora_lite")
 # Relative L2 error of logits that rounding alone explains: measured 2.5e-7 to 4.2e-7 (float32) and 0.2 to 0.6 %
 # (bf16) over the 13 architectures of the tests. A head scaled 1.1 times gives 10 %, rows that see each other 109 %.
 LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
-HASHED_WORDS = 1 << 18  # at once: 2 MiB
-# 5 modulo 8, so that any two of so many powers differ in one of their last 20 bits: no product of their difference
-# with that of two words that differ in their last 45 bits is a multiple of 2**64.
-ODD_NUMBER = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
 def check_forward(model: nn.Module, longest: int = 0) -> float:
@@ -222,24 +219,6 @@ def check_trainable(model: nn.Module, announced: int) -> None:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if trainable != announced:
         raise TrainingError(f"{trainable} weights are trainable, {announced} were announced")
-
-
-def bit_sums(tensor: torch.Tensor) -> list[int]:
-    """Return a number for every 2 MiB of a tensor's bits, computed where it lies and the same on every device.
-
-    A sum, modulo 2**64, of 64-bit words, each times its own power of an odd number. It changes with any one word, with
-    two that change places (unless they differ in their first 19 bits only), and with the one that fills all places.
-    (``torch.hash_tensor`` XORs values: it is blind to their order, and an even number of equal ones is nothing to it.)
-    """
-    raw = tensor.detach().reshape(-1).view(torch.uint8)
-    words = torch.empty(min(HASHED_WORDS, -(-len(raw) // 8)), dtype=torch.int64, device=raw.device)
-    powers = torch.full_like(words, ODD_NUMBER).cumprod(0)
-    sums = []
-    for part in raw.split(8 * HASHED_WORDS):
-        words[len(part) // 8 :] = 0
-        words.view(torch.uint8)[: len(part)].copy_(part)
-        sums.append(words.mul_(powers).sum())
-    return torch.stack(sums).tolist()
 
 
 def frozen_checksum(model: nn.Module) -> str:

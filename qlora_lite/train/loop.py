@@ -31,11 +31,11 @@ from qlora_lite.models.anatomy import device_of, head
 from qlora_lite.models.levers import set_levers
 from qlora_lite.ops.fused_loss import candidates, choose_loss
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS
+from qlora_lite.quant.tensor_file import bit_sums
 
 from .epochs import Epochs
 from .generators import generator_states, restore_generators
 from .guards import (
-    bit_sums,
     can_reach_every_layer,
     check_adapters_took_part,
     check_compilable,

@@ -1,5 +1,6 @@
 """Cached tokens are found by everything they depend on, and only when they are whole."""
 
+import hashlib
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from qlora_lite.data.examples import read_examples
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
 from qlora_lite.data.read import Source
 from qlora_lite.errors import DataError
+from qlora_lite.files import sha256
 
 ROWS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(5)]
 
@@ -128,14 +130,15 @@ def test_other_code_builds_another_set(build, entries, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["token_ids", "learned", "text", "rows", "set.json", "order.npy"])
-@pytest.mark.parametrize("damage", ["cut short", "missing", "empty"])
+@pytest.mark.parametrize("damage", ["cut short", "missing", "empty", "one bit"])
 def test_a_damaged_set_is_made_again(build, entries, tmp_path, name, damage):
     first = build()
     (entry,) = (tmp_path / "cache").iterdir()
     whole = (entry / name).read_bytes()
     (entry / name).unlink()
     if damage != "missing":
-        (entry / name).write_bytes(whole[:-1] if damage == "cut short" else b"")
+        flipped = whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:]
+        (entry / name).write_bytes({"cut short": whole[:-1], "empty": b"", "one bit": flipped}[damage])
     assert plain(build()) == plain(first)
     assert (entry / name).read_bytes() == whole and len(entries()) == 1
 
@@ -147,7 +150,10 @@ def test_a_pickle_in_place_of_an_array_is_never_run(build, tmp_path):
     np.save(tmp_path / "trap.npy", np.array([Trap(tmp_path / "ran")], dtype=object), allow_pickle=True)
     trap, size = (tmp_path / "trap.npy").read_bytes(), (entry / "order.npy").stat().st_size
     assert len(trap) < size, "of another size it would not even be opened"
+    written = sha256(entry / "order.npy")
     (entry / "order.npy").write_bytes(trap.ljust(size, b"\0"))
+    text = (entry / "set.json").read_text().partition("\n")[2].replace(written, sha256(entry / "order.npy"))
+    (entry / "set.json").write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")  # sealed again
     assert plain(build(rows)) == expected and not (tmp_path / "ran").exists()
     np.load(tmp_path / "trap.npy", allow_pickle=True)
     assert (tmp_path / "ran").exists(), "a reader of pickles would have run it"

@@ -128,16 +128,23 @@ def test_a_cache_that_cannot_be_written_costs_one_line_and_no_more(model, tmp_pa
     assert "the quantised model is not cached: cannot write" in caplog.text
 
 
-@pytest.mark.parametrize("damage", ["cut short", "missing"])
-def test_a_damaged_entry_is_made_again(model, cache, damage, caplog):
+@pytest.mark.parametrize("damage", ["cut short", "missing", "one bit", "a bit of the configuration", "no sums"])
+def test_a_damaged_entry_is_made_again(model, cache, damage, caplog, no_quantising):
     first = load(model)
     (weights,) = cache_root().glob("models/*/model.safetensors")
-    if damage == "missing":
-        weights.unlink()
+    name = {"a bit of the configuration": "config.json", "no sums": "sums.json"}.get(damage, weights.name)
+    file = weights.with_name(name)
+    whole = bytearray(file.read_bytes())
+    if damage in ("missing", "no sums"):
+        file.unlink()
+    elif damage == "cut short":
+        file.write_bytes(whole[:-100])
     else:
-        weights.write_bytes(weights.read_bytes()[:-100])
+        file.write_bytes(whole[:-99] + bytes([whole[-99] ^ 1]) + whole[-98:])
     assert_same_weights(load(model), first)
-    assert weights.exists()
+    assert "the cached model is damaged and made again: " in caplog.text
+    assert file.read_bytes() == whole
+    no_quantising()
     assert_same_weights(load(model), first)
 
 

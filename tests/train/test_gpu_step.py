@@ -26,7 +26,7 @@ from qlora_lite.models.anatomy import blocks
 from qlora_lite.models.levers import Levers, place, set_levers
 from qlora_lite.planning.predict import predict
 from qlora_lite.planning.simulate import Job, rows_of
-from qlora_lite.train.guards import bit_sums
+from qlora_lite.quant.tensor_file import bit_sums
 from qlora_lite.train.optim import build_optimizer
 from qlora_lite.train.rehearsal import rehearse_step
 from qlora_lite.train.step import accumulate_gradients, prepare

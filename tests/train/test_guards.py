@@ -19,7 +19,8 @@ from qlora_lite.models.levers import Levers
 from qlora_lite.models.quantizer import quantize_head
 from qlora_lite.models.rows_alone import rows_run_alone
 from qlora_lite.quant.linear import QuantLinear
-from qlora_lite.train.guards import HASHED_WORDS, bit_sums, check_frozen, check_trainable, frozen_checksum
+from qlora_lite.quant.tensor_file import HASHED_WORDS, bit_sums
+from qlora_lite.train.guards import check_frozen, check_trainable, frozen_checksum
 from qlora_lite.train.inventory import inventory, total_parameters
 from qlora_lite.train.loop import Trainer
 from qlora_lite.train.settings import TrainSettings
@@ -157,7 +158,7 @@ def test_the_checksum_notices_one_flipped_bit_in_any_frozen_tensor(dtype):
 @pytest.mark.parametrize("words", [HASHED_WORDS, 64])
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.base.weight"])
 def test_the_checksum_notices_rows_that_changed_places(name, words, monkeypatch):
-    monkeypatch.setattr("qlora_lite.train.guards.HASHED_WORDS", words)
+    monkeypatch.setattr("qlora_lite.quant.tensor_file.HASHED_WORDS", words)
     model, _ = quantized_pair("llama", dtype=torch.bfloat16)
     add_lora(model, rank=2)
     tensor, checksum = dict((*model.named_parameters(), *model.named_buffers()))[name].detach(), frozen_checksum(model)
