@@ -39,9 +39,27 @@ def _reason(error: OSError, path: Path) -> str:
         return f"the disk is full{free}; free some space or name another disk ({setting})"
     if error.errno == errno.EROFS:
         return f"the disk is read-only; name a place that can be written ({setting})"
+    if error.errno == errno.ELOOP:
+        return "it is a symbolic link, and nothing is written through one; remove it"
     if error.errno in (errno.EACCES, errno.EPERM):
         return f"no permission; change the folder's owner or name one of your own ({setting})"
     return f"{error.strerror or error}; check the path ({setting})"
+
+
+def refuse_link(path: Path) -> None:
+    """Check that a folder to be written in is no symbolic link, which would lead out of a folder from elsewhere.
+
+    Raises:
+        OutputError: it is one.
+    """
+    if path.is_symlink():
+        with explain_write_errors(path):
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+
+
+def open_no_link(path: str, flags: int) -> int:
+    """Open a file, as an ``opener`` of ``open``; a symbolic link is an error of the system's (ELOOP)."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -55,7 +73,9 @@ def write_text(path: Path, text: str) -> None:
             raise OutputError(f"cannot write {path}: it is a folder; name a file")
         beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            beside.write_text(text, encoding="utf-8")
+            beside.unlink(missing_ok=True)
+            with beside.open("x", encoding="utf-8") as file:  # never through a link of that name
+                file.write(text)
             flush_to_disk(beside)
             beside.replace(path)
         except BaseException:

@@ -40,6 +40,7 @@ from .recipe.schema import Recipe
 from .report import write_report
 from .resume import BASE_MODEL, Continuation, data_identity, environment, path_to_continue, reopen
 from .rows import build_stream, rows_to_plan
+from .run_files import METRICS_DIGEST
 from .runs import (
     ADAPTER,
     COMPLETE,
@@ -262,7 +263,8 @@ class _Run:
         self.continuation.say_changes(now)
         self.training.restore(self.continuation)
         self.run.proven = True
-        rewind_run(self.run, has_best=self.training.best_factors is not None)
+        has_best = self.training.best_factors is not None
+        rewind_run(self.run, has_best, self.continuation.run.get(METRICS_DIGEST))
         self._write_data()
         part = {"after_step": self.trainer.step, "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "changes": self.continuation.accepted, "forced_changes": self.continuation.forced}  # fmt: skip
@@ -288,7 +290,9 @@ class _Run:
         speed = totals["tokens"] / totals["seconds"] if totals["steps"] else None
         skipped = {"skipped_steps": self.trainer.skipped}
         return totals | skipped | self.training.digests | {
-            "tokens_per_second": speed, "peak_bytes": self.training.peak_bytes}  # fmt: skip
+            "tokens_per_second": speed, "peak_bytes": self.training.peak_bytes,
+            METRICS_DIGEST: self.run.metrics_hash.hexdigest(),
+        }  # fmt: skip
 
     def _find_first_adapter(self) -> None:
         """Find what lora.init_from names, and stop at once where it does not fit model and recipe.

@@ -7,12 +7,14 @@ is not used, because a report must also be possible for a recipe of another vers
 Layer L0: the standard library only.
 """
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+METRICS_DIGEST = "metrics_sha256"  # of the file's bytes, in the summary of a run that ended and in a checkpoint
 FILES = RECIPE, METRICS, SUMMARY = "recipe.yaml", "metrics.jsonl", "summary.json"
 
 
@@ -34,6 +36,9 @@ def read_run(run_dir: Path) -> RunFiles:
         summary = {}
         problems.append("There is no complete summary.json; the figures come from metrics.jsonl alone.")
     text = _read(run_dir / METRICS, problems)
+    digest = summary.get(METRICS_DIGEST)
+    if text and isinstance(digest, str) and hashlib.sha256((run_dir / METRICS).read_bytes()).hexdigest() != digest:
+        problems.append("metrics.jsonl is damaged: it is not what the run wrote (its SHA-256 differs).")
     lines = [line for line in text.split("\n") if line.strip()]
     metrics = [row for row in map(_json_object, lines) if row and _is_step(row.get("step"))]
     if len(metrics) < len(lines):

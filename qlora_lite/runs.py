@@ -4,6 +4,7 @@
 "complete", so nothing half-written looks finished.
 """
 
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 
 from .errors import CheckpointError, ModelError, OutputError, RecipeError
-from .files import explain_write_errors, flush_to_disk, remove_leftovers, sha256, write_text
+from .files import explain_write_errors, flush_to_disk, open_no_link, refuse_link, remove_leftovers, sha256, write_text
 from .recipe.load import load_recipe, resolve_to_yaml
 from .recipe.schema import Recipe
 from .run_files import METRICS, RECIPE, SUMMARY
@@ -53,6 +54,7 @@ class RunFolder:
         recipe: of the run.
         summary: content of ``summary.json``.
         metrics_bytes: size of ``metrics.jsonl`` as it was last written; what lies behind it is a torn line.
+        metrics_hash: SHA-256 over these bytes.
         waiting: lines of metrics that could not be written yet.
         proven: False while nothing shows yet that this is the run to go on with: values are kept, not written.
     """
@@ -61,6 +63,7 @@ class RunFolder:
     recipe: Recipe
     summary: dict = field(default_factory=dict)
     metrics_bytes: int = 0
+    metrics_hash: "hashlib._Hash" = field(default_factory=hashlib.sha256)
     waiting: list[str] = field(default_factory=list)
     proven: bool = True
 
@@ -85,11 +88,16 @@ class RunFolder:
         """
         self._make_again()
         file = self.path / METRICS
-        with explain_write_errors(file), file.open("ab") as stream:
-            stream.truncate(min(self.metrics_bytes, os.fstat(stream.fileno()).st_size))
-            stream.write("".join(self.waiting).encode())
+        with explain_write_errors(file), open(file, "ab", opener=open_no_link) as stream:
+            there = min(self.metrics_bytes, os.fstat(stream.fileno()).st_size)
+            stream.truncate(there)
+            if there < self.metrics_bytes:  # somebody removed or cut it
+                self.metrics_hash = hashlib.sha256(file.read_bytes())
+            lines = "".join(self.waiting).encode()
+            stream.write(lines)
             stream.flush()
-            self.metrics_bytes = os.fstat(stream.fileno()).st_size
+            self.metrics_hash.update(lines)
+            self.metrics_bytes = there + len(lines)
         self.waiting.clear()
 
     def _make_again(self) -> None:
@@ -207,16 +215,18 @@ def _other_place(path: Path) -> str:
     return f"its run came to a checkpoint of step {steps[-1]}. {how_to_go_on(path)}. Or choose another output.dir"
 
 
-def rewind_run(run: RunFolder, has_best: bool) -> None:
+def rewind_run(run: RunFolder, has_best: bool, metrics_sha256: str | None) -> None:
     """Go back to where a run was: cut off the metrics of later steps, and write the recipe that it goes on with.
 
     Args:
         run: with the summary and the ``metrics_bytes`` of then.
         has_best: the adapter that is there is the best one by evaluation, not the end of an earlier run.
+        metrics_sha256: of the ``metrics_bytes`` of then; None where an earlier version wrote the checkpoint.
 
     Raises:
         OutputError: the folder cannot be written.
     """
+    refuse_link(run.path / CHECKPOINTS)
     remove_leftovers(run.path)
     remove_leftovers(run.path / CHECKPOINTS)
     if not has_best:
@@ -224,10 +234,12 @@ def rewind_run(run: RunFolder, has_best: bool) -> None:
     file = run.path / METRICS
     written = file.read_bytes()[: run.metrics_bytes] if file.is_file() else b""
     whole = written.rfind(b"\n") + 1
-    if whole < run.metrics_bytes:
-        log.warning("%s lacks %d bytes of the steps before; it goes on behind what is there", file,
-                    run.metrics_bytes - whole)  # fmt: skip
-    run.metrics_bytes = whole
+    lost, run.metrics_bytes, run.metrics_hash = run.metrics_bytes - whole, whole, hashlib.sha256(written[:whole])
+    if lost:
+        log.warning("%s lacks %d bytes of the steps before; it goes on behind what is there", file, lost)
+    elif metrics_sha256 not in (None, run.metrics_hash.hexdigest()):
+        log.warning("%s is damaged: its lines of the steps before are not those that were written (their SHA-256 "
+                    "differs); it goes on behind them", file)  # fmt: skip
     run.write_metrics()
     write_text(run.path / RECIPE, resolve_to_yaml(run.recipe))
 
@@ -270,6 +282,9 @@ def newest_checkpoint(step: int | None) -> str:
 
 class _LogFile(logging.FileHandler):
     """A log file whose disk may fail: what could not be logged is not worth a trace on the terminal each time."""
+
+    def _open(self):
+        return open(self.baseFilename, self.mode, encoding=self.encoding, opener=open_no_link)
 
     def handleError(self, _record) -> None:
         return

@@ -19,6 +19,7 @@ from .lora.adapter import CONFIG_NAME, adapter_config, adapter_tensors, fill_ada
 from .memory.meter import PeakMeter
 from .recipe.schema import Recipe
 from .resume import RUN, Continuation
+from .run_files import METRICS_DIGEST
 from .runs import (
     ADAPTER,
     ADAPTER_LAST,
@@ -254,6 +255,7 @@ class Training:
             tensors[BEST] = self.best_factors
         run = self.about | {
             "progress": self._progress(), "summary": dict(self.run.summary), "metrics_bytes": self.run.metrics_bytes,
+            METRICS_DIGEST: self.run.metrics_hash.hexdigest(),
         }  # fmt: skip
         config = adapter_config(self.model, self.recipe.model.path)
         return Checkpoint(self.trainer.step, tensors, {STATE: state, RUN: run, CONFIG_NAME: config})

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 import resource
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,6 +69,13 @@ def test_a_rename_that_fails_gives_the_old_folder_back(folder, monkeypatch):
     with pytest.raises(OutputError, match="the disk went away"), replacing_folder(folder) as new:
         (new / "other").write_text("new")
     assert content(folder) == {"file": "old"}
+
+
+def test_a_file_is_not_written_through_a_link_of_its_partial_name(tmp_path):
+    (tmp_path / "theirs").write_text("theirs")
+    (tmp_path / f".mine.{os.getpid()}.partial").symlink_to(tmp_path / "theirs")
+    write_text(tmp_path / "mine", "mine")
+    assert (tmp_path / "theirs").read_text() == "theirs" and not (tmp_path / "mine").is_symlink()
 
 
 def test_a_signal_between_the_two_renames_gives_the_old_folder_back(folder, monkeypatch):

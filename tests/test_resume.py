@@ -26,6 +26,7 @@ from qlora_lite.recipe.load import load_recipe
 from qlora_lite.recipe.schema import Output
 from qlora_lite.resume import RUN, Continuation
 from qlora_lite.run import run_recipe
+from qlora_lite.run_files import read_run
 from qlora_lite.runs import newest_path, open_run
 from qlora_lite.train import checkpoints, loop
 from qlora_lite.train.checkpoints import MANIFEST, folder_of, steps_on_disk
@@ -33,7 +34,7 @@ from qlora_lite.train.loop import Trainer
 from qlora_lite.train.step import Evaluation
 
 TIMES = {"seconds", "tokens_per_second", "peak_bytes"}
-OTHER_RUN = {*TIMES, "started", "resumed", "plan", "memory_table"}  # of the summary
+OTHER_RUN = {*TIMES, "metrics_sha256", "started", "resumed", "plan", "memory_table"}  # of the summary
 STEPS = {"max_steps": 8, "eval_every_steps": 3, "save_every_steps": 2, "keep_checkpoints": 3, "learning_rate": 0.003}
 WHOLE = {"train": STEPS, "lora": {"rank": 64, "dropout": 0.1}}
 
@@ -575,6 +576,42 @@ def test_a_damaged_adapter_is_refused_with_what_there_is_instead_and_written_aga
     flip_a_bit(lab.out / "adapter" / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match="is complete and has no checkpoint"):
         lab.run(resume="")
+
+
+def test_damaged_metrics_are_said_by_resume_and_by_the_report(lab, caplog):
+    lab.stop(4)
+    flip_a_bit(lab.out / "metrics.jsonl", lab.out.joinpath("metrics.jsonl").read_text().index("loss") + 7)
+    assert any("metrics.jsonl is damaged" in problem for problem in read_run(lab.out).problems)
+    lab.run(resume="")
+    said = f"{lab.out}/metrics.jsonl is damaged: its lines of the steps before are not those that were written"
+    assert sum(said in message for message in caplog.messages) == 1
+    assert [line["step"] for line in lab.lines if "loss" in line] == list(range(1, 9))
+    assert not read_run(lab.out).problems
+    caplog.clear()
+    lab.run(resume="")
+    assert "is damaged" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "log.txt", "checkpoints"])
+def test_nothing_is_written_through_a_link_in_a_run_folder(lab, tmp_path, name):
+    lab.stop(3)
+    target = (lab.out / name).rename(tmp_path / "elsewhere")
+    (lab.out / name).symlink_to(target)
+    if target.is_dir():
+        (target / ".theirs.partial").write_text("")
+    before = content_of(target)
+    with pytest.raises(OutputError, match=f"cannot write .*/{name}: it is a symbolic link, and nothing is written"):
+        lab.run(resume="")
+    assert content_of(target) == before
+    (lab.out / name).unlink()
+    target.rename(lab.out / name)
+    lab.run(resume="")
+    assert lab.summary["status"] == "complete"
+
+
+def content_of(path):
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    return {file: file.read_bytes() for file in files}
 
 
 # --- early stopping

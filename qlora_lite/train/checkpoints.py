@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from qlora_lite.errors import CheckpointError
-from qlora_lite.files import explain_write_errors, flush_to_disk, replacing_folder, sha256
+from qlora_lite.files import explain_write_errors, flush_to_disk, refuse_link, replacing_folder, sha256
 from qlora_lite.quant.tensor_file import write_tensors
 
 FORMAT = 2  # of all that lies in a checkpoint; one of another format is not gone on with
@@ -72,6 +72,7 @@ def write_checkpoint(root: Path, checkpoint: Checkpoint, versions: Mapping[str, 
     Raises:
         OutputError: it cannot be written; what was there before is untouched.
     """
+    refuse_link(root)
     with explain_write_errors(root):
         if not root.is_dir():
             root.mkdir()
