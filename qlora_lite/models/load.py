@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
@@ -36,6 +35,7 @@ from .cache import cache_entry, check_sums
 from .experts import projections, use_packed_experts
 from .locate import ModelFiles, locate
 from .nested import LanguagePart, read_language_part, stored_names, without_weights
+from .pretrained import model_of
 from .quantizer import QuantizeConfig, quantize_head, quantize_in_place, register, replace_weights
 from .save import save_for_cache
 
@@ -291,9 +291,9 @@ def _from_pretrained(
         extra |= {"use_safetensors": True, **(_of_language_model(files, part) if part and part.whole else {})}
     try:
         with _without_report() if "key_mapping" in extra else nullcontext():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = model_of(
                 files.folder, dtype=dtype, device_map={"": device}, output_loading_info=True,
-                local_files_only=True, trust_remote_code=False, ignore_mismatched_sizes=True, **extra,
+                ignore_mismatched_sizes=True, **extra,
             )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, ImportError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -21,7 +21,6 @@ from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
 )
@@ -33,6 +32,7 @@ from qlora_lite.errors import ModelError
 from .anatomy import decoder
 from .gguf_settings import as_the_file_says
 from .locate import ModelFiles
+from .pretrained import config_of, model_from
 
 # What transformers raises over a configuration that contradicts itself, or lacks a library.
 _BUILD_ERRORS = (
@@ -94,7 +94,7 @@ def read_language_part(folder: Path, name: str, gguf_file: str | None = None) ->
     """
     try:
         extra = {"gguf_file": gguf_file} if gguf_file else {}
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **extra)
+        config = config_of(folder, **extra)
         config = as_the_file_says(config, folder / gguf_file) if gguf_file else config
     except (OSError, *_BUILD_ERRORS) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -155,7 +155,7 @@ def without_weights(config, auto=AutoModelForCausalLM, **options) -> nn.Module:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        return auto.from_config(config, **options)
+        return model_from(config, auto, **options)
 
 
 def _paths(whole: nn.Module, alone: nn.Module) -> dict[str, str]:

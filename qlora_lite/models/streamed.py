@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from .anatomy import blocks
 from .load import adopt
+from .pretrained import model_from
 
 Read = Callable[[str], torch.Tensor]
 
@@ -26,7 +26,7 @@ def streamed_model(config, read: Read) -> nn.Module:
         read: returns the float32 weight of a parameter's name; a tied head's is asked for under the embeddings' name.
     """
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = model_from(config, dtype=torch.float32)
     model.tie_weights()
     adopt(model)
     names: dict[int, str] = {}

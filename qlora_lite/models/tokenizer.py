@@ -3,13 +3,12 @@
 import logging
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from qlora_lite.errors import ModelError, OutputError
 from qlora_lite.files import replacing_folder
 
 from .cache import cache_entry
 from .locate import ModelFiles, locate
+from .pretrained import tokenizer_of
 
 log = logging.getLogger("qlora_lite")
 
@@ -22,7 +21,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None):
     """
     files = locate(path, revision, with_weights=False)
     try:
-        tokenizer = _gguf_tokenizer(files) if files.gguf_file else AutoTokenizer.from_pretrained(files.folder)
+        tokenizer = _gguf_tokenizer(files) if files.gguf_file else tokenizer_of(files.folder)
     except (OSError, ValueError, TypeError, KeyError, IndexError, ImportError) as error:
         raise ModelError(f"cannot load the tokenizer of {path}: {str(error).strip().splitlines()[0]}") from error
     if not tokenizer.is_fast:
@@ -34,8 +33,8 @@ def _gguf_tokenizer(files: ModelFiles):
     """Convert a GGUF file's tokenizer once (seconds) and keep it beside the quantised model."""
     entry = cache_entry(files, part="tokenizer")
     if (entry / "tokenizer_config.json").is_file():
-        return AutoTokenizer.from_pretrained(entry)
-    tokenizer = AutoTokenizer.from_pretrained(files.folder, gguf_file=files.gguf_file)
+        return tokenizer_of(entry)
+    tokenizer = tokenizer_of(files.folder, gguf_file=files.gguf_file)
     try:
         with replacing_folder(entry) as new:
             tokenizer.save_pretrained(new)

@@ -129,13 +129,8 @@ def test_a_weight_that_is_not_finite_is_refused(one):
     assert "model.layers.1.mlp.up_proj.weight: cannot quantise a weight that holds NaN" in refusal(one)
 
 
-@pytest.mark.parametrize(
-    "change", [{"model_type": "no_such_model"}, {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}]
-)
-def test_an_unknown_architecture_and_remote_code_are_refused_without_a_question(one, change, monkeypatch):
-    (one / "evil.py").write_text("raise SystemExit('this ran')")
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
-    rewrite(one / "config.json", lambda config: config.update(change | {"model_type": "no_such_model"}))
+def test_an_unknown_architecture_is_refused(one):
+    rewrite(one / "config.json", lambda config: config.update({"model_type": "no_such_model"}))
     assert "cannot read the configuration" in refusal(one)
 
 

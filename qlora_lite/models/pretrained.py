@@ -1,0 +1,90 @@
+"""The one door to transformers' ``from_pretrained`` and ``from_config``: code from a model's folder is never run.
+
+Where transformers is not told so, it asks on standard input whether to run the code that a folder's ``auto_map`` names,
+and any "y" there is an answer. It would also fetch the kernels that a ``config.json`` names under
+``attn_implementation``, which are code too. A folder with an ``auto_map`` loads if transformers has the classes itself.
+"""
+
+from pathlib import Path
+
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+from qlora_lite.errors import ModelError
+
+from .locate import read_json
+
+_NO_CODE = {"local_files_only": True, "trust_remote_code": False}
+
+
+def tokenizer_of(folder: Path, **options):
+    """Return the tokenizer of a folder.
+
+    Raises:
+        ModelError: it takes code from the folder; beside what transformers raises.
+    """
+    if "gguf_file" not in options:
+        _refuse_code(folder)
+    return AutoTokenizer.from_pretrained(folder, **_NO_CODE, **options)
+
+
+def config_of(folder: Path, **options):
+    """Return the configuration of a folder, with attention and experts as transformers chooses them.
+
+    Raises:
+        ModelError: it takes code from the folder; beside what transformers raises.
+    """
+    if "gguf_file" not in options:  # which says all that the folder's own files would
+        _refuse_code(folder)
+    config = AutoConfig.from_pretrained(folder, **_NO_CODE, **options)
+    config._attn_implementation = config._experts_implementation = None  # of the parts inside it, too
+    return config
+
+
+def model_of(folder: Path, config=None, **options):
+    """Return what transformers loads of a folder as a causal language model.
+
+    Args:
+        folder: holds the weights.
+        config: None for the folder's own.
+        options: of ``from_pretrained``.
+
+    Raises:
+        ModelError: it takes code from the folder; beside what transformers raises.
+    """
+    config = config or config_of(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, config=config, **_NO_CODE, **options)
+
+
+def model_from(config, auto=AutoModelForCausalLM, **options) -> nn.Module:
+    """Return transformers' model of a configuration, its weights not loaded."""
+    return auto.from_config(config, trust_remote_code=False, **options)
+
+
+def _refuse_code(folder: Path) -> None:
+    """Raise if transformers lacks a class for which a folder's own files name code."""
+    checks = {
+        "config.json": ("model_type", _is_known),
+        "tokenizer_config.json": ("tokenizer_class", tokenizer_class_from_name),
+    }
+    for file, (key, is_known) in checks.items():
+        said = read_json(folder / file) if (folder / file).is_file() else {}
+        name = said.get(key)
+        if said.get("auto_map") and isinstance(name, str) and not is_known(name):
+            raise ModelError(f"{folder / file}: {key} {name!r} needs code from the model's own folder (auto_map), and "
+                             "code from a model's folder is never run; choose a model whose classes transformers has "
+                             "itself (a newer transformers may)")  # fmt: skip
+
+
+def _is_known(model_type: str) -> bool:
+    """Tell whether transformers has a language model of this type, alone or inside another."""
+    kinds = MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
+    return model_type in CONFIG_MAPPING and any(CONFIG_MAPPING[model_type] in known for known in kinds)
