@@ -2,6 +2,7 @@
 
 import logging
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from .errors import DataError
 from .generate import Sampling, answer
 from .models.anatomy import text_config
 from .tasks import Tasks, open_tasks
+from .terminal import printable
 
 log = logging.getLogger("qlora_lite")
 SHOWN_LETTERS = 200  # of a system message
@@ -55,7 +57,7 @@ class Session:
         with self.tasks.using(self.task) as task:
             prompt = render_prompt(task.template, self.turns)
             self._warn_of_length(prompt)
-            streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
+            streamer = _Shown(tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
             (text,) = answer(
                 self.tasks.model, tokenizer, [prompt], self.max_new_tokens, task.stop, sampling=self.sampling,
                 streamer=streamer,
@@ -69,6 +71,13 @@ class Session:
         if limit and tokens >= limit:
             log.warning("the prompt has %s tokens, and the model was made for %s (max_position_embeddings): its answer "
                         "may be of no use, or empty", f"{tokens:,}", f"{limit:,}")  # fmt: skip
+
+
+class _Shown(TextStreamer):
+    """Print an answer as it comes: into a pipe or a file as it is, on a terminal without what that would obey."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(printable(text) if sys.stdout.isatty() else text, stream_end)
 
 
 def open_session(

@@ -25,6 +25,7 @@ from .files import explain_write_errors, flush_to_disk, open_no_link, refuse_lin
 from .recipe.load import load_recipe, resolve_to_yaml
 from .recipe.schema import Recipe
 from .run_files import METRICS, RECIPE, SUMMARY
+from .terminal import LogFormatter
 from .train.checkpoints import CHECKPOINTS, folder_of, newest_whole, steps_on_disk
 
 log = logging.getLogger("qlora_lite")
@@ -295,7 +296,7 @@ def logging_to(path: Path) -> Iterator[None]:
     """Append our log to a file as well."""
     with explain_write_errors(path):
         handler = _LogFile(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    handler.setFormatter(LogFormatter("%(asctime)s %(message)s"))
     level = log.level
     log.addHandler(handler)
     if not log.isEnabledFor(logging.INFO):  # a caller that has not set up logging still gets the whole log.txt

@@ -170,13 +170,6 @@ def test_data_with_json_names_a_mistake_in_the_recipe_too(finished, command, tmp
     assert (code, err) == (2, "") and "did you mean data.max_tokens" in problem["message"]
 
 
-def test_data_never_sends_a_row_s_control_characters_to_the_terminal(finished, command, tmp_path):
-    recipe = write_recipe(tmp_path, finished[1].parent / "model")
-    (tmp_path / "train.jsonl").write_text('{"prompt": "\\u001b[31mred", "completion": "a"}\n')
-    code, out, _ = command("data", recipe, "data.eval=null", "train.exact_match_rows=0")
-    assert code == 0 and "␛[31mred" in out and "\x1b" not in out
-
-
 def test_evaluate_prints_one_json_object_equal_to_the_run_s_own_measure(finished, command):
     folder, _, _ = finished
     summary = json.loads((folder / "summary.json").read_text())
@@ -233,7 +226,7 @@ def test_a_prompt_that_is_not_text_is_one_line_with_exit_code_2(finished, comman
 
 
 def test_an_answer_is_shown_in_one_line_without_what_a_terminal_would_obey():
-    assert one_line("two\n lines \x1b[31mred\x07") == "two lines  [31mred "
+    assert one_line("two\n lines \x1b[31mred\x07") == r"two lines \x1b[31mred\x07"
     assert len(one_line("x" * 1000)) == 120 and one_line("x" * 120) == "x" * 120
 
 

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "qlora_lite"
 LAYERS = [
-    {"errors", "units", "together", "compilers"},
+    {"errors", "units", "terminal", "together", "compilers"},
     {"files", "package_files", "run_files"},
     {"recipe", "memory"},
     {"quant", "ops", "data"},
@@ -91,7 +91,7 @@ def test_the_walk_finds_an_upward_or_sideways_import(tmp_path, file, line):
 
 
 def test_the_lowest_layer_imports_the_standard_library_only():
-    for unit in ("errors", "units", "together", "files"):
+    for unit in ("errors", "units", "terminal", "together", "files"):
         path = PACKAGE / f"{unit}.py"
         tops = {name.split(".")[0] for name in imported_names(path)} if path.exists() else set()
         assert tops - sys.stdlib_module_names <= {"qlora_lite"}

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from .options import of_a_run
-from .output import one_line, prepare
+from .output import echo, echo_exactly, one_line, prepare
 
 _WIDTHS = 8, 16, 10, 12, 16, 12
 
@@ -32,19 +32,17 @@ def compare(runs: tuple[str, ...], base: bool, rows: int, out: Path | None, as_j
     if out:
         write_comparison(result, out)
     if as_json:
-        click.echo(json.dumps(result))
+        echo_exactly(json.dumps(result))
         return
-    click.echo(f"evaluation rows of {result['rows_of']}\n")
+    echo(f"evaluation rows of {result['rows_of']}\n")
     left = max(24, *(len(model["name"]) + 2 for model in result["models"]))
     for name, figures in (("", FIGURES), *((model["name"], figures_of(model)) for model in result["models"])):
-        click.echo(
-            f"{name:{left}}" + "".join(f"{figure:>{width}}" for figure, width in zip(figures, _WIDTHS, strict=True))
-        )
+        echo(f"{name:{left}}" + "".join(f"{figure:>{width}}" for figure, width in zip(figures, _WIDTHS, strict=True)))
     if not result["same_tokens"]:
-        click.echo(f"note: {NOT_THE_SAME}")
+        echo(f"note: {NOT_THE_SAME}")
     for row in result["answers"][:2]:
-        click.echo(f"\n{'prompt':{left}}{one_line(row['prompt'])}\n{'reference':{left}}{one_line(row['reference'])}")
+        echo(f"\n{'prompt':{left}}{one_line(row['prompt'])}\n{'reference':{left}}{one_line(row['reference'])}")
         for name, answer in row["answers"].items():
-            click.echo(f"{name:{left}}{one_line(answer)}")
+            echo(f"{name:{left}}{one_line(answer)}")
     if out:
-        click.echo(f"\n{'page':{left}}{out / PAGE}")
+        echo(f"\n{'page':{left}}{out / PAGE}")

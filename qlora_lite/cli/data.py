@@ -9,7 +9,7 @@ import click
 from qlora_lite.errors import QloraLiteError, RecipeError
 from qlora_lite.recipe.load import load_recipe
 
-from .output import prepare
+from .output import echo_exactly, echo_styled, prepare, shown
 
 _BAR_CELLS = 40
 _LEARNED, _SEEN = {"fg": "green", "bold": True}, {"dim": True}
@@ -33,7 +33,7 @@ def data(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool, html
         found = preflight(settings, load_tokenizer(settings.model.path, settings.model.revision), rows)
     except QloraLiteError as error:
         if as_json:
-            click.echo(json.dumps(_report_of(error)))
+            echo_exactly(json.dumps(_report_of(error)))
             raise click.exceptions.Exit(error.exit_code) from None
         raise
     if html:
@@ -41,9 +41,9 @@ def data(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool, html
 
         write_data_page(found.report, html, settings.output.name)
     if as_json:
-        click.echo(json.dumps(found.report))
+        echo_exactly(json.dumps(found.report))
         raise click.exceptions.Exit(0 if found.report["ok"] else 2)
-    click.echo(_text(found.report))
+    echo_styled(_text(shown(found.report)))
     found.raise_if_unusable()
 
 
@@ -138,7 +138,7 @@ def _row(row: dict) -> list[str]:
     text, was_learned = "", False
     for piece in [*row["pieces"], {"text": "", "learned": False, "special": False}]:
         mark = "" if piece["learned"] == was_learned else "«" if piece["learned"] else "»"
-        shown = piece["text"].replace("\x1b", "␛")  # a row must not send commands to the terminal
-        text += mark + click.style(shown, **(_LEARNED if piece["learned"] else _SEEN), reverse=piece["special"])
+        style = _LEARNED if piece["learned"] else _SEEN
+        text += mark + click.style(piece["text"], **style, reverse=piece["special"])
         was_learned = piece["learned"]
     return ["  " + line for line in text.split("\n")]

@@ -4,7 +4,7 @@ import json
 
 import click
 
-from .output import prepare
+from .output import echo, echo_exactly, prepare
 
 
 @click.command()
@@ -16,12 +16,12 @@ def doctor(as_json: bool) -> None:
 
     found = examine()
     if as_json:
-        click.echo(json.dumps(found))
+        echo_exactly(json.dumps(found))
         return
     for group in ("versions", "machine"):
-        click.echo(group)
+        echo(group)
         for name, value in found[group].items():
-            click.echo(f"  {name.replace('_', ' '):22} {value}")
-    click.echo("notes")
+            echo(f"  {name.replace('_', ' '):22} {value}")
+    echo("notes")
     for note in found["notes"] or ["nothing to say: this machine is fine"]:
-        click.echo(f"  {note}")
+        echo(f"  {note}")

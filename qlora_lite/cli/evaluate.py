@@ -9,7 +9,7 @@ from qlora_lite.errors import RecipeError
 from qlora_lite.recipe.load import load_recipe, recipe_of
 
 from .options import of_a_run
-from .output import prepare
+from .output import echo, echo_exactly, prepare
 
 _OF_A_RUN = "data.eval=", "data.eval."
 _OF_AN_ADAPTER = *_OF_A_RUN, "data.max_tokens=", "data.overflow=", "data.template=", "data.train_on="
@@ -46,10 +46,10 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, rows: i
 
     result = evaluate_recipe(recipe, adapter, recipe.train.exact_match_rows if rows is None else rows, tokenizer)
     if as_json:
-        click.echo(json.dumps(result))
+        echo_exactly(json.dumps(result))
         return
     for name, value in (result | {"adapter": result["adapter"] or "none: the base model"}).items():
-        click.echo(f"{name.replace('_', ' '):18} {value:.4f}" if isinstance(value, float) else
+        echo(f"{name.replace('_', ' '):18} {value:.4f}" if isinstance(value, float) else
                    f"{name.replace('_', ' '):18} {value}")  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import click
 from qlora_lite.units import format_bytes
 
 from .options import of_a_run
-from .output import prepare
+from .output import echo, prepare
 
 
 @click.command()
@@ -31,16 +31,16 @@ def export(run: str, form: str, out: Path, base: str | None, dtype: str | None, 
     from qlora_lite.export.forms import REPORT, ExportSettings, export_run
 
     report = export_run(run, out, ExportSettings(form, base, dtype), model_path, unfinished)
-    click.echo(f"wrote {out}: {form}, {report['layers']} layers, {format_bytes(report['size_bytes'])}")
+    echo(f"wrote {out}: {form}, {report['layers']} layers, {format_bytes(report['size_bytes'])}")
     if "error" in report:
-        click.echo(f"{'loaded back':24}changes the base's logits as the adapter does, to {report['error']:.1e}")
+        echo(f"{'loaded back':24}changes the base's logits as the adapter does, to {report['error']:.1e}")
     else:
         said = f"makes {report['share']:.1%} of the change that the adapter makes in the base's logits"
         rounding = f"100% is all of it; by rounding they are {report['distance']:.1e} of their size away"
-        click.echo(f"{'loaded back':24}{said} ({rounding})")
+        echo(f"{'loaded back':24}{said} ({rounding})")
     if "conversations_compared" in report:
-        click.echo(f"{'template':24}same tokens for {report['conversations_compared']} random conversations")
+        echo(f"{'template':24}same tokens for {report['conversations_compared']} random conversations")
     for note in report.get("notes", []):
-        click.echo(f"note: {note}")
-    click.echo(f"{'use':24}{report['use']}")
-    click.echo(f"{'report':24}{out / REPORT}")
+        echo(f"note: {note}")
+    echo(f"{'use':24}{report['use']}")
+    echo(f"{'report':24}{out / REPORT}")

@@ -10,7 +10,7 @@ import click
 from qlora_lite.errors import DataError, DoesNotFitError, ModelError
 
 from .options import context_option, model_option
-from .output import prepare
+from .output import echo, echo_exactly, prepare
 
 _NO_COMMANDS = "/help", "/reset", "/clear", "/system", "/bye"  # as others have them
 _COMMANDS = "/use NAME goes on with another adapter, /new forgets the conversation, /quit or an empty line ends it"
@@ -49,7 +49,7 @@ def generate(run: str, prompt: str, **options) -> None:
     show = sys.stdout.isatty()  # where somebody watches, word by word as it comes
     answer = session.reply(show)
     if not show:
-        click.echo(answer)
+        echo_exactly(answer)
 
 
 @click.command()
@@ -61,7 +61,7 @@ def chat(runs: tuple[str, ...], **options) -> None:
     /use NAME goes on with another adapter, /new forgets the conversation; /quit, an empty line or end of input ends it.
     """
     session = _open(runs, options)
-    click.echo(f"{_COMMANDS} (adapters: {', '.join(session.tasks.names)})", err=True)
+    echo(f"{_COMMANDS} (adapters: {', '.join(session.tasks.names)})", err=True)
     while True:
         try:
             line = click.prompt("you", prompt_suffix="> ", default="", show_default=False, err=True)
@@ -78,7 +78,7 @@ def _answer(session, line: str) -> None:
     try:
         session.reply(show=True)
     except (DataError, DoesNotFitError) as error:  # a control token in what was typed, or too much of it
-        click.echo(f"error: {error}", err=True)
+        echo(f"error: {error}", err=True)
         session.turns.pop()
 
 
@@ -89,7 +89,7 @@ def _is_command(session, line: str) -> bool:
         session.turns[:] = [turn for turn in session.turns if turn.role == "system"]
         return True
     if word in _NO_COMMANDS or (word != "/use" and get_close_matches(word, ("/use", "/new", "/quit"), 1, 0.75)):
-        click.echo(_COMMANDS, err=True)
+        echo(_COMMANDS, err=True)
         return True
     if word != "/use":  # as /think, which some models know
         return False
@@ -97,10 +97,10 @@ def _is_command(session, line: str) -> bool:
     try:
         session.use(rest.strip())
     except ModelError as error:
-        click.echo(f"error: {error}", err=True)
+        echo(f"error: {error}", err=True)
         return True
     size = session.tasks.task(session.task).adapter_bytes
-    click.echo(f"{session.task}: {size / 2**20:.1f} MiB, in {1000 * (time.perf_counter() - started):.3f} ms", err=True)
+    echo(f"{session.task}: {size / 2**20:.1f} MiB, in {1000 * (time.perf_counter() - started):.3f} ms", err=True)
     return True
 
 

@@ -15,6 +15,9 @@ from qlora_lite import __version__
 from qlora_lite.compilers import avoid_what_is_missing
 from qlora_lite.errors import Interrupted, QloraLiteError
 from qlora_lite.stopping import stop_signals
+from qlora_lite.terminal import printable
+
+from .output import echo
 
 COMMANDS = {
     "plan": "Predict a recipe's memory and choose the fastest settings that fit.",
@@ -80,19 +83,20 @@ def main(arguments: list[str] | None = None) -> None:
         with stop_signals(None) as stop, stop.at_once():
             sys.exit(cli.main(arguments, prog_name="qlora-lite", standalone_mode=False))  # an Exit is returned
     except click.ClickException as error:
-        error.show()
+        error.show(said := io.StringIO())
+        echo(said.getvalue(), err=True, nl=False)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
+        echo("interrupted", err=True)
         sys.exit(130)
     except QloraLiteError as error:
         if "--debug" in arguments:
-            traceback.print_exc()
+            echo(traceback.format_exc(), err=True, nl=False)
         mark = "" if isinstance(error, Interrupted) else "error: "  # who stops a run has made no error
-        click.echo("\n".join(f"{mark}{line}" for line in str(error).splitlines()), err=True)
+        echo("\n".join(f"{mark}{line}" for line in printable(str(error)).splitlines()), err=True)
         sys.exit(error.exit_code)
     except OSError as error:  # of a path or a disk that no part of the package has looked at more closely
         if "--debug" in arguments:
-            traceback.print_exc()
-        click.echo(f"error: {error} (qlora-lite --debug shows where)", err=True)
+            echo(traceback.format_exc(), err=True, nl=False)
+        echo(f"error: {error} (qlora-lite --debug shows where)", err=True)
         sys.exit(2)

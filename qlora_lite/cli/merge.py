@@ -7,7 +7,7 @@ import click
 from qlora_lite.units import format_bytes, format_seconds
 
 from .options import of_a_run
-from .output import prepare
+from .output import echo, prepare
 
 
 @click.command()
@@ -31,12 +31,12 @@ def merge(run: str, out: Path, base: str | None, dtype: str, quantize_to: str | 
 
     report = merge_run(run, out, MergeSettings(base, dtype, quantize_to, rows), model_path, unfinished)
     cost = f"{format_seconds(report['seconds'])}, {format_bytes(report['peak_bytes_above_start'])} of memory"
-    click.echo(f"wrote {out}: {report['layers']} layers merged into the {report['merged_into']} weights; {cost}")
+    echo(f"wrote {out}: {report['layers']} layers merged into the {report['merged_into']} weights; {cost}")
     if "models" in report:
-        click.echo(f"\n{report['rows']} rows of {report['measured_on']}:")
-        click.echo(f"{'':24}{'loss':>10}{'KL to trained':>16}{'same first token':>19}")
+        echo(f"\n{report['rows']} rows of {report['measured_on']}:")
+        echo(f"{'':24}{'loss':>10}{'KL to trained':>16}{'same first token':>19}")
         for name, found in report["models"].items():
-            click.echo(f"{name:24}{found['loss']:>10.4f}{found['kl']:>16.2e}{found['agreement']:>19.2%}")
+            echo(f"{name:24}{found['loss']:>10.4f}{found['kl']:>16.2e}{found['agreement']:>19.2%}")
     for note in report["notes"]:
-        click.echo(f"note: {note}")
-    click.echo(f"{'report':24}{out / REPORT}")
+        echo(f"note: {note}")
+    echo(f"{'report':24}{out / REPORT}")

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import click
 
+from qlora_lite.terminal import LogFormatter, printable
 from qlora_lite.units import format_bytes, format_seconds
 
 LINE_LETTERS = 120  # of an answer
@@ -28,7 +29,7 @@ def prepare(verbose: bool = True) -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(LogFormatter("%(message)s"))
     log = logging.getLogger("qlora_lite")
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO if verbose else logging.WARNING)
@@ -36,6 +37,8 @@ def prepare(verbose: bool = True) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    for other in logging.getLogger("transformers").handlers:  # its errors quote what models' files say
+        other.setFormatter(LogFormatter())
 
 
 @contextmanager
@@ -80,7 +83,7 @@ class _PlainLines:
         self.shown = now
         left = self.spent / self.count * (total - metrics.step)
         left_text = f", {format_seconds(left)} left" if metrics.step < total else ""
-        print(_describe(metrics, total) + left_text, file=sys.stderr, flush=True)
+        echo(_describe(metrics, total) + left_text, err=True)
 
 
 def _describe(metrics, total: int) -> str:
@@ -88,15 +91,39 @@ def _describe(metrics, total: int) -> str:
             f"{format_bytes(metrics.peak_bytes)}")  # fmt: skip
 
 
+def echo(text: str = "", err: bool = False, nl: bool = True) -> None:
+    """Print text for a person, without what a terminal would obey; every command prints by this and the next two."""
+    click.echo(printable(text), err=err, nl=nl)
+
+
+def echo_exactly(text: str, nl: bool = True) -> None:
+    """Print what a program may read (JSON, YAML, a model's answer): into a pipe or a file, as it is."""
+    click.echo(printable(text) if sys.stdout.isatty() else text, nl=nl, color=True)
+
+
+def echo_styled(text: str, nl: bool = True) -> None:
+    """Print text with our own colours, into which foreign text came by way of ``shown``."""
+    click.echo(text, nl=nl)
+
+
+def shown(report):
+    """Return a report, or a part of it, with every text in it as a terminal may have it."""
+    if isinstance(report, str):
+        return printable(report)
+    if isinstance(report, dict):
+        return {shown(key): shown(value) for key, value in report.items()}
+    return [shown(value) for value in report] if isinstance(report, list | tuple) else report
+
+
 def print_result(text: str) -> None:
     """Print what came of a command's work; if whoever read has left, that is no failure of the work."""
     try:
-        click.echo(text)
+        echo(text)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
 
 
 def one_line(text: str) -> str:
-    """Return the start of a text that a model wrote, without what a terminal would take for a command."""
-    flat = "".join(letter if letter.isprintable() else " " for letter in " ".join(text.split()))
+    """Return the start of a text that a model wrote, on one line."""
+    flat = shown(" ".join(text.split()))
     return flat if len(flat) <= LINE_LETTERS else flat[: LINE_LETTERS - 3] + "..."

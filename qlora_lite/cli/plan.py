@@ -10,9 +10,10 @@ from qlora_lite.errors import QloraLiteError
 from qlora_lite.files import write_text
 from qlora_lite.recipe.catalog import find_recipe, list_recipes
 from qlora_lite.recipe.load import load_recipe
+from qlora_lite.terminal import printable
 from qlora_lite.units import format_bytes, format_seconds, parse_bytes
 
-from .output import prepare
+from .output import echo, echo_exactly, echo_styled, prepare
 
 log = logging.getLogger("qlora_lite")
 
@@ -45,7 +46,7 @@ def plan(recipe, overrides, vram, card, max_tokens, max_batch, html, as_json, ca
     Without --vram and --card: for the machine at hand.
     """
     if cards or models:
-        click.echo("\n".join(_known_cards() if cards else _known_models()))
+        echo("\n".join(_known_cards() if cards else _known_models()))
         return
     if recipe is None:
         raise click.UsageError("name a recipe (or --cards, --models)")
@@ -77,7 +78,7 @@ def plan(recipe, overrides, vram, card, max_tokens, max_batch, html, as_json, ca
     if max_batch:
         found["max_batch"] = _or_none(planner.max_batch, made)
     if as_json:
-        click.echo(json.dumps(plan_text.as_json(made, others) | found))
+        echo_exactly(json.dumps(plan_text.as_json(made, others) | found))
     else:
         _show(found, planner.MOST_PACKS, html)
     if not made.fits:
@@ -133,8 +134,8 @@ def _print(text: str) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     with console.capture() as printed:  # by itself it ends the process where nobody reads
-        console.print(text)
-    click.echo(printed.get(), nl=False)
+        console.print(printable(text))
+    echo_styled(printed.get(), nl=False)
 
 
 def _show(found: dict, most_packs: int, html: Path | None) -> None:
@@ -144,12 +145,12 @@ def _show(found: dict, most_packs: int, html: Path | None) -> None:
         if found["max_tokens"]:
             host, seconds = found["max_tokens_host_bytes"], found["max_tokens_step_seconds"]
             price = f" ({format_bytes(host)} of host memory, about {format_seconds(seconds)} a step)"
-        _print(f"largest data.max_tokens that fits{saving}: {found['max_tokens'] or 'none'}{price}")
+        echo(f"largest data.max_tokens that fits{saving}: {found['max_tokens'] or 'none'}{price}")
     if "max_batch" in found:
         more = " or more" if found["max_batch"] == most_packs else ""
-        _print(f"packs that fit at once{saving}: {found['max_batch'] or 'none'}{more}")
+        echo(f"packs that fit at once{saving}: {found['max_batch'] or 'none'}{more}")
     if html is not None:
-        _print(f"timeline: {html}")
+        echo(f"timeline: {html}")
 
 
 def _known_cards() -> list[str]:

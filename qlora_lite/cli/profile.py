@@ -7,7 +7,7 @@ import click
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.units import format_bytes, format_seconds
 
-from .output import prepare
+from .output import echo, prepare
 
 
 @click.command()
@@ -25,10 +25,10 @@ def profile(recipe: str, overrides: tuple[str, ...], steps: int, out: Path | Non
     f = done.figures
     place = f"{f['peak_phase']}, {f['peak_module'] or 'the loss'}"
     predicted = format_bytes(f["predicted_peak_bytes"])
-    click.echo(f"peak of tensors  {format_bytes(f['peak_bytes'])} in {place} (predicted {predicted})")
+    echo(f"peak of tensors  {format_bytes(f['peak_bytes'])} in {place} (predicted {predicted})")
     for name, size in sorted(f["measured"].items(), key=lambda item: -item[1]):
-        click.echo(f"  {name:24} {format_bytes(size):>10}   predicted {format_bytes(f['predicted'].get(name, 0)):>10}")
+        echo(f"  {name:24} {format_bytes(size):>10}   predicted {format_bytes(f['predicted'].get(name, 0)):>10}")
     total = sum(f["seconds_by_phase"].values())
     for name, seconds in f["seconds_by_phase"].items():
-        click.echo(f"  {name:24} {format_seconds(seconds):>10}   {seconds / total:.0%} of a step")
-    click.echo(f"page             {done.page}")
+        echo(f"  {name:24} {format_seconds(seconds):>10}   {seconds / total:.0%} of a step")
+    echo(f"page             {done.page}")

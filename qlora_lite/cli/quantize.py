@@ -6,7 +6,7 @@ import click
 
 from qlora_lite.files import require_empty
 
-from .output import prepare
+from .output import echo, prepare
 
 
 @click.command()
@@ -29,11 +29,11 @@ def quantize(model: str, out: Path, quant: str, double_quant: bool) -> None:
     from qlora_lite.models.tokenizer import load_tokenizer
 
     if loses_its_update(model):
-        click.echo("warning: a merged model quantised again loses much or all of the update; qlora-lite merge RUN "
+        echo("warning: a merged model quantised again loses much or all of the update; qlora-lite merge RUN "
                    "--quantize measures that, and refuses where the update is lost", err=True)  # fmt: skip
     files = locate(model)
     config = read_language_part(files.folder, model, files.gguf_file).config
     bnb_config(meta_model(config, quant, double_quant, torch.bfloat16))  # refuses before anything large is read
     loaded = load_model(model, quant, double_quant, torch.bfloat16, use_cache=False)
     save_quantized(loaded, out, load_tokenizer(model))
-    click.echo(f"wrote {out}")
+    echo(f"wrote {out}")

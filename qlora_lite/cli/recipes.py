@@ -8,6 +8,8 @@ from qlora_lite.errors import RecipeError
 from qlora_lite.recipe.catalog import copy_recipe, list_recipes, show_recipe
 from qlora_lite.recipe.load import load_recipe, resolve_to_yaml
 
+from .output import echo, echo_exactly
+
 
 @click.group()
 def recipes() -> None:
@@ -18,14 +20,14 @@ def recipes() -> None:
 def list_() -> None:
     """List the built-in recipes."""
     for name, summary in list_recipes():
-        click.echo(f"{name:22} {summary}")
+        echo(f"{name:22} {summary}")
 
 
 @recipes.command()
 @click.argument("name")
 def show(name: str) -> None:
     """Print the built-in recipe NAME."""
-    click.echo(show_recipe(name), nl=False)
+    echo_exactly(show_recipe(name), nl=False)
 
 
 @recipes.command()
@@ -33,7 +35,7 @@ def show(name: str) -> None:
 @click.argument("dest", required=False)
 def copy(name: str, dest: str | None) -> None:
     """Copy the built-in recipe NAME, with its data, to DEST (a folder or a file; default here)."""
-    click.echo(f"wrote {copy_recipe(name, dest)}")
+    echo(f"wrote {copy_recipe(name, dest)}")
 
 
 @recipes.command()
@@ -43,12 +45,12 @@ def copy(name: str, dest: str | None) -> None:
 def check(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Check RECIPE without loading a model, and print it with every default filled in."""
     if not as_json:
-        click.echo(resolve_to_yaml(load_recipe(recipe, overrides)), nl=False)
+        echo_exactly(resolve_to_yaml(load_recipe(recipe, overrides)), nl=False)
         return
     try:
         settings = load_recipe(recipe, overrides)
     except RecipeError as error:
         problems = [{"where": p.where, "key": p.key, "message": p.message} for p in error.problems]
-        click.echo(json.dumps({"ok": False, "problems": problems}))
+        echo_exactly(json.dumps({"ok": False, "problems": problems}))
         raise click.exceptions.Exit(error.exit_code) from None
-    click.echo(json.dumps({"ok": True, "problems": [], "recipe": settings.model_dump(mode="json")}))
+    echo_exactly(json.dumps({"ok": True, "problems": [], "recipe": settings.model_dump(mode="json")}))

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from .output import echo
+
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
@@ -11,4 +13,4 @@ def report(run: Path) -> None:
     """Write report.html into RUN (a run folder), also of a run that was killed or still goes on."""
     from qlora_lite.report import write_report
 
-    click.echo(f"wrote {write_report(run)}")
+    echo(f"wrote {write_report(run)}")
