@@ -86,6 +86,12 @@ def require_one_of(name: str, value: object, choices: Iterable[str | None]) -> N
         raise ModelError(f"{name} is {value!r}; choose one of {', '.join(map(str, known))}")
 
 
+class LaunchError(QloraLiteError):
+    """Report that a launcher started several processes; without a text where another rank says it."""
+
+    exit_code = 2
+
+
 class OutputError(QloraLiteError):
     """Report a folder or file that cannot be written (permission, full or read-only disk)."""
 

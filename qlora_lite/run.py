@@ -35,6 +35,7 @@ from .models.tokenizer import load_tokenizer
 from .plan import as_metered, expected_peak, plan_run
 from .plan_text import reason
 from .preflight import line_of_problem, preflight
+from .ranks import require_one_process
 from .recipe.load import require_recipe
 from .recipe.schema import Recipe
 from .report import write_report
@@ -92,6 +93,7 @@ def run_recipe(
         QloraLiteError: see its subclasses; the summary then says "failed" or "interrupted", if the folder is kept.
     """
     require_recipe(recipe)
+    require_one_process()
     path = None if resume is None else path_to_continue(recipe, resume)
     is_new, path = path is None, path or new_path(recipe)
     with locked(path):

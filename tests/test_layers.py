@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "qlora_lite"
 LAYERS = [
     {"errors", "units", "terminal", "together", "compilers"},
-    {"files", "package_files", "run_files"},
+    {"files", "package_files", "run_files", "ranks"},
     {"recipe", "memory"},
     {"quant", "ops", "data"},
     {"lora"},

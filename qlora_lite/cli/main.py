@@ -14,6 +14,7 @@ import click
 from qlora_lite import __version__
 from qlora_lite.compilers import avoid_what_is_missing
 from qlora_lite.errors import Interrupted, QloraLiteError
+from qlora_lite.ranks import require_one_process
 from qlora_lite.stopping import stop_signals
 from qlora_lite.terminal import printable
 
@@ -36,6 +37,7 @@ COMMANDS = {
     "quantize": "Write a model as a 4-bit checkpoint.",
     "doctor": "Show versions and devices, and what will be slow.",
 }
+_WITHOUT_A_MODEL = "plan", "data", "report", "recipes", "doctor"
 _MODULES = {name: name for name in COMMANDS} | {"chat": "generate"}
 
 
@@ -67,6 +69,8 @@ class _Commands(click.Group):
 def cli(ctx: click.Context, debug: bool) -> None:
     """Fine-tune a 4-bit language model with LoRA in the memory you have."""
     ctx.obj = {"debug": debug}
+    if ctx.invoked_subcommand not in _WITHOUT_A_MODEL:
+        require_one_process()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -93,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
         if "--debug" in arguments:
             echo(traceback.format_exc(), err=True, nl=False)
         mark = "" if isinstance(error, Interrupted) else "error: "  # who stops a run has made no error
-        echo("\n".join(f"{mark}{line}" for line in printable(str(error)).splitlines()), err=True)
+        echo("".join(f"{mark}{line}\n" for line in printable(str(error)).splitlines()), err=True, nl=False)
         sys.exit(error.exit_code)
     except OSError as error:  # of a path or a disk that no part of the package has looked at more closely
         if "--debug" in arguments:
