@@ -1,8 +1,10 @@
 """Imports point down: each layer may use the layers before it, never itself or a later one."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,14 @@ def test_the_package_never_imports_its_oracles():
     for path in PACKAGE.rglob("*.py"):
         tops = {name.split(".")[0] for name in imported_names(path)}
         assert not tops & {"peft", "trl", "torchao"}, path
+
+
+def test_whatever_is_imported_comes_with_the_plain_installation():
+    declared = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    names = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in declared}
+    names |= {"yaml", "numpy", "jinja2", "annotated_types", "pyarrow"}  # pyyaml's; torch's, pydantic's and datasets'
+    tops = {name.split(".")[0] for path in PACKAGE.rglob("*.py") for name in imported_names(path)}
+    assert tops - sys.stdlib_module_names - names == {"qlora_lite"}
 
 
 def test_loading_a_recipe_never_imports_torch():

@@ -313,13 +313,3 @@ def test_the_command_listens_on_this_machine_only_and_says_what_it_is_for(runs):
     finally:
         process.terminate()
         process.communicate(timeout=20)
-
-
-def test_without_the_extra_the_error_names_it(runs):
-    code = (
-        "import sys; sys.modules['uvicorn'] = None\n"
-        f"from qlora_lite.cli.main import main; main(['serve', {str(runs[0])!r}])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1 and "error: qlora-lite serve needs uvicorn" in done.stderr
-    assert "pip install 'qlora-lite[serve]'" in done.stderr and "Traceback" not in done.stderr

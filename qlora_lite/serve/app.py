@@ -4,8 +4,6 @@ A server for trying an adapter with existing clients. It answers one request at 
 bounded in all it takes (bytes of a request, requests that wait, connections) and listens on 127.0.0.1 unless told
 otherwise. It takes only JSON, and only under its own host names: a page in a browser can then not send it requests
 behind its user's back, by a form or by a name that changes its address.
-
-Starlette and uvicorn are the extra "serve", imported here and nowhere else.
 """
 
 import errno
@@ -17,23 +15,18 @@ import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
 from qlora_lite.errors import DoesNotFitError, OutputError, QloraLiteError
 from qlora_lite.tasks import BASE, Tasks
 
 from .engine import Engine, Piece
 from .requests import ApiError, ChatRequest, read_request
-
-try:
-    import uvicorn
-    from starlette.applications import Starlette
-    from starlette.exceptions import HTTPException
-    from starlette.requests import Request
-    from starlette.responses import JSONResponse, Response, StreamingResponse
-    from starlette.routing import Route
-except ImportError as error:
-    raise QloraLiteError(
-        f"qlora-lite serve needs {error.name}, of the extra 'serve': pip install 'qlora-lite[serve]'"
-    ) from error
 
 log = logging.getLogger("qlora_lite")
 LOCAL = ("127.0.0.1", "localhost", "::1")
