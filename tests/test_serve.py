@@ -1,6 +1,7 @@
 """The server, asked by the real OpenAI client, and by clients that mean no good."""
 
 import json
+import logging
 import socket
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import openai
 import pytest
@@ -211,16 +214,77 @@ def test_whatever_is_sent_the_error_has_the_api_s_form(server, options, status):
     assert found == status and body["error"].keys() == {"message", "type", "param", "code"}
 
 
-def test_requests_beyond_the_line_are_refused_and_the_line_empties(server, client):
-    long = {"model": "base", "messages": ASKED}
-    tasks, outcomes = server[1], []
-    held, go = threading.Event(), threading.Event()
-    whole = tasks.model.forward
+@contextmanager
+def held_forward(model):
+    """Hold the model's first forward; yields its calls, the event that says it has begun, and the one to let it go."""
+    calls, held, go = [], threading.Event(), threading.Event()
+    whole = model.forward
 
     def slow(*args, **kwargs):
+        calls.append(0)
         held.set()
         go.wait(20)
         return whole(*args, **kwargs)
+
+    model.forward = slow
+    try:
+        yield calls, held, go
+    finally:
+        del model.forward
+        go.set()
+
+
+def send(port, head, body=b"", headers=("host: 127.0.0.1",)):
+    """Send what may be half a request; return the open connection."""
+    connection = socket.create_connection(("127.0.0.1", port), timeout=20)
+    connection.sendall("\r\n".join((head, *headers, "", "")).encode("latin-1") + body)
+    return connection
+
+
+def post_chat(port, **options):
+    body = json.dumps({"model": "base", "messages": ASKED} | options).encode()
+    headers = ("host: 127.0.0.1", "content-type: application/json", f"content-length: {len(body)}")
+    return send(port, "POST /v1/chat/completions HTTP/1.1", body, headers)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_whose_client_left_stops_at_the_next_token(server, client, stream):
+    port, tasks = server
+    with held_forward(tasks.model) as (calls, held, go):
+        with post_chat(port, stream=stream):
+            assert held.wait(20)
+        client.models.list()  # the server has seen that the other client left
+        go.set()
+        reply = client.chat.completions.create(model="base", messages=ASKED, max_tokens=1)
+    assert reply.usage.completion_tokens == 1 and len(calls) <= 3, "one or two of 12 tokens, and the other answer's"
+
+
+def test_a_client_that_leaves_the_line_frees_its_place(server, client):
+    port, tasks = server
+    with held_forward(tasks.model) as (_, held, go), post_chat(port), ThreadPoolExecutor() as pool:
+        assert held.wait(20)
+        post_chat(port).close()
+        client.models.list()
+        waiting = pool.submit(client.chat.completions.create, model="base", messages=ASKED, max_tokens=1)
+        client.models.list()
+        go.set()
+        assert waiting.result(20).usage.completion_tokens == 1
+
+
+def test_a_client_that_leaves_amid_its_request_leaves_no_trace_in_the_log(server, client, caplog, monkeypatch):
+    for name in ("uvicorn", "qlora_lite"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    send(server[0], "POST /v1/chat/completions HTTP/1.1", b"{", (
+        "host: 127.0.0.1", "content-type: application/json", "content-length: 100",
+    )).close()  # fmt: skip
+    post_chat(server[0]).close()
+    client.chat.completions.create(model="base", messages=ASKED, max_tokens=1)
+    assert caplog.text == ""
+
+
+def test_requests_beyond_the_line_are_refused_and_the_line_empties(server, client):
+    long = {"model": "base", "messages": ASKED}
+    outcomes = []
 
     def ask():
         try:
@@ -228,8 +292,7 @@ def test_requests_beyond_the_line_are_refused_and_the_line_empties(server, clien
         except openai.RateLimitError as error:
             outcomes.append(error.code)
 
-    tasks.model.forward = slow
-    try:
+    with held_forward(server[1].model) as (_, held, go):
         threads = [threading.Thread(target=ask) for _ in range(5)]
         threads[0].start()
         assert held.wait(20)
@@ -242,9 +305,6 @@ def test_requests_beyond_the_line_are_refused_and_the_line_empties(server, clien
         go.set()
         for thread in threads:
             thread.join(20)
-    finally:
-        del tasks.model.forward
-        go.set()
     assert sorted(outcomes) == ["length", "length"] + ["too_many_requests"] * 3
     assert client.chat.completions.create(**long).choices[0].finish_reason == "length"
 

@@ -6,19 +6,20 @@ otherwise. It takes only JSON, and only under its own host names: a page in a br
 behind its user's back, by a form or by a name that changes its address.
 """
 
+import asyncio
 import errno
 import json
 import logging
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -60,7 +61,8 @@ def build_app(tasks: Tasks, limits: Limits, hosts: tuple[str, ...] = LOCAL) -> S
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
     ]  # fmt: skip
     handlers = {
-        ApiError: _api_error, HTTPException: _http_error, DoesNotFitError: _memory_error, Exception: _internal_error,
+        ApiError: _api_error, HTTPException: _http_error, DoesNotFitError: _memory_error,
+        ClientDisconnect: _client_left, Exception: _internal_error,
     }  # fmt: skip
     return Starlette(routes=routes, exception_handlers=handlers)
 
@@ -114,14 +116,13 @@ class _Api:
         pieces = self.engine.pieces(wanted)
         reply = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": wanted.model}
         if wanted.stream:
-            first = await anext(pieces)  # what is wrong with the request is still an error and no stream
+            # an error before the first piece is still an error of the API and no stream
+            first = await _while_client_listens(request, anext(pieces))
             return StreamingResponse(_events(reply, first, pieces, wanted), media_type="text/event-stream")
-        text = ""
-        async for piece in pieces:
-            text += piece.text
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": piece.finish,
+        text, last = await _while_client_listens(request, _whole_answer(pieces))
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": last.finish,
                   "logprobs": None}  # fmt: skip
-        return JSONResponse(reply | {"object": "chat.completion", "choices": [choice], "usage": _usage(piece)})
+        return JSONResponse(reply | {"object": "chat.completion", "choices": [choice], "usage": _usage(last)})
 
     def _describe(self, name: str) -> dict:
         return {"id": name, "object": "model", "created": self.created, "owned_by": "qlora-lite"}
@@ -143,6 +144,36 @@ class _Api:
             return json.loads(body)
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"the request is not JSON: {error}") from error
+
+
+async def _while_client_listens(request: Request, work: Awaitable):
+    """Return what some work returns; stop it when the client leaves first.
+
+    Raises:
+        ClientDisconnect: the client left.
+    """
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_client_leaves(request))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientDisconnect
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _client_leaves(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _whole_answer(pieces: AsyncIterator[Piece]) -> tuple[str, Piece]:
+    """Return the text of all pieces, and the last one."""
+    text = ""
+    async for piece in pieces:
+        text += piece.text
+    return text, piece
 
 
 def _usage(last: Piece) -> dict:
@@ -192,6 +223,10 @@ async def _memory_error(request: Request, error: DoesNotFitError) -> Response:
 
 def _too_long(error: DoesNotFitError) -> ApiError:
     return ApiError(400, str(error), "context_length_exceeded", "messages")
+
+
+async def _client_left(_request: Request, _error: ClientDisconnect) -> Response:
+    return Response(status_code=400)  # nobody reads it
 
 
 async def _internal_error(_request: Request, error: Exception) -> Response:
