@@ -214,6 +214,44 @@ def test_whatever_is_sent_the_error_has_the_api_s_form(server, options, status):
     assert found == status and body["error"].keys() == {"message", "type", "param", "code"}
 
 
+def status_of(connection):
+    """Return the status of the next answer on a connection, and close it."""
+    with connection, connection.makefile("rb") as file:
+        return int(file.readline().split()[1])
+
+
+@pytest.mark.parametrize("host", [
+    'a{b}.evil.example', 'a"b.evil', "a`b.evil", "evil.example:", "[::1", "127.0.0.1@evil.example", "",
+    "evil.example", "127.0.0.1.evil.example", "localhost:80:80", "127.0.0.1:123456", "[::1]evil", "localhost.",
+    "127.0.0.1, evil.example",
+])  # fmt: skip
+def test_a_host_that_is_not_one_of_its_own_is_refused(server, host):
+    assert status_of(send(server[0], "GET /v1/models HTTP/1.1", headers=(f"host: {host}",))) == 403
+    assert status_of(send(server[0], "POST /v1/nothing HTTP/1.1", headers=(f"host: {host}",))) == 403
+
+
+@pytest.mark.parametrize(("version", "headers", "status"), [
+    ("1.1", (), 400), ("1.0", (), 403), ("1.1", ("host: 127.0.0.1", "host: evil.example"), 400),
+    ("1.1", ("host: LOCALHOST:1",), 200), ("1.1", ("host: [::1]:8000",), 200), ("1.0", ("host: 127.0.0.1",), 200),
+])  # fmt: skip
+def test_there_is_one_host_and_any_port(server, version, headers, status):
+    assert status_of(send(server[0], f"GET /v1/models HTTP/{version}", headers=headers)) == status
+
+
+@pytest.mark.parametrize(("origins", "status"), [
+    (("http://localhost:8000",), 200), (("https://LOCALHOST:8000",), 200), ((), 200),
+    (("http://localhost",), 403), (("http://127.0.0.1:8000",), 403), (("https://evil.example",), 403),
+    (("null",), 403), (("",), 403), (("http://localhost:8000", "https://evil.example"), 403),
+])  # fmt: skip
+def test_pages_of_another_origin_are_refused(server, origins, status):
+    headers = ("host: localhost:8000", *(f"origin: {origin}" for origin in origins))
+    assert status_of(send(server[0], "GET /v1/models HTTP/1.1", headers=headers)) == status
+
+
+def test_a_media_type_has_no_case_and_may_have_parameters(server):
+    assert raw(server[0], kind="APPLICATION/JSON; Charset=UTF-8")[1]["error"]["param"] == "model"
+
+
 @contextmanager
 def held_forward(model):
     """Hold the model's first forward; yields its calls, the event that says it has begun, and the one to let it go."""

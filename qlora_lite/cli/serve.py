@@ -8,7 +8,8 @@ from .output import prepare
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; any but this has no guard.")
+@click.option("--host", default="127.0.0.1", show_default=True,
+              help="Address to listen on; one that others can reach is answered under any Host name.")  # fmt: skip
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of an answer.")
 @click.option("--max-waiting", type=click.IntRange(min=0), default=8, show_default=True,

@@ -2,26 +2,29 @@
 
 A server for trying an adapter with existing clients. It answers one request at a time and has no accounts, so it is
 bounded in all it takes (bytes of a request, requests that wait, connections) and listens on 127.0.0.1 unless told
-otherwise. It takes only JSON, and only under its own host names: a page in a browser can then not send it requests
-behind its user's back, by a form or by a name that changes its address.
+otherwise. It takes only JSON, only under its own host names, and of pages only from its own origin: a page in a browser
+can then not send it requests behind its user's back, by a form or by a name that changes its address.
 """
 
 import asyncio
 import errno
 import json
 import logging
+import re
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Iterable
 from dataclasses import dataclass
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qlora_lite.errors import DoesNotFitError, OutputError, QloraLiteError
 from qlora_lite.tasks import BASE, Tasks
@@ -30,7 +33,7 @@ from .engine import Engine, Piece
 from .requests import ApiError, ChatRequest, read_request
 
 log = logging.getLogger("qlora_lite")
-LOCAL = ("127.0.0.1", "localhost", "::1")
+LOCAL = ("127.0.0.1", "localhost", "[::1]")  # as a Host header writes them
 MOST_CONNECTIONS = 64
 
 
@@ -53,9 +56,9 @@ def build_app(tasks: Tasks, limits: Limits, hosts: tuple[str, ...] = LOCAL) -> S
     """Return the application.
 
     Args:
-        hosts: host names under which it answers; none for any.
+        hosts: host names under which it answers, as a Host header writes them; none for any.
     """
-    api = _Api(tasks, limits, hosts)
+    api = _Api(tasks, limits)
     routes = [
         Route("/v1/models", api.models), Route("/v1/models/{name:path}", api.model),
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
@@ -64,7 +67,8 @@ def build_app(tasks: Tasks, limits: Limits, hosts: tuple[str, ...] = LOCAL) -> S
         ApiError: _api_error, HTTPException: _http_error, DoesNotFitError: _memory_error,
         ClientDisconnect: _client_left, Exception: _internal_error,
     }  # fmt: skip
-    return Starlette(routes=routes, exception_handlers=handlers)
+    guard = Middleware(_Guard, hosts=hosts)
+    return Starlette(routes=routes, exception_handlers=handlers, middleware=[guard])
 
 
 def run_server(tasks: Tasks, limits: Limits, host: str, port: int) -> None:
@@ -82,28 +86,58 @@ def run_server(tasks: Tasks, limits: Limits, host: str, port: int) -> None:
         listener.close()
         wrong = "host" if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL else "port"
         raise OutputError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --{wrong}") from error
-    app = build_app(tasks, limits, LOCAL if host in LOCAL else ())
-    names = ", ".join(dict.fromkeys((*tasks.names, BASE)))
     shown = f"[{host}]" if ":" in host else host
+    app = build_app(tasks, limits, LOCAL if shown in LOCAL else ())
+    names = ", ".join(dict.fromkeys((*tasks.names, BASE)))
     log.info("serving %s on http://%s:%d/v1", names, shown, listener.getsockname()[1])
     log.info("this is for trying adapters, one request at a time; use vLLM or Ollama in production (qlora-lite export)")
     config = uvicorn.Config(app, log_level="warning", limit_concurrency=MOST_CONNECTIONS, timeout_keep_alive=30)
     uvicorn.Server(config).run(sockets=[listener])
 
 
+class _Guard:
+    """Refuse what a page of another site may have sent, before anything else reads the request."""
+
+    def __init__(self, app: ASGIApp, hosts: tuple[str, ...]):
+        self.app, self.hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = _refusal(scope["headers"], self.hosts) if scope["type"] == "http" else None
+        answer = JSONResponse(refusal.body(), refusal.status) if refusal else self.app
+        await answer(scope, receive, send)
+
+
+def _refusal(headers: Iterable[tuple[bytes, bytes]], hosts: tuple[str, ...]) -> ApiError | None:
+    """Return why a request is not for this server, None if it is.
+
+    The raw header is compared with a list: starlette's ``request.url`` takes the socket's own address in place of a
+    Host that it cannot parse.
+
+    Args:
+        headers: of the ASGI scope, with names in lower case.
+        hosts: host names under which requests are answered; none for any.
+    """
+    found = [value.decode("latin-1").lower() for name, value in headers if name == b"host"]
+    host = found[0] if len(found) == 1 else ""
+    if hosts and re.sub(r":[0-9]{1,5}\Z", "", host) not in hosts:
+        return ApiError(403, f"requests for the host {host!r} are not answered", "wrong_host")
+    origins = {value.decode("latin-1").lower() for name, value in headers if name == b"origin"}
+    if foreign := origins - {f"http://{host}", f"https://{host}"}:
+        return ApiError(403, f"requests of pages from {min(foreign)!r} are not answered", "wrong_origin")
+    return None
+
+
 class _Api:
-    def __init__(self, tasks: Tasks, limits: Limits, hosts: tuple[str, ...]):
-        self.engine, self.limits, self.hosts = Engine(tasks, limits.waiting), limits, hosts
+    def __init__(self, tasks: Tasks, limits: Limits):
+        self.engine, self.limits = Engine(tasks, limits.waiting), limits
         self.created = int(time.time())
 
-    async def models(self, request: Request) -> Response:
+    async def models(self, _request: Request) -> Response:
         """List what can be asked for."""
-        self._check_host(request)
         return JSONResponse({"object": "list", "data": [self._describe(name) for name in self.engine.names]})
 
     async def model(self, request: Request) -> Response:
         """Describe one model."""
-        self._check_host(request)
         name = request.path_params["name"]
         if name not in self.engine.names:
             raise ApiError(404, f"there is no model {name!r}", "model_not_found", "model")
@@ -111,7 +145,6 @@ class _Api:
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation, at once or as a stream."""
-        self._check_host(request)
         wanted = read_request(await self._json(request), self.limits.new_tokens)
         pieces = self.engine.pieces(wanted)
         reply = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": wanted.model}
@@ -127,13 +160,8 @@ class _Api:
     def _describe(self, name: str) -> dict:
         return {"id": name, "object": "model", "created": self.created, "owned_by": "qlora-lite"}
 
-    def _check_host(self, request: Request) -> None:
-        host = request.url.hostname
-        if self.hosts and host not in self.hosts:
-            raise ApiError(403, f"requests for the host {host!r} are not answered", "wrong_host")
-
     async def _json(self, request: Request) -> object:
-        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "the request's content-type must be application/json")
         body = bytearray()
         async for part in request.stream():
