@@ -10,18 +10,17 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import openai
 import pytest
 import torch
-import uvicorn
 from tiny_files import save_tiny
 from tiny_runs import make_run
 
 from qlora_lite.converse import open_session
 from qlora_lite.data.formats import Turn
-from qlora_lite.serve.app import Limits, build_app
+from qlora_lite.serve.app import MOST_CONNECTIONS, Limits, build_app, http_server
 from qlora_lite.tasks import open_tasks
 
 ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "3?"}]
@@ -44,7 +43,7 @@ def server(runs):
     tasks = open_tasks(runs)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    running = uvicorn.Server(uvicorn.Config(build_app(tasks, LIMITS), log_level="warning"))
+    running = http_server(build_app(tasks, LIMITS))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     while not running.started:
@@ -318,6 +317,38 @@ def test_a_client_that_leaves_amid_its_request_leaves_no_trace_in_the_log(server
     post_chat(server[0]).close()
     client.chat.completions.create(model="base", messages=ASKED, max_tokens=1)
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize("parts", [
+    [b""], [b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"],
+    [b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n",
+     b"content-length: 9\r\n\r\n{"],
+    [b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n", b"G"],
+], ids=["nothing", "half a header", "half a body", "half a second request"])  # fmt: skip
+def test_connections_that_bring_no_request_lock_nobody_out(server, monkeypatch, parts):
+    port = server[0]
+    monkeypatch.setattr("qlora_lite.serve.app.REQUEST_SECONDS", 0.8)
+    with ExitStack() as idle:
+        for _ in range(MOST_CONNECTIONS):
+            connection = idle.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
+            for part in parts:
+                connection.sendall(part)
+                time.sleep(0.005)  # of many requests at once, those that are over the limit are refused and closed
+        deadline, status = time.monotonic() + 8, None
+        while status != 200 and time.monotonic() < deadline:
+            time.sleep(0.1)
+            status = status_of(send(port, "GET /v1/models HTTP/1.1"))
+        assert status == 200
+
+
+def test_a_slow_answer_is_not_cut_off_as_a_connection_without_request(server, monkeypatch):
+    monkeypatch.setattr("qlora_lite.serve.app.REQUEST_SECONDS", 0.2)
+    with held_forward(server[1].model) as (_, held, go):
+        connection = post_chat(server[0], max_tokens=1)
+        assert held.wait(20)
+        time.sleep(0.5)
+        go.set()
+        assert status_of(connection) == 200
 
 
 def test_requests_beyond_the_line_are_refused_and_the_line_empties(server, client):

@@ -1,9 +1,10 @@
 """The HTTP side: ``/v1/models`` and ``/v1/chat/completions`` of the OpenAI API, on this machine only.
 
 A server for trying an adapter with existing clients. It answers one request at a time and has no accounts, so it is
-bounded in all it takes (bytes of a request, requests that wait, connections) and listens on 127.0.0.1 unless told
-otherwise. It takes only JSON, only under its own host names, and of pages only from its own origin: a page in a browser
-can then not send it requests behind its user's back, by a form or by a name that changes its address.
+bounded in all it takes (bytes of a request and the time until it is there, requests that wait, connections) and listens
+on 127.0.0.1 unless told otherwise. It takes only JSON, only under its own host names, and of pages only from its own
+origin: a page in a browser can then not send it requests behind its user's back, by a form or by a name that changes
+its address.
 """
 
 import asyncio
@@ -25,6 +26,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qlora_lite.errors import DoesNotFitError, OutputError, QloraLiteError
 from qlora_lite.tasks import BASE, Tasks
@@ -35,6 +37,7 @@ from .requests import ApiError, ChatRequest, read_request
 log = logging.getLogger("qlora_lite")
 LOCAL = ("127.0.0.1", "localhost", "[::1]")  # as a Host header writes them
 MOST_CONNECTIONS = 64
+REQUEST_SECONDS = 10  # until a connection brings a request's header, and then its body
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +94,42 @@ def run_server(tasks: Tasks, limits: Limits, host: str, port: int) -> None:
     names = ", ".join(dict.fromkeys((*tasks.names, BASE)))
     log.info("serving %s on http://%s:%d/v1", names, shown, listener.getsockname()[1])
     log.info("this is for trying adapters, one request at a time; use vLLM or Ollama in production (qlora-lite export)")
-    config = uvicorn.Config(app, log_level="warning", limit_concurrency=MOST_CONNECTIONS, timeout_keep_alive=30)
-    uvicorn.Server(config).run(sockets=[listener])
+    http_server(app).run(sockets=[listener])
+
+
+def http_server(app: Starlette) -> uvicorn.Server:
+    """Return a server of the application whose connections are bounded in number and in time without a request."""
+    return uvicorn.Server(uvicorn.Config(
+        app, log_level="warning", http=_Connection, ws="none", limit_concurrency=MOST_CONNECTIONS,
+        timeout_keep_alive=REQUEST_SECONDS,
+    ))  # fmt: skip
+
+
+class _Connection(H11Protocol):
+    """A connection that is closed where no request comes.
+
+    uvicorn alone has a time limit between two requests only, and any byte ends it: connections that send nothing or
+    half a header would take up ``limit_concurrency`` for ever. (Read for uvicorn 0.30 to 0.54.)
+    """
+
+    deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._expect_request()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._expect_request()
+
+    def _expect_request(self) -> None:
+        if self.deadline:
+            self.deadline.cancel()
+        self.deadline = self.loop.call_later(REQUEST_SECONDS, self._close_without_request)
+
+    def _close_without_request(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
 
 
 class _Guard:
@@ -164,10 +201,14 @@ class _Api:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "the request's content-type must be application/json")
         body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > self.limits.body_bytes:
-                raise ApiError(413, f"a request may have {self.limits.body_bytes} bytes", "request_too_large")
+        try:
+            async with asyncio.timeout(REQUEST_SECONDS):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > self.limits.body_bytes:
+                        raise ApiError(413, f"a request may have {self.limits.body_bytes} bytes", "request_too_large")
+        except TimeoutError:
+            raise ApiError(408, f"the request was not there after {REQUEST_SECONDS} seconds") from None
         try:
             return json.loads(body)
         except (ValueError, RecursionError) as error:
@@ -237,8 +278,8 @@ async def _events(reply: dict, first: Piece, rest: AsyncIterator[Piece], wanted:
 
 
 async def _api_error(_request: Request, error: ApiError) -> Response:
-    headers = {"retry-after": "1"} if error.status == 429 else None
-    return JSONResponse(error.body(), error.status, headers)
+    headers = {408: {"connection": "close"}, 429: {"retry-after": "1"}}
+    return JSONResponse(error.body(), error.status, headers.get(error.status))
 
 
 async def _http_error(_request: Request, error: HTTPException) -> Response:
