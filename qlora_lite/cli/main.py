@@ -30,6 +30,7 @@ COMMANDS = {
     "chat": "Talk with the adapters of one or more runs.",
     "merge": "Write a run's adapter and its base as one model, and measure the difference.",
     "export": "Write a run for peft, vLLM, llama.cpp or Ollama, and prove that it works there.",
+    "push": "Upload a run's adapter or merged model to the hub, with a model card.",
     "compare": "Measure several runs over one base model, side by side.",
     "report": "Write the page about a run again, also of one that was killed.",
     "serve": "Try runs with OpenAI-compatible clients, on this machine only.",

@@ -1,0 +1,176 @@
+"""Write the model card of a run for the hub: a README.md with metadata, from what the run recorded.
+
+It says nothing that the run did not measure, and nothing of the machine or its files: no paths, no examples of the
+data, and of data sets only those that the hub has.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from qlora_lite.recipe.schema import Recipe
+from qlora_lite.units import format_seconds
+
+PROJECT = "qlora-lite"
+_HUB_DATA = "hub:"
+
+
+@dataclass(frozen=True, slots=True)
+class CardFacts:
+    """What a model card is written from.
+
+    Args:
+        repo: OWNER/NAME of the repository.
+        base_model: OWNER/NAME of the base model; None if it has none.
+        licence: metadata of the base model that begins with "license"; empty where it has none.
+        recipe: of the run.
+        summary: what the run's ``summary.json`` holds.
+        merged_into: for a merged model what it was merged into ("nf4", "original"); None for an adapter.
+        has_template: the tokenizer beside it has a chat template.
+        notes: what a user of the files has to know.
+    """
+
+    repo: str
+    base_model: str | None
+    licence: Mapping[str, str]
+    recipe: Recipe
+    summary: Mapping[str, Any]
+    merged_into: str | None
+    has_template: bool
+    notes: tuple[str, ...] = ()
+
+
+def model_card(facts: CardFacts) -> str:
+    """Return the text of a model card."""
+    parts = [
+        f"---\n{yaml.safe_dump(_metadata(facts), sort_keys=False)}---",
+        f"# {facts.repo.partition('/')[2]}",
+        _introduction(facts),
+        *(f"Note: {note}." for note in facts.notes),
+        "## Use",
+        f"```python\n{_use(facts)}\n```",
+        _results(facts.summary),
+        "## Training",
+        _table(("setting", "value"), _settings(facts)),
+        _versions(facts.summary),
+        "## Licence",
+        _licence(facts),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _metadata(facts: CardFacts) -> dict:
+    quant = facts.recipe.model.quant
+    data = [source.path.removeprefix(_HUB_DATA).partition(":")[0].split("/")[:2] for source in facts.recipe.data.train
+            if source.path.startswith(_HUB_DATA)]  # fmt: skip
+    found = {
+        "base_model": facts.base_model,
+        "base_model_relation": facts.base_model and ("finetune" if facts.merged_into else "adapter"),
+        "library_name": "transformers" if facts.merged_into else "peft",
+        "pipeline_tag": "text-generation",
+        "tags": [*(["lora", "qlora"] if quant != "none" else ["lora"]), PROJECT],
+        "datasets": list(dict.fromkeys("/".join(parts) for parts in data)),
+    }
+    return {key: value for key, value in (found | facts.licence).items() if value}
+
+
+def _introduction(facts: CardFacts) -> str:
+    quant = facts.recipe.model.quant
+    base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})" if facts.base_model else "A base model"
+    weights = "16-bit weights" if quant == "none" else f"{quant.upper()} weights"
+    if facts.merged_into:
+        what = f"{base} with a LoRA adapter merged into its {facts.merged_into} weights, which was trained on {weights}"
+    else:
+        what = f"A LoRA adapter for {base}, trained on {weights}"
+    unfinished = "" if facts.summary.get("status") == "complete" else " The run did not reach its end."
+    return f"{what} with {PROJECT}.{unfinished}"
+
+
+def _use(facts: CardFacts) -> str:
+    if facts.merged_into:
+        name, imports = "AutoModelForCausalLM", "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    else:
+        name = "AutoPeftModelForCausalLM"
+        imports = f"from peft import {name}\nfrom transformers import AutoTokenizer"
+    encode = 'tokenizer("...", return_tensors="pt")'
+    if facts.has_template:
+        encode = (
+            'tokenizer.apply_chat_template([{"role": "user", "content": "..."}], add_generation_prompt=True, '
+            'return_tensors="pt", return_dict=True)'
+        )
+    return f"""{imports}
+model = {name}.from_pretrained("{facts.repo}", dtype="auto", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("{facts.repo}")
+inputs = {encode}.to(model.device)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=128)[0], skip_special_tokens=True))"""
+
+
+def _results(summary: Mapping[str, Any]) -> str:
+    compared = summary.get("exact_match_rows")
+    rows = [
+        (label, *(_figure(summary.get(f"{key}_{when}"), form) for when in ("before", "after")))
+        for key, label, form in (
+            ("eval_loss", "evaluation loss (nats per target token)", ".4f"),
+            ("exact_match", f"exact match of {compared} answers" if compared else "exact match", ".1%"),
+        )
+        if any(_figure(summary.get(f"{key}_{when}"), form) != "-" for when in ("before", "after"))
+    ]
+    return f"## Results\n\n{_table(('on held-out examples', 'before', 'after'), rows)}" if rows else ""
+
+
+def _figure(value: object, form: str) -> str:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return format(value, form) if is_number else "-"
+
+
+def _settings(facts: CardFacts) -> list[tuple[str, str]]:
+    r, summary = facts.recipe, facts.summary
+    counted = summary.get("data") if isinstance(summary.get("data"), dict) else {}
+    targets = ", ".join(f"`{target.pattern}`" for target in r.lora.targets)
+    rows = [
+        ("examples", _count(counted.get("rows_kept"))),
+        ("target tokens", _count(counted.get("learned_tokens"))),
+        ("base weights", "16 bit" if r.model.quant == "none" else
+         f"{r.model.quant.upper()}{', double quantization' if r.model.double_quant else ''}"),
+        ("LoRA", f"rank {r.lora.rank}, alpha {r.lora.alpha:g}, dropout {r.lora.dropout:g}"
+         f"{', rank-stabilized' if r.lora.rslora else ''}, on {targets}"
+         f"{'; initialized from an earlier adapter' if r.lora.init_from else ''}"),
+        ("trainable parameters", _count(summary.get("trainable_parameters"))),
+        ("optimizer", f"{r.train.optimizer}, weight decay {r.train.weight_decay:g}, gradient norm up to "
+         f"{r.train.max_grad_norm:g}"),
+        ("learning rate", f"{r.train.learning_rate:g}, {r.train.lr_scheduler}, warm-up {r.train.warmup_ratio:.0%}"),
+        ("steps", _count(summary.get("steps"))),
+        ("batch", f"{r.train.micro_batch_size * r.train.gradient_accumulation_steps} "
+         f"{'packed sequences' if r.data.packing else 'examples'} of up to {r.data.max_tokens} tokens"),
+        ("loss on", {"assistant": "assistant messages", "completion": "completions", "all": "all tokens",
+                     "last": "the last assistant message"}[r.data.train_on]),
+        ("seed", str(r.train.seed)),
+        ("time", format_seconds(summary["seconds"]) if _figure(summary.get("seconds"), "g") != "-" else "-"),
+        ("device", str(summary.get("device") or "-")),
+    ]  # fmt: skip
+    return [row for row in rows if row[1] != "-"]
+
+
+def _count(value: object) -> str:
+    return _figure(value, ",")
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def _versions(summary: Mapping[str, Any]) -> str:
+    versions = summary.get("versions")
+    if not isinstance(versions, dict) or not versions:
+        return ""
+    return f"Versions: {', '.join(f'{name} {version}' for name, version in versions.items())}."
+
+
+def _licence(facts: CardFacts) -> str:
+    if name := facts.licence.get("license_name") or facts.licence.get("license"):
+        return f"That of the base model: {name}."
+    return "That of the base model, whose metadata names none."

@@ -1,0 +1,260 @@
+"""Upload a run's adapter, or a model that it was merged into, to the hub with a model card.
+
+What is sent is a list of files by name and never a folder: checkpoints, logs and data cannot slip in, nor what
+somebody has put beside a merged model. The caller shows the list and the card before ``send``; nothing is written to
+the hub before.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo, get_token
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from qlora_lite.errors import ModelError, OutputError, RecipeError
+from qlora_lite.lora.read import CONFIG_NAME
+from qlora_lite.merge import REPORT
+from qlora_lite.models.locate import read_json
+from qlora_lite.runs import is_adapter_alone, open_run
+from qlora_lite.train.out_of_memory import first_line
+from qlora_lite.trained import TrainedRun, open_trained
+
+from .forms import ExportSettings, export_run
+from .model_card import CardFacts, model_card
+
+README = "README.md"
+SENT = (
+    "adapter_model.safetensors", CONFIG_NAME, "model.safetensors", "model-*-of-*.safetensors",
+    "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model",
+    "chat_template.jinja",
+)  # fmt: skip
+_LICENCE = ("license", "license_name", "license_link")
+LOG_IN = "run `hf auth login`, or set HF_TOKEN"
+
+
+@dataclass(frozen=True, slots=True)
+class PushSettings:
+    """What is pushed and where.
+
+    Args:
+        repo: OWNER/NAME of the repository.
+        merged: folder that ``qlora-lite merge`` wrote of the run; None pushes the adapter.
+        base_model: OWNER/NAME of the base model, where the run names a file or folder of this machine.
+        public: whether everybody may see a new repository.
+    """
+
+    repo: str
+    merged: Path | None = None
+    base_model: str | None = None
+    public: bool = False
+
+    def __post_init__(self) -> None:
+        for name in filter(None, (self.repo, self.base_model)):
+            if not _is_hub_name(name):
+                raise OutputError(f"{name!r} is not a name that the hub takes; write it as OWNER/NAME")
+
+
+@dataclass(frozen=True, slots=True)
+class Push:
+    """What will be sent.
+
+    Args:
+        files: name in the repository -> a file here, or its content; the model card is one of them.
+        private: whether the repository is private, or will be.
+        there: names of the repository's files; None if it is to be made.
+        notes: what a user should know before sending.
+    """
+
+    repo: str
+    files: dict[str, Path | bytes]
+    private: bool
+    there: frozenset[str] | None
+    notes: tuple[str, ...]
+
+    @property
+    def card(self) -> str:
+        """Return the model card's text."""
+        return self.files[README].decode()
+
+    def size_bytes(self, name: str) -> int:
+        """Return the size of a file to send."""
+        content = self.files[name]
+        return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def prepare_push(
+    run: str | Path, settings: PushSettings, scratch: Path, api: HfApi, model_path: str | None = None,
+    unfinished: bool = False, dry_run: bool = False,
+) -> Push:  # fmt: skip
+    """Collect what a push will send; the hub is only asked.
+
+    Args:
+        run: a run folder.
+        scratch: empty folder for the exported adapter, which must be there until it is sent.
+        api: of the hub.
+        model_path: where the base model lies, if not where the run says.
+        unfinished: take what a run that did not reach its end has.
+        dry_run: do without a token, and without the hub where it cannot be reached.
+
+    Raises:
+        QloraLiteError: the run cannot be used, its base model has no name on the hub, or the hub refuses.
+    """
+    if not dry_run and get_token() is None:
+        raise OutputError(f"you are not logged in to the hub: {LOG_IN}")
+    if is_adapter_alone(Path(run)):
+        raise RecipeError(f"{run} is an adapter without a run to write a model card from; use `hf upload`")
+    opened = open_run(run)
+    trained = open_trained(run, model_path, unfinished)
+    base_model = settings.base_model or _name_on_the_hub(opened.recipe.model.path)
+    if base_model is None and settings.merged is None:
+        raise ModelError(
+            f"{opened.recipe.model.path} lies on this machine, where nobody else finds it; say what the base model is "
+            "called on the hub with --base-model OWNER/NAME"
+        )
+    private, there, notes = _repository(api, settings, dry_run)
+    licence = _licence(api, base_model) if base_model else {}
+    if not licence:
+        notes.append("the base model's licence is not known, the card leaves it out")
+    folder = settings.merged or scratch / "adapter"
+    if settings.merged is None:
+        report = export_run(run, folder, ExportSettings("peft"), model_path, unfinished)
+        about_files = tuple(note.replace(trained.files.name, base_model) for note in report["notes"])
+        merged_into = None
+    else:
+        about_files, merged_into = (), _merged_into(folder, trained)
+    files, left_out = _files(folder, base_model)
+    if settings.merged and left_out:
+        notes.append(f"not sent: {', '.join(left_out)}")
+    facts = CardFacts(settings.repo, base_model, licence, opened.recipe, opened.summary, merged_into,
+                      "chat_template.jinja" in files, about_files)  # fmt: skip
+    files = {README: model_card(facts).encode()} | files
+    return Push(settings.repo, files, private, there, tuple(notes))
+
+
+def send(push: Push, api: HfApi) -> str:
+    """Make the repository if it is not there, and send everything as one commit; return the commit's address.
+
+    Raises:
+        OutputError: the hub refuses or cannot be reached.
+    """
+    operations = [CommitOperationAdd(name, content) for name, content in push.files.items()]
+    with _explaining_hub_errors(push.repo):
+        if push.there is None:
+            api.create_repo(push.repo, private=push.private)
+        return api.create_commit(push.repo, operations, commit_message=f"Upload {push.repo} with qlora-lite").commit_url
+
+
+def _is_hub_name(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
+
+
+def _name_on_the_hub(path: str) -> str | None:
+    return path if _is_hub_name(path) and not Path(path).exists() else None
+
+
+def _repository(api: HfApi, settings: PushSettings, dry_run: bool) -> tuple[bool, frozenset[str] | None, list[str]]:
+    """Return whether the repository is private or will be, the files in it if it exists, and what to tell.
+
+    Raises:
+        OutputError: it exists, and more people would see what is sent than was asked for; or the hub cannot be asked.
+    """
+    try:
+        found = _ask(api, settings.repo)
+    except OutputError as error:
+        if not dry_run:
+            raise
+        return not settings.public, None, [f"whether the repository exists is not known: {error}"]
+    if found is None:
+        return not settings.public, None, []
+    if not found.private and not settings.public:
+        raise OutputError(f"{settings.repo} exists and is public; add --public to push to it, or choose another name")
+    stays = ["the repository exists and stays private; its page has the setting"]
+    return found.private, frozenset(file.rfilename for file in found.siblings or ()), stays if settings.public else []
+
+
+def _licence(api: HfApi, base_model: str) -> dict[str, str]:
+    """Return what the base model's metadata says of its licence; nothing where the hub cannot be asked."""
+    try:
+        found = _ask(api, base_model)
+    except OutputError:
+        return {}
+    known = {key: getattr(found and found.card_data, key, None) for key in _LICENCE}
+    return {key: value for key, value in known.items() if isinstance(value, str)} if known["license"] else {}
+
+
+def _ask(api: HfApi, repo: str) -> ModelInfo | None:
+    with _explaining_hub_errors(repo):
+        try:
+            return api.model_info(repo)
+        except RepositoryNotFoundError:
+            return None
+
+
+def _merged_into(folder: Path, trained: TrainedRun) -> str:
+    """Return the weights that a run was merged into, by the merge's report.
+
+    Raises:
+        ModelError: the folder is not this run's merged model.
+    """
+    report = read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
+    if report.get("run") != trained.name:
+        raise ModelError(f"{folder} is not a model merged of {trained.name}; write one with qlora-lite merge")
+    return str(report.get("merged_into"))
+
+
+def _files(folder: Path, base_model: str | None) -> tuple[dict[str, Path | bytes], list[str]]:
+    """Return the files of a folder to send, configurations without local paths, and the names of the others."""
+    found: dict[str, Path | bytes] = {}
+    names = sorted(path.name for path in folder.iterdir())
+    for name in names:
+        if any(fnmatch(name, pattern) for pattern in SENT) and (folder / name).is_file():
+            is_config = name.endswith("config.json")
+            found[name] = _without_paths(read_json(folder / name), name, base_model) if is_config else folder / name
+    return found, [name for name in names if name not in found]
+
+
+def _without_paths(config: dict, name: str, base_model: str | None) -> bytes:
+    if name == CONFIG_NAME:
+        config["base_model_name_or_path"] = base_model
+    kept = {key: value for key, value in config.items() if not (isinstance(value, str) and os.path.isabs(value))}
+    return (json.dumps(kept, indent=2) + "\n").encode()
+
+
+@contextmanager
+def _explaining_hub_errors(repo: str) -> Iterator[None]:
+    """Say in one line what the hub's answer means for a repository.
+
+    Raises:
+        OutputError: the hub refuses or cannot be reached.
+    """
+    try:
+        yield
+    except OfflineModeIsEnabled:
+        raise OutputError("the hub is not asked while HF_HUB_OFFLINE is set; unset it") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        known = {
+            401: f"the hub does not accept the token: {LOG_IN}",
+            403: f"the token may not write {repo}: {LOG_IN} with one that may, or choose another OWNER",
+            409: f"{repo} exists already, or was changed just now; try again, or choose another name",
+        }
+        raise OutputError(known.get(status, f"the hub refuses {repo}: {first_line(error)}")) from error
+    except HTTPError as error:
+        raise OutputError(f"the hub cannot be reached ({first_line(error)}); connect to the network") from error
