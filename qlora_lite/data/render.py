@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from qlora_lite.data.formats import Conversation, Turn, as_message
+from qlora_lite.data.named_templates import CHATML_TOOLS
 from qlora_lite.data.probe import FAULTS
 from qlora_lite.data.template import Template
 from qlora_lite.data.tools import written_names
@@ -32,6 +33,7 @@ from qlora_lite.errors import DataError
 CONTROL_TOKEN = "control token in text"
 TEMPLATE = "template does not fit"
 END_OF_ANSWER = "answer without an end token"
+_CURE_OF_TOOLS = f"set data.template to {CHATML_TOOLS}, or to a .jinja file that writes tools, calls and results"
 ROW_DAY = datetime(2024, 7, 26)  # what Llama 3.1's template, the first of its kind, writes where it is given no clock
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _CODES = ("-d", "-m", "-H", "-I", *"aAbBcdDefFGHIjmMpSTuUVwWxXyY")  # of strftime
@@ -97,8 +99,8 @@ def render(template: Template, conversation: Conversation, answers: Iterable[int
     _check_nothing_dropped(turns, text, found)
     if missing := [name for name in written_names(conversation.tools) if name not in text]:
         raise DataError(
-            f"the chat template ({template.name}) does not write the tool {missing[0]!r}; choose another "
-            "data.template, or remove 'tools' from the rows",
+            f"the chat template ({template.name}) does not write the tool {missing[0]!r}; "
+            f"{_CURE_OF_TOOLS}, or remove 'tools' from the rows",
             TEMPLATE,
         )
     return Rendering(text, found)
@@ -170,7 +172,9 @@ def _rendered(
         )
     except (TemplateError, *FAULTS) as error:
         reason = str(error) or type(error).__name__
-        raise DataError(f"the chat template ({template.name}) refuses this row: {reason}", TEMPLATE) from error
+        has_tools = tools or any(turn.calls or turn.role == "tool" for turn in turns)
+        cure = f"; {_CURE_OF_TOOLS}" if has_tools and template.name != CHATML_TOOLS else ""
+        raise DataError(f"the chat template ({template.name}) refuses this row: {reason}{cure}", TEMPLATE) from error
     return template.begin + text
 
 
@@ -280,7 +284,7 @@ def _check_nothing_dropped(turns: Sequence[Turn], text: str, answers: dict[int, 
         places = [(text.find(name, max(position, 0)), len(name)) for name in written_names(turn.calls)]
         end = max([end, *(place + length for place, length in places)])
         if min([position, *(place for place, _ in places)]) < 0 or (index in answers and end > answers[index][1]):
-            cure = "give one that writes calls, as a .jinja file," if turn.calls else "choose another data.template"
-            fault = f"the chat template drops or changes turn {index + 1} ({turn.role}); {cure} or remove that turn"
+            cure = _CURE_OF_TOOLS if turn.calls or turn.role == "tool" else "choose another data.template"
+            fault = f"the chat template drops or changes turn {index + 1} ({turn.role}); {cure}, or remove that turn"
             raise DataError(fault, TEMPLATE)
         position = end

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qlora_lite.data.named_templates import NAMED_TEMPLATES
+from qlora_lite.data.named_templates import CHATML_TOOLS, IM_END, NAMED_TEMPLATES
 from qlora_lite.data.pieces import can_be_cut, lengths_of_tokens
 from qlora_lite.data.probe import probe
 from qlora_lite.errors import DataError
@@ -84,7 +84,10 @@ def choose_template(
                 f"{names} or to a .jinja file"
             ) from error
     if name in NAMED_TEMPLATES:
-        return _template(name, NAMED_TEMPLATES[name], tokenizer, begin_of_text(tokenizer))
+        source = NAMED_TEMPLATES[name]
+        if name == CHATML_TOOLS and IM_END not in _special_tokens(tokenizer):
+            source = source.replace(IM_END, "' + eos_token + '")
+        return _template(name, source, tokenizer, begin_of_text(tokenizer))
     if not name.endswith(".jinja"):
         raise DataError(f"data.template {name!r} is unknown; choose one of {names}, or a file ending in .jinja")
     try:
@@ -131,7 +134,7 @@ def _mentions_begin(source: str, tokenizer: PreTrainedTokenizerFast) -> bool:
 def _template(name: str, source: str, tokenizer: PreTrainedTokenizerFast, begin: str) -> Template:
     if source not in NAMED_TEMPLATES.values():
         probe(name, source, tokenizer.special_tokens_map)
-    special = _any_of({token.content for token in tokenizer.added_tokens_decoder.values() if token.special})
+    special = _any_of(_special_tokens(tokenizer))
     special = re.compile(special or r"(?!)")
     ending = re.compile(rf"({special.pattern})(?:\s|{special.pattern})*\Z")
     cut = special if can_be_cut(tokenizer) else None
@@ -150,6 +153,10 @@ def _any_of(words: set[str]) -> str:
         after.setdefault(word[0], set()).add(word[1:])
     branches = "|".join(re.escape(letter) + _any_of(rest) for letter, rest in sorted(after.items()))
     return f"(?:{branches}){'?' if '' in words else ''}" if branches else ""
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerFast) -> set[str]:
+    return {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
 
 
 def special_ids_of(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:

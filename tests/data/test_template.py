@@ -44,6 +44,7 @@ GENERATION = (
     ("name", "end", "text"),
     [
         ("chatml", "<|im_end|>", "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>\n"),
+        ("chatml-tools", "<|im_end|>", "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>\n"),
         ("llama3", "<|eot_id|>", "<|start_header_id|>user<|end_header_id|>\n\none<|eot_id|>"
          "<|start_header_id|>assistant<|end_header_id|>\n\ntwo<|eot_id|>"),
         ("mistral", "</s>", "[INST] one [/INST] two</s>"),
@@ -66,12 +67,14 @@ def test_each_named_template_writes_what_it_is_known_for(tokenizer, name, end, t
 def test_a_named_template_writes_tool_turns_as_such_or_refuses_them(tokenizer, name):
     turns = (*TURNS[:2], Turn("tool", "ten"), TURNS[1])
     template = choose_template(tokenizer, name)
-    if name == "chatml":
-        assert "<|im_start|>tool\nten<|im_end|>" in render(template, Conversation(turns, "f:1"), [3]).text
+    written = {
+        "chatml": "<|im_start|>tool\nten<|im_end|>",
+        "chatml-tools": "<|im_start|>user\n<tool_response>\nten\n</tool_response><|im_end|>",
+    }
+    if name in written:
+        assert written[name] in render(template, Conversation(turns, "f:1"), [3]).text
         return
-    with pytest.raises(
-        DataError, match="no form for tool turns; use the model's own template, or that of a model with tools"
-    ):
+    with pytest.raises(DataError, match=r"no form for tool turns; set data\.template to chatml-tools"):
         render(template, Conversation(turns, "f:1"), [3])
 
 
@@ -96,7 +99,9 @@ def test_the_models_own_template_alone_decides_on_begin_of_text(own):
 
 
 def test_a_tokenizer_without_a_template_is_an_error_that_names_the_choices():
-    with pytest.raises(DataError, match=r"set data\.template to one of chatml, llama3, mistral, gemma, alpaca, plain"):
+    with pytest.raises(
+        DataError, match=r"set data\.template to one of chatml, chatml-tools, llama3, mistral, gemma, alpaca, plain"
+    ):
         choose_template(make_tokenizer(template=None))
 
 

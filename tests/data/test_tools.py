@@ -5,12 +5,12 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
-from tiny_tokenizer import make_tokenizer
+from tiny_tokenizer import SPECIAL_TOKENS, make_tokenizer
 
 from qlora_lite.data.examples import build_examples, read_examples
 from qlora_lite.data.formats import Turn, as_message, read_conversations
 from qlora_lite.data.lines import Problems
-from qlora_lite.data.named_templates import NAMED_TEMPLATES
+from qlora_lite.data.named_templates import CHATML_TOOLS, NAMED_TEMPLATES
 from qlora_lite.data.read import Source
 from qlora_lite.errors import DataError
 
@@ -223,7 +223,7 @@ def test_a_template_that_ignores_tools_or_calls_is_an_error(build):
     plain = make_tokenizer()
     with pytest.raises(DataError, match="does not write the tool 'add'"):
         build([{"messages": [USER, ANSWER], "tools": [TOOL]}], tokenizer=plain)
-    with pytest.raises(DataError, match=r"drops or changes turn 2 \(assistant\); give one that writes calls, as a"):
+    with pytest.raises(DataError, match=r"drops or changes turn 2 \(assistant\); set data\.template to chatml-tools"):
         build([{"messages": [USER, CALLING]}], tokenizer=plain)
     names_only = make_tokenizer()
     names_only.chat_template = TEMPLATE.replace("call.function | tojson", "call.function.name")
@@ -277,7 +277,55 @@ def test_the_generation_blocks_of_a_template_hold_calls_too(build):
     assert learned == f"<call>{json.dumps(CALL['function'])}</call><|im_end|>the answer is 42<|im_end|>"
 
 
-def test_every_named_template_refuses_what_it_cannot_write(build):
-    for name in NAMED_TEMPLATES:
-        with pytest.raises(DataError, match=r"does not write the tool|drops or changes turn|no form for tool turns"):
+def test_every_named_template_refuses_what_it_cannot_write_and_names_the_one_that_can(build):
+    for name in NAMED_TEMPLATES.keys() - {CHATML_TOOLS}:
+        with pytest.raises(
+            DataError, match=r"(drops or changes turn 2|no form for tool turns).*set data\.template to ch"
+        ):
             build([ROW], template=name)
+    with pytest.raises(DataError, match=r"does not write the tool 'add'; set data\.template to chatml-tools"):
+        build([{"messages": [USER, ANSWER], "tools": [TOOL]}], template="chatml")
+
+
+TOOLS_TEXT = (
+    "<|im_start|>system\nbe brief\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
+    f"{json.dumps(TOOL)}\n</tools>\n\nFor each function call, return a json object with function name and arguments "
+    'within <tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}'
+    "\n</tool_call><|im_end|>\n<|im_start|>user\nadd them<|im_end|>\n"
+)
+ONE = '<tool_call>\n{"name": "add", "arguments": {"x": 1}}\n</tool_call>'
+TWO = '<tool_call>\n{"name": "add", "arguments": {"y": "\u00e9<"}}\n</tool_call>'
+SHAREGPT = {
+    "system": "be brief",
+    "tools": json.dumps([TOOL["function"]]),
+    "conversations": [
+        {"from": "human", "value": "add them"},
+        {"from": "function_call", "value": json.dumps([
+            {"name": "add", "arguments": {"x": 1}}, {"name": "add", "arguments": {"y": "\u00e9<"}},
+        ])},
+        {"from": "observation", "value": "7"},
+        {"from": "observation", "value": "8"},
+        {"from": "gpt", "value": "7 and 8"},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("special", "end"), [(SPECIAL_TOKENS, "<|im_end|>"), (("<unk>", "<s>", "</s>"), "</s>")])
+def test_chatml_tools_writes_the_form_of_qwen_and_learns_calls_and_answers_only(write, special, end):
+    """A tokenizer without <|im_end|> gets the same form with its own end token, so that any can learn tools."""
+    tokenizer = make_tokenizer(template=None, special=special)
+    (example,) = build_examples(
+        [Source(write("a.jsonl", [SHAREGPT]))], tokenizer, CHATML_TOOLS, max_tokens=4096
+    ).examples
+    called = f"<|im_start|>assistant\n{ONE}\n{TWO}<|im_end|>\n"
+    results = "<tool_response>\n7\n</tool_response>\n<tool_response>\n8\n</tool_response>"
+    text = f"{TOOLS_TEXT}{called}<|im_start|>user\n{results}<|im_end|>\n<|im_start|>assistant\n7 and 8<|im_end|>\n"
+    assert tokenizer.decode(example.token_ids) == text.replace("<|im_end|>", end)
+    assert tokenizer.decode(example.token_ids[example.learned]) == f"{ONE}\n{TWO}{end}7 and 8{end}"
+
+
+def test_chatml_tools_writes_text_beside_a_call_and_a_call_in_the_last_turn(build):
+    row = {"messages": [USER, CALLING | {"content": "I add"}]}
+    (example,) = build([row], template=CHATML_TOOLS).examples
+    assert example.answer == "I add\n" + f"<tool_call>\n{json.dumps(CALL['function'])}\n</tool_call>"

@@ -16,14 +16,16 @@ _CORPUS = [
 ] * 5
 
 
-def make_tokenizer(adds_begin: bool = False, template: str | None = "chatml") -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    adds_begin: bool = False, template: str | None = "chatml", special: tuple[str, ...] = SPECIAL_TOKENS
+) -> PreTrainedTokenizerFast:
     """Make a byte-level BPE tokenizer; adds_begin: put <s> before ordinary text, as Llama and Gemma do."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=340, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False
+        vocab_size=340, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(_CORPUS, trainer)
     if adds_begin:
