@@ -79,5 +79,8 @@ def rows_to_plan(recipe: Recipe, data: Dataset) -> Sequence[Example]:
 def build_sources(recipe: Recipe, which: str) -> list[Source]:
     """Return where a recipe's training or evaluation rows come from."""
     streaming = recipe.data.streaming and which == "train"
-    named = recipe.data.train if which == "train" or recipe.data.eval_share else recipe.data.eval
-    return [Source(s.path, s.format, s.weight, s.prompt, s.completion, streaming, documents=s.documents) for s in named]
+    part = "train" if recipe.data.eval_share else which
+    return [
+        Source(s.path, s.format, s.weight, s.prompt, s.completion, streaming, None, s.documents, f"data.{part}")
+        for s in getattr(recipe.data, part)
+    ]

@@ -10,6 +10,7 @@ answer, an unknown role or a number where text should be is an error of that row
 | sharegpt          | {"conversations": [{"from", "value"}], "system"?, "tools"?}                          |
 | alpaca            | {"instruction", "input"?, "output", "system"?}                                       |
 | prompt-completion | {"prompt", "completion", "system"?}, both text, or both lists of turns as in messages |
+| chosen            | {prompt, "chosen", "rejected"}: preference rows, of which the chosen answer is learned |
 | text              | {"text"}                                                                             |
 | table             | any columns; the prompt and completion templates of the source name them             |
 
@@ -17,6 +18,9 @@ content is text or a list of text parts; it may stand beside "from", and "value"
 results: see `tools`; in sharegpt a call is a turn of its own, {"from": "function_call", "value": JSON text}, and a
 result {"from": "observation", "value": text}. An answer with "weight" (or "loss_weight") 0 or "train" false is not
 learned, nor is one in a prompt that is a list of turns; a turn of another role is not, whatever it says.
+In a preference row, the prompt stands in "prompt", "messages" or "conversations", in "instruction" and "input", or at
+the beginning of "chosen"; an answer is text, a turn or a list of turns. What "chosen" does not share with "rejected" is
+learned. No preference row is taken for another format, since the answer would be lost: see `is_preference`.
 Rows with "label" (or "kto_tag") false, as KTO marks bad answers, are left out; a label of another kind has no meaning.
 
 source: trl documentation, "Dataset formats: unpaired preference"; LLaMA-Factory, data/README.md.
@@ -26,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 from qlora_lite.data.fields import columns_of, fill, kind_of, text_of
@@ -36,7 +41,8 @@ from qlora_lite.data.read import Source, ask_for_sign, read_rows
 from qlora_lite.data.tools import check_calls, tool_calls, tool_definitions
 from qlora_lite.errors import DataError
 
-FORMATS = ("messages", "sharegpt", "alpaca", "prompt-completion", "text", "table")
+CHOSEN = "chosen"
+FORMATS = ("messages", "sharegpt", "alpaca", "prompt-completion", CHOSEN, "text", "table")
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
     "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant", "bing": "assistant",
@@ -56,6 +62,7 @@ _TAKEN = {
 }  # fmt: skip
 _ANSWERS = "completion", "response", "output", "answer", "answers", "chosen", "target", "solution", "summary", "label"
 _QUESTIONS = "prompt", "question", "instruction", "query", "input", "problem"
+_PROMPTS = "messages", "conversations", "prompt"  # of preference rows
 _AFTER = {"user": ("assistant",), "assistant": ("user",), "tool": ("tool", "assistant")}
 
 
@@ -135,6 +142,12 @@ def read_conversations(
     for where, row in read_rows(source, problems):
         if format_name is None:
             format_name = recognise(row, where, source)
+        if format_name == CHOSEN:
+            try:
+                row = chosen_alone(row)
+            except DataError as error:
+                problems.add(where, error)
+                continue
         judged = _judgements(row, format_name)
         if not all(row[name] for name in judged):
             if drop is not None:
@@ -190,6 +203,8 @@ def recognise(row: Mapping[str, object], where: str, source: Source) -> str:
     """
     if asked := ask_for_columns(row):
         raise DataError(f"{where}: {asked}")
+    if is_preference(row):
+        raise DataError(f"{where}: {_fault_of_preference(row, source)}")
     if isinstance(row.get("messages"), list):
         return "messages"
     turns = row.get("conversations")
@@ -211,8 +226,6 @@ def _cure(row: Mapping[str, object], where: str, source: Source) -> str:
             return "is the line that names the columns missing? then write it, such as prompt and completion"
         if asked := ask_for_sign(columns, "\t" if suffix == ".tsv" else ","):
             return asked
-    if {"chosen", "rejected"} <= row.keys():
-        return f"preference training is not offered; to learn the chosen answers alone, {_cure_of_chosen(row, source)}"
     prompt, completion = _likely(row)
     asked = None if prompt and completion else ask_for_list(row, file)
     if asked and sum(isinstance(value, str | int | float) for value in row.values()) < 2:
@@ -230,19 +243,64 @@ def _is_sentence(name: str) -> bool:
     return len(words) > 6 or (len(words) > 2 and name.rstrip().endswith((".", "?", "!")))
 
 
-def _cure_of_chosen(row: Mapping[str, object], source: Source) -> str:
-    prompt, chosen = row.get("prompt"), row["chosen"]
-    if isinstance(chosen, list):
-        if isinstance(prompt, list) or len(chosen) > 1:
-            return f"rename the column chosen to {'completion' if isinstance(prompt, list) else 'messages'}"
-        return 'write all turns of a row as one list, {"messages": [...]}'
-    question, _ = _likely(row)
-    return f"write {_as_table(source, question, 'chosen')}" if question else "write the prompt into a column of its own"
+def is_preference(row: Mapping[str, object]) -> bool:
+    """Tell whether a row is a prompt with a chosen and a rejected answer, and not a whole conversation beside them."""
+    if not {"chosen", "rejected"} <= row.keys():
+        return False
+    turns = next((row[name] for name in ("messages", "conversations") if isinstance(row.get(name), list)), [])
+    return not (turns and _role_of(turns[-1]) == "assistant")
+
+
+def chosen_alone(row: Mapping[str, object]) -> dict[str, object]:
+    """Return a preference row as a row of prompt and completion, the chosen answer; other columns stay as they are.
+
+    Raises:
+        DataError: it has no chosen answer, or no prompt.
+    """
+    prompt = next((row[name] for name in _PROMPTS if row.get(name)), None)
+    if prompt is None and row.get("instruction"):
+        prompt = _instruction(row)
+    chosen, rejected = ([turns] if isinstance(turns, dict) else turns for turns in map(row.get, ("chosen", "rejected")))
+    if not chosen:
+        raise DataError("'chosen' is missing or empty; every row needs it")
+    if isinstance(chosen, list) and _role_of(chosen[0]) != "assistant":
+        other = rejected if isinstance(rejected, list) else chosen
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen[:-1], other, strict=False)))
+        prompt, chosen = chosen[:shared], chosen[shared:]
+    elif prompt is None:
+        raise DataError("a preference row without a prompt; write it into a column of its own")
+    elif isinstance(chosen, list) and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    elif isinstance(prompt, list) and isinstance(chosen, str):
+        chosen = [{"role": "assistant", "content": chosen}]
+    taken = {CHOSEN, "rejected", "instruction", "input", *_PROMPTS}
+    return {name: value for name, value in row.items() if name not in taken} | {"prompt": prompt, "completion": chosen}
+
+
+def _fault_of_preference(row: Mapping[str, object], source: Source) -> str:
+    try:
+        chosen_alone(row)
+    except DataError:
+        question, _ = _likely(row)
+        cure = (
+            f"write {_as_table(source, question, CHOSEN)}" if question else "write the prompt into a column of its own"
+        )
+    else:
+        cure = f'write {source.setting}: [{{path: "{source.path}", format: {CHOSEN}}}]'
+    return (
+        "a preference row (it has a chosen and a rejected answer); preference training is not offered; to learn the "
+        f"chosen answers alone, {cure}"
+    )
+
+
+def _role_of(turn: object) -> str | None:
+    named = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+    return ROLES.get(named) if isinstance(named, str) else None
 
 
 def _as_table(source: Source, prompt: str | None, completion: str | None) -> str:
     pair = f'prompt: "{{{prompt or "..."}}}", completion: "{{{completion or "..."}}}"'
-    return f'data.train: [{{path: "{source.path}", {pair}}}]'
+    return f'{source.setting}: [{{path: "{source.path}", {pair}}}]'
 
 
 def _likely(row: Mapping[str, object]) -> tuple[str | None, str | None]:
@@ -265,6 +323,7 @@ def used_columns(format_name: str, source: Source) -> frozenset[str]:
     """
     if format_name == "table":
         return frozenset(columns_of(source.prompt) + columns_of(source.completion))
+    format_name = "prompt-completion" if format_name == CHOSEN else format_name
     return frozenset(_NEEDED.get(format_name, set()) | _TAKEN.get(format_name, set()))
 
 
@@ -280,8 +339,12 @@ def normalise(row: Mapping[str, object], where: str, format_name: str, source: S
     Raises:
         DataError: the row does not fit; the message names the field and the cure, without the place.
     """
+    if format_name == CHOSEN:  # and rewritten by `chosen_alone`
+        format_name = "prompt-completion"
     if format_name != "table":
         _refuse(row, _NOT_SUPPORTED)
+        if is_preference(row):
+            raise DataError(_fault_of_preference(row, source))
     tools = ()
     if format_name == "text":
         return Document(text_of(row, "text"), where)
@@ -300,11 +363,14 @@ def normalise(row: Mapping[str, object], where: str, format_name: str, source: S
 
 def _pair_of(row: Mapping[str, object], format_name: str) -> tuple[Turn, ...]:
     if format_name == "alpaca":
-        context = row.get("input")
-        is_blank = context is None or (isinstance(context, str) and not context.strip())
-        prompt = text_of(row, "instruction") + ("" if is_blank else f"\n\n{text_of(row, 'input')}")
-        return _pair(prompt, text_of(row, "output"), row.get("system"))
+        return _pair(_instruction(row), text_of(row, "output"), row.get("system"))
     return _pair(text_of(row, "prompt"), text_of(row, "completion"), row.get("system"))
+
+
+def _instruction(row: Mapping[str, object]) -> str:
+    context = row.get("input")
+    is_blank = context is None or (isinstance(context, str) and not context.strip())
+    return text_of(row, "instruction") + ("" if is_blank else f"\n\n{text_of(row, 'input')}")
 
 
 def _has_lists(row: Mapping[str, object], format_name: str) -> bool:

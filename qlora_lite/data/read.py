@@ -54,6 +54,7 @@ class Source:
             call them.
         documents: what a document of a plain-text file is, one of DOCUMENTS; None for blank-lines where there are any,
             else lines.
+        setting: the setting that names it, for messages.
     """
 
     path: str
@@ -64,6 +65,7 @@ class Source:
     streaming: bool = False
     rows: Iterable[Mapping[str, object]] | None = None
     documents: str | None = None
+    setting: str = "data.train"
 
 
 def read_rows(source: Source, problems: Problems | None = None) -> Iterator[tuple[str, dict]]:

@@ -142,9 +142,10 @@ class Source(_Section):
     hub:OWNER/NAME, hub:OWNER/NAME/CONFIG or either with :SPLIT. Of a folder, .md files are read where it has no others,
     and never a .md, .txt or .text file whose name begins with the word readme, license, licence, changelog or
     contributing. Commas part the columns of a .csv file, unless its first line names another sign, as in sep=;"""
-    format: Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text", "table"] | None = None
+    format: Literal["messages", "sharegpt", "alpaca", "prompt-completion", "chosen", "text", "table"] | None = None
     """Shape of the rows; null recognises it from the first row. A table is any columns, with prompt and
-    completion; text is also the format of a plain-text file whose name does not say so."""
+    completion; chosen learns the chosen answers of preference rows as if they were the only ones; text is also the
+    format of a plain-text file whose name does not say so."""
     weight: PositiveFloat = 1.0
     """How often each row is used per epoch: 2 is twice, 0.5 every second row."""
     prompt: Text | None = None

@@ -284,27 +284,68 @@ def test_a_column_that_is_no_text_is_not_shown_as_an_answer():
     assert cure_of({"question": "q", "answers": 4}).endswith(table("question", "answers"))
 
 
-CHOSEN_ALONE = "preference training is not offered; to learn the chosen answers alone, "
+REJECTED = assistant("worse")
+TALK = [user("p"), assistant("o"), user("q")]
+LEARNED_LAST = (Turn("user", "p"), Turn("assistant", "o", learned=False), *PAIR)
+
+
+@pytest.mark.parametrize(
+    ("row", "turns"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, PAIR),
+        ({"prompt": "q", "chosen": [assistant("a")], "rejected": [REJECTED]}, PAIR),
+        ({"prompt": [user("q")], "chosen": "a", "rejected": "b", "system": "s"}, WITH_SYSTEM),
+        ({"prompt": TALK, "chosen": [assistant("a")], "rejected": []}, LEARNED_LAST),
+        ({"chosen": [*TALK, assistant("a")], "rejected": [*TALK, REJECTED]}, LEARNED_LAST),
+        ({"prompt": "p", "chosen": [*TALK, assistant("a")], "rejected": "b"}, LEARNED_LAST),
+        ({"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("a")]}, PAIR),
+        ({"conversations": SHAREGPT[:1], "chosen": SHAREGPT[1], "rejected": {"from": "gpt", "value": "b"}}, PAIR),
+        ({"messages": [user("q")], "chosen": assistant("a"), "rejected": REJECTED}, PAIR),
+        ({"instruction": "q", "input": "", "chosen": "a", "rejected": "b"}, PAIR),
+    ],
+)  # fmt: skip
+def test_preference_rows_are_named_as_such_and_their_chosen_answers_are_learned_as_the_message_says(write, row, turns):
+    """The last shape but two has no answer in its conversation, which must not be what is said of it."""
+    path = write("a.jsonl", [row])
+    for settings in ({}, {"format": "sharegpt"}, {"format": "prompt-completion"}):
+        problems = Problems()
+        with pytest.raises(DataError) as caught:
+            list(read_conversations(Source(path, setting="data.eval", **settings), problems))
+            problems.raise_if_any()
+        assert "a preference row (it has a chosen and a rejected answer)" in str(caught.value)
+    cure = str(caught.value).rpartition("to learn the chosen answers alone, write ")[2]
+    (item,) = yaml.safe_load(cure)["data.eval"]
+    (conversation,) = read_conversations(Source(**item), problems := Problems())
+    assert conversation.turns == turns and problems.count == 0
 
 
 @pytest.mark.parametrize(
     ("row", "cure"),
     [
-        ({"prompt": "q", "chosen": "a", "rejected": "b"}, f"write {table('prompt', 'chosen')}"),
         ({"rejected": "b", "chosen": "a", "question": "q"}, f"write {table('question', 'chosen')}"),
         ({"chosen": "a", "rejected": "b", "id": 1}, "write the prompt into a column of its own"),
-        ({"prompt": 1, "chosen": [user("q"), assistant("a")], "rejected": 1}, "rename the column chosen to messages"),
-        ({"prompt": [user("q")], "chosen": [assistant("a")], "rejected": []}, "rename the column chosen to completion"),
-        ({"prompt": "q", "chosen": [assistant("a")], "rejected": []},
-         'write all turns of a row as one list, {"messages": [...]}'),
     ],
+)
+def test_of_preference_rows_of_other_shapes_the_columns_are_named(row, cure):
+    assert cure_of(row).endswith(f"to learn the chosen answers alone, {cure}")
+
+
+def test_a_whole_conversation_beside_chosen_and_rejected_is_what_is_trained_on(read):
+    row = {"prompt": "q", "messages": [user("q"), assistant("a")], "chosen": [], "rejected": []}
+    (conversation,), problems = read([row])
+    assert conversation.turns == PAIR and problems == []
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [({"chosen": None, "rejected": "b", "prompt": "q"}, "'chosen' is missing or empty"),
+     ({"chosen": "a", "rejected": "b"}, "a preference row without a prompt"),
+     ({"prompt": "q", "completion": "a"}, "'chosen' is missing or empty")],
 )  # fmt: skip
-def test_of_rows_for_preference_training_the_chosen_answers_can_be_learned_and_never_the_rejected(read, row, cure):
-    assert cure_of(row) == CHOSEN_ALONE + cure
-    if "rename" in cure:
-        new = cure.rpartition(" ")[2]
-        (conversation,), problems = read([{"prompt": row["prompt"], new: row["chosen"]}])
-        assert conversation.turns == PAIR and problems == []
+def test_a_row_of_format_chosen_without_what_it_needs_is_a_problem_of_that_row(read, row, said):
+    good = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    (conversation,), problems = read([row, good], format="chosen")
+    assert conversation.turns == PAIR and len(problems) == 1 and said in problems[0]
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv.gz"])
