@@ -21,6 +21,8 @@ learned, nor is one in a prompt that is a list of turns; a turn of another role 
 In a preference row, the prompt stands in "prompt", "messages" or "conversations", in "instruction" and "input", or at
 the beginning of "chosen"; an answer is text, a turn or a list of turns. What "chosen" does not share with "rejected" is
 learned. No preference row is taken for another format, since the answer would be lost: see `is_preference`.
+Rows with pictures, sounds or videos are errors, and so are placeholders such as <image> in a user's turn: at its
+beginning or end, alone on a line, or right before a word, and not closed (</video>), as tags in HTML code are.
 Rows with "label" (or "kto_tag") false, as KTO marks bad answers, are left out; a label of another kind has no meaning.
 
 source: trl documentation, "Dataset formats: unpaired preference"; LLaMA-Factory, data/README.md.
@@ -28,6 +30,7 @@ source: trl documentation, "Dataset formats: unpaired preference"; LLaMA-Factory
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -49,9 +52,23 @@ ROLES = {
     "bard": "assistant", "function_call": "assistant",
     "tool": "tool", "observation": "tool", "ipython": "tool",
 }  # fmt: skip
-_NOT_SUPPORTED = (
-    "functions", "function_call", "reasoning_content", "thinking", "history", "images", "audios", "videos",
-)  # fmt: skip
+_NOT_SUPPORTED = {
+    "functions": "write it as 'tools'", "function_call": "write it as 'tool_calls'",
+    "reasoning_content": "remove it", "thinking": "remove it",
+    "history": 'write all turns of the row as one list, {"messages": [...]}',
+}  # fmt: skip
+_MEDIA = "image", "images", "video", "videos", "audio", "audios"
+_REFUSED = *_MEDIA, *_NOT_SUPPORTED
+_TEXT_ONLY = "this program trains text, not pictures, sounds or videos; remove such rows"
+MEDIA = "picture, sound or video"
+_PLACEHOLDER = (
+    r"(?:<(?:image|video|audio)>|<\|(?:vision_start|(?:image|video|audio)(?:_pad|_[0-9]+)?)\|>|<image_soft_token>|"
+    r"<start_of_image>|<image_placeholder>|<ImageHere>|<IMG_CONTEXT>|\[IMG\])"
+)
+_PLACEHOLDERS = re.compile(_PLACEHOLDER)
+_PLACED = re.compile(  # at the turn's beginning or end, alone on a line, or right before a word
+    rf"\A\s*{_PLACEHOLDER}|{_PLACEHOLDER}(?:\s*\Z|(?=\w))|^[ \t]*{_PLACEHOLDER}+[ \t]*$", re.MULTILINE
+)
 _NEEDED = {"alpaca": {"instruction", "output"}, "prompt-completion": {"prompt", "completion"}, "text": {"text"}}
 _JUDGEMENTS = "label", "kto_tag"
 BAD_ANSWER = "marked as a bad answer (label false)"
@@ -342,7 +359,7 @@ def normalise(row: Mapping[str, object], where: str, format_name: str, source: S
     if format_name == CHOSEN:  # and rewritten by `chosen_alone`
         format_name = "prompt-completion"
     if format_name != "table":
-        _refuse(row, _NOT_SUPPORTED)
+        _refuse(row)
         if is_preference(row):
             raise DataError(_fault_of_preference(row, source))
     tools = ()
@@ -355,9 +372,11 @@ def normalise(row: Mapping[str, object], where: str, format_name: str, source: S
         turns, tools = _turns(row, format_name), tool_definitions(row.get("tools"))
         check_calls(turns, tools)
     else:
-        _refuse(row, ("tools",))
+        if row.get("tools"):
+            raise DataError("'tools' is not supported in rows of this format; write them in format messages")
         turns = _pair_of(row, format_name)
     _check_order(turns)
+    _check_text_only(turns)
     return Conversation(turns, where, tools)
 
 
@@ -380,12 +399,26 @@ def _has_lists(row: Mapping[str, object], format_name: str) -> bool:
     )
 
 
-def _refuse(holder: Mapping[str, object], keys: Sequence[str]) -> None:
-    if holder.keys().isdisjoint(keys):
+def _refuse(holder: Mapping[str, object]) -> None:
+    """Check that a row or turn holds nothing that would be lost."""
+    if holder.keys().isdisjoint(_REFUSED):
         return
-    for key in keys:
+    for key in _REFUSED:
+        if holder.get(key) and key in _MEDIA:
+            raise DataError(f"{key!r} is not supported: {_TEXT_ONLY}", MEDIA)
         if holder.get(key):
-            raise DataError(f"{key!r} is not supported in rows of this format; remove it")
+            raise DataError(f"{key!r} is not supported in rows of this format; {_NOT_SUPPORTED[key]}")
+
+
+def _check_text_only(turns: Sequence[Turn]) -> None:
+    for number, turn in enumerate(turns, start=1):
+        if turn.role != "user" or not _PLACEHOLDERS.search(turn.content):
+            continue
+        for placed in _PLACED.finditer(turn.content):
+            written = _PLACEHOLDERS.search(placed[0])[0]
+            if f"{written[0]}/{written[1:]}" not in turn.content:
+                cure = "or write it in backticks where it is meant as text"
+                raise DataError(f"turn {number} holds the placeholder {written!r}: {_TEXT_ONLY}, {cure}", MEDIA)
 
 
 def _pair(prompt: str, answer: str, system: object) -> tuple[Turn, ...]:
@@ -410,7 +443,7 @@ def _turns(row: Mapping[str, object], format_name: str) -> tuple[Turn, ...]:
 def _turn(message: object, number: int) -> Turn:
     if not isinstance(message, dict):
         raise DataError(f'turn {number} is {kind_of(message)}, not an object with "role" and "content"')
-    _refuse(message, _NOT_SUPPORTED)
+    _refuse(message)
     if message.keys().isdisjoint(("role", "from")):
         keys = ", ".join(map(repr, message)) or "none"
         raise DataError(
@@ -451,6 +484,8 @@ def _turn(message: object, number: int) -> Turn:
 def _part(part: object, number: int) -> str:
     text = part.get("text", part.get("value")) if isinstance(part, dict) and part.get("type") == "text" else None
     if not isinstance(text, str):
+        if isinstance(part, dict) and any(name in str(part.get("type")) for name in ("image", "video", "audio")):
+            raise DataError(f"turn {number} has a part of type {part['type']!r}: {_TEXT_ONLY}", MEDIA)
         raise DataError(f'turn {number} has a part that is not {{"type": "text", "text": "..."}}; only text can train')
     return text
 

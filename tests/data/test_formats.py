@@ -162,7 +162,10 @@ def test_an_explicit_format_wins_over_recognition(read):
         ({"messages": [user("q"), assistant(" \n")]}, "'content' is empty"),
         ({"messages": [user("q"), assistant([])]}, "'content' is empty"),
         ({"messages": [user("q"), assistant(["a"])]}, "has a part that is not"),
-        ({"messages": [user([{"type": "image"}]), assistant("a")]}, "only text can train"),
+        ({"messages": [user([{"type": "image"}]), assistant("a")]}, "a part of type 'image': this program trains text"),
+        ({"messages": [user("q") | {"images": ["a.png"]}, assistant("a")]}, "'images' is not supported: this program"),
+        ({"messages": [user("q"), assistant("a")], "image": "a.png"}, "'image' is not supported: this program trains"),
+        ({"messages": [user("<image>q"), assistant("a")]}, "turn 1 holds the placeholder '<image>': this program"),
         ({"messages": [user("q"), assistant("a", weight=0.5)]}, "weight 0.5"),
         ({"messages": [user("q"), assistant("a", train="no")]}, "turn 2 has train 'no'; a turn is learned (true)"),
         ({"messages": [user("q"), assistant("a", train=0)]}, "turn 2 has train 0; a turn is learned (true) or not"),
@@ -175,6 +178,32 @@ def test_a_conversation_that_does_not_fit_is_named(read, row, said):
     kept, problems = read([good, row, good])
     assert len(kept) == 2
     assert len(problems) == 1 and ":2: " in problems[0] and said in problems[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<image>Who are they?", "<image>\nWhat is it?", "What is it?\n<image>", "Which of\n<image><image>\nis it?",
+     " <video> What happens?", "Describe <audio>", "<|vision_start|><|image_pad|><|vision_end|>What?", "<|image_1|>\nq",
+     "One [IMG]q", "Q: <image>Who?", "See `<image>`\n<image>"],
+)  # fmt: skip
+def test_a_placeholder_of_a_picture_in_a_prompt_is_an_error_of_its_row_in_every_format(read, text):
+    for row, settings in (
+        ({"conversations": [{"from": "human", "value": text}, SHAREGPT[1]]}, {}),
+        ({"instruction": text, "output": "a"}, {}), ({"prompt": text, "completion": "a"}, {}),
+        ({"q": text, "a": "a"}, {"prompt": "{q}", "completion": "{a}"}),
+    ):  # fmt: skip
+        kept, problems = read([row], **settings)
+        assert kept == [] and "trains text, not pictures, sounds or videos; remove such rows" in problems[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["What does the <video> element do?", "<video>\n<source src='a.mp4'>\n</video>", "Mend\n<audio>\n</audio>\nplease",
+     "`<image>` is no tag", 'x = "<|image_pad|>"\ny = 1', "[IMG]http://a/b.png[/IMG]", "<video controls>", "<images>"],
+)  # fmt: skip
+def test_tags_of_code_and_talk_about_them_are_text_as_any(read, text):
+    kept, problems = read([{"prompt": text, "completion": "<video>"}])
+    assert len(kept) == 1 and problems == []
 
 
 @pytest.mark.parametrize(
