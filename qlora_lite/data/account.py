@@ -10,6 +10,8 @@ from qlora_lite.data.lines import Problems
 from qlora_lite.data.template import Template
 
 TOO_LONG = "longer than max_tokens"
+KIND_LOST = "a whole kind of row left out"
+_KIND_ROWS = 2  # fewer are odd rows, not a kind
 SHOWN_ROWS = 5
 
 
@@ -40,6 +42,9 @@ class Account:
         longest: the longest of the rows that are an error for their length, (tokens, where).
         end_token_ids: the tokens that end answers and documents.
         template: the chat template, once a conversation needed it.
+        seen_kinds: rows read of each kind (see `formats.kinds_of`), good or not.
+        kept_kinds: examples of each kind.
+        kept_files: files with at least one example.
         shapes: sequence of roles -> the form that its rows fill in (None: each is rendered).
     """
 
@@ -54,6 +59,9 @@ class Account:
     longest: list[tuple[int, str]] = field(default_factory=list)
     end_token_ids: set[int] = field(default_factory=set)
     template: Template | None = None
+    seen_kinds: Counter[str] = field(default_factory=Counter)
+    kept_kinds: Counter[str] = field(default_factory=Counter)
+    kept_files: set[str] = field(default_factory=set)
     shapes: dict[tuple, Form | None] = field(default_factory=dict)
 
     def drop(self, reason: str, where: str) -> None:
@@ -78,3 +86,25 @@ def note_too_long(account: Account, max_tokens: int) -> None:
         f"longest: {places}; raise data.max_tokens, or set data.overflow to drop, truncate or split"
     )
     account.problems.add("", fault, TOO_LONG, fatal=True)
+
+
+def note_lost_kinds(account: Account) -> None:
+    """Add a problem for each kind of row, and each file, of which no row is kept while others are.
+
+    Such a set trains something else than was meant, and the counts of its rows do not show it.
+    """
+    if account.problems.fatal or not account.kept_files:
+        return
+    lost = [
+        f"none of the {count:,} rows {kind} is kept"
+        for kind, count in account.seen_kinds.items()
+        if count >= _KIND_ROWS and not account.kept_kinds[kind]
+    ]
+    lost += [
+        f"none of the rows of {file} is kept"
+        for file, count in account.problems.files.items()
+        if count >= _KIND_ROWS and file not in account.kept_files
+    ]
+    for fault in lost:
+        cure = "correct them (or data.template, or data.max_tokens), or take them out of the files on purpose"
+        account.problems.add("", f"{fault}, so a whole kind of row would be missing; {cure}", KIND_LOST, fatal=True)

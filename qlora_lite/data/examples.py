@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qlora_lite.data.account import Account, Settings, note_too_long
+from qlora_lite.data.account import Account, Settings, note_lost_kinds, note_too_long
 from qlora_lite.data.check import NOTHING_TO_LEARN, check_examples
 from qlora_lite.data.lines import Problems
 from qlora_lite.data.make import make_examples
@@ -230,6 +230,7 @@ def _note_problems(examples: Examples, job: _Job, account: Account) -> None:
         if problem.rule != BAD_SOURCE:
             account.note_dropped(problem.rule, problem.where)
     note_too_long(account, job.settings.max_tokens)
+    note_lost_kinds(account)
     if len(examples) == 0 and not account.problems.count:
         left = f"no row is left to train on: {_reasons(account.dropped)}"
         account.problems.add(job.sources[0].path, left, NOTHING_TO_LEARN, fatal=True)

@@ -31,6 +31,7 @@ source: trl documentation, "Dataset formats: unpaired preference"; LLaMA-Factory
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -72,9 +73,10 @@ _PLACED = re.compile(  # at the turn's beginning or end, alone on a line, or rig
 _NEEDED = {"alpaca": {"instruction", "output"}, "prompt-completion": {"prompt", "completion"}, "text": {"text"}}
 _JUDGEMENTS = "label", "kto_tag"
 BAD_ANSWER = "marked as a bad answer (label false)"
-_WITH_TURNS = {"messages", "conversations", "system", "tools"}
+WITH_TURNS = "messages", "conversations", "prompt", "completion"
+_OF_TURNS = {"messages", "conversations", "system", "tools"}
 _TAKEN = {
-    "messages": _WITH_TURNS, "sharegpt": _WITH_TURNS, "alpaca": {"input", "system"},
+    "messages": _OF_TURNS, "sharegpt": _OF_TURNS, "alpaca": {"input", "system"},
     "prompt-completion": {"system", "tools"},
 }  # fmt: skip
 _ANSWERS = "completion", "response", "output", "answer", "answers", "chosen", "target", "solution", "summary", "label"
@@ -114,11 +116,13 @@ class Conversation:
         turns: the messages.
         where: the row's place.
         tools: definitions of the tools, as `tools.tool_definitions` makes them.
+        kinds: see `kinds_of`.
     """
 
     turns: tuple[Turn, ...]
     where: str
     tools: tuple[dict, ...] = ()
+    kinds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +131,7 @@ class Document:
 
     text: str
     where: str
+    kinds: tuple[str, ...] = ()
 
 
 def as_message(turn: Turn) -> dict[str, object]:
@@ -140,6 +145,7 @@ def read_conversations(
     problems: Problems,
     look: Callable[[Mapping[str, object], frozenset[str]], None] | None = None,
     drop: Callable[[str, str], None] | None = None,
+    seen: Counter[str] | None = None,
 ) -> Iterator[Conversation | Document]:
     """Read a source and normalise its rows; rows that cannot be used go to `problems`, bad answers nowhere.
 
@@ -148,6 +154,7 @@ def read_conversations(
         problems: collects malformed rows, each with its place.
         look: is given each good row, and the columns that its format looks at.
         drop: is given the reason and the place of each row that says of itself that its answer is a bad one.
+        seen: counts the kinds of all other rows, see `kinds_of`.
 
     Returns:
         An iterator over the good rows, in order.
@@ -170,6 +177,9 @@ def read_conversations(
             if drop is not None:
                 drop(BAD_ANSWER, where)
             continue
+        kinds = () if format_name in ("table", "text") else kinds_of(row)
+        if seen is not None:
+            seen.update(kinds)
         try:
             normal = normalise(row, where, format_name, source)
         except DataError as error:
@@ -178,7 +188,25 @@ def read_conversations(
         if look is not None:
             used = used_columns(format_name, source) if used is None else used
             look(row, used.union(judged))
-        yield normal
+        yield replace(normal, kinds=kinds) if kinds else normal
+
+
+def kinds_of(row: Mapping[str, object]) -> tuple[str, ...]:
+    """Return what sets a row apart, good or not, in words that follow "rows"."""
+    turns = [turn for name in WITH_TURNS if isinstance(row.get(name), list) for turn in row[name]]
+    roles = [_role_of(turn) for turn in turns]
+    calls = any(isinstance(turn, dict) and (turn.get("tool_calls") or turn.get("from") == "function_call")
+                for turn in turns)  # fmt: skip
+    return tuple(
+        kind
+        for kind, is_so in (
+            ("with tool calls or results", calls or "tool" in roles),
+            ("with definitions of tools", row.get("tools") not in (None, "", "[]", [])),
+            ("with a system turn", row.get("system") not in (None, "") or "system" in roles),
+            ("with several user turns", roles.count("user") > 1),
+        )
+        if is_so
+    )
 
 
 def _judgements(row: Mapping[str, object], format_name: str) -> list[str]:

@@ -49,12 +49,14 @@ class Problems:
     Args:
         found: the first problems of each rule, at most MAX_SHOWN_PROBLEMS of one.
         counts: rule -> problems in all.
+        files: file -> problems of its rows.
         fatal: whether one of them is more than a bad row among good ones.
     """
 
     found: list[RowProblem] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     fatal: bool = False
+    files: Counter[str] = field(default_factory=Counter)
 
     @property
     def count(self) -> int:
@@ -78,6 +80,8 @@ class Problems:
         rule = fault.rule if isinstance(fault, DataError) else rule
         self.fatal = self.fatal or fatal
         self.counts[rule] += 1
+        if where:
+            self.files[where.rpartition(":")[0]] += 1
         if self.counts[rule] <= MAX_SHOWN_PROBLEMS:
             self.found.append(RowProblem(where, rule, str(fault)))
 

@@ -79,7 +79,8 @@ def _chunks(source: Source, max_rows: int | None, account: Account) -> Iterator[
         account.rows_read += 1
         account.drop(reason, where)
 
-    rows = islice(read_conversations(source, account.problems, partial(count_unused, unused), drop), max_rows)
+    look = partial(count_unused, unused)
+    rows = islice(read_conversations(source, account.problems, look, drop, account.seen_kinds), max_rows)
     while True:
         bad_before = account.problems.count
         chunk = list(islice(rows, _ROWS_PER_CALL))
@@ -212,25 +213,31 @@ def _conversations(
 
 
 def _fit(made: _Made, settings: Settings, account: Account) -> Iterator[Example]:
-    max_tokens, overflow = settings.max_tokens, settings.overflow
     for row, marked in made:
-        example = marked.example
-        if len(example.token_ids) <= max_tokens:
+        for example in _fitted(row, marked, settings, account):
+            account.kept_kinds.update(row.kinds)
+            account.kept_files.add(row.where.rpartition(":")[0])
             yield example
-        elif overflow in ("error", "drop"):
-            account.drop(TOO_LONG, row.where)
-            if overflow == "error":
-                account.longest = heapq.nlargest(SHOWN_ROWS, [*account.longest, (len(example.token_ids), row.where)])
-        elif overflow == "split":
-            account.split += 1
-            yield from windows(example, max_tokens) if isinstance(row, Document) else _split(row, settings, account)
-        elif not example.learned[:max_tokens].any():
-            account.drop(NOTHING_LEFT, row.where)
-        else:
-            account.truncated += 1
-            token_ids, learned = example.token_ids[:max_tokens].copy(), example.learned[:max_tokens].copy()
-            answer = example.answer if marked.answered <= max_tokens else ""
-            yield replace(example, token_ids=token_ids, learned=learned, answer=answer)
+
+
+def _fitted(row: Conversation | Document, marked: Marked, settings: Settings, account: Account) -> Iterator[Example]:
+    example, max_tokens, overflow = marked.example, settings.max_tokens, settings.overflow
+    if len(example.token_ids) <= max_tokens:
+        yield example
+    elif overflow in ("error", "drop"):
+        account.drop(TOO_LONG, row.where)
+        if overflow == "error":
+            account.longest = heapq.nlargest(SHOWN_ROWS, [*account.longest, (len(example.token_ids), row.where)])
+    elif overflow == "split":
+        account.split += 1
+        yield from windows(example, max_tokens) if isinstance(row, Document) else _split(row, settings, account)
+    elif not example.learned[:max_tokens].any():
+        account.drop(NOTHING_LEFT, row.where)
+    else:
+        account.truncated += 1
+        token_ids, learned = example.token_ids[:max_tokens].copy(), example.learned[:max_tokens].copy()
+        answer = example.answer if marked.answered <= max_tokens else ""
+        yield replace(example, token_ids=token_ids, learned=learned, answer=answer)
 
 
 def _split(conversation: Conversation, settings: Settings, account: Account) -> Iterator[Example]:

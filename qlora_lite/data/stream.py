@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qlora_lite.data.account import Account, Settings, note_too_long
+from qlora_lite.data.account import Account, Settings, note_lost_kinds, note_too_long
 from qlora_lite.data.make import make_examples
 from qlora_lite.data.read import Source
 from qlora_lite.data.stored import Example
@@ -52,6 +52,7 @@ class RowStream:
                     for _ in range(int((index + 1) * share) - int(index * share)):
                         yield example
                     index += 1
+        note_lost_kinds(account)
         self._raise_if_unusable(account)
 
     def _raise_if_unusable(self, account: Account) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 
-from qlora_lite.data.formats import ROLES
+from qlora_lite.data.formats import ROLES, WITH_TURNS
 
 COLUMNS, KEYS = "columns", "keys of turns"
 MOST_NAMES = 1000  # counted of each; rows may name their columns as they like
@@ -16,7 +16,6 @@ _WEIGHTS = "weight", "loss_weight", "train"
 _PLAIN_KEYS = frozenset({"role", "content", "from", "value", "tool_calls"})
 _TURN_KEYS = _PLAIN_KEYS.union(_WEIGHTS)
 _RESULT_KEYS = _TURN_KEYS | {"tool_call_id", "name"}
-_WITH_TURNS = "messages", "conversations", "prompt", "completion"
 
 
 def no_counts() -> dict[str, Counter[str]]:
@@ -35,7 +34,7 @@ def count_unused(counts: dict[str, Counter[str]], row: Mapping[str, object], use
     if "messages" in used and isinstance(row.get("messages"), list):  # of two lists of turns, this one is looked at
         used = used - {"conversations"}
     keys = set()
-    for turns in (row.get(column) for column in _WITH_TURNS if column in used):
+    for turns in (row.get(column) for column in WITH_TURNS if column in used):
         for turn in turns if isinstance(turns, list) else ():
             if turn.keys() <= _PLAIN_KEYS:  # as nearly all
                 continue

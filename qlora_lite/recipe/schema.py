@@ -186,7 +186,9 @@ class Data(_Section):
     train_on_end: bool = True
     """Learn the token that ends an answer; false teaches the model never to stop by itself."""
     max_bad_rows: Count = 0
-    """Malformed rows that may be left out, with a count by reason; with more of them nothing is trained."""
+    """Malformed rows that may be left out, with a count by reason; with more of them nothing is trained. Nor is it
+    where none is left of a file or of a kind of row (with tools, tool calls, a system turn, several user turns), here
+    or by data.overflow, while other rows are."""
     max_tokens: Annotated[int, Field(ge=8)] = 1024
     """Longest row, and the length of a pack, in tokens."""
     overflow: Literal["error", "drop", "truncate", "split"] = "error"

@@ -439,3 +439,48 @@ def test_progress_has_a_log_of_its_own_that_a_command_can_show_alone(build, monk
     assert [(record.name, record.message) for record in caplog.records] == [
         ("qlora_lite.progress", "data: 2,000 rows read"),  # a thousand rows are read ahead
     ]
+
+
+def turns(*contents):
+    return [
+        {"role": role, "content": content} for role, content in zip(["user", "assistant"] * 9, contents, strict=False)
+    ]
+
+
+CALLING = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+LONG = "question " * 300
+# rows that are left out -> what is said of their kind
+LOST = {
+    "tool calls": ([{"messages": [*turns("q"), CALLING]}] * 2, "2 rows with tool calls or results"),
+    "tools": ([{"messages": turns("q", "a"), "tools": [{"name": "f"}]}] * 3, "3 rows with definitions of tools"),
+    "system": ([{"messages": turns("q", ""), "system": "s"}] * 2, "2 rows with a system turn"),
+    "several turns": ([{"messages": turns("q", "a", "", "a")}] * 2, "2 rows with several user turns"),
+    "too long": ([{"messages": turns(LONG, "a", "q", "a")}] * 2, "2 rows with several user turns"),
+}
+
+
+@pytest.mark.parametrize(("bad", "said"), LOST.values(), ids=LOST)
+def test_a_kind_of_row_that_is_left_out_whole_is_an_error_however_many_bad_rows_are_allowed(build, bad, said):
+    good = [{"messages": turns(f"question {i}", "a")} for i in range(9)]
+    settings = {"max_bad_rows": 100, "overflow": "drop", "max_tokens": 200}
+    with pytest.raises(DataError, match=f"none of the {said} is kept, so a whole kind of row would be missing"):
+        build([*good, *bad], **settings)
+    for kept in (good, [*good, bad[0]]):  # one such row is an odd one and no kind
+        assert build(kept, **settings).rows_kept == 9
+
+
+def test_a_kind_of_row_of_which_one_is_kept_may_lose_others(build):
+    rows = [{"messages": turns("q", answer), "system": "s"} for answer in ("", "", "a")] + [
+        {"messages": turns("p", "a")}
+    ]
+    assert build(rows, max_bad_rows=2).rows_kept == 2
+
+
+def test_a_file_that_is_left_out_whole_is_an_error_however_many_bad_rows_are_allowed(write, tokenizer):
+    write("a.jsonl", PAIRS)
+    bad = write("b.jsonl", "{\n{\n")
+    folder = str(Path(bad).parent)
+    with pytest.raises(DataError, match=rf"none of the rows of {bad} is kept"):
+        build_examples([Source(folder)], tokenizer, max_bad_rows=100)
+    write("b.jsonl", '{\n{"prompt": "q", "completion": "a"}\n{\n')
+    assert build_examples([Source(folder)], tokenizer, max_bad_rows=100).rows_kept == 5

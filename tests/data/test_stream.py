@@ -77,3 +77,14 @@ def test_the_largest_rows_have_as_many_tokens_as_any_and_all_are_learned():
     packed = largest_rows([row], 20, True, 3)
     assert pack_in_order([len(each.token_ids) for each in packed], 20, range(6)) == [[0, 1], [2, 3], [4, 5]]
     assert collate(packed[:2]).row_lengths == (19, 1)
+
+
+def test_a_kind_of_row_that_is_left_out_whole_ends_the_epoch(stream, write):
+    bad = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}], "system": "s"}
+    rows = [
+        *({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]} for _ in "abc"),
+        bad,
+    ]
+    assert len(list(stream(Source(write("a.jsonl", rows)), max_bad_rows=9))) == 3
+    with pytest.raises(DataError, match="none of the 2 rows with a system turn is kept"):
+        list(stream(Source(write("b.jsonl", [*rows, bad])), max_bad_rows=9))
