@@ -35,10 +35,11 @@ from .rows import STREAM_SAMPLE_ROWS, build_sources, read_data
 
 _SHOWN_PER_RULE = 5
 _SHOWN_NAMES = 5
-_SAMPLED_DOCUMENTS = 20  # of each source
+_SAMPLED_ROWS = 20  # of each source
 _HOW = {"lines": "each line is a document", "blank-lines": "blank lines part documents",
         "file": "each file is a document"}  # fmt: skip
 RENDERED = "rendered chat in a document"
+SEAM = "line end before an answer that begins with white space"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +130,7 @@ def preflight(recipe: Recipe, tokenizer, rows_to_show: int = 4) -> Preflight:
     data, eval_data = parts["train"], parts.get("eval")
     problems, error_count = _problems(recipe, data, eval_data)
     problems += [problem_entry(problem, False) for problem in _rendered_chats(recipe, tokenizer)]
+    problems += [problem_entry(problem, False) for problem in _broken_seams(data)]
     report = empty_report(problems) | {
         "ok": error_count == 0, "errors": error_count,
         **_counts(data),
@@ -167,7 +169,7 @@ def _rendered_chats(recipe: Recipe, tokenizer) -> Iterator[RowProblem]:
     tokens = tokenizer.convert_ids_to_tokens(sorted(ids))
     for source in build_sources(recipe, "train"):
         with suppress(DataError, OSError):  # the rows were read before: what is wrong is among the problems
-            for where, row in islice(read_rows(source, Problems()), _SAMPLED_DOCUMENTS):
+            for where, row in islice(read_rows(source, Problems()), _SAMPLED_ROWS):
                 if (check_format(source) or recognise(row, where, source)) != "text":
                     break
                 text = str(row.get("text"))
@@ -177,6 +179,18 @@ def _rendered_chats(recipe: Recipe, tokenizer) -> Iterator[RowProblem]:
                                "those; give chats as messages, not as text that a template made of them")  # fmt: skip
                     yield RowProblem(where, RENDERED, message)
                     break
+
+
+def _broken_seams(data: Dataset) -> Iterator[RowProblem]:
+    """Yield the first row whose answer begins with white space, behind the line end that the template plain writes."""
+    if data.template is None or data.template.name != "plain":
+        return
+    for example in islice(data.examples, _SAMPLED_ROWS):
+        if example.answer[:1].isspace():
+            message = ("the answer begins with white space, and data.template plain writes a line end before it; "
+                       "joined writes prompt and answer as they are")  # fmt: skip
+            yield RowProblem(example.where, SEAM, message)
+            return
 
 
 def _faults_of_evaluation(recipe: Recipe, data: Dataset, eval_data: Dataset) -> Iterator[tuple[RowProblem, bool]]:

@@ -224,6 +224,16 @@ def test_a_document_that_a_template_made_of_a_chat_is_warned_of(look):
         assert len(said) == 1 and said[0].startswith("'text' is ")
 
 
+def test_an_answer_that_begins_with_the_space_that_joins_it_to_its_prompt_is_warned_of_where_a_line_end_parts_them(
+    look,
+):
+    rows = [pair("q:", " y"), pair("p:", " y")]
+    found = look(rows, template="plain")
+    assert places(found) == {(1, "line end before an answer that begins with white space", "warning")}
+    assert look(rows, template="joined").report["problems"] == []
+    assert look([pair("q", "y")], template="plain").report["problems"] == []
+
+
 def test_a_column_of_a_table_that_is_called_text_is_no_document(look, tmp_path):
     (tmp_path / "table.jsonl").write_text(json.dumps({"q": "a", "a": "b", "text": "<|im_end|>"}) + "\n")
     source = {"path": str(tmp_path / "table.jsonl"), "prompt": "{q}", "completion": "{a}"}

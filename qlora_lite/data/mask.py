@@ -27,10 +27,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 MASK = "token cut by the mask"
+_CURE_OF_SEAM = (
+    "remove white space from the start of the answer (of data.template joined: from the end of the prompt, and begin "
+    "the answer with it), or choose another data.template"
+)
 _SEAM = (
     "the tokens before an answer (after {tail!r}) are not those that the prompt alone gives, so training "
-    "would not see what the model sees when it answers; remove white space from the start of the answer, or "
-    "choose another data.template"
+    f"would not see what the model sees when it answers; {_CURE_OF_SEAM}"
 )
 
 
@@ -160,8 +163,7 @@ def learned_tokens(starts: np.ndarray, ends: np.ndarray, spans: Sequence[tuple[i
         if len(across):
             raise DataError(
                 "one token holds the beginning of an answer and what stands before it: "
-                f"{_shown(text, starts, ends, across)}; remove white space from the start of the answer, or "
-                "choose another data.template",
+                f"{_shown(text, starts, ends, across)}; {_CURE_OF_SEAM}",
                 MASK,
             )
         learned |= (starts >= first) & (starts < last)

@@ -15,7 +15,10 @@ Mistral's wants call ids that most rows lack, and the models that know them brin
 | gemma        | <end_of_turn>     | Gemma 1 to 3; the system message is put before the first user turn         |
 | alpaca       | end of text       | Stanford Alpaca's "### Instruction:"                                       |
 | plain        | end of text       | prompt, line end, answer: for base models                                  |
+| joined       | end of text       | prompt and answer as they are, nothing between: for base models            |
 
+joined is what trl makes of prompt and completion as text. plain does not look at the answer to leave its line end out
+where that begins with a space: a prompt for an answer to come would be written otherwise than in training.
 Where a tokenizer has no <|im_end|>, chatml-tools ends turns with its own end token (`template.choose_template`), so
 that rows with tools can be trained on with any tokenizer.
 
@@ -86,5 +89,9 @@ NAMED_TEMPLATES = {
     "plain": (
         _NO_TOOLS
         + "{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else '\n') }}{% endfor %}"
+    ),
+    "joined": (
+        _NO_TOOLS + "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}"
+        "{% elif m.role == 'system' %}{{ '\n' }}{% endif %}{% endfor %}"
     ),
 }

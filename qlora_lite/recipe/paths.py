@@ -21,7 +21,16 @@ from .strict_yaml import NOT_TEXT
 
 Bases = tuple[str, str]  # the folders that a relative path is looked for in, the first one first
 ADAPTER_FILES = "recipe.yaml", "adapter_config.json"  # one of which a run folder or an adapter's has
-TEMPLATES = "chatml", "chatml-tools", "llama3", "mistral", "gemma", "alpaca", "plain"  # names that data.template takes
+TEMPLATES = (
+    "chatml",
+    "chatml-tools",
+    "llama3",
+    "mistral",
+    "gemma",
+    "alpaca",
+    "plain",
+    "joined",
+)  # names that data.template takes
 _GLOB = re.compile(r"[*?\[]")
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 _DATA_FILE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|parquet|arrow|txt|text|md|gz|zst)$", re.IGNORECASE)

@@ -178,9 +178,9 @@ class Data(_Section):
     same prompt, unless it has more rows than a quarter of what is held out. A template that writes other prompts may
     hold other rows out."""
     template: Text | None = None
-    """Chat template: a name (plain suits a base model, chatml-tools writes tools, calls and results) or a .jinja file;
-    null is the model's own. Where one writes today's date, rows have 26 July 2024, so that they are the same every day;
-    prompts to answer have the real one."""
+    """Chat template: a name or a .jinja file; null is the model's own. For a base model plain writes prompt, line end
+    and answer, joined nothing between the two; chatml-tools writes tools, calls and results. Where one writes today's
+    date, rows have 26 July 2024, so that they are the same every day; prompts to answer have the real one."""
     train_on: Literal["assistant", "completion", "all", "last"] = "assistant"
     """Which tokens are learned: every assistant message, the completion, all tokens, or the last answer."""
     train_on_end: bool = True

@@ -484,3 +484,15 @@ def test_a_file_that_is_left_out_whole_is_an_error_however_many_bad_rows_are_all
         build_examples([Source(folder)], tokenizer, max_bad_rows=100)
     write("b.jsonl", '{\n{"prompt": "q", "completion": "a"}\n{\n')
     assert build_examples([Source(folder)], tokenizer, max_bad_rows=100).rows_kept == 5
+
+
+def test_joined_writes_prompt_and_answer_as_they_are_and_learns_the_answer_with_its_space(build, tokenizer):
+    rows = [{"prompt": "what is two plus two? the answer is:", "completion": " four"}]
+    (example,) = build(rows, template="joined").examples
+    alone = tokenizer(rows[0]["prompt"], add_special_tokens=False).input_ids
+    assert tokenizer.decode(example.token_ids) == "what is two plus two? the answer is: four</s>"
+    assert example.token_ids[~example.learned].tolist() == alone and example.prompt == rows[0]["prompt"]
+    assert learned_text(example, tokenizer) == " four</s>"
+    for prompt, completion in (("the ans", "wer is 42"), ("the answer is ", "four")):
+        with pytest.raises(DataError, match="from the end of the prompt, and begin the answer with it"):
+            build([{"prompt": prompt, "completion": completion}], template="joined")

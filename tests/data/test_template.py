@@ -54,6 +54,7 @@ GENERATION = (
          "Below is an instruction that describes a task. Write a response that appropriately completes the "
          "request.\n\n### Instruction:\none\n\n### Response:\ntwo</s>\n\n"),
         ("plain", "</s>", "one\ntwo</s>"),
+        ("joined", "</s>", "onetwo</s>"),
     ],
 )  # fmt: skip
 def test_each_named_template_writes_what_it_is_known_for(tokenizer, name, end, text):
@@ -100,7 +101,8 @@ def test_the_models_own_template_alone_decides_on_begin_of_text(own):
 
 def test_a_tokenizer_without_a_template_is_an_error_that_names_the_choices():
     with pytest.raises(
-        DataError, match=r"set data\.template to one of chatml, chatml-tools, llama3, mistral, gemma, alpaca, plain"
+        DataError,
+        match=r"set data\.template to one of chatml, chatml-tools, llama3, mistral, gemma, alpaca, plain, joined",
     ):
         choose_template(make_tokenizer(template=None))
 
