@@ -4,17 +4,25 @@ Apart from `build`, because it needs no model code: `qlora-lite data` starts wit
 as long as everything else together.
 """
 
+import logging
 from collections.abc import Sequence
+from contextlib import suppress
 
 from .data.account import Settings
 from .data.examples import Dataset, read_examples
+from .data.fields import columns_of
+from .data.formats import CHOSEN, is_preference
 from .data.held_out import hold_out
-from .data.read import Source
+from .data.lines import Problems
+from .data.read import Source, read_rows
 from .data.stored import Example
 from .data.stream import RowStream, largest_rows
+from .errors import DataError
 from .files import cache_root
+from .recipe import schema
 from .recipe.schema import Recipe
 
+log = logging.getLogger("qlora_lite")
 STREAM_SAMPLE_ROWS = 1000  # of each streamed source, looked at before training
 
 
@@ -74,6 +82,34 @@ def rows_to_plan(recipe: Recipe, data: Dataset) -> Sequence[Example]:
     t = recipe.train
     count = t.micro_batch_size * t.gradient_accumulation_steps
     return largest_rows(data.examples, recipe.data.max_tokens, recipe.data.packing, count)
+
+
+def with_known_columns(sources: Sequence[schema.Source], known: Sequence[schema.Source]) -> tuple:
+    """Return sources that name no columns with those of the first known source that their first row fits.
+
+    Args:
+        sources: of rows that a run is to be measured on.
+        known: of the run's own rows.
+    """
+    return tuple(_with_columns(source, known) for source in sources)
+
+
+def _with_columns(source: schema.Source, known: Sequence[schema.Source]) -> schema.Source:
+    if source.format or source.prompt:
+        return source
+    with suppress(DataError, OSError, StopIteration):  # reading it for good says what is wrong
+        _, row = next(read_rows(Source(source.path), Problems()))
+        for each in known:
+            if each.prompt and row.keys() >= {*columns_of(each.prompt), *columns_of(each.completion)}:
+                named = {"prompt": each.prompt, "completion": each.completion}
+            elif each.format == CHOSEN and is_preference(row):
+                named = {"format": CHOSEN}
+            else:
+                continue
+            said = ", ".join(f"{name}: {value!r}" for name, value in named.items())
+            log.warning("%s is read as rows of the run are: %s", source.path, said)
+            return source.model_copy(update=named)
+    return source
 
 
 def build_sources(recipe: Recipe, which: str) -> list[Source]:

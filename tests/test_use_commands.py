@@ -94,6 +94,23 @@ def test_evaluate_measures_a_run_on_other_rows_also_one_that_has_none(tmp_path, 
     assert "no such file" in command("evaluate", run, "data.eval=nowhere.jsonl")[2]
 
 
+def test_evaluate_reads_other_rows_with_the_columns_of_the_run_and_names_its_own_setting(tmp_path, command):
+    table = {"path": str(tmp_path / "own.csv"), "prompt": "Describe: {mr}", "completion": "{ref}"}
+    (tmp_path / "own.csv").write_text("mr,ref\nx,y\n")
+    save_tiny(tmp_path / "model")
+    run = make_run(tmp_path, tmp_path / "model", data={"train": [table], "eval": None}, train={"exact_match_rows": 0})
+    (tmp_path / "other.csv").write_text("id,mr,ref\n1,a,b\n2,c,d\n")
+    named = json.dumps([table | {"path": str(tmp_path / "other.csv")}])
+    given, known = (
+        command("evaluate", run, "--json", f"data.eval={value}") for value in (named, tmp_path / "other.csv")
+    )
+    assert json.loads(given[1]) == json.loads(known[1]) and json.loads(known[1])["rows"] == 2
+    assert given[2] == "" and "other.csv is read as rows of the run are: prompt: 'Describe: {mr}'" in known[2]
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    code, _, err = command("evaluate", run, f"data.eval={tmp_path / 'other.csv'}")
+    assert code == 2 and "as in data.eval: [{path: " in err and "data.train" not in err
+
+
 def test_evaluate_measures_a_run_that_held_rows_out_on_those_or_on_others(tmp_path, command):
     run = tiny_run(tmp_path, overrides=["data.eval=null", "data.eval_share=0.25"])
     own, given = (

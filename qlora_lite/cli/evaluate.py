@@ -27,7 +27,8 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, rows: i
     """Measure loss, perplexity and exact match of RUN_OR_RECIPE: a run folder, or a recipe's base model.
 
     KEY=VALUE replaces a setting of a recipe; a run is measured with its own, on its evaluation rows or on those of
-    data.eval=PATH. An adapter alone needs that, and takes data.max_tokens, overflow, template and train_on too.
+    data.eval=PATH, read with the prompt and completion of the run's own rows where it has their columns. An adapter
+    alone needs that, and takes data.max_tokens, overflow, template and train_on too.
     """
     adapter = tokenizer = None
     if Path(run_or_recipe).is_dir():
@@ -67,8 +68,11 @@ def _opened(folder: str, overrides: tuple[str, ...], model_path: str | None, unf
         settings = {"model": {"path": trained.recipe.model.path}, "data": {"train": "no-rows"}}
         data, tokenizer = recipe_of(settings, overrides, folder).data, trained.tokenizer()
     elif overrides:
+        from qlora_lite.rows import with_known_columns
+
         named = load_recipe(Path(folder) / RECIPE, (*overrides, "data.eval_share=0"), check_files=False)
-        data = data.model_copy(update={"eval": named.data.eval, "eval_share": named.data.eval_share})
+        sources = named.data.eval and with_known_columns(named.data.eval, (*(data.eval or ()), *data.train))
+        data = data.model_copy(update={"eval": sources, "eval_share": named.data.eval_share})
     return trained.recipe.model_copy(update={"data": data}), trained.adapter, tokenizer
 
 
