@@ -8,6 +8,7 @@ from pathlib import Path
 from .build import train_settings
 from .compare_page import render_comparison
 from .data.examples import Dataset
+from .data.render import last_turn
 from .errors import DataError, ModelError, RecipeError
 from .evaluate import exact_match
 from .files import explain_write_errors, write_text
@@ -38,7 +39,7 @@ def compare_runs(
     Returns:
         rows_of, base_model, models (name, rows, labelled_tokens, eval_loss, perplexity, exact_match, adapter_bytes),
         same_tokens (whether all models were measured on as many rows and tokens, so that their losses can be ranked),
-        and answers (prompt, reference, and the answer of each model by name).
+        and answers (prompt, its last turn as question, reference, and the answer of each model by name).
 
     Raises:
         RecipeError: the first run has no evaluation rows.
@@ -95,7 +96,13 @@ def _measure(tasks: Tasks, name: str | None, rows_of: Recipe, answers: int) -> t
             return figures, []
         match = exact_match(tasks.model, tasks.tokenizer, chosen, task.stop)
     said = [
-        {"where": row.where, "prompt": _plain(tasks, row.prompt), "reference": row.answer, "answer": answer}
+        {
+            "where": row.where,
+            "prompt": _plain(tasks, row.prompt),
+            "reference": row.answer,
+            "answer": answer,
+            "question": _plain(tasks, last_turn(data.template, row.prompt)),
+        }
         for row, answer in zip(chosen, match.answers, strict=True)
     ]
     return figures | {"exact_match": match.score, "exact_match_rows": len(chosen)}, said
@@ -131,6 +138,6 @@ def _side_by_side(said: dict[str, list[dict]]) -> list[dict]:
     rows: dict[str, dict] = {}
     for name, answers in said.items():
         for each in answers:
-            kept = {key: each[key] for key in ("where", "prompt", "reference")}
+            kept = {key: each[key] for key in ("where", "prompt", "question", "reference")}
             rows.setdefault(each["where"], kept | {"answers": {}})["answers"][name] = each["answer"]
     return list(rows.values())

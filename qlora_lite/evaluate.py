@@ -27,11 +27,15 @@ from .train.loop import eval_batches
 from .train.step import evaluate_loss
 
 log = logging.getLogger("qlora_lite")
+CUT = " […]"  # behind an answer that did not end where its reference could have
 SPARE_TOKENS = 8  # beyond the longest answer of the rows: enough to see that an answer did not stop
 
 
 class ExactMatch(NamedTuple):
-    """Share of answers equal to their reference, and the answers, in the order of the examples; "" for one left out."""
+    """Share of answers equal to their reference, and the answers, in the order of the examples; "" for one left out.
+
+    Behind an answer that had to be cut stands CUT.
+    """
 
     score: float
     answers: tuple[str, ...]
@@ -64,12 +68,14 @@ def exact_match(
     asked = [example for example in examples if example.answer]
     prompts, (prompt, new) = [example.prompt for example in asked], _most_tokens(model, tokenizer, asked)
     stop = stop_ids(model, tokenizer, end_token_ids)
-    answers = [text.strip() for text in answer(model, tokenizer, prompts, new, stop, at_once(prompt + new))]
+    cut: set[int] = set()
+    answers = [text.strip() for text in answer(model, tokenizer, prompts, new, stop, at_once(prompt + new), cut=cut)]
     written = tokenizer([example.answer for example in asked], add_special_tokens=False).input_ids
     references = tokenizer.batch_decode(written, skip_special_tokens=True)
-    right = sum(text == reference.strip() for text, reference in zip(answers, references, strict=True))
-    in_order = iter(answers)
-    return ExactMatch(right / len(asked), tuple(next(in_order) if example.answer else "" for example in examples))
+    is_right = [text == reference.strip() for text, reference in zip(answers, references, strict=True)]
+    shown = (f"{text}{CUT}" if i in cut and not is_right[i] else text for i, text in enumerate(answers))
+    in_order = tuple(next(shown) if example.answer else "" for example in examples)
+    return ExactMatch(sum(is_right) / len(asked), in_order)
 
 
 def _most_tokens(model: nn.Module, tokenizer, asked: Sequence[Example]) -> tuple[int, int]:

@@ -44,7 +44,7 @@ def stop_ids(model: nn.Module, tokenizer, end_token_ids: Iterable[int] = ()) -> 
 def answer(
     model: nn.Module, tokenizer, prompts: Sequence[str], max_new_tokens: int, stop: Sequence[int] = (),
     batch_size: int = 32, sampling: Sampling | None = None, streamer=None,
-    before_batch: Callable[[list[int]], None] | None = None, stopping=None,
+    before_batch: Callable[[list[int]], None] | None = None, stopping=None, cut: set[int] | None = None,
 ) -> list[str]:  # fmt: skip
     """Continue each rendered prompt and return the new text, without special tokens.
 
@@ -56,6 +56,7 @@ def answer(
         streamer: a transformers streamer; only with one prompt.
         before_batch: called with the indices of the prompts that run together next, in the order of the rows.
         stopping: a transformers ``StoppingCriteriaList``, asked after every token.
+        cut: gets the indices of the prompts whose answers ``max_new_tokens`` ended.
 
     Raises:
         DoesNotFitError: memory ran out over a single prompt.
@@ -86,7 +87,11 @@ def answer(
                     raise
             else:
                 order = order[batch_size:]
-                texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+                new = out[:, ids.shape[1] :]
+                texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+                if cut is not None and new.shape[1] == max_new_tokens:
+                    has_ended = torch.isin(new, new.new_tensor(list(stop))).any(1)
+                    cut.update(row for row, ended in zip(rows, has_ended.tolist(), strict=True) if not ended)
                 for row, text in zip(rows, texts, strict=True):
                     answers[row] = text
                 continue

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from .build import add_factors, build_model, build_skeleton, with_plan
+from .data.render import last_turn
 from .data.template import portable_source
 from .data_page import write_data_page
 from .errors import CheckpointError, DoesNotFitError, Interrupted, OutputError, QloraLiteError
@@ -414,7 +415,8 @@ class _Run:
         if self.trainer.most_tokens is not None:
             self.run.summary["plan"]["most_tokens"] = self.trainer.most_tokens
         samples = [
-            {"prompt": self._plain(row.prompt), "reference": row.answer, "before": b, "after": a}
+            {"prompt": self._plain(row.prompt), "question": self._plain(last_turn(self.eval_data.template, row.prompt)),
+             "reference": row.answer, "before": b, "after": a}
             for row, b, a in zip(self.eval_data.examples, before.answers, after.answers, strict=False) if row.answer
         ][:SAMPLES] if before and after else []  # fmt: skip
         self.run.update(**self.figures(), status=COMPLETE, ended_by=self.training.ended_by,

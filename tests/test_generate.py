@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from tiny import ARCHITECTURES, UNUSUAL, build_tiny, quantized_pair
@@ -13,8 +14,9 @@ from tokenizers import normalizers
 from qlora_lite.data.examples import build_examples
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
 from qlora_lite.data.read import Source
+from qlora_lite.data.stored import Example
 from qlora_lite.errors import DoesNotFitError
-from qlora_lite.evaluate import exact_match
+from qlora_lite.evaluate import CUT, exact_match
 from qlora_lite.generate import Sampling, answer, stop_ids
 from qlora_lite.models.levers import Levers, place, set_levers
 from qlora_lite.models.load import _mask_for_padding_only, adopt, use_row_attention
@@ -65,6 +67,17 @@ def test_an_answer_ends_with_a_stop_token():
     letter = next(letter for letter in text if letter.isascii())  # one byte, so one token
     stop = tokenizer(letter, add_special_tokens=False).input_ids
     assert answer(model, tokenizer, [PROMPTS[1]], 12, stop) == [text[: text.index(letter) + 1]]
+
+
+def test_an_answer_that_had_to_be_cut_is_told_from_one_that_ended_and_shown_as_such():
+    model, tokenizer = model_of("llama"), byte_tokenizer()
+    texts = answer(model, tokenizer, PROMPTS, 6)
+    stop = tokenizer(next(letter for letter in texts[1] if letter.isascii()), add_special_tokens=False).input_ids
+    ended = answer(model, tokenizer, PROMPTS, 6, stop, cut=(cut := set()))
+    assert 1 not in cut and cut == {i for i, text in enumerate(ended) if text == texts[i]} != set()
+    examples = [Example(np.zeros(9, np.int32), np.ones(9, bool), prompt, "x", "f:1") for prompt in PROMPTS]
+    answers = exact_match(model, tokenizer, examples, stop).answers
+    assert not answers[1].endswith(CUT) and any(each.endswith(CUT) for each in answers)
 
 
 def test_stop_tokens_are_those_of_tokenizer_model_and_training():

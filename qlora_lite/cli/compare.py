@@ -41,7 +41,7 @@ def compare(runs: tuple[str, ...], base: bool, rows: int, out: Path | None, as_j
     if not result["same_tokens"]:
         echo(f"note: {NOT_THE_SAME}")
     for row in result["answers"][:2]:
-        echo(f"\n{'prompt':{left}}{one_line(row['prompt'])}\n{'reference':{left}}{one_line(row['reference'])}")
+        echo(f"\n{'prompt':{left}}{one_line(row['question'])}\n{'reference':{left}}{one_line(row['reference'])}")
         for name, answer in row["answers"].items():
             echo(f"{name:{left}}{one_line(answer)}")
     if out:

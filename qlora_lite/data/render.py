@@ -74,6 +74,25 @@ def render_prompt(template: Template, turns: Sequence[Turn]) -> str:
     return _rendered(template, template.source, turns, True, ())
 
 
+def last_turn(template: Template, prompt: str) -> str:
+    """Return what a rendered prompt asks: its last user turn, or all of it where that cannot be told.
+
+    Args:
+        template: the one that it was rendered with.
+        prompt: as `render_prompt` or a row writes it, up to the answer.
+    """
+    mark = "qzx0xzq"
+    try:
+        before, _, after = render_turns(template, [Turn("user", mark)], True).partition(mark)
+    except DataError:
+        return prompt
+    tokens = list(template.special.finditer(before))
+    header = before[tokens[-1].start() :] if tokens else before
+    asked = prompt.removesuffix(after)
+    asked = asked.rpartition(header)[2] if header else asked
+    return template.special.split(asked)[-1].strip()
+
+
 def render(template: Template, conversation: Conversation, answers: Iterable[int]) -> Rendering:
     """Write a conversation and find the characters of its answers.
 

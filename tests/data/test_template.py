@@ -7,7 +7,7 @@ from tiny_tokenizer import make_tokenizer
 
 from qlora_lite.data.formats import Conversation, Turn
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
-from qlora_lite.data.render import render, render_prompt
+from qlora_lite.data.render import last_turn, render, render_prompt
 from qlora_lite.data.template import Template, choose_template, portable_source
 from qlora_lite.errors import DataError
 
@@ -84,6 +84,23 @@ def test_the_named_templates_write_the_system_turn(tokenizer, name):
     turns = (Turn("system", "be brief"), *TURNS[:2])
     text = render_prompt(choose_template(tokenizer, name), turns[:2])
     assert "be brief" in text and text.index("be brief") < text.index("one")
+
+
+@pytest.mark.parametrize("adds_begin", [True, False])
+@pytest.mark.parametrize("name", NAMED_TEMPLATES)
+def test_the_last_turn_of_a_prompt_is_what_is_shown_of_it(name, adds_begin):
+    template = choose_template(make_tokenizer(adds_begin=adds_begin), name)
+    assert last_turn(template, render_prompt(template, TURNS[:1])) == "one"
+    shown = last_turn(template, render_prompt(template, (Turn("system", "be brief"), *TURNS[:3])))
+    assert shown.removeprefix("[INST] ").removeprefix("### Instruction:\n") == "three"
+
+
+def test_a_default_system_turn_is_not_what_is_shown_of_a_prompt(own):
+    default = "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nHi<|im_end|>\n' }}{% endif %}" + CHATML
+    template = own(default)
+    assert last_turn(template, render_prompt(template, TURNS[:1])) == "one"
+    broken = own("{{ raise_exception('no') if messages|length == 1 else '' }}" + CHATML)
+    assert last_turn(broken, "all of it") == "all of it"
 
 
 @pytest.mark.parametrize("name", NAMED_TEMPLATES)
