@@ -289,6 +289,35 @@ def test_recipes_check_prints_one_json_object_whether_the_recipe_is_good_or_bad(
     assert code == 2 and out == "" and [line[:7] for line in err.splitlines()] == ["error: "] * 2
 
 
+def test_recipes_check_reads_the_first_row_of_each_file_without_torch_and_says_little_of_good_ones(command, tmp_path):
+    recipe = write_recipe(tmp_path, "owner/name")
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "qlora_lite", "recipes", "check", recipe],
+        capture_output=True,
+        text=True,
+    )
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) == 4 and lines[1].endswith("train.jsonl (messages)")
+    assert not re.search(r"\| +(torch|transformers|datasets)$", done.stderr, re.MULTILINE)
+    assert "lora:" in command("recipes", "check", recipe, "--full")[1]
+    (tmp_path / "a.csv").write_text("mr,ref\nx,y\n")
+    (tmp_path / "b.jsonl").write_text('{"messages": [{"role": "user", "content": "q"}]}\n')
+    settings = [f"data.{part}={tmp_path / name}" for part, name in (("train", "a.csv"), ("eval", "b.jsonl"))]
+    code, out, err = command("recipes", "check", recipe, *settings)
+    assert (code, out) == (2, "") and "a.csv:2: no format has the columns" in err and "b.jsonl:1: a row with no" in err
+    problems = json.loads(command("recipes", "check", recipe, *settings, "--json")[1])["problems"]
+    assert [problem["key"] for problem in problems] == ["data.train", "data.eval"]
+
+
+def test_data_prints_no_counts_of_a_source_that_cannot_be_read(command, tmp_path, model_folder):
+    recipe = write_recipe(tmp_path, model_folder)
+    (tmp_path / "a.csv").write_text("mr,ref\nx,y\n")
+    code, out, err = command("data", recipe, f"data.train={tmp_path / 'a.csv'}")
+    assert (code, out) == (2, "") and "no format has the columns 'mr', 'ref'" in err
+    code, out, _ = command("data", recipe, f"data.eval={tmp_path / 'a.csv'}")
+    assert code == 2 and "rows             24 read" in out and "0 read" not in out
+
+
 def test_doctor_prints_one_json_object_or_lines(command):
     code, out, _ = command("doctor", "--json")
     found = json.loads(out)

@@ -43,7 +43,8 @@ def data(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool, html
     if as_json:
         echo_exactly(json.dumps(found.report))
         raise click.exceptions.Exit(0 if found.report["ok"] else 2)
-    echo_styled(_text(shown(found.report)))
+    if found.report["rows_read"]:
+        echo_styled(_text(shown(found.report)))
     found.raise_if_unusable()
 
 
@@ -101,6 +102,8 @@ def _source_lines(label: str, sources: list[dict]) -> list[str]:
 def _count_lines(counts: dict) -> list[str]:
     from qlora_lite.preflight import first_places
 
+    if not counts["rows_read"]:
+        return []
     dropped = "".join(f", {count:,} dropped ({reason})" for reason, count in counts["dropped"].items())
     places = {reason: first_places(counts, reason) for reason in counts["dropped"]}
     cut = f", {counts['truncated']:,} cut short" if counts["truncated"] else ""

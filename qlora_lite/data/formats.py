@@ -235,6 +235,22 @@ def check_format(source: Source) -> str | None:
     return "table" if templates else source.format
 
 
+def check_first_row(source: Source) -> str:
+    """Read the first row of a source and return its format.
+
+    Raises:
+        DataError: a file cannot be read, its format is not known, or the row does not fit it.
+    """
+    where, row = next(read_rows(source, problems := Problems()), ("", {}))
+    problems.raise_if_any()
+    format_name = check_format(source) or recognise(row, where, source)
+    try:
+        normalise(chosen_alone(row) if format_name == CHOSEN else row, where, format_name, source)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    return format_name
+
+
 def recognise(row: Mapping[str, object], where: str, source: Source) -> str:
     """Name the format of a row from its keys.
 
