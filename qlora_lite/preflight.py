@@ -21,7 +21,7 @@ from .data.batch import collate, packing_efficiency, plan_epoch
 from .data.check import check_answers, check_overlap, check_prompts, count_special_tokens, histogram
 from .data.examples import Dataset
 from .data.formats import check_format, recognise, used_columns
-from .data.lines import Problems, RowProblem
+from .data.lines import Problems, RowProblem, read_place, write_place
 from .data.opening import left_out
 from .data.read import Source, read_rows, text_files
 from .data.render import ROW_DAY
@@ -76,11 +76,9 @@ class Preflight:
 
 def problem_entry(problem: RowProblem, is_error: bool) -> dict:
     """Return a problem as the report has it, its place taken apart."""
-    file, _, line = problem.where.rpartition(":")
-    if not line.isdecimal():
-        file, line = problem.where, ""
+    file, line, row = read_place(problem.where) or (problem.where, 0, 0)
     severity = "error" if is_error else "warning"
-    return {"file": file or None, "line": int(line) if line else None, "rule": problem.rule,
+    return {"file": file or None, "line": line or None, "row": row or None, "rule": problem.rule,
             "message": problem.message, "severity": severity}  # fmt: skip
 
 
@@ -114,7 +112,8 @@ def line_of_template(template: dict) -> str:
 
 def line_of_problem(problem: dict) -> str:
     """Write a problem of the report as "file:line: message"."""
-    place = ":".join(str(part) for part in (problem["file"], problem["line"]) if part is not None)
+    file, line = problem["file"], problem["line"]
+    place = write_place(file, line, problem["row"] or 0) if line else file
     return f"{place}: {problem['message']}" if place else problem["message"]
 
 

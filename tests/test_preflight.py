@@ -234,6 +234,17 @@ def test_an_answer_that_begins_with_the_space_that_joins_it_to_its_prompt_is_war
     assert look([pair("q", "y")], template="plain").report["problems"] == []
 
 
+def test_a_row_of_a_json_file_of_one_line_is_named_by_its_number(look, tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps([pair("q"), pair("q", None), pair("r")]))
+    found = look(source=tmp_path / "rows.json")
+    (problem,) = found.report["problems"]
+    assert (problem["line"], problem["row"]) == (1, 2) and found.report["rows"][1]["where"].endswith(
+        "rows.json:1 (row 3)"
+    )
+    with pytest.raises(DataError, match=r"rows\.json:1 \(row 2\): 'completion' is missing"):
+        found.raise_if_unusable()
+
+
 def test_a_column_of_a_table_that_is_called_text_is_no_document(look, tmp_path):
     (tmp_path / "table.jsonl").write_text(json.dumps({"q": "a", "a": "b", "text": "<|im_end|>"}) + "\n")
     source = {"path": str(tmp_path / "table.jsonl"), "prompt": "{q}", "completion": "{a}"}

@@ -1,6 +1,7 @@
 """Hold a share of the training rows out for evaluation.
 
-Rows are chosen by the numbers of their file and line and by which of them must stay together, whatever the seed is.
+Rows are chosen by the numbers of their file and line (and row, where a line holds several) and by which of them must
+stay together, whatever the seed is.
 Which must, the rendered rows say: another template, prompt or data.max_tokens may group them otherwise, and then other
 rows are held out; `compare` looks where they are.
 Rows that are alike token for token, and the parts of a split row, stay on one side together: what was learned is no
@@ -59,7 +60,8 @@ def _chosen(examples: Examples, share: float) -> np.ndarray:
     """Return which of distinct rows are held out: bool [rows]."""
     wanted = max(round(share * len(examples)), 1)
     places = examples.rows[examples.order + 1, 3:].astype(np.uint64)
-    numbers = scattered(places[:, 0] << np.uint64(40) | places[:, 1])
+    file, line, row = places.T
+    numbers = scattered(file << np.uint64(40) | line) ^ np.where(row > 0, scattered(row), np.uint64(0))
     alike = [np.unique(each, return_inverse=True)[1]
              for each in (numbers, signatures(examples), _by_prompt(examples, wanted))]  # fmt: skip
     groups = _groups(numbers, alike)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
-from qlora_lite.data.lines import ASK_OLD_MAC, Problems, all_lines, numbered_lines
+from qlora_lite.data.lines import ASK_OLD_MAC, Problems, all_lines, numbered_lines, write_place
 from qlora_lite.data.one_object import fault_of_one_object
 from qlora_lite.data.opening import open_bytes
 
@@ -158,27 +158,31 @@ def _begins_with_a_row(path: Path) -> bool:
 
 
 def _read_json_array(path: Path, text: str, problems: Problems) -> Iterator[tuple[str, dict]]:
-    """Walk a JSON array element by element, so that each keeps its line number."""
+    """Walk a JSON array element by element, so that each keeps its line, and its number where a line holds several."""
     decoder = _RowDecoder()
-    line, counted = 1, 0
+    line, counted, row, shares_line = 1, 0, 0, False
     position = _SPACE.match(text, text.index("[") + 1).end()
     while not text.startswith("]", position):
         line += text.count("\n", counted, position)
-        counted, where = position, f"{path}:{line}"
+        counted, row = position, row + 1
         try:
             value, end, faults = decoder.decode(text, position)
         except json.JSONDecodeError as error:
             fault = f"not JSON: {error.msg}; nothing after this place was read"
-            problems.add(f"{path}:{error.lineno}", fault, fatal=True)
+            problems.add(write_place(str(path), error.lineno, row * shares_line), fault, fatal=True)
             return
         except (RecursionError, ValueError):
+            where = write_place(str(path), line, row * shares_line)
             problems.add(where, f"{_TOO_DEEP}; nothing after it was read", fatal=True)
             return
-        yield from _checked(where, value, faults, problems)
         position = _SPACE.match(text, end).end()
-        if text.startswith(",", position) and not text.startswith("]", _SPACE.match(text, position + 1).end()):
+        is_parted = text.startswith(",", position) and not text.startswith("]", _SPACE.match(text, position + 1).end())
+        if is_parted:
             position = _SPACE.match(text, position + 1).end()
-        elif not text.startswith("]", position):
+        is_followed = is_parted and "\n" not in text[counted:position]
+        yield from _checked(write_place(str(path), line, row * (shares_line or is_followed)), value, faults, problems)
+        shares_line = is_followed
+        if not is_parted and not text.startswith("]", position):
             line += text.count("\n", counted, position)
             problems.add(f"{path}:{line}", "the list is cut short, or a comma is missing or too many here", fatal=True)
             return

@@ -21,6 +21,7 @@ ASK_OLD_MAC = (
     "do the lines end with a carriage return alone, as on old Macs? then save it with those of Windows or Linux"
 )
 _BOM = "\ufeff"
+_PLACE = re.compile(r"(.*):([0-9]+)(?: \(row ([0-9]+)\))?", re.DOTALL)
 _RETURN = re.compile(rb"\r(?!\n|$)")  # alone, not before a line end
 
 
@@ -29,7 +30,7 @@ class RowProblem:
     """Hold one thing that is wrong with the data.
 
     Args:
-        where: "file.jsonl:12", or "" where no single row is meant.
+        where: "file.jsonl:12", "file.json:1 (row 12)" of several on a line, or "" where no single row is meant.
         rule: what is broken, in a few words; also the reason under which a dropped row is counted.
         message: what is wrong; the cure.
     """
@@ -96,6 +97,17 @@ class Problems:
         lines = self.shown[:MAX_SHOWN_PROBLEMS]
         rest = self.count - len(lines)
         raise DataError("\n".join(lines + ([f"... and {rest} more problems"] if rest else [])))
+
+
+def write_place(file: str, line: int, row: int = 0) -> str:
+    """Return what messages call a row: its file and line, and its number where that line holds several rows."""
+    return f"{file}:{line} (row {row})" if row else f"{file}:{line}"
+
+
+def read_place(where: str) -> tuple[str, int, int] | None:
+    """Return file, line and row as `write_place` took them; None if no place is written."""
+    found = _PLACE.fullmatch(where)
+    return found and (found[1], int(found[2]), int(found[3] or 0))
 
 
 def numbered_lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:

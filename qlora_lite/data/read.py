@@ -2,8 +2,8 @@
 
 `datasets.load_dataset` is not used here: it stops at the first bad line without saying which one, keeps the
 last of two equal keys, accepts NaN, and fills nested fields with nulls. Reading line by line costs little
-beside tokenising and gives each row a place, `file:line` (for Parquet and Arrow `file:row`, counted from 1),
-that all later messages use.
+beside tokenising and gives each row a place, `file:line` (for Parquet and Arrow `file:row`, counted from 1; for
+several rows on a line of a JSON file `file:line (row 12)`), that all later messages use.
 
 Every text kind may be compressed with gzip or zstd. Files are streamed, so memory does not grow with them; only
 a JSON array is read whole, and a .json file that does not begin with a row. Plain text: unless the source says what a

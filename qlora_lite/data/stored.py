@@ -5,8 +5,9 @@ what their bytes are, and from files only the pages at hand lie in memory. (`dat
 tables and hand out Python lists, token by token: 20 times slower to read than a slice of an array.)
 
 Files of a folder: token_ids int32 [tokens], learned bool [tokens], text UTF-8 bytes [bytes] (each row's prompt, then
-its answer), rows int64 [R + 1, 5]; row r + 1 of `rows` holds the ends of row r in token_ids, of its prompt and of its
-answer in text, the number of its file and its line. The first line is zeros, so each row begins where the line
+its answer), rows int64 [R + 1, 6]; row r + 1 of `rows` holds the ends of row r in token_ids, of its prompt and of its
+answer in text, the number of its file, its line, and which row it is where its line holds several (else 0). The first
+line is zeros, so each row begins where the line
 before it ends.
 
 Shapes: R rows stored; N examples, which name their row in `order`: a weight repeats rows or leaves them out.
@@ -24,8 +25,10 @@ from typing import BinaryIO
 
 import numpy as np
 
+from qlora_lite.data.lines import read_place, write_place
+
 FILES = {"token_ids": np.int32, "learned": np.bool_, "text": np.uint8, "rows": np.int64}
-_COLUMNS = 5
+_COLUMNS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ class Examples:
         token_ids: int32 [tokens].
         learned: bool [tokens].
         text: uint8 [bytes].
-        rows: int64 [R + 1, 5], see the module's text.
+        rows: int64 [R + 1, 6], see the module's text.
         files: the names that the file numbers stand for.
         order: int64 [N], the row of each example.
     """
@@ -75,13 +78,13 @@ class Examples:
         if isinstance(index, slice):
             return Examples(self.token_ids, self.learned, self.text, self.rows, self.files, self.order[index])
         row = int(self.order[index])
-        (start, _, text_start, *_), (end, prompt_end, answer_end, file, line) = self.rows[row : row + 2].tolist()
+        (start, _, text_start, *_), (end, prompt_end, answer_end, file, *place) = self.rows[row : row + 2].tolist()
         return Example(
             self.token_ids[start:end],
             self.learned[start:end],
             self.text[text_start:prompt_end].tobytes().decode(),
             self.text[prompt_end:answer_end].tobytes().decode(),
-            f"{self.files[file]}:{line}",
+            write_place(self.files[file], *place),
         )
 
     def __iter__(self) -> Iterator[Example]:
@@ -209,11 +212,11 @@ class ExampleWriter:
     def _open(self, name: str) -> BinaryIO:
         return io.BytesIO() if self.folder is None else (self.folder / name).open("wb")
 
-    def _place(self, where: str) -> tuple[int, int]:
-        file, _, line = where.rpartition(":")
+    def _place(self, where: str) -> tuple[int, int, int]:
+        file, line, row = read_place(where)
         if not self.files or self.files[-1] != file:
             self.files.append(file)
-        return len(self.files) - 1, int(line)
+        return len(self.files) - 1, line, row
 
 
 def load_arrays(folder: Path, files: Sequence[str], order: np.ndarray) -> Examples:

@@ -1,5 +1,7 @@
 """Rows held out for evaluation: the share asked for, no row on both sides, the same rows whatever else changes."""
 
+import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -37,6 +39,15 @@ def test_a_share_of_the_rows_is_held_out_and_every_row_is_on_one_side_and_counte
         assert part.learned_tokens == sum(int(example.learned.sum()) for example in part.examples)
         assert part.examples_of == (len(part.examples),)
     assert data.dropped == {} and data.rows_kept == 40
+
+
+def test_rows_of_a_json_file_of_one_line_are_held_out_one_by_one_and_named_by_their_number(write):
+    data = read_examples([Source(write("a.json", json.dumps(PAIRS)))], make_tokenizer())
+    training, evaluation = hold_out(data, 0.25)
+    assert len(evaluation.examples) == 10 and len(training.examples) == 30
+    assert all(re.search(r"a\.json:1 \(row [0-9]+\)$", place) for place in places(evaluation))
+    numbers = [int(place.rpartition(" ")[2].strip(")")) for place in places(evaluation)]
+    assert len(set(np.diff(sorted(numbers)).tolist())) > 2
 
 
 def test_the_rows_come_from_everywhere_and_not_from_one_end():

@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from qlora_lite.data.lines import MAX_ROW_BYTES, Problems
+from qlora_lite.data.lines import MAX_ROW_BYTES, Problems, read_place, write_place
 from qlora_lite.data.opening import left_out
 from qlora_lite.data.read import Source, read_rows, text_files
 from qlora_lite.errors import DataError
@@ -93,6 +93,17 @@ def test_up_to_twenty_problems_are_listed_at_once_and_the_rest_counted(write):
 def test_a_json_array_names_each_row_by_its_line(write):
     path = write("a.json", '[\n  {"text": "a"},\n\n  {"text":\n "b"}, {"text": "c"}\n]\n')
     assert [where.rpartition(":")[2] for where, _ in rows_of(path)] == ["2", "4", "5"]
+
+
+def test_a_json_array_with_several_rows_on_a_line_names_them_by_their_number_too(write):
+    path = write("a.json", f"[{GOOD}, {GOOD},\n{GOOD}, {GOOD}]")
+    assert [where for where, _ in rows_of(path)] == [f"{path}:{line} (row {row})" for row, line in enumerate("1122", 1)]
+    for where, _ in rows_of(path):
+        assert write_place(*read_place(where)) == where
+    path = write("a.json", f"[{GOOD},\n7, {GOOD}\n]")
+    assert failure(path).startswith(f"{path}:2 (row 2): int instead of an object")
+    path = write("a.json", f"[{GOOD}, {GOOD}, {{]")
+    assert failure(path).startswith(f"{path}:1 (row 3): not JSON")
 
 
 def test_a_json_file_with_one_object_per_line_is_read_too(write):
