@@ -11,7 +11,7 @@ from .build import build_skeleton, build_to_use, train_settings
 from .data.check import check_answers
 from .data.stored import Example
 from .errors import DataError, ModelError, RecipeError
-from .generate import answer, stop_ids
+from .generate import answers, stop_ids
 from .lora.adapter import load_adapter
 from .memory.meter import held_bytes
 from .memory.process import CUDA_CONTEXT_BYTES
@@ -68,12 +68,14 @@ def exact_match(
     asked = [example for example in examples if example.answer]
     prompts, (prompt, new) = [example.prompt for example in asked], _most_tokens(model, tokenizer, asked)
     stop = stop_ids(model, tokenizer, end_token_ids)
-    cut: set[int] = set()
-    answers = [text.strip() for text in answer(model, tokenizer, prompts, new, stop, at_once(prompt + new), cut=cut)]
+    said = answers(model, tokenizer, prompts, new, stop, at_once(prompt + new))
     written = tokenizer([example.answer for example in asked], add_special_tokens=False).input_ids
     references = tokenizer.batch_decode(written, skip_special_tokens=True)
-    is_right = [text == reference.strip() for text, reference in zip(answers, references, strict=True)]
-    shown = (f"{text}{CUT}" if i in cut and not is_right[i] else text for i, text in enumerate(answers))
+    is_right = [each.text.strip() == reference.strip() for each, reference in zip(said, references, strict=True)]
+    shown = (
+        f"{each.text.strip()}{CUT}" if each.finish == "length" and not right else each.text.strip()
+        for each, right in zip(said, is_right, strict=True)
+    )
     in_order = tuple(next(shown) if example.answer else "" for example in examples)
     return ExactMatch(sum(is_right) / len(asked), in_order)
 

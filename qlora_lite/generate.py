@@ -1,16 +1,27 @@
 """Answer prompts with a model, greedily by default, many at a time.
 
-Generation is transformers' own (cache, stopping, sampling); this module pads on the left, stops at the end
-tokens that training taught, and cuts the prompt off.
+Generation is transformers' own (cache, stopping); this module pads on the left, stops at the end tokens that training
+taught, and cuts the prompt off. It also draws the tokens: transformers' sampling takes the random numbers of a whole
+batch from one generator, so that an answer depends on the prompts beside it. Here each prompt has random numbers of its
+own, one for each token, which picks the token by inverting the cumulative distribution.
 """
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from .errors import DoesNotFitError
 from .lora.shared import forget_begun
@@ -27,10 +38,26 @@ class Sampling:
 
     This is all there is: the penalties and limits that a model's own ``generation_config.json`` may ask for are not
     applied, so that answers tell what the weights say.
+
+    Args:
+        top_p: the smallest set of most probable tokens whose probabilities sum to this is sampled from; 1 is all.
+        top_k: only so many of the most probable tokens are sampled from; 0 is all.
+        seed: with the number of a prompt, decides what is drawn for it, whatever else is in its batch; None draws from
+            torch's global generator.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+
+
+class Answer(NamedTuple):
+    """An answer's text without special tokens, why it ended (stop or length), and its tokens with the end token."""
+
+    text: str
+    finish: str
+    tokens: int
 
 
 def stop_ids(model: nn.Module, tokenizer, end_token_ids: Iterable[int] = ()) -> list[int]:
@@ -40,13 +67,19 @@ def stop_ids(model: nn.Module, tokenizer, end_token_ids: Iterable[int] = ()) -> 
     return sorted({token for token in (tokenizer.eos_token_id, *stated, *end_token_ids) if token is not None})
 
 
+def answer(*arguments, **options) -> list[str]:
+    """Return the texts of ``answers``, which takes the same arguments."""
+    return [each.text for each in answers(*arguments, **options)]
+
+
 @torch.no_grad()
-def answer(
+def answers(
     model: nn.Module, tokenizer, prompts: Sequence[str], max_new_tokens: int, stop: Sequence[int] = (),
     batch_size: int = 32, sampling: Sampling | None = None, streamer=None,
-    before_batch: Callable[[list[int]], None] | None = None, stopping=None, cut: set[int] | None = None,
-) -> list[str]:  # fmt: skip
-    """Continue each rendered prompt and return the new text, without special tokens.
+    before_batch: Callable[[list[int]], None] | None = None, stopping=None, first: int = 0,
+    done: Callable[[int], None] | None = None,
+) -> list[Answer]:  # fmt: skip
+    """Continue each rendered prompt.
 
     Args:
         prompts: rendered text, begin-of-text included where the model wants it.
@@ -56,15 +89,16 @@ def answer(
         streamer: a transformers streamer; only with one prompt.
         before_batch: called with the indices of the prompts that run together next, in the order of the rows.
         stopping: a transformers ``StoppingCriteriaList``, asked after every token.
-        cut: gets the indices of the prompts whose answers ``max_new_tokens`` ended.
+        first: number of the first prompt, for ``Sampling.seed``.
+        done: called after each batch with the number of prompts answered so far.
 
     Raises:
         DoesNotFitError: memory ran out over a single prompt.
     """
     tokens = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(tokens[i]))
-    config = _generation_config(sampling or Sampling(), max_new_tokens, list(stop))
-    answers = [""] * len(prompts)
+    config = _generation_config(max_new_tokens, list(stop))
+    found: list[Answer | None] = [None] * len(prompts)
     was_training, device = model.training, device_of(model)
     model.eval()
     # transformers takes from it what a call's own config leaves open
@@ -81,19 +115,17 @@ def answer(
                 out = model.generate(
                     input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer,
                     stopping_criteria=stopping,
+                    logits_processor=_drawing(sampling, ids, max_new_tokens, [first + row for row in rows]),
                 )  # fmt: skip
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
             else:
                 order = order[batch_size:]
-                new = out[:, ids.shape[1] :]
-                texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-                if cut is not None and new.shape[1] == max_new_tokens:
-                    has_ended = torch.isin(new, new.new_tensor(list(stop))).any(1)
-                    cut.update(row for row, ended in zip(rows, has_ended.tolist(), strict=True) if not ended)
-                for row, text in zip(rows, texts, strict=True):
-                    answers[row] = text
+                for row, new in zip(rows, out[:, ids.shape[1] :].tolist(), strict=True):
+                    found[row] = _read(new, stop, tokenizer)
+                if done:
+                    done(len(prompts) - len(order))
                 continue
             forget_begun(model)  # here, where the error is gone, whose trace held the tensors of the attempt
             free_cached_memory(device)
@@ -110,7 +142,14 @@ def answer(
         head.remove()
         model.generation_config = stated
     model.train(was_training)
-    return answers
+    return found
+
+
+def _read(new: list[int], stop: Sequence[int], tokenizer) -> Answer:
+    """Cut off what follows the end token, which pads a batch, and decode."""
+    end = next((index for index, token in enumerate(new, 1) if token in stop), None)
+    text = tokenizer.decode(new[:end], skip_special_tokens=True)
+    return Answer(text, "length" if end is None else "stop", len(new[:end]))
 
 
 def _contiguous_input(_head, inputs):
@@ -122,14 +161,52 @@ def _contiguous_input(_head, inputs):
     return tuple(tensor.contiguous() for tensor in inputs)
 
 
-def _generation_config(sampling: Sampling, max_new_tokens: int, stop: list[int]) -> GenerationConfig:
-    draw = {"do_sample": False}
-    if sampling.temperature >= COLDEST:
-        draw = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+def _generation_config(max_new_tokens: int, stop: list[int]) -> GenerationConfig:
     pad = stop[0] if stop else 0  # masked out on the left, cut off on the right
     return GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=stop or None, pad_token_id=pad, use_cache=True, **draw
+        max_new_tokens=max_new_tokens, eos_token_id=stop or None, pad_token_id=pad, use_cache=True, do_sample=False
     )
+
+
+def _drawing(
+    sampling: Sampling | None, ids: torch.Tensor, max_new_tokens: int, numbers: list[int]
+) -> LogitsProcessorList | None:
+    """Return what draws the tokens of a batch; None for the most probable ones.
+
+    Args:
+        ids: int64 [rows, T], the padded prompts.
+        numbers: of the prompts.
+    """
+    if sampling is None or sampling.temperature < COLDEST:
+        return None
+    if sampling.seed is None:
+        random = torch.rand(len(ids), max_new_tokens, dtype=torch.float64)
+    else:
+        drawn = [np.random.default_rng([sampling.seed, number]).random(max_new_tokens) for number in numbers]
+        random = torch.from_numpy(np.stack(drawn))
+    warpers = [TemperatureLogitsWarper(sampling.temperature)]
+    warpers += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
+    warpers += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
+    return LogitsProcessorList([*warpers, _Draw(random.to(ids.device), ids.shape[1])])
+
+
+class _Draw(LogitsProcessor):
+    """Leave each row the one token that its random number of this step picks.
+
+    Args:
+        random: float64 [rows, steps], in [0, 1).
+        width: tokens of the padded prompts.
+    """
+
+    def __init__(self, random: torch.Tensor, width: int):
+        self.random, self.width = random, width
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        step = input_ids.shape[1] - self.width
+        cumulative = scores.softmax(-1, dtype=torch.float32).cumsum(-1, dtype=torch.float64)
+        drawn = self.random[:, step, None] * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, drawn, right=True).clamp_(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
 
 def _pad_left(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

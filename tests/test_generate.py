@@ -17,7 +17,7 @@ from qlora_lite.data.read import Source
 from qlora_lite.data.stored import Example
 from qlora_lite.errors import DoesNotFitError
 from qlora_lite.evaluate import CUT, exact_match
-from qlora_lite.generate import Sampling, answer, stop_ids
+from qlora_lite.generate import Sampling, answer, answers, stop_ids
 from qlora_lite.models.levers import Levers, place, set_levers
 from qlora_lite.models.load import _mask_for_padding_only, adopt, use_row_attention
 
@@ -149,6 +149,44 @@ def test_sampling_draws_from_every_token():
     torch.manual_seed(0)
     drawn = answer(model, tokenizer, ["a"] * 400, 1, batch_size=400, sampling=Sampling(temperature=50.0))
     assert len(set(drawn)) > 60  # of about 128 that one byte can be; transformers' own setting has 50 in all
+
+
+def test_with_a_seed_what_is_drawn_depends_on_the_number_of_the_prompt_and_not_on_its_batch():
+    model, tokenizer = model_of("llama"), byte_tokenizer()
+    warm = Sampling(temperature=3.0, top_p=0.95, seed=7)
+    drawn = answers(model, tokenizer, PROMPTS, 12, stop=[2], sampling=warm)
+    assert drawn == answers(model, tokenizer, PROMPTS, 12, stop=[2], batch_size=2, sampling=warm)
+    alone = [answers(model, tokenizer, [p], 12, [2], sampling=warm, first=i)[0] for i, p in enumerate(PROMPTS)]
+    assert drawn == alone
+    assert drawn != answers(model, tokenizer, PROMPTS, 12, stop=[2], sampling=replace(warm, seed=8))
+    assert len({each.text for each in answers(model, tokenizer, PROMPTS[:1] * 4, 12, sampling=warm)}) == 4
+
+
+def test_each_token_is_drawn_from_the_softmax_with_the_random_number_of_its_prompt():
+    model, tokenizer, count = model_of("llama", rows=False), byte_tokenizer(), 40
+    ids = torch.tensor([tokenizer("<s>hello", add_special_tokens=False).input_ids])
+    for settings, kept in (({}, VOCABULARY), ({"top_k": 3}, 3)):
+        logits = model(input_ids=ids).logits[0, -1].double() / 2.0
+        logits[logits < logits.topk(kept).values[-1]] = -torch.inf
+        cumulative = logits.softmax(-1).cumsum(-1).numpy()
+        random = [np.random.default_rng([5, number]).random(1)[0] for number in range(count)]
+        expected = [tokenizer.decode([int(np.argmax(cumulative > u))], skip_special_tokens=True) for u in random]
+        sampling = Sampling(temperature=2.0, seed=5, **settings)
+        assert answer(model, tokenizer, ["<s>hello"] * count, 1, sampling=sampling) == expected
+        assert 1 < len(set(expected)) <= kept
+
+
+def test_an_answer_says_why_it_ended_and_how_many_tokens_it_has():
+    model, tokenizer = model_of("llama"), byte_tokenizer()
+    (text,) = answer(model, tokenizer, [PROMPTS[1]], 12)
+    letter = next(letter for letter in text if letter.isascii())
+    stop = tokenizer(letter, add_special_tokens=False).input_ids
+    found, seen = answers(model, tokenizer, PROMPTS, 12, stop, batch_size=2, done=None), []
+    assert (found[1].finish, found[1].text[-1]) == ("stop", letter) and {each.finish for each in found} != {"stop"}
+    for each in found:  # one byte a token, and no end token behind the first
+        assert each.tokens == 12 if each.finish == "length" else each.text.count(letter) == 1
+    answers(model, tokenizer, PROMPTS, 1, batch_size=2, done=seen.append)
+    assert seen == [2, 4, 5]
 
 
 def test_where_memory_runs_out_fewer_prompts_are_answered_at_once(monkeypatch, caplog):
