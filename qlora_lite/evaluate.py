@@ -2,18 +2,21 @@
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import nn
 
 from .build import build_skeleton, build_to_use, train_settings
-from .data.check import check_answers
+from .data.check import can_match, check_answers
+from .data.matching import WHOLE, Matching
 from .data.stored import Example
 from .errors import DataError, ModelError, RecipeError
-from .generate import answers, stop_ids
+from .generate import Answer, answers, stop_ids
 from .lora.adapter import load_adapter
-from .memory.meter import held_bytes
+from .memory.meter import free_bytes, held_bytes
 from .memory.process import CUDA_CONTEXT_BYTES
 from .models.anatomy import device_of, position_limit
 from .models.tokenizer import load_tokenizer
@@ -21,7 +24,7 @@ from .planning.answering import MOST_PROMPTS, prompts_at_once
 from .quant.linear import arrange_weights
 from .recipe.load import require_recipe
 from .recipe.schema import Recipe
-from .rows import build_data
+from .rows import build_data, matching_of
 from .train.guards import check_embeddings, check_forward
 from .train.loop import eval_batches
 from .train.step import evaluate_loss
@@ -32,55 +35,78 @@ SPARE_TOKENS = 8  # beyond the longest answer of the rows: enough to see that an
 
 
 class ExactMatch(NamedTuple):
-    """Share of answers equal to their reference, and the answers, in the order of the examples; "" for one left out.
+    """How many answers are those of their references.
 
-    Behind an answer that had to be cut stands CUT.
+    Args:
+        score: share of the compared examples whose answer matches.
+        answers: in the order of the examples; "" for one left out, and CUT behind one that had to be cut.
+        records: of each compared example, see ``_record``.
     """
 
     score: float
     answers: tuple[str, ...]
-
-
-def rows_compared(examples: Sequence[Example]) -> int:
-    """Return how many rows have an answer to compare with."""
-    return sum(bool(example.answer) for example in examples)
+    records: tuple[dict, ...] = ()
 
 
 def exact_match(
     model: nn.Module, tokenizer, examples: Sequence[Example], end_token_ids: Iterable[int],
-    at_once: Callable[[int], int] = lambda _tokens: MOST_PROMPTS,
+    at_once: Callable[[int], int] = lambda _tokens: MOST_PROMPTS, matching: Matching = WHOLE,
+    new_tokens: int | None = None,
 ) -> ExactMatch:  # fmt: skip
-    """Answer every example's prompt greedily and compare with what its row writes there, white space at the ends apart.
+    """Answer every example's prompt greedily and compare with what its row writes there.
 
     That is compared as it comes back from the tokenizer, which may write some letters otherwise.
 
     Args:
-        examples: rows with a prompt; those whose answer was cut off are left out.
+        examples: with a prompt; those whose answer was cut off, or has nothing to compare, are left out.
         end_token_ids: the tokens that end an answer in these rows.
         at_once: returns how many prompts are answered together, given the tokens of the longest with its answer.
+        matching: what of an answer is compared.
+        new_tokens: most tokens of an answer; None is a few more than the longest reference has.
 
     Raises:
-        DataError: a row is plain text and has no answer, or all answers were cut off.
+        DataError: a row is plain text and has no answer, or there is nothing to compare in any.
     """
-    problem, is_error = check_answers(examples)
+    problems, is_error = check_answers(examples, matching)
     if is_error:
-        raise DataError(str(problem))
-    asked = [example for example in examples if example.answer]
-    prompts, (prompt, new) = [example.prompt for example in asked], _most_tokens(model, tokenizer, asked)
+        raise DataError(str(problems[-1]))
+    is_asked = [can_match(example, matching) for example in examples]
+    asked = list(compress(examples, is_asked))
+    prompts, (prompt, new) = [example.prompt for example in asked], _most_tokens(model, tokenizer, asked, new_tokens)
     stop = stop_ids(model, tokenizer, end_token_ids)
     said = answers(model, tokenizer, prompts, new, stop, at_once(prompt + new))
     written = tokenizer([example.answer for example in asked], add_special_tokens=False).input_ids
     references = tokenizer.batch_decode(written, skip_special_tokens=True)
-    is_right = [each.text.strip() == reference.strip() for each, reference in zip(said, references, strict=True)]
-    shown = (
-        f"{each.text.strip()}{CUT}" if each.finish == "length" and not right else each.text.strip()
-        for each, right in zip(said, is_right, strict=True)
-    )
-    in_order = tuple(next(shown) if example.answer else "" for example in examples)
-    return ExactMatch(sum(is_right) / len(asked), in_order)
+    records = tuple(_record(*each, matching) for each in zip(asked, references, said, strict=True))
+    in_order = map(shown_answer, records)
+    score = sum(record["match"] for record in records) / len(records)
+    return ExactMatch(score, tuple(next(in_order) if each else "" for each in is_asked), records)
 
 
-def _most_tokens(model: nn.Module, tokenizer, asked: Sequence[Example]) -> tuple[int, int]:
+def shown_answer(record: dict) -> str:
+    """Return the answer of a record for a person, marked where it was cut before it matched."""
+    is_cut = record["finish"] == "length" and not record["match"]
+    return record["answer"] + CUT * is_cut
+
+
+def _record(example: Example, reference: str, answer: Answer, matching: Matching) -> dict:
+    """Compare an answer; what is compared is named only where it is not the whole text."""
+    expected = matching.extract(reference)
+    try:
+        found = matching.extract(answer.text)
+    except TimeoutError:
+        log.warning("%s: a regular expression of exact match takes too long on its answer, which counts as no match",
+                    example.where)  # fmt: skip
+        found = None
+    record = {"where": example.where, "prompt": example.prompt, "reference": reference.strip(),
+              "answer": answer.text.strip(), "match": found is not None and found == expected,
+              "finish": answer.finish}  # fmt: skip
+    return record if matching == WHOLE else record | {"compared_reference": expected, "compared_answer": found}
+
+
+def _most_tokens(
+    model: nn.Module, tokenizer, asked: Sequence[Example], new_tokens: int | None
+) -> tuple[int, int]:  # fmt: skip
     """Return the tokens of the longest prompt, and the most that are generated for any.
 
     Raises:
@@ -88,25 +114,33 @@ def _most_tokens(model: nn.Module, tokenizer, asked: Sequence[Example]) -> tuple
     """
     given = tokenizer([example.prompt for example in asked], add_special_tokens=False).input_ids
     answers = [len(example.token_ids) - len(ids) for example, ids in zip(asked, given, strict=True)]
-    prompt, new = max(map(len, given)), max(answers) + SPARE_TOKENS
-    limit = position_limit(model)
-    if limit is not None and prompt + max(answers) > limit:
+    prompt, needed = max(map(len, given)), new_tokens or max(answers)
+    limit, new = position_limit(model), new_tokens or needed + SPARE_TOKENS
+    if limit is not None and prompt + needed > limit:
         raise ModelError(
-            f"train.exact_match_rows (--rows): prompts of {prompt} tokens with answers of {max(answers)} are more than "
+            f"train.exact_match_rows (--rows): prompts of {prompt} tokens with answers of {needed} are more than "
             f"the {limit} positions that the model has embeddings of; set it to 0"
         )
     return prompt, new if limit is None else min(new, limit - prompt)
 
 
-def answered_at_once(recipe: Recipe, model: nn.Module, budget_bytes: int, tokens: int) -> int:
+def answered_at_once(recipe: Recipe, model: nn.Module, budget_bytes: int | None, tokens: int) -> int:
     """Return how many prompts a budget has room for at once, beside the model as it is loaded now.
 
     Args:
+        budget_bytes: most memory that the process may use; None is what the device has free.
         tokens: of the longest prompt with its answer.
     """
     device = device_of(model)
     context = CUDA_CONTEXT_BYTES if device.type == "cuda" else 0
-    return prompts_at_once(build_skeleton(recipe), tokens, budget_bytes - context - held_bytes(device), device.type)
+    room = free_bytes(device) if budget_bytes is None else budget_bytes - context - held_bytes(device)
+    return prompts_at_once(build_skeleton(recipe), tokens, room, device.type)
+
+
+def new_tokens_of(recipe: Recipe) -> int | None:
+    """Return the most tokens of an answer to be compared; None where the references decide."""
+    stated = recipe.train.exact_match_new_tokens
+    return None if stated == "auto" else stated
 
 
 def evaluate_recipe(recipe: Recipe, adapter: str | Path | None, exact_match_rows: int, tokenizer=None) -> dict:
@@ -130,7 +164,8 @@ def evaluate_recipe(recipe: Recipe, adapter: str | Path | None, exact_match_rows
     adapter = adapter and Path(adapter)
     tokenizer = tokenizer or load_tokenizer(recipe.model.path, recipe.model.revision)
     data, settings = build_data(recipe, tokenizer, "eval"), train_settings(recipe)
-    model = build_to_use(recipe, [adapter] if adapter else [])
+    context_tokens = recipe.data.max_tokens + (new_tokens_of(recipe) or 0 if exact_match_rows else 0)
+    model = build_to_use(recipe, [adapter] if adapter else [], context_tokens)
     if adapter:
         load_adapter(model, adapter)
     check_forward(model, settings.max_tokens)
@@ -143,8 +178,10 @@ def evaluate_recipe(recipe: Recipe, adapter: str | Path | None, exact_match_rows
     if exact_match_rows:
         rows = data.examples[:exact_match_rows]
         arrange_weights(model)
-        match = exact_match(model, tokenizer, rows, data.end_token_ids)
-        if left_out := check_answers(rows)[0]:
+        matching = matching_of(recipe)
+        at_once = partial(answered_at_once, recipe, model, recipe.memory.budget_bytes)
+        match = exact_match(model, tokenizer, rows, data.end_token_ids, at_once, matching, new_tokens_of(recipe))
+        for left_out in check_answers(rows, matching)[0]:
             log.warning("%s", left_out)
-        measured |= {"exact_match": match.score, "exact_match_rows": rows_compared(rows)}
+        measured |= {"exact_match": match.score, "exact_match_rows": len(match.records)}
     return measured

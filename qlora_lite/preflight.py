@@ -31,7 +31,7 @@ from .data.template import special_ids_of
 from .data.unused import unused_of
 from .errors import DataError
 from .recipe.schema import Recipe
-from .rows import STREAM_SAMPLE_ROWS, build_sources, read_data
+from .rows import STREAM_SAMPLE_ROWS, build_sources, matching_of, read_data
 
 _SHOWN_PER_RULE = 5
 _SHOWN_NAMES = 5
@@ -200,9 +200,8 @@ def _faults_of_evaluation(recipe: Recipe, data: Dataset, eval_data: Dataset) -> 
             yield overlap, is_error
     if prompts := check_prompts(data.examples, eval_data.examples, bool(recipe.data.eval_share)):
         yield prompts, False
-    no_answer, is_error = check_answers(eval_data.examples[: recipe.train.exact_match_rows])
-    if no_answer:
-        yield no_answer, is_error
+    found, is_error = check_answers(eval_data.examples[: recipe.train.exact_match_rows], matching_of(recipe))
+    yield from ((problem, is_error) for problem in found)
 
 
 def _counts(data: Dataset) -> dict:

@@ -14,6 +14,7 @@ from .data.fields import columns_of
 from .data.formats import CHOSEN, is_preference
 from .data.held_out import hold_out
 from .data.lines import Problems
+from .data.matching import Matching
 from .data.read import Source, read_rows
 from .data.stored import Example
 from .data.stream import RowStream, largest_rows
@@ -120,3 +121,9 @@ def build_sources(recipe: Recipe, which: str) -> list[Source]:
         Source(s.path, s.format, s.weight, s.prompt, s.completion, streaming, None, s.documents, f"data.{part}")
         for s in getattr(recipe.data, part)
     ]
+
+
+def matching_of(recipe: Recipe) -> Matching:
+    """Return how a recipe compares answers with their references."""
+    t = recipe.train
+    return Matching(t.exact_match_pattern, t.exact_match_ignore, t.exact_match_ignore_case)

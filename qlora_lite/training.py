@@ -14,12 +14,13 @@ from torch import nn
 
 from .data.examples import Dataset
 from .errors import CheckpointError, DoesNotFitError, Interrupted, OutputError
-from .evaluate import ExactMatch, answered_at_once, exact_match, rows_compared
+from .evaluate import ExactMatch, answered_at_once, exact_match, new_tokens_of
 from .lora.adapter import CONFIG_NAME, adapter_config, adapter_tensors, fill_adapter, save_adapter
 from .memory.meter import PeakMeter
 from .recipe.schema import Recipe
 from .resume import RUN, Continuation
 from .run_files import METRICS_DIGEST
+from .rows import matching_of
 from .runs import (
     ADAPTER,
     ADAPTER_LAST,
@@ -213,7 +214,10 @@ class Training:
         try:
             with self.stop.at_once():
                 at_once = partial(answered_at_once, self.recipe, self.model, self.budget_bytes)
-                result = exact_match(self.model, self.tokenizer, rows, self.eval_data.end_token_ids, at_once)
+                result = exact_match(
+                    self.model, self.tokenizer, rows, self.eval_data.end_token_ids, at_once, matching_of(self.recipe),
+                    new_tokens_of(self.recipe),
+                )  # fmt: skip
         except DoesNotFitError as error:
             if when == "before":
                 reason, _, _ = str(error).partition(":")
@@ -221,8 +225,9 @@ class Training:
                                       "`qlora-lite evaluate` when the run has ended") from None  # fmt: skip
             log.warning("exact match after training is not counted: %s", error)
             return None
-        log.info("exact match %s training: %.1f %% of %d rows", when, 100 * result.score, rows_compared(rows))
-        self.run.update(**{f"exact_match_{when}": result.score, "exact_match_rows": rows_compared(rows)})
+        count = len(result.records)
+        log.info("exact match %s training: %.1f %% of %d rows", when, 100 * result.score, count)
+        self.run.update(**{f"exact_match_{when}": result.score, "exact_match_rows": count})
         return result
 
     def _keep_if_best(self, loss: float) -> bool:

@@ -12,6 +12,7 @@ from tiny_files import VOCABULARY, byte_tokenizer
 from tokenizers import normalizers
 
 from qlora_lite.data.examples import build_examples
+from qlora_lite.data.matching import Matching
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
 from qlora_lite.data.read import Source
 from qlora_lite.data.stored import Example
@@ -109,9 +110,17 @@ def test_a_model_that_writes_what_its_rows_teach_matches_all_of_them(tmp_path, m
     match = exact_match(model, tokenizer, data.examples, data.end_token_ids)
     assert match.score == 1 and match.answers[1] == "<think></think>answer 1 ooooooooo"
     cut = [replace(example, answer="") if index == 1 else example for index, example in enumerate(data.examples)]
-    assert exact_match(model, tokenizer, cut, data.end_token_ids) == (1, (match.answers[0], "", match.answers[2]))
+    left_out = exact_match(model, tokenizer, cut, data.end_token_ids)
+    assert left_out[:2] == (1, (match.answers[0], "", match.answers[2])) and len(left_out.records) == 2
     taught[tuple(given[2])][0] += 1
-    assert exact_match(model, tokenizer, data.examples, data.end_token_ids).score == 2 / 3
+    whole = exact_match(model, tokenizer, data.examples, data.end_token_ids)
+    number = Matching(r"(?i)answer (\d)|(x)")
+    found = exact_match(model, tokenizer, data.examples, data.end_token_ids, matching=number)
+    assert [record["match"] for record in whole.records] == [True, True, False]
+    assert (whole.score, found.score, found.records[2]["compared_answer"]) == (2 / 3, 1, "2")
+    assert "compared_answer" not in whole.records[2] and whole.records[0]["prompt"] == data.examples[0].prompt
+    few = exact_match(model, tokenizer, data.examples, data.end_token_ids, new_tokens=5)
+    assert {record["finish"] for record in few.records} == {"length"} and few.answers[0] == "<thin"
 
 
 def test_generation_gives_the_mode_back_and_works_in_a_checkpointed_model():

@@ -99,9 +99,9 @@ def test_the_lowest_layer_imports_the_standard_library_only():
         assert tops - sys.stdlib_module_names <= {"qlora_lite"}
 
 
-def test_the_recipe_layer_imports_pydantic_and_yaml_only():
+def test_the_recipe_layer_imports_pydantic_yaml_and_regex_only():
     tops = {name.split(".")[0] for path in (PACKAGE / "recipe").glob("*.py") for name in imported_names(path)}
-    assert tops - sys.stdlib_module_names <= {"qlora_lite", "pydantic", "annotated_types", "yaml"}
+    assert tops - sys.stdlib_module_names <= {"qlora_lite", "pydantic", "annotated_types", "yaml", "regex"}
 
 
 def test_lower_layers_never_see_a_recipe():

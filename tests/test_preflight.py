@@ -21,8 +21,11 @@ ALWAYS = {"rows_read", "rows_kept", "dropped", "tokens", "learned_tokens", "pack
 def look(tmp_path):
     """Look at rows (None: those of the tiny recipe) with settings of the data section."""
 
-    def look_at(train=None, evaluation=None, tokenizer=None, source="train.jsonl", exact_rows=0, **settings):
-        more = {"data": {"train": str(source)}, "train": {"exact_match_rows": exact_rows}}
+    def look_at(
+        train=None, evaluation=None, tokenizer=None, source="train.jsonl", exact_rows=0, pattern=None, **settings
+    ):  # fmt: skip
+        matched = {"exact_match_rows": exact_rows, "exact_match_pattern": pattern}
+        more = {"data": {"train": str(source)}, "train": matched}
         recipe = write_recipe(tmp_path, "owner/name", **more)
         for name, rows in (("train", train), ("eval", evaluation)):
             if rows is not None:
@@ -308,6 +311,19 @@ def test_an_exact_match_on_plain_text_is_an_error_before_a_model_is_loaded(look)
     assert places(found) == {(1, "no answer to match", "error")} and found.report["errors"] == 1
     with pytest.raises(DataError, match=r"eval.jsonl:1: has no answer to match; set train.exact_match_rows"):
         found.raise_if_unusable()
+
+
+def test_references_in_which_the_pattern_finds_nothing_are_named_and_an_error_only_if_it_finds_none(look):
+    rows = [pair("x", "4 - 1 = 3\n#### 3"), pair("y", "three"), pair("z", "3")]
+    rule = {"exact_rows": 3, "pattern": "#### (.*)"}
+    found = look(None, rows, **rule)
+    found.raise_if_unusable()
+    assert places(found) == {(2, "no answer to match", "warning")}
+    assert "nothing to compare in the answers of 2 of 3 examples, this one's ending 'three'" in str(found.report)
+    with pytest.raises(DataError, match=r"eval.jsonl:1: .* find nothing to compare in the answers of 2 of 2 examples"):
+        look(None, rows[1:], **rule | {"exact_rows": 2}).raise_if_unusable()
+    with pytest.raises(DataError, match="takes too long on an answer"):
+        look(None, [pair("x", "a" * 90 + "b")], exact_rows=1, pattern="(a|aa)+$").raise_if_unusable()
 
 
 def test_rows_whose_answer_is_cut_off_are_counted_and_an_error_only_if_they_are_all(look):

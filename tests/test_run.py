@@ -31,6 +31,7 @@ from qlora_lite.errors import (
     TrainingError,
 )
 from qlora_lite.evaluate import SPARE_TOKENS, answered_at_once, evaluate_recipe, exact_match
+from qlora_lite.generate import Answer
 from qlora_lite.memory.meter import held_bytes
 from qlora_lite.planning.answering import UNPLANNED, prompt_bytes
 from qlora_lite.planning.predict import Prediction
@@ -327,11 +328,11 @@ def test_the_summary_counts_the_rows_that_exact_match_compares(run, tmp_path):
 def test_prompts_for_exact_matches_share_what_the_budget_leaves_beside_the_model(run, monkeypatch):
     at_once = []
 
-    def answer(*arguments):
+    def answers(*arguments):
         at_once.append(arguments[5])
-        return [""] * len(arguments[2])
+        return [Answer("", "stop", 1)] * len(arguments[2])
 
-    monkeypatch.setattr("qlora_lite.evaluate.answer", answer)
+    monkeypatch.setattr("qlora_lite.evaluate.answers", answers)
     run(train={"max_steps": 1})
     assert at_once == [32, 32]
     held, recipe = held_bytes(CPU), open_run(run.folder).recipe
@@ -366,13 +367,13 @@ def test_prompts_and_answers_that_a_model_has_no_positions_for_are_told_before_t
 def test_prompts_that_memory_runs_out_over_end_the_run_before_training_and_not_after_it(run, monkeypatch, caplog, call):
     calls = []
 
-    def answer(_model, _tokenizer, prompts, *_):
+    def answers(_model, _tokenizer, prompts, *_):
         calls.append(1)
         if len(calls) == call:
             raise DoesNotFitError("memory ran out over a prompt of 9 tokens: shorten it")
-        return ["x"] * len(prompts)
+        return [Answer("x", "stop", 1)] * len(prompts)
 
-    monkeypatch.setattr("qlora_lite.evaluate.answer", answer)
+    monkeypatch.setattr("qlora_lite.evaluate.answers", answers)
     if call == 1:
         with pytest.raises(
             DoesNotFitError, match=r"train\.exact_match_rows: memory ran out over .* 9 tokens; set it to 0"

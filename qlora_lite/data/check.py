@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qlora_lite.data.lines import RowProblem
+from qlora_lite.data.matching import Matching
 from qlora_lite.data.stored import Example, Examples, stored
 
 NOTHING_TO_LEARN = "nothing to learn"
@@ -88,27 +89,49 @@ def _begin_twice(ids: np.ndarray, starts: np.ndarray, begin_id: int | None) -> l
     return sorted(set((np.searchsorted(starts, second, side="right") - 1).tolist()))
 
 
-def check_answers(examples: Sequence[Example]) -> tuple[RowProblem | None, bool]:
-    """Look for rows without an answer among those whose answers are to be compared word for word.
+def check_answers(examples: Sequence[Example], matching: Matching) -> tuple[list[RowProblem], bool]:
+    """Look for examples that exact match cannot compare, among those whose answers were asked for.
 
     Args:
-        examples: the rows that were asked for.
+        examples: those that were asked for.
+        matching: how answers are compared.
 
     Returns:
-        What is wrong, if anything, and whether nothing can be compared: a row is plain text, or all answers were cut
-        off. Rows whose answer was cut off are left out otherwise.
+        What is wrong, and whether nothing can be compared: one is plain text, or none has an answer to compare.
+        Otherwise those that cannot be compared are left out.
     """
     without = [example for example in examples if not example.answer]
     if plain := next((example.where for example in without if not example.prompt), None):
         message = "has no answer to match; set train.exact_match_rows (--rows) to 0 for plain text"
-        return RowProblem(plain, NO_ANSWER, message), True
-    if not without:
-        return None, False
-    message = (
-        f"the answers of {len(without)} of {len(examples)} rows were cut off at data.max_tokens, so that exact match "
-        "leaves them out; raise it, or set train.exact_match_rows (--rows) to 0"
-    )
-    return RowProblem(without[0].where, NO_ANSWER, message), len(without) == len(examples)
+        return [RowProblem(plain, NO_ANSWER, message)], True
+    found = []
+    if without:
+        message = (
+            f"the answers of {len(without)} of {len(examples)} rows were cut off at data.max_tokens, so that exact "
+            "match leaves them out; raise it, or set train.exact_match_rows (--rows) to 0"
+        )
+        found.append(RowProblem(without[0].where, NO_ANSWER, message))
+    try:
+        lacking = [example for example in examples if example.answer and not can_match(example, matching)]
+    except TimeoutError:
+        message = "a regular expression of exact match takes too long on an answer; write it without nested repeats"
+        return [*found, RowProblem("", NO_ANSWER, message)], True
+    if lacking:
+        message = (
+            f"the regular expressions of exact match find nothing to compare in the answers of {len(lacking)} of "
+            f"{len(examples)} examples, this one's ending {lacking[0].answer[-40:]!r}, and leave those out"
+        )
+        found.append(RowProblem(lacking[0].where, NO_ANSWER, message))
+    return found, len(without) + len(lacking) == len(examples) > 0
+
+
+def can_match(example: Example, matching: Matching) -> bool:
+    """Tell whether exact match compares an example: it has an answer, in which there is something to compare.
+
+    Raises:
+        TimeoutError: a regular expression takes too long on it.
+    """
+    return bool(example.answer) and matching.extract(example.answer) is not None
 
 
 def check_overlap(train: Sequence[Example], evaluation: Sequence[Example]) -> tuple[RowProblem | None, bool]:

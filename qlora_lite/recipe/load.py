@@ -20,7 +20,7 @@ from . import foreign_names, paths, reference
 from .catalog import closest_recipe
 from .combinations import Location, conflicts, table_columns, without_evaluation
 from .overrides import apply_overrides, override_number
-from .schema import Recipe, Rule
+from .schema import Recipe, Rule, fault_of_pattern
 from .strict_yaml import MAX_BYTES, Document, Node, dump, parse, plain, scalar_value, shown
 
 MAX_PROBLEMS = 100
@@ -316,6 +316,8 @@ def _cure(node: Node, field: FieldInfo, location: Location) -> str:
             return "remove the quotes"
         if "number" in rule and (number := _meant_number(value, "whole number" in rule)):
             return f"write {number}"
+        if rule.startswith("a regular expression") and value and (fault := fault_of_pattern(value)):
+            return fault
         if meant := foreign_names.meant_value(value, reference.choices_of(field)):
             return f"did you mean {meant}?"
     elif rule.startswith("text") and not worded and value is not None:

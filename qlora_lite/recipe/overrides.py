@@ -14,6 +14,7 @@ from qlora_lite.errors import Problem
 from .strict_yaml import MAX_DEPTH, Document, Node, parse, shown
 
 _PLACE = "override {}"
+_COMMENT = re.compile(r"(?![\s]*[\"'\[{])(.*\s)?#")  # of a value that is not in quotes, nor a list or a mapping
 
 
 def override_number(where: str) -> int | None:
@@ -43,6 +44,11 @@ def apply_overrides(root: Node, overrides: Sequence[str], document: Document) ->
         if undone:
             message = f"{shown(key)} undoes override {undone[0]}; give only one of them"
             document.problems.append(Problem(message, place, key))
+            continue
+        if _COMMENT.match(raw):
+            message = f"{shown(text)}: in YAML, # begins a comment; put the value in quotes: {key}='\"...\"'"
+            document.problems.append(Problem(message, place, key))
+            document.unreadable.add(key)
             continue
         given[parts] = number
         value = _value(raw, place, key, document)

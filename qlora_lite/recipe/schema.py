@@ -59,11 +59,31 @@ def _file_name(value: str) -> str:
     return value
 
 
+def fault_of_pattern(value: str) -> str | None:
+    """Return what is wrong with a regular expression; None if nothing is."""
+    import regex  # here, since few recipes have one
+
+    try:
+        regex.compile(value)
+    except regex.error as error:
+        return str(error)
+    return None
+
+
+def _pattern(value: str) -> str:
+    if fault := fault_of_pattern(value):
+        raise ValueError(fault)
+    return value
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(
         strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True,
         validate_default=False,
     )  # fmt: skip
+
+
+_Pattern = Annotated[Text, AfterValidator(_pattern), Rule("a regular expression")]
 
 
 class Model(_Section):
@@ -275,6 +295,19 @@ class Train(_Section):
     """Steps that may be skipped with train.on_not_finite skip; one more ends the run."""
     exact_match_rows: Count = 0
     """Evaluation rows answered by greedy generation before and after, to count exact matches."""
+    exact_match_pattern: _Pattern | None = None
+    """Regular expression that finds what is compared in the reference and in the answer: its first match, of which the
+    first group if it has groups. For GSM8K "#### (-?[0-9.,]+)". An answer in which it finds nothing is no match. null
+    compares the whole text. White space at the ends never counts."""
+    exact_match_ignore: _Pattern | None = None
+    """Regular expression of what is removed from both before they are compared, such as "[,$]|[.]$"."""
+    exact_match_ignore_case: bool = False
+    """Compare without regard to upper and lower case."""
+    exact_match_new_tokens: Annotated[
+        PositiveInt | Literal["auto"], Rule("a whole number of at least 1, or auto")
+    ] = "auto"  # fmt: skip
+    """Most tokens of an answer; auto is 8 more than the longest reference among the rows has. Chains of thought may
+    need more."""
     trackers: Annotated[
         tuple[_Tracker, ...], Field(strict=False), Rule(f"a list of {', '.join(get_args(_Tracker))}")
     ] = ()

@@ -286,6 +286,23 @@ def test_a_bad_override_is_named_by_its_number(problems, override, message):
     assert message in problem
 
 
+def test_a_regular_expression_that_does_not_compile_is_a_problem_at_its_line(problems):
+    text = f"{GOOD}train:\n  exact_match_pattern: '#### ('\n  exact_match_ignore: '[,$'\n"
+    rule = "must be a regular expression, or null"
+    assert problems(text) == [
+        f'r.yaml:4: train.exact_match_pattern = "#### (": {rule}; missing ) at position 6',
+        f'r.yaml:5: train.exact_match_ignore = "[,$": {rule}; unterminated character set at position 3',
+    ]
+
+
+def test_an_override_that_yaml_would_read_as_a_comment_is_a_problem_and_not_null(problems, recipe):
+    for value in ("#### (.*)", "answer #(.*)", " # x"):
+        (problem,) = problems(GOOD, f"train.exact_match_pattern={value}")
+        assert problem.startswith("override 1: ") and "in YAML, # begins a comment; put the value in quotes" in problem
+    for value, meant in (('"#### (.*)"', "#### (.*)"), ("a#b", "a#b"), ("' #'", " #")):
+        assert recipe(GOOD, f"train.exact_match_pattern={value}").train.exact_match_pattern == meant
+
+
 def test_an_override_outside_of_a_list_is_an_error(problems):
     (problem,) = problems("model: {path: a/b}\ndata: {train: [rows.jsonl]}\n", "data.train.1.path=x")
     assert "data.train has items 0 to 0" in problem
