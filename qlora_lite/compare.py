@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from .build import train_settings
@@ -10,10 +11,10 @@ from .compare_page import render_comparison
 from .data.examples import Dataset
 from .data.render import last_turn
 from .errors import DataError, ModelError, RecipeError
-from .evaluate import exact_match
+from .evaluate import Watch, answered_at_once, exact_match, new_tokens_of, shown_answer, watching
 from .files import explain_write_errors, write_text
 from .recipe.schema import Recipe
-from .rows import build_data
+from .rows import build_data, matching_of
 from .tasks import BASE, Tasks, open_tasks
 from .train.guards import check_forward
 from .train.loop import eval_batches
@@ -26,20 +27,23 @@ _ROWS = "train", "eval", "eval_share", "streaming", "max_bad_rows", "max_tokens"
 
 
 def compare_runs(
-    runs: str | Path | Sequence[str | Path], with_base: bool = False, answers: int = 8, model_path: str | None = None,
-    unfinished: bool = False,
+    runs: str | Path | Sequence[str | Path], with_base: bool = False, answers: int | None = None,
+    model_path: str | None = None, unfinished: bool = False, watch: Watch | None = None,
 ) -> dict:  # fmt: skip
     """Measure runs on the evaluation rows of the first one, read and cut as it does, each with its own template.
 
     Args:
         with_base: measure the bare base model too, prompted as the first run is.
-        answers: rows to answer, for exact match and side by side; 0 for none.
+        answers: rows to answer, for exact match as the first run counts it; 0 for none, None for as many as its
+            train.exact_match_rows says.
         model_path, unfinished: see ``trained.open_trained``.
+        watch: told how far the comparison is.
 
     Returns:
         rows_of, base_model, models (name, rows, labelled_tokens, eval_loss, perplexity, exact_match, adapter_bytes),
         same_tokens (whether all models were measured on as many rows and tokens, so that their losses can be ranked),
-        and answers (prompt, its last turn as question, reference, and the answer of each model by name).
+        and answers (prompt, its last turn as question, reference, and by name the answer of each model and whether it
+        matches).
 
     Raises:
         RecipeError: the first run has no evaluation rows.
@@ -52,9 +56,10 @@ def compare_runs(
     if not rows_of.recipe.data.has_eval:
         raise RecipeError(f"{rows_of.name} has no data.eval or data.eval_share; give a run with evaluation rows first")
     check_forward(tasks.model, rows_of.recipe.data.max_tokens)
+    answers = rows_of.recipe.train.exact_match_rows if answers is None else answers
     measured, said = [], {}
     for name in ([None] if with_base else []) + list(tasks.names):
-        figures, said[name or BASE] = _measure(tasks, name, rows_of.recipe, answers)
+        figures, said[name or BASE] = _measure(tasks, name, rows_of.recipe, answers, watch)
         measured.append(figures)
     return {
         "rows_of": rows_of.name, "base_model": rows_of.files.name, "models": measured,
@@ -75,7 +80,9 @@ def write_comparison(result: dict, folder: Path) -> None:
     write_text(folder / PAGE, render_comparison(result))
 
 
-def _measure(tasks: Tasks, name: str | None, rows_of: Recipe, answers: int) -> tuple[dict, list[dict]]:
+def _measure(
+    tasks: Tasks, name: str | None, rows_of: Recipe, answers: int, watch: Watch | None
+) -> tuple[dict, Sequence[dict]]:  # fmt: skip
     with tasks.using(name) as task:
         own = task.run.recipe
         rows = own.data.model_copy(update={key: getattr(rows_of.data, key) for key in _ROWS})
@@ -84,28 +91,31 @@ def _measure(tasks: Tasks, name: str | None, rows_of: Recipe, answers: int) -> t
         if name and _may_have_learned(own, rows_of, data, tasks.tokenizer):
             log.warning("%s has trained on files of which %s held rows out, and may have learned those", name,
                         rows_of.output.name)  # fmt: skip
-        batches, chunk_tokens = eval_batches(data.examples, settings), settings.levers.loss_chunk_tokens
+        done = watching(watch, f"{name or BASE}: evaluation", len(data.examples))
+        batches, chunk_tokens = eval_batches(data.examples, settings, done), settings.levers.loss_chunk_tokens
         loss = evaluate_loss(tasks.model, batches, chunk_tokens)
         figures = {
             "name": name or BASE, "rows": len(data.examples), "labelled_tokens": loss.labelled_tokens,
             "eval_loss": loss.loss, "perplexity": loss.perplexity,
             "adapter_bytes": task.adapter_bytes if name else 0,
         }  # fmt: skip
-        chosen = [example for example in data.examples if example.answer][:answers]
-        if not chosen:
+        if not answers:
             return figures, []
-        match = exact_match(tasks.model, tasks.tokenizer, chosen, task.stop)
+        match = exact_match(
+            tasks.model, tasks.tokenizer, data.examples[:answers], task.stop,
+            partial(answered_at_once, rows_of, tasks.model, rows_of.memory.budget_bytes), matching_of(rows_of),
+            new_tokens_of(rows_of), watch and (lambda what, *counts: watch(f"{name or BASE}: {what}", *counts)),
+        )  # fmt: skip
     said = [
-        {
-            "where": row.where,
-            "prompt": _plain(tasks, row.prompt),
-            "reference": row.answer,
-            "answer": answer,
-            "question": _plain(tasks, last_turn(data.template, row.prompt)),
+        record
+        | {
+            "prompt": _plain(tasks, record["prompt"]),
+            "question": _plain(tasks, last_turn(data.template, record["prompt"])),
+            "answer": shown_answer(record),
         }
-        for row, answer in zip(chosen, match.answers, strict=True)
+        for record in match.records
     ]
-    return figures | {"exact_match": match.score, "exact_match_rows": len(chosen)}, said
+    return figures | {"exact_match": match.score, "exact_match_rows": len(said)}, said
 
 
 def _may_have_learned(own: Recipe, rows_of: Recipe, measured: Dataset, tokenizer) -> bool:
@@ -139,5 +149,6 @@ def _side_by_side(said: dict[str, list[dict]]) -> list[dict]:
     for name, answers in said.items():
         for each in answers:
             kept = {key: each[key] for key in ("where", "prompt", "question", "reference")}
-            rows.setdefault(each["where"], kept | {"answers": {}})["answers"][name] = each["answer"]
+            row = rows.setdefault(each["where"], kept | {"answers": {}, "matches": {}})
+            row["answers"][name], row["matches"][name] = each["answer"], each["match"]
     return list(rows.values())

@@ -7,6 +7,7 @@ from .page import page, section, table, text
 from .units import format_bytes
 
 FIGURES = "rows", "learned tokens", "loss", "perplexity", "exact match", "adapter"
+SHOWN_ANSWERS = 8  # on the page; the JSON file has all
 NOT_THE_SAME = "The models were measured on different rows or tokens; their losses cannot be ranked."
 
 
@@ -18,9 +19,9 @@ def render_comparison(result: dict) -> str:
     if not result["same_tokens"]:
         note += f" {NOT_THE_SAME}"
     figures = section("Figures", _figures(result["models"], result["same_tokens"]), note)
-    answers = section(
-        "Answers", "".join(map(_card, result["answers"])), "Greedy; an answer equal to the reference is marked."
-    )
+    shown = result["answers"][:SHOWN_ANSWERS]
+    marked = f"The first {len(shown)} of {len(result['answers'])}, greedy; one that matches the reference is marked."
+    answers = section("Answers", "".join(map(_card, shown)), marked)
     return page(f"{names} - qlora-lite", head + figures + answers)
 
 
@@ -44,8 +45,7 @@ def _figures(models: list[dict], same_tokens: bool) -> str:
 def _card(row: dict) -> str:
     cells = [("Prompt", row["prompt"], "prompt"), ("Reference", row["reference"], "")]
     for name, answer in row["answers"].items():
-        is_right = answer.strip() == row["reference"].strip()
-        cells.append((f"{name} ✓" if is_right else name, answer, ""))
+        cells.append((f"{name} ✓" if row["matches"][name] else name, answer, ""))
     parts = "".join(
         f"<h3>{text(title)}</h3><pre{f' class={chr(34)}{style}{chr(34)}' if style else ''}>{text(content)}</pre>"
         for title, content, style in cells

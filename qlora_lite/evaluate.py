@@ -1,5 +1,6 @@
 """Measure a model on evaluation rows: loss, perplexity, and the share of rows answered word for word."""
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -14,6 +15,7 @@ from .data.check import can_match, check_answers
 from .data.matching import WHOLE, Matching
 from .data.stored import Example
 from .errors import DataError, ModelError, RecipeError
+from .files import explain_write_errors, write_text
 from .generate import Answer, answers, stop_ids
 from .lora.adapter import load_adapter
 from .memory.meter import free_bytes, held_bytes
@@ -34,6 +36,17 @@ CUT = " […]"  # behind an answer that did not end where its reference could ha
 SPARE_TOKENS = 8  # beyond the longest answer of the rows: enough to see that an answer did not stop
 
 
+Watch = Callable[[str, int, int], None]  # is told what is being done, how many are done, and of how many
+
+
+def watching(watch: Watch | None, what: str, total: int) -> Callable[[int], None] | None:
+    """Return a function that is told how many are done; None where nobody watches."""
+    if watch is None:
+        return None
+    watch(what, 0, total)
+    return lambda done: watch(what, done, total)
+
+
 class ExactMatch(NamedTuple):
     """How many answers are those of their references.
 
@@ -51,7 +64,7 @@ class ExactMatch(NamedTuple):
 def exact_match(
     model: nn.Module, tokenizer, examples: Sequence[Example], end_token_ids: Iterable[int],
     at_once: Callable[[int], int] = lambda _tokens: MOST_PROMPTS, matching: Matching = WHOLE,
-    new_tokens: int | None = None,
+    new_tokens: int | None = None, watch: Watch | None = None,
 ) -> ExactMatch:  # fmt: skip
     """Answer every example's prompt greedily and compare with what its row writes there.
 
@@ -63,6 +76,7 @@ def exact_match(
         at_once: returns how many prompts are answered together, given the tokens of the longest with its answer.
         matching: what of an answer is compared.
         new_tokens: most tokens of an answer; None is a few more than the longest reference has.
+        watch: told of the answers so far.
 
     Raises:
         DataError: a row is plain text and has no answer, or there is nothing to compare in any.
@@ -74,7 +88,8 @@ def exact_match(
     asked = list(compress(examples, is_asked))
     prompts, (prompt, new) = [example.prompt for example in asked], _most_tokens(model, tokenizer, asked, new_tokens)
     stop = stop_ids(model, tokenizer, end_token_ids)
-    said = answers(model, tokenizer, prompts, new, stop, at_once(prompt + new))
+    done = watching(watch, "exact match", len(asked))
+    said = answers(model, tokenizer, prompts, new, stop, at_once(prompt + new), done=done)
     written = tokenizer([example.answer for example in asked], add_special_tokens=False).input_ids
     references = tokenizer.batch_decode(written, skip_special_tokens=True)
     records = tuple(_record(*each, matching) for each in zip(asked, references, said, strict=True))
@@ -143,13 +158,24 @@ def new_tokens_of(recipe: Recipe) -> int | None:
     return None if stated == "auto" else stated
 
 
-def evaluate_recipe(recipe: Recipe, adapter: str | Path | None, exact_match_rows: int, tokenizer=None) -> dict:
+def context_tokens_of(recipe: Recipe) -> int:
+    """Return the tokens of the longest prompt with its answer."""
+    return recipe.data.max_tokens + (new_tokens_of(recipe) or 0)
+
+
+def evaluate_recipe(
+    recipe: Recipe, adapter: str | Path | None, exact_match_rows: int, tokenizer=None, out: str | Path | None = None,
+    watch: Watch | None = None,
+) -> dict:  # fmt: skip
     """Measure a recipe's model on its evaluation rows, with an adapter or without.
 
     Args:
         adapter: adapter folder; None measures the base model.
         exact_match_rows: rows to answer, 0 for none.
         tokenizer: the model's, with another chat template than its own; None loads it.
+        out: JSONL file for the answers, one object for each compared example: where, prompt, reference, answer, match,
+            finish, and what was compared where that is not the whole text.
+        watch: told how far the evaluation is.
 
     Returns:
         eval_loss, perplexity, labelled_tokens, rows and, if asked for, exact_match and exact_match_rows, the rows that
@@ -157,20 +183,24 @@ def evaluate_recipe(recipe: Recipe, adapter: str | Path | None, exact_match_rows
 
     Raises:
         RecipeError: it is no recipe, or names no evaluation rows.
+        OutputError: ``out`` cannot be written.
     """
     require_recipe(recipe)
     if not recipe.data.has_eval:
         raise RecipeError("there are no evaluation rows; name some, as in data.eval=rows.jsonl")
     adapter = adapter and Path(adapter)
+    if out:
+        with explain_write_errors(Path(out)):  # now, and not when all is answered
+            Path(out).parent.mkdir(parents=True, exist_ok=True)
     tokenizer = tokenizer or load_tokenizer(recipe.model.path, recipe.model.revision)
     data, settings = build_data(recipe, tokenizer, "eval"), train_settings(recipe)
-    context_tokens = recipe.data.max_tokens + (new_tokens_of(recipe) or 0 if exact_match_rows else 0)
-    model = build_to_use(recipe, [adapter] if adapter else [], context_tokens)
+    model = build_to_use(recipe, [adapter] if adapter else [], context_tokens_of(recipe))
     if adapter:
         load_adapter(model, adapter)
     check_forward(model, settings.max_tokens)
     check_embeddings(model, data.examples)
-    result = evaluate_loss(model, eval_batches(data.examples, settings), settings.levers.loss_chunk_tokens)
+    batches = eval_batches(data.examples, settings, watching(watch, "evaluation", len(data.examples)))
+    result = evaluate_loss(model, batches, settings.levers.loss_chunk_tokens)
     measured = {
         "adapter": str(adapter) if adapter else None, "rows": len(data.examples),
         "labelled_tokens": result.labelled_tokens, "eval_loss": result.loss, "perplexity": result.perplexity,
@@ -180,8 +210,10 @@ def evaluate_recipe(recipe: Recipe, adapter: str | Path | None, exact_match_rows
         arrange_weights(model)
         matching = matching_of(recipe)
         at_once = partial(answered_at_once, recipe, model, recipe.memory.budget_bytes)
-        match = exact_match(model, tokenizer, rows, data.end_token_ids, at_once, matching, new_tokens_of(recipe))
+        match = exact_match(model, tokenizer, rows, data.end_token_ids, at_once, matching, new_tokens_of(recipe), watch)
         for left_out in check_answers(rows, matching)[0]:
             log.warning("%s", left_out)
         measured |= {"exact_match": match.score, "exact_match_rows": len(match.records)}
+        if out:
+            write_text(Path(out), "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in match.records))
     return measured

@@ -23,7 +23,7 @@ from .data.render import last_turn
 from .data.template import portable_source
 from .data_page import write_data_page
 from .errors import CheckpointError, DoesNotFitError, Interrupted, OutputError, QloraLiteError
-from .evaluate import ExactMatch
+from .evaluate import ExactMatch, Watch
 from .files import locked, write_text
 from .memory.meter import PeakMeter, hold_to, mapped_bytes
 from .merge import loses_its_update
@@ -80,7 +80,8 @@ LEFT_FREE = (0.02, 0.05, 0.1)  # of the budget: beside what a rehearsal took too
 
 
 def run_recipe(
-    recipe: Recipe, progress: Progress | None = None, resume: str | Path | None = None, force: bool = False
+    recipe: Recipe, progress: Progress | None = None, resume: str | Path | None = None, force: bool = False,
+    watch: Watch | None = None,
 ) -> Path:  # fmt: skip
     """Run a recipe to its end; return the run folder.
 
@@ -89,6 +90,8 @@ def run_recipe(
         resume: run folder to go on with, from its newest whole checkpoint; "" takes the recipe's newest run, None
             begins a new one. A run without a checkpoint begins afresh.
         force: go on although the recipe or the data make another run of it.
+        watch: called with what is being done ("evaluation" or "exact match"), how many examples are done, and of how
+            many.
 
     Raises:
         QloraLiteError: see its subclasses; the summary then says "failed" or "interrupted", if the folder is kept.
@@ -106,7 +109,7 @@ def run_recipe(
                 return path
             if run is None:
                 run, continuation = reopen(path, recipe, force)
-            _execute(_Run(recipe, run, progress, stop, continuation), is_new and not recipe.output.dir)
+            _execute(_Run(recipe, run, progress, stop, continuation, watch), is_new and not recipe.output.dir)
     return path
 
 
@@ -145,9 +148,10 @@ class _Run:
     """One execution of a recipe: the state that its stages share."""
 
     def __init__(
-        self, recipe: Recipe, run: RunFolder, progress: Progress | None, stop: Stop, continuation: Continuation | None
+        self, recipe: Recipe, run: RunFolder, progress: Progress | None, stop: Stop, continuation: Continuation | None,
+        watch: Watch | None,
     ):  # fmt: skip
-        self.recipe, self.run, self.progress, self.stop = recipe, run, progress, stop
+        self.recipe, self.run, self.progress, self.stop, self.watch = recipe, run, progress, stop, watch
         self.continuation = continuation
         self.training: Training | None = None
         self.first_adapter: Path | None = None
@@ -195,7 +199,7 @@ class _Run:
             "environment": environment(_device_name(device_of(self.model)), self._loss()),
         }  # fmt: skip
         self.training = Training(recipe, self.run, self.trainer, self.tokenizer, self.eval_data, self.meter, self.stop,
-                                 about, self.budget_bytes, self.progress)  # fmt: skip
+                                 about, self.budget_bytes, self.progress, self.watch)  # fmt: skip
         if self.continuation:
             self._restore(about["environment"])
 

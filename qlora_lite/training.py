@@ -14,13 +14,13 @@ from torch import nn
 
 from .data.examples import Dataset
 from .errors import CheckpointError, DoesNotFitError, Interrupted, OutputError
-from .evaluate import ExactMatch, answered_at_once, exact_match, new_tokens_of
+from .evaluate import ExactMatch, Watch, answered_at_once, exact_match, new_tokens_of, watching
 from .lora.adapter import CONFIG_NAME, adapter_config, adapter_tensors, fill_adapter, save_adapter
 from .memory.meter import PeakMeter
 from .recipe.schema import Recipe
 from .resume import RUN, Continuation
-from .run_files import METRICS_DIGEST
 from .rows import matching_of
+from .run_files import METRICS_DIGEST
 from .runs import (
     ADAPTER,
     ADAPTER_LAST,
@@ -51,15 +51,17 @@ class Training:
         about: what checkpoints are to say of the run: recipe, identity, environment, plan (see ``resume``).
         budget_bytes: most memory that the run may use.
         progress: called after every step with its metrics and the total number of steps.
+        watch: told how far evaluations and exact matches are.
     """
 
     def __init__(
         self, recipe: Recipe, run: RunFolder, trainer: Trainer, tokenizer, eval_data: Dataset | None,
         meter: PeakMeter, stop: Stop, about: dict, budget_bytes: int, progress: Progress | None,
+        watch: Watch | None = None,
     ):  # fmt: skip
         self.recipe, self.run, self.trainer, self.tokenizer = recipe, run, trainer, tokenizer
         self.eval_data, self.meter, self.stop, self.about, self.progress = eval_data, meter, stop, about, progress
-        self.budget_bytes = budget_bytes
+        self.budget_bytes, self.watch = budget_bytes, watch
         self.best_loss, self.best_factors, self.best_step = math.inf, None, 0
         self.evaluated_step = 0
         self.evaluations_without_better = 0  # in a row, of those in training
@@ -182,6 +184,13 @@ class Training:
                 log.warning("step %d: progress cannot be shown (%s); training goes on", metrics.step, error)
                 self.progress = None
 
+    def _watch(self, what: str, done: int, total: int) -> None:
+        if self.watch:
+            try:
+                self.watch(what, done, total)
+            except OSError:  # as in ``_note``, which says it
+                self.watch = None
+
     def _log(self, values: dict) -> None:
         self.run.log_metrics(values)
         self.track(values, values["step"])
@@ -196,7 +205,8 @@ class Training:
 
     def _eval_loss(self) -> float:
         with self.stop.at_once():
-            result = self.trainer.evaluate(self.eval_data.examples)
+            examples = self.eval_data.examples
+            result = self.trainer.evaluate(examples, watching(self._watch, "evaluation", len(examples)))
         step = self.trainer.step
         self._log({"step": step, "eval_loss": result.loss, "eval_perplexity": result.perplexity,
                    "eval_labelled_tokens": result.labelled_tokens})  # fmt: skip
@@ -216,7 +226,7 @@ class Training:
                 at_once = partial(answered_at_once, self.recipe, self.model, self.budget_bytes)
                 result = exact_match(
                     self.model, self.tokenizer, rows, self.eval_data.end_token_ids, at_once, matching_of(self.recipe),
-                    new_tokens_of(self.recipe),
+                    new_tokens_of(self.recipe), self._watch,
                 )  # fmt: skip
         except DoesNotFitError as error:
             if when == "before":

@@ -422,11 +422,11 @@ def test_a_signal_in_an_evaluation_ends_it_at_once_and_it_is_done_again(lab, who
     """The first evaluation comes before training, the second and third in it, the fourth behind it."""
     evaluate, calls = Trainer.evaluate, []
 
-    def signalled(trainer, examples):
+    def signalled(trainer, examples, *watched):
         calls.append(1)
         if len(calls) == call:
             os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(trainer, examples)
+        return evaluate(trainer, examples, *watched)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "evaluate", signalled)

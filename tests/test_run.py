@@ -328,7 +328,7 @@ def test_the_summary_counts_the_rows_that_exact_match_compares(run, tmp_path):
 def test_prompts_for_exact_matches_share_what_the_budget_leaves_beside_the_model(run, monkeypatch):
     at_once = []
 
-    def answers(*arguments):
+    def answers(*arguments, **_):
         at_once.append(arguments[5])
         return [Answer("", "stop", 1)] * len(arguments[2])
 
@@ -367,7 +367,7 @@ def test_prompts_and_answers_that_a_model_has_no_positions_for_are_told_before_t
 def test_prompts_that_memory_runs_out_over_end_the_run_before_training_and_not_after_it(run, monkeypatch, caplog, call):
     calls = []
 
-    def answers(_model, _tokenizer, prompts, *_):
+    def answers(_model, _tokenizer, prompts, *_, **_options):
         calls.append(1)
         if len(calls) == call:
             raise DoesNotFitError("memory ran out over a prompt of 9 tokens: shorten it")
@@ -385,6 +385,13 @@ def test_prompts_that_memory_runs_out_over_end_the_run_before_training_and_not_a
     assert summary["status"] == "complete" and "exact_match_after" not in summary and summary["samples"] == []
     assert any("exact match after training is not counted: memory ran out" in message for message in caplog.messages)
     assert "exact match" not in _result(folder, summary) and (folder / "report.html").exists()
+
+
+def test_a_run_tells_how_far_its_evaluations_and_exact_matches_are(model_folder, tmp_path):
+    told, recipe = [], load_recipe(write_recipe(tmp_path, model_folder, train={"max_steps": 1}))
+    qlora_lite.run_recipe(recipe, watch=lambda *step: told.append(step))
+    once = [("evaluation", done, 6) for done in (0, 4, 6)] + [("exact match", done, 2) for done in (0, 2)]
+    assert told == once * 2
 
 
 def test_plain_text_rows_have_no_answers_to_match_and_say_so(run, tmp_path):

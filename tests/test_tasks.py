@@ -172,6 +172,25 @@ def test_a_comparison_has_each_run_s_own_figures(runs, tmp_path):
     assert page.count('class="card sample"') == 3 and "french" in page and "<script>alert" not in page
 
 
+def test_as_many_examples_are_compared_as_the_first_run_s_recipe_says_and_few_are_shown(runs, tmp_path, command):
+    rule = ["train.exact_match_rows=5", "train.exact_match_pattern=(?s)."]
+    first = make_run(tmp_path, runs[0].parent / "model", rule, seed=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qlora_lite.compare_page.SHOWN_ANSWERS", 3)
+        code, out, _ = command("compare", first, runs[1], "--out", tmp_path / "page")
+    result = json.loads((tmp_path / "page" / "compare.json").read_text())
+    assert code == 0 and out.count("% of 5") == 2 and [m["exact_match_rows"] for m in result["models"]] == [5, 5]
+    page = (tmp_path / "page" / "compare.html").read_text()
+    assert page.count('class="card sample"') == 3 and "The first 3 of 5" in page
+    opened = open_run(first)
+    assert result["models"][0]["exact_match"] == evaluate_recipe(opened.recipe, opened.adapter, 5)["exact_match"]
+    for row in result["answers"]:
+        assert row["matches"].keys() == row["answers"].keys() == {"run", "german"}
+        assert row["matches"] == {name: said[:1] == row["reference"][:1] for name, said in row["answers"].items()}
+    none = make_run(tmp_path / "none", runs[0].parent / "model", ["train.exact_match_rows=0"])
+    assert "no answers are compared, as the first run's train.exact_match_rows says" in command("compare", none)[1]
+
+
 def test_a_run_that_would_drop_rows_is_compared_on_all_of_the_first_run_s(runs, tmp_path):
     short = make_run(tmp_path, runs[0].parent / "model", ["data.max_tokens=26", "data.overflow=drop"])
     result = compare_runs([runs[0], short], answers=0)
@@ -241,7 +260,8 @@ def test_answers_are_escaped_on_the_page():
     evil = "<script>alert(1)</script>"
     model = {"name": evil, "rows": 2, "labelled_tokens": 9, "eval_loss": 1.0, "perplexity": 2.7, "adapter_bytes": 3,
              "exact_match": 0.5, "exact_match_rows": 2}  # fmt: skip
-    row = {"where": "a:1", "prompt": evil, "reference": "x", "answers": {evil: evil, "good": " x"}}
+    row = {"where": "a:1", "prompt": evil, "reference": "x", "answers": {evil: evil, "good": " x"},
+           "matches": {evil: False, "good": True}}  # fmt: skip
     result = {"models": [model], "same_tokens": True, "rows_of": evil, "base_model": evil, "answers": [row]}
     page = render_comparison(result)
     assert "<script>alert" not in page and page.count("&lt;script&gt;") >= 6

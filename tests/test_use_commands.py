@@ -8,6 +8,8 @@ import pytest
 from tiny_files import MERGES, save_tiny
 from tiny_runs import make_run, tiny_run
 
+from qlora_lite.evaluate import SPARE_TOKENS
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
@@ -79,6 +81,55 @@ def test_evaluate_takes_settings_for_a_recipe_and_options_for_a_run(runs, comman
         assert (code, out) == (2, "") and "Usage:" in err
 
 
+def answers_in(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_evaluate_writes_prompt_reference_answer_and_match_of_each_example(runs, command, tmp_path):
+    recipe, said = runs[0].parent / "1" / "recipe.yaml", []
+    for arguments in ((runs[0],), (runs[0], "--base"), (recipe,)):
+        out = tmp_path / "new" / "answers.jsonl"
+        code, printed, _ = command("evaluate", *arguments, "--json", "--rows", 3, "--out", out)
+        said.append(found := answers_in(out))
+        assert code == 0 and [each["reference"] for each in found] == ["zero", "one", "two"]
+        assert json.loads(printed)["exact_match"] == sum(each["match"] for each in found) / 3
+        assert all(each["prompt"].startswith("<|im_start|>user\n") for each in found)
+        assert all(each["match"] == (each["answer"] == each["reference"]) for each in found)
+    assert said[0] != said[1] == said[2]
+    code, _, err = command("evaluate", runs[0], "--rows", 0, "--out", out)
+    assert code == 2 and "--out needs examples to answer" in err
+    (tmp_path / "file").write_text("")
+    code, _, err = command("evaluate", runs[0], "--out", tmp_path / "file" / "x.jsonl")
+    assert code == 2 and "cannot write" in err
+
+
+def test_a_run_is_measured_again_with_another_pattern_and_on_more_rows(runs, command, tmp_path):
+    rules = "train.exact_match_pattern=(?s).", "train.exact_match_new_tokens=30", "train.exact_match_rows=4"
+    out = tmp_path / "answers.jsonl"
+    code, printed, _ = command("evaluate", runs[0], *rules, "--out", out)
+    found = answers_in(out)
+    assert code == 0 and "on 4 of 6 examples (train.exact_match_rows; --rows N for more)" in printed
+    assert [each["compared_reference"] for each in found] == ["z", "o", "t", "t"]
+    assert all(each["match"] == (each["compared_answer"] == each["compared_reference"]) for each in found)
+    uncut = [each["answer"] for each in found if each["finish"] == "length"]
+    assert uncut and all(len(answer) > len("three") + SPARE_TOKENS for answer in uncut)
+    code, printed, _ = command("evaluate", runs[0], "--rows", 9)
+    assert code == 0 and re.search(r"exact match +0\.0000 on 6 of 6 examples$", printed, re.MULTILINE)
+
+
+def test_evaluate_of_what_is_not_there_speaks_of_runs(command, tmp_path):
+    code, _, err = command("evaluate", tmp_path / "runs" / "nosuch")
+    assert code == 2 and "nosuch: there is no such run folder and no such recipe" in err
+    assert "`qlora-lite recipes list`" in command("evaluate", tmp_path / "nosuch.yaml")[2]
+
+
+def test_evaluate_shows_how_far_it_is_where_it_takes_long(runs, command, monkeypatch):
+    assert "exact match:" not in command("evaluate", runs[0])[2]
+    monkeypatch.setattr("qlora_lite.cli.output.WATCH_LINE_SECONDS", 0)
+    code, out, err = command("evaluate", runs[0], "--json")
+    assert code == 0 and json.loads(out) and err == "evaluation: 4 of 6\nevaluation: 6 of 6\nexact match: 2 of 2\n"
+
+
 def test_evaluate_measures_a_run_on_other_rows_also_one_that_has_none(tmp_path, command, monkeypatch):
     run = tiny_run(tmp_path, overrides=["data.eval=null", "train.exact_match_rows=0"])
     code, _, err = command("evaluate", run)
@@ -124,7 +175,8 @@ def test_evaluate_measures_a_run_that_held_rows_out_on_those_or_on_others(tmp_pa
         settings = f"data.train={tmp_path / 'bad.jsonl'}", "data.eval=null", "data.eval_share=0.25"
         code, out, err = command("evaluate", recipe, *settings)
         assert (code, out) == (2, "") and said in err
-    assert "only data.eval=PATH can be replaced" in command("evaluate", run, "data.eval_share=0.5")[2]
+    refused = "only data.eval=PATH and train.exact_match_... can be replaced"
+    assert refused in command("evaluate", run, "data.eval_share=0.5")[2]
     command("merge", run, "--out", tmp_path / "merged")
     report = json.loads((tmp_path / "merged" / "merge_report.json").read_text())
     assert report["measured_on"] == "data.eval_share" and report["rows"] == 5

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from .options import of_a_run
-from .output import echo, echo_exactly, one_line, prepare
+from .output import echo, echo_exactly, one_line, prepare, step_progress
 
 _WIDTHS = 8, 16, 10, 12, 16, 12
 
@@ -14,11 +14,11 @@ _WIDTHS = 8, 16, 10, 12, 16, 12
 @click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @click.option("--base", is_flag=True, help="Measure the bare base model too.")
-@click.option("--rows", type=click.IntRange(min=0), default=8, show_default=True, help="Rows to answer.")
+@click.option("--rows", type=click.IntRange(min=0), help="Rows to answer; default as in the first run's recipe.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for compare.html and .json.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @of_a_run
-def compare(runs: tuple[str, ...], base: bool, rows: int, out: Path | None, as_json: bool,
+def compare(runs: tuple[str, ...], base: bool, rows: int | None, out: Path | None, as_json: bool,
             model_path: str | None, unfinished: bool) -> None:  # fmt: skip
     """Measure RUNs on the evaluation rows of the first one, over one base model in memory.
 
@@ -28,7 +28,8 @@ def compare(runs: tuple[str, ...], base: bool, rows: int, out: Path | None, as_j
     from qlora_lite.compare import PAGE, compare_runs, write_comparison
     from qlora_lite.compare_page import FIGURES, NOT_THE_SAME, figures_of
 
-    result = compare_runs(runs, base, rows, model_path, unfinished)
+    with step_progress("loading") as progress:
+        result = compare_runs(runs, base, rows, model_path, unfinished, progress.watch)
     if out:
         write_comparison(result, out)
     if as_json:
@@ -38,6 +39,8 @@ def compare(runs: tuple[str, ...], base: bool, rows: int, out: Path | None, as_j
     left = max(24, *(len(model["name"]) + 2 for model in result["models"]))
     for name, figures in (("", FIGURES), *((model["name"], figures_of(model)) for model in result["models"])):
         echo(f"{name:{left}}" + "".join(f"{figure:>{width}}" for figure, width in zip(figures, _WIDTHS, strict=True)))
+    if rows is None and not result["answers"]:
+        echo("note: no answers are compared, as the first run's train.exact_match_rows says; --rows N compares N")
     if not result["same_tokens"]:
         echo(f"note: {NOT_THE_SAME}")
     for row in result["answers"][:2]:

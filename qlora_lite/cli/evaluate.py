@@ -9,9 +9,10 @@ from qlora_lite.errors import RecipeError
 from qlora_lite.recipe.load import load_recipe, recipe_of
 
 from .options import of_a_run
-from .output import echo, echo_exactly, prepare
+from .output import echo, echo_exactly, prepare, step_progress
 
-_OF_A_RUN = "data.eval=", "data.eval."
+_ROWS, _MATCH = ("data.eval=", "data.eval."), "train.exact_match_"
+_OF_A_RUN = *_ROWS, _MATCH
 _OF_AN_ADAPTER = *_OF_A_RUN, "data.max_tokens=", "data.overflow=", "data.template=", "data.train_on="
 
 
@@ -20,17 +21,24 @@ _OF_AN_ADAPTER = *_OF_A_RUN, "data.max_tokens=", "data.overflow=", "data.templat
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--base", is_flag=True, help="Leave the run's adapter out.")
 @click.option("--rows", type=click.IntRange(min=0), help="Rows for exact match; default as in the recipe.")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+    help="JSONL file for the answers: prompt, reference, answer and match of each compared example.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @of_a_run
-def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, rows: int | None, as_json: bool,
-             model_path: str | None, unfinished: bool) -> None:  # fmt: skip
+def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, rows: int | None, out: Path | None,
+             as_json: bool, model_path: str | None, unfinished: bool) -> None:  # fmt: skip
     """Measure loss, perplexity and exact match of RUN_OR_RECIPE: a run folder, or a recipe's base model.
 
     KEY=VALUE replaces a setting of a recipe; a run is measured with its own, on its evaluation rows or on those of
-    data.eval=PATH, read with the prompt and completion of the run's own rows where it has their columns. An adapter
-    alone needs that, and takes data.max_tokens, overflow, template and train_on too.
+    data.eval=PATH, read with the prompt and completion of the run's own rows where it has their columns, and as
+    train.exact_match_... says. An adapter alone needs data.eval, and takes data.max_tokens, overflow, template and
+    train_on too.
     """
     adapter = tokenizer = None
+    if not Path(run_or_recipe).exists() and Path(run_or_recipe).suffix not in (".yaml", ".yml"):
+        raise RecipeError(f"{run_or_recipe}: there is no such run folder and no such recipe (a .yaml file)")
     if Path(run_or_recipe).is_dir():
         prepare(verbose=False)
         recipe, adapter, tokenizer = _opened(run_or_recipe, overrides, model_path, unfinished)
@@ -45,13 +53,27 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, rows: i
         prepare(verbose=False)
     from qlora_lite.evaluate import evaluate_recipe
 
-    result = evaluate_recipe(recipe, adapter, recipe.train.exact_match_rows if rows is None else rows, tokenizer)
+    asked = recipe.train.exact_match_rows if rows is None else rows
+    if out and not asked:
+        raise click.UsageError("--out needs examples to answer: --rows N, or train.exact_match_rows=N")
+    with step_progress("loading") as progress:
+        result = evaluate_recipe(recipe, adapter, asked, tokenizer, out, progress.watch)
     if as_json:
         echo_exactly(json.dumps(result))
         return
-    for name, value in (result | {"adapter": result["adapter"] or "none: the base model"}).items():
+    shown = result | {"adapter": result["adapter"] or "none: the base model"}
+    if "exact_match" in result:
+        compared = _how_many(shown.pop("exact_match_rows"), result["rows"], asked)
+        shown["exact_match"] = f"{result['exact_match']:.4f} on {compared}"
+    for name, value in shown.items():
         echo(f"{name.replace('_', ' '):18} {value:.4f}" if isinstance(value, float) else
                    f"{name.replace('_', ' '):18} {value}")  # fmt: skip
+
+
+def _how_many(compared: int, rows: int, asked: int) -> str:
+    """Say how many examples exact match is over, and what decides it where more could be asked for."""
+    why = " (train.exact_match_rows; --rows N for more)" if asked < rows else ""
+    return f"{compared:,} of {rows:,} examples{why}"
 
 
 def _opened(folder: str, overrides: tuple[str, ...], model_path: str | None, unfinished: bool) -> tuple:
@@ -63,17 +85,24 @@ def _opened(folder: str, overrides: tuple[str, ...], model_path: str | None, unf
     from qlora_lite.trained import open_trained
 
     trained = open_trained(folder, model_path, unfinished)
-    data, tokenizer = trained.recipe.data, None
+    (data, train), tokenizer = (trained.recipe.data, trained.recipe.train), None
     if is_alone:
         settings = {"model": {"path": trained.recipe.model.path}, "data": {"train": "no-rows"}}
-        data, tokenizer = recipe_of(settings, overrides, folder).data, trained.tokenizer()
+        named = recipe_of(settings, overrides, folder)
+        (data, train), tokenizer = (named.data, named.train), trained.tokenizer()
     elif overrides:
         from qlora_lite.rows import with_known_columns
 
-        named = load_recipe(Path(folder) / RECIPE, (*overrides, "data.eval_share=0"), check_files=False)
-        sources = named.data.eval and with_known_columns(named.data.eval, (*(data.eval or ()), *data.train))
+        names_rows = any(each.startswith(_ROWS) for each in overrides)
+        held_out = ("data.eval_share=0",) if names_rows else ()
+        named = load_recipe(Path(folder) / RECIPE, (*overrides, *held_out), check_files=False)
+        sources = named.data.eval
+        if names_rows and sources:
+            sources = with_known_columns(sources, (*(data.eval or ()), *data.train))
         data = data.model_copy(update={"eval": sources, "eval_share": named.data.eval_share})
-    return trained.recipe.model_copy(update={"data": data}), trained.adapter, tokenizer
+        replaced = {name: value for name, value in named.train if f"train.{name}".startswith(_MATCH)}
+        train = train.model_copy(update=replaced)
+    return trained.recipe.model_copy(update={"data": data, "train": train}), trained.adapter, tokenizer
 
 
 def _check_overrides(folder: str, overrides: tuple[str, ...], is_alone: bool) -> None:
@@ -81,10 +110,12 @@ def _check_overrides(folder: str, overrides: tuple[str, ...], is_alone: bool) ->
     names = _OF_AN_ADAPTER if is_alone else _OF_A_RUN
     if other := next((each for each in overrides if not each.startswith(names)), None):
         if not is_alone:
-            raise click.UsageError(f"of a run only data.eval=PATH can be replaced; {other} is for a recipe")
-        settings = ", ".join(name[:-1] for name in _OF_AN_ADAPTER if name.endswith("="))
+            raise click.UsageError(
+                f"of a run only data.eval=PATH and train.exact_match_... can be replaced; {other} is for a recipe"
+            )
+        settings = ", ".join([*(name[:-1] for name in _OF_AN_ADAPTER if name.endswith("=")), f"{_MATCH}..."])
         raise click.UsageError(f"of an adapter alone only {settings} can be set; {other} is for a recipe")
-    if is_alone and not any(each.startswith(_OF_A_RUN) for each in overrides):
+    if is_alone and not any(each.startswith(_ROWS) for each in overrides):
         raise RecipeError(f"{folder} is an adapter alone, which names no evaluation rows; name some, as in "
                           "data.eval=rows.jsonl, or measure it beside a run, on that one's: "
                           f"qlora-lite compare RUN {folder}")  # fmt: skip

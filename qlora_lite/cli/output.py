@@ -18,6 +18,7 @@ from qlora_lite.units import format_bytes, format_seconds
 
 LINE_LETTERS = 120  # of an answer
 PLAIN_LINE_SECONDS = 10  # between progress lines where there is no terminal
+WATCH_LINE_SECONDS = 30  # between those of what has no steps
 
 
 def prepare(verbose: bool = True) -> None:
@@ -42,8 +43,14 @@ def prepare(verbose: bool = True) -> None:
 
 
 @contextmanager
-def step_progress() -> Iterator:
-    """Give a function that shows one step's metrics: a live bar on a terminal, else a line now and then."""
+def step_progress(first: str = "before the first step") -> Iterator:
+    """Give a function that shows one step's metrics: a live bar on a terminal, else a line now and then.
+
+    Its ``watch`` shows how far anything else is, in the same place.
+
+    Args:
+        first: what the bar says before it is told anything.
+    """
     if not sys.stderr.isatty():
         yield _PlainLines()
         return
@@ -52,11 +59,9 @@ def step_progress() -> Iterator:
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("before the first step", total=None)
+        shown = _Bar(bar, bar.add_task(first, total=None))
         with _log_to(sys.stderr):  # which is the bar's now, and writes above it
-            yield lambda metrics, total: bar.update(
-                task, completed=metrics.step, total=total, description=_describe(metrics, total)
-            )
+            yield shown
 
 
 @contextmanager
@@ -71,9 +76,29 @@ def _log_to(stream) -> Iterator[None]:
             handler.setStream(before)
 
 
+class _Bar:
+    def __init__(self, bar, task):
+        self.bar, self.task = bar, task
+
+    def __call__(self, metrics, total: int) -> None:
+        self.bar.update(self.task, completed=metrics.step, total=total, description=_describe(metrics, total))
+
+    def watch(self, what: str, done: int, total: int) -> None:
+        self.bar.update(self.task, completed=done, total=total, description=f"{what}: {done:,} of {total:,}")
+
+
 class _PlainLines:
     def __init__(self):
         self.spent, self.count, self.shown = 0.0, 0, time.monotonic()
+        self.watched = self.shown
+
+    def watch(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == 0:
+            self.watched = now
+        elif now - self.watched >= WATCH_LINE_SECONDS:
+            self.watched = now
+            print(f"{what}: {done:,} of {total:,}", file=sys.stderr, flush=True)
 
     def __call__(self, metrics, total: int) -> None:
         now = time.monotonic()

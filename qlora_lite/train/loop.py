@@ -286,11 +286,16 @@ class Trainer:
         self.skipped += 1
         log.warning("%s; this step is skipped", error)
 
-    def evaluate(self, examples: Sequence[Example]) -> Evaluation:
-        """Return the loss over other examples, in batches of the training shape, with dropout off."""
+    def evaluate(self, examples: Sequence[Example], done: Callable[[int], None] | None = None) -> Evaluation:
+        """Return the loss over other examples, in batches of the training shape, with dropout off.
+
+        Args:
+            done: called after each batch with the number of examples so far.
+        """
         chunk = self.settings.levers.loss_chunk_tokens
         return self._within_memory(
-            list(_eval_rows(examples, self.settings)), lambda batches: evaluate_loss(self.model, batches, chunk)
+            list(_eval_rows(examples, self.settings)),
+            lambda batches: evaluate_loss(self.model, _counted(batches, done), chunk),
         )
 
 
@@ -314,9 +319,24 @@ def _eval_rows(examples: Sequence[Example], settings: TrainSettings) -> Iterator
         yield examples[rows[0] : rows[-1] + 1]
 
 
-def eval_batches(examples: Sequence[Example], settings: TrainSettings) -> Iterator[Batch]:
-    """Lay evaluation rows end to end up to ``max_tokens`` per batch, in their own order."""
-    return map(collate, _eval_rows(examples, settings))
+def eval_batches(
+    examples: Sequence[Example], settings: TrainSettings, done: Callable[[int], None] | None = None
+) -> Iterator[Batch]:
+    """Lay evaluation rows end to end up to ``max_tokens`` per batch, in their own order.
+
+    Args:
+        done: called with the number of examples so far whenever another batch is asked for.
+    """
+    return _counted(map(collate, _eval_rows(examples, settings)), done)
+
+
+def _counted(batches: Iterable[Batch], done: Callable[[int], None] | None) -> Iterator[Batch]:
+    count = 0
+    for batch in batches:
+        yield batch
+        count += len(batch.row_lengths)
+        if done:
+            done(count)
 
 
 def largest_batches(
