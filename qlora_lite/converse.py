@@ -28,7 +28,7 @@ class Session:
     """The tasks that can be used, the one in use, and the turns so far."""
 
     tasks: Tasks
-    task: str
+    task: str | None  # None is the bare base
     max_new_tokens: int
     sampling: Sampling
     turns: list[Turn] = field(default_factory=list)
@@ -82,31 +82,35 @@ class _Shown(TextStreamer):
 
 def open_session(
     runs: str | Path | Sequence[str | Path], system: str | None = None, max_new_tokens: int = 256,
-    temperature: float = 0.0, model_path: str | None = None, context_tokens: int | None = None,
+    sampling: Sampling | None = None, model_path: str | None = None, context_tokens: int | None = None,
+    template: str | None = None, base: bool = False,
 ) -> Session:  # fmt: skip
     """Load the base model of one or more runs and their adapters for a conversation.
 
     Args:
-        runs: run folders, or adapters', that share a base model; the first one's adapter is used at first.
+        runs: run folders, adapters', recipes or models, see ``tasks.open_tasks``; the first one is used at first.
         system: the system message, if any.
-        model_path: see ``trained.open_trained``.
+        model_path, template: see ``trained.open_model``.
         context_tokens: see ``tasks.open_tasks``.
+        base: leave the adapters out at first.
 
     Raises:
         RecipeError: one is no such folder, or has no adapter.
         ModelError: the base model is gone, or an adapter does not fit it.
     """
-    tasks = open_tasks(runs, model_path, unfinished=True, context_tokens=context_tokens)
+    tasks = open_tasks(runs, model_path, unfinished=True, context_tokens=context_tokens, template=template)
     turns = [Turn("system", system)] if system else []
     if system is None:
         _tell_of_system(tasks)
-    return Session(tasks, tasks.names[0], max_new_tokens, Sampling(temperature), turns)
+    return Session(tasks, None if base else tasks.names[0], max_new_tokens, sampling or Sampling(), turns)
 
 
 def _tell_of_system(tasks: Tasks) -> None:
     """Say whether training always had a system message, which this conversation has not."""
     for name in tasks.names:
         run = tasks.task(name).run
+        if run.adapter is None:
+            continue
         if any(source.path.startswith(hub.PREFIX) for source in run.recipe.data.train):
             continue  # those may have to be downloaded
         try:

@@ -166,22 +166,23 @@ def remove_leftovers(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing a folder; the kernel drops the lock when a process ends, however it ends.
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes from writing a folder or file; the kernel drops the lock when a process ends, however.
 
-    The folder itself is locked and not a file in it: nothing can be left behind that blocks the next one. Where the
+    A folder itself is locked and not a file in it: nothing can be left behind that blocks the next one. Where the
     file system has no locks (some network ones), nothing is locked.
 
     Raises:
-        OutputError: another process holds it, or there is no such folder.
+        OutputError: another process holds it, or nothing is there.
     """
-    with explain_write_errors(folder):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    with explain_write_errors(path):
+        descriptor = os.open(path, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OutputError(f"another process is writing {folder}; wait for it, or set output.dir") from None
+            cure = "wait for it, or name another place (output.dir, --out)"
+            raise OutputError(f"another process is writing {path}; {cure}") from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL, errno.ENOSYS):
                 raise

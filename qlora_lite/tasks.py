@@ -16,19 +16,23 @@ from .data.formats import Turn
 from .data.render import render_prompt
 from .data.template import Template
 from .errors import DataError, ModelError, RecipeError
+from .evaluate import context_tokens_of
 from .generate import Sampling, answer, stop_ids
 from .lora.switch import Switch, add_switch
 from .models.cache import base_fingerprint
 from .models.tokenizer import load_tokenizer
 from .quant.linear import arrange_weights
-from .trained import TrainedRun, open_trained
+from .trained import TrainedRun, open_model
 
 BASE = "base"  # what the bare model is called beside the runs
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What one run adds to the base: its template, the tokens that end an answer, and the run itself."""
+    """What one run adds to the base: its template, the tokens that end an answer, and the run itself.
+
+    Of a bare base it is that one's template, and no adapter.
+    """
 
     run: TrainedRun
     template: Template
@@ -106,15 +110,16 @@ class Tasks:
 
 
 def open_tasks(
-    runs: str | Path | Sequence[str | Path], model_path: str | None = None, unfinished: bool = False,
-    context_tokens: int | None = None,
+    runs: str | Path | Sequence[str | Path | TrainedRun], model_path: str | None = None, unfinished: bool = False,
+    context_tokens: int | None = None, template: str | None = None,
 ) -> Tasks:  # fmt: skip
     """Load the base model that runs share, with all their adapters.
 
     Args:
-        runs: one or more run folders, or adapters' in the PEFT format; a task's name is its folder's, or the path as
-            given where two folders have the same.
-        model_path, unfinished: see ``trained.open_trained``.
+        runs: one or more run folders, or adapters' in the PEFT format, or recipes or models for their bare base; a
+            task's name is its folder's or file's, or the path as given where two have the same. Some may be open
+            already.
+        model_path, unfinished, template: see ``trained.open_model``.
         context_tokens: of the longest prompt with its answer that a card must have room for, before weights; None is
             the longest row that one of the runs may have.
 
@@ -125,7 +130,7 @@ def open_tasks(
     runs = [runs] if isinstance(runs, str | Path) else runs
     if not runs:
         raise RecipeError("no run is given; name a run folder, or an adapter's")
-    opened = [open_trained(run, model_path, unfinished) for run in runs]
+    opened = [run if isinstance(run, TrainedRun) else open_model(run, model_path, unfinished, template) for run in runs]
     _check_one_base(opened)
     first, skeleton = opened[0], opened[0].skeleton()
     plain = [run.name for run in opened]
@@ -133,8 +138,9 @@ def open_tasks(
     if len(set(names)) < len(names):
         raise ModelError(f"the same run is given twice: {', '.join(names)}")
     adapters = {name: run.read_adapter(skeleton, must_change=False) for name, run in zip(names, opened, strict=True)}
-    longest = max(run.recipe.data.max_tokens for run in opened)
-    model = build_to_use(first.recipe, [run.adapter for run in opened], context_tokens or longest)
+    longest = max(context_tokens_of(run.recipe) for run in opened)
+    with_adapter = [run.adapter for run in opened if run.adapter]
+    model = build_to_use(first.recipe, with_adapter, context_tokens or longest)
     tokenizer = load_tokenizer(first.recipe.model.path, first.recipe.model.revision)
     switch = add_switch(model, adapters)
     arrange_weights(model)

@@ -5,7 +5,7 @@ found here, before a merge or an export works for an hour on it.
 
 An adapter alone, in a folder as peft writes it, is opened like a run. Its base is the one that it names, loaded as a
 recipe's defaults say; its chat template is what lies beside it, else the base's; what ends an answer is what the
-template writes there.
+template writes there. So is a bare base model, a recipe's or one by its name, for use without an adapter.
 """
 
 import logging
@@ -27,6 +27,7 @@ from .models.cache import base_fingerprint
 from .models.load import resolve_compute_dtype, resolve_device
 from .models.locate import ModelFiles, locate
 from .models.tokenizer import load_tokenizer
+from .recipe.load import load_recipe
 from .recipe.schema import Data, Model, Recipe
 from .rows import build_sources
 from .runs import ADAPTER_CONFIG, OpenedRun, check_adapter, how_to_go_on, is_adapter_alone, open_run
@@ -37,13 +38,13 @@ SYSTEM_ROWS = 200  # of each source, looked at for a system message that all sha
 
 @dataclass(frozen=True, slots=True)
 class TrainedRun:
-    """A run whose adapter is to be used, or an adapter alone.
+    """A run whose adapter is to be used, an adapter alone, or a bare base model.
 
     Args:
         name: the folder's name.
         recipe: with the base model where it lies now, a device of this machine, and what the run recorded: its
             template and the levers of its plan.
-        adapter: folder of the adapter.
+        adapter: folder of the adapter; None for a bare base model.
         end_token_ids: the tokens that training taught to end an answer.
         files: of the base model.
         own_template: Jinja text that lies beside an adapter alone, used in place of the tokenizer's own.
@@ -51,14 +52,14 @@ class TrainedRun:
 
     name: str
     recipe: Recipe
-    adapter: Path
+    adapter: Path | None
     end_token_ids: tuple[int, ...]
     files: ModelFiles
     own_template: str | None = None
 
     @property
     def is_alone(self) -> bool:
-        """Whether this is an adapter alone, which names no rows."""
+        """Whether this is an adapter or a model alone, which names no rows."""
         return not self.recipe.data.train
 
     @property
@@ -88,12 +89,12 @@ class TrainedRun:
         return tokenizer
 
     def template(self, tokenizer) -> Template:
-        """Return the chat template that training used.
+        """Return the chat template that training used, or would use.
 
         Raises:
             DataError: there is none: the rows were plain text, or an adapter alone came without.
         """
-        if self.is_alone and not (self.own_template or tokenizer.chat_template):
+        if self.adapter and self.is_alone and not (self.own_template or tokenizer.chat_template):
             raise DataError(f"neither the adapter {self.adapter} nor its base model has a chat template; put the one "
                             "that it was trained with into that folder, as chat_template.jinja")  # fmt: skip
         return choose_template(tokenizer, self.recipe.data.template, self.own_template)
@@ -115,7 +116,7 @@ class TrainedRun:
         return found.pop() if len(found) == 1 else None
 
     def read_adapter(self, skeleton: nn.Module, must_change: bool = True) -> Adapter:
-        """Read the adapter for the base model.
+        """Read the adapter for the base model; a bare one has an adapter without layers.
 
         Args:
             must_change: refuse an adapter that changes nothing.
@@ -123,6 +124,8 @@ class TrainedRun:
         Raises:
             ModelError: it does not fit, holds NaN, or changes nothing.
         """
+        if self.adapter is None:
+            return Adapter({}, 0.0)
         adapter = read_adapter(skeleton, self.adapter)
         if must_change and not any(factors.lora_B.any() for factors in adapter.layers.values()):
             raise ModelError(f"the adapter {self.adapter} changes nothing: every lora_B is zero; was it trained?")
@@ -184,12 +187,59 @@ def _open_alone(folder: Path, model_path: str | None) -> TrainedRun:
     trained = TrainedRun(folder.resolve().name, recipe, folder, (), files, template_in(folder))
     try:
         tokenizer = trained.tokenizer()
-        if not tokenizer.chat_template:
-            return trained
-        end = end_of_answers(trained.template(tokenizer))
+        return _with_end_of_template(trained, tokenizer) if tokenizer.chat_template else trained
     except DataError as error:
         raise DataError(f"the chat template of the adapter {folder}: {error}") from error
+
+
+def _with_end_of_template(trained: TrainedRun, tokenizer) -> TrainedRun:
+    """Return it with the token with which its template ends an answer, if it does."""
+    end = end_of_answers(trained.template(tokenizer))
     return replace(trained, end_token_ids=(tokenizer.convert_tokens_to_ids(end),)) if end else trained
+
+
+def open_model(
+    name: str | Path, model_path: str | None = None, unfinished: bool = False, template: str | None = None
+) -> TrainedRun:
+    """Open what can answer: a run, an adapter alone, or the bare base model of a recipe or of its name.
+
+    Args:
+        name: a run folder, an adapter's, a recipe (.yaml), or a model as ``model.path`` names it.
+        model_path, unfinished: see ``open_trained``.
+        template: chat template of a bare base model, as ``data.template`` names it; None is the recipe's, the model's
+            own, or plain for a model without one.
+
+    Raises:
+        RecipeError: it is none of these, or a run is given a template.
+        ModelError: the base model is not there, or is another one.
+        DataError: there is no such template.
+    """
+    path = Path(name)
+    is_recipe = path.suffix in (".yaml", ".yml") and not path.is_dir()
+    if path.is_dir() and ((path / ADAPTER_CONFIG).exists() or not (path / "config.json").is_file()):
+        if template:
+            raise RecipeError(f"{name} has a chat template of its own; --template is for a recipe or a model")
+        return open_trained(path, model_path, unfinished)
+    if is_recipe:
+        recipe = load_recipe(path, check_files=False)
+    else:
+        recipe = Recipe(model=Model(path=str(name)), data=Data.model_construct(train=()))
+    recipe = _where_it_lies_now(recipe, model_path)
+    try:
+        files = locate(recipe.model.path, recipe.model.revision)
+    except ModelError as error:
+        if is_recipe or path.exists():
+            raise
+        kinds = "a run folder, an adapter's, or a recipe (.yaml)"
+        raise RecipeError(f"{name} is not {kinds}; as a model: {error}") from None
+    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
+    if not is_recipe and not template and not tokenizer.chat_template:
+        template = "plain"
+        log.warning("%s has no chat template; prompts are written as the template plain does (--template)", name)
+    data = recipe.data.model_copy(update={"template": template or recipe.data.template})
+    called = path.stem if is_recipe or path.suffix == ".gguf" else path.name
+    bare = TrainedRun(called, recipe.model_copy(update={"data": data}), None, (), files)
+    return _with_end_of_template(bare, tokenizer)
 
 
 def adapter_to_begin_with(recipe: Recipe) -> Path | None:

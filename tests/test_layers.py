@@ -23,7 +23,7 @@ LAYERS = [
     {"evaluate", "report", "preflight", "memory_page", "plan", "resume", "likeness", "trained", "compare_page"},
     {"plan_text"},
     {"data_page", "profile", "training", "merge", "tasks"},
-    {"run", "export", "converse", "compare", "serve"},
+    {"run", "export", "converse", "compare", "serve", "predict"},
     {"doctor"},
     {"cli"},
 ]

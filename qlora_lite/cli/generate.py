@@ -1,4 +1,4 @@
-"""``qlora-lite generate`` and ``chat``: use runs' adapters with the runs' own templates."""
+"""``qlora-lite generate`` and ``chat``: use runs' adapters with the runs' own templates, or bare base models."""
 
 import sys
 import time
@@ -10,7 +10,7 @@ import click
 from qlora_lite.errors import DataError, DoesNotFitError, ModelError
 
 from .options import context_option, model_option
-from .output import echo, echo_exactly, prepare
+from .output import echo, echo_exactly, prepare, step_progress
 
 _NO_COMMANDS = "/help", "/reset", "/clear", "/system", "/bye"  # as others have them
 _COMMANDS = "/use NAME goes on with another adapter, /new forgets the conversation, /quit or an empty line ends it"
@@ -22,11 +22,22 @@ def _checked_temperature(_context, _option, value: float) -> float:
     return value
 
 
+def _checked_top_p(_context, _option, value: float) -> float:
+    if not 0 < value <= 1:
+        raise click.BadParameter("must be a number above 0 and at most 1")
+    return value
+
+
 _conversation_options = [
     click.option("--system", help="System message."),
     click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True),
     click.option("--temperature", type=float, default=0.0, show_default=True, callback=_checked_temperature,
                  help="0 takes the most probable token each time."),
+    click.option("--top-p", type=float, default=1.0, show_default=True, callback=_checked_top_p,
+                 help="Draw from the most probable tokens that make up this probability."),
+    click.option("--top-k", type=click.IntRange(min=0), default=0, show_default=True,
+                 help="Draw from so many of the most probable tokens; 0 is all."),
+    click.option("--template", help="Chat template of a recipe's or a model's bare base, as data.template names it."),
     context_option, model_option,
 ]  # fmt: skip
 
@@ -39,12 +50,39 @@ def _of_a_conversation(command):
 
 
 @click.command()
-@click.argument("run")
-@click.option("--prompt", required=True, help="What the user says.")
+@click.argument("run", metavar="RUN|RECIPE|MODEL")
+@click.option("--prompt", help="What the user says.")
+@click.option(
+    "--prompts",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="FILE",
+    help="File of prompts to answer: text (a line each), JSONL, CSV or Parquet.",
+)
+@click.option("--out", type=click.Path(dir_okay=False), metavar="FILE", help="JSONL file for the answers to --prompts.")
+@click.option("--column", help="Column of --prompts that holds the prompt, where its name does not say so.")
+@click.option("--overwrite", is_flag=True, help="Begin anew where --out is there; it is gone on with otherwise.")
+@click.option("--base", is_flag=True, help="Leave the run's adapter out.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    help="What is drawn, with a temperature above 0.  [default: 0 with --prompts, else another each time]",
+)
 @_of_a_conversation
-def generate(run: str, prompt: str, **options) -> None:
-    """Answer one prompt with the adapter of RUN, a run folder or an adapter's in the PEFT format."""
-    session = _open([run], options)
+def generate(run: str, prompt: str | None, prompts: str | None, out: str | None, column: str | None, overwrite: bool,
+             base: bool, seed: int | None, **options) -> None:  # fmt: skip
+    """Answer one prompt, or a file of prompts.
+
+    Answered is by the adapter of a run folder or of an adapter's in the PEFT format, or by the bare base model of a
+    recipe, or of a model's name, folder or .gguf file.
+    """
+    if (prompt is None) == (prompts is None):
+        raise click.UsageError("give --prompt TEXT, or --prompts FILE with --out FILE")
+    if (prompts is None) != (out is None):
+        raise click.UsageError("--prompts FILE and --out FILE go together")
+    if prompts is not None:
+        _answer_file(run, prompts, out, column, overwrite, base, 0 if seed is None else seed, options)
+        return
+    session = _open([run], options, base, seed)
     session.say(prompt)
     show = sys.stdout.isatty()  # where somebody watches, word by word as it comes
     answer = session.reply(show)
@@ -52,11 +90,31 @@ def generate(run: str, prompt: str, **options) -> None:
         echo_exactly(answer)
 
 
+def _answer_file(
+    run: str, prompts: str, out: str, column: str | None, overwrite: bool, base: bool, seed: int, options: dict
+) -> None:  # fmt: skip
+    if options.pop("context_tokens"):
+        raise click.UsageError("--context-tokens is for --prompt; of a file of prompts the longest one is known")
+    prepare(verbose=False)
+    from qlora_lite.predict import PredictSettings, predict
+
+    settings = PredictSettings(
+        sampling=_sampling(options, seed), column=column, overwrite=overwrite, base=base, **options
+    )
+    with step_progress("loading") as progress:
+        done = predict(run, prompts, out, settings, progress.watch)
+    earlier = f" ({done.prompts - done.answered:,} of them before)" if done.answered < done.prompts else ""
+    cut = f"; {done.cut:,} were cut at {settings.max_new_tokens} tokens (--max-new-tokens)" if done.cut else ""
+    echo(f"{done.prompts:,} prompts are answered in {out}{earlier}{cut}")
+
+
 @click.command()
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN|RECIPE|MODEL...")
 @_of_a_conversation
 def chat(runs: tuple[str, ...], **options) -> None:
     """Talk with the adapters of one or more runs over one base model; a RUN may be an adapter's folder, as peft has it.
+
+    Of a recipe, or of a model's name, folder or .gguf file, the bare base model answers.
 
     /use NAME goes on with another adapter, /new forgets the conversation; /quit, an empty line or end of input ends it.
     """
@@ -104,8 +162,15 @@ def _is_command(session, line: str) -> bool:
     return True
 
 
-def _open(runs: Sequence[str], options: dict):
+def _open(runs: Sequence[str], options: dict, base: bool = False, seed: int | None = None):
     prepare(verbose=False)
     from qlora_lite.converse import open_session
 
-    return open_session(runs, **options)
+    return open_session(runs, sampling=_sampling(options, seed), base=base, **options)
+
+
+def _sampling(options: dict, seed: int | None):
+    """Take the options of sampling out of those of a conversation."""
+    from qlora_lite.generate import Sampling
+
+    return Sampling(*(options.pop(name) for name in ("temperature", "top_p", "top_k")), seed)

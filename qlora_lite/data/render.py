@@ -58,20 +58,21 @@ class Rendering:
     answers: dict[int, tuple[int, int]]
 
 
-def render_prompt(template: Template, turns: Sequence[Turn]) -> str:
+def render_prompt(template: Template, turns: Sequence[Turn], tools: Sequence[dict] = ()) -> str:
     """Write turns and the generation prompt: the text a model is given to answer.
 
     Args:
         template: how to write.
         turns: the conversation so far, a user turn last.
+        tools: definitions of the tools that may be called.
 
     Raises:
         DataError: the template fails on these turns, or one of them holds a control token as text, or what is no text.
     """
     if any("\ud800" <= letter <= "\udfff" for turn in turns for letter in turn.content):  # which no tokenizer takes
         raise DataError("a turn holds half of a surrogate pair, or a byte that is not UTF-8; remove it")
-    check_no_control_tokens(template, turns)
-    return _rendered(template, template.source, turns, True, ())
+    check_no_control_tokens(template, turns, tools)
+    return _rendered(template, template.source, turns, True, tools)
 
 
 def last_turn(template: Template, prompt: str) -> str:

@@ -1,5 +1,6 @@
 """Formats are recognised by their keys, and a row that does not fit is named with what is wrong."""
 
+import json
 import re
 
 import pyarrow
@@ -13,6 +14,7 @@ from qlora_lite.data.formats import (
     Document,
     Turn,
     read_conversations,
+    read_prompts,
     recognise,
     used_columns,
 )
@@ -402,6 +404,44 @@ def test_a_prompt_and_a_completion_that_are_lists_of_turns_are_one_conversation_
     assert "turn 1 is assistant where user must stand" in problems[1]
     assert one.turns == WITH_SYSTEM and two.turns == (*UNLEARNED, *PAIR) and len(two.tools) == 1
     assert len(problems) == 2 and rows[1].keys() <= used_columns("prompt-completion", Source("a"))
+
+
+@pytest.mark.parametrize(
+    ("row", "turns", "reference"),
+    [
+        ({"prompt": "q"}, PAIR[:1], None),
+        ({"prompt": "q", "completion": "a", "system": "s"}, WITH_SYSTEM[:2], "a"),
+        ({"prompt": [user("q"), assistant("a"), user("q")]}, (*UNLEARNED, PAIR[0]), None),
+        ({"prompt": [user("q")], "completion": [assistant("a")]}, PAIR[:1], "a"),
+        ({"messages": [user("q")]}, PAIR[:1], None),
+        ({"messages": [user("q"), assistant("a"), user("q"), assistant("b")]}, (*PAIR, PAIR[0]), "b"),
+        ({"conversations": SHAREGPT}, PAIR[:1], "a"),
+        ({"conversations": SHAREGPT[:1]}, PAIR[:1], None),
+        ({"instruction": "q", "input": "x"}, (Turn("user", "q\n\nx"),), None),
+        ({"instruction": "q", "output": "a"}, PAIR[:1], "a"),
+        ({"text": "q"}, PAIR[:1], None),
+    ],
+)
+def test_a_row_of_any_format_is_a_prompt_with_its_answer_or_without(write, row, turns, reference):
+    (prompt,) = read_prompts(Source(write("a.json", json.dumps([row]))))
+    assert (prompt.turns, prompt.reference) == (turns, reference) and prompt.where.endswith("a.json:1")
+
+
+def test_prompts_take_the_templates_of_the_first_known_source_that_has_their_columns(write):
+    known = [Source("x", prompt="{q} {z}", completion="{r}"), Source("y", prompt="{q}!", completion="{r}")]
+    source = write("a.csv", "q,r\n1,2\n")
+    (prompt,) = read_prompts(Source(source), known)
+    assert (prompt.turns, prompt.reference) == ((Turn("user", "1!"),), "2")
+    (prompt,) = read_prompts(Source(source, prompt="{r}"), known)
+    assert (prompt.turns, prompt.reference) == ((Turn("user", "2"),), None)
+
+
+def test_every_bad_prompt_is_named(write):
+    rows = [{"prompt": ""}, {"prompt": "q"}, {"prompt": 3}, {"prompt": [assistant("a")]}]
+    with pytest.raises(DataError) as caught:
+        read_prompts(Source(write("a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))))
+    places = [re.search(r"a.jsonl:(\d)", line)[1] for line in str(caught.value).splitlines()]
+    assert places == ["1", "3", "4"]
 
 
 def test_one_column_that_no_format_has_may_be_plain_text(write):
