@@ -31,6 +31,8 @@ _API = {
     "open_tasks": "qlora_lite.tasks",
     "Turn": "qlora_lite.data.formats",
     "compare_runs": "qlora_lite.compare",
+    "predict_file": "qlora_lite.predict",
+    "PredictSettings": "qlora_lite.predict",
 }
 
 __all__ = [*_API, "__version__"]

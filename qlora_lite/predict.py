@@ -71,7 +71,7 @@ class Predicted:
     cut: int
 
 
-def predict(
+def predict_file(
     name: str | Path, prompts: str | Path, out: str | Path, settings: PredictSettings | None = None,
     watch: Watch | None = None,
 ) -> Predicted:  # fmt: skip
@@ -143,10 +143,11 @@ def _rendered(prompts: Sequence[Prompt], template: Template) -> list[str]:
 
 def _about(trained: TrainedRun, template: Template, settings: PredictSettings) -> dict:
     """Return what decides the answers, for comparison with what decided those that are there."""
-    m, adapter = trained.recipe.model, None if settings.base else trained.adapter
+    m = trained.recipe.model
+    weights = None if settings.base or not trained.adapter else trained.adapter / WEIGHTS_NAME
     about = {
-        "base": m.path, "base_fingerprint": base_fingerprint(trained.files), "adapter": adapter and str(adapter),
-        "adapter_sha256": adapter and sha256(adapter / WEIGHTS_NAME),
+        "model": trained.name, "base_fingerprint": base_fingerprint(trained.files),
+        "adapter_sha256": sha256(weights) if weights and weights.is_file() else None,
         "template_sha256": hashlib.sha256((template.begin + template.source).encode()).hexdigest(),
         "quant": list(trained.quantization), "quant_head": m.quant_head,
         "compute_dtype": str(trained.compute_dtype).removeprefix("torch."),

@@ -94,7 +94,7 @@ def test_a_file_of_other_answers_is_not_gone_on_with_unless_it_may_be_overwritte
         assert code == 2 and said in err and "begin anew with --overwrite" in err and out.read_bytes() == before
 
     refused("other settings (temperature 0.0 -> 1.0)", *greedy, "--temperature", 1)
-    refused("other settings (adapter ", *greedy, "--base")
+    refused("other settings (adapter_sha256 ", *greedy, "--base")
     words.write_text("\n".join([WORDS[0], "changed", *WORDS[2:]]))
     refused(f"{out}:2: no answer to prompt 2 of the 5", *greedy)
     words.write_text(WORDS[0])
@@ -107,8 +107,8 @@ def test_a_file_of_other_answers_is_not_gone_on_with_unless_it_may_be_overwritte
 
 def test_rows_of_a_recipe_s_table_are_prompts_by_its_template_and_carry_their_reference(run, command, tmp_path):
     table = {"path": str(tmp_path / "table.csv"), "prompt": "Describe: {mr}", "completion": "{ref}"}
-    other = make_run(tmp_path, run.parent / "model", data={"train": [table]})
     (tmp_path / "table.csv").write_text("mr,ref\nname[x],It is x.\n")
+    other = make_run(tmp_path, run.parent / "model", data={"train": [table]})
     (tmp_path / "new.csv").write_text("id,mr\n1,name[y]\n")
     for name, given, expected in (
         ("table.csv", (other,), {"prompt": "Describe: name[x]", "reference": "It is x."}),

@@ -96,13 +96,13 @@ def _answer_file(
     if options.pop("context_tokens"):
         raise click.UsageError("--context-tokens is for --prompt; of a file of prompts the longest one is known")
     prepare(verbose=False)
-    from qlora_lite.predict import PredictSettings, predict
+    from qlora_lite.predict import PredictSettings, predict_file
 
     settings = PredictSettings(
         sampling=_sampling(options, seed), column=column, overwrite=overwrite, base=base, **options
     )
     with step_progress("loading") as progress:
-        done = predict(run, prompts, out, settings, progress.watch)
+        done = predict_file(run, prompts, out, settings, progress.watch)
     earlier = f" ({done.prompts - done.answered:,} of them before)" if done.answered < done.prompts else ""
     cut = f"; {done.cut:,} were cut at {settings.max_new_tokens} tokens (--max-new-tokens)" if done.cut else ""
     echo(f"{done.prompts:,} prompts are answered in {out}{earlier}{cut}")

@@ -98,7 +98,7 @@ class _PlainLines:
             self.watched = now
         elif now - self.watched >= WATCH_LINE_SECONDS:
             self.watched = now
-            print(f"{what}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+            echo(f"{what}: {done:,} of {total:,}", err=True)
 
     def __call__(self, metrics, total: int) -> None:
         now = time.monotonic()
