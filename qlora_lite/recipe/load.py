@@ -302,6 +302,19 @@ def _meant_number(value: str, is_whole: bool) -> str | None:
     return bare if bare != value and isinstance(number, int if is_whole else int | float) else None
 
 
+def _several(node: Node, field: FieldInfo) -> str | None:
+    """Return what to do about several values of a sweep, 8,16 or [8, 16], where one is wanted; else None."""
+    rule, choices = reference.rule_of(field), reference.choices_of(field)
+    is_list = isinstance(node.value, list)
+    texts = [item.text for item in node.value] if is_list else [text.strip() for text in node.text.split(",")]
+    values = [scalar_value(text) for text in texts]
+    if len(texts) < 2 or not all(v in choices or ("number" in rule and isinstance(v, int | float)) for v in values):
+        return None
+    number = _meant_number(node.text, "whole number" in rule)
+    first = f"write {number}, or one of" if number else "write one of"
+    return f"{first} {', '.join(texts[:9])}: a run has one value, so start a run for each and `qlora-lite compare` them"
+
+
 def _cure(node: Node, field: FieldInfo, location: Location) -> str:
     """Return what to do about a value that breaks the rule of its setting."""
     if len(location) == 1:
@@ -309,6 +322,8 @@ def _cure(node: Node, field: FieldInfo, location: Location) -> str:
         return f"write `{location[0]}:` and, indented below it, `{main}: ...`"
     rule, value = reference.rule_of(field), node.value
     worded = any(isinstance(item, Rule) for item in field.metadata)
+    if several := _several(node, field):
+        return several
     if isinstance(value, str):
         if rule.startswith("true or false") and value.lower() in ("yes", "on", "no", "off"):
             return f"write {'true' if value.lower() in ('yes', 'on') else 'false'}"

@@ -225,6 +225,22 @@ def test_one_name_is_taken_where_a_list_of_names_is_expected(recipe, problems):
     assert "must be one or a list of tensorboard, wandb, " in problems(GOOD, "train.trackers=wandbs")[0]
 
 
+@pytest.mark.parametrize(
+    ("override", "cure"),
+    [
+        ("lora.rank=8,16", "; write one of 8, 16: a run has one value, so start a run for each and "),
+        ("lora.rank=[8, 16]", "; write one of 8, 16: a run has one value"),
+        ("train.learning_rate=1e-4,2e-4", "; write one of 1e-4, 2e-4: "),
+        ("lora.alpha=16,32", "; write 16.32, or one of 16, 32: "),
+        ("lora.rank=16,128", "; write 16128, or one of 16, 128: "),
+        ("train.optimizer=adamw_8bit,lion_8bit", "; write one of adamw_8bit, lion_8bit: "),
+    ],
+)
+def test_several_values_of_a_sweep_are_answered_with_a_run_for_each(problems, override, cure):
+    (problem,) = problems(GOOD, override)
+    assert cure in problem
+
+
 def test_a_setting_of_a_place_that_rows_come_from_is_shown_where_it_goes(problems):
     (problem,) = problems(GOOD, "data.prompt='{question}'")
     assert problem.endswith("it belongs to a place that rows come from, as in data.train: [{path: FILE, prompt: ...}]")
@@ -300,7 +316,7 @@ def test_overrides_follow_the_rules_of_the_file(recipe):
         ("train.learning_rate=1,5e-3", "write 1.5e-3"),
         ("train.learning_rate=0,0002", "write 0.0002"),
         ("lora.alpha=1,024", "must be a number above 0; the default is"),
-        ("train.max_steps=1,5", "or null; the default is null"),
+        ("train.max_steps=1,05", "or null; the default is null"),
         ("train.epochs=", "train.epochs = null: must be a number"),
         ("lora.rnak=3", "did you mean lora.rank?"),
         ("lora_r=3", "here it is lora.rank"),
