@@ -278,6 +278,29 @@ def test_recipes_are_listed_shown_copied_and_checked(command, tmp_path):
     assert code == 0 and (tmp_path / "quickstart.yaml").exists() and str(tmp_path) in out
 
 
+def test_recipes_convert_writes_a_recipe_and_names_what_is_not_taken_over(command, tmp_path):
+    theirs, ours = tmp_path / "theirs.yml", tmp_path / "ours.yaml"
+    theirs.write_text(
+        "base_model: a/b\nadapter: qlora\nload_in_4bit: true\ndatasets: [{path: rows.jsonl, type: chat_template}]\n"
+        "learning_rate: 1e-4\nflash_attention: true\nneftune_noise_alpha: 5\n"
+    )
+    code, out, err = command("recipes", "convert", theirs, "--out", ours)
+    assert (code, out, ours.exists()) == (2, "", False) and "neftune_noise_alpha = 5" in err and "--partial" in err
+    code, out, err = command("recipes", "convert", theirs, "--partial", "--out", ours)
+    assert code == 0 and out == f"wrote {ours}; next: qlora-lite data {ours}\n"
+    assert (
+        f"lost: {theirs}:7: neftune_noise_alpha = 5: " in err and f"unused: {theirs}:6: flash_attention = true" in err
+    )
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    assert command("recipes", "check", ours)[0] == 0
+    code, out, err = command("recipes", "convert", theirs, "--partial", "lora.rank=4")
+    assert code == 0 and "lora:\n  rank: 4\n" in out
+    assert command("recipes", "convert", theirs, "--partial", "--out", ours)[2].endswith("name another file\n")
+    for override in ("lora.rnk=4", "model.path=3", "lora.rank=x"):
+        code, _, err = command("recipes", "convert", theirs, override, "--partial")
+        assert code == 2 and err.startswith(f"error: override 1: {override[:8]}")
+
+
 def test_recipes_check_prints_one_json_object_whether_the_recipe_is_good_or_bad(finished, command):
     code, out, _ = command("recipes", "check", finished[1], "--json")
     assert code == 0 and json.loads(out)["ok"] and out.count("\n") == 1

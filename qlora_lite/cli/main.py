@@ -34,7 +34,7 @@ COMMANDS = {
     "compare": "Measure several runs over one base model, side by side.",
     "report": "Write the page about a run again, also of one that was killed.",
     "serve": "Try runs with OpenAI-compatible clients, on this machine only.",
-    "recipes": "List, show, copy and check recipes.",
+    "recipes": "List, show, copy and check recipes; convert those of other trainers.",
     "quantize": "Write a model as a 4-bit checkpoint.",
     "doctor": "Show versions and devices, and what will be slow.",
 }

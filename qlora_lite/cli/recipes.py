@@ -1,12 +1,15 @@
-"""``qlora-lite recipes``: the built-in recipes, and checking one's own, without torch."""
+"""``qlora-lite recipes``: the built-in recipes, checking one's own, and other trainers' files, without torch."""
 
 import json
 import shlex
+from pathlib import Path
 
 import click
 
-from qlora_lite.errors import DataError, Problem, RecipeError
+from qlora_lite.errors import DataError, OutputError, Problem, RecipeError
+from qlora_lite.files import write_text
 from qlora_lite.recipe.catalog import copy_recipe, list_recipes, show_recipe
+from qlora_lite.recipe.convert import convert as convert_file
 from qlora_lite.recipe.load import load_recipe, resolve_to_yaml
 from qlora_lite.recipe.schema import Recipe
 
@@ -15,7 +18,7 @@ from .output import echo, echo_exactly
 
 @click.group()
 def recipes() -> None:
-    """List, show, copy and check recipes."""
+    """List, show, copy and check recipes, and make one of another trainer's file."""
 
 
 @recipes.command("list")
@@ -88,3 +91,26 @@ def _first_rows(settings: Recipe) -> list:
     if problems:
         raise RecipeError(problems)
     return found
+
+
+@recipes.command()
+@click.argument("file")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--out", help="Write the recipe to this file, which must not exist yet.  [default: standard output]")
+@click.option("--partial", is_flag=True, help="Go without settings that what is learned depends on.")
+def convert(file: str, overrides: tuple[str, ...], out: str | None, partial: bool) -> None:
+    """Make a recipe of FILE: YAML of axolotl, LLaMA-Factory, torchtune, trl or unsloth, or a script or notebook.
+
+    Nothing in FILE is run. A line is printed for each setting that is not taken over as it is. KEY=VALUE gives what
+    FILE does not say, such as data.train=rows.jsonl.
+    """
+    made = convert_file(file, overrides, partial=partial)
+    if out is not None and Path(out).exists():
+        raise OutputError(f"{out} is there already; remove it, or name another file")
+    for note in made.notes:
+        echo(f"{note.kind}: {note}", err=True)
+    if out is None:
+        echo_exactly(made.text, nl=False)
+        return
+    write_text(Path(out), made.text)
+    echo(f"wrote {out}; next: qlora-lite data {out}")

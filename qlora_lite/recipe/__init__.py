@@ -2,5 +2,6 @@
 
 strict_yaml (text to values with places) -> schema (settings, defaults, rules) -> load (all problems at once)
 -> paths (what the recipe names must be there). foreign_names and reference serve the messages and the README;
-catalog lists and copies the built-in recipes.
+catalog lists and copies the built-in recipes. convert makes a recipe of another trainer's file: foreign_files (its
+settings) -> foreign_values (what becomes of each) -> load.
 """

@@ -58,7 +58,7 @@ _RENAMED = {
     "data.eval_share":
         "val_set_size val_size val_split_fraction test_size validation_split_percentage",
     "data.template":
-        "chat_template prompt_template prompt_style chat_template_jinja",
+        "conversation chat_template prompt_template prompt_style chat_template_jinja",
     "data.train_on":
         "train_on_inputs train_on_input train_on_responses_only assistant_only_loss "
         "completion_only_loss train_on_prompt mask_prompt mask_history roles_to_train response_template "
@@ -98,6 +98,8 @@ _RENAMED = {
         "torch_compile compile_model use_compile torch_compile_backend",
     "train.seed":
         "random_seed random_state data_seed",
+    "train.deterministic":
+        "full_determinism",
     "train.eval_every_steps":
         "eval_steps evals_per_epoch eval_strategy evaluation_strategy steps_per_eval do_eval "
         "eval_interval run_val_every_n_steps",
@@ -143,26 +145,29 @@ _NOT_NEEDED = {
         "pad_to_sequence_len pad_token padding_side pad_to_multiple_of ignore_pad_token_for_loss data_collator "
         "dataset_kwargs collate_fn",
     "remove it; the kernels here are the program's own":
-        "use_unsloth use_unsloth_gc unsloth unsloth_* lora_mlp_kernel lora_qkv_kernel lora_o_kernel plugins "
-        "use_triton custom_sharded_dim fast_inference max_lora_rank",
+        "fused foreach use_unsloth use_unsloth_gc unsloth unsloth_* lora_mlp_kernel lora_qkv_kernel lora_o_kernel "
+        "plugins torch_empty_cache_steps use_triton custom_sharded_layers fast_inference max_lora_rank",
     "remove it; evaluation rows are batched as training rows are": "eval_sample_packing",
     "remove it; training runs in one process on one device, which model.device names":
         "local_rank num_gpus gpus n_gpus n_gpu num_gpu world_size num_processes nproc_per_node num_nodes num_machines "
         "ddp ddp_* dp_* tensor_parallel* sequence_parallel_degree ring_attn_func heads_k_stride accelerator_config "
-        "deepspeed fsdp fsdp_* deepspeed_* gpu_ids use_ray ray_* distributed_backend",
+        "deepspeed fsdp fsdp_* deepspeed_* gpu_ids use_ray ray_* distributed_backend "
+        "average_tokens_across_devices",
     "remove it; model.path says where the model is, and adapters are written as peft has them":
         "checkpointer checkpoint_files recipe_checkpoint save_adapter_weights_only adapter_checkpoint_dir",
     "write data.order: by-length, which puts rows of like length together": "group_by_length",
     "remove it; every step is written to metrics.jsonl":
         "logging_steps logging_first_step logging_dir logging_strategy log_every_n_steps log_dir tensorboard_dir "
         "include_tokens_per_second include_num_input_tokens_seen log_peak_memory_stats metric_logger log_level "
-        "include_tkps total_num_tokens wandb_* mlflow_* comet_* swanlab_* trackio_* disable_tqdm",
+        "include_tkps skip_memory_metrics "
+        "logging_nan_inf_filter total_num_tokens wandb_* mlflow_* comet_* swanlab_* trackio_* disable_tqdm",
     "remove it; report.html has the loss curves": "plot_loss",
     "remove it; `qlora-lite profile RECIPE` measures": "profiler profiler_* profiling gc_steps profile",
     "remove it; the summary and the report show answers and losses": "eval_table_size eval_max_new_tokens",
     "remove it; evaluation reports loss, perplexity and exact match (train.exact_match_rows)":
         "compute_metrics predict_with_generate do_causal_lm_eval eval_causal_lm_metrics do_bench_eval bench_* "
-        "compute_accuracy preprocess_logits_for_metrics prediction_loss_only",
+        "compute_accuracy batch_eval_metrics include_for_metrics label_names eval_accumulation_steps eval_delay "
+        "eval_on_start preprocess_logits_for_metrics prediction_loss_only",
     "not a setting of training; give it to `qlora-lite generate` or `chat`, or with a request to `serve`":
         "max_new_tokens temperature top_p top_k do_sample num_beams repetition_penalty min_p presence_penalty "
         "frequency_penalty eval_num_beams generation_config",
@@ -177,13 +182,14 @@ _NOT_NEEDED = {
     "remove it; a run folder is never overwritten": "overwrite_output_dir",
     "remove it; `qlora-lite train RECIPE --resume` goes on from the newest checkpoint":
         "resume_from_checkpoint auto_resume_from_checkpoints",
-    "remove it; checkpoints hold all that resuming needs": "save_only_model save_first_step save_on_each_node",
+    "remove it; checkpoints hold all that resuming needs":
+        "save_only_model save_first_step save_on_each_node ignore_data_skip restore_callback_states_from_checkpoint",
     "remove it; code from a model's repository is never run": "trust_remote_code",
     "remove it; a model's files say what it is":
         "model_type tokenizer_type is_llama_derived_model is_mistral_derived_model is_qwen_derived_model "
         "is_falcon_derived_model tokenizer_use_fast use_fast_tokenizer tokenizer_legacy processor_type "
         "base_model_config tokenizer_config merges_file resume_download low_cpu_mem_usage cache_dir "
-        "tokenizer_name tokenizer_model low_cpu_ram use_safetensors local_files_only use_cache",
+        "tokenizer tokenizer_name tokenizer_model low_cpu_ram use_safetensors local_files_only use_cache",
     "remove it; recipes are always checked strictly": "strict",
     "remove it; model.compute_dtype says what is computed in": "tf32 bf16_full_eval fp16_full_eval upcast_layernorm",
     "remove it; set model.device": "lora_on_cpu",
@@ -226,7 +232,8 @@ _NOT_OFFERED = {
         "lr_groups lr_scale_b",
     "remove it; there is no 8-bit base here: model.quant is nf4 or fp4 (4 bit), or none (16 bit)":
         "load_in_8bit load_in_fp8 load_in_16bit",
-    "remove it; a model is quantised to NF4 or FP4 here, and other ways are not read": "gptq awq hqq eetq aqlm qat",
+    "remove it; a model is quantised to NF4 or FP4 here, and other ways are not read":
+        "gptq awq hqq eetq aqlm qat qat_scheme quantizer",
     "remove it; LoRA is plain here, without DoRA's norms": "dora use_dora peft_use_dora lora_use_dora",
     "remove it; LoRA weights have no bias": "bias lora_bias",
     "remove it; new LoRA weights start with B at zero (no PiSSA, OLoRA, EVA or LoftQ); "
@@ -257,7 +264,15 @@ _NOT_OFFERED = {
         "default_system_message default_system system_prompt",
     "pictures, video and sound are not supported; this program trains text":
         "image_max_pixels image_min_pixels video_max_pixels freeze_vision_tower freeze_multi_modal_projector "
-        "image_size image_resize_algorithm media_dir",
+        "image_size image_resize_algorithm media_dir finetune_vision_layers vision_all_linear",
+    "remove it; lora.targets names the layers":
+        "finetune_language_layers finetune_attention_modules finetune_mlp_modules",
+    "remove it; each turn's role is recognised, and the assistant's are learned, or all tokens (data.train_on: all)":
+        "train_on_eos roles message_field_training message_field_training_detail",
+    "remove it; a conversation is in the column messages or conversations, as role and content or from and value":
+        "field_messages conversation_column conversation_style message_field_role message_field_content "
+        "message_property_mappings field_tools field_human field_model",
+    "remove it; the newest data of the hub are read, all of them": "shards shards_idx preprocess_shards",
 }  # fmt: skip
 _OTHER_TRAINING = {
     "supervised fine-tuning is what this program does: no DPO, KTO, ORPO, PPO, GRPO, reward model or distillation; "
@@ -267,7 +282,8 @@ _OTHER_TRAINING = {
         "trl vllm kd_* kd_ratio teacher_* training_mode num_labels",
     "LoRA weights are what this program trains: no full fine-tuning, and no adapter of another kind":
         "adapter finetuning_type training_type full_finetuning freeze_trainable_layers freeze_trainable_modules "
-        "freeze_extra_modules unfrozen_parameters use_llama_pro oft_* peft_type",
+        "freeze_extra_modules unfrozen_parameters use_llama_pro oft_* peft_type "
+        "use_peft",
 }  # fmt: skip
 Effect = Literal["renamed", "not needed", "not offered", "other training"]
 _TABLES: dict[Effect, dict[str, str]] = {

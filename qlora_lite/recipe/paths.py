@@ -41,6 +41,11 @@ class PathProblem(ValueError):
     """Say what is wrong with a path, and the cure."""
 
 
+def is_hub_data(path: str) -> bool:
+    """Return whether a path is a hub data set's, by its shape."""
+    return _HUB_DATA.fullmatch(path) is not None
+
+
 def find_data(path: str, bases: Bases) -> str:
     """Return the absolute path, or glob pattern, of a data file or folder; a hub path stays as it is.
 
@@ -52,7 +57,7 @@ def find_data(path: str, bases: Bases) -> str:
         PathProblem: nothing is there.
     """
     if path.startswith("hub:"):
-        if not _HUB_DATA.fullmatch(path):
+        if not is_hub_data(path):
             raise PathProblem("must be hub:OWNER/NAME, hub:OWNER/NAME/CONFIG, or one of them with :SPLIT")
         return path
     expanded = os.path.expanduser(path)

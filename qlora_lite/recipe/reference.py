@@ -50,6 +50,11 @@ def choices_of(field: FieldInfo) -> tuple[str, ...]:
     return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
 
 
+def choices_of_items(field: FieldInfo) -> tuple[str, ...]:
+    """Return the words that the items of a field's tuple may be."""
+    return get_args(get_args(field.annotation)[0])
+
+
 def rule_of(field: FieldInfo) -> str:
     """Return what a field accepts, such as "a whole number of at least 1"."""
     return _rule(field.annotation, field.metadata)

@@ -1,0 +1,232 @@
+"""Make a recipe of another trainer's file.
+
+`foreign_files` reads its settings, `foreign_names` says what they are called here, `foreign_values` what becomes of
+their values; here the recipe is made of that. What the file leaves to its trainer's defaults is written down where
+ours differ, since the recipe is to train what the file trains. For the same reason a file that trains something other
+than LoRA weights by supervised fine-tuning is refused, and so is one with settings that what is learned depends on and
+that have no counterpart, unless a part of it is asked for.
+
+source of the defaults: axolotl, src/axolotl/utils/schemas; LLaMA-Factory, src/llamafactory/hparams; transformers,
+TrainingArguments; torchtune, recipes/configs and torch.optim.AdamW; unsloth, unsloth_cli/config.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_lite.errors import Problem, RecipeError
+
+from . import reference
+from .foreign_files import Setting, read_settings
+from .foreign_values import Draft, Kind, Note, take, take_dataset, warmup
+from .load import recipe_of
+from .overrides import apply_overrides
+from .schema import Recipe
+from .strict_yaml import dump, parse, plain, shown
+
+MAX_LINES = 50  # of notes of a kind in the recipe's comments, for a recipe has to stay small
+_TITLES: dict[Kind, str] = {
+    "lost": "NOT CONVERTED, though what is learned depends on it",
+    "changed": "Converted, with another meaning here",
+    "unused": "Left out; nothing is lost",
+}
+_TRANSFORMERS = {
+    "train.epochs": 3.0, "train.lr_scheduler": "linear", "train.warmup_ratio": 0.0, "train.optimizer": "adamw_torch",
+    "data.packing": False,
+}  # fmt: skip
+_THEIR_DEFAULTS: dict[str, dict[str, object]] = {
+    "axolotl": {"model.quant": "none", "data.packing": False, "data.max_tokens": 512, "train.optimizer": "adamw_torch"},
+    "LLaMA-Factory": _TRANSFORMERS | {
+        "model.quant": "none", "lora.rank": 8, "data.max_tokens": 2048, "train.learning_rate": 5e-5,
+        "train.micro_batch_size": 8,
+    },
+    "torchtune": {
+        "data.packing": False, "train.max_grad_norm": 0.0, "train.weight_decay": 0.01, "train.lr_scheduler": "constant",
+        "train.warmup_ratio": 0.0,
+    },
+    "trl": _TRANSFORMERS | {"model.quant": "none", "data.train_on": "all"},
+    "unsloth": _TRANSFORMERS | {"data.train_on": "all"},
+    "unsloth-studio": {
+        "lora.rank": 64, "lora.alpha": 16, "data.max_tokens": 2048, "data.packing": False, "data.train_on": "all",
+        "train.epochs": 3, "train.micro_batch_size": 2, "train.gradient_accumulation_steps": 4,
+        "train.weight_decay": 0.01,
+    },
+}  # fmt: skip
+_REQUIRED = "model.path", "data.train"
+_BY_VERSION = "lora.rank", "lora.alpha", "train.learning_rate", "train.micro_batch_size"  # trl's and unsloth's defaults
+_SCRIPTS = "trl", "unsloth"
+_HELD_OUT = "test", "valid", "eval", "dev"  # names of splits, in a script
+_WORD = re.compile(r"(?!(?:true|false|null)$)[a-z]\w*")  # which needs no quotes in a list
+_DATASET = re.compile(r"(datasets|test_datasets|dataset|dataset_val)\.(\d+\.)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """Hold a recipe made of another trainer's file.
+
+    Args:
+        trainer: whose file it is.
+        text: the recipe, with the notes as comments above it.
+        notes: what was not taken over as it is, in the file's order.
+    """
+
+    trainer: str
+    text: str
+    notes: tuple[Note, ...]
+
+
+def convert(path: str | Path, overrides: Sequence[str] = (), *, partial: bool = False) -> Conversion:
+    """Make a recipe of an axolotl, LLaMA-Factory, torchtune, trl or unsloth file; nothing in it is run.
+
+    Args:
+        path: a YAML file, a Python script or a notebook.
+        overrides: settings of the recipe, such as "data.train=rows.jsonl", for what the file does not say.
+        partial: whether to go without settings that what is learned depends on.
+
+    Raises:
+        RecipeError: the file cannot be read or trains something else, or such settings would be lost.
+    """
+    trainer, settings = read_settings(Path(path))
+    draft = Draft(trainer, Path(path))
+    datasets: set[str] = set()
+    for setting in settings:
+        prefix = found[0] if (found := _DATASET.match(setting.name)) else None
+        if prefix is None:
+            take(draft, setting)
+        elif prefix not in datasets:
+            datasets.add(prefix)
+            item = {s.name.removeprefix(prefix): s for s in settings if s.name.startswith(prefix)}
+            is_held_out = trainer in _SCRIPTS and "split" in item and str(item["split"].value).startswith(_HELD_OUT)
+            part = "eval" if is_held_out or found[1] in ("test_datasets", "dataset_val") else "train"
+            take_dataset(draft, part, item)
+    assumed = _finish(draft)
+    values = _checked(draft, overrides)
+    given = {text.partition("=")[0].strip() for text in overrides}
+    notes = tuple(note for note in draft.notes if note.kind != "lost" or note.key not in given)
+    if lost := [note for note in notes if note.kind == "lost"]:
+        missing = _missing(values)
+        if missing or not partial:
+            raise RecipeError([*(Problem(n.text, n.where) for n in lost), Problem(_ways(lost, missing), str(path))])
+    text = _header(draft, notes) + _body(values, dict.fromkeys(assumed - given, f"  # the default of {trainer}"))
+    return Conversion(trainer, text, notes)
+
+
+def _finish(draft: Draft) -> set[str]:
+    """Convert what depends on several settings, and write down what the file leaves to its trainer; return the keys."""
+    whole = Setting(str(draft.path), "", str(draft.path))
+    if draft.trainer == "axolotl" and not ("adapter" in draft.given and draft.given["adapter"].value):
+        raise RecipeError(
+            Problem("no adapter: all weights are trained; LoRA weights are what is trained here", whole.where)
+        )
+    warmup(draft)
+    defaults = dict(_THEIR_DEFAULTS[draft.trainer])
+    if "train.max_steps" in draft.values:
+        defaults.pop("train.epochs", None)
+    if draft.trainer == "LLaMA-Factory":
+        defaults["lora.alpha"] = 2 * draft.values.get("lora.rank", 8)
+    formats = {source.get("format") == "alpaca" for source in draft.values.get("data.train", [])}
+    if draft.trainer == "axolotl" and formats == {True}:
+        draft.values["data.template"] = "alpaca"  # which is not the model's own there either
+    elif draft.trainer == "axolotl" and True in formats:
+        text = "Alpaca's prompts and others are mixed; here all data have one data.template"
+        draft.notes.append(Note("lost", whole.where, text, "data.template"))
+    elif draft.trainer in _SCRIPTS and len(draft.values.get("data.train", [])) > 1:
+        draft.notes.append(Note("lost", whole.where, "which of its data sets are trained on is code", "data.train"))
+    assumed = {key for key in defaults if not draft.is_settled(key)}
+    draft.values |= {key: defaults[key] for key in assumed}
+    needed = _REQUIRED + (_BY_VERSION if draft.trainer in _SCRIPTS else ())
+    for key in needed:
+        if not draft.is_settled(key):
+            draft.notes.append(Note("lost", whole.where, f"{key} is not in it", key))
+    if any(name.startswith(("deepspeed", "fsdp")) and setting.value for name, setting in draft.given.items()):
+        text = "batch sizes are per GPU there; multiply train.gradient_accumulation_steps by the number of GPUs"
+        draft.notes.append(Note("changed", whole.where, text))
+    if "data.overflow" not in draft.values:
+        becomes = "dropped" if draft.trainer == "axolotl" else "cut"
+        text = f"examples over data.max_tokens are {becomes} there; here they are an error unless data.overflow says so"
+        draft.notes.append(Note("changed", whole.where, text))
+    if draft.values.get("data.packing") is False:
+        text = "a step has as many examples as there; with data.packing its micro-batches are packed sequences instead"
+        draft.notes.append(Note("changed", whole.where, text))
+    if not (draft.values.get("data.eval") or draft.values.get("data.eval_share")):
+        for key in ("train.eval_every_steps", "train.early_stopping_patience"):
+            if draft.values.pop(key, None):
+                draft.notes.append(Note("unused", whole.where, f"{key}: it has no evaluation examples"))
+    return assumed
+
+
+def _checked(draft: Draft, overrides: Sequence[str]) -> dict[str, dict[str, object]]:
+    """Return the settings by section, with the overrides; those that the recipe's rules refuse become notes."""
+    while True:
+        values: dict[str, dict[str, object]] = {section: {} for section in Recipe.model_fields}
+        for key, value in draft.values.items():
+            section, _, name = key.partition(".")
+            values[section][name] = value
+        document = parse(dump(values).encode(), str(draft.path))
+        apply_overrides(document.root, overrides, document)
+        if document.problems:
+            raise RecipeError(document.problems)
+        whole = plain(document.root)
+        try:
+            recipe_of(values, overrides, str(draft.path))
+        except RecipeError as error:
+            refused = {".".join(problem.key.split(".")[:2]): problem for problem in error.problems}
+            ours = {key: problem for key, problem in refused.items() if key in draft.values}
+            if not ours and refused.keys() <= set(_missing(whole)):
+                return whole
+            if not ours:
+                raise  # of an override
+            for key, problem in ours.items():
+                del draft.values[key]
+                draft.notes.append(Note("lost", str(draft.path), problem.message, key))
+        else:
+            return whole
+
+
+def _missing(values: dict[str, dict[str, object]]) -> list[str]:
+    pairs = [(key, *key.split(".")) for key in _REQUIRED]
+    return [key for key, section, name in pairs if name not in (values.get(section) or {})]
+
+
+def _ways(lost: Sequence[Note], missing: Sequence[str]) -> str:
+    keys = list(dict.fromkeys(note.key for note in lost if note.key))
+    ways = [f"give {' '.join(f'{key}=...' for key in keys)} behind the file"] if keys else []
+    ways += [] if missing else ["take what is left, with --partial"]
+    return f"what is learned depends on {len(lost)} settings that were not converted; {', or '.join(ways)}"
+
+
+def _header(draft: Draft, notes: Sequence[Note]) -> str:
+    lines = [f"Made of {shown(draft.path.name)} ({draft.trainer}) by `qlora-lite recipes convert`."]
+    for kind, title in _TITLES.items():
+        if of_kind := [str(note) for note in notes if note.kind == kind]:
+            more = [f"and {len(of_kind) - MAX_LINES} more"] if len(of_kind) > MAX_LINES else []
+            lines += ["", f"{title}:", *(f"  {line}" for line in [*of_kind[:MAX_LINES], *more])]
+    return "".join(f"# {line}".rstrip().replace("\n", " ") + "\n" for line in lines)
+
+
+def _body(values: dict[str, dict[str, object]], remarks: dict[str, str]) -> str:
+    """Return the settings that differ from the defaults, by section and in the file's order."""
+    text = ""
+    for section, settings in values.items():
+        lines = ""
+        for name, value in (settings or {}).items():
+            field = reference.field_at((section, name))
+            if (not field.is_required() and value == field.default) or (name == "targets" and value == "all-linear"):
+                continue
+            if isinstance(value, list) and all(isinstance(item, str) and _WORD.fullmatch(item) for item in value):
+                lines += f"  {name}: [{', '.join(value)}]\n"
+                continue
+            if (
+                isinstance(value, list)
+                and len(value) == 1
+                and isinstance(value[0], dict)
+                and value[0].keys() == {"path"}
+            ):
+                value = value[0]["path"]
+            first, *rest = dump({name: value}).splitlines()
+            lines += f"  {first}{remarks.get(f'{section}.{name}', '')}\n" + "".join(f"    {line}\n" for line in rest)
+        text += f"{section}:\n{lines}" if lines else ""
+    return text

@@ -1,0 +1,546 @@
+"""What becomes of the values of another trainer's settings; `foreign_names` alone says what the settings are called.
+
+Rules are functions of the draft and a setting, by local key where all names of a key are read alike, by place where a
+trainer nests its settings. What is not taken over as it is becomes a note, of one of three kinds:
+
+- lost: what is learned depends on it, and nothing here is like it;
+- changed: taken over, and it means something else here;
+- unused: left out, and nothing is lost.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from qlora_lite.errors import Problem, RecipeError
+
+from . import foreign_names, paths, reference
+from .foreign_files import Code, Setting
+from .strict_yaml import NOT_TEXT, scalar_value, shown
+
+Kind = Literal["lost", "changed", "unused"]
+_MAX_INFO_BYTES = 2**22
+_LOADERS = {"json", "csv", "text", "parquet", "arrow"}
+_LOCAL_KEY = re.compile(r"\b(model|lora|data|train)\.[a-z_]+")
+_SECRET = re.compile(r"(token|key|secret|password)$")
+_SAME = {  # values that ask for no more than what is done here anyway
+    "stage": ("sft",), "adapter": ("qlora", "lora"), "finetuning_type": ("lora",), "training_type": ("lora",),
+    "peft_type": ("LORA",), "use_peft": (True,), "init_lora_weights": (True,), "adam_beta1": (0.9,),
+    "adam_beta2": (0.999,), "betas": ([0.9, 0.999],), "adam_epsilon": (1e-8,), "eps": (1e-8,), "num_cycles": (0.5,),
+    "mix_strategy": ("concat",), "dataset_text_field": ("text",), "loraplus_lr_embedding": (1e-6,),
+    "finetune_vision_layers": (True,), "finetune_language_layers": (True,), "finetune_attention_modules": (True,),
+    "finetune_mlp_modules": (True,), "train_on_eos": ("turn", "all"),
+    "roles_to_train": (["assistant"], ["gpt"], ["gpt", "assistant"]), "field_messages": ("messages", "conversations"),
+    "conversation_column": ("messages", "conversations"), "conversation_style": ("sharegpt", "openai"),
+    "role": ("role", "from"), "content": ("content", "value"), "message_field_role": ("role", "from"),
+    "message_field_content": ("content", "value"), "field": ("text",),
+}  # fmt: skip
+_FORMATS = {
+    "alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "text", "pretrain": "text", "raw": "text",
+    "chat_template": None, "auto": None, "chatml": None, "conversational": None, "openai": None,
+    "chat_dataset": None, "instruct_dataset": None, "text_completion_dataset": "text",
+    "alpaca_dataset": "alpaca", "alpaca_cleaned_dataset": "alpaca",
+}  # fmt: skip
+_ALPACAS = {"alpaca_dataset": "tatsu-lab/alpaca", "alpaca_cleaned_dataset": "yahma/alpaca-cleaned"}
+_COMPONENT_LOSSES = {"CEWithChunkedOutputLoss", "LinearCrossEntropyLoss", "CrossEntropyLoss"}
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Hold what became of a setting that was not taken over as it is.
+
+    Args:
+        kind: see the module.
+        where: the file and its line.
+        text: the setting with its value, and what to know or do.
+        key: the local setting that it is about, if one; a lost one is settled by an override of it.
+    """
+
+    kind: Kind
+    where: str
+    text: str
+    key: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.text}"
+
+
+@dataclass(slots=True)
+class Draft:
+    """Collect a recipe's settings in the order of another trainer's file, and the notes.
+
+    Args:
+        trainer: whose file it is.
+        path: the file.
+        values: by dotted local key.
+        notes: in the file's order.
+        given: the file's settings by name, for those that go together.
+    """
+
+    trainer: str
+    path: Path
+    values: dict[str, object] = field(default_factory=dict)
+    notes: list[Note] = field(default_factory=list)
+    given: dict[str, Setting] = field(default_factory=dict)
+
+    def note(self, kind: Kind, setting: Setting, text: str, key: str = "") -> None:
+        """Add a note about a setting."""
+        value = "" if _SECRET.search(setting.name) else f" = {shown(as_text(setting.value))}"
+        self.notes.append(Note(kind, setting.where, f"{shown(setting.name)}{value}: {text}", key))
+
+    def put(self, key: str, value: object, setting: Setting) -> None:
+        """Set a local key; of several settings for it the first counts."""
+        if self.values.setdefault(key, value) != value:
+            self.note("changed", setting, f"{key} is {shown(self.values[key])} already, by a setting above", key)
+
+    def is_settled(self, key: str) -> bool:
+        """Return whether the file says something about a local key."""
+        return key in self.values or any(note.key == key for note in self.notes)
+
+
+def as_text(value: object) -> str:
+    """Return a value on one line, as its file has it or nearly so."""
+    if isinstance(value, str | Code):
+        return " ".join((value.text if isinstance(value, Code) else value).split())
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def take(draft: Draft, setting: Setting) -> None:
+    """Convert one setting.
+
+    Raises:
+        RecipeError: it makes the file train something that is not offered here.
+    """
+    draft.given[setting.name] = setting
+    name, value = setting.name.rpartition(".")[2].lower().replace("-", "_"), setting.value
+    if value is None or value in ([], {}, ""):
+        return
+    if rule := _BY_PLACE.get(f"{draft.trainer}:{setting.name}"):
+        rule(draft, setting)
+        return
+    found = _answer(setting.name)
+    if found is None:
+        draft.note("lost", setting, "not known here; remove it there if training goes without it")
+    elif found.effect == "renamed":
+        _rename(draft, setting, found.text)
+    elif name in ("warmup_steps", "lr_warmup_steps", "num_warmup_steps"):
+        draft.given["warmup_steps"] = setting  # with the number of steps, in `warmup`
+    elif value in (False, 0, "none", "no", "off") or value in _SAME.get(name, ()):
+        return
+    elif found.effect == "other training":
+        raise RecipeError(Problem(f"{shown(setting.name)} = {shown(as_text(value))}: {found.text}", setting.where))
+    else:
+        kind, text = "lost" if found.effect == "not offered" else "unused", found.text.removeprefix("remove it; ")
+        section = setting.name.partition(".")[0]
+        if section == setting.name or foreign_names.answer(section) is not found:
+            named = _LOCAL_KEY.search(text)  # what would take its place settles it
+            draft.note(kind, setting, text, named[0] if named and kind == "lost" else "")
+        elif not any(note.text == f"{shown(section)}: {text}" for note in draft.notes):
+            draft.notes.append(Note(kind, setting.where, f"{shown(section)}: {text}"))  # one line for all of it
+
+
+def _answer(dotted: str) -> foreign_names.Answer | None:
+    """Return what a setting is here, by its own name, by ours, or by the section that it stands in."""
+    parts = dotted.split(".")
+    sections = [found for part in parts[:-1] if (found := foreign_names.answer(part))]
+    if sections and sections[0].effect == "not needed":
+        return sections[0]
+    for part, above in zip(parts[::-1], [*parts[-2::-1], ""], strict=True):
+        if found := foreign_names.answer(part, above):
+            return found
+        ours = (key for key in reference.known_keys() if key.endswith(f".{part}"))
+        if part not in ("path", "dir", "name", "train", "eval") and (key := next(ours, None)):
+            return foreign_names.Answer("renamed", key)
+    return None
+
+
+def _rename(draft: Draft, setting: Setting, key: str) -> None:
+    """Convert a setting that has a counterpart."""
+    if key.startswith("memory.") or key in ("model.compute_dtype", "model.device"):
+        _machine(draft, setting, key)
+    elif isinstance(setting.value, Code):
+        text = f"an expression, which is not read; here it is {key}"
+        draft.note("unused" if key in _AROUND else "lost", setting, text, key)
+    else:
+        _BY_KEY.get(key, _copy)(draft, setting, key)
+
+
+def _copy(draft: Draft, setting: Setting, key: str) -> None:
+    """Take a value over, as one of the setting's choices where it has some."""
+    value, choices = setting.value, reference.choices_of(reference.field_at(tuple(key.split("."))))
+    is_text = reference.rule_of(reference.field_at(tuple(key.split(".")))).startswith(("text", "at most"))
+    if isinstance(value, str) and choices:
+        same = foreign_names.same_value(value.rpartition(".")[2], choices)
+        if same is None:
+            draft.note("lost", setting, f"{key} is {', '.join(choices[:-1])} or {choices[-1]}", key)
+            return
+        value = same
+    draft.put(key, value if is_text else _loose(value), setting)
+
+
+def _loose(value: object) -> object:
+    """Return what a text means that YAML 1.1, or a value in quotes there, has as a number or a truth value."""
+    words = {"yes": True, "on": True, "no": False, "off": False}
+    return words.get(value.lower(), scalar_value(value)) if isinstance(value, str) else value
+
+
+def _machine(draft: Draft, setting: Setting, key: str) -> None:
+    """Leave what depends on the machine to it: types and memory options are auto."""
+    words = [word for word in re.split(r"\W", as_text(setting.value).lower()) if word]
+    named = words[-1] if words else ""
+    is_on = _loose(setting.value) is True and setting.name in ("fp16", "float16")
+    if key == "model.compute_dtype" and (is_on or named in ("float16", "fp16", "half")):
+        draft.note("changed", setting, foreign_names.value_advice(key, "float16"), key)
+    elif key == "model.compute_dtype" and named in ("float32", "fp32"):
+        draft.put(key, "float32", setting)
+    elif key == "model.device" and named == "cpu":
+        draft.put(key, "cpu", setting)
+    elif key == "model.device" and (advice := foreign_names.value_advice(key, named)):
+        draft.note("unused", setting, advice)
+    elif key.startswith("memory.") and setting.value is not False:
+        draft.note("unused", setting, f"{key} is auto: planned for the machine")
+
+
+def _every(draft: Draft, setting: Setting, key: str) -> None:
+    steps, name = _loose(setting.value), setting.name
+    if type(steps) is int and ("_steps" in name or "interval" in name or "every" in name or "per_eval" in name):
+        if steps > 0:
+            draft.put(key, steps, setting)
+    elif steps not in (False, "steps"):
+        draft.note("unused", setting, f"here it is {key}, a number of steps")
+
+
+def _max_steps(draft: Draft, setting: Setting, key: str) -> None:
+    if (steps := _loose(setting.value)) not in (0, -1):
+        draft.put(key, steps, setting)
+
+
+def _batch(draft: Draft, setting: Setting, key: str) -> None:
+    name = setting.name.rpartition(".")[2]
+    if "eval" in name:
+        draft.note("unused", setting, "evaluation batches are as training's")
+    elif name == "global_batch_size" or (name == "batch_size" and draft.trainer == "axolotl"):
+        text = "examples of a step; write train.micro_batch_size and train.gradient_accumulation_steps"
+        draft.note("lost", setting, text, key)
+    else:
+        _copy(draft, setting, key)
+
+
+def _quant(draft: Draft, setting: Setting, key: str) -> None:
+    value = _loose(setting.value)
+    four_bit = {True: "nf4", 4: "nf4", False: "none", "nf4": "nf4", "fp4": "fp4", "none": "none", "bnb.nf4": "nf4"}
+    if value in ("bnb", "bitsandbytes"):
+        return
+    if isinstance(value, bool | int | str) and value in four_bit:
+        draft.put(key, four_bit[value], setting)
+    else:
+        draft.note("lost", setting, "a base is in NF4 or FP4 (4 bit) here, or in 16 bit with none", key)
+
+
+def _targets(draft: Draft, setting: Setting, key: str) -> None:
+    name, value = setting.name.rpartition(".")[2], setting.value
+    mlp = ["gate_proj", "up_proj", "down_proj"]
+    if name == "apply_lora_to_output":
+        if value:
+            draft.note("lost", setting, "the head stays frozen", key)
+        return
+    if isinstance(value, bool):
+        found = {"lora_target_linear": "all-linear", "apply_lora_to_mlp": mlp}.get(name) if value else None
+    elif isinstance(value, str):
+        found = "all-linear" if value in ("all", "all-linear") else [part.strip() for part in value.split(",")]
+    else:
+        found = ["o_proj" if layer == "output_proj" else layer for layer in value] if isinstance(value, list) else None
+    if isinstance(found, list):
+        if not all(isinstance(layer, str) and re.fullmatch(r"[\w.]+", layer) for layer in found):
+            draft.note("lost", setting, "write names or glob patterns of layers", key)
+            return
+        for layer in {"lm_head", "embed_tokens"} & set(found):
+            draft.note("lost", setting, f"{layer} stays frozen", key)
+        found = [layer for layer in found if layer not in ("lm_head", "embed_tokens")]
+        if isinstance(earlier := draft.values.get(key), list):
+            found = list(dict.fromkeys([*earlier, *found]))
+    if found and draft.values.get(key) != "all-linear":
+        draft.values[key] = found
+
+
+def _train_on(draft: Draft, setting: Setting, key: str) -> None:
+    name, value = setting.name.rpartition(".")[2], _loose(setting.value)
+    if name in ("train_on_inputs", "train_on_input", "train_on_prompt"):
+        draft.put(key, "all" if value else "assistant", setting)
+    elif name == "mask_history" and value:
+        draft.put(key, "last", setting)
+    elif name == "roles_to_train" and value not in _SAME[name]:
+        draft.note("lost", setting, "the assistant's turns are learned, or all tokens (data.train_on: all)", key)
+    elif name not in ("mask_history", "roles_to_train") and value:
+        draft.put(key, "assistant", setting)
+
+
+def _eval_share(draft: Draft, setting: Setting, key: str) -> None:
+    value = _loose(setting.value)
+    if isinstance(value, int | float) and 0 < value < 1:
+        draft.put(key, value, setting)
+    elif value not in (0, False):
+        draft.note("lost", setting, "a number of examples; here it is a share of them", key)
+
+
+def _packing(draft: Draft, setting: Setting, key: str) -> None:
+    if setting.name not in ("padding_free", "neat_packing") or setting.value is True:
+        draft.put(key, _loose(setting.value), setting)
+
+
+def _order(draft: Draft, setting: Setting, key: str) -> None:
+    is_shuffled = _loose(setting.value) is not (
+        setting.name in ("disable_shuffling", "curriculum", "curriculum_sampling")
+    )
+    if not is_shuffled:
+        draft.put(key, "as-is", setting)
+
+
+def _overflow(draft: Draft, setting: Setting, key: str) -> None:
+    value = {"raise": "error", "truncate": "truncate", "drop": "drop"}.get(as_text(setting.value))
+    if value:
+        draft.put(key, value, setting)
+
+
+def _template(draft: Draft, setting: Setting, key: str) -> None:
+    value = as_text(setting.value)
+    if value in paths.TEMPLATES or value.endswith(".jinja"):
+        draft.put(key, value, setting)
+    elif "{%" in value or "{{" in value:
+        draft.note("lost", setting, "write it into a file, and its name, as in data.template=mine.jinja", key)
+    elif value in ("default", "empty", "vanilla", "original", "fewshot"):
+        draft.note("lost", setting, f"data.template is {', '.join(paths.TEMPLATES)} or a .jinja file", key)
+    elif not value.startswith("tokenizer_default") and value != "jinja":
+        text = "the model's own chat template is used; see what it writes with `qlora-lite data`"
+        draft.note("changed", setting, text, key)
+
+
+def _trackers(draft: Draft, setting: Setting, key: str) -> None:
+    name, value = setting.name.rpartition(".")[2], setting.value
+    if isinstance(value, str) and draft.trainer == "unsloth-studio":
+        return  # a project's name, which is set whether it is used or not
+    named = [part for part in ("wandb", "mlflow", "tensorboard", "swanlab", "comet") if part in name]
+    words = named or (value if isinstance(value, list) else as_text(value).split(","))
+    if value is False or words == ["none"] or words == ["all"]:
+        return
+    known = get_trackers()
+    words = [{"comet": "comet_ml"}.get(word.strip(), word.strip()) for word in map(str, words)]
+    draft.values[key] = list(dict.fromkeys([*draft.values.get(key, []), *(word for word in words if word in known)]))
+    if unknown := [word for word in words if word not in known]:
+        draft.note("unused", setting, f"{shown(', '.join(unknown))} is no tracker here")
+
+
+def get_trackers() -> tuple[str, ...]:
+    """Return the names that train.trackers takes."""
+    return reference.choices_of_items(reference.field_at(("train", "trackers")))
+
+
+def _data(draft: Draft, setting: Setting, key: str) -> None:
+    """Convert the names of data sets that stand in one value."""
+    value, part = setting.value, key.partition(".")[2]
+    if setting.name == "dataset_dir":
+        return
+    names = value if isinstance(value, list) else as_text(value).split(",")
+    for name in (str(name).strip() for name in names):
+        if draft.trainer == "LLaMA-Factory":
+            _from_info(draft, setting, part, name)
+        else:
+            _add(draft, setting, part, {"path": _location(name)})
+
+
+def _add(draft: Draft, setting: Setting, part: str, source: Mapping[str, object]) -> None:
+    path = str(source["path"])
+    is_name = "/" not in path and not os.path.splitext(path)[1]
+    if is_name or (path.startswith("hub:") and not paths.is_hub_data(path)):
+        draft.note("lost", setting, "give the file, or hub:OWNER/NAME", f"data.{part}")
+    else:
+        draft.values.setdefault(f"data.{part}", []).append({k: v for k, v in source.items() if v is not None})
+
+
+def _location(path: str, config: object = None, split: object = None) -> str:
+    """Return a path, or hub:OWNER/NAME where it is no file's."""
+    if path.startswith((".", "/", "~")) or os.path.splitext(path)[1] or path.count("/") != 1:
+        return path
+    config_text, split_text = f"/{config}" if config else "", f":{split}" if split and split != "train" else ""
+    return f"hub:{path}{config_text}{split_text}"
+
+
+def _from_info(draft: Draft, setting: Setting, part: str, name: str) -> None:
+    """Convert a name that LLaMA-Factory looks up in the dataset_info.json of its data folder."""
+    folder = draft.given.get("dataset_dir", Setting("", "data", "")).value
+    places = [os.path.join(base, str(folder)) for base in (draft.path.parent, os.curdir)]
+    found = next((place for place in places if os.path.isfile(os.path.join(place, "dataset_info.json"))), None)
+    if found is None:
+        text = f"{shown(name)} is a name in {shown(str(folder))}/dataset_info.json, which is not here"
+        draft.note("lost", setting, text, f"data.{part}")
+        return
+    info_path = os.path.join(found, "dataset_info.json")
+    try:
+        with open(info_path, encoding="utf-8") as file:
+            entry = json.loads(file.read(_MAX_INFO_BYTES))[name]
+        columns, tags = dict(entry.get("columns", {})), dict(entry.get("tags", {}))
+        if NOT_TEXT.search(json.dumps(entry, ensure_ascii=False)):
+            raise ValueError("not text")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        draft.note("lost", setting, f"{info_path} says nothing that can be read about {shown(name)}", f"data.{part}")
+        return
+    if entry.get("ranking") or "kto_tag" in columns:
+        text = "are pairs or judgements for preference training, which is not offered"
+        raise RecipeError(Problem(f"{setting.name} = {name}: its examples {text}", setting.where))
+    hub = entry.get("hf_hub_url")
+    path = (
+        _location(str(hub), entry.get("subset"), entry.get("split"))
+        if hub
+        else os.path.join(found, str(entry.get("file_name")))
+    )
+    formatting = str(entry.get("formatting", "alpaca"))
+    source: dict[str, object] = {"path": path, "format": _FORMATS.get(formatting)}
+    usual = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
+    if formatting == "alpaca" and any(usual.get(role) not in (None, column) for role, column in columns.items()):
+        query = f"\n{{{columns['query']}}}" if columns.get("query") else ""
+        prompt, response = columns.get("prompt", "instruction"), columns.get("response", "output")
+        source |= {"format": None, "prompt": f"{{{prompt}}}{query}", "completion": f"{{{response}}}"}
+    elif columns.get("messages") not in (None, "messages", "conversations"):
+        text = f"its turns are in the column {shown(columns['messages'])}; here it is messages"
+        draft.note("lost", setting, text, f"data.{part}")
+    elif tags.get("role_tag", "from") != "from":
+        source["format"] = None
+    if lost := {"images", "videos", "audios"} & columns.keys():
+        draft.note("lost", setting, f"{', '.join(lost)}: pictures and sound are not supported", f"data.{part}")
+    _add(draft, setting, part, source)
+
+
+def take_dataset(draft: Draft, part: str, item: Mapping[str, Setting]) -> None:
+    """Convert one data set that is a mapping of settings: of axolotl and torchtune, or a call of load_dataset.
+
+    Args:
+        draft: the recipe so far.
+        part: "train" or "eval".
+        item: its settings by their name within it, such as "path" or "type.field_instruction".
+    """
+    rest = {name: s for name, s in item.items() if s.value not in (None, "", [], {})}
+    value = {name: s.value for name, s in rest.items()}
+    first = next(iter(item.values()))
+    kind = value.get("type", value.get("_component_", "auto"))
+    kind = str(kind).rpartition(".")[2] if "_component_" in value else re.split(r"[.:]", str(kind))[0]
+    path = value.get("path", value.get("source", _ALPACAS.get(kind)))
+    files = value.get("data_files") if path is None or (isinstance(path, str) and path in _LOADERS) else None
+    source: dict[str, object] = {"format": _FORMATS.get(kind)}
+    if kind not in _FORMATS:
+        at = rest.get("type", rest.get("_component_", first))
+        draft.note("lost", at, "a format, or a data set, that is not known here", f"data.{part}")
+    if kind == "alpaca_dataset" or kind == "alpaca_cleaned_dataset":
+        draft.note("changed", rest["_component_"], "here the prompt is the chat template's, without Alpaca's sentences")
+        if "train_on_input" not in value:
+            draft.put("data.train_on", "all", first)
+    handled = {"path", "source", "name", "subset", "split", "data_files", "type", "_component_", "ds_type"}
+    if columns := _columns(draft, rest, handled):
+        source |= {"format": None, **columns}
+    if "split" in rest and not re.fullmatch(r"\w+", str(value["split"])):
+        draft.note("lost", rest["split"], "a part of a split; give data.train a file of those examples", f"data.{part}")
+        value["split"] = "train"
+    for name, setting in rest.items():
+        if name not in handled and not name.startswith("roles."):
+            take(draft, Setting(name, setting.value, setting.where))
+    if isinstance(files, Mapping):
+        files = files.get(str(value.get("split", "train")))
+    if files and not isinstance(files, Code):
+        for file in files if isinstance(files, list) else [files]:
+            _add(draft, first, part, {"path": str(file), **source})
+    elif isinstance(path, str) and isinstance(config := value.get("name", value.get("subset")), str | None):
+        _add(draft, first, part, {"path": _location(path, config, value.get("split")), **source})
+    else:
+        draft.note("lost", first, "which data it is cannot be read", f"data.{part}")
+
+
+def _columns(draft: Draft, rest: Mapping[str, Setting], handled: set[str]) -> dict[str, str]:
+    """Return prompt and completion over the columns that a data set names, if it does."""
+    names = {"instruction": "type.field_instruction", "input": "type.field_input", "output": "type.field_output"}
+    if not any(name in rest for name in names.values()):
+        names = {"input": "column_map.input", "output": "column_map.output"}
+    column = {role: str(rest[name].value) for role, name in names.items() if name in rest}
+    handled |= {*names.values(), "type.format", "type.no_input_format", "type.field_system"}
+    if not column:
+        return {}
+    order = [role for role in ("instruction", "input") if role in column]
+    prompt = "\n".join(f"{{{role}}}" for role in order)
+    if written := rest.get("type.format"):
+        prompt = str(written.value)
+        draft.note("changed", written, "the chat template is written around it; data.template: plain writes none")
+    for role in order:
+        prompt = prompt.replace(f"{{{role}}}", f"{{{column[role]}}}")
+    return {"prompt": prompt, "completion": f"{{{column.get('output', 'output')}}}"}
+
+
+def warmup(draft: Draft) -> None:
+    """Convert a number of warm-up steps, of which here is a share."""
+    setting, steps = draft.given.get("warmup_steps"), draft.values.get("train.max_steps")
+    if setting is None or "train.warmup_ratio" in draft.values:
+        return
+    number = _loose(setting.value)
+    if isinstance(number, int | float) and (number == 0 or 0 < number < 1):
+        draft.put("train.warmup_ratio", float(number), setting)
+    elif isinstance(number, int) and isinstance(steps, int):
+        draft.put("train.warmup_ratio", min(1.0, round(number / steps, 4)), setting)
+    else:
+        text = "here the warm-up is a share of all steps, train.warmup_ratio; its default of 0.03 is used"
+        draft.note("changed", setting, text, "train.warmup_ratio")
+
+
+def _torchtune_model(draft: Draft, setting: Setting) -> None:
+    name = as_text(setting.value).rpartition(".")[2]
+    if not name.startswith(("lora_", "qlora_")):
+        text = f"{setting.name} = {name}: trains all weights; LoRA weights are what is trained here"
+        raise RecipeError(Problem(text, setting.where))
+    draft.put("model.quant", "nf4" if name.startswith("qlora_") else "none", setting)
+
+
+def _torchtune_loss(draft: Draft, setting: Setting) -> None:
+    if as_text(setting.value).rpartition(".")[2] not in _COMPONENT_LOSSES:
+        message = (
+            f"{setting.name} = {as_text(setting.value)}: supervised fine-tuning, by cross-entropy, is what is done here"
+        )
+        raise RecipeError(Problem(message, setting.where))
+
+
+def _torchtune_logger(draft: Draft, setting: Setting) -> None:
+    name = as_text(setting.value).lower()
+    if found := next((word for word in ("wandb", "tensorboard", "comet") if word in name), None):
+        _trackers(draft, Setting("report_to", found, setting.where), "train.trackers")
+
+
+def _model_path(draft: Draft, setting: Setting) -> None:
+    _rename(draft, setting, "model.path")
+
+
+def _studio_format(draft: Draft, setting: Setting) -> None:
+    for source in draft.values.get("data.train", []):
+        if found := _FORMATS.get(as_text(setting.value)):
+            source["format"] = found
+
+
+_BY_PLACE: dict[str, Callable[[Draft, Setting], None]] = {
+    "torchtune:model._component_": _torchtune_model, "torchtune:loss._component_": _torchtune_loss,
+    "torchtune:metric_logger._component_": _torchtune_logger,
+    "torchtune:checkpointer.checkpoint_dir": _model_path, "unsloth-studio:model": _model_path,
+    "torchtune:tokenizer.max_seq_len": lambda draft, setting: _rename(draft, setting, "data.max_tokens"),
+    "torchtune:tokenizer.prompt_template": lambda draft, setting: _rename(draft, setting, "data.template"),
+    "unsloth-studio:data.format_type": _studio_format,
+}  # fmt: skip
+_BY_KEY: dict[str, Callable[[Draft, Setting, str], None]] = {
+    "model.quant": _quant, "lora.targets": _targets, "data.train": _data, "data.eval": _data,
+    "data.eval_share": _eval_share, "data.template": _template, "data.train_on": _train_on, "data.packing": _packing,
+    "data.order": _order, "data.overflow": _overflow, "train.micro_batch_size": _batch, "train.max_steps": _max_steps,
+    "train.gradient_accumulation_steps": _batch, "train.eval_every_steps": _every, "train.save_every_steps": _every,
+    "train.trackers": _trackers,
+}  # fmt: skip
+_AROUND = {  # settings on which nothing that is learned depends
+    "train.trackers", "train.eval_every_steps", "train.save_every_steps", "train.keep_checkpoints", "train.compile",
+    "train.max_hours", "data.eval", "output.dir", "output.name",
+}  # fmt: skip

@@ -1,0 +1,407 @@
+"""Files of other trainers become recipes that train the same; what cannot is named, and nothing in them runs."""
+
+import json
+
+import pytest
+
+from qlora_lite.errors import RecipeError
+from qlora_lite.recipe import convert as convert_module
+from qlora_lite.recipe import reference
+from qlora_lite.recipe.convert import convert
+from qlora_lite.recipe.foreign_names import _ANSWERS
+from qlora_lite.recipe.load import load_recipe
+from qlora_lite.recipe.schema import Target
+
+AXOLOTL = """\
+base_model: NousResearch/Llama-3.2-1B
+load_in_8bit: false
+load_in_4bit: true
+datasets:
+  - path: tatsu-lab/alpaca
+    type: alpaca
+    split: train
+val_set_size: 0.05
+output_dir: ./outputs/qlora-out
+adapter: qlora
+sequence_len: 2048
+sample_packing: true
+lora_r: 32
+lora_alpha: 64
+lora_dropout: 0.05
+lora_target_modules:
+lora_target_linear: true
+wandb_project: demo
+gradient_accumulation_steps: 4
+micro_batch_size: 2
+num_epochs: 3
+optimizer: adamw_bnb_8bit
+lr_scheduler: linear
+learning_rate: "1e-4"
+bf16: auto
+flash_attention: true
+warmup_steps: 10
+evals_per_epoch: 4
+eval_steps: 50
+special_tokens:
+  pad_token: "<|end_of_text|>"
+weight_decay: 0.0
+"""
+LLAMA_FACTORY = """\
+model_name_or_path: Qwen/Qwen2.5-7B-Instruct
+quantization_bit: 4
+stage: sft
+finetuning_type: lora
+lora_target: q_proj,v_proj
+dataset: tickets,replies
+template: qwen
+cutoff_len: 4096
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 1.0e-4
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+ddp_timeout: 180000000
+val_size: 0.1
+eval_strategy: steps
+eval_steps: 200
+report_to: none
+"""
+DATASET_INFO = {
+    "tickets": {"file_name": "tickets.json", "columns": {"prompt": "question", "query": "", "response": "answer"}},
+    "replies": {"hf_hub_url": "acme/replies", "split": "gold", "formatting": "sharegpt"},
+    "pairs": {"file_name": "pairs.json", "ranking": True},
+}
+TORCHTUNE = """\
+output_dir: /tmp/torchtune/out
+model:
+  _component_: torchtune.models.llama3_1.qlora_llama3_1_8b
+  lora_attn_modules: ['q_proj', 'output_proj']
+  apply_lora_to_mlp: True
+  apply_lora_to_output: False
+  lora_rank: 8
+  lora_alpha: 16
+tokenizer:
+  _component_: torchtune.models.llama3.llama3_tokenizer
+  path: /models/llama/original/tokenizer.model
+  max_seq_len: 2048
+checkpointer:
+  _component_: torchtune.training.FullModelHFCheckpointer
+  checkpoint_dir: /models/llama
+  output_dir: ${output_dir}
+dataset:
+  _component_: torchtune.datasets.instruct_dataset
+  source: json
+  data_files: ${output_dir}/rows.json
+  column_map: {input: question, output: answer}
+  packed: True
+shuffle: False
+batch_size: 2
+optimizer:
+  _component_: bitsandbytes.optim.PagedAdamW8bit
+  lr: 3e-4
+lr_scheduler:
+  _component_: torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup
+  num_warmup_steps: 20
+loss:
+  _component_: torchtune.modules.loss.LinearCrossEntropyLoss
+epochs: 2
+metric_logger:
+  _component_: torchtune.training.metric_logging.WandBLogger
+dtype: fp32
+profiler:
+  enabled: False
+  output_dir: ${output_dir}/profile
+"""
+SCRIPT = """\
+from unsloth import FastLanguageModel, is_bfloat16_supported
+import os
+open("executed", "w")
+max_seq_length = 2048
+model, tokenizer = FastLanguageModel.from_pretrained(
+    "unsloth/llama-3-8b-bnb-4bit", max_seq_length=max_seq_length, dtype=None, load_in_4bit=True, token="hf_mine",
+)
+model = FastLanguageModel.get_peft_model(
+    model, r=8, target_modules=["q_proj", "k_proj"], lora_alpha=16, bias="none", use_gradient_checkpointing="unsloth",
+    random_state=3407,
+)
+dataset = load_dataset("json", data_files={"train": "chats.jsonl"}, split="train")
+trainer = SFTTrainer(model=model, train_dataset=dataset, args=SFTConfig(
+    per_device_train_batch_size=2, gradient_accumulation_steps=4, warmup_steps=6, max_steps=60, learning_rate=2e-4,
+    bf16=is_bfloat16_supported(), fp16=not is_bfloat16_supported(), optim="adamw_8bit",
+))
+trainer = train_on_responses_only(trainer, instruction_part="user", response_part="assistant")
+if False:
+    model, _ = FastLanguageModel.from_pretrained(model_name="lora_model")
+"""
+STUDIO = """\
+model: unsloth/Qwen2.5-0.5B
+data: {local_dataset: [chats.jsonl], format_type: sharegpt}
+training: {training_type: lora, num_epochs: 2, warmup_steps: 0, random_seed: 7, train_on_completions: true}
+lora: {lora_r: 32, lora_alpha: 64, finetune_vision_layers: true}
+logging: {enable_wandb: false, wandb_project: demo, hf_token: hf_mine}
+"""
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """Return a function that converts a text, and gives the conversion and the recipe that it loads as."""
+    monkeypatch.chdir(tmp_path)
+
+    def convert_text(text, *overrides, name="theirs.yml", **options):
+        (tmp_path / name).write_text(text)
+        conversion = convert(name, overrides, **options)
+        (tmp_path / "ours.yaml").write_text(conversion.text)
+        return conversion, load_recipe(tmp_path / "ours.yaml", check_files=False)
+
+    return convert_text
+
+
+@pytest.fixture
+def refused(made):
+    """Return a function that gives the problems that a text is refused with."""
+
+    def problems(text, *overrides, **options):
+        with pytest.raises(RecipeError) as caught:
+            made(text, *overrides, **options)
+        assert caught.value.exit_code == 2
+        return [str(problem) for problem in caught.value.problems]
+
+    return problems
+
+
+def notes(conversion, kind):
+    return [str(note) for note in conversion.notes if note.kind == kind]
+
+
+def test_an_axolotl_file_becomes_a_recipe_that_trains_the_same(made):
+    conversion, r = made(AXOLOTL)
+    assert (r.model.path, r.model.quant, r.output.dir.endswith("/outputs/qlora-out")) == (
+        "NousResearch/Llama-3.2-1B", "nf4", True,
+    )  # fmt: skip
+    assert (r.lora.rank, r.lora.alpha, r.lora.dropout, r.lora.targets) == (
+        32,
+        64,
+        0.05,
+        (Target(pattern="all-linear"),),
+    )
+    (source,) = r.data.train
+    assert (source.path, source.format, r.data.template) == ("hub:tatsu-lab/alpaca", "alpaca", "alpaca")
+    assert (r.data.max_tokens, r.data.packing, r.data.eval_share, r.data.train_on) == (2048, True, 0.05, "assistant")
+    assert (r.train.micro_batch_size, r.train.gradient_accumulation_steps, r.train.epochs) == (2, 4, 3)
+    assert (r.train.learning_rate, r.train.optimizer, r.train.lr_scheduler) == (1e-4, "adamw_8bit", "linear")
+    assert (r.train.trackers, r.train.eval_every_steps) == (("wandb",), 50)
+    assert notes(conversion, "lost") == []
+    assert any(note.startswith("theirs.yml:27: warmup_steps = 10: here") for note in notes(conversion, "changed"))
+    assert any(note.startswith("theirs.yml:28: evals_per_epoch = 4: ") for note in notes(conversion, "unused"))
+    assert all(f"#   {note}\n" in conversion.text for note in conversion.notes), "they are comments of the recipe"
+    settings = [line for line in conversion.text.splitlines() if not line.startswith("#")]
+    assert not any("weight_decay" in line or "warmup" in line for line in settings), "only what differs is written"
+    assert settings.index("  micro_batch_size: 2") < settings.index("  optimizer: adamw_8bit"), "in the file's order"
+
+
+def test_axolotl_s_own_columns_chats_and_files_are_places_that_examples_come_from(made):
+    item = """\
+  - path: data/chats.jsonl
+    ds_type: json
+    type: chat_template
+    field_messages: conversations
+    message_property_mappings: {role: from, content: value}
+  - path: json
+    data_files: faq.json
+    type: {field_instruction: question, field_input: context, field_output: answer, format: "{instruction} ({input})"}
+"""
+    text = AXOLOTL.replace("  - path: tatsu-lab/alpaca\n    type: alpaca\n    split: train\n", item)
+    conversion, r = made(text)
+    chats, faq = r.data.train
+    assert (chats.path.endswith("data/chats.jsonl"), chats.format, r.data.template) == (True, None, None)
+    assert (faq.path.endswith("faq.json"), faq.prompt, faq.completion) == (True, "{question} ({context})", "{answer}")
+    assert any("the chat template is written around it" in note for note in notes(conversion, "changed"))
+
+
+def test_what_another_trainer_does_by_default_is_written_where_it_is_another_default(made):
+    text = "\n".join(
+        line for line in AXOLOTL.splitlines() if not line.startswith(("sample_", "load_in_4", "optimizer"))
+    )
+    conversion, r = made(text.replace("adapter: qlora", "adapter: lora"))
+    assert (r.model.quant, r.data.packing, r.train.optimizer) == ("none", False, "adamw_torch")
+    assert "  quant: none  # the default of axolotl\n" in conversion.text
+    for trainer, defaults in convert_module._THEIR_DEFAULTS.items():
+        assert set(defaults) <= set(reference.known_keys()), trainer
+
+
+def test_a_llama_factory_file_is_read_with_its_list_of_data_sets(made, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(DATASET_INFO))
+    conversion, r = made(LLAMA_FACTORY)
+    tickets, replies = r.data.train
+    assert tickets.path == str(tmp_path / "data" / "tickets.json")
+    assert (tickets.prompt, tickets.completion) == ("{question}", "{answer}")
+    assert (replies.path, replies.format) == ("hub:acme/replies:gold", "sharegpt")
+    assert (r.model.quant, r.lora.rank, r.lora.alpha, r.data.packing) == ("nf4", 8, 16, False)
+    assert r.lora.targets == (Target(pattern="q_proj"), Target(pattern="v_proj"))
+    assert (r.train.epochs, r.train.warmup_ratio, r.train.lr_scheduler) == (3, 0.1, "cosine")
+    assert (r.data.eval_share, r.train.eval_every_steps, r.train.trackers) == (0.1, 200, ())
+    assert any("template = qwen: the model's own chat template" in note for note in notes(conversion, "changed"))
+
+
+def test_names_of_data_sets_that_cannot_be_looked_up_are_given_by_an_override(made, refused):
+    problems = refused(LLAMA_FACTORY)
+    assert "theirs.yml:6: dataset = tickets,replies: tickets is a name in data/dataset_info.json" in problems[0]
+    assert problems[-1].endswith("2 settings that were not converted; give data.train=... behind the file")
+    assert refused(LLAMA_FACTORY, partial=True) == problems, "a recipe without data is none"
+    assert made(LLAMA_FACTORY, "data.train=rows.jsonl")[1].data.train[0].path.endswith("rows.jsonl")
+
+
+def test_a_torchtune_file_is_read_by_its_components(made):
+    conversion, r = made(TORCHTUNE)
+    assert (r.model.path, r.model.quant, r.model.compute_dtype) == ("/models/llama", "nf4", "float32")
+    assert [target.pattern for target in r.lora.targets] == ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    (source,) = r.data.train
+    assert (source.path, source.prompt, source.completion) == ("/tmp/torchtune/out/rows.json", "{question}", "{answer}")
+    assert (r.data.max_tokens, r.data.packing, r.data.order) == (2048, True, "as-is")
+    assert (r.train.optimizer, r.train.learning_rate, r.train.max_grad_norm) == ("paged_adamw_8bit", 3e-4, 0)
+    assert (r.train.lr_scheduler, r.train.epochs, r.train.trackers, r.output.dir) == (
+        "cosine", 2, ("wandb",), "/tmp/torchtune/out",
+    )  # fmt: skip
+    assert len([note for note in conversion.notes if "profiler" in note.text]) == 1, "one line for a section"
+
+
+def test_an_unsloth_script_is_read_and_not_run(made, tmp_path):
+    conversion, r = made(SCRIPT, name="train.py")
+    assert not (tmp_path / "executed").exists()
+    assert (r.model.path, r.model.quant, r.data.max_tokens) == ("unsloth/llama-3-8b-bnb-4bit", "nf4", 2048)
+    assert (r.lora.rank, r.lora.alpha, r.train.seed, r.data.train_on) == (8, 16, 3407, "assistant")
+    assert r.data.train[0].path == str(tmp_path / "chats.jsonl")
+    assert (r.train.micro_batch_size, r.train.gradient_accumulation_steps, r.train.max_steps) == (2, 4, 60)
+    assert (r.train.warmup_ratio, r.train.lr_scheduler, r.train.optimizer) == (0.1, "linear", "adamw_8bit")
+    assert any(note.startswith("train.py:9: use_gradient_checkpointing") for note in notes(conversion, "unused"))
+    assert "hf_mine" not in conversion.text + str(conversion.notes), "no secret is written"
+    without = SCRIPT.replace("trainer = train_on_responses_only", "pass  # ")
+    assert made(without, name="train.py")[1].data.train_on == "all", "as trl learns them"
+
+
+def test_what_is_computed_in_a_script_is_not_guessed(made, refused):
+    text = SCRIPT.replace("learning_rate=2e-4", "learning_rate=2e-4 * scale").replace("r=8", "r=rank")
+    text = text.replace("max_seq_length = 2048", "max_seq_length = 2048\nmax_seq_length = 4096\nrank: int = f()")
+    assert [problem.partition("; ")[0] for problem in refused(text, name="train.py")][:3] == [
+        "train.py:8: max_seq_length = max_seq_length: an expression, which is not read",
+        "train.py:11: r = rank: an expression, which is not read",
+        "train.py:16: learning_rate = 0.0002 * scale: an expression, which is not read",
+    ]
+    given = "data.max_tokens=512", "lora.rank=4", "train.learning_rate=1e-3"
+    r = made(text, *given, name="train.py")[1]
+    assert (r.data.max_tokens, r.lora.rank, r.train.learning_rate) == (512, 4, 1e-3)
+    mapped = SCRIPT.replace('split="train")', 'split="train")\ndataset = dataset.map(to_text)')
+    assert "train.py:13: formatting_func = to_text: write prompt and completion" in refused(mapped, name="train.py")[0]
+    assert made(mapped, "data.train=rows.jsonl", name="train.py")[1].data.train[0].path.endswith("rows.jsonl")
+
+
+def test_a_notebook_is_read_by_its_cells_of_code(made):
+    cells = [
+        {"cell_type": "markdown", "source": ["# not code ("]},
+        {"cell_type": "code", "source": ["%%capture\n", "if True:\n", "    !pip install unsloth\n"]},
+        {"cell_type": "code", "source": SCRIPT.splitlines(keepends=True), "outputs": [{"data": "x" * 300_000}]},
+    ]
+    conversion, r = made(json.dumps({"cells": cells}), name="book.ipynb")
+    assert (r.lora.rank, r.train.max_steps) == (8, 60)
+    assert any(note.startswith("book.ipynb, cell 3, line 9: ") for note in notes(conversion, "unused"))
+
+
+def test_a_file_of_unsloth_s_studio_is_read(made):
+    conversion, r = made(STUDIO)
+    assert (r.model.path, r.lora.rank, r.lora.alpha, r.train.seed) == ("unsloth/Qwen2.5-0.5B", 32, 64, 7)
+    assert (r.data.train[0].format, r.data.train_on, r.train.epochs) == ("sharegpt", "assistant", 2)
+    assert (r.train.micro_batch_size, r.train.gradient_accumulation_steps, r.train.warmup_ratio) == (2, 4, 0)
+    assert (r.train.trackers, r.train.weight_decay) == ((), 0.01) and "hf_mine" not in conversion.text
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (AXOLOTL + "rl: dpo\n", "theirs.yml:33: rl = dpo: supervised fine-tuning is what"),
+        (AXOLOTL + "reward_model: true\n", "reward_model = true: supervised"),
+        (AXOLOTL + "trl: {beta: 0.1}\n", "trl.beta = 0.1: supervised"),
+        (AXOLOTL.replace("adapter: qlora", "adapter:"), "no adapter: all weights are trained"),
+        (LLAMA_FACTORY.replace("stage: sft", "stage: dpo"), "theirs.yml:3: stage = dpo: supervised"),
+        (LLAMA_FACTORY.replace("stage: sft", "stage: pt"), "continued pre-training is a recipe whose data"),
+        (LLAMA_FACTORY.replace("type: lora", "type: full"), "finetuning_type = full: LoRA weights are what"),
+        (LLAMA_FACTORY.replace("tickets,replies", "pairs"), "pairs: its examples are pairs or judgements"),
+        (TORCHTUNE.replace("qlora_llama3_1_8b", "llama3_1_8b"), "model._component_ = llama3_1_8b: trains all weights"),
+        (TORCHTUNE.replace("modules.loss.LinearCrossEntropyLoss", "rlhf.loss.DPOLoss"), "by cross-entropy"),
+        (STUDIO.replace("training_type: lora", "training_type: full"), "training.training_type = full: LoRA weights"),
+    ],
+)
+def test_a_file_that_trains_another_thing_is_refused(refused, tmp_path, text, why):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(DATASET_INFO))
+    (problem,) = refused(text, partial=True)
+    assert why in problem
+
+
+@pytest.mark.parametrize("call", ["DPOTrainer(args=1)", "trl.GRPOConfig(num_generations=2)", "RewardTrainer()"])
+def test_a_script_of_another_trainer_class_is_refused(refused, call):
+    (problem,) = refused(f"{SCRIPT}{call}\n", name="train.py", partial=True)
+    assert problem.startswith(f"train.py:20: stage = {call.partition('(')[0].removeprefix('trl.')}: supervised")
+
+
+def test_settings_that_what_is_learned_depends_on_are_not_lost_without_a_word(made, refused):
+    text = AXOLOTL + "neftune_noise_alpha: 5\nlora_modules_to_save: [embed_tokens]\nval_set: 3\nuse_dora: false\n"
+    problems = refused(text.replace("optimizer: adamw_bnb_8bit", "optimizer: adafactor"))
+    assert [problem.partition(" = ")[0] for problem in problems[:-1]] == [
+        "theirs.yml:22: optimizer", "theirs.yml:33: neftune_noise_alpha", "theirs.yml:34: lora_modules_to_save",
+        "theirs.yml:35: val_set",
+    ]  # fmt: skip
+    assert problems[-1].endswith("4 settings that were not converted; give train.optimizer=... behind the file, or "
+                                 "take what is left, with --partial")  # fmt: skip
+    conversion, _ = made(text, partial=True)
+    assert conversion.text.splitlines()[2] == "# NOT CONVERTED, though what is learned depends on it:"
+    assert len(notes(conversion, "lost")) == 3
+
+
+def test_a_converted_value_that_a_recipe_refuses_is_named(refused):
+    problems = refused(AXOLOTL.replace("lora_r: 32", "lora_r: 0").replace('"1e-4"', "auto"))
+    assert "lora.rank = 0: must be a whole number of at least 1" in problems[0]
+    assert "train.learning_rate = auto: must be a number above 0" in problems[1]
+
+
+def test_alpaca_prompts_beside_chats_are_named_since_all_data_have_one_template(refused):
+    text = AXOLOTL.replace("    split: train\n", "  - {path: chats.jsonl, type: chat_template}\n")
+    assert "Alpaca's prompts and others are mixed" in refused(text)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("bomb.yml", "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "is an anchor, which is not allowed"),
+        ("large.yml", "base_model: x\n" + "# " + "x" * 2**20, "is too large to convert; the limit is 65,536 bytes"),
+        ("large.py", "x = 1\n" * 2**18, "is too large to convert"),
+        ("deep.yml", "a: " + "[" * 999, "nested more than"),
+        ("deep.py", "x = " + "(" * 999, "is not Python"),
+        ("deeper.py", "x = " + "-" * 9999 + "1", "is not Python"),
+        ("longer.py", "SFTConfig(seed=" + "1+" * 20000 + "1)", ""),
+        ("broken.py", "def f(:\n", "broken.py:1: is not Python"),
+        ("other.py", "print('SFTTrainer')\n", "calls none of FastLanguageModel.from_pretrained"),
+        ("book.ipynb", "[" * 99999, "is not a notebook"),
+        ("list.ipynb", '{"cells": [3]}', "is not a notebook"),
+        ("ours.yml", "model: {path: a/b}\ndata: {train: x.jsonl}\n", "is no YAML file of axolotl, LLaMA-Factory"),
+        ("latin.py", "x = '\udcff'\n", "is not UTF-8"),
+        ("nothing.yml", None, "cannot be read: No such file"),
+    ],
+)
+def test_a_hostile_or_foreign_file_is_one_clean_error(tmp_path, name, content, why):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(RecipeError) as caught:
+        convert(path)
+    assert why in str(caught.value)
+    assert all("\n" not in str(problem) and len(str(problem)) < 500 for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize("value", ["-1", "x", "[[a], b]", "{a: {b: [1]}}", "'1e-4'", "${x}", '"\\x9b\\u202e: x"'])
+def test_whatever_the_values_are_the_outcome_is_a_recipe_or_an_error(made, value):
+    known = {line.partition(":")[0] for line in AXOLOTL.splitlines()}
+    names = [name for name, answer in _ANSWERS.items() if answer.effect != "other training" and name not in known]
+    text = AXOLOTL + "".join(f"{name.replace('*', 'x')}: {value}\n" for name in names)
+    conversion, _ = made(text, "data.train=rows.jsonl", partial=True)
+    assert all(letter.isprintable() for note in conversion.notes for letter in str(note))
