@@ -19,6 +19,7 @@ from qlora_lite.errors import Problem, RecipeError
 from . import foreign_names, paths, reference
 from .catalog import closest_recipe
 from .combinations import Location, conflicts, table_columns, without_evaluation
+from .foreign_files import trainer_of
 from .overrides import apply_overrides, override_number
 from .schema import Recipe, Rule, fault_of_pattern
 from .strict_yaml import MAX_BYTES, Document, Node, dump, parse, plain, scalar_value, shown
@@ -75,7 +76,11 @@ def _checked(content: bytes, name: str, overrides: Sequence[str], check_files: b
     if check_files:
         checker.files()
     if checker.problems:
-        raise RecipeError(_ordered(checker.problems, name))
+        problems = _ordered(checker.problems, name)
+        if trainer := trainer_of(root):
+            message = f"this looks like a file of {trainer}: `qlora-lite recipes convert {name}` makes a recipe of it"
+            problems.append(Problem(message, name))
+        raise RecipeError(problems)
     return paths.resolved(recipe, checker.bases, Path(name).stem)
 
 

@@ -405,3 +405,18 @@ def test_whatever_the_values_are_the_outcome_is_a_recipe_or_an_error(made, value
     text = AXOLOTL + "".join(f"{name.replace('*', 'x')}: {value}\n" for name in names)
     conversion, _ = made(text, "data.train=rows.jsonl", partial=True)
     assert all(letter.isprintable() for note in conversion.notes for letter in str(note))
+
+
+def test_a_pasted_file_of_another_trainer_is_told_of_the_command(tmp_path):
+    for text, trainer in ((AXOLOTL, "axolotl"), (LLAMA_FACTORY, "LLaMA-Factory"), (TORCHTUNE, "torchtune")):
+        (tmp_path / "r.yaml").write_text(text)
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(tmp_path / "r.yaml")
+        said = (
+            f"this looks like a file of {trainer}: `qlora-lite recipes convert {tmp_path}/r.yaml` makes a recipe of it"
+        )
+        assert caught.value.problems[-1].message == said and len(caught.value.problems) > 5
+    (tmp_path / "r.yaml").write_text("model: {path: a/b}\ndata: {train: x}\nlora_r: 3\nbase_model: x\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path / "r.yaml")
+    assert "convert" not in str(caught.value)
