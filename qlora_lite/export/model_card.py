@@ -52,6 +52,7 @@ def model_card(facts: CardFacts) -> str:
         *(f"Note: {note}." for note in facts.notes),
         "## Use",
         f"```python\n{_use(facts)}\n```",
+        _as_in_training(facts),
         _results(facts.summary),
         "## Training",
         _table(("setting", "value"), _settings(facts)),
@@ -108,6 +109,17 @@ inputs = {encode}.to(model.device)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=128)[0], skip_special_tokens=True))"""
 
 
+def _as_in_training(facts: CardFacts) -> str:
+    quant = facts.recipe.model.quant
+    if quant == "none" or facts.merged_into:
+        return ""
+    double = str(facts.recipe.model.double_quant)
+    return (
+        "For the weights that training saw, give `from_pretrained` also `quantization_config=BitsAndBytesConfig("
+        f'load_in_4bit=True, bnb_4bit_quant_type="{quant}", bnb_4bit_use_double_quant={double})` of transformers.'
+    )
+
+
 def _results(summary: Mapping[str, Any]) -> str:
     compared = summary.get("exact_match_rows")
     rows = [
@@ -143,8 +155,8 @@ def _settings(facts: CardFacts) -> list[tuple[str, str]]:
          f"{r.train.max_grad_norm:g}"),
         ("learning rate", f"{r.train.learning_rate:g}, {r.train.lr_scheduler}, warm-up {r.train.warmup_ratio:.0%}"),
         ("steps", _count(summary.get("steps"))),
-        ("batch", f"{r.train.micro_batch_size * r.train.gradient_accumulation_steps} "
-         f"{'packed sequences' if r.data.packing else 'examples'} of up to {r.data.max_tokens} tokens"),
+        ("sequences per step", f"{r.train.micro_batch_size * r.train.gradient_accumulation_steps}, "
+         f"{'packed' if r.data.packing else 'not packed'}, of up to {r.data.max_tokens} tokens"),
         ("loss on", {"assistant": "assistant messages", "completion": "completions", "all": "all tokens",
                      "last": "the last assistant message"}[r.data.train_on]),
         ("seed", str(r.train.seed)),
@@ -173,4 +185,4 @@ def _versions(summary: Mapping[str, Any]) -> str:
 def _licence(facts: CardFacts) -> str:
     if name := facts.licence.get("license_name") or facts.licence.get("license"):
         return f"That of the base model: {name}."
-    return "That of the base model, whose metadata names none."
+    return "That of the base model; see its page."

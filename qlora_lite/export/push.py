@@ -180,7 +180,7 @@ def _repository(api: HfApi, settings: PushSettings, dry_run: bool) -> tuple[bool
     except OutputError as error:
         if not dry_run:
             raise
-        return not settings.public, None, [f"whether the repository exists is not known: {error}"]
+        return not settings.public, None, [f"taken for a new repository, without asking: {error}"]
     if found is None:
         return not settings.public, None, []
     if not found.private and not settings.public:
