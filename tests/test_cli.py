@@ -22,6 +22,8 @@ from qlora_lite.cli.generate import _is_command
 from qlora_lite.cli.main import COMMANDS
 from qlora_lite.cli.output import one_line, prepare, step_progress
 from qlora_lite.compilers import NO_TRITON
+from qlora_lite.export.model_card import CardFacts, model_card
+from qlora_lite.runs import open_run
 
 COMMAND = [sys.executable, "-m", "qlora_lite"]
 
@@ -103,6 +105,13 @@ def test_letters_that_the_output_s_encoding_lacks_are_replaced(finished):
     latin = os.environ | {"PYTHONIOENCODING": "latin-1"}  # which has no letters for the bar
     done = subprocess.run([*COMMAND, "plan", finished[1]], capture_output=True, env=latin)
     assert done.returncode == 0 and b"? base weights" in done.stdout, done.stderr
+
+
+def test_a_run_records_what_its_model_card_says(finished):
+    opened = open_run(finished[0])
+    card = model_card(CardFacts("me/x", "a/b", {}, opened.recipe, opened.summary, None, True))
+    labels = "evaluation loss (nats per target token)", "exact match of 2 answers", "examples", "target tokens", "steps"
+    assert all(f"\n| {label} | " in card for label in labels) and "Versions: qlora-lite " in card
 
 
 def test_an_override_is_in_the_written_recipe(finished):
