@@ -166,6 +166,9 @@ def _ollama(job: _Job) -> dict:
                  "what they are given"] if system else []  # fmt: skip
     except DataError as error:  # the rows are needed for nothing else
         system, notes = None, [f"no SYSTEM line: the training rows, where it would be found, cannot be read ({error})"]
+    if "tool_calls" in template.source:
+        notes.append("the Modelfile's template writes no tools, calls or results, and Ollama refuses requests with "
+                     "tools; serve the GGUF file with llama.cpp, which reads the chat template")  # fmt: skip
     text = modelfile(go, stops, system)
     found = _merged_model(job, lambda folder: (folder / "Modelfile").write_text(text, encoding="utf-8"), adds_begin)
     use = f"ollama create {trained.name} -f {job.out / 'Modelfile'}"

@@ -5,8 +5,8 @@ import re
 
 import pytest
 from gguf import GGUFReader
-from tiny_files import MERGES, byte_tokenizer
-from tiny_runs import tiny_run
+from tiny_files import MERGES, byte_tokenizer, save_tiny
+from tiny_runs import make_run, tiny_run
 from transformers import AutoTokenizer
 
 from qlora_lite.data.formats import Turn
@@ -105,6 +105,14 @@ def test_the_exported_folder_prompts_with_the_tokens_of_training(tmp_path):
     turns = [Turn("system", "Be brief."), Turn("user", "3?"), Turn("assistant", "three"), Turn("user", "4?")]
     expected = render_prompt(choose_template(byte_tokenizer(), str(run / "template.jinja")), turns)
     assert render_go(go, "Be brief.", [{"Role": t.role, "Content": t.content} for t in turns]) == expected
+
+
+def test_a_run_with_tools_is_exported_with_a_note_that_ollama_gets_none(tmp_path):
+    save_tiny(tmp_path / "model", merges=MERGES)
+    run = make_run(tmp_path, tmp_path / "model", template="chatml-tools", data={"template": "chatml-tools"})
+    report = export_run(run, tmp_path / "out", ExportSettings("ollama"))
+    assert report["conversations_compared"] == CONVERSATIONS
+    assert any("writes no tools, calls or results" in note for note in report["notes"])
 
 
 def test_a_begin_token_that_only_begins_a_turn_stays_in_the_template(tmp_path):
