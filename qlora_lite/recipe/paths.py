@@ -144,7 +144,7 @@ def find_template(template: str, bases: Bases) -> str:
     if template.endswith(".jinja"):
         return find_data(template, bases)
     if template not in TEMPLATES:
-        close = get_close_matches(template, TEMPLATES, 1)
+        close = get_close_matches(template, TEMPLATES, 1, 0.7)
         meant = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(TEMPLATES)}, or a .jinja file"
         raise PathProblem(f"is no template; {meant}")
     return template

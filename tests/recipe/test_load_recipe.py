@@ -394,7 +394,7 @@ def test_a_path_on_the_command_line_is_looked_for_in_the_current_folder_first(re
 def test_a_template_is_a_name_that_is_known_or_a_file_that_is_there(recipe, problems):
     assert recipe(GOOD, "data.template=chatml").data.template == "chatml"
     assert "chatlm: is no template; did you mean chatml?" in problems(GOOD, "data.template=chatlm")[0]
-    assert "choose one of chatml, llama3," in problems(GOOD, "data.template=mine")[0]
+    assert "choose one of chatml, chatml-tools, llama3," in problems(GOOD, "data.template=mine")[0]
     assert "no such file" in problems(GOOD, "data.template=mine.jinja")[0]
 
 
