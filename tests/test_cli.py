@@ -300,7 +300,7 @@ def test_recipes_convert_writes_a_recipe_and_names_what_is_not_taken_over(comman
     assert (
         f"lost: {theirs}:7: neftune_noise_alpha = 5: " in err and f"unused: {theirs}:6: flash_attention = true" in err
     )
-    (tmp_path / "rows.jsonl").write_text("{}\n")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     assert command("recipes", "check", ours)[0] == 0
     code, out, err = command("recipes", "convert", theirs, "--partial", "lora.rank=4")
     assert code == 0 and "lora:\n  rank: 4\n" in out

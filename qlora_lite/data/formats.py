@@ -79,8 +79,10 @@ _TAKEN = {
     "messages": _OF_TURNS, "sharegpt": _OF_TURNS, "alpaca": {"input", "system"},
     "prompt-completion": {"system", "tools"},
 }  # fmt: skip
-_PROMPTS = {"messages": "messages", "sharegpt": "conversations", "prompt-completion": "prompt", "alpaca": "instruction",
-            "text": "text"}  # fmt: skip
+_PROMPT_COLUMNS = {
+    "messages": "messages", "sharegpt": "conversations", "prompt-completion": "prompt", "alpaca": "instruction",
+    "text": "text",
+}  # fmt: skip
 _ANSWERS = "completion", "response", "output", "answer", "answers", "chosen", "target", "solution", "summary", "label"
 _QUESTIONS = "prompt", "question", "instruction", "query", "input", "problem"
 _PROMPTS = "messages", "conversations", "prompt"  # of preference rows
@@ -254,7 +256,7 @@ def _format_of_prompts(row: Mapping[str, object], where: str, source: Source, kn
     for each in (source, *known):
         if each.prompt and (each is source or row.keys() >= set(columns_of(each.prompt))):
             return "table", each
-    for name, column in _PROMPTS.items():
+    for name, column in _PROMPT_COLUMNS.items():
         if column in row:
             return name, source
     columns = ", ".join(map(repr, row))
@@ -279,7 +281,7 @@ def _answered(row: Mapping[str, object], format_name: str) -> tuple[Mapping[str,
     """Return a row with an answer, and whether it is the row's own."""
     nothing = {"role": "assistant", "content": "-"}
     if format_name in ("messages", "sharegpt"):
-        key = _PROMPTS[format_name]
+        key = _PROMPT_COLUMNS[format_name]
         turns = row.get(key)
         last = turns[-1] if isinstance(turns, list) and turns and isinstance(turns[-1], dict) else {}
         if not last or ROLES.get(str(last.get("role", last.get("from")))) == "assistant":
