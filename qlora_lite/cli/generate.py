@@ -104,7 +104,7 @@ def _answer_file(
     with step_progress("loading") as progress:
         done = predict_file(run, prompts, out, settings, progress.watch)
     earlier = f" ({done.prompts - done.answered:,} of them before)" if done.answered < done.prompts else ""
-    cut = f"; {done.cut:,} were cut at {settings.max_new_tokens} tokens (--max-new-tokens)" if done.cut else ""
+    cut = f"; cut at --max-new-tokens {settings.max_new_tokens}: {done.cut:,}" if done.cut else ""
     echo(f"{done.prompts:,} prompts are answered in {out}{earlier}{cut}")
 
 
