@@ -13,7 +13,7 @@ from .data import hub
 from .data.formats import Turn
 from .data.render import render_prompt
 from .data.template import Template
-from .errors import DataError
+from .errors import DataError, tokenizer_faults
 from .generate import Sampling, answer
 from .models.anatomy import text_config
 from .tasks import Tasks, open_tasks
@@ -65,6 +65,7 @@ class Session:
         self.turns.append(Turn("assistant", text))
         return text
 
+    @tokenizer_faults()
     def _warn_of_length(self, prompt: str) -> None:
         limit = getattr(text_config(self.tasks.model), "max_position_embeddings", None)
         tokens = len(self.tasks.tokenizer(prompt, add_special_tokens=False).input_ids)

@@ -9,7 +9,8 @@ Exit codes: 2 the recipe, the data, the model, the disk or the arguments are wro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -73,6 +74,23 @@ class ModelError(QloraLiteError):
     """Report a model, tokenizer or adapter that cannot be found, read or used."""
 
     exit_code = 2
+
+
+@contextmanager
+def tokenizer_faults() -> Iterator[None]:
+    """Raise what the tokenizers library, which is Rust, raises as a ModelError.
+
+    For a pattern that it cannot compile that is a bare ``Exception``; for one that gives up on a text, it is a
+    PanicException, which no module exports and which is no ``Exception``.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        reason = next(iter(str(error).splitlines()), "no reason given")
+        raise ModelError(f"the tokenizer fails ({reason}): the patterns in its tokenizer.json cannot be used; take the "
+                         "file from the model's source again, or another model") from error  # fmt: skip
 
 
 def require_one_of(name: str, value: object, choices: Iterable[str | None]) -> None:

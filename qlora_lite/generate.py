@@ -23,7 +23,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from .errors import DoesNotFitError
+from .errors import DoesNotFitError, tokenizer_faults
 from .lora.shared import forget_begun
 from .models.anatomy import device_of
 from .train.out_of_memory import free_cached_memory, is_out_of_memory
@@ -73,6 +73,7 @@ def answer(*arguments, **options) -> list[str]:
 
 
 @torch.no_grad()
+@tokenizer_faults()
 def answers(
     model: nn.Module, tokenizer, prompts: Sequence[str], max_new_tokens: int, stop: Sequence[int] = (),
     batch_size: int = 32, sampling: Sampling | None = None, streamer=None,

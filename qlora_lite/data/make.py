@@ -29,7 +29,7 @@ from qlora_lite.data.split import only_last_answer, parts, windows
 from qlora_lite.data.stored import Example
 from qlora_lite.data.template import Template, begin_of_text, choose_template, special_ids_of
 from qlora_lite.data.unused import count_unused, no_counts
-from qlora_lite.errors import DataError
+from qlora_lite.errors import DataError, tokenizer_faults
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -116,6 +116,7 @@ def _one_ahead(batches: Iterator[_Batch], work: Callable[[_Batch], _Encoded]) ->
             yield waiting[0], waiting[1].result()
 
 
+@tokenizer_faults()
 def _encode(batch: _Batch, tokenizer: PreTrainedTokenizerFast, settings: Settings, account: Account) -> _Encoded:
     """Return the token ids of each document, or what becomes of each conversation."""
     with _TOKENIZER_IN_USE:

@@ -21,7 +21,7 @@ import numpy as np
 from qlora_lite.data.named_templates import CHATML_TOOLS, IM_END, NAMED_TEMPLATES
 from qlora_lite.data.pieces import can_be_cut, lengths_of_tokens
 from qlora_lite.data.probe import probe
-from qlora_lite.errors import DataError
+from qlora_lite.errors import DataError, tokenizer_faults
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -54,6 +54,7 @@ class Template:
     token_lengths: np.ndarray | None = field(compare=False)
 
 
+@tokenizer_faults()
 def choose_template(
     tokenizer: PreTrainedTokenizerFast, name: str | None = None, own: str | None = None
 ) -> Template:  # fmt: skip

@@ -5,6 +5,7 @@ and any "y" there is an answer. It would also fetch the kernels that a ``config.
 ``attn_implementation``, which are code too. A folder with an ``auto_map`` loads if transformers has the classes itself.
 """
 
+import re
 from pathlib import Path
 
 from torch import nn
@@ -22,6 +23,8 @@ from qlora_lite.errors import ModelError
 
 from .locate import read_json
 
+_LARGEST = {r"(^|_)(layers?|blocks|depth)$": 500, r"(^|_)experts$": 10_000,
+            r"(^|_)(size|dims?|heads|rank|embd|channels|width|model|ff|inner)$": 2**24}  # fmt: skip
 _NO_CODE = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -40,12 +43,13 @@ def config_of(folder: Path, **options):
     """Return the configuration of a folder, with attention and experts as transformers chooses them.
 
     Raises:
-        ModelError: it takes code from the folder; beside what transformers raises.
+        ModelError: it takes code from the folder, or has sizes of no model; beside what transformers raises.
     """
     if "gguf_file" not in options:  # which says all that the folder's own files would
         _refuse_code(folder)
     config = AutoConfig.from_pretrained(folder, **_NO_CODE, **options)
     config._attn_implementation = config._experts_implementation = None  # of the parts inside it, too
+    _refuse_sizes(folder, config.to_dict())
     return config
 
 
@@ -82,6 +86,17 @@ def _refuse_code(folder: Path) -> None:
             raise ModelError(f"{folder / file}: {key} {name!r} needs code from the model's own folder (auto_map), and "
                              "code from a model's folder is never run; choose a model whose classes transformers has "
                              "itself (a newer transformers may)")  # fmt: skip
+
+
+def _refuse_sizes(folder: Path, said: dict) -> None:
+    """Raise if a number of a configuration, or of a part of it, would take for ever to build without weights."""
+    for key, value in said.items():
+        if isinstance(value, dict):
+            _refuse_sizes(folder, value)
+        largest = next((limit for pattern, limit in _LARGEST.items() if re.search(pattern, str(key))), None)
+        if largest and isinstance(value, int) and value > largest:
+            raise ModelError(f"the configuration in {folder} has {key} {value:,}, and no model has more than "
+                             f"{largest:,}; take it from the model's source again")  # fmt: skip
 
 
 def _is_known(model_type: str) -> bool:

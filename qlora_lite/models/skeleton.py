@@ -137,7 +137,7 @@ def meta_model(config, quant: str, double_quant: bool, dtype: torch.dtype, quant
     """
     try:
         model = without_weights(config, dtype=dtype)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"no causal language model can be built from this configuration: {reason}") from error
     if quant != "none":

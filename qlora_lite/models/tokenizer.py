@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from qlora_lite.errors import ModelError, OutputError
+from qlora_lite.errors import ModelError, OutputError, tokenizer_faults
 from qlora_lite.files import replacing_folder
 
 from .cache import cache_entry
@@ -13,6 +13,7 @@ from .pretrained import tokenizer_of
 log = logging.getLogger("qlora_lite")
 
 
+@tokenizer_faults()
 def load_tokenizer(path: str | Path, revision: str | None = None):
     """Load the model's fast tokenizer.
 

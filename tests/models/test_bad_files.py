@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_files import save_nested, save_tiny
+from tiny_files import save_nested, save_tiny, write_recipe
 
 from qlora_lite.errors import ModelError
+from qlora_lite.generate import answer
 from qlora_lite.models import skeleton
 from qlora_lite.models.load import load_model
 from qlora_lite.models.locate import check_gguf, locate
@@ -268,3 +269,47 @@ def test_a_hub_id_without_an_owner_is_looked_for_in_the_cache_too(one, monkeypat
     monkeypatch.undo()
     for path in ("gpt2-absent", "no such model", "a/b/c"):
         assert "is no folder or file here, not in the hub's cache" in refusal(path, skeleton.read_config)
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"hidden_size": 2**40}, "has hidden_size 1,099,511,627,776, and no model has more than 16,777,216"),
+    ({"num_hidden_layers": 10**7}, "has num_hidden_layers 10,000,000, and no model has more than 500"),
+    ({"head_dim": 2**62}, "has head_dim"),
+    ({"model_type": "mixtral", "num_local_experts": 10**9}, "has num_local_experts 1,000,000,000"),
+])  # fmt: skip
+@pytest.mark.timeout(20)
+def test_a_size_that_no_model_has_is_refused_before_anything_is_built(one, change, said):
+    rewrite(one / "config.json", lambda config: config.update(change))
+    assert said in refusal(one, skeleton.read_config)
+
+
+def test_sizes_of_a_part_are_checked_and_sums_too_large_for_memory_s_addresses_are_refused(one, tmp_path):
+    save_nested(tmp_path / "nested")
+    rewrite(tmp_path / "nested" / "config.json", lambda config: config["vision_config"].update(num_hidden_layers=10**7))
+    assert "has num_hidden_layers 10,000,000" in refusal(tmp_path / "nested", skeleton.read_config)
+    config = skeleton.read_config(str(one))
+    config.vocab_size = config.hidden_size = 2**40
+    said = refusal(one, lambda _: skeleton.meta_model(config, "nf4", True, torch.float32))
+    assert "no causal language model can be built from this configuration" in said
+
+
+@pytest.mark.parametrize("pattern", ["(", r"\p{Foo}", "a{100000}{100000}"])
+def test_a_pattern_of_a_tokenizer_that_cannot_be_compiled_is_refused(one, pattern):
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    rewrite(one / "tokenizer.json", lambda tokenizer: tokenizer.update(pre_tokenizer=split))
+    assert "the tokenizer fails (Oniguruma error: " in refusal(one, load_tokenizer)
+
+
+def test_a_pattern_of_a_tokenizer_that_gives_up_on_a_text_is_one_line(one, tmp_path, command):
+    normalizer = {"type": "Replace", "pattern": {"Regex": "(x+x+)+y"}, "content": "q"}
+    rewrite(one / "tokenizer.json", lambda tokenizer: tokenizer.update(normalizer=normalizer))
+    recipe = write_recipe(tmp_path, one)
+    turns = [{"role": "user", "content": "x" * 60}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "train.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    for arguments in (["data", recipe], ["train", recipe]):
+        code, _, err = command(*arguments)
+        errors = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert code == 2 and len(errors) == 1 and "Traceback" not in err, err
+        assert "the tokenizer fails (Onig: Regex search error: retry-limit-in-match over)" in errors[0]
+    said = refusal(one, lambda path: answer(load_model(path, "none"), load_tokenizer(path), ["x" * 60], 2))
+    assert "the tokenizer fails (Onig" in said
