@@ -6,8 +6,10 @@ become one line with the path and the free space.
 
 import errno
 import fcntl
+import glob
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,8 @@ from pathlib import Path
 
 from .errors import OutputError
 from .units import format_bytes
+
+MAX_FOLDERS = 20_000  # that a pattern searches
 
 
 @contextmanager
@@ -222,3 +226,27 @@ def content_digest(path: Path) -> str:
     ):  # the note only saves time; a cache that cannot be written is reported later
         return digest
     return digest
+
+
+class TooManyFolders(ValueError):
+    """Report that a pattern would search too much of the disk, and the cure."""
+
+
+def matches(pattern: str) -> list[str]:
+    """Return the paths that a glob pattern matches; "**" stands for folders at any depth.
+
+    Raises:
+        TooManyFolders: more than MAX_FOLDERS lie where it would search.
+    """
+    pattern = re.sub(r"(?:\*\*/){2,}", "**/", pattern)  # which is the same, and the search is not one inside another
+    parts = pattern.split(os.sep)
+    first = next((index for index, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    top = os.sep.join([*parts[:first], ""]) or os.curdir
+    for count, (folder, inside, _) in enumerate(os.walk(top)):
+        if count == MAX_FOLDERS:
+            raise TooManyFolders(f"more than {MAX_FOLDERS:,} folders lie below {top}, too many to search; begin the "
+                                 "pattern with a folder nearer to the files")  # fmt: skip
+        depth = os.path.relpath(folder, top).count(os.sep) + (folder != top)
+        if "**" not in parts and depth >= len(parts) - first - 1:
+            inside.clear()
+    return glob.glob(pattern, recursive=True)

@@ -1,6 +1,7 @@
 """A file or folder is the old one or the new one, never half of either, and disk faults are one line with a cure."""
 
 import errno
+import glob
 import hashlib
 import os
 import resource
@@ -11,7 +12,9 @@ import pytest
 import torch
 from tiny import build_tiny
 
-from qlora_lite.errors import OutputError
+from qlora_lite import files
+from qlora_lite.data.opening import find_files
+from qlora_lite.errors import DataError, OutputError
 from qlora_lite.files import cache_root, explain_write_errors, replacing_folder, require_empty, sha256, write_text
 from qlora_lite.lora.adapter import save_adapter
 from qlora_lite.lora.inject import add_lora
@@ -155,3 +158,28 @@ def test_text_that_the_disk_has_no_room_for_leaves_the_old_text(tmp_path):
 def test_the_digest_is_sha_256(tmp_path):
     (tmp_path / "file").write_bytes(b"abc" * 100_000)
     assert sha256(tmp_path / "file") == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+def test_a_pattern_matches_what_glob_says_and_searches_no_whole_disk(tmp_path, monkeypatch):
+    for name in ("a/b/c/x.txt", "a/y.txt", "a/[z]/x.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for pattern in ("a/**/*.txt", "**/**/x.txt", "*/*.txt", "a/*", "**", "a/[[]z]/*", "none/*"):
+        whole = str(tmp_path / pattern)
+        assert sorted(files.matches(whole)) == sorted(set(glob.glob(whole, recursive=True))), pattern
+    monkeypatch.chdir(tmp_path)
+    assert sorted(files.matches("**/x.txt")) == sorted(glob.glob("**/x.txt", recursive=True)) and files.matches("a/*")
+    monkeypatch.setattr(files, "MAX_FOLDERS", 3)
+    assert files.matches(str(tmp_path / "*" / "y.txt"))  # which looks into one folder
+    with pytest.raises(files.TooManyFolders, match=r"more than 3 folders lie below .*begin the pattern with a folder"):
+        files.matches(str(tmp_path / "**" / "**" / "x.txt"))
+
+
+@pytest.mark.timeout(20)
+def test_a_recipe_s_pattern_over_the_whole_disk_is_refused_soon(tmp_path, command, monkeypatch):
+    monkeypatch.setattr(files, "MAX_FOLDERS", 500)
+    (tmp_path / "r.yaml").write_text("model: {path: gpt2}\ndata: {train: '/**/**/**/*.nothing'}\n")
+    code, _, err = command("recipes", "check", tmp_path / "r.yaml")
+    assert code == 2 and "r.yaml:2: data.train = /**/**/**/*.nothing: more than" in err and "begin the pattern" in err
+    with pytest.raises(DataError, match="begin the pattern with a folder nearer to the files"):
+        find_files("/**/**/**/*.nothing")

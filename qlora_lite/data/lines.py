@@ -16,6 +16,7 @@ from qlora_lite.data.opening import open_bytes
 from qlora_lite.errors import DataError
 
 MAX_ROW_BYTES = 5_000_000
+MAX_BLANK_BYTES = 1_000_000  # in a row: a small compressed file can hold gigabytes of them
 MAX_SHOWN_PROBLEMS = 20
 ASK_OLD_MAC = (
     "do the lines end with a carriage return alone, as on old Macs? then save it with those of Windows or Linux"
@@ -123,12 +124,18 @@ def all_lines(path: Path) -> Iterator[tuple[int, str | None, RowProblem | None]]
     """Yield (line number, text without line end, what is wrong with it) of each line.
 
     The text of a bad line is what can be read of it, None if it is too long to be read.
+
+    Raises:
+        DataError: MAX_BLANK_BYTES in a row are blank.
     """
     with open_bytes(path) as file:
-        number = 0
+        number = blank = 0
         while raw := file.readline(MAX_ROW_BYTES + 1):
             number += 1
             where, fault = f"{path}:{number}", None
+            blank = blank + len(raw) if raw.isspace() else 0
+            if blank > MAX_BLANK_BYTES:
+                raise DataError(f"{where}: more than {MAX_BLANK_BYTES:,} bytes of blank lines; remove them")
             if len(raw) > MAX_ROW_BYTES:
                 cure = f"{ASK_OLD_MAC}; if not, split this row" if _RETURN.search(raw) else "split this row"
                 while raw and not raw.endswith(b"\n"):

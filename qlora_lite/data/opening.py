@@ -9,7 +9,6 @@ exception for every kind of damage.
 
 from __future__ import annotations
 
-import glob
 import io
 import os
 import re
@@ -19,6 +18,7 @@ from typing import BinaryIO
 
 from qlora_lite.data.hub import PREFIX, hub_files
 from qlora_lite.errors import DataError
+from qlora_lite.files import TooManyFolders, matches
 
 READER_OF_SUFFIX = {
     ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv",
@@ -68,7 +68,10 @@ def find_files(pattern: str) -> list[Path]:
     elif path.exists():
         files = [path]
     else:
-        files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if not os.path.isdir(name))
+        try:
+            files = sorted(Path(name) for name in matches(str(path)) if not os.path.isdir(name))
+        except TooManyFolders as error:
+            raise DataError(f"{pattern}: {error}") from None
         if not files:
             link = " (a symbolic link that leads nowhere)" if path.is_symlink() else ""
             raise DataError(f"{pattern}: no such file{link}; check data.train and data.eval")

@@ -24,7 +24,7 @@ from qlora_lite.data.columns import read_columns, without_absent
 from qlora_lite.data.fields import kind_of
 from qlora_lite.data.hub import PREFIX, hub_rows
 from qlora_lite.data.json_rows import HALF_A_PAIR, NUL, read_json, read_jsonl
-from qlora_lite.data.lines import MAX_ROW_BYTES, Problems, all_lines, numbered_lines
+from qlora_lite.data.lines import MAX_BLANK_BYTES, MAX_ROW_BYTES, Problems, all_lines, numbered_lines
 from qlora_lite.data.opening import find_files, open_bytes, reader_of
 from qlora_lite.errors import DataError
 
@@ -269,13 +269,17 @@ def _read_text(path: Path, documents: str, problems: Problems) -> Iterator[tuple
 
 def _has_blank_line(path: Path) -> bool:
     """Say whether a blank line stands between two lines that are not."""
-    seen_text = seen_blank = False
+    seen_text, seen_blank, blank = False, False, 0
     with open_bytes(path) as file:
         while piece := file.readline(_PIECE_BYTES):
             if piece.strip():
                 if seen_blank:
                     return True
-                seen_text = True
-            elif piece.endswith(b"\n"):
+                seen_text, blank = True, 0
+                continue
+            blank += len(piece)
+            if blank > MAX_BLANK_BYTES:  # which the reading of the lines refuses
+                break
+            if piece.endswith(b"\n"):
                 seen_blank = seen_text
     return False

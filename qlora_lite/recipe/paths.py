@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable
 from difflib import get_close_matches
 
+from qlora_lite.files import TooManyFolders, matches
 from qlora_lite.package_files import PREFIX, package_file
 
 from .schema import Recipe, Source
@@ -66,8 +67,11 @@ def find_data(path: str, bases: Bases) -> str:
         if os.path.exists(candidate):
             return os.path.abspath(candidate)
         pattern = os.path.join(glob.escape(base), expanded)
-        if _GLOB.search(expanded) and next(glob.iglob(pattern, recursive=True), None):
-            return os.path.abspath(pattern)
+        try:
+            if _GLOB.search(expanded) and matches(pattern):
+                return os.path.abspath(pattern)
+        except TooManyFolders as error:
+            raise PathProblem(str(error)) from None
     what = "no file matches this pattern" if _GLOB.search(expanded) else "no such file"
     is_id = path.count("/") == 1 and _HUB_ID.fullmatch(path) and not _DATA_FILE.search(path)
     hub = f"; a data set of the hub is hub:{path}" if is_id else ""

@@ -11,6 +11,7 @@ import re
 
 import pytest
 
+from qlora_lite.data import lines, read
 from qlora_lite.data.examples import build_examples, read_examples
 from qlora_lite.data.lines import MAX_ROW_BYTES
 from qlora_lite.data.read import Source
@@ -173,3 +174,16 @@ def test_one_bad_row_among_a_million_is_named(tmp_path, tokenizer):
     (problem,) = data.problems.found
     assert problem.where == f"{path}:777777" and "'prompt' is missing or null" in problem.message
     assert (data.rows_read, data.rows_kept) == (1_000_000, 999_999)
+
+
+@pytest.mark.parametrize(("name", "head"), [
+    ("rows.jsonl.gz", b'{"text": "a"}\n'), ("rows.csv.gz", b"text\n"), ("rows.txt.gz", b"a\n"), ("rows.txt.gz", b""),
+])  # fmt: skip
+def test_blank_lines_without_end_are_refused_since_a_small_file_can_hold_gigabytes(
+    name, head, tmp_path, tokenizer, monkeypatch
+):
+    for module in (lines, read):
+        monkeypatch.setattr(module, "MAX_BLANK_BYTES", 1000)
+    (tmp_path / name).write_bytes(gzip.compress(head + b"\n" * 1_000_000))
+    with pytest.raises(DataError, match=rf"{name}:100\d: more than 1,000 bytes of blank lines; remove them"):
+        build_examples([Source(str(tmp_path / name))], tokenizer)
