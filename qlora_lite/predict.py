@@ -18,7 +18,7 @@ from .data.opening import reader_of
 from .data.read import Source
 from .data.render import render_prompt
 from .data.template import Template
-from .errors import DataError, Interrupted, ModelError, OutputError
+from .errors import DataError, Interrupted, ModelError, OutputError, tokenizer_faults
 from .evaluate import Watch, answered_at_once, watching
 from .files import explain_write_errors, flush_to_disk, locked, sha256, write_text
 from .generate import Answer, Sampling, answers
@@ -94,7 +94,8 @@ def predict_file(
     tokenizer = load_tokenizer(trained.recipe.model.path, trained.recipe.model.revision)
     template = trained.template(tokenizer)
     texts = _rendered(read, template)
-    longest = max(len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids)
+    with tokenizer_faults():
+        longest = max(len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids)
     with explain_write_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         out.touch()

@@ -72,13 +72,14 @@ def blind_text(template: Template, turns: tuple[Turn, ...], add_generation_promp
     Raises:
         LookedAtError, TemplateError, DataError, or one of `probe.FAULTS`: it is not.
     """
+    expected = render_turns(template, turns, add_generation_prompt)  # first: it is made within limits
     compiled = _compiled(template.source)
     messages = [as_message(turn) | {"content": _Words(turn.content, asked)} for turn in turns]
     text = template.begin + compiled.render(
         messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt,
         **template.tokenizer.special_tokens_map,
     )  # fmt: skip
-    if text != render_turns(template, turns, add_generation_prompt):
+    if text != expected:
         raise LookedAtError
     return text
 

@@ -1,39 +1,44 @@
-"""Render a chat template once in a process of its own, under limits of time, memory and output.
+"""Render chat templates in a process of its own, under limits of time, memory and output.
 
 Chat templates are programs that come with downloaded models. transformers' sandbox keeps them from files and from
 Python's insides, but not from computing: `{{ 9**(9**9) }}` (it hangs while it is compiled, before any row is there),
 nested loops and strings of gigabytes stop other trainers for good. A thread or a signal cannot end such a
 computation, since Python sees neither inside one operation on a large number; limits of the operating system can.
 
-A template that does its harm for particular words only is not found by this; it is as bad as a model that does.
+A template is tried out on a short conversation before anything is read, and every rendering of a template that is none
+of the named ones is made there too: it may do its harm for particular words only. The process lives as long as this
+one; a row costs it a line of JSON each way (rows that fill in a form are not rendered, see `forms`).
 """
 
 from __future__ import annotations
 
+import atexit
 import json
+import signal
 import subprocess
 import sys
-import time
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
-from qlora_lite.errors import DataError
+from qlora_lite.errors import DataError, ModelError
 
-CPU_SECONDS = 1  # an honest template takes milliseconds
-MEMORY_BYTES = 512 << 20
-OUTPUT_CHARACTERS = 1_000_000
-_WAIT_SECONDS = 120  # for a machine so busy that that little processor time take this long
-_TOO_MUCH = {
-    71: f"takes more than {CPU_SECONDS} second of processor time",
-    72: f"takes more than {MEMORY_BYTES >> 20} MiB of memory",
-    73: f"writes more than {OUTPUT_CHARACTERS:,} characters",
-}  # exit code -> what was too much
-_TIME, _MEMORY, _TEXT = _TOO_MUCH
+CPU_SECONDS = 1  # an honest template takes milliseconds; and as much more for a million letters of a row
+MEMORY_BYTES = 512 << 20  # and 20 times the row
+OUTPUT_CHARACTERS = 1_000_000  # and 10 times the row
+_TIME = f"takes more than {CPU_SECONDS} second of processor time"
+_MEMORY = f"takes more than {MEMORY_BYTES >> 20} MiB of memory"
+_TEXT = f"writes more than {OUTPUT_CHARACTERS:,} characters"
 FAULTS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)  # beside TemplateError
 _SHORT_TALK = [
     {"role": "user", "content": "one"}, {"role": "assistant", "content": "two"},
     {"role": "user", "content": "three"}, {"role": "assistant", "content": "four"},
 ]  # fmt: skip
+_one_at_a_time = threading.Lock()
+
+
+class TakesTooMuchError(ModelError):
+    """Report a template that takes too much: no fault of a row, so that no other row is tried."""
 
 
 def probe(name: str, source: str, special_tokens: Mapping[str, object]) -> None:
@@ -47,68 +52,132 @@ def probe(name: str, source: str, special_tokens: Mapping[str, object]) -> None:
     Raises:
         DataError: it takes too much time or memory, or writes too much.
     """
-    strings = {name: token for name, token in special_tokens.items() if isinstance(token, str)}
-    if reason := _verdict(json.dumps({"source": source, "special_tokens": strings})):
+    if reason := _verdict(source, json.dumps(special_tokens, default=str)):
         cure = "set data.template to another one"
         raise DataError(f"the chat template ({name}) {reason} for a conversation of four words; {cure}")
 
 
 @lru_cache(maxsize=32)
-def _verdict(task: str) -> str | None:
-    """Run the child; return what was too much, or None."""
-    command = [sys.executable, "-m", __name__]
-    try:
-        done = subprocess.run(command, input=task, text=True, capture_output=True, timeout=_WAIT_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return f"takes more than {_WAIT_SECONDS} seconds"
-    if done.returncode == 0:
-        return None
-    if done.returncode < 0:  # ended by the operating system
-        return _TOO_MUCH[_TIME]
-    last_line = next(reversed(done.stderr.strip().splitlines()), "no reason given")
-    return _TOO_MUCH.get(done.returncode, f"cannot be tried out ({last_line})")
-
-
-def _child() -> int:
-    """Render what standard input says; errors of the template are no concern here, only what it takes."""
+def _verdict(source: str, special_tokens: str) -> str | None:
+    """Return what was too much, or None; errors of the template are no concern here."""
     from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
 
-    task = json.load(sys.stdin)
-    _limit()
-    started, written = time.process_time(), 0
     talks = (_SHORT_TALK, [{"role": "system", "content": "zero"}, *_SHORT_TALK], _SHORT_TALK[:1])
     for talk, prompts in [(talk, prompts) for talk in talks for prompts in (False, True)]:
         try:
-            (text,), _ = render_jinja_template(
-                conversations=[talk], chat_template=task["source"], add_generation_prompt=prompts,
-                **task["special_tokens"],
-            )  # fmt: skip
-        except MemoryError:
-            return _MEMORY
-        except (TemplateError, *FAULTS):
+            render_apart(source, talk, json.loads(special_tokens), add_generation_prompt=prompts)
+        except TakesTooMuchError as error:
+            return str(error)
+        except TemplateError:
             continue
-        written = max(written, len(text))
-    if time.process_time() - started > CPU_SECONDS:
+    return None
+
+
+def render_apart(
+    source: str, messages: Sequence[dict], special_tokens: Mapping[str, object], **options: object
+) -> tuple[str, list]:
+    """Return what transformers' ``render_jinja_template`` makes of one conversation: its text and its answers' places.
+
+    Args:
+        source: the Jinja text.
+        messages: of the conversation.
+        special_tokens: what templates are given by name, such as bos_token.
+        options: of ``render_jinja_template``.
+
+    Raises:
+        TakesTooMuchError: it takes too much time or memory, or writes too much; the text says which.
+        jinja2.TemplateError: the template fails on the conversation.
+    """
+    from jinja2 import TemplateError
+
+    line = json.dumps([source, messages, special_tokens, options]) + "\n"
+    with _one_at_a_time:
+        process = _child()
+        try:
+            process.stdin.write(line)
+            process.stdin.flush()
+            reply = process.stdout.readline()
+        except BrokenPipeError:
+            reply = ""
+        except BaseException:  # a signal: its answer is still to come, and would be taken for the next one's
+            end_child()
+            raise
+        if not reply:
+            raise TakesTooMuchError(_why_it_ended(process))
+    answer = json.loads(reply)
+    if "too_much" in answer:
+        raise TakesTooMuchError(answer["too_much"])
+    if "refused" in answer:
+        raise TemplateError(answer["refused"])
+    return answer["text"], answer["blocks"]
+
+
+@lru_cache(maxsize=1)
+def _child() -> subprocess.Popen:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(  # in a session of its own, where no Ctrl-C reaches it
+        [sys.executable, "-m", __name__], text=True, start_new_session=True, **pipes
+    )
+    atexit.register(end_child)
+    return process
+
+
+def end_child() -> None:
+    """End the process that renders, if there is one; the next rendering starts another."""
+    if _child.cache_info().currsize:
+        process = _child()
+        _child.cache_clear()
+        process.kill()
+        process.communicate()
+
+
+def _why_it_ended(process: subprocess.Popen) -> str:
+    _, said = process.communicate()
+    _child.cache_clear()
+    if process.returncode < 0:  # ended by the operating system
         return _TIME
-    return _TEXT if written > OUTPUT_CHARACTERS else 0
+    return f"cannot be tried out ({next(reversed(said.strip().splitlines()), 'no reason given')})"
 
 
-def _limit() -> None:
-    """Let the operating system end this process soon after CPU_SECONDS, and refuse it more than MEMORY_BYTES more."""
+def _address_space() -> int:
+    """Return how many bytes this process has mapped; 0 where that is not known (no Linux: the time limit alone)."""
     import resource
 
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    cpu_seconds = int(used.ru_utime + used.ru_stime) + 1 + CPU_SECONDS
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
-            size_bytes = int(file.read().split()[0]) * resource.getpagesize()
+            return int(file.read().split()[0]) * resource.getpagesize()
     except OSError:
-        return  # no Linux: the time limit alone
-    resource.setrlimit(resource.RLIMIT_AS, (size_bytes + MEMORY_BYTES, size_bytes + MEMORY_BYTES))
+        return 0
+
+
+def _serve() -> None:
+    """Answer each line of standard input; the operating system ends this process where one takes too long."""
+    import resource
+
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    used_bytes = _address_space()
+    for line in sys.stdin:
+        source, messages, special_tokens, options = json.loads(line)
+        if used_bytes:
+            limit_bytes = used_bytes + MEMORY_BYTES + 20 * len(line)
+            resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, resource.RLIM_INFINITY))
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS + len(line) / 1e6)
+        try:
+            (text,), blocks = render_jinja_template(
+                conversations=[messages], chat_template=source, **special_tokens, **options
+            )
+            too_much = _TEXT if len(text) > OUTPUT_CHARACTERS + 10 * len(line) else None
+            reply = {"too_much": too_much} if too_much else {"text": text, "blocks": blocks[0] if blocks else []}
+        except MemoryError:
+            reply = {"too_much": _MEMORY}
+        except (TemplateError, *FAULTS) as error:
+            reply = {"refused": str(error) or type(error).__name__}
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(reply), flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(_child())
+    _serve()

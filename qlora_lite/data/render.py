@@ -24,8 +24,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from qlora_lite.data.formats import Conversation, Turn, as_message
-from qlora_lite.data.named_templates import CHATML_TOOLS
-from qlora_lite.data.probe import FAULTS
+from qlora_lite.data.named_templates import CHATML_TOOLS, NAMED_TEMPLATES
+from qlora_lite.data.probe import FAULTS, TakesTooMuchError, render_apart
 from qlora_lite.data.template import Template
 from qlora_lite.data.tools import written_names
 from qlora_lite.errors import DataError
@@ -183,19 +183,36 @@ def _rendered(
     from jinja2 import TemplateError
 
     try:
-        text = template.tokenizer.apply_chat_template(
-            [as_message(turn) for turn in turns],
-            tools=list(tools) or None,
-            chat_template=source,
-            add_generation_prompt=add_generation_prompt,
-            tokenize=False,
-        )
+        text, _ = _raw(template, source, turns, tools, add_generation_prompt=add_generation_prompt)
     except (TemplateError, *FAULTS) as error:
         reason = str(error) or type(error).__name__
         has_tools = tools or any(turn.calls or turn.role == "tool" for turn in turns)
         cure = f"; {_CURE_OF_TOOLS}" if has_tools and template.name != CHATML_TOOLS else ""
         raise DataError(f"the chat template ({template.name}) refuses this row: {reason}{cure}", TEMPLATE) from error
     return template.begin + text
+
+
+def _raw(
+    template: Template, source: str, turns: Sequence[Turn], tools: Sequence[dict], **options: bool
+) -> tuple[str, list]:
+    """Return the text of turns and where its blocks of answers are, without begin-of-text.
+
+    Raises:
+        TakesTooMuchError: the template takes too much time or memory.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    messages, special = [as_message(turn) for turn in turns], template.tokenizer.special_tokens_map
+    options |= {"tools": list(tools) or None}
+    if template.source in NAMED_TEMPLATES.values():
+        (text,), blocks = render_jinja_template([messages], chat_template=source, **options, **special)
+        return text, blocks[0] if blocks else []
+    try:
+        return render_apart(source, messages, special, **options)
+    except TakesTooMuchError as error:
+        letters = sum(len(turn.content) for turn in turns)
+        raise TakesTooMuchError(f"the chat template ({template.name}) {error} for a conversation of {len(turns)} turns "
+                                f"and {letters:,} letters; set data.template to another one") from None  # fmt: skip
 
 
 def check_no_control_tokens(template: Template, turns: Sequence[Turn], tools: Sequence[dict] = ()) -> None:
@@ -253,15 +270,8 @@ def _end_of_answer(template: Template, text: str, start: int) -> int:
 
 def _block_spans(template: Template, conversation: Conversation, text: str) -> dict[int, tuple[int, int]]:
     """Find the {% generation %} blocks, and let each include the end token that follows it."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    _, (blocks,) = render_jinja_template(
-        conversations=[[as_message(turn) for turn in conversation.turns]],
-        tools=list(conversation.tools) or None,
-        chat_template=_in_rows(template.source),
-        return_assistant_tokens_mask=True,
-        **template.tokenizer.special_tokens_map,
-    )
+    source = _in_rows(template.source)
+    _, blocks = _raw(template, source, conversation.turns, conversation.tools, return_assistant_tokens_mask=True)
     answers = [index for index, turn in enumerate(conversation.turns) if turn.role == "assistant"]
     if len(blocks) != len(answers):
         raise DataError(

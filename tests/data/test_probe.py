@@ -1,6 +1,5 @@
 """A template that computes for ever, takes all memory or writes without end is an error, and never hangs a run."""
 
-import subprocess
 import sys
 import time
 
@@ -8,10 +7,14 @@ import pytest
 from tiny_tokenizer import make_tokenizer
 
 from qlora_lite.data import probe as probing
+from qlora_lite.data.examples import read_examples
+from qlora_lite.data.formats import Turn
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
 from qlora_lite.data.probe import probe
+from qlora_lite.data.read import Source
+from qlora_lite.data.render import render_prompt, render_turns
 from qlora_lite.data.template import choose_template
-from qlora_lite.errors import DataError
+from qlora_lite.errors import DataError, ModelError
 
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
@@ -57,8 +60,8 @@ def test_what_a_template_writes_or_refuses_is_no_concern_here(source):
 
 def test_a_template_is_tried_out_once_and_a_named_one_never(monkeypatch):
     calls = []
-    run = subprocess.run
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: calls.append(a) or run(*a, **k))
+    render = probing.render_apart
+    monkeypatch.setattr(probing, "render_apart", lambda *a, **k: calls.append(a[1]) or render(*a, **k))
     tokenizer = make_tokenizer()
     for name in (None, *NAMED_TEMPLATES):
         choose_template(tokenizer, name)
@@ -66,14 +69,72 @@ def test_a_template_is_tried_out_once_and_a_named_one_never(monkeypatch):
     tokenizer.chat_template = "{{ messages[0].content + 'tried out once' }}"
     for _ in range(2):
         choose_template(tokenizer)
-    assert len(calls) == 1
+    assert len(calls) == 6  # conversations
 
 
 def test_a_template_that_cannot_be_tried_out_is_not_used(monkeypatch):
+    probing.end_child()
     monkeypatch.setattr(probing, "__name__", "qlora_lite.no_such_module")
     with pytest.raises(DataError, match=r"cannot be tried out \(.*no_such_module"):
         probe("t", "{{ 'never tried out' }}", {})
-    monkeypatch.setattr(probing, "_WAIT_SECONDS", 0.01)
-    monkeypatch.setattr(sys, "executable", "/bin/cat")
-    with pytest.raises(DataError, match=r"takes more than|cannot be tried out"):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(DataError, match=r"cannot be tried out \(no reason given\)"):
         probe("t", "{{ 'never tried out either' }}", {})
+
+
+OF_LENGTH, OF_COUNT = "messages[0].content|length > 10", "messages|length > 5"
+
+
+@pytest.mark.parametrize(("when", "harm", "said"), [
+    (OF_COUNT, "9**(9**(messages|length+6))", "takes more than 1 second of processor time"),
+    (OF_COUNT, "'a'*(messages|length*10**10)", "takes more than 512 MiB of memory"),
+    (OF_LENGTH, "'a'*(messages|length*10**10)", "takes more than 512 MiB of memory"),
+    (OF_LENGTH, "('a'*(messages|length*10**7))", "writes more than 1,000,000 characters"),
+])  # fmt: skip
+def test_a_template_that_harms_only_for_later_rows_is_one_error_at_the_first_of_them(when, harm, said, write):
+    tokenizer = make_tokenizer()
+    loop = "{% for m in messages %}{{ '<|im_start|>' + m.role + m.content + '<|im_end|>' }}{% endfor %}"
+    tokenizer.chat_template = loop + "{% if " + when + " %}{{ " + harm + " }}{% endif %}"
+    talk = [{"role": role, "content": "a word and more"} for role in ("user", "assistant")]
+    short = [turn | {"content": "a"} for turn in talk]
+    path = write("rows.jsonl", [{"messages": short}, *[{"messages": talk * 3}] * 50])
+    started = time.monotonic()
+    with pytest.raises(
+        ModelError, match=rf"the chat template \(model\) {said} for a conversation of \d turns and"
+    ) as caught:
+        read_examples([Source(path)], tokenizer)
+    assert "\n" not in str(caught.value) and time.monotonic() - started < 30
+    template = choose_template(tokenizer)
+    with pytest.raises(ModelError, match=said):
+        render_prompt(template, [Turn(turn["role"], turn["content"]) for turn in talk * 4][:-1])
+    assert render_turns(template, [Turn("user", "a")], False) == "<|im_start|>usera<|im_end|>"  # by another process
+
+
+def test_what_is_rendered_apart_is_what_transformers_renders(monkeypatch):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = NAMED_TEMPLATES["chatml"] + "{{ tools|tojson if tools }}{{ messages[-1].content[:3] }}"
+    template = choose_template(tokenizer)
+    for words in ("plain", "é\u2028 \U0001f600 \"'\\\n", "\x1b\x00"):
+        turns = [Turn("user", words), Turn("assistant", words)]
+        tools = [{"type": "function", "function": {"name": words, "parameters": {"x": [1, None, 0.5]}}}]
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        for prompt in (False, True):
+            expected = tokenizer.apply_chat_template(messages, tools, tokenize=False, add_generation_prompt=prompt)
+            assert render_turns(template, turns, prompt, tools) == template.begin + expected
+
+
+def test_a_signal_while_a_row_is_rendered_leaves_no_answer_to_be_taken_for_the_next(monkeypatch):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content|upper }}"
+    template = choose_template(tokenizer)
+    stdout = probing._child().stdout
+
+    class Interrupted:
+        def readline(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(probing._child(), "stdout", Interrupted())
+    monkeypatch.setattr(probing._child(), "communicate", lambda: stdout.close())
+    with pytest.raises(KeyboardInterrupt):
+        render_turns(template, [Turn("user", "first")], False)
+    assert render_turns(template, [Turn("user", "second")], False) == "SECOND"
