@@ -11,6 +11,7 @@ from .compilers import NO_TRITON, missing_for_triton
 from .files import cache_root
 from .memory.process import segments_grow
 from .models.load import has_fast_bf16, missing_kernels, resolve_device
+from .quant.bnb import has_native_library
 from .runs import package_versions
 from .train.optim import can_page
 from .units import format_bytes
@@ -43,10 +44,7 @@ def _gpu() -> str | None:
 
 
 def _backend(device: torch.device) -> str:
-    from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, lib
-
-    native = not isinstance(lib, ErrorHandlerMockBNBNativeLibrary)
-    return f"{device.type}, {'native library' if native else 'plain torch (no native library)'}"
+    return f"{device.type}, {'native library' if has_native_library() else 'plain torch (no native library)'}"
 
 
 def _free(path) -> str:

@@ -124,10 +124,28 @@ def test_whatever_is_imported_comes_with_the_plain_installation():
     assert tops - sys.stdlib_module_names - names == {"qlora_lite"}
 
 
+def test_bitsandbytes_is_imported_by_its_door_alone():
+    files = {
+        path
+        for path in PACKAGE.rglob("*.py")
+        if any(name.split(".")[0] == "bitsandbytes" for name in imported_names(path))
+    }
+    assert files == {PACKAGE / "quant" / "bnb.py"}
+
+
 def test_loading_a_recipe_never_imports_torch():
     modules = "errors", "units", "files", "recipe.load", "recipe.catalog", "recipe.reference"
     code = f"import sys, {', '.join(f'qlora_lite.{name}' for name in modules)}; " + (
         "heavy = {'torch', 'transformers', 'numpy'} & set(sys.modules); assert not heavy, heavy"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_python_interface_is_listed_without_importing_torch():
+    code = (
+        "import sys, qlora_lite as q; missing = set(q.__all__) - set(dir(q)); assert not missing, missing\n"
+        "assert dir(q) == sorted(dir(q)) and 'torch' not in sys.modules"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -23,9 +23,9 @@ from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
-import bitsandbytes.functional as bnb
 import torch
 
+from .bnb import functional as bnb
 from .nf4 import BLOCK_SIZE, Packed, absmax_of, dequantize, quantize
 
 # Most rows for which the fused product is taken. On a card: up to 4 bitsandbytes 0.50 itself takes its fused kernel on

@@ -23,13 +23,14 @@ from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from typing import NamedTuple
 
-import bitsandbytes.functional as bnb
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_lite.errors import ModelError
+
+from .bnb import functional as bnb
 
 BLOCK_SIZE = 64  # weights that share one absmax
 ABSMAX_BLOCK_SIZE = 256  # absmax values that share one scale under double quantisation

@@ -12,11 +12,10 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
-from bitsandbytes.functional import create_dynamic_map
-from bitsandbytes.optim import AdamW8bit, Lion8bit
 from torch import Tensor
 
 from qlora_lite.ops.shapes import device_type
+from qlora_lite.quant import bnb
 from qlora_lite.quant.blockwise import BLOCK_VALUES, nearest_entries, pack_blocks
 
 from .rounding import round_by_chance
@@ -27,7 +26,7 @@ BATCH_VALUES = 1 << 18  # float32 copies of 1 MiB: larger ones leave the cache, 
 @cache
 def _nearest(number: int) -> Tensor:
     """Return ``nearest_entries`` of the code of a state: the first has signs, the second has none."""
-    return nearest_entries(create_dynamic_map(signed=number == 1))
+    return nearest_entries(bnb.functional.create_dynamic_map(signed=number == 1))
 
 
 class _Together:
@@ -103,7 +102,7 @@ def _put_back(joined: Tensor, tensors: Sequence[Tensor]) -> None:
         tensor.copy_(part.view(tensor.shape))
 
 
-class CpuAdamW8bit(_Together, AdamW8bit):
+class CpuAdamW8bit(_Together, bnb.optim.AdamW8bit):
     """AdamW with states in 8 bits (decoupled decay, arXiv 1711.05101)."""
 
     def _update(self, group: dict, states: Sequence[dict], weights: Tensor, gradients: Tensor) -> None:
@@ -119,7 +118,7 @@ class CpuAdamW8bit(_Together, AdamW8bit):
         weights.addcdiv_(mean, root, value=-rate / (1 - beta1**step))
 
 
-class CpuLion8bit(_Together, Lion8bit):
+class CpuLion8bit(_Together, bnb.optim.Lion8bit):
     """Lion with its state in 8 bits (arXiv 2302.06675)."""
 
     def _update(self, group: dict, states: Sequence[dict], weights: Tensor, gradients: Tensor) -> None:

@@ -48,7 +48,7 @@ def build_optimizer(
         optimizer_class = RoundingAdamW if stochastic_rounding else torch.optim.AdamW
         # one factor after the other on a card too: all at once hold further values of each
         return optimizer_class(parameters, lr=learning_rate, weight_decay=weight_decay, foreach=False)
-    import bitsandbytes.optim
+    from qlora_lite.quant import bnb
 
     from .eight_bit import CpuAdamW8bit, CpuLion8bit
 
@@ -58,7 +58,7 @@ def build_optimizer(
         if device.type == "cuda":
             log.info("optimizer states cannot be paged on this card: %s it is", name)
     on_cpu = {} if device.type == "cuda" else {"adamw_8bit": CpuAdamW8bit, "lion_8bit": CpuLion8bit}
-    optimizer_class = on_cpu.get(name) or _without_waits(getattr(bitsandbytes.optim, BITSANDBYTES_NAMES[name]))
+    optimizer_class = on_cpu.get(name) or _without_waits(getattr(bnb.optim, BITSANDBYTES_NAMES[name]))
     if stochastic_rounding:
         optimizer_class = rounding_by_chance(optimizer_class)
     return optimizer_class(parameters, lr=learning_rate, weight_decay=weight_decay)

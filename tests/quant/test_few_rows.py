@@ -1,5 +1,9 @@
 """Products of few rows by the packed weight: as exact as unpacking it first, and only where they are meant to be."""
 
+import os
+import subprocess
+import sys
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
@@ -227,3 +231,12 @@ def test_on_a_card_a_model_answers_alike_with_one_token_and_with_many():
     with torch.no_grad():
         expected = model(ids.expand(5, 1)).logits[:1]
     assert (found - expected).norm() <= 0.03 * expected.norm()
+
+
+@on_this_cpu  # elsewhere bitsandbytes does not ask
+def test_no_kernel_is_asked_of_the_hub_and_nothing_is_said_of_it(tmp_path):
+    (tmp_path / "kernels.py").write_text("def get_kernel(*args, **kwargs):\n    print('asked')\n")
+    code = "import qlora_lite.quant.few_rows, bitsandbytes, sys; assert 'kernels' not in sys.modules; import kernels"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
