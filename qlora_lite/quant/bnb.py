@@ -1,8 +1,13 @@
-"""bitsandbytes, and its import without what that would fetch: the package imports it from here alone.
+"""bitsandbytes, imported without two things that its import would do: the package imports it from here alone.
 
-On a CPU with AVX512-BF16 the import itself asks the package ``kernels``, where there is one, for a kernel from the hub,
-and runs it; where there is none, it warns on standard error (read in 0.50.2, backends/cpu/ops.py). bitsandbytes' own
-library has the same product. So ``kernels`` cannot be imported for as long as this takes.
+- On a CPU with AVX512-BF16 it asks the package ``kernels``, where there is one, for a kernel from the hub, and runs it;
+  where there is none, it warns on standard error. bitsandbytes' own library has the same product.
+- It hands four functions in plain torch to torch.compile, which imports the whole compiler: 1 CPU second in every
+  process, though a card and an ordinary CPU use but one of them, for optimizer states of small weights on a CPU. Its
+  first step would then wait for a C++ compiler, where there is one, and its bits would depend on that.
+
+Both it tries and does without, and so is made to: the two modules cannot be imported for as long as it takes. Read in
+bitsandbytes 0.50.2 (backends/cpu/ops.py, backends/default/ops.py) and torch 2.11 to 2.13.
 """
 
 import logging
@@ -10,26 +15,27 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_ASKING = "bitsandbytes.backends.cpu.ops"  # the module, and its logger
-_HUB_PACKAGE = "kernels"
+_ASKING = "bitsandbytes.backends.cpu.ops"  # the logger that says that there is no package ``kernels``
+_HIDDEN = "kernels", "torch._inductor.compiler_bisector"  # the second is the first that torch.compile imports
 
 
 @contextmanager
-def _without_hub_kernels() -> Iterator[None]:
-    log, earlier = logging.getLogger(_ASKING), sys.modules.get(_HUB_PACKAGE)
+def _plain() -> Iterator[None]:
+    log, earlier = logging.getLogger(_ASKING), {name: sys.modules.get(name) for name in _HIDDEN}
     level = log.level
     log.setLevel(logging.ERROR)
-    sys.modules[_HUB_PACKAGE] = None  # Python's own way to say that there is no such module
+    sys.modules.update(dict.fromkeys(_HIDDEN))  # None is Python's own way to say that there is no such module
     try:
         yield
     finally:
         log.setLevel(level)
-        del sys.modules[_HUB_PACKAGE]
-        if earlier is not None:
-            sys.modules[_HUB_PACKAGE] = earlier
+        for name, module in earlier.items():
+            del sys.modules[name]
+            if module is not None:
+                sys.modules[name] = module
 
 
-with _without_hub_kernels():
+with _plain():
     from bitsandbytes import functional, optim
     from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, lib
 
