@@ -9,6 +9,7 @@ from tiny_files import MERGES, save_tiny
 from tiny_runs import make_run, tiny_run
 
 from qlora_lite.evaluate import SPARE_TOKENS
+from qlora_lite.models import gguf_header
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,18 @@ def test_export_says_what_was_written_how_well_and_how_to_use_it(form, runs, com
     assert code == 0 and re.search(rf"^loaded back +({said})", out, re.MULTILINE)
     assert re.search(r"^use +\S", out, re.MULTILINE)
     assert json.loads((tmp_path / "out" / "export_report.json").read_text())["form"] == form
+
+
+def test_a_gguf_header_is_read_once_and_by_the_fast_reader(runs, command, tmp_path, monkeypatch):
+    assert command("export", runs[0], "--to", "gguf", "--out", tmp_path / "out")[0] == 0
+    run = make_run(tmp_path, next((tmp_path / "out").glob("*.gguf")))
+    generate = "generate", run, "--prompt", "0?", "--max-new-tokens", "2"
+    first = command(*generate)[:2]  # after which all that transformers makes of it is in the cache
+    walks, walk = [], gguf_header._Walk.whole
+    monkeypatch.setattr(gguf_header._Walk, "whole", lambda self: walks.append(1) or walk(self))
+    monkeypatch.setattr("gguf.GGUFReader.__init__", None)  # transformers' reader
+    gguf_header._read.cache_clear()  # as in another process
+    assert command(*generate)[:2] == first and (first[0], len(walks)) == (0, 1)
 
 
 def test_compare_prints_a_table_or_one_object(runs, command, tmp_path):

@@ -8,9 +8,11 @@ Source: the GGUF specification, versions 2 and 3, little-endian:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+import hashlib
 import mmap
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 MAGIC, VERSIONS, ALIGNMENT, DEFAULT_ALIGNMENT = 0x46554747, (2, 3), "general.alignment", 32
@@ -28,20 +30,28 @@ class Header:
         values: of all keys but those of arrays.
         tensors: where each begins in the file, in bytes, its type and its number of elements, by name.
         end: size in bytes that the file must have for all tensors.
+        sha256: of the header's bytes, 64 hexadecimal digits.
     """
 
     values: dict[str, object]
     tensors: dict[str, tuple[int, int, int]]
     end: int
+    sha256: str
 
 
 def read_header(path: Path) -> Header:
-    """Read a file's header.
+    """Read a file's header, once per process while the file's size, modification time and inode stay the same.
 
     Raises:
         ValueError: it is not a GGUF file, or its header is cut short or contradicts itself.
         OSError: it cannot be read.
     """
+    stat = path.stat()
+    return _read(path.absolute(), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@lru_cache(maxsize=8)
+def _read(path: Path, *_state: int) -> Header:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return _Walk(content).whole()
 
@@ -63,11 +73,12 @@ class _Walk:
         tensors, keys = self.u64(), self.u64()
         values = self.values(keys)
         found = self.tensors(tensors)
+        digest = hashlib.sha256(self.content[: self.place]).hexdigest()
         alignment = values.get(ALIGNMENT, DEFAULT_ALIGNMENT)
         start = -(-self.place // alignment) * alignment
         end = start + max(offset + size for offset, size, *_ in found.values())
         places = {name: (start + offset, kind, elements) for name, (offset, _, kind, elements) in found.items()}
-        return Header(values, places, end)
+        return Header(values, places, end, digest)
 
     def skip(self, size: int) -> int:
         """Go on by some bytes; return where they began."""

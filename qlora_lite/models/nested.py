@@ -30,6 +30,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from qlora_lite.errors import ModelError
 
 from .anatomy import decoder
+from .cache import from_gguf_header
 from .gguf_settings import as_the_file_says
 from .locate import ModelFiles
 from .pretrained import config_of, model_from
@@ -93,9 +94,11 @@ def read_language_part(folder: Path, name: str, gguf_file: str | None = None) ->
         ModelError: it cannot be read; see ``as_the_file_says`` and ``language_part``.
     """
     try:
-        extra = {"gguf_file": gguf_file} if gguf_file else {}
-        config = config_of(folder, **extra)
-        config = as_the_file_says(config, folder / gguf_file) if gguf_file else config
+        if gguf_file:
+            path = folder / gguf_file
+            config = as_the_file_says(from_gguf_header(path, "config", config_of, config_of), path)
+        else:
+            config = config_of(folder)
     except (OSError, *_BUILD_ERRORS) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"cannot read the configuration of {name}: {reason}") from error

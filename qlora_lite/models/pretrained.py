@@ -28,7 +28,7 @@ _LARGEST = {r"(^|_)(layers?|blocks|depth)$": 500, r"(^|_)experts$": 10_000,
 _NO_CODE = {"local_files_only": True, "trust_remote_code": False}
 
 
-def tokenizer_of(folder: Path, **options):
+def tokenizer_of(folder: Path, auto=AutoTokenizer, **options):
     """Return the tokenizer of a folder.
 
     Raises:
@@ -36,7 +36,7 @@ def tokenizer_of(folder: Path, **options):
     """
     if "gguf_file" not in options:
         _refuse_code(folder)
-    return AutoTokenizer.from_pretrained(folder, **_NO_CODE, **options)
+    return auto.from_pretrained(folder, **_NO_CODE, **options)
 
 
 def config_of(folder: Path, **options):

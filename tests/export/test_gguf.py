@@ -19,10 +19,12 @@ from qlora_lite.export.forms import ExportSettings, export_run
 from qlora_lite.export.gguf_model import MODEL_FILE
 from qlora_lite.export.gguf_tokenizer import ADDED, CONTROL, ORDINARY, UNUSED, describe_tokenizer
 from qlora_lite.merge import MergeSettings, merge_run
+from qlora_lite.models.cache import from_gguf_header
 from qlora_lite.models.gguf_settings import as_the_file_says, rope_factors
 from qlora_lite.models.load import load_model
 from qlora_lite.models.locate import locate
 from qlora_lite.models.skeleton import meta_model, read_config
+from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.models.weights import open_weights
 
 FAMILIES = {"llama": {}, "mistral": {"sliding_window": None}, "qwen2": {}, "qwen3": {}, "gemma2": {}, "gemma3_text": {}}
@@ -56,6 +58,21 @@ def read_gguf(folder, family="llama"):
     return AutoModelForCausalLM.from_pretrained(folder, gguf_file=MODEL_FILE, dtype=torch.float32, **extra).eval()
 
 
+def assert_kept_as_converted(folder):
+    """Compare what the cache gives back of a header with what transformers makes of it."""
+    config, tokenizer = (auto.from_pretrained(folder, gguf_file=MODEL_FILE) for auto in (AutoConfig, AutoTokenizer))
+    load = AutoConfig.from_pretrained
+    kept_config, kept = from_gguf_header(folder / MODEL_FILE, "config", load, load), load_tokenizer(folder / MODEL_FILE)
+    assert type(kept_config) is type(config)
+    assert kept_config.to_dict() | {"_name_or_path": ""} == config.to_dict() | {"_name_or_path": ""}  # its folder
+    assert kept.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    assert kept.special_tokens_map == tokenizer.special_tokens_map and kept.chat_template == tokenizer.chat_template
+    text = "<s>the then 日本語 \n\n  <|im_end|>é"
+    assert kept(text) == tokenizer(text) and kept.decode(kept(text).input_ids) == tokenizer.decode(
+        tokenizer(text).input_ids
+    )
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_reads_f16_with_the_merged_model_s_tokens(family, run_of, tmp_path):
@@ -70,6 +87,7 @@ def test_transformers_reads_f16_with_the_merged_model_s_tokens(family, run_of, t
         assert torch.allclose(tensor, state[name], rtol=1e-3 if is_norm else 0, atol=1e-6 if is_norm else 0), name
     assert greedy(read) == greedy(merged) != greedy(base)
     assert report["distance"] < 0.01 and abs(report["share"] - 1) < 0.01
+    assert_kept_as_converted(tmp_path / "gguf")
 
 
 @pytest.mark.parametrize("base", ["nf4", "original"])

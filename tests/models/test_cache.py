@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from test_load import assert_same_weights
 from tiny_files import save_tiny
 
 from qlora_lite.files import cache_root, content_digest
+from qlora_lite.models import cache as caching
+from qlora_lite.models import gguf_header
 from qlora_lite.models import load as loading
-from qlora_lite.models.cache import cache_entry
+from qlora_lite.models.cache import cache_entry, from_gguf_header
+from qlora_lite.models.gguf_header import Header, read_header
 from qlora_lite.models.load import load_model
 from qlora_lite.models.locate import locate
 
@@ -153,3 +157,69 @@ def test_an_entry_is_the_folder_of_an_ordinary_checkpoint(model, cache):
     entry = cache_entry(locate(str(model)), quant="nf4", double_quant=True, dtype="torch.float32")
     assert entries(cache) == [entry.name]
     assert json.loads((entry / "config.json").read_text())["quantization_config"]["quant_method"] == "bitsandbytes"
+
+
+class Converted:
+    """What transformers would make of a header."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def save_pretrained(self, folder):
+        (folder / "part.json").write_text(self.text)
+
+
+@pytest.fixture
+def header(tmp_path, cache, monkeypatch):
+    """A GGUF file's path, and a function that reads a part of it through the cache and lists the conversions."""
+    path, conversions = tmp_path / "model.gguf", []
+    monkeypatch.setattr(caching, "read_header", lambda path: Header({}, {}, 0, path.read_text()))
+
+    def convert(folder, gguf_file):
+        conversions.append(gguf_file)
+        return Converted((folder / gguf_file).read_text())
+
+    def read(content="one", part="config"):
+        path.write_text(content)
+        return from_gguf_header(path, part, convert, lambda folder: Converted((folder / "part.json").read_text())).text
+
+    return read, conversions
+
+
+def test_what_is_made_of_a_header_is_converted_once(header, monkeypatch):
+    read, conversions = header
+    assert [read(), read(), len(conversions)] == ["one", "one", 1]
+    assert [read("two"), read(part="tokenizer"), read("two"), len(conversions)] == ["two", "one", "two", 3]
+    monkeypatch.setattr(caching, "transformers", SimpleNamespace(__version__="another"))
+    assert [read(), len(conversions)] == ["one", 4]
+
+
+@pytest.mark.parametrize("damage", ["changed", "removed", "added", "seal"])
+def test_a_damaged_conversion_is_made_again(header, cache, damage):
+    read, conversions = header
+    read()
+    (entry,) = (cache / "headers").iterdir()
+    if damage == "removed":
+        (entry / "part.json").unlink()
+    else:
+        name = {"changed": "part.json", "added": "more.json", "seal": "sha256.json"}[damage]
+        (entry / name).write_text("not one")
+    assert [read(), read(), len(conversions)] == ["one", "one", 2]
+
+
+def test_a_conversion_that_cannot_be_kept_is_used(header, cache, monkeypatch, caplog):
+    cache.mkdir()
+    (cache / "headers").write_text("a file in the way")
+    read, conversions = header
+    assert [read(), read(), len(conversions)] == ["one", "one", 2]
+    assert "the config of model.gguf is not cached" in caplog.text
+
+
+def test_a_header_is_walked_once_until_the_file_changes(tmp_path, monkeypatch):
+    walked = []
+    monkeypatch.setattr(gguf_header, "_Walk", lambda content: walked.append(1) or SimpleNamespace(whole=content.read))
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"one")
+    assert read_header(path) == read_header(path) == b"one"
+    path.write_bytes(b"three")
+    assert [read_header(path), len(walked)] == [b"three", 2]
