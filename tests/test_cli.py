@@ -147,14 +147,24 @@ def test_data_fails_on_bad_rows_and_names_them(finished, command, tmp_path):
     assert (code, err) == (0, "") and "warning: " in out
 
 
-def test_the_report_on_rows_needs_no_model_code():
-    code = (
-        "import sys\n"
-        "from transformers import AutoConfig, AutoTokenizer\n"  # these alone bring accelerate in transformers 5.17
-        "before = set(sys.modules)\n"
-        "import qlora_lite.preflight, qlora_lite.data_page, qlora_lite.models.tokenizer\n"
-        "heavy = {'bitsandbytes', 'accelerate'} & set(sys.modules) - before\nassert not heavy, heavy"
-    )
+def test_commands_import_what_they_use(finished):
+    run, recipe, _ = finished
+    code = f"""
+import sys
+from qlora_lite.cli.main import main
+
+def absent(names, *arguments):
+    try:
+        main(list(arguments))
+    except SystemExit as end:
+        assert not end.code, end.code
+    assert not (found := set(names.split()) & set(sys.modules)), (arguments[0], found)
+
+never = "datasets pyarrow pandas torchvision networkx wandb torch._inductor.compile_fx "
+absent(never + "bitsandbytes", "data", {str(recipe)!r})
+absent(never + "starlette", "plan", {str(recipe)!r}, "--vram", "1GiB")
+absent(never + "starlette", "generate", {str(run)!r}, "--prompt", "0?", "--max-new-tokens", "2")
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -10,7 +10,7 @@ import click
 from qlora_lite.errors import DataError, DoesNotFitError, ModelError
 
 from .options import context_option, model_option
-from .output import echo, echo_exactly, prepare, step_progress
+from .output import echo, echo_exactly, importing, prepare, step_progress
 
 _NO_COMMANDS = "/help", "/reset", "/clear", "/system", "/bye"  # as others have them
 _COMMANDS = "/use NAME goes on with another adapter, /new forgets the conversation, /quit or an empty line ends it"
@@ -164,7 +164,8 @@ def _is_command(session, line: str) -> bool:
 
 def _open(runs: Sequence[str], options: dict, base: bool = False, seed: int | None = None):
     prepare(verbose=False)
-    from qlora_lite.converse import open_session
+    with importing():
+        from qlora_lite.converse import open_session
 
     return open_session(runs, sampling=_sampling(options, seed), base=base, **options)
 

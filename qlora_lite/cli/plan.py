@@ -13,7 +13,7 @@ from qlora_lite.recipe.load import load_recipe
 from qlora_lite.terminal import printable
 from qlora_lite.units import format_bytes, format_seconds, parse_bytes
 
-from .output import echo, echo_exactly, echo_styled, prepare
+from .output import echo, echo_exactly, echo_styled, importing, prepare
 
 log = logging.getLogger("qlora_lite")
 
@@ -60,8 +60,9 @@ def plan(recipe, overrides, vram, card, max_tokens, max_batch, html, as_json, ca
     prepare(verbose=not as_json)
     if settings.model.device == "cpu" and (vram or card):
         log.warning("model.device cpu: this is the plan of a card all the same, which a run would leave alone")
-    from qlora_lite import plan as planner
-    from qlora_lite import plan_text
+    with importing():
+        from qlora_lite import plan as planner
+        from qlora_lite import plan_text
 
     machine = _machine(settings, vram, card)
     made = planner.plan_recipe(settings, machine, planner.budget_of(settings, machine))

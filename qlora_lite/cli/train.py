@@ -10,7 +10,7 @@ from qlora_lite.errors import CheckpointError
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.units import format_bytes, format_seconds
 
-from .output import one_line, prepare, print_result, step_progress
+from .output import importing, one_line, prepare, print_result, step_progress
 
 
 @click.command()
@@ -36,7 +36,8 @@ def train(recipe: str | None, overrides: tuple[str, ...], resume: str | None, fo
         raise CheckpointError(f"--resume {resume}: there is no such run folder")
     settings = load_recipe(recipe, overrides)
     prepare()
-    from qlora_lite import run
+    with importing():
+        from qlora_lite import run
 
     with step_progress() as progress:
         folder = run.run_recipe(settings, progress, resume, force, progress.watch)
