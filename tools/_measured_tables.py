@@ -24,6 +24,12 @@ def head_table(result: Mapping) -> list[str]:
     return lines
 
 
+def busy_table(result: Mapping) -> list[str]:
+    """Return the lines of the table of ``tools/bench_busy``."""
+    lines = ["| how threads wait | a step on idle cores | beside one busy core |", "|---|---|---|"]
+    return lines + [f"| {row['way']} | {row['idle']:.2f} | {row['busy']:.2f} |" for row in result["rows"]]
+
+
 def limit_table(result: Mapping) -> list[str]:
     """Return the lines of the table of ``tools/bench_limit``, a column for each case and a row for each part."""
     cases = result["cases"]
@@ -108,6 +114,9 @@ TABLES = {
                     "forward to backward beside the weights, the factors and the input.", projections_tables),
     "head": ("What `model.quant_head` costs: the 16-bit head against the same head in NF4, blocks and embeddings the "
              "same, on text that neither was trained on.", head_table),
+    "busy": ("Training beside a process that keeps one of two cores busy: seconds of a step as ratios to libgomp's "
+             "default on idle cores. `qlora-lite train` has its threads sleep while others are busy "
+             "(`qlora_lite/train/shared_cores.py`).", busy_table),
 }  # fmt: skip
 
 
