@@ -18,10 +18,11 @@ from .data.examples import Dataset
 from .data.hub import PREFIX
 from .data.opening import find_files
 from .errors import CheckpointError
-from .files import content_digest
+from .files import content_digest, write_text
+from .recipe.load import settings_to_yaml
 from .recipe.schema import Recipe, Train
 from .rows import build_sources
-from .runs import CHECKPOINTS, RECIPE, RunFolder, create_run, newest_path, package_versions
+from .runs import CHECKPOINTS, RECIPE, RunFolder, create_run, is_begun, newest_path, package_versions
 from .train.checkpoints import Checkpoint, newest_whole
 from .train.schedule import lr_factor
 from .train.settings import TrainSettings
@@ -155,11 +156,23 @@ def path_to_continue(recipe: Recipe, resume: str | Path) -> Path | None:
         CheckpointError: the folder has something in it and is no run's.
     """
     path = Path(resume) if resume != "" else newest_path(recipe)
-    if resume != "" and path.is_dir() and any(path.iterdir()) and not (path / RECIPE).is_file():
+    if resume != "" and path.is_dir() and any(path.iterdir()) and not is_begun(path):
         raise CheckpointError(f"{path} is not a run folder: it has no {RECIPE}; name the folder that train printed")
     if path is None:
         log.info("resume: there is no run of this recipe yet; a new one begins")
     return path
+
+
+def recover_recipe(folder: Path) -> None:
+    """Write a run's lost ``recipe.yaml`` again as its newest whole checkpoint has it, if there is one.
+
+    Raises:
+        CheckpointError: the checkpoint is not what this version writes.
+    """
+    checkpoint, _ = newest_whole(folder / CHECKPOINTS)
+    if checkpoint:
+        write_text(folder / RECIPE, settings_to_yaml(checked(checkpoint).documents[RUN]["recipe"]))
+        log.warning("%s was lost; it is written again from the checkpoint of step %d", folder / RECIPE, checkpoint.step)
 
 
 def reopen(path: Path, recipe: Recipe, force: bool) -> tuple[RunFolder, Continuation | None]:
@@ -207,6 +220,10 @@ def checked(checkpoint: Checkpoint) -> Checkpoint:
     numbers_of(checkpoint)
     run = checkpoint.documents.get(RUN, {})
     wrong = [name for name, kind in _PARTS.items() if type(run.get(name)) is not kind]
+    if not wrong and not run["plan"]:
+        wrong.append("plan")
+    if not wrong and run["metrics_bytes"] < 0:
+        wrong.append("metrics_bytes")
     if not wrong and not isinstance(run["summary"].get("resumed", []), list):
         wrong.append("summary")
     if wrong:

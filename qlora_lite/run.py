@@ -47,11 +47,11 @@ from .runs import (
     ADAPTER,
     COMPLETE,
     LOG,
-    RECIPE,
     TEMPLATE,
     RunFolder,
     create_run,
     how_to_go_on,
+    is_begun,
     is_complete,
     logging_to,
     new_path,
@@ -101,7 +101,7 @@ def run_recipe(
     path = None if resume is None else path_to_continue(recipe, resume)
     is_new, path = path is None, path or new_path(recipe)
     with locked(path):
-        begins = is_new or not (path / RECIPE).is_file()
+        begins = is_new or not is_begun(path)
         run, continuation = create_run(path, recipe, replace=not is_new) if begins else None, None
         with logging_to(path / LOG), stop_signals(recipe.train.max_hours) as stop:
             if run is None and is_complete(path, recipe):

@@ -213,7 +213,7 @@ def _other_place(path: Path) -> str:
     steps = steps_on_disk(path / CHECKPOINTS)
     if not steps or _status(path) == COMPLETE:
         return "choose another output.dir or remove it"
-    return f"its run came to a checkpoint of step {steps[-1]}. {how_to_go_on(path)}. Or choose another output.dir"
+    return f"its run came to a checkpoint of step {steps[0]}. {how_to_go_on(path)}. Or choose another output.dir"
 
 
 def rewind_run(run: RunFolder, has_best: bool, metrics_sha256: str | None) -> None:
@@ -276,6 +276,11 @@ def _resume_command(folder: Path) -> str:
     return f"qlora-lite train {shlex.quote(str(folder / RECIPE))} --resume {shlex.quote(str(folder))}"
 
 
+def is_begun(folder: Path) -> bool:
+    """Tell whether a run has begun in a folder: its recipe is there, or a checkpoint, which holds it too."""
+    return (folder / RECIPE).is_file() or bool(steps_on_disk(folder / CHECKPOINTS))
+
+
 def newest_checkpoint(step: int | None) -> str:
     """Say what there is to go on from: the step of the newest checkpoint, None for none."""
     return "no checkpoint is there" if step is None else f"the newest checkpoint is of step {step}"
@@ -332,6 +337,8 @@ def open_run(path: str | Path) -> OpenedRun:
         ModelError: the adapter is damaged.
     """
     folder = Path(path)
+    if not (folder / RECIPE).is_file() and is_begun(folder):
+        raise RecipeError(f"{folder} has lost its {RECIPE}; its checkpoints hold it: {_resume_command(folder)}")
     if not (folder / RECIPE).is_file():
         around = _run_around(folder)
         lacks = (

@@ -614,6 +614,38 @@ def content_of(path):
     return {file: file.read_bytes() for file in files}
 
 
+def test_a_lost_recipe_is_recovered_from_the_newest_checkpoint(lab, whole, command):
+    lab.stop(4)
+    recipe = lab.out / "recipe.yaml"
+    before = recipe.read_text()
+    with pytest.raises(OutputError, match="its run came to a checkpoint of step 4"):
+        lab.run()
+    recipe.unlink()
+    again = f"qlora-lite train {recipe} --resume {lab.out}"
+    with pytest.raises(RecipeError, match=rf"has lost its recipe\.yaml; its checkpoints hold it: {again}$"):
+        open_run(lab.out)
+    code, _, said = command("train", recipe, "--resume", lab.out, "train.seed=9")
+    assert code == 2 and "train.seed: 0 -> 9" in said, "a change is refused as ever"
+    assert f"{recipe} was lost; it is written again from the checkpoint of step 4" in said
+    assert recipe.read_text() == before
+    recipe.unlink()
+    lab.run(resume=lab.out)  # with the recipe that it was begun with
+    assert_same_run(lab, whole)
+
+
+@pytest.mark.parametrize(("name", "value"), [("plan", {}), ("metrics_bytes", -5)])
+def test_what_no_version_writes_of_a_run_is_refused_though_it_is_sealed(lab, name, value):
+    lab.stop(2)
+    folder = folder_of(lab.out / "checkpoints", 2)
+    run, manifest = (json.loads((folder / file).read_text()) for file in (RUN, MANIFEST))
+    (folder / RUN).write_text(json.dumps(run | {name: value}))
+    content = (folder / RUN).read_bytes()
+    manifest["manifest"]["files"][RUN] = {"bytes": len(content), "sha256": sha256(folder / RUN)}
+    (folder / MANIFEST).write_text(checkpoints.sealed(manifest["manifest"]))
+    with pytest.raises(CheckpointError, match=f"the checkpoint of step 2 lacks {name} in their right form"):
+        lab.run(resume="")
+
+
 # --- early stopping
 
 PATIENT = {"train": {"eval_every_steps": 1, "early_stopping_patience": 2}}

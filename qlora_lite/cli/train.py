@@ -34,6 +34,11 @@ def train(recipe: str | None, overrides: tuple[str, ...], resume: str | None, fo
         raise click.UsageError("--force is for --resume: it goes on with a run that settings or rows make another one")
     if resume and not Path(resume).is_dir():
         raise CheckpointError(f"--resume {resume}: there is no such run folder")
+    if resume and not Path(recipe).exists() and Path(recipe) == Path(resume) / "recipe.yaml":
+        prepare()
+        from qlora_lite.resume import recover_recipe
+
+        recover_recipe(Path(resume))
     settings = load_recipe(recipe, overrides)
     prepare()
     with importing():

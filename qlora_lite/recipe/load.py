@@ -96,7 +96,12 @@ def require_recipe(value: object) -> None:
 
 def resolve_to_yaml(recipe: Recipe) -> str:
     """Return the recipe as YAML with every setting; loading it gives an equal recipe with the same hash."""
-    return _HEADER + dump(recipe.model_dump(mode="json"))
+    return settings_to_yaml(recipe.model_dump(mode="json"))
+
+
+def settings_to_yaml(settings: dict) -> str:
+    """Return a recipe's settings by section, as ``model_dump`` gives them, as YAML."""
+    return _HEADER + dump(settings)
 
 
 def _read(path: str | Path) -> bytes:

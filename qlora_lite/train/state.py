@@ -12,6 +12,8 @@ copied into buffers that the optimizer itself has made: `load_state_dict` of bit
 for paged states, and torch's casts states to the parameter's type.
 """
 
+import math
+
 import torch
 
 from qlora_lite.errors import CheckpointError, TrainingError
@@ -124,10 +126,30 @@ def numbers_of(checkpoint: Checkpoint) -> dict:
     good = all(type(count) is int and count >= 0 for count in counts) and isinstance(numbers, dict)
     good = good and type(state.get("took_part")) is bool
     good = good and all(isinstance(values, dict) for values in numbers.values())
-    good = good and all(type(number) in (int, float) for values in numbers.values() for number in values.values())
+    good = good and all(map(_is_count, (number for values in numbers.values() for number in values.values())))
     if missing or not good:
         raise CheckpointError(f"the checkpoint lacks {', '.join(missing) or f'numbers in {STATE}'}")
+    if problem := _contradiction(state, checkpoint):
+        raise CheckpointError(f"the checkpoint's numbers contradict each other: {problem}")
     return state
+
+
+def _is_count(number: object) -> bool:
+    return type(number) in (int, float) and math.isfinite(number) and number >= 0
+
+
+def _contradiction(state: dict, checkpoint: Checkpoint) -> str | None:
+    """Say which numbers of a checkpoint cannot be together: an epoch that is over has had at least one step."""
+    step, epoch, epoch_step = (state[name] for name in ("step", "epoch", "epoch_step"))
+    steps = {name: tensor for name, tensor in checkpoint.tensors[OPTIMIZER].items() if name.endswith(".step")}
+    if step != checkpoint.step:
+        return f"{STATE} is of step {step}, the checkpoint of step {checkpoint.step}"
+    if epoch + epoch_step > step or (epoch == 0 and epoch_step != step):
+        return f"step {step} cannot be step {epoch_step} of epoch {epoch}"
+    if state["skipped"] > step or step > state["total_steps"]:
+        return f"{state['skipped']} skipped steps and {step} of {state['total_steps']} steps"
+    broken = [name for name, tensor in steps.items() if not ((tensor >= 0) & tensor.isfinite()).all()]
+    return f"{broken[0]} is no number of steps" if broken else None
 
 
 def _make_states(trainer: Trainer) -> None:

@@ -167,6 +167,38 @@ def test_a_checkpoint_that_lacks_a_part_is_refused(tmp_path, lacking):
         restore(trainer(), Checkpoint(1, tensors, {STATE: state}))
 
 
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"step": 2}, r"state\.json is of step 2, the checkpoint of step 3"),
+    ({"epoch": 10**9}, "step 3 cannot be step 1 of epoch 1000000000"),
+    ({"epoch_step": 10**12}, "step 3 cannot be step 1000000000000 of epoch 1"),
+    ({"epoch": 0}, "step 3 cannot be step 1 of epoch 0"),
+    ({"skipped": 4}, "4 skipped steps and 3 of 4 steps"), ({"total_steps": 2}, "0 skipped steps and 3 of 2 steps"),
+], ids=str)  # fmt: skip
+def test_a_checkpoint_whose_numbers_contradict_each_other_is_refused(tmp_path, changes, said):
+    training = trainer()
+    steps_of(training, 3)
+    checkpoint = saved(training, tmp_path)
+    state = checkpoint.documents[STATE] | changes
+    with pytest.raises(CheckpointError, match=f"the checkpoint's numbers contradict each other: {said}"):
+        restore(trainer(), replace(checkpoint, documents={STATE: state}))
+
+
+@pytest.mark.parametrize("steps", [float("nan"), -1.0])
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_8bit"])
+def test_an_optimizer_s_step_that_is_none_is_refused(tmp_path, optimizer, steps):
+    training = trainer(optimizer=optimizer, rank=64)
+    steps_of(training, 1)
+    checkpoint = saved(training, tmp_path)
+    tensors, state = dict(checkpoint.tensors[OPTIMIZER]), checkpoint.documents[STATE]
+    if state["optimizer"]:
+        state = state | {"optimizer": {name: {**values, "step": steps} for name, values in state["optimizer"].items()}}
+    else:
+        tensors = {n: torch.full_like(t, steps) if n.endswith(".step") else t for n, t in tensors.items()}
+    broken = replace(checkpoint, tensors={**checkpoint.tensors, OPTIMIZER: tensors}, documents={STATE: state})
+    with pytest.raises(CheckpointError, match=r"lacks numbers in state\.json|\.step is no number of steps"):
+        restore(trainer(optimizer=optimizer, rank=64), broken)
+
+
 def test_every_random_generator_comes_back():
     device = torch.device("cpu")
     random.gauss(), np.random.normal()  # each leaves a second value waiting
