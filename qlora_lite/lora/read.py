@@ -253,6 +253,6 @@ def _from_patterns(patterns: dict, names: list[str]) -> dict[str, float]:
                     found[name] = value
         except (regex.error, TimeoutError) as error:
             raise ModelError(
-                f"{CONFIG_NAME}: alpha_pattern {pattern[:80]!r} cannot be used: {error or 'it takes too long'}"
+                f"{CONFIG_NAME}: alpha_pattern {pattern[:80]!r} cannot be used: {str(error) or 'it takes too long'}"
             ) from None
     return found

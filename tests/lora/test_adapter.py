@@ -220,7 +220,13 @@ def test_a_hostile_pattern_cannot_hang(folder, pattern):
 
 def test_a_pattern_that_is_no_regular_expression_is_refused(folder):
     change_config(folder, alpha_pattern={"q_proj(": 12})
-    assert "alpha_pattern 'q_proj(' cannot be used" in refusal(folder)
+    assert "alpha_pattern 'q_proj(' cannot be used: missing )" in refusal(folder)
+
+
+def test_patterns_that_take_too_long_are_refused_in_these_words(folder, monkeypatch):
+    monkeypatch.setattr("qlora_lite.lora.read.MATCH_SECONDS", 0.0)
+    change_config(folder, alpha_pattern={"q_proj": 12})
+    assert refusal(folder).endswith("alpha_pattern 'q_proj' cannot be used: it takes too long")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "[" * 100_000, '{"peft_type": "LORA"}'])

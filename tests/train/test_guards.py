@@ -20,7 +20,7 @@ from qlora_lite.models.quantizer import quantize_head
 from qlora_lite.models.rows_alone import rows_run_alone
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.tensor_file import HASHED_WORDS, bit_sums
-from qlora_lite.train.guards import check_frozen, check_trainable, frozen_checksum
+from qlora_lite.train.guards import check_forward, check_frozen, check_trainable, frozen_checksum
 from qlora_lite.train.inventory import inventory, total_parameters
 from qlora_lite.train.loop import Trainer
 from qlora_lite.train.settings import TrainSettings
@@ -39,6 +39,18 @@ def test_a_nan_in_a_frozen_weight_names_the_step_the_rows_and_the_module():
     ) as caught:
         next(steps)
     assert "rows rows.jsonl:" in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "value", "said"), [
+    ("model.norm.weight", float("nan"), r"its own logits are not finite: model\.norm\.weight holds NaN or infinity"),
+    ("lm_head.weight", 3e38, r"its own logits are not finite: weights are too large, most of all lm_head\.weight"),
+    ("model.embed_tokens.weight", float("nan"), "the embedding of token 7 is not finite"),
+])  # fmt: skip
+def test_weights_that_cannot_be_computed_with_are_named_as_such(name, value, said):
+    model, _ = quantized_pair("llama")
+    model.get_parameter(name).data[7] = value
+    with pytest.raises(ModelError, match=f"{said}.*; the model's files are damaged"):
+        check_forward(model)
 
 
 def test_a_nan_in_the_embeddings_names_them():
