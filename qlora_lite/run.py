@@ -9,7 +9,6 @@ import gc
 import json
 import logging
 import platform
-import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -58,6 +57,7 @@ from .runs import (
     newest_checkpoint,
     package_versions,
     rewind_run,
+    undo_start,
 )
 from .saver import Space, check_space
 from .stopping import Stop, stop_signals
@@ -99,9 +99,10 @@ def run_recipe(
     require_recipe(recipe)
     require_one_process()
     path = None if resume is None else path_to_continue(recipe, resume)
+    was_there = path is not None or (bool(recipe.output.dir) and Path(recipe.output.dir).exists())
     is_new, path = path is None, path or new_path(recipe)
     with locked(path):
-        begins = is_new or not is_begun(path)
+        begins, was_empty = is_new or not is_begun(path), not any(path.iterdir())
         run, continuation = create_run(path, recipe, replace=not is_new) if begins else None, None
         with logging_to(path / LOG), stop_signals(recipe.train.max_hours) as stop:
             if run is None and is_complete(path, recipe):
@@ -109,17 +110,19 @@ def run_recipe(
                 return path
             if run is None:
                 run, continuation = reopen(path, recipe, force)
-            _execute(_Run(recipe, run, progress, stop, continuation, watch), is_new and not recipe.output.dir)
+            running = _Run(recipe, run, progress, stop, continuation, watch)
+            try:
+                _execute(running)
+            except QloraLiteError as error:
+                is_failure = running.training is None and not isinstance(error, Interrupted)
+                if is_failure and was_empty:  # the error says it all
+                    undo_start(path, was_there)
+                raise
     return path
 
 
-def _execute(running: "_Run", is_own_folder: bool) -> None:
-    """Run to the end, or leave a summary and a report that say how far it came and why no further.
-
-    Args:
-        is_own_folder: it was made for this run, and nobody named it; of a run that failed before its training, it is
-            then removed: the error says it all.
-    """
+def _execute(running: "_Run") -> None:
+    """Run to the end, or leave a summary and a report that say how far it came and why no further."""
     try:
         running.execute()
     except KeyboardInterrupt as cut:  # before training, or by a second signal
@@ -129,8 +132,6 @@ def _execute(running: "_Run", is_own_folder: bool) -> None:
         raise error from None
     except QloraLiteError as error:
         running.leave(error)
-        if is_own_folder and running.training is None:
-            shutil.rmtree(running.run.path, ignore_errors=True)
         raise
     finally:
         if running.run.summary.get("status") == "running":  # what nobody foresaw

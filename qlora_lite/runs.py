@@ -219,6 +219,16 @@ def _other_place(path: Path) -> str:
 def rewind_run(run: RunFolder, has_best: bool, metrics_sha256: str | None) -> None:
     """Go back to where a run was: cut off the metrics of later steps, and write the recipe that it goes on with.
 
+def undo_start(path: Path, was_there: bool) -> None:
+    """Empty the folder of a run that failed before its training, and remove it if it was made for the run."""
+    with suppress(OSError):
+        for name in (RECIPE, LOG, *_OUTPUTS):  # nothing of a user's that has come meanwhile
+            output = path / name
+            shutil.rmtree(output) if output.is_dir() else output.unlink(missing_ok=True)
+        if not was_there:
+            path.rmdir()
+
+
     Args:
         run: with the summary and the ``metrics_bytes`` of then.
         has_best: the adapter that is there is the best one by evaluation, not the end of an earlier run.

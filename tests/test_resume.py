@@ -997,8 +997,7 @@ def test_too_little_space_is_seen_before_the_first_step(lab, monkeypatch, caplog
     free(10_000)
     with pytest.raises(OutputError, match=r"the disk of .*out has 9\.8 KiB free; this run needs .*set output\.dir"):
         lab.run()
-    assert not (lab.out / "metrics.jsonl").exists()
-    shutil.rmtree(lab.out)
+    assert not lab.out.exists()
     free(3_000_000)
     lab.run()
     assert any("it may end without some of them" in message for message in caplog.messages)

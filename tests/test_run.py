@@ -398,7 +398,7 @@ def test_plain_text_rows_have_no_answers_to_match_and_say_so(run, tmp_path):
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": "one two three"}) + "\n")
     with pytest.raises(DataError, match=r"text.jsonl:1: has no answer to match; set train\.exact_match_rows"):
         run(data={"eval": str(tmp_path / "text.jsonl")}, train={"exact_match_rows": 1})
-    assert summary_of(run.folder)["status"] == "failed"
+    assert not run.folder.exists()
 
 
 def test_the_log_says_what_of_the_sources_is_not_used(run, tmp_path):
@@ -422,6 +422,16 @@ def test_a_folder_that_is_not_empty_is_refused_and_left_alone(run):
     with pytest.raises(OutputError, match=r"is not empty; choose another output\.dir"):
         run()
     assert [path.name for path in run.folder.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("was_there", [False, True])
+def test_a_start_that_failed_leaves_a_named_folder_as_it_was(run, was_there):
+    if was_there:
+        run.folder.mkdir()
+    with pytest.raises(ModelError):
+        run(lora={"targets": ["no"]})
+    assert run.folder.exists() == was_there
+    assert not was_there or not list(run.folder.iterdir())
 
 
 def test_a_start_that_failed_is_no_obstacle_to_the_next_but_a_run_with_steps_is(run):
