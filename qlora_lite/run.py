@@ -285,7 +285,8 @@ class _Run:
         can_go_on = isinstance(error, Interrupted | CheckpointError)
         why = str(error) if isinstance(error, QloraLiteError) else repr(error)
         try:
-            self.run.update(**self.figures(), status="interrupted" if can_go_on else "failed", error=why)
+            self.run.summary.update(**self.figures(), status="interrupted" if can_go_on else "failed", error=why)
+            self.run.write_summary()
             write_report(self.run.path)
         except OutputError as fault:
             log.warning("%s", fault)
@@ -338,8 +339,11 @@ class _Run:
     def _write_data(self) -> None:
         """Write down what the rows are, and the template for generate, chat and evaluate."""
         path, report = self.run.path, self.data_report
-        write_text(path / "data.json", json.dumps(report, indent=2) + "\n")
-        write_data_page(report, path / "data.html", self.recipe.output.name)
+        try:
+            write_text(path / "data.json", json.dumps(report, indent=2) + "\n")
+            write_data_page(report, path / "data.html", self.recipe.output.name)
+        except OutputError as error:  # for a person to look at, and `qlora-lite data` shows the same
+            log.warning("%s. The run goes on without it", error)
         if self.data.template:
             write_text(path / TEMPLATE, portable_source(self.data.template))
         counts = ("rows_read", "rows_kept", "dropped", "tokens", "learned_tokens", "packing_efficiency")
@@ -424,8 +428,9 @@ class _Run:
              "reference": row.answer, "before": b, "after": a}
             for row, b, a in zip(self.eval_data.examples, before.answers, after.answers, strict=False) if row.answer
         ][:SAMPLES] if before and after else []  # fmt: skip
-        self.run.update(**self.figures(), status=COMPLETE, ended_by=self.training.ended_by,
+        self.run.summary.update(**self.figures(), status=COMPLETE, ended_by=self.training.ended_by,
                         adapter_step=self.training.adapter_step, samples=samples)  # fmt: skip
+        self.run.write_summary()
         write_report(self.run.path)
         log.info("done: %d steps in %s, peak memory %s", self.trainer.step,
                  format_seconds(self.run.summary["seconds"]), format_bytes(self.run.summary["peak_bytes"]))  # fmt: skip

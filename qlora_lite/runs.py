@@ -119,12 +119,22 @@ class RunFolder:
             flush_to_disk(self.path / METRICS)
 
     def update(self, **values) -> None:
-        """Put values into ``summary.json``.
+        """Put values into ``summary.json``; where it cannot be written just now, a later call writes them.
+
+        A moment's fault of the disk is no reason to end a run; at its begin and its end ``write_summary`` says so.
+        """
+        self.summary.update(values)
+        try:
+            self.write_summary()
+        except OutputError as error:
+            log.warning("%s. The run goes on, and its summary waits until it can be written", error)
+
+    def write_summary(self) -> None:
+        """Write ``summary.json``.
 
         Raises:
             OutputError: it cannot be written.
         """
-        self.summary.update(values)
         if not self.proven:
             return
         self._make_again()
@@ -204,8 +214,19 @@ def create_run(path: Path, recipe: Recipe, replace: bool = False) -> RunFolder:
     run = RunFolder(path, recipe)
     write_text(path / RECIPE, resolve_to_yaml(recipe))
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    run.update(status="running", name=_name(recipe), model=recipe.model.path, started=started)
+    run.summary.update(status="running", name=_name(recipe), model=recipe.model.path, started=started)
+    run.write_summary()
     return run
+
+
+def undo_start(path: Path, was_there: bool) -> None:
+    """Empty the folder of a run that failed before its training, and remove it if it was made for the run."""
+    with suppress(OSError):
+        for name in (RECIPE, LOG, *_OUTPUTS):  # nothing of a user's that has come meanwhile
+            output = path / name
+            shutil.rmtree(output) if output.is_dir() else output.unlink(missing_ok=True)
+        if not was_there:
+            path.rmdir()
 
 
 def _other_place(path: Path) -> str:
@@ -218,16 +239,6 @@ def _other_place(path: Path) -> str:
 
 def rewind_run(run: RunFolder, has_best: bool, metrics_sha256: str | None) -> None:
     """Go back to where a run was: cut off the metrics of later steps, and write the recipe that it goes on with.
-
-def undo_start(path: Path, was_there: bool) -> None:
-    """Empty the folder of a run that failed before its training, and remove it if it was made for the run."""
-    with suppress(OSError):
-        for name in (RECIPE, LOG, *_OUTPUTS):  # nothing of a user's that has come meanwhile
-            output = path / name
-            shutil.rmtree(output) if output.is_dir() else output.unlink(missing_ok=True)
-        if not was_there:
-            path.rmdir()
-
 
     Args:
         run: with the summary and the ``metrics_bytes`` of then.

@@ -577,3 +577,22 @@ def test_log_lines_stand_above_the_bar_which_says_no_step_before_the_first(redir
         return
     bars = [line for line in lines if "━" in line]
     assert bars[0].startswith("before the first step") and bars[-1].startswith("step 3/4  loss 0.500")
+
+
+def test_a_result_that_cannot_be_printed_is_no_failure_where_a_folder_has_it_too(monkeypatch, capsys):
+    from qlora_lite.cli.output import print_result
+
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(OSError, match="No space left"):
+            print_result("all")
+        print_result("all", "runs/x")
+    assert capsys.readouterr().err == "the result cannot be printed (No space left on device); it is in runs/x\n"
+
+
+def test_a_reader_of_doctor_that_has_left_is_no_failure():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-m", "qlora_lite", "doctor"], stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -424,6 +424,30 @@ def test_a_folder_that_is_not_empty_is_refused_and_left_alone(run):
     assert [path.name for path in run.folder.iterdir()] == ["precious"]
 
 
+def test_a_disk_that_fails_for_a_moment_before_the_first_step_ends_no_run(run, monkeypatch, caplog):
+    from qlora_lite import runs
+
+    write, calls = runs.write_text, []
+
+    def failing(path, text):
+        calls.append(path.name)
+        if path.name == "summary.json" and calls.count("summary.json") in (2, 3, 4):
+            raise OutputError(f"cannot write {path}: Stale file handle")
+        return write(path, text)
+
+    def failing_page(_report, path, _name):
+        raise OutputError(f"cannot write {path}: Stale file handle")
+
+    monkeypatch.setattr(runs, "write_text", failing)
+    monkeypatch.setattr("qlora_lite.run.write_data_page", failing_page)
+    folder = run(train={"max_steps": 1})
+    assert {"status", "data", "plan", "eval_loss_before", "device"} <= summary_of(folder).keys()
+    assert summary_of(folder)["status"] == "complete" and not (folder / "data.html").exists()
+    said = "summary.json: Stale file handle. The run goes on, and its summary waits until it can be written"
+    assert sum(said in message for message in caplog.messages) == 3
+    assert "data.html: Stale file handle. The run goes on without it" in caplog.text
+
+
 @pytest.mark.parametrize("was_there", [False, True])
 def test_a_start_that_failed_leaves_a_named_folder_as_it_was(run, was_there):
     if was_there:

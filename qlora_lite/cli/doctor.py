@@ -4,7 +4,7 @@ import json
 
 import click
 
-from .output import echo, echo_exactly, prepare
+from .output import prepare, print_result
 
 
 @click.command()
@@ -15,13 +15,12 @@ def doctor(as_json: bool) -> None:
     from qlora_lite.doctor import examine
 
     found = examine()
-    if as_json:
-        echo_exactly(json.dumps(found))
-        return
+    print_result(json.dumps(found) if as_json else _described(found))
+
+
+def _described(found: dict) -> str:
+    lines = []
     for group in ("versions", "machine"):
-        echo(group)
-        for name, value in found[group].items():
-            echo(f"  {name.replace('_', ' '):22} {value}")
-    echo("notes")
-    for note in found["notes"] or ["nothing to say: this machine is fine"]:
-        echo(f"  {note}")
+        lines += [group, *(f"  {name.replace('_', ' '):22} {value}" for name, value in found[group].items())]
+    notes = found["notes"] or ["nothing to say: this machine is fine"]
+    return "\n".join([*lines, "notes", *(f"  {note}" for note in notes)])

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import click
 
@@ -152,11 +153,22 @@ def shown(report):
     return [shown(value) for value in report] if isinstance(report, list | tuple) else report
 
 
-def print_result(text: str) -> None:
-    """Print what came of a command's work; if whoever read has left, that is no failure of the work."""
+def print_result(text: str, kept_in: Path | None = None) -> None:
+    """Print what came of a command's work; if whoever read has left, that is no failure of the work.
+
+    Args:
+        kept_in: the folder that has it too, so that a disk too full to print it is no failure either.
+
+    Raises:
+        OSError: it cannot be printed, and is nowhere else.
+    """
     try:
         echo(text)
-    except BrokenPipeError:
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            if kept_in is None:
+                raise
+            echo(f"the result cannot be printed ({error.strerror}); it is in {kept_in}", err=True)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
 
 

@@ -46,7 +46,7 @@ def train(recipe: str | None, overrides: tuple[str, ...], resume: str | None, fo
 
     with step_progress() as progress:
         folder = run.run_recipe(settings, progress, resume, force, progress.watch)
-    print_result(_result(folder, json.loads((folder / "summary.json").read_text(encoding="utf-8"))))
+    print_result(_result(folder, json.loads((folder / "summary.json").read_text(encoding="utf-8"))), folder)
 
 
 def _result(folder, summary: dict) -> str:
