@@ -127,14 +127,20 @@ def test_a_signal_while_a_row_is_rendered_leaves_no_answer_to_be_taken_for_the_n
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ messages[0].content|upper }}"
     template = choose_template(tokenizer)
-    stdout = probing._child().stdout
+    process = probing._child()
 
     class Interrupted:
+        def __init__(self, stream):
+            self.stream = stream
+
         def readline(self):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(probing._child(), "stdout", Interrupted())
-    monkeypatch.setattr(probing._child(), "communicate", lambda: stdout.close())
+        def __getattr__(self, name):
+            return getattr(self.stream, name)
+
+    monkeypatch.setattr(process, "stdout", Interrupted(process.stdout))
     with pytest.raises(KeyboardInterrupt):
         render_turns(template, [Turn("user", "first")], False)
+    assert process.returncode is not None and process.stdin.closed
     assert render_turns(template, [Turn("user", "second")], False) == "SECOND"
