@@ -20,6 +20,7 @@ from tiny_runs import make_run
 
 from qlora_lite.converse import open_session
 from qlora_lite.data.formats import Turn
+from qlora_lite.data.probe import TakesTooMuchError
 from qlora_lite.serve.app import MOST_CONNECTIONS, Limits, build_app, http_server
 from qlora_lite.tasks import open_tasks
 
@@ -176,6 +177,16 @@ def test_a_bad_request_is_an_error_of_the_api_s_form_that_names_the_field(client
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(**({"model": "base", "messages": ASKED} | {"extra_body": changes}))
     assert caught.value.param == param and caught.value.body["message"] and caught.value.type == "invalid_request_error"
+
+
+def test_messages_for_which_the_template_takes_too_much_are_a_bad_request(client, monkeypatch):
+    def take_too_much(*_):
+        raise TakesTooMuchError("the chat template (model) takes more than 1 second of processor time")
+
+    monkeypatch.setattr("qlora_lite.serve.engine.render_prompt", take_too_much)
+    with pytest.raises(openai.BadRequestError, match="1 second of processor time") as caught:
+        client.chat.completions.create(model="base", messages=ASKED)
+    assert caught.value.param == "messages"
 
 
 def test_an_unknown_model_is_not_found_and_says_what_there_is(client):

@@ -13,6 +13,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from qlora_lite.data.probe import TakesTooMuchError
 from qlora_lite.data.render import render_prompt
 from qlora_lite.errors import DataError
 from qlora_lite.generate import answer
@@ -92,7 +93,7 @@ class Engine:
             raise ApiError(404, f"there is no model {request.model!r}; there are {known}", "model_not_found", "model")
         try:
             prompt = render_prompt(self.tasks.task(self._name(request)).template, request.turns)
-        except DataError as error:
+        except (DataError, TakesTooMuchError) as error:
             raise ApiError(400, str(error), param="messages") from error
         config = text_config(self.tasks.model)
         limit = getattr(config, "max_position_embeddings", None)
