@@ -332,7 +332,7 @@ _NO_VALUES = {  # by setting: what to know about values that are not offered
         "older ones": "float16 fp16 half 16 16-mixed",
     },
     "model.device": {
-        "Apple GPUs are not supported; cpu works there": "mps metal",
+        "Apple GPUs are not supported; write cpu": "mps metal",
         "torch for ROCm calls AMD GPUs cuda; nobody has tried them here": "hip rocm amd",
         "only CUDA GPUs and CPUs are supported": "xpu npu hpu tpu xla mlu vulkan dml directml",
     },

@@ -276,6 +276,7 @@ def test_an_unsloth_script_is_read_and_not_run(made, tmp_path):
     assert (r.train.warmup_ratio, r.train.lr_scheduler, r.train.optimizer) == (0.1, "linear", "adamw_8bit")
     assert any(note.startswith("train.py:9: use_gradient_checkpointing") for note in notes(conversion, "unused"))
     assert "hf_mine" not in conversion.text + str(conversion.notes), "no secret is written"
+    assert "lora_model" not in conversion.text, "what stands below `if False:` is not read"
     without = SCRIPT.replace("trainer = train_on_responses_only", "pass  # ")
     assert made(without, name="train.py")[1].data.train_on == "all", "as trl learns them"
 
@@ -294,6 +295,12 @@ def test_what_is_computed_in_a_script_is_not_guessed(made, refused):
     mapped = SCRIPT.replace('split="train")', 'split="train")\ndataset = dataset.map(to_text)')
     assert "train.py:13: formatting_func = to_text: write prompt and completion" in refused(mapped, name="train.py")[0]
     assert made(mapped, "data.train=rows.jsonl", name="train.py")[1].data.train[0].path.endswith("rows.jsonl")
+
+
+@pytest.mark.parametrize("value", ["1j", "b'x'", "...", "{1: {2}}", "'\\ud800'", "'\\x00'", "f'{x}'", "[f()]"])
+def test_a_value_of_a_script_that_yaml_has_not_is_an_expression(refused, value):
+    (problem, _) = refused(SCRIPT.replace("r=8", f"r={value}"), name="train.py")
+    assert problem.endswith(": an expression, which is not read; here it is lora.rank")
 
 
 def test_a_notebook_is_read_by_its_cells_of_code(made):
