@@ -122,6 +122,23 @@ def test_a_4_bit_model_in_which_rounding_took_the_adapter_away_is_refused_and_ne
     assert "needs rows (--rows 1 or more)" in refusal(ModelError, run, tmp_path / "out", quantize="nf4", rows=0)
 
 
+def test_what_each_type_of_16_bits_keeps_of_the_update_is_in_the_report(run, tmp_path):
+    exact = merge_run(run, tmp_path / "f32", MergeSettings("original", "f32", rows=0))
+    base = load_file(run.parent / "model" / "model.safetensors")
+    update, kept = 0.0, {"bf16": 0.0, "f16": 0.0}
+    for name, merged in load_file(tmp_path / "f32" / "model.safetensors").items():
+        before = base[name].double()
+        update += (merged.double() - before).square().sum().item()
+        for half, dtype in {"bf16": torch.bfloat16, "f16": torch.float16}.items():
+            kept[half] += ((merged.to(dtype).double() - before) * (merged.double() - before)).sum().item()
+    for half, share in kept.items():
+        report = merge_run(run, tmp_path / half, MergeSettings("original", half, rows=0))
+        assert report["update_kept"] == exact["update_kept"]
+        assert report["update_kept"][half] == pytest.approx(share / update, abs=1e-5)
+        (note,) = [note for note in report["notes"] if "rounded once, to" in note]
+        assert f"to {half}, which keeps {share / update:.1%}" in note and ("--dtype f16" in note) == (half == "bf16")
+
+
 def test_without_rows_nothing_is_measured_and_the_data_is_not_needed(tmp_path):
     run = tiny_run(tmp_path)
     (tmp_path / "eval.jsonl").unlink()
@@ -138,6 +155,8 @@ def test_a_weight_too_large_for_the_type_is_named_whether_or_not_rows_are_measur
     for base, rows in (("original", 0), ("nf4", 4)):
         said = refusal(ModelError, run, tmp_path / "out", base=base, dtype="f16", rows=rows)
         assert "model.norm.weight is too large for float16" in said
+    report = merge_run(run, tmp_path / "out", MergeSettings("original", rows=0))
+    assert report["update_kept"]["f16"] is None and "f16 does not hold the largest" in report["notes"][1]
 
 
 def test_a_16_bit_run_is_not_told_that_its_weights_were_quantised(tmp_path):

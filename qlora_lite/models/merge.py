@@ -15,6 +15,7 @@ Names, tensors that are no floats, and parts of the checkpoint outside the langu
 
 import copy
 import json
+import math
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -40,7 +41,38 @@ from .weights import BaseWeights, open_weights
 
 TRAINED, ORIGINAL = "trained", "original"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")  # of towers
+HALVES = {"bf16": torch.bfloat16, "f16": torch.float16}
+ROUNDING_CHUNK = 1 << 18  # weights whose rounding is measured at once, in 4 MiB
 SPARE_BYTES = 64 * 2**20  # of disk, beside the weights: tokenizer, configurations, index
+
+
+class Rounding:
+    """How much of an adapter's updates is left once the merged weights are rounded to each type of 16 bits.
+
+    With W the weights before, U the update and R what is stored, summed over all weights: (R - W) U / U U. Noise leaves
+    it at 1; where W lies on the type's own grid and U is below half a step, R is W again, and it is 0.
+    """
+
+    def __init__(self):
+        self._updates, self._kept = 0.0, dict.fromkeys(HALVES, 0.0)
+
+    def add(self, merged: torch.Tensor, weight: torch.Tensor) -> None:
+        """Count a tensor that is not rounded yet, and what it was before the update, both of the same shape."""
+        parts = (each.reshape(-1).split(ROUNDING_CHUNK) for each in (merged, weight))
+        for after, before in zip(*parts, strict=True):
+            update = after.float() - before
+            self._updates += _dot(update, update)
+            for name, dtype in HALVES.items():
+                self._kept[name] += _dot(after.to(dtype) - before.float(), update)
+
+    def kept(self) -> dict[str, float | None]:
+        """Return the share that is left, by type; None where some number of the model is too large for the type."""
+        updates = self._updates or 1.0
+        return {name: kept / updates if math.isfinite(kept) else None for name, kept in self._kept.items()}
+
+
+def _dot(one: torch.Tensor, other: torch.Tensor) -> float:
+    return (one * other).sum(dtype=torch.float64).item()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +117,11 @@ class Merged:
         layer = self._layer(stored)[1]
         return layer is not None and stands_for_conv1d(layer)
 
-    def weight(self, stored: str, dtype: torch.dtype) -> torch.Tensor:
+    def weight(self, stored: str, dtype: torch.dtype, rounding: Rounding | None = None) -> torch.Tensor:
         """Return one tensor by its stored name and in its stored layout; floats are rounded once, to ``dtype``.
+
+        Args:
+            rounding: counts the tensor before that.
 
         Raises:
             ModelError: a number is too large for the type.
@@ -102,8 +137,11 @@ class Merged:
             if isinstance(layer, QuantLinear) and not self.base.packed:  # a 4-bit checkpoint leaves layers out itself
                 packed = quantize(weight, layer.quant_type, layer.double_quant)
                 weight = dequantize(packed, weight.shape, self.compute_dtype, layer.quant_type)
+        before = weight
         if layer is not None and path in self.adapter.layers:
             weight = merged_weight(weight, self.adapter.layers[path])
+        if rounding is not None:
+            rounding.add(weight, before)
         rounded = (weight.t() if is_conv1d else weight).to(dtype).contiguous()
         if not rounded.isfinite().all():
             name = str(dtype).removeprefix("torch.")
@@ -142,8 +180,8 @@ def open_merged(
 def write_merged(
     merged: Merged, folder: Path, dtype: torch.dtype, tokenizer, end_token_ids: list[int],
     shard_bytes: int = SHARD_BYTES,
-) -> None:  # fmt: skip
-    """Write a merged model into a folder that exists.
+) -> dict[str, float | None]:  # fmt: skip
+    """Write a merged model into a folder that exists; return what ``Rounding.kept`` does.
 
     Args:
         dtype: of every float.
@@ -158,16 +196,19 @@ def write_merged(
     entries = merged.entries(dtype)
     total_bytes = sum(_size(entry) for entry in entries.values())
     require_space(folder.parent, total_bytes + SPARE_BYTES)
-    shards, weight_map = _into_shards(entries, shard_bytes), {}
+    shards, weight_map, rounding = _into_shards(entries, shard_bytes), {}, Rounding()
     for number, names in enumerate(shards, start=1):
         one = "model.safetensors"
         file = one if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        stream_tensors(folder / file, {name: entries[name] for name in names}, lambda n: merged.weight(n, dtype))
+        stream_tensors(
+            folder / file, {name: entries[name] for name in names}, lambda n: merged.weight(n, dtype, rounding)
+        )
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         _write_json(folder / INDEX_NAME, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
     _write_configs(merged, folder, dtype, end_token_ids)
     tokenizer.save_pretrained(folder)
+    return rounding.kept()
 
 
 def _size(entry: tuple[torch.dtype, tuple[int, ...]]) -> int:
