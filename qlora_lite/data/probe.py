@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -115,8 +116,9 @@ def render_apart(
 @lru_cache(maxsize=1)
 def _child() -> subprocess.Popen:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(  # in a session of its own, where no Ctrl-C reaches it
-        [sys.executable, "-m", __name__], text=True, start_new_session=True, **pipes
+    path = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # where modules come from here, so not the folder
+    process = subprocess.Popen(  # that it starts in (-P); in a session of its own, where no Ctrl-C reaches it
+        [sys.executable, "-P", "-m", __name__], text=True, start_new_session=True, env=path, **pipes
     )
     atexit.register(end_child)
     return process

@@ -144,3 +144,11 @@ def test_a_signal_while_a_row_is_rendered_leaves_no_answer_to_be_taken_for_the_n
         render_turns(template, [Turn("user", "first")], False)
     assert process.returncode is not None and process.stdin.closed
     assert render_turns(template, [Turn("user", "second")], False) == "SECOND"
+
+
+def test_no_module_of_the_folder_at_hand_is_imported(tmp_path, monkeypatch):
+    (tmp_path / "jinja2.py").write_text("open('imported', 'w')\n")
+    monkeypatch.chdir(tmp_path)
+    probing.end_child()
+    probe("t", "{{ 'in a folder from elsewhere' }}", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["jinja2.py"]
