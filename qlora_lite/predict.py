@@ -165,7 +165,7 @@ def _begin(out: Path, prompts: Sequence[Prompt], about: dict, overwrite: bool) -
     beside = out.with_name(f"{out.name}.settings.json")
     content = b"" if overwrite else out.read_bytes()
     lines = content.split(b"\n")[:-1]
-    if lines:
+    if content:
         _compare_settings(out, beside, about)
         _compare_prompts(out, lines, prompts)
     else:

@@ -105,6 +105,13 @@ def test_a_file_of_other_answers_is_not_gone_on_with_unless_it_may_be_overwritte
     assert out.read_bytes() == before.split(b"\n")[0] + b"\n"
 
 
+def test_a_file_without_a_line_end_is_not_taken_for_a_torn_line_of_answers(run, words, command, tmp_path):
+    (tmp_path / "out.json").write_text('{"mine": 1}')
+    code, _, err = command("generate", run, "--prompts", words, "--out", tmp_path / "out.json", *FEW)
+    assert code == 2 and "which says how its answers were made, cannot be read" in err
+    assert (tmp_path / "out.json").read_text() == '{"mine": 1}'
+
+
 def test_rows_of_a_recipe_s_table_are_prompts_by_its_template_and_carry_their_reference(run, command, tmp_path):
     table = {"path": str(tmp_path / "table.csv"), "prompt": "Describe: {mr}", "completion": "{ref}"}
     (tmp_path / "table.csv").write_text("mr,ref\nname[x],It is x.\n")
