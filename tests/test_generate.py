@@ -74,11 +74,12 @@ def test_an_answer_that_had_to_be_cut_is_told_from_one_that_ended_and_shown_as_s
     model, tokenizer = model_of("llama"), byte_tokenizer()
     texts = answer(model, tokenizer, PROMPTS, 6)
     stop = tokenizer(next(letter for letter in texts[1] if letter.isascii()), add_special_tokens=False).input_ids
-    ended = answer(model, tokenizer, PROMPTS, 6, stop, cut=(cut := set()))
-    assert 1 not in cut and cut == {i for i, text in enumerate(ended) if text == texts[i]} != set()
+    ended = answers(model, tokenizer, PROMPTS, 6, stop)
+    cut = {i for i, each in enumerate(ended) if each.finish == "length"}
+    assert 1 not in cut and cut == {i for i, each in enumerate(ended) if each.text == texts[i]} != set()
     examples = [Example(np.zeros(9, np.int32), np.ones(9, bool), prompt, "x", "f:1") for prompt in PROMPTS]
-    answers = exact_match(model, tokenizer, examples, stop).answers
-    assert not answers[1].endswith(CUT) and any(each.endswith(CUT) for each in answers)
+    shown = exact_match(model, tokenizer, examples, stop).answers
+    assert not shown[1].endswith(CUT) and any(each.endswith(CUT) for each in shown)
 
 
 def test_stop_tokens_are_those_of_tokenizer_model_and_training():
