@@ -120,6 +120,17 @@ def test_teams_are_there_while_others_are_busy_and_end_with_the_run(seen, caplog
     assert not teams() and caplog.text.count("1.0 of 2 cores busy") == 1 and QUIET_LOOKS > 1
 
 
+def test_memory_that_runs_out_over_a_team_does_not_keep_the_run_from_its_end(monkeypatch):
+    def full(*_):
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr(torch, "ones", full)
+    started = threading.Thread(target=lambda: shared_cores._end([shared_cores.idle_team()]), daemon=True)
+    started.start()
+    started.join(20)
+    assert not started.is_alive()
+
+
 @pytest.mark.parametrize("variable", [*shared_cores.SET_BY_THE_USER, None])
 def test_nothing_is_done_on_a_gpu_or_where_the_user_has_said_how_threads_wait(seen, monkeypatch, variable):
     seen[0] = 2.0
