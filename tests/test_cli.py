@@ -579,6 +579,14 @@ def test_log_lines_stand_above_the_bar_which_says_no_step_before_the_first(redir
     assert bars[0].startswith("before the first step") and bars[-1].startswith("step 3/4  loss 0.500")
 
 
+def test_what_a_bar_says_of_a_run_is_no_command_to_rich_or_to_the_terminal(monkeypatch):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with step_progress("loading") as show:
+        show.watch("run [/x] \x1b]0;title\x07", 0, 2)
+    assert "run [/x] \\x1b]0;title\\x07: 0 of 2" in terminal.getvalue()
+
+
 def test_a_result_that_cannot_be_printed_is_no_failure_where_a_folder_has_it_too(monkeypatch, capsys):
     from qlora_lite.cli.output import print_result
 

@@ -70,7 +70,7 @@ def step_progress(first: str = "before the first step") -> Iterator:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(compact=True))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=Console(stderr=True)) as bar:
         shown = _Bar(bar, bar.add_task(first, total=None))
         with _log_to(sys.stderr):  # which is the bar's now, and writes above it
@@ -97,7 +97,8 @@ class _Bar:
         self.bar.update(self.task, completed=metrics.step, total=total, description=_describe(metrics, total))
 
     def watch(self, what: str, done: int, total: int) -> None:
-        self.bar.update(self.task, completed=done, total=total, description=f"{what}: {done:,} of {total:,}")
+        description = printable(f"{what}: {done:,} of {total:,}")  # a run's name may be in it
+        self.bar.update(self.task, completed=done, total=total, description=description)
 
 
 class _PlainLines:
