@@ -280,7 +280,8 @@ def is_complete(path: Path, recipe: Recipe) -> bool:
     if not isinstance(summary, dict) or summary.get("status") != COMPLETE:
         return False
     adapter = path / ADAPTER
-    is_whole = is_same and (adapter / ADAPTER_CONFIG).is_file() and _is_as_written(adapter)
+    is_there = all((adapter / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+    is_whole = is_same and is_there and _is_as_written(adapter)
     if not is_whole and newest_whole(path / CHECKPOINTS)[0] is None:
         raise CheckpointError(f"{path} is complete and has no checkpoint to go on from; choose another output.dir")
     if is_same and not is_whole:

@@ -571,6 +571,8 @@ def test_a_damaged_adapter_is_refused_with_what_there_is_instead_and_written_aga
     assert str(caught.value).endswith(cure)
     lab.run(resume="")
     assert "adapter is lost or damaged; it is written again" in caplog.text
+    (lab.out / "adapter" / "adapter_model.safetensors").unlink()
+    lab.run(resume="")
     assert_same_run(lab, whole)
     shutil.rmtree(lab.out / "checkpoints")
     flip_a_bit(lab.out / "adapter" / "adapter_model.safetensors")
