@@ -44,6 +44,7 @@ class Account:
         template: the chat template, once a conversation needed it.
         seen_kinds: rows read of each kind (see `formats.kinds_of`), good or not.
         kept_kinds: examples of each kind.
+        seen_files: rows of each file that became tokens.
         kept_files: files with at least one example.
         shapes: sequence of roles -> the form that its rows fill in (None: each is rendered).
     """
@@ -61,6 +62,7 @@ class Account:
     template: Template | None = None
     seen_kinds: Counter[str] = field(default_factory=Counter)
     kept_kinds: Counter[str] = field(default_factory=Counter)
+    seen_files: Counter[str] = field(default_factory=Counter)
     kept_files: set[str] = field(default_factory=set)
     shapes: dict[tuple, Form | None] = field(default_factory=dict)
 
@@ -102,7 +104,7 @@ def note_lost_kinds(account: Account) -> None:
     ]
     lost += [
         f"none of the rows of {file} is kept"
-        for file, count in account.problems.files.items()
+        for file, count in (account.problems.files + account.seen_files).items()
         if count >= _KIND_ROWS and file not in account.kept_files
     ]
     for fault in lost:

@@ -215,9 +215,11 @@ def _conversations(
 
 def _fit(made: _Made, settings: Settings, account: Account) -> Iterator[Example]:
     for row, marked in made:
+        file = row.where.rpartition(":")[0]
+        account.seen_files[file] += 1
         for example in _fitted(row, marked, settings, account):
             account.kept_kinds.update(row.kinds)
-            account.kept_files.add(row.where.rpartition(":")[0])
+            account.kept_files.add(file)
             yield example
 
 

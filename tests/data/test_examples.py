@@ -482,6 +482,9 @@ def test_a_file_that_is_left_out_whole_is_an_error_however_many_bad_rows_are_all
     folder = str(Path(bad).parent)
     with pytest.raises(DataError, match=rf"none of the rows of {bad} is kept"):
         build_examples([Source(folder)], tokenizer, max_bad_rows=100)
+    write("b.jsonl", f'{{"prompt": "{LONG}", "completion": "a"}}\n' * 2)
+    with pytest.raises(DataError, match=rf"none of the rows of {bad} is kept"):
+        build_examples([Source(folder)], tokenizer, max_tokens=200, overflow="drop")
     write("b.jsonl", '{\n{"prompt": "q", "completion": "a"}\n{\n')
     assert build_examples([Source(folder)], tokenizer, max_bad_rows=100).rows_kept == 5
 
