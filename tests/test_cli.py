@@ -21,6 +21,7 @@ from qlora_lite import doctor
 from qlora_lite.cli.generate import _is_command
 from qlora_lite.cli.main import COMMANDS
 from qlora_lite.cli.output import one_line, prepare, step_progress
+from qlora_lite.cli.train import _result
 from qlora_lite.compilers import NO_TRITON
 from qlora_lite.export.model_card import CardFacts, model_card
 from qlora_lite.runs import open_run
@@ -83,6 +84,14 @@ def test_train_prints_the_result_to_standard_output_and_the_progress_to_standard
     assert "memory: base weights" in done.stderr
     assert "Loading weights" not in done.stderr and "Warning" not in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_result_of_a_run_of_an_earlier_version_is_shown(finished):
+    folder, _, done = finished
+    summary = json.loads((folder / "summary.json").read_text())
+    for sample in summary["samples"]:
+        del sample["question"]
+    assert f"prompt     {one_line(summary['samples'][0]['prompt'])}" in _result(folder, summary)
 
 
 def test_a_result_that_nobody_reads_any_more_is_no_failure_of_the_work():

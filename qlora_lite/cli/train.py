@@ -52,7 +52,7 @@ def train(recipe: str | None, overrides: tuple[str, ...], resume: str | None, fo
 def _result(folder, summary: dict) -> str:
     lines = []
     for sample in summary["samples"][:2]:
-        lines += ["", f"prompt     {one_line(sample['question'])}", f"reference  {one_line(sample['reference'])}",
+        lines += ["", f"prompt     {one_line(sample.get('question', sample['prompt']))}", f"reference  {one_line(sample['reference'])}",
                   f"before     {one_line(sample['before'])}", f"after      {one_line(sample['after'])}"]  # fmt: skip
     lines.append("")
     lines += _change("evaluation loss", summary, "eval_loss", "{:.4f}")
