@@ -201,7 +201,7 @@ _NOT_NEEDED = {
         "dataset_shard_num dataset_shard_idx skip_prepare_dataset dataloader_* push_dataset_to_hub dataset_batch_size "
         "num_proc data_seed_workers sample_packing_* eval_packing packing_strategy buffer_size",
     "remove it; `qlora-lite data` names the columns that are not used": "remove_unused_columns",
-    "remove it; `qlora-lite export` writes a folder that can be uploaded":
+    "remove it; `qlora-lite push RUN OWNER/NAME` uploads what a run made":
         "push_to_hub hub_model_id hub_strategy hub_*",
     "remove it; weights are written as safetensors and as nothing else": "save_safetensors",
     "log in with `hf auth login`": "token hf_token use_auth_token hub_token hf_hub_token hf_use_auth_token",

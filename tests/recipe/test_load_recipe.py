@@ -183,6 +183,7 @@ def test_a_section_that_is_no_mapping_is_an_error_that_shows_how_to_write_it(pro
         ("ema: true", "no average"), ("data: {train: rows.jsonl, test: x}", "data.eval"), ("pad_token: x", "padded"),
         ("formatting_func: f", "prompt and completion templates"), ("loss_watchdog_threshold: 5", "on_not_finite"),
         ("loss_watchdog_patience: 3", "on_not_finite"), ("eval_table_size: 5", "answers and losses"),
+        ("push_to_hub: true", "`qlora-lite push RUN OWNER/NAME`"),
         ("plot_loss: true", "report.html"), ("curriculum: true", "data.order"), ("full_finetuning: true", "LoRA weig"),
         ("per_device_eval_batch_size: 1", "train.micro_batch_size"), ("adapter: qlora", "LoRA weights are what"),
     ],
