@@ -224,10 +224,14 @@ def _files(folder: Path, base_model: str | None) -> tuple[dict[str, Path | bytes
     found: dict[str, Path | bytes] = {}
     names = sorted(path.name for path in folder.iterdir())
     for name in names:
-        if any(fnmatch(name, pattern) for pattern in SENT) and (folder / name).is_file():
+        if any(fnmatch(name, pattern) for pattern in SENT) and _is_own_file(folder / name):
             is_config = name.endswith("config.json")
             found[name] = _without_paths(read_json(folder / name), name, base_model) if is_config else folder / name
     return found, [name for name in names if name not in found]
+
+
+def _is_own_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()  # which may lead to any file of this machine
 
 
 def _without_paths(config: dict, name: str, base_model: str | None) -> bytes:

@@ -108,6 +108,7 @@ def test_a_merged_model_goes_without_what_else_lies_in_its_folder(run, hub, comm
     merge_run(run, tmp_path / "merged", MergeSettings(rows=0))
     for name in ("notes.txt", "README.md", "optimizer.pt", "rows.json"):
         (tmp_path / "merged" / name).write_text("private")
+    (tmp_path / "merged" / "vocab.txt").symlink_to(tmp_path / "merged" / "rows.json")
     config = tmp_path / "merged" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"_name_or_path": str(tmp_path)}))
     code, out, err = command("push", run, REPO, "--merged", tmp_path / "merged", "--public", "--yes")
@@ -118,7 +119,7 @@ def test_a_merged_model_goes_without_what_else_lies_in_its_folder(run, hub, comm
     assert json.loads(hub.sent["config.json"])["model_type"] == "llama"
     assert str(tmp_path).encode() not in b"".join(hub.sent.values()) and b"private" not in b"".join(hub.sent.values())
     assert f"{REPO}, PUBLIC, new" in out and hub.repos[REPO] == {"private": False}
-    assert "not sent: README.md, merge_report.json, notes.txt, optimizer.pt, rows.json" in out
+    assert "not sent: README.md, merge_report.json, notes.txt, optimizer.pt, rows.json, vocab.txt" in out
     card = hub.sent["README.md"].decode()
     assert "library_name: transformers" in card and "base_model" not in card and "merged into its nf4 weights" in card
     (tmp_path / "merged" / "merge_report.json").write_text('{"run": "another"}')
