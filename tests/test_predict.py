@@ -155,6 +155,7 @@ def test_a_system_message_is_for_prompts_without_one_and_bad_prompts_are_all_nam
         (("--prompt", "x", "--prompts", "FILE", "--out", "o"), "give --prompt TEXT, or"),
         (("--prompts", "FILE"), "--prompts FILE and --out FILE go together"),
         (("--prompt", "x", "--out", "o"), "--prompts FILE and --out FILE go together"),
+        (("--prompt", "x", "--overwrite"), "--column and --overwrite are for --prompts FILE"),
         (("--prompts", "nowhere.txt", "--out", "o"), "'nowhere.txt' does not exist"),
         (("--prompt", "x", "--top-p", "0"), "must be a number above 0 and at most 1"),
         (("--prompts", "FILE", "--out", "o", "--context-tokens", "9"), "--context-tokens is for --prompt"),

@@ -79,6 +79,8 @@ def generate(run: str, prompt: str | None, prompts: str | None, out: str | None,
         raise click.UsageError("give --prompt TEXT, or --prompts FILE with --out FILE")
     if (prompts is None) != (out is None):
         raise click.UsageError("--prompts FILE and --out FILE go together")
+    if prompts is None and (column or overwrite):
+        raise click.UsageError("--column and --overwrite are for --prompts FILE")
     if prompts is not None:
         _answer_file(run, prompts, out, column, overwrite, base, 0 if seed is None else seed, options)
         return
