@@ -271,6 +271,8 @@ def _prompt(row: Mapping[str, object], where: str, format_name: str, source: Sou
         has_answer = bool(source.completion) and row.keys() >= set(columns_of(source.completion))
         reference = fill(source.completion, row) if has_answer else None
         return Prompt((Turn("user", fill(source.prompt, row)),), reference, where)
+    if is_preference(row):
+        row, format_name = chosen_alone(row), CHOSEN
     row, has_answer = _answered(row, format_name)
     conversation = normalise(row, where, format_name, source)
     *turns, answer = conversation.turns

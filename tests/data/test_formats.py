@@ -447,3 +447,11 @@ def test_every_bad_prompt_is_named(write):
 def test_one_column_that_no_format_has_may_be_plain_text(write):
     with pytest.raises(DataError, match="for plain text, name the column text"):
         list(read_conversations(Source(write("a.csv", "q\nx\n")), Problems()))
+
+
+def test_the_prompts_of_preference_rows_have_the_chosen_answer_as_their_reference(write):
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": [user("p")], "chosen": "c", "rejected": "d"}]
+    found = read_prompts(Source(write("p.jsonl", rows)))
+    assert [(prompt.turns, prompt.reference) for prompt in found] == [
+        ((Turn("user", "q"),), "a"), ((Turn("user", "p"),), "c"),
+    ]  # fmt: skip
