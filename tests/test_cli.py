@@ -87,7 +87,7 @@ def test_train_prints_the_result_to_standard_output_and_the_progress_to_standard
 
 
 def test_the_result_of_a_run_of_an_earlier_version_is_shown(finished):
-    folder, _, done = finished
+    folder, *_ = finished
     summary = json.loads((folder / "summary.json").read_text())
     for sample in summary["samples"]:
         del sample["question"]

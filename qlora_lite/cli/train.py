@@ -52,7 +52,8 @@ def train(recipe: str | None, overrides: tuple[str, ...], resume: str | None, fo
 def _result(folder, summary: dict) -> str:
     lines = []
     for sample in summary["samples"][:2]:
-        lines += ["", f"prompt     {one_line(sample.get('question', sample['prompt']))}", f"reference  {one_line(sample['reference'])}",
+        question = sample.get("question", sample["prompt"])  # a run of an earlier version has the whole prompt alone
+        lines += ["", f"prompt     {one_line(question)}", f"reference  {one_line(sample['reference'])}",
                   f"before     {one_line(sample['before'])}", f"after      {one_line(sample['after'])}"]  # fmt: skip
     lines.append("")
     lines += _change("evaluation loss", summary, "eval_loss", "{:.4f}")
