@@ -121,7 +121,7 @@ def test_a_model_that_writes_what_its_rows_teach_matches_all_of_them(tmp_path, m
     assert (whole.score, found.score, found.records[2]["compared_answer"]) == (2 / 3, 1, "2")
     assert "compared_answer" not in whole.records[2] and whole.records[0]["prompt"] == data.examples[0].prompt
     few = exact_match(model, tokenizer, data.examples, data.end_token_ids, new_tokens=5)
-    assert {record["finish"] for record in few.records} == {"length"} and few.answers[0] == "<thin"
+    assert {record["finish"] for record in few.records} == {"length"} and few.answers[0] == "<thin" + CUT
 
 
 def test_generation_gives_the_mode_back_and_works_in_a_checkpointed_model():
