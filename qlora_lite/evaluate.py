@@ -53,11 +53,13 @@ class ExactMatch(NamedTuple):
     Args:
         score: share of the compared examples whose answer matches.
         answers: in the order of the examples; "" for one left out, and CUT behind one that had to be cut.
+        matches: whether each answer does, in their order; None where a checkpoint of an earlier version did not say.
         records: of each compared example, see ``_record``.
     """
 
     score: float
     answers: tuple[str, ...]
+    matches: tuple[bool | None, ...]
     records: tuple[dict, ...] = ()
 
 
@@ -93,9 +95,9 @@ def exact_match(
     written = tokenizer([example.answer for example in asked], add_special_tokens=False).input_ids
     references = tokenizer.batch_decode(written, skip_special_tokens=True)
     records = tuple(_record(*each, matching) for each in zip(asked, references, said, strict=True))
-    in_order = map(shown_answer, records)
-    score = sum(record["match"] for record in records) / len(records)
-    return ExactMatch(score, tuple(next(in_order) if each else "" for each in is_asked), records)
+    in_order = ((shown_answer(record), record["match"]) for record in records)
+    shown, matches = zip(*(next(in_order) if each else ("", False) for each in is_asked), strict=True)
+    return ExactMatch(sum(matches) / len(records), shown, matches, records)
 
 
 def shown_answer(record: dict) -> str:

@@ -168,7 +168,8 @@ def _sample(sample: dict[str, Any]) -> str:
         answer = sample.get(key)
         if answer is None:
             continue
-        if str(answer).strip() == reference.strip():
+        is_right = sample.get(f"{key}_matches")
+        if str(answer).strip() == reference.strip() if is_right is None else is_right:
             mark = '<span class="good" title="the expected answer">✓</span>'
         else:
             mark = '<span class="bad" title="not the expected answer">✗</span>'

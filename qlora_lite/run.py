@@ -425,8 +425,9 @@ class _Run:
             self.run.summary["plan"]["most_tokens"] = self.trainer.most_tokens
         samples = [
             {"prompt": self._plain(row.prompt), "question": self._plain(last_turn(self.eval_data.template, row.prompt)),
-             "reference": row.answer, "before": b, "after": a}
-            for row, b, a in zip(self.eval_data.examples, before.answers, after.answers, strict=False) if row.answer
+             "reference": row.answer, "before": b, "before_matches": b_matches, "after": a, "after_matches": a_matches}
+            for row, b, b_matches, a, a_matches in zip(self.eval_data.examples, before.answers, before.matches,
+                                                       after.answers, after.matches, strict=False) if row.answer
         ][:SAMPLES] if before and after else []  # fmt: skip
         self.run.summary.update(**self.figures(), status=COMPLETE, ended_by=self.training.ended_by,
                         adapter_step=self.training.adapter_step, samples=samples)  # fmt: skip

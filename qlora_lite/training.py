@@ -116,8 +116,10 @@ class Training:
         self.evaluations_without_better = int(saved["evaluations_without_better"])
         self.totals = {name: type(zero)(saved["totals"][name]) for name, zero in self.totals.items()}
         if saved["before"] is not None:
-            answers = saved["before"]["answers"]
-            self.before = ExactMatch(float(saved["before"]["score"]), tuple(map(str, answers)))
+            before = saved["before"]
+            answers = tuple(map(str, before["answers"]))
+            matches = before.get("matches", [None] * len(answers))
+            self.before = ExactMatch(float(before["score"]), answers, tuple(matches))
         if saved["best_loss"] is not None:
             compare_tensors(best, adapter_tensors(self.model), BEST)
             self.best_loss, self.best_step = float(saved["best_loss"]), int(saved["best_step"])
@@ -127,7 +129,9 @@ class Training:
         return {
             "evaluated_step": self.evaluated_step, "totals": self.totals, "peak_bytes": self.peak_bytes,
             "evaluations_without_better": self.evaluations_without_better,
-            "before": self.before and {"score": self.before.score, "answers": self.before.answers},
+            "before": self.before and {
+                "score": self.before.score, "answers": self.before.answers, "matches": self.before.matches,
+            },
             "best_loss": None if self.best_factors is None else self.best_loss, "best_step": self.best_step,
         }  # fmt: skip
 

@@ -144,6 +144,8 @@ def test_of_a_list_of_data_files_only_what_is_set_is_shown(report):
 def test_a_sample_answer_is_marked_as_equal_or_not(report):
     text = Elements(report()).text
     assert "Expected {2} Before ✗ I am sorry After ✓ {2}" in text
+    by_pattern = SUMMARY["samples"][0] | {"before_matches": True, "after_matches": False}
+    assert "Before ✓ I am sorry After ✗ {2}" in Elements(report(SUMMARY | {"samples": [by_pattern]})).text
 
 
 def test_every_curve_is_drawn(report):

@@ -111,7 +111,7 @@ def test_the_summary_has_what_is_promised_and_its_sums_are_those_of_the_steps(fi
         tensor.numel() for tensor in load_file(finished[0] / "adapter" / "adapter_model.safetensors").values()
     )
     assert all(entry.keys() == {"group", "dtype", "device", "bytes", "why"} for entry in summary["memory_table"])
-    shown = {"prompt", "question", "reference", "before", "after"}
+    shown = {"prompt", "question", "reference", "before", "before_matches", "after", "after_matches"}
     assert all(sample.keys() == shown for sample in summary["samples"])
     assert [sample["question"] for sample in summary["samples"]] == ["0!", "1!"]
     assert summary["versions"]["torch"] == torch.__version__
