@@ -1,5 +1,6 @@
 """Show a plan: as lines, as a JSON object, as what the page draws, and why it was chosen in one line."""
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -10,25 +11,60 @@ from .planning.machine import DISK_BYTES_PER_SECOND
 from .planning.simulate import simulate_whole
 from .units import format_bytes, format_seconds
 
+MUCH_FREE = 0.25  # of the budget: a plan that leaves more says why
+
 
 def reason(plan: Plan) -> str:
-    """Say in one line why this plan was chosen."""
-    settings = _in_words(plan.chosen)
+    """Return what the plan chose, and why, in one line."""
+    return f"{_in_words(plan.chosen)}: {_why(plan)}"
+
+
+def _why(plan: Plan) -> str:
     if not plan.fits:
-        return f"{settings}: does not fit; of {len(plan.found)} plans, the one that needs least"
+        return f"does not fit; of {len(plan.found)} plans, the one that needs least"
     if len(plan.found) == 1:
-        return f"{settings}: as the recipe says"
-    faster = [c for c in plan.found if c.step_seconds < plan.chosen.step_seconds and c is not plan.chosen]
-    is_near = any(c.fits(plan.limit_bytes) for c in faster)
-    near = "within 3 %, with least on the host and then least memory, of " if is_near else ""
+        return "as the recipe says"
+    faster = _faster(plan)
     too_large = [c for c in faster if c.peak_bytes > plan.limit_bytes]
-    if too_large:
-        least = min(too_large, key=lambda c: c.peak_bytes)
-        need = format_bytes(plan.machine.base_bytes + least.peak_bytes)
-        return f"{settings}: {near}the fastest that fits; a faster plan would need {need}"
-    if not all(c.fits_host for c in faster):
-        return f"{settings}: {near}the fastest that the host's memory has room for"
-    return f"{settings}: {near}the fastest of {len(plan.found)} plans"
+    fastest = "the fastest that fits" if too_large else (
+        f"the fastest of {len(plan.found)} plans" if all(c.fits_host for c in faster)
+        else "the fastest that the host's memory has room for"
+    )  # fmt: skip
+    if any(c.fits(plan.limit_bytes) for c in faster):
+        fastest = f"within 3 % of {fastest}, and of such plans the one with least in host memory, then the smallest"
+    if not too_large:
+        return fastest
+    return f"{fastest}; a faster plan would need {_peak(plan, min(too_large, key=lambda c: c.peak_bytes))}"
+
+
+def _faster(plan: Plan) -> list[Candidate]:
+    return [c for c in plan.found if c.step_seconds < plan.chosen.step_seconds and c is not plan.chosen]
+
+
+def _peak(plan: Plan, candidate: Candidate) -> str:
+    return format_bytes(plan.machine.base_bytes + candidate.peak_bytes)
+
+
+def _why_free(plan: Plan) -> str | None:
+    """Return why much of the budget stays free; None where little does."""
+    free_bytes = plan.budget_bytes - plan.peak_bytes
+    if not plan.fits or free_bytes < MUCH_FREE * plan.budget_bytes:
+        return None
+    faster = _faster(plan)
+    fitting = [c for c in faster if c.fits(plan.limit_bytes)]
+    if fitting:
+        best = min(fitting, key=lambda c: c.step_seconds)
+        share = 1 - best.step_seconds / plan.chosen.step_seconds
+        what = f"the fastest plan that fits takes {_peak(plan, best)} and saves {100 * share:.1f} % of the time"
+    elif len(plan.found) == 1:
+        what = "the recipe leaves no memory option open"
+    elif any(c.peak_bytes > plan.limit_bytes for c in faster):
+        what = "the next faster plan does not fit"
+    elif faster:
+        what = "faster plans need more host memory than there is"
+    else:
+        what = "no plan that uses more is faster"
+    return f"{format_bytes(free_bytes)}: {what}"
 
 
 def _in_words(chosen: Candidate) -> str:
@@ -126,6 +162,14 @@ def constants(plan: Plan) -> list[dict]:
     return found
 
 
+def _row(name: str, text: str | None, width: int) -> list[str]:
+    """Return the lines of a name and its text; none without a text."""
+    indent = " " * 17
+    return textwrap.wrap(
+        text or "", width, initial_indent=f"{name:16} ", subsequent_indent=indent, break_on_hyphens=False,
+    )  # fmt: skip
+
+
 def describe(plan: Plan, others: Sequence[Alternative], width: int = 80) -> str:
     """Return the plan for a terminal, in rich's markup."""
     peak = plan.chosen.prediction.simulation.peak()
@@ -139,7 +183,9 @@ def describe(plan: Plan, others: Sequence[Alternative], width: int = 80) -> str:
         f"{verdict}",
         f"peak in {peak.phase}, {peak.module or 'outside of modules'}",
         "", memory_bar(plan.breakdown, plan.budget_bytes, width), "",
-        f"{'settings':16} {reason(plan)}",
+        *_row("settings", _in_words(plan.chosen), width),
+        *_row("why", _why(plan), width),
+        *_row("left free", _why_free(plan), width),
         f"{'step':16} {time_of_step(plan)}",
         *([f"{'transfers':16} {transfers(plan)}"] if transfers(plan) else []),
         f"{'host memory':16} {format_bytes(host_bytes(plan))}{limit}",

@@ -2,7 +2,7 @@
 
 Three families of hue, so that twelve colours stay readable: blues for the frozen model, greens for what is
 trained, warm colours for what a step needs. Neighbours differ in lightness as well, which is what people with
-any kind of colour blindness still see; the bar's segments differ in texture too, for terminals without colours.
+any kind of colour blindness still see. In the terminal's bar each category has a letter too, for those without colours.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ BESIDE_COLOURS = ("#8b929b", "#8b929b")
 OTHER = "other"  # a category that is not in the table: shown, never dropped
 OTHER_COLOURS = ("#c5cad0", "#5d646d")
 _ALL_COLOURS = COLOURS | {BESIDE: BESIDE_COLOURS, OTHER: OTHER_COLOURS}
-TEXTURES = "█▓▒"
+LETTERS = dict(zip(_ALL_COLOURS, "BQEHAGOSFLWDX?", strict=True))
 
 
 def in_order(breakdown: Mapping[str, int]) -> dict[str, int]:
@@ -59,7 +59,7 @@ def memory_bar(breakdown: Mapping[str, int], budget_bytes: int | None = None, wi
     for name, size in parts.items():
         below_bytes += size
         end = round(width * below_bytes / scale_bytes)
-        cells = _texture(name) * (end - column)
+        cells = LETTERS[name] * (end - column)
         if budget_bytes and column < mark <= end and total_bytes > budget_bytes:
             cells = cells[: mark - column - 1] + "┃" + cells[mark - column :]
         bar, column = bar + _coloured(name, cells), end
@@ -81,14 +81,10 @@ def _legend(parts: Mapping[str, int], total_bytes: int, width: int) -> list[str]
     labels = [(name, f" {name} {format_bytes(size)}, {100 * size / total_bytes:.0f} %") for name, size in parts.items()]
     column = max((len(label) for _, label in labels), default=0) + 1
     per_line = max((width + 2) // (column + 2), 1)
-    cells = [_coloured(name, _texture(name)) + label.ljust(column - 1) for name, label in labels]
+    cells = [_coloured(name, LETTERS[name]) + label.ljust(column - 1) for name, label in labels]
     return ["  ".join(cells[start : start + per_line]).rstrip() for start in range(0, len(cells), per_line)]
-
-
-def _texture(name: str) -> str:
-    return TEXTURES[[*_ALL_COLOURS].index(name) % len(TEXTURES)]
 
 
 def _coloured(name: str, text: str) -> str:
     colour = _ALL_COLOURS[name][1]  # most terminals are dark, and the lighter set reads on white too
-    return f"[{colour}]{text}[/]" if text else ""
+    return f"[black on {colour}]{text}[/]" if text else ""

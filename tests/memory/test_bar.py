@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.text import Text
 
-from qlora_lite.memory.bar import CATEGORIES, COLOURS, OTHER, in_order, memory_bar
+from qlora_lite.memory.bar import BESIDE, CATEGORIES, COLOURS, OTHER, in_order, memory_bar
 
 GIB = 2**30
 BREAKDOWN = {"logits": GIB, "base weights": 3 * GIB, "saved activations": 2 * GIB, "gradients": 0}
@@ -19,9 +19,9 @@ def plain(*args, **kwargs):
 
 def test_a_bar_within_the_budget_leaves_room_and_says_how_much():
     bar, total, *legend = plain(BREAKDOWN, 8 * GIB, 64)
-    assert bar == "█" * 24 + "▓" * 16 + "█" * 8 + "·" * 15 + "┃"
+    assert bar == "B" * 24 + "S" * 16 + "L" * 8 + "·" * 15 + "┃"
     assert total == "6.0 GiB of 8.0 GiB, 2.0 GiB left"
-    assert legend[0].startswith("█ base weights 3.0 GiB, 50 %")
+    assert legend[0].startswith("B base weights 3.0 GiB, 50 %")
 
 
 def test_a_bar_over_the_budget_is_marked_where_the_budget_ends():
@@ -32,8 +32,17 @@ def test_a_bar_over_the_budget_is_marked_where_the_budget_ends():
 
 def test_without_a_budget_the_bar_is_the_total():
     bar, total, *_ = plain(BREAKDOWN, None, 60)
-    assert bar == "█" * 30 + "▓" * 20 + "█" * 10
+    assert bar == "B" * 30 + "S" * 20 + "L" * 10
     assert total == "6.0 GiB"
+
+
+def test_every_category_has_a_letter_of_its_own_in_the_bar_and_before_its_name():
+    sizes = dict.fromkeys((*CATEGORIES, BESIDE, OTHER), GIB)
+    bar, _, *legend = plain(sizes, None, 4 * len(sizes))
+    letters = list(dict.fromkeys(bar))
+    assert len(letters) == len(sizes)
+    for letter, name in zip(letters, sizes, strict=True):
+        assert f"{letter} {name} 1.0 GiB" in "\n".join(legend)
 
 
 def test_an_unknown_category_is_counted_as_other():
