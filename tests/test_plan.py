@@ -23,6 +23,7 @@ from qlora_lite.data.stored import row_lengths
 from qlora_lite.errors import ModelError, RecipeError
 from qlora_lite.memory.cards import find_card
 from qlora_lite.memory.process import CUDA_COMPILER_BYTES
+from qlora_lite.models.families import known_config
 from qlora_lite.models.skeleton import shallow_config
 from qlora_lite.planning import machine, simulate
 from qlora_lite.planning.candidate import EQUALLY_FAST, build_candidate
@@ -734,6 +735,39 @@ class TestCommand:
     def test_wrong_arguments_end_with_exit_code_2_and_a_cure(self, capsys, file, arguments, message):
         code, _, err = self.call(capsys, file, *arguments)
         assert code == 2 and message in err
+
+    @pytest.mark.parametrize("model", ["meta-llama/Llama-3.2-1B", "unsloth/llama-3.2-1b", "Llama-3.2-1B", "folder"])
+    def test_a_model_is_planned_like_a_recipe_that_names_it(self, capsys, file, model, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder" / "config.json").write_text(json.dumps(known_config("meta-llama/Llama-3.2-1B")))
+        options = "--card", "rtx-4060", "--json"
+        code, out, err = self.call(capsys, model, "data.max_tokens=256", *options)
+        assert (code or 0) == 0 and out == self.call(capsys, file, *options)[1]
+        copy = f"{model} is taken for a copy of meta-llama/Llama-3.2-1B: planned with the shapes of that"
+        assert (copy in err) == (model in ("unsloth/llama-3.2-1b", "Llama-3.2-1B"))
+
+    def test_a_recipe_comes_before_a_model_of_its_name(self, capsys, file, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        file.rename(tmp_path / "Llama-3.1-8B")
+        assert "meta-llama/Llama-3.2-1B, 256 tokens" in self.call(capsys, "Llama-3.1-8B", "--card", "rtx-4060")[2]
+
+    @pytest.mark.parametrize(
+        ("named", "said"),
+        [
+            ("Llama-3.1-8", "did you mean llama3.1-8b-8gb, meta-llama/Llama-3.1-8B"), ("zzz", "plan --models"),
+            ("zz/zzz", "not among the configurations"), ("none.gguf", "no file"), ("none.yaml", "no such file"),
+            (".", "has no config.json"),
+        ],
+    )  # fmt: skip
+    def test_what_is_neither_recipe_nor_model_is_one_line_with_the_way_out(
+        self, capsys, named, said, tmp_path, monkeypatch
+    ):  # fmt: skip
+        monkeypatch.chdir(tmp_path)
+        code, _, err = self.call(capsys, named, "--card", "rtx-4060")
+        last = err.splitlines()[-1]
+        assert code == 2 and last.startswith("error: ") and said in last
+        assert ("with just the model's config.json is enough" in last) == (named in ("Llama-3.1-8", "zzz", "zz/zzz"))
 
     def test_lists_cards_and_models_without_a_recipe(self, capsys):
         assert "RTX 4090" in self.call(capsys, "--cards")[1]

@@ -21,7 +21,7 @@ from qlora_lite.terminal import printable
 from .output import echo
 
 COMMANDS = {
-    "plan": "Predict a recipe's memory and choose the fastest settings that fit.",
+    "plan": "Predict the memory of a recipe or a model and choose the fastest settings that fit.",
     "train": "Fine-tune a model as a recipe says.",
     "data": "Show a recipe's rows as training sees them, and what is wrong with them.",
     "profile": "Run a few steps and show what used the memory and the time.",

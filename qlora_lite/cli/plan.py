@@ -2,14 +2,19 @@
 
 import json
 import logging
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
-from qlora_lite.errors import QloraLiteError
+from qlora_lite.errors import QloraLiteError, RecipeError
 from qlora_lite.files import write_text
-from qlora_lite.recipe.catalog import find_recipe, list_recipes
-from qlora_lite.recipe.load import load_recipe
+from qlora_lite.models.families import CONFIG_IS_ENOUGH, namesake, nearest
+from qlora_lite.package_files import PREFIX
+from qlora_lite.recipe.catalog import closest_recipe, find_recipe, list_recipes
+from qlora_lite.recipe.load import load_recipe, recipe_of
+from qlora_lite.recipe.schema import Recipe
 from qlora_lite.terminal import printable
 from qlora_lite.units import format_bytes, format_seconds, parse_bytes
 
@@ -30,7 +35,7 @@ class _Size(click.ParamType):
 
 
 @click.command()
-@click.argument("recipe", required=False)
+@click.argument("named", required=False, metavar="RECIPE|MODEL")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--vram", type=_Size(), help="Memory to plan for, such as 12GiB.")
 @click.option("--card", multiple=True, help="Card to plan for, such as rtx-4060; see --cards.")
@@ -40,23 +45,25 @@ class _Size(click.ParamType):
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--cards", is_flag=True, help="List the known cards.")
 @click.option("--models", is_flag=True, help="List the models whose shapes are known without a network.")
-def plan(recipe, overrides, vram, card, max_tokens, max_batch, html, as_json, cards, models) -> None:
-    """Predict the memory of RECIPE and choose the fastest settings that fit.
+def plan(named, overrides, vram, card, max_tokens, max_batch, html, as_json, cards, models) -> None:
+    """Predict the memory of RECIPE, or of MODEL with a recipe's defaults, and choose the fastest settings that fit.
+
+    RECIPE is a file or a built-in recipe's name. MODEL is what model.path takes: a hub id (one of --models, or a copy
+    of the same name, needs no network), a .gguf file, or a folder, where the model's config.json is enough.
 
     Without --vram and --card: for the machine at hand.
     """
     if cards or models:
         echo("\n".join(_known_cards() if cards else _known_models()))
         return
-    if recipe is None:
-        raise click.UsageError("name a recipe (or --cards, --models)")
+    if named is None:
+        raise click.UsageError("name a recipe or a model (or --cards, --models)")
     if len(card) > 1:
         raise click.UsageError("--card takes one card: plan for one after the other")
     card = card[0] if card else None
     if vram is not None and card is not None:
         raise click.UsageError("--vram and --card exclude each other")
-    path = find_recipe(recipe) if not Path(recipe).exists() and recipe in dict(list_recipes()) else recipe
-    settings = load_recipe(path, overrides, check_files=False)  # neither rows nor weights are needed
+    settings = _settings(named, overrides)
     prepare(verbose=not as_json)
     if settings.model.device == "cpu" and (vram or card):
         log.warning("model.device cpu: this is the plan of a card all the same, which a run would leave alone")
@@ -65,6 +72,7 @@ def plan(recipe, overrides, vram, card, max_tokens, max_batch, html, as_json, ca
         from qlora_lite import plan_text
 
     machine = _machine(settings, vram, card)
+    log.info(_title(settings, machine))
     made = planner.plan_recipe(settings, machine, planner.budget_of(settings, machine))
     others = list(planner.alternatives(made))
     if html is not None:
@@ -86,6 +94,29 @@ def plan(recipe, overrides, vram, card, max_tokens, max_batch, html, as_json, ca
         if not as_json:
             raise planner.does_not_fit(made, others)
         raise click.exceptions.Exit(3)
+
+
+def _settings(named: str, overrides: Sequence[str]) -> Recipe:
+    """Return a recipe's settings, or the defaults for a model; neither rows nor weights are needed.
+
+    Raises:
+        RecipeError: it is neither, or a setting is wrong.
+    """
+    path = Path(os.path.expanduser(named))
+    if not path.exists() and named in dict(list_recipes()):
+        return load_recipe(find_recipe(named), overrides, check_files=False)
+    is_gguf = path.suffix == ".gguf"
+    if (path.is_file() and not is_gguf) or path.suffix in (".yaml", ".yml"):
+        return load_recipe(path, overrides, check_files=False)
+    if not (path.is_dir() or is_gguf or "/" in named or namesake(named)):
+        near = [name for name in (closest_recipe(named), *nearest(named)) if name]
+        meant = f"did you mean {', '.join(near)}?" if near else "see qlora-lite recipes list, and plan --models."
+        raise RecipeError(f"there is no recipe and no known model {named!r}; {meant} {CONFIG_IS_ENOUGH}")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise RecipeError(f"{named} has no config.json; name a recipe's .yaml file, or a model's folder")
+    is_local = path.is_dir() or (is_gguf and not named.startswith(PREFIX))
+    model = os.path.abspath(path) if is_local else named
+    return recipe_of({"model": {"path": model}, "data": {"train": "not-read.jsonl"}}, overrides, named)
 
 
 def _title(settings, machine) -> str:

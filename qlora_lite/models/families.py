@@ -17,6 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+CONFIG_IS_ENOUGH = "A folder with just the model's config.json is enough for a plan"
+
 
 def known_config(hub_id: str) -> dict[str, Any] | None:
     """Return what the model's config.json says, or None for a model that is not in the table.
@@ -39,6 +41,14 @@ def nearest(hub_id: str, count: int = 3) -> list[str]:
     for known in known_models():
         names.setdefault(_name(known), known)
     return [names[name] for name in get_close_matches(_name(hub_id), names, count)]
+
+
+def namesake(hub_id: str) -> str | None:
+    """Return the known model of the same name, whoever owns the copy; None where there is none.
+
+    A copy under the same name (unsloth/Llama-3.2-1B) has the same shapes; one that was changed has a name of its own.
+    """
+    return next((known for known in known_models() if _name(known) == _name(hub_id)), None)
 
 
 def _name(hub_id: str) -> str:

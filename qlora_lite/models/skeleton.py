@@ -6,6 +6,7 @@ it.
 """
 
 import copy
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,11 +21,13 @@ from qlora_lite.errors import ModelError
 from qlora_lite.lora.inject import Target, in_blocks, linear_layers, matching
 
 from .anatomy import blocks
-from .families import known_config, nearest
+from .families import CONFIG_IS_ENOUGH, known_config, namesake, nearest
 from .load import adopt
 from .locate import locate
 from .nested import LanguagePart, language_part, read_language_part, without_weights
 from .quantizer import quantize_head, replace_weights
+
+log = logging.getLogger("qlora_lite")
 
 MOST_BUILT = 8  # models that are kept to be copied
 _built: dict[tuple, nn.Module] = {}  # by configuration and what else ``meta_model`` is given
@@ -38,7 +41,7 @@ def read_config(path: str, revision: str | None = None):
 
 def read_part(path: str, revision: str | None = None) -> LanguagePart:
     """Find a model's language model without its weights: in the configuration of its folder or file, in the hub's
-    cache, or among the families that ship with the package; nothing is downloaded.
+    cache, or among the families that ship with the package, there under another owner too; nothing is downloaded.
 
     Raises:
         ModelError: it is in none of these places, or cannot be loaded alone.
@@ -52,12 +55,15 @@ def read_part(path: str, revision: str | None = None) -> LanguagePart:
     if (folder := _folder_in_cache(path, revision)) is not None:
         return read_language_part(folder, path)
     known = known_config(path)
+    if known is None and (named := namesake(path)):
+        log.warning("%s is taken for a copy of %s: planned with the shapes of that", path, named)
+        known = known_config(named)
     if known is None:
         near = nearest(path)
         hint = f"the nearest known models are {', '.join(near)}" if near else "see qlora-lite plan --models"
         raise ModelError(
             f"{path!r} is no folder or file here, not in the hub's cache, and not among the configurations that "
-            f"ship for planning; {hint}"
+            f"ship for planning; {hint}. {CONFIG_IS_ENOUGH}"
         )
     return language_part(AutoConfig.for_model(**known))
 

@@ -81,7 +81,8 @@ def _checked(content: bytes, name: str, overrides: Sequence[str], check_files: b
             message = f"this looks like a file of {trainer}: `qlora-lite recipes convert {name}` makes a recipe of it"
             problems.append(Problem(message, name))
         raise RecipeError(problems)
-    return paths.resolved(recipe, checker.bases, Path(name).stem)
+    stem = Path(name).stem if name.endswith((".yaml", ".yml")) else Path(name).name
+    return paths.resolved(recipe, checker.bases, stem)
 
 
 def require_recipe(value: object) -> None:
