@@ -121,6 +121,7 @@ def _child() -> subprocess.Popen:
         [sys.executable, "-P", "-m", __name__], text=True, start_new_session=True, env=path, **pipes
     )
     atexit.register(end_child)
+    os.register_at_fork(after_in_child=_child.cache_clear)  # it is the parent's, and would be waited for at the exit
     return process
 
 

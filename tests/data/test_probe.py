@@ -1,5 +1,6 @@
 """A template that computes for ever, takes all memory or writes without end is an error, and never hangs a run."""
 
+import subprocess
 import sys
 import time
 
@@ -152,3 +153,10 @@ def test_no_module_of_the_folder_at_hand_is_imported(tmp_path, monkeypatch):
     probing.end_child()
     probe("t", "{{ 'in a folder from elsewhere' }}", {})
     assert [path.name for path in tmp_path.iterdir()] == ["jinja2.py"]
+
+
+def test_a_forked_process_ends_and_leaves_the_process_that_renders_to_its_parent():
+    render = "probe.render_apart('{{ 1 }}', [], {})"
+    code = f"import os, sys\nfrom qlora_lite.data import probe\n{render}\n"
+    code += f"if os.fork() == 0: sys.exit()\nos.wait()\n{render}"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, start_new_session=True)
