@@ -108,13 +108,12 @@ def shown_answer(record: dict) -> str:
 
 def _record(example: Example, reference: str, answer: Answer, matching: Matching) -> dict:
     """Compare an answer; what is compared is named only where it is not the whole text."""
-    expected = matching.extract(reference)
+    expected = found = None
     try:
-        found = matching.extract(answer.text)
+        expected, found = matching.extract(reference), matching.extract(answer.text)
     except TimeoutError:
         log.warning("%s: a regular expression of exact match takes too long on its answer, which counts as no match",
                     example.where)  # fmt: skip
-        found = None
     record = {"where": example.where, "prompt": example.prompt, "reference": reference.strip(),
               "answer": answer.text.strip(), "match": found is not None and found == expected,
               "finish": answer.finish}  # fmt: skip

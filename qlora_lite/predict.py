@@ -89,6 +89,8 @@ def predict_file(
         Interrupted: it was stopped; the same call goes on.
     """
     settings, out = settings or PredictSettings(), Path(out)
+    if out.exists() and Path(prompts).exists() and out.samefile(prompts):
+        raise OutputError(f"{out} holds the prompts; choose another --out")
     trained = open_model(name, settings.model_path, unfinished=True, template=settings.template)
     read = _read_prompts(Path(prompts), trained, settings)
     tokenizer = load_tokenizer(trained.recipe.model.path, trained.recipe.model.revision)

@@ -83,6 +83,12 @@ def test_what_is_stopped_goes_on_behind_its_last_whole_line_and_becomes_the_same
     assert command(*warm, out)[0] == 0 and len(calls) == 4
 
 
+def test_the_file_of_prompts_is_never_that_of_the_answers(run, words, command):
+    before = words.read_bytes()
+    code, _, err = command("generate", run, "--prompts", words, "--out", words, "--overwrite", *FEW)
+    assert code == 2 and "holds the prompts" in err and words.read_bytes() == before
+
+
 def test_a_file_of_other_answers_is_not_gone_on_with_unless_it_may_be_overwritten(run, words, command, tmp_path):
     out = tmp_path / "out.jsonl"
     greedy = "generate", run, "--prompts", words, "--out", out, *FEW

@@ -137,7 +137,7 @@ def end_child() -> None:
 def _why_it_ended(process: subprocess.Popen) -> str:
     _, said = process.communicate()
     _child.cache_clear()
-    if process.returncode < 0:  # ended by the operating system
+    if process.returncode == -signal.SIGPROF:
         return _TIME
     return f"cannot be tried out ({next(reversed(said.strip().splitlines()), 'no reason given')})"
 

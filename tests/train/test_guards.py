@@ -144,7 +144,7 @@ def test_a_token_that_the_model_has_no_embedding_for_is_named_with_its_row(is_st
 def test_a_weight_that_is_nan_before_training_stops_it_there():
     model, _ = quantized_pair("llama")
     model.model.norm.weight[3] = float("nan")
-    with pytest.raises(ModelError, match="model.norm.weight holds NaN"):
+    with pytest.raises(ModelError, match=r"model\.norm\.weight holds NaN"):
         Trainer(add_lora(model, rank=2, dtype=torch.float32), examples(), TrainSettings(**SETTINGS))
 
 
