@@ -72,8 +72,8 @@ def plan(named, overrides, vram, card, max_tokens, max_batch, html, as_json, car
         from qlora_lite import plan_text
 
     machine = _machine(settings, vram, card)
-    log.info(_title(settings, machine))
     made = planner.plan_recipe(settings, machine, planner.budget_of(settings, machine))
+    log.info(_title(settings, machine))
     others = list(planner.alternatives(made))
     if html is not None:
         from qlora_lite.memory_page import memory_page
