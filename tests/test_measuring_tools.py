@@ -22,6 +22,7 @@ import psutil
 import pytest
 import torch
 
+from qlora_lite import files
 from qlora_lite.errors import DoesNotFitError, OutputError, TrainingError
 from qlora_lite.memory.cards import find_card
 from qlora_lite.models.levers import Levers
@@ -107,7 +108,7 @@ def test_results_name_the_versions_of_what_is_installed_and_are_replaced_at_once
     assert list(versions) == ["python", "torch", "transformers", "bitsandbytes", "accelerate", "numpy", "peft"]
     before = path.read_bytes()
     with pytest.raises(OutputError), monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", half_a_file)
+        patch.setattr(files, "flush_to_disk", full_disk)
         _results.write_result("kit", {"sections": {"tests": 1}}, path.parent)
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 
@@ -116,8 +117,7 @@ def not_there(name):
     raise PackageNotFoundError(name)
 
 
-def half_a_file(path, text, encoding):
-    path.write_bytes(text.encode(encoding)[: len(text) // 2])
+def full_disk(_path):
     raise OSError(28, "No space left on device")
 
 
@@ -167,12 +167,12 @@ def test_a_row_that_is_too_large_for_a_cap_is_a_finding_and_no_end(monkeypatch):
 def test_a_cap_under_which_every_length_fits_is_a_problem_since_none_was_seen_to_fail(monkeypatch):
     capped = _gpu_caps.CappedDevice()
     monkeypatch.setattr(capped, "run", lambda *_, **__: {"fits": True})
-    *rows, last = _gpu_caps.length_rows(capped, "tiny", 256, 64 * MIB)
+    *rows, last = _gpu_caps.length_rows(capped, "tiny", 256, 96 * MIB)
     assert last["problem"] == f"no failing length up to {last['tokens']:,} tokens"
     assert rows and not any("problem" in row for row in rows)
     longest = last["planned_longest_tokens"]
     monkeypatch.setattr(capped, "run", lambda name, tokens, *_, **__: {"fits": tokens == longest})
-    assert [row.get("problem") for row in _gpu_caps.length_rows(capped, "tiny", 256, 64 * MIB)] == [None, None]
+    assert [row.get("problem") for row in _gpu_caps.length_rows(capped, "tiny", 256, 96 * MIB)] == [None, None]
 
 
 @cache
