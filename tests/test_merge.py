@@ -19,6 +19,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from qlora_lite.errors import DataError, DoesNotFitError, ModelError, OutputError, RecipeError
+from qlora_lite.files import sha256
 from qlora_lite.likeness import compare, outputs
 from qlora_lite.merge import MergeSettings, merge_run
 from qlora_lite.models.load import load_model, use_row_attention
@@ -112,10 +113,18 @@ def test_quantised_it_is_a_4_bit_checkpoint_like_the_one_measured(run, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"copy", "out"}, "the 16-bit model is gone"
 
 
+def replace_adapter(run, tensors):
+    """Write other weights into a run, as if it had trained them."""
+    path = run / "adapter" / "adapter_model.safetensors"
+    save_file(tensors, path)
+    summary = json.loads((run / "summary.json").read_text()) | {"adapter_sha256": sha256(path)}
+    (run / "summary.json").write_text(json.dumps(summary))
+
+
 def test_a_4_bit_model_in_which_rounding_took_the_adapter_away_is_refused_and_never_left_unmeasured(run, tmp_path):
     path = run / "adapter" / "adapter_model.safetensors"
     small = {name: tensor * (0.02 if "lora_B" in name else 1) for name, tensor in load_file(path).items()}
-    save_file(small, path)
+    replace_adapter(run, small)
     text = refusal(ModelError, run, tmp_path / "out", quantize="nf4", rows=4)
     assert "quantised again, the merged model is nearly the base" in text and "--base original" in text
     assert {entry.name for entry in tmp_path.iterdir()} == {"copy"}
@@ -294,7 +303,7 @@ def test_nan_missing_and_empty_factors_are_refused(run, tmp_path):
     def with_change(change):
         tensors = {name: tensor.clone() for name, tensor in good.items()}
         change(tensors)
-        save_file(tensors, path)
+        replace_adapter(run, tensors)
         return refusal(ModelError, run, tmp_path / "out", rows=0)
 
     assert f"{names[0]} is not finite" in with_change(lambda t: t[names[0]].view(-1)[:1].fill_(float("nan")))
