@@ -14,12 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import build_tiny, random_batch
 from tiny_files import byte_tokenizer, save_tiny
-from tiny_runs import make_run, tiny_run
+from tiny_runs import make_run, replace_adapter, tiny_run
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from qlora_lite.errors import DataError, DoesNotFitError, ModelError, OutputError, RecipeError
-from qlora_lite.files import sha256
 from qlora_lite.likeness import compare, outputs
 from qlora_lite.merge import MergeSettings, merge_run
 from qlora_lite.models.load import load_model, use_row_attention
@@ -111,14 +110,6 @@ def test_quantised_it_is_a_4_bit_checkpoint_like_the_one_measured(run, tmp_path)
     assert (tmp_path / "out" / "tokenizer.json").exists() and (tmp_path / "out" / "merge_report.json").exists()
     assert report["models"]["merged, then nf4"]["kl"] > 0
     assert {path.name for path in tmp_path.iterdir()} == {"copy", "out"}, "the 16-bit model is gone"
-
-
-def replace_adapter(run, tensors):
-    """Write other weights into a run, as if it had trained them."""
-    path = run / "adapter" / "adapter_model.safetensors"
-    save_file(tensors, path)
-    summary = json.loads((run / "summary.json").read_text()) | {"adapter_sha256": sha256(path)}
-    (run / "summary.json").write_text(json.dumps(summary))
 
 
 def test_a_4_bit_model_in_which_rounding_took_the_adapter_away_is_refused_and_never_left_unmeasured(run, tmp_path):

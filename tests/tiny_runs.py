@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from tiny import random_factors
 from tiny_files import byte_tokenizer, save_tiny, write_recipe
 
 from qlora_lite.build import build_model
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
+from qlora_lite.files import sha256
 from qlora_lite.lora.adapter import save_adapter
 from qlora_lite.models.cache import base_fingerprint
 from qlora_lite.models.locate import locate
@@ -57,3 +59,11 @@ def logits(model, ids=None) -> torch.Tensor:
     ids = torch.randint(5, 160, (2, 11), generator=torch.Generator().manual_seed(0)) if ids is None else ids
     with torch.no_grad():
         return model.eval()(input_ids=ids, use_cache=False).logits.float()
+
+
+def replace_adapter(run, tensors):
+    """Write other weights into a run, as if it had trained them."""
+    path = run / "adapter" / "adapter_model.safetensors"
+    save_file(tensors, path)
+    summary = json.loads((run / "summary.json").read_text()) | {"adapter_sha256": sha256(path)}
+    (run / "summary.json").write_text(json.dumps(summary))

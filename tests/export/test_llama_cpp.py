@@ -91,10 +91,11 @@ def test_llama_cpp_applies_the_adapter_file(family, run_of, tmp_path):
     export_run(run, tmp_path / "adapter", ExportSettings("gguf-adapter"))
     export_run(run, tmp_path / "merged", ExportSettings("gguf", "original"))
     weights = run / "adapter" / "adapter_model.safetensors"
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
+    from tiny_runs import replace_adapter
 
     nothing = {name: t * (1e-30 if "lora_B" in name else 1) for name, t in load_file(weights).items()}
-    save_file(nothing, weights)
+    replace_adapter(run, nothing)
     from qlora_lite.export import forms
 
     with pytest.MonkeyPatch.context() as patch:
