@@ -100,6 +100,15 @@ def test_an_error_of_the_writer_reaches_the_user_and_the_next_interval_tries_aga
     assert "step 1: no checkpoint was written" in caplog.text
 
 
+@pytest.fixture
+def interrupts():
+    """Let SIGINT interrupt, though a shell has set it to be ignored for what runs in its background."""
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, earlier)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_a_wait_cut_off_by_a_signal_forgets_no_checkpoint(tmp_path):
     disk = SlowDisk()
     with make_saver(tmp_path, disk) as saver:
