@@ -291,12 +291,17 @@ def test_every_layer_of_a_new_trainer_has_zero_b():
     assert not any(layer.lora_B.any() for _, layer in lora_layers(trainer().model))
 
 
+def meters():
+    return {thread for thread in threading.enumerate() if thread.name == "memory-meter"}
+
+
 def test_a_trainer_that_is_gone_leaves_no_thread():
+    others = meters()  # of what earlier tests of this process still hold
     training = trainer()
-    assert any(thread.name == "memory-meter" for thread in threading.enumerate())
+    assert meters() - others
     del training
     gc.collect()
-    assert not any(thread.name == "memory-meter" for thread in threading.enumerate())
+    assert not meters() - others
 
 
 ROTATED_TOGETHER = {
