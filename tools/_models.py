@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 
 import torch
-from bitsandbytes.functional import create_dynamic_map
 from transformers import AutoConfig
 
 from qlora_lite.models.load import load_model
 from qlora_lite.models.quantizer import quantize_head
 from qlora_lite.models.skeleton import give_storage, meta_model, read_config
+from qlora_lite.quant import bnb
 from qlora_lite.quant.packed import PackedWeight
 
 # Where a model's weights are, or the shape of one (a Llama, where no type is given) whose weights are random.
@@ -82,7 +82,7 @@ def fill(model, config) -> None:
         if isinstance(module, PackedWeight):
             module.weight.random_(0, 256)
             module.absmax.random_(0, 256)
-            module.absmax_code.copy_(create_dynamic_map())
+            module.absmax_code.copy_(bnb.functional.create_dynamic_map())
             module.absmax_scale.fill_(0.01)
             module.absmax_offset.fill_(0.05)
     for parameter in model.parameters():
