@@ -170,20 +170,24 @@ def remove_leftovers(folder: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
     """Keep other processes from writing a folder or file; the kernel drops the lock when a process ends, however.
 
     A folder itself is locked and not a file in it: nothing can be left behind that blocks the next one. Where the
     file system has no locks (some network ones), nothing is locked.
 
+    Args:
+        path: the folder or file.
+        wait: whether to wait for a process that holds it.
+
     Raises:
-        OutputError: another process holds it, or nothing is there.
+        OutputError: another process holds it and `wait` is false, or nothing is there.
     """
     with explain_write_errors(path):
         descriptor = os.open(path, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             cure = "wait for it, or name another place (output.dir, --out)"
             raise OutputError(f"another process is writing {path}; {cure}") from None

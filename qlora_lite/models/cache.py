@@ -10,7 +10,8 @@ downloaded, and a damaged one is another entry.)
 
 transformers parses a GGUF header in Python for each part that it makes of it: 3 CPU seconds for the 49,152 tokens of
 SmolLM2, in every process. So the configuration and the tokenizer are converted once, and kept in transformers' own
-files. Their key is the header's SHA-256 and the version of transformers, whose conversion it is.
+files. Their key is the header's SHA-256 and the version of transformers, whose conversion it is. One process converts
+at a time: one that started beside it would take the same seconds, and move its entry to where the other one reads.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from typing import TypeVar
 import transformers
 
 from qlora_lite.errors import ModelError, OutputError
-from qlora_lite.files import cache_root, content_digest, replacing_folder
+from qlora_lite.files import cache_root, content_digest, explain_write_errors, locked, replacing_folder
 from qlora_lite.quant.tensor_file import file_sum
 
 from .gguf_header import read_header
@@ -34,7 +35,7 @@ SUMS = "sums.json"
 log = logging.getLogger("qlora_lite")
 
 _Part = TypeVar("_Part")
-FORMAT_VERSION = 2  # raise it when the bytes that quantisation produces change, or the configuration beside them
+FORMAT_VERSION = 3  # raise it when what entries hold changes: bytes that quantisation produces, files beside them
 
 
 def cache_entry(files: ModelFiles, **settings) -> Path:
@@ -77,18 +78,29 @@ def from_gguf_header(path: Path, part: str, convert: Callable[..., _Part], load:
     """
     key = json.dumps([FORMAT_VERSION, read_header(path).sha256, transformers.__version__, part])
     entry = cache_root() / "headers" / hashlib.sha256(key.encode()).hexdigest()[:32]
+    converted = None
+    try:
+        if not _is_whole(entry):
+            with explain_write_errors(entry):
+                entry.parent.mkdir(parents=True, exist_ok=True)
+            with locked(entry.parent, wait=True):
+                if not _is_whole(entry):  # by another process meanwhile
+                    converted = convert(path.parent, gguf_file=path.name)
+                    with replacing_folder(entry) as new:
+                        converted.save_pretrained(new)
+                        write_sums(new)
+    except OutputError as error:
+        log.warning("the %s of %s is not cached: %s", part, path.name, error)
+        return convert(path.parent, gguf_file=path.name) if converted is None else converted
+    return load(entry)
+
+
+def _is_whole(entry: Path) -> bool:
     try:
         check_sums(entry)
     except ModelError:
-        converted = convert(path.parent, gguf_file=path.name)
-        try:
-            with replacing_folder(entry) as new:
-                converted.save_pretrained(new)
-                write_sums(new)
-        except OutputError as error:
-            log.warning("the %s of %s is not cached: %s", part, path.name, error)
-            return converted
-    return load(entry)
+        return False
+    return True
 
 
 def base_fingerprint(files: ModelFiles) -> str:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -177,10 +179,12 @@ def header(tmp_path, cache, monkeypatch):
 
     def convert(folder, gguf_file):
         conversions.append(gguf_file)
+        time.sleep(0.05)  # in which another one may begin
         return Converted((folder / gguf_file).read_text())
 
     def read(content="one", part="config"):
-        path.write_text(content)
+        if not path.exists() or path.read_text() != content:
+            path.write_text(content)
         return from_gguf_header(path, part, convert, lambda folder: Converted((folder / "part.json").read_text())).text
 
     return read, conversions
@@ -205,6 +209,14 @@ def test_a_damaged_conversion_is_made_again(header, cache, damage):
         name = {"changed": "part.json", "added": "more.json", "seal": "sha256.json"}[damage]
         (entry / name).write_text("not one")
     assert [read(), read(), len(conversions)] == ["one", "one", 2]
+
+
+def test_of_several_that_want_a_header_converted_one_does_it_and_the_others_read_what_it_made(header, cache, caplog):
+    read, conversions = header
+    read(part="tokenizer")
+    with ThreadPoolExecutor(3) as pool:  # for the lock of a folder, threads are as processes
+        assert list(pool.map(lambda _: read(), range(3))) == ["one"] * 3
+    assert [len(conversions), len(list((cache / "headers").iterdir())), caplog.text] == [2, 2, ""]
 
 
 def test_a_conversion_that_cannot_be_kept_is_used(header, cache, monkeypatch, caplog):
