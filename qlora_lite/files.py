@@ -13,12 +13,13 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from .errors import OutputError
 from .units import format_bytes
 
-MAX_FOLDERS = 20_000  # that a pattern searches
+MAX_FOLDERS = 100_000  # that a pattern searches: seconds
 
 
 @contextmanager
@@ -237,20 +238,53 @@ class TooManyFolders(ValueError):
 
 
 def matches(pattern: str) -> list[str]:
-    """Return the paths that a glob pattern matches; "**" stands for folders at any depth.
+    """Return the paths that a glob pattern matches; "**" stands for folders at any depth, no hidden ones.
+
+    A name that is there as it is written, such as "[old] rows", is meant and no pattern.
 
     Raises:
-        TooManyFolders: more than MAX_FOLDERS lie where it would search.
+        TooManyFolders: more than MAX_FOLDERS would be searched.
     """
-    pattern = re.sub(r"(?:\*\*/){2,}", "**/", pattern)  # which is the same, and the search is not one inside another
-    parts = pattern.split(os.sep)
-    first = next((index for index, part in enumerate(parts) if glob.has_magic(part)), len(parts))
-    top = os.sep.join([*parts[:first], ""]) or os.curdir
-    for count, (folder, inside, _) in enumerate(os.walk(top)):
-        if count == MAX_FOLDERS:
-            raise TooManyFolders(f"more than {MAX_FOLDERS:,} folders lie below {top}, too many to search; begin the "
-                                 "pattern with a folder nearer to the files")  # fmt: skip
-        depth = os.path.relpath(folder, top).count(os.sep) + (folder != top)
-        if "**" not in parts and depth >= len(parts) - first - 1:
-            inside.clear()
-    return glob.glob(pattern, recursive=True)
+    searched = count(1)
+    found = [os.sep if pattern.startswith(os.sep) else os.curdir]
+    parts = re.sub(r"(?:\*\*/){2,}", "**/", pattern).split(os.sep)  # which is the same
+    for index, part in enumerate(parts):
+        if part == "**":
+            found = [path for folder in found for path in _below(folder, index == len(parts) - 1, searched)]
+        elif part:
+            found = [path for folder in found for path in _inside(folder, part, searched)]
+    return [path.removeprefix(os.path.join(os.curdir, "")) for path in dict.fromkeys(found)]
+
+
+def _inside(folder: str, part: str, searched: Iterator[int]) -> Iterator[str]:
+    """Yield the paths in a folder that one part of a pattern matches."""
+    literal = os.path.join(folder, part)
+    if os.path.lexists(literal):
+        yield literal
+    elif glob.has_magic(part):
+        _count(searched)
+        yield from (os.path.join(folder, name) for name in glob.glob(part, root_dir=folder))
+
+
+def _below(top: str, with_files: bool, searched: Iterator[int]) -> Iterator[str]:
+    """Yield a folder and all folders below it but hidden ones, and their files where those are asked for.
+
+    Links are followed, but those that lead to a folder which they lie in.
+    """
+    for folder, inside, files in os.walk(top, followlinks=True):
+        _count(searched)
+        visible = [name for name in inside if not name.startswith(".")]
+        inside[:] = [name for name in visible if not _leads_up(Path(folder, name))]
+        yield folder
+        yield from (os.path.join(folder, name) for name in files if with_files and not name.startswith("."))
+
+
+def _leads_up(path: Path) -> bool:
+    return path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve())
+
+
+def _count(searched: Iterator[int]) -> None:
+    if next(searched) > MAX_FOLDERS:
+        raise TooManyFolders(
+            f"more than {MAX_FOLDERS:,} folders would be searched; begin the pattern with a folder nearer to the files"
+        )

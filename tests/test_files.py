@@ -164,15 +164,45 @@ def test_a_pattern_matches_what_glob_says_and_searches_no_whole_disk(tmp_path, m
     for name in ("a/b/c/x.txt", "a/y.txt", "a/[z]/x.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    for pattern in ("a/**/*.txt", "**/**/x.txt", "*/*.txt", "a/*", "**", "a/[[]z]/*", "none/*"):
-        whole = str(tmp_path / pattern)
-        assert sorted(files.matches(whole)) == sorted(set(glob.glob(whole, recursive=True))), pattern
+    hidden = tmp_path / ".hidden" / "x.txt"
+    hidden.parent.mkdir()
+    hidden.touch()
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "b")
+    patterns = ("a/**/*.txt", "**/**/x.txt", "**/*/**/x.txt", "*/*.txt", "a/*", "**", "a/[[]z]/*", "none/*", "*/none",
+                "a//*", ".*/x.txt")  # fmt: skip
+    for pattern in patterns:
+        whole = os.path.join(tmp_path, pattern)
+        found, expected = files.matches(whole), glob.glob(whole, recursive=True)
+        assert sorted(map(os.path.normpath, found)) == sorted(set(map(os.path.normpath, expected))), pattern
     monkeypatch.chdir(tmp_path)
     assert sorted(files.matches("**/x.txt")) == sorted(glob.glob("**/x.txt", recursive=True)) and files.matches("a/*")
     monkeypatch.setattr(files, "MAX_FOLDERS", 3)
     assert files.matches(str(tmp_path / "*" / "y.txt"))  # which looks into one folder
-    with pytest.raises(files.TooManyFolders, match=r"more than 3 folders lie below .*begin the pattern with a folder"):
+    with pytest.raises(files.TooManyFolders, match=r"more than 3 folders would be searched; begin the pattern with"):
         files.matches(str(tmp_path / "**" / "**" / "x.txt"))
+
+
+def test_a_pattern_is_not_sought_where_it_cannot_lead_nor_behind_links_upwards(tmp_path, monkeypatch):
+    for name in ("a/b/x.txt", "a/c/d/e/x.txt", ".hidden/f/x.txt", "g/h/y.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    (tmp_path / "a" / "again").symlink_to(tmp_path)
+    most = {"**/x.txt": 8, "a/b/*.txt": 1, "*/b/x.txt": 1, "*/b/*.txt": 2, "[a]/c/**/x.txt": 4}  # folders to look into
+    for pattern, count in most.items():
+        monkeypatch.setattr(files, "MAX_FOLDERS", count)
+        assert files.matches(str(tmp_path / pattern)), pattern
+        monkeypatch.setattr(files, "MAX_FOLDERS", count - 1)
+        with pytest.raises(files.TooManyFolders):
+            files.matches(str(tmp_path / pattern))
+
+
+def test_a_name_that_is_there_as_it_is_written_is_no_pattern(tmp_path):
+    for name in ("[old] rows/x.txt", "o/x.txt", "x[1].txt", "x1.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for pattern, name in (("[old] rows/*.txt", "[old] rows/x.txt"), ("x[1].txt", "x[1].txt"), ("[o]/*", "o/x.txt")):
+        assert files.matches(str(tmp_path / pattern)) == [str(tmp_path / name)]
+        assert [str(path) for path in find_files(str(tmp_path / pattern))] == [str(tmp_path / name)]
 
 
 @pytest.mark.timeout(20)
