@@ -77,7 +77,7 @@ def check_calls(turns: Sequence, tools: Sequence[Mapping]) -> None:
     open_calls: list[dict] = []
     for number, turn in enumerate(turns, start=1):
         if turn.role == "tool":
-            open_calls.remove(_answered(turn, open_calls, number))
+            open_calls.remove(_answered(turns, open_calls, number))
             continue
         if open_calls:
             names = ", ".join(repr(call["function"]["name"]) for call in open_calls)
@@ -96,9 +96,12 @@ def check_calls(turns: Sequence, tools: Sequence[Mapping]) -> None:
                 )
 
 
-def _answered(turn, open_calls: Sequence[dict], number: int) -> dict:
+def _answered(turns: Sequence, open_calls: Sequence[dict], number: int) -> dict:
+    """Return the call that turn `number` is the result of."""
+    turn = turns[number - 1]
     if not open_calls:
-        raise DataError(f"turn {number} is the result of a tool that no turn before it called; remove it", UNBALANCED)
+        fault = f"turn {number} is the result of a tool that no turn before it called"
+        raise DataError(f"{fault}; {_cure_of_result(turns[: number - 1])}", UNBALANCED)
     if turn.call_id is None:
         return open_calls[0]
     for call in open_calls:
@@ -108,6 +111,15 @@ def _answered(turn, open_calls: Sequence[dict], number: int) -> dict:
     raise DataError(
         f"turn {number} answers the call {turn.call_id!r}, but the open calls are {ids}; correct the id", UNBALANCED
     )
+
+
+def _cure_of_result(before: Sequence) -> str:
+    """Say what to do about a result without a call; without it, an answer before it and one after it would meet."""
+    if not before or before[-1].role != "assistant":
+        return "remove it"
+    as_text = " in place of its <tool_call> text" if "<tool_call>" in before[-1].content else ""
+    call = '"tool_calls": [{"name": "...", "arguments": {...}}]'
+    return f"give turn {len(before)}, which is the assistant's, its call as {call}{as_text}"
 
 
 def written_names(functions: Sequence[Mapping]) -> list[str]:

@@ -163,6 +163,19 @@ def test_unbalanced_calls_are_an_error_with_the_line(read, messages, said):
     assert problems.counts == {"unbalanced tool calls": 1}
 
 
+@pytest.mark.parametrize("said", ["I add", '<tool_call>\n{"name": "add", "arguments": {"x": 1}}\n</tool_call>'])
+def test_the_cure_of_a_result_after_an_answer_in_plain_text_makes_a_good_row(build, read, said):
+    answer = {"role": "assistant", "content": said}
+    _, problems = read([{"messages": [USER, answer, RESULT, ANSWER]}])
+    cure = problems.shown[0].partition("give turn 2, which is the assistant's, its call as ")[2]
+    assert cure.startswith('"tool_calls": [{"name": "...", "arguments": {...}}]')
+    assert cure.endswith(" in place of its <tool_call> text") == said.startswith("<tool_call>")
+    given = json.loads("{" + cure.partition("]")[0].replace("...", "add", 1).replace("{...}", '{"x": 1}') + "]}")
+    cured = answer | given | ({"content": ""} if "in place of" in cure else {})
+    rows = [{"messages": [USER, cured, {"role": "tool", "content": "3"}, ANSWER]}]
+    assert build(rows, template=CHATML_TOOLS).rows_kept == 1
+
+
 def test_calling_an_undefined_tool_is_an_error(read):
     _, problems = read([{"messages": [USER, CALLING], "tools": [{"name": "ask"}]}])
     assert "turn 2 calls 'add', which the row's tools do not define (ask)" in problems.shown[0]
