@@ -20,7 +20,7 @@ import numpy as np
 from .data.batch import collate, packing_efficiency, plan_epoch
 from .data.check import check_answers, check_overlap, check_prompts, count_special_tokens, histogram
 from .data.examples import Dataset
-from .data.formats import check_format, recognise, used_columns
+from .data.formats import answer_beside_text, check_format, recognise, used_columns
 from .data.lines import Problems, RowProblem, read_place, write_place
 from .data.opening import left_out
 from .data.read import Source, read_rows, text_files
@@ -39,6 +39,7 @@ _SAMPLED_ROWS = 20  # of each source
 _HOW = {"lines": "each line is a document", "blank-lines": "blank lines part documents",
         "file": "each file is a document"}  # fmt: skip
 RENDERED = "rendered chat in a document"
+UNUSED_ANSWER = "answer beside plain text"
 SEAM = "line end before an answer that begins with white space"
 
 
@@ -129,7 +130,7 @@ def preflight(recipe: Recipe, tokenizer, rows_to_show: int = 4) -> Preflight:
     data, eval_data = parts["train"], parts.get("eval")
     problems, error_count = _problems(recipe, data, eval_data)
     problems += [problem_entry(problem, False) for problem in _rendered_chats(recipe, tokenizer)]
-    problems += [problem_entry(problem, False) for problem in _broken_seams(data)]
+    problems += [problem_entry(problem, False) for problem in (*_broken_seams(data), *_unused_answers(recipe))]
     report = empty_report(problems) | {
         "ok": error_count == 0, "errors": error_count,
         **_counts(data),
@@ -178,6 +179,16 @@ def _rendered_chats(recipe: Recipe, tokenizer) -> Iterator[RowProblem]:
                                "those; give chats as messages, not as text that a template made of them")  # fmt: skip
                     yield RowProblem(where, RENDERED, message)
                     break
+
+
+def _unused_answers(recipe: Recipe) -> Iterator[RowProblem]:
+    """Yield the first row of each source that was taken for plain text and has a column named like an answer."""
+    for source in build_sources(recipe, "train"):
+        with suppress(DataError, StopIteration, OSError):  # as above
+            where, row = next(read_rows(source, Problems()))
+            is_text = check_format(source) is None and recognise(row, where, source) == "text"
+            if is_text and (message := answer_beside_text(row, source)):
+                yield RowProblem(where, UNUSED_ANSWER, message)
 
 
 def _broken_seams(data: Dataset) -> Iterator[RowProblem]:

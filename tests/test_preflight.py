@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import yaml
 from tiny_files import byte_tokenizer, write_recipe
 
 from qlora_lite.cli.data import _text
@@ -11,7 +12,7 @@ from qlora_lite.data.formats import BAD_ANSWER
 from qlora_lite.data.held_out import HELD_OUT
 from qlora_lite.data_page import render
 from qlora_lite.errors import DataError
-from qlora_lite.preflight import first_places, preflight
+from qlora_lite.preflight import first_places, line_of_problem, preflight
 from qlora_lite.recipe.load import load_recipe
 
 ALWAYS = {"rows_read", "rows_kept", "dropped", "tokens", "learned_tokens", "packing_efficiency", "problems"}
@@ -25,7 +26,7 @@ def look(tmp_path):
         train=None, evaluation=None, tokenizer=None, source="train.jsonl", exact_rows=0, pattern=None, **settings
     ):  # fmt: skip
         matched = {"exact_match_rows": exact_rows, "exact_match_pattern": pattern}
-        more = {"data": {"train": str(source)}, "train": matched}
+        more = {"data": {"train": source if isinstance(source, list) else str(source)}, "train": matched}
         recipe = write_recipe(tmp_path, "owner/name", **more)
         for name, rows in (("train", train), ("eval", evaluation)):
             if rows is not None:
@@ -186,6 +187,19 @@ def test_what_is_left_out_of_a_folder_is_counted_and_named_on_the_page_too(look,
     note = "7 not read: README.md, a.xml, b.xml, c.xml, d.xml, ..."
     assert found.report["ok"] and notes_of(found) == [[note]]
     assert note in render(found.report, "x") and notes_of(look()) == [[]]
+
+
+def test_a_label_beside_text_that_is_not_learned_is_a_warning_whose_cures_work(look, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\na good one,positive\na bad one,negative\n")
+    (problem,) = look(source=path).report["problems"]
+    assert problem["severity"] == "warning" and line_of_problem(problem).startswith(f"{path}:2: the column 'label' is ")
+    cure = re.search(r"with 'label', write data\.train: (\[.*\]); if the text alone is meant, add format: text$",
+                     problem["message"])[1]  # fmt: skip
+    found = look(source=yaml.safe_load(cure))
+    assert found.report["problems"] == [] and found.data.examples[0].answer == "positive"
+    found = look(source=[{"path": str(path), "format": "text"}])
+    assert found.report["problems"] == [] and notes_of(found) == [["columns not used: label (2 rows)"]]
 
 
 def test_columns_and_keys_that_are_not_used_are_counted_in_all_rows_and_spoil_nothing(look):

@@ -458,6 +458,17 @@ def _likely(row: Mapping[str, object]) -> tuple[str | None, str | None]:
     return question, answer
 
 
+def answer_beside_text(row: Mapping[str, object], source: Source) -> str | None:
+    """Say what to do about a row of plain text with a column that is named like an answer; None if it has none."""
+    _, answer = _likely(row)
+    if answer is None:
+        return None
+    return (
+        f"the column {answer!r} is not used: rows with a column text are plain text, learned whole; to learn to answer "
+        f"with {answer!r}, write {_as_table(source, 'text', answer)}; if the text alone is meant, add format: text"
+    )
+
+
 def used_columns(format_name: str, source: Source) -> frozenset[str]:
     """Return the columns that a format looks at.
 
