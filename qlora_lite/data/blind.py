@@ -7,7 +7,8 @@ which the answers are no.
 
 What joins texts out of sight (`~`, macros, set blocks) is refused before, because what comes of it is ordinary text
 again; so are filters and tests that read text by other ways than its methods. The text must be the one that
-transformers writes: this environment does what its own does, but is not the same.
+transformers writes: this environment does what its own does, but is not the same. A template that is none of the named
+ones is rendered by `probe`'s process here too: within limits, whatever chance or the words have it do.
 
 source: Jinja's documentation, "The Sandbox"; transformers.utils.chat_template_utils for the names that it adds.
 """
@@ -15,13 +16,15 @@ source: Jinja's documentation, "The Sandbox"; transformers.utils.chat_template_u
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 from jinja2 import TemplateError, ext, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qlora_lite.data.formats import Turn, as_message
+from qlora_lite.data.named_templates import NAMED_TEMPLATES
+from qlora_lite.data.probe import TakesTooMuchError, render_apart
 from qlora_lite.data.render import ROW_DAY, render_turns
 from qlora_lite.data.template import Template
 
@@ -46,7 +49,7 @@ _TESTS = (
 Question = tuple[int, Callable[[str], str], Callable[[str, str], bool], str]  # turn, how it is stripped, what, of what
 
 
-class LookedAtError(Exception):
+class LookedAtError(TemplateError):
     """Say that a template did more with words than write them."""
 
 
@@ -72,16 +75,35 @@ def blind_text(template: Template, turns: tuple[Turn, ...], add_generation_promp
     Raises:
         LookedAtError, TemplateError, DataError, or one of `probe.FAULTS`: it is not.
     """
-    expected = render_turns(template, turns, add_generation_prompt)  # first: it is made within limits
-    compiled = _compiled(template.source)
-    messages = [as_message(turn) | {"content": _Words(turn.content, asked)} for turn in turns]
-    text = template.begin + compiled.render(
-        messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt,
-        **template.tokenizer.special_tokens_map,
-    )  # fmt: skip
-    if text != expected:
+    messages, special_tokens = [as_message(turn) for turn in turns], template.tokenizer.special_tokens_map
+    options = {"add_generation_prompt": add_generation_prompt}
+    try:
+        if template.source in NAMED_TEMPLATES.values():
+            text, questions = render_blind(template.source, messages, special_tokens, **options)
+        else:
+            text, questions = render_apart(template.source, messages, special_tokens, blind=True, **options)
+    except TakesTooMuchError:
+        raise LookedAtError from None
+    if template.begin + text != render_turns(template, turns, add_generation_prompt):
         raise LookedAtError
-    return text
+    asked += [(turn, _STRIPPED[left, right], _ASKS[name], of) for turn, left, right, name, of in questions]
+    return template.begin + text
+
+
+def render_blind(
+    source: str, messages: Sequence[dict], special_tokens: Mapping[str, object], add_generation_prompt: bool
+) -> tuple[str, list]:
+    """Return the rendering of messages whose contents are `unseen`, and the questions about them, as JSON takes them.
+
+    Raises:
+        LookedAtError, another TemplateError, or one of `probe.FAULTS`: it cannot be made.
+    """
+    asked: list[list] = []
+    messages = [message | {"content": _Words(message["content"], asked)} for message in messages]
+    text = _compiled(source).render(
+        messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **special_tokens
+    )
+    return text, asked
 
 
 @lru_cache(maxsize=8)
@@ -117,7 +139,7 @@ class _Words(str):
 
     __slots__ = ("_asked",)
 
-    def __new__(cls, text: str, asked: list[Question]) -> _Words:
+    def __new__(cls, text: str, asked: list[list]) -> _Words:
         words = super().__new__(cls, text)
         words._asked = asked
         return words
@@ -135,13 +157,13 @@ class _Words(str):
         return _Words(str.__add__(other, self), self._asked)
 
     def __contains__(self, text: str) -> bool:
-        return self._no(str.__contains__, text)
+        return self._no("in", text)
 
     def startswith(self, text: str) -> bool:
-        return self._no(str.startswith, text)
+        return self._no("startswith", text)
 
     def endswith(self, text: str) -> bool:
-        return self._no(str.endswith, text)
+        return self._no("endswith", text)
 
     def strip(self, letters: str | None = None) -> _Words:
         return self.lstrip(letters).rstrip(letters)
@@ -149,20 +171,20 @@ class _Words(str):
     def lstrip(self, letters: str | None = None) -> _Words:
         if letters is None:
             return _Words(str.lstrip(self), self._asked)
-        self._no(_begins_with_one_of, letters)
+        self._no("lstrip", letters)
         return self
 
     def rstrip(self, letters: str | None = None) -> _Words:
         if letters is None:
             return _Words(str.rstrip(self), self._asked)
-        self._no(_ends_with_one_of, letters)
+        self._no("rstrip", letters)
         return self
 
-    def _no(self, ask: Callable[[str, str], bool], text: str) -> bool:
+    def _no(self, question: str, text: str) -> bool:
         written = WRITTEN.fullmatch(str.__str__(self))
-        if written is None or type(text) is not str or ask(written[0], text):
+        if written is None or type(text) is not str or _ASKS[question](written[0], text):
             raise LookedAtError
-        self._asked.append((int(written[2]), stripping(written), ask, text))
+        self._asked.append([int(written[2]), bool(written[1]), bool(written[3]), question, text])
         return False
 
 
@@ -174,6 +196,10 @@ def _ends_with_one_of(words: str, letters: str) -> bool:
     return words[-1:] in letters
 
 
+_ASKS: dict[str, Callable[[str, str], bool]] = {
+    "in": str.__contains__, "startswith": str.startswith, "endswith": str.endswith,
+    "lstrip": _begins_with_one_of, "rstrip": _ends_with_one_of,
+}  # fmt: skip
 _KEPT = {*vars(_Words), *dir(object)} - {
     "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__hash__", "__repr__", "__format__",
 }  # fmt: skip

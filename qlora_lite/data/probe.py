@@ -36,6 +36,7 @@ _SHORT_TALK = [
     {"role": "user", "content": "three"}, {"role": "assistant", "content": "four"},
 ]  # fmt: skip
 _one_at_a_time = threading.Lock()
+_Row = tuple[Sequence[dict], Sequence[tuple[int, dict]]]  # see `_ask`
 
 
 class TakesTooMuchError(ModelError):
@@ -83,7 +84,7 @@ def render_apart(
         source: the Jinja text.
         messages: of the conversation.
         special_tokens: what templates are given by name, such as bos_token.
-        options: of ``render_jinja_template``.
+        options: of ``render_jinja_template``, or blind=True and those of `blind.render_blind`, for what that returns.
 
     Raises:
         TakesTooMuchError: it takes too much time or memory, or writes too much; the text says which.
@@ -91,26 +92,44 @@ def render_apart(
     """
     from jinja2 import TemplateError
 
-    line = json.dumps([source, messages, special_tokens, options]) + "\n"
-    with _one_at_a_time:
-        process = _child()
-        try:
-            process.stdin.write(line)
-            process.stdin.flush()
-            reply = process.stdout.readline()
-        except BrokenPipeError:
-            reply = ""
-        except BaseException:  # a signal: its answer is still to come, and would be taken for the next one's
-            end_child()
-            raise
-        if not reply:
-            raise TakesTooMuchError(_why_it_ended(process))
-    answer = json.loads(reply)
+    replies, why_ended = _ask(source, special_tokens, [(messages, [(len(messages), options)])])
+    if why_ended:
+        raise TakesTooMuchError(why_ended)
+    ((answer,),) = replies
     if "too_much" in answer:
         raise TakesTooMuchError(answer["too_much"])
     if "refused" in answer:
         raise TemplateError(answer["refused"])
     return answer["text"], answer["blocks"]
+
+
+def _ask(
+    source: str, special_tokens: Mapping[str, object], rows: Sequence[_Row]
+) -> tuple[list[list[dict]], str | None]:
+    """Return the replies to rows, and why the process ended if it did, before it replied to all.
+
+    Args:
+        source: the Jinja text.
+        special_tokens: what templates are given by name.
+        rows: of each, its messages, and for each rendering how many of them and the options.
+    """
+    lines = [json.dumps([source, special_tokens, len(rows)]), *map(json.dumps, rows), ""]
+    replies, why_ended = [], None
+    with _one_at_a_time:
+        process = _child()
+        try:
+            process.stdin.write("\n".join(lines))
+            process.stdin.flush()
+            while len(replies) < len(rows) and (reply := process.stdout.readline()).endswith("\n"):
+                replies.append(reply)
+        except BrokenPipeError:
+            pass
+        except BaseException:  # a signal: its answer is still to come, and would be taken for the next one's
+            end_child()
+            raise
+        if len(replies) < len(rows):
+            why_ended = _why_it_ended(process)
+    return [json.loads(reply) for reply in replies], why_ended
 
 
 @lru_cache(maxsize=1)
@@ -154,32 +173,59 @@ def _address_space() -> int:
 
 
 def _serve() -> None:
-    """Answer each line of standard input; the operating system ends this process where one takes too long."""
+    """Answer messages on standard input; the operating system ends this process where a rendering takes too long.
+
+    A message is a line with the template and the number of rows, and one for each row. All are read before the first
+    is answered, by a line as well: the other side writes all of them before it reads.
+    """
     import resource
 
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
+    from qlora_lite.data import blind  # noqa: F401 (before time and memory are counted)
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     used_bytes = _address_space()
-    for line in sys.stdin:
-        source, messages, special_tokens, options = json.loads(line)
+    for head in sys.stdin:
+        source, special_tokens, count = json.loads(head)
+        lines = [sys.stdin.readline() for _ in range(count)]
         if used_bytes:
-            limit_bytes = used_bytes + MEMORY_BYTES + 20 * len(line)
+            limit_bytes = used_bytes + MEMORY_BYTES + 20 * (len(head) + sum(map(len, lines)))
             resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, resource.RLIM_INFINITY))
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS + len(line) / 1e6)
-        try:
-            (text,), blocks = render_jinja_template(
-                conversations=[messages], chat_template=source, **special_tokens, **options
-            )
-            too_much = _TEXT if len(text) > OUTPUT_CHARACTERS + 10 * len(line) else None
-            reply = {"too_much": too_much} if too_much else {"text": text, "blocks": blocks[0] if blocks else []}
-        except MemoryError:
-            reply = {"too_much": _MEMORY}
-        except (TemplateError, *FAULTS) as error:
-            reply = {"refused": str(error) or type(error).__name__}
+        for line in lines:
+            messages, wanted = json.loads(line)
+            letters = len(head) + len(line)
+            replies = [_reply(source, messages[:turns], special_tokens, options, letters) for turns, options in wanted]
+            print(json.dumps(replies))
+        sys.stdout.flush()
+
+
+def _reply(source: str, messages: list[dict], special_tokens: dict, options: dict, letters: int) -> dict:
+    """Render once, within the limits for a row of so many letters."""
+    from jinja2 import TemplateError
+
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS + letters / 1e6)
+    try:
+        text, blocks = _render(source, messages, special_tokens, **options)
+        too_much = _TEXT if len(text) > OUTPUT_CHARACTERS + 10 * letters else None
+        return {"too_much": too_much} if too_much else {"text": text, "blocks": blocks}
+    except MemoryError:
+        return {"too_much": _MEMORY}
+    except (TemplateError, *FAULTS) as error:
+        return {"refused": str(error) or type(error).__name__}
+    finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps(reply), flush=True)
+
+
+def _render(
+    source: str, messages: list[dict], special_tokens: dict, blind: bool = False, **options: object
+) -> tuple[str, list]:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    if blind:
+        from qlora_lite.data.blind import render_blind
+
+        return render_blind(source, messages, special_tokens, **options)
+    (text,), blocks = render_jinja_template([messages], chat_template=source, **special_tokens, **options)
+    return text, blocks[0] if blocks else []
 
 
 if __name__ == "__main__":

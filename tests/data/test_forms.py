@@ -302,6 +302,15 @@ def test_a_template_that_fails_or_writes_something_else_here_than_in_transformer
     assert form_of(CHATML + "{{ lipsum() }}") is None
 
 
+@pytest.mark.timeout(60)
+def test_a_template_that_does_its_harm_where_words_cannot_be_looked_at_alone_has_no_form():
+    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    for harm in (loops, "{{ 'a' * 10**10 }}"):
+        template = template_of("{% if range(3) is not iterable %}" + harm + "{% endif %}" + CHATML)
+        assert render(template, Conversation(TALK, "f:1"), [2]).text.endswith("two<|im_end|>\n")
+        assert make_form(template, Conversation(TALK, "f:1")) is None
+
+
 def test_words_may_hold_what_marks_the_places_of_a_form():
     template = template_of(CHATML)
     turns = (Turn("user", "\u2002qzx1xzq\u2003"), Turn("assistant", "qzx0xzq"))
