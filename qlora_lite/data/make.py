@@ -21,10 +21,10 @@ from qlora_lite.data.account import SHOWN_ROWS, TOO_LONG, Account, Settings
 from qlora_lite.data.check import NOTHING_TO_LEARN
 from qlora_lite.data.formats import Conversation, Document, read_conversations
 from qlora_lite.data.forms import Form, make_form
-from qlora_lite.data.mask import Row, render_row
+from qlora_lite.data.mask import Row, answers_of, render_row
 from qlora_lite.data.mask_rows import Marked, mark_rows
 from qlora_lite.data.read import Source
-from qlora_lite.data.render import CONTROL_TOKEN, check_shape
+from qlora_lite.data.render import CONTROL_TOKEN, check_shape, render_ahead
 from qlora_lite.data.split import only_last_answer, parts, windows
 from qlora_lite.data.stored import Example
 from qlora_lite.data.template import Template, begin_of_text, choose_template, special_ids_of
@@ -178,12 +178,26 @@ def _control_tokens(encoded: list[list[int]], tokenizer: PreTrainedTokenizerFast
 
 
 def _rendered(conversations: Sequence[Conversation], settings: Settings, account: Account) -> list:
-    """Return the conversations that can be rendered, each with its text."""
-    rendered = []
+    """Return the conversations that can be rendered, each with its text; what has no form is rendered many at once."""
+    template, formless = account.template, []
+    forms: list[Form | DataError | None] = []
     for conversation in conversations:
         try:
-            form = _form(conversation, account.template, account)
-            row = render_row(conversation, account.template, settings.train_on, settings.train_on_end, form)
+            form = _form(conversation, template, account)
+            _, needed = answers_of(conversation, settings.train_on, settings.train_on_end)
+            if not form or not form.fits(conversation.turns, needed):
+                form = None
+                formless.append((conversation, needed))
+        except DataError as error:
+            form = error
+        forms.append(form)
+    ahead, rendered = render_ahead(template, formless), []
+    for conversation, form in zip(conversations, forms, strict=True):
+        try:
+            if isinstance(form, DataError):
+                raise form
+            made = None if form else next(ahead)
+            row = render_row(conversation, template, settings.train_on, settings.train_on_end, form, made)
             rendered.append((conversation, row))
         except DataError as error:
             account.problems.add(conversation.where, error)

@@ -19,7 +19,7 @@ import numpy as np
 from qlora_lite.data.check import NOTHING_TO_LEARN
 from qlora_lite.data.formats import Conversation
 from qlora_lite.data.forms import Form
-from qlora_lite.data.render import END_OF_ANSWER, render
+from qlora_lite.data.render import END_OF_ANSWER, Ahead, render
 from qlora_lite.data.template import Template
 from qlora_lite.errors import DataError
 
@@ -69,20 +69,16 @@ class Tokens:
     ends: np.ndarray
 
 
-def render_row(
-    conversation: Conversation, template: Template, train_on: str, train_on_end: bool = True, form: Form | None = None
-) -> Row:
-    """Render a conversation and choose the characters to learn, end tokens among them.
+def answers_of(conversation: Conversation, train_on: str, train_on_end: bool = True) -> tuple[list[int], list[int]]:
+    """Choose the answers to learn, and those whose characters must be known for it; of train_on all, none to learn.
 
     Args:
         conversation: the row.
-        template: how to write it.
         train_on: see `examples.read_examples`.
-        train_on_end: False if the caller needs every end token's place, to unlearn it.
-        form: of conversations with these roles, to be filled in instead of rendering.
+        train_on_end: see `render_row`.
 
     Raises:
-        DataError: there is nothing to learn, or the template fails (see `render.render`).
+        DataError: there is nothing to learn.
     """
     turns = conversation.turns
     answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
@@ -96,12 +92,37 @@ def render_row(
         fault = "nothing to learn: every answer that counts has weight 0 or train false; give one 1 or true"
         raise DataError(fault, NOTHING_TO_LEARN)
     if train_on == "all":
-        learned = [] if train_on_end else answers
-    needed = sorted({*learned, answers[-1]})
+        return [], sorted({answers[-1]} if train_on_end else answers)
+    return learned, sorted({*learned, answers[-1]})
+
+
+def render_row(
+    conversation: Conversation,
+    template: Template,
+    train_on: str,
+    train_on_end: bool = True,
+    form: Form | None = None,
+    ahead: Ahead | None = None,
+) -> Row:
+    """Render a conversation and choose the characters to learn, end tokens among them.
+
+    Args:
+        conversation: the row.
+        template: how to write it.
+        train_on: see `examples.read_examples`.
+        train_on_end: False if the caller needs every end token's place, to unlearn it.
+        form: of conversations with these roles, to be filled in instead of rendering.
+        ahead: see `render.render`.
+
+    Raises:
+        DataError: there is nothing to learn, or the template fails (see `render.render`).
+    """
+    turns = conversation.turns
+    learned, needed = answers_of(conversation, train_on, train_on_end)
     if form and form.fits(turns, needed):
         rendering = form.fill(template, turns, needed)
     else:
-        rendering = render(template, conversation, needed)
+        rendering = render(template, conversation, needed, ahead)
     spans = [(0, len(rendering.text))] if train_on == "all" else [rendering.answers[index] for index in learned]
     found = tuple(rendering.answers[index] for index in needed)
     return Row(rendering.text, tuple(spans), found, conversation.where)

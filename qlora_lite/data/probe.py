@@ -7,7 +7,8 @@ computation, since Python sees neither inside one operation on a large number; l
 
 A template is tried out on a short conversation before anything is read, and every rendering of a template that is none
 of the named ones is made there too: it may do its harm for particular words only. The process lives as long as this
-one; a row costs it a line of JSON each way (rows that fill in a form are not rendered, see `forms`).
+one; a row costs it a line of JSON each way (rows that fill in a form are not rendered, see `forms`). Many rows go there
+in one message, since changing between processes takes longer than rendering a short row.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ _SHORT_TALK = [
     {"role": "user", "content": "three"}, {"role": "assistant", "content": "four"},
 ]  # fmt: skip
 _one_at_a_time = threading.Lock()
-_Row = tuple[Sequence[dict], Sequence[tuple[int, dict]]]  # see `_ask`
+# messages, options, and for each rendering how many of the messages it has, and options of its own
+Row = tuple[Sequence[dict], dict, Sequence[tuple[int, dict]]]
 
 
 class TakesTooMuchError(ModelError):
@@ -92,10 +94,10 @@ def render_apart(
     """
     from jinja2 import TemplateError
 
-    replies, why_ended = _ask(source, special_tokens, [(messages, [(len(messages), options)])])
+    replies, why_ended = _ask(source, special_tokens, [(messages, options, [(len(messages), {})])])
     if why_ended:
         raise TakesTooMuchError(why_ended)
-    ((answer,),) = replies
+    (answer,) = replies
     if "too_much" in answer:
         raise TakesTooMuchError(answer["too_much"])
     if "refused" in answer:
@@ -103,31 +105,42 @@ def render_apart(
     return answer["text"], answer["blocks"]
 
 
-def _ask(
-    source: str, special_tokens: Mapping[str, object], rows: Sequence[_Row]
-) -> tuple[list[list[dict]], str | None]:
-    """Return the replies to rows, and why the process ended if it did, before it replied to all.
+def render_rows_apart(
+    source: str, special_tokens: Mapping[str, object], rows: Sequence[Row]
+) -> list[tuple[str, list] | None]:
+    """Return what `render_apart` does for all renderings of many rows, and None for each that fails.
 
     Args:
         source: the Jinja text.
         special_tokens: what templates are given by name.
-        rows: of each, its messages, and for each rendering how many of them and the options.
+        rows: what to render, see `Row`.
     """
+    replies, _ = _ask(source, special_tokens, rows)
+    made = [(reply["text"], reply["blocks"]) if "text" in reply else None for reply in replies]
+    return made + [None] * (_count(rows) - len(made))
+
+
+def _count(rows: Sequence[Row]) -> int:
+    return sum(len(wanted) for _, _, wanted in rows)
+
+
+def _ask(source: str, special_tokens: Mapping[str, object], rows: Sequence[Row]) -> tuple[list[dict], str | None]:
+    """Return the replies, one for each rendering, and why the process ended if it did, before it gave all."""
     lines = [json.dumps([source, special_tokens, len(rows)]), *map(json.dumps, rows), ""]
-    replies, why_ended = [], None
+    replies, why_ended, count = [], None, _count(rows)
     with _one_at_a_time:
         process = _child()
         try:
             process.stdin.write("\n".join(lines))
             process.stdin.flush()
-            while len(replies) < len(rows) and (reply := process.stdout.readline()).endswith("\n"):
+            while len(replies) < count and (reply := process.stdout.readline()).endswith("\n"):
                 replies.append(reply)
         except BrokenPipeError:
             pass
         except BaseException:  # a signal: its answer is still to come, and would be taken for the next one's
             end_child()
             raise
-        if len(replies) < len(rows):
+        if len(replies) < count:
             why_ended = _why_it_ended(process)
     return [json.loads(reply) for reply in replies], why_ended
 
@@ -176,7 +189,7 @@ def _serve() -> None:
     """Answer messages on standard input; the operating system ends this process where a rendering takes too long.
 
     A message is a line with the template and the number of rows, and one for each row. All are read before the first
-    is answered, by a line as well: the other side writes all of them before it reads.
+    rendering is answered, by a line as well: the other side writes all of them before it reads.
     """
     import resource
 
@@ -190,11 +203,14 @@ def _serve() -> None:
         if used_bytes:
             limit_bytes = used_bytes + MEMORY_BYTES + 20 * (len(head) + sum(map(len, lines)))
             resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, resource.RLIM_INFINITY))
+        ended = None  # by one that took too much: the others of the message are not tried
         for line in lines:
-            messages, wanted = json.loads(line)
+            messages, common, wanted = json.loads(line)
             letters = len(head) + len(line)
-            replies = [_reply(source, messages[:turns], special_tokens, options, letters) for turns, options in wanted]
-            print(json.dumps(replies))
+            for turns, options in wanted:
+                reply = ended or _reply(source, messages[:turns], special_tokens, common | options, letters)
+                ended = reply if "too_much" in reply else None
+                print(json.dumps(reply))
         sys.stdout.flush()
 
 

@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
 from qlora_lite.data.formats import Conversation, Turn, as_message
 from qlora_lite.data.named_templates import CHATML_TOOLS, NAMED_TEMPLATES
-from qlora_lite.data.probe import FAULTS, TakesTooMuchError, render_apart
+from qlora_lite.data.probe import FAULTS, TakesTooMuchError, render_apart, render_rows_apart
 from qlora_lite.data.template import Template
 from qlora_lite.data.tools import written_names
 from qlora_lite.errors import DataError
@@ -36,6 +36,8 @@ END_OF_ANSWER = "answer without an end token"
 _CURE_OF_TOOLS = f"set data.template to {CHATML_TOOLS}, or to a .jinja file that writes tools, calls and results"
 ROW_DAY = datetime(2024, 7, 26)  # what Llama 3.1's template, the first of its kind, writes where it is given no clock
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_OPTIONS = {"text": {}, "prompt": {"add_generation_prompt": True}, "blocks": {"return_assistant_tokens_mask": True}}
+_LETTERS_PER_MESSAGE = 2_000_000  # that are to be written, about; more rows at once save little
 _CODES = ("-d", "-m", "-H", "-I", *"aAbBcdDefFGHIjmMpSTuUVwWxXyY")  # of strftime
 _CLOCK = "".join([  # transformers takes no function for a template in place of its own, so this one is written in Jinja
     "{% macro strftime_now(format) %}{{ format",
@@ -56,6 +58,30 @@ class Rendering:
 
     text: str
     answers: dict[int, tuple[int, int]]
+
+
+# how many turns, and which of _OPTIONS -> text and blocks, None where a rendering failed
+Ahead = Mapping[tuple[int, str], tuple[str, list] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """Give what the template writes of a row's first turns, made ahead or now."""
+
+    template: Template
+    conversation: Conversation
+    ahead: Ahead
+
+    def text(self, count: int, prompt: bool) -> str:
+        if made := self.ahead.get((count, "prompt" if prompt else "text")):
+            return self.template.begin + made[0]
+        return render_turns(self.template, self.conversation.turns[:count], prompt, self.conversation.tools)
+
+    def blocks(self) -> list:
+        turns, tools = self.conversation.turns, self.conversation.tools
+        if made := self.ahead.get((len(turns), "blocks")):
+            return made[1]
+        return _raw(self.template, _in_rows(self.template.source), turns, tools, **_OPTIONS["blocks"])[1]
 
 
 def render_prompt(template: Template, turns: Sequence[Turn], tools: Sequence[dict] = ()) -> str:
@@ -94,13 +120,16 @@ def last_turn(template: Template, prompt: str) -> str:
     return template.special.split(asked)[-1].strip()
 
 
-def render(template: Template, conversation: Conversation, answers: Iterable[int]) -> Rendering:
+def render(
+    template: Template, conversation: Conversation, answers: Iterable[int], ahead: Ahead | None = None
+) -> Rendering:
     """Write a conversation and find the characters of its answers.
 
     Args:
         template: how to write.
         conversation: at least one user and one assistant turn.
         answers: the indices of the assistant turns to find.
+        ahead: what `render_ahead` gave for this.
 
     Returns:
         The text and, for each answer, its characters.
@@ -110,12 +139,13 @@ def render(template: Template, conversation: Conversation, answers: Iterable[int
     """
     turns = conversation.turns
     check_no_control_tokens(template, turns, conversation.tools)
-    text = render_turns(template, turns, False, conversation.tools)
+    written = _Written(template, conversation, ahead or {})
+    text = written.text(len(turns), False)
     if GENERATION_BLOCK.search(template.source):
-        spans = _block_spans(template, conversation, text)
-        found = {index: _behind_prompt(template, conversation, index, text, spans[index]) for index in answers}
+        spans = _block_spans(written, text)
+        found = {index: _behind_prompt(written, index, text, spans[index]) for index in answers}
     else:
-        found = {index: _prefix_span(template, conversation, index, text) for index in answers}
+        found = {index: _prefix_span(written, index, text) for index in answers}
     _check_nothing_dropped(turns, text, found)
     if missing := [name for name in written_names(conversation.tools) if name not in text]:
         raise DataError(
@@ -124,6 +154,52 @@ def render(template: Template, conversation: Conversation, answers: Iterable[int
             TEMPLATE,
         )
     return Rendering(text, found)
+
+
+def render_ahead(template: Template, rows: Iterable[tuple[Conversation, Sequence[int]]]) -> Iterator[Ahead]:
+    """Yield for each row what `render` will ask for, made for many rows at once; a fault is left to `render`.
+
+    Args:
+        template: how to write.
+        rows: conversations, each with the indices of the answers to find.
+    """
+    message, letters = [], 0
+    for conversation, answers in rows:
+        wanted = _wanted(template, conversation, answers)
+        message.append((conversation, wanted))
+        letters += len(wanted) * sum(len(turn.content) for turn in conversation.turns)
+        if letters > _LETTERS_PER_MESSAGE:
+            yield from _rendered_at_once(template, message)
+            message, letters = [], 0
+    yield from _rendered_at_once(template, message)
+
+
+def _wanted(template: Template, conversation: Conversation, answers: Sequence[int]) -> list[tuple[int, str]]:
+    """Return the keys of `Ahead` that `render` looks up."""
+    whole = len(conversation.turns)
+    prompts = [(index, "prompt") for index in answers]
+    if GENERATION_BLOCK.search(template.source):
+        return [(whole, "text"), (whole, "blocks"), *prompts]
+    return [(whole, "text"), *prompts, *((index + 1, "text") for index in answers if index + 1 < whole)]
+
+
+def _rendered_at_once(
+    template: Template, rows: Sequence[tuple[Conversation, Sequence[tuple[int, str]]]]
+) -> Iterator[Ahead]:
+    if template.source in NAMED_TEMPLATES.values():  # rendered in this process, when it is asked for
+        yield from ({} for _ in rows)
+        return
+    asked = [
+        (
+            [as_message(turn) for turn in conversation.turns],
+            {"tools": list(conversation.tools) or None},
+            [(count, _OPTIONS[kind]) for count, kind in wanted],
+        )
+        for conversation, wanted in rows
+    ]
+    made = iter(render_rows_apart(_in_rows(template.source), template.tokenizer.special_tokens_map, asked))
+    for _, wanted in rows:
+        yield {key: next(made) for key in wanted}
 
 
 def check_shape(template: Template, conversation: Conversation) -> None:
@@ -237,12 +313,12 @@ def _json(part: dict) -> str:
     return json.dumps(part, ensure_ascii=False)
 
 
-def _prefix_span(template: Template, conversation: Conversation, index: int, text: str) -> tuple[int, int]:
+def _prefix_span(written: _Written, index: int, text: str) -> tuple[int, int]:
     """Find an answer as what follows the rendering of all before it, with the generation prompt."""
-    turns, tools = conversation.turns, conversation.tools
-    prompt = render_turns(template, turns[:index], True, tools)
-    is_last = index == len(turns) - 1
-    upto = text if is_last else render_turns(template, turns[: index + 1], False, tools)
+    template = written.template
+    prompt = written.text(index, True)
+    is_last = index == len(written.conversation.turns) - 1
+    upto = text if is_last else written.text(index + 1, False)
     end = _end_of_answer(template, upto, len(prompt)) if upto.startswith(prompt) else 0
     if end == 0 or not text.startswith(upto[:end]):
         raise DataError(
@@ -268,11 +344,10 @@ def _end_of_answer(template: Template, text: str, start: int) -> int:
     return ending.end(1)
 
 
-def _block_spans(template: Template, conversation: Conversation, text: str) -> dict[int, tuple[int, int]]:
+def _block_spans(written: _Written, text: str) -> dict[int, tuple[int, int]]:
     """Find the {% generation %} blocks, and let each include the end token that follows it."""
-    source = _in_rows(template.source)
-    _, blocks = _raw(template, source, conversation.turns, conversation.tools, return_assistant_tokens_mask=True)
-    answers = [index for index, turn in enumerate(conversation.turns) if turn.role == "assistant"]
+    template, blocks = written.template, written.blocks()
+    answers = [index for index, turn in enumerate(written.conversation.turns) if turn.role == "assistant"]
     if len(blocks) != len(answers):
         raise DataError(
             f"the chat template marks {len(blocks)} answers with {{% generation %}}, the row has "
@@ -290,12 +365,10 @@ def _block_spans(template: Template, conversation: Conversation, text: str) -> d
     return spans
 
 
-def _behind_prompt(
-    template: Template, conversation: Conversation, index: int, text: str, span: tuple[int, int]
-) -> tuple[int, int]:
+def _behind_prompt(written: _Written, index: int, text: str, span: tuple[int, int]) -> tuple[int, int]:
     """Return the characters of a block without those at its beginning with which the prompt ends."""
     start, end = span
-    prompt = render_turns(template, conversation.turns[:index], True, conversation.tools)
+    prompt = written.text(index, True)
     return (len(prompt), end) if text.startswith(prompt) and start < len(prompt) < end else span
 
 

@@ -8,6 +8,7 @@ import pytest
 from tiny_tokenizer import make_tokenizer
 
 from qlora_lite.data import probe as probing
+from qlora_lite.data import render as rendering
 from qlora_lite.data.examples import read_examples
 from qlora_lite.data.formats import Turn
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
@@ -104,7 +105,7 @@ def test_a_template_that_harms_only_for_later_rows_is_one_error_at_the_first_of_
         ModelError, match=rf"the chat template \(model\) {said} for a conversation of \d turns and"
     ) as caught:
         read_examples([Source(path)], tokenizer)
-    assert "\n" not in str(caught.value) and time.monotonic() - started < 30
+    assert "\n" not in str(caught.value) and time.monotonic() - started < 60  # two processes are started anew
     template = choose_template(tokenizer)
     with pytest.raises(ModelError, match=said):
         render_prompt(template, [Turn(turn["role"], turn["content"]) for turn in talk * 4][:-1])
@@ -122,6 +123,39 @@ def test_what_is_rendered_apart_is_what_transformers_renders(monkeypatch):
         for prompt in (False, True):
             expected = tokenizer.apply_chat_template(messages, tools, tokenize=False, add_generation_prompt=prompt)
             assert render_turns(template, turns, prompt, tools) == template.begin + expected
+
+
+@pytest.mark.parametrize("block", ["", "{% generation %}"])
+@pytest.mark.parametrize("letters", [10, rendering._LETTERS_PER_MESSAGE])
+def test_rows_that_are_rendered_go_in_few_messages_and_are_as_each_alone(write, monkeypatch, block, letters):
+    monkeypatch.setattr(rendering, "_LETTERS_PER_MESSAGE", letters)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.content|length == 3 %}"
+        "{{ raise_exception('three letters') }}{% endif %}{% if m.role == 'assistant' %}" + block + "{{ m.content + "
+        "'<|im_end|>' }}" + block.replace("gen", "endgen") + "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    rows = []
+    for n in range(60):
+        words = ["a", "ab", "abc", "abcd", "a", "ab", "abc", "abcd", "a"][n % 4 :] if n % 4 else ["word"] * 6
+        pairs = zip(["user", "assistant"] * (1 + n % 3), words, strict=False)
+        rows.append({"messages": [{"role": role, "content": word} for role, word in pairs]})
+    path, asked, ask = write("rows.jsonl", rows), [], probing._ask
+    monkeypatch.setattr(probing, "_ask", lambda *request: asked.append(request) or ask(*request))
+
+    def read():
+        asked.clear()
+        data = read_examples([Source(path)], tokenizer)
+        made = [(each.token_ids.tolist(), each.learned.tolist(), each.where) for each in data.examples]
+        return made, [str(problem) for problem in data.problems.found], len(asked)
+
+    made, problems, messages = read()
+    monkeypatch.setattr(rendering, "render_rows_apart", lambda source, special, rows: [None] * probing._count(rows))
+    alone, problems_alone, messages_alone = read()
+    assert (made, problems) == (alone, problems_alone) and made and problems
+    if letters > 10:  # all good rows in one message, in place of at least two for each
+        assert messages <= messages_alone - 2 * len(made) + 1
 
 
 def test_a_signal_while_a_row_is_rendered_leaves_no_answer_to_be_taken_for_the_next(monkeypatch):
