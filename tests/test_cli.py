@@ -607,6 +607,18 @@ def test_a_result_that_cannot_be_printed_is_no_failure_where_a_folder_has_it_too
     assert capsys.readouterr().err == "the result cannot be printed (No space left on device); it is in runs/x\n"
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["output", "output-and-errors"])
+@pytest.mark.parametrize("arguments", [["recipes", "list"], ["recipes", "--help"], ["plan", "--cards"]])
+def test_a_command_whose_reader_has_left_ends_as_sigpipe_would_end_it(arguments, shared):
+    reading, writing = os.pipe()
+    os.close(reading)
+    streams = {"stdout": writing, "stderr": writing if shared else subprocess.PIPE}
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run([*COMMAND, *arguments], env=buffered, **streams)
+    os.close(writing)
+    assert (done.returncode, done.stderr or b"") == (128 + signal.SIGPIPE, b"")
+
+
 def test_a_reader_of_doctor_that_has_left_is_no_failure():
     reading, writing = os.pipe()
     os.close(reading)

@@ -4,6 +4,7 @@ Commands are imported on use, so that ``--help`` needs neither torch nor transfo
 """
 
 import io
+import signal
 import sys
 import traceback
 from difflib import get_close_matches
@@ -18,7 +19,7 @@ from qlora_lite.ranks import require_one_process
 from qlora_lite.stopping import stop_signals
 from qlora_lite.terminal import printable
 
-from .output import echo
+from .output import drop_output, echo
 
 COMMANDS = {
     "plan": "Predict the memory of a recipe or a model and choose the fastest settings that fit.",
@@ -57,6 +58,17 @@ class _Commands(click.Group):
         if args and args[0] not in COMMANDS and (close := get_close_matches(args[0], COMMANDS, 1)):
             ctx.fail(f"No such command {args[0]!r}; did you mean {close[0]}?")
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx):
+        """Run the command; whoever reads its output may leave, as head does: it ends then as SIGPIPE would end it.
+
+        The signal itself is left ignored, as Python has it: a run goes on though nobody watches it.
+        """
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            drop_output(sys.stdout, sys.stderr)
+            raise click.exceptions.Exit(128 + signal.SIGPIPE) from None
 
     def format_commands(self, _ctx, formatter):
         with formatter.section("Commands"):

@@ -170,7 +170,13 @@ def print_result(text: str, kept_in: Path | None = None) -> None:
             if kept_in is None:
                 raise
             echo(f"the result cannot be printed ({error.strerror}); it is in {kept_in}", err=True)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        drop_output(sys.stdout)
+
+
+def drop_output(*streams) -> None:
+    """Send what streams still hold nowhere: Python flushes them at its end, and would complain there."""
+    for stream in streams:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def one_line(text: str) -> str:
