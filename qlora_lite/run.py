@@ -114,8 +114,8 @@ def run_recipe(
             try:
                 _execute(running)
             except QloraLiteError as error:
-                is_failure = running.training is None and not isinstance(error, Interrupted)
-                if is_failure and was_empty:  # the error says it all
+                took_steps = running.training is not None and running.training.is_begun
+                if was_empty and not took_steps and not isinstance(error, Interrupted):  # the error says it all
                     undo_start(path, was_there)
                 raise
     return path

@@ -70,6 +70,7 @@ class Training:
         self.earlier_peak_bytes = 0
         self.digests: dict[str, str] = {}  # of the adapters written, as the summary names them
         self.saver: Saver | None = None
+        self.is_begun = False  # from then on a run that fails is worth a look
         self.is_trained = False  # from then on the factors may be the best ones, and not those of the last step
 
     @property
@@ -154,6 +155,7 @@ class Training:
                 with tracking(t.trackers, self.recipe.output.name or "qlora-lite", self.run.path) as self.track:
                     if whole_step is None:
                         self.before = self._measure("before")
+                    self.is_begun = True
                     self._train()
                     return self._measure_best()
             except StopNow as cut:

@@ -490,6 +490,11 @@ def test_a_start_that_failed_leaves_no_folder_that_no_recipe_names_but_a_run_tha
     def fail(*_arguments):
         raise TrainingError("on the way")
 
+    with monkeypatch.context() as patch, pytest.raises(TrainingError, match="on the way"):
+        patch.setattr(Trainer, "evaluate", fail)
+        run(output=nowhere)
+    assert not list((tmp_path / "runs").iterdir())
+
     monkeypatch.setattr(Trainer, "_train", fail)
     with pytest.raises(TrainingError, match="on the way"):
         run(output=nowhere)
