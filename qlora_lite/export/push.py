@@ -7,6 +7,7 @@ the hub before.
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,9 @@ SENT = (
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model",
     "chat_template.jinja",
 )  # fmt: skip
+_MODEL = "name_or_path"  # ends a key whose value names a model
+_PATH = re.compile(r"[/\\]|~[\w-]*/|\.{1,2}[/\\]|\.{1,2}$|[A-Za-z]:[/\\]|file:")
+_TEXT = re.compile(r"tokens?$|^content$|^chat_template$")  # keys of what the model reads, which may look like a path
 _LICENCE = ("license", "license_name", "license_link")
 LOG_IN = "run `hf auth login`, or set HF_TOKEN"
 
@@ -135,7 +139,8 @@ def prepare_push(
         merged_into = None
     else:
         about_files, merged_into = (), _merged_into(folder, trained)
-    files, left_out = _files(folder, base_model)
+    files, left_out, changes = _files(folder, base_model, opened.recipe.model.path)
+    notes += changes
     if settings.merged and left_out:
         notes.append(f"not sent: {', '.join(left_out)}")
     facts = CardFacts(settings.repo, base_model, licence, opened.recipe, opened.summary, merged_into,
@@ -219,26 +224,63 @@ def _merged_into(folder: Path, trained: TrainedRun) -> str:
     return str(report.get("merged_into"))
 
 
-def _files(folder: Path, base_model: str | None) -> tuple[dict[str, Path | bytes], list[str]]:
-    """Return the files of a folder to send, configurations without local paths, and the names of the others."""
+def _files(
+    folder: Path, base_model: str | None, model_path: str
+) -> tuple[dict[str, Path | bytes], list[str], list[str]]:  # fmt: skip
+    """Return the files of a folder to send, configurations without local paths, the names of the others, and changes.
+
+    Args:
+        base_model: name on the hub.
+        model_path: the run's ``model.path``, which may be relative to another folder than the one of now.
+    """
     found: dict[str, Path | bytes] = {}
+    changes: list[str] = []
     names = sorted(path.name for path in folder.iterdir())
+    run_model = None if _name_on_the_hub(model_path) else model_path
     for name in names:
         if any(fnmatch(name, pattern) for pattern in SENT) and _is_own_file(folder / name):
-            is_config = name.endswith("config.json")
-            found[name] = _without_paths(read_json(folder / name), name, base_model) if is_config else folder / name
-    return found, [name for name in names if name not in found]
+            found[name] = folder / name
+            if name.endswith("config.json"):
+                config = _without_paths(read_json(folder / name), name, base_model, run_model, changes)
+                if name == CONFIG_NAME:
+                    config[f"base_model_{_MODEL}"] = base_model
+                found[name] = (json.dumps(config, indent=2) + "\n").encode()
+    return found, [name for name in names if name not in found], changes
 
 
 def _is_own_file(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()  # which may lead to any file of this machine
 
 
-def _without_paths(config: dict, name: str, base_model: str | None) -> bytes:
-    if name == CONFIG_NAME:
-        config["base_model_name_or_path"] = base_model
-    kept = {key: value for key, value in config.items() if not (isinstance(value, str) and os.path.isabs(value))}
-    return (json.dumps(kept, indent=2) + "\n").encode()
+def _without_paths(value, where: str, base_model: str | None, run_model: str | None, changes: list[str]):
+    """Return a part of a configuration without paths of this machine; None where it is one itself.
+
+    A path under a key that names a model becomes the base model's name on the hub, any other is left out.
+
+    Args:
+        where: file and keys, with a space between.
+        run_model: the run's base model, if that is a path.
+        changes: a line is added for each path.
+    """
+    if isinstance(value, dict | list):
+        parts = value.items() if isinstance(value, dict) else ((where.rpartition(" ")[2], part) for part in value)
+        kept = [(key, new) for key, old in parts
+                if (new := _without_paths(old, f"{where} {key}", base_model, run_model, changes)) is not None
+                or old is None]  # fmt: skip
+        return dict(kept) if isinstance(value, dict) else [new for _, new in kept]
+    key = where.rpartition(" ")[2]
+    if not isinstance(value, str) or not (value == run_model or _is_path(key, value)):
+        return value
+    instead = base_model if key.endswith(_MODEL) else None
+    changes.append(f"{where}: {value} is a path of this machine; {instead or 'nothing'} is sent instead")
+    return instead
+
+
+def _is_path(key: str, value: str) -> bool:
+    """Tell whether a setting is a path, or may be one and something is there."""
+    is_text = _TEXT.search(key) is not None
+    may_be = "/" in value or key.endswith(_MODEL)
+    return not is_text and (_PATH.match(value) is not None or (may_be and os.path.exists(value)))
 
 
 @contextmanager

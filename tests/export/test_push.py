@@ -127,6 +127,32 @@ def test_a_merged_model_goes_without_what_else_lies_in_its_folder(run, hub, comm
     assert code == 2 and "is not a model merged of run" in err
 
 
+@pytest.mark.parametrize("base", [None, BASE])
+def test_paths_of_this_machine_become_the_base_model_s_name_or_are_left_out(run, hub, command, tmp_path, base):
+    merged = tmp_path / "merged"
+    merge_run(run, merged, MergeSettings(rows=0))
+    paths = ["../models/x", "~/x", "models/x", "C:\\models\\x", load_recipe(run / "recipe.yaml").model.path]
+    (tmp_path / "models" / "x").mkdir(parents=True)
+    own = {"path": "not/there", "extra_special_tokens": ["/", "~/"], "added": {"1": {"content": "/"}}, "none": None}
+    settings = {"_name_or_path": paths[0], "part": {"name_or_path": paths[1], "file": paths[2]},
+                "files": [paths[3], "kept"], "parts": [{"cache_dir": paths[4]}]}  # fmt: skip
+    for name in ("config.json", "tokenizer_config.json"):
+        there = json.loads((merged / name).read_text())
+        (merged / name).write_text(json.dumps(there | own | settings))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        arguments = ("push", run, REPO, "--merged", merged, *(("--base-model", base) if base else ()))
+        shown = command(*arguments, "--dry-run")[1]
+        code, _, err = command(*arguments, "--yes")
+    assert code == 0, err
+    for name in ("config.json", "tokenizer_config.json"):
+        sent = json.loads(hub.sent[name])
+        assert own.items() <= sent.items() and sent["files"] == ["kept"] and sent["parts"] == [{}]
+        assert sent.get("_name_or_path") == base and sent["part"] == ({"name_or_path": base} if base else {})
+        assert f"{name} part name_or_path: ~/x is a path of this machine; {base or 'nothing'} is sent instead" in shown
+        assert all(f": {path} is a path of this machine" in shown for path in paths)
+
+
 def test_nothing_is_sent_unless_it_is_confirmed(run, hub, command, monkeypatch):
     monkeypatch.setattr("click.confirm", lambda question: REPO not in question)
     code, out, _ = command("push", run, REPO, "--base-model", BASE)
