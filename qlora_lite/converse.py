@@ -77,6 +77,10 @@ class Session:
 class _Shown(TextStreamer):
     """Print an answer as it comes: into a pipe or a file as it is, on a terminal without what that would obey."""
 
+    @tokenizer_faults()
+    def put(self, value) -> None:
+        super().put(value)
+
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         super().on_finalized_text(printable(text) if sys.stdout.isatty() else text, stream_end)
 

@@ -73,7 +73,6 @@ def answer(*arguments, **options) -> list[str]:
 
 
 @torch.no_grad()
-@tokenizer_faults()
 def answers(
     model: nn.Module, tokenizer, prompts: Sequence[str], max_new_tokens: int, stop: Sequence[int] = (),
     batch_size: int = 32, sampling: Sampling | None = None, streamer=None,
@@ -95,8 +94,10 @@ def answers(
 
     Raises:
         DoesNotFitError: memory ran out over a single prompt.
+        ModelError: logits are NaN or infinite, so that no token can be chosen; or the tokenizer fails.
     """
-    tokens = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
+    with tokenizer_faults():
+        tokens = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(tokens[i]))
     config = _generation_config(max_new_tokens, list(stop))
     found: list[Answer | None] = [None] * len(prompts)
@@ -142,14 +143,15 @@ def answers(
     finally:
         head.remove()
         model.generation_config = stated
-    model.train(was_training)
+        model.train(was_training)
     return found
 
 
 def _read(new: list[int], stop: Sequence[int], tokenizer) -> Answer:
     """Cut off what follows the end token, which pads a batch, and decode."""
     end = next((index for index, token in enumerate(new, 1) if token in stop), None)
-    text = tokenizer.decode(new[:end], skip_special_tokens=True)
+    with tokenizer_faults():
+        text = tokenizer.decode(new[:end], skip_special_tokens=True)
     return Answer(text, "length" if end is None else "stop", len(new[:end]))
 
 

@@ -16,7 +16,7 @@ from qlora_lite.data.matching import Matching
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
 from qlora_lite.data.read import Source
 from qlora_lite.data.stored import Example
-from qlora_lite.errors import DoesNotFitError
+from qlora_lite.errors import DoesNotFitError, ModelError
 from qlora_lite.evaluate import CUT, exact_match
 from qlora_lite.generate import Sampling, answer, answers, stop_ids
 from qlora_lite.models.levers import Levers, place, set_levers
@@ -197,6 +197,21 @@ def test_an_answer_says_why_it_ended_and_how_many_tokens_it_has():
         assert each.tokens == 12 if each.finish == "length" else each.text.count(letter) == 1
     answers(model, tokenizer, PROMPTS, 1, batch_size=2, done=seen.append)
     assert seen == [2, 4, 5]
+
+
+def test_only_what_the_tokenizer_raises_is_called_its_fault(monkeypatch):
+    model, tokenizer = model_of("llama"), byte_tokenizer()
+
+    def fail(*_, **__):
+        raise Exception("a fault")
+
+    with monkeypatch.context() as patch, pytest.raises(Exception, match=r"^a fault$"):
+        patch.setattr(model, "generate", fail)
+        answers(model, tokenizer, ["<s>a"], 2)
+    for name in ("__call__", "decode"):
+        with monkeypatch.context() as patch, pytest.raises(ModelError, match=r"the tokenizer fails \(a fault\)"):
+            patch.setattr(type(tokenizer), name, fail)
+            answers(model, tokenizer, ["<s>a"], 2)
 
 
 def test_where_memory_runs_out_fewer_prompts_are_answered_at_once(monkeypatch, caplog):

@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from qlora_lite.data.probe import TakesTooMuchError
 from qlora_lite.data.render import render_prompt
-from qlora_lite.errors import DataError
+from qlora_lite.errors import DataError, tokenizer_faults
 from qlora_lite.generate import answer
 from qlora_lite.models.anatomy import text_config
 from qlora_lite.tasks import BASE, Tasks
@@ -97,7 +97,8 @@ class Engine:
             raise ApiError(400, str(error), param="messages") from error
         config = text_config(self.tasks.model)
         limit = getattr(config, "max_position_embeddings", None)
-        count = len(self.tasks.tokenizer(prompt, add_special_tokens=False).input_ids)
+        with tokenizer_faults():
+            count = len(self.tasks.tokenizer(prompt, add_special_tokens=False).input_ids)
         if limit and count + request.max_new_tokens > limit:
             raise ApiError(
                 400, f"the messages have {count} tokens and {request.max_new_tokens} may be made; the model takes "
@@ -166,6 +167,7 @@ class _Writer(BaseStreamer):
         reason = "stop" if ended else "length"
         self.hand_over(Piece("", reason, self.prompt_tokens or 0, len(self.tokens)))
 
+    @tokenizer_faults()
     def _text(self) -> str:
         return self.tokenizer.decode(self.tokens, skip_special_tokens=True)
 
