@@ -23,7 +23,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from .errors import DoesNotFitError, tokenizer_faults
+from .errors import DoesNotFitError, ModelError, tokenizer_faults
 from .lora.shared import forget_begun
 from .models.anatomy import device_of
 from .train.out_of_memory import free_cached_memory, is_out_of_memory
@@ -117,7 +117,7 @@ def answers(
                 out = model.generate(
                     input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer,
                     stopping_criteria=stopping,
-                    logits_processor=_drawing(sampling, ids, max_new_tokens, [first + row for row in rows]),
+                    logits_processor=_choosing(sampling, ids, max_new_tokens, [first + row for row in rows], stop),
                 )  # fmt: skip
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -171,17 +171,19 @@ def _generation_config(max_new_tokens: int, stop: list[int]) -> GenerationConfig
     )
 
 
-def _drawing(
-    sampling: Sampling | None, ids: torch.Tensor, max_new_tokens: int, numbers: list[int]
-) -> LogitsProcessorList | None:
-    """Return what draws the tokens of a batch; None for the most probable ones.
+def _choosing(
+    sampling: Sampling | None, ids: torch.Tensor, max_new_tokens: int, numbers: list[int], stop: Sequence[int]
+) -> LogitsProcessorList:
+    """Return what looks at the logits of a batch, and draws its tokens where they are not the most probable ones.
 
     Args:
         ids: int64 [rows, T], the padded prompts.
         numbers: of the prompts.
+        stop: tokens that end an answer.
     """
+    finite = _RequireFinite(numbers, ids.shape[1], ids.new_tensor(stop))
     if sampling is None or sampling.temperature < COLDEST:
-        return None
+        return LogitsProcessorList([finite])
     if sampling.seed is None:
         random = torch.rand(len(ids), max_new_tokens, dtype=torch.float64)
     else:
@@ -190,7 +192,33 @@ def _drawing(
     warpers = [TemperatureLogitsWarper(sampling.temperature)]
     warpers += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
     warpers += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
-    return LogitsProcessorList([*warpers, _Draw(random.to(ids.device), ids.shape[1])])
+    return LogitsProcessorList([finite, *warpers, _Draw(random.to(ids.device), ids.shape[1])])
+
+
+class _RequireFinite(LogitsProcessor):
+    """Refuse logits that no token can be chosen by: NaN has no order, and infinity has no probability.
+
+    Args:
+        numbers: of the prompts, one for each row.
+        width: tokens of the padded prompts.
+        stop: int64 [tokens], those that end an answer: what a row's logits are behind one is of no account.
+    """
+
+    def __init__(self, numbers: list[int], width: int, stop: torch.Tensor):
+        self.numbers, self.width, self.stop = numbers, width, stop
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        finite = scores.amax(-1).isfinite()  # -inf beside others is a token that cannot be
+        if not finite.all():
+            new = input_ids[:, self.width :]
+            broken = (~finite & ~torch.isin(new, self.stop).any(-1)).nonzero().flatten().tolist()
+            if broken:
+                raise ModelError(
+                    f"token {new.shape[1] + 1} of the answer to prompt {self.numbers[broken[0]] + 1} cannot be chosen: "
+                    "the model's logits are NaN or infinite; compute in another type (model.compute_dtype float32), "
+                    "or look whether the adapter's training went wrong"
+                )
+        return scores
 
 
 class _Draw(LogitsProcessor):

@@ -13,7 +13,7 @@ from functools import partial
 from torch import nn
 
 from .data.examples import Dataset
-from .errors import CheckpointError, DoesNotFitError, Interrupted, OutputError
+from .errors import CheckpointError, DoesNotFitError, Interrupted, ModelError, OutputError
 from .evaluate import ExactMatch, Watch, answered_at_once, exact_match, new_tokens_of, watching
 from .lora.adapter import CONFIG_NAME, adapter_config, adapter_tensors, fill_adapter, save_adapter
 from .memory.meter import PeakMeter
@@ -234,13 +234,15 @@ class Training:
                     self.model, self.tokenizer, rows, self.eval_data.end_token_ids, at_once, matching_of(self.recipe),
                     new_tokens_of(self.recipe), self._watch,
                 )  # fmt: skip
-        except DoesNotFitError as error:
-            if when == "before":
-                reason, _, _ = str(error).partition(":")
-                raise DoesNotFitError(f"train.exact_match_rows: {reason}; set it to 0, and count with "
-                                      "`qlora-lite evaluate` when the run has ended") from None  # fmt: skip
-            log.warning("exact match after training is not counted: %s", error)
-            return None
+        except (DoesNotFitError, ModelError) as error:
+            if when == "after":
+                log.warning("exact match after training is not counted: %s", error)
+                return None
+            if isinstance(error, ModelError):
+                raise
+            reason, _, _ = str(error).partition(":")
+            raise DoesNotFitError(f"train.exact_match_rows: {reason}; set it to 0, and count with "
+                                  "`qlora-lite evaluate` when the run has ended") from None  # fmt: skip
         count = len(result.records)
         log.info("exact match %s training: %.1f %% of %d rows", when, 100 * result.score, count)
         self.run.update(**{f"exact_match_{when}": result.score, "exact_match_rows": count})

@@ -199,6 +199,33 @@ def test_an_answer_says_why_it_ended_and_how_many_tokens_it_has():
     assert seen == [2, 4, 5]
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("sampling", [None, Sampling(temperature=1.0, top_p=0.9, seed=1)])
+def test_logits_that_are_not_finite_are_an_error_that_names_the_token_unless_the_answer_has_ended(value, sampling):
+    model, tokenizer, stop = model_of("llama"), byte_tokenizer(), [VOCABULARY - 1]
+
+    def spoil(row, at, end=None):
+        steps = []
+
+        def hook(_head, _inputs, logits):
+            steps.append(1)
+            if end and len(steps) == end:
+                logits[row, -1] = torch.where(torch.arange(VOCABULARY) == stop[0], 0.0, -torch.inf)
+            if len(steps) == at:
+                logits[row, -1, 7] = value
+            return logits
+
+        return model.get_output_embeddings().register_forward_hook(hook)
+
+    with spoil(1, 3), pytest.raises(ModelError, match=r"^token 3 of the answer to prompt 12 .*NaN or infinite"):
+        answers(model, tokenizer, ["<s>a", "<s>b"], 4, stop, sampling=sampling, first=10)
+    model.train()
+    plain = answers(model, tokenizer, ["<s>a", "<s>b"], 4, stop, sampling=sampling)
+    with spoil(1, 3, end=2):
+        ended = answers(model, tokenizer, ["<s>a", "<s>b"], 4, stop, sampling=sampling)
+    assert ended[0] == plain[0] and (ended[1].finish, ended[1].tokens) == ("stop", 2) and model.training
+
+
 def test_only_what_the_tokenizer_raises_is_called_its_fault(monkeypatch):
     model, tokenizer = model_of("llama"), byte_tokenizer()
 

@@ -363,27 +363,32 @@ def test_prompts_and_answers_that_a_model_has_no_positions_for_are_told_before_t
         train(("q" * 70, "a"), ("q", "a" * 70))
 
 
+@pytest.mark.parametrize("fault, raised, said", [
+    (DoesNotFitError("memory ran out over a prompt of 9 tokens: shorten it"), DoesNotFitError,
+     r"train\.exact_match_rows: memory ran out over .* 9 tokens; set it to 0"),
+    (ModelError("token 3 cannot be chosen"), ModelError, "token 3 cannot be chosen"),
+])  # fmt: skip
 @pytest.mark.parametrize("call", [1, 2])
-def test_prompts_that_memory_runs_out_over_end_the_run_before_training_and_not_after_it(run, monkeypatch, caplog, call):
+def test_prompts_that_cannot_be_answered_end_the_run_before_training_and_not_after_it(
+    run, monkeypatch, caplog, call, fault, raised, said
+):  # fmt: skip
     calls = []
 
     def answers(_model, _tokenizer, prompts, *_, **_options):
         calls.append(1)
         if len(calls) == call:
-            raise DoesNotFitError("memory ran out over a prompt of 9 tokens: shorten it")
+            raise fault
         return [Answer("x", "stop", 1)] * len(prompts)
 
     monkeypatch.setattr("qlora_lite.evaluate.answers", answers)
     if call == 1:
-        with pytest.raises(
-            DoesNotFitError, match=r"train\.exact_match_rows: memory ran out over .* 9 tokens; set it to 0"
-        ):
+        with pytest.raises(raised, match=said):
             run(train={"max_steps": 2})
         return
     folder = run(train={"max_steps": 2})
     summary = summary_of(folder)
     assert summary["status"] == "complete" and "exact_match_after" not in summary and summary["samples"] == []
-    assert any("exact match after training is not counted: memory ran out" in message for message in caplog.messages)
+    assert any(f"exact match after training is not counted: {fault}" in message for message in caplog.messages)
     assert "exact match" not in _result(folder, summary) and (folder / "report.html").exists()
 
 
