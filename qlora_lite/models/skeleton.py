@@ -106,8 +106,8 @@ def block_pattern(config, targets: Sequence[Target] = ()) -> tuple[int, int]:
     return _patterns[key]
 
 
-def _kinds_of_blocks(config, targets: Sequence[Target]) -> list:
-    """Return what a block's memory and work can depend on, by block."""
+def _kinds_of_blocks(config, targets: Sequence[Target]) -> list[int]:
+    """Return a number for each block, equal for those that agree in all that memory and work can depend on."""
     model, depth = meta_model(config, "none", False, torch.float32), config.num_hidden_layers
     found, layers = blocks(model), linear_layers(model)
     matched = {layers[name]: numbers for name, numbers in matching(list(layers), targets, in_blocks(model)).items()}
@@ -116,7 +116,12 @@ def _kinds_of_blocks(config, targets: Sequence[Target]) -> list:
         return list(range(depth))  # nothing is known of them
     kinds = [_facts(block, matched) | {"layer type": kind} for block, kind in zip(found, types, strict=True)]
     differing = {key for number, kind in enumerate(kinds) for key, value in kind.items() if value != number}
-    return [{key: value for key, value in kind.items() if key in differing} for kind in kinds]  # but for their numbers
+    kinds = [{key: value for key, value in kind.items() if key in differing} for kind in kinds]  # but for their numbers
+    distinct: list[dict] = []
+    for kind in kinds:
+        if kind not in distinct:
+            distinct.append(kind)
+    return [distinct.index(kind) for kind in kinds]
 
 
 def _facts(block: nn.Module, matched: Mapping[nn.Module, tuple[int, ...]]) -> dict:
