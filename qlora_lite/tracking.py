@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import RecipeError
+from .files import refuse_link
 
 log = logging.getLogger("qlora_lite")
 _OWN = (("mlflow.exceptions", "MlflowException"), ("wandb.errors", "Error"))  # which are no kind of the others
@@ -42,11 +43,16 @@ def tracking(trackers: Sequence[str], name: str, folder: Path) -> Iterator[Calla
 
     Args:
         name: of the run.
-        folder: where those that write files write them.
+        folder: where those that write files write them, in a folder called after the run or after themselves.
+
+    Raises:
+        OutputError: that is a symbolic link, through which they would write elsewhere.
     """
     if not trackers:
         yield lambda _values, _step: None
         return
+    for own in (name, *trackers):
+        refuse_link(folder / own)
     from accelerate import Accelerator
 
     accelerator = Accelerator(log_with=list(trackers), project_dir=folder)

@@ -18,6 +18,7 @@ from qlora_lite.errors import DataError, OutputError
 from qlora_lite.files import cache_root, explain_write_errors, replacing_folder, require_empty, sha256, write_text
 from qlora_lite.lora.adapter import save_adapter
 from qlora_lite.lora.inject import add_lora
+from qlora_lite.tracking import tracking
 
 
 @contextmanager
@@ -213,3 +214,13 @@ def test_a_recipe_s_pattern_over_the_whole_disk_is_refused_soon(tmp_path, comman
     assert code == 2 and "r.yaml:2: data.train = /**/**/**/*.nothing: more than" in err and "begin the pattern" in err
     with pytest.raises(DataError, match="begin the pattern with a folder nearer to the files"):
         find_files("/**/**/**/*.nothing")
+
+
+@pytest.mark.parametrize("name", ["night", "tensorboard"])
+def test_a_tracker_s_folder_that_is_a_link_is_refused_before_anything_is_written(tmp_path, name):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+    refused = pytest.raises(OutputError, match=f"cannot write .*{name}: it is a symbolic link")
+    with refused, tracking(["tensorboard"], "night", tmp_path):
+        pass
+    assert not list((tmp_path / "elsewhere").iterdir())
