@@ -4,7 +4,6 @@ Commands are imported on use, so that ``--help`` needs neither torch nor transfo
 """
 
 import io
-import signal
 import sys
 import traceback
 from difflib import get_close_matches
@@ -21,6 +20,7 @@ from qlora_lite.terminal import printable
 
 from .output import drop_output, echo
 
+ENDED_BY_SIGPIPE = 141  # as a shell tells it; Windows has no such signal
 COMMANDS = {
     "plan": "Predict the memory of a recipe or a model and choose the fastest settings that fit.",
     "train": "Fine-tune a model as a recipe says.",
@@ -68,7 +68,7 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except BrokenPipeError:
             drop_output(sys.stdout, sys.stderr)
-            raise click.exceptions.Exit(128 + signal.SIGPIPE) from None
+            raise click.exceptions.Exit(ENDED_BY_SIGPIPE) from None
 
     def format_commands(self, _ctx, formatter):
         with formatter.section("Commands"):
