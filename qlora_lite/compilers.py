@@ -18,7 +18,7 @@ def missing_for_compile(device_type: str) -> str:
     """Name what torch.compile needs for a device ("cpu" or "cuda") and does not find; "" is nothing."""
     if device_type == "cuda":
         return missing_for_triton()
-    name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    name = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
     return "" if shutil.which(name) else f"a C++ compiler ({name})"
 
 

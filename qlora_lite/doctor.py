@@ -1,10 +1,10 @@
 """Examine the machine: versions, devices, and what will be slow here and why."""
 
 import importlib.util
-import os
 import platform
 import shutil
 
+import psutil
 import torch
 
 from .compilers import NO_TRITON, missing_for_triton
@@ -25,7 +25,7 @@ def examine() -> dict:
         "python": platform.python_version(),
         "processor": f"{platform.machine()}, {torch.get_num_threads()} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}",
-        "memory": format_bytes(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
+        "memory": format_bytes(psutil.virtual_memory().total),
         "gpu": _gpu(),
         "cuda": torch.version.cuda and f"torch is built for CUDA {torch.version.cuda}",
         "fast_bfloat16": has_fast_bf16(device),

@@ -5,7 +5,6 @@ become one line with the path and the free space.
 """
 
 import errno
-import fcntl
 import glob
 import hashlib
 import os
@@ -18,6 +17,13 @@ from pathlib import Path
 
 from .errors import OutputError
 from .units import format_bytes
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # on Windows
+    import msvcrt
+
+    fcntl = None
 
 MAX_FOLDERS = 100_000  # that a pattern searches: seconds
 
@@ -64,7 +70,9 @@ def refuse_link(path: Path) -> None:
 
 def open_no_link(path: str, flags: int) -> int:
     """Open a file, as an ``opener`` of ``open``; a symbolic link is an error of the system's (ELOOP)."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    if not hasattr(os, "O_NOFOLLOW") and os.path.islink(path):  # on Windows, where making one takes special rights
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -79,7 +87,7 @@ def write_text(path: Path, text: str) -> None:
         beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             beside.unlink(missing_ok=True)
-            with beside.open("x", encoding="utf-8") as file:  # never through a link of that name
+            with beside.open("x", encoding="utf-8", newline="\n") as file:  # never through a link of that name
                 file.write(text)
             flush_to_disk(beside)
             beside.replace(path)
@@ -152,8 +160,13 @@ def require_space(path: Path, needed_bytes: int) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, would survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file's content, or a folder's list of names, would survive a power cut.
+
+    Windows flushes no folder, and a file only for one who may write to it.
+    """
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -175,7 +188,8 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
     """Keep other processes from writing a folder or file; the kernel drops the lock when a process ends, however.
 
     A folder itself is locked and not a file in it: nothing can be left behind that blocks the next one. Where the
-    file system has no locks (some network ones), nothing is locked.
+    file system has no locks (some network ones), nothing is locked. Windows locks no folder, so there an empty file
+    beside it is locked, which stays.
 
     Args:
         path: the folder or file.
@@ -185,11 +199,18 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
         OutputError: another process holds it and `wait` is false, or nothing is there.
     """
     with explain_write_errors(path):
-        descriptor = os.open(path, os.O_RDONLY)
+        path.stat()
+        if fcntl:
+            descriptor = os.open(path, os.O_RDONLY)
+        else:
+            descriptor = os.open(path.absolute().with_name(f".{path.absolute().name}.lock"), os.O_RDWR | os.O_CREAT)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
+            if fcntl:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            else:
+                msvcrt.locking(descriptor, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+        except (BlockingIOError, PermissionError):  # what flock and what locking raises
             cure = "wait for it, or name another place (output.dir, --out)"
             raise OutputError(f"another process is writing {path}; {cure}") from None
         except OSError as error:

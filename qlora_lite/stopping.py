@@ -1,10 +1,11 @@
 """Stop a run between steps and never inside one, on a signal or when its time is over.
 
-The first SIGINT, SIGTERM or SIGHUP (a terminal that is closed) is noted, and the training loop asks for it after every
-step: what was learned is then saved. Where nothing would be left half done (loading, evaluating), it acts at once. A
-second one always acts at once, because the handlers that were there before are put back with the first. These may be
-another ``Stop``'s, as the command line's are, and act in the middle of a step: an exception says whose it is, and only
-with its own does a run save anything. Time is counted by a clock that nobody can set.
+The first SIGINT, SIGTERM or SIGHUP (a terminal that is closed; Windows has SIGBREAK for it) is noted, and the training
+loop asks for it after every step: what was learned is then saved. Where nothing would be left half done (loading,
+evaluating), it acts at once. A second one always acts at once, because the handlers that were there before are put back
+with the first. These may be another ``Stop``'s, as the command line's are, and act in the middle of a step: an
+exception says whose it is, and only with its own does a run save anything. Time is counted by a clock that nobody can
+set.
 """
 
 import math
@@ -14,9 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 # What a second signal does where signals were ignored before, as shells set it for a command in the background.
-ACTING = {
-    signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL,
-}  # fmt: skip
+ACTING = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+HANG_UP = getattr(signal, "SIGHUP", None) or signal.SIGBREAK
+ACTING[HANG_UP] = signal.SIG_DFL
 
 
 class StopNow(KeyboardInterrupt):
@@ -101,7 +102,7 @@ def stop_signals(max_hours: float | None) -> Iterator[Stop]:
 
     try:
         for number in ACTING:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            if number != HANG_UP or signal.getsignal(number) != signal.SIG_IGN:
                 earlier[number] = signal.signal(number, on_signal)
     except ValueError:  # not the main thread: signals are the caller's business
         pass

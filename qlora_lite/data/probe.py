@@ -4,6 +4,8 @@ Chat templates are programs that come with downloaded models. transformers' sand
 Python's insides, but not from computing: `{{ 9**(9**9) }}` (it hangs while it is compiled, before any row is there),
 nested loops and strings of gigabytes stop other trainers for good. A thread or a signal cannot end such a
 computation, since Python sees neither inside one operation on a large number; limits of the operating system can.
+Windows has none that a process sets for itself: there a thread that is no Python's ends it by the clock (the one of
+``faulthandler``), and its memory is not limited.
 
 A template is tried out on a short conversation before anything is read, and every rendering of a template that is none
 of the named ones is made there too: it may do its harm for particular words only. The process lives as long as this
@@ -14,7 +16,9 @@ in one message, since changing between processes takes longer than rendering a s
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -26,9 +30,11 @@ from functools import lru_cache
 from qlora_lite.errors import DataError, ModelError
 
 CPU_SECONDS = 1  # an honest template takes milliseconds; and as much more for a million letters of a row
+CLOCK_SECONDS = 10  # where no processor time is counted: other processes may have the cores
 MEMORY_BYTES = 512 << 20  # and 20 times the row
 OUTPUT_CHARACTERS = 1_000_000  # and 10 times the row
 _TIME = f"takes more than {CPU_SECONDS} second of processor time"
+_CLOCK = f"takes more than {CLOCK_SECONDS} seconds"
 _MEMORY = f"takes more than {MEMORY_BYTES >> 20} MiB of memory"
 _TEXT = f"writes more than {OUTPUT_CHARACTERS:,} characters"
 FAULTS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)  # beside TemplateError
@@ -135,7 +141,7 @@ def _ask(source: str, special_tokens: Mapping[str, object], rows: Sequence[Row])
             process.stdin.flush()
             while len(replies) < count and (reply := process.stdout.readline()).endswith("\n"):
                 replies.append(reply)
-        except BrokenPipeError:
+        except OSError:  # its pipe is closed, which is BrokenPipeError, or EINVAL on Windows
             pass
         except BaseException:  # a signal: its answer is still to come, and would be taken for the next one's
             end_child()
@@ -149,11 +155,13 @@ def _ask(source: str, special_tokens: Mapping[str, object], rows: Sequence[Row])
 def _child() -> subprocess.Popen:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     path = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # where modules come from here, so not the folder
-    process = subprocess.Popen(  # that it starts in (-P); in a session of its own, where no Ctrl-C reaches it
-        [sys.executable, "-P", "-m", __name__], text=True, start_new_session=True, env=path, **pipes
+    alone = {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0), "start_new_session": True}
+    process = subprocess.Popen(  # that it starts in (-P); in a session or group of its own, where no Ctrl-C reaches it
+        [sys.executable, "-P", "-m", __name__], text=True, env=path, **alone, **pipes
     )
     atexit.register(end_child)
-    os.register_at_fork(after_in_child=_child.cache_clear)  # it is the parent's, and would be waited for at the exit
+    if hasattr(os, "register_at_fork"):  # it is the parent's, and would be waited for at the exit
+        os.register_at_fork(after_in_child=_child.cache_clear)
     return process
 
 
@@ -169,18 +177,18 @@ def end_child() -> None:
 def _why_it_ended(process: subprocess.Popen) -> str:
     _, said = process.communicate()
     _child.cache_clear()
-    if process.returncode == -signal.SIGPROF:
+    if hasattr(signal, "SIGPROF") and process.returncode == -signal.SIGPROF:
         return _TIME
+    if said.startswith("Timeout ("):  # of faulthandler's
+        return _CLOCK
     return f"cannot be tried out ({next(reversed(said.strip().splitlines()), 'no reason given')})"
 
 
 def _address_space() -> int:
     """Return how many bytes this process has mapped; 0 where that is not known (no Linux: the time limit alone)."""
-    import resource
-
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[0]) * resource.getpagesize()
+            return int(file.read().split()[0]) * mmap.PAGESIZE
     except OSError:
         return 0
 
@@ -191,12 +199,15 @@ def _serve() -> None:
     A message is a line with the template and the number of rows, and one for each row. All are read before the first
     rendering is answered, by a line as well: the other side writes all of them before it reads.
     """
-    import resource
-
     from qlora_lite.data import blind  # noqa: F401 (before time and memory are counted)
 
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    used_bytes = _address_space()
+    try:
+        import resource
+    except ModuleNotFoundError:  # on Windows
+        resource = None
+    else:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    used_bytes = _address_space() if resource else 0
     for head in sys.stdin:
         source, special_tokens, count = json.loads(head)
         lines = [sys.stdin.readline() for _ in range(count)]
@@ -218,7 +229,7 @@ def _reply(source: str, messages: list[dict], special_tokens: dict, options: dic
     """Render once, within the limits for a row of so many letters."""
     from jinja2 import TemplateError
 
-    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS + letters / 1e6)
+    _limit_seconds(letters / 1e6)
     try:
         text, blocks = _render(source, messages, special_tokens, **options)
         too_much = _TEXT if len(text) > OUTPUT_CHARACTERS + 10 * letters else None
@@ -228,7 +239,7 @@ def _reply(source: str, messages: list[dict], special_tokens: dict, options: dic
     except (TemplateError, *FAULTS) as error:
         return {"refused": str(error) or type(error).__name__}
     finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        _limit_seconds(None)
 
 
 def _render(
@@ -242,6 +253,16 @@ def _render(
         return render_blind(source, messages, special_tokens, **options)
     (text,), blocks = render_jinja_template([messages], chat_template=source, **special_tokens, **options)
     return text, blocks[0] if blocks else []
+
+
+def _limit_seconds(more: float | None) -> None:
+    """End this process after the limit and some seconds more, unless it is called again; None is no limit."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_PROF, 0 if more is None else CPU_SECONDS + more)
+    elif more is None:
+        faulthandler.cancel_dump_traceback_later()
+    else:
+        faulthandler.dump_traceback_later(CLOCK_SECONDS + more, exit=True)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,11 @@
 
 On a CUDA card: the allocator's own counter. Elsewhere: the process's anonymous memory, sampled from
 ``/proc/self/status`` by a thread (file pages of memory-mapped weights can be dropped by the kernel at any
-time and are not counted); without ``/proc``, the resident-set maximum that the operating system keeps.
+time and are not counted); without ``/proc``, what belongs to the process alone on Windows, and its resident set on
+macOS, file pages included.
 """
 
 import os
-import resource
-import sys
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -34,8 +33,8 @@ def held_bytes(device: torch.device) -> int:
         for line in _STATUS.read_text().splitlines():
             if line.startswith("RssAnon:"):
                 return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    found = psutil.Process().memory_info()
+    return getattr(found, "private", found.rss)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -11,6 +11,7 @@ import asyncio
 import errno
 import json
 import logging
+import os
 import re
 import socket
 import time
@@ -82,7 +83,8 @@ def run_server(tasks: Tasks, limits: Limits, host: str, port: int) -> None:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if os.name == "posix":  # on Windows it would let two servers have one port
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
     except OSError as error:

@@ -9,6 +9,7 @@ cuBLAS and cuDNN, which can be told from other faults only by their words.
 """
 
 import ctypes
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
@@ -125,5 +126,5 @@ def free_cached_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
         if torch.cuda.is_initialized():
             torch._C._host_emptyCache()  # of pinned memory; torch 2.11 has no public function for it
-    elif trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+    elif os.name == "posix" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # glibc's
         trim(0)

@@ -53,6 +53,13 @@ def test_the_limit_of_a_batch_system_s_job_or_of_a_group_around_it_is_kept(group
     assert meter.free_bytes(torch.device("cpu")) == 1000 - 700 + 300
 
 
+def test_without_proc_what_is_held_is_what_the_system_says_of_the_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(meter, "_STATUS", tmp_path / "none")
+    before = meter.held_bytes(torch.device("cpu"))
+    held = torch.ones(2**23)
+    assert 0.9 * held.nbytes < meter.held_bytes(torch.device("cpu")) - before < 1.5 * held.nbytes
+
+
 def test_a_meter_can_be_closed_by_its_own_thread(monkeypatch):
     """As when that thread collects the garbage that holds it."""
     meters, ended = [], []
