@@ -11,6 +11,7 @@ from .compilers import NO_TRITON, missing_for_triton
 from .files import cache_root
 from .memory.process import segments_grow
 from .models.load import has_fast_bf16, missing_kernels, resolve_device
+from .models.unused_gpu import fault_of_cuda, unsupported_gpu
 from .quant.bnb import has_native_library
 from .runs import package_versions
 from .train.optim import can_page
@@ -20,19 +21,26 @@ from .units import format_bytes
 def examine() -> dict:
     """Return ``versions``, ``machine`` facts and ``notes``: one sentence each on what is slow or missing."""
     too_old = torch.cuda.is_available() and missing_kernels(torch.device("cuda", torch.cuda.current_device()))
-    device = torch.device("cpu") if too_old else resolve_device("auto")
+    fault = too_old or fault_of_cuda()
+    device = torch.device("cpu") if fault else resolve_device("auto")
     machine = {
         "python": platform.python_version(),
         "processor": f"{platform.machine()}, {torch.get_num_threads()} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}",
         "memory": format_bytes(psutil.virtual_memory().total),
         "gpu": _gpu(),
-        "cuda": torch.version.cuda and f"torch is built for CUDA {torch.version.cuda}",
+        "cuda": _build(),
         "fast_bfloat16": has_fast_bf16(device),
         "bitsandbytes_backend": _backend(device),
         "cache": f"{cache_root()} ({_free(cache_root())} free)",
     }
-    return {"versions": package_versions(), "machine": machine, "notes": [too_old] * bool(too_old) + _notes(device)}
+    return {"versions": package_versions(), "machine": machine, "notes": [fault] * bool(fault) + _notes(device)}
+
+
+def _build() -> str | None:
+    if torch.version.hip:
+        return f"torch is built for ROCm {torch.version.hip}"
+    return torch.version.cuda and f"torch is built for CUDA {torch.version.cuda}"
 
 
 def _gpu() -> str | None:
@@ -56,8 +64,10 @@ def _notes(device: torch.device) -> list[str]:
     notes = []
     if device.type == "cpu":
         notes.append("no CUDA GPU is usable: training runs on the processor; take a small model")
-        if not torch.version.cuda:
-            notes.append("this torch is built without CUDA; install the CUDA build if the machine has a card")
+        if unused := unsupported_gpu():
+            notes.append(unused)
+    if torch.version.hip:
+        notes.append("AMD's GPUs are used as CUDA's are, and not verified: nobody has tried this package on ROCm")
     if not has_fast_bf16(device):
         notes.append("this device has no fast bfloat16: the compute type falls back to float32")
     if device.type == "cuda" and not segments_grow():

@@ -13,6 +13,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ from .nested import LanguagePart, read_language_part, stored_names, without_weig
 from .pretrained import model_of
 from .quantizer import QuantizeConfig, quantize_head, quantize_in_place, register, replace_weights
 from .save import save_for_cache
+from .unused_gpu import MEANT, fault_of_cuda, unsupported_gpu
 
 log = logging.getLogger("qlora_lite")
 
@@ -49,17 +51,29 @@ ROW_ATTENTION = "qlora_lite_rows"
 def resolve_device(name: str = "auto") -> torch.device:
     """Return the device to train on: CUDA if there is one, unless told otherwise; set a card's allocator up.
 
+    One line of the log names a GPU that is there and not supported.
+
     Raises:
-        ModelError: CUDA is asked for and not usable, or the card is too old for this build of torch.
+        ModelError: CUDA is asked for and not usable; there is an NVIDIA GPU that torch cannot use, and nothing says
+            that the CPU is meant; or the card is too old for this build of torch.
     """
+    if name != "cpu" and (problem := fault_of_cuda()):
+        raise ModelError(f"{problem}; or {MEANT}")
     if name == "cuda" and not torch.cuda.is_available():
         raise ModelError("model.device is cuda, but torch finds no CUDA device; see qlora-lite doctor")
+    if name == "auto" and (unused := unsupported_gpu()):
+        _warn_once(f"computing on the CPU, many times slower: {unused}; {MEANT}")
     usable = torch.cuda.is_available() if name == "auto" else name == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if usable else torch.device("cpu")
     if usable and (problem := missing_kernels(device)):
         raise ModelError(f"{problem}; or compute on the processor, with an empty CUDA_VISIBLE_DEVICES")
     grow_segments(device)
     return device
+
+
+@lru_cache
+def _warn_once(text: str) -> None:
+    log.warning(text)
 
 
 def missing_kernels(device: torch.device) -> str:
@@ -155,6 +169,9 @@ def _check_device(device: torch.device | str) -> None:
         kind = torch.device(device).type
     except (RuntimeError, TypeError):
         raise ModelError(f"device is {device!r}; give cpu or cuda") from None
+    if kind not in ("cpu", "cuda", "meta"):
+        raise ModelError(f"device is {kind}, which is not supported: memory is planned, counted and limited by torch's "
+                         "CUDA allocator; give cpu")  # fmt: skip
     if kind == "cuda" and not torch.cuda.is_available():
         raise ModelError("device is cuda, but torch finds no CUDA device; see qlora-lite doctor")
 

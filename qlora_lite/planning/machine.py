@@ -113,7 +113,8 @@ def this_machine(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> M
     total = torch.cuda.get_device_properties(device).total_memory
     cpu, memory_bytes = torch.device("cpu"), min(total, free_bytes(device) + CUDA_CONTEXT_BYTES - CUDA_LATER_BYTES)
     host_bytes = free_bytes(cpu) + held_bytes(cpu)
-    return Machine(torch.cuda.get_device_name(device), "cuda", memory_bytes, 0, *speeds, host_bytes, auto)
+    name = torch.cuda.get_device_name(device) + (" (ROCm, not verified)" if torch.version.hip else "")
+    return Machine(name, "cuda", memory_bytes, 0, *speeds, host_bytes, auto)
 
 
 def _speeds(device: torch.device, dtype: torch.dtype) -> tuple[float, float, float]:

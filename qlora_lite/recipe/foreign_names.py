@@ -332,9 +332,10 @@ _NO_VALUES = {  # by setting: what to know about values that are not offered
         "older ones": "float16 fp16 half 16 16-mixed",
     },
     "model.device": {
-        "Apple GPUs are not supported; write cpu": "mps metal",
+        "Apple GPUs are not supported: memory is planned and counted for CUDA and CPUs; write cpu": "mps metal",
         "torch for ROCm calls AMD GPUs cuda; nobody has tried them here": "hip rocm amd",
-        "only CUDA GPUs and CPUs are supported": "xpu npu hpu tpu xla mlu vulkan dml directml",
+        "only CUDA GPUs and CPUs are supported: memory is planned and counted for them; write cpu":
+            "xpu npu hpu tpu xla mlu vulkan dml directml",
     },
 }  # fmt: skip
 

@@ -108,7 +108,7 @@ class Model(_Section):
     """Type of activations and matrix products; auto is bfloat16 on devices fast at it, else float32, which is all that
     a card below compute capability 8.0 takes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes a CUDA GPU if there is one."""
+    """Where to train; auto takes a CUDA GPU if there is one, and stops where torch cannot use it; cpu means the CPU."""
     revision: Text | None = None
     """Branch, tag or commit of a hub model; null is the main branch."""
 

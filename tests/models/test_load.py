@@ -13,10 +13,12 @@ from tiny_files import MERGES, save_tiny
 from tiny_runs import tiny_run
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from qlora_lite import doctor
 from qlora_lite.errors import ModelError
 from qlora_lite.export.forms import ExportSettings, export_run
 from qlora_lite.export.gguf_model import MODEL_FILE
-from qlora_lite.models.load import load_model, resolve_compute_dtype, resolve_device
+from qlora_lite.models import unused_gpu
+from qlora_lite.models.load import _warn_once, load_model, resolve_compute_dtype, resolve_device
 from qlora_lite.models.quantizer import OnArrivalQuantizer, QuantizeOnArrival, quantize_head, quantize_in_place
 from qlora_lite.models.save import save_quantized
 from qlora_lite.models.skeleton import meta_model
@@ -226,6 +228,98 @@ def test_asking_for_cuda_without_a_device_is_an_error(monkeypatch):
     with pytest.raises(ModelError, match="torch finds no CUDA device"):
         resolve_device("cuda")
     assert resolve_device("auto") == torch.device("cpu")
+
+
+DRIVER = "NVRM version: NVIDIA UNIX {}x86_64 Kernel Module  {}  Thu Jun 27 14:27:41 UTC 2024\nGCC version:  gcc 12\n"
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Make a machine on which torch sees no GPU, of a driver's text, names in /dev, and torch's CUDA."""
+
+    def make(driver=None, devices=("nvidia0", "nvidiactl"), cuda="13.0"):
+        monkeypatch.setattr(unused_gpu, "_KERNEL_MODULE", tmp_path / "version")
+        monkeypatch.setattr(unused_gpu, "_DEVICES", tmp_path / "dev")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        (tmp_path / "dev").mkdir()
+        for name in devices:
+            (tmp_path / "dev" / name).touch()
+        if driver:
+            (tmp_path / "version").write_text(driver)
+
+    _warn_once.cache_clear()
+    return make
+
+
+@pytest.mark.parametrize(("driver", "version", "cuda", "said"), [
+    (DRIVER.format("", "535.104.05"), "535.104.05", "13.0", "is built for CUDA 13.0, which needs driver 580 or later"),
+    (DRIVER.format("Open Kernel Module for ", "560.35.03"), "560.35.03", "13.0", "needs driver 580 or later"),
+    (DRIVER.format("", "470.82"), "470.82", "12.6", "for it too, update the driver"),
+    (DRIVER.format("", "580.65.06"), "580.65.06", None, "is built without CUDA: install a build with it"),
+    (DRIVER.format("", "580.65.06"), "580.65.06", "13.0", "but CUDA 13.0 does not start"),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_a_gpu_that_torch_cannot_use_is_no_reason_to_take_the_cpu(machine, name, driver, version, cuda, said):
+    machine(driver, cuda=cuda)
+    with pytest.raises(
+        ModelError, match=rf"NVIDIA GPU \(driver {version}\).*{said}.*set model.device to cpu"
+    ) as caught:
+        resolve_device(name)
+    assert ("--index-url" in str(caught.value)) is ("does not start" not in said)
+    assert resolve_device("cpu") == torch.device("cpu")
+    found = doctor.examine()
+    assert said in found["notes"][0] and found["machine"]["bitsandbytes_backend"].startswith("cpu")
+
+
+def test_where_nvidia_smi_alone_knows_the_driver_it_is_asked(machine, tmp_path, monkeypatch):
+    machine()
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 551.23\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ModelError, match=r"driver 551\.23.*needs driver 580"):
+        resolve_device("auto")
+    program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed' 551.23\nexit 9\n")
+    assert resolve_device("auto").type == "cpu"
+
+
+def test_a_container_without_a_gpu_takes_the_cpu_with_one_warning(machine, caplog):
+    machine(DRIVER.format("", "535.104.05"), devices=())
+    for _ in range(2):
+        assert resolve_device("auto").type == "cpu"
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "--gpus all" in caplog.text
+    assert any("--gpus all" in note for note in doctor.examine()["notes"])
+    with pytest.raises(ModelError, match="torch finds no CUDA device"):
+        resolve_device("cuda")
+
+
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_who_hides_the_gpu_means_the_cpu(machine, hidden, monkeypatch, caplog):
+    machine(DRIVER.format("", "535.104.05"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert resolve_device("auto").type == "cpu" and not caplog.records
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_a_gpu_that_is_not_supported_is_named_once_and_refused_by_name(machine, kind, monkeypatch, caplog):
+    machine()
+    monkeypatch.setattr({"mps": torch.backends.mps, "xpu": torch.xpu}[kind], "is_available", lambda: True)
+    for _ in range(2):
+        assert resolve_device("auto").type == "cpu"
+    assert len(caplog.records) == 1 and f"GPU ({kind}) is not supported" in caplog.text
+    assert any(f"GPU ({kind}) is not supported" in note for note in doctor.examine()["notes"])
+    with pytest.raises(ModelError, match=f"device is {kind}, which is not supported"):
+        load("none", device=kind)
+
+
+def test_a_cpu_build_of_torch_beside_an_amd_gpu_is_said(machine, monkeypatch, caplog):
+    machine(devices=["kfd"], cuda=None)
+    assert resolve_device("auto").type == "cpu" and "built without ROCm" in caplog.text
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert resolve_device("auto").type == "cpu" and "finds none with ROCm 6.4" in caplog.text
+    assert any("not verified" in note for note in doctor.examine()["notes"])
 
 
 @pytest.mark.parametrize(("card", "built", "usable"), [
