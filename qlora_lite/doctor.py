@@ -72,9 +72,9 @@ def _notes(device: torch.device) -> list[str]:
         notes.append("this device has no fast bfloat16: the compute type falls back to float32")
     if device.type == "cuda" and not segments_grow():
         notes.append(
-            "torch's CUDA allocator has segments of fixed sizes here (WSL, a share of a card, or PYTORCH_ALLOC_CONF): "
-            "plans leave more room for holes between tensors; PYTORCH_ALLOC_CONF=expandable_segments:True makes them "
-            "grow"
+            "torch's CUDA allocator has segments of fixed sizes here (Windows, WSL, ROCm before 7, a Tegra, a share of "
+            "a card, or PYTORCH_ALLOC_CONF): plans leave more room for holes between tensors; where torch can, "
+            "PYTORCH_ALLOC_CONF=expandable_segments:True makes them grow"
         )
     if device.type == "cuda" and importlib.util.find_spec("triton") and (missing := missing_for_triton()):
         notes.append(

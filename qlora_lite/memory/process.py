@@ -8,8 +8,11 @@ after its imports. What malloc says at the peak (``mallinfo2``) divides it into 
 
 import os
 import platform
+import sys
 from collections.abc import Iterable
 from typing import NamedTuple
+
+import torch
 
 from .ledger import Moment
 
@@ -47,13 +50,16 @@ def segments_grow() -> bool:
 
     Its own default, segments of fixed sizes, leaves more holes. It stays where the user has set the allocator up, on
     WSL, where growing ones can fail (pytorch issue 192330), and on a share of a card, where what they ask of the driver
-    is not allowed (vllm pull request 42467).
+    is not allowed (vllm pull request 42467). Torch for Windows or ROCm before 7 has none, whatever is set; on a Tegra
+    they fail at the first tensor (c10/cuda/CUDAAllocatorConfig.h).
     """
+    if sys.platform != "linux" or (torch.version.hip and int(torch.version.hip.partition(".")[0]) < 7):
+        return False
     settings = [os.environ[name] for name in ALLOCATOR_VARIABLES if os.environ.get(name)]
     if settings:
         return any(GROWING in text for text in settings)
     is_share = any("MIG-" in os.environ.get(name, "") for name in DEVICE_VARIABLES)
-    return not is_share and "microsoft" not in platform.release().lower()
+    return not is_share and not any(name in platform.release().lower() for name in ("microsoft", "tegra"))
 
 
 class Overhead(NamedTuple):

@@ -125,10 +125,25 @@ def test_an_allocator_that_the_user_has_set_up_stays_so_and_a_plan_knows(setting
     assert holes() == process.GROWING_SEGMENT_BYTES + int(process.GROWING_HOLES_SHARE * 2**30)
 
 
-def test_on_wsl_segments_stay_as_they_are(settings_of_the_allocator, monkeypatch):
-    monkeypatch.setattr(process.platform, "release", lambda: "5.15.167.4-microsoft-standard-WSL2")
+@pytest.mark.parametrize("release", ["5.15.167.4-microsoft-standard-WSL2", "5.15.148-tegra"])
+def test_on_wsl_and_tegra_segments_stay_as_they_are(settings_of_the_allocator, release, monkeypatch):
+    monkeypatch.setattr(process.platform, "release", lambda: release)
     meter.grow_segments(torch.device("cuda"))
     assert settings_of_the_allocator == [] and not process.segments_grow()
+
+
+@pytest.mark.parametrize(("hip", "system", "grow"), [
+    (None, "linux", True), ("6.4.43482", "linux", False), ("7.0.51831", "linux", True), (None, "win32", False),
+])  # fmt: skip
+def test_segments_grow_where_torch_has_such_ones_whatever_is_set(
+    settings_of_the_allocator, hip, system, grow, monkeypatch
+):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(process.sys, "platform", system)
+    meter.grow_segments(torch.device("cuda"))
+    assert len(settings_of_the_allocator) == grow and process.segments_grow() is grow
+    monkeypatch.setenv(process.ALLOCATOR_VARIABLES[0], process.GROWING)
+    assert process.segments_grow() is grow
 
 
 @pytest.mark.parametrize("name", process.DEVICE_VARIABLES)
