@@ -6,12 +6,15 @@ products of torch 2.13 and later are triton's too, unless ``NO_TRITON`` is set b
 """
 
 import os
+import re
 import shutil
 import sys
 import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
 
 NO_TRITON = ("TORCH_DISABLE_NATIVE_JIT", "1")  # torch's own kernels in place of triton's
+ROCM_ATTENTION = ("TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL", "1")  # read in sdp_utils.cpp
 
 
 def missing_for_compile(device_type: str) -> str:
@@ -33,6 +36,20 @@ def missing_for_triton() -> str:
 
 
 def avoid_what_is_missing() -> None:
-    """Have torch, which must not be imported yet, take its own kernels where triton could build none."""
+    """Have torch, which must not be imported yet, take its own kernels where triton could build none.
+
+    And where it is built for ROCm, have it take its fused attention on cards that it calls experimental, too.
+    """
     if missing_for_triton():
         os.environ.setdefault(*NO_TRITON)
+    if _is_for_rocm():
+        os.environ.setdefault(*ROCM_ATTENTION)
+
+
+def _is_for_rocm() -> bool:
+    """Tell whether the torch that would be imported is built for ROCm."""
+    found = find_spec("torch")
+    file = Path(found.origin).with_name("version.py") if found and found.origin else None
+    return bool(
+        file and file.exists() and re.search(r"^hip\b.*= *['\"]", file.read_text(encoding="utf-8"), re.MULTILINE)
+    )

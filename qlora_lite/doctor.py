@@ -12,6 +12,7 @@ from .files import cache_root
 from .memory.process import segments_grow
 from .models.load import has_fast_bf16, missing_kernels, resolve_device
 from .models.unused_gpu import fault_of_cuda, unsupported_gpu
+from .ops.fused_attention import kernel_of_card
 from .quant.bnb import has_native_library
 from .runs import package_versions
 from .train.optim import can_page
@@ -31,6 +32,7 @@ def examine() -> dict:
         "gpu": _gpu(),
         "cuda": _build(),
         "fast_bfloat16": has_fast_bf16(device),
+        "attention": None if fault else kernel_of_card(torch.bfloat16 if has_fast_bf16(device) else torch.float32),
         "bitsandbytes_backend": _backend(device),
         "cache": f"{cache_root()} ({_free(cache_root())} free)",
     }

@@ -22,7 +22,7 @@ from qlora_lite.cli.generate import _is_command
 from qlora_lite.cli.main import COMMANDS
 from qlora_lite.cli.output import one_line, prepare, step_progress
 from qlora_lite.cli.train import _result
-from qlora_lite.compilers import NO_TRITON
+from qlora_lite.compilers import NO_TRITON, ROCM_ATTENTION
 from qlora_lite.export.model_card import CardFacts, model_card
 from qlora_lite.runs import open_run
 
@@ -63,6 +63,23 @@ def test_torch_takes_its_own_kernels_where_triton_could_build_none(compiler, mon
     (tmp_path / "Python.h").touch()
     command("recipes", "list")
     assert os.environ.get(name) == (None if compiler else value)
+
+
+@pytest.mark.parametrize(("hip", "set_by_user", "expected"), [
+    ("'6.4.43482'", None, "1"), ("None", None, None), ("'7.0.1'", "0", "0"),
+])  # fmt: skip
+def test_torch_for_rocm_has_fused_attention_on_experimental_cards_unless_the_user_has_set_it(
+    hip, set_by_user, expected, monkeypatch, command, tmp_path
+):
+    (tmp_path / "version.py").write_text(f"cuda: Optional[str] = None\nhip: Optional[str] = {hip}\nxpu = 'no'\n")
+    monkeypatch.setattr(
+        "qlora_lite.compilers.find_spec", lambda _name: SimpleNamespace(origin=tmp_path / "__init__.py")
+    )
+    monkeypatch.setenv(ROCM_ATTENTION[0], set_by_user or "")
+    if set_by_user is None:
+        monkeypatch.delenv(ROCM_ATTENTION[0])
+    command("recipes", "list")
+    assert os.environ.get(ROCM_ATTENTION[0]) == expected
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -21,10 +21,12 @@ from qlora_lite.errors import ModelError
 
 from .block_attention import block_attention, block_gradients
 from .checkpoint import running
-from .fused_attention import fused_attention
+from .fused_attention import fused_attention, has_kernel
 from .kept_attention import kept_attention
 from .shapes import device_type, kernel_rows
 from .window import window_attention
+
+FORMULA_TOKENS = 256  # of a row, whose scores take little even for all heads at once
 
 
 def row_attention(
@@ -73,7 +75,18 @@ def row_attention(
     if device_type(query.device) == "cpu" and not dropout:
         fused = by_row if _fused_is_faster(query.dtype, row_lengths, sliding_window) else None
         return block_attention(query, key, value, row_lengths, scaling, sliding_window, attend=fused), None
+    if not dropout and _by_blocks(query, key, value, row_lengths, sliding_window):
+        return block_attention(query, key, value, row_lengths, scaling, sliding_window), None
     return by_row(), None
+
+
+def _by_blocks(query, key, value, row_lengths: Sequence[int], window: int | None) -> bool:
+    """Tell whether a card has no fused kernel for long rows: the formula would take the square of their length."""
+    longest = max(row_lengths)
+    if longest <= FORMULA_TOKENS or query.shape[3] != value.shape[3]:
+        return False
+    kinds = (False, True) if window is not None and window < longest else (False,)
+    return not all(has_kernel(query, key, value, masked) for masked in kinds)
 
 
 def _row_by_row(query, key, value, row_lengths, scaling, window, dropout) -> torch.Tensor:
@@ -161,8 +174,9 @@ def _gradient_operator(
     grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row_lengths: torch.Tensor,
     sinks: torch.Tensor | None, scaling: float | None, window: int | None, softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    if device_type(query.device) == "cpu" or sinks is not None or softcap:
-        return block_gradients(query, key, value, grad, _lengths(row_lengths), scaling, window, softcap, sinks)
+    lengths, no_kernel = _lengths(row_lengths), sinks is not None or softcap
+    if device_type(query.device) == "cpu" or no_kernel or _by_blocks(query, key, value, lengths, window):
+        return block_gradients(query, key, value, grad, lengths, scaling, window, softcap, sinks)
 
     inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
     with running(None), _autograd_inside():

@@ -2,7 +2,9 @@
 
 On a card flash attention takes grouped heads but no mask, no float32 and no heads of some sizes; the memory-efficient
 kernel takes all of these but no grouped heads (torch 2.13's documentation of ``scaled_dot_product_attention``, and
-sdp_utils.cpp). For what neither takes, torch holds the scores of all heads. cuDNN's kernel is left out: it makes a plan
+sdp_utils.cpp). For what neither takes, torch holds the scores of all heads; so it does on a card that has none of them
+(experimental ones of ROCm, builds by MSVC without flash attention, which are asked once for each kind of call), and
+``attention`` then goes block by block. cuDNN's kernel is left out: it makes a plan
 of its own for every length of a row, in memory that nobody counts.
 
 Backward, a kernel takes memory that no tensor outside of it shows: for an 8B model 32 KiB a token. A
@@ -14,6 +16,7 @@ kernel_backward.h of its memory-efficient attention.
 """
 
 from contextlib import nullcontext
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -29,6 +32,7 @@ KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacken
 MOST_SCRATCH_BYTES = 128 * 2**20  # that a call of a backward takes inside, if it has more heads than those of one key
 _ROWS = 128  # a multiple to which a kernel rounds up a row's length
 _MOST_PROCESSORS = 170  # of a card's: a repeatable backward has as many sums of the query's gradient as busy them all
+_MATH, _ASKED_TOKENS = SDPBackend.MATH.value, 16
 _PIECE, _PIECES_AT_ONCE = 64, 200  # of the keys, in the memory-efficient kernel: its tile, and what busies a card
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
@@ -50,7 +54,7 @@ def fused_attention(query, key, value, mask, scaling, dropout=0.0) -> torch.Tens
         [B, H, Tq, D], as a rule with T before H in memory.
     """
     causal, groups = mask is None and query.shape[2] > 1, query.shape[1] // key.shape[1]
-    on_card, flash = device_type(query.device) == "cuda", mask is None and _is_for_flash(query, value, dropout)
+    on_card, flash = device_type(query.device) == "cuda", mask is None and _runs_flash(query, key, value, dropout)
     if on_card and groups > 1 and not flash:
         key, value, groups = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1), 1
     if on_card and flash and not dropout and torch.is_grad_enabled() and query.requires_grad:
@@ -155,6 +159,47 @@ def _is_for_flash(query, value, dropout: float) -> bool:
     size = query.shape[3]
     has_backward = size <= 192 or (size > 224 and not dropout)
     return query.dtype != torch.float32 and size <= 256 and size == value.shape[3] and has_backward
+
+
+def _runs_flash(query, key, value, dropout: float) -> bool:
+    """Tell whether a card, this machine's if it has one, runs flash attention for heads of this kind without a mask."""
+    sizes = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
+    chosen = _chosen(query.dtype, *sizes, False, dropout) if _is_for_flash(query, value, dropout) else _MATH
+    return chosen in (None, SDPBackend.FLASH_ATTENTION.value)
+
+
+def has_kernel(query, key, value, masked: bool) -> bool:
+    """Tell whether a card runs a fused kernel for calls of this kind, without dropout; this machine's if it has one."""
+    if not masked and _runs_flash(query, key, value, 0.0):
+        return True
+    heads = query.shape[1]  # key heads are expanded to as many
+    return _chosen(query.dtype, heads, heads, query.shape[3], value.shape[3], masked, 0.0) != _MATH
+
+
+def kernel_of_card(dtype: torch.dtype) -> str | None:
+    """Name what attends on this machine's card in a model like Llama-3.1-8B; None without a card."""
+    grouped, alone = (_chosen(dtype, 32, key_heads, 128, 128, False, 0.0) for key_heads in (8, 32))
+    if grouped is None:
+        return None
+    if grouped == SDPBackend.FLASH_ATTENTION.value and dtype != torch.float32:
+        return "flash attention"
+    return "blocks of queries: torch has no fused kernel here" if alone == _MATH else "memory-efficient attention"
+
+
+@lru_cache
+def _chosen(
+    dtype: torch.dtype, heads: int, key_heads: int, size: int, value_size: int, masked: bool, dropout: float
+) -> int | None:  # fmt: skip
+    """Return which of KERNELS torch takes on this machine's card for calls of a kind; None where there is no card."""
+    if not torch.cuda.is_available():
+        return None
+    shapes = (heads, size), (key_heads, size), (key_heads, value_size)
+    options = {"dtype": dtype, "device": "cuda", "requires_grad": True}
+    # views of one row each: a plan may be counting what is allocated
+    tensors = [torch.empty(1, 1, 1, size, **options).expand(1, heads, _ASKED_TOKENS, size) for heads, size in shapes]
+    mask = torch.zeros(_ASKED_TOKENS, _ASKED_TOKENS, dtype=dtype, device="cuda") if masked else None
+    with sdpa_kernel(KERNELS):
+        return torch._fused_sdp_choice(*tensors, mask, dropout, not masked, enable_gqa=heads != key_heads)
 
 
 def _flash_takes(query, key, value, scaling) -> bool:

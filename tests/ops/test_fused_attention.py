@@ -14,6 +14,7 @@ from qlora_lite.ops.attention import row_attention
 from qlora_lite.ops.checkpoint import Checkpoint
 from qlora_lite.ops.shapes import planning_for
 
+FLASH, EFFICIENT, MATH = fused_attention.KERNELS
 HEADS, SIZE, LENGTH = 8, 80, 300
 ROWS, NUMBERS = 384, 96  # what a kernel makes of the length and the size of a head
 WIDE = 256  # a size of a head beyond the memory-efficient kernel's tile
@@ -71,6 +72,63 @@ def test_a_plan_counts_the_kernel_that_takes_the_heads(size, taken, monkeypatch)
     with planning_for("cuda"):
         fused_attention.fused_attention(*inputs, None, None)
     assert seen == [taken]
+
+
+def card_with(monkeypatch, grouped, alone, masked):
+    """Have a card whose torch takes these kernels: for grouped heads, for others, and for others with a mask."""
+
+    def chosen(_dtype, heads, key_heads, _size, _value_size, is_masked, _dropout):
+        return (masked if is_masked else alone if heads == key_heads else grouped).value
+
+    monkeypatch.setattr(fused_attention, "_chosen", chosen)
+
+
+def planned_peak(length, window=None):
+    inputs = laid_out(2, length, SIZE, torch.bfloat16, False, "meta")
+    with planning_for("cuda"), Ledger() as ledger:
+        ledger.claim(inputs, "saved activations")
+        out = row_attention(None, *inputs, None, row_lengths=(length,), sliding_window=window)[0]
+        torch.autograd.grad(out, inputs, torch.empty_like(out))
+    return max(moment.total for moment in ledger.peaks.values())
+
+
+@pytest.mark.parametrize("window", [None, 512])
+def test_on_a_card_without_a_fused_kernel_a_plan_of_attention_is_linear_in_the_length(window, monkeypatch):
+    lengths = 2048, 4096, 8192
+    card_with(monkeypatch, MATH, MATH, MATH)
+    monkeypatch.setattr(fused_attention, "_PLANNED", None)  # what a plan takes for a fused kernel
+    short, middle, long = (planned_peak(length, window) for length in lengths)
+    assert long - middle < 2.2 * (middle - short)
+    assert long < HEADS * 8192**2  # half of all scores, once
+
+
+def test_on_a_card_without_a_fused_kernel_blocks_attend_as_the_formula_does(monkeypatch):
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, heads, 400, 16, requires_grad=True) for heads in (8, 2, 2)]
+    grad, found = torch.randn(1, 400, 8, 16), []
+    for kernels in (None, MATH):
+        if kernels:
+            card_with(monkeypatch, MATH, MATH, MATH)
+            monkeypatch.setattr(fused_attention, "scaled_dot_product_attention", None)  # nothing may call it
+        with planning_for("cuda"):
+            out = row_attention(None, *inputs, None, row_lengths=(300, 100))[0]
+        found.append([out, *torch.autograd.grad(out, inputs, grad)])
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() < 1e-5 * one.norm()
+
+
+def test_where_torch_has_no_flash_attention_heads_are_not_grouped_and_another_kernel_is_planned(monkeypatch):
+    seen = []
+    monkeypatch.setattr(fused_attention, "_with_scratch", lambda out, *arguments: seen.append(arguments[-2:]) or out)
+    for kernels in ((FLASH, FLASH, EFFICIENT), (MATH, EFFICIENT, EFFICIENT)):
+        card_with(monkeypatch, *kernels)
+        planned_peak(LENGTH)
+        assert fused_attention.kernel_of_card(torch.bfloat16) == (
+            "flash attention" if kernels[0] is FLASH else "memory-efficient attention"
+        )
+    assert seen == [(HEADS // 2, True), (1, False)]
+    card_with(monkeypatch, MATH, MATH, MATH)
+    assert "no fused kernel" in fused_attention.kernel_of_card(torch.bfloat16)
 
 
 @pytest.fixture
