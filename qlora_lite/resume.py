@@ -3,7 +3,9 @@
 A change that leaves every number of the run as it would have been is accepted and said. Any other is refused, setting
 by setting, because a run that silently became another one is worse than none; ``force`` takes it all the same, and
 the run's summary says so from then on. Files that moved are no change: rows, tokenizer and base model are compared by
-what they hold.
+what they hold. The base model by what its files hold, and not by the bits of its 4-bit weights: the mean that double
+quantization takes of the absmax values is a sum in an order of the machine (threads, a GPU's multiprocessors), so that
+its last bit differs from one machine to another. Other bits are said like another version of torch.
 """
 
 import hashlib
@@ -29,7 +31,8 @@ from .train.settings import TrainSettings
 from .train.state import STATE, numbers_of
 
 log = logging.getLogger("qlora_lite")
-BASE_MODEL = "base model"  # its name in a checkpoint's identity
+BASE_MODEL = "base model"  # what names it by its content in a checkpoint's identity
+FROZEN_WEIGHTS = "frozen weights"  # their checksum in a checkpoint's environment
 RUN = "run.json"  # what a checkpoint holds of the run, beside the trainer's state
 # What these settings lead to is compared by itself, or changes nothing of what a step computes.
 HARMLESS = {
@@ -228,6 +231,9 @@ def checked(checkpoint: Checkpoint) -> Checkpoint:
         wrong.append("summary")
     if wrong:
         raise CheckpointError(f"the checkpoint of step {checkpoint.step} lacks {', '.join(wrong)} in their right form")
+    if FROZEN_WEIGHTS not in run["environment"]:  # earlier versions had their checksum where its content names the base
+        run["environment"][FROZEN_WEIGHTS] = run["identity"].get(BASE_MODEL)
+        run["identity"][BASE_MODEL] = run["summary"].get("base_fingerprint")
     return checkpoint
 
 
@@ -253,6 +259,14 @@ def data_identity(recipe: Recipe, tokenizer, data: Dataset, eval_data: Dataset |
     }
 
 
-def environment(device_name: str, loss: str) -> dict[str, object]:
-    """Return what a result's last bits can depend on: versions, device, number of threads, whose loss is computed."""
-    return {**package_versions(), "device": device_name, "threads": torch.get_num_threads(), "loss": loss}
+def environment(device_name: str, loss: str, frozen_weights: str) -> dict[str, object]:
+    """Return what a result's last bits can depend on, by name.
+
+    Args:
+        loss: whose loss is computed.
+        frozen_weights: see ``guards.frozen_checksum``.
+    """
+    return {
+        **package_versions(), "device": device_name, "threads": torch.get_num_threads(), "loss": loss,
+        FROZEN_WEIGHTS: frozen_weights,
+    }  # fmt: skip

@@ -197,7 +197,7 @@ class _Run:
         about = {
             "recipe": recipe.model_dump(mode="json"), "identity": identity | self._model_identity(),
             "plan": self.plan.chosen.settings,
-            "environment": environment(_device_name(device_of(self.model)), self._loss()),
+            "environment": environment(_device_name(device_of(self.model)), self._loss(), self.checksum),
         }  # fmt: skip
         self.training = Training(recipe, self.run, self.trainer, self.tokenizer, self.eval_data, self.meter, self.stop,
                                  about, self.budget_bytes, self.progress, self.watch)  # fmt: skip
@@ -253,6 +253,7 @@ class _Run:
         self.trainer = Trainer(self.model, self.rows, self.settings, stream)
         if self.continuation:
             self.trainer.most_tokens = self.continuation.checkpoint.documents[STATE]["most_tokens"]
+        self.fingerprint = base_fingerprint(locate(self.recipe.model.path, self.recipe.model.revision))
         self._describe_model()
         self.checksum = frozen_checksum(self.model)
         self._compare(self._model_identity())
@@ -260,7 +261,7 @@ class _Run:
             self.continuation.compare_schedule(self.trainer.total_steps, self.settings)
 
     def _model_identity(self) -> dict:
-        return {BASE_MODEL: self.checksum, "type of device": device_of(self.model).type}
+        return {BASE_MODEL: self.fingerprint, "type of device": device_of(self.model).type}
 
     def _compare(self, identity: dict) -> None:
         if self.continuation:
@@ -360,8 +361,7 @@ class _Run:
         self.run.update(
             device=_device_name(device_of(self.model)), trainable_parameters=trainable,
             memory_table=[asdict(entry) for entry in table], other_results=_other_results(self.recipe),
-            versions=package_versions(),
-            base_fingerprint=base_fingerprint(locate(self.recipe.model.path, self.recipe.model.revision)),
+            versions=package_versions(), base_fingerprint=self.fingerprint,
         )  # fmt: skip
 
     @property

@@ -22,6 +22,7 @@ from tiny_files import save_tiny, write_recipe, write_rows
 from qlora_lite import saver, training
 from qlora_lite.errors import CheckpointError, Interrupted, ModelError, OutputError, RecipeError
 from qlora_lite.files import sha256
+from qlora_lite.models import quantizer
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.recipe.schema import Output
 from qlora_lite.resume import RUN, Continuation
@@ -402,6 +403,42 @@ def test_rows_and_model_that_only_moved_are_the_same(lab, whole, tmp_path):
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
 
 
+def as_an_earlier_version_wrote(run):
+    """Name the base model by the bits of its frozen weights; its content was in the summary alone."""
+    run["identity"]["base model"] = run["environment"].pop("frozen weights")
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_weights_whose_last_bit_is_another_machine_s_are_the_same_base_model(
+    lab, tmp_path, monkeypatch, caplog, earlier
+):
+    lab.stop(3)
+    if earlier:
+        rewrite_run(lab, 3, as_an_earlier_version_wrote)
+    quantize, found = quantizer.quantize, []
+
+    def quantize_elsewhere(*arguments):
+        packed = quantize(*arguments)
+        found.append(packed.absmax_offset)
+        return packed._replace(absmax_offset=packed.absmax_offset.nextafter(torch.tensor(torch.inf)))
+
+    monkeypatch.setattr(quantizer, "quantize", quantize_elsewhere)
+    monkeypatch.setenv("QLORA_LITE_CACHE", str(tmp_path / "empty"))
+    lab.run(resume="")
+    assert found and lab.summary["status"] == "complete" and not lab.summary["resumed"][0]["forced_changes"]
+    (said,) = [message for message in caplog.messages if "last digits may differ" in message]
+    assert "frozen weights" in said
+
+
+def test_another_base_model_than_that_of_an_earlier_version_s_checkpoint_is_refused(lab, tmp_path):
+    lab.stop(3)
+    rewrite_run(lab, 3, as_an_earlier_version_wrote)
+    save_tiny(tmp_path / "model", seed=5)
+    lab.model = tmp_path / "model"
+    with pytest.raises(CheckpointError, match="other base model than before"):
+        lab.run(resume="")
+
+
 # --- stopping
 
 
@@ -635,15 +672,21 @@ def test_a_lost_recipe_is_recovered_from_the_newest_checkpoint(lab, whole, comma
     assert_same_run(lab, whole)
 
 
-@pytest.mark.parametrize(("name", "value"), [("plan", {}), ("metrics_bytes", -5)])
-def test_what_no_version_writes_of_a_run_is_refused_though_it_is_sealed(lab, name, value):
-    lab.stop(2)
-    folder = folder_of(lab.out / "checkpoints", 2)
+def rewrite_run(lab, step, change):
+    """Let a function change what a checkpoint holds of its run, and seal it again."""
+    folder = folder_of(lab.out / "checkpoints", step)
     run, manifest = (json.loads((folder / file).read_text()) for file in (RUN, MANIFEST))
-    (folder / RUN).write_text(json.dumps(run | {name: value}))
+    change(run)
+    (folder / RUN).write_text(json.dumps(run))
     content = (folder / RUN).read_bytes()
     manifest["manifest"]["files"][RUN] = {"bytes": len(content), "sha256": sha256(folder / RUN)}
     (folder / MANIFEST).write_text(checkpoints.sealed(manifest["manifest"]))
+
+
+@pytest.mark.parametrize(("name", "value"), [("plan", {}), ("metrics_bytes", -5)])
+def test_what_no_version_writes_of_a_run_is_refused_though_it_is_sealed(lab, name, value):
+    lab.stop(2)
+    rewrite_run(lab, 2, lambda run: run.update({name: value}))
     with pytest.raises(CheckpointError, match=f"the checkpoint of step 2 lacks {name} in their right form"):
         lab.run(resume="")
 
