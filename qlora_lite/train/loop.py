@@ -31,6 +31,7 @@ from qlora_lite.models.anatomy import device_of, head
 from qlora_lite.models.levers import set_levers
 from qlora_lite.ops.fused_loss import candidates, choose_loss
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS
+from qlora_lite.quant.product import float32_partial_sums
 from qlora_lite.quant.tensor_file import bit_sums
 
 from .epochs import Epochs
@@ -129,6 +130,7 @@ class Trainer:
         self.meter = PeakMeter(device_of(model))
         weakref.finalize(self, self.meter.close)  # its thread would outlive the trainer
 
+    @float32_partial_sums()
     def rehearse(self, eval_examples: Sequence[Example] = ()) -> None:
         """Run a step on the largest micro-batch and the largest evaluation batch, and leave no trace of it.
 
@@ -156,6 +158,7 @@ class Trainer:
         if list(map(bit_sums, self.parameters)) != before:
             raise TrainingError("the rehearsal before training changed a LoRA factor; please report this")
 
+    @float32_partial_sums()
     def choose_loss(self, recorded: str | None = None) -> None:
         """Find out which loss the steps compute, on the hidden states of the largest micro-batch.
 
@@ -205,6 +208,7 @@ class Trainer:
         while step := list(islice(micro_batches, s.gradient_accumulation_steps)):
             yield step
 
+    @float32_partial_sums()
     def _train(self, micro_batches: list[list[Example]]) -> StepMetrics:
         started, s = time.perf_counter(), self.settings
         self.step += 1
@@ -286,6 +290,7 @@ class Trainer:
         self.skipped += 1
         log.warning("%s; this step is skipped", error)
 
+    @float32_partial_sums()
     def evaluate(self, examples: Sequence[Example], done: Callable[[int], None] | None = None) -> Evaluation:
         """Return the loss over other examples, in batches of the training shape, with dropout off.
 

@@ -235,3 +235,29 @@ def test_gradients_that_are_zero_are_told_once(monkeypatch, caplog):
     assert len(list(still)) == 3
     (said,) = [message for message in caplog.messages if "nothing is learned any more" in message]
     assert said.startswith("step 2: every gradient is zero")
+
+
+def sums_in_float32() -> bool:
+    settings = torch.backends.cuda.matmul
+    return not (settings.allow_bf16_reduced_precision_reduction or settings.allow_fp16_reduced_precision_reduction)
+
+
+def test_a_trainer_s_products_add_in_float32_and_the_process_is_left_as_it_was():
+    training, found, settings = trainer(max_steps=1), [], torch.backends.cuda.matmul
+    training.model.get_input_embeddings().register_forward_hook(lambda *_: found.append(sums_in_float32()))
+    for parameter in training.parameters:
+        parameter.register_post_accumulate_grad_hook(lambda _: found.append(sums_in_float32()))
+    for call in (lambda: training.rehearse(training.examples), lambda: training.evaluate(training.examples),
+                 lambda: list(training)):  # fmt: skip
+        found.clear()
+        call()
+        assert found and all(found)
+        assert not sums_in_float32()
+    settings.allow_bf16_reduced_precision_reduction = False, False  # with split K forbidden too
+    try:
+        list(trainer(max_steps=1))
+        assert not settings.allow_bf16_reduced_precision_reduction
+        assert not settings.allow_bf16_reduced_precision_reduction_split_k
+        assert settings.allow_fp16_reduced_precision_reduction
+    finally:
+        settings.allow_bf16_reduced_precision_reduction = True
