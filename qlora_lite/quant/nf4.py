@@ -36,6 +36,7 @@ BLOCK_SIZE = 64  # weights that share one absmax
 ABSMAX_BLOCK_SIZE = 256  # absmax values that share one scale under double quantisation
 _SMALLEST_ABSMAX = 1e-38  # bitsandbytes' guard against dividing by zero
 _CHUNK_WEIGHTS = 1 << 18  # a chunk needs 25 bytes a weight, 6.5 MiB; smaller ones pay more for calls
+MAX_KERNEL_WEIGHTS = 1 << 30  # whole blocks; bitsandbytes' CUDA functions count in int32, and more wraps without error
 _MOST_THREADS = 8  # bounds the memory of all chunks at work
 
 
@@ -71,7 +72,7 @@ def quantize(weight: Tensor, quant_type: str = "nf4", double_quant: bool = True)
     if flat.device.type == "cpu":
         codes, absmax = _quantize_on_cpu(flat, quant_type)
     else:
-        codes, absmax = torch.ops.bitsandbytes.quantize_4bit(flat, BLOCK_SIZE, quant_type, torch.uint8)
+        codes, absmax = _quantize_by_kernel(flat, quant_type)
     if not double_quant:
         return Packed(codes, absmax)
     offset = absmax.mean()
@@ -118,6 +119,14 @@ def dequantize(packed: Packed, shape: Sequence[int], dtype: torch.dtype, quant_t
         The weight, contiguous.
     """
     weights = prod(shape)
+    if weights > MAX_KERNEL_WEIGHTS:
+        values, absmax = torch.empty(weights, dtype=dtype, device=packed.codes.device), absmax_of(packed)
+        for start in range(0, weights, MAX_KERNEL_WEIGHTS):
+            stop = start + MAX_KERNEL_WEIGHTS
+            piece = values[start:stop]
+            some = Packed(packed.codes[start // 2 : stop // 2], absmax[start // BLOCK_SIZE : stop // BLOCK_SIZE])
+            piece.copy_(dequantize(some, piece.shape, dtype, quant_type))
+        return values.view(tuple(shape))
     rows = (weights // BLOCK_SIZE, BLOCK_SIZE) if weights % BLOCK_SIZE == 0 else (1, weights + weights % 2)
     values = torch.ops.bitsandbytes.dequantize_4bit(
         packed.codes, absmax_of(packed), BLOCK_SIZE, quant_type, rows, dtype
@@ -252,6 +261,13 @@ def _borders_and_order(quant_type: str) -> tuple[Tensor, Tensor]:
     table = bnb.get_4bit_type(quant_type, device="cpu")
     order = torch.argsort(table)
     return (table[order[:-1]] + table[order[1:]]) / 2, order
+
+
+def _quantize_by_kernel(flat: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
+    """Return the codes and absmax of a flat weight by bitsandbytes' operator, a long one in parts."""
+    parts = [torch.ops.bitsandbytes.quantize_4bit(part, BLOCK_SIZE, quant_type, torch.uint8)
+             for part in flat.split(MAX_KERNEL_WEIGHTS)]  # fmt: skip
+    return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
 def _quantize_on_cpu(flat: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:

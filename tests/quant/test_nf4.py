@@ -349,3 +349,23 @@ def test_rows_unpacked_alone_equal_those_of_the_whole_weight(rows, quant_type, d
         whole = nf4.dequantize(packed, weight.shape, dtype, quant_type)
         some = nf4.dequantize_rows(packed, weight.shape, numbers, dtype, quant_type)
         assert torch.equal(some, whole[numbers])
+
+
+@each_type
+def test_a_weight_longer_than_a_kernel_may_take_is_packed_and_unpacked_in_parts_to_the_same_bits(
+    quant_type, monkeypatch
+):
+    limit, longest = 256, []
+    weight = torch.randn(7, 101, generator=torch.Generator().manual_seed(3))  # three parts and an incomplete block
+    packed = nf4.quantize(weight, quant_type)
+    expected = nf4.dequantize(packed, weight.shape, torch.float32, quant_type)
+    whole = nf4._quantize_by_kernel(weight.view(-1), quant_type)
+    kernels = torch.ops.bitsandbytes
+    pack, unpack = kernels.quantize_4bit, kernels.dequantize_4bit
+    monkeypatch.setattr(kernels, "quantize_4bit", lambda w, *rest: longest.append(len(w)) or pack(w, *rest))
+    monkeypatch.setattr(kernels, "dequantize_4bit", lambda *all: longest.append(prod(all[4])) or unpack(*all))
+    monkeypatch.setattr(nf4, "MAX_KERNEL_WEIGHTS", limit)
+    parts = nf4._quantize_by_kernel(weight.view(-1), quant_type)
+    assert all(map(torch.equal, parts, whole))
+    assert torch.equal(nf4.dequantize(packed, weight.shape, torch.float32, quant_type), expected)
+    assert len(longest) == 6 and max(longest) == limit
