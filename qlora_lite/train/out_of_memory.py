@@ -123,8 +123,10 @@ def no_retry(where: str) -> AbstractContextManager[None]:
 def free_cached_memory(device: torch.device) -> None:
     """Give memory that no tensor uses back to the device, or to the operating system."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()
         if torch.cuda.is_initialized():
+            # what was freed may still be copied from or to, and the allocator waits for its own stream alone
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
             torch._C._host_emptyCache()  # of pinned memory; torch 2.11 has no public function for it
     elif os.name == "posix" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # glibc's
         trim(0)

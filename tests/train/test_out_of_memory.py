@@ -11,7 +11,13 @@ from qlora_lite.data.stored import row_lengths
 from qlora_lite.errors import DoesNotFitError, TrainingError
 from qlora_lite.models.levers import Levers
 from qlora_lite.train import loop, step
-from qlora_lite.train.out_of_memory import cut, is_out_of_device_memory, is_out_of_memory, lower_limit
+from qlora_lite.train.out_of_memory import (
+    cut,
+    free_cached_memory,
+    is_out_of_device_memory,
+    is_out_of_memory,
+    lower_limit,
+)
 
 CPU_WORDS = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."  # noqa: E501
 WORDINGS = [
@@ -243,3 +249,15 @@ def test_a_limit_that_was_lowered_holds_for_the_rehearsal_too(monkeypatch):
         seen.append(sum(inputs.row_lengths)), real(m, p, o, inputs, *rest)))  # fmt: skip
     training.rehearse(examples(5))
     assert seen and seen[0] <= 20
+
+
+def test_a_card_s_memory_is_given_back_when_its_copies_have_ended(monkeypatch):
+    card, calls = torch.device("cuda", 0), []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append(("synchronize", device)))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: calls.append("empty host"), raising=False)
+    for initialized, expected in ((False, []), (True, [("synchronize", card), "empty", "empty host"])):
+        calls.clear()
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda found=initialized: found)
+        free_cached_memory(card)
+        assert calls == expected
