@@ -124,6 +124,10 @@ class PeakMeter:
         self._peak = max(self._peak, held_bytes(self.device))
         return self._peak
 
+    def allocation_retries(self) -> int:
+        """Return how often a card had no room for a tensor until cached memory was given back; 0 on a CPU."""
+        return torch.cuda.memory_stats(self.device)["num_alloc_retries"] if self.device.type == "cuda" else 0
+
     def close(self) -> None:
         """End the sampling thread."""
         self._stop.set()

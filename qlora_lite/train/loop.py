@@ -116,6 +116,7 @@ class Trainer:
         self.epoch = self.epoch_step = 0  # the next step's: its epoch, and the steps before it in that epoch
         self.optimizer_bytes = 0  # of its states, known after a rehearsal
         self.took_part = False  # every wrapped layer, which a step has shown
+        self._has_retried = False  # the allocator, which has been said
         self._is_still = False  # its gradients are zero, which has been said
         self.fused_loss: str | None = None  # in place of the chunked one; see ``choose_loss``
         self.most_tokens: int | None = None  # at once through the model, since memory ran out with more
@@ -211,6 +212,7 @@ class Trainer:
     @float32_partial_sums()
     def _train(self, micro_batches: list[list[Example]]) -> StepMetrics:
         started, s = time.perf_counter(), self.settings
+        retries = self.meter.allocation_retries()
         self.step += 1
         rate = s.learning_rate * lr_factor(self.step, self.total_steps, s.lr_scheduler, s.warmup_ratio)
         for group in self.optimizer.param_groups:
@@ -228,11 +230,24 @@ class Trainer:
             log.warning("step %d: every gradient is zero, so that nothing is learned any more; a lower "
                         "train.learning_rate may have kept the model from breaking", self.step)  # fmt: skip
         self.optimizer.zero_grad(set_to_none=True)
+        self._tell_of_retries(self.meter.allocation_retries() - retries)
         seconds = time.perf_counter() - started
         return StepMetrics(
             self.step, result.loss, rate, result.grad_norm, result.tokens, result.labelled_tokens,
             result.tokens / seconds, self.meter.peak_bytes(), seconds,
         )  # fmt: skip
+
+    def _tell_of_retries(self, count: int) -> None:
+        """Log that the allocator was at its limit in a step, as a warning the first time."""
+        if count:
+            log.log(
+                logging.INFO if self._has_retried else logging.WARNING,
+                "step %d: the GPU had no free piece of memory for a tensor, %d times, until cached memory was given "
+                "back, which takes time and changes no number: the run is at its limit, or its free memory lies in "
+                "small pieces; more room (memory.budget, other programs on this GPU) or a lower data.max_tokens help",
+                self.step, count,
+            )  # fmt: skip
+            self._has_retried = True
 
     def _step(self, batches: Iterator[Batch]) -> StepResult:
         s = self.settings

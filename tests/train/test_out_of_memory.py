@@ -261,3 +261,19 @@ def test_a_card_s_memory_is_given_back_when_its_copies_have_ended(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda found=initialized: found)
         free_cached_memory(card)
         assert calls == expected
+
+
+def test_an_allocator_at_its_limit_is_told_of_in_its_step_and_warned_of_once(monkeypatch, caplog):
+    training = trainer(max_steps=3)
+    counted = iter([4, 4, 4, 6, 7, 8])  # before and after each step: what came before or between is not a step's
+    monkeypatch.setattr(training.meter, "device", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda _device: {"num_alloc_retries": next(counted)})
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _device: 0)
+    with caplog.at_level("INFO"):
+        list(training)
+    said = [
+        (entry.levelname, entry.message.split(",")[:2]) for entry in caplog.records if "no free piece" in entry.message
+    ]
+    start = "step {}: the GPU had no free piece of memory for a tensor"
+    assert said == [("WARNING", [start.format(2), " 2 times"]), ("INFO", [start.format(3), " 1 times"])]
+    assert training.meter.device.type == "cuda" and trainer().meter.allocation_retries() == 0
