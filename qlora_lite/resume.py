@@ -87,8 +87,9 @@ class Continuation:
         old = {key: unsaid.get(key) for key in new} | old  # of settings that are newer than the checkpoint
         changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
         words = {key: f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed}
-        self.accepted += [words[key] for key in changed if key in HARMLESS - PLACE]
-        self._refuse([words[key] for key in changed if key not in HARMLESS])
+        harmless = {key for key in changed if key in HARMLESS or _only_pages(key, old.get(key), new.get(key))}
+        self.accepted += [words[key] for key in changed if key in harmless - PLACE]
+        self._refuse([words[key] for key in changed if key not in harmless])
 
     def compare_identity(self, now: Mapping[str, str | None]) -> None:
         """Compare what rows, tokenizer, model or device are with what they were.
@@ -235,6 +236,11 @@ def checked(checkpoint: Checkpoint) -> Checkpoint:
         run["environment"][FROZEN_WEIGHTS] = run["identity"].get(BASE_MODEL)
         run["identity"][BASE_MODEL] = run["summary"].get("base_fingerprint")
     return checkpoint
+
+
+def _only_pages(key: str, old: object, new: object) -> bool:
+    """Tell whether a change is one between a paged optimizer and the same one unpaged: the same numbers elsewhere."""
+    return key == "train.optimizer" and str(old).removeprefix("paged_") == str(new).removeprefix("paged_")
 
 
 def _flat(recipe: dict) -> dict[str, object]:

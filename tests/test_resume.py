@@ -325,6 +325,20 @@ def test_a_setting_that_is_newer_than_the_checkpoint_has_been_what_it_is_by_defa
             continuation.compare_settings(recipe.model_copy(update=values))
 
 
+def test_paging_is_accepted_and_another_optimizer_is_not(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    (tmp_path / "r.yaml").write_text("model: {path: gpt2}\ndata: {train: rows.jsonl}\n")
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert recipe.train.optimizer == "adamw_8bit"
+    for before, accepted in (("paged_adamw_8bit", True), ("paged_lion_8bit", False), ("adamw_32bit", False)):
+        written = recipe.model_dump(mode="json")
+        written["train"]["optimizer"] = before  # the first was what a recipe without it meant
+        continuation = Continuation(SimpleNamespace(documents={RUN: {"recipe": written}}), force=True)
+        continuation.compare_settings(recipe)
+        change = [f"train.optimizer: {before} -> adamw_8bit"]
+        assert (continuation.accepted, continuation.forced) == ((change, []) if accepted else ([], change))
+
+
 def test_a_forced_change_is_taken_and_the_summary_says_so(lab, whole):
     lab.stop(4)
     lab.run(resume="", force=True, lora={"alpha": 16})

@@ -36,7 +36,7 @@ LEVER_KEYS = ("loss_chunk_tokens", "kept_blocks", "checkpoint_every", "tile_toke
               "host_embeddings", "host_head", "offload_folder", "resident_blocks", "optimizer_in_backward",
               "reuse_dequantized", "compile", "stream_from_disk")  # fmt: skip
 CASE_KEYS = ("model", "tokens", "checkpointing", *LEVER_KEYS, "quant_head", "optimizer", "accumulation", "rank", "rows")
-RANK, OPTIMIZER = 16, "paged_adamw_8bit"
+RANK, OPTIMIZER = 16, "adamw_8bit"
 
 
 def plan_cases(cuda: bool) -> list[dict]:

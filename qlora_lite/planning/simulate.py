@@ -99,7 +99,7 @@ class Job:
     dropout: float = 0.0
     rslora: bool = False
     factor_dtype: torch.dtype = torch.bfloat16
-    optimizer: str = "paged_adamw_8bit"
+    optimizer: str = "adamw_8bit"
     stochastic_rounding: bool = True
     max_grad_norm: float = 1.0
     accumulating: bool = False

@@ -253,11 +253,11 @@ class Train(_Section):
     gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches per optimizer step; each learned token counts the same."""
     optimizer: Literal[
-        "paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_32bit",
-        "paged_lion_8bit", "lion_8bit", "lion_32bit", "adamw_torch",
-    ] = "paged_adamw_8bit"  # fmt: skip
-    """Optimizer; the paged ones can move their state to host memory when the GPU is full, and are as the others where
-    its driver cannot do that (WSL, or a share of a card)."""
+        "adamw_8bit", "adamw_32bit", "paged_adamw_8bit", "paged_adamw_32bit",
+        "lion_8bit", "paged_lion_8bit", "lion_32bit", "adamw_torch",
+    ] = "adamw_8bit"  # fmt: skip
+    """Optimizer; the paged ones can move their state to host memory when the GPU is full, which no plan counts on, and
+    are as the others where its driver cannot do that (WSL, or a share of a card)."""
     stochastic_rounding: bool = True
     """Round updated bfloat16 factors up or down by chance, so that updates too small for the type count on average;
     false rounds to the nearest. Nothing changes with lora.dtype float32."""

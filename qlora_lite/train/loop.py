@@ -155,6 +155,9 @@ class Trainer:
         self.optimizer_bytes = sum(
             value.nbytes for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
         )  # fmt: skip
+        del optimizer
+        if getattr(self.optimizer, "is_paged", False):
+            free_cached_memory(device)  # room for the run's own states, which torch's allocator does not take
         self.model.train(was_training)
         if list(map(bit_sums, self.parameters)) != before:
             raise TrainingError("the rehearsal before training changed a LoRA factor; please report this")

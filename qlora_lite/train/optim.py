@@ -2,7 +2,9 @@
 
 8-bit states are kept per block of 256 values with a dynamic code (8-bit optimizers, arXiv 2110.02861); factors under
 4,096 values keep 32-bit states, bitsandbytes' own rule; on a CPU ``eight_bit`` updates them, to the same bits. Paged
-states live in memory that CUDA moves to the host under pressure; where that cannot be, they are ordinary memory.
+states live in memory that CUDA moves to the host under pressure, each of 100,000 values and more; where that cannot be,
+they are ordinary memory. They are not the default: LoRA's states are small (tens of MiB in 8 bit), and paged ones lie
+outside torch's allocator, where neither a plan nor a limit counts them.
 """
 
 import ctypes

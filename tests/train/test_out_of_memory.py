@@ -277,3 +277,20 @@ def test_an_allocator_at_its_limit_is_told_of_in_its_step_and_warned_of_once(mon
     start = "step {}: the GPU had no free piece of memory for a tensor"
     assert said == [("WARNING", [start.format(2), " 2 times"]), ("INFO", [start.format(3), " 1 times"])]
     assert training.meter.device.type == "cuda" and trainer().meter.allocation_retries() == 0
+
+
+@pytest.mark.parametrize("is_paged", [False, True])
+def test_a_rehearsal_leaves_room_for_states_outside_the_allocator(is_paged, monkeypatch):
+    training, made, left = trainer(), [], []
+    build = loop.build_optimizer
+
+    def remembered(*arguments):
+        optimizer = build(*arguments)
+        made.append(weakref.ref(optimizer))
+        return optimizer
+
+    monkeypatch.setattr(loop, "build_optimizer", remembered)
+    monkeypatch.setattr(loop, "free_cached_memory", lambda _device: left.append(made[0]() is None))
+    training.optimizer.is_paged = is_paged  # as a card's would say
+    training.rehearse()
+    assert left == [True] * is_paged and training.optimizer_bytes  # when the rehearsal's own states are gone
