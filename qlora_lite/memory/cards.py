@@ -18,9 +18,10 @@ trains in: bfloat16 on dense tensor cores with float32 accumulation, which GeFor
 twice their float32 rate; float32 before compute capability 8.0, where torch has no fast bfloat16. Real kernels reach a
 part of these; a time estimate has to apply its own efficiency. Of a laptop's card, rates are those of the highest clock
 that the vendor's comparison of laptops or a public test states, for the 50 series a sixteenth of the vendor's AI TOPS
-where these are stated; bandwidth is the bus's width times the data rate of its generation's memory where no figure was
-found (RTX 4080, 5070 Ti, 5080 and 5090). Makers choose the power: by the range of clocks that the vendor states, the
-same card with the least of it takes up to 1.8 times as long.
+where these are stated; an eighth for RTX PRO 6000 and GB10, of which public tests measured 417 and 92 TFLOP/s.
+Bandwidth is the bus's width times the data rate of its generation's memory where no figure was found (RTX 4080, 5070
+Ti, 5080 and 5090). Makers choose the power: by the range of clocks that the vendor states, the same card with the least
+of it takes up to 1.8 times as long.
 
 Host to device: 80 % of the data rate of the card's PCIe link (8, 16 or 32 GT/s per lane for generations 3, 4
 and 5, 128 bits of data in 130), the part that large copies from pinned memory usually reach; a board with
@@ -36,7 +37,9 @@ from qlora_lite.errors import QloraLiteError
 PCIE_TRANSFERS_PER_SECOND = {3: 8e9, 4: 16e9, 5: 32e9}  # per lane, one bit each
 PCIE_REACHED = 0.8
 RULE_SHARE, RULE_BYTES = 0.02, 288 * 2**20  # withheld where no total was reported
-NO_MEANING = re.compile(r"nvidia|geforce|rtx|gtx|tesla|quadro|generation|gpu|sxm\d?|hbm\de?|[^a-z0-9]")
+NO_MEANING = re.compile(
+    r"nvidia|geforce|rtx|gtx|tesla|quadro|generation|(workstation|server).edition|gpu|sxm\d?|hbm\de?|[^a-z0-9]"
+)
 
 
 class CardError(QloraLiteError):
@@ -94,7 +97,8 @@ def _card(
 CARDS = (
     #     name               box  torch's total MiB  GB/s   TFLOP/s  PCIe  capability
     _card("GTX 1080 Ti",       11, "reported 11172",  484,   11.3, "3x16", "6.1"),
-    _card("RTX 2060",           6, "reported 5918",   336,    6.5, "3x16", "7.5"),
+    _card("RTX 2060 6GB",       6, "reported 5918",   336,    6.5, "3x16", "7.5"),
+    _card("RTX 2060 12GB",     12, "rule",            336,    7.2, "3x16", "7.5"),
     _card("RTX 2070",           8, "sibling 7753",    448,    7.5, "3x16", "7.5"),   # RTX 3070
     _card("RTX 2080 Ti",       11, "reported 11012",  616,   13.4, "3x16", "7.5"),
     _card("RTX 3050",           8, "sibling 7753",    224,   18.2, "4x8",  "8.6"),   # RTX 3070
@@ -126,6 +130,7 @@ CARDS = (
     _card("RTX 4080",          16, "sibling 15945",   717,   97.5, "4x16", "8.9"),   # RTX 4060 Ti 16GB
     _card("RTX 4080 Super",    16, "sibling 15945",   736,  104.4, "4x16", "8.9"),   # RTX 4060 Ti 16GB
     _card("RTX 4090",          24, "reported 24074", 1008,  165.2, "4x16", "8.9"),
+    _card("RTX 5050",           8, "rule",            320,   26.3, "5x8",  "12.0"),
     _card("RTX 5060",           8, "rule",            448,   38.4, "5x8",  "12.0"),
     _card("RTX 5060 Ti 8GB",    8, "rule",            448,   47.4, "5x8",  "12.0"),
     _card("RTX 5060 Ti 16GB",  16, "reported 15848",  448,   47.4, "5x8",  "12.0"),
@@ -141,7 +146,11 @@ CARDS = (
     _card("RTX A4000",         16, "reported 16117",  448,   76.7, "4x16", "8.6"),   # workstation cards are sold with
     _card("RTX A5000",         24, "reported 24248",  768,  111.1, "4x16", "8.6"),   # error correction off; where it
     _card("RTX A6000",         48, "reported 48569",  768,  154.8, "4x16", "8.6"),   # is on, a sixteenth is missing
+    _card("RTX 4000 Ada",      20, "rule",            360,  106.9, "4x16", "8.9"),
+    _card("RTX 5000 Ada",      32, "rule",            576,  261.1, "4x16", "8.9"),
     _card("RTX 6000 Ada",      48, "reported 48520",  960,  364.2, "4x16", "8.9"),
+    _card("RTX PRO 6000 Blackwell", 96, "reported 97249", 1792, 500.0, "5x16", "12.0"),
+    _card("GB10",             128, "reported 122572", 273,  125.0, "5x16", "12.1"),  # the host's own memory: no bus
     _card("Tesla P100",        16, "reported 16269",  732,    9.3, "3x16", "6.0"),
     _card("Tesla V100 16GB",   16, "reported 16130",  900,   14.0, "3x16", "7.0"),
     _card("Tesla V100 32GB",   32, "reported 32494",  900,   14.0, "3x16", "7.0"),
@@ -150,12 +159,14 @@ CARDS = (
     _card("A10G",              24, "reported 22515",  600,   70.0, "4x16", "8.6"),
     _card("L4",                24, "reported 22563",  300,  121.0, "4x16", "8.9"),
     _card("A40",               48, "reported 45416",  696,  149.7, "4x16", "8.6"),
+    _card("L40",               48, "sibling 45457",   864,  181.0, "4x16", "8.9"),   # L40S
     _card("L40S",              48, "reported 45457",  864,  362.0, "4x16", "8.9"),
     _card("A100 40GB",         40, "reported 40441", 1555,  312.0, "4x16", "8.0"),
     _card("A100 80GB",         80, "reported 81050", 2039,  312.0, "4x16", "8.0"),
     _card("H100",              80, "reported 81079", 3350,  989.0, "5x16", "9.0"),
     _card("H100 PCIe",         80, "sibling 81079",  2000,  756.0, "5x16", "9.0"),   # H100
     _card("H200",             141, "reported 143052", 4800, 989.0, "5x16", "9.0"),
+    _card("B200",             180, "rule",           8000, 2250.0, "5x16", "10.0"),
 )  # fmt: skip
 
 

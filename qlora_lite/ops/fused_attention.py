@@ -31,7 +31,8 @@ from .shapes import device_type, planned_to_repeat
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 MOST_SCRATCH_BYTES = 128 * 2**20  # that a call of a backward takes inside, if it has more heads than those of one key
 _ROWS = 128  # a multiple to which a kernel rounds up a row's length
-_MOST_PROCESSORS = 170  # of a card's: a repeatable backward has as many sums of the query's gradient as busy them all
+# Of an RTX PRO 6000's multiprocessors: a repeatable backward has as many sums of the query's gradient as busy them all.
+_MOST_PROCESSORS = 188
 _MATH, _ASKED_TOKENS = SDPBackend.MATH.value, 16
 _PIECE, _PIECES_AT_ONCE = 64, 200  # of the keys, in the memory-efficient kernel: its tile, and what busies a card
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention

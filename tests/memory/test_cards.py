@@ -17,7 +17,10 @@ from qlora_lite.memory.cards import CARDS, RULE_BYTES, RULE_SHARE, CardError, fi
         ("NVIDIA A100-SXM4-80GB", "A100 80GB"), ("NVIDIA A100-PCIE-40GB", "A100 40GB"),
         ("Tesla V100-SXM2-16GB", "Tesla V100 16GB"), ("NVIDIA H100 80GB HBM3", "H100"),
         ("NVIDIA H100 PCIe", "H100 PCIe"), ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
-        ("h200-141gb", "H200"),
+        ("h200-141gb", "H200"), ("NVIDIA GB10", "GB10"), ("2060 12gb", "RTX 2060 12GB"),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "RTX PRO 6000 Blackwell"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX PRO 6000 Blackwell"), ("NVIDIA B200", "B200"),
+        ("NVIDIA RTX 4000 Ada Generation", "RTX 4000 Ada"), ("NVIDIA L40", "L40"),
     ],
 )  # fmt: skip
 def test_a_card_is_found_as_people_and_drivers_write_it(written, name):
@@ -30,7 +33,9 @@ def test_every_card_is_found_by_its_own_name_only(card):
     assert find_card(card.name.lower().replace(" ", "-")) is card
 
 
-@pytest.mark.parametrize(("name", "variants"), [("4060 ti", ("8GB", "16GB")), ("a100", ("40GB", "80GB"))])
+@pytest.mark.parametrize(
+    ("name", "variants"), [("4060 ti", ("8GB", "16GB")), ("a100", ("40GB", "80GB")), ("RTX 2060", ("6GB", "12GB"))]
+)
 def test_a_name_of_several_sizes_names_them(name, variants):
     with pytest.raises(CardError, match="several sizes") as error:
         find_card(name)
@@ -58,8 +63,8 @@ def test_no_card_promises_its_boxs_memory(card):
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
 def test_rates_are_in_the_range_of_their_time(card):
-    assert 190e9 <= card.bandwidth_bytes_per_second <= 5e12
-    assert (18e12 <= card.flops_per_second <= 1e15) if card.has_bf16 else (6e12 <= card.flops_per_second <= 15e12)
+    assert 190e9 <= card.bandwidth_bytes_per_second <= 8e12
+    assert (18e12 <= card.flops_per_second <= 2.25e15) if card.has_bf16 else (6e12 <= card.flops_per_second <= 15e12)
     assert 10e9 <= card.pcie_bytes_per_second <= 51e9
     assert card.memory_source in ("reported", "sibling", "rule")
 
@@ -71,7 +76,8 @@ def test_a_card_without_bfloat16_says_so():
 
 
 @pytest.mark.parametrize(("gib", "name"), [(7, "RTX 3050"), (8, "RTX 3050"), (8.9, "RTX 3050"), (11.5, "RTX 3060"),
-                                           (0.5, "RTX 4050 Laptop"), (500, "H200")])  # fmt: skip
+                                           (0.5, "RTX 4050 Laptop"), (500, "B200"), (100, "RTX PRO 6000 Blackwell"),
+                                           (140, "H200")])  # fmt: skip
 def test_memory_without_a_card_s_name_is_as_fast_as_the_slowest_card_of_that_size(gib, name):
     found = slowest_card(int(gib * 2**30))
     assert found.name == name
@@ -86,7 +92,7 @@ def test_a_plug_is_slower_than_its_data_rate():
 
 
 def test_the_rule_stays_below_what_was_reported_without_error_correction():
-    corrected = ("Tesla T4", "A10G", "L4", "A40", "L40S")
+    corrected = ("Tesla T4", "A10G", "L4", "A40", "L40S", "GB10")  # the last shares its memory with the host
     reported = [card for card in CARDS if card.memory_source == "reported" and card.name not in corrected]
     assert len(reported) > 15
     for card in reported:
