@@ -59,7 +59,12 @@ def segments_grow() -> bool:
     if settings:
         return any(GROWING in text for text in settings)
     is_share = any("MIG-" in os.environ.get(name, "") for name in DEVICE_VARIABLES)
-    return not is_share and not any(name in platform.release().lower() for name in ("microsoft", "tegra"))
+    return not is_share and not on_wsl() and "tegra" not in platform.release().lower()
+
+
+def on_wsl() -> bool:
+    """Tell whether this is Linux in Windows, where a GPU's driver is Windows' own."""
+    return "microsoft" in platform.release().lower()
 
 
 class Overhead(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 
 from qlora_lite.memory.cards import Card, CardError
 from qlora_lite.memory.meter import free_bytes, held_bytes, hold_to
-from qlora_lite.memory.process import CUDA_CONTEXT_BYTES, CUDA_LATER_BYTES
+from qlora_lite.memory.process import CUDA_CONTEXT_BYTES, CUDA_LATER_BYTES, on_wsl
 from qlora_lite.memory.work import Work
 from qlora_lite.models.load import has_fast_bf16
 from qlora_lite.ops.offload import host_memory
@@ -23,6 +23,7 @@ BANDWIDTH_REACHED = 0.8  # of a card's memory bandwidth, element-wise kernels; n
 # each operation that a simulation of the same step counts, the optimizer's too. A card's driver takes some more, which
 # was not measured here.
 OPERATION_SECONDS = 10e-6
+WSL_OPERATION_SECONDS = 20e-6  # there the driver hands each kernel on to Windows; assumed, not measured here
 DISK_BYTES_PER_SECOND = 2e9  # assumed of a common NVMe disk, for a file that is seen as memory; not measured here
 # Large enough for a fast card: far longer than a launch, more than its second-level cache holds.
 _PRODUCT = {"cpu": (512, 2048, 2048), "cuda": (2048, 4096, 4096)}
@@ -37,7 +38,7 @@ class Machine:
     ``memory_bytes`` is what the run may use in all; ``base_bytes`` what the process holds before the model (on a
     CPU: libraries; on a card the context is one of the constants of ``memory.process``). ``host_bytes`` is what the
     process may use of the host's memory beside a card, None where that is not known. ``dtype`` is what
-    ``model.compute_dtype: auto`` becomes there.
+    ``model.compute_dtype: auto`` becomes there, ``operation_seconds`` what the host takes to start an operation.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Machine:
     bus_bytes_per_second: float
     host_bytes: int | None = None
     dtype: torch.dtype = torch.bfloat16
+    operation_seconds: float = OPERATION_SECONDS
 
     def renamed(self, name: str, memory_bytes: int) -> "Machine":
         """Return the same speeds under another name and with another memory."""
@@ -60,7 +62,7 @@ class Machine:
 
     def starting_seconds(self, work: Work) -> float:
         """Estimate how long the host takes to start the operations of the same work."""
-        return OPERATION_SECONDS * work.operations
+        return self.operation_seconds * work.operations
 
     def bus_seconds(self, work: Work) -> float:
         """Estimate how long the transfers between host and device of the same work take."""
@@ -114,7 +116,8 @@ def this_machine(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> M
     cpu, memory_bytes = torch.device("cpu"), min(total, free_bytes(device) + CUDA_CONTEXT_BYTES - CUDA_LATER_BYTES)
     host_bytes = free_bytes(cpu) + held_bytes(cpu)
     name = torch.cuda.get_device_name(device) + (" (ROCm, not verified)" if torch.version.hip else "")
-    return Machine(name, "cuda", memory_bytes, 0, *speeds, host_bytes, auto)
+    start = WSL_OPERATION_SECONDS if on_wsl() else OPERATION_SECONDS
+    return Machine(name, "cuda", memory_bytes, 0, *speeds, host_bytes, auto, start)
 
 
 def _speeds(device: torch.device, dtype: torch.dtype) -> tuple[float, float, float]:

@@ -1,9 +1,15 @@
 """The machine at hand: what is measured of it, and what that leaves behind."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
+from qlora_lite.memory import process
 from qlora_lite.memory.meter import PeakMeter, held_bytes
 from qlora_lite.memory.process import CPU_BUFFERS_BYTES
+from qlora_lite.memory.work import Work
+from qlora_lite.planning import machine
 from qlora_lite.planning.machine import this_machine
 
 CPU = torch.device("cpu")
@@ -16,3 +22,21 @@ def test_buffers_of_the_measurement_are_not_part_of_what_the_process_holds():
         base = this_machine(CPU).base_bytes
     assert abs(base - before) < 16 * 2**20  # what malloc keeps of a product
     assert meter.peak_bytes() - before < CPU_BUFFERS_BYTES + 32 * 2**20  # less than any step adds
+
+
+@pytest.mark.parametrize(
+    ("release", "seconds"), [("6.8.0-51-generic", 10e-6), ("5.15.167.4-microsoft-standard-WSL2", 20e-6)]
+)
+def test_a_card_s_kernels_take_twice_as_long_to_start_on_wsl(release, seconds, monkeypatch):
+    monkeypatch.setattr(process.platform, "release", lambda: release)
+    monkeypatch.setattr(machine, "_speeds", lambda device, dtype: (1e12, 1e12, 1e10))
+    monkeypatch.setattr(machine, "hold_to", lambda device, budget: None)
+    monkeypatch.setattr(machine, "has_fast_bf16", lambda device: True)
+    monkeypatch.setattr(machine, "held_bytes", lambda device: 0)
+    monkeypatch.setattr(machine, "free_bytes", lambda device: 2**33)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**34))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    found = this_machine(torch.device("cuda", 0))
+    assert found.starting_seconds(Work(0, 0, 0, 1000)) == pytest.approx(1000 * seconds)
+    assert found.renamed("half of it", 2**32).operation_seconds == seconds
