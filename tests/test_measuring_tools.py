@@ -437,6 +437,19 @@ def test_a_check_that_is_stopped_ends_its_section_and_writes_what_it_found(tmp_p
     assert [path.name for path in written.parent.iterdir()] == ["kit.json"]
 
 
+def test_free_memory_is_asked_of_another_process_before_and_after_context_step_and_save(monkeypatch):
+    elsewhere = (
+        "import sys; device = sys.argv[1]\nfor count, _ in enumerate(sys.stdin): print(5000 - count, flush=True)"
+    )
+    monkeypatch.setattr(_gpu_sections, "FREE", elsewhere)
+    row = _gpu_sections.free_memory_row(REHEARSAL, torch.device("cpu"))
+    moments = ("before_context", "after_context", "after_step", "after_save")
+    assert [row[f"{moment}_bytes"] for moment in moments] == [5000, 4999, 4998, 4997]
+    row |= {"context_held_bytes": 0, "step_held_bytes": 1, "save_held_bytes": 1}
+    text = summary({"plan": {"status": "passed", "seconds": 1.0, "rows": [row]}})
+    assert "1 B with a context, 1 B after a step, 2 B after a save" in text
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
 def test_without_a_card_there_is_no_check():
     done = gpu_check("--only", "paged")

@@ -35,6 +35,7 @@ from qlora_lite.planning.predict import Prediction, predict
 from qlora_lite.planning.simulate import Job, Rows
 from qlora_lite.train.loop import largest_batches
 from qlora_lite.train.optim import build_optimizer, can_page
+from qlora_lite.train.state import capture
 from qlora_lite.train.step import accumulate_gradients, prepare
 from qlora_lite.units import format_bytes
 
@@ -44,6 +45,14 @@ ORDER = "not compiled and not goes_on", "goes_on and not compiled", "compiled"
 COUNTED = 20  # passed tests after which a row says how many, so that it is known where there was no time for all
 TIMED = 3  # passes, of which the fastest counts
 ROOT = Path(__file__).resolve().parent.parent
+FREE = """
+import sys
+import torch
+from qlora_lite.memory.meter import free_bytes
+device = torch.device(sys.argv[1])
+for _ in sys.stdin:
+    print(free_bytes(device), flush=True)
+"""  # asked from another process, since a process that asks has a context
 # Of a prediction, beyond which it counts as wrong. Allocated memory has the rests of pieces that are not worth cutting,
 # which a plan counts apart (``memory.process.GROWING_SEGMENT_BYTES``).
 TENSOR_ERROR, ALLOCATED_ERRORS = 0.03, (-0.03, 0.05)
@@ -223,9 +232,42 @@ def _speed(model, inputs, levers: Levers) -> dict:
     return {"tokens_per_second": inputs.input_ids.numel() / min(seconds), **peak}
 
 
+def free_memory_row(scale: Scale, device: torch.device) -> dict:
+    """Return what is free before this process has a context, with one, after a first step and after a first save.
+
+    A context is the first difference; what kernels take that are loaded later is the others' without what torch's
+    allocator holds then.
+    """
+    command = [sys.executable, "-c", FREE, str(device)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+
+        def free() -> int:
+            if device.type == "cuda" and torch.cuda.is_initialized():
+                torch.cuda.synchronize(device)
+            print(file=other.stdin, flush=True)
+            return int(other.stdout.readline())
+
+        def held() -> int:
+            return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+
+        row = {"kind": "free memory", "before_context_bytes": free()}
+        torch.empty(1, device=device).fill_(0)
+        row |= {"after_context_bytes": free(), "context_held_bytes": held()}
+        case = {"model": scale.small_model, "tokens": scale.tokens, "checkpointing": "block"}
+        trainer = trainer_of(case, model_of(case, device))
+        next(iter(trainer))
+        row |= {"after_step_bytes": free(), "step_held_bytes": held()}
+        capture(trainer)
+        row |= {"after_save_bytes": free(), "save_held_bytes": held()}
+        other.stdin.close()
+    trainer.meter.close()
+    return row
+
+
 def plan(scale: Scale) -> Iterator[dict]:
-    """Compare predicted with measured memory for the README's table."""
+    """Compare predicted with measured memory for the README's table; first what a process takes beside tensors."""
     device = resolve_device()
+    yield free_memory_row(scale, device)
     machine = this_machine(device)
     tiny = [{"model": "tiny", "tokens": scale.tokens, "checkpointing": way} for way in ("block", "none")]
     for case in tiny if scale.rehearsal else plan_cases(True):

@@ -44,7 +44,16 @@ def _streamed(rows: Sequence[Mapping]) -> list[str]:
 
 
 def _plan(rows: Sequence[Mapping]) -> list[str]:
-    lines, rows = [], [row for row in rows if "measured_tensor_bytes" in row]
+    lines = []
+    for row in rows:
+        if row.get("kind") == "free memory":
+            free = [row[f"{when}_bytes"] for when in ("before_context", "after_context", "after_step", "after_save")]
+            held = [0, *(row[f"{when}_held_bytes"] for when in ("context", "step", "save"))]
+            others = [format_bytes(free[0] - left - own) for left, own in zip(free[1:], held[1:], strict=True)]
+            lines.append(
+                "beside torch's allocator: {} with a context, {} after a step, {} after a save".format(*others)
+            )
+    rows = [row for row in rows if "measured_tensor_bytes" in row]
     for kind, name in (("tensor", "tensors"), ("process", "allocated by the process")):
         errors = [row[f"predicted_{kind}_bytes"] / row[f"measured_{kind}_bytes"] - 1 for row in rows]
         if errors:
