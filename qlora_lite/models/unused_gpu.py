@@ -19,7 +19,7 @@ _DEVICES = Path("/dev")
 _AMD_DEVICE = "kfd"
 _OLDEST_DRIVER = {12: 525, 13: 580}  # by CUDA's major version
 _HIDING = "CUDA_VISIBLE_DEVICES"  # that is empty or begins with -1 shows no GPU to a process: the CPU is meant
-_OLDER_BUILD = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126"
+_OLDER_BUILD = "choose CUDA 12.6 at pytorch.org/get-started, which names the pip command"
 MEANT = "set model.device to cpu if the CPU is meant"
 
 

@@ -267,7 +267,7 @@ def test_a_gpu_that_torch_cannot_use_is_no_reason_to_take_the_cpu(machine, name,
         ModelError, match=rf"NVIDIA GPU \(driver {version}\).*{said}.*set model.device to cpu"
     ) as caught:
         resolve_device(name)
-    assert ("--index-url" in str(caught.value)) is ("does not start" not in said)
+    assert ("pytorch.org/get-started" in str(caught.value)) is ("does not start" not in said)
     assert resolve_device("cpu") == torch.device("cpu")
     found = doctor.examine()
     assert said in found["notes"][0] and found["machine"]["bitsandbytes_backend"].startswith("cpu")
