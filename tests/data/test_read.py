@@ -549,7 +549,11 @@ def test_a_file_that_links_give_two_names_is_an_error_and_not_read_twice(write, 
     (tmp_path / "set" / "b.jsonl").symlink_to(tmp_path / "set" / "a.jsonl")
     assert "b.jsonl: the same file as" in failure(tmp_path / "set")
     (tmp_path / "set" / "b.jsonl").unlink()
-    (tmp_path / "set" / "round").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "round").symlink_to(tmp_path / "set")  # which is not followed: it lies in it
+    assert len(rows_of(tmp_path / "set" / "**" / "*.jsonl")) == 1
+    (tmp_path / "set" / "again").symlink_to(tmp_path / "other")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "b.jsonl").symlink_to(tmp_path / "set" / "a.jsonl")
     assert "the same file as" in failure(tmp_path / "set" / "**" / "*.jsonl")
 
 
