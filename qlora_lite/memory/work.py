@@ -6,7 +6,7 @@ writes two), bytes that travel between device and host, and the operations thems
 by one. Beside them, how many large products differ (a CPU compiles a kernel for each), and bytes that a disk gives.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -16,8 +16,20 @@ from torch.utils.flop_counter import flop_registry
 from .marks import marks
 
 LARGE_BYTES = 1 << 17  # of a product's operands and result
-_COPY = torch.ops.aten.copy_.default
-_ALLOCATIONS = {getattr(torch.ops.aten, name) for name in ("empty", "empty_like", "empty_strided", "new_empty")}
+_aten = torch.ops.aten
+_COPY = _aten.copy_.default
+
+
+def _packets(*names: str) -> set:
+    return {getattr(_aten, name) for name in names}
+
+
+# What moves nothing, although torch does not call it a view; what writes without reading its first argument; what reads
+# a few rows of its first argument, and what adds its last one to as many.
+_FREE = _packets("empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view")
+_FILLS = _packets("copy_", "zero_", "fill_", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
+_GATHERS = _packets("index", "embedding", "gather", "index_select")
+_ADDS_ROWS = _packets("index_add_", "scatter_add_", "index_put_")
 
 
 def _attention(first: int, causal: int, of_keys: int, of_values: int) -> Callable:
@@ -47,9 +59,6 @@ def _product(first: int) -> Callable:
         return 2 * left.numel() * right.shape[-1]
 
     return flops
-
-
-_aten = torch.ops.aten
 
 
 def of_this_torch(kernels: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
@@ -89,9 +98,31 @@ def _no_work(*_args, **_kwargs) -> int:
 @cache
 def _formula(func) -> Callable | None:
     """Return an operator's formula, None if it only moves bytes, ``_no_work`` for views and memory alone."""
-    if func.is_view or func._overloadpacket in _ALLOCATIONS:
+    if func.is_view or func._overloadpacket in _FREE:
         return _no_work
     return FLOP_FORMULAS.get(func._overloadpacket)
+
+
+def moved_bytes(func, args: tuple, result) -> int:
+    """Return the bytes that an operator without products reads and writes."""
+    packet, read = func._overloadpacket, sum(_sizes(args))
+    if packet in _ADDS_ROWS:
+        *others, rows = _sizes(args[1:])
+        return sum(others) + 3 * rows  # read, and added to as many that are read and written
+    if packet in _FILLS:
+        read -= args[0].nbytes
+    elif packet in _GATHERS:
+        read += result.nbytes - args[0].nbytes
+    return read + sum(_sizes(result if isinstance(result, tuple | list) else (result,)))
+
+
+def _sizes(values: Sequence) -> Iterator[int]:
+    """Yield the bytes of the tensors among some values, and of those in lists there."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value.nbytes
+        elif isinstance(value, tuple | list):
+            yield from (item.nbytes for item in value if isinstance(item, torch.Tensor))
 
 
 class Work(NamedTuple):
@@ -143,5 +174,4 @@ class WorkCounter:
                 product = (func, *(t.shape for t in tensors))
                 self._products[product] = max(marks.kinds, self._products.get(product, 0))
         else:
-            outputs = result if isinstance(result, tuple | list) else (result,)
-            totals[1] += marks.repeats * sum(t.nbytes for t in (*args, *outputs) if isinstance(t, torch.Tensor))
+            totals[1] += marks.repeats * moved_bytes(func, args, result)

@@ -105,3 +105,24 @@ def test_a_longer_row_takes_more_kernels_on_a_cpu_whatever_the_depth():
             ]  # fmt: skip
             constants[tokens, layers] = prediction.simulation.work.large_products
     assert constants[512, 4] == constants[512, 12] < constants[1024, 4] == constants[1024, 12]
+
+
+TABLE, ROWS, NUMBERS = torch.ones(1000, 8), torch.ones(3, 8), torch.tensor([5, 7, 9])  # 4, 4 and 8 bytes a number
+
+
+@pytest.mark.parametrize(("run", "moved"), [
+    (lambda: TABLE[NUMBERS], 2 * ROWS.nbytes + NUMBERS.nbytes),
+    (lambda: torch.nn.functional.embedding(NUMBERS, TABLE), 2 * ROWS.nbytes + NUMBERS.nbytes),
+    (lambda: TABLE.gather(1, NUMBERS[:, None] % 8), 2 * 3 * 4 + 3 * NUMBERS.nbytes),  # with the remainder
+    (lambda: TABLE.index_add_(0, NUMBERS, ROWS), 3 * ROWS.nbytes + NUMBERS.nbytes),
+    (lambda: TABLE.copy_(TABLE.double()), TABLE.nbytes * (1 + 2 + 2 + 1)),
+    (lambda: TABLE.zero_(), TABLE.nbytes),
+    (lambda: TABLE.new_zeros(2, 3), 2 * 3 * 4),
+    (lambda: TABLE.add_(TABLE), 3 * TABLE.nbytes),
+    (lambda: torch.cat([ROWS, ROWS]), 4 * ROWS.nbytes),
+    (lambda: torch.ops.aten._unsafe_view(TABLE, [8000]), 0),
+])  # fmt: skip
+def test_an_operator_moves_what_it_reads_and_writes_and_of_a_table_only_the_rows_it_touches(run, moved):
+    with counted() as counter, phase("forward"):
+        run()
+    assert counter.work.moved_bytes == moved
