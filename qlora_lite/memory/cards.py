@@ -77,6 +77,16 @@ class Card:
         """Whether it multiplies in bfloat16; below capability 8.0 torch emulates that."""
         return self.compute_capability >= (8, 0)
 
+    @property
+    def is_geforce(self) -> bool:
+        """Whether it is one for games: RTX or GTX and four digits, and not a workstation's ("RTX 6000 Ada")."""
+        return re.match(r"[RG]TX \d{4}(?! Ada)", self.name) is not None
+
+    @property
+    def is_for_data_centres(self) -> bool:
+        """Whether it is one of the large chips for computing alone, such as A100 and H100."""
+        return self.compute_capability in ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
+
 
 def _card(
     name: str, box_gib: int, memory: str, gigabytes_per_second: float, teraflops: float, pcie: str, capability: str

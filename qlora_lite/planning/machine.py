@@ -1,6 +1,6 @@
 """The machine a plan is for: its memory, and how fast it computes and moves.
 
-The machine at hand is measured in a tenth of a second (one matrix product, one copy), since no table knows what
+The machine at hand is measured in a fifth of a second (one matrix product, one copy), since no table knows what
 else runs on it. For a card from the table, the vendor's rates are multiplied by the shares that real kernels
 reach. Step times that follow from either are for ranking plans; ``tools/check_plan`` shows how far off they are.
 """
@@ -17,8 +17,7 @@ from qlora_lite.memory.work import Work
 from qlora_lite.models.load import has_fast_bf16
 from qlora_lite.ops.offload import host_memory
 
-MATMUL_REACHED = 0.6  # of a card's dense peak, for products of a few thousand rows; not measured here
-BANDWIDTH_REACHED = 0.8  # of a card's memory bandwidth, element-wise kernels; not measured here
+BANDWIDTH_REACHED = 0.9  # of a card's memory bandwidth: 3.0 of 3.35 TB/s on an H100; not measured here
 # Of the host, to start an operation: what tools/bench_limit calls "Python, views, autograd" was 5 to 18 us on CPUs for
 # each operation that a simulation of the same step counts, the optimizer's too. A card's driver takes some more, which
 # was not measured here.
@@ -29,6 +28,7 @@ DISK_BYTES_PER_SECOND = 2e9  # assumed of a common NVMe disk, for a file that is
 _PRODUCT = {"cpu": (512, 2048, 2048), "cuda": (2048, 4096, 4096)}
 _COPY_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}  # less than any step needs, and malloc gives it back at once
 _BUS_BYTES, _TRIES = 64 * 2**20, 3
+_WARM_UP_SECONDS = 0.05  # an idle card's clock takes as long to rise
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +93,20 @@ def machine_of_card(card: Card) -> Machine:
     if not isinstance(card, Card):
         raise CardError(f"a card is wanted, not {card!r}; qlora_lite.find_card(NAME) finds one")
     return Machine(
-        card.name, "cuda", card.memory_bytes, 0, MATMUL_REACHED * card.flops_per_second,
+        card.name, "cuda", card.memory_bytes, 0, products_reached(card) * card.flops_per_second,
         BANDWIDTH_REACHED * card.bandwidth_bytes_per_second, card.pcie_bytes_per_second,
         dtype=torch.bfloat16 if card.has_bf16 else torch.float32,
     )  # fmt: skip
+
+
+def products_reached(card: Card) -> float:
+    """Return the share of a card's peak that cuBLAS reaches in products of a few thousand rows; not measured here.
+
+    GeForce cards, of whose tensor cores the table counts half the rate: 155.9 of 165 TFLOP/s on an RTX 4090 (pytorch
+    issue 181718), 31.0 of 30 on a 4060 (triton issue 10851). An H100: 798 of 989. Of cards with the whole rate and less
+    power, such as L4 and A6000, no figure was found.
+    """
+    return 0.92 if card.is_geforce else 0.75 if card.is_for_data_centres else 0.6
 
 
 def this_machine(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Machine:
@@ -121,9 +131,14 @@ def this_machine(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> M
 
 
 def _speeds(device: torch.device, dtype: torch.dtype) -> tuple[float, float, float]:
-    """Return FLOPs a second, and bytes a second of the device's memory and of its bus."""
+    """Return FLOPs a second, and bytes a second of the device's memory and of its bus.
+
+    The factors are random numbers: with zeros a card takes less power and keeps a higher clock.
+    """
     (rows, inner, columns), copied = _PRODUCT[device.type], _COPY_BYTES[device.type]
-    a, b = torch.zeros(rows, inner, dtype=dtype, device=device), torch.zeros(inner, columns, dtype=dtype, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = (rows, inner), (inner, columns)
+    a, b = (torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator) for shape in shapes)
     source = torch.zeros(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     flops = 2 * rows * inner * columns / _fastest(lambda: a @ b, device)
@@ -135,13 +150,13 @@ def _speeds(device: torch.device, dtype: torch.dtype) -> tuple[float, float, flo
 
 
 def _fastest(action, device: torch.device) -> float:
-    """Return the least seconds of some tries, after one to warm up."""
-    best = float("inf")
-    for attempt in range(_TRIES + 1):
+    """Return the least seconds of some tries, after as many as warm the device up."""
+    best, tries, begun = float("inf"), 0, time.perf_counter()
+    while tries < _TRIES:
         started = time.perf_counter()
         action()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        if attempt:
-            best = min(best, time.perf_counter() - started)
+        if started - begun > _WARM_UP_SECONDS:
+            best, tries = min(best, time.perf_counter() - started), tries + 1
     return best

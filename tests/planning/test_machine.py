@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from qlora_lite.memory import process
+from qlora_lite.memory.cards import find_card
 from qlora_lite.memory.meter import PeakMeter, held_bytes
 from qlora_lite.memory.process import CPU_BUFFERS_BYTES
 from qlora_lite.memory.work import Work
 from qlora_lite.planning import machine
-from qlora_lite.planning.machine import this_machine
+from qlora_lite.planning.machine import machine_of_card, this_machine
 
 CPU = torch.device("cpu")
 
@@ -40,3 +41,26 @@ def test_a_card_s_kernels_take_twice_as_long_to_start_on_wsl(release, seconds, m
     found = this_machine(torch.device("cuda", 0))
     assert found.starting_seconds(Work(0, 0, 0, 1000)) == pytest.approx(1000 * seconds)
     assert found.renamed("half of it", 2**32).operation_seconds == seconds
+
+
+@pytest.mark.parametrize(("name", "share"), [
+    ("rtx-4090", 0.92), ("rtx-4060-ti-16gb", 0.92), ("rtx-4070-laptop", 0.92), ("gtx-1080-ti", 0.92),
+    ("h100", 0.75), ("a100-40gb", 0.75), ("rtx-6000-ada", 0.6), ("rtx-a6000", 0.6), ("l4", 0.6),
+])  # fmt: skip
+def test_products_reach_the_share_of_a_card_s_peak_that_is_known_of_its_kind(name, share):
+    card = find_card(name)
+    found = machine_of_card(card)
+    assert found.flops_per_second == share * card.flops_per_second
+    assert found.bytes_per_second == 0.9 * card.bandwidth_bytes_per_second
+
+
+def test_a_device_is_measured_after_as_long_as_its_clock_takes_to_rise(monkeypatch):
+    clock, runs = [0.0], []
+
+    def run():
+        runs.append(clock[0])
+        clock[0] += 0.02 if clock[0] < 0.05 else 0.01
+
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: clock[0])
+    assert machine._fastest(run, CPU) == pytest.approx(0.01)
+    assert len(runs) == 3 + 3  # until 0.06 seconds, and three tries
