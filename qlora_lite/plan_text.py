@@ -8,7 +8,7 @@ from .memory.bar import memory_bar
 from .plan import Alternative, Plan, disk_bytes, host_bytes
 from .planning.candidate import Candidate
 from .planning.machine import DISK_BYTES_PER_SECOND
-from .planning.simulate import simulate_whole
+from .planning.simulate import full_pack, simulate_whole
 from .units import format_bytes, format_seconds
 
 MUCH_FREE = 0.25  # of the budget: a plan that leaves more says why
@@ -65,6 +65,14 @@ def _why_free(plan: Plan) -> str | None:
     else:
         what = "no plan that uses more is faster"
     return f"{format_bytes(free_bytes)}: {what}"
+
+
+def _assumed_sequences(plan: Plan) -> str | None:
+    """Return what a pack is counted as where no example was read; None where they were, or there is one a pack."""
+    lengths = plan.step.pack.lengths
+    if len(lengths) == 1 or plan.step.pack != full_pack(sum(lengths), packing=True):
+        return None
+    return f"no example was read: a pack counts as {len(lengths)}, one of them with nearly all of its tokens"
 
 
 def _in_words(chosen: Candidate) -> str:
@@ -184,6 +192,7 @@ def describe(plan: Plan, others: Sequence[Alternative], width: int = 80) -> str:
         f"peak in {peak.phase}, {peak.module or 'outside of modules'}",
         "", memory_bar(plan.breakdown, plan.budget_bytes, width), "",
         *_row("settings", _in_words(plan.chosen), width),
+        *_row("sequences", _assumed_sequences(plan), width),
         *_row("why", _why(plan), width),
         *_row("left free", _why_free(plan), width),
         f"{'step':16} {time_of_step(plan)}",
