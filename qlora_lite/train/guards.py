@@ -101,7 +101,7 @@ def _logits_error(model: nn.Module) -> float:
         ).float()
     model.train(was_training)
     size = alone.norm()
-    if not size.isfinite():
+    if not math.isfinite(size.item()):
         raise ModelError(f"{type(model).__name__}: its own logits are not finite: {_bad_weight(model)}; {BAD_FILES}")
     return ((packed - alone).norm() / size).item()
 
