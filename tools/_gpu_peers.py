@@ -16,8 +16,9 @@ from _peers import dressed, peers_step, stock_model
 from qlora_lite.compilers import missing_for_compile
 from qlora_lite.errors import QloraLiteError
 from qlora_lite.models.levers import Levers
-from qlora_lite.ops.fused_loss import CHECKED_TOKENS, FUSED, Loss, errors_of, foreign_errors
+from qlora_lite.ops.fused_loss import CHECKED_TOKENS, FUSED, Loss, errors_of
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, Head, chunked_cross_entropy
+from qlora_lite.ops.trial import foreign_errors
 from qlora_lite.plan import Plan
 
 SIDES, WARMUP, STEPS = 5, 1, 3

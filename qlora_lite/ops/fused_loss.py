@@ -11,30 +11,18 @@ Legend: N labelled tokens, D hidden size, V vocabulary.
 
 import importlib
 import importlib.util
-import logging
-import math
-import subprocess
-import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 
 from .loss import Head, chunked_cross_entropy
 from .shapes import pieces
-
-log = logging.getLogger(__name__)
+from .trial import Trial, choose, timed
 
 Loss = Callable[[torch.Tensor, torch.Tensor, Head], torch.Tensor]
 """The float32 sum over N tokens of hidden states [N, D] and targets int64 [N], as ``chunked_cross_entropy`` gives."""
 
-TIMED_RUNS = 3
-FASTER = 0.95  # of our time: what is less apart may be chance
 CHECKED_TOKENS, CHECKED_WORDS = 16, 2048  # in float64, and words at once
-# Times our error, and what an error is counted as at least. Liger stores the gradient of the logits in bfloat16 after
-# the target's share was subtracted: up to 2.5 times our error over Triton's interpreter (liger-kernel 0.8.5). What is
-# wrong, and not only rounded otherwise, is off by far more.
-WORSE, GRADIENT_ROUNDING, LOSS_ROUNDING = 3.0, 2.0**-9, 2.0**-12
 
 
 def _liger(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
@@ -71,26 +59,6 @@ def candidates(setting: str, head: Head, device: torch.device) -> list[str]:
     return installed()
 
 
-class Trial(NamedTuple):
-    """What a loss took, forward and backward: seconds, bytes of the card beside its inputs, and relative errors."""
-
-    seconds: float
-    peak_bytes: int
-    loss_error: float
-    gradient_error: float
-
-
-def foreign_errors() -> tuple[type[Exception], ...]:
-    """Return what a package for other versions, a kernel that is not for this card, or a compiler may end with."""
-    errors: tuple[type[Exception], ...] = (
-        ImportError, AttributeError, TypeError, ValueError, RuntimeError, LookupError, AssertionError, OSError,
-        subprocess.SubprocessError,
-    )  # fmt: skip
-    if importlib.util.find_spec("triton") is not None:
-        errors += (importlib.import_module("triton.errors").TritonError,)
-    return errors
-
-
 def choose_loss(
     names: Sequence[str], hidden: torch.Tensor, targets: torch.Tensor, head: Head, chunk_tokens: int
 ) -> str | None:  # fmt: skip
@@ -101,53 +69,15 @@ def choose_loss(
         hidden: [N, D], those of a step; N at least 1.
         chunk_tokens: of ours.
     """
-    ours = try_loss(lambda *inputs: chunked_cross_entropy(*inputs, chunk_tokens), hidden, targets, head)
-    seconds, best = FASTER * ours.seconds, None
-    for name in names:
-        try:
-            trial = try_loss(FUSED[name][1], hidden, targets, head)
-        except foreign_errors() as error:
-            log.info("memory.fused_loss: %s does not run here (%s: %s)", name, type(error).__name__,
-                     (str(error).splitlines() or [""])[0])  # fmt: skip
-            continue
-        fault = _fault(trial, ours)
-        log.info("memory.fused_loss: %s takes %.2f of the time of the chunked loss%s", name,
-                 trial.seconds / ours.seconds, f"; not used, {fault}" if fault else "")  # fmt: skip
-        if not fault and trial.seconds < seconds:
-            seconds, best = trial.seconds, name
-    log.info("memory.fused_loss: %s", f"{best} is used" if best else "the chunked loss stays")
-    return best
-
-
-def _fault(trial: Trial, ours: Trial) -> str:
-    """Say why a loss cannot stand for ours, whatever its time."""
-    if trial.peak_bytes > ours.peak_bytes:
-        return f"since it takes {trial.peak_bytes / 2**20:,.0f} MiB and not {ours.peak_bytes / 2**20:,.0f}"
-    for what, found, own, least in (
-        ("loss", trial.loss_error, ours.loss_error, LOSS_ROUNDING),
-        ("gradient", trial.gradient_error, ours.gradient_error, GRADIENT_ROUNDING),
-    ):
-        limit = WORSE * max(own, least)
-        if not found <= limit:  # NaN is not
-            return f"since its {what} is off by {found:.1e}, at most {limit:.1e}"
-    return ""
+    ours = "the chunked loss", lambda *inputs: chunked_cross_entropy(*inputs, chunk_tokens)
+    others = {name: FUSED[name][1] for name in names}
+    return choose("memory.fused_loss", ours, others, lambda loss: try_loss(loss, hidden, targets, head))
 
 
 def try_loss(loss: Loss, hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> Trial:
     """Run a loss forward and backward a few times and compare its first tokens with float64."""
-    device = hidden.device
-    _value_and_gradient(loss, hidden, targets, head)  # compiles, and chooses kernels
-    held = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    seconds = math.inf
-    for _ in range(TIMED_RUNS):
-        torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        _value_and_gradient(loss, hidden, targets, head)
-        torch.cuda.synchronize(device)
-        seconds = min(seconds, time.perf_counter() - started)
-    peak = torch.cuda.max_memory_allocated(device) - held
-    return Trial(seconds, peak, *errors_of(loss, hidden[:CHECKED_TOKENS], targets[:CHECKED_TOKENS], head))
+    took = timed(lambda: _value_and_gradient(loss, hidden, targets, head), hidden.device)
+    return Trial(*took, *errors_of(loss, hidden[:CHECKED_TOKENS], targets[:CHECKED_TOKENS], head))
 
 
 @torch.no_grad()

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from qlora_lite.ops import fused_loss
-from qlora_lite.ops.fused_loss import Trial, candidates, choose_loss, errors_of, exact_loss, foreign_errors
+from qlora_lite.ops.fused_loss import candidates, choose_loss, errors_of, exact_loss
 from qlora_lite.ops.loss import Head, chunked_cross_entropy, head_logits
+from qlora_lite.ops.trial import Trial, foreign_errors
 
 CPU = torch.device("cpu")
 OURS = Trial(1.0, 1000, 1e-5, 2e-3)
@@ -81,7 +82,7 @@ def test_the_fastest_of_those_that_are_as_good_is_chosen(monkeypatch, caplog):
         (OURS._replace(seconds=0.5, peak_bytes=2**21), "not used, since it takes 2 MiB and not 0"),
         (OURS._replace(seconds=0.5, gradient_error=7e-3), "not used, since its gradient is off by 7.0e-03, at most 6"),
         (OURS._replace(seconds=0.5, gradient_error=float("nan")), "not used, since its gradient is off by nan"),
-        (OURS._replace(seconds=0.5, loss_error=0.01), "not used, since its loss is off by 1.0e-02, at most 7.3e-04"),
+        (OURS._replace(seconds=0.5, value_error=0.01), "not used, since its value is off by 1.0e-02, at most 7.3e-04"),
         (ImportError("no triton\nmore"), "a does not run here (ImportError: no triton)\n"),
         (torch.OutOfMemoryError("CUDA out of memory."), "a does not run here (OutOfMemoryError: CUDA out of memory.)"),
     ],
@@ -138,10 +139,11 @@ INTERPRETED = """
 import sys, torch
 sys.path[:0] = sys.argv[1:]
 from test_fused_loss import errors_of, inputs, ours
-from qlora_lite.ops.fused_loss import FUSED, WORSE, GRADIENT_ROUNDING, LOSS_ROUNDING
+from qlora_lite.ops.fused_loss import FUSED
+from qlora_lite.ops.trial import GRADIENT_ROUNDING, VALUE_ROUNDING, WORSE
 given = inputs()
 found, own = errors_of(FUSED["liger"][1], *given), errors_of(ours, *given)
-for found, own, least in zip(found, own, (LOSS_ROUNDING, GRADIENT_ROUNDING)):
+for found, own, least in zip(found, own, (VALUE_ROUNDING, GRADIENT_ROUNDING)):
     assert found <= WORSE * max(own, least), (found, own)
 print("compared")
 """
@@ -165,7 +167,7 @@ def test_ours_is_tried_on_a_card():
     given = hidden.cuda(), targets.cuda(), head._replace(weight=head.weight.cuda())
     trial = fused_loss.try_loss(ours, *given)
     logits = head_logits(given[0], given[2]).nbytes
-    assert trial.seconds > 0 and trial.gradient_error < 4e-3 and trial.loss_error < 1e-3
+    assert trial.seconds > 0 and trial.gradient_error < 4e-3 and trial.value_error < 1e-3
     assert hidden.nbytes < trial.peak_bytes < 2 * logits
     plain = fused_loss.try_loss(
         lambda h, t, x: torch.nn.functional.cross_entropy(head_logits(h, x), t, reduction="sum"), *given

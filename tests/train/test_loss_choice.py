@@ -6,7 +6,7 @@ from tiny_trainer import trainer
 
 from qlora_lite.errors import TrainingError
 from qlora_lite.models.levers import Levers
-from qlora_lite.ops import fused_loss
+from qlora_lite.ops import fused_loss, trial
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, chunked_cross_entropy, head_logits
 from qlora_lite.train import loop
 
@@ -81,7 +81,7 @@ def test_a_card_tries_what_is_installed_unless_bits_must_repeat(monkeypatch, rep
     for name in list(fused_loss.FUSED):
         monkeypatch.setitem(fused_loss.FUSED, name, ("no_such_package", None))
     monkeypatch.setitem(fused_loss.FUSED, "same", ("json", same))
-    monkeypatch.setattr(fused_loss, "FASTER", 1e9)
+    monkeypatch.setattr(trial, "FASTER", 1e9)
     training = trainer(device="cuda", fused_loss="auto")
     torch.use_deterministic_algorithms(repeatable)
     try:
