@@ -6,6 +6,7 @@ writes two), bytes that travel between device and host, and the operations thems
 by one. Beside them, how many large products differ (a CPU compiles a kernel for each), and bytes that a disk gives.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
@@ -27,7 +28,9 @@ def _packets(*names: str) -> set:
 # What moves nothing, although torch does not call it a view; what writes without reading its first argument; what reads
 # a few rows of its first argument, and what adds its last one to as many.
 _FREE = _packets("empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view")
-_FILLS = _packets("copy_", "zero_", "fill_", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
+_FILLS = _packets(
+    "copy_", "zero_", "fill_", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"
+)
 _GATHERS = _packets("index", "embedding", "gather", "index_select")
 _ADDS_ROWS = _packets("index_add_", "scatter_add_", "index_put_")
 
@@ -44,6 +47,23 @@ def _attention(first: int, causal: int, of_keys: int, of_values: int) -> Callabl
         query, key, value = args[first : first + 3]
         scores = query.shape[:-1].numel() * key.shape[-2] // (2 if len(args) > causal and args[causal] else 1)
         return 2 * scores * (of_keys * key.shape[-1] + of_values * value.shape[-1])
+
+    return flops
+
+
+def _packed_attention(first: int, ends: int, of_keys: int, of_values: int) -> Callable:
+    """Return the formula of a fused operator of attention over sequences [T, H, D] that are packed.
+
+    Args:
+        first, ends: numbers of the arguments query and cum_seq_q.
+        of_keys, of_values: see ``_attention``.
+    """
+
+    def flops(*args, window_size_left: int | None = None, **_unused) -> int:
+        query, _key, value = args[first : first + 3]
+        lengths, seen = args[ends].diff().tolist(), math.inf if window_size_left is None else window_size_left + 1
+        scores = sum(min(seen, n) * (2 * n - min(seen, n)) // 2 for n in lengths) * query.shape[1]
+        return 2 * scores * (of_keys * query.shape[2] + of_values * value.shape[2])
 
     return flops
 
@@ -89,6 +109,8 @@ for _name, (_forward, _backward) in FUSED_ATTENTION.items():
     # forward: scores, values; backward: the scores again, and the gradients of scores, value, query and key
     FLOP_FORMULAS[getattr(_aten, f"_scaled_dot_product_{_name}")] = _attention(0, _forward, 1, 1)
     FLOP_FORMULAS[getattr(_aten, f"_scaled_dot_product_{_name}_backward")] = _attention(1, _backward, 3, 2)
+FLOP_FORMULAS[_aten._flash_attention_forward] = _packed_attention(0, 3, 1, 1)
+FLOP_FORMULAS[_aten._flash_attention_backward] = _packed_attention(1, 6, 3, 2)
 
 
 def _no_work(*_args, **_kwargs) -> int:

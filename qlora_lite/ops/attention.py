@@ -14,6 +14,7 @@ result [B, T, H, D].
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 
 import torch
 
@@ -23,6 +24,7 @@ from .block_attention import block_attention, block_gradients
 from .checkpoint import running
 from .fused_attention import fused_attention, has_kernel
 from .kept_attention import kept_attention
+from .packed_attention import kernel_takes, packed_attention
 from .shapes import device_type, kernel_rows
 from .window import window_attention
 
@@ -31,7 +33,7 @@ FORMULA_TOKENS = 256  # of a row, whose scores take little even for all heads at
 
 def row_attention(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
-    s_aux=None, row_lengths=None, **_unused,
+    s_aux=None, row_lengths=None, row_ends=None, **_unused,
 ):  # fmt: skip
     """Attend causally within each row.
 
@@ -45,6 +47,7 @@ def row_attention(
         s_aux: attention sinks [H], a score per head that takes weight and gives nothing (gpt-oss); None for off.
         row_lengths: tokens in each row, in order; an int64 tensor under torch.compile. Tokens behind the last row are
             filler: they attend to nothing and get zeros.
+        row_ends: where they end (``packed_attention.sequence_ends``), if a card may attend to all of them in one call.
 
     Returns:
         The attended values [B, T, H, D] and None in place of attention weights.
@@ -71,12 +74,16 @@ def row_attention(
         return _rows_operator(query, key, value, row_lengths, s_aux, scaling, sliding_window, softcap), None
     if no_kernel:
         return block_attention(query, key, value, row_lengths, scaling, sliding_window, softcap, s_aux), None
-    by_row = partial(_row_by_row, query, key, value, row_lengths, scaling, sliding_window, dropout)
+    by_row = partial(row_by_row, query, key, value, row_lengths, scaling, sliding_window, dropout)
     if device_type(query.device) == "cpu" and not dropout:
         fused = by_row if _fused_is_faster(query.dtype, row_lengths, sliding_window) else None
         return block_attention(query, key, value, row_lengths, scaling, sliding_window, attend=fused), None
     if not dropout and _by_blocks(query, key, value, row_lengths, sliding_window):
         return block_attention(query, key, value, row_lengths, scaling, sliding_window), None
+    alone = len(row_lengths) == 1 and (sliding_window is None or sliding_window >= length)  # a fused kernel's own case
+    if row_ends is not None and not alone and not dropout and kernel_takes(query, key, value, row_lengths):
+        attend = partial(packed_attention, ends=row_ends, lengths=row_lengths, scaling=scaling, window=sliding_window)
+        return kept_attention(attend, query, key, value).transpose(1, 2).contiguous(), None
     return by_row(), None
 
 
@@ -89,20 +96,33 @@ def _by_blocks(query, key, value, row_lengths: Sequence[int], window: int | None
     return not all(has_kernel(query, key, value, masked) for masked in kinds)
 
 
-def _row_by_row(query, key, value, row_lengths, scaling, window, dropout) -> torch.Tensor:
+def row_by_row(query, key, value, row_lengths, scaling, window, dropout) -> torch.Tensor:
     """Attend within one row after the other with fused kernels; return [B, T, H, D]."""
     attend = partial(_fused, scaling=scaling, dropout=dropout)
-    outs, start, length = [], 0, query.shape[2]
-    for row_length in row_lengths:
-        # Extra tokens up to the kernel's length are those of the next row: causal attention keeps the row from
-        # seeing them, and their own results are dropped.
-        seen = slice(start, start + kernel_rows(row_length, query.device))
-        row = (tensor[:, :, seen] for tensor in (query, key, value))
+    outs, start, length = [], sum(row_lengths), query.shape[2]
+    for row_length, *row in zip(row_lengths, *_cut(row_lengths, query, key, value), strict=True):
         outs.append(window_attention(attend, *row, window)[:, :row_length])
-        start += row_length
     if start < length:
         outs.append(query.new_zeros(query.shape[0], length - start, *query.shape[1::2]))
     return outs[0].contiguous() if len(outs) == 1 else torch.cat(outs, dim=1)
+
+
+def _cut(row_lengths, *tensors) -> list[Sequence[torch.Tensor]]:
+    """Return the rows of each tensor, long enough for the device's kernels.
+
+    Where they need no more than the rows have, backward joins the gradients of all; of slices it would add up tensors
+    of the whole length. Extra tokens up to the kernel's length are those of the next row: causal attention keeps the
+    row from seeing them, and their own results are dropped.
+    """
+    length, device = tensors[0].shape[2], tensors[0].device
+    whole = [kernel_rows(row_length, device) for row_length in row_lengths]
+    if whole == [length]:
+        return [[tensor] for tensor in tensors]
+    if whole == [*row_lengths]:
+        return [tensor.split([*whole, length - sum(whole)], dim=2)[: len(whole)] for tensor in tensors]
+    starts = accumulate(row_lengths[:-1], initial=0)
+    seen = [slice(start, start + count) for start, count in zip(starts, whole, strict=True)]
+    return [[tensor[:, :, places] for places in seen] for tensor in tensors]
 
 
 def _fused_is_faster(dtype: torch.dtype, row_lengths: Sequence[int], window: int | None) -> bool:

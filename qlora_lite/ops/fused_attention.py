@@ -55,12 +55,12 @@ def fused_attention(query, key, value, mask, scaling, dropout=0.0) -> torch.Tens
         [B, H, Tq, D], as a rule with T before H in memory.
     """
     causal, groups = mask is None and query.shape[2] > 1, query.shape[1] // key.shape[1]
-    on_card, flash = device_type(query.device) == "cuda", mask is None and _runs_flash(query, key, value, dropout)
+    on_card, flash = device_type(query.device) == "cuda", mask is None and runs_flash(query, key, value, dropout)
     if on_card and groups > 1 and not flash:
         key, value, groups = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1), 1
     if on_card and flash and not dropout and torch.is_grad_enabled() and query.requires_grad:
-        key_heads = _key_heads_at_once(query, key)
-        if key_heads < key.shape[1] and _flash_takes(query, key, value, scaling):
+        key_heads = key_heads_at_once(query, key)
+        if key_heads < key.shape[1] and flash_takes(query, key, value, scaling):
             return _FewHeadsBackward.apply(query, key, value, scaling, key_heads)
     if query.is_meta and not dropout:
         # torch would choose the formula here; a CPU's fused kernel saves what a card's does
@@ -142,17 +142,17 @@ class _FewHeadsBackward(torch.autograd.Function):
         return *grads, None, None
 
 
-def _key_heads_at_once(query, key) -> int:
-    """Return over how many key heads a backward runs at once."""
+def key_heads_at_once(query, key, rows: int | None = None) -> int:
+    """Return over how many key heads a backward runs at once; for ``rows`` see ``flash_bytes``."""
     if torch.are_deterministic_algorithms_enabled() or planned_to_repeat():
         return key.shape[1]  # the fewer heads, the more sums of each
     groups = query.shape[1] // key.shape[1]
     share = query[:, :groups]
-    taken = _flash_bytes(share, groups) + 2 * share.nbytes  # with copies of the results and their gradients
+    taken = flash_bytes(share, groups, rows) + 2 * share.nbytes  # with copies of the results and their gradients
     return max(1, min(key.shape[1], MOST_SCRATCH_BYTES // max(1, taken)))
 
 
-def _is_for_flash(query, value, dropout: float) -> bool:
+def is_for_flash(query, value, dropout: float) -> bool:
     """Tell whether flash attention takes heads of this kind, without a mask, on any card.
 
     Of heads between 192 and 224, and of wider ones with dropout, the cards of consumers have no backward.
@@ -162,16 +162,16 @@ def _is_for_flash(query, value, dropout: float) -> bool:
     return query.dtype != torch.float32 and size <= 256 and size == value.shape[3] and has_backward
 
 
-def _runs_flash(query, key, value, dropout: float) -> bool:
+def runs_flash(query, key, value, dropout: float) -> bool:
     """Tell whether a card, this machine's if it has one, runs flash attention for heads of this kind without a mask."""
     sizes = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
-    chosen = _chosen(query.dtype, *sizes, False, dropout) if _is_for_flash(query, value, dropout) else _MATH
+    chosen = _chosen(query.dtype, *sizes, False, dropout) if is_for_flash(query, value, dropout) else _MATH
     return chosen in (None, SDPBackend.FLASH_ATTENTION.value)
 
 
 def has_kernel(query, key, value, masked: bool) -> bool:
     """Tell whether a card runs a fused kernel for calls of this kind, without dropout; this machine's if it has one."""
-    if not masked and _runs_flash(query, key, value, 0.0):
+    if not masked and runs_flash(query, key, value, 0.0):
         return True
     heads = query.shape[1]  # key heads are expanded to as many
     return _chosen(query.dtype, heads, heads, query.shape[3], value.shape[3], masked, 0.0) != _MATH
@@ -203,7 +203,7 @@ def _chosen(
         return torch._fused_sdp_choice(*tensors, mask, dropout, not masked, enable_gqa=heads != key_heads)
 
 
-def _flash_takes(query, key, value, scaling) -> bool:
+def flash_takes(query, key, value, scaling) -> bool:
     """Tell whether torch would run flash attention, and as it is: other sizes of a head are filled up first."""
     if query.shape[3] % 8:
         return False
@@ -235,17 +235,21 @@ def _scratch(query, key, grad_out, groups: int, flash: bool) -> torch.Tensor:
     """
     if flash:
         copied = sum(tensor.nbytes for tensor in (query, grad_out) if not tensor.transpose(1, 2).is_contiguous())
-        taken = _flash_bytes(query, groups) + copied
+        taken = flash_bytes(query, groups) + copied
     else:
         taken = _efficient_bytes(query, key)
     with category("workspace"):
         return query.new_empty(taken, dtype=torch.uint8)
 
 
-def _flash_bytes(query, groups: int) -> int:
-    """Return the bytes that flash attention's backward takes for a query [B, H, T, D] with H / groups key heads."""
+def flash_bytes(query, groups: int, rows: int | None = None) -> int:
+    """Return the bytes that flash attention's backward takes for a query [B, H, T, D] with H / groups key heads.
+
+    Args:
+        rows: tokens that it makes room for, None where they are T rounded up.
+    """
     batch, heads, length, size = query.shape
-    rows, numbers = _up(length, _ROWS), _up(size, 32) if size <= 192 else 256
+    rows, numbers = rows or _up(length, _ROWS), _up(size, 32) if size <= 192 else 256
     sums = -(-_MOST_PROCESSORS // (batch * heads)) if planned_to_repeat() else 1  # of the query's gradient, float32
     taken = 4 * batch * heads * rows * (1 + sums * numbers)  # with what the gradients of the scores have in common
     if groups > 1:  # the gradients of key and value for each head of the query, before they are added up

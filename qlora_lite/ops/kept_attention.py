@@ -22,6 +22,7 @@ from qlora_lite.memory.work import FUSED_ATTENTION
 from .checkpoint import Run, present_run
 
 FUSED = {getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}") for kernel in FUSED_ATTENTION}
+FUSED |= {torch.ops.aten._flash_attention_forward}
 
 
 class FusedCall(NamedTuple):
