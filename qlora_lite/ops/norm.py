@@ -2,7 +2,8 @@
 
 transformers writes RMS norms out in single operators, and autograd goes back through each of them: it keeps the input
 once more in float32, and rounds on the way. Here the value is the module's own, its input is kept as it is, and the
-gradient is taken by the formula, in float32:
+gradient is taken by the formula, in float32. A card has torch's fused kernels in their place, which read and write each
+number once: 4 bytes a number in bf16 forward and 6 backward, against 36 and 90. The formula:
 
     y = gain * n,   n = x / rms,   rms = sqrt(mean(x^2) + eps)
     dx = (g - n * mean(g * n)) / rms,   g = gain * dy
@@ -18,7 +19,10 @@ import torch
 from torch import nn
 
 from .around import Around
+from .shapes import device_type
 
+# read for torch 2.11 to 2.13; a CPU has no kernel for the second
+_FUSED, _FUSED_BACKWARD = torch.ops.aten._fused_rms_norm, torch.ops.aten._fused_rms_norm_backward
 OFFSETS = (0.0, 1.0)  # from a weight to its gain
 PROBE_SIZE = 1e-3  # of inputs whose mean square is not far from eps
 
@@ -29,17 +33,23 @@ class LeanNorm(Around):
     Args:
         inner: the model's own norm.
         offset: from its weight to its gain; see ``gain_offset``.
+
+    ``fused`` allows a card's kernels; see ``models.kernels``.
     """
+
+    fused = False
 
     def __init__(self, inner: nn.Module, offset: float):
         super().__init__(inner)
         self.offset = offset
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plain = self.weight.requires_grad or torch.compiler.is_compiling()  # a compiler finds out what to keep
-        if plain or not (x.requires_grad and torch.is_grad_enabled()):
+        if self.weight.requires_grad or torch.compiler.is_compiling():  # a compiler finds out what to keep
             return self.inner(x)
-        return _RmsNorm.apply(x, self.weight, self.inner, self.offset)
+        fused = self.fused and _kernels_take(x, self.weight)
+        if x.requires_grad and torch.is_grad_enabled():
+            return (_FusedRmsNorm if fused else _RmsNorm).apply(x, self.weight, self.inner, self.offset)
+        return _fused_value(x, self.weight, self.inner)[0] if fused and not self.offset else self.inner(x)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -55,6 +65,44 @@ class _RmsNorm(torch.autograd.Function):
         return _gradient(x, weight.float() + ctx.offset, ctx.eps, grad_y), None, None, None
 
 
+class _FusedRmsNorm(torch.autograd.Function):
+    """The same by torch's kernels.
+
+    They multiply by the weight itself, in its type. One more than it, in float32, has more digits than that: there the
+    value is the module's own, and the gradient is multiplied by the gain before.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, inner, offset):
+        ctx.offset, ctx.eps = offset, _eps(inner)
+        y, one_over_rms = (inner(x), None) if offset else _fused_value(x, weight, inner)
+        ctx.save_for_backward(x, weight, one_over_rms)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        x, weight, one_over_rms = ctx.saved_tensors
+        x, grad_y = x.contiguous(), grad_y.contiguous()  # which the kernel would see to
+        if ctx.offset:
+            grad_y, weight = torch.addcmul(grad_y, grad_y, weight, value=ctx.offset), None
+            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+            one_over_rms = norm.square_().div_(x.shape[-1]).add_(ctx.eps).rsqrt_()
+        grad_x, _ = _FUSED_BACKWARD(grad_y, x, [x.shape[-1]], one_over_rms, weight, [True, False])
+        return grad_x, None, None, None
+
+
+def _kernels_take(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return x.dtype == weight.dtype and (x.is_cuda or (x.is_meta and device_type(x.device) == "cuda"))
+
+
+def _fused_value(x, weight, inner: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a norm's value in one kernel, and 1 / rms [..., 1] in float32."""
+    x = x.contiguous()
+    if x.is_meta:  # where torch runs the formula; a product reads and writes as much as the kernel does
+        return x * weight, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    return _FUSED(x, [x.shape[-1]], weight, _eps(inner))
+
+
 def _gradient(x, gain, eps: float, grad_y) -> torch.Tensor:
     normed = x.to(torch.float32, copy=True)
     one_over_rms = (torch.linalg.vecdot(normed, normed) / x.shape[-1] + eps).rsqrt_().unsqueeze(-1)
@@ -62,6 +110,12 @@ def _gradient(x, gain, eps: float, grad_y) -> torch.Tensor:
     scaled = grad_y.to(torch.float32, copy=True).mul_(gain)
     shared = torch.linalg.vecdot(scaled, normed).div_(-x.shape[-1]).unsqueeze(-1)
     return scaled.addcmul_(normed, shared).mul_(one_over_rms).to(x.dtype)
+
+
+def exact_norm(norm: LeanNorm, x: torch.Tensor) -> torch.Tensor:
+    """Return a norm's value by the formula, in the type of x."""
+    one_over_rms = (x.square().mean(-1, keepdim=True) + _eps(norm.inner)).rsqrt()
+    return (norm.weight.to(x.dtype) + norm.offset) * x * one_over_rms
 
 
 def use_lean_norms(model: nn.Module) -> None:

@@ -2,10 +2,17 @@
 
 import pytest
 import torch
+from counted import counted
 from tiny import ARCHITECTURES, UNUSUAL, build_tiny
 from torch import nn
+from torch._decomp import decomposition_table
 
-from qlora_lite.ops.norm import LeanNorm, gain_offset, use_lean_norms
+from qlora_lite.memory.marks import phase
+from qlora_lite.ops import norm as norm_module
+from qlora_lite.ops.norm import LeanNorm, exact_norm, gain_offset, use_lean_norms
+from qlora_lite.ops.shapes import planning_for
+
+aten = torch.ops.aten
 
 SIZE = 24
 WITH_RMS_NORMS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "gpt_oss",
@@ -122,3 +129,90 @@ def test_norms_of_another_kind_stay_as_they_are():
     assert [type(part) for part in model] == [MeanTooRMSNorm, GatedRMSNorm, nn.LayerNorm]
     assert gain_offset(model[0]) is None
     assert gain_offset(GatedRMSNorm()) == 0.0  # only its second argument speaks against it
+
+
+@pytest.fixture
+def card_kernels(monkeypatch):
+    """Torch's own definitions of a card's kernels, on a CPU's tensors."""
+    called = []
+
+    def named(operator):
+        def call(*args):
+            called.append(operator)
+            return decomposition_table[operator.default](*args)
+
+        return call
+
+    monkeypatch.setattr(norm_module, "_kernels_take", lambda *_: True)
+    for name, operator in (("_FUSED", aten._fused_rms_norm), ("_FUSED_BACKWARD", aten._fused_rms_norm_backward)):
+        monkeypatch.setattr(norm_module, name, named(operator))
+    return called
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+@pytest.mark.parametrize("model_type", WITH_RMS_NORMS)
+def test_a_card_s_kernels_are_as_near_to_the_formula(model_type, scale, dtype, card_kernels):
+    for norm in norms_of(model_type, dtype):
+        x, upstream = inputs_of(norm, scale)
+        exact, wanted = exact_norm(norm, x.double()), expected_gradient(norm, x, upstream)
+        errors = []
+        for norm.fused in (True, False):
+            y = norm(x)
+            errors.append([error(y, exact), error(torch.autograd.grad(y, x, upstream)[0], wanted)])
+            assert y.dtype == dtype
+        rounded_once_more = 1.5 if norm.offset else 1.1  # the gradient times the gain
+        for (fused, plain), more in zip(zip(*errors, strict=True), (1.1, rounded_once_more), strict=True):
+            assert fused <= max(more * plain, torch.finfo(torch.float32).eps)
+    assert aten._fused_rms_norm_backward in card_kernels and (aten._fused_rms_norm in card_kernels) != bool(norm.offset)
+
+
+def test_with_kernels_a_value_is_the_same_with_and_without_a_gradient(card_kernels):
+    for model_type in ("llama", "gemma2"):
+        for norm in norms_of(model_type, torch.bfloat16):
+            norm.fused = True
+            x, _ = inputs_of(norm)
+            with torch.no_grad():
+                alone = norm(x)
+            assert torch.equal(norm(x), alone)
+
+
+def test_a_cpu_and_another_type_than_the_weight_s_have_no_kernel():
+    (norm,) = norms_of("llama", torch.bfloat16)
+    norm.fused = True
+    x, _ = inputs_of(norm)
+    assert torch.equal(norm(x), norm.inner(x))
+    meta = x.detach().to("meta")
+    with planning_for("cuda"):
+        assert norm_module._kernels_take(meta, norm.weight) and not norm_module._kernels_take(meta.float(), norm.weight)
+
+
+@pytest.mark.parametrize(("model_type", "forward", "backward"), [("llama", 4.3, 6.3), ("gemma2", None, 12)])
+def test_a_norm_on_a_card_reads_and_writes_each_number_about_once(model_type, forward, backward):
+    """Bytes a number in bf16, with 0.3 for what there is one of in a row of 64."""
+    (norm,) = norms_of(model_type, torch.bfloat16)
+    norm.to("meta")
+    norm.fused = True
+    x = torch.empty(64, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with planning_for("cuda"):
+        with counted() as value, phase("forward"):
+            y = norm(x)
+        with counted() as gradient, phase("backward"):
+            y.backward(torch.empty_like(y))
+    assert forward is None or value.work.moved_bytes <= forward * x.numel()
+    rms = 2.7 if model_type == "gemma2" else 0  # found once more
+    assert gradient.work.moved_bytes <= (backward + rms) * x.numel()
+    assert gradient.work.operations == (7 if rms else 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_on_a_card_kernels_are_as_near_to_the_formula(model_type):
+    for norm in norms_of(model_type, torch.bfloat16):
+        x, upstream = (tensor.detach().cuda() for tensor in inputs_of(norm))
+        norm.to("cuda")
+        x.requires_grad_()
+        exact, wanted = exact_norm(norm, x.double()), expected_gradient(norm, x, upstream)
+        for norm.fused in (True, False):
+            y = norm(x)
+            assert error(y, exact) < 5e-3 and error(torch.autograd.grad(y, x, upstream)[0], wanted) < 5e-3
