@@ -10,7 +10,7 @@ its last bit differs from one machine to another. Other bits are said like anoth
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -265,14 +265,15 @@ def data_identity(recipe: Recipe, tokenizer, data: Dataset, eval_data: Dataset |
     }
 
 
-def environment(device_name: str, loss: str, frozen_weights: str) -> dict[str, object]:
+def environment(device_name: str, loss: str, kernels: Sequence[str], frozen_weights: str) -> dict[str, object]:
     """Return what a result's last bits can depend on, by name.
 
     Args:
         loss: whose loss is computed.
+        kernels: fused ones that are used, see ``models.kernels``.
         frozen_weights: see ``guards.frozen_checksum``.
     """
     return {
         **package_versions(), "device": device_name, "threads": torch.get_num_threads(), "loss": loss,
-        FROZEN_WEIGHTS: frozen_weights,
+        "kernels": [*kernels], FROZEN_WEIGHTS: frozen_weights,
     }  # fmt: skip

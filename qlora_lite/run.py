@@ -28,6 +28,7 @@ from .memory.meter import PeakMeter, hold_to, mapped_bytes
 from .merge import loses_its_update
 from .models.anatomy import device_of
 from .models.cache import base_fingerprint
+from .models.kernels import kernels_of
 from .models.load import resolve_device
 from .models.locate import locate
 from .models.rows_alone import rows_run_alone, why_rows_run_alone
@@ -197,7 +198,9 @@ class _Run:
         about = {
             "recipe": recipe.model_dump(mode="json"), "identity": identity | self._model_identity(),
             "plan": self.plan.chosen.settings,
-            "environment": environment(_device_name(device_of(self.model)), self._loss(), self.checksum),
+            "environment": environment(
+                _device_name(device_of(self.model)), self._loss(), self._kernels(), self.checksum
+            ),
         }  # fmt: skip
         self.training = Training(recipe, self.run, self.trainer, self.tokenizer, self.eval_data, self.meter, self.stop,
                                  about, self.budget_bytes, self.progress, self.watch)  # fmt: skip
@@ -394,7 +397,9 @@ class _Run:
         if self.settings.levers.compile:
             log.info("train.compile: compiling the blocks, which takes a minute or so the first time")
         try:
-            self.trainer.choose_loss(self.continuation.run["environment"].get("loss") if self._keeps_plan else None)
+            before = self.continuation.run["environment"] if self._keeps_plan else {}
+            self.trainer.choose_kernels(before.get("kernels"))
+            self.trainer.choose_loss(before.get("loss"))
             self.trainer.rehearse(eval_examples)
         except (RuntimeError, MemoryError) as error:
             if not another_plan_may_help(error, device):
@@ -413,11 +418,15 @@ class _Run:
         self.run.update(plan={
             "budget_bytes": budget, "predicted_peak_bytes": predicted, "measured_peak_bytes": peak,
             "chosen": self.plan.chosen.settings, "why": reason(self.plan), "loss": self._loss(),
+            "kernels": self._kernels(),
         })  # fmt: skip
         return None
 
     def _loss(self) -> str:
         return self.trainer.fused_loss or CHUNKED
+
+    def _kernels(self) -> list[str]:
+        return sorted(kernels_of(self.model)) if device_of(self.model).type == "cuda" else []
 
     def _conclude(self, before: ExactMatch | None, after: ExactMatch | None) -> None:
         self.training.save_adapter(ADAPTER)

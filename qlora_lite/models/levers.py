@@ -23,6 +23,7 @@ from qlora_lite.quant.product import keeping_weights
 
 from .anatomy import blocks, decoder, device_of, tokenwise_parts
 from .host_tables import HostEmbedding, HostHead
+from .kernels import KERNELS, use_kernels
 
 # What the recipe calls otherwise: its key, and its words for values.
 _IN_A_RECIPE = {
@@ -41,7 +42,8 @@ class Levers:
     ``kept_blocks`` and ``checkpoint_every`` count only where blocks are computed again; ``loss_chunk_tokens`` None
     takes the default, ``tile_tokens`` None runs MLPs and norms whole, ``resident_blocks`` None streams nothing.
     ``compile`` is the train section's. ``offload_folder`` counts only with ``offload_checkpoints``, and
-    ``stream_from_disk`` only with ``resident_blocks``.
+    ``stream_from_disk`` only with ``resident_blocks``. ``kernels`` "auto" allows a card's fused kernels
+    (``models.kernels``), "plain" none.
     """
 
     checkpointing: str = "block"
@@ -58,6 +60,7 @@ class Levers:
     compile: bool = False
     offload_folder: str | None = None
     stream_from_disk: bool = False
+    kernels: str = "auto"
 
     @property
     def settings(self) -> dict[str, object]:
@@ -220,6 +223,8 @@ def set_levers(model: nn.Module, levers: Levers) -> None:
         around = _keeping(levers, stay=False)  # until the block's own backward
         checkpoint = Checkpoint(number, host, skipping[type(block)], around, selective, levers.compile, stretches)
         block._gradient_checkpointing_func = checkpoint if number < checkpointed else compiled.value
+    # a compiler makes its own of all of them
+    use_kernels(model, KERNELS if levers.kernels == "auto" and not levers.compile else ())
     tiled = sum(_set_tiles(module, levers, skipping) for module in (decoder(model), *found))
     if levers.tile_tokens and not tiled:
         raise ModelError(f"{type(model).__name__} has no part that is known to work token by token: "

@@ -78,12 +78,12 @@ def row_attention(
     if device_type(query.device) == "cpu" and not dropout:
         fused = by_row if _fused_is_faster(query.dtype, row_lengths, sliding_window) else None
         return block_attention(query, key, value, row_lengths, scaling, sliding_window, attend=fused), None
-    if not dropout and _by_blocks(query, key, value, row_lengths, sliding_window):
-        return block_attention(query, key, value, row_lengths, scaling, sliding_window), None
     alone = len(row_lengths) == 1 and (sliding_window is None or sliding_window >= length)  # a fused kernel's own case
     if row_ends is not None and not alone and not dropout and kernel_takes(query, key, value, row_lengths):
         attend = partial(packed_attention, ends=row_ends, lengths=row_lengths, scaling=scaling, window=sliding_window)
         return kept_attention(attend, query, key, value).transpose(1, 2).contiguous(), None
+    if not dropout and _by_blocks(query, key, value, row_lengths, sliding_window):
+        return block_attention(query, key, value, row_lengths, scaling, sliding_window), None
     return by_row(), None
 
 

@@ -9,7 +9,7 @@ from .machine import Machine
 from .predict import Prediction, predict
 from .simulate import Job, Rows
 
-NOT_CHOSEN = {"optimizer_in_backward", "compile", "offload_folder"}  # levers that are as the recipe says
+NOT_CHOSEN = {"optimizer_in_backward", "compile", "offload_folder", "kernels"}  # levers that are as the recipe says
 EQUALLY_FAST = 1.03  # time estimates closer than this are not told apart
 
 

@@ -42,7 +42,7 @@ from qlora_lite.ops.stream import spare_bytes
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.optim import build_optimizer
 from qlora_lite.train.rehearsal import rehearse_step
-from qlora_lite.train.step import Inputs, filler_tokens, labelled_count
+from qlora_lite.train.step import Inputs, filler_tokens, labelled_count, row_ends
 
 from .meta_results import MetaResults, NeedsValuesError
 
@@ -315,7 +315,8 @@ def _model(job: Job, device: torch.device) -> nn.Module:
     place(model, device, job.levers)
     if job.rows_alone or why_rows_run_alone(model, max(job.longest, *job.rows.lengths)):
         run_rows_alone(model)
-    set_levers(model, replace(job.levers, compile=False))  # compiled blocks are counted as plain ones
+    compiled = {"compile": False, "kernels": "plain"} if job.levers.compile else {}  # counted as plain blocks
+    set_levers(model, replace(job.levers, **compiled))
     if device == META and not uses_row_attention(model):
         for part in (part for block in blocks(model) for part in block.children()):
             PlannedAttention().during(part)  # hooks of a block itself are not called where it runs again
@@ -328,7 +329,7 @@ def _inputs(rows: Rows, device: torch.device) -> Inputs:
     ids, learned, targets = (torch.zeros(shape, dtype=torch.int64, device=device) for shape in shapes)
     counted = (*rows.lengths, tokens - sum(rows.lengths))
     positions = torch.cat([torch.arange(length, device=device) for length in counted])[None]
-    return Inputs(ids, positions, rows.lengths, learned, targets)
+    return Inputs(ids, positions, rows.lengths, learned, targets, row_ends(rows.lengths, device))
 
 
 def _at_depth(job: Job, layers: int) -> Job:

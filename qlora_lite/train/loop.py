@@ -12,7 +12,7 @@ import logging
 import math
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TypeVar
@@ -28,6 +28,7 @@ from qlora_lite.lora.inject import lora_layers, lora_parameters, require_model
 from qlora_lite.lora.shared import forget_begun
 from qlora_lite.memory.meter import PeakMeter
 from qlora_lite.models.anatomy import device_of, head
+from qlora_lite.models.kernels import kernels_of, use_kernels
 from qlora_lite.models.levers import set_levers
 from qlora_lite.ops.fused_loss import candidates, choose_loss
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS
@@ -46,6 +47,7 @@ from .guards import (
     check_updates_in_backward,
     explain_not_finite,
 )
+from .kernels import choose_kernels
 from .optim import build_optimizer
 from .out_of_memory import cut, first_line, free_cached_memory, is_out_of_memory, lower_limit, no_retry
 from .rehearsal import rehearse_step
@@ -123,7 +125,8 @@ class Trainer:
         check_embeddings(model, examples)
         check_trainable(model, sum(parameter.numel() for parameter in self.parameters))
         tiny_tiles = settings.levers.tile_tokens and CHECKED_TILE_TOKENS  # so that the check's few tokens are cut
-        set_levers(model, replace(settings.levers, tile_tokens=tiny_tiles))
+        # kernels are tried later, where one that does not run here ends no run
+        set_levers(model, replace(settings.levers, tile_tokens=tiny_tiles, kernels="plain"))
         check_forward(model, settings.max_tokens)
         set_levers(model, settings.levers)
         check_updates_in_backward(model, settings)
@@ -161,6 +164,22 @@ class Trainer:
         self.model.train(was_training)
         if list(map(bit_sums, self.parameters)) != before:
             raise TrainingError("the rehearsal before training changed a LoRA factor; please report this")
+
+    @float32_partial_sums()
+    def choose_kernels(self, recorded: Collection[str] | None = None) -> None:
+        """Find out which fused kernels the steps compute with, on the largest micro-batch; see ``train.kernels``.
+
+        Args:
+            recorded: those of a run that goes on, which are kept.
+        """
+        device, allowed = device_of(self.model), kernels_of(self.model)
+        if recorded is not None:
+            use_kernels(self.model, allowed & {*recorded})
+        elif device.type == "cuda" and allowed:
+            largest, _ = largest_batches(self.examples, (), self.epochs, self.most_tokens)
+            choose_kernels(self.model, prepare(largest, device))
+            free_cached_memory(device)
+            self.meter.restart()
 
     @float32_partial_sums()
     def choose_loss(self, recorded: str | None = None) -> None:

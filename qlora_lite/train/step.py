@@ -15,13 +15,15 @@ from torch import nn
 from qlora_lite.data.batch import IGNORED_LABEL, Batch
 from qlora_lite.memory.marks import category, phase
 from qlora_lite.models.anatomy import decoder, device_of, head
+from qlora_lite.models.kernels import kernels_of
 from qlora_lite.models.load import uses_row_attention
 from qlora_lite.models.rows_alone import rows_run_alone
 from qlora_lite.ops.checkpoint import row_alone
 from qlora_lite.ops.compiled import in_words
 from qlora_lite.ops.fused_loss import FUSED
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, chunked_cross_entropy
-from qlora_lite.ops.shapes import kernel_rows
+from qlora_lite.ops.packed_attention import sequence_ends
+from qlora_lite.ops.shapes import device_type, kernel_rows
 
 from .optim import UpdatesInBackward, clip_gradients
 from .out_of_memory import no_retry
@@ -55,6 +57,7 @@ class Inputs(NamedTuple):
     row_lengths: tokens of each row, T in all.
     learned: int64 [N], the places whose next token is a target.
     targets: int64 [N].
+    row_ends: of a card, where rows end (``ops.packed_attention.sequence_ends``).
     """
 
     input_ids: torch.Tensor
@@ -62,6 +65,7 @@ class Inputs(NamedTuple):
     row_lengths: tuple[int, ...]
     learned: torch.Tensor
     targets: torch.Tensor
+    row_ends: torch.Tensor | None = None
 
 
 def prepare(batch: Batch, device: torch.device) -> Inputs:
@@ -75,7 +79,12 @@ def prepare(batch: Batch, device: torch.device) -> Inputs:
     position_ids = torch.cat([batch.position_ids, torch.arange(filler)[None]], dim=1)
     learned = (batch.labels != IGNORED_LABEL).nonzero().squeeze(1)
     tensors = [t.to(device) for t in (input_ids, position_ids, learned, batch.labels[learned])]
-    return Inputs(*tensors[:2], batch.row_lengths, *tensors[2:])
+    return Inputs(*tensors[:2], batch.row_lengths, *tensors[2:], row_ends(batch.row_lengths, device))
+
+
+def row_ends(row_lengths: Sequence[int], device: torch.device) -> torch.Tensor | None:
+    """Return where rows end for a card's attention, None for a CPU's."""
+    return sequence_ends(row_lengths, device) if device_type(device) == "cuda" else None
 
 
 def filler_tokens(row_lengths: Sequence[int], device: torch.device) -> int:
@@ -88,16 +97,21 @@ def hidden_states(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     """Return the last hidden states [T, D] of rows laid end to end."""
     if rows_run_alone(model):
         return _hidden_states_row_by_row(model, inputs)
-    return _decoded(model, inputs.input_ids, inputs.position_ids, inputs.row_lengths)
+    ends = inputs.row_ends if "sequences" in kernels_of(model) else None
+    return _decoded(model, inputs.input_ids, inputs.position_ids, inputs.row_lengths, ends)
 
 
-def _decoded(model: nn.Module, ids: torch.Tensor, positions: torch.Tensor, row_lengths: tuple[int, ...]):
+def _decoded(
+    model: nn.Module, ids: torch.Tensor, positions: torch.Tensor, row_lengths: tuple[int, ...],
+    ends: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Return the last hidden states of the rows that the tokens begin with."""
     rows = {}
     if uses_row_attention(model):
         # row_attention needs no mask. Without one, transformers looks at the positions for packed rows, and a card
         # waits for the answer; one of four dimensions it passes on as it is.
         rows = {"row_lengths": row_lengths, "attention_mask": ids.new_empty((1, 1, 0, 0))}
+        rows |= {} if ends is None else {"row_ends": ends}
     output = decoder(model)(input_ids=ids, position_ids=positions, use_cache=False, **rows)
     return output.last_hidden_state[0, : sum(row_lengths)]
 

@@ -1,0 +1,26 @@
+"""Which fused kernels a model computes with on a card, in place of what this package writes out.
+
+They round otherwise than what they replace, so a model has none until training allows them (``models.levers``), and a
+run keeps those that were no worse on its own shapes (``train.kernels``).
+"""
+
+from collections.abc import Collection
+
+from torch import nn
+
+from qlora_lite.ops.norm import LeanNorm
+
+KERNELS = "norms", "sequences"  # of RMS norms both ways; of attention, all packed sequences in one call
+
+
+def use_kernels(model: nn.Module, names: Collection[str]) -> None:
+    """Have a model compute with some of ``KERNELS``, where they can, and with no others."""
+    for module in model.modules():
+        if isinstance(module, LeanNorm):
+            module.fused = "norms" in names
+    model.qlora_lite_kernels = frozenset(names)
+
+
+def kernels_of(model: nn.Module) -> frozenset[str]:
+    """Return which of ``KERNELS`` a model may compute with."""
+    return getattr(model, "qlora_lite_kernels", frozenset())

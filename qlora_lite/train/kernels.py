@@ -1,0 +1,138 @@
+"""Which fused kernels a run computes with: each is tried on the run's own shapes before the first step.
+
+One forward pass shows what they are given; each kind of call is then tried against plain operators (``ops.trial``).
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qlora_lite.models.kernels import kernels_of, use_kernels
+from qlora_lite.ops.attention import row_by_row
+from qlora_lite.ops.block_attention import block_attention
+from qlora_lite.ops.norm import LeanNorm, exact_norm
+from qlora_lite.ops.packed_attention import FORWARD, packed_attention, sequence_ends
+from qlora_lite.ops.trial import Trial, choose, foreign_errors, timed
+
+from .out_of_memory import is_out_of_memory
+from .step import Inputs, hidden_states
+
+log = logging.getLogger("qlora_lite")
+
+SETTING = "memory.kernels"
+CHECKED_ROWS, CHECKED_LENGTHS, CHECKED_WINDOW = 64, (100, 37, 100, 5), 33  # in float64
+Function = Callable[..., torch.Tensor]
+
+
+def choose_kernels(model: nn.Module, inputs: Inputs) -> None:
+    """Leave a model those of its kernels (``models.kernels``) that are no worse than plain operators; say why.
+
+    Args:
+        inputs: the largest micro-batch, on a card.
+
+    Raises:
+        RuntimeError: memory ran out.
+    """
+    kept = set(kernels_of(model))
+    try:
+        norms, calls = _seen(model, inputs)
+        if not all([_norm_is_better(*seen) for seen in norms]):  # each of them says how it is
+            kept.discard("norms")
+        if not all([_is_better_packed(*call, inputs.row_lengths) for call in calls]):
+            kept.discard("sequences")
+    except foreign_errors() as error:
+        if is_out_of_memory(error):
+            raise
+        log.info("%s: fused kernels do not run here (%s)", SETTING, (str(error).splitlines() or [""])[0])
+        kept.clear()
+    use_kernels(model, kept)
+
+
+def _seen(model: nn.Module, inputs: Inputs) -> tuple[list, list]:
+    """Run a model once; return a norm of each kind with its input, and what packed attention was given."""
+    norms: dict[tuple, tuple[LeanNorm, torch.Tensor]] = {}
+
+    def note(norm: LeanNorm, given: tuple) -> None:
+        norms.setdefault((type(norm.inner), len(norm.weight)), (norm, given[0].detach()))
+
+    handles = [m.register_forward_pre_hook(note) for m in model.modules() if isinstance(m, LeanNorm) and m.fused]
+    was_training = model.training
+    try:
+        with torch.no_grad(), _Calls() as calls:
+            hidden_states(model.eval(), inputs)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return list(norms.values()), list(calls.found.values())
+
+
+class _Calls(TorchDispatchMode):
+    """Note query, key and value [T, H, D], scale and window of one call of packed attention of each kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: dict[tuple, tuple] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket is FORWARD:
+            left = kwargs.get("window_size_left")
+            settings = kwargs.get("scale"), None if left is None else left + 1
+            self.found.setdefault((args[0].shape, args[1].shape, *settings), (args[:3], *settings))
+        return function(*args, **(kwargs or {}))
+
+
+def _norm_is_better(norm: LeanNorm, x: torch.Tensor) -> bool:
+    few = x.reshape(-1, x.shape[-1])[:CHECKED_ROWS]
+
+    def attempt(fused: bool) -> Trial:
+        norm.fused = fused
+        return _tried(norm, [x], norm, [few], lambda x: exact_norm(norm, x))
+
+    return choose(SETTING, ("the plain norm", False), {"torch's fused norm": True}, attempt, False) is not None
+
+
+def _is_better_packed(tensors: Sequence[torch.Tensor], scaling, window: int | None, lengths: Sequence[int]) -> bool:
+    tensors = [tensor[None].transpose(1, 2) for tensor in tensors]
+    few_lengths = [min(pair) for pair in zip(lengths, CHECKED_LENGTHS, strict=False)]
+    few = [tensor[:, :, : sum(few_lengths)] for tensor in tensors]
+    few_window = window and min(window, CHECKED_WINDOW)
+
+    def one_by_one(lengths: Sequence[int], window: int | None) -> Function:
+        return lambda *tensors: row_by_row(*tensors, lengths, scaling, window, 0.0)
+
+    def at_once(lengths: Sequence[int], window: int | None) -> Function:
+        ends = sequence_ends(lengths, tensors[0].device)
+        return lambda *tensors: packed_attention(*tensors, ends, lengths, scaling, window).transpose(1, 2)
+
+    def attempt(way: Callable[..., Function]) -> Trial:
+        exact = lambda *tensors: block_attention(*tensors, few_lengths, scaling, few_window)  # noqa: E731
+        return _tried(way(lengths, window), tensors, way(few_lengths, few_window), few, exact)
+
+    ours, others = ("attention to one sequence after the other", one_by_one), {"packed attention": at_once}
+    return choose(SETTING, ours, others, attempt, False) is not None
+
+
+def _tried(
+    function: Function, tensors: Sequence[torch.Tensor], of_few: Function, few: Sequence[torch.Tensor], exact: Function
+) -> Trial:  # fmt: skip
+    """Time a function of the run's tensors, and compare it on a few numbers with the exact one in float64."""
+    took = timed(lambda: _value_and_gradients(function, tensors), tensors[0].device)
+    found = _value_and_gradients(of_few, few)
+    wanted = _value_and_gradients(exact, [tensor.double() for tensor in few])
+    value, *gradients = (float((a - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True))
+    return Trial(*took, value, max(gradients))
+
+
+def _value_and_gradients(function: Function, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    inputs = [tensor.detach().requires_grad_() for tensor in tensors]
+    with torch.enable_grad():
+        out = function(*inputs)
+    generator = torch.Generator(out.device).manual_seed(0)
+    upstream = (
+        torch.empty(out.shape, device=out.device).normal_(generator=generator).bfloat16()
+    )  # the same in each type
+    return out.detach(), *torch.autograd.grad(out, inputs, upstream.to(out.dtype))

@@ -1,0 +1,50 @@
+"""What fused kernels spare a step on a card, as its plan counts it."""
+
+from dataclasses import replace
+
+import pytest
+from transformers import AutoConfig
+
+from qlora_lite.models.families import known_config
+from qlora_lite.models.levers import Levers
+from qlora_lite.planning.simulate import Job, Rows, simulate
+
+EIGHT_B = AutoConfig.for_model(**known_config("meta-llama/Llama-3.1-8B"))
+MOST_BYTES = 235e9  # of a step of 2 x 2,048 tokens, blocks computed again; 391e9 with plain operators
+
+
+def job_of(lengths, config=EIGHT_B, **levers):
+    rows = Rows(lengths, sum(lengths) - len(lengths))
+    return Job(config, rows, None, device_type="cuda", levers=Levers(reuse_dequantized=True, **levers))
+
+
+def test_a_step_of_an_8b_model_moves_few_bytes_beside_its_products():
+    assert simulate(job_of((2048, 2048))).work.moved_bytes <= MOST_BYTES
+
+
+def test_plain_operators_are_counted_as_such():
+    plain = simulate(job_of((2048, 2048), kernels="plain")).work
+    assert plain.moved_bytes > 1.5 * MOST_BYTES
+    compiled = job_of((2048, 2048), compile=True)
+    assert simulate(compiled).work == plain._replace(operations=0)
+
+
+@pytest.mark.parametrize("checkpointing", ["block", "none"])
+def test_64_sequences_cost_what_one_of_as_many_tokens_does_but_for_its_scores(checkpointing):
+    one, many = (simulate(job_of(rows, checkpointing=checkpointing)).work for rows in ((4096,), (64,) * 64))
+    assert many.operations <= 1.05 * one.operations and many.moved_bytes <= 1.05 * one.moved_bytes
+    assert many.flops < 0.95 * one.flops
+
+
+@pytest.mark.parametrize("model", ["mistralai/Mistral-7B-v0.3", "google/gemma-3-1b-it"])
+def test_windows_are_part_of_the_call(model):
+    config = AutoConfig.for_model(**known_config(model))
+    config.sliding_window = 512
+    one, many = (simulate(job_of(rows, config)).work for rows in ((2048,), (64,) * 32))
+    assert many.operations <= 1.05 * one.operations and many.moved_bytes <= 1.05 * one.moved_bytes
+
+
+def test_a_run_that_repeats_itself_attends_to_one_sequence_after_the_other():
+    jobs = [replace(job_of(rows), deterministic=True) for rows in ((512,), (64,) * 8)]
+    one, many = (simulate(job).work for job in jobs)
+    assert many.operations > 1.1 * one.operations and many.moved_bytes < 1.1 * one.moved_bytes

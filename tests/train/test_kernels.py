@@ -1,0 +1,113 @@
+"""A run computes with those fused kernels of a card that are no worse on its own shapes."""
+
+import pytest
+import tiny_trainer
+import torch
+from tiny import quantized_pair
+from tiny_trainer import trainer
+from torch._decomp import decomposition_table
+
+from qlora_lite.models.kernels import KERNELS, kernels_of
+from qlora_lite.models.levers import Levers, set_levers
+from qlora_lite.ops import norm, trial
+from qlora_lite.ops.norm import LeanNorm
+from qlora_lite.train import kernels
+from qlora_lite.train.kernels import choose_kernels
+from qlora_lite.train.step import Inputs
+
+aten = torch.ops.aten
+
+
+def fused_norms(model):
+    return {module.fused for module in model.modules() if isinstance(module, LeanNorm)}
+
+
+@pytest.mark.parametrize(("levers", "names"), [
+    (Levers(), {*KERNELS}), (Levers(kernels="plain"), set()), (Levers(compile=True), set()),
+])  # fmt: skip
+def test_kernels_are_allowed_unless_plain_operators_are_asked_for_or_a_compiler_makes_its_own(levers, names):
+    model, _ = quantized_pair("llama")
+    assert fused_norms(model) == {False} and not kernels_of(model)
+    set_levers(model, levers)
+    assert fused_norms(model) == {bool(names)} and kernels_of(model) == names
+
+
+def test_a_run_that_goes_on_keeps_its_kernels():
+    for recorded, kept in (([], set()), (["norms"], {"norms"}), (["norms", "gone"], {"norms"}), (None, {*KERNELS})):
+        training = trainer()
+        training.choose_kernels(recorded)
+        assert kernels_of(training.model) == kept
+    plain = trainer(levers=Levers(kernels="plain"))
+    plain.choose_kernels(["norms"])
+    assert not kernels_of(plain.model)
+
+
+@pytest.fixture
+def chosen(monkeypatch, caplog):
+    """Give what is chosen, and said, where a norm's kernels give so much times the right value."""
+    monkeypatch.setattr(kernels, "timed", lambda run, _: (run(), (1.0, 0))[1])
+    monkeypatch.setattr(norm, "_kernels_take", lambda *_: True)
+    backward = decomposition_table[aten._fused_rms_norm_backward.default]
+    monkeypatch.setattr(norm, "_FUSED_BACKWARD", backward)
+
+    def choose(factor=1.0, faster=2.0, forward=None):
+        def value(*args):
+            y, one_over_rms = aten._fused_rms_norm(*args)
+            return factor * y, one_over_rms
+
+        monkeypatch.setattr(norm, "_FUSED", forward or value)
+        monkeypatch.setattr(trial, "FASTER", faster)
+        model, _ = quantized_pair("llama")
+        set_levers(model, Levers())
+        tokens = torch.arange(9)
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            choose_kernels(model, Inputs(tokens[None] + 3, tokens[None], (5, 4), tokens, tokens))
+        names = kernels_of(model)
+        assert fused_norms(model) == {"norms" in names} and not model.training
+        return names, caplog.text
+
+    return choose
+
+
+def test_norms_are_fused_where_that_is_faster_and_as_exact(chosen):
+    names, said = chosen()
+    assert names == {*KERNELS} and "memory.kernels: torch's fused norm is used" in said
+    names, said = chosen(factor=1.01)
+    assert names == {"sequences"} and "since its value is off by 1.0e-02" in said and "the plain norm stays" in said
+    names, said = chosen(faster=0.95)
+    assert names == {"sequences"} and "takes 1.00 of the time of the plain norm" in said
+
+
+def test_kernels_that_do_not_run_are_left_out(chosen):
+    def missing(*_):
+        raise RuntimeError("no kernel image is available\nmore")
+
+    names, said = chosen(forward=missing)
+    assert not names and "fused kernels do not run here (no kernel image is available)" in said
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        chosen(forward=full)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_on_a_card_a_run_with_kernels_is_the_run_without_within_rounding(model_type, monkeypatch, caplog):
+    def in_bfloat16(name):
+        model, plain = quantized_pair(name)
+        return model.to(torch.bfloat16), plain
+
+    monkeypatch.setattr(tiny_trainer, "quantized_pair", in_bfloat16)
+    monkeypatch.setattr(trial, "FASTER", 1e9)
+    losses = []
+    for levers in (Levers(), Levers(kernels="plain")):
+        training = trainer(model_type, device="cuda", micro_batch_size=2, levers=levers)
+        with caplog.at_level("INFO"):
+            training.choose_kernels()
+        losses.append([metrics.loss for metrics in training])
+        assert kernels_of(training.model) == (set() if levers.kernels == "plain" else {*KERNELS})
+    assert "packed attention is used" in caplog.text
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
