@@ -22,6 +22,7 @@ from contextlib import contextmanager
 import torch
 from _card import LIBRARY
 from bitsandbytes.functional import get_4bit_type
+from torch._decomp import decomposition_table
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
@@ -238,6 +239,32 @@ def _efficient_gradients(
     return _Attention(query, key, value, bias, causal, scale).gradients(grad)
 
 
+def _packed(tensors, ends, causal, scale, window):
+    """Attention over packed sequences [T, H, D], of which a token sees itself and ``window`` tokens before it."""
+    query, key, value = (each[None].transpose(1, 2) for each in tensors)
+    places = torch.arange(query.shape[2])
+    sequence, distance = torch.bucketize(places, ends, right=True), places[:, None] - places
+    seen = (sequence[:, None] == sequence) & (distance >= 0)
+    if not causal:
+        seen &= distance <= window
+    return _Attention(query, key, value, torch.zeros(seen.shape).masked_fill_(~seen, float("-inf")), False, scale)
+
+
+def _packed_flash(
+    query, key, value, ends, _ends, _mq, _mk, _dropout, causal, _debug, *, scale=None, window_size_left=None,
+    window_size_right=None,
+):  # fmt: skip
+    return _packed((query, key, value), ends, causal, scale, window_size_left).out()[0].transpose(0, 1)
+
+
+def _packed_gradients(
+    grad, query, key, value, _out, _sums, ends, _ends, _mq, _mk, _dropout, causal, *_seeds, scale=None,
+    window_size_left=None, window_size_right=None,
+):  # fmt: skip
+    found = _packed((query, key, value), ends, causal, scale, window_size_left).gradients(grad[None].transpose(1, 2))
+    return [each[0].transpose(0, 1) for each in found]
+
+
 def _unpacked(codes, maxima, block_size, quant_type, shape, dtype):
     """Do what bitsandbytes' kernel for a card does, rounded once; its kernel for a CPU rounds otherwise."""
     numbers = torch.stack((codes.view(-1) >> 4, codes.view(-1) & 15), 1).view(-1)[: math.prod(shape)]
@@ -255,6 +282,9 @@ WRITTEN_OUT = {  # kernels that a CPU lacks or computes otherwise; of their resu
     aten._scaled_dot_product_flash_attention_backward.default: _flash_gradients,
     aten._scaled_dot_product_efficient_attention.default: _efficient,
     aten._scaled_dot_product_efficient_attention_backward.default: _efficient_gradients,
+    aten._flash_attention_forward.default: _packed_flash,
+    aten._flash_attention_backward.default: _packed_gradients,
+    aten._fused_rms_norm_backward.default: decomposition_table[aten._fused_rms_norm_backward.default],
     aten.histc.default: _counts,
     torch.ops.bitsandbytes.dequantize_4bit.default: _unpacked,
 }
