@@ -6,10 +6,11 @@ plain way does: the product, before anything is added to it; on a CPU the block 
 against float64; on a card, of up to three rows (on many cards four), every number that is summed. They have no
 gradient, so they are for use and not for training.
 
-On a card the kernel takes the packed weight as it is, double quantisation included. A CPU's wants another order of
-the codes (32 rows of the weight side by side) and the maxima in bfloat16, so its weights are arranged once, beside
-the packed ones: 4.25 more bits a weight, for products of a block of SmolLM2 that are 8 times as fast with one row, 7
-with four, 1.2 with 32 (two cores of an EPYC; ``tools/bench_adapters``). It needs AVX512-BF16; without that, the
+On a card the operator takes the packed weight as it is, double quantisation included. It may unpack it inside, so a
+plan, whose tensors are on no device, takes the plain way and counts an unpacked weight. A CPU's operator wants another
+order of the codes (32 rows of the weight side by side) and the maxima in bfloat16, so its weights are arranged once,
+beside the packed ones: 4.25 more bits a weight, for products of a block of SmolLM2 that are 8 times as fast with one
+row, 7 with four, 1.2 with 32 (two cores of an EPYC; ``tools/bench_adapters``). It needs AVX512-BF16; without that, the
 operator of the same name would take the arranged codes for packed ones. Training arranges nothing: its plan has no
 room for a second form of the weights.
 
@@ -28,10 +29,12 @@ import torch
 from .bnb import functional as bnb
 from .nf4 import BLOCK_SIZE, Packed, absmax_of, dequantize, quantize
 
-# Most rows for which the fused product is taken. On a card: up to 4 bitsandbytes 0.50 itself takes its fused kernel on
-# every one (_GEMM_4BIT_CUSTOM_FLOOR_M). On a CPU: with 32 rows it was 1.2 times as fast without a matrix unit and 0.8
-# times with one (AMX), with 16 rows 1.3 times with it (``tools/bench_adapters``).
-MOST_ROWS = {"cuda": 4, "cpu": 16}
+# Most rows for which the fused operator is taken. On a card it decides by itself, by what was measured on each chip,
+# whether its kernel or unpacking is faster; with 513 rows it unpacks every weight of 4 million numbers or more
+# (bitsandbytes 0.50, _gemm_4bit_use_custom_cuda), as the plain way does, which rounds once less. On a CPU: with 32 rows
+# it was 1.2 times as fast without a matrix unit and 0.8 times with one (AMX), with 16 rows 1.3 times with it
+# (``tools/bench_adapters``).
+MOST_ROWS = {"cuda": 512, "cpu": 16}
 MOST_ERROR = 0.05  # relative, of a product in the right order: rounding to bfloat16 is 0.5 %, another order 100 %
 _SIDE_BY_SIDE = 32  # rows of the weight that lie together in the CPU kernel's order
 

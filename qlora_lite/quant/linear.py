@@ -180,7 +180,7 @@ def product_of_few(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     shape = module.out_features, module.in_features
     if module.arranged is not None and x.dtype == torch.bfloat16 and x.device.type == "cpu":
         y = cpu_product(x, module.arranged, shape)
-    elif x.is_cuda and module.in_features % BLOCK_SIZE == 0:
+    elif not x.is_cpu and module.in_features % BLOCK_SIZE == 0:
         y = card_product(x, module.packed, shape, module.quant_type)
     else:
         return None

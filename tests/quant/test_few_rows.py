@@ -105,11 +105,12 @@ def test_products_are_as_exact_as_those_of_the_unpacked_weight(shape, quant_type
 
 
 @on_this_cpu
-def test_a_bias_and_an_adapter_are_added():
+@pytest.mark.parametrize("alpha", [16, 12])  # a scale that is a power of two, and one that is not
+def test_a_bias_and_an_adapter_are_added(alpha):
     shape, x = (192, 576), normal(1, 1, 576, seed=3)
     layers = []
     for make in (arranged, lambda layer: layer):
-        layer = LoraLinear(make(layer_of(shape, bias=True)), rank=8, alpha=16).eval()
+        layer = LoraLinear(make(layer_of(shape, bias=True)), rank=8, alpha=alpha).eval()
         with torch.no_grad():
             layer.lora_A.copy_(0.05 * normal(8, 576, seed=4))
             layer.lora_B.copy_(0.05 * normal(192, 8, seed=5))
@@ -215,10 +216,23 @@ def test_a_model_that_computes_in_float32_is_not_arranged():
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_on_a_card_products_are_as_exact_as_those_of_the_unpacked_weight(shape, quant_type, double_quant):
     layer = layer_of(shape, quant_type, double_quant, bias=True, device="cuda")
-    for rows in range(1, MOST_ROWS["cuda"] + 1):
+    for rows in (1, 3, 4, 5, 7, 8, 33, MOST_ROWS["cuda"]):
         x = normal(1, rows, shape[1], seed=rows).cuda()
         many = x.expand(MOST_ROWS["cuda"] + 1, *x.shape)  # so that the plain path is taken
         assert_as_exact_as_unpacking(layer, lambda x, many=many: layer(many)[0], x, exact(layer, x))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 32, MOST_ROWS["cuda"], MOST_ROWS["cuda"] + 1])
+def test_a_card_s_operator_is_asked_for_every_count_of_rows_that_it_may_have_a_kernel_for(rows, monkeypatch):
+    monkeypatch.setitem(MOST_ROWS, "meta", MOST_ROWS["cuda"])
+    layer, taken = layer_of((64, 128)).to("meta"), rows <= MOST_ROWS["cuda"]
+    adapted = LoraLinear(layer, rank=8, alpha=12).eval()
+    with torch.no_grad(), FusedProducts() as seen:
+        found = [each(torch.empty(1, rows, 128, dtype=torch.bfloat16, device="meta")) for each in (layer, adapted)]
+    assert seen.count == 2 * taken and all(y.shape == (1, rows, 64) for y in found)
+    with FusedProducts() as seen:
+        layer(torch.empty(1, rows, 128, dtype=torch.bfloat16, device="meta"))
+    assert seen.count == 0, "where gradients may be wanted"
 
 
 @pytest.mark.gpu
@@ -229,7 +243,7 @@ def test_on_a_card_a_model_answers_alike_with_one_token_and_with_many():
         found = model(ids).logits
     assert seen.count == 14
     with torch.no_grad():
-        expected = model(ids.expand(5, 1)).logits[:1]
+        expected = model(ids.expand(MOST_ROWS["cuda"] + 1, 1)).logits[:1]
     assert (found - expected).norm() <= 0.03 * expected.norm()
 
 
