@@ -36,6 +36,17 @@ def lora_scale(alpha: float, rank: int, rslora: bool) -> float:
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 
+def add_update(y, x, lora_a, lora_b, scale: float) -> torch.Tensor:
+    """Add ``scale * (x A^T) B^T`` to y [..., out] in place, without gradients, and return it.
+
+    Two operations: what a token of an answer costs is how many it takes. The scale is taken in the second, in the
+    accuracy of its sums.
+    """
+    low = functional.linear(x, lora_a.to(x.dtype))
+    y.view(-1, y.shape[-1]).addmm_(low.reshape(-1, low.shape[-1]), lora_b.to(x.dtype).t(), alpha=scale)
+    return y
+
+
 class Begun(NamedTuple):
     """Products of LoRA layers with one input x, begun by ``begin`` and each ended by ``end``.
 
@@ -192,8 +203,7 @@ class LoraLinear(nn.Module):
             return self.by_autograd(x, _dropped(x, self.dropout))
         y = product_of_few(self.base, x)
         if y is not None:
-            low = functional.linear(x, self.lora_A.to(x.dtype)).mul_(self.scale)
-            return y.add_(functional.linear(low, self.lora_B.to(x.dtype)))
+            return add_update(y, x, self.lora_A, self.lora_B, self.scale)
         begun, number = (begin(x, [self]), 0) if self.shared is None else self.shared.begun_for(self, x)
         return end(self, begun, number)
 

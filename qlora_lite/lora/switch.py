@@ -24,6 +24,7 @@ from qlora_lite.quant.linear import frozen_weight, product_of_few
 from qlora_lite.quant.product import add_product, materialize
 
 from .inject import linear_layers
+from .layer import add_update
 from .read import Adapter, Factors
 
 
@@ -33,6 +34,7 @@ class Switch:
     def __init__(self, adapters: Mapping[str, Adapter]):
         self.names = tuple(adapters)
         self.rows: str | tuple[str | None, ...] | None = None
+        self._places: dict[tuple, torch.Tensor] = {}
 
     def use(self, name: str | None) -> None:
         """Let every row use one adapter, or the bare base.
@@ -52,6 +54,14 @@ class Switch:
         for name in names:
             self._check(name)
         self.rows = tuple(names) if len(set(names)) > 1 else next(iter(names), None)
+        self._places.clear()
+
+    def places(self, name: str, device: torch.device) -> torch.Tensor:
+        """Return the numbers of the rows that use an adapter, int64 on a device; all layers get the same tensor."""
+        key = self.rows, name, device
+        if key not in self._places:
+            self._places[key] = torch.tensor([at for at, row in enumerate(self.rows) if row == name], device=device)
+        return self._places[key]
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[None]:
@@ -81,9 +91,12 @@ class SwitchLinear(nn.Module):
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         spec, frozen = frozen_weight(self.base)
-        y, update = product_of_few(self.base, x), self._update(x, spec.shape[0])
+        y, rows = product_of_few(self.base, x), self.switch.rows
+        if y is not None and not isinstance(rows, tuple):
+            return add_update(y, x, *self.factors[rows]) if rows in self.factors else y
+        update = self._update(x, spec.shape[0])
         if y is not None:
-            return y if update is None else y.add_(update)
+            return y.add_(update)
         if update is None:
             return functional.linear(x, materialize(spec, frozen, x.dtype), self.base.bias)
         return add_product(update, x, spec, frozen, self.base.bias)
@@ -96,8 +109,8 @@ class SwitchLinear(nn.Module):
             raise ModelError(f"{len(rows)} rows have an adapter, the batch has {x.shape[0]}")
         update = x.new_zeros(*x.shape[:-1], out_features)
         for name in set(rows) & self.factors.keys():
-            places = [place for place, row in enumerate(rows) if row == name]
-            update[places] = self._low_rank(x[places], name)
+            places = self.switch.places(name, x.device)
+            update.index_copy_(0, places, self._low_rank(x.index_select(0, places), name))
         return update
 
     def _low_rank(self, x: torch.Tensor, name: str) -> torch.Tensor:

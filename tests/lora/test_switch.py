@@ -105,3 +105,15 @@ def test_names_that_are_not_there_and_rows_that_do_not_fit_are_errors():
     switch.use_rows(["one", "two"])
     with pytest.raises(ModelError, match="2 rows have an adapter, the batch has 5"):
         logits(model)
+
+
+def test_which_rows_use_an_adapter_is_found_once_for_all_layers_and_again_for_another_batch():
+    model = build_tiny("llama")
+    switch, device = add_switch(model, adapters_of(model)), torch.device("cpu")
+    switch.use_rows(ROWS)
+    logits(model)
+    first = switch.places("one", device)
+    logits(model)
+    assert first.tolist() == [0, 3] and switch.places("one", device) is first
+    switch.use_rows(ROWS[::-1])
+    assert switch.places("one", device).tolist() == [1, 4]
