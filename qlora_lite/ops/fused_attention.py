@@ -56,6 +56,12 @@ def fused_attention(query, key, value, mask, scaling, dropout=0.0) -> torch.Tens
     """
     causal, groups = mask is None and query.shape[2] > 1, query.shape[1] // key.shape[1]
     on_card, flash = device_type(query.device) == "cuda", mask is None and runs_flash(query, key, value, dropout)
+    if on_card and groups > 1 and not flash and query.shape[2] == 1:
+        # the heads that share a key are as many queries of it, which see the same: nothing is copied
+        together = query.unflatten(1, (-1, groups)).squeeze(3)
+        if mask is None:  # which would hide from each what is behind it
+            mask = query.new_zeros(1, key.shape[2])
+        return fused_attention(together, key, value, mask, scaling, dropout).flatten(1, 2).unsqueeze(2)
     if on_card and groups > 1 and not flash:
         key, value, groups = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1), 1
     if on_card and flash and not dropout and torch.is_grad_enabled() and query.requires_grad:

@@ -43,6 +43,22 @@ def test_a_card_s_kernels_get_grouped_heads_only_where_flash_attention_takes_the
     assert seen == [(False, grouped, grouped)] + [(True, False, False)] * masked
 
 
+@pytest.mark.parametrize("mask", ["padding", None])
+def test_a_token_s_query_of_grouped_heads_copies_no_keys(mask):
+    q, k, v = (torch.randn(2, heads, length, 16) for heads, length in ((8, 1), (2, 200), (2, 200)))
+    hidden = torch.zeros(2, 1, 1, 200, dtype=torch.bool)
+    hidden[1, ..., :150] = True
+    seen = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf) if mask else None
+    scores = (q @ k.repeat_interleave(4, 1).transpose(2, 3) / 4).masked_fill(
+        hidden if mask else torch.tensor(False), -torch.inf
+    )
+    expected = scores.softmax(-1) @ v.repeat_interleave(4, 1)
+    with planning_for("cuda"), Ledger() as ledger:
+        found = fused_attention.fused_attention(q, k, v, seen, None)
+    assert found.shape == q.shape and torch.allclose(found, expected, atol=1e-5)
+    assert ledger.peak.total < k.nbytes / 2
+
+
 @pytest.mark.parametrize(("size", "value_size", "dropout", "grouped"), [
     (128, 128, 0, True), (128, 128, 0.1, True), (256, 256, 0, True), (256, 256, 0.1, False), (512, 512, 0, False),
     (208, 208, 0, False), (128, 64, 0, False),
