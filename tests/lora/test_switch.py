@@ -116,4 +116,7 @@ def test_which_rows_use_an_adapter_is_found_once_for_all_layers_and_again_for_an
     logits(model)
     assert first.tolist() == [0, 3] and switch.places("one", device) is first
     switch.use_rows(ROWS[::-1])
+    with switch.using(None):
+        switch.use_rows(ROWS)
+        assert switch.places("one", device).tolist() == [0, 3]
     assert switch.places("one", device).tolist() == [1, 4]
