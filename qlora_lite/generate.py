@@ -1,9 +1,10 @@
 """Answer prompts with a model, greedily by default, many at a time.
 
-Generation is transformers' own (cache, stopping); this module pads on the left, stops at the end tokens that training
-taught, and cuts the prompt off. It also draws the tokens: transformers' sampling takes the random numbers of a whole
-batch from one generator, so that an answer depends on the prompts beside it. Here each prompt has random numbers of its
-own, one for each token, which picks the token by inverting the cumulative distribution.
+Generation is transformers' own (cache, stopping), on a card with another loop in it (``decode``); this module pads on
+the left, stops at the end tokens that training taught, and cuts the prompt off. It also draws the tokens: transformers'
+sampling takes the random numbers of a whole batch from one generator, so that an answer depends on the prompts beside
+it. Here each prompt has random numbers of its own, one for each token, which picks the token by inverting the
+cumulative distribution.
 """
 
 import logging
@@ -23,6 +24,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from .decode import decoding
 from .errors import DoesNotFitError, ModelError, tokenizer_faults
 from .lora.shared import forget_begun
 from .models.anatomy import device_of
@@ -114,9 +116,10 @@ def answers(
             if before_batch:
                 before_batch(rows)
             try:
+                own = decoding(model, ids.shape[1] + max_new_tokens, streamer)
                 out = model.generate(
-                    input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer,
-                    stopping_criteria=stopping,
+                    input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=stopping,
+                    streamer=None if own else streamer, custom_generate=own,
                     logits_processor=_choosing(sampling, ids, max_new_tokens, [first + row for row in rows], stop),
                 )  # fmt: skip
             except (RuntimeError, MemoryError) as error:

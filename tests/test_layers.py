@@ -18,7 +18,7 @@ LAYERS = [
     {"lora"},
     {"models"},
     {"train"},
-    {"planning"},
+    {"planning", "decode"},
     {"build", "rows", "runs", "saver", "stopping", "tracking", "generate", "charts", "stacked", "page"},
     {"evaluate", "report", "preflight", "memory_page", "plan", "resume", "likeness", "trained", "compare_page"},
     {"plan_text"},
