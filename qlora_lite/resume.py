@@ -235,6 +235,7 @@ def checked(checkpoint: Checkpoint) -> Checkpoint:
     if FROZEN_WEIGHTS not in run["environment"]:  # earlier versions had their checksum where its content names the base
         run["environment"][FROZEN_WEIGHTS] = run["identity"].get(BASE_MODEL)
         run["identity"][BASE_MODEL] = run["summary"].get("base_fingerprint")
+    run["environment"].setdefault("kernels", [])  # earlier versions had none
     return checkpoint
 
 
