@@ -23,8 +23,10 @@ from _gpu_peers import SIDES, STEPS, WARMUP, Comparison, compare_losses
 from _levers import by_saving, lever_cases, measure, resident_cases, saving_levers
 from _models import DEMO_MODELS, config_of
 from _sections import LIMIT_SECONDS
+from transformers import GenerationConfig
 
 from qlora_lite.compilers import missing_for_compile
+from qlora_lite.decode import decode
 from qlora_lite.errors import QloraLiteError
 from qlora_lite.lora.inject import lora_parameters
 from qlora_lite.models.anatomy import device_of
@@ -78,11 +80,15 @@ class Scale:
     shapes: tuple[tuple[int, int], ...]  # rows, tokens a row, of the comparison with the peers
     paged_weights: int
     spare_bytes: int
+    prompts: tuple[int, ...]  # that are answered at once
+    answered: int  # tokens of each
 
 
 CARD = Scale(False, ("llama-8b", "llama-7b"), "llama-1b", 2048, 16384, tuple(n * GIB for n in (8, 12, 6, 16, 24)),
-             (6 * GIB, 8 * GIB), ((1, 2048), (4, 512)), 2**28, 768 * MIB)  # fmt: skip
-REHEARSAL = Scale(True, ("tiny",), "tiny", 256, 512, (80 * MIB, 64 * MIB), (64 * MIB,), ((2, 64),), 2**18, 0)
+             (6 * GIB, 8 * GIB), ((1, 2048), (4, 512)), 2**28, 768 * MIB, (1, 8, 32), 64)  # fmt: skip
+REHEARSAL = Scale(
+    True, ("tiny",), "tiny", 256, 512, (80 * MIB, 64 * MIB), (64 * MIB,), ((2, 64),), 2**18, 0, (1, 2), 12
+)
 
 
 def resident_task(section: str, steps: int, scale: Scale, machine: Machine) -> tuple[str, int]:
@@ -312,6 +318,37 @@ def peers(scale: Scale) -> Iterator[dict]:
         yield from comparison.compiled()
 
 
+def answers(scale: Scale) -> Iterator[dict]:
+    """Compare tokens a second behind prompts, by transformers' loop and by steps in memory that stays."""
+    device = resolve_device()
+    name, tokens = resident_task("answers", 2, scale, this_machine(device))
+    model = model_of({"model": name, "tokens": tokens, "checkpointing": "none"}, device).eval()
+    for prompts in scale.prompts:
+        ids = torch.randint(0, model.config.vocab_size, (prompts, tokens // 8), device=device)
+        loop, fixed = (_answered(model, ids, scale.answered, own) for own in (None, decode))
+        same = (loop.pop("ids") == fixed.pop("ids")).float().mean().item()
+        for side, row in (("loop", loop), ("fixed", fixed)):
+            yield {"side": side, "model": name, "prompts": prompts, "tokens": tokens // 8, **row, "same_tokens": same}
+
+
+def _answered(model, ids: torch.Tensor, tokens: int, own: Callable | None) -> dict:
+    """Answer greedily; return the tokens, how many are made a second behind the first, and the allocator's peak."""
+    seconds = []
+    for new in (1, tokens):
+        if ids.is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        config = GenerationConfig(max_new_tokens=new, do_sample=False, use_cache=True, pad_token_id=0)
+        started = time.perf_counter()
+        out = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, custom_generate=own
+        )
+        found = out[:, ids.shape[1] :].tolist()  # waits for the card
+        seconds.append(time.perf_counter() - started)
+    peak = {"peak_bytes": torch.cuda.max_memory_allocated()} if ids.is_cuda else {}
+    made = len(ids) * (tokens - 1)
+    return {"ids": torch.tensor(found), "tokens_per_second": made / max(1e-9, seconds[1] - seconds[0]), **peak}
+
+
 def levers(scale: Scale) -> Iterator[dict]:
     """Measure the lever table, every row in this process: a card's counters are exact from row to row.
 
@@ -410,5 +447,6 @@ def _optimized(name: str, scale: Scale, device: torch.device) -> tuple[torch.Ten
 
 
 SECTIONS: dict[str, Callable[[Scale], Iterator[dict]]] = {
-    "tests": tests, "streamed": streamed, "plan": plan, "caps": caps, "peers": peers, "levers": levers, "paged": paged,
+    "tests": tests, "streamed": streamed, "plan": plan, "caps": caps, "peers": peers, "answers": answers,
+    "levers": levers, "paged": paged,
 }  # fmt: skip

@@ -83,6 +83,14 @@ def _peers(rows: Sequence[Mapping]) -> list[str]:
     return lines
 
 
+def _answers(rows: Sequence[Mapping]) -> list[str]:
+    return [
+        f"{row['prompts']} prompts: {row['tokens_per_second']:,.0f} tokens/s, {row['same_tokens']:.0%} the same: "
+        f"{row['side']}"
+        for row in rows
+    ]
+
+
 def _levers(rows: Sequence[Mapping]) -> list[str]:
     lines = []
     for row in rows:
@@ -106,5 +114,5 @@ def _paged(rows: Sequence[Mapping]) -> list[str]:
     ]
 
 
-_HEADLINES = {"tests": _tests, "streamed": _streamed, "plan": _plan, "caps": _caps, "peers": _peers, "levers": _levers,
-              "paged": _paged}  # fmt: skip
+_HEADLINES = {"tests": _tests, "streamed": _streamed, "plan": _plan, "caps": _caps, "peers": _peers,
+              "answers": _answers, "levers": _levers, "paged": _paged}  # fmt: skip
