@@ -41,6 +41,10 @@ class Moment(NamedTuple):
         """Bytes of all categories on the device (offloaded ones lie in host memory, or on a disk)."""
         return sum(self.bytes) - self.bytes[_OFFLOADED] - self.bytes[_ON_DISK]
 
+    def with_category(self, name: str, size: int) -> "Moment":
+        """Return the same point with other live bytes of a category."""
+        return self._replace(bytes=(*self.bytes[: _INDEX[name]], size, *self.bytes[_INDEX[name] + 1 :]))
+
     @property
     def breakdown(self) -> dict[str, int]:
         """Live bytes by category, empty ones left out."""

@@ -19,7 +19,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 from math import lcm
 from operator import attrgetter
 from typing import NamedTuple
@@ -30,6 +30,7 @@ from torch import nn
 from qlora_lite.data.batch import Batch
 from qlora_lite.lora.inject import ALL_LINEAR, Target, add_lora, lora_parameters
 from qlora_lite.memory.ledger import Ledger, Moment
+from qlora_lite.memory.marks import category
 from qlora_lite.memory.work import Work, WorkCounter
 from qlora_lite.models.anatomy import blocks
 from qlora_lite.models.levers import Levers, place, set_levers
@@ -41,13 +42,14 @@ from qlora_lite.ops.shapes import planning_for
 from qlora_lite.ops.stream import spare_bytes
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.optim import build_optimizer
-from qlora_lite.train.rehearsal import rehearse_step
+from qlora_lite.train.rehearsal import rehearse_step, rehearse_update
 from qlora_lite.train.step import Inputs, filler_tokens, labelled_count, row_ends
 
 from .meta_results import MetaResults, NeedsValuesError
 
 log = logging.getLogger("qlora_lite")
 META, CPU = torch.device("meta"), torch.device("cpu")
+_KNOWN_UPDATES = 64  # of jobs whose factors or optimizers differ
 remembered, with_values = MetaResults(), MetaResults(with_values=True)
 ALLOCATION_BYTES = {"cuda": 512, "cpu": 1}  # CUDA's caching allocator rounds up (c10/cuda/CUDACachingAllocator.cpp)
 TYPICAL_SEQUENCES = 8  # of a pack whose rows are not known: 2,048 tokens of instructions and answers of 256
@@ -124,6 +126,7 @@ class Simulation:
     frozen_bytes: int = 0  # the model without the adapter, wherever it lies
     measured_because: str = ""  # the operator that cannot run without values, where real tensors were measured
     streamed_sizes: tuple[int, ...] = ()  # bytes of the first streamed blocks, of each kind at least one
+    factor_shapes: tuple[torch.Size, ...] = ()
 
     def peak(self, name: str | None = None) -> Moment:
         """Return the highest moment of a phase, or of all."""
@@ -173,7 +176,7 @@ def _repeating(job: Job) -> Simulation:
     small, large = (
         _ends(_on_meta(_at_depth(job, layers)), layers, 0, (front, pattern)) for layers in (shallow, deeper)
     )
-    return _continued(small, [(large, (depth - shallow) // pattern)], depth, 0)
+    return _continued(job, small, [(large, (depth - shallow) // pattern)], 0)
 
 
 def _pattern(job: Job) -> tuple[int, int]:
@@ -229,7 +232,7 @@ def along_last_blocks(job: Job) -> Callable[[int], Simulation]:
     def at(count: int) -> Simulation:
         if not 2 <= count <= depth - few:
             return simulate_whole(with_last(count, depth))
-        found = _continued(small, [(more_first, depth - count - few), (more_last, count - 2)], depth, count)
+        found = _continued(job, small, [(more_first, depth - count - few), (more_last, count - 2)], count)
         return _as_allocated(with_last(count, depth), found)
 
     return at
@@ -281,8 +284,7 @@ def _run(job: Job, device: torch.device, timeline: bool, measured_because: str =
     with planning_for(job.device_type):
         model = _model(job, device)
     parameters = [parameter for _, parameter in lora_parameters(model)]
-    # its tables are real numbers
-    optimizer = build_optimizer(parameters, job.optimizer, 0.0, 0.0, job.stochastic_rounding)
+    optimizer = _optimizer(job, parameters)
     remember = remembered if uses_row_attention(model) else with_values
     counter, run = WorkCounter(), {"run": remember} if device == META else {}
     ledger = PlanLedger(timeline, ALLOCATION_BYTES[job.device_type], counter, **run)
@@ -303,6 +305,7 @@ def _run(job: Job, device: torch.device, timeline: bool, measured_because: str =
         dict(ledger.peaks), resident, work, ledger.offloaded_peak_bytes,
         ledger.disk_peak_bytes - in_files, frozen,
         measured_because, tuple(model.block_stream.sizes) if hasattr(model, "block_stream") else (),
+        tuple(parameter.shape for parameter in parameters),
     )  # fmt: skip
     return (simulation, moments) if timeline else simulation
 
@@ -321,6 +324,11 @@ def _model(job: Job, device: torch.device) -> nn.Module:
         for part in (part for block in blocks(model) for part in block.children()):
             PlannedAttention().during(part)  # hooks of a block itself are not called where it runs again
     return model
+
+
+def _optimizer(job: Job, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    with planning_for(job.device_type):  # and below no ledger: its tables are real numbers
+        return build_optimizer(parameters, job.optimizer, 0.0, 0.0, job.stochastic_rounding)
 
 
 def _inputs(rows: Rows, device: torch.device) -> Inputs:
@@ -369,8 +377,12 @@ def _place(number: int, first: int, last: int, front: int, back: int) -> tuple[s
     return (kind, number) if number < front else None
 
 
-def _continued(base: _Ends, slopes: Sequence[tuple[_Ends, int]], depth: int, last: int) -> Simulation:
-    """Continue a simulation in straight lines: for each (simulation one step on, steps) add steps differences."""
+def _continued(job: Job, base: _Ends, slopes: Sequence[tuple[_Ends, int]], last: int) -> Simulation:
+    """Continue a simulation in straight lines: for each (simulation one step on, steps) add steps differences.
+
+    An update of all factors is run as it is, since of many factors it has some at a time.
+    """
+    depth = job.config.num_hidden_layers
 
     def line(values: Callable[[_Ends], Sequence[int]]) -> tuple[int, ...]:
         start = values(base)
@@ -383,13 +395,37 @@ def _continued(base: _Ends, slopes: Sequence[tuple[_Ends, int]], depth: int, las
             name, module, place = key
             module = module.replace("#", str(_number(place, depth, last)), 1)
             moments[name, module] = Moment(name, module, line(lambda ends, key=key: ends.moments[key].bytes))
+    shapes = base.simulation.factor_shapes
+    shapes += sum((other.simulation.factor_shapes[len(shapes) :] * steps for other, steps in slopes), ())
+    if not job.levers.optimizer_in_backward:
+        updated = _update(replace(job, config=None, rows=None, eval_rows=None, levers=Levers()), shapes)
+        for key, moment in moments.items():
+            if moment.phase == "optimizer":
+                moments[key] = moment.with_category("optimizer", updated.breakdown["optimizer"])
     resident = base.simulation.resident
     return Simulation(
         moments, Moment(resident.phase, "", line(lambda ends: ends.simulation.resident.bytes)),
         Work(*line(lambda ends: ends.simulation.work)),
         *line(lambda ends: _ELSEWHERE(ends.simulation)),
-        base.simulation.measured_because, base.simulation.streamed_sizes,
+        base.simulation.measured_because, base.simulation.streamed_sizes, shapes,
     )  # fmt: skip
+
+
+@lru_cache(_KNOWN_UPDATES)
+def _update(job: Job, shapes: tuple[torch.Size, ...]) -> Moment:
+    """Return the highest moment of an update of factors of such shapes, where nothing else lies in memory."""
+    parameters = [nn.Parameter(torch.empty(shape, dtype=job.factor_dtype, device=META)) for shape in shapes]
+    optimizer = _optimizer(job, parameters)
+    ledger = PlanLedger(allocation_bytes=ALLOCATION_BYTES[job.device_type], run=remembered)
+    with planning_for(job.device_type, job.deterministic), ledger:
+        ledger.claim(parameters, "adapter")
+        with category("gradients"):
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+        with category("optimizer"):
+            optimizer.step()
+        rehearse_update(parameters, optimizer, job.max_grad_norm)
+    return max((m for m in ledger.peaks.values() if m.phase == "optimizer"), key=lambda m: m.total)
 
 
 def _number(place: tuple[str, int] | None, depth: int, last: int) -> int | None:

@@ -1,24 +1,25 @@
 """Optimizers by name: bitsandbytes' 8-bit, 32-bit and paged ones, and torch's AdamW.
 
 8-bit states are kept per block of 256 values with a dynamic code (8-bit optimizers, arXiv 2110.02861); factors under
-4,096 values keep 32-bit states, bitsandbytes' own rule; on a CPU ``eight_bit`` updates them, to the same bits. Paged
-states live in memory that CUDA moves to the host under pressure, each of 100,000 values and more; where that cannot be,
-they are ordinary memory. They are not the default: LoRA's states are small (tens of MiB in 8 bit), and paged ones lie
-outside torch's allocator, where neither a plan nor a limit counts them.
+4,096 values keep 32-bit states, bitsandbytes' own rule. ``flat`` updates many factors at a time, and ``eight_bit`` does
+it for 8-bit states on a CPU, to the same bits. Paged states live in memory that CUDA moves to the host under pressure,
+each of 100,000 values and more; where that cannot be, they are ordinary memory. They are not the default: LoRA's states
+are small (tens of MiB in 8 bit), and paged ones lie outside torch's allocator, where neither a plan nor a limit counts
+them.
 """
 
 import ctypes
 import logging
+import math
 import os
 from collections.abc import Iterable, Sequence
-from functools import cache
 
 import torch
 
 from qlora_lite.errors import TrainingError
 from qlora_lite.memory.marks import category, phase
 
-from .rounding import RoundingAdamW, rounding_by_chance
+from .rounding import in_float32
 
 log = logging.getLogger(__name__)
 
@@ -44,15 +45,17 @@ def build_optimizer(
         name: a key of ``BITSANDBYTES_NAMES``, or ``adamw_torch``.
         weight_decay: decoupled decay per step, as a factor on the learning rate.
         stochastic_rounding: of bfloat16 factors; see ``rounding``.
+
+    Returns:
+        One that may lay the factors end to end, and whose step can scale gradients and be left out; see ``flat``.
     """
     parameters = list(parameters)
     if name == "adamw_torch":
-        optimizer_class = RoundingAdamW if stochastic_rounding else torch.optim.AdamW
-        # one factor after the other on a card too: all at once hold further values of each
-        return optimizer_class(parameters, lr=learning_rate, weight_decay=weight_decay, foreach=False)
+        return TorchAdamW(parameters, stochastic_rounding, lr=learning_rate, weight_decay=weight_decay)
     from qlora_lite.quant import bnb
 
     from .eight_bit import CpuAdamW8bit, CpuLion8bit
+    from .flat import flat
 
     device = parameters[0].device
     if name.startswith("paged_") and not can_page(device):
@@ -60,34 +63,33 @@ def build_optimizer(
         if device.type == "cuda":
             log.info("optimizer states cannot be paged on this card: %s it is", name)
     on_cpu = {} if device.type == "cuda" else {"adamw_8bit": CpuAdamW8bit, "lion_8bit": CpuLion8bit}
-    optimizer_class = on_cpu.get(name) or _without_waits(getattr(bnb.optim, BITSANDBYTES_NAMES[name]))
-    if stochastic_rounding:
-        optimizer_class = rounding_by_chance(optimizer_class)
-    return optimizer_class(parameters, lr=learning_rate, weight_decay=weight_decay)
+    optimizer_class = on_cpu.get(name) or getattr(bnb.optim, BITSANDBYTES_NAMES[name])
+    return flat(optimizer_class, stochastic_rounding)(parameters, lr=learning_rate, weight_decay=weight_decay)
 
 
-class _WithoutWaits:
-    """The step of a bitsandbytes optimizer, which itself has the host wait for the card after each parameter.
+class TorchAdamW(torch.optim.AdamW):
+    """torch's AdamW with the step of ``flat``'s optimizers.
 
-    Kernels run in their order on the card anyway, so only who looks at paged states from the host has to wait.
+    Args:
+        by_chance: float32 states for bfloat16 parameters, which are updated in float32 and rounded by chance.
     """
 
-    @torch.no_grad()
-    def step(self) -> None:
-        """Update every parameter that has a gradient."""
-        for gindex, group in enumerate(self.param_groups):
-            for pindex, p in enumerate(group["params"]):
-                if p.grad is None:
-                    continue
-                if not self.state[p]:
-                    self.init_state(group, p, gindex, pindex)
-                self.prefetch_state(p)
-                self.update_step(group, p, gindex, pindex)
+    def __init__(self, parameters: Sequence[torch.nn.Parameter], by_chance: bool, **settings):
+        # one factor after the other on a card too: all at once hold further values of each
+        super().__init__(parameters, foreach=False, **settings)
+        self._rounded = dict(enumerate(parameters)) if by_chance else {}
 
+    def step(self, if_finite: torch.Tensor | None = None, scale: torch.Tensor | None = None) -> None:
+        """Update every parameter that has a gradient, which is scaled first; see ``flat``. The host looks at once."""
+        if not are_finite(if_finite):
+            return
+        if scale is not None:
+            torch._foreach_mul_([p.grad for group in self.param_groups for p in group["params"]], scale)
+        with in_float32(self._rounded, lambda p: int(self.state[p]["step"])):
+            super().step()
 
-@cache
-def _without_waits(optimizer_class: type) -> type:
-    return type(optimizer_class.__name__, (_WithoutWaits, optimizer_class), {})
+    def forget_step(self) -> None:
+        """Do nothing: a step that was left out was not counted."""
 
 
 def can_page(device: torch.device) -> bool:
@@ -108,34 +110,36 @@ def can_page(device: torch.device) -> bool:
     return error == 0 and found.value == 1
 
 
-def clip_gradients(parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scale the gradients to a total L2 norm of at most ``max_norm`` (0: only measure); return their norms before it.
+def gradient_norms(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+    """Return the L2 norm of each parameter's gradient, float32 [n], accumulated in float32 whatever their type.
 
-    Norms are accumulated in float32 whatever the gradients' type. If one is not finite, nothing is scaled, so that
-    the gradient at fault can still be told from the others. No value is read back to the host.
-
-    Returns:
-        The norm of each parameter's gradient, float32 [n].
+    No value is read back to the host.
 
     Raises:
         TrainingError: a parameter has no gradient.
     """
-    norms = _stacked([None if p.grad is None else _norm(p.grad) for p in parameters])
-    if max_norm > 0:  # a norm of 0 scales by 1
-        total = torch.linalg.vector_norm(norms)
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total.where(total.isfinite(), 0.0))
-    return norms
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    _check_none_missing(len(gradients), len(parameters))
+    return torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))
 
 
-def _norm(gradient: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(gradient, dtype=torch.float32)
+def _check_none_missing(found: int, wanted: int) -> None:
+    if found < wanted:
+        raise TrainingError(f"{wanted - found} of {wanted} LoRA factors got no gradient")
 
 
-def _stacked(norms: Sequence[torch.Tensor | None]) -> torch.Tensor:
-    missing = sum(norm is None for norm in norms)
-    if missing:
-        raise TrainingError(f"{missing} of {len(norms)} LoRA factors got no gradient")
-    return torch.stack(norms)
+def are_finite(numbers: torch.Tensor | None) -> bool:
+    """Tell whether numbers are finite, which the host waits for; those of a plan, and none, are."""
+    return numbers is None or numbers.is_meta or all(map(math.isfinite, numbers.tolist()))
+
+
+def clip_scale(norm: torch.Tensor, max_norm: float) -> torch.Tensor | None:
+    """Return what scales gradients of a total L2 norm to ``max_norm`` at most, as ``clip_grad_norm_`` does; None for 0.
+
+    An optimizer's step applies it to the gradients that it copies together: in place, torch would scale bfloat16
+    gradients by a float32 number one after the other on a card, and round them once more.
+    """
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else None
 
 
 class UpdatesInBackward:
@@ -170,7 +174,7 @@ class UpdatesInBackward:
     def _update(self, parameter: torch.nn.Parameter) -> None:
         if self.rehearsing:
             parameter.grad.zero_()
-        self._norms[parameter] = _norm(parameter.grad)
+        self._norms[parameter] = gradient_norms([parameter])
         with phase("optimizer"), category("optimizer"):
             self.optimizer.step()
         parameter.grad = None
@@ -181,4 +185,5 @@ class UpdatesInBackward:
         Raises:
             TrainingError: a parameter got none.
         """
-        return _stacked([self._norms.get(parameter) for parameter in self.parameters])
+        _check_none_missing(len(self._norms), len(self.parameters))
+        return torch.cat([self._norms[parameter] for parameter in self.parameters])

@@ -11,7 +11,7 @@ from torch import nn
 
 from qlora_lite.memory.marks import category, phase
 
-from .optim import UpdatesInBackward, clip_gradients
+from .optim import UpdatesInBackward, clip_scale, gradient_norms
 from .step import Inputs, accumulate_gradients, summed_loss
 
 
@@ -46,13 +46,19 @@ def rehearse_step(
             accumulate_gradients(model.train(), [inputs], chunk_tokens, fused)
     else:
         accumulate_gradients(model.train(), [inputs], chunk_tokens, fused)
-        with phase("optimizer"):
-            clip_gradients(list(parameters), max_grad_norm)
-            for parameter in parameters:
-                parameter.grad.zero_()
-            with category("optimizer"):
-                optimizer.step()
+        rehearse_update(parameters, optimizer, max_grad_norm)
     optimizer.zero_grad(set_to_none=True)
     if eval_inputs is not None:
         with torch.no_grad(), phase("evaluation"):
             summed_loss(model.eval(), eval_inputs, chunk_tokens)
+
+
+def rehearse_update(
+    parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, max_grad_norm: float
+) -> None:  # fmt: skip
+    """Clip and update as a step does, with gradients of zero."""
+    with phase("optimizer"):
+        torch._foreach_zero_([parameter.grad for parameter in parameters])
+        norm = torch.linalg.vector_norm(gradient_norms(parameters))
+        with category("optimizer"):
+            optimizer.step(if_finite=norm.view(1), scale=clip_scale(norm, max_grad_norm))

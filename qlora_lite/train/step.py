@@ -6,7 +6,7 @@ first weights a token by how few its batch had: transformers issues 34191 and 37
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, chunked_cross_entropy
 from qlora_lite.ops.packed_attention import sequence_ends
 from qlora_lite.ops.shapes import device_type, kernel_rows
 
-from .optim import UpdatesInBackward, clip_gradients
+from .optim import UpdatesInBackward, clip_scale, gradient_norms
 from .out_of_memory import no_retry
 
 
@@ -170,6 +170,11 @@ def train_step(
 ) -> StepResult:  # fmt: skip
     """Run one optimizer step over micro-batches; a step that is not finite leaves the weights alone.
 
+    A card begins to update before the host knows what the step has found; see ``flat``.
+
+    Args:
+        optimizer: one of ``build_optimizer``'s.
+
     Returns:
         The step's numbers; ``loss`` or ``grad_norm`` is not finite if the update was skipped.
 
@@ -180,11 +185,15 @@ def train_step(
     inputs = [prepare(batch, device_of(model)) for batch in batches]
     mean = accumulate_gradients(model, inputs, chunk_tokens, fused)
     with phase("optimizer"):
-        result = _result(batches, mean, clip_gradients(parameters, max_grad_norm))
-        if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
-            with category("optimizer"), no_retry("while the weights were updated"):
-                optimizer.step()
-    return result
+        norms = gradient_norms(parameters)
+        numbers = torch.stack([mean, torch.linalg.vector_norm(norms)])
+        read = _begin_reading(numbers)
+        with category("optimizer"), no_retry("while the weights were updated"):
+            optimizer.step(if_finite=numbers, scale=clip_scale(numbers[1], max_grad_norm))
+        loss, grad_norm = read()
+        if not math.isfinite(loss + grad_norm):
+            optimizer.forget_step()
+    return _result(batches, loss, grad_norm, norms)
 
 
 def train_step_in_backward(
@@ -199,11 +208,13 @@ def train_step_in_backward(
     inputs = prepare(batch, device_of(model))
     with phase("forward"):
         loss = summed_loss(model, inputs, chunk_tokens, fused) / len(inputs.targets)
-    if not math.isfinite(loss.item()):
-        return _result([batch], loss.detach(), loss.detach()[None])
+    value = loss.item()
+    if not math.isfinite(value):
+        return _result([batch], value, value, loss.detach()[None])
     with phase("backward"), UpdatesInBackward(optimizer) as updates:
         _backward(loss)
-    return _result([batch], loss.detach(), updates.norms())
+    norms = updates.norms()
+    return _result([batch], value, torch.linalg.vector_norm(norms).item(), norms)
 
 
 def _backward(loss: torch.Tensor) -> None:
@@ -211,11 +222,23 @@ def _backward(loss: torch.Tensor) -> None:
         loss.backward()
 
 
-def _result(batches: Sequence[Batch], loss: torch.Tensor, norms: torch.Tensor) -> StepResult:
-    """Read back what a step has found, once for both numbers."""
+def _begin_reading(numbers: torch.Tensor) -> Callable[[], list[float]]:
+    """Return a function that waits for numbers, and not for what a card is given to do from here on."""
+    if numbers.device.type != "cuda":
+        return numbers.tolist
+    on_host, there = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
+    there.record()
+
+    def read() -> list[float]:
+        there.synchronize()
+        return on_host.tolist()
+
+    return read
+
+
+def _result(batches: Sequence[Batch], loss: float, grad_norm: float, norms: torch.Tensor) -> StepResult:
     tokens = sum(batch.input_ids.shape[1] for batch in batches)
-    value, grad_norm = torch.stack([loss, torch.linalg.vector_norm(norms)]).tolist()
-    return StepResult(value, grad_norm, norms, tokens, sum(labelled_count(batch) for batch in batches))
+    return StepResult(loss, grad_norm, norms, tokens, sum(labelled_count(batch) for batch in batches))
 
 
 @torch.no_grad()

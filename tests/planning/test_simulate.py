@@ -19,7 +19,9 @@ from qlora_lite.ops import fused_attention
 from qlora_lite.ops.offload import pinned_bytes
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.ops.stream import shared_allocations
+from qlora_lite.planning import simulate as simulate_module
 from qlora_lite.planning.simulate import ALLOCATION_BYTES, Job, Rows, _run, full_pack, simulate, simulate_whole
+from qlora_lite.train import flat
 from qlora_lite.train.guards import check_forward
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.optim import build_optimizer
@@ -308,17 +310,17 @@ def test_pieces_that_a_plan_leaves_out_count_as_if_they_ran(monkeypatch, changes
     assert short.moments == whole.moments
 
 
-@pytest.mark.parametrize("in_backward", [False, True])
-@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
-def test_factors_of_one_shape_count_as_if_each_were_updated(monkeypatch, device_type, in_backward):
-    job = job_for(config_of("llama"), factor_dtype=torch.bfloat16, rank=64, device_type=device_type,
-                  levers=Levers(optimizer_in_backward=in_backward))  # fmt: skip
-    short = simulate_whole(job)
-    monkeypatch.setattr("qlora_lite.train.rounding.of_its_shape", lambda p, parameters: [p])
-    whole = simulate_whole(job)
-    assert short.work == whole.work and short.resident == whole.resident
-    for name in {phase for phase, _ in whole.moments} - {"load"}:
-        assert short.peak(name) == whole.peak(name), name
+@pytest.mark.parametrize("values", [1, 6_000, 20_000, 100_000])
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "lion_8bit", "adamw_torch"])
+def test_an_update_of_some_factors_at_a_time_is_planned_as_it_is_at_the_whole_depth(monkeypatch, values, optimizer):
+    monkeypatch.setattr(flat, "CHUNK_VALUES", {"cuda": values})
+    simulate_module._update.cache_clear()
+    job = job_for(config_of("llama", num_hidden_layers=9), factor_dtype=torch.bfloat16, optimizer=optimizer,
+                  device_type="cuda", eval_rows=None)  # fmt: skip
+    short, whole = simulate(job), simulate_whole(job)
+    simulate_module._update.cache_clear()
+    assert short.factor_shapes == whole.factor_shapes and len(short.factor_shapes) == 9 * 14
+    assert short.peak("optimizer").bytes == whole.peak("optimizer").bytes
 
 
 def every_piece(total, size):

@@ -178,7 +178,7 @@ def test_what_a_forward_left_between_two_layers_of_one_input_is_gone_before_it_i
 def test_memory_that_runs_out_in_the_update_is_not_tried_again(monkeypatch):
     training = trainer(**OPTIONS)
 
-    def run_out():
+    def run_out(**_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(training.optimizer, "step", run_out)
