@@ -25,9 +25,9 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(flat, "CHUNK_VALUES", {"cpu": 20_000, "cuda": 20_000})
 
 
-def weights(dtype):
+def weights(dtype, device="cpu"):
     generator = torch.Generator().manual_seed(0)
-    return [torch.nn.Parameter(torch.randn(*shape, generator=generator).to(dtype)) for shape in SHAPES]
+    return [torch.nn.Parameter(torch.randn(*shape, generator=generator).to(device, dtype)) for shape in SHAPES]
 
 
 def give_gradients(parameters, step, lacking=()):
@@ -36,7 +36,7 @@ def give_gradients(parameters, step, lacking=()):
     for number, parameter in enumerate(parameters):
         gradient = torch.randn(parameter.shape, generator=generator) * 10.0 ** -(number + step)
         gradient[0] = 0.0
-        parameter.grad = None if number in lacking and step == 2 else gradient.to(parameter.dtype)
+        parameter.grad = None if number in lacking and step == 2 else gradient.to(parameter)
 
 
 def bitsandbytes_own(name, parameters, weight_decay):
@@ -98,6 +98,8 @@ def test_rounded_by_chance_they_are_bitsandbytes_own_of_float32_and_the_noise_of
 
 
 def everything(parameters, optimizer):
+    if parameters[0].is_cuda:
+        torch.cuda.synchronize()  # paged states are the host's too
     tensors = [tensor for p in parameters for tensor in (p.detach(), *optimizer.state[p].values())]
     return [t.clone() if torch.is_tensor(t) else t for t in tensors]
 
@@ -106,28 +108,40 @@ def all_equal(one, other):
     return all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(one, other, strict=True))
 
 
+def assert_left_out_where_not_finite(name, rounding, device):
+    parameters, same = weights(torch.bfloat16, device), weights(torch.bfloat16, device)
+    optimizer, other = (build_optimizer(side, name, 0.01, 0.1, rounding) for side in (parameters, same))
+    half = torch.tensor(0.5, device=device)
+    for step, bad in enumerate((None, torch.nan, torch.inf, -torch.inf), 1):
+        before = everything(parameters, optimizer) if bad else None
+        give_gradients(parameters, step)
+        if bad:
+            parameters[2].grad[3] = bad
+        optimizer.step(if_finite=torch.tensor([1.0, bad or 2.0], device=device), scale=half * (bad or 1.0))
+        if bad:
+            optimizer.forget_step()
+            assert all_equal(everything(parameters, optimizer), before)
+    give_gradients(parameters, 5)
+    optimizer.step(if_finite=torch.ones(2, device=device))
+    for step in (1, 5):
+        give_gradients(same, step)
+        other.step(scale=half if step == 1 else None)
+    assert all_equal(everything(parameters, optimizer), everything(same, other))
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("rounding", [True, False])
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_a_step_whose_numbers_are_not_finite_leaves_everything(name, rounding, device_type):
-    parameters, same = weights(torch.bfloat16), weights(torch.bfloat16)
-    optimizer, other = (build_optimizer(side, name, 0.01, 0.1, rounding) for side in (parameters, same))
-    with planning_for(device_type):
-        for step, bad in enumerate((None, torch.nan, torch.inf, -torch.inf), 1):
-            before = everything(parameters, optimizer) if bad else None
-            give_gradients(parameters, step)
-            if bad:
-                parameters[2].grad[3] = bad
-            optimizer.step(if_finite=torch.tensor([1.0, bad or 2.0]), scale=torch.tensor(0.5 * (bad or 1.0)))
-            if bad:
-                optimizer.forget_step()
-                assert all_equal(everything(parameters, optimizer), before)
-        give_gradients(parameters, 5)
-        optimizer.step(if_finite=torch.ones(2))
-        for step in (1, 5):
-            give_gradients(same, step)
-            other.step(scale=torch.tensor(0.5) if step == 1 else None)
-    assert all_equal(everything(parameters, optimizer), everything(same, other))
+    with planning_for(device_type):  # as if on a card, which looks by itself
+        assert_left_out_where_not_finite(name, rounding, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("rounding", [True, False])
+def test_a_step_whose_numbers_are_not_finite_leaves_everything_on_a_card(name, rounding):
+    assert_left_out_where_not_finite(name, rounding, "cuda")
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
