@@ -64,10 +64,11 @@ class Rows:
 
 
 def full_pack(tokens: int, packing: bool) -> Rows:
-    """Return the rows of a pack of so many tokens, all learned, that needs as much as any, where no row is known.
+    """Return the rows of a pack of so many tokens, all learned, for a plan where no row is known.
 
-    Of ``TYPICAL_SEQUENCES``, since what runs once for each takes its time; one of them has nearly all tokens, since
-    attention needs most for a long one.
+    It needs as much as any of ``TYPICAL_SEQUENCES`` or fewer: what runs once for each takes its time, and one has
+    nearly all tokens, since attention needs most for a long one. Each more takes up to 128 tokens' more inside of a
+    card's attention (``ops.packed_attention``); a run is planned with its own rows.
     """
     others = min(TYPICAL_SEQUENCES - 1, (tokens - 1) // 2) if packing else 0
     return Rows((tokens - others, *(1,) * others), tokens - 1)
