@@ -93,6 +93,15 @@ def test_kernels_that_do_not_run_are_left_out(chosen):
         chosen(forward=full)
 
 
+def test_packed_attention_is_tried_although_the_largest_micro_batch_is_one_sequence(monkeypatch):
+    seen = []
+    monkeypatch.setattr(kernels, "_seen", lambda _, inputs: (seen.append(inputs), ([], []))[1])
+    model, _ = quantized_pair("llama")
+    tokens = torch.arange(9)
+    choose_kernels(model, Inputs(tokens[None], tokens[None], (9,), tokens, tokens))
+    assert seen[0].row_lengths == (4, 5) and seen[0].row_ends.tolist() == [0, 4, 9]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 def test_on_a_card_a_run_with_kernels_is_the_run_without_within_rounding(model_type, monkeypatch, caplog):
