@@ -4,8 +4,9 @@ On a card flash attention takes grouped heads but no mask, no float32 and no hea
 kernel takes all of these but no grouped heads (torch 2.13's documentation of ``scaled_dot_product_attention``, and
 sdp_utils.cpp). For what neither takes, torch holds the scores of all heads; so it does on a card that has none of them
 (experimental ones of ROCm, builds by MSVC without flash attention, which are asked once for each kind of call), and
-``attention`` then goes block by block. cuDNN's kernel is left out: it makes a plan
-of its own for every length of a row, in memory that nobody counts.
+``attention`` then goes block by block. Cards that compute in float16 for want of bfloat16 have no flash attention; so
+float16 does without it on all of them, and needs the same everywhere. cuDNN's kernel is left out: it makes a plan of
+its own for every length of a row, in memory that nobody counts.
 
 Backward, a kernel takes memory that no tensor outside of it shows: for an 8B model 32 KiB a token. A
 plan takes as much at the same place. Of a long row, flash attention's backward runs over a few heads at a time, with so
@@ -72,7 +73,8 @@ def fused_attention(query, key, value, mask, scaling, dropout=0.0) -> torch.Tens
         # torch would choose the formula here; a CPU's fused kernel saves what a card's does
         out = _PLANNED(query, key, value, dropout, causal, attn_mask=mask, scale=scaling)[0]
         return _with_scratch(out, query, key, groups, flash) if on_card and out.requires_grad else out
-    with sdpa_kernel(KERNELS) if query.is_cuda else nullcontext():
+    kernels = _kernels(query.dtype)
+    with sdpa_kernel(kernels) if query.is_cuda else nullcontext():
         return scaled_dot_product_attention(
             query, key, value, mask, dropout, is_causal=causal, scale=scaling, enable_gqa=groups > 1
         )
@@ -158,6 +160,10 @@ def key_heads_at_once(query, key, rows: int | None = None) -> int:
     return max(1, min(key.shape[1], MOST_SCRATCH_BYTES // max(1, taken)))
 
 
+def _kernels(dtype: torch.dtype) -> list[SDPBackend]:
+    return [kernel for kernel in KERNELS if kernel != SDPBackend.FLASH_ATTENTION or dtype != torch.float16]
+
+
 def is_for_flash(query, value, dropout: float) -> bool:
     """Tell whether flash attention takes heads of this kind, without a mask, on any card.
 
@@ -165,7 +171,7 @@ def is_for_flash(query, value, dropout: float) -> bool:
     """
     size = query.shape[3]
     has_backward = size <= 192 or (size > 224 and not dropout)
-    return query.dtype != torch.float32 and size <= 256 and size == value.shape[3] and has_backward
+    return query.dtype == torch.bfloat16 and size <= 256 and size == value.shape[3] and has_backward
 
 
 def runs_flash(query, key, value, dropout: float) -> bool:
@@ -188,7 +194,7 @@ def kernel_of_card(dtype: torch.dtype) -> str | None:
     grouped, alone = (_chosen(dtype, 32, key_heads, 128, 128, False, 0.0) for key_heads in (8, 32))
     if grouped is None:
         return None
-    if grouped == SDPBackend.FLASH_ATTENTION.value and dtype != torch.float32:
+    if grouped == SDPBackend.FLASH_ATTENTION.value:
         return "flash attention"
     return "blocks of queries: torch has no fused kernel here" if alone == _MATH else "memory-efficient attention"
 
@@ -205,7 +211,7 @@ def _chosen(
     # views of one row each: a plan may be counting what is allocated
     tensors = [torch.empty(1, 1, 1, size, **options).expand(1, heads, _ASKED_TOKENS, size) for heads, size in shapes]
     mask = torch.zeros(_ASKED_TOKENS, _ASKED_TOKENS, dtype=dtype, device="cuda") if masked else None
-    with sdpa_kernel(KERNELS):
+    with sdpa_kernel(_kernels(dtype)):
         return torch._fused_sdp_choice(*tensors, mask, dropout, not masked, enable_gqa=heads != key_heads)
 
 
@@ -267,11 +273,12 @@ def _efficient_bytes(query, key) -> int:
     """Return the bytes that the memory-efficient kernel's backward takes for a query [B, H, T, D], in float32 sums.
 
     Of the query's gradient; of those of key and value where heads are wider than the kernel's tile, for as many pieces
-    of the keys as it runs at a time.
+    of the keys as it runs at a time. In float16 the tile is taken for the smaller of two: the larger may be too large
+    for a Turing card.
     """
     batch, heads, length, size = query.shape
     numbers = _up(length, _ROWS) * (1 + _up(size, _PIECE))
-    if query.dtype != torch.float32 and size > _ROWS:
+    if query.dtype != torch.float32 and size > (_PIECE if query.dtype == torch.float16 else _ROWS):
         pieces = min(-(-key.shape[2] // _PIECE), max(1, _PIECES_AT_ONCE // (batch * heads)))
         numbers += 2 * pieces * _PIECE * _up(size, _ROWS)
     return 4 * batch * heads * numbers

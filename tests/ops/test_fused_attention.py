@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
 from qlora_lite.memory.ledger import Ledger
@@ -21,7 +22,7 @@ WIDE = 256  # a size of a head beyond the memory-efficient kernel's tile
 COPY = 2 * HEADS * LENGTH * SIZE  # bytes of something as large as the queries, bfloat16
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("window", [None, 5])
 def test_a_card_s_kernels_get_grouped_heads_only_where_flash_attention_takes_the_call(window, dtype, monkeypatch):
     """Another would leave it to the formula, with the scores of all heads in memory."""
@@ -80,11 +81,13 @@ def test_heads_of_a_size_that_flash_attention_does_not_take_are_not_grouped(size
     assert called == [(grouped, 2 if grouped else 8)]
 
 
-@pytest.mark.parametrize(("size", "taken"), [(128, True), (512, False)])
-def test_a_plan_counts_the_kernel_that_takes_the_heads(size, taken, monkeypatch):
+@pytest.mark.parametrize(("size", "dtype", "taken"), [
+    (128, torch.bfloat16, True), (512, torch.bfloat16, False), (128, torch.float16, False),
+])  # fmt: skip
+def test_a_plan_counts_the_kernel_that_takes_the_heads(size, dtype, taken, monkeypatch):
     seen = []
     monkeypatch.setattr(fused_attention, "_with_scratch", lambda out, *arguments: seen.append(arguments[-1]) or out)
-    inputs = laid_out(2, LENGTH, size, torch.bfloat16, False, "meta")
+    inputs = laid_out(2, LENGTH, size, dtype, False, "meta")
     with planning_for("cuda"):
         fused_attention.fused_attention(*inputs, None, None)
     assert seen == [taken]
@@ -147,6 +150,18 @@ def test_where_torch_has_no_flash_attention_heads_are_not_grouped_and_another_ke
     assert "no fused kernel" in fused_attention.kernel_of_card(torch.bfloat16)
 
 
+def test_in_float16_a_card_is_not_left_to_choose_flash_attention(monkeypatch):
+    """A plan for cards without it, and a try of that plan on one that has it, are of the same kernel."""
+    allowed = []
+    monkeypatch.setattr(fused_attention, "sdpa_kernel", lambda kernels: allowed.append(kernels) or nullcontext())
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    for dtype in (torch.float16, torch.bfloat16):
+        inputs = laid_out(HEADS, 5, 16, dtype, False, "cpu")
+        fused_attention.fused_attention(*inputs, None, None)
+    assert [SDPBackend.FLASH_ATTENTION in kernels for kernels in allowed] == [False, True]
+    assert all(SDPBackend.EFFICIENT_ATTENTION in kernels for kernels in allowed)
+
+
 @pytest.fixture
 def planned_inside(monkeypatch):
     """Return by how many bytes a kernel's own memory raises the most that a planned backward needs."""
@@ -198,6 +213,11 @@ def test_in_float32_the_query_s_gradient_is_summed_up_beside_the_result(planned_
     assert planned_inside(HEADS, torch.float32, False) == 4 * HEADS * ROWS * (
         1 + 128
     )  # another kernel: 80 is rounded up
+
+
+def test_in_float16_heads_wider_than_the_smaller_tile_have_sums_of_pieces_too(planned_inside):
+    numbers = ROWS * (1 + 128) + 2 * 64 * 5 * 128  # of 80, rounded up
+    assert planned_inside(HEADS, torch.float16, False) == 4 * HEADS * numbers
 
 
 @pytest.mark.parametrize("at_once, pieces", [(200, 5), (16, 2), (4, 1)])  # of 64 keys: 5 for 300, and for all 8 heads
