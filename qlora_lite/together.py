@@ -2,3 +2,4 @@
 
 WITH_COMPILE = {"tile_tokens": "off", "resident_blocks": "all", "checkpoint_every": 1}  # of the memory section
 WITH_UPDATES_IN_BACKWARD = {"max_grad_norm": 0, "gradient_accumulation_steps": 1, "on_not_finite": "stop"}  # of train
+UPDATES_IN_FLOAT16 = "in float16 an overflow is seen too late for that; write model.compute_dtype: float32"

@@ -96,7 +96,7 @@ def test_no_path_at_all_is_python_s_own_error():
     ({"targets": [{"pattern": "q_proj"}]}, "targets must be"), ({"rank": 0}, "rank is 0; give a whole number"),
     ({"rank": 4.0}, "rank is 4.0"), ({"rank": "8"}, "rank is '8'"), ({"alpha": 0}, "alpha is 0; give a number above"),
     ({"alpha": "x"}, "alpha is 'x'"), ({"dropout": 1}, "dropout is 1"), ({"dtype": "bfloat16"}, "dtype is 'bfloat16'"),
-    ({"dtype": torch.int8}, "dtype is torch.int8"),
+    ({"dtype": torch.int8}, "dtype is torch.int8"), ({"dtype": torch.float16}, "dtype is torch.float16"),
 ])  # fmt: skip
 def test_factors_that_cannot_be(options, text, base):
     says(lambda: q.add_lora(base, **options), text)

@@ -27,12 +27,13 @@ from qlora_lite.models.load import use_row_attention, uses_row_attention
 from qlora_lite.models.rows_alone import rows_run_alone, run_rows_alone, use_own_attention, why_rows_run_alone
 from qlora_lite.ops.loss import head_logits
 from qlora_lite.quant.tensor_file import bit_sums
-from qlora_lite.together import WITH_COMPILE, WITH_UPDATES_IN_BACKWARD
+from qlora_lite.together import UPDATES_IN_FLOAT16, WITH_COMPILE, WITH_UPDATES_IN_BACKWARD
 
 from .settings import TrainSettings
 from .step import hidden_states, prepare, summed_loss
 
 log = logging.getLogger("qlora_lite")
+FLOAT16_ENDS = "float16 ends at 65,504: set model.compute_dtype to float32"
 BAD_FILES = "the model's files are damaged, or it was trained or merged badly: take another copy of it"
 
 # Relative L2 error of logits that rounding alone explains: measured 2.5e-7 to 4.2e-7 (float32) and 0.2 to 0.6 %
@@ -102,7 +103,7 @@ def _logits_error(model: nn.Module) -> float:
     model.train(was_training)
     size = alone.norm()
     if not math.isfinite(size.item()):
-        raise ModelError(f"{type(model).__name__}: its own logits are not finite: {_bad_weight(model)}; {BAD_FILES}")
+        raise ModelError(f"{type(model).__name__}: its own logits are not finite: {_bad_weight(model)}; {_cure(model)}")
     return ((packed - alone).norm() / size).item()
 
 
@@ -114,6 +115,10 @@ def _bad_weight(model: nn.Module) -> str:
         return f"{name} holds NaN or infinity"
     name = max(sizes, key=sizes.get)
     return f"weights are too large, most of all {name} with {sizes[name]:.1e}"
+
+
+def _cure(model: nn.Module) -> str:
+    return FLOAT16_ENDS if model.dtype == torch.float16 else BAD_FILES
 
 
 def _largest(tensor: torch.Tensor) -> float:
@@ -132,7 +137,7 @@ def _check_embeddings_finite(model: nn.Module) -> None:
     if math.isfinite(_largest(weight)):
         return
     token = next(token for token, row in enumerate(weight) if not row.isfinite().all())
-    raise ModelError(f"{type(model).__name__}: the embedding of token {token} is not finite; {BAD_FILES}")
+    raise ModelError(f"{type(model).__name__}: the embedding of token {token} is not finite; {_cure(model)}")
 
 
 @contextmanager
@@ -141,7 +146,10 @@ def _own_attention(model: nn.Module) -> Iterator[None]:
     if not uses_row_attention(model):
         yield
         return
-    model.set_attn_implementation("eager")
+    # scores that are written out are not scaled yet, and those of Qwen2 exceed float16
+    fused = model.dtype == torch.float16 and model._supports_sdpa
+    capped = getattr(model.config, "attn_logit_softcapping", None)  # which only the other leaves in
+    model.set_attn_implementation("sdpa" if fused and not capped else "eager")
     try:
         yield
     finally:
@@ -188,6 +196,8 @@ def check_updates_in_backward(model: nn.Module, settings: TrainSettings) -> None
              if given[name] != only]  # fmt: skip
     if rows_run_alone(model):
         found.append("this model, whose rows run one by one (set memory.optimizer_in_backward to false)")
+    if model.dtype == torch.float16:
+        found.append(f"a model in float16 ({UPDATES_IN_FLOAT16})")
     if found:
         raise TrainingError(f"memory.optimizer_in_backward is incompatible with: {'; '.join(found)}")
 
@@ -298,8 +308,10 @@ def explain_not_finite(model: nn.Module, batches: list[Batch], step: int, update
         "the backward pass has changed weights already: go on from the last checkpoint with train --resume" if updated
         else "the weights were left as they were before this step"
     )  # fmt: skip
+    cures = f"{FLOAT16_ENDS}, lower" if model.dtype == torch.float16 else "Lower"
     return TrainingError(
-        f"step {step}: {place} is not finite (rows {rows}); {weights}. Lower train.learning_rate, or look at these rows"
+        f"step {step}: {place} is not finite (rows {rows}); {weights}. "
+        f"{cures} train.learning_rate, or look at these rows"
     )
 
 

@@ -48,6 +48,7 @@ from .guards import (
     explain_not_finite,
 )
 from .kernels import choose_kernels
+from .loss_scale import LossScale
 from .optim import build_optimizer
 from .out_of_memory import cut, first_line, free_cached_memory, is_out_of_memory, lower_limit, no_retry
 from .rehearsal import rehearse_step
@@ -121,6 +122,7 @@ class Trainer:
         self._has_retried = False  # the allocator, which has been said
         self._is_still = False  # its gradients are zero, which has been said
         self.fused_loss: str | None = None  # in place of the chunked one; see ``choose_loss``
+        self.loss_scale = LossScale() if model.dtype == torch.float16 else None
         self.most_tokens: int | None = None  # at once through the model, since memory ran out with more
         check_embeddings(model, examples)
         check_trainable(model, sum(parameter.numel() for parameter in self.parameters))
@@ -272,10 +274,21 @@ class Trainer:
             self._has_retried = True
 
     def _step(self, batches: Iterator[Batch]) -> StepResult:
-        s = self.settings
-        return train_step(
-            self.model, list(batches), self.optimizer, s.max_grad_norm, s.levers.loss_chunk_tokens, self.fused_loss
-        )
+        s, whole = self.settings, list(batches)
+
+        def attempt(scale: float) -> StepResult:
+            self.optimizer.zero_grad(set_to_none=True)  # of an attempt at a larger scale
+            return train_step(
+                self.model, whole, self.optimizer, s.max_grad_norm, s.levers.loss_chunk_tokens, self.fused_loss, scale
+            )
+
+        if self.loss_scale is None:
+            return attempt(1.0)
+        before, result = self.loss_scale.value, self.loss_scale.step(attempt)
+        if self.loss_scale.value != before:
+            log.info("step %d: the loss scale of float16 is %g from now on, after %g", self.step,
+                     self.loss_scale.value, before)  # fmt: skip
+        return result
 
     def _whole_step(self, micro_batches: Sequence[Sequence[Example]]) -> StepResult:
         """Run a step whose backward pass updates the factors, so that it cannot be cut.

@@ -5,7 +5,8 @@
 | adapter_model.safetensors | the factors, under peft's names; with adapter_config.json, an adapter to be loaded |
 | optimizer.safetensors     | the optimizer's tensors, FACTOR.KEY                                                |
 | generators.safetensors    | the random generators                                                              |
-| state.json                | steps, place in the data, skipped steps, the memory limit, the optimizer's numbers |
+| state.json                | steps, place in the data, skipped steps, the memory limit, the loss scale, the
+|                           | optimizer's numbers                                                                |
 
 The schedule and the order of the rows are functions of the step and the epoch and have no state. Optimizer states are
 copied into buffers that the optimizer itself has made: `load_state_dict` of bitsandbytes would give ordinary memory
@@ -13,6 +14,7 @@ for paged states, and torch's casts states to the parameter's type.
 """
 
 import math
+from dataclasses import asdict
 
 import torch
 
@@ -24,6 +26,7 @@ from qlora_lite.models.anatomy import device_of
 from .checkpoints import Checkpoint, Tensors
 from .generators import generator_states, restore_generators
 from .loop import Trainer
+from .loss_scale import LossScale
 
 OPTIMIZER, GENERATORS, STATE = "optimizer.safetensors", "generators.safetensors", "state.json"
 _COUNTS = ("step", "epoch", "epoch_step", "skipped", "most_tokens")  # the last may be None
@@ -46,7 +49,7 @@ def capture(trainer: Trainer) -> tuple[dict[str, Tensors], dict]:
     return on_host, {
         "step": trainer.step, "epoch": trainer.epoch, "epoch_step": trainer.epoch_step, "skipped": trainer.skipped,
         "most_tokens": trainer.most_tokens, "total_steps": trainer.total_steps, "took_part": trainer.took_part,
-        "optimizer": numbers,
+        "loss_scale": trainer.loss_scale and asdict(trainer.loss_scale), "optimizer": numbers,
     }  # fmt: skip
 
 
@@ -108,6 +111,8 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     fill_adapter(trainer.model, saved[WEIGHTS_NAME])
     for name in (*_COUNTS, "took_part"):
         setattr(trainer, name, state[name])
+    if trainer.loss_scale and (scale := state.get("loss_scale")):
+        trainer.loss_scale = LossScale(**scale)
     restore_generators(saved[GENERATORS], device_of(trainer.model))
 
 
@@ -127,6 +132,9 @@ def numbers_of(checkpoint: Checkpoint) -> dict:
     good = good and type(state.get("took_part")) is bool
     good = good and all(isinstance(values, dict) for values in numbers.values())
     good = good and all(map(_is_count, (number for values in numbers.values() for number in values.values())))
+    scale = state.get("loss_scale") or asdict(LossScale())  # of float16 only
+    good = good and isinstance(scale, dict) and scale.keys() == asdict(LossScale()).keys()
+    good = good and all(map(_is_count, scale.values())) and scale["value"] >= 1
     if missing or not good:
         raise CheckpointError(f"the checkpoint lacks {', '.join(missing) or f'numbers in {STATE}'}")
     if problem := _contradiction(state, checkpoint):

@@ -25,6 +25,7 @@ from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, chunked_cross_entropy
 from qlora_lite.ops.packed_attention import sequence_ends
 from qlora_lite.ops.shapes import device_type, kernel_rows
 
+from .loss_scale import unscale
 from .optim import UpdatesInBackward, clip_scale, gradient_norms
 from .out_of_memory import no_retry
 
@@ -150,23 +151,24 @@ def labelled_count(batch: Batch) -> int:
 
 
 def accumulate_gradients(
-    model: nn.Module, batches: Sequence[Inputs], chunk_tokens: int | None = None, fused: str | None = None
+    model: nn.Module, batches: Sequence[Inputs], chunk_tokens: int | None = None, fused: str | None = None,
+    scale: float = 1.0,
 ) -> torch.Tensor:  # fmt: skip
-    """Add the gradients of the mean loss over all labelled tokens of the batches; return that mean."""
+    """Add the gradients of the mean loss over all labelled tokens of the batches, times a scale; return that mean."""
     total = sum(len(batch.targets) for batch in batches)
     mean = torch.zeros((), dtype=torch.float32, device=device_of(model))
     for batch in batches:
         with phase("forward"):
             loss = summed_loss(model, batch, chunk_tokens, fused) / total
         with phase("backward"):
-            _backward(loss)
+            _backward(loss, scale)
         mean += loss.detach()
     return mean
 
 
 def train_step(
     model: nn.Module, batches: Sequence[Batch], optimizer: torch.optim.Optimizer, max_grad_norm: float,
-    chunk_tokens: int | None = None, fused: str | None = None,
+    chunk_tokens: int | None = None, fused: str | None = None, scale: float = 1.0,
 ) -> StepResult:  # fmt: skip
     """Run one optimizer step over micro-batches; a step that is not finite leaves the weights alone.
 
@@ -174,6 +176,7 @@ def train_step(
 
     Args:
         optimizer: one of ``build_optimizer``'s.
+        scale: power of two that the backward pass is run at; see ``loss_scale``.
 
     Returns:
         The step's numbers; ``loss`` or ``grad_norm`` is not finite if the update was skipped.
@@ -183,8 +186,9 @@ def train_step(
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     inputs = [prepare(batch, device_of(model)) for batch in batches]
-    mean = accumulate_gradients(model, inputs, chunk_tokens, fused)
+    mean = accumulate_gradients(model, inputs, chunk_tokens, fused, scale)
     with phase("optimizer"):
+        unscale(parameters, scale)
         norms = gradient_norms(parameters)
         numbers = torch.stack([mean, torch.linalg.vector_norm(norms)])
         read = _begin_reading(numbers)
@@ -217,9 +221,9 @@ def train_step_in_backward(
     return _result([batch], value, torch.linalg.vector_norm(norms).item(), norms)
 
 
-def _backward(loss: torch.Tensor) -> None:
+def _backward(loss: torch.Tensor, scale: float = 1.0) -> None:
     with in_words():  # where compiled blocks are kept, their gradients are compiled here
-        loss.backward()
+        loss.backward(torch.full_like(loss, scale))
 
 
 def _begin_reading(numbers: torch.Tensor) -> Callable[[], list[float]]:

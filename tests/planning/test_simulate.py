@@ -62,7 +62,7 @@ def job_for(config, **changes):
     )
 
 
-def measured(job, model_type, steps=(LENGTHS, LENGTHS), **changes):
+def measured(job, model_type, steps=(LENGTHS, LENGTHS), scale=1.0, **changes):
     """Return the ledger of the last of some real training steps, of rows of such lengths, and an evaluation."""
     model = build_tiny(model_type, **changes)
     quantize_in_place(model, job.quant, job.double_quant)
@@ -80,8 +80,9 @@ def measured(job, model_type, steps=(LENGTHS, LENGTHS), **changes):
         for lengths in steps:
             ledger.peaks.clear()
             train_step(
-                model.train(), [all_learned(lengths)], optimizer, job.max_grad_norm, job.levers.loss_chunk_tokens
-            )
+                model.train(), [all_learned(lengths)], optimizer, job.max_grad_norm, job.levers.loss_chunk_tokens,
+                scale=scale,
+            )  # fmt: skip
             optimizer.zero_grad(set_to_none=True)
         evaluate_loss(model, [batch], job.levers.loss_chunk_tokens)
     return ledger
@@ -104,7 +105,16 @@ def test_the_predicted_peak_of_every_phase_is_the_measured_one(model_type, lever
         if rows_run_alone(tiny):
             pytest.skip("its rows run alone in transformers 5.17")
     job = job_for(config_of(model_type), levers=replace(levers, loss_chunk_tokens=8))
-    predicted, ledger = simulate_whole(job), measured(job, model_type)
+    assert_predicted(job, measured(job, model_type))
+
+
+def test_the_predicted_peak_in_float16_is_that_of_a_step_whose_loss_is_scaled():
+    job = job_for(config_of("llama"), levers=Levers(loss_chunk_tokens=8), compute_dtype=torch.float16)
+    assert_predicted(job, measured(job, "llama", dtype=torch.float16, scale=2.0**16))
+
+
+def assert_predicted(job, ledger):
+    predicted = simulate_whole(job)
     for name in ("forward", "backward", "evaluation"):
         peak = max((m for m in ledger.peaks.values() if m.phase == name), key=lambda m: m.total)
         assert predicted.peak(name).total == pytest.approx(peak.total, abs=INPUT_BYTES), name

@@ -12,7 +12,7 @@ from qlora_lite.data.batch import collate
 from qlora_lite.errors import CheckpointError, TrainingError
 from qlora_lite.lora.adapter import WEIGHTS_NAME, adapter_tensors
 from qlora_lite.lora.inject import lora_parameters
-from qlora_lite.train import loop
+from qlora_lite.train import loop, loss_scale
 from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from qlora_lite.train.generators import generator_states, restore_generators
 from qlora_lite.train.optim import BITSANDBYTES_NAMES
@@ -74,6 +74,42 @@ def test_every_optimizer_goes_on_bit_for_bit_with_states_of_the_same_type(tmp_pa
     assert_same_state(training, whole)
     kinds = {tensor.dtype for name, tensor in capture(whole)[0][OPTIMIZER].items() if name.endswith("state1")}
     assert (torch.uint8 in kinds) == ("8bit" in optimizer)
+
+
+def test_a_run_in_float16_goes_on_at_the_scale_and_the_count_it_had(tmp_path, monkeypatch):
+    monkeypatch.setattr(loss_scale, "GROWTH_STEPS", 2)
+    options = dict(compute_dtype=torch.float16, dropout=0.1, max_steps=6)
+
+    def of_large_scale():
+        training = trainer(**options)
+        training.loss_scale.value = 2.0**20  # more than its gradients bear
+        return training
+
+    whole = of_large_scale()
+    scales = [asdict(whole.loss_scale) for _ in whole]
+    assert len({scale["value"] for scale in scales}) > 1 and len({scale["good_steps"] for scale in scales}) > 1
+    training = of_large_scale()
+    for stop in (2, 3):
+        steps_of(training, stop - training.step)
+        checkpoint = saved(training, tmp_path / str(stop))
+        torch.manual_seed(99)
+        training = trainer(**options)
+        restore(training, checkpoint)
+        assert asdict(training.loss_scale) == scales[stop - 1]
+    steps_of(training)
+    assert_same_state(training, whole)
+
+
+@pytest.mark.parametrize(
+    "scale", [{"value": 0.5, "good_steps": 1}, {"value": 2.0}, 4.0, {"value": 8.0, "good_steps": -1}]
+)
+def test_a_loss_scale_that_is_none_is_refused(tmp_path, scale):
+    training = trainer()
+    steps_of(training, 1)
+    checkpoint = saved(training, tmp_path)
+    state = checkpoint.documents[STATE] | {"loss_scale": scale}
+    with pytest.raises(CheckpointError, match=r"lacks numbers in state\.json"):
+        restore(trainer(), replace(checkpoint, documents={STATE: state}))
 
 
 @pytest.mark.parametrize("packing", [True, False])
