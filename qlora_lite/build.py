@@ -17,14 +17,21 @@ from .lora.read import adapter_bytes, read_adapter
 from .memory.meter import free_bytes, hold_to
 from .models.anatomy import blocks
 from .models.levers import Levers, levers_of, place, set_levers
-from .models.load import load_model, resolve_compute_dtype, resolve_device, stored_quantization
-from .models.skeleton import meta_model, read_part
+from .models.load import (
+    auto_dtype,
+    fast_dtype,
+    load_model,
+    resolve_compute_dtype,
+    resolve_device,
+    stored_quantization,
+)
+from .models.skeleton import meta_model, read_config, read_part
 from .planning.answering import left_on_host, memory_to_use, placement
 from .planning.machine import Machine
 from .planning.simulate import Job, Rows
 from .recipe.load import require_recipe
 from .recipe.schema import Recipe
-from .together import WITH_COMPILE
+from .together import UPDATES_IN_FLOAT16, WITH_COMPILE
 from .train.settings import TrainSettings
 
 log = logging.getLogger(__name__)
@@ -48,6 +55,13 @@ def fixed_levers(recipe: Recipe) -> dict[str, object]:
     return levers_of(said | WITH_COMPILE if recipe.train.compile else said)  # each is that or "auto"
 
 
+def compute_dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """Return the type that a recipe's model computes in on a device."""
+    m = recipe.model
+    asks = m.compute_dtype == "auto" and fast_dtype(device) == torch.float16  # else the model does not matter
+    return resolve_compute_dtype(m.compute_dtype, device, read_config(m.path, m.revision).model_type if asks else "")
+
+
 def build_model(recipe: Recipe, levers: Levers | None = None, adapter: Path | None = None) -> nn.Module:
     """Load a recipe's base model on its device, with LoRA factors, for training.
 
@@ -57,7 +71,7 @@ def build_model(recipe: Recipe, levers: Levers | None = None, adapter: Path | No
     """
     m = recipe.model
     device = resolve_device(m.device)
-    dtype = resolve_compute_dtype(m.compute_dtype, device)
+    dtype = compute_dtype_of(recipe, device)
     levers = levers or Levers()
     model = load_model(
         m.path, m.quant, m.double_quant, dtype, "cpu" if levers.places_weights else device, m.revision,
@@ -98,7 +112,7 @@ def build_to_use(
     """
     m = recipe.model
     device = resolve_device(m.device)
-    dtype = resolve_compute_dtype(m.compute_dtype, device)
+    dtype = compute_dtype_of(recipe, device)
     tiles, levers = Levers(tile_tokens=fixed_levers(recipe).get("tile_tokens")), Levers()
     if (memory := memory_to_use(device, recipe.memory.budget_bytes)) is not None:
         hold_to(device, None)  # loading may take more for a moment
@@ -124,7 +138,7 @@ def build_to_use(
 def build_skeleton(recipe: Recipe) -> nn.Module:
     """Return a recipe's base model on the meta device, its layers in 4 bit where those of the loaded one are."""
     m = recipe.model
-    part, dtype = read_part(m.path, m.revision), resolve_compute_dtype(m.compute_dtype, resolve_device(m.device))
+    part, dtype = read_part(m.path, m.revision), compute_dtype_of(recipe, resolve_device(m.device))
     model = meta_model(part.config, *quantization_of(recipe, part.config.to_dict()), dtype, m.quant_head)
     return set_outside(model, part.outside)
 
@@ -139,14 +153,18 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_rows: Rows | None, row
         rows_alone: the loaded model has shown that its rows run one by one.
 
     Raises:
-        ModelError: the machine is a card that has no bfloat16, and the recipe asks for it.
+        ModelError: the machine is a card that has no bfloat16, and the recipe asks for it; or it is to compute in
+            float16 and update factors in backward.
     """
     m, x, t = recipe.model, recipe.lora, recipe.train
     quant, double_quant = quantization_of(recipe, config.to_dict())
-    dtype = machine.dtype if m.compute_dtype == "auto" else getattr(torch, m.compute_dtype)
+    auto = auto_dtype(machine.dtype, config.model_type)
+    dtype = auto if m.compute_dtype == "auto" else getattr(torch, m.compute_dtype)
     if machine.device_type == "cuda" and dtype == torch.bfloat16 != machine.dtype:
         raise ModelError("model.compute_dtype bfloat16 is for training on cards of compute capability 8.0 and later, "
                          "since attention elsewhere holds the scores of whole rows; leave it on auto")  # fmt: skip
+    if dtype == torch.float16 and recipe.memory.optimizer_in_backward:
+        raise ModelError(f"memory.optimizer_in_backward: {UPDATES_IN_FLOAT16}")
     return Job(
         config, Rows((1,), 1), eval_rows, machine.device_type, quant, double_quant, m.quant_head, dtype,
         tuple(Target(t.pattern, t.rank, t.alpha) for t in x.targets), x.rank, x.alpha, x.dropout, x.rslora,

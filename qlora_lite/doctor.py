@@ -10,7 +10,7 @@ import torch
 from .compilers import NO_TRITON, missing_for_triton
 from .files import cache_root
 from .memory.process import segments_grow
-from .models.load import has_fast_bf16, missing_kernels, resolve_device
+from .models.load import fast_dtype, missing_kernels, resolve_device
 from .models.unused_gpu import fault_of_cuda, unsupported_gpu
 from .ops.fused_attention import kernel_of_card
 from .quant.bnb import has_native_library
@@ -31,8 +31,8 @@ def examine() -> dict:
         "memory": format_bytes(psutil.virtual_memory().total),
         "gpu": _gpu(),
         "cuda": _build(),
-        "fast_bfloat16": has_fast_bf16(device),
-        "attention": None if fault else kernel_of_card(torch.bfloat16 if has_fast_bf16(device) else torch.float32),
+        "fast_bfloat16": fast_dtype(device) == torch.bfloat16,
+        "attention": None if fault else kernel_of_card(fast_dtype(device)),
         "bitsandbytes_backend": _backend(device),
         "cache": f"{cache_root()} ({_free(cache_root())} free)",
     }
@@ -70,8 +70,9 @@ def _notes(device: torch.device) -> list[str]:
             notes.append(unused)
     if torch.version.hip:
         notes.append("AMD's GPUs are used as CUDA's are, and not verified: nobody has tried this package on ROCm")
-    if not has_fast_bf16(device):
-        notes.append("this device has no fast bfloat16: the compute type falls back to float32")
+    if (dtype := fast_dtype(device)) != torch.bfloat16:
+        fallback = str(dtype).removeprefix("torch.")
+        notes.append(f"this device has no fast bfloat16: the compute type falls back to {fallback}")
     if device.type == "cuda" and not segments_grow():
         notes.append(
             "torch's CUDA allocator has segments of fixed sizes here (Windows, WSL, ROCm before 7, a Tegra, a share of "

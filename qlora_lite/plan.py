@@ -11,14 +11,14 @@ from functools import partial
 from itertools import permutations
 from shutil import disk_usage
 
-from .build import fixed_levers, job_of, train_settings
+from .build import compute_dtype_of, fixed_levers, job_of, train_settings
 from .data.batch import Batch
 from .data.stored import learned_counts, row_lengths
 from .errors import DoesNotFitError, OutputError, RecipeError
 from .memory.bar import BESIDE
 from .memory.cards import CardError
 from .models.levers import Levers
-from .models.load import resolve_compute_dtype, resolve_device
+from .models.load import resolve_device
 from .models.skeleton import read_config
 from .planning.candidate import Candidate, Step, build_candidate, choose, timed
 from .planning.largest import most_packs
@@ -113,6 +113,7 @@ def plan_recipe(
     d = recipe.data
     evaluation = eval_rows or (full_pack(d.max_tokens, packing=True) if d.has_eval else None)
     job = job_of(recipe, read_config(recipe.model.path, recipe.model.revision), machine, evaluation, rows_alone)
+    machine = machine.computing_in(job.compute_dtype)
     fixed, tied = fixed_levers(recipe), bool(job.config.tie_word_embeddings) and not job.quant_head
     for one, other in permutations(("host_embeddings", "host_head")):
         if tied and one in fixed:
@@ -169,7 +170,7 @@ def plan_run(
         ModelError: see ``plan_recipe``.
     """
     device = resolve_device(recipe.model.device)
-    machine = this_machine(device, resolve_compute_dtype(recipe.model.compute_dtype, device))
+    machine = this_machine(device, compute_dtype_of(recipe, device))
     settings = train_settings(recipe)
     packs = settings.micro_batch_size * settings.gradient_accumulation_steps
     one_by_one = replace(settings, micro_batch_size=1, gradient_accumulation_steps=packs)  # the same packs a step

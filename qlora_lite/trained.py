@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .build import build_skeleton, build_to_use, quantization_of, with_plan
+from .build import build_skeleton, build_to_use, compute_dtype_of, quantization_of, with_plan
 from .data.formats import Conversation, read_conversations
 from .data.lines import Problems
 from .data.render import end_of_answers
@@ -24,7 +24,7 @@ from .data.template import Template, choose_template, template_in
 from .errors import CheckpointError, DataError, ModelError, RecipeError
 from .lora.read import Adapter, named_base, read_adapter
 from .models.cache import base_fingerprint
-from .models.load import resolve_compute_dtype, resolve_device
+from .models.load import resolve_device
 from .models.locate import ModelFiles, locate
 from .models.tokenizer import load_tokenizer
 from .recipe.load import load_recipe
@@ -70,7 +70,7 @@ class TrainedRun:
     @property
     def compute_dtype(self) -> torch.dtype:
         """Return the type to compute in."""
-        return resolve_compute_dtype(self.recipe.model.compute_dtype, self.device)
+        return compute_dtype_of(self.recipe, self.device)
 
     @property
     def quantization(self) -> tuple[str, bool]:

@@ -408,7 +408,7 @@ def test_doctor_notes_what_triton_misses_beside_a_card(device, compiler, header,
     if header:
         (tmp_path / "Python.h").touch()
     for name, value in (
-        ("has_fast_bf16", True), ("segments_grow", True), ("can_page", True), ("_backend", "a native library")
+        ("fast_dtype", torch.bfloat16), ("segments_grow", True), ("can_page", True), ("_backend", "a native library")
     ):  # fmt: skip
         monkeypatch.setattr(doctor, name, lambda *_, value=value: value)
     notes = [note for note in doctor._notes(torch.device(device)) if "triton needs" in note]
@@ -427,7 +427,7 @@ def test_doctor_notes_a_card_without_kernels_and_looks_at_the_processor(monkeypa
 @pytest.mark.parametrize("pages", [True, False])
 def test_doctor_notes_a_card_that_cannot_page(pages, monkeypatch):
     for name, value in (
-        ("has_fast_bf16", True), ("segments_grow", True), ("can_page", pages), ("_backend", "a native library")
+        ("fast_dtype", torch.bfloat16), ("segments_grow", True), ("can_page", pages), ("_backend", "a native library")
     ):  # fmt: skip
         monkeypatch.setattr(doctor, name, lambda *_, value=value: value)
     noted = any("paged optimizers are ordinary ones" in note for note in doctor._notes(torch.device("cuda")))

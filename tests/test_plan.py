@@ -178,12 +178,29 @@ def test_a_plan_is_described_in_lines_of_the_terminal_and_says_why_much_stays_fr
 
 
 def test_a_card_without_fast_bfloat16_is_planned_in_the_type_that_it_will_run_in(recipe):
+    older, old = (machine_of_card(find_card(name)) for name in ("p100", "tesla-t4"))
+    plans = [planner.plan_recipe(recipe(), card, 24 * GIB) for card in (older, old, CARD)]
+    assert [plan.step.job.compute_dtype for plan in plans] == [torch.float32, torch.float16, torch.bfloat16]
+    for card in (older, old):
+        with pytest.raises(ModelError, match="compute_dtype bfloat16 is for training on cards"):
+            planner.plan_recipe(recipe("model.compute_dtype=bfloat16"), card, 24 * GIB)
+    sizes = [plan.chosen.prediction.simulation.resident.total for plan in plans]
+    assert sizes[0] > sizes[1] == sizes[2]
+    whole = ["train.max_grad_norm=0", "train.gradient_accumulation_steps=1", "memory.optimizer_in_backward=true"]
+    with pytest.raises(ModelError, match="optimizer_in_backward: in float16 an overflow is seen too late"):
+        planner.plan_recipe(recipe(*whole), old, 24 * GIB)
+    assert planner.plan_recipe(recipe(*whole, "model.compute_dtype=float32"), old, 24 * GIB).fits
+
+
+def test_a_model_beyond_float16_is_planned_in_float32_at_that_type_s_rate(recipe):
     old = machine_of_card(find_card("tesla-t4"))
-    plans = [planner.plan_recipe(recipe(), card, 24 * GIB) for card in (old, CARD)]
-    assert [plan.step.job.compute_dtype for plan in plans] == [torch.float32, torch.bfloat16]
-    with pytest.raises(ModelError, match="compute_dtype bfloat16 is for training on cards"):
-        planner.plan_recipe(recipe("model.compute_dtype=bfloat16"), old, 24 * GIB)
-    assert plans[0].chosen.prediction.simulation.resident.total > plans[1].chosen.prediction.simulation.resident.total
+    plan = planner.plan_recipe(recipe("model.path=google/gemma-3-1b-it"), old, 24 * GIB)
+    assert plan.step.job.compute_dtype == torch.float32
+    assert (
+        plan.machine.flops_per_second == old.float32_flops_per_second == pytest.approx(old.flops_per_second / 8, 0.01)
+    )
+    asked = planner.plan_recipe(recipe("model.path=google/gemma-3-1b-it", "model.compute_dtype=float16"), old, 24 * GIB)
+    assert asked.step.job.compute_dtype == torch.float16 and asked.machine.flops_per_second == old.flops_per_second
 
 
 def test_what_the_recipe_fixes_is_kept(recipe):

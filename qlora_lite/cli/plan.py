@@ -126,8 +126,9 @@ def _title(settings, machine) -> str:
 
 def _machine(settings, vram, card):
     """Return the machine to plan for."""
+    from qlora_lite.build import compute_dtype_of
     from qlora_lite.memory.cards import find_card, slowest_card
-    from qlora_lite.models.load import resolve_compute_dtype, resolve_device
+    from qlora_lite.models.load import resolve_device
     from qlora_lite.planning.machine import machine_of_card, this_machine
 
     if card is not None:
@@ -138,7 +139,7 @@ def _machine(settings, vram, card):
         machine = machine_of_card(like).renamed(named, vram)
     else:
         device = resolve_device(settings.model.device)
-        machine = this_machine(device, resolve_compute_dtype(settings.model.compute_dtype, device))
+        machine = this_machine(device, compute_dtype_of(settings, device))
     return machine
 
 
@@ -188,9 +189,10 @@ def _show(found: dict, most_packs: int, html: Path | None) -> None:
 def _known_cards() -> list[str]:
     from qlora_lite.memory.cards import CARDS
 
+    short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
     return [f"{'card':20} {'usable':>9}  {'TFLOP/s':>12}  {'GB/s':>5}  memory as"] + [
         f"{card.name:20} {format_bytes(card.memory_bytes):>9}  "
-        f"{card.flops_per_second / 1e12:>7.1f} {'bf16' if card.has_bf16 else 'fp32'}  "
+        f"{card.flops_per_second / 1e12:>7.1f} {short[card.trains_in]}  "
         f"{card.bandwidth_bytes_per_second / 1e9:>5.0f}  {card.memory_source}"
         for card in CARDS
     ]  # fmt: skip

@@ -15,13 +15,14 @@ box's number is the known other way, and promises 0.2 to 3.6 GiB that no program
 Rates are the vendor's: bandwidth from the product pages and datasheets; operations from the architecture
 papers (Pascal, Volta, Turing, Ampere GA100 and GA102, Ada, Hopper, Blackwell) and datasheets, in the type that a card
 trains in: bfloat16 on dense tensor cores with float32 accumulation, which GeForce cards do at half the advertised rate,
-twice their float32 rate; float32 before compute capability 8.0, where torch has no fast bfloat16. Real kernels reach a
-part of these; a time estimate has to apply its own efficiency. Of a laptop's card, rates are those of the highest clock
-that the vendor's comparison of laptops or a public test states, for the 50 series a sixteenth of the vendor's AI TOPS
-where these are stated; an eighth for RTX PRO 6000 and GB10, of which public tests measured 417 and 92 TFLOP/s.
-Bandwidth is the bus's width times the data rate of its generation's memory where no figure was found (RTX 4080, 5070
-Ti, 5080 and 5090). Makers choose the power: by the range of clocks that the vendor states, the same card with the least
-of it takes up to 1.8 times as long.
+twice their float32 rate; before compute capability 8.0, which has no bfloat16, float16 with the same accumulation (four
+times the float32 rate of a GeForce card of the 20 series), and float32 before 7.0, which has no tensor cores. Real
+kernels reach a part of these; a time estimate has to apply its own efficiency. Of a laptop's card, rates are those of
+the highest clock that the vendor's comparison of laptops or a public test states, for the 50 series a sixteenth of the
+vendor's AI TOPS where these are stated; an eighth for RTX PRO 6000 and GB10, of which public tests measured 417 and 92
+TFLOP/s. Bandwidth is the bus's width times the data rate of its generation's memory where no figure was found (RTX
+4080, 5070 Ti, 5080 and 5090). Makers choose the power: by the range of clocks that the vendor states, the same card
+with the least of it takes up to 1.8 times as long.
 
 Host to device: 80 % of the data rate of the card's PCIe link (8, 16 or 32 GT/s per lane for generations 3, 4
 and 5, 128 bits of data in 130), the part that large copies from pinned memory usually reach; a board with
@@ -58,9 +59,10 @@ class Card:
         memory_bytes: total that torch sees.
         memory_source: "reported", "sibling" or "rule"; see the module's text.
         bandwidth_bytes_per_second: of the card's own memory.
-        flops_per_second: in bfloat16, dense, float32 accumulation; in float32 where it has no bfloat16.
+        flops_per_second: in the type that it trains in, dense, float32 accumulation.
         pcie_bytes_per_second: host to device, large copies from pinned memory.
         compute_capability: NVIDIA's (major, minor).
+        float32_flops_per_second: of a card that trains in float16, for models that cannot; else None.
     """
 
     name: str
@@ -71,11 +73,12 @@ class Card:
     flops_per_second: float
     pcie_bytes_per_second: float
     compute_capability: tuple[int, int]
+    float32_flops_per_second: float | None = None
 
     @property
-    def has_bf16(self) -> bool:
-        """Whether it multiplies in bfloat16; below capability 8.0 torch emulates that."""
-        return self.compute_capability >= (8, 0)
+    def trains_in(self) -> str:
+        """The type that it trains in; see ``fastest_type``."""
+        return fastest_type(self.compute_capability)
 
     @property
     def is_geforce(self) -> bool:
@@ -88,9 +91,18 @@ class Card:
         return self.compute_capability in ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
 
 
+def fastest_type(compute_capability: tuple[int, int]) -> str:
+    """Return the type that cards of a compute capability multiply fastest: bfloat16, float16 or float32.
+
+    Below 8.0 torch emulates bfloat16; below 7.0 there are no tensor cores.
+    """
+    return "bfloat16" if compute_capability >= (8, 0) else "float16" if compute_capability >= (7, 0) else "float32"
+
+
 def _card(
-    name: str, box_gib: int, memory: str, gigabytes_per_second: float, teraflops: float, pcie: str, capability: str
-) -> Card:
+    name: str, box_gib: int, memory: str, gigabytes_per_second: float, teraflops: float, pcie: str, capability: str,
+    float32_teraflops: float | None = None,
+) -> Card:  # fmt: skip
     """Build a card from its line in the table: memory is "source MiB", pcie "generation x lanes"."""
     source, _, mib = memory.partition(" ")
     box_bytes = box_gib * 2**30
@@ -100,17 +112,17 @@ def _card(
     major, minor = map(int, capability.split("."))
     return Card(
         name, box_gib, memory_bytes, source, gigabytes_per_second * 1e9, teraflops * 1e12,
-        PCIE_REACHED * link_bytes_per_second, (major, minor),
+        PCIE_REACHED * link_bytes_per_second, (major, minor), float32_teraflops and float32_teraflops * 1e12,
     )  # fmt: skip
 
 
 CARDS = (
-    #     name               box  torch's total MiB  GB/s   TFLOP/s  PCIe  capability
+    #     name               box  torch's total MiB  GB/s   TFLOP/s  PCIe  capability (and TFLOP/s in float32)
     _card("GTX 1080 Ti",       11, "reported 11172",  484,   11.3, "3x16", "6.1"),
-    _card("RTX 2060 6GB",       6, "reported 5918",   336,    6.5, "3x16", "7.5"),
-    _card("RTX 2060 12GB",     12, "rule",            336,    7.2, "3x16", "7.5"),
-    _card("RTX 2070",           8, "sibling 7753",    448,    7.5, "3x16", "7.5"),   # RTX 3070
-    _card("RTX 2080 Ti",       11, "reported 11012",  616,   13.4, "3x16", "7.5"),
+    _card("RTX 2060 6GB",       6, "reported 5918",   336,   25.8, "3x16", "7.5", 6.5),
+    _card("RTX 2060 12GB",     12, "rule",            336,   28.7, "3x16", "7.5", 7.2),
+    _card("RTX 2070",           8, "sibling 7753",    448,   29.9, "3x16", "7.5", 7.5),  # RTX 3070
+    _card("RTX 2080 Ti",       11, "reported 11012",  616,   53.8, "3x16", "7.5", 13.4),
     _card("RTX 3050",           8, "sibling 7753",    224,   18.2, "4x8",  "8.6"),   # RTX 3070
     _card("RTX 3060",          12, "reported 12028",  360,   25.6, "4x16", "8.6"),
     _card("RTX 3060 Ti",        8, "sibling 7753",    448,   32.4, "4x16", "8.6"),   # RTX 3070
@@ -162,9 +174,9 @@ CARDS = (
     _card("RTX PRO 6000 Blackwell", 96, "reported 97249", 1792, 500.0, "5x16", "12.0"),
     _card("GB10",             128, "reported 122572", 273,  125.0, "5x16", "12.1"),  # the host's own memory: no bus
     _card("Tesla P100",        16, "reported 16269",  732,    9.3, "3x16", "6.0"),
-    _card("Tesla V100 16GB",   16, "reported 16130",  900,   14.0, "3x16", "7.0"),
-    _card("Tesla V100 32GB",   32, "reported 32494",  900,   14.0, "3x16", "7.0"),
-    _card("Tesla T4",          16, "reported 14912",  320,    8.1, "3x16", "7.5"),
+    _card("Tesla V100 16GB",   16, "reported 16130",  900,  112.0, "3x16", "7.0", 14.0),
+    _card("Tesla V100 32GB",   32, "reported 32494",  900,  112.0, "3x16", "7.0", 14.0),
+    _card("Tesla T4",          16, "reported 14912",  320,   65.0, "3x16", "7.5", 8.1),
     _card("A10",               24, "sibling 22515",   600,  125.0, "4x16", "8.6"),   # A10G
     _card("A10G",              24, "reported 22515",  600,   70.0, "4x16", "8.6"),
     _card("L4",                24, "reported 22563",  300,  121.0, "4x16", "8.9"),
@@ -205,8 +217,11 @@ def find_card(name: str) -> Card:
 def slowest_card(memory_bytes: int) -> Card:
     """Return the slowest card with bfloat16 among those whose size is nearest to so much memory."""
     return min(
-        CARDS, key=lambda card: (not card.has_bf16, abs(card.box_gib - memory_bytes / 2**30), card.flops_per_second)
-    )
+        CARDS,
+        key=lambda card: (
+            card.trains_in != "bfloat16", abs(card.box_gib - memory_bytes / 2**30), card.flops_per_second
+        ),
+    )  # fmt: skip
 
 
 def _keys(card: Card) -> tuple[str, str]:

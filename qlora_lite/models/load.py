@@ -25,6 +25,7 @@ from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosi
 from qlora_lite.errors import ModelError, OutputError, require_one_of
 from qlora_lite.files import cache_root, explain_write_errors
 from qlora_lite.lora.outside import set_outside
+from qlora_lite.memory.cards import fastest_type
 from qlora_lite.memory.meter import free_bytes, grow_segments
 from qlora_lite.ops.attention import row_attention
 from qlora_lite.ops.norm import use_lean_norms
@@ -46,6 +47,9 @@ log = logging.getLogger("qlora_lite")
 _ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)(a?)f?")  # as torch names what it was built for; a: that card alone
 QUANTS = ("nf4", "fp4", "none")
 ROW_ATTENTION = "qlora_lite_rows"
+# What model types begin with whose activations exceed float16, or whose gradients do at any scale of the loss, as users
+# of vLLM and Unsloth found out
+BEYOND_FLOAT16 = ("gemma2", "gemma3", "gemma4", "glm4", "gpt_oss", "plamo2", "qwen3_5", "qwen3_moe")
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -98,22 +102,34 @@ def missing_kernels(device: torch.device) -> str:
     )
 
 
-def has_fast_bf16(device: torch.device) -> bool:
-    """Tell whether the device multiplies bf16 matrices in hardware."""
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """Return the type whose matrices the device multiplies in hardware: bfloat16, a card's float16, or float32."""
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
+        return getattr(torch, fastest_type(torch.cuda.get_device_capability(device)))
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
+    has_bf16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
+    return torch.bfloat16 if has_bf16 else torch.float32
 
 
-def resolve_compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return bfloat16 where the hardware multiplies it, else float32 with one line saying so."""
+def auto_dtype(fast: torch.dtype, model_type: str) -> torch.dtype:
+    """Return what ``model.compute_dtype: auto`` is for a model on a device that is fast at a type."""
+    return torch.float32 if fast == torch.float16 and model_type.startswith(BEYOND_FLOAT16) else fast
+
+
+def resolve_compute_dtype(name: str, device: torch.device, model_type: str = "") -> torch.dtype:
+    """Return the type that a name means, auto being what a device is fast at, with one line where it is not bfloat16.
+
+    Args:
+        model_type: transformers' name of the architecture; some exceed float16.
+    """
     if name != "auto":
         return getattr(torch, name)
-    if has_fast_bf16(device):
-        return torch.bfloat16
-    log.info("compute type float32: this %s has no fast bfloat16 (model.compute_dtype overrides)", device.type)
-    return torch.float32
+    fast = fast_dtype(device)
+    dtype = auto_dtype(fast, model_type)
+    if dtype != torch.bfloat16:
+        why = f"this {device.type} has no fast bfloat16" if dtype == fast else f"{model_type} exceeds float16"
+        log.info("compute type %s: %s (model.compute_dtype overrides)", str(dtype).removeprefix("torch."), why)
+    return dtype
 
 
 def load_model(
@@ -140,7 +156,7 @@ def load_model(
     """
     require_one_of("quant", quant, QUANTS)
     if not isinstance(compute_dtype, torch.dtype) or not compute_dtype.is_floating_point:
-        raise ModelError(f"compute_dtype is {compute_dtype!r}; give torch.bfloat16 or torch.float32")
+        raise ModelError(f"compute_dtype is {compute_dtype!r}; give torch.bfloat16, torch.float16 or torch.float32")
     _check_device(device)
     files = locate(path, revision)
     path = files.name

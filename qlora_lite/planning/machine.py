@@ -14,7 +14,7 @@ from qlora_lite.memory.cards import Card, CardError
 from qlora_lite.memory.meter import free_bytes, held_bytes, hold_to
 from qlora_lite.memory.process import CUDA_CONTEXT_BYTES, CUDA_LATER_BYTES, on_wsl
 from qlora_lite.memory.work import Work
-from qlora_lite.models.load import has_fast_bf16
+from qlora_lite.models.load import fast_dtype
 from qlora_lite.ops.offload import host_memory
 
 BANDWIDTH_REACHED = 0.9  # of a card's memory bandwidth: 3.0 of 3.35 TB/s on an H100; not measured here
@@ -38,7 +38,9 @@ class Machine:
     ``memory_bytes`` is what the run may use in all; ``base_bytes`` what the process holds before the model (on a
     CPU: libraries; on a card the context is one of the constants of ``memory.process``). ``host_bytes`` is what the
     process may use of the host's memory beside a card, None where that is not known. ``dtype`` is what
-    ``model.compute_dtype: auto`` becomes there, ``operation_seconds`` what the host takes to start an operation.
+    ``model.compute_dtype: auto`` becomes there for most models, which ``flops_per_second`` is of;
+    ``float32_flops_per_second`` is of float32, where it is another one and known. ``operation_seconds`` is what the
+    host takes to start an operation.
     """
 
     name: str
@@ -51,6 +53,12 @@ class Machine:
     host_bytes: int | None = None
     dtype: torch.dtype = torch.bfloat16
     operation_seconds: float = OPERATION_SECONDS
+    float32_flops_per_second: float | None = None
+
+    def computing_in(self, dtype: torch.dtype) -> "Machine":
+        """Return the machine with its rate in a type that a step computes in, as far as that is known."""
+        rate = self.float32_flops_per_second if dtype == torch.float32 else None
+        return replace(self, flops_per_second=rate) if rate else self
 
     def renamed(self, name: str, memory_bytes: int) -> "Machine":
         """Return the same speeds under another name and with another memory."""
@@ -92,10 +100,11 @@ def machine_of_card(card: Card) -> Machine:
     """
     if not isinstance(card, Card):
         raise CardError(f"a card is wanted, not {card!r}; qlora_lite.find_card(NAME) finds one")
+    float32 = card.float32_flops_per_second
     return Machine(
         card.name, "cuda", card.memory_bytes, 0, products_reached(card) * card.flops_per_second,
         BANDWIDTH_REACHED * card.bandwidth_bytes_per_second, card.pcie_bytes_per_second,
-        dtype=torch.bfloat16 if card.has_bf16 else torch.float32,
+        dtype=getattr(torch, card.trains_in), float32_flops_per_second=float32 and products_reached(card) * float32,
     )  # fmt: skip
 
 
@@ -115,7 +124,7 @@ def this_machine(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> M
     Its memory is what is free now, on a card with the context that is there already.
     """
     hold_to(device, None)  # what came before in this process may have had a smaller budget
-    on_card, auto = device.type == "cuda", torch.bfloat16 if has_fast_bf16(device) else torch.float32
+    on_card, auto = device.type == "cuda", fast_dtype(device)
     speeds = _speeds(device, dtype)
     base = held_bytes(device)
     if not on_card:

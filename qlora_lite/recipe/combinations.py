@@ -6,7 +6,7 @@ place of what it complains about, with the cure.
 
 from collections.abc import Callable, Iterator
 
-from qlora_lite.together import WITH_COMPILE, WITH_UPDATES_IN_BACKWARD
+from qlora_lite.together import UPDATES_IN_FLOAT16, WITH_COMPILE, WITH_UPDATES_IN_BACKWARD
 
 from .reference import written
 from .schema import Memory, Recipe
@@ -90,6 +90,8 @@ def _update_in_backward(value: _Value) -> _Found:
     if missing := " and ".join(f"train.{key}: {only}" for key, only in needs.items() if given[key] != only):
         message = "memory.optimizer_in_backward = true: the gradients of a whole step never exist at the same time"
         yield ("memory", "optimizer_in_backward"), f"{message}; write {missing}"
+    if value("model", "compute_dtype") == "float16":
+        yield ("memory", "optimizer_in_backward"), f"memory.optimizer_in_backward = true: {UPDATES_IN_FLOAT16}"
 
 
 def _compile(value: _Value) -> _Found:

@@ -319,7 +319,8 @@ _ADVICE_AT = {f"data.{which}.*.{name}": advice for which in ("train", "eval") fo
 _KEY_AT = dict.fromkeys(("model.dtype", ".dtype"), "model.compute_dtype")  # ours means another one in its section
 
 _VALUES = {  # what letters alone would take for another value
-    "gpu": "cuda", "bf16": "bfloat16", "fp32": "float32", "none": "constant", "int4": "nf4", "4bit": "nf4",
+    "gpu": "cuda", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "none": "constant",
+    "int4": "nf4", "4bit": "nf4",
     "random": "shuffle", "full": "block", "constant_with_warmup": "constant",
     "get_cosine_schedule_with_warmup": "cosine", "adamw": "adamw_torch", "adamw_torch_fused": "adamw_torch",
     "adamw_hf": "adamw_torch", "adamw_bnb_8bit": "adamw_8bit", "adamw_torch_8bit": "adamw_8bit",
@@ -327,10 +328,6 @@ _VALUES = {  # what letters alone would take for another value
     "pagedadamw8bit": "paged_adamw_8bit", "lion": "lion_32bit",
 }  # fmt: skip
 _NO_VALUES = {  # by setting: what to know about values that are not offered
-    "model.compute_dtype": {
-        "there is no float16 computation; auto is bfloat16 on GPUs that have it (compute capability 8.0), float32 on "
-        "older ones": "float16 fp16 half 16 16-mixed",
-    },
     "model.device": {
         "Apple GPUs are not supported: memory is planned and counted for CUDA and CPUs; write cpu": "mps metal",
         "torch for ROCm calls AMD GPUs cuda; nobody has tried them here": "hip rocm amd",

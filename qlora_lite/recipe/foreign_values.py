@@ -196,7 +196,7 @@ def _machine(draft: Draft, setting: Setting, key: str) -> None:
     named = words[-1] if words else ""
     is_on = _loose(setting.value) is True and setting.name in ("fp16", "float16")
     if key == "model.compute_dtype" and (is_on or named in ("float16", "fp16", "half")):
-        draft.note("changed", setting, foreign_names.value_advice(key, "float16"), key)
+        draft.note("unused", setting, f"{key} is auto: float16 on GPUs that have no fast bfloat16")
     elif key == "model.compute_dtype" and named in ("float32", "fp32"):
         draft.put(key, "float32", setting)
     elif key == "model.device" and named == "cpu":

@@ -104,9 +104,10 @@ class Model(_Section):
     """Keep a 4-bit copy of the head in place of the 16-bit one: less memory, and a model that answers a little
     differently, before training and after (measured in the README). Where the embeddings are also the head their 16-bit
     table stays, and the copy saves memory only with memory.embeddings host."""
-    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Type of activations and matrix products; auto is bfloat16 on devices fast at it, else float32, which is all that
-    a card below compute capability 8.0 takes."""
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Type of activations and matrix products; auto is bfloat16 on devices fast at it, float16 on cards of compute
+    capability 7.0 to 7.5, else float32, as there for models whose numbers exceed float16 (Gemma 2 to 4, gpt-oss and
+    others). In float16 the loss is scaled, so that small gradients are not lost."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a CUDA GPU if there is one, and stops where torch cannot use it; cpu means the CPU."""
     revision: Text | None = None

@@ -64,15 +64,26 @@ def test_no_card_promises_its_boxs_memory(card):
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
 def test_rates_are_in_the_range_of_their_time(card):
     assert 190e9 <= card.bandwidth_bytes_per_second <= 8e12
-    assert (18e12 <= card.flops_per_second <= 2.25e15) if card.has_bf16 else (6e12 <= card.flops_per_second <= 15e12)
+    assert (6e12 <= card.flops_per_second <= 15e12) if card.trains_in == "float32" else (
+        18e12 <= card.flops_per_second <= 2.25e15
+    )  # fmt: skip
     assert 10e9 <= card.pcie_bytes_per_second <= 51e9
     assert card.memory_source in ("reported", "sibling", "rule")
 
 
-def test_a_card_without_bfloat16_says_so():
-    assert not find_card("t4").has_bf16 and find_card("t4").flops_per_second == 8.1e12
-    assert not find_card("1080 ti").has_bf16
-    assert find_card("4090").has_bf16 and find_card("4090").flops_per_second == 165.2e12
+def test_a_card_trains_in_the_type_of_its_generation_at_that_type_s_rate():
+    for name, dtype, rate in (
+        ("1080 ti", "float32", 11.3e12), ("v100 16gb", "float16", 112e12), ("t4", "float16", 65e12),
+        ("2080 ti", "float16", 53.8e12), ("4090", "bfloat16", 165.2e12),
+    ):  # fmt: skip
+        card = find_card(name)
+        assert (card.trains_in, card.flops_per_second) == (dtype, rate)
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_a_card_that_trains_in_float16_has_a_lower_rate_in_float32(card):
+    assert (card.float32_flops_per_second is not None) == (card.trains_in == "float16")
+    assert (card.float32_flops_per_second or 0) <= card.flops_per_second / 4 * 1.05  # as GeForce cards, or less
 
 
 @pytest.mark.parametrize(("gib", "name"), [(7, "RTX 3050"), (8, "RTX 3050"), (8.9, "RTX 3050"), (11.5, "RTX 3060"),
@@ -82,7 +93,9 @@ def test_memory_without_a_card_s_name_is_as_fast_as_the_slowest_card_of_that_siz
     found = slowest_card(int(gib * 2**30))
     assert found.name == name
     assert not [
-        c for c in CARDS if c.box_gib == found.box_gib and c.has_bf16 and c.flops_per_second < found.flops_per_second
+        c
+        for c in CARDS
+        if c.box_gib == found.box_gib and c.trains_in == "bfloat16" and c.flops_per_second < found.flops_per_second
     ]
 
 

@@ -345,11 +345,25 @@ def test_a_card_for_which_this_torch_has_no_kernels_is_refused_by_name(card, bui
 
 
 def test_without_fast_bf16_the_compute_type_is_float32_with_one_line_saying_so(monkeypatch, caplog):
-    monkeypatch.setattr("qlora_lite.models.load.has_fast_bf16", lambda device: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     with caplog.at_level("INFO", "qlora_lite"):
         assert resolve_compute_dtype("auto", torch.device("cpu")) == torch.float32
     assert [record.message.startswith("compute type float32") for record in caplog.records] == [True]
     assert resolve_compute_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+
+
+@pytest.mark.parametrize(("card", "model_type", "dtype"), [
+    ((6, 1), "llama", torch.float32), ((7, 0), "llama", torch.float16), ((7, 5), "qwen2", torch.float16),
+    ((7, 5), "gemma3_text", torch.float32), ((7, 5), "gemma", torch.float16), ((8, 0), "gemma3_text", torch.bfloat16),
+])  # fmt: skip
+def test_a_card_computes_in_its_narrowest_type_that_holds_the_model(card, model_type, dtype, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: card)
+    with caplog.at_level("INFO", "qlora_lite"):
+        assert resolve_compute_dtype("auto", torch.device("cuda"), model_type) == dtype
+    assert [record.message.partition(":")[0] for record in caplog.records] == [
+        f"compute type {str(dtype).removeprefix('torch.')}"
+    ] * (dtype != torch.bfloat16)
+    assert resolve_compute_dtype("float16", torch.device("cuda"), model_type) == torch.float16
 
 
 def test_of_a_4_bit_weight_transformers_reserves_on_a_card_what_its_codes_take(tmp_path, monkeypatch):

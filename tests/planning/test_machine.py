@@ -32,7 +32,7 @@ def test_a_card_s_kernels_take_twice_as_long_to_start_on_wsl(release, seconds, m
     monkeypatch.setattr(process.platform, "release", lambda: release)
     monkeypatch.setattr(machine, "_speeds", lambda device, dtype: (1e12, 1e12, 1e10))
     monkeypatch.setattr(machine, "hold_to", lambda device, budget: None)
-    monkeypatch.setattr(machine, "has_fast_bf16", lambda device: True)
+    monkeypatch.setattr(machine, "fast_dtype", lambda device: torch.bfloat16)
     monkeypatch.setattr(machine, "held_bytes", lambda device: 0)
     monkeypatch.setattr(machine, "free_bytes", lambda device: 2**33)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)

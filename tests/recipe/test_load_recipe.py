@@ -199,7 +199,8 @@ def test_a_foreign_or_misspelt_name_is_answered_with_the_local_one(problems, lin
 @pytest.mark.parametrize(
     ("override", "meant"),
     [
-        ("model.device=gpu", "cuda"), ("lora.dtype=FP32", "float32"), ("train.optimizer=adamw", "adamw_torch"),
+        ("model.device=gpu", "cuda"), ("model.compute_dtype=fp16", "float16"),
+        ("lora.dtype=FP32", "float32"), ("train.optimizer=adamw", "adamw_torch"),
         ("train.lr_scheduler=none", "constant"), ("data.order=random", "shuffle"), ("model.quant=int4", "nf4"),
     ],
 )  # fmt: skip
@@ -210,8 +211,7 @@ def test_a_value_of_another_trainer_is_answered_with_the_one_that_means_the_same
 @pytest.mark.parametrize(
     ("override", "why"),
     [
-        ("model.compute_dtype=float16", "no float16 computation; auto is bfloat16 on GPUs that have it"),
-        ("model.compute_dtype=fp16", "no float16 computation"), ("model.device=mps", "Apple GPUs are not supported"),
+        ("model.device=mps", "Apple GPUs are not supported"),
         ("model.device=xpu", "only CUDA GPUs and CPUs"), ("model.device=rocm", "torch for ROCm calls AMD GPUs cuda"),
     ],
 )  # fmt: skip
@@ -488,6 +488,8 @@ def test_updates_in_backward_say_what_they_do_not_go_with(problems, recipe):
         assert f"train.{needed}" in others
     together = "train.max_grad_norm=0", "train.gradient_accumulation_steps=1"
     assert recipe(GOOD, on, *together).memory.optimizer_in_backward
+    (problem,) = problems(GOOD, on, *together, "model.compute_dtype=float16")
+    assert "in float16 an overflow is seen too late for that; write model.compute_dtype: float32" in problem
 
 
 def test_compiled_blocks_say_what_they_do_not_go_with(problems, recipe):
