@@ -153,8 +153,8 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_rows: Rows | None, row
         rows_alone: the loaded model has shown that its rows run one by one.
 
     Raises:
-        ModelError: the machine is a card that has no bfloat16, and the recipe asks for it; or it is to compute in
-            float16 and update factors in backward.
+        ModelError: the machine is a card that has no bfloat16, and the recipe asks for it; or the step is to
+            compute in float16 and update LoRA weights in backward.
     """
     m, x, t = recipe.model, recipe.lora, recipe.train
     quant, double_quant = quantization_of(recipe, config.to_dict())

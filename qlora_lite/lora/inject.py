@@ -149,7 +149,7 @@ def _check_factors(rank: object, alpha: object, dropout: object, dtype: object) 
         raise ModelError(f"alpha is {alpha!r}; give a number above 0")
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise ModelError(f"dropout is {dropout!r}; give a number of at least 0 and below 1")
-    # the gradients of float16 factors would be lost where the scale of the loss is taken out of them
+    # gradients of LoRA weights in float16 would be lost where the scale of the loss is taken out of them
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype == torch.float16:
         raise ModelError(f"dtype is {dtype!r}; give torch.bfloat16 or torch.float32")
 
