@@ -1,0 +1,133 @@
+"""Rows are multiplied by their experts' weights, whatever the router chose."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from counted import counted
+
+from qlora_lite.memory.marks import phase
+from qlora_lite.ops.grouped_product import grouped_product, one_by_one, pairs_by_expert
+
+ROUTERS = "even", "one", "few"
+
+
+def chosen_by(router, tokens, per_token, experts):
+    """Return numbers [T, K] of different experts: any, the same ones for all tokens, or any but some."""
+    random = torch.Generator().manual_seed(0)
+    if router == "one":
+        return torch.arange(experts).roll(1)[:per_token].expand(tokens, -1)
+    scores = torch.rand(tokens, experts, generator=random)
+    scores[:, [0, 2]] -= 2.0 * (router == "few")
+    return scores.topk(per_token).indices
+
+
+def case(router, tokens=35, per_token=2, experts=4, sizes=(48, 200), of_pairs=False, transposed=False, extras=False,
+         dtype=torch.float32, device="cpu"):  # fmt: skip
+    """Return the arguments of ``grouped_product`` without ``out`` and ``first``: no size is a multiple of a tile's."""
+    random = torch.Generator().manual_seed(1)
+    pairs = pairs_by_expert(chosen_by(router, tokens, per_token, experts), experts)
+    size_in, size_out = sizes
+    rows = torch.randn(tokens * (per_token if of_pairs else 1), size_in, generator=random)
+    weights = torch.randn(experts, size_out, size_in, generator=random)
+    weights = weights.transpose(1, 2).contiguous().transpose(1, 2) if transposed else weights
+    bias, scale = torch.randn(experts, size_out, generator=random), torch.rand(len(pairs.places), generator=random)
+    given = rows.to(dtype), weights.to(dtype), *pairs, *((bias.to(dtype), scale) if extras else (None, None))
+    return tuple(each if each is None else each.to(device) for each in given)
+
+
+def exact(rows, weights, places, offsets, bias, scale):
+    """Return all rows of the result in float64, each by itself."""
+    expert = torch.empty_like(places)
+    expert[places] = torch.repeat_interleave(offsets.diff())
+    row = torch.arange(len(places), device=rows.device) // (len(places) // len(rows))
+    y = torch.einsum("poi,pi->po", weights.double()[expert], rows.double()[row])
+    y = y if bias is None else y + bias.double()[expert]
+    return y if scale is None else y * scale.double()[:, None]
+
+
+def in_groups(product, given, at_once=3):
+    """Return the result of a product in place for all groups; what no group has written is NaN."""
+    rows, weights, places, offsets, *extras = given
+    out = torch.full((len(places), weights.shape[1]), torch.nan, dtype=rows.dtype, device=rows.device)
+    for first in range(0, len(weights), at_once):
+        product(out, rows, weights[first : first + at_once], places, offsets, first, *extras)
+    return out
+
+
+def error(found, truth):
+    return float((found.double() - truth).norm() / truth.norm())
+
+
+# settings of ``case`` that differ in all that a kernel could get wrong
+CASES = [
+    *(dict(router=router) for router in ROUTERS),
+    *(dict(router=router, of_pairs=True, transposed=True, extras=True) for router in ROUTERS),
+    dict(router="even", tokens=1, experts=9, extras=True), dict(router="one", tokens=70, sizes=(130, 64)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", CASES)
+def test_rows_of_all_groups_are_those_of_their_experts_alone(settings):
+    given = case(**settings)
+    assert error(in_groups(grouped_product, given), exact(*given)) < 1e-6
+
+
+def test_a_group_writes_no_row_of_another():
+    rows, weights, places, offsets, *_ = case("even")
+    out = torch.full((len(places), weights.shape[1]), 7.0)
+    grouped_product(out, rows, weights[1:3], places, offsets, 1)
+    own = places[offsets[1] : offsets[3]]
+    assert (out == 7.0).all(1).sum() == len(places) - len(own) and (out[own] != 7.0).any(1).all()
+
+
+def test_it_is_an_operator_as_torch_wants_them():
+    rows, weights, places, offsets, *extras = case("even", extras=True)
+    out = torch.zeros(len(places), weights.shape[1])
+    checks = "test_schema", "test_faketensor"
+    torch.library.opcheck(grouped_product, (out, rows, weights, places, offsets, 0, *extras), test_utils=checks)
+
+
+def test_groups_count_the_products_of_all_pairs_between_them():
+    given = case("even")
+    with counted() as counter, phase("forward"):
+        in_groups(grouped_product, given)
+    _, weights, places, *_ = given
+    assert counter.work.flops == pytest.approx(2 * len(places) * weights[0].numel(), rel=1e-3)
+
+
+INTERPRETED = """
+import sys, torch
+sys.path[:0] = sys.argv[1:]
+from test_grouped_product import CASES, case, error, exact, in_groups
+from qlora_lite.ops.grouped_kernel import launch
+for number, settings in enumerate(CASES):
+    dtype, limit = ((torch.float32, 1e-6), (torch.bfloat16, 2.0**-7), (torch.float16, 2.0**-10))[number % 3]
+    given = case(**settings, dtype=dtype)
+    off = error(in_groups(launch, given), exact(*given))  # the interpreter rounds to bfloat16 towards zero
+    assert off <= limit, (settings, dtype, off)
+print("compared")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_the_kernel_computes_the_same_over_triton_s_interpreter():
+    folders = os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED, *folders],
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "compared" in done.stdout, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.real_card
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_kernel_is_as_exact_as_the_loop_on_a_card(dtype):
+    for settings in CASES:
+        given = case(**settings, dtype=dtype, device="cuda")
+        off, limit = (error(in_groups(each, given), exact(*given)) for each in (grouped_product, one_by_one))
+        assert off <= 1.1 * limit + 1e-6
