@@ -120,8 +120,14 @@ def test_whatever_is_imported_comes_with_the_plain_installation():
     declared = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
     names = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in declared}
     names |= {"yaml", "numpy", "jinja2", "annotated_types", "pyarrow"}  # pyyaml's; torch's, pydantic's and datasets'
+    names |= {"triton"}  # torch's, where it is built for a card
     tops = {name.split(".")[0] for path in PACKAGE.rglob("*.py") for name in imported_names(path)}
     assert tops - sys.stdlib_module_names - names == {"qlora_lite"}
+
+
+def test_triton_is_imported_where_its_kernel_is_alone():
+    importing = {path.name for path in PACKAGE.rglob("*.py") if "triton" in imported_names(path)}
+    assert importing == {"grouped_kernel.py"}
 
 
 def test_bitsandbytes_is_imported_by_its_door_alone():

@@ -6,19 +6,23 @@ parameter's place, and the name is ``routed``'s. The weights stay frozen: LoRA f
 those of attention and of experts that all tokens share.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers.integrations.moe import ExpertsInterface
 
+from qlora_lite.ops.grouped_product import has_kernel
+from qlora_lite.ops.shapes import device_type, planned_to_repeat
 from qlora_lite.quant.nf4 import BLOCK_SIZE, quantize
 from qlora_lite.quant.packed import PackedWeight
 
-from .routed import Experts, routed
+from .grouped_experts import Experts
+from .routed import routed
 
-NAME = "qlora_lite_experts"
+NAME, GROUPED = "qlora_lite_experts", "qlora_lite_grouped_experts"
 PACKED = "packed_"  # before a parameter's name: what stands for it
 
 
@@ -97,7 +101,7 @@ def placeholders(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def packs_experts(model: nn.Module) -> bool:
     """Tell whether a model, or a skeleton, has experts in 4 bits."""
-    return bool(placeholders(model))
+    return first_experts(model) is not None
 
 
 def drop_parameter(projection: Projection) -> None:
@@ -113,17 +117,35 @@ def pack_in_place(model: nn.Module, quant_type: str, double_quant: bool) -> None
         drop_parameter(projection)
 
 
-def use_packed_experts(model: nn.Module) -> None:
-    """Have a model with packed experts compute with them."""
+def use_packed_experts(model: nn.Module, grouped: bool = False) -> None:
+    """Have a model with packed experts compute with them.
+
+    Args:
+        grouped: in groups, on a card and where a batch uses most of them; see ``grouped_experts``.
+    """
     if packs_experts(model):
         ExpertsInterface.register(NAME, packed_experts)
-        model.set_experts_implementation(NAME)
+        ExpertsInterface.register(GROUPED, partial(packed_experts, grouped=True))
+        model.set_experts_implementation(GROUPED if grouped else NAME)
 
 
 def packed_experts(
-    experts: nn.Module, hidden_TD: torch.Tensor, chosen_TK: torch.Tensor, weights_TK: torch.Tensor
+    experts: nn.Module, hidden_TD: torch.Tensor, chosen_TK: torch.Tensor, weights_TK: torch.Tensor,
+    grouped: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """Compute what transformers' own experts would with the unpacked weights, as its interface asks for it."""
+    described, tensors = described_experts(experts)
+    on_card = device_type(hidden_TD.device) == "cuda" and has_kernel() and not planned_to_repeat()
+    return routed(hidden_TD, chosen_TK, weights_TK, described._replace(grouped=grouped and on_card), tensors)
+
+
+def first_experts(model: nn.Module) -> nn.Module | None:
+    """Return the first module that holds packed experts."""
+    return next((module for module in model.modules() if hasattr(module, f"{PACKED}down_proj")), None)
+
+
+def described_experts(experts: nn.Module) -> tuple[Experts, Sequence[torch.Tensor]]:
+    """Return what a block's packed experts compute, and their weights, as ``routed`` takes them."""
     first = "gate_up_proj" if experts.has_gate else "up_proj"
     (up, tensors_of_up), (down, tensors_of_down) = (
         getattr(experts, PACKED + name).described for name in (first, "down_proj")
@@ -131,4 +153,4 @@ def packed_experts(
     biases = [getattr(experts, f"{name}_bias") for name in (first, "down_proj")] if experts.has_bias else []
     activate = experts._apply_gate if experts.has_gate else experts.act_fn
     described = Experts(activate, up, down, len(tensors_of_up), experts.has_bias)
-    return routed(hidden_TD, chosen_TK, weights_TK, described, [*tensors_of_up, *tensors_of_down, *biases])
+    return described, [*tensors_of_up, *tensors_of_down, *biases]

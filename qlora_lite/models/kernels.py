@@ -10,7 +10,10 @@ from torch import nn
 
 from qlora_lite.ops.norm import LeanNorm
 
-KERNELS = "norms", "sequences"  # of RMS norms both ways; of attention, all packed sequences in one call
+from .experts import packs_experts, use_packed_experts
+
+EXPERTS = "experts"  # packed ones in groups, by a kernel of our own: never before it was tried
+KERNELS = "norms", "sequences", EXPERTS  # of RMS norms both ways; of attention, all packed sequences in one call
 
 
 def use_kernels(model: nn.Module, names: Collection[str]) -> None:
@@ -18,6 +21,9 @@ def use_kernels(model: nn.Module, names: Collection[str]) -> None:
     for module in model.modules():
         if isinstance(module, LeanNorm):
             module.fused = "norms" in names
+    if not packs_experts(model):
+        names = set(names) - {EXPERTS}
+    use_packed_experts(model, grouped=EXPERTS in names)
     model.qlora_lite_kernels = frozenset(names)
 
 

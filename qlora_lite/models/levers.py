@@ -86,6 +86,11 @@ class Levers:
         )  # fmt: skip
 
     @property
+    def allowed_kernels(self) -> tuple[str, ...]:
+        """The fused kernels that a model may compute with; a compiler makes its own of all of them."""
+        return KERNELS if self.kernels == "auto" and not self.compile else ()
+
+    @property
     def unpacks_once(self) -> bool:
         """Whether weights unpacked for a second run, or for a tile, serve what follows too."""
         return self.reuse_dequantized and (self.computes_again or self.tile_tokens is not None)
@@ -223,8 +228,7 @@ def set_levers(model: nn.Module, levers: Levers) -> None:
         around = _keeping(levers, stay=False)  # until the block's own backward
         checkpoint = Checkpoint(number, host, skipping[type(block)], around, selective, levers.compile, stretches)
         block._gradient_checkpointing_func = checkpoint if number < checkpointed else compiled.value
-    # a compiler makes its own of all of them
-    use_kernels(model, KERNELS if levers.kernels == "auto" and not levers.compile else ())
+    use_kernels(model, levers.allowed_kernels)
     tiled = sum(_set_tiles(module, levers, skipping) for module in (decoder(model), *found))
     if levers.tile_tokens and not tiled:
         raise ModelError(f"{type(model).__name__} has no part that is known to work token by token: "

@@ -3,7 +3,8 @@
 Each token of a block goes through a few of its experts. Pairs of a token and an expert are sorted by expert; then the
 weights of one expert after the other, or of a few small ones, are unpacked, used for their rows, a tile at a time, and
 dropped. So what lies in memory does not depend on what the router does. (transformers' grouped product wants all
-experts of a block in 16 bit: 1.1 GiB of Qwen3-30B-A3B's.)
+experts of a block in 16 bit: 1.1 GiB of Qwen3-30B-A3B's.) The host waits for the router once a pass, and starts some
+ten kernels for each expert: on a card, ``grouped_experts`` can compute the same with few, and this is its oracle.
 
 Backward keeps the block's input, the router's choice and its weights, and computes each tile's first product again. As
 in ``ops.tile`` one autograd function stands for the result in the graph and one computes it, so that a checkpointed
@@ -26,25 +27,11 @@ from qlora_lite.ops.shapes import CPU_MULTIPLE, device_type, is_planned, kernel_
 from qlora_lite.quant.nf4 import Packed, dequantize_rows
 from qlora_lite.quant.product import WeightSpec
 
+from . import grouped_experts
+from .grouped_experts import Experts
+
 TILE_ROWS = 1024  # bounds what is beside the weights
 UNPACKED_BYTES = 1 << 27  # of experts that are unpacked together, so that small ones take few calls
-
-
-class Experts(NamedTuple):
-    """What the experts of a block compute beside their weights.
-
-    Args:
-        activate: from the first product [n, I or 2 I] to the second's input [n, I].
-        up, down: the weights [E, I or 2 I, D] and [E, D, I].
-        tensors_of_up: how many of a flat tuple of tensors are the first's.
-        has_bias: the last two of the tuple are their biases, [E, I or 2 I] and [E, D].
-    """
-
-    activate: Callable[[torch.Tensor], torch.Tensor]
-    up: WeightSpec
-    down: WeightSpec
-    tensors_of_up: int
-    has_bias: bool
 
 
 def routed(
@@ -59,6 +46,8 @@ def routed(
         chosen_TK: numbers of each token's experts, different ones.
         tensors: of up and down, and their biases; see ``Experts``.
     """
+    if chosen_TK.numel() < experts.up.shape[0]:  # then not all are in use
+        experts = experts._replace(grouped=False)
     gradient = _Gradient.apply(hidden_TD, weights_TK, chosen_TK, experts, *tensors)
     inputs = hidden_TD.detach(), weights_TK.detach(), chosen_TK, experts, *tensors
     return product_or_stand_in(lambda: _Value.apply(gradient, *inputs), gradient)
@@ -193,6 +182,49 @@ def _unpacked(spec: WeightSpec, tensors: Sequence[torch.Tensor], numbers: torch.
     return rows.view(-1, *shape)
 
 
+def _value(hidden_TD, weights_TK, chosen_TK, experts: Experts, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Compute one expert after the other."""
+    sum_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32, device=hidden_TD.device)
+    pairs = _sorted(chosen_TK)
+    weights = weights_TK.flatten()[pairs.places]
+
+    def add(part: _Part) -> None:
+        y = linear(experts.activate(part.first(hidden_TD)), part.down, part.down_bias)[: part.count]
+        part.add_rows(sum_TD, y.mul_(weights[part.pairs, None]))
+
+    _for_each_part(add, pairs, len(hidden_TD), hidden_TD.dtype, experts, tensors)
+    return sum_TD.to(hidden_TD.dtype)
+
+
+def _gradients(
+    grad_TD, hidden_TD, weights_TK, chosen_TK, experts: Experts, tensors: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return the gradients for the hidden states and the router's weights, one expert after the other."""
+    grad_hidden_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32, device=hidden_TD.device)
+    pairs = _sorted(chosen_TK)
+    weights = weights_TK.flatten()[pairs.places]
+    grad_weights = torch.zeros(weights.shape, dtype=torch.float32, device=hidden_TD.device)
+
+    def add(part: _Part) -> None:
+        grad = grad_TD[part.tokens]
+        first = part.first(hidden_TD).requires_grad_()
+        with torch.enable_grad():
+            inner = experts.activate(first)
+        grad_inner = grad @ part.down
+        of_weights = (grad_inner * inner.detach()).sum(-1, dtype=torch.float32)
+        if part.down_bias is not None:
+            of_weights += (grad * part.down_bias).sum(-1, dtype=torch.float32)
+        grad_weights[part.pairs] = of_weights[: part.count]
+        grad_inner[: part.count].mul_(weights[part.pairs, None])
+        (grad_first,) = torch.autograd.grad(inner, first, grad_inner)
+        part.add_rows(grad_hidden_TD, grad_first @ part.up)
+
+    _for_each_part(add, pairs, len(hidden_TD), hidden_TD.dtype, experts, tensors)
+    grad_weights = torch.empty_like(grad_weights).index_copy_(0, pairs.places, grad_weights)
+    grad_weights = grad_weights.view(weights_TK.shape).to(weights_TK.dtype)
+    return grad_hidden_TD.to(hidden_TD.dtype), grad_weights
+
+
 class _Gradient(torch.autograd.Function):
     """Stand for the result in the graph, without memory or values; take its gradient."""
 
@@ -205,29 +237,9 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_TD):
         hidden_TD, weights_TK, chosen_TK, *tensors = ctx.saved_tensors
-        grad_hidden_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32, device=hidden_TD.device)
-        pairs = _sorted(chosen_TK)
-        weights = weights_TK.flatten()[pairs.places]
-        grad_weights = torch.zeros(weights.shape, dtype=torch.float32, device=hidden_TD.device)
-
-        def add(part: _Part) -> None:
-            grad = grad_TD[part.tokens]
-            first = part.first(hidden_TD).requires_grad_()
-            with torch.enable_grad():
-                inner = ctx.experts.activate(first)
-            grad_inner = grad @ part.down
-            of_weights = (grad_inner * inner.detach()).sum(-1, dtype=torch.float32)
-            if part.down_bias is not None:
-                of_weights += (grad * part.down_bias).sum(-1, dtype=torch.float32)
-            grad_weights[part.pairs] = of_weights[: part.count]
-            grad_inner[: part.count].mul_(weights[part.pairs, None])
-            (grad_first,) = torch.autograd.grad(inner, first, grad_inner)
-            part.add_rows(grad_hidden_TD, grad_first @ part.up)
-
-        _for_each_part(add, pairs, len(hidden_TD), hidden_TD.dtype, ctx.experts, tensors)
-        grad_weights = torch.empty_like(grad_weights).index_copy_(0, pairs.places, grad_weights)
-        grad_weights = grad_weights.view(weights_TK.shape).to(weights_TK.dtype)
-        return grad_hidden_TD.to(hidden_TD.dtype), grad_weights, None, None, *(None for _ in tensors)
+        gradients = grouped_experts.gradients if ctx.experts.grouped else _gradients
+        grads = gradients(grad_TD, hidden_TD, weights_TK, chosen_TK, ctx.experts, tensors)
+        return *grads, None, None, *(None for _ in tensors)
 
 
 class _Value(torch.autograd.Function):
@@ -235,17 +247,8 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gradient, hidden_TD, weights_TK, chosen_TK, experts, *tensors):
-        sum_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32, device=hidden_TD.device)
-
-        pairs = _sorted(chosen_TK)
-        weights = weights_TK.flatten()[pairs.places]
-
-        def add(part: _Part) -> None:
-            y = linear(experts.activate(part.first(hidden_TD)), part.down, part.down_bias)[: part.count]
-            part.add_rows(sum_TD, y.mul_(weights[part.pairs, None]))
-
-        _for_each_part(add, pairs, len(hidden_TD), hidden_TD.dtype, experts, tensors)
-        return sum_TD.to(hidden_TD.dtype)
+        compute = grouped_experts.value if experts.grouped else _value
+        return compute(hidden_TD, weights_TK, chosen_TK, experts, tensors)
 
     @staticmethod
     def backward(ctx, grad_TD):

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_lite.models.kernels import kernels_of, use_kernels
+from qlora_lite.models.experts import described_experts, first_experts
+from qlora_lite.models.kernels import EXPERTS, kernels_of, use_kernels
+from qlora_lite.models.routed import routed
 from qlora_lite.ops.attention import row_by_row
 from qlora_lite.ops.block_attention import block_attention
 from qlora_lite.ops.norm import LeanNorm, exact_norm
@@ -41,8 +43,11 @@ def choose_kernels(model: nn.Module, inputs: Inputs) -> None:
     if not others and longest > 1:  # smaller micro-batches may have several rows
         halves = longest // 2, longest - longest // 2
         inputs = inputs._replace(row_lengths=halves, row_ends=sequence_ends(halves, device))
+    use_kernels(model, kept - {EXPERTS})
     try:
-        norms, calls = _seen(model, inputs)
+        norms, calls, experts = _seen(model, inputs)
+        if EXPERTS in kept and not (experts and _experts_are_better(*experts[0])):
+            kept.discard(EXPERTS)
         if not all([_norm_is_better(*seen) for seen in norms]):  # each of them says how it is
             kept.discard("norms")
         if not all([_is_better_packed(*call, inputs.row_lengths) for call in calls]):
@@ -55,14 +60,18 @@ def choose_kernels(model: nn.Module, inputs: Inputs) -> None:
     use_kernels(model, kept)
 
 
-def _seen(model: nn.Module, inputs: Inputs) -> tuple[list, list]:
-    """Run a model once; return a norm of each kind with its input, and what packed attention was given."""
+def _seen(model: nn.Module, inputs: Inputs) -> tuple[list, list, list]:
+    """Run a model once; return a norm of each kind with its input, what packed attention was given, and packed experts
+    with theirs."""
     norms: dict[tuple, tuple[LeanNorm, torch.Tensor]] = {}
 
     def note(norm: LeanNorm, given: tuple) -> None:
         norms.setdefault((type(norm.inner), len(norm.weight)), (norm, given[0].detach()))
 
     handles = [m.register_forward_pre_hook(note) for m in model.modules() if isinstance(m, LeanNorm) and m.fused]
+    experts = []
+    if (first := first_experts(model)) is not None:
+        handles.append(first.register_forward_pre_hook(lambda module, given: experts.append((module, *given))))
     was_training = model.training
     try:
         with torch.no_grad(), _Calls() as calls:
@@ -71,7 +80,7 @@ def _seen(model: nn.Module, inputs: Inputs) -> tuple[list, list]:
         model.train(was_training)
         for handle in handles:
             handle.remove()
-    return list(norms.values()), list(calls.found.values())
+    return list(norms.values()), list(calls.found.values()), experts
 
 
 class _Calls(TorchDispatchMode):
@@ -117,6 +126,30 @@ def _is_better_packed(tensors: Sequence[torch.Tensor], scaling, window: int | No
         return _tried(way(lengths, window), tensors, way(few_lengths, few_window), few, exact)
 
     ours, others = ("attention to one sequence after the other", one_by_one), {"packed attention": at_once}
+    return choose(SETTING, ours, others, attempt, False) is not None
+
+
+def _experts_are_better(experts: nn.Module, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> bool:
+    """Tell whether a block's packed experts are the better ones in groups, on what it was given.
+
+    Both ways are compared with one expert after the other in float32, all rows of it.
+    """
+    described, given = described_experts(experts)
+    if torch.are_deterministic_algorithms_enabled() or chosen.numel() < described.up.shape[0]:
+        return False
+    given = [tensor.to(hidden.device) for tensor in given]  # of a block whose weights are streamed
+
+    def computed(grouped: bool, dtype: torch.dtype) -> Function:
+        own = described._replace(grouped=grouped)
+        biases = [bias.to(dtype) for bias in given[-2:]] if described.has_bias else []
+        tensors = [*given[: len(given) - len(biases)], *biases]
+        return lambda hidden, weights: routed(hidden.to(dtype), chosen, weights.to(dtype), own, tensors)
+
+    def attempt(grouped: bool) -> Trial:
+        way, inputs = computed(grouped, hidden.dtype), [hidden, weights]
+        return _tried(way, inputs, way, inputs, computed(False, torch.float32))
+
+    ours, others = ("one expert after the other", False), {"the experts' grouped kernel": True}
     return choose(SETTING, ours, others, attempt, False) is not None
 
 

@@ -28,7 +28,7 @@ from qlora_lite.lora.inject import lora_layers, lora_parameters, require_model
 from qlora_lite.lora.shared import forget_begun
 from qlora_lite.memory.meter import PeakMeter
 from qlora_lite.models.anatomy import device_of, head
-from qlora_lite.models.kernels import kernels_of, use_kernels
+from qlora_lite.models.kernels import EXPERTS, kernels_of, use_kernels
 from qlora_lite.models.levers import set_levers
 from qlora_lite.ops.fused_loss import candidates, choose_loss
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS
@@ -131,6 +131,7 @@ class Trainer:
         set_levers(model, replace(settings.levers, tile_tokens=tiny_tiles, kernels="plain"))
         check_forward(model, settings.max_tokens)
         set_levers(model, settings.levers)
+        use_kernels(model, kernels_of(model) - {EXPERTS})
         check_updates_in_backward(model, settings)
         check_compilable(model, settings.levers)
         self.meter = PeakMeter(device_of(model))
@@ -174,11 +175,12 @@ class Trainer:
         Args:
             recorded: those of a run that goes on, which are kept.
         """
-        device, allowed = device_of(self.model), kernels_of(self.model)
+        device, allowed = device_of(self.model), {*self.settings.levers.allowed_kernels}
         if recorded is not None:
             use_kernels(self.model, allowed & {*recorded})
         elif device.type == "cuda" and allowed:
             largest, _ = largest_batches(self.examples, (), self.epochs, self.most_tokens)
+            use_kernels(self.model, allowed)
             choose_kernels(self.model, prepare(largest, device))
             free_cached_memory(device)
             self.meter.restart()

@@ -7,7 +7,7 @@ from tiny import quantized_pair
 from tiny_trainer import trainer
 from torch._decomp import decomposition_table
 
-from qlora_lite.models.kernels import KERNELS, kernels_of
+from qlora_lite.models.kernels import EXPERTS, KERNELS, kernels_of
 from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.ops import norm, trial
 from qlora_lite.ops.norm import LeanNorm
@@ -16,6 +16,7 @@ from qlora_lite.train.kernels import choose_kernels
 from qlora_lite.train.step import Inputs
 
 aten = torch.ops.aten
+OF_LLAMA = {*KERNELS} - {EXPERTS}
 
 
 def fused_norms(model):
@@ -23,7 +24,7 @@ def fused_norms(model):
 
 
 @pytest.mark.parametrize(("levers", "names"), [
-    (Levers(), {*KERNELS}), (Levers(kernels="plain"), set()), (Levers(compile=True), set()),
+    (Levers(), OF_LLAMA), (Levers(kernels="plain"), set()), (Levers(compile=True), set()),
 ])  # fmt: skip
 def test_kernels_are_allowed_unless_plain_operators_are_asked_for_or_a_compiler_makes_its_own(levers, names):
     model, _ = quantized_pair("llama")
@@ -33,7 +34,7 @@ def test_kernels_are_allowed_unless_plain_operators_are_asked_for_or_a_compiler_
 
 
 def test_a_run_that_goes_on_keeps_its_kernels():
-    for recorded, kept in (([], set()), (["norms"], {"norms"}), (["norms", "gone"], {"norms"}), (None, {*KERNELS})):
+    for recorded, kept in (([], set()), (["norms"], {"norms"}), (["norms", "gone"], {"norms"}), (None, OF_LLAMA)):
         training = trainer()
         training.choose_kernels(recorded)
         assert kernels_of(training.model) == kept
@@ -72,7 +73,7 @@ def chosen(monkeypatch, caplog):
 
 def test_norms_are_fused_where_that_is_faster_and_as_exact(chosen):
     names, said = chosen()
-    assert names == {*KERNELS} and "memory.kernels: torch's fused norm is used" in said
+    assert names == OF_LLAMA and "memory.kernels: torch's fused norm is used" in said
     names, said = chosen(factor=1.01)
     assert names == {"sequences"} and "since its value is off by 1.0e-02" in said and "the plain norm stays" in said
     names, said = chosen(faster=0.95)
@@ -117,6 +118,6 @@ def test_on_a_card_a_run_with_kernels_is_the_run_without_within_rounding(model_t
         with caplog.at_level("INFO"):
             training.choose_kernels()
         losses.append([metrics.loss for metrics in training])
-        assert kernels_of(training.model) == (set() if levers.kernels == "plain" else {*KERNELS})
+        assert kernels_of(training.model) == (set() if levers.kernels == "plain" else OF_LLAMA)
     assert "packed attention is used" in caplog.text
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)

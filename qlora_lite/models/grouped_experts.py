@@ -1,0 +1,159 @@
+"""Compute the experts of a block whose weights are in 4 bits, a group of experts at a time, without a wait.
+
+All experts' weights are unpacked in groups of ``GROUP_BYTES``, whatever the router chose, and a group's rows are
+multiplied in one launch (``ops.grouped_product``): 73 launches a block of Qwen3-30B-A3B where one expert after the
+other (``routed``) takes some thousands. So this is for batches that use most experts, on a card.
+
+What all pairs of a token and an expert need is bounded by cutting the tokens into chunks of ``PAIRS_BYTES``, and what
+the activation needs on the way by tiles of ``TILE_BYTES``. Both follow from shapes: what lies in memory does not depend
+on the router. Each token's K results are summed by place, so that the sum is the same each time.
+
+Shapes: T tokens of hidden size D, K experts a token, P = T K pairs, E experts of inner size I; the first product of a
+gated expert has 2 I columns.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
+from typing import NamedTuple
+
+import torch
+
+from qlora_lite.ops.grouped_product import Pairs, grouped_product, pairs_by_expert
+from qlora_lite.ops.shapes import pieces
+from qlora_lite.quant.nf4 import Packed, absmax_of, dequantize
+from qlora_lite.quant.product import WeightSpec
+
+GROUP_BYTES = 1 << 28  # of unpacked weights
+PAIRS_BYTES = 3 << 27  # of the pairs' tensors that are there together
+TILE_BYTES = 1 << 26  # of the first product; the activation and its gradient take some times that
+
+
+class Experts(NamedTuple):
+    """What the experts of a block compute beside their weights.
+
+    Args:
+        activate: from the first product [n, I or 2 I] to the second's input [n, I].
+        up, down: the weights [E, I or 2 I, D] and [E, D, I].
+        tensors_of_up: how many of a flat tuple of tensors are the first's.
+        has_bias: the last two of the tuple are their biases, [E, I or 2 I] and [E, D].
+        grouped: whether they are computed in groups where most of them have rows.
+    """
+
+    activate: Callable[[torch.Tensor], torch.Tensor]
+    up: WeightSpec
+    down: WeightSpec
+    tensors_of_up: int
+    has_bias: bool
+    grouped: bool = False
+
+
+class _Weights(NamedTuple):
+    """One projection of all experts: codes, absmax in float32 and, where it has one, the bias [E, out]."""
+
+    spec: WeightSpec
+    codes: torch.Tensor
+    absmax: torch.Tensor
+    bias: torch.Tensor | None
+
+    def product(self, rows: torch.Tensor, pairs: Pairs, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """Return ``scale * (weight @ row + bias)`` for each pair, by place, [P, out].
+
+        Args:
+            rows: [T, in] of the tokens, or [P, in] of the pairs.
+            scale: [P].
+        """
+        return self._grouped(rows, pairs, self.bias, scale, of_gradient=False)
+
+    def gradient(self, grad: torch.Tensor, pairs: Pairs, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """Return ``scale * (grad @ weight)`` for each pair, by place, [P, in]; arguments as for ``product``."""
+        return self._grouped(grad, pairs, None, scale, of_gradient=True)
+
+    def _grouped(self, rows, pairs, bias, scale, of_gradient):
+        count, *shape = self.spec.shape
+        codes, absmax = self.codes.view(count, -1), self.absmax.view(count, -1)
+        rows, out = rows.contiguous(), rows.new_empty(len(pairs.places), shape[of_gradient])
+        for group in pieces(count, even_size(count, GROUP_BYTES, prod(shape) * rows.itemsize)):
+            some = Packed(codes[group].reshape(-1, 1), absmax[group].reshape(-1))
+            weights = dequantize(some, (group.stop - group.start, *shape), rows.dtype, self.spec.quant_type)
+            weights = weights.transpose(1, 2) if of_gradient else weights
+            grouped_product(out, rows, weights, *pairs, group.start, bias, scale)
+            del weights  # before the next are unpacked
+        return out
+
+
+def even_size(count: int, most_bytes: int, bytes_of_one: int) -> int:
+    """Return the size of equal parts (the last may be smaller) that ``most_bytes`` have room for; at least 1."""
+    parts = -(-count // max(1, most_bytes // bytes_of_one))
+    return -(-count // parts)
+
+
+def _both(experts: Experts, tensors: Sequence[torch.Tensor]) -> tuple[_Weights, _Weights]:
+    tensors, biases = (tensors[:-2], tensors[-2:]) if experts.has_bias else (tensors, (None, None))
+    up, down = Packed(*tensors[: experts.tensors_of_up]), Packed(*tensors[experts.tensors_of_up :])
+    return (
+        _Weights(experts.up, up.codes, absmax_of(up), biases[0]),
+        _Weights(experts.down, down.codes, absmax_of(down), biases[1]),
+    )
+
+
+def _chunks(hidden_TD: torch.Tensor, chosen_TK: torch.Tensor, experts: Experts) -> Iterator[tuple[slice, Pairs]]:
+    """Yield tokens whose pairs ``PAIRS_BYTES`` have room for, and their pairs."""
+    (count, first, size), inner = experts.up.shape, experts.down.shape[2]
+    bytes_of_token = chosen_TK.shape[1] * (first + max(inner, size)) * hidden_TD.itemsize
+    for tokens in pieces(len(hidden_TD), even_size(len(hidden_TD), PAIRS_BYTES, bytes_of_token)):
+        yield tokens, pairs_by_expert(chosen_TK[tokens], count)
+
+
+def _tiles(first: torch.Tensor) -> Iterator[slice]:
+    return pieces(len(first), max(1, TILE_BYTES // (first.shape[1] * first.itemsize)))
+
+
+def value(hidden_TD, weights_TK, chosen_TK, experts: Experts, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the result of ``routed``."""
+    out_TD, (up, down) = torch.empty_like(hidden_TD), _both(experts, tensors)
+    for tokens, pairs in _chunks(hidden_TD, chosen_TK, experts):
+        first = up.product(hidden_TD[tokens], pairs)
+        inner = first.new_empty(len(first), experts.down.shape[2])
+        for tile in _tiles(first):
+            inner[tile] = experts.activate(first[tile])
+        del first
+        y = down.product(inner, pairs, weights_TK[tokens].flatten())
+        del inner
+        torch.sum(y.view(-1, chosen_TK.shape[1], y.shape[1]), 1, out=out_TD[tokens])
+        del y
+    return out_TD
+
+
+def gradients(
+    grad_TD, hidden_TD, weights_TK, chosen_TK, experts: Experts, tensors: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return the gradients of ``routed`` for the hidden states and the router's weights."""
+    grad_hidden_TD, (up, down) = torch.empty_like(hidden_TD), _both(experts, tensors)
+    grad_weights_TK = torch.empty(weights_TK.shape, dtype=torch.float32, device=weights_TK.device)
+    for tokens, pairs in _chunks(hidden_TD, chosen_TK, experts):
+        grad, of_weights = grad_TD[tokens], grad_weights_TK[tokens].flatten()
+        first = up.product(hidden_TD[tokens], pairs)
+        grad_inner = down.gradient(grad, pairs)
+        for tile in _tiles(first):
+            _through_activation(experts.activate, first[tile], grad_inner[tile], of_weights[tile])
+        del grad_inner
+        rows = up.gradient(first, pairs, weights_TK[tokens].flatten())
+        del first
+        torch.sum(rows.view(-1, chosen_TK.shape[1], rows.shape[1]), 1, out=grad_hidden_TD[tokens])
+        del rows
+        if down.bias is not None:
+            grad_weights_TK[tokens] += (grad @ down.bias.t()).gather(1, chosen_TK[tokens])
+    return grad_hidden_TD, grad_weights_TK.to(weights_TK.dtype)
+
+
+def _through_activation(activate, first, grad_inner, of_weights) -> None:
+    """Put the gradient of a tile's first product in its place, and that of its pairs' weights in theirs.
+
+    Neither has the router's weight in it yet, which the last product multiplies by.
+    """
+    leaf = first.detach().requires_grad_()
+    with torch.enable_grad():
+        inner = activate(leaf)
+    torch.sum(grad_inner * inner.detach(), -1, dtype=torch.float32, out=of_weights)
+    (grad_first,) = torch.autograd.grad(inner, leaf, grad_inner)
+    first.copy_(grad_first)
