@@ -196,7 +196,7 @@ def laid_out(key_heads, length, size, dtype, heads_first, device):
 
 
 @pytest.mark.parametrize("heads_first", [False, True])
-@pytest.mark.parametrize("repeatable, sums", [(False, 1), (True, 22)])  # 170 processors for 8 heads
+@pytest.mark.parametrize("repeatable, sums", [(False, 1), (True, 24)])  # 188 processors for 8 heads
 @pytest.mark.parametrize("key_heads", [HEADS, 2])
 def test_a_plan_counts_what_flash_attention_s_backward_takes_inside(
     planned_inside, key_heads, repeatable, sums, heads_first
