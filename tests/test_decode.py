@@ -29,7 +29,7 @@ from qlora_lite.planning.answering import prompt_bytes
 from qlora_lite.quant.few_rows import MOST_ROWS
 
 PROMPTS = ["<s>a", "<s>the quick brown fox", "<s>hello", "<s>", "<s>zz top"]
-NEW = 14
+NEW = 8
 ROOM = 40  # more than the longest prompt with its answer
 FIXED = {"llama", "qwen2", "qwen3", "phi3", "gpt2", "gpt_neox", "olmo2", "cohere", "granite", "qwen3_moe", "nemotron",
          "deepseek_v3", "opt"}  # fmt: skip
@@ -65,9 +65,9 @@ def own_loop(monkeypatch):
 def test_tokens_are_those_of_the_loop_whose_cache_grows(model_type, fixed, monkeypatch):
     changes = {"sliding_window": ROOM} if model_type in WINDOWED else {}
     model, tokenizer = model_of(model_type, **changes), byte_tokenizer()
-    monkeypatch.setattr(decoding, "CHUNK_TOKENS", 5)
+    monkeypatch.setattr(decoding, "CHUNK_TOKENS", 3)
     found = answers(model, tokenizer, PROMPTS, NEW, stop=[2])
-    assert len(fixed) == 3 and fixed[2] == fixed[1] + 3, "room for the 13 tokens that are read again, in three parts"
+    assert len(fixed) == 3 and fixed[2] == fixed[1] + 1, "room for the 7 tokens that are read again, in three parts"
     own_loop(monkeypatch)
     assert found == answers(model, tokenizer, PROMPTS, NEW, stop=[2])
     assert len({each.text for each in found}) > 1
@@ -127,10 +127,10 @@ def test_rows_with_their_own_adapters_are_answered_alike(fixed, monkeypatch):
     names, found = ("one", None, "two", "one", None), []
     for _ in range(2):
         use = lambda rows: switch.use_rows([names[row] for row in rows])  # noqa: E731
-        found.append(answer(model, tokenizer, PROMPTS, NEW, before_batch=use))
+        found.append(answer(model, tokenizer, PROMPTS, 6, before_batch=use))
         own_loop(monkeypatch)
     switch.use(None)
-    assert fixed and found[0] == found[1] != answer(model, tokenizer, PROMPTS, NEW)
+    assert fixed and found[0] == found[1] != answer(model, tokenizer, PROMPTS, 6)
 
 
 def adapter_of(model, seed, rank=4, scale=0.3):
@@ -161,11 +161,11 @@ def test_a_recorded_step_or_where_it_cannot_be_recorded_each_one_gives_the_same_
 ):
     model, tokenizer = model_of("llama"), byte_tokenizer()
     own_loop(monkeypatch)
-    expected = answer(model, tokenizer, PROMPTS, NEW)
+    expected = answer(model, tokenizer, PROMPTS, 12)
     monkeypatch.undo()
     replayed = record_on_cpu(monkeypatch, fault)
-    assert answer(model, tokenizer, PROMPTS, NEW) == expected
-    assert len(replayed) == (0 if fault else NEW - 2), "the prompt gives one token, and a step that is not recorded"
+    assert answer(model, tokenizer, PROMPTS, 12) == expected
+    assert len(replayed) == (0 if fault else 12 - 2), "the prompt gives one token, and a step that is not recorded"
     assert [fault in text for text in caplog.messages] == [True] * bool(fault)
 
 
@@ -282,7 +282,7 @@ def test_a_token_takes_54_operations_a_block_however_many_prompts_there_are(prom
 
 @pytest.mark.parametrize("prompts", [1, 8])
 def test_answers_take_the_memory_that_is_planned_for_them(prompts, fixed):
-    tokens, new = 120, 40
+    tokens, new = 120, 6
     model, ids = quantized_pair("llama", dtype=torch.bfloat16, vocab_size=VOCABULARY, **SHAPE)[0], "x" * (tokens - new)
     ledger = Ledger(allocation_bytes=512)
     with planning_for("cuda"), torch.no_grad(), ledger:
@@ -292,8 +292,7 @@ def test_answers_take_the_memory_that_is_planned_for_them(prompts, fixed):
     planned = prompt_bytes(skeleton(2, adapter=False, vocab_size=VOCABULARY), tokens, prompts)
     planned -= GROWING_SEGMENT_BYTES + CUBLAS_WORKSPACE_BYTES
     assert fixed == [tokens - 1]
-    # the plan reads as many tokens as there will be, and not those of the prompt alone
-    assert 0.6 * planned < ledger.peak.total - before <= planned
+    assert 0.7 * planned < ledger.peak.total - before <= planned
 
 
 @pytest.mark.gpu
