@@ -20,7 +20,9 @@ Both are kept away from rows that are not made of whole blocks, which bitsandbyt
 Shapes: x [..., in], weight [out, in], y [..., out]; rows are the product of x's leading dimensions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import NamedTuple
 
@@ -95,9 +97,22 @@ def kernel_takes_our_order() -> bool:
     return bool((found - expected).norm() <= MOST_ERROR * expected.norm())
 
 
+_plain: ContextVar[bool] = ContextVar("plain products only", default=False)
+
+
+@contextmanager
+def plain_products() -> Iterator[None]:
+    """Have few rows multiplied as many are in training: rounded when the update of LoRA has been added."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
 def few(x: torch.Tensor) -> bool:
-    """Tell whether x has so few rows that its device's fused product is faster than the plain one."""
-    return 0 < x.numel() <= MOST_ROWS.get(x.device.type, 0) * x.shape[-1]
+    """Tell whether x has so few rows that its device's fused product is faster than the plain one, and may be used."""
+    return not _plain.get() and 0 < x.numel() <= MOST_ROWS.get(x.device.type, 0) * x.shape[-1]
 
 
 def cpu_product(x: torch.Tensor, arranged: Arranged, shape: Sequence[int]) -> torch.Tensor:

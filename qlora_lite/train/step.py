@@ -24,6 +24,7 @@ from qlora_lite.ops.fused_loss import FUSED
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, chunked_cross_entropy
 from qlora_lite.ops.packed_attention import sequence_ends
 from qlora_lite.ops.shapes import device_type, kernel_rows
+from qlora_lite.quant.few_rows import plain_products
 
 from .loss_scale import unscale
 from .optim import UpdatesInBackward, clip_scale, gradient_norms
@@ -252,7 +253,7 @@ def evaluate_loss(model: nn.Module, batches: Iterable[Batch], chunk_tokens: int 
     total, count = torch.zeros((), dtype=torch.float64, device=device_of(model)), 0
     try:
         model.eval()
-        with phase("evaluation"):
+        with phase("evaluation"), plain_products():  # the loss of short batches too is that of training
             for batch in batches:
                 total += summed_loss(model, prepare(batch, device_of(model)), chunk_tokens)
                 count += labelled_count(batch)

@@ -15,8 +15,9 @@ from qlora_lite.errors import TrainingError
 from qlora_lite.lora.inject import add_lora, lora_parameters
 from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.ops.shapes import planning_for
+from qlora_lite.quant.few_rows import few
 from qlora_lite.recipe.reference import choices_of, field_at
-from qlora_lite.train import loop, optim
+from qlora_lite.train import loop, optim, step
 from qlora_lite.train.optim import BITSANDBYTES_NAMES, build_optimizer, can_page, clip_scale, gradient_norms
 from qlora_lite.train.schedule import lr_factor
 from qlora_lite.train.step import accumulate_gradients, evaluate_loss, labelled_count, prepare, train_step
@@ -267,3 +268,11 @@ def test_a_trainer_s_products_add_in_float32_and_the_process_is_left_as_it_was()
         assert settings.allow_fp16_reduced_precision_reduction
     finally:
         settings.allow_bf16_reduced_precision_reduction = True
+
+
+def test_the_loss_of_few_rows_is_evaluated_with_the_products_of_training(model, monkeypatch):
+    """A card's fused product rounds before an update of LoRA is added, which would swallow small ones."""
+    seen, few_tokens = [], torch.zeros(1, 16)
+    monkeypatch.setattr(step, "summed_loss", lambda *_: seen.append(few(few_tokens)) or torch.zeros(()))
+    evaluate_loss(model, [random_batch((9,))])
+    assert few(few_tokens) and seen == [False]
