@@ -4,7 +4,10 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 
+import torch
+
 from .memory.bar import memory_bar
+from .models.load import auto_dtype
 from .plan import Alternative, Plan, disk_bytes, host_bytes
 from .planning.candidate import Candidate
 from .planning.machine import DISK_BYTES_PER_SECOND
@@ -73,6 +76,15 @@ def _assumed_sequences(plan: Plan) -> str | None:
     if len(lengths) == 1 or plan.step.pack != full_pack(sum(lengths), packing=True):
         return None
     return f"no example was read: a pack counts as {len(lengths)}, one of them with nearly all of its tokens"
+
+
+def _compute_type(plan: Plan) -> str | None:
+    """Return what the step computes in, where that is not bfloat16, and why if the model is the reason."""
+    job, auto = plan.step.job, plan.machine.dtype
+    if job.compute_dtype == torch.bfloat16:
+        return None
+    exceeds = job.compute_dtype != auto and job.compute_dtype == auto_dtype(auto, job.config.model_type)
+    return str(job.compute_dtype).removeprefix("torch.") + exceeds * f": {job.config.model_type} exceeds float16"
 
 
 def _in_words(chosen: Candidate) -> str:
@@ -192,6 +204,7 @@ def describe(plan: Plan, others: Sequence[Alternative], width: int = 80) -> str:
         f"peak in {peak.phase}, {peak.module or 'outside of modules'}",
         "", memory_bar(plan.breakdown, plan.budget_bytes, width), "",
         *_row("settings", _in_words(plan.chosen), width),
+        *_row("compute type", _compute_type(plan), width),
         *_row("sequences", _assumed_sequences(plan), width),
         *_row("why", _why(plan), width),
         *_row("left free", _why_free(plan), width),

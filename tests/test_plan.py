@@ -201,6 +201,8 @@ def test_a_model_beyond_float16_is_planned_in_float32_at_that_type_s_rate(recipe
     )
     asked = planner.plan_recipe(recipe("model.path=google/gemma-3-1b-it", "model.compute_dtype=float16"), old, 24 * GIB)
     assert asked.step.job.compute_dtype == torch.float16 and asked.machine.flops_per_second == old.flops_per_second
+    said = [re.findall("^compute type +(.*)$", plan_text.describe(of, []), re.MULTILINE) for of in (plan, asked)]
+    assert said == [["float32: gemma3_text exceeds float16"], ["float16"]]
 
 
 def test_what_the_recipe_fixes_is_kept(recipe):
