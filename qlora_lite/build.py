@@ -162,7 +162,7 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_rows: Rows | None, row
     dtype = auto if m.compute_dtype == "auto" else getattr(torch, m.compute_dtype)
     if machine.device_type == "cuda" and dtype == torch.bfloat16 != machine.dtype:
         raise ModelError("model.compute_dtype bfloat16 is for training on cards of compute capability 8.0 and later, "
-                         "since attention elsewhere holds the scores of whole rows; leave it on auto")  # fmt: skip
+                         "since earlier ones only emulate it, slowly; leave it on auto")  # fmt: skip
     if dtype == torch.float16 and recipe.memory.optimizer_in_backward:
         raise ModelError(f"memory.optimizer_in_backward: {UPDATES_IN_FLOAT16}")
     return Job(
