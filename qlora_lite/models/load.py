@@ -91,14 +91,16 @@ def missing_kernels(device: torch.device) -> str:
     names = torch.cuda.get_arch_list()
     if not names:
         return ""
+    newest = 0, 0
     for kind, major, minor, only in (found.groups() for name in names if (found := _ARCHITECTURE.fullmatch(name))):
         built = int(major), int(minor)
+        newest = max(newest, built)
         if built == card or (built <= card and only != "a" and (kind == "compute" or built[0] == card[0])):
             return ""
-    name = torch.cuda.get_device_name(device)
+    name, other = torch.cuda.get_device_name(device), "a later" if card > newest else "an earlier"
     return (
         f"torch {torch.__version__} has no kernels for {name}, compute capability {card[0]}.{card[1]} (it has "
-        f"{', '.join(names)}): install a build for it from pytorch.org, such as one for an earlier CUDA"
+        f"{', '.join(names)}): install a build for it from pytorch.org, such as one for {other} CUDA"
     )
 
 

@@ -19,7 +19,7 @@ _DEVICES = Path("/dev")
 _AMD_DEVICE = "kfd"
 _OLDEST_DRIVER = {12: 525, 13: 580}  # by CUDA's major version
 _HIDING = "CUDA_VISIBLE_DEVICES"  # that is empty or begins with -1 shows no GPU to a process: the CPU is meant
-_OLDER_BUILD = "choose CUDA 12.6 at pytorch.org/get-started, which names the pip command"
+_BUILD = "choose CUDA {} at pytorch.org/get-started, which names the pip command"
 MEANT = "set model.device to cpu if the CPU is meant"
 
 
@@ -85,4 +85,6 @@ def _major(driver: str) -> int:
 
 
 def _build(driver: str) -> str:
-    return _OLDER_BUILD if _major(driver) >= _OLDEST_DRIVER[12] else f"{_OLDER_BUILD}; for it too, update the driver"
+    if _major(driver) >= _OLDEST_DRIVER[13]:
+        return _BUILD.format(13)  # which newer GPUs need
+    return _BUILD.format(12.6) + ("" if _major(driver) >= _OLDEST_DRIVER[12] else "; for it too, update the driver")
