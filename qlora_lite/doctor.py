@@ -81,7 +81,8 @@ def _notes(device: torch.device) -> list[str]:
         )
     if device.type == "cuda" and importlib.util.find_spec("triton") and (missing := missing_for_triton()):
         notes.append(
-            f"triton needs {missing} for train.compile, and for a few products of torch 2.13 and later: install it, or "
+            f"triton needs {missing} for train.compile, the fused kernel of 4-bit experts (memory.kernels), and a few "
+            "products of torch 2.13 and later: install it, or "
             f"leave train.compile off (in Python, set {'='.join(NO_TRITON)} too, before torch is imported)"
         )
     if not can_page(device):
