@@ -385,7 +385,7 @@ class Memory(_Section):
     optimizer_in_backward: bool = False
     """Update each factor as soon as its gradient is there, so that the gradients of all never lie in memory at one
     time. Clipping, several micro-batches a step and leaving steps out need all of them first: with
-    train.max_grad_norm 0, train.gradient_accumulation_steps 1 and train.on_not_finite stop only."""
+    train.max_grad_norm 0, train.gradient_accumulation_steps 1 and train.on_not_finite stop only; never in float16."""
     reuse_dequantized: bool | Literal["auto"] = "auto"
     """Unpack the 4-bit weights of a block once for its second run and its backward, and those of an MLP once for all
     tiles: less work, for as long a block's weights in 16 bit."""
