@@ -2,7 +2,8 @@
 
 Training batches hold no padding: their rows are concatenated along the token axis and the row lengths
 travel beside them. Attending row by row is exact for every row, costs no more than the rows alone (a
-block-diagonal mask over the whole batch costs its length squared), and needs no kernel that a CPU lacks.
+block-diagonal mask over the whole batch costs its length squared), and needs no kernel that a CPU lacks. A card may
+have one for all rows in one call (``packed_attention``), which is taken where training allows it.
 
 Without row lengths (generation with a key/value cache) the mask that transformers built is used; without a
 mask either, each sequence of the batch is one row.
