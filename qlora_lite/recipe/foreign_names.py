@@ -146,7 +146,8 @@ _NOT_NEEDED = {
         "dataset_kwargs collate_fn",
     "remove it; the kernels here are the program's own":
         "fused foreach use_unsloth use_unsloth_gc unsloth unsloth_* lora_mlp_kernel lora_qkv_kernel lora_o_kernel "
-        "plugins torch_empty_cache_steps use_triton custom_sharded_layers fast_inference max_lora_rank",
+        "plugins torch_empty_cache_steps use_triton custom_sharded_layers fast_inference max_lora_rank "
+        "liger_rope liger_rms_norm liger_layer_norm liger_glu_activation liger_cross_entropy",
     "remove it; evaluation rows are batched as training rows are": "eval_sample_packing",
     "remove it; training runs in one process on one device, which model.device names":
         "local_rank num_gpus gpus n_gpus n_gpu num_gpu world_size num_processes nproc_per_node num_nodes num_machines "
