@@ -8,7 +8,7 @@ from collections.abc import Collection
 
 from torch import nn
 
-from qlora_lite.ops.norm import LeanNorm
+from qlora_lite.ops.norm import lean_norms
 
 from .experts import packs_experts, use_packed_experts
 
@@ -18,9 +18,8 @@ KERNELS = "norms", "sequences", EXPERTS  # of RMS norms both ways; of attention,
 
 def use_kernels(model: nn.Module, names: Collection[str]) -> None:
     """Have a model compute with some of ``KERNELS``, where they can, and with no others."""
-    for module in model.modules():
-        if isinstance(module, LeanNorm):
-            module.fused = "norms" in names
+    for norm in lean_norms(model):
+        norm.fused = "norms" in names
     if not packs_experts(model):
         names = set(names) - {EXPERTS}
     use_packed_experts(model, grouped=EXPERTS in names)

@@ -14,6 +14,7 @@ Source: root mean square layer normalization, arXiv 1910.07467.
 
 import copy
 import inspect
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -128,6 +129,15 @@ def use_lean_norms(model: nn.Module) -> None:
                     offsets[type(part)] = gain_offset(part)
                 if offsets[type(part)] is not None:
                     setattr(module, name, LeanNorm(part, offsets[type(part)]))
+
+
+def lean_norms(model: nn.Module) -> Iterator[LeanNorm]:
+    """Yield each ``LeanNorm`` of a model, those that run tile by tile too."""
+    for module in model.modules():
+        while isinstance(module, Around):
+            if isinstance(module, LeanNorm):
+                yield module
+            module = module.inner
 
 
 def _may_be_rms_norm(module: nn.Module) -> bool:

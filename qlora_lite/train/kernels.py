@@ -15,7 +15,7 @@ from qlora_lite.models.kernels import EXPERTS, kernels_of, use_kernels
 from qlora_lite.models.routed import routed
 from qlora_lite.ops.attention import row_by_row
 from qlora_lite.ops.block_attention import block_attention
-from qlora_lite.ops.norm import LeanNorm, exact_norm
+from qlora_lite.ops.norm import LeanNorm, exact_norm, lean_norms
 from qlora_lite.ops.packed_attention import FORWARD, packed_attention, sequence_ends
 from qlora_lite.ops.trial import Trial, choose, foreign_errors, timed
 
@@ -68,7 +68,7 @@ def _seen(model: nn.Module, inputs: Inputs) -> tuple[list, list, list]:
     def note(norm: LeanNorm, given: tuple) -> None:
         norms.setdefault((type(norm.inner), len(norm.weight)), (norm, given[0].detach()))
 
-    handles = [m.register_forward_pre_hook(note) for m in model.modules() if isinstance(m, LeanNorm) and m.fused]
+    handles = [norm.register_forward_pre_hook(note) for norm in lean_norms(model) if norm.fused]
     experts = []
     if (first := first_experts(model)) is not None:
         handles.append(first.register_forward_pre_hook(lambda module, given: experts.append((module, *given))))

@@ -7,10 +7,10 @@ from tiny import quantized_pair
 from tiny_trainer import trainer
 from torch._decomp import decomposition_table
 
-from qlora_lite.models.kernels import EXPERTS, KERNELS, kernels_of
+from qlora_lite.models.kernels import EXPERTS, KERNELS, kernels_of, use_kernels
 from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.ops import norm, trial
-from qlora_lite.ops.norm import LeanNorm
+from qlora_lite.ops.norm import lean_norms
 from qlora_lite.train import kernels
 from qlora_lite.train.kernels import choose_kernels
 from qlora_lite.train.step import Inputs
@@ -20,7 +20,7 @@ OF_LLAMA = {*KERNELS} - {EXPERTS}
 
 
 def fused_norms(model):
-    return {module.fused for module in model.modules() if isinstance(module, LeanNorm)}
+    return {norm.fused for norm in lean_norms(model)}
 
 
 @pytest.mark.parametrize(("levers", "names"), [
@@ -31,6 +31,16 @@ def test_kernels_are_allowed_unless_plain_operators_are_asked_for_or_a_compiler_
     assert fused_norms(model) == {False} and not kernels_of(model)
     set_levers(model, levers)
     assert fused_norms(model) == {bool(names)} and kernels_of(model) == names
+
+
+def test_norms_that_run_tile_by_tile_are_fused_like_the_others():
+    model, _ = quantized_pair("llama")
+    count = len(list(lean_norms(model)))
+    set_levers(model, Levers(tile_tokens=5, kernels="plain"))
+    set_levers(model, Levers(tile_tokens=8))
+    assert len(list(lean_norms(model))) == count and fused_norms(model) == {True}
+    use_kernels(model, ())
+    assert fused_norms(model) == {False}
 
 
 def test_a_run_that_goes_on_keeps_its_kernels():
