@@ -62,11 +62,16 @@ def choose_kernels(model: nn.Module, inputs: Inputs) -> None:
 
 def _seen(model: nn.Module, inputs: Inputs) -> tuple[list, list, list]:
     """Run a model once; return a norm of each kind with its input, what packed attention was given, and packed experts
-    with theirs."""
+    with theirs.
+
+    Of a kind's norms the last one is returned, of its tiles the last of the largest: the first blocks may be streamed.
+    """
     norms: dict[tuple, tuple[LeanNorm, torch.Tensor]] = {}
 
     def note(norm: LeanNorm, given: tuple) -> None:
-        norms.setdefault((type(norm.inner), len(norm.weight)), (norm, given[0].detach()))
+        x, kind = given[0].detach(), (type(norm.inner), len(norm.weight))
+        if kind not in norms or x.numel() >= norms[kind][1].numel():
+            norms[kind] = norm, x
 
     handles = [norm.register_forward_pre_hook(note) for norm in lean_norms(model) if norm.fused]
     experts = []

@@ -8,7 +8,7 @@ from tiny_trainer import trainer
 from torch._decomp import decomposition_table
 
 from qlora_lite.models.kernels import EXPERTS, KERNELS, kernels_of, use_kernels
-from qlora_lite.models.levers import Levers, set_levers
+from qlora_lite.models.levers import Levers, place, set_levers
 from qlora_lite.ops import norm, trial
 from qlora_lite.ops.norm import lean_norms
 from qlora_lite.train import kernels
@@ -41,6 +41,16 @@ def test_norms_that_run_tile_by_tile_are_fused_like_the_others():
     assert len(list(lean_norms(model))) == count and fused_norms(model) == {True}
     use_kernels(model, ())
     assert fused_norms(model) == {False}
+
+
+def test_norms_that_are_tried_are_there_although_blocks_are_streamed():
+    model, _ = quantized_pair("qwen3", num_hidden_layers=4)
+    levers, tokens = Levers(resident_blocks=1, tile_tokens=4), torch.arange(9)
+    set_levers(place(model, torch.device("cpu"), levers), levers)
+    norms, *_ = kernels._seen(model, Inputs(tokens[None] + 3, tokens[None], (5, 4), tokens, tokens))
+    assert len(norms) == 2, "of hidden states and of heads"
+    assert not any(model.block_stream.holds(norm.weight) for norm, _ in norms)
+    assert norms[0][1].shape[1] == 4, "a whole tile"
 
 
 def test_a_run_that_goes_on_keeps_its_kernels():
