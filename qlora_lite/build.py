@@ -113,7 +113,8 @@ def build_to_use(
     m = recipe.model
     device = resolve_device(m.device)
     dtype = compute_dtype_of(recipe, device)
-    tiles, levers = Levers(tile_tokens=fixed_levers(recipe).get("tile_tokens")), Levers()
+    # without fused kernels, which training alone tries
+    tiles, levers = Levers(tile_tokens=fixed_levers(recipe).get("tile_tokens"), kernels="plain"), Levers()
     if (memory := memory_to_use(device, recipe.memory.budget_bytes)) is not None:
         hold_to(device, None)  # loading may take more for a moment
         skeleton = build_skeleton(recipe)

@@ -28,6 +28,7 @@ from qlora_lite.memory.process import (
     GROWING_SEGMENT_BYTES,
 )
 from qlora_lite.models.anatomy import blocks, decoder, device_of
+from qlora_lite.models.kernels import kernels_of
 from qlora_lite.models.levers import Levers, on_host, place, set_levers
 from qlora_lite.models.skeleton import meta_model
 from qlora_lite.ops.stream import ALIGNMENT, spare_bytes
@@ -328,8 +329,10 @@ def test_a_run_is_used_in_the_tiles_of_its_plan(tmp_path):
         summary["plan"] = {"chosen": {"memory.tile_tokens": tile or "off"}}
         (run / "summary.json").write_text(json.dumps(summary))
         trained = open_trained(run)
-        tiles = [module.tile_tokens for module in trained.build_base().modules() if isinstance(module, Tiled)]
+        model = trained.build_base()
+        tiles = [module.tile_tokens for module in model.modules() if isinstance(module, Tiled)]
         assert set(tiles) == ({tile} if tile else set())
+        assert not kernels_of(model), "which nobody has tried"
     for chosen in ({"memory.of_another_version": 1}, None, [1]):
         summary["plan"] = {"chosen": chosen}
         (run / "summary.json").write_text(json.dumps(summary))
