@@ -22,6 +22,7 @@ from .memory.marks import timing
 from .memory.meter import PeakMeter, hold_to
 from .memory_page import memory_page
 from .models.anatomy import device_of
+from .models.kernels import kernels_of, use_kernels
 from .models.levers import set_levers
 from .models.rows_alone import rows_run_alone
 from .models.tokenizer import load_tokenizer
@@ -78,6 +79,7 @@ def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
         hold_to(device, plan.budget_bytes)
         ledger = Ledger(timeline=True, allocation_bytes=ALLOCATION_BYTES[device.type])
         with PeakMeter(device) as meter, _allocator_history(device, out):
+            trainer.choose_kernels()
             trainer.choose_loss()
             seconds = _timed_steps(trainer, steps - 1) if steps > 1 else {}
             failure = _ledgered(trainer, ledger, model, eval_examples)
@@ -103,7 +105,9 @@ def _ledgered(trainer: Trainer, ledger: Ledger, model, eval_examples) -> str:
 
     The ledger cannot see into compiled blocks, so it sees them uncompiled.
     """
+    kernels = kernels_of(model)
     set_levers(model, replace(trainer.settings.levers, compile=False))
+    use_kernels(model, kernels)
     with ledger:
         for tensor, category, _ in categorised(model):
             ledger.claim([tensor], category)

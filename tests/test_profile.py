@@ -11,6 +11,7 @@ from qlora_lite.errors import DoesNotFitError, OutputError
 from qlora_lite.memory.bar import CATEGORIES
 from qlora_lite.memory.ledger import Moment
 from qlora_lite.memory.marks import phase, timing
+from qlora_lite.models.kernels import kernels_of, use_kernels
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.train.loop import Trainer
 from qlora_lite.units import format_bytes
@@ -66,6 +67,16 @@ def test_when_memory_runs_out_the_page_shows_the_state_at_the_failure(kind, word
     assert figures["out_of_memory"] == words
     assert figures["peak_phase"] == "forward" and figures["peak_bytes"] > 0
     assert "ran out of memory" in (tmp_path / "out" / "memory.html").read_text()
+
+
+def test_it_computes_with_the_kernels_that_a_trial_has_left(recipe, tmp_path, monkeypatch):
+    used, rehearse = [], Trainer.rehearse
+    monkeypatch.setattr(Trainer, "choose_kernels", lambda trainer: use_kernels(trainer.model, ["norms"]))
+    monkeypatch.setattr(
+        Trainer, "rehearse", lambda trainer, rows: used.append(kernels_of(trainer.model)) or rehearse(trainer, rows)
+    )
+    profile.profile_recipe(recipe, tmp_path / "out", steps=1)
+    assert used == [{"norms"}]
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded(recipe, tmp_path, monkeypatch):
