@@ -193,10 +193,10 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
 
     Args:
         path: the folder or file.
-        wait: whether to wait for a process that holds it.
+        wait: whether to wait for a process that holds it; on Windows for ten seconds.
 
     Raises:
-        OutputError: another process holds it and `wait` is false, or nothing is there.
+        OutputError: another process holds it, after the wait if there is one; or nothing is there.
     """
     with explain_write_errors(path):
         path.stat()
@@ -210,10 +210,11 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             else:
                 msvcrt.locking(descriptor, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
-        except (BlockingIOError, PermissionError):  # what flock and what locking raises
-            cure = "wait for it, or name another place (output.dir, --out)"
-            raise OutputError(f"another process is writing {path}; {cure}") from None
         except OSError as error:
+            # what flock raises, what locking does at once, and after ten seconds: it waits no longer
+            if isinstance(error, BlockingIOError | PermissionError) or error.errno == errno.EDEADLK:
+                cure = "wait for it, or name another place (output.dir, --out)"
+                raise OutputError(f"another process is writing {path}; {cure}") from None
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL, errno.ENOSYS):
                 raise
         yield

@@ -7,6 +7,7 @@ import os
 import resource
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -224,3 +225,14 @@ def test_a_tracker_s_folder_that_is_a_link_is_refused_before_anything_is_written
     with refused, tracking(["tensorboard"], "night", tmp_path):
         pass
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EDEADLK])
+def test_a_lock_that_windows_waits_for_in_vain_is_another_process(number, tmp_path, monkeypatch):
+    def locking(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files, "fcntl", None)
+    monkeypatch.setattr(files, "msvcrt", SimpleNamespace(LK_LOCK=1, locking=locking), raising=False)
+    with pytest.raises(OutputError, match="another process is writing"), files.locked(tmp_path, wait=True):
+        pytest.fail("it is not locked")
