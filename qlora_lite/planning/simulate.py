@@ -319,8 +319,8 @@ def _model(job: Job, device: torch.device) -> nn.Module:
     place(model, device, job.levers)
     if job.rows_alone or why_rows_run_alone(model, max(job.longest, *job.rows.lengths)):
         run_rows_alone(model)
-    compiled = {"compile": False, "kernels": "plain"} if job.levers.compile else {}  # counted as plain blocks
-    set_levers(model, replace(job.levers, **compiled))
+    is_plain = job.levers.compile or job.deterministic  # compiled blocks are counted as plain ones
+    set_levers(model, replace(job.levers, compile=False, kernels="plain" if is_plain else job.levers.kernels))
     if device == META and not uses_row_attention(model):
         for part in (part for block in blocks(model) for part in block.children()):
             PlannedAttention().during(part)  # hooks of a block itself are not called where it runs again

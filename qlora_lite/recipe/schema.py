@@ -352,8 +352,8 @@ class Memory(_Section):
     kernels: Literal["auto", "plain"] = "auto"
     """auto takes fused kernels of a card, torch's for RMS norms and for attention over packed sequences and our own for
     experts in 4 bit, where a trial on the run's own shapes before the first step finds them faster and about as exact
-    as plain operators; plain always takes those. Results differ by rounding. Nothing changes on a CPU and with
-    train.compile."""
+    as plain operators; none with train.deterministic. plain always takes plain ones. Results differ by rounding.
+    Nothing changes on a CPU and with train.compile."""
     tile_tokens: Annotated[PositiveInt | Literal["auto", "off"], Rule("a whole number of at least 1, auto or off")] = (
         "auto"
     )

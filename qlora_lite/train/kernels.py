@@ -32,12 +32,17 @@ Function = Callable[..., torch.Tensor]
 def choose_kernels(model: nn.Module, inputs: Inputs) -> None:
     """Leave a model those of its kernels (``models.kernels``) that are no worse than plain operators; say why.
 
+    None where the same bits are wanted each time: which one is faster may change from one run to the next.
+
     Args:
         inputs: the largest micro-batch, on a card.
 
     Raises:
         RuntimeError: memory ran out.
     """
+    if torch.are_deterministic_algorithms_enabled():
+        use_kernels(model, ())
+        return
     kept = set(kernels_of(model))
     (longest, *others), device = inputs.row_lengths, inputs.input_ids.device
     if not others and longest > 1:  # smaller micro-batches may have several rows
@@ -140,7 +145,7 @@ def _experts_are_better(experts: nn.Module, hidden: torch.Tensor, chosen: torch.
     Both ways are compared with one expert after the other in float32, all rows of it.
     """
     described, given = described_experts(experts)
-    if torch.are_deterministic_algorithms_enabled() or chosen.numel() < described.up.shape[0]:
+    if chosen.numel() < described.up.shape[0]:
         return False
     given = [tensor.to(hidden.device) for tensor in given]  # of a block whose weights are streamed
 

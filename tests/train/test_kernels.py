@@ -100,6 +100,12 @@ def test_norms_are_fused_where_that_is_faster_and_as_exact(chosen):
     assert names == {"sequences"} and "takes 1.00 of the time of the plain norm" in said
 
 
+def test_none_is_used_where_bits_must_repeat(chosen, monkeypatch):
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    names, said = chosen()
+    assert not names and not said
+
+
 def test_kernels_that_do_not_run_are_left_out(chosen):
     def missing(*_):
         raise RuntimeError("no kernel image is available\nmore")
