@@ -92,7 +92,7 @@ class Continuation:
         self._refuse([words[key] for key in changed if key not in harmless])
 
     def compare_identity(self, now: Mapping[str, str | None]) -> None:
-        """Compare what rows, tokenizer, model or device are with what they were.
+        """Compare what rows, tokenizer, model or device are with what they were, as far as the checkpoint says.
 
         Args:
             now: digests by what they are of.
@@ -101,7 +101,7 @@ class Continuation:
             CheckpointError: naming each that is another.
         """
         before = self.run["identity"]
-        self._refuse([f"other {name} than before" for name, value in now.items() if before.get(name) != value])
+        self._refuse([f"other {name} than before" for name, value in now.items() if before.get(name, value) != value])
 
     def compare_schedule(self, total_steps: int, settings: TrainSettings | Train) -> None:
         """Compare the number of steps, and with it the learning rates of the steps that are done.

@@ -264,7 +264,10 @@ class _Run:
             self.continuation.compare_schedule(self.trainer.total_steps, self.settings)
 
     def _model_identity(self) -> dict:
-        return {BASE_MODEL: self.fingerprint, "type of device": device_of(self.model).type}
+        return {
+            BASE_MODEL: self.fingerprint, "type of device": device_of(self.model).type,
+            "compute type": str(self.model.dtype).removeprefix("torch."),
+        }  # fmt: skip
 
     def _compare(self, identity: dict) -> None:
         if self.continuation:

@@ -453,6 +453,18 @@ def test_another_base_model_than_that_of_an_earlier_version_s_checkpoint_is_refu
         lab.run(resume="")
 
 
+def test_another_compute_type_is_refused_where_auto_has_become_one(tmp_path, model_folder, monkeypatch):
+    lab = Lab(tmp_path / "lab", model_folder, ["model.compute_dtype=auto"])
+    monkeypatch.setattr("qlora_lite.models.load.fast_dtype", lambda _: torch.float32)
+    lab.stop(2)
+    monkeypatch.setattr("qlora_lite.models.load.fast_dtype", lambda _: torch.bfloat16)
+    with pytest.raises(CheckpointError, match="other compute type than before"):
+        lab.run(resume="")
+    rewrite_run(lab, 2, lambda run: run["identity"].pop("compute type"))  # as an earlier version wrote
+    lab.run(resume="")
+    assert lab.summary["status"] == "complete"
+
+
 # --- stopping
 
 
