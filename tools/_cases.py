@@ -22,6 +22,7 @@ from qlora_lite.errors import DoesNotFitError
 from qlora_lite.lora.inject import add_lora
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.memory.meter import PeakMeter, held_bytes
+from qlora_lite.models.kernels import use_kernels
 from qlora_lite.models.levers import Levers, place, set_levers
 from qlora_lite.models.load import resolve_device
 from qlora_lite.planning.predict import predict
@@ -173,6 +174,7 @@ def check_case(case: dict) -> dict:
     on_card = device.type == "cuda"
     base = 0 if on_card else held_bytes(device)  # cuBLAS's workspaces stay from one case to the next
     trainer = trainer_of(case, model_of(case, device))
+    use_kernels(trainer.model, trainer.settings.levers.allowed_kernels)  # as is planned, without a trial
     evaluation = trainer.examples[: case.get("rows", 1)]
     if device.type == "cuda":
         free_memory(device)  # so that what is reserved is the step's
