@@ -53,9 +53,9 @@ def choose_kernels(model: nn.Module, inputs: Inputs) -> None:
         norms, calls, experts = _seen(model, inputs)
         if EXPERTS in kept and not (experts and _experts_are_better(*experts[0])):
             kept.discard(EXPERTS)
-        if not all([_norm_is_better(*seen) for seen in norms]):  # each of them says how it is
+        if not norms or not all([_norm_is_better(*seen) for seen in norms]):  # each of them says how it is
             kept.discard("norms")
-        if not all([_is_better_packed(*call, inputs.row_lengths) for call in calls]):
+        if not calls or not all([_is_better_packed(*call, inputs.row_lengths) for call in calls]):
             kept.discard("sequences")
     except foreign_errors() as error:
         if is_out_of_memory(error):

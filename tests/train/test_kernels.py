@@ -93,11 +93,12 @@ def chosen(monkeypatch, caplog):
 
 def test_norms_are_fused_where_that_is_faster_and_as_exact(chosen):
     names, said = chosen()
-    assert names == OF_LLAMA and "memory.kernels: torch's fused norm is used" in said
+    assert names == {"norms"}, "and no packed attention, which is not seen on a CPU"
+    assert "memory.kernels: torch's fused norm is used" in said
     names, said = chosen(factor=1.01)
-    assert names == {"sequences"} and "since its value is off by 1.0e-02" in said and "the plain norm stays" in said
+    assert not names and "since its value is off by 1.0e-02" in said and "the plain norm stays" in said
     names, said = chosen(faster=0.95)
-    assert names == {"sequences"} and "takes 1.00 of the time of the plain norm" in said
+    assert not names and "takes 1.00 of the time of the plain norm" in said
 
 
 def test_none_is_used_where_bits_must_repeat(chosen, monkeypatch):
