@@ -17,6 +17,7 @@ from .errors import CheckpointError, DoesNotFitError, Interrupted, ModelError, O
 from .evaluate import ExactMatch, Watch, answered_at_once, exact_match, new_tokens_of, watching
 from .lora.adapter import CONFIG_NAME, adapter_config, adapter_tensors, fill_adapter, save_adapter
 from .memory.meter import PeakMeter
+from .models.anatomy import device_of
 from .recipe.schema import Recipe
 from .resume import RUN, Continuation
 from .rows import matching_of
@@ -36,6 +37,7 @@ from .stopping import Stop, StopNow
 from .tracking import tracking
 from .train.checkpoints import Checkpoint, Tensors
 from .train.loop import StepMetrics, Trainer
+from .train.out_of_memory import free_cached_memory
 from .train.state import STATE, capture, compare_tensors, restore
 
 log = logging.getLogger("qlora_lite")
@@ -243,6 +245,8 @@ class Training:
             reason, _, _ = str(error).partition(":")
             raise DoesNotFitError(f"train.exact_match_rows: {reason}; set it to 0, and count with "
                                   "`qlora-lite evaluate` when the run has ended") from None  # fmt: skip
+        finally:
+            free_cached_memory(device_of(self.model))  # no other tensor gets what a recorded token took until then
         count = len(result.records)
         log.info("exact match %s training: %.1f %% of %d rows", when, 100 * result.score, count)
         self.run.update(**{f"exact_match_{when}": result.score, "exact_match_rows": count})
