@@ -24,7 +24,7 @@ import torch
 from qlora_lite.memory.marks import category
 
 from .fused_attention import flash_bytes, key_heads_at_once, runs_flash
-from .shapes import device_type
+from .shapes import device_type, planned_to_repeat
 
 FORWARD, _BACKWARD = torch.ops.aten._flash_attention_forward, torch.ops.aten._flash_attention_backward
 _SPARE = 128  # tokens of memory inside of a backward, for each sequence
@@ -43,9 +43,10 @@ def kernel_takes(query, key, value, lengths: Sequence[int]) -> bool:
     """Tell whether ``packed_attention`` can attend to sequences of these lengths."""
     if device_type(query.device) != "cuda" or not (query.is_cuda or query.is_meta):
         return False
+    repeats = torch.are_deterministic_algorithms_enabled() or planned_to_repeat()
     batch, _, tokens, size = query.shape
     whole = batch == 1 and sum(lengths) == tokens and size % 8 == 0
-    return whole and not torch.are_deterministic_algorithms_enabled() and runs_flash(query, key, value, 0.0)
+    return whole and not repeats and runs_flash(query, key, value, 0.0)
 
 
 def packed_attention(query, key, value, ends, lengths, scaling=None, window=None) -> torch.Tensor:
