@@ -29,8 +29,8 @@ def held_bytes(device: torch.device) -> int:
     """Return the bytes held now: allocated on the card, or anonymous memory of this process."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    if _STATUS.exists():
-        for line in _STATUS.read_text().splitlines():
+    if (status := _STATUS).exists():
+        for line in status.read_text().splitlines():
             if line.startswith("RssAnon:"):
                 return int(line.split()[1]) * 1024
     found = psutil.Process().memory_info()
