@@ -59,7 +59,6 @@ class LossScale:
 
 def unscale(parameters: Iterable[torch.nn.Parameter], scale: float) -> None:
     """Divide gradients by the scale that their backward pass began with."""
-    if scale != 1:
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad.mul_(1 / scale)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if scale != 1 and gradients:
+        torch._foreach_mul_(gradients, 1 / scale)
