@@ -1,5 +1,6 @@
 """What a process may still take: the machine's free memory, or what a container leaves."""
 
+import mmap
 import threading
 import time
 from types import SimpleNamespace
@@ -55,9 +56,11 @@ def test_the_limit_of_a_batch_system_s_job_or_of_a_group_around_it_is_kept(group
 
 def test_without_proc_what_is_held_is_what_the_system_says_of_the_process(tmp_path, monkeypatch):
     monkeypatch.setattr(meter, "_STATUS", tmp_path / "none")
-    before = meter.held_bytes(torch.device("cpu"))
-    held = torch.ones(2**23)
-    assert 0.9 * held.nbytes < meter.held_bytes(torch.device("cpu")) - before < 1.5 * held.nbytes
+    before, size = meter.held_bytes(torch.device("cpu")), 2**27
+    with mmap.mmap(-1, size) as pages:  # not malloc's, which gives out first what other tests gave back to it
+        for _ in range(size // 2**20):
+            pages.write(bytes(2**20))
+        assert 0.7 * size < meter.held_bytes(torch.device("cpu")) - before < 1.3 * size
 
 
 def test_a_meter_can_be_closed_by_its_own_thread(monkeypatch):
@@ -65,7 +68,7 @@ def test_a_meter_can_be_closed_by_its_own_thread(monkeypatch):
     meters, ended = [], []
 
     def held(_device):
-        if threading.current_thread().name == "memory-meter" and meters and not ended:
+        if meters and threading.current_thread() is meters[0]._thread and not ended:  # no thread of another test's
             ended.append(meters[0].close())
         return 7
 
