@@ -214,7 +214,7 @@ def _merged_model(job: _Job, write_beside: Callable[[Path], object], adds_begin:
     entries = merged.entries(torch.float32)
     if sum(4 * prod(entries[stored][1]) for stored in merged.base.parameters) > WHOLE_BYTES:
         notes.append("the file was read back block by block, by this package's own reader: it is large for others")
-        change = change_of(_streamed_base(merged, config, lambda weight: weight), merged.adapter)
+        change = change_of(_streamed_base(merged, config, torch.Tensor.float), merged.adapter)
         logits = logits_of(_streamed_file(Path(what), config))
     else:
         change, logits = _merged_change(job, merged), _gguf_logits(job)
@@ -228,10 +228,16 @@ def _merged_model(job: _Job, write_beside: Callable[[Path], object], adds_begin:
 
 
 def _streamed_base(merged: Merged, config, rounded: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
-    """Return the base that the adapter was merged into, its weights rounded."""
+    """Return the base that the adapter was merged into, its weights rounded (in float32)."""
     base = replace(merged, adapter=replace(merged.adapter, layers={}))
     stored = {parameter: name for name, parameter in merged.base.parameters.items()}
-    return streamed_model(config, lambda parameter: rounded(base.weight(stored[parameter], torch.float32)))
+
+    def read(parameter: str) -> torch.Tensor:
+        name = stored[parameter]  # taken in the type that it has, not in float32: a large one is not held twice
+        dtype = merged.compute_dtype if merged.onto == TRAINED else merged.base.entries[name][0]
+        return rounded(base.weight(name, dtype))
+
+    return streamed_model(config, read)
 
 
 def _streamed_file(path: Path, config) -> nn.Module:

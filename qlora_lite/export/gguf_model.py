@@ -1,7 +1,7 @@
 """Write a merged model as one GGUF file, weight by weight.
 
-The ``gguf`` package writes the file; the weights come from ``models.merge`` one at a time, in float32, and are rounded
-once to what the file holds. Vectors stay float32, as llama.cpp expects.
+The ``gguf`` package writes the file; the weights come from ``models.merge`` one at a time, rounded once to what the
+file holds. Vectors stay float32, as llama.cpp expects.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from .gguf_tokenizer import write_tokenizer
 MODEL_FILE = "model.gguf"
 KINDS = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}  # -> llama.cpp's name of the file type
 SPARE_BYTES = 32 * 2**20  # of disk: tokenizer and settings
-CHUNK_ROWS = 2048  # quantised at once; the package's quantiser makes several copies
+CHUNK_ROWS = 2048  # quantised or read back at once; the package makes several copies
 
 
 def write_gguf(
@@ -70,8 +70,9 @@ def write_gguf(
         if factors is not None:
             writer.write_tensor_data(factors.numpy())
         for stored, parameter, _, stored_as in planned:
-            tensor = names.to_gguf(parameter, merged.weight(stored, torch.float32)).contiguous()
+            tensor = names.to_gguf(parameter, merged.weight(stored, _made_in(stored_as))).contiguous()
             writer.write_tensor_data(_as_stored(tensor, stored_as, parameter))
+            del tensor  # before the next one is made
     return notes
 
 
@@ -94,12 +95,24 @@ def _stored_type(shape: tuple[int, ...], kind: str):
     return GGMLQuantizationType.F16 if shape[-1] % GGML_QUANT_SIZES[wanted][0] else wanted  # no whole blocks in a row
 
 
+def _made_in(stored_as) -> torch.dtype:
+    """Return the type to make a tensor in: the file's own, so that no float32 copy of a large one is held beside it."""
+    from gguf import GGMLQuantizationType
+
+    halves = {GGMLQuantizationType.F16: torch.float16, GGMLQuantizationType.BF16: torch.bfloat16}
+    return halves.get(stored_as, torch.float32)
+
+
 def as_read(weight: torch.Tensor, kind: str) -> torch.Tensor:
-    """Return what a reader gets of a float32 weight that a file of a kind holds."""
+    """Return what a reader gets of a weight that a file of a kind holds, in float32; beside it, memory for a chunk."""
     from gguf import dequantize
 
     stored_as = _stored_type(tuple(weight.shape), kind)
-    return torch.from_numpy(dequantize(_as_stored(weight, stored_as, "it").view(np.uint8), stored_as).copy())
+    read = torch.empty(weight.shape, dtype=torch.float32)
+    for part, chunk in zip(read.split(CHUNK_ROWS), weight.split(CHUNK_ROWS), strict=True):
+        stored = _as_stored(chunk.float(), stored_as, "it")
+        part.copy_(torch.from_numpy(dequantize(stored.view(np.uint8), stored_as)))
+    return read
 
 
 def _as_stored(tensor: torch.Tensor, stored_as, parameter: str) -> np.ndarray:
@@ -109,8 +122,8 @@ def _as_stored(tensor: torch.Tensor, stored_as, parameter: str) -> np.ndarray:
         return tensor.numpy()
     if stored_as == GGMLQuantizationType.BF16:
         return tensor.bfloat16().view(torch.int16).numpy()
-    half = tensor.abs().amax() <= torch.finfo(torch.float16).max
-    if not half:
+    low, high = torch.aminmax(tensor)
+    if not max(-low, high) <= torch.finfo(torch.float16).max:
         raise ModelError(f"{parameter} has values beyond what float16 holds; export it with --dtype bf16")
     if stored_as == GGMLQuantizationType.F16:
         return tensor.half().numpy()

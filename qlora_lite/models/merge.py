@@ -143,9 +143,11 @@ class Merged:
         if rounding is not None:
             rounding.add(weight, before)
         rounded = (weight.t() if is_conv1d else weight).to(dtype).contiguous()
-        if not rounded.isfinite().all():
+        if rounded.numel() and not torch.stack(torch.aminmax(rounded)).isfinite().all():  # isfinite alone copies it
             name = str(dtype).removeprefix("torch.")
-            raise ModelError(f"a number of {stored} is too large for {name}, or not finite; choose another --dtype")
+            raise ModelError(
+                f"a number of {stored} is too large for {name}, or not finite; choose another --dtype, such as bf16"
+            )
         return rounded
 
 

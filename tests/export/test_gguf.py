@@ -400,6 +400,8 @@ def test_values_beyond_float16_are_refused_with_the_way_out(run_of, tmp_path):
     summary = json.loads((run / "summary.json").read_text())
     del summary["base_fingerprint"]
     (run / "summary.json").write_text(json.dumps(summary))
-    with pytest.raises(ModelError, match=r"up_proj.weight has values beyond what float16 holds.*--dtype bf16"):
+    with pytest.raises(ModelError, match=r"up_proj.weight is too large for float16.* --dtype, such as bf16"):
         export_run(run, tmp_path / "out", ExportSettings("gguf"))
+    with pytest.raises(ModelError, match=r"up_proj.weight has values beyond what float16 holds.*--dtype bf16"):
+        export_run(run, tmp_path / "out", ExportSettings("gguf", dtype="q8_0"))
     assert np.isfinite(export_run(run, tmp_path / "out", ExportSettings("gguf", dtype="bf16"))["distance"])
