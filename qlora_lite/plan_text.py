@@ -84,7 +84,11 @@ def _compute_type(plan: Plan) -> str | None:
     if job.compute_dtype == torch.bfloat16:
         return None
     exceeds = job.compute_dtype != auto and job.compute_dtype == auto_dtype(auto, job.config.model_type)
-    return str(job.compute_dtype).removeprefix("torch.") + exceeds * f": {job.config.model_type} exceeds float16"
+    return _type_name(plan) + exceeds * f": {job.config.model_type} exceeds float16"
+
+
+def _type_name(plan: Plan) -> str:
+    return str(plan.step.job.compute_dtype).removeprefix("torch.")
 
 
 def _in_words(chosen: Candidate) -> str:
@@ -143,7 +147,7 @@ def as_json(plan: Plan, others: Sequence[Alternative]) -> dict:
     peak = plan.chosen.prediction.simulation.peak()
     return {
         "fits": plan.fits, "machine": plan.machine.name, "budget_bytes": plan.budget_bytes,
-        "peak_bytes": plan.peak_bytes,
+        "peak_bytes": plan.peak_bytes, "compute_dtype": _type_name(plan),
         "first_step_peak_bytes": plan.peak_bytes - peak.total + plan.chosen.prediction.simulation.first_step_bytes(),
         "peak_phase": peak.phase, "peak_module": peak.module,
         "breakdown": plan.breakdown, "host_bytes": host_bytes(plan), "disk_bytes": disk_bytes(plan),

@@ -203,6 +203,7 @@ def test_a_model_beyond_float16_is_planned_in_float32_at_that_type_s_rate(recipe
     assert asked.step.job.compute_dtype == torch.float16 and asked.machine.flops_per_second == old.flops_per_second
     said = [re.findall("^compute type +(.*)$", plan_text.describe(of, []), re.MULTILINE) for of in (plan, asked)]
     assert said == [["float32: gemma3_text exceeds float16"], ["float16"]]
+    assert [plan_text.as_json(of, [])["compute_dtype"] for of in (plan, asked)] == ["float32", "float16"]
 
 
 def test_what_the_recipe_fixes_is_kept(recipe):
