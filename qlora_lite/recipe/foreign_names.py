@@ -193,6 +193,10 @@ _NOT_NEEDED = {
         "tokenizer tokenizer_name tokenizer_model low_cpu_ram use_safetensors local_files_only use_cache",
     "remove it; recipes are always checked strictly": "strict",
     "remove it; model.compute_dtype says what is computed in": "tf32 bf16_full_eval fp16_full_eval upcast_layernorm",
+    "remove it; in float16, which model.compute_dtype: auto takes on cards without fast bfloat16, the loss is scaled "
+    "by itself":
+        "loss_scale loss_scale_window initial_loss_scale min_loss_scale dynamic_loss_scale initial_scale_power "
+        "grad_scaler fp16_opt_level fp16_backend half_precision_backend",
     "remove it; set model.device": "lora_on_cpu",
     "remove it; models are causal language models": "task_type",
     "remove it; the layout of a model's weights is known": "lora_fan_in_fan_out fan_in_fan_out inference_mode",

@@ -180,7 +180,7 @@ def test_a_section_that_is_no_mapping_is_an_error_that_shows_how_to_write_it(pro
         ("world_size: 2", "one process on one device"), ("ddp_timeout: 9", "one process on one device"),
         ("compute_metrics: x", "exact match"), ("rl: dpo", "no DPO"), ("beta: 0.1", "no DPO"), ("dpo_beta: 1", "DPO"),
         ("neftune: 5", "no noise"), ("use_unsloth: true", "kernels here"), ("unsloth_lora_qkv: true", "kernels here"),
-        ("liger_rms_norm: true", "kernels here"),
+        ("liger_rms_norm: true", "kernels here"), ("train: {loss_scale: 128}", "in float16, which model.compute_dtype"),
         ("ema: true", "no average"), ("data: {train: rows.jsonl, test: x}", "data.eval"), ("pad_token: x", "padded"),
         ("formatting_func: f", "prompt and completion templates"), ("loss_watchdog_threshold: 5", "on_not_finite"),
         ("loss_watchdog_patience: 3", "on_not_finite"), ("eval_table_size: 5", "answers and losses"),
