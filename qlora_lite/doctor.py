@@ -32,7 +32,7 @@ def examine() -> dict:
         "gpu": _gpu(),
         "cuda": _build(),
         "fast_bfloat16": fast_dtype(device) == torch.bfloat16,
-        "attention": None if fault else kernel_of_card(fast_dtype(device)),
+        "attention": (None if fault else kernel_of_card(fast_dtype(device))) or "torch's kernels for processors",
         "bitsandbytes_backend": _backend(device),
         "cache": f"{cache_root()} ({_free(cache_root())} free)",
     }

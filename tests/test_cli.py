@@ -394,6 +394,8 @@ def test_doctor_prints_one_json_object_or_lines(command):
     assert (found["machine"]["cuda"] is None) == (torch.version.cuda is None) and "driver" not in found["machine"]
     code, out, _ = command("doctor")
     assert code == 0 and torch.__version__ in out and "bitsandbytes backend" in out
+    facts = [line.rpartition("  ")[2].strip() for line in out.splitlines()]
+    assert not {"None", "True", "False"} & set(facts) and found["machine"]["attention"]
 
 
 @pytest.mark.parametrize(("device", "compiler", "header", "missing"), [

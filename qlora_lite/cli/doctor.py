@@ -21,6 +21,10 @@ def doctor(as_json: bool) -> None:
 def _described(found: dict) -> str:
     lines = []
     for group in ("versions", "machine"):
-        lines += [group, *(f"  {name.replace('_', ' '):22} {value}" for name, value in found[group].items())]
+        lines += [group, *(f"  {name.replace('_', ' '):22} {_in_words(value)}" for name, value in found[group].items())]
     notes = found["notes"] or ["nothing to say: this machine is fine"]
     return "\n".join([*lines, "notes", *(f"  {note}" for note in notes)])
+
+
+def _in_words(value: str | bool | None) -> str:
+    return {None: "none", True: "yes", False: "no"}.get(value, value)
