@@ -36,14 +36,14 @@ def write_result(name: str, payload: dict[str, Any], folder: Path = RESULTS) -> 
     result = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": machine(),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **versions()},
         **payload,
     }
     write_text(path, json.dumps(result, indent=2) + "\n")
     return path
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """Return the versions of packages that figures depend on."""
     others = {name: _version(name) for name in OTHERS}
     return {name: _version(name) for name in PACKAGES} | {k: v for k, v in others.items() if v != UNKNOWN}

@@ -24,14 +24,10 @@ TFLOP/s. Bandwidth is the bus's width times the data rate of its generation's me
 4080, 5070 Ti, 5080 and 5090). Makers choose the power: by the range of clocks that the vendor states, the same card
 with the least of it takes up to 1.8 times as long.
 
-Of some cards we found the vendor's figures only where others repeat them:
-
-- L40: the datasheet's table at mullet.se, 181.05 TFLOP/s dense, half of what this chip does as L40S or RTX 6000 Ada.
-- B200: glennklockwood.com/garden/processors/B200, the figures of HGX at 1,000 W: 2,250 TFLOP/s dense, 8 TB/s.
-- RTX 2060 12GB: news-italys.com, 7.2 TFLOP/s in float32, 57 with float16 accumulation (half with float32), 336 GB/s.
-- RTX 5050: hmc-tech.com, 421 AI TOPS, a sixteenth of which is 26.3; tweakers.net, 320 GB/s (a few pages have 224).
-- RTX 4000 and 5000 Ada: hmc-tech.com, 106.9 and 261.1 TFLOP/s with float32 accumulation, four times their float32 rate
-  as of RTX 6000 Ada; topcpu.net, 360 GB/s of the first; 576 of the second are its 256 bits at 18 Gbit/s.
+Of some cards the vendor's figures were found only where others repeat them (L40, B200, RTX 2060 12GB, RTX 5050, 4000
+and 5000 Ada): the L40 does half of what its chip does as L40S; the B200 is that of HGX at 1,000 W; tensor rates of the
+RTX cards are four times their float32 rates, as the vendor states of others of a generation, and the bandwidth of the
+5000 Ada is its 256 bits at 18 Gbit/s.
 
 Host to device: 80 % of the data rate of the card's PCIe link (8, 16 or 32 GT/s per lane for generations 3, 4
 and 5, 128 bits of data in 130), the part that large copies from pinned memory usually reach; a board with
