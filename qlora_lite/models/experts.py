@@ -14,8 +14,7 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ExpertsInterface
 
-from qlora_lite.ops.grouped_product import has_kernel
-from qlora_lite.ops.shapes import device_type, planned_to_repeat
+from qlora_lite.ops.shapes import device_type, has_triton, planned_to_repeat
 from qlora_lite.quant.nf4 import BLOCK_SIZE, quantize
 from qlora_lite.quant.packed import PackedWeight
 
@@ -135,7 +134,7 @@ def packed_experts(
 ) -> torch.Tensor:  # fmt: skip
     """Compute what transformers' own experts would with the unpacked weights, as its interface asks for it."""
     described, tensors = described_experts(experts)
-    on_card = device_type(hidden_TD.device) == "cuda" and has_kernel() and not planned_to_repeat()
+    on_card = device_type(hidden_TD.device) == "cuda" and has_triton() and not planned_to_repeat()
     return routed(hidden_TD, chosen_TK, weights_TK, described._replace(grouped=grouped and on_card), tensors)
 
 

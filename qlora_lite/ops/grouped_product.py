@@ -9,8 +9,6 @@ torch's own ``grouped_mm`` is fused on compute capability 9.0 and 10.0 alone, an
 """
 
 import importlib
-import importlib.util
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -38,12 +36,6 @@ def pairs_by_expert(chosen_TK: torch.Tensor, experts: int) -> Pairs:
     numbers, places = chosen_TK.flatten().sort(stable=True)
     first = torch.arange(experts + 1, dtype=numbers.dtype, device=numbers.device)
     return Pairs(places, torch.searchsorted(numbers, first))
-
-
-@cache
-def has_kernel() -> bool:
-    """Tell whether the card at hand, or one that a plan is made for elsewhere, can have the kernel."""
-    return not torch.cuda.is_available() or importlib.util.find_spec("triton") is not None
 
 
 @torch.library.custom_op("qlora_lite::grouped_product", mutates_args=("out",))

@@ -6,8 +6,10 @@ run would grow by hundreds of MiB. Rounding the counts up on CPUs keeps the kern
 this. Remove it when a run over random lengths no longer grows without it.
 """
 
+import importlib.util
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -28,6 +30,12 @@ class _Planned:
 def device_type(device: torch.device) -> str:
     """Return whose kernels will work on a tensor: its device's, or those of the card that a plan is made for."""
     return _Planned.device_type or device.type
+
+
+@cache
+def has_triton() -> bool:
+    """Tell whether the card at hand, or one that a plan is made for elsewhere, can have kernels written in Triton."""
+    return not torch.cuda.is_available() or importlib.util.find_spec("triton") is not None
 
 
 def is_planned() -> bool:
