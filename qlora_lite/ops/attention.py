@@ -12,8 +12,7 @@ Shapes: query [B, H, T, D], key and value [B, K, T, D] with H a multiple of K (g
 result [B, T, H, D].
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
 
@@ -23,6 +22,7 @@ from qlora_lite.errors import ModelError
 
 from .block_attention import block_attention, block_gradients
 from .checkpoint import running
+from .compiled import as_outside
 from .fused_attention import fused_attention, has_kernel
 from .kept_attention import kept_attention
 from .packed_attention import kernel_takes, packed_attention
@@ -200,20 +200,9 @@ def _gradient_operator(
         return block_gradients(query, key, value, grad, lengths, scaling, window, softcap, sinks)
 
     inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
-    with running(None), _autograd_inside():
+    with running(None), as_outside(), torch.enable_grad():
         grads = torch.autograd.grad(_attended(*inputs, row_lengths, None, scaling, window, None), inputs, grad)
     return tuple(grad.transpose(1, 2).contiguous().transpose(1, 2) for grad in grads)  # laid out token by token
-
-
-@contextmanager
-def _autograd_inside() -> Iterator[None]:
-    """Let autograd see what an operator of our own does; torch hides it, whether gradients are enabled or not."""
-    hidden, key = torch._C._dispatch_tls_local_exclude_set(), torch._C.DispatchKey
-    for each in (key.AutogradFunctionality, key.AutogradOther, key.AutogradNestedTensor):
-        hidden = hidden.remove(each)
-    # as torch's own leaf functions do (torch 2.13, _higher_order_ops/invoke_leaf_function.py)
-    with torch.enable_grad(), torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), hidden):
-        yield
 
 
 @_gradient_operator.register_fake

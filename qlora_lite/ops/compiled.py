@@ -124,3 +124,17 @@ def in_words() -> Iterator[None]:
             raise inner from error
         reason = " ".join(str(error).split("\n\n")[0].split())
         raise ModelError(f"train.compile: the blocks cannot be compiled ({reason}); set it to false") from error
+
+
+@contextmanager
+def as_outside() -> Iterator[None]:
+    """Run what an operator of our own does as outside of it.
+
+    torch hides it from autograd, whether gradients are enabled or not, and below a dispatch mode from all that its
+    compiler and ``vmap`` are made of. Autocast alone is hidden outside too.
+    """
+    key, keys = torch._C.DispatchKey, torch._C.DispatchKeySet
+    hidden = keys(key.AutocastCPU) | keys(key.AutocastCUDA)
+    # as torch's own leaf functions do (torch 2.13, _higher_order_ops/invoke_leaf_function.py)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), hidden):
+        yield
