@@ -3,7 +3,8 @@
 Training batches hold no padding: their rows are concatenated along the token axis and the row lengths
 travel beside them. Attending row by row is exact for every row, costs no more than the rows alone (a
 block-diagonal mask over the whole batch costs its length squared), and needs no kernel that a CPU lacks. A card may
-have one for all rows in one call (``packed_attention``), which is taken where training allows it.
+have one for all rows in one call (``packed_attention``, and ``flex_attention`` for capped scores and sinks), which is
+taken where training allows it.
 
 Without row lengths (generation with a key/value cache) the mask that transformers built is used; without a
 mask either, each sequence of the batch is one row.
@@ -23,6 +24,8 @@ from qlora_lite.errors import ModelError
 from .block_attention import block_attention, block_gradients
 from .checkpoint import running
 from .compiled import as_outside
+from .flex_attention import flex_attention
+from .flex_attention import kernel_takes as flex_takes
 from .fused_attention import fused_attention, has_kernel
 from .kept_attention import kept_attention
 from .packed_attention import kernel_takes, packed_attention
@@ -34,7 +37,7 @@ FORMULA_TOKENS = 256  # of a row, whose scores take little even for all heads at
 
 def row_attention(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
-    s_aux=None, row_lengths=None, row_ends=None, **_unused,
+    s_aux=None, row_lengths=None, row_ends=None, row_flex=False, **_unused,
 ):  # fmt: skip
     """Attend causally within each row.
 
@@ -49,6 +52,7 @@ def row_attention(
         row_lengths: tokens in each row, in order; an int64 tensor under torch.compile. Tokens behind the last row are
             filler: they attend to nothing and get zeros.
         row_ends: where they end (``packed_attention.sequence_ends``), if a card may attend to all of them in one call.
+        row_flex: a card may attend with capped scores or sinks in one call (``flex_attention``).
 
     Returns:
         The attended values [B, T, H, D] and None in place of attention weights.
@@ -74,7 +78,10 @@ def row_attention(
     if torch.compiler.is_compiling():  # then the lengths are a tensor
         return _rows_operator(query, key, value, row_lengths, s_aux, scaling, sliding_window, softcap), None
     if no_kernel:
-        return block_attention(query, key, value, row_lengths, scaling, sliding_window, softcap, s_aux), None
+        how = row_lengths, scaling, sliding_window, softcap, s_aux
+        if row_flex and flex_takes(query, key, value, row_lengths):
+            return kept_attention(lambda *tensors: flex_attention(*tensors, *how), query, key, value), None
+        return block_attention(query, key, value, *how), None
     by_row = partial(row_by_row, query, key, value, row_lengths, scaling, sliding_window, dropout)
     if device_type(query.device) == "cpu" and not dropout:
         fused = by_row if _fused_is_faster(query.dtype, row_lengths, sliding_window) else None

@@ -1,9 +1,9 @@
 """Keep what a fused attention kernel gives from the first run of a checkpointed block for its second.
 
 Forward, attention costs the square of a row's length, and its result is one hidden-sized tensor beside one number for
-each token and head (the log-sum-exp of the scores, from which backward builds the weights again). With both kept, the
-second run does not compute it again: the kernel's operator returns what was kept, below autograd, so that torch's own
-backward of that operator runs on the same numbers.
+each token and head (the log-sum-exp of the scores, from which backward builds the weights again; flex attention gives
+the result alone). With them kept, the second run does not compute it again: the kernel's operator returns what was
+kept, below autograd, so that the operator's own backward runs on the same numbers.
 
 What torch chooses a kernel for is seen where it runs: a dispatch mode around the call meets the operator. Where none
 of those known here runs (torch has only the formula for some shapes), nothing is kept, and the second run computes.
@@ -20,15 +20,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora_lite.memory.work import FUSED_ATTENTION
 
 from .checkpoint import Run, present_run
+from .flex_attention import VALUES
 
 FUSED = {getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}") for kernel in FUSED_ATTENTION}
-FUSED |= {torch.ops.aten._flash_attention_forward}
+FUSED |= {torch.ops.aten._flash_attention_forward, VALUES}
 
 
 class FusedCall(NamedTuple):
-    """An operator that ran, and its results behind the two tensors: numbers, and the few bytes of a random state."""
+    """An operator that ran, how many of its results are kept, and those behind them: numbers, and the few bytes of a
+    random state."""
 
     operator: torch._ops.OpOverload
+    tensors: int
     others: tuple
 
 
@@ -68,9 +71,9 @@ class _Keeping(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         results = func(*args, **(kwargs or {}))
         if func.overloadpacket in FUSED:
-            output, logsumexp, *others = results
-            self.run.kept += [output.detach(), logsumexp.detach()]
-            self.call = FusedCall(func, tuple(others))
+            tensors, others = ((results,), ()) if isinstance(results, torch.Tensor) else (results[:2], results[2:])
+            self.run.kept += [tensor.detach() for tensor in tensors]
+            self.call = FusedCall(func, len(tensors), others)
         return results
 
 
@@ -80,9 +83,10 @@ class _Returning(TorchDispatchMode):
     def __init__(self, run: Run):
         super().__init__()
         self.call = run.next_attention()
-        self.tensors = [run.next_result() for _ in range(2)] if self.call else []
+        self.tensors = [run.next_result() for _ in range(self.call.tensors)] if self.call else []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if self.call is not None and func is self.call.operator:
-            return *(tensor.detach() for tensor in self.tensors), *self.call.others
+            results = *(tensor.detach() for tensor in self.tensors), *self.call.others
+            return results if len(results) > 1 else results[0]
         return func(*args, **(kwargs or {}))
