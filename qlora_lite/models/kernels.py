@@ -12,8 +12,10 @@ from qlora_lite.ops.norm import lean_norms
 
 from .experts import packs_experts, use_packed_experts
 
-EXPERTS = "experts"  # packed ones in groups, by a kernel of our own: never before it was tried
-KERNELS = "norms", "sequences", EXPERTS  # of RMS norms both ways; of attention, all packed sequences in one call
+EXPERTS = "experts"  # packed ones in groups, by a kernel of our own
+FLEX = "flex"  # attention with capped scores or sinks in one call, by a kernel that torch compiles
+KERNELS = "norms", "sequences", EXPERTS, FLEX  # of RMS norms both ways; of attention, all packed sequences in one call
+COMPILED = frozenset({EXPERTS, FLEX})  # when they are first used: never before they were tried
 
 
 def use_kernels(model: nn.Module, names: Collection[str]) -> None:

@@ -11,10 +11,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_lite.models.experts import described_experts, first_experts
-from qlora_lite.models.kernels import EXPERTS, kernels_of, use_kernels
+from qlora_lite.models.kernels import EXPERTS, FLEX, kernels_of, use_kernels
 from qlora_lite.models.routed import routed
 from qlora_lite.ops.attention import row_by_row
 from qlora_lite.ops.block_attention import block_attention
+from qlora_lite.ops.flex_attention import VALUES, flex_attention
 from qlora_lite.ops.norm import LeanNorm, exact_norm, lean_norms
 from qlora_lite.ops.packed_attention import FORWARD, packed_attention, sequence_ends
 from qlora_lite.ops.trial import Trial, choose, foreign_errors, timed
@@ -26,6 +27,7 @@ log = logging.getLogger("qlora_lite")
 
 SETTING = "memory.kernels"
 CHECKED_ROWS, CHECKED_LENGTHS, CHECKED_WINDOW = 64, (100, 37, 100, 5), 33  # in float64
+CHECKED_TOKENS, CHECKED_FLEX_WINDOW = 300, 150  # of a sequence: some blocks of keys are seen whole, and some in part
 Function = Callable[..., torch.Tensor]
 
 
@@ -50,13 +52,15 @@ def choose_kernels(model: nn.Module, inputs: Inputs) -> None:
         inputs = inputs._replace(row_lengths=halves, row_ends=sequence_ends(halves, device))
     use_kernels(model, kept - {EXPERTS})
     try:
-        norms, calls, experts = _seen(model, inputs)
+        norms, calls, flex_calls, experts = _seen(model, inputs)
         if EXPERTS in kept and not (experts and _experts_are_better(*experts[0])):
             kept.discard(EXPERTS)
         if not norms or not all([_norm_is_better(*seen) for seen in norms]):  # each of them says how it is
             kept.discard("norms")
         if not calls or not all([_is_better_packed(*call, inputs.row_lengths) for call in calls]):
             kept.discard("sequences")
+        if not flex_calls or not all([_flex_is_better(*call) for call in flex_calls]):
+            kept.discard(FLEX)
     except foreign_errors() as error:
         if is_out_of_memory(error):
             raise
@@ -65,9 +69,9 @@ def choose_kernels(model: nn.Module, inputs: Inputs) -> None:
     use_kernels(model, kept)
 
 
-def _seen(model: nn.Module, inputs: Inputs) -> tuple[list, list, list]:
-    """Run a model once; return a norm of each kind with its input, what packed attention was given, and packed experts
-    with theirs.
+def _seen(model: nn.Module, inputs: Inputs) -> tuple[list, list, list, list]:
+    """Run a model once; return a norm of each kind with its input, what packed attention and flex attention were given,
+    and packed experts with theirs.
 
     Of a kind's norms the last one is returned, of its tiles the last of the largest: the first blocks may be streamed.
     """
@@ -90,21 +94,27 @@ def _seen(model: nn.Module, inputs: Inputs) -> tuple[list, list, list]:
         model.train(was_training)
         for handle in handles:
             handle.remove()
-    return list(norms.values()), list(calls.found.values()), experts
+    return list(norms.values()), list(calls.packed.values()), list(calls.flex.values()), experts
 
 
 class _Calls(TorchDispatchMode):
-    """Note query, key and value [T, H, D], scale and window of one call of packed attention of each kind."""
+    """Note one call of each kind: of packed attention query, key and value [T, H, D], scale and window; of flex
+    attention its operator's arguments, while plain operators compute its result."""
 
     def __init__(self):
         super().__init__()
-        self.found: dict[tuple, tuple] = {}
+        self.packed: dict[tuple, tuple] = {}
+        self.flex: dict[tuple, tuple] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.overloadpacket is FORWARD:
             left = kwargs.get("window_size_left")
             settings = kwargs.get("scale"), None if left is None else left + 1
-            self.found.setdefault((args[0].shape, args[1].shape, *settings), (args[:3], *settings))
+            self.packed.setdefault((args[0].shape, args[1].shape, *settings), (args[:3], *settings))
+        if function.overloadpacket is VALUES:
+            query, key, value, sinks, lengths, *settings = args
+            self.flex.setdefault((query.shape, key.shape, *settings), args)
+            return block_attention(query, key, value, lengths, *settings, sinks).transpose(1, 2)
         return function(*args, **(kwargs or {}))
 
 
@@ -136,6 +146,26 @@ def _is_better_packed(tensors: Sequence[torch.Tensor], scaling, window: int | No
         return _tried(way(lengths, window), tensors, way(few_lengths, few_window), few, exact)
 
     ours, others = ("attention to one sequence after the other", one_by_one), {"packed attention": at_once}
+    return choose(SETTING, ours, others, attempt, False) is not None
+
+
+def _flex_is_better(query, key, value, sinks, lengths: Sequence[int], scaling, window: int | None, softcap) -> bool:
+    few_lengths = []
+    for length in lengths:
+        if sum(few_lengths) <= CHECKED_TOKENS:
+            few_lengths.append(min(length, CHECKED_TOKENS))
+    few = [tensor[:, :, : sum(few_lengths)] for tensor in (query, key, value)]
+    few_window = window and min(window, CHECKED_FLEX_WINDOW)
+
+    def computed(way: Function, lengths: Sequence[int], window: int | None) -> Function:
+        return lambda *tensors: way(*tensors, lengths, scaling, window, softcap, sinks)
+
+    def attempt(way: Function) -> Trial:
+        of_few = computed(way, few_lengths, few_window)
+        exact = computed(block_attention, few_lengths, few_window)
+        return _tried(computed(way, lengths, window), (query, key, value), of_few, few, exact)
+
+    ours, others = ("attention block by block", block_attention), {"flex attention": flex_attention}
     return choose(SETTING, ours, others, attempt, False) is not None
 
 

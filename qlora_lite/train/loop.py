@@ -28,7 +28,7 @@ from qlora_lite.lora.inject import lora_layers, lora_parameters, require_model
 from qlora_lite.lora.shared import forget_begun
 from qlora_lite.memory.meter import PeakMeter
 from qlora_lite.models.anatomy import device_of, head
-from qlora_lite.models.kernels import EXPERTS, kernels_of, use_kernels
+from qlora_lite.models.kernels import COMPILED, kernels_of, use_kernels
 from qlora_lite.models.levers import set_levers
 from qlora_lite.ops.fused_loss import candidates, choose_loss
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS
@@ -131,7 +131,7 @@ class Trainer:
         set_levers(model, replace(settings.levers, tile_tokens=tiny_tiles, kernels="plain"))
         check_forward(model, settings.max_tokens)
         set_levers(model, settings.levers)
-        use_kernels(model, kernels_of(model) - {EXPERTS})
+        use_kernels(model, kernels_of(model) - COMPILED)
         check_updates_in_backward(model, settings)
         check_compilable(model, settings.levers)
         self.meter = PeakMeter(device_of(model))

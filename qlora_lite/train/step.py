@@ -15,7 +15,7 @@ from torch import nn
 from qlora_lite.data.batch import IGNORED_LABEL, Batch
 from qlora_lite.memory.marks import category, phase
 from qlora_lite.models.anatomy import decoder, device_of, head
-from qlora_lite.models.kernels import kernels_of
+from qlora_lite.models.kernels import FLEX, kernels_of
 from qlora_lite.models.load import uses_row_attention
 from qlora_lite.models.rows_alone import rows_run_alone
 from qlora_lite.ops.checkpoint import row_alone
@@ -99,21 +99,25 @@ def hidden_states(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     """Return the last hidden states [T, D] of rows laid end to end."""
     if rows_run_alone(model):
         return _hidden_states_row_by_row(model, inputs)
-    ends = inputs.row_ends if "sequences" in kernels_of(model) else None
-    return _decoded(model, inputs.input_ids, inputs.position_ids, inputs.row_lengths, ends)
+    kernels = kernels_of(model)
+    at_once = {"row_ends": inputs.row_ends} if "sequences" in kernels and inputs.row_ends is not None else {}
+    at_once |= {"row_flex": True} if FLEX in kernels else {}
+    return _decoded(model, inputs.input_ids, inputs.position_ids, inputs.row_lengths, **at_once)
 
 
 def _decoded(
-    model: nn.Module, ids: torch.Tensor, positions: torch.Tensor, row_lengths: tuple[int, ...],
-    ends: torch.Tensor | None = None,
+    model: nn.Module, ids: torch.Tensor, positions: torch.Tensor, row_lengths: tuple[int, ...], **at_once
 ) -> torch.Tensor:  # fmt: skip
-    """Return the last hidden states of the rows that the tokens begin with."""
+    """Return the last hidden states of the rows that the tokens begin with.
+
+    Args:
+        at_once: ``row_attention``'s further arguments.
+    """
     rows = {}
     if uses_row_attention(model):
         # row_attention needs no mask. Without one, transformers looks at the positions for packed rows, and a card
         # waits for the answer; one of four dimensions it passes on as it is.
-        rows = {"row_lengths": row_lengths, "attention_mask": ids.new_empty((1, 1, 0, 0))}
-        rows |= {} if ends is None else {"row_ends": ends}
+        rows = {"row_lengths": row_lengths, "attention_mask": ids.new_empty((1, 1, 0, 0)), **at_once}
     output = decoder(model)(input_ids=ids, position_ids=positions, use_cache=False, **rows)
     return output.last_hidden_state[0, : sum(row_lengths)]
 

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from counted import GPT_OSS_20B
 from tiny import build_tiny, quantized_pair, random_batch
 from tiny_trainer import trainer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,10 +26,6 @@ from qlora_lite.train.step import prepare
 
 FORMS = "qwen3_moe", "gpt_oss", "deepseek_v3"
 TOKENS = 41
-GPT_OSS_20B = dict(
-    vocab_size=201088, hidden_size=2880, intermediate_size=2880, num_hidden_layers=24, num_attention_heads=64,
-    num_key_value_heads=8, head_dim=64, num_local_experts=32, num_experts_per_tok=4, sliding_window=128,
-)  # fmt: skip
 
 
 @pytest.fixture

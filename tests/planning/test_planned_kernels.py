@@ -3,10 +3,12 @@
 from dataclasses import replace
 
 import pytest
+from counted import GPT_OSS_20B
 from transformers import AutoConfig
 
 from qlora_lite.models.families import known_config
 from qlora_lite.models.levers import Levers
+from qlora_lite.ops import flex_attention
 from qlora_lite.planning.simulate import Job, Rows, simulate
 
 EIGHT_B = AutoConfig.for_model(**known_config("meta-llama/Llama-3.1-8B"))
@@ -48,3 +50,15 @@ def test_a_run_that_repeats_itself_attends_to_one_sequence_after_the_other():
     jobs = [replace(job_of(rows), deterministic=True) for rows in ((512,), (64,) * 8)]
     one, many = (simulate(job).work for job in jobs)
     assert many.operations > 1.1 * one.operations and many.moved_bytes < 1.1 * one.moved_bytes
+
+
+@pytest.mark.parametrize(("config", "most", "share"), [
+    (known_config("google/gemma-2-9b"), 20_000, 0.65), ({"model_type": "gpt_oss", **GPT_OSS_20B}, 15_000, 0.65),
+], ids=["gemma-2-9b", "gpt-oss-20b"])  # fmt: skip
+def test_capped_scores_and_sinks_take_one_call_a_layer(config, most, share, monkeypatch):
+    job = Job(AutoConfig.for_model(**config), Rows((4096,), 4095), None, device_type="cuda")
+    at_once = simulate(job).work
+    monkeypatch.setattr(flex_attention, "has_triton", lambda: False)
+    block_by_block = simulate(job).work
+    assert at_once.operations < most < block_by_block.operations
+    assert at_once.moved_bytes < share * block_by_block.moved_bytes

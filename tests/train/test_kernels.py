@@ -7,16 +7,17 @@ from tiny import quantized_pair
 from tiny_trainer import trainer
 from torch._decomp import decomposition_table
 
-from qlora_lite.models.kernels import EXPERTS, KERNELS, kernels_of, use_kernels
+from qlora_lite.models.kernels import COMPILED, EXPERTS, KERNELS, kernels_of, use_kernels
 from qlora_lite.models.levers import Levers, place, set_levers
-from qlora_lite.ops import norm, trial
+from qlora_lite.ops import attention, flex_attention, norm, trial
+from qlora_lite.ops.block_attention import block_attention
 from qlora_lite.ops.norm import lean_norms
 from qlora_lite.train import kernels
 from qlora_lite.train.kernels import choose_kernels
 from qlora_lite.train.step import Inputs
 
 aten = torch.ops.aten
-OF_LLAMA = {*KERNELS} - {EXPERTS}
+UNTRIED = {*KERNELS} - COMPILED
 
 
 def fused_norms(model):
@@ -24,7 +25,7 @@ def fused_norms(model):
 
 
 @pytest.mark.parametrize(("levers", "names"), [
-    (Levers(), OF_LLAMA), (Levers(kernels="plain"), set()), (Levers(compile=True), set()),
+    (Levers(), {*KERNELS} - {EXPERTS}), (Levers(kernels="plain"), set()), (Levers(compile=True), set()),
 ])  # fmt: skip
 def test_kernels_are_allowed_unless_plain_operators_are_asked_for_or_a_compiler_makes_its_own(levers, names):
     model, _ = quantized_pair("llama")
@@ -54,7 +55,7 @@ def test_norms_that_are_tried_are_there_although_blocks_are_streamed():
 
 
 def test_a_run_that_goes_on_keeps_its_kernels():
-    for recorded, kept in (([], set()), (["norms"], {"norms"}), (["norms", "gone"], {"norms"}), (None, OF_LLAMA)):
+    for recorded, kept in (([], set()), (["norms"], {"norms"}), (["norms", "gone"], {"norms"}), (None, UNTRIED)):
         training = trainer()
         training.choose_kernels(recorded)
         assert kernels_of(training.model) == kept
@@ -123,11 +124,65 @@ def test_kernels_that_do_not_run_are_left_out(chosen):
 
 def test_packed_attention_is_tried_although_the_largest_micro_batch_is_one_sequence(monkeypatch):
     seen = []
-    monkeypatch.setattr(kernels, "_seen", lambda _, inputs: (seen.append(inputs), ([], []))[1])
+    monkeypatch.setattr(kernels, "_seen", lambda _, inputs: (seen.append(inputs), ([], [], [], []))[1])
     model, _ = quantized_pair("llama")
     tokens = torch.arange(9)
     choose_kernels(model, Inputs(tokens[None], tokens[None], (9,), tokens, tokens))
     assert seen[0].row_lengths == (4, 5) and seen[0].row_ends.tolist() == [0, 4, 9]
+
+
+@pytest.fixture
+def chosen_attention(monkeypatch, caplog):
+    """Give what is chosen, and said, where flex attention gives so much times the right value, and what it was given.
+
+    Args of the function given: that factor; the time that is called faster; an error that it ends with.
+    """
+    given = []
+
+    def choose(model_type="gemma2", factor=1.0, faster=2.0, error=None):
+        def attend(tensors, sinks, lengths, scaling, window, softcap):
+            given.append((*lengths, window))
+            if error:
+                raise error
+            out = factor * block_attention(*tensors, lengths, scaling, window, softcap, sinks)
+            return out.transpose(1, 2)
+
+        monkeypatch.setattr(flex_attention, "_attend", attend)
+        monkeypatch.setattr(attention, "flex_takes", lambda *_: True)
+        monkeypatch.setattr(kernels, "timed", lambda run, _: (run(), (1.0, 0))[1])
+        monkeypatch.setattr(trial, "FASTER", faster)
+        model, _ = quantized_pair(model_type)
+        set_levers(model, Levers())
+        tokens = torch.arange(9)
+        with caplog.at_level("INFO"):
+            choose_kernels(model, Inputs(tokens[None] + 3, tokens[None], (7, 2), tokens, tokens))
+        return kernels_of(model), caplog.text
+
+    return choose, given
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss"])
+def test_flex_attention_is_used_where_each_kind_of_layer_is_faster_and_as_exact(model_type, chosen_attention):
+    choose, given = chosen_attention
+    names, said = choose(model_type)
+    assert "flex" in names and said.count("flex attention is used") == 2
+    assert {*given} == {(7, 2, 5), (7, 2, None)}, "a window, and none"
+
+
+def test_attention_stays_block_by_block_where_flex_attention_is_no_better(chosen_attention):
+    choose, _ = chosen_attention
+    names, said = choose(factor=1.1)
+    assert "flex" not in names and "not used, since its value is off by 1.0e-01" in said
+    names, said = choose(faster=0.95)
+    assert "flex" not in names and "attention block by block stays" in said
+
+
+def test_a_compiler_that_fails_leaves_the_other_kernels(chosen_attention, monkeypatch):
+    choose, given = chosen_attention
+    monkeypatch.setattr(kernels, "_norm_is_better", lambda *_: True)
+    names, said = choose(error=torch._dynamo.exc.TorchDynamoException("no C compiler\nmore"))
+    assert names == {"norms"} and "flex attention does not run here (TorchDynamoException: no C compiler)" in said
+    assert len(given) == 2, "not run before it was tried, and once for each kind of layer"
 
 
 @pytest.mark.gpu
@@ -145,6 +200,6 @@ def test_on_a_card_a_run_with_kernels_is_the_run_without_within_rounding(model_t
         with caplog.at_level("INFO"):
             training.choose_kernels()
         losses.append([metrics.loss for metrics in training])
-        assert kernels_of(training.model) == (set() if levers.kernels == "plain" else OF_LLAMA)
+        assert kernels_of(training.model) == (set() if levers.kernels == "plain" else UNTRIED)
     assert "packed attention is used" in caplog.text
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
