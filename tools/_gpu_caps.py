@@ -13,13 +13,13 @@ from functools import partial
 
 import torch
 from _cases import OUT_OF_MEMORY, free_memory, model_of, trainer_of, under_ledger
-from _models import config_of
+from _models import config_of, dtype_of
 
 from qlora_lite.errors import DoesNotFitError
 from qlora_lite.lora.inject import lora_parameters
 from qlora_lite.memory.meter import hold_to
 from qlora_lite.models.levers import Levers
-from qlora_lite.models.load import resolve_device
+from qlora_lite.models.load import fast_dtype, resolve_device
 from qlora_lite.plan import MOST_TOKENS, Plan, max_tokens
 from qlora_lite.planning.candidate import Step, choose
 from qlora_lite.planning.largest import LENGTH_STEP, longest
@@ -35,6 +35,11 @@ NOT_BUILT = "there is no room to build the model in, whose weights are made on t
 MOST_STEP_SECONDS = 30.0  # by estimate; what takes longer is not tried
 
 
+def machine_at_hand(device: torch.device) -> Machine:
+    """Measure a device, a GPU in the type that it multiplies fastest."""
+    return this_machine(device, fast_dtype(device) if device.type == "cuda" else torch.bfloat16)
+
+
 def trained(trainer: Trainer) -> dict:
     """Take a trainer's steps as a run does; return the speed of the last."""
     *_, last = trainer
@@ -46,7 +51,7 @@ class CappedDevice:
 
     def __init__(self):
         self.device = resolve_device()
-        self.machine = replace(this_machine(self.device), base_bytes=0)
+        self.machine = replace(machine_at_hand(self.device), base_bytes=0)
         self._key, self._model = None, None
 
     def run(
@@ -103,7 +108,7 @@ class CappedDevice:
 def plan_below(machine: Machine, name: str, tokens: int, cap_bytes: int) -> Plan:
     """Plan one row of all learned tokens a step, on a card of the cap's size."""
     config = config_of(name)
-    job = Job(config, Rows((1,), 1), None, machine.device_type)
+    job = Job(config, Rows((1,), 1), None, machine.device_type, compute_dtype=dtype_of(config))
     step = Step(job, Rows((tokens,), tokens - 1), 1, 1, tied=bool(config.tie_word_embeddings))
     found = search(step, machine, cap_bytes)
     chosen = choose(found, cap_bytes)

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 
 from _cases import OUT_OF_MEMORY, RANK, free_memory, job_of, levers_of, model_of, trainer_of, under_ledger
-from _models import config_of
+from _models import config_of, dtype_of
 
 from qlora_lite.memory.meter import held_bytes
 from qlora_lite.models.load import resolve_device
@@ -61,8 +61,9 @@ def by_saving(model: str, tokens: int, device_type: str) -> list[str]:
 def _row_job(case: dict, config, device_type: str) -> Job:
     """Describe a case's step of one row to the planner, without a model."""
     rows = Rows((case["tokens"],), case["tokens"] - 1)
-    return Job(config, rows, None, device_type, quant_head=case.get("quant_head", False), rank=RANK,
-               optimizer=case["optimizer"], levers=levers_of(case))  # fmt: skip
+    return Job(config, rows, None, device_type, quant_head=case.get("quant_head", False),
+               compute_dtype=dtype_of(config), rank=RANK, optimizer=case["optimizer"],
+               levers=levers_of(case))  # fmt: skip
 
 
 def lever_cases(model: str, tokens: int, order: Sequence[str]) -> list[dict]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from qlora_lite.models.load import load_model
+from qlora_lite.models.load import auto_dtype, fast_dtype, load_model, resolve_device
 from qlora_lite.models.quantizer import quantize_head
 from qlora_lite.models.skeleton import give_storage, meta_model, read_config
 from qlora_lite.quant import bnb
@@ -54,6 +54,12 @@ def path_of(name: str) -> str:
     return str(assemble())
 
 
+def dtype_of(config) -> torch.dtype:
+    """Return the type that a configuration's model computes in: bfloat16, or what a GPU without it takes instead."""
+    device = resolve_device()
+    return auto_dtype(fast_dtype(device), config.model_type) if device.type == "cuda" else torch.bfloat16
+
+
 def build(name: str, device: torch.device | str, quant_head: bool = False):
     """Return a model in NF4 with its weights in memory of its own.
 
@@ -63,10 +69,10 @@ def build(name: str, device: torch.device | str, quant_head: bool = False):
     """
     if name not in DEMO_MODELS:
         config = config_of(name)
-        model = give_storage(meta_model(config, "nf4", True, torch.bfloat16, quant_head), device)
+        model = give_storage(meta_model(config, "nf4", True, dtype_of(config), quant_head), device)
         fill(model, config)
         return model
-    model = load_model(path_of(name), device=device)
+    model = load_model(path_of(name), compute_dtype=dtype_of(config_of(name)), device=device)
     with torch.no_grad():  # weights from the cache are mapped from its file
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.clone()

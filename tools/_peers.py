@@ -30,12 +30,13 @@ def dressed(model, optimizer: str):
 def peers_step(model, optimizer, rows: list[dict], rows_at_once: int, device) -> float:
     """Train one step on rows of "ids" and "learned", padded batch by padded batch; return the loss."""
     import torch
+    from _models import dtype_of
 
     labelled = torch.tensor(sum(sum(row["learned"]) for row in rows), device=device)
     total = 0.0
     for start in range(0, len(rows), rows_at_once):
         batch = padded(rows[start : start + rows_at_once], model.config.pad_token_id or 0)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with torch.autocast(device.type, dtype=dtype_of(model.config)):
             loss = model(**{k: v.to(device) for k, v in batch.items()}, num_items_in_batch=labelled).loss
         loss.backward()
         total += loss.item()
@@ -72,20 +73,20 @@ def padded(rows: list[dict], pad: int) -> dict:
 def stock_model(name: str, device):
     """Return transformers' own model of a random shape with bitsandbytes' layers, its weights ``_models.build``'s."""
     import torch
-    from _models import build, config_of
+    from _models import build, config_of, dtype_of
     from bitsandbytes.nn import Linear4bit, Params4bit
     from transformers import AutoModelForCausalLM
 
     from qlora_lite.quant.linear import QuantLinear
     from qlora_lite.quant.nf4 import to_bnb_state
 
-    source = build(name, device)
+    source, dtype = build(name, device), dtype_of(config_of(name))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config_of(name), dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config_of(name), dtype=dtype)
     for path, module in source.named_modules():
         if isinstance(module, QuantLinear):
-            layer = Linear4bit(module.in_features, module.out_features, False, torch.bfloat16, device="meta")
-            stored = to_bnb_state(module.packed, (module.out_features, module.in_features), torch.bfloat16)
+            layer = Linear4bit(module.in_features, module.out_features, False, dtype, device="meta")
+            stored = to_bnb_state(module.packed, (module.out_features, module.in_features), dtype)
             layer.weight = Params4bit.from_prequantized(stored.pop(""), stored, device=device)
             model.set_submodule(path, layer)
             continue
