@@ -34,6 +34,7 @@ TOOLS = Path(__file__).parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
 
 import _gpu_caps  # noqa: E402
+import _gpu_numbers  # noqa: E402
 import _gpu_peers  # noqa: E402
 import _gpu_sections  # noqa: E402
 import _levers  # noqa: E402
@@ -150,13 +151,17 @@ def test_a_failed_test_is_named_in_the_summary_and_a_side_that_did_not_run_is_no
     assert text.count("out of memory") == 1
 
 
+class TooLarge:
+    meter = SimpleNamespace(close=lambda: None)
+
+    def rehearse(self):
+        pass
+
+    def __iter__(self):
+        raise DoesNotFitError("the row alone needs more memory than there is. More words")
+
+
 def test_a_row_that_is_too_large_for_a_cap_is_a_finding_and_no_end(monkeypatch):
-    class TooLarge:
-        meter = SimpleNamespace(close=lambda: None)
-
-        def __iter__(self):
-            raise DoesNotFitError("the row alone needs more memory than there is. More words")
-
     monkeypatch.setattr(_gpu_caps, "trainer_of", lambda *_: TooLarge())
     capped = _gpu_caps.CappedDevice()
     monkeypatch.setattr(capped, "_placed", lambda *_: torch.nn.Module())
@@ -282,9 +287,39 @@ def test_a_compiled_side_with_another_first_loss_is_a_problem(monkeypatch):
 def test_what_is_compiled_is_compared_last(monkeypatch):
     monkeypatch.setattr(_gpu_peers, "_missing", lambda *_: "left out")
     monkeypatch.setattr(_gpu_peers, "_loss_row", lambda *_: {})
-    sides = [row["side"] for row in _gpu_sections.peers(replace(REHEARSAL, shapes=((2, 64), (1, 64))))]
+    scale = replace(REHEARSAL, shapes=((2, 64), (1, 64)), short_shapes=((4, 16),))
+    sides = [row["side"] for row in _gpu_sections.peers(scale)]
     compiled = [number for number, side in enumerate(sides) if side.endswith("compiled")]
-    assert compiled == [len(sides) - 2, len(sides) - 1] and len(sides) == 2 * _gpu_peers.SIDES + 3
+    assert compiled == [len(sides) - 3, len(sides) - 2, len(sides) - 1] and len(sides) == 3 * _gpu_peers.SIDES + 3
+
+
+def test_gradients_that_are_not_those_of_float64_are_a_problem(monkeypatch):
+    cpu, types = torch.device("cpu"), (torch.bfloat16, torch.float16)
+    rows = list(_gpu_numbers.gradient_rows("tiny", 64, cpu, types))
+    assert not any("problem" in row for row in rows)
+    unscaled = [row["A_error"] for row in rows if row["dtype"] == "float16" and row["loss_scale"] == 1]
+    assert len(rows) == 6 and min(unscaled) > 10 * max(row["A_error"] for row in rows[:4])
+    gradients = _gpu_numbers._gradients
+    monkeypatch.setattr(_gpu_numbers, "_gradients",
+                        lambda *given: {key: 1.1 * found for key, found in gradients(*given).items()})  # fmt: skip
+    rows = list(_gpu_numbers.gradient_rows("tiny", 64, cpu, types))
+    assert [row["problem"] for row in rows if "problem" in row] == [
+        "gradients in bfloat16 are off", "gradients in float16 are off"]  # fmt: skip
+
+
+def test_steps_of_random_lengths_that_exceed_their_budget_are_a_problem(monkeypatch):
+    row = _gpu_numbers.lengths_row("tiny", 64, 3, 2**30, torch.device("cpu"))
+    assert row["last_loss"] > 0 and row["dtype"] == "bfloat16" and "problem" not in row
+    monkeypatch.setattr(_gpu_numbers, "trainer_of", lambda *_: TooLarge())
+    row = _gpu_numbers.lengths_row("tiny", 64, 3, 2**30, torch.device("cpu"))
+    assert row["problem"] == "the row alone needs more memory than there is"
+
+
+@pytest.mark.parametrize(("capability", "problem"), [((7, 5), ""), ((6, 1), "compute capability 6.1")])
+def test_a_card_is_checked_from_the_first_with_fast_float16_on(capability, problem, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    found = runpy.run_path(str(TOOLS / "gpu_check"))["missing_card"]("a card")
+    assert problem in found and bool(found) == bool(problem)
 
 
 def test_a_loss_that_ends_with_an_error_or_without_memory_is_a_row(monkeypatch):

@@ -121,11 +121,15 @@ def free_memory(device: torch.device) -> None:
 
 
 def examples_of(case: dict) -> list[Example]:
-    """Return the rows of four micro-batches of the case, random and the same on every call, each token learned."""
-    rows, length = case.get("rows", 1), case["tokens"] // case.get("rows", 1)
-    ids = np.random.default_rng(0).integers(5, 1000, (4 * rows, length), dtype=np.int32)
-    learned = np.arange(length) > 0
-    return [Example(row, learned, "", "", f"row {number}") for number, row in enumerate(ids)]
+    """Return the rows of four micro-batches of the case, random and the same on every call, each token learned.
+
+    A case with "lengths" has one row of each length, and a micro-batch for each.
+    """
+    rows = case.get("rows", 1)
+    lengths = case.get("lengths") or [case["tokens"] // rows] * 4 * rows
+    random = np.random.default_rng(0)
+    ids = [random.integers(5, 1000, length, dtype=np.int32) for length in lengths]
+    return [Example(row, np.arange(len(row)) > 0, "", "", f"row {number}") for number, row in enumerate(ids)]
 
 
 def _max_norm(case: dict) -> float:
@@ -139,7 +143,7 @@ def trainer_of(case: dict, model, steps: int = 1) -> Trainer:
         max_steps=steps, epochs=1, learning_rate=1e-4, micro_batch_size=1,
         gradient_accumulation_steps=case.get("accumulation", 1), optimizer=case.get("optimizer", OPTIMIZER),
         lr_scheduler="constant", warmup_ratio=0.0, max_grad_norm=_max_norm(case), weight_decay=0.0, seed=0,
-        max_tokens=case["tokens"], packing=True, order="as-is", levers=levers_of(case),
+        max_tokens=case["tokens"], packing="lengths" not in case, order="as-is", levers=levers_of(case),
     )  # fmt: skip
     return Trainer(model, examples_of(case), settings)
 

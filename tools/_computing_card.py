@@ -91,6 +91,8 @@ class ComputingCard(TorchDispatchMode):
         more = {name: torch.device("cpu") if name == "device" else value for name, value in more.items()}
         more.pop("generator", None)
         compute = WRITTEN_OUT.get(operator, operator)
+        if operator in PRODUCTS and any(tensor.dtype == torch.float16 for tensor in _tensors((args, kwargs))):
+            compute = _by_float32(compute)
 
         def work():
             with torch.random.fork_rng([], enabled=seed is not None):
@@ -272,11 +274,26 @@ def _unpacked(codes, maxima, block_size, quant_type, shape, dtype):
     return (values * maxima.float().repeat_interleave(block_size)[: len(values)]).to(dtype).view(tuple(shape))
 
 
+def _by_float32(product: Callable) -> Callable:
+    """Return a product that takes float32 in the place of float16, in which a CPU is a hundred times slower."""
+
+    def compute(*args, **kwargs):
+        args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.float, (args, kwargs))
+        return product(*args, **kwargs)
+
+    return compute
+
+
 def _counts(numbers, bins=100, low=0, high=0):
     """Count whole numbers, which a CPU's kernel does not."""
     return torch.histc(numbers.double(), bins, low, high)
 
 
+PRODUCTS = {
+    getattr(getattr(aten, name), form)
+    for name in ("mm", "addmm", "bmm", "baddbmm", "addmm_", "baddbmm_")
+    for form in (("default",) if name.endswith("_") else ("default", "out"))
+}
 WRITTEN_OUT = {  # kernels that a CPU lacks or computes otherwise; of their results the first, the others are not used
     aten._scaled_dot_product_flash_attention.default: _flash,
     aten._scaled_dot_product_flash_attention_backward.default: _flash_gradients,

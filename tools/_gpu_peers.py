@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 import torch
 from _cases import OUT_OF_MEMORY, examples_of, free_memory, model_of, trainer_of
-from _models import config_of
+from _models import config_of, dtype_of
 from _peers import dressed, peers_step, stock_model
 
 from qlora_lite.compilers import missing_for_compile
@@ -40,6 +40,7 @@ class Comparison:
                 problem. Of the other sides it is a finding.
         """
         case = {"model": name, "tokens": rows * length, "rows": rows, "optimizer": "adamw_8bit"}
+        self.name, self.tokens = name, rows * length
         self._row = {"model": name, "rows": rows, "length": length}
         self._plan, self._device, self._first_loss = plan, device, None
         self._plain: dict[str, Callable[[], dict]] = {
@@ -104,7 +105,7 @@ def _ours(case: dict, device: torch.device) -> dict:
     metrics = list(trainer)
     trainer.meter.close()
     return {"tokens_per_second": statistics.median(step.tokens_per_second for step in metrics[WARMUP:]),
-            "first_loss": metrics[0].loss, **_peak(device)}  # fmt: skip
+            "first_loss": metrics[0].loss, "first_step_seconds": metrics[0].seconds, **_peak(device)}  # fmt: skip
 
 
 def peers_side(case: dict, device: torch.device, liger: bool) -> dict:
@@ -160,7 +161,7 @@ def compare_losses(name: str, tokens: int, device: torch.device) -> Iterator[dic
 def _loss_inputs(name: str, tokens: int, device: torch.device) -> tuple[torch.Tensor, ...]:
     """Return hidden states, the head's weight and targets."""
     config, random = config_of(name), torch.Generator(device).manual_seed(0)
-    made = {"generator": random, "device": device, "dtype": torch.bfloat16}
+    made = {"generator": random, "device": device, "dtype": dtype_of(config)}
     weight = torch.randn(config.vocab_size, config.hidden_size, **made) * HEAD_SPREAD
     hidden = torch.randn(tokens, config.hidden_size, **made).requires_grad_()
     return hidden, weight, torch.randint(config.vocab_size, (tokens,), generator=random, device=device)

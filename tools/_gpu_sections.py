@@ -7,6 +7,7 @@ code on tiny shapes on any machine, so that the kit cannot rot between two cards
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -17,11 +18,13 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from _card import LIBRARY
 from _cases import OUT_OF_MEMORY, check_case, free_memory, levers_of, model_of, plan_cases, rearranged, trainer_of
-from _gpu_caps import CappedDevice, chosen_row, length_rows, plan_below
+from _gpu_caps import CappedDevice, chosen_row, length_rows, machine_at_hand, plan_below
+from _gpu_numbers import gradient_rows, lengths_row, rate_rows
 from _gpu_peers import SIDES, STEPS, WARMUP, Comparison, compare_losses
 from _levers import by_saving, lever_cases, measure, resident_cases, saving_levers
-from _models import DEMO_MODELS, config_of
+from _models import DEMO_MODELS, config_of, dtype_of
 from _sections import LIMIT_SECONDS
 from transformers import GenerationConfig
 
@@ -29,10 +32,11 @@ from qlora_lite.compilers import missing_for_compile
 from qlora_lite.decode import decode
 from qlora_lite.errors import QloraLiteError
 from qlora_lite.lora.inject import lora_parameters
+from qlora_lite.memory.meter import free_bytes
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.models.load import resolve_device
-from qlora_lite.planning.machine import Machine, this_machine
+from qlora_lite.planning.machine import Machine
 from qlora_lite.planning.predict import Prediction, predict
 from qlora_lite.planning.simulate import Job, Rows
 from qlora_lite.train.loop import largest_batches
@@ -44,7 +48,9 @@ from qlora_lite.units import format_bytes
 GIB, MIB = 2**30, 2**20
 # Whole runs and compiling take long: last. ("compile" is in the names of all cases of levers, as compile=False.)
 ORDER = "not compiled and not goes_on", "goes_on and not compiled", "compiled"
+EQUAL_SCALE = 2.0**10  # of the loss in float16, so that there are gradients to compare, and finite ones
 COUNTED = 20  # passed tests after which a row says how many, so that it is known where there was no time for all
+PAGED_RANK = 64
 TIMED = 3  # passes, of which the fastest counts
 ROOT = Path(__file__).resolve().parent.parent
 FREE = """
@@ -78,26 +84,34 @@ class Scale:
     caps_bytes: tuple[int, ...]
     long_caps_bytes: tuple[int, ...]
     shapes: tuple[tuple[int, int], ...]  # rows, tokens a row, of the comparison with the peers
+    short_shapes: tuple[tuple[int, int], ...]
     paged_weights: int
     spare_bytes: int
+    random_steps: int  # of random lengths
     prompts: tuple[int, ...]  # that are answered at once
     answered: int  # tokens of each
 
 
-CARD = Scale(False, ("llama-8b", "llama-7b"), "llama-1b", 2048, 16384, tuple(n * GIB for n in (8, 12, 6, 16, 24)),
-             (6 * GIB, 8 * GIB), ((1, 2048), (4, 512)), 2**28, 768 * MIB, (1, 8, 32), 64)  # fmt: skip
+CARD = Scale(
+    False, ("llama-8b", "llama-7b"), "llama-1b", 2048, 16384, tuple(n * GIB for n in (8, 12, 6, 16, 24)),
+    (6 * GIB, 8 * GIB), ((1, 2048), (4, 512)), ((32, 128), (64, 64)), 2**28, 768 * MIB, 50, (1, 8, 32), 64,
+)  # fmt: skip
 REHEARSAL = Scale(
-    True, ("tiny",), "tiny", 256, 512, (80 * MIB, 64 * MIB), (64 * MIB,), ((2, 64),), 2**18, 0, (1, 2), 12
-)
+    True, ("tiny",), "tiny", 256, 512, (80 * MIB, 64 * MIB, 700 * MIB), (64 * MIB,), ((2, 64),), ((8, 16),), 2**24,
+    64 * MIB, 5, (1, 2), 12,
+)  # fmt: skip
 
 
-def resident_task(section: str, steps: int, scale: Scale, machine: Machine) -> tuple[str, int]:
+def resident_task(
+    section: str, steps: float, scale: Scale, machine: Machine, parts: tuple[int, ...] = (1, 2, 4)
+) -> tuple[str, int]:  # fmt: skip
     """Return the largest model and row that the card has room for and, by estimate, time for in half of a section.
 
     Args:
         steps: that the section takes with it, all weights on the card.
+        parts: of the scale's tokens that a row may have.
     """
-    for name, part in product((scale.models[0], scale.small_model), (1, 2, 4)):
+    for name, part in product((scale.models[0], scale.small_model), parts):
         tokens = scale.tokens // part
         needed = needs(name, tokens, Levers(), machine)
         seconds = steps * machine.seconds(needed.simulation.work)
@@ -109,7 +123,7 @@ def resident_task(section: str, steps: int, scale: Scale, machine: Machine) -> t
 def needs(name: str, tokens: int, levers: Levers, machine: Machine) -> Prediction:
     """Predict a step of one row, all of it learned."""
     config, rows = config_of(name), Rows((tokens,), tokens - 1)
-    return predict(Job(config, rows, None, machine.device_type, levers=levers))
+    return predict(Job(config, rows, None, machine.device_type, compute_dtype=dtype_of(config), levers=levers))
 
 
 def gpu_tests() -> list[Path]:
@@ -120,6 +134,12 @@ def gpu_tests() -> list[Path]:
 def tests(scale: Scale) -> Iterator[dict]:
     """Run the tests marked gpu; without a card they are collected and skip."""
     files = gpu_tests()
+    if dtype_of(config_of(scale.small_model)) != torch.bfloat16:
+        yield {"skipped": "they compute in bfloat16"}
+        return
+    if LIBRARY in os.environ:
+        yield {"skipped": "tools/check_order runs them over a simulated card"}
+        return
     if importlib.util.find_spec("pytest") is None:
         yield {"skipped": "pytest is not installed"}
         return
@@ -160,7 +180,7 @@ def _pytest(command: list[str]) -> Iterator[dict]:
 def streamed(scale: Scale) -> Iterator[dict]:
     """Compare weights and checkpoints in host memory with the resident step: gradients bit for bit, memory, speed."""
     device = resolve_device()
-    machine, steps = this_machine(device), 2 + TIMED + (1 + TIMED) * len(SAME_BITS)
+    machine, steps = machine_at_hand(device), 2 + TIMED + (1 + TIMED) * len(SAME_BITS)
     name, tokens = resident_task("streamed", steps, scale, machine)
     case = {"model": name, "tokens": tokens, "checkpointing": "block"}
     yield {"kind": "task", **case}
@@ -210,7 +230,7 @@ def _named(levers: Levers) -> str:
 
 def _gradients(model, inputs, levers: Levers) -> list[torch.Tensor]:
     set_levers(model, levers)
-    loss = accumulate_gradients(model.train(), [inputs])
+    loss = accumulate_gradients(model.train(), [inputs], scale=EQUAL_SCALE if model.dtype == torch.float16 else 1.0)
     found = [loss.cpu(), *(parameter.grad.cpu() for _, parameter in lora_parameters(model))]
     for _, parameter in lora_parameters(model):
         parameter.grad = None
@@ -219,7 +239,7 @@ def _gradients(model, inputs, levers: Levers) -> list[torch.Tensor]:
 
 def _equality(found: list[torch.Tensor], expected: list[torch.Tensor]) -> dict:
     different = sum(not torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    row = {"tensors": len(found), "different": different}
+    row = {"tensors": len(found), "different": different, "finite": all(each.isfinite().all() for each in found)}
     return row | ({"problem": f"{different} of {len(found)} tensors differ"} if different else {})
 
 
@@ -274,7 +294,7 @@ def plan(scale: Scale) -> Iterator[dict]:
     """Compare predicted with measured memory for the README's table; first what a process takes beside tensors."""
     device = resolve_device()
     yield free_memory_row(scale, device)
-    machine = this_machine(device)
+    machine = machine_at_hand(device)
     tiny = [{"model": "tiny", "tokens": scale.tokens, "checkpointing": way} for way in ("block", "none")]
     for case in tiny if scale.rehearsal else plan_cases(True):
         free_memory(device)
@@ -292,6 +312,19 @@ def plan(scale: Scale) -> Iterator[dict]:
         yield row | ({"problem": f"prediction of {' and '.join(errors)} is off"} if errors else {})
 
 
+def numbers(scale: Scale) -> Iterator[dict]:
+    """Compare gradients with float64, zeros with random operands, and steps of random lengths with their budget."""
+    device = resolve_device()
+    machine = machine_at_hand(device)
+    dtype = dtype_of(config_of(scale.models[0]))
+    types = (torch.float16,) if dtype == torch.float16 else (dtype, torch.float16)
+    yield from gradient_rows(scale.models[0], scale.tokens, device, types)
+    yield from rate_rows(scale.models[0], scale.tokens, device, dtype)
+    name, tokens = resident_task("numbers", scale.random_steps, scale, machine)
+    budget = needs(name, tokens, Levers(), machine).peak_bytes
+    yield lengths_row(name, tokens, scale.random_steps, budget, device)
+
+
 def caps(scale: Scale) -> Iterator[dict]:
     """Run the planner's choices below caps, then longest sequences."""
     capped = CappedDevice()
@@ -306,14 +339,17 @@ def peers(scale: Scale) -> Iterator[dict]:
     alone with Liger's and cut-cross-entropy's."""
     device = resolve_device()
     machine = CappedDevice().machine
-    name, tokens = resident_task("peers", SIDES * (WARMUP + STEPS) * len(scale.shapes), scale, machine)
     comparisons = []
-    for rows, whole in scale.shapes:
-        length = whole * tokens // scale.tokens
-        planned = plan_below(machine, name, rows * length, machine.memory_bytes)
-        comparisons.append(Comparison(name, rows, length, planned, device))
-        yield from comparisons[-1].plain()
-    yield from compare_losses(name, tokens, device)
+    # each group of rows has half of the time; short rows stay as short as they are, of a smaller model if need be
+    for shapes, parts in ((scale.shapes, (1, 2, 4)), (scale.short_shapes, (1,))):
+        steps = 2 * SIDES * (WARMUP + STEPS) * sum(rows * length for rows, length in shapes) / scale.tokens
+        name, tokens = resident_task("peers", steps, scale, machine, parts)
+        for rows, whole in shapes:
+            length = whole * tokens // scale.tokens
+            planned = plan_below(machine, name, rows * length, machine.memory_bytes)
+            comparisons.append(Comparison(name, rows, length, planned, device))
+            yield from comparisons[-1].plain()
+    yield from compare_losses(comparisons[0].name, comparisons[0].tokens, device)
     for comparison in comparisons:  # last: a compiler may take all the time that is left
         yield from comparison.compiled()
 
@@ -321,7 +357,7 @@ def peers(scale: Scale) -> Iterator[dict]:
 def answers(scale: Scale) -> Iterator[dict]:
     """Compare tokens a second behind prompts, by transformers' loop and by steps in memory that stays."""
     device = resolve_device()
-    name, tokens = resident_task("answers", 2, scale, this_machine(device))
+    name, tokens = resident_task("answers", 2, scale, machine_at_hand(device))
     model = model_of({"model": name, "tokens": tokens, "checkpointing": "none"}, device).eval()
     for prompts in scale.prompts:
         ids = torch.randint(0, model.config.vocab_size, (prompts, tokens // 8), device=device)
@@ -345,8 +381,8 @@ def _answered(model, ids: torch.Tensor, tokens: int, own: Callable | None) -> di
         found = out[:, ids.shape[1] :].tolist()  # waits for the card
         seconds.append(time.perf_counter() - started)
     peak = {"peak_bytes": torch.cuda.max_memory_allocated()} if ids.is_cuda else {}
-    made = len(ids) * (tokens - 1)
-    return {"ids": torch.tensor(found), "tokens_per_second": made / max(1e-9, seconds[1] - seconds[0]), **peak}
+    each = max(1e-9, seconds[1] - seconds[0]) / (tokens - 1)  # one token of every prompt
+    return {"ids": torch.tensor(found), "tokens_per_second": len(ids) / each, "token_seconds": each, **peak}
 
 
 def levers(scale: Scale) -> Iterator[dict]:
@@ -356,7 +392,7 @@ def levers(scale: Scale) -> Iterator[dict]:
     then the levers that need their weights on the device, compiled blocks last.
     """
     device = resolve_device()
-    machine = this_machine(device)
+    machine = machine_at_hand(device)
     rows = len(lever_cases(scale.models[0], scale.tokens, list(saving_levers(scale.tokens))))
     rows += len(resident_cases(scale.models[0], scale.tokens))
     name, tokens = resident_task("levers", 3 * rows, scale, machine)
@@ -427,6 +463,24 @@ def paged(scale: Scale) -> Iterator[dict]:
     if filled is None:
         row |= {"kind": "without a card", "note": "without CUDA nothing is paged: ordinary memory, the same numbers"}
     yield row | ({} if equal else {"problem": "paged states changed the update"})
+    del filled
+    for name in ("adamw_32bit", "paged_adamw_32bit"):
+        yield paged_run(name, scale, device)
+
+
+def paged_run(optimizer: str, scale: Scale, device: torch.device) -> dict:
+    """Train a model with adapters of high rank, whose states are worth paging; return speed and memory."""
+    free_memory(device)
+    case = {"model": scale.small_model, "tokens": scale.tokens // 4, "checkpointing": "block", "rank": PAGED_RANK,
+            "optimizer": optimizer}  # fmt: skip
+    trainer = trainer_of(case, model_of(case, device), 1 + TIMED)
+    before = free_bytes(device)
+    metrics = list(trainer)
+    trainer.meter.close()
+    return {"kind": f"a run, r = {PAGED_RANK}", "model": case["model"], "tokens": case["tokens"],
+            "optimizer": optimizer, "seconds": min(step.seconds for step in metrics[1:]), "loss": metrics[-1].loss,
+            "peak_bytes": metrics[-1].peak_bytes, "states_bytes": 8 * sum(p.numel() for p in trainer.parameters),
+            "free_before_bytes": before, "free_after_bytes": free_bytes(device)}  # fmt: skip
 
 
 def _optimized(name: str, scale: Scale, device: torch.device) -> tuple[torch.Tensor, float]:
@@ -447,6 +501,6 @@ def _optimized(name: str, scale: Scale, device: torch.device) -> tuple[torch.Ten
 
 
 SECTIONS: dict[str, Callable[[Scale], Iterator[dict]]] = {
-    "tests": tests, "streamed": streamed, "plan": plan, "caps": caps, "peers": peers, "answers": answers,
-    "levers": levers, "paged": paged,
+    "tests": tests, "streamed": streamed, "plan": plan, "numbers": numbers, "caps": caps, "peers": peers,
+    "answers": answers, "levers": levers, "paged": paged,
 }  # fmt: skip

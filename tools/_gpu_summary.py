@@ -61,6 +61,22 @@ def _plan(rows: Sequence[Mapping]) -> list[str]:
     return lines
 
 
+def _numbers(rows: Sequence[Mapping]) -> list[str]:
+    lines = []
+    for row in rows:
+        if row["kind"] == "gradients":
+            errors = ", ".join(f"{key} {row[f'{key}_error']:.2%}" for key in ("A", "B", "input"))
+            lines.append(f"errors in {row['dtype']}, {row['sums']}, loss times {row['loss_scale']:g}: {errors}")
+        elif row["kind"] == "rate":
+            rates = row["flops_per_second"] / 1e12, row["bytes_per_second"] / 1e9
+            lines.append("{}: {:,.1f} TFLOP/s, {:,.0f} GB/s".format(row["operands"], *rates))
+        elif "last_loss" in row:
+            again = f", {row['num_alloc_retries']} retries" if "num_alloc_retries" in row else ""
+            scale = f", loss scale {row['loss_scale']:g}" if "loss_scale" in row else ""
+            lines.append(f"{row['steps']} steps of random lengths in {row['dtype']}{again}{scale}")
+    return lines
+
+
 def _caps(rows: Sequence[Mapping]) -> list[str]:
     lines = []
     for row in rows:
@@ -85,8 +101,8 @@ def _peers(rows: Sequence[Mapping]) -> list[str]:
 
 def _answers(rows: Sequence[Mapping]) -> list[str]:
     return [
-        f"{row['prompts']} prompts: {row['tokens_per_second']:,.0f} tokens/s, {row['same_tokens']:.0%} the same: "
-        f"{row['side']}"
+        f"{row['prompts']} prompts: {row['tokens_per_second']:,.0f} tokens/s, "
+        f"{1e3 * row['token_seconds']:.1f} ms each, {row['same_tokens']:.0%} the same: {row['side']}"
         for row in rows
     ]
 
@@ -114,5 +130,5 @@ def _paged(rows: Sequence[Mapping]) -> list[str]:
     ]
 
 
-_HEADLINES = {"tests": _tests, "streamed": _streamed, "plan": _plan, "caps": _caps, "peers": _peers,
-              "answers": _answers, "levers": _levers, "paged": _paged}  # fmt: skip
+_HEADLINES = {"tests": _tests, "streamed": _streamed, "plan": _plan, "numbers": _numbers, "caps": _caps,
+              "peers": _peers, "answers": _answers, "levers": _levers, "paged": _paged}  # fmt: skip
