@@ -40,10 +40,15 @@ class Run:
         skipped: number of the product, from 1, whose value this run leaves out; 0 for none.
         attention: for each call of ``kept_attention`` what an earlier run kept beside its tensors; None for a policy
             that keeps none.
+        draws: False where an earlier run of the same code has drawn no random number.
     """
 
-    def __init__(self, results: list[torch.Tensor] | None = None, skipped: int = 0, attention: list | None = None):
+    def __init__(
+        self, results: list[torch.Tensor] | None = None, skipped: int = 0, attention: list | None = None,
+        draws: bool = True,
+    ):  # fmt: skip
         self.kept: list[torch.Tensor] = []
+        self.draws = draws
         self.products = 0
         self.attention = attention
         self._calls = iter(attention or ())
@@ -183,7 +188,8 @@ class Checkpoint:
     """Call a block so that only its tensor inputs are kept; one object for each block.
 
     ``Checkpoint()(block, *inputs)`` equals ``block(*inputs)``. Inputs are positional; the second run starts from the
-    random state of the first, so that dropout repeats itself.
+    random state of the first, so that dropout repeats itself. Where the first run has left that state as it was, so
+    will the second, and the state is not kept: on a card, to save and restore it takes longer than many an operation.
 
     Args:
         number: of the block, counted along the model.
@@ -221,6 +227,8 @@ class _Checkpoint(torch.autograd.Function):
         with running(Run(attention=[] if checkpoint.keeps_attention else None)) as run:
             # autograd functions run forward without recording; a compiler would still tell inputs by their gradients
             outputs = compiled.value(block, *map(_detached, inputs)) if checkpoint.compiling else block(*inputs)
+        if is_present(ctx.random_state):
+            ctx.random_state = None
         ctx.own_inputs, ctx.attention, ctx.passed_on = 0 if ctx.earlier else len(tensors), run.attention, None
         tensors = tensors[: ctx.own_inputs] + run.kept
         ctx.number = checkpoint.number + _row.get() * checkpoint.stretches.count
@@ -267,14 +275,16 @@ def _stored(call) -> Sequence[torch.Tensor]:
 
 def _again(call, inputs: Sequence, kept: list[torch.Tensor], grad_outputs: Sequence, is_last: bool):
     """Run a block once more for its graph: the last one of a stretch without what nobody reads of it."""
-    checkpoint = call.checkpoint
+    checkpoint, draws = call.checkpoint, call.random_state is not None
     with torch.enable_grad(), with_random_state(call.random_state), checkpoint.around():
         if checkpoint.compiling:
-            with running(Run(kept)):
+            with running(Run(kept, draws=draws)):
                 return compiled.gradient_root(call.block, grad_outputs, *inputs)
         if is_last:
-            return run_for_graph(call.block, inputs, kept, checkpoint.skipping, Run.only_adds_last, call.attention)
-        with running(Run(kept, attention=call.attention)):
+            return run_for_graph(
+                call.block, inputs, kept, checkpoint.skipping, Run.only_adds_last, call.attention, draws
+            )
+        with running(Run(kept, attention=call.attention, draws=draws)):
             return call.block(*inputs)
 
 
@@ -292,7 +302,7 @@ def _detached(value: object) -> object:
 
 def run_for_graph(
     function: Callable, inputs: Sequence, results: list[torch.Tensor], skipping: Skipping,
-    unread: Callable[[Run, object], bool], attention: list | None = None,
+    unread: Callable[[Run, object], bool], attention: list | None = None, draws: bool = True,
 ):  # fmt: skip
     """Call a function again whose value is known already or not wanted, for its graph and for what it saves.
 
@@ -300,20 +310,21 @@ def run_for_graph(
     where the product left out was not the last, or is read after all, the run is done again with its value.
 
     Args:
-        results, attention: what the first run kept; see ``Run``.
+        results, attention, draws: what the first run kept, and whether it drew; see ``Run``.
         unread: says of a run and its output whether nobody reads the value of the last product.
     """
-    state = random_state(*(value for value in inputs if isinstance(value, torch.Tensor)))
+    state = random_state(*(value for value in inputs if isinstance(value, torch.Tensor))) if draws else None
     while True:
         left_out = skipping.product or 0
-        with running(Run(results, left_out, attention)) as run:
+        with running(Run(results, left_out, attention, draws)) as run:
             outputs = function(*inputs)
         spared = unread(run, outputs) and left_out in (0, run.products)
         if skipping.product is None or not spared:
             skipping.product = run.products if spared else 0
         if spared or not left_out:
             return outputs
-        set_random_state(state)
+        if state is not None:
+            set_random_state(state)
 
 
 @contextmanager
@@ -340,9 +351,19 @@ def random_state(*tensors: torch.Tensor) -> RandomState:
     return RandomState(torch.get_rng_state(), device, None if device is None else torch.cuda.get_rng_state(device))
 
 
+def is_present(state: RandomState) -> bool:
+    """Tell whether a random state is the present one: nothing was drawn since."""
+    if not torch.equal(state.cpu, torch.get_rng_state()):
+        return False
+    return state.device is None or torch.equal(state.cuda, torch.cuda.get_rng_state(state.device))
+
+
 @contextmanager
-def with_random_state(state: RandomState) -> Iterator[None]:
-    """Go back to a random state, and return to the present one at the end."""
+def with_random_state(state: RandomState | None) -> Iterator[None]:
+    """Go back to a random state, and return to the present one at the end; None is for what draws nothing."""
+    if state is None:
+        yield
+        return
     with torch.random.fork_rng([] if state.device is None else [state.device]):
         set_random_state(state)
         yield

@@ -19,7 +19,16 @@ import torch
 from torch import nn
 
 from .around import Around
-from .checkpoint import Run, Skipping, product_or_stand_in, random_state, run_for_graph, running, with_random_state
+from .checkpoint import (
+    Run,
+    Skipping,
+    present_run,
+    product_or_stand_in,
+    random_state,
+    run_for_graph,
+    running,
+    with_random_state,
+)
 from .shapes import pieces
 
 
@@ -35,7 +44,10 @@ def tiled(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, wei
         skipping: shared by functions of one kind; see ``ops.checkpoint``.
         around: a context to be in during all tiles, once forward and once backward.
     """
-    gradient = _Gradient.apply(function, tile_tokens, skipping or Skipping(), around, random_state(x), x, *weights)
+    run = present_run()
+    draws = torch.is_grad_enabled() and (run is None or run.draws)  # without a graph nothing is computed again
+    state = random_state(x) if draws else None
+    gradient = _Gradient.apply(function, tile_tokens, skipping or Skipping(), around, state, x, *weights)
     return product_or_stand_in(lambda: _Value.apply(gradient, function, tile_tokens, around, x.detach()), gradient)
 
 
@@ -57,7 +69,9 @@ class _Gradient(torch.autograd.Function):
         with torch.enable_grad(), with_random_state(ctx.state), ctx.around():
             for tile in pieces(x.shape[-2], ctx.tile_tokens):
                 x_tile = x[..., tile, :].detach().requires_grad_()
-                y = run_for_graph(ctx.function, [x_tile], [], ctx.skipping, Run.returns_last)
+                y = run_for_graph(
+                    ctx.function, [x_tile], [], ctx.skipping, Run.returns_last, draws=ctx.state is not None
+                )
                 grad, *grads = torch.autograd.grad(y, [x_tile, *weights], grad_y[..., tile, :])
                 grad_x[..., tile, :].copy_(grad)
                 for total, part in zip(sums, grads, strict=True):

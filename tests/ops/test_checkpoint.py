@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from qlora_lite.errors import ModelError
+from qlora_lite.ops import tile
 from qlora_lite.ops.checkpoint import Checkpoint, Skipping, Stretches, kept_result, product_or_stand_in
 
 checkpoint = Checkpoint()
@@ -56,6 +57,34 @@ def test_the_random_state_after_backward_is_the_one_before_it():
     state = torch.get_rng_state()
     total.backward()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_block_that_draws_in_some_calls_only_draws_the_same_again_in_each():
+    torch.manual_seed(0)
+    block, x = Block(), torch.randn(3, 5, requires_grad=True)
+    for share in (0.0, 0.5, 0.0, 0.5):
+        block.dropout.p = share
+        x.grad = None
+        _, wanted = gradients(block, x, lambda block, *inputs: block(*inputs))
+        wanted, x.grad = [grad.clone() for grad in wanted], None
+        _, found = gradients(block, x, checkpoint)
+        assert all(map(torch.equal, found, wanted)), share
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_no_random_state_is_saved_or_restored_in_backward_of_a_block_that_drew_nothing(share, monkeypatch):
+    block, x, asked = Block(), torch.randn(3, 5), []
+    block.dropout.p = share
+    total = checkpoint(lambda x: tiled(block, x), x)
+    get, put = torch.get_rng_state, torch.set_rng_state
+    monkeypatch.setattr(torch, "get_rng_state", lambda: asked.append(1) or get())
+    monkeypatch.setattr(torch, "set_rng_state", lambda state: asked.append(1) or put(state))
+    total.backward()
+    assert bool(asked) == (share > 0)
+
+
+def tiled(block, x):
+    return tile.tiled(lambda part: block(part, 1.0)[0], x, list(block.parameters()), 2).sum()
 
 
 def test_only_the_inputs_are_saved_in_forward():
