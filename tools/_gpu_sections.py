@@ -485,7 +485,8 @@ def paged_run(optimizer: str, scale: Scale, device: torch.device) -> dict:
 
 def _optimized(name: str, scale: Scale, device: torch.device) -> tuple[torch.Tensor, float]:
     """Take three steps on weights of a fixed seed; return a part of them and the seconds of the last step."""
-    pieces, generator = 8, torch.Generator(device).manual_seed(0)
+    pieces = max(1, scale.paged_weights // 2**25)  # too large to be joined: there is no room for copies
+    generator = torch.Generator(device).manual_seed(0)
     weights = []
     for _ in range(pieces):
         values = torch.randn(scale.paged_weights // pieces, generator=generator, device=device).bfloat16()
