@@ -8,6 +8,7 @@ from qlora_lite.ops.host_rows import HostRows
 from qlora_lite.ops.loss import Head, head_products
 from qlora_lite.ops.offload import host_memory
 from qlora_lite.ops.shapes import device_type
+from qlora_lite.ops.transfer import on_host, sent
 
 
 class HostEmbedding(Around):
@@ -18,7 +19,7 @@ class HostEmbedding(Around):
         self.device = device
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.inner(input_ids.to(self.weight.device)).to(self.device)
+        return sent(self.inner(on_host(input_ids, self.weight.device)), self.device)
 
 
 class HostHead(Around):

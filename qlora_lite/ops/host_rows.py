@@ -12,6 +12,7 @@ import torch
 from qlora_lite.memory.marks import category, marks
 
 from .offload import Arrival, SideStream
+from .transfer import on_host, sent
 
 
 class HostRows:
@@ -28,7 +29,7 @@ class HostRows:
 
     def __getitem__(self, rows: slice | torch.Tensor) -> torch.Tensor:
         if isinstance(rows, torch.Tensor):
-            return self.weight[rows.to(self.weight.device)].to(self.side.device)
+            return sent(self.weight[on_host(rows, self.weight.device)], self.side.device)
         start, stop, _ = rows.indices(len(self.weight))
         here, self._coming = self._coming, None
         if here is not None and here.of != slice(start, stop):  # asked for out of order, or a step broke off

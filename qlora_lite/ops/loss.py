@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .shapes import device_type, pad_rows, pieces
+from .transfer import part
 
 # Words that the head is multiplied with at once, and tokens whose logits of these are in float32 at once. On a CPU few
 # words are 1.3 to 1.6 times as fast: malloc gives a tensor of 32 MiB (1,024 tokens x 8,192 words, float32) pages that
@@ -86,7 +87,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for chunk in pieces(hidden.shape[0], chunk_tokens):
             grad = None if grad_hidden is None else grad_hidden[chunk]
-            total += _chunk(hidden[chunk], targets[chunk, None], head, grad)
+            total += _chunk(hidden[chunk], part(targets, chunk), head, grad)
         ctx.save_for_backward(grad_hidden)
         return total
 
@@ -96,16 +97,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden * grad_total, None, None, None
 
 
-def _chunk(hidden, targets, head: Head, grad: torch.Tensor | None) -> torch.Tensor:
+def _chunk(hidden, numbers, head: Head, grad: torch.Tensor | None) -> torch.Tensor:
     """Return the summed loss of one chunk, and put its gradient with respect to ``hidden`` into ``grad``, if there."""
     count, hidden, device = hidden.shape[0], pad_rows(hidden), device_type(hidden.device)
+    targets = numbers[:, None]
     sums = _Sums(hidden, count, grad is not None)
     for words in pieces(head.weight.shape[0], TILE_WORDS[device]):
         sums.add(hidden, targets, head, words, TILE_TOKENS[device])
     if grad is not None:
         target_slopes = 1.0 if head.softcap is None else 1 - (sums.target_logits / head.softcap).square()
         expected = (sums.grad / sums.total)[:count]
-        grad.copy_((expected - target_slopes * head.weight[targets[:, 0]]) * head.scale)
+        grad.copy_((expected - target_slopes * head.weight[numbers]) * head.scale)
     return ((sums.top + sums.total.log())[:count] - sums.target_logits).sum()
 
 

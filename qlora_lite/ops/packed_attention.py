@@ -25,6 +25,7 @@ from qlora_lite.memory.marks import category
 
 from .fused_attention import flash_bytes, key_heads_at_once, runs_flash
 from .shapes import device_type, planned_to_repeat
+from .transfer import sent
 
 FORWARD, _BACKWARD = torch.ops.aten._flash_attention_forward, torch.ops.aten._flash_attention_backward
 _SPARE = 128  # tokens of memory inside of a backward, for each sequence
@@ -36,7 +37,7 @@ def sequence_ends(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
     Of a plan they have values all the same, since its work follows from them.
     """
     ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    return ends if device.type == "meta" else ends.to(device)
+    return ends if device.type == "meta" else sent(ends, device)
 
 
 def kernel_takes(query, key, value, lengths: Sequence[int]) -> bool:

@@ -24,6 +24,7 @@ from qlora_lite.ops.fused_loss import FUSED
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, chunked_cross_entropy
 from qlora_lite.ops.packed_attention import sequence_ends
 from qlora_lite.ops.shapes import device_type, kernel_rows
+from qlora_lite.ops.transfer import part, remembered, sent
 from qlora_lite.quant.few_rows import plain_products
 
 from .loss_scale import unscale
@@ -80,7 +81,7 @@ def prepare(batch: Batch, device: torch.device) -> Inputs:
     input_ids = torch.nn.functional.pad(batch.input_ids, (0, filler))
     position_ids = torch.cat([batch.position_ids, torch.arange(filler)[None]], dim=1)
     learned = (batch.labels != IGNORED_LABEL).nonzero().squeeze(1)
-    tensors = [t.to(device) for t in (input_ids, position_ids, learned, batch.labels[learned])]
+    tensors = [remembered(sent(t, device), t) for t in (input_ids, position_ids, learned, batch.labels[learned])]
     return Inputs(*tensors[:2], batch.row_lengths, *tensors[2:], row_ends(batch.row_lengths, device))
 
 
@@ -126,7 +127,7 @@ def _hidden_states_row_by_row(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     """Run each row by itself; the tokens behind it, up to the kernel's length, cannot change what came before."""
     outs, start, device = [], 0, inputs.input_ids.device
     for number, length in enumerate(inputs.row_lengths):
-        ids = inputs.input_ids[:, start : start + kernel_rows(length, device)]
+        ids = part(inputs.input_ids, (slice(None), slice(start, start + kernel_rows(length, device))))
         positions = torch.arange(ids.shape[1], device=device)[None]
         with row_alone(number):
             outs.append(_decoded(model, ids, positions, (length,)))
