@@ -26,7 +26,7 @@ static const size_t PAGE = 4096;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static size_t total_bytes, used_bytes, peak_bytes;
 static int major, minor;
-static long launches, waits, allocations, pinned;
+static long launches, waits, allocations, pinned, managed_bytes;
 
 __attribute__((constructor)) static void begin(void) {
     const char *memory = getenv("CARD_BYTES"), *capability = getenv("CARD_CAPABILITY");
@@ -87,6 +87,7 @@ static cudaError_t hand_out(void **start, size_t size, enum cudaMemoryType type)
     *range = (struct Range){*start, size, type, *bucket(*start)};
     *bucket(*start) = range;
     pinned += type == cudaMemoryTypeHost;
+    managed_bytes += type == cudaMemoryTypeManaged ? size : 0;
     pthread_mutex_unlock(&lock);
     return cudaSuccess;
 }
@@ -519,11 +520,13 @@ cudaError_t cudaGetDriverEntryPointByVersion(
     return cudaSuccess;
 }
 
-/* ---- What a tool asks: launches, waits of the host, allocations on the card and of pinned memory so far. ---- */
+/* ---- What a tool asks: launches, waits of the host, allocations on the card and of pinned memory so far, and bytes
+   of managed memory. ---- */
 
 void card_counts(long *counts) {
     counts[0] = launches;
     counts[1] = waits;
     counts[2] = allocations;
     counts[3] = pinned;
+    counts[4] = managed_bytes;
 }

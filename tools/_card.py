@@ -16,12 +16,16 @@ GIB = 2**30
 
 
 class Counts(NamedTuple):
-    """What a process has asked of the card so far: kernels, waits of the host, allocations there and pinned ones."""
+    """What a process has asked of the card so far: kernels, waits of the host, allocations there and pinned ones.
+
+    ``managed_bytes`` are those of unified memory, such as paged optimizer states, which are never given back.
+    """
 
     launches: int
     waits: int
     allocations: int
     pinned: int
+    managed_bytes: int
 
 
 def counts() -> Counts:
