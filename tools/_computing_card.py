@@ -89,7 +89,7 @@ class ComputingCard(TorchDispatchMode):
         inputs, more = _seen_by_the_cpu((args, kwargs))
         targets = _seen_by_the_cpu(_tensors(results))
         more = {name: torch.device("cpu") if name == "device" else value for name, value in more.items()}
-        more.pop("generator", None)
+        more |= dict.fromkeys({"generator"} & more.keys())  # the card's: the CPU draws by the seed
         compute = WRITTEN_OUT.get(operator, operator)
         if operator in PRODUCTS and any(tensor.dtype == torch.float16 for tensor in _tensors((args, kwargs))):
             compute = _by_float32(compute)
