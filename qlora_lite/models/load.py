@@ -28,6 +28,7 @@ from qlora_lite.lora.outside import set_outside
 from qlora_lite.memory.cards import fastest_type
 from qlora_lite.memory.meter import free_bytes, grow_segments
 from qlora_lite.ops.attention import row_attention
+from qlora_lite.ops.gated import use_lean_mlps
 from qlora_lite.ops.norm import use_lean_norms
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.nf4 import from_bnb_state
@@ -202,12 +203,14 @@ def _refuse_stored_experts(path: str, part: LanguagePart) -> None:
 
 
 def adopt(model: nn.Module) -> nn.Module:
-    """Freeze a transformers model and put this package's attention, experts and norms into it; return it."""
+    """Freeze a transformers model and put this package's attention, experts, norms and products of gated MLPs into it;
+    return it."""
     model.requires_grad_(False).eval()
     model.config.use_cache = False
     use_row_attention(model)
     use_packed_experts(model)
     use_lean_norms(model)
+    use_lean_mlps(model)
     return model
 
 

@@ -1,0 +1,73 @@
+"""The product of a gated MLP (SwiGLU), which keeps its two factors and nothing else for backward.
+
+transformers writes ``silu(gate) * up`` in two operators, and autograd keeps ``silu(gate)`` too: 28 KiB a token of a
+block of 8B. Here backward computes it again, with the same bits: a number takes 10 bytes forward and 22 backward in
+bf16, against 10 and 18.
+
+Shapes: gate, up and their product [..., F].
+Source: GLU variants, arXiv 2002.05202.
+"""
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from .around import Around
+
+_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # as every modelling file with the formula names them
+
+
+class GatedMLP(Around):
+    """An MLP that computes ``down(silu(gate(x)) * up(x))``."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the MLP's value, shaped as x."""
+        if torch.compiler.is_compiling():
+            return self.inner(x)
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Return ``silu(gate) * up``."""
+    return _Gated.apply(gate, up)
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        grad_up = functional.silu(gate).mul_(grad)
+        grad_gate = grad * up
+        return torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate), grad_up
+
+
+def use_lean_mlps(model: nn.Module) -> None:
+    """Put a ``GatedMLP`` in the place of each MLP of a model that computes its formula."""
+    known: dict[type, bool] = {}
+    for module in list(model.modules()):
+        for name, part in list(module.named_children()):
+            if {child for child, _ in part.named_children()} == _PARTS:
+                if type(part) not in known:
+                    known[type(part)] = _is_gated(part)
+                if known[type(part)]:
+                    setattr(module, name, GatedMLP(part))
+
+
+def _is_gated(mlp: nn.Module) -> bool:
+    """Tell whether an MLP computes the formula, bit for bit, with small layers in the place of its own."""
+    twin, (inside, outside) = copy.copy(mlp), (6, 4)
+    with torch.random.fork_rng(devices=[]):
+        layers = {name: nn.Linear(outside, inside) for name in ("gate_proj", "up_proj")}
+        layers["down_proj"] = nn.Linear(inside, outside)
+        x = torch.randn(3, outside)
+    twin._modules = {**layers, "act_fn": mlp.act_fn}
+    with torch.no_grad():
+        product = functional.silu(layers["gate_proj"](x)) * layers["up_proj"](x)
+        return torch.equal(twin(x), layers["down_proj"](product))
