@@ -28,7 +28,7 @@ from qlora_lite.lora.inject import lora_layers, lora_parameters, require_model
 from qlora_lite.lora.shared import forget_begun
 from qlora_lite.memory.meter import PeakMeter
 from qlora_lite.models.anatomy import device_of, head
-from qlora_lite.models.kernels import COMPILED, kernels_of, use_kernels
+from qlora_lite.models.kernels import use_kernels
 from qlora_lite.models.levers import set_levers
 from qlora_lite.ops.fused_loss import candidates, choose_loss
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS
@@ -127,11 +127,10 @@ class Trainer:
         check_embeddings(model, examples)
         check_trainable(model, sum(parameter.numel() for parameter in self.parameters))
         tiny_tiles = settings.levers.tile_tokens and CHECKED_TILE_TOKENS  # so that the check's few tokens are cut
-        # kernels are tried later, where one that does not run here ends no run
-        set_levers(model, replace(settings.levers, tile_tokens=tiny_tiles, kernels="plain"))
+        plain = replace(settings.levers, kernels="plain")  # until ``choose_kernels`` has tried others
+        set_levers(model, replace(plain, tile_tokens=tiny_tiles))
         check_forward(model, settings.max_tokens)
-        set_levers(model, settings.levers)
-        use_kernels(model, kernels_of(model) - COMPILED)
+        set_levers(model, plain)
         check_updates_in_backward(model, settings)
         check_compilable(model, settings.levers)
         self.meter = PeakMeter(device_of(model))
@@ -171,6 +170,8 @@ class Trainer:
     @float32_partial_sums()
     def choose_kernels(self, recorded: Collection[str] | None = None) -> None:
         """Find out which fused kernels the steps compute with, on the largest micro-batch; see ``train.kernels``.
+
+        Without this call there are none.
 
         Args:
             recorded: those of a run that goes on, which are kept.
