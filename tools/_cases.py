@@ -145,7 +145,9 @@ def trainer_of(case: dict, model, steps: int = 1) -> Trainer:
         lr_scheduler="constant", warmup_ratio=0.0, max_grad_norm=_max_norm(case), weight_decay=0.0, seed=0,
         max_tokens=case["tokens"], packing="lengths" not in case, order="as-is", levers=levers_of(case),
     )  # fmt: skip
-    return Trainer(model, examples_of(case), settings)
+    trainer = Trainer(model, examples_of(case), settings)
+    use_kernels(model, settings.levers.allowed_kernels)  # as is planned, without a trial
+    return trainer
 
 
 def job_of(case: dict, trainer: Trainer, evaluates: bool) -> Job:
@@ -178,7 +180,6 @@ def check_case(case: dict) -> dict:
     on_card = device.type == "cuda"
     base = 0 if on_card else held_bytes(device)  # cuBLAS's workspaces stay from one case to the next
     trainer = trainer_of(case, model_of(case, device))
-    use_kernels(trainer.model, trainer.settings.levers.allowed_kernels)  # as is planned, without a trial
     evaluation = trainer.examples[: case.get("rows", 1)]
     if device.type == "cuda":
         free_memory(device)  # so that what is reserved is the step's

@@ -21,8 +21,10 @@ CUDA_CONTEXT_BYTES = 450 * MIB  # nvidia-smi shows 300 to 500 MiB for an idle to
 # A card's free memory is read before most kernels were called, and CUDA loads a kernel's code when it is first called
 # (CUDA programming guide, lazy loading). A guess: no card has run this.
 CUDA_LATER_BYTES = 128 * MIB
-# One for forward's thread and one for autograd's (aten/src/ATen/cuda/CublasHandlePool.cpp): 32 MiB each on compute
-# capability 9.0 and with train.deterministic, 8.1 MiB on others.
+# One for each thread and stream (aten/src/ATen/cuda/CublasHandlePool.cpp): 32 MiB each on compute capability 9.0 and
+# with train.deterministic, 8.1 MiB on others. Training has two, forward's and autograd's. Answers have two as well,
+# forward's and that of the stream on which a step is recorded (``decode``); within a run the first of these is held
+# already when room for prompts is planned.
 CUBLAS_WORKSPACE_BYTES = 2 * 32 * MIB
 # Of torch's CUDA allocator: bytes, and a share of what comes and goes within a step. tools/check_card found that
 # up to 99 MiB are needed with segments that grow, and up to 842 MiB with fixed ones, but for one plan of 17, which took

@@ -8,22 +8,29 @@ from collections.abc import Collection
 
 from torch import nn
 
+from qlora_lite.ops.fused_loss import installed
+from qlora_lite.ops.gated import gated_mlps
 from qlora_lite.ops.norm import lean_norms
 
 from .experts import packs_experts, use_packed_experts
 
 EXPERTS = "experts"  # packed ones in groups, by a kernel of our own
 FLEX = "flex"  # attention with capped scores or sinks in one call, by a kernel that torch compiles
-KERNELS = "norms", "sequences", EXPERTS, FLEX  # of RMS norms both ways; of attention, all packed sequences in one call
-COMPILED = frozenset({EXPERTS, FLEX})  # when they are first used: never before they were tried
+GATED = "gated"  # products of gated MLPs, by Liger's kernels where it is installed
+KERNELS = "norms", "sequences", EXPERTS, FLEX, GATED  # RMS norms both ways; attention to all packed sequences at once
 
 
 def use_kernels(model: nn.Module, names: Collection[str]) -> None:
     """Have a model compute with some of ``KERNELS``, where they can, and with no others."""
+    names = set(names)
+    if not packs_experts(model):
+        names -= {EXPERTS}
+    if "liger" not in installed():
+        names -= {GATED}
     for norm in lean_norms(model):
         norm.fused = "norms" in names
-    if not packs_experts(model):
-        names = set(names) - {EXPERTS}
+    for mlp in gated_mlps(model):
+        mlp.fused = GATED in names
     use_packed_experts(model, grouped=EXPERTS in names)
     model.qlora_lite_kernels = frozenset(names)
 

@@ -2,50 +2,72 @@
 
 transformers writes ``silu(gate) * up`` in two operators, and autograd keeps ``silu(gate)`` too: 28 KiB a token of a
 block of 8B. Here backward computes it again, with the same bits: a number takes 10 bytes forward and 22 backward in
-bf16, against 10 and 18.
+bf16, against 10 and 18. Liger's kernels (arXiv 2410.10989) read and write each number once, 6 bytes and 10; they are
+for a card, where a trial found them better (``train.kernels``).
 
 Shapes: gate, up and their product [..., F].
 Source: GLU variants, arXiv 2002.05202.
 """
 
 import copy
+import importlib
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from .around import Around
+from .kernel import Tensors, planned_kernel
+from .shapes import device_type, is_planned
 
 _PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # as every modelling file with the formula names them
 
 
 class GatedMLP(Around):
-    """An MLP that computes ``down(silu(gate(x)) * up(x))``."""
+    """An MLP that computes ``down(silu(gate(x)) * up(x))``.
+
+    ``fused`` allows Liger's kernels on a card; see ``models.kernels``.
+    """
+
+    fused = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the MLP's value, shaped as x."""
         if torch.compiler.is_compiling():
             return self.inner(x)
-        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.fused))
 
 
-def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Return ``silu(gate) * up``."""
-    return _Gated.apply(gate, up)
+def gated(gate: torch.Tensor, up: torch.Tensor, fused: bool = False) -> torch.Tensor:
+    """Return ``silu(gate) * up``; on a card with Liger's kernels if ``fused``, which write gradients over both."""
+    fused = fused and device_type(gate.device) == "cuda"
+    if fused and not is_planned():
+        return importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction.apply(gate, up)
+    return _Gated.apply(gate, up, fused)
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate, up):
+    def forward(ctx, gate, up, fused):
         ctx.save_for_backward(gate, up)
-        return functional.silu(gate).mul_(up)
+        ctx.fused = fused
+
+        def compute() -> Tensors:
+            return (functional.silu(gate).mul_(up),)
+
+        return (planned_kernel(compute, (gate, up)) if fused else compute())[0]
 
     @staticmethod
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
-        grad_up = functional.silu(gate).mul_(grad)
-        grad_gate = grad * up
-        return torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate), grad_up
+
+        def compute() -> Tensors:
+            grad_up = functional.silu(gate).mul_(grad)
+            grad_gate = grad * up
+            return torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate), grad_up
+
+        return *(planned_kernel(compute, (grad, gate, up)) if ctx.fused else compute()), None
 
 
 def use_lean_mlps(model: nn.Module) -> None:
@@ -58,6 +80,15 @@ def use_lean_mlps(model: nn.Module) -> None:
                     known[type(part)] = _is_gated(part)
                 if known[type(part)]:
                     setattr(module, name, GatedMLP(part))
+
+
+def gated_mlps(model: nn.Module) -> Iterator[GatedMLP]:
+    """Yield each ``GatedMLP`` of a model, those that run tile by tile too."""
+    for module in model.modules():
+        while isinstance(module, Around):
+            if isinstance(module, GatedMLP):
+                yield module
+            module = module.inner
 
 
 def _is_gated(mlp: nn.Module) -> bool:

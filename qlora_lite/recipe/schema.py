@@ -351,10 +351,10 @@ class Memory(_Section):
     memory and is about as exact; none with train.deterministic. Results differ by rounding."""
     kernels: Literal["auto", "plain"] = "auto"
     """auto takes fused kernels of a card, torch's for RMS norms, for attention over packed sequences and for capped
-    scores and sinks (flex attention, compiled by Triton) and our own for experts in 4 bit, where a trial on the run's
-    own shapes before the first step finds them faster and about as exact as plain operators; none with
-    train.deterministic. plain always takes plain ones. Results differ by rounding. Nothing changes on a CPU and with
-    train.compile."""
+    scores and sinks (flex attention, compiled by Triton), Liger's where it is installed for gated MLPs (SwiGLU), and
+    our own for experts in 4 bit, where a trial on the run's own shapes before the first step finds them faster and
+    about as exact as plain operators; none with train.deterministic. plain always takes plain ones. Results differ by
+    rounding. Nothing changes on a CPU and with train.compile."""
     tile_tokens: Annotated[PositiveInt | Literal["auto", "off"], Rule("a whole number of at least 1, auto or off")] = (
         "auto"
     )

@@ -4,18 +4,21 @@ One forward pass shows what they are given; each kind of call is then tried agai
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlora_lite.errors import TrainingError
 from qlora_lite.models.experts import described_experts, first_experts
-from qlora_lite.models.kernels import EXPERTS, FLEX, kernels_of, use_kernels
+from qlora_lite.models.kernels import EXPERTS, FLEX, GATED, kernels_of, use_kernels
 from qlora_lite.models.routed import routed
 from qlora_lite.ops.attention import row_by_row
 from qlora_lite.ops.block_attention import block_attention
 from qlora_lite.ops.flex_attention import VALUES, flex_attention
+from qlora_lite.ops.gated import gated, gated_mlps
 from qlora_lite.ops.norm import LeanNorm, exact_norm, lean_norms
 from qlora_lite.ops.packed_attention import FORWARD, packed_attention, sequence_ends
 from qlora_lite.ops.trial import Trial, choose, foreign_errors, timed
@@ -26,6 +29,7 @@ from .step import Inputs, hidden_states
 log = logging.getLogger("qlora_lite")
 
 SETTING = "memory.kernels"
+TRIED_TOKENS = 2048  # of an MLP, whose products are large
 CHECKED_ROWS, CHECKED_LENGTHS, CHECKED_WINDOW = 64, (100, 37, 100, 5), 33  # in float64
 CHECKED_TOKENS, CHECKED_FLEX_WINDOW = 300, 150  # of a sequence: some blocks of keys are seen whole, and some in part
 Function = Callable[..., torch.Tensor]
@@ -47,20 +51,25 @@ def choose_kernels(model: nn.Module, inputs: Inputs) -> None:
         return
     kept = set(kernels_of(model))
     (longest, *others), device = inputs.row_lengths, inputs.input_ids.device
-    if not others and longest > 1:  # smaller micro-batches may have several rows
+    micro_batches = [inputs]
+    if not others and longest > 1:  # smaller ones may have several rows; half a row may be no longer than a window
         halves = longest // 2, longest - longest // 2
-        inputs = inputs._replace(row_lengths=halves, row_ends=sequence_ends(halves, device))
-    use_kernels(model, kept - {EXPERTS})
+        micro_batches.append(inputs._replace(row_lengths=halves, row_ends=sequence_ends(halves, device)))
+    use_kernels(model, kept - {EXPERTS, GATED})
     try:
-        norms, calls, flex_calls, experts = _seen(model, inputs)
+        with _gated_products(model) as products, _Calls() as calls:
+            for each in micro_batches:
+                norms, experts = _seen(model, each)
         if EXPERTS in kept and not (experts and _experts_are_better(*experts[0])):
             kept.discard(EXPERTS)
         if not norms or not all([_norm_is_better(*seen) for seen in norms]):  # each of them says how it is
             kept.discard("norms")
-        if not calls or not all([_is_better_packed(*call, inputs.row_lengths) for call in calls]):
+        if not calls.packed or not all([_is_better_packed(*call) for call in calls.packed.values()]):
             kept.discard("sequences")
-        if not flex_calls or not all([_flex_is_better(*call) for call in flex_calls]):
+        if not calls.flex or not all([_flex_is_better(*call) for call in calls.flex.values()]):
             kept.discard(FLEX)
+        if GATED in kept and not (products and all([_gated_is_better(product) for product in products.values()])):
+            kept.discard(GATED)
     except foreign_errors() as error:
         if is_out_of_memory(error):
             raise
@@ -69,9 +78,32 @@ def choose_kernels(model: nn.Module, inputs: Inputs) -> None:
     use_kernels(model, kept)
 
 
-def _seen(model: nn.Module, inputs: Inputs) -> tuple[list, list, list, list]:
-    """Run a model once; return a norm of each kind with its input, what packed attention and flex attention were given,
-    and packed experts with theirs.
+def check_kernels(model: nn.Module, names: Collection[str], inputs: Inputs) -> None:
+    """Run the kernels of a run that is resumed once, on a card.
+
+    Args:
+        names: of those that it computed with; ``use_kernels`` was given them.
+
+    Raises:
+        TrainingError: they do not run here any more.
+    """
+    reason = "liger-kernel is not installed" if {*names} - kernels_of(model) else ""
+    try:
+        _seen(model, inputs)
+    except foreign_errors() as error:
+        if is_out_of_memory(error):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if reason:
+        raise TrainingError(
+            f"{SETTING}: the run began with fused kernels ({', '.join(sorted(names))}), which do not run here any more "
+            f"({reason}). Install what it began with (torch, triton and a C compiler, liger-kernel), or go on with "
+            f"{SETTING}=plain and --force, which rounds otherwise"
+        )
+
+
+def _seen(model: nn.Module, inputs: Inputs) -> tuple[list, list]:
+    """Run a model once; return a norm of each kind with its input, and packed experts with theirs.
 
     Of a kind's norms the last one is returned, of its tiles the last of the largest: the first blocks may be streamed.
     """
@@ -88,18 +120,35 @@ def _seen(model: nn.Module, inputs: Inputs) -> tuple[list, list, list, list]:
         handles.append(first.register_forward_pre_hook(lambda module, given: experts.append((module, *given))))
     was_training = model.training
     try:
-        with torch.no_grad(), _Calls() as calls:
+        with torch.no_grad():
             hidden_states(model.eval(), inputs)
     finally:
         model.train(was_training)
         for handle in handles:
             handle.remove()
-    return list(norms.values()), list(calls.packed.values()), list(calls.flex.values()), experts
+    return list(norms.values()), experts
+
+
+@contextmanager
+def _gated_products(model: nn.Module) -> Iterator[dict[tuple, torch.Tensor]]:
+    """Note a product of a gated MLP of each kind."""
+    products: dict[tuple, torch.Tensor] = {}
+
+    def note(down: nn.Module, given: tuple) -> None:
+        product = given[0][:, :TRIED_TOKENS]
+        products.setdefault((product.dtype, product.shape[-1]), torch.empty_like(product))
+
+    handles = [mlp.down_proj.register_forward_pre_hook(note) for mlp in gated_mlps(model)]
+    try:
+        yield products
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Calls(TorchDispatchMode):
-    """Note one call of each kind: of packed attention query, key and value [T, H, D], scale and window; of flex
-    attention its operator's arguments, while plain operators compute its result."""
+    """Note one call of each kind: of packed attention query, key and value [T, H, D], scale, window and lengths, those
+    of the last call; of flex attention its operator's arguments, while plain operators compute its result."""
 
     def __init__(self):
         super().__init__()
@@ -110,7 +159,7 @@ class _Calls(TorchDispatchMode):
         if function.overloadpacket is FORWARD:
             left = kwargs.get("window_size_left")
             settings = kwargs.get("scale"), None if left is None else left + 1
-            self.packed.setdefault((args[0].shape, args[1].shape, *settings), (args[:3], *settings))
+            self.packed[args[0].shape, args[1].shape, *settings] = args[:3], *settings, args[3].diff().tolist()
         if function.overloadpacket is VALUES:
             query, key, value, sinks, lengths, *settings = args
             self.flex.setdefault((query.shape, key.shape, *settings), args)
@@ -167,6 +216,20 @@ def _flex_is_better(query, key, value, sinks, lengths: Sequence[int], scaling, w
 
     ours, others = ("attention block by block", block_attention), {"flex attention": flex_attention}
     return choose(SETTING, ours, others, attempt, False) is not None
+
+
+def _gated_is_better(product: torch.Tensor) -> bool:
+    """Tell whether Liger's kernels are the better ones for factors of a product's shape, of random numbers."""
+    generator = torch.Generator(product.device).manual_seed(0)
+    factors = [torch.empty_like(product).normal_(generator=generator) for _ in range(2)]
+    few = [factor.reshape(-1, factor.shape[-1])[:CHECKED_ROWS] for factor in factors]
+
+    def attempt(fused: bool) -> Trial:
+        # of copies, since Liger's writes gradients over them
+        function = lambda gate, up: gated(gate.clone(), up.clone(), fused)  # noqa: E731
+        return _tried(function, factors, function, few, lambda gate, up: gate.sigmoid() * gate * up)
+
+    return choose(SETTING, ("a gated product in parts", False), {"Liger's gated product": True}, attempt) is not None
 
 
 def _experts_are_better(experts: nn.Module, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> bool:

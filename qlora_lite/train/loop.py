@@ -47,7 +47,7 @@ from .guards import (
     check_updates_in_backward,
     explain_not_finite,
 )
-from .kernels import choose_kernels
+from .kernels import check_kernels, choose_kernels
 from .loss_scale import LossScale
 from .optim import build_optimizer
 from .out_of_memory import cut, first_line, free_cached_memory, is_out_of_memory, lower_limit, no_retry
@@ -175,14 +175,21 @@ class Trainer:
 
         Args:
             recorded: those of a run that goes on, which are kept.
+
+        Raises:
+            TrainingError: one of those does not run here any more.
         """
         device, allowed = device_of(self.model), {*self.settings.levers.allowed_kernels}
-        if recorded is not None:
-            use_kernels(self.model, allowed & {*recorded})
-        elif device.type == "cuda" and allowed:
+        names = allowed if recorded is None else allowed & {*recorded}
+        if recorded is not None or device.type == "cuda":
+            use_kernels(self.model, names)
+        if device.type == "cuda" and names:
             largest, _ = largest_batches(self.examples, (), self.epochs, self.most_tokens)
-            use_kernels(self.model, allowed)
-            choose_kernels(self.model, prepare(largest, device))
+            inputs = prepare(largest, device)
+            if recorded is None:
+                choose_kernels(self.model, inputs)
+            else:
+                check_kernels(self.model, names, inputs)
             free_cached_memory(device)
             self.meter.restart()
 

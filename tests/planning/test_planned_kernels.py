@@ -6,6 +6,7 @@ import pytest
 from counted import GPT_OSS_20B
 from transformers import AutoConfig
 
+from qlora_lite.models import kernels
 from qlora_lite.models.families import known_config
 from qlora_lite.models.levers import Levers
 from qlora_lite.ops import flex_attention
@@ -22,6 +23,21 @@ def job_of(lengths, config=EIGHT_B, **levers):
 
 def test_a_step_of_an_8b_model_moves_few_bytes_beside_its_products():
     assert simulate(job_of((2048, 2048))).work.moved_bytes <= MOST_BYTES
+
+
+def test_liger_s_kernels_are_counted_where_it_is_installed_with_the_memory_of_plain_operators(monkeypatch):
+    simulations = []
+    for packages in ([], ["liger"]):
+        monkeypatch.setattr(kernels, "installed", lambda packages=packages: packages)
+        simulations.append(simulate(job_of((2048, 2048))))
+    without, liger = simulations
+    numbers = 32 * 4096 * 20 * EIGHT_B.intermediate_size  # bytes spared, both runs and backward
+    assert without.work.moved_bytes - liger.work.moved_bytes == pytest.approx(numbers, rel=0.01)
+    assert liger.work.operations < without.work.operations and liger.work.flops == without.work.flops
+    assert liger.moments.keys() == without.moments.keys()
+    for key, moment in without.moments.items():
+        assert liger.moments[key].total >= moment.total
+    assert liger.peak().total == without.peak().total
 
 
 def test_plain_operators_are_counted_as_such():

@@ -1,5 +1,8 @@
 """A run computes with those fused kernels of a card that are no worse on its own shapes."""
 
+import sys
+import types
+
 import pytest
 import tiny_trainer
 import torch
@@ -7,17 +10,26 @@ from tiny import quantized_pair
 from tiny_trainer import trainer
 from torch._decomp import decomposition_table
 
-from qlora_lite.models.kernels import EXPERTS, KERNELS, kernels_of, use_kernels
+from qlora_lite.errors import TrainingError
+from qlora_lite.models import kernels as model_kernels
+from qlora_lite.models.kernels import EXPERTS, GATED, KERNELS, kernels_of, use_kernels
 from qlora_lite.models.levers import Levers, place, set_levers
-from qlora_lite.ops import attention, flex_attention, norm, trial
+from qlora_lite.ops import attention, flex_attention, gated, norm, trial
 from qlora_lite.ops.block_attention import block_attention
+from qlora_lite.ops.gated import gated_mlps
 from qlora_lite.ops.norm import lean_norms
+from qlora_lite.ops.packed_attention import FORWARD, sequence_ends
 from qlora_lite.train import kernels
-from qlora_lite.train.kernels import choose_kernels
+from qlora_lite.train.kernels import check_kernels, choose_kernels
 from qlora_lite.train.step import Inputs
 
 aten = torch.ops.aten
-BUILT = {"norms", "sequences"}  # torch has them, and compiles nothing
+OF_LLAMA = {*KERNELS} - {EXPERTS, GATED}
+
+
+@pytest.fixture(autouse=True)
+def no_liger(monkeypatch):
+    monkeypatch.setattr(model_kernels, "installed", lambda: [])
 
 
 def fused_norms(model):
@@ -25,7 +37,7 @@ def fused_norms(model):
 
 
 @pytest.mark.parametrize(("levers", "names"), [
-    (Levers(), {*KERNELS} - {EXPERTS}), (Levers(kernels="plain"), set()), (Levers(compile=True), set()),
+    (Levers(), OF_LLAMA), (Levers(kernels="plain"), set()), (Levers(compile=True), set()),
 ])  # fmt: skip
 def test_kernels_are_allowed_unless_plain_operators_are_asked_for_or_a_compiler_makes_its_own(levers, names):
     model, _ = quantized_pair("llama")
@@ -67,6 +79,22 @@ def test_a_run_that_goes_on_keeps_its_kernels():
     plain = trainer(levers=Levers(kernels="plain"))
     plain.choose_kernels(["norms"])
     assert not kernels_of(plain.model)
+
+
+def test_a_resumed_run_whose_kernels_do_not_run_any_more_ends_with_the_cure(monkeypatch):
+    model, tokens = quantized_pair("llama")[0], torch.arange(9)
+    inputs = Inputs(tokens[None] + 3, tokens[None], (5, 4), tokens, tokens)
+    use_kernels(model, ["norms"])
+    check_kernels(model, ["norms"], inputs)
+    with pytest.raises(TrainingError, match=r"memory.kernels: .*\(gated, norms\).* \(liger-kernel is not installed\)"):
+        check_kernels(model, ["norms", GATED], inputs)
+
+    def broken(*_):
+        raise RuntimeError("no compiler\nmore")
+
+    monkeypatch.setattr(kernels, "hidden_states", broken)
+    with pytest.raises(TrainingError, match=r"\(norms\).* \(no compiler\)\. .*memory.kernels=plain and --force"):
+        check_kernels(model, ["norms"], inputs)
 
 
 @pytest.fixture
@@ -129,11 +157,98 @@ def test_kernels_that_do_not_run_are_left_out(chosen):
 
 def test_packed_attention_is_tried_although_the_largest_micro_batch_is_one_sequence(monkeypatch):
     seen = []
-    monkeypatch.setattr(kernels, "_seen", lambda _, inputs: (seen.append(inputs), ([], [], [], []))[1])
+    monkeypatch.setattr(kernels, "_seen", lambda _, inputs: (seen.append(inputs), ([], []))[1])
     model, _ = quantized_pair("llama")
     tokens = torch.arange(9)
     choose_kernels(model, Inputs(tokens[None], tokens[None], (9,), tokens, tokens))
-    assert seen[0].row_lengths == (4, 5) and seen[0].row_ends.tolist() == [0, 4, 9]
+    whole, halves = seen
+    assert whole.row_lengths == (9,), "which may be longer than a window that no half exceeds"
+    assert halves.row_lengths == (4, 5) and halves.row_ends.tolist() == [0, 4, 9]
+
+
+def test_a_window_s_kernel_is_tried_where_half_of_the_largest_row_is_no_longer_than_the_window(monkeypatch):
+    tried, window = {}, 6
+
+    def attend(_, inputs):
+        query, longest = torch.empty(9, 2, 8, dtype=torch.bfloat16, device="meta"), max(inputs.row_lengths)
+        sees = {"window_size_left": window - 1, "window_size_right": 0} if longest > window else {}
+        ends = sequence_ends(inputs.row_lengths, torch.device("cpu"))
+        FORWARD(query, query, query, ends, ends, longest, longest, 0.0, not sees, False, scale=None, **sees)
+        return [], []
+
+    def note(tensors, scaling, window, lengths):
+        tried[window] = lengths
+        return True
+
+    monkeypatch.setattr(kernels, "_seen", attend)
+    monkeypatch.setattr(kernels, "_is_better_packed", note)
+    model, tokens = quantized_pair("llama")[0], torch.arange(9)
+    set_levers(model, Levers())
+    choose_kernels(model, Inputs(tokens[None], tokens[None], (9,), tokens, tokens))
+    assert tried == {None: [4, 5], window: [9]} and "sequences" in kernels_of(model)
+
+
+class LigerSiLUMulFunction(torch.autograd.Function):
+    """Liger's gated product as it treats memory: gradients are written over the factors."""
+
+    factor = 1.0
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return LigerSiLUMulFunction.factor * torch.nn.functional.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        share = gate.sigmoid()
+        grad_up, grad_gate = grad * gate * share, grad * up * (share + gate * share * (1 - share))
+        return gate.copy_(grad_gate).detach(), up.copy_(grad_up).detach()
+
+
+@pytest.fixture
+def liger(monkeypatch):
+    """Liger's package on a card, by a class of this file."""
+    module = types.SimpleNamespace(LigerSiLUMulFunction=LigerSiLUMulFunction)
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops.swiglu", module)
+    monkeypatch.setattr(LigerSiLUMulFunction, "factor", 1.0)
+    monkeypatch.setattr(gated, "device_type", lambda _device: "cuda")
+    monkeypatch.setattr(model_kernels, "installed", lambda: ["liger"])
+
+
+def test_liger_s_kernels_are_used_where_they_are_faster_and_as_exact(liger, chosen, monkeypatch):
+    names, said = chosen()
+    assert names == {"norms", GATED} and "Liger's gated product is used" in said
+    monkeypatch.setattr(LigerSiLUMulFunction, "factor", 1.01)
+    names, said = chosen()
+    assert names == {"norms"} and "Liger's gated product" in said and "since its value is off" in said
+    names, said = chosen(faster=0.95)
+    assert not names
+
+
+def test_liger_s_kernels_that_do_not_run_are_left_out(liger, chosen, monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops.swiglu", None)
+    names, said = chosen()
+    assert names == {"norms"} and "Liger's gated product does not run here (ModuleNotFoundError" in said
+
+
+@pytest.mark.parametrize("levers", [Levers(), Levers(checkpointing="none"), Levers(tile_tokens=8)])
+def test_a_run_with_liger_s_kernels_is_the_run_without_within_rounding(liger, levers):
+    runs, used = [], []
+    for names in ([GATED], ()):
+        training = trainer("qwen3", levers=levers)
+        use_kernels(training.model, names)
+        used.append([mlp.fused for mlp in gated_mlps(training.model)])
+        runs.append([(metrics.loss, metrics.grad_norm) for metrics in training])
+    assert used == [[True] * 2, [False] * 2]
+    for found, wanted in zip(*runs, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_only_installed_kernels_are_used():
+    model, _ = quantized_pair("llama")
+    use_kernels(model, KERNELS)
+    assert GATED not in kernels_of(model) and not any(mlp.fused for mlp in gated_mlps(model))
 
 
 @pytest.fixture
@@ -205,6 +320,6 @@ def test_on_a_card_a_run_with_kernels_is_the_run_without_within_rounding(model_t
         with caplog.at_level("INFO"):
             training.choose_kernels()
         losses.append([metrics.loss for metrics in training])
-        assert kernels_of(training.model) == (set() if levers.kernels == "plain" else BUILT)
+        assert kernels_of(training.model) == (set() if levers.kernels == "plain" else OF_LLAMA)
     assert "packed attention is used" in caplog.text
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
