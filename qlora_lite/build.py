@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from torch import nn
 
 from .errors import CheckpointError, ModelError
-from .lora.adapter import begin_with
-from .lora.inject import Target, add_lora
+from .lora.adapter import Lora, begin_with
+from .lora.inject import Target
 from .lora.outside import set_outside
 from .lora.read import adapter_bytes, read_adapter
 from .memory.meter import free_bytes, hold_to
@@ -28,11 +28,13 @@ from .models.load import (
 from .models.skeleton import meta_model, read_config, read_part
 from .planning.answering import left_on_host, memory_to_use, placement
 from .planning.machine import Machine
-from .planning.simulate import Job, Rows
+from .planning.simulate import Job
 from .recipe.load import require_recipe
 from .recipe.schema import Recipe
 from .together import UPDATES_IN_FLOAT16, WITH_COMPILE
+from .train.causal_lm import CausalLM, ModelSpec
 from .train.settings import TrainSettings
+from .train.workload import BatchShape
 
 log = logging.getLogger(__name__)
 
@@ -90,12 +92,17 @@ def add_factors(recipe: Recipe, model: nn.Module, adapter: Path | None = None) -
     Raises:
         ModelError: a target matches no layer, or the adapter is not of the recipe's layers, ranks and scales.
     """
-    x = recipe.lora
     first = read_adapter(model, adapter) if adapter else None
     torch.manual_seed(recipe.train.seed)
-    targets = [Target(t.pattern, t.rank, t.alpha) for t in x.targets]
-    add_lora(model, targets, x.rank, x.alpha, x.dropout, x.rslora, getattr(torch, x.dtype))
+    method_of(recipe).apply(model)
     return begin_with(model, first) if first else model
+
+
+def method_of(recipe: Recipe) -> Lora:
+    """Return the adapter method that a recipe describes."""
+    x = recipe.lora
+    targets = tuple(Target(t.pattern, t.rank, t.alpha) for t in x.targets)
+    return Lora(targets, x.rank, x.alpha, x.dropout, x.rslora, getattr(torch, x.dtype))
 
 
 def build_to_use(
@@ -144,20 +151,22 @@ def build_skeleton(recipe: Recipe) -> nn.Module:
     return set_outside(model, part.outside)
 
 
-def job_of(recipe: Recipe, config, machine: Machine, eval_rows: Rows | None, rows_alone: bool = False) -> Job:
-    """Describe a recipe's training step for the planner; the rows of its micro-batches are the planner's to set.
+def job_of(
+    recipe: Recipe, config, machine: Machine, eval_shape: BatchShape | None, rows_alone: bool = False
+) -> Job:  # fmt: skip
+    """Describe a recipe's training step for the planner; the shape of its micro-batches is the planner's to set.
 
     Args:
         config: transformers configuration of the model.
         machine: planned for.
-        eval_rows: the largest evaluation batch, None without one.
+        eval_shape: of the largest evaluation batch, None without one.
         rows_alone: the loaded model has shown that its rows run one by one.
 
     Raises:
         ModelError: the machine is a card that has no bfloat16, and the recipe asks for it; or the step is to
             compute in float16 and update LoRA weights in backward.
     """
-    m, x, t = recipe.model, recipe.lora, recipe.train
+    m, t = recipe.model, recipe.train
     quant, double_quant = quantization_of(recipe, config.to_dict())
     auto = auto_dtype(machine.dtype, config.model_type)
     dtype = auto if m.compute_dtype == "auto" else getattr(torch, m.compute_dtype)
@@ -166,12 +175,11 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_rows: Rows | None, row
                          "since earlier ones only emulate it, slowly; leave it on auto")  # fmt: skip
     if dtype == torch.float16 and recipe.memory.optimizer_in_backward:
         raise ModelError(f"memory.optimizer_in_backward: {UPDATES_IN_FLOAT16}")
+    spec = ModelSpec(config, quant, double_quant, m.quant_head, dtype, recipe.data.max_tokens, rows_alone)
     return Job(
-        config, Rows((1,), 1), eval_rows, machine.device_type, quant, double_quant, m.quant_head, dtype,
-        tuple(Target(t.pattern, t.rank, t.alpha) for t in x.targets), x.rank, x.alpha, x.dropout, x.rslora,
-        getattr(torch, x.dtype), t.optimizer, t.stochastic_rounding, t.max_grad_norm,
-        deterministic=t.deterministic, saved_factors=1 if eval_rows is None else 2, longest=recipe.data.max_tokens,
-        rows_alone=rows_alone,
+        CausalLM(method=method_of(recipe), spec=spec), BatchShape((1,), 1), eval_shape, machine.device_type,
+        t.optimizer, t.stochastic_rounding, t.max_grad_norm, deterministic=t.deterministic,
+        saved_adapters=1 if eval_shape is None else 2,
     )  # fmt: skip
 
 

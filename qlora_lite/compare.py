@@ -16,9 +16,10 @@ from .files import explain_write_errors, write_text
 from .recipe.schema import Recipe
 from .rows import build_data, matching_of
 from .tasks import BASE, Tasks, open_tasks
-from .train.guards import check_forward
+from .train.causal_lm import CausalLM
 from .train.loop import eval_batches
 from .train.step import evaluate_loss
+from .train.text_guards import check_forward
 
 log = logging.getLogger("qlora_lite")
 PAGE, REPORT = "compare.html", "compare.json"
@@ -92,8 +93,8 @@ def _measure(
             log.warning("%s has trained on files of which %s held rows out, and may have learned those", name,
                         rows_of.output.name)  # fmt: skip
         done = watching(watch, f"{name or BASE}: evaluation", len(data.examples))
-        batches, chunk_tokens = eval_batches(data.examples, settings, done), settings.levers.loss_chunk_tokens
-        loss = evaluate_loss(tasks.model, batches, chunk_tokens)
+        work = CausalLM().with_options(settings.levers)
+        loss = evaluate_loss(work, tasks.model, eval_batches(work, data.examples, settings, done))
         figures = {
             "name": name or BASE, "rows": len(data.examples), "labelled_tokens": loss.labelled_tokens,
             "eval_loss": loss.loss, "perplexity": loss.perplexity,

@@ -27,9 +27,10 @@ from .quant.linear import arrange_weights
 from .recipe.load import require_recipe
 from .recipe.schema import Recipe
 from .rows import build_data, matching_of
-from .train.guards import check_embeddings, check_forward
+from .train.causal_lm import CausalLM
 from .train.loop import eval_batches
 from .train.step import evaluate_loss
+from .train.text_guards import check_embeddings, check_forward
 
 log = logging.getLogger("qlora_lite")
 CUT = " […]"  # behind an answer that did not end where its reference could have
@@ -200,8 +201,9 @@ def evaluate_recipe(
         load_adapter(model, adapter)
     check_forward(model, settings.max_tokens)
     check_embeddings(model, data.examples)
-    batches = eval_batches(data.examples, settings, watching(watch, "evaluation", len(data.examples)))
-    result = evaluate_loss(model, batches, settings.levers.loss_chunk_tokens)
+    work = CausalLM().with_options(settings.levers)
+    batches = eval_batches(work, data.examples, settings, watching(watch, "evaluation", len(data.examples)))
+    result = evaluate_loss(work, model, batches)
     measured = {
         "adapter": str(adapter) if adapter else None, "rows": len(data.examples),
         "labelled_tokens": result.labelled_tokens, "eval_loss": result.loss, "perplexity": result.perplexity,

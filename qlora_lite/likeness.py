@@ -16,8 +16,8 @@ from torch.nn import functional
 from .data.batch import Batch
 from .models.anatomy import device_of, head
 from .ops.loss import Head, head_logits
-from .train.guards import check_forward
-from .train.step import hidden_states, prepare
+from .train.forward import hidden_states, prepare
+from .train.text_guards import check_forward
 
 CHUNK_TOKENS = 64  # of logits at once: 64 MiB for a vocabulary of 262,144
 

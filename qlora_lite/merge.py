@@ -29,6 +29,7 @@ from .models.load import load_model
 from .models.merge import ORIGINAL, TRAINED, Merged, open_merged, write_merged
 from .models.save import SHARD_BYTES, save_quantized
 from .rows import build_data
+from .train.causal_lm import CausalLM
 from .train.loop import eval_batches
 from .train.out_of_memory import explaining_memory
 from .trained import TrainedRun, open_trained
@@ -164,7 +165,7 @@ def held_out(trained: TrainedRun, count: int) -> HeldOut:
     except DataError as error:
         raise DataError(f"{error}\n{_UNMEASURED}") from error
     examples = data.examples[:count]
-    return HeldOut(list(eval_batches(examples, train_settings(recipe))), len(examples), name)
+    return HeldOut(list(eval_batches(CausalLM(), examples, train_settings(recipe))), len(examples), name)
 
 
 def _describe(trained: TrainedRun, merged: Merged, settings: MergeSettings) -> dict:

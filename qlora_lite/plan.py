@@ -12,8 +12,6 @@ from itertools import permutations
 from shutil import disk_usage
 
 from .build import compute_dtype_of, fixed_levers, job_of, train_settings
-from .data.batch import Batch
-from .data.stored import learned_counts, row_lengths
 from .errors import DoesNotFitError, OutputError, RecipeError
 from .memory.bar import BESIDE
 from .memory.cards import CardError
@@ -26,13 +24,15 @@ from .planning.length import longest_job, packs_at_once
 from .planning.machine import Machine, this_machine
 from .planning.predict import Prediction, predict
 from .planning.search import SMALL_CHUNK_TOKENS, first_levers, search, single_changes, smaller
-from .planning.simulate import Job, Rows, full_pack, rows_of
+from .planning.simulate import Job, full_pack
 from .recipe.load import require_recipe
 from .recipe.schema import Recipe
 from .saver import Space
+from .train.causal_lm import CausalLM
 from .train.epochs import Epochs
 from .train.loop import largest_batches
 from .train.settings import TrainSettings
+from .train.workload import BatchShape
 from .units import format_bytes
 
 log = logging.getLogger(__name__)
@@ -85,16 +85,16 @@ class Plan:
 
 
 def plan_recipe(
-    recipe: Recipe, machine: Machine, budget_bytes: int, rows: Rows | None = None, eval_rows: Rows | None = None,
-    rows_alone: bool = False,
+    recipe: Recipe, machine: Machine, budget_bytes: int, shape: BatchShape | None = None,
+    eval_shape: BatchShape | None = None, rows_alone: bool = False,
 ) -> Plan:  # fmt: skip
     """Choose the fastest way to run a recipe's step within a budget.
 
     Args:
         machine: where it is to run.
         budget_bytes: most memory it may use, the process's own included.
-        rows: those of a pack that needs as much as any; None takes ``data.max_tokens`` tokens, all learned.
-        eval_rows: those of an evaluation pack; None likewise, if the recipe has evaluation rows.
+        shape: of a pack that needs as much as any; None takes ``data.max_tokens`` tokens, all learned.
+        eval_shape: of an evaluation pack; None likewise, if the recipe has evaluation rows.
         rows_alone: see ``build.job_of``.
 
     Raises:
@@ -111,27 +111,27 @@ def plan_recipe(
         raise CardError(f"budget_bytes is {budget_bytes!r}; give a number, such as 8 * 2**30")
     t, m = recipe.train, recipe.memory
     d = recipe.data
-    evaluation = eval_rows or (full_pack(d.max_tokens, packing=True) if d.has_eval else None)
+    evaluation = eval_shape or (full_pack(d.max_tokens, packing=True) if d.has_eval else None)
     job = job_of(recipe, read_config(recipe.model.path, recipe.model.revision), machine, evaluation, rows_alone)
-    machine = machine.computing_in(job.compute_dtype)
-    fixed, tied = fixed_levers(recipe), bool(job.config.tie_word_embeddings) and not job.quant_head
+    spec = job.workload.spec
+    machine, fixed = machine.computing_in(spec.compute_dtype), fixed_levers(recipe)
     for one, other in permutations(("host_embeddings", "host_head")):
-        if tied and one in fixed:
+        if job.workload.tables_are_tied and one in fixed:
             fixed.setdefault(other, fixed[one])
     step = Step(
-        job, rows or full_pack(d.max_tokens, d.packing), t.micro_batch_size, t.gradient_accumulation_steps, fixed,
-        m.micro_batches == "auto" and not m.optimizer_in_backward, tied,
+        job, shape or full_pack(d.max_tokens, d.packing), t.micro_batch_size, t.gradient_accumulation_steps, fixed,
+        m.micro_batches == "auto" and not m.optimizer_in_backward,
     )  # fmt: skip
-    _check_counts(fixed, job.config.num_hidden_layers)
+    _check_counts(fixed, job.workload.depth)
     if machine.device_type == "cuda" and m.host_budget_bytes is not None:
         machine = replace(machine, host_bytes=m.host_budget_bytes)
     found = search(step, machine, budget_bytes - machine.base_bytes)
     chosen = choose(found, budget_bytes - machine.base_bytes)
     least = min(found, key=lambda candidate: (not candidate.fits_host, candidate.peak_bytes))
-    if job.quant_head and job.config.tie_word_embeddings and not (chosen or least).levers.host_embeddings:
+    if spec.quant_head and spec.config.tie_word_embeddings and not (chosen or least).levers.host_embeddings:
         log.warning("model.quant_head: the embeddings are also the head, and their 16-bit table stays on the device: "
                     "the 4-bit copy takes memory and saves none")  # fmt: skip
-    _warn_of_length(job, max(rows.lengths) if rows else d.max_tokens)
+    _warn_of_length(job, max(shape.lengths) if shape else d.max_tokens)
     kept = recipe.train.keep_checkpoints
     return Plan(machine, budget_bytes, chosen or least, chosen is not None, tuple(found), step, kept)
 
@@ -174,11 +174,12 @@ def plan_run(
     settings = train_settings(recipe)
     packs = settings.micro_batch_size * settings.gradient_accumulation_steps
     one_by_one = replace(settings, micro_batch_size=1, gradient_accumulation_steps=packs)  # the same packs a step
-    epochs = Epochs(row_lengths(examples), learned_counts(examples), one_by_one)
-    pack, evaluation = largest_batches(examples, eval_examples, epochs)
+    work = CausalLM()
+    epochs = Epochs(work.lengths(examples), work.target_counts(examples), one_by_one)
+    pack, evaluation = largest_batches(work, examples, eval_examples, epochs)
     budget_bytes = budget_of(recipe, machine) - left_free
-    eval_rows = evaluation and rows_of(evaluation)
-    plan = plan_recipe(recipe, machine, budget_bytes, rows_of(pack), eval_rows, rows_alone)
+    eval_shape = evaluation and work.shape(evaluation)
+    plan = plan_recipe(recipe, machine, budget_bytes, work.shape(pack), eval_shape, rows_alone)
     if not plan.fits:
         raise does_not_fit(plan, list(alternatives(plan)))
     chosen = plan.chosen
@@ -193,10 +194,12 @@ def plan_run(
     )  # fmt: skip
 
 
-def expected_peak(plan: Plan, largest: Batch, evaluation: Batch | None, rows_alone: bool) -> Prediction:
+def expected_peak(plan: Plan, largest, evaluation, rows_alone: bool) -> Prediction:
     """Predict the very step that a run rehearses, and saves nothing of: its own largest batches, in the chosen way."""
-    job = replace(plan.chosen.prediction.job, saved_factors=0, rows_alone=rows_alone)
-    return predict(replace(job, rows=rows_of(largest), eval_rows=evaluation and rows_of(evaluation)))
+    job = plan.chosen.prediction.job
+    work = replace(job.workload, spec=replace(job.workload.spec, rows_alone=rows_alone))
+    shapes = work.shape(largest), evaluation and work.shape(evaluation)
+    return predict(replace(job, workload=work, shape=shapes[0], eval_shape=shapes[1], saved_adapters=0))
 
 
 def as_metered(plan: Plan, expected: Prediction) -> int:
@@ -229,9 +232,9 @@ def alternatives(plan: Plan) -> Iterator[Alternative]:
     family, _, bits = name.rpartition("_")
     optimizer = f"{family}_{states[bits]}" if bits in states else "adamw_8bit"
     changed = {f"train.optimizer={optimizer}": replace(step, job=replace(job, optimizer=optimizer))}
-    tokens, several = sum(step.pack.lengths), len(step.pack.lengths) > 1
+    tokens, several = step.pack.tokens, len(step.pack.lengths) > 1
     if step.pack == full_pack(tokens, several) and tokens >= 128:
-        half_job = replace(job, eval_rows=full_pack(tokens // 2, packing=True) if job.eval_rows else None)
+        half_job = replace(job, eval_shape=full_pack(tokens // 2, packing=True) if job.eval_shape else None)
         half = replace(step, pack=full_pack(tokens // 2, several), job=half_job)
         changed[f"data.max_tokens={tokens // 2}"] = half
     for change, other_step in changed.items():
@@ -268,16 +271,16 @@ def max_tokens(plan: Plan) -> int:
 
 def longest_pack(plan: Plan) -> tuple[int, Candidate]:
     """Return ``max_tokens`` and the way to run packs of that length."""
-    step, start = plan.step, 2 * sum(plan.chosen.prediction.job.rows.lengths)
+    step, start = plan.step, 2 * plan.chosen.prediction.job.shape.tokens
     job = longest_job(step, plan.limit_bytes, plan.machine.host_bytes, start, MOST_TOKENS)
     packs = packs_at_once(step)
-    tokens = sum(job.rows.lengths) // packs
+    tokens = job.shape.tokens // packs
     _warn_of_length(job, tokens)
     return tokens, timed(plan.machine, job.levers, packs, step.packs * step.micro_batches // packs, predict(job))
 
 
 def _warn_of_length(job: Job, tokens: int) -> None:
-    positions = getattr(job.config, "max_position_embeddings", None)
+    positions = getattr(job.workload.spec.config, "max_position_embeddings", None)
     if positions and tokens > positions:
         log.warning("a row of %s tokens is longer than the %s that the model was made for (max_position_embeddings): "
                     "what it learns there may be of no use", f"{tokens:,}", f"{positions:,}")  # fmt: skip
@@ -293,7 +296,7 @@ def max_batch(plan: Plan) -> int:
     pack, job = plan.step.pack, plan.chosen.prediction.job
 
     def job_of(packs: int, levers: Levers) -> Job:
-        return replace(job, rows=Rows(pack.lengths * packs, pack.learned * packs), levers=levers)
+        return replace(job, shape=pack.times(packs), levers=levers)
 
     found, limits, reason = 0, (plan.limit_bytes, plan.machine.host_bytes), None
     for levers in reversed([plan.chosen.levers, first_levers(plan.step), *smaller(plan.step)]):
@@ -393,7 +396,7 @@ def disk_bytes(plan: Plan) -> int:
     Of a model that memory has no room for, the weights lie there twice while it is prepared.
     """
     simulation = plan.chosen.prediction.simulation
-    held, with_evaluation = simulation.resident.breakdown, plan.step.job.eval_rows is not None
+    held, with_evaluation = simulation.resident.breakdown, plan.step.job.eval_shape is not None
     space = Space(held.get("adapter", 0), held.get("optimizer", 0), with_evaluation, plan.kept_checkpoints)
     times = 2 if plan.chosen.levers.weights_on_disk else 1
     return times * simulation.frozen_bytes + space.whole_bytes()

@@ -80,15 +80,16 @@ def _assumed_sequences(plan: Plan) -> str | None:
 
 def _compute_type(plan: Plan) -> str | None:
     """Return what the step computes in, where that is not bfloat16, and why if the model is the reason."""
-    job, auto = plan.step.job, plan.machine.dtype
-    if job.compute_dtype == torch.bfloat16:
+    work, auto = plan.step.job.workload, plan.machine.dtype
+    dtype = work.spec.compute_dtype
+    if dtype == torch.bfloat16:
         return None
-    exceeds = job.compute_dtype != auto and job.compute_dtype == auto_dtype(auto, job.config.model_type)
-    return _type_name(plan) + exceeds * f": {job.config.model_type} exceeds float16"
+    exceeds = dtype != auto and dtype == auto_dtype(auto, work.name)
+    return _type_name(plan) + exceeds * f": {work.name} exceeds float16"
 
 
 def _type_name(plan: Plan) -> str:
-    return str(plan.step.job.compute_dtype).removeprefix("torch.")
+    return str(plan.step.job.workload.spec.compute_dtype).removeprefix("torch.")
 
 
 def _in_words(chosen: Candidate) -> str:

@@ -73,8 +73,10 @@ def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
         with explain_write_errors(out):
             out.mkdir(parents=True, exist_ok=True)
         model = build_model(recipe, settings.levers, adapter_to_begin_with(recipe))
-        trainer = Trainer(model, rows, settings, build_stream(recipe, tokenizer))
-        expected = expected_peak(plan, *largest_batches(rows, eval_examples, trainer.epochs), rows_run_alone(model))
+        work = plan.step.job.workload
+        trainer = Trainer(model, rows, settings, build_stream(recipe, tokenizer), work)
+        largest = largest_batches(work, rows, eval_examples, trainer.epochs)
+        expected = expected_peak(plan, *largest, rows_run_alone(model))
         device = device_of(model)
         hold_to(device, plan.budget_bytes)
         ledger = Ledger(timeline=True, allocation_bytes=ALLOCATION_BYTES[device.type])
@@ -109,7 +111,7 @@ def _ledgered(trainer: Trainer, ledger: Ledger, model, eval_examples) -> str:
     set_levers(model, replace(trainer.settings.levers, compile=False))
     use_kernels(model, kernels)
     with ledger:
-        for tensor, category, _ in categorised(model):
+        for tensor, category, _ in categorised(trainer.workload, model):
             ledger.claim([tensor], category)
         ledger.watch(model)
         try:

@@ -75,7 +75,6 @@ from .training import Progress, Training
 from .units import format_bytes, format_count, format_seconds
 
 log = logging.getLogger("qlora_lite")
-CHUNKED = "chunked"  # the loss that is this package's own
 SAMPLES = 4
 LEFT_FREE = (0.02, 0.05, 0.1)  # of the budget: beside what a rehearsal took too much, one plan after the other
 
@@ -253,7 +252,7 @@ class _Run:
                                "memory ran out while the model was loaded"):  # fmt: skip
             self.model = build_model(self.recipe, self.settings.levers, self.first_adapter)
         stream = build_stream(self.recipe, self.tokenizer)
-        self.trainer = Trainer(self.model, self.rows, self.settings, stream)
+        self.trainer = Trainer(self.model, self.rows, self.settings, stream, self.plan.step.job.workload)
         if self.continuation:
             self.trainer.most_tokens = self.continuation.checkpoint.documents[STATE]["most_tokens"]
         self.fingerprint = base_fingerprint(locate(self.recipe.model.path, self.recipe.model.revision))
@@ -357,7 +356,7 @@ class _Run:
         self.run.update(data={key: report[key] for key in counts} | {"end_token_ids": sorted(self.data.end_token_ids)})
 
     def _describe_model(self) -> None:
-        table = inventory(self.model)
+        table = inventory(self.trainer.workload, self.model)
         trainable = sum(parameter.numel() for parameter in self.trainer.parameters)
         for entry in table:
             log.info("memory: %-26s %-9s %-6s %10s  %s", entry.group, entry.dtype, entry.device,
@@ -392,7 +391,9 @@ class _Run:
         free_cached_memory(device)  # of loading
         hold_to(device, budget)
         eval_examples = self.eval_data.examples if self.eval_data else ()
-        batches = largest_batches(self.rows, eval_examples, self.trainer.epochs, self.trainer.most_tokens)
+        batches = largest_batches(
+            self.trainer.workload, self.rows, eval_examples, self.trainer.epochs, self.trainer.most_tokens
+        )
         expected = expected_peak(self.plan, *batches, rows_run_alone(self.model))
         weights = (*self.model.parameters(), *self.model.buffers())
         mapped = mapped_bytes(weights) if device.type == "cpu" else 0
@@ -426,7 +427,7 @@ class _Run:
         return None
 
     def _loss(self) -> str:
-        return self.trainer.fused_loss or CHUNKED
+        return self.trainer.workload.objective.name
 
     def _kernels(self) -> list[str]:
         return sorted(kernels_of(self.model)) if device_of(self.model).type == "cuda" else []

@@ -7,7 +7,6 @@ two steps both belong together, and only there are they saved.
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 
 from torch import nn
@@ -15,7 +14,9 @@ from torch import nn
 from .data.examples import Dataset
 from .errors import CheckpointError, DoesNotFitError, Interrupted, ModelError, OutputError
 from .evaluate import ExactMatch, Watch, answered_at_once, exact_match, new_tokens_of, watching
-from .lora.adapter import CONFIG_NAME, adapter_config, adapter_tensors, fill_adapter, save_adapter
+from .lora.adapter import save_adapter
+from .lora.method import AdapterMethod
+from .lora.read import CONFIG_NAME
 from .memory.meter import PeakMeter
 from .models.anatomy import device_of
 from .recipe.schema import Recipe
@@ -81,6 +82,11 @@ class Training:
         return self.trainer.model
 
     @property
+    def method(self) -> AdapterMethod:
+        """What is trained of it."""
+        return self.trainer.workload.method
+
+    @property
     def peak_bytes(self) -> int:
         """The most memory held so far, in all parts of the run."""
         return max(self.earlier_peak_bytes, self.meter.peak_bytes())
@@ -124,7 +130,7 @@ class Training:
             matches = before.get("matches", [None] * len(answers))
             self.before = ExactMatch(float(before["score"]), answers, tuple(matches))
         if saved["best_loss"] is not None:
-            compare_tensors(best, adapter_tensors(self.model), BEST)
+            compare_tensors(best, self.method.tensors(self.model), BEST)
             self.best_loss, self.best_step = float(saved["best_loss"]), int(saved["best_step"])
             self.best_factors = {name: tensor.clone() for name, tensor in best.items()}
 
@@ -182,7 +188,7 @@ class Training:
         self.save_adapter(ADAPTER_LAST)
 
     def _note(self, metrics: StepMetrics) -> None:
-        values = asdict(metrics)
+        values = metrics.line
         self._log(values)
         self.totals = {name: self.totals[name] + values.get(name, 0) for name in self.totals} | {"steps": metrics.step}
         if self.progress:
@@ -217,7 +223,8 @@ class Training:
             result = self.trainer.evaluate(examples, watching(self._watch, "evaluation", len(examples)))
         step = self.trainer.step
         self._log({"step": step, "eval_loss": result.loss, "eval_perplexity": result.perplexity,
-                   "eval_labelled_tokens": result.labelled_tokens})  # fmt: skip
+                   "eval_labelled_tokens": result.labelled_tokens,
+                   **{f"eval_{name}": value for name, value in result.metrics.items()}})  # fmt: skip
         log.info("step %d: evaluation loss %.4f", step, result.loss)
         return result.loss
 
@@ -257,7 +264,7 @@ class Training:
         if not loss < self.best_loss:  # NaN is never better
             return False
         self.best_loss, self.best_step = loss, self.trainer.step
-        factors = adapter_tensors(self.model).items()
+        factors = self.method.tensors(self.model).items()
         self.best_factors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in factors}
         self._try_save(ADAPTER)
         return True
@@ -268,7 +275,7 @@ class Training:
         if self.best_factors is not None:
             if self.evaluated_step < self.trainer.step:  # else it ended early, with an evaluation
                 self._keep_if_best(self._eval_loss())
-            fill_adapter(self.model, self.best_factors)
+            self.method.fill(self.model, self.best_factors)
             return self._measure("after", self.best_loss)
         return self._measure("after")
 
@@ -284,7 +291,7 @@ class Training:
             "progress": self._progress(), "summary": dict(self.run.summary), "metrics_bytes": self.run.metrics_bytes,
             METRICS_DIGEST: self.run.metrics_hash.hexdigest(),
         }  # fmt: skip
-        config = adapter_config(self.model, self.recipe.model.path)
+        config = self.method.config(self.model, self.recipe.model.path)
         return Checkpoint(self.trainer.step, tensors, {STATE: state, RUN: run, CONFIG_NAME: config})
 
     def save_adapter(self, name: str) -> None:
@@ -293,7 +300,8 @@ class Training:
         Raises:
             OutputError: it cannot be written.
         """
-        digest = save_adapter(self.model, self.run.path / name, self.recipe.model.path, self.tokenizer)
+        folder = self.run.path / name
+        digest = save_adapter(self.model, folder, self.recipe.model.path, self.tokenizer, self.method)
         self.digests[DIGESTS[name]] = digest
 
     def _try_save(self, name: str) -> None:

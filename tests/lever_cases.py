@@ -11,13 +11,9 @@ from qlora_lite.memory.marks import phase
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.levers import Levers, place, set_levers
 from qlora_lite.models.quantizer import quantize_head
-from qlora_lite.train.step import (
-    accumulate_gradients,
-    evaluate_loss,
-    prepare,
-    summed_loss,
-    train_step_in_backward,
-)
+from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.forward import prepare
+from qlora_lite.train.step import accumulate_gradients, evaluate_loss, train_step_in_backward
 
 PLAIN = Levers("none")
 CPU = torch.device("cpu")
@@ -74,7 +70,7 @@ def gradients_of_steps(model, levers, between=lambda model: []):
     found = []
     for number, lengths in enumerate([((9, 14, 6), (40,)), ((30, 31), (3, 4), (50,))]):
         inputs = [prepare(random_batch(rows, seed=number), device_of(model)) for rows in lengths]
-        accumulate_gradients(model, inputs, levers.loss_chunk_tokens)
+        accumulate_gradients(CausalLM().with_options(levers), model, inputs)
         for _, parameter in lora_parameters(model):
             found.append(parameter.grad)
             parameter.grad = None
@@ -87,7 +83,7 @@ def gradients(model, levers, batches=2):
     set_levers(model, levers)
     torch.manual_seed(0)
     inputs = [prepare(random_batch(seed=seed), device_of(model)) for seed in range(batches)]
-    loss = accumulate_gradients(model.train(), inputs, levers.loss_chunk_tokens)
+    loss = accumulate_gradients(CausalLM().with_options(levers), model.train(), inputs).loss
     found = [parameter.grad for _, parameter in lora_parameters(model)]
     for _, parameter in lora_parameters(model):
         parameter.grad = None
@@ -99,7 +95,7 @@ def gradients_in_backward(model, levers):
     set_levers(model, levers)
     parameters = [parameter for _, parameter in lora_parameters(model)]
     optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=1.0)  # whose state is the sum of the gradients that it saw
-    step = train_step_in_backward(model.train(), random_batch(seed=0), optimizer, levers.loss_chunk_tokens)
+    step = train_step_in_backward(CausalLM().with_options(levers), model.train(), random_batch(seed=0), optimizer)
     assert all(parameter.grad is None for parameter in parameters)
     return [torch.tensor(step.loss), *(optimizer.state[parameter]["momentum_buffer"] for parameter in parameters)]
 
@@ -107,6 +103,6 @@ def gradients_in_backward(model, levers):
 def losses_without_gradients(model):
     """Return the losses of an evaluation and of a forward in training mode, after which training goes on."""
     batches = [random_batch((5, 40)), random_batch(seed=2)]
-    evaluated = evaluate_loss(model, batches).loss
+    evaluated = evaluate_loss(CausalLM(), model, batches).loss
     with torch.no_grad():
-        return [torch.tensor(evaluated), summed_loss(model, prepare(batches[0], device_of(model)))]
+        return [torch.tensor(evaluated), CausalLM().loss(model, prepare(batches[0], device_of(model))).sum]

@@ -20,7 +20,7 @@ from qlora_lite.models.levers import Levers
 from qlora_lite.models.load import use_row_attention
 from qlora_lite.quant.linear import QuantLinear, frozen_weight
 from qlora_lite.quant.product import materialize
-from qlora_lite.train.step import prepare
+from qlora_lite.train.forward import prepare
 
 TOOLS = Path(__file__).parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))

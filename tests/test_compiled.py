@@ -25,8 +25,10 @@ from qlora_lite.ops.checkpoint import Run, running
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.quant import product
 from qlora_lite.quant.linear import QuantLinear, frozen_weight
-from qlora_lite.train.guards import check_compilable
-from qlora_lite.train.step import accumulate_gradients, prepare, summed_loss
+from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.forward import prepare
+from qlora_lite.train.step import accumulate_gradients
+from qlora_lite.train.text_guards import check_compilable
 
 CPU = torch.device("cpu")
 pytestmark = [
@@ -104,7 +106,7 @@ def test_other_rows_and_lengths_need_no_other_graph(graphs):
     set_levers(model, Levers(compile=True))
     counts = []
     for lengths in ((7, 12, 5), (31, 8), (24,), (3, 40, 20, 9), (150, 160)):
-        accumulate_gradients(model.train(), [prepare(random_batch(lengths), CPU)])
+        accumulate_gradients(CausalLM(), model.train(), [prepare(random_batch(lengths), CPU)])
         counts.append(len(graphs))
     assert counts == [counts[0]] * 5
     # forward; gradients; those of the first block, whose input needs none: each for layers with a window and without
@@ -124,7 +126,7 @@ def kept_for_backward(levers):
 
     inputs = prepare(random_batch((60, 61)), CPU)  # no side of a weight
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = summed_loss(model.train(), inputs)
+        loss = CausalLM().loss(model.train(), inputs).sum
     weights = {frozen_weight(layer.base)[0].shape for _, layer in lora_layers(model)}
     return loss, shapes & (weights | {shape[::-1] for shape in weights}), sum(sizes[p] for p in sizes.keys() - owned)
 
@@ -156,7 +158,7 @@ def test_weights_are_unpacked_once_for_a_block_s_second_run_and_its_gradients(gr
     model, unpacked, dequantize = build(), [], product.dequantize
     set_levers(model, Levers(compile=True, reuse_dequantized=True))
     monkeypatch.setattr(product, "dequantize", lambda *arguments: unpacked.append(1) or dequantize(*arguments))
-    accumulate_gradients(model.train(), [prepare(random_batch(), CPU)])
+    accumulate_gradients(CausalLM(), model.train(), [prepare(random_batch(), CPU)])
     assert len(unpacked) == 2 * len(list(lora_layers(model)))
 
 
@@ -227,7 +229,7 @@ def test_a_block_that_cannot_be_compiled_is_an_error_with_the_cure(graphs):
 
     blocks(model)[1].mlp.act_fn = Breaks()
     with pytest.raises(ModelError, match=r"train\.compile: the blocks cannot be compiled \(.*\); set it to false"):
-        accumulate_gradients(model.train(), [prepare(random_batch(), CPU)])
+        accumulate_gradients(CausalLM(), model.train(), [prepare(random_batch(), CPU)])
 
 
 @pytest.mark.parametrize(
@@ -252,7 +254,7 @@ def test_a_gradient_that_cannot_be_compiled_is_told_and_memory_that_runs_out_as_
     model = build()
     set_levers(model, Levers("none", compile=True))
     with pytest.raises(told, match=words):
-        accumulate_gradients(model.train(), [prepare(random_batch(), CPU)])
+        accumulate_gradients(CausalLM(), model.train(), [prepare(random_batch(), CPU)])
     torch._dynamo.reset()
 
 
@@ -268,7 +270,7 @@ def test_nine_kinds_of_blocks_are_not_too_many_graphs(graphs):
     ranks = [Target(f"model.layers.{number}.*", rank=2 + number) for number in range(9)]
     add_lora(model, ranks, dtype=torch.float32)
     set_levers(model, Levers("none", compile=True))
-    accumulate_gradients(model.train(), [prepare(random_batch(), CPU)])
+    accumulate_gradients(CausalLM(), model.train(), [prepare(random_batch(), CPU)])
     assert len(graphs) >= 9  # torch's own limit is eight
 
 

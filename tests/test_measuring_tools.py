@@ -232,8 +232,8 @@ def test_all_choices_are_run_before_the_first_length(monkeypatch):
 
 def test_a_plan_knows_that_embeddings_are_the_head():
     machine = machine_of_card(find_card("rtx-4090"))
-    assert _gpu_caps.plan_below(machine, "llama-1b", 64, 2**33).step.tied
-    assert not _gpu_caps.plan_below(machine, "tiny", 64, 2**33).step.tied
+    assert _gpu_caps.plan_below(machine, "llama-1b", 64, 2**33).step.job.workload.tables_are_tied
+    assert not _gpu_caps.plan_below(machine, "tiny", 64, 2**33).step.job.workload.tables_are_tied
 
 
 def test_a_model_that_there_is_no_room_to_build_in_is_a_finding_and_no_end(monkeypatch):

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from jobs import changed
 from remembered_plans import remember_predictions
 from tiny import ARCHITECTURES
 from tiny_files import save_tiny, write_recipe
@@ -97,7 +98,7 @@ def test_no_job_is_simulated_twice_for_a_plan_and_its_alternatives(recipe, monke
     list(planner.alternatives(plan))
     assert len(asked) == len({*asked}) > 10
     step, chosen = plan.step, plan.chosen
-    shallow = replace(step, job=replace(step.job, config=shallow_config(step.job.config, 8)))
+    shallow = replace(step, job=changed(step.job, config=shallow_config(step.job.config, 8)))
     smaller, same = (build_candidate(each, CARD, chosen.levers, chosen.packs) for each in (shallow, step))
     assert smaller.peak_bytes < same.peak_bytes == chosen.peak_bytes
 
@@ -180,7 +181,11 @@ def test_a_plan_is_described_in_lines_of_the_terminal_and_says_why_much_stays_fr
 def test_a_card_without_fast_bfloat16_is_planned_in_the_type_that_it_will_run_in(recipe):
     older, old = (machine_of_card(find_card(name)) for name in ("p100", "tesla-t4"))
     plans = [planner.plan_recipe(recipe(), card, 24 * GIB) for card in (older, old, CARD)]
-    assert [plan.step.job.compute_dtype for plan in plans] == [torch.float32, torch.float16, torch.bfloat16]
+    assert [plan.step.job.workload.spec.compute_dtype for plan in plans] == [
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+    ]
     for card in (older, old):
         with pytest.raises(ModelError, match="compute_dtype bfloat16 is for training on cards"):
             planner.plan_recipe(recipe("model.compute_dtype=bfloat16"), card, 24 * GIB)
@@ -195,12 +200,15 @@ def test_a_card_without_fast_bfloat16_is_planned_in_the_type_that_it_will_run_in
 def test_a_model_beyond_float16_is_planned_in_float32_at_that_type_s_rate(recipe):
     old = machine_of_card(find_card("tesla-t4"))
     plan = planner.plan_recipe(recipe("model.path=google/gemma-3-1b-it"), old, 24 * GIB)
-    assert plan.step.job.compute_dtype == torch.float32
+    assert plan.step.job.workload.spec.compute_dtype == torch.float32
     assert (
         plan.machine.flops_per_second == old.float32_flops_per_second == pytest.approx(old.flops_per_second / 8, 0.01)
     )
     asked = planner.plan_recipe(recipe("model.path=google/gemma-3-1b-it", "model.compute_dtype=float16"), old, 24 * GIB)
-    assert asked.step.job.compute_dtype == torch.float16 and asked.machine.flops_per_second == old.flops_per_second
+    assert (
+        asked.step.job.workload.spec.compute_dtype == torch.float16
+        and asked.machine.flops_per_second == old.flops_per_second
+    )
     said = [re.findall("^compute type +(.*)$", plan_text.describe(of, []), re.MULTILINE) for of in (plan, asked)]
     assert said == [["float32: gemma3_text exceeds float16"], ["float16"]]
     assert [plan_text.as_json(of, [])["compute_dtype"] for of in (plan, asked)] == ["float32", "float16"]
@@ -679,7 +687,7 @@ def test_an_operator_that_needs_values_is_measured_on_small_real_models_and_name
     plain_step = simulate.rehearse_step
 
     def step_that_looks_at_values(*arguments):
-        arguments[3].input_ids.nonzero()
+        arguments[4].input_ids.nonzero()
         plain_step(*arguments)
 
     monkeypatch.setattr(simulate, "rehearse_step", step_that_looks_at_values)

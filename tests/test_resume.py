@@ -1083,17 +1083,17 @@ def test_log_lines_that_cannot_be_written_are_no_trace_on_the_terminal(capsys):
 
 
 def test_memory_that_ran_out_is_kept_in_mind_by_the_plan_and_the_checkpoint(lab, tmp_path, model_folder, monkeypatch):
-    from qlora_lite.train import step
+    from qlora_lite.train.causal_lm import CausalLM
 
-    real = step.summed_loss
+    real = CausalLM.loss
 
-    def limited(model, inputs, *rest):
+    def limited(workload, model, inputs):
         if model.training and sum(inputs.row_lengths) > 60 and calls:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(model, inputs, *rest)
+        return real(workload, model, inputs)
 
     calls = []
-    monkeypatch.setattr(step, "summed_loss", limited)
+    monkeypatch.setattr(CausalLM, "loss", limited)
     both = []
     for name, stop in (("a", None), ("b", 4)):
         other = Lab(tmp_path / name, model_folder)

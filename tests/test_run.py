@@ -127,15 +127,16 @@ def test_the_summary_and_the_report_say_which_levers_change_results(finished, mo
 
 
 def test_steps_that_changed_nothing_are_told_in_the_summary_and_at_the_end(run, finished, monkeypatch):
-    from qlora_lite.train import step
+    from qlora_lite.train.causal_lm import CausalLM
+    from qlora_lite.train.workload import LossSum
 
-    plain, calls = step.summed_loss, []
+    plain, calls = CausalLM.loss, []
 
-    def broken_once(model, *given):
-        calls.append(torch.is_grad_enabled() and not given[0].input_ids.is_meta)  # else an evaluation, or a plan
-        return plain(model, *given) * (float("nan") if calls[-1] and sum(calls) == 2 else 1.0)
+    def broken_once(workload, model, inputs):
+        calls.append(torch.is_grad_enabled() and not inputs.input_ids.is_meta)  # else an evaluation, or a plan
+        return LossSum(plain(workload, model, inputs).sum * (float("nan") if calls[-1] and sum(calls) == 2 else 1.0))
 
-    monkeypatch.setattr(step, "summed_loss", broken_once)
+    monkeypatch.setattr(CausalLM, "loss", broken_once)
     folder = run(train={"max_steps": 3, "gradient_accumulation_steps": 1, "on_not_finite": "skip"})
     summary = summary_of(folder)
     assert summary["skipped_steps"] == 1 and "for 3 steps, of which 1 changed nothing" in _result(folder, summary)

@@ -19,6 +19,7 @@ from _models import DEMO_MODELS, build, installed
 
 from qlora_lite.data.stored import Example
 from qlora_lite.errors import DoesNotFitError
+from qlora_lite.lora.adapter import Lora
 from qlora_lite.lora.inject import add_lora
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.memory.meter import PeakMeter, held_bytes
@@ -26,7 +27,8 @@ from qlora_lite.models.kernels import use_kernels
 from qlora_lite.models.levers import Levers, place, set_levers
 from qlora_lite.models.load import resolve_device
 from qlora_lite.planning.predict import predict
-from qlora_lite.planning.simulate import ALLOCATION_BYTES, Job, rows_of
+from qlora_lite.planning.simulate import ALLOCATION_BYTES, Job
+from qlora_lite.train.causal_lm import CausalLM, ModelSpec
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.loop import Trainer, largest_batches
 from qlora_lite.train.settings import TrainSettings
@@ -153,12 +155,12 @@ def trainer_of(case: dict, model, steps: int = 1) -> Trainer:
 def job_of(case: dict, trainer: Trainer, evaluates: bool) -> Job:
     """Describe the case's step for the planner."""
     model = trainer.model
-    largest = rows_of(largest_batches(trainer.examples, (), trainer.epochs)[0])
+    largest = CausalLM().shape(largest_batches(CausalLM(), trainer.examples, (), trainer.epochs)[0])
+    spec = ModelSpec(model.config, quant_head=case.get("quant_head", False), compute_dtype=model.dtype)
     return Job(
-        model.config, largest, largest if evaluates else None, resolve_device().type, compute_dtype=model.dtype,
-        quant_head=case.get("quant_head", False), rank=case.get("rank", RANK), optimizer=trainer.settings.optimizer,
-        max_grad_norm=trainer.settings.max_grad_norm, accumulating=case.get("accumulation", 1) > 1,
-        levers=levers_of(case),
+        CausalLM(method=Lora(rank=case.get("rank", RANK)), spec=spec), largest, largest if evaluates else None,
+        resolve_device().type, optimizer=trainer.settings.optimizer, max_grad_norm=trainer.settings.max_grad_norm,
+        accumulating=case.get("accumulation", 1) > 1, levers=levers_of(case),
     )  # fmt: skip
 
 
@@ -167,7 +169,7 @@ def under_ledger(trainer: Trainer, evaluation=()) -> Ledger:
     device = resolve_device()
     set_levers(trainer.model, replace(trainer.settings.levers, compile=False))
     with Ledger(allocation_bytes=ALLOCATION_BYTES[device.type]) as ledger:
-        for tensor, category, _ in categorised(trainer.model):
+        for tensor, category, _ in categorised(CausalLM(), trainer.model):
             ledger.claim([tensor], category)
         ledger.watch(trainer.model)
         trainer.rehearse(evaluation)

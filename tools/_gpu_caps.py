@@ -26,8 +26,10 @@ from qlora_lite.planning.largest import LENGTH_STEP, longest
 from qlora_lite.planning.machine import Machine, this_machine
 from qlora_lite.planning.predict import predict
 from qlora_lite.planning.search import first_levers, search, smaller
-from qlora_lite.planning.simulate import Job, Rows
+from qlora_lite.planning.simulate import Job
+from qlora_lite.train.causal_lm import CausalLM, ModelSpec
 from qlora_lite.train.loop import Trainer
+from qlora_lite.train.workload import BatchShape
 from qlora_lite.units import format_bytes
 
 STEPS_ABOVE = (1.0, 1.02, 1.05, 1.1, 1.2, 1.4)  # times the planned longest, until one fails
@@ -108,8 +110,10 @@ class CappedDevice:
 def plan_below(machine: Machine, name: str, tokens: int, cap_bytes: int) -> Plan:
     """Plan one row of all learned tokens a step, on a card of the cap's size."""
     config = config_of(name)
-    job = Job(config, Rows((1,), 1), None, machine.device_type, compute_dtype=dtype_of(config))
-    step = Step(job, Rows((tokens,), tokens - 1), 1, 1, tied=bool(config.tie_word_embeddings))
+    job = Job(
+        CausalLM(spec=ModelSpec(config, compute_dtype=dtype_of(config))), BatchShape((1,), 1), None, machine.device_type
+    )
+    step = Step(job, BatchShape((tokens,), tokens - 1), 1, 1)
     found = search(step, machine, cap_bytes)
     chosen = choose(found, cap_bytes)
     least = min(found, key=lambda candidate: candidate.peak_bytes)
@@ -162,7 +166,7 @@ def lengths_within(capped: CappedDevice, plan: Plan) -> tuple[Levers, list[int]]
 
 def row_job(plan: Plan, levers: Levers, tokens: int) -> Job:
     """Return the plan's job with other levers for one row of so many tokens, all learned."""
-    return replace(plan.step.job, rows=Rows((tokens,), tokens - 1), levers=levers)
+    return replace(plan.step.job, shape=BatchShape((tokens,), tokens - 1), levers=levers)
 
 
 def length_rows(capped: CappedDevice, name: str, tokens: int, cap_bytes: int) -> Iterator[dict]:

@@ -38,11 +38,14 @@ from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.models.load import resolve_device
 from qlora_lite.planning.machine import Machine
 from qlora_lite.planning.predict import Prediction, predict
-from qlora_lite.planning.simulate import Job, Rows
+from qlora_lite.planning.simulate import Job
+from qlora_lite.train.causal_lm import CausalLM, ModelSpec
+from qlora_lite.train.forward import prepare
 from qlora_lite.train.loop import largest_batches
 from qlora_lite.train.optim import build_optimizer, can_page
 from qlora_lite.train.state import capture
-from qlora_lite.train.step import accumulate_gradients, prepare
+from qlora_lite.train.step import accumulate_gradients
+from qlora_lite.train.workload import BatchShape
 from qlora_lite.units import format_bytes
 
 GIB, MIB = 2**30, 2**20
@@ -122,8 +125,9 @@ def resident_task(
 
 def needs(name: str, tokens: int, levers: Levers, machine: Machine) -> Prediction:
     """Predict a step of one row, all of it learned."""
-    config, rows = config_of(name), Rows((tokens,), tokens - 1)
-    return predict(Job(config, rows, None, machine.device_type, compute_dtype=dtype_of(config), levers=levers))
+    config = config_of(name)
+    work = CausalLM(spec=ModelSpec(config, compute_dtype=dtype_of(config)))
+    return predict(Job(work, BatchShape((tokens,), tokens - 1), None, machine.device_type, levers=levers))
 
 
 def gpu_tests() -> list[Path]:
@@ -186,7 +190,7 @@ def streamed(scale: Scale) -> Iterator[dict]:
     yield {"kind": "task", **case}
     model = _with_factors(case, device)
     trainer = trainer_of(case, model)
-    inputs = prepare(largest_batches(trainer.examples, (), trainer.epochs)[0], device_of(model))
+    inputs = prepare(largest_batches(CausalLM(), trainer.examples, (), trainer.epochs)[0], device_of(model))
     trainer.meter.close()
     del trainer  # and with it the model, when another takes its place
     torch.use_deterministic_algorithms(True)
@@ -230,7 +234,8 @@ def _named(levers: Levers) -> str:
 
 def _gradients(model, inputs, levers: Levers) -> list[torch.Tensor]:
     set_levers(model, levers)
-    loss = accumulate_gradients(model.train(), [inputs], scale=EQUAL_SCALE if model.dtype == torch.float16 else 1.0)
+    scale = EQUAL_SCALE if model.dtype == torch.float16 else 1.0
+    loss = accumulate_gradients(CausalLM(), model.train(), [inputs], scale).loss
     found = [loss.cpu(), *(parameter.grad.cpu() for _, parameter in lora_parameters(model))]
     for _, parameter in lora_parameters(model):
         parameter.grad = None

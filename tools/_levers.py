@@ -13,11 +13,14 @@ from collections.abc import Sequence
 from _cases import OUT_OF_MEMORY, RANK, free_memory, job_of, levers_of, model_of, trainer_of, under_ledger
 from _models import config_of, dtype_of
 
+from qlora_lite.lora.adapter import Lora
 from qlora_lite.memory.meter import held_bytes
 from qlora_lite.models.load import resolve_device
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS
 from qlora_lite.planning.predict import predict
-from qlora_lite.planning.simulate import Job, Rows
+from qlora_lite.planning.simulate import Job
+from qlora_lite.train.causal_lm import CausalLM, ModelSpec
+from qlora_lite.train.workload import BatchShape
 
 SEEN_TILES = 4  # a step is cut into at least so many tiles and chunks, so that the levers show at any length
 MOST_TILE_TOKENS = 1024
@@ -60,10 +63,10 @@ def by_saving(model: str, tokens: int, device_type: str) -> list[str]:
 
 def _row_job(case: dict, config, device_type: str) -> Job:
     """Describe a case's step of one row to the planner, without a model."""
-    rows = Rows((case["tokens"],), case["tokens"] - 1)
-    return Job(config, rows, None, device_type, quant_head=case.get("quant_head", False),
-               compute_dtype=dtype_of(config), rank=RANK, optimizer=case["optimizer"],
-               levers=levers_of(case))  # fmt: skip
+    rows = BatchShape((case["tokens"],), case["tokens"] - 1)
+    spec = ModelSpec(config, quant_head=case.get("quant_head", False), compute_dtype=dtype_of(config))
+    work = CausalLM(method=Lora(rank=RANK), spec=spec)
+    return Job(work, rows, None, device_type, optimizer=case["optimizer"], levers=levers_of(case))
 
 
 def lever_cases(model: str, tokens: int, order: Sequence[str]) -> list[dict]:

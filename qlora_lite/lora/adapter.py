@@ -5,7 +5,8 @@ The files fit what ``AutoModelForCausalLM`` makes of the base model's files: see
 """
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Container, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,10 +17,22 @@ from qlora_lite.files import replacing_folder, sha256
 from qlora_lite.quant.linear import is_conv1d, stands_for_conv1d
 from qlora_lite.quant.tensor_file import write_tensors
 
-from .inject import Target, add_lora, linear_layers, lora_layers, require_base, require_model
+from .inject import (
+    ALL_LINEAR,
+    Target,
+    add_lora,
+    linear_layers,
+    lora_layers,
+    lora_parameters,
+    matching,
+    require_base,
+    require_lora,
+)
 from .layer import LoraLinear
+from .method import AdapterMethod
 from .outside import outside
 from .read import CONFIG_NAME, WEIGHTS_NAME, Adapter, Factors, factor_names, read_adapter
+from .shared import forget_begun
 
 _SHOWN = 3  # names of layers in an error
 
@@ -69,21 +82,79 @@ def _target_modules(model: nn.Module, layers: Collection[str]) -> list[str]:
     return sorted(leaves if by_leaf == set(layers) else layers)
 
 
-def save_adapter(model: nn.Module, folder: str | Path, base_model: str | Path = "", tokenizer=None) -> str:
+@dataclass(frozen=True)
+class Lora(AdapterMethod):
+    """Low-rank adapters beside linear layers; the arguments are those of ``add_lora``."""
+
+    targets: tuple[Target, ...] = (Target(ALL_LINEAR),)
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    rslora: bool = False
+    dtype: torch.dtype = torch.bfloat16
+
+    def apply(self, model: nn.Module) -> None:
+        """See ``add_lora``."""
+        add_lora(model, self.targets, self.rank, self.alpha, self.dropout, self.rslora, self.dtype)
+
+    def config(self, model: nn.Module, base_model: str) -> dict:
+        """See ``adapter_config``."""
+        return adapter_config(model, base_model)
+
+    def parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield A before B, layer by layer.
+
+        Raises:
+            ModelError: the model has no LoRA layers.
+        """
+        require_lora(model)
+        return lora_parameters(model)
+
+    def tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Return the weights under the names of the PEFT format.
+
+        Raises:
+            ModelError: the model has no LoRA layers.
+        """
+        require_lora(model)
+        return adapter_tensors(model)
+
+    def layers_not_reached(self, model: nn.Module, norms: Mapping[str, float]) -> list[str]:
+        """B begins at zero, so A's first gradient is zero by construction and B's is the one to look at."""
+        return [name for name, _ in lora_layers(model) if not norms[f"{name}.lora_B"]]
+
+    def does_nothing(self, model: nn.Module) -> bool:
+        """Tell whether every B is still zero."""
+        return not any(layer.lora_B.any() for _, layer in lora_layers(model))
+
+    def layer_kinds(self, names: Sequence[str], in_blocks: Container[str]) -> Mapping[str, Hashable]:
+        """Return which targets match each layer."""
+        return matching(names, self.targets, in_blocks)
+
+    def forget_pass(self, model: nn.Module) -> None:
+        """Drop products that layers with one input had begun together."""
+        forget_begun(model)
+
+
+def save_adapter(
+    model: nn.Module, folder: str | Path, base_model: str | Path = "", tokenizer=None,
+    method: AdapterMethod = Lora(),
+) -> str:  # fmt: skip
     """Write the adapter, and the tokenizer with its chat template if given; return the weights' SHA-256.
+
+    Args:
+        base_model: path or hub id of the model that it belongs to, as files are to name it.
+        method: the one that the model was adapted by.
 
     Raises:
         ModelError: the model has no adapter, or a factor is not finite.
         OutputError: the folder cannot be written.
     """
-    require_model(model)
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
-    if not tensors:
-        raise ModelError("the model has no LoRA layers; call add_lora first")
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in method.tensors(model).items()}
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise ModelError(f"the adapter is not saved: {len(broken)} tensors are not finite, first {broken[0]}")
-    write_adapter(Path(folder), tensors, adapter_config(model, str(base_model)), tokenizer)
+    write_adapter(Path(folder), tensors, method.config(model, str(base_model)), tokenizer)
     return sha256(Path(folder) / WEIGHTS_NAME)
 
 
@@ -176,10 +247,3 @@ def detach_adapter(model: nn.Module) -> nn.Module:
     for name, layer in list(lora_layers(model)):
         model.set_submodule(name, layer.base)
     return model
-
-
-def fill_adapter(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Copy factors named as in the PEFT format into a model's LoRA layers of the same shapes."""
-    with torch.no_grad():
-        for name, parameter in adapter_tensors(model).items():
-            parameter.copy_(tensors[name])

@@ -133,6 +133,17 @@ def require_base(model: object) -> None:
         raise ModelError("the model has LoRA layers already; load the base model again, or train those that it has")
 
 
+def require_lora(model: nn.Module) -> None:
+    """Check that a model has LoRA layers.
+
+    Raises:
+        ModelError: it has none, or is none.
+    """
+    require_model(model)
+    if not any(lora_layers(model)):
+        raise ModelError("the model has no LoRA layers; call add_lora first")
+
+
 def _as_targets(targets: str | Sequence[str | Target]) -> list[Target]:
     listed = [targets] if isinstance(targets, str | Target) else targets
     if not isinstance(listed, list | tuple) or not listed or not all(isinstance(t, str | Target) for t in listed):

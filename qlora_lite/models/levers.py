@@ -5,7 +5,7 @@ any time. The module that does the work is named beside each lever; ``planning.s
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
@@ -132,25 +132,21 @@ def levers_of(settings: Mapping[str, object]) -> dict[str, object]:
     return found
 
 
-def place(model: nn.Module, device: torch.device, levers: Levers) -> nn.Module:
+def place(
+    model: nn.Module, device: torch.device, levers: Levers, of_model: Sequence[nn.Module] | None = None
+) -> nn.Module:  # fmt: skip
     """Move a model from host memory to its device, but for what the levers keep there; return it.
+
+    Args:
+        of_model: its blocks; None are those of a causal language model.
 
     Raises:
         ModelError: of embeddings that are also the head only one is to stay on the host, or the head is no 16-bit
             linear layer.
     """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if levers.host_embeddings != levers.host_head and embedding.weight is head.weight:
-        raise ModelError("the embeddings are also the head: set memory.embeddings and memory.head to the same")
-    if levers.host_head and not isinstance(head, nn.Linear):
-        raise ModelError(f"memory.head host is for a 16-bit head, and this one is a {type(head).__name__}: "
-                         "set it to device")  # fmt: skip
-    if levers.host_embeddings:
-        model.set_input_embeddings(HostEmbedding(embedding, device))
-        _say_where_it_computes(model)
-    if levers.host_head:
-        model.set_output_embeddings(HostHead(head, device))
-    found = blocks(model)
+    if levers.host_embeddings or levers.host_head:
+        _place_tables(model, device, levers)
+    found = blocks(model) if of_model is None else of_model
     streamed = found[: levers.streamed_of(len(found))]
     staying = {id(part) for block in streamed for part in block.modules()}
     staying |= {id(module) for module in model.modules() if isinstance(module, HostEmbedding | HostHead)}
@@ -162,6 +158,20 @@ def place(model: nn.Module, device: torch.device, levers: Levers) -> nn.Module:
     if streamed:
         model.block_stream = BlockStream(streamed, device, levers.stream_from_disk)
     return model
+
+
+def _place_tables(model: nn.Module, device: torch.device, levers: Levers) -> None:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if levers.host_embeddings != levers.host_head and embedding.weight is head.weight:
+        raise ModelError("the embeddings are also the head: set memory.embeddings and memory.head to the same")
+    if levers.host_head and not isinstance(head, nn.Linear):
+        raise ModelError(f"memory.head host is for a 16-bit head, and this one is a {type(head).__name__}: "
+                         "set it to device")  # fmt: skip
+    if levers.host_embeddings:
+        model.set_input_embeddings(HostEmbedding(embedding, device))
+        _say_where_it_computes(model)
+    if levers.host_head:
+        model.set_output_embeddings(HostHead(head, device))
 
 
 def _say_where_it_computes(model: nn.Module) -> None:
@@ -191,24 +201,25 @@ def _is_streamed(model: nn.Module, tensor: torch.Tensor) -> bool:
     return stream is not None and stream.holds(tensor)
 
 
-def set_levers(model: nn.Module, levers: Levers) -> None:
+def set_levers(model: nn.Module, levers: Levers, of_model: Sequence[nn.Module] | None = None) -> None:
     """Run the blocks as the levers say, whatever was set before.
 
     Of the last ``kept_blocks`` blocks everything is kept although blocks are computed again: they are free again
     before the first block is computed a second time, so that the two never add up.
 
+    Args:
+        of_model: its blocks; None are those of a causal language model.
+
     Raises:
         ModelError: streamed blocks would have to keep what they saved, nothing of the model can be tiled, or weights
             that belong in host memory were not left there by ``place``.
     """
-    found = blocks(model)
+    found = list(blocks(model) if of_model is None else of_model)
     streamed = levers.streamed_of(len(found))
-    embeds_on_host = isinstance(model.get_input_embeddings(), HostEmbedding)
-    head_on_host = isinstance(model.get_output_embeddings(), HostHead)
     if (
         (streamed and not hasattr(model, "block_stream"))
-        or (levers.host_embeddings and not embeds_on_host)
-        or (levers.host_head and not head_on_host)
+        or (levers.host_embeddings and not isinstance(model.get_input_embeddings(), HostEmbedding))
+        or (levers.host_head and not isinstance(model.get_output_embeddings(), HostHead))
     ):
         raise ModelError("memory.resident_blocks, and memory.embeddings or memory.head host, are for a model that was "
                          "loaded so: call models.levers.place before training, or leave them out")  # fmt: skip
@@ -219,7 +230,8 @@ def set_levers(model: nn.Module, levers: Levers) -> None:
     if checkpointed < streamed:
         raise ModelError("streamed blocks cannot keep their activations: raise memory.resident_blocks, or lower "
                          "memory.kept_blocks with memory.checkpointing=block or selective")  # fmt: skip
-    host = HostStore(device_of(model), levers.offload_folder) if levers.offload_checkpoints else None
+    device = device_of(model) if of_model is None else next(p for p in model.parameters() if p.requires_grad).device
+    host = HostStore(device, levers.offload_folder) if levers.offload_checkpoints else None
     skipping: dict[type, Skipping] = defaultdict(Skipping)  # what is learned of one block holds for its class
     selective, stretches = levers.checkpointing == "selective", Stretches(levers.checkpoint_every, checkpointed)
     for number, block in enumerate(found):
@@ -229,7 +241,8 @@ def set_levers(model: nn.Module, levers: Levers) -> None:
         checkpoint = Checkpoint(number, host, skipping[type(block)], around, selective, levers.compile, stretches)
         block._gradient_checkpointing_func = checkpoint if number < checkpointed else compiled.value
     use_kernels(model, levers.allowed_kernels)
-    tiled = sum(_set_tiles(module, levers, skipping) for module in (decoder(model), *found))
+    outside = [decoder(model)] if of_model is None else []  # of blocks
+    tiled = sum(_set_tiles(module, levers, skipping) for module in (*outside, *found))
     if levers.tile_tokens and not tiled:
         raise ModelError(f"{type(model).__name__} has no part that is known to work token by token: "
                          "set memory.tile_tokens to off")  # fmt: skip

@@ -8,7 +8,7 @@ it.
 import copy
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,7 +18,8 @@ from torch import nn
 from transformers import AutoConfig
 
 from qlora_lite.errors import ModelError
-from qlora_lite.lora.inject import Target, in_blocks, linear_layers, matching
+from qlora_lite.lora.inject import in_blocks, linear_layers
+from qlora_lite.lora.method import AdapterMethod
 
 from .anatomy import blocks
 from .families import CONFIG_IS_ENOUGH, known_config, namesake, nearest
@@ -31,7 +32,7 @@ log = logging.getLogger("qlora_lite")
 
 MOST_BUILT = 8  # models that are kept to be copied
 _built: dict[tuple, nn.Module] = {}  # by configuration and what else ``meta_model`` is given
-_patterns: dict[tuple, tuple[int, int]] = {}  # by configuration and targets, see ``block_pattern``
+_patterns: dict[tuple, tuple[int, int]] = {}  # by configuration and adapter method, see ``block_pattern``
 
 
 def read_config(path: str, revision: str | None = None):
@@ -86,19 +87,19 @@ def shallow_config(config, layers: int):
     return config
 
 
-def block_pattern(config, targets: Sequence[Target] = ()) -> tuple[int, int]:
+def block_pattern(config, method: AdapterMethod | None = None) -> tuple[int, int]:
     """Return how many of the first blocks are kinds of their own, and after how many the others repeat to the last.
 
     (0, 1) for equal blocks, (0, 6) for 12 of Gemma-3's, (3, 1) for DeepSeek-V3's, whose first three have no experts.
     Asked of the modules, since configurations have many words for it; the fewest blocks that show it count. Blocks
-    whose layers are matched by other targets of LoRA are of another kind too.
+    whose layers are adapted differently are of another kind too.
 
     Raises:
         ModelError: see ``meta_model``.
     """
-    key = config.to_json_string(use_diff=False), tuple(targets)
+    key = config.to_json_string(use_diff=False), method
     if key not in _patterns:
-        kinds = _kinds_of_blocks(config, targets)
+        kinds = _kinds_of_blocks(config, method)
         depth = len(kinds)
         found = [(first, n) for n in range(1, depth + 1) for first in range(depth % n, depth, n)
                  if kinds[first:] == kinds[first : first + n] * ((depth - first) // n)]  # fmt: skip
@@ -106,11 +107,12 @@ def block_pattern(config, targets: Sequence[Target] = ()) -> tuple[int, int]:
     return _patterns[key]
 
 
-def _kinds_of_blocks(config, targets: Sequence[Target]) -> list[int]:
+def _kinds_of_blocks(config, method: AdapterMethod | None) -> list[int]:
     """Return a number for each block, equal for those that agree in all that memory and work can depend on."""
     model, depth = meta_model(config, "none", False, torch.float32), config.num_hidden_layers
     found, layers = blocks(model), linear_layers(model)
-    matched = {layers[name]: numbers for name, numbers in matching(list(layers), targets, in_blocks(model)).items()}
+    adapted = method.layer_kinds(list(layers), in_blocks(model)) if method else {}
+    matched = {layers[name]: kind for name, kind in adapted.items()}
     types = getattr(config, "layer_types", None) or [None] * depth
     if not len(found) == len(types) == depth:
         return list(range(depth))  # nothing is known of them
@@ -124,8 +126,8 @@ def _kinds_of_blocks(config, targets: Sequence[Target]) -> list[int]:
     return [distinct.index(kind) for kind in kinds]
 
 
-def _facts(block: nn.Module, matched: Mapping[nn.Module, tuple[int, ...]]) -> dict:
-    """Return the classes, shapes, switches and targets of a block's modules by name."""
+def _facts(block: nn.Module, matched: Mapping[nn.Module, Hashable]) -> dict:
+    """Return the classes, shapes, switches and adapters of a block's modules by name."""
     facts = {}
     for path, module in block.named_modules():
         said = {name: x if isinstance(x, int | str) else type(x) for name, x in vars(module).items() if name[0] != "_"}

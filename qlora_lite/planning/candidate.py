@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from qlora_lite.models.levers import Levers
+from qlora_lite.train.workload import BatchShape
 
 from .machine import Machine
 from .predict import Prediction, predict
-from .simulate import Job, Rows
+from .simulate import Job
 
 NOT_CHOSEN = {"optimizer_in_backward", "compile", "offload_folder", "kernels"}  # levers that are as the recipe says
 EQUALLY_FAST = 1.03  # time estimates closer than this are not told apart
@@ -15,21 +16,19 @@ EQUALLY_FAST = 1.03  # time estimates closer than this are not told apart
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """How an optimizer step is cut up: ``micro_batches`` times ``packs`` packs, each of the given rows.
+    """How an optimizer step is cut up: ``micro_batches`` times ``packs`` packs, each of the given shape.
 
     ``pack`` is the fullest pack; ``fixed`` are the levers that the user chose and the search must keep;
-    ``may_split`` allows another division of the same packs. ``tied``: the embeddings are the head. ``known`` is what
-    was predicted of jobs, by the identity of their configuration, which has no hash, and the rest.
+    ``may_split`` allows another division of the same packs. ``known`` is what was predicted of jobs.
     """
 
     job: Job
-    pack: Rows
+    pack: BatchShape
     packs: int
     micro_batches: int
     fixed: Mapping[str, object] = field(default_factory=dict)
     may_split: bool = True
-    tied: bool = False
-    known: dict[tuple[int, Job], Prediction] = field(default_factory=dict, compare=False, repr=False)
+    known: dict[Job, Prediction] = field(default_factory=dict, compare=False, repr=False)
 
     def sizes(self) -> list[int]:
         """Return the numbers of packs that may go through at once, smallest first."""
@@ -84,16 +83,14 @@ def settled(step: Step, levers: Levers) -> Levers:
 def build_candidate(step: Step, machine: Machine, levers: Levers, packs: int) -> Candidate:
     """Simulate one way to run the step, if that was not done before."""
     micro_batches = step.packs * step.micro_batches // packs
-    rows = Rows(step.pack.lengths * packs, step.pack.learned * packs)
-    evaluation = step.job.eval_rows
-    if evaluation is not None and sum(evaluation.lengths) <= sum(rows.lengths):
+    shape, evaluation = step.pack.times(packs), step.job.eval_shape
+    if evaluation is not None and evaluation.tokens <= shape.tokens:
         evaluation = None
     levers = settled(step, levers)
-    job = replace(step.job, rows=rows, eval_rows=evaluation, accumulating=micro_batches > 1, levers=levers)
-    key = id(job.config), replace(job, config=None)  # what is known keeps the configuration alive
-    if key not in step.known:
-        step.known[key] = predict(job)
-    return timed(machine, levers, packs, micro_batches, step.known[key])
+    job = replace(step.job, shape=shape, eval_shape=evaluation, accumulating=micro_batches > 1, levers=levers)
+    if job not in step.known:
+        step.known[job] = predict(job)
+    return timed(machine, levers, packs, micro_batches, step.known[job])
 
 
 def timed(machine: Machine, levers: Levers, packs: int, micro_batches: int, prediction: Prediction) -> Candidate:

@@ -10,13 +10,12 @@ from functools import partial
 
 from qlora_lite.errors import DoesNotFitError
 from qlora_lite.models.levers import Levers
-from qlora_lite.models.rows_alone import longest_possible
 
 from .candidate import Step
 from .largest import LENGTH_STEP, longest
 from .predict import predict
 from .search import FEWEST_ALIKE, first_levers, in_stretches, smaller, with_disk, with_less_on_host
-from .simulate import Job, Rows, full_pack
+from .simulate import Job, full_pack
 
 JobOf = Callable[[int], Job]  # builds the job for a number of tokens
 
@@ -34,7 +33,7 @@ def longest_job(step: Step, limit_bytes: int, host_limit_bytes: int | None, star
     Raises:
         DoesNotFitError: not even the shortest fits.
     """
-    largest = min(largest, longest_possible(step.job.config) or largest)
+    largest = min(largest, step.job.workload.most_tokens or largest)
     ways = _ways(with_disk(step), host_limit_bytes)
     saving_most, guess, reason = next(ways), start, None
     try:
@@ -81,15 +80,14 @@ def _one_pack(step: Step, levers: Levers, tokens: int) -> Job:
     """Return the step's job for packs of so many tokens, as few at once as may be."""
     packs = packs_at_once(step)
     accumulating = step.packs * step.micro_batches // packs > 1
-    evaluation = full_pack(tokens, len(step.job.eval_rows.lengths) > 1) if step.job.eval_rows else None
-    pack = full_pack(tokens, len(step.pack.lengths) > 1)
-    rows = Rows(pack.lengths * packs, pack.learned * packs)
-    return replace(step.job, rows=rows, eval_rows=evaluation, accumulating=accumulating, levers=levers)
+    evaluation = full_pack(tokens, len(step.job.eval_shape.lengths) > 1) if step.job.eval_shape else None
+    shape = full_pack(tokens, len(step.pack.lengths) > 1).times(packs)
+    return replace(step.job, shape=shape, eval_shape=evaluation, accumulating=accumulating, levers=levers)
 
 
 def _partly_streamed(step: Step, levers: Levers, host_limit_bytes: int) -> JobOf:
     """Return a way in which those blocks stay on the device that the host has no room for."""
-    fewest, most = FEWEST_ALIKE, step.job.config.num_hidden_layers - FEWEST_ALIKE
+    fewest, most = FEWEST_ALIKE, step.job.workload.depth - FEWEST_ALIKE
 
     def host_bytes(tokens: int, resident: int) -> int:
         return predict(_one_pack(step, replace(levers, resident_blocks=resident), tokens)).host_bytes

@@ -63,8 +63,8 @@ def with_constants(job: Job, simulation: Simulation) -> Prediction:
     """Add to a job's simulation the constants of its kind of device."""
     moments, products = simulation.moments.values(), simulation.work.large_products
     found = overheads(job.device_type, moments, simulation.resident, products, job.levers.compile)
-    if job.saved_factors and job.device_type == "cpu":
+    if job.saved_adapters and job.device_type == "cpu":
         held = simulation.resident.breakdown
-        copied = job.saved_factors * held.get("adapter", 0) + held.get("optimizer", 0)
+        copied = job.saved_adapters * held.get("adapter", 0) + held.get("optimizer", 0)
         found += (Overhead(CHECKPOINT, copied, "its copy, until it is written"),)
     return Prediction(job, simulation, found)

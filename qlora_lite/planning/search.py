@@ -72,7 +72,7 @@ def with_less_on_host(step: Step) -> Iterator[Step]:
     inputs, on_disk = {"offload_checkpoints": False}, {"stream_from_disk": True}
     weights = {"host_embeddings": False, "host_head": False, "resident_blocks": None}
     ways = [inputs, inputs | weights]
-    if step.job.quant != "none" and step.fixed.get("resident_blocks", 0) is not None:
+    if step.job.workload.is_quantized and step.fixed.get("resident_blocks", 0) is not None:
         ways += [on_disk, on_disk | inputs]
     seen = [step.fixed]
     for levers in ways if step.job.device_type == "cuda" else ():
@@ -147,7 +147,7 @@ def smaller(step: Step) -> Iterator[Levers]:
     changes: list[dict] = [{"tile_tokens": TILE_TOKENS}]
     if step.job.device_type == "cuda":  # elsewhere there is no other memory to go to
         tables = movable_tables(step)
-        if not step.tied:
+        if tables and not step.job.workload.tables_are_tied:
             changes[0] |= tables.pop(0)  # of the embeddings a few KiB a token travel
         if levers.computes_again:  # blocks that keep their activations must stay where they are
             streamed = [{"resident_blocks": levers.kept_blocks}] if levers.checkpoint_every == 1 else []
@@ -163,10 +163,8 @@ def smaller(step: Step) -> Iterator[Levers]:
 
 def movable_tables(step: Step) -> list[dict[str, bool]]:
     """Return the levers that put the embeddings and a 16-bit head into host memory; one where they are the same."""
-    embeddings, head = {"host_embeddings": True}, {"host_head": True}
-    if step.tied:
-        return [embeddings | head]
-    return [embeddings] if step.job.quant_head else [embeddings, head]
+    tables = dict.fromkeys(step.job.workload.movable_tables, True)
+    return [tables] if step.job.workload.tables_are_tied else [{name: True} for name in tables]
 
 
 def _divisions(
@@ -238,7 +236,7 @@ def single_changes(step: Step, levers: Levers) -> Iterator[Levers]:
     changes: list[dict[str, object]] = []
     if levers.computes_again:
         changes.append({"tile_tokens": None if levers.tile_tokens else TILE_TOKENS})
-        if step.job.quant != "none":
+        if step.job.workload.is_quantized:
             changes.append({"reuse_dequantized": not levers.reuse_dequantized})
     if levers.computes_again and step.job.device_type == "cuda":
         if not levers.compile and not levers.uses_disk:  # which would have to take twice as much
@@ -271,7 +269,7 @@ def _with_weights_reused(step: Step, machine: Machine, best: Candidate, limit_by
 
     It comes before whole blocks are kept: it takes the weights of one and serves all.
     """
-    if "reuse_dequantized" in step.fixed or step.job.quant == "none" or not best.levers.computes_again:
+    if "reuse_dequantized" in step.fixed or not step.job.workload.is_quantized or not best.levers.computes_again:
         return []
     reusing = build_candidate(step, machine, replace(best.levers, reuse_dequantized=True), best.packs)
     return [reusing] if reusing.fits((1 - SPARED) * limit_bytes) else []
@@ -311,7 +309,7 @@ def _with_more_on_device(step: Step, machine: Machine, best: Candidate, limit_by
     ways = [names for names in ways if not step.fixed.keys() & {*names}]
     raised = (_raised(step, machine, best, names, limit_bytes) for names in ways)
     found = [candidate for candidate in raised if candidate.levers != best.levers]
-    nearly_all = step.job.config.num_hidden_layers - FEWEST_ALIKE, None
+    nearly_all = step.job.workload.depth - FEWEST_ALIKE, None
     kept = [(candidate.levers.kept_blocks, candidate.levers.resident_blocks) for candidate in found]
     if nearly_all in kept and _may_keep_all(step):
         changes = {"checkpointing": "none", "reuse_dequantized": False, "offload_checkpoints": False}
@@ -334,7 +332,7 @@ def _with_less_to_stream(step: Step, machine: Machine, found: list[Candidate], l
 
 def _raised(step: Step, machine: Machine, best: Candidate, names: Sequence[str], limit_bytes: int) -> Candidate:
     """Return a candidate with as many last blocks kept, resident or both, by the levers' names, as fit."""
-    depth = step.job.config.num_hidden_layers
+    depth = step.job.workload.depth
     job = replace(best.prediction.job, levers=replace(best.levers, **dict.fromkeys(names, 1)))
     at = along_last_blocks(job)
     line = {0: best.prediction.simulation}

@@ -3,7 +3,7 @@
 They are plain tensors on torch's meta device: each has a shape and a storage with a size. (A ``FakeTensorMode``
 takes several times as long: 0.1 ms an operation.)
 
-Nothing here knows what a step does: it builds the model's skeleton and the real optimizer, and calls
+Nothing here knows what a step does: it has the workload build its skeleton, builds the real optimizer, and calls
 ``train.rehearsal`` below a ``Ledger`` and a ``WorkCounter``. One pass shows the steady state: the optimizer has
 its states already, and with gradient accumulation the gradients of the earlier micro-batches are there.
 
@@ -27,23 +27,16 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from qlora_lite.data.batch import Batch
-from qlora_lite.lora.inject import ALL_LINEAR, Target, add_lora, lora_parameters
 from qlora_lite.memory.ledger import Ledger, Moment
 from qlora_lite.memory.marks import category
 from qlora_lite.memory.work import Work, WorkCounter
-from qlora_lite.models.anatomy import blocks
-from qlora_lite.models.levers import Levers, place, set_levers
-from qlora_lite.models.load import uses_row_attention
-from qlora_lite.models.rows_alone import run_rows_alone, why_rows_run_alone
-from qlora_lite.models.skeleton import block_pattern, give_storage, meta_copy, shallow_config
-from qlora_lite.ops.fused_attention import PlannedAttention
+from qlora_lite.models.levers import Levers
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.ops.stream import spare_bytes
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.optim import build_optimizer
 from qlora_lite.train.rehearsal import rehearse_step, rehearse_update
-from qlora_lite.train.step import Inputs, filler_tokens, labelled_count, row_ends
+from qlora_lite.train.workload import BatchShape, Workload
 
 from .meta_results import MetaResults, NeedsValuesError
 
@@ -55,63 +48,37 @@ ALLOCATION_BYTES = {"cuda": 512, "cpu": 1}  # CUDA's caching allocator rounds up
 TYPICAL_SEQUENCES = 8  # of a pack whose rows are not known: 2,048 tokens of instructions and answers of 256
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """The rows of a micro-batch: the tokens of each, and how many tokens of all are learned."""
-
-    lengths: tuple[int, ...]
-    learned: int
-
-
-def full_pack(tokens: int, packing: bool) -> Rows:
-    """Return the rows of a pack of so many tokens, all learned, for a plan where no row is known.
+def full_pack(tokens: int, packing: bool) -> BatchShape:
+    """Return the shape of a pack of so many tokens, all learned, for a plan where no row is known.
 
     It needs as much as any of ``TYPICAL_SEQUENCES`` or fewer: what runs once for each takes its time, and one has
     nearly all tokens, since attention needs most for a long one. Each more takes up to 128 tokens' more inside of a
     card's attention (``ops.packed_attention``); a run is planned with its own rows.
     """
     others = min(TYPICAL_SEQUENCES - 1, (tokens - 1) // 2) if packing else 0
-    return Rows((tokens - others, *(1,) * others), tokens - 1)
-
-
-def rows_of(batch: Batch) -> Rows:
-    """Return the shape of a batch."""
-    return Rows(batch.row_lengths, labelled_count(batch))
+    return BatchShape((tokens - others, *(1,) * others), tokens - 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A training step to be planned: a model's configuration and everything that changes its memory.
+    """A training step to be planned: what is trained, and everything that changes its memory.
 
-    ``config`` is transformers'; ``device_type`` is that of the machine planned for, "cpu" or "cuda"; the other
-    fields have the recipe's names and meanings. ``rows`` is the largest micro-batch and ``eval_rows`` the
-    largest evaluation batch (None: there is none). ``saved_factors``: how many adapters a checkpoint
-    holds that is written beside the step (2 with that which was best by evaluation), 0 where none is.
-    ``longest`` is the longest row that there may be; ``rows_alone`` says that rows are known to run one by one.
+    ``device_type`` is that of the machine planned for, "cpu" or "cuda"; the other fields have the recipe's names and
+    meanings. ``shape`` is that of the largest micro-batch and ``eval_shape`` that of the largest evaluation batch, None
+    without one. ``saved_adapters``: how many adapters a checkpoint holds that is written beside the step (2 with that
+    which was best by evaluation), 0 where none is.
     """
 
-    config: object
-    rows: Rows
-    eval_rows: Rows | None
+    workload: Workload
+    shape: BatchShape
+    eval_shape: BatchShape | None
     device_type: str = "cpu"
-    quant: str = "nf4"
-    double_quant: bool = True
-    quant_head: bool = False
-    compute_dtype: torch.dtype = torch.bfloat16
-    targets: tuple[Target, ...] = (Target(ALL_LINEAR),)
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    rslora: bool = False
-    factor_dtype: torch.dtype = torch.bfloat16
     optimizer: str = "adamw_8bit"
     stochastic_rounding: bool = True
     max_grad_norm: float = 1.0
     accumulating: bool = False
     deterministic: bool = False
-    saved_factors: int = 0
-    longest: int = 0
-    rows_alone: bool = False
+    saved_adapters: int = 0
     levers: Levers = field(default_factory=Levers)
 
 
@@ -127,7 +94,7 @@ class Simulation:
     frozen_bytes: int = 0  # the model without the adapter, wherever it lies
     measured_because: str = ""  # the operator that cannot run without values, where real tensors were measured
     streamed_sizes: tuple[int, ...] = ()  # bytes of the first streamed blocks, of each kind at least one
-    factor_shapes: tuple[torch.Size, ...] = ()
+    trained: tuple[tuple[torch.Size, torch.dtype], ...] = ()  # shape and type of each parameter
 
     def peak(self, name: str | None = None) -> Moment:
         """Return the highest moment of a phase, or of all."""
@@ -169,7 +136,7 @@ def simulate(job: Job) -> Simulation:
 
 def _repeating(job: Job) -> Simulation:
     """Simulate a model whose blocks all run in the same way, or in a few ways in turn."""
-    depth, (unlike, pattern) = job.config.num_hidden_layers, _pattern(job)
+    depth, (unlike, pattern) = job.workload.depth, _pattern(job)
     front = unlike + _front(job) * pattern
     shallow, deeper = front + pattern, front + 2 * pattern
     if depth <= deeper:
@@ -182,10 +149,10 @@ def _repeating(job: Job) -> Simulation:
 
 def _pattern(job: Job) -> tuple[int, int]:
     """Return how many of the first blocks run in ways of their own, and after how many the others repeat."""
-    unlike, pattern = block_pattern(job.config, job.targets)
+    unlike, pattern = job.workload.pattern()
     if job.levers.computes_again:  # in stretches that are counted from the last block
         pattern = lcm(pattern, job.levers.checkpoint_every)
-        unlike += (job.config.num_hidden_layers - unlike) % pattern
+        unlike += (job.workload.depth - unlike) % pattern
     return unlike, pattern
 
 
@@ -200,7 +167,7 @@ def _front(job: Job) -> int:
 
 def _last_blocks(job: Job) -> int | None:
     """Return how many of the last blocks run differently from those before; None if there are three kinds."""
-    levers, depth = job.levers, job.config.num_hidden_layers
+    levers, depth = job.levers, job.workload.depth
     kept = min(levers.kept_blocks, depth) if levers.computes_again else 0
     resident = 0 if levers.resident_blocks is None else min(levers.resident_blocks, depth)
     if kept and resident and kept != resident:
@@ -213,7 +180,7 @@ def along_last_blocks(job: Job) -> Callable[[int], Simulation]:
 
     It grows in a straight line with the blocks of either kind: three small models show both slopes.
     """
-    depth, (unlike, pattern) = job.config.num_hidden_layers, _pattern(job)
+    depth, (unlike, pattern) = job.workload.depth, _pattern(job)
 
     def with_last(count: int, layers: int) -> Job:
         levers = job.levers
@@ -252,7 +219,7 @@ def _as_allocated(job: Job, simulation: Simulation) -> Simulation:
 
     They are shared between blocks, so that it does not grow in a straight line.
     """
-    streamed, sizes = job.levers.streamed_of(job.config.num_hidden_layers), simulation.streamed_sizes
+    streamed, sizes = job.levers.streamed_of(job.workload.depth), simulation.streamed_sizes
     if not streamed or job.levers.stream_from_disk or job.device_type != "cuda":
         return simulation
     unlike, pattern = _pattern(job)
@@ -270,34 +237,35 @@ def _on_meta(job: Job, timeline: bool = False) -> Simulation | tuple[Simulation,
     try:
         return _run(job, META, timeline)
     except NeedsValuesError as error:
-        _say_measured(job.config.model_type, str(error))
+        _say_measured(job.workload.name, str(error))
         return _run(job, CPU, timeline, str(error))
 
 
 @cache
-def _say_measured(model_type: str, why: str) -> None:
+def _say_measured(name: str, why: str) -> None:
     """Say it once, and not for each candidate."""
     log.warning("plan: of this %s, steps are measured on the processor with real tensors, which takes their memory and "
-                "minutes for a large model, since %s", model_type, why)  # fmt: skip
+                "minutes for a large model, since %s", name, why)  # fmt: skip
 
 
 def _run(job: Job, device: torch.device, timeline: bool, measured_because: str = ""):
+    workload = job.workload.with_options(job.levers)
     with planning_for(job.device_type):
-        model = _model(job, device)
-    parameters = [parameter for _, parameter in lora_parameters(model)]
+        model = workload.planned_model(device, _as_counted(job), job.shape)
+    parameters = [parameter for _, parameter in workload.method.parameters(model)]
     optimizer = _optimizer(job, parameters)
-    remember = remembered if uses_row_attention(model) else with_values
+    remember = with_values if workload.needs_values(model) else remembered
     counter, run = WorkCounter(), {"run": remember} if device == META else {}
     ledger = PlanLedger(timeline, ALLOCATION_BYTES[job.device_type], counter, **run)
     with planning_for(job.device_type, job.deterministic), ledger:
-        for tensor, name, _ in categorised(model):
+        for tensor, name, _ in categorised(workload, model):
             ledger.claim([tensor], name)
         in_files = ledger.now().breakdown.get("on disk", 0)  # the weights themselves
         ledger.watch(model)
-        eval_inputs = _inputs(job.eval_rows, device) if job.eval_rows else None
+        eval_inputs = workload.planned_inputs(job.eval_shape, device) if job.eval_shape else None
         rehearse_step(
-            model, parameters, optimizer, _inputs(job.rows, device), eval_inputs, job.max_grad_norm,
-            job.levers.loss_chunk_tokens, job.accumulating, job.levers.optimizer_in_backward,
+            workload, model, parameters, optimizer, workload.planned_inputs(job.shape, device), eval_inputs,
+            job.max_grad_norm, job.accumulating, job.levers.optimizer_in_backward,
         )  # fmt: skip
         resident, moments = ledger.now(), list(ledger.timeline or ())  # what follows is only the model's end
     frozen = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad)
@@ -306,25 +274,15 @@ def _run(job: Job, device: torch.device, timeline: bool, measured_because: str =
         dict(ledger.peaks), resident, work, ledger.offloaded_peak_bytes,
         ledger.disk_peak_bytes - in_files, frozen,
         measured_because, tuple(model.block_stream.sizes) if hasattr(model, "block_stream") else (),
-        tuple(parameter.shape for parameter in parameters),
+        tuple((parameter.shape, parameter.dtype) for parameter in parameters),
     )  # fmt: skip
     return (simulation, moments) if timeline else simulation
 
 
-def _model(job: Job, device: torch.device) -> nn.Module:
-    model = meta_copy(job.config, job.quant, job.double_quant, job.compute_dtype, job.quant_head)
-    if device != META:
-        give_storage(model, device)
-    add_lora(model, job.targets, job.rank, job.alpha, job.dropout, job.rslora, job.factor_dtype)
-    place(model, device, job.levers)
-    if job.rows_alone or why_rows_run_alone(model, max(job.longest, *job.rows.lengths)):
-        run_rows_alone(model)
-    is_plain = job.levers.compile or job.deterministic  # compiled blocks are counted as plain ones
-    set_levers(model, replace(job.levers, compile=False, kernels="plain" if is_plain else job.levers.kernels))
-    if device == META and not uses_row_attention(model):
-        for part in (part for block in blocks(model) for part in block.children()):
-            PlannedAttention().during(part)  # hooks of a block itself are not called where it runs again
-    return model
+def _as_counted(job: Job) -> Levers:
+    """Return the memory options as a plan runs them: compiled blocks are counted as plain ones."""
+    is_plain = job.levers.compile or job.deterministic
+    return replace(job.levers, compile=False, kernels="plain" if is_plain else job.levers.kernels)
 
 
 def _optimizer(job: Job, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
@@ -332,17 +290,8 @@ def _optimizer(job: Job, parameters: Sequence[nn.Parameter]) -> torch.optim.Opti
         return build_optimizer(parameters, job.optimizer, 0.0, 0.0, job.stochastic_rounding)
 
 
-def _inputs(rows: Rows, device: torch.device) -> Inputs:
-    tokens = sum(rows.lengths) + filler_tokens(rows.lengths, device)
-    shapes = (1, tokens), (rows.learned,), (rows.learned,)
-    ids, learned, targets = (torch.zeros(shape, dtype=torch.int64, device=device) for shape in shapes)
-    counted = (*rows.lengths, tokens - sum(rows.lengths))
-    positions = torch.cat([torch.arange(length, device=device) for length in counted])[None]
-    return Inputs(ids, positions, rows.lengths, learned, targets, row_ends(rows.lengths, device))
-
-
 def _at_depth(job: Job, layers: int) -> Job:
-    return replace(job, config=shallow_config(job.config, layers))
+    return replace(job, workload=job.workload.at_depth(layers))
 
 
 _ELSEWHERE = attrgetter("offloaded_bytes", "folder_bytes", "frozen_bytes")
@@ -383,7 +332,7 @@ def _continued(job: Job, base: _Ends, slopes: Sequence[tuple[_Ends, int]], last:
 
     An update of all factors is run as it is, since of many factors it has some at a time.
     """
-    depth = job.config.num_hidden_layers
+    depth = job.workload.depth
 
     def line(values: Callable[[_Ends], Sequence[int]]) -> tuple[int, ...]:
         start = values(base)
@@ -396,10 +345,10 @@ def _continued(job: Job, base: _Ends, slopes: Sequence[tuple[_Ends, int]], last:
             name, module, place = key
             module = module.replace("#", str(_number(place, depth, last)), 1)
             moments[name, module] = Moment(name, module, line(lambda ends, key=key: ends.moments[key].bytes))
-    shapes = base.simulation.factor_shapes
-    shapes += sum((other.simulation.factor_shapes[len(shapes) :] * steps for other, steps in slopes), ())
+    trained = base.simulation.trained
+    trained += sum((other.simulation.trained[len(trained) :] * steps for other, steps in slopes), ())
     if not job.levers.optimizer_in_backward:
-        updated = _update(replace(job, config=None, rows=None, eval_rows=None, levers=Levers()), shapes)
+        updated = _update(replace(job, workload=None, shape=None, eval_shape=None, levers=Levers()), trained)
         for key, moment in moments.items():
             if moment.phase == "optimizer":
                 moments[key] = moment.with_category("optimizer", updated.breakdown["optimizer"])
@@ -408,14 +357,14 @@ def _continued(job: Job, base: _Ends, slopes: Sequence[tuple[_Ends, int]], last:
         moments, Moment(resident.phase, "", line(lambda ends: ends.simulation.resident.bytes)),
         Work(*line(lambda ends: ends.simulation.work)),
         *line(lambda ends: _ELSEWHERE(ends.simulation)),
-        base.simulation.measured_because, base.simulation.streamed_sizes, shapes,
+        base.simulation.measured_because, base.simulation.streamed_sizes, trained,
     )  # fmt: skip
 
 
 @lru_cache(_KNOWN_UPDATES)
-def _update(job: Job, shapes: tuple[torch.Size, ...]) -> Moment:
-    """Return the highest moment of an update of factors of such shapes, where nothing else lies in memory."""
-    parameters = [nn.Parameter(torch.empty(shape, dtype=job.factor_dtype, device=META)) for shape in shapes]
+def _update(job: Job, trained: tuple[tuple[torch.Size, torch.dtype], ...]) -> Moment:
+    """Return the highest moment of an update of such parameters, where nothing else lies in memory."""
+    parameters = [nn.Parameter(torch.empty(shape, dtype=dtype, device=META)) for shape, dtype in trained]
     optimizer = _optimizer(job, parameters)
     ledger = PlanLedger(allocation_bytes=ALLOCATION_BYTES[job.device_type], run=remembered)
     with planning_for(job.device_type, job.deterministic), ledger:

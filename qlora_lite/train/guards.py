@@ -1,262 +1,25 @@
-"""Checks that stop a run which would end well and mean nothing.
+"""Checks that stop a run which would end well and mean nothing, whatever is trained.
 
-Before training: a few short rows packed together, and the chunked head, must give the logits that the model itself
-gives for each row alone. After the first step that can show it: every wrapped layer took part. At the end: the frozen
-weights are the ones that were loaded. At a loss that is not finite: which rows, which module.
+At the end: the frozen weights are the ones that were loaded. At a loss that is not finite: which examples, which
+module. (The adapter method says whether every layer took part; ``text_guards`` are those of a language model.)
 """
 
 import hashlib
-import logging
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from qlora_lite.compilers import missing_for_compile
-from qlora_lite.data.batch import IGNORED_LABEL, Batch
-from qlora_lite.data.stored import Example, largest_token, row_lengths
-from qlora_lite.errors import DataError, ModelError, TrainingError
-from qlora_lite.lora.inject import lora_layers, lora_parameters
-from qlora_lite.lora.layer import LoraLinear
-from qlora_lite.models.anatomy import device_of, head, position_limit
-from qlora_lite.models.experts import packs_experts
-from qlora_lite.models.levers import Levers
-from qlora_lite.models.load import use_row_attention, uses_row_attention
-from qlora_lite.models.rows_alone import rows_run_alone, run_rows_alone, use_own_attention, why_rows_run_alone
-from qlora_lite.ops.loss import head_logits
+from qlora_lite.errors import TrainingError
 from qlora_lite.quant.tensor_file import bit_sums
-from qlora_lite.together import UPDATES_IN_FLOAT16, WITH_COMPILE, WITH_UPDATES_IN_BACKWARD
 
-from .settings import TrainSettings
-from .step import hidden_states, prepare, summed_loss
+from .workload import Workload
 
-log = logging.getLogger("qlora_lite")
 FLOAT16_ENDS = "float16 ends at 65,504: set model.compute_dtype to float32"
-BAD_FILES = "the model's files are damaged, or it was trained or merged badly: take another copy of it"
-
-# Relative L2 error of logits that rounding alone explains: measured 2.5e-7 to 4.2e-7 (float32) and 0.2 to 0.6 %
-# (bf16) over the 13 architectures of the tests. A head scaled 1.1 times gives 10 %, rows that see each other 109 %.
-LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
-
-
-def check_forward(model: nn.Module, longest: int = 0) -> float:
-    """Compare packed rows and the chunked head with the model's own logits, row by row with its own attention.
-
-    A model in which rows end to end see each other is switched to running them one by one, which is exact, with one
-    logged line because packing then saves no time: where the model says so (``models.rows_alone``), or the comparison
-    shows it (distances counted over the whole sequence: Bloom, MPT). Where ours leaves something out, it goes back to
-    the attention that transformers has for it.
-
-    Args:
-        longest: tokens of the longest row that there may be; the comparison is of short ones.
-
-    Returns:
-        The relative L2 error.
-
-    Raises:
-        ModelError: the difference is more than rounding, or weights are not finite or too large to compute with.
-    """
-    _check_embeddings_finite(model)
-    if not rows_run_alone(model) and (why := why_rows_run_alone(model, longest)):
-        run_rows_alone(model)
-        log.warning("%s: each row is run by itself, since %s", type(model).__name__, why)
-    tolerance = LOGITS_TOLERANCE[model.dtype]
-    error = _logits_error(model)
-    together = error
-    for change, why in (
-        (run_rows_alone, "rows laid end to end see each other"),
-        (use_own_attention, "attention over rows leaves something out, and transformers' own takes its place"),
-    ):
-        if not error <= tolerance:
-            change(model)
-            error = _logits_error(model)
-            if error <= tolerance:
-                log.warning("%s: %s (relative error %.1e), so each row is run by itself: exact, but packing saves no "
-                            "time", type(model).__name__, why, together)  # fmt: skip
-    if not error <= tolerance:
-        raise ModelError(
-            f"{type(model).__name__}: rows trained here give other logits than the model itself gives "
-            f"(relative error {error:.1e}). Its attention or its head does something this package does "
-            "not know; it cannot be trained exactly"
-        )
-    return error
-
-
-@torch.no_grad()
-def _logits_error(model: nn.Module) -> float:
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    lengths = (7, 12, 5)
-    rows = [torch.randint(0, vocabulary, (1, length), generator=generator) for length in lengths]
-    positions = [torch.arange(length)[None] for length in lengths]
-    ids, position_ids = torch.cat(rows, dim=1), torch.cat(positions, dim=1)
-    batch = Batch(ids, position_ids, torch.full((ids.shape[1],), IGNORED_LABEL), lengths, ("",) * len(lengths))
-    was_training = model.training
-    model.eval()
-    packed = head_logits(hidden_states(model, prepare(batch, device_of(model))), head(model))
-    with _own_attention(model):
-        alone = torch.cat(
-            [model(input_ids=row.to(device_of(model)), use_cache=False).logits[0] for row in rows]
-        ).float()
-    model.train(was_training)
-    size = alone.norm()
-    if not math.isfinite(size.item()):
-        raise ModelError(f"{type(model).__name__}: its own logits are not finite: {_bad_weight(model)}; {_cure(model)}")
-    return ((packed - alone).norm() / size).item()
-
-
-def _bad_weight(model: nn.Module) -> str:
-    """Name a weight that is not finite, or else the one with the largest number."""
-    sizes = {name: _largest(tensor) for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
-    name = next((name for name, size in sizes.items() if not math.isfinite(size)), None)
-    if name:
-        return f"{name} holds NaN or infinity"
-    name = max(sizes, key=sizes.get)
-    return f"weights are too large, most of all {name} with {sizes[name]:.1e}"
-
-
-def _cure(model: nn.Module) -> str:
-    return FLOAT16_ENDS if model.dtype == torch.float16 else BAD_FILES
-
-
-def _largest(tensor: torch.Tensor) -> float:
-    """Return the largest magnitude in a tensor, NaN if it holds one, without a copy of it."""
-    return torch.linalg.vector_norm(tensor.detach(), math.inf).item() if tensor.numel() else 0.0
-
-
-def _check_embeddings_finite(model: nn.Module) -> None:
-    """Check that no token's embedding is NaN or infinite, also of tokens that no row has; linear weights are checked
-    when they are quantised.
-
-    Raises:
-        ModelError: naming the first token.
-    """
-    weight = model.get_input_embeddings().weight.detach()
-    if math.isfinite(_largest(weight)):
-        return
-    token = next(token for token, row in enumerate(weight) if not row.isfinite().all())
-    raise ModelError(f"{type(model).__name__}: the embedding of token {token} is not finite; {_cure(model)}")
-
-
-@contextmanager
-def _own_attention(model: nn.Module) -> Iterator[None]:
-    """Attend as transformers writes it out for this model, and not row by row."""
-    if not uses_row_attention(model):
-        yield
-        return
-    # scores that are written out are not scaled yet, and those of Qwen2 exceed float16
-    fused = model.dtype == torch.float16 and model._supports_sdpa
-    capped = getattr(model.config, "attn_logit_softcapping", None)  # which only the other leaves in
-    model.set_attn_implementation("sdpa" if fused and not capped else "eager")
-    try:
-        yield
-    finally:
-        use_row_attention(model)
-
-
-def can_reach_every_layer(rows: Iterable[Example]) -> bool:
-    """Tell whether a step of these rows can give every wrapped layer a gradient.
-
-    The first learned token that can has two before it: where a token sees only itself, queries and keys change nothing.
-    """
-    return any(row.learned[2:].any() for row in rows)
-
-
-def check_adapters_took_part(model: nn.Module, norms: Sequence[float]) -> None:
-    """Check after the first backward that can show it (``can_reach_every_layer``) that gradient reached every layer.
-
-    New factors begin with B at zero, so A's first gradient is zero by construction and B's is the one to look at.
-
-    Args:
-        norms: of the gradients of ``lora_parameters(model)``, in their order.
-
-    Raises:
-        TrainingError: naming the layers that got none.
-    """
-    norm_of = {id(p): norm for (_, p), norm in zip(lora_parameters(model), norms, strict=True)}
-    idle = [name for name, layer in lora_layers(model) if not norm_of[id(layer.lora_B)]]
-    if idle:
-        raise TrainingError(
-            f"{len(idle)} of the wrapped layers got no gradient, first {idle[0]}; leave them out of lora.targets"
-        )
-
-
-def check_updates_in_backward(model: nn.Module, settings: TrainSettings) -> None:
-    """Check that one backward pass is a whole step, where it updates the factors.
-
-    Raises:
-        TrainingError: naming what would need the gradients of a whole step, or several passes.
-    """
-    if not settings.levers.optimizer_in_backward:
-        return
-    given = {name: getattr(settings, name) for name in WITH_UPDATES_IN_BACKWARD}
-    found = [f"train.{name} {given[name]} (set it to {only})" for name, only in WITH_UPDATES_IN_BACKWARD.items()
-             if given[name] != only]  # fmt: skip
-    if rows_run_alone(model):
-        found.append("this model, whose rows run one by one (set memory.optimizer_in_backward to false)")
-    if model.dtype == torch.float16:
-        found.append(f"a model in float16 ({UPDATES_IN_FLOAT16})")
-    if found:
-        raise TrainingError(f"memory.optimizer_in_backward is incompatible with: {'; '.join(found)}")
-
-
-def check_compilable(model: nn.Module, levers: Levers) -> None:
-    """Check that the blocks can be compiled, where they are to be.
-
-    Raises:
-        TrainingError: naming what stands in the way.
-    """
-    if not levers.compile:
-        return
-    hindrances = {
-        "rows that run one by one": rows_run_alone(model),
-        "attention other than this package's": not uses_row_attention(model),
-        "memory.checkpointing selective": levers.checkpointing == "selective",
-        "dropout": any(map(_drops, model.modules())),
-        "experts in 4 bit": packs_experts(model),
-        **{f"memory.{name}": levers.settings[name] != only for name, only in WITH_COMPILE.items()},
-    }
-    found = [reason for reason, applies in hindrances.items() if applies]
-    if found:
-        raise TrainingError(f"set train.compile to false: it is incompatible with {', '.join(found)}")
-    if missing := missing_for_compile(device_of(model).type):
-        raise TrainingError(f"train.compile needs {missing}: install it, or set train.compile to false")
-
-
-def _drops(module: nn.Module) -> bool:
-    """Tell whether a module zeroes values at random, by a layer or by a rate that it hands to a function."""
-    rates = [value for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
-    return any(rates) or (isinstance(module, nn.Dropout) and module.p > 0)
-
-
-def check_embeddings(model: nn.Module, examples: Sequence[Example]) -> None:
-    """Check that the model has an embedding for every token of the rows, and for every position.
-
-    Raises:
-        DataError: it lacks one, which a card would answer with an assertion of its own.
-    """
-    limit = position_limit(model)
-    if limit is not None and (longest := max(row_lengths(examples), default=0)) > limit:
-        where = examples[row_lengths(examples).index(longest)].where
-        raise DataError(
-            f"{where}: the row has {longest} tokens, and the model has embeddings of {limit} positions; set "
-            f"data.max_tokens to {limit}, and data.overflow to what becomes of longer rows"
-        )
-    words = model.get_input_embeddings().weight.shape[0]
-    if largest_token(examples) < words:
-        return
-    for example in examples:  # rows that a weight leaves out are among those looked at above, and none of these
-        if (token := int(example.token_ids.max(initial=-1))) >= words:
-            raise DataError(
-                f"{example.where}: there is no embedding for token {token}, the model has {words}; use the tokenizer "
-                "that came with the model, or a model that was given embeddings for the tokens added"
-            )
 
 
 def check_trainable(model: nn.Module, announced: int) -> None:
-    """Check that exactly the LoRA factors are trainable.
+    """Check that exactly what the adapter method says is trainable.
 
     Raises:
         TrainingError: another number of weights requires gradients.
@@ -272,9 +35,8 @@ def frozen_checksum(model: nn.Module) -> str:
     Not of tables that are made from the configuration: a forward pass may change those (rotary frequencies that
     follow the longest row).
     """
-    factors = {id(parameter) for _, parameter in lora_parameters(model)}
     weights = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}  # shared ones once
-    tensors = [tensor for number, tensor in weights.items() if number not in factors and tensor.numel()]
+    tensors = [tensor for tensor in weights.values() if not tensor.requires_grad and tensor.numel()]
     sums = [f"{tuple(tensor.shape)} {bit_sums(tensor)}" for tensor in tensors]
     return hashlib.sha256(" ".join(sums).encode()).hexdigest()
 
@@ -289,26 +51,31 @@ def check_frozen(model: nn.Module, checksum: str) -> None:
         raise TrainingError("a frozen weight changed during training; the adapter does not belong to the base model")
 
 
-def explain_not_finite(model: nn.Module, batches: list[Batch], step: int, updated: bool = False) -> TrainingError:
+def explain_not_finite(
+    workload: Workload, model: nn.Module, groups: Sequence[Sequence], step: int, updated: bool = False
+) -> TrainingError:  # fmt: skip
     """Run the step's forward again with every module watched, and say where the first bad value stood.
 
     Args:
-        updated: some factors have been changed by the step already.
+        groups: the examples of each micro-batch.
+        updated: some parameters have been changed by the step already.
     """
-    bad_factors = [name for name, p in lora_parameters(model) if not p.isfinite().all()]
-    for batch in batches:
-        place = f"the LoRA factor {bad_factors[0]}" if bad_factors else _first_bad_place(model, batch)
+    trained = list(workload.method.parameters(model))
+    bad_weights = [name for name, p in trained if not p.isfinite().all()]
+    for examples in groups:
+        place = f"the adapter weight {bad_weights[0]}" if bad_weights else _first_bad_place(workload, model, examples)
         if place:
             break
     else:
-        bad = [name for name, p in lora_parameters(model) if p.grad is not None and not p.grad.isfinite().all()]
-        batch, place = batches[0], f"the gradient of {bad[0]}" if bad else "the norm of the gradients"
-    rows = ", ".join(batch.where[:4]) + (f" and {len(batch.where) - 4} more" if len(batch.where) > 4 else "")
+        bad = [name for name, p in trained if p.grad is not None and not p.grad.isfinite().all()]
+        examples, place = groups[0], f"the gradient of {bad[0]}" if bad else "the norm of the gradients"
+    where = workload.places(examples)
+    rows = ", ".join(where[:4]) + (f" and {len(where) - 4} more" if len(where) > 4 else "")
     weights = (
         "the backward pass has changed weights already: go on from the last checkpoint with train --resume" if updated
         else "the weights were left as they were before this step"
     )  # fmt: skip
-    cures = f"{FLOAT16_ENDS}, lower" if model.dtype == torch.float16 else "Lower"
+    cures = f"{FLOAT16_ENDS}, lower" if workload.needs_loss_scale(model) else "Lower"
     return TrainingError(
         f"step {step}: {place} is not finite (rows {rows}); {weights}. "
         f"{cures} train.learning_rate, or look at these rows"
@@ -316,7 +83,7 @@ def explain_not_finite(model: nn.Module, batches: list[Batch], step: int, update
 
 
 @torch.no_grad()
-def _first_bad_place(model: nn.Module, batch: Batch) -> str | None:
+def _first_bad_place(workload: Workload, model: nn.Module, examples: Sequence) -> str | None:
     """Name the first module whose output is not finite, or the loss where all modules are well."""
     bad: list[str] = []
 
@@ -328,10 +95,12 @@ def _first_bad_place(model: nn.Module, batch: Batch) -> str | None:
 
         return hook
 
-    watched = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLinear) or not any(m.children())]
-    handles = [module.register_forward_hook(watch(name)) for name, module in watched]
+    def is_watched(module: nn.Module) -> bool:
+        return not any(module.children()) or any(p.requires_grad for p in module.parameters(recurse=False))
+
+    handles = [m.register_forward_hook(watch(name)) for name, m in model.named_modules() if is_watched(m)]
     try:
-        loss = summed_loss(model, prepare(batch, device_of(model)))
+        loss = workload.loss(model, workload.inputs(workload.collate(examples), workload.device(model))).sum
     finally:
         for handle in handles:
             handle.remove()

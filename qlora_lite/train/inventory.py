@@ -7,11 +7,12 @@ from math import prod
 import torch
 from torch import nn
 
-from qlora_lite.lora.inject import lora_parameters
 from qlora_lite.models.anatomy import text_config
 from qlora_lite.models.levers import on_disk, on_host
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.packed import PackedWeight
+
+from .workload import Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +26,11 @@ class Entry:
     why: str
 
 
-def inventory(model: nn.Module) -> list[Entry]:
+def inventory(workload: Workload, model: nn.Module) -> list[Entry]:
     """Return the model's parameters and buffers by group, type and device, each storage counted once."""
     groups: dict[tuple[str, str, str, str], int] = {}
     seen: set[int] = set()
-    for tensor, group, why in categorised(model):
+    for tensor, group, why in categorised(workload, model):
         storage = tensor.untyped_storage()
         if storage._cdata in seen:
             continue
@@ -39,10 +40,9 @@ def inventory(model: nn.Module) -> list[Entry]:
     return sorted((Entry(g, t, d, size, why) for (g, t, d, why), size in groups.items()), key=lambda e: -e.bytes)
 
 
-def categorised(model: nn.Module) -> Iterator[tuple[torch.Tensor, str, str]]:
+def categorised(workload: Workload, model: nn.Module) -> Iterator[tuple[torch.Tensor, str, str]]:
     """Yield every parameter and buffer with its category (see ``memory.ledger``) and why it is there in this type."""
-    factors = {id(parameter) for _, parameter in lora_parameters(model)}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = workload.tables(model)
     for module in model.modules():
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if on_disk(model, tensor):
@@ -50,7 +50,7 @@ def categorised(model: nn.Module) -> Iterator[tuple[torch.Tensor, str, str]]:
             elif on_host(model, module, tensor):
                 yield tensor, "offloaded", "in host memory; travels to the device when it is needed"
             else:
-                yield (tensor, *_category(module, name, tensor, factors, embedding, head))
+                yield (tensor, *_category(module, name, tensor, embedding, head))
     if stream := getattr(model, "block_stream", None):
         for slot in stream.slots:
             yield slot, "base weights", "room for a streamed block"
@@ -58,8 +58,8 @@ def categorised(model: nn.Module) -> Iterator[tuple[torch.Tensor, str, str]]:
             yield buffer, "offloaded", "room for a streamed block that is read from the disk"
 
 
-def _category(module, name, tensor, factors, embedding, head) -> tuple[str, str]:
-    if id(tensor) in factors:
+def _category(module, name, tensor, embedding, head) -> tuple[str, str]:
+    if tensor.requires_grad:
         return "adapter", "trained; the gradient has the same size and type"
     if module is head and isinstance(module, QuantLinear):
         return "head", f"{module.quant_type}, because of model.quant_head"
@@ -79,8 +79,7 @@ def _category(module, name, tensor, factors, embedding, head) -> tuple[str, str]
 
 def total_parameters(model: nn.Module) -> int:
     """Return the number of weights of the model without the adapter, 4-bit ones counted whole."""
-    factors = {id(parameter) for _, parameter in lora_parameters(model)}
-    plain = sum(p.numel() for p in model.parameters() if id(p) not in factors)
+    plain = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     copy = model.get_output_embeddings() if text_config(model).tie_word_embeddings else None
     packed = [m for m in model.modules() if isinstance(m, PackedWeight) and m is not copy]
     return plain + sum(prod(m.shape) for m in packed)

@@ -23,8 +23,8 @@ from qlora_lite.ops.norm import LeanNorm, exact_norm, lean_norms
 from qlora_lite.ops.packed_attention import FORWARD, packed_attention, sequence_ends
 from qlora_lite.ops.trial import Trial, choose, foreign_errors, timed
 
+from .forward import Inputs, hidden_states
 from .out_of_memory import is_out_of_memory
-from .step import Inputs, hidden_states
 
 log = logging.getLogger("qlora_lite")
 

@@ -12,66 +12,41 @@ import logging
 import math
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-from qlora_lite.data.batch import Batch, collate, enlarged, extent_of, plan_epoch
-from qlora_lite.data.stored import Example, Examples, learned_counts, row_lengths
+from qlora_lite.data.batch import extent_of, plan_epoch
 from qlora_lite.data.stream import stream_batches
-from qlora_lite.errors import DataError, ModelError, TrainingError
-from qlora_lite.lora.inject import lora_layers, lora_parameters, require_model
-from qlora_lite.lora.shared import forget_begun
+from qlora_lite.errors import TrainingError
 from qlora_lite.memory.meter import PeakMeter
-from qlora_lite.models.anatomy import device_of, head
-from qlora_lite.models.kernels import use_kernels
-from qlora_lite.models.levers import set_levers
-from qlora_lite.ops.fused_loss import candidates, choose_loss
-from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS
 from qlora_lite.quant.product import float32_partial_sums
 from qlora_lite.quant.tensor_file import bit_sums
 
+from .causal_lm import CausalLM
 from .epochs import Epochs
 from .generators import generator_states, restore_generators
-from .guards import (
-    can_reach_every_layer,
-    check_adapters_took_part,
-    check_compilable,
-    check_embeddings,
-    check_forward,
-    check_trainable,
-    check_updates_in_backward,
-    explain_not_finite,
-)
-from .kernels import check_kernels, choose_kernels
+from .guards import check_trainable, explain_not_finite
 from .loss_scale import LossScale
 from .optim import build_optimizer
 from .out_of_memory import cut, first_line, free_cached_memory, is_out_of_memory, lower_limit, no_retry
 from .rehearsal import rehearse_step
 from .schedule import lr_factor
 from .settings import TrainSettings
-from .step import (
-    Evaluation,
-    StepResult,
-    evaluate_loss,
-    hidden_states,
-    prepare,
-    train_step,
-    train_step_in_backward,
-)
+from .step import Evaluation, StepResult, evaluate_loss, train_step, train_step_in_backward
+from .workload import Workload
 
 log = logging.getLogger("qlora_lite")
 T = TypeVar("T")
-CHECKED_TILE_TOKENS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """One line of ``metrics.jsonl``; ``seconds`` is the step's, ``peak_bytes`` the run's so far."""
+    """A step's numbers; ``seconds`` is the step's, ``peak_bytes`` the run's so far, ``metrics`` the objective's own."""
 
     step: int
     loss: float
@@ -82,16 +57,24 @@ class StepMetrics:
     tokens_per_second: float
     peak_bytes: int
     seconds: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def line(self) -> dict[str, float]:
+        """What stands in ``metrics.jsonl``."""
+        values = asdict(self)
+        return values | values.pop("metrics")
 
 
 class Trainer:
-    """Train the LoRA factors of a model on examples, one optimizer step per iteration.
+    """Train what an adapter method added to a model on examples, one optimizer step per iteration.
 
     Args:
-        model: a frozen model with LoRA layers.
-        examples: tokenised rows; with a stream, rows as large as any that it can give.
+        model: a frozen model, adapted: with LoRA layers, if no workload says otherwise.
+        examples: the workload's, such as tokenised rows; with a stream, rows as large as any that it can give.
         settings: see ``TrainSettings``; a stream needs ``max_steps``.
         stream: gives the rows of an epoch each time it is iterated, to be used in place of ``examples``.
+        workload: what is trained; None is a causal language model with LoRA.
 
     Raises:
         DataError: the model has no embedding for a token, or the examples are none.
@@ -102,14 +85,20 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        examples: Sequence[Example],
+        examples: Sequence,
         settings: TrainSettings,
-        stream: Iterable[Example] | None = None,
+        stream: Iterable | None = None,
+        workload: Workload | None = None,
     ):
-        _check_arguments(model, examples, settings)
+        if not isinstance(settings, TrainSettings):
+            raise TrainingError(f"settings is {type(settings).__name__}; give qlora_lite.train_settings(RECIPE)")
+        workload = workload or CausalLM()
+        workload.check_arguments(model, examples)
+        self.workload = workload.with_options(settings.levers)
         self.model, self.examples, self.settings, self.stream = model, examples, settings, stream
-        self.epochs = Epochs(row_lengths(examples), learned_counts(examples), settings)
-        self.parameters = [parameter for _, parameter in lora_parameters(model)]
+        self.epochs = Epochs(workload.lengths(examples), workload.target_counts(examples), settings)
+        self.names, self.parameters = map(list, zip(*workload.method.parameters(model), strict=True))
+        self.device = workload.device(model)
         self.optimizer = build_optimizer(
             self.parameters, settings.optimizer, settings.learning_rate, settings.weight_decay,
             settings.stochastic_rounding,
@@ -121,41 +110,34 @@ class Trainer:
         self.took_part = False  # every wrapped layer, which a step has shown
         self._has_retried = False  # the allocator, which has been said
         self._is_still = False  # its gradients are zero, which has been said
-        self.fused_loss: str | None = None  # in place of the chunked one; see ``choose_loss``
-        self.loss_scale = LossScale() if model.dtype == torch.float16 else None
+        self.loss_scale = LossScale() if workload.needs_loss_scale(model) else None
         self.most_tokens: int | None = None  # at once through the model, since memory ran out with more
-        check_embeddings(model, examples)
+        workload.check_examples(model, examples)
         check_trainable(model, sum(parameter.numel() for parameter in self.parameters))
-        tiny_tiles = settings.levers.tile_tokens and CHECKED_TILE_TOKENS  # so that the check's few tokens are cut
-        plain = replace(settings.levers, kernels="plain")  # until ``choose_kernels`` has tried others
-        set_levers(model, replace(plain, tile_tokens=tiny_tiles))
-        check_forward(model, settings.max_tokens)
-        set_levers(model, plain)
-        check_updates_in_backward(model, settings)
-        check_compilable(model, settings.levers)
-        self.meter = PeakMeter(device_of(model))
+        workload.check_model(model, settings)
+        self.meter = PeakMeter(self.device)
         weakref.finalize(self, self.meter.close)  # its thread would outlive the trainer
 
     @float32_partial_sums()
-    def rehearse(self, eval_examples: Sequence[Example] = ()) -> None:
+    def rehearse(self, eval_examples: Sequence = ()) -> None:
         """Run a step on the largest micro-batch and the largest evaluation batch, and leave no trace of it.
 
         Raises:
-            DataError: the model has no embedding for a token.
+            DataError: the model cannot compute on an example.
             TrainingError: a factor is not what it was.
         """
-        s, device = self.settings, device_of(self.model)
-        check_embeddings(self.model, eval_examples)
-        largest, evaluation = largest_batches(self.examples, eval_examples, self.epochs, self.most_tokens)
+        s, device, work = self.settings, self.device, self.workload
+        work.check_examples(self.model, eval_examples)
+        largest, evaluation = largest_batches(work, self.examples, eval_examples, self.epochs, self.most_tokens)
         # bitsandbytes never gives paged states back; others of the same size are freed after the rehearsal
         name = s.optimizer.removeprefix("paged_")
         optimizer = build_optimizer(self.parameters, name, 0.0, 0.0, s.stochastic_rounding)
         before, was_training = list(map(bit_sums, self.parameters)), self.model.training
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             rehearse_step(
-                self.model, self.parameters, optimizer, prepare(largest, device),
-                evaluation and prepare(evaluation, device), s.max_grad_norm, s.levers.loss_chunk_tokens,
-                s.gradient_accumulation_steps > 1, s.levers.optimizer_in_backward, self.fused_loss,
+                work, self.model, self.parameters, optimizer, work.inputs(largest, device),
+                evaluation and work.inputs(evaluation, device), s.max_grad_norm, s.gradient_accumulation_steps > 1,
+                s.levers.optimizer_in_backward,
             )  # fmt: skip
         self.optimizer_bytes = sum(
             value.nbytes for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
@@ -179,19 +161,17 @@ class Trainer:
         Raises:
             TrainingError: one of those does not run here any more.
         """
-        device, allowed = device_of(self.model), {*self.settings.levers.allowed_kernels}
-        names = allowed if recorded is None else allowed & {*recorded}
-        if recorded is not None or device.type == "cuda":
-            use_kernels(self.model, names)
-        if device.type == "cuda" and names:
-            largest, _ = largest_batches(self.examples, (), self.epochs, self.most_tokens)
-            inputs = prepare(largest, device)
-            if recorded is None:
-                choose_kernels(self.model, inputs)
-            else:
-                check_kernels(self.model, names, inputs)
-            free_cached_memory(device)
+        self.workload.choose_kernels(self.model, self._largest_inputs, self.settings.levers, recorded)
+        self._forget_trials()
+
+    def _forget_trials(self) -> None:
+        if self.device.type == "cuda":
+            free_cached_memory(self.device)
             self.meter.restart()
+
+    def _largest_inputs(self) -> object:
+        largest, _ = largest_batches(self.workload, self.examples, (), self.epochs, self.most_tokens)
+        return self.workload.inputs(largest, self.device)
 
     @float32_partial_sums()
     def choose_loss(self, recorded: str | None = None) -> None:
@@ -202,20 +182,9 @@ class Trainer:
         Args:
             recorded: the loss of a run that goes on, which is kept where it can be.
         """
-        s, device, its_head = self.settings, device_of(self.model), head(self.model)
-        names = candidates(s.fused_loss, its_head, device)
-        if recorded is not None:
-            self.fused_loss = recorded if recorded in names else None
-        elif names:
-            largest, _ = largest_batches(self.examples, (), self.epochs, self.most_tokens)
-            inputs, was_training = prepare(largest, device), self.model.training
-            with torch.no_grad():
-                hidden = hidden_states(self.model.eval(), inputs)[inputs.learned]
-            self.model.train(was_training)
-            chunk_tokens = s.levers.loss_chunk_tokens or AUTO_CHUNK_TOKENS
-            self.fused_loss = choose_loss(names, hidden, inputs.targets, its_head, chunk_tokens)
-            free_cached_memory(device)
-            self.meter.restart()
+        setting = self.settings.fused_loss
+        self.workload = self.workload.choose_loss(self.model, self._largest_inputs, setting, recorded)
+        self._forget_trials()
 
     def __iter__(self) -> Iterator[StepMetrics]:
         self.model.train()
@@ -225,7 +194,7 @@ class Trainer:
             self.epoch_step += 1
             yield self._train(micro_batches)
 
-    def _steps(self) -> Iterator[list[list[Example]]]:
+    def _steps(self) -> Iterator[list[Sequence]]:
         """Yield the rows of each micro-batch of each step, from the present place in the data on."""
         while True:
             yield from islice(self._steps_of_epoch(), self.epoch_step, None)
@@ -233,7 +202,7 @@ class Trainer:
                 raise TrainingError("the stream of rows has none to train on")
             self.epoch, self.epoch_step = self.epoch + 1, 0
 
-    def _steps_of_epoch(self) -> Iterator[list[list[Example]]]:
+    def _steps_of_epoch(self) -> Iterator[list[Sequence]]:
         if self.stream is None:
             for step in self.epochs.steps(self.epoch):
                 yield [[self.examples[row] for row in rows] for rows in step]
@@ -244,7 +213,7 @@ class Trainer:
             yield step
 
     @float32_partial_sums()
-    def _train(self, micro_batches: list[list[Example]]) -> StepMetrics:
+    def _train(self, micro_batches: list[Sequence]) -> StepMetrics:
         started, s = time.perf_counter(), self.settings
         retries = self.meter.allocation_retries()
         self.step += 1
@@ -256,8 +225,9 @@ class Trainer:
         if not math.isfinite(result.loss + result.grad_norm):
             self._skip_or_stop(micro_batches, updated=whole and math.isfinite(result.loss))
         elif not self.took_part:
-            if can_reach_every_layer(row for rows in micro_batches for row in rows):
-                check_adapters_took_part(self.model, result.norms.tolist())
+            if self.workload.can_reach_every_layer([row for rows in micro_batches for row in rows]):
+                norms = dict(zip(self.names, result.norms.tolist(), strict=True))
+                self.workload.method.check_reached(self.model, norms)
                 self.took_part = True
         elif result.grad_norm == 0 and not self._is_still:
             self._is_still = True
@@ -268,7 +238,7 @@ class Trainer:
         seconds = time.perf_counter() - started
         return StepMetrics(
             self.step, result.loss, rate, result.grad_norm, result.tokens, result.labelled_tokens,
-            result.tokens / seconds, self.meter.peak_bytes(), seconds,
+            result.tokens / seconds, self.meter.peak_bytes(), seconds, result.metrics,
         )  # fmt: skip
 
     def _tell_of_retries(self, count: int) -> None:
@@ -283,14 +253,12 @@ class Trainer:
             )  # fmt: skip
             self._has_retried = True
 
-    def _step(self, batches: Iterator[Batch]) -> StepResult:
+    def _step(self, batches: Iterator) -> StepResult:
         s, whole = self.settings, list(batches)
 
         def attempt(scale: float) -> StepResult:
             self.optimizer.zero_grad(set_to_none=True)  # of an attempt at a larger scale
-            return train_step(
-                self.model, whole, self.optimizer, s.max_grad_norm, s.levers.loss_chunk_tokens, self.fused_loss, scale
-            )
+            return train_step(self.workload, self.model, whole, self.optimizer, s.max_grad_norm, scale)
 
         if self.loss_scale is None:
             return attempt(1.0)
@@ -300,7 +268,7 @@ class Trainer:
                      self.loss_scale.value, before)  # fmt: skip
         return result
 
-    def _whole_step(self, micro_batches: Sequence[Sequence[Example]]) -> StepResult:
+    def _whole_step(self, micro_batches: Sequence[Sequence]) -> StepResult:
         """Run a step whose backward pass updates the factors, so that it cannot be cut.
 
         Raises:
@@ -308,41 +276,39 @@ class Trainer:
         """
         (rows,) = micro_batches
         with no_retry("in a step that memory.optimizer_in_backward keeps whole"):
-            return train_step_in_backward(
-                self.model, collate(rows), self.optimizer, self.settings.levers.loss_chunk_tokens, self.fused_loss
-            )
+            return train_step_in_backward(self.workload, self.model, self.workload.collate(rows), self.optimizer)
 
-    def _within_memory(self, groups: Sequence[Sequence[Example]], compute: Callable[[Iterator[Batch]], T]) -> T:
+    def _within_memory(self, groups: Sequence[Sequence], compute: Callable[[Iterator], T]) -> T:
         """Return what ``compute`` makes of the batches; where memory runs out, do it again with smaller ones.
 
         Raises:
             DoesNotFitError: one row alone is too large.
         """
-        device = device_of(self.model)
-        random_states = generator_states(device)
+        random_states = generator_states(self.device)
         while True:
-            parts = cut(groups, self.most_tokens)
+            parts = cut(self.workload, groups, self.most_tokens)
             try:
-                return compute(collate(rows) for rows in parts)
+                return compute(self.workload.collate(rows) for rows in parts)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 reason = first_line(error)  # and not the error, whose trace holds the tensors of the attempt
             self.optimizer.zero_grad(set_to_none=True)
-            forget_begun(self.model)
-            free_cached_memory(device)
-            restore_generators(random_states, device)
-            self.most_tokens = lower_limit(parts, reason)
+            self.workload.method.forget_pass(self.model)
+            free_cached_memory(self.device)
+            restore_generators(random_states, self.device)
+            self.most_tokens = lower_limit(self.workload, parts, reason)
             log.warning("step %d: memory ran out (%s); from now on at most %d tokens go through the model at once, "
                         "with the same rows per step", self.step, reason, self.most_tokens)  # fmt: skip
 
-    def _skip_or_stop(self, micro_batches: list[list[Example]], updated: bool) -> None:
+    def _skip_or_stop(self, micro_batches: list[Sequence], updated: bool) -> None:
         """Count a step that was not finite, and end the run if it may not be left out."""
-        batches = [collate(rows) for rows in cut(micro_batches, self.most_tokens)]
-        error = explain_not_finite(self.model, batches, self.step, updated)
-        if self.fused_loss:
-            error = TrainingError(f"{error}. The step's loss was {self.fused_loss}'s, and what was looked at is the "
-                                  "chunked one, which memory.fused_loss off computes")  # fmt: skip
+        parts, plain = cut(self.workload, micro_batches, self.most_tokens), self.workload.plain()
+        error = explain_not_finite(plain, self.model, parts, self.step, updated)
+        used, looked_at = self.workload.objective, plain.objective
+        if used != looked_at:
+            error = TrainingError(f"{error}. The step's loss was {used.name}'s, and what was looked at is the "
+                                  f"{looked_at.name} one, which memory.fused_loss off computes")  # fmt: skip
         if self.settings.on_not_finite == "stop":
             raise error
         if self.skipped == self.settings.max_skipped_steps:
@@ -351,62 +317,52 @@ class Trainer:
         log.warning("%s; this step is skipped", error)
 
     @float32_partial_sums()
-    def evaluate(self, examples: Sequence[Example], done: Callable[[int], None] | None = None) -> Evaluation:
+    def evaluate(self, examples: Sequence, done: Callable[[int], None] | None = None) -> Evaluation:
         """Return the loss over other examples, in batches of the training shape, with dropout off.
 
         Args:
             done: called after each batch with the number of examples so far.
         """
-        chunk = self.settings.levers.loss_chunk_tokens
+        work = self.workload.plain()
         return self._within_memory(
-            list(_eval_rows(examples, self.settings)),
-            lambda batches: evaluate_loss(self.model, _counted(batches, done), chunk),
+            list(_eval_rows(work, examples, self.settings)),
+            lambda batches: evaluate_loss(work, self.model, _counted(work, batches, done)),
         )
 
 
-def _check_arguments(model: object, examples: object, settings: object) -> None:
-    require_model(model)
-    if not any(lora_layers(model)):
-        raise ModelError("the model has no LoRA layers; call add_lora first")
-    if not isinstance(examples, Examples | Sequence) or not isinstance(next(iter(examples), None), Example | None):
-        raise DataError(f"examples is {type(examples).__name__}; give build_examples(...).examples")
-    if not isinstance(settings, TrainSettings):
-        raise TrainingError(f"settings is {type(settings).__name__}; give qlora_lite.train_settings(RECIPE)")
+def _eval_plan(lengths: Sequence[int], settings: TrainSettings) -> list[list[int]]:
+    return plan_epoch(lengths, settings.max_tokens, True, 1, "as-is", settings.seed, 0)
 
 
-def _eval_plan(examples: Sequence[Example], settings: TrainSettings) -> list[list[int]]:
-    return plan_epoch(row_lengths(examples), settings.max_tokens, True, 1, "as-is", settings.seed, 0)
-
-
-def _eval_rows(examples: Sequence[Example], settings: TrainSettings) -> Iterator[Sequence[Example]]:
+def _eval_rows(workload: Workload, examples: Sequence, settings: TrainSettings) -> Iterator[Sequence]:
     """Yield the rows of each evaluation batch: slices, which copy nothing, because the rows keep their order."""
-    for rows in _eval_plan(examples, settings):
+    for rows in _eval_plan(workload.lengths(examples), settings):
         yield examples[rows[0] : rows[-1] + 1]
 
 
 def eval_batches(
-    examples: Sequence[Example], settings: TrainSettings, done: Callable[[int], None] | None = None
-) -> Iterator[Batch]:
+    workload: Workload, examples: Sequence, settings: TrainSettings, done: Callable[[int], None] | None = None
+) -> Iterator:
     """Lay evaluation rows end to end up to ``max_tokens`` per batch, in their own order.
 
     Args:
         done: called with the number of examples so far whenever another batch is asked for.
     """
-    return _counted(map(collate, _eval_rows(examples, settings)), done)
+    return _counted(workload, map(workload.collate, _eval_rows(workload, examples, settings)), done)
 
 
-def _counted(batches: Iterable[Batch], done: Callable[[int], None] | None) -> Iterator[Batch]:
+def _counted(workload: Workload, batches: Iterable, done: Callable[[int], None] | None) -> Iterator:
     count = 0
     for batch in batches:
         yield batch
-        count += len(batch.row_lengths)
+        count += len(workload.shape(batch).lengths)
         if done:
             done(count)
 
 
 def largest_batches(
-    examples: Sequence[Example], eval_examples: Sequence[Example], epochs: Epochs, most_tokens: int | None = None
-) -> tuple[Batch, Batch | None]:
+    workload: Workload, examples: Sequence, eval_examples: Sequence, epochs: Epochs, most_tokens: int | None = None
+) -> tuple:
     """Return a micro-batch and an evaluation batch that need as much memory as any; None without evaluation rows.
 
     See ``batch.enlarged``: what a batch needs follows its tokens, its rows, the longest one and what is learned.
@@ -417,16 +373,19 @@ def largest_batches(
     """
     whole = epochs.settings.levers.optimizer_in_backward
     rows, most = epochs.largest()
-    largest = _fullest(enlarged([examples[row] for row in rows], most), None if whole else most_tokens)
+    rows = workload.enlarged([examples[row] for row in rows], most)
+    largest = _fullest(workload, rows, None if whole else most_tokens)
     if not len(eval_examples):
         return largest, None
-    lengths, batches = row_lengths(eval_examples), _eval_plan(eval_examples, epochs.settings)
+    lengths = workload.lengths(eval_examples)
+    batches = _eval_plan(lengths, epochs.settings)
     rows = max(batches, key=lambda rows: sum(lengths[row] for row in rows))
-    most = extent_of(lengths, learned_counts(eval_examples), batches)
-    return largest, _fullest(enlarged([eval_examples[row] for row in rows], most), most_tokens)
+    most = extent_of(lengths, workload.target_counts(eval_examples), batches)
+    rows = workload.enlarged([eval_examples[row] for row in rows], most)
+    return largest, _fullest(workload, rows, most_tokens)
 
 
-def _fullest(rows: Sequence[Example], most_tokens: int | None) -> Batch:
+def _fullest(workload: Workload, rows: Sequence, most_tokens: int | None):
     """Return that part of a batch with the most tokens which would go through the model at once."""
-    parts = cut([rows], most_tokens)
-    return collate(max(parts, key=lambda part: sum(row_lengths(part))))
+    parts = cut(workload, [rows], most_tokens)
+    return workload.collate(max(parts, key=lambda part: sum(workload.lengths(part))))

@@ -15,8 +15,9 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
-from qlora_lite.data.stored import Example, row_lengths
 from qlora_lite.errors import DoesNotFitError
+
+from .workload import Workload
 
 _OF_THE_HOST = (
     "DefaultCPUAllocator", "can't allocate memory", "not enough memory",  # torch's on Linux and macOS, on Windows
@@ -56,7 +57,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def cut(micro_batches: Iterable[Sequence[Example]], most_tokens: int | None) -> list[Sequence[Example]]:
+def cut(workload: Workload, micro_batches: Iterable[Sequence], most_tokens: int | None) -> list[Sequence]:
     """Cut micro-batches between rows so that none has more tokens than the limit, unless it is one row.
 
     Args:
@@ -65,7 +66,7 @@ def cut(micro_batches: Iterable[Sequence[Example]], most_tokens: int | None) -> 
     parts = []
     for rows in micro_batches:
         start = room = 0
-        for place, length in enumerate(row_lengths(rows)):
+        for place, length in enumerate(workload.lengths(rows)):
             if most_tokens is not None and place > start and length > room:
                 parts.append(rows[start:place])
                 start = place
@@ -74,23 +75,19 @@ def cut(micro_batches: Iterable[Sequence[Example]], most_tokens: int | None) -> 
     return parts
 
 
-def lower_limit(parts: Sequence[Sequence[Example]], reason: str) -> int:
+def lower_limit(workload: Workload, parts: Sequence[Sequence], reason: str) -> int:
     """Return the next lower limit of tokens after memory ran out: half of the largest part.
 
     Raises:
         DoesNotFitError: the largest part is one row, which cannot be cut.
     """
-    largest = max(parts, key=_tokens)
-    if len(largest) == 1:
+    tokens, rows = max(((sum(workload.lengths(part)), part) for part in parts), key=lambda found: found[0])
+    if len(rows) == 1:
         raise DoesNotFitError(
-            f"the row {largest[0].where} alone, with {_tokens(largest)} tokens, needs more memory than there is "
+            f"the row {workload.places(rows)[0]} alone, with {tokens} tokens, needs more memory than there is "
             f"({reason}); {CURES}"
         )
-    return _tokens(largest) // 2
-
-
-def _tokens(rows: Sequence[Example]) -> int:
-    return sum(row_lengths(rows))
+    return tokens // 2
 
 
 @contextmanager

@@ -12,13 +12,13 @@ from torch import nn
 from qlora_lite.memory.marks import category, phase
 
 from .optim import UpdatesInBackward, clip_scale, gradient_norms
-from .step import Inputs, accumulate_gradients, summed_loss
+from .step import accumulate_gradients
+from .workload import Workload
 
 
 def rehearse_step(
-    model: nn.Module, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, inputs: Inputs,
-    eval_inputs: Inputs | None, max_grad_norm: float, chunk_tokens: int | None, accumulating: bool,
-    updates_in_backward: bool = False, fused: str | None = None,
+    workload: Workload, model: nn.Module, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer,
+    inputs, eval_inputs, max_grad_norm: float, accumulating: bool, updates_in_backward: bool = False,
 ) -> None:  # fmt: skip
     """Go through forward, backward, optimizer and evaluation as any later step would, and forget the results.
 
@@ -27,11 +27,10 @@ def rehearse_step(
 
     Args:
         optimizer: one for the rehearsal alone; its states are left in it.
-        inputs: the largest micro-batch.
-        eval_inputs: the largest evaluation batch; None if there is none.
+        inputs: those of the largest micro-batch.
+        eval_inputs: those of the largest evaluation batch; None if there is none.
         accumulating: the micro-batch is not the first of its step, so that gradients are there already.
         updates_in_backward: see ``optim.UpdatesInBackward``.
-        fused: see ``step.summed_loss``.
     """
     for together in [[parameter] for parameter in parameters] if updates_in_backward else [parameters]:
         with category("gradients"):
@@ -43,14 +42,14 @@ def rehearse_step(
             optimizer.zero_grad(set_to_none=True)
     if updates_in_backward:
         with UpdatesInBackward(optimizer, rehearsing=True):
-            accumulate_gradients(model.train(), [inputs], chunk_tokens, fused)
+            accumulate_gradients(workload, model.train(), [inputs])
     else:
-        accumulate_gradients(model.train(), [inputs], chunk_tokens, fused)
+        accumulate_gradients(workload, model.train(), [inputs])
         rehearse_update(parameters, optimizer, max_grad_norm)
     optimizer.zero_grad(set_to_none=True)
     if eval_inputs is not None:
         with torch.no_grad(), phase("evaluation"):
-            summed_loss(model.eval(), eval_inputs, chunk_tokens)
+            workload.plain().loss(model.eval(), eval_inputs)
 
 
 def rehearse_update(

@@ -2,7 +2,7 @@
 
 | file                      | holds                                                                              |
 |---------------------------|------------------------------------------------------------------------------------|
-| adapter_model.safetensors | the factors, under peft's names; with adapter_config.json, an adapter to be loaded |
+| adapter_model.safetensors | the adapter, under the names of its method's files (LoRA: peft's)                   |
 | optimizer.safetensors     | the optimizer's tensors, FACTOR.KEY                                                |
 | generators.safetensors    | the random generators                                                              |
 | state.json                | steps, place in the data, skipped steps, the memory limit, the loss scale, the
@@ -19,9 +19,7 @@ from dataclasses import asdict
 import torch
 
 from qlora_lite.errors import CheckpointError, TrainingError
-from qlora_lite.lora.adapter import WEIGHTS_NAME, adapter_tensors, fill_adapter
-from qlora_lite.lora.inject import lora_layers, lora_parameters
-from qlora_lite.models.anatomy import device_of
+from qlora_lite.lora.read import WEIGHTS_NAME
 
 from .checkpoints import Checkpoint, Tensors
 from .generators import generator_states, restore_generators
@@ -39,12 +37,11 @@ def capture(trainer: Trainer) -> tuple[dict[str, Tensors], dict]:
     Raises:
         TrainingError: the factors are not finite, or do nothing although they were trained: no state to go back to.
     """
-    factors = adapter_tensors(trainer.model)
+    factors = trainer.workload.method.tensors(trainer.model)
     _check_worth_keeping(trainer, factors)
     states, numbers = _optimizer_state(trainer)
-    torch_device = device_of(trainer.model)
-    tensors = {WEIGHTS_NAME: factors, OPTIMIZER: states, GENERATORS: generator_states(torch_device)}
-    _wait(torch_device)
+    tensors = {WEIGHTS_NAME: factors, OPTIMIZER: states, GENERATORS: generator_states(trainer.device)}
+    _wait(trainer.device)
     on_host = {file: {name: _host_copy(t) for name, t in content.items()} for file, content in tensors.items()}
     return on_host, {
         "step": trainer.step, "epoch": trainer.epoch, "epoch_step": trainer.epoch_step, "skipped": trainer.skipped,
@@ -68,14 +65,14 @@ def _check_worth_keeping(trainer: Trainer, factors: Tensors) -> None:
     if broken:
         raise TrainingError(f"step {trainer.step}: the factor {broken[0]} is not finite; no checkpoint is made of it")
     updates = trainer.step - trainer.skipped
-    if updates and not any(layer.lora_B.any() for _, layer in lora_layers(trainer.model)):
-        raise TrainingError(f"after {updates} updates every B is still zero: the adapter does nothing")
+    if updates and trainer.workload.method.does_nothing(trainer.model):
+        raise TrainingError(f"after {updates} updates the adapter still does nothing: it is as it began")
 
 
 def _optimizer_state(trainer: Trainer) -> tuple[Tensors, dict]:
     """Return the optimizer's tensors as FACTOR.KEY, and its numbers by factor and key."""
     tensors, numbers = {}, {}
-    for name, parameter in lora_parameters(trainer.model):
+    for name, parameter in zip(trainer.names, trainer.parameters, strict=True):
         for key, value in trainer.optimizer.state.get(parameter, {}).items():
             if key in _TABLES:
                 continue
@@ -93,7 +90,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
         CheckpointError: a tensor is missing or too much, or has another shape or type.
     """
     state, saved = numbers_of(checkpoint), checkpoint.tensors
-    compare_tensors(saved[WEIGHTS_NAME], adapter_tensors(trainer.model), WEIGHTS_NAME)
+    compare_tensors(saved[WEIGHTS_NAME], trainer.workload.method.tensors(trainer.model), WEIGHTS_NAME)
     if saved[OPTIMIZER]:
         _make_states(trainer)
     tensors, numbers = _optimizer_state(trainer)
@@ -102,18 +99,18 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
         name: set(values) for name, values in state["optimizer"].items()
     }:
         raise CheckpointError(f"{STATE}: the optimizer has other numbers than the one of this run")
-    _wait(device_of(trainer.model))
+    _wait(trainer.device)
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(saved[OPTIMIZER][name])
-    for name, parameter in lora_parameters(trainer.model):
+    for name, parameter in zip(trainer.names, trainer.parameters, strict=True):
         trainer.optimizer.state.get(parameter, {}).update(state["optimizer"].get(name, {}))
-    fill_adapter(trainer.model, saved[WEIGHTS_NAME])
+    trainer.workload.method.fill(trainer.model, saved[WEIGHTS_NAME])
     for name in (*_COUNTS, "took_part"):
         setattr(trainer, name, state[name])
     if trainer.loss_scale and (scale := state.get("loss_scale")):
         trainer.loss_scale = LossScale(**scale)
-    restore_generators(saved[GENERATORS], device_of(trainer.model))
+    restore_generators(saved[GENERATORS], trainer.device)
 
 
 def numbers_of(checkpoint: Checkpoint) -> dict:

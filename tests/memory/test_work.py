@@ -3,6 +3,7 @@
 import pytest
 import torch
 from counted import counted
+from jobs import new_job
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoConfig
 
@@ -13,7 +14,8 @@ from qlora_lite.models.families import known_config
 from qlora_lite.models.levers import Levers
 from qlora_lite.planning.machine import OPERATION_SECONDS, Machine
 from qlora_lite.planning.predict import predict
-from qlora_lite.planning.simulate import Job, Rows, simulate
+from qlora_lite.planning.simulate import simulate
+from qlora_lite.train.workload import BatchShape
 
 
 def test_large_products_of_one_operator_and_shape_count_once():
@@ -59,7 +61,8 @@ def test_operations_of_forward_and_backward_are_counted_but_no_views_and_memory_
 def test_how_many_operations_compiled_blocks_start_is_not_known():
     config = AutoConfig.for_model(**known_config("HuggingFaceTB/SmolLM2-135M") | {"num_hidden_layers": 2})
     plain, compiled = (
-        simulate(Job(config, Rows((64,), 63), None, levers=Levers(compile=value))).work for value in (False, True)
+        simulate(new_job(config, BatchShape((64,), 63), None, levers=Levers(compile=value))).work
+        for value in (False, True)
     )
     assert plain.operations and compiled == plain._replace(operations=0)
 
@@ -97,7 +100,7 @@ def test_a_longer_row_takes_more_kernels_on_a_cpu_whatever_the_depth():
     for tokens in (512, 1024):
         for layers in (4, 12):
             config = AutoConfig.for_model(**known_config("HuggingFaceTB/SmolLM2-135M") | {"num_hidden_layers": layers})
-            prediction = predict(Job(config, Rows((tokens,), 100), None))
+            prediction = predict(new_job(config, BatchShape((tokens,), 100), None))
             held = prediction.simulation.resident.breakdown
             holes = int(CPU_HOLES_SHARE * (held["adapter"] + held["optimizer"]))
             assert [overhead.bytes for overhead in prediction.overheads] == [

@@ -9,7 +9,7 @@ from qlora_lite.generate import answer, stop_ids
 from qlora_lite.models import load as loading
 from qlora_lite.models.load import load_model
 from qlora_lite.models.tokenizer import load_tokenizer
-from qlora_lite.train.guards import check_forward
+from qlora_lite.train.text_guards import check_forward
 
 pytestmark = pytest.mark.model
 

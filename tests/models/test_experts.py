@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from jobs import new_job
 from tiny import UNUSUAL, build_tiny, quantized_pair, random_batch, random_factors
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -23,13 +24,16 @@ from qlora_lite.models.quantizer import OnArrivalQuantizer, QuantizeConfig, quan
 from qlora_lite.models.save import save_quantized
 from qlora_lite.models.skeleton import give_storage, meta_model
 from qlora_lite.ops.shapes import planning_for
-from qlora_lite.planning.simulate import Job, Rows, simulate
+from qlora_lite.planning.simulate import simulate
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.product import materialize
-from qlora_lite.train.guards import check_compilable
+from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.forward import prepare
 from qlora_lite.train.inventory import categorised, total_parameters
 from qlora_lite.train.optim import build_optimizer
-from qlora_lite.train.step import accumulate_gradients, prepare, train_step
+from qlora_lite.train.step import accumulate_gradients, train_step
+from qlora_lite.train.text_guards import check_compilable
+from qlora_lite.train.workload import BatchShape
 
 # a plain form; interleaved, transposed and with biases; with experts for all tokens
 FORMS = "qwen3_moe", "gpt_oss", "deepseek_v3"
@@ -285,7 +289,7 @@ def second_step(levers, lengths, **changes):
         for _, parameter in lora_parameters(model):
             parameter.grad = None
         with Unpacked() as unpacked:
-            accumulate_gradients(model, [inputs], None)
+            accumulate_gradients(CausalLM(), model, [inputs])
     return unpacked, [parameter.grad for _, parameter in lora_parameters(model)]
 
 
@@ -322,8 +326,8 @@ def test_no_router_makes_a_step_take_more_than_is_planned(spread, at_once, monke
         for block in blocks(model):
             block.mlp.gate.weight.mul_(0 if spread == "one" else 20)
     batch = random_batch(lengths)
-    rows = Rows(lengths, int((batch.labels >= 0).sum()))
-    job = Job(model.config, rows, None, compute_dtype=torch.float32, factor_dtype=torch.float32, rank=4,
+    rows = BatchShape(lengths, int((batch.labels >= 0).sum()))
+    job = new_job(model.config, rows, None, compute_dtype=torch.float32, factor_dtype=torch.float32, rank=4,
               optimizer="adamw_torch", levers=Levers("none"))  # fmt: skip
     planned, optimizer = (
         simulate(job),
@@ -332,13 +336,13 @@ def test_no_router_makes_a_step_take_more_than_is_planned(spread, at_once, monke
     set_levers(model, job.levers)
     work = WorkCounter()
     with Ledger(work=work) as ledger:
-        for tensor, name, _ in categorised(model):
+        for tensor, name, _ in categorised(CausalLM(), model):
             ledger.claim([tensor], name)
         ledger.watch(model)
         for _ in range(2):
             ledger.peaks.clear()
             earlier = work.work.flops
-            train_step(model, [batch], optimizer, job.max_grad_norm, None)
+            train_step(CausalLM(), model, [batch], optimizer, job.max_grad_norm)
             optimizer.zero_grad(set_to_none=True)
     for phase in ("forward", "backward"):
         peak = max(moment.total for moment in ledger.peaks.values() if moment.phase == phase)

@@ -22,7 +22,7 @@ from qlora_lite.models.routed import routed
 from qlora_lite.models.skeleton import meta_model
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.train import kernels
-from qlora_lite.train.step import prepare
+from qlora_lite.train.forward import prepare
 
 FORMS = "qwen3_moe", "gpt_oss", "deepseek_v3"
 TOKENS = 41

@@ -26,7 +26,7 @@ from qlora_lite.models.skeleton import meta_model
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.packed import PackedWeight
-from qlora_lite.train.guards import check_forward
+from qlora_lite.train.text_guards import check_forward
 
 IDS = torch.randint(3, 160, (2, 11), generator=torch.Generator().manual_seed(0))
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from jobs import changed
 from test_simulate import config_of, job_for
 
 from qlora_lite.errors import DoesNotFitError
@@ -16,7 +17,7 @@ from qlora_lite.planning.length import longest_job
 from qlora_lite.planning.machine import machine_of_card
 from qlora_lite.planning.predict import predict
 from qlora_lite.planning.search import SMALL_TILE_TOKENS, search, with_less_on_host
-from qlora_lite.planning.simulate import Rows
+from qlora_lite.train.workload import BatchShape
 
 CARD, DEPTH, FAR = machine_of_card(find_card("rtx-4060")), 8, 4096
 FIXED = {"checkpointing": "block", "kept_blocks": 0, "tile_tokens": None, "reuse_dequantized": False}
@@ -24,20 +25,20 @@ ON_HOST = {"offload_checkpoints": True, "host_embeddings": True, "host_head": Tr
 
 
 def longest_tokens(*given):
-    return sum(longest_job(*given).rows.lengths)
+    return longest_job(*given).shape.tokens
 
 
 def step_of(tokens, **fixed):
     config = config_of("llama", num_hidden_layers=DEPTH, intermediate_size=1024)
-    job = job_for(config, compute_dtype=torch.bfloat16, device_type="cuda", eval_rows=None)
-    return Step(job, Rows((tokens,), tokens - 1), 1, 1, FIXED | fixed)
+    job = job_for(config, compute_dtype=torch.bfloat16, device_type="cuda", eval_shape=None)
+    return Step(job, BatchShape((tokens,), tokens - 1), 1, 1, FIXED | fixed)
 
 
 def needs(tokens, resident_blocks, **levers):
     """Return the bytes on the device and on the host of one way to run the step."""
     step = step_of(tokens)
     levers = Levers(loss_chunk_tokens=AUTO_CHUNK_TOKENS, resident_blocks=resident_blocks, **FIXED | ON_HOST | levers)
-    found = predict(replace(step.job, rows=step.pack, levers=levers))
+    found = predict(changed(step.job, shape=step.pack, levers=levers))
     return found.peak_bytes, found.host_bytes
 
 
@@ -90,14 +91,14 @@ def test_where_the_host_has_no_room_for_weights_they_are_read_from_the_disk():
 @pytest.mark.parametrize(("quant", "ways"), [("nf4", 2), ("none", 0)])
 def test_only_weights_that_were_prepared_in_a_file_are_read_from_it(quant, ways):
     step = step_of(64)
-    step = replace(step, job=replace(step.job, quant=quant))
+    step = replace(step, job=changed(step.job, quant=quant))
     assert sum("stream_from_disk" in each.fixed for each in with_less_on_host(step)) == ways
 
 
 def test_of_a_single_block_nothing_is_streamed_for_the_longest():
     step = step_of(64)
-    step.job.config.num_hidden_layers = 1
-    plain = predict(replace(step.job, rows=step.pack, levers=Levers(loss_chunk_tokens=AUTO_CHUNK_TOKENS, **FIXED)))
+    step.job.workload.spec.config.num_hidden_layers = 1
+    plain = predict(changed(step.job, shape=step.pack, levers=Levers(loss_chunk_tokens=AUTO_CHUNK_TOKENS, **FIXED)))
     assert longest_tokens(step, plain.peak_bytes, None, 64, FAR) == LENGTH_STEP
 
 
@@ -121,7 +122,7 @@ def test_the_memory_that_has_no_room_for_the_shortest_is_named(less_on_device, l
 
 @pytest.mark.parametrize("model_type", ["bloom", "mpt", "gpt_oss"])
 def test_a_search_with_too_little_memory_ends_for_families_whose_mlps_are_no_plain_functions(model_type):
-    step = Step(job_for(config_of(model_type), eval_rows=None), Rows((40,), 39), 1, 1)
+    step = Step(job_for(config_of(model_type), eval_shape=None), BatchShape((40,), 39), 1, 1)
     found = search(step, CARD, 1)
     assert any(candidate.levers.tile_tokens for candidate in found) and choose(found, 1) is None
 
@@ -129,5 +130,5 @@ def test_a_search_with_too_little_memory_ends_for_families_whose_mlps_are_no_pla
 @pytest.mark.parametrize("offload_checkpoints", [True, False])
 def test_of_a_model_that_computes_so_many_tokens_at_most_no_more_are_looked_at(offload_checkpoints):
     step = step_of(64, offload_checkpoints=offload_checkpoints)
-    step = replace(step, job=replace(step.job, config=config_of("gpt_neo")))
+    step = replace(step, job=changed(step.job, config=config_of("gpt_neo")))
     assert longest_tokens(step, 2**30, 2**31, 256, FAR) == 128

@@ -1,24 +1,24 @@
 """What fused kernels spare a step on a card, as its plan counts it."""
 
-from dataclasses import replace
-
 import pytest
 from counted import GPT_OSS_20B
+from jobs import changed, new_job
 from transformers import AutoConfig
 
 from qlora_lite.models import kernels
 from qlora_lite.models.families import known_config
 from qlora_lite.models.levers import Levers
 from qlora_lite.ops import flex_attention
-from qlora_lite.planning.simulate import Job, Rows, simulate
+from qlora_lite.planning.simulate import simulate
+from qlora_lite.train.workload import BatchShape
 
 EIGHT_B = AutoConfig.for_model(**known_config("meta-llama/Llama-3.1-8B"))
 MOST_BYTES = 235e9  # of a step of 2 x 2,048 tokens, blocks computed again; 391e9 with plain operators
 
 
 def job_of(lengths, config=EIGHT_B, **levers):
-    rows = Rows(lengths, sum(lengths) - len(lengths))
-    return Job(config, rows, None, device_type="cuda", levers=Levers(reuse_dequantized=True, **levers))
+    rows = BatchShape(lengths, sum(lengths) - len(lengths))
+    return new_job(config, rows, None, device_type="cuda", levers=Levers(reuse_dequantized=True, **levers))
 
 
 def test_a_step_of_an_8b_model_moves_few_bytes_beside_its_products():
@@ -63,7 +63,7 @@ def test_windows_are_part_of_the_call(model):
 
 
 def test_a_run_that_repeats_itself_attends_to_one_sequence_after_the_other():
-    jobs = [replace(job_of(rows), deterministic=True) for rows in ((512,), (64,) * 8)]
+    jobs = [changed(job_of(rows), deterministic=True) for rows in ((512,), (64,) * 8)]
     one, many = (simulate(job).work for job in jobs)
     assert many.operations > 1.1 * one.operations and many.moved_bytes < 1.1 * one.moved_bytes
 
@@ -72,7 +72,7 @@ def test_a_run_that_repeats_itself_attends_to_one_sequence_after_the_other():
     (known_config("google/gemma-2-9b"), 20_000, 0.65), ({"model_type": "gpt_oss", **GPT_OSS_20B}, 15_000, 0.65),
 ], ids=["gemma-2-9b", "gpt-oss-20b"])  # fmt: skip
 def test_capped_scores_and_sinks_take_one_call_a_layer(config, most, share, monkeypatch):
-    job = Job(AutoConfig.for_model(**config), Rows((4096,), 4095), None, device_type="cuda")
+    job = new_job(AutoConfig.for_model(**config), BatchShape((4096,), 4095), device_type="cuda")
     at_once = simulate(job).work
     monkeypatch.setattr(flex_attention, "has_triton", lambda: False)
     block_by_block = simulate(job).work

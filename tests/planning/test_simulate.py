@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from jobs import changed, new_job
 from tiny import ARCHITECTURES, UNUSUAL, build_tiny
 from transformers import AutoConfig
 
 from qlora_lite.data.batch import Batch
-from qlora_lite.lora.inject import Target, add_lora, lora_parameters
+from qlora_lite.lora.adapter import Lora
+from qlora_lite.lora.inject import Target, lora_parameters
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.models.load import adopt, use_row_attention
@@ -23,18 +25,18 @@ from qlora_lite.planning import simulate as simulate_module
 from qlora_lite.planning.simulate import (
     ALLOCATION_BYTES,
     TYPICAL_SEQUENCES,
-    Job,
-    Rows,
     _run,
     full_pack,
     simulate,
     simulate_whole,
 )
 from qlora_lite.train import flat
-from qlora_lite.train.guards import check_forward
+from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.optim import build_optimizer
 from qlora_lite.train.step import evaluate_loss, train_step
+from qlora_lite.train.text_guards import check_forward
+from qlora_lite.train.workload import BatchShape
 
 LENGTHS = (9, 14, 6)
 
@@ -53,38 +55,32 @@ def all_learned(lengths):
 
 
 def job_for(config, **changes):
-    rows = Rows(LENGTHS, sum(LENGTHS) - len(LENGTHS))
-    return replace(
-        Job(
-            config, rows, rows, compute_dtype=torch.float32, factor_dtype=torch.float32, rank=4, optimizer="adamw_8bit"
-        ),
-        **changes,
-    )
+    rows = BatchShape(LENGTHS, sum(LENGTHS) - len(LENGTHS))
+    own = {"compute_dtype": torch.float32, "factor_dtype": torch.float32, "rank": 4}
+    return changed(new_job(config, rows, rows), **own | changes)
 
 
 def measured(job, model_type, steps=(LENGTHS, LENGTHS), scale=1.0, **changes):
     """Return the ledger of the last of some real training steps, of rows of such lengths, and an evaluation."""
     model = build_tiny(model_type, **changes)
-    quantize_in_place(model, job.quant, job.double_quant)
+    quantize_in_place(model, job.workload.spec.quant, job.workload.spec.double_quant)
     adopt(model)
-    add_lora(model, job.targets, job.rank, job.alpha, job.dropout, job.rslora, job.factor_dtype)
-    check_forward(model, max(job.rows.lengths))
+    job.workload.method.apply(model)
+    check_forward(model, max(job.shape.lengths))
     set_levers(model, job.levers)
     parameters = [p for _, p in lora_parameters(model)]
     optimizer = build_optimizer(parameters, job.optimizer, 1e-4, 0.0, job.stochastic_rounding)
     batch, ledger = all_learned(LENGTHS), Ledger(allocation_bytes=ALLOCATION_BYTES[job.device_type])
     with ledger:
-        for tensor, name, _ in categorised(model):
+        for tensor, name, _ in categorised(CausalLM(), model):
             ledger.claim([tensor], name)
         ledger.watch(model)
         for lengths in steps:
             ledger.peaks.clear()
-            train_step(
-                model.train(), [all_learned(lengths)], optimizer, job.max_grad_norm, job.levers.loss_chunk_tokens,
-                scale=scale,
-            )  # fmt: skip
+            work = job.workload.with_options(job.levers)
+            train_step(work, model.train(), [all_learned(lengths)], optimizer, job.max_grad_norm, scale)
             optimizer.zero_grad(set_to_none=True)
-        evaluate_loss(model, [batch], job.levers.loss_chunk_tokens)
+        evaluate_loss(CausalLM().with_options(job.levers), model, [batch])
     return ledger
 
 
@@ -126,8 +122,8 @@ def assert_predicted(job, ledger):
 @pytest.mark.parametrize("lengths", [(32,), LENGTHS], ids=["one row", "several"])
 @pytest.mark.parametrize("name", ["falcon", "falcon_alibi", "gpt_neo", "qwen3_next", "recurrent_gemma"])
 def test_attention_of_a_models_own_is_planned_without_values_as_it_runs_with_them(name, lengths):
-    rows = Rows(lengths, sum(lengths) - len(lengths))
-    job = job_for(config_of(name), rows=rows, eval_rows=rows, levers=Levers(loss_chunk_tokens=8))
+    rows = BatchShape(lengths, sum(lengths) - len(lengths))
+    job = job_for(config_of(name), shape=rows, eval_shape=rows, levers=Levers(loss_chunk_tokens=8))
     without, real = simulate_whole(job), _run(job, torch.device("cpu"), False)
     assert without.measured_because == ""
     for phase in ("forward", "backward", "evaluation"):
@@ -142,14 +138,14 @@ def test_rows_that_run_one_by_one_are_planned_so_where_the_model_says_it_or_has_
     predicted, ledger = simulate_whole(job), measured(job, name)
     peak = max(moment.total for moment in ledger.peaks.values() if moment.phase == "forward")
     assert predicted.peak("forward").total == pytest.approx(peak, abs=INPUT_BYTES)
-    together = simulate_whole(replace(job, rows_alone=False)).peak("forward").total
+    together = simulate_whole(changed(job, rows_alone=False)).peak("forward").total
     assert (together == predicted.peak("forward").total) == is_seen
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_rows_that_run_one_by_one_hold_what_is_planned_of_host_memory_in_any_order(device_type):
-    rows = Rows((64, 32, 32, 96), 220)
-    job = job_for(config_of("bloom"), rows=rows, rows_alone=True, device_type=device_type,
+    rows = BatchShape((64, 32, 32, 96), 220)
+    job = job_for(config_of("bloom"), shape=rows, rows_alone=True, device_type=device_type,
                   levers=Levers(offload_checkpoints=True))  # fmt: skip
     others = (96, 64, 32, 32), (32, 96, 64, 32), (32,) * 7, (96, 96, 32), (96, 128), (64,)
     ledger = measured(job, "bloom", [rows.lengths, *others])
@@ -161,7 +157,7 @@ def test_rows_longer_than_those_of_the_first_training_are_planned_one_by_one():
     job = job_for(config_of("llama", rope_parameters=rope, max_position_embeddings=64))
     short, long, alone = (
         simulate_whole(other).peak("forward").total
-        for other in (replace(job, longest=64), replace(job, longest=65), replace(job, rows_alone=True))
+        for other in (changed(job, longest=64), changed(job, longest=65), changed(job, rows_alone=True))
     )
     assert short != long == alone
 
@@ -180,7 +176,7 @@ def test_the_predicted_peak_of_the_update_of_bfloat16_factors_is_the_measured_on
     "changes",
     [
         {}, {"levers": Levers("none")}, {"levers": Levers(loss_chunk_tokens=5)}, {"accumulating": True},
-        {"eval_rows": None}, {"levers": Levers(kept_blocks=3)}, {"levers": Levers(tile_tokens=8)},
+        {"eval_shape": None}, {"levers": Levers(kept_blocks=3)}, {"levers": Levers(tile_tokens=8)},
         {"levers": Levers(offload_checkpoints=True)},
         {"levers": Levers(resident_blocks=0, host_embeddings=True, host_head=True)},
         {"levers": Levers(resident_blocks=3, offload_checkpoints=True, tile_tokens=8)},
@@ -235,7 +231,7 @@ def test_of_a_stretch_only_the_first_blocks_input_is_kept(every, device_type, re
 
     def simulated(**levers):
         config = config_of("llama", num_hidden_layers=8)
-        job = job_for(config, levers=Levers(**levers), device_type=device_type, eval_rows=None)
+        job = job_for(config, levers=Levers(**levers), device_type=device_type, eval_shape=None)
         return simulate_whole(job)
 
     def kept(**levers):
@@ -264,7 +260,7 @@ def test_the_model_is_as_large_wherever_it_lies(tied):
 def test_of_what_lies_in_host_memory_only_the_pinned_is_rounded_up(tied):
     config = config_of("llama", vocab_size=100, num_hidden_layers=7, tie_word_embeddings=tied)
     job = job_for(config, levers=Levers(host_embeddings=True, host_head=True), device_type="cuda")
-    table = config.vocab_size * config.hidden_size * job.compute_dtype.itemsize
+    table = config.vocab_size * config.hidden_size * job.workload.spec.compute_dtype.itemsize
     assert table.bit_count() > 1
     pinned = 1 << table.bit_length()
     assert simulate(job).offloaded_bytes == (pinned if tied else table + pinned)
@@ -275,7 +271,7 @@ def test_streamed_blocks_take_of_the_host_what_their_shared_allocations_take(res
     """At the model's own depth, though fewer blocks are simulated: it does not grow in a straight line."""
     config = config_of("llama", num_hidden_layers=23)
     job = job_for(config, levers=Levers(resident_blocks=resident), device_type="cuda")
-    (size,) = {*simulate(replace(job, levers=Levers(resident_blocks=0))).streamed_sizes}
+    (size,) = {*simulate(changed(job, levers=Levers(resident_blocks=0))).streamed_sizes}
     taken = sum(pinned_bytes(sum(group)) for group in shared_allocations([size] * (23 - resident)))
     assert simulate(job).offloaded_bytes == simulate_whole(job).offloaded_bytes == taken
     assert taken < (23 - resident) * pinned_bytes(size)
@@ -293,16 +289,16 @@ def test_streamed_blocks_of_several_sizes_are_counted_by_what_they_are():
 @pytest.mark.parametrize("resident", [0, 3])
 def test_of_blocks_on_a_disk_the_host_holds_two_and_all_are_read_in_forward_and_in_backward(resident):
     depth, levers = 23, Levers(resident_blocks=resident)
-    job = job_for(config_of("llama", num_hidden_layers=depth), levers=levers, device_type="cuda", eval_rows=None)
+    job = job_for(config_of("llama", num_hidden_layers=depth), levers=levers, device_type="cuda", eval_shape=None)
     from_host = simulate(job)
-    on_disk = simulate(replace(job, levers=replace(levers, stream_from_disk=True)))
+    on_disk = simulate(changed(job, levers=replace(levers, stream_from_disk=True)))
     (size,) = {*from_host.streamed_sizes}
     assert on_disk.offloaded_bytes == 2 * pinned_bytes(size) < from_host.offloaded_bytes / 4
     assert on_disk.peak().on_device == from_host.peak().on_device and on_disk.frozen_bytes == from_host.frozen_bytes
     assert on_disk.folder_bytes == 0, "their file is there anyway"
     assert on_disk.work._replace(disk_bytes=0) == from_host.work
     assert from_host.work.disk_bytes == 0 and on_disk.work.bus_bytes == (2 * (depth - resident) - 2) * size
-    on_cpu = simulate(replace(job, levers=replace(levers, stream_from_disk=True), device_type="cpu"))
+    on_cpu = simulate(changed(job, levers=replace(levers, stream_from_disk=True), device_type="cpu"))
     without_gaps = on_cpu.resident.breakdown["on disk"] / (depth - resident)
     assert on_disk.work.disk_bytes / without_gaps - on_disk.work.bus_bytes / size in (0, 1), "one is read in vain"
 
@@ -335,10 +331,10 @@ def test_an_update_of_some_factors_at_a_time_is_planned_as_it_is_at_the_whole_de
     monkeypatch.setattr(flat, "CHUNK_VALUES", {"cuda": values})
     simulate_module._update.cache_clear()
     job = job_for(config_of("llama", num_hidden_layers=9), factor_dtype=torch.bfloat16, optimizer=optimizer,
-                  device_type="cuda", eval_rows=None)  # fmt: skip
+                  device_type="cuda", eval_shape=None)  # fmt: skip
     short, whole = simulate(job), simulate_whole(job)
     simulate_module._update.cache_clear()
-    assert short.factor_shapes == whole.factor_shapes and len(short.factor_shapes) == 9 * 14
+    assert short.trained == whole.trained and len(short.trained) == 9 * 14
     assert short.peak("optimizer").bytes == whole.peak("optimizer").bytes
 
 
@@ -389,7 +385,7 @@ def test_blocks_that_other_targets_match_are_planned_with_the_factors_they_get(t
     config = config_of("llama", num_hidden_layers=12)
     job = job_for(config, levers=levers, targets=targets)
     short, whole = simulate(job), simulate_whole(job)
-    assert block_pattern(config, targets) == pattern and block_pattern(config) == (0, 1)
+    assert block_pattern(config, Lora(tuple(targets))) == pattern and block_pattern(config) == (0, 1)
     assert short.peak().bytes == whole.peak().bytes and short.work == whole.work
     assert short.resident.bytes == whole.resident.bytes
 
@@ -403,7 +399,7 @@ def test_kept_attention_costs_a_hidden_state_and_a_number_for_each_head_a_token_
         levers = Levers(checkpointing, offload_checkpoints=offload)
         both = [
             simulate_whole(job_for(
-                config_of("llama", num_hidden_layers=depth), rows=Rows((tokens,), tokens - 1), eval_rows=None,
+                config_of("llama", num_hidden_layers=depth), shape=BatchShape((tokens,), tokens - 1), eval_shape=None,
                 compute_dtype=torch.bfloat16, factor_dtype=torch.bfloat16, device_type="cuda", levers=levers,
             ))
             for depth in depths
@@ -426,7 +422,7 @@ def test_of_offloaded_block_inputs_those_of_two_blocks_are_on_the_device(folder)
         held = {"forward": [], "backward": []}
         for depth in depths:
             job = job_for(
-                config_of("llama", num_hidden_layers=depth), rows=Rows((tokens,), tokens - 1), eval_rows=None,
+                config_of("llama", num_hidden_layers=depth), shape=BatchShape((tokens,), tokens - 1), eval_shape=None,
                 compute_dtype=torch.bfloat16, device_type="cuda", levers=levers,
             )  # fmt: skip
             _, moments = simulate_whole(job, timeline=True)
@@ -461,14 +457,14 @@ def test_the_predicted_peak_with_kept_attention_is_the_measured_one(model_type, 
 
 def test_what_costs_memory_shows():
     job = job_for(config_of("llama", num_hidden_layers=7))
-    kept = simulate(replace(job, levers=Levers("none"))).peak().total
+    kept = simulate(changed(job, levers=Levers("none"))).peak().total
     assert kept > 1.5 * simulate(job).peak().total - simulate(job).resident.total
     in_eight_bits, in_32_bits = (
-        simulate(replace(job, rank=64, optimizer=optimizer)).resident.breakdown["optimizer"]
+        simulate(changed(job, rank=64, optimizer=optimizer)).resident.breakdown["optimizer"]
         for optimizer in ("adamw_8bit", "adamw_32bit")
     )
     assert in_32_bits > 2 * in_eight_bits  # of factors with 4,096 values or more; smaller ones' states have 32 bits
-    assert simulate(replace(job, accumulating=True)).peak("forward").breakdown["gradients"] > 0
+    assert simulate(changed(job, accumulating=True)).peak("forward").breakdown["gradients"] > 0
 
 
 def test_reused_weights_are_those_of_one_block_and_no_more():
@@ -499,8 +495,8 @@ def test_no_memory_is_used_for_the_tensors_of_a_plan():
 
 @pytest.mark.parametrize("levers", [Levers(), Levers("none"), Levers(kept_blocks=2), Levers("selective")], ids=str)
 def test_a_pack_of_which_no_row_is_known_needs_as_much_on_a_card_as_one_of_any_few_rows(levers):
-    job = job_for(config_of("llama"), compute_dtype=torch.bfloat16, device_type="cuda", eval_rows=None, levers=levers)
-    full = simulate(replace(job, rows=full_pack(512, packing=True))).peak().total
+    job = job_for(config_of("llama"), compute_dtype=torch.bfloat16, device_type="cuda", eval_shape=None, levers=levers)
+    full = simulate(changed(job, shape=full_pack(512, packing=True))).peak().total
     for lengths in ((512,), (256,) * 2, (128,) * 4, (64,) * TYPICAL_SEQUENCES, (500, 12)):
-        assert simulate(replace(job, rows=Rows(lengths, 512 - len(lengths)))).peak().total <= full
-    assert full_pack(512, packing=False) == Rows((512,), 511)
+        assert simulate(changed(job, shape=BatchShape(lengths, 512 - len(lengths)))).peak().total <= full
+    assert full_pack(512, packing=False) == BatchShape((512,), 511)

@@ -18,8 +18,10 @@ from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.models.load import use_row_attention, uses_row_attention
 from qlora_lite.models.rows_alone import rows_run_alone
 from qlora_lite.ops.attention import row_attention
-from qlora_lite.train.guards import check_forward
-from qlora_lite.train.step import accumulate_gradients, labelled_count, prepare
+from qlora_lite.train.causal_lm import CausalLM, CrossEntropy
+from qlora_lite.train.forward import labelled_count, prepare
+from qlora_lite.train.step import accumulate_gradients
+from qlora_lite.train.text_guards import check_forward
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
@@ -33,7 +35,7 @@ def test_loss_and_gradients_equal_those_of_plain_rows(model_type):
     set_levers(model, Levers())
     model.train()
 
-    loss = accumulate_gradients(model, [prepare(batch, model.device)], chunk_tokens=4).item()
+    loss = accumulate_gradients(CausalLM(CrossEntropy(4)), model, [prepare(batch, model.device)]).loss.item()
     expected = reference_loss(plain, batch) / labelled_count(batch)
     expected.backward()
 
@@ -60,7 +62,7 @@ def test_the_forward_check_refuses_a_head_scaled_otherwise_than_its_configuratio
 
 def test_the_forward_check_runs_rows_alone_where_they_would_see_each_other(monkeypatch):
     model, _ = quantized_pair("llama")
-    monkeypatch.setattr("qlora_lite.train.step.uses_row_attention", lambda model: False)
+    monkeypatch.setattr("qlora_lite.train.forward.uses_row_attention", lambda model: False)
     assert check_forward(model) < 1e-5
     assert rows_run_alone(model)
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from jobs import changed, new_job
 from lever_cases import (
     COPYING,
     FEW_WORDS,
@@ -25,11 +26,12 @@ from qlora_lite.memory.process import CUBLAS_WORKSPACE_BYTES
 from qlora_lite.models.anatomy import blocks
 from qlora_lite.models.levers import Levers, place, set_levers
 from qlora_lite.planning.predict import predict
-from qlora_lite.planning.simulate import Job, rows_of
 from qlora_lite.quant.tensor_file import bit_sums
+from qlora_lite.train.causal_lm import CausalLM, CrossEntropy
+from qlora_lite.train.forward import prepare
 from qlora_lite.train.optim import build_optimizer
 from qlora_lite.train.rehearsal import rehearse_step
-from qlora_lite.train.step import accumulate_gradients, prepare
+from qlora_lite.train.step import accumulate_gradients
 
 pytestmark = pytest.mark.gpu
 CARD = torch.device("cuda")
@@ -58,7 +60,7 @@ def asked_for(when="current"):
 
 def with_gradients(model, batch):
     set_levers(model.train(), Levers())
-    loss = accumulate_gradients(model, [prepare(batch, model.device)], chunk_tokens=8).item()
+    loss = accumulate_gradients(CausalLM(CrossEntropy(8)), model, [prepare(batch, model.device)]).loss.item()
     return loss, [parameter.grad.cpu() for _, parameter in lora_parameters(model)]
 
 
@@ -83,13 +85,13 @@ def test_allocated_memory_is_what_the_plan_says():
     model = add_lora(model, rank=16).to("cuda")
     set_levers(model, Levers())
     batch = random_batch((2048,), vocabulary=8192)
-    job = Job(AutoConfig.for_model("llama", **sizes), rows_of(batch), None, "cuda")
+    job = new_job(AutoConfig.for_model("llama", **sizes), CausalLM().shape(batch), device_type="cuda")
     parameters = [parameter for _, parameter in lora_parameters(model)]
     optimizer = build_optimizer(parameters, job.optimizer, 0.0, 0.0)
     torch.cuda.reset_peak_memory_stats()
-    rehearse_step(model, parameters, optimizer, prepare(batch, model.device), None, 1.0, None, False)
+    rehearse_step(CausalLM(), model, parameters, optimizer, prepare(batch, model.device), None, 1.0, False)
     measured = asked_for("peak")
-    predicted = predict(replace(job, config=model.config)).allocated_bytes
+    predicted = predict(changed(job, config=model.config)).allocated_bytes
     assert -0.01 <= predicted / measured - 1 <= 0.05
 
 
@@ -137,7 +139,7 @@ def active_bytes_of_a_step(depth, levers):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_stats()["active_bytes.all.current"]
-        accumulate_gradients(model, inputs, chunk_tokens=1024)
+        accumulate_gradients(CausalLM(CrossEntropy(1024)), model, inputs)
     peak = torch.cuda.memory_stats()["active_bytes.all.peak"]
     return peak - before - sum(parameter.nbytes for parameter in parameters)
 
@@ -168,7 +170,7 @@ def test_of_streamed_weights_two_blocks_are_on_the_device():
     assert held == sum(tensor.nbytes for tensor in others) + 2 * slot_bytes
     levers = Levers(resident_blocks=0)
     set_levers(model.train(), levers)
-    accumulate_gradients(model, [prepare(random_batch((64,), vocabulary=8192), CARD)])
+    accumulate_gradients(CausalLM(), model, [prepare(random_batch((64,), vocabulary=8192), CARD)])
     for _, parameter in lora_parameters(model):
         parameter.grad = None
     torch.cuda.synchronize()

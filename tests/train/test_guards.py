@@ -20,11 +20,14 @@ from qlora_lite.models.quantizer import quantize_head
 from qlora_lite.models.rows_alone import rows_run_alone
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.tensor_file import HASHED_WORDS, bit_sums
-from qlora_lite.train.guards import check_forward, check_frozen, check_trainable, frozen_checksum
+from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.forward import prepare
+from qlora_lite.train.guards import check_frozen, check_trainable, frozen_checksum
 from qlora_lite.train.inventory import inventory, total_parameters
 from qlora_lite.train.loop import Trainer
 from qlora_lite.train.settings import TrainSettings
-from qlora_lite.train.step import accumulate_gradients, prepare
+from qlora_lite.train.step import accumulate_gradients
+from qlora_lite.train.text_guards import check_forward
 
 CPU = torch.device("cpu")
 
@@ -70,7 +73,9 @@ def test_a_nan_in_the_head_alone_names_the_loss():
 def test_a_nan_in_a_factor_names_the_factor():
     training = trainer()
     training.model.get_submodule("model.layers.0.mlp.down_proj").lora_A.data[1, 2] = float("nan")
-    with pytest.raises(TrainingError, match=r"the LoRA factor model\.layers\.0\.mlp\.down_proj\.lora_A is not finite"):
+    with pytest.raises(
+        TrainingError, match=r"the adapter weight model\.layers\.0\.mlp\.down_proj\.lora_A is not finite"
+    ):
         next(iter(training))
 
 
@@ -263,7 +268,7 @@ def test_the_inventory_counts_every_byte_once(model_type):
     model, plain = quantized_pair(model_type, dtype=torch.bfloat16)
     weights = sum(p.numel() for p in plain.parameters())
     add_lora(model, rank=4)
-    table = inventory(model)
+    table = inventory(CausalLM(), model)
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())
     }
@@ -335,7 +340,7 @@ def test_rows_that_would_be_rotated_as_the_longest_of_their_batch_run_alone(mode
     rows = rows_of(100, 6)
 
     def gradient(batches):
-        accumulate_gradients(training.model.train(), [prepare(collate(rows), CPU) for rows in batches])
+        accumulate_gradients(CausalLM(), training.model.train(), [prepare(collate(rows), CPU) for rows in batches])
         parts = [parameter.grad.flatten() for parameter in training.parameters]
         training.optimizer.zero_grad(set_to_none=True)
         return torch.cat(parts)

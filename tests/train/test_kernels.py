@@ -20,8 +20,8 @@ from qlora_lite.ops.gated import gated_mlps
 from qlora_lite.ops.norm import lean_norms
 from qlora_lite.ops.packed_attention import FORWARD, sequence_ends
 from qlora_lite.train import kernels
+from qlora_lite.train.forward import Inputs
 from qlora_lite.train.kernels import check_kernels, choose_kernels
-from qlora_lite.train.step import Inputs
 
 aten = torch.ops.aten
 OF_LLAMA = {*KERNELS} - {EXPERTS, GATED}

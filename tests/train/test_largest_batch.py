@@ -7,6 +7,7 @@ from tiny_trainer import trainer
 from qlora_lite.data.stored import Example
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.models.levers import Levers
+from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.loop import largest_batches
 
@@ -30,7 +31,7 @@ SETS = {
 def peak_of(training, run):
     ledger = Ledger()
     with ledger:
-        for tensor, category, _ in categorised(training.model):
+        for tensor, category, _ in categorised(CausalLM(), training.model):
             ledger.claim([tensor], category)
         ledger.watch(training.model)
         run()
@@ -52,7 +53,7 @@ def test_no_step_holds_more_than_the_rehearsal_did(rows, levers):
 def test_what_is_rehearsed_after_memory_ran_out_has_something_to_learn(rows, most_tokens):
     training = trainer(rows=rows, order="as-is", max_tokens=PACK, max_steps=6, gradient_accumulation_steps=1)
     training.most_tokens = most_tokens
-    for batch in largest_batches(training.examples, rows, training.epochs, most_tokens):
+    for batch in largest_batches(CausalLM(), training.examples, rows, training.epochs, most_tokens):
         assert sum(batch.row_lengths) <= max(most_tokens, *batch.row_lengths)
     training.rehearse(rows)
 

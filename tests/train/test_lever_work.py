@@ -15,7 +15,9 @@ from qlora_lite.models.levers import Levers, place, set_levers
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.quant.linear import frozen_weight
 from qlora_lite.quant.product import materialize
-from qlora_lite.train.step import accumulate_gradients, hidden_states, prepare
+from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.forward import hidden_states, prepare
+from qlora_lite.train.step import accumulate_gradients
 
 DEPTH, RANK, LENGTH = 4, 3, 32
 
@@ -34,9 +36,9 @@ def step_work(model, levers, device_type="cuda"):
     set_levers(model, levers)
     model.train()
     with planning_for(device_type):
-        accumulate_gradients(model, [inputs(model)], levers.loss_chunk_tokens)
+        accumulate_gradients(CausalLM().with_options(levers), model, [inputs(model)])
         with counted() as counter:
-            accumulate_gradients(model, [inputs(model)], levers.loss_chunk_tokens)
+            accumulate_gradients(CausalLM().with_options(levers), model, [inputs(model)])
     for _, parameter in lora_parameters(model):
         parameter.grad = None
     return counter.work

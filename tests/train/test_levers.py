@@ -43,8 +43,11 @@ from qlora_lite.ops.tile import Tiled
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.nf4 import dequantize, quantize
 from qlora_lite.quant.product import keeping_weights
-from qlora_lite.train.guards import check_forward, frozen_checksum
-from qlora_lite.train.step import accumulate_gradients, evaluate_loss, prepare
+from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.forward import prepare
+from qlora_lite.train.guards import frozen_checksum
+from qlora_lite.train.step import accumulate_gradients, evaluate_loss
+from qlora_lite.train.text_guards import check_forward
 
 
 def assert_close(found, expected):
@@ -257,7 +260,7 @@ def test_a_step_that_memory_ran_out_in_wherever_it_was_is_done_again_and_right(l
         for parameter in parameters:
             parameter.grad = None
         with RunsOut(number) as seen, suppress(MemoryError):
-            accumulate_gradients(model, [prepare(random_batch(seed=0), CPU)])
+            accumulate_gradients(CausalLM(), model, [prepare(random_batch(seed=0), CPU)])
         return seen.made
 
     step()  # the first also takes host memory
@@ -294,7 +297,7 @@ def test_streamed_weights_are_never_written():
 def test_of_streamed_blocks_at_most_two_are_on_the_device():
     model = build(levers=Levers(resident_blocks=1))
     stream = model.block_stream
-    evaluate_loss(model, [random_batch()])
+    evaluate_loss(CausalLM(), model, [random_batch()])
     on_device = {
         number for number, block in enumerate(blocks(model)) for module in block.modules()
         for tensor in (*module._parameters.values(), *module._buffers.values())

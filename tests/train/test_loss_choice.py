@@ -8,7 +8,7 @@ from qlora_lite.errors import TrainingError
 from qlora_lite.models.levers import Levers
 from qlora_lite.ops import fused_loss, trial
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, chunked_cross_entropy, head_logits
-from qlora_lite.train import loop
+from qlora_lite.train import causal_lm
 
 WHOLE = dict(max_grad_norm=0.0, gradient_accumulation_steps=1, levers=Levers(optimizer_in_backward=True))
 
@@ -23,9 +23,13 @@ def other(monkeypatch):
         return torch.nn.functional.cross_entropy(head_logits(hidden, head), targets, reduction="sum")
 
     monkeypatch.setitem(fused_loss.FUSED, "other", ("json", loss))
-    monkeypatch.setattr(loop, "candidates", lambda setting, *_: [] if setting == "off" else ["other"])
-    monkeypatch.setattr(loop, "choose_loss", lambda names, *_: names[0])
+    monkeypatch.setattr(causal_lm, "candidates", lambda setting, *_: [] if setting == "off" else ["other"])
+    monkeypatch.setattr(causal_lm, "choose_loss", lambda names, *_: names[0])
     return calls
+
+
+def chosen(training):
+    return training.workload.objective.fused
 
 
 @pytest.mark.parametrize("changes", [{}, WHOLE])
@@ -34,7 +38,7 @@ def test_every_step_and_the_rehearsal_compute_the_chosen_loss_and_evaluations_ou
     for each in (training, plain):
         each.choose_loss()
         each.rehearse(each.examples[:2])
-    assert training.fused_loss == "other" and plain.fused_loss is None
+    assert chosen(training) == "other" and chosen(plain) is None
     assert len(other) == 1 and other[0][0]
     steps, losses = list(training), [metrics.loss for metrics in plain]
     assert len(other) == 1 + sum(training.settings.gradient_accumulation_steps for _ in steps)
@@ -46,12 +50,12 @@ def test_every_step_and_the_rehearsal_compute_the_chosen_loss_and_evaluations_ou
 
 def test_the_losses_are_tried_on_the_hidden_states_of_the_largest_micro_batch(other, monkeypatch):
     tried = []
-    monkeypatch.setattr(loop, "choose_loss", lambda *given: tried.append(given))
+    monkeypatch.setattr(causal_lm, "choose_loss", lambda *given: tried.append(given))
     training = trainer("gemma2", fused_loss="auto", levers=Levers(loss_chunk_tokens=7), dropout=0.5)
     training.choose_loss()
     assert not training.model.training
     [(names, hidden, targets, head, chunk_tokens)] = tried
-    assert (names, chunk_tokens, training.fused_loss) == (["other"], 7, None)
+    assert (names, chunk_tokens, chosen(training)) == (["other"], 7, None)
     assert hidden.shape == (len(targets), head.weight.shape[1]) and not hidden.requires_grad
     assert head.softcap == training.model.config.final_logit_softcapping
     losses = [metrics.loss for metrics in training]
@@ -63,7 +67,7 @@ def test_the_losses_are_tried_on_the_hidden_states_of_the_largest_micro_batch(ot
 def test_a_run_that_goes_on_keeps_its_loss_where_it_can_be_had(other, recorded, kept):
     training = trainer(fused_loss="auto")
     training.choose_loss(recorded)
-    assert training.fused_loss == kept and not other
+    assert chosen(training) == kept and not other
 
 
 def test_a_chosen_loss_that_is_not_finite_is_named_with_the_cure(other, monkeypatch):
@@ -88,5 +92,5 @@ def test_a_card_tries_what_is_installed_unless_bits_must_repeat(monkeypatch, rep
         training.choose_loss()
     finally:
         torch.use_deterministic_algorithms(False)
-    assert training.fused_loss == (None if repeatable else "same")
+    assert chosen(training) == (None if repeatable else "same")
     assert training.meter.peak_bytes() > 0 and len(list(training)) == 4

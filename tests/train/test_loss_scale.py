@@ -12,8 +12,10 @@ from qlora_lite.errors import TrainingError
 from qlora_lite.lora.inject import add_lora, lora_parameters
 from qlora_lite.models.levers import Levers
 from qlora_lite.train import guards, loop, loss_scale
+from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.forward import prepare
 from qlora_lite.train.loss_scale import LossScale, unscale
-from qlora_lite.train.step import accumulate_gradients, prepare
+from qlora_lite.train.step import accumulate_gradients
 
 
 def model_in(dtype, norm=1.0):
@@ -28,7 +30,7 @@ def model_in(dtype, norm=1.0):
 def gradients(model, scale=1.0):
     """Return the gradients of a batch, computed at a scale and divided by it."""
     parameters = [parameter for _, parameter in lora_parameters(model)]
-    accumulate_gradients(model, [prepare(random_batch(), model.device)], scale=scale)
+    accumulate_gradients(CausalLM(), model, [prepare(random_batch(), model.device)], scale=scale)
     unscale(parameters, scale)
     found = [parameter.grad for parameter in parameters]
     for parameter in parameters:
@@ -74,10 +76,10 @@ def test_a_step_that_overflows_is_computed_again_at_half_the_scale_until_it_does
     training, seen = scaled_trainer(2.0**20), []
     step = loop.train_step
 
-    def watched(model, batches, optimizer, *rest):
+    def watched(workload, model, batches, optimizer, *rest):
         before = [parameter.detach().clone() for parameter in training.parameters]
         assert all(parameter.grad is None for parameter in training.parameters)
-        result = step(model, batches, optimizer, *rest)
+        result = step(workload, model, batches, optimizer, *rest)
         same = all(torch.equal(a, b) for a, b in zip(before, training.parameters, strict=True))
         seen.append((rest[-1], math.isfinite(result.grad_norm), same))
         return result

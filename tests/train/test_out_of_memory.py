@@ -10,7 +10,8 @@ from tiny_trainer import examples, trainer
 from qlora_lite.data.stored import row_lengths
 from qlora_lite.errors import DoesNotFitError, TrainingError
 from qlora_lite.models.levers import Levers
-from qlora_lite.train import loop, step
+from qlora_lite.train import loop
+from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.out_of_memory import (
     cut,
     free_cached_memory,
@@ -57,7 +58,7 @@ def test_other_errors_are_no_lack_of_memory(error):
 def test_micro_batches_are_cut_between_rows_and_no_row_is_lost(limit):
     rows = examples(12)
     groups = [rows[:5], rows[5:6], rows[6:]]
-    parts = cut(groups, limit)
+    parts = cut(CausalLM(), groups, limit)
     assert [row for part in parts for row in part] == rows
     borders = {0, 5, 6, 12}
     assert borders <= {sum(map(len, parts[:n])) for n in range(len(parts) + 1)}
@@ -67,17 +68,17 @@ def test_micro_batches_are_cut_between_rows_and_no_row_is_lost(limit):
         assert all(len(part) == 1 or sum(row_lengths(part)) <= limit for part in parts)
 
 
-def fail_once_above(monkeypatch, module, name, limit, error=WORDINGS[0]):
-    """Let memory run out in a function of the model and inputs where these have more tokens than the limit."""
-    real, failures = getattr(module, name), []
+def fail_above(monkeypatch, limit, error=WORDINGS[0]):
+    """Let memory run out in the loss of inputs that have more tokens than the limit."""
+    real, failures = CausalLM.loss, []
 
-    def limited(model, inputs, *rest):
+    def limited(workload, model, inputs):
         if sum(inputs.row_lengths) > limit:
             failures.append(sum(inputs.row_lengths))
             raise type(error)(*error.args)  # a new one, since it keeps what was on the way of its raising
-        return real(model, inputs, *rest)
+        return real(workload, model, inputs)
 
-    monkeypatch.setattr(module, name, limited)
+    monkeypatch.setattr(CausalLM, "loss", limited)
     return failures
 
 
@@ -95,7 +96,7 @@ def assert_same_steps(found, expected):
 def test_memory_that_runs_out_in_forward_changes_no_step(monkeypatch, caplog, error):
     whole = trainer(**OPTIONS)
     expected = list(whole)
-    failures = fail_once_above(monkeypatch, step, "summed_loss", 25, error)
+    failures = fail_above(monkeypatch, 25, error)
     training = trainer(**OPTIONS)
     assert_same_steps(list(training), expected)
     assert failures and training.most_tokens <= 25
@@ -144,7 +145,7 @@ def test_a_step_done_again_draws_the_dropout_that_it_would_have_drawn():
 
 
 def test_one_row_too_large_is_an_error_that_names_it_and_the_cure(monkeypatch):
-    fail_once_above(monkeypatch, step, "summed_loss", 5)
+    fail_above(monkeypatch, 5)
     training = trainer(**OPTIONS)
     before = [parameter.detach().clone() for parameter in training.parameters]
     with pytest.raises(DoesNotFitError, match=r"the row rows\.jsonl:\d+ alone, with \d+ tokens, needs .*max_tokens"):
@@ -153,7 +154,7 @@ def test_one_row_too_large_is_an_error_that_names_it_and_the_cure(monkeypatch):
 
 
 def test_an_unrelated_error_is_raised_as_it_is(monkeypatch):
-    fail_once_above(monkeypatch, step, "summed_loss", 5, OTHERS[0])
+    fail_above(monkeypatch, 5, OTHERS[0])
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         next(iter(trainer(**OPTIONS)))
 
@@ -190,7 +191,7 @@ def test_memory_that_runs_out_in_evaluation_gives_the_same_loss(monkeypatch):
     training = trainer(**OPTIONS)
     training.model.train()
     expected = training.evaluate(examples(9))
-    fail_once_above(monkeypatch, step, "summed_loss", 25)
+    fail_above(monkeypatch, 25)
     result = training.evaluate(examples(9))
     assert result.loss == pytest.approx(expected.loss, rel=1e-6)
     assert result.labelled_tokens == expected.labelled_tokens
@@ -200,9 +201,9 @@ def test_memory_that_runs_out_in_evaluation_gives_the_same_loss(monkeypatch):
 def test_the_largest_part_is_halved_and_one_row_cannot_be():
     rows = examples(6)
     parts = [rows[:4], rows[4:]]
-    assert lower_limit(parts, "why") == sum(row_lengths(rows[:4])) // 2
+    assert lower_limit(CausalLM(), parts, "why") == sum(row_lengths(rows[:4])) // 2
     with pytest.raises(DoesNotFitError, match="why"):
-        lower_limit([rows[:1]], "why")
+        lower_limit(CausalLM(), [rows[:1]], "why")
 
 
 def nan_at(training, *steps):
@@ -245,8 +246,8 @@ def test_a_limit_that_was_lowered_holds_for_the_rehearsal_too(monkeypatch):
     training.most_tokens = 20
     seen = []
     real = loop.rehearse_step
-    monkeypatch.setattr(loop, "rehearse_step", lambda m, p, o, inputs, *rest: (
-        seen.append(sum(inputs.row_lengths)), real(m, p, o, inputs, *rest)))  # fmt: skip
+    monkeypatch.setattr(loop, "rehearse_step", lambda w, m, p, o, inputs, *rest: (
+        seen.append(sum(inputs.row_lengths)), real(w, m, p, o, inputs, *rest)))  # fmt: skip
     training.rehearse(examples(5))
     assert seen and seen[0] <= 20
 

@@ -10,8 +10,10 @@ from tiny import ARCHITECTURES, UNUSUAL, add_reference_lora, build_tiny, random_
 from qlora_lite.lora.inject import Target, add_lora, lora_layers
 from qlora_lite.models.load import use_row_attention, uses_row_attention
 from qlora_lite.models.rows_alone import rows_run_alone, why_rows_run_alone
-from qlora_lite.train.guards import check_forward
-from qlora_lite.train.step import accumulate_gradients, labelled_count, prepare
+from qlora_lite.train.causal_lm import CausalLM, CrossEntropy
+from qlora_lite.train.forward import labelled_count, prepare
+from qlora_lite.train.step import accumulate_gradients
+from qlora_lite.train.text_guards import check_forward
 
 # Families in which rows end to end see each other: distances counted over the whole sequence, a state or a
 # convolution that runs on, an attention of their own that takes no rows. GPT-Neo cannot compute more tokens than a row.
@@ -40,7 +42,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_each_row_alone(name):
     oracle.double()
     batch = random_batch()
 
-    loss = accumulate_gradients(model.train(), [prepare(batch, model.device)], chunk_tokens=4).item()
+    loss = accumulate_gradients(CausalLM(CrossEntropy(4)), model.train(), [prepare(batch, model.device)]).loss.item()
     expected = reference_loss(oracle.train(), batch) / labelled_count(batch)
     expected.backward()
 

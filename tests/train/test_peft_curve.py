@@ -10,6 +10,7 @@ from qlora_lite.lora.adapter import adapter_tensors
 from qlora_lite.lora.inject import add_lora
 from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.models.load import load_model
+from qlora_lite.train.causal_lm import CausalLM, CrossEntropy
 from qlora_lite.train.optim import build_optimizer
 from qlora_lite.train.step import train_step
 
@@ -51,7 +52,7 @@ def our_curve(model, steps):
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(parameters, "adamw_torch", RATE, weight_decay=0.1)
     for batch in steps:
-        yield train_step(model, [batch], optimizer, CLIP, chunk_tokens=5).loss
+        yield train_step(CausalLM(CrossEntropy(5)), model, [batch], optimizer, CLIP).loss
         optimizer.zero_grad()
 
 

@@ -5,6 +5,7 @@ from itertools import islice
 
 import pytest
 import torch
+from jobs import changed, new_job
 from tiny import ARCHITECTURES
 from tiny_trainer import examples, trainer
 from transformers import AutoConfig
@@ -15,11 +16,12 @@ from qlora_lite.memory.ledger import Ledger
 from qlora_lite.models.levers import Levers
 from qlora_lite.models.rows_alone import run_rows_alone
 from qlora_lite.planning import simulate
-from qlora_lite.train import step as step_module
+from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.checkpoints import Checkpoint
-from qlora_lite.train.guards import check_updates_in_backward
 from qlora_lite.train.loop import largest_batches
 from qlora_lite.train.state import STATE, capture, restore
+from qlora_lite.train.text_guards import check_updates_in_backward
+from qlora_lite.train.workload import BatchShape, LossSum
 
 IN_BACKWARD = Levers(optimizer_in_backward=True)
 WHOLE = dict(max_grad_norm=0.0, gradient_accumulation_steps=1, micro_batch_size=2)
@@ -63,12 +65,12 @@ def test_no_gradients_exist_at_one_time_but_those_of_projections_that_share_an_i
 @pytest.mark.parametrize("levers", [IN_BACKWARD, replace(IN_BACKWARD, offload_checkpoints=True, resident_blocks=0)])
 def test_the_plan_is_what_a_step_on_real_tensors_needs(levers):
     config = AutoConfig.for_model("llama", **ARCHITECTURES["llama"] | {"num_hidden_layers": 5})
-    rows = simulate.Rows((20, 11), 29)
-    job = simulate.Job(config, rows, rows, rank=32, compute_dtype=torch.float32, max_grad_norm=0.0, levers=levers)
+    rows = BatchShape((20, 11), 29)
+    job = new_job(config, rows, rows, rank=32, compute_dtype=torch.float32, max_grad_norm=0.0, levers=levers)
     planned, real = (simulate._run(job, device, False) for device in (simulate.META, simulate.CPU))
     assert planned.moments == real.moments
     assert planned.work == real.work
-    after = simulate.simulate_whole(replace(job, levers=replace(levers, optimizer_in_backward=False)))
+    after = simulate.simulate_whole(changed(job, levers=replace(levers, optimizer_in_backward=False)))
     assert planned.peak().total < after.peak().total
 
 
@@ -118,8 +120,8 @@ def test_a_model_whose_rows_run_one_by_one_is_refused():
 def test_a_loss_that_is_not_finite_leaves_the_weights(monkeypatch):
     training = trainer(**WHOLE, levers=IN_BACKWARD)
     before = [parameter.detach().clone() for parameter in training.parameters]
-    plain = step_module.summed_loss
-    monkeypatch.setattr(step_module, "summed_loss", lambda *arguments: plain(*arguments) * float("nan"))
+    plain = CausalLM.loss
+    monkeypatch.setattr(CausalLM, "loss", lambda *arguments: LossSum(plain(*arguments).sum * float("nan")))
     with pytest.raises(TrainingError, match=r"not finite.*weights were left as they were"):
         next(iter(training))
     assert all(torch.equal(a, b) for a, b in zip(before, training.parameters, strict=True))
@@ -158,7 +160,7 @@ def test_memory_that_runs_out_in_forward_is_no_reason_to_cut_the_step(monkeypatc
     def run_out(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(step_module, "summed_loss", run_out)
+    monkeypatch.setattr(CausalLM, "loss", run_out)
     with pytest.raises(DoesNotFitError, match=r"optimizer_in_backward keeps whole \(CUDA out of memory"):
         next(iter(training))
 
@@ -166,15 +168,15 @@ def test_memory_that_runs_out_in_forward_is_no_reason_to_cut_the_step(monkeypatc
 def test_an_evaluation_that_was_cut_leaves_the_steps_whole(monkeypatch):
     expected = list(trainer(**WHOLE, levers=IN_BACKWARD))
     training = trainer(**WHOLE, levers=IN_BACKWARD)
-    plain = step_module.summed_loss
+    plain = CausalLM.loss
 
-    def limited(model, inputs, *rest):
+    def limited(workload, model, inputs):
         if not model.training and sum(inputs.row_lengths) > 20:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return plain(model, inputs, *rest)
+        return plain(workload, model, inputs)
 
-    monkeypatch.setattr(step_module, "summed_loss", limited)
+    monkeypatch.setattr(CausalLM, "loss", limited)
     training.evaluate(examples(9))
-    largest, _ = largest_batches(training.examples, (), training.epochs, training.most_tokens)
+    largest, _ = largest_batches(CausalLM(), training.examples, (), training.epochs, training.most_tokens)
     assert training.most_tokens <= 20 < sum(largest.row_lengths)
     assert [metrics.loss for metrics in training] == [metrics.loss for metrics in expected]

@@ -1,0 +1,83 @@
+"""What learns in a frozen model: the interface that training, planning, checkpoints and files know.
+
+A method says which weights it adds (or frees) and under which names files hold them. All else (the step, the ledger,
+the optimizer, resuming) takes its parameters as it finds them, so that another method is one class like
+``adapter.Lora``.
+"""
+
+from collections.abc import Container, Hashable, Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from qlora_lite.errors import TrainingError
+
+
+class AdapterMethod:
+    """A way to adapt a frozen model. ``apply`` and ``config`` are a method's own; the rest has defaults.
+
+    Subclasses are frozen dataclasses: a plan compares them, and looks them up.
+    """
+
+    def apply(self, model: nn.Module) -> None:
+        """Freeze a model and add what learns, in place.
+
+        Of a model on the meta device no value may be drawn or read.
+
+        Raises:
+            ModelError: the model has no layer that it is for.
+        """
+        raise NotImplementedError
+
+    def config(self, model: nn.Module, base_model: str) -> dict:
+        """Return what ``adapter_config.json`` says of an adapted model, enough to build the adapter again."""
+        raise NotImplementedError
+
+    def parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield what is trained, with its names, always in the same order."""
+        return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+    def tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Return the tensors that files hold by their names there; writing into them changes the adapter."""
+        return {name: parameter.detach() for name, parameter in self.parameters(model)}
+
+    def layers_not_reached(self, model: nn.Module, norms: Mapping[str, float]) -> list[str]:
+        """Return the names of layers that the first backward pass gave no gradient although it should have.
+
+        Args:
+            norms: of the gradients of ``parameters``, by name.
+        """
+        return [name for name, _ in self.parameters(model) if not norms[name]]
+
+    def layer_kinds(self, names: Sequence[str], in_blocks: Container[str]) -> Mapping[str, Hashable]:
+        """Return what tells apart layers that are adapted differently, so that a plan knows which blocks are alike.
+
+        Args:
+            names: paths of linear layers.
+            in_blocks: paths of all modules inside of blocks.
+        """
+        return {}
+
+    def does_nothing(self, model: nn.Module) -> bool:
+        """Tell whether an adapter that was trained for some steps is still the identity it began as."""
+        return False
+
+    def forget_pass(self, model: nn.Module) -> None:
+        """Drop what a forward pass left behind that ended in an error."""
+
+    def fill(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copy tensors of the names and shapes of ``tensors`` into an adapted model."""
+        with torch.no_grad():
+            for name, tensor in self.tensors(model).items():
+                tensor.copy_(tensors[name])
+
+    def check_reached(self, model: nn.Module, norms: Mapping[str, float]) -> None:
+        """Check after the first backward pass that can show it that gradient reached every layer.
+
+        Raises:
+            TrainingError: naming the layers that got none.
+        """
+        if idle := self.layers_not_reached(model, norms):
+            raise TrainingError(
+                f"{len(idle)} of the wrapped layers got no gradient, first {idle[0]}; leave them out of lora.targets"
+            )

@@ -1,0 +1,296 @@
+"""The workload that is a causal language model: tokenised rows, packed; cross-entropy over the labelled tokens."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import torch
+from torch import nn
+
+from qlora_lite.data.batch import Batch, Extent, collate, enlarged
+from qlora_lite.data.stored import Example, Examples, learned_counts, row_lengths
+from qlora_lite.errors import DataError
+from qlora_lite.lora.adapter import Lora
+from qlora_lite.lora.inject import require_model
+from qlora_lite.lora.method import AdapterMethod
+from qlora_lite.memory.marks import category
+from qlora_lite.models import anatomy
+from qlora_lite.models.kernels import use_kernels
+from qlora_lite.models.levers import Levers, place, set_levers
+from qlora_lite.models.load import uses_row_attention
+from qlora_lite.models.rows_alone import longest_possible, run_rows_alone, why_rows_run_alone
+from qlora_lite.models.skeleton import block_pattern, give_storage, meta_copy, shallow_config
+from qlora_lite.ops.fused_attention import PlannedAttention
+from qlora_lite.ops.fused_loss import FUSED, candidates, choose_loss
+from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, chunked_cross_entropy
+
+from .forward import Inputs, filler_tokens, hidden_states, labelled_count, prepare, row_ends
+from .kernels import check_kernels, choose_kernels
+from .settings import TrainSettings
+from .text_guards import (
+    can_reach_every_layer,
+    check_compilable,
+    check_embeddings,
+    check_forward,
+    check_updates_in_backward,
+)
+from .workload import BatchShape, LossSum, Objective, Workload
+
+CHECKED_TILE_TOKENS = 5
+CHUNKED = "chunked"  # the loss that is this package's own
+
+
+@dataclass(frozen=True)
+class CrossEntropy(Objective):
+    """The sum over target tokens of minus the logarithm of their probabilities.
+
+    Args:
+        chunk_tokens: tokens whose logits exist at once.
+        fused: name of the loss in ``ops.fused_loss`` that takes the place of the chunked one.
+    """
+
+    chunk_tokens: int = AUTO_CHUNK_TOKENS
+    fused: str | None = None
+
+    def __call__(self, model: nn.Module, outputs: torch.Tensor, inputs: Inputs) -> LossSum:
+        """Return the loss of hidden states [N, D] of the tokens before the targets."""
+        its_head = anatomy.head(model)
+        with category("logits"):
+            if self.fused:
+                return LossSum(FUSED[self.fused][1](outputs, inputs.targets, its_head))
+            return LossSum(chunked_cross_entropy(outputs, inputs.targets, its_head, self.chunk_tokens))
+
+    def with_options(self, options: Levers) -> Self:
+        """Take the tokens at once from memory options."""
+        return replace(self, chunk_tokens=options.loss_chunk_tokens or AUTO_CHUNK_TOKENS)
+
+    def plain(self) -> Self:
+        """Return the chunked one."""
+        return replace(self, fused=None)
+
+    @property
+    def name(self) -> str:
+        """The package whose loss it is, or ``CHUNKED``."""
+        return self.fused or CHUNKED
+
+
+@dataclass(frozen=True, eq=False)
+class ModelSpec:
+    """A model of which a plan needs no weights.
+
+    Args:
+        config: transformers'.
+        quant, double_quant, quant_head, compute_dtype: as in the recipe's model section.
+        longest: tokens of the longest row that there may be.
+        rows_alone: rows are known to run one by one.
+    """
+
+    config: object
+    quant: str = "nf4"
+    double_quant: bool = True
+    quant_head: bool = False
+    compute_dtype: torch.dtype = torch.bfloat16
+    longest: int = 0
+    rows_alone: bool = False
+
+
+@dataclass(frozen=True)
+class CausalLM(Workload):
+    """A causal language model. Its objective is given the last hidden states [N, D] of the tokens before the targets.
+
+    Args:
+        spec: of the model, for a plan; training takes the model as it was loaded.
+    """
+
+    objective: Objective = field(default_factory=CrossEntropy)
+    method: AdapterMethod = field(default_factory=Lora)
+    spec: ModelSpec | None = field(default=None, repr=False)
+
+    def lengths(self, examples: Sequence[Example]) -> Sequence[int]:
+        """Return the tokens of each."""
+        return row_lengths(examples)
+
+    def target_counts(self, examples: Sequence[Example]) -> Sequence[int]:
+        """Return the labelled tokens of each."""
+        return learned_counts(examples)
+
+    def places(self, examples: Sequence[Example]) -> list[str]:
+        """Return file and line of each."""
+        return [example.where for example in examples]
+
+    def enlarged(self, examples: Sequence[Example], most: Extent) -> Sequence[Example]:
+        """See ``data.batch.enlarged``."""
+        return enlarged(examples, most)
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Pack rows into one sequence."""
+        return collate(examples)
+
+    def shape(self, batch: Batch) -> BatchShape:
+        """Return the tokens of each row, and how many are labelled."""
+        return BatchShape(batch.row_lengths, labelled_count(batch))
+
+    def inputs(self, batch: Batch, device: torch.device) -> Inputs:
+        """See ``forward.prepare``."""
+        return prepare(batch, device)
+
+    def planned_inputs(self, shape: BatchShape, device: torch.device) -> Inputs:
+        """Return inputs of zeros, with positions."""
+        tokens = shape.tokens + filler_tokens(shape.lengths, device)
+        shapes = (1, tokens), (shape.targets,), (shape.targets,)
+        ids, learned, targets = (torch.zeros(size, dtype=torch.int64, device=device) for size in shapes)
+        counted = (*shape.lengths, tokens - shape.tokens)
+        positions = torch.cat([torch.arange(length, device=device) for length in counted])[None]
+        return Inputs(ids, positions, shape.lengths, learned, targets, row_ends(shape.lengths, device))
+
+    def weight(self, inputs: Inputs) -> int:
+        """Return the number of targets."""
+        return len(inputs.targets)
+
+    def loss(self, model: nn.Module, inputs: Inputs) -> LossSum:
+        """Return the loss over a micro-batch's targets."""
+        return self.objective(model, hidden_states(model, inputs)[inputs.learned], inputs)
+
+    def with_options(self, options: Levers) -> Self:
+        """See ``Objective.with_options``."""
+        return replace(self, objective=self.objective.with_options(options))
+
+    def plain(self) -> Self:
+        """See ``Objective.plain``."""
+        return replace(self, objective=self.objective.plain())
+
+    @property
+    def name(self) -> str:
+        """The architecture's name in transformers."""
+        return self.spec.config.model_type
+
+    @property
+    def depth(self) -> int:
+        """The model's blocks."""
+        return self.spec.config.num_hidden_layers
+
+    @property
+    def most_tokens(self) -> int | None:
+        """See ``models.rows_alone.longest_possible``."""
+        return longest_possible(self.spec.config)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether linear layers are in 4 bit."""
+        return self.spec.quant != "none"
+
+    @property
+    def fixed_options(self) -> Mapping[str, object]:
+        """None: each can be set."""
+        return {}
+
+    @property
+    def movable_tables(self) -> tuple[str, ...]:
+        """Embeddings, and the head if it is in 16 bit."""
+        return ("host_embeddings",) if self.spec.quant_head else ("host_embeddings", "host_head")
+
+    @property
+    def tables_are_tied(self) -> bool:
+        """Whether the embeddings are the head too, so that they can only lie in one place."""
+        return bool(self.spec.config.tie_word_embeddings) and not self.spec.quant_head
+
+    def planned_model(self, device: torch.device, options: Levers, shape: BatchShape) -> nn.Module:
+        """See ``Workload``."""
+        spec = self.spec
+        model = meta_copy(spec.config, spec.quant, spec.double_quant, spec.compute_dtype, spec.quant_head)
+        if device.type != "meta":
+            give_storage(model, device)
+        self.method.apply(model)
+        place(model, device, options)
+        if spec.rows_alone or why_rows_run_alone(model, max(spec.longest, *shape.lengths)):
+            run_rows_alone(model)
+        set_levers(model, options)
+        if device.type == "meta" and not uses_row_attention(model):
+            for part in (part for block in self.blocks(model) for part in block.children()):
+                PlannedAttention().during(part)  # hooks of a block itself are not called where it runs again
+        return model
+
+    def pattern(self) -> tuple[int, int]:
+        """See ``models.skeleton.block_pattern``."""
+        return block_pattern(self.spec.config, self.method)
+
+    def at_depth(self, depth: int) -> Self:
+        """Return the workload with fewer blocks."""
+        return replace(self, spec=replace(self.spec, config=shallow_config(self.spec.config, depth)))
+
+    def needs_values(self, model: nn.Module) -> bool:
+        """Whether attention is transformers' own, whose masks follow from values."""
+        return not uses_row_attention(model)
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """Return the decoder's blocks."""
+        return anatomy.blocks(model)
+
+    def device(self, model: nn.Module) -> torch.device:
+        """Return the device of the head, which an adapter need not be there for."""
+        return anatomy.device_of(model)
+
+    def tables(self, model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+        """Return embeddings and head."""
+        return model.get_input_embeddings(), model.get_output_embeddings()
+
+    def needs_loss_scale(self, model: nn.Module) -> bool:
+        """Tell whether the model is in float16."""
+        return model.dtype == torch.float16
+
+    def check_arguments(self, model: object, examples: object) -> None:
+        """Check that it is a model of transformers, and that the examples are tokenised rows."""
+        require_model(model)
+        if not isinstance(examples, Examples | Sequence) or not isinstance(next(iter(examples), None), Example | None):
+            raise DataError(f"examples is {type(examples).__name__}; give build_examples(...).examples")
+
+    def check_examples(self, model: nn.Module, examples: Sequence[Example]) -> None:
+        """See ``text_guards.check_embeddings``."""
+        check_embeddings(model, examples)
+
+    def check_model(self, model: nn.Module, settings: TrainSettings) -> None:
+        """See ``text_guards``."""
+        plain = replace(settings.levers, kernels="plain")  # until ``choose_kernels`` has tried others
+        tiny_tiles = plain.tile_tokens and CHECKED_TILE_TOKENS  # so that the check's few tokens are cut
+        set_levers(model, replace(plain, tile_tokens=tiny_tiles))
+        check_forward(model, settings.max_tokens)
+        set_levers(model, plain)
+        check_updates_in_backward(model, settings)
+        check_compilable(model, settings.levers)
+
+    def choose_kernels(
+        self, model: nn.Module, largest: Callable[[], Inputs], options: Levers, recorded: Sequence[str] | None
+    ) -> None:  # fmt: skip
+        """See ``kernels``."""
+        on_card, allowed = self.device(model).type == "cuda", {*options.allowed_kernels}
+        names = allowed if recorded is None else allowed & {*recorded}
+        if recorded is not None or on_card:
+            use_kernels(model, names)
+        if on_card and names and recorded is None:
+            choose_kernels(model, largest())
+        elif on_card and names:
+            check_kernels(model, names, largest())
+
+    def choose_loss(
+        self, model: nn.Module, largest: Callable[[], Inputs], setting: str, recorded: str | None
+    ) -> Self:  # fmt: skip
+        """Choose on the hidden states of the largest micro-batch; see ``ops.fused_loss``."""
+        its_head, objective = anatomy.head(model), self.objective
+        if not isinstance(objective, CrossEntropy):
+            return self
+        names = candidates(setting, its_head, self.device(model))
+        if recorded is not None:
+            fused = recorded if recorded in names else None
+        elif names:
+            inputs, was_training = largest(), model.training
+            with torch.no_grad():
+                hidden = hidden_states(model.eval(), inputs)[inputs.learned]
+            model.train(was_training)
+            fused = choose_loss(names, hidden, inputs.targets, its_head, objective.chunk_tokens)
+        else:
+            fused = None
+        return replace(self, objective=replace(objective, fused=fused))
+
+    def can_reach_every_layer(self, examples: Sequence[Example]) -> bool:
+        """See ``text_guards.can_reach_every_layer``."""
+        return can_reach_every_layer(examples)

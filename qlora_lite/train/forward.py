@@ -1,0 +1,104 @@
+"""The forward pass of a causal language model over packed sequences, up to the last hidden states."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from qlora_lite.data.batch import IGNORED_LABEL, Batch
+from qlora_lite.models.anatomy import decoder
+from qlora_lite.models.kernels import FLEX, kernels_of
+from qlora_lite.models.load import uses_row_attention
+from qlora_lite.models.rows_alone import rows_run_alone
+from qlora_lite.ops.checkpoint import row_alone
+from qlora_lite.ops.packed_attention import sequence_ends
+from qlora_lite.ops.shapes import device_type, kernel_rows
+from qlora_lite.ops.transfer import part, remembered, sent
+
+
+class Inputs(NamedTuple):
+    """A micro-batch as the model computes on it; no shape in the step depends on its values.
+
+    input_ids, position_ids: int64 [1, T + filler], on the model's device.
+    row_lengths: tokens of each row, T in all.
+    learned: int64 [N], the places whose next token is a target.
+    targets: int64 [N].
+    row_ends: of a card, where rows end (``ops.packed_attention.sequence_ends``).
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    row_lengths: tuple[int, ...]
+    learned: torch.Tensor
+    targets: torch.Tensor
+    row_ends: torch.Tensor | None = None
+
+
+def prepare(batch: Batch, device: torch.device) -> Inputs:
+    """Move a batch to the device and find its targets.
+
+    Where the device's kernels want rounder counts (see ``ops.shapes``), filler tokens go through the blocks
+    behind the rows and are cut off again: enough to round up the last row, and then the whole batch.
+    """
+    filler = filler_tokens(batch.row_lengths, device)
+    input_ids = torch.nn.functional.pad(batch.input_ids, (0, filler))
+    position_ids = torch.cat([batch.position_ids, torch.arange(filler)[None]], dim=1)
+    learned = (batch.labels != IGNORED_LABEL).nonzero().squeeze(1)
+    tensors = [remembered(sent(t, device), t) for t in (input_ids, position_ids, learned, batch.labels[learned])]
+    return Inputs(*tensors[:2], batch.row_lengths, *tensors[2:], row_ends(batch.row_lengths, device))
+
+
+def row_ends(row_lengths: Sequence[int], device: torch.device) -> torch.Tensor | None:
+    """Return where rows end for a card's attention, None for a CPU's."""
+    return sequence_ends(row_lengths, device) if device_type(device) == "cuda" else None
+
+
+def filler_tokens(row_lengths: Sequence[int], device: torch.device) -> int:
+    """Return how many tokens ``prepare`` adds behind the rows."""
+    tokens, last = sum(row_lengths), row_lengths[-1]
+    return kernel_rows(tokens - last + kernel_rows(last, device), device) - tokens
+
+
+def hidden_states(model: nn.Module, inputs: Inputs) -> torch.Tensor:
+    """Return the last hidden states [T, D] of rows laid end to end."""
+    if rows_run_alone(model):
+        return _hidden_states_row_by_row(model, inputs)
+    kernels = kernels_of(model)
+    at_once = {"row_ends": inputs.row_ends} if "sequences" in kernels and inputs.row_ends is not None else {}
+    at_once |= {"row_flex": True} if FLEX in kernels else {}
+    return _decoded(model, inputs.input_ids, inputs.position_ids, inputs.row_lengths, **at_once)
+
+
+def _decoded(
+    model: nn.Module, ids: torch.Tensor, positions: torch.Tensor, row_lengths: tuple[int, ...], **at_once
+) -> torch.Tensor:  # fmt: skip
+    """Return the last hidden states of the rows that the tokens begin with.
+
+    Args:
+        at_once: ``row_attention``'s further arguments.
+    """
+    rows = {}
+    if uses_row_attention(model):
+        # row_attention needs no mask. Without one, transformers looks at the positions for packed rows, and a card
+        # waits for the answer; one of four dimensions it passes on as it is.
+        rows = {"row_lengths": row_lengths, "attention_mask": ids.new_empty((1, 1, 0, 0)), **at_once}
+    output = decoder(model)(input_ids=ids, position_ids=positions, use_cache=False, **rows)
+    return output.last_hidden_state[0, : sum(row_lengths)]
+
+
+def _hidden_states_row_by_row(model: nn.Module, inputs: Inputs) -> torch.Tensor:
+    """Run each row by itself; the tokens behind it, up to the kernel's length, cannot change what came before."""
+    outs, start, device = [], 0, inputs.input_ids.device
+    for number, length in enumerate(inputs.row_lengths):
+        ids = part(inputs.input_ids, (slice(None), slice(start, start + kernel_rows(length, device))))
+        positions = torch.arange(ids.shape[1], device=device)[None]
+        with row_alone(number):
+            outs.append(_decoded(model, ids, positions, (length,)))
+        start += length
+    return torch.cat(outs)
+
+
+def labelled_count(batch: Batch) -> int:
+    """Return how many tokens of a batch are targets."""
+    return int((batch.labels != IGNORED_LABEL).sum())

@@ -1,0 +1,254 @@
+"""What is trained, as the loop, the planner, checkpoints and evaluation see it.
+
+A workload turns examples into batches, batches into inputs, and inputs into a loss; it knows the model's blocks, and
+the method that adapts them. An objective is the loss. Neither the loop nor the planner knows more of either: a kind of
+model, an objective or an adapter method (``lora.method``) that nobody here has heard of is planned, trained, resumed
+and saved like ``causal_lm.CausalLM``.
+
+A plan runs the same ``loss`` on a model and inputs without values, so what a workload's code does may depend on shapes,
+and on nothing that a tensor holds.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple, Self
+
+import torch
+from torch import nn
+
+from qlora_lite.data.batch import Extent
+from qlora_lite.errors import TrainingError
+from qlora_lite.lora.method import AdapterMethod
+from qlora_lite.models.levers import Levers, set_levers
+
+from .settings import TrainSettings
+
+
+@dataclass(frozen=True, slots=True)
+class BatchShape:
+    """All of a micro-batch that memory depends on: the length of each sequence, and the number of targets in all.
+
+    Of pictures of one size each is a sequence of length 1.
+    """
+
+    lengths: tuple[int, ...]
+    targets: int
+
+    @property
+    def tokens(self) -> int:
+        """Length of all sequences together."""
+        return sum(self.lengths)
+
+    def times(self, count: int) -> "BatchShape":
+        """Return the shape of so many such batches in one."""
+        return BatchShape(self.lengths * count, self.targets * count)
+
+
+# What only a model of tokens has, or is not known of any blocks: tiles, a loss in chunks, tables, compiled blocks.
+ONLY_BLOCKS = {
+    "tile_tokens": None, "loss_chunk_tokens": None, "host_embeddings": False, "host_head": False, "compile": False,
+    "optimizer_in_backward": False,
+}  # fmt: skip
+
+
+class LossSum(NamedTuple):
+    """A micro-batch's loss, float32 [], and other numbers to report: sums, each divided by a step's weight."""
+
+    sum: torch.Tensor
+    metrics: Mapping[str, torch.Tensor] = {}
+
+
+class Objective:
+    """What is minimised. Subclasses are frozen dataclasses: a plan compares them."""
+
+    @property
+    def name(self) -> str:
+        """What a run's record calls it."""
+        return type(self).__name__
+
+    def __call__(self, model: nn.Module, outputs: torch.Tensor, inputs) -> LossSum:
+        """Return the sum of the losses of a micro-batch.
+
+        Args:
+            outputs: what the workload says that it hands over.
+            inputs: the workload's.
+        """
+        raise NotImplementedError
+
+    def with_options(self, options: Levers) -> Self:
+        """Return the objective as it computes with memory options."""
+        return self
+
+    def plain(self) -> Self:
+        """Return the objective as this package computes it itself, which evaluations do."""
+        return self
+
+
+class Workload:
+    """A kind of model with what it learns. What raises here is a workload's own; the rest has defaults.
+
+    Subclasses are frozen: a plan looks them up, and ``dataclasses.replace`` changes them.
+    """
+
+    method: AdapterMethod
+    objective: Objective
+    name: str = ""  # what a plan calls the kind of model
+    depth: int = 1  # blocks, for a plan
+    most_tokens: int | None = None  # that the model can compute at once, where anything limits them
+    is_quantized: bool = False  # whether any weight is packed in 4 bit
+    fixed_options: Mapping[str, object] = MappingProxyType(ONLY_BLOCKS)  # memory options that it has no choice of
+    movable_tables: tuple[str, ...] = ()  # fields of Levers for tables that can lie in host memory
+    tables_are_tied: bool = False  # so that they lie in one place
+
+    # Examples and batches.
+
+    def lengths(self, examples: Sequence) -> Sequence[int]:
+        """Return the length of each example, which ``max_tokens`` counts: 1 where all have one size."""
+        return [1] * len(examples)
+
+    def target_counts(self, examples: Sequence) -> Sequence[int]:
+        """Return how many targets each example has."""
+        return [1] * len(examples)
+
+    def places(self, examples: Sequence) -> list[str]:
+        """Return where each example came from, for errors."""
+        return ["an example"] * len(examples)
+
+    def enlarged(self, examples: Sequence, most: Extent) -> Sequence:
+        """Return examples that need as much memory as any micro-batch of the run.
+
+        Args:
+            examples: of the longest micro-batch.
+            most: the most of each count that any micro-batch has.
+        """
+        return examples
+
+    def collate(self, examples: Sequence):
+        """Return a batch of examples, in host memory."""
+        raise NotImplementedError
+
+    def shape(self, batch) -> BatchShape:
+        """Return a batch's shape."""
+        raise NotImplementedError
+
+    def inputs(self, batch, device: torch.device):
+        """Return what ``loss`` takes, on the device."""
+        raise NotImplementedError
+
+    def planned_inputs(self, shape: BatchShape, device: torch.device):
+        """Return inputs of a shape, whose values mean nothing; on the meta device they have none."""
+        raise NotImplementedError
+
+    # The loss.
+
+    def weight(self, inputs) -> float:
+        """Return what a step divides the sum of losses by; known before the loss is computed."""
+        raise NotImplementedError
+
+    def loss(self, model: nn.Module, inputs) -> LossSum:
+        """Return the sum of the losses of a micro-batch."""
+        raise NotImplementedError
+
+    def with_options(self, options: Levers) -> Self:
+        """Return the workload as it computes with memory options."""
+        return self
+
+    def plain(self) -> Self:
+        """Return the workload with the plain objective."""
+        return self
+
+    # The model.
+
+    def planned_model(self, device: torch.device, options: Levers, shape: BatchShape) -> nn.Module:
+        """Return the model for a plan, adapted and its weights placed, its blocks run as training would run them.
+
+        Args:
+            device: the meta device, or the CPU where an operator needs storage.
+            options: ``models.levers.place`` and ``set_levers`` apply them.
+            shape: of the micro-batch that it is for.
+        """
+        raise NotImplementedError
+
+    def needs_values(self, model: nn.Module) -> bool:
+        """Tell whether a result's shape may follow from values that a plan has: positions, masks."""
+        return False
+
+    def pattern(self) -> tuple[int, int]:
+        """Return how many of the first blocks are of kinds of their own, and after how many the others repeat.
+
+        The default says that no two are known to be alike: then a plan runs all of them.
+        """
+        return self.depth, 1
+
+    def at_depth(self, depth: int) -> Self:
+        """Return the workload with fewer blocks, of the same kinds."""
+        raise NotImplementedError
+
+    def device(self, model: nn.Module) -> torch.device:
+        """Return the device that a model computes on, wherever its weights lie: where what it learns does."""
+        parameters = list(model.parameters())
+        return next((p for p in parameters if p.requires_grad), parameters[0]).device
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """Return what is checkpointed, streamed and compiled one by one, in order: of transformers' class
+        ``GradientCheckpointingLayer``.
+        """
+        raise NotImplementedError
+
+    def tables(self, model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+        """Return the modules of embeddings and of the head, None where a model has none."""
+        return None, None
+
+    def needs_loss_scale(self, model: nn.Module) -> bool:
+        """Tell whether the model computes in float16, whose gradients would underflow."""
+        return False
+
+    # What is checked and found out before the first step.
+
+    def check_arguments(self, model: object, examples: object) -> None:
+        """Check that model and examples are of the kind that the workload is for.
+
+        Raises:
+            ModelError, DataError: they are not.
+        """
+
+    def check_examples(self, model: nn.Module, examples: Sequence) -> None:
+        """Check that a model can compute on examples.
+
+        Raises:
+            DataError: it cannot.
+        """
+
+    def check_model(self, model: nn.Module, settings: TrainSettings) -> None:
+        """Set the memory options, and check that training computes what the model computes, and with the settings.
+
+        Raises:
+            ModelError, TrainingError: it would not.
+        """
+        wrong = [name for name, only in self.fixed_options.items() if getattr(settings.levers, name) != only]
+        if wrong:
+            raise TrainingError(f"{type(self).__name__} has no {', '.join(wrong)} to set")
+        set_levers(model, settings.levers, self.blocks(model))
+
+    def choose_kernels(
+        self, model: nn.Module, largest: Callable[[], object], options: Levers, recorded: Sequence[str] | None
+    ) -> None:  # fmt: skip
+        """Try fused kernels on a GPU, or take those that are recorded.
+
+        Args:
+            largest: makes the inputs of the largest micro-batch.
+
+        Raises:
+            TrainingError: one of those that are recorded does not run here any more.
+        """
+
+    def choose_loss(
+        self, model: nn.Module, largest: Callable[[], object], setting: str, recorded: str | None
+    ) -> Self:  # fmt: skip
+        """Return the workload with the loss that is fastest, or with the one that is recorded."""
+        return self
+
+    def can_reach_every_layer(self, examples: Sequence) -> bool:
+        """Tell whether a step of these examples gives every adapted layer a gradient."""
+        return True

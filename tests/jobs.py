@@ -1,0 +1,25 @@
+"""Jobs of causal language models with LoRA for plans in tests: fields of model, adapter and step in one list."""
+
+from dataclasses import fields, replace
+
+from qlora_lite.lora.adapter import Lora
+from qlora_lite.planning.simulate import Job
+from qlora_lite.train.causal_lm import CausalLM, ModelSpec
+
+
+def new_job(config, shape, eval_shape=None, **settings):
+    """A job of a model's configuration; what settings there are is in ``changed``."""
+    return changed(Job(CausalLM(spec=ModelSpec(config)), shape, eval_shape), **settings)
+
+
+def changed(job, **changes):
+    """The job with other fields of ``ModelSpec``, of ``Lora`` (``factor_dtype`` is its dtype) or of ``Job`` itself."""
+    parts = {}
+    for kind in (ModelSpec, Lora):
+        names = {field.name for field in fields(kind)}
+        parts[kind] = {name: changes.pop(name) for name in names & changes.keys()}
+    if "factor_dtype" in changes:
+        parts[Lora]["dtype"] = changes.pop("factor_dtype")
+    work = job.workload
+    work = replace(work, spec=replace(work.spec, **parts[ModelSpec]), method=replace(work.method, **parts[Lora]))
+    return replace(job, workload=work, **changes)
