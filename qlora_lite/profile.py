@@ -75,6 +75,7 @@ def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
         model = build_model(recipe, settings.levers, adapter_to_begin_with(recipe))
         work = plan.step.job.workload
         trainer = Trainer(model, rows, settings, build_stream(recipe, tokenizer), work)
+        trainer.check()
         largest = largest_batches(work, rows, eval_examples, trainer.epochs)
         expected = expected_peak(plan, *largest, rows_run_alone(model))
         device = device_of(model)

@@ -253,6 +253,7 @@ class _Run:
             self.model = build_model(self.recipe, self.settings.levers, self.first_adapter)
         stream = build_stream(self.recipe, self.tokenizer)
         self.trainer = Trainer(self.model, self.rows, self.settings, stream, self.plan.step.job.workload)
+        self.trainer.check()
         if self.continuation:
             self.trainer.most_tokens = self.continuation.checkpoint.documents[STATE]["most_tokens"]
         self.fingerprint = base_fingerprint(locate(self.recipe.model.path, self.recipe.model.revision))

@@ -185,7 +185,9 @@ class Case:
         model = self.build()
         self.workload.method.apply(model)
         settings = SETTINGS | self.changes | ({} if levers is None else {"levers": levers})
-        return Trainer(model, self.examples, TrainSettings(**settings), workload=self.workload)
+        training = Trainer(model, self.examples, TrainSettings(**settings), workload=self.workload)
+        training.check()
+        return training
 
 
 def language_model():

@@ -39,4 +39,6 @@ def trainer(model_type="llama", dropout=0.0, dtype=torch.float32, targets="all-l
     torch.manual_seed(0)
     add_lora(model, targets, rank=rank, alpha=8, dropout=dropout, dtype=dtype)
     place(model, torch.device(device), changes.get("levers", Levers()))
-    return Trainer(model, examples() if rows is None else rows, TrainSettings(**(SETTINGS | changes)), stream)
+    training = Trainer(model, examples() if rows is None else rows, TrainSettings(**(SETTINGS | changes)), stream)
+    training.check()
+    return training

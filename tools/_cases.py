@@ -148,6 +148,7 @@ def trainer_of(case: dict, model, steps: int = 1) -> Trainer:
         max_tokens=case["tokens"], packing="lengths" not in case, order="as-is", levers=levers_of(case),
     )  # fmt: skip
     trainer = Trainer(model, examples_of(case), settings)
+    trainer.check()
     use_kernels(model, settings.levers.allowed_kernels)  # as is planned, without a trial
     return trainer
 

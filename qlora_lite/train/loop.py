@@ -79,7 +79,7 @@ class Trainer:
     Raises:
         DataError: the model has no embedding for a token, or the examples are none.
         TrainingError: the settings are none.
-        ModelError: the model has no LoRA layers, or rows trained together would not give the model's own logits.
+        ModelError: the model has no LoRA layers.
     """
 
     def __init__(
@@ -114,9 +114,20 @@ class Trainer:
         self.most_tokens: int | None = None  # at once through the model, since memory ran out with more
         workload.check_examples(model, examples)
         check_trainable(model, sum(parameter.numel() for parameter in self.parameters))
-        workload.check_model(model, settings)
+        self._is_checked = False
         self.meter = PeakMeter(self.device)
         weakref.finalize(self, self.meter.close)  # its thread would outlive the trainer
+
+    def check(self) -> None:
+        """Set the memory options, and check that training computes what the model computes; all else does it first.
+
+        Raises:
+            ModelError: packed sequences would not give the model's own logits.
+            TrainingError: the settings are not for this model.
+        """
+        if not self._is_checked:
+            self.workload.check_model(self.model, self.settings)
+            self._is_checked = True
 
     @float32_partial_sums()
     def rehearse(self, eval_examples: Sequence = ()) -> None:
@@ -126,6 +137,7 @@ class Trainer:
             DataError: the model cannot compute on an example.
             TrainingError: a factor is not what it was.
         """
+        self.check()
         s, device, work = self.settings, self.device, self.workload
         work.check_examples(self.model, eval_examples)
         largest, evaluation = largest_batches(work, self.examples, eval_examples, self.epochs, self.most_tokens)
@@ -161,6 +173,7 @@ class Trainer:
         Raises:
             TrainingError: one of those does not run here any more.
         """
+        self.check()
         self.workload.choose_kernels(self.model, self._largest_inputs, self.settings.levers, recorded)
         self._forget_trials()
 
@@ -182,11 +195,13 @@ class Trainer:
         Args:
             recorded: the loss of a run that goes on, which is kept where it can be.
         """
+        self.check()
         setting = self.settings.fused_loss
         self.workload = self.workload.choose_loss(self.model, self._largest_inputs, setting, recorded)
         self._forget_trials()
 
     def __iter__(self) -> Iterator[StepMetrics]:
+        self.check()
         self.model.train()
         steps = self._steps()
         while self.step < self.total_steps:
@@ -323,6 +338,7 @@ class Trainer:
         Args:
             done: called after each batch with the number of examples so far.
         """
+        self.check()
         work = self.workload.plain()
         return self._within_memory(
             list(_eval_rows(work, examples, self.settings)),

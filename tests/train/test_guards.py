@@ -150,7 +150,18 @@ def test_a_weight_that_is_nan_before_training_stops_it_there():
     model, _ = quantized_pair("llama")
     model.model.norm.weight[3] = float("nan")
     with pytest.raises(ModelError, match=r"model\.norm\.weight holds NaN"):
-        Trainer(add_lora(model, rank=2, dtype=torch.float32), examples(), TrainSettings(**SETTINGS))
+        next(iter(Trainer(add_lora(model, rank=2, dtype=torch.float32), examples(), TrainSettings(**SETTINGS))))
+
+
+def test_steps_are_preceded_by_the_check_where_nobody_has_asked_for_it(monkeypatch):
+    calls = []
+    monkeypatch.setattr(CausalLM, "check_model", lambda _workload, model, _settings: calls.append(model))
+    checked = trainer()
+    training = Trainer(checked.model, checked.examples, checked.settings)
+    assert calls == [training.model], "not by the constructor"
+    list(training)
+    training.evaluate(checked.examples)
+    assert calls == [training.model] * 2
 
 
 def frozen_tensors(model):
