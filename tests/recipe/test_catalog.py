@@ -1,4 +1,3 @@
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -7,7 +6,6 @@ from qlora_lite.errors import OutputError, RecipeError
 from qlora_lite.recipe import catalog
 from qlora_lite.recipe.load import load_recipe
 
-ROOT = Path(__file__).parent.parent.parent
 NAMES = [name for name, _ in catalog.list_recipes()]
 
 
@@ -111,11 +109,3 @@ def test_an_unknown_recipe_is_answered_with_the_nearest_name():
         catalog.show_recipe("gsm8")
     with pytest.raises(RecipeError, match="there are "):
         catalog.show_recipe("../../etc/passwd")
-
-
-def test_every_package_is_listed_in_pyproject():
-    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {path.parent for path in (ROOT / "qlora_lite").rglob("*.py")}
-    packages = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
-    assert set(setuptools["packages"]) == packages | {"qlora_lite.recipes"}
-    assert setuptools["package-dir"] == {"qlora_lite.recipes": "recipes"}
