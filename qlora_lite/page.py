@@ -41,7 +41,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], numeric: int | 
         numeric: the column, or columns, to align right, counted from 0.
         totals: how many of the last rows are sums.
     """
-
     right = range(numeric, numeric + 1) if isinstance(numeric, int) else numeric
 
     def cells(row: Sequence[object], tag: str) -> str:

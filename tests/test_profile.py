@@ -40,7 +40,7 @@ def test_predicted_and_measured_agree_and_the_time_of_each_phase_is_told(recipe,
 
 
 @pytest.mark.parametrize(
-    "kind, words",
+    ("kind", "words"),
     [(torch.OutOfMemoryError, "out of memory. Tried 20 MiB"), (RuntimeError, "DefaultCPUAllocator: out of memory")],
 )
 def test_when_memory_runs_out_the_page_shows_the_state_at_the_failure(kind, words, recipe, tmp_path, monkeypatch):

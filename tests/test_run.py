@@ -364,7 +364,7 @@ def test_prompts_and_answers_that_a_model_has_no_positions_for_are_told_before_t
         train(("q" * 70, "a"), ("q", "a" * 70))
 
 
-@pytest.mark.parametrize("fault, raised, said", [
+@pytest.mark.parametrize(("fault", "raised", "said"), [
     (DoesNotFitError("memory ran out over a prompt of 9 tokens: shorten it"), DoesNotFitError,
      r"train\.exact_match_rows: memory ran out over .* 9 tokens; set it to 0"),
     (ModelError("token 3 cannot be chosen"), ModelError, "token 3 cannot be chosen"),

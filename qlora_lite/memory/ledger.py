@@ -104,7 +104,7 @@ class Ledger(TorchDispatchMode):
         return max(self.peaks.values(), key=lambda moment: moment.total)
 
     def now(self) -> Moment:
-        """What is alive at this moment."""
+        """Return what is alive at this moment."""
         return Moment(marks.phase, self._modules[-1] if self._modules else self._backward_module, (*self.live,))
 
     def claim(self, tensors: Iterable[torch.Tensor], category: str) -> None:

@@ -214,7 +214,7 @@ def test_dropout_drops_inputs_of_the_low_rank_branch_only():
     assert dropped == pytest.approx(0.25, abs=0.02)
 
 
-@pytest.mark.parametrize("device_type, dtype", [("cuda", torch.bool), ("cpu", torch.bfloat16)])
+@pytest.mark.parametrize(("device_type", "dtype"), [("cuda", torch.bool), ("cpu", torch.bfloat16)])
 def test_a_plan_of_dropout_keeps_a_byte_a_value_on_a_card_as_its_kernel_does(device_type, dtype):
     layer = LoraLinear(nn.Linear(24, 8, device="meta", dtype=torch.bfloat16), rank=2, alpha=1, dropout=0.1).to("meta")
     x, kept = torch.empty(1, 5, 24, device="meta", dtype=torch.bfloat16), []

@@ -131,9 +131,11 @@ def values_and_gradients(function, inputs, upstream):
     return out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))
 
 
-@pytest.mark.parametrize("softcap, sinks", [(None, None), (1.5, None), (None, torch.arange(-1.0, HEADS - 1))], ids=str)
+@pytest.mark.parametrize(
+    ("softcap", "sinks"), [(None, None), (1.5, None), (None, torch.arange(-1.0, HEADS - 1))], ids=str
+)
 @pytest.mark.parametrize("window", [None, 1, 40, BLOCK_QUERIES + 10])
-@pytest.mark.parametrize("kv_heads, batch", [(4, 1), (1, 1), (2, 3)])
+@pytest.mark.parametrize(("kv_heads", "batch"), [(4, 1), (1, 1), (2, 3)])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_rows_of_several_blocks_equal_the_oracle(device, kv_heads, batch, window, softcap, sinks, monkeypatch):
     monkeypatch.setattr(shapes._Planned, "device_type", device)
@@ -148,8 +150,10 @@ def test_rows_of_several_blocks_equal_the_oracle(device, kv_heads, batch, window
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
-@pytest.mark.parametrize("softcap, sinks", [(None, None), (1.5, None), (None, torch.arange(-1.0, HEADS - 1))], ids=str)
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize(
+    ("softcap", "sinks"), [(None, None), (1.5, None), (None, torch.arange(-1.0, HEADS - 1))], ids=str
+)
 @pytest.mark.parametrize("window", [None, 40])
 def test_on_a_card_windows_caps_and_sinks_equal_the_oracle(window, softcap, sinks, dtype, error):
     inputs = [tensor.cuda() / 3 for tensor in tensors(sum(LONG_ROWS), 2, dtype=dtype)]
@@ -164,7 +168,7 @@ def test_on_a_card_windows_caps_and_sinks_equal_the_oracle(window, softcap, sink
 
 
 @pytest.mark.parametrize("window", [None, 3 * BLOCK_QUERIES])
-@pytest.mark.parametrize("device, blocks", [("cuda", 40), ("cpu", 90)])
+@pytest.mark.parametrize(("device", "blocks"), [("cuda", 40), ("cpu", 90)])
 def test_a_plan_counts_the_work_and_the_kernels_of_many_blocks_by_their_average(device, blocks, window, monkeypatch):
     length, works, peaks, calls = blocks * BLOCK_QUERIES + 20, [], [], []
     for all_of_them in (True, False):
@@ -265,7 +269,7 @@ def test_a_fused_kernel_gives_the_values_where_a_matrix_unit_makes_it_faster(row
     assert all(map(torch.equal, grads, same))
 
 
-@pytest.mark.parametrize("window, fused", [(None, True), (BLOCK_QUERIES + 45, True), (BLOCK_QUERIES, False)])
+@pytest.mark.parametrize(("window", "fused"), [(None, True), (BLOCK_QUERIES + 45, True), (BLOCK_QUERIES, False)])
 def test_a_window_that_cuts_a_row_is_left_to_the_blocks(window, fused, monkeypatch):
     assert run_rows((BLOCK_QUERIES + 45, 3), window, {"amx_bf16": True}, monkeypatch)[2] == fused
 

@@ -196,7 +196,7 @@ def laid_out(key_heads, length, size, dtype, heads_first, device):
 
 
 @pytest.mark.parametrize("heads_first", [False, True])
-@pytest.mark.parametrize("repeatable, sums", [(False, 1), (True, 24)])  # 188 processors for 8 heads
+@pytest.mark.parametrize(("repeatable", "sums"), [(False, 1), (True, 24)])  # 188 processors for 8 heads
 @pytest.mark.parametrize("key_heads", [HEADS, 2])
 def test_a_plan_counts_what_flash_attention_s_backward_takes_inside(
     planned_inside, key_heads, repeatable, sums, heads_first
@@ -220,7 +220,8 @@ def test_in_float16_heads_wider_than_the_smaller_tile_have_sums_of_pieces_too(pl
     assert planned_inside(HEADS, torch.float16, False) == 4 * HEADS * numbers
 
 
-@pytest.mark.parametrize("at_once, pieces", [(200, 5), (16, 2), (4, 1)])  # of 64 keys: 5 for 300, and for all 8 heads
+# of 64 keys: 5 for 300, and for all 8 heads
+@pytest.mark.parametrize(("at_once", "pieces"), [(200, 5), (16, 2), (4, 1)])
 def test_with_a_mask_and_wide_heads_pieces_of_the_keys_have_sums_too(planned_inside, at_once, pieces, monkeypatch):
     monkeypatch.setattr(fused_attention, "_PIECES_AT_ONCE", at_once)
     mask = torch.empty(LENGTH, LENGTH, dtype=torch.bool, device="meta")
@@ -239,7 +240,7 @@ def backward_on_cpu(*args, scale):
     return fused_attention._PLANNED_BACKWARD(*inputs, dropout, causal, scale=scale)
 
 
-@pytest.mark.parametrize("key_heads, most, calls", [
+@pytest.mark.parametrize(("key_heads", "most", "calls"), [
     (8, 2**30, 0), (8, 1, 8), (4, 1, 4), (4, 130_000, 2), (4, 100_000, 4), (1, 1, 0),
 ])  # fmt: skip
 def test_a_backward_over_few_heads_at_a_time_gives_the_same_bits(key_heads, most, calls, monkeypatch):
@@ -297,7 +298,7 @@ def test_a_plan_of_a_backward_over_few_heads_counts_their_share(planned_inside, 
 @pytest.mark.gpu
 @pytest.mark.parametrize("most", [2**40, 1])
 @pytest.mark.parametrize("heads_first", [False, True])
-@pytest.mark.parametrize("key_heads, dtype, size, masked", [
+@pytest.mark.parametrize(("key_heads", "dtype", "size", "masked"), [
     (HEADS, torch.bfloat16, 64, False), (2, torch.bfloat16, 64, False), (2, torch.bfloat16, 128, False),
     (2, torch.float32, 64, False), (HEADS, torch.bfloat16, 64, True), (1, torch.bfloat16, WIDE, True),
 ])  # fmt: skip

@@ -15,7 +15,7 @@ from qlora_lite.ops.window import window_attention, window_mask
 
 @pytest.mark.parametrize("length", [4, 5, 8, 9, 12, 15])
 @pytest.mark.parametrize("window", [1, 4, 7, None])
-@pytest.mark.parametrize("kv_heads, batch", [(HEADS, 1), (2, 3)])
+@pytest.mark.parametrize(("kv_heads", "batch"), [(HEADS, 1), (2, 3)])
 def test_chunks_of_a_row_equal_one_mask_over_it(kv_heads, batch, window, length):
     inputs = tensors(length, kv_heads, batch, torch.float64)
     upstream = torch.randn(batch, length, HEADS, DIM, generator=torch.Generator().manual_seed(1))
@@ -26,7 +26,7 @@ def test_chunks_of_a_row_equal_one_mask_over_it(kv_heads, batch, window, length)
         assert (tensor - wanted).norm() <= 1e-12 * wanted.norm()
 
 
-@pytest.mark.parametrize("queries, window", [(1, 1), (5, 5), (3, 17)])
+@pytest.mark.parametrize(("queries", "window"), [(1, 1), (5, 5), (3, 17)])
 def test_a_mask_shows_each_query_as_many_keys_as_the_window_has(queries, window):
     query = torch.empty(0, dtype=torch.bfloat16)
     seen = window_mask(queries, window, query)

@@ -23,9 +23,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHAPES = ((8, 64), (10, 80), (7, 16), (128, 48), (2, 96), (3, 33), (5, 34), (64, 65), (1, 1), (300, 192))
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-each_type = pytest.mark.parametrize("quant_type", ("nf4", "fp4"))
+each_type = pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
-single_and_double = pytest.mark.parametrize("double_quant", (False, True), ids=("single", "double"))
+single_and_double = pytest.mark.parametrize("double_quant", [False, True], ids=("single", "double"))
 
 
 def normal(shape, dtype=torch.float32, seed=0):
@@ -108,7 +108,7 @@ def test_weights_right_at_the_borders_pack_the_same(dtype, quant_type):
 
 @each_dtype
 @each_type
-@pytest.mark.parametrize("weights", (64, 640, 63, 65, 127, 1))
+@pytest.mark.parametrize("weights", [64, 640, 63, 65, 127, 1])
 def test_zeros_negative_zeros_denormals_and_huge_values_pack_the_same(dtype, quant_type, weights):
     limits = torch.finfo(dtype)
     for value in (0.0, -0.0, limits.smallest_normal, limits.smallest_normal / 4, limits.max, -limits.max):
@@ -147,7 +147,7 @@ def test_a_transposed_weight_that_requires_a_gradient_packs_as_its_contiguous_co
     assert_same_bytes(nf4.quantize(weight.t()), nf4.quantize(weight.detach().t().contiguous()))
 
 
-@pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")))
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @each_dtype
 def test_a_weight_that_is_not_finite_is_refused(dtype, value):
     weight = normal((8, 64), dtype)
@@ -288,7 +288,7 @@ def test_codes_stored_as_another_dtype_are_read():
     assert_same_bytes(read, nf4.quantize(weight, "nf4", double_quant=False))
 
 
-@pytest.mark.parametrize("key", ("", "absmax", "quant_map", "nested_quant_map", QUANT_STATE))
+@pytest.mark.parametrize("key", ["", "absmax", "quant_map", "nested_quant_map", QUANT_STATE])
 def test_a_state_without_one_of_its_parts_is_an_error(key):
     state = nf4.to_bnb_state(nf4.quantize(normal((8, 64))), (8, 64), torch.bfloat16)
     del state[key]
@@ -296,7 +296,7 @@ def test_a_state_without_one_of_its_parts_is_an_error(key):
         nf4.from_bnb_state(state)
 
 
-@pytest.mark.parametrize("key", ("", "absmax", "nested_absmax", "nested_quant_map"))
+@pytest.mark.parametrize("key", ["", "absmax", "nested_absmax", "nested_quant_map"])
 def test_a_state_with_a_part_cut_short_is_an_error(key):
     state = nf4.to_bnb_state(nf4.quantize(normal((300, 192))), (300, 192), torch.bfloat16)
     state[key] = state[key][:-1]
