@@ -135,8 +135,7 @@ def _mentions_begin(source: str, tokenizer: PreTrainedTokenizerFast) -> bool:
 def _template(name: str, source: str, tokenizer: PreTrainedTokenizerFast, begin: str) -> Template:
     if source not in NAMED_TEMPLATES.values():
         probe(name, source, tokenizer.special_tokens_map)
-    special = _any_of(_special_tokens(tokenizer))
-    special = re.compile(special or r"(?!)")
+    special = re.compile(_any_of(_special_tokens(tokenizer)) or r"(?!)")
     ending = re.compile(rf"({special.pattern})(?:\s|{special.pattern})*\Z")
     cut = special if can_be_cut(tokenizer) else None
     lengths = lengths_of_tokens(tokenizer)

@@ -65,6 +65,10 @@ class _Entry(weakref.ref):
     """A live storage: its address, its bytes, and how many are counted of them in which category."""
 
     __slots__ = ("category", "key", "nbytes", "size")
+    category: int
+    key: int
+    nbytes: int
+    size: int
 
 
 def _run(func, args: tuple, kwargs: dict):
