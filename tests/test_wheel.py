@@ -13,6 +13,7 @@ from qlora_lite import __version__
 from qlora_lite.recipe.catalog import list_recipes
 
 ROOT = Path(__file__).parent.parent
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "qlora_lite", "recipes")
 NO_NETWORK = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "https_proxy": "http://127.0.0.1:9",
               "http_proxy": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}  # fmt: skip
 LOAD_EACH_RECIPE = """
@@ -42,10 +43,11 @@ def files_of(folder):
 def installed(tmp_path_factory):
     """The folder into which the wheel was installed, nothing else beside it."""
     source, wheels, target = (tmp_path_factory.mktemp(name) for name in ("source", "wheels", "target"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copyfile(ROOT / name, source / name)
-    for name in ("qlora_lite", "recipes"):  # a copy: the build leaves folders beside what it builds
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in SOURCES:  # a copy: the build leaves folders beside what it builds
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copyfile(ROOT / name, source / name)
     pip = "-m", "pip", "--disable-pip-version-check"
     run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", wheels, source, cwd=wheels)
     (wheel,) = wheels.iterdir()
@@ -80,3 +82,9 @@ def test_the_installed_commands_and_recipes_work_outside_the_repository(installe
     assert files_of(tmp_path).keys() == {"quickstart.yaml", "data/orders-train.jsonl", "data/orders-eval.jsonl"}
     loaded = run("-c", LOAD_EACH_RECIPE, str(installed), **here)
     assert [line.split()[0] for line in loaded.splitlines()] == names
+
+
+def test_a_container_is_built_from_what_the_wheel_is_built_from():
+    copies = re.findall(r"^COPY (.*) /source/(.*)$", (ROOT / "tools" / "Dockerfile").read_text("utf-8"), re.MULTILINE)
+    assert {name for names, _ in copies for name in names.split()} == set(SOURCES)
+    assert all(folder == names for names, folder in copies if folder)  # a folder's content is copied, not the folder
