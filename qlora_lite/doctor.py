@@ -7,16 +7,16 @@ import shutil
 import psutil
 import torch
 
-from .compilers import NO_TRITON, missing_for_triton
-from .files import cache_root
-from .memory.process import segments_grow
-from .models.load import fast_dtype, missing_kernels, resolve_device
-from .models.unused_gpu import fault_of_cuda, unsupported_gpu
-from .ops.fused_attention import kernel_of_card
-from .quant.bnb import has_native_library
-from .runs import package_versions
-from .train.optim import can_page
-from .units import format_bytes
+from qlora_lite.artifacts.run_folder import package_versions
+from qlora_lite.compilers import NO_TRITON, missing_for_triton
+from qlora_lite.files import cache_root
+from qlora_lite.memory.process import segments_grow
+from qlora_lite.models.load import fast_dtype, missing_kernels, resolve_device
+from qlora_lite.models.unused_gpu import fault_of_cuda, unsupported_gpu
+from qlora_lite.ops.fused_attention import kernel_of_card
+from qlora_lite.quant.bnb import has_native_library
+from qlora_lite.train.optim import can_page
+from qlora_lite.units import format_bytes
 
 
 def examine() -> dict:

@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
-from .errors import OutputError
-from .units import format_bytes
+from qlora_lite.errors import OutputError
+from qlora_lite.units import format_bytes
 
 try:
     import fcntl
@@ -310,3 +311,28 @@ def _count(searched: Iterator[int]) -> None:
         raise TooManyFolders(
             f"more than {MAX_FOLDERS:,} folders would be searched; begin the pattern with a folder nearer to the files"
         )
+
+
+class Space(NamedTuple):
+    """What a run writes, in bytes.
+
+    Args:
+        adapter_bytes: of the factors, written twice (the best and the last), each beside its old one.
+        optimizer_bytes: of the optimizer's states.
+        with_evaluation: then a checkpoint holds the factors that were best so far, too.
+        keep: checkpoints kept; one more exists while it is written.
+    """
+
+    adapter_bytes: int
+    optimizer_bytes: int
+    with_evaluation: bool
+    keep: int
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Size of one checkpoint."""
+        return self.adapter_bytes * (2 if self.with_evaluation else 1) + self.optimizer_bytes
+
+    def whole_bytes(self, there: int = 0) -> int:
+        """Return the most that is written, beside checkpoints that are there already."""
+        return max(1, self.keep + 1 - there) * self.checkpoint_bytes + 4 * self.adapter_bytes

@@ -2,7 +2,7 @@
 
 from dataclasses import fields, replace
 
-from qlora_lite.lora.adapter import Lora
+from qlora_lite.adapters.files import Lora
 from qlora_lite.planning.simulate import Job
 from qlora_lite.train.causal_lm import CausalLM, ModelSpec
 

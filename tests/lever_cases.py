@@ -6,7 +6,7 @@ import torch
 from counted import counted
 from tiny import ARCHITECTURES, quantized_pair, random_batch, random_factors
 
-from qlora_lite.lora.inject import add_lora, lora_parameters
+from qlora_lite.adapters.lora.inject import add_lora, lora_parameters
 from qlora_lite.memory.marks import phase
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.levers import Levers, place, set_levers

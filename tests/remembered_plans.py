@@ -1,8 +1,8 @@
 """Measure the machine and predict equal jobs only once, for tests of many tiny runs: that is most of their time."""
 
-import qlora_lite.plan
 import qlora_lite.planning.candidate
 import qlora_lite.planning.largest
+import qlora_lite.prepare.plan
 from qlora_lite.planning.predict import predict
 
 
@@ -21,13 +21,13 @@ def remember_predictions(setattr_=setattr) -> None:
         return known[key]
 
     machines = {}
-    real = qlora_lite.plan.this_machine
+    real = qlora_lite.prepare.plan.this_machine
 
     def measured_once(*arguments):
         if arguments not in machines:
             machines[arguments] = real(*arguments)
         return machines[arguments]
 
-    setattr_(qlora_lite.plan, "this_machine", measured_once)
-    for module in (qlora_lite.plan, qlora_lite.planning.candidate, qlora_lite.planning.largest):
+    setattr_(qlora_lite.prepare.plan, "this_machine", measured_once)
+    for module in (qlora_lite.prepare.plan, qlora_lite.planning.candidate, qlora_lite.planning.largest):
         setattr_(module, "predict", remembered)

@@ -18,13 +18,13 @@ from tiny_files import save_tiny, write_recipe
 from transformers import AutoModelForCausalLM
 
 from qlora_lite import doctor
+from qlora_lite.artifacts.run_folder import open_run
 from qlora_lite.cli.generate import _is_command
 from qlora_lite.cli.main import COMMANDS
 from qlora_lite.cli.output import one_line, prepare, step_progress
 from qlora_lite.cli.train import _result
 from qlora_lite.compilers import NO_TRITON, ROCM_ATTENTION
 from qlora_lite.export.model_card import CardFacts, model_card
-from qlora_lite.runs import open_run
 
 COMMAND = [sys.executable, "-m", "qlora_lite"]
 

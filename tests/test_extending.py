@@ -17,10 +17,10 @@ from torch.nn import functional
 from transformers import AutoConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora_lite.lora.adapter import save_adapter
-from qlora_lite.lora.inject import in_blocks, linear_layers
-from qlora_lite.lora.method import AdapterMethod
-from qlora_lite.lora.read import WEIGHTS_NAME
+from qlora_lite.adapters.files import save_adapter
+from qlora_lite.adapters.lora.inject import in_blocks, linear_layers
+from qlora_lite.adapters.method import AdapterMethod
+from qlora_lite.adapters.read import WEIGHTS_NAME
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.models.anatomy import head
 from qlora_lite.models.levers import place, set_levers

@@ -19,15 +19,15 @@ from safetensors.torch import save
 from tiny_trainer import trainer
 from torch import nn
 
-from qlora_lite.build import with_plan
-from qlora_lite.lora.adapter import CONFIG_NAME, WEIGHTS_NAME, adapter_config, load_adapter
-from qlora_lite.lora.inject import add_lora
+from qlora_lite.adapters.files import CONFIG_NAME, WEIGHTS_NAME, adapter_config, load_adapter
+from qlora_lite.adapters.lora.inject import add_lora
 from qlora_lite.models.locate import INDEX_NAME, check_gguf, locate
+from qlora_lite.prepare.build import with_plan
 from qlora_lite.recipe.load import load_recipe
-from qlora_lite.resume import RUN, Continuation, checked
+from qlora_lite.runs.resume import RUN, Continuation, checked
+from qlora_lite.runs.training import Training
 from qlora_lite.train.checkpoints import MANIFEST, Checkpoint, newest_whole, sealed, write_checkpoint
 from qlora_lite.train.state import STATE, capture, restore
-from qlora_lite.training import Training
 
 
 class Bare(nn.Module):

@@ -11,19 +11,20 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "qlora_lite"
 LAYERS = [
-    {"errors", "units", "terminal", "together", "compilers"},
-    {"files", "package_files", "run_files", "ranks"},
+    {"errors", "units", "terminal", "constraints", "compilers"},
+    {"files", "package_files"},
     {"recipe", "memory"},
     {"quant", "ops", "data"},
-    {"lora"},
+    {"adapters"},
     {"models"},
     {"train"},
-    {"planning", "decode"},
-    {"build", "rows", "runs", "saver", "stopping", "tracking", "generate", "charts", "stacked", "page"},
-    {"evaluate", "report", "preflight", "memory_page", "plan", "resume", "likeness", "trained", "compare_page"},
-    {"plan_text"},
-    {"data_page", "profile", "training", "merge", "tasks"},
-    {"run", "export", "converse", "compare", "serve", "predict"},
+    {"planning"},
+    {"prepare"},
+    {"artifacts"},
+    {"reporting"},
+    {"inference"},
+    {"export"},
+    {"runs"},
     {"doctor"},
     {"cli"},
 ]
@@ -93,7 +94,7 @@ def test_the_walk_finds_an_upward_or_sideways_import(tmp_path, file, line):
 
 
 def test_the_lowest_layer_imports_the_standard_library_only():
-    for unit in ("errors", "units", "terminal", "together", "files"):
+    for unit in ("errors", "units", "terminal", "constraints", "files"):
         path = PACKAGE / f"{unit}.py"
         tops = {name.split(".")[0] for name in imported_names(path)} if path.exists() else set()
         assert tops - sys.stdlib_module_names <= {"qlora_lite"}
@@ -106,7 +107,7 @@ def test_the_recipe_layer_imports_pydantic_yaml_and_regex_only():
 
 def test_lower_layers_never_see_a_recipe():
     for path in PACKAGE.rglob("*.py"):
-        if LAYER_OF["recipe"] < LAYER_OF.get(unit_of(path), 0) < LAYER_OF["build"]:
+        if LAYER_OF["recipe"] < LAYER_OF.get(unit_of(path), 0) < LAYER_OF["prepare"]:
             assert not any(name.startswith("qlora_lite.recipe") for name in imported_names(path)), path
 
 

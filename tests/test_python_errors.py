@@ -8,8 +8,8 @@ from tiny_files import byte_tokenizer, save_tiny, write_recipe
 from tiny_runs import make_run
 
 import qlora_lite as q
+from qlora_lite.adapters.lora.inject import Target
 from qlora_lite.errors import QloraLiteError
-from qlora_lite.lora.inject import Target
 
 ROWS = [{"prompt": f"{number}?", "completion": "yes"} for number in range(4)]
 

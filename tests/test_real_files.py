@@ -10,8 +10,8 @@ from qlora_lite.data.lines import Problems
 from qlora_lite.data.mask import mark_row, render_row, tokenise
 from qlora_lite.data.template import choose_template
 from qlora_lite.models.tokenizer import load_tokenizer
+from qlora_lite.prepare.datasets import build_data, build_sources
 from qlora_lite.recipe.load import load_recipe
-from qlora_lite.rows import build_data, build_sources
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

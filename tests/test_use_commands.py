@@ -8,7 +8,7 @@ import pytest
 from tiny_files import MERGES, save_tiny
 from tiny_runs import make_run, tiny_run
 
-from qlora_lite.evaluate import SPARE_TOKENS
+from qlora_lite.inference.evaluate import SPARE_TOKENS
 from qlora_lite.models import gguf_header
 
 

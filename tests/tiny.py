@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
+from qlora_lite.adapters.lora.layer import LoraLinear
 from qlora_lite.data.batch import Batch
-from qlora_lite.lora.layer import LoraLinear
 from qlora_lite.models.load import adopt
 from qlora_lite.models.quantizer import quantize_in_place
 
@@ -186,7 +186,7 @@ class ReferenceLora(nn.Module):
 
 def add_reference_lora(plain: nn.Module, adapted: nn.Module) -> dict[str, ReferenceLora]:
     """Wrap the plain model's layers with the same factors as the adapted model's."""
-    from qlora_lite.lora.inject import lora_layers
+    from qlora_lite.adapters.lora.inject import lora_layers
 
     wrapped = {}
     for name, layer in lora_layers(adapted):
@@ -197,7 +197,7 @@ def add_reference_lora(plain: nn.Module, adapted: nn.Module) -> dict[str, Refere
 
 def random_factors(model: nn.Module, seed: int = 3) -> None:
     """Give every B a random value, so that the adapter changes the output."""
-    from qlora_lite.lora.inject import lora_parameters
+    from qlora_lite.adapters.lora.inject import lora_parameters
 
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in lora_parameters(model):

@@ -8,12 +8,12 @@ from safetensors.torch import save_file
 from tiny import random_factors
 from tiny_files import byte_tokenizer, save_tiny, write_recipe
 
-from qlora_lite.build import build_model
+from qlora_lite.adapters.files import save_adapter
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
 from qlora_lite.files import sha256
-from qlora_lite.lora.adapter import save_adapter
 from qlora_lite.models.cache import base_fingerprint
 from qlora_lite.models.locate import locate
+from qlora_lite.prepare.build import build_model
 from qlora_lite.recipe.load import load_recipe, resolve_to_yaml
 
 END_OF_ANSWER = 4  # <|im_end|> of the byte tokenizer

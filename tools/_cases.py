@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from _models import DEMO_MODELS, build, installed
 
+from qlora_lite.adapters.files import Lora
+from qlora_lite.adapters.lora.inject import add_lora
 from qlora_lite.data.stored import Example
 from qlora_lite.errors import DoesNotFitError
-from qlora_lite.lora.adapter import Lora
-from qlora_lite.lora.inject import add_lora
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.memory.meter import PeakMeter, held_bytes
 from qlora_lite.models.kernels import use_kernels
@@ -230,7 +230,7 @@ def estimates(model, case: dict) -> dict:
     from accelerate.utils import calculate_maximum_sizes
     from transformers import AutoModelForCausalLM
 
-    from qlora_lite.lora.inject import lora_parameters
+    from qlora_lite.adapters.lora.inject import lora_parameters
 
     config, tokens = model.config, case["tokens"]
     with init_empty_weights():

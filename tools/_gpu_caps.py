@@ -15,18 +15,18 @@ import torch
 from _cases import OUT_OF_MEMORY, free_memory, model_of, trainer_of, under_ledger
 from _models import config_of, dtype_of
 
+from qlora_lite.adapters.lora.inject import lora_parameters
 from qlora_lite.errors import DoesNotFitError
-from qlora_lite.lora.inject import lora_parameters
 from qlora_lite.memory.meter import hold_to
 from qlora_lite.models.levers import Levers
 from qlora_lite.models.load import fast_dtype, resolve_device
-from qlora_lite.plan import MOST_TOKENS, Plan, max_tokens
 from qlora_lite.planning.candidate import Step, choose
 from qlora_lite.planning.largest import LENGTH_STEP, longest
 from qlora_lite.planning.machine import Machine, this_machine
 from qlora_lite.planning.predict import predict
 from qlora_lite.planning.search import first_levers, search, smaller
 from qlora_lite.planning.simulate import Job
+from qlora_lite.prepare.plan import MOST_TOKENS, Plan, max_tokens
 from qlora_lite.train.causal_lm import CausalLM, ModelSpec
 from qlora_lite.train.loop import Trainer
 from qlora_lite.train.workload import BatchShape

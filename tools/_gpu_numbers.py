@@ -10,7 +10,7 @@ import torch
 from _cases import OUT_OF_MEMORY, RANK, free_memory, model_of, seconds_of, trainer_of
 from _models import config_of
 
-from qlora_lite.lora.layer import LoraLinear
+from qlora_lite.adapters.lora.layer import LoraLinear
 from qlora_lite.memory.meter import hold_to
 from qlora_lite.quant.linear import QuantLinear, frozen_weight
 from qlora_lite.quant.product import float32_partial_sums, materialize

@@ -19,7 +19,7 @@ from qlora_lite.models.levers import Levers
 from qlora_lite.ops.fused_loss import CHECKED_TOKENS, FUSED, Loss, errors_of
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, Head, chunked_cross_entropy
 from qlora_lite.ops.trial import foreign_errors
-from qlora_lite.plan import Plan
+from qlora_lite.prepare.plan import Plan
 
 SIDES, WARMUP, STEPS = 5, 1, 3
 PLANNED = "ours, as planned"

@@ -28,10 +28,10 @@ from _models import DEMO_MODELS, config_of, dtype_of
 from _sections import LIMIT_SECONDS
 from transformers import GenerationConfig
 
+from qlora_lite.adapters.lora.inject import lora_parameters
 from qlora_lite.compilers import missing_for_compile
-from qlora_lite.decode import decode
 from qlora_lite.errors import QloraLiteError
-from qlora_lite.lora.inject import lora_parameters
+from qlora_lite.inference.decode import decode
 from qlora_lite.memory.meter import free_bytes
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.levers import Levers, set_levers

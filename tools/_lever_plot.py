@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from html import escape
 
-from qlora_lite.charts import nice_ticks, short_number
 from qlora_lite.memory.bar import COLOURS, in_order
+from qlora_lite.reporting.charts import nice_ticks, short_number
 from qlora_lite.units import format_bytes
 
 WIDTH, ROW, BAR, HOST = 980, 44, 18, 6  # pixels

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from _cases import OUT_OF_MEMORY, RANK, free_memory, job_of, levers_of, model_of, trainer_of, under_ledger
 from _models import config_of, dtype_of
 
-from qlora_lite.lora.adapter import Lora
+from qlora_lite.adapters.files import Lora
 from qlora_lite.memory.meter import held_bytes
 from qlora_lite.models.load import resolve_device
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS

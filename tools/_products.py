@@ -26,7 +26,7 @@ PLACES = {
     "ops/block_attention.py": "attention",
     "ops/attention.py": "attention",
     "ops/loss.py": "loss",
-    "lora/layer.py": "LoRA layers",
+    "adapters/lora/layer.py": "LoRA layers",
     "quant/product.py": "LoRA layers",
 }  # the module of an operator -> what it belongs to
 OPTIMIZER, ELSEWHERE = "optimizer and clipping", "norms, activations, rotary, sums"
@@ -118,7 +118,7 @@ def layout_of(argument: object) -> object:
 
 def kind_of(func: torch._ops.OpOverload, place: str) -> str:
     """Return the place of a product, those of LoRA layers told apart: frozen weights' add to the factors'."""
-    if place != PLACES["lora/layer.py"]:
+    if place != PLACES["adapters/lora/layer.py"]:
         return place
     return BASE if func is torch.ops.aten.addmm_.default else LOW_RANK
 

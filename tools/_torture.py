@@ -29,10 +29,10 @@ from safetensors.torch import load_file
 from tiny_files import save_tiny, write_recipe
 from tqdm import tqdm
 
-import qlora_lite.run  # noqa: F401 - imported before the first fork, as are the next
+import qlora_lite.runs.run  # noqa: F401 - imported before the first fork, as are the next
+from qlora_lite.adapters.lora.layer import LoraLinear
 from qlora_lite.cli.main import main
 from qlora_lite.files import sha256
-from qlora_lite.lora.layer import LoraLinear
 from qlora_lite.models import quantizer
 from qlora_lite.quant import tensor_file
 from qlora_lite.quant.product import FrozenMatmul

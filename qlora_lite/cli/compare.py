@@ -25,8 +25,8 @@ def compare(runs: tuple[str, ...], base: bool, rows: int | None, out: Path | Non
     The others may be adapters' folders in the PEFT format.
     """
     prepare(verbose=False)
-    from qlora_lite.compare import PAGE, compare_runs, write_comparison
-    from qlora_lite.compare_page import FIGURES, NOT_THE_SAME, figures_of
+    from qlora_lite.inference.compare import PAGE, compare_runs, write_comparison
+    from qlora_lite.reporting.compare_page import FIGURES, NOT_THE_SAME, figures_of
 
     with step_progress("loading") as progress:
         result = compare_runs(runs, base, rows, model_path, unfinished, progress.watch)

@@ -28,7 +28,7 @@ def data(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool, html
         prepare(verbose=False)
         logging.getLogger("qlora_lite.progress").setLevel(logging.INFO)
         from qlora_lite.models.tokenizer import load_tokenizer
-        from qlora_lite.preflight import preflight
+        from qlora_lite.prepare.preflight import preflight
 
         found = preflight(settings, load_tokenizer(settings.model.path, settings.model.revision), rows)
     except QloraLiteError as error:
@@ -37,7 +37,7 @@ def data(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool, html
             raise click.exceptions.Exit(error.exit_code) from None
         raise
     if html:
-        from qlora_lite.data_page import write_data_page
+        from qlora_lite.reporting.data_page import write_data_page
 
         write_data_page(found.report, html, settings.output.name)
     if as_json:
@@ -51,7 +51,7 @@ def data(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool, html
 def _report_of(error: QloraLiteError) -> dict:
     """Return the report of rows that were not read, because of an error of the recipe or the model."""
     from qlora_lite.data.lines import RowProblem
-    from qlora_lite.preflight import empty_report, problem_entry
+    from qlora_lite.prepare.preflight import empty_report, problem_entry
 
     problems = [(p.where, p.message) for p in error.problems] if isinstance(error, RecipeError) else [("", str(error))]
     rule = "recipe or model"
@@ -59,7 +59,7 @@ def _report_of(error: QloraLiteError) -> dict:
 
 
 def _text(report: dict) -> str:
-    from qlora_lite.preflight import line_of_problem, what_was_read
+    from qlora_lite.prepare.preflight import line_of_problem, what_was_read
 
     lines = _source_lines("source", report["sources"])
     if sample := what_was_read(report):
@@ -100,7 +100,7 @@ def _source_lines(label: str, sources: list[dict]) -> list[str]:
 
 
 def _count_lines(counts: dict) -> list[str]:
-    from qlora_lite.preflight import first_places
+    from qlora_lite.prepare.preflight import first_places
 
     if not counts["rows_read"]:
         return []
@@ -117,7 +117,7 @@ def _count_lines(counts: dict) -> list[str]:
 
 
 def _template_lines(report: dict) -> list[str]:
-    from qlora_lite.preflight import line_of_template
+    from qlora_lite.prepare.preflight import line_of_template
 
     lines = [_line("template", line_of_template(report["template"]))] if report["template"] else []
     for token in report["special_tokens"]:

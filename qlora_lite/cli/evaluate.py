@@ -51,7 +51,7 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, rows: i
             )
         recipe = load_recipe(run_or_recipe, overrides)
         prepare(verbose=False)
-    from qlora_lite.evaluate import evaluate_recipe
+    from qlora_lite.inference.evaluate import evaluate_recipe
 
     asked = recipe.train.exact_match_rows if rows is None else rows
     if out and not asked:
@@ -78,11 +78,11 @@ def _how_many(compared: int, rows: int, asked: int) -> str:
 
 def _opened(folder: str, overrides: tuple[str, ...], model_path: str | None, unfinished: bool) -> tuple:
     """Return the recipe to measure a run or an adapter alone with, its adapter, and a tokenizer if not the base's."""
-    from qlora_lite.runs import RECIPE, is_adapter_alone
+    from qlora_lite.artifacts.run_folder import RECIPE, is_adapter_alone
 
     is_alone = is_adapter_alone(Path(folder))
     _check_overrides(folder, overrides, is_alone)
-    from qlora_lite.trained import open_trained
+    from qlora_lite.artifacts.trained_run import open_trained
 
     trained = open_trained(folder, model_path, unfinished)
     (data, train), tokenizer = (trained.recipe.data, trained.recipe.train), None
@@ -91,7 +91,7 @@ def _opened(folder: str, overrides: tuple[str, ...], model_path: str | None, unf
         named = recipe_of(settings, overrides, folder)
         (data, train), tokenizer = (named.data, named.train), trained.tokenizer()
     elif overrides:
-        from qlora_lite.rows import with_known_columns
+        from qlora_lite.prepare.datasets import with_known_columns
 
         names_rows = any(each.startswith(_ROWS) for each in overrides)
         held_out = ("data.eval_share=0",) if names_rows else ()

@@ -28,7 +28,7 @@ def export(run: str, form: str, out: Path, base: str | None, dtype: str | None, 
     if (base or dtype) and form not in ("gguf", "ollama"):
         raise click.UsageError(f"--base and --dtype are for merged models (gguf, ollama), not for --to {form}")
     prepare()
-    from qlora_lite.export.forms import REPORT, ExportSettings, export_run
+    from qlora_lite.export.formats import REPORT, ExportSettings, export_run
 
     report = export_run(run, out, ExportSettings(form, base, dtype), model_path, unfinished)
     echo(f"wrote {out}: {form}, {report['layers']} layers, {format_bytes(report['size_bytes'])}")

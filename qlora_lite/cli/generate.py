@@ -43,7 +43,7 @@ _conversation_options = [
 
 
 def _of_a_conversation(command):
-    """Add the options of ``converse.open_session``."""
+    """Add the options of ``inference.chat.open_session``."""
     for option in _conversation_options[::-1]:
         command = option(command)
     return command
@@ -98,7 +98,7 @@ def _answer_file(
     if options.pop("context_tokens"):
         raise click.UsageError("--context-tokens is for --prompt; of a file of prompts the longest one is known")
     prepare(verbose=False)
-    from qlora_lite.predict import PredictSettings, predict_file
+    from qlora_lite.inference.predict import PredictSettings, predict_file
 
     settings = PredictSettings(
         sampling=_sampling(options, seed), column=column, overwrite=overwrite, base=base, **options
@@ -167,13 +167,13 @@ def _is_command(session, line: str) -> bool:
 def _open(runs: Sequence[str], options: dict, base: bool = False, seed: int | None = None):
     prepare(verbose=False)
     with importing():
-        from qlora_lite.converse import open_session
+        from qlora_lite.inference.chat import open_session
 
     return open_session(runs, sampling=_sampling(options, seed), base=base, **options)
 
 
 def _sampling(options: dict, seed: int | None):
     """Take the options of sampling out of those of a conversation."""
-    from qlora_lite.generate import Sampling
+    from qlora_lite.inference.generate import Sampling
 
     return Sampling(*(options.pop(name) for name in ("temperature", "top_p", "top_k")), seed)

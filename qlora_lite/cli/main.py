@@ -14,8 +14,8 @@ import click
 from qlora_lite import __version__
 from qlora_lite.compilers import avoid_what_is_missing
 from qlora_lite.errors import Interrupted, QloraLiteError
-from qlora_lite.ranks import require_one_process
-from qlora_lite.stopping import stop_signals
+from qlora_lite.runs.ranks import require_one_process
+from qlora_lite.runs.signals import stop_signals
 from qlora_lite.terminal import printable
 
 from .output import drop_output, echo

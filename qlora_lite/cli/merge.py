@@ -27,7 +27,7 @@ def merge(run: str, out: Path, base: str | None, dtype: str, quantize_to: str | 
     RUN is a run folder, or an adapter's in the PEFT format (with --rows 0).
     """
     prepare()
-    from qlora_lite.merge import REPORT, MergeSettings, merge_run
+    from qlora_lite.export.merge import REPORT, MergeSettings, merge_run
 
     report = merge_run(run, out, MergeSettings(base, dtype, quantize_to, rows), model_path, unfinished)
     cost = f"{format_seconds(report['seconds'])}, {format_bytes(report['peak_bytes_above_start'])} of memory"

@@ -68,15 +68,15 @@ def plan(named, overrides, vram, card, max_tokens, max_batch, html, as_json, car
     if settings.model.device == "cpu" and (vram or card):
         log.warning("model.device cpu: this is the plan of a card all the same, which a run would leave alone")
     with importing():
-        from qlora_lite import plan as planner
-        from qlora_lite import plan_text
+        from qlora_lite.prepare import plan as planner
+        from qlora_lite.reporting import plan_text
 
     machine = _machine(settings, vram, card)
     made = planner.plan_recipe(settings, machine, planner.budget_of(settings, machine))
     log.info(_title(settings, machine))
     others = list(planner.alternatives(made))
     if html is not None:
-        from qlora_lite.memory_page import memory_page
+        from qlora_lite.reporting.memory_page import memory_page
 
         write_text(html, memory_page(plan_text.page_record(made, others, _title(settings, machine))))
     if not as_json:  # before what takes longer
@@ -126,10 +126,10 @@ def _title(settings, machine) -> str:
 
 def _machine(settings, vram, card):
     """Return the machine to plan for."""
-    from qlora_lite.build import compute_dtype_of
     from qlora_lite.memory.cards import find_card, slowest_card
     from qlora_lite.models.load import resolve_device
     from qlora_lite.planning.machine import machine_of_card, this_machine
+    from qlora_lite.prepare.build import compute_dtype_of
 
     if card is not None:
         machine = machine_of_card(find_card(card))

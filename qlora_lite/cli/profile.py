@@ -19,7 +19,7 @@ def profile(recipe: str, overrides: tuple[str, ...], steps: int, out: Path | Non
     """Run steps of RECIPE under the memory ledger; write memory.html and memory.json."""
     settings = load_recipe(recipe, overrides)
     prepare()
-    from qlora_lite.profile import profile_recipe
+    from qlora_lite.runs.profile import profile_recipe
 
     done = profile_recipe(settings, out or Path("runs") / f"{settings.output.name}-profile", steps)
     f = done.figures

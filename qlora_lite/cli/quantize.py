@@ -20,7 +20,7 @@ def quantize(model: str, out: Path, quant: str, double_quant: bool) -> None:
     prepare()
     import torch
 
-    from qlora_lite.merge import loses_its_update
+    from qlora_lite.export.merge import loses_its_update
     from qlora_lite.models.load import load_model
     from qlora_lite.models.locate import locate
     from qlora_lite.models.nested import read_language_part

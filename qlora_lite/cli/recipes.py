@@ -78,7 +78,7 @@ def _first_rows(settings: Recipe) -> list:
         RecipeError: naming every source whose first row cannot be used.
     """
     from qlora_lite.data.formats import check_first_row
-    from qlora_lite.rows import build_sources
+    from qlora_lite.prepare.datasets import build_sources
 
     found, problems = [], []
     for part in ("train", "eval") if settings.data.eval else ("train",):

@@ -24,8 +24,8 @@ def serve(runs: tuple[str, ...], host: str, port: int, max_new_tokens: int, max_
     vLLM and Ollama are for production: see qlora-lite export.
     """
     prepare()
-    from qlora_lite.serve.app import Limits, run_server
-    from qlora_lite.tasks import open_tasks
+    from qlora_lite.inference.multi_adapter import open_tasks
+    from qlora_lite.inference.serve.app import Limits, run_server
 
     limits = Limits(waiting=max_waiting, new_tokens=max_new_tokens)
     run_server(open_tasks(runs, model_path, unfinished, context_tokens), limits, host, port)

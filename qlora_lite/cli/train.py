@@ -36,13 +36,13 @@ def train(recipe: str | None, overrides: tuple[str, ...], resume: str | None, fo
         raise CheckpointError(f"--resume {resume}: there is no such run folder")
     if resume and not Path(recipe).exists() and Path(recipe) == Path(resume) / "recipe.yaml":
         prepare()
-        from qlora_lite.resume import recover_recipe
+        from qlora_lite.runs.resume import recover_recipe
 
         recover_recipe(Path(resume))
     settings = load_recipe(recipe, overrides)
     prepare()
     with importing():
-        from qlora_lite import run
+        from qlora_lite.runs import run
 
     with step_progress() as progress:
         folder = run.run_recipe(settings, progress, resume, force, progress.watch)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from qlora_lite.data.forms import Form
-from qlora_lite.data.lines import Problems
-from qlora_lite.data.template import Template
+from .forms import Form
+from .lines import Problems
+from .template import Template
 
 TOO_LONG = "longer than max_tokens"
 KIND_LOST = "a whole kind of row left out"

@@ -32,7 +32,7 @@ import torch
 from qlora_lite.errors import DataError
 
 if TYPE_CHECKING:
-    from qlora_lite.data.stored import Example
+    from .stored import Example
 
 IGNORED_LABEL = -100
 ORDERS = ("shuffle", "as-is", "longest-first", "by-length")

@@ -22,11 +22,11 @@ from functools import lru_cache
 from jinja2 import TemplateError, ext, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from qlora_lite.data.formats import Turn, as_message
-from qlora_lite.data.named_templates import NAMED_TEMPLATES
-from qlora_lite.data.probe import TakesTooMuchError, render_apart
-from qlora_lite.data.render import ROW_DAY, render_turns
-from qlora_lite.data.template import Template
+from .formats import Turn, as_message
+from .named_templates import NAMED_TEMPLATES
+from .probe import TakesTooMuchError, render_apart
+from .render import ROW_DAY, render_turns
+from .template import Template
 
 _LEFT, _RIGHT = "\u2002", "\u2003"  # white space that no template writes; without it, the words were stripped
 WRITTEN = re.compile(f"({_LEFT}?)qzx([0-9]+)xzq({_RIGHT}?)")

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qlora_lite.data.lines import RowProblem
-from qlora_lite.data.matching import Matching
-from qlora_lite.data.stored import Example, Examples, stored
+from .lines import RowProblem
+from .matching import Matching
+from .stored import Example, Examples, stored
 
 NOTHING_TO_LEARN = "nothing to learn"
 BEGIN_TWICE = "begin token twice"

@@ -18,23 +18,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qlora_lite.data.account import Account, Settings, note_lost_kinds, note_too_long
-from qlora_lite.data.check import NOTHING_TO_LEARN, check_examples
-from qlora_lite.data.lines import Problems
-from qlora_lite.data.make import make_examples
-from qlora_lite.data.read import Source
-from qlora_lite.data.stored import Examples, ExampleWriter, repeated
-from qlora_lite.data.template import Template
-from qlora_lite.data.token_cache import (
-    cache_key,
-    load_set,
-    most_bytes,
-    remove_least_used,
-    remove_leftovers,
-    save_set,
-)
 from qlora_lite.errors import DataError, OutputError
 from qlora_lite.files import replacing_folder
+
+from .account import Account, Settings, note_lost_kinds, note_too_long
+from .check import NOTHING_TO_LEARN, check_examples
+from .lines import Problems
+from .make import make_examples
+from .read import Source
+from .stored import Examples, ExampleWriter, repeated
+from .template import Template
+from .token_cache import cache_key, load_set, most_bytes, remove_least_used, remove_leftovers, save_set
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

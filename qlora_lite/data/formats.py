@@ -37,13 +37,14 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
-from qlora_lite.data.fields import columns_of, fill, kind_of, text_of
-from qlora_lite.data.lines import Problems
-from qlora_lite.data.one_object import ask_for_columns, ask_for_list
-from qlora_lite.data.opening import data_suffix
-from qlora_lite.data.read import Source, ask_for_sign, read_rows
-from qlora_lite.data.tools import check_calls, tool_calls, tool_definitions
 from qlora_lite.errors import DataError
+
+from .fields import columns_of, fill, kind_of, text_of
+from .lines import Problems
+from .one_object import ask_for_columns, ask_for_list
+from .opening import data_suffix
+from .read import Source, ask_for_sign, read_rows
+from .tools import check_calls, tool_calls, tool_definitions
 
 CHOSEN = "chosen"
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt-completion", CHOSEN, "text", "table")

@@ -19,12 +19,13 @@ from itertools import accumulate, chain
 
 from jinja2 import TemplateError
 
-from qlora_lite.data.blind import WRITTEN, LookedAtError, Question, blind_text, stripping, unseen
-from qlora_lite.data.formats import Conversation, Turn
-from qlora_lite.data.probe import FAULTS
-from qlora_lite.data.render import GENERATION_BLOCK, Rendering, check_no_control_tokens, render
-from qlora_lite.data.template import Template
 from qlora_lite.errors import DataError
+
+from .blind import WRITTEN, LookedAtError, Question, blind_text, stripping, unseen
+from .formats import Conversation, Turn
+from .probe import FAULTS
+from .render import GENERATION_BLOCK, Rendering, check_no_control_tokens, render
+from .template import Template
 
 _Place = tuple[int, int]  # contents before it, characters of the template's own text before it
 

@@ -18,10 +18,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from qlora_lite.data.check import NOTHING_TO_LEARN, prompt_signatures, scattered, signatures
-from qlora_lite.data.examples import Dataset
-from qlora_lite.data.lines import Problems
-from qlora_lite.data.stored import Examples
+from .check import NOTHING_TO_LEARN, prompt_signatures, scattered, signatures
+from .examples import Dataset
+from .lines import Problems
+from .stored import Examples
 
 HELD_OUT = "held out for evaluation (data.eval_share)"
 PROMPT_SHARE = 0.25  # of the rows to hold out: a prompt with more is not kept together

@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from qlora_lite.data.columns import without_absent
 from qlora_lite.errors import DataError
+
+from .columns import without_absent
 
 PREFIX = "hub:"
 _NAME = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::(\w+))?", re.ASCII)

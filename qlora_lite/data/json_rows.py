@@ -13,9 +13,9 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
-from qlora_lite.data.lines import ASK_OLD_MAC, Problems, all_lines, numbered_lines, write_place
-from qlora_lite.data.one_object import fault_of_one_object
-from qlora_lite.data.opening import open_bytes
+from .lines import ASK_OLD_MAC, Problems, all_lines, numbered_lines, write_place
+from .one_object import fault_of_one_object
+from .opening import open_bytes
 
 _HEAD_BYTES = 1 << 16
 _BOM = b"\xef\xbb\xbf"

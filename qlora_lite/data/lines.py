@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qlora_lite.data.opening import open_bytes
 from qlora_lite.errors import DataError
+
+from .opening import open_bytes
 
 MAX_ROW_BYTES = 5_000_000
 MAX_BLANK_BYTES = 1_000_000  # in a row: a small compressed file can hold gigabytes of them

@@ -17,19 +17,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qlora_lite.data.account import SHOWN_ROWS, TOO_LONG, Account, Settings
-from qlora_lite.data.check import NOTHING_TO_LEARN
-from qlora_lite.data.formats import Conversation, Document, read_conversations
-from qlora_lite.data.forms import Form, make_form
-from qlora_lite.data.mask import Row, answers_of, render_row
-from qlora_lite.data.mask_rows import Marked, mark_rows
-from qlora_lite.data.read import Source
-from qlora_lite.data.render import CONTROL_TOKEN, check_shape, render_ahead
-from qlora_lite.data.split import only_last_answer, parts, windows
-from qlora_lite.data.stored import Example
-from qlora_lite.data.template import Template, begin_of_text, choose_template, special_ids_of
-from qlora_lite.data.unused import count_unused, no_counts
 from qlora_lite.errors import DataError, tokenizer_faults
+
+from .account import SHOWN_ROWS, TOO_LONG, Account, Settings
+from .check import NOTHING_TO_LEARN
+from .formats import Conversation, Document, read_conversations
+from .forms import Form, make_form
+from .mask import Row, answers_of, render_row
+from .mask_rows import Marked, mark_rows
+from .read import Source
+from .render import CONTROL_TOKEN, check_shape, render_ahead
+from .split import only_last_answer, parts, windows
+from .stored import Example
+from .template import Template, begin_of_text, choose_template, special_ids_of
+from .unused import count_unused, no_counts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qlora_lite.data.check import NOTHING_TO_LEARN
-from qlora_lite.data.formats import Conversation
-from qlora_lite.data.forms import Form
-from qlora_lite.data.render import END_OF_ANSWER, Ahead, render
-from qlora_lite.data.template import Template
 from qlora_lite.errors import DataError
+
+from .check import NOTHING_TO_LEARN
+from .formats import Conversation
+from .forms import Form
+from .render import END_OF_ANSWER, Ahead, render
+from .template import Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qlora_lite.data.mask import Row, Tokens, mark_row
-from qlora_lite.data.pieces import TextTokens, tokenise_rows
-from qlora_lite.data.stored import Example
-from qlora_lite.data.template import Template
 from qlora_lite.errors import DataError
+
+from .mask import Row, Tokens, mark_row
+from .pieces import TextTokens, tokenise_rows
+from .stored import Example
+from .template import Template
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,10 @@ from collections import Counter
 from pathlib import Path
 from typing import BinaryIO
 
-from qlora_lite.data.hub import PREFIX, hub_files
 from qlora_lite.errors import DataError
 from qlora_lite.files import TooManyFolders, matches
+
+from .hub import PREFIX, hub_files
 
 READER_OF_SUFFIX = {
     ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv",

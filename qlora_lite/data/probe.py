@@ -199,7 +199,7 @@ def _serve() -> None:
     A message is a line with the template and the number of rows, and one for each row. All are read before the first
     rendering is answered, by a line as well: the other side writes all of them before it reads.
     """
-    from qlora_lite.data import blind  # noqa: F401 (before time and memory are counted)
+    from . import blind  # noqa: F401 (before time and memory are counted)
 
     try:
         import resource
@@ -248,7 +248,7 @@ def _render(
     from transformers.utils.chat_template_utils import render_jinja_template
 
     if blind:
-        from qlora_lite.data.blind import render_blind
+        from .blind import render_blind
 
         return render_blind(source, messages, special_tokens, **options)
     (text,), blocks = render_jinja_template([messages], chat_template=source, **special_tokens, **options)

@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from qlora_lite.data.columns import read_columns, without_absent
-from qlora_lite.data.fields import kind_of
-from qlora_lite.data.hub import PREFIX, hub_rows
-from qlora_lite.data.json_rows import HALF_A_PAIR, NUL, read_json, read_jsonl
-from qlora_lite.data.lines import MAX_BLANK_BYTES, MAX_ROW_BYTES, Problems, all_lines, numbered_lines
-from qlora_lite.data.opening import find_files, open_bytes, reader_of
 from qlora_lite.errors import DataError
+
+from .columns import read_columns, without_absent
+from .fields import kind_of
+from .hub import PREFIX, hub_rows
+from .json_rows import HALF_A_PAIR, NUL, read_json, read_jsonl
+from .lines import MAX_BLANK_BYTES, MAX_ROW_BYTES, Problems, all_lines, numbered_lines
+from .opening import find_files, open_bytes, reader_of
 
 DOCUMENTS = "lines", "blank-lines", "file"
 _PIECE_BYTES = 1 << 20

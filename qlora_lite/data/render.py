@@ -23,12 +23,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from qlora_lite.data.formats import Conversation, Turn, as_message
-from qlora_lite.data.named_templates import CHATML_TOOLS, NAMED_TEMPLATES
-from qlora_lite.data.probe import FAULTS, TakesTooMuchError, render_apart, render_rows_apart
-from qlora_lite.data.template import Template
-from qlora_lite.data.tools import written_names
 from qlora_lite.errors import DataError
+
+from .formats import Conversation, Turn, as_message
+from .named_templates import CHATML_TOOLS, NAMED_TEMPLATES
+from .probe import FAULTS, TakesTooMuchError, render_apart, render_rows_apart
+from .template import Template
+from .tools import written_names
 
 CONTROL_TOKEN = "control token in text"
 TEMPLATE = "template does not fit"

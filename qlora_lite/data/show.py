@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from qlora_lite.data.batch import IGNORED_LABEL, Batch
+from .batch import IGNORED_LABEL, Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

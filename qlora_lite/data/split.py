@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from qlora_lite.data.formats import Conversation
+from .formats import Conversation
 
 if TYPE_CHECKING:
-    from qlora_lite.data.stored import Example
+    from .stored import Example
 
 
 def windows(example: Example, max_tokens: int) -> Iterator[Example]:

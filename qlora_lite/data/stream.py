@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qlora_lite.data.account import Account, Settings, note_lost_kinds, note_too_long
-from qlora_lite.data.make import make_examples
-from qlora_lite.data.read import Source
-from qlora_lite.data.stored import Example
+from .account import Account, Settings, note_lost_kinds, note_too_long
+from .make import make_examples
+from .read import Source
+from .stored import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

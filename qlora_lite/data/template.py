@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qlora_lite.data.named_templates import CHATML_TOOLS, IM_END, NAMED_TEMPLATES
-from qlora_lite.data.pieces import can_be_cut, lengths_of_tokens
-from qlora_lite.data.probe import probe
 from qlora_lite.errors import DataError, tokenizer_faults
+
+from .named_templates import CHATML_TOOLS, IM_END, NAMED_TEMPLATES
+from .pieces import can_be_cut, lengths_of_tokens
+from .probe import probe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -35,16 +35,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qlora_lite.data.account import Account, Settings
-from qlora_lite.data.lines import Problems, RowProblem
-from qlora_lite.data.opening import find_files
-from qlora_lite.data.read import Source
-from qlora_lite.data.stored import FILES, Examples, load_arrays
-from qlora_lite.data.template import choose_template
-from qlora_lite.data.unused import no_counts
 from qlora_lite.errors import DataError
 from qlora_lite.files import content_digest, sha256, write_text
 from qlora_lite.units import format_bytes
+
+from .account import Account, Settings
+from .lines import Problems, RowProblem
+from .opening import find_files
+from .read import Source
+from .stored import FILES, Examples, load_arrays
+from .template import choose_template
+from .unused import no_counts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

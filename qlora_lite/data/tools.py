@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from qlora_lite.data.json_rows import decode_text
 from qlora_lite.errors import DataError
+
+from .json_rows import decode_text
 
 UNBALANCED = "unbalanced tool calls"
 

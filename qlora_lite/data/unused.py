@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 
-from qlora_lite.data.formats import ROLES, WITH_TURNS
+from .formats import ROLES, WITH_TURNS
 
 COLUMNS, KEYS = "columns", "keys of turns"
 MOST_NAMES = 1000  # counted of each; rows may name their columns as they like

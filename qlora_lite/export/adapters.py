@@ -6,7 +6,7 @@ peft
 vLLM
     It reads ``r``, ``lora_alpha``, ``use_rslora`` and ``target_modules``, and ignores every other key without a word:
     per-layer ranks and alphas would give wrong scales (``vllm/lora/peft_helper.py``). So scales are folded into B
-    and all layers get one rank (``lora.fold``).
+    and all layers get one rank (``adapters.lora.fold``).
 llama.cpp
     ``BLOCK.weight.lora_a`` [r, in] and ``.lora_b`` [out, r] in a GGUF file of type "adapter", with one alpha
     (``src/llama-adapter.cpp``; scale = alpha / r of each pair). Rows of B follow the rows of the base's weight.
@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from qlora_lite.adapters.checkpoint_names import outside
+from qlora_lite.adapters.files import adapter_config, attach_adapter, detach_adapter, write_adapter
+from qlora_lite.adapters.lora.fold import with_one_alpha
+from qlora_lite.adapters.read import Adapter, Factors, factor_names
 from qlora_lite.errors import ModelError
 from qlora_lite.files import replacing_folder
-from qlora_lite.lora.adapter import adapter_config, attach_adapter, detach_adapter, write_adapter
-from qlora_lite.lora.fold import with_one_alpha
-from qlora_lite.lora.outside import outside
-from qlora_lite.lora.read import Adapter, Factors, factor_names
 from qlora_lite.models.gguf_names import GgufNames
 from qlora_lite.quant.linear import stands_for_conv1d
 

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from qlora_lite.adapters.files import attach_adapter, detach_adapter
+from qlora_lite.adapters.read import Adapter
 from qlora_lite.errors import ModelError
-from qlora_lite.lora.adapter import attach_adapter, detach_adapter
-from qlora_lite.lora.read import Adapter
 from qlora_lite.models.anatomy import device_of
 
 SEQUENCES, TOKENS = 2, 24

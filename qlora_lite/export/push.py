@@ -24,15 +24,15 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from qlora_lite.adapters.read import CONFIG_NAME
+from qlora_lite.artifacts.run_folder import is_adapter_alone, open_run
+from qlora_lite.artifacts.trained_run import TrainedRun, open_trained
 from qlora_lite.errors import ModelError, OutputError, RecipeError
-from qlora_lite.lora.read import CONFIG_NAME
-from qlora_lite.merge import REPORT
 from qlora_lite.models.locate import read_json
-from qlora_lite.runs import is_adapter_alone, open_run
 from qlora_lite.train.out_of_memory import first_line
-from qlora_lite.trained import TrainedRun, open_trained
 
-from .forms import ExportSettings, export_run
+from .formats import ExportSettings, export_run
+from .merge import REPORT
 from .model_card import CardFacts, model_card
 
 README = "README.md"

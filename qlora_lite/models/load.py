@@ -22,9 +22,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
+from qlora_lite.adapters.checkpoint_names import set_outside
 from qlora_lite.errors import ModelError, OutputError, require_one_of
 from qlora_lite.files import cache_root, explain_write_errors
-from qlora_lite.lora.outside import set_outside
 from qlora_lite.memory.cards import fastest_type
 from qlora_lite.memory.meter import free_bytes, grow_segments
 from qlora_lite.ops.attention import row_attention

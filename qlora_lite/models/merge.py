@@ -25,11 +25,11 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from qlora_lite.adapters.lora.inject import linear_layers
+from qlora_lite.adapters.lora.merge import merged_weight
+from qlora_lite.adapters.read import Adapter
 from qlora_lite.errors import ModelError
 from qlora_lite.files import require_space
-from qlora_lite.lora.inject import linear_layers
-from qlora_lite.lora.merge import merged_weight
-from qlora_lite.lora.read import Adapter
 from qlora_lite.quant.linear import QuantLinear, stands_for_conv1d
 from qlora_lite.quant.nf4 import dequantize, quantize
 from qlora_lite.quant.tensor_file import Entries, stream_tensors

@@ -4,8 +4,8 @@ The config.json of such a model nests the language model's. That one alone is pl
 of towers and projectors are not read. What it is called in the files is asked of transformers: the class that it has
 for the whole is built on the meta device, and the decoder there is found by its class.
 
-Adapters are for the whole, since that is what others load from the same files, see ``lora.outside``. Some families
-(Qwen3.5) are taken apart by ``AutoModelForCausalLM`` itself; their adapters are for the language model.
+Adapters are for the whole, since that is what others load from the same files, see ``adapters.checkpoint_names``. Some
+families (Qwen3.5) are taken apart by ``AutoModelForCausalLM`` itself; their adapters are for the language model.
 """
 
 import copy

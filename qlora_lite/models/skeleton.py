@@ -17,9 +17,9 @@ from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import AutoConfig
 
+from qlora_lite.adapters.lora.inject import in_blocks, linear_layers
+from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.errors import ModelError
-from qlora_lite.lora.inject import in_blocks, linear_layers
-from qlora_lite.lora.method import AdapterMethod
 
 from .anatomy import blocks
 from .families import CONFIG_IS_ENOUGH, known_config, namesake, nearest

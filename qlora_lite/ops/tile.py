@@ -6,8 +6,8 @@ backward computes one tile after the other again: the largest intermediate is a 
 whose second run would compute everything again anyway, an MLP that is only added to the residual stream costs no
 product more than before: the second run leaves it out (see ``ops.checkpoint``).
 
-Two autograd functions, as in ``lora.layer``: one stands for the result in the graph and takes the gradients, one
-computes the value. Gradients of weights are summed over the tiles in float32 and rounded once.
+Two autograd functions, as in ``adapters.lora.layer``: one stands for the result in the graph and takes the gradients,
+one computes the value. Gradients of weights are summed over the tiles in float32 and rounded once.
 
 Shapes: x and the result [B, T, D]; tiles cut T. Source: ALST, arXiv 2506.13996, section 3.1 (TiledMLP).
 """

@@ -6,7 +6,7 @@ place of what it complains about, with the cure.
 
 from collections.abc import Callable, Iterator
 
-from qlora_lite.together import UPDATES_IN_FLOAT16, WITH_COMPILE, WITH_UPDATES_IN_BACKWARD
+from qlora_lite.constraints import UPDATES_IN_FLOAT16, WITH_COMPILE, WITH_UPDATES_IN_BACKWARD
 
 from .reference import written
 from .schema import Memory, Recipe

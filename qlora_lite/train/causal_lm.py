@@ -7,12 +7,12 @@ from typing import Self
 import torch
 from torch import nn
 
+from qlora_lite.adapters.files import Lora
+from qlora_lite.adapters.lora.inject import require_model
+from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.data.batch import Batch, Extent, collate, enlarged
 from qlora_lite.data.stored import Example, Examples, learned_counts, row_lengths
 from qlora_lite.errors import DataError
-from qlora_lite.lora.adapter import Lora
-from qlora_lite.lora.inject import require_model
-from qlora_lite.lora.method import AdapterMethod
 from qlora_lite.memory.marks import category
 from qlora_lite.models import anatomy
 from qlora_lite.models.kernels import use_kernels

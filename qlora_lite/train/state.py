@@ -18,8 +18,8 @@ from dataclasses import asdict
 
 import torch
 
+from qlora_lite.adapters.read import WEIGHTS_NAME
 from qlora_lite.errors import CheckpointError, TrainingError
-from qlora_lite.lora.read import WEIGHTS_NAME
 
 from .checkpoints import Checkpoint, Tensors
 from .generators import generator_states, restore_generators

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from qlora_lite.compilers import missing_for_compile
+from qlora_lite.constraints import UPDATES_IN_FLOAT16, WITH_COMPILE, WITH_UPDATES_IN_BACKWARD
 from qlora_lite.data.batch import IGNORED_LABEL, Batch
 from qlora_lite.data.stored import Example, largest_token, row_lengths
 from qlora_lite.errors import DataError, ModelError, TrainingError
@@ -22,7 +23,6 @@ from qlora_lite.models.levers import Levers
 from qlora_lite.models.load import use_row_attention, uses_row_attention
 from qlora_lite.models.rows_alone import rows_run_alone, run_rows_alone, use_own_attention, why_rows_run_alone
 from qlora_lite.ops.loss import head_logits
-from qlora_lite.together import UPDATES_IN_FLOAT16, WITH_COMPILE, WITH_UPDATES_IN_BACKWARD
 
 from .forward import hidden_states, prepare
 from .guards import FLOAT16_ENDS

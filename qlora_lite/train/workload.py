@@ -2,8 +2,8 @@
 
 A workload turns examples into batches, batches into inputs, and inputs into a loss; it knows the model's blocks, and
 the method that adapts them. An objective is the loss. Neither the loop nor the planner knows more of either: a kind of
-model, an objective or an adapter method (``lora.method``) that nobody here has heard of is planned, trained, resumed
-and saved like ``causal_lm.CausalLM``.
+model, an objective or an adapter method (``adapters.method``) that nobody here has heard of is planned, trained,
+resumed and saved like ``causal_lm.CausalLM``.
 
 A plan runs the same ``loss`` on a model and inputs without values, so what a workload's code does may depend on shapes,
 and on nothing that a tensor holds.
@@ -17,9 +17,9 @@ from typing import NamedTuple, Self
 import torch
 from torch import nn
 
+from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.data.batch import Extent
 from qlora_lite.errors import TrainingError
-from qlora_lite.lora.method import AdapterMethod
 from qlora_lite.models.levers import Levers, set_levers
 
 from .settings import TrainSettings

@@ -14,7 +14,7 @@ from qlora_lite.data.read import Source, read_rows
 from qlora_lite.data.stored import stored
 from qlora_lite.errors import DataError
 from qlora_lite.recipe.schema import Recipe
-from qlora_lite.resume import data_identity
+from qlora_lite.runs.resume import data_identity
 
 TOOLS = [{"name": "f", "parameters": {"a": {"type": "string"}}}, {"name": "g", "parameters": {"b": {"type": "number"}}}]
 ROWS = [{"messages": [{"role": "user", "content": "q"}], "tools": [tool]} for tool in TOOLS]

@@ -14,7 +14,7 @@ from qlora_lite.data.named_templates import NAMED_TEMPLATES
 from qlora_lite.data.render import render_prompt
 from qlora_lite.data.template import choose_template
 from qlora_lite.errors import ModelError
-from qlora_lite.export.forms import ExportSettings, export_run
+from qlora_lite.export.formats import ExportSettings, export_run
 from qlora_lite.export.go_template import render_go
 from qlora_lite.export.ollama import CONVERSATIONS, check_template, go_template, modelfile, pieces_of
 

@@ -14,9 +14,9 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from tiny_runs import make_run, tiny_run
 
 from qlora_lite.errors import OutputError
+from qlora_lite.export.merge import MergeSettings, merge_run
 from qlora_lite.export.model_card import CardFacts, model_card
 from qlora_lite.export.push import Push, send
-from qlora_lite.merge import MergeSettings, merge_run
 from qlora_lite.recipe.load import load_recipe
 
 REPO, BASE = "me/orders", "them/Base-1B"

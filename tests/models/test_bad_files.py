@@ -9,7 +9,7 @@ import torch
 from tiny_files import save_nested, save_tiny, write_recipe
 
 from qlora_lite.errors import ModelError
-from qlora_lite.generate import answer
+from qlora_lite.inference.generate import answer
 from qlora_lite.models import skeleton
 from qlora_lite.models.load import load_model
 from qlora_lite.models.locate import check_gguf, locate

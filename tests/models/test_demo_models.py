@@ -5,7 +5,7 @@ import torch
 from test_load import assert_same_weights
 from tiny import DEMO_MODEL
 
-from qlora_lite.generate import answer, stop_ids
+from qlora_lite.inference.generate import answer, stop_ids
 from qlora_lite.models import load as loading
 from qlora_lite.models.load import load_model
 from qlora_lite.models.tokenizer import load_tokenizer

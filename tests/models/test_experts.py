@@ -11,8 +11,8 @@ from tiny import UNUSUAL, build_tiny, quantized_pair, random_batch, random_facto
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from qlora_lite.adapters.lora.inject import add_lora, linear_layers, lora_parameters
 from qlora_lite.errors import ModelError, TrainingError
-from qlora_lite.lora.inject import add_lora, linear_layers, lora_parameters
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.memory.work import WorkCounter
 from qlora_lite.models import load, routed

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_lite import doctor
 from qlora_lite.errors import ModelError
-from qlora_lite.export.forms import ExportSettings, export_run
+from qlora_lite.export.formats import ExportSettings, export_run
 from qlora_lite.export.gguf_model import MODEL_FILE
 from qlora_lite.models import unused_gpu
 from qlora_lite.models.load import _warn_once, load_model, resolve_compute_dtype, resolve_device

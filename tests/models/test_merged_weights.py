@@ -13,21 +13,21 @@ from tiny_files import byte_tokenizer, save_tiny
 from tiny_runs import END_OF_ANSWER, logits, make_run, tiny_run
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from qlora_lite.build import build_to_use
+from qlora_lite.adapters.files import load_adapter
+from qlora_lite.adapters.lora.inject import linear_layers, lora_layers
+from qlora_lite.adapters.lora.merge import merged_weight
+from qlora_lite.adapters.read import Factors
+from qlora_lite.artifacts.run_folder import open_run
+from qlora_lite.artifacts.trained_run import open_trained
 from qlora_lite.errors import ModelError
-from qlora_lite.lora.adapter import load_adapter
-from qlora_lite.lora.inject import linear_layers, lora_layers
-from qlora_lite.lora.merge import merged_weight
-from qlora_lite.lora.read import Factors
-from qlora_lite.merge import MergeSettings, merge_run, prepare_merge
+from qlora_lite.export.merge import MergeSettings, merge_run, prepare_merge
 from qlora_lite.models.load import load_model
 from qlora_lite.models.merge import ORIGINAL, TRAINED, open_merged
 from qlora_lite.models.save import save_quantized
+from qlora_lite.prepare.build import build_to_use
 from qlora_lite.quant.linear import frozen_weight, is_conv1d
 from qlora_lite.quant.product import materialize
 from qlora_lite.quant.tensor_file import stream_tensors
-from qlora_lite.runs import open_run
-from qlora_lite.trained import open_trained
 
 EXACT = MergeSettings(dtype="f32", rows=0)
 LORA = {"targets": ["all-linear", {"pattern": "*.1.*", "rank": 3, "alpha": 5}], "rank": 4, "alpha": 8}
@@ -270,7 +270,7 @@ def test_linear_layers_that_files_have_only_joined_are_merged_in_memory_from_the
     monkeypatch.setattr("qlora_lite.models.weights.names_in_model", joined)
     trained = open_trained(run)
     elsewhere = replace(trained, files=replace(trained.files, name="no/such-model"))
-    monkeypatch.setattr("qlora_lite.merge.open_trained", lambda *_: elsewhere)
+    monkeypatch.setattr("qlora_lite.export.merge.open_trained", lambda *_: elsewhere)
     report = merge_run(run, tmp_path / "merged", EXACT)
     assert any("named and laid out as transformers has them in memory" in note for note in report["notes"])
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

@@ -11,16 +11,16 @@ from tiny_files import save_nested, save_tiny, write_recipe
 from tiny_runs import logits, make_run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, BitsAndBytesConfig
 
+from qlora_lite.adapters.files import load_adapter
+from qlora_lite.adapters.lora.inject import lora_layers
 from qlora_lite.errors import ModelError
-from qlora_lite.lora.adapter import load_adapter
-from qlora_lite.lora.inject import lora_layers
-from qlora_lite.merge import MergeSettings, merge_run
+from qlora_lite.export.merge import MergeSettings, merge_run
 from qlora_lite.models.load import adopt, load_model
 from qlora_lite.models.quantizer import quantize_in_place
 from qlora_lite.models.skeleton import read_config
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.recipe.load import load_recipe
-from qlora_lite.run import run_recipe
+from qlora_lite.runs.run import run_recipe
 
 PLAIN = ["model.quant=none"]
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers

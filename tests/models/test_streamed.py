@@ -5,9 +5,9 @@ import torch
 from tiny import ARCHITECTURES, build_tiny, random_factors
 from tiny_runs import logits
 
-from qlora_lite.lora.adapter import attach_adapter, detach_adapter
-from qlora_lite.lora.inject import add_lora, lora_layers
-from qlora_lite.lora.read import Adapter, Factors
+from qlora_lite.adapters.files import attach_adapter, detach_adapter
+from qlora_lite.adapters.lora.inject import add_lora, lora_layers
+from qlora_lite.adapters.read import Adapter, Factors
 from qlora_lite.models.streamed import _read_around_forward, streamed_model
 
 

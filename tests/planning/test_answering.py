@@ -12,15 +12,17 @@ import torch
 from tiny import ARCHITECTURES, DEMO_MODEL, UNUSUAL, build_tiny, quantized_pair, random_batch, random_factors
 from tiny_runs import logits, tiny_run
 
-from qlora_lite import build
-from qlora_lite.converse import open_session
-from qlora_lite.evaluate import evaluate_recipe
-from qlora_lite.generate import answer
-from qlora_lite.likeness import compare, outputs
-from qlora_lite.lora.adapter import attach_adapter
-from qlora_lite.lora.inject import add_lora, lora_layers
-from qlora_lite.lora.read import WEIGHTS_NAME, Adapter, Factors
-from qlora_lite.lora.switch import add_switch
+from qlora_lite.adapters.files import attach_adapter
+from qlora_lite.adapters.lora.inject import add_lora, lora_layers
+from qlora_lite.adapters.lora.switch import add_switch
+from qlora_lite.adapters.read import WEIGHTS_NAME, Adapter, Factors
+from qlora_lite.artifacts.trained_run import open_trained
+from qlora_lite.export.agreement import compare, outputs
+from qlora_lite.inference.chat import open_session
+from qlora_lite.inference.evaluate import evaluate_recipe
+from qlora_lite.inference.generate import answer
+from qlora_lite.inference.multi_adapter import open_tasks
+from qlora_lite.inference.serve import app
 from qlora_lite.memory.process import (
     CUBLAS_WORKSPACE_BYTES,
     CUDA_CONTEXT_BYTES,
@@ -44,9 +46,7 @@ from qlora_lite.planning.answering import (
     prompts_at_once,
 )
 from qlora_lite.planning.meta_results import NeedsValuesError
-from qlora_lite.serve import app
-from qlora_lite.tasks import open_tasks
-from qlora_lite.trained import open_trained
+from qlora_lite.prepare import build
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 WITH_STATES = {"mamba", "mamba2", "recurrent_gemma"}  # in place of keys and values
@@ -133,7 +133,7 @@ def test_as_many_prompts_are_read_at_once_as_there_is_room_for(device_type):
 
 MEASURE = """
 import sys, torch
-from qlora_lite.generate import answer
+from qlora_lite.inference.generate import answer
 from qlora_lite.memory.meter import PeakMeter, held_bytes
 from qlora_lite.models.load import load_model
 from qlora_lite.models.skeleton import meta_model, read_part

@@ -8,9 +8,9 @@ from jobs import changed, new_job
 from tiny import ARCHITECTURES, UNUSUAL, build_tiny
 from transformers import AutoConfig
 
+from qlora_lite.adapters.files import Lora
+from qlora_lite.adapters.lora.inject import Target, lora_parameters
 from qlora_lite.data.batch import Batch
-from qlora_lite.lora.adapter import Lora
-from qlora_lite.lora.inject import Target, lora_parameters
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.models.load import adopt, use_row_attention
@@ -22,14 +22,7 @@ from qlora_lite.ops.offload import pinned_bytes
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.ops.stream import shared_allocations
 from qlora_lite.planning import simulate as simulate_module
-from qlora_lite.planning.simulate import (
-    ALLOCATION_BYTES,
-    TYPICAL_SEQUENCES,
-    _run,
-    full_pack,
-    simulate,
-    simulate_whole,
-)
+from qlora_lite.planning.simulate import ALLOCATION_BYTES, TYPICAL_SEQUENCES, _run, full_pack, simulate, simulate_whole
 from qlora_lite.train import flat
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.inventory import categorised

@@ -10,10 +10,10 @@ import torch
 from tiny import build_tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_lite.lora.inject import add_lora
-from qlora_lite.lora.layer import LoraLinear
-from qlora_lite.lora.read import Factors
-from qlora_lite.lora.switch import Switch, SwitchLinear
+from qlora_lite.adapters.lora.inject import add_lora
+from qlora_lite.adapters.lora.layer import LoraLinear
+from qlora_lite.adapters.lora.switch import Switch, SwitchLinear
+from qlora_lite.adapters.read import Factors
 from qlora_lite.models.quantizer import quantize_in_place
 from qlora_lite.quant import few_rows, linear
 from qlora_lite.quant.few_rows import MOST_ROWS, arrange, arranged_bytes, can_arrange, kernel_takes_our_order

@@ -12,8 +12,8 @@ from tiny import (
     reference_loss,
 )
 
+from qlora_lite.adapters.lora.inject import add_lora, lora_layers
 from qlora_lite.errors import ModelError
-from qlora_lite.lora.inject import add_lora, lora_layers
 from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.models.load import use_row_attention, uses_row_attention
 from qlora_lite.models.rows_alone import rows_run_alone

@@ -21,7 +21,7 @@ from lever_cases import (
 from tiny import quantized_pair, random_batch, random_factors
 from transformers import AutoConfig
 
-from qlora_lite.lora.inject import add_lora, lora_parameters
+from qlora_lite.adapters.lora.inject import add_lora, lora_parameters
 from qlora_lite.memory.process import CUBLAS_WORKSPACE_BYTES
 from qlora_lite.models.anatomy import blocks
 from qlora_lite.models.levers import Levers, place, set_levers

@@ -4,7 +4,7 @@ import torch
 from tiny import build_tiny, random_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_lite.lora.inject import add_lora
+from qlora_lite.adapters.lora.inject import add_lora
 from qlora_lite.models.load import use_row_attention
 from qlora_lite.ops.shapes import CPU_MULTIPLE
 from qlora_lite.train.causal_lm import CausalLM

@@ -8,7 +8,7 @@ from counted import counted
 from lever_cases import rotary_flops
 from tiny import quantized_pair, random_batch
 
-from qlora_lite.lora.inject import add_lora, lora_layers, lora_parameters
+from qlora_lite.adapters.lora.inject import add_lora, lora_layers, lora_parameters
 from qlora_lite.memory.marks import phase
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.levers import Levers, place, set_levers

@@ -29,9 +29,9 @@ from tiny import ARCHITECTURES, UNUSUAL, build_tiny, quantized_pair, random_batc
 from tiny_trainer import trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlora_lite.adapters.lora.inject import add_lora, lora_parameters
+from qlora_lite.adapters.lora.layer import LoraLinear
 from qlora_lite.errors import ModelError
-from qlora_lite.lora.inject import add_lora, lora_parameters
-from qlora_lite.lora.layer import LoraLinear
 from qlora_lite.memory.marks import marks
 from qlora_lite.models.anatomy import blocks
 from qlora_lite.models.levers import Levers, on_host, place, set_levers
@@ -486,7 +486,7 @@ levers_strategy = st.builds(
     host_embeddings=st.booleans(), host_head=st.booleans(), reuse_dequantized=st.booleans(),
     optimizer_in_backward=st.booleans(), offload_folder=st.sampled_from([None, FOLDER]),
     stream_from_disk=st.booleans(),
-)  # fmt: skip  # ``compile`` is in tests/test_compiled.py: a graph takes seconds
+)  # fmt: skip  # ``compile`` is in tests/train/test_compiled.py: a graph takes seconds
 
 
 @settings(max_examples=40, deadline=None)

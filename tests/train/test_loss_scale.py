@@ -8,8 +8,8 @@ import torch
 from tiny import quantized_pair, random_batch, random_factors
 from tiny_trainer import trainer
 
+from qlora_lite.adapters.lora.inject import add_lora, lora_parameters
 from qlora_lite.errors import TrainingError
-from qlora_lite.lora.inject import add_lora, lora_parameters
 from qlora_lite.models.levers import Levers
 from qlora_lite.train import guards, loop, loss_scale
 from qlora_lite.train.causal_lm import CausalLM

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, UNUSUAL, add_reference_lora, build_tiny, random_batch, random_factors, reference_loss
 
-from qlora_lite.lora.inject import Target, add_lora, lora_layers
+from qlora_lite.adapters.lora.inject import Target, add_lora, lora_layers
 from qlora_lite.models.load import use_row_attention, uses_row_attention
 from qlora_lite.models.rows_alone import rows_run_alone, why_rows_run_alone
 from qlora_lite.train.causal_lm import CausalLM, CrossEntropy

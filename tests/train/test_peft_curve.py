@@ -6,8 +6,8 @@ import torch
 from tiny import build_tiny, random_batch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_lite.lora.adapter import adapter_tensors
-from qlora_lite.lora.inject import add_lora
+from qlora_lite.adapters.files import adapter_tensors
+from qlora_lite.adapters.lora.inject import add_lora
 from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.models.load import load_model
 from qlora_lite.train.causal_lm import CausalLM, CrossEntropy

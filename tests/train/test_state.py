@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny_trainer import TWO_TOKENS, examples, trainer
 
+from qlora_lite.adapters.files import WEIGHTS_NAME, adapter_tensors
+from qlora_lite.adapters.lora.inject import lora_parameters
 from qlora_lite.data.batch import collate
 from qlora_lite.errors import CheckpointError, TrainingError
-from qlora_lite.lora.adapter import WEIGHTS_NAME, adapter_tensors
-from qlora_lite.lora.inject import lora_parameters
 from qlora_lite.train import loss_scale
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint

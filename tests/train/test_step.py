@@ -10,9 +10,9 @@ import torch
 from tiny import quantized_pair, random_batch, random_factors
 from tiny_trainer import trainer
 
+from qlora_lite.adapters.lora.inject import add_lora, lora_parameters
 from qlora_lite.data.batch import Batch
 from qlora_lite.errors import TrainingError
-from qlora_lite.lora.inject import add_lora, lora_parameters
 from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.quant.few_rows import few

@@ -10,8 +10,8 @@ from tiny import ARCHITECTURES
 from tiny_trainer import examples, trainer
 from transformers import AutoConfig
 
+from qlora_lite.adapters.lora.inject import lora_layers
 from qlora_lite.errors import DoesNotFitError, TrainingError
-from qlora_lite.lora.inject import lora_layers
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.models.levers import Levers
 from qlora_lite.models.rows_alone import run_rows_alone

@@ -1,0 +1,222 @@
+"""A frozen linear layer with trainable low-rank factors beside it.
+
+    y = x W^T + bias + scale * (x A^T) B^T,      scale = alpha / r   (or alpha / sqrt(r), rank-stabilised)
+
+A starts Kaiming-uniform and B at zero, so that the first forward equals the base model's.
+
+The low-rank part is formed first and the base product accumulates onto it (no second [T, out] tensor, one
+rounding: see ``quant.product.add_product``). x, x A^T and the *packed* weight are saved, and the weight is
+dequantised again in backward. Saving and multiplying are two autograd functions, so that a checkpointed
+block's second run can leave out its last product (``down_proj``; see ``ops.checkpoint``). Layers with the same
+input can be begun together (``shared``). With dropout the low-rank branch has its own input, so plain autograd is used
+around the same frozen product.
+
+Shapes: x [..., in], A [r, in], B [out, r], y [..., out]; T is the product of x's leading dimensions.
+Source: LoRA, arXiv 2106.09685, section 4.1; rank-stabilised scale: arXiv 2312.03732; QLoRA: arXiv 2305.14314.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from qlora_lite.errors import ModelError
+from qlora_lite.ops.checkpoint import product_or_stand_in
+from qlora_lite.ops.shapes import device_type
+from qlora_lite.quant.linear import frozen_weight, product_of_few
+from qlora_lite.quant.product import FrozenMatmul, KeptWeights, WeightSpec, add_product, kept_for, product_beside
+
+
+def lora_scale(alpha: float, rank: int, rslora: bool) -> float:
+    """Return ``alpha / r``, or ``alpha / sqrt(r)`` for rank-stabilised LoRA."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def add_update(y, x, lora_a, lora_b, scale: float) -> torch.Tensor:
+    """Add ``scale * (x A^T) B^T`` to y [..., out] in place, without gradients, and return it.
+
+    Two operations: what a token of an answer costs is how many it takes. The scale is taken in the second, in the
+    accuracy of its sums.
+    """
+    low = functional.linear(x, lora_a.to(x.dtype))
+    y.view(-1, y.shape[-1]).addmm_(low.reshape(-1, low.shape[-1]), lora_b.to(x.dtype).t(), alpha=scale)
+    return y
+
+
+class Begun(NamedTuple):
+    """Products of LoRA layers with one input x, begun by ``begin`` and each ended by ``end``.
+
+    Of each layer: low [T, r], a stand-in for y, and its frozen weight. ``kept`` is where unpacked weights are found.
+    """
+
+    x: torch.Tensor
+    kept: KeptWeights | None
+    low: Sequence[torch.Tensor]
+    stand_ins: Sequence[torch.Tensor]
+    weights: Sequence[tuple[WeightSpec, tuple[torch.Tensor, ...]]]
+
+
+def begin(x: torch.Tensor, layers: Sequence["LoraLinear"]) -> Begun:
+    """Begin the products of x with layers of one scale: their low-rank parts, and their place in the graph."""
+    weights, kept = [frozen_weight(layer.base) for layer in layers], kept_for(x)
+    specs, counts = [spec for spec, _ in weights], [len(frozen) for _, frozen in weights]
+    tensors = [*(layer.lora_A for layer in layers), *(layer.lora_B for layer in layers),
+               *(tensor for _, frozen in weights for tensor in frozen)]  # fmt: skip
+    low, *stand_ins = _LoraGradient.apply(x, layers[0].scale, specs, counts, kept, *tensors)
+    return Begun(x, kept, low.chunk(len(layers), dim=1), stand_ins, weights)
+
+
+def end(layer: "LoraLinear", begun: Begun, number: int) -> torch.Tensor:
+    """Return ``x W^T + bias + scale * (x A^T) B^T``, with gradients for x, A and B.
+
+    Args:
+        number: of the layer, among those that were begun together.
+    """
+    stand_in, low, (spec, frozen) = begun.stand_ins[number], begun.low[number], begun.weights[number]
+    inputs = stand_in, low, begun.x.detach(), layer.lora_B.detach(), layer.base.bias
+    return product_or_stand_in(lambda: _LoraProduct.apply(*inputs, spec, begun.kept, *frozen), stand_in)
+
+
+class _LoraGradient(torch.autograd.Function):
+    """Compute ``low = scale * x A^T`` of all layers, and take the gradients of the whole of them.
+
+    The other results stand for the layers' y in the graph: they have y's shape, no memory and no values, and what
+    arrives as their gradient is y's; None, where nobody used one.
+    """
+
+    @staticmethod
+    def forward(ctx, x, scale, specs, counts, kept, *tensors):
+        rows = x.reshape(-1, x.shape[-1])
+        low = functional.linear(rows, _joined(tensors[: len(specs)], 0, x.dtype)).mul_(scale)
+        ctx.scale, ctx.specs, ctx.counts, ctx.kept = scale, specs, counts, kept
+        ctx.save_for_backward(rows, low, *tensors)
+        ctx.mark_non_differentiable(low)
+        ctx.set_materialize_grads(False)
+        return low, *(x.new_empty(()).expand(*x.shape[:-1], spec.shape[0]) for spec in specs)
+
+    @staticmethod
+    def backward(ctx, _grad_low, *grads_y):
+        rows, low, *tensors = ctx.saved_tensors
+        layers = len(ctx.specs)
+        factors_a, factors_b, frozen = tensors[:layers], tensors[layers : 2 * layers], iter(tensors[2 * layers :])
+        frozen, lows = [tuple(islice(frozen, count)) for count in ctx.counts], low.chunk(layers, dim=1)
+        used = [number for number in range(layers) if grads_y[number] is not None]
+        grads = {number: grads_y[number].reshape(-1, grads_y[number].shape[-1]) for number in used}
+        dtype, shape = grads_y[used[0]].dtype, grads_y[used[0]].shape[:-1]
+        grad_low = _joined([grads[number] @ factors_b[number].to(dtype) for number in used], 1, dtype).mul_(ctx.scale)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            # the first product is rounded with what it is added to, which under torch.compile needs one operator
+            factor, first = _joined([factors_a[number] for number in used], 0, dtype).t(), used[0]
+            inputs = grad_low, factor, grads[first], ctx.specs[first], frozen[first]
+            grad_x = product_beside(*inputs, None, ctx.kept, again=False, of_gradient=True)
+            for number in used[1:]:
+                add_product(grad_x, grads[number], ctx.specs[number], frozen[number], kept=ctx.kept, of_gradient=True)
+            grad_x = grad_x.view(*shape, grad_x.shape[-1])
+        grads_a, grads_b = [None] * layers, [None] * layers
+        for number, grad_a in zip(used, (grad_low.t() @ rows).chunk(len(used)), strict=True):
+            grads_a[number] = grad_a.to(factors_a[number].dtype)
+            grads_b[number] = (grads[number].t() @ lows[number]).to(factors_b[number].dtype)
+        return grad_x, None, None, None, None, *grads_a, *grads_b, *(None for _ in range(sum(ctx.counts)))
+
+
+def _joined(tensors: Sequence[torch.Tensor], dim: int, dtype: torch.dtype) -> torch.Tensor:
+    return (tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)).to(dtype)
+
+
+def _dropped(x: torch.Tensor, share: float) -> torch.Tensor:
+    """Zero values at random; for backward a card's kernel, and so its plan, keeps a byte of each, a CPU more."""
+    if x.is_meta and device_type(x.device) == "cuda":
+        return torch.native_dropout(x, share, True)[0]
+    return functional.dropout(x, share)
+
+
+class _LoraProduct(torch.autograd.Function):
+    """Compute ``x W^T + bias + low B^T``; save nothing and hand y's gradient on to ``_LoraGradient``."""
+
+    @staticmethod
+    def forward(ctx, gradient, low, x, lora_b, bias, spec, kept, *frozen):
+        return product_beside(low, lora_b.to(x.dtype), x, spec, frozen, bias, kept, again=True)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        return grad_y, *(None for _ in ctx.needs_input_grad[1:])
+
+
+class LoraLinear(nn.Module):
+    """Wrap a frozen linear layer with the factors ``lora_A`` [r, in] and ``lora_B`` [out, r].
+
+    Args:
+        base: ``QuantLinear``, ``nn.Linear`` or ``Conv1D``; its parameters are frozen here.
+        rank: r, at least 1.
+        alpha: numerator of the scale.
+        dropout: probability of dropping an input of the low-rank branch while training, in [0, 1).
+        rslora: divide alpha by sqrt(r) instead of r.
+        dtype: of the factors.
+
+    ``shared`` is the set of layers that this one's input is shared with, if any; see ``shared``. ``path`` is its
+    name in the model.
+    """
+
+    shared = None
+    path = "a layer"
+
+    def __init__(self, base, rank, alpha, dropout=0.0, rslora=False, dtype=torch.bfloat16):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        (out_features, in_features), device = frozen_weight(base)[0].shape, base.weight.device
+        self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
+        self.scale = lora_scale(alpha, rank, rslora)
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype, device=device))
+        self.reset_parameters()
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """There is none: the layer is no product with one tensor.
+
+        Raises:
+            ModelError: always; the architecture, Mamba for one, computes with the weight past the factors.
+        """
+        packed = frozen_weight(self.base)[0].quant_type is not None
+        codes = ", and set model.quant to none, since it would read 4-bit codes" if packed else ""
+        raise ModelError(f"this architecture reads the weight of {self.path} itself, past the LoRA factors: "
+                         f"leave it out of lora.targets{codes}")  # fmt: skip
+
+    def reset_parameters(self) -> None:
+        """Draw A from U(-1/sqrt(in), 1/sqrt(in)), the Kaiming-uniform bound with a = sqrt(5), and zero B.
+
+        Drawn in host memory, so that a seed gives the same factors wherever the layer lies.
+        """
+        if self.lora_A.is_meta:
+            return
+        drawn = nn.init.kaiming_uniform_(torch.empty(self.lora_A.shape, dtype=self.lora_A.dtype), a=math.sqrt(5))
+        self.lora_A.data.copy_(drawn)
+        nn.init.zeros_(self.lora_B)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and self.dropout > 0:
+            return self.by_autograd(x, _dropped(x, self.dropout))
+        y = product_of_few(self.base, x)
+        if y is not None:
+            return add_update(y, x, self.lora_A, self.lora_B, self.scale)
+        begun, number = (begin(x, [self]), 0) if self.shared is None else self.shared.begun_for(self, x)
+        return end(self, begun, number)
+
+    def by_autograd(self, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        """Return y by the formula, the low-rank part of an input of its own: plain autograd around the frozen product.
+
+        Args:
+            branch: the low-rank part's input.
+        """
+        low = self.scale * functional.linear(branch, self.lora_A.to(x.dtype))
+        update = functional.linear(low, self.lora_B.to(x.dtype))
+        spec, frozen = frozen_weight(self.base)
+        return FrozenMatmul.apply(x, update, self.base.bias, spec, *frozen)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}, rslora={self.rslora}"

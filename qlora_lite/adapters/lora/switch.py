@@ -1,0 +1,134 @@
+"""Many adapters over one base model: each row of a batch uses the adapter it is given, changed between two calls.
+
+    y_i = x_i W^T + bias + scale_j (x_i A_j^T) B_j^T,     j the adapter of row i; nothing is added for the bare base
+
+Merging into the base and out again, the other way to swap, costs a pass over all weights each time, needs 16-bit
+weights, and leaves rounding errors behind. Here a swap sets one name: no weight moves. The adapters lie in memory
+beside the base, a thousandth of it each.
+
+Only for inference: no gradients. As in training (``layer``) the base product accumulates onto the low-rank part.
+
+Shapes: x [rows, ..., in], A [r, in], B [out, r].
+Source: LoRA, arXiv 2106.09685, section 4.1, third advantage; batches of several adapters: Punica, arXiv 2310.18547.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from qlora_lite.adapters.read import Adapter, Factors
+from qlora_lite.errors import ModelError
+from qlora_lite.quant.linear import frozen_weight, product_of_few
+from qlora_lite.quant.product import add_product, materialize
+
+from .inject import linear_layers
+from .layer import add_update
+
+
+class Switch:
+    """The adapters of a model and which of them its rows use; all layers look here."""
+
+    def __init__(self, adapters: Mapping[str, Adapter]):
+        self.names = tuple(adapters)
+        self.rows: str | tuple[str | None, ...] | None = None
+        self._places: dict[tuple, torch.Tensor] = {}
+
+    def use(self, name: str | None) -> None:
+        """Let every row use one adapter, or the bare base.
+
+        Raises:
+            ModelError: there is no such adapter.
+        """
+        self._check(name)
+        self.rows = name
+
+    def use_rows(self, names: Sequence[str | None]) -> None:
+        """Let row i of the next calls use the adapter ``names[i]``; None is the bare base.
+
+        Raises:
+            ModelError: one of them is not there.
+        """
+        for name in names:
+            self._check(name)
+        self.rows = tuple(names) if len(set(names)) > 1 else next(iter(names), None)
+        self._places.clear()
+
+    def places(self, name: str, device: torch.device) -> torch.Tensor:
+        """Return the numbers of the rows that use an adapter, int64 on a device; all layers get the same tensor."""
+        key = self.rows, name, device
+        if key not in self._places:
+            self._places[key] = torch.tensor([at for at, row in enumerate(self.rows) if row == name], device=device)
+        return self._places[key]
+
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[None]:
+        """Use an adapter inside the block, and what was used before again after it."""
+        before = self.rows
+        self.use(name)
+        try:
+            yield
+        finally:
+            self.rows = before
+
+    def _check(self, name: str | None) -> None:
+        if name is not None and name not in self.names:
+            raise ModelError(f"there is no adapter {name!r}; there are {', '.join(self.names)}")
+
+
+class SwitchLinear(nn.Module):
+    """A frozen linear layer with the factors of every adapter that adapts it."""
+
+    def __init__(self, base: nn.Module, switch: Switch, factors: Mapping[str, Factors], device: torch.device):
+        super().__init__()
+        self.base, self.switch = base.requires_grad_(False), switch
+        self.factors = {
+            name: (each.lora_A.to(device), each.lora_B.to(device), each.scale) for name, each in factors.items()
+        }
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        spec, frozen = frozen_weight(self.base)
+        y, rows = product_of_few(self.base, x), self.switch.rows
+        if y is not None and not isinstance(rows, tuple):
+            return add_update(y, x, *self.factors[rows]) if rows in self.factors else y
+        update = self._update(x, spec.shape[0])
+        if y is not None:
+            return y.add_(update)
+        if update is None:
+            return functional.linear(x, materialize(spec, frozen, x.dtype), self.base.bias)
+        return add_product(update, x, spec, frozen, self.base.bias)
+
+    def _update(self, x: torch.Tensor, out_features: int) -> torch.Tensor | None:
+        rows = self.switch.rows
+        if not isinstance(rows, tuple):
+            return self._low_rank(x, rows) if rows in self.factors else None
+        if len(rows) != x.shape[0]:
+            raise ModelError(f"{len(rows)} rows have an adapter, the batch has {x.shape[0]}")
+        update = x.new_zeros(*x.shape[:-1], out_features)
+        for name in set(rows) & self.factors.keys():
+            places = self.switch.places(name, x.device)
+            update.index_copy_(0, places, self._low_rank(x.index_select(0, places), name))
+        return update
+
+    def _low_rank(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        lora_a, lora_b, scale = self.factors[name]
+        low = functional.linear(x, lora_a.to(x.dtype)).mul_(scale)
+        return functional.linear(low, lora_b.to(x.dtype))
+
+
+def add_switch(model: nn.Module, adapters: Mapping[str, Adapter]) -> Switch:
+    """Wrap every layer that one of the adapters adapts; return the switch, set to the bare base.
+
+    Args:
+        model: a base model without LoRA layers.
+        adapters: read for this model (``adapters.read.read_adapter``), by name.
+    """
+    switch = Switch(adapters)
+    for path, layer in linear_layers(model).items():
+        factors = {name: adapter.layers[path] for name, adapter in adapters.items() if path in adapter.layers}
+        if factors:
+            model.set_submodule(path, SwitchLinear(layer, switch, factors, model.device))
+    return switch

@@ -1,0 +1,258 @@
+"""Read an adapter folder in the PEFT format and check it against a model.
+
+Whatever this package cannot compute (DoRA, trained biases, ``modules_to_save``) is refused, and all tensors that are
+missing, unexpected, of a wrong shape or not finite are listed in one error: an adapter that loads and does nothing is
+the worst fault of this kind.
+
+Tensor names: ``base_model.model.PATH.lora_A.weight`` [r, in] and ``...lora_B.weight`` [out, r]; PATH is as files have
+it (``outside``).
+"""
+
+import json
+import re
+import time
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from reprlib import repr as short
+
+import regex
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from qlora_lite.errors import ModelError
+from qlora_lite.quant.linear import frozen_weight
+
+from .checkpoint_names import outside
+from .lora.inject import linear_layers
+from .lora.layer import lora_scale
+
+WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+# Settings of peft that change what an adapter computes, and the starts of values that change the base model.
+REFUSED_KEYS = (
+    "use_dora", "modules_to_save", "trainable_token_indices", "layer_replication", "lora_bias", "use_qalora",
+    "use_bdlora", "alora_invocation_tokens", "target_parameters", "arrow_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
+REFUSED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Of processor time, for all patterns of an adapter file on all paths; a hundred honest ones take 0.1 seconds.
+MATCH_SECONDS = 1.0
+MAX_CONFIG_BYTES = 4 * 2**20
+# A safetensors file names its tensors in a header, which reading takes 20 times its size of memory for: a million
+# names take seconds and gigabytes. An entry is about 200 bytes, and a model's adapter has two for each layer.
+HEADER_BYTES, HEADER_BYTES_PER_LAYER = 4 * 2**20, 2048
+LISTED = 50  # problems of one file shown; a file may have a million
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """One layer's share of an adapter: ``weight + scale * lora_B @ lora_A`` is the adapted weight.
+
+    Args:
+        lora_A: [r, in].
+        lora_B: [out, r].
+        alpha: numerator of the scale.
+        rslora: the scale divides by sqrt(r) instead of r.
+    """
+
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    alpha: float
+    rslora: bool = False
+
+    @property
+    def rank(self) -> int:
+        """Return r."""
+        return self.lora_A.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """Return what the product of the factors is multiplied by."""
+        return lora_scale(self.alpha, self.rank, self.rslora)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter as read from its folder: the factors of each adapted layer by path, checked against a model."""
+
+    layers: dict[str, Factors]
+    dropout: float
+
+
+def read_adapter(model: nn.Module, folder: str | Path) -> Adapter:
+    """Read an adapter folder and check that it fits a model; the model stays as it is.
+
+    Args:
+        model: a base model without LoRA layers; shapes are enough (a meta model).
+        folder: written by ``save_adapter`` or by peft.
+
+    Raises:
+        ModelError: files are missing or broken, the adapter uses what this package cannot compute, or its
+            tensors do not fit this model.
+    """
+    folder = Path(folder)
+    for path in (folder / CONFIG_NAME, folder / WEIGHTS_NAME):
+        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+            raise ModelError(f"{path} is not an ordinary file")
+    config = _read_config(folder)
+    inside = {outside(model, name): name for name in linear_layers(model)}
+    layers = {name: model.get_submodule(path) for name, path in inside.items()}
+    tensors = _read_tensors(folder / WEIGHTS_NAME, HEADER_BYTES + HEADER_BYTES_PER_LAYER * len(layers))
+    ranks, problems = _check(tensors, layers)
+    problems += _without_factors(config, layers, ranks)
+    if problems:
+        more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
+        shown = "; ".join(problems[:LISTED] + more)
+        raise ModelError(f"the adapter {folder} does not fit this model: {shown}")
+    alphas, rslora = _from_patterns(config.get("alpha_pattern") or {}, list(ranks)), bool(config.get("use_rslora"))
+    factors = {
+        inside[name]: Factors(
+            *(tensors[key] for key in factor_names(name)), alphas.get(name, config["lora_alpha"]), rslora
+        )
+        for name in ranks
+    }
+    return Adapter(factors, config.get("lora_dropout", 0.0))
+
+
+def named_base(folder: str | Path) -> tuple[str | None, str | None]:
+    """Return the base model that an adapter folder names, and its revision; None for what it does not name.
+
+    Raises:
+        ModelError: the configuration is broken, or of what this package cannot compute.
+    """
+    config = _read_config(Path(folder))
+    base, revision = (config.get(key) for key in ("base_model_name_or_path", "revision"))
+    return tuple(value if isinstance(value, str) and value else None for value in (base, revision))
+
+
+def factor_names(name: str) -> tuple[str, str]:
+    """Return the names of A and B of a layer in adapter files; see ``outside`` for the layer's own."""
+    return f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
+
+
+def adapter_bytes(folder: Path) -> int:
+    """Return what the factors of an adapter folder take in memory; 0 where ``read_adapter`` will say that they lack."""
+    file = folder / WEIGHTS_NAME
+    return file.stat().st_size if file.is_file() else 0
+
+
+def _read_config(folder: Path) -> dict:
+    path = folder / CONFIG_NAME
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ModelError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes, which no adapter's configuration is")
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{folder} is not an adapter folder: {CONFIG_NAME} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"cannot read {path}: {error}") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise ModelError(f"{path} does not describe a LoRA adapter (peft_type is not LORA)")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ModelError(f"{path}: alpha_pattern must be an object, not {short(patterns)}")
+    alphas = {"lora_alpha": config.get("lora_alpha")} | {
+        f"alpha_pattern {short(key)}": v for key, v in patterns.items()
+    }
+    for name, alpha in alphas.items():
+        if not _is_number(alpha) or not 0 < alpha < 1e9:
+            raise ModelError(f"{path}: {name} must be a positive number, not {short(alpha)}")
+    dropout = config.get("lora_dropout", 0.0)
+    if not _is_number(dropout) or not 0 <= dropout < 1:
+        raise ModelError(f"{path}: lora_dropout must be from 0 to below 1, not {short(dropout)}")
+    _refuse_unsupported(config, path)
+    return config
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _refuse_unsupported(config: dict, path: Path) -> None:
+    refused = {key: config.get(key) for key in REFUSED_KEYS}
+    refused["bias"] = None if config.get("bias", "none") == "none" else config["bias"]
+    start = config.get("init_lora_weights")
+    refused["init_lora_weights"] = start if str(start).startswith(REFUSED_INITS) else None
+    used = [f"{key}={short(value)}" for key, value in refused.items() if value]
+    if used:
+        raise ModelError(f"{path}: {', '.join(used)} is not supported; train without it or merge with peft")
+
+
+def _read_tensors(path: Path, header_bytes: int) -> dict[str, torch.Tensor]:
+    """Read a file whose header is at most so long."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if header_bytes < length < path.stat().st_size:  # a longer one is no header
+            raise ModelError(f"{path} names more tensors than an adapter of this model can have (its header takes "
+                             f"{length} bytes)")  # fmt: skip
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except FileNotFoundError:
+        pickled = path.with_suffix(".bin").exists()
+        hint = "; pickled weights are not read, load and save the adapter with a peft of today" if pickled else ""
+        raise ModelError(f"{path} is missing{hint}") from None
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"cannot read {path}: {error}; it is cut short or not a safetensors file") from None
+
+
+def _check(tensors, layers) -> tuple[dict[str, int], list[str]]:
+    """Return the rank of each adapted layer, and everything that is wrong with the tensors."""
+    ranks, problems, known = {}, [], set()
+    adapted = {m[1] for name in tensors if (m := re.fullmatch(rf"{PREFIX}(.+)\.lora_[AB]\.weight", name))}
+    for name in sorted(adapted & set(layers)):
+        keys = factor_names(name)
+        known.update(keys)
+        problems += [f"{key} is missing" for key in keys if key not in tensors]
+        if any(key not in tensors for key in keys):
+            continue
+        lora_a, lora_b = (tensors[key] for key in keys)
+        out_features, in_features = frozen_weight(layers[name])[0].shape
+        rank = lora_a.shape[0] if lora_a.ndim == 2 else 0
+        shapes = [tuple(lora_a.shape), tuple(lora_b.shape)]
+        if rank < 1 or shapes != [(rank, in_features), (out_features, rank)]:
+            problems.append(f"{name} has shapes {shapes}, its layer is {out_features} x {in_features}")
+        if not (lora_a.is_floating_point() and lora_b.is_floating_point()):
+            problems.append(f"{name} has factors of {lora_a.dtype} and {lora_b.dtype}, which are no numbers to train")
+        problems += [f"{key} is not finite" for key in keys if not tensors[key].isfinite().all()]
+        ranks[name] = rank
+    problems += [f"{name[:200]} belongs to no linear layer" for name in sorted(set(tensors) - known)]
+    return ranks, problems if tensors else ["it has no tensors"]
+
+
+def _without_factors(config: dict, layers, ranks) -> list[str]:
+    """List layers that the configuration adapts and the file says nothing about."""
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or config.get("layers_to_transform") is not None or config.get("exclude_modules"):
+        return []
+    ends = {target for target in targets if isinstance(target, str)}
+    adapted = (name for name in layers if not ends.isdisjoint(accumulate(reversed(name.split(".")), _joined)))
+    return [f"{name} has no factors" for name in adapted if name not in ranks]
+
+
+def _joined(end: str, before: str) -> str:
+    return f"{before}.{end}"
+
+
+def _from_patterns(patterns: dict, names: list[str]) -> dict[str, float]:
+    """Look up layers' values the way peft does: a pattern is a regular expression for the end of the path, and the
+    first that matches counts. Layers that none matches are left out.
+
+    ``regex`` and not ``re``, because only it can give up: a pattern from a foreign file may take for ever.
+    """
+    found, end = {}, time.process_time() + MATCH_SECONDS
+    for pattern, value in patterns.items():
+        try:
+            compiled = regex.compile(rf"(.*\.)?({pattern})$")
+            for name in names:
+                left = end - time.process_time()
+                if left <= 0:
+                    raise TimeoutError
+                if name not in found and (name == pattern or compiled.match(name, timeout=left)):
+                    found[name] = value
+        except (regex.error, TimeoutError) as error:
+            raise ModelError(
+                f"{CONFIG_NAME}: alpha_pattern {pattern[:80]!r} cannot be used: {str(error) or 'it takes too long'}"
+            ) from None
+    return found

@@ -1,0 +1,290 @@
+"""What a run leaves for use: its adapter, checked against the base model that it was trained on.
+
+A base that was replaced or moved since, a run that did not reach its end, an adapter that changes nothing: each is
+found here, before a merge or an export works for an hour on it.
+
+An adapter alone, in a folder as peft writes it, is opened like a run. Its base is the one that it names, loaded as a
+recipe's defaults say; its chat template is what lies beside it, else the base's; what ends an answer is what the
+template writes there. So is a bare base model, a recipe's or one by its name, for use without an adapter.
+"""
+
+import logging
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from qlora_lite.adapters.read import Adapter, named_base, read_adapter
+from qlora_lite.data.formats import Conversation, read_conversations
+from qlora_lite.data.lines import Problems
+from qlora_lite.data.render import end_of_answers
+from qlora_lite.data.template import Template, choose_template, template_in
+from qlora_lite.errors import CheckpointError, DataError, ModelError, RecipeError
+from qlora_lite.models.cache import base_fingerprint
+from qlora_lite.models.load import resolve_device
+from qlora_lite.models.locate import ModelFiles, locate
+from qlora_lite.models.tokenizer import load_tokenizer
+from qlora_lite.prepare.build import build_skeleton, build_to_use, compute_dtype_of, quantization_of, with_plan
+from qlora_lite.prepare.datasets import build_sources
+from qlora_lite.recipe.load import load_recipe
+from qlora_lite.recipe.schema import Data, Model, Recipe
+
+from .run_folder import ADAPTER_CONFIG, OpenedRun, check_adapter, how_to_go_on, is_adapter_alone, open_run
+
+log = logging.getLogger("qlora_lite")
+SYSTEM_ROWS = 200  # of each source, looked at for a system message that all share
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedRun:
+    """A run whose adapter is to be used, an adapter alone, or a bare base model.
+
+    Args:
+        name: the folder's name.
+        recipe: with the base model where it lies now, a device of this machine, and what the run recorded: its
+            template and the levers of its plan.
+        adapter: folder of the adapter; None for a bare base model.
+        end_token_ids: the tokens that training taught to end an answer.
+        files: of the base model.
+        own_template: Jinja text that lies beside an adapter alone, used in place of the tokenizer's own.
+    """
+
+    name: str
+    recipe: Recipe
+    adapter: Path | None
+    end_token_ids: tuple[int, ...]
+    files: ModelFiles
+    own_template: str | None = None
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether this is an adapter or a model alone, which names no rows."""
+        return not self.recipe.data.train
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device to compute on."""
+        return resolve_device(self.recipe.model.device)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Return the type to compute in."""
+        return compute_dtype_of(self.recipe, self.device)
+
+    @property
+    def quantization(self) -> tuple[str, bool]:
+        """Return how the run saw the linear layers: their type, and whether their block maxima were quantised too."""
+        return quantization_of(self.recipe, self.files.config)
+
+    def skeleton(self) -> nn.Module:
+        """Return the base model on the meta device, its layers 4-bit where the run's were."""
+        return build_skeleton(self.recipe)
+
+    def tokenizer(self):
+        """Return the tokenizer with the chat template that training used."""
+        tokenizer = load_tokenizer(self.recipe.model.path, self.recipe.model.revision)
+        if self.recipe.data.template or self.own_template or tokenizer.chat_template:
+            tokenizer.chat_template = self.template(tokenizer).source
+        return tokenizer
+
+    def template(self, tokenizer) -> Template:
+        """Return the chat template that training used, or would use.
+
+        Raises:
+            DataError: there is none: the rows were plain text, or an adapter alone came without.
+        """
+        if self.adapter and self.is_alone and not (self.own_template or tokenizer.chat_template):
+            raise DataError(f"neither the adapter {self.adapter} nor its base model has a chat template; put the one "
+                            "that it was trained with into that folder, as chat_template.jinja")  # fmt: skip
+        return choose_template(tokenizer, self.recipe.data.template, self.own_template)
+
+    def shared_system(self) -> str | None:
+        """Return the system message of the training rows, if the first ones all have the same.
+
+        Raises:
+            DataError: the rows cannot be read.
+        """
+        if self.is_alone:
+            raise DataError("the adapter is alone and names none")
+        found = set()
+        for source in build_sources(self.recipe, "train"):
+            for row in islice(read_conversations(source, Problems()), SYSTEM_ROWS):
+                if not isinstance(row, Conversation):
+                    break
+                found.add(row.turns[0].content if row.turns[0].role == "system" else None)
+        return found.pop() if len(found) == 1 else None
+
+    def read_adapter(self, skeleton: nn.Module, must_change: bool = True) -> Adapter:
+        """Read the adapter for the base model; a bare one has an adapter without layers.
+
+        Args:
+            must_change: refuse an adapter that changes nothing.
+
+        Raises:
+            ModelError: it does not fit, holds NaN, or changes nothing.
+        """
+        if self.adapter is None:
+            return Adapter({}, 0.0)
+        adapter = read_adapter(skeleton, self.adapter)
+        if must_change and not any(factors.lora_B.any() for factors in adapter.layers.values()):
+            raise ModelError(f"the adapter {self.adapter} changes nothing: every lora_B is zero; was it trained?")
+        return adapter
+
+    def build_base(self) -> nn.Module:
+        """Load the base model as the run saw it, without LoRA layers, its weights on the device as far as they fit."""
+        return build_to_use(self.recipe, [self.adapter])
+
+
+def open_trained(run: str | Path, model_path: str | None = None, unfinished: bool = False) -> TrainedRun:
+    """Open a run for use, or an adapter alone.
+
+    Args:
+        run: a run folder, or an adapter's in the PEFT format.
+        model_path: where the base model lies, if not where the run or the adapter says.
+        unfinished: take the best adapter so far, else the last, of a run that did not reach its end.
+
+    Raises:
+        RecipeError: it is no such folder, has no adapter, or the run did not reach its end.
+        ModelError: the base model is gone or is another one, an adapter alone names none, or the adapter is damaged.
+        DataError: the chat template beside an adapter alone cannot be used.
+    """
+    folder = Path(run)
+    if is_adapter_alone(folder):
+        return _open_alone(folder, model_path)
+    opened = open_run(folder)
+    if (status := opened.summary.get("status")) != "complete" and not unfinished:
+        raise RecipeError(
+            f"the run {folder} did not reach its end (status {status}); what it has is {opened.adapter}: "
+            f"add --unfinished to use that. {how_to_go_on(folder)}"
+        )
+    if status != "complete":
+        log.warning("the run %s did not reach its end; %s is what it has", folder, opened.adapter)
+    recipe = _where_it_lies_now(_as_it_ran(opened), model_path)
+    try:
+        files = locate(recipe.model.path, recipe.model.revision)
+    except ModelError as error:
+        moved = f"the base model of {folder} is not where it was ({opened.recipe.model.path}): {error}"
+        raise ModelError(moved if model_path else f"{moved}. Say where it is now with --model PATH") from error
+    _check_base(opened.summary, files, folder, "--model PATH")
+    name = folder.resolve().name
+    return TrainedRun(name, recipe, opened.adapter, opened.end_token_ids, files)
+
+
+def _open_alone(folder: Path, model_path: str | None) -> TrainedRun:
+    base, revision = named_base(folder)
+    if not (base or model_path):
+        raise ModelError(
+            f"the adapter {folder} does not say what it was trained on; say where that is with --model PATH"
+        )
+    named = Recipe(model=Model(path=base or model_path, revision=revision), data=Data.model_construct(train=()))
+    recipe = _where_it_lies_now(named, model_path)
+    try:
+        files = locate(recipe.model.path, recipe.model.revision)
+    except ModelError as error:
+        said = f"the base model of the adapter {folder} is not there: {error}"
+        raise ModelError(said if model_path else f"{said}. Say where it is with --model PATH") from error
+    trained = TrainedRun(folder.resolve().name, recipe, folder, (), files, template_in(folder))
+    try:
+        tokenizer = trained.tokenizer()
+        return _with_end_of_template(trained, tokenizer) if tokenizer.chat_template else trained
+    except DataError as error:
+        raise DataError(f"the chat template of the adapter {folder}: {error}") from error
+
+
+def _with_end_of_template(trained: TrainedRun, tokenizer) -> TrainedRun:
+    """Return it with the token with which its template ends an answer, if it does."""
+    end = end_of_answers(trained.template(tokenizer))
+    return replace(trained, end_token_ids=(tokenizer.convert_tokens_to_ids(end),)) if end else trained
+
+
+def open_model(
+    name: str | Path, model_path: str | None = None, unfinished: bool = False, template: str | None = None
+) -> TrainedRun:
+    """Open what can answer: a run, an adapter alone, or the bare base model of a recipe or of its name.
+
+    Args:
+        name: a run folder, an adapter's, a recipe (.yaml), or a model as ``model.path`` names it.
+        model_path, unfinished: see ``open_trained``.
+        template: chat template of a bare base model, as ``data.template`` names it; None is the recipe's, the model's
+            own, or plain for a model without one.
+
+    Raises:
+        RecipeError: it is none of these, or a run is given a template.
+        ModelError: the base model is not there, or is another one.
+        DataError: there is no such template.
+    """
+    path = Path(name)
+    is_recipe = path.suffix in (".yaml", ".yml") and not path.is_dir()
+    if path.is_dir() and ((path / ADAPTER_CONFIG).exists() or not (path / "config.json").is_file()):
+        if template:
+            raise RecipeError(f"{name} has a chat template of its own; --template is for a recipe or a model")
+        return open_trained(path, model_path, unfinished)
+    if is_recipe:
+        recipe = load_recipe(path, check_files=False)
+    else:
+        recipe = Recipe(model=Model(path=str(name)), data=Data.model_construct(train=()))
+    recipe = _where_it_lies_now(recipe, model_path)
+    try:
+        files = locate(recipe.model.path, recipe.model.revision)
+    except ModelError as error:
+        if is_recipe or path.exists():
+            raise
+        kinds = "a run folder, an adapter's, or a recipe (.yaml)"
+        raise RecipeError(f"{name} is not {kinds}; as a model: {error}") from None
+    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
+    if not is_recipe and not template and not tokenizer.chat_template:
+        template = "plain"
+        log.warning("%s has no chat template; prompts are written as the template plain does (--template)", name)
+    data = recipe.data.model_copy(update={"template": template or recipe.data.template})
+    called = path.stem if is_recipe or path.suffix == ".gguf" else path.name
+    bare = TrainedRun(called, recipe.model_copy(update={"data": data}), None, (), files)
+    return _with_end_of_template(bare, tokenizer)
+
+
+def adapter_to_begin_with(recipe: Recipe) -> Path | None:
+    """Return the folder of the adapter that ``lora.init_from`` means: a run's is its best one.
+
+    Raises:
+        ModelError: the run has no adapter, it is damaged, or it is of another base model.
+    """
+    if recipe.lora.init_from is None:
+        return None
+    folder = Path(recipe.lora.init_from)
+    try:
+        if (folder / ADAPTER_CONFIG).is_file():
+            check_adapter(folder)
+            return folder
+        opened = open_run(folder)
+        _check_base(opened.summary, locate(recipe.model.path, recipe.model.revision), folder, "model.path")
+    except (RecipeError, ModelError) as error:
+        raise ModelError(f"lora.init_from: {error}") from error
+    return opened.adapter
+
+
+def _as_it_ran(opened: OpenedRun) -> Recipe:
+    """Return a run's recipe with the plan that it recorded; an earlier version's may say nothing now."""
+    try:
+        return with_plan(opened.recipe, opened.summary["plan"]["chosen"])
+    except (KeyError, TypeError, CheckpointError):
+        return opened.recipe
+
+
+def _where_it_lies_now(recipe: Recipe, model_path: str | None) -> Recipe:
+    changes = {"path": model_path, "revision": None} if model_path else {}
+    if recipe.model.device == "cuda" and not torch.cuda.is_available():
+        changes["device"] = "auto"
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update=changes)})
+
+
+def _check_base(summary: dict, files: ModelFiles, folder: Path, where: str) -> None:
+    recorded = summary.get("base_fingerprint")
+    if recorded is None:  # a run of an earlier version; shapes are still compared
+        return
+    found = base_fingerprint(files)
+    if found != recorded:
+        raise ModelError(
+            f"{folder} was trained on {summary.get('model')} with fingerprint {recorded}; {files.name} has fingerprint "
+            f"{found} and is another model: give the right one with {where}"
+        )

@@ -1,0 +1,259 @@
+"""Export a run: write the form that was asked for, read it back, and compare what it does with the run's adapter."""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from qlora_lite.adapters.checkpoint_names import begins_of
+from qlora_lite.adapters.files import attach_adapter, load_adapter
+from qlora_lite.adapters.read import Adapter
+from qlora_lite.artifacts.trained_run import TrainedRun, open_trained
+from qlora_lite.data.template import begin_of_text
+from qlora_lite.errors import DataError, ModelError, require_one_of
+from qlora_lite.files import replacing_folder, require_empty, write_text
+from qlora_lite.models.gguf_names import gguf_names
+from qlora_lite.models.load import load_model
+from qlora_lite.models.locate import locate, read_json
+from qlora_lite.models.merge import ORIGINAL, TRAINED, Merged, open_merged
+from qlora_lite.models.skeleton import meta_model
+from qlora_lite.models.streamed import streamed_model
+from qlora_lite.models.tokenizer import load_tokenizer
+from qlora_lite.models.weights import open_weights
+from qlora_lite.prepare.build import build_to_use
+
+from .adapters import ADAPTER_FILE, for_vllm, read_gguf_adapter, write_gguf_adapter, write_peft
+from .check import Change, change_of, check_change, check_merged, logits_of
+from .gguf_model import MODEL_FILE, as_read, write_gguf
+from .merge import BASES, UNKNOWN_BASE, check_choice
+from .ollama import check_template, go_template, modelfile, pieces_of
+
+REPORT = "export_report.json"
+# Distance of logits that rounding every weight of a file explains, see ``check.check_merged``.
+LIMITS = {"f16": 0.02, "bf16": 0.1, "q8_0": 0.2}
+# In float32: a larger model is not loaded as a whole for the check, but read block by block, see ``models.streamed``.
+WHOLE_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class ExportSettings:
+    """What is exported and how.
+
+    Args:
+        to: "peft", "vllm", "gguf", "gguf-adapter" or "ollama".
+        base: of a merged model, see ``export.merge.MergeSettings``.
+        dtype: of a GGUF model's matrices: "f16", "bf16" or "q8_0"; None takes "f16".
+    """
+
+    to: str
+    base: str | None = None
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        require_one_of("to", self.to, FORMS)
+        require_one_of("base", self.base, BASES)
+        require_one_of("dtype", self.dtype, (None, *LIMITS))
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What every form needs: the run, its base model's shapes, its adapter."""
+
+    trained: TrainedRun
+    skeleton: nn.Module
+    adapter: Adapter
+    settings: ExportSettings
+    out: Path
+
+
+def export_run(
+    run: str | Path, out: str | Path, settings: ExportSettings, model_path: str | None = None, unfinished: bool = False
+) -> dict:
+    """Write a run in another program's form into a new folder and prove that it works; return the report.
+
+    Raises:
+        QloraLiteError: the run cannot be used, the form cannot hold it, or what was written does something else.
+    """
+    if not isinstance(settings, ExportSettings):
+        raise ModelError(f'settings is {settings!r}; give ExportSettings("peft") or another form')
+    require_empty(out := Path(out))
+    trained = open_trained(run, model_path, unfinished)
+    skeleton = trained.skeleton()
+    job = _Job(trained, skeleton, trained.read_adapter(skeleton), settings, out)
+    with ExitStack() as unproven:  # new or empty before: what is not proven, or stopped, is not left lying around
+        unproven.callback(shutil.rmtree, out, ignore_errors=True)
+        found = FORMS[settings.to](job)
+        unproven.pop_all()
+    report = {
+        "run": trained.name, "form": settings.to, "base_model": trained.files.name, "layers": len(job.adapter.layers),
+        "size_bytes": sum(file.stat().st_size for file in out.iterdir()), **found,
+    }  # fmt: skip
+    write_text(out / REPORT, json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def _peft(job: _Job) -> dict:
+    change = _adapter_change(job)
+    write_peft(job.adapter, job.skeleton, job.out, job.trained.recipe.model.path, job.trained.tokenizer())
+    use = f'PeftModel.from_pretrained(base, "{job.out}")'
+    return {"error": _check_folder(job, change), "notes": _of_the_whole(job), "use": use}
+
+
+def _of_the_whole(job: _Job) -> list[str]:
+    """Say what an adapter folder fits where the run's model is part of a larger one."""
+    if (begins := begins_of(job.skeleton)) is None:
+        return []
+    return [f"the adapter fits the whole of {job.trained.files.name} as transformers loads it, whose layers begin with "
+            f"{begins[1]!r}, and not its language model taken out"]  # fmt: skip
+
+
+def _vllm(job: _Job) -> dict:
+    adapter, needed_rank = for_vllm(job.adapter, job.skeleton, job.skeleton.config.model_type)
+    change = _adapter_change(job)
+    write_peft(adapter, job.skeleton, job.out, job.trained.recipe.model.path, job.trained.tokenizer())
+    use = f"vllm serve BASE --enable-lora --max-lora-rank {needed_rank} --lora-modules {job.trained.name}={job.out}"
+    return {"error": _check_folder(job, change), "notes": [*_of_the_whole(job), *_to_tell_vllm(job)], "use": use}
+
+
+def _to_tell_vllm(job: _Job) -> Iterator[str]:
+    """Say what a server of the base model does not know of the run: its chat template, and what ends its answers."""
+    trained = job.trained
+    own, model = trained.tokenizer().chat_template, trained.recipe.model
+    if own is not None and own != load_tokenizer(model.path, model.revision).chat_template:
+        template = job.out / "chat_template.jinja"
+        yield f"vLLM renders chats with the base's template: serve with --chat-template {template}"
+    generation = trained.files.folder / "generation_config.json"
+    config = read_json(generation) if generation.is_file() else trained.files.config
+    known = config.get("eos_token_id")
+    if ends := sorted(set(trained.end_token_ids) - set(known if isinstance(known, list) else [known])):
+        yield f"vLLM does not end answers at the tokens that the run learned: send stop_token_ids {ends} with requests"
+
+
+def _gguf_adapter(job: _Job) -> dict:
+    names, adapter = gguf_names(job.skeleton.config), job.adapter
+    change = _adapter_change(job)
+    write_gguf_adapter(adapter, names, job.out)
+    read = read_gguf_adapter(job.out / ADAPTER_FILE, names, list(adapter.layers))
+    error = check_change(change, logits_of(attach_adapter(_base(job), read)), str(job.out / ADAPTER_FILE))
+    return {"error": error, "use": f"llama-cli -m BASE.gguf --lora {job.out / ADAPTER_FILE}"}
+
+
+def _gguf(job: _Job) -> dict:
+    return _merged_model(job, lambda _folder: None, None) | {"use": f"llama-server -m {job.out / MODEL_FILE} --jinja"}
+
+
+def _ollama(job: _Job) -> dict:
+    trained, tokenizer = job.trained, job.trained.tokenizer()
+    template = trained.template(tokenizer)
+    pieces = pieces_of(template)
+    begin = begin_of_text(tokenizer)  # SmolLM's is also what begins a turn; llama.cpp must not add that
+    adds_begin = bool(begin) and all(
+        piece is None or piece.startswith(begin) for piece in (pieces.opening, pieces.before_system)
+    )
+    go = go_template(pieces.without_begin(begin) if adds_begin else pieces)
+    compared = check_template(go, template, tokenizer, pieces.before_system is not None, adds_begin)
+    stops = tokenizer.convert_ids_to_tokens(sorted({*trained.end_token_ids, tokenizer.eos_token_id} - {None}))
+    try:
+        system = trained.shared_system()
+        notes = ["the SYSTEM line is the message that the training rows share; generate, chat and serve have none but "
+                 "what they are given"] if system else []  # fmt: skip
+    except DataError as error:  # the rows are needed for nothing else
+        system, notes = None, [f"no SYSTEM line: the training rows, where it would be found, cannot be read ({error})"]
+    if "tool_calls" in template.source:
+        notes.append("the Modelfile's template writes no tools, calls or results, and Ollama refuses requests with "
+                     "tools; serve the GGUF file with llama.cpp, which reads the chat template")  # fmt: skip
+    text = modelfile(go, stops, system)
+    found = _merged_model(job, lambda folder: (folder / "Modelfile").write_text(text, encoding="utf-8"), adds_begin)
+    use = f"ollama create {trained.name} -f {job.out / 'Modelfile'}"
+    found["notes"] += notes
+    return found | {"conversations_compared": compared, "use": use}
+
+
+FORMS: dict[str, Callable[[_Job], dict]] = {
+    "peft": _peft, "vllm": _vllm, "gguf": _gguf, "gguf-adapter": _gguf_adapter, "ollama": _ollama,
+}  # fmt: skip
+
+
+def _base(job: _Job) -> nn.Module:
+    """Load the base as the run saw it, in float32, where rounding does not hide what an adapter does."""
+    recipe = job.trained.recipe
+    model = recipe.model.model_copy(update={"compute_dtype": "float32"})
+    return build_to_use(recipe.model_copy(update={"model": model}), [job.trained.adapter])
+
+
+def _adapter_change(job: _Job) -> Change:
+    return change_of(_base(job), job.adapter)
+
+
+def _check_folder(job: _Job, change: Change) -> float:
+    return check_change(change, logits_of(load_adapter(_base(job), job.out)), str(job.out))
+
+
+def _merged_model(job: _Job, write_beside: Callable[[Path], object], adds_begin: bool | None) -> dict:
+    """Write and check ``model.gguf``; ``write_beside`` adds files to the folder."""
+    trained, kind = job.trained, job.settings.dtype or "f16"
+    onto = check_choice(trained, job.settings.base)
+    merged = open_merged(trained.files, job.skeleton, job.adapter, onto, trained.compute_dtype)
+    with replacing_folder(job.out) as new:
+        notes = write_gguf(
+            merged, new, kind, trained.name, trained.tokenizer(), tuple(trained.end_token_ids), adds_begin
+        )
+        write_beside(new)
+    if trained.is_alone and onto == TRAINED:
+        notes.append(UNKNOWN_BASE)
+    if begins_of(job.skeleton) is not None:
+        notes.append(f"the file holds the language model alone, without the other parts of {trained.files.name}")
+    what, config = str(job.out / MODEL_FILE), copy.deepcopy(job.skeleton.config)
+    entries = merged.entries(torch.float32)
+    if sum(4 * prod(entries[stored][1]) for stored in merged.base.parameters) > WHOLE_BYTES:
+        notes.append("the file was read back block by block, by this package's own reader: it is large for others")
+        change = change_of(_streamed_base(merged, config, torch.Tensor.float), merged.adapter)
+        logits = logits_of(_streamed_file(Path(what), config))
+    else:
+        change, logits = _merged_change(job, merged), _gguf_logits(job)
+    rounded = logits_of(_streamed_base(merged, config, lambda weight: as_read(weight, kind)))
+    # as the file's weights are, where the base beside them unpacks its own in float32
+    seen_rounded = onto == TRAINED and trained.compute_dtype == torch.bfloat16
+    limit = max(LIMITS[kind], LIMITS["bf16"] * seen_rounded)
+    share, distance = check_merged(change, logits, rounded, what, limit)
+    into = "original" if onto == ORIGINAL else trained.quantization[0]
+    return {"share": share, "distance": distance, "dtype": kind, "merged_into": into, "notes": notes}
+
+
+def _streamed_base(merged: Merged, config, rounded: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """Return the base that the adapter was merged into, its weights rounded (in float32)."""
+    base = replace(merged, adapter=replace(merged.adapter, layers={}))
+    stored = {parameter: name for name, parameter in merged.base.parameters.items()}
+
+    def read(parameter: str) -> torch.Tensor:
+        name = stored[parameter]  # taken in the type that it has, not in float32: a large one is not held twice
+        dtype = merged.compute_dtype if merged.onto == TRAINED else merged.base.entries[name][0]
+        return rounded(base.weight(name, dtype))
+
+    return streamed_model(config, read)
+
+
+def _streamed_file(path: Path, config) -> nn.Module:
+    skeleton = meta_model(config, "none", False, torch.float32)
+    return streamed_model(config, open_weights(locate(str(path)), skeleton, torch.float32).read)
+
+
+def _merged_change(job: _Job, merged: Merged) -> Change:
+    """Return what the adapter changes in the base that it was merged into."""
+    m = job.trained.recipe.model
+    if merged.onto == ORIGINAL:
+        base = load_model(m.path, "none", compute_dtype=torch.float32, revision=m.revision)
+        return change_of(base, merged.adapter)
+    return _adapter_change(job)
+
+
+def _gguf_logits(job: _Job) -> torch.Tensor:
+    """Read the file back as a base model, with the settings that it says."""
+    return logits_of(load_model(str(job.out / MODEL_FILE), "none", compute_dtype=torch.float32))

@@ -1,0 +1,293 @@
+"""Merge a run's adapter into its base model, and measure what the merge made of the trained model.
+
+Nobody says how much a merge loses; here the merged model, and the merged model quantised again, are compared with the
+model as it was trained on rows that training did not see. The figures and every choice are in ``merge_report.json``.
+
+bf16 is the default although f16 keeps more of an update, since it holds whatever the model computes: the activations of
+some (Gemma) leave f16's range. The report has both shares. (SmolLM2 after one step: KL to the trained model 1.1e-1 as
+bf16, 1.3e-2 as f16.)
+"""
+
+import gc
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qlora_lite.adapters.files import attach_adapter
+from qlora_lite.artifacts.trained_run import TrainedRun, open_trained
+from qlora_lite.errors import DataError, ModelError, require_one_of
+from qlora_lite.files import replacing_folder, require_empty, require_space, write_text
+from qlora_lite.memory.meter import PeakMeter
+from qlora_lite.models.load import load_model
+from qlora_lite.models.merge import ORIGINAL, TRAINED, Merged, open_merged, write_merged
+from qlora_lite.models.save import SHARD_BYTES, save_quantized
+from qlora_lite.prepare.build import build_to_use, train_settings
+from qlora_lite.prepare.datasets import build_data
+from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.loop import eval_batches
+from qlora_lite.train.out_of_memory import explaining_memory
+
+from .agreement import Outputs, compare, outputs
+
+REPORT = "merge_report.json"
+KEPT = 0.5  # of the base's distance to the trained model: a 4-bit model farther away than that has lost the adapter
+UNKNOWN_BASE = "the adapter does not say what it was fitted to; if that was a model in 16 bit: --base original"
+_UNMEASURED = "--rows 0 merges without measuring (not with --quantize)"
+BASES = (None, "nf4", "fp4", "original")
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+
+
+def loses_its_update(model_path: str) -> bool:
+    """Tell whether a folder holds a merged model in 16 bit or more: quantised again, it loses much or all of it."""
+    try:
+        return json.loads((Path(model_path) / REPORT).read_text(encoding="utf-8")).get("quantized") is None
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class MergeSettings:
+    """What is merged and how.
+
+    Args:
+        base: "nf4" or "fp4" for the 4-bit weights that the run saw, "original" for those of the files; None takes
+            the first if the run was quantised.
+        dtype: a key of DTYPES; of the merged weights.
+        quantize: write the merged model as a 4-bit checkpoint of this type; None for none.
+        rows: held-out rows to measure on; 0 measures nothing, and goes without ``quantize`` only.
+        shard_bytes: of a weights file.
+    """
+
+    base: str | None = None
+    dtype: str = "bf16"
+    quantize: str | None = None
+    rows: int = 32
+    shard_bytes: int = SHARD_BYTES
+
+    def __post_init__(self) -> None:
+        require_one_of("base", self.base, BASES)
+        require_one_of("dtype", self.dtype, DTYPES)
+        require_one_of("quantize", self.quantize, (None, "nf4", "fp4"))
+        if not isinstance(self.rows, int) or self.rows < 0:
+            raise ModelError(f"rows is {self.rows!r}; give a whole number of at least 0")
+
+
+def merge_run(
+    run: str | Path, out: str | Path, settings: MergeSettings, model_path: str | None = None, unfinished: bool = False
+) -> dict:
+    """Write the merged model of a run into a new folder; return the report.
+
+    Raises:
+        QloraLiteError: the run cannot be used, the choice is impossible, or the folder cannot be written.
+    """
+    if not isinstance(settings, MergeSettings):
+        raise ModelError(f"settings is {settings!r}; give MergeSettings(...)")
+    require_empty(out := Path(out))
+    if settings.quantize and not settings.rows:
+        raise ModelError(
+            "--quantize needs rows (--rows 1 or more): without a measurement nobody sees whether rounding took the "
+            "update away"
+        )
+    trained = open_trained(run, model_path, unfinished)
+    onto = check_choice(trained, settings.base)
+    rows = held_out(trained, settings.rows) if settings.rows else None
+    started = time.monotonic()
+    merged = prepare_merge(trained, onto)
+    if settings.quantize and merged.packs_experts:
+        raise ModelError("transformers does not load experts in 4 bit: leave out --quantize")
+    report = _describe(trained, merged, settings)
+    with PeakMeter("cpu") as meter, replacing_folder(out) as new, _place_of_dense_model(new, settings) as dense:
+        before_bytes = meter.peak_bytes()
+        report["update_kept"] = _write_dense(trained, merged, dense, settings)
+        report["notes"] = _notes(trained, merged, settings, report["update_kept"])
+        report |= {"peak_bytes_above_start": meter.peak_bytes() - before_bytes, "seconds": time.monotonic() - started}
+        if rows is not None:
+            report |= {"measured_on": rows.where, "rows": rows.rows}
+            with _measuring():
+                report["models"] = _measure(trained, merged, dense, rows, settings)
+        if settings.quantize:
+            _check_quantized(report["models"], settings.quantize)
+            _write_quantized(trained, dense, new, settings.quantize)
+        write_text(new / REPORT, json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def check_choice(trained: TrainedRun, base: str | None) -> str:
+    """Return what a choice of base means for this run.
+
+    Raises:
+        ModelError: the run did not see such weights.
+    """
+    quant, _ = trained.quantization
+    if base in (None, quant):
+        return TRAINED if base or quant != "none" else ORIGINAL
+    if base != "original":
+        raise ModelError(f"the run trained on {quant} weights, not on {base}: leave out --base, or choose original")
+    return ORIGINAL
+
+
+def prepare_merge(trained: TrainedRun, onto: str) -> Merged:
+    """Open a run's base model and adapter for merging; nothing large is loaded."""
+    skeleton = trained.skeleton()
+    adapter = trained.read_adapter(skeleton)
+    return open_merged(trained.files, skeleton, adapter, onto, trained.compute_dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Batches of rows to measure on, how many rows they hold, and which setting of the recipe named them."""
+
+    batches: list
+    rows: int
+    where: str
+
+
+def held_out(trained: TrainedRun, count: int) -> HeldOut:
+    """Read the run's evaluation rows, or its training rows where it has none (the report says which).
+
+    Raises:
+        DataError: there are none, or they cannot be read.
+    """
+    recipe = trained.recipe
+    if trained.is_alone:
+        raise DataError(f"the adapter {trained.adapter} is alone, without rows to measure on; {_UNMEASURED}")
+    which = "eval" if recipe.data.has_eval else "train"
+    name = "data.eval_share" if recipe.data.eval_share else f"data.{which}"
+    if which == "train" and recipe.data.streaming:
+        raise DataError(f"the run has no data.eval and streams its rows: there is nothing to measure on; {_UNMEASURED}")
+    try:
+        data = build_data(recipe, trained.tokenizer(), which)
+    except DataError as error:
+        raise DataError(f"{error}\n{_UNMEASURED}") from error
+    examples = data.examples[:count]
+    return HeldOut(list(eval_batches(CausalLM(), examples, train_settings(recipe))), len(examples), name)
+
+
+def _describe(trained: TrainedRun, merged: Merged, settings: MergeSettings) -> dict:
+    return {
+        "run": trained.name, "adapter": str(trained.adapter), "base_model": trained.files.name,
+        "merged_into": trained.quantization[0] if merged.onto == TRAINED else "original",
+        "dtype": settings.dtype, "compute_dtype": str(trained.compute_dtype).removeprefix("torch."),
+        "quantized": settings.quantize, "layers": len(merged.adapter.layers),
+    }  # fmt: skip
+
+
+def _notes(trained: TrainedRun, merged: Merged, settings: MergeSettings, kept: dict) -> list[str]:
+    notes = []
+    if trained.is_alone and merged.onto == TRAINED:
+        notes.append(UNKNOWN_BASE)
+    if merged.onto == ORIGINAL and not trained.is_alone and trained.quantization[0] != "none":
+        notes.append("the adapter was fitted to the quantised weights; on the original ones it is another model")
+    if merged.packs_experts and merged.onto == TRAINED:
+        notes.append("the experts are in 16 bit, as the files have them; the run computed with them in 4 bit")
+    if trained.recipe.model.quant_head and (merged.onto == ORIGINAL or merged.config.tie_word_embeddings):
+        notes.append("the run computed with a 4-bit copy of the head; the merged model has the head itself")
+    if settings.dtype != "f32":
+        half = settings.dtype
+        share = f"{kept[half]:.1%} of the update" + (_of_f16(kept) if half == "bf16" else "")
+        notes.append(f"the sum of weight and update is rounded once, to {half}, which keeps {share}; "
+                     "--dtype f32 keeps it exact")  # fmt: skip
+    if merged.base.in_memory:
+        notes.append("the tensors are named and laid out as transformers has them in memory: other programs may not "
+                     "know the model")  # fmt: skip
+    if settings.quantize:
+        notes.append(f"the merged weights are quantised again to {settings.quantize}, which is never exact")
+    elif merged.onto == TRAINED:
+        notes.append("use it with model.quant: none; quantised again it loses much or all of the update")
+    else:
+        notes.append("quantised again, as with model.quant: nf4, it is rounded once more, which is never exact")
+    return notes
+
+
+def _of_f16(kept: dict) -> str:
+    """Say what f16 would have kept of a model that is rounded to bf16."""
+    if kept["f16"] is None:
+        return " (f16 does not hold the largest weight)"
+    return (f" (f16 would keep {kept['f16']:.1%}: --dtype f16, but not for computing in float16 with a model whose "
+            "activations leave that range, such as a Gemma)")  # fmt: skip
+
+
+@contextmanager
+def _measuring() -> Iterator[None]:
+    """Say what to do where measuring fails; an error of a file is then none of writing the output.
+
+    Raises:
+        DoesNotFitError: memory ran out.
+        ModelError: a file of the base model could not be read, or a program not be run.
+    """
+    try:
+        with explaining_memory(f"to measure the models, free some, or lower --rows; {_UNMEASURED}"):
+            yield
+    except OSError as error:
+        raise ModelError(f"the models cannot be measured: {error}; {_UNMEASURED}") from error
+
+
+@contextmanager
+def _place_of_dense_model(out: Path, settings: MergeSettings) -> Iterator[Path]:
+    """Give a new folder for the 16-bit or 32-bit model: the output, or a temporary one beside it."""
+    if not settings.quantize:
+        yield out
+        return
+    beside = out.absolute().with_name(f"{out.name}.dense")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        yield beside
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _write_dense(trained: TrainedRun, merged: Merged, folder: Path, settings: MergeSettings) -> dict:
+    tokenizer = trained.tokenizer()
+    ends = sorted({*trained.end_token_ids, tokenizer.eos_token_id} - {None})
+    return write_merged(merged, folder, DTYPES[settings.dtype], tokenizer, ends, settings.shard_bytes)
+
+
+def _check_quantized(models: dict, quant: str) -> None:
+    """Refuse a 4-bit model in which rounding took the adapter away again.
+
+    Merged into 4-bit weights, an update smaller than half a step of their grid rounds back to where it came from: seen
+    on the quickstart's adapter, whose loss of 0.03 went back to 1.32, the base's being 1.39.
+    """
+    found = models[f"merged, then {quant}"]
+    if found["kl"] > KEPT * models["base"]["kl"]:
+        raise ModelError(
+            f"quantised again, the merged model is nearly the base: KL to the trained model {found['kl']:.2e}, the "
+            f"base's is {models['base']['kl']:.2e}. Rounding takes the update away; try --base original, write 16 bit "
+            "(no --quantize), or use the adapter unmerged"
+        )
+
+
+def _write_quantized(trained: TrainedRun, dense: Path, out: Path, quant: str) -> None:
+    require_space(out, sum(file.stat().st_size for file in dense.glob("*.safetensors")) // 3)
+    model = load_model(str(dense), quant, trained.recipe.model.double_quant, torch.bfloat16, use_cache=False)
+    save_quantized(model, out, trained.tokenizer())
+
+
+def _measure(trained: TrainedRun, merged: Merged, dense: Path, rows: HeldOut, settings: MergeSettings) -> dict:
+    """Compare base, merged and merged-then-quantised models with the one that was trained."""
+    model = trained.build_base()
+    base = outputs(model, rows.batches)
+    reference = outputs(attach_adapter(model, merged.adapter), rows.batches)
+    del model
+    m, dtype = trained.recipe.model, DTYPES[settings.dtype]
+    if dtype == torch.float16 and trained.device.type == "cpu":
+        dtype = torch.float32  # CPUs multiply float16 a hundred times slower; its values are exact in float32
+    again = settings.quantize or (m.quant if m.quant != "none" else "nf4")
+
+    def dense_model(quant: str, dtype: torch.dtype) -> Outputs:
+        gc.collect()  # the model before this one
+        here = {"path": str(dense), "revision": None, "quant": quant, "quant_head": False,
+                "compute_dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
+        recipe = trained.recipe.model_copy(update={"model": m.model_copy(update=here)})
+        return outputs(build_to_use(recipe, use_cache=False), rows.batches)
+
+    found = {"base": base, "trained": reference, "merged": dense_model("none", dtype)}
+    found[f"merged, then {again}"] = dense_model(again, trained.compute_dtype)
+    return {name: compare(reference, each)._asdict() for name, each in found.items()}

@@ -1,0 +1,1 @@
+"""A trained model in use: answers, evaluations, comparisons, a server."""

@@ -1,0 +1,129 @@
+"""A conversation with the adapters of one or more runs: the runs' own base model, templates and stop tokens."""
+
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import TextStreamer
+
+from qlora_lite.data import hub
+from qlora_lite.data.formats import Turn
+from qlora_lite.data.render import render_prompt
+from qlora_lite.data.template import Template
+from qlora_lite.errors import DataError, tokenizer_faults
+from qlora_lite.models.anatomy import text_config
+from qlora_lite.terminal import printable
+
+from .generate import Sampling, answer
+from .multi_adapter import Tasks, open_tasks
+
+log = logging.getLogger("qlora_lite")
+SHOWN_LETTERS = 200  # of a system message
+
+
+@dataclass(slots=True)
+class Session:
+    """The tasks that can be used, the one in use, and the turns so far."""
+
+    tasks: Tasks
+    task: str | None  # None is the bare base
+    max_new_tokens: int
+    sampling: Sampling
+    turns: list[Turn] = field(default_factory=list)
+
+    @property
+    def template(self) -> Template:
+        """Return the template of the task in use."""
+        return self.tasks.task(self.task).template
+
+    def use(self, name: str) -> None:
+        """Go on with another adapter; the turns stay.
+
+        Raises:
+            ModelError: there is none of this name.
+        """
+        self.tasks.task(name)
+        self.task = name
+
+    def say(self, text: str) -> None:
+        """Add what the user says."""
+        self.turns.append(Turn("user", text))
+
+    def reply(self, show: bool = False) -> str:
+        """Answer the turns so far, and remember the answer; ``show`` prints it word by word as it comes."""
+        tokenizer = self.tasks.tokenizer
+        with self.tasks.using(self.task) as task:
+            prompt = render_prompt(task.template, self.turns)
+            self._warn_of_length(prompt)
+            streamer = _Shown(tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
+            (text,) = answer(
+                self.tasks.model, tokenizer, [prompt], self.max_new_tokens, task.stop, sampling=self.sampling,
+                streamer=streamer,
+            )  # fmt: skip
+        self.turns.append(Turn("assistant", text))
+        return text
+
+    @tokenizer_faults()
+    def _warn_of_length(self, prompt: str) -> None:
+        limit = getattr(text_config(self.tasks.model), "max_position_embeddings", None)
+        tokens = len(self.tasks.tokenizer(prompt, add_special_tokens=False).input_ids)
+        if limit and tokens >= limit:
+            log.warning("the prompt has %s tokens, and the model was made for %s (max_position_embeddings): its answer "
+                        "may be of no use, or empty", f"{tokens:,}", f"{limit:,}")  # fmt: skip
+
+
+class _Shown(TextStreamer):
+    """Print an answer as it comes: into a pipe or a file as it is, on a terminal without what that would obey."""
+
+    @tokenizer_faults()
+    def put(self, value) -> None:
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(printable(text) if sys.stdout.isatty() else text, stream_end)
+
+
+def open_session(
+    runs: str | Path | Sequence[str | Path], system: str | None = None, max_new_tokens: int = 256,
+    sampling: Sampling | None = None, model_path: str | None = None, context_tokens: int | None = None,
+    template: str | None = None, base: bool = False,
+) -> Session:  # fmt: skip
+    """Load the base model of one or more runs and their adapters for a conversation.
+
+    Args:
+        runs: run folders, adapters', recipes or models, see ``multi_adapter.open_tasks``; the first is used at first.
+        system: the system message, if any.
+        model_path, template: see ``artifacts.trained_run.open_model``.
+        context_tokens: see ``inference.multi_adapter.open_tasks``.
+        base: leave the adapters out at first.
+
+    Raises:
+        RecipeError: one is no such folder, or has no adapter.
+        ModelError: the base model is gone, or an adapter does not fit it.
+    """
+    tasks = open_tasks(runs, model_path, unfinished=True, context_tokens=context_tokens, template=template)
+    turns = [Turn("system", system)] if system else []
+    if system is None:
+        _tell_of_system(tasks)
+    return Session(tasks, None if base else tasks.names[0], max_new_tokens, sampling or Sampling(), turns)
+
+
+def _tell_of_system(tasks: Tasks) -> None:
+    """Say whether training always had a system message, which this conversation has not."""
+    for name in tasks.names:
+        run = tasks.task(name).run
+        if run.adapter is None:
+            continue
+        if any(source.path.startswith(hub.PREFIX) for source in run.recipe.data.train):
+            continue  # those may have to be downloaded
+        try:
+            system = run.shared_system()
+        except DataError:  # the rows are needed for nothing else
+            continue
+        if system:
+            shown = shlex.quote(system) if len(system) <= SHOWN_LETTERS else f"{system[:SHOWN_LETTERS]!r}..."
+            log.warning("%s: the training rows share a system message, and here is none; for it: --system %s",
+                        name, shown)  # fmt: skip

@@ -1,0 +1,156 @@
+"""Measure several runs over one base model on the same rows, and put their answers side by side."""
+
+import json
+import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from qlora_lite.data.examples import Dataset
+from qlora_lite.data.render import last_turn
+from qlora_lite.errors import DataError, ModelError, RecipeError
+from qlora_lite.files import explain_write_errors, write_text
+from qlora_lite.prepare.build import train_settings
+from qlora_lite.prepare.datasets import build_data, matching_of
+from qlora_lite.recipe.schema import Recipe
+from qlora_lite.reporting.compare_page import render_comparison
+from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.loop import eval_batches
+from qlora_lite.train.step import evaluate_loss
+from qlora_lite.train.text_guards import check_forward
+
+from .evaluate import Watch, answered_at_once, exact_match, new_tokens_of, shown_answer, watching
+from .multi_adapter import BASE, Tasks, open_tasks
+
+log = logging.getLogger("qlora_lite")
+PAGE, REPORT = "compare.html", "compare.json"
+# The settings of data that say which rows are measured.
+_ROWS = "train", "eval", "eval_share", "streaming", "max_bad_rows", "max_tokens", "overflow"
+
+
+def compare_runs(
+    runs: str | Path | Sequence[str | Path], with_base: bool = False, answers: int | None = None,
+    model_path: str | None = None, unfinished: bool = False, watch: Watch | None = None,
+) -> dict:  # fmt: skip
+    """Measure runs on the evaluation rows of the first one, read and cut as it does, each with its own template.
+
+    Args:
+        with_base: measure the bare base model too, prompted as the first run is.
+        answers: rows to answer, for exact match as the first run counts it; 0 for none, None for as many as its
+            train.exact_match_rows says.
+        model_path, unfinished: see ``artifacts.trained_run.open_trained``.
+        watch: told how far the comparison is.
+
+    Returns:
+        rows_of, base_model, models (name, rows, labelled_tokens, eval_loss, perplexity, exact_match, adapter_bytes),
+        same_tokens (whether all models were measured on as many rows and tokens, so that their losses can be ranked),
+        and answers (prompt, its last turn as question, reference, and by name the answer of each model and whether it
+        matches).
+
+    Raises:
+        RecipeError: the first run has no evaluation rows.
+        ModelError: the runs do not share a base.
+    """
+    tasks = open_tasks(runs, model_path, unfinished)
+    if BASE in tasks.names:
+        raise ModelError(f"a run folder is called {BASE!r}, the name of the bare model here; rename it")
+    rows_of = tasks.task(None).run
+    if not rows_of.recipe.data.has_eval:
+        raise RecipeError(f"{rows_of.name} has no data.eval or data.eval_share; give a run with evaluation rows first")
+    check_forward(tasks.model, rows_of.recipe.data.max_tokens)
+    answers = rows_of.recipe.train.exact_match_rows if answers is None else answers
+    measured, said = [], {}
+    for name in ([None] if with_base else []) + list(tasks.names):
+        figures, said[name or BASE] = _measure(tasks, name, rows_of.recipe, answers, watch)
+        measured.append(figures)
+    return {
+        "rows_of": rows_of.name, "base_model": rows_of.files.name, "models": measured,
+        "same_tokens": len({(model["rows"], model["labelled_tokens"]) for model in measured}) == 1,
+        "answers": _side_by_side(said),
+    }  # fmt: skip
+
+
+def write_comparison(result: dict, folder: Path) -> None:
+    """Write a comparison as JSON and as one offline page.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    with explain_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / REPORT, json.dumps(result, indent=2) + "\n")
+    write_text(folder / PAGE, render_comparison(result))
+
+
+def _measure(
+    tasks: Tasks, name: str | None, rows_of: Recipe, answers: int, watch: Watch | None
+) -> tuple[dict, Sequence[dict]]:  # fmt: skip
+    with tasks.using(name) as task:
+        own = task.run.recipe
+        rows = own.data.model_copy(update={key: getattr(rows_of.data, key) for key in _ROWS})
+        recipe = own.model_copy(update={"data": rows})
+        data, settings = build_data(recipe, tasks.tokenizer, "eval"), train_settings(recipe)
+        if name and _may_have_learned(own, rows_of, data, tasks.tokenizer):
+            log.warning("%s has trained on files of which %s held rows out, and may have learned those", name,
+                        rows_of.output.name)  # fmt: skip
+        done = watching(watch, f"{name or BASE}: evaluation", len(data.examples))
+        work = CausalLM().with_options(settings.levers)
+        loss = evaluate_loss(work, tasks.model, eval_batches(work, data.examples, settings, done))
+        figures = {
+            "name": name or BASE, "rows": len(data.examples), "labelled_tokens": loss.labelled_tokens,
+            "eval_loss": loss.loss, "perplexity": loss.perplexity,
+            "adapter_bytes": task.adapter_bytes if name else 0,
+        }  # fmt: skip
+        if not answers:
+            return figures, []
+        match = exact_match(
+            tasks.model, tasks.tokenizer, data.examples[:answers], task.stop,
+            partial(answered_at_once, rows_of, tasks.model, rows_of.memory.budget_bytes), matching_of(rows_of),
+            new_tokens_of(rows_of), watch and (lambda what, *counts: watch(f"{name or BASE}: {what}", *counts)),
+        )  # fmt: skip
+    said = [
+        record
+        | {
+            "prompt": _plain(tasks, record["prompt"]),
+            "question": _plain(tasks, last_turn(data.template, record["prompt"])),
+            "answer": shown_answer(record),
+        }
+        for record in match.records
+    ]
+    return figures | {"exact_match": match.score, "exact_match_rows": len(said)}, said
+
+
+def _may_have_learned(own: Recipe, rows_of: Recipe, measured: Dataset, tokenizer) -> bool:
+    """Tell whether rows held out of one run are training rows of another; which are, its own recipe says.
+
+    Args:
+        own: the recipe of the run that is measured.
+        rows_of: the recipe of the run that held rows out; one with data.eval held none.
+        measured: those rows.
+    """
+    shared = {source.path for source in own.data.train} & {source.path for source in rows_of.data.train}
+    if not rows_of.data.eval_share or not shared or own.data == rows_of.data:
+        return False
+    if own.data.streaming:  # what it learned is not known before it is read to the end
+        return True
+    try:
+        learned = {row.where for row in build_data(own, tokenizer).examples}
+    except DataError:  # as where another of its files is gone
+        return True
+    return any(row.where in learned for row in measured.examples)
+
+
+def _plain(tasks: Tasks, prompt: str) -> str:
+    ids = tasks.tokenizer(prompt, add_special_tokens=False).input_ids
+    return tasks.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _side_by_side(said: dict[str, list[dict]]) -> list[dict]:
+    """Put the answers of all models to the same row together; prompt and reference are the first model's."""
+    rows: dict[str, dict] = {}
+    for name, answers in said.items():
+        for each in answers:
+            kept = {key: each[key] for key in ("where", "prompt", "question", "reference")}
+            row = rows.setdefault(each["where"], kept | {"answers": {}, "matches": {}})
+            row["answers"][name], row["matches"][name] = each["answer"], each["match"]
+    return list(rows.values())

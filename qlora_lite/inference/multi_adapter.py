@@ -1,0 +1,175 @@
+"""Several runs over one base model in memory: their adapters, templates and stop tokens, swapped by name.
+
+tasks = open_tasks(["runs/summaries", "runs/translations"])
+tasks.answer(["summaries", "translations", None], [turns, turns, turns], max_new_tokens=64)
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from qlora_lite.adapters.lora.switch import Switch, add_switch
+from qlora_lite.artifacts.trained_run import TrainedRun, open_model
+from qlora_lite.data.formats import Turn
+from qlora_lite.data.render import render_prompt
+from qlora_lite.data.template import Template
+from qlora_lite.errors import DataError, ModelError, RecipeError
+from qlora_lite.models.cache import base_fingerprint
+from qlora_lite.models.tokenizer import load_tokenizer
+from qlora_lite.prepare.build import build_to_use
+from qlora_lite.quant.linear import arrange_weights
+
+from .evaluate import context_tokens_of
+from .generate import Sampling, answer, stop_ids
+
+BASE = "base"  # what the bare model is called beside the runs
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What one run adds to the base: its template, the tokens that end an answer, and the run itself.
+
+    Of a bare base it is that one's template, and no adapter.
+    """
+
+    run: TrainedRun
+    template: Template
+    stop: tuple[int, ...]
+    adapter_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tasks:
+    """A base model with the adapters of several runs.
+
+    Args:
+        model: the base, its adapted layers wrapped.
+        tokenizer: the base's.
+        switch: says which adapter is used.
+        by_name: the tasks in the order they were given.
+    """
+
+    model: nn.Module
+    tokenizer: object
+    switch: Switch
+    by_name: dict[str, Task]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the tasks."""
+        return tuple(self.by_name)
+
+    def task(self, name: str | None) -> Task:
+        """Return a task; None is the bare base, prompted as the first task is.
+
+        Raises:
+            ModelError: there is none of this name.
+        """
+        if name is None:
+            return next(iter(self.by_name.values()))
+        if name not in self.by_name:
+            raise ModelError(f"there is no adapter {name!r}; there are {', '.join(self.names)}")
+        return self.by_name[name]
+
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[Task]:
+        """Use one task's adapter inside the block."""
+        task = self.task(name)
+        with self.switch.using(name):
+            yield task
+
+    def answer(
+        self, names: Sequence[str | None], conversations: Sequence[Sequence[Turn]], max_new_tokens: int,
+        batch_size: int = 32, sampling: Sampling | None = None,
+    ) -> list[str]:  # fmt: skip
+        """Answer conversations in common batches, each with the adapter of its own name; None is the bare base.
+
+        Raises:
+            ModelError: a name is not there, or the tasks of a call end their answers with different tokens.
+            DataError: a conversation is none, or a template refuses it.
+        """
+        if len(names) != len(conversations):
+            raise ModelError(f"{len(names)} names are given for {len(conversations)} conversations; give as many")
+        if not all(isinstance(turn, Turn) for turns in conversations for turn in turns):
+            raise DataError('a conversation is a list of turns, such as [qlora_lite.Turn("user", "Hello")]')
+        tasks = [self.task(name) for name in names]
+        if len({task.stop for task in tasks}) > 1:
+            raise ModelError("these tasks end their answers with different tokens; answer them one after the other")
+        prompts = [render_prompt(task.template, turns) for task, turns in zip(tasks, conversations, strict=True)]
+        stop = tasks[0].stop if tasks else ()
+
+        def choose(rows: list[int]) -> None:
+            self.switch.use_rows([names[row] for row in rows])
+
+        with self.switch.using(None):
+            return answer(
+                self.model, self.tokenizer, prompts, max_new_tokens, stop, batch_size, sampling, before_batch=choose
+            )
+
+
+def open_tasks(
+    runs: str | Path | Sequence[str | Path | TrainedRun], model_path: str | None = None, unfinished: bool = False,
+    context_tokens: int | None = None, template: str | None = None,
+) -> Tasks:  # fmt: skip
+    """Load the base model that runs share, with all their adapters.
+
+    Args:
+        runs: one or more run folders, or adapters' in the PEFT format, or recipes or models for their bare base; a
+            task's name is its folder's or file's, or the path as given where two have the same. Some may be open
+            already.
+        model_path, unfinished, template: see ``artifacts.trained_run.open_model``.
+        context_tokens: of the longest prompt with its answer that a card must have room for, before weights; None is
+            the longest row that one of the runs may have.
+
+    Raises:
+        RecipeError: a run cannot be used.
+        ModelError: the runs do not share a base, or an adapter does not fit it.
+    """
+    runs = [runs] if isinstance(runs, str | Path) else runs
+    if not runs:
+        raise RecipeError("no run is given; name a run folder, or an adapter's")
+    opened = [run if isinstance(run, TrainedRun) else open_model(run, model_path, unfinished, template) for run in runs]
+    _check_one_base(opened)
+    first, skeleton = opened[0], opened[0].skeleton()
+    plain = [run.name for run in opened]
+    names = [run.name if plain.count(run.name) == 1 else str(path) for run, path in zip(opened, runs, strict=True)]
+    if len(set(names)) < len(names):
+        raise ModelError(f"the same run is given twice: {', '.join(names)}")
+    adapters = {name: run.read_adapter(skeleton, must_change=False) for name, run in zip(names, opened, strict=True)}
+    longest = max(context_tokens_of(run.recipe) for run in opened)
+    with_adapter = [run.adapter for run in opened if run.adapter]
+    model = build_to_use(first.recipe, with_adapter, context_tokens or longest)
+    tokenizer = load_tokenizer(first.recipe.model.path, first.recipe.model.revision)
+    switch = add_switch(model, adapters)
+    arrange_weights(model)
+    tasks = {
+        name: Task(
+            run, run.template(tokenizer), tuple(stop_ids(model, tokenizer, run.end_token_ids)),
+            sum(f.lora_A.nbytes + f.lora_B.nbytes for f in adapters[name].layers.values()),
+        )
+        for name, run in zip(names, opened, strict=True)
+    }  # fmt: skip
+    return Tasks(model, tokenizer, switch, tasks)
+
+
+def _check_one_base(runs: Sequence[TrainedRun]) -> None:
+    """Raise unless all runs were trained on the same weights, quantised in the same way."""
+
+    def words(found: tuple) -> str:
+        fingerprint, quant, double_quant, head, dtype = found
+        return (f"fingerprint {fingerprint}, model.quant {quant}{' with double_quant' if double_quant else ''}"
+                f"{', 4-bit head' if head else ''}, computed in {str(dtype).removeprefix('torch.')}")  # fmt: skip
+
+    def base(run: TrainedRun) -> tuple:
+        quant, double_quant = run.quantization
+        head = run.recipe.model.quant_head
+        return base_fingerprint(run.files), quant, double_quant if quant != "none" else None, head, run.compute_dtype
+
+    first = runs[0]
+    for run in runs[1:]:
+        if base(run) != base(first):
+            said = [f"{each.name} on {each.files.name}, {words(base(each))}" for each in (first, run)]
+            raise ModelError(f"these runs were trained on different bases and cannot share one: {'; '.join(said)}")

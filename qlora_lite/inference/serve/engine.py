@@ -1,0 +1,186 @@
+"""Generate one answer at a time for a server, piece by piece, and stop early when nobody listens any more.
+
+transformers generates in a thread; every token is handed to the event loop as it comes. Requests wait for their turn in
+a line of bounded length, so a burst of them cannot fill the memory.
+"""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from qlora_lite.data.probe import TakesTooMuchError
+from qlora_lite.data.render import render_prompt
+from qlora_lite.errors import DataError, tokenizer_faults
+from qlora_lite.inference.generate import answer
+from qlora_lite.inference.multi_adapter import BASE, Tasks
+from qlora_lite.models.anatomy import text_config
+
+from .requests import ApiError, ChatRequest
+
+UNFINISHED = "\ufffd"  # what a cut character is decoded to
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of an answer: its text, and at its end why it ended and the tokens counted."""
+
+    text: str
+    finish: str | None = None
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+
+
+class Engine:
+    """Answers requests one after the other.
+
+    Args:
+        tasks: what can be asked for by name.
+        most_waiting: requests that wait while one is answered; another one is refused.
+    """
+
+    def __init__(self, tasks: Tasks, most_waiting: int):
+        self.tasks, self.most_waiting = tasks, most_waiting
+        self.names = tuple(dict.fromkeys((*tasks.names, BASE)))
+        self._inside, self._turn = 0, asyncio.Lock()
+
+    async def pieces(self, request: ChatRequest) -> AsyncIterator[Piece]:
+        """Yield an answer as it is made.
+
+        Raises:
+            ApiError: there is no such model, the conversation does not fit, or too many wait.
+        """
+        prompt = self._prompt(request)
+        await self._take_turn()
+        loop, queue, stop = asyncio.get_running_loop(), asyncio.Queue(), threading.Event()
+
+        def hand_over(item: Piece) -> None:
+            loop.call_soon_threadsafe(queue.put_nowait, item)
+
+        def done(work: asyncio.Future) -> None:
+            """End the turn with the thread: a listener who leaves is gone before it."""
+            work.exception()  # it may be that nobody asks for it any more
+            self._turn.release()
+            self._inside -= 1
+            queue.put_nowait(None)
+
+        work = loop.run_in_executor(None, self._generate, request, prompt, hand_over, stop)
+        work.add_done_callback(done)
+        try:
+            while (piece := await queue.get()) is not None:
+                yield piece
+            work.result()  # raises what the thread raised
+        finally:
+            stop.set()  # whoever listened may have left
+
+    async def _take_turn(self) -> None:
+        if self._inside > self.most_waiting:
+            raise ApiError(429, f"one request is answered and {self.most_waiting} wait; try again", "too_many_requests")
+        self._inside += 1
+        try:
+            await self._turn.acquire()
+        except asyncio.CancelledError:
+            self._inside -= 1
+            raise
+
+    def _prompt(self, request: ChatRequest) -> str:
+        if request.model not in self.names:
+            known = ", ".join(self.names)
+            raise ApiError(404, f"there is no model {request.model!r}; there are {known}", "model_not_found", "model")
+        try:
+            prompt = render_prompt(self.tasks.task(self._name(request)).template, request.turns)
+        except (DataError, TakesTooMuchError) as error:
+            raise ApiError(400, str(error), param="messages") from error
+        config = text_config(self.tasks.model)
+        limit = getattr(config, "max_position_embeddings", None)
+        with tokenizer_faults():
+            count = len(self.tasks.tokenizer(prompt, add_special_tokens=False).input_ids)
+        if limit and count + request.max_new_tokens > limit:
+            raise ApiError(
+                400, f"the messages have {count} tokens and {request.max_new_tokens} may be made; the model takes "
+                f"{limit} in all", "context_length_exceeded", "messages",
+            )  # fmt: skip
+        return prompt
+
+    def _name(self, request: ChatRequest) -> str | None:
+        return request.model if request.model in self.tasks.names else None
+
+    def _generate(self, request: ChatRequest, prompt: str, hand_over: Callable, stop: threading.Event) -> None:
+        """Run in a thread."""
+        tokenizer = self.tasks.tokenizer
+        with self.tasks.using(self._name(request)) as task:
+            if request.seed is not None:
+                torch.manual_seed(request.seed)
+            writer = _Writer(tokenizer, request.stops, task.stop, hand_over, stop)
+            answer(
+                self.tasks.model, tokenizer, [prompt], request.max_new_tokens, task.stop,
+                sampling=request.sampling, streamer=writer, stopping=StoppingCriteriaList([_Flag(stop)]),
+            )  # fmt: skip
+        writer.finish()
+
+
+class _Flag(StoppingCriteria):
+    def __init__(self, stop: threading.Event):
+        self.stop = stop
+
+    def __call__(self, input_ids, scores, **_unused):
+        return torch.full((input_ids.shape[0],), self.stop.is_set(), device=input_ids.device)
+
+
+class _Writer(BaseStreamer):
+    """Turns tokens into text as they come; holds back cut characters and what may become a stop text."""
+
+    def __init__(self, tokenizer, stops, end_tokens, hand_over, stop):
+        self.tokenizer, self.stops, self.end_tokens = tokenizer, stops, set(end_tokens)
+        self.hand_over, self.stop = hand_over, stop
+        self.prompt_tokens, self.tokens, self.written, self.stopped = None, [], 0, False
+
+    def put(self, value) -> None:
+        """Take the prompt, then every new token."""
+        ids = value.flatten().tolist()
+        if self.prompt_tokens is None:
+            self.prompt_tokens = len(ids)
+            return
+        if self.stopped:
+            return
+        self.tokens += ids
+        text = self._text()
+        if places := [place for mark in self.stops if (place := text.find(mark)) >= 0]:
+            self.stopped = True
+            self.stop.set()
+            self._write(text[: min(places)])
+            return
+        self._write(text[: self._safe_length(text)])
+
+    def end(self) -> None:
+        """Do nothing: ``finish`` says why it ended."""
+
+    def finish(self) -> None:
+        """Write what was held back, and why the answer ended."""
+        if not self.stopped:
+            self._write(self._text())
+        ended = self.stopped or (self.tokens and self.tokens[-1] in self.end_tokens)
+        reason = "stop" if ended else "length"
+        self.hand_over(Piece("", reason, self.prompt_tokens or 0, len(self.tokens)))
+
+    @tokenizer_faults()
+    def _text(self) -> str:
+        return self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+
+    def _safe_length(self, text: str) -> int:
+        kept = len(text.rstrip(UNFINISHED))
+        for mark in self.stops:
+            for length in range(min(len(mark) - 1, len(text)), 0, -1):
+                if text.endswith(mark[:length]):
+                    kept = min(kept, len(text) - length)
+                    break
+        return kept
+
+    def _write(self, text: str) -> None:
+        if len(text) > self.written:
+            self.hand_over(Piece(text[self.written :]))
+            self.written = len(text)

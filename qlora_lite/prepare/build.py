@@ -1,0 +1,215 @@
+"""Turn the sections of a recipe into the arguments of the lower layers: model, loop settings, the planner's job."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from qlora_lite.adapters.checkpoint_names import set_outside
+from qlora_lite.adapters.files import Lora, begin_with
+from qlora_lite.adapters.lora.inject import Target
+from qlora_lite.adapters.read import adapter_bytes, read_adapter
+from qlora_lite.constraints import UPDATES_IN_FLOAT16, WITH_COMPILE
+from qlora_lite.errors import CheckpointError, ModelError
+from qlora_lite.memory.meter import free_bytes, hold_to
+from qlora_lite.models.anatomy import blocks
+from qlora_lite.models.levers import Levers, levers_of, place, set_levers
+from qlora_lite.models.load import (
+    auto_dtype,
+    fast_dtype,
+    load_model,
+    resolve_compute_dtype,
+    resolve_device,
+    stored_quantization,
+)
+from qlora_lite.models.skeleton import meta_model, read_config, read_part
+from qlora_lite.planning.answering import left_on_host, memory_to_use, placement
+from qlora_lite.planning.machine import Machine
+from qlora_lite.planning.simulate import Job
+from qlora_lite.recipe.load import require_recipe
+from qlora_lite.recipe.schema import Recipe
+from qlora_lite.train.causal_lm import CausalLM, ModelSpec
+from qlora_lite.train.settings import TrainSettings
+from qlora_lite.train.workload import BatchShape
+
+log = logging.getLogger(__name__)
+
+
+def train_settings(recipe: Recipe) -> TrainSettings:
+    """Return the loop's settings from a recipe.
+
+    Raises:
+        RecipeError: it is no recipe.
+    """
+    require_recipe(recipe)
+    said = recipe.data.model_dump() | recipe.train.model_dump() | recipe.memory.model_dump()
+    said["levers"] = Levers(**fixed_levers(recipe))
+    return TrainSettings(**{field.name: said[field.name] for field in fields(TrainSettings)})
+
+
+def fixed_levers(recipe: Recipe) -> dict[str, object]:
+    """Return the levers that a recipe sets, by the names of ``Levers``; those left to the planner are not in it."""
+    said = recipe.memory.model_dump() | {"compile": recipe.train.compile}
+    return levers_of(said | WITH_COMPILE if recipe.train.compile else said)  # each is that or "auto"
+
+
+def compute_dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """Return the type that a recipe's model computes in on a device."""
+    m = recipe.model
+    asks = m.compute_dtype == "auto" and fast_dtype(device) == torch.float16  # else the model does not matter
+    return resolve_compute_dtype(m.compute_dtype, device, read_config(m.path, m.revision).model_type if asks else "")
+
+
+def build_model(recipe: Recipe, levers: Levers | None = None, adapter: Path | None = None) -> nn.Module:
+    """Load a recipe's base model on its device, with LoRA factors, for training.
+
+    Args:
+        levers: which of its weights stay in host memory.
+        adapter: see ``add_factors``.
+    """
+    m = recipe.model
+    device = resolve_device(m.device)
+    dtype = compute_dtype_of(recipe, device)
+    levers = levers or Levers()
+    model = load_model(
+        m.path, m.quant, m.double_quant, dtype, "cpu" if levers.places_weights else device, m.revision,
+        quant_head=m.quant_head, in_files=levers.weights_on_disk,
+    )  # fmt: skip
+    add_factors(recipe, model, adapter)
+    return place(model, device, levers) if levers.places_weights else model
+
+
+def add_factors(recipe: Recipe, model: nn.Module, adapter: Path | None = None) -> nn.Module:
+    """Add a recipe's LoRA factors to a base model (a skeleton, too); return the model.
+
+    Args:
+        adapter: folder of the adapter that lora.init_from means; None makes new factors.
+
+    Raises:
+        ModelError: a target matches no layer, or the adapter is not of the recipe's layers, ranks and scales.
+    """
+    first = read_adapter(model, adapter) if adapter else None
+    torch.manual_seed(recipe.train.seed)
+    method_of(recipe).apply(model)
+    return begin_with(model, first) if first else model
+
+
+def method_of(recipe: Recipe) -> Lora:
+    """Return the adapter method that a recipe describes."""
+    x = recipe.lora
+    targets = tuple(Target(t.pattern, t.rank, t.alpha) for t in x.targets)
+    return Lora(targets, x.rank, x.alpha, x.dropout, x.rslora, getattr(torch, x.dtype))
+
+
+def build_to_use(
+    recipe: Recipe, adapters: Sequence[Path] = (), context_tokens: int | None = None, use_cache: bool = True
+) -> nn.Module:  # fmt: skip
+    """Load a recipe's base model for answers and evaluations, its weights on the device as far as they fit.
+
+    From then on the process is held to ``memory.budget``.
+
+    Args:
+        adapters: folders of those that the device must have room for; they are for the caller to attach.
+        context_tokens: of the longest prompt with its answer that it must have room for; None is data.max_tokens.
+        use_cache: keep and reuse the quantised model on disk.
+    """
+    m = recipe.model
+    device = resolve_device(m.device)
+    dtype = compute_dtype_of(recipe, device)
+    # without fused kernels, which training alone tries
+    tiles, levers = Levers(tile_tokens=fixed_levers(recipe).get("tile_tokens"), kernels="plain"), Levers()
+    if (memory := memory_to_use(device, recipe.memory.budget_bytes)) is not None:
+        hold_to(device, None)  # loading may take more for a moment
+        skeleton = build_skeleton(recipe)
+        if tiles.tile_tokens:
+            set_levers(skeleton, tiles)
+        memory -= sum(adapter_bytes(folder) for folder in adapters)
+        levers = placement(skeleton, context_tokens or recipe.data.max_tokens, memory, free_bytes(torch.device("cpu")))
+    model = load_model(
+        m.path, m.quant, m.double_quant, dtype, "cpu" if levers.places_weights else device, m.revision, use_cache,
+        quant_head=m.quant_head, in_files=levers.weights_on_disk,
+    )  # fmt: skip
+    if levers.places_weights:
+        left = left_on_host(levers, len(blocks(model)))
+        log.warning("the card has no room for all weights, so that answers take longer; in host memory: %s", left)
+        place(model, device, levers)
+    if tiles.tile_tokens:
+        set_levers(model, tiles)
+    hold_to(device, recipe.memory.budget_bytes)
+    return model
+
+
+def build_skeleton(recipe: Recipe) -> nn.Module:
+    """Return a recipe's base model on the meta device, its layers in 4 bit where those of the loaded one are."""
+    m = recipe.model
+    part, dtype = read_part(m.path, m.revision), compute_dtype_of(recipe, resolve_device(m.device))
+    model = meta_model(part.config, *quantization_of(recipe, part.config.to_dict()), dtype, m.quant_head)
+    return set_outside(model, part.outside)
+
+
+def job_of(
+    recipe: Recipe, config, machine: Machine, eval_shape: BatchShape | None, rows_alone: bool = False
+) -> Job:  # fmt: skip
+    """Describe a recipe's training step for the planner; the shape of its micro-batches is the planner's to set.
+
+    Args:
+        config: transformers configuration of the model.
+        machine: planned for.
+        eval_shape: of the largest evaluation batch, None without one.
+        rows_alone: the loaded model has shown that its rows run one by one.
+
+    Raises:
+        ModelError: the machine is a card that has no bfloat16, and the recipe asks for it; or the step is to
+            compute in float16 and update LoRA weights in backward.
+    """
+    m, t = recipe.model, recipe.train
+    quant, double_quant = quantization_of(recipe, config.to_dict())
+    auto = auto_dtype(machine.dtype, config.model_type)
+    dtype = auto if m.compute_dtype == "auto" else getattr(torch, m.compute_dtype)
+    if machine.device_type == "cuda" and dtype == torch.bfloat16 != machine.dtype:
+        raise ModelError("model.compute_dtype bfloat16 is for training on cards of compute capability 8.0 and later, "
+                         "since earlier ones only emulate it, slowly; leave it on auto")  # fmt: skip
+    if dtype == torch.float16 and recipe.memory.optimizer_in_backward:
+        raise ModelError(f"memory.optimizer_in_backward: {UPDATES_IN_FLOAT16}")
+    spec = ModelSpec(config, quant, double_quant, m.quant_head, dtype, recipe.data.max_tokens, rows_alone)
+    return Job(
+        CausalLM(method=method_of(recipe), spec=spec), BatchShape((1,), 1), eval_shape, machine.device_type,
+        t.optimizer, t.stochastic_rounding, t.max_grad_norm, deterministic=t.deterministic,
+        saved_adapters=1 if eval_shape is None else 2,
+    )  # fmt: skip
+
+
+def quantization_of(recipe: Recipe, config: dict) -> tuple[str, bool]:
+    """Return the type of the linear layers' weights, and whether their block maxima are quantised too.
+
+    Args:
+        config: what the model's ``config.json`` says.
+    """
+    return stored_quantization(config) or (recipe.model.quant, recipe.model.double_quant)
+
+
+def with_plan(recipe: Recipe, levers: Mapping[str, object]) -> Recipe:
+    """Return a recipe with an earlier plan's levers in place of those it leaves open.
+
+    Args:
+        levers: settings by dotted key, as ``planning.candidate.Candidate.settings`` gives them.
+
+    Raises:
+        CheckpointError: a lever is none.
+    """
+    sections: dict[str, dict] = {"memory": {"micro_batches": "as-given"}, "train": {}}
+    try:
+        for key, value in levers.items():
+            section, _, name = key.partition(".")
+            sections[section][name] = value
+        changed = {
+            name: type(getattr(recipe, name)).model_validate(getattr(recipe, name).model_dump() | values)
+            for name, values in sections.items()
+        }  # fmt: skip
+    except (KeyError, AttributeError, ValidationError) as error:
+        raise CheckpointError(f"the plan on record is none that this version makes: {error!r}") from None
+    return recipe.model_copy(update=changed)

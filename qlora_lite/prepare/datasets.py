@@ -1,0 +1,129 @@
+"""Turn the data section of a recipe into rows.
+
+Apart from `build`, because it needs no model code: `qlora-lite data` starts without bitsandbytes, whose import takes
+as long as everything else together.
+"""
+
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+
+from qlora_lite.data.account import Settings
+from qlora_lite.data.examples import Dataset, read_examples
+from qlora_lite.data.fields import columns_of
+from qlora_lite.data.formats import CHOSEN, is_preference
+from qlora_lite.data.held_out import hold_out
+from qlora_lite.data.lines import Problems
+from qlora_lite.data.matching import Matching
+from qlora_lite.data.read import Source, read_rows
+from qlora_lite.data.stored import Example
+from qlora_lite.data.stream import RowStream, largest_rows
+from qlora_lite.errors import DataError
+from qlora_lite.files import cache_root
+from qlora_lite.recipe import schema
+from qlora_lite.recipe.schema import Recipe
+
+log = logging.getLogger("qlora_lite")
+STREAM_SAMPLE_ROWS = 1000  # of each streamed source, looked at before training
+
+
+def build_data(recipe: Recipe, tokenizer, which: str = "train") -> Dataset | None:
+    """Read, render and tokenise a recipe's training or evaluation rows; None if it has none.
+
+    Raises:
+        DataError: a row cannot be used.
+    """
+    if which == "eval" and not recipe.data.has_eval:
+        return None
+    parts = read_data(recipe, tokenizer, (which,))
+    for part in parts.values():
+        part.problems.raise_if_any(recipe.data.max_bad_rows)
+    return parts[which]
+
+
+def read_data(recipe: Recipe, tokenizer, wanted: Sequence[str] = ("train", "eval")) -> dict[str, Dataset]:
+    """Read a recipe's training and evaluation rows; what is wrong with them is noted, not raised.
+
+    Of streamed training rows, only the first ones are read.
+
+    Args:
+        wanted: of "train" and "eval"; where one is a share of the other's rows both are read.
+    """
+    if share := recipe.data.eval_share:
+        return dict(zip(("train", "eval"), hold_out(_read(recipe, tokenizer, "train"), share), strict=True))
+    return {which: _read(recipe, tokenizer, which) for which in wanted if getattr(recipe.data, which) is not None}
+
+
+def _read(recipe: Recipe, tokenizer, which: str) -> Dataset:
+    d = recipe.data
+    sources = build_sources(recipe, which)
+    settings = d.template, d.train_on, d.max_tokens, d.overflow, d.train_on_end
+    if d.streaming and which == "train":
+        return read_examples(sources, tokenizer, *settings, max_rows=STREAM_SAMPLE_ROWS)
+    return read_examples(sources, tokenizer, *settings, cache_root() / "tokens")
+
+
+def build_stream(recipe: Recipe, tokenizer) -> RowStream | None:
+    """Return the training rows of a recipe as a stream; None if it does not ask for one."""
+    d = recipe.data
+    if not d.streaming:
+        return None
+    settings = Settings(d.train_on, d.max_tokens, d.overflow, d.train_on_end)
+    return RowStream(tuple(build_sources(recipe, "train")), tokenizer, d.template, settings, d.max_bad_rows)
+
+
+def rows_to_plan(recipe: Recipe, data: Dataset) -> Sequence[Example]:
+    """Return the rows whose largest micro-batch decides what fits: the training rows, or the worst a stream can give.
+
+    Args:
+        data: the training rows; with a stream, its first ones.
+    """
+    if not recipe.data.streaming:
+        return data.examples
+    t = recipe.train
+    count = t.micro_batch_size * t.gradient_accumulation_steps
+    return largest_rows(data.examples, recipe.data.max_tokens, recipe.data.packing, count)
+
+
+def with_known_columns(sources: Sequence[schema.Source], known: Sequence[schema.Source]) -> tuple:
+    """Return sources that name no columns with those of the first known source that their first row fits.
+
+    Args:
+        sources: of rows that a run is to be measured on.
+        known: of the run's own rows.
+    """
+    return tuple(_with_columns(source, known) for source in sources)
+
+
+def _with_columns(source: schema.Source, known: Sequence[schema.Source]) -> schema.Source:
+    if source.format or source.prompt:
+        return source
+    with suppress(DataError, OSError, StopIteration):  # reading it for good says what is wrong
+        _, row = next(read_rows(Source(source.path), Problems()))
+        for each in known:
+            if each.prompt and row.keys() >= {*columns_of(each.prompt), *columns_of(each.completion)}:
+                named = {"prompt": each.prompt, "completion": each.completion}
+            elif each.format == CHOSEN and is_preference(row):
+                named = {"format": CHOSEN}
+            else:
+                continue
+            said = ", ".join(f"{name}: {value!r}" for name, value in named.items())
+            log.warning("%s is read as rows of the run are: %s", source.path, said)
+            return source.model_copy(update=named)
+    return source
+
+
+def build_sources(recipe: Recipe, which: str) -> list[Source]:
+    """Return where a recipe's training or evaluation rows come from."""
+    streaming = recipe.data.streaming and which == "train"
+    part = "train" if recipe.data.eval_share else which
+    return [
+        Source(s.path, s.format, s.weight, s.prompt, s.completion, streaming, None, s.documents, f"data.{part}")
+        for s in getattr(recipe.data, part)
+    ]
+
+
+def matching_of(recipe: Recipe) -> Matching:
+    """Return how a recipe compares answers with their references."""
+    t = recipe.train
+    return Matching(t.exact_match_pattern, t.exact_match_ignore, t.exact_match_ignore_case)

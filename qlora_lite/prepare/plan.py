@@ -1,0 +1,403 @@
+"""Plan a recipe: what it will need, whether that fits, which settings are fastest, and what else would fit.
+
+The composition of ``planning`` with recipes, for the ``plan`` command (before anything is downloaded; every
+micro-batch taken as full) and for ``run`` (with the rows that were really read).
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import permutations
+from shutil import disk_usage
+
+from qlora_lite.errors import DoesNotFitError, OutputError, RecipeError
+from qlora_lite.files import Space
+from qlora_lite.memory.bar import BESIDE
+from qlora_lite.memory.cards import CardError
+from qlora_lite.models.levers import Levers
+from qlora_lite.models.load import resolve_device
+from qlora_lite.models.skeleton import read_config
+from qlora_lite.planning.candidate import Candidate, Step, build_candidate, choose, timed
+from qlora_lite.planning.largest import most_packs
+from qlora_lite.planning.length import longest_job, packs_at_once
+from qlora_lite.planning.machine import Machine, this_machine
+from qlora_lite.planning.predict import Prediction, predict
+from qlora_lite.planning.search import SMALL_CHUNK_TOKENS, first_levers, search, single_changes, smaller
+from qlora_lite.planning.simulate import Job, full_pack
+from qlora_lite.recipe.load import require_recipe
+from qlora_lite.recipe.schema import Recipe
+from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.epochs import Epochs
+from qlora_lite.train.loop import largest_batches
+from qlora_lite.train.settings import TrainSettings
+from qlora_lite.train.workload import BatchShape
+from qlora_lite.units import format_bytes
+
+from .build import compute_dtype_of, fixed_levers, job_of, train_settings
+
+log = logging.getLogger(__name__)
+
+MOST_TOKENS, MOST_PACKS = 2**21, 256  # the ends of --max-tokens and --max-batch
+MOST_CHANGES = 2  # settings in which an alternative that is shown may differ from the chosen plan
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """One change to the chosen plan, and what it would need."""
+
+    change: str
+    peak_bytes: int
+    step_seconds: float
+    fits: bool
+    fits_host: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The chosen way to run a recipe's step, why, and the other ways.
+
+    ``chosen`` fits unless ``fits`` is False; then it is the one that needs the least.
+    """
+
+    machine: Machine
+    budget_bytes: int
+    chosen: Candidate
+    fits: bool
+    found: tuple[Candidate, ...]
+    step: Step
+    kept_checkpoints: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak of the device's memory (of the whole process on a CPU)."""
+        return self.machine.base_bytes + self.chosen.peak_bytes
+
+    @property
+    def limit_bytes(self) -> int:
+        """What the budget leaves to a candidate."""
+        return self.budget_bytes - self.machine.base_bytes
+
+    @property
+    def breakdown(self) -> dict[str, int]:
+        """Bytes of the device at the peak by category, and what is beside the tensors."""
+        tensors = self.chosen.prediction.simulation.peak().on_device
+        return tensors | {BESIDE: self.peak_bytes - sum(tensors.values())}
+
+
+def plan_recipe(
+    recipe: Recipe, machine: Machine, budget_bytes: int, shape: BatchShape | None = None,
+    eval_shape: BatchShape | None = None, rows_alone: bool = False,
+) -> Plan:  # fmt: skip
+    """Choose the fastest way to run a recipe's step within a budget.
+
+    Args:
+        machine: where it is to run.
+        budget_bytes: most memory it may use, the process's own included.
+        shape: of a pack that needs as much as any; None takes ``data.max_tokens`` tokens, all learned.
+        eval_shape: of an evaluation pack; None likewise, if the recipe has evaluation rows.
+        rows_alone: see ``prepare.build.job_of``.
+
+    Raises:
+        ModelError: the model's configuration is not known here, or cannot be planned.
+        RecipeError: it is no recipe, or more blocks are to be kept or resident than the model has.
+        CardError: the machine is none, or the budget no number of bytes.
+    """
+    require_recipe(recipe)
+    if not isinstance(machine, Machine):
+        raise CardError(
+            f"a machine is wanted, not {type(machine).__name__}; qlora_lite.machine_of_card(CARD) makes one"
+        )
+    if not isinstance(budget_bytes, int | float):
+        raise CardError(f"budget_bytes is {budget_bytes!r}; give a number, such as 8 * 2**30")
+    t, m = recipe.train, recipe.memory
+    d = recipe.data
+    evaluation = eval_shape or (full_pack(d.max_tokens, packing=True) if d.has_eval else None)
+    job = job_of(recipe, read_config(recipe.model.path, recipe.model.revision), machine, evaluation, rows_alone)
+    spec = job.workload.spec
+    machine, fixed = machine.computing_in(spec.compute_dtype), fixed_levers(recipe)
+    for one, other in permutations(("host_embeddings", "host_head")):
+        if job.workload.tables_are_tied and one in fixed:
+            fixed.setdefault(other, fixed[one])
+    step = Step(
+        job, shape or full_pack(d.max_tokens, d.packing), t.micro_batch_size, t.gradient_accumulation_steps, fixed,
+        m.micro_batches == "auto" and not m.optimizer_in_backward,
+    )  # fmt: skip
+    _check_counts(fixed, job.workload.depth)
+    if machine.device_type == "cuda" and m.host_budget_bytes is not None:
+        machine = replace(machine, host_bytes=m.host_budget_bytes)
+    found = search(step, machine, budget_bytes - machine.base_bytes)
+    chosen = choose(found, budget_bytes - machine.base_bytes)
+    least = min(found, key=lambda candidate: (not candidate.fits_host, candidate.peak_bytes))
+    if spec.quant_head and spec.config.tie_word_embeddings and not (chosen or least).levers.host_embeddings:
+        log.warning("model.quant_head: the embeddings are also the head, and their 16-bit table stays on the device: "
+                    "the 4-bit copy takes memory and saves none")  # fmt: skip
+    _warn_of_length(job, max(shape.lengths) if shape else d.max_tokens)
+    kept = recipe.train.keep_checkpoints
+    return Plan(machine, budget_bytes, chosen or least, chosen is not None, tuple(found), step, kept)
+
+
+def _check_counts(fixed: Mapping[str, object], blocks: int) -> None:
+    problems = [
+        f"memory.{name} = {fixed[name]}: the model has {blocks} blocks; write at most as many"
+        for name in ("kept_blocks", "resident_blocks") if (fixed.get(name) or 0) > blocks
+    ]  # fmt: skip
+    if problems:
+        raise RecipeError(problems)
+
+
+def budget_of(recipe: Recipe, machine: Machine) -> int:
+    """Return the most memory that a recipe's run may use, in bytes: its own limit, but not more than there is."""
+    budget, there = recipe.memory.budget_bytes, machine.memory_bytes
+    if budget is not None and budget > there:
+        log.warning("memory.budget: %s is more than %s has, %s; that is the budget", format_bytes(budget),
+                    machine.name, format_bytes(there))  # fmt: skip
+    return there if budget is None else min(budget, there)
+
+
+def plan_run(
+    recipe: Recipe, examples, eval_examples, left_free: int = 0, rows_alone: bool = False
+) -> tuple[Plan, TrainSettings]:  # fmt: skip
+    """Plan a recipe for the device at hand and the rows that were read; return the plan and its settings.
+
+    Args:
+        examples, eval_examples: tokenised rows; none of the latter if there is no evaluation.
+        left_free: bytes of the budget that the plan may not use.
+        rows_alone: see ``prepare.build.job_of``.
+
+    Raises:
+        DoesNotFitError: with the breakdown and the smallest change that fits.
+        OutputError: the disk of memory.offload_folder has no room.
+        ModelError: see ``plan_recipe``.
+    """
+    device = resolve_device(recipe.model.device)
+    machine = this_machine(device, compute_dtype_of(recipe, device))
+    settings = train_settings(recipe)
+    packs = settings.micro_batch_size * settings.gradient_accumulation_steps
+    one_by_one = replace(settings, micro_batch_size=1, gradient_accumulation_steps=packs)  # the same packs a step
+    work = CausalLM()
+    epochs = Epochs(work.lengths(examples), work.target_counts(examples), one_by_one)
+    pack, evaluation = largest_batches(work, examples, eval_examples, epochs)
+    budget_bytes = budget_of(recipe, machine) - left_free
+    eval_shape = evaluation and work.shape(evaluation)
+    plan = plan_recipe(recipe, machine, budget_bytes, work.shape(pack), eval_shape, rows_alone)
+    if not plan.fits:
+        raise does_not_fit(plan, list(alternatives(plan)))
+    chosen = plan.chosen
+    if chosen.levers.uses_disk:
+        needed, free = chosen.prediction.simulation.folder_bytes, disk_usage(chosen.levers.offload_folder).free
+        if needed > free:
+            raise OutputError(f"memory.offload_folder: needs {format_bytes(needed)} and has {format_bytes(free)} free; "
+                              "make room, or name another folder")  # fmt: skip
+    return plan, replace(
+        settings, levers=chosen.levers, micro_batch_size=chosen.packs,
+        gradient_accumulation_steps=chosen.micro_batches,
+    )  # fmt: skip
+
+
+def expected_peak(plan: Plan, largest, evaluation, rows_alone: bool) -> Prediction:
+    """Predict the very step that a run rehearses, and saves nothing of: its own largest batches, in the chosen way."""
+    job = plan.chosen.prediction.job
+    work = replace(job.workload, spec=replace(job.workload.spec, rows_alone=rows_alone))
+    shapes = work.shape(largest), evaluation and work.shape(evaluation)
+    return predict(replace(job, workload=work, shape=shapes[0], eval_shape=shapes[1], saved_adapters=0))
+
+
+def as_metered(plan: Plan, expected: Prediction) -> int:
+    """Return a prediction as ``memory.meter`` counts: what is allocated on a card, the whole process on a CPU."""
+    if plan.machine.device_type == "cuda":
+        return expected.allocated_bytes
+    return plan.machine.base_bytes + expected.peak_bytes
+
+
+def alternatives(plan: Plan) -> Iterator[Alternative]:
+    """Yield what one change to the chosen plan would need: what the search saw, then single levers, then the task."""
+    chosen, step = plan.chosen, plan.step
+    seen = {""}
+    for other in plan.found:
+        change = _difference(chosen, other)
+        if change not in seen and change.count("=") <= MOST_CHANGES:
+            yield _alternative(plan, change, other)
+        seen.add(change)
+    known = {(other.levers, other.packs): other for other in plan.found}
+    fewer = [] if "loss_chunk_tokens" in step.fixed else [replace(chosen.levers, loss_chunk_tokens=SMALL_CHUNK_TOKENS)]
+    for levers in (*fewer, *single_changes(step, chosen.levers)):
+        other = known.get((levers, chosen.packs)) or build_candidate(step, plan.machine, levers, chosen.packs)
+        change = _difference(chosen, other)
+        if change not in seen:
+            yield _alternative(plan, change, other)
+        seen.add(change)
+    job = step.job
+    name = job.optimizer.removeprefix("paged_")
+    states = {"8bit": "32bit", "32bit": "8bit"}
+    family, _, bits = name.rpartition("_")
+    optimizer = f"{family}_{states[bits]}" if bits in states else "adamw_8bit"
+    changed = {f"train.optimizer={optimizer}": replace(step, job=replace(job, optimizer=optimizer))}
+    tokens, several = step.pack.tokens, len(step.pack.lengths) > 1
+    if step.pack == full_pack(tokens, several) and tokens >= 128:
+        half_job = replace(job, eval_shape=full_pack(tokens // 2, packing=True) if job.eval_shape else None)
+        half = replace(step, pack=full_pack(tokens // 2, several), job=half_job)
+        changed[f"data.max_tokens={tokens // 2}"] = half
+    for change, other_step in changed.items():
+        yield _alternative(plan, change, build_candidate(other_step, plan.machine, chosen.levers, chosen.packs))
+
+
+def _difference(chosen: Candidate, other: Candidate) -> str:
+    """Say in recipe keys how a candidate differs from the chosen one (the packs of a step are always the same)."""
+    theirs, ours = other.settings, chosen.settings
+    return " ".join(
+        f"{key}={_as_yaml(value)}" for key, value in theirs.items()
+        if value != ours[key] and key != "train.gradient_accumulation_steps"
+    )  # fmt: skip
+
+
+def _as_yaml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _alternative(plan: Plan, change: str, candidate: Candidate) -> Alternative:
+    peak = plan.machine.base_bytes + candidate.peak_bytes
+    return Alternative(change, peak, candidate.step_seconds, candidate.fits(plan.limit_bytes), candidate.fits_host)
+
+
+def max_tokens(plan: Plan) -> int:
+    """Return the most data.max_tokens that fits when every lever that is left to the planner saves most; a multiple of
+    64.
+
+    Raises:
+        DoesNotFitError: not even 64 tokens fit.
+    """
+    return longest_pack(plan)[0]
+
+
+def longest_pack(plan: Plan) -> tuple[int, Candidate]:
+    """Return ``max_tokens`` and the way to run packs of that length."""
+    step, start = plan.step, 2 * plan.chosen.prediction.job.shape.tokens
+    job = longest_job(step, plan.limit_bytes, plan.machine.host_bytes, start, MOST_TOKENS)
+    packs = packs_at_once(step)
+    tokens = job.shape.tokens // packs
+    _warn_of_length(job, tokens)
+    return tokens, timed(plan.machine, job.levers, packs, step.packs * step.micro_batches // packs, predict(job))
+
+
+def _warn_of_length(job: Job, tokens: int) -> None:
+    positions = getattr(job.workload.spec.config, "max_position_embeddings", None)
+    if positions and tokens > positions:
+        log.warning("a row of %s tokens is longer than the %s that the model was made for (max_position_embeddings): "
+                    "what it learns there may be of no use", f"{tokens:,}", f"{positions:,}")  # fmt: skip
+
+
+def max_batch(plan: Plan) -> int:
+    """Return how many packs fit into one micro-batch when every lever that is left to the planner saves most: up to
+    ``MOST_PACKS``, which says that no more were looked for.
+
+    Raises:
+        DoesNotFitError: not even one fits.
+    """
+    pack, job = plan.step.pack, plan.chosen.prediction.job
+
+    def job_of(packs: int, levers: Levers) -> Job:
+        return replace(job, shape=pack.times(packs), levers=levers)
+
+    found, limits, reason = 0, (plan.limit_bytes, plan.machine.host_bytes), None
+    for levers in reversed([plan.chosen.levers, first_levers(plan.step), *smaller(plan.step)]):
+        if found == MOST_PACKS:
+            break
+        if found and not predict(job_of(found + 1, levers)).fits(*limits):
+            continue  # what saves most of the device may ask most of the host, so that no way is the best for sure
+        try:
+            found = most_packs(partial(job_of, levers=levers), *limits, MOST_PACKS)
+        except DoesNotFitError as error:
+            reason = error
+    if not found:
+        raise reason
+    return found
+
+
+def does_not_fit(plan: Plan, others: Sequence[Alternative]) -> DoesNotFitError:
+    """Say what would be needed, what for, and the smallest change that fits."""
+    return DoesNotFitError(f"does not fit: {_shortage(plan)}; {_cure(plan, others)}")
+
+
+def _shortage(plan: Plan) -> str:
+    if plan.peak_bytes <= plan.budget_bytes:
+        return f"{_of_host(plan, plan.chosen)} beside {plan.machine.name}"
+    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in _largest(plan.breakdown))
+    return (
+        f"{format_bytes(plan.peak_bytes)} of {format_bytes(plan.budget_bytes)} on {plan.machine.name}, "
+        f"{format_bytes(plan.peak_bytes - plan.budget_bytes)} too much ({parts})"
+    )
+
+
+def _of_host(plan: Plan, candidate: Candidate) -> str:
+    needed, limit = format_bytes(candidate.prediction.host_bytes), format_bytes(plan.machine.host_bytes)
+    return f"{needed} of host memory where {limit} may be used"
+
+
+def _cure(plan: Plan, others: Sequence[Alternative]) -> str:
+    fitting = [a for a in others if a.fits]
+    for alternative in fitting:
+        if not alternative.change.startswith("data.max_tokens"):
+            return f"{alternative.change} needs {format_bytes(alternative.peak_bytes)} and fits"
+    if fitting:
+        return _shorter(plan)
+    beside = [c for c in plan.found if c.peak_bytes <= plan.limit_bytes and c is not plan.chosen]
+    if beside:  # which the host has no room for
+        least = min(beside, key=lambda candidate: candidate.prediction.host_bytes)
+        return f"{_difference(plan.chosen, least)} would fit with {_of_host(plan, least)}: {_more_host(plan, least)}"
+    if not plan.chosen.fits_host:
+        return f"free host memory, or {_more_host(plan, plan.chosen)}"
+    resident = plan.chosen.prediction.simulation.resident
+    trained = resident.breakdown.get("adapter", 0) + resident.breakdown.get("optimizer", 0)
+    constants = plan.machine.base_bytes + sum(overhead.bytes for overhead in plan.chosen.prediction.overheads)
+    if constants > plan.budget_bytes:
+        return f"what such a process needs beside tensors takes {format_bytes(constants)} alone: give it more memory"
+    if trained > plan.budget_bytes:
+        return f"the adapter and its optimizer alone take {format_bytes(trained)}: lower lora.rank"
+    floor = constants + resident.total
+    if floor > plan.budget_bytes:
+        cure = "lower lora.rank" if floor - trained <= plan.budget_bytes else "choose a smaller model"
+        return f"its weights, adapter, optimizer and constants alone take {format_bytes(floor)}: {cure}"
+    try:
+        return _shorter(plan)
+    except DoesNotFitError:
+        return "no sequence length fits: choose a smaller model or a lower lora.rank"
+
+
+def _shorter(plan: Plan) -> str:
+    what_else = "longer rows are an error, unless data.overflow says what to do with them"
+    return f"data.max_tokens={max_tokens(plan)} fits ({what_else})"
+
+
+def _more_host(plan: Plan, candidate: Candidate) -> str:
+    """Say what makes room in host memory for a candidate."""
+    on_disk = replace(candidate.levers, offload_folder=".")
+    disk_helps = on_disk.uses_disk and build_candidate(plan.step, plan.machine, on_disk, candidate.packs).fits_host
+    has_to_hold_all = candidate.levers.resident_blocks is not None and plan.step.fixed.get("stream_from_disk") is False
+    return (
+        "raise memory.host_budget" + (", or name a disk in memory.offload_folder" if disk_helps else "")
+        + (", or set memory.stream_from to auto" if has_to_hold_all else "")
+    )  # fmt: skip
+
+
+def _largest(breakdown: dict[str, int], count: int = 4) -> list[tuple[str, int]]:
+    return sorted(breakdown.items(), key=lambda item: -item[1])[:count]
+
+
+def host_bytes(plan: Plan) -> int:
+    """Memory of the host: the whole process on a CPU; beside a card, libraries and what is kept off the card."""
+    if plan.machine.device_type == "cpu":
+        return plan.peak_bytes
+    return plan.chosen.prediction.host_bytes
+
+
+def disk_bytes(plan: Plan) -> int:
+    """Room on the disk: the quantised model in the cache, and what the run writes.
+
+    Of a model that memory has no room for, the weights lie there twice while it is prepared.
+    """
+    simulation = plan.chosen.prediction.simulation
+    held, with_evaluation = simulation.resident.breakdown, plan.step.job.eval_shape is not None
+    space = Space(held.get("adapter", 0), held.get("optimizer", 0), with_evaluation, plan.kept_checkpoints)
+    times = 2 if plan.chosen.levers.weights_on_disk else 1
+    return times * simulation.frozen_bytes + space.whole_bytes()

@@ -1,0 +1,331 @@
+"""Look at a recipe's rows before anything is trained: what they are, what became of them, what is wrong.
+
+The result is one plain dict, the report: `qlora-lite data` prints it, `train` writes it into the run folder, and
+the page shows it, so that the three can never disagree. All problems are in it, not only the first.
+
+Lengths and counts are in tokens and rows; shares go from 0 to 1.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from itertools import chain, islice, zip_longest
+
+import numpy as np
+
+from qlora_lite.data.batch import collate, packing_efficiency, plan_epoch
+from qlora_lite.data.check import check_answers, check_overlap, check_prompts, count_special_tokens, histogram
+from qlora_lite.data.examples import Dataset
+from qlora_lite.data.formats import answer_beside_text, check_format, recognise, used_columns
+from qlora_lite.data.lines import Problems, RowProblem, read_place, write_place
+from qlora_lite.data.opening import left_out
+from qlora_lite.data.read import Source, read_rows, text_files
+from qlora_lite.data.render import ROW_DAY
+from qlora_lite.data.show import pieces_of
+from qlora_lite.data.stored import Example, Examples, row_lengths
+from qlora_lite.data.template import special_ids_of
+from qlora_lite.data.unused import unused_of
+from qlora_lite.errors import DataError
+from qlora_lite.recipe.schema import Recipe
+
+from .datasets import STREAM_SAMPLE_ROWS, build_sources, matching_of, read_data
+
+_SHOWN_PER_RULE = 5
+_SHOWN_NAMES = 5
+_SAMPLED_ROWS = 20  # of each source
+_HOW = {"lines": "each line is a document", "blank-lines": "blank lines part documents",
+        "file": "each file is a document"}  # fmt: skip
+RENDERED = "rendered chat in a document"
+UNUSED_ANSWER = "answer beside plain text"
+SEAM = "line end before an answer that begins with white space"
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """Hold the rows of a run and the report about them.
+
+    Args:
+        data: the training rows.
+        eval_data: the evaluation rows, if the recipe names any.
+        report: see `empty_report` for the keys that are always there.
+    """
+
+    data: Dataset
+    eval_data: Dataset | None
+    report: dict
+
+    def raise_if_unusable(self) -> None:
+        """Raise a DataError that names what is wrong, if training on these rows would be a mistake."""
+        errors = [problem for problem in self.report["problems"] if problem["severity"] == "error"]
+        if not errors:
+            return
+        seen: Counter[str] = Counter()
+        shown = []
+        for problem in errors:
+            seen[problem["rule"]] += 1
+            if seen[problem["rule"]] <= _SHOWN_PER_RULE:
+                shown.append(line_of_problem(problem))
+        if rest := self.report["errors"] - len(shown):
+            shown.append(f"... and {rest:,} more problems; qlora-lite data --json lists them")
+        if any(part.problems.count and not part.problems.fatal for part in (self.data, self.eval_data) if part):
+            shown.append("correct these rows, or let some be left out and counted with data.max_bad_rows")
+        raise DataError("\n".join(shown))
+
+
+def problem_entry(problem: RowProblem, is_error: bool) -> dict:
+    """Return a problem as the report has it, its place taken apart."""
+    file, line, row = read_place(problem.where) or (problem.where, 0, 0)
+    severity = "error" if is_error else "warning"
+    return {"file": file or None, "line": line or None, "row": row or None, "rule": problem.rule,
+            "message": problem.message, "severity": severity}  # fmt: skip
+
+
+def empty_report(problems: list[dict]) -> dict:
+    """Return the report of rows that could not be looked at."""
+    return {
+        "ok": False, "rows_read": 0, "rows_kept": 0, "dropped": {}, "dropped_at": {}, "tokens": 0, "learned_tokens": 0,
+        "packing_efficiency": None, "problems": problems, "errors": len(problems),
+    }  # fmt: skip
+
+
+def first_places(counts: dict, reason: str) -> str:
+    """Name the first rows that were left out for a reason, as "a.jsonl:1, a.jsonl:7, ..."; "" if no place is known."""
+    places = counts["dropped_at"].get(reason, [])
+    return ", ".join(places) + (", ..." if 0 < len(places) < counts["dropped"][reason] else "")
+
+
+def what_was_read(report: dict) -> str:
+    """Say which rows a report is about, where it is not about all of them."""
+    rows = report.get("sample_rows")
+    return f"the first {rows:,} rows of each source; the rest is checked while training" if rows else ""
+
+
+def line_of_template(template: dict) -> str:
+    """Write what the report says of the chat template, its text apart."""
+    name = "the model's own" if template["name"] == "model" else template["name"]
+    begin = f"rows begin with {template['begin_token']}" if template["begin_token"] else "rows have no begin token"
+    day = f"; today is {template['day']} in all rows" if template["day"] else ""
+    return f"{name}; {begin}; answers end with {' or '.join(template['end_tokens'])}{day}"
+
+
+def line_of_problem(problem: dict) -> str:
+    """Write a problem of the report as "file:line: message"."""
+    file, line = problem["file"], problem["line"]
+    place = write_place(file, line, problem["row"] or 0) if line else file
+    return f"{place}: {problem['message']}" if place else problem["message"]
+
+
+def preflight(recipe: Recipe, tokenizer, rows_to_show: int = 4) -> Preflight:
+    """Read a recipe's training and evaluation rows and report on them; nothing is raised for bad rows.
+
+    Args:
+        recipe: says where the rows are and how they become tokens.
+        tokenizer: the model's.
+        rows_to_show: rows whose text goes into the report.
+    """
+    parts = read_data(recipe, tokenizer)
+    data, eval_data = parts["train"], parts.get("eval")
+    problems, error_count = _problems(recipe, data, eval_data)
+    problems += [problem_entry(problem, False) for problem in _rendered_chats(recipe, tokenizer)]
+    problems += [problem_entry(problem, False) for problem in (*_broken_seams(data), *_unused_answers(recipe))]
+    report = empty_report(problems) | {
+        "ok": error_count == 0, "errors": error_count,
+        **_counts(data),
+        "sample_rows": STREAM_SAMPLE_ROWS if recipe.data.streaming else None,
+        **_lengths(recipe, data),
+        "sources": _sources(recipe, data, "train"),
+        "template": _describe_template(data, tokenizer),
+        "special_tokens": _special_tokens(data, tokenizer),
+        "eval": eval_data and {
+            **_counts(eval_data),
+            "sources": _sources(recipe, eval_data, "eval"),
+        },
+        "rows": _rows(data, tokenizer, rows_to_show),
+    }  # fmt: skip
+    return Preflight(data, eval_data, report)
+
+
+def _problems(recipe: Recipe, data: Dataset, eval_data: Dataset | None) -> tuple[list[dict], int]:
+    """Return every problem of both parts, errors first, and how many errors there are in all."""
+    listed, error_count = [], 0
+    for part in filter(None, (data, eval_data)):
+        is_error = part.problems.too_many(recipe.data.max_bad_rows)
+        new = [problem_entry(problem, is_error) for problem in part.problems.found]
+        known = [problem for problem in new if problem in listed]  # what is wrong with the template, twice
+        listed += [problem for problem in new if problem not in known]
+        error_count += part.problems.count - len(known) if is_error else 0
+    for problem, is_error in _faults_of_evaluation(recipe, data, eval_data) if eval_data else ():
+        listed.append(problem_entry(problem, is_error))
+        error_count += is_error
+    return sorted(listed, key=lambda problem: problem["severity"] != "error"), error_count
+
+
+def _rendered_chats(recipe: Recipe, tokenizer) -> Iterator[RowProblem]:
+    """Yield the first document of each source that holds a special token as text, as a chat that was rendered does."""
+    ids = special_ids_of(tokenizer) - {tokenizer.unk_token_id, tokenizer.mask_token_id}
+    tokens = tokenizer.convert_ids_to_tokens(sorted(ids))
+    for source in build_sources(recipe, "train"):
+        with suppress(DataError, OSError):  # the rows were read before: what is wrong is among the problems
+            for where, row in islice(read_rows(source, Problems()), _SAMPLED_ROWS):
+                if (check_format(source) or recognise(row, where, source)) != "text":
+                    break
+                text = str(row.get("text"))
+                held = next((token for token in tokens if len(token) > 3 and token in text), None)  # not "<s>"
+                if held is not None:
+                    message = (f"the text holds {held!r}, which stays plain letters in a document, and is learned as "
+                               "those; give chats as messages, not as text that a template made of them")  # fmt: skip
+                    yield RowProblem(where, RENDERED, message)
+                    break
+
+
+def _unused_answers(recipe: Recipe) -> Iterator[RowProblem]:
+    """Yield the first row of each source that was taken for plain text and has a column named like an answer."""
+    for source in build_sources(recipe, "train"):
+        with suppress(DataError, StopIteration, OSError):  # as above
+            where, row = next(read_rows(source, Problems()))
+            is_text = check_format(source) is None and recognise(row, where, source) == "text"
+            if is_text and (message := answer_beside_text(row, source)):
+                yield RowProblem(where, UNUSED_ANSWER, message)
+
+
+def _broken_seams(data: Dataset) -> Iterator[RowProblem]:
+    """Yield the first row whose answer begins with white space, behind the line end that the template plain writes."""
+    if data.template is None or data.template.name != "plain":
+        return
+    for example in islice(data.examples, _SAMPLED_ROWS):
+        if example.answer[:1].isspace():
+            message = ("the answer begins with white space, and data.template plain writes a line end before it; "
+                       "joined writes prompt and answer as they are")  # fmt: skip
+            yield RowProblem(example.where, SEAM, message)
+            return
+
+
+def _faults_of_evaluation(recipe: Recipe, data: Dataset, eval_data: Dataset) -> Iterator[tuple[RowProblem, bool]]:
+    """Yield what is wrong with good evaluation rows for this run, each with whether it is an error."""
+    if not recipe.data.eval_share:  # which leaves no row on both sides
+        overlap, is_error = check_overlap(data.examples, eval_data.examples)
+        if overlap:
+            yield overlap, is_error
+    if prompts := check_prompts(data.examples, eval_data.examples, bool(recipe.data.eval_share)):
+        yield prompts, False
+    found, is_error = check_answers(eval_data.examples[: recipe.train.exact_match_rows], matching_of(recipe))
+    yield from ((problem, is_error) for problem in found)
+
+
+def _counts(data: Dataset) -> dict:
+    return {
+        "rows_read": data.rows_read, "rows_kept": data.rows_kept, "dropped": data.dropped,
+        "dropped_at": data.dropped_at, "truncated": data.truncated, "split": data.split, "tokens": data.tokens,
+        "learned_tokens": data.learned_tokens,
+    }  # fmt: skip
+
+
+def _lengths(recipe: Recipe, data: Dataset) -> dict:
+    d = recipe.data
+    lengths = row_lengths(data.examples)
+    packs = plan_epoch(lengths, d.max_tokens, d.packing, 1, d.order, recipe.train.seed, 0)
+    return {
+        "max_tokens": d.max_tokens,
+        "packs": len(packs) if d.packing else None,
+        "packing_efficiency": packing_efficiency(lengths, d.max_tokens, packs) if d.packing else None,
+        "longest_tokens": max(lengths, default=0),
+        "lengths": [{"from": first, "to": last, "rows": count} for first, last, count in histogram(lengths)],
+    }
+
+
+def _sources(recipe: Recipe, data: Dataset, which: str) -> list[dict]:
+    """Describe each source, and count what it gives: examples, their tokens and those that are learned."""
+    described = []
+    for source, part, unused in zip(build_sources(recipe, which), _parts(data), data.unused, strict=True):
+        counts = {"examples": len(part), "tokens": int(part.lengths.sum())}
+        counts["learned_tokens"] = int(part.learned_counts.sum())
+        described.append(_describe_source(source, unused) | counts)
+    return described
+
+
+def _parts(data: Dataset) -> Iterator[Examples]:
+    """Yield the examples of each source."""
+    end = 0
+    for count in data.examples_of:
+        start, end = end, end + count
+        yield data.examples[start:end]
+
+
+def _describe_source(source: Source, unused: dict[str, Counter[str]]) -> dict:
+    """Name the format of a source, the one that the recipe gives or what its first row looks like, and how it was read.
+
+    What is left out of a source by design is no problem, but said: a user may have meant it to be trained on.
+    """
+    chosen, notes = None, []
+    with suppress(DataError, StopIteration, OSError):  # the rows were read before: what is wrong is among the problems
+        chosen = check_format(source)
+        notes += [*_left_out(source), *_documents(source)]
+        where, row = next(read_rows(source, Problems()))
+        chosen = chosen or recognise(row, where, source)
+        for what, names in unused_of(unused, used_columns(chosen, source)):
+            notes.append(f"{what} not used: {_first(names)}")
+    return {"path": source.path, "format": chosen, "weight": source.weight, "notes": notes}
+
+
+def _left_out(source: Source) -> list[str]:
+    """Say what of a folder is not read."""
+    unread = [str(path.relative_to(os.path.expanduser(source.path))) for path in left_out(source.path)]
+    return [f"{len(unread):,} not read: {_first(unread)}"] if unread else []
+
+
+def _documents(source: Source) -> Iterator[str]:
+    """Say what a document of each plain-text file is."""
+    files = [(path.name, documents) for path, documents in text_files(source)]
+    for documents, how in _HOW.items():
+        if names := [name for name, each in files if each == documents]:
+            yield f"{how}: {_first(names)}"
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN_NAMES]) + (", ..." if len(names) > _SHOWN_NAMES else "")
+
+
+def _distinct(examples: Examples) -> Iterator[Example]:
+    """Yield examples without those that a weight repeats."""
+    is_new = np.diff(examples.order, prepend=-1) != 0
+    return (examples[int(index)] for index in np.flatnonzero(is_new))
+
+
+def _describe_template(data: Dataset, tokenizer) -> dict | None:
+    """Describe the chat template, and what begins and ends a row; None if every row is a plain document."""
+    if data.template is None:
+        return None
+    first = next((int(example.token_ids[0]) for example in data.examples), None)
+    begins = first is not None and first == tokenizer.bos_token_id
+    return {
+        "name": data.template.name,
+        "text": data.template.source,
+        "begin_token": tokenizer.bos_token if begins else None,
+        "day": f"{ROW_DAY:%d %b %Y}" if "strftime_now" in data.template.source else None,
+        "end_tokens": tokenizer.convert_ids_to_tokens(sorted(data.end_token_ids)),
+    }
+
+
+def _special_tokens(data: Dataset, tokenizer) -> list[dict]:
+    found = count_special_tokens(data.examples, special_ids_of(tokenizer))
+    names = tokenizer.convert_ids_to_tokens([token.token_id for token in found])
+    return [{"token": name, "id": token.token_id, "count": token.count, "learned": token.learned}
+            for name, token in zip(names, found, strict=True)]  # fmt: skip
+
+
+def _rows(data: Dataset, tokenizer, count: int) -> list[dict]:
+    """Return the text of rows of each source in turn, the first ones first, as the collator hands them to the model."""
+    in_turn = chain.from_iterable(zip_longest(*map(_distinct, _parts(data))))
+    examples = list(islice((row for row in in_turn if row is not None and row.learned.any()), count))
+    if not examples:
+        return []
+    shown = pieces_of(collate(examples), tokenizer, special_ids_of(tokenizer))
+    return [
+        {"where": example.where, "tokens": len(example.token_ids), "learned_tokens": int(example.learned.sum()),
+         "pieces": [asdict(piece) for piece in pieces]}
+        for example, pieces in zip(examples, shown, strict=True)
+    ]  # fmt: skip

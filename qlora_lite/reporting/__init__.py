@@ -1,0 +1,1 @@
+"""Pages, charts and texts about plans, data, memory and runs."""

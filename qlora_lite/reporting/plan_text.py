@@ -1,0 +1,232 @@
+"""Show a plan: as lines, as a JSON object, as what the page draws, and why it was chosen in one line."""
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import torch
+
+from qlora_lite.memory.bar import memory_bar
+from qlora_lite.models.load import auto_dtype
+from qlora_lite.planning.candidate import Candidate
+from qlora_lite.planning.machine import DISK_BYTES_PER_SECOND
+from qlora_lite.planning.simulate import full_pack, simulate_whole
+from qlora_lite.prepare.plan import Alternative, Plan, disk_bytes, host_bytes
+from qlora_lite.units import format_bytes, format_seconds
+
+MUCH_FREE = 0.25  # of the budget: a plan that leaves more says why
+
+
+def reason(plan: Plan) -> str:
+    """Return what the plan chose, and why, in one line."""
+    return f"{_in_words(plan.chosen)}: {_why(plan)}"
+
+
+def _why(plan: Plan) -> str:
+    if not plan.fits:
+        return f"does not fit; of {len(plan.found)} plans, the one that needs least"
+    if len(plan.found) == 1:
+        return "as the recipe says"
+    faster = _faster(plan)
+    too_large = [c for c in faster if c.peak_bytes > plan.limit_bytes]
+    fastest = "the fastest that fits" if too_large else (
+        f"the fastest of {len(plan.found)} plans" if all(c.fits_host for c in faster)
+        else "the fastest that the host's memory has room for"
+    )  # fmt: skip
+    if any(c.fits(plan.limit_bytes) for c in faster):
+        fastest = f"within 3 % of {fastest}, and of such plans the one with least in host memory, then the smallest"
+    if not too_large:
+        return fastest
+    return f"{fastest}; a faster plan would need {_peak(plan, min(too_large, key=lambda c: c.peak_bytes))}"
+
+
+def _faster(plan: Plan) -> list[Candidate]:
+    return [c for c in plan.found if c.step_seconds < plan.chosen.step_seconds and c is not plan.chosen]
+
+
+def _peak(plan: Plan, candidate: Candidate) -> str:
+    return format_bytes(plan.machine.base_bytes + candidate.peak_bytes)
+
+
+def _why_free(plan: Plan) -> str | None:
+    """Return why much of the budget stays free; None where little does."""
+    free_bytes = plan.budget_bytes - plan.peak_bytes
+    if not plan.fits or free_bytes < MUCH_FREE * plan.budget_bytes:
+        return None
+    faster = _faster(plan)
+    fitting = [c for c in faster if c.fits(plan.limit_bytes)]
+    if fitting:
+        best = min(fitting, key=lambda c: c.step_seconds)
+        share = 1 - best.step_seconds / plan.chosen.step_seconds
+        what = f"the fastest plan that fits takes {_peak(plan, best)} and saves {100 * share:.1f} % of the time"
+    elif len(plan.found) == 1:
+        what = "the recipe leaves no memory option open"
+    elif any(c.peak_bytes > plan.limit_bytes for c in faster):
+        what = "the next faster plan does not fit"
+    elif faster:
+        what = "faster plans need more host memory than there is"
+    else:
+        what = "no plan that uses more is faster"
+    return f"{format_bytes(free_bytes)}: {what}"
+
+
+def _assumed_sequences(plan: Plan) -> str | None:
+    """Return what a pack is counted as where no example was read; None where they were, or there is one a pack."""
+    lengths = plan.step.pack.lengths
+    if len(lengths) == 1 or plan.step.pack != full_pack(sum(lengths), packing=True):
+        return None
+    return f"no example was read: a pack counts as {len(lengths)}, one of them with nearly all of its tokens"
+
+
+def _compute_type(plan: Plan) -> str | None:
+    """Return what the step computes in, where that is not bfloat16, and why if the model is the reason."""
+    work, auto = plan.step.job.workload, plan.machine.dtype
+    dtype = work.spec.compute_dtype
+    if dtype == torch.bfloat16:
+        return None
+    exceeds = dtype != auto and dtype == auto_dtype(auto, work.name)
+    return _type_name(plan) + exceeds * f": {work.name} exceeds float16"
+
+
+def _type_name(plan: Plan) -> str:
+    return str(plan.step.job.workload.spec.compute_dtype).removeprefix("torch.")
+
+
+def _in_words(chosen: Candidate) -> str:
+    x = chosen.levers
+    kept = f" but for the last {x.kept_blocks} blocks" if x.computes_again and x.kept_blocks else ""
+    source = "the disk" if x.stream_from_disk else "the host"
+    resident = "" if x.resident_blocks is None else (
+        f", weights streamed from {source} but for {x.resident_blocks} blocks" if x.resident_blocks
+        else f", weights streamed from {source}"
+    )  # fmt: skip
+    place = "on a disk" if x.uses_disk else "in host memory"
+    return (
+        f"checkpointing {x.checkpointing}{kept}"
+        + (f", {x.checkpoint_every} blocks at once" if x.computes_again and x.checkpoint_every > 1 else "")
+        + (f", tiles of {x.tile_tokens} tokens" if x.tile_tokens else "")
+        + (", weights unpacked once per backward" if x.unpacks_once else "")
+        + (", embeddings in host memory" if x.host_embeddings else "")
+        + (", head in host memory" if x.host_head else "")
+        + (f", block inputs {place}" if x.offload_checkpoints and x.computes_again else "")
+        + (", factors updated in backward" if x.optimizer_in_backward else "")
+        + (", blocks compiled" if x.compile else "")
+        + f"{resident}, loss chunk {x.loss_chunk_tokens}, packs at once {chosen.packs}, "
+        f"micro-batches {chosen.micro_batches}"
+    )
+
+
+def transfers(plan: Plan) -> str | None:
+    """Say how long a step's transfers between host and card take, and whether they hide; None where nothing travels."""
+    work, machine, steps = plan.chosen.prediction.simulation.work, plan.machine, plan.chosen.micro_batches
+    if not work.bus_bytes:
+        return None
+    bus, computing, starting = (
+        steps * seconds(work) for seconds in (machine.bus_seconds, machine.computing_seconds, machine.starting_seconds)
+    )
+    hidden, what = "hidden behind" if bus <= max(computing, starting) else "more than", "of computing"
+    if starting > computing:
+        computing, what = starting, "of starting operations"
+    said = f"{format_seconds(bus)} over the bus, {hidden} the {format_seconds(computing)} {what}"
+    if work.disk_bytes:
+        disk, size = format_seconds(steps * machine.disk_seconds(work)), format_bytes(steps * work.disk_bytes)
+        said += f"; {size} from the disk, {disk} if it gives {DISK_BYTES_PER_SECOND / 1e9:g} GB/s"
+    return said
+
+
+def time_of_step(plan: Plan) -> str:
+    """Say how long a step takes, and where the host and not the card is what it waits for."""
+    chosen, machine = plan.chosen, plan.machine
+    work, said = chosen.prediction.simulation.work, f"about {format_seconds(chosen.step_seconds)}"
+    if machine.device_type == "cpu" or machine.seconds(work) > machine.starting_seconds(work):
+        return said
+    return f"{said}: what the host takes to start {chosen.micro_batches * work.operations:,} operations"
+
+
+def as_json(plan: Plan, others: Sequence[Alternative]) -> dict:
+    """Return the plan as plain values."""
+    peak = plan.chosen.prediction.simulation.peak()
+    return {
+        "fits": plan.fits, "machine": plan.machine.name, "budget_bytes": plan.budget_bytes,
+        "peak_bytes": plan.peak_bytes, "compute_dtype": _type_name(plan),
+        "first_step_peak_bytes": plan.peak_bytes - peak.total + plan.chosen.prediction.simulation.first_step_bytes(),
+        "peak_phase": peak.phase, "peak_module": peak.module,
+        "breakdown": plan.breakdown, "host_bytes": host_bytes(plan), "disk_bytes": disk_bytes(plan),
+        "offload_folder_bytes": plan.chosen.prediction.simulation.folder_bytes,
+        "step_seconds_estimate": plan.chosen.step_seconds, "transfers": transfers(plan),
+        "chosen": plan.chosen.settings, "why": reason(plan),
+        "constants": [o._asdict() for o in plan.chosen.prediction.overheads],
+        "measured_because": plan.chosen.prediction.simulation.measured_because,
+        "alternatives": [asdict(alternative) for alternative in others],
+    }  # fmt: skip
+
+
+def page_record(plan: Plan, others: Sequence[Alternative], title: str) -> dict:
+    """Return what ``memory_page`` draws: the timeline of every block, the peak and the alternatives."""
+    simulation, timeline = simulate_whole(plan.chosen.prediction.job, timeline=True)
+    peak = simulation.peak()
+    host = [f"Host memory: {format_bytes(host_bytes(plan))}."] if simulation.offloaded_bytes else []
+    return {
+        "title": title,
+        "subtitle": f"Planned for {plan.machine.name}: {format_bytes(plan.peak_bytes)} of "
+                    f"{format_bytes(plan.budget_bytes)}, about {format_seconds(plan.chosen.step_seconds)} a step",
+        "budget_bytes": plan.budget_bytes,
+        "peak": {"bytes": peak.total, "phase": peak.phase, "module": peak.module, "breakdown": peak.on_device},
+        "timeline": [{"phase": m.phase, "module": m.module, "bytes": m.on_device} for m in timeline],
+        "sentences": [reason(plan), *host], "predicted": peak.on_device, "measured": None,
+        "constants": constants(plan),
+        "alternatives": [asdict(alternative) for alternative in others],
+    }  # fmt: skip
+
+
+def constants(plan: Plan) -> list[dict]:
+    """Return what comes on top of the chosen way's tensors, as ``memory_page`` shows it."""
+    found = [overhead._asdict() for overhead in plan.chosen.prediction.overheads]
+    if plan.machine.base_bytes:
+        found.append({"name": "process", "bytes": plan.machine.base_bytes, "why": "Python and its libraries"})
+    return found
+
+
+def _row(name: str, text: str | None, width: int) -> list[str]:
+    """Return the lines of a name and its text; none without a text."""
+    indent = " " * 17
+    return textwrap.wrap(
+        text or "", width, initial_indent=f"{name:16} ", subsequent_indent=indent, break_on_hyphens=False,
+    )  # fmt: skip
+
+
+def describe(plan: Plan, others: Sequence[Alternative], width: int = 80) -> str:
+    """Return the plan for a terminal, in rich's markup."""
+    peak = plan.chosen.prediction.simulation.peak()
+    margin = plan.budget_bytes - plan.peak_bytes
+    verdict = (f"[bold green]fits[/] with {format_bytes(margin)} to spare" if plan.fits
+               else f"[bold red]does not fit[/]: {format_bytes(-margin)} too much" if margin < 0
+               else "[bold red]does not fit[/] the host's memory")  # fmt: skip
+    limit = "" if plan.machine.host_bytes is None else f" of {format_bytes(plan.machine.host_bytes)}"
+    lines = [
+        f"[bold]{format_bytes(plan.peak_bytes)}[/] of {format_bytes(plan.budget_bytes)} on {plan.machine.name}: "
+        f"{verdict}",
+        f"peak in {peak.phase}, {peak.module or 'outside of modules'}",
+        "", memory_bar(plan.breakdown, plan.budget_bytes, width), "",
+        *_row("settings", _in_words(plan.chosen), width),
+        *_row("compute type", _compute_type(plan), width),
+        *_row("sequences", _assumed_sequences(plan), width),
+        *_row("why", _why(plan), width),
+        *_row("left free", _why_free(plan), width),
+        f"{'step':16} {time_of_step(plan)}",
+        *([f"{'transfers':16} {transfers(plan)}"] if transfers(plan) else []),
+        f"{'host memory':16} {format_bytes(host_bytes(plan))}{limit}",
+        f"{'disk':16} {format_bytes(disk_bytes(plan))} for the prepared model and the run, beside what is downloaded",
+    ]  # fmt: skip
+    simulation = plan.chosen.prediction.simulation
+    if simulation.folder_bytes:
+        lines.append(f"{'offload folder':16} {format_bytes(simulation.folder_bytes)}")
+    because = simulation.measured_because
+    if because:
+        lines.append(f"{'note':16} {because}: measured on small real models and extrapolated")
+    room = max([38, *(len(a.change) for a in others)])
+    table = [f"{'change, all else as above':{room}} {'peak':>10} {'step':>9}"]
+    for a in others:
+        mark = "fits" if a.fits else "too large" if a.fits_host else "too large for the host"
+        table.append(f"{a.change:{room}} {format_bytes(a.peak_bytes):>10} {format_seconds(a.step_seconds):>9}  {mark}")
+    return "\n".join([*lines, "", *table])

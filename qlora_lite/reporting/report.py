@@ -1,0 +1,252 @@
+"""Write report.html, one offline page about a run, from what the run wrote to its folder.
+
+It reads the files and takes no objects of the trainer, so that `qlora-lite report` can make it again later, or of a
+run that was killed: whatever is missing or broken is said on the page, and only a folder that is not there is an
+error. Figures that summary.json lacks are taken from metrics.jsonl where it has them.
+
+Units: bytes and seconds as in the files; losses in nats per learned token; exact match as a share, 0 to 1.
+Layer L6: pyyaml besides the standard library.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qlora_lite.artifacts.run_files import FILES, RunFiles, curve, figures_of_metrics, number, read_run
+from qlora_lite.errors import OutputError
+from qlora_lite.files import write_text
+from qlora_lite.units import format_bytes, format_seconds
+
+from .charts import Series, line_chart, short_number, smooth
+from .page import figure, page, pairs, section, table, text
+
+STATUS_STYLE = {"complete": "good", "interrupted": "warn", "failed": "bad"}
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write report.html into a run folder.
+
+    Args:
+        run_dir: folder with recipe.yaml, metrics.jsonl and summary.json; each may be cut short, and two be missing.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        OutputError: it is no run folder, or cannot be written to.
+    """
+    if not any((run_dir / name).is_file() for name in FILES):
+        raise OutputError(f"there is no run folder {run_dir}; give the folder that train printed at its end")
+    path = run_dir / "report.html"
+    write_text(path, render(read_run(run_dir), run_dir.resolve().name))
+    return path
+
+
+def render(run: RunFiles, folder_name: str) -> str:
+    """Return the page's HTML."""
+    known = {key: value for key, value in run.summary.items() if value is not None}
+    summary = figures_of_metrics(run) | known
+    name = str(summary.get("name") or folder_name)
+    body = [
+        _head(summary, name, folder_name),
+        _notices(run, summary),
+        _figures(summary),
+        section("Loss", _loss_chart(run)),
+        section("Over the steps", _small_charts(run)),
+        section("Answers before and after", _samples(summary), "Held-out rows, greedy generation."),
+        section("Where the memory goes", _memory_table(summary)),
+        section("Settings", _settings(run.recipe) + _chosen(summary), "The resolved recipe, defaults included."),
+        section("Data and versions", _data_and_versions(summary)),
+    ]
+    return page(f"{name} - qlora-lite", "".join(body))
+
+
+def _head(summary: dict[str, Any], name: str, folder_name: str) -> str:
+    status = str(summary.get("status") or "unfinished")
+    started = str(summary.get("started") or "").replace("T", " ", 1)
+    started = re.sub(r"\+00:?00$", " UTC", started)
+    ended = f"ended by {summary['ended_by']}" if summary.get("ended_by") else ""
+    facts = [summary.get("model"), summary.get("device"), started, ended, f"folder {folder_name}"]
+    style = STATUS_STYLE.get(status, "warn")
+    title = f'<h1>{text(name)}</h1><span class="status {style}">{text(status)}</span>'
+    line = " · ".join(text(fact) for fact in facts if fact)
+    return f'<div class="head">{title}</div><p class="facts">{line}</p>'
+
+
+def _notices(run: RunFiles, summary: dict[str, Any]) -> str:
+    notices = [str(summary["error"])] if summary.get("error") else []
+    other_results = summary.get("other_results")
+    notices += map(str, other_results) if isinstance(other_results, list) else []
+    for part in _dicts(summary.get("resumed")):
+        if changes := part.get("forced_changes"):
+            notices.append(f"Gone on with after step {part.get('after_step')} by force, as another run: {changes}")
+    losses = curve(run, "loss")
+    bad = [step for step, loss in losses if not math.isfinite(loss)]
+    if bad:
+        notices.append(f"The loss was not finite at {len(bad)} of {len(losses)} steps, first at step {bad[0]}.")
+    return "".join(f'<p class="notice">{text(notice)}</p>' for notice in notices + run.problems)
+
+
+def _figures(summary: dict[str, Any]) -> str:
+    def shown(key: str, write: Callable[[float], str]) -> str:
+        value = number(summary.get(key))
+        return "" if value is None else write(value) if math.isfinite(value) else "not finite"
+
+    def counted(key: str, unit: str) -> str:
+        value = shown(key, lambda v: f"{v:,.0f}")
+        return f"{value} {unit}" if value else ""
+
+    exact = [shown(f"exact_match_{when}", _percent) for when in ("after", "before")]
+    loss = [shown(f"eval_loss_{when}", lambda value: f"{value:.3g}") for when in ("after", "before")]
+    speed = shown("tokens_per_second", short_number)
+    figures = [
+        figure("Exact match", *exact, counted("exact_match_rows", "held-out rows")),
+        figure("Evaluation loss", *loss, "nats per learned token" if any(loss) else ""),
+        figure("Peak memory", shown("peak_bytes", lambda value: format_bytes(int(value)))),
+        figure("Tokens per second", speed, detail=counted("tokens", "in all")),
+        figure("Time", shown("seconds", format_seconds), detail=counted("steps", "steps")),
+    ]
+    return f'<div class="figures">{"".join(figures)}</div>'
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}".removesuffix(".0") + " %"
+
+
+def _loss_chart(run: RunFiles) -> str:
+    series = [
+        *_noisy("training", curve(run, "loss")),
+        Series("evaluation", curve(run, "eval_loss"), 3, dots=True),
+    ]
+    shown = [line for line in series if line.points]
+    legend = "".join(f'<span><i class="key-{line.style}"></i>{line.label}</span>' for line in shown)
+    title = "Loss over training steps"
+    wide = line_chart(series, title=title, width=1000, height=300, log=True)
+    narrow = line_chart(series, title=title, width=350, height=230, log=True)
+    plots = f'<div class="plot wide">{wide}</div><div class="plot narrow">{narrow}</div>'
+    return f'<div class="card"><p class="legend">{legend}</p>{plots}</div>'
+
+
+def _noisy(label: str, points: list[tuple[int, float]]) -> list[Series]:
+    """Return the points as a pale line and their average as a strong one; few points as one strong line."""
+    if len(points) < 10:
+        return [Series(label, points, 2)]
+    return [Series(label, points, 1), Series("smoothed", smooth(points, len(points) / 20), 2)]
+
+
+def _small_charts(run: RunFiles) -> str:
+    peaks = curve(run, "peak_bytes")
+    unit, unit_bytes = ("GiB", 2**30) if any(peak >= 2**30 for _, peak in peaks) else ("MiB", 2**20)
+    charts = {
+        "Learning rate": [Series("learning rate", curve(run, "learning_rate"), 2)],
+        "Gradient norm, before clipping": _noisy("norm", curve(run, "grad_norm")),
+        "Tokens per second": _noisy("tokens per second", curve(run, "tokens_per_second")),
+        f"Peak memory, {unit}": [Series(unit, [(step, peak / unit_bytes) for step, peak in peaks], 2)],
+    }
+    cards = ""
+    for title, series in charts.items():
+        if series[0].points:
+            drawing = line_chart(series, title=f"{title}, over training steps")
+            cards += f'<div class="card"><h3>{text(title)}</h3><div class="plot">{drawing}</div></div>'
+    return f'<div class="grid2">{cards}</div>' if cards else ""
+
+
+def _samples(summary: dict[str, Any]) -> str:
+    return "".join(map(_sample, _dicts(summary.get("samples"))))
+
+
+def _sample(sample: dict[str, Any]) -> str:
+    reference = str(sample.get("reference") or "")
+    rows = f'<h3>Prompt</h3><pre class="prompt">{text(sample.get("prompt"))}</pre>'
+    rows += f"<h3>Expected</h3><pre>{text(reference)}</pre>"
+    for key in ("before", "after"):
+        answer = sample.get(key)
+        if answer is None:
+            continue
+        is_right = sample.get(f"{key}_matches")
+        if str(answer).strip() == reference.strip() if is_right is None else is_right:
+            mark = '<span class="good" title="the expected answer">✓</span>'
+        else:
+            mark = '<span class="bad" title="not the expected answer">✗</span>'
+        rows += f"<h3>{key.capitalize()} {mark}</h3><pre>{text(answer)}</pre>"
+    return f'<div class="card sample">{rows}</div>'
+
+
+def _dicts(value: object) -> list[dict[str, Any]]:
+    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
+
+
+def _memory_table(summary: dict[str, Any]) -> str:
+    totals: Counter[str] = Counter()
+    rows = []
+    for group in _dicts(summary.get("memory_table")):
+        device, size = str(group.get("device")), number(group.get("bytes")) or 0.0
+        size = int(size) if math.isfinite(size) else 0
+        totals[device] += size
+        rows.append([group.get("group"), group.get("dtype"), device, format_bytes(size), group.get("why")])
+    rows += [["in all", "", device, format_bytes(size), ""] for device, size in totals.items()]
+    head = ["group", "type", "device", "size", "why"]
+    return table(head, rows, numeric=3, totals=len(totals)) if rows else ""
+
+
+def _settings(recipe: str) -> str:
+    try:
+        parsed = yaml.safe_load(recipe)
+    except yaml.YAMLError:
+        parsed = None
+    if not isinstance(parsed, dict):
+        return f'<div class="card"><pre>{text(recipe)}</pre></div>' if recipe.strip() else ""
+    loose = {key: value for key, value in parsed.items() if not isinstance(value, dict)}
+    sections = ({"recipe": loose} if loose else {}) | {k: v for k, v in parsed.items() if k not in loose}
+    return f'<div class="columns">{"".join(_pairs_of(str(key), sections[key]) for key in sections)}</div>'
+
+
+def _chosen(summary: dict[str, Any]) -> str:
+    """List what the plan chose where the recipe says auto."""
+    plan = summary.get("plan")
+    cards = _pairs_of("as planned", plan.get("chosen")) if isinstance(plan, dict) else ""
+    return f'<div class="columns">{cards}</div>' if cards else ""
+
+
+def _data_and_versions(summary: dict[str, Any]) -> str:
+    adapter = {"weights": summary.get("trainable_parameters"), "sha256": summary.get("adapter_sha256")}
+    cards = _counts("Training rows", summary.get("data")) + _counts("Adapter", adapter)
+    cards += _pairs_of("Versions", summary.get("versions"))
+    return f'<div class="columns">{cards}</div>' if cards else ""
+
+
+def _counts(title: str, values: object) -> str:
+    """Write what is known of a dict of counts, in words and with thousands separators."""
+    if not isinstance(values, dict):
+        return ""
+    known = [(str(key).replace("_", " "), value) for key, value in values.items() if value is not None]
+    return _pairs_of(title, {key: _counted(value) for key, value in known})
+
+
+def _counted(value: object) -> object:
+    if isinstance(value, dict):
+        return ", ".join(f"{_counted(count)} {reason}" for reason, count in value.items()) or "none"
+    return f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+
+
+def _pairs_of(title: str, values: object) -> str:
+    """Write a dict as a titled list, values as in a recipe; anything else, or an empty one, as nothing."""
+    if not isinstance(values, dict) or not values:
+        return ""
+    return pairs(title, [(str(key), _plain(value)) for key, value in values.items()])
+
+
+def _plain(value: object) -> str:
+    """Write a setting as in a recipe; of a list of mappings, what is set."""
+    if isinstance(value, str):
+        return value
+    rows = _dicts(value)
+    if rows:
+        return "; ".join(", ".join(f"{k}: {v}" for k, v in row.items() if v is not None) for row in rows)
+    return json.dumps(value, default=str, ensure_ascii=False)

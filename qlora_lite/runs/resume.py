@@ -1,0 +1,280 @@
+"""Go on with a run: which one, from which checkpoint, and whether that gives the run it would have been.
+
+A change that leaves every number of the run as it would have been is accepted and said. Any other is refused, setting
+by setting, because a run that silently became another one is worse than none; ``force`` takes it all the same, and
+the run's summary says so from then on. Files that moved are no change: rows, tokenizer and base model are compared by
+what they hold. The base model by what its files hold, and not by the bits of its 4-bit weights: the mean that double
+quantization takes of the absmax values is a sum in an order of the machine (threads, a GPU's multiprocessors), so that
+its last bit differs from one machine to another. Other bits are said like another version of torch.
+"""
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from qlora_lite.data.examples import Dataset
+from qlora_lite.data.hub import PREFIX
+from qlora_lite.data.opening import find_files
+from qlora_lite.errors import CheckpointError
+from qlora_lite.files import content_digest, write_text
+from qlora_lite.recipe.load import settings_to_yaml
+from qlora_lite.recipe.schema import Recipe, Train
+from qlora_lite.prepare.datasets import build_sources
+from qlora_lite.artifacts.run_folder import CHECKPOINTS, RECIPE, RunFolder, create_run, is_begun, newest_path, package_versions
+from qlora_lite.train.checkpoints import Checkpoint, newest_whole
+from qlora_lite.train.schedule import lr_factor
+from qlora_lite.train.settings import TrainSettings
+from qlora_lite.train.state import STATE, numbers_of
+
+log = logging.getLogger("qlora_lite")
+BASE_MODEL = "base model"  # what names it by its content in a checkpoint's identity
+FROZEN_WEIGHTS = "frozen weights"  # their checksum in a checkpoint's environment
+RUN = "run.json"  # what a checkpoint holds of the run, beside the trainer's state
+# What these settings lead to is compared by itself, or changes nothing of what a step computes.
+HARMLESS = {
+    "model.path", "model.revision", "lora.init_from", "data.train", "data.eval", "data.template", "data.max_bad_rows",
+    "train.max_steps", "train.epochs", "train.early_stopping_patience", "train.save_every_steps",
+    "train.save_every_minutes", "train.keep_checkpoints", "train.max_hours", "train.on_not_finite",
+    "train.max_skipped_steps", "train.trackers", "memory.budget", "memory.host_budget", "memory.optimizer_in_backward",
+    "memory.offload_folder", "output.dir", "output.name",
+}  # fmt: skip
+PLACE = {"output.dir", "output.name"}  # of the run, which is the folder that is gone on with, whatever they say
+_PARTS = {"recipe": dict, "identity": dict, "environment": dict, "plan": dict, "progress": dict, "summary": dict,
+          "metrics_bytes": int}  # fmt: skip
+
+
+@dataclass(slots=True)
+class Continuation:
+    """A checkpoint to go on from, and what is different now.
+
+    Args:
+        force: take changes that make another run of it.
+        accepted: changes that do not.
+        forced: changes that do.
+    """
+
+    checkpoint: Checkpoint
+    force: bool = False
+    accepted: list[str] = field(default_factory=list)
+    forced: list[str] = field(default_factory=list)
+
+    @property
+    def run(self) -> dict:
+        """What the checkpoint holds of the run."""
+        return self.checkpoint.documents[RUN]
+
+    @property
+    def keeps_plan(self) -> bool:
+        """Whether steps are run as the checkpoint's plan says, and not as one that forced changes ask for."""
+        levers = ("memory.", "train.micro_batch_size", "train.gradient_accumulation_steps")
+        return not any(change.startswith(levers) for change in self.forced)
+
+    def compare_settings(self, recipe: Recipe) -> None:
+        """Compare the recipe with the run's.
+
+        Raises:
+            CheckpointError: naming each setting that makes another run of it.
+        """
+        old, new = _flat(self.run["recipe"]), _flat(recipe.model_dump(mode="json"))
+        sections = {name: type(section).model_fields for name, section in recipe}
+        unsaid = _flat(
+            {name: {key: field.default for key, field in fields.items()} for name, fields in sections.items()}
+        )
+        old = {key: unsaid.get(key) for key in new} | old  # of settings that are newer than the checkpoint
+        changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        words = {key: f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed}
+        harmless = {key for key in changed if key in HARMLESS or _only_pages(key, old.get(key), new.get(key))}
+        self.accepted += [words[key] for key in changed if key in harmless - PLACE]
+        self._refuse([words[key] for key in changed if key not in harmless])
+
+    def compare_identity(self, now: Mapping[str, str | None]) -> None:
+        """Compare what rows, tokenizer, model or device are with what they were, as far as the checkpoint says.
+
+        Args:
+            now: digests by what they are of.
+
+        Raises:
+            CheckpointError: naming each that is another.
+        """
+        before = self.run["identity"]
+        self._refuse([f"other {name} than before" for name, value in now.items() if before.get(name, value) != value])
+
+    def compare_schedule(self, total_steps: int, settings: TrainSettings | Train) -> None:
+        """Compare the number of steps, and with it the learning rates of the steps that are done.
+
+        Raises:
+            CheckpointError: they would have been others, or there are fewer steps than that.
+        """
+        state = self.checkpoint.documents[STATE]
+        before, done = state["total_steps"], self.checkpoint.step
+        if total_steps < done:
+            raise CheckpointError(f"the checkpoint is of step {done}, and the run now ends after {total_steps} steps; "
+                                  "set train.max_steps or train.epochs to more")  # fmt: skip
+        if total_steps == before:
+            return
+        rates = [[lr_factor(step, total, settings.lr_scheduler, settings.warmup_ratio) for step in range(1, done + 1)]
+                 for total in (before, total_steps)]  # fmt: skip
+        change = f"steps: {before} -> {total_steps}"
+        if rates[0] == rates[1]:
+            self.accepted.append(change)
+        else:
+            self._refuse([f"{change}, for which train.lr_scheduler {settings.lr_scheduler} gives the {done} steps that "
+                          "are done other learning rates"])  # fmt: skip
+
+    def say_changes(self, now: Mapping[str, object]) -> None:
+        """Say what is different and accepted, once everything has been compared.
+
+        Args:
+            now: see ``environment``.
+        """
+        for change in self.accepted:
+            log.info("resume: accepted: %s", change)
+        before = self.run["environment"]
+        changed = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
+        if changed:
+            log.warning("resume: %s; the last digits may differ from an uninterrupted run's", ", ".join(changed))
+            self.accepted += changed
+
+    def _refuse(self, changes: list[str]) -> None:
+        if changes and not self.force:
+            raise CheckpointError(
+                "\n".join(["this would not be the run that was begun:", *changes,
+                           "undo that, start a new run, or go on all the same with --force"])
+            )  # fmt: skip
+        self.forced += changes
+        for change in changes:
+            log.warning("resume: %s (forced: no longer the run that was begun)", change)
+
+
+def path_to_continue(recipe: Recipe, resume: str | Path) -> Path | None:
+    """Return the run folder to go on with, None if there is none.
+
+    Args:
+        resume: the folder, or "" for that of the recipe's newest run.
+
+    Raises:
+        CheckpointError: the folder has something in it and is no run's.
+    """
+    path = Path(resume) if resume != "" else newest_path(recipe)
+    if resume != "" and path.is_dir() and any(path.iterdir()) and not is_begun(path):
+        raise CheckpointError(f"{path} is not a run folder: it has no {RECIPE}; name the folder that train printed")
+    if path is None:
+        log.info("resume: there is no run of this recipe yet; a new one begins")
+    return path
+
+
+def recover_recipe(folder: Path) -> None:
+    """Write a run's lost ``recipe.yaml`` again as its newest whole checkpoint has it, if there is one.
+
+    Raises:
+        CheckpointError: the checkpoint is not what this version writes.
+    """
+    checkpoint, _ = newest_whole(folder / CHECKPOINTS)
+    if checkpoint:
+        write_text(folder / RECIPE, settings_to_yaml(checked(checkpoint).documents[RUN]["recipe"]))
+        log.warning("%s was lost; it is written again from the checkpoint of step %d", folder / RECIPE, checkpoint.step)
+
+
+def reopen(path: Path, recipe: Recipe, force: bool) -> tuple[RunFolder, Continuation | None]:
+    """Find where a run can go on; one without a checkpoint begins afresh. Nothing of the run is changed yet.
+
+    Raises:
+        CheckpointError: the recipe makes another run of it.
+    """
+    continuation = _find_checkpoint(path, force)
+    if continuation is None:
+        log.info("resume: %s has no checkpoint yet; it begins afresh", path)
+        return create_run(path, recipe, replace=True), None
+    continuation.compare_settings(recipe)
+    if recipe.train.max_steps is not None:
+        continuation.compare_schedule(recipe.train.max_steps, recipe.train)
+    run = RunFolder(path, recipe, continuation.run["summary"], continuation.run["metrics_bytes"], proven=False)
+    return run, continuation
+
+
+def _find_checkpoint(path: Path, force: bool) -> Continuation | None:
+    """Return the newest whole checkpoint of a run; None if it has none. What is skipped, and why, is logged.
+
+    Raises:
+        CheckpointError: none of those that are there is whole, or what one holds of the run is not what this version
+            writes.
+    """
+    checkpoint, reasons = newest_whole(path / CHECKPOINTS)
+    for reason in reasons:
+        log.warning("resume: skipped a damaged checkpoint, %s", reason)
+    if checkpoint is None:
+        if reasons:  # to begin afresh would remove what may be worth a look
+            cure = f"to begin afresh, remove {path / CHECKPOINTS}"
+            raise CheckpointError(f"no whole checkpoint is left in {path}; {cure} ({reasons[0]})")
+        return None
+    log.info("resume: going on after step %d", checkpoint.step)
+    return Continuation(checked(checkpoint), force)
+
+
+def checked(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint that says of its run what one of this version says.
+
+    Raises:
+        CheckpointError: it lacks something, or holds it in another form.
+    """
+    numbers_of(checkpoint)
+    run = checkpoint.documents.get(RUN, {})
+    wrong = [name for name, kind in _PARTS.items() if type(run.get(name)) is not kind]
+    if not wrong and not run["plan"]:
+        wrong.append("plan")
+    if not wrong and run["metrics_bytes"] < 0:
+        wrong.append("metrics_bytes")
+    if not wrong and not isinstance(run["summary"].get("resumed", []), list):
+        wrong.append("summary")
+    if wrong:
+        raise CheckpointError(f"the checkpoint of step {checkpoint.step} lacks {', '.join(wrong)} in their right form")
+    if FROZEN_WEIGHTS not in run["environment"]:  # earlier versions had their checksum where its content names the base
+        run["environment"][FROZEN_WEIGHTS] = run["identity"].get(BASE_MODEL)
+        run["identity"][BASE_MODEL] = run["summary"].get("base_fingerprint")
+    run["environment"].setdefault("kernels", [])  # earlier versions had none
+    return checkpoint
+
+
+def _only_pages(key: str, old: object, new: object) -> bool:
+    """Tell whether a change is one between a paged optimizer and the same one unpaged: the same numbers elsewhere."""
+    return key == "train.optimizer" and str(old).removeprefix("paged_") == str(new).removeprefix("paged_")
+
+
+def _flat(recipe: dict) -> dict[str, object]:
+    flat = {}
+    for section, settings in recipe.items():
+        values = settings if isinstance(settings, dict) else {"": settings}
+        flat |= {f"{section}.{name}": value for name, value in values.items()}
+    return flat
+
+
+def data_identity(recipe: Recipe, tokenizer, data: Dataset, eval_data: Dataset | None) -> dict[str, str | None]:
+    """Return digests of what is learned and measured; of a stream, of its first rows and the files that lie here."""
+    training = data.examples.digest()
+    if recipe.data.streaming:
+        local = [source.path for source in build_sources(recipe, "train") if not source.path.startswith(PREFIX)]
+        files = [file for path in local for file in find_files(path)]
+        training = " ".join([training, *map(content_digest, files)])
+    return {
+        "training rows": hashlib.sha256(training.encode()).hexdigest(),
+        "evaluation rows": eval_data and eval_data.examples.digest(),
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+    }
+
+
+def environment(device_name: str, loss: str, kernels: Sequence[str], frozen_weights: str) -> dict[str, object]:
+    """Return what a result's last bits can depend on, by name.
+
+    Args:
+        loss: whose loss is computed.
+        kernels: fused ones that are used, see ``models.kernels``.
+        frozen_weights: see ``guards.frozen_checksum``.
+    """
+    return {
+        **package_versions(), "device": device_name, "threads": torch.get_num_threads(), "loss": loss,
+        "kernels": [*kernels], FROZEN_WEIGHTS: frozen_weights,
+    }  # fmt: skip

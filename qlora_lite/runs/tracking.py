@@ -1,0 +1,78 @@
+"""Send metrics to experiment trackers, through accelerate.
+
+A tracker that fails, as one does whose server is away, ends no training: a warning, and it is sent nothing more.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from qlora_lite.errors import RecipeError
+from qlora_lite.files import refuse_link
+
+log = logging.getLogger("qlora_lite")
+_OWN = (("mlflow.exceptions", "MlflowException"), ("wandb.errors", "Error"))  # which are no kind of the others
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """Return what a network, a disk and the trackers that are loaded raise."""
+    own = [getattr(sys.modules[module], name) for module, name in _OWN if module in sys.modules]
+    return (OSError, RuntimeError, ValueError, *own)
+
+
+def check_trackers(trackers: Sequence[str]) -> None:
+    """Check that the packages of trackers are there: accelerate leaves out those that are not, without a word.
+
+    Raises:
+        RecipeError: one is not installed.
+    """
+    if not trackers:
+        return
+    from accelerate.tracking import get_available_trackers
+
+    missing = sorted(set(trackers) - set(map(str, get_available_trackers())))
+    if missing:
+        raise RecipeError(f"train.trackers: {', '.join(missing)} is not installed; pip install it, or leave it out")
+
+
+@contextmanager
+def tracking(trackers: Sequence[str], name: str, folder: Path) -> Iterator[Callable[[dict, int], None]]:
+    """Give a function that sends a step's metrics to the trackers named.
+
+    Args:
+        name: of the run.
+        folder: where those that write files write them, in a folder called after the run or after themselves.
+
+    Raises:
+        OutputError: that is a symbolic link, through which they would write elsewhere.
+    """
+    if not trackers:
+        yield lambda _values, _step: None
+        return
+    for own in (name, *trackers):
+        refuse_link(folder / own)
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(log_with=list(trackers), project_dir=folder)
+    accelerator.init_trackers(name)
+    works = True
+
+    def send(values: dict, step: int) -> None:
+        nonlocal works
+        if not works:
+            return
+        try:
+            accelerator.log(values, step=step)
+        except failures() as error:
+            works = False
+            log.warning("step %d: %s takes no metrics (%s); it is sent no more", step, ", ".join(trackers), error)
+
+    try:
+        yield send
+    finally:
+        try:
+            accelerator.end_training()
+        except failures() as error:
+            log.warning("%s did not end well (%s)", ", ".join(trackers), error)

@@ -1,0 +1,318 @@
+"""The course of a run once model and rows are there: measure, train with evaluations and checkpoints, measure again.
+
+All that it must remember to go on after an interruption is in ``_progress``; the rest is the trainer's state. Between
+two steps both belong together, and only there are they saved.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from functools import partial
+
+from torch import nn
+
+from qlora_lite.data.examples import Dataset
+from qlora_lite.errors import CheckpointError, DoesNotFitError, Interrupted, ModelError, OutputError
+from qlora_lite.inference.evaluate import ExactMatch, Watch, answered_at_once, exact_match, new_tokens_of, watching
+from qlora_lite.adapters.files import save_adapter
+from qlora_lite.adapters.method import AdapterMethod
+from qlora_lite.adapters.read import CONFIG_NAME
+from qlora_lite.memory.meter import PeakMeter
+from qlora_lite.models.anatomy import device_of
+from qlora_lite.recipe.schema import Recipe
+from .resume import RUN, Continuation
+from qlora_lite.prepare.datasets import matching_of
+from qlora_lite.artifacts.run_files import METRICS_DIGEST
+from qlora_lite.artifacts.run_folder import ADAPTER, ADAPTER_LAST, CHECKPOINTS, DIGESTS, RunFolder, how_to_go_on, newest_checkpoint, package_versions
+from .async_checkpoint import Saver
+from .signals import Stop, StopNow
+from .tracking import tracking
+from qlora_lite.train.checkpoints import Checkpoint, Tensors
+from qlora_lite.train.loop import StepMetrics, Trainer
+from qlora_lite.train.out_of_memory import free_cached_memory
+from qlora_lite.train.state import STATE, capture, compare_tensors, restore
+
+log = logging.getLogger("qlora_lite")
+BEST = "best.safetensors"
+
+Progress = Callable[[StepMetrics, int], None]
+
+
+class Training:
+    """Train one run to its end.
+
+    Args:
+        about: what checkpoints are to say of the run: recipe, identity, environment, plan (see ``resume``).
+        budget_bytes: most memory that the run may use.
+        progress: called after every step with its metrics and the total number of steps.
+        watch: told how far evaluations and exact matches are.
+    """
+
+    def __init__(
+        self, recipe: Recipe, run: RunFolder, trainer: Trainer, tokenizer, eval_data: Dataset | None,
+        meter: PeakMeter, stop: Stop, about: dict, budget_bytes: int, progress: Progress | None,
+        watch: Watch | None = None,
+    ):  # fmt: skip
+        self.recipe, self.run, self.trainer, self.tokenizer = recipe, run, trainer, tokenizer
+        self.eval_data, self.meter, self.stop, self.about, self.progress = eval_data, meter, stop, about, progress
+        self.budget_bytes, self.watch = budget_bytes, watch
+        self.best_loss, self.best_factors, self.best_step = math.inf, None, 0
+        self.evaluated_step = 0
+        self.evaluations_without_better = 0  # in a row, of those in training
+        self.before: ExactMatch | None = None
+        self.totals = {"steps": 0, "seconds": 0.0, "tokens": 0, "labelled_tokens": 0}
+        self.earlier_peak_bytes = 0
+        self.digests: dict[str, str] = {}  # of the adapters written, as the summary names them
+        self.saver: Saver | None = None
+        self.is_begun = False  # from then on a run that fails is worth a look
+        self.is_trained = False  # from then on the factors may be the best ones, and not those of the last step
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is trained."""
+        return self.trainer.model
+
+    @property
+    def method(self) -> AdapterMethod:
+        """What is trained of it."""
+        return self.trainer.workload.method
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory held so far, in all parts of the run."""
+        return max(self.earlier_peak_bytes, self.meter.peak_bytes())
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether so many evaluations brought no better loss that there is no point in going on."""
+        is_due = 0 < self.recipe.train.early_stopping_patience <= self.evaluations_without_better
+        return is_due and self.trainer.step < self.trainer.total_steps
+
+    @property
+    def adapter_step(self) -> int:
+        """The step whose factors are the run's adapter: the best by evaluation, else the last."""
+        return self.trainer.step if self.best_factors is None else self.best_step
+
+    @property
+    def ended_by(self) -> str:
+        """The setting that ended training."""
+        t = self.recipe.train
+        return f"train.{'early_stopping_patience' if self.ends_early else 'max_steps' if t.max_steps else 'epochs'}"
+
+    def restore(self, continuation: Continuation) -> None:
+        """Put everything back to where a checkpoint was made.
+
+        Raises:
+            CheckpointError: it does not fit this run.
+        """
+        restore(self.trainer, continuation.checkpoint)
+        try:
+            self._restore_progress(continuation.run["progress"], continuation.checkpoint.tensors.get(BEST, {}))
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+            raise CheckpointError(f"the checkpoint's {RUN} is not what this version writes: {error!r}") from None
+
+    def _restore_progress(self, saved: dict, best: Tensors) -> None:
+        self.evaluated_step, self.earlier_peak_bytes = int(saved["evaluated_step"]), int(saved["peak_bytes"])
+        self.evaluations_without_better = int(saved["evaluations_without_better"])
+        self.totals = {name: type(zero)(saved["totals"][name]) for name, zero in self.totals.items()}
+        if saved["before"] is not None:
+            before = saved["before"]
+            answers = tuple(map(str, before["answers"]))
+            matches = before.get("matches", [None] * len(answers))
+            self.before = ExactMatch(float(before["score"]), answers, tuple(matches))
+        if saved["best_loss"] is not None:
+            compare_tensors(best, self.method.tensors(self.model), BEST)
+            self.best_loss, self.best_step = float(saved["best_loss"]), int(saved["best_step"])
+            self.best_factors = {name: tensor.clone() for name, tensor in best.items()}
+
+    def _progress(self) -> dict:
+        return {
+            "evaluated_step": self.evaluated_step, "totals": self.totals, "peak_bytes": self.peak_bytes,
+            "evaluations_without_better": self.evaluations_without_better,
+            "before": self.before and {
+                "score": self.before.score, "answers": self.before.answers, "matches": self.before.matches,
+            },
+            "best_loss": None if self.best_factors is None else self.best_loss, "best_step": self.best_step,
+        }  # fmt: skip
+
+    def go(self, whole_step: int | None = None) -> ExactMatch | None:
+        """Train to the end and return what was measured there.
+
+        Args:
+            whole_step: the step of the checkpoint that the run goes on from.
+
+        Raises:
+            Interrupted: the run was stopped between steps; what was learned is saved.
+            KeyboardInterrupt: it was stopped at once; nothing was saved.
+        """
+        t = self.recipe.train
+        with Saver(
+            self.run.path / CHECKPOINTS, t.save_every_steps, t.save_every_minutes, t.keep_checkpoints,
+            self.run.flush_metrics, package_versions(), self.recipe.recipe_hash, whole_step,
+        ) as self.saver:  # fmt: skip
+            try:
+                with tracking(t.trackers, self.recipe.output.name or "qlora-lite", self.run.path) as self.track:
+                    if whole_step is None:
+                        self.before = self._measure("before")
+                    self.is_begun = True
+                    self._train()
+                    return self._measure_best()
+            except StopNow as cut:
+                if cut.stop is not self.stop:  # a second signal, by the caller's handler: perhaps in half a step
+                    raise
+                raise self._interrupted(str(cut)) from None
+
+    def _train(self) -> None:
+        self._evaluate_if_due()  # the run may have been stopped between a step and its evaluation
+        steps = iter(self.trainer)
+        while not self.ends_early and (metrics := next(steps, None)):
+            self._note(metrics)
+            self.stop.check()
+            self._evaluate_if_due()
+            if self.saver.due(metrics.step):
+                self._save_checkpoint()
+            self.stop.check()
+        if self.ends_early:
+            log.info("step %d: %d evaluations in a row brought no better loss; training ends here "
+                     "(train.early_stopping_patience)", self.trainer.step, self.evaluations_without_better)  # fmt: skip
+        self._save_checkpoint()
+        self.save_adapter(ADAPTER_LAST)
+
+    def _note(self, metrics: StepMetrics) -> None:
+        values = metrics.line
+        self._log(values)
+        self.totals = {name: self.totals[name] + values.get(name, 0) for name in self.totals} | {"steps": metrics.step}
+        if self.progress:
+            try:
+                self.progress(metrics, self.trainer.total_steps)
+            except OSError as error:  # whoever watched is gone; what is learned is worth more
+                log.warning("step %d: progress cannot be shown (%s); training goes on", metrics.step, error)
+                self.progress = None
+
+    def _watch(self, what: str, done: int, total: int) -> None:
+        if self.watch:
+            try:
+                self.watch(what, done, total)
+            except OSError:  # as in ``_note``, which says it
+                self.watch = None
+
+    def _log(self, values: dict) -> None:
+        self.run.log_metrics(values)
+        self.track(values, values["step"])
+
+    def _evaluate_if_due(self) -> None:
+        step, every = self.trainer.step, self.recipe.train.eval_every_steps
+        due = every > 0 and step % every == 0 and self.evaluated_step < step < self.trainer.total_steps
+        if due and self.eval_data is not None:
+            is_better = self._keep_if_best(self._eval_loss())
+            self.evaluations_without_better = 0 if is_better else self.evaluations_without_better + 1
+            self.evaluated_step = step
+
+    def _eval_loss(self) -> float:
+        with self.stop.at_once():
+            examples = self.eval_data.examples
+            result = self.trainer.evaluate(examples, watching(self._watch, "evaluation", len(examples)))
+        step = self.trainer.step
+        self._log({"step": step, "eval_loss": result.loss, "eval_perplexity": result.perplexity,
+                   "eval_labelled_tokens": result.labelled_tokens,
+                   **{f"eval_{name}": value for name, value in result.metrics.items()}})  # fmt: skip
+        log.info("step %d: evaluation loss %.4f", step, result.loss)
+        return result.loss
+
+    def _measure(self, when: str, loss: float | None = None) -> ExactMatch | None:
+        """Measure loss, if it is not known, and exact match; ``when`` is "before" or "after"."""
+        if self.eval_data is None:
+            return None
+        self.run.update(**{f"eval_loss_{when}": self._eval_loss() if loss is None else loss})
+        rows = self.eval_data.examples[: self.recipe.train.exact_match_rows]
+        if not rows:
+            return None
+        try:
+            with self.stop.at_once():
+                at_once = partial(answered_at_once, self.recipe, self.model, self.budget_bytes)
+                result = exact_match(
+                    self.model, self.tokenizer, rows, self.eval_data.end_token_ids, at_once, matching_of(self.recipe),
+                    new_tokens_of(self.recipe), self._watch,
+                )  # fmt: skip
+        except (DoesNotFitError, ModelError) as error:
+            if when == "after":
+                log.warning("exact match after training is not counted: %s", error)
+                return None
+            if isinstance(error, ModelError):
+                raise
+            reason, _, _ = str(error).partition(":")
+            raise DoesNotFitError(f"train.exact_match_rows: {reason}; set it to 0, and count with "
+                                  "`qlora-lite evaluate` when the run has ended") from None  # fmt: skip
+        finally:
+            free_cached_memory(device_of(self.model))  # no other tensor gets what a recorded token took until then
+        count = len(result.records)
+        log.info("exact match %s training: %.1f %% of %d rows", when, 100 * result.score, count)
+        self.run.update(**{f"exact_match_{when}": result.score, "exact_match_rows": count})
+        return result
+
+    def _keep_if_best(self, loss: float) -> bool:
+        """Keep the factors if their loss is the best one so far; tell whether it is."""
+        if not loss < self.best_loss:  # NaN is never better
+            return False
+        self.best_loss, self.best_step = loss, self.trainer.step
+        factors = self.method.tensors(self.model).items()
+        self.best_factors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in factors}
+        self._try_save(ADAPTER)
+        return True
+
+    def _measure_best(self) -> ExactMatch | None:
+        """Evaluate the end, go back to the best factors seen, and measure those."""
+        self.is_trained = True
+        if self.best_factors is not None:
+            if self.evaluated_step < self.trainer.step:  # else it ended early, with an evaluation
+                self._keep_if_best(self._eval_loss())
+            self.method.fill(self.model, self.best_factors)
+            return self._measure("after", self.best_loss)
+        return self._measure("after")
+
+    def _save_checkpoint(self) -> None:
+        self.saver.save(self.trainer.step, self._capture)
+
+    def _capture(self) -> Checkpoint:
+        self.run.write_metrics()  # a checkpoint that knows of lines that wait would lose them
+        tensors, state = capture(self.trainer)
+        if self.best_factors is not None:
+            tensors[BEST] = self.best_factors
+        run = self.about | {
+            "progress": self._progress(), "summary": dict(self.run.summary), "metrics_bytes": self.run.metrics_bytes,
+            METRICS_DIGEST: self.run.metrics_hash.hexdigest(),
+        }  # fmt: skip
+        config = self.method.config(self.model, self.recipe.model.path)
+        return Checkpoint(self.trainer.step, tensors, {STATE: state, RUN: run, CONFIG_NAME: config})
+
+    def save_adapter(self, name: str) -> None:
+        """Write the adapter into the run's folder, and note its SHA-256.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        folder = self.run.path / name
+        digest = save_adapter(self.model, folder, self.recipe.model.path, self.tokenizer, self.method)
+        self.digests[DIGESTS[name]] = digest
+
+    def _try_save(self, name: str) -> None:
+        try:
+            self.save_adapter(name)
+        except OutputError as error:
+            log.warning("step %d: %s. Training goes on", self.trainer.step, error)
+
+    def _interrupted(self, reason: str) -> Interrupted:
+        """Save what was learned, and say how to go on."""
+        step = self.trainer.step
+        if step and not self.is_trained:
+            self._save_checkpoint()
+            self._try_save(ADAPTER_LAST)
+        self.saver.wait()
+        newest = self.saver.newest_step
+        if not step:
+            kept = "nothing was trained yet"
+        elif newest == step:
+            kept = "all of it is saved"
+        else:
+            kept = f"{newest_checkpoint(newest)} ({self.saver.failure or 'none was due'})"
+        return Interrupted(f"stopped by {reason} after step {step}; {kept}. {how_to_go_on(self.run.path)}")

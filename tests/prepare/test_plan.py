@@ -1,0 +1,854 @@
+"""Plans of recipes: the command's figures, its choice, and a run that keeps to it."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from jobs import changed
+from remembered_plans import remember_predictions
+from tiny import ARCHITECTURES
+from tiny_files import save_tiny, write_recipe
+from tiny_trainer import examples
+from transformers import AutoConfig
+
+from qlora_lite.cli.main import main
+from qlora_lite.cli.plan import _machine
+from qlora_lite.data.batch import collate
+from qlora_lite.data.stored import row_lengths
+from qlora_lite.errors import ModelError, RecipeError
+from qlora_lite.memory.cards import find_card
+from qlora_lite.memory.process import CUDA_COMPILER_BYTES
+from qlora_lite.models.families import known_config
+from qlora_lite.models.skeleton import shallow_config
+from qlora_lite.planning import machine, simulate
+from qlora_lite.planning.candidate import EQUALLY_FAST, build_candidate
+from qlora_lite.planning.largest import LENGTH_STEP, largest_of
+from qlora_lite.planning.machine import DISK_BYTES_PER_SECOND, Machine, machine_of_card
+from qlora_lite.planning.predict import predict
+from qlora_lite.prepare import plan as planner
+from qlora_lite.recipe.load import load_recipe
+from qlora_lite.reporting import plan_text
+from qlora_lite.runs.run import run_recipe
+from qlora_lite.units import format_bytes, format_seconds
+
+GIB = 2**30
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Load a recipe for a Llama-3.2-1B that is not here, with changed settings; its rows need not exist."""
+
+    def load(*overrides):
+        file = tmp_path / "recipe.yaml"
+        file.write_text("model:\n  path: meta-llama/Llama-3.2-1B\ndata:\n  train: rows.jsonl\n  max_tokens: 1024\n")
+        return load_recipe(file, overrides, check_files=False)
+
+    return load
+
+
+CARD = machine_of_card(find_card("rtx-4060"))
+EVERYTHING_SET = (
+    "memory.checkpointing=block", "memory.loss_chunk_tokens=100", "train.micro_batch_size=2",
+    "train.gradient_accumulation_steps=2", "memory.micro_batches=as-given", "memory.kept_blocks=1",
+    "memory.tile_tokens=64", "memory.offload_checkpoints=true", "memory.resident_blocks=all",
+    "memory.embeddings=device", "memory.reuse_dequantized=true",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("gib", "changes"), [(8, ["model.quant=none"]), (8, []), (2, []), (1.6, [])])
+def test_no_single_change_that_fits_is_faster_than_by_what_the_time_model_tells_apart(recipe, gib, changes):
+    settings = recipe("data.max_tokens=1024", "train.gradient_accumulation_steps=16", *changes)
+    plan = planner.plan_recipe(settings, CARD, int(gib * GIB))
+    fitting = [a for a in planner.alternatives(plan) if a.fits and a.change.startswith("memory.")]
+    assert all(plan.chosen.step_seconds <= EQUALLY_FAST * a.step_seconds for a in fitting)
+    alone = [a for a in fitting if " " not in a.change and a.step_seconds <= plan.chosen.step_seconds]
+    assert not any(a.change.endswith(("=device", "offload_checkpoints=false", "resident_blocks=all")) for a in alone)
+    is_near = any(a.step_seconds < plan.chosen.step_seconds for a in fitting)
+    assert is_near <= ("within 3 % of the fastest" in plan_text.reason(plan))
+
+
+def test_no_setting_that_fits_makes_a_faster_plan(recipe, monkeypatch):
+    remember_predictions(monkeypatch.setattr)
+
+    def plan(gib, *overrides):
+        return planner.plan_recipe(recipe("train.gradient_accumulation_steps=4", *overrides), CARD, int(gib * GIB))
+
+    auto, tables = plan(2.4), ("memory.embeddings=host", "memory.head=host")
+    chosen = auto.chosen
+    assert auto.fits and chosen.packs == 1 and chosen.levers.host_embeddings and chosen.levers.kept_blocks > 0
+    for overrides in ((), ("memory.offload_checkpoints=true",), ("memory.reuse_dequantized=true",)):
+        other = plan(2.4, *tables, *overrides)
+        assert not other.fits or chosen.step_seconds <= EQUALLY_FAST * other.chosen.step_seconds, overrides
+    assert planner.max_batch(auto) > 1  # with the memory that the chosen plan spends on blocks that are kept
+    hosts = [replace(auto, machine=replace(CARD, host_bytes=int(gib * GIB))) for gib in (1.55, 1.6, 3)]
+    found = [planner.max_batch(each) for each in hosts]
+    assert found == sorted(found) and 0 < found[0] < found[-1]  # more memory of the host is never for fewer
+    roomier = plan(2.7)
+    assert roomier.chosen.levers.checkpointing == "none" and roomier.chosen.levers.host_embeddings
+
+
+def test_no_job_is_simulated_twice_for_a_plan_and_its_alternatives(recipe, monkeypatch):
+    asked = []
+    monkeypatch.setattr("qlora_lite.planning.candidate.predict", lambda job: asked.append(repr(job)) or predict(job))
+    plan = planner.plan_recipe(recipe("train.gradient_accumulation_steps=4"), CARD, int(2.4 * GIB))
+    list(planner.alternatives(plan))
+    assert len(asked) == len({*asked}) > 10
+    step, chosen = plan.step, plan.chosen
+    shallow = replace(step, job=changed(step.job, config=shallow_config(step.job.workload.spec.config, 8)))
+    smaller, same = (build_candidate(each, CARD, chosen.levers, chosen.packs) for each in (shallow, step))
+    assert smaller.peak_bytes < same.peak_bytes == chosen.peak_bytes
+
+
+def test_where_more_packs_fit_than_anybody_asks_for_the_search_ends(recipe, monkeypatch):
+    asked = []
+    monkeypatch.setattr(planner, "most_packs", lambda *_: asked.append(1) or planner.MOST_PACKS)
+    assert planner.max_batch(planner.plan_recipe(recipe(), CARD, 2**40)) == planner.MOST_PACKS and len(asked) == 1
+
+
+def test_all_blocks_are_kept_only_with_what_was_set_and_within_the_room_for_it(recipe):
+    for gib, settings in ((2.75, ()), (2.0, ("memory.reuse_dequantized=true", "memory.tile_tokens=1024"))):
+        chosen = planner.plan_recipe(recipe(*settings), CARD, int(gib * GIB)).chosen
+        assert chosen.levers.reuse_dequantized or not settings
+        assert chosen.levers.host_embeddings and chosen.peak_bytes <= 0.97 * gib * GIB
+
+
+@pytest.mark.parametrize(("setting", "value"), [
+    ("kept_blocks", 3), ("checkpoint_every", 2), ("offload_checkpoints", "true"), ("reuse_dequantized", "true"),
+    ("resident_blocks", 9),
+])  # fmt: skip
+def test_what_is_set_for_blocks_that_are_computed_again_has_them_computed_again(setting, value, recipe):
+    plan = planner.plan_recipe(recipe(f"memory.{setting}={value}"), CARD, 24 * GIB)
+    assert plan.fits and str(plan.chosen.settings[f"memory.{setting}"]).lower() == str(value)
+    assert plan.chosen.levers.computes_again
+
+
+def test_a_size_of_memory_is_planned_for_with_the_speed_of_a_card_that_computes_in_bfloat16(recipe):
+    assert _machine(recipe(), 12 * 10**9, None).dtype == torch.bfloat16  # nearest to it is an older one
+
+
+def test_more_blocks_than_the_model_has_are_refused(recipe):
+    for name in ("kept_blocks", "resident_blocks"):
+        with pytest.raises(
+            RecipeError, match=rf"^memory\.{name} = 17: the model has 16 blocks; write at most as many$"
+        ):
+            planner.plan_recipe(recipe(f"memory.{name}=17"), CARD, 24 * GIB)
+        planner.plan_recipe(recipe(f"memory.{name}=16"), CARD, 24 * GIB)
+
+
+def test_the_fastest_settings_that_fit_are_chosen_and_the_effective_batch_is_kept(recipe):
+    roomy = planner.plan_recipe(recipe("train.gradient_accumulation_steps=4"), CARD, 24 * GIB)
+    tight = planner.plan_recipe(recipe("train.gradient_accumulation_steps=4"), CARD, 2 * GIB)
+    assert roomy.fits and tight.fits
+    assert roomy.chosen.levers.checkpointing == "none" and tight.chosen.levers.checkpointing == "block"
+    assert roomy.chosen.step_seconds < tight.chosen.step_seconds
+    for plan in (roomy, tight):
+        assert plan.chosen.packs * plan.chosen.micro_batches == 4
+        assert plan.peak_bytes <= plan.budget_bytes
+    assert "would need" in plan_text.reason(tight)
+
+
+def test_a_plan_is_described_in_lines_of_the_terminal_and_says_why_much_stays_free(recipe):
+    def lines(plan, name):
+        text = plan_text.describe(plan, []).split("\n")
+        (start,) = [i for i, line in enumerate(text) if line.startswith(f"{name} ")] or (len(text),)
+        assert all(len(line) <= 80 for line in text if line.startswith(("settings", "why", "left free", " " * 17)))
+        return "\n".join(text[start : start + 2])
+
+    settings = recipe("train.gradient_accumulation_steps=4")
+    tight, roomy = (planner.plan_recipe(settings, CARD, gib * GIB) for gib in (2, 40))
+    assert lines(tight, "settings") and lines(tight, "why") and not lines(tight, "left free")
+    fastest = min(roomy.found, key=lambda c: c.step_seconds)
+    saved = f"saves {100 * (1 - fastest.step_seconds / roomy.chosen.step_seconds):.1f} %"
+    no_room = replace(tight.chosen, step_seconds=0, host_limit_bytes=-1)
+    budget = int(1.4 * roomy.peak_bytes)
+    assert fastest.peak_bytes > budget
+    for plan, why in (
+        (roomy, f"the fastest plan that fits takes {format_bytes(fastest.peak_bytes)} and {saved}"),
+        (replace(roomy, found=(roomy.chosen, no_room)), "faster plans need more host memory than there is"),
+        (replace(roomy, budget_bytes=budget), "the next faster plan does not fit"),
+        (replace(roomy, found=tuple(c for c in roomy.found if c.step_seconds >= roomy.chosen.step_seconds)),
+         "no plan that uses more is faster"),
+        (planner.plan_recipe(recipe(*EVERYTHING_SET), CARD, 24 * GIB), "the recipe leaves no memory option open"),
+    ):  # fmt: skip
+        free = format_bytes(plan.budget_bytes - plan.peak_bytes)
+        assert f"left free {free}: {why}" in re.sub(r"\s+", " ", lines(plan, "left free"))
+
+
+def test_a_card_without_fast_bfloat16_is_planned_in_the_type_that_it_will_run_in(recipe):
+    older, old = (machine_of_card(find_card(name)) for name in ("p100", "tesla-t4"))
+    plans = [planner.plan_recipe(recipe(), card, 24 * GIB) for card in (older, old, CARD)]
+    assert [plan.step.job.workload.spec.compute_dtype for plan in plans] == [
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+    ]
+    for card in (older, old):
+        with pytest.raises(ModelError, match="compute_dtype bfloat16 is for training on cards"):
+            planner.plan_recipe(recipe("model.compute_dtype=bfloat16"), card, 24 * GIB)
+    sizes = [plan.chosen.prediction.simulation.resident.total for plan in plans]
+    assert sizes[0] > sizes[1] == sizes[2]
+    whole = ["train.max_grad_norm=0", "train.gradient_accumulation_steps=1", "memory.optimizer_in_backward=true"]
+    with pytest.raises(ModelError, match="optimizer_in_backward: in float16 an overflow is seen too late"):
+        planner.plan_recipe(recipe(*whole), old, 24 * GIB)
+    assert planner.plan_recipe(recipe(*whole, "model.compute_dtype=float32"), old, 24 * GIB).fits
+
+
+def test_a_model_beyond_float16_is_planned_in_float32_at_that_type_s_rate(recipe):
+    old = machine_of_card(find_card("tesla-t4"))
+    plan = planner.plan_recipe(recipe("model.path=google/gemma-3-1b-it"), old, 24 * GIB)
+    assert plan.step.job.workload.spec.compute_dtype == torch.float32
+    assert (
+        plan.machine.flops_per_second == old.float32_flops_per_second == pytest.approx(old.flops_per_second / 8, 0.01)
+    )
+    asked = planner.plan_recipe(recipe("model.path=google/gemma-3-1b-it", "model.compute_dtype=float16"), old, 24 * GIB)
+    assert (
+        asked.step.job.workload.spec.compute_dtype == torch.float16
+        and asked.machine.flops_per_second == old.flops_per_second
+    )
+    said = [re.findall("^compute type +(.*)$", plan_text.describe(of, []), re.MULTILINE) for of in (plan, asked)]
+    assert said == [["float32: gemma3_text exceeds float16"], ["float16"]]
+    assert [plan_text.as_json(of, [])["compute_dtype"] for of in (plan, asked)] == ["float32", "float16"]
+
+
+def test_what_the_recipe_fixes_is_kept(recipe):
+    plan = planner.plan_recipe(recipe(*EVERYTHING_SET), CARD, 24 * GIB)
+    assert plan.chosen.settings == {
+        "memory.checkpointing": "block", "memory.kept_blocks": 1, "memory.checkpoint_every": 1,
+        "memory.loss_chunk_tokens": 100,
+        "memory.tile_tokens": 64, "memory.embeddings": "device", "memory.head": "device",
+        "memory.offload_checkpoints": True,
+        "memory.resident_blocks": "all", "memory.reuse_dequantized": True, "memory.stream_from": "host",
+        "train.micro_batch_size": 2, "train.gradient_accumulation_steps": 2,
+    }  # fmt: skip
+    assert plan_text.reason(plan).endswith("as the recipe says")
+    assert "block inputs in host memory" in plan_text.reason(plan)
+
+
+def test_every_lever_of_the_recipe_is_named_and_none_that_does_nothing(recipe):
+    def reason(*settings):
+        return plan_text.reason(planner.plan_recipe(recipe(*settings), CARD, 24 * GIB))
+
+    once = reason("memory.optimizer_in_backward=true", "train.max_grad_norm=0", "train.compile=true")
+    assert "factors updated in backward" in once and "blocks compiled" in once
+    plain = reason("memory.checkpointing=none", "memory.reuse_dequantized=true", "memory.tile_tokens=auto")
+    assert not any(words in plain for words in ("unpacked once", "in backward", "compiled"))
+    tiled = reason("memory.checkpointing=none", "memory.reuse_dequantized=true", "memory.tile_tokens=64")
+    assert "unpacked once" in tiled
+
+
+def test_where_the_host_is_slower_than_the_card_more_packs_go_through_at_once_and_it_is_told(recipe):
+    settings, words = ("train.gradient_accumulation_steps=8",), "what the host takes to start"
+    slow, fast = (
+        planner.plan_recipe(recipe(*settings), replace(CARD, flops_per_second=rate, bytes_per_second=rate), 24 * GIB)
+        for rate in (1e13, 1e16)
+    )
+    assert words in plan_text.describe(fast, []) and words not in plan_text.describe(slow, [])
+    streamed = planner.plan_recipe(recipe(*settings, "memory.resident_blocks=0"), fast.machine, 24 * GIB)
+    work = streamed.chosen.prediction.simulation.work
+    for share, hidden in ((0.9, "hidden behind the"), (1.1, "more than the")):
+        bus = work.bus_bytes / (share * fast.machine.starting_seconds(work))
+        said = plan_text.transfers(replace(streamed, machine=replace(fast.machine, bus_bytes_per_second=bus)))
+        assert hidden in said and "of starting operations" in said
+    assert fast.chosen.packs > slow.chosen.packs
+
+
+def test_the_time_of_transfers_is_told_beside_that_of_computing(recipe):
+    streamed = "memory.resident_blocks=0", "memory.offload_checkpoints=false", "data.max_tokens=512"
+    for bus, words in ((1e9, "more than the"), (1e12, "hidden behind the")):
+        machine = replace(CARD, bus_bytes_per_second=bus)
+        plan = planner.plan_recipe(recipe(*streamed), machine, 24 * GIB)
+        work, chosen = plan.chosen.prediction.simulation.work, plan.chosen
+        seconds = chosen.micro_batches * work.bus_bytes / bus
+        said = f"{format_seconds(seconds)} over the bus, {words}"
+        assert plan_text.as_json(plan, [])["transfers"].startswith(said) and said in plan_text.describe(plan, [])
+        assert (chosen.step_seconds == pytest.approx(seconds)) == (words == "more than the")
+    resident = planner.plan_recipe(recipe(), CARD, 24 * GIB)
+    assert plan_text.transfers(resident) is None and "transfers" not in plan_text.describe(resident, [])
+
+
+def test_weights_are_unpacked_once_for_a_backward_where_that_is_faster_by_more_than_estimates_tell(recipe):
+    """Short rows: unpacking is a large part of a step. Long rows: it is not, and its memory keeps blocks instead."""
+    block, keeps_none = "memory.checkpointing=block", "memory.kept_blocks=0"
+    short = planner.plan_recipe(recipe(block, keeps_none, "data.max_tokens=256"), CARD, 8 * GIB)
+    long = planner.plan_recipe(recipe(block, keeps_none, "data.max_tokens=4096"), CARD, 8 * GIB)
+    assert short.chosen.levers.reuse_dequantized and not long.chosen.levers.reuse_dequantized
+    assert "weights unpacked once" in plan_text.reason(short)
+    (without,) = (c for c in short.found if not c.levers.reuse_dequantized)
+    assert EQUALLY_FAST * short.chosen.step_seconds < without.step_seconds
+    assert short.chosen.peak_bytes > without.peak_bytes
+    changes = {a.change: a for a in planner.alternatives(long)}
+    other = changes["memory.reuse_dequantized=true"]
+    assert other.step_seconds < long.chosen.step_seconds and other.peak_bytes > long.peak_bytes
+    fixed = planner.plan_recipe(recipe(block, "data.max_tokens=256", "memory.reuse_dequantized=false"), CARD, 8 * GIB)
+    assert not any(c.levers.reuse_dequantized for c in fixed.found)
+    assert not any("reuse_dequantized" in a.change for a in planner.alternatives(fixed))
+    tight = planner.plan_recipe(recipe(block, keeps_none, "data.max_tokens=256"), CARD, without.peak_bytes + 2**20)
+    assert tight.fits and not tight.chosen.levers.reuse_dequantized
+
+
+def test_attention_is_kept_on_a_card_where_rows_are_long_enough_to_show_it_and_memory_is_left(recipe):
+    long, on_device = "data.max_tokens=32768", "memory.offload_checkpoints=false"
+    roomy = planner.plan_recipe(recipe(long, on_device), CARD, 16 * GIB)
+    assert roomy.chosen.levers.checkpointing == "selective"
+    assert "checkpointing selective" in plan_text.reason(roomy)
+    (block,) = (
+        c for c in roomy.found if c.levers.checkpointing == "block" and c.levers == replace(
+            roomy.chosen.levers, checkpointing="block")
+    )  # fmt: skip
+    assert EQUALLY_FAST * roomy.chosen.step_seconds < block.step_seconds
+    kept = 32768 * (2 * 2048 + 4 * 32) * 16  # of 16 blocks: a hidden state in bf16 and a float for each of 32 heads
+    assert roomy.chosen.peak_bytes - block.peak_bytes == pytest.approx(kept, rel=0.1)
+    changes = {a.change: a for a in planner.alternatives(roomy)}
+    assert changes["memory.checkpointing=block"].step_seconds == block.step_seconds
+    tight = planner.plan_recipe(recipe(long, on_device), CARD, block.peak_bytes + 2**20)
+    frees = tight.chosen.levers.tile_tokens is not None or tight.chosen.levers.host_embeddings
+    assert tight.fits and (tight.chosen.levers.checkpointing == "block" or frees)
+    assert tight.chosen.step_seconds <= EQUALLY_FAST * block.step_seconds
+    fixed = planner.plan_recipe(recipe(long, "memory.checkpointing=block"), CARD, 16 * GIB)
+    assert not any(c.levers.checkpointing == "selective" for c in fixed.found)
+    short = planner.plan_recipe(recipe("data.max_tokens=1024"), CARD, 2 * GIB)
+    assert short.chosen.levers.checkpointing == "block"
+
+
+def test_attention_is_kept_on_the_host_where_the_device_has_no_room_and_the_host_has(recipe):
+    settings = recipe("data.max_tokens=32768", "memory.tile_tokens=4096", "memory.embeddings=device")
+    block = planner.plan_recipe(settings, replace(CARD, host_bytes=GIB), 6 * GIB).chosen
+    assert block.levers.checkpointing == "block" and not block.levers.offload_checkpoints
+    chosen = planner.plan_recipe(settings, CARD, 6 * GIB).chosen
+    assert chosen.levers == replace(block.levers, checkpointing="selective", offload_checkpoints=True)
+    assert chosen.prediction.simulation.offloaded_bytes > GIB
+
+
+@pytest.mark.parametrize(("model", "moved"), [("Llama-3.1-8B", {"head"}), ("Llama-3.2-1B", {"embeddings", "head"})])
+def test_the_head_goes_to_the_host_before_the_blocks_with_the_embeddings_if_they_are_the_same(recipe, model, moved):
+    here, long = f"model.path=meta-llama/{model}", "data.max_tokens=16384"
+    without = planner.plan_recipe(recipe(here, long, "memory.head=device", "memory.resident_blocks=all"), CARD, GIB)
+    assert not without.fits and not any(candidate.levers.host_head for candidate in without.found)
+    budget = without.peak_bytes - 100 * 2**20
+    plan = planner.plan_recipe(recipe(here, long), CARD, budget)
+    assert plan.fits and plan.chosen.levers.host_head and plan.chosen.levers.host_embeddings
+    assert plan.chosen.levers.resident_blocks is None
+    assert "head in host memory" in plan_text.reason(plan)
+    changes = [set(alternative.change.split()) for alternative in planner.alternatives(plan)]
+    assert {f"memory.{name}=device" for name in moved} in changes
+    kept = planner.plan_recipe(recipe(here, long, "memory.embeddings=device"), CARD, budget)
+    assert any(candidate.levers.host_head for candidate in kept.found) is (moved == {"head"})
+
+
+def test_what_the_host_has_no_room_for_stays_on_the_card_or_does_not_fit(recipe):
+    long, host = "data.max_tokens=32768", "memory.host_budget={}GiB".format
+    free = planner.plan_recipe(recipe(long), CARD, 3 * GIB)
+    assert free.fits and free.chosen.levers.offload_checkpoints
+    needed = free.chosen.prediction.host_bytes
+    assert needed == planner.host_bytes(free) > 3.9 * GIB
+
+    enough = planner.plan_recipe(recipe(long, host(5)), CARD, 3 * GIB)
+    assert enough.chosen.settings == free.chosen.settings
+    assert "of 5.0 GiB" in plan_text.describe(enough, [])
+    little = planner.plan_recipe(recipe(long, host(3.2)), CARD, 3 * GIB)
+    assert not little.fits and little.chosen.fits_host and not little.chosen.levers.offload_checkpoints
+    said = str(planner.does_not_fit(little, []))
+    assert "too much" in said and "memory.offload_checkpoints=true" in said
+    assert "4.0 GiB of host memory where 3.2 GiB may be used: raise memory.host_budget, or name a disk" in said
+    roomy = planner.plan_recipe(recipe(long, host(3.2)), CARD, 6 * GIB)
+    assert roomy.fits and roomy.chosen.fits_host
+
+    offloading = "memory.offload_checkpoints=true", "memory.checkpoint_every=1"
+    fixed = planner.plan_recipe(recipe(long, host(2), *offloading), CARD, 8 * GIB)
+    assert not fixed.fits and fixed.peak_bytes <= fixed.budget_bytes
+    assert "GiB of host memory where 2.0 GiB may be used beside RTX 4060" in str(planner.does_not_fit(fixed, []))
+    assert "does not fit[/] the host's memory" in plan_text.describe(fixed, [])
+    only = replace(fixed, found=(fixed.chosen,))  # as of a resumed run, whose plan is given
+    assert "may be used beside RTX 4060; free host memory, or raise memory.host_budget" in str(
+        planner.does_not_fit(only, [])
+    )
+
+
+def test_fewer_block_inputs_are_kept_where_nothing_else_makes_room_for_them(recipe):
+    long, offloading = "data.max_tokens=32768", ("memory.offload_checkpoints=true", "memory.host_budget=2GiB")
+    for_host = planner.plan_recipe(recipe(long, *offloading), CARD, 8 * GIB)
+    assert for_host.fits and for_host.chosen.levers.checkpoint_every > 1 and for_host.chosen.levers.offload_checkpoints
+    assert f"{for_host.chosen.levers.checkpoint_every} blocks at once" in plan_text.reason(for_host)
+
+    here = long, "memory.offload_checkpoints=false", "memory.resident_blocks=all"
+    each = planner.plan_recipe(recipe(*here, "memory.checkpoint_every=1"), CARD, GIB)
+    budget = each.peak_bytes - 50 * 2**20
+    for_device = planner.plan_recipe(recipe(*here), CARD, budget)
+    assert not each.fits and for_device.fits and for_device.chosen.levers.checkpoint_every == 2
+    lengths = [planner.max_tokens(replace(plan, budget_bytes=budget)) for plan in (each, for_device)]
+    assert lengths[0] < 32768 <= lengths[1]
+    streamed = planner.plan_recipe(recipe(long, "memory.checkpoint_every=2"), CARD, GIB)
+    assert not streamed.fits and all(c.levers.resident_blocks is None for c in streamed.found)
+
+
+def test_as_many_blocks_stay_on_the_card_as_it_has_room_for_where_the_host_has_none_for_all(recipe):
+    big = "model.path=meta-llama/Llama-3.1-8B", "memory.embeddings=device", "memory.head=device"
+    free = planner.plan_recipe(recipe(*big, "memory.resident_blocks=0"), CARD, 5 * GIB)
+    needed = free.chosen.prediction.host_bytes / GIB
+    plan = planner.plan_recipe(recipe(*big, f"memory.host_budget={needed - 1:.2f}GiB"), CARD, 5 * GIB)
+    assert plan.fits and plan.chosen.prediction.host_bytes <= (needed - 1) * GIB
+    assert 0 < plan.chosen.levers.resident_blocks < 32
+
+
+def test_weights_come_from_the_disk_where_the_host_has_room_for_no_other_plan(recipe):
+    big = "model.path=meta-llama/Llama-3.1-8B", "data.max_tokens=2048"
+    free = planner.plan_recipe(recipe(*big), CARD, 3 * GIB)
+    assert free.chosen.levers.resident_blocks is not None and not free.chosen.levers.weights_on_disk
+    assert "from the disk" not in plan_text.transfers(free)
+    needed = free.chosen.prediction.host_bytes / GIB
+    small = [f"memory.host_budget={0.6 * needed:.2f}GiB"]
+    plan = planner.plan_recipe(recipe(*big, *small), CARD, 3 * GIB)
+    work, host = plan.chosen.prediction.simulation.work, plan.chosen.prediction.host_bytes
+    assert plan.fits and plan.chosen.levers.weights_on_disk and host <= 0.6 * needed * GIB
+    seconds = plan.chosen.micro_batches * work.disk_bytes / DISK_BYTES_PER_SECOND
+    assert plan.chosen.step_seconds >= seconds > 0
+    said = plan_text.describe(plan, [])
+    assert "weights streamed from the disk" in said
+    assert (
+        f"{format_bytes(plan.chosen.micro_batches * work.disk_bytes)} from the disk, {format_seconds(seconds)} if"
+        in said
+    )
+    assert planner.disk_bytes(plan) - planner.disk_bytes(free) == plan.chosen.prediction.simulation.frozen_bytes
+    assert len({(c.levers, c.packs) for c in plan.found}) == len(plan.found)
+    whole = planner.plan_recipe(recipe("memory.stream_from=disk"), CARD, 8 * GIB)
+    assert whole.chosen.settings["memory.resident_blocks"] == "all"
+    assert whole.chosen.settings["memory.stream_from"] == "host", "nothing is streamed"
+    for each in (plan, whole):
+        assert all(c.levers.stream_from_disk == c.levers.weights_on_disk for c in each.found)
+    refused = planner.plan_recipe(recipe(*big, *small, "memory.stream_from=host"), CARD, 3 * GIB)
+    assert not refused.fits
+    assert "set memory.stream_from to auto" in str(planner.does_not_fit(refused, []))
+
+
+def test_where_weights_are_streamed_the_last_blocks_stay_and_keep_all_if_that_is_faster(recipe):
+    big = recipe("model.path=meta-llama/Llama-3.1-8B", "data.max_tokens=512")
+    plan = planner.plan_recipe(big, CARD, 4 * GIB)
+    levers = plan.chosen.levers
+    assert plan.fits and 2 <= levers.kept_blocks == levers.resident_blocks < 32
+    streaming_all = replace(levers, kept_blocks=0, resident_blocks=0)
+    slower = build_candidate(plan.step, plan.machine, streaming_all, plan.chosen.packs)
+    assert plan.chosen.step_seconds * EQUALLY_FAST < slower.step_seconds
+    one_more = replace(levers, kept_blocks=levers.kept_blocks + 2, resident_blocks=levers.kept_blocks + 2)
+    assert build_candidate(plan.step, plan.machine, one_more, plan.chosen.packs).peak_bytes > 0.97 * plan.limit_bytes
+
+
+def test_checkpoints_on_a_disk_need_its_room_and_not_the_host_s(recipe, tmp_path):
+    offloading = (
+        "memory.checkpointing=block", "memory.kept_blocks=0", "memory.offload_checkpoints=true", "data.max_tokens=8192",
+    )  # fmt: skip
+    in_memory, on_disk = (
+        planner.plan_recipe(recipe(*offloading, *more), CARD, 8 * GIB)
+        for more in ([], [f"memory.offload_folder={tmp_path}"])
+    )
+    checkpoints = 16 * 8192 * 2048 * 2  # blocks, tokens, hidden size, bfloat16
+    assert in_memory.chosen.prediction.host_bytes - on_disk.chosen.prediction.host_bytes == checkpoints
+    assert planner.disk_bytes(on_disk) == planner.disk_bytes(in_memory)
+    assert plan_text.as_json(on_disk, [])["offload_folder_bytes"] == checkpoints
+    assert on_disk.peak_bytes == in_memory.peak_bytes
+    said = plan_text.describe(on_disk, [])
+    assert "block inputs on a disk" in said and "offload folder   512.0 MiB" in said
+    assert "offload folder" not in plan_text.describe(in_memory, [])
+
+
+def test_a_disk_is_for_what_fits_in_no_other_way(recipe, tmp_path):
+    long, folder = "data.max_tokens=32768", f"memory.offload_folder={tmp_path}"
+    in_memory = planner.plan_recipe(recipe(long), CARD, 6 * GIB)  # as fast, or faster
+    assert in_memory.chosen.levers.offload_checkpoints
+    without = planner.plan_recipe(recipe(long, "memory.offload_checkpoints=false"), CARD, 6 * GIB)
+    assert planner.plan_recipe(recipe(long, folder), CARD, 6 * GIB).chosen.settings == without.chosen.settings
+    for gib in (3, 4):
+        tight = planner.plan_recipe(recipe(long, folder), CARD, int(gib * GIB))
+        assert tight.fits and tight.chosen.levers.uses_disk and tight.chosen.levers.checkpointing == "block"
+
+
+def test_a_disk_is_named_as_the_cure_only_where_it_is_one(recipe):
+    block = "memory.checkpointing=block", "memory.checkpoint_every=1"
+    offloading = *block, "memory.offload_checkpoints=true", "memory.host_budget=1.55GiB"
+    for embeddings, helps in (("device", True), ("host", False)):
+        plan = planner.plan_recipe(recipe(*offloading, f"memory.embeddings={embeddings}"), CARD, 8 * GIB)
+        assert not plan.fits
+        assert ("name a disk in memory.offload_folder" in str(planner.does_not_fit(plan, []))) == helps
+
+
+def test_a_cpu_that_is_short_of_memory_puts_checkpoints_on_a_disk_if_one_is_named(recipe, tmp_path):
+    def plan(gib, *more):
+        cpu = Machine("a CPU", "cpu", gib * GIB, 0, 1e11, 1e10, 1e10)
+        return planner.plan_recipe(recipe("memory.checkpointing=block", "data.max_tokens=2048", *more), cpu, gib * GIB)
+
+    folder = f"memory.offload_folder={tmp_path}"
+    assert not plan(8, folder).chosen.levers.offload_checkpoints
+    enough = plan(1, folder).peak_bytes / GIB  # of what needs least
+    assert plan(enough, folder).fits and plan(enough, folder).chosen.levers.offload_checkpoints
+    assert not plan(enough).fits
+
+
+@pytest.mark.parametrize(("model", "place", "warned"), [
+    ("Llama-3.2-1B", "device", True), ("Llama-3.2-1B", "host", False), ("Llama-3.1-8B", "device", False),
+])  # fmt: skip
+def test_a_four_bit_head_that_spares_nothing_is_warned_of(recipe, caplog, model, place, warned):
+    path = f"model.path=meta-llama/{model}"
+    head = planner.plan_recipe(recipe(path, f"memory.embeddings={place}", "model.quant_head=true"), CARD, 24 * GIB)
+    assert ("the 4-bit copy takes memory and saves none" in caplog.text) == warned
+    without = planner.plan_recipe(recipe(path, "memory.embeddings=device", "memory.head=device"), CARD, 24 * GIB)
+    frozen = [plan.chosen.prediction.simulation.resident.total for plan in (head, without)]
+    assert (frozen[0] > frozen[1]) == warned
+
+
+@pytest.mark.parametrize(("settings", "adapters"), [((), 1), (("data.eval=rows.jsonl",), 2)])
+def test_on_a_cpu_the_copy_of_a_checkpoint_is_part_of_the_plan_and_of_no_rehearsal(recipe, settings, adapters):
+    cpu = Machine("a CPU", "cpu", 24 * GIB, 300 * 2**20, 1e11, 1e10, 1e10)
+    for where, counted in ((cpu, 1), (CARD, 0)):
+        plan = planner.plan_recipe(recipe("lora.rank=64", *settings), where, 24 * GIB)
+        prediction = plan.chosen.prediction
+        beside = sum(constant["bytes"] for constant in plan_text.constants(plan))
+        assert beside + prediction.simulation.peak().total == plan.peak_bytes
+        held = prediction.simulation.resident.breakdown
+        assert prediction.saving_bytes == counted * (adapters * held["adapter"] + held["optimizer"])
+        assert planner.expected_peak(plan, collate(examples(1)), None, False).saving_bytes == 0
+        assert sum(o.bytes for o in prediction.overheads if o.name == "checkpoint") == prediction.saving_bytes
+
+
+@pytest.mark.parametrize(("tokens", "warned"), [(8192, False), (8256, True)])
+def test_rows_longer_than_the_model_was_made_for_are_warned_of(recipe, caplog, tokens, warned):
+    settings = recipe(
+        "model.path=meta-llama/Meta-Llama-3-8B", f"data.max_tokens={tokens}", "memory.checkpointing=block"
+    )
+    plan = planner.plan_recipe(settings, CARD, 8 * GIB)
+    assert ("a row of 8,256 tokens is longer than the 8,192 that the model was made for" in caplog.text) == warned
+    longest = planner.max_tokens(plan)
+    assert f"a row of {longest:,} tokens is longer than the 8,192" in caplog.text
+
+
+def test_the_largest_pack_is_looked_for_among_all_packs_of_the_steps(tmp_path, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def seen(_recipe, _machine, _budget, rows, *_others):
+        raise Seen(rows)
+
+    save_tiny(tmp_path / "model")
+    written = write_recipe(
+        tmp_path, tmp_path / "model", data={"packing": False, "order": "as-is"},
+        train={"max_steps": 1, "gradient_accumulation_steps": 6, "micro_batch_size": 2},
+    )  # fmt: skip
+    rows = sorted(examples(12), key=lambda row: len(row.token_ids))
+    monkeypatch.setattr(planner, "plan_recipe", seen)
+    with pytest.raises(Seen) as caught:
+        planner.plan_run(load_recipe(written), rows, ())
+    assert caught.value.args[0].lengths == (max(row_lengths(rows)),)
+
+
+def test_on_a_cpu_the_host_s_memory_is_the_device_s(recipe):
+    cpu = Machine("a CPU", "cpu", 64 * GIB, 0, 1e11, 1e10, 1e10)
+    on_device, on_host = (
+        planner.plan_recipe(
+            recipe("memory.checkpointing=block", "memory.kept_blocks=0", f"memory.head={where}"), cpu, 64 * GIB
+        ).peak_bytes
+        for where in ("device", "host")
+    )
+    assert on_device <= on_host < 1.05 * on_device
+
+
+def test_a_head_in_four_bits_is_never_planned_for_the_host(recipe):
+    plan = planner.plan_recipe(recipe("model.path=meta-llama/Llama-3.1-8B", "model.quant_head=true"), CARD, GIB)
+    assert not any(candidate.levers.host_head for candidate in plan.found)
+    assert not any("memory.head" in alternative.change for alternative in planner.alternatives(plan))
+
+
+@pytest.mark.parametrize("budget", [24, 4, 2.2])
+def test_a_plan_for_compiled_blocks_leaves_out_what_they_do_not_go_with(recipe, budget):
+    long = "data.max_tokens=16384"
+    plan = planner.plan_recipe(recipe("train.compile=true", long), replace(CARD, host_bytes=64 * GIB), budget * GIB)
+    for candidate in plan.found:
+        x = candidate.levers
+        assert x.compile and x.tile_tokens is None and x.resident_blocks is None
+        assert x.checkpointing in ("block", "none")
+    assert {a.change for a in planner.alternatives(plan)}  # which are simulated like all others
+    without = recipe(long, "memory.tile_tokens=off", "memory.resident_blocks=all")
+    plain = planner.plan_recipe(without, CARD, budget * GIB - CUDA_COMPILER_BYTES)
+    for compiled in plan.found:
+        levers = replace(compiled.levers, compile=False, kernels="plain")  # of which a compiler makes its own
+        same = build_candidate(plain.step, CARD, levers, compiled.packs)
+        assert compiled.peak_bytes == same.peak_bytes + CUDA_COMPILER_BYTES
+
+
+def test_a_recipe_may_keep_attention_and_the_last_blocks(recipe):
+    settings = recipe("memory.checkpointing=selective", "data.max_tokens=1024", "memory.offload_checkpoints=false")
+    plan = planner.plan_recipe(settings, CARD, 3 * GIB)
+    assert plan.fits and plan.chosen.levers.checkpointing == "selective" and plan.chosen.levers.kept_blocks
+    assert f"selective but for the last {plan.chosen.levers.kept_blocks} blocks" in plan_text.reason(plan)
+
+
+def test_the_parts_add_up_to_the_peak_and_the_json_has_the_agreed_keys(recipe):
+    streamed = planner.plan_recipe(recipe("data.max_tokens=32768"), CARD, 2.5 * GIB)
+    assert streamed.chosen.prediction.simulation.offloaded_bytes > GIB
+    assert sum(streamed.breakdown.values()) == streamed.peak_bytes <= streamed.budget_bytes
+    page = plan_text.page_record(streamed, [], "a plan")
+    assert "Host memory: " in page["sentences"][1]
+    for moment in page["timeline"]:
+        assert sum(moment["bytes"].values()) <= page["peak"]["bytes"] == sum(page["peak"]["breakdown"].values())
+    plan = planner.plan_recipe(recipe(), CARD, 8 * GIB)
+    values = plan_text.as_json(plan, list(planner.alternatives(plan)))
+    assert set(values) >= {
+        "fits", "budget_bytes", "peak_bytes", "peak_phase", "peak_module", "breakdown", "host_bytes", "disk_bytes",
+        "offload_folder_bytes", "step_seconds_estimate", "chosen", "alternatives",
+    }  # fmt: skip
+    assert sum(values["breakdown"].values()) == values["peak_bytes"]
+    changes = {a["change"].partition("=")[0] for a in values["alternatives"]}
+    assert {"memory.checkpointing", "memory.loss_chunk_tokens", "train.optimizer", "data.max_tokens"} <= changes
+    assert json.loads(json.dumps(values)) == values
+
+
+def test_max_tokens_is_the_longest_that_fits(recipe):
+    plan = planner.plan_recipe(recipe(), CARD, 4 * GIB)
+    longest = planner.max_tokens(plan)
+    for tokens, fits in ((longest, True), (longest + 64, False)):
+        settings = recipe("memory.loss_chunk_tokens=1024", f"data.max_tokens={tokens}")
+        again = planner.plan_recipe(settings, CARD, 4 * GIB)
+        assert again.fits is fits
+
+
+@pytest.mark.parametrize("steps_of", [1, 1000, 10**8])  # memory may be taken in steps
+@pytest.mark.parametrize("limit", [11, 999, 12345, 10**9])
+def test_the_largest_number_under_a_limit_is_found_with_few_tries(limit, steps_of):
+    tried = []
+
+    def missing(n):
+        tried.append(n)
+        return (3 * n + n * n // 1000) // steps_of * steps_of - limit
+
+    found = largest_of(missing, missing(1), 5, 10**6)
+    assert len(tried) < 40
+    assert missing(found) <= 0
+    assert found == 10**6 or missing(found + 1) > 0
+
+
+@pytest.mark.parametrize(("optimizer", "other"), [
+    ("paged_adamw_8bit", "adamw_32bit"), ("adamw_32bit", "adamw_8bit"), ("paged_lion_8bit", "lion_32bit"),
+    ("lion_32bit", "lion_8bit"), ("adamw_torch", "adamw_8bit"),
+])  # fmt: skip
+def test_the_optimizer_that_is_offered_is_of_the_same_family(recipe, optimizer, other):
+    plan = planner.plan_recipe(recipe(f"train.optimizer={optimizer}"), CARD, 24 * GIB)
+    assert [a.change for a in planner.alternatives(plan) if "optimizer" in a.change] == [f"train.optimizer={other}"]
+
+
+def test_what_does_not_fit_is_told_with_the_parts_and_the_smallest_change(recipe):
+    keeps_all = recipe("memory.checkpointing=none", "memory.tile_tokens=off", "memory.head=device")
+    budget = 5 * GIB // 2
+    plan = planner.plan_recipe(keeps_all, CARD, budget)
+    assert not plan.fits and plan_text.reason(plan).endswith(" plans, the one that needs least")
+    error = planner.does_not_fit(plan, list(planner.alternatives(plan)))
+    assert error.exit_code == 3
+    assert "saved activations" in str(error) and "data.overflow says what to do with them" in str(error)
+    longest = int(re.search(r"data\.max_tokens=(\d+) fits", str(error))[1])
+    settings = ("memory.checkpointing=none", "memory.tile_tokens=off", "memory.head=device")
+    for tokens, fits in ((longest, True), (longest + LENGTH_STEP, False)):
+        assert planner.plan_recipe(recipe(*settings, f"data.max_tokens={tokens}"), CARD, budget).fits is fits
+    for budget_bytes, cure in ((GIB // 2, "beside tensors takes"), (int(0.68 * GIB), "choose a smaller model")):
+        floor = planner.plan_recipe(recipe(), CARD, budget_bytes)
+        assert cure in str(planner.does_not_fit(floor, list(planner.alternatives(floor))))
+    nothing = planner.plan_recipe(recipe(), CARD, 1024)  # less than the adapter too, which is not what to cure
+    assert "beside tensors takes" in str(planner.does_not_fit(nothing, list(planner.alternatives(nothing))))
+
+
+@pytest.mark.parametrize(
+    ("rank", "budget_gib", "said"),
+    [(20000, 4, "adapter and its optimizer alone take"), (1000, 3, "weights, adapter, optimizer and constants alone")],
+)
+def test_a_rank_that_alone_is_too_much_is_what_to_lower(recipe, rank, budget_gib, said):
+    plan = planner.plan_recipe(recipe(f"lora.rank={rank}"), CARD, budget_gib * GIB)
+    error = str(planner.does_not_fit(plan, list(planner.alternatives(plan))))
+    assert said in error and error.endswith(": lower lora.rank")
+
+
+def test_a_slower_machine_is_estimated_slower(recipe):
+    fast = Machine("fast", "cuda", 8 * GIB, 0, 1e14, 1e12, 1e10)
+    slow = Machine("slow", "cuda", 8 * GIB, 0, 1e13, 1e12, 1e10)
+    times = [
+        planner.plan_recipe(recipe("memory.checkpointing=block"), m, 8 * GIB).chosen.step_seconds for m in (fast, slow)
+    ]
+    assert 2 < times[1] / times[0] < 10
+
+
+def test_an_unknown_model_names_the_nearest(recipe):
+    with pytest.raises(ModelError, match=r"nearest known models are .*Llama-3\.2-1B"):
+        planner.plan_recipe(recipe("model.path=someone/Llama-3.2-1"), CARD, GIB)
+
+
+def test_an_operator_that_needs_values_is_measured_on_small_real_models_and_named(
+    recipe, tmp_path, monkeypatch, caplog
+):  # fmt: skip
+    AutoConfig.for_model("llama", **ARCHITECTURES["llama"] | {"num_hidden_layers": 5}).save_pretrained(tmp_path)
+    settings = recipe(f"model.path={tmp_path}", "data.max_tokens=64", "memory.checkpointing=block")
+    planned = planner.plan_recipe(settings, CARD, 8 * GIB)
+    plain_step = simulate.rehearse_step
+
+    def step_that_looks_at_values(*arguments):
+        arguments[4].input_ids.nonzero()
+        plain_step(*arguments)
+
+    monkeypatch.setattr(simulate, "rehearse_step", step_that_looks_at_values)
+    simulate._say_measured.cache_clear()
+    measured = planner.plan_recipe(settings, CARD, 8 * GIB)
+    because = measured.chosen.prediction.simulation.measured_because
+    assert because.startswith("aten.nonzero.default cannot run without values (")
+    assert f"{because}: measured on" in plan_text.describe(measured, [])
+    (said,) = [r.message for r in caplog.records if because in r.message]
+    assert "measured on the processor with real tensors" in said
+    assert measured.peak_bytes == pytest.approx(planned.peak_bytes, abs=100)
+
+
+class TestCommand:
+    """The command line."""
+
+    def call(self, capsys, *arguments):
+        with pytest.raises(SystemExit) as caught:
+            main(["plan", *map(str, arguments)])
+        captured = capsys.readouterr()
+        return caught.value.code, captured.out, captured.err
+
+    @pytest.fixture
+    def file(self, tmp_path):
+        path = tmp_path / "recipe.yaml"
+        path.write_text("model:\n  path: meta-llama/Llama-3.2-1B\ndata:\n  train: rows.jsonl\n  max_tokens: 256\n")
+        return path
+
+    def test_prints_the_verdict_and_writes_the_page(self, capsys, file, tmp_path):
+        page = tmp_path / "plan.html"
+        code, out, _ = self.call(capsys, file, "--card", "rtx-4060", "--html", page, "--max-batch")
+        assert code == 0 or code is None
+        assert "RTX 4060" in out and "fits" in out and "saved activations" in out and "packs that fit at once" in out
+        assert "<svg" in page.read_text()
+        assert "Memory plan of recipe: meta-llama/Llama-3.2-1B, 256 tokens, rank 16, on RTX 4060" in page.read_text()
+
+    def test_one_card_is_planned_for_and_more_are_not_ignored(self, capsys, file):
+        code, out, err = self.call(capsys, file, "--card", "rtx-3090", "--card", "rtx-4090")
+        assert code == 2 and out == "" and "--card takes one card" in err
+
+    @pytest.mark.parametrize(("found", "shown"), [(planner.MOST_PACKS, "256 or more"), (7, "7"), (None, "none")])
+    def test_the_plan_is_shown_before_what_takes_longer(self, capsys, file, monkeypatch, found, shown):
+        def counted(_plan):
+            assert "RTX 4060" in capsys.readouterr().out
+            return found
+
+        monkeypatch.setattr(planner, "max_batch", counted)
+        _, out, _ = self.call(capsys, file, "--card", "rtx-4060", "--max-batch")
+        assert out == f"packs that fit at once, with every lever that saves memory: {shown}\n"
+
+    def test_json_is_one_object_and_nothing_else(self, capsys, file):
+        code, out, _ = self.call(capsys, file, "--vram", "0.5GiB", "--json", "--max-tokens")
+        values = json.loads(out)
+        assert code == 3 and values["fits"] is False and values["max_tokens"] is None
+
+    @pytest.mark.parametrize(("budget", "planned_for"), [("24GiB", 2**29), ("0.25GiB", 2**28)])
+    def test_a_budget_never_makes_a_card_larger_than_it_is(self, capsys, file, budget, planned_for):
+        _, out, err = self.call(capsys, file, "--vram", "0.5GiB", "--json", f"memory.budget={budget}")
+        assert json.loads(out)["budget_bytes"] == planned_for
+        assert ("24.0 GiB is more than a card with 512.0 MiB" in err) == (budget == "24GiB")
+
+    def test_a_budget_never_makes_this_machine_larger_than_it_is(self, capsys, file):
+        _, out, _ = self.call(capsys, file, "--json", "memory.budget=900000GiB")
+        assert json.loads(out)["budget_bytes"] < 2**49
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--vram", "12"], "no unit; write 12GiB"), (["--vram", "0GiB"], "no memory is nothing to plan for"),
+            (["--card", "rtx-4061"], "RTX 4060"),
+            (["--card", "l4", "--vram", "1GiB"], "exclude each other"), (["memory.budget=8"], "such as 8GiB"),
+        ],
+    )  # fmt: skip
+    def test_wrong_arguments_end_with_exit_code_2_and_a_cure(self, capsys, file, arguments, message):
+        code, _, err = self.call(capsys, file, *arguments)
+        assert code == 2 and message in err
+
+    @pytest.mark.parametrize("model", ["meta-llama/Llama-3.2-1B", "unsloth/llama-3.2-1b", "Llama-3.2-1B", "folder"])
+    def test_a_model_is_planned_like_a_recipe_that_names_it(self, capsys, file, model, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder" / "config.json").write_text(json.dumps(known_config("meta-llama/Llama-3.2-1B")))
+        options = "--card", "rtx-4060", "--json"
+        code, out, err = self.call(capsys, model, "data.max_tokens=256", *options)
+        assert (code or 0) == 0 and out == self.call(capsys, file, *options)[1]
+        copy = f"{model} is taken for a copy of meta-llama/Llama-3.2-1B: planned with the shapes of that"
+        assert (copy in err) == (model in ("unsloth/llama-3.2-1b", "Llama-3.2-1B"))
+
+    def test_a_recipe_comes_before_a_model_of_its_name(self, capsys, file, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        file.rename(tmp_path / "Llama-3.1-8B")
+        assert "meta-llama/Llama-3.2-1B, 256 tokens" in self.call(capsys, "Llama-3.1-8B", "--card", "rtx-4060")[2]
+
+    @pytest.mark.parametrize(
+        ("named", "said"),
+        [
+            ("Llama-3.1-8", "did you mean llama3.1-8b-8gb, meta-llama/Llama-3.1-8B"), ("zzz", "plan --models"),
+            ("zz/zzz", "not among the configurations"), ("none.gguf", "no file"), ("none.yaml", "no such file"),
+            (".", "has no config.json"),
+        ],
+    )  # fmt: skip
+    def test_what_is_neither_recipe_nor_model_is_one_line_with_the_way_out(
+        self, capsys, named, said, tmp_path, monkeypatch
+    ):  # fmt: skip
+        monkeypatch.chdir(tmp_path)
+        code, _, err = self.call(capsys, named, "--card", "rtx-4060")
+        last = err.splitlines()[-1]
+        assert code == 2 and last.startswith("error: ") and said in last
+        assert ("with just the model's config.json is enough" in last) == (named in ("Llama-3.1-8", "zzz", "zz/zzz"))
+
+    def test_lists_cards_and_models_without_a_recipe(self, capsys):
+        assert "RTX 4090" in self.call(capsys, "--cards")[1]
+        assert "meta-llama/Llama-3.1-8B" in self.call(capsys, "--models")[1]
+        assert self.call(capsys)[0] == 2
+
+
+def test_a_run_keeps_to_its_plan_and_writes_predicted_beside_measured(tmp_path):
+    save_tiny(tmp_path / "model")
+    memory = {"checkpointing": "auto", "loss_chunk_tokens": "auto", "micro_batches": "auto"}
+    file = write_recipe(
+        tmp_path, tmp_path / "model", memory=memory, train={"gradient_accumulation_steps": 2, "max_steps": 2}
+    )
+    folder = run_recipe(load_recipe(file))
+    plan = json.loads((folder / "summary.json").read_text())["plan"]
+    assert plan["measured_peak_bytes"] <= plan["budget_bytes"]
+    # The process is counted with what it holds while the machine's speed is measured, which a tiny model never needs.
+    assert plan["measured_peak_bytes"] <= 1.15 * plan["predicted_peak_bytes"]
+    assert plan["predicted_peak_bytes"] <= 1.3 * plan["measured_peak_bytes"] + 2 * machine._COPY_BYTES["cpu"]
+    chosen = plan["chosen"]
+    assert chosen["train.micro_batch_size"] * chosen["train.gradient_accumulation_steps"] == 2
+    assert "predicted" in (folder / "log.txt").read_text()
+
+
+def test_the_command_says_what_the_longest_sequence_takes_of_host_and_time(tmp_path, command):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model:\n  path: meta-llama/Llama-3.2-1B\ndata:\n  train: rows.jsonl\n  max_tokens: 256\n")
+    code, out, _ = command("plan", file, "--card", "rtx-4060", "--max-tokens", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["max_tokens"] > 1024 and found["max_tokens"] % LENGTH_STEP == 0
+    assert found["max_tokens_host_bytes"] > found["host_bytes"]
+    assert found["max_tokens_step_seconds"] > found["step_seconds_estimate"]
+    code, out, _ = command("plan", file, "--card", "rtx-4060", "--max-tokens")
+    price = f"{found['max_tokens']} ({format_bytes(found['max_tokens_host_bytes'])} of host memory, about "
+    assert price + format_seconds(found["max_tokens_step_seconds"]) in out
+
+
+def test_on_a_cpu_the_host_memory_of_the_longest_sequence_is_that_of_the_process(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    shape = "model:\n  path: HuggingFaceTB/SmolLM2-135M\n  device: cpu\ndata:\n  train: rows.jsonl\n  max_tokens: 64\n"
+    file.write_text(f"{shape}memory:\n  budget: 1GiB\n")
+    command = [sys.executable, "-m", "qlora_lite", "plan", str(file), "--max-tokens", "--json"]
+    found = json.loads(
+        subprocess.run(command, capture_output=True, check=True).stdout
+    )  # in as small a process as a user's
+    assert 0.9 * 2**30 < found["max_tokens_host_bytes"] <= found["budget_bytes"] == 2**30
+
+
+def test_the_command_plans_a_built_in_recipe_by_its_name_and_says_that_a_run_would_not_use_the_card(command):
+    code, out, err = command("plan", "qwen2.5-7b-8gb", "--vram", "8GiB", "model.device=cpu", "--json")
+    assert code == 0 and json.loads(out)["fits"]
+    assert command("plan", "no-such-recipe")[0] == 2
+    code, _, err = command("plan", "qwen2.5-7b-8gb", "--card", "rtx-4060", "model.device=cpu")
+    assert code == 0 and "model.device cpu: this is the plan of a card all the same" in err

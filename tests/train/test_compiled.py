@@ -1,0 +1,303 @@
+"""``train.compile``: blocks as compiled graphs, with the gradients of the blocks as they are and no weight unpacked.
+
+Graphs run operator by operator here (torch's "aot_eager"); one test compiles them to machine code.
+"""
+
+import inspect
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from lever_cases import FOLDER, PLAIN, build, gradients, gradients_in_backward
+from tiny import quantized_pair, random_batch
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.exc import InductorError
+
+from qlora_lite.adapters.lora.inject import Target, add_lora, lora_layers
+from qlora_lite.errors import ModelError, TrainingError
+from qlora_lite.models.anatomy import blocks
+from qlora_lite.models.levers import Levers, set_levers
+from qlora_lite.ops import compiled
+from qlora_lite.ops.attention import _gradient_operator, _rows_operator
+from qlora_lite.ops.checkpoint import Run, running
+from qlora_lite.ops.shapes import planning_for
+from qlora_lite.quant import product
+from qlora_lite.quant.linear import QuantLinear, frozen_weight
+from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.forward import prepare
+from qlora_lite.train.step import accumulate_gradients
+from qlora_lite.train.text_guards import check_compilable
+
+CPU = torch.device("cpu")
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{words}")  # what torch 2.13 does itself while it compiles
+    for words in (".*should not be instantiated", "The .grad attribute", "`torch.jit.script_method` is deprecated")
+]
+BOTH = Levers(kept_blocks=2, compile=True)
+HOST = Levers(offload_checkpoints=True, host_embeddings=True, host_head=True, reuse_dequantized=True, compile=True)
+FAMILIES = ["qwen3", "gemma2", "gpt2"]  # beside those of the other tests
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Run compiled graphs operator by operator; give a list of them."""
+    found = []
+
+    def backend(graph, inputs):
+        found.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    torch._dynamo.reset()
+    functions = {
+        each: torch.compile(each, fullgraph=True, backend=backend) for each in (compiled._value, compiled._root)
+    }
+    monkeypatch.setattr(compiled, "_compiled", functions.__getitem__)
+    yield found
+    torch._dynamo.reset()
+
+
+def assert_close(found, expected, tolerance=1e-5):
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= tolerance * other.norm()
+
+
+@pytest.mark.parametrize("levers", [BOTH, HOST])
+def test_compiled_blocks_have_the_gradients_of_the_blocks(graphs, levers):
+    assert_close(gradients(build(levers=levers), levers), gradients(build(), PLAIN))
+    assert graphs
+
+
+def test_compiled_blocks_go_with_a_head_in_four_bits_files_and_updates_in_backward(graphs):
+    levers = Levers(loss_chunk_tokens=3, offload_checkpoints=True, offload_folder=FOLDER, optimizer_in_backward=True,
+                    compile=True)  # fmt: skip
+    found = gradients_in_backward(build(levers=levers, quant_head=True), levers)
+    assert_close(found, gradients(build(quant_head=True), PLAIN, batches=1))
+    assert graphs
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_compiled_blocks_of_every_kind_have_the_gradients_of_the_blocks(graphs, model_type):
+    assert_close(gradients(build(model_type), BOTH), gradients(build(model_type), PLAIN))
+    assert graphs
+
+
+def test_a_card_s_attention_is_compiled_too(graphs):
+    """Its kernels' gradients are torch's, and the operator has to let autograd see them."""
+    with planning_for("cuda"):
+        assert_close(gradients(build("gemma3_text"), BOTH), gradients(build("gemma3_text"), PLAIN))
+
+
+def test_frozen_layers_without_factors_are_compiled_too(graphs):
+    def built():
+        model = build("qwen2")  # q, k and v have biases
+        for block in blocks(model)[1:]:
+            block.mlp.gate_proj, block.self_attn.q_proj = block.mlp.gate_proj.base, block.self_attn.q_proj.base
+            for layer in (block.mlp.up_proj, block.self_attn.k_proj, block.self_attn.v_proj):
+                layer.shared = None
+        return model
+
+    assert_close(gradients(built(), BOTH), gradients(built(), PLAIN))
+
+
+def test_other_rows_and_lengths_need_no_other_graph(graphs):
+    model = build("gemma3_text")
+    set_levers(model, Levers(compile=True))
+    counts = []
+    for lengths in ((7, 12, 5), (31, 8), (24,), (3, 40, 20, 9), (150, 160)):
+        accumulate_gradients(CausalLM(), model.train(), [prepare(random_batch(lengths), CPU)])
+        counts.append(len(graphs))
+    assert counts == [counts[0]] * 5
+    # forward; gradients; those of the first block, whose input needs none: each for layers with a window and without
+    assert counts[0] <= 6
+
+
+def kept_for_backward(levers):
+    """Shapes of what autograd keeps of a batch, and its bytes beside the model's own tensors."""
+    model, shapes, sizes = build(), set(), {}
+    owned = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    set_levers(model, levers)
+
+    def pack(tensor):
+        shapes.add(tuple(tensor.shape))
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    inputs = prepare(random_batch((60, 61)), CPU)  # no side of a weight
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = CausalLM().loss(model.train(), inputs).sum
+    weights = {frozen_weight(layer.base)[0].shape for _, layer in lora_layers(model)}
+    return loss, shapes & (weights | {shape[::-1] for shape in weights}), sum(sizes[p] for p in sizes.keys() - owned)
+
+
+@pytest.mark.parametrize("levers", [Levers("none", compile=True), BOTH])
+def test_compiled_blocks_keep_no_unpacked_weight_and_no_more_than_the_blocks(graphs, levers):
+    _, weights, size = kept_for_backward(levers)
+    _, _, size_of_blocks = kept_for_backward(replace(levers, compile=False))
+    assert not weights
+    assert 0 < size <= size_of_blocks
+
+
+def test_an_input_s_gradient_is_rounded_once_and_has_no_second_tensor():
+    """Added outside of the product's operator, an update's gradient would lie in memory beside it, as large as x."""
+    model, _ = quantized_pair("llama", dtype=torch.bfloat16)
+    _, layer = next(iter(lora_layers(add_lora(model, rank=4))))
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(1, 40, layer.lora_A.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
+    run = torch.compile(nn.Module.__call__, fullgraph=True, backend="aot_eager")
+    found = []
+    for call in (layer, lambda inputs: run(layer, inputs)):
+        inputs = x.clone().requires_grad_()
+        found.append(torch.autograd.grad(call(inputs).float().square().sum(), inputs)[0])
+    torch._dynamo.reset()
+    assert torch.equal(*found)
+
+
+def test_weights_are_unpacked_once_for_a_block_s_second_run_and_its_gradients(graphs, monkeypatch):
+    model, unpacked, dequantize = build(), [], product.dequantize
+    set_levers(model, Levers(compile=True, reuse_dequantized=True))
+    monkeypatch.setattr(product, "dequantize", lambda *arguments: unpacked.append(1) or dequantize(*arguments))
+    accumulate_gradients(CausalLM(), model.train(), [prepare(random_batch(), CPU)])
+    assert len(unpacked) == 2 * len(list(lora_layers(model)))
+
+
+def test_what_a_block_keeps_of_attention_is_not_the_compiler_s_to_write_to():
+    q, k, v = (torch.randn(1, heads, 12, 16) for heads in (4, 2, 2))
+    with running(Run()) as first:
+        out = _rows_operator(q, k, v, torch.tensor([5, 7]), None, None, None, None)
+    (kept,) = first.kept
+    expected = kept.clone()
+    out.zero_()
+    with running(Run([kept])):
+        again = _rows_operator(q, k, v, torch.tensor([5, 7]), None, None, None, None)
+    assert torch.equal(again, expected)
+
+
+def test_the_operators_are_what_torch_asks_of_operators():
+    torch.manual_seed(0)
+    layer = QuantLinear.from_weight(torch.randn(96, 64), None, "nf4", True)
+    _, tensors = frozen_weight(layer)
+    checks = ("test_schema", "test_faketensor")
+    for x, of_gradient, *low_rank in ((64, False), (96, True), (64, False, torch.randn(5, 4), torch.randn(96, 4))):
+        arguments = torch.randn(5, x), list(tensors), [96, 64], "nf4", False, of_gradient, *low_rank
+        torch.library.opcheck(product._operator, arguments, test_utils=checks)
+    q, k, v = (torch.randn(1, heads, 12, 16) for heads in (4, 2, 2))
+    lengths, sinks = torch.tensor([5, 7]), torch.randn(4)
+    for last in ((None, None, None, None), (None, 0.3, 4, None), (None, None, None, 2.0), (sinks, None, 4, None)):
+        torch.library.opcheck(_rows_operator, (q, k, v, lengths, *last), test_utils=checks)
+        torch.library.opcheck(
+            _gradient_operator, (torch.randn(1, 12, 4, 16), q, k, v, lengths, *last), test_utils=checks
+        )
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize(
+    ("model_type", "levers", "spared"),
+    [("llama", Levers(compile=True), 1), ("gpt_neox", Levers(compile=True), 2), ("gemma3_text", BOTH, 0)],
+)
+def test_machine_code_has_the_gradients_and_leaves_out_what_nobody_reads(monkeypatch, model_type, levers, spared):
+    """A second run spares its last product; both, of parallel attention and MLP (GPT-NeoX); none before a norm (Gemma).
+
+    Kept blocks have no second run.
+    """
+    torch._dynamo.reset()
+    expected, model, products = gradients(build(model_type), PLAIN), build(model_type), []
+    assert_close(gradients(model, levers), expected)
+    product_beside = product.product_beside
+
+    def counting(*arguments):
+        *_, of_gradient = arguments
+        products.extend([arguments] * (not of_gradient))
+        return product_beside(*arguments)
+
+    monkeypatch.setattr(product, "product_beside", counting)  # what the operator calls for a layer's value
+    assert_close(gradients(model, levers, batches=1), gradients(build(model_type), PLAIN, batches=1))
+    depth, each = len(blocks(model)), len(list(lora_layers(blocks(model)[0])))
+    first_runs, second_runs = depth * each, (depth - levers.kept_blocks) * (each - spared)
+    assert len(products) == first_runs + second_runs
+
+
+def test_a_block_that_cannot_be_compiled_is_an_error_with_the_cure(graphs):
+    model = build()
+    set_levers(model, Levers(compile=True))
+
+    class Breaks(nn.Module):
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            return x
+
+    blocks(model)[1].mlp.act_fn = Breaks()
+    with pytest.raises(ModelError, match=r"train\.compile: the blocks cannot be compiled \(.*\); set it to false"):
+        accumulate_gradients(CausalLM(), model.train(), [prepare(random_batch(), CPU)])
+
+
+@pytest.mark.parametrize(
+    ("reason", "told", "words"),
+    [
+        (NotImplementedError("no kernel"), ModelError, r"cannot be compiled \(.*no kernel.*\); set it to false"),
+        (torch.OutOfMemoryError("out of memory"), torch.OutOfMemoryError, "out of memory"),
+        (MemoryError("none left"), MemoryError, "none left"),
+    ],
+)
+def test_a_gradient_that_cannot_be_compiled_is_told_and_memory_that_runs_out_as_such(monkeypatch, reason, told, words):
+    def forward(graph, inputs):
+        return graph.forward
+
+    def backward(graph, inputs):
+        raise InductorError(reason, inspect.currentframe())  # as torch's own compiler does
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=forward, bw_compiler=backward)
+    failing = torch.compile(compiled._value, fullgraph=True, backend=backend)
+    monkeypatch.setattr(compiled, "_compiled", lambda function: failing)
+    model = build()
+    set_levers(model, Levers("none", compile=True))
+    with pytest.raises(told, match=words):
+        accumulate_gradients(CausalLM(), model.train(), [prepare(random_batch(), CPU)])
+    torch._dynamo.reset()
+
+
+def test_dropout_by_a_rate_that_a_block_hands_to_a_function_is_refused():
+    model = build()
+    blocks(model)[0].mlp.residual_dropout = 0.1  # as Starcoder2 and OPT do
+    with pytest.raises(TrainingError, match=r"set train\.compile to false: it is incompatible with dropout$"):
+        check_compilable(model, Levers(compile=True))
+
+
+def test_nine_kinds_of_blocks_are_not_too_many_graphs(graphs):
+    model = quantized_pair("llama", num_hidden_layers=9)[0]
+    ranks = [Target(f"model.layers.{number}.*", rank=2 + number) for number in range(9)]
+    add_lora(model, ranks, dtype=torch.float32)
+    set_levers(model, Levers("none", compile=True))
+    accumulate_gradients(CausalLM(), model.train(), [prepare(random_batch(), CPU)])
+    assert len(graphs) >= 9  # torch's own limit is eight
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "levers", "reason"),
+    [
+        ("llama", {"dropout": 0.1}, Levers(), "dropout"),
+        ("llama", {"attention_dropout": 0.1}, Levers(), "dropout"),
+        ("gpt2", {"resid_pdrop": 0.1}, Levers(), "dropout"),
+        ("granite", {"attention_dropout": 0.1}, Levers(), "dropout"),
+        ("llama", {}, Levers(tile_tokens=8, resident_blocks=0), "memory.tile_tokens, memory.resident_blocks"),
+        ("llama", {}, Levers(checkpoint_every=2), "memory.checkpoint_every"),
+        ("llama", {}, Levers("selective", tile_tokens=8), "memory.checkpointing selective, memory.tile_tokens"),
+    ],
+)
+def test_what_compiled_blocks_would_do_otherwise_is_refused(model_type, options, levers, reason):
+    model = build(model_type, **options)
+    check_compilable(model, levers)
+    with pytest.raises(TrainingError, match=f"set train.compile to false: it is incompatible with {reason}$"):
+        check_compilable(model, replace(levers, compile=True))
+
+
+def test_a_compiler_that_is_missing_is_told_before_the_first_step(monkeypatch):
+    model = build("llama")
+    monkeypatch.setattr("shutil.which", lambda _name: "a path")
+    check_compilable(model, Levers(compile=True))
+    monkeypatch.setattr("shutil.which", lambda _name: None)
+    check_compilable(model, Levers())
+    with pytest.raises(TrainingError, match=r"train\.compile needs a C\+\+ compiler \(g\+\+\): install it, or set"):
+        check_compilable(model, Levers(compile=True))
