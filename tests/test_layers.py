@@ -25,7 +25,7 @@ LAYERS = [
     {"inference"},
     {"export"},
     {"runs"},
-    {"doctor"},
+    {"doctor", "explain"},
     {"cli"},
 ]
 LAYER_OF = {unit: number for number, layer in enumerate(LAYERS) for unit in layer}
@@ -141,7 +141,7 @@ def test_bitsandbytes_is_imported_by_its_door_alone():
 
 
 def test_loading_a_recipe_never_imports_torch():
-    modules = "errors", "units", "files", "recipe.load", "recipe.catalog", "recipe.reference"
+    modules = "errors", "units", "files", "recipe.load", "recipe.catalog", "recipe.reference", "explain"
     code = f"import sys, {', '.join(f'qlora_lite.{name}' for name in modules)}; " + (
         "heavy = {'torch', 'transformers', 'numpy'} & set(sys.modules); assert not heavy, heavy"
     )

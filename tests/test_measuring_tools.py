@@ -604,14 +604,14 @@ def test_the_bars_of_the_plot_are_as_long_as_the_memory_they_stand_for():
 
 
 def test_the_table_says_what_each_row_is_of_the_first():
-    lines = runpy.run_path(str(TOOLS / "update_readme"))["lever_tables"](result())
+    lines = runpy.run_path(str(TOOLS / "render_results"))["lever_tables"](result())
     assert "| none: all kept | out of memory, 900.0 MiB | | | | | |" in lines
     assert "| weights in host memory | 150.0 MiB, 150.0 MiB | 17% | 200.0 MiB | 50.0 |  | 0.50 |" in lines
     of_levers_alone = result()
     of_levers_alone["tables"][0] |= {"alone": True, "rows": of_levers_alone["tables"][0]["rows"][1:]}
-    lines = runpy.run_path(str(TOOLS / "update_readme"))["lever_tables"](of_levers_alone)
+    lines = runpy.run_path(str(TOOLS / "render_results"))["lever_tables"](of_levers_alone)
     assert lines[-1] == "| weights in host memory | 150.0 MiB, 150.0 MiB | 48% | 200.0 MiB | 50.0 | 0.50 |"
-    assert lines[2].startswith("| one lever alone |") and lines[2].count("|") == lines[3].count("|") == 7
+    assert lines[2].startswith("| one option alone |") and lines[2].count("|") == lines[3].count("|") == 7
     assert "weights" not in lever_plot(of_levers_alone)
 
 
@@ -623,7 +623,7 @@ def test_a_speed_that_repeats_do_not_tell_from_another_is_marked_with_its_spread
         row |= {"measured_bytes": MIB, "measured_host_bytes": 0, "tokens_per_second": sorted(each)[1]}
         row["each_tokens_per_second"] = each
         row.pop("failed", None)
-    first, faster, slower = (line for line in runpy.run_path(str(TOOLS / "update_readme"))["lever_tables"](found)[4:])
+    first, faster, slower = (line for line in runpy.run_path(str(TOOLS / "render_results"))["lever_tables"](found)[4:])
     assert first.endswith("| 90.0 (80.0 to 99.0) |  |  |")
     assert faster.endswith("| 100.0 (99.5 to 130.0) | 1.11 | 1.11 |")
     assert slower.endswith("| 50.0 (40.0 to 99.5) | 0.56, within the spread | 0.50, within the spread |")

@@ -1,4 +1,4 @@
-"""The README tells the truth of today's code: its generated parts are up to date, its commands exist."""
+"""The README and the pages of figures tell the truth of today's code, and `explain` has a text for everything."""
 
 import ast
 import json
@@ -13,24 +13,53 @@ from pathlib import Path
 import pytest
 
 from qlora_lite.cli.main import COMMANDS
+from qlora_lite.data.formats import Source, check_first_row
+from qlora_lite.explain import explain
+from qlora_lite.recipe.load import load_recipe
+from qlora_lite.recipe.reference import known_keys
+from qlora_lite.recipe.schema import Recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAX_LINES = 300
+RESULTS = ROOT / "tools" / "results"
+EXPLAIN = ROOT / "qlora_lite" / "explain"
+TEXTS = {path: path.read_text(encoding="utf-8") for path in
+         [ROOT / "README.md", *sorted(EXPLAIN.glob("*.md")), *sorted(RESULTS.glob("*.md"))]}  # fmt: skip
+WRITTEN = "\n".join(TEXTS.values())
+NO_SETTINGS = {"data.examples", "data.batch", "lora.inject", "lora.adapter", "train.step"}  # modules
 
 
-def update_readme():
-    loader = SourceFileLoader("update_readme", str(ROOT / "tools" / "update_readme"))
+def render_results():
+    loader = SourceFileLoader("render_results", str(ROOT / "tools" / "render_results"))
     module = module_from_spec(spec_from_loader(loader.name, loader))
     loader.exec_module(module)
     return module
 
 
-def test_the_generated_parts_are_what_update_readme_writes():
-    assert update_readme().render(README) == README
+def test_the_generated_blocks_and_pages_are_what_render_results_writes():
+    module = render_results()
+    assert module.render(README) == README
+    assert module.pages() == {path.stem: TEXTS[path] for path in RESULTS.glob("*.md")}
 
 
-def test_the_command_below_the_lever_table_is_the_one_that_gives_it(tmp_path):
-    module = update_readme()
+def test_the_readme_is_short():
+    assert README.count("\n") <= MAX_LINES
+    assert README.count(":begin -->") <= 3
+
+
+def test_the_figures_of_the_quickstart_are_those_that_were_measured():
+    r = json.loads((RESULTS / "quickstart.json").read_text("utf-8"))
+    said = " ".join(README.split())
+    module = render_results()
+    assert f"that took {module.format_seconds(r['whole_seconds'])}: exact match on {r['exact_match_rows']}" in said
+    assert f"from {r['exact_match_before']:.1%} to {r['exact_match_after']:.1%}" in said
+    assert f"in {module.format_bytes(r['peak_bytes'])} of memory" in said
+    assert f"| `{r['samples'][0]['after']}` |" in README and r["samples"][0]["prompt"].split("\n")[-2] in README
+
+
+def test_the_command_below_the_table_of_memory_options_is_the_one_that_gives_it(tmp_path):
+    module = render_results()
     default = re.search(r'"--repeats", type=int, default=(\d+)', (ROOT / "tools" / "bench_levers").read_text("utf-8"))
     assert int(default[1]) == module.LEVER_REPEATS
     result = json.loads((module.RESULTS / "levers.json").read_text("utf-8"))
@@ -52,49 +81,92 @@ def check_of_a_card(status):
 
 
 @pytest.mark.parametrize("status", ["passed", "failed"])
-def test_what_a_card_was_found_to_do_is_in_the_readme_as_soon_as_it_is_there(status, tmp_path):
-    module = update_readme()
+def test_what_was_found_on_a_gpu_is_written_as_soon_as_it_is_there(status, tmp_path):
+    module = render_results()
     shutil.copytree(module.RESULTS, tmp_path, dirs_exist_ok=True)
     module.RESULTS = tmp_path
     (tmp_path / "gpu_check.json").unlink(missing_ok=True)
-    without = module.render(README)
+    without, page = module.render(README), module.pages()["gpu"]
     (tmp_path / "gpu_check.json").write_text(json.dumps(check_of_a_card(status)), encoding="utf-8")
-    found = module.render(README)
-    none = "No GPU has run this code yet"
-    assert none in without and none not in found
-    assert "A Made-up Card, 24.0 GiB, 2030-01-02 03:04 UTC, torch 2.99, peft 0.99" in found
-    assert "```\nsection    status" in found and "    1 x 64: 1,234 tokens/s: peers\n" in found
-    assert f"streamed   {status}" in found
+    found, found_page = module.render(README), module.pages()["gpu"]
+    assert "no GPU has run this code yet" in without and "(tools/results/gpu.md)" not in without
+    assert "no GPU has run this code yet" not in found and "(tools/results/gpu.md)" in found
+    assert "No GPU has run this code yet" in page and "No GPU has run this code yet" not in found_page
+    assert "A Made-up Card, 24.0 GiB, 2030-01-02 03:04 UTC, torch 2.99, peft 0.99" in found_page
+    assert "```\nsection    status" in found_page and "    1 x 64: 1,234 tokens/s: peers\n" in found_page
+    assert f"streamed   {status}" in found_page
     (tmp_path / "gpu_check.json").unlink()
     assert module.render(found) == without
 
 
 def test_every_command_has_a_row():
     for name in COMMANDS:
-        assert f"| `qlora-lite {name} " in README, name
+        assert re.search(rf"^\| `qlora-lite {name}\b", README, re.MULTILINE), name
+
+
+def test_every_command_is_in_the_explanation_of_commands():
+    page = TEXTS[EXPLAIN / "commands.md"]
+    assert all(re.search(rf"^- `{name}\b", page, re.MULTILINE) for name in COMMANDS)
 
 
 def test_every_file_that_is_named_exists():
-    for path in re.findall(r"`((?:tools|tests|recipes)/[\w./-]+)`", README) + re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / path).exists(), path
+    named = set(re.findall(r"`((?:tools|tests|recipes|\.github)/[\w./-]+)`", WRITTEN))
+    assert len(named) >= 20 and [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_no_relative_link_is_broken(path):
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)", TEXTS[path]) if "://" not in link]
+    assert [link for link in links if not (path.parent / link).exists()] == []
+    assert EXPLAIN not in path.parents or not links, "a terminal follows none"
+
+
+def test_every_explanation_that_is_named_exists():
+    named = set(re.findall(r"(?:qlora-lite |`)explain ([a-z][\w.-]+)", WRITTEN))
+    assert len(named) >= 10
+    for name in named - {"lora_r"}:  # another trainer's, as an example
+        assert explain(name), name
+
+
+def test_every_setting_that_is_named_exists():
+    sections = "|".join(Recipe.model_fields)
+    named = set(re.findall(rf"`((?:{sections})\.(?!html|json)[a-z_]+)(?:[:=][^`]*)?`", WRITTEN)) - NO_SETTINGS
+    assert len(named) >= 30 and [key for key in sorted(named) if key not in known_keys()] == []
 
 
 def test_every_recipe_that_a_command_is_given_exists():
-    named = re.findall(r"qlora-lite \w+ ([\w./-]+\.yaml)", README)
-    assert named and all((ROOT / path).is_file() or (ROOT / "recipes" / path).is_file() for path in named), named
+    named = re.findall(r"qlora-lite (?:train|data) ([\w./-]+\.yaml)", README)
+    named += [f"{name}.yaml" for name in re.findall(r"qlora-lite (?:plan|recipes copy) ([a-z][\w.-]+)", README)]
+    assert len(named) >= 4 and all((ROOT / "recipes" / path).is_file() for path in named), named
 
 
 def test_every_test_that_is_named_as_proof_exists():
-    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", README)
-    assert len(named) >= 20
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", WRITTEN)
+    assert len(named) >= 40
     for path, name in named:
         tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
         assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{path}::{name}"
 
 
+def test_the_examples_of_data_have_the_formats_that_they_should_have(tmp_path):
+    lines = [line for block in re.findall(r"```json\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+    found = []
+    for number, line in enumerate(lines):
+        (tmp_path / f"{number}.jsonl").write_text(line + "\n", encoding="utf-8")
+        found.append(check_first_row(Source(str(tmp_path / f"{number}.jsonl"))))
+    assert found == ["messages"] * 3 + ["prompt-completion", "alpaca", "text"]
+
+
+def test_the_recipe_of_the_readme_is_valid(tmp_path):
+    text = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)[1]
+    (tmp_path / "my.yaml").write_text(text, encoding="utf-8")
+    recipe = load_recipe(tmp_path / "my.yaml", check_files=False)
+    assert (recipe.lora.rank, recipe.data.max_tokens) == (32, 2048)
+
+
 @pytest.mark.model
 def test_the_python_example_runs(tmp_path):
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    code = re.search(r"```python\n(import qlora_lite\n.*?)```", README, re.DOTALL)[1]
     code = code.replace('"recipes/', f'"{ROOT}/recipes/').replace('["lora.rank=8"]', '["train.max_steps=1"]')
     code = code.replace("metrics.step == 3", "metrics.step == 1").replace("qlora_lite.run_recipe(recipe)", "None")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)

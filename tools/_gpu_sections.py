@@ -296,7 +296,7 @@ def free_memory_row(scale: Scale, device: torch.device) -> dict:
 
 
 def plan(scale: Scale) -> Iterator[dict]:
-    """Compare predicted with measured memory for the README's table; first what a process takes beside tensors."""
+    """Compare predicted with measured memory for the table of results; first what a process takes beside tensors."""
     device = resolve_device()
     yield free_memory_row(scale, device)
     machine = machine_at_hand(device)

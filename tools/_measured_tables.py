@@ -1,4 +1,4 @@
-"""Markdown tables of what the measuring tools wrote: printed by each, and put into the README by update_readme."""
+"""Markdown tables of what the measuring tools wrote: printed by each, and put into tools/results by render_results."""
 
 from collections.abc import Mapping, Sequence
 
@@ -104,7 +104,7 @@ def _way_cells(row: Mapping, way: str) -> list[str]:
     return [*times, format_bytes(row["kept_bytes"][way])]
 
 
-# The result's name -> what the README says above its table, and the function that makes the table's lines.
+# The result's name -> what stands above its table, and the function that makes the table's lines.
 TABLES = {
     "limit": ("A training step beside the limit that its own matrix products set: each distinct product timed alone, "
               "warm, times its count. What the rest of the step takes is told by place.", limit_table),

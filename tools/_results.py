@@ -26,7 +26,7 @@ def write_result(name: str, payload: dict[str, Any], folder: Path = RESULTS) -> 
     Args:
         name: the file's stem.
         payload: anything JSON can hold; the keys "date", "machine" and "versions" are added.
-        folder: where, if it is not for the README.
+        folder: where, if it is not for tools/results.
 
     Returns:
         The file written.

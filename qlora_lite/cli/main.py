@@ -37,9 +37,10 @@ COMMANDS = {
     "serve": "Try runs with OpenAI-compatible clients, on this machine only.",
     "recipes": "List, show, copy and check recipes; convert those of other trainers.",
     "quantize": "Write a model as a 4-bit checkpoint.",
+    "explain": "Print what a setting, a section of a recipe or a topic means.",
     "doctor": "Show versions and devices, and what will be slow.",
 }
-_WITHOUT_A_MODEL = "plan", "data", "report", "recipes", "doctor"
+_WITHOUT_A_MODEL = "plan", "data", "report", "recipes", "explain", "doctor"
 _MODULES = {name: name for name in COMMANDS} | {"chat": "generate"}
 
 

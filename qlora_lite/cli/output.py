@@ -145,6 +145,17 @@ def echo_styled(text: str, nl: bool = True) -> None:
     click.echo(text, nl=nl)
 
 
+def echo_markdown(text: str) -> None:
+    """Print Markdown of our own: formatted on a terminal, and as it is in a pipe or a file."""
+    if not sys.stdout.isatty():
+        echo(text)
+        return
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    Console().print(Markdown(text))
+
+
 def shown(report):
     """Return a report, or a part of it, with every text in it as a terminal may have it."""
     if isinstance(report, str):

@@ -1,4 +1,4 @@
-"""Put the schema into words: the rule of a setting for messages, and the README's table of all settings."""
+"""Describe the schema: what a setting accepts, for messages, and the settings reference of `qlora-lite explain`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from .schema import Recipe, Rule, Source, Target
 
-_ITEM_TITLES = {"Items of `data.train` and `data.eval`": Source, "Items of `lora.targets`": Target}
+_LISTS = {"data": ("data.train", "data.eval"), "lora": ("lora.targets",)}  # by section: settings that hold mappings
 _ITEMS = {"targets": Target, "train": Source, "eval": Source}
 
 
@@ -118,27 +118,26 @@ def written(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def reference_markdown() -> str:
-    """Return the table of all settings for the README, made from the schema."""
-    parts = []
-    for section, field in Recipe.model_fields.items():
-        parts.append(f"### `{section}`\n\n{field.annotation.__doc__}\n")
-        parts.append("| setting | accepts | default | what it does |\n|---|---|---|---|")
-        for name, setting in field.annotation.model_fields.items():
-            default = default_of(section, name)
-            shown = "required" if default is None else f"`{default}`"
-            parts.append(_row(f"{section}.{name}", setting, shown))
-        parts.append("")
-    for title, model in _ITEM_TITLES.items():
-        parts.append(f"### {title}\n\n{model.__doc__}\n")
-        parts.append("| setting | accepts | default | what it does |\n|---|---|---|---|")
-        for name, setting in model.model_fields.items():
-            shown = "required" if setting.is_required() else f"`{written(setting.default)}`"
-            parts.append(_row(name, setting, shown))
-        parts.append("")
-    return "\n".join(parts)
+def section_markdown(section: str) -> str:
+    """Return what a section of a recipe is for, and all its settings, as Markdown."""
+    model = Recipe.model_fields[section].annotation
+    parts = [f"## Settings of `{section}`", model.__doc__]
+    parts += [setting_markdown(f"{section}.{name}") for name in model.model_fields]
+    if lists := _LISTS.get(section):
+        item = _ITEMS[lists[0].partition(".")[2]]
+        parts += [f"### An item of {' or '.join(f'`{key}`' for key in lists)}", item.__doc__]
+        parts += [setting_markdown(f"{lists[0]}.{name}") for name in item.model_fields]
+    return "\n\n".join(parts)
 
 
-def _row(key: str, field: FieldInfo, default: str) -> str:
-    description = " ".join(field.description.split()).replace("|", "\\|")
-    return f"| `{key}` | {rule_of(field)} | {default} | {description} |"
+def setting_markdown(key: str) -> str:
+    """Return what a setting accepts, its default and what it does, as an item of a Markdown list.
+
+    Args:
+        key: the dotted setting, such as "lora.rank", or of a list's items, such as "data.train.format".
+    """
+    section, _, name = key.partition(".")
+    field = field_at((section, *name.split(".")))
+    default = default_of(section, name) if "." not in name else None if field.is_required() else written(field.default)
+    shown = "required" if default is None else f"default `{default}`"
+    return f"- `{key}`: {rule_of(field)}; {shown}.  \n  {' '.join(field.description.split())}"

@@ -1,7 +1,7 @@
 """The settings of a recipe: names, types, defaults, ranges and, as docstring, what each one does.
 
-This is the one place where a default lives and the one text that documents it: messages, `--help` and the
-README's table are made from it. The models are frozen and strict (no "16" for 16, no 1 for true, no unknown
+This is the one place where a default lives and the one text that documents it: messages, `--help` and
+`qlora-lite explain` are made from it. The models are frozen and strict (no "16" for 16, no 1 for true, no unknown
 key), because a typo or a value silently turned into another costs a night of training. pydantic is used and
 not dataclasses with checks by hand, so that type, range and documentation stand together.
 
@@ -102,8 +102,8 @@ class Model(_Section):
     """Quantise the block scales too: 4.13 instead of 4.5 bits per weight."""
     quant_head: bool = False
     """Keep a 4-bit copy of the head in place of the 16-bit one: less memory, and a model that answers a little
-    differently, before training and after (measured in the README). Where the embeddings are also the head their 16-bit
-    table stays, and the copy saves memory only with memory.embeddings host."""
+    differently, before training and after (qlora-lite explain memory-options). Where the embeddings are also the head
+    their 16-bit table stays, and the copy saves memory only with memory.embeddings host."""
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Type of activations and matrix products; auto is bfloat16 on devices fast at it, float16 on cards of compute
     capability 7.0 to 7.5, else float32, as there for models whose numbers exceed float16 (Gemma 2 to 4, gpt-oss and

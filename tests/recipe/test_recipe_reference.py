@@ -14,32 +14,37 @@ from qlora_lite.recipe.paths import TEMPLATES, PathProblem, find_data
 from qlora_lite.recipe.schema import Data, Recipe, Source, Target
 
 
-def test_every_setting_has_a_description_and_a_row_in_the_reference():
-    table = reference.reference_markdown()
+def test_every_setting_has_a_description_and_is_in_the_reference_of_its_section():
     for section, field in Recipe.model_fields.items():
+        text = reference.section_markdown(section)
+        assert field.annotation.__doc__ in text
         for name, setting in field.annotation.model_fields.items():
-            assert setting.description
-            assert table.count(f"| `{section}.{name}` |") == 1
-    for model in (Source, Target):
-        assert all(field.description for field in model.model_fields.values())
+            assert setting.description and text.count(f"- `{section}.{name}`: ") == 1
+            assert reference.setting_markdown(f"{section}.{name}") in text
+    for key, model in (("data.train", Source), ("lora.targets", Target)):
+        text = reference.section_markdown(key.partition(".")[0])
+        for name, field in model.model_fields.items():
+            assert field.description and text.count(f"- `{key}.{name}`: ") == 1
 
 
 @pytest.mark.parametrize(
-    "row",
+    "start",
     [
-        "| `lora.rank` | a whole number of at least 1 | `16` |",
-        "| `lora.dropout` | a number of at least 0 and below 1 | `0` |",
-        "| `train.learning_rate` | a number above 0 | `0.0002` |",
-        "| `train.warmup_ratio` | a number from 0 to 1 | `0.03` |",
-        "| `train.max_steps` | a whole number of at least 1, or null | `null` |",
-        "| `model.path` | text | required |",
-        "| `model.quant` | nf4, fp4 or none | `nf4` |",
-        "| `lora.targets` | all-linear, or a list of names, glob patterns and {pattern, rank, alpha} | `all",
-        "| `memory.loss_chunk_tokens` | a whole number of at least 1, or auto | `auto` |",
+        "- `lora.rank`: a whole number of at least 1; default `16`.",
+        "- `lora.dropout`: a number of at least 0 and below 1; default `0`.",
+        "- `train.learning_rate`: a number above 0; default `0.0002`.",
+        "- `train.warmup_ratio`: a number from 0 to 1; default `0.03`.",
+        "- `train.max_steps`: a whole number of at least 1, or null; default `null`.",
+        "- `model.path`: text; required.",
+        "- `model.quant`: nf4, fp4 or none; default `nf4`.",
+        "- `lora.targets`: all-linear, or a list of names, glob patterns and {pattern, rank, alpha}; default `all-",
+        "- `lora.targets.pattern`: text; required.",
+        "- `data.eval.weight`: a number above 0; default `1`.",
+        "- `memory.loss_chunk_tokens`: a whole number of at least 1, or auto; default `auto`.",
     ],
 )
-def test_the_reference_words_type_range_and_default(row):
-    assert row in reference.reference_markdown()
+def test_the_reference_words_type_range_and_default(start):
+    assert reference.setting_markdown(start.split("`")[1]).startswith(start)
 
 
 def test_every_local_name_in_the_foreign_table_exists_and_no_foreign_name_is_one_of_ours():

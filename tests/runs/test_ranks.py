@@ -13,7 +13,7 @@ from qlora_lite.runs import ranks
 from qlora_lite.runs.run import run_recipe
 
 VARIABLES = [("WORLD_SIZE", "RANK"), ("PMI_SIZE", "PMI_RANK"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")]
-WITHOUT_A_MODEL = {"plan", "data", "report", "recipes", "doctor"}
+WITHOUT_A_MODEL = {"plan", "data", "report", "recipes", "explain", "doctor"}
 
 
 @pytest.fixture(autouse=True)

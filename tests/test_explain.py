@@ -1,0 +1,64 @@
+"""`qlora-lite explain`: a text for every topic, section and setting, and the nearest name for any other."""
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_lite import explain as texts
+from qlora_lite.errors import RecipeError
+from qlora_lite.recipe.reference import known_keys
+from qlora_lite.recipe.schema import Recipe
+
+FOLDER = Path(texts.__file__).parent
+MAX_LINES = 300
+
+
+def test_the_topics_are_listed_with_their_titles(command):
+    code, out, _ = command("explain")
+    titles = dict(line.split(maxsplit=1) for line in out.partition("\n\n")[0].splitlines())
+    assert code == 0 and titles == texts.topics()
+    assert titles.keys() >= {"data", "memory", "resume", "export", "errors", "settings"}
+    assert all(len(title) > 10 for title in titles.values())
+
+
+@pytest.mark.parametrize("topic", texts.topics())
+def test_every_topic_is_printed(topic, command):
+    code, out, err = command("explain", topic)
+    assert (code, err) == (0, "") and out.strip() == texts.explain(topic)
+    if topic != texts.SETTINGS:
+        page = (FOLDER / f"{topic}.md").read_text(encoding="utf-8")
+        assert page.startswith("# ") and page.strip() in out and page.count("\n") <= MAX_LINES
+
+
+def test_every_setting_and_section_is_explained():
+    for key in known_keys():
+        assert f"- `{key}`: " in texts.explain(key) or f"## Settings of `{key}`" in texts.explain(key), key
+    assert all(f"## Settings of `{section}`" in texts.explain(texts.SETTINGS) for section in Recipe.model_fields)
+
+
+def test_a_section_that_is_a_topic_too_has_its_text_and_its_settings():
+    assert texts.explain("memory").startswith("# ") and "- `memory.budget`: " in texts.explain("memory")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("resum", "did you mean resume?"), ("lora.rnak", "did you mean lora.rank?"), ("rank", "here it is lora.rank"),
+     ("lora_r", "here it is lora.rank"), ("../README", "lists the topics"), ("", "lists the topics")],
+)  # fmt: skip
+def test_another_name_is_answered_with_the_nearest_one(name, meant, command):
+    with pytest.raises(RecipeError, match="is not a topic or a setting"):
+        texts.explain(name)
+    code, out, err = command("explain", name)
+    assert (code, out) == (2, "") and meant in err and err.count("\n") == 1
+
+
+def test_a_terminal_gets_it_formatted(command, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    command("explain", "lora.rank")
+    assert "lora.rank" in terminal.getvalue() and "`" not in terminal.getvalue()
