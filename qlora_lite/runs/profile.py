@@ -14,29 +14,29 @@ from pathlib import Path
 
 import torch
 
-from qlora_lite.prepare.build import build_model
+from qlora_lite.artifacts.trained_run import adapter_to_begin_with
 from qlora_lite.errors import DoesNotFitError
 from qlora_lite.files import explain_write_errors, write_text
 from qlora_lite.memory.ledger import Ledger, Moment
 from qlora_lite.memory.marks import timing
 from qlora_lite.memory.meter import PeakMeter, hold_to
-from qlora_lite.reporting.memory_page import memory_page
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.kernels import kernels_of, use_kernels
 from qlora_lite.models.levers import set_levers
 from qlora_lite.models.rows_alone import rows_run_alone
 from qlora_lite.models.tokenizer import load_tokenizer
-from qlora_lite.prepare.plan import Plan, alternatives, as_metered, expected_peak, plan_run
-from qlora_lite.reporting.plan_text import constants, reason
 from qlora_lite.planning.predict import Prediction
 from qlora_lite.planning.simulate import ALLOCATION_BYTES
-from qlora_lite.recipe.schema import Recipe
+from qlora_lite.prepare.build import build_model
 from qlora_lite.prepare.datasets import build_data, build_stream, rows_to_plan
+from qlora_lite.prepare.plan import Plan, alternatives, as_metered, expected_peak, plan_run
+from qlora_lite.recipe.schema import Recipe
+from qlora_lite.reporting.memory_page import memory_page
+from qlora_lite.reporting.plan_text import constants, reason
 from qlora_lite.train.determinism import deterministic
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.loop import Trainer, largest_batches
 from qlora_lite.train.out_of_memory import first_line, is_out_of_memory
-from qlora_lite.artifacts.trained_run import adapter_to_begin_with
 from qlora_lite.units import format_bytes, format_seconds
 
 log = logging.getLogger("qlora_lite")

@@ -16,15 +16,23 @@ from pathlib import Path
 
 import torch
 
+from qlora_lite.artifacts.run_folder import (
+    CHECKPOINTS,
+    RECIPE,
+    RunFolder,
+    create_run,
+    is_begun,
+    newest_path,
+    package_versions,
+)
 from qlora_lite.data.examples import Dataset
 from qlora_lite.data.hub import PREFIX
 from qlora_lite.data.opening import find_files
 from qlora_lite.errors import CheckpointError
 from qlora_lite.files import content_digest, write_text
+from qlora_lite.prepare.datasets import build_sources
 from qlora_lite.recipe.load import settings_to_yaml
 from qlora_lite.recipe.schema import Recipe, Train
-from qlora_lite.prepare.datasets import build_sources
-from qlora_lite.artifacts.run_folder import CHECKPOINTS, RECIPE, RunFolder, create_run, is_begun, newest_path, package_versions
 from qlora_lite.train.checkpoints import Checkpoint, newest_whole
 from qlora_lite.train.schedule import lr_factor
 from qlora_lite.train.settings import TrainSettings

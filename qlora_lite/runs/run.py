@@ -1,6 +1,6 @@
 """From a recipe to a trained adapter: the one place where all parts meet.
 
-Recipes go no further down than the layer of ``build``; what lies below takes plain arguments. The order is chosen so
+Recipes go no further down than ``prepare``; what lies below takes plain arguments. The order is chosen so
 that what is cheap fails first: the run folder, the tokenizer, the data, then the model, then the memory, then the
 training.
 """
@@ -17,15 +17,32 @@ from typing import NamedTuple
 
 import torch
 
-from qlora_lite.prepare.build import add_factors, build_model, build_skeleton, with_plan
+from qlora_lite.artifacts.run_files import METRICS_DIGEST
+from qlora_lite.artifacts.run_folder import (
+    ADAPTER,
+    COMPLETE,
+    LOG,
+    TEMPLATE,
+    RunFolder,
+    create_run,
+    how_to_go_on,
+    is_begun,
+    is_complete,
+    logging_to,
+    new_path,
+    newest_checkpoint,
+    package_versions,
+    rewind_run,
+    undo_start,
+)
+from qlora_lite.artifacts.trained_run import adapter_to_begin_with
 from qlora_lite.data.render import last_turn
 from qlora_lite.data.template import portable_source
-from qlora_lite.reporting.data_page import write_data_page
 from qlora_lite.errors import CheckpointError, DoesNotFitError, Interrupted, OutputError, QloraLiteError
-from qlora_lite.inference.evaluate import ExactMatch, Watch
-from qlora_lite.files import Space, locked, write_text
-from qlora_lite.memory.meter import PeakMeter, hold_to, mapped_bytes
 from qlora_lite.export.merge import loses_its_update
+from qlora_lite.files import Space, locked, write_text
+from qlora_lite.inference.evaluate import ExactMatch, Watch
+from qlora_lite.memory.meter import PeakMeter, hold_to, mapped_bytes
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.cache import base_fingerprint
 from qlora_lite.models.kernels import kernels_of
@@ -33,30 +50,36 @@ from qlora_lite.models.load import resolve_device
 from qlora_lite.models.locate import locate
 from qlora_lite.models.rows_alone import rows_run_alone, why_rows_run_alone
 from qlora_lite.models.tokenizer import load_tokenizer
+from qlora_lite.prepare.build import add_factors, build_model, build_skeleton, with_plan
+from qlora_lite.prepare.datasets import build_stream, rows_to_plan
 from qlora_lite.prepare.plan import as_metered, expected_peak, plan_run
-from qlora_lite.reporting.plan_text import reason
 from qlora_lite.prepare.preflight import line_of_problem, preflight
-from .ranks import require_one_process
 from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import Recipe
+from qlora_lite.reporting.data_page import write_data_page
+from qlora_lite.reporting.plan_text import reason
 from qlora_lite.reporting.report import write_report
-from .resume import BASE_MODEL, Continuation, data_identity, environment, path_to_continue, reopen
-from qlora_lite.prepare.datasets import build_stream, rows_to_plan
-from qlora_lite.artifacts.run_files import METRICS_DIGEST
-from qlora_lite.artifacts.run_folder import ADAPTER, COMPLETE, LOG, TEMPLATE, RunFolder, create_run, how_to_go_on, is_begun, is_complete, logging_to, new_path, newest_checkpoint, package_versions, rewind_run, undo_start
-from .async_checkpoint import check_space
-from .signals import Stop, stop_signals
-from .tracking import check_trackers
 from qlora_lite.train.determinism import deterministic
 from qlora_lite.train.guards import check_frozen, frozen_checksum
 from qlora_lite.train.inventory import inventory, total_parameters
 from qlora_lite.train.loop import Trainer, largest_batches
-from qlora_lite.train.out_of_memory import CURES, another_plan_may_help, explaining_memory, first_line, free_cached_memory
+from qlora_lite.train.out_of_memory import (
+    CURES,
+    another_plan_may_help,
+    explaining_memory,
+    first_line,
+    free_cached_memory,
+)
 from qlora_lite.train.shared_cores import sharing_cores
 from qlora_lite.train.state import STATE
-from qlora_lite.artifacts.trained_run import adapter_to_begin_with
-from .training import Progress, Training
 from qlora_lite.units import format_bytes, format_count, format_seconds
+
+from .async_checkpoint import check_space
+from .ranks import require_one_process
+from .resume import BASE_MODEL, Continuation, data_identity, environment, path_to_continue, reopen
+from .signals import Stop, stop_signals
+from .tracking import check_trackers
+from .training import Progress, Training
 
 log = logging.getLogger("qlora_lite")
 SAMPLES = 4

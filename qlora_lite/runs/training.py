@@ -11,26 +11,36 @@ from functools import partial
 
 from torch import nn
 
-from qlora_lite.data.examples import Dataset
-from qlora_lite.errors import CheckpointError, DoesNotFitError, Interrupted, ModelError, OutputError
-from qlora_lite.inference.evaluate import ExactMatch, Watch, answered_at_once, exact_match, new_tokens_of, watching
 from qlora_lite.adapters.files import save_adapter
 from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.adapters.read import CONFIG_NAME
+from qlora_lite.artifacts.run_files import METRICS_DIGEST
+from qlora_lite.artifacts.run_folder import (
+    ADAPTER,
+    ADAPTER_LAST,
+    CHECKPOINTS,
+    DIGESTS,
+    RunFolder,
+    how_to_go_on,
+    newest_checkpoint,
+    package_versions,
+)
+from qlora_lite.data.examples import Dataset
+from qlora_lite.errors import CheckpointError, DoesNotFitError, Interrupted, ModelError, OutputError
+from qlora_lite.inference.evaluate import ExactMatch, Watch, answered_at_once, exact_match, new_tokens_of, watching
 from qlora_lite.memory.meter import PeakMeter
 from qlora_lite.models.anatomy import device_of
-from qlora_lite.recipe.schema import Recipe
-from .resume import RUN, Continuation
 from qlora_lite.prepare.datasets import matching_of
-from qlora_lite.artifacts.run_files import METRICS_DIGEST
-from qlora_lite.artifacts.run_folder import ADAPTER, ADAPTER_LAST, CHECKPOINTS, DIGESTS, RunFolder, how_to_go_on, newest_checkpoint, package_versions
-from .async_checkpoint import Saver
-from .signals import Stop, StopNow
-from .tracking import tracking
+from qlora_lite.recipe.schema import Recipe
 from qlora_lite.train.checkpoints import Checkpoint, Tensors
 from qlora_lite.train.loop import StepMetrics, Trainer
 from qlora_lite.train.out_of_memory import free_cached_memory
 from qlora_lite.train.state import STATE, capture, compare_tensors, restore
+
+from .async_checkpoint import Saver
+from .resume import RUN, Continuation
+from .signals import Stop, StopNow
+from .tracking import tracking
 
 log = logging.getLogger("qlora_lite")
 BEST = "best.safetensors"
