@@ -72,14 +72,10 @@ class _Gated(torch.autograd.Function):
 
 def use_lean_mlps(model: nn.Module) -> None:
     """Put a ``GatedMLP`` in the place of each MLP of a model that computes its formula."""
-    known: dict[type, bool] = {}
     for module in list(model.modules()):
         for name, part in list(module.named_children()):
-            if {child for child, _ in part.named_children()} == _PARTS:
-                if type(part) not in known:
-                    known[type(part)] = _is_gated(part)
-                if known[type(part)]:
-                    setattr(module, name, GatedMLP(part))
+            if {child for child, _ in part.named_children()} == _PARTS and _is_gated(part):
+                setattr(module, name, GatedMLP(part))
 
 
 def gated_mlps(model: nn.Module) -> Iterator[GatedMLP]:
@@ -92,13 +88,20 @@ def gated_mlps(model: nn.Module) -> Iterator[GatedMLP]:
 
 
 def _is_gated(mlp: nn.Module) -> bool:
-    """Tell whether an MLP computes the formula, bit for bit, with small layers in the place of its own."""
+    """Tell whether an MLP computes the formula, bit for bit, with small layers in the place of its own.
+
+    Of large numbers too, which some clamp, and in bfloat16, where some multiply in float32.
+    """
     twin, (inside, outside) = copy.copy(mlp), (6, 4)
     with torch.random.fork_rng(devices=[]):
         layers = {name: nn.Linear(outside, inside) for name in ("gate_proj", "up_proj")}
         layers["down_proj"] = nn.Linear(inside, outside)
-        x = torch.randn(3, outside)
+        x = torch.randn(16, outside)
     twin._modules = {**layers, "act_fn": mlp.act_fn}
-    with torch.no_grad():
-        product = functional.silu(layers["gate_proj"](x)) * layers["up_proj"](x)
-        return torch.equal(twin(x), layers["down_proj"](product))
+    for dtype in (torch.float32, torch.bfloat16):
+        gate, up, down = (layer.to(dtype) for layer in layers.values())
+        for given in (x.to(dtype), 1e4 * x.to(dtype)):
+            with torch.no_grad():
+                if not torch.equal(twin(given), down(functional.silu(gate(given)) * up(given))):
+                    return False
+    return True

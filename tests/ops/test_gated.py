@@ -72,3 +72,26 @@ def test_mlps_of_another_kind_stay_as_they_are():
         model = nn.ModuleList([mlp]).to("meta")
         use_lean_mlps(model)
         assert isinstance(model[0], GatedMLP) == replaced
+
+
+class Other(nn.Module):
+    """An MLP with the names of the known one, and a formula that differs from it where its switch says."""
+
+    def __init__(self, limit=None, in_float32=False):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 4)
+        self.act_fn, self.limit, self.in_float32 = nn.SiLU(), limit, in_float32
+
+    def forward(self, x):
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.limit:
+            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        if self.in_float32:
+            return self.down_proj((self.act_fn(gate.float()) * up.float()).to(x.dtype))
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+def test_mlps_of_one_class_that_clamp_or_multiply_in_float32_stay_as_they_are():
+    model = nn.ModuleList([Other(), Other(limit=10.0), Other(in_float32=True)])
+    use_lean_mlps(model)
+    assert [type(mlp) for mlp in model] == [GatedMLP, Other, Other]
