@@ -50,15 +50,10 @@ def choose_kernels(model: nn.Module, inputs: Inputs) -> None:
         use_kernels(model, ())
         return
     kept = set(kernels_of(model))
-    (longest, *others), device = inputs.row_lengths, inputs.input_ids.device
-    micro_batches = [inputs]
-    if not others and longest > 1:  # smaller ones may have several rows; half a row may be no longer than a window
-        halves = longest // 2, longest - longest // 2
-        micro_batches.append(inputs._replace(row_lengths=halves, row_ends=sequence_ends(halves, device)))
     use_kernels(model, kept - {EXPERTS, GATED})
     try:
         with _gated_products(model) as products, _Calls() as calls:
-            for each in micro_batches:
+            for each in _micro_batches(inputs):
                 norms, experts = _seen(model, each)
         if EXPERTS in kept and not (experts and _experts_are_better(*experts[0])):
             kept.discard(EXPERTS)
@@ -78,6 +73,18 @@ def choose_kernels(model: nn.Module, inputs: Inputs) -> None:
     use_kernels(model, kept)
 
 
+def _micro_batches(inputs: Inputs) -> list[Inputs]:
+    """Return the largest micro-batch, and if it is one sequence its halves too: smaller ones may have several.
+
+    Not the halves alone, which may be no longer than a window.
+    """
+    longest, *others = inputs.row_lengths
+    if others or longest == 1:
+        return [inputs]
+    halves = longest // 2, longest - longest // 2
+    return [inputs, inputs._replace(row_lengths=halves, row_ends=sequence_ends(halves, inputs.input_ids.device))]
+
+
 def check_kernels(model: nn.Module, names: Collection[str], inputs: Inputs) -> None:
     """Run the kernels of a run that is resumed once, on a card.
 
@@ -89,7 +96,8 @@ def check_kernels(model: nn.Module, names: Collection[str], inputs: Inputs) -> N
     """
     reason = "liger-kernel is not installed" if {*names} - kernels_of(model) else ""
     try:
-        _seen(model, inputs)
+        for each in _micro_batches(inputs):
+            _seen(model, each)
     except foreign_errors() as error:
         if is_out_of_memory(error):
             raise
@@ -135,7 +143,7 @@ def _gated_products(model: nn.Module) -> Iterator[dict[tuple, torch.Tensor]]:
     products: dict[tuple, torch.Tensor] = {}
 
     def note(down: nn.Module, given: tuple) -> None:
-        product = given[0][:, :TRIED_TOKENS]
+        product = given[0].flatten(0, -2)[:TRIED_TOKENS]
         products.setdefault((product.dtype, product.shape[-1]), torch.empty_like(product))
 
     handles = [mlp.down_proj.register_forward_pre_hook(note) for mlp in gated_mlps(model)]
