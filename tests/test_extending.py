@@ -223,8 +223,7 @@ def plan(case, limit_bytes):
     s, work = trainer.settings, case.workload
     largest, evaluation = largest_batches(work, case.examples, case.examples, trainer.epochs)
     job = Job(work, BatchShape((1,), 1), work.shape(evaluation), optimizer=s.optimizer, max_grad_norm=s.max_grad_norm)
-    fixed = {**work.fixed_options}
-    step = Step(job, work.shape(largest), 1, s.gradient_accumulation_steps, fixed, may_split=False)
+    step = Step(job, work.shape(largest), 1, s.gradient_accumulation_steps, may_split=False)
     found = search(step, MACHINE, limit_bytes)
     return choose(found, limit_bytes), min(found, key=lambda candidate: candidate.peak_bytes)
 

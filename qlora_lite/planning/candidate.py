@@ -18,7 +18,8 @@ EQUALLY_FAST = 1.03  # time estimates closer than this are not told apart
 class Step:
     """How an optimizer step is cut up: ``micro_batches`` times ``packs`` packs, each of the given shape.
 
-    ``pack`` is the fullest pack; ``fixed`` are the levers that the user chose and the search must keep;
+    ``pack`` is the fullest pack; ``fixed`` are the levers that the user chose, or the workload has no choice of, and
+    the search must keep;
     ``may_split`` allows another division of the same packs. ``known`` is what was predicted of jobs.
     """
 
@@ -29,6 +30,9 @@ class Step:
     fixed: Mapping[str, object] = field(default_factory=dict)
     may_split: bool = True
     known: dict[Job, Prediction] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "fixed", {**self.fixed, **self.job.workload.fixed_options})
 
     def sizes(self) -> list[int]:
         """Return the numbers of packs that may go through at once, smallest first."""

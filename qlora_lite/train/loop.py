@@ -13,7 +13,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from typing import TypeVar
 
@@ -22,7 +22,7 @@ from torch import nn
 
 from qlora_lite.data.batch import extent_of, plan_epoch
 from qlora_lite.data.stream import stream_batches
-from qlora_lite.errors import TrainingError
+from qlora_lite.errors import ModelError, TrainingError
 from qlora_lite.memory.meter import PeakMeter
 from qlora_lite.quant.product import float32_partial_sums
 from qlora_lite.quant.tensor_file import bit_sums
@@ -58,6 +58,10 @@ class StepMetrics:
     peak_bytes: int
     seconds: float
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if taken := self.metrics.keys() & {each.name for each in fields(self)}:
+            raise TrainingError(f"an objective's metrics may not be called {', '.join(sorted(taken))}")
 
     @property
     def line(self) -> dict[str, float]:
@@ -97,7 +101,10 @@ class Trainer:
         self.workload = workload.with_options(settings.levers)
         self.model, self.examples, self.settings, self.stream = model, examples, settings, stream
         self.epochs = Epochs(workload.lengths(examples), workload.target_counts(examples), settings)
-        self.names, self.parameters = map(list, zip(*workload.method.parameters(model), strict=True))
+        trained = dict(workload.method.parameters(model))
+        if not trained:
+            raise ModelError("there is nothing to train: the adapter method gives no parameter of this model")
+        self.names, self.parameters = list(trained), list(trained.values())
         self.device = workload.device(model)
         self.optimizer = build_optimizer(
             self.parameters, settings.optimizer, settings.learning_rate, settings.weight_decay,
@@ -128,6 +135,7 @@ class Trainer:
         if not self._is_checked:
             self.workload.check_model(self.model, self.settings)
             self._is_checked = True
+            self.meter.restart()  # what the check held is no step's
 
     @float32_partial_sums()
     def rehearse(self, eval_examples: Sequence = ()) -> None:

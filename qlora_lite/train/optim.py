@@ -39,7 +39,7 @@ def build_optimizer(
     parameters: Iterable[torch.nn.Parameter], name: str, learning_rate: float, weight_decay: float,
     stochastic_rounding: bool = True,
 ) -> torch.optim.Optimizer:  # fmt: skip
-    """Build an optimizer over the LoRA factors, the only parameters that are trained or decayed.
+    """Build an optimizer over what an adapter method trains; nothing else is decayed.
 
     Args:
         name: a key of ``BITSANDBYTES_NAMES``, or ``adamw_torch``.

@@ -10,7 +10,7 @@ and on nothing that a tensor holds.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import NamedTuple, Self
 
@@ -183,6 +183,8 @@ class Workload:
 
     def at_depth(self, depth: int) -> Self:
         """Return the workload with fewer blocks, of the same kinds."""
+        if depth == self.depth:
+            return self
         raise NotImplementedError
 
     def device(self, model: nn.Module) -> torch.device:
@@ -229,7 +231,7 @@ class Workload:
         wrong = [name for name, only in self.fixed_options.items() if getattr(settings.levers, name) != only]
         if wrong:
             raise TrainingError(f"{type(self).__name__} has no {', '.join(wrong)} to set")
-        set_levers(model, settings.levers, self.blocks(model))
+        set_levers(model, replace(settings.levers, kernels="plain"), self.blocks(model))
 
     def choose_kernels(
         self, model: nn.Module, largest: Callable[[], object], options: Levers, recorded: Sequence[str] | None
