@@ -27,7 +27,7 @@ EXPLAIN = ROOT / "qlora_lite" / "explain"
 TEXTS = {path: path.read_text(encoding="utf-8") for path in
          [ROOT / "README.md", *sorted(EXPLAIN.glob("*.md")), *sorted(RESULTS.glob("*.md"))]}  # fmt: skip
 WRITTEN = "\n".join(TEXTS.values())
-NO_SETTINGS = {"data.examples", "data.batch", "lora.inject", "lora.adapter", "train.step"}  # modules
+NO_SETTINGS = {"data.examples", "data.batch", "adapters.lora.inject", "adapters.files", "train.step"}  # modules
 
 
 def render_results():

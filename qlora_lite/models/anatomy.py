@@ -85,7 +85,7 @@ def device_of(model: nn.Module) -> torch.device:
 def tokenwise_parts(module: nn.Module) -> list[str]:
     """Return the names of a block's or decoder's direct parts that make one tensor of one, token by token: MLPs, norms.
 
-    transformers has no other mark for them than their class's name; ``train.guards.check_forward`` compares the
+    transformers has no other mark for them than their class's name; ``train.text_guards.check_forward`` compares the
     result of running them in tiles with the model's own logits. Left out are those that take more than one tensor
     (Bloom's and MPT's MLPs add the residual themselves) and MLPs without a linear layer (GPT-OSS's is a router with
     experts, and gives the router's scores too).

@@ -1,6 +1,7 @@
 """Models whose rows must be run one by one: laid end to end, each would be computed otherwise than by itself.
 
-Some say so (``why_rows_run_alone``), others show it when their logits are compared (``train.guards.check_forward``).
+Some say so (``why_rows_run_alone``), others show it when their logits are compared
+(``train.text_guards.check_forward``).
 """
 
 from torch import nn
