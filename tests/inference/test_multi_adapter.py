@@ -54,7 +54,8 @@ def test_a_batch_of_many_adapters_answers_as_each_alone(runs):
 @pytest.mark.parametrize("use", ["tasks", "evaluation"])
 def test_weights_are_arranged_for_few_rows_where_models_answer(runs, monkeypatch, use):
     arranged, opened = [], open_run(runs[0])
-    monkeypatch.setattr(f"qlora_lite.{'tasks' if use == 'tasks' else 'evaluate'}.arrange_weights", arranged.append)
+    module = "multi_adapter" if use == "tasks" else "evaluate"
+    monkeypatch.setattr(f"qlora_lite.inference.{module}.arrange_weights", arranged.append)
     if use == "tasks":
         tasks = open_tasks(runs)
         assert arranged[0] is tasks.model
