@@ -11,7 +11,7 @@ from tiny_trainer import trainer
 from qlora_lite.adapters.lora.inject import add_lora, lora_parameters
 from qlora_lite.errors import TrainingError
 from qlora_lite.models.levers import Levers
-from qlora_lite.train import guards, loop, loss_scale
+from qlora_lite.train import loop, loss_scale, text_guards
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.forward import prepare
 from qlora_lite.train.loss_scale import LossScale, unscale
@@ -155,6 +155,6 @@ def test_scores_that_exceed_float16_before_they_are_scaled_are_no_fault_of_the_m
     for block in model.model.layers:
         for layer in (block.self_attn.q_proj, block.self_attn.k_proj):
             layer.bias.data.fill_(90.0)  # 16 x 90 x 90 is more than 65,504, and a quarter of it is not
-    assert math.isfinite(guards._logits_error(model))
+    assert math.isfinite(text_guards._logits_error(model))
     model.set_attn_implementation("eager")
     assert not model(torch.arange(5)[None]).logits.isfinite().all()
