@@ -2,8 +2,8 @@
 
 Everything is asked of transformers' own interface (``base_model_prefix``, ``get_output_embeddings``) and never of
 architecture names, so that a new architecture needs no change here. What the head does to its logits (scale, soft
-cap) is read from the configuration, and ``train.guards`` compares the result with the model's own logits before
-training.
+cap) is read from the configuration, and ``train.text_guards`` compares the result with the model's own logits
+before training.
 """
 
 import inspect

@@ -1,1 +1,1 @@
-"""The training step, its optimizer and schedule, the loop around it and the guards."""
+"""Workloads, the training step, its optimizer and schedule, the loop around it and the guards."""
