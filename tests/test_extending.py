@@ -27,8 +27,9 @@ from qlora_lite.models.levers import place, set_levers
 from qlora_lite.ops.loss import head_logits
 from qlora_lite.planning.candidate import Step, choose
 from qlora_lite.planning.machine import Machine
+from qlora_lite.planning.plan_ledger import ALLOCATION_BYTES
 from qlora_lite.planning.search import search
-from qlora_lite.planning.simulate import ALLOCATION_BYTES, Job
+from qlora_lite.planning.simulate import Job
 from qlora_lite.train.causal_lm import CrossEntropy
 from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from qlora_lite.train.inventory import categorised

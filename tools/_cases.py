@@ -26,8 +26,9 @@ from qlora_lite.memory.meter import PeakMeter, held_bytes
 from qlora_lite.models.kernels import use_kernels
 from qlora_lite.models.levers import Levers, place, set_levers
 from qlora_lite.models.load import resolve_device
+from qlora_lite.planning.plan_ledger import ALLOCATION_BYTES
 from qlora_lite.planning.predict import predict
-from qlora_lite.planning.simulate import ALLOCATION_BYTES, Job
+from qlora_lite.planning.simulate import Job
 from qlora_lite.train.causal_lm import CausalLM, ModelSpec
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.loop import Trainer, largest_batches

@@ -13,11 +13,12 @@ A storage's category is decided where it is born:
 - workspace: everything else, such as dequantised weights and the results on their way to the next operation.
 
 What no operation returns is not seen: scratch inside kernels and what an allocator rounds up to. Those are
-the named constants of ``memory.process``.
+the named constants of ``memory.process``; a plan adds what a kernel states of itself (``Ledger.holding``).
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -115,6 +116,16 @@ class Ledger(TorchDispatchMode):
         """Count tensors that exist already, or give those that are counted their category."""
         for tensor in tensors:
             self._count(tensor, _INDEX[category])
+
+    @contextmanager
+    def holding(self, nbytes: int) -> Iterator[None]:
+        """Count bytes of workspace that no tensor shows, for as long as the context lasts."""
+        size = self._allocated(nbytes)
+        self._change(_INDEX["workspace"], size)
+        try:
+            yield
+        finally:
+            self._change(_INDEX["workspace"], -size)
 
     def watch(self, model: nn.Module) -> None:
         """Follow which module runs, and count the gradients of the trainable parameters as such."""

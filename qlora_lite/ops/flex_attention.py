@@ -31,7 +31,6 @@ from functools import cache, lru_cache
 import torch
 from torch.nn.attention import flex_attention as torchs
 
-from qlora_lite.memory.marks import category
 from qlora_lite.memory.work import FLOP_FORMULAS
 
 from .compiled import MOST_GRAPHS, as_outside
@@ -69,9 +68,7 @@ def flex_attention(
     """
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     window = None if window is None or window >= max(row_lengths) else window
-    held = _scratch(query, sinks)
     out = _values(query, key, value, sinks, row_lengths, float(scaling), window, float(softcap) if softcap else None)
-    del held
     return out.transpose(1, 2).contiguous()
 
 
@@ -115,11 +112,7 @@ def _keep_inputs(ctx, inputs, output) -> None:
 
 
 def _go_back(ctx, grad_out):
-    query, _, _, sinks = ctx.saved_tensors
-    held = _scratch(query, sinks, grad_out)
-    grads = _gradients(grad_out, *ctx.saved_tensors, *ctx.settings)
-    del held
-    return *grads, *(None,) * 5
+    return *_gradients(grad_out, *ctx.saved_tensors, *ctx.settings), *(None,) * 5
 
 
 _values.register_autograd(_go_back, setup_context=_keep_inputs)
@@ -199,23 +192,24 @@ def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return blocks.sum(1).int()[None, None], numbers.int()[None, None]
 
 
-def _scratch(query, sinks, grad_out=None) -> torch.Tensor | None:
-    """Return memory of the size that a call takes beside its results, in a plan; None elsewhere.
+def scratch_bytes(query, _key, _value, sinks, *_settings) -> int:
+    """Return the bytes that the values' operator takes beside its result, given its arguments.
 
     At most four float32 numbers of each query (the logsumexp, the largest score, and what backward sums), the tables,
-    and tensors of the query's size: the values before sinks; backward also the values, and their gradient before sinks
-    and in the order of the query.
+    and the values before sinks.
     """
-    if not is_planned():
-        return None
-    tensors = 1 if sinks is not None else 0
-    if grad_out is not None:
-        tensors = 1 + 2 * tensors + (grad_out.stride() != query.stride())
     blocks = -(-query.shape[2] // BLOCK)
     tables = KINDS * 4 * (4 * blocks * (blocks + 1) + query.shape[2])
-    with category("workspace"):
-        taken = tensors * query.nbytes + 4 * 4 * query.shape[:3].numel() + tables
-        return query.new_empty(taken, dtype=torch.uint8)
+    return (sinks is not None) * query.nbytes + 4 * 4 * query.shape[:3].numel() + tables
+
+
+def gradients_scratch_bytes(grad_out, query, *others) -> int:
+    """Return the bytes that the gradients' operator takes beside its results, given its arguments.
+
+    Beside those of the values, these, and their gradient before sinks and in the order of the query.
+    """
+    tensors = 1 + (others[2] is not None) + (grad_out.stride() != query.stride())
+    return scratch_bytes(query, *others) + tensors * query.nbytes
 
 
 @lru_cache(64)
@@ -235,7 +229,7 @@ def _flops(first: int, of_keys: int, of_values: int) -> Callable[..., int]:
     return flops
 
 
-VALUES = torch.ops.qlora_lite.flex_attention  # the operator
+VALUES, GRADIENTS = torch.ops.qlora_lite.flex_attention, torch.ops.qlora_lite.flex_attention_gradients  # operators
 # Gradients: the values again; then scores and their gradients twice, for the query and for key and value.
 FLOP_FORMULAS[VALUES] = _flops(0, 1, 1)
-FLOP_FORMULAS[torch.ops.qlora_lite.flex_attention_gradients] = _flops(1, 1 + 4, 1 + 3)
+FLOP_FORMULAS[GRADIENTS] = _flops(1, 1 + 4, 1 + 3)

@@ -8,9 +8,9 @@ sdp_utils.cpp). For what neither takes, torch holds the scores of all heads; so 
 float16 does without it on all of them, and needs the same everywhere. cuDNN's kernel is left out: it makes a plan of
 its own for every length of a row, in memory that nobody counts.
 
-Backward, a kernel takes memory that no tensor outside of it shows: for an 8B model 32 KiB a token. A
-plan takes as much at the same place. Of a long row, flash attention's backward runs over a few heads at a time, with so
-much less; heads do not see each other. A repeatable one does not: the fewer heads, the more sums it keeps of each.
+Backward, a kernel takes memory that no tensor outside of it shows: for an 8B model 32 KiB a token
+(``scratch_bytes``, which a plan adds). Of a long row, flash attention's backward runs over a few heads at a time, with
+so much less; heads do not see each other. A repeatable one does not: the fewer heads, the more sums it keeps of each.
 
 Source of the sizes: mha_bwd in torch's flash_attn/flash_api.cpp and what calls it in attention_backward.cu, and
 kernel_backward.h of its memory-efficient attention.
@@ -25,8 +25,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from qlora_lite.memory.marks import category
-
 from .shapes import device_type, planned_to_repeat
 
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -40,6 +38,7 @@ _FLASH = torch.ops.aten._scaled_dot_product_flash_attention
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
 _PLANNED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # stands for any of a card's
 _PLANNED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+BACKWARDS = _PLANNED_BACKWARD, _FLASH_BACKWARD  # what ``scratch_bytes`` is of
 
 
 def fused_attention(query, key, value, mask, scaling, dropout=0.0) -> torch.Tensor:
@@ -71,8 +70,7 @@ def fused_attention(query, key, value, mask, scaling, dropout=0.0) -> torch.Tens
             return _FewHeadsBackward.apply(query, key, value, scaling, key_heads)
     if query.is_meta and not dropout:
         # torch would choose the formula here; a CPU's fused kernel saves what a card's does
-        out = _PLANNED(query, key, value, dropout, causal, attn_mask=mask, scale=scaling)[0]
-        return _with_scratch(out, query, key, groups, flash) if on_card and out.requires_grad else out
+        return _PLANNED(query, key, value, dropout, causal, attn_mask=mask, scale=scaling)[0]
     kernels = _kernels(query.dtype)
     with sdpa_kernel(kernels) if query.is_cuda else nullcontext():
         return scaled_dot_product_attention(
@@ -139,9 +137,7 @@ class _FewHeadsBackward(torch.autograd.Function):
             q, o, numbers, grad = (tensor[:, of_query] for tensor in (query, out, logsumexp, grad_out))
             inputs = grad, q, key[:, of_key], value[:, of_key], o, numbers.contiguous()
             if query.is_meta:
-                held = _scratch(q, key, grad, groups, flash=True)
                 found = _PLANNED_BACKWARD(*inputs, 0.0, True, scale=ctx.scaling)
-                del held
             else:
                 length = query.shape[2]
                 found = _FLASH_BACKWARD(*inputs, None, None, length, length, 0.0, True, *ctx.state, scale=ctx.scaling)
@@ -227,31 +223,16 @@ def flash_takes(query, key, value, scaling) -> bool:
     return chosen == SDPBackend.FLASH_ATTENTION.value
 
 
-def _with_scratch(out: torch.Tensor, query, key, groups: int, flash: bool) -> torch.Tensor:
-    """Have a planned kernel's backward take what a card's takes beside its results, for as long as it runs."""
-    held = []
-
-    def take(grads) -> None:
-        held.append(_scratch(query, key, grads[0], groups, flash))
-
-    out.grad_fn.register_prehook(take)
-    out.grad_fn.register_hook(lambda *_: held.clear())
-    return out
-
-
-def _scratch(query, key, grad_out, groups: int, flash: bool) -> torch.Tensor:
-    """Return memory of the size that a kernel's backward takes inside.
+def scratch_bytes(grad_out, query, key, value, *_others, attn_mask=None, **_unused) -> int:
+    """Return the bytes that a card's backward takes inside, given the arguments of one of ``BACKWARDS``.
 
     Flash attention's takes results, which lie in memory as the queries do, and their gradients with T before H; what
     lies otherwise is copied.
     """
-    if flash:
-        copied = sum(tensor.nbytes for tensor in (query, grad_out) if not tensor.transpose(1, 2).is_contiguous())
-        taken = flash_bytes(query, groups) + copied
-    else:
-        taken = _efficient_bytes(query, key)
-    with category("workspace"):
-        return query.new_empty(taken, dtype=torch.uint8)
+    if attn_mask is not None or not runs_flash(query, key, value, 0.0):
+        return _efficient_bytes(query, key)
+    copied = sum(tensor.nbytes for tensor in (query, grad_out) if not tensor.transpose(1, 2).is_contiguous())
+    return flash_bytes(query, query.shape[1] // key.shape[1]) + copied
 
 
 def flash_bytes(query, groups: int, rows: int | None = None) -> int:

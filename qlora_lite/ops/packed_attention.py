@@ -5,8 +5,8 @@ sequences; attending to one after the other (``attention``) takes as many operat
 ``torch.nn.attention.varlen.varlen_attn`` calls the same operators behind two of its own, written in Python, which take
 the host's time, and offers no part of a backward.
 
-Backward takes memory that no tensor outside of it shows, 128 tokens' more for each sequence. As for one sequence
-(``fused_attention``), a plan takes as much at the same place, and where it is much, a few heads go back at a time.
+Backward takes memory that no tensor outside of it shows, 128 tokens' more for each sequence (``scratch_bytes``). As for
+one sequence (``fused_attention``), a plan adds it, and where it is much, a few heads go back at a time.
 
 Tokens behind the last sequence must not come in: their gradients would be what lay in that memory before (pytorch issue
 176793).
@@ -21,13 +21,11 @@ from itertools import accumulate
 
 import torch
 
-from qlora_lite.memory.marks import category
-
 from .fused_attention import flash_bytes, key_heads_at_once, runs_flash
 from .shapes import device_type, planned_to_repeat
 from .transfer import sent
 
-FORWARD, _BACKWARD = torch.ops.aten._flash_attention_forward, torch.ops.aten._flash_attention_backward
+FORWARD, BACKWARD = torch.ops.aten._flash_attention_forward, torch.ops.aten._flash_attention_backward
 _SPARE = 128  # tokens of memory inside of a backward, for each sequence
 
 
@@ -100,14 +98,13 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def _gradients(ctx, grad_out, query, key, value, out, logsumexp) -> tuple[torch.Tensor, ...]:
-    """Return the gradients for all of the heads given, while a plan holds what the kernel takes inside."""
-    (places, settings), held = ctx.settings, None
-    if query.is_meta:
-        rows = len(query) + _SPARE * (len(places[0]) - 1)
-        copied = sum(tensor.nbytes for tensor in (out, grad_out) if not tensor.is_contiguous())
-        taken = flash_bytes(query.transpose(0, 1)[None], query.shape[1] // key.shape[1], rows)
-        with category("workspace"):
-            held = query.new_empty(taken + copied, dtype=torch.uint8)
-    found = _BACKWARD(grad_out, query, key, value, out, logsumexp, *places, *ctx.state, **settings)
-    del held
-    return found
+    """Return the gradients for all of the heads given."""
+    places, settings = ctx.settings
+    return BACKWARD(grad_out, query, key, value, out, logsumexp, *places, *ctx.state, **settings)
+
+
+def scratch_bytes(grad_out, query, key, _value, out, _logsumexp, ends, *_others, **_unused) -> int:
+    """Return the bytes that the kernel's backward takes inside, given its operator's arguments."""
+    rows = len(query) + _SPARE * (len(ends) - 1)
+    copied = sum(tensor.nbytes for tensor in (out, grad_out) if not tensor.is_contiguous())
+    return flash_bytes(query.transpose(0, 1)[None], query.shape[1] // key.shape[1], rows) + copied

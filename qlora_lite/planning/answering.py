@@ -10,7 +10,6 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from qlora_lite.memory.ledger import Ledger
 from qlora_lite.memory.marks import phase
 from qlora_lite.memory.meter import free_bytes, held_bytes
 from qlora_lite.memory.process import CUDA_CONTEXT_BYTES, CUDA_LATER_BYTES, overheads
@@ -24,7 +23,8 @@ from qlora_lite.ops.stream import SLOTS, flat_sizes, spare_bytes
 from qlora_lite.train.out_of_memory import free_cached_memory
 
 from .meta_results import NeedsValuesError
-from .simulate import ALLOCATION_BYTES, remembered
+from .plan_ledger import PlanLedger
+from .simulate import remembered
 
 MOST_PROMPTS = 32  # that are read at once
 UNPLANNED = 1.25  # times what is planned for prompts is more than they took (tests/planning/test_answering.py)
@@ -74,7 +74,7 @@ def prompt_bytes(model: nn.Module, tokens: int, prompts: int = 1, device_type: s
     ids = torch.zeros((prompts, tokens), dtype=torch.int64, device="meta")
     no_mask = {"attention_mask": ids.new_empty((prompts, 1, 0, 0))} if uses_row_attention(model) else {}
     counter = WorkCounter()
-    ledger = Ledger(allocation_bytes=ALLOCATION_BYTES[device_type], work=counter, run=remembered)
+    ledger = PlanLedger(device_type, work=counter, run=remembered)
     with planning_for(device_type), torch.no_grad(), ledger, phase("forward"):
         ledger.claim((*model.parameters(), *model.buffers()), "base weights")
         before = ledger.now()

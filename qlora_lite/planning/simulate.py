@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from qlora_lite.memory.ledger import Ledger, Moment
+from qlora_lite.memory.ledger import Moment
 from qlora_lite.memory.marks import category
 from qlora_lite.memory.work import Work, WorkCounter
 from qlora_lite.models.levers import Levers
@@ -39,12 +39,12 @@ from qlora_lite.train.rehearsal import rehearse_step, rehearse_update
 from qlora_lite.train.workload import BatchShape, Workload
 
 from .meta_results import MetaResults, NeedsValuesError
+from .plan_ledger import PlanLedger
 
 log = logging.getLogger("qlora_lite")
 META, CPU = torch.device("meta"), torch.device("cpu")
 _KNOWN_UPDATES = 64  # of jobs whose factors or optimizers differ
 remembered, with_values = MetaResults(), MetaResults(with_values=True)
-ALLOCATION_BYTES = {"cuda": 512, "cpu": 1}  # CUDA's caching allocator rounds up (c10/cuda/CUDACachingAllocator.cpp)
 TYPICAL_SEQUENCES = 8  # of a pack whose rows are not known: 2,048 tokens of instructions and answers of 256
 
 
@@ -107,17 +107,6 @@ class Simulation:
             for moment in self.moments.values()
             if moment.phase in ("forward", "backward", "optimizer")
         )
-
-
-class PlanLedger(Ledger):
-    """A ledger of what is never compiled: torch need not keep its compiler out of each operator."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:  # torch's own name; one that does not ask only takes longer
-        return False
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return self.follow(func, args, kwargs or {})
 
 
 def simulate(job: Job) -> Simulation:
@@ -256,7 +245,7 @@ def _run(job: Job, device: torch.device, timeline: bool, measured_because: str =
     optimizer = _optimizer(job, parameters)
     remember = with_values if workload.needs_values(model) else remembered
     counter, run = WorkCounter(), {"run": remember} if device == META else {}
-    ledger = PlanLedger(timeline, ALLOCATION_BYTES[job.device_type], counter, **run)
+    ledger = PlanLedger(job.device_type, timeline=timeline, work=counter, **run)
     with planning_for(job.device_type, job.deterministic), ledger:
         for tensor, name, _ in categorised(workload, model):
             ledger.claim([tensor], name)
@@ -366,7 +355,7 @@ def _update(job: Job, trained: tuple[tuple[torch.Size, torch.dtype], ...]) -> Mo
     """Return the highest moment of an update of such parameters, where nothing else lies in memory."""
     parameters = [nn.Parameter(torch.empty(shape, dtype=dtype, device=META)) for shape, dtype in trained]
     optimizer = _optimizer(job, parameters)
-    ledger = PlanLedger(allocation_bytes=ALLOCATION_BYTES[job.device_type], run=remembered)
+    ledger = PlanLedger(job.device_type, run=remembered)
     with planning_for(job.device_type, job.deterministic), ledger:
         ledger.claim(parameters, "adapter")
         with category("gradients"):

@@ -25,8 +25,8 @@ from qlora_lite.models.kernels import kernels_of, use_kernels
 from qlora_lite.models.levers import set_levers
 from qlora_lite.models.rows_alone import rows_run_alone
 from qlora_lite.models.tokenizer import load_tokenizer
+from qlora_lite.planning.plan_ledger import ALLOCATION_BYTES
 from qlora_lite.planning.predict import Prediction
-from qlora_lite.planning.simulate import ALLOCATION_BYTES
 from qlora_lite.prepare.build import build_model
 from qlora_lite.prepare.datasets import build_data, build_stream, rows_to_plan
 from qlora_lite.prepare.plan import Plan, alternatives, as_metered, expected_peak, plan_run

@@ -15,6 +15,7 @@ from qlora_lite.ops.block_attention import block_attention
 from qlora_lite.ops.checkpoint import Checkpoint
 from qlora_lite.ops.flex_attention import BLOCK, flex_attention, kernel_takes
 from qlora_lite.ops.shapes import planning_for
+from qlora_lite.planning.plan_ledger import PlanLedger
 
 HEADS, SIZE, LENGTHS = 4, 16, (150, 1, 30, 270)
 SINKS = torch.arange(-1.0, HEADS - 1, dtype=torch.float64)
@@ -143,7 +144,7 @@ def test_a_plan_counts_an_operator_each_way_and_the_scores_of_whole_blocks(windo
 def test_a_plan_holds_what_the_kernels_take_inside(sinks):
     tokens = 8 * BLOCK
     inputs = inputs_of((tokens,), dtype=torch.bfloat16, device="meta")
-    with planning_for("cuda"), Ledger() as ledger:
+    with planning_for("cuda"), PlanLedger("cuda", allocation_bytes=1) as ledger:
         ledger.claim(inputs, "base weights")
         with phase("forward"):
             out = flex_attention(*inputs, (tokens,), softcap=1.5, sinks=sinks)

@@ -14,6 +14,7 @@ from qlora_lite.ops import fused_attention
 from qlora_lite.ops.attention import row_attention
 from qlora_lite.ops.checkpoint import Checkpoint
 from qlora_lite.ops.shapes import planning_for
+from qlora_lite.planning.plan_ledger import CARD_SCRATCH, PlanLedger
 
 FLASH, EFFICIENT, MATH = fused_attention.KERNELS
 HEADS, SIZE, LENGTH = 8, 80, 300
@@ -84,13 +85,26 @@ def test_heads_of_a_size_that_flash_attention_does_not_take_are_not_grouped(size
 @pytest.mark.parametrize(("size", "dtype", "taken"), [
     (128, torch.bfloat16, True), (512, torch.bfloat16, False), (128, torch.float16, False),
 ])  # fmt: skip
-def test_a_plan_counts_the_kernel_that_takes_the_heads(size, dtype, taken, monkeypatch):
-    seen = []
-    monkeypatch.setattr(fused_attention, "_with_scratch", lambda out, *arguments: seen.append(arguments[-1]) or out)
+def test_a_plan_counts_the_kernel_that_takes_the_heads(size, dtype, taken, counted_kernels):
     inputs = laid_out(2, LENGTH, size, dtype, False, "meta")
-    with planning_for("cuda"):
-        fused_attention.fused_attention(*inputs, None, None)
-    assert seen == [taken]
+    with planning_for("cuda"), PlanLedger("cuda"):
+        out = fused_attention.fused_attention(*inputs, None, None)
+        torch.autograd.grad(out, inputs, torch.empty_like(out))
+    assert counted_kernels == [(HEADS // 2 if taken else 1, taken)]
+
+
+@pytest.fixture
+def counted_kernels(monkeypatch):
+    """Give the groups of heads of each backward that a plan counts, and whether it is flash attention's."""
+    seen = []
+
+    def scratch_bytes(grad, query, key, *others, **options):
+        found = fused_attention.scratch_bytes(grad, query, key, *others, **options)
+        seen.append((query.shape[1] // key.shape[1], found != fused_attention._efficient_bytes(query, key)))
+        return found
+
+    monkeypatch.setitem(CARD_SCRATCH, fused_attention.BACKWARDS[0], scratch_bytes)
+    return seen
 
 
 def card_with(monkeypatch, grouped, alone, masked):
@@ -104,7 +118,7 @@ def card_with(monkeypatch, grouped, alone, masked):
 
 def planned_peak(length, window=None):
     inputs = laid_out(2, length, SIZE, torch.bfloat16, False, "meta")
-    with planning_for("cuda"), Ledger() as ledger:
+    with planning_for("cuda"), PlanLedger("cuda", allocation_bytes=1) as ledger:
         ledger.claim(inputs, "saved activations")
         out = row_attention(None, *inputs, None, row_lengths=(length,), sliding_window=window)[0]
         torch.autograd.grad(out, inputs, torch.empty_like(out))
@@ -136,16 +150,16 @@ def test_on_a_card_without_a_fused_kernel_blocks_attend_as_the_formula_does(monk
         assert (one - other).norm() < 1e-5 * one.norm()
 
 
-def test_where_torch_has_no_flash_attention_heads_are_not_grouped_and_another_kernel_is_planned(monkeypatch):
-    seen = []
-    monkeypatch.setattr(fused_attention, "_with_scratch", lambda out, *arguments: seen.append(arguments[-2:]) or out)
+def test_where_torch_has_no_flash_attention_heads_are_not_grouped_and_another_kernel_is_planned(
+    counted_kernels, monkeypatch
+):
     for kernels in ((FLASH, FLASH, EFFICIENT), (MATH, EFFICIENT, EFFICIENT)):
         card_with(monkeypatch, *kernels)
         planned_peak(LENGTH)
         assert fused_attention.kernel_of_card(torch.bfloat16) == (
             "flash attention" if kernels[0] is FLASH else "memory-efficient attention"
         )
-    assert seen == [(HEADS // 2, True), (1, False)]
+    assert counted_kernels == [(HEADS // 2, True), (1, False)]
     card_with(monkeypatch, MATH, MATH, MATH)
     assert "no fused kernel" in fused_attention.kernel_of_card(torch.bfloat16)
 
@@ -168,7 +182,7 @@ def planned_inside(monkeypatch):
 
     def peak(key_heads, dtype, repeatable, heads_first=False, mask=None):
         inputs = laid_out(key_heads, LENGTH, SIZE if mask is None else WIDE, dtype, heads_first, "meta")
-        with planning_for("cuda", repeatable), Ledger() as ledger:
+        with planning_for("cuda", repeatable), PlanLedger("cuda", allocation_bytes=1) as ledger:
             ledger.claim(inputs, "saved activations")
             out = fused_attention.fused_attention(*inputs, mask, None)
             with phase("backward"):
@@ -177,7 +191,8 @@ def planned_inside(monkeypatch):
 
     def inside(*settings):
         with monkeypatch.context() as patch:
-            patch.setattr(fused_attention, "_scratch", lambda *_, **__: None)
+            for operator in fused_attention.BACKWARDS:
+                patch.setitem(CARD_SCRATCH, operator, lambda *_, **__: 0)
             without = peak(*settings)
         return peak(*settings) - without
 
@@ -307,7 +322,10 @@ def test_on_a_card_a_backward_takes_what_plans_count(key_heads, dtype, size, mas
     taken = {}
     for device in ("meta", "cuda"):
         mask = torch.ones(2048, 2048, dtype=torch.bool, device=device).tril() if masked else None
-        with planning_for("cuda") if device == "meta" else nullcontext(), Ledger(allocation_bytes=512) as ledger:
+        planning, ledger = nullcontext(), Ledger(allocation_bytes=512)
+        if device == "meta":
+            planning, ledger = planning_for("cuda"), PlanLedger("cuda")
+        with planning, ledger:
             inputs = laid_out(key_heads, 2048, size, dtype, heads_first, device)
             out = fused_attention.fused_attention(*inputs, mask, None)
             upstream = out.new_ones(1, 2048, HEADS, size).transpose(1, 2)

@@ -5,13 +5,13 @@ import torch
 from counted import counted
 from test_attention import eager
 
-from qlora_lite.memory.ledger import Ledger
 from qlora_lite.memory.marks import phase
 from qlora_lite.ops import attention, fused_attention, packed_attention
 from qlora_lite.ops.attention import row_attention
 from qlora_lite.ops.checkpoint import Checkpoint
 from qlora_lite.ops.packed_attention import kernel_takes, sequence_ends
 from qlora_lite.ops.shapes import planning_for
+from qlora_lite.planning.plan_ledger import PlanLedger
 
 HEADS, SIZE, LENGTHS = 8, 32, (40, 1, 23, 64)
 TOKENS = sum(LENGTHS)
@@ -50,7 +50,7 @@ def card(monkeypatch):
         return backward_on_cpu(*args, **options)
 
     monkeypatch.setattr(packed_attention, "FORWARD", on_cpu)
-    monkeypatch.setattr(packed_attention, "_BACKWARD", backward)
+    monkeypatch.setattr(packed_attention, "BACKWARD", backward)
     monkeypatch.setattr(attention, "kernel_takes", lambda *_: True)
     with planning_for("cuda"):
         yield heads
@@ -113,7 +113,7 @@ def planned(lengths, most, key_heads=2, window=None):
         with counted() as counter:
             with phase("forward"):
                 out = attend(*inputs, window=window, lengths=lengths)
-            with phase("backward"), Ledger() as ledger:
+            with phase("backward"), PlanLedger("cuda", allocation_bytes=1) as ledger:
                 torch.autograd.grad(out, inputs, torch.empty_like(out))
     return counter.work, ledger.peak.total
 

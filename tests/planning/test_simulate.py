@@ -22,7 +22,8 @@ from qlora_lite.ops.offload import pinned_bytes
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.ops.stream import shared_allocations
 from qlora_lite.planning import simulate as simulate_module
-from qlora_lite.planning.simulate import ALLOCATION_BYTES, TYPICAL_SEQUENCES, _run, full_pack, simulate, simulate_whole
+from qlora_lite.planning.plan_ledger import ALLOCATION_BYTES
+from qlora_lite.planning.simulate import TYPICAL_SEQUENCES, _run, full_pack, simulate, simulate_whole
 from qlora_lite.train import flat
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.inventory import categorised

@@ -1,0 +1,40 @@
+"""The ledger of a plan: a card's kernels take in it what they state of themselves."""
+
+from collections.abc import Callable
+
+from qlora_lite.memory.ledger import Ledger
+from qlora_lite.ops import flex_attention, fused_attention, packed_attention
+
+ALLOCATION_BYTES = {"cuda": 512, "cpu": 1}  # CUDA's caching allocator rounds up (c10/cuda/CUDACachingAllocator.cpp)
+# Bytes that an operator takes inside on a card, given its arguments.
+CARD_SCRATCH: dict[object, Callable[..., int]] = {
+    **dict.fromkeys(fused_attention.BACKWARDS, fused_attention.scratch_bytes),
+    packed_attention.BACKWARD: packed_attention.scratch_bytes,
+    flex_attention.VALUES: flex_attention.scratch_bytes,
+    flex_attention.GRADIENTS: flex_attention.gradients_scratch_bytes,
+}
+
+
+class PlanLedger(Ledger):
+    """A ledger of a step that is planned for a device.
+
+    Args:
+        device_type: "cpu" or "cuda".
+        settings: further arguments of ``Ledger``.
+    """
+
+    def __init__(self, device_type: str, **settings):
+        super().__init__(**{"allocation_bytes": ALLOCATION_BYTES[device_type]} | settings)
+        self._scratch = CARD_SCRATCH if device_type == "cuda" else {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:  # torch's own name: nothing here is compiled, and not to ask takes less time
+        return False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        scratch_bytes = self._scratch.get(func._overloadpacket)
+        if scratch_bytes is None:
+            return self.follow(func, args, kwargs)
+        with self.holding(scratch_bytes(*args, **kwargs)):
+            return self.follow(func, args, kwargs)
