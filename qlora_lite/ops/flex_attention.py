@@ -34,7 +34,7 @@ from torch.nn.attention import flex_attention as torchs
 from qlora_lite.memory.work import FLOP_FORMULAS
 
 from .compiled import MOST_GRAPHS, as_outside
-from .shapes import device_type, has_triton, is_planned
+from .shapes import device_type, has_triton
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +77,6 @@ def _values(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None,
     row_lengths: Sequence[int], scaling: float, window: int | None, softcap: float | None,
 ) -> torch.Tensor:  # fmt: skip
-    if is_planned():  # whose values mean nothing
-        return torch.empty_like(query)
     with as_outside(), torch.no_grad():
         return _attend((query.detach(), key.detach(), value.detach()), sinks, row_lengths, scaling, window, softcap)
 
@@ -94,8 +92,6 @@ def _gradients(
     row_lengths: Sequence[int], scaling: float, window: int | None, softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
-    if is_planned():
-        return tuple(torch.empty_like(tensor) for tensor in inputs)
     with as_outside(), torch.enable_grad():
         out = _attend(inputs, sinks, row_lengths, scaling, window, softcap)
         return torch.autograd.grad(out, inputs, grad_out)

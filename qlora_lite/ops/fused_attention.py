@@ -116,12 +116,8 @@ class _FewHeadsBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, scaling, key_heads):
-        if query.is_meta:
-            out, logsumexp = _PLANNED(query, key, value, 0.0, True, scale=scaling)
-            ctx.state = ()
-        else:
-            out, logsumexp, *_, seed, offset, _ = _FLASH(query, key, value, 0.0, True, scale=scaling)
-            ctx.state = seed, offset
+        out, logsumexp, *_, seed, offset, _ = _FLASH(query, key, value, 0.0, True, scale=scaling)
+        ctx.state = seed, offset
         ctx.save_for_backward(query, key, value, out, logsumexp)
         ctx.scaling, ctx.key_heads = scaling, key_heads
         return out
@@ -130,17 +126,13 @@ class _FewHeadsBackward(torch.autograd.Function):
     def backward(ctx, grad_out):
         query, key, value, out, logsumexp = ctx.saved_tensors
         grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
-        groups = query.shape[1] // key.shape[1]
+        groups, length = query.shape[1] // key.shape[1], query.shape[2]
         for first in range(0, key.shape[1], ctx.key_heads):
             of_key = slice(first, first + ctx.key_heads)
             of_query = slice(groups * of_key.start, groups * of_key.stop)
             q, o, numbers, grad = (tensor[:, of_query] for tensor in (query, out, logsumexp, grad_out))
             inputs = grad, q, key[:, of_key], value[:, of_key], o, numbers.contiguous()
-            if query.is_meta:
-                found = _PLANNED_BACKWARD(*inputs, 0.0, True, scale=ctx.scaling)
-            else:
-                length = query.shape[2]
-                found = _FLASH_BACKWARD(*inputs, None, None, length, length, 0.0, True, *ctx.state, scale=ctx.scaling)
+            found = _FLASH_BACKWARD(*inputs, None, None, length, length, 0.0, True, *ctx.state, scale=ctx.scaling)
             for target, heads, part in zip(grads, (of_query, of_key, of_key), found, strict=True):
                 target[:, heads] = part
         return *grads, None, None

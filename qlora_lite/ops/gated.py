@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from .around import Around
 from .kernel import Tensors, planned_kernel
-from .shapes import device_type, is_planned
+from .shapes import device_type
 
 _PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # as every modelling file with the formula names them
 
@@ -41,10 +41,9 @@ class GatedMLP(Around):
 
 def gated(gate: torch.Tensor, up: torch.Tensor, fused: bool = False) -> torch.Tensor:
     """Return ``silu(gate) * up``; on a card with Liger's kernels if ``fused``, which write gradients over both."""
-    fused = fused and device_type(gate.device) == "cuda"
-    if fused and not is_planned():
+    if fused and gate.is_cuda:
         return importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction.apply(gate, up)
-    return _Gated.apply(gate, up, fused)
+    return _Gated.apply(gate, up, fused and device_type(gate.device) == "cuda")
 
 
 class _Gated(torch.autograd.Function):

@@ -1,6 +1,9 @@
-"""The ledger of a plan: a card's kernels take in it what they state of themselves."""
+"""The ledger of a plan: a card's kernels take in it what they state of themselves, and compute nothing."""
 
 from collections.abc import Callable
+
+import torch
+from torch.utils._pytree import tree_map_only
 
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.ops import flex_attention, fused_attention, packed_attention
@@ -13,6 +16,7 @@ CARD_SCRATCH: dict[object, Callable[..., int]] = {
     flex_attention.VALUES: flex_attention.scratch_bytes,
     flex_attention.GRADIENTS: flex_attention.gradients_scratch_bytes,
 }
+_A_CARD_S_ALONE = {torch.ops.aten._scaled_dot_product_flash_attention, fused_attention.BACKWARDS[1]}
 
 
 class PlanLedger(Ledger):
@@ -38,3 +42,14 @@ class PlanLedger(Ledger):
             return self.follow(func, args, kwargs)
         with self.holding(scratch_bytes(*args, **kwargs)):
             return self.follow(func, args, kwargs)
+
+
+def on_real_tensors(func, args: tuple, kwargs: dict):
+    """Run an operator of a plan that needs real tensors, whose values mean nothing.
+
+    Those of a card alone, and this package's own, give memory of their results' shapes.
+    """
+    if func.namespace != "qlora_lite" and func._overloadpacket not in _A_CARD_S_ALONE:
+        return func(*args, **kwargs)
+    args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+    return tree_map_only(torch.Tensor, lambda tensor: torch.empty_like(tensor, device="cpu"), func(*args, **kwargs))

@@ -39,7 +39,7 @@ from qlora_lite.train.rehearsal import rehearse_step, rehearse_update
 from qlora_lite.train.workload import BatchShape, Workload
 
 from .meta_results import MetaResults, NeedsValuesError
-from .plan_ledger import PlanLedger
+from .plan_ledger import PlanLedger, on_real_tensors
 
 log = logging.getLogger("qlora_lite")
 META, CPU = torch.device("meta"), torch.device("cpu")
@@ -244,8 +244,8 @@ def _run(job: Job, device: torch.device, timeline: bool, measured_because: str =
     parameters = [parameter for _, parameter in workload.method.parameters(model)]
     optimizer = _optimizer(job, parameters)
     remember = with_values if workload.needs_values(model) else remembered
-    counter, run = WorkCounter(), {"run": remember} if device == META else {}
-    ledger = PlanLedger(job.device_type, timeline=timeline, work=counter, **run)
+    counter, run = WorkCounter(), remember if device == META else on_real_tensors
+    ledger = PlanLedger(job.device_type, timeline=timeline, work=counter, run=run)
     with planning_for(job.device_type, job.deterministic), ledger:
         for tensor, name, _ in categorised(workload, model):
             ledger.claim([tensor], name)

@@ -24,7 +24,8 @@ from qlora_lite.models.quantizer import OnArrivalQuantizer, QuantizeConfig, quan
 from qlora_lite.models.save import save_quantized
 from qlora_lite.models.skeleton import give_storage, meta_model
 from qlora_lite.ops.shapes import planning_for
-from qlora_lite.planning.simulate import simulate
+from qlora_lite.planning.plan_ledger import PlanLedger, on_real_tensors
+from qlora_lite.planning.simulate import remembered, simulate
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.product import materialize
 from qlora_lite.train.causal_lm import CausalLM
@@ -360,7 +361,8 @@ def test_a_plan_does_not_ask_the_router_even_where_it_runs_on_real_tensors(devic
     model = give_storage(meta_model(config, "nf4", True, torch.float32), device)
     experts = model.model.layers[0].mlp.experts
     chosen = torch.zeros(60, 3, dtype=torch.int64, device=device)
-    with planning_for("cuda"), Ledger() as ledger:
+    run = remembered if device == "meta" else on_real_tensors
+    with planning_for("cuda"), PlanLedger("cuda", run=run) as ledger:
         experts(torch.zeros(60, 64, device=device), chosen, torch.zeros(60, 3, device=device))
     weights = 32 * 2 * 64 * 64 * 4  # the first of all of them, not of the one that was chosen
     assert ledger.peak.total > weights

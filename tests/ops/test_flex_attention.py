@@ -15,7 +15,7 @@ from qlora_lite.ops.block_attention import block_attention
 from qlora_lite.ops.checkpoint import Checkpoint
 from qlora_lite.ops.flex_attention import BLOCK, flex_attention, kernel_takes
 from qlora_lite.ops.shapes import planning_for
-from qlora_lite.planning.plan_ledger import PlanLedger
+from qlora_lite.planning.plan_ledger import PlanLedger, on_real_tensors
 
 HEADS, SIZE, LENGTHS = 4, 16, (150, 1, 30, 270)
 SINKS = torch.arange(-1.0, HEADS - 1, dtype=torch.float64)
@@ -160,7 +160,7 @@ def test_a_plan_holds_what_the_kernels_take_inside(sinks):
 
 def test_a_plan_that_runs_on_real_tensors_computes_nothing(monkeypatch):
     monkeypatch.setattr(flex, "_compiled", None)
-    with planning_for("cuda"):
+    with planning_for("cuda"), PlanLedger("cuda", run=on_real_tensors):
         found = results(flex_attention, inputs_of(), softcap=1.5)
     assert [tensor.shape for tensor in found[1:]] == [tensor.shape for tensor in inputs_of()]
 
