@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ExpertsInterface
 
-from qlora_lite.ops.shapes import device_type, has_triton, planned_to_repeat
+from qlora_lite.ops.shapes import device_type, has_triton
 from qlora_lite.quant.nf4 import BLOCK_SIZE, quantize
 from qlora_lite.quant.packed import PackedWeight
 
@@ -134,8 +134,8 @@ def packed_experts(
 ) -> torch.Tensor:  # fmt: skip
     """Compute what transformers' own experts would with the unpacked weights, as its interface asks for it."""
     described, tensors = described_experts(experts)
-    on_card = device_type(hidden_TD.device) == "cuda" and has_triton() and not planned_to_repeat()
-    return routed(hidden_TD, chosen_TK, weights_TK, described._replace(grouped=grouped and on_card), tensors)
+    can_group = device_type(hidden_TD.device) == "cuda" and has_triton()
+    return routed(hidden_TD, chosen_TK, weights_TK, described._replace(grouped=grouped and can_group), tensors)
 
 
 def first_experts(model: nn.Module) -> nn.Module | None:

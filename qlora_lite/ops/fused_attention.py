@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from .shapes import device_type, planned_to_repeat
+from .shapes import device_type
 
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 MOST_SCRATCH_BYTES = 128 * 2**20  # that a call of a backward takes inside, if it has more heads than those of one key
@@ -140,7 +140,7 @@ class _FewHeadsBackward(torch.autograd.Function):
 
 def key_heads_at_once(query, key, rows: int | None = None) -> int:
     """Return over how many key heads a backward runs at once; for ``rows`` see ``flash_bytes``."""
-    if torch.are_deterministic_algorithms_enabled() or planned_to_repeat():
+    if torch.are_deterministic_algorithms_enabled():
         return key.shape[1]  # the fewer heads, the more sums of each
     groups = query.shape[1] // key.shape[1]
     share = query[:, :groups]
@@ -235,7 +235,9 @@ def flash_bytes(query, groups: int, rows: int | None = None) -> int:
     """
     batch, heads, length, size = query.shape
     rows, numbers = rows or _up(length, _ROWS), _up(size, 32) if size <= 192 else 256
-    sums = -(-_MOST_PROCESSORS // (batch * heads)) if planned_to_repeat() else 1  # of the query's gradient, float32
+    sums = 1  # of the query's gradient, float32
+    if torch.are_deterministic_algorithms_enabled():
+        sums = -(-_MOST_PROCESSORS // (batch * heads))
     taken = 4 * batch * heads * rows * (1 + sums * numbers)  # with what the gradients of the scores have in common
     if groups > 1:  # the gradients of key and value for each head of the query, before they are added up
         taken += 2 * query.nbytes

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from .around import Around
-from .shapes import device_type
+from .shapes import on_card
 
 # read for torch 2.11 to 2.13; a CPU has no kernel for the second
 _FUSED, _FUSED_BACKWARD = torch.ops.aten._fused_rms_norm, torch.ops.aten._fused_rms_norm_backward
@@ -93,13 +93,13 @@ class _FusedRmsNorm(torch.autograd.Function):
 
 
 def _kernels_take(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    return x.dtype == weight.dtype and (x.is_cuda or (x.is_meta and device_type(x.device) == "cuda"))
+    return x.dtype == weight.dtype and on_card(x)
 
 
 def _fused_value(x, weight, inner: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a norm's value in one kernel, and 1 / rms [..., 1] in float32."""
     x = x.contiguous()
-    if x.is_meta:  # where torch runs the formula; a product reads and writes as much as the kernel does
+    if x.is_meta:  # torch has no kernel, and the formula in its place; a product reads and writes as much as one does
         return x * weight, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     return _FUSED(x, [x.shape[-1]], weight, _eps(inner))
 

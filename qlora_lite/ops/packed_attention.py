@@ -22,7 +22,7 @@ from itertools import accumulate
 import torch
 
 from .fused_attention import flash_bytes, key_heads_at_once, runs_flash
-from .shapes import device_type, planned_to_repeat
+from .shapes import on_card
 from .transfer import sent
 
 FORWARD, BACKWARD = torch.ops.aten._flash_attention_forward, torch.ops.aten._flash_attention_backward
@@ -40,12 +40,11 @@ def sequence_ends(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
 
 def kernel_takes(query, key, value, lengths: Sequence[int]) -> bool:
     """Tell whether ``packed_attention`` can attend to sequences of these lengths."""
-    if device_type(query.device) != "cuda" or not (query.is_cuda or query.is_meta):
+    if not on_card(query) or torch.are_deterministic_algorithms_enabled():
         return False
-    repeats = torch.are_deterministic_algorithms_enabled() or planned_to_repeat()
     batch, _, tokens, size = query.shape
     whole = batch == 1 and sum(lengths) == tokens and size % 8 == 0
-    return whole and not repeats and runs_flash(query, key, value, 0.0)
+    return whole and runs_flash(query, key, value, 0.0)
 
 
 def packed_attention(query, key, value, ends, lengths, scaling=None, window=None) -> torch.Tensor:

@@ -9,6 +9,7 @@ this. Remove it when a run over random lengths no longer grows without it.
 import importlib.util
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import TypeVar
 
@@ -22,14 +23,17 @@ _MANY = {"cuda": 4, "cpu": 64}  # parts, from which on a plan takes their averag
 T = TypeVar("T")
 
 
-class _Planned:
-    device_type: str | None = None
-    repeatable = False
+_planned_for: ContextVar[str | None] = ContextVar("device type that a plan is made for", default=None)
 
 
 def device_type(device: torch.device) -> str:
     """Return whose kernels will work on a tensor: its device's, or those of the card that a plan is made for."""
-    return _Planned.device_type or device.type
+    return _planned_for.get() or device.type
+
+
+def on_card(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor is on a card, or stands for one that is. A plan's that has values lies on a CPU."""
+    return tensor.is_cuda or (tensor.is_meta and device_type(tensor.device) == "cuda")
 
 
 @cache
@@ -40,25 +44,20 @@ def has_triton() -> bool:
 
 def is_planned() -> bool:
     """Tell whether what runs is a plan, whose tensors have no meaning, nor values for the most part."""
-    return _Planned.device_type is not None
-
-
-def planned_to_repeat() -> bool:
-    """Tell whether a plan is for a run that gives the same bits each time."""
-    return _Planned.repeatable
+    return _planned_for.get() is not None
 
 
 @contextmanager
-def planning_for(device_type: str, repeatable: bool = False) -> Iterator[None]:
-    """Choose kernels and shapes as if tensors lay on such a device, and gave the same bits each time if wanted.
+def planning_for(device_type: str) -> Iterator[None]:
+    """Choose kernels and shapes as if tensors lay on such a device, and cut loops short.
 
     A plan's tensors are on the meta device, which says nothing of the device that it is made for.
     """
-    _Planned.device_type, _Planned.repeatable = device_type, repeatable
+    token = _planned_for.set(device_type)
     try:
         yield
     finally:
-        _Planned.device_type, _Planned.repeatable = None, False
+        _planned_for.reset(token)
 
 
 def pieces(total: int, size: int) -> Iterator[slice]:
@@ -69,7 +68,7 @@ def pieces(total: int, size: int) -> Iterator[slice]:
     """
     whole = total // size
     for number in range(whole):
-        if _Planned.device_type is None or number == 0:
+        if number == 0 or not is_planned():
             yield slice(number * size, (number + 1) * size)
         elif number == 1:
             with repeated(whole - 1):
@@ -91,7 +90,7 @@ def few_of_many(
         average: makes a part that takes the average work of some.
         size: returns what parts that need the same kernels have in common.
     """
-    if _Planned.device_type is None or len(parts) < _MANY[_Planned.device_type]:
+    if not is_planned() or len(parts) < _MANY[_planned_for.get()]:
         yield from parts
         return
     most = parts[:-2]

@@ -33,6 +33,7 @@ from qlora_lite.memory.work import Work, WorkCounter
 from qlora_lite.models.levers import Levers
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.ops.stream import spare_bytes
+from qlora_lite.train.determinism import deterministic
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.optim import build_optimizer
 from qlora_lite.train.rehearsal import rehearse_step, rehearse_update
@@ -246,7 +247,7 @@ def _run(job: Job, device: torch.device, timeline: bool, measured_because: str =
     remember = with_values if workload.needs_values(model) else remembered
     counter, run = WorkCounter(), remember if device == META else on_real_tensors
     ledger = PlanLedger(job.device_type, timeline=timeline, work=counter, run=run)
-    with planning_for(job.device_type, job.deterministic), ledger:
+    with planning_for(job.device_type), deterministic(job.deterministic), ledger:
         for tensor, name, _ in categorised(workload, model):
             ledger.claim([tensor], name)
         in_files = ledger.now().breakdown.get("on disk", 0)  # the weights themselves
@@ -356,7 +357,7 @@ def _update(job: Job, trained: tuple[tuple[torch.Size, torch.dtype], ...]) -> Mo
     parameters = [nn.Parameter(torch.empty(shape, dtype=dtype, device=META)) for shape, dtype in trained]
     optimizer = _optimizer(job, parameters)
     ledger = PlanLedger(job.device_type, run=remembered)
-    with planning_for(job.device_type, job.deterministic), ledger:
+    with planning_for(job.device_type), deterministic(job.deterministic), ledger:
         ledger.claim(parameters, "adapter")
         with category("gradients"):
             for parameter in parameters:

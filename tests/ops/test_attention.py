@@ -12,7 +12,6 @@ from qlora_lite.memory.ledger import Ledger
 from qlora_lite.memory.marks import phase
 from qlora_lite.memory.work import WorkCounter
 from qlora_lite.ops import block_attention as block_attention_module
-from qlora_lite.ops import shapes
 from qlora_lite.ops.attention import row_attention
 from qlora_lite.ops.block_attention import BLOCK_QUERIES, block_attention
 from qlora_lite.ops.shapes import CPU_MULTIPLE, planning_for
@@ -138,12 +137,12 @@ def values_and_gradients(function, inputs, upstream):
 @pytest.mark.parametrize(("kv_heads", "batch"), [(4, 1), (1, 1), (2, 3)])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_rows_of_several_blocks_equal_the_oracle(device, kv_heads, batch, window, softcap, sinks, monkeypatch):
-    monkeypatch.setattr(shapes._Planned, "device_type", device)
     monkeypatch.setattr(block_attention_module, "few_of_many", lambda blocks, *_: blocks)  # this is no plan
     inputs = tensors(sum(LONG_ROWS), kv_heads, batch)
     upstream = torch.randn(batch, sum(LONG_ROWS), HEADS, DIM, generator=torch.Generator().manual_seed(1))
     how = 0.3, window, softcap, sinks
-    found = values_and_gradients(lambda *t: block_attention(*t, LONG_ROWS, *how), inputs, upstream)
+    with planning_for(device):
+        found = values_and_gradients(lambda *t: block_attention(*t, LONG_ROWS, *how), inputs, upstream)
     expected = values_and_gradients(lambda *t: eager(*t, LONG_ROWS, *how), inputs, upstream)
     for tensor, wanted in zip(found, expected, strict=True):
         assert (tensor - wanted).norm() <= 1e-6 * wanted.norm()

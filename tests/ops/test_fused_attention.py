@@ -15,6 +15,7 @@ from qlora_lite.ops.attention import row_attention
 from qlora_lite.ops.checkpoint import Checkpoint
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.planning.plan_ledger import CARD_SCRATCH, PlanLedger
+from qlora_lite.train.determinism import deterministic
 
 FLASH, EFFICIENT, MATH = fused_attention.KERNELS
 HEADS, SIZE, LENGTH = 8, 80, 300
@@ -182,7 +183,7 @@ def planned_inside(monkeypatch):
 
     def peak(key_heads, dtype, repeatable, heads_first=False, mask=None):
         inputs = laid_out(key_heads, LENGTH, SIZE if mask is None else WIDE, dtype, heads_first, "meta")
-        with planning_for("cuda", repeatable), PlanLedger("cuda", allocation_bytes=1) as ledger:
+        with planning_for("cuda"), deterministic(repeatable), PlanLedger("cuda", allocation_bytes=1) as ledger:
             ledger.claim(inputs, "saved activations")
             out = fused_attention.fused_attention(*inputs, mask, None)
             with phase("backward"):

@@ -12,6 +12,7 @@ from qlora_lite.ops.checkpoint import Checkpoint
 from qlora_lite.ops.packed_attention import kernel_takes, sequence_ends
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.planning.plan_ledger import PlanLedger
+from qlora_lite.train.determinism import deterministic
 
 HEADS, SIZE, LENGTHS = 8, 32, (40, 1, 23, 64)
 TOKENS = sum(LENGTHS)
@@ -101,7 +102,7 @@ def test_the_kernel_is_for_what_flash_attention_takes_and_no_token_behind_the_se
     said |= {"repeatable": False} | change
     shape = said["batch"], HEADS, said["tokens"], said["size"]
     query = torch.empty(shape, dtype=said["dtype"], device=said["device"])
-    with planning_for("cuda" if said["on_card"] else "cpu", said["repeatable"]):
+    with planning_for("cuda" if said["on_card"] else "cpu"), deterministic(said["repeatable"]):
         assert kernel_takes(query, query, query, LENGTHS) == (not change)
 
 
