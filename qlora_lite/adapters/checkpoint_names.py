@@ -5,18 +5,24 @@ whole, vision tower included, where ``model.layers.0`` is ``model.language_model
 the whole, while everything else has those of the language model; of other models both are the same.
 """
 
+from weakref import WeakKeyDictionary
+
 from torch import nn
+
+_begins: WeakKeyDictionary[nn.Module, tuple[str, str]] = WeakKeyDictionary()  # by model, see ``set_outside``
 
 
 def set_outside(model: nn.Module, begins: tuple[str, str] | None) -> nn.Module:
     """Say how the paths of a model's layers begin in it and in files; None if alike. Return the model."""
-    model.qlora_lite_outside = begins
+    _begins.pop(model, None)
+    if begins is not None:
+        _begins[model] = begins
     return model
 
 
 def begins_of(model: nn.Module) -> tuple[str, str] | None:
     """Return how the paths of a model's layers begin in it and in files; None if alike."""
-    return getattr(model, "qlora_lite_outside", None)
+    return _begins.get(model)
 
 
 def outside(model: nn.Module, path: str) -> str:

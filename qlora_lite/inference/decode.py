@@ -32,6 +32,7 @@ from transformers.cache_utils import (
 )
 
 from qlora_lite.models.anatomy import device_of, text_config
+from qlora_lite.models.levers import stream_of
 from qlora_lite.models.load import uses_row_attention
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def has_fixed_step(model: nn.Module, tokens: int) -> bool:
     """Return whether a step of the model is the same operations on the same memory for each of so many tokens."""
     layers, device = DynamicCache(config=text_config(model)).layers, device_of(model)
     is_here = all(tensor.device == device for tensor in (*model.parameters(), *model.buffers()))
-    is_here = is_here and getattr(model, "block_stream", None) is None
+    is_here = is_here and stream_of(model) is None
     return is_here and uses_row_attention(model) and all(_keeps_all(layer, tokens) for layer in layers)
 
 

@@ -5,6 +5,7 @@ run keeps those that were no worse on its own shapes (``train.kernels``).
 """
 
 from collections.abc import Collection
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -18,6 +19,7 @@ EXPERTS = "experts"  # packed ones in groups, by a kernel of our own
 FLEX = "flex"  # attention with capped scores or sinks in one call, by a kernel that torch compiles
 GATED = "gated"  # products of gated MLPs, by Liger's kernels where it is installed
 KERNELS = "norms", "sequences", EXPERTS, FLEX, GATED  # RMS norms both ways; attention to all packed sequences at once
+_allowed: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()  # by model
 
 
 def use_kernels(model: nn.Module, names: Collection[str]) -> None:
@@ -32,9 +34,9 @@ def use_kernels(model: nn.Module, names: Collection[str]) -> None:
     for mlp in gated_mlps(model):
         mlp.fused = GATED in names
     use_packed_experts(model, grouped=EXPERTS in names)
-    model.qlora_lite_kernels = frozenset(names)
+    _allowed[model] = frozenset(names)
 
 
 def kernels_of(model: nn.Module) -> frozenset[str]:
     """Return which of ``KERNELS`` a model may compute with."""
-    return getattr(model, "qlora_lite_kernels", frozenset())
+    return _allowed.get(model, frozenset())

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -33,6 +34,7 @@ _IN_A_RECIPE = {
     "resident_blocks": ("resident_blocks", {None: "all"}),
     "stream_from_disk": ("stream_from", {False: "host", True: "disk"}),
 }
+_streams: WeakKeyDictionary[nn.Module, BlockStream] = WeakKeyDictionary()  # by model
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +158,7 @@ def place(
                 if tensor is not None and (tensor.requires_grad or id(module) not in staying):
                     tensor.data = tensor.data.to(device)
     if streamed:
-        model.block_stream = BlockStream(streamed, device, levers.stream_from_disk)
+        _streams[model] = BlockStream(streamed, device, levers.stream_from_disk)
     return model
 
 
@@ -185,6 +187,11 @@ def _say_where_it_computes(model: nn.Module) -> None:
     model.__class__ = type(own.__name__, (own,), members)
 
 
+def stream_of(model: nn.Module) -> BlockStream | None:
+    """Return what brings a model's streamed blocks to the device; None where ``place`` left all of them there."""
+    return _streams.get(model)
+
+
 def on_host(model: nn.Module, module: nn.Module, tensor: torch.Tensor) -> bool:
     """Tell whether a weight was left in host memory, or on a disk, by ``place``."""
     is_table = isinstance(module, HostEmbedding | HostHead) and tensor is module.weight
@@ -193,11 +200,11 @@ def on_host(model: nn.Module, module: nn.Module, tensor: torch.Tensor) -> bool:
 
 def on_disk(model: nn.Module, tensor: torch.Tensor) -> bool:
     """Tell whether a weight was left by ``place`` in the file that it was loaded from."""
-    return _is_streamed(model, tensor) and model.block_stream.on_disk
+    return _is_streamed(model, tensor) and stream_of(model).on_disk
 
 
 def _is_streamed(model: nn.Module, tensor: torch.Tensor) -> bool:
-    stream = getattr(model, "block_stream", None)
+    stream = stream_of(model)
     return stream is not None and stream.holds(tensor)
 
 
@@ -217,7 +224,7 @@ def set_levers(model: nn.Module, levers: Levers, of_model: Sequence[nn.Module] |
     found = list(blocks(model) if of_model is None else of_model)
     streamed = levers.streamed_of(len(found))
     if (
-        (streamed and not hasattr(model, "block_stream"))
+        (streamed and stream_of(model) is None)
         or (levers.host_embeddings and not isinstance(model.get_input_embeddings(), HostEmbedding))
         or (levers.host_head and not isinstance(model.get_output_embeddings(), HostHead))
     ):

@@ -4,6 +4,8 @@ Some say so (``why_rows_run_alone``), others show it when their logits are compa
 (``train.text_guards.check_forward``).
 """
 
+from weakref import WeakSet
+
 from torch import nn
 
 from qlora_lite.errors import ModelError
@@ -12,10 +14,12 @@ from qlora_lite.ops.shapes import CPU_MULTIPLE, kernel_rows
 from .anatomy import device_of
 from .load import uses_row_attention
 
+_run_alone: WeakSet[nn.Module] = WeakSet()  # models
+
 
 def run_rows_alone(model: nn.Module) -> None:
     """Make training run the rows of a batch one by one."""
-    model.qlora_lite_rows_run_alone = True
+    _run_alone.add(model)
 
 
 def use_own_attention(model: nn.Module) -> None:
@@ -26,7 +30,7 @@ def use_own_attention(model: nn.Module) -> None:
 
 def rows_run_alone(model: nn.Module) -> bool:
     """Tell whether the rows of a batch must be run one by one."""
-    return getattr(model, "qlora_lite_rows_run_alone", False)
+    return model in _run_alone
 
 
 def longest_possible(config) -> int | None:

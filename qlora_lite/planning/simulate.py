@@ -30,7 +30,7 @@ from torch import nn
 from qlora_lite.memory.ledger import Moment
 from qlora_lite.memory.marks import category
 from qlora_lite.memory.work import Work, WorkCounter
-from qlora_lite.models.levers import Levers
+from qlora_lite.models.levers import Levers, stream_of
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.ops.stream import spare_bytes
 from qlora_lite.train.determinism import deterministic
@@ -260,10 +260,11 @@ def _run(job: Job, device: torch.device, timeline: bool, measured_because: str =
         resident, moments = ledger.now(), list(ledger.timeline or ())  # what follows is only the model's end
     frozen = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad)
     work = counter.work._replace(operations=0) if job.levers.compile else counter.work  # how few it has is not known
+    stream = stream_of(model)
     simulation = Simulation(
         dict(ledger.peaks), resident, work, ledger.offloaded_peak_bytes,
         ledger.disk_peak_bytes - in_files, frozen,
-        measured_because, tuple(model.block_stream.sizes) if hasattr(model, "block_stream") else (),
+        measured_because, tuple(stream.sizes) if stream else (),
         tuple((parameter.shape, parameter.dtype) for parameter in parameters),
     )  # fmt: skip
     return (simulation, moments) if timeline else simulation

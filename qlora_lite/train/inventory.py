@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qlora_lite.models.anatomy import text_config
-from qlora_lite.models.levers import on_disk, on_host
+from qlora_lite.models.levers import on_disk, on_host, stream_of
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.packed import PackedWeight
 
@@ -51,7 +51,7 @@ def categorised(workload: Workload, model: nn.Module) -> Iterator[tuple[torch.Te
                 yield tensor, "offloaded", "in host memory; travels to the device when it is needed"
             else:
                 yield (tensor, *_category(module, name, tensor, embedding, head))
-    if stream := getattr(model, "block_stream", None):
+    if stream := stream_of(model):
         for slot in stream.slots:
             yield slot, "base weights", "room for a streamed block"
         for buffer in stream.buffers:

@@ -31,7 +31,7 @@ from qlora_lite.memory.process import (
 )
 from qlora_lite.models.anatomy import blocks, decoder, device_of
 from qlora_lite.models.kernels import kernels_of
-from qlora_lite.models.levers import Levers, on_host, place, set_levers
+from qlora_lite.models.levers import Levers, on_host, place, set_levers, stream_of
 from qlora_lite.models.skeleton import meta_model
 from qlora_lite.ops.stream import ALIGNMENT, spare_bytes
 from qlora_lite.ops.tile import Tiled
@@ -89,7 +89,7 @@ def test_less_memory_gives_placements_that_need_less_and_fit(model_type, tied):
         streamed = place(skeleton_of(model_type, num_hidden_layers=4, tie_word_embeddings=tied), META, levers)
         table = model.get_input_embeddings().weight.nbytes
         pinned = 1 << (table - 1).bit_length() if levers.host_head else 0
-        on_host = sum(streamed.block_stream.sizes) + spare_bytes(streamed.block_stream.sizes) + pinned
+        on_host = sum(stream_of(streamed).sizes) + spare_bytes(stream_of(streamed).sizes) + pinned
         on_host += table if levers.host_embeddings and not (tied and levers.host_head) else 0
         assert placement(model, 100, memory, on_host) == levers
         assert placement(model, 100, memory, on_host - 1) == replace(levers, stream_from_disk=True)
@@ -212,7 +212,7 @@ def test_bytes_on_the_device_are_those_that_placing_leaves_there(levers):
     expected = bytes_on_device(quantized_pair("llama", num_hidden_layers=4)[0], levers)
     model = place(quantized_pair("llama", num_hidden_layers=4)[0], CPU, levers)
     found = sum(tensor.nbytes for module, tensor in tensors(model) if not on_host(model, module, tensor))
-    slots = model.block_stream.slots if levers.resident_blocks is not None else ()
+    slots = stream_of(model).slots if levers.resident_blocks is not None else ()
     aligned = ALIGNMENT * len(list(tensors(blocks(model)[0])))  # at most, of a slot
     assert expected <= found + sum(slot.nbytes for slot in slots) <= expected + aligned * len(slots)
 

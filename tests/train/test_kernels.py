@@ -13,7 +13,7 @@ from torch._decomp import decomposition_table
 from qlora_lite.errors import TrainingError
 from qlora_lite.models import kernels as model_kernels
 from qlora_lite.models.kernels import EXPERTS, GATED, KERNELS, kernels_of, use_kernels
-from qlora_lite.models.levers import Levers, place, set_levers
+from qlora_lite.models.levers import Levers, place, set_levers, stream_of
 from qlora_lite.ops import attention, flex_attention, gated, norm, trial
 from qlora_lite.ops.block_attention import block_attention
 from qlora_lite.ops.gated import gated_mlps
@@ -62,7 +62,7 @@ def test_norms_that_are_tried_are_there_although_blocks_are_streamed():
     set_levers(place(model, torch.device("cpu"), levers), levers)
     norms, *_ = kernels._seen(model, Inputs(tokens[None] + 3, tokens[None], (5, 4), tokens, tokens))
     assert len(norms) == 2, "of hidden states and of heads"
-    assert not any(model.block_stream.holds(norm.weight) for norm, _ in norms)
+    assert not any(stream_of(model).holds(norm.weight) for norm, _ in norms)
     assert norms[0][1].shape[1] == 4, "a whole tile"
 
 

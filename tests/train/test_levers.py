@@ -34,7 +34,7 @@ from qlora_lite.adapters.lora.layer import LoraLinear
 from qlora_lite.errors import ModelError
 from qlora_lite.memory.marks import marks
 from qlora_lite.models.anatomy import blocks
-from qlora_lite.models.levers import Levers, on_host, place, set_levers
+from qlora_lite.models.levers import Levers, on_host, place, set_levers, stream_of
 from qlora_lite.models.load import use_row_attention
 from qlora_lite.models.quantizer import quantize_head
 from qlora_lite.models.rows_alone import rows_run_alone
@@ -277,7 +277,7 @@ def test_a_step_that_memory_ran_out_in_wherever_it_was_is_done_again_and_right(l
 def test_more_resident_blocks_than_there_are_leave_none_to_stream():
     levers = Levers("none", resident_blocks=DEPTH + 2)  # which streamed blocks could not have
     model = build(levers=levers)
-    assert not hasattr(model, "block_stream")
+    assert stream_of(model) is None
     assert all(map(torch.equal, gradients(model, levers), gradients(build(), PLAIN)))
 
 
@@ -296,7 +296,7 @@ def test_streamed_weights_are_never_written():
 
 def test_of_streamed_blocks_at_most_two_are_on_the_device():
     model = build(levers=Levers(resident_blocks=1))
-    stream = model.block_stream
+    stream = stream_of(model)
     evaluate_loss(CausalLM(), model, [random_batch()])
     on_device = {
         number for number, block in enumerate(blocks(model)) for module in block.modules()
