@@ -69,7 +69,7 @@ def fused_attention(query, key, value, mask, scaling, dropout=0.0) -> torch.Tens
         if key_heads < key.shape[1] and flash_takes(query, key, value, scaling):
             return _FewHeadsBackward.apply(query, key, value, scaling, key_heads)
     if query.is_meta and not dropout:
-        # torch would choose the formula here; a CPU's fused kernel saves what a card's does
+        # torch would take the formula, and no mode sees it choose; a CPU's fused kernel saves what a card's does
         return _PLANNED(query, key, value, dropout, causal, attn_mask=mask, scale=scaling)[0]
     kernels = _kernels(query.dtype)
     with sdpa_kernel(kernels) if query.is_cuda else nullcontext():
@@ -100,7 +100,7 @@ def _planned(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ) -> torch.Tensor:  # fmt: skip
     no_kernel = dropout_p or (query.shape[1] != key.shape[1] and not enable_gqa) or query.shape[3] != value.shape[3]
-    if no_kernel or not query.is_meta:  # without one torch takes the formula, as it does without values
+    if no_kernel:  # then torch takes the formula, as it does without values
         return scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -207,7 +207,7 @@ def flash_takes(query, key, value, scaling) -> bool:
     """Tell whether torch would run flash attention, and as it is: other sizes of a head are filled up first."""
     if query.shape[3] % 8:
         return False
-    if query.is_meta:
+    if not query.is_cuda:  # in a plan, for which ``runs_flash`` has said it
         return True
     grouped = query.shape[1] != key.shape[1]
     with sdpa_kernel(KERNELS):
