@@ -15,7 +15,6 @@ one of paged states, which are the host's memory to torch, is left out by the ho
 
 import math
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from qlora_lite.ops.shapes import device_type
 from qlora_lite.quant import bnb
 from qlora_lite.quant.blockwise import BLOCK_VALUES
 
+from .eight_bit import CpuAdamW8bit, CpuLion8bit
 from .optim import are_finite
 from .rounding import round_by_chance
 
@@ -99,12 +99,15 @@ def _chunks(parameters: Sequence[Tensor], smallest: int) -> list[_Chunk]:
 
 
 class _Flat:
-    """The step of a bitsandbytes optimizer, in chunks."""
+    """The step of a bitsandbytes optimizer, in chunks.
 
-    rounds_by_chance = False
+    Args:
+        by_chance: update bfloat16 factors in float32 and round them by chance; see ``rounding``.
+    """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, by_chance: bool, **kwargs):
         super().__init__(*args, **kwargs)
+        self.rounds_by_chance = by_chance
         self._chunks = [_chunks(group["params"], self.args.min_8bit_size) for group in self.param_groups]
         self._places = {p: place for group in self.param_groups for place, p in enumerate(group["params"])}
         self._counted: list[Tensor] = []  # the factors that the last step was counted of
@@ -210,11 +213,40 @@ def _of(storage: Tensor, view: Tensor) -> Tensor:
     return view
 
 
-@cache
-def flat(optimizer_class: type, by_chance: bool) -> type:
-    """Return a bitsandbytes optimizer that updates factors in chunks.
+class AdamW8bit(_Flat, bnb.optim.AdamW8bit):
+    """bitsandbytes' AdamW with states in 8 bits."""
 
-    Args:
-        by_chance: update bfloat16 factors in float32 and round them by chance; see ``rounding``.
-    """
-    return type(optimizer_class.__name__, (_Flat, optimizer_class), {"rounds_by_chance": by_chance})
+
+class AdamW32bit(_Flat, bnb.optim.AdamW32bit):
+    """bitsandbytes' AdamW."""
+
+
+class Lion8bit(_Flat, bnb.optim.Lion8bit):
+    """bitsandbytes' Lion with its state in 8 bits."""
+
+
+class Lion32bit(_Flat, bnb.optim.Lion32bit):
+    """bitsandbytes' Lion."""
+
+
+class PagedAdamW8bit(_Flat, bnb.optim.PagedAdamW8bit):
+    """``AdamW8bit`` with paged states."""
+
+
+class PagedAdamW32bit(_Flat, bnb.optim.PagedAdamW32bit):
+    """``AdamW32bit`` with paged states."""
+
+
+class PagedLion8bit(_Flat, bnb.optim.PagedLion8bit):
+    """``Lion8bit`` with paged states."""
+
+
+class AdamW8bitOnCpu(_Flat, CpuAdamW8bit):
+    """``AdamW8bit`` for factors on a CPU."""
+
+
+class Lion8bitOnCpu(_Flat, CpuLion8bit):
+    """``Lion8bit`` for factors on a CPU."""
+
+
+ON_CPU = {AdamW8bit: AdamW8bitOnCpu, Lion8bit: Lion8bitOnCpu}

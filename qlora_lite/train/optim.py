@@ -24,7 +24,7 @@ from .rounding import in_float32
 log = logging.getLogger(__name__)
 
 CONCURRENT_MANAGED_ACCESS = 89  # an attribute of a device, in cuda.h
-BITSANDBYTES_NAMES = {
+BITSANDBYTES_NAMES = {  # of its classes, and of those in ``flat``
     "paged_adamw_8bit": "PagedAdamW8bit",
     "paged_adamw_32bit": "PagedAdamW32bit",
     "adamw_8bit": "AdamW8bit",
@@ -52,19 +52,17 @@ def build_optimizer(
     parameters = list(parameters)
     if name == "adamw_torch":
         return TorchAdamW(parameters, stochastic_rounding, lr=learning_rate, weight_decay=weight_decay)
-    from qlora_lite.quant import bnb
-
-    from .eight_bit import CpuAdamW8bit, CpuLion8bit
-    from .flat import flat
+    from . import flat
 
     device = parameters[0].device
     if name.startswith("paged_") and not can_page(device):
         name = name.removeprefix("paged_")
         if device.type == "cuda":
             log.info("optimizer states cannot be paged on this card: %s it is", name)
-    on_cpu = {} if device.type == "cuda" else {"adamw_8bit": CpuAdamW8bit, "lion_8bit": CpuLion8bit}
-    optimizer_class = on_cpu.get(name) or getattr(bnb.optim, BITSANDBYTES_NAMES[name])
-    return flat(optimizer_class, stochastic_rounding)(parameters, lr=learning_rate, weight_decay=weight_decay)
+    optimizer_class = getattr(flat, BITSANDBYTES_NAMES[name])
+    if device.type != "cuda":
+        optimizer_class = flat.ON_CPU.get(optimizer_class, optimizer_class)
+    return optimizer_class(parameters, lr=learning_rate, weight_decay=weight_decay, by_chance=stochastic_rounding)
 
 
 class TorchAdamW(torch.optim.AdamW):
