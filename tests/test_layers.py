@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "qlora_lite"
 LAYERS = [
     {"errors", "units", "terminal", "constraints", "compilers"},
-    {"files", "package_files"},
+    {"files"},
     {"recipe", "memory"},
     {"quant", "ops", "data"},
     {"adapters"},

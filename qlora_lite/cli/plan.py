@@ -9,9 +9,8 @@ from pathlib import Path
 import click
 
 from qlora_lite.errors import QloraLiteError, RecipeError
-from qlora_lite.files import write_text
+from qlora_lite.files import PACKAGE_PREFIX, write_text
 from qlora_lite.models.families import CONFIG_IS_ENOUGH, namesake, nearest
-from qlora_lite.package_files import PREFIX
 from qlora_lite.recipe.catalog import closest_recipe, find_recipe, list_recipes
 from qlora_lite.recipe.load import load_recipe, recipe_of
 from qlora_lite.recipe.schema import Recipe
@@ -114,7 +113,7 @@ def _settings(named: str, overrides: Sequence[str]) -> Recipe:
         raise RecipeError(f"there is no recipe and no known model {named!r}; {meant} {CONFIG_IS_ENOUGH}")
     if path.is_dir() and not (path / "config.json").is_file():
         raise RecipeError(f"{named} has no config.json; name a recipe's .yaml file, or a model's folder")
-    is_local = path.is_dir() or (is_gguf and not named.startswith(PREFIX))
+    is_local = path.is_dir() or (is_gguf and not named.startswith(PACKAGE_PREFIX))
     model = os.path.abspath(path) if is_local else named
     return recipe_of({"model": {"path": model}, "data": {"train": "not-read.jsonl"}}, overrides, named)
 

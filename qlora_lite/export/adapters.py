@@ -6,20 +6,28 @@ peft
 vLLM
     It reads ``r``, ``lora_alpha``, ``use_rslora`` and ``target_modules``, and ignores every other key without a word:
     per-layer ranks and alphas would give wrong scales (``vllm/lora/peft_helper.py``). So scales are folded into B
-    and all layers get one rank (``adapters.lora.fold``).
+    and all layers get one rank (``with_one_alpha``).
 llama.cpp
     ``BLOCK.weight.lora_a`` [r, in] and ``.lora_b`` [out, r] in a GGUF file of type "adapter", with one alpha
     (``src/llama-adapter.cpp``; scale = alpha / r of each pair). Rows of B follow the rows of the base's weight.
+
+The adapted weight is W + s_i B_i A_i with a scale of its own for each layer. A reader that takes one alpha for all
+computes alpha / r_i (or, with one rank R, alpha / R). So the commonest alpha is kept, B_i is multiplied by what is
+missing, and factors of a smaller rank get rows and columns of zeros, which add nothing. Layers that have the common
+scale already keep their bits; the others are written in float32 where the product is not exact in their own type.
+
+Shapes: A [r, in], B [out, r]; R the common rank.
 """
 
+import math
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from qlora_lite.adapters.checkpoint_names import outside
 from qlora_lite.adapters.files import adapter_config, attach_adapter, detach_adapter, write_adapter
-from qlora_lite.adapters.lora.fold import with_one_alpha
 from qlora_lite.adapters.read import Adapter, Factors, factor_names
 from qlora_lite.errors import ModelError
 from qlora_lite.files import replacing_folder
@@ -72,6 +80,39 @@ def for_vllm(adapter: Adapter, skeleton: nn.Module, family: str) -> tuple[Adapte
     if largest > VLLM_RANKS[-1]:
         raise ModelError(f"vLLM takes ranks up to {VLLM_RANKS[-1]}, the adapter has {largest}; merge and serve that")
     return with_one_alpha(adapter, largest), next(rank for rank in VLLM_RANKS if rank >= largest)
+
+
+def with_one_alpha(adapter: Adapter, rank: int | None = None) -> Adapter:
+    """Return an equal adapter whose layers share one alpha and plain scales (alpha / r).
+
+    Args:
+        adapter: any; it is left as it is.
+        rank: the rank that every layer gets, at least the largest; None leaves each its own.
+    """
+    alphas = {name: factors.scale * (rank or factors.rank) for name, factors in adapter.layers.items()}
+    values = list(alphas.values())
+    alpha = max(values, key=values.count)
+    gains = {name: value / alpha for name, value in alphas.items()}
+    dtype = next(iter(adapter.layers.values())).lora_A.dtype
+    if not all(_is_exact(gain) for gain in gains.values()):
+        dtype = torch.float32
+    layers = {
+        name: _folded(factors, alpha, gains[name], rank or factors.rank, dtype)
+        for name, factors in adapter.layers.items()
+    }
+    return Adapter(layers, adapter.dropout)
+
+
+def _is_exact(gain: float) -> bool:
+    """Tell whether multiplying by a number only moves the exponent."""
+    return abs(math.frexp(gain)[0]) == 0.5
+
+
+def _folded(factors: Factors, alpha: float, gain: float, rank: int, dtype: torch.dtype) -> Factors:
+    missing = rank - factors.rank
+    lora_a = functional.pad(factors.lora_A, (0, 0, 0, missing)).to(dtype).contiguous()
+    lora_b = functional.pad((factors.lora_B.float() * gain).to(dtype), (0, missing)).contiguous()
+    return Factors(lora_a, lora_b, alpha)
 
 
 def write_gguf_adapter(adapter: Adapter, names: GgufNames, out: Path) -> None:

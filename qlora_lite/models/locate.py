@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_lite.errors import ModelError
-from qlora_lite.package_files import PREFIX, package_file
+from qlora_lite.files import PACKAGE_PREFIX, package_file
 
 from .gguf_header import end_of_tensors
 
@@ -57,7 +57,7 @@ def locate(path: str | Path, revision: str | None = None, with_weights: bool = T
         ModelError: nothing is there, a file is missing, cut short or of a kind that is not read.
     """
     path = os.fspath(path)
-    local = _package_file(path) if path.startswith(PREFIX) else Path(os.path.expanduser(path))
+    local = _package_file(path) if path.startswith(PACKAGE_PREFIX) else Path(os.path.expanduser(path))
     if local.suffix == ".gguf":
         if not os.path.isfile(local):
             raise ModelError(f"no file {local}; check model.path")

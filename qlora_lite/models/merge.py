@@ -11,6 +11,11 @@ What an adapter is merged into is a choice, since no choice is right for all:
   the quantised ones and may have learned to correct their errors: the result is another model.
 
 Names, tensors that are no floats, and parts of the checkpoint outside the language model stay as they are.
+
+Merging leaves nothing to compute at generation, but only a weight of more bits can hold the sum: in bf16 a step of the
+weight is 1/256 of it and small updates are rounded away one by one; ``Rounding`` measures what came of it.
+
+Shapes: W [out, in], A [r, in], B [out, r]. Source: LoRA, arXiv 2106.09685, section 4.1.
 """
 
 import copy
@@ -26,8 +31,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from qlora_lite.adapters.lora.inject import linear_layers
-from qlora_lite.adapters.lora.merge import merged_weight
-from qlora_lite.adapters.read import Adapter
+from qlora_lite.adapters.read import Adapter, Factors
 from qlora_lite.errors import ModelError
 from qlora_lite.files import require_space
 from qlora_lite.quant.linear import QuantLinear, stands_for_conv1d
@@ -73,6 +77,17 @@ class Rounding:
 
 def _dot(one: torch.Tensor, other: torch.Tensor) -> float:
     return (one * other).sum(dtype=torch.float64).item()
+
+
+def merged_weight(weight: torch.Tensor, factors: Factors) -> torch.Tensor:
+    """Return ``weight + scale * lora_B @ lora_A``, formed in float32, for whoever stores it to round once.
+
+    Args:
+        weight: [out, in], any float type; left as it is.
+        factors: of the same layer.
+    """
+    merged = weight.to(torch.float32, copy=True)
+    return merged.addmm_(factors.lora_B.float(), factors.lora_A.float(), alpha=factors.scale)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,9 @@ transformers applies renames, fused layouts, tied weights and dtype rules while 
 quantizer registered through its documented interface sees each final weight once, so all of that holds here
 too and at most one 16-bit weight is alive at a time. (A loader of our own would have to repeat these rules;
 bitsandbytes' quantizer makes several float32 copies of each weight and is much slower on a CPU.)
+
+A model that the host's memory has no room for is put into files that the process sees as memory: the operating system
+writes them to the disk and keeps of them in memory what it has room for.
 """
 
 import torch
@@ -18,15 +21,17 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora_lite.errors import ModelError, OutputError
+from qlora_lite.ops.offload import disk_memory
 from qlora_lite.quant.linear import QuantLinear, frozen_weight, is_conv1d, is_linear_16_bit, routers
 from qlora_lite.quant.nf4 import BLOCK_SIZE, Packed, quantize
 from qlora_lite.quant.packed import PACKED_BUFFERS, PackedWeight
 from qlora_lite.units import format_bytes
 
 from .experts import Projection, drop_parameter, pack_in_place, placeholder, projections, put_empty
-from .in_files import InFiles
 
 METHOD = "qlora_lite"
+PART_BYTES = 1 << 28  # of a file: a process may have few open at one time
+ALIGNMENT = 64  # bytes, of a tensor in a file: what any type, and a processor's vectors, are content with
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -34,12 +39,38 @@ class QuantizeConfig(QuantizationConfigMixin):
     """Ask ``from_pretrained`` to quantise the linear layers and the experts of the blocks on arrival.
 
     Args:
-        folder: what comes of it is put into files there (``in_files``); None leaves it in memory.
+        folder: what comes of it is put into files there (``InFiles``); None leaves it in memory.
     """
 
     def __init__(self, quant_type: str = "nf4", double_quant: bool = True, folder: str | None = None, **_unused):
         self.quant_method = METHOD
         self.quant_type, self.double_quant, self.folder = quant_type, double_quant, folder
+
+
+class InFiles:
+    """Tensors in files without a name, which are gone when nobody holds the tensors, or the process ends.
+
+    Args:
+        folder: where the files are; it is there.
+    """
+
+    def __init__(self, folder: str):
+        self._folder, self._room = folder, torch.empty(0, dtype=torch.uint8)
+        self.is_full = False  # the disk, after which nothing else is put there
+
+    def put(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a copy of a tensor, without gaps, that lies in a file.
+
+        Raises:
+            OutputError: the disk has no room.
+        """
+        size = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        if size > len(self._room):
+            self.is_full = True
+            self._room = disk_memory(max(size, PART_BYTES), self._folder, tensor.device, "QLORA_LITE_CACHE")
+            self.is_full = False
+        here, self._room = self._room[: tensor.nbytes], self._room[size:]
+        return here.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 class QuantizeOnArrival(ConversionOps):

@@ -6,6 +6,11 @@ block-diagonal mask over the whole batch costs its length squared), and needs no
 have one for all rows in one call (``packed_attention``, and ``flex_attention`` for capped scores and sinks), which is
 taken where training allows it.
 
+In a window a token sees itself and a fixed number of tokens before it. Given a mask over a whole row, a fused kernel
+computes what the mask hides, and the mask alone takes the square of the row's length. So a row is cut into chunks as
+long as the window. A chunk sees itself and the chunk before, so that all whole chunks are one call with one small mask
+between them; time and memory grow with the length of the row.
+
 Without row lengths (generation with a key/value cache) the mask that transformers built is used; without a
 mask either, each sequence of the batch is one row.
 
@@ -13,7 +18,7 @@ Shapes: query [B, H, T, D], key and value [B, K, T, D] with H a multiple of K (g
 result [B, T, H, D].
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 
@@ -30,9 +35,9 @@ from .fused_attention import fused_attention, has_kernel
 from .kept_attention import kept_attention
 from .packed_attention import kernel_takes, packed_attention
 from .shapes import device_type, kernel_rows
-from .window import window_attention
 
 FORMULA_TOKENS = 256  # of a row, whose scores take little even for all heads at once
+_MASK_MULTIPLE = 16  # entries, of a mask's rows in memory: a card's kernel copies others
 
 
 def row_attention(
@@ -113,6 +118,57 @@ def row_by_row(query, key, value, row_lengths, scaling, window, dropout) -> torc
     if start < length:
         outs.append(query.new_zeros(query.shape[0], length - start, *query.shape[1::2]))
     return outs[0].contiguous() if len(outs) == 1 else torch.cat(outs, dim=1)
+
+
+def window_attention(attend: Callable[..., torch.Tensor], query, key, value, window: int | None) -> torch.Tensor:
+    """Attend within one row, of each sequence in the batch.
+
+    Args:
+        attend: returns [B, H, Tq, D] for a query, a key, a value and a mask [Tq, Tk]; causal where the mask is None.
+        window: a token sees itself and this many minus one before it; None for all.
+
+    Returns:
+        [B, T, H, D].
+    """
+    length = query.shape[2]
+    if window is None or length <= window:
+        return attend(query, key, value, None).transpose(1, 2)
+    mask = window_mask(min(window, length - window), window, query)
+    outs = [attend(*(tensor[:, :, :window] for tensor in (query, key, value)), None).transpose(1, 2)]
+    whole = length // window * window
+    if whole > window:
+        q, k, v = (_chunks(tensor[:, :, :whole], window) for tensor in (query, key, value))
+        with_previous = (torch.cat([tensor[:, :-1], tensor[:, 1:]], dim=3) for tensor in (k, v))
+        out = attend(*(tensor.flatten(0, 1) for tensor in (q[:, 1:], *with_previous)), mask)
+        outs.append(out.transpose(1, 2).unflatten(0, (len(query), -1)).flatten(1, 2))
+    if rest := length - whole:
+        seen = (tensor[:, :, whole - window :] for tensor in (key, value))
+        outs.append(attend(query[:, :, whole:], *seen, mask[:rest, : window + rest]).transpose(1, 2))
+    return torch.cat(outs, dim=1)
+
+
+def window_mask(queries: int, window: int, like: torch.Tensor) -> torch.Tensor:
+    """Return what ``queries`` tokens see of the ``window`` tokens before them and of themselves.
+
+    Args:
+        like: a query. For a card's, the mask is additive and of its type, which its kernel would make of another.
+
+    Returns:
+        [queries, window + queries], bool or additive.
+    """
+    query = torch.arange(queries, device=like.device)[:, None]
+    key = torch.arange(window + queries, device=like.device)
+    seen = (query < key) & (key <= query + window)
+    if device_type(like.device) != "cuda":
+        return seen
+    row = -(-len(key) // _MASK_MULTIPLE) * _MASK_MULTIPLE
+    mask = like.new_empty(queries, row)[:, : len(key)]
+    return mask.zero_().masked_fill_(seen.logical_not_(), -torch.inf)
+
+
+def _chunks(tensor: torch.Tensor, window: int) -> torch.Tensor:
+    """Cut [B, H, n * W, D] into [B, n, H, W, D]; a view."""
+    return tensor.unflatten(2, (-1, window)).transpose(1, 2)
 
 
 def _cut(row_lengths, *tensors) -> list[Sequence[torch.Tensor]]:

@@ -11,17 +11,19 @@ Source: GLU variants, arXiv 2002.05202.
 
 import copy
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from qlora_lite.memory.marks import repeated
+
 from .around import Around
-from .kernel import Tensors, planned_kernel
 from .shapes import device_type
 
 _PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # as every modelling file with the formula names them
+Tensors = tuple[torch.Tensor, ...]
 
 
 class GatedMLP(Around):
@@ -67,6 +69,31 @@ class _Gated(torch.autograd.Function):
             return torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate), grad_up
 
         return *(planned_kernel(compute, (grad, gate, up)) if ctx.fused else compute()), None
+
+
+def planned_kernel(compute: Callable[[], Tensors], inputs: Sequence[torch.Tensor]) -> Tensors:
+    """Return ``compute()`` with the memory of its operators and the work of one that reads and writes each number once.
+
+    Whether a run takes the kernel is found out before its first step (``train.kernels``), and memory must do either
+    way.
+
+    Args:
+        inputs: what the kernel reads, on the meta device; it writes what ``compute`` returns.
+    """
+    with repeated(0):
+        results = compute()
+    _kernel([*inputs, *results])
+    return results
+
+
+@torch.library.custom_op("qlora_lite::kernel", mutates_args=())
+def _kernel(moved: Sequence[torch.Tensor]) -> None:
+    """Do nothing: a plan counts the bytes of its arguments."""
+
+
+@_kernel.register_fake
+def _(moved):
+    pass
 
 
 def use_lean_mlps(model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 In host memory a block's tensors lie in one flat buffer (pinned beside a card), so that one copy brings them; several
 blocks share an allocation, since pinned memory comes in whole powers of two. On a disk they stay in the file that they
-were loaded from, which the process sees as memory (``read_ahead``). The device has two slots: while a block computes in
+were loaded from, which the process sees as memory (``ReadAhead``). The device has two slots: while a block computes in
 one, the next in the direction of travel (the following in forward, the one before in backward) arrives in the other.
 Frozen weights are never written back. 4-bit blocks are what makes this pay: for an 8B model 107 MiB a block, 4 ms over
 a fast bus, against 20 ms of products for 2,048 tokens.
@@ -14,7 +14,8 @@ before the slot is used again, which checkpointing per block sees to (autograd's
 Source: the idea of layer-to-layer execution, L2L, arXiv 2002.05645.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -24,9 +25,9 @@ from torch import nn
 from qlora_lite.memory.marks import category
 
 from .offload import SideStream, host_memory, pinned_bytes
-from .read_ahead import ReadAhead
 
 SLOTS = 2
+BUFFERS = 2  # of ``ReadAhead``: one is read into while the other goes to the device
 MOST_AT_ONCE_BYTES = 1 << 32  # of pinned memory; a host that has no room for more can still give less
 ALIGNMENT = 512  # bytes; what vector loads and copies of any device are content with, and what a plan counts in
 
@@ -119,6 +120,56 @@ def _host_buffers(sizes: list[int], device: torch.device) -> Iterator[torch.Tens
         return
     for here in shared_allocations(sizes):
         yield from host_memory(sum(here), device).split(here)
+
+
+class ReadAhead:
+    """Bring blocks from memory-mapped files to the device, by way of pinned buffers.
+
+    What a process maps of a file comes from the disk when it is first touched, and is dropped again when memory is
+    short. A card cannot copy it beside its computation, since it is not pinned; so a thread copies a block into one of
+    two pinned buffers, a block or two before it is needed, which is when the disk is read, while the card computes, and
+    from there it goes to the card as any other.
+
+    Args:
+        fills: for each block, a function that copies it to the begin of a buffer.
+        sizes: of the blocks, in bytes.
+        side: the stream of the copies to the device.
+    """
+
+    def __init__(self, fills: Sequence[Callable[[torch.Tensor], None]], sizes: Sequence[int], side: SideStream):
+        self._fills, self._sizes, self._side = fills, sizes, side
+        self.buffers = [host_memory(max(sizes), side.device) for _ in range(BUFFERS)]
+        self._last_copy: list[object] = [None] * BUFFERS  # the end of the last copy from each
+        self._next = 0  # buffer, in turn
+        self._reading: dict[int, tuple[int, Future | None]] = {}  # by block: its buffer, and when it is whole
+        # A plan's tensors have no values, and no time.
+        self._executor = None if side.device.type == "meta" else ThreadPoolExecutor(1, "qlora_lite read ahead")
+
+    def begin(self, number: int) -> None:
+        """Begin to read a block; what was read into the buffer that is next and never brought is forgotten."""
+        if number in self._reading:
+            return
+        here, self._next = self._next, (self._next + 1) % BUFFERS
+        self._reading = {block: reading for block, reading in self._reading.items() if reading[0] != here}
+        self._side.wait_on_host(self._last_copy[here])
+        self._reading[number] = here, self._read(number, self.buffers[here])
+
+    def _read(self, number: int, buffer: torch.Tensor) -> Future | None:
+        if self._executor is not None:
+            return self._executor.submit(self._fills[number], buffer)
+        with category("on disk"):  # no tensor is born here; the mark tells a ``WorkCounter`` what the disk gives
+            self._fills[number](buffer)
+        return None
+
+    def bring(self, number: int, slot: torch.Tensor) -> object:
+        """Copy a block to the begin of a slot on the device, when it has been read; return what to wait for."""
+        self.begin(number)
+        here, reading = self._reading.pop(number)
+        if reading is not None:
+            reading.result()
+        size = self._sizes[number]
+        self._last_copy[here] = self._side.copy([(slot[:size], self.buffers[here][:size])])
+        return self._last_copy[here]
 
 
 def flat_sizes(blocks: Sequence[nn.Module]) -> list[int]:

@@ -3,7 +3,7 @@
 A plain copy to a card waits until the card has done all that it was given before, and so does one back. Here the copy
 is made from pinned memory, in the order of the card's work; torch's pool keeps that memory until it has been read. And
 what a device's tensor was on the host is remembered for as long as that tensor lives, for code that needs its values
-there: the rows of a table that stays in host memory (``models.host_tables``, ``ops.host_rows``).
+there: the rows of a table that stays in host memory (``models.host_tables``).
 """
 
 import torch

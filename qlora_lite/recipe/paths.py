@@ -14,8 +14,7 @@ import re
 from collections.abc import Callable
 from difflib import get_close_matches
 
-from qlora_lite.files import TooManyFolders, matches
-from qlora_lite.package_files import PREFIX, package_file
+from qlora_lite.files import PACKAGE_PREFIX, TooManyFolders, matches, package_file
 
 from .schema import Recipe, Source
 from .strict_yaml import NOT_TEXT
@@ -88,7 +87,7 @@ def find_model(path: str, bases: Bases) -> str:
     Raises:
         PathProblem: it is local and not there, in a package that is not installed, or of no known shape.
     """
-    if path.startswith(PREFIX):
+    if path.startswith(PACKAGE_PREFIX):
         try:
             package_file(path)
         except LookupError as error:
@@ -206,7 +205,7 @@ def _or_placed(find: Callable[[str, Bases], str], path: str, bases: Bases) -> st
     try:
         return find(path, bases)
     except PathProblem:
-        if path.startswith((PREFIX, "hub:")):
+        if path.startswith((PACKAGE_PREFIX, "hub:")):
             return path
         return os.path.abspath(os.path.join(bases[0], os.path.expanduser(path)))
 

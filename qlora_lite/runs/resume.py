@@ -34,8 +34,7 @@ from qlora_lite.prepare.datasets import build_sources
 from qlora_lite.recipe.load import settings_to_yaml
 from qlora_lite.recipe.schema import Recipe, Train
 from qlora_lite.train.checkpoints import Checkpoint, newest_whole
-from qlora_lite.train.schedule import lr_factor
-from qlora_lite.train.settings import TrainSettings
+from qlora_lite.train.settings import TrainSettings, lr_factor
 from qlora_lite.train.state import STATE, numbers_of
 
 log = logging.getLogger("qlora_lite")

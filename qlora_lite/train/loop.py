@@ -35,8 +35,7 @@ from .loss_scale import LossScale
 from .optim import build_optimizer
 from .out_of_memory import cut, first_line, free_cached_memory, is_out_of_memory, lower_limit, no_retry
 from .rehearsal import rehearse_step
-from .schedule import lr_factor
-from .settings import TrainSettings
+from .settings import TrainSettings, lr_factor
 from .step import Evaluation, StepResult, evaluate_loss, train_step, train_step_in_backward
 from .workload import Workload
 

@@ -18,12 +18,11 @@ from tiny_files import save_nested
 from tiny_runs import END_OF_ANSWER, logits, make_run, tiny_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_lite.adapters.lora.fold import with_one_alpha
 from qlora_lite.adapters.read import Adapter, Factors
 from qlora_lite.artifacts.trained_run import open_trained
 from qlora_lite.errors import ModelError, OutputError
 from qlora_lite.export import formats as forms
-from qlora_lite.export.adapters import ADAPTER_FILE, VLLM_FAMILIES, for_vllm
+from qlora_lite.export.adapters import ADAPTER_FILE, VLLM_FAMILIES, for_vllm, with_one_alpha
 from qlora_lite.export.check import Change, check_change, check_merged
 from qlora_lite.export.formats import ExportSettings, export_run
 

@@ -436,7 +436,7 @@ def test_a_model_that_memory_has_no_room_for_lies_in_files_from_its_first_weight
         return found
 
     monkeypatch.setattr(QuantizeOnArrival, "convert", noted)
-    monkeypatch.setattr("qlora_lite.models.in_files.PART_BYTES", 1 << 14)
+    monkeypatch.setattr("qlora_lite.models.quantizer.PART_BYTES", 1 << 14)
     monkeypatch.setenv("QLORA_LITE_CACHE", str(tmp_path / "cache"))
     for _ in range(1 + use_cache):
         model = load(tmp_path / "model", use_cache=use_cache, in_files=True)

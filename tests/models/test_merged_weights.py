@@ -15,14 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qlora_lite.adapters.files import load_adapter
 from qlora_lite.adapters.lora.inject import linear_layers, lora_layers
-from qlora_lite.adapters.lora.merge import merged_weight
 from qlora_lite.adapters.read import Factors
 from qlora_lite.artifacts.run_folder import open_run
 from qlora_lite.artifacts.trained_run import open_trained
 from qlora_lite.errors import ModelError
 from qlora_lite.export.merge import MergeSettings, merge_run, prepare_merge
 from qlora_lite.models.load import load_model
-from qlora_lite.models.merge import ORIGINAL, TRAINED, open_merged
+from qlora_lite.models.merge import ORIGINAL, TRAINED, merged_weight, open_merged
 from qlora_lite.models.save import save_quantized
 from qlora_lite.prepare.build import build_to_use
 from qlora_lite.quant.linear import frozen_weight, is_conv1d

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from qlora_lite.ops.offload import SideStream
-from qlora_lite.ops.read_ahead import BUFFERS, ReadAhead
-from qlora_lite.ops.stream import BlockStream
+from qlora_lite.ops.stream import BUFFERS, BlockStream, ReadAhead
 
 CPU, SIZE = torch.device("cpu"), 8
 

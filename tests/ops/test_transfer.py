@@ -5,9 +5,8 @@ import gc
 import pytest
 import torch
 
-from qlora_lite.models.host_tables import HostEmbedding
+from qlora_lite.models.host_tables import HostEmbedding, HostRows
 from qlora_lite.ops import transfer
-from qlora_lite.ops.host_rows import HostRows
 from qlora_lite.ops.loss import Head, chunked_cross_entropy
 
 pytestmark = pytest.mark.gpu

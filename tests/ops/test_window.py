@@ -8,9 +8,8 @@ from test_attention import DIM, HEADS, eager, tensors, values_and_gradients
 
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.memory.marks import phase
-from qlora_lite.ops.attention import _fused, row_attention
+from qlora_lite.ops.attention import _fused, row_attention, window_attention, window_mask
 from qlora_lite.ops.shapes import planning_for
-from qlora_lite.ops.window import window_attention, window_mask
 
 
 @pytest.mark.parametrize("length", [4, 5, 8, 9, 12, 15])

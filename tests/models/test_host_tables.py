@@ -6,7 +6,7 @@ import torch
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.memory.marks import phase
 from qlora_lite.memory.work import WorkCounter
-from qlora_lite.ops.host_rows import HostRows
+from qlora_lite.models.host_tables import HostRows
 from qlora_lite.ops.loss import Head, chunked_cross_entropy, head_logits
 from qlora_lite.ops.shapes import pieces, planning_for
 
