@@ -9,9 +9,10 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from qlora_lite.ops.around import those_around
 from qlora_lite.ops.fused_loss import installed
-from qlora_lite.ops.gated import gated_mlps
-from qlora_lite.ops.norm import lean_norms
+from qlora_lite.ops.gated import GatedMLP
+from qlora_lite.ops.norm import LeanNorm
 
 from .experts import packs_experts, use_packed_experts
 
@@ -29,9 +30,9 @@ def use_kernels(model: nn.Module, names: Collection[str]) -> None:
         names -= {EXPERTS}
     if "liger" not in installed():
         names -= {GATED}
-    for norm in lean_norms(model):
+    for norm in those_around(model, LeanNorm):
         norm.fused = "norms" in names
-    for mlp in gated_mlps(model):
+    for mlp in those_around(model, GatedMLP):
         mlp.fused = GATED in names
     use_packed_experts(model, grouped=EXPERTS in names)
     _allowed[model] = frozenset(names)

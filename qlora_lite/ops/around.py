@@ -1,5 +1,8 @@
 """A module that stands in another one's place and changes how it is run, not what it is called."""
 
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
 from torch import nn
 
 
@@ -25,3 +28,23 @@ class Around(nn.Module):
         """Set the mode of both."""
         self.inner.train(mode)
         return super().train(mode)
+
+
+Kind = TypeVar("Kind", bound=Around)
+
+
+def put_around(model: nn.Module, around: Callable[[nn.Module], Around | None]) -> None:
+    """Put what a function returns for a part of a model in the part's place; None leaves the part."""
+    for module in list(model.modules()):
+        for name, part in list(module.named_children()):
+            if (new := around(part)) is not None:
+                setattr(module, name, new)
+
+
+def those_around(model: nn.Module, kind: type[Kind]) -> Iterator[Kind]:
+    """Yield each module of a kind in a model, those that stand inside of another ``Around`` too."""
+    for module in model.modules():
+        while isinstance(module, Around):
+            if isinstance(module, kind):
+                yield module
+            module = module.inner

@@ -11,7 +11,7 @@ Source: GLU variants, arXiv 2002.05202.
 
 import copy
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from qlora_lite.memory.marks import repeated
 
-from .around import Around
+from .around import Around, put_around
 from .shapes import device_type
 
 _PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # as every modelling file with the formula names them
@@ -98,19 +98,12 @@ def _(moved):
 
 def use_lean_mlps(model: nn.Module) -> None:
     """Put a ``GatedMLP`` in the place of each MLP of a model that computes its formula."""
-    for module in list(model.modules()):
-        for name, part in list(module.named_children()):
-            if {child for child, _ in part.named_children()} == _PARTS and _is_gated(part):
-                setattr(module, name, GatedMLP(part))
 
+    def lean(part: nn.Module) -> GatedMLP | None:
+        has_parts = {child for child, _ in part.named_children()} == _PARTS
+        return GatedMLP(part) if has_parts and _is_gated(part) else None
 
-def gated_mlps(model: nn.Module) -> Iterator[GatedMLP]:
-    """Yield each ``GatedMLP`` of a model, those that run tile by tile too."""
-    for module in model.modules():
-        while isinstance(module, Around):
-            if isinstance(module, GatedMLP):
-                yield module
-            module = module.inner
+    put_around(model, lean)
 
 
 def _is_gated(mlp: nn.Module) -> bool:

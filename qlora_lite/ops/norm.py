@@ -14,12 +14,11 @@ Source: root mean square layer normalization, arXiv 1910.07467.
 
 import copy
 import inspect
-from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-from .around import Around
+from .around import Around, put_around
 from .shapes import on_card
 
 # read for torch 2.11 to 2.13; a CPU has no kernel for the second
@@ -122,22 +121,16 @@ def exact_norm(norm: LeanNorm, x: torch.Tensor) -> torch.Tensor:
 def use_lean_norms(model: nn.Module) -> None:
     """Put a ``LeanNorm`` in the place of each RMS norm of a model."""
     offsets: dict[type, float | None] = {}
-    for module in list(model.modules()):
-        for name, part in list(module.named_children()):
-            if _may_be_rms_norm(part):
-                if type(part) not in offsets:
-                    offsets[type(part)] = gain_offset(part)
-                if offsets[type(part)] is not None:
-                    setattr(module, name, LeanNorm(part, offsets[type(part)]))
 
+    def lean(part: nn.Module) -> LeanNorm | None:
+        if not _may_be_rms_norm(part):
+            return None
+        if type(part) not in offsets:
+            offsets[type(part)] = gain_offset(part)
+        offset = offsets[type(part)]
+        return None if offset is None else LeanNorm(part, offset)
 
-def lean_norms(model: nn.Module) -> Iterator[LeanNorm]:
-    """Yield each ``LeanNorm`` of a model, those that run tile by tile too."""
-    for module in model.modules():
-        while isinstance(module, Around):
-            if isinstance(module, LeanNorm):
-                yield module
-            module = module.inner
+    put_around(model, lean)
 
 
 def _may_be_rms_norm(module: nn.Module) -> bool:
