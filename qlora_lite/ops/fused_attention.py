@@ -16,6 +16,7 @@ Source of the sizes: mha_bwd in torch's flash_attn/flash_api.cpp and what calls 
 kernel_backward.h of its memory-efficient attention.
 """
 
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 
@@ -124,18 +125,34 @@ class _FewHeadsBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out):
-        query, key, value, out, logsumexp = ctx.saved_tensors
-        grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
-        groups, length = query.shape[1] // key.shape[1], query.shape[2]
-        for first in range(0, key.shape[1], ctx.key_heads):
-            of_key = slice(first, first + ctx.key_heads)
-            of_query = slice(groups * of_key.start, groups * of_key.stop)
-            q, o, numbers, grad = (tensor[:, of_query] for tensor in (query, out, logsumexp, grad_out))
-            inputs = grad, q, key[:, of_key], value[:, of_key], o, numbers.contiguous()
-            found = _FLASH_BACKWARD(*inputs, None, None, length, length, 0.0, True, *ctx.state, scale=ctx.scaling)
-            for target, heads, part in zip(grads, (of_query, of_key, of_key), found, strict=True):
-                target[:, heads] = part
-        return *grads, None, None
+        *tensors, logsumexp = ctx.saved_tensors
+        length = grad_out.shape[2]
+
+        def gradients(grad, query, key, value, out, heads: slice) -> tuple[torch.Tensor, ...]:
+            inputs = grad, query, key, value, out, logsumexp[:, heads].contiguous()
+            return _FLASH_BACKWARD(*inputs, None, None, length, length, 0.0, True, *ctx.state, scale=ctx.scaling)
+
+        return *over_key_heads(ctx.key_heads, gradients, grad_out, *tensors), None, None
+
+
+def over_key_heads(
+    at_once: int, gradients: Callable[..., Sequence[torch.Tensor]], grad_out, query, key, value, out
+) -> list[torch.Tensor]:  # fmt: skip
+    """Return the gradients of query, key and value, found for a few key heads at a time; heads are dimension 1.
+
+    Args:
+        at_once: key heads.
+        gradients: returns those of some heads, of whose tensors it is given views, and which of the query's they are.
+    """
+    found, groups = [torch.empty_like(tensor) for tensor in (query, key, value)], query.shape[1] // key.shape[1]
+    for first in range(0, key.shape[1], at_once):
+        of_key = slice(first, first + at_once)
+        of_query = slice(groups * of_key.start, groups * of_key.stop)
+        grad, q, o = (tensor[:, of_query] for tensor in (grad_out, query, out))
+        parts = gradients(grad, q, key[:, of_key], value[:, of_key], o, of_query)
+        for whole, heads, part in zip(found, (of_query, of_key, of_key), parts, strict=True):
+            whole[:, heads] = part
+    return found
 
 
 def key_heads_at_once(query, key, rows: int | None = None) -> int:

@@ -21,7 +21,7 @@ from itertools import accumulate
 
 import torch
 
-from .fused_attention import flash_bytes, key_heads_at_once, runs_flash
+from .fused_attention import flash_bytes, key_heads_at_once, over_key_heads, runs_flash
 from .shapes import on_card
 from .transfer import sent
 
@@ -82,24 +82,16 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         query, key, value, out, logsumexp = ctx.saved_tensors
-        groups = query.shape[1] // key.shape[1]
+        places, settings = ctx.settings
+
+        def gradients(grad, query, key, value, out, heads: slice) -> tuple[torch.Tensor, ...]:
+            return BACKWARD(grad, query, key, value, out, logsumexp[heads], *places, *ctx.state, **settings)
+
         if ctx.key_heads >= key.shape[1]:
-            return *_gradients(ctx, grad_out, query, key, value, out, logsumexp), *(None,) * 5
-        grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
-        for first in range(0, key.shape[1], ctx.key_heads):
-            of_key = slice(first, first + ctx.key_heads)
-            of_query = slice(groups * of_key.start, groups * of_key.stop)
-            grad, q, o = (tensor[:, of_query] for tensor in (grad_out, query, out))
-            found = _gradients(ctx, grad, q, key[:, of_key], value[:, of_key], o, logsumexp[of_query])
-            for target, heads, part in zip(grads, (of_query, of_key, of_key), found, strict=True):
-                target[:, heads] = part
-        return *grads, *(None,) * 5
-
-
-def _gradients(ctx, grad_out, query, key, value, out, logsumexp) -> tuple[torch.Tensor, ...]:
-    """Return the gradients for all of the heads given."""
-    places, settings = ctx.settings
-    return BACKWARD(grad_out, query, key, value, out, logsumexp, *places, *ctx.state, **settings)
+            found = gradients(grad_out, query, key, value, out, slice(None))
+        else:
+            found = over_key_heads(ctx.key_heads, gradients, grad_out, query, key, value, out)
+        return *found, *(None,) * 5
 
 
 def scratch_bytes(grad_out, query, key, _value, out, _logsumexp, ends, *_others, **_unused) -> int:
