@@ -1,9 +1,12 @@
-"""Row counts that a CPU's matrix kernels are made for.
+"""Whose kernels work on a tensor, and in what shapes and how often.
+
+That is what a plan changes, which is made on tensors without values for another device (``planning_for``): kernels are
+chosen as for that device, and loops whose rounds need the same are cut short.
 
 oneDNN compiles a kernel for every distinct matrix height and attention length, and keeps it: 0.4 to 0.6 MiB
 each, not freed when its cache is set to 0 (torch 2.13). Ragged rows have hundreds of distinct lengths, so a
 run would grow by hundreds of MiB. Rounding the counts up on CPUs keeps the kernels few. CUDA needs none of
-this. Remove it when a run over random lengths no longer grows without it.
+that. Remove it when a run over random lengths no longer grows without it.
 """
 
 import importlib.util
@@ -21,8 +24,6 @@ from qlora_lite.memory.marks import repeated
 CPU_MULTIPLE = 32
 _MANY = {"cuda": 4, "cpu": 64}  # parts, from which on a plan takes their average
 T = TypeVar("T")
-
-
 _planned_for: ContextVar[str | None] = ContextVar("device type that a plan is made for", default=None)
 
 
