@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from qlora_lite.ops.around import those_around
+from qlora_lite.ops.around import wrappers
 from qlora_lite.ops.fused_loss import installed
 from qlora_lite.ops.gated import GatedMLP
 from qlora_lite.ops.norm import LeanNorm
@@ -30,9 +30,9 @@ def use_kernels(model: nn.Module, names: Collection[str]) -> None:
         names -= {EXPERTS}
     if "liger" not in installed():
         names -= {GATED}
-    for norm in those_around(model, LeanNorm):
+    for norm in wrappers(model, LeanNorm):
         norm.fused = "norms" in names
-    for mlp in those_around(model, GatedMLP):
+    for mlp in wrappers(model, GatedMLP):
         mlp.fused = GATED in names
     use_packed_experts(model, grouped=EXPERTS in names)
     _allowed[model] = frozenset(names)

@@ -33,16 +33,16 @@ class Around(nn.Module):
 Kind = TypeVar("Kind", bound=Around)
 
 
-def put_around(model: nn.Module, around: Callable[[nn.Module], Around | None]) -> None:
-    """Put what a function returns for a part of a model in the part's place; None leaves the part."""
+def wrap_parts(model: nn.Module, wrap: Callable[[nn.Module], Around | None]) -> None:
+    """Replace each part of a model by what ``wrap`` returns for it; None leaves the part."""
     for module in list(model.modules()):
         for name, part in list(module.named_children()):
-            if (new := around(part)) is not None:
+            if (new := wrap(part)) is not None:
                 setattr(module, name, new)
 
 
-def those_around(model: nn.Module, kind: type[Kind]) -> Iterator[Kind]:
-    """Yield each module of a kind in a model, those that stand inside of another ``Around`` too."""
+def wrappers(model: nn.Module, kind: type[Kind]) -> Iterator[Kind]:
+    """Yield the modules of a kind in a model, those inside other ``Around`` modules too."""
     for module in model.modules():
         while isinstance(module, Around):
             if isinstance(module, kind):

@@ -189,7 +189,7 @@ def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def scratch_bytes(query, _key, _value, sinks, *_settings) -> int:
-    """Return the bytes that the values' operator takes beside its result, given its arguments.
+    """Return the bytes of scratch memory of the values' operator, given its arguments.
 
     At most four float32 numbers of each query (the logsumexp, the largest score, and what backward sums), the tables,
     and the values before sinks.
@@ -200,9 +200,9 @@ def scratch_bytes(query, _key, _value, sinks, *_settings) -> int:
 
 
 def gradients_scratch_bytes(grad_out, query, *others) -> int:
-    """Return the bytes that the gradients' operator takes beside its results, given its arguments.
+    """Return the bytes of scratch memory of the gradients' operator, given its arguments.
 
-    Beside those of the values, these, and their gradient before sinks and in the order of the query.
+    Beside that of the values, these, and their gradient before sinks and in the order of the query.
     """
     tensors = 1 + (others[2] is not None) + (grad_out.stride() != query.stride())
     return scratch_bytes(query, *others) + tensors * query.nbytes

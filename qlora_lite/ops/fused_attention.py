@@ -233,7 +233,7 @@ def flash_takes(query, key, value, scaling) -> bool:
 
 
 def scratch_bytes(grad_out, query, key, value, *_others, attn_mask=None, **_unused) -> int:
-    """Return the bytes that a card's backward takes inside, given the arguments of one of ``BACKWARDS``.
+    """Return the bytes of scratch memory of a GPU's backward, given the arguments of one of ``BACKWARDS``.
 
     Flash attention's takes results, which lie in memory as the queries do, and their gradients with T before H; what
     lies otherwise is copied.

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from qlora_lite.memory.marks import repeated
 
-from .around import Around, put_around
+from .around import Around, wrap_parts
 from .shapes import device_type
 
 _PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # as every modelling file with the formula names them
@@ -103,7 +103,7 @@ def use_lean_mlps(model: nn.Module) -> None:
         has_parts = {child for child, _ in part.named_children()} == _PARTS
         return GatedMLP(part) if has_parts and _is_gated(part) else None
 
-    put_around(model, lean)
+    wrap_parts(model, lean)
 
 
 def _is_gated(mlp: nn.Module) -> bool:

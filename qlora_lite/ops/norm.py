@@ -18,8 +18,8 @@ import inspect
 import torch
 from torch import nn
 
-from .around import Around, put_around
-from .shapes import on_card
+from .around import Around, wrap_parts
+from .shapes import on_gpu
 
 # read for torch 2.11 to 2.13; a CPU has no kernel for the second
 _FUSED, _FUSED_BACKWARD = torch.ops.aten._fused_rms_norm, torch.ops.aten._fused_rms_norm_backward
@@ -92,7 +92,7 @@ class _FusedRmsNorm(torch.autograd.Function):
 
 
 def _kernels_take(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    return x.dtype == weight.dtype and on_card(x)
+    return x.dtype == weight.dtype and on_gpu(x)
 
 
 def _fused_value(x, weight, inner: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,7 +130,7 @@ def use_lean_norms(model: nn.Module) -> None:
         offset = offsets[type(part)]
         return None if offset is None else LeanNorm(part, offset)
 
-    put_around(model, lean)
+    wrap_parts(model, lean)
 
 
 def _may_be_rms_norm(module: nn.Module) -> bool:

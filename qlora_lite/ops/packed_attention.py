@@ -22,7 +22,7 @@ from itertools import accumulate
 import torch
 
 from .fused_attention import flash_bytes, key_heads_at_once, over_key_heads, runs_flash
-from .shapes import on_card
+from .shapes import on_gpu
 from .transfer import sent
 
 FORWARD, BACKWARD = torch.ops.aten._flash_attention_forward, torch.ops.aten._flash_attention_backward
@@ -40,7 +40,7 @@ def sequence_ends(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
 
 def kernel_takes(query, key, value, lengths: Sequence[int]) -> bool:
     """Tell whether ``packed_attention`` can attend to sequences of these lengths."""
-    if not on_card(query) or torch.are_deterministic_algorithms_enabled():
+    if not on_gpu(query) or torch.are_deterministic_algorithms_enabled():
         return False
     batch, _, tokens, size = query.shape
     whole = batch == 1 and sum(lengths) == tokens and size % 8 == 0
@@ -95,7 +95,7 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def scratch_bytes(grad_out, query, key, _value, out, _logsumexp, ends, *_others, **_unused) -> int:
-    """Return the bytes that the kernel's backward takes inside, given its operator's arguments."""
+    """Return the bytes of scratch memory of the kernel's backward, given its operator's arguments."""
     rows = len(query) + _SPARE * (len(ends) - 1)
     copied = sum(tensor.nbytes for tensor in (out, grad_out) if not tensor.is_contiguous())
     return flash_bytes(query.transpose(0, 1)[None], query.shape[1] // key.shape[1], rows) + copied

@@ -32,8 +32,8 @@ def device_type(device: torch.device) -> str:
     return _planned_for.get() or device.type
 
 
-def on_card(tensor: torch.Tensor) -> bool:
-    """Tell whether a tensor is on a card, or stands for one that is. A plan's that has values lies on a CPU."""
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is on a GPU, or in a plan stands for one that is; a plan's real tensors are on a CPU."""
     return tensor.is_cuda or (tensor.is_meta and device_type(tensor.device) == "cuda")
 
 

@@ -1,4 +1,4 @@
-"""The ledger of a plan: a card's kernels take in it what they state of themselves, and compute nothing."""
+"""A ledger for plans: it adds the scratch memory that a GPU's kernels state, and runs none of them."""
 
 from collections.abc import Callable
 
@@ -9,14 +9,14 @@ from qlora_lite.memory.ledger import Ledger
 from qlora_lite.ops import flex_attention, fused_attention, packed_attention
 
 ALLOCATION_BYTES = {"cuda": 512, "cpu": 1}  # CUDA's caching allocator rounds up (c10/cuda/CUDACachingAllocator.cpp)
-# Bytes that an operator takes inside on a card, given its arguments.
-CARD_SCRATCH: dict[object, Callable[..., int]] = {
+# Bytes of scratch memory that an operator takes on a GPU, given its arguments.
+GPU_SCRATCH: dict[object, Callable[..., int]] = {
     **dict.fromkeys(fused_attention.BACKWARDS, fused_attention.scratch_bytes),
     packed_attention.BACKWARD: packed_attention.scratch_bytes,
     flex_attention.VALUES: flex_attention.scratch_bytes,
     flex_attention.GRADIENTS: flex_attention.gradients_scratch_bytes,
 }
-_A_CARD_S_ALONE = {torch.ops.aten._scaled_dot_product_flash_attention, fused_attention.BACKWARDS[1]}
+_GPU_ONLY = {torch.ops.aten._scaled_dot_product_flash_attention, fused_attention.BACKWARDS[1]}
 
 
 class PlanLedger(Ledger):
@@ -29,7 +29,7 @@ class PlanLedger(Ledger):
 
     def __init__(self, device_type: str, **settings):
         super().__init__(**{"allocation_bytes": ALLOCATION_BYTES[device_type]} | settings)
-        self._scratch = CARD_SCRATCH if device_type == "cuda" else {}
+        self._scratch = GPU_SCRATCH if device_type == "cuda" else {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:  # torch's own name: nothing here is compiled, and not to ask takes less time
@@ -47,9 +47,9 @@ class PlanLedger(Ledger):
 def on_real_tensors(func, args: tuple, kwargs: dict):
     """Run an operator of a plan that needs real tensors, whose values mean nothing.
 
-    Those of a card alone, and this package's own, give memory of their results' shapes.
+    Of operators that only a GPU has, and of this package's own, the results are allocated and not computed.
     """
-    if func.namespace != "qlora_lite" and func._overloadpacket not in _A_CARD_S_ALONE:
+    if func.namespace != "qlora_lite" and func._overloadpacket not in _GPU_ONLY:
         return func(*args, **kwargs)
     args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
     return tree_map_only(torch.Tensor, lambda tensor: torch.empty_like(tensor, device="cpu"), func(*args, **kwargs))

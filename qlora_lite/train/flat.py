@@ -102,12 +102,12 @@ class _Flat:
     """The step of a bitsandbytes optimizer, in chunks.
 
     Args:
-        by_chance: update bfloat16 factors in float32 and round them by chance; see ``rounding``.
+        stochastic_rounding: update bfloat16 weights in float32 and round them stochastically; see ``rounding``.
     """
 
-    def __init__(self, *args, by_chance: bool, **kwargs):
+    def __init__(self, *args, stochastic_rounding: bool, **kwargs):
         super().__init__(*args, **kwargs)
-        self.rounds_by_chance = by_chance
+        self.stochastic_rounding = stochastic_rounding
         self._chunks = [_chunks(group["params"], self.args.min_8bit_size) for group in self.param_groups]
         self._places = {p: place for group in self.param_groups for place, p in enumerate(group["params"])}
         self._counted: list[Tensor] = []  # the factors that the last step was counted of
@@ -145,7 +145,7 @@ class _Flat:
 
     def _update(self, chunk: _Chunk, group: dict, gindex: int, take: Tensor | None, scale: Tensor | None) -> None:
         weights, first = chunk.weights(), chunk.parameters[0]
-        rounds = self.rounds_by_chance and weights.dtype == torch.bfloat16
+        rounds = self.stochastic_rounding and weights.dtype == torch.bfloat16
         gradients = chunk.gradients(torch.float32 if rounds else weights.dtype, scale)
         values = weights.float() if rounds else weights if take is None else weights.clone()
         before = [] if take is None else [tensor.clone() for tensor in chunk.stored]
@@ -242,11 +242,11 @@ class PagedLion8bit(_Flat, bnb.optim.PagedLion8bit):
 
 
 class AdamW8bitOnCpu(_Flat, CpuAdamW8bit):
-    """``AdamW8bit`` for factors on a CPU."""
+    """``AdamW8bit`` for LoRA weights on a CPU."""
 
 
 class Lion8bitOnCpu(_Flat, CpuLion8bit):
-    """``Lion8bit`` for factors on a CPU."""
+    """``Lion8bit`` for LoRA weights on a CPU."""
 
 
 ON_CPU = {AdamW8bit: AdamW8bitOnCpu, Lion8bit: Lion8bitOnCpu}

@@ -15,7 +15,7 @@ from qlora_lite.errors import TrainingError
 from qlora_lite.models.experts import described_experts, first_experts
 from qlora_lite.models.kernels import EXPERTS, FLEX, GATED, kernels_of, use_kernels
 from qlora_lite.models.routed import routed
-from qlora_lite.ops.around import those_around
+from qlora_lite.ops.around import wrappers
 from qlora_lite.ops.attention import row_by_row
 from qlora_lite.ops.block_attention import block_attention
 from qlora_lite.ops.flex_attention import VALUES, flex_attention
@@ -123,7 +123,7 @@ def _seen(model: nn.Module, inputs: Inputs) -> tuple[list, list]:
         if kind not in norms or x.numel() >= norms[kind][1].numel():
             norms[kind] = norm, x
 
-    handles = [norm.register_forward_pre_hook(note) for norm in those_around(model, LeanNorm) if norm.fused]
+    handles = [norm.register_forward_pre_hook(note) for norm in wrappers(model, LeanNorm) if norm.fused]
     experts = []
     if (first := first_experts(model)) is not None:
         handles.append(first.register_forward_pre_hook(lambda module, given: experts.append((module, *given))))
@@ -147,7 +147,7 @@ def _gated_products(model: nn.Module) -> Iterator[dict[tuple, torch.Tensor]]:
         product = given[0].flatten(0, -2)[:TRIED_TOKENS]
         products.setdefault((product.dtype, product.shape[-1]), torch.empty_like(product))
 
-    handles = [mlp.down_proj.register_forward_pre_hook(note) for mlp in those_around(model, GatedMLP)]
+    handles = [mlp.down_proj.register_forward_pre_hook(note) for mlp in wrappers(model, GatedMLP)]
     try:
         yield products
     finally:

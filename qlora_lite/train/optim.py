@@ -62,7 +62,9 @@ def build_optimizer(
     optimizer_class = getattr(flat, BITSANDBYTES_NAMES[name])
     if device.type != "cuda":
         optimizer_class = flat.ON_CPU.get(optimizer_class, optimizer_class)
-    return optimizer_class(parameters, lr=learning_rate, weight_decay=weight_decay, by_chance=stochastic_rounding)
+    return optimizer_class(
+        parameters, lr=learning_rate, weight_decay=weight_decay, stochastic_rounding=stochastic_rounding
+    )
 
 
 class TorchAdamW(torch.optim.AdamW):

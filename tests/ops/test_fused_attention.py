@@ -14,7 +14,7 @@ from qlora_lite.ops import fused_attention
 from qlora_lite.ops.attention import row_attention
 from qlora_lite.ops.checkpoint import Checkpoint
 from qlora_lite.ops.shapes import planning_for
-from qlora_lite.planning.plan_ledger import CARD_SCRATCH, PlanLedger
+from qlora_lite.planning.plan_ledger import GPU_SCRATCH, PlanLedger
 from qlora_lite.train.determinism import deterministic
 
 FLASH, EFFICIENT, MATH = fused_attention.KERNELS
@@ -104,7 +104,7 @@ def counted_kernels(monkeypatch):
         seen.append((query.shape[1] // key.shape[1], found != fused_attention._efficient_bytes(query, key)))
         return found
 
-    monkeypatch.setitem(CARD_SCRATCH, fused_attention.BACKWARDS[0], scratch_bytes)
+    monkeypatch.setitem(GPU_SCRATCH, fused_attention.BACKWARDS[0], scratch_bytes)
     return seen
 
 
@@ -193,7 +193,7 @@ def planned_inside(monkeypatch):
     def inside(*settings):
         with monkeypatch.context() as patch:
             for operator in fused_attention.BACKWARDS:
-                patch.setitem(CARD_SCRATCH, operator, lambda *_, **__: 0)
+                patch.setitem(GPU_SCRATCH, operator, lambda *_, **__: 0)
             without = peak(*settings)
         return peak(*settings) - without
 

@@ -15,7 +15,7 @@ from qlora_lite.models import kernels as model_kernels
 from qlora_lite.models.kernels import EXPERTS, GATED, KERNELS, kernels_of, use_kernels
 from qlora_lite.models.levers import Levers, place, set_levers, stream_of
 from qlora_lite.ops import attention, flex_attention, gated, norm, trial
-from qlora_lite.ops.around import those_around
+from qlora_lite.ops.around import wrappers
 from qlora_lite.ops.block_attention import block_attention
 from qlora_lite.ops.gated import GatedMLP
 from qlora_lite.ops.norm import LeanNorm
@@ -34,7 +34,7 @@ def no_liger(monkeypatch):
 
 
 def fused_norms(model):
-    return {norm.fused for norm in those_around(model, LeanNorm)}
+    return {norm.fused for norm in wrappers(model, LeanNorm)}
 
 
 @pytest.mark.parametrize(("levers", "names"), [
@@ -49,10 +49,10 @@ def test_kernels_are_allowed_unless_plain_operators_are_asked_for_or_a_compiler_
 
 def test_norms_that_run_tile_by_tile_are_fused_like_the_others():
     model, _ = quantized_pair("llama")
-    count = len(list(those_around(model, LeanNorm)))
+    count = len(list(wrappers(model, LeanNorm)))
     set_levers(model, Levers(tile_tokens=5, kernels="plain"))
     set_levers(model, Levers(tile_tokens=8))
-    assert len(list(those_around(model, LeanNorm))) == count and fused_norms(model) == {True}
+    assert len(list(wrappers(model, LeanNorm))) == count and fused_norms(model) == {True}
     use_kernels(model, ())
     assert fused_norms(model) == {False}
 
@@ -239,7 +239,7 @@ def test_a_run_with_liger_s_kernels_is_the_run_without_within_rounding(liger, le
     for names in ([GATED], ()):
         training = trainer("qwen3", levers=levers)
         use_kernels(training.model, names)
-        used.append([mlp.fused for mlp in those_around(training.model, GatedMLP)])
+        used.append([mlp.fused for mlp in wrappers(training.model, GatedMLP)])
         runs.append([(metrics.loss, metrics.grad_norm) for metrics in training])
     assert used == [[True] * 2, [False] * 2]
     for found, wanted in zip(*runs, strict=True):
@@ -249,7 +249,7 @@ def test_a_run_with_liger_s_kernels_is_the_run_without_within_rounding(liger, le
 def test_only_installed_kernels_are_used():
     model, _ = quantized_pair("llama")
     use_kernels(model, KERNELS)
-    assert GATED not in kernels_of(model) and not any(mlp.fused for mlp in those_around(model, GatedMLP))
+    assert GATED not in kernels_of(model) and not any(mlp.fused for mlp in wrappers(model, GatedMLP))
 
 
 @pytest.fixture

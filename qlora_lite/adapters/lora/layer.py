@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from qlora_lite.errors import ModelError
 from qlora_lite.ops.checkpoint import product_or_stand_in
-from qlora_lite.ops.shapes import on_card
+from qlora_lite.ops.shapes import on_gpu
 from qlora_lite.quant.linear import frozen_weight, product_of_few
 from qlora_lite.quant.product import FrozenMatmul, KeptWeights, WeightSpec, add_product, kept_for, product_beside
 
@@ -130,7 +130,7 @@ def _joined(tensors: Sequence[torch.Tensor], dim: int, dtype: torch.dtype) -> to
 
 def _dropped(x: torch.Tensor, share: float) -> torch.Tensor:
     """Zero values at random; for backward a card's kernel keeps a byte of each, a CPU's operators more."""
-    return torch.native_dropout(x, share, True)[0] if on_card(x) else functional.dropout(x, share)
+    return torch.native_dropout(x, share, True)[0] if on_gpu(x) else functional.dropout(x, share)
 
 
 class _LoraProduct(torch.autograd.Function):
