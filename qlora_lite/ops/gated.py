@@ -23,6 +23,7 @@ from .around import Around, wrap_parts
 from .shapes import device_type
 
 _PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # as every modelling file with the formula names them
+_LIGERS_DEVICE = "cuda"  # where its kernels run
 Tensors = tuple[torch.Tensor, ...]
 
 
@@ -43,7 +44,7 @@ class GatedMLP(Around):
 
 def gated(gate: torch.Tensor, up: torch.Tensor, fused: bool = False) -> torch.Tensor:
     """Return ``silu(gate) * up``; on a card with Liger's kernels if ``fused``, which write gradients over both."""
-    if fused and gate.is_cuda:
+    if fused and gate.device.type == _LIGERS_DEVICE:
         return importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction.apply(gate, up)
     return _Gated.apply(gate, up, fused and device_type(gate.device) == "cuda")
 

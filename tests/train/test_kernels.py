@@ -213,7 +213,7 @@ def liger(monkeypatch):
     module = types.SimpleNamespace(LigerSiLUMulFunction=LigerSiLUMulFunction)
     monkeypatch.setitem(sys.modules, "liger_kernel.ops.swiglu", module)
     monkeypatch.setattr(LigerSiLUMulFunction, "factor", 1.0)
-    monkeypatch.setattr(gated, "device_type", lambda _device: "cuda")
+    monkeypatch.setattr(gated, "_LIGERS_DEVICE", "cpu")
     monkeypatch.setattr(model_kernels, "installed", lambda: ["liger"])
 
 
