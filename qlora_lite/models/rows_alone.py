@@ -1,9 +1,10 @@
 """Models whose rows must be run one by one: laid end to end, each would be computed otherwise than by itself.
 
-Some say so (``why_rows_run_alone``), others show it when their logits are compared
-(``train.text_guards.check_forward``).
+A configuration says it (``why_rows_run_alone``), so that a plan knows before anything is loaded. Architectures that
+nobody has looked at may show it only when logits are compared (``train.text_guards.check_forward``).
 """
 
+import inspect
 from weakref import WeakSet
 
 from torch import nn
@@ -11,10 +12,11 @@ from torch import nn
 from qlora_lite.errors import ModelError
 from qlora_lite.ops.shapes import CPU_MULTIPLE, kernel_rows
 
-from .anatomy import device_of
+from .anatomy import decoder, device_of
 from .load import uses_row_attention
 
 _run_alone: WeakSet[nn.Module] = WeakSet()  # models
+WITHOUT_LENGTHS = ("nemotron",)  # whose blocks do not hand their attention the lengths of rows (transformers 5.24)
 
 
 def run_rows_alone(model: nn.Module) -> None:
@@ -45,9 +47,9 @@ def why_rows_run_alone(model: nn.Module, longest: int) -> str:
     """Say what tells without a computation that rows must run one by one; "" if nothing does.
 
     A state runs on from row to row (Mamba, Qwen3.5, RecurrentGemma), as transformers marks it; a convolution reaches
-    into the row before (LFM2); several rows may be more tokens than the model can compute (GPT-Neo); or the longest row
-    of a batch decides how all are rotated (dynamic, longrope), where rows can be longer than those of the first
-    training.
+    into the row before (LFM2); several rows may be more tokens than the model can compute (GPT-Neo); nothing tells
+    attention where a row begins (Bloom, MPT, Nemotron); or the longest row of a batch decides how all are rotated
+    (dynamic, longrope), where rows can be longer than those of the first training.
 
     Args:
         longest: tokens of the longest row that there may be.
@@ -65,11 +67,20 @@ def why_rows_run_alone(model: nn.Module, longest: int) -> str:
         return f"a state would run on from one to the next: {exact}"
     if any(isinstance(module, nn.Conv1d) and module.kernel_size[0] > 1 for module in model.modules()):
         return f"a convolution would reach into the one before: {exact}"
+    if not _can_tell_rows_apart(model):
+        return f"its attention would see the ones before: {exact}"
     limits = [_first_length(module.config) for module in model.modules() if _follows_longest_row(module)]
     if limits and longest > min(limits):
         return (f"those of more than {min(limits)} tokens are rotated otherwise than shorter ones; a data.max_tokens "
                 "of no more spares that")  # fmt: skip
     return ""
+
+
+def _can_tell_rows_apart(model: nn.Module) -> bool:
+    """Tell whether attention learns where rows begin: from their lengths, or from positions that begin anew."""
+    if uses_row_attention(model):
+        return model.config.model_type not in WITHOUT_LENGTHS
+    return "position_ids" in inspect.signature(decoder(model).forward).parameters
 
 
 def _follows_longest_row(module: nn.Module) -> bool:

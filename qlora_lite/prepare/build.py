@@ -151,16 +151,13 @@ def build_skeleton(recipe: Recipe) -> nn.Module:
     return set_outside(model, part.outside)
 
 
-def job_of(
-    recipe: Recipe, config, machine: Machine, eval_shape: BatchShape | None, rows_alone: bool = False
-) -> Job:  # fmt: skip
+def job_of(recipe: Recipe, config, machine: Machine, eval_shape: BatchShape | None) -> Job:
     """Describe a recipe's training step for the planner; the shape of its micro-batches is the planner's to set.
 
     Args:
         config: transformers configuration of the model.
         machine: planned for.
         eval_shape: of the largest evaluation batch, None without one.
-        rows_alone: the loaded model has shown that its rows run one by one.
 
     Raises:
         ModelError: the machine is a card that has no bfloat16, and the recipe asks for it; or the step is to
@@ -175,7 +172,7 @@ def job_of(
                          "since earlier ones only emulate it, slowly; leave it on auto")  # fmt: skip
     if dtype == torch.float16 and recipe.memory.optimizer_in_backward:
         raise ModelError(f"memory.optimizer_in_backward: {UPDATES_IN_FLOAT16}")
-    spec = ModelSpec(config, quant, double_quant, m.quant_head, dtype, recipe.data.max_tokens, rows_alone)
+    spec = ModelSpec(config, quant, double_quant, m.quant_head, dtype, recipe.data.max_tokens)
     return Job(
         CausalLM(method=method_of(recipe), spec=spec), BatchShape((1,), 1), eval_shape, machine.device_type,
         t.optimizer, t.stochastic_rounding, t.max_grad_norm, deterministic=t.deterministic,

@@ -87,7 +87,7 @@ class Plan:
 
 def plan_recipe(
     recipe: Recipe, machine: Machine, budget_bytes: int, shape: BatchShape | None = None,
-    eval_shape: BatchShape | None = None, rows_alone: bool = False,
+    eval_shape: BatchShape | None = None,
 ) -> Plan:  # fmt: skip
     """Choose the fastest way to run a recipe's step within a budget.
 
@@ -96,7 +96,6 @@ def plan_recipe(
         budget_bytes: most memory it may use, the process's own included.
         shape: of a pack that needs as much as any; None takes ``data.max_tokens`` tokens, all learned.
         eval_shape: of an evaluation pack; None likewise, if the recipe has evaluation rows.
-        rows_alone: see ``prepare.build.job_of``.
 
     Raises:
         ModelError: the model's configuration is not known here, or cannot be planned.
@@ -113,7 +112,7 @@ def plan_recipe(
     t, m = recipe.train, recipe.memory
     d = recipe.data
     evaluation = eval_shape or (full_pack(d.max_tokens, packing=True) if d.has_eval else None)
-    job = job_of(recipe, read_config(recipe.model.path, recipe.model.revision), machine, evaluation, rows_alone)
+    job = job_of(recipe, read_config(recipe.model.path, recipe.model.revision), machine, evaluation)
     spec = job.workload.spec
     machine, fixed = machine.computing_in(spec.compute_dtype), fixed_levers(recipe)
     for one, other in permutations(("host_embeddings", "host_head")):
@@ -155,15 +154,12 @@ def budget_of(recipe: Recipe, machine: Machine) -> int:
     return there if budget is None else min(budget, there)
 
 
-def plan_run(
-    recipe: Recipe, examples, eval_examples, left_free: int = 0, rows_alone: bool = False
-) -> tuple[Plan, TrainSettings]:  # fmt: skip
+def plan_run(recipe: Recipe, examples, eval_examples, left_free: int = 0) -> tuple[Plan, TrainSettings]:
     """Plan a recipe for the device at hand and the rows that were read; return the plan and its settings.
 
     Args:
         examples, eval_examples: tokenised rows; none of the latter if there is no evaluation.
         left_free: bytes of the budget that the plan may not use.
-        rows_alone: see ``prepare.build.job_of``.
 
     Raises:
         DoesNotFitError: with the breakdown and the smallest change that fits.
@@ -180,7 +176,7 @@ def plan_run(
     pack, evaluation = largest_batches(work, examples, eval_examples, epochs)
     budget_bytes = budget_of(recipe, machine) - left_free
     eval_shape = evaluation and work.shape(evaluation)
-    plan = plan_recipe(recipe, machine, budget_bytes, work.shape(pack), eval_shape, rows_alone)
+    plan = plan_recipe(recipe, machine, budget_bytes, work.shape(pack), eval_shape)
     if not plan.fits:
         raise does_not_fit(plan, list(alternatives(plan)))
     chosen = plan.chosen
@@ -195,12 +191,11 @@ def plan_run(
     )  # fmt: skip
 
 
-def expected_peak(plan: Plan, largest, evaluation, rows_alone: bool) -> Prediction:
+def expected_peak(plan: Plan, largest, evaluation) -> Prediction:
     """Predict the very step that a run rehearses, and saves nothing of: its own largest batches, in the chosen way."""
     job = plan.chosen.prediction.job
-    work = replace(job.workload, spec=replace(job.workload.spec, rows_alone=rows_alone))
-    shapes = work.shape(largest), evaluation and work.shape(evaluation)
-    return predict(replace(job, workload=work, shape=shapes[0], eval_shape=shapes[1], saved_adapters=0))
+    shapes = job.workload.shape(largest), evaluation and job.workload.shape(evaluation)
+    return predict(replace(job, shape=shapes[0], eval_shape=shapes[1], saved_adapters=0))
 
 
 def as_metered(plan: Plan, expected: Prediction) -> int:

@@ -23,7 +23,6 @@ from qlora_lite.memory.meter import PeakMeter, hold_to
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.kernels import kernels_of, use_kernels
 from qlora_lite.models.levers import set_levers
-from qlora_lite.models.rows_alone import rows_run_alone
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.planning.plan_ledger import ALLOCATION_BYTES
 from qlora_lite.planning.predict import Prediction
@@ -77,7 +76,7 @@ def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
         trainer = Trainer(model, rows, settings, build_stream(recipe, tokenizer), work)
         trainer.check()
         largest = largest_batches(work, rows, eval_examples, trainer.epochs)
-        expected = expected_peak(plan, *largest, rows_run_alone(model))
+        expected = expected_peak(plan, *largest)
         device = device_of(model)
         hold_to(device, plan.budget_bytes)
         ledger = Ledger(timeline=True, allocation_bytes=ALLOCATION_BYTES[device.type])

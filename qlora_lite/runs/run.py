@@ -163,7 +163,6 @@ class _Run:
         self.continuation = continuation
         self.training: Training | None = None
         self.first_adapter: Path | None = None
-        self.rows_alone = False  # although nothing but the loaded model shows it
 
     def execute(self) -> None:
         """Go through the stages."""
@@ -223,7 +222,8 @@ class _Run:
             DoesNotFitError: nothing fits.
         """
         free_cached_memory(self.meter.device)
-        self._plan_and_load()
+        self._plan()
+        self._load()
         shares = iter(LEFT_FREE)
         while excess := self._rehearse():
             too_much = DoesNotFitError(f"{excess.words}; {CURES}")
@@ -233,19 +233,10 @@ class _Run:
             log.warning("%s; planning again with %s left free", excess.words, format_bytes(left_free))
             self._drop_model()
             try:
-                self._plan_and_load(left_free)
+                self._plan(left_free)
+                self._load()
             except DoesNotFitError as error:
                 raise too_much from error
-
-    def _plan_and_load(self, left_free: int = 0) -> None:
-        """Load the model as planned, once more where only the loaded model has shown that its rows run one by one."""
-        self._plan(left_free)
-        self._load()
-        run_alone = rows_run_alone(self.model) and not why_rows_run_alone(self.model, self.recipe.data.max_tokens)
-        if run_alone and not self.rows_alone:
-            self.rows_alone = True
-            self._drop_model()
-            self._plan_and_load(left_free)
 
     def _drop_model(self) -> None:
         self.model = self.trainer = None
@@ -261,6 +252,9 @@ class _Run:
         stream = build_stream(self.recipe, self.tokenizer)
         self.trainer = Trainer(self.model, self.rows, self.settings, stream, self.plan.step.job.workload)
         self.trainer.check()
+        if rows_run_alone(self.model) and not why_rows_run_alone(self.model, self.recipe.data.max_tokens):
+            log.warning("the plan is one of packed sequences, since nothing but the loaded model shows that it cannot "
+                        "have them: whether it fits is for the next step to prove")  # fmt: skip
         if self.continuation:
             self.trainer.most_tokens = self.continuation.checkpoint.documents[STATE]["most_tokens"]
         self.fingerprint = base_fingerprint(locate(self.recipe.model.path, self.recipe.model.revision))
@@ -389,7 +383,7 @@ class _Run:
         """
         eval_examples = self.eval_data.examples if self.eval_data else ()
         recipe = with_plan(self.recipe, self.continuation.run["plan"]) if self._keeps_plan else self.recipe
-        self.plan, self.settings = plan_run(recipe, self.rows, eval_examples, left_free, self.rows_alone)
+        self.plan, self.settings = plan_run(recipe, self.rows, eval_examples, left_free)
         self.budget_bytes = self.plan.budget_bytes + left_free
         log.info("plan: %s", reason(self.plan))
 
@@ -402,7 +396,7 @@ class _Run:
         batches = largest_batches(
             self.trainer.workload, self.rows, eval_examples, self.trainer.epochs, self.trainer.most_tokens
         )
-        expected = expected_peak(self.plan, *batches, rows_run_alone(self.model))
+        expected = expected_peak(self.plan, *batches)
         weights = (*self.model.parameters(), *self.model.buffers())
         mapped = mapped_bytes(weights) if device.type == "cpu" else 0
         predicted = as_metered(self.plan, expected) - mapped

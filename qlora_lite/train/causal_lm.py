@@ -82,7 +82,6 @@ class ModelSpec:
         config: transformers'.
         quant, double_quant, quant_head, compute_dtype: as in the recipe's model section.
         longest: tokens of the longest row that there may be.
-        rows_alone: rows are known to run one by one.
     """
 
     config: object
@@ -91,7 +90,6 @@ class ModelSpec:
     quant_head: bool = False
     compute_dtype: torch.dtype = torch.bfloat16
     longest: int = 0
-    rows_alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -202,7 +200,7 @@ class CausalLM(Workload):
             give_storage(model, device)
         self.method.apply(model)
         place(model, device, options)
-        if spec.rows_alone or why_rows_run_alone(model, max(spec.longest, *shape.lengths)):
+        if why_rows_run_alone(model, max(spec.longest, *shape.lengths)):
             run_rows_alone(model)
         set_levers(model, options)
         if device.type == "meta" and not uses_row_attention(model):

@@ -126,34 +126,32 @@ def test_attention_of_a_models_own_is_planned_without_values_as_it_runs_with_the
         assert -INPUT_BYTES <= planned - total <= spare + INPUT_BYTES, phase
 
 
-@pytest.mark.parametrize(("name", "is_seen"), [("bloom", False), ("mpt", False), ("lfm2", True), ("gpt_neo", True)])
-def test_rows_that_run_one_by_one_are_planned_so_where_the_model_says_it_or_has_shown_it(name, is_seen):
-    job = job_for(config_of(name), levers=Levers(loss_chunk_tokens=8), rows_alone=not is_seen)
-    predicted, ledger = simulate_whole(job), measured(job, name)
+@pytest.mark.parametrize("name", ["bloom", "mpt", "nemotron", "lfm2", "gpt_neo"])
+def test_sequences_that_cannot_be_packed_are_planned_one_by_one(name, monkeypatch):
+    job = job_for(config_of(name), levers=Levers(loss_chunk_tokens=8))
+    predicted, ledger = simulate_whole(job).peak("forward").total, measured(job, name)
     peak = max(moment.total for moment in ledger.peaks.values() if moment.phase == "forward")
-    assert predicted.peak("forward").total == pytest.approx(peak, abs=INPUT_BYTES)
-    together = simulate_whole(changed(job, rows_alone=False)).peak("forward").total
-    assert (together == predicted.peak("forward").total) == is_seen
+    assert predicted == pytest.approx(peak, abs=INPUT_BYTES)
+    monkeypatch.setattr("qlora_lite.train.causal_lm.why_rows_run_alone", lambda *_: "")
+    assert simulate_whole(job).peak("forward").total != predicted
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_rows_that_run_one_by_one_hold_what_is_planned_of_host_memory_in_any_order(device_type):
     rows = BatchShape((64, 32, 32, 96), 220)
-    job = job_for(config_of("bloom"), shape=rows, rows_alone=True, device_type=device_type,
+    job = job_for(config_of("bloom"), shape=rows, device_type=device_type,
                   levers=Levers(offload_checkpoints=True))  # fmt: skip
     others = (96, 64, 32, 32), (32, 96, 64, 32), (32,) * 7, (96, 96, 32), (96, 128), (64,)
     ledger = measured(job, "bloom", [rows.lengths, *others])
     assert ledger.offloaded_peak_bytes == simulate_whole(job).offloaded_bytes > 0
 
 
-def test_rows_longer_than_those_of_the_first_training_are_planned_one_by_one():
+def test_rows_longer_than_those_of_the_first_training_are_planned_one_by_one(monkeypatch):
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     job = job_for(config_of("llama", rope_parameters=rope, max_position_embeddings=64))
-    short, long, alone = (
-        simulate_whole(other).peak("forward").total
-        for other in (changed(job, longest=64), changed(job, longest=65), changed(job, rows_alone=True))
-    )
-    assert short != long == alone
+    short, long = (simulate_whole(changed(job, longest=n)).peak("forward").total for n in (64, 65))
+    monkeypatch.setattr("qlora_lite.train.causal_lm.why_rows_run_alone", lambda *_: "they see each other")
+    assert short != long == simulate_whole(job).peak("forward").total
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw_32bit", "lion_8bit", "adamw_torch"])

@@ -508,7 +508,7 @@ def test_on_a_cpu_the_copy_of_a_checkpoint_is_part_of_the_plan_and_of_no_rehears
         assert beside + prediction.simulation.peak().total == plan.peak_bytes
         held = prediction.simulation.resident.breakdown
         assert prediction.saving_bytes == counted * (adapters * held["adapter"] + held["optimizer"])
-        assert planner.expected_peak(plan, collate(examples(1)), None, False).saving_bytes == 0
+        assert planner.expected_peak(plan, collate(examples(1)), None).saving_bytes == 0
         assert sum(o.bytes for o in prediction.overheads if o.name == "checkpoint") == prediction.saving_bytes
 
 

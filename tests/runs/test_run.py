@@ -32,6 +32,7 @@ from qlora_lite.inference.compare import compare_runs
 from qlora_lite.inference.evaluate import SPARE_TOKENS, answered_at_once, evaluate_recipe, exact_match
 from qlora_lite.inference.generate import Answer
 from qlora_lite.memory.meter import held_bytes
+from qlora_lite.models.rows_alone import rows_run_alone
 from qlora_lite.planning.answering import UNPLANNED, prompt_bytes
 from qlora_lite.planning.predict import Prediction
 from qlora_lite.prepare.build import build_model, build_skeleton
@@ -144,25 +145,41 @@ def test_steps_that_changed_nothing_are_told_in_the_summary_and_at_the_end(run, 
     assert summary["skipped_steps"] == 0 and "changed nothing" not in _result(finished[0], summary)
 
 
-@pytest.mark.parametrize(("model_type", "plans"), [("bloom", [False, True]), ("lfm2", [False])])
-def test_a_model_that_shows_on_loading_that_its_rows_run_alone_is_planned_once_more(
-    model_type, plans, tmp_path, monkeypatch
-):  # fmt: skip
-    made, plan_run = [], run_module.plan_run
+@pytest.fixture
+def plans_of(tmp_path, monkeypatch):
+    """Train one step of a tiny model of a family; return the plans that were made, and the summary."""
 
-    def noted(*given):
-        made.append((given[-1], plan_run(*given)))
-        return made[-1][1]
+    def call(model_type):
+        made, plan_run = [], run_module.plan_run
+        monkeypatch.setattr(run_module, "plan_run", lambda *given: made.append(plan_run(*given)) or made[-1])
+        save_tiny(tmp_path / "model", model_type)
+        train = {"max_steps": 1, "exact_match_rows": 0, "micro_batch_size": 1, "gradient_accumulation_steps": 1}
+        recipe = write_recipe(tmp_path, tmp_path / "model", data={"max_tokens": 512}, train=train)
+        summary = summary_of(qlora_lite.run_recipe(load_recipe(recipe)))
+        return [plan for plan, _ in made], summary
 
-    monkeypatch.setattr(run_module, "plan_run", noted)
-    save_tiny(tmp_path / "model", model_type)
-    train = {"max_steps": 1, "exact_match_rows": 0, "micro_batch_size": 1, "gradient_accumulation_steps": 1}
-    recipe = write_recipe(tmp_path, tmp_path / "model", data={"max_tokens": 512}, train=train)
-    folder = qlora_lite.run_recipe(load_recipe(recipe))
-    assert [alone for alone, _ in made] == plans
-    peaks = [plan.peak_bytes for _, (plan, _) in made]
-    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(plans)
-    assert summary_of(folder)["plan"]["predicted_peak_bytes"] <= peaks[-1]
+    return call
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "nemotron", "lfm2"])
+def test_a_model_whose_sequences_cannot_be_packed_is_planned_so_before_it_is_loaded(model_type, plans_of, caplog):
+    made, summary = plans_of(model_type)
+    (plan,) = made
+    job = plan.chosen.prediction.job
+    assert rows_run_alone(job.workload.planned_model(torch.device("meta"), job.levers, job.shape))
+    assert sum("each row is run by itself" in message for message in caplog.messages) == 1
+    assert not any("the plan is one of packed sequences" in message for message in caplog.messages)
+    assert summary["plan"]["predicted_peak_bytes"] <= plan.peak_bytes
+
+
+def test_a_plan_of_packed_sequences_is_proved_where_only_the_loaded_model_shows_that_it_cannot_have_them(
+    plans_of, monkeypatch, caplog
+):
+    for user in ("train.causal_lm", "train.text_guards", "runs.run"):
+        monkeypatch.setattr(f"qlora_lite.{user}.why_rows_run_alone", lambda *_: "")
+    made, summary = plans_of("bloom")
+    assert len(made) == 1 and summary["status"] == "complete"
+    assert sum("the plan is one of packed sequences" in message for message in caplog.messages) == 1
 
 
 def test_the_best_adapter_is_kept_and_its_loss_is_the_one_reported(finished):
