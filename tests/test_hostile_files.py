@@ -7,6 +7,7 @@ as often.
 import json
 import logging
 import struct
+from dataclasses import fields
 from pathlib import Path
 
 import gguf
@@ -23,8 +24,10 @@ from qlora_lite.adapters.files import CONFIG_NAME, WEIGHTS_NAME, adapter_config,
 from qlora_lite.adapters.lora.inject import add_lora
 from qlora_lite.models.locate import INDEX_NAME, check_gguf, locate
 from qlora_lite.prepare.build import with_plan
+from qlora_lite.prepare.preflight import Preflight
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs.resume import RUN, Continuation, checked
+from qlora_lite.runs.stages import Proven
 from qlora_lite.runs.training import Training
 from qlora_lite.train.checkpoints import MANIFEST, Checkpoint, newest_whole, sealed, write_checkpoint
 from qlora_lite.train.state import STATE, capture, restore
@@ -237,6 +240,8 @@ def test_the_numbers_of_a_checkpoint_may_be_anything(trained, tmp_path, times, c
     (tmp_path / "rows.jsonl").write_text("{}\n")
     (tmp_path / "r.yaml").write_text("model: {path: gpt2}\ndata: {train: rows.jsonl}\n")
     recipe = load_recipe(tmp_path / "r.yaml")
+    names = {field.name: None for field in fields(Proven)} | {"trainer": other, "model": other.model}
+    proven = Proven(**names | {"data": Preflight(None, None, {})})
 
     def go_on(documents):
         continuation = Continuation(checked(Checkpoint(1, good.tensors, documents)), force=True)
@@ -246,7 +251,7 @@ def test_the_numbers_of_a_checkpoint_may_be_anything(trained, tmp_path, times, c
         continuation.compare_schedule(6, other.settings)
         with_plan(recipe, continuation.run["plan"])
         restore(other, continuation.checkpoint)
-        Training(None, None, other, None, None, None, None, {}, 0, None).restore(continuation)
+        Training(proven).restore(continuation)
 
     assert clean(go_on, good.documents) == ""
     state, everything = good.documents[STATE], st.sampled_from([STATE, RUN])

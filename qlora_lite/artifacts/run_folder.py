@@ -67,6 +67,7 @@ class RunFolder:
         metrics_hash: SHA-256 over these bytes.
         waiting: lines of metrics that could not be written yet.
         proven: False while nothing shows yet that this is the run to go on with: values are kept, not written.
+        trains: its first step has begun, so that it is worth a look even if it fails.
     """
 
     path: Path
@@ -76,6 +77,7 @@ class RunFolder:
     metrics_hash: "hashlib._Hash" = field(default_factory=hashlib.sha256)
     waiting: list[str] = field(default_factory=list)
     proven: bool = True
+    trains: bool = False
 
     def log_metrics(self, values: dict) -> None:
         """Append one line to ``metrics.jsonl``, with null for a value that is not finite.

@@ -154,12 +154,12 @@ def budget_of(recipe: Recipe, machine: Machine) -> int:
     return there if budget is None else min(budget, there)
 
 
-def plan_run(recipe: Recipe, examples, eval_examples, left_free: int = 0) -> tuple[Plan, TrainSettings]:
+def plan_run(recipe: Recipe, examples, eval_examples, headroom: int = 0) -> tuple[Plan, TrainSettings]:
     """Plan a recipe for the device at hand and the rows that were read; return the plan and its settings.
 
     Args:
         examples, eval_examples: tokenised rows; none of the latter if there is no evaluation.
-        left_free: bytes of the budget that the plan may not use.
+        headroom: bytes of the budget that the plan may not use.
 
     Raises:
         DoesNotFitError: with the breakdown and the smallest change that fits.
@@ -174,7 +174,7 @@ def plan_run(recipe: Recipe, examples, eval_examples, left_free: int = 0) -> tup
     work = CausalLM()
     epochs = Epochs(work.lengths(examples), work.target_counts(examples), one_by_one)
     pack, evaluation = largest_batches(work, examples, eval_examples, epochs)
-    budget_bytes = budget_of(recipe, machine) - left_free
+    budget_bytes = budget_of(recipe, machine) - headroom
     eval_shape = evaluation and work.shape(evaluation)
     plan = plan_recipe(recipe, machine, budget_bytes, work.shape(pack), eval_shape)
     if not plan.fits:

@@ -6,13 +6,10 @@ two steps both belong together, and only there are they saved.
 
 import logging
 import math
-from collections.abc import Callable
+import time
 from functools import partial
 
-from torch import nn
-
 from qlora_lite.adapters.files import save_adapter
-from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.adapters.read import CONFIG_NAME
 from qlora_lite.artifacts.run_files import METRICS_DIGEST
 from qlora_lite.artifacts.run_folder import (
@@ -20,52 +17,54 @@ from qlora_lite.artifacts.run_folder import (
     ADAPTER_LAST,
     CHECKPOINTS,
     DIGESTS,
-    RunFolder,
     how_to_go_on,
     newest_checkpoint,
     package_versions,
+    rewind_run,
 )
-from qlora_lite.data.examples import Dataset
 from qlora_lite.errors import CheckpointError, DoesNotFitError, Interrupted, ModelError, OutputError
-from qlora_lite.inference.evaluate import ExactMatch, Watch, answered_at_once, exact_match, new_tokens_of, watching
-from qlora_lite.memory.meter import PeakMeter
+from qlora_lite.inference.evaluate import ExactMatch, answered_at_once, exact_match, new_tokens_of, watching
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.prepare.datasets import matching_of
-from qlora_lite.recipe.schema import Recipe
 from qlora_lite.train.checkpoints import Checkpoint, Tensors
-from qlora_lite.train.loop import StepMetrics, Trainer
+from qlora_lite.train.guards import check_frozen
+from qlora_lite.train.loop import StepMetrics
 from qlora_lite.train.out_of_memory import free_cached_memory
 from qlora_lite.train.state import STATE, capture, compare_tensors, restore
 
 from .async_checkpoint import Saver
 from .resume import RUN, Continuation
-from .signals import Stop, StopNow
+from .signals import StopNow
+from .stages import Proven, Trained, write_data
 from .tracking import tracking
 
 log = logging.getLogger("qlora_lite")
 BEST = "best.safetensors"
 
-Progress = Callable[[StepMetrics, int], None]
+
+def train(proven: Proven) -> Trained:
+    """Train to the end, from the checkpoint if the run resumes from one, and save the best adapter.
+
+    Raises:
+        Interrupted: the run was stopped between steps; what was learned is saved.
+        KeyboardInterrupt: it was stopped at once; nothing was saved.
+        QloraLiteError: see its subclasses.
+    """
+    training = Training(proven)
+    try:
+        return training.go()
+    finally:
+        proven.run.summary.update(training.figures())
 
 
 class Training:
-    """Train one run to its end.
+    """The course of a run's training."""
 
-    Args:
-        about: what checkpoints are to say of the run: recipe, identity, environment, plan (see ``resume``).
-        budget_bytes: most memory that the run may use.
-        progress: called after every step with its metrics and the total number of steps.
-        watch: told how far evaluations and exact matches are.
-    """
-
-    def __init__(
-        self, recipe: Recipe, run: RunFolder, trainer: Trainer, tokenizer, eval_data: Dataset | None,
-        meter: PeakMeter, stop: Stop, about: dict, budget_bytes: int, progress: Progress | None,
-        watch: Watch | None = None,
-    ):  # fmt: skip
-        self.recipe, self.run, self.trainer, self.tokenizer = recipe, run, trainer, tokenizer
-        self.eval_data, self.meter, self.stop, self.about, self.progress = eval_data, meter, stop, about, progress
-        self.budget_bytes, self.watch = budget_bytes, watch
+    def __init__(self, proven: Proven):
+        self.proven, self.recipe, self.run, self.trainer = proven, proven.recipe, proven.run, proven.trainer
+        self.model, self.method = proven.model, self.trainer.workload.method
+        self.eval_data, self.stop = proven.data.eval_data, proven.stop
+        self.progress, self.watch = proven.progress, proven.watch
         self.best_loss, self.best_factors, self.best_step = math.inf, None, 0
         self.evaluated_step = 0
         self.evaluations_without_better = 0  # in a row, of those in training
@@ -73,24 +72,12 @@ class Training:
         self.totals = {"steps": 0, "seconds": 0.0, "tokens": 0, "labelled_tokens": 0}
         self.earlier_peak_bytes = 0
         self.digests: dict[str, str] = {}  # of the adapters written, as the summary names them
-        self.saver: Saver | None = None
-        self.is_begun = False  # from then on a run that fails is worth a look
         self.is_trained = False  # from then on the factors may be the best ones, and not those of the last step
-
-    @property
-    def model(self) -> nn.Module:
-        """The model that is trained."""
-        return self.trainer.model
-
-    @property
-    def method(self) -> AdapterMethod:
-        """What is trained of it."""
-        return self.trainer.workload.method
 
     @property
     def peak_bytes(self) -> int:
         """The most memory held so far, in all parts of the run."""
-        return max(self.earlier_peak_bytes, self.meter.peak_bytes())
+        return max(self.earlier_peak_bytes, self.proven.meter.peak_bytes())
 
     @property
     def ends_early(self) -> bool:
@@ -98,19 +85,27 @@ class Training:
         is_due = 0 < self.recipe.train.early_stopping_patience <= self.evaluations_without_better
         return is_due and self.trainer.step < self.trainer.total_steps
 
-    @property
-    def adapter_step(self) -> int:
-        """The step whose factors are the run's adapter: the best by evaluation, else the last."""
-        return self.trainer.step if self.best_factors is None else self.best_step
+    def figures(self) -> dict:
+        """Return what the summary says of the steps so far."""
+        speed = self.totals["tokens"] / self.totals["seconds"] if self.totals["steps"] else None
+        return self.totals | {"skipped_steps": self.trainer.skipped} | self.digests | {
+            "tokens_per_second": speed, "peak_bytes": self.peak_bytes,
+            METRICS_DIGEST: self.run.metrics_hash.hexdigest(),
+        }  # fmt: skip
 
-    @property
-    def ended_by(self) -> str:
-        """The setting that ended training."""
-        t = self.recipe.train
-        return f"train.{'early_stopping_patience' if self.ends_early else 'max_steps' if t.max_steps else 'epochs'}"
+    def _resume(self, continuation: Continuation) -> None:
+        """Put everything back to where the checkpoint was made, and write down what is different."""
+        continuation.say_changes(self.proven.environment)
+        self.restore(continuation)
+        self.run.proven = True
+        rewind_run(self.run, self.best_factors is not None, continuation.run.get(METRICS_DIGEST))
+        write_data(self.run, self.proven.data)
+        part = {"after_step": self.trainer.step, "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "changes": continuation.accepted, "forced_changes": continuation.forced}  # fmt: skip
+        self.run.update(status="running", resumed=[*self.run.summary.get("resumed", []), part])
 
     def restore(self, continuation: Continuation) -> None:
-        """Put everything back to where a checkpoint was made.
+        """Take trainer and progress from a checkpoint.
 
         Raises:
             CheckpointError: it does not fit this run.
@@ -125,8 +120,7 @@ class Training:
         self.evaluated_step, self.earlier_peak_bytes = int(saved["evaluated_step"]), int(saved["peak_bytes"])
         self.evaluations_without_better = int(saved["evaluations_without_better"])
         self.totals = {name: type(zero)(saved["totals"][name]) for name, zero in self.totals.items()}
-        if saved["before"] is not None:
-            before = saved["before"]
+        if (before := saved["before"]) is not None:
             answers = tuple(map(str, before["answers"]))
             matches = before.get("matches", [None] * len(answers))
             self.before = ExactMatch(float(before["score"]), answers, tuple(matches))
@@ -145,32 +139,34 @@ class Training:
             "best_loss": None if self.best_factors is None else self.best_loss, "best_step": self.best_step,
         }  # fmt: skip
 
-    def go(self, whole_step: int | None = None) -> ExactMatch | None:
-        """Train to the end and return what was measured there.
-
-        Args:
-            whole_step: the step of the checkpoint that the run goes on from.
-
-        Raises:
-            Interrupted: the run was stopped between steps; what was learned is saved.
-            KeyboardInterrupt: it was stopped at once; nothing was saved.
-        """
-        t = self.recipe.train
+    def go(self) -> Trained:
+        """See ``train``."""
+        t, continuation = self.recipe.train, self.proven.continuation
+        if continuation:
+            with self.stop.at_once():
+                self._resume(continuation)
         with Saver(
             self.run.path / CHECKPOINTS, t.save_every_steps, t.save_every_minutes, t.keep_checkpoints,
-            self.run.flush_metrics, package_versions(), self.recipe.recipe_hash, whole_step,
+            self.run.flush_metrics, package_versions(), self.recipe.recipe_hash,
+            continuation and continuation.checkpoint.step,
         ) as self.saver:  # fmt: skip
             try:
                 with tracking(t.trackers, self.recipe.output.name or "qlora-lite", self.run.path) as self.track:
-                    if whole_step is None:
+                    if continuation is None:
                         self.before = self._measure("before")
-                    self.is_begun = True
+                    self.run.trains = True
                     self._train()
-                    return self._measure_best()
+                    after = self._measure_best()
             except StopNow as cut:
                 if cut.stop is not self.stop:  # a second signal, by the caller's handler: perhaps in half a step
                     raise
                 raise self._interrupted(str(cut)) from None
+        check_frozen(self.model, self.proven.checksum)
+        self._save_adapter(ADAPTER)
+        step = self.trainer.step if self.best_factors is None else self.best_step
+        limit = "max_steps" if t.max_steps else "epochs"
+        ended_by = f"train.{'early_stopping_patience' if self.ends_early else limit}"
+        return Trained(**vars(self.proven), before=self.before, after=after, adapter_step=step, ended_by=ended_by)
 
     def _train(self) -> None:
         self._evaluate_if_due()  # the run may have been stopped between a step and its evaluation
@@ -186,7 +182,7 @@ class Training:
             log.info("step %d: %d evaluations in a row brought no better loss; training ends here "
                      "(train.early_stopping_patience)", self.trainer.step, self.evaluations_without_better)  # fmt: skip
         self._save_checkpoint()
-        self.save_adapter(ADAPTER_LAST)
+        self._save_adapter(ADAPTER_LAST)
 
     def _note(self, metrics: StepMetrics) -> None:
         values = metrics.line
@@ -239,10 +235,10 @@ class Training:
             return None
         try:
             with self.stop.at_once():
-                at_once = partial(answered_at_once, self.recipe, self.model, self.budget_bytes)
+                at_once = partial(answered_at_once, self.recipe, self.model, self.proven.budget_bytes)
                 result = exact_match(
-                    self.model, self.tokenizer, rows, self.eval_data.end_token_ids, at_once, matching_of(self.recipe),
-                    new_tokens_of(self.recipe), self._watch,
+                    self.model, self.proven.tokenizer, rows, self.eval_data.end_token_ids, at_once,
+                    matching_of(self.recipe), new_tokens_of(self.recipe), self._watch,
                 )  # fmt: skip
         except (DoesNotFitError, ModelError) as error:
             if when == "after":
@@ -288,26 +284,25 @@ class Training:
         tensors, state = capture(self.trainer)
         if self.best_factors is not None:
             tensors[BEST] = self.best_factors
-        run = self.about | {
+        proven = self.proven
+        run = {
+            "recipe": self.recipe.model_dump(mode="json"), "identity": proven.identity,
+            "plan": proven.plan.chosen.settings, "environment": proven.environment,
             "progress": self._progress(), "summary": dict(self.run.summary), "metrics_bytes": self.run.metrics_bytes,
             METRICS_DIGEST: self.run.metrics_hash.hexdigest(),
         }  # fmt: skip
         config = self.method.config(self.model, self.recipe.model.path)
         return Checkpoint(self.trainer.step, tensors, {STATE: state, RUN: run, CONFIG_NAME: config})
 
-    def save_adapter(self, name: str) -> None:
-        """Write the adapter into the run's folder, and note its SHA-256.
-
-        Raises:
-            OutputError: it cannot be written.
-        """
+    def _save_adapter(self, name: str) -> None:
+        """Write the adapter into the run's folder, and note its SHA-256."""
         folder = self.run.path / name
-        digest = save_adapter(self.model, folder, self.recipe.model.path, self.tokenizer, self.method)
+        digest = save_adapter(self.model, folder, self.recipe.model.path, self.proven.tokenizer, self.method)
         self.digests[DIGESTS[name]] = digest
 
     def _try_save(self, name: str) -> None:
         try:
-            self.save_adapter(name)
+            self._save_adapter(name)
         except OutputError as error:
             log.warning("step %d: %s. Training goes on", self.trainer.step, error)
 

@@ -94,7 +94,7 @@ def test_an_adapter_of_other_factors_is_refused_before_rows_are_read_with_all_th
     def read_rows(*_):
         raise AssertionError("rows were read")
 
-    monkeypatch.setattr("qlora_lite.runs.run.preflight", read_rows)
+    monkeypatch.setattr("qlora_lite.runs.stages.preflight", read_rows)
     with pytest.raises(ModelError, match=r"lora\.init_from: the adapter has other factors than this recipe") as caught:
         run_recipe(second(first, *overrides))
     assert all(text in str(caught.value) for text in said)

@@ -367,7 +367,7 @@ def test_more_steps_give_the_longer_run_where_the_learning_rates_are_the_same(la
 
 def test_more_steps_under_a_schedule_that_bends_are_refused_and_fewer_always(lab, monkeypatch):
     lab.stop(4)
-    monkeypatch.setattr("qlora_lite.runs.run.load_tokenizer", None)  # before anything is loaded
+    monkeypatch.setattr("qlora_lite.runs.stages.load_tokenizer", None)  # before anything is loaded
     with pytest.raises(
         CheckpointError, match=r"steps: 8 -> 11, for which train\.lr_scheduler cosine gives the 4 steps"
     ):
@@ -503,13 +503,13 @@ def test_a_signal_in_an_evaluation_ends_it_at_once_and_it_is_done_again(lab, who
 
 
 def test_a_signal_while_loading_acts_at_once(lab, whole, monkeypatch):
-    from qlora_lite.runs import run
+    from qlora_lite.runs import stages
 
     def signalled(*_arguments, **_options):
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "build_model", signalled)
+        patch.setattr(stages, "build_model", signalled)
         with pytest.raises(Interrupted, match="stopped at once by SIGTERM"):
             lab.run()
     assert lab.summary["status"] == "interrupted"

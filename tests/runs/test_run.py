@@ -38,7 +38,7 @@ from qlora_lite.planning.predict import Prediction
 from qlora_lite.prepare.build import build_model, build_skeleton
 from qlora_lite.prepare.datasets import build_data
 from qlora_lite.recipe.load import load_recipe
-from qlora_lite.runs import run as run_module
+from qlora_lite.runs import stages
 from qlora_lite.train.loop import Trainer
 from qlora_lite.train.out_of_memory import another_plan_may_help, free_cached_memory
 
@@ -150,8 +150,8 @@ def plans_of(tmp_path, monkeypatch):
     """Train one step of a tiny model of a family; return the plans that were made, and the summary."""
 
     def call(model_type):
-        made, plan_run = [], run_module.plan_run
-        monkeypatch.setattr(run_module, "plan_run", lambda *given: made.append(plan_run(*given)) or made[-1])
+        made, plan_run = [], stages.plan_run
+        monkeypatch.setattr(stages, "plan_run", lambda *given: made.append(plan_run(*given)) or made[-1])
         save_tiny(tmp_path / "model", model_type)
         train = {"max_steps": 1, "exact_match_rows": 0, "micro_batch_size": 1, "gradient_accumulation_steps": 1}
         recipe = write_recipe(tmp_path, tmp_path / "model", data={"max_tokens": 512}, train=train)
@@ -175,7 +175,7 @@ def test_a_model_whose_sequences_cannot_be_packed_is_planned_so_before_it_is_loa
 def test_a_plan_of_packed_sequences_is_proved_where_only_the_loaded_model_shows_that_it_cannot_have_them(
     plans_of, monkeypatch, caplog
 ):
-    for user in ("train.causal_lm", "train.text_guards", "runs.run"):
+    for user in ("train.causal_lm", "train.text_guards", "runs.stages"):
         monkeypatch.setattr(f"qlora_lite.{user}.why_rows_run_alone", lambda *_: "")
     made, summary = plans_of("bloom")
     assert len(made) == 1 and summary["status"] == "complete"
@@ -462,7 +462,7 @@ def test_a_disk_that_fails_for_a_moment_before_the_first_step_ends_no_run(run, m
         raise OutputError(f"cannot write {path}: Stale file handle")
 
     monkeypatch.setattr(runs, "write_text", failing)
-    monkeypatch.setattr("qlora_lite.runs.run.write_data_page", failing_page)
+    monkeypatch.setattr("qlora_lite.runs.stages.write_data_page", failing_page)
     folder = run(train={"max_steps": 1})
     assert {"status", "data", "plan", "eval_loss_before", "device"} <= summary_of(folder).keys()
     assert summary_of(folder)["status"] == "complete" and not (folder / "data.html").exists()
@@ -593,7 +593,7 @@ def test_what_loading_takes_for_a_moment_is_not_the_micro_batch_s(run, monkeypat
         torch.ones(2**28)  # 1 GiB
         return build_model(*args, **options)
 
-    monkeypatch.setattr("qlora_lite.runs.run.build_model", build)
+    monkeypatch.setattr("qlora_lite.runs.stages.build_model", build)
     run()
     summary = summary_of(run.folder)
     assert summary["peak_bytes"] - summary["plan"]["measured_peak_bytes"] > 2**29
@@ -603,7 +603,7 @@ def test_memory_that_runs_out_in_loading_is_not_blamed_on_the_rows(run, monkeypa
     def run_out(*_args, **_options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("qlora_lite.runs.run.build_model", run_out)
+    monkeypatch.setattr("qlora_lite.runs.stages.build_model", run_out)
     with pytest.raises(
         DoesNotFitError,
         match=r"^memory ran out while the model was loaded \(CUDA out of memory\); close other programs.*smaller model",

@@ -1,0 +1,327 @@
+"""A run's stages: frozen values, and the functions that make each of the one before.
+
+    prepare -> Prepared -> plan -> Planned -> load -> Loaded -> probe -> Proven -> training.train -> Trained
+
+A stage also holds what the stages before it hold. ``prove`` goes from Prepared to Proven, again where a plan turns out
+not to fit. The order is chosen so that what is cheap fails first: the tokenizer, the data, the plan, then the model,
+then the memory; nothing is lost if a run is cut off before it is proven. Each function stops a run with a
+``QloraLiteError`` that says why. Recipes go no further down than the package ``prepare``.
+"""
+
+import gc
+import json
+import logging
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from qlora_lite.artifacts.run_folder import TEMPLATE, RunFolder, package_versions
+from qlora_lite.artifacts.trained_run import adapter_to_begin_with
+from qlora_lite.data.stored import Example
+from qlora_lite.data.template import portable_source
+from qlora_lite.errors import DoesNotFitError, OutputError
+from qlora_lite.export.merge import loses_its_update
+from qlora_lite.files import Space, write_text
+from qlora_lite.inference.evaluate import ExactMatch, Watch
+from qlora_lite.memory.meter import PeakMeter, hold_to, mapped_bytes
+from qlora_lite.models.anatomy import device_of
+from qlora_lite.models.cache import base_fingerprint
+from qlora_lite.models.kernels import kernels_of
+from qlora_lite.models.locate import locate
+from qlora_lite.models.rows_alone import rows_run_alone, why_rows_run_alone
+from qlora_lite.models.tokenizer import load_tokenizer
+from qlora_lite.prepare.build import add_factors, build_model, build_skeleton, with_plan
+from qlora_lite.prepare.datasets import build_stream, rows_to_plan
+from qlora_lite.prepare.plan import Plan, as_metered, expected_peak, plan_run
+from qlora_lite.prepare.preflight import Preflight, line_of_problem, preflight
+from qlora_lite.recipe.schema import Recipe
+from qlora_lite.reporting.data_page import write_data_page
+from qlora_lite.reporting.plan_text import reason
+from qlora_lite.train.guards import frozen_checksum
+from qlora_lite.train.inventory import inventory, total_parameters
+from qlora_lite.train.loop import StepMetrics, Trainer, largest_batches
+from qlora_lite.train.out_of_memory import (
+    CURES,
+    another_plan_may_help,
+    explaining_memory,
+    first_line,
+    free_cached_memory,
+)
+from qlora_lite.train.settings import TrainSettings
+from qlora_lite.train.state import STATE
+from qlora_lite.units import format_bytes, format_count
+
+from .async_checkpoint import check_space
+from .resume import BASE_MODEL, Continuation, data_identity, environment
+from .signals import Stop
+from .tracking import check_trackers
+
+log = logging.getLogger("qlora_lite")
+HEADROOM = (0.02, 0.05, 0.1)  # shares of the budget: beside what a memory probe took too much, one plan after the other
+
+Progress = Callable[[StepMetrics, int], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The data are good to train on, and those of the run to resume; nothing of the model is loaded."""
+
+    recipe: Recipe
+    run: RunFolder
+    continuation: Continuation | None  # the checkpoint to resume from
+    stop: Stop
+    meter: PeakMeter
+    progress: Progress | None  # called after every step with its metrics and the total number of steps
+    watch: Watch | None
+    tokenizer: object
+    data: Preflight
+    rows: Sequence[Example]  # whose largest micro-batch decides what fits
+    first_adapter: Path | None  # whose weights training begins with
+    identity: dict  # see ``Continuation.compare_identity``
+
+    @property
+    def eval_examples(self) -> Sequence[Example]:
+        """The evaluation rows, none if there is no evaluation."""
+        return self.data.eval_data.examples if self.data.eval_data else ()
+
+
+@dataclass(frozen=True)
+class Planned(Prepared):
+    """There is a way to run the step that should fit into the budget."""
+
+    plan: Plan
+    settings: TrainSettings
+    budget_bytes: int
+
+
+@dataclass(frozen=True)
+class Loaded(Planned):
+    """The model is where the plan wants it, and training computes what the model computes."""
+
+    model: nn.Module
+    trainer: Trainer
+    checksum: str  # of the frozen weights
+
+
+@dataclass(frozen=True)
+class Proven(Loaded):
+    """The largest step was run and fits, and so do checkpoints on the disk; kernels and loss are chosen."""
+
+    environment: dict  # see ``resume.environment``
+
+
+@dataclass(frozen=True)
+class Trained(Proven):
+    """The best adapter is saved."""
+
+    before: ExactMatch | None
+    after: ExactMatch | None
+    adapter_step: int  # whose weights the adapter has
+    ended_by: str  # the setting that ended training
+
+
+class Overrun(NamedTuple):
+    """What a memory probe took beyond its plan, at least, in bytes, and what happened."""
+
+    bytes: int
+    words: str
+
+
+def prepare(
+    recipe: Recipe, run: RunFolder, continuation: Continuation | None, stop: Stop, meter: PeakMeter,
+    progress: Progress | None, watch: Watch | None,
+) -> Prepared:  # fmt: skip
+    """Read tokenizer and data, and stop where training on them would be a mistake, or another run than before."""
+    check_trackers(recipe.train.trackers)
+    if recipe.model.quant != "none" and loses_its_update(recipe.model.path):
+        log.warning("model.path is a merged model: in 4 bit it loses much or all of what was merged into it; train "
+                    "on its base with lora.init_from, or with model.quant none")  # fmt: skip
+    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
+    first_adapter = None if continuation else adapter_to_begin_with(recipe)  # a checkpoint has its own weights
+    if first_adapter:
+        add_factors(recipe, build_skeleton(recipe), first_adapter)  # stops at once where it does not fit
+        log.info("lora: training begins with the factors of %s", first_adapter)
+    found = preflight(recipe, tokenizer)
+    if run.proven:
+        write_data(run, found)
+    found.raise_if_unusable()
+    template = found.data.template
+    if template and template.name != "model":  # for other tools
+        tokenizer.chat_template = portable_source(template)
+    _log_data(found.report)
+    identity = data_identity(recipe, tokenizer, found.data, found.eval_data)
+    if continuation:
+        continuation.compare_identity(identity)
+    rows = rows_to_plan(recipe, found.data)
+    return Prepared(
+        recipe, run, continuation, stop, meter, progress, watch, tokenizer, found, rows, first_adapter, identity
+    )
+
+
+def prove(prepared: Prepared) -> Proven:
+    """Load the model for the fastest plan that a memory probe proves to fit.
+
+    Where a probe takes more than its plan and the budget, the run is planned again with as much and a little more
+    headroom, a few times. (A run that resumes has its checkpoint's plan and no other.)
+    """
+    device, shares = prepared.meter.device, iter(HEADROOM)
+    free_cached_memory(device)
+    outcome = probe(load(planned := plan(prepared)))
+    while isinstance(outcome, Overrun):
+        too_much = DoesNotFitError(f"{outcome.words}; {CURES}")
+        if (share := next(shares, None)) is None:
+            raise too_much
+        headroom = outcome.bytes + int(share * planned.budget_bytes)
+        log.warning("%s; planning again with %s of headroom", outcome.words, format_bytes(headroom))
+        gc.collect()  # the model
+        free_cached_memory(device)
+        prepared.meter.restart()
+        try:
+            outcome = probe(load(plan(prepared, headroom)))
+        except DoesNotFitError as error:
+            raise too_much from error
+    has_evaluation, keep = prepared.data.eval_data is not None, prepared.recipe.train.keep_checkpoints
+    weights = sum(parameter.nbytes for parameter in outcome.trainer.parameters)
+    check_space(prepared.run.path, Space(weights, outcome.trainer.optimizer_bytes, has_evaluation, keep))
+    return outcome
+
+
+def plan(prepared: Prepared, headroom: int = 0) -> Planned:
+    """Choose how to run the step before anything large is loaded, and leave so many bytes of the budget as headroom."""
+    recipe, earlier = prepared.recipe, prepared.continuation
+    if earlier and earlier.keeps_plan:
+        recipe = with_plan(recipe, earlier.run["plan"])
+    found, settings = plan_run(recipe, prepared.rows, prepared.eval_examples, headroom)
+    log.info("plan: %s", reason(found))
+    return Planned(**vars(prepared), plan=found, settings=settings, budget_bytes=found.budget_bytes + headroom)
+
+
+def load(planned: Planned) -> Loaded:
+    """Load the model as planned, make its trainer, and stop where either is not that of the run to resume."""
+    recipe, continuation = planned.recipe, planned.continuation
+    with explaining_memory("close other programs, or choose a smaller model",
+                           "memory ran out while the model was loaded"):  # fmt: skip
+        model = build_model(recipe, planned.settings.levers, planned.first_adapter)
+    work, stream = planned.plan.step.job.workload, build_stream(recipe, planned.tokenizer)
+    trainer = Trainer(model, planned.rows, planned.settings, stream, work)
+    trainer.check()
+    if rows_run_alone(model) and not why_rows_run_alone(model, recipe.data.max_tokens):
+        log.warning("the plan is one of packed sequences, since nothing but the loaded model shows that it cannot have "
+                    "them: whether it fits is for the next step to prove")  # fmt: skip
+    if continuation:
+        trainer.most_tokens = continuation.checkpoint.documents[STATE]["most_tokens"]
+    fingerprint = base_fingerprint(locate(recipe.model.path, recipe.model.revision))
+    identity = {
+        BASE_MODEL: fingerprint, "type of device": device_of(model).type,
+        "compute type": str(model.dtype).removeprefix("torch."),
+    }  # fmt: skip
+    known = vars(planned) | {"identity": planned.identity | identity}
+    loaded = Loaded(**known, model=model, trainer=trainer, checksum=frozen_checksum(model))
+    _describe_model(loaded, fingerprint)
+    if continuation:
+        continuation.compare_identity(identity)
+        if recipe.train.max_steps is None:  # what only the rows tell
+            continuation.compare_schedule(trainer.total_steps, planned.settings)
+    return loaded
+
+
+def probe(loaded: Loaded) -> Proven | Overrun:
+    """Run the largest micro-batch and evaluation batch once; compare with the budget, and write down what fits."""
+    trainer, budget, device = loaded.trainer, loaded.budget_bytes, device_of(loaded.model)
+    earlier = loaded.continuation
+    free_cached_memory(device)  # of loading
+    hold_to(device, budget)
+    batches = largest_batches(
+        trainer.workload, loaded.rows, loaded.eval_examples, trainer.epochs, trainer.most_tokens
+    )  # fmt: skip
+    expected = expected_peak(loaded.plan, *batches)
+    weights = (*loaded.model.parameters(), *loaded.model.buffers())
+    mapped = mapped_bytes(weights) if device.type == "cpu" else 0
+    predicted = as_metered(loaded.plan, expected) - mapped
+    if loaded.settings.levers.compile:
+        log.info("train.compile: compiling the blocks, which takes a minute or so the first time")
+    try:
+        before = earlier.run["environment"] if earlier and earlier.keeps_plan else {}
+        trainer.choose_kernels(before.get("kernels"))
+        trainer.choose_loss(before.get("loss"))
+        trainer.rehearse(loaded.eval_examples)
+    except (RuntimeError, MemoryError) as error:
+        if not another_plan_may_help(error, device):
+            raise
+        words = f"memory ran out over the largest micro-batch, predicted {format_bytes(predicted)}"
+        return Overrun(budget - loaded.plan.peak_bytes, f"{words} ({first_line(error)})")
+    peak = trainer.meter.peak_bytes()  # without what loading took for a moment
+    saving = loaded.plan.chosen.prediction.saving_bytes
+    place = expected.simulation.peak()
+    log.info("memory: the largest micro-batch peaks at %s (predicted %s, %s of %s); budget %s", format_bytes(peak),
+             format_bytes(predicted), place.phase, place.module or "the loss", format_bytes(budget))  # fmt: skip
+    if peak + saving > budget:
+        beside = f" and a checkpoint's copy takes {format_bytes(saving)}" if saving else ""
+        words = f"the largest micro-batch peaks at {format_bytes(peak)}{beside}, over the budget of "
+        return Overrun(peak + saving - loaded.plan.peak_bytes, words + format_bytes(budget))
+    loss = trainer.workload.objective.name
+    kernels = sorted(kernels_of(loaded.model)) if device.type == "cuda" else []
+    loaded.run.update(plan={
+        "budget_bytes": budget, "predicted_peak_bytes": predicted, "measured_peak_bytes": peak,
+        "chosen": loaded.plan.chosen.settings, "why": reason(loaded.plan), "loss": loss, "kernels": kernels,
+    })  # fmt: skip
+    return Proven(**vars(loaded), environment=environment(_device_name(device), loss, kernels, loaded.checksum))
+
+
+def _log_data(report: dict) -> None:
+    for problem in report["problems"]:
+        log.warning("data: %s", line_of_problem(problem))
+    sources = [*report["sources"], *(report["eval"] or {"sources": []})["sources"]]
+    for path, note in dict.fromkeys((source["path"], note) for source in sources for note in source["notes"]):
+        log.info("data: %s: %s", path, note)
+    left_out = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items())
+    efficiency = report["packing_efficiency"]
+    log.info(
+        "data: %d of %d rows, %d tokens, %d learned%s%s", report["rows_kept"], report["rows_read"],
+        report["tokens"], report["learned_tokens"], f", left out: {left_out}" if left_out else "",
+        f", {report['packs']} packs {efficiency:.0%} full" if efficiency else "",
+    )  # fmt: skip
+
+
+def write_data(run: RunFolder, found: Preflight) -> None:
+    """Write down what the rows are, and the template for generate, chat and evaluate."""
+    data, report = found.data, found.report
+    try:
+        write_text(run.path / "data.json", json.dumps(report, indent=2) + "\n")
+        write_data_page(report, run.path / "data.html", run.recipe.output.name)
+    except OutputError as error:  # for a person to look at, and `qlora-lite data` shows the same
+        log.warning("%s. The run goes on without it", error)
+    if data.template:
+        write_text(run.path / TEMPLATE, portable_source(data.template))
+    counts = ("rows_read", "rows_kept", "dropped", "tokens", "learned_tokens", "packing_efficiency")
+    run.update(data={key: report[key] for key in counts} | {"end_token_ids": sorted(data.end_token_ids)})
+
+
+def _describe_model(loaded: Loaded, fingerprint: str) -> None:
+    table = inventory(loaded.trainer.workload, loaded.model)
+    trainable = sum(parameter.numel() for parameter in loaded.trainer.parameters)
+    for entry in table:
+        log.info("memory: %-26s %-9s %-6s %10s  %s", entry.group, entry.dtype, entry.device,
+                 format_bytes(entry.bytes), entry.why)  # fmt: skip
+    log.info("model: %s weights, %s trainable", format_count(total_parameters(loaded.model)), format_count(trainable))
+    changing = {  # results, in exchange for memory or time
+        "model.quant_head: the head is in 4 bit, which is another model than the one with its 16-bit head; losses and "
+        "answers differ": loaded.recipe.model.quant_head,
+        "train.compile: results differ by rounding from those of a run without it": loaded.recipe.train.compile,
+    }
+    loaded.run.update(
+        device=_device_name(device_of(loaded.model)), trainable_parameters=trainable,
+        memory_table=[asdict(entry) for entry in table], versions=package_versions(), base_fingerprint=fingerprint,
+        other_results=[what for what, is_set in changing.items() if is_set],
+    )  # fmt: skip
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
