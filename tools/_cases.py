@@ -147,6 +147,7 @@ def trainer_of(case: dict, model, steps: int = 1) -> Trainer:
         gradient_accumulation_steps=case.get("accumulation", 1), optimizer=case.get("optimizer", OPTIMIZER),
         lr_scheduler="constant", warmup_ratio=0.0, max_grad_norm=_max_norm(case), weight_decay=0.0, seed=0,
         max_tokens=case["tokens"], packing="lengths" not in case, order="as-is", levers=levers_of(case),
+        on_not_finite="stop", max_skipped_steps=0, stochastic_rounding=True, fused_loss="off",
     )  # fmt: skip
     trainer = Trainer(model, examples_of(case), settings)
     trainer.check()

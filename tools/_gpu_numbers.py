@@ -51,7 +51,8 @@ def _layer(in_features: int, out_features: int, tokens: int, device, dtype) -> t
     """Return a 4-bit layer with adapter weights that change its results, and an input."""
     torch.manual_seed(0)
     weight = torch.randn(out_features, in_features, device=device, dtype=dtype) * 0.02
-    layer = LoraLinear(QuantLinear.from_weight(weight, None, "nf4", True), RANK, 2 * RANK, dtype=torch.float32).train()
+    frozen = QuantLinear.from_weight(weight, None, "nf4", True)
+    layer = LoraLinear(frozen, RANK, 2 * RANK, 0.0, False, torch.float32).train()
     torch.nn.init.normal_(layer.lora_B, std=0.01)
     return layer, torch.randn(tokens, in_features, device=device, dtype=dtype).requires_grad_()
 

@@ -39,7 +39,7 @@ _streams: WeakKeyDictionary[nn.Module, BlockStream] = WeakKeyDictionary()  # by 
 
 @dataclass(frozen=True, slots=True)
 class Levers:
-    """How memory is traded for time; the names, meanings and defaults are those of the recipe's memory section.
+    """How memory is traded for time, without arguments by checkpointing alone; names and meanings are the recipe's.
 
     ``kept_blocks`` and ``checkpoint_every`` count only where blocks are computed again; ``loss_chunk_tokens`` None
     takes the default, ``tile_tokens`` None runs MLPs and norms whole, ``resident_blocks`` None streams nothing.

@@ -9,7 +9,7 @@ from qlora_lite.models.levers import Levers
 
 @dataclass(frozen=True, slots=True)
 class TrainSettings:
-    """What the loop needs to know; the names and meanings are those of the recipe.
+    """What the loop needs to know; the names and meanings are those of the recipe, which has the defaults.
 
     ``max_steps`` None trains for ``epochs``.
     """
@@ -28,11 +28,11 @@ class TrainSettings:
     max_tokens: int
     packing: bool
     order: str
+    on_not_finite: str
+    max_skipped_steps: int
+    stochastic_rounding: bool
+    fused_loss: str
     levers: Levers = field(default_factory=Levers)
-    on_not_finite: str = "stop"
-    max_skipped_steps: int = 0
-    stochastic_rounding: bool = True
-    fused_loss: str = "off"
 
 
 def lr_factor(step: int, total_steps: int, schedule: str, warmup_ratio: float) -> float:

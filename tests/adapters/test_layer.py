@@ -32,7 +32,8 @@ def make_base(kind, bias=True, dtype=torch.float32, seed=0):
 
 
 def make_layer(base, rank=5, kind=LoraLinear, **options):
-    layer = kind(base, rank, alpha=7.0, **({"dtype": torch.float32} | options))
+    plain = {"dropout": 0.0, "rslora": False, "dtype": torch.float32}
+    layer = kind(base, rank, alpha=7.0, **plain | options)
     with torch.no_grad():
         layer.lora_B.normal_(generator=torch.Generator().manual_seed(1))
         layer.lora_A.normal_(generator=torch.Generator().manual_seed(2))
@@ -112,7 +113,7 @@ def test_the_scale_is_alpha_over_the_rank_or_its_root(rslora, scale):
 
 def test_a_new_layer_gives_what_its_base_gives_with_a_kaiming_uniform_factor_a():
     base, x = make_base("nf4"), random_input(2, 9, IN)
-    layer = LoraLinear(base, rank=64, alpha=16)
+    layer = LoraLinear(base, 64, 16, 0.0, False, torch.bfloat16)
     assert torch.equal(layer(x), base(x))
     bound = IN**-0.5
     assert layer.lora_A.dtype == torch.bfloat16
@@ -216,7 +217,8 @@ def test_dropout_drops_inputs_of_the_low_rank_branch_only():
 
 @pytest.mark.parametrize(("device_type", "dtype"), [("cuda", torch.bool), ("cpu", torch.bfloat16)])
 def test_a_plan_of_dropout_keeps_a_byte_a_value_on_a_card_as_its_kernel_does(device_type, dtype):
-    layer = LoraLinear(nn.Linear(24, 8, device="meta", dtype=torch.bfloat16), rank=2, alpha=1, dropout=0.1).to("meta")
+    base = nn.Linear(24, 8, device="meta", dtype=torch.bfloat16)
+    layer = LoraLinear(base, 2, 1, 0.1, False, torch.bfloat16).to("meta")
     x, kept = torch.empty(1, 5, 24, device="meta", dtype=torch.bfloat16), []
     with planning_for(device_type), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
         layer.train()(x.requires_grad_())
@@ -252,5 +254,7 @@ def test_a_weight_changed_between_forward_and_backward_is_noticed():
 def test_the_base_is_frozen_by_wrapping():
     for kind, bias in itertools.product(BASES, (False, True)):
         base = make_base(kind, bias)
-        trainable = [name for name, p in LoraLinear(base, 2, 4).named_parameters() if p.requires_grad]
+        trainable = [
+            name for name, p in LoraLinear(base, 2, 4, 0.0, False, torch.bfloat16).named_parameters() if p.requires_grad
+        ]
         assert trainable == ["lora_A", "lora_B"]

@@ -25,7 +25,7 @@ def shared_set(outs, dtype=torch.float32, bias=True):
     for number, out in enumerate(outs):
         base = QuantLinear.from_weight(torch.randn(out, IN), torch.randn(out) if bias else None, "nf4", True)
         base = base if number else nn.Linear(IN, out, bias=bias)
-        layers.append(LoraLinear(base.to(dtype) if not number else base, 5, 7.0, dtype=dtype))
+        layers.append(LoraLinear(base.to(dtype) if not number else base, 5, 7.0, 0.0, False, dtype))
         nn.init.normal_(layers[-1].lora_B)
     SharedInput(layers)  # held by its layers
     return layers

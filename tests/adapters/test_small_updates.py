@@ -13,7 +13,7 @@ from qlora_lite.adapters.lora.layer import LoraLinear
 def test_a_small_update_shifts_the_mean_of_the_rounded_output_by_its_own_size(bias, path):
     torch.manual_seed(0)
     base = nn.Linear(64, 128, bias=bias, dtype=torch.bfloat16)
-    layer = path(base, rank=4, alpha=4.0)
+    layer = path(base, 4, 4.0, 0.0, False, torch.bfloat16)
     x = torch.randn(4096, 64, dtype=torch.bfloat16)
     with torch.no_grad():
         plain = layer(x).double()

@@ -110,7 +110,7 @@ def test_a_bias_and_an_adapter_are_added(alpha):
     shape, x = (192, 576), normal(1, 1, 576, seed=3)
     layers = []
     for make in (arranged, lambda layer: layer):
-        layer = LoraLinear(make(layer_of(shape, bias=True)), rank=8, alpha=alpha).eval()
+        layer = LoraLinear(make(layer_of(shape, bias=True)), 8, alpha, 0.0, False, torch.bfloat16).eval()
         with torch.no_grad():
             layer.lora_A.copy_(0.05 * normal(8, 576, seed=4))
             layer.lora_B.copy_(0.05 * normal(192, 8, seed=5))
@@ -226,7 +226,7 @@ def test_on_a_card_products_are_as_exact_as_those_of_the_unpacked_weight(shape, 
 def test_a_card_s_operator_is_asked_for_every_count_of_rows_that_it_may_have_a_kernel_for(rows, monkeypatch):
     monkeypatch.setitem(MOST_ROWS, "meta", MOST_ROWS["cuda"])
     layer, taken = layer_of((64, 128)).to("meta"), rows <= 512
-    adapted = LoraLinear(layer, rank=8, alpha=12).eval()
+    adapted = LoraLinear(layer, 8, 12, 0.0, False, torch.bfloat16).eval()
     with torch.no_grad(), FusedProducts() as seen:
         found = [each(torch.empty(1, rows, 128, dtype=torch.bfloat16, device="meta")) for each in (layer, adapted)]
     assert seen.count == 2 * taken and all(y.shape == (1, rows, 64) for y in found)

@@ -195,7 +195,7 @@ def test_unpacked_weights_never_outlive_their_block(where, tile_tokens, dropout)
 @pytest.mark.parametrize(("needs_gradient", "kept"), [(True, 2), (False, 1)])
 def test_a_kept_weight_goes_with_the_gradient_it_was_kept_for(needs_gradient, kept):
     first, second = (
-        LoraLinear(QuantLinear.from_weight(torch.randn(64, 64), None, "nf4", True), 4, 8, dtype=torch.float32)
+        LoraLinear(QuantLinear.from_weight(torch.randn(64, 64), None, "nf4", True), 4, 8, 0.0, False, torch.float32)
         for _ in range(2)
     )
     alive = []

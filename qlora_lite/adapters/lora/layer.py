@@ -163,7 +163,7 @@ class LoraLinear(nn.Module):
     shared = None
     path = "a layer"
 
-    def __init__(self, base, rank, alpha, dropout=0.0, rslora=False, dtype=torch.bfloat16):
+    def __init__(self, base, rank, alpha, dropout, rslora, dtype):
         super().__init__()
         self.base = base.requires_grad_(False)
         (out_features, in_features), device = frozen_weight(base)[0].shape, base.weight.device
