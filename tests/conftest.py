@@ -55,11 +55,11 @@ def _cuda_device(request):
 
 @pytest.fixture(scope="session", autouse=True)
 def _computing_card():
-    """Compute on the CPU what is asked of a card, where tools/check_order put one in its place."""
+    """Compute on the CPU what is asked of a card, where tools/check/order put one in its place."""
     if "CARD_ORDER" not in os.environ:
         yield
         return
-    from _computing_card import ComputingCard  # of tools, which is among the paths then
+    from simulated_gpu.computing import ComputingCard
 
     with ComputingCard(os.environ["CARD_ORDER"], int(os.environ["CARD_SEED"])):
         yield

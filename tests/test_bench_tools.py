@@ -1,6 +1,8 @@
-"""The tools that measure heads, products and projections: what they record is the step, what they compare is alike."""
+"""The benchmarks: what they record is the step, statistics are those of pairs, each side has a process of its own."""
 
 import math
+import os
+import subprocess
 import sys
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
@@ -13,6 +15,10 @@ from lever_cases import build, gradients, rotary_flops
 from tiny import build_tiny, random_batch
 from torch import nn
 
+from bench import harness, products
+from bench.products import BASE, LOW_RANK, PLACES, StepClock
+from bench.tables import TABLES, limit_sentence
+from bench.texts import text_windows
 from qlora_lite.data.batch import collate
 from qlora_lite.data.stored import Example
 from qlora_lite.memory.marks import phase
@@ -23,18 +29,13 @@ from qlora_lite.quant.product import materialize
 from qlora_lite.train.forward import prepare
 
 TOOLS = Path(__file__).parent.parent / "tools"
-sys.path.insert(0, str(TOOLS))
-
-import _products  # noqa: E402
-from _measured_tables import TABLES, limit_sentence  # noqa: E402
-from _products import BASE, LOW_RANK, PLACES, Layout, Product, StepClock  # noqa: E402
-from _texts import text_windows  # noqa: E402
+sys.path.insert(0, str(TOOLS / "bench"))  # where a tool finds its harness
 
 CPU = torch.device("cpu")
 
 
 def tool(name):
-    loader = SourceFileLoader(name, str(TOOLS / name))
+    loader = SourceFileLoader(name, str(TOOLS / "bench" / name))
     module = module_from_spec(spec_from_loader(loader.name, loader))
     loader.exec_module(module)
     return module
@@ -74,15 +75,15 @@ def test_the_two_heads_are_the_model_s_own_and_what_its_nf4_copy_unpacks_to(tied
     weight = model.get_output_embeddings().weight.detach().double()
     layer = QuantLinear.from_weight(weight.float(), None, "nf4", True)
     unpacked = materialize(*frozen_weight(layer), torch.float32).double()
-    windows, bench_head = windows_of((9, 14)), tool("bench_head")
-    found = bench_head.with_both_heads(model, windows)
+    windows, head = windows_of((9, 14)), tool("head")
+    found = head.with_both_heads(model, windows)
     assert torch.equal(model.get_input_embeddings().weight, table)
     assert isinstance(model.get_output_embeddings(), QuantLinear)
     for window, (own, other) in zip(windows, found, strict=True):
         ids = collate([window]).input_ids
         with torch.no_grad():
             hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1].double()
-        compared = bench_head.compare_window(own, other)
+        compared = head.compare_window(own, other)
         losses = [nn.functional.cross_entropy(hidden @ w.t(), ids[0, 1:]).item() for w in (weight, unpacked)]
         assert compared["loss_16_bit"] == pytest.approx(losses[0], rel=1e-5)
         assert compared["loss_nf4"] == pytest.approx(losses[1], rel=1e-5)
@@ -93,7 +94,7 @@ def test_means_are_over_tokens_and_their_error_is_that_of_independent_windows():
     def window(tokens, own, other):
         return {"tokens": tokens, "loss_16_bit": own, "loss_nf4": other, "kl": other - own, "agreement": 0.5}
 
-    pooled = tool("bench_head").pooled
+    pooled = tool("head").pooled
     found = pooled([window(10, 1.0, 1.1), window(30, 2.0, 2.3)])
     assert found["loss_16_bit"] == pytest.approx(1.75) and found["loss_nf4"] == pytest.approx(2.0)
     assert found["loss_difference"] == pytest.approx(0.25) and found["tokens"] == 40
@@ -117,38 +118,29 @@ def test_a_watched_step_has_the_flops_that_the_planner_counts(levers):
     watched = sum(count * product.flops for product, count in clock.products.items())
     tokens = prepare(random_batch(), CPU).input_ids.shape[1]
     assert watched == counter.work.flops - 2 * rotary_flops(model, tokens) > 0
-    assert set(clock.seconds) >= {"unpacking 4-bit weights", "attention", "loss", _products.ELSEWHERE}
+    assert set(clock.seconds) >= {"unpacking 4-bit weights", "attention", "loss", products.ELSEWHERE}
 
 
 def test_what_the_optimizer_calls_is_the_optimizer_s():
     with StepClock(CPU) as clock, phase("optimizer"):
         torch.ones(3).add_(1)
-    assert list(clock.seconds) == [_products.OPTIMIZER] and not clock.products
+    assert list(clock.seconds) == [products.OPTIMIZER] and not clock.products
 
 
 @pytest.mark.parametrize("tensor", [torch.ones(3, 4), torch.ones(5, 3).t(), torch.ones(2, 8, 6)[:, 2:5, ::2],
                                     torch.ones(4, dtype=torch.bfloat16).expand(3, 4)])  # fmt: skip
 def test_a_product_is_timed_on_tensors_laid_out_as_the_step_s(tensor):
-    made = _products.layout_of(tensor).tensor(CPU)
+    made = products.layout_of(tensor).tensor(CPU)
     assert (made.shape, made.stride(), made.dtype) == (tensor.shape, tensor.stride(), tensor.dtype)
 
 
-def test_a_product_alone_takes_as_long_as_it_takes(monkeypatch):
-    monkeypatch.setattr(_products, "BATCH_SECONDS", 0.002)
-    small, large = (
-        Product("", torch.ops.aten.mm.default, (Layout((n, n), (n, 1), torch.float32),) * 2, (), 2 * n**3)
-        for n in (32, 512)
-    )
-    least = [min(product.seconds_alone(CPU) for _ in range(5)) for product in (small, large)]
-    assert 0 < 5 * least[0] < least[1]  # 4,096 times the work, of which a busy machine shows less
-
-
 def test_the_parts_of_a_step_add_up_and_only_recomputed_products_tell_its_kinds_apart(monkeypatch):
-    monkeypatch.setattr(_products, "BATCH_SECONDS", 1e-4)
-    bench_limit = tool("bench_limit")
-    cases = [bench_limit.measure({"model": "tiny", "tokens": 64, "checkpointing": kind}, 1, 1)
-             for kind in bench_limit.KINDS]  # fmt: skip
-    bench_limit.add_needed_shares(cases)
+    monkeypatch.setattr(products, "BATCH_SECONDS", 1e-4)
+    limit = tool("limit")
+    monkeypatch.setattr(limit, "STEPS", 1)
+    cases = [limit.measure({"model": "tiny", "tokens": 64, "checkpointing": kind, "rounds": 1})
+             for kind in limit.KINDS]  # fmt: skip
+    limit.add_needed_shares(cases)
     for case in cases:
         parts = case["limit_seconds"] + case["products_slower_seconds"] + case["rest_seconds"]
         assert parts + sum(case["others_seconds"].values()) == pytest.approx(case["step_seconds"])
@@ -181,15 +173,36 @@ def test_the_distance_to_the_target_is_that_of_the_better_way_to_run_blocks():
     assert "compiled" not in limit_sentence([{"model": "a", "checkpointing": "none", "share": 0.5}])
 
 
-def test_ways_that_give_other_numbers_are_not_compared():
-    bench = tool("bench_projections")
-    x = torch.randn(4, 8, requires_grad=True)
-    ways = {bench.HAND: lambda x: [2 * x], "wrong": lambda x: [2.1 * x]}
-    with pytest.raises(SystemExit, match="wrong gives other numbers"):
-        bench.check_alike(ways, x)
-    with pytest.raises(SystemExit, match="wrong gives other numbers"):  # in the gradient alone
-        bench.check_alike(ways | {"wrong": lambda x: [2 * x + 0.5 * (x - x.detach())]}, x)
+def test_a_ratio_is_of_the_same_round():
+    ours, theirs = ([{"speed": speed} for speed in speeds] for speeds in ([2.0, 40.0, 6.0], [1.0, 4.0, 2.0]))
+    assert harness.ratio(ours, theirs, "speed") == {"median": 3.0, "lowest": 2.0, "highest": 10.0}
 
 
-def test_a_ratio_is_of_the_same_turn():
-    assert tool("bench_projections").ratio([2.0, 40.0, 6.0], [1.0, 10.0, 2.0]) == 3.0
+def test_ways_take_turns():
+    order = []
+    ways = {way: lambda way=way: order.append(way) or {"number": len(order)} for way in "ab"}
+    assert harness.in_turns(ways, 2) == {"a": [{"number": 1}, {"number": 3}], "b": [{"number": 2}, {"number": 4}]}
+
+
+SCRIPT = """
+import os
+from harness import apart, start
+
+def measure(case):
+    return {"case": case, "process": os.getpid(), "variable": os.environ["OF_ONE"]}
+
+def main():
+    found = apart({"side": "ours"}, {"OF_ONE": "x"})
+    assert found == {"case": {"side": "ours"}, "process": found["process"], "variable": "x"}
+    assert found["process"] != os.getpid() and "OF_ONE" not in os.environ
+    apart({"side": "theirs"})
+
+start(main, measure)
+"""
+
+
+def test_a_side_is_measured_in_a_process_of_its_own_and_one_that_fails_ends_the_tool(tmp_path):
+    (tmp_path / "tool").write_text(SCRIPT, encoding="utf-8")
+    command, bench = [sys.executable, str(tmp_path / "tool")], os.environ | {"PYTHONPATH": str(TOOLS / "bench")}
+    done = subprocess.run(command, capture_output=True, text=True, env=bench)
+    assert done.returncode == 1 and "'theirs'} ended with 1" in done.stderr and "KeyError: 'OF_ONE'" in done.stderr

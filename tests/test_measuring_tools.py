@@ -1,18 +1,14 @@
-"""The tools that measure levers and cards: sections end as they should, tables and plots show what was measured."""
+"""The tools that measure memory options and GPUs: sections end as they should, tables show what was measured."""
 
 import json
 import os
-import re
 import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import warnings
-import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
-from functools import cache
 from importlib.metadata import PackageNotFoundError
 from itertools import pairwise
 from pathlib import Path
@@ -22,33 +18,30 @@ import psutil
 import pytest
 import torch
 
+from common import memory_options, results
+from common.memory_options import (
+    by_saving,
+    first_case,
+    lever_cases,
+    measure,
+    merged,
+    resident_cases,
+    saving_levers,
+)
+from gpu import caps, numbers, peers, sections
+from gpu.process import LIMIT_SECONDS, run_section
+from gpu.sections import CARD, REHEARSAL, SECTIONS, lever_problem, resident_task
+from gpu.summary import summary
 from qlora_lite import files
 from qlora_lite.errors import DoesNotFitError, OutputError, TrainingError
 from qlora_lite.memory.cards import find_card
 from qlora_lite.models.levers import Levers
 from qlora_lite.planning.machine import machine_of_card
-from qlora_lite.planning.predict import predict
-from qlora_lite.planning.search import first_levers, smaller
+from simulated_gpu.runtime import card_environment
 
 TOOLS = Path(__file__).parent.parent / "tools"
-sys.path.insert(0, str(TOOLS))
-
-import _gpu_caps  # noqa: E402
-import _gpu_numbers  # noqa: E402
-import _gpu_peers  # noqa: E402
-import _gpu_sections  # noqa: E402
-import _levers  # noqa: E402
-import _results  # noqa: E402
-from _card import card_environment  # noqa: E402
-from _gpu_sections import CARD, REHEARSAL, SECTIONS, lever_problem, resident_task  # noqa: E402
-from _gpu_summary import summary  # noqa: E402
-from _lever_plot import lever_plot  # noqa: E402
-from _levers import by_saving, first_case, lever_cases, measure, merged, resident_cases, saving_levers  # noqa: E402
-from _sections import LIMIT_SECONDS, run_section  # noqa: E402
-
 MIB = 2**20
-CAP = 672 * MIB  # of a card, for the tiny model
-FIRST_ROW = "from _sections import report; report({'kind': 'first'}); "
+FIRST_ROW = "from gpu.process import report; report({'kind': 'first'}); "
 
 
 def section(code, limit_seconds=60):
@@ -74,21 +67,21 @@ def test_a_section_fails_if_it_says_so_or_does_not_end_well_and_its_findings_sta
 
 def test_a_section_that_takes_too_long_is_stopped_with_its_children_and_its_findings_stay(tmp_path):
     lasting = tmp_path / "child-lived-on"
-    child = f"import time; time.sleep(6); open({str(lasting)!r}, 'w')"
+    child = f"import time; time.sleep(2); open({str(lasting)!r}, 'w')"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    found = section(code, limit_seconds=3)
+    found = section(code, limit_seconds=1)
     assert found["status"] == "timed out" and found["rows"] == [{"kind": "first"}]
-    subprocess.run([sys.executable, "-c", "import time; time.sleep(5)"], check=True)
+    subprocess.run([sys.executable, "-c", "import time; time.sleep(2)"], check=True)
     assert not lasting.exists()
 
 
 STOPPED = """
 import json, os, signal, sys
-from _sections import interruptible, run_section
+from gpu.process import interruptible, run_section
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run below nohup, as SIGINT is in the background
 signal.signal(signal.SIGINT, signal.default_int_handler)
 interruptible()
-code = f"from _sections import report; report({{'kind': 'first'}}); import os, time; " \
+code = f"from gpu.process import report; report({{'kind': 'first'}}); import os, time; " \
     f"os.kill({os.getpid()}, int({sys.argv[1]})); time.sleep(30)"
 print(json.dumps(run_section([sys.executable, "-c", code], 60)))
 """
@@ -102,15 +95,15 @@ def test_a_section_of_a_process_that_is_interrupted_is_stopped_and_its_findings_
 
 
 def test_results_name_the_versions_of_what_is_installed_and_are_replaced_at_once(tmp_path, monkeypatch):
-    installed = {name: "1.0" for name in (*_results.PACKAGES, "peft")}
-    monkeypatch.setattr(_results, "version", lambda name: installed[name] if name in installed else not_there(name))
-    path = _results.write_result("kit", {"sections": {}}, tmp_path / "a" / "b")
+    installed = {name: "1.0" for name in (*results.PACKAGES, "peft")}
+    monkeypatch.setattr(results, "version", lambda name: installed[name] if name in installed else not_there(name))
+    path = results.write_result("kit", {"sections": {}}, tmp_path / "a" / "b")
     versions = json.loads(path.read_text("utf-8"))["versions"]
     assert list(versions) == ["python", "torch", "transformers", "bitsandbytes", "accelerate", "numpy", "peft"]
     before = path.read_bytes()
     with pytest.raises(OutputError), monkeypatch.context() as patch:
         patch.setattr(files, "flush_to_disk", full_disk)
-        _results.write_result("kit", {"sections": {"tests": 1}}, path.parent)
+        results.write_result("kit", {"sections": {"tests": 1}}, path.parent)
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 
 
@@ -124,7 +117,7 @@ def full_disk(_path):
 
 def test_a_section_that_found_nothing_failed_and_one_that_only_skipped_was_skipped():
     assert run_section([sys.executable, "-c", "pass"], 60)["status"] == "failed"
-    only_skip = "from _sections import report; report({'skipped': 'no card'})"
+    only_skip = "from gpu.process import report; report({'skipped': 'no card'})"
     found = run_section([sys.executable, "-c", only_skip], 60, {"PYTHONPATH": str(TOOLS)})
     assert found["status"] == "skipped"
 
@@ -162,86 +155,41 @@ class TooLarge:
 
 
 def test_a_row_that_is_too_large_for_a_cap_is_a_finding_and_no_end(monkeypatch):
-    monkeypatch.setattr(_gpu_caps, "trainer_of", lambda *_: TooLarge())
-    capped = _gpu_caps.CappedDevice()
+    monkeypatch.setattr(caps, "trainer_of", lambda *_: TooLarge())
+    capped = caps.CappedDevice()
     monkeypatch.setattr(capped, "_placed", lambda *_: torch.nn.Module())
     found = capped.run("tiny", 64, Levers(), 2**30, 1, 0)
     assert found == {"fits": False, "error": "the row alone needs more memory than there is"}
 
 
 def test_a_cap_under_which_every_length_fits_is_a_problem_since_none_was_seen_to_fail(monkeypatch):
-    capped = _gpu_caps.CappedDevice()
+    capped = caps.CappedDevice()
     monkeypatch.setattr(capped, "run", lambda *_, **__: {"fits": True})
-    *rows, last = _gpu_caps.length_rows(capped, "tiny", 256, 96 * MIB)
+    *rows, last = caps.length_rows(capped, "tiny", 256, 96 * MIB)
     assert last["problem"] == f"no failing length up to {last['tokens']:,} tokens"
     assert rows and not any("problem" in row for row in rows)
     longest = last["planned_longest_tokens"]
     monkeypatch.setattr(capped, "run", lambda name, tokens, *_, **__: {"fits": tokens == longest})
-    assert [row.get("problem") for row in _gpu_caps.length_rows(capped, "tiny", 256, 96 * MIB)] == [None, None]
+    assert [row.get("problem") for row in caps.length_rows(capped, "tiny", 256, 96 * MIB)] == [None, None]
 
 
-@cache
-def card_plan():
-    return _gpu_caps.plan_below(machine_of_card(find_card("rtx-4090")), "tiny", 256, CAP)
-
-
-def on_a_card(monkeypatch, **changes):
-    """Return a device that is a card of the table to the planner, on which nothing runs and nothing fits.
-
-    The longest rows are not searched for, but taken to be half as long with each plainer set of levers.
-    """
-    capped, plan = _gpu_caps.CappedDevice(), card_plan()
-    sets = list(reversed((first_levers(plan.step), *smaller(plan.step))))
-    capped.machine = replace(plan.machine, **changes)
-    monkeypatch.setattr(capped, "run", lambda *_, **__: {"fits": False})
-    monkeypatch.setattr(_gpu_caps, "plan_below", lambda *_: plan)
-    monkeypatch.setattr(_gpu_caps, "longest", lambda job_of, *_: 8192 >> sets.index(job_of(64).levers))
-    return capped
-
-
-@pytest.mark.parametrize("scarce", ["", "time", "host memory"])
-def test_where_the_longest_row_takes_too_much_a_shorter_one_of_plainer_levers_is_run(scarce, monkeypatch):
-    capped, plan = on_a_card(monkeypatch), card_plan()
-    *_, least = smaller(plan.step)
-    longest, above = (predict(_gpu_caps.row_job(plan, least, tokens)) for tokens in (8192, 11456))
-    if scarce == "time":
-        seconds = capped.machine.seconds(longest.simulation.work)
-        monkeypatch.setattr(_gpu_caps, "MOST_STEP_SECONDS", 0.9 * seconds)
-    elif scarce == "host memory":  # longer rows are run too
-        capped.machine = replace(capped.machine, host_bytes=above.host_bytes - 1)
-    [row] = _gpu_caps.length_rows(capped, "tiny", 256, CAP)
-    assert row["problem"] == "the longest sequence that was planned to fit does not"
-    assert row["tokens"] == row["planned_longest_tokens"] == (4096 if scarce else 8192)
-    assert (row["levers"] == least.settings) == (not scarce)
-
-
-@pytest.mark.parametrize("changes", [{"flops_per_second": 1.0}, {"memory_bytes": CAP - 1}])
-def test_where_no_length_can_be_run_it_is_said(changes, monkeypatch):
-    [row] = _gpu_caps.length_rows(on_a_card(monkeypatch, **changes), "tiny", 256, CAP)
-    assert row["skipped"] == "the card has less free" if "memory_bytes" in changes else "levers" in row["skipped"]
+@pytest.mark.parametrize(
+    ("changes", "reason"), [({"flops_per_second": 1.0}, "levers"), ({"memory_bytes": 1}, "less free")]
+)
+def test_where_no_length_can_be_run_it_is_said(changes, reason):
+    capped = caps.CappedDevice()
+    capped.machine = replace(machine_of_card(find_card("rtx-4090")), **changes)
+    [row] = caps.length_rows(capped, "tiny", 64, 672 * MIB)
+    assert reason in row["skipped"]
     assert "skipped: length of tiny" in summary({"caps": {"status": "skipped", "seconds": 1.0, "rows": [row]}})
-
-
-def test_all_choices_are_run_before_the_first_length(monkeypatch):
-    monkeypatch.setattr(_gpu_sections, "chosen_row", lambda capped, *case: ("choice", *case))
-    monkeypatch.setattr(_gpu_sections, "length_rows", lambda capped, *case: [("length", *case)])
-    rows = [(kind, name, cap // 2**30) for kind, name, _, cap in _gpu_sections.caps(CARD)]
-    assert rows[0] == ("choice", "llama-8b", 8) and rows[9] == ("choice", "llama-7b", 24)
-    assert rows[10:] == [("length", "llama-8b", 6), ("length", "llama-8b", 8)]
-
-
-def test_a_plan_knows_that_embeddings_are_the_head():
-    machine = machine_of_card(find_card("rtx-4090"))
-    assert _gpu_caps.plan_below(machine, "llama-1b", 64, 2**33).step.job.workload.tables_are_tied
-    assert not _gpu_caps.plan_below(machine, "tiny", 64, 2**33).step.job.workload.tables_are_tied
 
 
 def test_a_model_that_there_is_no_room_to_build_in_is_a_finding_and_no_end(monkeypatch):
     def model_of(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. More words")
 
-    monkeypatch.setattr(_gpu_caps, "model_of", model_of)
-    row = _gpu_caps.chosen_row(_gpu_caps.CappedDevice(), "tiny", 256, 80 * MIB)
+    monkeypatch.setattr(caps, "model_of", model_of)
+    row = caps.chosen_row(caps.CappedDevice(), "tiny", 256, 80 * MIB)
     assert row["error"] == "CUDA out of memory" and not row["fits"] and "build" in row["problem"]
 
 
@@ -250,68 +198,59 @@ def test_the_planner_s_choice_that_runs_out_of_memory_is_a_problem_if_it_was_pla
     def ours(*_):
         raise DoesNotFitError("too large. More words")
 
-    monkeypatch.setattr(_gpu_peers, "_ours", ours)
-    monkeypatch.setattr(_gpu_peers, "_missing", lambda side, _: "left out" if side.startswith("peers") else "")
+    monkeypatch.setattr(peers, "_ours", ours)
+    monkeypatch.setattr(peers, "_missing", lambda side, _: "left out" if side.startswith("peers") else "")
     plan = SimpleNamespace(fits=fits, chosen=SimpleNamespace(levers=Levers()))
-    sides = _gpu_peers.Comparison("tiny", 1, 64, plan, torch.device("cpu"))
+    sides = peers.Comparison("tiny", 1, 64, plan, torch.device("cpu"))
     rows = [*sides.plain(), *sides.compiled()]
     assert [row["side"] for row in rows if "problem" in row] == ["ours, as planned"] * fits
     assert sum(row.get("out_of_memory") == "too large" for row in rows) == 3
 
 
-@pytest.mark.parametrize("error", [ImportError, AttributeError, TypeError, ValueError, RuntimeError, KeyError])
+@pytest.mark.parametrize("error", [ImportError, KeyError])
 def test_a_side_that_a_foreign_package_ends_is_a_problem_and_the_others_go_on(error, monkeypatch):
     def broken(*_):
         raise error("no such name\nmore lines")
 
-    monkeypatch.setattr(_gpu_peers, "peers_side", broken)
-    monkeypatch.setattr(_gpu_peers, "_missing", lambda *_: "")
-    monkeypatch.setattr(_gpu_peers, "_ours", lambda *_: {"first_loss": 2.0})
+    monkeypatch.setattr(peers, "peers_side", broken)
+    monkeypatch.setattr(peers, "_missing", lambda *_: "")
+    monkeypatch.setattr(peers, "_ours", lambda *_: {"first_loss": 2.0})
     plan = SimpleNamespace(fits=True, chosen=SimpleNamespace(levers=Levers()))
-    sides = _gpu_peers.Comparison("tiny", 1, 64, plan, torch.device("cpu"))
+    sides = peers.Comparison("tiny", 1, 64, plan, torch.device("cpu"))
     problems = [row.get("problem") for row in (*sides.plain(), *sides.compiled())]
     words = f"{error.__name__}: " + ("'no such name\\nmore lines'" if error is KeyError else "no such name")
     assert problems == [None, None, words, words, None]
 
 
 def test_a_compiled_side_with_another_first_loss_is_a_problem(monkeypatch):
-    monkeypatch.setattr(_gpu_peers, "_missing", lambda *_: "")
-    monkeypatch.setattr(_gpu_peers, "peers_side", lambda *_: {"first_loss": 2.0})
-    monkeypatch.setattr(_gpu_peers, "_ours", lambda case, _: {"first_loss": 2.1 if case["compile"] else 2.0})
+    monkeypatch.setattr(peers, "_missing", lambda *_: "")
+    monkeypatch.setattr(peers, "peers_side", lambda *_: {"first_loss": 2.0})
+    monkeypatch.setattr(peers, "_ours", lambda case, _: {"first_loss": 2.1 if case["compile"] else 2.0})
     plan = SimpleNamespace(fits=True, chosen=SimpleNamespace(levers=Levers()))
-    sides = _gpu_peers.Comparison("tiny", 1, 64, plan, torch.device("cpu"))
+    sides = peers.Comparison("tiny", 1, 64, plan, torch.device("cpu"))
     assert not any("problem" in row for row in sides.plain())
     assert ["problem" in row for row in sides.compiled()] == [True]
 
 
-def test_what_is_compiled_is_compared_last(monkeypatch):
-    monkeypatch.setattr(_gpu_peers, "_missing", lambda *_: "left out")
-    monkeypatch.setattr(_gpu_peers, "_loss_row", lambda *_: {})
-    scale = replace(REHEARSAL, shapes=((2, 64), (1, 64)), short_shapes=((4, 16),))
-    sides = [row["side"] for row in _gpu_sections.peers(scale)]
-    compiled = [number for number, side in enumerate(sides) if side.endswith("compiled")]
-    assert compiled == [len(sides) - 3, len(sides) - 2, len(sides) - 1] and len(sides) == 3 * _gpu_peers.SIDES + 3
-
-
 def test_gradients_that_are_not_those_of_float64_are_a_problem(monkeypatch):
     cpu, types = torch.device("cpu"), (torch.bfloat16, torch.float16)
-    rows = list(_gpu_numbers.gradient_rows("tiny", 64, cpu, types))
+    rows = list(numbers.gradient_rows("tiny", 64, cpu, types))
     assert not any("problem" in row for row in rows)
     unscaled = [row["A_error"] for row in rows if row["dtype"] == "float16" and row["loss_scale"] == 1]
     assert len(rows) == 6 and min(unscaled) > 10 * max(row["A_error"] for row in rows[:4])
-    gradients = _gpu_numbers._gradients
-    monkeypatch.setattr(_gpu_numbers, "_gradients",
+    gradients = numbers._gradients
+    monkeypatch.setattr(numbers, "_gradients",
                         lambda *given: {key: 1.1 * found for key, found in gradients(*given).items()})  # fmt: skip
-    rows = list(_gpu_numbers.gradient_rows("tiny", 64, cpu, types))
+    rows = list(numbers.gradient_rows("tiny", 64, cpu, types))
     assert [row["problem"] for row in rows if "problem" in row] == [
         "gradients in bfloat16 are off", "gradients in float16 are off"]  # fmt: skip
 
 
 def test_steps_of_random_lengths_that_exceed_their_budget_are_a_problem(monkeypatch):
-    row = _gpu_numbers.lengths_row("tiny", 64, 3, 2**30, torch.device("cpu"))
+    row = numbers.lengths_row("tiny", 64, 3, 2**30, torch.device("cpu"))
     assert row["last_loss"] > 0 and row["dtype"] == "bfloat16" and "problem" not in row
-    monkeypatch.setattr(_gpu_numbers, "trainer_of", lambda *_: TooLarge())
-    row = _gpu_numbers.lengths_row("tiny", 64, 3, 2**30, torch.device("cpu"))
+    monkeypatch.setattr(numbers, "trainer_of", lambda *_: TooLarge())
+    row = numbers.lengths_row("tiny", 64, 3, 2**30, torch.device("cpu"))
     assert row["problem"] == "the row alone needs more memory than there is"
 
 
@@ -329,14 +268,14 @@ def test_a_loss_that_ends_with_an_error_or_without_memory_is_a_row(monkeypatch):
     def too_large(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. More words")
 
-    losses = {"broken": ("", broken), "large": ("", too_large), "ours": ("", _gpu_peers._our_loss)}
-    monkeypatch.setattr(_gpu_peers, "LOSSES", losses)
+    losses = {"broken": ("", broken), "large": ("", too_large), "ours": ("", peers._our_loss)}
+    monkeypatch.setattr(peers, "LOSSES", losses)
     cpu = torch.device("cpu")
-    first, second, third = _gpu_peers.compare_losses("tiny", 64, cpu)
+    first, second, third = peers.compare_losses("tiny", 64, cpu)
     assert first["problem"] == "AttributeError: no such name" and third["loss"] > 0 and "problem" not in third
     assert second["out_of_memory"] == "CUDA out of memory" and "problem" not in second
-    monkeypatch.setattr(_gpu_peers, "_loss_inputs", too_large)
-    [row] = _gpu_peers.compare_losses("tiny", 64, cpu)
+    monkeypatch.setattr(peers, "_loss_inputs", too_large)
+    [row] = peers.compare_losses("tiny", 64, cpu)
     assert row["out_of_memory"] == "CUDA out of memory"
     assert "out of memory: the loss alone" in summary({"peers": {"status": "passed", "seconds": 1.0, "rows": [row]}})
 
@@ -360,87 +299,51 @@ def test_a_lever_row_whose_memory_was_predicted_wrong_is_a_problem(tensors, proc
         assert problem == (f"prediction of {wrong} is off" if wrong else "")
 
 
-@pytest.mark.parametrize("missing", ["", "g++"])
-def test_levers_that_need_their_weights_on_the_card_are_measured_too_and_compiled_blocks_last(missing, monkeypatch):
+def test_blocks_that_cannot_be_compiled_are_a_problem_and_without_a_compiler_skipped(monkeypatch):
     def measured(case, warmup, steps):
-        if case.get("compile"):
-            raise TrainingError("blocks cannot be compiled here")
-        return case | {"failed": "out of memory", "planned_bytes": 2**60, "predicted_bytes": 2**60}
+        raise TrainingError("blocks cannot be compiled here")
 
-    monkeypatch.setattr(_gpu_sections, "missing_for_compile", lambda _: missing)
-    monkeypatch.setattr(_gpu_sections, "measure", measured)
-    *rows, last = _gpu_sections.levers(REHEARSAL)
-    names = [case["lever"] for case in resident_cases("tiny", 256)]
-    assert [row["lever"] for row in rows[-3:]] == names[:3]
-    text = summary({"levers": {"status": "failed", "seconds": 1.0, "rows": [*rows, last]}})
-    if missing:
-        assert last["skipped"] == "g++ is missing" and f"skipped: {names[-1]} g++ is missing" in text
-    else:
-        assert last["problem"] == "blocks cannot be compiled here" and "did not run" in text
+    monkeypatch.setattr(sections, "measure", measured)
+    case, machine = resident_cases("tiny", 64)[-1], SimpleNamespace(device_type="cpu")
+    for missing, said in (("", {"problem": "blocks cannot be compiled here"}), ("g++", {"skipped": "g++ is missing"})):
+        monkeypatch.setattr(sections, "missing_for_compile", lambda _, missing=missing: missing)
+        assert said.items() <= sections.lever_row(case, 1, machine).items()
 
 
 def test_where_nothing_can_be_paged_it_is_said(monkeypatch):
-    monkeypatch.setattr(_gpu_sections, "resolve_device", lambda: torch.device("cuda"))
-    monkeypatch.setattr(_gpu_sections, "can_page", lambda _: False)
-    [row] = _gpu_sections.paged(REHEARSAL)
+    monkeypatch.setattr(sections, "resolve_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(sections, "can_page", lambda _: False)
+    [row] = sections.paged(REHEARSAL)
     assert "WSL" in row["skipped"]
 
 
 def test_the_loss_alone_is_timed_and_one_that_gives_another_number_is_a_problem(monkeypatch):
     def wrong(*inputs):
-        return 1.1 * _gpu_peers._our_loss(*inputs)
+        return 1.1 * peers._our_loss(*inputs)
 
-    cpu, known = torch.device("cpu"), dict(_gpu_peers.LOSSES)
-    monkeypatch.setattr(_gpu_peers, "LOSSES", known | {"wrong": ("", wrong), "alike": ("", _gpu_peers._our_loss)})
-    ours, *others, wrong_row, alike = _gpu_peers.compare_losses("tiny", 64, cpu)
+    cpu, known = torch.device("cpu"), dict(peers.LOSSES)
+    monkeypatch.setattr(peers, "LOSSES", known | {"wrong": ("", wrong), "alike": ("", peers._our_loss)})
+    ours, *others, wrong_row, alike = peers.compare_losses("tiny", 64, cpu)
     assert ours["tokens_per_second"] > 0 and ours["loss"] == pytest.approx(alike["loss"])
     assert all("skipped" in row for row in others) and len(others) == 2
     assert ours["gradient_error"] < 0.01 < 0.09 < wrong_row["gradient_error"]
     assert "problem" in wrong_row and not {"problem", "skipped"} & {*ours, *alike}
 
 
-SOME_TESTS = """
-import pytest
-
-pytestmark = pytest.mark.gpu
-
-@pytest.mark.parametrize("case", [f"Levers(compile=False)-{n}" for n in range(45)])
-def test_levers(case):
-    print("a test of", case)
-
-def test_compiled_blocks():
-    pass
-
-def test_a_run_goes_on():
-    pass
-
-@pytest.mark.parametrize("way", ["compiled"])
-def test_another_run_goes_on(way):
-    pass
-"""
-
-
-def test_tests_that_compile_run_last_and_the_passed_are_counted_meanwhile(tmp_path, monkeypatch, capsys):
-    (tmp_path / "test_some.py").write_text(SOME_TESTS, encoding="utf-8")
-    monkeypatch.setattr(_gpu_sections, "gpu_tests", lambda: [tmp_path / "test_some.py"])
-    rows = list(_gpu_sections.tests(REHEARSAL))
-    assert [row["passed"] for row in rows if "passed" in row] == [20, 40]
-    assert [row["summary"].split(",")[0].strip("= ") for row in rows if "summary" in row] == [
-        "45 passed", "1 passed", "2 passed"]  # fmt: skip
-    assert not any("problem" in row for row in rows)
-    ran = re.findall(r"::(test_\w+).* PASSED", capsys.readouterr().out)
-    assert ran[45:] == ["test_a_run_goes_on", "test_compiled_blocks", "test_another_run_goes_on"]
+def test_a_test_that_fails_on_the_gpu_is_a_problem_with_its_name(tmp_path, monkeypatch):
+    text = "import pytest\npytestmark = pytest.mark.gpu\ndef test_a(): pass\ndef test_b(): assert False\n"
+    (tmp_path / "test_some.py").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(sections, "gpu_tests", lambda: [tmp_path / "test_some.py"])
+    monkeypatch.setattr(sections, "ORDER", ("test",))
+    first, last = sections.tests(REHEARSAL)
+    assert first["test"].endswith("::test_b") and first["problem"] == "failed"
+    assert "1 failed, 1 passed" in last["summary"] and "problem" in last
 
 
 def test_tests_without_an_end_say_how_many_had_passed():
     rows = [{"passed": 20}, {"summary": "35 passed"}, {"passed": 40}]
     section = {"status": "timed out", "seconds": 1.0, "rows": rows}
     assert "35 passed\n    40 or more passed" in summary({"tests": section})
-
-
-def test_what_torch_says_of_a_card_s_context_in_a_thread_is_no_error():
-    warnings.warn("Attempting to run cuBLAS, but there was no current CUDA context! Attempting to set the primary "
-                  "context... (Triggered internally at CublasHandlePool.cpp)", UserWarning, stacklevel=1)  # fmt: skip
 
 
 def gpu_check(*arguments):
@@ -476,8 +379,8 @@ def test_free_memory_is_asked_of_another_process_before_and_after_context_step_a
     elsewhere = (
         "import sys; device = sys.argv[1]\nfor count, _ in enumerate(sys.stdin): print(5000 - count, flush=True)"
     )
-    monkeypatch.setattr(_gpu_sections, "FREE", elsewhere)
-    row = _gpu_sections.free_memory_row(REHEARSAL, torch.device("cpu"))
+    monkeypatch.setattr(sections, "FREE", elsewhere)
+    row = sections.free_memory_row(REHEARSAL, torch.device("cpu"))
     moments = ("before_context", "after_context", "after_step", "after_save")
     assert [row[f"{moment}_bytes"] for moment in moments] == [5000, 4999, 4998, 4997]
     row |= {"context_held_bytes": 0, "step_held_bytes": 1, "save_held_bytes": 1}
@@ -537,16 +440,6 @@ def test_the_levers_of_the_table_are_in_the_order_of_what_they_save_which_the_le
     assert order[:3] == ["weights in host memory", "embeddings, head in host memory", "block inputs in host memory"]
 
 
-@pytest.mark.parametrize("compiler", ["", "g++"])
-def test_what_has_no_compiler_is_left_out_of_the_lever_table(compiler, capsys):
-    bench = runpy.run_path(str(TOOLS / "bench_levers"))
-    bench["stacks_of"].__globals__.update(missing_for_compile=lambda _: compiler)
-    _, resident, alone = bench["stacks_of"]("tiny", 64, "cpu")
-    assert [case["lever"] for case in alone] == ["blocks computed again", *saving_levers(64)]
-    assert all(case["checkpointing"] == "block" for case in alone) and "resident_blocks" not in alone[-1]
-    assert len(resident) == (3 if compiler else 4) and bool(compiler) == ("g++ is missing" in capsys.readouterr().err)
-
-
 def test_a_row_of_the_lever_table_is_measured_as_it_is_planned():
     by_name = {case["lever"]: case for case in lever_cases("tiny", 64, list(saving_levers(64)))}
     resident, on_host = by_name["blocks computed again"], by_name["attention's results kept on a card"]
@@ -567,7 +460,7 @@ def test_a_lever_row_is_its_prediction_wherever_memory_runs_out(place, monkeypat
 
     case = first_case("tiny", 64)
     expected = measure(case, warmup=0, steps=1)
-    monkeypatch.setattr(_levers, place, too_large)
+    monkeypatch.setattr(memory_options, place, too_large)
     row = measure(case, warmup=0, steps=1)
     assert row == {key: expected.get(key, "CUDA out of memory") for key in row}
     assert {"failed", "planned_bytes", "predicted_bytes"} <= set(row) and "measured_bytes" not in row
@@ -587,22 +480,6 @@ def result():
     return {"machine": machine, "tables": [{"model": "tiny", "tokens": 64, "rows": rows}]}
 
 
-def test_the_bars_of_the_plot_are_as_long_as_the_memory_they_stand_for():
-    root = ElementTree.fromstring(lever_plot(result()))
-    name = "{http://www.w3.org/2000/svg}"
-    bars = [(rect.find(f"{name}title").text, float(rect.get("width"))) for rect in root.iter(f"{name}rect")
-            if rect.find(f"{name}title") is not None and ": " in rect.find(f"{name}title").text]  # fmt: skip
-    labels = [label for label, _ in bars]
-    assert labels == ["workspace: 900.0 MiB", "base weights: 200.0 MiB", "workspace: 110.0 MiB",
-                      "base weights: 100.0 MiB", "workspace: 50.0 MiB", "host memory: 200.0 MiB"]  # fmt: skip
-    for label, width in bars:
-        assert width / bars[0][1] == pytest.approx(float(re.search(r"[\d.]+", label)[0]) / 900, abs=0.001)
-    speeds = [float(rect.get("width")) for rect in root.iter(f"{name}rect") if rect.get("class") == "speed"]
-    assert speeds[0] == pytest.approx(2 * speeds[1])
-    words = [element.text for element in root.iter(f"{name}text")]
-    assert "+ tiles <1>" in words and any("out of memory" in word for word in words)
-
-
 def test_the_table_says_what_each_row_is_of_the_first():
     lines = runpy.run_path(str(TOOLS / "render_results"))["lever_tables"](result())
     assert "| none: all kept | out of memory, 900.0 MiB | | | | | |" in lines
@@ -612,7 +489,6 @@ def test_the_table_says_what_each_row_is_of_the_first():
     lines = runpy.run_path(str(TOOLS / "render_results"))["lever_tables"](of_levers_alone)
     assert lines[-1] == "| weights in host memory | 150.0 MiB, 150.0 MiB | 48% | 200.0 MiB | 50.0 | 0.50 |"
     assert lines[2].startswith("| one option alone |") and lines[2].count("|") == lines[3].count("|") == 7
-    assert "weights" not in lever_plot(of_levers_alone)
 
 
 def test_a_speed_that_repeats_do_not_tell_from_another_is_marked_with_its_spread_beside_it():
@@ -643,7 +519,9 @@ def test_the_least_memory_in_which_a_plan_runs_is_found_within_8_mib():
         return {"fits": cap_bytes >= needed, "measured_bytes": 500 * MIB, "reserved_bytes": 900 * MIB, "step": {}}
 
     machine = SimpleNamespace(memory_bytes=80 * 2**30)
-    row = runpy.run_path(str(TOOLS / "check_card"))["check"](SimpleNamespace(machine=machine, run=run), "tiny", 256, 4)
+    row = runpy.run_path(str(TOOLS / "check" / "card"))["check"](
+        SimpleNamespace(machine=machine, run=run), "tiny", 256, 4
+    )
     assert needed <= row["least_bytes"] < needed + 8 * MIB
     assert tried[0] == machine.memory_bytes and len(tried) < 10
     assert row["planned_bytes"] > row["predicted_bytes"] > 0 and row["allocated_bytes"] == 500 * MIB
@@ -651,7 +529,7 @@ def test_the_least_memory_in_which_a_plan_runs_is_found_within_8_mib():
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built for CUDA")
 def test_without_a_torch_for_cuda_there_is_no_card_that_computes_nothing():
-    done = subprocess.run([sys.executable, TOOLS / "check_card"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, TOOLS / "check" / "card"], capture_output=True, text=True)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "error: this torch is built without CUDA")
 
 
@@ -663,8 +541,8 @@ OVER_A_CARD = pytest.mark.skipif(
 
 @OVER_A_CARD
 def test_over_a_card_that_computes_nothing_a_plan_runs_in_what_was_planned(tmp_path):
-    code = ("import json, runpy; from _gpu_caps import CappedDevice; "
-            f"check = runpy.run_path({str(TOOLS / 'check_card')!r})['check']; "
+    code = ("import json, runpy; from gpu.caps import CappedDevice; "
+            f"check = runpy.run_path({str(TOOLS / 'check' / 'card')!r})['check']; "
             "print(json.dumps(check(CappedDevice(), 'tiny', 256, 4)))")  # fmt: skip
     environment = os.environ | card_environment(tmp_path, gib=8) | {"PYTHONPATH": f"{TOOLS}:{TOOLS.parent}"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
@@ -676,7 +554,7 @@ def test_over_a_card_that_computes_nothing_a_plan_runs_in_what_was_planned(tmp_p
 
 MISTAKES = """
 import torch
-from _computing_card import ORDERS, ComputingCard
+from simulated_gpu.computing import ORDERS, ComputingCard
 
 ONES = torch.ones(64, pin_memory=True)
 

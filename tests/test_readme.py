@@ -60,11 +60,12 @@ def test_the_figures_of_the_quickstart_are_those_that_were_measured():
 
 def test_the_command_below_the_table_of_memory_options_is_the_one_that_gives_it(tmp_path):
     module = render_results()
-    default = re.search(r'"--repeats", type=int, default=(\d+)', (ROOT / "tools" / "bench_levers").read_text("utf-8"))
+    tool = "tools/bench/memory_options"
+    default = re.search(r'"--repeats", type=int, default=(\d+)', (ROOT / tool).read_text("utf-8"))
     assert int(default[1]) == module.LEVER_REPEATS
     result = json.loads((module.RESULTS / "levers.json").read_text("utf-8"))
     module.RESULTS = tmp_path
-    for repeats, command in ((2, "(`tools/bench_levers --repeats 2`; "), (3, "(`tools/bench_levers`; ")):
+    for repeats, command in ((2, f"(`{tool} --repeats 2`; "), (3, f"(`{tool}`; ")):
         result["settings"]["repeats"] = repeats
         (tmp_path / "levers.json").write_text(json.dumps(result), encoding="utf-8")
         assert command in module.levers()

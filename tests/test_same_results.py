@@ -10,10 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-TOOLS = Path(__file__).parent.parent / "tools"
-TOOL = TOOLS / "check" / "same_results"
-sys.path.insert(0, str(TOOLS))
-import _same_cases  # noqa: E402
+from check import same_cases
+
+TOOL = Path(__file__).parent.parent / "tools" / "check" / "same_results"
 
 HERE = {"machine": {"cpu": "one"}, "versions": {"torch": "2.0"}}
 
@@ -27,8 +26,8 @@ def results(weight: float, loss: float = 0.1 + 0.2, folder: Path | None = None):
     (folder / "adapter" / "chat_template.jinja").write_text("{{ messages }}")
     lines = [{"step": 1, "loss": loss, "seconds": weight}, {"step": 2, "loss": float("nan"), "why": str(weight)}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    exported = _same_cases.exported(folder / "adapter", folder)
-    return exported | _same_cases.json_file(folder / "metrics.jsonl", folder)
+    exported = same_cases.exported(folder / "adapter", folder)
+    return exported | same_cases.json_file(folder / "metrics.jsonl", folder)
 
 
 @pytest.fixture
@@ -95,18 +94,18 @@ def test_no_file_is_written_when_a_case_failed(monkeypatch, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_command_that_fails_is_a_failed_case_and_one_that_prints_gives_its_text(tmp_path):
     """In a process of one thread, since it forks."""
-    code = ("import sys, pathlib; from _same_cases import *; folder = pathlib.Path(sys.argv[1])\n"
+    code = ("import sys, pathlib; from same_cases import *; folder = pathlib.Path(sys.argv[1])\n"
             "assert command(folder, '--version').startswith('qlora-lite')\n"
             "try: command(folder, 'plan', 'no-such-recipe')\n"
             "except CommandError as error: print(error)")  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=TOOLS)
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=TOOL.parent)
     assert done.stdout.startswith("qlora-lite plan ended with 2: error: there is no recipe"), done.stderr
 
 
 def test_every_case_has_a_name_of_its_own():
-    counted = sum(map(len, (_same_cases.ARCHITECTURES, _same_cases.UNUSUAL, _same_cases.NESTED, _same_cases.OPTIONS,
-                            _same_cases.SETTINGS, _same_cases.PLANS)))  # fmt: skip
-    assert len(_same_cases.cases()) == counted + 3
+    counted = sum(map(len, (same_cases.ARCHITECTURES, same_cases.UNUSUAL, same_cases.NESTED, same_cases.OPTIONS,
+                            same_cases.SETTINGS, same_cases.PLANS)))  # fmt: skip
+    assert len(same_cases.cases()) == counted + 3
 
 
 @pytest.mark.slow

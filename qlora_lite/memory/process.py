@@ -1,8 +1,8 @@
 """What a device or a process needs beyond its tensors, as named constants with their source.
 
-A card: constants from public sources, to be checked with ``tools/check_plan`` on one; those of torch's allocator were
-measured without one (``tools/check_card``).
-A CPU: fitted to ``tools/check_plan`` here (torch 2.13, glibc 2.36, bfloat16), above the memory that the process holds
+A card: constants from public sources, to be checked with ``tools/check/plan`` on one; those of torch's allocator were
+measured without one (``tools/check/card``).
+A CPU: fitted to ``tools/check/plan`` here (torch 2.13, glibc 2.36, bfloat16), above the memory that the process holds
 after its imports. What malloc says at the peak (``mallinfo2``) divides it into the parts below.
 """
 
@@ -26,7 +26,7 @@ CUDA_LATER_BYTES = 128 * MIB
 # forward's and that of the stream on which a step is recorded (``decode``); within a run the first of these is held
 # already when room for prompts is planned.
 CUBLAS_WORKSPACE_BYTES = 2 * 32 * MIB
-# Of torch's CUDA allocator: bytes, and a share of what comes and goes within a step. tools/check_card found that
+# Of torch's CUDA allocator: bytes, and a share of what comes and goes within a step. tools/check/card found that
 # up to 99 MiB are needed with segments that grow, and up to 842 MiB with fixed ones, but for one plan of 17, which took
 # 1.5 GiB: 0.5 more than this leaves.
 GROWING_SEGMENT_BYTES, GROWING_HOLES_SHARE = 128 * MIB, 0.005
@@ -40,7 +40,7 @@ CPU_KERNEL_BYTES = 3 * MIB // 4  # for each large product's shape: oneDNN keeps 
 # Of the adapter and the optimizer's states: gradients and states are allocated among tensors of a step that are freed,
 # and malloc keeps the holes.
 CPU_HOLES_SHARE = 0.5
-# Of torch.compile: compiled steps of tools/check_plan held 60 to 138 MiB more, the most where nothing was cached.
+# Of torch.compile: compiled steps of tools/check/plan held 60 to 138 MiB more, the most where nothing was cached.
 CPU_COMPILER_BYTES = 120 * MIB
 # Where torch reads its allocator's settings, by the new and the old name, and the one that has segments grow.
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")

@@ -2,7 +2,7 @@
 
 The machine at hand is measured in a fifth of a second (one matrix product, one copy), since no table knows what
 else runs on it. For a card from the table, the vendor's rates are multiplied by the shares that real kernels
-reach. Step times that follow from either are for ranking plans; ``tools/check_plan`` shows how far off they are.
+reach. Step times that follow from either are for ranking plans; ``tools/check/plan`` shows how far off they are.
 """
 
 import time
@@ -18,7 +18,7 @@ from qlora_lite.models.load import fast_dtype
 from qlora_lite.ops.offload import host_memory
 
 BANDWIDTH_REACHED = 0.9  # of a card's memory bandwidth: 3.0 of 3.35 TB/s on an H100; not measured here
-# Of the host, to start an operation: what tools/bench_limit calls "Python, views, autograd" was 5 to 18 us on CPUs for
+# Of the host, to start an operation: what tools/bench/limit calls "Python, views, autograd" was 5 to 18 us on CPUs for
 # each operation that a simulation of the same step counts, the optimizer's too. A card's driver takes some more, which
 # was not measured here.
 OPERATION_SECONDS = 10e-6

