@@ -1,7 +1,5 @@
 """Say how rows become tokens, and keep account of what became of them, so that no row is left out in silence."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -17,7 +15,7 @@ SHOWN_ROWS = 5
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Say how rows become tokens; the names, meanings and ranges are those of `examples.read_examples`."""
+    """Say how rows become tokens; the names, meanings and ranges are those of ``examples.read_examples``."""
 
     train_on: str
     max_tokens: int
@@ -38,11 +36,11 @@ class Account:
         truncated: rows cut to max_tokens.
         split: rows cut into parts.
         examples_of: examples of each source, one after the other in the set.
-        unused: what the rows of each source hold that is not looked at, see `unused.no_counts`.
+        unused: what the rows of each source hold that is not looked at, see ``unused.no_counts``.
         longest: the longest of the rows that are an error for their length, (tokens, where).
         end_token_ids: the tokens that end answers and documents.
         template: the chat template, once a conversation needed it.
-        seen_kinds: rows read of each kind (see `formats.kinds_of`), good or not.
+        seen_kinds: rows read of each kind (see ``formats.kinds_of``), good or not.
         kept_kinds: examples of each kind.
         seen_files: rows of each file that became tokens.
         kept_files: files with at least one example.

@@ -1,6 +1,6 @@
 """Plan which rows share a step, and join them without padding.
 
-Rows are laid end to end in one sequence; positions restart at 0 in each and `row_lengths` lets attention keep
+Rows are laid end to end in one sequence; positions restart at 0 in each and ``row_lengths`` lets attention keep
 them apart. There is no padding token, so nothing is computed for nothing and no mask can hide a real token.
 
 Packing is best fit, decreasing: rows from longest to shortest, each into the fullest pack that still has room
@@ -17,22 +17,19 @@ everything and cutting at max_tokens, the other known way, fills packs fully but
 Shapes: T tokens of a micro-batch; input_ids and position_ids [1, T], labels [T]. Lengths are in tokens.
 """
 
-from __future__ import annotations
-
 import random
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from qlora_lite.errors import DataError
 
-if TYPE_CHECKING:
-    from .stored import Example
+from .stored import Example
 
 IGNORED_LABEL = -100
 ORDERS = ("shuffle", "as-is", "longest-first", "by-length")

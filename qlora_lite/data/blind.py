@@ -5,19 +5,18 @@ The words can be written, joined and stripped. Questions that some templates ask
 that ends was made without a branch taken, or a text cut, for what the words say, and is the same for all words of
 which the answers are no.
 
-What joins texts out of sight (`~`, macros, set blocks) is refused before, because what comes of it is ordinary text
+What joins texts out of sight (``~``, macros, set blocks) is refused before, because what comes of it is ordinary text
 again; so are filters and tests that read text by other ways than its methods. The text must be the one that
 transformers writes: this environment does what its own does, but is not the same. A template that is none of the named
-ones is rendered by `probe`'s process here too: within limits, whatever chance or the words have it do.
+ones is rendered by ``probe``'s process here too: within limits, whatever chance or the words have it do.
 
 source: Jinja's documentation, "The Sandbox"; transformers.utils.chat_template_utils for the names that it adds.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from typing import Self
 
 from jinja2 import TemplateError, ext, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -68,12 +67,12 @@ def blind_text(template: Template, turns: tuple[Turn, ...], add_generation_promp
 
     Args:
         template: how to write.
-        turns: each with the words that `unseen` gives.
+        turns: each with the words that ``unseen`` gives.
         add_generation_prompt: whether to write what stands before an answer that is asked for.
         asked: gets the questions about words that were answered with no.
 
     Raises:
-        LookedAtError, TemplateError, DataError, or one of `probe.FAULTS`: it is not.
+        LookedAtError, TemplateError, DataError, or one of ``probe.FAULTS``: it is not.
     """
     messages, special_tokens = [as_message(turn) for turn in turns], template.tokenizer.special_tokens_map
     options = {"add_generation_prompt": add_generation_prompt}
@@ -93,10 +92,10 @@ def blind_text(template: Template, turns: tuple[Turn, ...], add_generation_promp
 def render_blind(
     source: str, messages: Sequence[dict], special_tokens: Mapping[str, object], add_generation_prompt: bool
 ) -> tuple[str, list]:
-    """Return the rendering of messages whose contents are `unseen`, and the questions about them, as JSON takes them.
+    """Return the rendering of messages whose contents are ``unseen``, and the questions about them, as JSON takes them.
 
     Raises:
-        LookedAtError, another TemplateError, or one of `probe.FAULTS`: it cannot be made.
+        LookedAtError, another TemplateError, or one of ``probe.FAULTS``: it cannot be made.
     """
     asked: list[list] = []
     messages = [message | {"content": _Words(message["content"], asked)} for message in messages]
@@ -139,7 +138,7 @@ class _Words(str):
 
     __slots__ = ("_asked",)
 
-    def __new__(cls, text: str, asked: list[list]) -> _Words:
+    def __new__(cls, text: str, asked: list[list]) -> Self:
         words = super().__new__(cls, text)
         words._asked = asked
         return words
@@ -150,10 +149,10 @@ class _Words(str):
     def __bool__(self) -> bool:
         return True  # rows with blank turns are refused when they are read
 
-    def __add__(self, other: str) -> _Words:
+    def __add__(self, other: str) -> Self:
         return _Words(str.__add__(self, other), self._asked)
 
-    def __radd__(self, other: str) -> _Words:
+    def __radd__(self, other: str) -> Self:
         return _Words(str.__add__(other, self), self._asked)
 
     def __contains__(self, text: str) -> bool:
@@ -165,16 +164,16 @@ class _Words(str):
     def endswith(self, text: str) -> bool:
         return self._no("endswith", text)
 
-    def strip(self, letters: str | None = None) -> _Words:
+    def strip(self, letters: str | None = None) -> Self:
         return self.lstrip(letters).rstrip(letters)
 
-    def lstrip(self, letters: str | None = None) -> _Words:
+    def lstrip(self, letters: str | None = None) -> Self:
         if letters is None:
             return _Words(str.lstrip(self), self._asked)
         self._no("lstrip", letters)
         return self
 
-    def rstrip(self, letters: str | None = None) -> _Words:
+    def rstrip(self, letters: str | None = None) -> Self:
         if letters is None:
             return _Words(str.rstrip(self), self._asked)
         self._no("rstrip", letters)

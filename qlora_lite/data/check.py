@@ -10,8 +10,6 @@ Examples are looked at in chunks, so that a million short rows take about a seco
 Shapes: T tokens of a chunk of rows; ids int [T], learned bool [T], starts int [rows], the first token of each.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -163,7 +161,7 @@ def check_overlap(train: Sequence[Example], evaluation: Sequence[Example]) -> tu
 def check_prompts(train: Sequence[Example], evaluation: Sequence[Example], is_share: bool = False) -> RowProblem | None:
     """Look for evaluation rows whose prompt is that of a training row with another answer.
 
-    Rows that are training rows themselves are left to `check_overlap`.
+    Rows that are training rows themselves are left to ``check_overlap``.
 
     Args:
         train: the training rows.

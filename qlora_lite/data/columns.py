@@ -7,8 +7,6 @@ keep the schema as JSON text: a column "tools" of text is parsed.) A null in a l
 is the value of a whole column.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,7 +57,7 @@ def without_absent(value: object) -> object:
 
 
 def _decoder(schema) -> Callable[[dict], dict]:
-    """Return what turns a stored row into the row; `datasets` stores objects of mixed kinds as JSON text.
+    """Return what turns a stored row into the row; ``datasets`` stores objects of mixed kinds as JSON text.
 
     Raises:
         DataError: what the file says of its columns is damaged, or has files or addresses opened.

@@ -1,22 +1,20 @@
 """Turn sources into token rows with a mask, and account for every row and token on the way.
 
-Nothing is left out in silence: a row is an example, a counted entry of `dropped`, or part of an error that
+Nothing is left out in silence: a row is an example, a counted entry of ``dropped``, or part of an error that
 names it.
 
 Special tokens written out inside a row's text never become control tokens: in a conversation they are an
-error (see `render.render`), in a plain document they are tokenised as the letters they are.
+error (see ``render.render``), in a plain document they are tokenised as the letters they are.
 """
-
-from __future__ import annotations
 
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.errors import DataError, OutputError
 from qlora_lite.files import replacing_folder
@@ -29,9 +27,6 @@ from .read import Source
 from .stored import Examples, ExampleWriter, repeated
 from .template import Template
 from .token_cache import cache_key, load_set, most_bytes, remove_least_used, remove_leftovers, save_set
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 log = logging.getLogger("qlora_lite")
 progress = logging.getLogger("qlora_lite.progress")  # of its own, so that a command can show it and nothing else
@@ -49,13 +44,13 @@ class Dataset:
     Args:
         examples: the rows kept, repeated as the sources' weights say.
         rows_read: rows in the files.
-        rows_kept: rows in `examples`; each part of a split row counts.
+        rows_kept: rows in ``examples``; each part of a split row counts.
         dropped: reason -> rows left out for it, malformed ones included.
         dropped_at: reason -> the places of the first of them.
         truncated: rows cut to max_tokens.
         split: rows cut into several examples.
-        examples_of: examples of each source, one after the other in `examples`.
-        unused: what the rows of each source hold that is not looked at, see `unused.no_counts`.
+        examples_of: examples of each source, one after the other in ``examples``.
+        unused: what the rows of each source hold that is not looked at, see ``unused.no_counts``.
         tokens: tokens of all examples.
         learned_tokens: tokens that are predicted, of all examples.
         end_token_ids: the tokens that end answers and documents; generation stops at any of them.
@@ -92,7 +87,7 @@ def build_examples(
     """Read, render, tokenise and mask the rows of all sources, and accept them only if they can be trained on.
 
     Args:
-        sources: see `read_examples`, as all others.
+        sources: see ``read_examples``, as all others.
         max_bad_rows: rows that may be left out because they are malformed.
 
     Raises:
@@ -122,14 +117,14 @@ def read_examples(
     Args:
         sources: where rows come from, in order.
         tokenizer: a fast tokenizer; its state is not changed.
-        template: None for the tokenizer's own chat template, or see `choose_template`.
+        template: None for the tokenizer's own chat template, or see ``choose_template``.
         train_on: "assistant" learns every answer; "completion" the one answer of rows that have just one;
             "last" the last answer; "all" every token. Plain documents are always learned whole.
         max_tokens: longest row, at least 2 tokens.
         overflow: for longer rows: "error", "drop", "truncate" (keep the first max_tokens tokens; a row
-            that loses all it had to learn is dropped and counted), or "split" (see `split`).
+            that loses all it had to learn is dropped and counted), or "split" (see ``split``).
         train_on_end: whether the tokens that end answers and documents are learned.
-        cache: folder of token caches, bounded in size (see `token_cache`); None keeps the tokens in memory.
+        cache: folder of token caches, bounded in size (see ``token_cache``); None keeps the tokens in memory.
         max_rows: read only the first good rows of each source; None for all.
 
     Returns:
@@ -162,7 +157,7 @@ def read_examples(
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What to read and how, as `read_examples` was told."""
+    """What to read and how, as ``read_examples`` was told."""
 
     sources: Sequence[Source]
     tokenizer: PreTrainedTokenizerFast

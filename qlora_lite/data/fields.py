@@ -1,14 +1,12 @@
 """Take text out of a row's fields. Nothing is converted or repaired: a number where text should be is an error."""
 
-from __future__ import annotations
-
 import math
 import string
 from collections.abc import Iterable, Mapping
 
 from qlora_lite.errors import DataError
 
-_NO_NAME = frozenset("{}!:")  # what `string.Formatter` takes apart
+_NO_NAME = frozenset("{}!:")  # what ``string.Formatter`` takes apart
 
 
 def text_of(holder: Mapping[str, object], key: str) -> str:

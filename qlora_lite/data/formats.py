@@ -15,20 +15,18 @@ answer, an unknown role or a number where text should be is an error of that row
 | table             | any columns; the prompt and completion templates of the source name them             |
 
 content is text or a list of text parts; it may stand beside "from", and "value" beside "role". Tools, calls and
-results: see `tools`; in sharegpt a call is a turn of its own, {"from": "function_call", "value": JSON text}, and a
+results: see ``tools``; in sharegpt a call is a turn of its own, {"from": "function_call", "value": JSON text}, and a
 result {"from": "observation", "value": text}. An answer with "weight" (or "loss_weight") 0 or "train" false is not
 learned, nor is one in a prompt that is a list of turns; a turn of another role is not, whatever it says.
 In a preference row, the prompt stands in "prompt", "messages" or "conversations", in "instruction" and "input", or at
 the beginning of "chosen"; an answer is text, a turn or a list of turns. What "chosen" does not share with "rejected" is
-learned. No preference row is taken for another format, since the answer would be lost: see `is_preference`.
+learned. No preference row is taken for another format, since the answer would be lost: see ``is_preference``.
 Rows with pictures, sounds or videos are errors, and so are placeholders such as <image> in a user's turn: at its
 beginning or end, alone on a line, or right before a word, and not closed (</video>), as tags in HTML code are.
 Rows with "label" (or "kto_tag") false, as KTO marks bad answers, are left out; a label of another kind has no meaning.
 
 source: trl documentation, "Dataset formats: unpaired preference"; LLaMA-Factory, data/README.md.
 """
-
-from __future__ import annotations
 
 import re
 from collections import Counter
@@ -98,7 +96,7 @@ class Turn:
         role: "system", "user", "assistant" or "tool".
         content: its text; empty only where there are calls.
         learned: False where the row gives this turn the weight 0, or says train: false.
-        calls: the tool calls of an assistant turn, as `tools.tool_calls` makes them.
+        calls: the tool calls of an assistant turn, as ``tools.tool_calls`` makes them.
         call_id: of a tool turn, the call that it answers, if the row says so.
         name: of a tool turn, the tool, if the row says so.
     """
@@ -120,8 +118,8 @@ class Conversation:
     Args:
         turns: the messages.
         where: the row's place.
-        tools: definitions of the tools, as `tools.tool_definitions` makes them.
-        kinds: see `kinds_of`.
+        tools: definitions of the tools, as ``tools.tool_definitions`` makes them.
+        kinds: see ``kinds_of``.
     """
 
     turns: tuple[Turn, ...]
@@ -147,7 +145,7 @@ class Prompt:
         turns: what the model is given, the assistant's turn not begun.
         reference: the answer that the row has; None where it has none.
         where: the row's place.
-        tools: see `Conversation`.
+        tools: see ``Conversation``.
     """
 
     turns: tuple[Turn, ...]
@@ -169,14 +167,14 @@ def read_conversations(
     drop: Callable[[str, str], None] | None = None,
     seen: Counter[str] | None = None,
 ) -> Iterator[Conversation | Document]:
-    """Read a source and normalise its rows; rows that cannot be used go to `problems`, bad answers nowhere.
+    """Read a source and normalise its rows; rows that cannot be used go to ``problems``, bad answers nowhere.
 
     Args:
         source: where to read and how.
         problems: collects malformed rows, each with its place.
         look: is given each good row, and the columns that its format looks at.
         drop: is given the reason and the place of each row that says of itself that its answer is a bad one.
-        seen: counts the kinds of all other rows, see `kinds_of`.
+        seen: counts the kinds of all other rows, see ``kinds_of``.
 
     Returns:
         An iterator over the good rows, in order.
@@ -235,7 +233,7 @@ def read_prompts(source: Source, known: Sequence[Source] = ()) -> list[Prompt]:
     """Read a source as prompts: rows of any format, whose answer may be missing.
 
     Args:
-        source: where to read; of a table, `prompt` names the columns.
+        source: where to read; of a table, ``prompt`` names the columns.
         known: sources of a recipe, whose templates are used for rows that have their columns.
 
     Raises:
@@ -498,7 +496,7 @@ def normalise(row: Mapping[str, object], where: str, format_name: str, source: S
     Raises:
         DataError: the row does not fit; the message names the field and the cure, without the place.
     """
-    if format_name == CHOSEN:  # and rewritten by `chosen_alone`
+    if format_name == CHOSEN:  # and rewritten by ``chosen_alone``
         format_name = "prompt-completion"
     if format_name != "table":
         _refuse(row)

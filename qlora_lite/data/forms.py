@@ -2,15 +2,13 @@
 
 Most chat templates only write what turns say: they do not compare, search or cut it. The text is then the template's
 own words with the turns' words between them, and where those stand depends on the sequence of roles alone. So one
-rendering per sequence, with all that `render.render` checks, is a form that every row with this sequence fills in:
+rendering per sequence, with all that ``render.render`` checks, is a form that every row with this sequence fills in:
 no Jinja per row, and no rendering of the prefix of each answer, which grows with the square of the turns.
 
-The proof is a rendering with words that cannot be looked at (see `blind`). What has no form, or does not fit it, is
+The proof is a rendering with words that cannot be looked at (see ``blind``). What has no form, or does not fit it, is
 rendered row by row. (Comparing the renderings of a few texts, the other known way, is no proof: a template that looks
 for "/no_think" passes.)
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
@@ -35,7 +33,7 @@ class Form:
     """Hold what a template writes for a sequence of roles.
 
     Args:
-        own: the template's own texts, one more than `contents`.
+        own: the template's own texts, one more than ``contents``.
         contents: for each place between them, the index of the turn that stands there, and how its words are stripped.
         answers: turn index of every answer that could be found -> its begin and end.
         questions: what the template asks about turns' words; the form is for rows where all answers are no.
@@ -53,7 +51,7 @@ class Form:
         )
 
     def fill(self, template: Template, turns: tuple[Turn, ...], answers: Iterable[int]) -> Rendering:
-        """Return what `render.render` returns for turns that fit.
+        """Return what ``render.render`` returns for turns that fit.
 
         Args:
             template: the one that the form was made of.
@@ -103,7 +101,7 @@ def make_form(template: Template, conversation: Conversation) -> Form | None:
 def _span(
     template: Template, turns: tuple[Turn, ...], text: str, index: int, asked: list[Question]
 ) -> tuple[int, int] | None:
-    """Return the characters of an answer; None if `render.render` must find them, or explain to each row what is wrong.
+    """Return the characters of an answer; None if ``render`` must find them, or explain to each row what is wrong.
 
     Where a text does not begin with the prompt, that of other words may: those that the prompt itself begins to write.
     """

@@ -3,15 +3,13 @@
 Rows are chosen by the numbers of their file and line (and row, where a line holds several) and by which of them must
 stay together, whatever the seed is.
 Which must, the rendered rows say: another template, prompt or data.max_tokens may group them otherwise, and then other
-rows are held out; `compare` looks where they are.
+rows are held out; ``compare`` looks where they are.
 Rows that are alike token for token, and the parts of a split row, stay on one side together: what was learned is no
 measure of what was not. So do rows with the same prompt, which for a conversation is all that stands before its last
 answer: a system text or a greeting that many share makes no prompt of its own. A prompt with more rows than a quarter
 of what is to be held out (one instruction for all rows, say) would be too much of what is measured, or a task that is
 left unlearned: its rows are held out one by one, and the preflight says which prompts are on both sides.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace

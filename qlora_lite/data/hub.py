@@ -1,14 +1,12 @@
 """Fetch data sets of the Hugging Face hub: hub:OWNER/NAME, then /CONFIG and :SPLIT where they are not the default.
 
-`datasets` does what it is good at, downloading, and turning the many layouts of hub repositories into one kind of
+``datasets`` does what it is good at, downloading, and turning the many layouts of hub repositories into one kind of
 file, Arrow, in its own cache. The rows are then read from those files like any other Arrow file, so they have a place,
 the token cache finds them by content, and keys that Arrow filled with nulls are taken out again.
 
-With data.streaming nothing is kept on disk: `datasets` hands out the rows while they come over the network, in the
+With data.streaming nothing is kept on disk: ``datasets`` hands out the rows while they come over the network, in the
 same order, once more for every epoch. Their place is their number.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Iterator
@@ -70,7 +68,7 @@ def hub_rows(path: str) -> Iterator[tuple[str, dict]]:
     """Yield the rows of a hub data set while they are downloaded.
 
     Args:
-        path: as for `hub_files`.
+        path: as for ``hub_files``.
 
     Returns:
         An iterator of ("hub:owner/name:12", row), rows counted from 1.
@@ -91,7 +89,7 @@ def hub_rows(path: str) -> Iterator[tuple[str, dict]]:
 
 @contextmanager
 def _hub_errors(cure: str) -> Iterator[None]:
-    """Say what to do about the errors of `datasets`; `cure` is for a hub that cannot be reached."""
+    """Say what to do about the errors of ``datasets``; ``cure`` is for a hub that cannot be reached."""
     from datasets.exceptions import DatasetsError
 
     try:

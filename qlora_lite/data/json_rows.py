@@ -4,8 +4,6 @@ Python's json keeps the last of two equal keys and accepts NaN; both are faults 
 are no text (half of a surrogate pair, NUL). Faults that do not stop the parser are noted and reading goes on.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator
@@ -75,7 +73,7 @@ def decode_text(text: str) -> object:
 
 
 def read_jsonl(path: Path, problems: Problems) -> Iterator[tuple[str, dict]]:
-    """Read one object per line; blank lines are skipped, lines that are no whole object go to `problems`."""
+    """Read one object per line; blank lines are skipped, lines that are no whole object go to ``problems``."""
     decoder = _RowDecoder()
     for number, line in numbered_lines(path, problems):
         text = line.strip(" \t\r")

@@ -4,8 +4,6 @@ A file is decoded line by line: decoding it whole, the usual way, reports one by
 the rest. A byte-order mark at the start and CRLF line ends are accepted; they carry no meaning.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -107,7 +105,7 @@ def write_place(file: str, line: int, row: int = 0) -> str:
 
 
 def read_place(where: str) -> tuple[str, int, int] | None:
-    """Return file, line and row as `write_place` took them; None if no place is written."""
+    """Return file, line and row as ``write_place`` took them; None if no place is written."""
     found = _PLACE.fullmatch(where)
     return found and (found[1], int(found[2]), int(found[3] or 0))
 

@@ -4,8 +4,6 @@ Rows are handled a thousand at a time: one call of the tokenizer for all of them
 of its own, so that the next rows are read and the last ones masked meanwhile.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +11,9 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from threading import Lock
-from typing import TYPE_CHECKING
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.errors import DataError, tokenizer_faults
 
@@ -31,9 +29,6 @@ from .split import only_last_answer, parts, windows
 from .stored import Example
 from .template import Template, begin_of_text, choose_template, special_ids_of
 from .unused import count_unused, no_counts
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 NOTHING_LEFT = "nothing left to learn after truncation"
 LONG_EXCHANGE = "exchange longer than max_tokens in a split row"
@@ -54,7 +49,7 @@ def make_examples(
     Args:
         source: where the rows are.
         tokenizer: a fast tokenizer.
-        template: see `template.choose_template`.
+        template: see ``template.choose_template``.
         settings: how rows become tokens.
         account: gets the counts and problems.
 
@@ -105,7 +100,7 @@ def _prepared(
 
 
 def _one_ahead(batches: Iterator[_Batch], work: Callable[[_Batch], _Encoded]) -> Iterator[tuple[_Batch, _Encoded]]:
-    """Yield each batch with what `work` makes of it, working on the next one in a thread meanwhile."""
+    """Yield each batch with what ``work`` makes of it, working on the next one in a thread meanwhile."""
     with ThreadPoolExecutor(1) as pool:
         waiting = None
         for batch in batches:

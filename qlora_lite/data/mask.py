@@ -8,13 +8,11 @@ answers. A row for which they are not is an error.
 Shapes: T tokens of a row. Characters are counted in the rendered text, spans are (first, one past the last).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.errors import DataError
 
@@ -23,9 +21,6 @@ from .formats import Conversation
 from .forms import Form
 from .render import END_OF_ANSWER, Ahead, render
 from .template import Template
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 MASK = "token cut by the mask"
 _CURE_OF_SEAM = (
@@ -75,8 +70,8 @@ def answers_of(conversation: Conversation, train_on: str, train_on_end: bool = T
 
     Args:
         conversation: the row.
-        train_on: see `examples.read_examples`.
-        train_on_end: see `render_row`.
+        train_on: see ``examples.read_examples``.
+        train_on_end: see ``render_row``.
 
     Raises:
         DataError: there is nothing to learn.
@@ -110,13 +105,13 @@ def render_row(
     Args:
         conversation: the row.
         template: how to write it.
-        train_on: see `examples.read_examples`.
+        train_on: see ``examples.read_examples``.
         train_on_end: False if the caller needs every end token's place, to unlearn it.
         form: of conversations with these roles, to be filled in instead of rendering.
-        ahead: see `render.render`.
+        ahead: see ``render.render``.
 
     Raises:
-        DataError: there is nothing to learn, or the template fails (see `render.render`).
+        DataError: there is nothing to learn, or the template fails (see ``render.render``).
     """
     turns = conversation.turns
     learned, needed = answers_of(conversation, train_on, train_on_end)
@@ -158,7 +153,7 @@ def tokenise(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[Token
 def learned_tokens(starts: np.ndarray, ends: np.ndarray, spans: Sequence[tuple[int, int]], text: str) -> np.ndarray:
     """Mark the tokens whose characters lie in one of the spans.
 
-    A special token may swallow white space after it (transformers' `rstrip`), so the last token of a span may
+    A special token may swallow white space after it (transformers' ``rstrip``), so the last token of a span may
     reach beyond its end as far as the text there is white space.
 
     Args:

@@ -1,14 +1,12 @@
-"""Make examples of many rendered rows at once, by the rules that `mask` has for one.
+"""Make examples of many rendered rows at once, by the rules that ``mask`` has for one.
 
 All rows' tokens lie end to end, and so do their characters: the tokens of a span are those between two places of a
 sorted array, found for all spans in one call. A row about which there is any doubt (a token across a border, an end
-that is no special token, other tokens before an answer than its prompt has, nothing to learn) is handed to `mask`,
+that is no special token, other tokens before an answer than its prompt has, nothing to learn) is handed to ``mask``,
 which decides it and says what is wrong. So the rules stand there alone, and this is a shortcut for rows that keep them.
 
 Shapes: R rows, S spans of all rows, T tokens. Characters are counted in all rows' texts, end to end.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -136,7 +134,7 @@ def _has_other_prompt(
 ) -> np.ndarray:
     """Tell for each answer whether the tokens before it differ from those of its prompt alone: bool [S].
 
-    Only the text from the last special token before the answer is looked at, as in `mask.seam_fault`; is_special bool
+    Only the text from the last special token before the answer is looked at, as in ``mask.seam_fault``; is_special bool
     [T] says which tokens are.
     """
     after = _tokens_before(tokens, answers.row, answers.first)

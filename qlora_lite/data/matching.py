@@ -7,8 +7,6 @@ answer in which nothing is found is wrong. White space at the ends never counts.
 Source: lm-evaluation-harness, filters/extraction.py (regex, take_first) and its exact_match metric.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import regex

@@ -19,7 +19,7 @@ Mistral's wants call ids that most rows lack, and the models that know them brin
 
 joined is what trl makes of prompt and completion as text. plain does not look at the answer to leave its line end out
 where that begins with a space: a prompt for an answer to come would be written otherwise than in training.
-Where a tokenizer has no <|im_end|>, chatml-tools ends turns with its own end token (`template.choose_template`), so
+Where a tokenizer has no <|im_end|>, chatml-tools ends turns with its own end token (``template.choose_template``), so
 that rows with tools can be trained on with any tokenizer.
 
 source: the chat templates of Qwen2.5-7B-Instruct and Qwen3-8B for the words of chatml-tools.

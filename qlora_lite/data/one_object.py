@@ -3,8 +3,6 @@
 Such files are not read: which of several lists is meant, or whether a list is rows or a part of one, would be a guess.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -3,11 +3,9 @@
 What a file is, its name says; the first bytes must agree. Going by the first bytes alone, the other known way,
 would let a file train whose name a user reads wrongly; going by the name alone gives "not UTF-8 in line 1" for
 a gzip. A name that says nothing is an error, since JSON that is read as plain text trains without a complaint.
-Unpacking is pyarrow's, which comes with `datasets`: it knows both kinds and, unlike Python's gzip module, has one
+Unpacking is pyarrow's, which comes with ``datasets``: it knows both kinds and, unlike Python's gzip module, has one
 exception for every kind of damage.
 """
-
-from __future__ import annotations
 
 import io
 import os
@@ -28,7 +26,7 @@ READER_OF_SUFFIX = {
 _COMPRESSION_OF_SUFFIX = {".gz": "gzip", ".zst": "zstd"}
 _CARD_SUFFIX = ".md"  # of what may describe the rows beside it and be none of them
 _ABOUT = re.compile(r"(readme|license|licence|changelog|contributing)(?![a-z])", re.IGNORECASE)  # texts that do
-_DESCRIPTIONS = {"dataset_info.json", "state.json"}  # beside what `datasets.save_to_disk` wrote, one folder a split,
+_DESCRIPTIONS = {"dataset_info.json", "state.json"}  # beside what ``datasets.save_to_disk`` wrote, one folder a split,
 _SPLITS = "dataset_dict.json"  # and above the folders of several
 _COLUMN_READERS = ("parquet", "arrow")
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip", b"BZh": "bzip2",
@@ -46,9 +44,9 @@ def find_files(pattern: str) -> list[Path]:
 
     Returns:
         At least one path, sorted by name; a folder gives its files with a known suffix, subfolders included,
-        without what `left_out` lists, hidden files and hidden folders. Its .md files are data where it has no others;
+        without what ``left_out`` lists, hidden files and hidden folders. Its .md files are data where it has no others;
         a .md, .txt or .text file whose name begins with the word readme, license, licence, changelog or
-        contributing never is. Of one that `datasets.save_to_disk` wrote, the data set is, and nothing beside it.
+        contributing never is. Of one that ``datasets.save_to_disk`` wrote, the data set is, and nothing beside it.
 
     Raises:
         DataError: nothing is there, something is that is not a file, one file is there under two names, or
@@ -82,10 +80,10 @@ def find_files(pattern: str) -> list[Path]:
 
 
 def left_out(pattern: str) -> list[Path]:
-    """List what is in a folder and not read: files that are no data (see `find_files`), and links to folders.
+    """List what is in a folder and not read: files that are no data (see ``find_files``), and links to folders.
 
     Args:
-        pattern: as for `find_files`; what is no folder leaves nothing out.
+        pattern: as for ``find_files``; what is no folder leaves nothing out.
     """
     folder = Path(os.path.expanduser(pattern))
     found = _visible(folder) if folder.is_dir() else []
@@ -100,7 +98,7 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _data_files(found: list[Path]) -> list[Path]:
-    """Return the data files of a folder, as `find_files` says which they are."""
+    """Return the data files of a folder, as ``find_files`` says which they are."""
     files = [path for path in found if data_suffix(path) in READER_OF_SUFFIX and not path.is_dir()]
     files = [path for path in files if READER_OF_SUFFIX[data_suffix(path)] != "text" or not _ABOUT.match(path.name)]
     files = _without_what_describes(files)
@@ -108,7 +106,7 @@ def _data_files(found: list[Path]) -> list[Path]:
 
 
 def _without_what_describes(files: list[Path]) -> list[Path]:
-    """Leave out what `datasets` writes beside the rows of a saved data set, results of map and filter among them."""
+    """Leave out what ``datasets`` writes beside the rows of a saved data set, results of map and filter among them."""
     names: dict[Path, set[str]] = {}
     for path in files:
         names.setdefault(path.parent, set()).add(path.name)

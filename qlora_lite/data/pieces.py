@@ -15,21 +15,15 @@ put a space. Where that is not enough, because special tokens take white space a
 Shapes: R texts, T tokens of all of them. Characters are counted in all texts, end to end.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import numpy as np
-from tokenizers import models
-
-if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
-    from transformers import PreTrainedTokenizerFast
+from tokenizers import Encoding, Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 _KEEPING = ("NFC", "NFKC", "Prepend", "ByteLevel", "Metaspace", "Split", "Digits")
 _MANY = 1 << 32  # more than any text has
@@ -132,7 +126,7 @@ def tokenise_rows(
         texts: what to tokenise, each at least one character.
         tokenizer: a fast tokenizer.
         cut: matches before which the texts are cut; None to leave them whole.
-        token_lengths: from `lengths_of_tokens`; None to ask the tokenizer where in the text its tokens stand.
+        token_lengths: from ``lengths_of_tokens``; None to ask the tokenizer where in the text its tokens stand.
     """
     number_of: dict[str, int] = {}
     numbers, pieces_of_row = [], []

@@ -1,7 +1,7 @@
 """Render chat templates in a process of its own, under limits of time, memory and output.
 
 Chat templates are programs that come with downloaded models. transformers' sandbox keeps them from files and from
-Python's insides, but not from computing: `{{ 9**(9**9) }}` (it hangs while it is compiled, before any row is there),
+Python's insides, but not from computing: ``{{ 9**(9**9) }}`` (it hangs while it is compiled, before any row is there),
 nested loops and strings of gigabytes stop other trainers for good. A thread or a signal cannot end such a
 computation, since Python sees neither inside one operation on a large number; limits of the operating system can.
 Windows has none that a process sets for itself: there a thread that is no Python's ends it by the clock (the one of
@@ -9,11 +9,9 @@ Windows has none that a process sets for itself: there a thread that is no Pytho
 
 A template is tried out on a short conversation before anything is read, and every rendering of a template that is none
 of the named ones is made there too: it may do its harm for particular words only. The process lives as long as this
-one; a row costs it a line of JSON each way (rows that fill in a form are not rendered, see `forms`). Many rows go there
-in one message, since changing between processes takes longer than rendering a short row.
+one; a row costs it a line of JSON each way (rows that fill in a form are not rendered, see ``forms``). Many rows go
+there in one message, since changing between processes takes longer than rendering a short row.
 """
-
-from __future__ import annotations
 
 import atexit
 import faulthandler
@@ -92,7 +90,7 @@ def render_apart(
         source: the Jinja text.
         messages: of the conversation.
         special_tokens: what templates are given by name, such as bos_token.
-        options: of ``render_jinja_template``, or blind=True and those of `blind.render_blind`, for what that returns.
+        options: of ``render_jinja_template``, or blind=True and those of ``blind.render_blind``, for what that returns.
 
     Raises:
         TakesTooMuchError: it takes too much time or memory, or writes too much; the text says which.
@@ -114,12 +112,12 @@ def render_apart(
 def render_rows_apart(
     source: str, special_tokens: Mapping[str, object], rows: Sequence[Row]
 ) -> list[tuple[str, list] | None]:
-    """Return what `render_apart` does for all renderings of many rows, and None for each that fails.
+    """Return what ``render_apart`` does for all renderings of many rows, and None for each that fails.
 
     Args:
         source: the Jinja text.
         special_tokens: what templates are given by name.
-        rows: what to render, see `Row`.
+        rows: what to render, see ``Row``.
     """
     replies, _ = _ask(source, special_tokens, rows)
     made = [(reply["text"], reply["blocks"]) if "text" in reply else None for reply in replies]

@@ -1,16 +1,14 @@
 """Read rows from JSON, JSONL, CSV, TSV, Parquet, Arrow and plain text, and name every row that is not whole.
 
-`datasets.load_dataset` is not used here: it stops at the first bad line without saying which one, keeps the
+``datasets.load_dataset`` is not used here: it stops at the first bad line without saying which one, keeps the
 last of two equal keys, accepts NaN, and fills nested fields with nulls. Reading line by line costs little
-beside tokenising and gives each row a place, `file:line` (for Parquet and Arrow `file:row`, counted from 1; for
-several rows on a line of a JSON file `file:line (row 12)`), that all later messages use.
+beside tokenising and gives each row a place, ``file:line`` (for Parquet and Arrow ``file:row``, counted from 1; for
+several rows on a line of a JSON file ``file:line (row 12)``), that all later messages use.
 
 Every text kind may be compressed with gzip or zstd. Files are streamed, so memory does not grow with them; only
 a JSON array is read whole, and a .json file that does not begin with a row. Plain text: unless the source says what a
 document is, documents are separated by blank lines; a file without a blank line has one document per line.
 """
-
-from __future__ import annotations
 
 import csv
 import re
@@ -46,12 +44,12 @@ class Source:
 
     Args:
         path: a file, a folder (its data files, in order of name), a glob pattern, or hub:OWNER/NAME.
-        format: None to recognise it from the first row, or one of `formats.FORMATS`.
+        format: None to recognise it from the first row, or one of ``formats.FORMATS``.
         weight: how often each row is used per epoch, above 0; 2 means twice, 0.5 every second row.
-        prompt: with `completion`, a template such as "Q: {question}" over the row's columns.
+        prompt: with ``completion``, a template such as "Q: {question}" over the row's columns.
         completion: the template of the answer.
         streaming: read a hub data set over the network, row by row, instead of downloading it first.
-        rows: rows in memory (a list of dicts, a `datasets.Dataset`) in place of files; `path` is then what messages
+        rows: rows in memory (a list of dicts, a ``datasets.Dataset``) in place of files; ``path`` is then what messages
             call them.
         documents: what a document of a plain-text file is, one of DOCUMENTS; None for blank-lines where there are any,
             else lines.
@@ -80,7 +78,7 @@ def read_rows(source: Source, problems: Problems | None = None) -> Iterator[tupl
         An iterator of (where, row), where being "file.jsonl:12".
 
     Raises:
-        DataError: a file is missing, not readable or has no rows; without `problems`, also any malformed row.
+        DataError: a file is missing, not readable or has no rows; without ``problems``, also any malformed row.
     """
     found = problems if problems is not None else Problems()
     for path, read in _parts(source, found):
@@ -151,7 +149,7 @@ def _read_file(path: Path, source: Source, problems: Problems) -> Iterator[tuple
 def _read_csv(path: Path, delimiter: str, problems: Problems) -> Iterator[tuple[str, dict]]:
     """Yield a dict per row; a row with a bad line in it is left out whole, and named by that line.
 
-    A first line such as sep=; names the sign between columns in place of `delimiter`, as in Excel.
+    A first line such as sep=; names the sign between columns in place of ``delimiter``, as in Excel.
     """
     lines_of_row: list[int] = []  # the numbers of the lines that the csv reader took for the row at hand
     bad_lines: list[int] = []

@@ -15,8 +15,6 @@ day: with the day of the run, the other known way, evaluation rows are not found
 run cannot go on tomorrow, and cached tokens are of a day that has gone. Prompts for answers have the real date.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -107,7 +105,7 @@ def last_turn(template: Template, prompt: str) -> str:
 
     Args:
         template: the one that it was rendered with.
-        prompt: as `render_prompt` or a row writes it, up to the answer.
+        prompt: as ``render_prompt`` or a row writes it, up to the answer.
     """
     mark = "qzx0xzq"
     try:
@@ -130,7 +128,7 @@ def render(
         template: how to write.
         conversation: at least one user and one assistant turn.
         answers: the indices of the assistant turns to find.
-        ahead: what `render_ahead` gave for this.
+        ahead: what ``render_ahead`` gave for this.
 
     Returns:
         The text and, for each answer, its characters.
@@ -158,7 +156,7 @@ def render(
 
 
 def render_ahead(template: Template, rows: Iterable[tuple[Conversation, Sequence[int]]]) -> Iterator[Ahead]:
-    """Yield for each row what `render` will ask for, made for many rows at once; a fault is left to `render`.
+    """Yield for each row what ``render`` will ask for, made for many rows at once; a fault is left to ``render``.
 
     Args:
         template: how to write.
@@ -176,7 +174,7 @@ def render_ahead(template: Template, rows: Iterable[tuple[Conversation, Sequence
 
 
 def _wanted(template: Template, conversation: Conversation, answers: Sequence[int]) -> list[tuple[int, str]]:
-    """Return the keys of `Ahead` that `render` looks up."""
+    """Return the keys of ``Ahead`` that ``render`` looks up."""
     whole = len(conversation.turns)
     prompts = [(index, "prompt") for index in answers]
     if GENERATION_BLOCK.search(template.source):
@@ -206,7 +204,7 @@ def _rendered_at_once(
 def check_shape(template: Template, conversation: Conversation) -> None:
     """Check that the template writes every turn of a conversation like this one, each where it belongs.
 
-    `render` looks for the row's own words, and a turn such as "user" is found in the text of the template
+    ``render`` looks for the row's own words, and a turn such as "user" is found in the text of the template
     itself; here every turn gets a word that stands nowhere else.
 
     Args:
@@ -333,7 +331,7 @@ def _prefix_span(written: _Written, index: int, text: str) -> tuple[int, int]:
 
 
 def _end_of_answer(template: Template, text: str, start: int) -> int:
-    """Return the place after the first of the special tokens (and white space) that end `text`."""
+    """Return the place after the first of the special tokens (and white space) that end ``text``."""
     ending = template.ending.search(text, start)
     if ending is None:
         raise DataError(

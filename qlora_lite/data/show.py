@@ -4,17 +4,13 @@ It reads the tensors that the model gets, labels included, and nothing that came
 training sees, and a fault anywhere on the way shows too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerFast
 
 from .batch import IGNORED_LABEL, Batch
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True, slots=True)

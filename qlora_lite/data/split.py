@@ -13,16 +13,11 @@ Cutting the tokens of a conversation at max_tokens, the other known way, gives p
 turn, without the template around it: text that the model never sees when it is used.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from .formats import Conversation
-
-if TYPE_CHECKING:
-    from .stored import Example
+from .stored import Example
 
 
 def windows(example: Example, max_tokens: int) -> Iterator[Example]:

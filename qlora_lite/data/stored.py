@@ -1,19 +1,17 @@
 """Keep tokenised rows in flat arrays, in memory or in files that are memory-mapped.
 
 A million Example objects with their arrays and texts take several GiB as Python objects; as flat arrays they take
-what their bytes are, and from files only the pages at hand lie in memory. (`datasets` would store them as Arrow
+what their bytes are, and from files only the pages at hand lie in memory. (``datasets`` would store them as Arrow
 tables and hand out Python lists, token by token: 20 times slower to read than a slice of an array.)
 
 Files of a folder: token_ids int32 [tokens], learned bool [tokens], text UTF-8 bytes [bytes] (each row's prompt, then
-its answer), rows int64 [R + 1, 6]; row r + 1 of `rows` holds the ends of row r in token_ids, of its prompt and of its
+its answer), rows int64 [R + 1, 6]; row r + 1 of ``rows`` holds the ends of row r in token_ids, of its prompt and of its
 answer in text, the number of its file, its line, and which row it is where its line holds several (else 0). The first
 line is zeros, so each row begins where the line
 before it ends.
 
-Shapes: R rows stored; N examples, which name their row in `order`: a weight repeats rows or leaves them out.
+Shapes: R rows stored; N examples, which name their row in ``order``: a weight repeats rows or leaves them out.
 """
-
-from __future__ import annotations
 
 import hashlib
 import io
@@ -53,7 +51,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """Hold examples as flat arrays; indexing makes an `Example`, slicing another `Examples` without copying.
+    """Hold examples as flat arrays; indexing makes an ``Example``, slicing another ``Examples`` without copying.
 
     Args:
         token_ids: int32 [tokens].
@@ -74,7 +72,7 @@ class Examples:
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, index: int | slice) -> Example | Examples:
+    def __getitem__(self, index: int | slice) -> "Example | Examples":
         if isinstance(index, slice):
             return Examples(self.token_ids, self.learned, self.text, self.rows, self.files, self.order[index])
         row = int(self.order[index])
@@ -220,7 +218,7 @@ class ExampleWriter:
 
 
 def load_arrays(folder: Path, files: Sequence[str], order: np.ndarray) -> Examples:
-    """Map the files that an `ExampleWriter` wrote.
+    """Map the files that an ``ExampleWriter`` wrote.
 
     Raises:
         OSError, ValueError: a file is missing, or its size is not a whole number of entries.

@@ -1,35 +1,30 @@
 """Make examples while training uses them, for sources that are larger than disk or patience.
 
 Nothing is kept: each epoch reads the sources anew. Rows come in the order of the files, and packs are filled as
-`batch.plan_epoch` does with order "as-is", so a streamed epoch gives the batches that the same rows give in memory.
+``batch.plan_epoch`` does with order "as-is", so a streamed epoch gives the batches that the same rows give in memory.
 (Shuffling within a buffer, the other known way, gives neither the order of the file nor a shuffled set, and another
 result for each size of the buffer.)
 
 What the checks of the whole set would find before training is found here when its row comes: the error then ends the
-run. Tokens for memory alone need no stream: the token cache is memory-mapped (see `stored`).
+run. Tokens for memory alone need no stream: the token cache is memory-mapped (see ``stored``).
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from .account import Account, Settings, note_lost_kinds, note_too_long
 from .make import make_examples
 from .read import Source
 from .stored import Example
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
 
 @dataclass(frozen=True, slots=True)
 class RowStream:
-    """Say what to read, again for every epoch; the names and meanings are those of `examples.read_examples`."""
+    """Say what to read, again for every epoch; the names and meanings are those of ``examples.read_examples``."""
 
     sources: tuple[Source, ...]
     tokenizer: PreTrainedTokenizerFast
@@ -63,7 +58,7 @@ class RowStream:
 def stream_batches(
     examples: Iterable[Example], max_tokens: int, packing: bool, micro_batch_size: int
 ) -> Iterator[list[Example]]:
-    """Yield the rows of each micro-batch, those of `plan_epoch` with order "as-is".
+    """Yield the rows of each micro-batch, those of ``plan_epoch`` with order "as-is".
 
     Args:
         examples: rows of at most max_tokens tokens.

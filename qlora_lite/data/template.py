@@ -1,31 +1,26 @@
 """Choose a chat template: the model's own, one of the named ones, or a file (such as the one that a run recorded).
 
 Templates are Jinja, rendered by transformers in its sandbox. All but the named ones are tried out once under limits
-(see `probe`) before they are used.
+(see ``probe``) before they are used.
 
 Begin-of-text: the tokenizer's own template is the authority. The named templates and plain documents get it exactly
 when the tokenizer puts it before ordinary text.
 """
-
-from __future__ import annotations
 
 import json
 import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.errors import DataError, tokenizer_faults
 
 from .named_templates import CHATML_TOOLS, IM_END, NAMED_TEMPLATES
 from .pieces import can_be_cut, lengths_of_tokens
 from .probe import probe
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +34,9 @@ class Template:
         begin: text written before every rendering: begin-of-text, or "".
         special: matches any special token of the tokenizer.
         ending: matches the special tokens and white space that end a text; group 1 is the first token.
-        cut: `special` where a text may be cut before each match and tokenised piece by piece (see `pieces`), else None.
+        cut: ``special`` where a text may be cut before each match and tokenised piece by piece (``pieces``), else None.
         special_ids: the ids of the special tokens.
-        token_lengths: see `pieces.lengths_of_tokens`.
+        token_lengths: see ``pieces.lengths_of_tokens``.
     """
 
     name: str

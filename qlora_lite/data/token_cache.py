@@ -2,20 +2,18 @@
 
 The key is a hash over the SHA-256 of every file read, the sources' settings, the tokenizer with its chat template,
 the template chosen, the settings, the libraries' versions, and this package's own data modules, so that neither an
-edited file nor an upgrade finds tokens of before. (`datasets` keys its cache by a hash of pickled functions, which
+edited file nor an upgrade finds tokens of before. (``datasets`` keys its cache by a hash of pickled functions, which
 misses what they read and changes where nothing did.) Paths are in the key because the places of rows are kept.
 
-An entry is a folder that is moved into place when it is whole and flushed to disk; `set.json`, in it, has the SHA-256
+An entry is a folder that is moved into place when it is whole and flushed to disk; ``set.json``, in it, has the SHA-256
 of each of the others, and of itself, and every use compares them: 0.7 seconds of a processor per GiB, some hundred
 million tokens. Problems are kept too: a set that is refused is refused again at once.
 
 All entries together take at most MOST_BYTES, or $QLORA_LITE_TOKEN_CACHE_GIB: after a new one is made, those that were
 not used for longest are removed until they do. The new one stays, whatever its size, and a run that has a removed one
-open keeps its tokens: its files are mapped, and live on until the run ends. The time of use is that of `set.json`,
+open keeps its tokens: its files are mapped, and live on until the run ends. The time of use is that of ``set.json``,
 touched at each use, since many disks do not note when a file was read.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -31,9 +29,9 @@ from dataclasses import asdict, astuple
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.errors import DataError
 from qlora_lite.files import content_digest, sha256, write_text
@@ -46,9 +44,6 @@ from .read import Source
 from .stored import FILES, Examples, load_arrays
 from .template import choose_template
 from .unused import no_counts
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 log = logging.getLogger("qlora_lite")
 MOST_BYTES = 20 << 30  # some thirty million short rows
@@ -67,7 +62,7 @@ def cache_key(
     Args:
         sources: where the rows are.
         tokenizer: what makes them tokens.
-        template: see `template.choose_template`.
+        template: see ``template.choose_template``.
         settings: how rows become tokens.
     """
     if any(source.rows is not None for source in sources):
@@ -99,7 +94,7 @@ def _code() -> list[str]:
 
 
 def save_set(folder: Path, examples: Examples, account: Account) -> None:
-    """Write what belongs to the arrays that an `ExampleWriter` wrote into a folder.
+    """Write what belongs to the arrays that an ``ExampleWriter`` wrote into a folder.
 
     Args:
         folder: where the arrays are.
@@ -127,12 +122,12 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def load_set(folder: Path, tokenizer: PreTrainedTokenizerFast, template: str | None) -> tuple[Examples, Account] | None:
-    """Map a set that `save_set` finished, and note its use; None if there is none, or it is damaged.
+    """Map a set that ``save_set`` finished, and note its use; None if there is none, or it is damaged.
 
     Args:
         folder: the cache entry.
-        tokenizer: as for `cache_key`.
-        template: as for `cache_key`.
+        tokenizer: as for ``cache_key``.
+        template: as for ``cache_key``.
     """
     try:
         digest, _, text = (folder / _SET).read_text(encoding="utf-8").partition("\n")
@@ -187,7 +182,7 @@ def most_bytes() -> int:
 
 
 def remove_least_used(cache: Path, newest: Path, most_bytes: int) -> None:
-    """Remove the entries that were not used for longest until all take at most `most_bytes`.
+    """Remove the entries that were not used for longest until all take at most ``most_bytes``.
 
     Args:
         cache: the folder of the entries.

@@ -8,8 +8,6 @@ arguments is passed on untouched.
 source: transformers documentation, "Tool use"; OpenAI API reference, chat completions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from qlora_lite.errors import DataError
@@ -68,8 +66,8 @@ def check_calls(turns: Sequence, tools: Sequence[Mapping]) -> None:
     turn, where the call is what the row teaches. Where the row defines tools, only those are called.
 
     Args:
-        turns: `formats.Turn`s.
-        tools: from `tool_definitions`.
+        turns: ``formats.Turn``s.
+        tools: from ``tool_definitions``.
 
     Raises:
         DataError: calls and results are not balanced, or an undefined tool is called.
@@ -98,7 +96,7 @@ def check_calls(turns: Sequence, tools: Sequence[Mapping]) -> None:
 
 
 def _answered(turns: Sequence, open_calls: Sequence[dict], number: int) -> dict:
-    """Return the call that turn `number` is the result of."""
+    """Return the call that turn ``number`` is the result of."""
     turn = turns[number - 1]
     if not open_calls:
         fault = f"turn {number} is the result of a tool that no turn before it called"

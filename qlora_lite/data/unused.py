@@ -3,8 +3,6 @@
 Every row is counted while it is read: what the first one lacks may be the content of later ones.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 
@@ -27,7 +25,7 @@ def count_unused(counts: dict[str, Counter[str]], row: Mapping[str, object], use
     """Count the columns and keys of a good row that hold something that is not looked at.
 
     Args:
-        counts: those of the rows before, as `no_counts` makes them.
+        counts: those of the rows before, as ``no_counts`` makes them.
         row: column to value.
         used: the columns that its format looks at.
     """
@@ -59,7 +57,7 @@ def unused_of(counts: Mapping[str, Counter[str]], used: Collection[str]) -> Iter
     A name that differs from one that is read in case or space only comes first, and with that one.
 
     Args:
-        counts: as `count_unused` fills them.
+        counts: as ``count_unused`` fills them.
         used: the columns that the format looks at.
     """
     for what, known in ((COLUMNS, used), (KEYS, _RESULT_KEYS)):
