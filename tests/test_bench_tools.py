@@ -20,7 +20,7 @@ from bench.products import BASE, LOW_RANK, PLACES, StepClock
 from bench.tables import TABLES, limit_sentence
 from bench.texts import text_windows
 from qlora_lite.data.batch import collate
-from qlora_lite.data.stored import Example
+from qlora_lite.data.storage import Example
 from qlora_lite.memory.marks import phase
 from qlora_lite.models.levers import Levers
 from qlora_lite.models.load import use_row_attention

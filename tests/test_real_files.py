@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from tiny import DEMO_MODEL
 
-from qlora_lite.data.formats import Conversation, read_conversations
-from qlora_lite.data.lines import Problems
 from qlora_lite.data.mask import mark_row, render_row, tokenise
+from qlora_lite.data.problems import Problems
+from qlora_lite.data.row_formats import Conversation, read_conversations
 from qlora_lite.data.template import choose_template
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.prepare.datasets import build_data, build_sources

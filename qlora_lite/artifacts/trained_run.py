@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from qlora_lite.adapters.read import Adapter, named_base, read_adapter
-from qlora_lite.data.formats import Conversation, read_conversations
-from qlora_lite.data.lines import Problems
+from qlora_lite.data.problems import Problems
 from qlora_lite.data.render import end_of_answers
+from qlora_lite.data.row_formats import Conversation, read_conversations
 from qlora_lite.data.template import Template, choose_template, template_in
 from qlora_lite.errors import CheckpointError, DataError, ModelError, RecipeError
 from qlora_lite.models.cache import base_fingerprint

@@ -77,7 +77,7 @@ def _first_rows(settings: Recipe) -> list:
     Raises:
         RecipeError: naming every source whose first row cannot be used.
     """
-    from qlora_lite.data.formats import check_first_row
+    from qlora_lite.data.row_formats import check_first_row
     from qlora_lite.prepare.datasets import build_sources
 
     found, problems = [], []

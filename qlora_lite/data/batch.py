@@ -29,7 +29,7 @@ import torch
 
 from qlora_lite.errors import DataError
 
-from .stored import Example
+from .storage import Example
 
 IGNORED_LABEL = -100
 ORDERS = ("shuffle", "as-is", "longest-first", "by-length")

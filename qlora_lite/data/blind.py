@@ -21,10 +21,10 @@ from typing import Self
 from jinja2 import TemplateError, ext, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from .formats import Turn, as_message
 from .named_templates import NAMED_TEMPLATES
 from .probe import TakesTooMuchError, render_apart
 from .render import ROW_DAY, render_turns
+from .row_formats import Turn, as_message
 from .template import Template
 
 _LEFT, _RIGHT = "\u2002", "\u2003"  # white space that no template writes; without it, the words were stripped

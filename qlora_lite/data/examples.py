@@ -19,12 +19,12 @@ from transformers import PreTrainedTokenizerFast
 from qlora_lite.errors import DataError, OutputError
 from qlora_lite.files import replacing_folder
 
-from .account import Account, Settings, note_lost_kinds, note_too_long
-from .check import NOTHING_TO_LEARN, check_examples
-from .lines import Problems
-from .make import make_examples
-from .read import Source
-from .stored import Examples, ExampleWriter, repeated
+from .encode import make_examples
+from .example_checks import NOTHING_TO_LEARN, check_examples
+from .problems import Problems
+from .sources import Source
+from .statistics import Settings, Statistics, note_lost_kinds, note_too_long
+from .storage import Examples, ExampleWriter, repeated
 from .template import Template
 from .token_cache import cache_key, load_set, most_bytes, remove_least_used, remove_leftovers, save_set
 
@@ -136,22 +136,22 @@ def read_examples(
     _check_arguments(sources, tokenizer, train_on, max_tokens, overflow)
     settings = Settings(train_on, max_tokens, overflow, train_on_end, max_rows)
     job = _Job(sources, tokenizer, template, settings)
-    examples, account = _cached(job, cache) if cache else _read(job, None)
+    examples, statistics = _cached(job, cache) if cache else _read(job, None)
     return Dataset(
         examples=examples,
-        rows_read=account.rows_read,
+        rows_read=statistics.rows_read,
         rows_kept=len(examples),
-        dropped={reason: count for reason, count in account.dropped.items() if count},
-        dropped_at=account.dropped_at,
-        truncated=account.truncated,
-        split=account.split,
-        examples_of=tuple(account.examples_of),
-        unused=tuple(account.unused),
+        dropped={reason: count for reason, count in statistics.dropped.items() if count},
+        dropped_at=statistics.dropped_at,
+        truncated=statistics.truncated,
+        split=statistics.split,
+        examples_of=tuple(statistics.examples_of),
+        unused=tuple(statistics.unused),
         tokens=int(examples.lengths.sum()),
         learned_tokens=int(examples.learned_counts.sum()),
-        end_token_ids=frozenset(account.end_token_ids),
-        template=account.template,
-        problems=account.problems,
+        end_token_ids=frozenset(statistics.end_token_ids),
+        template=statistics.template,
+        problems=statistics.problems,
     )
 
 
@@ -165,7 +165,7 @@ class _Job:
     settings: Settings
 
 
-def _cached(job: _Job, cache: Path) -> tuple[Examples, Account]:
+def _cached(job: _Job, cache: Path) -> tuple[Examples, Statistics]:
     """Return the set from the cache, making the entry first where there is none."""
     key = cache_key(job.sources, job.tokenizer, job.template, job.settings)
     if key is None:
@@ -186,46 +186,46 @@ def _cached(job: _Job, cache: Path) -> tuple[Examples, Account]:
     return load_set(entry, job.tokenizer, job.template) or _read(job, None)
 
 
-def _read(job: _Job, folder: Path | None) -> tuple[Examples, Account]:
+def _read(job: _Job, folder: Path | None) -> tuple[Examples, Statistics]:
     """Read, render and tokenise all rows into arrays in memory, or in files of a folder."""
-    account, writer = Account(), ExampleWriter(folder)
-    orders = [_write(source, job, account, writer) for source in job.sources]
+    statistics, writer = Statistics(), ExampleWriter(folder)
+    orders = [_write(source, job, statistics, writer) for source in job.sources]
     examples = writer.finish(np.concatenate(orders))
-    _note_problems(examples, job, account)
-    return examples, account
+    _note_problems(examples, job, statistics)
+    return examples, statistics
 
 
-def _write(source: Source, job: _Job, account: Account, writer: ExampleWriter) -> np.ndarray:
+def _write(source: Source, job: _Job, statistics: Statistics, writer: ExampleWriter) -> np.ndarray:
     """Write the examples of a source and return their order, repeated as its weight says."""
     first, next_report = writer.count, _ROWS_PER_REPORT
     try:
-        for examples in make_examples(source, job.tokenizer, job.template, job.settings, account):
+        for examples in make_examples(source, job.tokenizer, job.template, job.settings, statistics):
             writer.add_all(examples)
-            if account.rows_read >= next_report:
-                progress.info("data: %s rows read", f"{account.rows_read:,}")
-                next_report = account.rows_read + _ROWS_PER_REPORT
+            if statistics.rows_read >= next_report:
+                progress.info("data: %s rows read", f"{statistics.rows_read:,}")
+                next_report = statistics.rows_read + _ROWS_PER_REPORT
     except DataError as error:
-        _note_bad_source(source, error, account.problems)
+        _note_bad_source(source, error, statistics.problems)
     order = repeated(first, writer.count - first, source.weight)
-    account.examples_of.append(len(order))
-    account.dropped[LEFT_OUT] += writer.count - first - len(np.unique(order))
+    statistics.examples_of.append(len(order))
+    statistics.dropped[LEFT_OUT] += writer.count - first - len(np.unique(order))
     return order
 
 
-def _note_problems(examples: Examples, job: _Job, account: Account) -> None:
+def _note_problems(examples: Examples, job: _Job, statistics: Statistics) -> None:
     """Add what is wrong with the set, and count the rows that problems left out."""
-    account.dropped.update({rule: n for rule, n in account.problems.counts.items() if rule != BAD_SOURCE})
-    for problem in account.problems.found:
+    statistics.dropped.update({rule: n for rule, n in statistics.problems.counts.items() if rule != BAD_SOURCE})
+    for problem in statistics.problems.found:
         if problem.rule != BAD_SOURCE:
-            account.note_dropped(problem.rule, problem.where)
-    note_too_long(account, job.settings.max_tokens)
-    note_lost_kinds(account)
-    if len(examples) == 0 and not account.problems.count:
-        left = f"no row is left to train on: {_reasons(account.dropped)}"
-        account.problems.add(job.sources[0].path, left, NOTHING_TO_LEARN, fatal=True)
-    end_ids, end_is_learned = account.end_token_ids, job.settings.train_on_end
+            statistics.note_dropped(problem.rule, problem.where)
+    note_too_long(statistics, job.settings.max_tokens)
+    note_lost_kinds(statistics)
+    if len(examples) == 0 and not statistics.problems.count:
+        left = f"no row is left to train on: {_reasons(statistics.dropped)}"
+        statistics.problems.add(job.sources[0].path, left, NOTHING_TO_LEARN, fatal=True)
+    end_ids, end_is_learned = statistics.end_token_ids, job.settings.train_on_end
     for problem in check_examples(examples, job.tokenizer.bos_token_id, end_ids, end_is_learned):
-        account.problems.add(problem.where, problem.message, problem.rule, fatal=True)
+        statistics.problems.add(problem.where, problem.message, problem.rule, fatal=True)
 
 
 def _check_arguments(

@@ -20,9 +20,9 @@ from jinja2 import TemplateError
 from qlora_lite.errors import DataError
 
 from .blind import WRITTEN, LookedAtError, Question, blind_text, stripping, unseen
-from .formats import Conversation, Turn
 from .probe import FAULTS
 from .render import GENERATION_BLOCK, Rendering, check_no_control_tokens, render
+from .row_formats import Conversation, Turn
 from .template import Template
 
 _Place = tuple[int, int]  # contents before it, characters of the template's own text before it

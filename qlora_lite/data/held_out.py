@@ -16,10 +16,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from .check import NOTHING_TO_LEARN, prompt_signatures, scattered, signatures
+from .example_checks import NOTHING_TO_LEARN, prompt_signatures, scattered, signatures
 from .examples import Dataset
-from .lines import Problems
-from .stored import Examples
+from .problems import Problems
+from .storage import Examples
 
 HELD_OUT = "held out for evaluation (data.eval_share)"
 PROMPT_SHARE = 0.25  # of the rows to hold out: a prompt with more is not kept together

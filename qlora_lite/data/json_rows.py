@@ -11,9 +11,9 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
-from .lines import ASK_OLD_MAC, Problems, all_lines, numbered_lines, write_place
+from .data_files import open_bytes
 from .one_object import fault_of_one_object
-from .opening import open_bytes
+from .problems import ASK_OLD_MAC, Problems, all_lines, numbered_lines, write_place
 
 _HEAD_BYTES = 1 << 16
 _BOM = b"\xef\xbb\xbf"

@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.errors import DataError
 
-from .check import NOTHING_TO_LEARN
-from .formats import Conversation
+from .example_checks import NOTHING_TO_LEARN
 from .forms import Form
 from .render import END_OF_ANSWER, Ahead, render
+from .row_formats import Conversation
 from .template import Template
 
 MASK = "token cut by the mask"

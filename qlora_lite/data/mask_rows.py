@@ -17,7 +17,7 @@ from qlora_lite.errors import DataError
 
 from .mask import Row, Tokens, mark_row
 from .pieces import TextTokens, tokenise_rows
-from .stored import Example
+from .storage import Example
 from .template import Template
 
 

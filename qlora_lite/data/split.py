@@ -16,8 +16,8 @@ turn, without the template around it: text that the model never sees when it is 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from .formats import Conversation
-from .stored import Example
+from .row_formats import Conversation
+from .storage import Example
 
 
 def windows(example: Example, max_tokens: int) -> Iterator[Example]:

@@ -37,11 +37,11 @@ from qlora_lite.errors import DataError
 from qlora_lite.files import content_digest, sha256, write_text
 from qlora_lite.units import format_bytes
 
-from .account import Account, Settings
-from .lines import Problems, RowProblem
-from .opening import find_files
-from .read import Source
-from .stored import FILES, Examples, load_arrays
+from .data_files import find_files
+from .problems import Problems, RowProblem
+from .sources import Source
+from .statistics import Settings, Statistics
+from .storage import FILES, Examples, load_arrays
 from .template import choose_template
 from .unused import no_counts
 
@@ -93,25 +93,25 @@ def _code() -> list[str]:
     return [*(sha256(module) for module in modules), *(version(name) for name in _LIBRARIES)]
 
 
-def save_set(folder: Path, examples: Examples, account: Account) -> None:
+def save_set(folder: Path, examples: Examples, statistics: Statistics) -> None:
     """Write what belongs to the arrays that an ``ExampleWriter`` wrote into a folder.
 
     Args:
         folder: where the arrays are.
         examples: what they hold.
-        account: what became of the rows.
+        statistics: what became of the rows.
     """
     np.save(folder / _ORDER, examples.order)
     content = {
         "sha256": _digests(folder),
         "files": examples.files,
-        "rows_read": account.rows_read, "dropped": account.dropped, "dropped_at": account.dropped_at,
-        "truncated": account.truncated, "split": account.split, "examples_of": account.examples_of,
-        "unused": account.unused,
-        "end_token_ids": sorted(account.end_token_ids),
-        "has_template": account.template is not None,
-        "problems": [asdict(problem) for problem in account.problems.found],
-        "problem_counts": account.problems.counts, "fatal": account.problems.fatal,
+        "rows_read": statistics.rows_read, "dropped": statistics.dropped, "dropped_at": statistics.dropped_at,
+        "truncated": statistics.truncated, "split": statistics.split, "examples_of": statistics.examples_of,
+        "unused": statistics.unused,
+        "end_token_ids": sorted(statistics.end_token_ids),
+        "has_template": statistics.template is not None,
+        "problems": [asdict(problem) for problem in statistics.problems.found],
+        "problem_counts": statistics.problems.counts, "fatal": statistics.problems.fatal,
     }  # fmt: skip
     text = json.dumps(content)
     write_text(folder / _SET, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
@@ -121,7 +121,9 @@ def _digests(folder: Path) -> dict[str, str]:
     return {name: sha256(folder / name) for name in (*FILES, _ORDER)}
 
 
-def load_set(folder: Path, tokenizer: PreTrainedTokenizerFast, template: str | None) -> tuple[Examples, Account] | None:
+def load_set(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, template: str | None
+) -> tuple[Examples, Statistics] | None:
     """Map a set that ``save_set`` finished, and note its use; None if there is none, or it is damaged.
 
     Args:
@@ -138,7 +140,7 @@ def load_set(folder: Path, tokenizer: PreTrainedTokenizerFast, template: str | N
         examples = load_arrays(folder, content["files"], np.asarray(order))
         found = [RowProblem(**problem) for problem in content["problems"]]
         problems = Problems(found, Counter(content["problem_counts"]), content["fatal"])
-        account = Account(
+        statistics = Statistics(
             problems, content["rows_read"], Counter(content["dropped"]), content["dropped_at"],
             content["truncated"], content["split"], content["examples_of"],
             [{what: Counter(counts[what]) for what in no_counts()} for counts in content["unused"]],
@@ -149,7 +151,7 @@ def load_set(folder: Path, tokenizer: PreTrainedTokenizerFast, template: str | N
         return None
     with suppress(OSError):  # a cache that cannot be written can still be read
         os.utime(folder / _SET)
-    return examples, account
+    return examples, statistics
 
 
 def remove_leftovers(cache: Path) -> None:

@@ -6,7 +6,7 @@ Every row is counted while it is read: what the first one lacks may be the conte
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 
-from .formats import ROLES, WITH_TURNS
+from .row_formats import ROLES, WITH_TURNS
 
 COLUMNS, KEYS = "columns", "keys of turns"
 MOST_NAMES = 1000  # counted of each; rows may name their columns as they like

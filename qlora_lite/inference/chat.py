@@ -10,8 +10,8 @@ from pathlib import Path
 from transformers import TextStreamer
 
 from qlora_lite.data import hub
-from qlora_lite.data.formats import Turn
 from qlora_lite.data.render import render_prompt
+from qlora_lite.data.row_formats import Turn
 from qlora_lite.data.template import Template
 from qlora_lite.errors import DataError, tokenizer_faults
 from qlora_lite.models.anatomy import text_config

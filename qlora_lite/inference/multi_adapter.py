@@ -13,8 +13,8 @@ from torch import nn
 
 from qlora_lite.adapters.lora.switch import Switch, add_switch
 from qlora_lite.artifacts.trained_run import TrainedRun, open_model
-from qlora_lite.data.formats import Turn
 from qlora_lite.data.render import render_prompt
+from qlora_lite.data.row_formats import Turn
 from qlora_lite.data.template import Template
 from qlora_lite.errors import DataError, ModelError, RecipeError
 from qlora_lite.models.cache import base_fingerprint

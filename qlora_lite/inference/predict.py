@@ -14,11 +14,11 @@ from pathlib import Path
 
 from qlora_lite.adapters.read import WEIGHTS_NAME
 from qlora_lite.artifacts.trained_run import TrainedRun, open_model
-from qlora_lite.data.formats import Prompt, Turn, as_message, read_prompts
-from qlora_lite.data.lines import Problems
-from qlora_lite.data.opening import reader_of
-from qlora_lite.data.read import Source
+from qlora_lite.data.data_files import reader_of
+from qlora_lite.data.problems import Problems
 from qlora_lite.data.render import render_prompt
+from qlora_lite.data.row_formats import Prompt, Turn, as_message, read_prompts
+from qlora_lite.data.sources import Source
 from qlora_lite.data.template import Template
 from qlora_lite.errors import DataError, Interrupted, ModelError, OutputError, tokenizer_faults
 from qlora_lite.files import explain_write_errors, flush_to_disk, locked, sha256, write_text

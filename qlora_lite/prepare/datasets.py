@@ -8,16 +8,16 @@ import logging
 from collections.abc import Sequence
 from contextlib import suppress
 
-from qlora_lite.data.account import Settings
 from qlora_lite.data.examples import Dataset, read_examples
 from qlora_lite.data.fields import columns_of
-from qlora_lite.data.formats import CHOSEN, is_preference
 from qlora_lite.data.held_out import hold_out
-from qlora_lite.data.lines import Problems
 from qlora_lite.data.matching import Matching
-from qlora_lite.data.read import Source, read_rows
-from qlora_lite.data.stored import Example
-from qlora_lite.data.stream import RowStream, largest_rows
+from qlora_lite.data.problems import Problems
+from qlora_lite.data.row_formats import CHOSEN, is_preference
+from qlora_lite.data.row_stream import RowStream, largest_rows
+from qlora_lite.data.sources import Source, read_rows
+from qlora_lite.data.statistics import Settings
+from qlora_lite.data.storage import Example
 from qlora_lite.errors import DataError
 from qlora_lite.files import cache_root
 from qlora_lite.recipe import schema

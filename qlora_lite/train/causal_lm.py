@@ -11,7 +11,7 @@ from qlora_lite.adapters.files import Lora
 from qlora_lite.adapters.lora.inject import require_model
 from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.data.batch import Batch, Extent, collate, enlarged
-from qlora_lite.data.stored import Example, Examples, learned_counts, row_lengths
+from qlora_lite.data.storage import Example, Examples, learned_counts, row_lengths
 from qlora_lite.errors import DataError
 from qlora_lite.memory.marks import category
 from qlora_lite.models import anatomy

@@ -15,7 +15,7 @@ from torch import nn
 from qlora_lite.compilers import missing_for_compile
 from qlora_lite.constraints import UPDATES_IN_FLOAT16, WITH_COMPILE, WITH_UPDATES_IN_BACKWARD
 from qlora_lite.data.batch import IGNORED_LABEL, Batch
-from qlora_lite.data.stored import Example, largest_token, row_lengths
+from qlora_lite.data.storage import Example, largest_token, row_lengths
 from qlora_lite.errors import DataError, ModelError, TrainingError
 from qlora_lite.models.anatomy import device_of, head, position_limit
 from qlora_lite.models.experts import packs_experts

@@ -13,8 +13,8 @@ import pytest
 
 from qlora_lite.data import lines, read
 from qlora_lite.data.examples import build_examples, read_examples
-from qlora_lite.data.lines import MAX_ROW_BYTES
-from qlora_lite.data.read import Source
+from qlora_lite.data.problems import MAX_ROW_BYTES
+from qlora_lite.data.sources import Source
 from qlora_lite.errors import DataError
 
 

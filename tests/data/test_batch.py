@@ -20,7 +20,7 @@ from qlora_lite.data.batch import (
     packing_efficiency,
     plan_epoch,
 )
-from qlora_lite.data.stored import Example
+from qlora_lite.data.storage import Example
 from qlora_lite.errors import DataError
 
 lengths_strategy = st.lists(st.integers(1, 20), max_size=60)

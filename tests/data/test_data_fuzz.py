@@ -9,9 +9,9 @@ import pytest
 from hostile import TIMES, clean, fuzz, spoiled, spoiled_bytes
 
 from qlora_lite.data import columns as columns_module
-from qlora_lite.data.formats import read_conversations
-from qlora_lite.data.lines import Problems
-from qlora_lite.data.read import Source
+from qlora_lite.data.problems import Problems
+from qlora_lite.data.row_formats import read_conversations
+from qlora_lite.data.sources import Source
 
 TURNS = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "a, \"b\""},
          {"role": "assistant", "content": "c"}]  # fmt: skip

@@ -9,9 +9,9 @@ from tiny_files import byte_tokenizer
 from tiny_trainer import examples
 
 from qlora_lite.data import hub
-from qlora_lite.data.opening import find_files
-from qlora_lite.data.read import Source, read_rows
-from qlora_lite.data.stored import stored
+from qlora_lite.data.data_files import find_files
+from qlora_lite.data.sources import Source, read_rows
+from qlora_lite.data.storage import stored
 from qlora_lite.errors import DataError
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.runs.resume import data_identity

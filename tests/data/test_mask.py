@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizer import SPECIAL_TOKENS, make_tokenizer
 
-from qlora_lite.data.formats import Conversation, Turn
 from qlora_lite.data.mask import learned_tokens, render_row, seam_fault, tokenise
+from qlora_lite.data.row_formats import Conversation, Turn
 from qlora_lite.data.template import choose_template
 from qlora_lite.errors import DataError
 

@@ -10,7 +10,7 @@ from tokenizers import normalizers, pre_tokenizers
 
 from qlora_lite.data.mask import Row, mark_row, tokenise
 from qlora_lite.data.mask_rows import mark_rows
-from qlora_lite.data.stored import Example
+from qlora_lite.data.storage import Example
 from qlora_lite.data.template import choose_template
 from qlora_lite.errors import DataError
 

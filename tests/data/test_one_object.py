@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from qlora_lite.data.formats import read_conversations
-from qlora_lite.data.lines import MAX_ROW_BYTES, Problems
-from qlora_lite.data.read import Source
+from qlora_lite.data.problems import MAX_ROW_BYTES, Problems
+from qlora_lite.data.row_formats import read_conversations
+from qlora_lite.data.sources import Source
 from qlora_lite.errors import DataError
 
 ROWS = [{"prompt": "x", "completion": "y"}, {"prompt": "z", "completion": "w"}]

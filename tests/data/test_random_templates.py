@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from tiny_tokenizer import SPECIAL_TOKENS, make_tokenizer
 
 from qlora_lite.data.batch import collate, plan_epoch
-from qlora_lite.data.check import BEGIN_TWICE
+from qlora_lite.data.example_checks import BEGIN_TWICE
 from qlora_lite.data.examples import read_examples
-from qlora_lite.data.formats import Turn
-from qlora_lite.data.read import Source
 from qlora_lite.data.render import render_prompt
+from qlora_lite.data.row_formats import Turn
+from qlora_lite.data.sources import Source
 from qlora_lite.data.template import choose_template
 
 TOKENIZERS = {adds_begin: make_tokenizer(adds_begin=adds_begin) for adds_begin in (False, True)}

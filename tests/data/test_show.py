@@ -7,7 +7,7 @@ from tiny_tokenizer import make_tokenizer
 
 from qlora_lite.data.batch import collate
 from qlora_lite.data.show import pieces_of
-from qlora_lite.data.stored import Example
+from qlora_lite.data.storage import Example
 from qlora_lite.data.template import special_ids_of
 
 TOKENIZER = make_tokenizer()

@@ -17,7 +17,7 @@ from qlora_lite.data import examples as examples_module
 from qlora_lite.data import token_cache
 from qlora_lite.data.examples import read_examples
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
-from qlora_lite.data.read import Source
+from qlora_lite.data.sources import Source
 from qlora_lite.errors import DataError
 from qlora_lite.files import sha256
 
@@ -178,7 +178,7 @@ from pathlib import Path
 from tiny_tokenizer import make_tokenizer
 from qlora_lite import files
 from qlora_lite.data import examples, stored, token_cache
-from qlora_lite.data.read import Source
+from qlora_lite.data.sources import Source
 from qlora_lite.errors import DataError
 def kill(*arguments):
     if sys.argv[2] != "flush_to_disk" or sys.argv[4] in str(arguments[0]):  # not the flush of a noted digest

@@ -7,9 +7,9 @@ import pytest
 
 from qlora_lite.data import unused
 from qlora_lite.data.examples import read_examples
-from qlora_lite.data.formats import check_format, read_conversations, recognise, used_columns
-from qlora_lite.data.lines import Problems
-from qlora_lite.data.read import Source
+from qlora_lite.data.problems import Problems
+from qlora_lite.data.row_formats import check_format, read_conversations, recognise, used_columns
+from qlora_lite.data.sources import Source
 from qlora_lite.data.unused import COLUMNS, KEYS, count_unused, no_counts, unused_of
 
 QUESTION, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

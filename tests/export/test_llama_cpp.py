@@ -12,8 +12,8 @@ from tiny_runs import make_run, tiny_run
 from transformers import AutoModelForCausalLM
 
 from qlora_lite.artifacts.trained_run import open_trained
-from qlora_lite.data.formats import Turn
 from qlora_lite.data.render import render_prompt
+from qlora_lite.data.row_formats import Turn
 from qlora_lite.export.adapters import ADAPTER_FILE
 from qlora_lite.export.formats import ExportSettings, export_run
 from qlora_lite.export.gguf_model import MODEL_FILE

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from qlora_lite.cli.main import main
 from qlora_lite.cli.plan import _machine
 from qlora_lite.data.batch import collate
-from qlora_lite.data.stored import row_lengths
+from qlora_lite.data.storage import row_lengths
 from qlora_lite.errors import ModelError, RecipeError
 from qlora_lite.memory.cards import find_card
 from qlora_lite.memory.process import CUDA_COMPILER_BYTES

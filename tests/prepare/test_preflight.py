@@ -8,8 +8,8 @@ import yaml
 from tiny_files import byte_tokenizer, write_recipe
 
 from qlora_lite.cli.data import _text
-from qlora_lite.data.formats import BAD_ANSWER
 from qlora_lite.data.held_out import HELD_OUT
+from qlora_lite.data.row_formats import BAD_ANSWER
 from qlora_lite.errors import DataError
 from qlora_lite.prepare.preflight import first_places, line_of_problem, preflight
 from qlora_lite.recipe.load import load_recipe

@@ -12,7 +12,7 @@ from tiny_trainer import SETTINGS, TWO_TOKENS, examples, trainer
 
 from qlora_lite.adapters.lora.inject import add_lora, lora_layers, lora_parameters
 from qlora_lite.data.batch import collate
-from qlora_lite.data.stored import Example, stored
+from qlora_lite.data.storage import Example, stored
 from qlora_lite.errors import DataError, ModelError, TrainingError
 from qlora_lite.models.anatomy import position_limit
 from qlora_lite.models.levers import Levers

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tiny_trainer import trainer
 
-from qlora_lite.data.stored import Example
+from qlora_lite.data.storage import Example
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.models.levers import Levers
 from qlora_lite.train.causal_lm import CausalLM

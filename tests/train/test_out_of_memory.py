@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_trainer import examples, trainer
 
-from qlora_lite.data.stored import row_lengths
+from qlora_lite.data.storage import row_lengths
 from qlora_lite.errors import DoesNotFitError, TrainingError
 from qlora_lite.models.levers import Levers
 from qlora_lite.train import loop

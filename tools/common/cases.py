@@ -19,7 +19,7 @@ import torch
 from common.models import DEMO_MODELS, build, installed
 from qlora_lite.adapters.files import Lora
 from qlora_lite.adapters.lora.inject import add_lora
-from qlora_lite.data.stored import Example
+from qlora_lite.data.storage import Example
 from qlora_lite.errors import DoesNotFitError
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.memory.meter import PeakMeter, held_bytes

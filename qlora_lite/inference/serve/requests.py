@@ -9,7 +9,7 @@ Source: the API reference of /v1/chat/completions; the additions of vLLM, llama.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qlora_lite.data.formats import Turn
+from qlora_lite.data.row_formats import Turn
 from qlora_lite.errors import QloraLiteError
 from qlora_lite.inference.generate import Sampling
 

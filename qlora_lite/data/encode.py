@@ -17,16 +17,16 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.errors import DataError, tokenizer_faults
 
-from .account import SHOWN_ROWS, TOO_LONG, Account, Settings
-from .check import NOTHING_TO_LEARN
-from .formats import Conversation, Document, read_conversations
+from .example_checks import NOTHING_TO_LEARN
 from .forms import Form, make_form
 from .mask import Row, answers_of, render_row
 from .mask_rows import Marked, mark_rows
-from .read import Source
 from .render import CONTROL_TOKEN, check_shape, render_ahead
+from .row_formats import Conversation, Document, read_conversations
+from .sources import Source
 from .split import only_last_answer, parts, windows
-from .stored import Example
+from .statistics import SHOWN_ROWS, TOO_LONG, Settings, Statistics
+from .storage import Example
 from .template import Template, begin_of_text, choose_template, special_ids_of
 from .unused import count_unused, no_counts
 
@@ -42,7 +42,7 @@ _Made = Iterator[tuple[Conversation | Document, Marked]]
 
 
 def make_examples(
-    source: Source, tokenizer: PreTrainedTokenizerFast, template: str | None, settings: Settings, account: Account
+    source: Source, tokenizer: PreTrainedTokenizerFast, template: str | None, settings: Settings, statistics: Statistics
 ) -> Iterator[list[Example]]:
     """Yield the examples of a source, some at a time, in the order of the rows.
 
@@ -51,51 +51,51 @@ def make_examples(
         tokenizer: a fast tokenizer.
         template: see ``template.choose_template``.
         settings: how rows become tokens.
-        account: gets the counts and problems.
+        statistics: gets the counts and problems.
 
     Raises:
         DataError: a file cannot be read, its format is not known, or there is no template.
     """
     first = [tokenizer.bos_token_id] if begin_of_text(tokenizer) else []
-    prepared = _prepared(source, tokenizer, template, settings, account)
-    for batch, encoded in _one_ahead(prepared, lambda batch: _encode(batch, tokenizer, settings, account)):
+    prepared = _prepared(source, tokenizer, template, settings, statistics)
+    for batch, encoded in _one_ahead(prepared, lambda batch: _encode(batch, tokenizer, settings, statistics)):
         if isinstance(batch[0], Document):
-            made = _documents(batch, encoded, first, tokenizer, settings, account)
+            made = _documents(batch, encoded, first, tokenizer, settings, statistics)
         else:
-            made = _conversations(batch, encoded, account)
-        yield list(_fit(made, settings, account))
+            made = _conversations(batch, encoded, statistics)
+        yield list(_fit(made, settings, statistics))
 
 
-def _chunks(source: Source, max_rows: int | None, account: Account) -> Iterator[list[Conversation | Document]]:
+def _chunks(source: Source, max_rows: int | None, statistics: Statistics) -> Iterator[list[Conversation | Document]]:
     """Yield the good rows of a source, some at a time, and count all of them."""
     unused = no_counts()
-    account.unused.append(unused)
+    statistics.unused.append(unused)
 
     def drop(reason: str, where: str) -> None:
-        account.rows_read += 1
-        account.drop(reason, where)
+        statistics.rows_read += 1
+        statistics.drop(reason, where)
 
     look = partial(count_unused, unused)
-    rows = islice(read_conversations(source, account.problems, look, drop, account.seen_kinds), max_rows)
+    rows = islice(read_conversations(source, statistics.problems, look, drop, statistics.seen_kinds), max_rows)
     while True:
-        bad_before = account.problems.count
+        bad_before = statistics.problems.count
         chunk = list(islice(rows, _ROWS_PER_CALL))
-        account.rows_read += len(chunk) + account.problems.count - bad_before
+        statistics.rows_read += len(chunk) + statistics.problems.count - bad_before
         if not chunk:
             return
         yield chunk
 
 
 def _prepared(
-    source: Source, tokenizer: PreTrainedTokenizerFast, template: str | None, settings: Settings, account: Account
+    source: Source, tokenizer: PreTrainedTokenizerFast, template: str | None, settings: Settings, statistics: Statistics
 ) -> Iterator[_Batch]:
     """Yield chunks of rows, conversations rendered."""
-    for chunk in _chunks(source, settings.max_rows, account):
+    for chunk in _chunks(source, settings.max_rows, statistics):
         if isinstance(chunk[0], Document):
             yield chunk
             continue
-        account.template = account.template or choose_template(tokenizer, template)
-        if rendered := _rendered(chunk, settings, account):
+        statistics.template = statistics.template or choose_template(tokenizer, template)
+        if rendered := _rendered(chunk, settings, statistics):
             yield rendered
 
 
@@ -113,12 +113,12 @@ def _one_ahead(batches: Iterator[_Batch], work: Callable[[_Batch], _Encoded]) ->
 
 
 @tokenizer_faults()
-def _encode(batch: _Batch, tokenizer: PreTrainedTokenizerFast, settings: Settings, account: Account) -> _Encoded:
+def _encode(batch: _Batch, tokenizer: PreTrainedTokenizerFast, settings: Settings, statistics: Statistics) -> _Encoded:
     """Return the token ids of each document, or what becomes of each conversation."""
     with _TOKENIZER_IN_USE:
         if isinstance(batch[0], Document):
             return _encode_plain([document.text for document in batch], tokenizer)
-        return mark_rows([row for _, row in batch], account.template, settings.train_on_end)
+        return mark_rows([row for _, row in batch], statistics.template, settings.train_on_end)
 
 
 def _encode_plain(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
@@ -139,11 +139,11 @@ def _documents(
     first: list[int],
     tokenizer: PreTrainedTokenizerFast,
     settings: Settings,
-    account: Account,
+    statistics: Statistics,
 ) -> _Made:
     """Make examples of whole documents: begin-of-text where the tokenizer writes it, the text, the end token."""
     last = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    account.end_token_ids.update(last)
+    statistics.end_token_ids.update(last)
     flat = np.fromiter(chain.from_iterable(first + ids + last for ids in encoded), np.int32)
     ends = np.cumsum([len(first) + len(ids) + len(last) for ids in encoded])
     learned = np.ones(len(flat), np.bool_)
@@ -157,12 +157,12 @@ def _documents(
         if index in control:
             names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(control[index]))))
             fault = f"the text became the control token {names}; write it differently"
-            account.problems.add(document.where, fault, CONTROL_TOKEN)
+            statistics.problems.add(document.where, fault, CONTROL_TOKEN)
         elif end - start > 1 and learned[start:end].any():
             yield document, Marked(Example(flat[start:end], learned[start:end], "", "", document.where), 0)
         else:
             fault = "a document of one token has nothing to learn; remove it"
-            account.problems.add(document.where, fault, NOTHING_TO_LEARN)
+            statistics.problems.add(document.where, fault, NOTHING_TO_LEARN)
 
 
 def _control_tokens(encoded: list[list[int]], tokenizer: PreTrainedTokenizerFast) -> dict[int, set[int]]:
@@ -173,13 +173,13 @@ def _control_tokens(encoded: list[list[int]], tokenizer: PreTrainedTokenizerFast
     return {index: found for index, ids in enumerate(encoded) if (found := set(ids).intersection(control_ids))}
 
 
-def _rendered(conversations: Sequence[Conversation], settings: Settings, account: Account) -> list:
+def _rendered(conversations: Sequence[Conversation], settings: Settings, statistics: Statistics) -> list:
     """Return the conversations that can be rendered, each with its text; what has no form is rendered many at once."""
-    template, formless = account.template, []
+    template, formless = statistics.template, []
     forms: list[Form | DataError | None] = []
     for conversation in conversations:
         try:
-            form = _form(conversation, template, account)
+            form = _form(conversation, template, statistics)
             _, needed = answers_of(conversation, settings.train_on, settings.train_on_end)
             if not form or not form.fits(conversation.turns, needed):
                 form = None
@@ -196,75 +196,77 @@ def _rendered(conversations: Sequence[Conversation], settings: Settings, account
             row = render_row(conversation, template, settings.train_on, settings.train_on_end, form, made)
             rendered.append((conversation, row))
         except DataError as error:
-            account.problems.add(conversation.where, error)
+            statistics.problems.add(conversation.where, error)
     return rendered
 
 
-def _form(conversation: Conversation, template: Template, account: Account) -> Form | None:
+def _form(conversation: Conversation, template: Template, statistics: Statistics) -> Form | None:
     """Return the form for this sequence of roles, which is checked until a row of it passes."""
     turns = conversation.turns
     shape = (*[(turn.role, not turn.content, bool(turn.calls)) for turn in turns], bool(conversation.tools))
-    if shape not in account.shapes:
+    if shape not in statistics.shapes:
         check_shape(template, conversation)
-        account.shapes[shape] = make_form(template, conversation)
-    return account.shapes[shape]
+        statistics.shapes[shape] = make_form(template, conversation)
+    return statistics.shapes[shape]
 
 
 def _conversations(
-    rendered: list[tuple[Conversation, Row]], encoded: tuple[list[Marked | DataError], set[int]], account: Account
+    rendered: list[tuple[Conversation, Row]], encoded: tuple[list[Marked | DataError], set[int]], statistics: Statistics
 ) -> _Made:
     """Yield the examples of rendered conversations, and note what is wrong with the others."""
     made, end_token_ids = encoded
-    account.end_token_ids.update(end_token_ids)
+    statistics.end_token_ids.update(end_token_ids)
     for (conversation, row), marked in zip(rendered, made, strict=True):
         if isinstance(marked, DataError):
-            account.problems.add(row.where, marked)
+            statistics.problems.add(row.where, marked)
         else:
             yield conversation, marked
 
 
-def _fit(made: _Made, settings: Settings, account: Account) -> Iterator[Example]:
+def _fit(made: _Made, settings: Settings, statistics: Statistics) -> Iterator[Example]:
     for row, marked in made:
         file = row.where.rpartition(":")[0]
-        account.seen_files[file] += 1
-        for example in _fitted(row, marked, settings, account):
-            account.kept_kinds.update(row.kinds)
-            account.kept_files.add(file)
+        statistics.seen_files[file] += 1
+        for example in _fitted(row, marked, settings, statistics):
+            statistics.kept_kinds.update(row.kinds)
+            statistics.kept_files.add(file)
             yield example
 
 
-def _fitted(row: Conversation | Document, marked: Marked, settings: Settings, account: Account) -> Iterator[Example]:
+def _fitted(
+    row: Conversation | Document, marked: Marked, settings: Settings, statistics: Statistics
+) -> Iterator[Example]:
     example, max_tokens, overflow = marked.example, settings.max_tokens, settings.overflow
     if len(example.token_ids) <= max_tokens:
         yield example
     elif overflow in ("error", "drop"):
-        account.drop(TOO_LONG, row.where)
+        statistics.drop(TOO_LONG, row.where)
         if overflow == "error":
-            account.longest = heapq.nlargest(SHOWN_ROWS, [*account.longest, (len(example.token_ids), row.where)])
+            statistics.longest = heapq.nlargest(SHOWN_ROWS, [*statistics.longest, (len(example.token_ids), row.where)])
     elif overflow == "split":
-        account.split += 1
-        yield from windows(example, max_tokens) if isinstance(row, Document) else _split(row, settings, account)
+        statistics.split += 1
+        yield from windows(example, max_tokens) if isinstance(row, Document) else _split(row, settings, statistics)
     elif not example.learned[:max_tokens].any():
-        account.drop(NOTHING_LEFT, row.where)
+        statistics.drop(NOTHING_LEFT, row.where)
     else:
-        account.truncated += 1
+        statistics.truncated += 1
         token_ids, learned = example.token_ids[:max_tokens].copy(), example.learned[:max_tokens].copy()
         answer = example.answer if marked.answered <= max_tokens else ""
         yield replace(example, token_ids=token_ids, learned=learned, answer=answer)
 
 
-def _split(conversation: Conversation, settings: Settings, account: Account) -> Iterator[Example]:
+def _split(conversation: Conversation, settings: Settings, statistics: Statistics) -> Iterator[Example]:
     """Yield the examples of the parts of a conversation, and count the parts that give none."""
     if settings.train_on == "last":
         conversation, settings = only_last_answer(conversation), replace(settings, train_on="assistant")
     whole = replace(settings, train_on="all")  # any part can be measured, also one with nothing to learn
 
     def made_of(part: Conversation, settings: Settings) -> Example | None:
-        rendered = _rendered([part], settings, account)
+        rendered = _rendered([part], settings, statistics)
         if not rendered:
             return None
-        encoded = _encode(rendered, account.template.tokenizer, settings, account)
-        return next((marked.example for _, marked in _conversations(rendered, encoded, account)), None)
+        encoded = _encode(rendered, statistics.template.tokenizer, settings, statistics)
+        return next((marked.example for _, marked in _conversations(rendered, encoded, statistics)), None)
 
     def length_of(part: Conversation) -> int:
         example = made_of(part, whole)
@@ -272,10 +274,10 @@ def _split(conversation: Conversation, settings: Settings, account: Account) -> 
 
     for part in parts(conversation, length_of, settings.max_tokens):
         if settings.train_on != "all" and not any(t.learned for t in part.turns if t.role == "assistant"):
-            account.drop(UNLEARNED_PART, part.where)
+            statistics.drop(UNLEARNED_PART, part.where)
             continue
         example = made_of(part, settings)
         if example and len(example.token_ids) <= settings.max_tokens:
             yield example
         elif example:
-            account.drop(LONG_EXCHANGE, part.where)
+            statistics.drop(LONG_EXCHANGE, part.where)

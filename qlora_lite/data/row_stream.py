@@ -6,7 +6,7 @@ Nothing is kept: each epoch reads the sources anew. Rows come in the order of th
 result for each size of the buffer.)
 
 What the checks of the whole set would find before training is found here when its row comes: the error then ends the
-run. Tokens for memory alone need no stream: the token cache is memory-mapped (see ``stored``).
+run. Tokens for memory alone need no stream: the token cache is memory-mapped (see ``storage``).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,10 +16,10 @@ from fractions import Fraction
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from .account import Account, Settings, note_lost_kinds, note_too_long
-from .make import make_examples
-from .read import Source
-from .stored import Example
+from .encode import make_examples
+from .sources import Source
+from .statistics import Settings, Statistics, note_lost_kinds, note_too_long
+from .storage import Example
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,21 +38,21 @@ class RowStream:
         Raises:
             DataError: there are more bad rows than allowed, a row is too long, or a file cannot be read.
         """
-        account = Account()
+        statistics = Statistics()
         for source in self.sources:
             share, index = Fraction(source.weight).limit_denominator(1_000_000), 0
-            for examples in make_examples(source, self.tokenizer, self.template, self.settings, account):
-                self._raise_if_unusable(account)
+            for examples in make_examples(source, self.tokenizer, self.template, self.settings, statistics):
+                self._raise_if_unusable(statistics)
                 for example in examples:
                     for _ in range(int((index + 1) * share) - int(index * share)):
                         yield example
                     index += 1
-        note_lost_kinds(account)
-        self._raise_if_unusable(account)
+        note_lost_kinds(statistics)
+        self._raise_if_unusable(statistics)
 
-    def _raise_if_unusable(self, account: Account) -> None:
-        note_too_long(account, self.settings.max_tokens)
-        account.problems.raise_if_any(self.max_bad_rows)
+    def _raise_if_unusable(self, statistics: Statistics) -> None:
+        note_too_long(statistics, self.settings.max_tokens)
+        statistics.problems.raise_if_any(self.max_bad_rows)
 
 
 def stream_batches(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qlora_lite.errors import DataError
 
-from .opening import open_bytes
+from .data_files import open_bytes
 
 MAX_ROW_BYTES = 5_000_000
 MAX_BLANK_BYTES = 1_000_000  # in a row: a small compressed file can hold gigabytes of them

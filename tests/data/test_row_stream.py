@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_lite.data.account import Settings
 from qlora_lite.data.batch import collate, pack_in_order, plan_epoch
 from qlora_lite.data.examples import build_examples
-from qlora_lite.data.read import Source
-from qlora_lite.data.stored import Example
-from qlora_lite.data.stream import RowStream, largest_rows, stream_batches
+from qlora_lite.data.row_stream import RowStream, largest_rows, stream_batches
+from qlora_lite.data.sources import Source
+from qlora_lite.data.statistics import Settings
+from qlora_lite.data.storage import Example
 from qlora_lite.errors import DataError
 
 PAIRS = [{"prompt": f"question {i}", "completion": f"answer {i} " * (1 + i % 4)} for i in range(2300)]

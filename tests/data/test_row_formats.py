@@ -8,7 +8,8 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from qlora_lite.data.formats import (
+from qlora_lite.data.problems import Problems
+from qlora_lite.data.row_formats import (
     BAD_ANSWER,
     Conversation,
     Document,
@@ -18,8 +19,7 @@ from qlora_lite.data.formats import (
     recognise,
     used_columns,
 )
-from qlora_lite.data.lines import Problems
-from qlora_lite.data.read import Source
+from qlora_lite.data.sources import Source
 from qlora_lite.errors import DataError
 
 PAIR = (Turn("user", "q"), Turn("assistant", "a"))

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .lines import RowProblem
 from .matching import Matching
-from .stored import Example, Examples, stored
+from .problems import RowProblem
+from .storage import Example, Examples, stored
 
 NOTHING_TO_LEARN = "nothing to learn"
 BEGIN_TWICE = "begin token twice"

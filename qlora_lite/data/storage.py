@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from .lines import read_place, write_place
+from .problems import read_place, write_place
 
 FILES = {"token_ids": np.int32, "learned": np.bool_, "text": np.uint8, "rows": np.int64}
 _COLUMNS = 6

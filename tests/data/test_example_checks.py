@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_lite.data import check
-from qlora_lite.data.check import (
+from qlora_lite.data.example_checks import (
     check_examples,
     check_overlap,
     check_prompts,
@@ -16,7 +16,7 @@ from qlora_lite.data.check import (
     histogram,
     signatures,
 )
-from qlora_lite.data.stored import Example
+from qlora_lite.data.storage import Example
 
 BEGIN, END = 1, 2
 

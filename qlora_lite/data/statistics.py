@@ -1,10 +1,10 @@
-"""Say how rows become tokens, and keep account of what became of them, so that no row is left out in silence."""
+"""Say how rows become tokens, and keep statistics of what became of them, so that no row is left out in silence."""
 
 from collections import Counter
 from dataclasses import dataclass, field
 
 from .forms import Form
-from .lines import Problems
+from .problems import Problems
 from .template import Template
 
 TOO_LONG = "longer than max_tokens"
@@ -25,7 +25,7 @@ class Settings:
 
 
 @dataclass(slots=True)
-class Account:
+class Statistics:
     """What became of the rows so far.
 
     Args:
@@ -40,7 +40,7 @@ class Account:
         longest: the longest of the rows that are an error for their length, (tokens, where).
         end_token_ids: the tokens that end answers and documents.
         template: the chat template, once a conversation needed it.
-        seen_kinds: rows read of each kind (see ``formats.kinds_of``), good or not.
+        seen_kinds: rows read of each kind (see ``row_formats.kinds_of``), good or not.
         kept_kinds: examples of each kind.
         seen_files: rows of each file that became tokens.
         kept_files: files with at least one example.
@@ -76,35 +76,35 @@ class Account:
             places.append(where)
 
 
-def note_too_long(account: Account, max_tokens: int) -> None:
+def note_too_long(statistics: Statistics, max_tokens: int) -> None:
     """Add the problem that rows are too long, if there are any, with the longest of them."""
-    if not account.longest:
+    if not statistics.longest:
         return
-    places = ", ".join(f"{where} ({length} tokens)" for length, where in sorted(account.longest, reverse=True))
+    places = ", ".join(f"{where} ({length} tokens)" for length, where in sorted(statistics.longest, reverse=True))
     fault = (
-        f"{account.dropped[TOO_LONG]} of {account.rows_read} rows are longer than data.max_tokens {max_tokens}; the "
-        f"longest: {places}; raise data.max_tokens, or set data.overflow to drop, truncate or split"
+        f"{statistics.dropped[TOO_LONG]} of {statistics.rows_read} rows are longer than data.max_tokens {max_tokens}; "
+        f"the longest: {places}; raise data.max_tokens, or set data.overflow to drop, truncate or split"
     )
-    account.problems.add("", fault, TOO_LONG, fatal=True)
+    statistics.problems.add("", fault, TOO_LONG, fatal=True)
 
 
-def note_lost_kinds(account: Account) -> None:
+def note_lost_kinds(statistics: Statistics) -> None:
     """Add a problem for each kind of row, and each file, of which no row is kept while others are.
 
     Such a set trains something else than was meant, and the counts of its rows do not show it.
     """
-    if account.problems.fatal or not account.kept_files:
+    if statistics.problems.fatal or not statistics.kept_files:
         return
     lost = [
         f"none of the {count:,} rows {kind} is kept"
-        for kind, count in account.seen_kinds.items()
-        if count >= _KIND_ROWS and not account.kept_kinds[kind]
+        for kind, count in statistics.seen_kinds.items()
+        if count >= _KIND_ROWS and not statistics.kept_kinds[kind]
     ]
     lost += [
         f"none of the rows of {file} is kept"
-        for file, count in (account.problems.files + account.seen_files).items()
-        if count >= _KIND_ROWS and file not in account.kept_files
+        for file, count in (statistics.problems.files + statistics.seen_files).items()
+        if count >= _KIND_ROWS and file not in statistics.kept_files
     ]
     for fault in lost:
         cure = "correct them (or data.template, or data.max_tokens), or take them out of the files on purpose"
-        account.problems.add("", f"{fault}, so a whole kind of row would be missing; {cure}", KIND_LOST, fatal=True)
+        statistics.problems.add("", f"{fault}, so a whole kind of row would be missing; {cure}", KIND_LOST, fatal=True)

@@ -21,11 +21,11 @@ from pathlib import Path
 from qlora_lite.errors import DataError
 
 from .columns import read_columns, without_absent
+from .data_files import find_files, open_bytes, reader_of
 from .fields import kind_of
 from .hub import PREFIX, hub_rows
 from .json_rows import HALF_A_PAIR, NUL, read_json, read_jsonl
-from .lines import MAX_BLANK_BYTES, MAX_ROW_BYTES, Problems, all_lines, numbered_lines
-from .opening import find_files, open_bytes, reader_of
+from .problems import MAX_BLANK_BYTES, MAX_ROW_BYTES, Problems, all_lines, numbered_lines
 
 DOCUMENTS = "lines", "blank-lines", "file"
 _PIECE_BYTES = 1 << 20
@@ -44,7 +44,7 @@ class Source:
 
     Args:
         path: a file, a folder (its data files, in order of name), a glob pattern, or hub:OWNER/NAME.
-        format: None to recognise it from the first row, or one of ``formats.FORMATS``.
+        format: None to recognise it from the first row, or one of ``row_formats.FORMATS``.
         weight: how often each row is used per epoch, above 0; 2 means twice, 0.5 every second row.
         prompt: with ``completion``, a template such as "Q: {question}" over the row's columns.
         completion: the template of the answer.

@@ -37,11 +37,11 @@ from pathlib import Path
 
 from qlora_lite.errors import DataError
 
+from .data_files import data_suffix
 from .fields import columns_of, fill, kind_of, text_of
-from .lines import Problems
 from .one_object import ask_for_columns, ask_for_list
-from .opening import data_suffix
-from .read import Source, ask_for_sign, read_rows
+from .problems import Problems
+from .sources import Source, ask_for_sign, read_rows
 from .tools import check_calls, tool_calls, tool_definitions
 
 CHOSEN = "chosen"
