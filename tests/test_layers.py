@@ -80,7 +80,7 @@ def test_no_import_points_up_or_sideways():
         ("quant/nf4.py", "from qlora_lite.adapters.lora import layer"),
         ("quant/nf4.py", "import qlora_lite.train.loop"),
         ("quant/nf4.py", "from ..models.load import load_model"),
-        ("quant/nf4.py", "def f():\n    from qlora_lite.data import read"),
+        ("quant/nf4.py", "def f():\n    from qlora_lite.data import sources"),
         ("quant/nf4.py", "from qlora_lite import ops"),
         ("errors.py", "from .recipe import load"),
         ("units.py", "from . import errors"),

@@ -1,16 +1,20 @@
-"""Find the files that a path, folder or glob pattern means, and open them, gzip and zstd included.
+"""Find the files that a path, folder or glob pattern means, open them, gzip and zstd included, and read their lines.
 
 What a file is, its name says; the first bytes must agree. Going by the first bytes alone, the other known way,
 would let a file train whose name a user reads wrongly; going by the name alone gives "not UTF-8 in line 1" for
 a gzip. A name that says nothing is an error, since JSON that is read as plain text trains without a complaint.
 Unpacking is pyarrow's, which comes with ``datasets``: it knows both kinds and, unlike Python's gzip module, has one
 exception for every kind of damage.
+
+Text is decoded line by line: decoding a file whole, the usual way, reports one byte offset and says nothing of the
+rest. A byte-order mark at the start and CRLF line ends are accepted; they carry no meaning.
 """
 
 import io
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +22,7 @@ from qlora_lite.errors import DataError
 from qlora_lite.files import TooManyFolders, matches
 
 from .hub import PREFIX, hub_files
+from .problems import Problems, RowProblem
 
 READER_OF_SUFFIX = {
     ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv",
@@ -34,6 +39,13 @@ _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"
           b"\xfe\xff": "UTF-16"}  # fmt: skip
 _SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])")
 _SUFFIX_OF_MAGIC = {"gzip": ".gz", "zstd": ".zst"}
+MAX_ROW_BYTES = 5_000_000
+MAX_BLANK_BYTES = 1_000_000  # in a row: a small compressed file can hold gigabytes of them
+ASK_OLD_MAC = (
+    "do the lines end with a carriage return alone, as on old Macs? then save it with those of Windows or Linux"
+)
+_BOM = "\ufeff"
+_RETURN = re.compile(rb"\r(?!\n|$)")  # alone, not before a line end
 
 
 def find_files(pattern: str) -> list[Path]:
@@ -218,3 +230,46 @@ def open_bytes(path: Path) -> BinaryIO:
     import pyarrow
 
     return io.BufferedReader(pyarrow.input_stream(str(path), compression=compression))
+
+
+def numbered_lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
+    """Yield (line number, text without line end) of each good line; name the others."""
+    for number, text, fault in all_lines(path):
+        if fault:
+            problems.add(fault.where, fault.message, fault.rule)
+        else:
+            yield number, text
+
+
+def all_lines(path: Path) -> Iterator[tuple[int, str | None, RowProblem | None]]:
+    """Yield (line number, text without line end, what is wrong with it) of each line.
+
+    The text of a bad line is what can be read of it, None if it is too long to be read.
+
+    Raises:
+        DataError: MAX_BLANK_BYTES in a row are blank.
+    """
+    with open_bytes(path) as file:
+        number = blank = 0
+        while raw := file.readline(MAX_ROW_BYTES + 1):
+            number += 1
+            where, fault = f"{path}:{number}", None
+            blank = blank + len(raw) if raw.isspace() else 0
+            if blank > MAX_BLANK_BYTES:
+                raise DataError(f"{where}: more than {MAX_BLANK_BYTES:,} bytes of blank lines; remove them")
+            if len(raw) > MAX_ROW_BYTES:
+                cure = f"{ASK_OLD_MAC}; if not, split this row" if _RETURN.search(raw) else "split this row"
+                while raw and not raw.endswith(b"\n"):
+                    raw = file.readline(MAX_ROW_BYTES)
+                message = f"a line of more than {MAX_ROW_BYTES:,} bytes; {cure}"
+                yield number, None, RowProblem(where, DataError.rule, message)
+                continue
+            try:
+                text = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                text = raw.decode("utf-8", "replace")
+                message = f"byte {error.start + 1} of the line is not UTF-8; convert the file to UTF-8"
+                fault = RowProblem(where, "not UTF-8", message)
+            if "\0" in text and fault is None:
+                fault = RowProblem(where, DataError.rule, "the line holds a NUL character; remove it")
+            yield number, text.removeprefix(_BOM if number == 1 else "").rstrip("\r\n"), fault

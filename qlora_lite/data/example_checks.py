@@ -14,8 +14,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import regex
 
-from .matching import Matching
 from .problems import RowProblem
 from .storage import Example, Examples, stored
 
@@ -28,6 +28,7 @@ PROMPT_IN_BOTH = "evaluation prompt in training"
 OVERLAP_ERROR_SHARE = 0.01  # from this share of the evaluation rows on, duplicates are an error
 _ROWS_PER_CHUNK = 10_000
 _SHOWN_ROWS = 5
+MATCH_SECONDS = 1.0  # for one text; an honest pattern takes microseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,47 @@ def _begin_twice(ids: np.ndarray, starts: np.ndarray, begin_id: int | None) -> l
     second = np.flatnonzero((ids[1:] == begin_id) & (ids[:-1] == begin_id)) + 1
     second = second[~np.isin(second, starts)]
     return sorted(set((np.searchsorted(starts, second, side="right") - 1).tolist()))
+
+
+@dataclass(frozen=True, slots=True)
+class Matching:
+    """Say what of an answer is compared with its reference: all of it, or what a pattern extracts from both.
+
+    A chain of thought is worth its last line only, and "Positive." is the class positive. The first match counts, of a
+    pattern with groups the first group that took part in it, and an answer in which nothing is found is wrong. White
+    space at the ends never counts. ``regex`` and not ``re``, because only it can give up: some patterns take for ever
+    on some texts.
+
+    Source: lm-evaluation-harness, filters/extraction.py (regex, take_first) and its exact_match metric.
+
+    Args:
+        pattern: regular expression; None compares the whole text.
+        ignore: regular expression of what is removed from the compared text; None removes nothing.
+        ignore_case: whether letters are compared without their case.
+    """
+
+    pattern: str | None = None
+    ignore: str | None = None
+    ignore_case: bool = False
+
+    def extract(self, text: str) -> str | None:
+        """Return what of a text is compared; None where nothing is found, or nothing is left of it.
+
+        Raises:
+            TimeoutError: a pattern takes too long on this text.
+        """
+        if self.pattern is not None:
+            found = regex.search(self.pattern, text, timeout=MATCH_SECONDS)
+            if found is None:
+                return None
+            text = next((group for group in found.groups() if group is not None), found[0])
+        if self.ignore is not None:
+            text = regex.sub(self.ignore, "", text, timeout=MATCH_SECONDS)
+        text = text.strip()
+        return (text.casefold() if self.ignore_case else text) or None
+
+
+WHOLE = Matching()  # compares whole texts
 
 
 def check_answers(examples: Sequence[Example], matching: Matching) -> tuple[list[RowProblem], bool]:

@@ -50,7 +50,7 @@ class Dataset:
         truncated: rows cut to max_tokens.
         split: rows cut into several examples.
         examples_of: examples of each source, one after the other in ``examples``.
-        unused: what the rows of each source hold that is not looked at, see ``unused.no_counts``.
+        unused: what the rows of each source hold that is not looked at, see ``statistics.no_counts``.
         tokens: tokens of all examples.
         learned_tokens: tokens that are predicted, of all examples.
         end_token_ids: the tokens that end answers and documents; generation stops at any of them.

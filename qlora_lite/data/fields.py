@@ -91,3 +91,19 @@ def _cure_of_name(template: str, columns: Iterable[str]) -> str:
     """Say what to do about a column that this template means and none can name; "" if there is no such column."""
     odd = next((name for name in columns if f"{{{name}}}" in template and not _NO_NAME.isdisjoint(name)), None)
     return f"; rename the column {odd!r}: no template can name one with {{, }}, ! or : in it" if odd else ""
+
+
+def without_absent(value: object) -> object:
+    """Return a value without the keys of nested objects whose value is null.
+
+    Parquet and Arrow store nested objects with one set of keys per column: an object without a key comes back with a
+    null there, so the tool schemas of a file all get each other's keys. A null inside an object cannot be told from an
+    absent key; it is read as absent, which is what the rows had before they were written. (Where a null is meant, keep
+    the schema as JSON text: a column "tools" of text is parsed.) A null in a list stays, and so does one that is the
+    value of a whole column.
+    """
+    if isinstance(value, dict):
+        return {key: without_absent(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_absent(item) for item in value]
+    return value

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from qlora_lite.errors import DataError
 
-from .columns import without_absent
+from .fields import without_absent
 
 PREFIX = "hub:"
 _NAME = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::(\w+))?", re.ASCII)

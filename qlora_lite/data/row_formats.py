@@ -39,7 +39,7 @@ from qlora_lite.errors import DataError
 
 from .data_files import data_suffix
 from .fields import columns_of, fill, kind_of, text_of
-from .one_object import ask_for_columns, ask_for_list
+from .json_rows import ask_for_columns, ask_for_list
 from .problems import Problems
 from .sources import Source, ask_for_sign, read_rows
 from .tools import check_calls, tool_calls, tool_definitions

@@ -40,10 +40,9 @@ from qlora_lite.units import format_bytes
 from .data_files import find_files
 from .problems import Problems, RowProblem
 from .sources import Source
-from .statistics import Settings, Statistics
+from .statistics import Settings, Statistics, no_counts
 from .storage import FILES, Examples, load_arrays
 from .template import choose_template
-from .unused import no_counts
 
 log = logging.getLogger("qlora_lite")
 MOST_BYTES = 20 << 30  # some thirty million short rows

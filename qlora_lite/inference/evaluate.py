@@ -11,8 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from qlora_lite.adapters.files import load_adapter
-from qlora_lite.data.example_checks import can_match, check_answers
-from qlora_lite.data.matching import WHOLE, Matching
+from qlora_lite.data.example_checks import WHOLE, Matching, can_match, check_answers
 from qlora_lite.data.storage import Example
 from qlora_lite.errors import DataError, ModelError, RecipeError
 from qlora_lite.files import explain_write_errors, write_text

@@ -26,9 +26,9 @@ from qlora_lite.data.render import ROW_DAY
 from qlora_lite.data.row_formats import answer_beside_text, check_format, recognise, used_columns
 from qlora_lite.data.show import pieces_of
 from qlora_lite.data.sources import Source, read_rows, text_files
+from qlora_lite.data.statistics import unused_of
 from qlora_lite.data.storage import Example, Examples, row_lengths
 from qlora_lite.data.template import special_ids_of
-from qlora_lite.data.unused import unused_of
 from qlora_lite.errors import DataError
 from qlora_lite.recipe.schema import Recipe
 

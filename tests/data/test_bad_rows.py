@@ -11,9 +11,9 @@ import re
 
 import pytest
 
-from qlora_lite.data import lines, read
+from qlora_lite.data import data_files, sources
+from qlora_lite.data.data_files import MAX_ROW_BYTES
 from qlora_lite.data.examples import build_examples, read_examples
-from qlora_lite.data.problems import MAX_ROW_BYTES
 from qlora_lite.data.sources import Source
 from qlora_lite.errors import DataError
 
@@ -182,7 +182,7 @@ def test_one_bad_row_among_a_million_is_named(tmp_path, tokenizer):
 def test_blank_lines_without_end_are_refused_since_a_small_file_can_hold_gigabytes(
     name, head, tmp_path, tokenizer, monkeypatch
 ):
-    for module in (lines, read):
+    for module in (data_files, sources):
         monkeypatch.setattr(module, "MAX_BLANK_BYTES", 1000)
     (tmp_path / name).write_bytes(gzip.compress(head + b"\n" * 1_000_000))
     with pytest.raises(DataError, match=rf"{name}:100\d: more than 1,000 bytes of blank lines; remove them"):

@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 from hostile import TIMES, clean, fuzz, spoiled, spoiled_bytes
 
-from qlora_lite.data import columns as columns_module
+from qlora_lite.data import sources
 from qlora_lite.data.problems import Problems
 from qlora_lite.data.row_formats import read_conversations
 from qlora_lite.data.sources import Source
@@ -92,7 +92,7 @@ def test_a_file_that_asks_for_more_memory_than_there_is_is_an_error(tmp_path, mo
         raise MemoryError
 
     (tmp_path / "rows.arrow").write_bytes(FILES["file.arrow"])
-    monkeypatch.setattr(columns_module, "_record_batches", run_out)
+    monkeypatch.setattr(sources, "_record_batches", run_out)
     assert "not a whole arrow file (MemoryError)" in outcome(tmp_path / "rows.arrow")
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_lite.data import check
+from qlora_lite.data import example_checks
 from qlora_lite.data.example_checks import (
     check_examples,
     check_overlap,
@@ -42,18 +42,18 @@ def slow_faults(rows):
     found = set()
     for i, row in enumerate(rows):
         if not any(learned for _, learned in row):
-            found.add((check.NOTHING_TO_LEARN, f"f:{i}"))
+            found.add((example_checks.NOTHING_TO_LEARN, f"f:{i}"))
         if any(row[t][0] == row[t + 1][0] == BEGIN for t in range(len(row) - 1)):
-            found.add((check.BEGIN_TWICE, f"f:{i}"))
+            found.add((example_checks.BEGIN_TWICE, f"f:{i}"))
     if not any(token == END and learned for row in rows for token, learned in row):
-        found.add((check.END_NOT_LEARNED, ""))
+        found.add((example_checks.END_NOT_LEARNED, ""))
     return found
 
 
 @given(token_rows, st.sampled_from([1, 3, 10_000]))
 def test_the_faults_found_are_those_of_a_look_at_every_token(rows, rows_per_chunk):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(check, "_ROWS_PER_CHUNK", rows_per_chunk)
+        patch.setattr(example_checks, "_ROWS_PER_CHUNK", rows_per_chunk)
         assert faults(check_examples(examples_of(rows), BEGIN, {END})) == slow_faults(rows)
 
 
@@ -86,7 +86,7 @@ def overlap(train, evaluation):
 
 def test_evaluation_rows_that_are_training_rows_are_counted_and_named():
     problem, is_error = overlap([[5], [6], [7]], [[8], [6], [6]])
-    assert is_error and (problem.rule, problem.where) == (check.IN_BOTH, "eval:1")
+    assert is_error and (problem.rule, problem.where) == (example_checks.IN_BOTH, "eval:1")
     assert "2 of 3 evaluation rows" in problem.message and "eval:1 is train:1, eval:2 is train:1" in problem.message
 
 

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from qlora_lite.data.problems import MAX_ROW_BYTES, Problems
+from qlora_lite.data.data_files import MAX_ROW_BYTES
+from qlora_lite.data.problems import Problems
 from qlora_lite.data.row_formats import read_conversations
 from qlora_lite.data.sources import Source
 from qlora_lite.errors import DataError

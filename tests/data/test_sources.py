@@ -12,8 +12,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from qlora_lite.data.data_files import left_out
-from qlora_lite.data.problems import MAX_ROW_BYTES, Problems, read_place, write_place
+from qlora_lite.data.data_files import MAX_ROW_BYTES, left_out
+from qlora_lite.data.problems import Problems, read_place, write_place
 from qlora_lite.data.sources import Source, read_rows, text_files
 from qlora_lite.errors import DataError
 

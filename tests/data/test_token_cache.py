@@ -177,13 +177,13 @@ import os, signal, sys
 from pathlib import Path
 from tiny_tokenizer import make_tokenizer
 from qlora_lite import files
-from qlora_lite.data import examples, stored, token_cache
+from qlora_lite.data import examples, storage, token_cache
 from qlora_lite.data.sources import Source
 from qlora_lite.errors import DataError
 def kill(*arguments):
     if sys.argv[2] != "flush_to_disk" or sys.argv[4] in str(arguments[0]):  # not the flush of a noted digest
         os.kill(os.getpid(), signal.SIGKILL)
-holders = {"stored": stored.ExampleWriter, "examples": examples, "token_cache": token_cache, "files": files}
+holders = {"storage": storage.ExampleWriter, "examples": examples, "token_cache": token_cache, "files": files}
 setattr(holders[sys.argv[1]], sys.argv[2], kill)
 examples.read_examples([Source(sys.argv[3])], make_tokenizer(), cache=Path(sys.argv[4]))
 """
@@ -191,7 +191,7 @@ examples.read_examples([Source(sys.argv[3])], make_tokenizer(), cache=Path(sys.a
 
 @pytest.mark.parametrize(
     ("module", "function"),
-    [("stored", "finish"), ("examples", "save_set"), ("token_cache", "write_text"), ("files", "flush_to_disk")],
+    [("storage", "finish"), ("examples", "save_set"), ("token_cache", "write_text"), ("files", "flush_to_disk")],
 )
 def test_a_process_killed_half_way_leaves_nothing_that_looks_whole(
     module, function, write, tokenizer, tmp_path, no_reading

@@ -5,12 +5,12 @@ from functools import partial
 
 import pytest
 
-from qlora_lite.data import unused
+from qlora_lite.data import statistics
 from qlora_lite.data.examples import read_examples
 from qlora_lite.data.problems import Problems
 from qlora_lite.data.row_formats import check_format, read_conversations, recognise, used_columns
 from qlora_lite.data.sources import Source
-from qlora_lite.data.unused import COLUMNS, KEYS, count_unused, no_counts, unused_of
+from qlora_lite.data.statistics import COLUMNS, KEYS, count_unused, no_counts, unused_of
 
 QUESTION, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 TALK = {"messages": [QUESTION, ANSWER]}
@@ -111,7 +111,7 @@ def test_the_name_and_call_of_a_tool_s_result_are_used():
 
 
 def test_names_without_end_are_not_all_kept(monkeypatch):
-    monkeypatch.setattr(unused, "MOST_NAMES", 3)
+    monkeypatch.setattr(statistics, "MOST_NAMES", 3)
     counts, _, _ = counted([{"text": "a", f"column {n % 9}": n + 1} for n in range(18)])
     assert counts[COLUMNS] == {"column 0": 2, "column 1": 2, "column 2": 2}
 

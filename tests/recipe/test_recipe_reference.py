@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 
 import pytest
 
-from qlora_lite.data import batch, examples, formats, hub
+from qlora_lite.data import batch, examples, hub, row_formats
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
 from qlora_lite.errors import DataError
 from qlora_lite.recipe import reference
@@ -64,7 +64,7 @@ def test_the_choices_of_the_recipe_are_those_of_the_layers_that_do_the_work():
         assert reference.choices_of(reference.field_at((section, name))) == choices, name
     assert tuple(NAMED_TEMPLATES) == TEMPLATES
     row_format = reference.rule_of(Source.model_fields["format"])
-    assert row_format == f"{', '.join(formats.FORMATS[:-1])} or {formats.FORMATS[-1]}, or null"
+    assert row_format == f"{', '.join(row_formats.FORMATS[:-1])} or {row_formats.FORMATS[-1]}, or null"
 
 
 @pytest.mark.parametrize("function", [examples.build_examples, examples.read_examples])
