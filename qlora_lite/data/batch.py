@@ -14,18 +14,22 @@ everything and cutting at max_tokens, the other known way, fills packs fully but
 | longest-first | best-fit packs, that with the longest row first: what does not fit fails in the first step   |
 | by-length     | rows of like length share a pack and a step; the steps come in random order                  |
 
+``pieces_of`` turns a batch back into text for a person, from the tensors that the model gets and nothing before them:
+what it shows is what training sees, and a fault anywhere on the way shows too.
+
 Shapes: T tokens of a micro-batch; input_ids and position_ids [1, T], labels [T]. Lengths are in tokens.
 """
 
 import random
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, groupby
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.errors import DataError
 
@@ -288,3 +292,52 @@ def _shifted_labels(example: Example) -> np.ndarray:
 def _check_length(row: int, length: int, max_tokens: int) -> None:
     if length > max_tokens:
         raise DataError(f"row {row} has {length} tokens, more than data.max_tokens {max_tokens}")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Hold a stretch of text whose tokens are alike; a special token is a piece of its own."""
+
+    text: str
+    learned: bool
+    special: bool
+
+
+def pieces_of(batch: Batch, tokenizer: PreTrainedTokenizerFast, special_ids: Collection[int]) -> list[list[Piece]]:
+    """Cut each row of a batch into pieces of learned and of masked text.
+
+    Args:
+        batch: rows as they go into the model.
+        tokenizer: decodes them.
+        special_ids: the tokens to show one by one.
+
+    Returns:
+        The pieces of each row; their texts joined are the row's text.
+    """
+    rows, start = [], 0
+    for length in batch.row_lengths:
+        ids = batch.input_ids[0, start : start + length].tolist()
+        labels = batch.labels[start : start + length].tolist()
+        learned = [False, *(label != IGNORED_LABEL for label in labels[:-1])]  # labels[t] is token t + 1
+        rows.append(_pieces_of_row(ids, learned, tokenizer, special_ids))
+        start += length
+    return rows
+
+
+def _pieces_of_row(
+    ids: list[int], learned: list[bool], tokenizer: PreTrainedTokenizerFast, special_ids: Collection[int]
+) -> list[Piece]:
+    def kind(place: int) -> tuple[bool, bool, int]:
+        special = ids[place] in special_ids
+        return learned[place], special, place if special else -1
+
+    pieces, text = [], ""
+    for (is_learned, special, _), places in groupby(range(len(ids)), kind):
+        upto = list(places)[-1] + 1
+        # Decoded from the row's beginning: many tokenizers drop the space before the first token they decode.
+        longer = tokenizer.decode(ids[:upto], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if upto < len(ids):
+            longer = longer.rstrip("\ufffd")  # a letter of several tokens belongs to the piece that completes it
+        pieces.append(Piece(longer[len(text) :], is_learned, special))
+        text = longer
+    return pieces

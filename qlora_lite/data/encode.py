@@ -28,9 +28,8 @@ from transformers import PreTrainedTokenizerFast
 from qlora_lite.errors import DataError, tokenizer_faults
 
 from .example_checks import NOTHING_TO_LEARN
-from .forms import Form, make_form
-from .mask import Row, answers_of, render_row
-from .mask_rows import Marked, mark_rows
+from .fast_render import Form, make_form
+from .mask import Marked, Row, answers_of, mark_rows, render_row
 from .render import CONTROL_TOKEN, check_shape, render_ahead
 from .row_formats import Conversation, Document, read_conversations
 from .sources import Source

@@ -9,8 +9,8 @@ Windows has none that a process sets for itself: there a thread that is no Pytho
 
 A template is tried out on a short conversation before anything is read, and every rendering of a template that is none
 of the named ones is made there too: it may do its harm for particular words only. The process lives as long as this
-one; a row costs it a line of JSON each way (rows that fill in a form are not rendered, see ``forms``). Many rows go
-there in one message, since changing between processes takes longer than rendering a short row.
+one; a row costs it a line of JSON each way (rows that fill in a form are not rendered, see ``fast_render``). Many rows
+go there in one message, since changing between processes takes longer than rendering a short row.
 """
 
 import atexit
@@ -90,7 +90,7 @@ def render_apart(
         source: the Jinja text.
         messages: of the conversation.
         special_tokens: what templates are given by name, such as bos_token.
-        options: of ``render_jinja_template``, or blind=True and those of ``blind.render_blind``, for what that returns.
+        options: of ``render_jinja_template``, or blind=True and those of ``fast_render.render_blind``.
 
     Raises:
         TakesTooMuchError: it takes too much time or memory, or writes too much; the text says which.
@@ -197,7 +197,7 @@ def _serve() -> None:
     A message is a line with the template and the number of rows, and one for each row. All are read before the first
     rendering is answered, by a line as well: the other side writes all of them before it reads.
     """
-    from . import blind  # noqa: F401 (before time and memory are counted)
+    from . import fast_render  # noqa: F401 (before time and memory are counted)
 
     try:
         import resource
@@ -246,7 +246,7 @@ def _render(
     from transformers.utils.chat_template_utils import render_jinja_template
 
     if blind:
-        from .blind import render_blind
+        from .fast_render import render_blind
 
         return render_blind(source, messages, special_tokens, **options)
     (text,), blocks = render_jinja_template([messages], chat_template=source, **special_tokens, **options)

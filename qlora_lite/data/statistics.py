@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from .forms import Form
+from .fast_render import Form
 from .problems import Problems
 from .row_formats import ROLES, WITH_TURNS
 from .template import Template

@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerFast
 from qlora_lite.errors import DataError, tokenizer_faults
 
 from .named_templates import CHATML_TOOLS, IM_END, NAMED_TEMPLATES
-from .pieces import can_be_cut, lengths_of_tokens
 from .probe import probe
+from .tokenise import can_be_cut, lengths_of_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +34,9 @@ class Template:
         begin: text written before every rendering: begin-of-text, or "".
         special: matches any special token of the tokenizer.
         ending: matches the special tokens and white space that end a text; group 1 is the first token.
-        cut: ``special`` where a text may be cut before each match and tokenised piece by piece (``pieces``), else None.
+        cut: ``special`` where a text may be cut before each match and tokenised piece by piece, else None.
         special_ids: the ids of the special tokens.
-        token_lengths: see ``pieces.lengths_of_tokens``.
+        token_lengths: see ``tokenise.lengths_of_tokens``.
     """
 
     name: str

@@ -17,14 +17,13 @@ from itertools import chain, islice, zip_longest
 
 import numpy as np
 
-from qlora_lite.data.batch import collate, packing_efficiency, plan_epoch
+from qlora_lite.data.batch import collate, packing_efficiency, pieces_of, plan_epoch
 from qlora_lite.data.data_files import left_out
 from qlora_lite.data.example_checks import check_answers, check_overlap, check_prompts, count_special_tokens, histogram
 from qlora_lite.data.examples import Dataset
 from qlora_lite.data.problems import Problems, RowProblem, read_place, write_place
 from qlora_lite.data.render import ROW_DAY
 from qlora_lite.data.row_formats import answer_beside_text, check_format, recognise, used_columns
-from qlora_lite.data.show import pieces_of
 from qlora_lite.data.sources import Source, read_rows, text_files
 from qlora_lite.data.statistics import unused_of
 from qlora_lite.data.storage import Example, Examples, row_lengths

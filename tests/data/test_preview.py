@@ -5,8 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizer import make_tokenizer
 
-from qlora_lite.data.batch import collate
-from qlora_lite.data.show import pieces_of
+from qlora_lite.data.batch import collate, pieces_of
 from qlora_lite.data.storage import Example
 from qlora_lite.data.template import special_ids_of
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from test_random_templates import TOKENIZERS, conversations, forms
 from tiny_tokenizer import make_tokenizer
 
-from qlora_lite.data.forms import make_form
+from qlora_lite.data.fast_render import make_form
 from qlora_lite.data.mask import render_row
 from qlora_lite.data.named_templates import NAMED_TEMPLATES
 from qlora_lite.data.render import ROW_DAY, render

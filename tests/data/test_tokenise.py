@@ -11,8 +11,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.data.mask import tokenise
-from qlora_lite.data.pieces import can_be_cut, lengths_of_tokens, tokenise_rows
 from qlora_lite.data.template import choose_template
+from qlora_lite.data.tokenise import can_be_cut, lengths_of_tokens, tokenise_rows
 
 CORPUS = ["user assistant the answer is 42", "ab  a b\n\nab ä user<a", "b a  >b"] * 5
 
