@@ -22,7 +22,7 @@ Shapes: T tokens of a micro-batch; input_ids and position_ids [1, T], labels [T]
 
 import random
 from bisect import bisect_left, insort
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from typing import NamedTuple
@@ -341,3 +341,45 @@ def _pieces_of_row(
         pieces.append(Piece(longer[len(text) :], is_learned, special))
         text = longer
     return pieces
+
+
+def stream_batches(
+    examples: Iterable[Example], max_tokens: int, packing: bool, micro_batch_size: int
+) -> Iterator[list[Example]]:
+    """Yield the rows of each micro-batch, those of ``plan_epoch`` with order "as-is".
+
+    Args:
+        examples: rows of at most max_tokens tokens.
+        max_tokens: room of a pack.
+        packing: True to fill packs with several rows; False for one row each.
+        micro_batch_size: packs (rows, without packing) per micro-batch; the last may have fewer.
+    """
+    rows: list[Example] = []
+    packs = room = 0
+    for example in examples:
+        length = len(example.token_ids)
+        if not packing or length > room:
+            if packs == micro_batch_size:
+                yield rows
+                rows, packs = [], 0
+            packs, room = packs + 1, max_tokens
+        rows.append(example)
+        room -= length
+    if rows:
+        yield rows
+
+
+def largest_rows(sample: Sequence[Example], max_tokens: int, packing: bool, count: int) -> list[Example]:
+    """Return rows that need as much as any that a stream can give, to find out beforehand whether they fit.
+
+    Args:
+        sample: rows of the stream, at least one; the first one's tokens are repeated.
+        max_tokens: room of a pack, or tokens of each row without packing.
+        packing: packs may hold several rows, and hold two here, one of them of one token.
+        count: how many packs.
+    """
+    first, lengths = sample[0], (max_tokens - 1, 1) if packing else (max_tokens,)
+    return [
+        replace(first, token_ids=np.resize(first.token_ids, length), learned=np.ones(length, np.bool_))
+        for length in lengths
+    ] * count

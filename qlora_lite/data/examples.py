@@ -5,12 +5,19 @@ names it.
 
 Special tokens written out inside a row's text never become control tokens: in a conversation they are an
 error (see ``render.render``), in a plain document they are tokenised as the letters they are.
+
+A ``RowStream`` makes examples while training uses them, for sources that are larger than disk or patience. Nothing is
+kept: each epoch reads the sources anew, in the order of the files. (Shuffling within a buffer, the other known way,
+gives neither the order of the file nor a shuffled set, and another result for each size of the buffer.) What the checks
+of the whole set would find before training is found when its row comes: the error then ends the run. Tokens for memory
+alone need no stream: the token cache is memory-mapped (see ``storage``).
 """
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +31,7 @@ from .example_checks import NOTHING_TO_LEARN, check_examples
 from .problems import Problems
 from .sources import Source
 from .statistics import Settings, Statistics, note_lost_kinds, note_too_long
-from .storage import Examples, ExampleWriter, repeated
+from .storage import Example, Examples, ExampleWriter, repeated
 from .template import Template
 from .token_cache import cache_key, load_set, most_bytes, remove_least_used, remove_leftovers, save_set
 
@@ -276,3 +283,36 @@ def _note_bad_source(source: Source, error: DataError, problems: Problems) -> No
 
 def _reasons(dropped: Counter[str]) -> str:
     return ", ".join(f"{count} rows {reason}" for reason, count in dropped.items() if count) or "the sources are empty"
+
+
+@dataclass(frozen=True, slots=True)
+class RowStream:
+    """Say what to read, again for every epoch; the names and meanings are those of ``examples.read_examples``."""
+
+    sources: tuple[Source, ...]
+    tokenizer: PreTrainedTokenizerFast
+    template: str | None
+    settings: Settings
+    max_bad_rows: int = 0
+
+    def __iter__(self) -> Iterator[Example]:
+        """Yield the examples of one epoch in order, rows repeated as the weights of their sources say.
+
+        Raises:
+            DataError: there are more bad rows than allowed, a row is too long, or a file cannot be read.
+        """
+        statistics = Statistics()
+        for source in self.sources:
+            share, index = Fraction(source.weight).limit_denominator(1_000_000), 0
+            for examples in make_examples(source, self.tokenizer, self.template, self.settings, statistics):
+                self._raise_if_unusable(statistics)
+                for example in examples:
+                    for _ in range(int((index + 1) * share) - int(index * share)):
+                        yield example
+                    index += 1
+        note_lost_kinds(statistics)
+        self._raise_if_unusable(statistics)
+
+    def _raise_if_unusable(self, statistics: Statistics) -> None:
+        note_too_long(statistics, self.settings.max_tokens)
+        statistics.problems.raise_if_any(self.max_bad_rows)

@@ -8,13 +8,13 @@ import logging
 from collections.abc import Sequence
 from contextlib import suppress
 
+from qlora_lite.data.batch import largest_rows
 from qlora_lite.data.example_checks import Matching
-from qlora_lite.data.examples import Dataset, read_examples
+from qlora_lite.data.examples import Dataset, RowStream, read_examples
 from qlora_lite.data.fields import columns_of
 from qlora_lite.data.held_out import hold_out
 from qlora_lite.data.problems import Problems
 from qlora_lite.data.row_formats import CHOSEN, is_preference
-from qlora_lite.data.row_stream import RowStream, largest_rows
 from qlora_lite.data.sources import Source, read_rows
 from qlora_lite.data.statistics import Settings
 from qlora_lite.data.storage import Example

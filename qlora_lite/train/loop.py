@@ -20,8 +20,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from qlora_lite.data.batch import extent_of, plan_epoch
-from qlora_lite.data.row_stream import stream_batches
+from qlora_lite.data.batch import extent_of, plan_epoch, stream_batches
 from qlora_lite.errors import ModelError, TrainingError
 from qlora_lite.memory.meter import PeakMeter
 from qlora_lite.quant.product import float32_partial_sums

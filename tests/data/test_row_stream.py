@@ -5,9 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_lite.data.batch import collate, pack_in_order, plan_epoch
-from qlora_lite.data.examples import build_examples
-from qlora_lite.data.row_stream import RowStream, largest_rows, stream_batches
+from qlora_lite.data.batch import collate, largest_rows, pack_in_order, plan_epoch, stream_batches
+from qlora_lite.data.examples import RowStream, build_examples
 from qlora_lite.data.sources import Source
 from qlora_lite.data.statistics import Settings
 from qlora_lite.data.storage import Example
