@@ -9,7 +9,7 @@ from tiny import random_factors
 from tiny_files import byte_tokenizer, save_tiny, write_recipe
 
 from qlora_lite.adapters.files import save_adapter
-from qlora_lite.data.named_templates import NAMED_TEMPLATES
+from qlora_lite.data.template import NAMED_TEMPLATES
 from qlora_lite.files import sha256
 from qlora_lite.models.cache import base_fingerprint
 from qlora_lite.models.locate import locate

@@ -1,6 +1,7 @@
 """From files to batches in which every token is accounted for.
 
-read (files to rows) -> formats (rows to conversations) -> template, render (conversations to text and answers) ->
-mask (text to tokens, and which of them to learn) -> make, examples (all of that, counted) -> check (the finished rows
-looked at once more) -> batch (rows to packs, packs to tensors) -> show (tensors back to text, for a person).
+data_files, sources (files to rows) -> row_formats (rows to conversations) -> template, render, fast_render
+(conversations to text and answers) -> tokenise, mask (text to tokens, and which of them to learn) -> encode, examples
+(all of that, counted in statistics, kept in storage and token_cache) -> example_checks (the finished rows looked at
+once more) -> batch (rows to packs, packs to tensors, and tensors back to text, for a person).
 """

@@ -265,7 +265,7 @@ def _fitted(
 def _split(conversation: Conversation, settings: Settings, statistics: Statistics) -> Iterator[Example]:
     """Yield the examples of the parts of a conversation, and count the parts that give none."""
     if settings.train_on == "last":
-        conversation, settings = only_last_answer(conversation), replace(settings, train_on="assistant")
+        conversation, settings = _only_last_answer(conversation), replace(settings, train_on="assistant")
     whole = replace(settings, train_on="all")  # any part can be measured, also one with nothing to learn
 
     def made_of(part: Conversation, settings: Settings) -> Example | None:
@@ -333,7 +333,7 @@ def parts(conversation: Conversation, length_of: Callable[[Conversation], int], 
     return found
 
 
-def only_last_answer(conversation: Conversation) -> Conversation:
+def _only_last_answer(conversation: Conversation) -> Conversation:
     """Return a conversation of which no answer but the last is learned."""
     *earlier, last = conversation.turns
     return replace(conversation, turns=(*(replace(turn, learned=False) for turn in earlier), last))

@@ -142,7 +142,7 @@ def read_json(path: Path, problems: Problems) -> Iterator[tuple[str, dict]]:
         return iter(())
     if text.lstrip().startswith("["):
         return _read_json_array(path, text, problems)
-    if fault := fault_of_one_object(text, path):
+    if fault := _fault_of_one_object(text, path):
         problems.add(f"{path}:1", fault, fatal=True)
         return iter(())
     return read_jsonl(path, problems)
@@ -191,7 +191,7 @@ def _read_json_array(path: Path, text: str, problems: Problems) -> Iterator[tupl
         problems.add(f"{path}:{line}", "something follows the end of the list; remove it")
 
 
-def fault_of_one_object(text: str, path: Path) -> str | None:
+def _fault_of_one_object(text: str, path: Path) -> str | None:
     """Return what is wrong with a .json file that is one object, and the cure; None if it is not one.
 
     Args:

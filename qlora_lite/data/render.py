@@ -23,10 +23,9 @@ from datetime import datetime
 
 from qlora_lite.errors import DataError
 
-from .named_templates import CHATML_TOOLS, NAMED_TEMPLATES
 from .probe import FAULTS, TakesTooMuchError, render_apart, render_rows_apart
 from .row_formats import Conversation, Turn, as_message
-from .template import Template
+from .template import CHATML_TOOLS, NAMED_TEMPLATES, Template
 from .tools import written_names
 
 CONTROL_TOKEN = "control token in text"

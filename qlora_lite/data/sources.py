@@ -145,7 +145,7 @@ def _read_file(path: Path, source: Source, problems: Problems) -> Iterator[tuple
         return _read_csv(path, "\t" if reader == "tsv" else ",", problems)
     if reader == "text":
         return _read_text(path, _documents_of(path, source), problems)
-    return read_columns(path, reader)
+    return _read_columns(path, reader)
 
 
 def _read_csv(path: Path, delimiter: str, problems: Problems) -> Iterator[tuple[str, dict]]:
@@ -286,7 +286,7 @@ def _has_blank_line(path: Path) -> bool:
     return False
 
 
-def read_columns(path: Path, kind: str) -> Iterator[tuple[str, dict]]:
+def _read_columns(path: Path, kind: str) -> Iterator[tuple[str, dict]]:
     """Read a Parquet or Arrow file row by row.
 
     Args:

@@ -13,9 +13,9 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.data.examples import build_examples, read_examples
-from qlora_lite.data.named_templates import NAMED_TEMPLATES
 from qlora_lite.data.sources import Source, read_rows
 from qlora_lite.data.storage import repeated
+from qlora_lite.data.template import NAMED_TEMPLATES
 from qlora_lite.errors import DataError
 
 PAIRS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(4)]

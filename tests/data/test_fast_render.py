@@ -10,10 +10,9 @@ from tiny_tokenizer import make_tokenizer
 
 from qlora_lite.data.fast_render import make_form
 from qlora_lite.data.mask import render_row
-from qlora_lite.data.named_templates import NAMED_TEMPLATES
 from qlora_lite.data.render import ROW_DAY, render
 from qlora_lite.data.row_formats import Conversation, Turn
-from qlora_lite.data.template import choose_template
+from qlora_lite.data.template import NAMED_TEMPLATES, choose_template
 from qlora_lite.errors import DataError
 
 CHATML = NAMED_TEMPLATES["chatml"]

@@ -10,12 +10,11 @@ from tiny_tokenizer import make_tokenizer
 from qlora_lite.data import probe as probing
 from qlora_lite.data import render as rendering
 from qlora_lite.data.examples import read_examples
-from qlora_lite.data.named_templates import NAMED_TEMPLATES
 from qlora_lite.data.probe import probe
 from qlora_lite.data.render import render_prompt, render_turns
 from qlora_lite.data.row_formats import Turn
 from qlora_lite.data.sources import Source
-from qlora_lite.data.template import choose_template
+from qlora_lite.data.template import NAMED_TEMPLATES, choose_template
 from qlora_lite.errors import DataError, ModelError
 
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"

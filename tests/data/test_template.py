@@ -5,10 +5,9 @@ from datetime import datetime
 import pytest
 from tiny_tokenizer import make_tokenizer
 
-from qlora_lite.data.named_templates import NAMED_TEMPLATES
 from qlora_lite.data.render import last_turn, render, render_prompt
 from qlora_lite.data.row_formats import Conversation, Turn
-from qlora_lite.data.template import Template, choose_template, portable_source
+from qlora_lite.data.template import NAMED_TEMPLATES, Template, choose_template, portable_source
 from qlora_lite.errors import DataError
 
 TURNS = (Turn("user", "one"), Turn("assistant", "two"), Turn("user", "three"), Turn("assistant", "four"))

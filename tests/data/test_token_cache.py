@@ -16,8 +16,8 @@ from tiny_tokenizer import make_tokenizer
 from qlora_lite.data import examples as examples_module
 from qlora_lite.data import token_cache
 from qlora_lite.data.examples import read_examples
-from qlora_lite.data.named_templates import NAMED_TEMPLATES
 from qlora_lite.data.sources import Source
+from qlora_lite.data.template import NAMED_TEMPLATES
 from qlora_lite.errors import DataError
 from qlora_lite.files import sha256
 

@@ -13,9 +13,9 @@ from tokenizers import normalizers
 
 from qlora_lite.data.example_checks import Matching
 from qlora_lite.data.examples import build_examples
-from qlora_lite.data.named_templates import NAMED_TEMPLATES
 from qlora_lite.data.sources import Source
 from qlora_lite.data.storage import Example
+from qlora_lite.data.template import NAMED_TEMPLATES
 from qlora_lite.errors import DoesNotFitError, ModelError
 from qlora_lite.inference.evaluate import CUT, exact_match
 from qlora_lite.inference.generate import Sampling, answer, answers, stop_ids
