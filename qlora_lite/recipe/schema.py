@@ -30,7 +30,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Say in words what a setting accepts, where its type alone would not read well."""
+    """Describe what a setting accepts, where its type alone would not read well."""
 
     text: str
 
@@ -99,23 +99,24 @@ class Model(_Section):
     quant: Literal["nf4", "fp4", "none"] = "nf4"
     """How the frozen linear layers and experts are stored: 4-bit NF4 or FP4 as in bitsandbytes, or none for 16 bit."""
     double_quant: bool = True
-    """Quantise the block scales too: 4.13 instead of 4.5 bits per weight."""
+    """Quantise the absmax values too: 4.13 bits per weight instead of 4.5."""
     quant_head: bool = False
-    """Keep a 4-bit copy of the head in place of the 16-bit one: less memory, and a model that answers a little
-    differently, before training and after (qlora-lite explain memory-options). Where the embeddings are also the head
-    their 16-bit table stays, and the copy saves memory only with memory.embeddings host."""
+    """Quantise the head to 4 bit too: less memory, and a model that answers a little differently, before training and
+    after (qlora-lite explain memory-options). With tied embeddings their 16-bit table stays, and this saves memory only
+    with memory.embeddings host."""
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Type of activations and matrix products; auto is bfloat16 on devices fast at it, float16 on cards of compute
-    capability 7.0 to 7.5, else float32, as there for models whose numbers exceed float16 (Gemma 2 to 4, gpt-oss and
-    others). In float16 the loss is scaled, so that small gradients are not lost."""
+    """Type of activations and matrix products. auto is bfloat16 on devices that are fast at it, float16 on GPUs of
+    compute capability 7.0 to 7.5, else float32, which those GPUs also use for models whose activations exceed float16
+    (Gemma 2 to 4, gpt-oss and others). With float16 the loss is scaled, so that small gradients do not underflow."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes a CUDA GPU if there is one, and stops where torch cannot use it; cpu means the CPU."""
+    """Where to train. auto takes a CUDA GPU if there is one, and is an error if torch cannot use it; cpu always means
+    the CPU."""
     revision: Text | None = None
     """Branch, tag or commit of a hub model; null is the main branch."""
 
 
 class Target(_Section):
-    """Linear layers that get LoRA factors; a bare name is short for {pattern: NAME}."""
+    """Linear layers that get LoRA weights; a bare name is short for {pattern: NAME}."""
 
     pattern: Text
     """Layer name (q_proj), glob over the whole path (model.layers.*.mlp.*), or all-linear."""
@@ -126,29 +127,30 @@ class Target(_Section):
 
 
 class Lora(_Section):
-    """The trainable low-rank factors."""
+    """The LoRA weights: the only weights that are trained."""
 
     rank: PositiveInt = 16
-    """Width of the two factors of each layer."""
+    """Rank of the LoRA matrices."""
     alpha: PositiveFloat = 32.0
     """Scale of the update: alpha / rank, or alpha / sqrt(rank) with lora.rslora."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of a layer's inputs that are zeroed on the way into the factors."""
+    """Dropout probability at the input of the LoRA weights."""
     targets: Annotated[
         tuple[Target, ...],
         Field(strict=False, min_length=1),
         _one_or_many("pattern"),
         Rule("all-linear, or a list of names, glob patterns and {pattern, rank, alpha}"),
     ] = (Target(pattern=ALL_LINEAR),)
-    """Which linear layers get factors; all-linear is every one inside the blocks. Where several match, the
-    last one wins."""
+    """Which linear layers get LoRA weights; all-linear is every one inside the blocks. Where several patterns match,
+    the last one wins."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank), which keeps high ranks from learning too slowly."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of the factors and their gradients."""
+    """Type of the LoRA weights and their gradients."""
     init_from: Text | None = None
-    """Adapter whose factors training begins with: a run folder, or a folder in the PEFT format, with the layers, ranks
-    and alphas of this section; they are rounded to lora.dtype. null begins with new ones, which change nothing."""
+    """Adapter to start from: a run folder, or a folder in the PEFT format, with the layers, ranks and alphas of this
+    section; its weights are rounded to lora.dtype. null starts with new LoRA weights, which leave the model's outputs
+    as they are."""
 
     @field_serializer("targets")
     def _short_targets(self, targets: tuple[Target, ...]) -> object:
@@ -159,27 +161,28 @@ class Lora(_Section):
 
 
 class Source(_Section):
-    """One place that rows come from; a bare path is short for {path: PATH}."""
+    """A source of rows; a bare path is short for {path: PATH}."""
 
     path: Text
     """A data file (JSON, JSONL, CSV, TSV, Parquet, Arrow, text; text kinds also as .gz or .zst), a folder or glob
-    pattern with files of one kind, a split's folder as save_to_disk of datasets writes it, or a hub data set,
-    hub:OWNER/NAME, hub:OWNER/NAME/CONFIG or either with :SPLIT. Of a folder, .md files are read where it has no others,
-    and never a .md, .txt or .text file whose name begins with the word readme, license, licence, changelog or
-    contributing. Commas part the columns of a .csv file, unless its first line names another sign, as in sep=;"""
+    pattern with files of one kind, the folder of one split as save_to_disk of datasets writes it, or a hub data set,
+    hub:OWNER/NAME, hub:OWNER/NAME/CONFIG or either with :SPLIT. In a folder, .md files are read only if there are no
+    others, and .md, .txt or .text files whose names begin with the word readme, license, licence, changelog or
+    contributing never are. The separator of a .csv file is a comma, unless its first line names another one, as in
+    sep=;"""
     format: Literal["messages", "sharegpt", "alpaca", "prompt-completion", "chosen", "text", "table"] | None = None
-    """Shape of the rows; null recognises it from the first row. A table is any columns, with prompt and
-    completion; chosen learns the chosen answers of preference rows as if they were the only ones; text is also the
-    format of a plain-text file whose name does not say so."""
+    """Format of the rows; null recognises it from the first row. A table has any columns, with prompt and completion;
+    chosen trains on the chosen answers of preference rows alone; text is also the format of a plain-text file whose
+    name does not say so."""
     weight: PositiveFloat = 1.0
     """How often each row is used per epoch: 2 is twice, 0.5 every second row."""
     prompt: Text | None = None
-    """Template of the prompt over a row's columns, such as "{question}"; goes with completion."""
+    """Template of the prompt, filled in from a row's columns, such as "{question}"; needs completion."""
     completion: Text | None = None
-    """Template of the answer over a row's columns, such as "{answer}"; goes with prompt."""
+    """Template of the answer, filled in from a row's columns, such as "{answer}"; needs prompt."""
     documents: Literal["lines", "blank-lines", "file"] | None = None
-    """What a document of a text file (.txt, .text, .md) is: a line, what stands between blank lines, or the whole file.
-    null is blank-lines for a file with one between its lines, else lines."""
+    """What counts as a document in a text file (.txt, .text, .md): a line, the text between blank lines, or the whole
+    file. null is blank-lines for a file with a blank line between its lines, else lines."""
 
 
 _Sources = Annotated[
@@ -191,43 +194,44 @@ _Sources = Annotated[
 
 
 class Data(_Section):
-    """The rows to learn from and how they become tokens."""
+    """The training and evaluation data, and how it becomes tokens."""
 
     train: _Sources
-    """Training rows."""
+    """Training data."""
     eval: _Sources | None = None
-    """Evaluation rows; null evaluates nothing, or what data.eval_share holds out."""
+    """Evaluation data; null evaluates nothing, or what data.eval_share holds out."""
     eval_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the training rows that is held out as evaluation rows, where data.eval names none. They are chosen
-    by their places in the files, whatever train.seed is; rows that are alike stay together, and so do those with the
-    same prompt, unless it has more rows than a quarter of what is held out. A template that writes other prompts may
-    hold other rows out."""
+    """Share of the training examples held out for evaluation, if data.eval names no data. Which ones depends on their
+    positions in the files, not on train.seed. Examples with the same tokens stay together, and so do those with the
+    same prompt, unless that prompt has more examples than a quarter of what is held out. A chat template that renders
+    prompts differently may hold out other examples."""
     template: Text | None = None
-    """Chat template: a name or a .jinja file; null is the model's own. For a base model plain writes prompt, line end
-    and answer, joined nothing between the two; chatml-tools writes tools, calls and results. Where one writes today's
-    date, rows have 26 July 2024, so that they are the same every day; prompts to answer have the real one."""
+    """Chat template: a name or a .jinja file; null is the model's own. For a base model, plain writes prompt, line
+    break and answer, and joined writes them with nothing in between; chatml-tools writes tools, tool calls and results.
+    Where a template writes today's date, examples get 26 July 2024, so that they are the same every day; prompts at
+    inference get the real date."""
     train_on: Literal["assistant", "completion", "all", "last"] = "assistant"
-    """Which tokens are learned: every assistant message, the completion, all tokens, or the last answer."""
+    """Target tokens: every assistant message, the completion, all tokens, or the last answer."""
     train_on_end: bool = True
-    """Learn the token that ends an answer; false teaches the model never to stop by itself."""
+    """Train on the token that ends an answer too; with false the model does not learn to stop."""
     max_bad_rows: Count = 0
-    """Malformed rows that may be left out, with a count by reason; with more of them nothing is trained. Nor is it
-    where none is left of a file or of a kind of row (with tools, tool calls, a system turn, several user turns), here
-    or by data.overflow, while other rows are."""
+    """Malformed rows that may be left out, counted by reason; more of them are an error. So is leaving out every row of
+    a file or of a kind (with tools, tool calls, a system turn, several user turns), here or by data.overflow, while
+    other rows remain."""
     max_tokens: Annotated[int, Field(ge=8)] = 1024
-    """Longest row, and the length of a pack, in tokens."""
+    """Maximum length of an example, and the length of a packed sequence, in tokens."""
     overflow: Literal["error", "drop", "truncate", "split"] = "error"
-    """What happens to a row longer than data.max_tokens; dropped and cut rows are counted and reported. split cuts a
-    document into windows, and a conversation between exchanges, each part with the system turn."""
+    """What happens to an example longer than data.max_tokens; dropped and truncated ones are counted and reported.
+    split cuts a document into windows, and a conversation between exchanges, each part with the system turn."""
     packing: bool = True
-    """Put several rows into one sequence; they do not see each other."""
+    """Pack several examples into one sequence; they do not attend to each other."""
     order: Literal["shuffle", "as-is", "longest-first", "by-length"] = "shuffle"
-    """Order of the rows in an epoch; shuffle depends on train.seed and the epoch only. longest-first shows at once what
-    does not fit; by-length puts rows of like length together and shuffles the steps."""
+    """Order of the examples in an epoch; shuffle depends on train.seed and the epoch only. longest-first shows at once
+    what does not fit; by-length groups examples of similar length and shuffles the steps."""
     streaming: bool = False
-    """Make tokens while training, and keep none: for sources too large for a first pass. Hub data sets are then not
-    downloaded but read over the network, once more for each epoch. Needs data.order as-is and train.max_steps; only the
-    first 1,000 rows of each source are checked before, a bad row after them ends the run."""
+    """Tokenise while training and store nothing: for sources too large for a first pass. Hub data sets are then read
+    over the network instead of downloaded, once more for each epoch. Needs data.order as-is and train.max_steps; only
+    the first 1,000 rows of each source are checked beforehand, and a bad row after them ends the run."""
 
     @property
     def has_eval(self) -> bool:
@@ -241,78 +245,78 @@ _Tracker = Literal[
 
 
 class Train(_Section):
-    """The training steps."""
+    """How training runs: steps, optimizer, evaluation and checkpoints."""
 
     max_steps: PositiveInt | None = None
     """Stop after this many optimizer steps; null trains for train.epochs."""
     epochs: PositiveFloat = 1.0
-    """Passes over the training rows; not used where train.max_steps is given."""
+    """Passes over the training data; ignored if train.max_steps is given."""
     learning_rate: PositiveFloat = 2e-4
-    """Highest learning rate, reached after the warm-up."""
+    """Peak learning rate, reached after the warm-up."""
     micro_batch_size: PositiveInt = 1
-    """Packs (rows without data.packing) in one forward and backward pass."""
+    """Packed sequences (examples, without data.packing) per forward and backward pass."""
     gradient_accumulation_steps: PositiveInt = 1
-    """Micro-batches per optimizer step; each learned token counts the same."""
+    """Micro-batches per optimizer step; every target token has the same weight."""
     optimizer: Literal[
         "adamw_8bit", "adamw_32bit", "paged_adamw_8bit", "paged_adamw_32bit",
         "lion_8bit", "paged_lion_8bit", "lion_32bit", "adamw_torch",
     ] = "adamw_8bit"  # fmt: skip
-    """Optimizer; the paged ones can move their state to host memory when the GPU is full, which no plan counts on, and
-    are as the others where its driver cannot do that (WSL, or a share of a card)."""
+    """Optimizer. The paged ones can move their state to host memory when the GPU is full, which no plan counts on; they
+    are ordinary ones where the GPU's driver cannot do that (WSL, or a slice of a GPU)."""
     stochastic_rounding: bool = True
-    """Round updated bfloat16 factors up or down by chance, so that updates too small for the type count on average;
-    false rounds to the nearest. Nothing changes with lora.dtype float32."""
+    """Round updated bfloat16 LoRA weights stochastically, so that updates too small for the type count on average;
+    false rounds to nearest. No effect with lora.dtype float32."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
-    """Learning rate after the warm-up: kept, or lowered to zero along a line or a half cosine."""
+    """Learning rate after the warm-up: constant, or decayed to zero linearly or along a half cosine."""
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
-    """Share of the steps in which the learning rate rises from zero."""
+    """Share of the steps over which the learning rate rises from zero."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients with a larger norm are scaled down to it; 0 turns clipping off."""
     weight_decay: NonNegativeFloat = 0.0
-    """Share of a weight removed per step, times the learning rate."""
+    """Share of each weight removed per step, times the learning rate."""
     compile: bool = False
     """Run the blocks through torch.compile: faster steps after a minute or so of compilation, with results that differ
-    by rounding. Goes without dropout (lora.dropout or the model's own) and memory.checkpointing selective, and with
-    memory.tile_tokens off, memory.resident_blocks all and memory.checkpoint_every 1, which auto then is; not for models
-    whose rows run one by one or whose experts are in 4 bit; a CPU needs a C++ compiler."""
+    by rounding. Not with dropout (lora.dropout or the model's own) or memory.checkpointing selective; needs
+    memory.tile_tokens off, memory.resident_blocks all and memory.checkpoint_every 1, which auto then is. Not for models
+    whose sequences run one by one or whose experts are in 4 bit; a CPU needs a C++ compiler."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
-    """Seed of the factors, the order of rows and dropout."""
+    """Seed of the LoRA weights, the order of examples and dropout."""
     deterministic: bool = False
-    """On a card, use only operations that give the same bits each time, so that a resumed run equals an uninterrupted
-    one bit for bit; slower. On a CPU it does so anyway."""
+    """On a GPU, use only operations that give the same bits each time, so that a resumed run equals an uninterrupted
+    one bit for bit; slower. On a CPU this always holds."""
     eval_every_steps: Count = 0
-    """Steps between evaluations; 0 evaluates only before and after."""
+    """Steps between evaluations; 0 evaluates only before and after training."""
     early_stopping_patience: Count = 0
-    """Evaluations in a row without a better loss after which training ends; 0 never ends it early. The one before
+    """End training after this many evaluations in a row without a better loss; 0 never does. The evaluation before
     training does not count."""
     save_every_steps: Count = 0
-    """Steps between checkpoints, from which train --resume goes on; 0 leaves it to train.save_every_minutes."""
+    """Steps between checkpoints, from which train --resume continues; 0 leaves it to train.save_every_minutes."""
     save_every_minutes: NonNegativeFloat = 10.0
-    """Minutes between checkpoints; 0 turns it off. One is always written when a run is stopped and after its last
+    """Minutes between checkpoints; 0 turns these off. One is always written when a run is stopped and after its last
     step."""
     keep_checkpoints: PositiveInt = 2
-    """Newest checkpoints that are kept; each also holds the factors that were best so far."""
+    """How many of the newest checkpoints are kept; each also holds the best LoRA weights so far."""
     max_hours: PositiveFloat | None = None
-    """Hours after which training saves a checkpoint and stops, to go on with train --resume; null has no limit."""
+    """Hours after which training saves a checkpoint and stops; train --resume continues it. null is no limit."""
     on_not_finite: Literal["stop", "skip"] = "stop"
-    """What a loss or gradient that is not finite does: end the run, or leave the weights as they are for this step."""
+    """What to do when a loss or gradient is not finite: end the run, or skip the update of that step."""
     max_skipped_steps: PositiveInt = 10
     """Steps that may be skipped with train.on_not_finite skip; one more ends the run."""
     exact_match_rows: Count = 0
-    """Evaluation rows answered by greedy generation before and after, to count exact matches."""
+    """Evaluation examples answered by greedy decoding before and after training, to count exact matches."""
     exact_match_pattern: _Pattern | None = None
-    """Regular expression that finds what is compared in the reference and in the answer: its first match, of which the
-    first group if it has groups. For GSM8K "#### (-?[0-9.,]+)". An answer in which it finds nothing is no match. null
-    compares the whole text. White space at the ends never counts."""
+    """Regular expression that extracts what is compared from the reference and from the answer: its first match, or the
+    first group of that if it has groups. For GSM8K "#### (-?[0-9.,]+)". An answer without a match counts as wrong. null
+    compares the whole text. Leading and trailing white space never counts."""
     exact_match_ignore: _Pattern | None = None
-    """Regular expression of what is removed from both before they are compared, such as "[,$]|[.]$"."""
+    """Regular expression for what is removed from both before they are compared, such as "[,$]|[.]$"."""
     exact_match_ignore_case: bool = False
-    """Compare without regard to upper and lower case."""
+    """Compare without regard to case."""
     exact_match_new_tokens: Annotated[
         PositiveInt | Literal["auto"], Rule("a whole number of at least 1, or auto")
     ] = "auto"  # fmt: skip
-    """Most tokens of an answer; auto is 8 more than the longest reference among the rows has. Chains of thought may
-    need more."""
+    """Maximum length of an answer in tokens; auto is 8 more than the longest reference. Chains of thought may need
+    more."""
     trackers: Annotated[
         tuple[_Tracker, ...], Field(strict=False), BeforeValidator(_one_name_or_many),
         Rule(f"one or a list of {', '.join(get_args(_Tracker))}"),
@@ -321,78 +325,79 @@ class Train(_Section):
 
 
 class Memory(_Section):
-    """How memory is traded for time in training; of a model in use, budget, tile_tokens and loss_chunk_tokens count."""
+    """How memory is traded for time in training. At inference budget, tile_tokens and loss_chunk_tokens count."""
 
     budget: Annotated[str, AfterValidator(_size_or_auto), Rule("auto, or a size with its unit, such as 8GiB")] = "auto"
-    """Most memory the run may use; auto is what the device has free. The fastest plan that fits is chosen for the
-    settings below that are auto, then proved by one measured step before the first. A plan that takes more is
-    replaced; what does not fit ends there."""
+    """Maximum memory of the run; auto is what is free on the device. For the settings below that are auto, the fastest
+    plan that fits is chosen, and then checked by one measured step before training starts. A plan that takes more is
+    replaced; if none fits, the run ends there."""
     host_budget: Annotated[str, AfterValidator(_size_or_auto), Rule("auto, or a size with its unit, such as 24GiB")] = (
         "auto"
     )
-    """Most host memory that training may use beside a card; auto is what the host has free, and no limit where a plan
-    is for another machine's card. (A model's first loading takes its own share before: all of its weights in 4 bit,
-    unless they are streamed from the disk; those of a GGUF file in 16 bit.) On a CPU memory.budget is all there is."""
+    """Maximum host memory of training on a GPU; auto is what is free on the host, and no limit in a plan for another
+    machine's GPU. (Loading a model for the first time needs its own share beforehand: all of its weights in 4 bit,
+    unless they are streamed from disk; in 16 bit for a GGUF file.) On a CPU memory.budget is the only limit."""
     checkpointing: Literal["auto", "block", "selective", "none"] = "auto"
-    """block keeps each block's input and computes the rest again in backward; selective keeps attention's results too,
-    where a fused kernel gives them (on a CPU block keeps them anyway, and the two are the same); none keeps
-    everything."""
+    """Activation checkpointing. block keeps each block's input and recomputes the rest in backward; selective also
+    keeps the outputs of attention, where a fused kernel gives them (on a CPU block keeps them anyway, and the two are
+    the same); none keeps all activations."""
     kept_blocks: Annotated[Count | Literal["auto"], Rule("a whole number of at least 0, or auto")] = "auto"
-    """Of the last blocks, how many keep everything although checkpointing is block or selective; auto is as many as
-    fit."""
+    """How many of the last layers keep all their activations although checkpointing is block or selective; auto is as
+    many as fit."""
     checkpoint_every: Annotated[PositiveInt | Literal["auto"], Rule("a whole number of at least 1, or auto")] = "auto"
-    """Of so many blocks in a row only the first keeps its input, and backward computes them all again at once; for
-    memory.checkpointing block or selective, and weights that are not streamed. auto is 1 unless nothing else fits."""
+    """Layers per checkpoint: of each group of so many layers only the first keeps its input, and backward recomputes
+    the group at once. For memory.checkpointing block or selective, and weights that are not streamed. auto is 1 unless
+    nothing else fits."""
     loss_chunk_tokens: Annotated[PositiveInt | Literal["auto"], Rule("a whole number of at least 1, or auto")] = "auto"
-    """Learned tokens whose logits exist at one time."""
+    """Target tokens whose logits exist at one time."""
     fused_loss: Literal["auto", "off"] = "auto"
-    """Liger's or cut-cross-entropy's loss in place of the chunked one, on a card and in training only. auto tries those
-    that are installed on the run's own rows and head before the first step, and takes one that is faster, holds no more
-    memory and is about as exact; none with train.deterministic. Results differ by rounding."""
+    """Liger's or cut-cross-entropy's loss in place of the chunked one, on a GPU and in training only. auto tries those
+    that are installed on the run's own examples and head before the first step, and takes one that is faster, needs no
+    more memory and is about as accurate; none with train.deterministic. Results differ by rounding."""
     kernels: Literal["auto", "plain"] = "auto"
-    """auto takes fused kernels of a card, torch's for RMS norms, for attention over packed sequences and for capped
+    """auto takes fused GPU kernels where a trial on the run's own shapes before the first step finds them faster than
+    plain operators and about as accurate: torch's for RMS norms, for attention over packed sequences and for capped
     scores and sinks (flex attention, compiled by Triton), Liger's where it is installed for gated MLPs (SwiGLU), and
-    our own for experts in 4 bit, where a trial on the run's own shapes before the first step finds them faster and
-    about as exact as plain operators; none with train.deterministic. plain always takes plain ones. Results differ by
-    rounding. Nothing changes on a CPU and with train.compile."""
+    our own for experts in 4 bit; none with train.deterministic. plain always takes plain operators. Results differ by
+    rounding. No effect on a CPU or with train.compile."""
     tile_tokens: Annotated[PositiveInt | Literal["auto", "off"], Rule("a whole number of at least 1, auto or off")] = (
         "auto"
     )
-    """Tokens that go through an MLP or a norm at one time; what they compute on the way is computed again in
-    backward, tile by tile."""
+    """Tokens that go through an MLP or a norm at a time; their intermediate results are recomputed in backward, tile by
+    tile."""
     embeddings: Literal["auto", "device", "host"] = "auto"
-    """Where the table of embeddings lies; of one in host memory only the rows of the batch travel. Where the embeddings
-    are also the head, both are set to the same."""
+    """Where the embedding table is; from host memory only the rows of the batch are copied. With tied embeddings
+    memory.head is the same."""
     head: Literal["auto", "device", "host"] = "auto"
-    """Where a 16-bit head's weight lies; of one in host memory a few thousand words travel at a time, in training for
-    each memory.loss_chunk_tokens once, in exact matches for each token that is generated."""
+    """Where the weight of a 16-bit head is; from host memory it is copied in slices of a few thousand tokens of the
+    vocabulary, in training once per memory.loss_chunk_tokens, in exact match once per generated token."""
     offload_checkpoints: bool | Literal["auto"] = "auto"
-    """Keep the blocks' inputs, and the attention results that are kept, in host memory until backward; they travel
-    beside the computation."""
+    """Keep the blocks' inputs, and the outputs of attention that are kept, in host memory until backward; the copies
+    overlap with computation."""
     offload_folder: Text | None = None
-    """Folder on a fast disk for what memory.offload_checkpoints moves, in files without a name and not in host memory.
-    The device waits during each copy; estimates of time do not count the disk, so auto takes it only where nothing else
-    fits. A folder that is kept in memory, as /tmp often is, spares nothing."""
+    """Folder on a fast disk for what memory.offload_checkpoints moves: unnamed files there take the place of host
+    memory. The device waits during each copy; estimates of time do not count the disk, so auto takes it only where
+    nothing else fits. A folder that is itself in memory, as /tmp often is, saves nothing."""
     resident_blocks: Annotated[Count | Literal["auto", "all"], Rule("a whole number of at least 0, auto or all")] = (
         "auto"
     )
-    """How many of the last blocks keep their frozen weights on the device; the others' lie in host memory and
-    come, one block ahead, in forward and in backward. Results are the same to the bit."""
+    """How many of the last layers keep their frozen weights on the device; those of the others are in host memory and
+    are copied, one layer ahead, in forward and in backward. Results are the same to the bit."""
     stream_from: Literal["auto", "host", "disk"] = "auto"
-    """Where streamed weights in 4 bit wait: host is pinned memory for all of them; disk leaves them in the file of the
-    prepared model (of a 4-bit checkpoint, in its own), of which host memory holds two blocks, and more where the system
-    has room for it. auto is disk only where the host has room for no other plan; estimates of time assume a disk that
-    gives 2 GB/s. A file that cannot be read any more ends the process."""
+    """Where streamed 4-bit weights wait. host is pinned memory for all of them; disk leaves them in the file of the
+    prepared model (of a 4-bit checkpoint, in its own), of which host memory holds two layers, and more where the system
+    has room. auto is disk only if host memory has room for no other plan; estimates of time assume a disk that reads 2
+    GB/s. If the file can no longer be read, the process ends."""
     optimizer_in_backward: bool = False
-    """Update each factor as soon as its gradient is there, so that the gradients of all never lie in memory at one
-    time. Clipping, several micro-batches a step and leaving steps out need all of them first: with
-    train.max_grad_norm 0, train.gradient_accumulation_steps 1 and train.on_not_finite stop only; never in float16."""
+    """Update each LoRA weight as soon as its gradient is computed, so that all gradients never exist at one time.
+    Clipping, gradient accumulation and skipped steps need all of them first: only with train.max_grad_norm 0,
+    train.gradient_accumulation_steps 1 and train.on_not_finite stop, and never in float16."""
     reuse_dequantized: bool | Literal["auto"] = "auto"
-    """Unpack the 4-bit weights of a block once for its second run and its backward, and those of an MLP once for all
-    tiles: less work, for as long a block's weights in 16 bit."""
+    """Dequantise the 4-bit weights of a block once for its recomputation and its backward, and those of an MLP once for
+    all tiles: less work, at the cost of a block's weights in 16 bit meanwhile."""
     micro_batches: Literal["auto", "as-given"] = "auto"
-    """auto may cut a step's packs into other micro-batches than train.micro_batch_size says; the packs of a step, and
-    what each token counts, stay the same."""
+    """auto may divide the sequences of a step into other micro-batches than train.micro_batch_size says; the sequences
+    of a step, and the weight of each token, stay the same."""
 
     @property
     def budget_bytes(self) -> int | None:
@@ -409,7 +414,7 @@ class Output(_Section):
     """Where the results go."""
 
     dir: Text | None = None
-    """The run folder, exactly; null makes runs/NAME-TIMESTAMP."""
+    """Path of the run folder; null makes runs/NAME-TIMESTAMP."""
     name: (
         Annotated[
             str,

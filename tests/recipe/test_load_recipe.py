@@ -110,7 +110,7 @@ def test_what_is_required_is_said_with_its_meaning(problems):
     assert problems("lora: {rank: 3}\n", check_files=False) == [
         "r.yaml: model.path is missing; write it: base model: a hub id (owner/name), a local folder with "
         "safetensors, a .gguf file, or package:NAME/FILE for a file inside an installed Python package",
-        "r.yaml: data.train is missing; write it: training rows",
+        "r.yaml: data.train is missing; write it: training data",
     ]
 
 
