@@ -44,9 +44,9 @@ def says(call, text):
 
 
 @pytest.mark.parametrize(("arguments", "text"), [
-    (({"model": {}},), "its path is wanted, not dict"), ((None,), "its path is wanted, not NoneType"),
+    (({"model": {}},), "path of a YAML file, not as dict"), ((None,), "path of a YAML file, not as NoneType"),
     (("recipe.yaml", "lora.rank=8"), r'such as \["lora\.rank=32"\], not \'lora\.rank=8\''),
-    (("recipe.yaml", [8]), r"overrides must be a list of texts"), (("nowhere.yaml",), "no such file"),
+    (("recipe.yaml", [8]), r"overrides must be a list of strings"), (("nowhere.yaml",), "no such file"),
 ])  # fmt: skip
 def test_a_recipe_s_path_and_overrides(arguments, text):
     says(lambda: q.load_recipe(*arguments), text)

@@ -61,7 +61,7 @@ def copy_recipe(name: str, destination: str | Path | None = None) -> Path:
     if os.path.lexists(target):
         taken = [target, *(path for path in taken if path != target)]
     if taken:
-        raise OutputError(f"{taken[0]} is there already; remove it, or copy to another folder")
+        raise OutputError(f"{taken[0]} exists already; remove it, or copy to another folder")
     for original, path in copies.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ def without_evaluation(value: _Value) -> _Found:
             if isinstance(given, int) and given > 0:
                 yield (
                     ("train", name),
-                    f"train.{name} = {given}: needs evaluation rows; write data.eval or data.eval_share, or 0 here",
+                    f"train.{name} = {given}: needs evaluation data; write data.eval or data.eval_share, or 0 here",
                 )
 
 
@@ -53,7 +53,7 @@ def table_columns(source: dict) -> str | None:
 def _patience(value: _Value) -> _Found:
     patience = value("train", "early_stopping_patience")
     if isinstance(patience, int) and patience > 0 and not value("train", "eval_every_steps"):
-        message = f"train.early_stopping_patience = {patience}: needs evaluations on the way; write "
+        message = f"train.early_stopping_patience = {patience}: needs evaluations during training; write "
         yield ("train", "early_stopping_patience"), f"{message}train.eval_every_steps, or 0 here"
 
 
@@ -67,7 +67,7 @@ def _held_out(value: _Value) -> _Found:
             f"data.eval_share = {written(share)}: data.eval names the rows; remove one of the two",
         )
     if value("data", "streaming") is True:
-        message = f"data.eval_share = {written(share)}: nothing can be held out of a stream"
+        message = f"data.eval_share = {written(share)}: nothing can be held out from a stream"
         yield ("data", "eval_share"), f"{message}; name evaluation rows in data.eval"
 
 
@@ -79,7 +79,7 @@ def _streaming(value: _Value) -> _Found:
         "train.max_steps": value("train", "max_steps") is not None,
     }
     if missing := " and ".join(setting for setting, is_there in needs.items() if not is_there):
-        yield ("data", "streaming"), f"data.streaming = true: has no order or end of its own; write {missing}"
+        yield ("data", "streaming"), f"data.streaming = true: a stream has no order or end of its own; write {missing}"
 
 
 def _update_in_backward(value: _Value) -> _Found:
@@ -102,7 +102,7 @@ def _compile(value: _Value) -> _Found:
         needs["memory", "checkpointing"] = "block"
     for location, only in needs.items():
         if (given := value(*location)) not in (None, "auto", only):
-            message = f"{'.'.join(location)} = {written(given)}: does not go with train.compile; write "
+            message = f"{'.'.join(location)} = {written(given)}: not possible with train.compile; write "
             yield location, f"{message}{written(only)} here, or train.compile: false"
 
 
@@ -110,7 +110,7 @@ def _head(value: _Value) -> _Found:
     if value("memory", "head") == "host" and value("model", "quant_head") is True:
         yield (
             ("memory", "head"),
-            "memory.head = host: is for a 16-bit head; write model.quant_head: false, or device here",
+            "memory.head = host: only for a 16-bit head; write model.quant_head: false, or device here",
         )
 
 
@@ -120,14 +120,14 @@ def _all_kept(value: _Value) -> _Found:
     given = {name: value("memory", name) for name in Memory.model_fields}
     unpacked_once = given["reuse_dequantized"] is True and given["tile_tokens"] == "off"
     for name, is_lost, why in (
-        ("kept_blocks", given["kept_blocks"] not in (None, "auto", 0), "all are kept"),
-        ("checkpoint_every", given["checkpoint_every"] not in (None, "auto", 1), "no block is computed again"),
+        ("kept_blocks", given["kept_blocks"] not in (None, "auto", 0), "no layer is checkpointed"),
+        ("checkpoint_every", given["checkpoint_every"] not in (None, "auto", 1), "no block is recomputed"),
         ("offload_checkpoints", given["offload_checkpoints"] is True, "no block inputs wait for backward"),
-        ("reuse_dequantized", unpacked_once, "nothing is unpacked again but in tiles"),
+        ("reuse_dequantized", unpacked_once, "only tiles dequantise weights again"),
         ("resident_blocks", given["resident_blocks"] not in (None, "auto", "all"), "blocks cannot be streamed"),
     ):
         if is_lost:
-            message = f"memory.{name} = {written(given[name])}: with memory.checkpointing none {why}"
+            message = f"memory.{name} = {written(given[name])}: with memory.checkpointing none, {why}"
             yield ("memory", name), f"{message}; remove one of the two"
 
 
@@ -135,14 +135,14 @@ def _kept_and_streamed(value: _Value) -> _Found:
     kept, resident = value("memory", "kept_blocks"), value("memory", "resident_blocks")
     both_given = type(kept) is type(resident) is int and value("memory", "checkpointing") != "none"
     if both_given and 0 <= resident < kept:
-        message = f"memory.kept_blocks = {kept}: blocks whose weights are streamed cannot keep their activations"
+        message = f"memory.kept_blocks = {kept}: layers whose weights are streamed cannot keep their activations"
         yield ("memory", "kept_blocks"), f"{message}; write at most {resident} here, or raise memory.resident_blocks"
 
 
 def _stretches(value: _Value) -> _Found:
     every, resident = value("memory", "checkpoint_every"), value("memory", "resident_blocks")
     if every not in (None, "auto", 1) and resident not in (None, "auto", "all"):
-        message = f"memory.checkpoint_every = {written(every)}: is for weights that are not streamed"
+        message = f"memory.checkpoint_every = {written(every)}: only for weights that are not streamed"
         yield ("memory", "checkpoint_every"), f"{message}; write 1 here, or memory.resident_blocks: all"
 
 
@@ -152,7 +152,7 @@ def _folder(value: _Value) -> _Found:
         return
     for name, without in unused.items():
         if (given := value("memory", name)) == without:
-            message = f"memory.{name} = {written(given)}: leaves nothing for memory.offload_folder"
+            message = f"memory.{name} = {written(given)}: leaves nothing to offload to memory.offload_folder"
             yield ("memory", name), f"{message}; remove one of the two"
 
 

@@ -29,9 +29,9 @@ from .strict_yaml import dump, parse, plain, shown
 
 MAX_LINES = 50  # of notes of a kind in the recipe's comments, for a recipe has to stay small
 _TITLES: dict[Kind, str] = {
-    "lost": "NOT CONVERTED, though what is learned depends on it",
-    "changed": "Converted, with another meaning here",
-    "unused": "Left out; nothing is lost",
+    "lost": "NOT CONVERTED, although training depends on it",
+    "changed": "Converted, with a different meaning here",
+    "unused": "Left out; not needed",
 }
 _TRANSFORMERS = {
     "train.epochs": 3.0, "train.lr_scheduler": "linear", "train.warmup_ratio": 0.0, "train.optimizer": "adamw_torch",
@@ -118,9 +118,7 @@ def _finish(draft: Draft) -> set[str]:
     """Convert what depends on several settings, and write down what the file leaves to its trainer; return the keys."""
     whole = Setting(str(draft.path), "", str(draft.path))
     if draft.trainer == "axolotl" and not ("adapter" in draft.given and draft.given["adapter"].value):
-        raise RecipeError(
-            Problem("no adapter: all weights are trained; LoRA weights are what is trained here", whole.where)
-        )
+        raise RecipeError(Problem("no adapter: all weights are trained; here only LoRA weights are", whole.where))
     warmup(draft)
     defaults = dict(_THEIR_DEFAULTS[draft.trainer])
     if "train.max_steps" in draft.values:
@@ -134,7 +132,9 @@ def _finish(draft: Draft) -> set[str]:
         text = "Alpaca's prompts and others are mixed; here all data have one data.template"
         draft.notes.append(Note("lost", whole.where, text, "data.template"))
     elif draft.trainer in _SCRIPTS and len(draft.values.get("data.train", [])) > 1:
-        draft.notes.append(Note("lost", whole.where, "which of its data sets are trained on is code", "data.train"))
+        draft.notes.append(
+            Note("lost", whole.where, "which of its data sets are trained on is decided by code", "data.train")
+        )
     assumed = {key for key in defaults if not draft.is_settled(key)}
     draft.values |= {key: defaults[key] for key in assumed}
     needed = _REQUIRED + (_BY_VERSION if draft.trainer in _SCRIPTS else ())
@@ -193,13 +193,13 @@ def _missing(values: dict[str, dict[str, object]]) -> list[str]:
 
 def _ways(lost: Sequence[Note], missing: Sequence[str]) -> str:
     keys = list(dict.fromkeys(note.key for note in lost if note.key))
-    ways = [f"give {' '.join(f'{key}=...' for key in keys)} behind the file"] if keys else []
-    ways += [] if missing else ["take what is left, with --partial"]
-    return f"what is learned depends on {len(lost)} settings that were not converted; {', or '.join(ways)}"
+    ways = [f"give {' '.join(f'{key}=...' for key in keys)} after the file"] if keys else []
+    ways += [] if missing else ["leave them out, with --partial"]
+    return f"training depends on {len(lost)} settings that were not converted; {', or '.join(ways)}"
 
 
 def _header(draft: Draft, notes: Sequence[Note]) -> str:
-    lines = [f"Made of {shown(draft.path.name)} ({draft.trainer}) by `qlora-lite recipes convert`."]
+    lines = [f"Converted from {shown(draft.path.name)} ({draft.trainer}) by `qlora-lite recipes convert`."]
     for kind, title in _TITLES.items():
         if of_kind := [str(note) for note in notes if note.kind == kind]:
             more = [f"and {len(of_kind) - MAX_LINES} more"] if len(of_kind) > MAX_LINES else []

@@ -101,7 +101,7 @@ def read_settings(path: Path) -> tuple[str, list[Setting]]:
     trainer = trainer_of(document.root) if document.root is not None else None
     if trainer is None:
         known = "axolotl, LLaMA-Factory, torchtune, trl or unsloth"
-        raise RecipeError(Problem(f"is no YAML file of {known}, nor a .py or .ipynb file", str(path)))
+        raise RecipeError(Problem(f"is not a YAML file of {known}, nor a .py or .ipynb file", str(path)))
     flat = list(_flat(document.root, ""))
     texts = {setting.name: setting.value for setting in flat if isinstance(setting.value, str | int | float)}
     return trainer, [Setting(s.name, _interpolated(s.value, texts), s.where) for s in flat]

@@ -144,19 +144,19 @@ _NOT_NEEDED = {
     "remove it; nothing is ever padded":
         "pad_to_sequence_len pad_token padding_side pad_to_multiple_of ignore_pad_token_for_loss data_collator "
         "dataset_kwargs collate_fn",
-    "remove it; the kernels here are the program's own":
+    "remove it; qlora-lite has its own kernels":
         "fused foreach use_unsloth use_unsloth_gc unsloth unsloth_* lora_mlp_kernel lora_qkv_kernel lora_o_kernel "
         "plugins torch_empty_cache_steps use_triton custom_sharded_layers fast_inference max_lora_rank "
         "liger_rope liger_rms_norm liger_layer_norm liger_glu_activation liger_cross_entropy",
-    "remove it; evaluation rows are batched as training rows are": "eval_sample_packing",
+    "remove it; evaluation examples are batched like training examples": "eval_sample_packing",
     "remove it; training runs in one process on one device, which model.device names":
         "local_rank num_gpus gpus n_gpus n_gpu num_gpu world_size num_processes nproc_per_node num_nodes num_machines "
         "ddp ddp_* dp_* tensor_parallel* sequence_parallel_degree ring_attn_func heads_k_stride accelerator_config "
         "deepspeed fsdp fsdp_* deepspeed_* gpu_ids use_ray ray_* distributed_backend "
         "average_tokens_across_devices",
-    "remove it; model.path says where the model is, and adapters are written as peft has them":
+    "remove it; model.path says where the model is, and adapters are written in PEFT format":
         "checkpointer checkpoint_files recipe_checkpoint save_adapter_weights_only adapter_checkpoint_dir",
-    "write data.order: by-length, which puts rows of like length together": "group_by_length",
+    "write data.order: by-length, which groups examples of similar length": "group_by_length",
     "remove it; every step is written to metrics.jsonl":
         "logging_steps logging_first_step logging_dir logging_strategy log_every_n_steps log_dir tensorboard_dir "
         "include_tokens_per_second include_num_input_tokens_seen log_peak_memory_stats metric_logger log_level "
@@ -176,12 +176,12 @@ _NOT_NEEDED = {
         "test test_data test_dataset data_test test_path",
     "remove it; train.on_not_finite and train.early_stopping_patience end a run that goes wrong":
         "loss_watchdog_threshold loss_watchdog_patience loss_watchdog_*",
-    "remove it; any lower evaluation loss is a better one": "early_stopping_threshold early_stopping_min_delta",
+    "remove it; any lower evaluation loss counts as better": "early_stopping_threshold early_stopping_min_delta",
     "remove it; the best LoRA weights by evaluation loss are always kept, in adapter": "load_best_model_at_end",
     "remove it; the best LoRA weights are those with the lowest evaluation loss":
         "metric_for_best_model greater_is_better",
     "remove it; a run folder is never overwritten": "overwrite_output_dir",
-    "remove it; `qlora-lite train RECIPE --resume` goes on from the newest checkpoint":
+    "remove it; `qlora-lite train RECIPE --resume` continues from the newest checkpoint":
         "resume_from_checkpoint auto_resume_from_checkpoints",
     "remove it; checkpoints hold all that resuming needs":
         "save_only_model save_first_step save_on_each_node ignore_data_skip restore_callback_states_from_checkpoint",
@@ -192,38 +192,38 @@ _NOT_NEEDED = {
         "base_model_config tokenizer_config merges_file resume_download low_cpu_mem_usage cache_dir "
         "tokenizer tokenizer_name tokenizer_model low_cpu_ram use_safetensors local_files_only use_cache",
     "remove it; recipes are always checked strictly": "strict",
-    "remove it; model.compute_dtype says what is computed in": "tf32 bf16_full_eval fp16_full_eval upcast_layernorm",
-    "remove it; in float16, which model.compute_dtype: auto takes on cards without fast bfloat16, the loss is scaled "
+    "remove it; model.compute_dtype sets the compute type": "tf32 bf16_full_eval fp16_full_eval upcast_layernorm",
+    "remove it; in float16, which model.compute_dtype: auto takes on GPUs without fast bfloat16, the loss is scaled "
     "by itself":
         "loss_scale loss_scale_window initial_loss_scale min_loss_scale dynamic_loss_scale initial_scale_power "
         "grad_scaler fp16_opt_level fp16_backend half_precision_backend",
     "remove it; set model.device": "lora_on_cpu",
     "remove it; models are causal language models": "task_type",
-    "remove it; the layout of a model's weights is known": "lora_fan_in_fan_out fan_in_fan_out inference_mode",
-    "remove it; tokens are made once and kept":
+    "remove it; the layout of the weights is known from the model": "lora_fan_in_fan_out fan_in_fan_out inference_mode",
+    "remove it; data is tokenised once and cached":
         "dataset_num_proc dataset_processes preprocessing_num_workers dataloader_num_workers dataloader_pin_memory "
         "dataset_prepared_path overwrite_cache preprocessing_batch_size tokenized_path dataset_keep_in_memory "
         "dataset_shard_num dataset_shard_idx skip_prepare_dataset dataloader_* push_dataset_to_hub dataset_batch_size "
         "num_proc data_seed_workers sample_packing_* eval_packing packing_strategy buffer_size",
     "remove it; `qlora-lite data` names the columns that are not used": "remove_unused_columns",
-    "remove it; `qlora-lite push RUN OWNER/NAME` uploads what a run made":
+    "remove it; `qlora-lite push RUN OWNER/NAME` uploads the results of a run":
         "push_to_hub hub_model_id hub_strategy hub_*",
-    "remove it; weights are written as safetensors and as nothing else": "save_safetensors",
+    "remove it; weights are always written as safetensors": "save_safetensors",
     "log in with `hf auth login`": "token hf_token use_auth_token hub_token hf_hub_token hf_use_auth_token",
 }  # fmt: skip
 _NOT_OFFERED = {
     "write train.warmup_ratio, the warm-up's share of all steps, instead":
         "warmup_steps lr_warmup_steps num_warmup_steps",
-    "rows are never dropped silently; give their place in data.train a weight below 1, or set train.max_steps":
+    "rows are never dropped silently; give their source in data.train a weight below 1, or set train.max_steps":
         "max_samples max_train_samples max_steps_per_epoch",
     "name the column text, or write {path: FILE, prompt: ..., completion: ...} in data.train":
         "dataset_text_field text_column field_instruction field_output column_map",
     "write prompt and completion templates over the columns in data.train, or a .jinja file in data.template":
         "formatting_func formatting_function preprocess_function format_function",
-    'here they are items of lora.targets, such as {pattern: "model.layers.1?.*", rank: 8}; the last that matches wins':
+    'here these are items of lora.targets, such as {pattern: "model.layers.1?.*", rank: 8}; the last that matches wins':
         "rank_pattern alpha_pattern layers_to_transform layers_pattern exclude_modules lora_layers_to_transform "
         "peft_layers_to_transform peft_layers_pattern lora_exclude_modules",
-    "remove it; nothing but LoRA weights is trained":
+    "remove it; only LoRA weights are trained":
         "modules_to_save lora_modules_to_save additional_target train_embeddings",
     "remove it; LoRA is for the linear layers that lora.targets names: experts and other parameters stay frozen":
         "target_parameters lora_target_parameters",
@@ -232,12 +232,12 @@ _NOT_OFFERED = {
         "special_tokens added_tokens_overrides trainable_token_indices resize_vocab resize_token_embeddings "
         "resize_token_embeddings_to_32x mean_resizing_embeddings shrink_embeddings fix_untrained_tokens eot_tokens "
         "embeddings_skip_upcast eos_token",
-    "remove it; LoRA weights all have the same learning rate (no LoRA+, no rate of its own for embeddings)":
+    "remove it; all LoRA weights have the same learning rate (no LoRA+, no separate rate for embeddings)":
         "loraplus_lr_ratio loraplus_lr_embedding loraplus_* embedding_learning_rate embedding_lr embedding_lr_scale "
         "lr_groups lr_scale_b",
     "remove it; there is no 8-bit base here: model.quant is nf4 or fp4 (4 bit), or none (16 bit)":
         "load_in_8bit load_in_fp8 load_in_16bit",
-    "remove it; a model is quantised to NF4 or FP4 here, and other ways are not read":
+    "remove it; models are quantised to NF4 or FP4 here; other formats are not read":
         "gptq awq hqq eetq aqlm qat qat_scheme quantizer",
     "remove it; LoRA is plain here, without DoRA's norms": "dora use_dora peft_use_dora lora_use_dora",
     "remove it; LoRA weights have no bias": "bias lora_bias",
@@ -258,34 +258,34 @@ _NOT_OFFERED = {
         "lr_quadratic_warmup lr_div_factor",
     "remove it; no noise is added to embeddings": "neftune neftune_alpha neftune_noise_alpha noisy_embedding_alpha",
     "remove it; no average of the weights is kept (EMA)": "ema ema_decay use_ema ema_*",
-    "remove it; the loss is cross-entropy, as it is":
+    "remove it; the loss is plain cross-entropy":
         "label_smoothing label_smoothing_factor loss_type dft use_dft_loss use_eaft_loss z_loss use_asft_loss",
     "remove it; weights are updated by train.optimizer alone":
         "galore_* use_galore apollo_* use_apollo badam_* use_badam lisa_* relora_* use_muon use_adam_mini "
         "torchdistx_path",
-    "remove it; examples are mixed by the weight of their place in data.train":
+    "remove it; examples are mixed by the weight of their source in data.train":
         "mix_strategy interleave_probs data_mixture min_sample_len dataset_exact_deduplication",
     "write the system turn into the data, or into a .jinja file of your own (data.template)":
         "default_system_message default_system system_prompt",
-    "pictures, video and sound are not supported; this program trains text":
+    "images, video and audio are not supported; only text is trained":
         "image_max_pixels image_min_pixels video_max_pixels freeze_vision_tower freeze_multi_modal_projector "
         "image_size image_resize_algorithm media_dir finetune_vision_layers vision_all_linear",
     "remove it; lora.targets names the layers":
         "finetune_language_layers finetune_attention_modules finetune_mlp_modules",
-    "remove it; each turn's role is recognised, and the assistant's are learned, or all tokens (data.train_on: all)":
+    "remove it; roles are recognised, and the assistant's turns are target tokens, or all tokens (data.train_on: all)":
         "train_on_eos roles message_field_training message_field_training_detail",
-    "remove it; a conversation is in the column messages or conversations, as role and content or from and value":
+    "remove it; conversations are in the column messages or conversations, as role and content or from and value":
         "field_messages conversation_column conversation_style message_field_role message_field_content "
         "message_property_mappings field_tools field_human field_model",
-    "remove it; the newest data of the hub are read, all of them": "shards shards_idx preprocess_shards",
+    "remove it; all of the newest data on the hub is read": "shards shards_idx preprocess_shards",
 }  # fmt: skip
 _OTHER_TRAINING = {
-    "supervised fine-tuning is what this program does: no DPO, KTO, ORPO, PPO, GRPO, reward model or distillation; "
+    "only supervised fine-tuning is supported: no DPO, KTO, ORPO, PPO, GRPO, reward model or distillation; "
     "continued pre-training is a recipe whose data.train are text files":
         "stage rl beta dpo_beta rl_beta dpo_* pref_* kto_* orpo_alpha orpo_* simpo_gamma rpo_alpha cpo_alpha ppo_* "
         "grpo_* reward_model reward_model_* process_reward_model ref_model ref_model_* reward_funcs num_generations "
         "trl vllm kd_* kd_ratio teacher_* training_mode num_labels",
-    "LoRA weights are what this program trains: no full fine-tuning, and no adapter of another kind":
+    "only LoRA weights are trained: no full fine-tuning, and no other kind of adapter":
         "adapter finetuning_type training_type full_finetuning freeze_trainable_layers freeze_trainable_modules "
         "freeze_extra_modules unfrozen_parameters use_llama_pro oft_* peft_type "
         "use_peft",
@@ -317,8 +317,8 @@ _FAMILIES = [name for name in _ANSWERS if "*" in name]
 _IN_SOURCES = {
     "type": "here it is format",
     "ds_type": "remove it; a file's name says what it is",
-    "split": "write it behind the name, as in hub:OWNER/NAME:SPLIT",
-    "name": "write it behind the name, as in hub:OWNER/NAME/CONFIG",
+    "split": "append it to the name, as in hub:OWNER/NAME:SPLIT",
+    "name": "append it to the name, as in hub:OWNER/NAME/CONFIG",
 }
 _ADVICE_AT = {f"data.{which}.*.{name}": advice for which in ("train", "eval") for name, advice in _IN_SOURCES.items()}
 _KEY_AT = dict.fromkeys(("model.dtype", ".dtype"), "model.compute_dtype")  # ours means another one in its section
@@ -374,7 +374,7 @@ def answer(name: str, place: str = "") -> Answer | None:
 
 
 def cure(key: str, known: Sequence[str]) -> tuple[str, str | None]:
-    """Say what to write instead of an unknown key.
+    """Return what to write instead of an unknown key.
 
     Args:
         key: the dotted key as written, such as "lora.rnak" or "sequence_len".
@@ -387,7 +387,7 @@ def cure(key: str, known: Sequence[str]) -> tuple[str, str | None]:
     name = leaf.lower().replace("-", "_")
     if section == "data" and name in Source.model_fields:
         item = "path: FILE" if name == "path" else f"path: FILE, {name}: ..."
-        return f"it belongs to a place that rows come from, as in data.train: [{{{item}}}]", "data.train"
+        return f"it belongs to a source of rows, as in data.train: [{{{item}}}]", "data.train"
     if advice := _ADVICE_AT.get(_NUMBER.sub(".*.", f"{section}.{name}")):
         return advice, None
     found = answer(name, section)

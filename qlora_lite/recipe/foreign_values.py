@@ -126,7 +126,7 @@ def take(draft: Draft, setting: Setting) -> None:
         return
     found = _answer(setting.name)
     if found is None:
-        draft.note("lost", setting, "not known here; remove it there if training goes without it")
+        draft.note("lost", setting, "not known here; remove it there if training does not need it")
     elif found.effect == "renamed":
         _rename(draft, setting, found.text)
     elif name in ("warmup_steps", "lr_warmup_steps", "num_warmup_steps"):
@@ -165,7 +165,7 @@ def _rename(draft: Draft, setting: Setting, key: str) -> None:
     if key.startswith("memory.") or key in ("model.compute_dtype", "model.device"):
         _machine(draft, setting, key)
     elif isinstance(setting.value, Code):
-        text = f"an expression, which is not read; here it is {key}"
+        text = f"an expression, which is not evaluated; here it is {key}"
         draft.note("unused" if key in _AROUND else "lost", setting, text, key)
     else:
         _BY_KEY.get(key, _copy)(draft, setting, key)
@@ -224,7 +224,7 @@ def _max_steps(draft: Draft, setting: Setting, key: str) -> None:
 def _batch(draft: Draft, setting: Setting, key: str) -> None:
     name = setting.name.rpartition(".")[2]
     if "eval" in name:
-        draft.note("unused", setting, "evaluation batches are as training's")
+        draft.note("unused", setting, "evaluation batches are like training's")
     elif name == "global_batch_size" or (name == "batch_size" and draft.trainer == "axolotl"):
         text = "examples of a step; write train.micro_batch_size and train.gradient_accumulation_steps"
         draft.note("lost", setting, text, key)
@@ -276,7 +276,7 @@ def _train_on(draft: Draft, setting: Setting, key: str) -> None:
     elif name == "mask_history" and value:
         draft.put(key, "last", setting)
     elif name == "roles_to_train" and value not in _SAME[name]:
-        draft.note("lost", setting, "the assistant's turns are learned, or all tokens (data.train_on: all)", key)
+        draft.note("lost", setting, "the assistant's turns are target tokens, or all tokens (data.train_on: all)", key)
     elif name not in ("mask_history", "roles_to_train") and value:
         draft.put(key, "assistant", setting)
 
@@ -313,7 +313,7 @@ def _template(draft: Draft, setting: Setting, key: str) -> None:
     if value in paths.TEMPLATES or value.endswith(".jinja"):
         draft.put(key, value, setting)
     elif "{%" in value or "{{" in value:
-        draft.note("lost", setting, "write it into a file, and its name, as in data.template=mine.jinja", key)
+        draft.note("lost", setting, "save it in a file and name that, as in data.template=mine.jinja", key)
     elif value in ("default", "empty", "vanilla", "original", "fewshot"):
         draft.note("lost", setting, f"data.template is {', '.join(paths.TEMPLATES)} or a .jinja file", key)
     elif not value.startswith("tokenizer_default") and value != "jinja":
@@ -333,7 +333,7 @@ def _trackers(draft: Draft, setting: Setting, key: str) -> None:
     words = [{"comet": "comet_ml"}.get(word.strip(), word.strip()) for word in map(str, words)]
     draft.values[key] = list(dict.fromkeys([*draft.values.get(key, []), *(word for word in words if word in known)]))
     if unknown := [word for word in words if word not in known]:
-        draft.note("unused", setting, f"{shown(', '.join(unknown))} is no tracker here")
+        draft.note("unused", setting, f"{shown(', '.join(unknown))} is not a tracker known here")
 
 
 def get_trackers() -> tuple[str, ...]:
@@ -388,7 +388,7 @@ def _from_info(draft: Draft, setting: Setting, part: str, name: str) -> None:
         if NOT_TEXT.search(json.dumps(entry, ensure_ascii=False)):
             raise ValueError("not text")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        draft.note("lost", setting, f"{info_path} says nothing that can be read about {shown(name)}", f"data.{part}")
+        draft.note("lost", setting, f"{info_path} has no readable entry for {shown(name)}", f"data.{part}")
         return
     if entry.get("ranking") or "kto_tag" in columns:
         text = "are pairs or judgements for preference training, which is not offered"
@@ -412,7 +412,7 @@ def _from_info(draft: Draft, setting: Setting, part: str, name: str) -> None:
     elif tags.get("role_tag", "from") != "from":
         source["format"] = None
     if lost := {"images", "videos", "audios"} & columns.keys():
-        draft.note("lost", setting, f"{', '.join(lost)}: pictures and sound are not supported", f"data.{part}")
+        draft.note("lost", setting, f"{', '.join(lost)}: images and audio are not supported", f"data.{part}")
     _add(draft, setting, part, source)
 
 
@@ -456,7 +456,7 @@ def take_dataset(draft: Draft, part: str, item: Mapping[str, Setting]) -> None:
     elif isinstance(path, str) and isinstance(config := value.get("name", value.get("subset")), str | None):
         _add(draft, first, part, {"path": _location(path, config, value.get("split")), **source})
     else:
-        draft.note("lost", first, "which data it is cannot be read", f"data.{part}")
+        draft.note("lost", first, "which data this is cannot be determined", f"data.{part}")
 
 
 def _columns(draft: Draft, rest: Mapping[str, Setting], handled: set[str]) -> dict[str, str]:
@@ -472,7 +472,9 @@ def _columns(draft: Draft, rest: Mapping[str, Setting], handled: set[str]) -> di
     prompt = "\n".join(f"{{{role}}}" for role in order)
     if written := rest.get("type.format"):
         prompt = str(written.value)
-        draft.note("changed", written, "the chat template is written around it; data.template: plain writes none")
+        draft.note(
+            "changed", written, "the chat template is written around it; data.template: plain adds nothing around it"
+        )
     for role in order:
         prompt = prompt.replace(f"{{{role}}}", f"{{{column[role]}}}")
     return {"prompt": prompt, "completion": f"{{{column.get('output', 'output')}}}"}
@@ -496,7 +498,7 @@ def warmup(draft: Draft) -> None:
 def _torchtune_model(draft: Draft, setting: Setting) -> None:
     name = as_text(setting.value).rpartition(".")[2]
     if not name.startswith(("lora_", "qlora_")):
-        text = f"{setting.name} = {name}: trains all weights; LoRA weights are what is trained here"
+        text = f"{setting.name} = {name}: trains all weights; here only LoRA weights are trained"
         raise RecipeError(Problem(text, setting.where))
     draft.put("model.quant", "nf4" if name.startswith("qlora_") else "none", setting)
 
@@ -504,7 +506,7 @@ def _torchtune_model(draft: Draft, setting: Setting) -> None:
 def _torchtune_loss(draft: Draft, setting: Setting) -> None:
     if as_text(setting.value).rpartition(".")[2] not in _COMPONENT_LOSSES:
         message = (
-            f"{setting.name} = {as_text(setting.value)}: supervised fine-tuning, by cross-entropy, is what is done here"
+            f"{setting.name} = {as_text(setting.value)}: only supervised fine-tuning with cross-entropy is supported"
         )
         raise RecipeError(Problem(message, setting.where))
 

@@ -46,9 +46,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, check_files:
         RecipeError: every problem of the file and the overrides, in the order of the file.
     """
     if not isinstance(path, str | os.PathLike):
-        raise RecipeError(f"a recipe is a YAML file, and its path is wanted, not {type(path).__name__}")
+        raise RecipeError(f"a recipe is given as the path of a YAML file, not as {type(path).__name__}")
     if isinstance(overrides, str) or not all(isinstance(text, str) for text in overrides):
-        raise RecipeError(f'overrides must be a list of texts, such as ["lora.rank=32"], not {overrides!r}')
+        raise RecipeError(f'overrides must be a list of strings, such as ["lora.rank=32"], not {overrides!r}')
     return _checked(_read(path), str(path), overrides, check_files)
 
 
@@ -78,7 +78,7 @@ def _checked(content: bytes, name: str, overrides: Sequence[str], check_files: b
     if checker.problems:
         problems = _ordered(checker.problems, name)
         if trainer := trainer_of(root):
-            message = f"this looks like a file of {trainer}: `qlora-lite recipes convert {name}` makes a recipe of it"
+            message = f"this looks like a file of {trainer}: `qlora-lite recipes convert {name}` turns it into a recipe"
             problems.append(Problem(message, name))
         raise RecipeError(problems)
     stem = Path(name).stem if name.endswith((".yaml", ".yml")) else Path(name).name
@@ -92,7 +92,7 @@ def require_recipe(value: object) -> None:
         RecipeError: it is something else, such as the path of one.
     """
     if not isinstance(value, Recipe):
-        raise RecipeError(f"a recipe is wanted, not {type(value).__name__}; qlora_lite.load_recipe(PATH) loads one")
+        raise RecipeError(f"expected a recipe, not {type(value).__name__}; qlora_lite.load_recipe(PATH) loads one")
 
 
 def resolve_to_yaml(recipe: Recipe) -> str:
@@ -242,7 +242,7 @@ class _Checker:
         model = self._find(("model", "path"), paths.find_model, self._value("model", "path"))
         revision = self._value("model", "revision")
         if model and revision and (os.path.isabs(model) or model.startswith("package:")):
-            message = f"model.revision = {shown(revision)}: is for hub models only; remove it"
+            message = f"model.revision = {shown(revision)}: only for hub models; remove it"
             self._add(("model", "revision"), message)
         self._find(("data", "template"), paths.find_template, self._value("data", "template"))
         for place, find in (
@@ -323,7 +323,9 @@ def _several(node: Node, field: FieldInfo) -> str | None:
         return None
     number = _meant_number(node.text, "whole number" in rule)
     first = f"write {number}, or one of" if number else "write one of"
-    return f"{first} {', '.join(texts[:9])}: a run has one value, so start a run for each and `qlora-lite compare` them"
+    return (
+        f"{first} {', '.join(texts[:9])}: a run takes one value, so start a run for each and `qlora-lite compare` them"
+    )
 
 
 def _cure(node: Node, field: FieldInfo, location: Location) -> str:

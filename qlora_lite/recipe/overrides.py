@@ -89,6 +89,6 @@ def _set(root: Node, parts: tuple[str, ...], value: Node, document: Document) ->
             child = container[slot] = Node({}, value.where)
         if not isinstance(child.value, dict | list):
             name = ".".join(parts[: depth + 1])
-            refuse(f"{name} is one value; override it whole, like {shown(name)}=...")
+            refuse(f"{name} is a single value; override it as a whole, like {shown(name)}=...")
             return
         container = child.value

@@ -38,7 +38,7 @@ _HUB_DATA = re.compile(r"hub:[\w.-]+/[\w.-]+(/[\w.-]+)?(:\w+)?", re.ASCII)
 
 
 class PathProblem(ValueError):
-    """Say what is wrong with a path, and the cure."""
+    """Return what is wrong with a path, and the cure."""
 
 
 def is_hub_data(path: str) -> bool:
@@ -104,7 +104,7 @@ def find_model(path: str, bases: Bases) -> str:
     if path.startswith((".", "/", "~")) or path.endswith(".gguf") or os.path.isabs(path):
         raise PathProblem(f"no such model{_searched(expanded, bases)}")
     if not _HUB_ID.fullmatch(path):
-        raise PathProblem("is no hub id (owner/name), and no folder or .gguf file of that name is here")
+        raise PathProblem("is not a hub id (owner/name), and there is no folder or .gguf file of that name")
     return path
 
 
@@ -118,7 +118,7 @@ def find_folder(path: str, bases: Bases) -> str:
     for candidate in (os.path.join(base, expanded) for base in bases):
         if os.path.isdir(candidate):
             if not os.access(candidate, os.W_OK | os.X_OK):
-                raise PathProblem("may not be written to; choose another folder")
+                raise PathProblem("is not writable; choose another folder")
             return os.path.abspath(candidate)
     raise PathProblem(f"no such folder{_searched(expanded, bases)}")
 
@@ -133,7 +133,9 @@ def find_adapter(path: str, bases: Bases) -> str:
     for candidate in (os.path.join(base, expanded) for base in bases):
         if os.path.isdir(candidate):
             if not any(os.path.isfile(os.path.join(candidate, name)) for name in ADAPTER_FILES):
-                raise PathProblem(f"is no run folder and no adapter: it has neither {' nor '.join(ADAPTER_FILES)}")
+                raise PathProblem(
+                    f"is neither a run folder nor an adapter: it has neither {' nor '.join(ADAPTER_FILES)}"
+                )
             return os.path.abspath(candidate)
     raise PathProblem(f"no such folder{_searched(expanded, bases)}")
 
@@ -149,7 +151,7 @@ def find_template(template: str, bases: Bases) -> str:
     if template not in TEMPLATES:
         close = get_close_matches(template, TEMPLATES, 1, 0.7)
         meant = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(TEMPLATES)}, or a .jinja file"
-        raise PathProblem(f"is no template; {meant}")
+        raise PathProblem(f"is not a template; {meant}")
     return template
 
 

@@ -70,9 +70,9 @@ def test_a_copy_brings_its_data_and_refuses_to_overwrite(tmp_path):
     assert copy.read_text() == catalog.show_recipe("gemma3-270m")
     data = load_recipe(copy, ["model.path=gpt2"]).data
     assert Path(data.train[0].path).parent == tmp_path / "new" / "data"
-    with pytest.raises(OutputError, match="is there already"):
+    with pytest.raises(OutputError, match="exists already"):
         catalog.copy_recipe("gemma3-270m", tmp_path / "new")
-    with pytest.raises(OutputError, match="is there already"):
+    with pytest.raises(OutputError, match="exists already"):
         catalog.copy_recipe("gemma3-270m", copy)
 
 
@@ -80,7 +80,7 @@ def test_a_copy_never_replaces_a_data_file_of_the_user(tmp_path):
     mine = tmp_path / "data" / "orders-eval.jsonl"
     mine.parent.mkdir()
     mine.write_text("mine")
-    with pytest.raises(OutputError, match="is there already"):
+    with pytest.raises(OutputError, match="exists already"):
         catalog.copy_recipe("gemma3-270m", tmp_path)
     assert mine.read_text() == "mine"
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["data", "orders-eval.jsonl"]

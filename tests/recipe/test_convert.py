@@ -253,7 +253,7 @@ def test_a_llama_factory_file_is_read_with_its_list_of_data_sets(made, tmp_path)
 def test_names_of_data_sets_that_cannot_be_looked_up_are_given_by_an_override(made, refused):
     problems = refused(LLAMA_FACTORY)
     assert "theirs.yml:6: dataset = tickets,replies: tickets is a name in data/dataset_info.json" in problems[0]
-    assert problems[-1].endswith("2 settings that were not converted; give data.train=... behind the file")
+    assert problems[-1].endswith("2 settings that were not converted; give data.train=... after the file")
     assert refused(LLAMA_FACTORY, partial=True) == problems, "a recipe without data is none"
     assert made(LLAMA_FACTORY, "data.train=rows.jsonl")[1].data.train[0].path.endswith("rows.jsonl")
 
@@ -291,9 +291,9 @@ def test_what_is_computed_in_a_script_is_not_guessed(made, refused):
     text = SCRIPT.replace("learning_rate=2e-4", "learning_rate=2e-4 * scale").replace("r=8", "r=rank")
     text = text.replace("max_seq_length = 2048", "max_seq_length = 2048\nmax_seq_length = 4096\nrank: int = f()")
     assert [problem.partition("; ")[0] for problem in refused(text, name="train.py")][:3] == [
-        "train.py:8: max_seq_length = max_seq_length: an expression, which is not read",
-        "train.py:11: r = rank: an expression, which is not read",
-        "train.py:16: learning_rate = 0.0002 * scale: an expression, which is not read",
+        "train.py:8: max_seq_length = max_seq_length: an expression, which is not evaluated",
+        "train.py:11: r = rank: an expression, which is not evaluated",
+        "train.py:16: learning_rate = 0.0002 * scale: an expression, which is not evaluated",
     ]
     given = "data.max_tokens=512", "lora.rank=4", "train.learning_rate=1e-3"
     r = made(text, *given, name="train.py")[1]
@@ -306,7 +306,7 @@ def test_what_is_computed_in_a_script_is_not_guessed(made, refused):
 @pytest.mark.parametrize("value", ["1j", "b'x'", "...", "{1: {2}}", "'\\ud800'", "'\\x00'", "f'{x}'", "[f()]"])
 def test_a_value_of_a_script_that_yaml_has_not_is_an_expression(refused, value):
     (problem, _) = refused(SCRIPT.replace("r=8", f"r={value}"), name="train.py")
-    assert problem.endswith(": an expression, which is not read; here it is lora.rank")
+    assert problem.endswith(": an expression, which is not evaluated; here it is lora.rank")
 
 
 def test_a_notebook_is_read_by_its_cells_of_code(made):
@@ -331,17 +331,17 @@ def test_a_file_of_unsloth_s_studio_is_read(made):
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        (AXOLOTL + "rl: dpo\n", "theirs.yml:33: rl = dpo: supervised fine-tuning is what"),
-        (AXOLOTL + "reward_model: true\n", "reward_model = true: supervised"),
-        (AXOLOTL + "trl: {beta: 0.1}\n", "trl.beta = 0.1: supervised"),
+        (AXOLOTL + "rl: dpo\n", "theirs.yml:33: rl = dpo: only supervised fine-tuning is supported"),
+        (AXOLOTL + "reward_model: true\n", "reward_model = true: only supervised"),
+        (AXOLOTL + "trl: {beta: 0.1}\n", "trl.beta = 0.1: only supervised"),
         (AXOLOTL.replace("adapter: qlora", "adapter:"), "no adapter: all weights are trained"),
-        (LLAMA_FACTORY.replace("stage: sft", "stage: dpo"), "theirs.yml:3: stage = dpo: supervised"),
+        (LLAMA_FACTORY.replace("stage: sft", "stage: dpo"), "theirs.yml:3: stage = dpo: only supervised"),
         (LLAMA_FACTORY.replace("stage: sft", "stage: pt"), "continued pre-training is a recipe whose data"),
-        (LLAMA_FACTORY.replace("type: lora", "type: full"), "finetuning_type = full: LoRA weights are what"),
+        (LLAMA_FACTORY.replace("type: lora", "type: full"), "finetuning_type = full: only LoRA weights are"),
         (LLAMA_FACTORY.replace("tickets,replies", "pairs"), "pairs: its examples are pairs or judgements"),
         (TORCHTUNE.replace("qlora_llama3_1_8b", "llama3_1_8b"), "model._component_ = llama3_1_8b: trains all weights"),
-        (TORCHTUNE.replace("modules.loss.LinearCrossEntropyLoss", "rlhf.loss.DPOLoss"), "by cross-entropy"),
-        (STUDIO.replace("training_type: lora", "training_type: full"), "training.training_type = full: LoRA weights"),
+        (TORCHTUNE.replace("modules.loss.LinearCrossEntropyLoss", "rlhf.loss.DPOLoss"), "with cross-entropy"),
+        (STUDIO.replace("training_type: lora", "training_type: full"), "training_type = full: only LoRA weights"),
     ],
 )
 def test_a_file_that_trains_another_thing_is_refused(refused, tmp_path, text, why):
@@ -354,7 +354,7 @@ def test_a_file_that_trains_another_thing_is_refused(refused, tmp_path, text, wh
 @pytest.mark.parametrize("call", ["DPOTrainer(args=1)", "trl.GRPOConfig(num_generations=2)", "RewardTrainer()"])
 def test_a_script_of_another_trainer_class_is_refused(refused, call):
     (problem,) = refused(f"{SCRIPT}{call}\n", name="train.py", partial=True)
-    assert problem.startswith(f"train.py:20: stage = {call.partition('(')[0].removeprefix('trl.')}: supervised")
+    assert problem.startswith(f"train.py:20: stage = {call.partition('(')[0].removeprefix('trl.')}: only supervised")
 
 
 def test_settings_that_what_is_learned_depends_on_are_not_lost_without_a_word(made, refused):
@@ -364,10 +364,10 @@ def test_settings_that_what_is_learned_depends_on_are_not_lost_without_a_word(ma
         "theirs.yml:22: optimizer", "theirs.yml:33: neftune_noise_alpha", "theirs.yml:34: lora_modules_to_save",
         "theirs.yml:35: val_set",
     ]  # fmt: skip
-    assert problems[-1].endswith("4 settings that were not converted; give train.optimizer=... behind the file, or "
-                                 "take what is left, with --partial")  # fmt: skip
+    assert problems[-1].endswith("4 settings that were not converted; give train.optimizer=... after the file, or "
+                                 "leave them out, with --partial")  # fmt: skip
     conversion, _ = made(text, partial=True)
-    assert conversion.text.splitlines()[2] == "# NOT CONVERTED, though what is learned depends on it:"
+    assert conversion.text.splitlines()[2] == "# NOT CONVERTED, although training depends on it:"
     assert len(notes(conversion, "lost")) == 3
 
 
@@ -396,7 +396,7 @@ def test_alpaca_prompts_beside_chats_are_named_since_all_data_have_one_template(
         ("other.py", "print('SFTTrainer')\n", "calls none of FastLanguageModel.from_pretrained"),
         ("book.ipynb", "[" * 99999, "is not a notebook"),
         ("list.ipynb", '{"cells": [3]}', "is not a notebook"),
-        ("ours.yml", "model: {path: a/b}\ndata: {train: x.jsonl}\n", "is no YAML file of axolotl, LLaMA-Factory"),
+        ("ours.yml", "model: {path: a/b}\ndata: {train: x.jsonl}\n", "is not a YAML file of axolotl, LLaMA-Factory"),
         ("latin.py", "x = '\udcff'\n", "is not UTF-8"),
         ("nothing.yml", None, "cannot be read: No such file"),
     ],
@@ -425,9 +425,8 @@ def test_a_pasted_file_of_another_trainer_is_told_of_the_command(tmp_path):
         (tmp_path / "r.yaml").write_text(text)
         with pytest.raises(RecipeError) as caught:
             load_recipe(tmp_path / "r.yaml")
-        said = (
-            f"this looks like a file of {trainer}: `qlora-lite recipes convert {tmp_path}/r.yaml` makes a recipe of it"
-        )
+        command = f"qlora-lite recipes convert {tmp_path}/r.yaml"
+        said = f"this looks like a file of {trainer}: `{command}` turns it into a recipe"
         assert caught.value.problems[-1].message == said and len(caught.value.problems) > 5
     (tmp_path / "r.yaml").write_text("model: {path: a/b}\ndata: {train: x}\nlora_r: 3\nbase_model: x\n")
     with pytest.raises(RecipeError) as caught:

