@@ -1,4 +1,4 @@
-"""Say what the step is doing, for whoever watches its memory.
+"""Record what the step is doing, for whoever watches its memory.
 
 The training code marks its phases and the few places where tensors of a known kind are born; a ``Ledger``
 reads the marks. They cost an assignment when nobody watches. They are the process's, not the thread's,
@@ -64,7 +64,7 @@ def timing(device: torch.device) -> Iterator[dict[str, float]]:
 
 @contextmanager
 def repeated(times: int, kinds: int = 1) -> Iterator[None]:
-    """Let the work inside stand for itself ``times`` times over (a plan leaves out what would only be repeated), and
+    """Count the work inside ``times`` times (a plan leaves out what would only be repeated), and
     each product's shape for so many ``kinds`` of shapes."""
     earlier = marks.repeats, marks.kinds
     marks.repeats, marks.kinds = marks.repeats * times, marks.kinds * kinds

@@ -49,7 +49,7 @@ DEVICE_VARIABLES = "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"  # name a sh
 
 
 def segments_grow() -> bool:
-    """Tell whether torch's CUDA allocator takes memory in segments that grow: ``meter.grow_segments`` sees to it.
+    """Check whether torch's CUDA allocator takes memory in segments that grow: ``meter.grow_segments`` sees to it.
 
     Its own default, segments of fixed sizes, leaves more holes. It stays where the user has set the allocator up, on
     WSL, where growing ones can fail (pytorch issue 192330), and on a share of a card, where what they ask of the driver
@@ -66,7 +66,7 @@ def segments_grow() -> bool:
 
 
 def on_wsl() -> bool:
-    """Tell whether this is Linux in Windows, where a GPU's driver is Windows' own."""
+    """Check whether this is Linux in Windows, where a GPU's driver is Windows' own."""
     return "microsoft" in platform.release().lower()
 
 
@@ -105,14 +105,18 @@ def overheads(
             Overhead("matrix-product workspace", CUBLAS_WORKSPACE_BYTES, "cuBLAS keeps it for the whole run", True),
             Overhead("allocator segments", segments, "partly used segments, and small holes"),
             Overhead("fragmentation", holes, "holes between tensors of a step"),
-            *([Overhead("torch.compile", CUDA_COMPILER_BYTES, "what it times kernels with")] if compiling else []),
+            *(
+                [Overhead("torch.compile", CUDA_COMPILER_BYTES, "buffers that it benchmarks kernels with")]
+                if compiling
+                else []
+            ),
         )
     kernels = products * CPU_KERNEL_BYTES
     holes = int(CPU_HOLES_SHARE * sum(resident.breakdown.get(name, 0) for name in ("adapter", "optimizer")))
-    compiler = Overhead("torch.compile", CPU_COMPILER_BYTES, "its graphs, and what it keeps of making them")
+    compiler = Overhead("torch.compile", CPU_COMPILER_BYTES, "its graphs, and what it caches")
     return (
-        Overhead("buffers", CPU_BUFFERS_BYTES, "modules that loading imports, thread stacks and buffers"),
-        Overhead("matrix kernels", kernels, f"compiled for {products} shapes of products, and kept"),
+        Overhead("buffers", CPU_BUFFERS_BYTES, "imported modules, thread stacks and buffers"),
+        Overhead("matrix kernels", kernels, f"compiled for {products} shapes of products, and cached"),
         Overhead("fragmentation", holes, "holes that malloc keeps between tensors of a step"),
         *([compiler] if compiling else []),
     )

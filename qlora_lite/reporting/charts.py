@@ -42,7 +42,7 @@ class Series:
 
 
 def drawable(value: float) -> bool:
-    """Tell whether a value has a place on an axis."""
+    """Check whether a value has a place on an axis."""
     return math.isfinite(value) and abs(value) < LARGEST
 
 

@@ -1,27 +1,27 @@
-"""The page of a comparison: a table of figures, and every row's answers side by side.
+"""The page of a comparison: a table of figures, and the answers to every example side by side.
 
-Shares are from 0 to 1, losses in nats per learned token. Needs the standard library only.
+Shares are from 0 to 1, losses in nats per target token. Needs the standard library only.
 """
 
 from qlora_lite.units import format_bytes
 
 from .page import page, section, table, text
 
-FIGURES = "rows", "learned tokens", "loss", "perplexity", "exact match", "adapter"
+FIGURES = "examples", "target tokens", "loss", "perplexity", "exact match", "adapter"
 SHOWN_ANSWERS = 8  # on the page; the JSON file has all
-NOT_THE_SAME = "The models were measured on different rows or tokens; their losses cannot be ranked."
+NOT_THE_SAME = "The models were measured on different examples or tokens; their losses cannot be ranked."
 
 
 def render_comparison(result: dict) -> str:
     """Return the page's HTML for what ``compare_runs`` returns."""
     names = ", ".join(model["name"] for model in result["models"])
     head = f'<div class="head"><h1>{text(names)}</h1></div><p class="facts">over {text(result["base_model"])}</p>'
-    note = f"Evaluation rows of {result['rows_of']}, each run with its own template."
+    note = f"Evaluation examples of {result['rows_of']}, each run with its own template."
     if not result["same_tokens"]:
         note += f" {NOT_THE_SAME}"
     figures = section("Figures", _figures(result["models"], result["same_tokens"]), note)
     shown = result["answers"][:SHOWN_ANSWERS]
-    marked = f"The first {len(shown)} of {len(result['answers'])}, greedy; one that matches the reference is marked."
+    marked = f"The first {len(shown)} of {len(result['answers'])}, greedy; matches with the reference are marked."
     answers = section("Answers", "".join(map(_card, shown)), marked)
     return page(f"{names} - qlora-lite", head + figures + answers)
 

@@ -1,8 +1,8 @@
-"""Write the report about a recipe's rows as one offline page.
+"""Write the report about a recipe's data as one offline page.
 
 It shows the dict that `preflight` makes and nothing else, so the page of a run is the page that
-`qlora-lite data` would have shown. Learned text is told from masked text by colour and by underlining, so that it
-can be seen without colours too.
+`qlora-lite data` would have shown. Target tokens are coloured and underlined, so that they can be seen without
+colours too.
 
 Layer L6: the standard library and the page's own HTML.
 """
@@ -39,9 +39,9 @@ def render(report: dict, name: str) -> str:
         f"<style>{_STYLE}</style>",
         _head(report, name),
         _figures(report),
-        section("What is wrong", _problems(report)),
-        section("First rows", _rows(report), "As the model gets them; learned tokens are coloured and underlined."),
-        section("Length of the rows", _histogram(report), "Tokens per row, and how many rows have that many."),
+        section("Problems", _problems(report)),
+        section("First examples", _rows(report), "As the model sees them; target tokens are coloured and underlined."),
+        section("Lengths", _histogram(report), "Number of examples by their length in tokens."),
         section("Sources", _sources(report)),
         section("Rows left out", _dropped(report)),
         section("Special tokens", _special_tokens(report)),
@@ -51,9 +51,9 @@ def render(report: dict, name: str) -> str:
 
 
 def _head(report: dict, name: str) -> str:
-    status, style = ("can be trained on", "good") if report["ok"] else ("not to be trained on", "bad")
+    status, style = ("can be trained on", "good") if report["ok"] else ("cannot be trained on", "bad")
     sample = what_was_read(report)
-    looked_at = f'<p class="facts">Looked at: {text(sample)}.</p>' if sample else ""
+    looked_at = f'<p class="facts">Checked: {text(sample)}.</p>' if sample else ""
     return (
         f'<div class="head"><h1>Data of {text(name)}</h1><span class="status {style}">{status}</span></div>{looked_at}'
     )
@@ -62,18 +62,22 @@ def _head(report: dict, name: str) -> str:
 def _figures(report: dict) -> str:
     share = report["learned_tokens"] / max(1, report["tokens"])
     full = report["packing_efficiency"]
-    packs = f"{report['packs']:,} packs of {report['max_tokens']:,} tokens" if report.get("packs") else "no packing"
+    packs = (
+        f"{report['packs']:,} packed sequences of {report['max_tokens']:,} tokens"
+        if report.get("packs")
+        else "no packing"
+    )
     evaluation = report.get("eval")
     left_out = sum(report["dropped"].values())
     figures = [
         figure("Rows kept", f"{report['rows_kept']:,}", detail=f"of {report['rows_read']:,}, {left_out:,} left out"),
-        figure("Tokens", f"{report['tokens']:,}", detail=f"longest row {report.get('longest_tokens', 0):,}"),
-        figure("Learned", f"{share:.1%}", detail=f"{report['learned_tokens']:,} tokens"),
-        figure("Packs filled", f"{full:.1%}" if full is not None else "", detail=packs),
+        figure("Tokens", f"{report['tokens']:,}", detail=f"longest example {report.get('longest_tokens', 0):,}"),
+        figure("Target tokens", f"{share:.1%}", detail=f"{report['learned_tokens']:,} tokens"),
+        figure("Packing efficiency", f"{full:.1%}" if full is not None else "", detail=packs),
         figure(
-            "Evaluation rows",
+            "Evaluation examples",
             f"{evaluation['rows_kept']:,}" if evaluation else "none",
-            detail=f"{evaluation['learned_tokens']:,} learned tokens" if evaluation else "",
+            detail=f"{evaluation['learned_tokens']:,} target tokens" if evaluation else "",
         ),
     ]
     return f'<div class="figures">{"".join(figures)}</div>'
@@ -96,7 +100,7 @@ def _rows(report: dict) -> str:
 
 
 def _row(row: dict) -> str:
-    facts = f"{row['tokens']:,} tokens, {row['learned_tokens']:,} learned"
+    facts = f"{row['tokens']:,} tokens, {row['learned_tokens']:,} of them targets"
     pieces = "".join(_piece(piece) for piece in row["pieces"])
     return f'<div class="card row"><p class="facts">{text(row["where"])} · {facts}</p><pre>{pieces}</pre></div>'
 
@@ -123,7 +127,7 @@ def _sources(report: dict) -> str:
     rows = [[use, s["path"], s["format"] or "not recognised", "; ".join(s["notes"]), f"{s['weight']:g}",
              *(f"{s[count]:,}" for count in ("examples", "tokens", "learned_tokens"))]
             for use, s in named]  # fmt: skip
-    columns = ["used for", "path", "format", "notes", "weight", "examples", "tokens", "learned"]
+    columns = ["used for", "path", "format", "notes", "weight", "examples", "tokens", "targets"]
     return table(columns, rows, numeric=range(4, 8)) if rows else ""
 
 
@@ -134,7 +138,7 @@ def _dropped(report: dict) -> str:
         for use, part in parts
         for reason, n in part["dropped"].items()
     ]
-    for count, what in (("truncated", "kept, but cut short"), ("split", "kept, but split")):
+    for count, what in (("truncated", "kept, but truncated"), ("split", "kept, but split")):
         if cut := report.get(count):
             rows.append(["training", what, f"{cut:,}", ""])
     return table(["used for", "reason", "rows", "where"], rows, numeric=2) if rows else ""
@@ -142,7 +146,7 @@ def _dropped(report: dict) -> str:
 
 def _special_tokens(report: dict) -> str:
     rows = [[t["token"], t["id"], f"{t['learned']:,}", f"{t['count']:,}"] for t in report.get("special_tokens", [])]
-    return table(["token", "id", "learned", "times"], rows, numeric=3) if rows else ""
+    return table(["token", "id", "targets", "count"], rows, numeric=3) if rows else ""
 
 
 def _template(report: dict) -> str:

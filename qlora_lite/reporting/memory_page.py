@@ -38,15 +38,15 @@ BUDGET_OUT_OF_SIGHT = 2.5  # a budget this many times the peak would flatten the
 def memory_page(record: Mapping[str, Any]) -> str:
     """Return the whole HTML document for a record as the module's text describes it."""
     title = str(record.get("title") or "Memory of a training step")
-    note = "Every change of memory in one step, in order. Point at the picture to see what is held, and where."
+    note = "Every change of memory in one step, in order. Hover over the chart to see what is allocated, and where."
     body = [
         _head(record, title),
         _figures(record),
         _sentences(record),
         section("One training step", _timeline(record, title), note),
         section(" and ".join(_sides(record)).capitalize(), _comparison(record), "Tensors at the peak."),
-        section("Other settings", _alternatives(record), "Peaks include what stands outside the tensors."),
-        section("Outside the tensors", _constants(record)),
+        section("Other settings", _alternatives(record), "Peaks include non-tensor memory."),
+        section("Non-tensor memory", _constants(record)),
     ]
     return page(f"{title} - qlora-lite", f"{''.join(body)}<style>{_style()}</style><script>{SCRIPT}</script>")
 
@@ -60,7 +60,7 @@ def _peak_bytes(record: Mapping[str, Any]) -> int:
 
 
 def _breakdown(record: Mapping[str, Any]) -> dict[str, int]:
-    """Return the peak by category in order, with what stands beside the tensors."""
+    """Return the peak by category in order, non-tensor memory included."""
     beside = {BESIDE: _beside_bytes(record)} if _beside_bytes(record) else {}
     return beside | in_order(record["peak"].get("breakdown") or {})
 
@@ -94,7 +94,7 @@ def _percent(part: float, whole: float) -> str:
 
 
 def peak_in_words(record: Mapping[str, Any]) -> str:
-    """Tell where the peak stands and what it is made of: "Peak of 6.7 GiB in backward of block 17: ..."."""
+    """Return where the peak is and what it consists of: "Peak of 6.7 GiB in backward of block 17: ..."."""
     peak, whole = record["peak"], _peak_bytes(record)
     phase, module = peak.get("phase"), peak.get("module")
     where = (f" in {phase}" if phase else "") + (f" of {module}" if module else "")
@@ -217,7 +217,7 @@ def _comparison(record: Mapping[str, Any]) -> str:
     names = [name for name in BANDS if any(name in column for column in columns.values())]
     sums = {key: sum(column.values()) for key, column in columns.items()}
     rows = [_compared(name, [column.get(name, 0) for column in columns.values()]) for name in names]
-    rows.append(_compared("in all", list(sums.values())))
+    rows.append(_compared("total", list(sums.values())))
     head = ["category", *given, *(["difference", "of measured"] if len(given) == 2 else [])]
     return f'<div class="numbers">{table(head, rows, numeric=1, totals=1)}</div>'
 
@@ -243,7 +243,7 @@ def _alternatives(record: Mapping[str, Any]) -> str:
         size, seconds = int(other["peak_bytes"]), other.get("step_seconds")
         time = format_seconds(seconds) if seconds is not None else ""
         rows.append([other["change"], format_bytes(size), _signed(size - now), time, verdicts[other.get("fits")]])
-    head = ["change", "peak", "against this", "step", "budget"]
+    head = ["change", "peak", "difference", "step", "budget"]
     return f'<div class="numbers">{table(head, rows, numeric=1)}</div>' if rows else ""
 
 
@@ -251,7 +251,7 @@ def _constants(record: Mapping[str, Any]) -> str:
     rows = [[c["name"], format_bytes(int(c["bytes"])), c.get("why")] for c in record.get("constants") or []]
     if not rows:
         return ""
-    rows.append(["in all", format_bytes(_beside_bytes(record)), ""])
+    rows.append(["total", format_bytes(_beside_bytes(record)), ""])
     return table(["what", "size", "why"], rows, numeric=1, totals=1)
 
 

@@ -1,4 +1,4 @@
-"""Show a plan: as lines, as a JSON object, as what the page draws, and why it was chosen in one line."""
+"""A plan as text, as a JSON object and as the record that the page draws; why it was chosen, in one line."""
 
 import textwrap
 from collections.abc import Sequence
@@ -24,17 +24,17 @@ def reason(plan: Plan) -> str:
 
 def _why(plan: Plan) -> str:
     if not plan.fits:
-        return f"does not fit; of {len(plan.found)} plans, the one that needs least"
+        return f"does not fit; this is the smallest of {len(plan.found)} plans"
     if len(plan.found) == 1:
         return "as the recipe says"
     faster = _faster(plan)
     too_large = [c for c in faster if c.peak_bytes > plan.limit_bytes]
     fastest = "the fastest that fits" if too_large else (
         f"the fastest of {len(plan.found)} plans" if all(c.fits_host for c in faster)
-        else "the fastest that the host's memory has room for"
+        else "the fastest that fits in host memory"
     )  # fmt: skip
     if any(c.fits(plan.limit_bytes) for c in faster):
-        fastest = f"within 3 % of {fastest}, and of such plans the one with least in host memory, then the smallest"
+        fastest = f"within 3 % of {fastest}, and of those the one with the least in host memory, then the smallest"
     if not too_large:
         return fastest
     return f"{fastest}; a faster plan would need {_peak(plan, min(too_large, key=lambda c: c.peak_bytes))}"
@@ -49,7 +49,7 @@ def _peak(plan: Plan, candidate: Candidate) -> str:
 
 
 def _why_free(plan: Plan) -> str | None:
-    """Return why much of the budget stays free; None where little does."""
+    """Return why much of the budget stays unused; None if little does."""
     free_bytes = plan.budget_bytes - plan.peak_bytes
     if not plan.fits or free_bytes < MUCH_FREE * plan.budget_bytes:
         return None
@@ -71,11 +71,12 @@ def _why_free(plan: Plan) -> str | None:
 
 
 def _assumed_sequences(plan: Plan) -> str | None:
-    """Return what a pack is counted as where no example was read; None where they were, or there is one a pack."""
+    """Return how many examples a sequence is assumed to pack; None if examples were read, or it holds one."""
     lengths = plan.step.pack.lengths
     if len(lengths) == 1 or plan.step.pack != full_pack(sum(lengths), packing=True):
         return None
-    return f"no example was read: a pack counts as {len(lengths)}, one of them with nearly all of its tokens"
+    assumed = f"{len(lengths)} examples per packed sequence, one of them with nearly all of its tokens"
+    return f"no data was read; assumed: {assumed}"
 
 
 def _compute_type(plan: Plan) -> str | None:
@@ -94,53 +95,53 @@ def _type_name(plan: Plan) -> str:
 
 def _in_words(chosen: Candidate) -> str:
     x = chosen.levers
-    kept = f" but for the last {x.kept_blocks} blocks" if x.computes_again and x.kept_blocks else ""
-    source = "the disk" if x.stream_from_disk else "the host"
+    kept = f" except for the last {x.kept_blocks} layers" if x.computes_again and x.kept_blocks else ""
+    source = "disk" if x.stream_from_disk else "host memory"
     resident = "" if x.resident_blocks is None else (
-        f", weights streamed from {source} but for {x.resident_blocks} blocks" if x.resident_blocks
+        f", weights streamed from {source} except for {x.resident_blocks} layers" if x.resident_blocks
         else f", weights streamed from {source}"
     )  # fmt: skip
-    place = "on a disk" if x.uses_disk else "in host memory"
+    place = "on disk" if x.uses_disk else "in host memory"
     return (
         f"checkpointing {x.checkpointing}{kept}"
-        + (f", {x.checkpoint_every} blocks at once" if x.computes_again and x.checkpoint_every > 1 else "")
+        + (f", {x.checkpoint_every} layers per checkpoint" if x.computes_again and x.checkpoint_every > 1 else "")
         + (f", tiles of {x.tile_tokens} tokens" if x.tile_tokens else "")
-        + (", weights unpacked once per backward" if x.unpacks_once else "")
+        + (", weights dequantised once per backward" if x.unpacks_once else "")
         + (", embeddings in host memory" if x.host_embeddings else "")
         + (", head in host memory" if x.host_head else "")
         + (f", block inputs {place}" if x.offload_checkpoints and x.computes_again else "")
-        + (", factors updated in backward" if x.optimizer_in_backward else "")
+        + (", LoRA weights updated in backward" if x.optimizer_in_backward else "")
         + (", blocks compiled" if x.compile else "")
-        + f"{resident}, loss chunk {x.loss_chunk_tokens}, packs at once {chosen.packs}, "
+        + f"{resident}, loss chunk {x.loss_chunk_tokens}, micro-batch size {chosen.packs}, "
         f"micro-batches {chosen.micro_batches}"
     )
 
 
 def transfers(plan: Plan) -> str | None:
-    """Say how long a step's transfers between host and card take, and whether they hide; None where nothing travels."""
+    """Return how long a step's copies between host and GPU take, and whether they are hidden; None without copies."""
     work, machine, steps = plan.chosen.prediction.simulation.work, plan.machine, plan.chosen.micro_batches
     if not work.bus_bytes:
         return None
     bus, computing, starting = (
         steps * seconds(work) for seconds in (machine.bus_seconds, machine.computing_seconds, machine.starting_seconds)
     )
-    hidden, what = "hidden behind" if bus <= max(computing, starting) else "more than", "of computing"
+    hidden, what = "hidden behind" if bus <= max(computing, starting) else "longer than", "of computation"
     if starting > computing:
-        computing, what = starting, "of starting operations"
-    said = f"{format_seconds(bus)} over the bus, {hidden} the {format_seconds(computing)} {what}"
+        computing, what = starting, "of launching operations"
+    said = f"{format_seconds(bus)} of copies between host and GPU, {hidden} {format_seconds(computing)} {what}"
     if work.disk_bytes:
         disk, size = format_seconds(steps * machine.disk_seconds(work)), format_bytes(steps * work.disk_bytes)
-        said += f"; {size} from the disk, {disk} if it gives {DISK_BYTES_PER_SECOND / 1e9:g} GB/s"
+        said += f"; {size} read from disk, {disk} at {DISK_BYTES_PER_SECOND / 1e9:g} GB/s"
     return said
 
 
 def time_of_step(plan: Plan) -> str:
-    """Say how long a step takes, and where the host and not the card is what it waits for."""
+    """Return how long a step takes, and whether the host, which launches its operations, is what limits it."""
     chosen, machine = plan.chosen, plan.machine
     work, said = chosen.prediction.simulation.work, f"about {format_seconds(chosen.step_seconds)}"
     if machine.device_type == "cpu" or machine.seconds(work) > machine.starting_seconds(work):
         return said
-    return f"{said}: what the host takes to start {chosen.micro_batches * work.operations:,} operations"
+    return f"{said}, limited by the host, which launches {chosen.micro_batches * work.operations:,} operations"
 
 
 def as_json(plan: Plan, others: Sequence[Alternative]) -> dict:
@@ -180,7 +181,7 @@ def page_record(plan: Plan, others: Sequence[Alternative], title: str) -> dict:
 
 
 def constants(plan: Plan) -> list[dict]:
-    """Return what comes on top of the chosen way's tensors, as ``memory_page`` shows it."""
+    """Return the non-tensor memory of the chosen plan, as ``memory_page`` shows it."""
     found = [overhead._asdict() for overhead in plan.chosen.prediction.overheads]
     if plan.machine.base_bytes:
         found.append({"name": "process", "bytes": plan.machine.base_bytes, "why": "Python and its libraries"})
@@ -201,7 +202,7 @@ def describe(plan: Plan, others: Sequence[Alternative], width: int = 80) -> str:
     margin = plan.budget_bytes - plan.peak_bytes
     verdict = (f"[bold green]fits[/] with {format_bytes(margin)} to spare" if plan.fits
                else f"[bold red]does not fit[/]: {format_bytes(-margin)} too much" if margin < 0
-               else "[bold red]does not fit[/] the host's memory")  # fmt: skip
+               else "[bold red]does not fit[/] in host memory")  # fmt: skip
     limit = "" if plan.machine.host_bytes is None else f" of {format_bytes(plan.machine.host_bytes)}"
     lines = [
         f"[bold]{format_bytes(plan.peak_bytes)}[/] of {format_bytes(plan.budget_bytes)} on {plan.machine.name}: "
@@ -212,11 +213,11 @@ def describe(plan: Plan, others: Sequence[Alternative], width: int = 80) -> str:
         *_row("compute type", _compute_type(plan), width),
         *_row("sequences", _assumed_sequences(plan), width),
         *_row("why", _why(plan), width),
-        *_row("left free", _why_free(plan), width),
+        *_row("headroom", _why_free(plan), width),
         f"{'step':16} {time_of_step(plan)}",
         *([f"{'transfers':16} {transfers(plan)}"] if transfers(plan) else []),
         f"{'host memory':16} {format_bytes(host_bytes(plan))}{limit}",
-        f"{'disk':16} {format_bytes(disk_bytes(plan))} for the prepared model and the run, beside what is downloaded",
+        f"{'disk':16} {format_bytes(disk_bytes(plan))} for the prepared model and the run, besides the download",
     ]  # fmt: skip
     simulation = plan.chosen.prediction.simulation
     if simulation.folder_bytes:

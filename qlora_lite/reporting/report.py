@@ -4,7 +4,7 @@ It reads the files and takes no objects of the trainer, so that `qlora-lite repo
 run that was killed: whatever is missing or broken is said on the page, and only a folder that is not there is an
 error. Figures that summary.json lacks are taken from metrics.jsonl where it has them.
 
-Units: bytes and seconds as in the files; losses in nats per learned token; exact match as a share, 0 to 1.
+Units: bytes and seconds as in the files; losses in nats per target token; exact match as a share, 0 to 1.
 Layer L6: pyyaml besides the standard library.
 """
 
@@ -39,10 +39,10 @@ def write_report(run_dir: Path) -> Path:
         Path of the page.
 
     Raises:
-        OutputError: it is no run folder, or cannot be written to.
+        OutputError: it is not a run folder, or cannot be written to.
     """
     if not any((run_dir / name).is_file() for name in FILES):
-        raise OutputError(f"there is no run folder {run_dir}; give the folder that train printed at its end")
+        raise OutputError(f"{run_dir} is not a run folder; give the folder that train printed at its end")
     path = run_dir / "report.html"
     write_text(path, render(read_run(run_dir), run_dir.resolve().name))
     return path
@@ -58,8 +58,8 @@ def render(run: RunFiles, folder_name: str) -> str:
         _notices(run, summary),
         _figures(summary),
         section("Loss", _loss_chart(run)),
-        section("Over the steps", _small_charts(run)),
-        section("Answers before and after", _samples(summary), "Held-out rows, greedy generation."),
+        section("Over training", _small_charts(run)),
+        section("Answers before and after", _samples(summary), "Held-out examples, greedy decoding."),
         section("Where the memory goes", _memory_table(summary)),
         section("Settings", _settings(run.recipe) + _chosen(summary), "The resolved recipe, defaults included."),
         section("Data and versions", _data_and_versions(summary)),
@@ -85,7 +85,7 @@ def _notices(run: RunFiles, summary: dict[str, Any]) -> str:
     notices += map(str, other_results) if isinstance(other_results, list) else []
     for part in _dicts(summary.get("resumed")):
         if changes := part.get("forced_changes"):
-            notices.append(f"Gone on with after step {part.get('after_step')} by force, as another run: {changes}")
+            notices.append(f"Resumed after step {part.get('after_step')} with --force, despite changes: {changes}")
     losses = curve(run, "loss")
     bad = [step for step, loss in losses if not math.isfinite(loss)]
     if bad:
@@ -106,10 +106,10 @@ def _figures(summary: dict[str, Any]) -> str:
     loss = [shown(f"eval_loss_{when}", lambda value: f"{value:.3g}") for when in ("after", "before")]
     speed = shown("tokens_per_second", short_number)
     figures = [
-        figure("Exact match", *exact, counted("exact_match_rows", "held-out rows")),
-        figure("Evaluation loss", *loss, "nats per learned token" if any(loss) else ""),
+        figure("Exact match", *exact, counted("exact_match_rows", "held-out examples")),
+        figure("Evaluation loss", *loss, "nats per target token" if any(loss) else ""),
         figure("Peak memory", shown("peak_bytes", lambda value: format_bytes(int(value)))),
-        figure("Tokens per second", speed, detail=counted("tokens", "in all")),
+        figure("Tokens per second", speed, detail=counted("tokens", "in total")),
         figure("Time", shown("seconds", format_seconds), detail=counted("steps", "steps")),
     ]
     return f'<div class="figures">{"".join(figures)}</div>'
@@ -190,7 +190,7 @@ def _memory_table(summary: dict[str, Any]) -> str:
         size = int(size) if math.isfinite(size) else 0
         totals[device] += size
         rows.append([group.get("group"), group.get("dtype"), device, format_bytes(size), group.get("why")])
-    rows += [["in all", "", device, format_bytes(size), ""] for device, size in totals.items()]
+    rows += [["total", "", device, format_bytes(size), ""] for device, size in totals.items()]
     head = ["group", "type", "device", "size", "why"]
     return table(head, rows, numeric=3, totals=len(totals)) if rows else ""
 
@@ -216,7 +216,7 @@ def _chosen(summary: dict[str, Any]) -> str:
 
 def _data_and_versions(summary: dict[str, Any]) -> str:
     adapter = {"weights": summary.get("trainable_parameters"), "sha256": summary.get("adapter_sha256")}
-    cards = _counts("Training rows", summary.get("data")) + _counts("Adapter", adapter)
+    cards = _counts("Training data", summary.get("data")) + _counts("Adapter", adapter)
     cards += _pairs_of("Versions", summary.get("versions"))
     return f'<div class="columns">{cards}</div>' if cards else ""
 
@@ -225,7 +225,11 @@ def _counts(title: str, values: object) -> str:
     """Write what is known of a dict of counts, in words and with thousands separators."""
     if not isinstance(values, dict):
         return ""
-    known = [(str(key).replace("_", " "), value) for key, value in values.items() if value is not None]
+    known = [
+        (str(key).replace("learned", "target").replace("_", " "), value)
+        for key, value in values.items()
+        if value is not None
+    ]
     return _pairs_of(title, {key: _counted(value) for key, value in known})
 
 

@@ -361,7 +361,7 @@ def test_a_look_at_streamed_rows_says_that_it_is_one_at_their_first_thousand(loo
     sample = "the first 1,000 rows of each source; the rest is checked while training"
     assert found.report["ok"] and (found.report["rows_read"], found.report["sample_rows"]) == (1000, 1000)
     assert sample in render(found.report, "x")
-    assert look().report["sample_rows"] is None and "Looked at" not in render(look().report, "x")
+    assert look().report["sample_rows"] is None and "Checked" not in render(look().report, "x")
 
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&\"'"
@@ -374,11 +374,11 @@ def test_the_page_shows_rows_and_problems_and_escapes_both(look, settings):
     assert "<img" not in html and HOSTILE not in html
     assert re.search(r'<span class="learned">learned &lt;/script&gt;', html)
     assert '<span class="seen token">&lt;|im_start|&gt;</span>' in html
-    assert ("not to be trained on" in html) == ("max_bad_rows" not in settings) != (">can be trained on" in html)
+    assert ("cannot be trained on" in html) == ("max_bad_rows" not in settings) != (">can be trained on" in html)
     assert f'class="notice {"warning" if "max_bad_rows" in settings else "error"}"' in html
     assert "http:" not in html and "https:" not in html
 
 
 def test_the_page_of_rows_that_could_not_be_read_has_the_reason(look, tmp_path):
     html = render(look([], []).report, "empty")
-    assert "the file has no rows" in html and "not to be trained on" in html
+    assert "the file has no rows" in html and "cannot be trained on" in html

@@ -123,13 +123,13 @@ def test_predicted_and_measured_are_compared():
     text = Elements(memory_page(sample_record())).text
     assert "adapter 80.0 MiB 81.0 MiB -1.0 MiB -1.2 %" in text
     assert "head 1002.0 MiB 1002.0 MiB 0 B" in text
-    assert re.search(r"in all 7\.0 GiB 7\.0 GiB -10\.0 MiB -0\.1 %", text)
+    assert re.search(r"total 7\.0 GiB 7\.0 GiB -10\.0 MiB -0\.1 %", text)
 
 
 @pytest.mark.parametrize("key", ["predicted", "measured"])
 def test_one_side_alone_is_shown_without_a_difference(key):
     text = Elements(memory_page(small(**{key: {"logits": GIB}}))).text
-    assert f"{key.capitalize()} Tensors at the peak. category {key} logits 1.0 GiB in all 1.0 GiB" in text
+    assert f"{key.capitalize()} Tensors at the peak. category {key} logits 1.0 GiB total 1.0 GiB" in text
 
 
 def test_other_settings_are_listed_against_this_one():

@@ -106,8 +106,8 @@ def everywhere(value, text):
 def test_the_headline_figures_are_shown_from_before_to_after(report):
     text = Elements(report()).text
     for words in [
-        "Exact match 0 % → 92.5 % 120 held-out rows", "Evaluation loss 1.57 → 0.0213",
-        "Peak memory 1.5 GiB", "Tokens per second 208.4 53,077 in all", "Time 2m 05s 3 steps",
+        "Exact match 0 % → 92.5 % 120 held-out examples", "Evaluation loss 1.57 → 0.0213",
+        "Peak memory 1.5 GiB", "Tokens per second 208.4 53,077 in total", "Time 2m 05s 3 steps",
         "orders complete",
         "2026-11-25 09:14:22 UTC",
     ]:  # fmt: skip
@@ -123,7 +123,7 @@ def test_settings_versions_data_and_memory_are_shown(report):
     text = Elements(report()).text
     for words in [
         "learning_rate 0.001", "trackers []", "torch 2.13.0", "rows read 1,960", "weights 4,884,480",
-        "base weights nf4 cpu 1.0 MiB frozen", "in all cpu 1.5 MiB",
+        "base weights nf4 cpu 1.0 MiB frozen", "total cpu 1.5 MiB",
     ]:  # fmt: skip
         assert words in text
 
@@ -268,7 +268,7 @@ def test_the_command_makes_the_page_of_a_run_that_was_killed(report, command, tm
 @pytest.mark.parametrize("name", ["nowhere", "."])
 def test_a_folder_that_is_not_there_or_is_no_run_s_is_an_error(command, tmp_path, name):
     code, out, err = command("report", tmp_path / name)
-    assert (code, out) == (2, "") and err.startswith(f"error: there is no run folder {tmp_path / name}; give the")
+    assert (code, out) == (2, "") and err.startswith(f"error: {tmp_path / name} is not a run folder; give the")
     assert not list(tmp_path.iterdir())
 
 
