@@ -289,7 +289,7 @@ def test_chat_answers_until_an_empty_line(finished):
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("error: turn 3 holds the text '<|im_end|>'") == 1
-    assert done.stderr.count("/use NAME goes on") == 2 and done.stderr.count("you> ") == 5
+    assert done.stderr.count("/use NAME switches") == 2 and done.stderr.count("you> ") == 5
     assert "Traceback" not in done.stderr
 
 

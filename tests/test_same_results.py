@@ -99,7 +99,7 @@ def test_a_command_that_fails_is_a_failed_case_and_one_that_prints_gives_its_tex
             "try: command(folder, 'plan', 'no-such-recipe')\n"
             "except CommandError as error: print(error)")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=TOOL.parent)
-    assert done.stdout.startswith("qlora-lite plan ended with 2: error: there is no recipe"), done.stderr
+    assert done.stdout.startswith("qlora-lite plan ended with 2: error: no recipe"), done.stderr
 
 
 def test_every_case_has_a_name_of_its_own():

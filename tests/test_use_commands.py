@@ -31,7 +31,7 @@ def test_merge_prints_the_table_of_its_report(runs, command, tmp_path):
 @pytest.mark.parametrize("form", ["peft", "vllm", "gguf", "gguf-adapter", "ollama"])
 def test_export_says_what_was_written_how_well_and_how_to_use_it(form, runs, command, tmp_path):
     code, out, _ = command("export", runs[0], "--to", form, "--out", tmp_path / "out")
-    said = r"changes the base's logits as the adapter does, to \d|makes (100|99)\.\d% of the change"
+    said = r"changes the base model's logits as the adapter does, within \d|makes (100|99)\.\d% of the adapter's change"
     assert code == 0 and re.search(rf"^loaded back +({said})", out, re.MULTILINE)
     assert re.search(r"^use +\S", out, re.MULTILINE)
     assert json.loads((tmp_path / "out" / "export_report.json").read_text())["form"] == form
@@ -132,7 +132,7 @@ def test_a_run_is_measured_again_with_another_pattern_and_on_more_rows(runs, com
 
 def test_evaluate_of_what_is_not_there_speaks_of_runs(command, tmp_path):
     code, _, err = command("evaluate", tmp_path / "runs" / "nosuch")
-    assert code == 2 and "nosuch: there is no such run folder and no such recipe" in err
+    assert code == 2 and "nosuch: no such run folder or recipe" in err
     assert "`qlora-lite recipes list`" in command("evaluate", tmp_path / "nosuch.yaml")[2]
 
 

@@ -1,4 +1,4 @@
-"""``qlora-lite data``: what a recipe's rows become, and what is wrong with them, before anything is trained."""
+"""``qlora-lite data``: what a recipe's data becomes, and what is wrong with it, before training."""
 
 import json
 import logging
@@ -18,11 +18,11 @@ _LEARNED, _SEEN = {"fg": "green", "bold": True}, {"dim": True}
 @click.command()
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--rows", type=click.IntRange(min=0), default=3, show_default=True, help="Rows to show.")
+@click.option("--rows", type=click.IntRange(min=0), default=3, show_default=True, help="Examples to show.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write an offline page to this file.")
 def data(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool, html: Path | None) -> None:
-    """Show what training would see of RECIPE's rows, and fail on those that would spoil it."""
+    """Show RECIPE's data as training would see it, and fail on errors in it."""
     try:
         settings = load_recipe(recipe, overrides)
         prepare(verbose=False)
@@ -63,22 +63,22 @@ def _text(report: dict) -> str:
 
     lines = _source_lines("source", report["sources"])
     if sample := what_was_read(report):
-        lines.append(_line("looked at", sample))
+        lines.append(_line("checked", sample))
     lines += _count_lines(report)
     if report["packs"]:
-        pack = f"{report['packs']:,} packs of {report['max_tokens']:,} tokens, {report['packing_efficiency']:.1%} full"
-        lines.append(_line("packing", pack))
+        packed = f"{report['packs']:,} packed sequences of {report['max_tokens']:,} tokens"
+        lines.append(_line("packing", f"{packed}, {report['packing_efficiency']:.1%} full"))
     if report["eval"]:
         lines += ["", *_source_lines("evaluation", report["eval"]["sources"]), *_count_lines(report["eval"])]
     lines += ["", *_template_lines(report), "", *_histogram(report)]
     for row in report["rows"]:
-        head = f"{row['where']}: {row['tokens']} tokens, {row['learned_tokens']} learned"
+        head = f"{row['where']}: {row['tokens']} tokens, {row['learned_tokens']} of them targets"
         lines += ["", click.style(head, bold=True), *_row(row)]
     warnings = [problem for problem in report["problems"] if problem["severity"] == "warning"]
     if warnings:
         lines += ["", *(click.style(f"warning: {line_of_problem(problem)}", fg="yellow") for problem in warnings)]
     if report["ok"]:
-        verdict = f"no errors in {sample}" if sample else "no errors: these rows can be trained on"
+        verdict = f"no errors in {sample}" if sample else "no errors: this data can be trained on"
         lines += ["", click.style(verdict, fg="green")]
     return "\n".join(lines)
 
@@ -94,7 +94,7 @@ def _source_lines(label: str, sources: list[dict]) -> list[str]:
         lines.append(_line(label, f"{source['path']} ({source['format'] or 'format not recognised'}{weight})"))
         if len(sources) > 1:
             counts = f"{source['examples']:,} examples, {source['tokens']:,} tokens"
-            lines.append(_line("", f"{counts}, {source['learned_tokens']:,} learned"))
+            lines.append(_line("", f"{counts}, {source['learned_tokens']:,} target tokens"))
         lines += [_line("", note) for note in source["notes"]]
     return lines
 
@@ -106,13 +106,13 @@ def _count_lines(counts: dict) -> list[str]:
         return []
     dropped = "".join(f", {count:,} dropped ({reason})" for reason, count in counts["dropped"].items())
     places = {reason: first_places(counts, reason) for reason in counts["dropped"]}
-    cut = f", {counts['truncated']:,} cut short" if counts["truncated"] else ""
+    cut = f", {counts['truncated']:,} truncated" if counts["truncated"] else ""
     cut += f", {counts['split']:,} split" if counts["split"] else ""
     share = counts["learned_tokens"] / max(1, counts["tokens"])
     return [
         _line("rows", f"{counts['rows_read']:,} read, {counts['rows_kept']:,} kept{dropped}{cut}"),
         *(_line("dropped", f"{reason}: {where}") for reason, where in places.items() if where),
-        _line("tokens", f"{counts['tokens']:,}, of which {counts['learned_tokens']:,} are learned ({share:.1%})"),
+        _line("tokens", f"{counts['tokens']:,}, of which {counts['learned_tokens']:,} are targets ({share:.1%})"),
     ]
 
 
@@ -121,7 +121,7 @@ def _template_lines(report: dict) -> list[str]:
 
     lines = [_line("template", line_of_template(report["template"]))] if report["template"] else []
     for token in report["special_tokens"]:
-        lines.append(_line("special token", f"{token['token']} {token['count']:,} times, {token['learned']:,} learned"))
+        lines.append(_line("special token", f"{token['token']} {token['count']:,} times, {token['learned']:,} targets"))
     return lines
 
 
@@ -137,7 +137,7 @@ def _histogram(report: dict) -> list[str]:
 
 
 def _row(row: dict) -> list[str]:
-    """Colour a row's text; where colours are taken away (a pipe), «...» still encloses what is learned."""
+    """Colour a row's text; where colours are taken away (a pipe), «...» still encloses target tokens."""
     text, was_learned = "", False
     for piece in [*row["pieces"], {"text": "", "learned": False, "special": False}]:
         mark = "" if piece["learned"] == was_learned else "«" if piece["learned"] else "»"

@@ -22,7 +22,7 @@ def _described(found: dict) -> str:
     lines = []
     for group in ("versions", "machine"):
         lines += [group, *(f"  {name.replace('_', ' '):22} {_in_words(value)}" for name, value in found[group].items())]
-    notes = found["notes"] or ["nothing to say: this machine is fine"]
+    notes = found["notes"] or ["none: this machine is fine"]
     return "\n".join([*lines, "notes", *(f"  {note}" for note in notes)])
 
 

@@ -1,4 +1,4 @@
-"""``qlora-lite evaluate``: measure a run, or a recipe's base model, on the evaluation rows."""
+"""``qlora-lite evaluate``: measure a run, or a recipe's base model, on the evaluation examples."""
 
 import json
 from pathlib import Path
@@ -13,14 +13,15 @@ from .output import echo, echo_exactly, prepare, step_progress
 
 _ROWS, _MATCH = ("data.eval=", "data.eval."), "train.exact_match_"
 _OF_A_RUN = *_ROWS, _MATCH
+_LABELS = {"rows": "examples", "labelled_tokens": "target tokens"}  # how the figures are printed
 _OF_AN_ADAPTER = *_OF_A_RUN, "data.max_tokens=", "data.overflow=", "data.template=", "data.train_on="
 
 
 @click.command()
 @click.argument("run_or_recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--base", is_flag=True, help="Leave the run's adapter out.")
-@click.option("--rows", type=click.IntRange(min=0), help="Rows for exact match; default as in the recipe.")
+@click.option("--base", is_flag=True, help="Leave out the run's adapter.")
+@click.option("--rows", type=click.IntRange(min=0), help="Examples for exact match; default as in the recipe.")
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
     help="JSONL file for the answers: prompt, reference, answer and match of each compared example.",
@@ -31,14 +32,14 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, rows: i
              as_json: bool, model_path: str | None, unfinished: bool) -> None:  # fmt: skip
     """Measure loss, perplexity and exact match of RUN_OR_RECIPE: a run folder, or a recipe's base model.
 
-    KEY=VALUE replaces a setting of a recipe; a run is measured with its own, on its evaluation rows or on those of
-    data.eval=PATH, read with the prompt and completion of the run's own rows where it has their columns, and as
-    train.exact_match_... says. An adapter alone needs data.eval, and takes data.max_tokens, overflow, template and
-    train_on too.
+    KEY=VALUE replaces a setting of a recipe. A run is measured with its own settings, of which only data.eval=PATH and
+    train.exact_match_... can be replaced; PATH is read with the prompt and completion templates of the run's own data
+    if it has their columns. An adapter alone needs data.eval, and also takes data.max_tokens, overflow, template and
+    train_on.
     """
     adapter = tokenizer = None
     if not Path(run_or_recipe).exists() and Path(run_or_recipe).suffix not in (".yaml", ".yml"):
-        raise RecipeError(f"{run_or_recipe}: there is no such run folder and no such recipe (a .yaml file)")
+        raise RecipeError(f"{run_or_recipe}: no such run folder or recipe (a .yaml file)")
     if Path(run_or_recipe).is_dir():
         prepare(verbose=False)
         recipe, adapter, tokenizer = _opened(run_or_recipe, overrides, model_path, unfinished)
@@ -46,7 +47,7 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, rows: i
     else:
         if base or model_path or unfinished:
             raise click.UsageError(
-                "--base, --model and --unfinished are for a run folder; of a recipe the base model is measured, "
+                "--base, --model and --unfinished are for a run folder; for a recipe the base model is measured, "
                 "and model.path=PATH says where it is"
             )
         recipe = load_recipe(run_or_recipe, overrides)
@@ -66,12 +67,13 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, rows: i
         compared = _how_many(shown.pop("exact_match_rows"), result["rows"], asked)
         shown["exact_match"] = f"{result['exact_match']:.4f} on {compared}"
     for name, value in shown.items():
+        name = _LABELS.get(name, name)
         echo(f"{name.replace('_', ' '):18} {value:.4f}" if isinstance(value, float) else
                    f"{name.replace('_', ' '):18} {value}")  # fmt: skip
 
 
 def _how_many(compared: int, rows: int, asked: int) -> str:
-    """Say how many examples exact match is over, and what decides it where more could be asked for."""
+    """Return how many examples exact match is over, and how to have more, if there are more."""
     why = " (train.exact_match_rows; --rows N for more)" if asked < rows else ""
     return f"{compared:,} of {rows:,} examples{why}"
 
@@ -106,16 +108,16 @@ def _opened(folder: str, overrides: tuple[str, ...], model_path: str | None, unf
 
 
 def _check_overrides(folder: str, overrides: tuple[str, ...], is_alone: bool) -> None:
-    """Raise where a setting cannot be replaced, or the evaluation rows of an adapter alone are not named."""
+    """Raise where a setting cannot be replaced, or the evaluation data of an adapter alone is not named."""
     names = _OF_AN_ADAPTER if is_alone else _OF_A_RUN
     if other := next((each for each in overrides if not each.startswith(names)), None):
         if not is_alone:
             raise click.UsageError(
-                f"of a run only data.eval=PATH and train.exact_match_... can be replaced; {other} is for a recipe"
+                f"for a run, only data.eval=PATH and train.exact_match_... can be replaced; {other} is for a recipe"
             )
         settings = ", ".join([*(name[:-1] for name in _OF_AN_ADAPTER if name.endswith("=")), f"{_MATCH}..."])
-        raise click.UsageError(f"of an adapter alone only {settings} can be set; {other} is for a recipe")
+        raise click.UsageError(f"for an adapter alone, only {settings} can be set; {other} is for a recipe")
     if is_alone and not any(each.startswith(_ROWS) for each in overrides):
-        raise RecipeError(f"{folder} is an adapter alone, which names no evaluation rows; name some, as in "
-                          "data.eval=rows.jsonl, or measure it beside a run, on that one's: "
+        raise RecipeError(f"{folder} is an adapter alone, without evaluation data; name some, as in "
+                          "data.eval=rows.jsonl, or compare it with a run, on that run's data: "
                           f"qlora-lite compare RUN {folder}")  # fmt: skip

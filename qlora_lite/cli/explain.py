@@ -10,7 +10,7 @@ from .output import echo, echo_markdown
 @click.command()
 @click.argument("name", required=False)
 def explain(name: str | None) -> None:
-    """Print what NAME means: a setting (lora.rank), a section of a recipe (lora) or a topic.
+    """Explain NAME: a setting (lora.rank), a section of a recipe (lora) or a topic.
 
     Without NAME: list the topics.
     """

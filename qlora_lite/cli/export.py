@@ -1,4 +1,4 @@
-"""``qlora-lite export``: write a run in the form of another program, and prove that it works there."""
+"""``qlora-lite export``: write a run in another program's format, and check it."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from .output import echo, prepare
 @click.option("--to", "form", required=True, type=click.Choice(["peft", "vllm", "gguf", "gguf-adapter", "ollama"]))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must be new or empty.")
 @click.option("--base", type=click.Choice(["nf4", "fp4", "original"]),
-              help="gguf, ollama: merge into the 4-bit weights of the run (default), or the original.")  # fmt: skip
+              help="gguf, ollama: merge into the run's 4-bit weights (default), or the original ones.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["f16", "bf16", "q8_0"]),
               help="gguf, ollama: type of the matrices (default f16).")  # fmt: skip
 @of_a_run
@@ -23,7 +23,7 @@ def export(run: str, form: str, out: Path, base: str | None, dtype: str | None, 
            unfinished: bool) -> None:  # fmt: skip
     """Write RUN for another program, load it back, and compare what it does with the run's adapter.
 
-    RUN is a run folder, or an adapter's in the PEFT format.
+    RUN is a run folder, or an adapter folder in the PEFT format.
     """
     if (base or dtype) and form not in ("gguf", "ollama"):
         raise click.UsageError(f"--base and --dtype are for merged models (gguf, ollama), not for --to {form}")
@@ -33,10 +33,10 @@ def export(run: str, form: str, out: Path, base: str | None, dtype: str | None, 
     report = export_run(run, out, ExportSettings(form, base, dtype), model_path, unfinished)
     echo(f"wrote {out}: {form}, {report['layers']} layers, {format_bytes(report['size_bytes'])}")
     if "error" in report:
-        echo(f"{'loaded back':24}changes the base's logits as the adapter does, to {report['error']:.1e}")
+        echo(f"{'loaded back':24}changes the base model's logits as the adapter does, within {report['error']:.1e}")
     else:
-        said = f"makes {report['share']:.1%} of the change that the adapter makes in the base's logits"
-        rounding = f"100% is all of it; by rounding they are {report['distance']:.1e} of their size away"
+        said = f"makes {report['share']:.1%} of the adapter's change to the base model's logits"
+        rounding = f"100% is all of it; rounding changes them by {report['distance']:.1e} of their size"
         echo(f"{'loaded back':24}{said} ({rounding})")
     if "conversations_compared" in report:
         echo(f"{'template':24}same tokens for {report['conversations_compared']} random conversations")

@@ -13,7 +13,7 @@ from .options import context_option, model_option
 from .output import echo, echo_exactly, importing, prepare, step_progress
 
 _NO_COMMANDS = "/help", "/reset", "/clear", "/system", "/bye"  # as others have them
-_COMMANDS = "/use NAME goes on with another adapter, /new forgets the conversation, /quit or an empty line ends it"
+_COMMANDS = "/use NAME switches the adapter, /new starts a new conversation, /quit or an empty line ends the chat"
 
 
 def _checked_temperature(_context, _option, value: float) -> float:
@@ -34,10 +34,10 @@ _conversation_options = [
     click.option("--temperature", type=float, default=0.0, show_default=True, callback=_checked_temperature,
                  help="0 takes the most probable token each time."),
     click.option("--top-p", type=float, default=1.0, show_default=True, callback=_checked_top_p,
-                 help="Draw from the most probable tokens that make up this probability."),
+                 help="Sample from the most probable tokens that together have this probability."),
     click.option("--top-k", type=click.IntRange(min=0), default=0, show_default=True,
-                 help="Draw from so many of the most probable tokens; 0 is all."),
-    click.option("--template", help="Chat template of a recipe's or a model's bare base, as data.template names it."),
+                 help="Sample from this many of the most probable tokens; 0 is all."),
+    click.option("--template", help="Chat template of a RECIPE's or MODEL's base model, as in data.template."),
     context_option, model_option,
 ]  # fmt: skip
 
@@ -51,29 +51,29 @@ def _of_a_conversation(command):
 
 @click.command()
 @click.argument("run", metavar="RUN|RECIPE|MODEL")
-@click.option("--prompt", help="What the user says.")
+@click.option("--prompt", help="The user's message.")
 @click.option(
     "--prompts",
     type=click.Path(exists=True, dir_okay=False),
     metavar="FILE",
-    help="File of prompts to answer: text (a line each), JSONL, CSV or Parquet.",
+    help="File of prompts to answer: text (one per line), JSONL, CSV or Parquet.",
 )
 @click.option("--out", type=click.Path(dir_okay=False), metavar="FILE", help="JSONL file for the answers to --prompts.")
-@click.option("--column", help="Column of --prompts that holds the prompt, where its name does not say so.")
-@click.option("--overwrite", is_flag=True, help="Begin anew where --out is there; it is gone on with otherwise.")
-@click.option("--base", is_flag=True, help="Leave the run's adapter out.")
+@click.option("--column", help="Column of --prompts with the prompt, if its name does not say so.")
+@click.option("--overwrite", is_flag=True, help="Start over if --out exists; otherwise it is continued.")
+@click.option("--base", is_flag=True, help="Leave out the run's adapter.")
 @click.option(
     "--seed",
     type=click.IntRange(min=0),
-    help="What is drawn, with a temperature above 0.  [default: 0 with --prompts, else another each time]",
+    help="Random seed, for a temperature above 0.  [default: 0 with --prompts, else random]",
 )
 @_of_a_conversation
 def generate(run: str, prompt: str | None, prompts: str | None, out: str | None, column: str | None, overwrite: bool,
              base: bool, seed: int | None, **options) -> None:  # fmt: skip
     """Answer one prompt, or a file of prompts.
 
-    Answered is by the adapter of a run folder or of an adapter's in the PEFT format, or by the bare base model of a
-    recipe, or of a model's name, folder or .gguf file.
+    RUN is a run folder, or an adapter folder in the PEFT format. For a RECIPE, or a MODEL (a name, a folder or a .gguf
+    file), the base model answers without an adapter.
     """
     if (prompt is None) == (prompts is None):
         raise click.UsageError("give --prompt TEXT, or --prompts FILE with --out FILE")
@@ -96,7 +96,7 @@ def _answer_file(
     run: str, prompts: str, out: str, column: str | None, overwrite: bool, base: bool, seed: int, options: dict
 ) -> None:  # fmt: skip
     if options.pop("context_tokens"):
-        raise click.UsageError("--context-tokens is for --prompt; of a file of prompts the longest one is known")
+        raise click.UsageError("--context-tokens is for --prompt; with --prompts the longest prompt is known")
     prepare(verbose=False)
     from qlora_lite.inference.predict import PredictSettings, predict_file
 
@@ -106,19 +106,21 @@ def _answer_file(
     with step_progress("loading") as progress:
         done = predict_file(run, prompts, out, settings, progress.watch)
     earlier = f" ({done.prompts - done.answered:,} of them before)" if done.answered < done.prompts else ""
-    cut = f"; cut at --max-new-tokens {settings.max_new_tokens}: {done.cut:,}" if done.cut else ""
-    echo(f"{done.prompts:,} prompts are answered in {out}{earlier}{cut}")
+    cut = f"; cut off at --max-new-tokens {settings.max_new_tokens}: {done.cut:,}" if done.cut else ""
+    echo(f"{done.prompts:,} prompts answered in {out}{earlier}{cut}")
 
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN|RECIPE|MODEL...")
 @_of_a_conversation
 def chat(runs: tuple[str, ...], **options) -> None:
-    """Talk with the adapters of one or more runs over one base model; a RUN may be an adapter's folder, as peft has it.
+    """Chat with the adapters of one or more runs on one base model.
 
-    Of a recipe, or of a model's name, folder or .gguf file, the bare base model answers.
+    RUN is a run folder, or an adapter folder in the PEFT format. For a RECIPE, or a MODEL (a name, a folder or a .gguf
+    file), the base model answers without an adapter.
 
-    /use NAME goes on with another adapter, /new forgets the conversation; /quit, an empty line or end of input ends it.
+    /use NAME switches to another adapter, /new starts a new conversation; /quit, an empty line or end of input ends the
+    chat.
     """
     session = _open(runs, options)
     echo(f"{_COMMANDS} (adapters: {', '.join(session.tasks.names)})", err=True)

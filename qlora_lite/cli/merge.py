@@ -1,4 +1,4 @@
-"""``qlora-lite merge``: write a run's adapter and its base as one model, and say what that cost."""
+"""``qlora-lite merge``: merge a run's adapter into its base model, and measure the difference."""
 
 from pathlib import Path
 
@@ -14,17 +14,17 @@ from .output import echo, prepare
 @click.argument("run")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must be new or empty.")
 @click.option("--base", type=click.Choice(["nf4", "fp4", "original"]),
-              help="Merge into the 4-bit weights that the run saw (default), or into the original ones.")  # fmt: skip
+              help="Merge into the run's 4-bit weights (default), or into the original ones.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["bf16", "f16", "f32"]), default="bf16", show_default=True)
 @click.option("--quantize", "quantize_to", type=click.Choice(["nf4", "fp4"]), help="Write a 4-bit checkpoint.")
 @click.option("--rows", type=click.IntRange(min=0), default=32, show_default=True,
-              help="Held-out rows to measure on; 0 measures nothing (not with --quantize).")  # fmt: skip
+              help="Held-out examples to measure on; 0 measures nothing (not with --quantize).")  # fmt: skip
 @of_a_run
 def merge(run: str, out: Path, base: str | None, dtype: str, quantize_to: str | None, rows: int,
           model_path: str | None, unfinished: bool) -> None:  # fmt: skip
     """Write the base model with RUN's adapter merged into it as an ordinary transformers checkpoint.
 
-    RUN is a run folder, or an adapter's in the PEFT format (with --rows 0).
+    RUN is a run folder, or an adapter folder in the PEFT format (with --rows 0).
     """
     prepare()
     from qlora_lite.export.merge import REPORT, MergeSettings, merge_run
@@ -33,7 +33,7 @@ def merge(run: str, out: Path, base: str | None, dtype: str, quantize_to: str | 
     cost = f"{format_seconds(report['seconds'])}, {format_bytes(report['peak_bytes_above_start'])} of memory"
     echo(f"wrote {out}: {report['layers']} layers merged into the {report['merged_into']} weights; {cost}")
     if "models" in report:
-        echo(f"\n{report['rows']} rows of {report['measured_on']}:")
+        echo(f"\n{report['rows']} examples of {report['measured_on']}:")
         echo(f"{'':24}{'loss':>10}{'KL to trained':>16}{'same first token':>19}")
         for name, found in report["models"].items():
             echo(f"{name:24}{found['loss']:>10.4f}{found['kl']:>16.2e}{found['agreement']:>19.2%}")

@@ -2,17 +2,15 @@
 
 import click
 
-model_option = click.option(
-    "--model", "model_path", help="Where the base model lies, if not where the run or the adapter says."
-)
+model_option = click.option("--model", "model_path", help="Base model, if it is not where the run or the adapter says.")
 unfinished_option = click.option(
     "--unfinished", is_flag=True,
-    help="Take what a run that did not reach its end has: the best adapter so far, else the last.",
+    help="Use a run that did not finish: its best adapter so far, else its last.",
 )  # fmt: skip
 context_option = click.option(
     "--context-tokens", type=click.IntRange(min=1),
-    help="Of the longest conversation, answer included, that a card must have room for; weights that it has no room "
-    "for beside that lie in host memory.  [default: the run's data.max_tokens]",
+    help="Longest conversation, answer included, that must fit on the GPU; weights that do not fit beside it are kept "
+    "in host memory.  [default: the run's data.max_tokens]",
 )  # fmt: skip
 
 

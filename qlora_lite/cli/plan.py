@@ -1,4 +1,4 @@
-"""``qlora-lite plan``: say what a recipe will need before anything is downloaded."""
+"""``qlora-lite plan``: predict what a recipe needs, before anything is downloaded."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ class _Size(click.ParamType):
             size_bytes = value if isinstance(value, int) else parse_bytes(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
-        return size_bytes or self.fail("no memory is nothing to plan for; write a size such as 8GiB", param, ctx)
+        return size_bytes or self.fail("must be more than 0; write a size such as 8GiB", param, ctx)
 
 
 @click.command()
@@ -39,11 +39,11 @@ class _Size(click.ParamType):
 @click.option("--vram", type=_Size(), help="Memory to plan for, such as 12GiB.")
 @click.option("--card", multiple=True, help="Card to plan for, such as rtx-4060; see --cards.")
 @click.option("--max-tokens", is_flag=True, help="Also find the largest data.max_tokens that fits.")
-@click.option("--max-batch", is_flag=True, help="Also find how many packs fit at once.")
+@click.option("--max-batch", is_flag=True, help="Also find the largest micro-batch of packed sequences that fits.")
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page with a timeline.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--cards", is_flag=True, help="List the known cards.")
-@click.option("--models", is_flag=True, help="List the models whose shapes are known without a network.")
+@click.option("--models", is_flag=True, help="List the models that can be planned without a network.")
 def plan(named, overrides, vram, card, max_tokens, max_batch, html, as_json, cards, models) -> None:
     """Predict the memory of RECIPE, or of MODEL with a recipe's defaults, and choose the fastest settings that fit.
 
@@ -110,7 +110,7 @@ def _settings(named: str, overrides: Sequence[str]) -> Recipe:
     if not (path.is_dir() or is_gguf or "/" in named or namesake(named)):
         near = [name for name in (closest_recipe(named), *nearest(named)) if name]
         meant = f"did you mean {', '.join(near)}?" if near else "see qlora-lite recipes list, and plan --models."
-        raise RecipeError(f"there is no recipe and no known model {named!r}; {meant} {CONFIG_IS_ENOUGH}")
+        raise RecipeError(f"no recipe or known model is called {named!r}; {meant} {CONFIG_IS_ENOUGH}")
     if path.is_dir() and not (path / "config.json").is_file():
         raise RecipeError(f"{named} has no config.json; name a recipe's .yaml file, or a model's folder")
     is_local = path.is_dir() or (is_gguf and not named.startswith(PACKAGE_PREFIX))
@@ -171,7 +171,7 @@ def _print(text: str) -> None:
 
 
 def _show(found: dict, most_packs: int, html: Path | None) -> None:
-    saving = ", with every lever that saves memory"
+    saving = ", with all options that save memory"
     if "max_tokens" in found:
         price = ""
         if found["max_tokens"]:
@@ -180,7 +180,7 @@ def _show(found: dict, most_packs: int, html: Path | None) -> None:
         echo(f"largest data.max_tokens that fits{saving}: {found['max_tokens'] or 'none'}{price}")
     if "max_batch" in found:
         more = " or more" if found["max_batch"] == most_packs else ""
-        echo(f"packs that fit at once{saving}: {found['max_batch'] or 'none'}{more}")
+        echo(f"largest micro-batch of packed sequences that fits{saving}: {found['max_batch'] or 'none'}{more}")
     if html is not None:
         echo(f"timeline: {html}")
 

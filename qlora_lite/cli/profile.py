@@ -16,7 +16,7 @@ from .output import echo, prepare
 @click.option("--steps", type=click.IntRange(min=1), default=3, show_default=True, help="Optimizer steps to run.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder; default runs/NAME-profile.")
 def profile(recipe: str, overrides: tuple[str, ...], steps: int, out: Path | None) -> None:
-    """Run steps of RECIPE under the memory ledger; write memory.html and memory.json."""
+    """Run a few steps of RECIPE under the memory ledger; write memory.html and memory.json."""
     settings = load_recipe(recipe, overrides)
     prepare()
     from qlora_lite.runs.profile import profile_recipe

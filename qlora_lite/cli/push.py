@@ -15,10 +15,10 @@ from .output import echo, prepare
 @click.argument("run")
 @click.argument("repo", metavar="OWNER/NAME")
 @click.option("--merged", type=click.Path(path_type=Path, exists=True, file_okay=False),
-              help="Push the model that qlora-lite merge wrote of RUN into this folder.")  # fmt: skip
+              help="Push the model in this folder, which qlora-lite merge wrote from RUN.")  # fmt: skip
 @click.option("--base-model", metavar="OWNER/NAME",
-              help="Name of the base model on the hub, where the run has it from a file or folder.")  # fmt: skip
-@click.option("--public", is_flag=True, help="Let everybody see the repository.  [default: private]")
+              help="Name of the base model on the hub, if the run has it from a file or folder.")  # fmt: skip
+@click.option("--public", is_flag=True, help="Make the repository public.  [default: private]")
 @click.option("--yes", is_flag=True, help="Send without asking.")
 @click.option("--dry-run", is_flag=True, help="Show what would be sent, and send nothing; needs no token.")
 @of_a_run
@@ -27,7 +27,7 @@ def push(run: str, repo: str, merged: Path | None, base_model: str | None, publi
     """Upload RUN's adapter, or its merged model, to the hub's repository OWNER/NAME, which is private unless --public.
 
     The adapter goes in peft's format, with a model card of the run's settings and figures. All that is sent is shown
-    first; checkpoints, logs, data and paths of this machine never are.
+    first; checkpoints, logs, data and paths of this machine are never sent.
     """
     prepare()
     from huggingface_hub import HfApi
@@ -52,10 +52,10 @@ def _show(found) -> None:
     there = found.there or ()
     echo(f"{found.card}\n{'-' * 20} above: {next(iter(found.files))}")
     echo(f"{'repository':14}{found.repo}, {'private' if found.private else 'PUBLIC'}, "
-               f"{'new' if found.there is None else 'there already'}")  # fmt: skip
+               f"{'new' if found.there is None else 'exists already'}")  # fmt: skip
     for name in found.files:
         echo(f"{'file':14}{name}, {format_bytes(found.size_bytes(name))}{', replaced' if name in there else ''}")
     if others := sorted(set(there) - found.files.keys() - {".gitattributes"}):
-        echo(f"{'stays there':14}{', '.join(others)}")
+        echo(f"{'unchanged':14}{', '.join(others)}")
     for note in found.notes:
         echo(f"{'note':14}{note}")

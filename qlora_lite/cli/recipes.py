@@ -18,7 +18,7 @@ from .output import echo, echo_exactly
 
 @click.group()
 def recipes() -> None:
-    """List, show, copy and check recipes, and make one of another trainer's file."""
+    """List, show, copy and check recipes, or convert another trainer's file."""
 
 
 @recipes.command("list")
@@ -39,7 +39,10 @@ def show(name: str) -> None:
 @click.argument("name")
 @click.argument("dest", required=False)
 def copy(name: str, dest: str | None) -> None:
-    """Copy the built-in recipe NAME, with its data, to DEST (a folder or a file; default here)."""
+    """Copy the built-in recipe NAME, with its data.
+
+    DEST is a folder or a file; without it, the current folder.
+    """
     echo(f"wrote {copy_recipe(name, dest)}")
 
 
@@ -49,7 +52,10 @@ def copy(name: str, dest: str | None) -> None:
 @click.option("--full", is_flag=True, help="Print the recipe with every default filled in.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def check(recipe: str, overrides: tuple[str, ...], full: bool, as_json: bool) -> None:
-    """Check RECIPE and the first row of each of its data files, without loading a model."""
+    """Check RECIPE without loading a model.
+
+    Reads the first row of each of its data files too.
+    """
     try:
         settings = load_recipe(recipe, overrides)
         checked = _first_rows(settings)
@@ -97,16 +103,17 @@ def _first_rows(settings: Recipe) -> list:
 @click.argument("file")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--out", help="Write the recipe to this file, which must not exist yet.  [default: standard output]")
-@click.option("--partial", is_flag=True, help="Go without settings that what is learned depends on.")
+@click.option("--partial", is_flag=True, help="Leave out settings that affect training but cannot be converted.")
 def convert(file: str, overrides: tuple[str, ...], out: str | None, partial: bool) -> None:
-    """Make a recipe of FILE: YAML of axolotl, LLaMA-Factory, torchtune, trl or unsloth, or a script or notebook.
+    """Convert FILE of another trainer to a recipe.
 
-    Nothing in FILE is run. A line is printed for each setting that is not taken over as it is. KEY=VALUE gives what
+    FILE is YAML of axolotl, LLaMA-Factory, torchtune, trl or unsloth, or a script or notebook; nothing in it is run. A
+    line is printed for each setting that is not taken over as it is. KEY=VALUE gives what
     FILE does not say, such as data.train=rows.jsonl.
     """
     made = convert_file(file, overrides, partial=partial)
     if out is not None and Path(out).exists():
-        raise OutputError(f"{out} is there already; remove it, or name another file")
+        raise OutputError(f"{out} exists already; remove it, or name another file")
     for note in made.notes:
         echo(f"{note.kind}: {note}", err=True)
     if out is None:

@@ -9,19 +9,21 @@ from .output import prepare
 @click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @click.option("--host", default="127.0.0.1", show_default=True,
-              help="Address to listen on; one that others can reach is answered under any Host name.")  # fmt: skip
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of an answer.")
+              help="Address to listen on; on one that others can reach, any Host header is answered.")  # fmt: skip
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 is any free port.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Most tokens of an answer."
+)
 @click.option("--max-waiting", type=click.IntRange(min=0), default=8, show_default=True,
-              help="Requests that wait while one is answered; more are refused.")  # fmt: skip
+              help="Maximum number of waiting requests; more are refused.")  # fmt: skip
 @context_option
 @of_a_run
 def serve(runs: tuple[str, ...], host: str, port: int, max_new_tokens: int, max_waiting: int,
           context_tokens: int | None, model_path: str | None, unfinished: bool) -> None:  # fmt: skip
-    """Answer /v1/chat/completions with the adapters of RUNs; the request's model selects one, "base" selects none.
+    """Answer /v1/chat/completions with the adapters of RUNs; the request's model selects one, "base" the base model.
 
-    A RUN is a run folder, or an adapter's in the PEFT format. For trying an adapter on this machine.
-    vLLM and Ollama are for production: see qlora-lite export.
+    A RUN is a run folder, or an adapter folder in the PEFT format. This is for trying adapters on this machine; for
+    production use vLLM or Ollama (see qlora-lite export).
     """
     prepare()
     from qlora_lite.inference.multi_adapter import open_tasks

@@ -1,4 +1,4 @@
-"""``qlora-lite train``: run a recipe and say what came of it."""
+"""``qlora-lite train``: run a recipe and print its results."""
 
 import json
 import shlex
@@ -18,9 +18,9 @@ from .output import importing, one_line, prepare, print_result, step_progress
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
     "--resume", is_flag=False, flag_value="", metavar="[RUN]",
-    help="Go on from the newest whole checkpoint of a run folder; without RUN, of the recipe's newest run.",
+    help="Resume from the newest complete checkpoint of a run folder; without RUN, of the recipe's newest run.",
 )  # fmt: skip
-@click.option("--force", is_flag=True, help="With --resume: go on though settings or rows make another run of it.")
+@click.option("--force", is_flag=True, help="With --resume: resume even if settings or data have changed.")
 def train(recipe: str | None, overrides: tuple[str, ...], resume: str | None, force: bool) -> None:
     """Fine-tune a model as RECIPE says; KEY=VALUE replaces a setting, such as lora.rank=32."""
     if resume and "=" in resume and not Path(resume).exists():  # the shell cannot tell an override from a RUN
@@ -31,9 +31,9 @@ def train(recipe: str | None, overrides: tuple[str, ...], resume: str | None, fo
     if recipe is None:
         raise click.UsageError("name the recipe: qlora-lite train RECIPE" + (f" --resume {resume}" if resume else ""))
     if force and resume is None:
-        raise click.UsageError("--force is for --resume: it goes on with a run that settings or rows make another one")
+        raise click.UsageError("--force is for --resume: it resumes a run whose settings or data have changed")
     if resume and not Path(resume).is_dir():
-        raise CheckpointError(f"--resume {resume}: there is no such run folder")
+        raise CheckpointError(f"--resume {resume}: no such run folder")
     if resume and not Path(recipe).exists() and Path(recipe) == Path(resume) / "recipe.yaml":
         prepare()
         from qlora_lite.runs.resume import recover_recipe
@@ -57,9 +57,9 @@ def _result(folder, summary: dict) -> str:
                   f"before     {one_line(sample['before'])}", f"after      {one_line(sample['after'])}"]  # fmt: skip
     lines.append("")
     lines += _change("evaluation loss", summary, "eval_loss", "{:.4f}")
-    lines += _change(f"exact match ({summary.get('exact_match_rows')} rows)", summary, "exact_match", "{:.1%}")
+    lines += _change(f"exact match of {summary.get('exact_match_rows')}", summary, "exact_match", "{:.1%}")
     skipped = summary["skipped_steps"]
-    without_effect = f", of which {skipped} changed nothing: not finite" if skipped else ""
+    without_effect = f", of which {skipped} were skipped: not finite" if skipped else ""
     lines += [
         f"{'time':24} {format_seconds(summary['seconds'])} for {summary['steps']} steps{without_effect}",
         f"{'speed':24} {summary['tokens_per_second']:.0f} tokens/s",
@@ -72,7 +72,7 @@ def _result(folder, summary: dict) -> str:
 
 
 def _of_step(summary: dict) -> str:
-    """Say which step's factors the adapter is, where it is not the last's, and whether it made things worse."""
+    """Return the step of the adapter's weights, if it is not the last, and whether they are worse than the base."""
     step, before, after = (summary.get(key) for key in ("adapter_step", "eval_loss_before", "eval_loss_after"))
     said = f" (step {step}, the best by evaluation loss)" if step not in (None, summary["steps"]) else ""
     worse = before is not None and after is not None and not after <= before
@@ -80,7 +80,7 @@ def _of_step(summary: dict) -> str:
 
 
 def _change(label: str, summary: dict, key: str, form: str) -> list[str]:
-    """Return a line of what was measured before and after; a run that was gone on with may have one of them only."""
+    """Return a line with a figure before and after training; a resumed run may have only one of them."""
     if not {f"{key}_before", f"{key}_after"} <= summary.keys():
         return []
     return [f"{label:24} {form.format(summary[key + '_before'])} -> {form.format(summary[key + '_after'])}"]

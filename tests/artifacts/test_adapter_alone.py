@@ -188,12 +188,12 @@ def test_it_is_evaluated_on_rows_that_are_named_with_the_template_beside_it(run,
 def test_what_it_cannot_be_evaluated_with_is_named(adapter, command):
     names = "data.eval, data.max_tokens, data.overflow, data.template, data.train_on, train.exact_match_..."
     for arguments, said in (
-        ((), "as in data.eval=rows.jsonl, or measure it beside a run, on that one's: qlora-lite compare RUN"),
+        ((), "as in data.eval=rows.jsonl, or compare it with a run, on that run's data: qlora-lite compare RUN"),
         (("data.max_tokens=64",), "name some, as in data.eval=rows.jsonl"),
         (("data.eval=null",), "there are no evaluation rows; name some"),
         (("data.eval=none.jsonl",), "none.jsonl: no such file"),
         (("data.eval=x.jsonl", "data.max_tokens=no"), "override 2: data.max_tokens = no: must be a whole number"),
-        (("data.eval=x.jsonl", "train.seed=1"), f"alone only {names} can be set; train.seed=1 is for a recipe"),
+        (("data.eval=x.jsonl", "train.seed=1"), f"alone, only {names} can be set; train.seed=1 is for a recipe"),
     ):
         code, out, err = command("evaluate", adapter, *arguments)
         assert (code, out) == (2, "") and said in err, err

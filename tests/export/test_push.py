@@ -166,8 +166,8 @@ def test_a_repository_that_is_there_keeps_its_visibility_and_its_other_files(run
     assert code == 2 and "exists and is public; add --public" in err and not hub.sent
     hub.repos[REPO]["private"] = True
     code, out, _ = command("push", run, REPO, "--base-model", BASE, "--yes", "--public")
-    assert code == 0 and f"{REPO}, private, there already" in out and "create_repo" not in hub.calls
-    assert "README.md, 1" in out and "replaced" in out and "stays there   old.bin" in out
+    assert code == 0 and f"{REPO}, private, exists already" in out and "create_repo" not in hub.calls
+    assert "README.md, 1" in out and "replaced" in out and "unchanged     old.bin" in out
     assert "the repository exists and stays private" in out
 
 

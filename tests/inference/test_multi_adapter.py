@@ -189,7 +189,7 @@ def test_as_many_examples_are_compared_as_the_first_run_s_recipe_says_and_few_ar
         assert row["matches"].keys() == row["answers"].keys() == {"run", "german"}
         assert row["matches"] == {name: said[:1] == row["reference"][:1] for name, said in row["answers"].items()}
     none = make_run(tmp_path / "none", runs[0].parent / "model", ["train.exact_match_rows=0"])
-    assert "no answers are compared, as the first run's train.exact_match_rows says" in command("compare", none)[1]
+    assert "no answers are compared, following the first run's train.exact_match_rows" in command("compare", none)[1]
 
 
 def test_a_run_that_would_drop_rows_is_compared_on_all_of_the_first_run_s(runs, tmp_path):

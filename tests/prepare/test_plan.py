@@ -721,7 +721,7 @@ class TestCommand:
         page = tmp_path / "plan.html"
         code, out, _ = self.call(capsys, file, "--card", "rtx-4060", "--html", page, "--max-batch")
         assert code == 0 or code is None
-        assert "RTX 4060" in out and "fits" in out and "saved activations" in out and "packs that fit at once" in out
+        assert "RTX 4060" in out and "fits" in out and "saved activations" in out and "largest micro-batch" in out
         assert "<svg" in page.read_text()
         assert "Memory plan of recipe: meta-llama/Llama-3.2-1B, 256 tokens, rank 16, on RTX 4060" in page.read_text()
 
@@ -737,7 +737,7 @@ class TestCommand:
 
         monkeypatch.setattr(planner, "max_batch", counted)
         _, out, _ = self.call(capsys, file, "--card", "rtx-4060", "--max-batch")
-        assert out == f"packs that fit at once, with every lever that saves memory: {shown}\n"
+        assert out == f"largest micro-batch of packed sequences that fits, with all options that save memory: {shown}\n"
 
     def test_json_is_one_object_and_nothing_else(self, capsys, file):
         code, out, _ = self.call(capsys, file, "--vram", "0.5GiB", "--json", "--max-tokens")
@@ -757,7 +757,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--vram", "12"], "no unit; write 12GiB"), (["--vram", "0GiB"], "no memory is nothing to plan for"),
+            (["--vram", "12"], "no unit; write 12GiB"), (["--vram", "0GiB"], "must be more than 0"),
             (["--card", "rtx-4061"], "RTX 4060"),
             (["--card", "l4", "--vram", "1GiB"], "exclude each other"), (["memory.budget=8"], "such as 8GiB"),
         ],
