@@ -47,7 +47,7 @@ def avoid_what_is_missing() -> None:
 
 
 def _is_for_rocm() -> bool:
-    """Tell whether the torch that would be imported is built for ROCm."""
+    """Check whether the torch that would be imported is built for ROCm."""
     found = find_spec("torch")
     file = Path(found.origin).with_name("version.py") if found and found.origin else None
     return bool(

@@ -32,7 +32,7 @@ def examine() -> dict:
         "gpu": _gpu(),
         "cuda": _build(),
         "fast_bfloat16": fast_dtype(device) == torch.bfloat16,
-        "attention": (None if fault else kernel_of_card(fast_dtype(device))) or "torch's kernels for processors",
+        "attention": (None if fault else kernel_of_card(fast_dtype(device))) or "torch's CPU kernels",
         "bitsandbytes_backend": _backend(device),
         "cache": f"{cache_root()} ({_free(cache_root())} free)",
     }
@@ -65,19 +65,19 @@ def _free(path) -> str:
 def _notes(device: torch.device) -> list[str]:
     notes = []
     if device.type == "cpu":
-        notes.append("no CUDA GPU is usable: training runs on the processor; take a small model")
+        notes.append("no CUDA GPU is usable: training runs on the CPU; choose a small model")
         if unused := unsupported_gpu():
             notes.append(unused)
     if torch.version.hip:
-        notes.append("AMD's GPUs are used as CUDA's are, and not verified: nobody has tried this package on ROCm")
+        notes.append("AMD GPUs are used like CUDA GPUs, unverified: nobody has tried this package on ROCm")
     if (dtype := fast_dtype(device)) != torch.bfloat16:
         fallback = str(dtype).removeprefix("torch.")
         notes.append(f"this device has no fast bfloat16: the compute type falls back to {fallback}")
     if device.type == "cuda" and not segments_grow():
         notes.append(
-            "torch's CUDA allocator has segments of fixed sizes here (Windows, WSL, ROCm before 7, a Tegra, a share of "
-            "a card, or PYTORCH_ALLOC_CONF): plans leave more room for holes between tensors; where torch can, "
-            "PYTORCH_ALLOC_CONF=expandable_segments:True makes them grow"
+            "torch's CUDA allocator has segments of fixed size here (Windows, WSL, ROCm before 7, a Tegra, a slice of "
+            "a GPU, or PYTORCH_ALLOC_CONF): plans leave more room for fragmentation; where torch supports it, "
+            "PYTORCH_ALLOC_CONF=expandable_segments:True makes them expandable"
         )
     if device.type == "cuda" and importlib.util.find_spec("triton") and (missing := missing_for_triton()):
         notes.append(
@@ -86,7 +86,7 @@ def _notes(device: torch.device) -> list[str]:
             f"leave train.compile off (in Python, set {'='.join(NO_TRITON)} too, before torch is imported)"
         )
     if not can_page(device):
-        notes.append("paged optimizers are ordinary ones here: no card is found that can page their states")
+        notes.append("paged optimizers are ordinary ones here: no GPU that can page their states was found")
     if "plain torch" in _backend(device):
         notes.append("bitsandbytes has no native library here: 4-bit layers run in plain torch, many times slower")
     return notes

@@ -89,8 +89,8 @@ def tokenizer_faults() -> Iterator[None]:
         if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         reason = next(iter(str(error).splitlines()), "no reason given")
-        raise ModelError(f"the tokenizer fails ({reason}): the patterns in its tokenizer.json cannot be used; take the "
-                         "file from the model's source again, or another model") from error  # fmt: skip
+        raise ModelError(f"the tokenizer fails ({reason}): the patterns in its tokenizer.json cannot be used; "
+                         "download that file again, or choose another model") from error  # fmt: skip
 
 
 def require_one_of(name: str, value: object, choices: Iterable[str | None]) -> None:

@@ -55,9 +55,9 @@ def _reason(error: OSError, path: Path) -> str:
         free = f" ({format_bytes(shutil.disk_usage(parent).free)} free)" if parent else ""
         return f"the disk is full{free}; free some space or name another disk ({setting})"
     if error.errno == errno.EROFS:
-        return f"the disk is read-only; name a place that can be written ({setting})"
+        return f"the disk is read-only; name a writable one ({setting})"
     if error.errno == errno.ELOOP:
-        return "it is a symbolic link, and nothing is written through one; remove it"
+        return "it is a symbolic link, and files are not written through one; remove it"
     if error.errno in (errno.EACCES, errno.EPERM):
         return f"no permission; change the folder's owner or name one of your own ({setting})"
     return f"{error.strerror or error}; check the path ({setting})"
@@ -136,7 +136,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 def _check_name(path: Path) -> None:
     if path.name in ("", ".."):
-        raise OutputError(f"{path} is a folder without a name here, which cannot be replaced; name a new one in it")
+        raise OutputError(f"{path} is a folder that cannot be replaced; name a new one inside it")
 
 
 def require_empty(path: Path) -> None:
@@ -219,7 +219,7 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
         except OSError as error:
             # what flock raises, what locking does at once, and after ten seconds: it waits no longer
             if isinstance(error, BlockingIOError | PermissionError) or error.errno == errno.EDEADLK:
-                cure = "wait for it, or name another place (output.dir, --out)"
+                cure = "wait for it, or choose another folder (output.dir, --out)"
                 raise OutputError(f"another process is writing {path}; {cure}") from None
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL, errno.ENOSYS):
                 raise
@@ -314,7 +314,7 @@ def _leads_up(path: Path) -> bool:
 def _count(searched: Iterator[int]) -> None:
     if next(searched) > MAX_FOLDERS:
         raise TooManyFolders(
-            f"more than {MAX_FOLDERS:,} folders would be searched; begin the pattern with a folder nearer to the files"
+            f"more than {MAX_FOLDERS:,} folders would be searched; start the pattern closer to the files"
         )
 
 

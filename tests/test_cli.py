@@ -248,7 +248,7 @@ def test_evaluate_says_how_many_rows_it_left_out_of_exact_match_because_their_an
 def test_evaluate_without_evaluation_rows_is_an_error(finished, command, tmp_path):
     recipe = write_recipe(tmp_path, finished[1].parent / "model", data={"eval": None}, train={"exact_match_rows": 0})
     code, out, err = command("evaluate", recipe, "--json")
-    assert (code, out, err) == (2, "", "error: there are no evaluation rows; name some, as in data.eval=rows.jsonl\n")
+    assert (code, out, err) == (2, "", "error: there is no evaluation data; name some, as in data.eval=rows.jsonl\n")
 
 
 def test_generate_answers_from_the_run_folder_alone_and_the_same_each_time(finished, command):
@@ -550,7 +550,7 @@ def test_a_signal_ends_the_run_with_130_and_keeps_the_adapter_so_far(finished, t
     assert (tmp_path / "out" / "adapter-last" / "adapter_model.safetensors").exists()
     assert not (tmp_path / "out" / "adapter").exists()
     assert (tmp_path / "out" / "report.html").exists()
-    how = re.search(r"To go on: qlora-lite train (\S+) --resume (\S+)$", err, re.MULTILINE)
+    how = re.search(r"To resume: qlora-lite train (\S+) --resume (\S+)$", err, re.MULTILINE)
     assert how.groups() == (str(tmp_path / "out" / "recipe.yaml"), str(tmp_path / "out"))
 
 

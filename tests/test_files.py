@@ -102,7 +102,7 @@ def test_a_signal_between_the_two_renames_gives_the_old_folder_back(folder, monk
     [
         (errno.ENOSPC, r"the disk is full \(.* free\); free some space"),
         (errno.EDQUOT, "the disk is full"),
-        (errno.EROFS, r"read-only; name a place that can be written \(output.dir, --out or --html\)"),
+        (errno.EROFS, r"read-only; name a writable one \(output.dir, --out or --html\)"),
         (errno.EACCES, "no permission; change the folder's owner"),
         (errno.ENOTDIR, "Not a directory; check the path"),
     ],
@@ -123,7 +123,7 @@ def test_a_folder_that_is_there_under_no_name_is_neither_a_file_to_write_nor_rep
     with pytest.raises(OutputError, match="it is a folder; name a file"):
         write_text(Path(path), "x")
     for use in (require_empty, lambda path: replacing_folder(path).__enter__()):
-        with pytest.raises(OutputError, match="cannot be replaced; name a new one in it"):
+        with pytest.raises(OutputError, match="cannot be replaced; name a new one inside it"):
             use(Path(path))
     assert content(folder) == {"file": "old"}
 
@@ -180,7 +180,7 @@ def test_a_pattern_matches_what_glob_says_and_searches_no_whole_disk(tmp_path, m
     assert sorted(files.matches("**/x.txt")) == sorted(glob.glob("**/x.txt", recursive=True)) and files.matches("a/*")
     monkeypatch.setattr(files, "MAX_FOLDERS", 3)
     assert files.matches(str(tmp_path / "*" / "y.txt"))  # which looks into one folder
-    with pytest.raises(files.TooManyFolders, match=r"more than 3 folders would be searched; begin the pattern with"):
+    with pytest.raises(files.TooManyFolders, match=r"more than 3 folders would be searched; start the pattern closer"):
         files.matches(str(tmp_path / "**" / "**" / "x.txt"))
 
 
@@ -212,8 +212,8 @@ def test_a_recipe_s_pattern_over_the_whole_disk_is_refused_soon(tmp_path, comman
     monkeypatch.setattr(files, "MAX_FOLDERS", 500)
     (tmp_path / "r.yaml").write_text("model: {path: gpt2}\ndata: {train: '/**/**/**/*.nothing'}\n")
     code, _, err = command("recipes", "check", tmp_path / "r.yaml")
-    assert code == 2 and "r.yaml:2: data.train = /**/**/**/*.nothing: more than" in err and "begin the pattern" in err
-    with pytest.raises(DataError, match="begin the pattern with a folder nearer to the files"):
+    assert code == 2 and "r.yaml:2: data.train = /**/**/**/*.nothing: more than" in err and "start the pattern" in err
+    with pytest.raises(DataError, match="start the pattern closer to the files"):
         find_files("/**/**/**/*.nothing")
 
 

@@ -91,7 +91,7 @@ def test_data_shows_what_a_template_raises_and_how_a_special_token_is_called(rec
     (tmp_path / "own.jinja").write_text(ended)
     path = recipe([GOOD], data={"template": str(tmp_path / "own.jinja"), "eval": None})
     code, out, err = command("data", path, f"model.path={model}", "train.exact_match_rows=0")
-    assert f"special token    {SHOWN} 1 times, 1 learned" in out and is_harmless(out + err), (code, out, err)
+    assert f"special token    {SHOWN} 1 times, 1 targets" in out and is_harmless(out + err), (code, out, err)
 
 
 def test_an_adapter_s_tensor_names_are_shown(run, tmp_path, command):

@@ -79,10 +79,10 @@ def test_evaluate_measures_a_run_of_a_card_on_any_machine_and_a_failed_one_only_
     summary = json.loads((run / "summary.json").read_text()) | {"status": "failed"}
     (run / "summary.json").write_text(json.dumps(summary))
     code, out, err = command("evaluate", run)
-    assert (code, out) == (2, "") and "did not reach its end (status failed)" in err
+    assert (code, out) == (2, "") and "did not finish (status failed)" in err
     for use in (("evaluate", run, "--unfinished"), ("generate", run, "--prompt", "hi", "--max-new-tokens", 1)):
         code, _, err = command(*use)
-        assert code == 0 and f"the run {run} did not reach its end; {run / 'adapter'} is what it has" in err
+        assert code == 0 and f"the run {run} did not finish; using {run / 'adapter'}" in err
 
 
 def test_evaluate_takes_settings_for_a_recipe_and_options_for_a_run(runs, command):
@@ -146,7 +146,7 @@ def test_evaluate_shows_how_far_it_is_where_it_takes_long(runs, command, monkeyp
 def test_evaluate_measures_a_run_on_other_rows_also_one_that_has_none(tmp_path, command, monkeypatch):
     run = tiny_run(tmp_path, overrides=["data.eval=null", "train.exact_match_rows=0"])
     code, _, err = command("evaluate", run)
-    assert code == 2 and "no evaluation rows; name some, as in data.eval=rows.jsonl" in err
+    assert code == 2 and "no evaluation data; name some, as in data.eval=rows.jsonl" in err
     (tmp_path / "here").mkdir()
     (tmp_path / "eval.jsonl").rename(tmp_path / "here/others.jsonl")
     monkeypatch.chdir(tmp_path / "here")
@@ -229,7 +229,7 @@ def test_a_damaged_adapter_is_one_error_wherever_it_is_read(arguments, runs, com
     assert (code, out) == (2, "")
     (line,) = (line for line in err.splitlines() if line.startswith("error: "))
     assert f"{run}/adapter/adapter_model.safetensors is damaged: its SHA-256 is not the one in {run}/summary" in line
-    assert line.endswith("bring it back from a copy, or train again")
+    assert line.endswith("restore it from a copy, or train again")
 
 
 def test_an_adapter_whose_sum_nobody_knows_is_used(runs, command, tmp_path):

@@ -90,7 +90,7 @@ class RunFolder:
             self.write_metrics()
         except OutputError as error:
             if len(self.waiting) == 1:
-                log.warning("%s. Training goes on, and the lines wait until it can be written", error)
+                log.warning("%s. Training continues, and the lines wait until it can be written", error)
 
     def write_metrics(self) -> None:
         """Write the lines that wait.
@@ -118,7 +118,7 @@ class RunFolder:
             with explain_write_errors(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / RECIPE, resolve_to_yaml(self.recipe))
-            log.warning("%s was removed; it is made again, without what was in it", self.path)
+            log.warning("%s was removed; it is created again, without its former content", self.path)
 
     def flush_metrics(self) -> None:
         """Wait until the metrics written so far would survive a power cut.
@@ -138,7 +138,7 @@ class RunFolder:
         try:
             self.write_summary()
         except OutputError as error:
-            log.warning("%s. The run goes on, and its summary waits until it can be written", error)
+            log.warning("%s. The run continues, and its summary waits until it can be written", error)
 
     def write_summary(self) -> None:
         """Write ``summary.json``.
@@ -176,7 +176,7 @@ def newest_path(recipe: Recipe) -> Path | None:
 
 
 def _never_began(path: Path) -> bool:
-    """Tell whether a run failed and left nothing to go on from."""
+    """Check whether a run failed and left nothing to resume from."""
     return _status(path) == "failed" and not steps_on_disk(path / CHECKPOINTS)
 
 
@@ -195,7 +195,7 @@ def _summary(path: Path) -> dict:
 
 
 def _failed_at_once(path: Path) -> bool:
-    """Tell whether a run failed before its first step, so that it may be begun anew in the same folder."""
+    """Check whether a run failed before its first step, so that the same folder may be used again."""
     return _never_began(path) and not (path / METRICS).exists()
 
 
@@ -241,15 +241,15 @@ def undo_start(path: Path, was_there: bool) -> None:
 
 
 def _other_place(path: Path) -> str:
-    """Say what to do instead of beginning a run in a folder that has something in it: first what keeps it."""
+    """Return what to do when the folder of a new run is not empty; what keeps its content comes first."""
     steps = steps_on_disk(path / CHECKPOINTS)
     if not steps or _status(path) == COMPLETE:
         return "choose another output.dir or remove it"
-    return f"its run came to a checkpoint of step {steps[0]}. {how_to_go_on(path)}. Or choose another output.dir"
+    return f"its run reached a checkpoint of step {steps[0]}. {how_to_go_on(path)}. Or choose another output.dir"
 
 
 def rewind_run(run: RunFolder, has_best: bool, metrics_sha256: str | None) -> None:
-    """Go back to where a run was: cut off the metrics of later steps, and write the recipe that it goes on with.
+    """Go back to where a run was: cut off the metrics of later steps, and write the recipe that it resumes with.
 
     Args:
         run: with the summary and the ``metrics_bytes`` of then.
@@ -269,19 +269,19 @@ def rewind_run(run: RunFolder, has_best: bool, metrics_sha256: str | None) -> No
     whole = written.rfind(b"\n") + 1
     lost, run.metrics_bytes, run.metrics_hash = run.metrics_bytes - whole, whole, hashlib.sha256(written[:whole])
     if lost:
-        log.warning("%s lacks %d bytes of the steps before; it goes on behind what is there", file, lost)
+        log.warning("%s lacks %d bytes of earlier steps; new lines are appended to what is there", file, lost)
     elif metrics_sha256 not in (None, run.metrics_hash.hexdigest()):
-        log.warning("%s is damaged: its lines of the steps before are not those that were written (their SHA-256 "
-                    "differs); it goes on behind them", file)  # fmt: skip
+        log.warning("%s is damaged: its lines of earlier steps are not those that were written (their SHA-256 "
+                    "differs); new lines are appended to them", file)  # fmt: skip
     run.write_metrics()
     write_text(run.path / RECIPE, resolve_to_yaml(run.recipe))
 
 
 def is_complete(path: Path, recipe: Recipe) -> bool:
-    """Tell whether a recipe's run came to its end, so that there is nothing to go on with.
+    """Check whether a recipe's run is complete, so that there is nothing to resume.
 
     Raises:
-        CheckpointError: it did with another recipe, or its adapter is lost, and it has no checkpoint to go on from.
+        CheckpointError: it did with another recipe, or its adapter is lost, and it has no checkpoint to resume from.
     """
     try:
         summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
@@ -294,15 +294,15 @@ def is_complete(path: Path, recipe: Recipe) -> bool:
     is_there = all((adapter / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
     is_whole = is_same and is_there and _is_as_written(adapter)
     if not is_whole and newest_whole(path / CHECKPOINTS)[0] is None:
-        raise CheckpointError(f"{path} is complete and has no checkpoint to go on from; choose another output.dir")
+        raise CheckpointError(f"{path} is complete and has no checkpoint to continue from; choose another output.dir")
     if is_same and not is_whole:
         log.warning("resume: %s is lost or damaged; it is written again", adapter)
     return is_whole
 
 
 def how_to_go_on(folder: Path) -> str:
-    """Say what to type to go on with a run."""
-    return f"To go on: {_resume_command(folder)}"
+    """Return the command that resumes a run, as a sentence."""
+    return f"To resume: {_resume_command(folder)}"
 
 
 def _resume_command(folder: Path) -> str:
@@ -310,12 +310,12 @@ def _resume_command(folder: Path) -> str:
 
 
 def is_begun(folder: Path) -> bool:
-    """Tell whether a run has begun in a folder: its recipe is there, or a checkpoint, which holds it too."""
+    """Check whether a folder has a run: its recipe, or a checkpoint, which contains it too."""
     return (folder / RECIPE).is_file() or bool(steps_on_disk(folder / CHECKPOINTS))
 
 
 def newest_checkpoint(step: int | None) -> str:
-    """Say what there is to go on from: the step of the newest checkpoint, None for none."""
+    """Return in words what can be resumed: the step of the newest checkpoint, None for none."""
     return "no checkpoint is there" if step is None else f"the newest checkpoint is of step {step}"
 
 
@@ -371,20 +371,18 @@ def open_run(path: str | Path) -> OpenedRun:
     """
     folder = Path(path)
     if not (folder / RECIPE).is_file() and is_begun(folder):
-        raise RecipeError(f"{folder} has lost its {RECIPE}; its checkpoints hold it: {_resume_command(folder)}")
+        raise RecipeError(f"{folder} has lost its {RECIPE}; its checkpoints contain it: {_resume_command(folder)}")
     if not (folder / RECIPE).is_file():
-        around = _run_around(folder)
-        lacks = (
-            f"recipe.yaml; name the run, {around}"
-            if around
-            else f"recipe.yaml, nor is it an adapter's ({ADAPTER_CONFIG})"
+        if around := _run_around(folder):
+            raise RecipeError(f"{folder} is not a run folder: it has no {RECIPE}; name the run, {around}")
+        raise RecipeError(
+            f"{folder} is not a run folder: it has no {RECIPE}; nor an adapter folder: it has no {ADAPTER_CONFIG}"
         )
-        raise RecipeError(f"{folder} is not a run folder: it has no {lacks}")
     try:
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         end_token_ids = tuple(int(token) for token in summary["data"]["end_token_ids"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise RecipeError(f"{folder / 'summary.json'} is missing or broken; is this a whole run folder?") from None
+        raise RecipeError(f"{folder / 'summary.json'} is missing or broken; is this a complete run folder?") from None
     adapter = next((f for f in (folder / ADAPTER, folder / ADAPTER_LAST) if (f / ADAPTER_CONFIG).is_file()), None)
     if adapter:
         check_adapter(adapter)
@@ -418,18 +416,18 @@ def check_adapter(folder: Path) -> None:
         cures.append(f"write it again from the checkpoint of step {checkpoint.step}: {_resume_command(run)}")
     if folder.name == ADAPTER and (run / ADAPTER_LAST / ADAPTER_CONFIG).is_file():
         cures.append(f"remove {folder} to use {run / ADAPTER_LAST}, that of the last step")
-    cure = ", or ".join(cures) or "bring it back from a copy, or train again"
+    cure = ", or ".join(cures) or "restore it from a copy, or train again"
     raise ModelError(f"{folder / ADAPTER_WEIGHTS} is damaged: its SHA-256 is not the one in {run / SUMMARY}; {cure}")
 
 
 def _is_as_written(adapter: Path) -> bool:
-    """Tell whether an adapter's weights have the SHA-256 that its run recorded, if any."""
+    """Check whether an adapter's weights have the SHA-256 that its run recorded, if any."""
     recorded, weights = _summary(adapter.parent).get(DIGESTS.get(adapter.name)), adapter / ADAPTER_WEIGHTS
     return not isinstance(recorded, str) or not weights.is_file() or sha256(weights) == recorded
 
 
 def is_adapter_alone(folder: Path) -> bool:
-    """Tell whether a folder is an adapter's that belongs to no run folder, as peft writes it."""
+    """Check whether a folder holds an adapter that belongs to no run folder, as peft writes it."""
     is_adapter = (folder / ADAPTER_CONFIG).is_file() and not (folder / RECIPE).is_file()
     return is_adapter and _run_around(folder) is None
 

@@ -107,7 +107,7 @@ class TrainedRun:
             DataError: the rows cannot be read.
         """
         if self.is_alone:
-            raise DataError("the adapter is alone and names none")
+            raise DataError("the adapter comes without a run")
         found = set()
         for source in build_sources(self.recipe, "train"):
             for row in islice(read_conversations(source, Problems()), SYSTEM_ROWS):
@@ -142,7 +142,7 @@ def open_trained(run: str | Path, model_path: str | None = None, unfinished: boo
 
     Args:
         run: a run folder, or an adapter's in the PEFT format.
-        model_path: where the base model lies, if not where the run or the adapter says.
+        model_path: where the base model is, if not where the run or the adapter says.
         unfinished: take the best adapter so far, else the last, of a run that did not reach its end.
 
     Raises:
@@ -156,17 +156,17 @@ def open_trained(run: str | Path, model_path: str | None = None, unfinished: boo
     opened = open_run(folder)
     if (status := opened.summary.get("status")) != "complete" and not unfinished:
         raise RecipeError(
-            f"the run {folder} did not reach its end (status {status}); what it has is {opened.adapter}: "
-            f"add --unfinished to use that. {how_to_go_on(folder)}"
+            f"the run {folder} did not finish (status {status}); add --unfinished to use its adapter "
+            f"{opened.adapter}. {how_to_go_on(folder)}"
         )
     if status != "complete":
-        log.warning("the run %s did not reach its end; %s is what it has", folder, opened.adapter)
+        log.warning("the run %s did not finish; using %s", folder, opened.adapter)
     recipe = _where_it_lies_now(_as_it_ran(opened), model_path)
     try:
         files = locate(recipe.model.path, recipe.model.revision)
     except ModelError as error:
         moved = f"the base model of {folder} is not where it was ({opened.recipe.model.path}): {error}"
-        raise ModelError(moved if model_path else f"{moved}. Say where it is now with --model PATH") from error
+        raise ModelError(moved if model_path else f"{moved}. Give its new location with --model PATH") from error
     _check_base(opened.summary, files, folder, "--model PATH")
     name = folder.resolve().name
     return TrainedRun(name, recipe, opened.adapter, opened.end_token_ids, files)
@@ -175,16 +175,14 @@ def open_trained(run: str | Path, model_path: str | None = None, unfinished: boo
 def _open_alone(folder: Path, model_path: str | None) -> TrainedRun:
     base, revision = named_base(folder)
     if not (base or model_path):
-        raise ModelError(
-            f"the adapter {folder} does not say what it was trained on; say where that is with --model PATH"
-        )
+        raise ModelError(f"the adapter {folder} does not name its base model; give that with --model PATH")
     named = Recipe(model=Model(path=base or model_path, revision=revision), data=Data.model_construct(train=()))
     recipe = _where_it_lies_now(named, model_path)
     try:
         files = locate(recipe.model.path, recipe.model.revision)
     except ModelError as error:
-        said = f"the base model of the adapter {folder} is not there: {error}"
-        raise ModelError(said if model_path else f"{said}. Say where it is with --model PATH") from error
+        said = f"the base model of the adapter {folder} is not found: {error}"
+        raise ModelError(said if model_path else f"{said}. Give its location with --model PATH") from error
     trained = TrainedRun(folder.resolve().name, recipe, folder, (), files, template_in(folder))
     try:
         tokenizer = trained.tokenizer()
@@ -231,12 +229,12 @@ def open_model(
     except ModelError as error:
         if is_recipe or path.exists():
             raise
-        kinds = "a run folder, an adapter's, or a recipe (.yaml)"
-        raise RecipeError(f"{name} is not {kinds}; as a model: {error}") from None
+        kinds = "a run folder, an adapter folder or a recipe (.yaml)"
+        raise RecipeError(f"{name} is not {kinds}, nor a model: {error}") from None
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
     if not is_recipe and not template and not tokenizer.chat_template:
         template = "plain"
-        log.warning("%s has no chat template; prompts are written as the template plain does (--template)", name)
+        log.warning("%s has no chat template; prompts are written with the template plain (--template)", name)
     data = recipe.data.model_copy(update={"template": template or recipe.data.template})
     called = path.stem if is_recipe or path.suffix == ".gguf" else path.name
     bare = TrainedRun(called, recipe.model_copy(update={"data": data}), None, (), files)

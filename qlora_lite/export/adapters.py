@@ -75,7 +75,7 @@ def for_vllm(adapter: Adapter, skeleton: nn.Module, family: str) -> tuple[Adapte
     """
     if family not in VLLM_FAMILIES or any(stands_for_conv1d(skeleton.get_submodule(name)) for name in adapter.layers):
         known = ", ".join(VLLM_FAMILIES)
-        raise ModelError(f"vLLM is not known to take adapters for {family} (it is for {known}); merge and serve that")
+        raise ModelError(f"vLLM is not known to support adapters for {family} (but for {known}); merge and serve that")
     largest = max(factors.rank for factors in adapter.layers.values())
     if largest > VLLM_RANKS[-1]:
         raise ModelError(f"vLLM takes ranks up to {VLLM_RANKS[-1]}, the adapter has {largest}; merge and serve that")
@@ -162,7 +162,7 @@ def read_gguf_adapter(path: Path, names: GgufNames, adapted: list[str]) -> Adapt
         parameter = f"{path_in_model}.weight"
         pair = [tensors.get(f"{names.of(parameter)}.lora_{side}") for side in "ab"]
         if any(part is None for part in pair):
-            raise ModelError(f"{path} has no factors for {path_in_model}")
+            raise ModelError(f"{path} has no LoRA weights for {path_in_model}")
         lora_a, lora_b = pair[0], names.from_gguf(parameter, pair[1])
         layers[path_in_model] = Factors(lora_a, lora_b.contiguous(), float(fields["adapter.lora.alpha"]))
     return Adapter(layers, 0.0)

@@ -98,6 +98,6 @@ def share_of(change: Change, exported: torch.Tensor, base: torch.Tensor) -> floa
 def _wrong(what: str, share: float, found: str) -> ModelError:
     nothing = " (it changes nothing)" if abs(share) < SHARE else ""
     return ModelError(
-        f"{what}, loaded back, does not do what the adapter does{nothing}: it makes {share:.0%} of the change; "
+        f"{what}, loaded back, does not do what the adapter does{nothing}: it makes {share:.0%} of its change; "
         f"{found}. Please report this"
     )

@@ -107,11 +107,11 @@ def _peft(job: _Job) -> dict:
 
 
 def _of_the_whole(job: _Job) -> list[str]:
-    """Say what an adapter folder fits where the run's model is part of a larger one."""
+    """Return what an adapter folder fits, if the run's model is part of a larger one."""
     if (begins := begins_of(job.skeleton)) is None:
         return []
-    return [f"the adapter fits the whole of {job.trained.files.name} as transformers loads it, whose layers begin with "
-            f"{begins[1]!r}, and not its language model taken out"]  # fmt: skip
+    return [f"the adapter fits the whole of {job.trained.files.name} as transformers loads it, with layer names that "
+            f"begin with {begins[1]!r}, and not its language model alone"]  # fmt: skip
 
 
 def _vllm(job: _Job) -> dict:
@@ -123,7 +123,7 @@ def _vllm(job: _Job) -> dict:
 
 
 def _to_tell_vllm(job: _Job) -> Iterator[str]:
-    """Say what a server of the base model does not know of the run: its chat template, and what ends its answers."""
+    """Yield what a server of the base model does not know of the run: its chat template, and what ends its answers."""
     trained = job.trained
     own, model = trained.tokenizer().chat_template, trained.recipe.model
     if own is not None and own != load_tokenizer(model.path, model.revision).chat_template:
@@ -133,7 +133,7 @@ def _to_tell_vllm(job: _Job) -> Iterator[str]:
     config = read_json(generation) if generation.is_file() else trained.files.config
     known = config.get("eos_token_id")
     if ends := sorted(set(trained.end_token_ids) - set(known if isinstance(known, list) else [known])):
-        yield f"vLLM does not end answers at the tokens that the run learned: send stop_token_ids {ends} with requests"
+        yield f"vLLM does not stop at the end tokens of the training data: send stop_token_ids {ends} with requests"
 
 
 def _gguf_adapter(job: _Job) -> dict:
@@ -162,13 +162,13 @@ def _ollama(job: _Job) -> dict:
     stops = tokenizer.convert_ids_to_tokens(sorted({*trained.end_token_ids, tokenizer.eos_token_id} - {None}))
     try:
         system = trained.shared_system()
-        notes = ["the SYSTEM line is the message that the training rows share; generate, chat and serve have none but "
+        notes = ["the SYSTEM line is the message that the training examples share; generate, chat and serve use only "
                  "what they are given"] if system else []  # fmt: skip
     except DataError as error:  # the rows are needed for nothing else
-        system, notes = None, [f"no SYSTEM line: the training rows, where it would be found, cannot be read ({error})"]
+        system, notes = None, [f"no SYSTEM line: the training data, where it would be found, cannot be read ({error})"]
     if "tool_calls" in template.source:
-        notes.append("the Modelfile's template writes no tools, calls or results, and Ollama refuses requests with "
-                     "tools; serve the GGUF file with llama.cpp, which reads the chat template")  # fmt: skip
+        notes.append("the Modelfile's template writes no tools, tool calls or results, and Ollama refuses requests "
+                     "with tools; serve the GGUF file with llama.cpp, which reads the chat template")  # fmt: skip
     text = modelfile(go, stops, system)
     found = _merged_model(job, lambda folder: (folder / "Modelfile").write_text(text, encoding="utf-8"), adds_begin)
     use = f"ollama create {trained.name} -f {job.out / 'Modelfile'}"

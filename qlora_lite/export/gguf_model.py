@@ -124,7 +124,7 @@ def _as_stored(tensor: torch.Tensor, stored_as, parameter: str) -> np.ndarray:
         return tensor.bfloat16().view(torch.int16).numpy()
     low, high = torch.aminmax(tensor)
     if not max(-low, high) <= torch.finfo(torch.float16).max:
-        raise ModelError(f"{parameter} has values beyond what float16 holds; export it with --dtype bf16")
+        raise ModelError(f"{parameter} has values beyond the range of float16; export it with --dtype bf16")
     if stored_as == GGMLQuantizationType.F16:
         return tensor.half().numpy()
     chunks = [quants.quantize(chunk.numpy(), stored_as) for chunk in tensor.split(CHUNK_ROWS)]

@@ -109,7 +109,7 @@ def _pre_tokenizer(backend: dict) -> str:
     steps = steps.get("pretokenizers", [steps])
     rules = tuple(rule for step in steps if (rule := _rule(step)))
     if (name := PRE_TOKENIZERS.get(rules)) is None:
-        raise ModelError(f"llama.cpp has no name known here for the way this tokenizer cuts words: {rules}")
+        raise ModelError(f"no llama.cpp pre-tokenizer is known here for the way this tokenizer splits words: {rules}")
     return name
 
 

@@ -37,14 +37,14 @@ from .agreement import Outputs, compare, outputs
 
 REPORT = "merge_report.json"
 KEPT = 0.5  # of the base's distance to the trained model: a 4-bit model farther away than that has lost the adapter
-UNKNOWN_BASE = "the adapter does not say what it was fitted to; if that was a model in 16 bit: --base original"
+UNKNOWN_BASE = "the adapter does not say what it was trained on; if that was a 16-bit model: --base original"
 _UNMEASURED = "--rows 0 merges without measuring (not with --quantize)"
 BASES = (None, "nf4", "fp4", "original")
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
 def loses_its_update(model_path: str) -> bool:
-    """Tell whether a folder holds a merged model in 16 bit or more: quantised again, it loses much or all of it."""
+    """Check whether a folder holds a merged model in 16 bit or more: quantised again, it loses much or all of it."""
     try:
         return json.loads((Path(model_path) / REPORT).read_text(encoding="utf-8")).get("quantized") is None
     except (OSError, ValueError, AttributeError):
@@ -91,8 +91,7 @@ def merge_run(
     require_empty(out := Path(out))
     if settings.quantize and not settings.rows:
         raise ModelError(
-            "--quantize needs rows (--rows 1 or more): without a measurement nobody sees whether rounding took the "
-            "update away"
+            "--quantize needs --rows 1 or more: only a measurement shows whether rounding took the update away"
         )
     trained = open_trained(run, model_path, unfinished)
     onto = check_choice(trained, settings.base)
@@ -156,11 +155,13 @@ def held_out(trained: TrainedRun, count: int) -> HeldOut:
     """
     recipe = trained.recipe
     if trained.is_alone:
-        raise DataError(f"the adapter {trained.adapter} is alone, without rows to measure on; {_UNMEASURED}")
+        raise DataError(
+            f"the adapter {trained.adapter} comes without a run, and so without data to measure on; {_UNMEASURED}"
+        )
     which = "eval" if recipe.data.has_eval else "train"
     name = "data.eval_share" if recipe.data.eval_share else f"data.{which}"
     if which == "train" and recipe.data.streaming:
-        raise DataError(f"the run has no data.eval and streams its rows: there is nothing to measure on; {_UNMEASURED}")
+        raise DataError(f"the run has no data.eval and streams its data: there is nothing to measure on; {_UNMEASURED}")
     try:
         data = build_data(recipe, trained.tokenizer(), which)
     except DataError as error:
@@ -183,19 +184,19 @@ def _notes(trained: TrainedRun, merged: Merged, settings: MergeSettings, kept: d
     if trained.is_alone and merged.onto == TRAINED:
         notes.append(UNKNOWN_BASE)
     if merged.onto == ORIGINAL and not trained.is_alone and trained.quantization[0] != "none":
-        notes.append("the adapter was fitted to the quantised weights; on the original ones it is another model")
+        notes.append("the adapter was trained on the quantised weights; on the original ones the model differs")
     if merged.packs_experts and merged.onto == TRAINED:
         notes.append("the experts are in 16 bit, as the files have them; the run computed with them in 4 bit")
     if trained.recipe.model.quant_head and (merged.onto == ORIGINAL or merged.config.tie_word_embeddings):
-        notes.append("the run computed with a 4-bit copy of the head; the merged model has the head itself")
+        notes.append("the run computed with a 4-bit copy of the head; the merged model has the original head")
     if settings.dtype != "f32":
         half = settings.dtype
         share = f"{kept[half]:.1%} of the update" + (_of_f16(kept) if half == "bf16" else "")
         notes.append(f"the sum of weight and update is rounded once, to {half}, which keeps {share}; "
                      "--dtype f32 keeps it exact")  # fmt: skip
     if merged.base.in_memory:
-        notes.append("the tensors are named and laid out as transformers has them in memory: other programs may not "
-                     "know the model")  # fmt: skip
+        notes.append("the tensors have the names and layout that transformers uses in memory: other programs may not "
+                     "recognise the model")  # fmt: skip
     if settings.quantize:
         notes.append(f"the merged weights are quantised again to {settings.quantize}, which is never exact")
     elif merged.onto == TRAINED:
@@ -206,16 +207,16 @@ def _notes(trained: TrainedRun, merged: Merged, settings: MergeSettings, kept: d
 
 
 def _of_f16(kept: dict) -> str:
-    """Say what f16 would have kept of a model that is rounded to bf16."""
+    """Return how much of the update f16 would have kept, for a model that is rounded to bf16."""
     if kept["f16"] is None:
-        return " (f16 does not hold the largest weight)"
-    return (f" (f16 would keep {kept['f16']:.1%}: --dtype f16, but not for computing in float16 with a model whose "
-            "activations leave that range, such as a Gemma)")  # fmt: skip
+        return " (the largest weight exceeds f16)"
+    return (f" (f16 would keep {kept['f16']:.1%}: --dtype f16, but not to compute in float16 with a model whose "
+            "activations exceed its range, such as a Gemma)")  # fmt: skip
 
 
 @contextmanager
 def _measuring() -> Iterator[None]:
-    """Say what to do where measuring fails; an error of a file is then none of writing the output.
+    """Explain errors of measuring, so that a file's error is not taken for one of writing the output.
 
     Raises:
         DoesNotFitError: memory ran out.

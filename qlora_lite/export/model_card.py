@@ -86,7 +86,7 @@ def _introduction(facts: CardFacts) -> str:
         what = f"{base} with a LoRA adapter merged into its {facts.merged_into} weights, which was trained on {weights}"
     else:
         what = f"A LoRA adapter for {base}, trained on {weights}"
-    unfinished = "" if facts.summary.get("status") == "complete" else " The run did not reach its end."
+    unfinished = "" if facts.summary.get("status") == "complete" else " The run did not finish."
     return f"{what} with {PROJECT}.{unfinished}"
 
 

@@ -68,7 +68,7 @@ class PushSettings:
     def __post_init__(self) -> None:
         for name in filter(None, (self.repo, self.base_model)):
             if not _is_hub_name(name):
-                raise OutputError(f"{name!r} is not a name that the hub takes; write it as OWNER/NAME")
+                raise OutputError(f"{name!r} is not a valid name on the hub; write it as OWNER/NAME")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +125,8 @@ def prepare_push(
     base_model = settings.base_model or _name_on_the_hub(opened.recipe.model.path)
     if base_model is None and settings.merged is None:
         raise ModelError(
-            f"{opened.recipe.model.path} lies on this machine, where nobody else finds it; say what the base model is "
-            "called on the hub with --base-model OWNER/NAME"
+            f"{opened.recipe.model.path} is on this machine, where nobody else finds it; name the base model on the "
+            "hub with --base-model OWNER/NAME"
         )
     private, there, notes = _repository(api, settings, dry_run)
     licence = _licence(api, base_model) if base_model else {}
@@ -185,7 +185,7 @@ def _repository(api: HfApi, settings: PushSettings, dry_run: bool) -> tuple[bool
     except OutputError as error:
         if not dry_run:
             raise
-        return not settings.public, None, [f"taken for a new repository, without asking: {error}"]
+        return not settings.public, None, [f"assumed to be a new repository, without checking: {error}"]
     if found is None:
         return not settings.public, None, []
     if not found.private and not settings.public:
@@ -220,7 +220,7 @@ def _merged_into(folder: Path, trained: TrainedRun) -> str:
     """
     report = read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
     if report.get("run") != trained.name:
-        raise ModelError(f"{folder} is not a model merged of {trained.name}; write one with qlora-lite merge")
+        raise ModelError(f"{folder} is not a merged model of {trained.name}; write one with qlora-lite merge")
     return str(report.get("merged_into"))
 
 
@@ -277,7 +277,7 @@ def _without_paths(value, where: str, base_model: str | None, run_model: str | N
 
 
 def _is_path(key: str, value: str) -> bool:
-    """Tell whether a setting is a path, or may be one and something is there."""
+    """Check whether a setting is a path, or may be one and something is there."""
     is_text = _TEXT.search(key) is not None
     may_be = "/" in value or key.endswith(_MODEL)
     return not is_text and (_PATH.match(value) is not None or (may_be and os.path.exists(value)))
@@ -285,7 +285,7 @@ def _is_path(key: str, value: str) -> bool:
 
 @contextmanager
 def _explaining_hub_errors(repo: str) -> Iterator[None]:
-    """Say in one line what the hub's answer means for a repository.
+    """Return in one line what the hub's answer means for a repository.
 
     Raises:
         OutputError: the hub refuses or cannot be reached.
@@ -293,12 +293,12 @@ def _explaining_hub_errors(repo: str) -> Iterator[None]:
     try:
         yield
     except OfflineModeIsEnabled:
-        raise OutputError("the hub is not asked while HF_HUB_OFFLINE is set; unset it") from None
+        raise OutputError("the hub is not contacted while HF_HUB_OFFLINE is set; unset it") from None
     except HfHubHTTPError as error:
         status = error.response.status_code
         known = {
             401: f"the hub does not accept the token: {LOG_IN}",
-            403: f"the token may not write {repo}: {LOG_IN} with one that may, or choose another OWNER",
+            403: f"the token has no write access to {repo}: {LOG_IN} with one that may, or choose another OWNER",
             409: f"{repo} exists already, or was changed just now; try again, or choose another name",
         }
         raise OutputError(known.get(status, f"the hub refuses {repo}: {first_line(error)}")) from error

@@ -71,8 +71,8 @@ class Session:
         limit = getattr(text_config(self.tasks.model), "max_position_embeddings", None)
         tokens = len(self.tasks.tokenizer(prompt, add_special_tokens=False).input_ids)
         if limit and tokens >= limit:
-            log.warning("the prompt has %s tokens, and the model was made for %s (max_position_embeddings): its answer "
-                        "may be of no use, or empty", f"{tokens:,}", f"{limit:,}")  # fmt: skip
+            log.warning("the prompt has %s tokens, and the model supports %s (max_position_embeddings): its answer may "
+                        "be useless or empty", f"{tokens:,}", f"{limit:,}")  # fmt: skip
 
 
 class _Shown(TextStreamer):
@@ -112,7 +112,7 @@ def open_session(
 
 
 def _tell_of_system(tasks: Tasks) -> None:
-    """Say whether training always had a system message, which this conversation has not."""
+    """Warn if training always had a system message, which this conversation lacks."""
     for name in tasks.names:
         run = tasks.task(name).run
         if run.adapter is None:
@@ -125,5 +125,5 @@ def _tell_of_system(tasks: Tasks) -> None:
             continue
         if system:
             shown = shlex.quote(system) if len(system) <= SHOWN_LETTERS else f"{system[:SHOWN_LETTERS]!r}..."
-            log.warning("%s: the training rows share a system message, and here is none; for it: --system %s",
-                        name, shown)  # fmt: skip
+            log.warning("%s: the training examples share a system message, and this conversation has none; "
+                        "to add it: --system %s", name, shown)  # fmt: skip

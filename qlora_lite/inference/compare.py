@@ -53,10 +53,10 @@ def compare_runs(
     """
     tasks = open_tasks(runs, model_path, unfinished)
     if BASE in tasks.names:
-        raise ModelError(f"a run folder is called {BASE!r}, the name of the bare model here; rename it")
+        raise ModelError(f"a run folder is called {BASE!r}, which names the base model here; rename it")
     rows_of = tasks.task(None).run
     if not rows_of.recipe.data.has_eval:
-        raise RecipeError(f"{rows_of.name} has no data.eval or data.eval_share; give a run with evaluation rows first")
+        raise RecipeError(f"{rows_of.name} has no data.eval or data.eval_share; put a run with evaluation data first")
     check_forward(tasks.model, rows_of.recipe.data.max_tokens)
     answers = rows_of.recipe.train.exact_match_rows if answers is None else answers
     measured, said = [], {}
@@ -91,7 +91,7 @@ def _measure(
         recipe = own.model_copy(update={"data": rows})
         data, settings = build_data(recipe, tasks.tokenizer, "eval"), train_settings(recipe)
         if name and _may_have_learned(own, rows_of, data, tasks.tokenizer):
-            log.warning("%s has trained on files of which %s held rows out, and may have learned those", name,
+            log.warning("%s was trained on files from which %s held examples out, and may have seen those", name,
                         rows_of.output.name)  # fmt: skip
         done = watching(watch, f"{name or BASE}: evaluation", len(data.examples))
         work = CausalLM().with_options(settings.levers)
@@ -121,7 +121,7 @@ def _measure(
 
 
 def _may_have_learned(own: Recipe, rows_of: Recipe, measured: Dataset, tokenizer) -> bool:
-    """Tell whether rows held out of one run are training rows of another; which are, its own recipe says.
+    """Check whether examples held out of one run are training examples of another; its own recipe says which are.
 
     Args:
         own: the recipe of the run that is measured.

@@ -179,8 +179,8 @@ class FixedSteps:
 
 @cache
 def _warn(reason: str) -> None:
-    """Say it once, and not for every batch."""
-    log.warning("tokens are made operation by operation, which is slower: no CUDA graph of a step (%s)", reason)
+    """Log it once, not for every batch."""
+    log.warning("tokens are generated without a CUDA graph, which is slower (%s)", reason)
 
 
 class _FixedLayer(StaticLayer):

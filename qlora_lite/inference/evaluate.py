@@ -113,7 +113,7 @@ def _record(example: Example, reference: str, answer: Answer, matching: Matching
     try:
         expected, found = matching.extract(reference), matching.extract(answer.text)
     except TimeoutError:
-        log.warning("%s: a regular expression of exact match takes too long on its answer, which counts as no match",
+        log.warning("%s: a regular expression of exact match takes too long on its answer, which counts as wrong",
                     example.where)  # fmt: skip
     record = {"where": example.where, "prompt": example.prompt, "reference": reference.strip(),
               "answer": answer.text.strip(), "match": found is not None and found == expected,
@@ -135,8 +135,8 @@ def _most_tokens(
     limit, new = position_limit(model), new_tokens or needed + SPARE_TOKENS
     if limit is not None and prompt + needed > limit:
         raise ModelError(
-            f"train.exact_match_rows (--rows): prompts of {prompt} tokens with answers of {needed} are more than "
-            f"the {limit} positions that the model has embeddings of; set it to 0"
+            f"train.exact_match_rows (--rows): prompts of {prompt} tokens with answers of {needed} exceed the "
+            f"model's {limit} position embeddings; set it to 0"
         )
     return prompt, new if limit is None else min(new, limit - prompt)
 
@@ -189,7 +189,7 @@ def evaluate_recipe(
     """
     require_recipe(recipe)
     if not recipe.data.has_eval:
-        raise RecipeError("there are no evaluation rows; name some, as in data.eval=rows.jsonl")
+        raise RecipeError("there is no evaluation data; name some, as in data.eval=rows.jsonl")
     adapter = adapter and Path(adapter)
     if out:
         with explain_write_errors(Path(out)):  # now, and not when all is answered

@@ -139,11 +139,11 @@ def answers(
                 length = ids.shape[1]
                 raise DoesNotFitError(
                     f"memory ran out over a prompt of {length} tokens and its answer of at most {max_new_tokens}: "
-                    "shorten it, free memory, or have room made for it on a card (generate, chat and serve with "
+                    "shorten it, free memory, or reserve room for it on a GPU (generate, chat and serve with "
                     f"--context-tokens {length + max_new_tokens})"
                 )
             batch_size = len(rows) // 2
-            log.warning("memory ran out; from now on %d prompts are answered at once", batch_size)
+            log.warning("memory ran out; from now on %d prompts are answered at a time", batch_size)
     finally:
         head.remove()
         model.generation_config = stated
@@ -220,7 +220,7 @@ class _RequireFinite(LogitsProcessor):
                 raise ModelError(
                     f"token {new.shape[1] + 1} of the answer to prompt {self.numbers[broken[0]] + 1} cannot be chosen: "
                     "the model's logits are NaN or infinite; compute in another type (model.compute_dtype float32), "
-                    "or look whether the adapter's training went wrong"
+                    "or check whether the adapter's training went wrong"
                 )
         return scores
 

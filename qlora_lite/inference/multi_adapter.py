@@ -92,12 +92,12 @@ class Tasks:
             DataError: a conversation is none, or a template refuses it.
         """
         if len(names) != len(conversations):
-            raise ModelError(f"{len(names)} names are given for {len(conversations)} conversations; give as many")
+            raise ModelError(f"{len(names)} names are given for {len(conversations)} conversations; give one each")
         if not all(isinstance(turn, Turn) for turns in conversations for turn in turns):
             raise DataError('a conversation is a list of turns, such as [qlora_lite.Turn("user", "Hello")]')
         tasks = [self.task(name) for name in names]
         if len({task.stop for task in tasks}) > 1:
-            raise ModelError("these tasks end their answers with different tokens; answer them one after the other")
+            raise ModelError("these adapters end their answers with different tokens; answer them separately")
         prompts = [render_prompt(task.template, turns) for task, turns in zip(tasks, conversations, strict=True)]
         stop = tasks[0].stop if tasks else ()
 

@@ -32,7 +32,7 @@ from .generate import Answer, Sampling, answers
 from .multi_adapter import open_tasks
 
 log = logging.getLogger("qlora_lite")
-_ANEW = "choose another --out, or begin anew with --overwrite"
+_ANEW = "choose another --out, or start over with --overwrite"
 BATCHES_PER_WRITE = 4  # what a stop loses at most; prompts of similar length are batched among so many
 
 
@@ -107,7 +107,7 @@ def predict_file(
         if start == len(read):
             return Predicted(len(read), 0, 0)
         if start:
-            log.warning("%s has %s of %s answers; going on behind them", out, f"{start:,}", f"{len(read):,}")
+            log.warning("%s has %s of %s answers; continuing after them", out, f"{start:,}", f"{len(read):,}")
         return _answer(trained, read, texts, out, start, longest + settings.max_new_tokens, settings, watch)
 
 
@@ -183,10 +183,10 @@ def _compare_settings(out: Path, beside: Path, about: dict) -> None:
         before = json.loads(beside.read_text(encoding="utf-8"))
         changed = [f"{key} {before.get(key)} -> {value}" for key, value in about.items() if before.get(key) != value]
     except (OSError, ValueError, AttributeError):
-        cannot = f"{out} is there, and {beside.name}, which says how its answers were made, cannot be read"
+        cannot = f"{out} exists, but {beside.name}, which says how its answers were made, cannot be read"
         raise OutputError(f"{cannot}; {_ANEW}") from None
     if changed:
-        raise OutputError(f"{out} holds answers of other settings ({', '.join(changed)}); {_ANEW}")
+        raise OutputError(f"{out} holds answers from other settings ({', '.join(changed)}); {_ANEW}")
 
 
 def _compare_prompts(out: Path, lines: Sequence[bytes], prompts: Sequence[Prompt]) -> None:
@@ -236,8 +236,8 @@ def _answer(
                 next_one += len(found)
                 cut += sum(each.finish == "length" for each in found)
     except KeyboardInterrupt:
-        kept = f"{next_one:,} of {len(prompts):,} prompts are answered in {out}"
-        raise Interrupted(f"stopped; {kept}, and the same command goes on behind them") from None
+        kept = f"{next_one:,} of {len(prompts):,} prompts answered in {out}"
+        raise Interrupted(f"stopped; {kept}, and the same command continues after them") from None
     flush_to_disk(out)
     return Predicted(len(prompts), len(prompts) - start, cut)
 
@@ -246,11 +246,11 @@ def _check_length(model, tokens: int) -> None:
     """Compare the longest prompt and its answer with the positions that the model has, or was made for."""
     limit = position_limit(model)
     if limit is not None and tokens > limit:
-        raise ModelError(f"the longest prompt and its answer have {tokens:,} tokens, and the model has embeddings of "
-                         f"{limit:,} positions; shorten prompts, or lower --max-new-tokens")  # fmt: skip
+        raise ModelError(f"the longest prompt and its answer have {tokens:,} tokens, and the model has "
+                         f"{limit:,} position embeddings; shorten prompts, or lower --max-new-tokens")  # fmt: skip
     made_for = getattr(text_config(model), "max_position_embeddings", None)
     if made_for and tokens > made_for:
-        log.warning("the longest prompt and its answer may have %s tokens, and the model was made for %s "
+        log.warning("the longest prompt and its answer may have %s tokens, and the model supports %s "
                     "(max_position_embeddings)", f"{tokens:,}", f"{made_for:,}")  # fmt: skip
 
 

@@ -124,10 +124,10 @@ def test_a_template_beside_it_that_cannot_be_used_is_named(adapter):
 
 
 def test_a_base_that_is_elsewhere_or_not_named_is_asked_for(run, adapter, command):
-    for base, said in (("/nowhere", "is not there: no folder '/nowhere'"), (None, "does not say what it was trained")):
+    for base, said in (("/nowhere", "is not found: no folder '/nowhere'"), (None, "does not name its base model")):
         change(adapter, base_model_name_or_path=base)
         code, out, err = command("generate", adapter, "--prompt", "3?")
-        assert (code, out) == (2, "") and said in err and "where" in err and err.rstrip().endswith("--model PATH")
+        assert (code, out) == (2, "") and said in err and err.rstrip().endswith("--model PATH")
         model = run.parent.parent / "model"
         assert command("generate", adapter, "--prompt", "3?", "--max-new-tokens", 2, "--model", model)[0] == 0
 
@@ -149,16 +149,16 @@ def test_an_adapter_in_a_run_is_the_run_s_but_not_one_beside_a_recipe(run, adapt
 
 def test_it_is_merged_with_no_rows_and_compared_on_those_of_a_run(run, adapter, tmp_path, command):
     code, _, err = command("merge", adapter, "--out", tmp_path / "merged")
-    assert code == 2 and "is alone, without rows to measure on; --rows 0" in err
+    assert code == 2 and "comes without a run, and so without data to measure on; --rows 0" in err
     code, out, _ = command("merge", adapter, "--out", tmp_path / "merged", "--rows", 0)
-    assert code == 0 and "14 layers merged into the nf4 weights" in out and "if that was a model in 16 bit" in out
+    assert code == 0 and "14 layers merged into the nf4 weights" in out and "if that was a 16-bit model" in out
     ends = json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"]
     assert ends == [2, END_OF_ANSWER]
     code, out, _ = command("merge", adapter, "--out", tmp_path / "plain", "--rows", 0, "--base", "original")
-    assert code == 0 and "into the original weights" in out and "fitted to" not in out
+    assert code == 0 and "into the original weights" in out and "what it was trained on" not in out
     first, second = compare_runs([run, adapter], answers=0)["models"]
     assert first["eval_loss"] == second["eval_loss"] and second["name"] == "adapter"
-    with pytest.raises(RecipeError, match="give a run with evaluation rows first"):
+    with pytest.raises(RecipeError, match="put a run with evaluation data first"):
         compare_runs([adapter, run])
 
 
@@ -190,7 +190,7 @@ def test_what_it_cannot_be_evaluated_with_is_named(adapter, command):
     for arguments, said in (
         ((), "as in data.eval=rows.jsonl, or compare it with a run, on that run's data: qlora-lite compare RUN"),
         (("data.max_tokens=64",), "name some, as in data.eval=rows.jsonl"),
-        (("data.eval=null",), "there are no evaluation rows; name some"),
+        (("data.eval=null",), "there is no evaluation data; name some"),
         (("data.eval=none.jsonl",), "none.jsonl: no such file"),
         (("data.eval=x.jsonl", "data.max_tokens=no"), "override 2: data.max_tokens = no: must be a whole number"),
         (("data.eval=x.jsonl", "train.seed=1"), f"alone, only {names} can be set; train.seed=1 is for a recipe"),
@@ -206,7 +206,7 @@ def test_it_is_exported_as_a_run_is(adapter, form, tmp_path, command):
     code, out, err = command("export", adapter, "--to", form, "--out", tmp_path / "out")
     assert code == 0, err
     assert ("no SYSTEM line" in out) == (form == "ollama")
-    assert ("if that was a model in 16 bit" in out) == (form in ("gguf", "ollama"))
+    assert ("if that was a 16-bit model" in out) == (form in ("gguf", "ollama"))
 
 
 def test_an_adapter_in_pickled_weights_is_told_so(adapter):

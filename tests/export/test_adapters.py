@@ -152,7 +152,7 @@ def test_a_reader_with_vllm_s_rules_gives_equal_logits(model_type, case, tmp_pat
 def test_vllm_is_told_of_a_template_and_of_ends_of_answers_that_the_base_does_not_know(tmp_path):
     run = tiny_run(tmp_path / "a")
     report = export_run(run, tmp_path / "known", ExportSettings("vllm"))
-    assert report["notes"] == ["vLLM does not end answers at the tokens that the run learned: send stop_token_ids "
+    assert report["notes"] == ["vLLM does not stop at the end tokens of the training data: send stop_token_ids "
                                f"[{END_OF_ANSWER}] with requests"]  # fmt: skip
     shutil.copytree(tmp_path / "a" / "model", tmp_path / "b" / "model")
     generation = {"eos_token_id": [0, END_OF_ANSWER]}
@@ -187,7 +187,7 @@ def test_vllm_s_rules_read_an_unfolded_adapter_wrongly(tmp_path):
 
 
 @pytest.mark.parametrize(("model_type", "lora", "text"), [
-    ("gpt2", {"rank": 4}, "not known to take adapters for gpt2"), ("llama", {"rank": 513}, "ranks up to 512"),
+    ("gpt2", {"rank": 4}, "not known to support adapters for gpt2"), ("llama", {"rank": 513}, "ranks up to 512"),
 ])  # fmt: skip
 def test_what_vllm_cannot_serve_is_refused(model_type, lora, text, tmp_path):
     trained = open_trained(tiny_run(tmp_path, model_type, lora))
@@ -278,7 +278,7 @@ def test_a_file_that_does_nothing_or_too_little_is_an_error_and_is_not_left(tmp_
 
     base, adapted = torch.zeros(4, 8), torch.ones(4, 8)
     assert check_change(Change(base, adapted), adapted * 1.0005, "it") == pytest.approx(5e-4, rel=1e-3)
-    with pytest.raises(ModelError, match=r"makes 50% of the change; relative error 5\.0e-01"):
+    with pytest.raises(ModelError, match=r"makes 50% of its change; relative error 5\.0e-01"):
         check_change(Change(base, adapted), adapted * 0.5, "it")
 
 
@@ -291,8 +291,8 @@ def test_a_merged_file_is_judged_by_its_share_of_the_change_where_rounding_is_la
     share, distance = check_merged(change, base + step + rounding, rounded, "it", 0.5)
     assert share == pytest.approx(1, abs=0.01) and distance == pytest.approx(0.3, rel=0.1)
     for exported, text in (
-        (rounded, r"\(it changes nothing\): it makes -?0% of the change"),
-        (rounded + 0.5 * step, "makes 50% of the change"),
+        (rounded, r"\(it changes nothing\): it makes -?0% of its change"),
+        (rounded + 0.5 * step, "makes 50% of its change"),
         (rounded + step + 6 * other, "distance of the logits"), (base * float("nan"), "nan"),
     ):  # fmt: skip
         with pytest.raises(ModelError, match=text):

@@ -119,7 +119,7 @@ def test_a_4_bit_model_in_which_rounding_took_the_adapter_away_is_refused_and_ne
     text = refusal(ModelError, run, tmp_path / "out", quantize="nf4", rows=4)
     assert "quantised again, the merged model is nearly the base" in text and "--base original" in text
     assert {entry.name for entry in tmp_path.iterdir()} == {"copy"}
-    assert "needs rows (--rows 1 or more)" in refusal(ModelError, run, tmp_path / "out", quantize="nf4", rows=0)
+    assert "needs --rows 1 or more" in refusal(ModelError, run, tmp_path / "out", quantize="nf4", rows=0)
 
 
 def test_what_each_type_of_16_bits_keeps_of_the_update_is_in_the_report(run, tmp_path):
@@ -156,7 +156,7 @@ def test_a_weight_too_large_for_the_type_is_named_whether_or_not_rows_are_measur
         said = refusal(ModelError, run, tmp_path / "out", base=base, dtype="f16", rows=rows)
         assert "model.norm.weight is too large for float16" in said
     report = merge_run(run, tmp_path / "out", MergeSettings("original", rows=0))
-    assert report["update_kept"]["f16"] is None and "f16 does not hold the largest" in report["notes"][1]
+    assert report["update_kept"]["f16"] is None and "the largest weight exceeds f16" in report["notes"][1]
 
 
 def test_a_16_bit_run_is_not_told_that_its_weights_were_quantised(tmp_path):
@@ -309,8 +309,8 @@ def test_a_half_finished_run_offers_the_adapter_it_has(run, tmp_path):
     (run / "summary.json").write_text(json.dumps(summary))
     (run / "adapter").rename(run / "adapter-last")
     text = refusal(RecipeError, run, tmp_path / "out", rows=0)
-    assert "status interrupted" in text and f"{run / 'adapter-last'}: add --unfinished" in text
-    assert f"To go on: qlora-lite train {run / 'recipe.yaml'} --resume {run}" in text
+    assert "status interrupted" in text and f"add --unfinished to use its adapter {run / 'adapter-last'}." in text
+    assert f"To resume: qlora-lite train {run / 'recipe.yaml'} --resume {run}" in text
     merge_run(run, tmp_path / "out", MergeSettings(rows=0), unfinished=True)
     assert (tmp_path / "out" / "model.safetensors").exists()
 

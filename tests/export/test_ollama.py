@@ -111,7 +111,7 @@ def test_a_run_with_tools_is_exported_with_a_note_that_ollama_gets_none(tmp_path
     run = make_run(tmp_path, tmp_path / "model", template="chatml-tools", data={"template": "chatml-tools"})
     report = export_run(run, tmp_path / "out", ExportSettings("ollama"))
     assert report["conversations_compared"] == CONVERSATIONS
-    assert any("writes no tools, calls or results" in note for note in report["notes"])
+    assert any("writes no tools, tool calls or results" in note for note in report["notes"])
 
 
 def test_a_begin_token_that_only_begins_a_turn_stays_in_the_template(tmp_path):
@@ -142,7 +142,7 @@ def test_a_run_whose_training_rows_are_gone_is_exported_without_a_system_message
     run = tiny_run(tmp_path, merges=MERGES)
     (tmp_path / "train.jsonl").unlink()
     (note,) = export_run(run, tmp_path / "out", ExportSettings("ollama"))["notes"]
-    assert note.startswith("no SYSTEM line: the training rows") and str(tmp_path / "train.jsonl") in note
+    assert note.startswith("no SYSTEM line: the training data") and str(tmp_path / "train.jsonl") in note
     assert "SYSTEM" not in (tmp_path / "out" / "Modelfile").read_text()
 
 

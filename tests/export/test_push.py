@@ -124,7 +124,7 @@ def test_a_merged_model_goes_without_what_else_lies_in_its_folder(run, hub, comm
     assert "library_name: transformers" in card and "base_model" not in card and "merged into its nf4 weights" in card
     (tmp_path / "merged" / "merge_report.json").write_text('{"run": "another"}')
     code, _, err = command("push", run, REPO, "--merged", tmp_path / "merged", "--public", "--yes")
-    assert code == 2 and "is not a model merged of run" in err
+    assert code == 2 and "is not a merged model of run" in err
 
 
 @pytest.mark.parametrize("base", [None, BASE])
@@ -172,8 +172,8 @@ def test_a_repository_that_is_there_keeps_its_visibility_and_its_other_files(run
 
 
 @pytest.mark.parametrize(("status", "words"), [
-    (401, "does not accept the token: run `hf auth login`"), (403, f"may not write {REPO}"), (409, "exists already"),
-    (500, f"the hub refuses {REPO}: 500 Client Error: no."),
+    (401, "does not accept the token: run `hf auth login`"), (403, f"has no write access to {REPO}"),
+    (409, "exists already"), (500, f"the hub refuses {REPO}: 500 Client Error: no."),
 ])  # fmt: skip
 def test_what_the_hub_refuses_is_one_line(status, words):
     hub = Hub(error=http_error(HfHubHTTPError, status))
@@ -200,7 +200,7 @@ def test_without_a_network_a_push_ends_with_one_line_and_a_dry_run_goes_on(run, 
     (["RUN", REPO], "--base-model OWNER/NAME"), (["RUN", "orders"], "write it as OWNER/NAME"),
     (["RUN", "me/../you"], "write it as OWNER/NAME"), (["RUN", REPO, "--base-model", "/home/me/base"], "OWNER/NAME"),
     (["RUN/adapter", REPO], "name the run"), (["ALONE", REPO], "`hf upload`"), (["RUN", "a--b/c"], "'a--b/c' is not"),
-    (["RUN", REPO, "--merged", "RUN"], "is not a model merged of run"),
+    (["RUN", REPO, "--merged", "RUN"], "is not a merged model of run"),
 ])  # fmt: skip
 def test_what_cannot_be_pushed_is_refused_before_the_hub_gets_anything(run, hub, command, tmp_path, arguments, words):
     (tmp_path / "alone").symlink_to(run / "adapter")
@@ -212,7 +212,7 @@ def test_what_cannot_be_pushed_is_refused_before_the_hub_gets_anything(run, hub,
 def test_a_run_that_failed_or_has_no_adapter_or_no_token_is_refused(run, hub, command, tmp_path, monkeypatch):
     failed = make_run(tmp_path / "a", run.parent / "model", status="failed")
     code, _, err = command("push", failed, REPO, "--base-model", BASE, "--yes")
-    assert code == 2 and "did not reach its end" in err
+    assert code == 2 and "did not finish" in err
     (failed / "adapter" / "adapter_config.json").unlink()
     code, _, err = command("push", failed, REPO, "--base-model", BASE, "--yes", "--unfinished")
     assert code == 2 and "has no adapter" in err
@@ -260,7 +260,7 @@ def test_a_card_leaves_out_what_the_run_did_not_measure(tmp_path):
     unmeasured = {"status": "interrupted", "eval_loss_before": None, "eval_loss_after": float("nan"), "data": None}
     card = model_card(facts(tmp_path, unmeasured, base_model=None, merged_into="original"))
     assert "Results" not in card and "examples |" not in card and "Versions" not in card and "license" not in card
-    assert "did not reach its end" in card and "see its page" in card and "its original weights" in card
+    assert "did not finish" in card and "see its page" in card and "its original weights" in card
 
 
 @pytest.mark.parametrize("has_template", [True, False])

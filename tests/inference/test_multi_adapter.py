@@ -203,12 +203,12 @@ def test_runs_are_compared_on_the_rows_that_the_first_one_held_out(runs, tmp_pat
     other = make_run(tmp_path / "other", runs[0].parent / "model", data={"train": str(tmp_path / "eval.jsonl")})
     result = compare_runs([held, other], answers=0)
     assert result["same_tokens"] and [model["rows"] for model in result["models"]] == [5, 5]
-    assert not any("may have learned those" in message for message in caplog.messages)
+    assert not any("may have seen those" in message for message in caplog.messages)
     all_of_them = make_run(tmp_path / "third", runs[0].parent / "model", data={"train": str(tmp_path / "train.jsonl")})
     compare_runs([all_of_them, held], answers=0)  # on rows of a file of their own
-    assert not any("may have learned those" in message for message in caplog.messages)
+    assert not any("may have seen those" in message for message in caplog.messages)
     compare_runs([held, all_of_them], answers=0)
-    assert any("may have learned those" in message for message in caplog.messages)
+    assert any("may have seen those" in message for message in caplog.messages)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_a_run_that_held_other_rows_of_the_file_out_may_have_learned_those_measu
     held, other = run("one", "{other}"), run("two", others, before, **changes)
     (tmp_path / "gone.jsonl").unlink()
     compare_runs([held, other], answers=0)
-    assert any("may have learned those" in message for message in caplog.messages) == is_said
+    assert any("may have seen those" in message for message in caplog.messages) == is_said
 
 
 def test_losses_of_different_tokens_are_not_ranked(runs, command, tmp_path):

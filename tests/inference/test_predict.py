@@ -47,7 +47,7 @@ def test_answers_are_those_of_each_prompt_alone_with_the_adapter_and_without(run
         out = tmp_path / "new" / f"{name}.jsonl"
         code, shown, _ = command("generate", *given, "--prompts", words, "--out", out, *FEW)
         said[name] = lines_of(out)
-        assert code == 0 and shown.startswith(f"5 prompts are answered in {out}")
+        assert code == 0 and shown.startswith(f"5 prompts answered in {out}")
         assert [each["prompt"] for each in said[name]] == WORDS
     for name in ("run", None):
         alone = [tasks.answer([name], [[Turn("user", word)]], 10)[0].strip() for word in WORDS]
@@ -73,12 +73,12 @@ def test_what_is_stopped_goes_on_behind_its_last_whole_line_and_becomes_the_same
 
     monkeypatch.setattr(predict, "answers", stopped)
     code, _, err = command(*warm, out)
-    assert code == 130 and f"2 of 5 prompts are answered in {out}, and the same command goes on" in err
+    assert code == 130 and f"2 of 5 prompts answered in {out}, and the same command continues" in err
     assert len(lines_of(out)) == 2
     with out.open("a") as file:
         file.write('{"prompt": "hel')  # as a power cut leaves it
     code, shown, err = command(*warm, out)
-    assert code == 0 and "has 2 of 5 answers; going on behind them" in err and "(2 of them before)" in shown
+    assert code == 0 and "has 2 of 5 answers; continuing after them" in err and "(2 of them before)" in shown
     assert calls == [2, 2, 2, 1] and out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert command(*warm, out)[0] == 0 and len(calls) == 4
 
@@ -97,7 +97,7 @@ def test_a_file_of_other_answers_is_not_gone_on_with_unless_it_may_be_overwritte
 
     def refused(said, *arguments):
         code, _, err = command(*arguments)
-        assert code == 2 and said in err and "begin anew with --overwrite" in err and out.read_bytes() == before
+        assert code == 2 and said in err and "start over with --overwrite" in err and out.read_bytes() == before
 
     refused("other settings (temperature 0.0 -> 1.0)", *greedy, "--temperature", 1)
     refused("other settings (adapter_sha256 ", *greedy, "--base")
@@ -183,9 +183,9 @@ def test_a_base_model_answers_by_its_name_and_by_a_recipe(run, command, tmp_path
     assert plain[0] == 0 and plain[1] != by_recipe[1]
     save_tiny(tmp_path / "bare", template=None)
     code, _, err = command("generate", tmp_path / "bare", "--prompt", "3?", *FEW)
-    assert code == 0 and "has no chat template; prompts are written as the template plain does (--template)" in err
+    assert code == 0 and "has no chat template; prompts are written with the template plain (--template)" in err
     code, _, err = command("generate", "runs/nosuch", "--prompt", "3?")
-    assert code == 2 and "runs/nosuch is not a run folder, an adapter's, or a recipe (.yaml); as a model:" in err
+    assert code == 2 and "runs/nosuch is not a run folder, an adapter folder or a recipe (.yaml), nor a model:" in err
 
 
 def test_a_disk_that_is_full_leaves_whole_lines(tmp_path):

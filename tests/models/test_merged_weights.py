@@ -234,7 +234,7 @@ def test_experts_are_merged_under_the_names_of_the_files_and_from_their_revision
     (run / "recipe.yaml").write_text(text)
     report = merge_run(run, tmp_path / "merged", EXACT)
     found = load_file(tmp_path / "merged" / "model.safetensors")
-    assert found.keys() == base.keys() and not any("named and laid out" in note for note in report["notes"])
+    assert found.keys() == base.keys() and not any("names and layout" in note for note in report["notes"])
     trained = load_adapter(load_model(str(folder), "none", compute_dtype=torch.float32), run / "adapter")
     changed = {name for name in base if not torch.equal(base[name], found[name])}
     assert changed == {f"{path}.weight" for path, _ in lora_layers(trained)}
@@ -271,7 +271,7 @@ def test_linear_layers_that_files_have_only_joined_are_merged_in_memory_from_the
     elsewhere = replace(trained, files=replace(trained.files, name="no/such-model"))
     monkeypatch.setattr("qlora_lite.export.merge.open_trained", lambda *_: elsewhere)
     report = merge_run(run, tmp_path / "merged", EXACT)
-    assert any("named and laid out as transformers has them in memory" in note for note in report["notes"])
+    assert any("the names and layout that transformers uses in memory" in note for note in report["notes"])
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.allclose(logits(merged), logits(trained_model(run)), atol=2e-4)
 

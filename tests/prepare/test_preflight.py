@@ -309,7 +309,7 @@ def test_each_source_is_counted_and_shown_in_turn(tmp_path):
             "a.jsonl:1", "b.jsonl:2", "c.jsonl:1", "a.jsonl:2",
         ]  # fmt: skip
         assert '<td class="number">6</td>' in render(report, "x")
-        said = r"a\.jsonl \(prompt-completion, weight 2\)\n +6 examples, [\d,]+ tokens, \d+ learned\n"
+        said = r"a\.jsonl \(prompt-completion, weight 2\)\n +6 examples, [\d,]+ tokens, \d+ target tokens\n"
         assert re.search(said, _text(report))
 
 

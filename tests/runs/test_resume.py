@@ -473,7 +473,7 @@ def test_another_compute_type_is_refused_where_auto_has_become_one(tmp_path, mod
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(lab, number):
     earlier = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     message = lab.stop(3, number=number)
-    assert message.startswith(f"stopped by {number.name} after step 3; all of it is saved. To go on: qlora-lite train")
+    assert message.startswith(f"stopped by {number.name} after step 3; all of it is saved. To resume: qlora-lite")
     assert message.endswith(f"{lab.out / 'recipe.yaml'} --resume {lab.out}")
     assert lab.checkpoints == [3, 2] and lab.lines[-1]["step"] == 3
     assert lab.summary["status"] == "interrupted" and lab.summary["steps"] == 3
@@ -552,7 +552,7 @@ def test_two_signals_to_the_command_never_save_half_a_step(lab, whole, monkeypat
     lab.run(resume="")
     assert_same_run(lab, whole)
     assert code == 130 and lab.summary["resumed"][0]["after_step"] == 4
-    assert f"stopped at once by {sent[-1][-1][-1].name}; the newest checkpoint is of step 4. To go on: " in said
+    assert f"stopped at once by {sent[-1][-1][-1].name}; the newest checkpoint is of step 4. To resume: " in said
 
 
 def signal_at(monkeypatch, owner, name, call, numbers):
@@ -649,7 +649,7 @@ def test_damaged_metrics_are_said_by_resume_and_by_the_report(lab, caplog):
     flip_a_bit(lab.out / "metrics.jsonl", lab.out.joinpath("metrics.jsonl").read_text().index("loss") + 7)
     assert any("metrics.jsonl is damaged" in problem for problem in read_run(lab.out).problems)
     lab.run(resume="")
-    said = f"{lab.out}/metrics.jsonl is damaged: its lines of the steps before are not those that were written"
+    said = f"{lab.out}/metrics.jsonl is damaged: its lines of earlier steps are not those that were written"
     assert sum(said in message for message in caplog.messages) == 1
     assert [line["step"] for line in lab.lines if "loss" in line] == list(range(1, 9))
     assert not read_run(lab.out).problems
@@ -666,7 +666,7 @@ def test_nothing_is_written_through_a_link_in_a_run_folder(lab, tmp_path, name):
     if target.is_dir():
         (target / ".theirs.partial").write_text("")
     before = content_of(target)
-    with pytest.raises(OutputError, match=f"cannot write .*/{name}: it is a symbolic link, and nothing is written"):
+    with pytest.raises(OutputError, match=f"cannot write .*/{name}: it is a symbolic link, and files are not written"):
         lab.run(resume="")
     assert content_of(target) == before
     (lab.out / name).unlink()
@@ -684,11 +684,11 @@ def test_a_lost_recipe_is_recovered_from_the_newest_checkpoint(lab, whole, comma
     lab.stop(4)
     recipe = lab.out / "recipe.yaml"
     before = recipe.read_text()
-    with pytest.raises(OutputError, match="its run came to a checkpoint of step 4"):
+    with pytest.raises(OutputError, match="its run reached a checkpoint of step 4"):
         lab.run()
     recipe.unlink()
     again = f"qlora-lite train {recipe} --resume {lab.out}"
-    with pytest.raises(RecipeError, match=rf"has lost its recipe\.yaml; its checkpoints hold it: {again}$"):
+    with pytest.raises(RecipeError, match=rf"has lost its recipe\.yaml; its checkpoints contain it: {again}$"):
         open_run(lab.out)
     code, _, said = command("train", recipe, "--resume", lab.out, "train.seed=9")
     assert code == 2 and "train.seed: 0 -> 9" in said, "a change is refused as ever"
@@ -1039,7 +1039,7 @@ def test_a_folder_removed_under_the_run_is_made_again_and_gets_the_result(lab, w
 
     lab.stop(7, at_step=remove)
     assert [line["step"] for line in lab.lines] == [6, 6, 7]  # one of them is the evaluation's
-    assert sum("was removed; it is made again" in message for message in caplog.messages) == 1
+    assert sum("was removed; it is created again" in message for message in caplog.messages) == 1
     lab.run(resume="")
     assert lab.digest == whole.digest
     assert lab.summary["status"] == "complete"

@@ -162,7 +162,7 @@ def _refusal(headers: Iterable[tuple[bytes, bytes]], hosts: tuple[str, ...]) -> 
         return ApiError(403, f"requests for the host {host!r} are not answered", "wrong_host")
     origins = {value.decode("latin-1").lower() for name, value in headers if name == b"origin"}
     if foreign := origins - {f"http://{host}", f"https://{host}"}:
-        return ApiError(403, f"requests of pages from {min(foreign)!r} are not answered", "wrong_origin")
+        return ApiError(403, f"requests from pages of {min(foreign)!r} are not answered", "wrong_origin")
     return None
 
 
@@ -208,9 +208,9 @@ class _Api:
                 async for part in request.stream():
                     body += part
                     if len(body) > self.limits.body_bytes:
-                        raise ApiError(413, f"a request may have {self.limits.body_bytes} bytes", "request_too_large")
+                        raise ApiError(413, f"the limit is {self.limits.body_bytes} bytes", "request_too_large")
         except TimeoutError:
-            raise ApiError(408, f"the request was not there after {REQUEST_SECONDS} seconds") from None
+            raise ApiError(408, f"the request did not arrive within {REQUEST_SECONDS} seconds") from None
         try:
             return json.loads(body)
         except (ValueError, RecursionError) as error:

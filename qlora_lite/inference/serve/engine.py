@@ -79,7 +79,7 @@ class Engine:
 
     async def _take_turn(self) -> None:
         if self._inside > self.most_waiting:
-            raise ApiError(429, f"one request is answered and {self.most_waiting} wait; try again", "too_many_requests")
+            raise ApiError(429, f"{self.most_waiting} requests wait already; try again later", "too_many_requests")
         self._inside += 1
         try:
             await self._turn.acquire()
@@ -101,8 +101,8 @@ class Engine:
             count = len(self.tasks.tokenizer(prompt, add_special_tokens=False).input_ids)
         if limit and count + request.max_new_tokens > limit:
             raise ApiError(
-                400, f"the messages have {count} tokens and {request.max_new_tokens} may be made; the model takes "
-                f"{limit} in all", "context_length_exceeded", "messages",
+                400, f"the messages have {count} tokens and the answer up to {request.max_new_tokens}; the model takes "
+                f"{limit} in total", "context_length_exceeded", "messages",
             )  # fmt: skip
         return prompt
 

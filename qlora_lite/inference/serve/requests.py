@@ -113,7 +113,7 @@ def read_request(body: object, most_new_tokens: int) -> ChatRequest:
 
 def _text(value: object, name: str) -> str:
     if not isinstance(value, str) or not value:
-        raise ApiError(400, f"{name} must be a text that is not empty", param=name)
+        raise ApiError(400, f"{name} must be a non-empty string", param=name)
     return value
 
 
@@ -138,7 +138,7 @@ def _number(value: object, name: str, least: float, most: float | None, kind: ty
 def _stops(value: object) -> tuple[str, ...]:
     listed = [value] if isinstance(value, str) else value or []
     if not isinstance(listed, list) or len(listed) > MOST_STOPS or not all(isinstance(s, str) and s for s in listed):
-        raise ApiError(400, f"stop must be a text or a list of up to {MOST_STOPS} texts", param="stop")
+        raise ApiError(400, f"stop must be a string or a list of up to {MOST_STOPS} strings", param="stop")
     return tuple(listed)
 
 
@@ -147,7 +147,7 @@ def _turns(messages: object) -> tuple[Turn, ...]:
         raise ApiError(400, f"messages must be a list of 1 to {MOST_MESSAGES} messages", param="messages")
     turns = tuple(_turn(message, f"messages[{number}]") for number, message in enumerate(messages))
     if turns[-1].role != "user":
-        raise ApiError(400, "the last message must be the user's", param="messages")
+        raise ApiError(400, "the last message must be a user message", param="messages")
     return turns
 
 
