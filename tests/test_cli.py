@@ -627,7 +627,7 @@ def test_a_result_that_cannot_be_printed_is_no_failure_where_a_folder_has_it_too
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["output", "output-and-errors"])
-@pytest.mark.parametrize("arguments", [["recipes", "list"], ["recipes", "--help"], ["plan", "--cards"]])
+@pytest.mark.parametrize("arguments", [["recipes", "list"], ["recipes", "--help"], ["plan", "--gpus"]])
 def test_a_command_whose_reader_has_left_ends_as_sigpipe_would_end_it(arguments, shared):
     reading, writing = os.pipe()
     os.close(reading)

@@ -155,7 +155,7 @@ def test_a_trainer_of_what_cannot_be_trained(base, place, examples):
 
 def test_cards_machines_and_budgets(place):
     recipe, card = q.load_recipe(place / "recipe.yaml"), q.find_card(4060)
-    says(lambda: q.find_card("rtx-9999"), "there is no card 'rtx-9999'")
+    says(lambda: q.find_card("rtx-9999"), "there is no GPU 'rtx-9999'")
     says(lambda: q.machine_of_card("rtx-4060"), r"not 'rtx-4060'; qlora_lite\.find_card\(NAME\)")
     says(lambda: q.plan_recipe(recipe, card, 2**33), r"not Card; qlora_lite\.machine_of_card\(CARD\)")
     says(lambda: q.plan_recipe(recipe, q.machine_of_card(card), "8GiB"), r"budget_bytes is '8GiB'")

@@ -37,40 +37,42 @@ class _Size(click.ParamType):
 @click.argument("named", required=False, metavar="RECIPE|MODEL")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--vram", type=_Size(), help="Memory to plan for, such as 12GiB.")
-@click.option("--card", multiple=True, help="Card to plan for, such as rtx-4060; see --cards.")
+@click.option("--gpu", multiple=True, help="GPU to plan for, such as rtx-4060; see --gpus.")
+@click.option("--card", multiple=True, hidden=True)  # what --gpu was called
 @click.option("--max-tokens", is_flag=True, help="Also find the largest data.max_tokens that fits.")
 @click.option("--max-batch", is_flag=True, help="Also find the largest micro-batch of packed sequences that fits.")
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page with a timeline.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--cards", is_flag=True, help="List the known cards.")
+@click.option("--gpus", is_flag=True, help="List the known GPUs.")
+@click.option("--cards", is_flag=True, hidden=True)  # what --gpus was called
 @click.option("--models", is_flag=True, help="List the models that can be planned without a network.")
-def plan(named, overrides, vram, card, max_tokens, max_batch, html, as_json, cards, models) -> None:
+def plan(named, overrides, vram, gpu, card, max_tokens, max_batch, html, as_json, gpus, cards, models) -> None:
     """Predict the memory of RECIPE, or of MODEL with a recipe's defaults, and choose the fastest settings that fit.
 
     RECIPE is a file or a built-in recipe's name. MODEL is what model.path takes: a hub id (one of --models, or a copy
     of the same name, needs no network), a .gguf file, or a folder, where the model's config.json is enough.
 
-    Without --vram and --card: for the machine at hand.
+    Without --vram and --gpu: for the machine at hand.
     """
-    if cards or models:
-        echo("\n".join(_known_cards() if cards else _known_models()))
+    if gpus or cards or models:
+        echo("\n".join(_known_models() if models else _known_gpus()))
         return
     if named is None:
-        raise click.UsageError("name a recipe or a model (or --cards, --models)")
-    if len(card) > 1:
-        raise click.UsageError("--card takes one card: plan for one after the other")
-    card = card[0] if card else None
-    if vram is not None and card is not None:
-        raise click.UsageError("--vram and --card exclude each other")
+        raise click.UsageError("name a recipe or a model (or --gpus, --models)")
+    wanted = (*gpu, *card)
+    if len(wanted) > 1:
+        raise click.UsageError("--gpu takes one GPU: plan for one after the other")
+    if vram is not None and wanted:
+        raise click.UsageError("--vram and --gpu exclude each other")
     settings = _settings(named, overrides)
     prepare(verbose=not as_json)
-    if settings.model.device == "cpu" and (vram or card):
-        log.warning("model.device cpu: this is the plan of a card all the same, which a run would leave alone")
+    if settings.model.device == "cpu" and (vram or wanted):
+        log.warning("model.device cpu: this is the plan of a GPU all the same, which a run would leave alone")
     with importing():
         from qlora_lite.prepare import plan as planner
         from qlora_lite.reporting import plan_text
 
-    machine = _machine(settings, vram, card)
+    machine = _machine(settings, vram, *wanted)
     made = planner.plan_recipe(settings, machine, planner.budget_of(settings, machine))
     log.info(_title(settings, machine))
     others = list(planner.alternatives(made))
@@ -123,18 +125,18 @@ def _title(settings, machine) -> str:
     return f"Memory plan of {settings.output.name}: {settings.model.path}, {rows}, on {machine.name}"
 
 
-def _machine(settings, vram, card):
+def _machine(settings, vram, gpu=None):
     """Return the machine to plan for."""
     from qlora_lite.memory.cards import find_card, slowest_card
     from qlora_lite.models.load import resolve_device
     from qlora_lite.planning.machine import machine_of_card, this_machine
     from qlora_lite.prepare.build import compute_dtype_of
 
-    if card is not None:
-        machine = machine_of_card(find_card(card))
+    if gpu is not None:
+        machine = machine_of_card(find_card(gpu))
     elif vram is not None:
         like = slowest_card(vram)
-        named = f"a card with {format_bytes(vram)} (as fast as {like.name}, the slowest of its size)"
+        named = f"a GPU with {format_bytes(vram)} (as fast as {like.name}, the slowest of its size)"
         machine = machine_of_card(like).renamed(named, vram)
     else:
         device = resolve_device(settings.model.device)
@@ -185,11 +187,11 @@ def _show(found: dict, most_packs: int, html: Path | None) -> None:
         echo(f"timeline: {html}")
 
 
-def _known_cards() -> list[str]:
+def _known_gpus() -> list[str]:
     from qlora_lite.memory.cards import CARDS
 
     short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-    return [f"{'card':20} {'usable':>9}  {'TFLOP/s':>12}  {'GB/s':>5}  memory as"] + [
+    return [f"{'GPU':20} {'usable':>9}  {'TFLOP/s':>12}  {'GB/s':>5}  memory as"] + [
         f"{card.name:20} {format_bytes(card.memory_bytes):>9}  "
         f"{card.flops_per_second / 1e12:>7.1f} {short[card.trains_in]}  "
         f"{card.bandwidth_bytes_per_second / 1e9:>5.0f}  {card.memory_source}"

@@ -215,8 +215,8 @@ def find_card(name: str) -> Card:
             raise CardError(f"{name!r} is sold in several sizes; write {_either(found)}")
     every = {key: card for card in CARDS for key in _keys(card)}
     near = dict.fromkeys(every[key] for key in get_close_matches(wanted, every, 6))
-    cure = f"did you mean {_either(list(near)[:3])}? Or" if near else "qlora-lite plan --cards lists it; or"
-    raise CardError(f"there is no card {name!r} in the table; {cure} give the memory itself, such as --vram 12GiB")
+    cure = f"did you mean {_either(list(near)[:3])}? Or" if near else "qlora-lite plan --gpus lists it; or"
+    raise CardError(f"there is no GPU {name!r} in the table; {cure} give the memory itself, such as --vram 12GiB")
 
 
 def slowest_card(memory_bytes: int) -> Card:

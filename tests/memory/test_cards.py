@@ -51,7 +51,7 @@ def test_an_unknown_card_names_the_nearest(name, near):
 
 @pytest.mark.parametrize("name", ["", "   ", "rtx", "Radeon", "12GiB", "x\n<b>", "9" * 10_000])
 def test_what_is_no_card_is_refused(name):
-    with pytest.raises(CardError, match=r"(plan --cards lists it; o|did you mean .*\? O)r .* --vram 12GiB"):
+    with pytest.raises(CardError, match=r"(plan --gpus lists it; o|did you mean .*\? O)r .* --vram 12GiB"):
         find_card(name)
 
 

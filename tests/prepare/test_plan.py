@@ -719,15 +719,22 @@ class TestCommand:
 
     def test_prints_the_verdict_and_writes_the_page(self, capsys, file, tmp_path):
         page = tmp_path / "plan.html"
-        code, out, _ = self.call(capsys, file, "--card", "rtx-4060", "--html", page, "--max-batch")
+        code, out, _ = self.call(capsys, file, "--gpu", "rtx-4060", "--html", page, "--max-batch")
         assert code == 0 or code is None
         assert "RTX 4060" in out and "fits" in out and "saved activations" in out and "largest micro-batch" in out
         assert "<svg" in page.read_text()
         assert "Memory plan of recipe: meta-llama/Llama-3.2-1B, 256 tokens, rank 16, on RTX 4060" in page.read_text()
 
-    def test_one_card_is_planned_for_and_more_are_not_ignored(self, capsys, file):
-        code, out, err = self.call(capsys, file, "--card", "rtx-3090", "--card", "rtx-4090")
-        assert code == 2 and out == "" and "--card takes one card" in err
+    @pytest.mark.parametrize("second", ["--gpu", "--card"])
+    def test_one_gpu_is_planned_for_and_more_are_not_ignored(self, capsys, file, second):
+        code, out, err = self.call(capsys, file, "--gpu", "rtx-3090", second, "rtx-4090")
+        assert code == 2 and out == "" and "--gpu takes one GPU" in err
+
+    def test_the_option_s_former_name_is_understood_and_not_shown(self, capsys, file):
+        assert self.call(capsys, file, "--card", "rtx-4061")[2] == self.call(capsys, file, "--gpu", "rtx-4061")[2]
+        assert self.call(capsys, "--cards")[1] == self.call(capsys, "--gpus")[1]
+        shown = self.call(capsys, "--help")[1]
+        assert "--gpu" in shown and "--card" not in shown
 
     @pytest.mark.parametrize(("found", "shown"), [(planner.MOST_PACKS, "256 or more"), (7, "7"), (None, "none")])
     def test_the_plan_is_shown_before_what_takes_longer(self, capsys, file, monkeypatch, found, shown):
@@ -736,7 +743,7 @@ class TestCommand:
             return found
 
         monkeypatch.setattr(planner, "max_batch", counted)
-        _, out, _ = self.call(capsys, file, "--card", "rtx-4060", "--max-batch")
+        _, out, _ = self.call(capsys, file, "--gpu", "rtx-4060", "--max-batch")
         assert out == f"largest micro-batch of packed sequences that fits, with all options that save memory: {shown}\n"
 
     def test_json_is_one_object_and_nothing_else(self, capsys, file):
@@ -748,7 +755,7 @@ class TestCommand:
     def test_a_budget_never_makes_a_card_larger_than_it_is(self, capsys, file, budget, planned_for):
         _, out, err = self.call(capsys, file, "--vram", "0.5GiB", "--json", f"memory.budget={budget}")
         assert json.loads(out)["budget_bytes"] == planned_for
-        assert ("24.0 GiB is more than a card with 512.0 MiB" in err) == (budget == "24GiB")
+        assert ("24.0 GiB is more than a GPU with 512.0 MiB" in err) == (budget == "24GiB")
 
     def test_a_budget_never_makes_this_machine_larger_than_it_is(self, capsys, file):
         _, out, _ = self.call(capsys, file, "--json", "memory.budget=900000GiB")
@@ -758,8 +765,8 @@ class TestCommand:
         ("arguments", "message"),
         [
             (["--vram", "12"], "no unit; write 12GiB"), (["--vram", "0GiB"], "must be more than 0"),
-            (["--card", "rtx-4061"], "RTX 4060"),
-            (["--card", "l4", "--vram", "1GiB"], "exclude each other"), (["memory.budget=8"], "such as 8GiB"),
+            (["--gpu", "rtx-4061"], "RTX 4060"),
+            (["--gpu", "l4", "--vram", "1GiB"], "exclude each other"), (["memory.budget=8"], "such as 8GiB"),
         ],
     )  # fmt: skip
     def test_wrong_arguments_end_with_exit_code_2_and_a_cure(self, capsys, file, arguments, message):
@@ -771,7 +778,7 @@ class TestCommand:
         monkeypatch.chdir(tmp_path)
         (tmp_path / "folder").mkdir()
         (tmp_path / "folder" / "config.json").write_text(json.dumps(known_config("meta-llama/Llama-3.2-1B")))
-        options = "--card", "rtx-4060", "--json"
+        options = "--gpu", "rtx-4060", "--json"
         code, out, err = self.call(capsys, model, "data.max_tokens=256", *options)
         assert (code or 0) == 0 and out == self.call(capsys, file, *options)[1]
         copy = f"{model} is taken for a copy of meta-llama/Llama-3.2-1B: planned with the shapes of that"
@@ -780,7 +787,7 @@ class TestCommand:
     def test_a_recipe_comes_before_a_model_of_its_name(self, capsys, file, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         file.rename(tmp_path / "Llama-3.1-8B")
-        assert "meta-llama/Llama-3.2-1B, 256 tokens" in self.call(capsys, "Llama-3.1-8B", "--card", "rtx-4060")[2]
+        assert "meta-llama/Llama-3.2-1B, 256 tokens" in self.call(capsys, "Llama-3.1-8B", "--gpu", "rtx-4060")[2]
 
     @pytest.mark.parametrize(
         ("named", "said"),
@@ -794,13 +801,13 @@ class TestCommand:
         self, capsys, named, said, tmp_path, monkeypatch
     ):  # fmt: skip
         monkeypatch.chdir(tmp_path)
-        code, _, err = self.call(capsys, named, "--card", "rtx-4060")
+        code, _, err = self.call(capsys, named, "--gpu", "rtx-4060")
         last = err.splitlines()[-1]
         assert code == 2 and last.startswith("error: ") and said in last
         assert ("with just the model's config.json is enough" in last) == (named in ("Llama-3.1-8", "zzz", "zz/zzz"))
 
     def test_lists_cards_and_models_without_a_recipe(self, capsys):
-        assert "RTX 4090" in self.call(capsys, "--cards")[1]
+        assert "RTX 4090" in self.call(capsys, "--gpus")[1]
         assert "meta-llama/Llama-3.1-8B" in self.call(capsys, "--models")[1]
         assert self.call(capsys)[0] == 2
 
@@ -825,12 +832,12 @@ def test_a_run_keeps_to_its_plan_and_writes_predicted_beside_measured(tmp_path):
 def test_the_command_says_what_the_longest_sequence_takes_of_host_and_time(tmp_path, command):
     file = tmp_path / "recipe.yaml"
     file.write_text("model:\n  path: meta-llama/Llama-3.2-1B\ndata:\n  train: rows.jsonl\n  max_tokens: 256\n")
-    code, out, _ = command("plan", file, "--card", "rtx-4060", "--max-tokens", "--json")
+    code, out, _ = command("plan", file, "--gpu", "rtx-4060", "--max-tokens", "--json")
     found = json.loads(out)
     assert code == 0 and found["max_tokens"] > 1024 and found["max_tokens"] % LENGTH_STEP == 0
     assert found["max_tokens_host_bytes"] > found["host_bytes"]
     assert found["max_tokens_step_seconds"] > found["step_seconds_estimate"]
-    code, out, _ = command("plan", file, "--card", "rtx-4060", "--max-tokens")
+    code, out, _ = command("plan", file, "--gpu", "rtx-4060", "--max-tokens")
     price = f"{found['max_tokens']} ({format_bytes(found['max_tokens_host_bytes'])} of host memory, about "
     assert price + format_seconds(found["max_tokens_step_seconds"]) in out
 
@@ -850,5 +857,5 @@ def test_the_command_plans_a_built_in_recipe_by_its_name_and_says_that_a_run_wou
     code, out, err = command("plan", "qwen2.5-7b-8gb", "--vram", "8GiB", "model.device=cpu", "--json")
     assert code == 0 and json.loads(out)["fits"]
     assert command("plan", "no-such-recipe")[0] == 2
-    code, _, err = command("plan", "qwen2.5-7b-8gb", "--card", "rtx-4060", "model.device=cpu")
-    assert code == 0 and "model.device cpu: this is the plan of a card all the same" in err
+    code, _, err = command("plan", "qwen2.5-7b-8gb", "--gpu", "rtx-4060", "model.device=cpu")
+    assert code == 0 and "model.device cpu: this is the plan of a GPU all the same" in err
