@@ -70,6 +70,16 @@ UNUSUAL = {
     "lfm2": ("lfm2", _GATED | dict(layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False)),
 }  # fmt: skip
 
+# families whose parts those above have too: what they learn is compared, and no more; name -> settings
+FURTHER = {
+    "smollm3": _GATED | dict(num_hidden_layers=4),
+    "olmo3": _GATED | dict(num_hidden_layers=4, sliding_window=5),
+    "qwen3_5_text": _GATED | _LINEAR | dict(num_hidden_layers=4, head_dim=16),
+    "gemma4_unified_text": _GATED | dict(head_dim=16, global_head_dim=32, attention_k_eq_v=True, sliding_window=5,
+                                         num_global_key_value_heads=1, final_logit_softcapping=3.0,
+                                         layer_types=["sliding_attention", "full_attention"]),
+}  # fmt: skip
+
 
 _VISION = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, image_size=56,
                patch_size=14)  # fmt: skip
@@ -100,7 +110,7 @@ def build_nested(name: str, dtype=torch.float32, **changes) -> nn.Module:
 def build_tiny(name: str, dtype=torch.float32, seed: int = 0, **changes) -> nn.Module:
     """Build a random model with weights large enough that every part of it shows in the logits."""
     torch.manual_seed(seed)
-    model_type, settings = UNUSUAL.get(name) or (name, ARCHITECTURES[name])
+    model_type, settings = UNUSUAL.get(name) or (name, (ARCHITECTURES | FURTHER)[name])
     config = AutoConfig.for_model(model_type, **(settings | changes))
     capped = getattr(config, "attn_logit_softcapping", None)
     return _enlarged(AutoModelForCausalLM.from_config(config, dtype=dtype, **(EAGER if capped else {})))

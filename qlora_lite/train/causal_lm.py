@@ -32,6 +32,7 @@ from .text_guards import (
     check_compilable,
     check_embeddings,
     check_forward,
+    check_shared_keys,
     check_updates_in_backward,
 )
 from .workload import BatchShape, LossSum, Objective, Workload
@@ -196,6 +197,7 @@ class CausalLM(Workload):
         """See ``Workload``."""
         spec = self.spec
         model = meta_copy(spec.config, spec.quant, spec.double_quant, spec.compute_dtype, spec.quant_head)
+        check_shared_keys(model)
         if device.type != "meta":
             give_storage(model, device)
         self.method.apply(model)
@@ -248,6 +250,7 @@ class CausalLM(Workload):
 
     def check_model(self, model: nn.Module, settings: TrainSettings) -> None:
         """See ``text_guards``."""
+        check_shared_keys(model)
         plain = replace(settings.levers, kernels="plain")  # until ``choose_kernels`` has tried others
         tiny_tiles = plain.tile_tokens and CHECKED_TILE_TOKENS  # so that the check's few tokens are cut
         set_levers(model, replace(plain, tile_tokens=tiny_tiles))

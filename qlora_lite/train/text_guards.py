@@ -17,7 +17,7 @@ from qlora_lite.constraints import UPDATES_IN_FLOAT16, WITH_COMPILE, WITH_UPDATE
 from qlora_lite.data.batch import IGNORED_LABEL, Batch
 from qlora_lite.data.storage import Example, largest_token, row_lengths
 from qlora_lite.errors import DataError, ModelError, TrainingError
-from qlora_lite.models.anatomy import device_of, head, position_limit
+from qlora_lite.models.anatomy import device_of, head, position_limit, text_config
 from qlora_lite.models.experts import packs_experts
 from qlora_lite.models.levers import Levers
 from qlora_lite.models.load import use_row_attention, uses_row_attention
@@ -77,6 +77,23 @@ def check_forward(model: nn.Module, longest: int = 0) -> float:
             "not know; it cannot be trained exactly"
         )
     return error
+
+
+def check_shared_keys(model: nn.Module) -> None:
+    """Check that no block reads keys and values of another one, as those of Gemma 3n and the small Gemma 4 do.
+
+    A checkpointed block is recomputed by itself: what it read from another would have no gradient, and logits, which
+    ``check_forward`` compares, would not show it.
+
+    Raises:
+        ModelError: the configuration says that blocks share them.
+    """
+    if shared := getattr(text_config(model), "num_kv_shared_layers", 0):
+        raise ModelError(
+            f"{type(model).__name__} cannot be trained exactly: its last {shared} blocks read the keys and values of "
+            "earlier ones (num_kv_shared_layers), whose gradients are lost where blocks are recomputed one by one; "
+            "choose a model without that, such as google/gemma-4-12B-it"
+        )
 
 
 @torch.no_grad()

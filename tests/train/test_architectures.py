@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import (
     ARCHITECTURES,
+    FURTHER,
     add_reference_lora,
     build_tiny,
     quantized_pair,
@@ -11,6 +12,7 @@ from tiny import (
     random_factors,
     reference_loss,
 )
+from tiny_trainer import SETTINGS
 
 from qlora_lite.adapters.lora.inject import add_lora, lora_layers
 from qlora_lite.errors import ModelError
@@ -18,13 +20,15 @@ from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.models.load import use_row_attention, uses_row_attention
 from qlora_lite.models.rows_alone import rows_run_alone
 from qlora_lite.ops.attention import row_attention
-from qlora_lite.train.causal_lm import CausalLM, CrossEntropy
+from qlora_lite.train.causal_lm import CausalLM, CrossEntropy, ModelSpec
 from qlora_lite.train.forward import labelled_count, prepare
+from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.step import accumulate_gradients
 from qlora_lite.train.text_guards import check_forward
+from qlora_lite.train.workload import BatchShape
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", [*ARCHITECTURES, *FURTHER])
 def test_loss_and_gradients_equal_those_of_plain_rows(model_type):
     model, plain = quantized_pair(model_type)
     add_lora(model, rank=3, alpha=6.0, dtype=torch.float32)
@@ -45,6 +49,16 @@ def test_loss_and_gradients_equal_those_of_plain_rows(model_type):
             grad, wanted = getattr(layer, side).grad, getattr(reference[name], side).grad
             assert wanted.abs().max() > 0, f"{name}.{side}"
             assert (grad - wanted).norm() <= 2e-4 * wanted.norm(), f"{name}.{side}"
+
+
+def test_blocks_that_read_keys_and_values_of_others_are_refused_in_a_plan_and_in_training():
+    shared = dict(num_hidden_layers=4, num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2)
+    model = build_tiny("gemma4_unified_text", **shared)
+    workload = CausalLM(spec=ModelSpec(model.config, "none"))
+    with pytest.raises(ModelError, match="last 2 blocks read the keys and values of earlier ones"):
+        workload.check_model(model, TrainSettings(**SETTINGS))
+    with pytest.raises(ModelError, match="last 2 blocks read the keys"):
+        workload.planned_model(torch.device("meta"), Levers(), BatchShape((8,), 7))
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
