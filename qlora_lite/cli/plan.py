@@ -11,7 +11,7 @@ import click
 from qlora_lite.errors import QloraLiteError, RecipeError
 from qlora_lite.files import PACKAGE_PREFIX, write_text
 from qlora_lite.models.families import CONFIG_IS_ENOUGH, namesake, nearest
-from qlora_lite.recipe.catalog import closest_recipe, find_recipe, list_recipes
+from qlora_lite.recipe.catalog import closest_recipe, find_recipe, list_recipes, recipe_for_every_gpu
 from qlora_lite.recipe.load import load_recipe, recipe_of
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.terminal import printable
@@ -104,7 +104,7 @@ def _settings(named: str, overrides: Sequence[str]) -> Recipe:
         RecipeError: it is neither, or a setting is wrong.
     """
     path = Path(os.path.expanduser(named))
-    if not path.exists() and named in dict(list_recipes()):
+    if not path.exists() and (named in dict(list_recipes()) or recipe_for_every_gpu(named)):
         return load_recipe(find_recipe(named), overrides, check_files=False)
     is_gguf = path.suffix == ".gguf"
     if (path.is_file() and not is_gguf) or path.suffix in (".yaml", ".yml"):

@@ -7,6 +7,7 @@ of an installed wheel (pyproject.toml maps one to the other).
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from difflib import get_close_matches
 from pathlib import Path
@@ -84,6 +85,7 @@ def find_recipe(name: str) -> Path:
         return recipes_folder() / f"{wanted}.yaml"
     close = closest_recipe(wanted)
     cure = f"did you mean {close}?" if close else f"there are {', '.join(names)}"
+    cure = recipe_for_every_gpu(name) or cure
     raise RecipeError(Problem(f"there is no built-in recipe {name!r}; {cure}"))
 
 
@@ -91,6 +93,15 @@ def closest_recipe(name: str) -> str | None:
     """Return the built-in recipe that a name is most like, None where it is like none."""
     names = [path.stem for path in sorted(recipes_folder().glob("*.yaml"))]
     return next(iter(get_close_matches(name, names, 1)), None)
+
+
+def recipe_for_every_gpu(name: str) -> str | None:
+    """Return what to say to who asks for a recipe by model and GPU memory, as llama3.1-8b-24gb once was; else None."""
+    file = Path(name).name
+    model = re.sub(r"-\d+gb(\.yaml)?$", "", file)
+    if model == file or model not in dict(list_recipes()):
+        return None
+    return f"{model} is for every GPU: `qlora-lite plan {model} --gpu NAME` says what it takes on one"
 
 
 def _summary(path: Path) -> str:

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from qlora_lite.errors import Problem, RecipeError
 
 from . import foreign_names, paths, reference
-from .catalog import closest_recipe
+from .catalog import closest_recipe, recipe_for_every_gpu
 from .combinations import Location, conflicts, table_columns, without_evaluation
 from .foreign_files import trainer_of
 from .overrides import apply_overrides, override_number
@@ -116,7 +116,7 @@ def _read(path: str | Path) -> bytes:
         copying = f"`qlora-lite recipes copy {near}` copies the built-in one of that name" if near else (
             "`qlora-lite recipes list` shows the built-in ones, `recipes copy` copies one"
         )  # fmt: skip
-        message = f"no such file; {copying}"
+        message = f"no such file; {recipe_for_every_gpu(str(path)) or copying}"
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         message = f"cannot be read: {getattr(error, 'strerror', None) or error}"
     raise RecipeError(Problem(message, shown(str(path), 200)))

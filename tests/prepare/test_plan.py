@@ -792,9 +792,9 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("named", "said"),
         [
-            ("Llama-3.1-8", "did you mean llama3.1-8b-8gb, meta-llama/Llama-3.1-8B"), ("zzz", "plan --models"),
+            ("Llama-3.1-8", "did you mean llama3.1-8b, meta-llama/Llama-3.1-8B"), ("zzz", "plan --models"),
+            ("llama3.1-8b-24gb", "`qlora-lite plan llama3.1-8b --gpu NAME`"), (".", "has no config.json"),
             ("zz/zzz", "not among the configurations"), ("none.gguf", "no file"), ("none.yaml", "no such file"),
-            (".", "has no config.json"),
         ],
     )  # fmt: skip
     def test_what_is_neither_recipe_nor_model_is_one_line_with_the_way_out(
@@ -854,8 +854,8 @@ def test_on_a_cpu_the_host_memory_of_the_longest_sequence_is_that_of_the_process
 
 
 def test_the_command_plans_a_built_in_recipe_by_its_name_and_says_that_a_run_would_not_use_the_card(command):
-    code, out, err = command("plan", "qwen2.5-7b-8gb", "--vram", "8GiB", "model.device=cpu", "--json")
+    code, out, err = command("plan", "smollm3-3b", "--vram", "8GiB", "model.device=cpu", "--json")
     assert code == 0 and json.loads(out)["fits"]
     assert command("plan", "no-such-recipe")[0] == 2
-    code, _, err = command("plan", "qwen2.5-7b-8gb", "--gpu", "rtx-4060", "model.device=cpu")
+    code, _, err = command("plan", "smollm3-3b", "--gpu", "rtx-4060", "model.device=cpu")
     assert code == 0 and "model.device cpu: this is the plan of a GPU all the same" in err

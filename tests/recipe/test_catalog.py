@@ -1,18 +1,19 @@
+import re
 from pathlib import Path
 
 import pytest
 
 from qlora_lite.errors import OutputError, RecipeError
+from qlora_lite.models.families import known_config
 from qlora_lite.recipe import catalog
 from qlora_lite.recipe.load import load_recipe
 
 NAMES = [name for name, _ in catalog.list_recipes()]
+OF_MODELS = [name for name in NAMES if "\n  train: train.jsonl\n" in catalog.show_recipe(name)]
 
 
 def test_the_recipes_that_must_ship_are_there():
-    cards = {f"{model}-{size}gb" for size in (8, 12, 24)
-             for model in ("llama3.1-8b", "mistral-7b", "qwen2.5-7b", "qwen3-30b-a3b")}  # fmt: skip
-    assert {"gemma3-270m", "gsm8k"} | cards <= set(NAMES)
+    assert {"gemma3-270m", "gsm8k", "quickstart"} < set(NAMES) and len(OF_MODELS) >= 12
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -46,8 +47,10 @@ def test_a_recipe_s_rows_lie_beside_it_or_on_the_hub(name):
         assert source.path.startswith("hub:") or is_beside, "a copy somewhere else could not run"
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("gb")])
-def test_a_recipe_for_a_card_lacks_only_the_users_rows(name):
+@pytest.mark.parametrize("name", OF_MODELS)
+def test_a_recipe_of_a_model_is_of_one_that_is_planned_without_a_network_and_lacks_only_the_users_examples(name):
+    settings = load_recipe(catalog.recipes_folder() / f"{name}.yaml", check_files=False)
+    assert known_config(settings.model.path)
     with pytest.raises(RecipeError) as caught:
         load_recipe(catalog.recipes_folder() / f"{name}.yaml")
     assert [problem.key for problem in caught.value.problems] == ["data.train"]
@@ -88,8 +91,8 @@ def test_a_copy_never_replaces_a_data_file_of_the_user(tmp_path):
 
 def test_a_copy_goes_to_the_current_folder_or_to_a_given_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert catalog.copy_recipe("mistral-7b-8gb") == Path("mistral-7b-8gb.yaml")
-    assert catalog.copy_recipe("mistral-7b-8gb.yaml", "mine.yaml") == Path("mine.yaml")
+    assert catalog.copy_recipe("mistral-7b") == Path("mistral-7b.yaml")
+    assert catalog.copy_recipe("mistral-7b.yaml", "mine.yaml") == Path("mine.yaml")
     assert load_recipe("mine.yaml", check_files=False).output.name == "mine"
 
 
@@ -102,6 +105,16 @@ def test_a_copy_to_where_nothing_can_be_written_is_one_clean_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write"):
         catalog.copy_recipe("gemma3-270m", tmp_path / "file" / "sub")
+
+
+@pytest.mark.parametrize("name", ["llama3.1-8b-24gb", "llama3.1-8b-8gb", "llama3.1-8b-24gb.yaml"])
+def test_who_asks_for_a_recipe_of_a_gpu_s_size_is_told_of_the_one_for_every_gpu(name, tmp_path):
+    said = "llama3.1-8b is for every GPU: `qlora-lite plan llama3.1-8b --gpu NAME`"
+    for ask in (catalog.show_recipe, catalog.copy_recipe, lambda name: load_recipe(tmp_path / name)):
+        with pytest.raises(RecipeError, match=re.escape(said)) as caught:
+            ask(name)
+        assert str(caught.value).count("\n") == 0
+    assert catalog.recipe_for_every_gpu("phi-9-24gb") is None
 
 
 def test_an_unknown_recipe_is_answered_with_the_nearest_name():

@@ -93,14 +93,14 @@ UNQUANTIZED = ["model.quant=none", "lora.targets=[in_proj]"]  # where the archit
 OF_FAMILIES = {"mamba": UNQUANTIZED, "mamba2": UNQUANTIZED}
 LONGEST = ["--max-tokens"]
 PLANS = {  # recipe or model, card -> arguments
-    ("llama3.1-8b-8gb", "rtx-4060"): LONGEST,
-    ("llama3.1-8b-12gb", "rtx-4070"): [],
-    ("llama3.1-8b-24gb", "rtx-4090"): LONGEST,
-    ("mistral-7b-8gb", "rtx-4060"): [],
-    ("mistral-7b-24gb", "rtx-4090"): [],
-    ("qwen2.5-7b-12gb", "rtx-4070"): LONGEST,
-    ("qwen3-30b-a3b-8gb", "rtx-4060"): [],
-    ("qwen3-30b-a3b-24gb", "rtx-4090"): [],
+    ("llama3.1-8b", "rtx-4060"): LONGEST,
+    ("llama3.1-8b", "rtx-4070"): [],
+    ("llama3.1-8b", "rtx-4090"): LONGEST,
+    ("mistral-7b", "rtx-4060"): [],
+    ("mistral-7b", "rtx-4090"): [],
+    ("qwen2.5-7b", "rtx-4070"): LONGEST,
+    ("qwen3-30b-a3b", "rtx-4060"): [],
+    ("qwen3-30b-a3b", "rtx-4090"): [],
     ("gemma3-270m", "rtx-3060"): [],
     ("quickstart", "t4"): [],
     ("meta-llama/Llama-3.1-70B", "rtx-4090"): [],
