@@ -1,6 +1,6 @@
 """What torch builds code with while a model runs, and whether it is installed.
 
-torch.compile builds with a C++ compiler for a processor, and by way of triton with a C compiler for a card. A few
+torch.compile builds with a C++ compiler for a processor, and by way of triton with a C compiler for a GPU. A few
 products of torch 2.13 and later are triton's too, unless ``NO_TRITON`` is set before torch is imported
 (torch/_native/common_utils.py).
 """
@@ -38,7 +38,7 @@ def missing_for_triton() -> str:
 def avoid_what_is_missing() -> None:
     """Have torch, which must not be imported yet, take its own kernels where triton could build none.
 
-    And where it is built for ROCm, have it take its fused attention on cards that it calls experimental, too.
+    And where it is built for ROCm, have it take its fused attention on GPUs that it calls experimental, too.
     """
     if missing_for_triton():
         os.environ.setdefault(*NO_TRITON)

@@ -13,7 +13,7 @@ from qlora_lite.files import cache_root
 from qlora_lite.memory.process import segments_grow
 from qlora_lite.models.load import fast_dtype, missing_kernels, resolve_device
 from qlora_lite.models.unused_gpu import fault_of_cuda, unsupported_gpu
-from qlora_lite.ops.fused_attention import kernel_of_card
+from qlora_lite.ops.fused_attention import kernel_of_gpu
 from qlora_lite.quant.bnb import has_native_library
 from qlora_lite.train.optim import can_page
 from qlora_lite.units import format_bytes
@@ -32,7 +32,7 @@ def examine() -> dict:
         "gpu": _gpu(),
         "cuda": _build(),
         "fast_bfloat16": fast_dtype(device) == torch.bfloat16,
-        "attention": (None if fault else kernel_of_card(fast_dtype(device))) or "torch's CPU kernels",
+        "attention": (None if fault else kernel_of_gpu(fast_dtype(device))) or "torch's CPU kernels",
         "bitsandbytes_backend": _backend(device),
         "cache": f"{cache_root()} ({_free(cache_root())} free)",
     }

@@ -117,7 +117,7 @@ class OutputError(QloraLiteError):
 
 
 class CheckpointError(QloraLiteError):
-    """Report a checkpoint that is damaged, or that the run asked for cannot go on from."""
+    """Report a checkpoint that is damaged, or that the run asked for cannot resume from."""
 
     exit_code = 2
 

@@ -17,7 +17,7 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """Take a process per core, but few for a small machine, and one beside a card, which tests must not share."""
+    """Take a process per core, but few for a small machine, and one beside a GPU, which tests must not share."""
     import torch
 
     return 0 if torch.cuda.is_available() else min(4, os.cpu_count())
@@ -50,12 +50,12 @@ def _cuda_device(request):
         end = pytest.fail if request.config.getoption("--require-gpu") else pytest.skip
         end("there is no CUDA device")
     if torch.cuda.get_device_capability() < (8, 0):
-        pytest.skip("these tests are for a card that computes in bfloat16")
+        pytest.skip("these tests are for a GPU that computes in bfloat16")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _computing_card():
-    """Compute on the CPU what is asked of a card, where tools/check/order put one in its place."""
+    """Compute on the CPU what is asked of a GPU, where tools/check/order put one in its place."""
     if "CARD_ORDER" not in os.environ:
         yield
         return
@@ -97,7 +97,7 @@ def _own_process_state():
 
 @pytest.fixture
 def late_copies():
-    """Let copies between host and device begin at once and end when they are waited for, as on a card they may."""
+    """Let copies between host and device begin at once and end when they are waited for, as on a GPU they may."""
     from late_copies import copies_end_late
 
     with copies_end_late():

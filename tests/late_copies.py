@@ -1,11 +1,11 @@
-"""A card's copies on a CPU: each begins as early and ends as late as it may, so that a wait that is missing shows.
+"""A GPU's copies on a CPU: each begins as early and ends as late as it may, so that a wait that is missing shows.
 
-On a card, a copy on a side stream may begin at once, and has certainly ended only for a computation that waited for it.
+On a GPU, a copy on a side stream may begin at once, and has certainly ended only for a computation that waited for it.
 In between, its target holds anything, and its source and both their memories must stay as they are. ``LateCopies``
 takes all of that at its worst: the target is poisoned at once, and the copy is made in the moment of the wait.
 
 What it cannot show: that the side stream waits for the computation before a copy begins, since here the computation is
-always done by then; and copies from and to memory that is not pinned, which on a card end sooner than here.
+always done by then; and copies from and to memory that is not pinned, which on a GPU end sooner than here.
 """
 
 import ctypes
@@ -78,7 +78,7 @@ class LateCopies(SideStream):
         A host's memory may be gone: torch's pool of pinned memory does not give it to others before the copy has ended.
 
         Raises:
-            AssertionError: device memory was given back, which the card may still read or write.
+            AssertionError: device memory was given back, which the GPU may still read or write.
         """
         gone = (storage for late in self._waiting for storage in late.storages if storage.expired())
         assert all(storage in self.host for storage in gone), "memory was given back, and nobody waited for its copy"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from counted import counted
-from lever_cases import build, gradients, rotary_flops
+from memory_option_cases import build, gradients, rotary_flops
 from tiny import build_tiny, random_batch
 from torch import nn
 
@@ -22,8 +22,8 @@ from bench.texts import text_windows
 from qlora_lite.data.batch import collate
 from qlora_lite.data.storage import Example
 from qlora_lite.memory.marks import phase
-from qlora_lite.models.levers import Levers
 from qlora_lite.models.load import use_row_attention
+from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.quant.linear import QuantLinear, frozen_weight
 from qlora_lite.quant.product import materialize
 from qlora_lite.train.forward import prepare
@@ -74,7 +74,7 @@ def test_the_two_heads_are_the_model_s_own_and_what_its_nf4_copy_unpacks_to(tied
     table = model.get_input_embeddings().weight.clone()
     weight = model.get_output_embeddings().weight.detach().double()
     layer = QuantLinear.from_weight(weight.float(), None, "nf4", True)
-    unpacked = materialize(*frozen_weight(layer), torch.float32).double()
+    dequantized = materialize(*frozen_weight(layer), torch.float32).double()
     windows, head = windows_of((9, 14)), tool("head")
     found = head.with_both_heads(model, windows)
     assert torch.equal(model.get_input_embeddings().weight, table)
@@ -84,7 +84,7 @@ def test_the_two_heads_are_the_model_s_own_and_what_its_nf4_copy_unpacks_to(tied
         with torch.no_grad():
             hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1].double()
         compared = head.compare_window(own, other)
-        losses = [nn.functional.cross_entropy(hidden @ w.t(), ids[0, 1:]).item() for w in (weight, unpacked)]
+        losses = [nn.functional.cross_entropy(hidden @ w.t(), ids[0, 1:]).item() for w in (weight, dequantized)]
         assert compared["loss_16_bit"] == pytest.approx(losses[0], rel=1e-5)
         assert compared["loss_nf4"] == pytest.approx(losses[1], rel=1e-5)
         assert compared["loss_16_bit"] != compared["loss_nf4"] and compared["kl"] > 0
@@ -107,18 +107,18 @@ def test_the_modules_that_operators_are_told_apart_by_are_there():
     assert all((TOOLS.parent / "qlora_lite" / module).is_file() for module in PLACES)
 
 
-@pytest.mark.parametrize("levers", [Levers("none"), Levers()])
-def test_a_watched_step_has_the_flops_that_the_planner_counts(levers):
-    model = build(levers=levers)
-    gradients(model, levers)  # how blocks end is learned from the first
+@pytest.mark.parametrize("options", [MemoryOptions("none"), MemoryOptions()])
+def test_a_watched_step_has_the_flops_that_the_planner_counts(options):
+    model = build(options=options)
+    gradients(model, options)  # how blocks end is learned from the first
     with StepClock(CPU) as clock:
-        gradients(model, levers)
+        gradients(model, options)
     with counted() as counter:
-        gradients(model, levers)
+        gradients(model, options)
     watched = sum(count * product.flops for product, count in clock.products.items())
     tokens = prepare(random_batch(), CPU).input_ids.shape[1]
     assert watched == counter.work.flops - 2 * rotary_flops(model, tokens) > 0
-    assert set(clock.seconds) >= {"unpacking 4-bit weights", "attention", "loss", products.ELSEWHERE}
+    assert set(clock.seconds) >= {"dequantisation 4-bit weights", "attention", "loss", products.ELSEWHERE}
 
 
 def test_what_the_optimizer_calls_is_the_optimizer_s():
@@ -167,8 +167,8 @@ def test_the_distance_to_the_target_is_that_of_the_better_way_to_run_blocks():
              for model, kind, share, compiled in [("a", "block", 0.5, 0.7), ("a", "none", 0.6, 0.65),
                                                   ("b", "block", 0.7, 0.9), ("b", "none", 0.8, 0.85)]]  # fmt: skip
     assert limit_sentence(cases).endswith(
-        "a plain 60.0% (kept; 20.0 points short), compiled 70.0% (computed again; 10.0 points short); "
-        "b plain 80.0% (kept; the target is met), compiled 90.0% (computed again; the target is met)."
+        "a plain 60.0% (kept; 20.0 points short), compiled 70.0% (recomputed; 10.0 points short); "
+        "b plain 80.0% (kept; the target is met), compiled 90.0% (recomputed; the target is met)."
     )
     assert "compiled" not in limit_sentence([{"model": "a", "checkpointing": "none", "share": 0.5}])
 

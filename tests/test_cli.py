@@ -68,7 +68,7 @@ def test_torch_takes_its_own_kernels_where_triton_could_build_none(compiler, mon
 @pytest.mark.parametrize(("hip", "set_by_user", "expected"), [
     ("'6.4.43482'", None, "1"), ("None", None, None), ("'7.0.1'", "0", "0"),
 ])  # fmt: skip
-def test_torch_for_rocm_has_fused_attention_on_experimental_cards_unless_the_user_has_set_it(
+def test_torch_for_rocm_has_fused_attention_on_experimental_gpus_unless_the_user_has_set_it(
     hip, set_by_user, expected, monkeypatch, command, tmp_path
 ):
     (tmp_path / "version.py").write_text(f"cuda: Optional[str] = None\nhip: Optional[str] = {hip}\nxpu = 'no'\n")
@@ -133,7 +133,7 @@ def test_letters_that_the_output_s_encoding_lacks_are_replaced(finished):
     assert done.returncode == 0 and b"\xb7?\n" in done.stdout, done.stderr
 
 
-def test_a_run_records_what_its_model_card_says(finished):
+def test_a_run_records_what_its_model_gpu_says(finished):
     opened = open_run(finished[0])
     card = model_card(CardFacts("me/x", "a/b", {}, opened.recipe, opened.summary, None, True))
     labels = "evaluation loss (nats per target token)", "exact match of 2 answers", "examples", "target tokens", "steps"
@@ -204,7 +204,7 @@ def test_data_says_of_streamed_rows_that_it_looked_at_the_first_ones_only(finish
 def test_data_says_which_columns_are_not_used(finished, command, tmp_path):
     (tmp_path / "notes.jsonl").write_text('{"text": "a b", "label": 1}\n')
     recipe = write_recipe(tmp_path, finished[1].parent / "model", data={"train": "notes.jsonl"})
-    code, out, _ = command("data", recipe, "train.exact_match_rows=0")
+    code, out, _ = command("data", recipe, "train.exact_match_examples=0")
     assert code == 0 and re.search(r"notes.jsonl \(text\)\n +columns not used: label \(1 row\)\nrows +1 read", out)
 
 
@@ -402,7 +402,7 @@ def test_doctor_prints_one_json_object_or_lines(command):
     ("cuda", None, True, "a C compiler (gcc)"), ("cuda", "gcc", False, "Python.h (python3-dev)"),
     ("cuda", "gcc", True, None), ("cpu", None, False, None),
 ])  # fmt: skip
-def test_doctor_notes_what_triton_misses_beside_a_card(device, compiler, header, missing, monkeypatch, tmp_path):
+def test_doctor_notes_what_triton_misses_beside_a_gpu(device, compiler, header, missing, monkeypatch, tmp_path):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr("shutil.which", lambda name: compiler)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
@@ -417,17 +417,17 @@ def test_doctor_notes_what_triton_misses_beside_a_card(device, compiler, header,
     assert [note.partition(" for train.compile")[0] for note in notes] == [f"triton needs {missing}"] * bool(missing)
 
 
-def test_doctor_notes_a_card_without_kernels_and_looks_at_the_processor(monkeypatch):
+def test_doctor_notes_a_gpu_without_kernels_and_looks_at_the_processor(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(doctor, "_gpu", lambda: "an old card")
+    monkeypatch.setattr(doctor, "_gpu", lambda: "an old GPU")
     monkeypatch.setattr(doctor, "missing_kernels", lambda _device: "no kernels for it")
     found = doctor.examine()
     assert found["notes"][0] == "no kernels for it" and found["machine"]["bitsandbytes_backend"].startswith("cpu")
 
 
 @pytest.mark.parametrize("pages", [True, False])
-def test_doctor_notes_a_card_that_cannot_page(pages, monkeypatch):
+def test_doctor_notes_a_gpu_that_cannot_page(pages, monkeypatch):
     for name, value in (
         ("fast_dtype", torch.bfloat16), ("segments_grow", True), ("can_page", pages), ("_backend", "a native library")
     ):  # fmt: skip

@@ -10,8 +10,8 @@ from qlora_lite.adapters.lora.inject import ALL_LINEAR, Target, add_lora
 from qlora_lite.adapters.lora.layer import LoraLinear
 from qlora_lite.data.batch import plan_epoch
 from qlora_lite.data.examples import build_examples, read_examples
-from qlora_lite.models.levers import Levers
 from qlora_lite.models.load import load_model
+from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.planning.simulate import Job
 from qlora_lite.recipe import schema
 from qlora_lite.train.causal_lm import ModelSpec
@@ -20,7 +20,7 @@ from qlora_lite.train.settings import TrainSettings
 SAME = [
     (load_model, schema.Model), (ModelSpec, schema.Model), (add_lora, schema.Lora), (Lora, schema.Lora),
     (build_examples, schema.Data), (read_examples, schema.Data), (plan_epoch, schema.Data), (Job, schema.Train),
-    (Levers, schema.Train), (Levers, schema.Memory),
+    (MemoryOptions, schema.Train), (MemoryOptions, schema.Memory),
 ]  # fmt: skip
 
 
@@ -47,4 +47,4 @@ def test_a_default_of_the_python_api_is_the_recipe_s(function, section):
 
 @pytest.mark.parametrize("inner", [LoraLinear, TrainSettings])
 def test_what_only_the_package_calls_has_no_defaults_of_its_own(inner):
-    assert defaults_of(inner).keys() <= {"levers"}
+    assert defaults_of(inner).keys() <= {"options"}

@@ -23,7 +23,7 @@ from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.adapters.read import WEIGHTS_NAME
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.models.anatomy import head
-from qlora_lite.models.levers import place, set_levers
+from qlora_lite.models.memory_options import place, set_memory_options
 from qlora_lite.ops.loss import head_logits
 from qlora_lite.planning.candidate import Step, choose
 from qlora_lite.planning.machine import Machine
@@ -164,7 +164,7 @@ class Pictures(Workload):
         with device:
             model = Classifier(self.depth)
         self.method.apply(model)
-        set_levers(place(model, device, options, self.blocks(model)), options, self.blocks(model))
+        set_memory_options(place(model, device, options, self.blocks(model)), options, self.blocks(model))
         return model.train()
 
     def blocks(self, model):
@@ -180,12 +180,12 @@ class Case:
     examples: list
     changes: Mapping[str, object]
 
-    def trainer(self, levers=None):
+    def trainer(self, options=None):
         """A trainer of a new model; equal arguments give equal ones."""
         torch.manual_seed(0)
         model = self.build()
         self.workload.method.apply(model)
-        settings = SETTINGS | self.changes | ({} if levers is None else {"levers": levers})
+        settings = SETTINGS | self.changes | ({} if options is None else {"options": options})
         training = Trainer(model, self.examples, TrainSettings(**settings), workload=self.workload)
         training.check()
         return training
@@ -235,7 +235,7 @@ def ledger_of(trainer):
         for tensor, category, _ in categorised(trainer.workload, trainer.model):
             ledger.claim([tensor], category)
         ledger.watch(trainer.model)
-        trainer.rehearse(trainer.examples)
+        trainer.probe_memory(trainer.examples)
     return ledger
 
 
@@ -244,9 +244,9 @@ def test_it_is_planned_and_holds_to_the_plan(name):
     fastest, least = plan(case, 2**40)
     assert fastest.peak_bytes > least.peak_bytes
     chosen, _ = plan(case, (fastest.peak_bytes + least.peak_bytes) // 2)
-    assert chosen.levers != fastest.levers
+    assert chosen.options != fastest.options
     for candidate in (fastest, chosen, least):
-        trainer = case.trainer(candidate.levers)
+        trainer = case.trainer(candidate.options)
         assert ledger_of(trainer).peak.total == pytest.approx(candidate.prediction.simulation.peak().total, rel=0.01)
         assert len(list(trainer)) == 4
 

@@ -1,7 +1,7 @@
 """Whatever a file holds that came from elsewhere, the outcome is success or one clean error, and soon.
 
-Files are spoiled 5,000 times in all here, and recipes and rows elsewhere; with the tests marked slow, SLOW_FACTOR times
-as often.
+Files are corrupted 5,000 times in all here, and recipes and rows elsewhere; with the tests marked slow, SLOW_FACTOR
+times as often.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The double of a card's side stream shows a wait that is missing and memory that is given back too early."""
+"""The double of a GPU's side stream shows a wait that is missing and memory that is given back too early."""
 
 import pytest
 import torch

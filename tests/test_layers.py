@@ -121,7 +121,7 @@ def test_whatever_is_imported_comes_with_the_plain_installation():
     declared = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
     names = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in declared}
     names |= {"yaml", "numpy", "jinja2", "annotated_types", "pyarrow"}  # pyyaml's; torch's, pydantic's and datasets'
-    names |= {"triton"}  # torch's, where it is built for a card
+    names |= {"triton"}  # torch's, where it is built for a GPU
     tops = {name.split(".")[0] for path in PACKAGE.rglob("*.py") for name in imported_names(path)}
     assert tops - sys.stdlib_module_names - names == {"qlora_lite"}
 

@@ -22,8 +22,8 @@ from common import memory_options, results
 from common.memory_options import (
     by_saving,
     first_case,
-    lever_cases,
     measure,
+    memory_option_cases,
     merged,
     resident_cases,
     saving_levers,
@@ -34,9 +34,9 @@ from gpu.sections import CARD, REHEARSAL, SECTIONS, lever_problem, resident_task
 from gpu.summary import summary
 from qlora_lite import files
 from qlora_lite.errors import DoesNotFitError, OutputError, TrainingError
-from qlora_lite.memory.cards import find_card
-from qlora_lite.models.levers import Levers
-from qlora_lite.planning.machine import machine_of_card
+from qlora_lite.memory.gpus import find_gpu
+from qlora_lite.models.memory_options import MemoryOptions
+from qlora_lite.planning.machine import machine_of_gpu
 from simulated_gpu.runtime import card_environment
 
 TOOLS = Path(__file__).parent.parent / "tools"
@@ -117,19 +117,19 @@ def full_disk(_path):
 
 def test_a_section_that_found_nothing_failed_and_one_that_only_skipped_was_skipped():
     assert run_section([sys.executable, "-c", "pass"], 60)["status"] == "failed"
-    only_skip = "from gpu.process import report; report({'skipped': 'no card'})"
+    only_skip = "from gpu.process import report; report({'skipped': 'no GPU'})"
     found = run_section([sys.executable, "-c", only_skip], 60, {"PYTHONPATH": str(TOOLS)})
     assert found["status"] == "skipped"
 
 
-def test_all_sections_of_a_card_end_within_eight_minutes():
+def test_all_sections_of_a_gpu_end_within_eight_minutes():
     assert sum(LIMIT_SECONDS.values()) <= 8 * 60 and list(LIMIT_SECONDS) == list(SECTIONS)
     assert set(CARD.caps_bytes) == {n * 2**30 for n in (6, 8, 12, 16, 24)}
 
 
 def test_problems_are_in_the_summary():
     rows = [{"kind": "with room", "optimizer": "adamw_32bit", "seconds": 0.5},
-            {"kind": "filled card", "optimizer": "adamw_32bit", "problem": "wrong"}]  # fmt: skip
+            {"kind": "filled GPU", "optimizer": "adamw_32bit", "problem": "wrong"}]  # fmt: skip
     text = summary({"paged": {"status": "failed", "seconds": 1.0, "rows": rows, "output": ["last line"]}})
     assert "paged      failed" in text and "PROBLEM: wrong" in text and "0.500 s a step" in text and "last line" in text
 
@@ -147,7 +147,7 @@ def test_a_failed_test_is_named_in_the_summary_and_a_side_that_did_not_run_is_no
 class TooLarge:
     meter = SimpleNamespace(close=lambda: None)
 
-    def rehearse(self):
+    def probe_memory(self):
         pass
 
     def __iter__(self):
@@ -158,7 +158,7 @@ def test_a_row_that_is_too_large_for_a_cap_is_a_finding_and_no_end(monkeypatch):
     monkeypatch.setattr(caps, "trainer_of", lambda *_: TooLarge())
     capped = caps.CappedDevice()
     monkeypatch.setattr(capped, "_placed", lambda *_: torch.nn.Module())
-    found = capped.run("tiny", 64, Levers(), 2**30, 1, 0)
+    found = capped.run("tiny", 64, MemoryOptions(), 2**30, 1, 0)
     assert found == {"fits": False, "error": "the row alone needs more memory than there is"}
 
 
@@ -174,11 +174,11 @@ def test_a_cap_under_which_every_length_fits_is_a_problem_since_none_was_seen_to
 
 
 @pytest.mark.parametrize(
-    ("changes", "reason"), [({"flops_per_second": 1.0}, "levers"), ({"memory_bytes": 1}, "less free")]
+    ("changes", "reason"), [({"flops_per_second": 1.0}, "options"), ({"memory_bytes": 1}, "less free")]
 )
 def test_where_no_length_can_be_run_it_is_said(changes, reason):
     capped = caps.CappedDevice()
-    capped.machine = replace(machine_of_card(find_card("rtx-4090")), **changes)
+    capped.machine = replace(machine_of_gpu(find_gpu("rtx-4090")), **changes)
     [row] = caps.length_rows(capped, "tiny", 64, 672 * MIB)
     assert reason in row["skipped"]
     assert "skipped: length of tiny" in summary({"caps": {"status": "skipped", "seconds": 1.0, "rows": [row]}})
@@ -200,7 +200,7 @@ def test_the_planner_s_choice_that_runs_out_of_memory_is_a_problem_if_it_was_pla
 
     monkeypatch.setattr(peers, "_ours", ours)
     monkeypatch.setattr(peers, "_missing", lambda side, _: "left out" if side.startswith("peers") else "")
-    plan = SimpleNamespace(fits=fits, chosen=SimpleNamespace(levers=Levers()))
+    plan = SimpleNamespace(fits=fits, chosen=SimpleNamespace(options=MemoryOptions()))
     sides = peers.Comparison("tiny", 1, 64, plan, torch.device("cpu"))
     rows = [*sides.plain(), *sides.compiled()]
     assert [row["side"] for row in rows if "problem" in row] == ["ours, as planned"] * fits
@@ -215,7 +215,7 @@ def test_a_side_that_a_foreign_package_ends_is_a_problem_and_the_others_go_on(er
     monkeypatch.setattr(peers, "peers_side", broken)
     monkeypatch.setattr(peers, "_missing", lambda *_: "")
     monkeypatch.setattr(peers, "_ours", lambda *_: {"first_loss": 2.0})
-    plan = SimpleNamespace(fits=True, chosen=SimpleNamespace(levers=Levers()))
+    plan = SimpleNamespace(fits=True, chosen=SimpleNamespace(options=MemoryOptions()))
     sides = peers.Comparison("tiny", 1, 64, plan, torch.device("cpu"))
     problems = [row.get("problem") for row in (*sides.plain(), *sides.compiled())]
     words = f"{error.__name__}: " + ("'no such name\\nmore lines'" if error is KeyError else "no such name")
@@ -226,7 +226,7 @@ def test_a_compiled_side_with_another_first_loss_is_a_problem(monkeypatch):
     monkeypatch.setattr(peers, "_missing", lambda *_: "")
     monkeypatch.setattr(peers, "peers_side", lambda *_: {"first_loss": 2.0})
     monkeypatch.setattr(peers, "_ours", lambda case, _: {"first_loss": 2.1 if case["compile"] else 2.0})
-    plan = SimpleNamespace(fits=True, chosen=SimpleNamespace(levers=Levers()))
+    plan = SimpleNamespace(fits=True, chosen=SimpleNamespace(options=MemoryOptions()))
     sides = peers.Comparison("tiny", 1, 64, plan, torch.device("cpu"))
     assert not any("problem" in row for row in sides.plain())
     assert ["problem" in row for row in sides.compiled()] == [True]
@@ -255,9 +255,9 @@ def test_steps_of_random_lengths_that_exceed_their_budget_are_a_problem(monkeypa
 
 
 @pytest.mark.parametrize(("capability", "problem"), [((7, 5), ""), ((6, 1), "compute capability 6.1")])
-def test_a_card_is_checked_from_the_first_with_fast_float16_on(capability, problem, monkeypatch):
+def test_a_gpu_is_checked_from_the_first_with_fast_float16_on(capability, problem, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    found = runpy.run_path(str(TOOLS / "gpu_check"))["missing_card"]("a card")
+    found = runpy.run_path(str(TOOLS / "gpu_check"))["missing_card"]("a GPU")
     assert problem in found and bool(found) == bool(problem)
 
 
@@ -280,21 +280,21 @@ def test_a_loss_that_ends_with_an_error_or_without_memory_is_a_row(monkeypatch):
     assert "out of memory: the loss alone" in summary({"peers": {"status": "passed", "seconds": 1.0, "rows": [row]}})
 
 
-def test_a_lever_row_that_runs_out_of_memory_is_a_problem_if_it_was_predicted_to_fit():
+def test_a_memory_option_row_that_runs_out_of_memory_is_a_problem_if_it_was_predicted_to_fit():
     failed = {"failed": "out of memory", "planned_bytes": 100}
     there_is = [SimpleNamespace(memory_bytes=size, device_type="cpu") for size in (100, 99)]
     assert [bool(lever_problem(failed, machine)) for machine in there_is] == [True, False]
 
 
 @pytest.mark.parametrize(
-    ("tensors", "process", "on_cpu", "on_card"),
+    ("tensors", "process", "on_cpu", "on_gpu"),
     [(104, 100, "tensors", "tensors"), (102, 100, "", ""), (102, 107, "", "allocated memory"),
      (100, 95, "", "allocated memory"), (104, 95, "tensors", "tensors and allocated memory")],
 )  # fmt: skip
-def test_a_lever_row_whose_memory_was_predicted_wrong_is_a_problem(tensors, process, on_cpu, on_card):
+def test_a_memory_option_row_whose_memory_was_predicted_wrong_is_a_problem(tensors, process, on_cpu, on_gpu):
     row = {"predicted_bytes": tensors, "measured_bytes": 100,
            "predicted_process_bytes": process, "measured_process_bytes": 100}  # fmt: skip
-    for device_type, wrong in (("cpu", on_cpu), ("cuda", on_card)):
+    for device_type, wrong in (("cpu", on_cpu), ("cuda", on_gpu)):
         problem = lever_problem(row, SimpleNamespace(memory_bytes=100, device_type=device_type))
         assert problem == (f"prediction of {wrong} is off" if wrong else "")
 
@@ -351,15 +351,15 @@ def gpu_check(*arguments):
     return subprocess.run(command, capture_output=True, text=True, cwd=TOOLS.parent)
 
 
-def test_a_rehearsal_is_never_written_among_the_results():
-    done = gpu_check("--rehearse", "--out", str(TOOLS / "results" / "rehearsal.json"))
+def test_a_memory_probe_is_never_written_among_the_results():
+    done = gpu_check("--dry-run", "--out", str(TOOLS / "results" / "rehearsal.json"))
     assert done.returncode == 2 and "another --out" in done.stderr
     assert not (TOOLS / "results" / "rehearsal.json").exists()
 
 
 def test_a_check_that_is_stopped_ends_its_section_and_writes_what_it_found(tmp_path):
-    out, command = tmp_path / "a" / "new" / "kit.txt", [sys.executable, TOOLS / "gpu_check", "--rehearse"]
-    whole = [*command, "--only", "paged", "tests", "levers", "--out", out]
+    out, command = tmp_path / "a" / "new" / "kit.txt", [sys.executable, TOOLS / "gpu_check", "--dry-run"]
+    whole = [*command, "--only", "paged", "tests", "options", "--out", out]
     process = subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=TOOLS.parent)
     written = out.with_suffix(".json")
     while not written.exists() and process.poll() is None:
@@ -388,14 +388,14 @@ def test_free_memory_is_asked_of_another_process_before_and_after_context_step_a
     assert "1 B with a context, 1 B after a step, 2 B after a save" in text
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
-def test_without_a_card_there_is_no_check():
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_there_is_no_check():
     done = gpu_check("--only", "paged")
     assert done.returncode == 2 and "no CUDA device" in done.stderr
 
 
-def test_a_small_or_slow_card_is_given_a_task_that_it_has_room_and_time_for():
-    card = machine_of_card(find_card("a100-80gb"))
+def test_a_small_or_slow_gpu_is_given_a_task_that_it_has_room_and_time_for():
+    card = machine_of_gpu(find_gpu("a100-80gb"))
     small, slow = replace(card, memory_bytes=5 * 2**30), replace(card, flops_per_second=card.flops_per_second / 3)
     tasks = [resident_task("streamed", 25, CARD, machine) for machine in (card, small, slow)]
     assert tasks == [("llama-8b", 2048), ("llama-1b", 2048), ("llama-8b", 1024)]
@@ -403,9 +403,9 @@ def test_a_small_or_slow_card_is_given_a_task_that_it_has_room_and_time_for():
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_every_section_can_be_rehearsed_without_a_card(tmp_path):
+def test_every_section_can_be_rehearsed_without_a_gpu(tmp_path):
     before = sorted((TOOLS / "results").iterdir())
-    done = gpu_check("--rehearse", "--out", str(tmp_path / "kit.json"))
+    done = gpu_check("--dry-run", "--out", str(tmp_path / "kit.json"))
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "kit.json").read_text("utf-8"))
     assert list(found["sections"]) == list(SECTIONS)
@@ -419,8 +419,8 @@ def test_every_section_can_be_rehearsed_without_a_card(tmp_path):
     assert sorted((TOOLS / "results").iterdir()) == before
 
 
-def test_each_row_of_the_lever_table_adds_one_lever_to_the_row_before():
-    for rows in (lever_cases("tiny", 256, list(saving_levers(256))), resident_cases("tiny", 256)):
+def test_each_row_of_the_memory_option_table_adds_one_memory_option_to_the_row_before():
+    for rows in (memory_option_cases("tiny", 256, list(saving_levers(256))), resident_cases("tiny", 256)):
         for before, after in pairwise(rows):
             changed = {key for key in after if key != "lever" and after[key] != before.get(key)}
             assert len(changed) == 1 or changed in (
@@ -428,21 +428,23 @@ def test_each_row_of_the_lever_table_adds_one_lever_to_the_row_before():
                 {"host_head", "offload_folder", "quant_head", "stream_from_disk"},
             )
             assert set(before) <= set(after)
-    assert {"kept_blocks", "compile"} <= set(rows[-1])
+    assert {"uncheckpointed_layers", "compile"} <= set(rows[-1])
 
 
 @pytest.mark.parametrize(
     ("tokens", "third_last"), [(2048, "MLPs and norms in tiles"), (8192, "8-bit optimizer states")]
 )
-def test_the_levers_of_the_table_are_in_the_order_of_what_they_save_which_the_length_decides(tokens, third_last):
+def test_the_memory_options_of_the_table_are_in_the_order_of_what_they_save_which_the_length_decides(
+    tokens, third_last
+):
     order = by_saving("llama-8b", tokens, "cuda")
     assert sorted(order) == sorted(saving_levers(tokens)) and order[-3] == third_last
     assert order[:3] == ["weights in host memory", "embeddings, head in host memory", "block inputs in host memory"]
 
 
-def test_a_row_of_the_lever_table_is_measured_as_it_is_planned():
-    by_name = {case["lever"]: case for case in lever_cases("tiny", 64, list(saving_levers(64)))}
-    resident, on_host = by_name["blocks computed again"], by_name["attention's results kept on a card"]
+def test_a_row_of_the_memory_option_table_is_measured_as_it_is_planned():
+    by_name = {case["lever"]: case for case in memory_option_cases("tiny", 64, list(saving_levers(64)))}
+    resident, on_host = by_name["blocks recomputed"], by_name["attention's results kept on a GPU"]
     assert on_host["optimizer_in_backward"]
     stretched, _, kept, _ = resident_cases("tiny", 64)
     found = [measure(case, warmup=1, steps=1) for case in (resident, on_host, stretched, kept)]
@@ -454,7 +456,7 @@ def test_a_row_of_the_lever_table_is_measured_as_it_is_planned():
 
 
 @pytest.mark.parametrize("place", ["model_of", "trainer_of", "under_ledger"])
-def test_a_lever_row_is_its_prediction_wherever_memory_runs_out(place, monkeypatch):
+def test_a_memory_option_row_is_its_prediction_wherever_memory_runs_out(place, monkeypatch):
     def too_large(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. More words")
 
@@ -513,7 +515,7 @@ def test_speeds_of_several_processes_are_kept_and_their_median_is_the_rows():
 def test_the_least_memory_in_which_a_plan_runs_is_found_within_8_mib():
     needed, tried = 1100 * MIB, []
 
-    def run(model, tokens, levers, cap_bytes, steps, overhead_bytes, train, **case):
+    def run(model, tokens, options, cap_bytes, steps, overhead_bytes, train, **case):
         assert (model, tokens, overhead_bytes, case) == ("tiny", 256, 0, {"optimizer": "adamw_8bit"})
         tried.append(cap_bytes)
         return {"fits": cap_bytes >= needed, "measured_bytes": 500 * MIB, "reserved_bytes": 900 * MIB, "step": {}}
@@ -528,19 +530,19 @@ def test_the_least_memory_in_which_a_plan_runs_is_found_within_8_mib():
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built for CUDA")
-def test_without_a_torch_for_cuda_there_is_no_card_that_computes_nothing():
+def test_without_a_torch_for_cuda_there_is_no_gpu_that_computes_nothing():
     done = subprocess.run([sys.executable, TOOLS / "check" / "card"], capture_output=True, text=True)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "error: this torch is built without CUDA")
 
 
 OVER_A_CARD = pytest.mark.skipif(
     torch.version.cuda is None or torch.cuda.is_available() or shutil.which("cc") is None,
-    reason="needs a torch for CUDA, a C compiler and no card",
+    reason="needs a torch for CUDA, a C compiler and no GPU",
 )
 
 
 @OVER_A_CARD
-def test_over_a_card_that_computes_nothing_a_plan_runs_in_what_was_planned(tmp_path):
+def test_over_a_gpu_that_computes_nothing_a_plan_runs_in_what_was_planned(tmp_path):
     code = ("import json, runpy; from gpu.caps import CappedDevice; "
             f"check = runpy.run_path({str(TOOLS / 'check' / 'card')!r})['check']; "
             "print(json.dumps(check(CappedDevice(), 'tiny', 256, 4)))")  # fmt: skip
@@ -558,7 +560,7 @@ from simulated_gpu.computing import ORDERS, ComputingCard
 
 ONES = torch.ones(64, pin_memory=True)
 
-def arrives(side, wait):  # a copy to the card, and what is computed from it
+def arrives(side, wait):  # a copy to the GPU, and what is computed from it
     there = torch.zeros(64, device="cuda")
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -602,7 +604,7 @@ for memory in (arrives, leaves, is_used_again):
 
 
 @OVER_A_CARD
-def test_a_card_that_computes_shows_every_wait_that_is_missing_and_no_other(tmp_path):
+def test_a_gpu_that_computes_shows_every_wait_that_is_missing_and_no_other(tmp_path):
     environment = os.environ | card_environment(tmp_path, gib=8) | {"PYTHONPATH": f"{TOOLS}:{TOOLS.parent}"}
     done = subprocess.run([sys.executable, "-c", MISTAKES], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -610,4 +612,4 @@ def test_a_card_that_computes_shows_every_wait_that_is_missing_and_no_other(tmp_
     assert [line for line in found if " True" in line] == ["arrives True", "leaves True", "is_used_again True"]
     late, early = "late, computing first", "late, copies first"
     for line, orders in zip(found[::2], (late, early, late), strict=True):
-        assert line.partition(" False ")[2].startswith(orders)  # and, it may be, by chance
+        assert line.partition(" False ")[2].startswith(orders)  # and, it may be, stochastically

@@ -55,7 +55,7 @@ def test_a_recipe_s_path_and_overrides(arguments, text):
 @pytest.mark.parametrize("given", ["recipe.yaml", Path("recipe.yaml"), {"model": {"path": "x"}}, None])
 def test_the_path_of_a_recipe_in_place_of_the_recipe(given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    machine = q.machine_of_card(q.find_card("rtx-4060"))
+    machine = q.machine_of_gpu(q.find_gpu("rtx-4060"))
     for call in (
         lambda: q.run_recipe(given), lambda: q.train_settings(given), lambda: q.evaluate_recipe(given, None, 0),
         lambda: q.plan_recipe(given, machine, 2**33),
@@ -65,7 +65,7 @@ def test_the_path_of_a_recipe_in_place_of_the_recipe(given, tmp_path, monkeypatc
 
 
 def test_an_evaluation_without_rows(place):
-    recipe = q.load_recipe(place / "recipe.yaml", ["data.eval=null", "train.exact_match_rows=0"])
+    recipe = q.load_recipe(place / "recipe.yaml", ["data.eval=null", "train.exact_match_examples=0"])
     says(lambda: q.evaluate_recipe(recipe, None, 0), "no evaluation data; name some")
 
 
@@ -79,7 +79,7 @@ def test_what_a_model_is_loaded_as(options, text, place):
     says(lambda: q.load_model(**({"path": place / "model"} | options)), text)
 
 
-def test_a_card_that_is_not_there(place, monkeypatch):
+def test_a_gpu_that_is_not_there(place, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     says(lambda: q.load_model(place / "model", device="cuda"), "torch finds no CUDA device")
 
@@ -98,7 +98,7 @@ def test_no_path_at_all_is_python_s_own_error():
     ({"alpha": "x"}, "alpha is 'x'"), ({"dropout": 1}, "dropout is 1"), ({"dtype": "bfloat16"}, "dtype is 'bfloat16'"),
     ({"dtype": torch.int8}, "dtype is torch.int8"), ({"dtype": torch.float16}, "dtype is torch.float16"),
 ])  # fmt: skip
-def test_factors_that_cannot_be(options, text, base):
+def test_weights_that_cannot_be(options, text, base):
     says(lambda: q.add_lora(base, **options), text)
     assert not any("lora" in name for name, _ in base.named_parameters())
 
@@ -108,7 +108,7 @@ def test_one_target_stands_for_a_list_of_one(base):
     assert {p.shape[0] for name, p in base.named_parameters() if name.endswith("lora_A")} == {2}
 
 
-def test_factors_twice(base, place):
+def test_weights_twice(base, place):
     adapter = place / "work" / "run" / "adapter"
     q.load_adapter(base, adapter)
     for call in (lambda: q.add_lora(base), lambda: q.load_adapter(base, adapter)):
@@ -153,12 +153,12 @@ def test_a_trainer_of_what_cannot_be_trained(base, place, examples):
     says(lambda: next(iter(q.Trainer(base, [], settings))), "there are no rows to train on")
 
 
-def test_cards_machines_and_budgets(place):
-    recipe, card = q.load_recipe(place / "recipe.yaml"), q.find_card(4060)
-    says(lambda: q.find_card("rtx-9999"), "there is no GPU 'rtx-9999'")
-    says(lambda: q.machine_of_card("rtx-4060"), r"not 'rtx-4060'; qlora_lite\.find_card\(NAME\)")
-    says(lambda: q.plan_recipe(recipe, card, 2**33), r"not Card; qlora_lite\.machine_of_card\(CARD\)")
-    says(lambda: q.plan_recipe(recipe, q.machine_of_card(card), "8GiB"), r"budget_bytes is '8GiB'")
+def test_gpus_machines_and_budgets(place):
+    recipe, card = q.load_recipe(place / "recipe.yaml"), q.find_gpu(4060)
+    says(lambda: q.find_gpu("rtx-9999"), "there is no GPU 'rtx-9999'")
+    says(lambda: q.machine_of_gpu("rtx-4060"), r"not 'rtx-4060'; qlora_lite\.find_gpu\(NAME\)")
+    says(lambda: q.plan_recipe(recipe, card, 2**33), r"not GPU; qlora_lite\.machine_of_gpu\(GPU\)")
+    says(lambda: q.plan_recipe(recipe, q.machine_of_gpu(card), "8GiB"), r"budget_bytes is '8GiB'")
 
 
 @pytest.mark.parametrize(("settings", "options", "text"), [

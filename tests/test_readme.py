@@ -68,15 +68,15 @@ def test_the_command_below_the_table_of_memory_options_is_the_one_that_gives_it(
     for repeats, command in ((2, f"(`{tool} --repeats 2`; "), (3, f"(`{tool}`; ")):
         result["settings"]["repeats"] = repeats
         (tmp_path / "levers.json").write_text(json.dumps(result), encoding="utf-8")
-        assert command in module.levers()
+        assert command in module.options()
 
 
 def check_of_a_card(status):
-    rows = [{"kind": "equal", "levers": "resident", "different": 0}]
+    rows = [{"kind": "equal", "options": "resident", "different": 0}]
     peers = [{"side": "peers", "rows": 1, "length": 64, "tokens_per_second": 1234.0}]
     sections = {"streamed": {"status": status, "seconds": 12.5, "rows": rows},
                 "peers": {"status": "passed", "seconds": 3.0, "rows": peers}}  # fmt: skip
-    machine = {"gpu": "A Made-up Card", "gpu_memory_bytes": 24 * 2**30, "cpu": "a CPU", "cores": 2}
+    machine = {"gpu": "A Made-up GPU", "gpu_memory_bytes": 24 * 2**30, "cpu": "a CPU", "cores": 2}
     versions = {"torch": "2.99", "peft": "0.99"}
     return {"date": "2030-01-02 03:04 UTC", "machine": machine, "versions": versions, "sections": sections}
 
@@ -93,7 +93,7 @@ def test_what_was_found_on_a_gpu_is_written_as_soon_as_it_is_there(status, tmp_p
     assert "no GPU has run this code yet" in without and "(tools/results/gpu.md)" not in without
     assert "no GPU has run this code yet" not in found and "(tools/results/gpu.md)" in found
     assert "No GPU has run this code yet" in page and "No GPU has run this code yet" not in found_page
-    assert "A Made-up Card, 24.0 GiB, 2030-01-02 03:04 UTC, torch 2.99, peft 0.99" in found_page
+    assert "A Made-up GPU, 24.0 GiB, 2030-01-02 03:04 UTC, torch 2.99, peft 0.99" in found_page
     assert "```\nsection    status" in found_page and "    1 x 64: 1,234 tokens/s: peers\n" in found_page
     assert f"streamed   {status}" in found_page
     (tmp_path / "gpu_check.json").unlink()

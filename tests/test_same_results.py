@@ -69,9 +69,12 @@ def test_what_is_only_on_one_side_differs_and_a_renamed_word_does_not(compare, c
     assert compare({"a": {"x": 1}, "b": {"x": 1}}, {"a": {"x": 1, "y": 2}}) == 1
     said = capsys.readouterr().out
     assert "y: recorded 'nothing', now 2" in said and "b: recorded, and not run now" in said
-    recorded, now = {"a": {"kept_blocks/0": "kept_blocks=1"}}, {"a": {"whole_blocks/0": "whole_blocks=1"}}
+    recorded, now = (
+        {"a": {"uncheckpointed_layers/0": "uncheckpointed_layers=1"}},
+        {"a": {"whole_blocks/0": "whole_blocks=1"}},
+    )
     assert compare(recorded, now) == 1
-    assert compare(recorded, now, renamed={"kept_blocks": "whole_blocks"}) == 0
+    assert compare(recorded, now, renamed={"uncheckpointed_layers": "whole_blocks"}) == 0
     assert compare({"other": {"x": 1}}, {}, pattern="none") == 1  # nothing was compared
 
 

@@ -71,7 +71,7 @@ def test_evaluate_refuses_another_base_and_is_told_where_the_right_one_lies(tmp_
     assert code == 0 and json.loads(out)["eval_loss"] == loss
 
 
-def test_evaluate_measures_a_run_of_a_card_on_any_machine_and_a_failed_one_only_if_told_to(runs, command, tmp_path):
+def test_evaluate_measures_a_run_of_a_gpu_on_any_machine_and_a_failed_one_only_if_told_to(runs, command, tmp_path):
     run = shutil.copytree(runs[0], tmp_path / "run")
     recipe = run / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("device: cpu", "device: cuda"))
@@ -87,7 +87,7 @@ def test_evaluate_measures_a_run_of_a_card_on_any_machine_and_a_failed_one_only_
 
 def test_evaluate_takes_settings_for_a_recipe_and_options_for_a_run(runs, command):
     recipe = runs[0].parent / "1" / "recipe.yaml"
-    code, out, _ = command("evaluate", recipe, "--json", "train.exact_match_rows=0", "data.max_tokens=64")
+    code, out, _ = command("evaluate", recipe, "--json", "train.exact_match_examples=0", "data.max_tokens=64")
     assert code == 0 and "exact_match" not in json.loads(out)
     for arguments in ((runs[0], "data.max_tokens=64"), (recipe, "--base"), (recipe, "--model", "x")):
         code, out, err = command("evaluate", *arguments)
@@ -117,11 +117,11 @@ def test_evaluate_writes_prompt_reference_answer_and_match_of_each_example(runs,
 
 
 def test_a_run_is_measured_again_with_another_pattern_and_on_more_rows(runs, command, tmp_path):
-    rules = "train.exact_match_pattern=(?s).", "train.exact_match_new_tokens=30", "train.exact_match_rows=4"
+    rules = "train.exact_match_pattern=(?s).", "train.exact_match_new_tokens=30", "train.exact_match_examples=4"
     out = tmp_path / "answers.jsonl"
     code, printed, _ = command("evaluate", runs[0], *rules, "--out", out)
     found = answers_in(out)
-    assert code == 0 and "on 4 of 6 examples (train.exact_match_rows; --rows N for more)" in printed
+    assert code == 0 and "on 4 of 6 examples (train.exact_match_examples; --rows N for more)" in printed
     assert [each["compared_reference"] for each in found] == ["z", "o", "t", "t"]
     assert all(each["match"] == (each["compared_answer"] == each["compared_reference"]) for each in found)
     uncut = [each["answer"] for each in found if each["finish"] == "length"]
@@ -144,7 +144,7 @@ def test_evaluate_shows_how_far_it_is_where_it_takes_long(runs, command, monkeyp
 
 
 def test_evaluate_measures_a_run_on_other_rows_also_one_that_has_none(tmp_path, command, monkeypatch):
-    run = tiny_run(tmp_path, overrides=["data.eval=null", "train.exact_match_rows=0"])
+    run = tiny_run(tmp_path, overrides=["data.eval=null", "train.exact_match_examples=0"])
     code, _, err = command("evaluate", run)
     assert code == 2 and "no evaluation data; name some, as in data.eval=rows.jsonl" in err
     (tmp_path / "here").mkdir()

@@ -150,7 +150,7 @@ def quantized_pair(model_type: str, quant_type: str = "nf4", **options) -> tuple
 
 
 def random_batch(lengths=(9, 14, 6), vocabulary: int = 160, seed: int = 1) -> Batch:
-    """Make rows of random tokens laid end to end, about half of them labelled."""
+    """Make rows of random tokens packed, about half of them labelled."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, vocabulary, (1, sum(lengths)), generator=generator)
     labels = torch.full((sum(lengths),), -100)

@@ -6,7 +6,7 @@ from tiny import quantized_pair
 
 from qlora_lite.adapters.lora.inject import add_lora
 from qlora_lite.data.storage import Example
-from qlora_lite.models.levers import Levers, place
+from qlora_lite.models.memory_options import MemoryOptions, place
 from qlora_lite.train.loop import Trainer
 from qlora_lite.train.settings import TrainSettings
 
@@ -17,7 +17,7 @@ SETTINGS = dict(
     fused_loss="off",
 )  # fmt: skip
 
-# a row whose one learned token is predicted where only the first is seen
+# a row whose one target token is predicted where only the first is seen
 TWO_TOKENS = Example(np.array([5, 2], np.int32), np.array([False, True]), "", "", "short.txt:1")
 
 
@@ -39,7 +39,7 @@ def trainer(model_type="llama", dropout=0.0, dtype=torch.float32, targets="all-l
     model, _ = quantized_pair(model_type, dtype=compute_dtype)
     torch.manual_seed(0)
     add_lora(model, targets, rank=rank, alpha=8, dropout=dropout, dtype=dtype)
-    place(model, torch.device(device), changes.get("levers", Levers()))
+    place(model, torch.device(device), changes.get("options", MemoryOptions()))
     training = Trainer(model, examples() if rows is None else rows, TrainSettings(**(SETTINGS | changes)), stream)
     training.check()
     return training

@@ -9,10 +9,10 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-_begins: WeakKeyDictionary[nn.Module, tuple[str, str]] = WeakKeyDictionary()  # by model, see ``set_outside``
+_begins: WeakKeyDictionary[nn.Module, tuple[str, str]] = WeakKeyDictionary()  # by model, see ``set_checkpoint_name``
 
 
-def set_outside(model: nn.Module, begins: tuple[str, str] | None) -> nn.Module:
+def set_checkpoint_name(model: nn.Module, begins: tuple[str, str] | None) -> nn.Module:
     """Say how the paths of a model's layers begin in it and in files; None if alike. Return the model."""
     _begins.pop(model, None)
     if begins is not None:
@@ -20,12 +20,12 @@ def set_outside(model: nn.Module, begins: tuple[str, str] | None) -> nn.Module:
     return model
 
 
-def begins_of(model: nn.Module) -> tuple[str, str] | None:
+def prefixes_of(model: nn.Module) -> tuple[str, str] | None:
     """Return how the paths of a model's layers begin in it and in files; None if alike."""
     return _begins.get(model)
 
 
 def outside(model: nn.Module, path: str) -> str:
     """Return what files call the layer of a path."""
-    here, there = begins_of(model) or ("", "")
+    here, there = prefixes_of(model) or ("", "")
     return there + path.removeprefix(here) if path.startswith(here) else path

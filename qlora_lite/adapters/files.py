@@ -124,7 +124,7 @@ class Lora(AdapterMethod):
         return [name for name, _ in lora_layers(model) if not norms[f"{name}.lora_B"]]
 
     def does_nothing(self, model: nn.Module) -> bool:
-        """Tell whether every B is still zero."""
+        """Return whether every B is still zero."""
         return not any(layer.lora_B.any() for _, layer in lora_layers(model))
 
     def layer_kinds(self, names: Sequence[str], in_blocks: Container[str]) -> Mapping[str, Hashable]:

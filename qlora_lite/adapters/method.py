@@ -61,7 +61,7 @@ class AdapterMethod:
         return {name: name for name in names}
 
     def does_nothing(self, model: nn.Module) -> bool:
-        """Tell whether an adapter that was trained for some steps is still the identity it began as."""
+        """Return whether an adapter that was trained for some steps is still the identity it began as."""
         return False
 
     def forget_pass(self, model: nn.Module) -> None:

@@ -66,7 +66,7 @@ class RunFolder:
         metrics_bytes: size of ``metrics.jsonl`` as it was last written; what lies behind it is a torn line.
         metrics_hash: SHA-256 over these bytes.
         waiting: lines of metrics that could not be written yet.
-        proven: False while nothing shows yet that this is the run to go on with: values are kept, not written.
+        proven: False while nothing shows yet that this is the run to resume: values are kept, not written.
         trains: its first step has begun, so that it is worth a look even if it fails.
     """
 

@@ -44,7 +44,7 @@ class TrainedRun:
     Args:
         name: the folder's name.
         recipe: with the base model where it lies now, a device of this machine, and what the run recorded: its
-            template and the levers of its plan.
+            template and the memory options of its plan.
         adapter: folder of the adapter; None for a bare base model.
         end_token_ids: the tokens that training taught to end an answer.
         files: of the base model.

@@ -138,10 +138,10 @@ def _histogram(report: dict) -> list[str]:
 
 def _row(row: dict) -> list[str]:
     """Colour a row's text; where colours are taken away (a pipe), «...» still encloses target tokens."""
-    text, was_learned = "", False
+    text, was_target = "", False
     for piece in [*row["pieces"], {"text": "", "learned": False, "special": False}]:
-        mark = "" if piece["learned"] == was_learned else "«" if piece["learned"] else "»"
+        mark = "" if piece["learned"] == was_target else "«" if piece["learned"] else "»"
         style = _LEARNED if piece["learned"] else _SEEN
         text += mark + click.style(piece["text"], **style, reverse=piece["special"])
-        was_learned = piece["learned"]
+        was_target = piece["learned"]
     return ["  " + line for line in text.split("\n")]

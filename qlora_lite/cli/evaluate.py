@@ -8,7 +8,7 @@ import click
 from qlora_lite.errors import RecipeError
 from qlora_lite.recipe.load import load_recipe, recipe_of
 
-from .options import of_a_run
+from .memory_options import of_a_run
 from .output import echo, echo_exactly, prepare, step_progress
 
 _ROWS, _MATCH = ("data.eval=", "data.eval."), "train.exact_match_"
@@ -54,9 +54,9 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, rows: i
         prepare(verbose=False)
     from qlora_lite.inference.evaluate import evaluate_recipe
 
-    asked = recipe.train.exact_match_rows if rows is None else rows
+    asked = recipe.train.exact_match_examples if rows is None else rows
     if out and not asked:
-        raise click.UsageError("--out needs examples to answer: --rows N, or train.exact_match_rows=N")
+        raise click.UsageError("--out needs examples to answer: --rows N, or train.exact_match_examples=N")
     with step_progress("loading") as progress:
         result = evaluate_recipe(recipe, adapter, asked, tokenizer, out, progress.watch)
     if as_json:
@@ -74,7 +74,7 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, rows: i
 
 def _how_many(compared: int, rows: int, asked: int) -> str:
     """Return how many examples exact match is over, and how to have more, if there are more."""
-    why = " (train.exact_match_rows; --rows N for more)" if asked < rows else ""
+    why = " (train.exact_match_examples; --rows N for more)" if asked < rows else ""
     return f"{compared:,} of {rows:,} examples{why}"
 
 

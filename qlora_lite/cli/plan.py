@@ -90,7 +90,7 @@ def plan(named, overrides, vram, gpu, card, max_tokens, max_batch, html, as_json
     if as_json:
         echo_exactly(json.dumps(plan_text.as_json(made, others) | found))
     else:
-        _show(found, planner.MOST_PACKS, html)
+        _show(found, planner.MAX_PACKS, html)
     if not made.fits:
         if not as_json:
             raise planner.does_not_fit(made, others)
@@ -127,17 +127,17 @@ def _title(settings, machine) -> str:
 
 def _machine(settings, vram, gpu=None):
     """Return the machine to plan for."""
-    from qlora_lite.memory.cards import find_card, slowest_card
+    from qlora_lite.memory.gpus import find_gpu, slowest_gpu
     from qlora_lite.models.load import resolve_device
-    from qlora_lite.planning.machine import machine_of_card, this_machine
+    from qlora_lite.planning.machine import machine_of_gpu, this_machine
     from qlora_lite.prepare.build import compute_dtype_of
 
     if gpu is not None:
-        machine = machine_of_card(find_card(gpu))
+        machine = machine_of_gpu(find_gpu(gpu))
     elif vram is not None:
-        like = slowest_card(vram)
+        like = slowest_gpu(vram)
         named = f"a GPU with {format_bytes(vram)} (as fast as {like.name}, the slowest of its size)"
-        machine = machine_of_card(like).renamed(named, vram)
+        machine = machine_of_gpu(like).renamed(named, vram)
     else:
         device = resolve_device(settings.model.device)
         machine = this_machine(device, compute_dtype_of(settings, device))
@@ -188,14 +188,14 @@ def _show(found: dict, most_packs: int, html: Path | None) -> None:
 
 
 def _known_gpus() -> list[str]:
-    from qlora_lite.memory.cards import CARDS
+    from qlora_lite.memory.gpus import GPUS
 
     short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
     return [f"{'GPU':20} {'usable':>9}  {'TFLOP/s':>12}  {'GB/s':>5}  memory as"] + [
         f"{card.name:20} {format_bytes(card.memory_bytes):>9}  "
         f"{card.flops_per_second / 1e12:>7.1f} {short[card.trains_in]}  "
         f"{card.bandwidth_bytes_per_second / 1e9:>5.0f}  {card.memory_source}"
-        for card in CARDS
+        for card in GPUS
     ]  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Plan which rows share a step, and join them without padding.
 
-Rows are laid end to end in one sequence; positions restart at 0 in each and ``row_lengths`` lets attention keep
+Rows are packed in one sequence; positions restart at 0 in each and ``row_lengths`` lets attention keep
 them apart. There is no padding token, so nothing is computed for nothing and no mask can hide a real token.
 
 Packing is best fit, decreasing: rows from longest to shortest, each into the fullest pack that still has room
@@ -12,7 +12,7 @@ everything and cutting at max_tokens, the other known way, fills packs fully but
 | shuffle       | best-fit packs in random order                                                               |
 | as-is         | rows keep their order; a new pack begins when the next row does not fit                      |
 | longest-first | best-fit packs, that with the longest row first: what does not fit fails in the first step   |
-| by-length     | rows of like length share a pack and a step; the steps come in random order                  |
+| by-length     | rows of similar length share a pack and a step; the steps come in random order                  |
 
 ``pieces_of`` turns a batch back into text for a person, from the tensors that the model gets and nothing before them:
 what it shows is what training sees, and a fault anywhere on the way shows too.
@@ -41,7 +41,7 @@ ORDERS = ("shuffle", "as-is", "longest-first", "by-length")
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Hold rows laid end to end.
+    """Hold packed sequences.
 
     Args:
         input_ids: int64 [1, T].
@@ -209,7 +209,7 @@ def extent_of(lengths: Sequence[int], learned: Sequence[int], batches: Sequence[
 
     Args:
         lengths: tokens of each row.
-        learned: learned tokens of each row.
+        learned: target tokens of each row.
         batches: the rows of each micro-batch, at least one.
     """
     counts = np.fromiter(map(len, batches), np.int64)
@@ -257,7 +257,7 @@ def _cut_otherwise(lengths: Sequence[int], most: Extent) -> list[int]:
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Lay rows end to end.
+    """Pack rows into one sequence.
 
     Args:
         examples: at least one row.
@@ -296,7 +296,7 @@ def _check_length(row: int, length: int, max_tokens: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Hold a stretch of text whose tokens are alike; a special token is a piece of its own."""
+    """Hold a segment of text whose tokens are alike; a special token is a piece of its own."""
 
     text: str
     learned: bool
@@ -332,13 +332,13 @@ def _pieces_of_row(
         return learned[place], special, place if special else -1
 
     pieces, text = [], ""
-    for (is_learned, special, _), places in groupby(range(len(ids)), kind):
+    for (is_target, special, _), places in groupby(range(len(ids)), kind):
         upto = list(places)[-1] + 1
         # Decoded from the row's beginning: many tokenizers drop the space before the first token they decode.
         longer = tokenizer.decode(ids[:upto], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if upto < len(ids):
             longer = longer.rstrip("\ufffd")  # a letter of several tokens belongs to the piece that completes it
-        pieces.append(Piece(longer[len(text) :], is_learned, special))
+        pieces.append(Piece(longer[len(text) :], is_target, special))
         text = longer
     return pieces
 

@@ -41,21 +41,21 @@ class SpecialToken:
 
 
 def check_examples(
-    examples: Sequence[Example], begin_id: int | None, end_ids: Collection[int], end_is_learned: bool = True
+    examples: Sequence[Example], begin_id: int | None, end_ids: Collection[int], end_is_target: bool = True
 ) -> list[RowProblem]:
-    """Look for rows without a learned token, a doubled begin-of-text, and an end token that is never learned.
+    """Look for rows without a target token, a doubled begin-of-text, and an end token that is never learned.
 
     Args:
         examples: what training will use.
         begin_id: the begin-of-text token, if the tokenizer has one.
         end_ids: the tokens that end answers and documents.
-        end_is_learned: False where the recipe says that they are not to be learned.
+        end_is_target: False where the recipe says that they are not to be learned.
 
     Returns:
         One problem per row and fault, and one for the set.
     """
     problems = []
-    end_seen = not end_is_learned or len(examples) == 0
+    end_seen = not end_is_target or len(examples) == 0
     for rows, ids, learned, starts in _chunks(examples):
         for row in np.flatnonzero(~np.logical_or.reduceat(learned, starts)):
             message = "no token of this row is learned; give it an answer, raise data.max_tokens, or remove it"
@@ -142,13 +142,13 @@ def check_answers(examples: Sequence[Example], matching: Matching) -> tuple[list
     """
     without = [example for example in examples if not example.answer]
     if plain := next((example.where for example in without if not example.prompt), None):
-        message = "has no answer to match; set train.exact_match_rows (--rows) to 0 for plain text"
+        message = "has no answer to match; set train.exact_match_examples (--rows) to 0 for plain text"
         return [RowProblem(plain, NO_ANSWER, message)], True
     found = []
     if without:
         message = (
             f"the answers of {len(without)} of {len(examples)} rows were cut off at data.max_tokens, so that exact "
-            "match leaves them out; raise it, or set train.exact_match_rows (--rows) to 0"
+            "match leaves them out; raise it, or set train.exact_match_examples (--rows) to 0"
         )
         found.append(RowProblem(without[0].where, NO_ANSWER, message))
     try:
@@ -166,7 +166,7 @@ def check_answers(examples: Sequence[Example], matching: Matching) -> tuple[list
 
 
 def can_match(example: Example, matching: Matching) -> bool:
-    """Tell whether exact match compares an example: it has an answer, in which there is something to compare.
+    """Return whether exact match compares an example: it has an answer, in which there is something to compare.
 
     Raises:
         TimeoutError: a regular expression takes too long on it.
@@ -210,15 +210,15 @@ def check_prompts(train: Sequence[Example], evaluation: Sequence[Example], is_sh
         evaluation: the evaluation rows.
         is_share: whether data.eval_share held them out.
     """
-    (asked, is_asked), (learned, is_learned) = prompt_signatures(evaluation), prompt_signatures(train)
-    is_found = np.isin(asked, learned[is_learned])
+    (asked, is_asked), (learned, is_target) = prompt_signatures(evaluation), prompt_signatures(train)
+    is_found = np.isin(asked, learned[is_target])
     if is_found.any():  # before all tokens are looked at again
         is_found &= ~np.isin(signatures(evaluation), signatures(train))
     found = np.flatnonzero(is_found)
     if not len(found):
         return None
     first = int(found[0])
-    twin = int(np.flatnonzero(is_learned & (learned == asked[first]))[0])
+    twin = int(np.flatnonzero(is_target & (learned == asked[first]))[0])
     cure = "keep all rows of a prompt in one of data.train and data.eval"
     if is_share:
         cure = "data.eval_share splits one with many rows; for new prompts, name rows with others in data.eval"

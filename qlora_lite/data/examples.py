@@ -230,8 +230,8 @@ def _note_problems(examples: Examples, job: _Job, statistics: Statistics) -> Non
     if len(examples) == 0 and not statistics.problems.count:
         left = f"no row is left to train on: {_reasons(statistics.dropped)}"
         statistics.problems.add(job.sources[0].path, left, NOTHING_TO_LEARN, fatal=True)
-    end_ids, end_is_learned = statistics.end_token_ids, job.settings.train_on_end
-    for problem in check_examples(examples, job.tokenizer.bos_token_id, end_ids, end_is_learned):
+    end_ids, end_is_target = statistics.end_token_ids, job.settings.train_on_end
+    for problem in check_examples(examples, job.tokenizer.bos_token_id, end_ids, end_is_target):
         statistics.problems.add(problem.where, problem.message, problem.rule, fatal=True)
 
 

@@ -79,7 +79,7 @@ class Form:
     questions: tuple[Question, ...]
 
     def fits(self, turns: tuple[Turn, ...], answers: Iterable[int]) -> bool:
-        """Tell whether turns with the roles that the form was made for can be filled in, and these answers found."""
+        """Return whether turns with the roles that the form was made for can be filled in, and these answers found."""
         return all(index in self.answers for index in answers) and not any(
             ask(stripped(turns[index].content), text) for index, stripped, ask, text in self.questions
         )
@@ -224,7 +224,7 @@ def _compiled(source: str):
 
 
 def _searches_text(comparison: nodes.Compare) -> bool:
-    """Tell whether words could be looked for in a text of the template, which they would not notice."""
+    """Return whether words could be looked for in a text of the template, which they would not notice."""
     constant = isinstance(comparison.expr, nodes.Const)
     return any(
         operand.op in ("in", "notin") and not constant and not isinstance(operand.expr, nodes.List | nodes.Tuple)

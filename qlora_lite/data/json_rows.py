@@ -149,7 +149,7 @@ def read_json(path: Path, problems: Problems) -> Iterator[tuple[str, dict]]:
 
 
 def _begins_with_a_row(path: Path) -> bool:
-    """Tell whether one of the first two lines, empty ones apart, is whole JSON, as where each row has its own."""
+    """Return whether one of the first two lines, empty ones apart, is whole JSON, as where each row has its own."""
     texts = (text for _, text, _ in all_lines(path) if text is None or text.strip())
     for text in islice(texts, 2):
         with suppress(ValueError, RecursionError):
@@ -218,14 +218,14 @@ def ask_for_columns(row: Mapping[str, object]) -> str | None:
 
 
 def _are_numbered(columns: list[object]) -> bool:
-    """Tell whether all columns are objects with the same keys, which are numbers."""
+    """Return whether all columns are objects with the same keys, which are numbers."""
     if not columns or not all(isinstance(column, dict) and column for column in columns):
         return False
     return all(map(str.isdecimal, columns[0])) and all(column.keys() == columns[0].keys() for column in columns)
 
 
 def _are_as_long(columns: list[object]) -> bool:
-    """Tell whether all of several columns are lists of texts, numbers and the like, and have one length."""
+    """Return whether all of several columns are lists of texts, numbers and the like, and have one length."""
     if len(columns) < 2 or not all(isinstance(column, list) and column for column in columns):
         return False
     is_plain = not any(isinstance(item, list | dict) for column in columns for item in column)

@@ -5,7 +5,7 @@ wherever the two join; a token here is learned or not by its place in the text. 
 tokens before it must be the ones that the prompt alone gives, because those are what the model sees when it
 answers. A row for which they are not is an error.
 
-Many rows are marked at once (``mark_rows``): all their tokens lie end to end, and so do their characters, and the
+Many rows are marked at once (``mark_rows``): all their tokens are concatenated, and so do their characters, and the
 tokens of a span are those between two places of a sorted array, found for all spans in one call. A row about which
 there is any doubt (a token across a border, an end that is no special token, other tokens before an answer than its
 prompt has, nothing to learn) is left to ``mark_row``, which decides it and says what is wrong. So the rules stand there
@@ -325,7 +325,7 @@ def mark_rows(rows: Sequence[Row], template: Template, train_on_end: bool) -> tu
 
 
 def _in_order(tokens: TextTokens) -> bool:
-    """Tell whether tokens follow each other in the text and every row has some, as all that is done here needs."""
+    """Return whether tokens follow each other in the text and every row has some, as all that is done here needs."""
     ascending = all((np.diff(places) >= 0).all() for places in (tokens.starts, tokens.ends))
     return bool(ascending and (np.diff(tokens.borders) > 0).all())
 

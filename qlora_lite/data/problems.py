@@ -72,7 +72,7 @@ class Problems:
             self.found.append(RowProblem(where, rule, str(fault)))
 
     def too_many(self, allowed: int) -> bool:
-        """Tell whether there are more problems than allowed, or a fatal one."""
+        """Return whether there are more problems than allowed, or a fatal one."""
         return self.fatal or self.count > allowed
 
     def raise_if_any(self, allowed: int = 0) -> None:

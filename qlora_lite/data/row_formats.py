@@ -384,13 +384,14 @@ def _cure(row: Mapping[str, object], where: str, source: Source) -> str:
 
 
 def _is_sentence(name: str) -> bool:
-    """Tell whether the name of a column looks like the content of one."""
+    """Return whether the name of a column looks like the content of one."""
     words = name.split()
     return len(words) > 6 or (len(words) > 2 and name.rstrip().endswith((".", "?", "!")))
 
 
 def is_preference(row: Mapping[str, object]) -> bool:
-    """Tell whether a row is a prompt with a chosen and a rejected answer, and not a whole conversation beside them."""
+    """Return whether a row is a prompt with a chosen and a rejected answer, and not a whole conversation beside
+    them."""
     if not {"chosen", "rejected"} <= row.keys():
         return False
     turns = next((row[name] for name in ("messages", "conversations") if isinstance(row.get(name), list)), [])
@@ -533,7 +534,7 @@ def _instruction(row: Mapping[str, object]) -> str:
 
 
 def _has_lists(row: Mapping[str, object], format_name: str) -> bool:
-    """Tell whether prompt and completion are lists of turns."""
+    """Return whether prompt and completion are lists of turns."""
     return format_name == "prompt-completion" and all(
         isinstance(row.get(key), list) for key in ("prompt", "completion")
     )
@@ -631,8 +632,8 @@ def _part(part: object, number: int) -> str:
 
 
 def _learned(message: Mapping[str, object], number: int) -> bool:
-    """Tell whether nothing in a turn says that it is not to be learned."""
-    is_learned = True
+    """Return whether nothing in a turn says that it is not to be learned."""
+    is_target = True
     for key in ("weight", "loss_weight", "train"):
         given = message.get(key)
         if given is None:
@@ -641,8 +642,8 @@ def _learned(message: Mapping[str, object], number: int) -> bool:
             raise DataError(f"turn {number} has train {given!r}; a turn is learned (true) or not (false)")
         if given not in (0, 1):
             raise DataError(f"turn {number} has {key} {given!r}; a turn is learned (1) or not (0)")
-        is_learned = is_learned and bool(given)
-    return is_learned
+        is_target = is_target and bool(given)
+    return is_target
 
 
 def _check_order(turns: tuple[Turn, ...]) -> None:

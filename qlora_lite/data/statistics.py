@@ -18,7 +18,7 @@ KIND_LOST = "a whole kind of row left out"
 _KIND_ROWS = 2  # fewer are odd rows, not a kind
 SHOWN_ROWS = 5
 COLUMNS, KEYS = "columns", "keys of turns"
-MOST_NAMES = 1000  # counted of each; rows may name their columns as they like
+MAX_NAMES = 1000  # counted of each; rows may name their columns as they like
 _WEIGHTS = "weight", "loss_weight", "train"
 _PLAIN_KEYS = frozenset({"role", "content", "from", "value", "tool_calls"})
 _TURN_KEYS = _PLAIN_KEYS.union(_WEIGHTS)
@@ -149,7 +149,7 @@ def count_unused(counts: dict[str, Counter[str]], row: Mapping[str, object], use
             keys.update(str(key) for key in turn.keys() - known if _holds(turn[key]))
     for what, names in ((COLUMNS, [name for name in row if name not in used and _holds(row[name])]), (KEYS, keys)):
         for name in names:
-            if name in counts[what] or len(counts[what]) < MOST_NAMES:
+            if name in counts[what] or len(counts[what]) < MAX_NAMES:
                 counts[what][name] += 1
 
 

@@ -96,7 +96,7 @@ class Examples:
 
     @property
     def learned_counts(self) -> np.ndarray:
-        """Return the learned tokens of each example: int64 [N]."""
+        """Return the target tokens of each example: int64 [N]."""
         starts = self.rows[:-1, 0]
         return np.add.reduceat(self.learned, starts, dtype=np.int64)[self.order] if len(starts) else self.order
 
@@ -128,7 +128,7 @@ def row_lengths(examples: Sequence[Example] | Examples) -> list[int]:
 
 
 def learned_counts(examples: Sequence[Example] | Examples) -> list[int]:
-    """Return the learned tokens of each example."""
+    """Return the target tokens of each example."""
     if isinstance(examples, Examples):
         return examples.learned_counts.tolist()
     return [int(example.learned.sum()) for example in examples]

@@ -219,7 +219,7 @@ def portable_source(template: Template) -> str:
 
 
 def _mentions_begin(source: str, tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Tell whether a template takes care of begin-of-text itself."""
+    """Return whether a template takes care of begin-of-text itself."""
     return "bos_token" in source or (tokenizer.bos_token or "\0") in source
 
 

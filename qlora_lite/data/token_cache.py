@@ -9,7 +9,7 @@ An entry is a folder that is moved into place when it is whole and flushed to di
 of each of the others, and of itself, and every use compares them: 0.7 seconds of a processor per GiB, some hundred
 million tokens. Problems are kept too: a set that is refused is refused again at once.
 
-All entries together take at most MOST_BYTES, or $QLORA_LITE_TOKEN_CACHE_GIB: after a new one is made, those that were
+All entries together take at most MAX_BYTES, or $QLORA_LITE_TOKEN_CACHE_GIB: after a new one is made, those that were
 not used for longest are removed until they do. The new one stays, whatever its size, and a run that has a removed one
 open keeps its tokens: its files are mapped, and live on until the run ends. The time of use is that of ``set.json``,
 touched at each use, since many disks do not note when a file was read.
@@ -45,8 +45,8 @@ from .storage import FILES, Examples, load_arrays
 from .template import choose_template
 
 log = logging.getLogger("qlora_lite")
-MOST_BYTES = 20 << 30  # some thirty million short rows
-_MOST_GIB = "QLORA_LITE_TOKEN_CACHE_GIB"
+MAX_BYTES = 20 << 30  # some thirty million short rows
+_MAX_GIB = "QLORA_LITE_TOKEN_CACHE_GIB"
 _SET = "set.json"
 _ORDER = "order.npy"
 _LEFTOVER_SECONDS = 24 * 3600
@@ -170,15 +170,15 @@ def most_bytes() -> int:
     Raises:
         DataError: the environment variable that says so holds no such number.
     """
-    given = os.environ.get(_MOST_GIB)
+    given = os.environ.get(_MAX_GIB)
     if not given:
-        return MOST_BYTES
+        return MAX_BYTES
     try:
         gib = float(given)
     except ValueError:
         gib = math.nan
     if not 0 <= gib < math.inf:
-        raise DataError(f"${_MOST_GIB} is {given!r}; set it to a number of GiB, 0 or more, or unset it")
+        raise DataError(f"${_MAX_GIB} is {given!r}; set it to a number of GiB, 0 or more, or unset it")
     return int(gib * 2**30)
 
 

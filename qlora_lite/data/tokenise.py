@@ -49,7 +49,7 @@ class TextTokens:
 
 
 def can_be_cut(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Tell whether texts may be cut before each special token without changing their tokens."""
+    """Return whether texts may be cut before each special token without changing their tokens."""
     tokens = list(tokenizer.added_tokens_decoder.values())
     special = [token for token in tokens if token.special]
     if tokenizer.split_special_tokens or any(token.lstrip or token.normalized for token in special):
@@ -63,7 +63,7 @@ def can_be_cut(tokenizer: PreTrainedTokenizerFast) -> bool:
 
 
 def _reaches_into(text: str, special: set[str], beginnings: set[str]) -> bool:
-    """Tell whether a token can begin before a special token and take a part of it away."""
+    """Return whether a token can begin before a special token and take a part of it away."""
     return any(
         text[start:] in beginnings or any(text[start:end] in special for end in range(start + 1, len(text)))
         for start in range(1, len(text))
@@ -108,7 +108,7 @@ def _steps(part: object) -> list[dict]:
 
 
 def _loses_letters(step: dict) -> bool:
-    """Tell whether a step could take away letters of an ASCII text, or make one of several."""
+    """Return whether a step could take away letters of an ASCII text, or make one of several."""
     if step["type"] == "Replace":
         return len(step["pattern"].get("String", "")) != len(step["content"])
     return step["type"] not in _KEEPING or step.get("behavior") == "Removed"

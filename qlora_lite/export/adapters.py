@@ -6,7 +6,7 @@ peft
 vLLM
     It reads ``r``, ``lora_alpha``, ``use_rslora`` and ``target_modules``, and ignores every other key without a word:
     per-layer ranks and alphas would give wrong scales (``vllm/lora/peft_helper.py``). So scales are folded into B
-    and all layers get one rank (``with_one_alpha``).
+    and all layers get one rank (``with_one_scaling``).
 llama.cpp
     ``BLOCK.weight.lora_a`` [r, in] and ``.lora_b`` [out, r] in a GGUF file of type "adapter", with one alpha
     (``src/llama-adapter.cpp``; scale = alpha / r of each pair). Rows of B follow the rows of the base's weight.
@@ -79,10 +79,10 @@ def for_vllm(adapter: Adapter, skeleton: nn.Module, family: str) -> tuple[Adapte
     largest = max(factors.rank for factors in adapter.layers.values())
     if largest > VLLM_RANKS[-1]:
         raise ModelError(f"vLLM takes ranks up to {VLLM_RANKS[-1]}, the adapter has {largest}; merge and serve that")
-    return with_one_alpha(adapter, largest), next(rank for rank in VLLM_RANKS if rank >= largest)
+    return with_one_scaling(adapter, largest), next(rank for rank in VLLM_RANKS if rank >= largest)
 
 
-def with_one_alpha(adapter: Adapter, rank: int | None = None) -> Adapter:
+def with_one_scaling(adapter: Adapter, rank: int | None = None) -> Adapter:
     """Return an equal adapter whose layers share one alpha and plain scales (alpha / r).
 
     Args:
@@ -104,7 +104,7 @@ def with_one_alpha(adapter: Adapter, rank: int | None = None) -> Adapter:
 
 
 def _is_exact(gain: float) -> bool:
-    """Tell whether multiplying by a number only moves the exponent."""
+    """Return whether multiplying by a number only moves the exponent."""
     return abs(math.frexp(gain)[0]) == 0.5
 
 
@@ -124,7 +124,7 @@ def write_gguf_adapter(adapter: Adapter, names: GgufNames, out: Path) -> None:
     """
     from gguf import GGUFWriter, Keys
 
-    folded = with_one_alpha(adapter)
+    folded = with_one_scaling(adapter)
     with replacing_folder(out) as new:
         writer = GGUFWriter(new / ADAPTER_FILE, names.architecture)
         writer.add_type("adapter")

@@ -3,7 +3,7 @@
 Logits of all tokens would be tokens x vocabulary for each model. What is kept of a model is its last hidden states and
 its own head, a thousandth of that, and the logits are formed again for a few tokens at a time, in float32.
 
-Legend: N labelled tokens, D hidden size.
+Legend: N target tokens, D hidden size.
 """
 
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ CHUNK_TOKENS = 64  # of logits at once: 64 MiB for a vocabulary of 262,144
 
 
 class Outputs(NamedTuple):
-    """What a model says about labelled tokens: hidden states [N, D] and targets [N] on the host, and its head."""
+    """What a model says about target tokens: hidden states [N, D] and targets [N] on the host, and its head."""
 
     hidden: torch.Tensor
     head: Head
@@ -47,7 +47,7 @@ class Likeness(NamedTuple):
 
 @torch.no_grad()
 def outputs(model: nn.Module, batches: Iterable[Batch]) -> Outputs:
-    """Run a model over batches and keep what it says about their labelled tokens.
+    """Run a model over batches and keep what it says about their target tokens.
 
     Raises:
         ModelError: rows run together here would not give the model's own logits.

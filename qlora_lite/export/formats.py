@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qlora_lite.adapters.checkpoint_names import begins_of
+from qlora_lite.adapters.checkpoint_names import prefixes_of
 from qlora_lite.adapters.files import attach_adapter, load_adapter
 from qlora_lite.adapters.read import Adapter
 from qlora_lite.artifacts.trained_run import TrainedRun, open_trained
@@ -108,7 +108,7 @@ def _peft(job: _Job) -> dict:
 
 def _of_the_whole(job: _Job) -> list[str]:
     """Return what an adapter folder fits, if the run's model is part of a larger one."""
-    if (begins := begins_of(job.skeleton)) is None:
+    if (begins := prefixes_of(job.skeleton)) is None:
         return []
     return [f"the adapter fits the whole of {job.trained.files.name} as transformers loads it, with layer names that "
             f"begin with {begins[1]!r}, and not its language model alone"]  # fmt: skip
@@ -208,7 +208,7 @@ def _merged_model(job: _Job, write_beside: Callable[[Path], object], adds_begin:
         write_beside(new)
     if trained.is_alone and onto == TRAINED:
         notes.append(UNKNOWN_BASE)
-    if begins_of(job.skeleton) is not None:
+    if prefixes_of(job.skeleton) is not None:
         notes.append(f"the file holds the language model alone, without the other parts of {trained.files.name}")
     what, config = str(job.out / MODEL_FILE), copy.deepcopy(job.skeleton.config)
     entries = merged.entries(torch.float32)
@@ -219,7 +219,7 @@ def _merged_model(job: _Job, write_beside: Callable[[Path], object], adds_begin:
     else:
         change, logits = _merged_change(job, merged), _gguf_logits(job)
     rounded = logits_of(_streamed_base(merged, config, lambda weight: as_read(weight, kind)))
-    # as the file's weights are, where the base beside them unpacks its own in float32
+    # as the file's weights are, where the base beside them dequantises its own in float32
     seen_rounded = onto == TRAINED and trained.compute_dtype == torch.bfloat16
     limit = max(LIMITS[kind], LIMITS["bf16"] * seen_rounded)
     share, distance = check_merged(change, logits, rounded, what, limit)

@@ -40,7 +40,7 @@ class Session:
         return self.tasks.task(self.task).template
 
     def use(self, name: str) -> None:
-        """Go on with another adapter; the turns stay.
+        """Go on to another adapter; the turns stay.
 
         Raises:
             ModelError: there is none of this name.

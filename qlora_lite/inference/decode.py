@@ -1,4 +1,4 @@
-"""Make one token of each prompt in memory that stays, so that on a card a step is started as one CUDA graph.
+"""Make one token of each prompt in memory that stays, so that on a GPU a step is started as one CUDA graph.
 
 transformers' loop starts every operation of a step from the host, 60 to 80 a block, and its cache grows by a copy of
 itself for every token. Here keys and values have room for the tokens to come, the step reads and writes tensors that
@@ -32,13 +32,13 @@ from transformers.cache_utils import (
 )
 
 from qlora_lite.models.anatomy import device_of, text_config
-from qlora_lite.models.levers import stream_of
 from qlora_lite.models.load import uses_row_attention
+from qlora_lite.models.memory_options import stream_of
 
 log = logging.getLogger(__name__)
 CHUNK_TOKENS = 512  # that room is made for at a time
 _FEW_STEPS = 8  # are not worth recording one, which takes as long as some that are not recorded
-_MASK_MULTIPLE = 16  # entries, of a mask's rows in memory: a card's kernel copies others
+_MASK_MULTIPLE = 16  # entries, of a mask's rows in memory: a GPU's kernel copies others
 
 
 def decoding(model: nn.Module, tokens: int, streamer=None) -> Callable | None:
@@ -47,8 +47,8 @@ def decoding(model: nn.Module, tokens: int, streamer=None) -> Callable | None:
     Args:
         tokens: of the padded prompts with their answers, at most.
     """
-    on_card = device_of(model).type == "cuda"
-    return partial(decode, streamer=streamer) if on_card and has_fixed_step(model, tokens) else None
+    on_gpu = device_of(model).type == "cuda"
+    return partial(decode, streamer=streamer) if on_gpu and has_fixed_step(model, tokens) else None
 
 
 def has_fixed_step(model: nn.Module, tokens: int) -> bool:

@@ -19,7 +19,7 @@ from qlora_lite.memory.meter import free_bytes, held_bytes
 from qlora_lite.memory.process import CUDA_CONTEXT_BYTES
 from qlora_lite.models.anatomy import device_of, position_limit
 from qlora_lite.models.tokenizer import load_tokenizer
-from qlora_lite.planning.answering import MOST_PROMPTS, prompts_at_once
+from qlora_lite.planning.answering import MAX_PROMPTS, prompts_at_once
 from qlora_lite.prepare.build import build_skeleton, build_to_use, train_settings
 from qlora_lite.prepare.datasets import build_data, matching_of
 from qlora_lite.quant.linear import arrange_weights
@@ -66,7 +66,7 @@ class ExactMatch(NamedTuple):
 
 def exact_match(
     model: nn.Module, tokenizer, examples: Sequence[Example], end_token_ids: Iterable[int],
-    at_once: Callable[[int], int] = lambda _tokens: MOST_PROMPTS, matching: Matching = WHOLE,
+    at_once: Callable[[int], int] = lambda _tokens: MAX_PROMPTS, matching: Matching = WHOLE,
     new_tokens: int | None = None, watch: Watch | None = None,
 ) -> ExactMatch:  # fmt: skip
     """Answer every example's prompt greedily and compare with what its row writes there.
@@ -135,7 +135,7 @@ def _most_tokens(
     limit, new = position_limit(model), new_tokens or needed + SPARE_TOKENS
     if limit is not None and prompt + needed > limit:
         raise ModelError(
-            f"train.exact_match_rows (--rows): prompts of {prompt} tokens with answers of {needed} exceed the "
+            f"train.exact_match_examples (--rows): prompts of {prompt} tokens with answers of {needed} exceed the "
             f"model's {limit} position embeddings; set it to 0"
         )
     return prompt, new if limit is None else min(new, limit - prompt)
@@ -173,7 +173,7 @@ def evaluate_recipe(
 
     Args:
         adapter: adapter folder; None measures the base model.
-        exact_match_rows: rows to answer, 0 for none.
+        exact_match_examples: rows to answer, 0 for none.
         tokenizer: the model's, with another chat template than its own; None loads it.
         out: JSONL file for the answers, one object for each compared example: where, prompt, reference, answer, match,
             finish, and what was compared where that is not the whole text.
@@ -201,7 +201,7 @@ def evaluate_recipe(
         load_adapter(model, adapter)
     check_forward(model, settings.max_tokens)
     check_embeddings(model, data.examples)
-    work = CausalLM().with_options(settings.levers)
+    work = CausalLM().with_options(settings.options)
     batches = eval_batches(work, data.examples, settings, watching(watch, "evaluation", len(data.examples)))
     result = evaluate_loss(work, model, batches)
     measured = {

@@ -1,6 +1,6 @@
 """Answer prompts with a model, greedily by default, many at a time.
 
-Generation is transformers' own (cache, stopping), on a card with another loop in it (``decode``); this module pads on
+Generation is transformers' own (cache, stopping), on a GPU with another loop in it (``decode``); this module pads on
 the left, stops at the end tokens that training taught, and cuts the prompt off. It also draws the tokens: transformers'
 sampling takes the random numbers of a whole batch from one generator, so that an answer depends on the prompts beside
 it. Here each prompt has random numbers of its own, one for each token, which picks the token by inverting the

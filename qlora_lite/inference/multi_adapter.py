@@ -121,7 +121,7 @@ def open_tasks(
             task's name is its folder's or file's, or the path as given where two have the same. Some may be open
             already.
         model_path, unfinished, template: see ``artifacts.trained_run.open_model``.
-        context_tokens: of the longest prompt with its answer that a card must have room for, before weights; None is
+        context_tokens: of the longest prompt with its answer that a GPU must have room for, before weights; None is
             the longest row that one of the runs may have.
 
     Raises:

@@ -1,1 +1,1 @@
-"""Memory as a first-class quantity: what a process or a card holds, and held at its peak."""
+"""Memory as a first-class quantity: what a process or a GPU holds, and held at its peak."""

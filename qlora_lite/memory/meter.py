@@ -1,6 +1,6 @@
 """The peak of memory held, between two moments.
 
-On a CUDA card: the allocator's own counter. Elsewhere: the process's anonymous memory, sampled from
+On a CUDA GPU: the allocator's own counter. Elsewhere: the process's anonymous memory, sampled from
 ``/proc/self/status`` by a thread (file pages of memory-mapped weights can be dropped by the kernel at any
 time and are not counted); without ``/proc``, what belongs to the process alone on Windows, and its resident set on
 macOS, file pages included.
@@ -26,7 +26,7 @@ _CGROUP_NAMES = {  # of a group's limit and use, and in its memory.stat of the f
 
 
 def held_bytes(device: torch.device) -> int:
-    """Return the bytes held now: allocated on the card, or anonymous memory of this process."""
+    """Return the bytes held now: allocated on the GPU, or anonymous memory of this process."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     if (status := _STATUS).exists():
@@ -38,7 +38,7 @@ def held_bytes(device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes that a process could still take: free on the card, or available here within its limits."""
+    """Return the bytes that a process could still take: free on the GPU, or available here within its limits."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return min([psutil.virtual_memory().available, *_left_in_groups()])
@@ -58,7 +58,7 @@ def _left_in_groups() -> Iterator[int]:
 
 
 def grow_segments(device: torch.device) -> None:
-    """Have the allocator of a card take memory in segments that grow, so that fewer holes are left between tensors.
+    """Have the allocator of a GPU take memory in segments that grow, so that fewer holes are left between tensors.
 
     Where the user has set the allocator up (PYTORCH_ALLOC_CONF), it stays so.
     """
@@ -66,8 +66,8 @@ def grow_segments(device: torch.device) -> None:
         torch._C._accelerator_setAllocatorSettings(GROWING)  # torch 2.13 has no public function for it
 
 
-def hold_to(device: torch.device, budget_bytes: int | None) -> None:
-    """Let this process take at most a budget of a card, its context included, and never more than is free now.
+def set_memory_limit(device: torch.device, budget_bytes: int | None) -> None:
+    """Let this process take at most a budget of a GPU, its context included, and never more than is free now.
 
     Some drivers (WSL's) answer who asks for more than there is with memory of the host, many times slower, and with no
     error.
@@ -92,7 +92,7 @@ def mapped_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 class PeakMeter:
-    """Follow the peak of held memory from construction on, on a card from that of the newest meter of all.
+    """Follow the peak of held memory from construction on, on a GPU from that of the newest meter of all.
 
     Use as a context manager, or call ``close`` to end the sampling thread.
     """
@@ -125,7 +125,7 @@ class PeakMeter:
         return self._peak
 
     def allocation_retries(self) -> int:
-        """Return how often a card had no room for a tensor until cached memory was given back; 0 on a CPU."""
+        """Return how often a GPU had no room for a tensor until cached memory was given back; 0 on a CPU."""
         return torch.cuda.memory_stats(self.device)["num_alloc_retries"] if self.device.type == "cuda" else 0
 
     def close(self) -> None:

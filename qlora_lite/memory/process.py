@@ -1,6 +1,6 @@
 """What a device or a process needs beyond its tensors, as named constants with their source.
 
-A card: constants from public sources, to be checked with ``tools/check/plan`` on one; those of torch's allocator were
+A GPU: constants from public sources, to be checked with ``tools/check/plan`` on one; those of torch's allocator were
 measured without one (``tools/check/card``).
 A CPU: fitted to ``tools/check/plan`` here (torch 2.13, glibc 2.36, bfloat16), above the memory that the process holds
 after its imports. What malloc says at the peak (``mallinfo2``) divides it into the parts below.
@@ -17,24 +17,24 @@ import torch
 from .ledger import Moment
 
 MIB = 2**20
-CUDA_CONTEXT_BYTES = 450 * MIB  # nvidia-smi shows 300 to 500 MiB for an idle torch process, by card and driver
-# A card's free memory is read before most kernels were called, and CUDA loads a kernel's code when it is first called
-# (CUDA programming guide, lazy loading). A guess: no card has run this.
+CUDA_CONTEXT_BYTES = 450 * MIB  # nvidia-smi shows 300 to 500 MiB for an idle torch process, by GPU and driver
+# A GPU's free memory is read before most kernels were called, and CUDA loads a kernel's code when it is first called
+# (CUDA programming guide, lazy loading). A guess: no GPU has run this.
 CUDA_LATER_BYTES = 128 * MIB
 # One for each thread and stream (aten/src/ATen/cuda/CublasHandlePool.cpp): 32 MiB each on compute capability 9.0 and
 # with train.deterministic, 8.1 MiB on others. Training has two, forward's and autograd's. Answers have two as well,
 # forward's and that of the stream on which a step is recorded (``decode``); within a run the first of these is held
 # already when room for prompts is planned.
 CUBLAS_WORKSPACE_BYTES = 2 * 32 * MIB
-# Of torch's CUDA allocator: bytes, and a share of what comes and goes within a step. tools/check/card found that
+# Of torch's CUDA allocator: bytes, and a share of what comes and goes within a step. tools/check/GPU found that
 # up to 99 MiB are needed with segments that grow, and up to 842 MiB with fixed ones, but for one plan of 17, which took
 # 1.5 GiB: 0.5 more than this leaves.
 GROWING_SEGMENT_BYTES, GROWING_HOLES_SHARE = 128 * MIB, 0.005
 FIXED_SEGMENT_BYTES, FIXED_HOLES_SHARE = 576 * MIB, 0.07
-# The first time, torch.compile's inductor times kernels with as much memory as the card's second-level cache holds;
-# data sheets name less than this. Not checked on a card.
+# The first time, torch.compile's inductor times kernels with as much memory as the GPU's second-level cache holds;
+# data sheets name less than this. Not checked on a GPU.
 CUDA_COMPILER_BYTES = 128 * MIB
-HOST_PROCESS_BYTES = 1536 * MIB  # Python, torch with its CUDA libraries, pinned buffers; not yet checked beside a card
+HOST_PROCESS_BYTES = 1536 * MIB  # Python, torch with its CUDA libraries, pinned buffers; not yet checked beside a GPU
 CPU_BUFFERS_BYTES = 56 * MIB  # modules that loading a model imports (37 MiB), thread stacks, buffers of the step
 CPU_KERNEL_BYTES = 3 * MIB // 4  # for each large product's shape: oneDNN keeps a compiled kernel
 # Of the adapter and the optimizer's states: gradients and states are allocated among tensors of a step that are freed,
@@ -45,14 +45,14 @@ CPU_COMPILER_BYTES = 120 * MIB
 # Where torch reads its allocator's settings, by the new and the old name, and the one that has segments grow.
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 GROWING = "expandable_segments:True"
-DEVICE_VARIABLES = "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"  # name a share of a card as MIG-...
+DEVICE_VARIABLES = "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"  # name a share of a GPU as MIG-...
 
 
 def segments_grow() -> bool:
     """Check whether torch's CUDA allocator takes memory in segments that grow: ``meter.grow_segments`` sees to it.
 
     Its own default, segments of fixed sizes, leaves more holes. It stays where the user has set the allocator up, on
-    WSL, where growing ones can fail (pytorch issue 192330), and on a share of a card, where what they ask of the driver
+    WSL, where growing ones can fail (pytorch issue 192330), and on a share of a GPU, where what they ask of the driver
     is not allowed (vllm pull request 42467). Torch for Windows or ROCm before 7 has none, whatever is set; on a Tegra
     they fail at the first tensor (c10/cuda/CUDAAllocatorConfig.h).
     """

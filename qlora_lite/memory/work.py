@@ -91,7 +91,7 @@ def of_this_torch(kernels: dict[str, tuple[int, int]]) -> dict[str, tuple[int, i
 
 
 # The kernels of ``scaled_dot_product_attention``, and the number of the argument is_causal of the operators
-# ``_scaled_dot_product_KERNEL`` and ``..._backward``. In a plan a CPU's stands for a card's.
+# ``_scaled_dot_product_KERNEL`` and ``..._backward``. In a plan a CPU's stands for a GPU's.
 FUSED_ATTENTION = of_this_torch({
     "flash_attention": (4, 11),
     "efficient_attention": (6, 11),

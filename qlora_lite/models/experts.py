@@ -2,7 +2,7 @@
 
 transformers holds a projection of all experts of a block in one parameter [E, out, in], and lets other packages
 compute with it by name (``ExpertsInterface``, its documented extension). Here a ``PackedWeight`` beside it takes the
-parameter's place, and the name is ``routed``'s. The weights stay frozen: LoRA factors are for linear layers, such as
+parameter's place, and the name is ``routed``'s. The weights stay frozen: LoRA weights are for linear layers, such as
 those of attention and of experts that all tokens share.
 """
 
@@ -99,7 +99,7 @@ def placeholders(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def packs_experts(model: nn.Module) -> bool:
-    """Tell whether a model, or a skeleton, has experts in 4 bits."""
+    """Return whether a model, or a skeleton, has experts in 4 bits."""
     return first_experts(model) is not None
 
 
@@ -120,7 +120,7 @@ def use_packed_experts(model: nn.Module, grouped: bool = False) -> None:
     """Have a model with packed experts compute with them.
 
     Args:
-        grouped: in groups, on a card and where a batch uses most of them; see ``grouped_experts``.
+        grouped: in groups, on a GPU and where a batch uses most of them; see ``grouped_experts``.
     """
     if packs_experts(model):
         ExpertsInterface.register(NAME, packed_experts)
@@ -132,7 +132,7 @@ def packed_experts(
     experts: nn.Module, hidden_TD: torch.Tensor, chosen_TK: torch.Tensor, weights_TK: torch.Tensor,
     grouped: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """Compute what transformers' own experts would with the unpacked weights, as its interface asks for it."""
+    """Compute what transformers' own experts would with the dequantised weights, as its interface asks for it."""
     described, tensors = described_experts(experts)
     can_group = device_type(hidden_TD.device) == "cuda" and has_triton()
     return routed(hidden_TD, chosen_TK, weights_TK, described._replace(grouped=grouped and can_group), tensors)

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 MAGIC, VERSIONS, ALIGNMENT, DEFAULT_ALIGNMENT = 0x46554747, (2, 3), "general.alignment", 32
-MOST_DIMENSIONS, DEEPEST_ARRAY = 8, 4
+MAX_DIMENSIONS, DEEPEST_ARRAY = 8, 4
 _PLAIN = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # by type
 _UINT32, _STRING, _ARRAY = 4, 8, 9
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
@@ -143,7 +143,7 @@ class _Walk:
         found = {}
         for _ in range(count):
             name, dimensions = self.text(), self.u32()
-            if name in found or dimensions > MOST_DIMENSIONS:
+            if name in found or dimensions > MAX_DIMENSIONS:
                 raise ValueError(f"its tensor {name[:80]!r} is there twice, or has {dimensions} dimensions")
             elements = 1
             for _ in range(dimensions):

@@ -1,8 +1,8 @@
 """Compute the experts of a block whose weights are in 4 bits, a group of experts at a time, without a wait.
 
-All experts' weights are unpacked in groups of ``GROUP_BYTES``, whatever the router chose, and a group's rows are
+All experts' weights are dequantised in groups of ``GROUP_BYTES``, whatever the router chose, and a group's rows are
 multiplied in one launch (``ops.grouped_product``): 73 launches a block of Qwen3-30B-A3B where one expert after the
-other (``routed``) takes some thousands. So this is for batches that use most experts, on a card.
+other (``routed``) takes some thousands. So this is for batches that use most experts, on a GPU.
 
 What all pairs of a token and an expert need is bounded by cutting the tokens into chunks of ``PAIRS_BYTES``, and what
 the activation needs on the way by tiles of ``TILE_BYTES``. Both follow from shapes: what lies in memory does not depend
@@ -23,7 +23,7 @@ from qlora_lite.ops.shapes import pieces
 from qlora_lite.quant.nf4 import Packed, absmax_of, dequantize
 from qlora_lite.quant.product import WeightSpec
 
-GROUP_BYTES = 1 << 28  # of unpacked weights
+GROUP_BYTES = 1 << 28  # of dequantised weights
 PAIRS_BYTES = 3 << 27  # of the pairs' tensors that are there together
 TILE_BYTES = 1 << 26  # of the first product; the activation and its gradient take some times that
 
@@ -77,7 +77,7 @@ class _Weights(NamedTuple):
             weights = dequantize(some, (group.stop - group.start, *shape), rows.dtype, self.spec.quant_type)
             weights = weights.transpose(1, 2) if of_gradient else weights
             grouped_product(out, rows, weights, *pairs, group.start, bias, scale)
-            del weights  # before the next are unpacked
+            del weights  # before the next are dequantised
         return out
 
 

@@ -4,8 +4,8 @@ Of a table only the rows of a batch come to the device. A head's come a slice at
 computation: the chunked loss asks for a few thousand words after the other (``ops.loss``), multiplies them twice and is
 done with them. Two slices are on the device at a time.
 
-On a card, slices come on a stream of their own from pinned memory. Elsewhere the same code takes the memory for the
-next slice and copies when it is asked for, so that plans and tests see what a card has.
+On a GPU, slices come on a stream of their own from pinned memory. Elsewhere the same code takes the memory for the
+next slice and copies when it is asked for, so that plans and tests see what a GPU has.
 """
 
 import torch
@@ -51,7 +51,7 @@ class HostRows:
     """The rows of a weight [V, D] on a device: ``rows[a:b]`` in rising order, or ``rows[numbers]``.
 
     Args:
-        weight: in host memory, pinned beside a card.
+        weight: in host memory, pinned beside a GPU.
         device: where the rows are wanted.
     """
 

@@ -1,7 +1,7 @@
-"""Which fused kernels a model computes with on a card, in place of what this package writes out.
+"""Which fused kernels a model computes with on a GPU, in place of what this package writes out.
 
-They round otherwise than what they replace, so a model has none until training allows them (``models.levers``), and a
-run keeps those that were no worse on its own shapes (``train.kernels``).
+They round otherwise than what they replace, so a model has none until training allows them (``models.memory_options``),
+and a run keeps those that were no worse on its own shapes (``train.kernels``).
 """
 
 from collections.abc import Collection

@@ -22,10 +22,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
-from qlora_lite.adapters.checkpoint_names import set_outside
+from qlora_lite.adapters.checkpoint_names import set_checkpoint_name
 from qlora_lite.errors import ModelError, OutputError, require_one_of
 from qlora_lite.files import cache_root, explain_write_errors
-from qlora_lite.memory.cards import fastest_type
+from qlora_lite.memory.gpus import fastest_type
 from qlora_lite.memory.meter import free_bytes, grow_segments
 from qlora_lite.ops.attention import row_attention
 from qlora_lite.ops.gated import use_lean_mlps
@@ -45,7 +45,7 @@ from .unused_gpu import MEANT, fault_of_cuda, unsupported_gpu
 
 log = logging.getLogger("qlora_lite")
 
-_ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)(a?)f?")  # as torch names what it was built for; a: that card alone
+_ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)(a?)f?")  # as torch names what it was built for; a: that GPU alone
 QUANTS = ("nf4", "fp4", "none")
 ROW_ATTENTION = "qlora_lite_rows"
 # What model types begin with whose activations exceed float16, or whose gradients do at any scale of the loss, as users
@@ -54,13 +54,13 @@ BEYOND_FLOAT16 = ("gemma2", "gemma3", "gemma4", "glm4", "gpt_oss", "plamo2", "qw
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """Return the device to train on: CUDA if there is one, unless told otherwise; set a card's allocator up.
+    """Return the device to train on: CUDA if there is one, unless told otherwise; set a GPU's allocator up.
 
     One line of the log names a GPU that is there and not supported.
 
     Raises:
         ModelError: CUDA is asked for and not usable; there is an NVIDIA GPU that torch cannot use, and nothing says
-            that the CPU is meant; or the card is too old for this build of torch.
+            that the CPU is meant; or the GPU is too old for this build of torch.
     """
     if name != "cpu" and (problem := fault_of_cuda()):
         raise ModelError(f"{problem}; or {MEANT}")
@@ -82,9 +82,9 @@ def _warn_once(text: str) -> None:
 
 
 def missing_kernels(device: torch.device) -> str:
-    """Say why this build of torch cannot compute on a card, and the cure; "" where it can.
+    """Say why this build of torch cannot compute on a GPU, and the cure; "" where it can.
 
-    A build has machine code for some generations, and may have one form that newer cards translate.
+    A build has machine code for some generations, and may have one form that newer GPUs translate.
     """
     if torch.version.cuda is None:
         return ""
@@ -106,7 +106,7 @@ def missing_kernels(device: torch.device) -> str:
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """Return the type whose matrices the device multiplies in hardware: bfloat16, a card's float16, or float32."""
+    """Return the type whose matrices the device multiplies in hardware: bfloat16, a GPU's float16, or float32."""
     if device.type == "cuda":
         return getattr(torch, fastest_type(torch.cuda.get_device_capability(device)))
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
@@ -151,7 +151,8 @@ def load_model(
         quant_head: keep a 4-bit copy of the head.
         in_files: where the device is the host and weights are quantised from 16-bit safetensors, never have all of them
             in its memory: they stay in files that the process sees as memory, those of the cache if it is used, also
-            while they are made. (A GGUF file is unpacked in memory first; what is stored in 4 bit stays where it is.)
+            while they are made. (A GGUF file is dequantised in memory first; what is stored in 4 bit stays where it
+            is.)
 
     Raises:
         ModelError: files are missing or broken, part of the model would silently stay in 16 bit, or there is no such
@@ -180,7 +181,7 @@ def load_model(
         model = _load_quantized(files, part, quant, double_quant, compute_dtype, device, use_cache, in_files)
     if quant_head:
         quantize_head(model, quant, double_quant)
-    return adopt(set_outside(model, part.outside))
+    return adopt(set_checkpoint_name(model, part.outside))
 
 
 def _check_device(device: torch.device | str) -> None:
@@ -248,7 +249,7 @@ def _folder_for_files() -> str:
 
 
 def _has_room(part: LanguagePart, quant: str, double_quant: bool, dtype, device) -> bool:
-    """Tell whether a device has room for what loading takes there for a moment.
+    """Return whether a device has room for what loading takes there for a moment.
 
     Beside the weights that is little, but for experts: transformers puts those of a block together in 16 bit.
     """
@@ -265,7 +266,7 @@ def _has_room(part: LanguagePart, quant: str, double_quant: bool, dtype, device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if weights + stacked <= free_bytes(device) + cached:
         return True
-    log.info("the model is quantised in host memory: a block's experts in 16 bit take %s more on the card for a moment",
+    log.info("the model is quantised in host memory: a block's experts in 16 bit take %s more on the GPU for a moment",
              format_bytes(stacked))  # fmt: skip
     return False
 
@@ -276,7 +277,7 @@ def _is_whole(entry: Path) -> bool:
         check_sums(entry)
         locate(str(entry))
     except ModelError as error:
-        log.warning("the cached model is damaged and made again: %s", error)
+        log.warning("the cached model is damaged and rebuilt: %s", error)
         return False
     return True
 
@@ -405,7 +406,7 @@ def use_row_attention(model: nn.Module) -> bool:
 
 
 def uses_row_attention(model: nn.Module) -> bool:
-    """Tell whether the model's blocks take ``row_lengths``."""
+    """Return whether the model's blocks take ``row_lengths``."""
     return model.config._attn_implementation == ROW_ATTENTION
 
 

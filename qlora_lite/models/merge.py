@@ -5,7 +5,7 @@ model or the file. (Loading the whole model, merging in place and saving, the us
 
 What an adapter is merged into is a choice, since no choice is right for all:
 
-- ``trained``: the weights as the run saw them, quantised to 4 bits, unpacked and rounded to the compute type. The
+- ``trained``: the weights as the run saw them, quantised to 4 bits, dequantised and rounded to the compute type. The
   result is the trained model to rounding, quantisation error of the base included.
 - ``original``: the 16-bit weights of the files. They are better than what the run saw, but the adapter was fitted to
   the quantised ones and may have learned to correct their errors: the result is another model.

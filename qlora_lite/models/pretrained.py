@@ -100,6 +100,6 @@ def _refuse_sizes(folder: Path, said: dict) -> None:
 
 
 def _is_known(model_type: str) -> bool:
-    """Tell whether transformers has a language model of this type, alone or inside another."""
+    """Return whether transformers has a language model of this type, alone or inside another."""
     kinds = MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
     return model_type in CONFIG_MAPPING and any(CONFIG_MAPPING[model_type] in known for known in kinds)

@@ -145,7 +145,7 @@ class OnArrivalQuantizer(HfQuantizer):
         return param_name in self.experts or (name == "weight" and isinstance(model.get_submodule(path), QuantLinear))
 
     def param_element_size(self, model, param_name, param):
-        # what transformers reserves on a card before it loads, and keeps; codes stand here, in the model's type
+        # what transformers reserves on a GPU before it loads, and keeps; codes stand here, in the model's type
         if param_name in self.experts:  # what stands for it is asked for too
             return 0
         path, _, name = param_name.rpartition(".")

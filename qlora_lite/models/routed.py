@@ -1,14 +1,14 @@
 """Compute the experts of a block whose weights are in 4 bits, a few experts at a time.
 
 Each token of a block goes through a few of its experts. Pairs of a token and an expert are sorted by expert; then the
-weights of one expert after the other, or of a few small ones, are unpacked, used for their rows, a tile at a time, and
-dropped. So what lies in memory does not depend on what the router does. (transformers' grouped product wants all
+weights of one expert after the other, or of a few small ones, are dequantised, used for their rows, a tile at a time,
+and dropped. So what lies in memory does not depend on what the router does. (transformers' grouped product wants all
 experts of a block in 16 bit: 1.1 GiB of Qwen3-30B-A3B's.) The host waits for the router once a pass, and starts some
-ten kernels for each expert: on a card, ``grouped_experts`` can compute the same with few, and this is its oracle.
+ten kernels for each expert: on a GPU, ``grouped_experts`` can compute the same with few, and this is its oracle.
 
 Backward keeps the block's input, the router's choice and its weights, and computes each tile's first product again. As
 in ``ops.tile`` one autograd function stands for the result in the graph and one computes it, so that a checkpointed
-block's second run can leave the value out.
+block's recomputation can leave the value out.
 
 Shapes: T tokens of hidden size D, K experts a token, E experts of inner size I, n rows of a tile; the first product of
 a gated expert has 2 I columns.
@@ -22,7 +22,7 @@ import torch
 from torch.nn.functional import linear, pad
 
 from qlora_lite.memory.marks import repeated
-from qlora_lite.ops.checkpoint import product_or_stand_in
+from qlora_lite.ops.checkpoint import product_or_placeholder
 from qlora_lite.ops.shapes import CPU_MULTIPLE, device_type, is_planned, kernel_rows, pieces
 from qlora_lite.quant.nf4 import Packed, dequantize_rows
 from qlora_lite.quant.product import WeightSpec
@@ -31,7 +31,7 @@ from . import grouped_experts
 from .grouped_experts import Experts
 
 TILE_ROWS = 1024  # bounds what is beside the weights
-UNPACKED_BYTES = 1 << 27  # of experts that are unpacked together, so that small ones take few calls
+DEQUANTIZED_BYTES = 1 << 27  # of experts that are dequantised together, so that small ones take few calls
 
 
 def routed(
@@ -50,7 +50,7 @@ def routed(
         experts = experts._replace(grouped=False)
     gradient = _Gradient.apply(hidden_TD, weights_TK, chosen_TK, experts, *tensors)
     inputs = hidden_TD.detach(), weights_TK.detach(), chosen_TK, experts, *tensors
-    return product_or_stand_in(lambda: _Value.apply(gradient, *inputs), gradient)
+    return product_or_placeholder(lambda: _Value.apply(gradient, *inputs), gradient)
 
 
 class _Part(NamedTuple):
@@ -109,7 +109,7 @@ def _for_each_part(
     for group, of_group in zip(groups, numbers.split([len(group.shares) for group in groups]), strict=True):
         with repeated(group.times):
             which = group.neighbours or of_group
-            ups, downs = _unpacked(experts.up, up, which, dtype), _unpacked(experts.down, down, which, dtype)
+            ups, downs = _dequantized(experts.up, up, which, dtype), _dequantized(experts.down, down, which, dtype)
             for place, (expert, of_it, times, kinds) in enumerate(group.shares):
                 start, end = end, end + of_it
                 own = [ups[place], downs[place], *((bias[expert] for bias in biases) if biases else (None, None))]
@@ -119,7 +119,7 @@ def _for_each_part(
                         here = tokens[pairs]
                         count, rows = len(here), kernel_rows(len(here), here.device)
                         do(_Part(count, pad(here, (0, rows - count)) if rows > count else here, pairs, *own))
-        del ups, downs, own  # before the next are unpacked
+        del ups, downs, own  # before the next are dequantised
 
 
 class _Share(NamedTuple):
@@ -132,7 +132,7 @@ class _Share(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """Experts that are unpacked together; in a plan, so many ``times`` over."""
+    """Experts that are dequantised together; in a plan, so many ``times`` over."""
 
     shares: list[_Share]
     times: int = 1
@@ -145,14 +145,14 @@ class _Group(NamedTuple):
 
 
 def _groups(numbers: torch.Tensor, most_rows: int, experts: Experts, dtype: torch.dtype) -> Iterator[_Group]:
-    """Yield the experts that have rows, as many at a time as ``UNPACKED_BYTES`` have room for.
+    """Yield the experts that have rows, as many at a time as ``DEQUANTIZED_BYTES`` have room for.
 
     ``numbers`` are the experts' of all pairs, sorted. The host waits for the device once.
     A plan knows no router: one expert has as many rows as it can have, those of all tokens, and the others share what
     is left.
     """
     count, weights = experts.up.shape[0], sum(prod(spec.shape[1:]) for spec in (experts.up, experts.down))
-    at_once = max(1, UNPACKED_BYTES // (weights * dtype.itemsize))
+    at_once = max(1, DEQUANTIZED_BYTES // (weights * dtype.itemsize))
     if not is_planned():
         all_of_them = torch.arange(count + 1, dtype=numbers.dtype, device=numbers.device)
         rows = torch.searchsorted(numbers, all_of_them).diff().tolist()
@@ -175,7 +175,7 @@ def _alike(rows: int, count: int, kinds: int) -> list[_Share]:
     return [_Share(0, rows, count, kinds), *[_Share(0, 0)] * (count - 1)] if count else []
 
 
-def _unpacked(spec: WeightSpec, tensors: Sequence[torch.Tensor], numbers: torch.Tensor | slice, dtype: torch.dtype):
+def _dequantized(spec: WeightSpec, tensors: Sequence[torch.Tensor], numbers: torch.Tensor | slice, dtype: torch.dtype):
     """Return the weights of some experts, [n, out, in]."""
     count, *shape = spec.shape
     rows = dequantize_rows(Packed(*tensors), (count, prod(shape)), numbers, dtype, spec.quant_type)

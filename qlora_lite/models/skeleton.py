@@ -30,7 +30,7 @@ from .quantizer import quantize_head, replace_weights
 
 log = logging.getLogger("qlora_lite")
 
-MOST_BUILT = 8  # models that are kept to be copied
+MAX_BUILT = 8  # models that are kept to be copied
 _built: dict[tuple, nn.Module] = {}  # by configuration and what else ``meta_model`` is given
 _patterns: dict[tuple, tuple[int, int]] = {}  # by configuration and adapter method, see ``block_pattern``
 
@@ -165,7 +165,7 @@ def meta_copy(config, *how) -> nn.Module:
     """Return a model like ``meta_model``'s, a copy of an earlier one where there is one, which is sooner made."""
     key = (type(config), str(vars(config)), *how)
     if key not in _built:
-        if len(_built) == MOST_BUILT:
+        if len(_built) == MAX_BUILT:
             _built.clear()
         _built[key] = meta_model(config, *how)
     return _copied(_built[key])

@@ -76,7 +76,7 @@ def _driver() -> str:
 
 
 def _is_shut_out() -> bool:
-    """Tell whether the kernel has the driver, and this process none of its devices: a container started without."""
+    """Return whether the kernel has the driver, and this process none of its devices: a container started without."""
     return _KERNEL_MODULE.exists() and not any(_DEVICES.glob("nvidia[0-9]*"))
 
 

@@ -40,7 +40,7 @@ class BaseWeights:
         entries: dtype and shape by stored name, in the order of the files.
         parameters: parameter name by stored name; what is joined, or no part of the language model, is not in it.
         read: returns the tensor of a stored name, on the host.
-        packed: stored names of 4-bit weights, which ``read`` unpacks to [out, in] in the compute type.
+        packed: stored names of 4-bit weights, which ``read`` dequantises to [out, in] in the compute type.
         in_memory: the stored names are transformers' own, and not those of ordinary files.
     """
 
@@ -56,7 +56,7 @@ def open_weights(files: ModelFiles, skeleton: nn.Module, compute_dtype: torch.dt
 
     Args:
         skeleton: the model on the meta device, see ``models.skeleton``.
-        compute_dtype: that 4-bit weights are unpacked to.
+        compute_dtype: that 4-bit weights are dequantised to.
 
     Raises:
         ModelError: a file cannot be read.
@@ -115,7 +115,7 @@ def _parameter_names(skeleton: nn.Module, stored: list[str], mapping: dict[str, 
 
 
 def _gguf_file(files: ModelFiles, skeleton: nn.Module) -> BaseWeights | None:
-    """Unpack a GGUF file tensor by tensor, as transformers does; None if its names are not known here."""
+    """Dequantise a GGUF file tensor by tensor, as transformers does; None if its names are not known here."""
     from gguf import GGUFReader
     from gguf import dequantize as dequantize_gguf
 

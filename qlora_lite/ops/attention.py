@@ -1,8 +1,8 @@
-"""Causal attention over rows laid end to end, each seeing only itself.
+"""Causal attention over packed sequences, each seeing only itself.
 
 Training batches hold no padding: their rows are concatenated along the token axis and the row lengths
 travel beside them. Attending row by row is exact for every row, costs no more than the rows alone (a
-block-diagonal mask over the whole batch costs its length squared), and needs no kernel that a CPU lacks. A card may
+block-diagonal mask over the whole batch costs its length squared), and needs no kernel that a CPU lacks. A GPU may
 have one for all rows in one call (``packed_attention``, and ``flex_attention`` for capped scores and sinks), which is
 taken where training allows it.
 
@@ -28,7 +28,7 @@ from qlora_lite.errors import ModelError
 
 from .block_attention import block_attention, block_gradients
 from .checkpoint import running
-from .compiled import as_outside
+from .compiled import as_checkpoint_name
 from .flex_attention import flex_attention
 from .flex_attention import kernel_takes as flex_takes
 from .fused_attention import fused_attention, has_kernel
@@ -37,7 +37,7 @@ from .packed_attention import kernel_takes, packed_attention
 from .shapes import device_type, kernel_rows
 
 FORMULA_TOKENS = 256  # of a row, whose scores take little even for all heads at once
-_MASK_MULTIPLE = 16  # entries, of a mask's rows in memory: a card's kernel copies others
+_MASK_MULTIPLE = 16  # entries, of a mask's rows in memory: a GPU's kernel copies others
 
 
 def row_attention(
@@ -56,8 +56,8 @@ def row_attention(
         s_aux: attention sinks [H], a score per head that takes weight and gives nothing (gpt-oss); None for off.
         row_lengths: tokens in each row, in order; an int64 tensor under torch.compile. Tokens behind the last row are
             filler: they attend to nothing and get zeros.
-        row_ends: where they end (``packed_attention.sequence_ends``), if a card may attend to all of them in one call.
-        row_flex: a card may attend with capped scores or sinks in one call (``flex_attention``).
+        row_ends: where they end (``packed_attention.sequence_ends``), if a GPU may attend to all of them in one call.
+        row_flex: a GPU may attend with capped scores or sinks in one call (``flex_attention``).
 
     Returns:
         The attended values [B, T, H, D] and None in place of attention weights.
@@ -101,7 +101,7 @@ def row_attention(
 
 
 def _by_blocks(query, key, value, row_lengths: Sequence[int], window: int | None) -> bool:
-    """Tell whether a card has no fused kernel for long rows: the formula would take the square of their length."""
+    """Return whether a GPU has no fused kernel for long rows: the formula would take the square of their length."""
     longest = max(row_lengths)
     if longest <= FORMULA_TOKENS or query.shape[3] != value.shape[3]:
         return False
@@ -151,7 +151,7 @@ def window_mask(queries: int, window: int, like: torch.Tensor) -> torch.Tensor:
     """Return what ``queries`` tokens see of the ``window`` tokens before them and of themselves.
 
     Args:
-        like: a query. For a card's, the mask is additive and of its type, which its kernel would make of another.
+        like: a query. For a GPU's, the mask is additive and of its type, which its kernel would make of another.
 
     Returns:
         [queries, window + queries], bool or additive.
@@ -190,7 +190,7 @@ def _cut(row_lengths, *tensors) -> list[Sequence[torch.Tensor]]:
 
 
 def _fused_is_faster(dtype: torch.dtype, row_lengths: Sequence[int], window: int | None) -> bool:
-    """Tell whether a CPU's fused kernel gets at the values sooner than ``block_attention`` by itself.
+    """Return whether a CPU's fused kernel gets at the values sooner than ``block_attention`` by itself.
 
     With a matrix unit (AMX) it does: 1.0 against 3.6 ms, and for eight rows of 160 to 300 tokens 2.5 against 5.9
     (9 heads of 64 over 3 key heads; 512 tokens the first; two cores of a Xeon). A window takes that back: the kernel
@@ -263,7 +263,7 @@ def _gradient_operator(
         return block_gradients(query, key, value, grad, lengths, scaling, window, softcap, sinks)
 
     inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
-    with running(None), as_outside(), torch.enable_grad():
+    with running(None), as_checkpoint_name(), torch.enable_grad():
         grads = torch.autograd.grad(_attended(*inputs, row_lengths, None, scaling, window, None), inputs, grad)
     return tuple(grad.transpose(1, 2).contiguous().transpose(1, 2) for grad in grads)  # laid out token by token
 

@@ -1,4 +1,4 @@
-"""Causal attention, one block of queries at a time: on a CPU, and on a card for what no fused kernel takes.
+"""Causal attention, one block of queries at a time: on a CPU, and on a GPU for what no fused kernel takes.
 
 torch's fused attention is made of many small products on a CPU; here a block of queries of all the heads that
 share a key head is one matrix, multiplied with just the keys that the block can see: two thirds of the time,
@@ -7,7 +7,7 @@ forward and backward (9 heads of 64 over 3 key heads, 512 tokens in bf16, two co
 tensors are one block's weights. A processor whose fused kernel is the faster one can take it for the values.
 
 The weights are ``softmax(scaling * q k^T)``, with scores that may be capped first (Gemma-2) and with sinks, which take
-a share of the weights and give nothing (gpt-oss). A card's fused kernels know neither; written out for a whole row,
+a share of the weights and give nothing (gpt-oss). A GPU's fused kernels know neither; written out for a whole row,
 the scores of all heads would take the square of its length. Products accumulate in float32 and the softmax is taken in
 float32; scores and weights are rounded to the inputs' type between the products. That is transformers' eager
 attention, with its error (in bf16 about three times that of the fused kernel, which keeps the scores in
@@ -45,7 +45,7 @@ def block_attention(
     query, key, value, row_lengths, scaling=None, window=None, softcap=None, sinks=None,
     attend: Callable[[], torch.Tensor] | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Attend causally within each of the rows laid end to end.
+    """Attend causally within each of the packed sequences.
 
     Args:
         query, key, value: bfloat16, float16 or float32, all the same.
@@ -79,7 +79,7 @@ class _BlockAttention(torch.autograd.Function):
         def compute() -> torch.Tensor:
             return _by_token(_attend(q, k, v, sinks, row_lengths, scores), ctx.key_heads, ctx.tokens)
 
-        # on a card there may be no room for what is kept, and a policy says what is
+        # on a GPU there may be no room for what is kept, and a policy says what is
         out = kept_result(attend or compute) if device_type(query.device) == "cpu" else compute()
         return out.detach()  # a new tensor, as autograd wants of a function's result
 

@@ -5,16 +5,16 @@ catches what the block saves with saved-tensor hooks of its own, so that nobody 
 offloading policy's) see the recomputed tensors. Here backward simply runs the block again with gradients on
 and calls backward through it: less Python, and every tensor shows.
 
-Two things are not computed again. Results that a function asks to keep (``kept_result``: attention's is one
+Two things are not recomputed. Results that a function asks to keep (``kept_result``: attention's is one
 hidden-sized tensor, and the dearest of a block per byte on a CPU; ``ops.kept_attention``, where fused kernels compute
 it and the policy says so). And the value of the block's last product,
-where it is only added to the residual stream: the second run is there for the graph and for what the block
-saves, and nobody reads its output. Whether that holds shows in the graph (``run_for_graph``).
+where it is only added to the residual stream: the recomputation is there for the graph and for what the block
+saves, and nobody reads its output. Whether that holds shows in the graph (``recompute_for_backward``).
 
-What is kept stays on the device, or goes to host memory with a ``HostStore``. With ``Stretches`` only the first of
-some blocks in a row keeps its input, and all of them are computed again at once.
+What is kept stays on the device, or goes to host memory with a ``HostStore``. With ``Segments`` only the first of
+some blocks in a row keeps its input, and all of them are recomputed at once.
 
-Source: training deep nets with sublinear memory cost, arXiv 1604.06174, section 4; stretches are its segments.
+Source: training deep nets with sublinear memory cost, arXiv 1604.06174, section 4; segments are its segments.
 """
 
 import weakref
@@ -76,19 +76,19 @@ class Run:
         self.kept.append(compute())
         return self.kept[-1]
 
-    def product(self, compute: Callable[[], torch.Tensor], stand_in: torch.Tensor) -> torch.Tensor:
-        """Return a product, or its stand-in if it is the one to leave out."""
+    def product(self, compute: Callable[[], torch.Tensor], placeholder: torch.Tensor) -> torch.Tensor:
+        """Return a product, or its placeholder if it is the one to leave out."""
         self.products += 1
-        y = stand_in if self.products == self._skipped else compute()
+        y = placeholder if self.products == self._skipped else compute()
         self._last = weakref.ref(y), y.grad_fn
         return y
 
     def returns_last(self, output: torch.Tensor) -> bool:
-        """Tell whether the output is the last product as it was made."""
+        """Return whether the output is the last product as it was made."""
         return self._last is not None and output.grad_fn is self._last[1]
 
     def only_adds_last(self, outputs) -> bool:
-        """Tell whether a block's one output is a sum, in memory of its own, and the last product one of its terms."""
+        """Return whether a block's one output is a sum, in memory of its own, and the last product one of its terms."""
         node = outputs.grad_fn if isinstance(outputs, torch.Tensor) else None
         if node is None or self._last is None or node.name() != "AddBackward0":
             return False
@@ -110,7 +110,7 @@ _row: ContextVar[int] = ContextVar("row", default=0)
 
 
 @contextmanager
-def row_alone(number: int) -> Iterator[None]:
+def sequence_alone(number: int) -> Iterator[None]:
     """Run the blocks for one of several rows, counted from 0, that all go forward before the first goes backward."""
     token = _row.set(number)
     try:
@@ -120,19 +120,19 @@ def row_alone(number: int) -> Iterator[None]:
 
 
 def kept_result(compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """Return what ``compute()`` gives, from the first run if this is the second run of a checkpointed block."""
+    """Return what ``compute()`` gives, from the first run if this is the recomputation of a checkpointed block."""
     run = present_run()
     return compute() if run is None else run.result(compute)
 
 
-def product_or_stand_in(compute: Callable[[], torch.Tensor], stand_in: torch.Tensor) -> torch.Tensor:
-    """Return what ``compute()`` gives, or the stand-in where a block's second run has no use for the value.
+def product_or_placeholder(compute: Callable[[], torch.Tensor], placeholder: torch.Tensor) -> torch.Tensor:
+    """Return what ``compute()`` gives, or the placeholder where a block's recomputation has no use for the value.
 
     Args:
-        stand_in: same shape, any values, and a node in the graph that takes the gradient of the product.
+        placeholder: same shape, any values, and a node in the graph that takes the gradient of the product.
     """
     run = present_run()
-    return compute() if run is None else run.product(compute, stand_in)
+    return compute() if run is None else run.product(compute, placeholder)
 
 
 def present_run() -> Run | None:
@@ -142,29 +142,29 @@ def present_run() -> Run | None:
 
 @dataclass(slots=True)
 class Skipping:
-    """Which product runs for the graph leave out, shared by blocks of a class; see ``run_for_graph``."""
+    """Which product runs for the graph leave out, shared by blocks of a class; see ``recompute_for_backward``."""
 
     product: int | None = None  # its number from 1, 0 for none; None before the first such run has shown it
 
 
-class Stretches:
-    """Cut a model's checkpointed blocks into stretches of which only the first block keeps its input.
+class Segments:
+    """Cut a model's checkpointed blocks into segments of which only the first block keeps its input.
 
-    A block that is not given the very output of the one before begins a stretch too: what a model does between its
-    blocks is not computed again.
+    A block that is not given the very output of the one before begins a segment too: what a model does between its
+    blocks is not recomputed.
 
     Args:
-        length: blocks of a stretch; the first one may have fewer.
+        length: blocks of a segment; the first one may have fewer.
         count: checkpointed blocks of the model.
     """
 
     def __init__(self, length: int = 1, count: int = 0):
         self.length, self.count = length, count
-        self._calls: list = []  # of the stretch that has begun
+        self._calls: list = []  # of the segment that has begun
         self._output: weakref.ref | None = None
 
     def earlier_calls(self, number: int, tensors: Sequence[torch.Tensor]) -> list:
-        """Return the contexts of the calls before this one in its stretch; none where it begins one.
+        """Return the contexts of the calls before this one in its segment; none where it begins one.
 
         Args:
             number: of the block, counted along the model.
@@ -176,7 +176,7 @@ class Stretches:
         return list(self._calls)
 
     def add(self, number: int, call: torch.autograd.function.FunctionCtx, outputs) -> None:
-        """Have the next block go on from this call, unless the stretch ends here."""
+        """Have the next block continue from this call, unless the segment ends here."""
         if (self.count - number - 1) % self.length == 0 or not isinstance(outputs, torch.Tensor):
             self._calls, self._output = [], None
         else:
@@ -187,27 +187,27 @@ class Stretches:
 class Checkpoint:
     """Call a block so that only its tensor inputs are kept; one object for each block.
 
-    ``Checkpoint()(block, *inputs)`` equals ``block(*inputs)``. Inputs are positional; the second run starts from the
+    ``Checkpoint()(block, *inputs)`` equals ``block(*inputs)``. Inputs are positional; the recomputation starts from the
     random state of the first, so that dropout repeats itself. Where the first run has left that state as it was, so
-    will the second, and the state is not kept: on a card, to save and restore it takes longer than many an operation.
+    will the second, and the state is not kept: on a GPU, to save and restore it takes longer than many an operation.
 
     Args:
         number: of the block, counted along the model.
         host: where the inputs wait for backward; None keeps them on their device.
         skipping: shared by blocks of one class; see ``Skipping``.
-        around: a context to be in during the second run, such as ``quant.product.keeping_weights``.
+        around: a context to be in during the recomputation, such as ``quant.product.keeping_weights``.
         keeps_attention: keep the results of attention's fused kernels too; see ``ops.kept_attention``.
-        compiling: run the block compiled (``ops.compiled``), its second run and its gradients as one graph.
-        stretches: shared by the blocks of a model; without, each block keeps its input.
+        compiling: run the block compiled (``ops.compiled``), its recomputation and its gradients as one graph.
+        segments: shared by the blocks of a model; without, each block keeps its input.
     """
 
     def __init__(
         self, number: int = 0, host: HostStore | None = None, skipping: "Skipping | None" = None,
         around: Callable[[], AbstractContextManager] = nullcontext, keeps_attention: bool = False,
-        compiling: bool = False, stretches: Stretches | None = None,
+        compiling: bool = False, segments: Segments | None = None,
     ):  # fmt: skip
         self.number, self.host, self.skipping, self.around = number, host, skipping or Skipping(), around
-        self.keeps_attention, self.compiling, self.stretches = keeps_attention, compiling, stretches or Stretches()
+        self.keeps_attention, self.compiling, self.segments = keeps_attention, compiling, segments or Segments()
 
     def __call__(self, block: Callable, *inputs):
         # The anchor makes autograd visit a block whose input needs no gradient (the first of a frozen model).
@@ -222,7 +222,7 @@ class _Checkpoint(torch.autograd.Function):
         ctx.places = [place for place, value in enumerate(inputs) if isinstance(value, torch.Tensor)]
         ctx.others = [None if place in ctx.places else value for place, value in enumerate(inputs)]
         tensors = [inputs[place] for place in ctx.places]
-        ctx.earlier = checkpoint.stretches.earlier_calls(checkpoint.number, tensors)
+        ctx.earlier = checkpoint.segments.earlier_calls(checkpoint.number, tensors)
         ctx.random_state = random_state(*tensors)
         with running(Run(attention=[] if checkpoint.keeps_attention else None)) as run:
             # autograd functions run forward without recording; a compiler would still tell inputs by their gradients
@@ -231,13 +231,13 @@ class _Checkpoint(torch.autograd.Function):
             ctx.random_state = None
         ctx.own_inputs, ctx.attention, ctx.passed_on = 0 if ctx.earlier else len(tensors), run.attention, None
         tensors = tensors[: ctx.own_inputs] + run.kept
-        ctx.number = checkpoint.number + _row.get() * checkpoint.stretches.count
+        ctx.number = checkpoint.number + _row.get() * checkpoint.segments.count
         if checkpoint.host is None:
             ctx.save_for_backward(*tensors)
         else:
             checkpoint.host.put(ctx.number, tensors)
         ctx.set_materialize_grads(False)
-        checkpoint.stretches.add(checkpoint.number, ctx, outputs)
+        checkpoint.segments.add(checkpoint.number, ctx, outputs)
         return outputs
 
     @staticmethod
@@ -274,14 +274,14 @@ def _stored(call) -> Sequence[torch.Tensor]:
 
 
 def _again(call, inputs: Sequence, kept: list[torch.Tensor], grad_outputs: Sequence, is_last: bool):
-    """Run a block once more for its graph: the last one of a stretch without what nobody reads of it."""
+    """Run a block once more for its graph: the last one of a segment without what nobody reads of it."""
     checkpoint, draws = call.checkpoint, call.random_state is not None
     with torch.enable_grad(), with_random_state(call.random_state), checkpoint.around():
         if checkpoint.compiling:
             with running(Run(kept, draws=draws)):
                 return compiled.gradient_root(call.block, grad_outputs, *inputs)
         if is_last:
-            return run_for_graph(
+            return recompute_for_backward(
                 call.block, inputs, kept, checkpoint.skipping, Run.only_adds_last, call.attention, draws
             )
         with running(Run(kept, attention=call.attention, draws=draws)):
@@ -289,10 +289,12 @@ def _again(call, inputs: Sequence, kept: list[torch.Tensor], grad_outputs: Seque
 
 
 def _hand_on(call, gradient: torch.Tensor | None) -> tuple:
-    """Return the gradient of a stretch's input as that of a block inside it, whose own part the end has computed."""
+    """Return the gradient of a segment's input as that of a block inside it, whose own part the end has computed."""
     (expected,) = call.passed_on
     if gradient is not expected:
-        raise ModelError("a block's output is read by more than the block after it: set memory.checkpoint_every to 1")
+        raise ModelError(
+            "a block's output is read by more than the block after it: set memory.layers_per_checkpoint to 1"
+        )
     return None, None, None, *(gradient if place in call.places else None for place in range(len(call.others)))
 
 
@@ -300,7 +302,7 @@ def _detached(value: object) -> object:
     return value.detach() if isinstance(value, torch.Tensor) else value
 
 
-def run_for_graph(
+def recompute_for_backward(
     function: Callable, inputs: Sequence, results: list[torch.Tensor], skipping: Skipping,
     unread: Callable[[Run, object], bool], attention: list | None = None, draws: bool = True,
 ):  # fmt: skip
@@ -352,7 +354,7 @@ def random_state(*tensors: torch.Tensor) -> RandomState:
 
 
 def is_present(state: RandomState) -> bool:
-    """Tell whether a random state is the present one: nothing was drawn since."""
+    """Return whether a random state is the present one: nothing was drawn since."""
     if not torch.equal(state.cpu, torch.get_rng_state()):
         return False
     return state.device is None or torch.equal(state.cuda, torch.cuda.get_rng_state(state.device))

@@ -2,11 +2,11 @@
 
 A block is traced once for each kind of layer and not for each row length: along the tokens its graph is dynamic, and
 the lengths of the rows go in as a tensor. What a compiler should not look into are operators of their own: products
-with packed weights (``quant.product``), so that no unpacked weight is ever its to keep, and attention over rows
+with packed weights (``quant.product``), so that no dequantised weight is ever its to keep, and attention over rows
 (``ops.attention``), whose loops follow the lengths.
 
-The second run of a checkpointed block and its gradients are one graph too (``gradient_root``). Nothing has to live from
-one to the other, and what only the block's value needs, such as its last product, is dead code.
+The recomputation of a checkpointed block and its gradients are one graph too (``gradient_root``). Nothing has to live
+from one to the other, and what only the block's value needs, such as its last product, is dead code.
 
 Compiled functions round in other places than separate operators do, so results differ within rounding.
 
@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from qlora_lite.errors import ModelError
 
-MOST_GRAPHS = 64  # of a process: kinds of blocks, by their layers, ranks, and whether they are kept; torch's limit is 8
+MAX_GRAPHS = 64  # of a process: kinds of blocks, by their layers, ranks, and whether they are kept; torch's limit is 8
 
 
 def value(block: partial, *inputs: torch.Tensor) -> torch.Tensor:
@@ -117,7 +117,7 @@ def in_words() -> Iterator[None]:
     Where a compiler has no memory left, that error is raised, which is another one's to deal with.
     """
     try:
-        with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
+        with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS):
             yield
     except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
         if isinstance(inner := getattr(error, "inner_exception", None), torch.OutOfMemoryError | MemoryError):
@@ -127,7 +127,7 @@ def in_words() -> Iterator[None]:
 
 
 @contextmanager
-def as_outside() -> Iterator[None]:
+def as_checkpoint_name() -> Iterator[None]:
     """Run what an operator of our own does as outside of it.
 
     torch hides it from autograd, whether gradients are enabled or not, and below a dispatch mode from all that its

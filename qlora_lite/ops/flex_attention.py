@@ -1,4 +1,4 @@
-"""Attention with capped scores or sinks in one call, by a kernel that torch compiles on a card.
+"""Attention with capped scores or sinks in one call, by a kernel that torch compiles on a GPU.
 
 Flash attention knows neither, and ``block_attention`` takes some ten launches for every 128 queries of a sequence.
 ``torch.nn.attention.flex_attention`` writes the cap into a Triton kernel, and which keys a token sees; a sink takes its
@@ -7,7 +7,7 @@ share of the weights afterwards: ``out * sigmoid(logsumexp - sink)``. Its scores
 Of each token the kernel is told the first key that it sees. That says both the window and where its sequence begins, so
 that layers with a window and without share one graph. Which blocks of queries see which blocks of keys follows from the
 lengths alone: the tables are made on the host, once for the layers of a kind, and copied; torch's ``create_block_mask``
-would hold the square of all tokens on the card.
+would hold the square of all tokens on the GPU.
 
 A graph is dynamic along the tokens, and so serves every micro-batch; the cap and the scale are constants in it. There
 is one for values and one for gradients of each kind of heads. Up to ``BLOCK`` tokens, for which torch would compile
@@ -17,7 +17,7 @@ torch offers no part of its backward, so that gradients begin with the values on
 again 13 parts of work where 11 would do (``memory.work``), and nothing is kept but the inputs. That a plan and a ledger
 see what happens, either direction is an operator of our own, in which no mode keeps torch's compiler out.
 
-No card has run this: a run takes it where a trial of its own shapes found it better (``train.kernels``).
+No GPU has run this: a run takes it where a trial of its own shapes found it better (``train.kernels``).
 
 Shapes: T tokens of all sequences, H heads, K key heads, D a head's size, N = T / BLOCK, rounded up.
 Source of the scratch, and of sizes: flex_attention.py of torch's _inductor/kernel/flex, and its templates; read for
@@ -33,18 +33,18 @@ from torch.nn.attention import flex_attention as torchs
 
 from qlora_lite.memory.work import FLOP_FORMULAS
 
-from .compiled import MOST_GRAPHS, as_outside
+from .compiled import MAX_GRAPHS, as_checkpoint_name
 from .shapes import device_type, has_triton
 
 log = logging.getLogger(__name__)
 
 BLOCK = 128  # queries, and keys, of a block that is computed or left out; a multiple of the kernel's tiles
-SIZES = range(16, 257)  # of a head: tl.dot's least, and what a card's shared memory has room for
+SIZES = range(16, 257)  # of a head: tl.dot's least, and what a GPU's shared memory has room for
 KINDS = 2  # of layers, with a window and without, whose tables are kept
 
 
 def kernel_takes(query, key, value, row_lengths: Sequence[int]) -> bool:
-    """Tell whether a card can have the kernel for sequences of these lengths."""
+    """Return whether a GPU can have the kernel for sequences of these lengths."""
     batch, _, tokens, size = query.shape
     if device_type(query.device) != "cuda" or not has_triton():
         return False
@@ -77,7 +77,7 @@ def _values(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None,
     row_lengths: Sequence[int], scaling: float, window: int | None, softcap: float | None,
 ) -> torch.Tensor:  # fmt: skip
-    with as_outside(), torch.no_grad():
+    with as_checkpoint_name(), torch.no_grad():
         return _attend((query.detach(), key.detach(), value.detach()), sinks, row_lengths, scaling, window, softcap)
 
 
@@ -92,7 +92,7 @@ def _gradients(
     row_lengths: Sequence[int], scaling: float, window: int | None, softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
-    with as_outside(), torch.enable_grad():
+    with as_checkpoint_name(), torch.enable_grad():
         out = _attend(inputs, sinks, row_lengths, scaling, window, softcap)
         return torch.autograd.grad(out, inputs, grad_out)
 
@@ -119,7 +119,7 @@ def _attend(tensors, sinks, row_lengths, scaling: float, window: int | None, sof
     for tensor in tensors:
         torch._dynamo.maybe_mark_dynamic(tensor, 2)
     # a float that differs from the last one's would become a variable of the graph, which the kernel does not take
-    with torch._dynamo.config.patch(specialize_float=True, recompile_limit=MOST_GRAPHS):
+    with torch._dynamo.config.patch(specialize_float=True, recompile_limit=MAX_GRAPHS):
         return _compiled()(*tensors, sinks, *_tables(tuple(row_lengths), window, tensors[0].device), scaling, softcap)
 
 

@@ -1,10 +1,10 @@
-"""torch's fused kernels of attention, chosen so that a card never falls back to the formula, and planned as they are.
+"""torch's fused kernels of attention, chosen so that a GPU never falls back to the formula, and planned as they are.
 
-On a card flash attention takes grouped heads but no mask, no float32 and no heads of some sizes; the memory-efficient
+On a GPU flash attention takes grouped heads but no mask, no float32 and no heads of some sizes; the memory-efficient
 kernel takes all of these but no grouped heads (torch 2.13's documentation of ``scaled_dot_product_attention``, and
-sdp_utils.cpp). For what neither takes, torch holds the scores of all heads; so it does on a card that has none of them
+sdp_utils.cpp). For what neither takes, torch holds the scores of all heads; so it does on a GPU that has none of them
 (experimental ones of ROCm, builds by MSVC without flash attention, which are asked once for each kind of call), and
-``attention`` then goes block by block. Cards that compute in float16 for want of bfloat16 have no flash attention; so
+``attention`` then goes block by block. GPUs that compute in float16 for want of bfloat16 have no flash attention; so
 float16 does without it on all of them, and needs the same everywhere. cuDNN's kernel is left out: it makes a plan of
 its own for every length of a row, in memory that nobody counts.
 
@@ -29,15 +29,15 @@ from torch.overrides import TorchFunctionMode
 from .shapes import device_type
 
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-MOST_SCRATCH_BYTES = 128 * 2**20  # that a call of a backward takes inside, if it has more heads than those of one key
+MAX_SCRATCH_BYTES = 128 * 2**20  # that a call of a backward takes inside, if it has more heads than those of one key
 _ROWS = 128  # a multiple to which a kernel rounds up a row's length
 # Of an RTX PRO 6000's multiprocessors: a repeatable backward has as many sums of the query's gradient as busy them all.
-_MOST_PROCESSORS = 188
+_MAX_PROCESSORS = 188
 _MATH, _ASKED_TOKENS = SDPBackend.MATH.value, 16
-_PIECE, _PIECES_AT_ONCE = 64, 200  # of the keys, in the memory-efficient kernel: its tile, and what busies a card
+_PIECE, _PIECES_AT_ONCE = 64, 200  # of the keys, in the memory-efficient kernel: its tile, and what busies a GPU
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
-_PLANNED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # stands for any of a card's
+_PLANNED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # stands for any of a GPU's
 _PLANNED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 BACKWARDS = _PLANNED_BACKWARD, _FLASH_BACKWARD  # what ``scratch_bytes`` is of
 
@@ -56,21 +56,21 @@ def fused_attention(query, key, value, mask, scaling, dropout=0.0) -> torch.Tens
         [B, H, Tq, D], as a rule with T before H in memory.
     """
     causal, groups = mask is None and query.shape[2] > 1, query.shape[1] // key.shape[1]
-    on_card, flash = device_type(query.device) == "cuda", mask is None and runs_flash(query, key, value, dropout)
-    if on_card and groups > 1 and not flash and query.shape[2] == 1:
+    on_gpu, flash = device_type(query.device) == "cuda", mask is None and runs_flash(query, key, value, dropout)
+    if on_gpu and groups > 1 and not flash and query.shape[2] == 1:
         # the heads that share a key are as many queries of it, which see the same: nothing is copied
         together = query.unflatten(1, (-1, groups)).squeeze(3)
         if mask is None:  # which would hide from each what is behind it
             mask = query.new_zeros(1, key.shape[2])
         return fused_attention(together, key, value, mask, scaling, dropout).flatten(1, 2).unsqueeze(2)
-    if on_card and groups > 1 and not flash:
+    if on_gpu and groups > 1 and not flash:
         key, value, groups = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1), 1
-    if on_card and flash and not dropout and torch.is_grad_enabled() and query.requires_grad:
+    if on_gpu and flash and not dropout and torch.is_grad_enabled() and query.requires_grad:
         key_heads = key_heads_at_once(query, key)
         if key_heads < key.shape[1] and flash_takes(query, key, value, scaling):
             return _FewHeadsBackward.apply(query, key, value, scaling, key_heads)
     if query.is_meta and not dropout:
-        # torch would take the formula, and no mode sees it choose; a CPU's fused kernel saves what a card's does
+        # torch would take the formula, and no mode sees it choose; a CPU's fused kernel saves what a GPU's does
         return _PLANNED(query, key, value, dropout, causal, attn_mask=mask, scale=scaling)[0]
     kernels = _kernels(query.dtype)
     with sdpa_kernel(kernels) if query.is_cuda else nullcontext():
@@ -162,7 +162,7 @@ def key_heads_at_once(query, key, rows: int | None = None) -> int:
     groups = query.shape[1] // key.shape[1]
     share = query[:, :groups]
     taken = flash_bytes(share, groups, rows) + 2 * share.nbytes  # with copies of the results and their gradients
-    return max(1, min(key.shape[1], MOST_SCRATCH_BYTES // max(1, taken)))
+    return max(1, min(key.shape[1], MAX_SCRATCH_BYTES // max(1, taken)))
 
 
 def _kernels(dtype: torch.dtype) -> list[SDPBackend]:
@@ -170,9 +170,9 @@ def _kernels(dtype: torch.dtype) -> list[SDPBackend]:
 
 
 def is_for_flash(query, value, dropout: float) -> bool:
-    """Tell whether flash attention takes heads of this kind, without a mask, on any card.
+    """Return whether flash attention takes heads of this kind, without a mask, on any GPU.
 
-    Of heads between 192 and 224, and of wider ones with dropout, the cards of consumers have no backward.
+    Of heads between 192 and 224, and of wider ones with dropout, the GPUs of consumers have no backward.
     """
     size = query.shape[3]
     has_backward = size <= 192 or (size > 224 and not dropout)
@@ -180,22 +180,24 @@ def is_for_flash(query, value, dropout: float) -> bool:
 
 
 def runs_flash(query, key, value, dropout: float) -> bool:
-    """Tell whether a card, this machine's if it has one, runs flash attention for heads of this kind without a mask."""
+    """Return whether a GPU, this machine's if it has one, runs flash attention for heads of this kind without a
+    mask."""
     sizes = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
     chosen = _chosen(query.dtype, *sizes, False, dropout) if is_for_flash(query, value, dropout) else _MATH
     return chosen in (None, SDPBackend.FLASH_ATTENTION.value)
 
 
 def has_kernel(query, key, value, masked: bool) -> bool:
-    """Tell whether a card runs a fused kernel for calls of this kind, without dropout; this machine's if it has one."""
+    """Return whether a GPU runs a fused kernel for calls of this kind, without dropout; this machine's if it has
+    one."""
     if not masked and runs_flash(query, key, value, 0.0):
         return True
     heads = query.shape[1]  # key heads are expanded to as many
     return _chosen(query.dtype, heads, heads, query.shape[3], value.shape[3], masked, 0.0) != _MATH
 
 
-def kernel_of_card(dtype: torch.dtype) -> str | None:
-    """Name what attends on this machine's card in a model like Llama-3.1-8B; None without a card."""
+def kernel_of_gpu(dtype: torch.dtype) -> str | None:
+    """Name what attends on this machine's GPU in a model like Llama-3.1-8B; None without a GPU."""
     grouped, alone = (_chosen(dtype, 32, key_heads, 128, 128, False, 0.0) for key_heads in (8, 32))
     if grouped is None:
         return None
@@ -208,7 +210,7 @@ def kernel_of_card(dtype: torch.dtype) -> str | None:
 def _chosen(
     dtype: torch.dtype, heads: int, key_heads: int, size: int, value_size: int, masked: bool, dropout: float
 ) -> int | None:  # fmt: skip
-    """Return which of KERNELS torch takes on this machine's card for calls of a kind; None where there is no card."""
+    """Return which of KERNELS torch takes on this machine's GPU for calls of a kind; None where there is no GPU."""
     if not torch.cuda.is_available():
         return None
     shapes = (heads, size), (key_heads, size), (key_heads, value_size)
@@ -221,7 +223,7 @@ def _chosen(
 
 
 def flash_takes(query, key, value, scaling) -> bool:
-    """Tell whether torch would run flash attention, and as it is: other sizes of a head are filled up first."""
+    """Return whether torch would run flash attention, and as it is: other sizes of a head are filled up first."""
     if query.shape[3] % 8:
         return False
     if not query.is_cuda:  # in a plan, for which ``runs_flash`` has said it
@@ -254,7 +256,7 @@ def flash_bytes(query, groups: int, rows: int | None = None) -> int:
     rows, numbers = rows or _up(length, _ROWS), _up(size, 32) if size <= 192 else 256
     sums = 1  # of the query's gradient, float32
     if torch.are_deterministic_algorithms_enabled():
-        sums = -(-_MOST_PROCESSORS // (batch * heads))
+        sums = -(-_MAX_PROCESSORS // (batch * heads))
     taken = 4 * batch * heads * rows * (1 + sums * numbers)  # with what the gradients of the scores have in common
     if groups > 1:  # the gradients of key and value for each head of the query, before they are added up
         taken += 2 * query.nbytes
@@ -266,7 +268,7 @@ def _efficient_bytes(query, key) -> int:
 
     Of the query's gradient; of those of key and value where heads are wider than the kernel's tile, for as many pieces
     of the keys as it runs at a time. In float16 the tile is taken for the smaller of two: the larger may be too large
-    for a Turing card.
+    for a Turing GPU.
     """
     batch, heads, length, size = query.shape
     numbers = _up(length, _ROWS) * (1 + _up(size, _PIECE))

@@ -1,4 +1,4 @@
-"""Another package's loss in place of ``loss.chunked_cross_entropy``, on a card where it is the better one.
+"""Another package's loss in place of ``loss.chunked_cross_entropy``, on a GPU where it is the better one.
 
 Liger (arXiv 2410.10989) and cut-cross-entropy (arXiv 2411.09009) do in one kernel what takes several passes over the
 logits in plain torch. Neither is faster everywhere: Liger's multiplies the fewer tokens at once the larger the
@@ -6,7 +6,7 @@ vocabulary is beside the hidden size, cut-cross-entropy's multiplies by the head
 says which is used; each that is installed is tried on the run's own hidden states and head, and taken if it is faster,
 holds no more memory on the largest micro-batch (a plan counts ours) and is about as near to float64 as ours.
 
-Legend: N labelled tokens, D hidden size, V vocabulary.
+Legend: N target tokens, D hidden size, V vocabulary.
 """
 
 import importlib

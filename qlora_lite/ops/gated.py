@@ -3,7 +3,7 @@
 transformers writes ``silu(gate) * up`` in two operators, and autograd keeps ``silu(gate)`` too: 28 KiB a token of a
 block of 8B. Here backward computes it again, with the same bits: a number takes 10 bytes forward and 22 backward in
 bf16, against 10 and 18. Liger's kernels (arXiv 2410.10989) read and write each number once, 6 bytes and 10; they are
-for a card, where a trial found them better (``train.kernels``).
+for a GPU, where a trial found them better (``train.kernels``).
 
 Shapes: gate, up and their product [..., F].
 Source: GLU variants, arXiv 2002.05202.
@@ -30,7 +30,7 @@ Tensors = tuple[torch.Tensor, ...]
 class GatedMLP(Around):
     """An MLP that computes ``down(silu(gate(x)) * up(x))``.
 
-    ``fused`` allows Liger's kernels on a card; see ``models.kernels``.
+    ``fused`` allows Liger's kernels on a GPU; see ``models.kernels``.
     """
 
     fused = False
@@ -43,7 +43,7 @@ class GatedMLP(Around):
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor, fused: bool = False) -> torch.Tensor:
-    """Return ``silu(gate) * up``; on a card with Liger's kernels if ``fused``, which write gradients over both."""
+    """Return ``silu(gate) * up``; on a GPU with Liger's kernels if ``fused``, which write gradients over both."""
     if fused and gate.device.type == _LIGERS_DEVICE:
         return importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction.apply(gate, up)
     return _Gated.apply(gate, up, fused and device_type(gate.device) == "cuda")
@@ -108,7 +108,7 @@ def use_lean_mlps(model: nn.Module) -> None:
 
 
 def _is_gated(mlp: nn.Module) -> bool:
-    """Tell whether an MLP computes the formula, bit for bit, with small layers in the place of its own.
+    """Return whether an MLP computes the formula, bit for bit, with small layers in the place of its own.
 
     Of large numbers too, which some clamp, and in bfloat16, where some multiply in float32.
     """

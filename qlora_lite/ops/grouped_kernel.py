@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 BLOCK_PAIRS, BLOCK_OUT = 64, 128
-BLOCK_IN_BYTES = 128  # with three stages 72 KiB of shared memory, of 99 on the smallest cards from 8.0 on; with two 48
+BLOCK_IN_BYTES = 128  # with three stages 72 KiB of shared memory, of 99 on the smallest GPUs from 8.0 on; with two 48
 
 
 @triton.jit

@@ -4,7 +4,7 @@ Which rows an expert gets is known on the device alone: the host starts the same
 waits for nothing. A row of the result is that of a pair of a token and an expert and lies where the pair does in
 [T, K], flattened, so that nothing has to be sorted or added up in an order that changes.
 
-On a card a Triton kernel computes it (``grouped_kernel``), elsewhere a loop over the experts: the oracle of its tests.
+On a GPU a Triton kernel computes it (``grouped_kernel``), elsewhere a loop over the experts: the oracle of its tests.
 torch's own ``grouped_mm`` is fused on compute capability 9.0 and 10.0 alone, and wants all experts' weights at once.
 """
 

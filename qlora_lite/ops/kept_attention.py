@@ -2,11 +2,11 @@
 
 Forward, attention costs the square of a row's length, and its result is one hidden-sized tensor beside one number for
 each token and head (the log-sum-exp of the scores, from which backward builds the weights again; flex attention gives
-the result alone). With them kept, the second run does not compute it again: the kernel's operator returns what was
+the result alone). With them kept, the recomputation does not compute it again: the kernel's operator returns what was
 kept, below autograd, so that the operator's own backward runs on the same numbers.
 
 What torch chooses a kernel for is seen where it runs: a dispatch mode around the call meets the operator. Where none
-of those known here runs (torch has only the formula for some shapes), nothing is kept, and the second run computes.
+of those known here runs (torch has only the formula for some shapes), nothing is kept, and the recomputation computes.
 
 Source: ``torch.utils.checkpoint.create_selective_checkpoint_contexts``, whose kept tensors cannot go to host memory.
 """
@@ -36,7 +36,7 @@ class FusedCall(NamedTuple):
 
 
 def kept_attention(attend: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
-    """Return ``attend(*inputs)``, in a block's second run from what its first run kept.
+    """Return ``attend(*inputs)``, in a block's recomputation from what its first run kept.
 
     Args:
         attend: has no dropout and calls at most one fused operator.
@@ -52,7 +52,7 @@ def kept_attention(attend: Callable[..., torch.Tensor], *inputs: torch.Tensor) -
 
 
 def _first(run: Run, attend: Callable[..., torch.Tensor], inputs) -> torch.Tensor:
-    """Attend as in the second run, which wants gradients: torch may choose a kernel by that, and what it gives."""
+    """Attend as in the recomputation, which wants gradients: torch may choose a kernel by that, and what it gives."""
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     nothing_saved = torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None)  # nobody goes back here
     with torch.enable_grad(), nothing_saved, _Keeping(run) as seen:

@@ -1,7 +1,7 @@
 """Cross-entropy of a language-model head, a few tokens and a few thousand words at a time.
 
 The logits of a whole batch are the largest tensor of a plain training step (tokens x vocabulary, in
-float32). Here the head is applied to ``chunk_tokens`` labelled tokens and ``TILE_WORDS`` words at a time,
+float32). Here the head is applied to ``chunk_tokens`` target tokens and ``TILE_WORDS`` words at a time,
 with a running maximum and sum as in flash attention (arXiv 2205.14135): the gradient with respect to the
 hidden states is ``softmax(logits) @ weight - weight[target]``, so each tile adds its share while its logits
 exist. Backward then only scales that gradient: no logits are kept, the head is read once per chunk, and it
@@ -9,7 +9,7 @@ is not multiplied a third time as a checkpointed loss would.
 
 The head is frozen, so it gets no gradient.
 
-Legend: N labelled tokens, D hidden size, V vocabulary.
+Legend: N target tokens, D hidden size, V vocabulary.
 """
 
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from .transfer import part
 # were never touched, time after time. And few tokens stay in the cache: 0.6 to 0.95 of the time beside the products.
 TILE_WORDS = {"cuda": 8192, "cpu": 2048}
 TILE_TOKENS = {"cuda": 1 << 30, "cpu": 128}
-AUTO_CHUNK_TOKENS = 1024  # at once 48 MiB of logits in bf16 and float32 on a card, 5 MiB on a CPU
+AUTO_CHUNK_TOKENS = 1024  # at once 48 MiB of logits in bf16 and float32 on a GPU, 5 MiB on a CPU
 
 
 class Head(NamedTuple):

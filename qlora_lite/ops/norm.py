@@ -2,7 +2,7 @@
 
 transformers writes RMS norms out in single operators, and autograd goes back through each of them: it keeps the input
 once more in float32, and rounds on the way. Here the value is the module's own, its input is kept as it is, and the
-gradient is taken by the formula, in float32. A card has torch's fused kernels in their place, which read and write each
+gradient is taken by the formula, in float32. A GPU has torch's fused kernels in their place, which read and write each
 number once: 4 bytes a number in bf16 forward and 6 backward, against 36 and 90. The formula:
 
     y = gain * n,   n = x / rms,   rms = sqrt(mean(x^2) + eps)
@@ -34,7 +34,7 @@ class LeanNorm(Around):
         inner: the model's own norm.
         offset: from its weight to its gain; see ``gain_offset``.
 
-    ``fused`` allows a card's kernels; see ``models.kernels``.
+    ``fused`` allows a GPU's kernels; see ``models.kernels``.
     """
 
     fused = False

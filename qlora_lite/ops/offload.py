@@ -5,15 +5,15 @@ kept, is all that checkpointing leaves on the device. It is not needed until the
 memory beside the computation of the next block and comes back beside the backward of the one after it: at any time the
 device holds what is kept of at most two.
 
-On a card, copies run on a stream of their own, to and from pinned memory. torch's pool of it gives whole powers of two
+On a GPU, copies run on a stream of their own, to and from pinned memory. torch's pool of it gives whole powers of two
 (ATen/core/CachingHostAllocator.h), up to twice what is asked for: a block's tensors lie one after the other in a few
 parts of such sizes, at most a fifteenth more than they need, and those of the next block behind them. The parts stay
 for the next step, so that only a step that needs more than any before takes some. Elsewhere the same code copies at
-once: it frees nothing there, but plans and tests run what a card runs. ``torch.autograd.graph.save_on_cpu`` copies on
+once: it frees nothing there, but plans and tests run what a GPU runs. ``torch.autograd.graph.save_on_cpu`` copies on
 the computing stream and brings back late, so that the device waits for the bus twice a block.
 
 A tensor is dropped only after the computing stream was told to wait for its copy. Its memory is then reused in the
-order of that stream, however far the process runs ahead of the card. (``record_stream`` would give the memory back
+order of that stream, however far the process runs ahead of the GPU. (``record_stream`` would give the memory back
 only when the process sees the end of the copy: a process that is blocks ahead would hold all of them.)
 
 Where the host has no room for them, they lie in files on a disk that the process sees as memory: the operating system
@@ -41,13 +41,13 @@ from qlora_lite.units import format_bytes
 from .shapes import device_type
 
 log = logging.getLogger("qlora_lite")
-MOST_PARTS = 4  # of the memory for a block's tensors; the last one is rounded up: at most a fifteenth too much
+MAX_PARTS = 4  # of the memory for a block's tensors; the last one is rounded up: at most a fifteenth too much
 
 
 def host_memory(size: int, device: torch.device) -> torch.Tensor:
     """Return uint8 [size] in host memory, for copies from and to a device.
 
-    Beside a card it is pinned, and a whole power of two is asked for, which torch's pool of pinned memory gives anyway.
+    Beside a GPU it is pinned, and a whole power of two is asked for, which torch's pool of pinned memory gives anyway.
     Where no more can be pinned (in WSL after 0.5 to 1 GiB: microsoft/WSL issue 14078, nvidia-docker issue 1725), it is
     ordinary memory: the same copies, slower.
     """
@@ -58,7 +58,7 @@ def host_memory(size: int, device: torch.device) -> torch.Tensor:
             try:
                 return torch.empty(taken, dtype=torch.uint8, pin_memory=True)[:size]
             except RuntimeError as error:
-                if "out of memory" not in str(error):  # an earlier fault of the card, which shows here
+                if "out of memory" not in str(error):  # an earlier fault of the GPU, which shows here
                     raise
                 _say_not_pinned(str(error).partition("\n")[0])
         return torch.empty(taken, dtype=torch.uint8, device=host)[:size]
@@ -72,7 +72,7 @@ def pinned_bytes(size: int) -> int:
 @cache
 def _say_not_pinned(reason: str) -> None:
     log.warning(
-        "host memory cannot be pinned any more (%s): copies between it and the card take longer, and are not hidden "
+        "host memory cannot be pinned any more (%s): copies between it and the GPU take longer, and are not hidden "
         "behind the computation; fewer weights or block inputs in host memory may be faster", reason,
     )  # fmt: skip
 
@@ -246,10 +246,10 @@ class HostStore:
 
 
 def part_sizes(size: int) -> Iterator[int]:
-    """Yield at most ``MOST_PARTS`` powers of two that together are ``size`` or a little more; none for 0 or less."""
-    for number in range(1, MOST_PARTS + 1):
+    """Yield at most ``MAX_PARTS`` powers of two that together are ``size`` or a little more; none for 0 or less."""
+    for number in range(1, MAX_PARTS + 1):
         if size > 0:
-            part = 1 << (size - 1).bit_length() if number == MOST_PARTS else 1 << size.bit_length() - 1
+            part = 1 << (size - 1).bit_length() if number == MAX_PARTS else 1 << size.bit_length() - 1
             yield part
             size -= part
 

@@ -1,4 +1,4 @@
-"""Flash attention over packed sequences in one call, on a card.
+"""Flash attention over packed sequences in one call, on a GPU.
 
 The kernel takes where each sequence ends, and a window, so that neither operators nor bytes grow with the number of
 sequences; attending to one after the other (``attention``) takes as many operators as there are, and again in backward.
@@ -39,7 +39,7 @@ def sequence_ends(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
 
 
 def kernel_takes(query, key, value, lengths: Sequence[int]) -> bool:
-    """Tell whether ``packed_attention`` can attend to sequences of these lengths."""
+    """Return whether ``packed_attention`` can attend to sequences of these lengths."""
     if not on_gpu(query) or torch.are_deterministic_algorithms_enabled():
         return False
     batch, _, tokens, size = query.shape

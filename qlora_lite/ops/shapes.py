@@ -28,7 +28,7 @@ _planned_for: ContextVar[str | None] = ContextVar("device type that a plan is ma
 
 
 def device_type(device: torch.device) -> str:
-    """Return whose kernels will work on a tensor: its device's, or those of the card that a plan is made for."""
+    """Return whose kernels will work on a tensor: its device's, or those of the GPU that a plan is made for."""
     return _planned_for.get() or device.type
 
 
@@ -39,12 +39,12 @@ def on_gpu(tensor: torch.Tensor) -> bool:
 
 @cache
 def has_triton() -> bool:
-    """Tell whether the card at hand, or one that a plan is made for elsewhere, can have kernels written in Triton."""
+    """Return whether the GPU at hand, or one that a plan is made for elsewhere, can have kernels written in Triton."""
     return not torch.cuda.is_available() or importlib.util.find_spec("triton") is not None
 
 
 def is_planned() -> bool:
-    """Tell whether what runs is a plan, whose tensors have no meaning, nor values for the most part."""
+    """Return whether what runs is a plan, whose tensors have no meaning, nor values for the most part."""
     return _planned_for.get() is not None
 
 

@@ -1,6 +1,6 @@
 """Keep the frozen weights of blocks in host memory or on a disk, and bring each block to the device when it runs.
 
-In host memory a block's tensors lie in one flat buffer (pinned beside a card), so that one copy brings them; several
+In host memory a block's tensors lie in one flat buffer (pinned beside a GPU), so that one copy brings them; several
 blocks share an allocation, since pinned memory comes in whole powers of two. On a disk they stay in the file that they
 were loaded from, which the process sees as memory (``ReadAhead``). The device has two slots: while a block computes in
 one, the next in the direction of travel (the following in forward, the one before in backward) arrives in the other.
@@ -28,7 +28,7 @@ from .offload import SideStream, host_memory, pinned_bytes
 
 SLOTS = 2
 BUFFERS = 2  # of ``ReadAhead``: one is read into while the other goes to the device
-MOST_AT_ONCE_BYTES = 1 << 32  # of pinned memory; a host that has no room for more can still give less
+MAX_AT_ONCE_BYTES = 1 << 32  # of pinned memory; a host that has no room for more can still give less
 ALIGNMENT = 512  # bytes; what vector loads and copies of any device are content with, and what a plan counts in
 
 
@@ -126,9 +126,9 @@ class ReadAhead:
     """Bring blocks from memory-mapped files to the device, by way of pinned buffers.
 
     What a process maps of a file comes from the disk when it is first touched, and is dropped again when memory is
-    short. A card cannot copy it beside its computation, since it is not pinned; so a thread copies a block into one of
-    two pinned buffers, a block or two before it is needed, which is when the disk is read, while the card computes, and
-    from there it goes to the card as any other.
+    short. A GPU cannot copy it beside its computation, since it is not pinned; so a thread copies a block into one of
+    two pinned buffers, a block or two before it is needed, which is when the disk is read, while the GPU computes, and
+    from there it goes to the GPU as any other.
 
     Args:
         fills: for each block, a function that copies it to the begin of a buffer.
@@ -189,7 +189,7 @@ def shared_allocations(sizes: list[int]) -> list[list[int]]:
     for end in range(1, len(sums)):
         best.append(min(
             (best[start][0] + pinned_bytes(sums[end] - sums[start]), best[start][1] + 1, start) for start in range(end)
-            if start == end - 1 or sums[end] - sums[start] <= MOST_AT_ONCE_BYTES
+            if start == end - 1 or sums[end] - sums[start] <= MAX_AT_ONCE_BYTES
         ))  # fmt: skip
     groups, end = [], len(sizes)
     while end:
@@ -222,7 +222,7 @@ class BlockStream:
         self._arrival: dict[int, torch.cuda.Event | None] = {}
         self._current: int | None = None
         for number, block in enumerate(blocks):
-            # Whichever part runs first brings the block. (Hooks of the block itself do not see a second run: since
+            # Whichever part runs first brings the block. (Hooks of the block itself do not see a recomputation: since
             # transformers 5.20 checkpointing stands between them and forward.)
             for part in block.children():
                 part.register_forward_pre_hook(self._entering(number))
@@ -269,7 +269,7 @@ class BlockStream:
         self._blocks[number].show(flat)
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Tell whether a tensor lies where the blocks are while they are not on the device."""
+        """Return whether a tensor lies where the blocks are while they are not on the device."""
         return _home(tensor) in self._homes
 
     @property

@@ -3,8 +3,8 @@
 What an MLP or a norm computes on the way is several times its input (8B: 28 KiB a token for each of four
 [T, 14336] tensors, 16 KiB for a norm in float32, against 8 KiB of hidden state). Here only the input is kept, and
 backward computes one tile after the other again: the largest intermediate is a tile's. In a checkpointed block,
-whose second run would compute everything again anyway, an MLP that is only added to the residual stream costs no
-product more than before: the second run leaves it out (see ``ops.checkpoint``).
+whose recomputation would compute everything again anyway, an MLP that is only added to the residual stream costs no
+product more than before: the recomputation leaves it out (see ``ops.checkpoint``).
 
 Two autograd functions, as in ``adapters.lora.layer``: one stands for the result in the graph and takes the gradients,
 one computes the value. Gradients of weights are summed over the tiles in float32 and rounded once.
@@ -23,9 +23,9 @@ from .checkpoint import (
     Run,
     Skipping,
     present_run,
-    product_or_stand_in,
+    product_or_placeholder,
     random_state,
-    run_for_graph,
+    recompute_for_backward,
     running,
     with_random_state,
 )
@@ -45,10 +45,10 @@ def tiled(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, wei
         around: a context to be in during all tiles, once forward and once backward.
     """
     run = present_run()
-    draws = torch.is_grad_enabled() and (run is None or run.draws)  # without a graph nothing is computed again
+    draws = torch.is_grad_enabled() and (run is None or run.draws)  # without a graph nothing is recomputed
     state = random_state(x) if draws else None
     gradient = _Gradient.apply(function, tile_tokens, skipping or Skipping(), around, state, x, *weights)
-    return product_or_stand_in(lambda: _Value.apply(gradient, function, tile_tokens, around, x.detach()), gradient)
+    return product_or_placeholder(lambda: _Value.apply(gradient, function, tile_tokens, around, x.detach()), gradient)
 
 
 class _Gradient(torch.autograd.Function):
@@ -69,7 +69,7 @@ class _Gradient(torch.autograd.Function):
         with torch.enable_grad(), with_random_state(ctx.state), ctx.around():
             for tile in pieces(x.shape[-2], ctx.tile_tokens):
                 x_tile = x[..., tile, :].detach().requires_grad_()
-                y = run_for_graph(
+                y = recompute_for_backward(
                     ctx.function, [x_tile], [], ctx.skipping, Run.returns_last, draws=ctx.state is not None
                 )
                 grad, *grads = torch.autograd.grad(y, [x_tile, *weights], grad_y[..., tile, :])

@@ -1,7 +1,7 @@
 """Small tensors on their way from the host to a device, which the host neither waits for nor asks back.
 
-A plain copy to a card waits until the card has done all that it was given before, and so does one back. Here the copy
-is made from pinned memory, in the order of the card's work; torch's pool keeps that memory until it has been read. And
+A plain copy to a GPU waits until the GPU has done all that it was given before, and so does one back. Here the copy
+is made from pinned memory, in the order of the GPU's work; torch's pool keeps that memory until it has been read. And
 what a device's tensor was on the host is remembered for as long as that tensor lives, for code that needs its values
 there: the rows of a table that stays in host memory (``models.host_tables``).
 """
@@ -11,11 +11,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .offload import host_memory
 
-_on_host = WeakTensorKeyDictionary()  # of a card's tensor, the host's and the version that it is
+_on_host = WeakTensorKeyDictionary()  # of a GPU's tensor, the host's and the version that it is
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a tensor of the host on a device; a card's arrives before the work that it is given from here on."""
+    """Return a tensor of the host on a device; a GPU's arrives before the work that it is given from here on."""
     if device.type != "cuda":
         return tensor.to(device)
     pinned = host_memory(tensor.nbytes, device).view(tensor.dtype).view(tensor.shape)

@@ -1,6 +1,6 @@
-"""Try another way to compute something on a card: taken if it is faster and about as exact as this package's own.
+"""Try another way to compute something on a GPU: taken if it is faster and about as exact as this package's own.
 
-No table says which kernel is the better one on a card, or whether it runs there at all. So each is tried on the run's
+No table says which kernel is the better one on a GPU, or whether it runs there at all. So each is tried on the run's
 own shapes before the first step: forward and backward, its time, the memory that it takes beside its inputs, and its
 errors against float64.
 """
@@ -29,7 +29,7 @@ WORSE, GRADIENT_ROUNDING, VALUE_ROUNDING = 3.0, 2.0**-9, 2.0**-12
 
 
 class Trial(NamedTuple):
-    """What a way took, forward and backward: seconds, bytes of the card beside its inputs, and relative errors."""
+    """What a way took, forward and backward: seconds, bytes of the GPU beside its inputs, and relative errors."""
 
     seconds: float
     peak_bytes: int
@@ -83,7 +83,7 @@ def _fault(trial: Trial, own: Trial, as_little_memory: bool) -> str:
 
 
 def foreign_errors() -> tuple[type[Exception], ...]:
-    """Return what a package for other versions, a kernel that is not for this card, or a compiler may end with."""
+    """Return what a package for other versions, a kernel that is not for this GPU, or a compiler may end with."""
     errors: tuple[type[Exception], ...] = (
         ImportError, AttributeError, TypeError, ValueError, RuntimeError, LookupError, AssertionError, OSError,
         subprocess.SubprocessError,
@@ -94,7 +94,7 @@ def foreign_errors() -> tuple[type[Exception], ...]:
 
 
 def timed(run: Callable[[], object], device: torch.device) -> tuple[float, int]:
-    """Return the least seconds of some runs after a first one, and the most bytes of the card that they took."""
+    """Return the least seconds of some runs after a first one, and the most bytes of the GPU that they took."""
     run()  # compiles, and chooses kernels
     held = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)

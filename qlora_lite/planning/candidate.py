@@ -3,14 +3,19 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from qlora_lite.models.levers import Levers
+from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.train.workload import BatchShape
 
 from .machine import Machine
 from .predict import Prediction, predict
 from .simulate import Job
 
-NOT_CHOSEN = {"optimizer_in_backward", "compile", "offload_folder", "kernels"}  # levers that are as the recipe says
+NOT_CHOSEN = {
+    "optimizer_in_backward",
+    "compile",
+    "offload_folder",
+    "kernels",
+}  # memory options that are as the recipe says
 EQUALLY_FAST = 1.03  # time estimates closer than this are not told apart
 
 
@@ -18,8 +23,8 @@ EQUALLY_FAST = 1.03  # time estimates closer than this are not told apart
 class Step:
     """How an optimizer step is cut up: ``micro_batches`` times ``packs`` packs, each of the given shape.
 
-    ``pack`` is the fullest pack; ``fixed`` are the levers that the user chose, or the workload has no choice of, and
-    the search must keep;
+    ``pack`` is the fullest pack; ``fixed`` are the memory options that the user chose, or the workload has no choice
+    of, and the search must keep;
     ``may_split`` allows another division of the same packs. ``known`` is what was predicted of jobs.
     """
 
@@ -43,12 +48,12 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way to run the step: levers, prediction, and estimated seconds of the whole optimizer step.
+    """One way to run the step: memory options, prediction, and estimated seconds of the whole optimizer step.
 
     ``host_limit_bytes`` is the machine's ``host_bytes``.
     """
 
-    levers: Levers
+    options: MemoryOptions
     packs: int
     micro_batches: int
     prediction: Prediction
@@ -62,45 +67,48 @@ class Candidate:
 
     @property
     def fits_host(self) -> bool:
-        """Whether the host beside a card has room for what it keeps there, as far as that is known."""
+        """Whether the host beside a GPU has room for what it keeps there, as far as that is known."""
         return self.prediction.fits_host(self.host_limit_bytes)
 
     def fits(self, limit_bytes: float) -> bool:
-        """Tell whether the device and the host have room for it."""
+        """Return whether the device and the host have room for it."""
         return self.prediction.fits(limit_bytes, self.host_limit_bytes)
 
     @property
     def settings(self) -> dict[str, object]:
         """What the plan chose, by recipe keys."""
-        levers = {f"memory.{key}": value for key, value in self.levers.settings.items() if key not in NOT_CHOSEN}
-        return levers | {
+        options = {f"memory.{key}": value for key, value in self.options.settings.items() if key not in NOT_CHOSEN}
+        return options | {
             "train.micro_batch_size": self.packs, "train.gradient_accumulation_steps": self.micro_batches,
         }  # fmt: skip
 
 
-def settled(step: Step, levers: Levers) -> Levers:
-    """Return the levers with what is streamed on the disk if the step's is to be, and no disk where nothing is."""
-    on_disk = levers.stream_from_disk or bool(step.fixed.get("stream_from_disk"))
-    return replace(levers, stream_from_disk=on_disk and levers.resident_blocks is not None)
+def settled(step: Step, options: MemoryOptions) -> MemoryOptions:
+    """Return the memory options with what is streamed on the disk if the step's is to be, and no disk where nothing
+    is."""
+    on_disk = options.stream_from_disk or bool(step.fixed.get("stream_from_disk"))
+    return replace(options, stream_from_disk=on_disk and options.resident_layers is not None)
 
 
-def build_candidate(step: Step, machine: Machine, levers: Levers, packs: int) -> Candidate:
+def build_candidate(step: Step, machine: Machine, options: MemoryOptions, packs: int) -> Candidate:
     """Simulate one way to run the step, if that was not done before."""
     micro_batches = step.packs * step.micro_batches // packs
     shape, evaluation = step.pack.times(packs), step.job.eval_shape
     if evaluation is not None and evaluation.tokens <= shape.tokens:
         evaluation = None
-    levers = settled(step, levers)
-    job = replace(step.job, shape=shape, eval_shape=evaluation, accumulating=micro_batches > 1, levers=levers)
+    options = settled(step, options)
+    job = replace(step.job, shape=shape, eval_shape=evaluation, accumulating=micro_batches > 1, options=options)
     if job not in step.known:
         step.known[job] = predict(job)
-    return timed(machine, levers, packs, micro_batches, step.known[job])
+    return timed(machine, options, packs, micro_batches, step.known[job])
 
 
-def timed(machine: Machine, levers: Levers, packs: int, micro_batches: int, prediction: Prediction) -> Candidate:
+def timed(
+    machine: Machine, options: MemoryOptions, packs: int, micro_batches: int, prediction: Prediction
+) -> Candidate:
     """Return a way to run the step whose memory is known."""
     seconds = micro_batches * machine.seconds(prediction.simulation.work)
-    return Candidate(levers, packs, micro_batches, prediction, seconds, machine.host_bytes)
+    return Candidate(options, packs, micro_batches, prediction, seconds, machine.host_bytes)
 
 
 def choose(found: Sequence[Candidate], limit_bytes: int) -> Candidate | None:
@@ -115,5 +123,5 @@ def choose(found: Sequence[Candidate], limit_bytes: int) -> Candidate | None:
     fastest = min(candidate.step_seconds for candidate in fitting)
     return min(
         (candidate for candidate in fitting if candidate.step_seconds <= EQUALLY_FAST * fastest),
-        key=lambda candidate: (candidate.levers.host_rank, candidate.peak_bytes, candidate.step_seconds),
+        key=lambda candidate: (candidate.options.host_rank, candidate.peak_bytes, candidate.step_seconds),
     )

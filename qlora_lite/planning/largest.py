@@ -27,7 +27,7 @@ def longest(
 
     Args:
         job_of: builds the job for a number of tokens.
-        host_limit_bytes: what may be used of the host's memory beside a card, None where that is not known.
+        host_limit_bytes: what may be used of the host's memory beside a GPU, None where that is not known.
         start: a first guess.
         largest: the largest number to consider.
 

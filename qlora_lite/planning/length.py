@@ -1,4 +1,4 @@
-"""The longest sequence that fits, when every lever that is left to the planner saves most.
+"""The longest sequence that fits, when every memory option that is left to the planner saves most.
 
 Where the host's memory is no limit, that is one way to run the step. Where it is, a way that keeps less there may have
 room for more: checkpoints or weights on the device, or as many blocks as the host has no room for.
@@ -9,12 +9,12 @@ from dataclasses import replace
 from functools import partial
 
 from qlora_lite.errors import DoesNotFitError
-from qlora_lite.models.levers import Levers
+from qlora_lite.models.memory_options import MemoryOptions
 
 from .candidate import Step
 from .largest import LENGTH_STEP, longest
 from .predict import predict
-from .search import FEWEST_ALIKE, first_levers, in_stretches, smaller, with_disk, with_less_on_host
+from .search import FEWEST_ALIKE, first_options, in_segments, smaller, with_disk, with_less_on_host
 from .simulate import Job, full_pack
 
 JobOf = Callable[[int], Job]  # builds the job for a number of tokens
@@ -26,7 +26,7 @@ def longest_job(step: Step, limit_bytes: int, host_limit_bytes: int | None, star
 
     Args:
         limit_bytes: what a plan may use of the device.
-        host_limit_bytes: what it may use of the host's memory beside a card, None where that is not known.
+        host_limit_bytes: what it may use of the host's memory beside a GPU, None where that is not known.
         start: a first guess.
         largest: the largest number to consider.
 
@@ -39,7 +39,7 @@ def longest_job(step: Step, limit_bytes: int, host_limit_bytes: int | None, star
     try:
         guess = longest(saving_most, limit_bytes, None, start, largest)
         job = saving_most(guess)
-        inputs_on_device = job.levers.computes_again and not job.levers.offload_checkpoints
+        inputs_on_device = job.options.recomputes and not job.options.offload_checkpoints
         if predict(job).fits_host(host_limit_bytes) and not inputs_on_device:
             return job
     except DoesNotFitError as error:  # of one or two blocks, streaming needs more than it spares
@@ -61,14 +61,14 @@ def longest_job(step: Step, limit_bytes: int, host_limit_bytes: int | None, star
 def _ways(step: Step, host_limit_bytes: int | None) -> Iterator[JobOf]:
     """Yield ways to run a step: first the one that needs least of the device, then those with less in host memory."""
     for each in with_less_on_host(step):
-        for number, levers in enumerate(reversed([first_levers(each), *smaller(each)])):
-            yield partial(_one_pack, each, levers)
-            streams_all = number == 0 and levers.resident_blocks == 0 and "resident_blocks" not in each.fixed
-            if streams_all and host_limit_bytes is not None and not levers.stream_from_disk:
-                yield _partly_streamed(each, levers, host_limit_bytes)
+        for number, options in enumerate(reversed([first_options(each), *smaller(each)])):
+            yield partial(_one_pack, each, options)
+            streams_all = number == 0 and options.resident_layers == 0 and "resident_layers" not in each.fixed
+            if streams_all and host_limit_bytes is not None and not options.stream_from_disk:
+                yield _partly_streamed(each, options, host_limit_bytes)
             if number == 0:
-                for stretches in in_stretches(each, levers):
-                    yield partial(_one_pack, each, stretches)
+                for segments in in_segments(each, options):
+                    yield partial(_one_pack, each, segments)
 
 
 def packs_at_once(step: Step) -> int:
@@ -76,21 +76,21 @@ def packs_at_once(step: Step) -> int:
     return 1 if step.may_split else step.packs
 
 
-def _one_pack(step: Step, levers: Levers, tokens: int) -> Job:
+def _one_pack(step: Step, options: MemoryOptions, tokens: int) -> Job:
     """Return the step's job for packs of so many tokens, as few at once as may be."""
     packs = packs_at_once(step)
     accumulating = step.packs * step.micro_batches // packs > 1
     evaluation = full_pack(tokens, len(step.job.eval_shape.lengths) > 1) if step.job.eval_shape else None
     shape = full_pack(tokens, len(step.pack.lengths) > 1).times(packs)
-    return replace(step.job, shape=shape, eval_shape=evaluation, accumulating=accumulating, levers=levers)
+    return replace(step.job, shape=shape, eval_shape=evaluation, accumulating=accumulating, options=options)
 
 
-def _partly_streamed(step: Step, levers: Levers, host_limit_bytes: int) -> JobOf:
+def _partly_streamed(step: Step, options: MemoryOptions, host_limit_bytes: int) -> JobOf:
     """Return a way in which those blocks stay on the device that the host has no room for."""
     fewest, most = FEWEST_ALIKE, step.job.workload.depth - FEWEST_ALIKE
 
     def host_bytes(tokens: int, resident: int) -> int:
-        return predict(_one_pack(step, replace(levers, resident_blocks=resident), tokens)).host_bytes
+        return predict(_one_pack(step, replace(options, resident_layers=resident), tokens)).host_bytes
 
     block_bytes = (host_bytes(LENGTH_STEP, 0) - host_bytes(LENGTH_STEP, fewest)) // fewest
 
@@ -99,6 +99,6 @@ def _partly_streamed(step: Step, levers: Levers, host_limit_bytes: int) -> JobOf
         count = max(fewest, -(-missing // block_bytes))
         while count < most and host_bytes(tokens, count) > host_limit_bytes:  # several share an allocation
             count += 1
-        return _one_pack(step, replace(levers, resident_blocks=count if count <= most else None), tokens)
+        return _one_pack(step, replace(options, resident_layers=count if count <= most else None), tokens)
 
     return job_of

@@ -1,7 +1,7 @@
 """The machine a plan is for: its memory, and how fast it computes and moves.
 
 The machine at hand is measured in a fifth of a second (one matrix product, one copy), since no table knows what
-else runs on it. For a card from the table, the vendor's rates are multiplied by the shares that real kernels
+else runs on it. For a GPU from the table, the vendor's rates are multiplied by the shares that real kernels
 reach. Step times that follow from either are for ranking plans; ``tools/check/plan`` shows how far off they are.
 """
 
@@ -10,25 +10,25 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qlora_lite.memory.cards import Card, CardError
-from qlora_lite.memory.meter import free_bytes, held_bytes, hold_to
+from qlora_lite.memory.gpus import Gpu, GpuError
+from qlora_lite.memory.meter import free_bytes, held_bytes, set_memory_limit
 from qlora_lite.memory.process import CUDA_CONTEXT_BYTES, CUDA_LATER_BYTES, on_wsl
 from qlora_lite.memory.work import Work
 from qlora_lite.models.load import fast_dtype
 from qlora_lite.ops.offload import host_memory
 
-BANDWIDTH_REACHED = 0.9  # of a card's memory bandwidth: 3.0 of 3.35 TB/s on an H100; not measured here
+BANDWIDTH_REACHED = 0.9  # of a GPU's memory bandwidth: 3.0 of 3.35 TB/s on an H100; not measured here
 # Of the host, to start an operation: what tools/bench/limit calls "Python, views, autograd" was 5 to 18 us on CPUs for
-# each operation that a simulation of the same step counts, the optimizer's too. A card's driver takes some more, which
+# each operation that a simulation of the same step counts, the optimizer's too. A GPU's driver takes some more, which
 # was not measured here.
 OPERATION_SECONDS = 10e-6
 WSL_OPERATION_SECONDS = 20e-6  # there the driver hands each kernel on to Windows; assumed, not measured here
 DISK_BYTES_PER_SECOND = 2e9  # assumed of a common NVMe disk, for a file that is seen as memory; not measured here
-# Large enough for a fast card: far longer than a launch, more than its second-level cache holds.
+# Large enough for a fast GPU: far longer than a launch, more than its second-level cache holds.
 _PRODUCT = {"cpu": (512, 2048, 2048), "cuda": (2048, 4096, 4096)}
 _COPY_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}  # less than any step needs, and malloc gives it back at once
 _BUS_BYTES, _TRIES = 64 * 2**20, 3
-_WARM_UP_SECONDS = 0.05  # an idle card's clock takes as long to rise
+_WARM_UP_SECONDS = 0.05  # an idle GPU's clock takes as long to rise
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,8 @@ class Machine:
     """Where a step would run.
 
     ``memory_bytes`` is what the run may use in all; ``base_bytes`` what the process holds before the model (on a
-    CPU: libraries; on a card the context is one of the constants of ``memory.process``). ``host_bytes`` is what the
-    process may use of the host's memory beside a card, None where that is not known. ``dtype`` is what
+    CPU: libraries; on a GPU the context is one of the constants of ``memory.process``). ``host_bytes`` is what the
+    process may use of the host's memory beside a GPU, None where that is not known. ``dtype`` is what
     ``model.compute_dtype: auto`` becomes there for most models, which ``flops_per_second`` is of;
     ``float32_flops_per_second`` is of float32, where it is another one and known. ``operation_seconds`` is what the
     host takes to start an operation.
@@ -83,7 +83,7 @@ class Machine:
     def seconds(self, work: Work) -> float:
         """Estimate the time of the same work.
 
-        A card computes while the host starts what comes next, and transfers and a disk hide behind both, as far as they
+        A GPU computes while the host starts what comes next, and transfers and a disk hide behind both, as far as they
         can.
         """
         computing, starting = self.computing_seconds(work), self.starting_seconds(work)
@@ -92,14 +92,14 @@ class Machine:
         return max(computing, starting, self.bus_seconds(work), self.disk_seconds(work))
 
 
-def machine_of_card(card: Card) -> Machine:
-    """Return a card of the table as a machine.
+def machine_of_gpu(card: Gpu) -> Machine:
+    """Return a GPU of the table as a machine.
 
     Raises:
-        CardError: it is no card.
+        CardError: it is no GPU.
     """
-    if not isinstance(card, Card):
-        raise CardError(f"a card is wanted, not {card!r}; qlora_lite.find_card(NAME) finds one")
+    if not isinstance(card, Gpu):
+        raise GpuError(f"a GPU is wanted, not {card!r}; qlora_lite.find_gpu(NAME) finds one")
     float32 = card.float32_flops_per_second
     return Machine(
         card.name, "cuda", card.memory_bytes, 0, products_reached(card) * card.flops_per_second,
@@ -108,11 +108,11 @@ def machine_of_card(card: Card) -> Machine:
     )  # fmt: skip
 
 
-def products_reached(card: Card) -> float:
-    """Return the share of a card's peak that cuBLAS reaches in products of a few thousand rows; not measured here.
+def products_reached(card: Gpu) -> float:
+    """Return the share of a GPU's peak that cuBLAS reaches in products of a few thousand rows; not measured here.
 
-    GeForce cards, of whose tensor cores the table counts half the rate: 155.9 of 165 TFLOP/s on an RTX 4090 (pytorch
-    issue 181718), 31.0 of 30 on a 4060 (triton issue 10851). An H100: 798 of 989. Of cards with the whole rate and less
+    GeForce GPUs, of whose tensor cores the table counts half the rate: 155.9 of 165 TFLOP/s on an RTX 4090 (pytorch
+    issue 181718), 31.0 of 30 on a 4060 (triton issue 10851). An H100: 798 of 989. Of GPUs with the whole rate and less
     power, such as L4 and A6000, no figure was found.
     """
     return 0.92 if card.is_geforce else 0.75 if card.is_for_data_centres else 0.6
@@ -121,13 +121,13 @@ def products_reached(card: Card) -> float:
 def this_machine(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Machine:
     """Measure the device at hand, its speed in a type that a step would compute in.
 
-    Its memory is what is free now, on a card with the context that is there already.
+    Its memory is what is free now, on a GPU with the context that is there already.
     """
-    hold_to(device, None)  # what came before in this process may have had a smaller budget
-    on_card, auto = device.type == "cuda", fast_dtype(device)
+    set_memory_limit(device, None)  # what came before in this process may have had a smaller budget
+    on_gpu, auto = device.type == "cuda", fast_dtype(device)
     speeds = _speeds(device, dtype)
     base = held_bytes(device)
-    if not on_card:
+    if not on_gpu:
         name = f"this CPU, {torch.get_num_threads()} threads"
         return Machine(name, "cpu", free_bytes(device) + base, base, *speeds, dtype=auto)
     torch.cuda.empty_cache()  # of the measurement
@@ -142,7 +142,7 @@ def this_machine(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> M
 def _speeds(device: torch.device, dtype: torch.dtype) -> tuple[float, float, float]:
     """Return FLOPs a second, and bytes a second of the device's memory and of its bus.
 
-    The factors are random numbers: with zeros a card takes less power and keeps a higher clock.
+    The factors are random numbers: with zeros a GPU takes less power and keeps a higher clock.
     """
     (rows, inner, columns), copied = _PRODUCT[device.type], _COPY_BYTES[device.type]
     generator = torch.Generator(device).manual_seed(0)

@@ -7,7 +7,7 @@ its first argument gives that back. Views, whatever else returns memory that it 
 real tensors (small tables, an optimizer's count of steps) always run.
 
 Places of tokens follow from the lengths of rows: what is counted with ``arange``, and what is made of nothing else, can
-have its values beside it, so that transformers' own attention can be told whether several rows lie end to end.
+have its values beside it, so that transformers' own attention can be told whether several rows are concatenated.
 """
 
 from collections.abc import Iterable, Iterator
@@ -29,7 +29,7 @@ class _Like(NamedTuple):
 
 
 _FIRST_ARGUMENT, _UNSEEN = "first argument", "unseen"
-MOST_KNOWN = 1 << 16  # results; a plan with its alternatives makes some hundreds
+MAX_KNOWN = 1 << 16  # results; a plan with its alternatives makes some hundreds
 
 
 class NeedsValuesError(RuntimeError):
@@ -94,7 +94,7 @@ class MetaResults:
         known = self._known.get(key)
         if known is None:
             result = _run(func, args, kwargs)
-            if len(self._known) >= MOST_KNOWN:
+            if len(self._known) >= MAX_KNOWN:
                 self._known.clear()
             if kind == "makes" and _is_new(result, args):
                 self._known[key] = _likes(result)
@@ -150,7 +150,8 @@ def _made(known):
 
 
 def _is_new(result, args: tuple) -> bool:
-    """Tell whether all of a result is on the meta device and none is a view (``_unsafe_view`` does not declare its)."""
+    """Return whether all of a result is on the meta device and none is a view (``_unsafe_view`` does not declare
+    its)."""
     given = {tensor.untyped_storage()._cdata for tensor in _tensors(args)}
     return all(tensor.is_meta and tensor.untyped_storage()._cdata not in given for tensor in _tensors(result))
 

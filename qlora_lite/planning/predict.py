@@ -19,18 +19,18 @@ class Prediction:
 
     @property
     def peak_bytes(self) -> int:
-        """Most memory the step needs: on a card with its context, on a CPU above the process's baseline."""
+        """Most memory the step needs: on a GPU with its context, on a CPU above the process's baseline."""
         beside = self.simulation.offloaded_bytes if self.job.device_type == "cpu" else 0  # the same memory there
         return self.simulation.peak().total + beside + sum(overhead.bytes for overhead in self.overheads)
 
     @property
     def saving_bytes(self) -> int:
-        """What of the peak is a checkpoint that is being written: no rehearsal shows it."""
+        """What of the peak is a checkpoint that is being written: no memory probe shows it."""
         return sum(overhead.bytes for overhead in self.overheads if overhead.name == CHECKPOINT)
 
     @property
     def host_bytes(self) -> int:
-        """Memory that the process needs beside a card: libraries, and what is kept off the card."""
+        """Memory that the process needs beside a GPU: libraries, and what is kept off the GPU."""
         return HOST_PROCESS_BYTES + self.simulation.offloaded_bytes
 
     def missing_bytes(self, limit_bytes: float, host_limit_bytes: int | None) -> float:
@@ -41,11 +41,11 @@ class Prediction:
         return max(beyond, self.host_bytes - host_limit_bytes)
 
     def fits(self, limit_bytes: float, host_limit_bytes: int | None) -> bool:
-        """Tell whether the device and the host beside it have room for the step."""
+        """Return whether the device and the host beside it have room for the step."""
         return self.missing_bytes(limit_bytes, host_limit_bytes) <= 0
 
     def fits_host(self, limit_bytes: int | None) -> bool:
-        """Tell whether the host beside a card has room for what is kept there; None is a limit that is not known."""
+        """Return whether the host beside a GPU has room for what is kept there; None is a limit that is not known."""
         return limit_bytes is None or not self.simulation.offloaded_bytes or self.host_bytes <= limit_bytes
 
     @property
@@ -62,7 +62,7 @@ def predict(job: Job) -> Prediction:
 def with_constants(job: Job, simulation: Simulation) -> Prediction:
     """Add to a job's simulation the constants of its kind of device."""
     moments, products = simulation.moments.values(), simulation.work.large_products
-    found = overheads(job.device_type, moments, simulation.resident, products, job.levers.compile)
+    found = overheads(job.device_type, moments, simulation.resident, products, job.options.compile)
     if job.saved_adapters and job.device_type == "cpu":
         held = simulation.resident.breakdown
         copied = job.saved_adapters * held.get("adapter", 0) + held.get("optimizer", 0)

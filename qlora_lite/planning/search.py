@@ -1,19 +1,19 @@
 """Choose the fastest plan that fits, and say what else would.
 
-A plan varies what changes memory and time and not the result: the levers, and how many packs of a step go through
-the model at once (their number per step stays). Every candidate is simulated; none is guessed. (Evaluation is left
-out where it has no more tokens than training: it then needs less than training's forward pass, which keeps tensors
+A plan varies what changes memory and time and not the result: the memory options, and how many packs of a step go
+through the model at once (their number per step stays). Every candidate is simulated; none is guessed. (Evaluation is
+left out where it has no more tokens than training: it then needs less than training's forward pass, which keeps tensors
 besides.) Among those that fit, the fastest by the time model wins; of plans that are as good as equally fast, the one
 that moves less to the host, and then the one that needs the least memory.
 
 The way begins with checkpointing per block. If that fits, keeping everything is tried. Where more packs at once
-would pay and do not fit, or nothing fits at all, come the levers that save more, in the order of what they cost:
-tiles and, on a card, embeddings in host memory; then checkpoints there, the head, and at last the blocks' weights,
+would pay and do not fit, or nothing fits at all, come the memory options that save more, in the order of what they
+cost: tiles and, on a GPU, embeddings in host memory; then checkpoints there, the head, and at last the blocks' weights,
 which come from the disk where the host has no room for any other plan.
-It ends where one more lever makes nothing better. What memory the best then leaves buys back time: a block's
-weights are unpacked once for its second run and its backward; on a card attention is not computed again where rows
+It ends where one more memory option makes nothing better. What memory the best then leaves buys back time: a block's
+weights are dequantised once for its recomputation and its backward; on a GPU attention is not recomputed where rows
 are so long that it shows; and as many of the last blocks are kept, or resident, as fit. More memory is then left, and
-spent, with fewer packs at once and with what a card may have in host memory, as long as that makes the step faster.
+spent, with fewer packs at once and with what a GPU may have in host memory, as long as that makes the step faster.
 """
 
 from collections import ChainMap
@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 
-from qlora_lite.models.levers import Levers
+from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS
 
 from .candidate import EQUALLY_FAST, Candidate, Step, build_candidate, choose, settled, timed
@@ -33,13 +33,13 @@ from .simulate import along_last_blocks
 FEWEST_ALIKE = 2  # blocks that run differently from the others, if any do; one alone is no line (``along_last_blocks``)
 SPARED = 0.03  # of the limit, that is not spent on speed: a device's constants are known to a few percent
 SMALL_CHUNK_TOKENS = 256
-CHECKPOINT_EVERY = 2, 4  # blocks of a stretch that are tried; more take more for themselves than they spare
+CHECKPOINT_EVERY = 2, 4  # blocks of a segment that are tried; more take more for themselves than they spare
 TILE_TOKENS = 4096  # tokens of an automatic tile: dequantising a weight for each costs a few percent
 SMALL_TILE_TOKENS = 1024  # the last resort
 
 
 def search(step: Step, machine: Machine, limit_bytes: int) -> list[Candidate]:
-    """Simulate the divisions and levers that may be best; more packs at once as long as it fits and pays.
+    """Simulate the divisions and memory options that may be best; more packs at once as long as it fits and pays.
 
     What a disk costs is known least, so it is for what fits in no other way.
     """
@@ -51,11 +51,11 @@ def search(step: Step, machine: Machine, limit_bytes: int) -> list[Candidate]:
     for each in with_less_on_host(with_disk(step)):
         found += _search(each, machine, limit_bytes)
         if choose(found, limit_bytes) is None:
-            found += _in_stretches(each, machine, found[-1], limit_bytes)
+            found += _in_segments(each, machine, found[-1], limit_bytes)
         if choose(found, limit_bytes) is not None or all(candidate.fits_host for candidate in found):
             break
     # The ways have candidates in common: those that keep on the device what they differ in.
-    return list({(candidate.levers, candidate.packs): candidate for candidate in found}.values())
+    return list({(candidate.options, candidate.packs): candidate for candidate in found}.values())
 
 
 def with_disk(step: Step) -> Step:
@@ -70,28 +70,29 @@ def with_less_on_host(step: Step) -> Iterator[Step]:
     last with streamed weights on the disk, and then with its block inputs on the device."""
     yield step
     inputs, on_disk = {"offload_checkpoints": False}, {"stream_from_disk": True}
-    weights = {"host_embeddings": False, "host_head": False, "resident_blocks": None}
+    weights = {"host_embeddings": False, "host_head": False, "resident_layers": None}
     ways = [inputs, inputs | weights]
-    if step.job.workload.is_quantized and step.fixed.get("resident_blocks", 0) is not None:
+    if step.job.workload.is_quantized and step.fixed.get("resident_layers", 0) is not None:
         ways += [on_disk, on_disk | inputs]
     seen = [step.fixed]
-    for levers in ways if step.job.device_type == "cuda" else ():
-        fixed = {**levers, **step.fixed}
+    for options in ways if step.job.device_type == "cuda" else ():
+        fixed = {**options, **step.fixed}
         if fixed not in seen:
             yield replace(step, fixed=fixed)
             seen.append(fixed)
 
 
-def in_stretches(step: Step, levers: Levers) -> Iterator[Levers]:
-    """Yield the levers with the inputs of fewer and fewer blocks kept, and no weights streamed, if that may be."""
-    changes = {"checkpoint_every": 1, "resident_blocks": None}
-    if levers.computes_again and not changes.keys() & {name for name in step.fixed if step.fixed[name] is not None}:
+def in_segments(step: Step, options: MemoryOptions) -> Iterator[MemoryOptions]:
+    """Yield the memory options with the inputs of fewer and fewer blocks kept, and no weights streamed, if that may
+    be."""
+    changes = {"layers_per_checkpoint": 1, "resident_layers": None}
+    if options.recomputes and not changes.keys() & {name for name in step.fixed if step.fixed[name] is not None}:
         for every in CHECKPOINT_EVERY:
-            yield replace(levers, **changes | {"checkpoint_every": every})
+            yield replace(options, **changes | {"layers_per_checkpoint": every})
 
 
 def _search(step: Step, machine: Machine, limit_bytes: int) -> list[Candidate]:
-    start = first_levers(step)
+    start = first_options(step)
     found = _divisions(step, machine, start, limit_bytes)
     best = choose(found, limit_bytes)
     limited = best is None or any(
@@ -99,14 +100,14 @@ def _search(step: Step, machine: Machine, limit_bytes: int) -> list[Candidate]:
         for candidate in found
     )
     if best is not None and _may_keep_all(step):
-        # What does not fit with blocks computed again would not fit with more kept.
+        # What does not fit with blocks recomputed would not fit with more kept.
         keeping_all = _divisions(step, machine, replace(start, checkpointing="none"), limit_bytes)
         found += keeping_all
         if all(candidate.peak_bytes <= limit_bytes for candidate in keeping_all):
             return found  # more memory would change nothing
-    for levers in smaller(step) if limited else ():
+    for options in smaller(step) if limited else ():
         best = choose(found, limit_bytes)
-        more = _divisions(step, machine, levers, limit_bytes, best.packs if best else 1)
+        more = _divisions(step, machine, options, limit_bytes, best.packs if best else 1)
         found += more
         if best is not None and choose(found, limit_bytes) is best and all(each.fits_host for each in more):
             break
@@ -119,60 +120,63 @@ def _search(step: Step, machine: Machine, limit_bytes: int) -> list[Candidate]:
         found += _freeing_and_spending(step, machine, best, choose(found, limit_bytes), limit_bytes)
         return _with_single_changes(step, machine, found, limit_bytes)
     if "loss_chunk_tokens" not in step.fixed:
-        small = replace(found[-1].levers, loss_chunk_tokens=SMALL_CHUNK_TOKENS)
+        small = replace(found[-1].options, loss_chunk_tokens=SMALL_CHUNK_TOKENS)
         found.append(build_candidate(step, machine, small, step.sizes()[0]))
     return found
 
 
-def _in_stretches(step: Step, machine: Machine, last: Candidate, limit_bytes: int) -> list[Candidate]:
+def _in_segments(step: Step, machine: Machine, last: Candidate, limit_bytes: int) -> list[Candidate]:
     """Return the last candidate with the inputs of fewer blocks kept, where they are what there is no room for."""
-    if last.levers.offload_checkpoints and last.fits_host:
+    if last.options.offload_checkpoints and last.fits_host:
         return []
     found: list[Candidate] = []
-    for levers in in_stretches(step, last.levers):
-        found.append(build_candidate(step, machine, levers, last.packs))
+    for options in in_segments(step, last.options):
+        found.append(build_candidate(step, machine, options, last.packs))
         if found[-1].fits(limit_bytes):
             break
     return found
 
 
-def first_levers(step: Step) -> Levers:
-    """Return the levers that the search begins with: what the user fixed, and checkpointing per block."""
-    return replace(Levers(loss_chunk_tokens=AUTO_CHUNK_TOKENS), **step.fixed)
+def first_options(step: Step) -> MemoryOptions:
+    """Return the memory options that the search begins with: what the user fixed, and checkpointing per block."""
+    return replace(MemoryOptions(loss_chunk_tokens=AUTO_CHUNK_TOKENS), **step.fixed)
 
 
-def smaller(step: Step) -> Iterator[Levers]:
-    """Yield levers that need less and less memory, the cheapest in time first."""
-    levers = first_levers(step)
+def smaller(step: Step) -> Iterator[MemoryOptions]:
+    """Yield memory options that need less and less memory, the cheapest in time first."""
+    options = first_options(step)
     changes: list[dict] = [{"tile_tokens": TILE_TOKENS}]
     if step.job.device_type == "cuda":  # elsewhere there is no other memory to go to
         tables = movable_tables(step)
         if tables and not step.job.workload.tables_are_tied:
             changes[0] |= tables.pop(0)  # of the embeddings a few KiB a token travel
-        if levers.computes_again:  # blocks that keep their activations must stay where they are
-            streamed = [{"resident_blocks": levers.kept_blocks}] if levers.checkpoint_every == 1 else []
+        if options.recomputes:  # blocks that keep their activations must stay where they are
+            streamed = (
+                [{"resident_layers": options.uncheckpointed_layers}] if options.layers_per_checkpoint == 1 else []
+            )
             changes += [{"offload_checkpoints": True}, *tables, *streamed]
         else:
             changes += tables
     changes.append({"tile_tokens": SMALL_TILE_TOKENS})
     for change in changes:
-        earlier, levers = levers, replace(levers, **{k: v for k, v in change.items() if k not in step.fixed})
-        if levers != earlier:
-            yield levers
+        earlier, options = options, replace(options, **{k: v for k, v in change.items() if k not in step.fixed})
+        if options != earlier:
+            yield options
 
 
 def movable_tables(step: Step) -> list[dict[str, bool]]:
-    """Return the levers that put the embeddings and a 16-bit head into host memory; one where they are the same."""
+    """Return the memory options that put the embeddings and a 16-bit head into host memory; one where they are the
+    same."""
     tables = dict.fromkeys(step.job.workload.movable_tables, True)
     return [tables] if step.job.workload.tables_are_tied else [{name: True} for name in tables]
 
 
 def _divisions(
-    step: Step, machine: Machine, levers: Levers, limit_bytes: int, fewest_packs: int = 1
+    step: Step, machine: Machine, options: MemoryOptions, limit_bytes: int, fewest_packs: int = 1
 ) -> list[Candidate]:  # fmt: skip
     found: list[Candidate] = []
     for packs in (size for size in step.sizes() if size >= fewest_packs or not step.may_split):
-        found.append(build_candidate(step, machine, levers, packs))
+        found.append(build_candidate(step, machine, options, packs))
         slower = len(found) > 1 and found[-1].step_seconds * EQUALLY_FAST > found[-2].step_seconds
         if found[-1].peak_bytes > limit_bytes or slower:
             break
@@ -180,7 +184,7 @@ def _divisions(
 
 
 def _may_keep_all(step: Step) -> bool:
-    return "checkpointing" not in step.fixed and not first_levers(step).is_of_second_runs
+    return "checkpointing" not in step.fixed and not first_options(step).is_of_second_runs
 
 
 def _spending(step: Step, machine: Machine, best: Candidate, limit_bytes: int) -> list[Candidate]:
@@ -198,80 +202,83 @@ def _freeing_and_spending(
 ) -> list[Candidate]:  # fmt: skip
     """Return candidates that need less than where the spending began, and spend that too, as long as it pays.
 
-    Fewer packs at once, and what a card has in host memory at next to no cost in time, make room for blocks that are
-    not computed again.
+    Fewer packs at once, and what a GPU has in host memory at next to no cost in time, make room for blocks that are
+    not recomputed.
     """
-    if not best.levers.computes_again or best.levers.resident_blocks is not None or "kept_blocks" in step.fixed:
+    if not best.options.recomputes or best.options.resident_layers is not None or "uncheckpointed_layers" in step.fixed:
         return []
     found: list[Candidate] = []
-    for levers in _moved_to_host(step, start.levers):
+    for options in _moved_to_host(step, start.options):
         for packs in (size for size in step.sizes() if size <= start.packs):
-            if (levers, packs) != (start.levers, start.packs):
-                freeing = build_candidate(step, machine, levers, packs)
+            if (options, packs) != (start.options, start.packs):
+                freeing = build_candidate(step, machine, options, packs)
                 if freeing.fits(limit_bytes):
                     found += [freeing, *_spending(step, machine, freeing, limit_bytes)]
         earlier, best = best, choose([best, *found], limit_bytes)
-        if best is earlier and levers != start.levers:
+        if best is earlier and options != start.options:
             break
     return found
 
 
 def _with_single_changes(step: Step, machine: Machine, found: list[Candidate], limit_bytes: int) -> list[Candidate]:
-    """Return the candidates, and those that differ from the best of all in one lever: the search goes another way.
+    """Return the candidates, and those that differ from the best of all in one memory option: the search goes another
+    way.
 
     What moves more to the host is left out, since it is never faster, and what would spend the memory that is spared.
     """
     best, room = None, (1 - SPARED) * limit_bytes
     while best is not (best := choose(found, limit_bytes)):
-        known = {candidate.levers for candidate in found if candidate.packs == best.packs}
-        changed = [levers for levers in single_changes(step, best.levers)
-                   if levers not in known and levers.host_rank <= best.levers.host_rank]  # fmt: skip
-        more = [build_candidate(step, machine, levers, best.packs) for levers in changed]
+        known = {candidate.options for candidate in found if candidate.packs == best.packs}
+        changed = [options for options in single_changes(step, best.options)
+                   if options not in known and options.host_rank <= best.options.host_rank]  # fmt: skip
+        more = [build_candidate(step, machine, options, best.packs) for options in changed]
         found = found + [candidate for candidate in more if candidate.peak_bytes <= max(room, best.peak_bytes)]
     return found
 
 
-def single_changes(step: Step, levers: Levers) -> Iterator[Levers]:
-    """Yield levers with one of them changed, those left out that the user fixed."""
+def single_changes(step: Step, options: MemoryOptions) -> Iterator[MemoryOptions]:
+    """Yield memory options with one of them changed, those left out that the user fixed."""
     changes: list[dict[str, object]] = []
-    if levers.computes_again:
-        changes.append({"tile_tokens": None if levers.tile_tokens else TILE_TOKENS})
+    if options.recomputes:
+        changes.append({"tile_tokens": None if options.tile_tokens else TILE_TOKENS})
         if step.job.workload.is_quantized:
-            changes.append({"reuse_dequantized": not levers.reuse_dequantized})
-    if levers.computes_again and step.job.device_type == "cuda":
-        if not levers.compile and not levers.uses_disk:  # which would have to take twice as much
-            changes.append({"checkpointing": "selective" if levers.checkpointing == "block" else "block"})
-        changes.append({"offload_checkpoints": not levers.offload_checkpoints})
-        if levers.checkpoint_every == 1:
-            changes.append({"resident_blocks": levers.kept_blocks if levers.resident_blocks is None else None})
+            changes.append({"cache_dequantized": not options.cache_dequantized})
+    if options.recomputes and step.job.device_type == "cuda":
+        if not options.compile and not options.uses_disk:  # which would have to take twice as much
+            changes.append({"checkpointing": "selective" if options.checkpointing == "block" else "block"})
+        changes.append({"offload_checkpoints": not options.offload_checkpoints})
+        if options.layers_per_checkpoint == 1:
+            changes.append(
+                {"resident_layers": options.uncheckpointed_layers if options.resident_layers is None else None}
+            )
     for table in movable_tables(step) if step.job.device_type == "cuda" else ():
-        changes.append({name: not getattr(levers, name) for name in table})
+        changes.append({name: not getattr(options, name) for name in table})
     for change in changes:
         if not change.keys() & step.fixed.keys():
-            yield settled(step, replace(levers, **change))
+            yield settled(step, replace(options, **change))
 
 
-def _moved_to_host(step: Step, levers: Levers) -> Iterator[Levers]:
-    """Yield the levers, then with embeddings and head in a card's host memory, then with block inputs there too; where
-    there are tiles, which cost time, with all of that at once in their place."""
-    yield levers
+def _moved_to_host(step: Step, options: MemoryOptions) -> Iterator[MemoryOptions]:
+    """Yield the memory options, then with embeddings and head in a GPU's host memory, then with block inputs there too;
+    where there are tiles, which cost time, with all of that at once in their place."""
+    yield options
     changes = [dict(ChainMap(*movable_tables(step))), {"offload_checkpoints": True}]
-    if levers.tile_tokens is not None:
+    if options.tile_tokens is not None:
         changes = [{"tile_tokens": None} | changes[0] | changes[1]]
     for change in changes if step.job.device_type == "cuda" else ():
-        earlier, levers = levers, replace(levers, **{k: v for k, v in change.items() if k not in step.fixed})
-        if levers != earlier:
-            yield levers
+        earlier, options = options, replace(options, **{k: v for k, v in change.items() if k not in step.fixed})
+        if options != earlier:
+            yield options
 
 
 def _with_weights_reused(step: Step, machine: Machine, best: Candidate, limit_bytes: int) -> list[Candidate]:
-    """Return the candidate that unpacks each weight of a block's backward once, if spare memory allows it.
+    """Return the candidate that dequantises each weight of a block's backward once, if spare memory allows it.
 
     It comes before whole blocks are kept: it takes the weights of one and serves all.
     """
-    if "reuse_dequantized" in step.fixed or not step.job.workload.is_quantized or not best.levers.computes_again:
+    if "cache_dequantized" in step.fixed or not step.job.workload.is_quantized or not best.options.recomputes:
         return []
-    reusing = build_candidate(step, machine, replace(best.levers, reuse_dequantized=True), best.packs)
+    reusing = build_candidate(step, machine, replace(best.options, cache_dequantized=True), best.packs)
     return [reusing] if reusing.fits((1 - SPARED) * limit_bytes) else []
 
 
@@ -280,7 +287,7 @@ def _with_attention_kept(step: Step, machine: Machine, best: Candidate, limit_by
 
     Where the device has no room for what that keeps, it goes to host memory. A CPU keeps attention's results anyway.
     """
-    x = best.levers
+    x = best.options
     if "checkpointing" in step.fixed or step.job.device_type == "cpu" or x.checkpointing != "block" or x.compile:
         return []
     if x.uses_disk:  # which would have to take twice as much
@@ -289,8 +296,8 @@ def _with_attention_kept(step: Step, machine: Machine, best: Candidate, limit_by
     ways = [selective]
     if "offload_checkpoints" not in step.fixed and not selective.offload_checkpoints:
         ways.append(replace(selective, offload_checkpoints=True))
-    for levers in ways:
-        found = build_candidate(step, machine, levers, best.packs)
+    for options in ways:
+        found = build_candidate(step, machine, options, best.packs)
         if found.step_seconds * EQUALLY_FAST > best.step_seconds:
             return []
         if found.fits((1 - SPARED) * limit_bytes):
@@ -301,20 +308,24 @@ def _with_attention_kept(step: Step, machine: Machine, best: Candidate, limit_by
 def _with_more_on_device(step: Step, machine: Machine, best: Candidate, limit_bytes: int) -> list[Candidate]:
     """Return candidates with as many last blocks kept (of streamed ones resident, or both) as the limit allows, if it
     allows any; where it has room for nearly all, also one that keeps all."""
-    if not best.levers.computes_again:
+    if not best.options.recomputes:
         return []
-    ways = [("kept_blocks",)]
-    if best.levers.resident_blocks is not None:  # of the same last blocks, so not where the user fixed some
-        ways = [] if best.levers.kept_blocks else [("resident_blocks",), ("resident_blocks", "kept_blocks")]
+    ways = [("uncheckpointed_layers",)]
+    if best.options.resident_layers is not None:  # of the same last blocks, so not where the user fixed some
+        ways = (
+            []
+            if best.options.uncheckpointed_layers
+            else [("resident_layers",), ("resident_layers", "uncheckpointed_layers")]
+        )
     ways = [names for names in ways if not step.fixed.keys() & {*names}]
     raised = (_raised(step, machine, best, names, limit_bytes) for names in ways)
-    found = [candidate for candidate in raised if candidate.levers != best.levers]
+    found = [candidate for candidate in raised if candidate.options != best.options]
     nearly_all = step.job.workload.depth - FEWEST_ALIKE, None
-    kept = [(candidate.levers.kept_blocks, candidate.levers.resident_blocks) for candidate in found]
+    kept = [(candidate.options.uncheckpointed_layers, candidate.options.resident_layers) for candidate in found]
     if nearly_all in kept and _may_keep_all(step):
-        changes = {"checkpointing": "none", "reuse_dequantized": False, "offload_checkpoints": False}
+        changes = {"checkpointing": "none", "cache_dequantized": False, "offload_checkpoints": False}
         unset = {name: value for name, value in changes.items() if name not in step.fixed}
-        keeps_all = build_candidate(step, machine, replace(best.levers, **unset), best.packs)
+        keeps_all = build_candidate(step, machine, replace(best.options, **unset), best.packs)
         found += [keeps_all] if keeps_all.fits(limit_bytes) else []
     return found
 
@@ -322,18 +333,18 @@ def _with_more_on_device(step: Step, machine: Machine, best: Candidate, limit_by
 def _with_less_to_stream(step: Step, machine: Machine, found: list[Candidate], limit_bytes: int) -> list[Candidate]:
     """Return the last candidate that only the host has no room for in two ways that leave more on the device: with all
     blocks resident, and with as many as fit there."""
-    streamed = [c for c in found if c.levers.resident_blocks is not None and c.peak_bytes <= limit_bytes]
-    if not streamed or "resident_blocks" in step.fixed:
+    streamed = [c for c in found if c.options.resident_layers is not None and c.peak_bytes <= limit_bytes]
+    if not streamed or "resident_layers" in step.fixed:
         return []
     last = streamed[-1]
-    resident = build_candidate(step, machine, replace(last.levers, resident_blocks=None), last.packs)
+    resident = build_candidate(step, machine, replace(last.options, resident_layers=None), last.packs)
     return [resident, *_with_more_on_device(step, machine, last, limit_bytes)]
 
 
 def _raised(step: Step, machine: Machine, best: Candidate, names: Sequence[str], limit_bytes: int) -> Candidate:
-    """Return a candidate with as many last blocks kept, resident or both, by the levers' names, as fit."""
+    """Return a candidate with as many last blocks kept, resident or both, by the memory options' names, as fit."""
     depth = step.job.workload.depth
-    job = replace(best.prediction.job, levers=replace(best.levers, **dict.fromkeys(names, 1)))
+    job = replace(best.prediction.job, options=replace(best.options, **dict.fromkeys(names, 1)))
     at = along_last_blocks(job)
     line = {0: best.prediction.simulation}
 
@@ -344,6 +355,6 @@ def _raised(step: Step, machine: Machine, best: Candidate, names: Sequence[str],
     few = FEWEST_ALIKE - 1  # are left out at both ends
     count = most(lambda n: peak_of(n + few if n else 0), limit_bytes, depth - 1 - 2 * few)
     count += few if count else 0
-    levers = replace(best.levers, **dict.fromkeys(names, count))
-    prediction = with_constants(replace(job, levers=levers), line[count])
-    return timed(machine, levers, best.packs, best.micro_batches, prediction)
+    options = replace(best.options, **dict.fromkeys(names, count))
+    prediction = with_constants(replace(job, options=options), line[count])
+    return timed(machine, options, best.packs, best.micro_batches, prediction)

@@ -4,7 +4,7 @@ They are plain tensors on torch's meta device: each has a shape and a storage wi
 takes several times as long: 0.1 ms an operation.)
 
 Nothing here knows what a step does: it has the workload build its skeleton, builds the real optimizer, and calls
-``train.rehearsal`` below a ``Ledger`` and a ``WorkCounter``. One pass shows the steady state: the optimizer has
+``train.memory_probe`` below a ``Ledger`` and a ``WorkCounter``. One pass shows the steady state: the optimizer has
 its states already, and with gradient accumulation the gradients of the earlier micro-batches are there.
 
 The blocks of a decoder repeat, so a deep model is run at two small depths and continued in a straight line,
@@ -30,13 +30,13 @@ from torch import nn
 from qlora_lite.memory.ledger import Moment
 from qlora_lite.memory.marks import category
 from qlora_lite.memory.work import Work, WorkCounter
-from qlora_lite.models.levers import Levers, stream_of
+from qlora_lite.models.memory_options import MemoryOptions, stream_of
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.ops.stream import spare_bytes
 from qlora_lite.train.determinism import deterministic
 from qlora_lite.train.inventory import categorised
+from qlora_lite.train.memory_probe import probe_step, probe_update
 from qlora_lite.train.optim import build_optimizer
-from qlora_lite.train.rehearsal import rehearse_step, rehearse_update
 from qlora_lite.train.workload import BatchShape, Workload
 
 from .meta_results import MetaResults, NeedsValuesError
@@ -54,7 +54,7 @@ def full_pack(tokens: int, packing: bool) -> BatchShape:
 
     It needs as much as any of ``TYPICAL_SEQUENCES`` or fewer: what runs once for each takes its time, and one has
     nearly all tokens, since attention needs most for a long one. Each more takes up to 128 tokens' more inside of a
-    card's attention (``ops.packed_attention``); a run is planned with its own rows.
+    GPU's attention (``ops.packed_attention``); a run is planned with its own rows.
     """
     others = min(TYPICAL_SEQUENCES - 1, (tokens - 1) // 2) if packing else 0
     return BatchShape((tokens - others, *(1,) * others), tokens - 1)
@@ -80,7 +80,7 @@ class Job:
     accumulating: bool = False
     deterministic: bool = False
     saved_adapters: int = 0
-    levers: Levers = field(default_factory=Levers)
+    options: MemoryOptions = field(default_factory=MemoryOptions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class Simulation:
     resident: Moment  # between two steps
     work: Work
     offloaded_bytes: int = 0  # most that lay in host memory
-    folder_bytes: int = 0  # most that lay in files of ``levers.offload_folder``
+    folder_bytes: int = 0  # most that lay in files of ``options.offload_folder``
     frozen_bytes: int = 0  # the model without the adapter, wherever it lies
     measured_because: str = ""  # the operator that cannot run without values, where real tensors were measured
     streamed_sizes: tuple[int, ...] = ()  # bytes of the first streamed blocks, of each kind at least one
@@ -140,8 +140,8 @@ def _repeating(job: Job) -> Simulation:
 def _pattern(job: Job) -> tuple[int, int]:
     """Return how many of the first blocks run in ways of their own, and after how many the others repeat."""
     unlike, pattern = job.workload.pattern()
-    if job.levers.computes_again:  # in stretches that are counted from the last block
-        pattern = lcm(pattern, job.levers.checkpoint_every)
+    if job.options.recomputes:  # in segments that are counted from the last block
+        pattern = lcm(pattern, job.options.layers_per_checkpoint)
         unlike += (job.workload.depth - unlike) % pattern
     return unlike, pattern
 
@@ -149,17 +149,17 @@ def _pattern(job: Job) -> tuple[int, int]:
 def _front(job: Job) -> int:
     """Return how many of the first blocks (times their pattern) need more than those that follow, being of their kind.
 
-    The first has all gradients beside it, but none of its input's: inside attention, of which a card's kernel takes
+    The first has all gradients beside it, but none of its input's: inside attention, of which a GPU's kernel takes
     most, the second can need more. With checkpoints in host memory, that one has the first's input too.
     """
-    return 2 if job.levers.offload_checkpoints or job.device_type == "cuda" else 1
+    return 2 if job.options.offload_checkpoints or job.device_type == "cuda" else 1
 
 
 def _last_blocks(job: Job) -> int | None:
     """Return how many of the last blocks run differently from those before; None if there are three kinds."""
-    levers, depth = job.levers, job.workload.depth
-    kept = min(levers.kept_blocks, depth) if levers.computes_again else 0
-    resident = 0 if levers.resident_blocks is None else min(levers.resident_blocks, depth)
+    options, depth = job.options, job.workload.depth
+    kept = min(options.uncheckpointed_layers, depth) if options.recomputes else 0
+    resident = 0 if options.resident_layers is None else min(options.resident_layers, depth)
     if kept and resident and kept != resident:
         return None
     return max(kept, resident) % depth
@@ -173,10 +173,12 @@ def along_last_blocks(job: Job) -> Callable[[int], Simulation]:
     depth, (unlike, pattern) = job.workload.depth, _pattern(job)
 
     def with_last(count: int, layers: int) -> Job:
-        levers = job.levers
-        kept = count if levers.kept_blocks else 0
-        resident = levers.resident_blocks and count
-        return replace(_at_depth(job, layers), levers=replace(levers, kept_blocks=kept, resident_blocks=resident))
+        options = job.options
+        kept = count if options.uncheckpointed_layers else 0
+        resident = options.resident_layers and count
+        return replace(
+            _at_depth(job, layers), options=replace(options, uncheckpointed_layers=kept, resident_layers=resident)
+        )
 
     front = unlike + _front(job)
     few = front + 1
@@ -209,8 +211,8 @@ def _as_allocated(job: Job, simulation: Simulation) -> Simulation:
 
     They are shared between blocks, so that it does not grow in a straight line.
     """
-    streamed, sizes = job.levers.streamed_of(job.workload.depth), simulation.streamed_sizes
-    if not streamed or job.levers.stream_from_disk or job.device_type != "cuda":
+    streamed, sizes = job.options.streamed_of(job.workload.depth), simulation.streamed_sizes
+    if not streamed or job.options.stream_from_disk or job.device_type != "cuda":
         return simulation
     unlike, pattern = _pattern(job)
     kinds = [number if number < unlike else unlike + (number - unlike) % pattern for number in range(streamed)]
@@ -239,7 +241,7 @@ def _say_measured(name: str, why: str) -> None:
 
 
 def _run(job: Job, device: torch.device, timeline: bool, measured_because: str = ""):
-    workload = job.workload.with_options(job.levers)
+    workload = job.workload.with_options(job.options)
     with planning_for(job.device_type):
         model = workload.planned_model(device, _as_counted(job), job.shape)
     parameters = [parameter for _, parameter in workload.method.parameters(model)]
@@ -253,13 +255,13 @@ def _run(job: Job, device: torch.device, timeline: bool, measured_because: str =
         in_files = ledger.now().breakdown.get("on disk", 0)  # the weights themselves
         ledger.watch(model)
         eval_inputs = workload.planned_inputs(job.eval_shape, device) if job.eval_shape else None
-        rehearse_step(
+        probe_step(
             workload, model, parameters, optimizer, workload.planned_inputs(job.shape, device), eval_inputs,
-            job.max_grad_norm, job.accumulating, job.levers.optimizer_in_backward,
+            job.max_grad_norm, job.accumulating, job.options.optimizer_in_backward,
         )  # fmt: skip
         resident, moments = ledger.now(), list(ledger.timeline or ())  # what follows is only the model's end
     frozen = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad)
-    work = counter.work._replace(operations=0) if job.levers.compile else counter.work  # how few it has is not known
+    work = counter.work._replace(operations=0) if job.options.compile else counter.work  # how few it has is not known
     stream = stream_of(model)
     simulation = Simulation(
         dict(ledger.peaks), resident, work, ledger.offloaded_peak_bytes,
@@ -270,10 +272,10 @@ def _run(job: Job, device: torch.device, timeline: bool, measured_because: str =
     return (simulation, moments) if timeline else simulation
 
 
-def _as_counted(job: Job) -> Levers:
+def _as_counted(job: Job) -> MemoryOptions:
     """Return the memory options as a plan runs them: compiled blocks are counted as plain ones."""
-    is_plain = job.levers.compile or job.deterministic
-    return replace(job.levers, compile=False, kernels="plain" if is_plain else job.levers.kernels)
+    is_plain = job.options.compile or job.deterministic
+    return replace(job.options, compile=False, kernels="plain" if is_plain else job.options.kernels)
 
 
 def _optimizer(job: Job, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
@@ -338,8 +340,8 @@ def _continued(job: Job, base: _Ends, slopes: Sequence[tuple[_Ends, int]], last:
             moments[name, module] = Moment(name, module, line(lambda ends, key=key: ends.moments[key].bytes))
     trained = base.simulation.trained
     trained += sum((other.simulation.trained[len(trained) :] * steps for other, steps in slopes), ())
-    if not job.levers.optimizer_in_backward:
-        updated = _update(replace(job, workload=None, shape=None, eval_shape=None, levers=Levers()), trained)
+    if not job.options.optimizer_in_backward:
+        updated = _update(replace(job, workload=None, shape=None, eval_shape=None, options=MemoryOptions()), trained)
         for key, moment in moments.items():
             if moment.phase == "optimizer":
                 moments[key] = moment.with_category("optimizer", updated.breakdown["optimizer"])
@@ -365,7 +367,7 @@ def _update(job: Job, trained: tuple[tuple[torch.Size, torch.dtype], ...]) -> Mo
                 parameter.grad = torch.zeros_like(parameter)
         with category("optimizer"):
             optimizer.step()
-        rehearse_update(parameters, optimizer, job.max_grad_norm)
+        probe_update(parameters, optimizer, job.max_grad_norm)
     return max((m for m in ledger.peaks.values() if m.phase == "optimizer"), key=lambda m: m.total)
 
 

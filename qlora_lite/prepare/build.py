@@ -9,15 +9,14 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from qlora_lite.adapters.checkpoint_names import set_outside
+from qlora_lite.adapters.checkpoint_names import set_checkpoint_name
 from qlora_lite.adapters.files import Lora, begin_with
 from qlora_lite.adapters.lora.inject import Target
 from qlora_lite.adapters.read import adapter_bytes, read_adapter
 from qlora_lite.constraints import UPDATES_IN_FLOAT16, WITH_COMPILE
 from qlora_lite.errors import CheckpointError, ModelError
-from qlora_lite.memory.meter import free_bytes, hold_to
+from qlora_lite.memory.meter import free_bytes, set_memory_limit
 from qlora_lite.models.anatomy import blocks
-from qlora_lite.models.levers import Levers, levers_of, place, set_levers
 from qlora_lite.models.load import (
     auto_dtype,
     fast_dtype,
@@ -26,6 +25,7 @@ from qlora_lite.models.load import (
     resolve_device,
     stored_quantization,
 )
+from qlora_lite.models.memory_options import MemoryOptions, memory_options_of, place, set_memory_options
 from qlora_lite.models.skeleton import meta_model, read_config, read_part
 from qlora_lite.planning.answering import left_on_host, memory_to_use, placement
 from qlora_lite.planning.machine import Machine
@@ -47,14 +47,15 @@ def train_settings(recipe: Recipe) -> TrainSettings:
     """
     require_recipe(recipe)
     said = recipe.data.model_dump() | recipe.train.model_dump() | recipe.memory.model_dump()
-    said["levers"] = Levers(**fixed_levers(recipe))
+    said["options"] = MemoryOptions(**fixed_options(recipe))
     return TrainSettings(**{field.name: said[field.name] for field in fields(TrainSettings)})
 
 
-def fixed_levers(recipe: Recipe) -> dict[str, object]:
-    """Return the levers that a recipe sets, by the names of ``Levers``; those left to the planner are not in it."""
+def fixed_options(recipe: Recipe) -> dict[str, object]:
+    """Return the memory options that a recipe sets, by the names of ``MemoryOptions``; those left to the planner are
+    not in it."""
     said = recipe.memory.model_dump() | {"compile": recipe.train.compile}
-    return levers_of(said | WITH_COMPILE if recipe.train.compile else said)  # each is that or "auto"
+    return memory_options_of(said | WITH_COMPILE if recipe.train.compile else said)  # each is that or "auto"
 
 
 def compute_dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
@@ -64,27 +65,27 @@ def compute_dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
     return resolve_compute_dtype(m.compute_dtype, device, read_config(m.path, m.revision).model_type if asks else "")
 
 
-def build_model(recipe: Recipe, levers: Levers | None = None, adapter: Path | None = None) -> nn.Module:
-    """Load a recipe's base model on its device, with LoRA factors, for training.
+def build_model(recipe: Recipe, options: MemoryOptions | None = None, adapter: Path | None = None) -> nn.Module:
+    """Load a recipe's base model on its device, with LoRA weights, for training.
 
     Args:
-        levers: which of its weights stay in host memory.
-        adapter: see ``add_factors``.
+        options: which of its weights stay in host memory.
+        adapter: see ``add_adapter``.
     """
     m = recipe.model
     device = resolve_device(m.device)
     dtype = compute_dtype_of(recipe, device)
-    levers = levers or Levers()
+    options = options or MemoryOptions()
     model = load_model(
-        m.path, m.quant, m.double_quant, dtype, "cpu" if levers.places_weights else device, m.revision,
-        quant_head=m.quant_head, in_files=levers.weights_on_disk,
+        m.path, m.quant, m.double_quant, dtype, "cpu" if options.places_weights else device, m.revision,
+        quant_head=m.quant_head, in_files=options.weights_on_disk,
     )  # fmt: skip
-    add_factors(recipe, model, adapter)
-    return place(model, device, levers) if levers.places_weights else model
+    add_adapter(recipe, model, adapter)
+    return place(model, device, options) if options.places_weights else model
 
 
-def add_factors(recipe: Recipe, model: nn.Module, adapter: Path | None = None) -> nn.Module:
-    """Add a recipe's LoRA factors to a base model (a skeleton, too); return the model.
+def add_adapter(recipe: Recipe, model: nn.Module, adapter: Path | None = None) -> nn.Module:
+    """Add a recipe's LoRA weights to a base model (a skeleton, too); return the model.
 
     Args:
         adapter: folder of the adapter that lora.init_from means; None makes new factors.
@@ -110,7 +111,7 @@ def build_to_use(
 ) -> nn.Module:  # fmt: skip
     """Load a recipe's base model for answers and evaluations, its weights on the device as far as they fit.
 
-    From then on the process is held to ``memory.budget``.
+    From then on the process is capped at ``memory.budget``.
 
     Args:
         adapters: folders of those that the device must have room for; they are for the caller to attach.
@@ -121,25 +122,28 @@ def build_to_use(
     device = resolve_device(m.device)
     dtype = compute_dtype_of(recipe, device)
     # without fused kernels, which training alone tries
-    tiles, levers = Levers(tile_tokens=fixed_levers(recipe).get("tile_tokens"), kernels="plain"), Levers()
+    tiles, options = (
+        MemoryOptions(tile_tokens=fixed_options(recipe).get("tile_tokens"), kernels="plain"),
+        MemoryOptions(),
+    )
     if (memory := memory_to_use(device, recipe.memory.budget_bytes)) is not None:
-        hold_to(device, None)  # loading may take more for a moment
+        set_memory_limit(device, None)  # loading may take more for a moment
         skeleton = build_skeleton(recipe)
         if tiles.tile_tokens:
-            set_levers(skeleton, tiles)
+            set_memory_options(skeleton, tiles)
         memory -= sum(adapter_bytes(folder) for folder in adapters)
-        levers = placement(skeleton, context_tokens or recipe.data.max_tokens, memory, free_bytes(torch.device("cpu")))
+        options = placement(skeleton, context_tokens or recipe.data.max_tokens, memory, free_bytes(torch.device("cpu")))
     model = load_model(
-        m.path, m.quant, m.double_quant, dtype, "cpu" if levers.places_weights else device, m.revision, use_cache,
-        quant_head=m.quant_head, in_files=levers.weights_on_disk,
+        m.path, m.quant, m.double_quant, dtype, "cpu" if options.places_weights else device, m.revision, use_cache,
+        quant_head=m.quant_head, in_files=options.weights_on_disk,
     )  # fmt: skip
-    if levers.places_weights:
-        left = left_on_host(levers, len(blocks(model)))
-        log.warning("the card has no room for all weights, so that answers take longer; in host memory: %s", left)
-        place(model, device, levers)
+    if options.places_weights:
+        left = left_on_host(options, len(blocks(model)))
+        log.warning("the GPU has no room for all weights, so that answers take longer; in host memory: %s", left)
+        place(model, device, options)
     if tiles.tile_tokens:
-        set_levers(model, tiles)
-    hold_to(device, recipe.memory.budget_bytes)
+        set_memory_options(model, tiles)
+    set_memory_limit(device, recipe.memory.budget_bytes)
     return model
 
 
@@ -148,7 +152,7 @@ def build_skeleton(recipe: Recipe) -> nn.Module:
     m = recipe.model
     part, dtype = read_part(m.path, m.revision), compute_dtype_of(recipe, resolve_device(m.device))
     model = meta_model(part.config, *quantization_of(recipe, part.config.to_dict()), dtype, m.quant_head)
-    return set_outside(model, part.outside)
+    return set_checkpoint_name(model, part.outside)
 
 
 def job_of(recipe: Recipe, config, machine: Machine, eval_shape: BatchShape | None) -> Job:
@@ -160,7 +164,7 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_shape: BatchShape | No
         eval_shape: of the largest evaluation batch, None without one.
 
     Raises:
-        ModelError: the machine is a card that has no bfloat16, and the recipe asks for it; or the step is to
+        ModelError: the machine is a GPU that has no bfloat16, and the recipe asks for it; or the step is to
             compute in float16 and update LoRA weights in backward.
     """
     m, t = recipe.model, recipe.train
@@ -168,7 +172,7 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_shape: BatchShape | No
     auto = auto_dtype(machine.dtype, config.model_type)
     dtype = auto if m.compute_dtype == "auto" else getattr(torch, m.compute_dtype)
     if machine.device_type == "cuda" and dtype == torch.bfloat16 != machine.dtype:
-        raise ModelError("model.compute_dtype bfloat16 is for training on cards of compute capability 8.0 and later, "
+        raise ModelError("model.compute_dtype bfloat16 is for training on GPUs of compute capability 8.0 and later, "
                          "since earlier ones only emulate it, slowly; leave it on auto")  # fmt: skip
     if dtype == torch.float16 and recipe.memory.optimizer_in_backward:
         raise ModelError(f"memory.optimizer_in_backward: {UPDATES_IN_FLOAT16}")
@@ -189,18 +193,18 @@ def quantization_of(recipe: Recipe, config: dict) -> tuple[str, bool]:
     return stored_quantization(config) or (recipe.model.quant, recipe.model.double_quant)
 
 
-def with_plan(recipe: Recipe, levers: Mapping[str, object]) -> Recipe:
-    """Return a recipe with an earlier plan's levers in place of those it leaves open.
+def with_plan(recipe: Recipe, options: Mapping[str, object]) -> Recipe:
+    """Return a recipe with an earlier plan's memory options in place of those it leaves open.
 
     Args:
-        levers: settings by dotted key, as ``planning.candidate.Candidate.settings`` gives them.
+        options: settings by dotted key, as ``planning.candidate.Candidate.settings`` gives them.
 
     Raises:
-        CheckpointError: a lever is none.
+        CheckpointError: a memory option is none.
     """
     sections: dict[str, dict] = {"memory": {"micro_batches": "as-given"}, "train": {}}
     try:
-        for key, value in levers.items():
+        for key, value in options.items():
             section, _, name = key.partition(".")
             sections[section][name] = value
         changed = {

@@ -14,16 +14,16 @@ from shutil import disk_usage
 from qlora_lite.errors import DoesNotFitError, OutputError, RecipeError
 from qlora_lite.files import Space
 from qlora_lite.memory.bar import BESIDE
-from qlora_lite.memory.cards import CardError
-from qlora_lite.models.levers import Levers
+from qlora_lite.memory.gpus import GpuError
 from qlora_lite.models.load import resolve_device
+from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.models.skeleton import read_config
 from qlora_lite.planning.candidate import Candidate, Step, build_candidate, choose, timed
 from qlora_lite.planning.largest import most_packs
 from qlora_lite.planning.length import longest_job, packs_at_once
 from qlora_lite.planning.machine import Machine, this_machine
 from qlora_lite.planning.predict import Prediction, predict
-from qlora_lite.planning.search import SMALL_CHUNK_TOKENS, first_levers, search, single_changes, smaller
+from qlora_lite.planning.search import SMALL_CHUNK_TOKENS, first_options, search, single_changes, smaller
 from qlora_lite.planning.simulate import Job, full_pack
 from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import Recipe
@@ -34,12 +34,12 @@ from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.workload import BatchShape
 from qlora_lite.units import format_bytes
 
-from .build import compute_dtype_of, fixed_levers, job_of, train_settings
+from .build import compute_dtype_of, fixed_options, job_of, train_settings
 
 log = logging.getLogger(__name__)
 
-MOST_TOKENS, MOST_PACKS = 2**21, 256  # the ends of --max-tokens and --max-batch
-MOST_CHANGES = 2  # settings in which an alternative that is shown may differ from the chosen plan
+MAX_TOKENS, MAX_PACKS = 2**21, 256  # the ends of --max-tokens and --max-batch
+MAX_CHANGES = 2  # settings in which an alternative that is shown may differ from the chosen plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,17 +104,15 @@ def plan_recipe(
     """
     require_recipe(recipe)
     if not isinstance(machine, Machine):
-        raise CardError(
-            f"a machine is wanted, not {type(machine).__name__}; qlora_lite.machine_of_card(CARD) makes one"
-        )
+        raise GpuError(f"a machine is wanted, not {type(machine).__name__}; qlora_lite.machine_of_gpu(GPU) makes one")
     if not isinstance(budget_bytes, int | float):
-        raise CardError(f"budget_bytes is {budget_bytes!r}; give a number, such as 8 * 2**30")
+        raise GpuError(f"budget_bytes is {budget_bytes!r}; give a number, such as 8 * 2**30")
     t, m = recipe.train, recipe.memory
     d = recipe.data
     evaluation = eval_shape or (full_pack(d.max_tokens, packing=True) if d.has_eval else None)
     job = job_of(recipe, read_config(recipe.model.path, recipe.model.revision), machine, evaluation)
     spec = job.workload.spec
-    machine, fixed = machine.computing_in(spec.compute_dtype), fixed_levers(recipe)
+    machine, fixed = machine.computing_in(spec.compute_dtype), fixed_options(recipe)
     for one, other in permutations(("host_embeddings", "host_head")):
         if job.workload.tables_are_tied and one in fixed:
             fixed.setdefault(other, fixed[one])
@@ -128,7 +126,7 @@ def plan_recipe(
     found = search(step, machine, budget_bytes - machine.base_bytes)
     chosen = choose(found, budget_bytes - machine.base_bytes)
     least = min(found, key=lambda candidate: (not candidate.fits_host, candidate.peak_bytes))
-    if spec.quant_head and spec.config.tie_word_embeddings and not (chosen or least).levers.host_embeddings:
+    if spec.quant_head and spec.config.tie_word_embeddings and not (chosen or least).options.host_embeddings:
         log.warning("model.quant_head: the embeddings are also the head, and their 16-bit table stays on the device: "
                     "the 4-bit copy takes memory and saves none")  # fmt: skip
     _warn_of_length(job, max(shape.lengths) if shape else d.max_tokens)
@@ -139,7 +137,7 @@ def plan_recipe(
 def _check_counts(fixed: Mapping[str, object], blocks: int) -> None:
     problems = [
         f"memory.{name} = {fixed[name]}: the model has {blocks} blocks; write at most as many"
-        for name in ("kept_blocks", "resident_blocks") if (fixed.get(name) or 0) > blocks
+        for name in ("uncheckpointed_layers", "resident_layers") if (fixed.get(name) or 0) > blocks
     ]  # fmt: skip
     if problems:
         raise RecipeError(problems)
@@ -180,44 +178,45 @@ def plan_run(recipe: Recipe, examples, eval_examples, headroom: int = 0) -> tupl
     if not plan.fits:
         raise does_not_fit(plan, list(alternatives(plan)))
     chosen = plan.chosen
-    if chosen.levers.uses_disk:
-        needed, free = chosen.prediction.simulation.folder_bytes, disk_usage(chosen.levers.offload_folder).free
+    if chosen.options.uses_disk:
+        needed, free = chosen.prediction.simulation.folder_bytes, disk_usage(chosen.options.offload_folder).free
         if needed > free:
             raise OutputError(f"memory.offload_folder: needs {format_bytes(needed)} and has {format_bytes(free)} free; "
                               "make room, or name another folder")  # fmt: skip
     return plan, replace(
-        settings, levers=chosen.levers, micro_batch_size=chosen.packs,
+        settings, options=chosen.options, micro_batch_size=chosen.packs,
         gradient_accumulation_steps=chosen.micro_batches,
     )  # fmt: skip
 
 
 def expected_peak(plan: Plan, largest, evaluation) -> Prediction:
-    """Predict the very step that a run rehearses, and saves nothing of: its own largest batches, in the chosen way."""
+    """Predict the very step that a run probes, and saves nothing of: its own largest batches, in the chosen way."""
     job = plan.chosen.prediction.job
     shapes = job.workload.shape(largest), evaluation and job.workload.shape(evaluation)
     return predict(replace(job, shape=shapes[0], eval_shape=shapes[1], saved_adapters=0))
 
 
-def as_metered(plan: Plan, expected: Prediction) -> int:
-    """Return a prediction as ``memory.meter`` counts: what is allocated on a card, the whole process on a CPU."""
+def as_measured(plan: Plan, expected: Prediction) -> int:
+    """Return a prediction as ``memory.meter`` counts: what is allocated on a GPU, the whole process on a CPU."""
     if plan.machine.device_type == "cuda":
         return expected.allocated_bytes
     return plan.machine.base_bytes + expected.peak_bytes
 
 
 def alternatives(plan: Plan) -> Iterator[Alternative]:
-    """Yield what one change to the chosen plan would need: what the search saw, then single levers, then the task."""
+    """Yield what one change to the chosen plan would need: what the search saw, then single memory options, then the
+    task."""
     chosen, step = plan.chosen, plan.step
     seen = {""}
     for other in plan.found:
         change = _difference(chosen, other)
-        if change not in seen and change.count("=") <= MOST_CHANGES:
+        if change not in seen and change.count("=") <= MAX_CHANGES:
             yield _alternative(plan, change, other)
         seen.add(change)
-    known = {(other.levers, other.packs): other for other in plan.found}
-    fewer = [] if "loss_chunk_tokens" in step.fixed else [replace(chosen.levers, loss_chunk_tokens=SMALL_CHUNK_TOKENS)]
-    for levers in (*fewer, *single_changes(step, chosen.levers)):
-        other = known.get((levers, chosen.packs)) or build_candidate(step, plan.machine, levers, chosen.packs)
+    known = {(other.options, other.packs): other for other in plan.found}
+    fewer = [] if "loss_chunk_tokens" in step.fixed else [replace(chosen.options, loss_chunk_tokens=SMALL_CHUNK_TOKENS)]
+    for options in (*fewer, *single_changes(step, chosen.options)):
+        other = known.get((options, chosen.packs)) or build_candidate(step, plan.machine, options, chosen.packs)
         change = _difference(chosen, other)
         if change not in seen:
             yield _alternative(plan, change, other)
@@ -234,7 +233,7 @@ def alternatives(plan: Plan) -> Iterator[Alternative]:
         half = replace(step, pack=full_pack(tokens // 2, several), job=half_job)
         changed[f"data.max_tokens={tokens // 2}"] = half
     for change, other_step in changed.items():
-        yield _alternative(plan, change, build_candidate(other_step, plan.machine, chosen.levers, chosen.packs))
+        yield _alternative(plan, change, build_candidate(other_step, plan.machine, chosen.options, chosen.packs))
 
 
 def _difference(chosen: Candidate, other: Candidate) -> str:
@@ -256,8 +255,8 @@ def _alternative(plan: Plan, change: str, candidate: Candidate) -> Alternative:
 
 
 def max_tokens(plan: Plan) -> int:
-    """Return the most data.max_tokens that fits when every lever that is left to the planner saves most; a multiple of
-    64.
+    """Return the most data.max_tokens that fits when every memory option that is left to the planner saves most; a
+    multiple of 64.
 
     Raises:
         DoesNotFitError: not even 64 tokens fit.
@@ -268,11 +267,11 @@ def max_tokens(plan: Plan) -> int:
 def longest_pack(plan: Plan) -> tuple[int, Candidate]:
     """Return ``max_tokens`` and the way to run packs of that length."""
     step, start = plan.step, 2 * plan.chosen.prediction.job.shape.tokens
-    job = longest_job(step, plan.limit_bytes, plan.machine.host_bytes, start, MOST_TOKENS)
+    job = longest_job(step, plan.limit_bytes, plan.machine.host_bytes, start, MAX_TOKENS)
     packs = packs_at_once(step)
     tokens = job.shape.tokens // packs
     _warn_of_length(job, tokens)
-    return tokens, timed(plan.machine, job.levers, packs, step.packs * step.micro_batches // packs, predict(job))
+    return tokens, timed(plan.machine, job.options, packs, step.packs * step.micro_batches // packs, predict(job))
 
 
 def _warn_of_length(job: Job, tokens: int) -> None:
@@ -283,25 +282,25 @@ def _warn_of_length(job: Job, tokens: int) -> None:
 
 
 def max_batch(plan: Plan) -> int:
-    """Return how many packs fit into one micro-batch when every lever that is left to the planner saves most: up to
-    ``MOST_PACKS``, which says that no more were looked for.
+    """Return how many packs fit into one micro-batch when every memory option that is left to the planner saves most:
+    up to ``MAX_PACKS``, which says that no more were looked for.
 
     Raises:
         DoesNotFitError: not even one fits.
     """
     pack, job = plan.step.pack, plan.chosen.prediction.job
 
-    def job_of(packs: int, levers: Levers) -> Job:
-        return replace(job, shape=pack.times(packs), levers=levers)
+    def job_of(packs: int, options: MemoryOptions) -> Job:
+        return replace(job, shape=pack.times(packs), options=options)
 
     found, limits, reason = 0, (plan.limit_bytes, plan.machine.host_bytes), None
-    for levers in reversed([plan.chosen.levers, first_levers(plan.step), *smaller(plan.step)]):
-        if found == MOST_PACKS:
+    for options in reversed([plan.chosen.options, first_options(plan.step), *smaller(plan.step)]):
+        if found == MAX_PACKS:
             break
-        if found and not predict(job_of(found + 1, levers)).fits(*limits):
+        if found and not predict(job_of(found + 1, options)).fits(*limits):
             continue  # what saves most of the device may ask most of the host, so that no way is the best for sure
         try:
-            found = most_packs(partial(job_of, levers=levers), *limits, MOST_PACKS)
+            found = most_packs(partial(job_of, options=options), *limits, MAX_PACKS)
         except DoesNotFitError as error:
             reason = error
     if not found:
@@ -366,9 +365,9 @@ def _shorter(plan: Plan) -> str:
 
 def _more_host(plan: Plan, candidate: Candidate) -> str:
     """Say what makes room in host memory for a candidate."""
-    on_disk = replace(candidate.levers, offload_folder=".")
+    on_disk = replace(candidate.options, offload_folder=".")
     disk_helps = on_disk.uses_disk and build_candidate(plan.step, plan.machine, on_disk, candidate.packs).fits_host
-    has_to_hold_all = candidate.levers.resident_blocks is not None and plan.step.fixed.get("stream_from_disk") is False
+    has_to_hold_all = candidate.options.resident_layers is not None and plan.step.fixed.get("stream_from_disk") is False
     return (
         "raise memory.host_budget" + (", or name a disk in memory.offload_folder" if disk_helps else "")
         + (", or set memory.stream_from to auto" if has_to_hold_all else "")
@@ -380,7 +379,7 @@ def _largest(breakdown: dict[str, int], count: int = 4) -> list[tuple[str, int]]
 
 
 def host_bytes(plan: Plan) -> int:
-    """Memory of the host: the whole process on a CPU; beside a card, libraries and what is kept off the card."""
+    """Memory of the host: the whole process on a CPU; beside a GPU, libraries and what is kept off the GPU."""
     if plan.machine.device_type == "cpu":
         return plan.peak_bytes
     return plan.chosen.prediction.host_bytes
@@ -394,5 +393,5 @@ def disk_bytes(plan: Plan) -> int:
     simulation = plan.chosen.prediction.simulation
     held, with_evaluation = simulation.resident.breakdown, plan.step.job.eval_shape is not None
     space = Space(held.get("adapter", 0), held.get("optimizer", 0), with_evaluation, plan.kept_checkpoints)
-    times = 2 if plan.chosen.levers.weights_on_disk else 1
+    times = 2 if plan.chosen.options.weights_on_disk else 1
     return times * simulation.frozen_bytes + space.whole_bytes()

@@ -1,1 +1,1 @@
-"""4-bit weights: packing, unpacking and the frozen linear layer that uses them."""
+"""4-bit weights: packing, dequantisation and the frozen linear layer that uses them."""

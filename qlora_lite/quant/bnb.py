@@ -3,7 +3,7 @@
 - On a CPU with AVX512-BF16 it asks the package ``kernels``, where there is one, for a kernel from the hub, and runs it;
   where there is none, it warns on standard error. bitsandbytes' own library has the same product.
 - It hands four functions in plain torch to torch.compile, which imports the whole compiler: 1 CPU second in every
-  process, though a card and an ordinary CPU use but one of them, for optimizer states of small weights on a CPU. Its
+  process, though a GPU and an ordinary CPU use but one of them, for optimizer states of small weights on a CPU. Its
   first step would then wait for a C++ compiler, where there is one, and its bits would depend on that.
 
 Both it tries and does without, and so is made to: the two modules cannot be imported for as long as it takes. Read in

@@ -16,19 +16,19 @@ from torch import nn
 
 from qlora_lite.memory.meter import free_bytes
 
-from .few_rows import (
+from .nf4 import BLOCK_SIZE, Packed, dequantize_rows, quantize
+from .packed import PackedWeight
+from .product import FrozenMatmul, WeightSpec
+from .small_batch import (
     Arranged,
     arrange,
     arranged_bytes,
     can_arrange,
-    card_product,
     cpu_product,
     few,
+    gpu_product,
     kernel_takes_our_order,
 )
-from .nf4 import BLOCK_SIZE, Packed, dequantize_rows, quantize
-from .packed import PackedWeight
-from .product import FrozenMatmul, WeightSpec
 
 log = logging.getLogger("qlora_lite")
 
@@ -73,7 +73,7 @@ class QuantLinear(PackedWeight):
         return layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = product_of_few(self, x)
+        y = small_batch_product(self, x)
         if y is not None:
             return y
         spec, tensors = frozen_weight(self)
@@ -85,7 +85,7 @@ class QuantLinear(PackedWeight):
 
 
 class WeightRows:
-    """The rows of a layer's packed weight, unpacked as they are asked for: ``rows[slice or numbers]``."""
+    """The rows of a layer's packed weight, dequantised as they are asked for: ``rows[slice or numbers]``."""
 
     def __init__(self, layer: QuantLinear, dtype: torch.dtype):
         self.shape = (layer.out_features, layer.in_features)
@@ -111,12 +111,12 @@ def routers(model: nn.Module) -> set[str]:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Tell whether a module is transformers' ``Conv1D``: a linear layer whose weight is stored [in, out]."""
+    """Return whether a module is transformers' ``Conv1D``: a linear layer whose weight is stored [in, out]."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def is_linear_16_bit(module: nn.Module) -> bool:
-    """Tell whether a module is a linear layer that is not in 4 bits.
+    """Return whether a module is a linear layer that is not in 4 bits.
 
     Some routers are subclasses of ``nn.Linear`` that give more than a product (Phi-MoE, Llama-4); Falcon's is one that
     does the same by other words.
@@ -126,12 +126,12 @@ def is_linear_16_bit(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Tell whether a module is a linear layer whose weight ``frozen_weight`` can describe."""
+    """Return whether a module is a linear layer whose weight ``frozen_weight`` can describe."""
     return isinstance(module, QuantLinear) or is_linear_16_bit(module)
 
 
 def stands_for_conv1d(module: nn.Module) -> bool:
-    """Tell whether a layer's weight is stored [in, out] in files: a ``Conv1D``, or the 4-bit one in its place."""
+    """Return whether a layer's weight is stored [in, out] in files: a ``Conv1D``, or the 4-bit one in its place."""
     return is_conv1d(module) or getattr(module, "replaces", "") == "Conv1D"
 
 
@@ -149,7 +149,7 @@ def arrange_weights(model: nn.Module) -> int:
     """Give the 4-bit layers of a model in host memory what their fused products of few rows need.
 
     Where the processor has no such kernel, or it wants another order, or the memory is not there, layers go on
-    unpacking their weights.
+    dequantisation their weights.
 
     Returns:
         Bytes that it took.
@@ -159,7 +159,7 @@ def arrange_weights(model: nn.Module) -> int:
     layers = [module for module in model.modules() if isinstance(module, QuantLinear) and module.arranged is None]
     layers = [layer for layer in layers if can_arrange((layer.out_features, layer.in_features), layer.weight.device)]
     if layers and not kernel_takes_our_order():
-        log.warning("generation unpacks weights for every token: this bitsandbytes orders them otherwise on a CPU")
+        log.warning("generation dequantises weights for every token: this bitsandbytes orders them otherwise on a CPU")
         return 0
     taken = sum(arranged_bytes((layer.out_features, layer.in_features)) for layer in layers)
     if taken > (1 - SPARED) * free_bytes(torch.device("cpu")):
@@ -169,7 +169,7 @@ def arrange_weights(model: nn.Module) -> int:
     return taken
 
 
-def product_of_few(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+def small_batch_product(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     """Return ``x @ weight.T + bias`` by the packed weight itself, or None where that does not serve.
 
     It serves where a 4-bit layer is used, not trained, with few rows. The product is rounded before anything is added
@@ -181,7 +181,7 @@ def product_of_few(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     if module.arranged is not None and x.dtype == torch.bfloat16 and x.device.type == "cpu":
         y = cpu_product(x, module.arranged, shape)
     elif not x.is_cpu and module.in_features % BLOCK_SIZE == 0:
-        y = card_product(x, module.packed, shape, module.quant_type)
+        y = gpu_product(x, module.packed, shape, module.quant_type)
     else:
         return None
     return y if module.bias is None else y.add_(module.bias)

@@ -1,4 +1,4 @@
-"""Pack a weight into 4-bit NF4 or FP4 blocks and unpack it, byte for byte as bitsandbytes stores them.
+"""Pack a weight into 4-bit NF4 or FP4 blocks and dequantise it, byte for byte as bitsandbytes stores them.
 
 A weight is cut, row-major, into blocks of 64. A block keeps its largest magnitude (`absmax`, float32) and,
 for each weight, the number of the table entry nearest to weight / absmax; two numbers share a byte, the first
@@ -6,7 +6,8 @@ in the high half. Double quantisation then keeps the absmax values minus their m
 256: 4.127 bits a weight, not 4.5. Source: QLoRA (arXiv 2305.14314), section 3.
 
 Packed weights are plain tensors, not bitsandbytes' `QuantState` or `Params4bit`: they can be buffers, be
-saved for backward, be streamed and be on the meta device. Its operators do the unpacking, and on a GPU the packing.
+saved for backward, be streamed and be on the meta device. Its operators do the dequantisation, and on a GPU the
+packing.
 
 Packing on a CPU is done here, because the operator looks up each weight by binary search, whose branches no
 processor predicts. Here a weight's number is a count: how many of the 15 borders between table entries lie
@@ -38,7 +39,7 @@ ABSMAX_BLOCK_SIZE = 256  # absmax values that share one scale under double quant
 _SMALLEST_ABSMAX = 1e-38  # bitsandbytes' guard against dividing by zero
 _CHUNK_WEIGHTS = 1 << 18  # a chunk needs 25 bytes a weight, 6.5 MiB; smaller ones pay more for calls
 MAX_KERNEL_WEIGHTS = 1 << 30  # whole blocks; bitsandbytes' CUDA functions count in int32, and more wraps without error
-_MOST_THREADS = 8  # bounds the memory of all chunks at work
+_MAX_THREADS = 8  # bounds the memory of all chunks at work
 
 
 class Packed(NamedTuple):
@@ -104,7 +105,7 @@ def empty_packed(shape: Sequence[int], double_quant: bool, device: torch.device 
 
 
 def dequantize(packed: Packed, shape: Sequence[int], dtype: torch.dtype, quant_type: str = "nf4") -> Tensor:
-    """Unpack a weight: table entry times absmax, computed in float32 and rounded once to `dtype`.
+    """Dequantise a weight: table entry times absmax, computed in float32 and rounded once to `dtype`.
 
     The operator gets rows of one block, or all in one row. Given the real shape, the CPU kernel of
     bitsandbytes 0.50 takes wrong absmax values when the last dimension is a multiple of 16 but not of 64,
@@ -148,7 +149,7 @@ def absmax_of(packed: Packed) -> Tensor:
 def dequantize_rows(
     packed: Packed, shape: Sequence[int], rows: slice | Tensor, dtype: torch.dtype, quant_type: str = "nf4"
 ) -> Tensor:
-    """Unpack some rows of a weight: `dequantize(packed, shape, dtype, quant_type)[rows]`, without the others.
+    """Dequantise some rows of a weight: `dequantize(packed, shape, dtype, quant_type)[rows]`, without the others.
 
     Args:
         packed: from `quantize`.
@@ -204,7 +205,7 @@ def to_bnb_state(
     Args:
         packed: from `quantize`.
         shape: the weight's shape before packing.
-        dtype: the one that readers unpack to.
+        dtype: the one that readers dequantise to.
         quant_type: the one the weight was packed with.
 
     Returns:
@@ -230,7 +231,7 @@ def from_bnb_state(state: Mapping[str, Tensor]) -> tuple[Packed, tuple[int, ...]
         state: tensors by the keys that `to_bnb_state` returns.
 
     Returns:
-        The packed weight, its shape before packing, the dtype to unpack to and the quantisation type.
+        The packed weight, its shape before packing, the dtype to dequantise to and the quantisation type.
 
     Raises:
         ModelError: a part is missing or damaged, or the block sizes or the table are not the usual ones.
@@ -291,7 +292,7 @@ def _quantize_on_cpu(flat: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
         codes[start // 2 : stop // 2, 0] = torch.from_numpy(packed if quant_type == "nf4" else pairs[packed])
 
     threads = torch.get_num_threads()
-    workers = min(threads, _MOST_THREADS)
+    workers = min(threads, _MAX_THREADS)
     try:  # with torch's own threads inside each worker, a busy machine packs ten times slower
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             list(pool.map(pack_chunk, range(0, complete, _CHUNK_WEIGHTS)))

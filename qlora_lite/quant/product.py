@@ -33,7 +33,7 @@ class WeightSpec(NamedTuple):
 
 
 class KeptWeights:
-    """Unpacked weights that are going to be multiplied by again.
+    """Dequantised weights that are going to be multiplied by again.
 
     Args:
         stay: they serve any number of products, as those of other tiles; else each goes with the gradient it is for.
@@ -44,7 +44,7 @@ class KeptWeights:
         self._weights: dict[tuple, torch.Tensor] = {}
 
     def weight(self, spec: WeightSpec, tensors: tuple[torch.Tensor, ...], dtype: torch.dtype, again: bool):
-        """Return a weight, unpacked or found, and keep it if it is needed ``again``."""
+        """Return a weight, dequantised or found, and keep it if it is needed ``again``."""
         key = tensors[0].untyped_storage()._cdata, tensors[0].storage_offset(), dtype
         weight = self._weights.pop(key, None)
         if weight is None:
@@ -59,7 +59,7 @@ _kept: ContextVar[KeptWeights | None] = ContextVar("kept", default=None)
 
 @contextmanager
 def keeping_weights(stay: bool) -> Iterator[None]:
-    """Let the products inside keep their unpacked weights for their gradients, which may be computed outside.
+    """Let the products inside keep their dequantised weights for their gradients, which may be computed outside.
 
     Args:
         stay: see ``KeptWeights``.
@@ -93,7 +93,8 @@ def float32_partial_sums() -> Iterator[None]:
 
 
 def kept_for(x: torch.Tensor) -> KeptWeights | None:
-    """Return where a product with x and its gradient find its unpacked weight; None where it would serve no other."""
+    """Return where a product with x and its gradient find its dequantised weight; None where it would serve no
+    other."""
     kept = None if torch.compiler.is_compiling() else _kept.get()  # torch.compile cannot trace a context variable
     return kept if kept is not None and (kept.stay or x.requires_grad) else None
 
@@ -179,7 +180,7 @@ def _operator(
     x: torch.Tensor, tensors: list[torch.Tensor], shape: list[int], quant_type: str | None, transposed: bool,
     of_gradient: bool, low: torch.Tensor | None = None, factor: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Multiply rows by a frozen weight as one operator, for torch.compile: what is unpacked is not its to keep.
+    """Multiply rows by a frozen weight as one operator, for torch.compile: what is dequantised is not its to keep.
 
     It gets nothing to add to in place: for a compiler that is another tensor, and a copy. Where weights are kept, the
     gradient is computed inside too, since it is part of the same graph (``ops.compiled.gradient_root``).

@@ -21,7 +21,7 @@ def conflicts(value: _Value) -> _Found:
     """Yield place and message of every setting that does not go with others."""
     for check in (
         _patience, _held_out, _streaming, _update_in_backward, _compile, _head, _all_kept, _kept_and_streamed,
-        _stretches, _folder, _stream_from,
+        _segments, _folder, _stream_from,
     ):  # fmt: skip
         yield from check(value)
 
@@ -29,7 +29,7 @@ def conflicts(value: _Value) -> _Found:
 def without_evaluation(value: _Value) -> _Found:
     """Yield the settings that need evaluation rows where there are none."""
     if value("data", "eval") is None and not value("data", "eval_share"):
-        for name in ("eval_every_steps", "early_stopping_patience", "exact_match_rows"):
+        for name in ("eval_every_steps", "early_stopping_patience", "exact_match_examples"):
             given = value("train", name)
             if isinstance(given, int) and given > 0:
                 yield (
@@ -118,13 +118,13 @@ def _all_kept(value: _Value) -> _Found:
     if value("memory", "checkpointing") != "none":
         return
     given = {name: value("memory", name) for name in Memory.model_fields}
-    unpacked_once = given["reuse_dequantized"] is True and given["tile_tokens"] == "off"
+    dequantized_once = given["cache_dequantized"] is True and given["tile_tokens"] == "off"
     for name, is_lost, why in (
-        ("kept_blocks", given["kept_blocks"] not in (None, "auto", 0), "no layer is checkpointed"),
-        ("checkpoint_every", given["checkpoint_every"] not in (None, "auto", 1), "no block is recomputed"),
+        ("uncheckpointed_layers", given["uncheckpointed_layers"] not in (None, "auto", 0), "no layer is checkpointed"),
+        ("layers_per_checkpoint", given["layers_per_checkpoint"] not in (None, "auto", 1), "no block is recomputed"),
         ("offload_checkpoints", given["offload_checkpoints"] is True, "no block inputs wait for backward"),
-        ("reuse_dequantized", unpacked_once, "only tiles dequantise weights again"),
-        ("resident_blocks", given["resident_blocks"] not in (None, "auto", "all"), "blocks cannot be streamed"),
+        ("cache_dequantized", dequantized_once, "only tiles dequantise weights again"),
+        ("resident_layers", given["resident_layers"] not in (None, "auto", "all"), "blocks cannot be streamed"),
     ):
         if is_lost:
             message = f"memory.{name} = {written(given[name])}: with memory.checkpointing none, {why}"
@@ -132,18 +132,23 @@ def _all_kept(value: _Value) -> _Found:
 
 
 def _kept_and_streamed(value: _Value) -> _Found:
-    kept, resident = value("memory", "kept_blocks"), value("memory", "resident_blocks")
+    kept, resident = value("memory", "uncheckpointed_layers"), value("memory", "resident_layers")
     both_given = type(kept) is type(resident) is int and value("memory", "checkpointing") != "none"
     if both_given and 0 <= resident < kept:
-        message = f"memory.kept_blocks = {kept}: layers whose weights are streamed cannot keep their activations"
-        yield ("memory", "kept_blocks"), f"{message}; write at most {resident} here, or raise memory.resident_blocks"
+        message = (
+            f"memory.uncheckpointed_layers = {kept}: layers whose weights are streamed cannot keep their activations"
+        )
+        yield (
+            ("memory", "uncheckpointed_layers"),
+            f"{message}; write at most {resident} here, or raise memory.resident_layers",
+        )
 
 
-def _stretches(value: _Value) -> _Found:
-    every, resident = value("memory", "checkpoint_every"), value("memory", "resident_blocks")
+def _segments(value: _Value) -> _Found:
+    every, resident = value("memory", "layers_per_checkpoint"), value("memory", "resident_layers")
     if every not in (None, "auto", 1) and resident not in (None, "auto", "all"):
-        message = f"memory.checkpoint_every = {written(every)}: only for weights that are not streamed"
-        yield ("memory", "checkpoint_every"), f"{message}; write 1 here, or memory.resident_blocks: all"
+        message = f"memory.layers_per_checkpoint = {written(every)}: only for weights that are not streamed"
+        yield ("memory", "layers_per_checkpoint"), f"{message}; write 1 here, or memory.resident_layers: all"
 
 
 def _folder(value: _Value) -> _Found:
@@ -160,7 +165,7 @@ def _stream_from(value: _Value) -> _Found:
     if value("memory", "stream_from") != "disk":
         return
     for place, without, why in (
-        (("memory", "resident_blocks"), "all", "no weights are streamed"),
+        (("memory", "resident_layers"), "all", "no weights are streamed"),
         (("memory", "checkpointing"), "none", "no weights are streamed"),
         (("model", "quant"), "none", "weights are not prepared in a file"),
     ):

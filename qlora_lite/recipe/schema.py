@@ -277,8 +277,8 @@ class Train(_Section):
     compile: bool = False
     """Run the blocks through torch.compile: faster steps after a minute or so of compilation, with results that differ
     by rounding. Not with dropout (lora.dropout or the model's own) or memory.checkpointing selective; needs
-    memory.tile_tokens off, memory.resident_blocks all and memory.checkpoint_every 1, which auto then is. Not for models
-    whose sequences run one by one or whose experts are in 4 bit; a CPU needs a C++ compiler."""
+    memory.tile_tokens off, memory.resident_layers all and memory.layers_per_checkpoint 1, which auto then is. Not for
+    models whose sequences run one by one or whose experts are in 4 bit; a CPU needs a C++ compiler."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seed of the LoRA weights, the order of examples and dropout."""
     deterministic: bool = False
@@ -302,7 +302,7 @@ class Train(_Section):
     """What to do when a loss or gradient is not finite: end the run, or skip the update of that step."""
     max_skipped_steps: PositiveInt = 10
     """Steps that may be skipped with train.on_not_finite skip; one more ends the run."""
-    exact_match_rows: Count = 0
+    exact_match_examples: Count = 0
     """Evaluation examples answered by greedy decoding before and after training, to count exact matches."""
     exact_match_pattern: _Pattern | None = None
     """Regular expression that extracts what is compared from the reference and from the answer: its first match, or the
@@ -341,10 +341,12 @@ class Memory(_Section):
     """Activation checkpointing. block keeps each block's input and recomputes the rest in backward; selective also
     keeps the outputs of attention, where a fused kernel gives them (on a CPU block keeps them anyway, and the two are
     the same); none keeps all activations."""
-    kept_blocks: Annotated[Count | Literal["auto"], Rule("a whole number of at least 0, or auto")] = "auto"
+    uncheckpointed_layers: Annotated[Count | Literal["auto"], Rule("a whole number of at least 0, or auto")] = "auto"
     """How many of the last layers keep all their activations although checkpointing is block or selective; auto is as
     many as fit."""
-    checkpoint_every: Annotated[PositiveInt | Literal["auto"], Rule("a whole number of at least 1, or auto")] = "auto"
+    layers_per_checkpoint: Annotated[PositiveInt | Literal["auto"], Rule("a whole number of at least 1, or auto")] = (
+        "auto"
+    )
     """Layers per checkpoint: of each group of so many layers only the first keeps its input, and backward recomputes
     the group at once. For memory.checkpointing block or selective, and weights that are not streamed. auto is 1 unless
     nothing else fits."""
@@ -378,7 +380,7 @@ class Memory(_Section):
     """Folder on a fast disk for what memory.offload_checkpoints moves: unnamed files there take the place of host
     memory. The device waits during each copy; estimates of time do not count the disk, so auto takes it only where
     nothing else fits. A folder that is itself in memory, as /tmp often is, saves nothing."""
-    resident_blocks: Annotated[Count | Literal["auto", "all"], Rule("a whole number of at least 0, auto or all")] = (
+    resident_layers: Annotated[Count | Literal["auto", "all"], Rule("a whole number of at least 0, auto or all")] = (
         "auto"
     )
     """How many of the last layers keep their frozen weights on the device; those of the others are in host memory and
@@ -392,7 +394,7 @@ class Memory(_Section):
     """Update each LoRA weight as soon as its gradient is computed, so that all gradients never exist at one time.
     Clipping, gradient accumulation and skipped steps need all of them first: only with train.max_grad_norm 0,
     train.gradient_accumulation_steps 1 and train.on_not_finite stop, and never in float16."""
-    reuse_dequantized: bool | Literal["auto"] = "auto"
+    cache_dequantized: bool | Literal["auto"] = "auto"
     """Dequantise the 4-bit weights of a block once for its recomputation and its backward, and those of an MLP once for
     all tiles: less work, at the cost of a block's weights in 16 bit meanwhile."""
     micro_batches: Literal["auto", "as-given"] = "auto"

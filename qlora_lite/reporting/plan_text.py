@@ -94,22 +94,22 @@ def _type_name(plan: Plan) -> str:
 
 
 def _in_words(chosen: Candidate) -> str:
-    x = chosen.levers
-    kept = f" except for the last {x.kept_blocks} layers" if x.computes_again and x.kept_blocks else ""
+    x = chosen.options
+    kept = f" except for the last {x.uncheckpointed_layers} layers" if x.recomputes and x.uncheckpointed_layers else ""
     source = "disk" if x.stream_from_disk else "host memory"
-    resident = "" if x.resident_blocks is None else (
-        f", weights streamed from {source} except for {x.resident_blocks} layers" if x.resident_blocks
+    resident = "" if x.resident_layers is None else (
+        f", weights streamed from {source} except for {x.resident_layers} layers" if x.resident_layers
         else f", weights streamed from {source}"
     )  # fmt: skip
     place = "on disk" if x.uses_disk else "in host memory"
     return (
         f"checkpointing {x.checkpointing}{kept}"
-        + (f", {x.checkpoint_every} layers per checkpoint" if x.computes_again and x.checkpoint_every > 1 else "")
+        + (f", {x.layers_per_checkpoint} layers per checkpoint" if x.recomputes and x.layers_per_checkpoint > 1 else "")
         + (f", tiles of {x.tile_tokens} tokens" if x.tile_tokens else "")
-        + (", weights dequantised once per backward" if x.unpacks_once else "")
+        + (", weights dequantised once per backward" if x.dequantizes_once else "")
         + (", embeddings in host memory" if x.host_embeddings else "")
         + (", head in host memory" if x.host_head else "")
-        + (f", block inputs {place}" if x.offload_checkpoints and x.computes_again else "")
+        + (f", block inputs {place}" if x.offload_checkpoints and x.recomputes else "")
         + (", LoRA weights updated in backward" if x.optimizer_in_backward else "")
         + (", blocks compiled" if x.compile else "")
         + f"{resident}, loss chunk {x.loss_chunk_tokens}, micro-batch size {chosen.packs}, "

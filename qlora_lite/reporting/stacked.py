@@ -4,7 +4,7 @@ Beside `charts` and not in it, because almost nothing is shared: areas instead o
 of steps, names of phases above the plot, and values that are read in a legend and not in a tip. As there, every
 colour is a CSS class (`band-3`, `on-band-3` for text upon it), so the page follows the reader's colour scheme.
 
-Each moment is drawn as a level stretch, not joined by a slope to the next: memory changes in jumps. The bands
+Each moment is drawn as a level segment, not joined by a slope to the next: memory changes in jumps. The bands
 are painted from the highest sum down, each to the ground, so that no gap can show between two of them.
 
 Units: bytes; pixels of the drawing. Layer: the standard library only.
@@ -140,7 +140,7 @@ def _grid(frame: _Frame, axes: Axes) -> str:
 
 
 def _area(edges: Sequence[float], tops: Sequence[float], ground: float, style: str) -> str:
-    """Draw the area below a stepped line; stretches of one height are one stroke."""
+    """Draw the area below a stepped line; segments of one height are one stroke."""
     path, height = [f"M{edges[0]},{ground}"], ground
     for start, top in zip(edges, tops, strict=False):
         if top != height:
@@ -152,22 +152,22 @@ def _area(edges: Sequence[float], tops: Sequence[float], ground: float, style: s
 def _name(
     edges: Sequence[float], sums: Sequence[Sequence[float]], band: int, name: str, style: str, ground: float
 ) -> str:
-    """Write a band's name where it is thick enough for a long enough stretch; nothing where it never is."""
+    """Write a band's name where it is thick enough for a long enough segment; nothing where it never is."""
     width, best, place = LETTER * len(name) + 12, 15.0, None
     for start in range(0, len(sums), max(len(sums) // 60, 1)):
         stop = bisect_left(edges, edges[start] + width)
         if stop >= len(edges):
             break
-        stretch = sums[start:stop]
-        low = min(row[band - 1] if band else ground for row in stretch)
-        high = max(row[band] for row in stretch)
+        segment = sums[start:stop]
+        low = min(row[band - 1] if band else ground for row in segment)
+        high = max(row[band] for row in segment)
         if low - high > best + 1:
             best, place = low - high, (edges[start] + 7, (low + high) / 2 + 4)
     return _text(*place, name, "start", f"tick on-{style}") if place else ""
 
 
 def _phases(frame: _Frame, edges: Sequence[float], moments: Sequence[Moment]) -> str:
-    """Write each phase's name above its stretch, and a line where it begins; a narrow one's name stands higher."""
+    """Write each phase's name above its segment, and a line where it begins; a narrow one's name stands higher."""
     parts, start, rows = [], 0, {30: 0.0, 14: 0.0}  # height of a row of names: where its last name ended
     for phase, group in groupby(moments, key=lambda moment: moment.phase):
         stop = start + len(list(group))
@@ -251,11 +251,11 @@ STYLE = """
 .bands em { color: var(--soft); }
 """
 
-# Writes the moment under the pointer into `.where` and `.bands` of the card. Reads only data attributes, writes
+# Writes the moment under the pointer into `.where` and `.bands` of the GPU. Reads only data attributes, writes
 # only textContent.
 SCRIPT = """
-for (const card of document.querySelectorAll('.timeline')) {
-  const data = JSON.parse(card.dataset.moments), last = data.kib.length - 1, drawings = card.querySelectorAll('svg');
+for (const GPU of document.querySelectorAll('.timeline')) {
+  const data = JSON.parse(GPU.dataset.moments), last = data.kib.length - 1, drawings = GPU.querySelectorAll('svg');
   const slots = [...card.querySelectorAll('.where b, .where span, .bands b, .bands em')];
   const peak = slots.map(slot => slot.textContent);
   const write = texts => slots.forEach((slot, i) => { slot.textContent = texts[i]; });

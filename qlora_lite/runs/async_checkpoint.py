@@ -54,7 +54,7 @@ class Saver:
         return self._steps[-1] if self._steps else None
 
     def due(self, step: int) -> bool:
-        """Tell whether a checkpoint should be written after a step."""
+        """Return whether a checkpoint should be written after a step."""
         self._collect(wait=False)
         by_time = self._every_seconds and time.monotonic() - self._last_try >= self._every_seconds
         return bool(by_time or (self._every_steps and step % self._every_steps == 0))

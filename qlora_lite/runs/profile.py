@@ -19,16 +19,16 @@ from qlora_lite.errors import DoesNotFitError
 from qlora_lite.files import explain_write_errors, write_text
 from qlora_lite.memory.ledger import Ledger, Moment
 from qlora_lite.memory.marks import timing
-from qlora_lite.memory.meter import PeakMeter, hold_to
+from qlora_lite.memory.meter import PeakMeter, set_memory_limit
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.kernels import kernels_of, use_kernels
-from qlora_lite.models.levers import set_levers
+from qlora_lite.models.memory_options import set_memory_options
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.planning.plan_ledger import ALLOCATION_BYTES
 from qlora_lite.planning.predict import Prediction
 from qlora_lite.prepare.build import build_model
 from qlora_lite.prepare.datasets import build_data, build_stream, rows_to_plan
-from qlora_lite.prepare.plan import Plan, alternatives, as_metered, expected_peak, plan_run
+from qlora_lite.prepare.plan import Plan, alternatives, as_measured, expected_peak, plan_run
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.reporting.memory_page import memory_page
 from qlora_lite.reporting.plan_text import constants, reason
@@ -71,14 +71,14 @@ def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
         log.info("plan: %s", reason(plan))
         with explain_write_errors(out):
             out.mkdir(parents=True, exist_ok=True)
-        model = build_model(recipe, settings.levers, adapter_to_begin_with(recipe))
+        model = build_model(recipe, settings.options, adapter_to_begin_with(recipe))
         work = plan.step.job.workload
         trainer = Trainer(model, rows, settings, build_stream(recipe, tokenizer), work)
         trainer.check()
         largest = largest_batches(work, rows, eval_examples, trainer.epochs)
         expected = expected_peak(plan, *largest)
         device = device_of(model)
-        hold_to(device, plan.budget_bytes)
+        set_memory_limit(device, plan.budget_bytes)
         ledger = Ledger(timeline=True, allocation_bytes=ALLOCATION_BYTES[device.type])
         with PeakMeter(device) as meter, _allocator_history(device, out):
             trainer.choose_kernels()
@@ -103,19 +103,19 @@ def _timed_steps(trainer: Trainer, steps: int) -> dict[str, float]:
 
 
 def _ledgered(trainer: Trainer, ledger: Ledger, model, eval_examples) -> str:
-    """Rehearse the largest step under the ledger; return the device's words if it ran out of memory.
+    """Probe the largest step under the ledger; return the device's words if it ran out of memory.
 
     The ledger cannot see into compiled blocks, so it sees them uncompiled.
     """
     kernels = kernels_of(model)
-    set_levers(model, replace(trainer.settings.levers, compile=False))
+    set_memory_options(model, replace(trainer.settings.options, compile=False))
     use_kernels(model, kernels)
     with ledger:
         for tensor, category, _ in categorised(trainer.workload, model):
             ledger.claim([tensor], category)
         ledger.watch(model)
         try:
-            trainer.rehearse(eval_examples)
+            trainer.probe_memory(eval_examples)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -147,14 +147,14 @@ def _figures(plan: Plan, expected: Prediction, ledger: Ledger, seconds, process_
             for phase in ("forward", "backward", "optimizer", "evaluation")
         },
         "process_peak_bytes": process_bytes, "budget_bytes": plan.budget_bytes,
-        "predicted_process_bytes": as_metered(plan, expected),
+        "predicted_process_bytes": as_measured(plan, expected),
         "seconds_by_phase": seconds, "chosen": plan.chosen.settings, "why": reason(plan),
         "out_of_memory": failure or None,
     }  # fmt: skip
 
 
 def _beside(plan: Plan, figures: dict) -> list[dict]:
-    """Return what was needed beside the tensors: on a CPU what was measured, on a card the plan's constants."""
+    """Return what was needed beside the tensors: on a CPU what was measured, on a GPU the plan's constants."""
     if plan.machine.device_type == "cuda":  # its counter sees tensors only
         return constants(plan)
     size = max(0, figures["process_peak_bytes"] - figures["peak_bytes"])
@@ -180,7 +180,7 @@ def _record(plan: Plan, expected: Prediction, ledger: Ledger, figures: dict, nam
     if total:
         shares = ", ".join(f"{n} {100 * s / total:.0f} %" for n, s in figures["seconds_by_phase"].items())
         sentences.append(f"a step takes {format_seconds(total)}: {shares}")
-    if plan.chosen.levers.compile:
+    if plan.chosen.options.compile:
         sentences.append("tensors were measured with uncompiled blocks: the ledger cannot see into compiled ones")
     if figures["out_of_memory"]:
         sentences.insert(0, f"the device ran out of memory: {figures['out_of_memory']}")

@@ -1,4 +1,4 @@
-"""Go on with a run: which one, from which checkpoint, and whether that gives the run it would have been.
+"""Resume a run: which one, from which checkpoint, and whether that gives the run it would have been.
 
 A change that leaves every number of the run as it would have been is accepted and said. Any other is refused, setting
 by setting, because a run that silently became another one is worse than none; ``force`` takes it all the same, and
@@ -49,14 +49,14 @@ HARMLESS = {
     "train.max_skipped_steps", "train.trackers", "memory.budget", "memory.host_budget", "memory.optimizer_in_backward",
     "memory.offload_folder", "output.dir", "output.name",
 }  # fmt: skip
-PLACE = {"output.dir", "output.name"}  # of the run, which is the folder that is gone on with, whatever they say
+PLACE = {"output.dir", "output.name"}  # of the run, which is the folder that is resumed, whatever they say
 _PARTS = {"recipe": dict, "identity": dict, "environment": dict, "plan": dict, "progress": dict, "summary": dict,
           "metrics_bytes": int}  # fmt: skip
 
 
 @dataclass(slots=True)
 class Continuation:
-    """A checkpoint to go on from, and what is different now.
+    """A checkpoint to resume from, and what is different now.
 
     Args:
         force: take changes that make another run of it.
@@ -77,8 +77,8 @@ class Continuation:
     @property
     def keeps_plan(self) -> bool:
         """Whether steps are run as the checkpoint's plan says, and not as one that forced changes ask for."""
-        levers = ("memory.", "train.micro_batch_size", "train.gradient_accumulation_steps")
-        return not any(change.startswith(levers) for change in self.forced)
+        options = ("memory.", "train.micro_batch_size", "train.gradient_accumulation_steps")
+        return not any(change.startswith(options) for change in self.forced)
 
     def compare_settings(self, recipe: Recipe) -> None:
         """Compare the recipe with the run's.
@@ -158,7 +158,7 @@ class Continuation:
 
 
 def path_to_continue(recipe: Recipe, resume: str | Path) -> Path | None:
-    """Return the run folder to go on with, None if there is none.
+    """Return the run folder to resume, None if there is none.
 
     Args:
         resume: the folder, or "" for that of the recipe's newest run.
@@ -247,7 +247,7 @@ def checked(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _only_pages(key: str, old: object, new: object) -> bool:
-    """Tell whether a change is one between a paged optimizer and the same one unpaged: the same numbers elsewhere."""
+    """Return whether a change is one between a paged optimizer and the same one unpaged: the same numbers elsewhere."""
     return key == "train.optimizer" and str(old).removeprefix("paged_") == str(new).removeprefix("paged_")
 
 

@@ -50,7 +50,7 @@ def run_recipe(
 
     Args:
         progress: called after every step with its metrics and the total number of steps.
-        resume: run folder to go on with, from its newest whole checkpoint; "" takes the recipe's newest run, None
+        resume: run folder to resume, from its newest whole checkpoint; "" takes the recipe's newest run, None
             begins a new one. A run without a checkpoint begins afresh.
         force: go on although the recipe or the data make another run of it.
         watch: called with what is being done ("evaluation" or "exact match"), how many examples are done, and of how
@@ -110,7 +110,7 @@ def _execute(
 
 
 def _leave(run: RunFolder, error: BaseException) -> None:
-    """Write down why the run ended early, if the disk lets us; a run that was not gone on with stays as it was."""
+    """Write down why the run ended early, if the disk lets us; a run that was not resumed stays as it was."""
     if not run.proven:
         return
     can_go_on = isinstance(error, Interrupted | CheckpointError)

@@ -28,16 +28,16 @@ from qlora_lite.errors import DoesNotFitError, OutputError
 from qlora_lite.export.merge import loses_its_update
 from qlora_lite.files import Space, write_text
 from qlora_lite.inference.evaluate import ExactMatch, Watch
-from qlora_lite.memory.meter import PeakMeter, hold_to, mapped_bytes
+from qlora_lite.memory.meter import PeakMeter, mapped_bytes, set_memory_limit
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.cache import base_fingerprint
 from qlora_lite.models.kernels import kernels_of
 from qlora_lite.models.locate import locate
-from qlora_lite.models.rows_alone import rows_run_alone, why_rows_run_alone
+from qlora_lite.models.packing import runs_unpacked, why_unpacked
 from qlora_lite.models.tokenizer import load_tokenizer
-from qlora_lite.prepare.build import add_factors, build_model, build_skeleton, with_plan
+from qlora_lite.prepare.build import add_adapter, build_model, build_skeleton, with_plan
 from qlora_lite.prepare.datasets import build_stream, rows_to_plan
-from qlora_lite.prepare.plan import Plan, as_metered, expected_peak, plan_run
+from qlora_lite.prepare.plan import Plan, as_measured, expected_peak, plan_run
 from qlora_lite.prepare.preflight import Preflight, line_of_problem, preflight
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.reporting.data_page import write_data_page
@@ -144,7 +144,7 @@ def prepare(
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
     first_adapter = None if continuation else adapter_to_begin_with(recipe)  # a checkpoint has its own weights
     if first_adapter:
-        add_factors(recipe, build_skeleton(recipe), first_adapter)  # stops at once where it does not fit
+        add_adapter(recipe, build_skeleton(recipe), first_adapter)  # stops at once where it does not fit
         log.info("lora: training begins with the factors of %s", first_adapter)
     found = preflight(recipe, tokenizer)
     if run.proven:
@@ -206,11 +206,11 @@ def load(planned: Planned) -> Loaded:
     recipe, continuation = planned.recipe, planned.continuation
     with explaining_memory("close other programs, or choose a smaller model",
                            "memory ran out while the model was loaded"):  # fmt: skip
-        model = build_model(recipe, planned.settings.levers, planned.first_adapter)
+        model = build_model(recipe, planned.settings.options, planned.first_adapter)
     work, stream = planned.plan.step.job.workload, build_stream(recipe, planned.tokenizer)
     trainer = Trainer(model, planned.rows, planned.settings, stream, work)
     trainer.check()
-    if rows_run_alone(model) and not why_rows_run_alone(model, recipe.data.max_tokens):
+    if runs_unpacked(model) and not why_unpacked(model, recipe.data.max_tokens):
         log.warning("the plan is one of packed sequences, since nothing but the loaded model shows that it cannot have "
                     "them: whether it fits is for the next step to prove")  # fmt: skip
     if continuation:
@@ -235,21 +235,21 @@ def probe(loaded: Loaded) -> Proven | Overrun:
     trainer, budget, device = loaded.trainer, loaded.budget_bytes, device_of(loaded.model)
     earlier = loaded.continuation
     free_cached_memory(device)  # of loading
-    hold_to(device, budget)
+    set_memory_limit(device, budget)
     batches = largest_batches(
         trainer.workload, loaded.rows, loaded.eval_examples, trainer.epochs, trainer.most_tokens
     )  # fmt: skip
     expected = expected_peak(loaded.plan, *batches)
     weights = (*loaded.model.parameters(), *loaded.model.buffers())
     mapped = mapped_bytes(weights) if device.type == "cpu" else 0
-    predicted = as_metered(loaded.plan, expected) - mapped
-    if loaded.settings.levers.compile:
+    predicted = as_measured(loaded.plan, expected) - mapped
+    if loaded.settings.options.compile:
         log.info("train.compile: compiling the blocks, which takes a minute or so the first time")
     try:
         before = earlier.run["environment"] if earlier and earlier.keeps_plan else {}
         trainer.choose_kernels(before.get("kernels"))
         trainer.choose_loss(before.get("loss"))
-        trainer.rehearse(loaded.eval_examples)
+        trainer.probe_memory(loaded.eval_examples)
     except (RuntimeError, MemoryError) as error:
         if not another_plan_may_help(error, device):
             raise

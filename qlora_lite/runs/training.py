@@ -230,7 +230,7 @@ class Training:
         if self.eval_data is None:
             return None
         self.run.update(**{f"eval_loss_{when}": self._eval_loss() if loss is None else loss})
-        rows = self.eval_data.examples[: self.recipe.train.exact_match_rows]
+        rows = self.eval_data.examples[: self.recipe.train.exact_match_examples]
         if not rows:
             return None
         try:
@@ -247,7 +247,7 @@ class Training:
             if isinstance(error, ModelError):
                 raise
             reason, _, _ = str(error).partition(":")
-            raise DoesNotFitError(f"train.exact_match_rows: {reason}; set it to 0, and count with "
+            raise DoesNotFitError(f"train.exact_match_examples: {reason}; set it to 0, and count with "
                                   "`qlora-lite evaluate` when the run has ended") from None  # fmt: skip
         finally:
             free_cached_memory(device_of(self.model))  # no other tensor gets what a recorded token took until then
@@ -257,7 +257,7 @@ class Training:
         return result
 
     def _keep_if_best(self, loss: float) -> bool:
-        """Keep the factors if their loss is the best one so far; tell whether it is."""
+        """Keep the factors if their loss is the best one so far; return whether it is."""
         if not loss < self.best_loss:  # NaN is never better
             return False
         self.best_loss, self.best_step = loss, self.trainer.step

@@ -1,4 +1,4 @@
-"""The workload that is a causal language model: tokenised rows, packed; cross-entropy over the labelled tokens."""
+"""The workload that is a causal language model: tokenised rows, packed; cross-entropy over the target tokens."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,9 +16,9 @@ from qlora_lite.errors import DataError
 from qlora_lite.memory.marks import category
 from qlora_lite.models import anatomy
 from qlora_lite.models.kernels import use_kernels
-from qlora_lite.models.levers import Levers, place, set_levers
 from qlora_lite.models.load import uses_row_attention
-from qlora_lite.models.rows_alone import longest_possible, run_rows_alone, why_rows_run_alone
+from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
+from qlora_lite.models.packing import longest_possible, run_unpacked, why_unpacked
 from qlora_lite.models.skeleton import block_pattern, give_storage, meta_copy, shallow_config
 from qlora_lite.ops.fused_attention import PlannedAttention
 from qlora_lite.ops.fused_loss import FUSED, candidates, choose_loss
@@ -61,7 +61,7 @@ class CrossEntropy(Objective):
                 return LossSum(FUSED[self.fused][1](outputs, inputs.targets, its_head))
             return LossSum(chunked_cross_entropy(outputs, inputs.targets, its_head, self.chunk_tokens))
 
-    def with_options(self, options: Levers) -> Self:
+    def with_options(self, options: MemoryOptions) -> Self:
         """Take the tokens at once from memory options."""
         return replace(self, chunk_tokens=options.loss_chunk_tokens or AUTO_CHUNK_TOKENS)
 
@@ -110,7 +110,7 @@ class CausalLM(Workload):
         return row_lengths(examples)
 
     def target_counts(self, examples: Sequence[Example]) -> Sequence[int]:
-        """Return the labelled tokens of each."""
+        """Return the target tokens of each."""
         return learned_counts(examples)
 
     def places(self, examples: Sequence[Example]) -> list[str]:
@@ -150,7 +150,7 @@ class CausalLM(Workload):
         """Return the loss over a micro-batch's targets."""
         return self.objective(model, hidden_states(model, inputs)[inputs.learned], inputs)
 
-    def with_options(self, options: Levers) -> Self:
+    def with_options(self, options: MemoryOptions) -> Self:
         """See ``Objective.with_options``."""
         return replace(self, objective=self.objective.with_options(options))
 
@@ -170,7 +170,7 @@ class CausalLM(Workload):
 
     @property
     def most_tokens(self) -> int | None:
-        """See ``models.rows_alone.longest_possible``."""
+        """See ``models.packing.longest_possible``."""
         return longest_possible(self.spec.config)
 
     @property
@@ -193,7 +193,7 @@ class CausalLM(Workload):
         """Whether the embeddings are the head too, so that they can only lie in one place."""
         return bool(self.spec.config.tie_word_embeddings) and not self.spec.quant_head
 
-    def planned_model(self, device: torch.device, options: Levers, shape: BatchShape) -> nn.Module:
+    def planned_model(self, device: torch.device, options: MemoryOptions, shape: BatchShape) -> nn.Module:
         """See ``Workload``."""
         spec = self.spec
         model = meta_copy(spec.config, spec.quant, spec.double_quant, spec.compute_dtype, spec.quant_head)
@@ -202,9 +202,9 @@ class CausalLM(Workload):
             give_storage(model, device)
         self.method.apply(model)
         place(model, device, options)
-        if why_rows_run_alone(model, max(spec.longest, *shape.lengths)):
-            run_rows_alone(model)
-        set_levers(model, options)
+        if why_unpacked(model, max(spec.longest, *shape.lengths)):
+            run_unpacked(model)
+        set_memory_options(model, options)
         if device.type == "meta" and not uses_row_attention(model):
             for part in (part for block in self.blocks(model) for part in block.children()):
                 PlannedAttention().during(part)  # hooks of a block itself are not called where it runs again
@@ -235,7 +235,7 @@ class CausalLM(Workload):
         return model.get_input_embeddings(), model.get_output_embeddings()
 
     def needs_loss_scale(self, model: nn.Module) -> bool:
-        """Tell whether the model is in float16."""
+        """Return whether the model is in float16."""
         return model.dtype == torch.float16
 
     def check_arguments(self, model: object, examples: object) -> None:
@@ -251,25 +251,25 @@ class CausalLM(Workload):
     def check_model(self, model: nn.Module, settings: TrainSettings) -> None:
         """See ``text_guards``."""
         check_shared_keys(model)
-        plain = replace(settings.levers, kernels="plain")  # until ``choose_kernels`` has tried others
+        plain = replace(settings.options, kernels="plain")  # until ``choose_kernels`` has tried others
         tiny_tiles = plain.tile_tokens and CHECKED_TILE_TOKENS  # so that the check's few tokens are cut
-        set_levers(model, replace(plain, tile_tokens=tiny_tiles))
+        set_memory_options(model, replace(plain, tile_tokens=tiny_tiles))
         check_forward(model, settings.max_tokens)
-        set_levers(model, plain)
+        set_memory_options(model, plain)
         check_updates_in_backward(model, settings)
-        check_compilable(model, settings.levers)
+        check_compilable(model, settings.options)
 
     def choose_kernels(
-        self, model: nn.Module, largest: Callable[[], Inputs], options: Levers, recorded: Sequence[str] | None
+        self, model: nn.Module, largest: Callable[[], Inputs], options: MemoryOptions, recorded: Sequence[str] | None
     ) -> None:  # fmt: skip
         """See ``kernels``."""
-        on_card, allowed = self.device(model).type == "cuda", {*options.allowed_kernels}
+        on_gpu, allowed = self.device(model).type == "cuda", {*options.allowed_kernels}
         names = allowed if recorded is None else allowed & {*recorded}
-        if recorded is not None or on_card:
+        if recorded is not None or on_gpu:
             use_kernels(model, names)
-        if on_card and names and recorded is None:
+        if on_gpu and names and recorded is None:
             choose_kernels(model, largest())
-        elif on_card and names:
+        elif on_gpu and names:
             check_kernels(model, names, largest())
 
     def choose_loss(

@@ -30,7 +30,7 @@ from qlora_lite.errors import CheckpointError
 from qlora_lite.files import explain_write_errors, flush_to_disk, refuse_link, replacing_folder, sha256
 from qlora_lite.quant.tensor_file import write_tensors
 
-FORMAT = 2  # of all that lies in a checkpoint; one of another format is not gone on with
+FORMAT = 2  # of all that lies in a checkpoint; one of another format is not resumed
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"  # the folder of a run's
 MAX_JSON_BYTES = 64 * 2**20
@@ -140,7 +140,7 @@ def _read_manifest(folder: Path) -> dict:
         raise _damaged(folder, f"{MANIFEST} is no whole manifest: {error}") from None
     if manifest.get("format") != FORMAT:
         raise _damaged(
-            folder, f"its format {manifest.get('format')!r} is not {FORMAT}: go on with the version that wrote it"
+            folder, f"its format {manifest.get('format')!r} is not {FORMAT}: resume the version that wrote it"
         )
     step = manifest.get("step")
     if type(step) is not int or folder_of(folder.parent, step) != folder:

@@ -1,6 +1,6 @@
-"""The same bits each time, also on a CUDA card.
+"""The same bits each time, also on a CUDA GPU.
 
-On a CPU a step's bits are the same in each run as it is. On a card, some kernels add in the order in which their blocks
+On a CPU a step's bits are the same in each run as it is. On a GPU, some kernels add in the order in which their blocks
 happen to finish (the backward pass of flash attention, cuBLAS with more than one stream), so that two runs of the same
 recipe differ in the last digits; torch can be told to take others, which are slower.
 """

@@ -1,7 +1,7 @@
 """bitsandbytes' 8-bit AdamW and Lion on a CPU: the same bits in a fraction of the time.
 
 On a CPU bitsandbytes packs states value by value; here ``quant.blockwise`` does. The states, their names and their
-types are bitsandbytes' own. 32-bit states, and a card's, which a plan stands for too, are updated by bitsandbytes.
+types are bitsandbytes' own. 32-bit states, and a GPU's, which a plan stands for too, are updated by bitsandbytes.
 """
 
 import math
@@ -42,7 +42,7 @@ class _OnCpu:
             p.data.copy_(weights)
 
 
-def _unpack(state: dict, number: int) -> Tensor:
+def _dequantize(state: dict, number: int) -> Tensor:
     packed, absmax, code = (state[f"{part}{number}"] for part in ("state", "absmax", "qmap"))
     return torch.ops.bitsandbytes.dequantize_blockwise(packed, absmax, code, BLOCK_VALUES, torch.float32)
 
@@ -57,7 +57,7 @@ class CpuAdamW8bit(_OnCpu, bnb.optim.AdamW8bit):
 
     def _compute(self, group: dict, state: dict, weights: Tensor, gradients: Tensor) -> None:
         (beta1, beta2, *_), rate, step = group["betas"], group["lr"], state["step"]
-        mean, square = _unpack(state, 1), _unpack(state, 2)
+        mean, square = _dequantize(state, 1), _dequantize(state, 2)
         mean.mul_(beta1).add_(gradients, alpha=1 - beta1)
         square.mul_(beta2).addcmul_(gradients, gradients, value=1 - beta2)
         _pack(state, 1, mean)
@@ -73,7 +73,7 @@ class CpuLion8bit(_OnCpu, bnb.optim.Lion8bit):
 
     def _compute(self, group: dict, state: dict, weights: Tensor, gradients: Tensor) -> None:
         (beta1, beta2, *_), rate = group["betas"], group["lr"]
-        mean = _unpack(state, 1)
+        mean = _dequantize(state, 1)
         if group["weight_decay"] > 0:
             weights.mul_(1 - rate * group["weight_decay"])
         direction = mean.mul(beta1).add_(gradients * (1 - beta1)).sign_()

@@ -20,7 +20,7 @@ class Epochs:
 
     Args:
         lengths: tokens of each row.
-        learned: learned tokens of each row.
+        learned: target tokens of each row.
         settings: see ``TrainSettings``.
 
     Raises:

@@ -1,6 +1,6 @@
-"""bitsandbytes' optimizers, many LoRA factors at a time: the same bits in a fraction of the operations.
+"""bitsandbytes' optimizers, many LoRA weights at a time: the same bits in a fraction of the operations.
 
-bitsandbytes updates one factor after the other: ten operations for each of hundreds of factors, which cost a card's
+bitsandbytes updates one factor after the other: ten operations for each of hundreds of factors, which cost a GPU's
 host, and a CPU, more than the arithmetic. Here factors are views of one tensor, each from a multiple of 256 values on,
 and so are their states: a chunk of them is updated as if it were a single factor. Blocks of 8-bit states have 256
 values, so none reaches across factors, and every bit is bitsandbytes' own. What an optimizer keeps of a factor has
@@ -8,7 +8,7 @@ bitsandbytes' names, types and shapes. Factors of fewer than 4,096 values, whose
 their own. Gradients stay where autograd puts them, and are copied together: to add them into one tensor in backward
 would take an operation more for each factor.
 
-A step can be left out without the host's waiting for a card: the update is computed in any case, and the card takes it
+A step can be left out without the host's waiting for a GPU: the update is computed in any case, and the GPU takes it
 or what was there before. That costs a copy of a chunk's states (2 bytes a value) and two operations. A CPU's step, and
 one of paged states, which are the host's memory to torch, is left out by the host, which looks first.
 """
@@ -25,15 +25,15 @@ from qlora_lite.quant.blockwise import BLOCK_VALUES
 
 from .eight_bit import CpuAdamW8bit, CpuLion8bit
 from .optim import are_finite
-from .rounding import round_by_chance
+from .rounding import round_stochastically
 
 # Values that are updated at once, if several factors have them. A CPU's float32 copies of them have 1 MiB: larger ones
-# leave the cache, smaller ones pay more for operators. A card's take 10 bytes a value: 240 MiB.
+# leave the cache, smaller ones pay more for operators. A GPU's take 10 bytes a value: 240 MiB.
 CHUNK_VALUES = {"cpu": 1 << 18, "cuda": 24 << 20}
 
 
 class _Chunk:
-    """Factors of one type that lie end to end.
+    """Factors of one type that are concatenated.
 
     Args:
         parameters: the factors.
@@ -50,7 +50,8 @@ class _Chunk:
         return sum(self.sizes) == sum(p.numel() for p in self.parameters)
 
     def weights(self) -> Tensor:
-        """Return the factors' values [sum of sizes]; factors that do not lie end to end are first made views of it."""
+        """Return the factors' values [sum of sizes]; factors that do not are concatenated are first made views of
+        it."""
         first, end = self.parameters[0], self.parameters[0].storage_offset()
         storage, filled = first.untyped_storage(), self._is_filled()
         # what lies between factors is changed too, and has to be nobody else's
@@ -167,7 +168,7 @@ class _Flat:
         for tensor in chunk.stored if before else ():
             torch.where(take, tensor, before.pop(0), out=tensor)
         if rounds:
-            values = round_by_chance(values, chunk.state["step"], self._places[first])
+            values = round_stochastically(values, chunk.state["step"], self._places[first])
         if take is not None:
             torch.where(take, values, weights, out=weights)
         elif rounds:
@@ -202,7 +203,7 @@ class _Flat:
 
 
 def _is_stored(key: str, value: object) -> bool:
-    """Tell whether part of a state is a tensor of a factor's own: code tables are all factors'."""
+    """Return whether part of a state is a tensor of a factor's own: code tables are all factors'."""
     return isinstance(value, Tensor) and not key.startswith("qmap")
 
 

@@ -10,8 +10,8 @@ from qlora_lite.data.batch import IGNORED_LABEL, Batch
 from qlora_lite.models.anatomy import decoder
 from qlora_lite.models.kernels import FLEX, kernels_of
 from qlora_lite.models.load import uses_row_attention
-from qlora_lite.models.rows_alone import rows_run_alone
-from qlora_lite.ops.checkpoint import row_alone
+from qlora_lite.models.packing import runs_unpacked
+from qlora_lite.ops.checkpoint import sequence_alone
 from qlora_lite.ops.packed_attention import sequence_ends
 from qlora_lite.ops.shapes import device_type, kernel_rows
 from qlora_lite.ops.transfer import part, remembered, sent
@@ -24,7 +24,7 @@ class Inputs(NamedTuple):
     row_lengths: tokens of each row, T in all.
     learned: int64 [N], the places whose next token is a target.
     targets: int64 [N].
-    row_ends: of a card, where rows end (``ops.packed_attention.sequence_ends``).
+    row_ends: of a GPU, where rows end (``ops.packed_attention.sequence_ends``).
     """
 
     input_ids: torch.Tensor
@@ -50,7 +50,7 @@ def prepare(batch: Batch, device: torch.device) -> Inputs:
 
 
 def row_ends(row_lengths: Sequence[int], device: torch.device) -> torch.Tensor | None:
-    """Return where rows end for a card's attention, None for a CPU's."""
+    """Return where rows end for a GPU's attention, None for a CPU's."""
     return sequence_ends(row_lengths, device) if device_type(device) == "cuda" else None
 
 
@@ -61,8 +61,8 @@ def filler_tokens(row_lengths: Sequence[int], device: torch.device) -> int:
 
 
 def hidden_states(model: nn.Module, inputs: Inputs) -> torch.Tensor:
-    """Return the last hidden states [T, D] of rows laid end to end."""
-    if rows_run_alone(model):
+    """Return the last hidden states [T, D] of packed sequences."""
+    if runs_unpacked(model):
         return _hidden_states_row_by_row(model, inputs)
     kernels = kernels_of(model)
     at_once = {"row_ends": inputs.row_ends} if "sequences" in kernels and inputs.row_ends is not None else {}
@@ -80,7 +80,7 @@ def _decoded(
     """
     rows = {}
     if uses_row_attention(model):
-        # row_attention needs no mask. Without one, transformers looks at the positions for packed rows, and a card
+        # row_attention needs no mask. Without one, transformers looks at the positions for packed rows, and a GPU
         # waits for the answer; one of four dimensions it passes on as it is.
         rows = {"row_lengths": row_lengths, "attention_mask": ids.new_empty((1, 1, 0, 0)), **at_once}
     output = decoder(model)(input_ids=ids, position_ids=positions, use_cache=False, **rows)
@@ -93,7 +93,7 @@ def _hidden_states_row_by_row(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     for number, length in enumerate(inputs.row_lengths):
         ids = part(inputs.input_ids, (slice(None), slice(start, start + kernel_rows(length, device))))
         positions = torch.arange(ids.shape[1], device=device)[None]
-        with row_alone(number):
+        with sequence_alone(number):
             outs.append(_decoded(model, ids, positions, (length,)))
         start += length
     return torch.cat(outs)

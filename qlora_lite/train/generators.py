@@ -1,4 +1,4 @@
-"""The random generators as tensors, so that a run goes on with the numbers that it would have drawn.
+"""The random generators as tensors, so that a run resumes the numbers that it would have drawn.
 
 Dropout draws from torch's generator of the device. Python's and numpy's are kept too, because a model's code may
 use them. As tensors and not pickled, which is what `torch.save` of `random.getstate()` would be: whoever can change a
@@ -20,7 +20,7 @@ def generator_states(device: torch.device) -> dict[str, torch.Tensor]:
     """Return the state of every generator that a step on a device can draw from.
 
     Keys: "torch" uint8, "python" int64 [625], "python_gauss" float64 [0 or 1], "numpy" int64 [624],
-    "numpy_rest" float64 [3] (position, whether a normal value waits, that value), and "cuda" uint8 on a card.
+    "numpy_rest" float64 [3] (position, whether a normal value waits, that value), and "cuda" uint8 on a GPU.
     """
     _, words, gauss = random.getstate()
     _, keys, *rest = np.random.get_state()

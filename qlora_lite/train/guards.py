@@ -72,7 +72,7 @@ def explain_not_finite(
     where = workload.places(examples)
     rows = ", ".join(where[:4]) + (f" and {len(where) - 4} more" if len(where) > 4 else "")
     weights = (
-        "the backward pass has changed weights already: go on from the last checkpoint with train --resume" if updated
+        "the backward pass has changed weights already: resume from the last checkpoint with train --resume" if updated
         else "the weights were left as they were before this step"
     )  # fmt: skip
     cures = f"{FLOAT16_ENDS}, lower" if workload.needs_loss_scale(model) else "Lower"

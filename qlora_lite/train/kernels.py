@@ -42,7 +42,7 @@ def choose_kernels(model: nn.Module, inputs: Inputs) -> None:
     None where the same bits are wanted each time: which one is faster may change from one run to the next.
 
     Args:
-        inputs: the largest micro-batch, on a card.
+        inputs: the largest micro-batch, on a GPU.
 
     Raises:
         RuntimeError: memory ran out.
@@ -87,7 +87,7 @@ def _micro_batches(inputs: Inputs) -> list[Inputs]:
 
 
 def check_kernels(model: nn.Module, names: Collection[str], inputs: Inputs) -> None:
-    """Run the kernels of a run that is resumed once, on a card.
+    """Run the kernels of a run that is resumed once, on a GPU.
 
     Args:
         names: of those that it computed with; ``use_kernels`` was given them.
@@ -106,7 +106,7 @@ def check_kernels(model: nn.Module, names: Collection[str], inputs: Inputs) -> N
     if reason:
         raise TrainingError(
             f"{SETTING}: the run began with fused kernels ({', '.join(sorted(names))}), which do not run here any more "
-            f"({reason}). Install what it began with (torch, triton and a C compiler, liger-kernel), or go on with "
+            f"({reason}). Install what it began with (torch, triton and a C compiler, liger-kernel), or resume "
             f"{SETTING}=plain and --force, which rounds otherwise"
         )
 
@@ -219,16 +219,16 @@ def _flex_is_better(query, key, value, sinks, lengths: Sequence[int], scaling, w
         return lambda *tensors: way(*tensors, lengths, scaling, window, softcap, sinks)
 
     def attempt(way: Function) -> Trial:
-        of_few = computed(way, few_lengths, few_window)
+        of_small_batch = computed(way, few_lengths, few_window)
         exact = computed(block_attention, few_lengths, few_window)
-        return _tried(computed(way, lengths, window), (query, key, value), of_few, few, exact)
+        return _tried(computed(way, lengths, window), (query, key, value), of_small_batch, few, exact)
 
     ours, others = ("attention block by block", block_attention), {"flex attention": flex_attention}
     return choose(SETTING, ours, others, attempt, False) is not None
 
 
 def _gated_is_better(product: torch.Tensor) -> bool:
-    """Tell whether Liger's kernels are the better ones for factors of a product's shape, of random numbers."""
+    """Return whether Liger's kernels are the better ones for factors of a product's shape, of random numbers."""
     generator = torch.Generator(product.device).manual_seed(0)
     factors = [torch.empty_like(product).normal_(generator=generator) for _ in range(2)]
     few = [factor.reshape(-1, factor.shape[-1])[:CHECKED_ROWS] for factor in factors]
@@ -242,7 +242,7 @@ def _gated_is_better(product: torch.Tensor) -> bool:
 
 
 def _experts_are_better(experts: nn.Module, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> bool:
-    """Tell whether a block's packed experts are the better ones in groups, on what it was given.
+    """Return whether a block's packed experts are the better ones in groups, on what it was given.
 
     Both ways are compared with one expert after the other in float32, all rows of it.
     """
@@ -266,11 +266,15 @@ def _experts_are_better(experts: nn.Module, hidden: torch.Tensor, chosen: torch.
 
 
 def _tried(
-    function: Function, tensors: Sequence[torch.Tensor], of_few: Function, few: Sequence[torch.Tensor], exact: Function
-) -> Trial:  # fmt: skip
+    function: Function,
+    tensors: Sequence[torch.Tensor],
+    of_small_batch: Function,
+    few: Sequence[torch.Tensor],
+    exact: Function,
+) -> Trial:
     """Time a function of the run's tensors, and compare it on a few numbers with the exact one in float64."""
     took = timed(lambda: _value_and_gradients(function, tensors), tensors[0].device)
-    found = _value_and_gradients(of_few, few)
+    found = _value_and_gradients(of_small_batch, few)
     wanted = _value_and_gradients(exact, [tensor.double() for tensor in few])
     value, *gradients = (float((a - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True))
     return Trial(*took, value, max(gradients))

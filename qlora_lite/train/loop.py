@@ -31,9 +31,9 @@ from .epochs import Epochs
 from .generators import generator_states, restore_generators
 from .guards import check_trainable, explain_not_finite
 from .loss_scale import LossScale
+from .memory_probe import probe_step
 from .optim import build_optimizer
 from .out_of_memory import cut, first_line, free_cached_memory, is_out_of_memory, lower_limit, no_retry
-from .rehearsal import rehearse_step
 from .settings import TrainSettings, lr_factor
 from .step import Evaluation, StepResult, evaluate_loss, train_step, train_step_in_backward
 from .workload import Workload
@@ -96,7 +96,7 @@ class Trainer:
             raise TrainingError(f"settings is {type(settings).__name__}; give qlora_lite.train_settings(RECIPE)")
         workload = workload or CausalLM()
         workload.check_arguments(model, examples)
-        self.workload = workload.with_options(settings.levers)
+        self.workload = workload.with_options(settings.options)
         self.model, self.examples, self.settings, self.stream = model, examples, settings, stream
         self.epochs = Epochs(workload.lengths(examples), workload.target_counts(examples), settings)
         trained = dict(workload.method.parameters(model))
@@ -111,7 +111,7 @@ class Trainer:
         self.total_steps = self.epochs.total_steps()
         self.step = self.skipped = 0
         self.epoch = self.epoch_step = 0  # the next step's: its epoch, and the steps before it in that epoch
-        self.optimizer_bytes = 0  # of its states, known after a rehearsal
+        self.optimizer_bytes = 0  # of its states, known after a memory probe
         self.took_part = False  # every wrapped layer, which a step has shown
         self._has_retried = False  # the allocator, which has been said
         self._is_still = False  # its gradients are zero, which has been said
@@ -136,7 +136,7 @@ class Trainer:
             self.meter.restart()  # what the check held is no step's
 
     @float32_partial_sums()
-    def rehearse(self, eval_examples: Sequence = ()) -> None:
+    def probe_memory(self, eval_examples: Sequence = ()) -> None:
         """Run a step on the largest micro-batch and the largest evaluation batch, and leave no trace of it.
 
         Raises:
@@ -147,15 +147,15 @@ class Trainer:
         s, device, work = self.settings, self.device, self.workload
         work.check_examples(self.model, eval_examples)
         largest, evaluation = largest_batches(work, self.examples, eval_examples, self.epochs, self.most_tokens)
-        # bitsandbytes never gives paged states back; others of the same size are freed after the rehearsal
+        # bitsandbytes never gives paged states back; others of the same size are freed after the memory probe
         name = s.optimizer.removeprefix("paged_")
         optimizer = build_optimizer(self.parameters, name, 0.0, 0.0, s.stochastic_rounding)
         before, was_training = list(map(bit_sums, self.parameters)), self.model.training
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            rehearse_step(
+            probe_step(
                 work, self.model, self.parameters, optimizer, work.inputs(largest, device),
                 evaluation and work.inputs(evaluation, device), s.max_grad_norm, s.gradient_accumulation_steps > 1,
-                s.levers.optimizer_in_backward,
+                s.options.optimizer_in_backward,
             )  # fmt: skip
         self.optimizer_bytes = sum(
             value.nbytes for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
@@ -165,7 +165,7 @@ class Trainer:
             free_cached_memory(device)  # room for the run's own states, which torch's allocator does not take
         self.model.train(was_training)
         if list(map(bit_sums, self.parameters)) != before:
-            raise TrainingError("the rehearsal before training changed a LoRA factor; please report this")
+            raise TrainingError("the memory probe before training changed a LoRA factor; please report this")
 
     @float32_partial_sums()
     def choose_kernels(self, recorded: Collection[str] | None = None) -> None:
@@ -174,13 +174,13 @@ class Trainer:
         Without this call there are none.
 
         Args:
-            recorded: those of a run that goes on, which are kept.
+            recorded: those of a resumed run, which are kept.
 
         Raises:
             TrainingError: one of those does not run here any more.
         """
         self.check()
-        self.workload.choose_kernels(self.model, self._largest_inputs, self.settings.levers, recorded)
+        self.workload.choose_kernels(self.model, self._largest_inputs, self.settings.options, recorded)
         self._forget_trials()
 
     def _forget_trials(self) -> None:
@@ -199,7 +199,7 @@ class Trainer:
         See ``ops.fused_loss``; without this call it is the chunked one.
 
         Args:
-            recorded: the loss of a run that goes on, which is kept where it can be.
+            recorded: the loss of a resumed run, which is kept where it can be.
         """
         self.check()
         setting = self.settings.fused_loss
@@ -241,7 +241,7 @@ class Trainer:
         rate = s.learning_rate * lr_factor(self.step, self.total_steps, s.lr_scheduler, s.warmup_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        whole = s.levers.optimizer_in_backward
+        whole = s.options.optimizer_in_backward
         result = self._whole_step(micro_batches) if whole else self._within_memory(micro_batches, self._step)
         if not math.isfinite(result.loss + result.grad_norm):
             self._skip_or_stop(micro_batches, updated=whole and math.isfinite(result.loss))
@@ -365,7 +365,7 @@ def _eval_rows(workload: Workload, examples: Sequence, settings: TrainSettings) 
 def eval_batches(
     workload: Workload, examples: Sequence, settings: TrainSettings, done: Callable[[int], None] | None = None
 ) -> Iterator:
-    """Lay evaluation rows end to end up to ``max_tokens`` per batch, in their own order.
+    """Lay evaluation packed rows up to ``max_tokens`` per batch, in their own order.
 
     Args:
         done: called with the number of examples so far whenever another batch is asked for.
@@ -393,7 +393,7 @@ def largest_batches(
         epochs: of the examples.
         most_tokens: see ``out_of_memory.cut``.
     """
-    whole = epochs.settings.levers.optimizer_in_backward
+    whole = epochs.settings.options.optimizer_in_backward
     rows, most = epochs.largest()
     rows = workload.enlarged([examples[row] for row in rows], most)
     largest = _fullest(workload, rows, None if whole else most_tokens)

@@ -3,7 +3,7 @@
 float16 has nothing between 0 and 6e-8, and nothing above 65,504. A backward pass that begins with a power of two in
 place of 1 gives every gradient times that power, and dividing by it afterwards changes no bit but those of the
 exponent. The factor is as large as gradients allow: it is halved where one overflows, and doubled after many steps in
-which none did. A step that overflowed is computed again with the smaller factor, so that no example is left out and
+which none did. A step that overflowed is recomputed with the smaller factor, so that no example is left out and
 steps are counted as they are without it. (To leave the step out is the known other way: ``torch.amp.GradScaler``, whose
 numbers these are.)
 

@@ -58,7 +58,7 @@ def build_optimizer(
     if name.startswith("paged_") and not can_page(device):
         name = name.removeprefix("paged_")
         if device.type == "cuda":
-            log.info("optimizer states cannot be paged on this card: %s it is", name)
+            log.info("optimizer states cannot be paged on this GPU: %s it is", name)
     optimizer_class = getattr(flat, BITSANDBYTES_NAMES[name])
     if device.type != "cuda":
         optimizer_class = flat.ON_CPU.get(optimizer_class, optimizer_class)
@@ -71,13 +71,13 @@ class TorchAdamW(torch.optim.AdamW):
     """torch's AdamW with the step of ``flat``'s optimizers.
 
     Args:
-        by_chance: float32 states for bfloat16 parameters, which are updated in float32 and rounded by chance.
+        stochastic: float32 states for bfloat16 parameters, which are updated in float32 and rounded stochastically.
     """
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter], by_chance: bool, **settings):
-        # one factor after the other on a card too: all at once hold further values of each
+    def __init__(self, parameters: Sequence[torch.nn.Parameter], stochastic: bool, **settings):
+        # one factor after the other on a GPU too: all at once hold further values of each
         super().__init__(parameters, foreach=False, **settings)
-        self._rounded = dict(enumerate(parameters)) if by_chance else {}
+        self._rounded = dict(enumerate(parameters)) if stochastic else {}
 
     def step(self, if_finite: torch.Tensor | None = None, scale: torch.Tensor | None = None) -> None:
         """Update every parameter that has a gradient, which is scaled first; see ``flat``. The host looks at once."""
@@ -93,9 +93,9 @@ class TorchAdamW(torch.optim.AdamW):
 
 
 def can_page(device: torch.device) -> bool:
-    """Tell whether a device and its host may use the same managed memory at one time, as paged states do.
+    """Return whether a device and its host may use the same managed memory at one time, as paged states do.
 
-    A card on WSL or Windows, or a share of one, may not; bitsandbytes does not ask before it takes such memory, and
+    A GPU on WSL or Windows, or a share of one, may not; bitsandbytes does not ask before it takes such memory, and
     ends the process where CUDA has none to give (``cget_managed_ptr``).
     """
     if device.type != "cuda":
@@ -125,11 +125,11 @@ def gradient_norms(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
 
 def _check_none_missing(found: int, wanted: int) -> None:
     if found < wanted:
-        raise TrainingError(f"{wanted - found} of {wanted} LoRA factors got no gradient")
+        raise TrainingError(f"{wanted - found} of {wanted} LoRA weights got no gradient")
 
 
 def are_finite(numbers: torch.Tensor | None) -> bool:
-    """Tell whether numbers are finite, which the host waits for; those of a plan, and none, are."""
+    """Return whether numbers are finite, which the host waits for; those of a plan, and none, are."""
     return numbers is None or numbers.is_meta or all(map(math.isfinite, numbers.tolist()))
 
 
@@ -137,7 +137,7 @@ def clip_scale(norm: torch.Tensor, max_norm: float) -> torch.Tensor | None:
     """Return what scales gradients of a total L2 norm to ``max_norm`` at most, as ``clip_grad_norm_`` does; None for 0.
 
     An optimizer's step applies it to the gradients that it copies together: in place, torch would scale bfloat16
-    gradients by a float32 number one after the other on a card, and round them once more.
+    gradients by a float32 number one after the other on a GPU, and round them once more.
     """
     return (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else None
 
@@ -151,13 +151,13 @@ class UpdatesInBackward:
 
     Args:
         optimizer: any that leaves parameters without a gradient alone, as all of ``build_optimizer``'s do.
-        rehearsing: let the optimizer see gradients of zero.
+        probing: let the optimizer see gradients of zero.
 
     Source: the idea of LOMO, arXiv 2306.09782, section 3.1.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, rehearsing: bool = False):
-        self.optimizer, self.rehearsing = optimizer, rehearsing
+    def __init__(self, optimizer: torch.optim.Optimizer, probing: bool = False):
+        self.optimizer, self.probing = optimizer, probing
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._norms: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._handles: list = []
@@ -172,7 +172,7 @@ class UpdatesInBackward:
             handle.remove()
 
     def _update(self, parameter: torch.nn.Parameter) -> None:
-        if self.rehearsing:
+        if self.probing:
             parameter.grad.zero_()
         self._norms[parameter] = gradient_norms([parameter])
         with phase("optimizer"), category("optimizer"):

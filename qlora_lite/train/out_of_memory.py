@@ -1,7 +1,7 @@
 """Go on when memory runs out: take fewer tokens through the model at once.
 
 A step that ran out of memory is done again from its start, its rows in smaller micro-batches. Rows do not see each
-other and each learned token counts the same, so the step is the same step; only the order of additions differs.
+other and each target token counts the same, so the step is the same step; only the order of additions differs.
 (Halving the batch size, the other known cure, changes the batch, the schedule and the steps of an epoch.)
 
 Allocators do not agree on one error: torch's own class is a RuntimeError, and so are the CPU allocator's and those of
@@ -27,24 +27,24 @@ _OF_A_DEVICE = (
     "out of memory",  # CUDA, HIP, MPS and XPU
     "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED",
     "cudaErrorMemoryAllocation",
-    "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",  # what it says on a card that is full
-    "NVML_SUCCESS ==",  # torch fails over its own message where it may not ask who uses the card (pytorch issue 112377)
+    "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",  # what it says on a GPU that is full
+    "NVML_SUCCESS ==",  # torch fails over its own message where it may not ask who uses the GPU (pytorch issue 112377)
 )  # fmt: skip
 CURES = "lower data.max_tokens or lora.rank, or give it more memory"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says, in any allocator's words, that there is no memory left."""
+    """Return whether an error says, in any allocator's words, that there is no memory left."""
     return is_out_of_device_memory(error) or isinstance(error, MemoryError) or _says(error, _OF_THE_HOST)
 
 
 def another_plan_may_help(error: BaseException, device: torch.device) -> bool:
-    """Tell whether it is the device that has no memory left: beside a card, no plan is a cure for the host's."""
+    """Return whether it is the device that has no memory left: beside a GPU, no plan is a cure for the host's."""
     return is_out_of_memory(error) if device.type == "cpu" else is_out_of_device_memory(error)
 
 
 def is_out_of_device_memory(error: BaseException) -> bool:
-    """Tell whether it is a card that has no memory left, and not the host."""
+    """Return whether it is a GPU that has no memory left, and not the host."""
     return isinstance(error, torch.OutOfMemoryError) or (_says(error, _OF_A_DEVICE) and not _says(error, _OF_THE_HOST))
 
 
@@ -113,7 +113,7 @@ def no_retry(where: str) -> AbstractContextManager[None]:
     Raises:
         DoesNotFitError: memory ran out.
     """
-    cure = f"go on from the last checkpoint with train --resume, and {CURES}"
+    cure = f"resume from the last checkpoint with train --resume, and {CURES}"
     return explaining_memory(cure, f"memory ran out {where}")
 
 

@@ -1,4 +1,4 @@
-"""Keep small updates of bfloat16 factors: update in float32, and round by chance.
+"""Keep small updates of bfloat16 factors: update in float32, and round stochastically.
 
 A bfloat16 number has 8 bits of precision. Rounded to the nearest, a weight never feels an update below 1/512 of
 itself, however often it comes. Here the updated float32 weight is rounded to the lower or the upper neighbour, with
@@ -22,7 +22,7 @@ _DROPPED_BITS = 16  # of a float32's, for a bfloat16
 _PLACES = 65_537  # seeds of one step; a CPU's generator takes 32 bits of a seed
 
 
-def round_by_chance(values: Tensor, step: int, place: int) -> Tensor:
+def round_stochastically(values: Tensor, step: int, place: int) -> Tensor:
     """Return each value as one of its two neighbours in bfloat16, on average itself: a view of the values' memory.
 
     Args:
@@ -44,7 +44,7 @@ def _generator(device: torch.device) -> torch.Generator:
 
 @contextmanager
 def in_float32(parameters: Mapping[int, torch.nn.Parameter], step_of: Callable[[Tensor], int]) -> Iterator[None]:
-    """Let bfloat16 parameters and their gradients be float32, and round what becomes of them by chance.
+    """Let bfloat16 parameters and their gradients be float32, and round what becomes of them stochastically.
 
     Args:
         parameters: by their place; those of other types, or without a gradient, stay as they are.
@@ -59,7 +59,7 @@ def in_float32(parameters: Mapping[int, torch.nn.Parameter], step_of: Callable[[
     try:
         yield
         for place, p, data, _ in stored:
-            data.copy_(round_by_chance(p.data, step_of(p), place))
+            data.copy_(round_stochastically(p.data, step_of(p), place))
     finally:
         for _, p, data, grad in stored:
             _set(p, data, grad)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from qlora_lite.models.levers import Levers
+from qlora_lite.models.memory_options import MemoryOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class TrainSettings:
     max_skipped_steps: int
     stochastic_rounding: bool
     fused_loss: str
-    levers: Levers = field(default_factory=Levers)
+    options: MemoryOptions = field(default_factory=MemoryOptions)
 
 
 def lr_factor(step: int, total_steps: int, schedule: str, warmup_ratio: float) -> float:

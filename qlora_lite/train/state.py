@@ -51,7 +51,7 @@ def capture(trainer: Trainer) -> tuple[dict[str, Tensors], dict]:
 
 
 def _wait(device: torch.device) -> None:
-    """Wait for the card: paged states are read and written by the host where they lie."""
+    """Wait for the GPU: paged states are read and written by the host where they lie."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -1,7 +1,7 @@
 """One training step and one evaluation: the arithmetic, without files, clocks or printing.
 
 A step runs its micro-batches one after the other and divides every loss by the weight (of a language model: the
-labelled tokens) of the *whole* step, so that gradient accumulation equals one large batch exactly. (Averaging per
+target tokens) of the *whole* step, so that gradient accumulation equals one large batch exactly. (Averaging per
 micro-batch first weights a token by how few its batch had: transformers issues 34191 and 37766.)
 """
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from qlora_lite.memory.marks import category, phase
 from qlora_lite.ops.compiled import in_words
-from qlora_lite.quant.few_rows import plain_products
+from qlora_lite.quant.small_batch import plain_products
 
 from .loss_scale import unscale
 from .optim import UpdatesInBackward, clip_scale, gradient_norms
@@ -85,7 +85,7 @@ def train_step(
 ) -> StepResult:  # fmt: skip
     """Run one optimizer step over micro-batches; a step that is not finite leaves the weights alone.
 
-    A card begins to update before the host knows what the step has found; see ``flat``.
+    A GPU begins to update before the host knows what the step has found; see ``flat``.
 
     Args:
         batches: the workload's.
@@ -144,7 +144,7 @@ def _backward(loss: torch.Tensor, scale: float = 1.0) -> None:
 
 
 def _begin_reading(numbers: torch.Tensor) -> Callable[[], list[float]]:
-    """Return a function that waits for numbers, and not for what a card is given to do from here on."""
+    """Return a function that waits for numbers, and not for what a GPU is given to do from here on."""
     if numbers.device.type != "cuda":
         return numbers.tolist
     on_host, there = numbers.to("cpu", non_blocking=True), torch.cuda.Event()

@@ -19,9 +19,9 @@ from qlora_lite.data.storage import Example, largest_token, row_lengths
 from qlora_lite.errors import DataError, ModelError, TrainingError
 from qlora_lite.models.anatomy import device_of, head, position_limit, text_config
 from qlora_lite.models.experts import packs_experts
-from qlora_lite.models.levers import Levers
 from qlora_lite.models.load import use_row_attention, uses_row_attention
-from qlora_lite.models.rows_alone import rows_run_alone, run_rows_alone, use_own_attention, why_rows_run_alone
+from qlora_lite.models.memory_options import MemoryOptions
+from qlora_lite.models.packing import run_unpacked, runs_unpacked, use_own_attention, why_unpacked
 from qlora_lite.ops.loss import head_logits
 
 from .forward import hidden_states, prepare
@@ -39,8 +39,8 @@ LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.
 def check_forward(model: nn.Module, longest: int = 0) -> float:
     """Compare packed rows and the chunked head with the model's own logits, row by row with its own attention.
 
-    A model in which rows end to end see each other is switched to running them one by one, which is exact, with one
-    logged line because packing then saves no time: where the model says so (``models.rows_alone``), or the comparison
+    A model in which packed rows see each other is switched to running them one by one, which is exact, with one
+    logged line because packing then saves no time: where the model says so (``models.packing``), or the comparison
     shows it (distances counted over the whole sequence: Bloom, MPT). Where ours leaves something out, it goes back to
     the attention that transformers has for it.
 
@@ -54,14 +54,14 @@ def check_forward(model: nn.Module, longest: int = 0) -> float:
         ModelError: the difference is more than rounding, or weights are not finite or too large to compute with.
     """
     _check_embeddings_finite(model)
-    if not rows_run_alone(model) and (why := why_rows_run_alone(model, longest)):
-        run_rows_alone(model)
+    if not runs_unpacked(model) and (why := why_unpacked(model, longest)):
+        run_unpacked(model)
         log.warning("%s: each row is run by itself, since %s", type(model).__name__, why)
     tolerance = LOGITS_TOLERANCE[model.dtype]
     error = _logits_error(model)
     together = error
     for change, why in (
-        (run_rows_alone, "rows laid end to end see each other"),
+        (run_unpacked, "packed sequences see each other"),
         (use_own_attention, "attention over rows leaves something out, and transformers' own takes its place"),
     ):
         if not error <= tolerance:
@@ -169,9 +169,9 @@ def _own_attention(model: nn.Module) -> Iterator[None]:
 
 
 def can_reach_every_layer(rows: Iterable[Example]) -> bool:
-    """Tell whether a step of these rows can give every wrapped layer a gradient.
+    """Return whether a step of these rows can give every wrapped layer a gradient.
 
-    The first learned token that can has two before it: where a token sees only itself, queries and keys change nothing.
+    The first target token that can has two before it: where a token sees only itself, queries and keys change nothing.
     """
     return any(row.learned[2:].any() for row in rows)
 
@@ -182,12 +182,12 @@ def check_updates_in_backward(model: nn.Module, settings: TrainSettings) -> None
     Raises:
         TrainingError: naming what would need the gradients of a whole step, or several passes.
     """
-    if not settings.levers.optimizer_in_backward:
+    if not settings.options.optimizer_in_backward:
         return
     given = {name: getattr(settings, name) for name in WITH_UPDATES_IN_BACKWARD}
     found = [f"train.{name} {given[name]} (set it to {only})" for name, only in WITH_UPDATES_IN_BACKWARD.items()
              if given[name] != only]  # fmt: skip
-    if rows_run_alone(model):
+    if runs_unpacked(model):
         found.append("this model, whose rows run one by one (set memory.optimizer_in_backward to false)")
     if model.dtype == torch.float16:
         found.append(f"a model in float16 ({UPDATES_IN_FLOAT16})")
@@ -195,21 +195,21 @@ def check_updates_in_backward(model: nn.Module, settings: TrainSettings) -> None
         raise TrainingError(f"memory.optimizer_in_backward is incompatible with: {'; '.join(found)}")
 
 
-def check_compilable(model: nn.Module, levers: Levers) -> None:
+def check_compilable(model: nn.Module, options: MemoryOptions) -> None:
     """Check that the blocks can be compiled, where they are to be.
 
     Raises:
         TrainingError: naming what stands in the way.
     """
-    if not levers.compile:
+    if not options.compile:
         return
     hindrances = {
-        "rows that run one by one": rows_run_alone(model),
+        "rows that run one by one": runs_unpacked(model),
         "attention other than this package's": not uses_row_attention(model),
-        "memory.checkpointing selective": levers.checkpointing == "selective",
+        "memory.checkpointing selective": options.checkpointing == "selective",
         "dropout": any(map(_drops, model.modules())),
         "experts in 4 bit": packs_experts(model),
-        **{f"memory.{name}": levers.settings[name] != only for name, only in WITH_COMPILE.items()},
+        **{f"memory.{name}": options.settings[name] != only for name, only in WITH_COMPILE.items()},
     }
     found = [reason for reason, applies in hindrances.items() if applies]
     if found:
@@ -219,7 +219,7 @@ def check_compilable(model: nn.Module, levers: Levers) -> None:
 
 
 def _drops(module: nn.Module) -> bool:
-    """Tell whether a module zeroes values at random, by a layer or by a rate that it hands to a function."""
+    """Return whether a module zeroes values at random, by a layer or by a rate that it hands to a function."""
     rates = [value for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
     return any(rates) or (isinstance(module, nn.Dropout) and module.p > 0)
 
@@ -228,7 +228,7 @@ def check_embeddings(model: nn.Module, examples: Sequence[Example]) -> None:
     """Check that the model has an embedding for every token of the rows, and for every position.
 
     Raises:
-        DataError: it lacks one, which a card would answer with an assertion of its own.
+        DataError: it lacks one, which a GPU would answer with an assertion of its own.
     """
     limit = position_limit(model)
     if limit is not None and (longest := max(row_lengths(examples), default=0)) > limit:

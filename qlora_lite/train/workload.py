@@ -20,7 +20,7 @@ from torch import nn
 from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.data.batch import Extent
 from qlora_lite.errors import TrainingError
-from qlora_lite.models.levers import Levers, set_levers
+from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
 
 from .settings import TrainSettings
 
@@ -76,7 +76,7 @@ class Objective:
         """
         raise NotImplementedError
 
-    def with_options(self, options: Levers) -> Self:
+    def with_options(self, options: MemoryOptions) -> Self:
         """Return the objective as it computes with memory options."""
         return self
 
@@ -98,7 +98,7 @@ class Workload:
     most_tokens: int | None = None  # that the model can compute at once, where anything limits them
     is_quantized: bool = False  # whether any weight is packed in 4 bit
     fixed_options: Mapping[str, object] = MappingProxyType(ONLY_BLOCKS)  # memory options that it has no choice of
-    movable_tables: tuple[str, ...] = ()  # fields of Levers for tables that can lie in host memory
+    movable_tables: tuple[str, ...] = ()  # fields of Memory options for tables that can lie in host memory
     tables_are_tied: bool = False  # so that they lie in one place
 
     # Examples and batches.
@@ -150,7 +150,7 @@ class Workload:
         """Return the sum of the losses of a micro-batch."""
         raise NotImplementedError
 
-    def with_options(self, options: Levers) -> Self:
+    def with_options(self, options: MemoryOptions) -> Self:
         """Return the workload as it computes with memory options."""
         return self
 
@@ -160,18 +160,18 @@ class Workload:
 
     # The model.
 
-    def planned_model(self, device: torch.device, options: Levers, shape: BatchShape) -> nn.Module:
+    def planned_model(self, device: torch.device, options: MemoryOptions, shape: BatchShape) -> nn.Module:
         """Return the model for a plan, adapted and its weights placed, its blocks run as training would run them.
 
         Args:
             device: the meta device, or the CPU where an operator needs storage.
-            options: ``models.levers.place`` and ``set_levers`` apply them.
+            options: ``models.memory_options.place`` and ``set_memory_options`` apply them.
             shape: of the micro-batch that it is for.
         """
         raise NotImplementedError
 
     def needs_values(self, model: nn.Module) -> bool:
-        """Tell whether a result's shape may follow from values that a plan has: positions, masks."""
+        """Return whether a result's shape may follow from values that a plan has: positions, masks."""
         return False
 
     def pattern(self) -> tuple[int, int]:
@@ -203,7 +203,7 @@ class Workload:
         return None, None
 
     def needs_loss_scale(self, model: nn.Module) -> bool:
-        """Tell whether the model computes in float16, whose gradients would underflow."""
+        """Return whether the model computes in float16, whose gradients would underflow."""
         return False
 
     # What is checked and found out before the first step.
@@ -228,13 +228,13 @@ class Workload:
         Raises:
             ModelError, TrainingError: it would not.
         """
-        wrong = [name for name, only in self.fixed_options.items() if getattr(settings.levers, name) != only]
+        wrong = [name for name, only in self.fixed_options.items() if getattr(settings.options, name) != only]
         if wrong:
             raise TrainingError(f"{type(self).__name__} has no {', '.join(wrong)} to set")
-        set_levers(model, replace(settings.levers, kernels="plain"), self.blocks(model))
+        set_memory_options(model, replace(settings.options, kernels="plain"), self.blocks(model))
 
     def choose_kernels(
-        self, model: nn.Module, largest: Callable[[], object], options: Levers, recorded: Sequence[str] | None
+        self, model: nn.Module, largest: Callable[[], object], options: MemoryOptions, recorded: Sequence[str] | None
     ) -> None:  # fmt: skip
         """Try fused kernels on a GPU, or take those that are recorded.
 
@@ -252,5 +252,5 @@ class Workload:
         return self
 
     def can_reach_every_layer(self, examples: Sequence) -> bool:
-        """Tell whether a step of these examples gives every adapted layer a gradient."""
+        """Return whether a step of these examples gives every adapted layer a gradient."""
         return True

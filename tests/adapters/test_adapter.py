@@ -58,7 +58,7 @@ def test_a_saved_adapter_is_loaded_bit_for_bit_with_its_settings(tmp_path):
     assert not loaded
 
 
-def test_the_digest_is_that_of_the_file_and_the_same_for_the_same_factors(tmp_path):
+def test_the_digest_is_that_of_the_file_and_the_same_for_the_same_weights(tmp_path):
     import hashlib
 
     model = add_lora(build_tiny("llama"), rank=2)
@@ -162,7 +162,7 @@ def test_a_long_list_of_faults_is_cut(folder):
 
 
 @pytest.mark.parametrize("tensor", [torch.zeros(3, 64, dtype=torch.int64), torch.zeros(64), torch.zeros(0, 64)])
-def test_factors_of_another_kind_are_refused(folder, tensor):
+def test_weights_of_another_kind_are_refused(folder, tensor):
     change_tensors(folder, lambda t: t.update({Q.format(0, "A"): tensor}))
     assert "q_proj" in refusal(folder)
 

@@ -111,14 +111,14 @@ def test_a_failed_target_leaves_the_model_unwrapped():
     assert not list(lora_layers(model))
 
 
-def test_only_the_factors_are_trainable_and_they_come_a_before_b_layer_by_layer():
+def test_only_the_weights_are_trainable_and_they_come_a_before_b_layer_by_layer():
     model = add_lora(build_tiny("llama").requires_grad_(True), ["q_proj"], rank=2)
     names = [name for name, _ in lora_parameters(model)]
     assert names == [f"model.layers.{i}.self_attn.q_proj.lora_{side}" for i in (0, 1) for side in "AB"]
     assert sum(p.requires_grad for p in model.parameters()) == len(names)
 
 
-def test_the_seed_alone_decides_the_factors():
+def test_the_seed_alone_decides_the_weights():
     def factors(seed):
         model = build_tiny("llama")
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The fused LoRA product equals the formula, in value and in every gradient, and keeps nothing unpacked."""
+"""The fused LoRA product equals the formula, in value and in every gradient, and keeps nothing dequantised."""
 
 import itertools
 
@@ -216,7 +216,7 @@ def test_dropout_drops_inputs_of_the_low_rank_branch_only():
 
 
 @pytest.mark.parametrize(("device_type", "dtype"), [("cuda", torch.bool), ("cpu", torch.bfloat16)])
-def test_a_plan_of_dropout_keeps_a_byte_a_value_on_a_card_as_its_kernel_does(device_type, dtype):
+def test_a_plan_of_dropout_keeps_a_byte_a_value_on_a_gpu_as_its_kernel_does(device_type, dtype):
     base = nn.Linear(24, 8, device="meta", dtype=torch.bfloat16)
     layer = LoraLinear(base, 2, 1, 0.1, False, torch.bfloat16).to("meta")
     x, kept = torch.empty(1, 5, 24, device="meta", dtype=torch.bfloat16), []

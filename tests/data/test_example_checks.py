@@ -64,7 +64,7 @@ def test_every_message_says_what_to_do():
 
 
 def test_an_end_token_that_is_not_to_be_learned_is_no_fault():
-    assert check_examples([example([3, 4])], BEGIN, {END}, end_is_learned=False) == []
+    assert check_examples([example([3, 4])], BEGIN, {END}, end_is_target=False) == []
 
 
 def test_a_tokenizer_without_begin_of_text_has_none_twice():

@@ -39,12 +39,12 @@ def conversations(draw):
 def learned_runs(ids, learned):
     """Split the tokens into runs of learned ones."""
     runs, previous = [], False
-    for token, is_learned in zip(ids, learned, strict=True):
-        if is_learned and not previous:
+    for token, is_target in zip(ids, learned, strict=True):
+        if is_target and not previous:
             runs.append([])
-        if is_learned:
+        if is_target:
             runs[-1].append(int(token))
-        previous = is_learned
+        previous = is_target
     return runs
 
 

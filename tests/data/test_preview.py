@@ -24,10 +24,10 @@ marked_rows = st.lists(
 
 def example(row):
     ids, learned = [], []
-    for text, is_learned in row:
+    for text, is_target in row:
         tokens = TOKENIZER(text, add_special_tokens=False)["input_ids"]
         ids += tokens
-        learned += [is_learned] * len(tokens)
+        learned += [is_target] * len(tokens)
     learned[0] = False  # nothing precedes it
     return Example(np.array(ids, np.int32), np.array(learned), "", "", "f:1")
 

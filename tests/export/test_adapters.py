@@ -22,7 +22,7 @@ from qlora_lite.adapters.read import Adapter, Factors
 from qlora_lite.artifacts.trained_run import open_trained
 from qlora_lite.errors import ModelError, OutputError
 from qlora_lite.export import formats as forms
-from qlora_lite.export.adapters import ADAPTER_FILE, VLLM_FAMILIES, for_vllm, with_one_alpha
+from qlora_lite.export.adapters import ADAPTER_FILE, VLLM_FAMILIES, for_vllm, with_one_scaling
 from qlora_lite.export.check import Change, check_change, check_merged
 from qlora_lite.export.formats import ExportSettings, export_run
 
@@ -209,7 +209,7 @@ def test_folding_keeps_every_update_and_the_bits_where_it_can():
             {"a": factors(4, 8.0, rslora), "b": factors(4, 8.0, rslora), "c": factors(2, 3.0, rslora)}, 0.0
         )
         for rank in (None, 4, 6):
-            folded = with_one_alpha(adapter, rank)
+            folded = with_one_scaling(adapter, rank)
             assert len({f.alpha for f in folded.layers.values()}) == 1
             for name, f in adapter.layers.items():
                 g = folded.layers[name]
@@ -217,7 +217,7 @@ def test_folding_keeps_every_update_and_the_bits_where_it_can():
                 expected = f.scale * f.lora_B.double() @ f.lora_A.double()
                 assert torch.allclose(g.scale * g.lora_B.double() @ g.lora_A.double(), expected, rtol=1e-6, atol=1e-7)
     same = Adapter({"a": factors(4, 8.0), "b": factors(4, 16.0)}, 0.0)
-    folded = with_one_alpha(same)
+    folded = with_one_scaling(same)
     assert folded.layers["a"].lora_B.dtype == torch.bfloat16, "a factor of two moves the exponent only"
     assert torch.equal(folded.layers["a"].lora_A, same.layers["a"].lora_A)
 

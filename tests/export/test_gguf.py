@@ -378,7 +378,7 @@ def test_an_attention_window_that_llama_cpp_has_not_is_a_note_or_an_error_where_
         export_run(make_run(tmp_path / "short", tmp_path / "short" / "model"), tmp_path / "no", ExportSettings("gguf"))
 
 
-def test_llama_3_s_rotary_factors_are_those_of_transformers():
+def test_llama_3_s_rotary_weights_are_those_of_transformers():
     rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192}  # fmt: skip
     options = dict(rope_parameters=rope, hidden_size=512, max_position_embeddings=131072)

@@ -90,7 +90,7 @@ def hub(monkeypatch):
     return made
 
 
-def test_the_adapter_goes_to_a_private_repository_with_a_card_after_all_was_shown(run, hub, command):
+def test_the_adapter_goes_to_a_private_repository_with_a_gpu_after_all_was_shown(run, hub, command):
     code, out, err = command("push", run, REPO, "--base-model", BASE, "--yes")
     assert code == 0, err
     assert hub.sent.keys() == ADAPTER_FILES and hub.repos[REPO] == {"private": True}
@@ -233,7 +233,7 @@ train: {{learning_rate: 1.5e-3, gradient_accumulation_steps: 4}}
     return CardFacts(REPO, base_model, licence or {}, recipe, summary, merged_into, True)
 
 
-def test_a_card_says_what_was_measured_and_nothing_of_this_machine(tmp_path):
+def test_a_gpu_says_what_was_measured_and_nothing_of_this_machine(tmp_path):
     card = model_card(
         facts(tmp_path, licence={"license": "other", "license_name": "them", "license_link": "https://x"})
     )
@@ -256,7 +256,7 @@ def test_a_card_says_what_was_measured_and_nothing_of_this_machine(tmp_path):
     assert str(tmp_path) not in card and "rows.jsonl" not in card and "secret" not in card
 
 
-def test_a_card_leaves_out_what_the_run_did_not_measure(tmp_path):
+def test_a_gpu_leaves_out_what_the_run_did_not_measure(tmp_path):
     unmeasured = {"status": "interrupted", "eval_loss_before": None, "eval_loss_after": float("nan"), "data": None}
     card = model_card(facts(tmp_path, unmeasured, base_model=None, merged_into="original"))
     assert "Results" not in card and "examples |" not in card and "Versions" not in card and "license" not in card

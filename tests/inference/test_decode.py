@@ -20,13 +20,13 @@ from qlora_lite.inference.generate import Sampling, answer, answers
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.memory.process import CUBLAS_WORKSPACE_BYTES, GROWING_SEGMENT_BYTES
 from qlora_lite.memory.work import WorkCounter
-from qlora_lite.models.levers import Levers, place
 from qlora_lite.models.load import adopt, load_model
+from qlora_lite.models.memory_options import MemoryOptions, place
 from qlora_lite.models.skeleton import meta_model
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.planning.answering import prompt_bytes
-from qlora_lite.quant.few_rows import MOST_ROWS
+from qlora_lite.quant.small_batch import MAX_ROWS
 
 PROMPTS = ["<s>a", "<s>the quick brown fox", "<s>hello", "<s>", "<s>zz top"]
 NEW = 8
@@ -151,7 +151,7 @@ def test_a_window_or_weights_on_the_host_leave_no_fixed_step():
     assert has_fixed_step(model, ROOM) and not has_fixed_step(model, ROOM + 1)
     streamed = quantized_pair("llama", num_hidden_layers=4)[0]
     assert has_fixed_step(streamed, ROOM)
-    assert not has_fixed_step(place(streamed, torch.device("cpu"), Levers(resident_blocks=1)), ROOM)
+    assert not has_fixed_step(place(streamed, torch.device("cpu"), MemoryOptions(resident_layers=1)), ROOM)
     assert decoding.decoding(model, ROOM) is None, "on a CPU"
 
 
@@ -170,7 +170,7 @@ def test_a_recorded_step_or_where_it_cannot_be_recorded_each_one_gives_the_same_
 
 
 def record_on_cpu(monkeypatch, fault):
-    """Stand in for a card's graphs: what is recorded changes nothing then, and is computed when it is replayed."""
+    """Stand in for a GPU's graphs: what is recorded changes nothing then, and is computed when it is replayed."""
     mode, replayed, recorded = [0], [], {}
     decoding._warn.cache_clear()
 
@@ -206,17 +206,17 @@ def record_on_cpu(monkeypatch, fault):
     monkeypatch.setattr(
         "qlora_lite.inference.generate.decoding", lambda _model, _tokens, streamer: partial(decode, streamer=streamer)
     )
-    for name, stand_in in {
+    for name, placeholder in {
         "CUDAGraph": Graph, "graph": graph, "stream": nullcontext,
         "current_stream": lambda: None, "get_sync_debug_mode": lambda: mode[0],
         "set_sync_debug_mode": lambda value: mode.__setitem__(0, value),
     }.items():  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, stand_in)
+        monkeypatch.setattr(torch.cuda, name, placeholder)
     return replayed
 
 
 class OnCard(torch.Tensor):
-    """A tensor that says that it lies on a card."""
+    """A tensor that says that it lies on a GPU."""
 
     is_cuda = True
 
@@ -259,7 +259,7 @@ class Counter(TorchDispatchMode):
 
 @torch.no_grad()
 def step_work(depth, prompts, tokens=120, padded=True):
-    """Return the work of a step on a card, behind prompts of so many tokens."""
+    """Return the work of a step on a GPU, behind prompts of so many tokens."""
     model, ids = skeleton(depth), torch.zeros((prompts, tokens), dtype=torch.int64, device="meta")
     given = {"input_ids": ids, "position_ids": ids, "attention_mask": ids.new_empty((prompts, 1, 0, 0)),
              "cache": DynamicCache(config=model.config), "use_cache": True, "logits_to_keep": 1}  # fmt: skip
@@ -274,7 +274,7 @@ def step_work(depth, prompts, tokens=120, padded=True):
 
 @pytest.mark.parametrize("prompts", [1, 8, 32])
 def test_a_token_takes_54_operations_a_block_however_many_prompts_there_are(prompts, monkeypatch):
-    monkeypatch.setitem(MOST_ROWS, "meta", MOST_ROWS["cuda"])
+    monkeypatch.setitem(MAX_ROWS, "meta", MAX_ROWS["cuda"])
     few, many = step_work(2, prompts), step_work(4, prompts)
     assert many.operations - few.operations <= 2 * 54
     assert few.operations - 2 * 54 <= 25, "outside of blocks"
@@ -299,7 +299,7 @@ def test_answers_take_the_memory_that_is_planned_for_them(prompts, fixed):
 @pytest.mark.real_card
 @pytest.mark.parametrize("chunk", [512, 12])
 @pytest.mark.parametrize("model_type", sorted(FIXED | WINDOWED))
-def test_on_a_card_a_graph_makes_the_tokens_that_the_loop_makes(model_type, chunk, monkeypatch, caplog):
+def test_on_a_gpu_a_graph_makes_the_tokens_that_the_loop_makes(model_type, chunk, monkeypatch, caplog):
     changes = {"sliding_window": 64} if model_type in WINDOWED else {}
     model = quantized_pair(model_type, vocab_size=VOCABULARY, **changes)[0].to("cuda")
     switch = add_switch(model, {name: adapter_of(model, seed) for seed, name in enumerate(("one", "two"))})

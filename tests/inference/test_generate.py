@@ -19,8 +19,8 @@ from qlora_lite.data.template import NAMED_TEMPLATES
 from qlora_lite.errors import DoesNotFitError, ModelError
 from qlora_lite.inference.evaluate import CUT, exact_match
 from qlora_lite.inference.generate import Sampling, answer, answers, stop_ids
-from qlora_lite.models.levers import Levers, place, set_levers
 from qlora_lite.models.load import _mask_for_padding_only, adopt, use_row_attention
+from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
 
 PROMPTS = ["a", "the quick brown fox", "hello", "", "zz top"]
 PROMPTS = [f"<s>{prompt}" for prompt in PROMPTS]
@@ -127,7 +127,7 @@ def test_a_model_that_writes_what_its_rows_teach_matches_all_of_them(tmp_path, m
 def test_generation_gives_the_mode_back_and_works_in_a_checkpointed_model():
     model, tokenizer = model_of("llama"), byte_tokenizer()
     expected = answer(model, tokenizer, PROMPTS, 6)
-    set_levers(model.train(), Levers())
+    set_memory_options(model.train(), MemoryOptions())
     assert answer(model, tokenizer, PROMPTS, 6) == expected
     assert model.training
 
@@ -274,7 +274,7 @@ def test_one_prompt_too_large_and_other_faults_are_raised(prompts, error, raised
 @pytest.mark.gpu
 @pytest.mark.parametrize("placed", [False, True])
 @pytest.mark.parametrize("model_type", sorted({*ARCHITECTURES, *UNUSUAL}))
-def test_on_a_card_answers_are_those_of_the_cpu(model_type, placed):
+def test_on_a_gpu_answers_are_those_of_the_cpu(model_type, placed):
     def made():
         if model_type in ARCHITECTURES:
             return quantized_pair(model_type, vocab_size=VOCABULARY)[0]
@@ -282,6 +282,6 @@ def test_on_a_card_answers_are_those_of_the_cpu(model_type, placed):
 
     tokenizer, expected = byte_tokenizer(), answer(made(), byte_tokenizer(), PROMPTS, 8)
     model, card = made(), torch.device("cuda", 0)
-    levers = Levers(resident_blocks=0, host_embeddings=True, host_head=True) if placed else Levers()
-    assert answer(place(model, card, levers), tokenizer, PROMPTS, 8) == expected
+    options = MemoryOptions(resident_layers=0, host_embeddings=True, host_head=True) if placed else MemoryOptions()
+    assert answer(place(model, card, options), tokenizer, PROMPTS, 8) == expected
     assert len(set(expected)) > 1

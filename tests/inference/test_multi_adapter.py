@@ -170,11 +170,11 @@ def test_a_comparison_has_each_run_s_own_figures(runs, tmp_path):
     write_comparison(result, tmp_path / "new" / "page")
     assert json.loads((tmp_path / "new" / "page" / "compare.json").read_text()) == result
     page = (tmp_path / "new" / "page" / "compare.html").read_text()
-    assert page.count('class="card sample"') == 3 and "french" in page and "<script>alert" not in page
+    assert page.count('class="GPU sample"') == 3 and "french" in page and "<script>alert" not in page
 
 
 def test_as_many_examples_are_compared_as_the_first_run_s_recipe_says_and_few_are_shown(runs, tmp_path, command):
-    rule = ["train.exact_match_rows=5", "train.exact_match_pattern=(?s)."]
+    rule = ["train.exact_match_examples=5", "train.exact_match_pattern=(?s)."]
     first = make_run(tmp_path, runs[0].parent / "model", rule, seed=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qlora_lite.reporting.compare_page.SHOWN_ANSWERS", 3)
@@ -182,14 +182,16 @@ def test_as_many_examples_are_compared_as_the_first_run_s_recipe_says_and_few_ar
     result = json.loads((tmp_path / "page" / "compare.json").read_text())
     assert code == 0 and out.count("% of 5") == 2 and [m["exact_match_rows"] for m in result["models"]] == [5, 5]
     page = (tmp_path / "page" / "compare.html").read_text()
-    assert page.count('class="card sample"') == 3 and "The first 3 of 5" in page
+    assert page.count('class="GPU sample"') == 3 and "The first 3 of 5" in page
     opened = open_run(first)
     assert result["models"][0]["exact_match"] == evaluate_recipe(opened.recipe, opened.adapter, 5)["exact_match"]
     for row in result["answers"]:
         assert row["matches"].keys() == row["answers"].keys() == {"run", "german"}
         assert row["matches"] == {name: said[:1] == row["reference"][:1] for name, said in row["answers"].items()}
-    none = make_run(tmp_path / "none", runs[0].parent / "model", ["train.exact_match_rows=0"])
-    assert "no answers are compared, following the first run's train.exact_match_rows" in command("compare", none)[1]
+    none = make_run(tmp_path / "none", runs[0].parent / "model", ["train.exact_match_examples=0"])
+    assert (
+        "no answers are compared, following the first run's train.exact_match_examples" in command("compare", none)[1]
+    )
 
 
 def test_a_run_that_would_drop_rows_is_compared_on_all_of_the_first_run_s(runs, tmp_path):
@@ -270,6 +272,6 @@ def test_answers_are_escaped_on_the_page():
 
 
 def test_a_comparison_needs_evaluation_rows(tmp_path):
-    run = tiny_run(tmp_path, overrides=["data.eval=null", "train.exact_match_rows=0"])
+    run = tiny_run(tmp_path, overrides=["data.eval=null", "train.exact_match_examples=0"])
     with pytest.raises(RecipeError, match=r"run has no data\.eval"):
         compare_runs([run])

@@ -22,7 +22,7 @@ from qlora_lite.data.probe import TakesTooMuchError
 from qlora_lite.data.row_formats import Turn
 from qlora_lite.inference.chat import open_session
 from qlora_lite.inference.multi_adapter import open_tasks
-from qlora_lite.inference.serve.app import MOST_CONNECTIONS, Limits, build_app, http_server
+from qlora_lite.inference.serve.app import MAX_CONNECTIONS, Limits, build_app, http_server
 
 ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "3?"}]
 TURNS = [Turn("system", "Be brief."), Turn("user", "3?")]
@@ -340,7 +340,7 @@ def test_connections_that_bring_no_request_lock_nobody_out(server, monkeypatch, 
     port = server[0]
     monkeypatch.setattr("qlora_lite.inference.serve.app.REQUEST_SECONDS", 0.8)
     with ExitStack() as idle:
-        for _ in range(MOST_CONNECTIONS):
+        for _ in range(MAX_CONNECTIONS):
             connection = idle.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
             for part in parts:
                 connection.sendall(part)

@@ -12,7 +12,7 @@ import torch
 from qlora_lite.memory import meter, process
 from qlora_lite.memory.bar import CATEGORIES
 from qlora_lite.memory.ledger import Moment
-from qlora_lite.memory.meter import hold_to
+from qlora_lite.memory.meter import set_memory_limit
 from qlora_lite.models.load import resolve_device
 
 GIB = 2**30
@@ -94,7 +94,7 @@ def settings_of_the_allocator(monkeypatch):
 
 
 def beside_tensors(compiling=False) -> dict[str, int]:
-    """What a card's plan counts beside the tensors of a step in which 1 GiB comes and goes."""
+    """What a GPU's plan counts beside the tensors of a step in which 1 GiB comes and goes."""
     peak, resident = (Moment("backward", "", (size,) + (0,) * (len(CATEGORIES) - 1)) for size in (3 * 2**30, 2**31))
     return {found.name: found.bytes for found in process.overheads("cuda", [peak], resident, 0, compiling)}
 
@@ -104,11 +104,11 @@ def holes() -> int:
     return found["allocator segments"] + found["fragmentation"]
 
 
-def test_a_compiled_step_on_a_card_has_room_for_what_its_compiler_times_kernels_with():
+def test_a_compiled_step_on_a_gpu_has_room_for_what_its_compiler_times_kernels_with():
     assert beside_tensors(True) == beside_tensors() | {"torch.compile": process.CUDA_COMPILER_BYTES}
 
 
-def test_a_card_s_allocator_grows_its_segments_and_a_cpu_has_none(settings_of_the_allocator):
+def test_a_gpu_s_allocator_grows_its_segments_and_a_cpu_has_none(settings_of_the_allocator):
     meter.grow_segments(torch.device("cpu"))
     assert settings_of_the_allocator == []
     meter.grow_segments(torch.device("cuda"))
@@ -150,7 +150,7 @@ def test_segments_grow_where_torch_has_such_ones_whatever_is_set(
 
 
 @pytest.mark.parametrize("name", process.DEVICE_VARIABLES)
-def test_on_a_share_of_a_card_segments_stay_as_they_are(settings_of_the_allocator, name, monkeypatch):
+def test_on_a_share_of_a_gpu_segments_stay_as_they_are(settings_of_the_allocator, name, monkeypatch):
     monkeypatch.setenv(name, "MIG-7f3a1c52-0000-5a6b-9c1d-0123456789ab")
     meter.grow_segments(torch.device("cuda"))
     assert settings_of_the_allocator == [] and not process.segments_grow()
@@ -165,12 +165,12 @@ def test_a_process_is_held_to_its_budget_and_to_what_is_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _device: GIB)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _device: shares.append(share))
     for budget in (None, 24 * GIB, 6 * GIB, 0):
-        hold_to(card, budget)
+        set_memory_limit(card, budget)
     assert [share * total for share in shares] == [10 * GIB, 10 * GIB, 6 * GIB - process.CUDA_CONTEXT_BYTES, 0]
 
 
 @pytest.mark.gpu
-def test_on_a_card_segments_really_grow():
+def test_on_a_gpu_segments_really_grow():
     device = resolve_device("cuda")
     held = torch.empty(2**26, device=device)
     segments = torch.cuda.memory._snapshot()["segments"]  # torch 2.13 has no public name for it

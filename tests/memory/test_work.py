@@ -11,7 +11,7 @@ from qlora_lite.memory.marks import phase, repeated
 from qlora_lite.memory.process import CPU_BUFFERS_BYTES, CPU_HOLES_SHARE, CPU_KERNEL_BYTES
 from qlora_lite.memory.work import FLOP_FORMULAS, FUSED_ATTENTION, Work, of_this_torch
 from qlora_lite.models.families import known_config
-from qlora_lite.models.levers import Levers
+from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.planning.machine import OPERATION_SECONDS, Machine
 from qlora_lite.planning.predict import predict
 from qlora_lite.planning.simulate import simulate
@@ -61,14 +61,14 @@ def test_operations_of_forward_and_backward_are_counted_but_no_views_and_memory_
 def test_how_many_operations_compiled_blocks_start_is_not_known():
     config = AutoConfig.for_model(**known_config("HuggingFaceTB/SmolLM2-135M") | {"num_hidden_layers": 2})
     plain, compiled = (
-        simulate(new_job(config, BatchShape((64,), 63), None, levers=Levers(compile=value))).work
+        simulate(new_job(config, BatchShape((64,), 63), None, options=MemoryOptions(compile=value))).work
         for value in (False, True)
     )
     assert plain.operations and compiled == plain._replace(operations=0)
 
 
 @pytest.mark.parametrize(("device", "seconds"), [("cpu", 3 + 4), ("cuda", 5)])
-def test_a_card_computes_while_the_host_starts_what_comes_next(device, seconds):
+def test_a_gpu_computes_while_the_host_starts_what_comes_next(device, seconds):
     machine = Machine("", device, 0, 0, 2.0, 4.0, 10.0)
     assert machine.seconds(Work(4, 4, 50, round(4 / OPERATION_SECONDS))) == pytest.approx(seconds)
     assert machine.seconds(Work(4, 4, 0, round(6 / OPERATION_SECONDS))) == pytest.approx(9 if device == "cpu" else 6)

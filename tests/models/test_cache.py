@@ -148,7 +148,7 @@ def test_a_damaged_entry_is_made_again(model, cache, damage, caplog, no_quantisi
     else:
         file.write_bytes(whole[:-99] + bytes([whole[-99] ^ 1]) + whole[-98:])
     assert_same_weights(load(model), first)
-    assert "the cached model is damaged and made again: " in caplog.text
+    assert "the cached model is damaged and rebuilt: " in caplog.text
     assert file.read_bytes() == whole
     no_quantising()
     assert_same_weights(load(model), first)

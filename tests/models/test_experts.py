@@ -1,4 +1,4 @@
-"""Experts whose weights are in 4 bits compute what transformers' own would with the unpacked weights."""
+"""Experts whose weights are in 4 bits compute what transformers' own would with the dequantised weights."""
 
 import json
 import logging
@@ -18,8 +18,8 @@ from qlora_lite.memory.work import WorkCounter
 from qlora_lite.models import load, routed
 from qlora_lite.models.anatomy import blocks
 from qlora_lite.models.experts import PACKED
-from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.models.load import adopt, load_model
+from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
 from qlora_lite.models.quantizer import OnArrivalQuantizer, QuantizeConfig, quantize_in_place
 from qlora_lite.models.save import save_quantized
 from qlora_lite.models.skeleton import give_storage, meta_model
@@ -64,7 +64,9 @@ def test_logits_and_gradients_are_as_near_to_float64_as_those_of_transformers_ow
     name, tile_rows, at_once, monkeypatch
 ):
     monkeypatch.setattr(routed, "TILE_ROWS", tile_rows)
-    monkeypatch.setattr(routed, "UNPACKED_BYTES", at_once * (3 * 64 * 32 * 4 if name != "gpt_oss" else 3 * 64 * 96 * 4))
+    monkeypatch.setattr(
+        routed, "DEQUANTIZED_BYTES", at_once * (3 * 64 * 32 * 4 if name != "gpt_oss" else 3 * 64 * 96 * 4)
+    )
     packed, plain = quantized_pair(name)
     for key, bias in packed.named_parameters():
         if key.endswith("proj_bias"):
@@ -124,7 +126,7 @@ def test_experts_of_a_checkpoint_are_packed_on_arrival_as_in_memory(name, double
         assert (skeleton[key].shape, skeleton[key].dtype) == (found[key].shape, found[key].dtype)
 
 
-def test_room_is_reserved_for_what_a_card_will_hold():
+def test_room_is_reserved_for_what_a_gpu_will_hold():
     """As transformers asks: codes by the byte, constants by what they are, parameters that are dropped not at all."""
     model = build_tiny("qwen3_moe", dtype=torch.bfloat16)
     quantizer = OnArrivalQuantizer(QuantizeConfig("nf4", double_quant=False))
@@ -178,7 +180,7 @@ def test_a_damaged_expert_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "copies"), [("qwen3_moe", 2), ("gpt_oss", 3), ("llama", 0)])
-def test_a_card_has_room_for_the_weights_and_a_block_s_experts_in_16_bit_or_the_host_packs_them(
+def test_a_gpu_has_room_for_the_weights_and_a_block_s_experts_in_16_bit_or_the_host_packs_them(
     name, copies, tmp_path, monkeypatch, caplog
 ):
     caplog.set_level(logging.INFO)
@@ -206,7 +208,7 @@ def test_a_card_has_room_for_the_weights_and_a_block_s_experts_in_16_bit_or_the_
 
 
 @pytest.mark.gpu
-def test_experts_that_the_host_packs_are_those_that_a_card_packs(tmp_path, monkeypatch):
+def test_experts_that_the_host_packs_are_those_that_a_gpu_packs(tmp_path, monkeypatch):
     build_tiny("qwen3_moe").save_pretrained(tmp_path)
     expected = load_model(str(tmp_path), device="cuda", use_cache=False).state_dict()
     monkeypatch.setattr(load, "_has_room", lambda *_: False)
@@ -258,7 +260,7 @@ def test_what_chooses_among_experts_stays_as_it_is(model_type, changes, ends):
 
 
 class Unpacked(TorchDispatchMode):
-    """Note the sizes of weights as they are unpacked, and the most that were alive at once."""
+    """Note the sizes of weights as they are dequantised, and the most that were alive at once."""
 
     def __init__(self):
         super().__init__()
@@ -281,37 +283,40 @@ def adapted(**changes):
     return model.train()
 
 
-def second_step(levers, lengths, **changes):
-    """Return what a second step unpacks and its gradients; the first shows what a block's second run may leave out."""
+def second_step(options, lengths, **changes):
+    """Return what a second step dequantises and its gradients; the first shows what a block's recomputation may leave
+    out."""
     model = adapted(moe_intermediate_size=48, **changes)  # like no weight of attention
     inputs = prepare(random_batch(lengths), torch.device("cpu"))
-    set_levers(model, levers)
+    set_memory_options(model, options)
     for _ in range(2):
         for _, parameter in lora_parameters(model):
             parameter.grad = None
-        with Unpacked() as unpacked:
+        with Unpacked() as dequantized:
             accumulate_gradients(CausalLM(), model, [inputs])
-    return unpacked, [parameter.grad for _, parameter in lora_parameters(model)]
+    return dequantized, [parameter.grad for _, parameter in lora_parameters(model)]
 
 
-def of_experts(unpacked):
-    """Return the sizes of what was unpacked, in experts; no weight of attention is a multiple."""
-    return [size // (64 * 48) for size in unpacked.sizes if size % (64 * 48) == 0]
+def of_experts(dequantized):
+    """Return the sizes of what was dequantised, in experts; no weight of attention is a multiple."""
+    return [size // (64 * 48) for size in dequantized.sizes if size % (64 * 48) == 0]
 
 
 def test_few_experts_are_unpacked_at_a_time_and_those_that_nobody_chose_not_at_all(monkeypatch):
-    monkeypatch.setattr(routed, "UNPACKED_BYTES", 2 * 3 * 64 * 48 * 4)
-    unpacked, _ = second_step(Levers(), (4, 3), num_experts=64, num_experts_per_tok=2)
-    sizes = of_experts(unpacked)
-    assert unpacked.most <= 2 and max(sizes) == 2 * 2  # two experts' first weights, and their second
+    monkeypatch.setattr(routed, "DEQUANTIZED_BYTES", 2 * 3 * 64 * 48 * 4)
+    dequantized, _ = second_step(MemoryOptions(), (4, 3), num_experts=64, num_experts_per_tok=2)
+    sizes = of_experts(dequantized)
+    assert dequantized.most <= 2 and max(sizes) == 2 * 2  # two experts' first weights, and their second
     assert 0 < sum(sizes) <= 3 * 2 * 2 * 2 * 7  # weights' thirds, layers, passes, experts of a token, tokens
-    monkeypatch.setattr(routed, "UNPACKED_BYTES", 1)
-    alone, _ = second_step(Levers(), (4, 3), num_experts=64, num_experts_per_tok=2)
+    monkeypatch.setattr(routed, "DEQUANTIZED_BYTES", 1)
+    alone, _ = second_step(MemoryOptions(), (4, 3), num_experts=64, num_experts_per_tok=2)
     assert max(of_experts(alone)) == 2 and sum(of_experts(alone)) == sum(sizes)
 
 
 def test_a_checkpointed_block_computes_its_experts_once_forward_and_once_backward():
-    (plain, expected), (checkpointed, found) = (second_step(levers, (9, 14)) for levers in (Levers("none"), Levers()))
+    (plain, expected), (checkpointed, found) = (
+        second_step(options, (9, 14)) for options in (MemoryOptions("none"), MemoryOptions())
+    )
     assert of_experts(checkpointed) == of_experts(plain) != []
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
@@ -320,7 +325,7 @@ def test_a_checkpointed_block_computes_its_experts_once_forward_and_once_backwar
 @pytest.mark.parametrize("spread", ["one", "all"])
 def test_no_router_makes_a_step_take_more_than_is_planned(spread, at_once, monkeypatch):
     """Whether all tokens go to the same experts or to all of them."""
-    monkeypatch.setattr(routed, "UNPACKED_BYTES", at_once * 3 * 64 * 512 * 4)
+    monkeypatch.setattr(routed, "DEQUANTIZED_BYTES", at_once * 3 * 64 * 512 * 4)
     lengths, tokens = (300, 410), 710
     model = adapted(max_position_embeddings=512, moe_intermediate_size=512)  # what a tile takes shows
     with torch.no_grad():
@@ -329,12 +334,12 @@ def test_no_router_makes_a_step_take_more_than_is_planned(spread, at_once, monke
     batch = random_batch(lengths)
     rows = BatchShape(lengths, int((batch.labels >= 0).sum()))
     job = new_job(model.config, rows, None, compute_dtype=torch.float32, factor_dtype=torch.float32, rank=4,
-              optimizer="adamw_torch", levers=Levers("none"))  # fmt: skip
+              optimizer="adamw_torch", options=MemoryOptions("none"))  # fmt: skip
     planned, optimizer = (
         simulate(job),
         build_optimizer([p for _, p in lora_parameters(model)], job.optimizer, 1e-4, 0.0),
     )
-    set_levers(model, job.levers)
+    set_memory_options(model, job.options)
     work = WorkCounter()
     with Ledger(work=work) as ledger:
         for tensor, name, _ in categorised(CausalLM(), model):
@@ -370,12 +375,12 @@ def test_a_plan_does_not_ask_the_router_even_where_it_runs_on_real_tensors(devic
 
 def test_experts_are_not_compiled_and_that_is_said():
     with pytest.raises(TrainingError, match=r"set train\.compile to false: it is incompatible with experts in 4 bit"):
-        check_compilable(adapted(), Levers(compile=True))
+        check_compilable(adapted(), MemoryOptions(compile=True))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", FORMS)
-def test_experts_compute_on_a_card_what_they_do_on_a_cpu(name):
+def test_experts_compute_on_a_gpu_what_they_do_on_a_cpu(name):
     packed, _ = quantized_pair(name)
     expected = logits_and_gradient(packed)
     found = logits_and_gradient(packed.to("cuda"))

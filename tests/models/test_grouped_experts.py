@@ -16,7 +16,7 @@ from qlora_lite.models import experts, grouped_experts
 from qlora_lite.models.experts import GROUPED, described_experts, first_experts, pack_in_place
 from qlora_lite.models.families import known_config
 from qlora_lite.models.kernels import kernels_of, use_kernels
-from qlora_lite.models.levers import Levers, set_levers
+from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
 from qlora_lite.models.routed import routed
 from qlora_lite.models.skeleton import meta_model
 from qlora_lite.ops.shapes import planning_for
@@ -114,7 +114,7 @@ def test_a_plan_counts_what_runs_to_the_byte_whatever_the_router_chooses(name, s
 
 
 def planned_of_all_blocks(config, tokens):
-    """Return how many operations a card's plan starts for the experts of all blocks, forward and backward, and the most
+    """Return how many operations a GPU's plan starts for the experts of all blocks, forward and backward, and the most
     bytes that those of one block need beside what they are given."""
     depth, per_token = config.num_hidden_layers, config.num_experts_per_tok
     config.num_hidden_layers = 1
@@ -153,12 +153,12 @@ def test_a_batch_that_uses_few_experts_does_not_unpack_them_all():
         assert ("qlora_lite::grouped_product" in operators.names) == grouped
 
 
-@pytest.mark.parametrize(("device", "levers", "grouped"), [
-    ("cuda", Levers(), True), ("cuda", Levers(kernels="plain"), False), ("cpu", Levers(), False),
+@pytest.mark.parametrize(("device", "options", "grouped"), [
+    ("cuda", MemoryOptions(), True), ("cuda", MemoryOptions(kernels="plain"), False), ("cpu", MemoryOptions(), False),
 ])  # fmt: skip
-def test_a_card_s_plan_is_of_groups_unless_plain_operators_are_wanted(device, levers, grouped):
+def test_a_gpu_s_plan_is_of_groups_unless_plain_operators_are_wanted(device, options, grouped):
     model = meta_model(build_tiny("qwen3_moe").config, "nf4", True, torch.float32)
-    set_levers(model, levers)
+    set_memory_options(model, options)
     block = first_experts(model)
     hidden, chosen, weights, _ = inputs_of(described_experts(block)[0], device="meta")
     with planning_for(device), Operators() as operators:
@@ -239,7 +239,7 @@ def test_training_computes_experts_in_groups_only_once_they_are_chosen(monkeypat
 
 @pytest.mark.gpu
 @pytest.mark.real_card
-def test_a_card_agrees_with_one_expert_after_the_other():
+def test_a_gpu_agrees_with_one_expert_after_the_other():
     model = quantized_pair("gpt_oss")[0].to("cuda")
     use_kernels(model, ["experts"])
     kernels.choose_kernels(model, prepare(random_batch((512,)), torch.device("cuda")))

@@ -330,18 +330,18 @@ def test_a_cpu_build_of_torch_beside_an_amd_gpu_is_said(machine, monkeypatch, ca
     ((10, 0), ["sm_100a"], ""), ((6, 1), [], ""), ((7, 5), ["sm_75", "compute_120"], ""),
     ((7, 0), ["compute_75"], "an earlier"), ((12, 0), ["sm_75", "sm_90"], "a later"),
 ])  # fmt: skip
-def test_a_card_for_which_this_torch_has_no_kernels_is_refused_by_name(card, built, cure, monkeypatch):
+def test_a_gpu_for_which_this_torch_has_no_kernels_is_refused_by_name(card, built, cure, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: card)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "Old Card")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "Old GPU")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr("qlora_lite.models.load.grow_segments", lambda _device: None)
     if not cure:
         assert resolve_device("auto").type == "cuda"
     else:
-        said = rf"no kernels for Old Card, compute capability {card[0]}\.{card[1]} \(it.* such as one for {cure} CUDA"
+        said = rf"no kernels for Old GPU, compute capability {card[0]}\.{card[1]} \(it.* such as one for {cure} CUDA"
         with pytest.raises(ModelError, match=said):
             resolve_device("auto")
     assert resolve_device("cpu").type == "cpu"
@@ -359,7 +359,7 @@ def test_without_fast_bf16_the_compute_type_is_float32_with_one_line_saying_so(m
     ((6, 1), "llama", torch.float32), ((7, 0), "llama", torch.float16), ((7, 5), "qwen2", torch.float16),
     ((7, 5), "gemma3_text", torch.float32), ((7, 5), "gemma", torch.float16), ((8, 0), "gemma3_text", torch.bfloat16),
 ])  # fmt: skip
-def test_a_card_computes_in_its_narrowest_type_that_holds_the_model(card, model_type, dtype, monkeypatch, caplog):
+def test_a_gpu_computes_in_its_narrowest_type_that_holds_the_model(card, model_type, dtype, monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: card)
     with caplog.at_level("INFO", "qlora_lite"):
         assert resolve_compute_dtype("auto", torch.device("cuda"), model_type) == dtype
@@ -369,7 +369,7 @@ def test_a_card_computes_in_its_narrowest_type_that_holds_the_model(card, model_
     assert resolve_compute_dtype("float16", torch.device("cuda"), model_type) == torch.float16
 
 
-def test_of_a_4_bit_weight_transformers_reserves_on_a_card_what_its_codes_take(tmp_path, monkeypatch):
+def test_of_a_4_bit_weight_transformers_reserves_on_a_gpu_what_its_codes_take(tmp_path, monkeypatch):
     build_tiny("llama").save_pretrained(tmp_path)
     reserved, real = [], OnArrivalQuantizer._process_model_before_weight_loading
 

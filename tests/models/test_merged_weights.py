@@ -84,7 +84,7 @@ def test_merged_into_the_weights_that_the_run_saw_it_gives_the_trained_logits(mo
     assert torch.allclose(found, expected, atol=2e-4)
 
 
-def test_layers_without_factors_are_merged_as_the_run_saw_them(tmp_path):
+def test_layers_without_weights_are_merged_as_the_run_saw_them(tmp_path):
     run = tiny_run(tmp_path, lora={"targets": ["q_proj"], "rank": 4})
     merged = merge(run, tmp_path / "nf4")
     quantized = load_model(str(tmp_path / "model"), compute_dtype=torch.float32)

@@ -11,7 +11,7 @@ from tiny_files import save_nested, save_tiny, write_recipe
 from tiny_runs import logits, make_run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, BitsAndBytesConfig
 
-from qlora_lite.adapters.checkpoint_names import begins_of
+from qlora_lite.adapters.checkpoint_names import prefixes_of
 from qlora_lite.adapters.files import load_adapter
 from qlora_lite.adapters.lora.inject import lora_layers
 from qlora_lite.errors import ModelError
@@ -169,4 +169,4 @@ def test_merged_in_another_type_every_part_of_its_configuration_says_so(tmp_path
 
 def test_a_language_model_by_itself_has_no_other_names_outside(tmp_path):
     save_tiny(tmp_path, "gemma3_text")
-    assert begins_of(load(tmp_path)) is None
+    assert prefixes_of(load(tmp_path)) is None

@@ -154,7 +154,7 @@ def test_rows_of_several_blocks_equal_the_oracle(device, kv_heads, batch, window
     ("softcap", "sinks"), [(None, None), (1.5, None), (None, torch.arange(-1.0, HEADS - 1))], ids=str
 )
 @pytest.mark.parametrize("window", [None, 40])
-def test_on_a_card_windows_caps_and_sinks_equal_the_oracle(window, softcap, sinks, dtype, error):
+def test_on_a_gpu_windows_caps_and_sinks_equal_the_oracle(window, softcap, sinks, dtype, error):
     inputs = [tensor.cuda() / 3 for tensor in tensors(sum(LONG_ROWS), 2, dtype=dtype)]
     sinks = None if sinks is None else sinks.cuda()
     upstream = torch.randn(1, sum(LONG_ROWS), HEADS, DIM, device="cuda")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qlora_lite.ops.offload import pinned_bytes
-from qlora_lite.ops.stream import MOST_AT_ONCE_BYTES, BlockStream, shared_allocations, spare_bytes
+from qlora_lite.ops.stream import MAX_AT_ONCE_BYTES, BlockStream, shared_allocations, spare_bytes
 
 
 def test_a_forward_pass_after_another_has_its_second_block_under_way_while_the_first_runs(monkeypatch):
@@ -39,7 +39,7 @@ def test_blocks_share_pinned_memory_so_that_little_of_it_is_wasted(mib, count, t
     sizes = [mib << 20] * count
     groups = shared_allocations(sizes)
     assert [size for group in groups for size in group] == sizes
-    assert all(len(group) == 1 or sum(group) <= MOST_AT_ONCE_BYTES for group in groups)
+    assert all(len(group) == 1 or sum(group) <= MAX_AT_ONCE_BYTES for group in groups)
     assert sum(sizes) + spare_bytes(sizes) == taken_gib * 2**30
 
 

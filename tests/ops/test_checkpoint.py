@@ -9,7 +9,7 @@ from torch import nn
 
 from qlora_lite.errors import ModelError
 from qlora_lite.ops import tile
-from qlora_lite.ops.checkpoint import Checkpoint, Skipping, Stretches, kept_result, product_or_stand_in
+from qlora_lite.ops.checkpoint import Checkpoint, Segments, Skipping, kept_result, product_or_placeholder
 
 checkpoint = Checkpoint()
 
@@ -105,7 +105,7 @@ def test_a_block_that_trains_nothing_and_needs_no_input_gradient_is_passed_over(
 
 
 class Standing(torch.autograd.Function):
-    """A stand-in for ``3 * x``: its shape, no memory, and a gradient."""
+    """A placeholder for ``3 * x``: its shape, no memory, and a gradient."""
 
     @staticmethod
     def forward(ctx, x):
@@ -128,7 +128,7 @@ class Handing(torch.autograd.Function):
 
 def tripled(x, computed):
     gradient = Standing.apply(x)
-    return product_or_stand_in(lambda: computed.append(1) or Handing.apply(gradient, x.detach()), gradient)
+    return product_or_placeholder(lambda: computed.append(1) or Handing.apply(gradient, x.detach()), gradient)
 
 
 def adds(x, computed):
@@ -227,9 +227,9 @@ class Layer(Block):
 LAYERS = 5
 
 
-def in_stretches(length):
-    stretches = Stretches(length, LAYERS)
-    return [Checkpoint(number, stretches=stretches) for number in range(LAYERS)]
+def in_segments(length):
+    segments = Segments(length, LAYERS)
+    return [Checkpoint(number, segments=segments) for number in range(LAYERS)]
 
 
 def through(layers, x, calls, between=lambda number, x: x):
@@ -261,7 +261,7 @@ def layers():
 def test_stretches_of_layers_change_no_bit(layers, length, between, input_needs_grad):
     x = torch.randn(3, 5, requires_grad=input_needs_grad)
     expected = all_gradients(layers, x, PLAIN_CALLS, between)
-    calls = in_stretches(length)
+    calls = in_segments(length)
     for _ in range(2):  # the second time from a new beginning
         for layer in layers:
             layer.calls = 0
@@ -274,14 +274,16 @@ def test_stretches_of_layers_change_no_bit(layers, length, between, input_needs_
 def test_a_stretch_saves_the_input_of_its_first_layer(layers, length, inputs):
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        through(layers, torch.randn(3, 5), in_stretches(length))
+        through(layers, torch.randn(3, 5), in_segments(length))
     assert len(saved) == inputs
 
 
 def test_an_output_that_something_else_reads_too_is_an_error_and_no_wrong_gradient(layers):
     seen = []
-    out = through(layers, torch.randn(3, 5), in_stretches(LAYERS), lambda n, x: seen.append(x) or x)
-    with pytest.raises(ModelError, match=r"read by more than the block after it: set memory\.checkpoint_every to 1"):
+    out = through(layers, torch.randn(3, 5), in_segments(LAYERS), lambda n, x: seen.append(x) or x)
+    with pytest.raises(
+        ModelError, match=r"read by more than the block after it: set memory\.layers_per_checkpoint to 1"
+    ):
         (out.sum() + seen[2].sum()).backward()
 
 
@@ -290,7 +292,7 @@ def test_a_forward_without_a_backward_leaves_nothing_alive(layers):
     kept = weakref.ref(x)
     gc.disable()
     try:
-        out = through(layers, x, in_stretches(2))
+        out = through(layers, x, in_segments(2))
         del x
         assert kept() is not None
         del out

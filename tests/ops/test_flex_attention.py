@@ -23,7 +23,7 @@ SINKS = torch.arange(-1.0, HEADS - 1, dtype=torch.float64)
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Have torch trace the function as for a card and run its eager formula, whose gradients it denies to a CPU."""
+    """Have torch trace the function as for a GPU and run its eager formula, whose gradients it denies to a CPU."""
     monkeypatch.setattr(torchs, "_validate_device", lambda *_: None)
     counted_by_torch = torch._dynamo.utils.counters
     torch._dynamo.reset()
@@ -89,7 +89,7 @@ def test_blocks_are_those_that_torch_finds_in_the_whole_mask(lengths, window):
 
 
 @pytest.mark.parametrize("keeps_attention", [False, True])
-def test_a_block_of_a_model_is_computed_again_with_the_same_kernel(keeps_attention, compiled, monkeypatch):
+def test_a_block_of_a_model_is_recomputed_with_the_same_kernel(keeps_attention, compiled, monkeypatch):
     monkeypatch.setattr("qlora_lite.ops.attention.flex_takes", lambda *_: True)
     inputs, calls, values = inputs_of(), [], flex._compiled()
     monkeypatch.setattr(flex, "_compiled", lambda: lambda *args: calls.append(torch.is_grad_enabled()) or values(*args))
@@ -179,7 +179,7 @@ def test_torch_s_compiler_takes_the_mask_and_the_cap_as_they_are_meant(softcap):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("softcap", "sinks"), [(1.5, None), (None, SINKS)], ids=str)
 @pytest.mark.parametrize("window", [None, 140])
-def test_on_a_card_values_and_gradients_are_those_of_float64(window, softcap, sinks):
+def test_on_a_gpu_values_and_gradients_are_those_of_float64(window, softcap, sinks):
     if not shapes.has_triton():
         pytest.skip("there is no Triton")
     how = {"window": window, "softcap": softcap, "sinks": None if sinks is None else sinks.cuda()}

@@ -1,4 +1,4 @@
-"""A card's fused kernels of attention get what they take, and a plan what they need."""
+"""A GPU's fused kernels of attention get what they take, and a plan what they need."""
 
 import gc
 from contextlib import nullcontext
@@ -26,7 +26,7 @@ COPY = 2 * HEADS * LENGTH * SIZE  # bytes of something as large as the queries, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("window", [None, 5])
-def test_a_card_s_kernels_get_grouped_heads_only_where_flash_attention_takes_the_call(window, dtype, monkeypatch):
+def test_a_gpu_s_kernels_get_grouped_heads_only_where_flash_attention_takes_the_call(window, dtype, monkeypatch):
     """Another would leave it to the formula, with the scores of all heads in memory."""
     seen, attend = [], fused_attention.scaled_dot_product_attention
 
@@ -109,7 +109,7 @@ def counted_kernels(monkeypatch):
 
 
 def card_with(monkeypatch, grouped, alone, masked):
-    """Have a card whose torch takes these kernels: for grouped heads, for others, and for others with a mask."""
+    """Have a GPU whose torch takes these kernels: for grouped heads, for others, and for others with a mask."""
 
     def chosen(_dtype, heads, key_heads, _size, _value_size, is_masked, _dropout):
         return (masked if is_masked else alone if heads == key_heads else grouped).value
@@ -127,7 +127,7 @@ def planned_peak(length, window=None):
 
 
 @pytest.mark.parametrize("window", [None, 512])
-def test_on_a_card_without_a_fused_kernel_a_plan_of_attention_is_linear_in_the_length(window, monkeypatch):
+def test_on_a_gpu_without_a_fused_kernel_a_plan_of_attention_is_linear_in_the_length(window, monkeypatch):
     lengths = 2048, 4096, 8192
     card_with(monkeypatch, MATH, MATH, MATH)
     monkeypatch.setattr(fused_attention, "_PLANNED", None)  # what a plan takes for a fused kernel
@@ -136,7 +136,7 @@ def test_on_a_card_without_a_fused_kernel_a_plan_of_attention_is_linear_in_the_l
     assert long < HEADS * 8192**2  # half of all scores, once
 
 
-def test_on_a_card_without_a_fused_kernel_blocks_attend_as_the_formula_does(monkeypatch):
+def test_on_a_gpu_without_a_fused_kernel_blocks_attend_as_the_formula_does(monkeypatch):
     torch.manual_seed(0)
     inputs = [torch.randn(1, heads, 400, 16, requires_grad=True) for heads in (8, 2, 2)]
     grad, found = torch.randn(1, 400, 8, 16), []
@@ -157,16 +157,16 @@ def test_where_torch_has_no_flash_attention_heads_are_not_grouped_and_another_ke
     for kernels in ((FLASH, FLASH, EFFICIENT), (MATH, EFFICIENT, EFFICIENT)):
         card_with(monkeypatch, *kernels)
         planned_peak(LENGTH)
-        assert fused_attention.kernel_of_card(torch.bfloat16) == (
+        assert fused_attention.kernel_of_gpu(torch.bfloat16) == (
             "flash attention" if kernels[0] is FLASH else "memory-efficient attention"
         )
     assert counted_kernels == [(HEADS // 2, True), (1, False)]
     card_with(monkeypatch, MATH, MATH, MATH)
-    assert "no fused kernel" in fused_attention.kernel_of_card(torch.bfloat16)
+    assert "no fused kernel" in fused_attention.kernel_of_gpu(torch.bfloat16)
 
 
-def test_in_float16_a_card_is_not_left_to_choose_flash_attention(monkeypatch):
-    """A plan for cards without it, and a try of that plan on one that has it, are of the same kernel."""
+def test_in_float16_a_gpu_is_not_left_to_choose_flash_attention(monkeypatch):
+    """A plan for GPUs without it, and a try of that plan on one that has it, are of the same kernel."""
     allowed = []
     monkeypatch.setattr(fused_attention, "sdpa_kernel", lambda kernels: allowed.append(kernels) or nullcontext())
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
@@ -246,7 +246,7 @@ def test_with_a_mask_and_wide_heads_pieces_of_the_keys_have_sums_too(planned_ins
 
 
 def on_cpu(query, key, value, *rest, scale):
-    """A card's operator of flash attention, computed by a CPU's."""
+    """A GPU's operator of flash attention, computed by a CPU's."""
     out, logsumexp = fused_attention._PLANNED(query, key, value, *rest, scale=scale)
     return out, logsumexp, None, None, 0, 0, torch.zeros(2), torch.zeros(()), torch.empty(0)
 
@@ -318,7 +318,7 @@ def test_a_plan_of_a_backward_over_few_heads_counts_their_share(planned_inside, 
     (HEADS, torch.bfloat16, 64, False), (2, torch.bfloat16, 64, False), (2, torch.bfloat16, 128, False),
     (2, torch.float32, 64, False), (HEADS, torch.bfloat16, 64, True), (1, torch.bfloat16, WIDE, True),
 ])  # fmt: skip
-def test_on_a_card_a_backward_takes_what_plans_count(key_heads, dtype, size, masked, heads_first, most, monkeypatch):
+def test_on_a_gpu_a_backward_takes_what_plans_count(key_heads, dtype, size, masked, heads_first, most, monkeypatch):
     monkeypatch.setattr(fused_attention, "MOST_SCRATCH_BYTES", most)
     taken = {}
     for device in ("meta", "cuda"):
@@ -344,7 +344,7 @@ def test_on_a_card_a_backward_takes_what_plans_count(key_heads, dtype, size, mas
 @pytest.mark.gpu
 @pytest.mark.real_card
 @pytest.mark.parametrize("key_heads", [HEADS, 2])
-def test_on_a_card_a_backward_over_few_heads_gives_the_same(key_heads, monkeypatch):
+def test_on_a_gpu_a_backward_over_few_heads_gives_the_same(key_heads, monkeypatch):
     found = []
     for most in (2**40, 1):
         monkeypatch.setattr(fused_attention, "MOST_SCRATCH_BYTES", most)

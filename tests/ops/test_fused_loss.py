@@ -98,8 +98,8 @@ def test_what_is_no_error_of_a_foreign_package_is_not_hidden(monkeypatch, caplog
     assert subprocess.SubprocessError in foreign_errors()
 
 
-class Card:
-    """A device that says it is a card, and is equal to a tensor's that lies on the CPU."""
+class Gpu:
+    """A device that says it is a GPU, and is equal to a tensor's that lies on the CPU."""
 
     type = "cuda"
 
@@ -114,18 +114,18 @@ def there(monkeypatch):
     monkeypatch.setattr(fused_loss, "installed", lambda: ["liger"])
 
 
-def test_auto_tries_what_is_installed_on_a_card_with_a_plain_head(there):
+def test_auto_tries_what_is_installed_on_a_gpu_with_a_plain_head(there):
     head = inputs()[2]
-    assert candidates("auto", head, Card()) == ["liger"]
+    assert candidates("auto", head, Gpu()) == ["liger"]
     for other in (head._replace(scale=0.5), head._replace(bias=head.weight[0]), head._replace(weight=object())):
-        assert candidates("auto", other, Card()) == []
-    assert candidates("auto", head, CPU) == [] == candidates("off", head, Card())
+        assert candidates("auto", other, Gpu()) == []
+    assert candidates("auto", head, CPU) == [] == candidates("off", head, Gpu())
 
 
 def test_a_repeatable_run_tries_none(there):
     torch.use_deterministic_algorithms(True)
     try:
-        assert candidates("auto", inputs()[2], Card()) == []
+        assert candidates("auto", inputs()[2], Gpu()) == []
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -162,7 +162,7 @@ def test_liger_s_loss_is_about_as_exact_as_ours_over_triton_s_interpreter():
 
 
 @pytest.mark.gpu
-def test_ours_is_tried_on_a_card():
+def test_ours_is_tried_on_a_gpu():
     hidden, targets, head = inputs(tokens=64)
     given = hidden.cuda(), targets.cuda(), head._replace(weight=head.weight.cuda())
     trial = fused_loss.try_loss(ours, *given)

@@ -28,7 +28,7 @@ def test_value_and_gradients_are_those_of_autograd_to_the_bit(dtype):
     assert all(map(torch.equal, *grads)) and torch.equal(upstream, before)
 
 
-def test_the_two_factors_are_all_that_is_saved():
+def test_the_two_weights_are_all_that_is_saved():
     gate, up, _ = factors(torch.bfloat16)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):

@@ -126,7 +126,7 @@ def test_the_kernel_computes_the_same_over_triton_s_interpreter():
 @pytest.mark.gpu
 @pytest.mark.real_card
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_kernel_is_as_exact_as_the_loop_on_a_card(dtype):
+def test_the_kernel_is_as_exact_as_the_loop_on_a_gpu(dtype):
     for settings in CASES:
         given = case(**settings, dtype=dtype, device="cuda")
         off, limit = (error(in_groups(each, given), exact(*given)) for each in (grouped_product, one_by_one))

@@ -36,12 +36,12 @@ def inputs(key_heads=HEADS, length=TOKENS, batch=1, dtype=torch.float32):
 
 
 def block(query, key, value, attend):
-    """Attention with more before and after it, so that a block's second run has something to do."""
+    """Attention with more before and after it, so that a block's recomputation has something to do."""
     return attend(query.sin(), key * 2, value.cos()).tanh()
 
 
 def run(attend, tensors, **settings):
-    """Return the value and the gradients of a checkpointed block on a card's path, and how often its kernels ran."""
+    """Return the value and the gradients of a checkpointed block on a GPU's path, and how often its kernels ran."""
     with planning_for("cuda"), Kernels() as kernels:
         out = Checkpoint(**settings)(block, *tensors, attend)
         upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
@@ -75,7 +75,7 @@ def test_rows_give_the_same_bits_and_are_attended_to_once(key_heads, window, dty
 @pytest.mark.parametrize("on_host", [False, True])
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("key_heads", [4, 2])
-def test_on_a_card_rows_give_the_same_bits_and_are_attended_to_once(key_heads, window, on_host):
+def test_on_a_gpu_rows_give_the_same_bits_and_are_attended_to_once(key_heads, window, on_host):
     torch.use_deterministic_algorithms(True)
     try:
         card, attend = torch.device("cuda"), rows_of(row_lengths=ROWS, sliding_window=window)
@@ -100,7 +100,7 @@ def test_several_sequences_and_a_mask_give_the_same_bits():
 
 
 @pytest.mark.parametrize("settings", [{"dropout": 0.4}, {"softcap": 1.5}, {"s_aux": torch.zeros(HEADS)}], ids=str)
-def test_what_no_kernel_gives_and_what_is_random_is_computed_again(settings):
+def test_what_no_kernel_gives_and_what_is_random_is_recomputed(settings):
     saved = []
     attend = rows_of(row_lengths=ROWS, **settings)
     torch.manual_seed(0)

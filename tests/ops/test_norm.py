@@ -133,7 +133,7 @@ def test_norms_of_another_kind_stay_as_they_are():
 
 @pytest.fixture
 def card_kernels(monkeypatch):
-    """Torch's own definitions of a card's kernels, on a CPU's tensors."""
+    """Torch's own definitions of a GPU's kernels, on a CPU's tensors."""
     called = []
 
     def named(operator):
@@ -152,7 +152,7 @@ def card_kernels(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
 @pytest.mark.parametrize("model_type", WITH_RMS_NORMS)
-def test_a_card_s_kernels_are_as_near_to_the_formula(model_type, scale, dtype, card_kernels):
+def test_a_gpu_s_kernels_are_as_near_to_the_formula(model_type, scale, dtype, card_kernels):
     for norm in norms_of(model_type, dtype):
         x, upstream = inputs_of(norm, scale)
         exact, wanted = exact_norm(norm, x.double()), expected_gradient(norm, x, upstream)
@@ -188,7 +188,7 @@ def test_a_cpu_and_another_type_than_the_weight_s_have_no_kernel():
 
 
 @pytest.mark.parametrize(("model_type", "forward", "backward"), [("llama", 4.3, 6.3), ("gemma2", None, 12)])
-def test_a_norm_on_a_card_reads_and_writes_each_number_about_once(model_type, forward, backward):
+def test_a_norm_on_a_gpu_reads_and_writes_each_number_about_once(model_type, forward, backward):
     """Bytes a number in bf16, with 0.3 for what there is one of in a row of 64."""
     (norm,) = norms_of(model_type, torch.bfloat16)
     norm.to("meta")
@@ -207,7 +207,7 @@ def test_a_norm_on_a_card_reads_and_writes_each_number_about_once(model_type, fo
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
-def test_on_a_card_kernels_are_as_near_to_the_formula(model_type):
+def test_on_a_gpu_kernels_are_as_near_to_the_formula(model_type):
     for norm in norms_of(model_type, torch.bfloat16):
         x, upstream = (tensor.detach().cuda() for tensor in inputs_of(norm))
         norm.to("cuda")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from qlora_lite.errors import OutputError
 from qlora_lite.memory.ledger import Ledger
-from qlora_lite.ops.offload import MOST_PARTS, HostStore, host_memory, part_sizes
+from qlora_lite.ops.offload import MAX_PARTS, HostStore, host_memory, part_sizes
 from qlora_lite.ops.shapes import planning_for
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -39,10 +39,10 @@ def test_where_no_more_can_be_pinned_ordinary_memory_is_taken_and_said_once(monk
 @given(st.integers(1, 2**40))
 def test_parts_are_few_powers_of_two_and_a_fifteenth_too_much_at_most(size):
     sizes = list(part_sizes(size))
-    assert len(sizes) <= MOST_PARTS
+    assert len(sizes) <= MAX_PARTS
     assert all(part.bit_count() == 1 for part in sizes)
     assert size <= sum(sizes) <= size * 16 / 15
-    assert size.bit_count() > MOST_PARTS or sum(sizes) == size
+    assert size.bit_count() > MAX_PARTS or sum(sizes) == size
 
 
 def test_nothing_takes_no_part():
@@ -188,7 +188,7 @@ def test_a_disk_that_is_full_or_not_there_is_an_error_that_names_the_setting(tmp
         HostStore(CPU, str(tmp_path)).put(0, [torch.zeros(4)])
 
 
-def test_beside_a_card_a_whole_power_of_two_is_taken():
+def test_beside_a_gpu_a_whole_power_of_two_is_taken():
     assert host_memory(5 * KIB, META).untyped_storage().nbytes() == 5 * KIB
     with planning_for("cuda"):
         memory = host_memory(5 * KIB, META)

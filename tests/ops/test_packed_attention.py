@@ -1,4 +1,4 @@
-"""Packed sequences in one call of a card's kernel equal each attended to by itself."""
+"""Packed sequences in one call of a GPU's kernel equal each attended to by itself."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def attended(query, key, value, ends, window):
 
 
 def on_cpu(query, key, value, ends, _ends, longest, _longest, dropout, causal, _debug, *, scale, **sees):
-    """A card's kernel over packed sequences, by the oracle."""
+    """A GPU's kernel over packed sequences, by the oracle."""
     assert scale == 0.3 and dropout == 0 and longest == int(ends.diff().max()) and causal == (not sees)
     window = sees["window_size_left"] + 1 if sees else None
     assert not sees or sees["window_size_right"] == 0
@@ -43,7 +43,7 @@ def backward_on_cpu(grad, query, key, value, out, logsumexp, ends, _ends, *rest,
 
 @pytest.fixture
 def card(monkeypatch):
-    """Give each call's heads; a CPU's tensors go as a card's do."""
+    """Give each call's heads; a CPU's tensors go as a GPU's do."""
     heads = []
 
     def backward(*args, **options):
@@ -95,14 +95,14 @@ def test_a_block_s_second_run_takes_what_its_first_kept(card):
 
 @pytest.mark.parametrize("change", [
     {"repeatable": True}, {"tokens": TOKENS + 1}, {"dtype": torch.float32}, {"size": 30}, {"size": 208}, {"batch": 2},
-    {"device": "cpu"}, {"on_card": False}, {},
+    {"device": "cpu"}, {"on_gpu": False}, {},
 ])  # fmt: skip
 def test_the_kernel_is_for_what_flash_attention_takes_and_no_token_behind_the_sequences(change):
-    said = {"tokens": TOKENS, "size": SIZE, "batch": 1, "dtype": torch.bfloat16, "device": "meta", "on_card": True}
+    said = {"tokens": TOKENS, "size": SIZE, "batch": 1, "dtype": torch.bfloat16, "device": "meta", "on_gpu": True}
     said |= {"repeatable": False} | change
     shape = said["batch"], HEADS, said["tokens"], said["size"]
     query = torch.empty(shape, dtype=said["dtype"], device=said["device"])
-    with planning_for("cuda" if said["on_card"] else "cpu"), deterministic(said["repeatable"]):
+    with planning_for("cuda" if said["on_gpu"] else "cpu"), deterministic(said["repeatable"]):
         assert kernel_takes(query, query, query, LENGTHS) == (not change)
 
 
@@ -161,7 +161,7 @@ def test_sequences_one_after_the_other_are_cut_once():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 5])
-def test_on_a_card_values_and_gradients_are_those_of_each_sequence_alone(window):
+def test_on_a_gpu_values_and_gradients_are_those_of_each_sequence_alone(window):
     inputs = inputs_of(2, "cuda")
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     out = attend(*inputs, window=window)

@@ -1,4 +1,4 @@
-"""What a card's tensor was on the host is known for as long as it is true."""
+"""What a GPU's tensor was on the host is known for as long as it is true."""
 
 import gc
 
@@ -38,7 +38,7 @@ def test_nothing_is_remembered_of_tensors_that_are_gone():
     assert not len(transfer._on_host)
 
 
-def test_rows_of_tables_in_host_memory_come_without_asking_the_card(no_copies_back):
+def test_rows_of_tables_in_host_memory_come_without_asking_the_gpu(no_copies_back):
     torch.manual_seed(0)
     table = torch.nn.Embedding(12, 4)
     found = HostEmbedding(table, CUDA)(known())
@@ -53,7 +53,7 @@ def test_rows_of_tables_in_host_memory_come_without_asking_the_card(no_copies_ba
 
 @pytest.fixture
 def no_copies_back(monkeypatch):
-    """Have every copy of whole numbers from the card to the host fail."""
+    """Have every copy of whole numbers from the GPU to the host fail."""
     plain = torch.Tensor.to
 
     def to(tensor, *to_what, **more):

@@ -33,14 +33,14 @@ def test_a_mask_shows_each_query_as_many_keys_as_the_window_has(queries, window)
         assert row.nonzero().flatten().tolist() == list(range(number + 1, number + window + 1))
     with planning_for("cuda"):
         mask = window_mask(queries, window, query)
-    assert mask.dtype == query.dtype and mask.stride(0) % 16 == 0  # as a card's kernel wants it
+    assert mask.dtype == query.dtype and mask.stride(0) % 16 == 0  # as a GPU's kernel wants it
     assert torch.equal(mask == 0, seen) and torch.equal(mask == -torch.inf, ~seen)
 
 
 @pytest.mark.parametrize(
     "settings", [{"sliding_window": 128}, {"softcap": 1.5}, {"s_aux": torch.zeros(4, device="meta")}], ids=str
 )
-def test_what_a_card_needs_grows_with_the_row_and_not_with_its_square(settings):
+def test_what_a_gpu_needs_grows_with_the_row_and_not_with_its_square(settings):
     peaks = []
     for length in (2048, 4096):
         inputs = [torch.empty(1, heads, length, 64, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2)]

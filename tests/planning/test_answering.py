@@ -31,13 +31,13 @@ from qlora_lite.memory.process import (
 )
 from qlora_lite.models.anatomy import blocks, decoder, device_of
 from qlora_lite.models.kernels import kernels_of
-from qlora_lite.models.levers import Levers, on_host, place, set_levers, stream_of
+from qlora_lite.models.memory_options import MemoryOptions, on_host, place, set_memory_options, stream_of
 from qlora_lite.models.skeleton import meta_model
 from qlora_lite.ops.stream import ALIGNMENT, spare_bytes
 from qlora_lite.ops.tile import Tiled
 from qlora_lite.planning import answering
 from qlora_lite.planning.answering import (
-    MOST_PROMPTS,
+    MAX_PROMPTS,
     UNPLANNED,
     bytes_on_device,
     memory_to_use,
@@ -70,30 +70,32 @@ def tensors(model):
 def test_less_memory_gives_placements_that_need_less_and_fit(model_type, tied):
     model = skeleton_of(model_type, num_hidden_layers=4, tie_word_embeddings=tied)
     prompt, seen = prompt_bytes(model, 100), []
-    memory = prompt + bytes_on_device(model, Levers())
+    memory = prompt + bytes_on_device(model, MemoryOptions())
     while not seen or placement(model, 100, memory) != seen[-1]:
         seen.append(placement(model, 100, memory))
         needs = prompt + bytes_on_device(model, seen[-1])
         assert needs <= memory
         memory = needs - 1
-    assert seen[0] == Levers() and seen[-1] == Levers(resident_blocks=0, host_embeddings=True, host_head=True)
-    assert (Levers(host_embeddings=True) in seen) is not tied
-    assert Levers(host_embeddings=not tied, resident_blocks=1) in seen
+    assert seen[0] == MemoryOptions() and seen[-1] == MemoryOptions(
+        resident_layers=0, host_embeddings=True, host_head=True
+    )
+    assert (MemoryOptions(host_embeddings=True) in seen) is not tied
+    assert MemoryOptions(host_embeddings=not tied, resident_layers=1) in seen
     assert placement(model, 100, 0) == seen[-1], "what needs least, where nothing fits"
-    for levers in seen:
-        memory = prompt + bytes_on_device(model, levers)
-        assert placement(model, 100, memory, 2**40) == levers
-        if levers.resident_blocks is None:
-            assert placement(model, 100, memory, 0) == levers
+    for options in seen:
+        memory = prompt + bytes_on_device(model, options)
+        assert placement(model, 100, memory, 2**40) == options
+        if options.resident_layers is None:
+            assert placement(model, 100, memory, 0) == options
             continue
-        streamed = place(skeleton_of(model_type, num_hidden_layers=4, tie_word_embeddings=tied), META, levers)
+        streamed = place(skeleton_of(model_type, num_hidden_layers=4, tie_word_embeddings=tied), META, options)
         table = model.get_input_embeddings().weight.nbytes
-        pinned = 1 << (table - 1).bit_length() if levers.host_head else 0
+        pinned = 1 << (table - 1).bit_length() if options.host_head else 0
         on_host = sum(stream_of(streamed).sizes) + spare_bytes(stream_of(streamed).sizes) + pinned
-        on_host += table if levers.host_embeddings and not (tied and levers.host_head) else 0
-        assert placement(model, 100, memory, on_host) == levers
-        assert placement(model, 100, memory, on_host - 1) == replace(levers, stream_from_disk=True)
-    assert placement(model, 10_000, prompt + bytes_on_device(model, Levers())) == seen[-1], "a longer prompt"
+        on_host += table if options.host_embeddings and not (tied and options.host_head) else 0
+        assert placement(model, 100, memory, on_host) == options
+        assert placement(model, 100, memory, on_host - 1) == replace(options, stream_from_disk=True)
+    assert placement(model, 10_000, prompt + bytes_on_device(model, MemoryOptions())) == seen[-1], "a longer prompt"
 
 
 @pytest.mark.parametrize("model_type", sorted({*ARCHITECTURES, *UNUSUAL} - WITH_STATES))
@@ -128,7 +130,7 @@ def test_as_many_prompts_are_read_at_once_as_there_is_room_for(device_type):
         assert prompts_at_once(model, tokens, room, device_type) == prompts
         assert prompts_at_once(model, tokens, room - 1, device_type) == max(1, prompts // 2)
     assert prompts_at_once(model, tokens, -1, device_type) == 1
-    assert prompts_at_once(skeleton_of("mamba"), 8, 0, device_type) == MOST_PROMPTS, "where nothing can be planned"
+    assert prompts_at_once(skeleton_of("mamba"), 8, 0, device_type) == MAX_PROMPTS, "where nothing can be planned"
 
 
 MEASURE = """
@@ -166,7 +168,7 @@ def test_prompts_take_no_more_of_a_cpu_s_memory_than_is_reckoned_for_them(count)
 def test_the_weights_themselves_are_no_part_of_a_prompt():
     config = build_tiny("llama", hidden_size=2048, intermediate_size=8192, vocab_size=512).config
     dense = meta_model(config, "none", False, torch.bfloat16)
-    assert bytes_on_device(dense, Levers()) > 240 * 2**20
+    assert bytes_on_device(dense, MemoryOptions()) > 240 * 2**20
     assert prompt_bytes(dense, 8) < 200 * 2**20
 
 
@@ -174,13 +176,13 @@ def test_a_model_that_cannot_run_without_values_leaves_a_share_of_the_memory_to_
     model = skeleton_of("mamba")  # in 4 bit: it reads a packed weight itself
     with pytest.raises(NeedsValuesError):
         prompt_bytes(model, 8)
-    whole = bytes_on_device(model, Levers())
-    assert placement(model, 8, whole * 4 // 3 + 2) == Levers() != placement(model, 8, whole * 5 // 4)
+    whole = bytes_on_device(model, MemoryOptions())
+    assert placement(model, 8, whole * 4 // 3 + 2) == MemoryOptions() != placement(model, 8, whole * 5 // 4)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gemma2"])
-def test_on_a_card_a_prompt_takes_what_was_reckoned(model_type):
+def test_on_a_gpu_a_prompt_takes_what_was_reckoned(model_type):
     shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 16, "num_key_value_heads": 4}  # the work of fewer is split, with memory for it
     changes, tokens = shape | heads, 1500
@@ -204,15 +206,22 @@ class OneToken:
         return ""
 
 
-@pytest.mark.parametrize("levers", [
-    Levers(), Levers(host_embeddings=True), Levers(resident_blocks=2), Levers(resident_blocks=0, host_embeddings=True),
-    Levers(resident_blocks=0, host_embeddings=True, host_head=True),
-], ids=str)  # fmt: skip
-def test_bytes_on_the_device_are_those_that_placing_leaves_there(levers):
-    expected = bytes_on_device(quantized_pair("llama", num_hidden_layers=4)[0], levers)
-    model = place(quantized_pair("llama", num_hidden_layers=4)[0], CPU, levers)
+@pytest.mark.parametrize(
+    "options",
+    [
+        MemoryOptions(),
+        MemoryOptions(host_embeddings=True),
+        MemoryOptions(resident_layers=2),
+        MemoryOptions(resident_layers=0, host_embeddings=True),
+        MemoryOptions(resident_layers=0, host_embeddings=True, host_head=True),
+    ],
+    ids=str,
+)
+def test_bytes_on_the_device_are_those_that_placing_leaves_there(options):
+    expected = bytes_on_device(quantized_pair("llama", num_hidden_layers=4)[0], options)
+    model = place(quantized_pair("llama", num_hidden_layers=4)[0], CPU, options)
     found = sum(tensor.nbytes for module, tensor in tensors(model) if not on_host(model, module, tensor))
-    slots = stream_of(model).slots if levers.resident_blocks is not None else ()
+    slots = stream_of(model).slots if options.resident_layers is not None else ()
     aligned = ALIGNMENT * len(list(tensors(blocks(model)[0])))  # at most, of a slot
     assert expected <= found + sum(slot.nbytes for slot in slots) <= expected + aligned * len(slots)
 
@@ -247,7 +256,7 @@ def test_a_model_placed_before_its_adapters_gives_the_same_logits(model_type):
 def test_a_tiled_model_takes_adapters(model_type):
     adapter, tiled = random_adapter(model_type), [quantized_pair(model_type)[0] for _ in range(2)]
     for model in tiled:
-        set_levers(model, Levers(tile_tokens=4))
+        set_memory_options(model, MemoryOptions(tile_tokens=4))
     expected = logits(attach_adapter(quantized_pair(model_type)[0], adapter))
     with add_switch(tiled[0], {"one": adapter}).using("one"):
         assert torch.allclose(logits(tiled[0]), expected, atol=1e-4)
@@ -256,9 +265,9 @@ def test_a_tiled_model_takes_adapters(model_type):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_small_card_evaluates_answers_and_compares_as_a_large_one(tmp_path, monkeypatch, caplog, device, tied):
+def test_a_small_gpu_evaluates_answers_and_compares_as_a_large_one(tmp_path, monkeypatch, caplog, device, tied):
     run = tiny_run(tmp_path, overrides=[f"model.device={device}"], num_hidden_layers=4, tie_word_embeddings=tied)
-    found, placed, some = [], [], Levers(resident_blocks=1, host_embeddings=not tied)
+    found, placed, some = [], [], MemoryOptions(resident_layers=1, host_embeddings=not tied)
     monkeypatch.setattr(build, "place", lambda *args: placed.append(args[-1]) or place(*args))
     small = needed(open_trained(run), some)
     for memory, host in ((2**40, 2**40), (small, 2**40), (0, 2**40), (small, 0)):
@@ -274,8 +283,12 @@ def test_a_small_card_evaluates_answers_and_compares_as_a_large_one(tmp_path, mo
     places = [", ".join(filter(None, (table, "3 of 4 blocks"))), "embeddings, head, 4 of 4 blocks",
               f"{table or 'nothing'}; on the disk: 3 of 4 blocks"]  # fmt: skip
     assert said == [place for place in places for _ in range(3)]
-    chosen = some, Levers(resident_blocks=0, host_embeddings=True, host_head=True), replace(some, stream_from_disk=True)
-    assert placed == [levers for levers in chosen for _ in range(3)]
+    chosen = (
+        some,
+        MemoryOptions(resident_layers=0, host_embeddings=True, host_head=True),
+        replace(some, stream_from_disk=True),
+    )
+    assert placed == [options for options in chosen for _ in range(3)]
 
 
 @pytest.mark.parametrize("use", ["base", "evaluation", "tasks", "generate", "serve"])
@@ -292,10 +305,10 @@ def test_the_device_has_room_for_the_adapters_and_the_context(tmp_path, monkeypa
     }  # fmt: skip
     monkeypatch.setattr(app, "run_server", lambda *_arguments: None)
     longest = trained if use in ("base", "evaluation") else open_trained(twin)
-    enough = needed(longest, Levers())
+    enough = needed(longest, MemoryOptions())
     if use == "tasks":  # both adapters
         enough += (run / "adapter" / WEIGHTS_NAME).stat().st_size
-    assert longest is trained or enough > needed(trained, Levers()) + 2**19
+    assert longest is trained or enough > needed(trained, MemoryOptions()) + 2**19
     monkeypatch.setattr(build, "place", lambda *args: placed.append(args[-1]) or place(*args))
     for memory, expected in ((enough, 0), (enough - 1, 1)):
         monkeypatch.setattr(build, "memory_to_use", lambda _device, _budget, memory=memory: memory)
@@ -303,10 +316,10 @@ def test_the_device_has_room_for_the_adapters_and_the_context(tmp_path, monkeypa
         assert len(placed) == expected
 
 
-def needed(trained, levers):
-    """What a run's model takes of a card beside its longest row and its adapter."""
+def needed(trained, options):
+    """What a run's model takes of a GPU beside its longest row and its adapter."""
     skeleton, adapter = trained.skeleton(), (trained.adapter / WEIGHTS_NAME).stat().st_size
-    return prompt_bytes(skeleton, trained.recipe.data.max_tokens) + bytes_on_device(skeleton, levers) + adapter
+    return prompt_bytes(skeleton, trained.recipe.data.max_tokens) + bytes_on_device(skeleton, options) + adapter
 
 
 def uses(run, device):
@@ -317,7 +330,7 @@ def uses(run, device):
     model = trained.build_base()
     base = outputs(model, [random_batch(vocabulary=120)])
     adapted = outputs(attach_adapter(model, trained.read_adapter(trained.skeleton())), [random_batch(vocabulary=120)])
-    assert adapted.hidden.device.type == "cpu", "of all rows: more than a card may have room for"
+    assert adapted.hidden.device.type == "cpu", "of all rows: more than a GPU may have room for"
     figures = evaluate_recipe(trained.recipe, trained.adapter, 3)
     return {key: value for key, value in figures.items() if key != "adapter"}, session.reply(), compare(adapted, base)
 

@@ -8,19 +8,19 @@ from jobs import changed
 from test_simulate import config_of, job_for
 
 from qlora_lite.errors import DoesNotFitError
-from qlora_lite.memory.cards import find_card
-from qlora_lite.models.levers import Levers
+from qlora_lite.memory.gpus import find_gpu
+from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS
 from qlora_lite.planning.candidate import Step, choose
 from qlora_lite.planning.largest import LENGTH_STEP
 from qlora_lite.planning.length import longest_job
-from qlora_lite.planning.machine import machine_of_card
+from qlora_lite.planning.machine import machine_of_gpu
 from qlora_lite.planning.predict import predict
 from qlora_lite.planning.search import SMALL_TILE_TOKENS, search, with_less_on_host
 from qlora_lite.train.workload import BatchShape
 
-CARD, DEPTH, FAR = machine_of_card(find_card("rtx-4060")), 8, 4096
-FIXED = {"checkpointing": "block", "kept_blocks": 0, "tile_tokens": None, "reuse_dequantized": False}
+CARD, DEPTH, FAR = machine_of_gpu(find_gpu("rtx-4060")), 8, 4096
+FIXED = {"checkpointing": "block", "uncheckpointed_layers": 0, "tile_tokens": None, "cache_dequantized": False}
 ON_HOST = {"offload_checkpoints": True, "host_embeddings": True, "host_head": True}
 
 
@@ -34,11 +34,13 @@ def step_of(tokens, **fixed):
     return Step(job, BatchShape((tokens,), tokens - 1), 1, 1, FIXED | fixed)
 
 
-def needs(tokens, resident_blocks, **levers):
+def needs(tokens, resident_layers, **options):
     """Return the bytes on the device and on the host of one way to run the step."""
     step = step_of(tokens)
-    levers = Levers(loss_chunk_tokens=AUTO_CHUNK_TOKENS, resident_blocks=resident_blocks, **FIXED | ON_HOST | levers)
-    found = predict(changed(step.job, shape=step.pack, levers=levers))
+    options = MemoryOptions(
+        loss_chunk_tokens=AUTO_CHUNK_TOKENS, resident_layers=resident_layers, **FIXED | ON_HOST | options
+    )
+    found = predict(changed(step.job, shape=step.pack, options=options))
     return found.peak_bytes, found.host_bytes
 
 
@@ -62,7 +64,7 @@ def test_where_the_host_has_no_room_for_any_block_small_tiles_are_tried_with_all
     step = step_of(FAR, **ON_HOST)
     del step.fixed["tile_tokens"], step.fixed["offload_checkpoints"]
     chosen = choose(search(step, replace(CARD, host_bytes=host), device), device)
-    assert chosen.levers.tile_tokens == SMALL_TILE_TOKENS and chosen.levers.resident_blocks is None
+    assert chosen.options.tile_tokens == SMALL_TILE_TOKENS and chosen.options.resident_layers is None
 
 
 def test_where_files_take_the_block_inputs_the_host_s_room_is_for_weights():
@@ -74,9 +76,9 @@ def test_where_files_take_the_block_inputs_the_host_s_room_is_for_weights():
 
 
 def test_the_last_blocks_may_be_kept_beside_a_limit_of_the_host():
-    step = step_of(64, kept_blocks=2, offload_checkpoints=True)
+    step = step_of(64, uncheckpointed_layers=2, offload_checkpoints=True)
     assert longest_tokens(step, 2**30, 2**31, 64, 512) == 512
-    device, host = needs(1024, 2, kept_blocks=2)
+    device, host = needs(1024, 2, uncheckpointed_layers=2)
     without = replace(step, fixed=step.fixed | {"stream_from_disk": False})
     assert longest_tokens(without, device, host, 64, FAR) >= 1024 > longest_tokens(without, device, host - 1, 64, FAR)
     assert longest_tokens(step, device, host - 1, 64, FAR) >= 1024
@@ -98,7 +100,9 @@ def test_only_weights_that_were_prepared_in_a_file_are_read_from_it(quant, ways)
 def test_of_a_single_block_nothing_is_streamed_for_the_longest():
     step = step_of(64)
     step.job.workload.spec.config.num_hidden_layers = 1
-    plain = predict(changed(step.job, shape=step.pack, levers=Levers(loss_chunk_tokens=AUTO_CHUNK_TOKENS, **FIXED)))
+    plain = predict(
+        changed(step.job, shape=step.pack, options=MemoryOptions(loss_chunk_tokens=AUTO_CHUNK_TOKENS, **FIXED))
+    )
     assert longest_tokens(step, plain.peak_bytes, None, 64, FAR) == LENGTH_STEP
 
 
@@ -115,7 +119,7 @@ def test_without_a_limit_of_the_host_the_device_s_alone_counts():
 @pytest.mark.parametrize(("less_on_device", "less_on_host", "memory"), [(1, 0, "$"), (0, 1, " host memory$")])
 def test_the_memory_that_has_no_room_for_the_shortest_is_named(less_on_device, less_on_host, memory):
     device, host = needs(LENGTH_STEP, 0)
-    step = step_of(64, resident_blocks=0, stream_from_disk=False, **ON_HOST)
+    step = step_of(64, resident_layers=0, stream_from_disk=False, **ON_HOST)
     with pytest.raises(DoesNotFitError, match=f"even the smallest needs .*iB of .*iB{memory}"):
         longest_tokens(step, device - less_on_device, host - less_on_host, 64, FAR)
 
@@ -124,7 +128,7 @@ def test_the_memory_that_has_no_room_for_the_shortest_is_named(less_on_device, l
 def test_a_search_with_too_little_memory_ends_for_families_whose_mlps_are_no_plain_functions(model_type):
     step = Step(job_for(config_of(model_type), eval_shape=None), BatchShape((40,), 39), 1, 1)
     found = search(step, CARD, 1)
-    assert any(candidate.levers.tile_tokens for candidate in found) and choose(found, 1) is None
+    assert any(candidate.options.tile_tokens for candidate in found) and choose(found, 1) is None
 
 
 @pytest.mark.parametrize("offload_checkpoints", [True, False])

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from qlora_lite.memory import process
-from qlora_lite.memory.cards import find_card
+from qlora_lite.memory.gpus import find_gpu
 from qlora_lite.memory.meter import PeakMeter, held_bytes
 from qlora_lite.memory.process import CPU_BUFFERS_BYTES
 from qlora_lite.memory.work import Work
 from qlora_lite.planning import machine
-from qlora_lite.planning.machine import machine_of_card, this_machine
+from qlora_lite.planning.machine import machine_of_gpu, this_machine
 
 CPU = torch.device("cpu")
 
@@ -28,16 +28,16 @@ def test_buffers_of_the_measurement_are_not_part_of_what_the_process_holds():
 @pytest.mark.parametrize(
     ("release", "seconds"), [("6.8.0-51-generic", 10e-6), ("5.15.167.4-microsoft-standard-WSL2", 20e-6)]
 )
-def test_a_card_s_kernels_take_twice_as_long_to_start_on_wsl(release, seconds, monkeypatch):
+def test_a_gpu_s_kernels_take_twice_as_long_to_start_on_wsl(release, seconds, monkeypatch):
     monkeypatch.setattr(process.platform, "release", lambda: release)
     monkeypatch.setattr(machine, "_speeds", lambda device, dtype: (1e12, 1e12, 1e10))
-    monkeypatch.setattr(machine, "hold_to", lambda device, budget: None)
+    monkeypatch.setattr(machine, "set_memory_limit", lambda device, budget: None)
     monkeypatch.setattr(machine, "fast_dtype", lambda device: torch.bfloat16)
     monkeypatch.setattr(machine, "held_bytes", lambda device: 0)
     monkeypatch.setattr(machine, "free_bytes", lambda device: 2**33)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**34))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     found = this_machine(torch.device("cuda", 0))
     assert found.starting_seconds(Work(0, 0, 0, 1000)) == pytest.approx(1000 * seconds)
     assert found.renamed("half of it", 2**32).operation_seconds == seconds
@@ -47,9 +47,9 @@ def test_a_card_s_kernels_take_twice_as_long_to_start_on_wsl(release, seconds, m
     ("rtx-4090", 0.92), ("rtx-4060-ti-16gb", 0.92), ("rtx-4070-laptop", 0.92), ("gtx-1080-ti", 0.92),
     ("h100", 0.75), ("a100-40gb", 0.75), ("rtx-6000-ada", 0.6), ("rtx-a6000", 0.6), ("l4", 0.6),
 ])  # fmt: skip
-def test_products_reach_the_share_of_a_card_s_peak_that_is_known_of_its_kind(name, share):
-    card = find_card(name)
-    found = machine_of_card(card)
+def test_products_reach_the_share_of_a_gpu_s_peak_that_is_known_of_its_kind(name, share):
+    card = find_gpu(name)
+    found = machine_of_gpu(card)
     assert found.flops_per_second == share * card.flops_per_second
     assert found.bytes_per_second == 0.9 * card.bandwidth_bytes_per_second
 

@@ -1,4 +1,4 @@
-"""What fused kernels spare a step on a card, as its plan counts it."""
+"""What fused kernels spare a step on a GPU, as its plan counts it."""
 
 import pytest
 from jobs import changed, new_job
@@ -6,22 +6,22 @@ from transformers import AutoConfig
 
 from qlora_lite.models import kernels
 from qlora_lite.models.families import known_config
-from qlora_lite.models.levers import Levers
+from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.ops import flex_attention
 from qlora_lite.planning.simulate import simulate
 from qlora_lite.train.workload import BatchShape
 
 EIGHT_B = AutoConfig.for_model(**known_config("meta-llama/Llama-3.1-8B"))
-MOST_BYTES = 235e9  # of a step of 2 x 2,048 tokens, blocks computed again; 391e9 with plain operators
+MAX_BYTES = 235e9  # of a step of 2 x 2,048 tokens, blocks recomputed; 391e9 with plain operators
 
 
-def job_of(lengths, config=EIGHT_B, **levers):
+def job_of(lengths, config=EIGHT_B, **options):
     rows = BatchShape(lengths, sum(lengths) - len(lengths))
-    return new_job(config, rows, None, device_type="cuda", levers=Levers(reuse_dequantized=True, **levers))
+    return new_job(config, rows, None, device_type="cuda", options=MemoryOptions(cache_dequantized=True, **options))
 
 
 def test_a_step_of_an_8b_model_moves_few_bytes_beside_its_products():
-    assert simulate(job_of((2048, 2048))).work.moved_bytes <= MOST_BYTES
+    assert simulate(job_of((2048, 2048))).work.moved_bytes <= MAX_BYTES
 
 
 def test_liger_s_kernels_are_counted_where_it_is_installed_with_the_memory_of_plain_operators(monkeypatch):
@@ -41,7 +41,7 @@ def test_liger_s_kernels_are_counted_where_it_is_installed_with_the_memory_of_pl
 
 def test_plain_operators_are_counted_as_such():
     plain = simulate(job_of((2048, 2048), kernels="plain")).work
-    assert plain.moved_bytes > 1.5 * MOST_BYTES
+    assert plain.moved_bytes > 1.5 * MAX_BYTES
     compiled = job_of((2048, 2048), compile=True)
     assert simulate(compiled).work == plain._replace(operations=0)
 

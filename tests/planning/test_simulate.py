@@ -12,10 +12,10 @@ from qlora_lite.adapters.files import Lora
 from qlora_lite.adapters.lora.inject import Target, lora_parameters
 from qlora_lite.data.batch import Batch
 from qlora_lite.memory.ledger import Ledger
-from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.models.load import adopt, use_row_attention
+from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
+from qlora_lite.models.packing import runs_unpacked
 from qlora_lite.models.quantizer import quantize_in_place
-from qlora_lite.models.rows_alone import rows_run_alone
 from qlora_lite.models.skeleton import block_pattern
 from qlora_lite.ops import fused_attention
 from qlora_lite.ops.offload import pinned_bytes
@@ -61,7 +61,7 @@ def measured(job, model_type, steps=(LENGTHS, LENGTHS), scale=1.0, **changes):
     adopt(model)
     job.workload.method.apply(model)
     check_forward(model, max(job.shape.lengths))
-    set_levers(model, job.levers)
+    set_memory_options(model, job.options)
     parameters = [p for _, p in lora_parameters(model)]
     optimizer = build_optimizer(parameters, job.optimizer, 1e-4, 0.0, job.stochastic_rounding)
     batch, ledger = all_learned(LENGTHS), Ledger(allocation_bytes=ALLOCATION_BYTES[job.device_type])
@@ -71,10 +71,10 @@ def measured(job, model_type, steps=(LENGTHS, LENGTHS), scale=1.0, **changes):
         ledger.watch(model)
         for lengths in steps:
             ledger.peaks.clear()
-            work = job.workload.with_options(job.levers)
+            work = job.workload.with_options(job.options)
             train_step(work, model.train(), [all_learned(lengths)], optimizer, job.max_grad_norm, scale)
             optimizer.zero_grad(set_to_none=True)
-        evaluate_loss(CausalLM().with_options(job.levers), model, [batch])
+        evaluate_loss(CausalLM().with_options(job.options), model, [batch])
     return ledger
 
 
@@ -83,23 +83,25 @@ INPUT_BYTES = (
 )  # ids, positions, places and targets of the micro-batch stand a little longer in one of the two
 
 
-@pytest.mark.parametrize("levers", [Levers(), Levers("none"), Levers(reuse_dequantized=True)], ids=str)
+@pytest.mark.parametrize(
+    "options", [MemoryOptions(), MemoryOptions("none"), MemoryOptions(cache_dequantized=True)], ids=str
+)
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_the_predicted_peak_of_every_phase_is_the_measured_one(model_type, levers):
-    if model_type == "cohere" and levers.reuse_dequantized:
+def test_the_predicted_peak_of_every_phase_is_the_measured_one(model_type, options):
+    if model_type == "cohere" and options.cache_dequantized:
         pytest.skip("the first backward, which a plan shows, keeps the weight of a product that later ones leave out")
     if model_type == "falcon":
         tiny = build_tiny(model_type)
         use_row_attention(tiny)
         check_forward(tiny)
-        if rows_run_alone(tiny):
+        if runs_unpacked(tiny):
             pytest.skip("its rows run alone in transformers 5.17")
-    job = job_for(config_of(model_type), levers=replace(levers, loss_chunk_tokens=8))
+    job = job_for(config_of(model_type), options=replace(options, loss_chunk_tokens=8))
     assert_predicted(job, measured(job, model_type))
 
 
 def test_the_predicted_peak_in_float16_is_that_of_a_step_whose_loss_is_scaled():
-    job = job_for(config_of("llama"), levers=Levers(loss_chunk_tokens=8), compute_dtype=torch.float16)
+    job = job_for(config_of("llama"), options=MemoryOptions(loss_chunk_tokens=8), compute_dtype=torch.float16)
     assert_predicted(job, measured(job, "llama", dtype=torch.float16, scale=2.0**16))
 
 
@@ -117,7 +119,7 @@ def assert_predicted(job, ledger):
 @pytest.mark.parametrize("name", ["falcon", "falcon_alibi", "gpt_neo", "qwen3_next", "recurrent_gemma"])
 def test_attention_of_a_models_own_is_planned_without_values_as_it_runs_with_them(name, lengths):
     rows = BatchShape(lengths, sum(lengths) - len(lengths))
-    job = job_for(config_of(name), shape=rows, eval_shape=rows, levers=Levers(loss_chunk_tokens=8))
+    job = job_for(config_of(name), shape=rows, eval_shape=rows, options=MemoryOptions(loss_chunk_tokens=8))
     without, real = simulate_whole(job), _run(job, torch.device("cpu"), False)
     assert without.measured_because == ""
     for phase in ("forward", "backward", "evaluation"):
@@ -128,11 +130,11 @@ def test_attention_of_a_models_own_is_planned_without_values_as_it_runs_with_the
 
 @pytest.mark.parametrize("name", ["bloom", "mpt", "nemotron", "lfm2", "gpt_neo"])
 def test_sequences_that_cannot_be_packed_are_planned_one_by_one(name, monkeypatch):
-    job = job_for(config_of(name), levers=Levers(loss_chunk_tokens=8))
+    job = job_for(config_of(name), options=MemoryOptions(loss_chunk_tokens=8))
     predicted, ledger = simulate_whole(job).peak("forward").total, measured(job, name)
     peak = max(moment.total for moment in ledger.peaks.values() if moment.phase == "forward")
     assert predicted == pytest.approx(peak, abs=INPUT_BYTES)
-    monkeypatch.setattr("qlora_lite.train.causal_lm.why_rows_run_alone", lambda *_: "")
+    monkeypatch.setattr("qlora_lite.train.causal_lm.why_unpacked", lambda *_: "")
     assert simulate_whole(job).peak("forward").total != predicted
 
 
@@ -140,7 +142,7 @@ def test_sequences_that_cannot_be_packed_are_planned_one_by_one(name, monkeypatc
 def test_rows_that_run_one_by_one_hold_what_is_planned_of_host_memory_in_any_order(device_type):
     rows = BatchShape((64, 32, 32, 96), 220)
     job = job_for(config_of("bloom"), shape=rows, device_type=device_type,
-                  levers=Levers(offload_checkpoints=True))  # fmt: skip
+                  options=MemoryOptions(offload_checkpoints=True))  # fmt: skip
     others = (96, 64, 32, 32), (32, 96, 64, 32), (32,) * 7, (96, 96, 32), (96, 128), (64,)
     ledger = measured(job, "bloom", [rows.lengths, *others])
     assert ledger.offloaded_peak_bytes == simulate_whole(job).offloaded_bytes > 0
@@ -150,13 +152,13 @@ def test_rows_longer_than_those_of_the_first_training_are_planned_one_by_one(mon
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     job = job_for(config_of("llama", rope_parameters=rope, max_position_embeddings=64))
     short, long = (simulate_whole(changed(job, longest=n)).peak("forward").total for n in (64, 65))
-    monkeypatch.setattr("qlora_lite.train.causal_lm.why_rows_run_alone", lambda *_: "they see each other")
+    monkeypatch.setattr("qlora_lite.train.causal_lm.why_unpacked", lambda *_: "they see each other")
     assert short != long == simulate_whole(job).peak("forward").total
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw_32bit", "lion_8bit", "adamw_torch"])
 @pytest.mark.parametrize("rounding", [True, False])
-def test_the_predicted_peak_of_the_update_of_bfloat16_factors_is_the_measured_one(optimizer, rounding):
+def test_the_predicted_peak_of_the_update_of_bfloat16_weights_is_the_measured_one(optimizer, rounding):
     job = job_for(config_of("llama"), factor_dtype=torch.bfloat16, rank=64, optimizer=optimizer,
                   stochastic_rounding=rounding, max_grad_norm=0.0)  # fmt: skip
     predicted, ledger = simulate_whole(job), measured(job, "llama")
@@ -167,25 +169,36 @@ def test_the_predicted_peak_of_the_update_of_bfloat16_factors_is_the_measured_on
 @pytest.mark.parametrize(
     "changes",
     [
-        {}, {"levers": Levers("none")}, {"levers": Levers(loss_chunk_tokens=5)}, {"accumulating": True},
-        {"eval_shape": None}, {"levers": Levers(kept_blocks=3)}, {"levers": Levers(tile_tokens=8)},
-        {"levers": Levers(offload_checkpoints=True)},
-        {"levers": Levers(resident_blocks=0, host_embeddings=True, host_head=True)},
-        {"levers": Levers(resident_blocks=3, offload_checkpoints=True, tile_tokens=8)},
-        {"levers": Levers(resident_blocks=3, kept_blocks=3)}, {"levers": Levers(kept_blocks=7)},
-        {"levers": Levers(resident_blocks=0, stream_from_disk=True, offload_checkpoints=True)},
-        {"device_type": "cuda", "levers": Levers(resident_blocks=3, stream_from_disk=True)},
-        {"levers": Levers(reuse_dequantized=True)}, {"levers": Levers(reuse_dequantized=True, kept_blocks=3)},
-        {"levers": Levers(reuse_dequantized=True, tile_tokens=8)},
-        {"levers": Levers(reuse_dequantized=True, tile_tokens=8, resident_blocks=3, offload_checkpoints=True)},
-        {"device_type": "cuda", "levers": Levers("selective")},
-        {"device_type": "cuda", "levers": Levers("selective", kept_blocks=3)},
-        {"device_type": "cuda", "levers": Levers("selective", resident_blocks=3, offload_checkpoints=True)},
-        {"device_type": "cuda"}, {"quant": "none"}, {"dropout": 0.1}, {"optimizer": "adamw_torch"},
-        {"factor_dtype": torch.bfloat16}, {"factor_dtype": torch.bfloat16, "device_type": "cuda"},
+        {},
+        {"options": MemoryOptions("none")},
+        {"options": MemoryOptions(loss_chunk_tokens=5)},
+        {"accumulating": True},
+        {"eval_shape": None},
+        {"options": MemoryOptions(uncheckpointed_layers=3)},
+        {"options": MemoryOptions(tile_tokens=8)},
+        {"options": MemoryOptions(offload_checkpoints=True)},
+        {"options": MemoryOptions(resident_layers=0, host_embeddings=True, host_head=True)},
+        {"options": MemoryOptions(resident_layers=3, offload_checkpoints=True, tile_tokens=8)},
+        {"options": MemoryOptions(resident_layers=3, uncheckpointed_layers=3)},
+        {"options": MemoryOptions(uncheckpointed_layers=7)},
+        {"options": MemoryOptions(resident_layers=0, stream_from_disk=True, offload_checkpoints=True)},
+        {"device_type": "cuda", "options": MemoryOptions(resident_layers=3, stream_from_disk=True)},
+        {"options": MemoryOptions(cache_dequantized=True)},
+        {"options": MemoryOptions(cache_dequantized=True, uncheckpointed_layers=3)},
+        {"options": MemoryOptions(cache_dequantized=True, tile_tokens=8)},
+        {"options": MemoryOptions(cache_dequantized=True, tile_tokens=8, resident_layers=3, offload_checkpoints=True)},
+        {"device_type": "cuda", "options": MemoryOptions("selective")},
+        {"device_type": "cuda", "options": MemoryOptions("selective", uncheckpointed_layers=3)},
+        {"device_type": "cuda", "options": MemoryOptions("selective", resident_layers=3, offload_checkpoints=True)},
+        {"device_type": "cuda"},
+        {"quant": "none"},
+        {"dropout": 0.1},
+        {"optimizer": "adamw_torch"},
+        {"factor_dtype": torch.bfloat16},
+        {"factor_dtype": torch.bfloat16, "device_type": "cuda"},
         {"factor_dtype": torch.bfloat16, "optimizer": "adamw_torch"},
     ],
-)  # fmt: skip
+)
 def test_two_small_depths_continued_give_the_whole_depth_to_the_byte(changes):
     job = job_for(config_of("llama", num_hidden_layers=7), **changes)
     short, whole = simulate(job), simulate_whole(job)
@@ -200,16 +213,23 @@ def test_two_small_depths_continued_give_the_whole_depth_to_the_byte(changes):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
-@pytest.mark.parametrize("levers", [
-    Levers(checkpoint_every=2), Levers(checkpoint_every=3, offload_checkpoints=True, tile_tokens=8),
-    Levers("selective", checkpoint_every=2, reuse_dequantized=True, host_embeddings=True, host_head=True),
-    Levers(checkpoint_every=2, kept_blocks=3),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        MemoryOptions(layers_per_checkpoint=2),
+        MemoryOptions(layers_per_checkpoint=3, offload_checkpoints=True, tile_tokens=8),
+        MemoryOptions(
+            "selective", layers_per_checkpoint=2, cache_dequantized=True, host_embeddings=True, host_head=True
+        ),
+        MemoryOptions(layers_per_checkpoint=2, uncheckpointed_layers=3),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
-def test_stretches_of_blocks_are_continued_as_they_repeat(model_type, device_type, levers):
+def test_stretches_of_blocks_are_continued_as_they_repeat(model_type, device_type, options):
     kinds = {"layer_types": ["sliding_attention", "full_attention"] * 9 + ["sliding_attention"]}
     config = config_of(model_type, num_hidden_layers=19, **(kinds if model_type == "gemma3_text" else {}))
-    job = job_for(config, levers=levers, device_type=device_type)
+    job = job_for(config, options=options, device_type=device_type)
     short, whole = simulate(job), simulate_whole(job)
     assert short.peak().bytes == whole.peak().bytes and short.peak().module == whole.peak().module
     assert short.work == whole.work and short.resident.bytes == whole.resident.bytes
@@ -221,27 +241,27 @@ def test_stretches_of_blocks_are_continued_as_they_repeat(model_type, device_typ
 def test_of_a_stretch_only_the_first_blocks_input_is_kept(every, device_type, results):
     """At the end of forward, beside each block's attention on a CPU; or in host memory."""
 
-    def simulated(**levers):
+    def simulated(**options):
         config = config_of("llama", num_hidden_layers=8)
-        job = job_for(config, levers=Levers(**levers), device_type=device_type, eval_shape=None)
+        job = job_for(config, options=MemoryOptions(**options), device_type=device_type, eval_shape=None)
         return simulate_whole(job)
 
-    def kept(**levers):
-        return simulated(**levers).moments["forward", "model.norm"].breakdown["saved activations"]
+    def kept(**options):
+        return simulated(**options).moments["forward", "model.norm"].breakdown["saved activations"]
 
     of_a_block = kept() // (8 * (1 + results))
     assert of_a_block >= sum(LENGTHS) * 64 * 4
-    assert kept(checkpoint_every=every) == of_a_block * (8 // every + 8 * results)
-    away = [simulated(checkpoint_every=n, offload_checkpoints=True).offloaded_bytes for n in (1, every)]
+    assert kept(layers_per_checkpoint=every) == of_a_block * (8 // every + 8 * results)
+    away = [simulated(layers_per_checkpoint=n, offload_checkpoints=True).offloaded_bytes for n in (1, every)]
     assert away[0] - away[1] >= (7 - 7 // every) * sum(LENGTHS) * 64 * 4  # the last block's never leaves
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_model_is_as_large_wherever_it_lies(tied):
     config = config_of("llama", num_hidden_layers=7, tie_word_embeddings=tied)
-    on_host = Levers(resident_blocks=0, host_embeddings=True, host_head=True)
-    for levers, device_type in ((Levers(), "cpu"), (on_host, "cpu"), (on_host, "cuda")):
-        job = job_for(config, levers=levers, device_type=device_type)
+    on_host = MemoryOptions(resident_layers=0, host_embeddings=True, host_head=True)
+    for options, device_type in ((MemoryOptions(), "cpu"), (on_host, "cpu"), (on_host, "cuda")):
+        job = job_for(config, options=options, device_type=device_type)
         resident = simulate(job_for(config)).resident.breakdown
         assert simulate(job).frozen_bytes == sum(
             resident.get(name, 0) for name in ("base weights", "quantisation constants", "embeddings", "head")
@@ -251,7 +271,7 @@ def test_the_model_is_as_large_wherever_it_lies(tied):
 @pytest.mark.parametrize("tied", [False, True])
 def test_of_what_lies_in_host_memory_only_the_pinned_is_rounded_up(tied):
     config = config_of("llama", vocab_size=100, num_hidden_layers=7, tie_word_embeddings=tied)
-    job = job_for(config, levers=Levers(host_embeddings=True, host_head=True), device_type="cuda")
+    job = job_for(config, options=MemoryOptions(host_embeddings=True, host_head=True), device_type="cuda")
     table = config.vocab_size * config.hidden_size * job.workload.spec.compute_dtype.itemsize
     assert table.bit_count() > 1
     pinned = 1 << table.bit_length()
@@ -262,8 +282,8 @@ def test_of_what_lies_in_host_memory_only_the_pinned_is_rounded_up(tied):
 def test_streamed_blocks_take_of_the_host_what_their_shared_allocations_take(resident):
     """At the model's own depth, though fewer blocks are simulated: it does not grow in a straight line."""
     config = config_of("llama", num_hidden_layers=23)
-    job = job_for(config, levers=Levers(resident_blocks=resident), device_type="cuda")
-    (size,) = {*simulate(changed(job, levers=Levers(resident_blocks=0))).streamed_sizes}
+    job = job_for(config, options=MemoryOptions(resident_layers=resident), device_type="cuda")
+    (size,) = {*simulate(changed(job, options=MemoryOptions(resident_layers=0))).streamed_sizes}
     taken = sum(pinned_bytes(sum(group)) for group in shared_allocations([size] * (23 - resident)))
     assert simulate(job).offloaded_bytes == simulate_whole(job).offloaded_bytes == taken
     assert taken < (23 - resident) * pinned_bytes(size)
@@ -271,7 +291,7 @@ def test_streamed_blocks_take_of_the_host_what_their_shared_allocations_take(res
 
 def test_streamed_blocks_of_several_sizes_are_counted_by_what_they_are():
     config = config_of("deepseek_v3", num_hidden_layers=11, first_k_dense_replace=3, moe_intermediate_size=64)
-    job = job_for(config, levers=Levers(resident_blocks=0), device_type="cuda")
+    job = job_for(config, options=MemoryOptions(resident_layers=0), device_type="cuda")
     whole = simulate_whole(job)
     assert whole.streamed_sizes[0] < whole.streamed_sizes[-1]
     taken = sum(pinned_bytes(sum(group)) for group in shared_allocations(list(whole.streamed_sizes)))
@@ -280,34 +300,34 @@ def test_streamed_blocks_of_several_sizes_are_counted_by_what_they_are():
 
 @pytest.mark.parametrize("resident", [0, 3])
 def test_of_blocks_on_a_disk_the_host_holds_two_and_all_are_read_in_forward_and_in_backward(resident):
-    depth, levers = 23, Levers(resident_blocks=resident)
-    job = job_for(config_of("llama", num_hidden_layers=depth), levers=levers, device_type="cuda", eval_shape=None)
+    depth, options = 23, MemoryOptions(resident_layers=resident)
+    job = job_for(config_of("llama", num_hidden_layers=depth), options=options, device_type="cuda", eval_shape=None)
     from_host = simulate(job)
-    on_disk = simulate(changed(job, levers=replace(levers, stream_from_disk=True)))
+    on_disk = simulate(changed(job, options=replace(options, stream_from_disk=True)))
     (size,) = {*from_host.streamed_sizes}
     assert on_disk.offloaded_bytes == 2 * pinned_bytes(size) < from_host.offloaded_bytes / 4
     assert on_disk.peak().on_device == from_host.peak().on_device and on_disk.frozen_bytes == from_host.frozen_bytes
     assert on_disk.folder_bytes == 0, "their file is there anyway"
     assert on_disk.work._replace(disk_bytes=0) == from_host.work
     assert from_host.work.disk_bytes == 0 and on_disk.work.bus_bytes == (2 * (depth - resident) - 2) * size
-    on_cpu = simulate(changed(job, levers=replace(levers, stream_from_disk=True), device_type="cpu"))
+    on_cpu = simulate(changed(job, options=replace(options, stream_from_disk=True), device_type="cpu"))
     without_gaps = on_cpu.resident.breakdown["on disk"] / (depth - resident)
     assert on_disk.work.disk_bytes / without_gaps - on_disk.work.bus_bytes / size in (0, 1), "one is read in vain"
 
 
 def test_blocks_on_a_disk_hold_of_host_memory_what_is_planned():
-    levers = Levers(resident_blocks=1, stream_from_disk=True, loss_chunk_tokens=8)
-    job = job_for(config_of("llama", num_hidden_layers=5), levers=levers)
+    options = MemoryOptions(resident_layers=1, stream_from_disk=True, loss_chunk_tokens=8)
+    job = job_for(config_of("llama", num_hidden_layers=5), options=options)
     planned, real = simulate_whole(job), _run(job, torch.device("cpu"), False)
     assert planned.offloaded_bytes == real.offloaded_bytes > 0
     assert planned.peak().total == pytest.approx(real.peak().total, abs=INPUT_BYTES)
     assert planned.folder_bytes == real.folder_bytes == 0
 
 
-@pytest.mark.parametrize("changes", [{}, {"reuse_dequantized": True}, {"host_head": True}])
+@pytest.mark.parametrize("changes", [{}, {"cache_dequantized": True}, {"host_head": True}])
 def test_pieces_that_a_plan_leaves_out_count_as_if_they_ran(monkeypatch, changes):
-    levers = Levers(tile_tokens=3, loss_chunk_tokens=2, **changes)
-    job = job_for(config_of("llama"), levers=levers)
+    options = MemoryOptions(tile_tokens=3, loss_chunk_tokens=2, **changes)
+    job = job_for(config_of("llama"), options=options)
     monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", {"cpu": 24})
     short = simulate_whole(job)
     for module in ("tile", "loss"):
@@ -319,7 +339,7 @@ def test_pieces_that_a_plan_leaves_out_count_as_if_they_ran(monkeypatch, changes
 
 @pytest.mark.parametrize("values", [1, 6_000, 20_000, 100_000])
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "lion_8bit", "adamw_torch"])
-def test_an_update_of_some_factors_at_a_time_is_planned_as_it_is_at_the_whole_depth(monkeypatch, values, optimizer):
+def test_an_update_of_some_weights_at_a_time_is_planned_as_it_is_at_the_whole_depth(monkeypatch, values, optimizer):
     monkeypatch.setattr(flat, "CHUNK_VALUES", {"cuda": values})
     simulate_module._update.cache_clear()
     job = job_for(config_of("llama", num_hidden_layers=9), factor_dtype=torch.bfloat16, optimizer=optimizer,
@@ -351,11 +371,13 @@ BLOCKS_OF_SEVERAL_KINDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("levers", [Levers(), Levers(offload_checkpoints=True, kept_blocks=3)], ids=str)
-@pytest.mark.parametrize(("model_type", "options", "pattern"), BLOCKS_OF_SEVERAL_KINDS)
-def test_blocks_of_several_kinds_are_continued_as_they_repeat(model_type, options, pattern, levers):
-    config = AutoConfig.for_model(model_type, **(options | {"num_hidden_layers": 12}))
-    job = job_for(config, levers=levers, quant="none")
+@pytest.mark.parametrize(
+    "options", [MemoryOptions(), MemoryOptions(offload_checkpoints=True, uncheckpointed_layers=3)], ids=str
+)
+@pytest.mark.parametrize(("model_type", "settings", "pattern"), BLOCKS_OF_SEVERAL_KINDS)
+def test_blocks_of_several_kinds_are_continued_as_they_repeat(model_type, settings, pattern, options):
+    config = AutoConfig.for_model(model_type, **(settings | {"num_hidden_layers": 12}))
+    job = job_for(config, options=options, quant="none")
     short, whole = simulate(job), simulate_whole(job)
     assert block_pattern(config) == pattern
     assert short.peak().bytes == whole.peak().bytes and short.work == whole.work
@@ -371,11 +393,13 @@ TARGETS_OF_SOME_BLOCKS = [
 ]
 
 
-@pytest.mark.parametrize("levers", [Levers(), Levers(offload_checkpoints=True, kept_blocks=3)], ids=str)
+@pytest.mark.parametrize(
+    "options", [MemoryOptions(), MemoryOptions(offload_checkpoints=True, uncheckpointed_layers=3)], ids=str
+)
 @pytest.mark.parametrize(("targets", "pattern"), TARGETS_OF_SOME_BLOCKS)
-def test_blocks_that_other_targets_match_are_planned_with_the_factors_they_get(targets, pattern, levers):
+def test_blocks_that_other_targets_match_are_planned_with_the_weights_they_get(targets, pattern, options):
     config = config_of("llama", num_hidden_layers=12)
-    job = job_for(config, levers=levers, targets=targets)
+    job = job_for(config, options=options, targets=targets)
     short, whole = simulate(job), simulate_whole(job)
     assert block_pattern(config, Lora(tuple(targets))) == pattern and block_pattern(config) == (0, 1)
     assert short.peak().bytes == whole.peak().bytes and short.work == whole.work
@@ -388,11 +412,11 @@ def test_kept_attention_costs_a_hidden_state_and_a_number_for_each_head_a_token_
 
     def held(checkpointing):
         """Bytes in the forward's end that a block more adds, on the device and on the host."""
-        levers = Levers(checkpointing, offload_checkpoints=offload)
+        options = MemoryOptions(checkpointing, offload_checkpoints=offload)
         both = [
             simulate_whole(job_for(
                 config_of("llama", num_hidden_layers=depth), shape=BatchShape((tokens,), tokens - 1), eval_shape=None,
-                compute_dtype=torch.bfloat16, factor_dtype=torch.bfloat16, device_type="cuda", levers=levers,
+                compute_dtype=torch.bfloat16, factor_dtype=torch.bfloat16, device_type="cuda", options=options,
             ))
             for depth in depths
         ]  # fmt: skip
@@ -409,13 +433,13 @@ def test_of_offloaded_block_inputs_those_of_two_blocks_are_on_the_device(folder)
     tokens, depths = 64, (1, 3, 4, 8)
     input_bytes = tokens * 64 * 2  # hidden size 64 in bf16
 
-    def more_inputs(levers):
+    def more_inputs(options):
         """Inputs' worth of what comes and goes that forward and backward hold at most, above a single block's."""
         held = {"forward": [], "backward": []}
         for depth in depths:
             job = job_for(
                 config_of("llama", num_hidden_layers=depth), shape=BatchShape((tokens,), tokens - 1), eval_shape=None,
-                compute_dtype=torch.bfloat16, device_type="cuda", levers=levers,
+                compute_dtype=torch.bfloat16, device_type="cuda", options=options,
             )  # fmt: skip
             _, moments = simulate_whole(job, timeline=True)
             for phase, of_depths in held.items():
@@ -428,7 +452,7 @@ def test_of_offloaded_block_inputs_those_of_two_blocks_are_on_the_device(folder)
 
     # forward: the embeddings, which the decoder holds itself, and what is leaving; backward: what comes, and a gradient
     # that a single block has none of; a fused norm would keep a number a token beside them
-    plain = Levers(kernels="plain")
+    plain = MemoryOptions(kernels="plain")
     offloaded = replace(plain, offload_checkpoints=True, offload_folder=folder)
     assert more_inputs(offloaded) == [[2, 2, 2], [2, 2, 2]]
     kept = more_inputs(plain)
@@ -437,8 +461,10 @@ def test_of_offloaded_block_inputs_those_of_two_blocks_are_on_the_device(folder)
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma3_text", "gpt2"])
 def test_the_predicted_peak_with_kept_attention_is_the_measured_one(model_type, monkeypatch):
-    monkeypatch.setattr(fused_attention, "_scratch", lambda *_, **__: None)  # what a card's kernel takes inside
-    job = job_for(config_of(model_type), levers=Levers("selective"), device_type="cuda")  # no pieces, which plans skip
+    monkeypatch.setattr(fused_attention, "_scratch", lambda *_, **__: None)  # what a GPU's kernel takes inside
+    job = job_for(
+        config_of(model_type), options=MemoryOptions("selective"), device_type="cuda"
+    )  # no pieces, which plans skip
     predicted = simulate_whole(job)
     with planning_for("cuda"):
         ledger = measured(job, model_type)
@@ -449,7 +475,7 @@ def test_the_predicted_peak_with_kept_attention_is_the_measured_one(model_type, 
 
 def test_what_costs_memory_shows():
     job = job_for(config_of("llama", num_hidden_layers=7))
-    kept = simulate(changed(job, levers=Levers("none"))).peak().total
+    kept = simulate(changed(job, options=MemoryOptions("none"))).peak().total
     assert kept > 1.5 * simulate(job).peak().total - simulate(job).resident.total
     in_eight_bits, in_32_bits = (
         simulate(changed(job, rank=64, optimizer=optimizer)).resident.breakdown["optimizer"]
@@ -461,7 +487,7 @@ def test_what_costs_memory_shows():
 
 def test_reused_weights_are_those_of_one_block_and_no_more():
     config = config_of("llama", num_hidden_layers=7, hidden_size=256, intermediate_size=512)
-    plain, reusing = (simulate(job_for(config, levers=Levers(reuse_dequantized=on))) for on in (False, True))
+    plain, reusing = (simulate(job_for(config, options=MemoryOptions(cache_dequantized=on))) for on in (False, True))
     block = 4 * (2 * 256 * 256 + 2 * 128 * 256 + 3 * 512 * 256)  # float32: q and o, k and v, the MLP
     assert 0.5 * block < reusing.peak("backward").total - plain.peak("backward").total <= block
 
@@ -485,9 +511,15 @@ def test_no_memory_is_used_for_the_tensors_of_a_plan():
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 2**30
 
 
-@pytest.mark.parametrize("levers", [Levers(), Levers("none"), Levers(kept_blocks=2), Levers("selective")], ids=str)
-def test_a_pack_of_which_no_row_is_known_needs_as_much_on_a_card_as_one_of_any_few_rows(levers):
-    job = job_for(config_of("llama"), compute_dtype=torch.bfloat16, device_type="cuda", eval_shape=None, levers=levers)
+@pytest.mark.parametrize(
+    "options",
+    [MemoryOptions(), MemoryOptions("none"), MemoryOptions(uncheckpointed_layers=2), MemoryOptions("selective")],
+    ids=str,
+)
+def test_a_pack_of_which_no_row_is_known_needs_as_much_on_a_gpu_as_one_of_any_few_rows(options):
+    job = job_for(
+        config_of("llama"), compute_dtype=torch.bfloat16, device_type="cuda", eval_shape=None, options=options
+    )
     full = simulate(changed(job, shape=full_pack(512, packing=True))).peak().total
     for lengths in ((512,), (256,) * 2, (128,) * 4, (64,) * TYPICAL_SEQUENCES, (500, 12)):
         assert simulate(changed(job, shape=BatchShape(lengths, 512 - len(lengths)))).peak().total <= full

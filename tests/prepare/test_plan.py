@@ -20,14 +20,14 @@ from qlora_lite.cli.plan import _machine
 from qlora_lite.data.batch import collate
 from qlora_lite.data.storage import row_lengths
 from qlora_lite.errors import ModelError, RecipeError
-from qlora_lite.memory.cards import find_card
+from qlora_lite.memory.gpus import find_gpu
 from qlora_lite.memory.process import CUDA_COMPILER_BYTES
 from qlora_lite.models.families import known_config
 from qlora_lite.models.skeleton import shallow_config
 from qlora_lite.planning import machine, simulate
 from qlora_lite.planning.candidate import EQUALLY_FAST, build_candidate
 from qlora_lite.planning.largest import LENGTH_STEP, largest_of
-from qlora_lite.planning.machine import DISK_BYTES_PER_SECOND, Machine, machine_of_card
+from qlora_lite.planning.machine import DISK_BYTES_PER_SECOND, Machine, machine_of_gpu
 from qlora_lite.planning.predict import predict
 from qlora_lite.prepare import plan as planner
 from qlora_lite.recipe.load import load_recipe
@@ -50,12 +50,12 @@ def recipe(tmp_path):
     return load
 
 
-CARD = machine_of_card(find_card("rtx-4060"))
+CARD = machine_of_gpu(find_gpu("rtx-4060"))
 EVERYTHING_SET = (
     "memory.checkpointing=block", "memory.loss_chunk_tokens=100", "train.micro_batch_size=2",
-    "train.gradient_accumulation_steps=2", "memory.micro_batches=as-given", "memory.kept_blocks=1",
-    "memory.tile_tokens=64", "memory.offload_checkpoints=true", "memory.resident_blocks=all",
-    "memory.embeddings=device", "memory.reuse_dequantized=true",
+    "train.gradient_accumulation_steps=2", "memory.micro_batches=as-given", "memory.uncheckpointed_layers=1",
+    "memory.tile_tokens=64", "memory.offload_checkpoints=true", "memory.resident_layers=all",
+    "memory.embeddings=device", "memory.cache_dequantized=true",
 )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def test_no_single_change_that_fits_is_faster_than_by_what_the_time_model_tells_
     fitting = [a for a in planner.alternatives(plan) if a.fits and a.change.startswith("memory.")]
     assert all(plan.chosen.step_seconds <= EQUALLY_FAST * a.step_seconds for a in fitting)
     alone = [a for a in fitting if " " not in a.change and a.step_seconds <= plan.chosen.step_seconds]
-    assert not any(a.change.endswith(("=device", "offload_checkpoints=false", "resident_blocks=all")) for a in alone)
+    assert not any(a.change.endswith(("=device", "offload_checkpoints=false", "resident_layers=all")) for a in alone)
     is_near = any(a.step_seconds < plan.chosen.step_seconds for a in fitting)
     assert is_near <= ("within 3 % of the fastest" in plan_text.reason(plan))
 
@@ -79,8 +79,10 @@ def test_no_setting_that_fits_makes_a_faster_plan(recipe, monkeypatch):
 
     auto, tables = plan(2.4), ("memory.embeddings=host", "memory.head=host")
     chosen = auto.chosen
-    assert auto.fits and chosen.packs == 1 and chosen.levers.host_embeddings and chosen.levers.kept_blocks > 0
-    for overrides in ((), ("memory.offload_checkpoints=true",), ("memory.reuse_dequantized=true",)):
+    assert (
+        auto.fits and chosen.packs == 1 and chosen.options.host_embeddings and chosen.options.uncheckpointed_layers > 0
+    )
+    for overrides in ((), ("memory.offload_checkpoints=true",), ("memory.cache_dequantized=true",)):
         other = plan(2.4, *tables, *overrides)
         assert not other.fits or chosen.step_seconds <= EQUALLY_FAST * other.chosen.step_seconds, overrides
     assert planner.max_batch(auto) > 1  # with the memory that the chosen plan spends on blocks that are kept
@@ -88,7 +90,7 @@ def test_no_setting_that_fits_makes_a_faster_plan(recipe, monkeypatch):
     found = [planner.max_batch(each) for each in hosts]
     assert found == sorted(found) and 0 < found[0] < found[-1]  # more memory of the host is never for fewer
     roomier = plan(2.7)
-    assert roomier.chosen.levers.checkpointing == "none" and roomier.chosen.levers.host_embeddings
+    assert roomier.chosen.options.checkpointing == "none" and roomier.chosen.options.host_embeddings
 
 
 def test_no_job_is_simulated_twice_for_a_plan_and_its_alternatives(recipe, monkeypatch):
@@ -99,39 +101,45 @@ def test_no_job_is_simulated_twice_for_a_plan_and_its_alternatives(recipe, monke
     assert len(asked) == len({*asked}) > 10
     step, chosen = plan.step, plan.chosen
     shallow = replace(step, job=changed(step.job, config=shallow_config(step.job.workload.spec.config, 8)))
-    smaller, same = (build_candidate(each, CARD, chosen.levers, chosen.packs) for each in (shallow, step))
+    smaller, same = (build_candidate(each, CARD, chosen.options, chosen.packs) for each in (shallow, step))
     assert smaller.peak_bytes < same.peak_bytes == chosen.peak_bytes
 
 
 def test_where_more_packs_fit_than_anybody_asks_for_the_search_ends(recipe, monkeypatch):
     asked = []
-    monkeypatch.setattr(planner, "most_packs", lambda *_: asked.append(1) or planner.MOST_PACKS)
-    assert planner.max_batch(planner.plan_recipe(recipe(), CARD, 2**40)) == planner.MOST_PACKS and len(asked) == 1
+    monkeypatch.setattr(planner, "most_packs", lambda *_: asked.append(1) or planner.MAX_PACKS)
+    assert planner.max_batch(planner.plan_recipe(recipe(), CARD, 2**40)) == planner.MAX_PACKS and len(asked) == 1
 
 
 def test_all_blocks_are_kept_only_with_what_was_set_and_within_the_room_for_it(recipe):
-    for gib, settings in ((2.75, ()), (2.0, ("memory.reuse_dequantized=true", "memory.tile_tokens=1024"))):
+    for gib, settings in ((2.75, ()), (2.0, ("memory.cache_dequantized=true", "memory.tile_tokens=1024"))):
         chosen = planner.plan_recipe(recipe(*settings), CARD, int(gib * GIB)).chosen
-        assert chosen.levers.reuse_dequantized or not settings
-        assert chosen.levers.host_embeddings and chosen.peak_bytes <= 0.97 * gib * GIB
+        assert chosen.options.cache_dequantized or not settings
+        assert chosen.options.host_embeddings and chosen.peak_bytes <= 0.97 * gib * GIB
 
 
-@pytest.mark.parametrize(("setting", "value"), [
-    ("kept_blocks", 3), ("checkpoint_every", 2), ("offload_checkpoints", "true"), ("reuse_dequantized", "true"),
-    ("resident_blocks", 9),
-])  # fmt: skip
-def test_what_is_set_for_blocks_that_are_computed_again_has_them_computed_again(setting, value, recipe):
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("uncheckpointed_layers", 3),
+        ("layers_per_checkpoint", 2),
+        ("offload_checkpoints", "true"),
+        ("cache_dequantized", "true"),
+        ("resident_layers", 9),
+    ],
+)
+def test_what_is_set_for_blocks_that_are_recomputed_has_them_recomputed(setting, value, recipe):
     plan = planner.plan_recipe(recipe(f"memory.{setting}={value}"), CARD, 24 * GIB)
     assert plan.fits and str(plan.chosen.settings[f"memory.{setting}"]).lower() == str(value)
-    assert plan.chosen.levers.computes_again
+    assert plan.chosen.options.recomputes
 
 
-def test_a_size_of_memory_is_planned_for_with_the_speed_of_a_card_that_computes_in_bfloat16(recipe):
+def test_a_size_of_memory_is_planned_for_with_the_speed_of_a_gpu_that_computes_in_bfloat16(recipe):
     assert _machine(recipe(), 12 * 10**9, None).dtype == torch.bfloat16  # nearest to it is an older one
 
 
 def test_more_blocks_than_the_model_has_are_refused(recipe):
-    for name in ("kept_blocks", "resident_blocks"):
+    for name in ("uncheckpointed_layers", "resident_layers"):
         with pytest.raises(
             RecipeError, match=rf"^memory\.{name} = 17: the model has 16 blocks; write at most as many$"
         ):
@@ -143,7 +151,7 @@ def test_the_fastest_settings_that_fit_are_chosen_and_the_effective_batch_is_kep
     roomy = planner.plan_recipe(recipe("train.gradient_accumulation_steps=4"), CARD, 24 * GIB)
     tight = planner.plan_recipe(recipe("train.gradient_accumulation_steps=4"), CARD, 2 * GIB)
     assert roomy.fits and tight.fits
-    assert roomy.chosen.levers.checkpointing == "none" and tight.chosen.levers.checkpointing == "block"
+    assert roomy.chosen.options.checkpointing == "none" and tight.chosen.options.checkpointing == "block"
     assert roomy.chosen.step_seconds < tight.chosen.step_seconds
     for plan in (roomy, tight):
         assert plan.chosen.packs * plan.chosen.micro_batches == 4
@@ -178,8 +186,8 @@ def test_a_plan_is_described_in_lines_of_the_terminal_and_says_why_much_stays_fr
         assert f"headroom {free}: {why}" in re.sub(r"\s+", " ", lines(plan, "headroom"))
 
 
-def test_a_card_without_fast_bfloat16_is_planned_in_the_type_that_it_will_run_in(recipe):
-    older, old = (machine_of_card(find_card(name)) for name in ("p100", "tesla-t4"))
+def test_a_gpu_without_fast_bfloat16_is_planned_in_the_type_that_it_will_run_in(recipe):
+    older, old = (machine_of_gpu(find_gpu(name)) for name in ("p100", "tesla-t4"))
     plans = [planner.plan_recipe(recipe(), card, 24 * GIB) for card in (older, old, CARD)]
     assert [plan.step.job.workload.spec.compute_dtype for plan in plans] == [
         torch.float32,
@@ -187,7 +195,7 @@ def test_a_card_without_fast_bfloat16_is_planned_in_the_type_that_it_will_run_in
         torch.bfloat16,
     ]
     for card in (older, old):
-        with pytest.raises(ModelError, match="compute_dtype bfloat16 is for training on cards"):
+        with pytest.raises(ModelError, match="compute_dtype bfloat16 is for training on GPUs"):
             planner.plan_recipe(recipe("model.compute_dtype=bfloat16"), card, 24 * GIB)
     sizes = [plan.chosen.prediction.simulation.resident.total for plan in plans]
     assert sizes[0] > sizes[1] == sizes[2]
@@ -198,7 +206,7 @@ def test_a_card_without_fast_bfloat16_is_planned_in_the_type_that_it_will_run_in
 
 
 def test_a_model_beyond_float16_is_planned_in_float32_at_that_type_s_rate(recipe):
-    old = machine_of_card(find_card("tesla-t4"))
+    old = machine_of_gpu(find_gpu("tesla-t4"))
     plan = planner.plan_recipe(recipe("model.path=google/gemma-3-1b-it"), old, 24 * GIB)
     assert plan.step.job.workload.spec.compute_dtype == torch.float32
     assert (
@@ -217,37 +225,37 @@ def test_a_model_beyond_float16_is_planned_in_float32_at_that_type_s_rate(recipe
 def test_what_the_recipe_fixes_is_kept(recipe):
     plan = planner.plan_recipe(recipe(*EVERYTHING_SET), CARD, 24 * GIB)
     assert plan.chosen.settings == {
-        "memory.checkpointing": "block", "memory.kept_blocks": 1, "memory.checkpoint_every": 1,
+        "memory.checkpointing": "block", "memory.uncheckpointed_layers": 1, "memory.layers_per_checkpoint": 1,
         "memory.loss_chunk_tokens": 100,
         "memory.tile_tokens": 64, "memory.embeddings": "device", "memory.head": "device",
         "memory.offload_checkpoints": True,
-        "memory.resident_blocks": "all", "memory.reuse_dequantized": True, "memory.stream_from": "host",
+        "memory.resident_layers": "all", "memory.cache_dequantized": True, "memory.stream_from": "host",
         "train.micro_batch_size": 2, "train.gradient_accumulation_steps": 2,
     }  # fmt: skip
     assert plan_text.reason(plan).endswith("as the recipe says")
     assert "block inputs in host memory" in plan_text.reason(plan)
 
 
-def test_every_lever_of_the_recipe_is_named_and_none_that_does_nothing(recipe):
+def test_every_memory_option_of_the_recipe_is_named_and_none_that_does_nothing(recipe):
     def reason(*settings):
         return plan_text.reason(planner.plan_recipe(recipe(*settings), CARD, 24 * GIB))
 
     once = reason("memory.optimizer_in_backward=true", "train.max_grad_norm=0", "train.compile=true")
     assert "LoRA weights updated in backward" in once and "blocks compiled" in once
-    plain = reason("memory.checkpointing=none", "memory.reuse_dequantized=true", "memory.tile_tokens=auto")
+    plain = reason("memory.checkpointing=none", "memory.cache_dequantized=true", "memory.tile_tokens=auto")
     assert not any(words in plain for words in ("dequantised once", "in backward", "compiled"))
-    tiled = reason("memory.checkpointing=none", "memory.reuse_dequantized=true", "memory.tile_tokens=64")
+    tiled = reason("memory.checkpointing=none", "memory.cache_dequantized=true", "memory.tile_tokens=64")
     assert "dequantised once" in tiled
 
 
-def test_where_the_host_is_slower_than_the_card_more_packs_go_through_at_once_and_it_is_told(recipe):
+def test_where_the_host_is_slower_than_the_gpu_more_packs_go_through_at_once_and_it_is_told(recipe):
     settings, words = ("train.gradient_accumulation_steps=8",), "limited by the host, which launches"
     slow, fast = (
         planner.plan_recipe(recipe(*settings), replace(CARD, flops_per_second=rate, bytes_per_second=rate), 24 * GIB)
         for rate in (1e13, 1e16)
     )
     assert words in plan_text.describe(fast, []) and words not in plan_text.describe(slow, [])
-    streamed = planner.plan_recipe(recipe(*settings, "memory.resident_blocks=0"), fast.machine, 24 * GIB)
+    streamed = planner.plan_recipe(recipe(*settings, "memory.resident_layers=0"), fast.machine, 24 * GIB)
     work = streamed.chosen.prediction.simulation.work
     for share, hidden in ((0.9, "hidden behind "), (1.1, "longer than ")):
         bus = work.bus_bytes / (share * fast.machine.starting_seconds(work))
@@ -257,7 +265,7 @@ def test_where_the_host_is_slower_than_the_card_more_packs_go_through_at_once_an
 
 
 def test_the_time_of_transfers_is_told_beside_that_of_computing(recipe):
-    streamed = "memory.resident_blocks=0", "memory.offload_checkpoints=false", "data.max_tokens=512"
+    streamed = "memory.resident_layers=0", "memory.offload_checkpoints=false", "data.max_tokens=512"
     for bus, words in ((1e9, "longer than "), (1e12, "hidden behind ")):
         machine = replace(CARD, bus_bytes_per_second=bus)
         plan = planner.plan_recipe(recipe(*streamed), machine, 24 * GIB)
@@ -271,33 +279,34 @@ def test_the_time_of_transfers_is_told_beside_that_of_computing(recipe):
 
 
 def test_weights_are_unpacked_once_for_a_backward_where_that_is_faster_by_more_than_estimates_tell(recipe):
-    """Short rows: unpacking is a large part of a step. Long rows: it is not, and its memory keeps blocks instead."""
-    block, keeps_none = "memory.checkpointing=block", "memory.kept_blocks=0"
+    """Short rows: dequantisation is a large part of a step. Long rows: it is not, and its memory keeps blocks
+    instead."""
+    block, keeps_none = "memory.checkpointing=block", "memory.uncheckpointed_layers=0"
     short = planner.plan_recipe(recipe(block, keeps_none, "data.max_tokens=256"), CARD, 8 * GIB)
     long = planner.plan_recipe(recipe(block, keeps_none, "data.max_tokens=4096"), CARD, 8 * GIB)
-    assert short.chosen.levers.reuse_dequantized and not long.chosen.levers.reuse_dequantized
+    assert short.chosen.options.cache_dequantized and not long.chosen.options.cache_dequantized
     assert "weights dequantised once" in plan_text.reason(short)
-    (without,) = (c for c in short.found if not c.levers.reuse_dequantized)
+    (without,) = (c for c in short.found if not c.options.cache_dequantized)
     assert EQUALLY_FAST * short.chosen.step_seconds < without.step_seconds
     assert short.chosen.peak_bytes > without.peak_bytes
     changes = {a.change: a for a in planner.alternatives(long)}
-    other = changes["memory.reuse_dequantized=true"]
+    other = changes["memory.cache_dequantized=true"]
     assert other.step_seconds < long.chosen.step_seconds and other.peak_bytes > long.peak_bytes
-    fixed = planner.plan_recipe(recipe(block, "data.max_tokens=256", "memory.reuse_dequantized=false"), CARD, 8 * GIB)
-    assert not any(c.levers.reuse_dequantized for c in fixed.found)
-    assert not any("reuse_dequantized" in a.change for a in planner.alternatives(fixed))
+    fixed = planner.plan_recipe(recipe(block, "data.max_tokens=256", "memory.cache_dequantized=false"), CARD, 8 * GIB)
+    assert not any(c.options.cache_dequantized for c in fixed.found)
+    assert not any("cache_dequantized" in a.change for a in planner.alternatives(fixed))
     tight = planner.plan_recipe(recipe(block, keeps_none, "data.max_tokens=256"), CARD, without.peak_bytes + 2**20)
-    assert tight.fits and not tight.chosen.levers.reuse_dequantized
+    assert tight.fits and not tight.chosen.options.cache_dequantized
 
 
-def test_attention_is_kept_on_a_card_where_rows_are_long_enough_to_show_it_and_memory_is_left(recipe):
+def test_attention_is_kept_on_a_gpu_where_rows_are_long_enough_to_show_it_and_memory_is_left(recipe):
     long, on_device = "data.max_tokens=32768", "memory.offload_checkpoints=false"
     roomy = planner.plan_recipe(recipe(long, on_device), CARD, 16 * GIB)
-    assert roomy.chosen.levers.checkpointing == "selective"
+    assert roomy.chosen.options.checkpointing == "selective"
     assert "checkpointing selective" in plan_text.reason(roomy)
     (block,) = (
-        c for c in roomy.found if c.levers.checkpointing == "block" and c.levers == replace(
-            roomy.chosen.levers, checkpointing="block")
+        c for c in roomy.found if c.options.checkpointing == "block" and c.options == replace(
+            roomy.chosen.options, checkpointing="block")
     )  # fmt: skip
     assert EQUALLY_FAST * roomy.chosen.step_seconds < block.step_seconds
     kept = 32768 * (2 * 2048 + 4 * 32) * 16  # of 16 blocks: a hidden state in bf16 and a float for each of 32 heads
@@ -305,44 +314,44 @@ def test_attention_is_kept_on_a_card_where_rows_are_long_enough_to_show_it_and_m
     changes = {a.change: a for a in planner.alternatives(roomy)}
     assert changes["memory.checkpointing=block"].step_seconds == block.step_seconds
     tight = planner.plan_recipe(recipe(long, on_device), CARD, block.peak_bytes + 2**20)
-    frees = tight.chosen.levers.tile_tokens is not None or tight.chosen.levers.host_embeddings
-    assert tight.fits and (tight.chosen.levers.checkpointing == "block" or frees)
+    frees = tight.chosen.options.tile_tokens is not None or tight.chosen.options.host_embeddings
+    assert tight.fits and (tight.chosen.options.checkpointing == "block" or frees)
     assert tight.chosen.step_seconds <= EQUALLY_FAST * block.step_seconds
     fixed = planner.plan_recipe(recipe(long, "memory.checkpointing=block"), CARD, 16 * GIB)
-    assert not any(c.levers.checkpointing == "selective" for c in fixed.found)
+    assert not any(c.options.checkpointing == "selective" for c in fixed.found)
     short = planner.plan_recipe(recipe("data.max_tokens=1024"), CARD, 2 * GIB)
-    assert short.chosen.levers.checkpointing == "block"
+    assert short.chosen.options.checkpointing == "block"
 
 
 def test_attention_is_kept_on_the_host_where_the_device_has_no_room_and_the_host_has(recipe):
     settings = recipe("data.max_tokens=32768", "memory.tile_tokens=4096", "memory.embeddings=device")
     block = planner.plan_recipe(settings, replace(CARD, host_bytes=GIB), 6 * GIB).chosen
-    assert block.levers.checkpointing == "block" and not block.levers.offload_checkpoints
+    assert block.options.checkpointing == "block" and not block.options.offload_checkpoints
     chosen = planner.plan_recipe(settings, CARD, 6 * GIB).chosen
-    assert chosen.levers == replace(block.levers, checkpointing="selective", offload_checkpoints=True)
+    assert chosen.options == replace(block.options, checkpointing="selective", offload_checkpoints=True)
     assert chosen.prediction.simulation.offloaded_bytes > GIB
 
 
 @pytest.mark.parametrize(("model", "moved"), [("Llama-3.1-8B", {"head"}), ("Llama-3.2-1B", {"embeddings", "head"})])
 def test_the_head_goes_to_the_host_before_the_blocks_with_the_embeddings_if_they_are_the_same(recipe, model, moved):
     here, long = f"model.path=meta-llama/{model}", "data.max_tokens=16384"
-    without = planner.plan_recipe(recipe(here, long, "memory.head=device", "memory.resident_blocks=all"), CARD, GIB)
-    assert not without.fits and not any(candidate.levers.host_head for candidate in without.found)
+    without = planner.plan_recipe(recipe(here, long, "memory.head=device", "memory.resident_layers=all"), CARD, GIB)
+    assert not without.fits and not any(candidate.options.host_head for candidate in without.found)
     budget = without.peak_bytes - 100 * 2**20
     plan = planner.plan_recipe(recipe(here, long), CARD, budget)
-    assert plan.fits and plan.chosen.levers.host_head and plan.chosen.levers.host_embeddings
-    assert plan.chosen.levers.resident_blocks is None
+    assert plan.fits and plan.chosen.options.host_head and plan.chosen.options.host_embeddings
+    assert plan.chosen.options.resident_layers is None
     assert "head in host memory" in plan_text.reason(plan)
     changes = [set(alternative.change.split()) for alternative in planner.alternatives(plan)]
     assert {f"memory.{name}=device" for name in moved} in changes
     kept = planner.plan_recipe(recipe(here, long, "memory.embeddings=device"), CARD, budget)
-    assert any(candidate.levers.host_head for candidate in kept.found) is (moved == {"head"})
+    assert any(candidate.options.host_head for candidate in kept.found) is (moved == {"head"})
 
 
-def test_what_the_host_has_no_room_for_stays_on_the_card_or_does_not_fit(recipe):
+def test_what_the_host_has_no_room_for_stays_on_the_gpu_or_does_not_fit(recipe):
     long, host = "data.max_tokens=32768", "memory.host_budget={}GiB".format
     free = planner.plan_recipe(recipe(long), CARD, 3 * GIB)
-    assert free.fits and free.chosen.levers.offload_checkpoints
+    assert free.fits and free.chosen.options.offload_checkpoints
     needed = free.chosen.prediction.host_bytes
     assert needed == planner.host_bytes(free) > 3.9 * GIB
 
@@ -350,14 +359,14 @@ def test_what_the_host_has_no_room_for_stays_on_the_card_or_does_not_fit(recipe)
     assert enough.chosen.settings == free.chosen.settings
     assert "of 5.0 GiB" in plan_text.describe(enough, [])
     little = planner.plan_recipe(recipe(long, host(3.2)), CARD, 3 * GIB)
-    assert not little.fits and little.chosen.fits_host and not little.chosen.levers.offload_checkpoints
+    assert not little.fits and little.chosen.fits_host and not little.chosen.options.offload_checkpoints
     said = str(planner.does_not_fit(little, []))
     assert "too much" in said and "memory.offload_checkpoints=true" in said
     assert "4.0 GiB of host memory where 3.2 GiB may be used: raise memory.host_budget, or name a disk" in said
     roomy = planner.plan_recipe(recipe(long, host(3.2)), CARD, 6 * GIB)
     assert roomy.fits and roomy.chosen.fits_host
 
-    offloading = "memory.offload_checkpoints=true", "memory.checkpoint_every=1"
+    offloading = "memory.offload_checkpoints=true", "memory.layers_per_checkpoint=1"
     fixed = planner.plan_recipe(recipe(long, host(2), *offloading), CARD, 8 * GIB)
     assert not fixed.fits and fixed.peak_bytes <= fixed.budget_bytes
     assert "GiB of host memory where 2.0 GiB may be used beside RTX 4060" in str(planner.does_not_fit(fixed, []))
@@ -371,39 +380,43 @@ def test_what_the_host_has_no_room_for_stays_on_the_card_or_does_not_fit(recipe)
 def test_fewer_block_inputs_are_kept_where_nothing_else_makes_room_for_them(recipe):
     long, offloading = "data.max_tokens=32768", ("memory.offload_checkpoints=true", "memory.host_budget=2GiB")
     for_host = planner.plan_recipe(recipe(long, *offloading), CARD, 8 * GIB)
-    assert for_host.fits and for_host.chosen.levers.checkpoint_every > 1 and for_host.chosen.levers.offload_checkpoints
-    assert f"{for_host.chosen.levers.checkpoint_every} layers per checkpoint" in plan_text.reason(for_host)
+    assert (
+        for_host.fits
+        and for_host.chosen.options.layers_per_checkpoint > 1
+        and for_host.chosen.options.offload_checkpoints
+    )
+    assert f"{for_host.chosen.options.layers_per_checkpoint} layers per checkpoint" in plan_text.reason(for_host)
 
-    here = long, "memory.offload_checkpoints=false", "memory.resident_blocks=all"
-    each = planner.plan_recipe(recipe(*here, "memory.checkpoint_every=1"), CARD, GIB)
+    here = long, "memory.offload_checkpoints=false", "memory.resident_layers=all"
+    each = planner.plan_recipe(recipe(*here, "memory.layers_per_checkpoint=1"), CARD, GIB)
     budget = each.peak_bytes - 50 * 2**20
     for_device = planner.plan_recipe(recipe(*here), CARD, budget)
-    assert not each.fits and for_device.fits and for_device.chosen.levers.checkpoint_every == 2
+    assert not each.fits and for_device.fits and for_device.chosen.options.layers_per_checkpoint == 2
     lengths = [planner.max_tokens(replace(plan, budget_bytes=budget)) for plan in (each, for_device)]
     assert lengths[0] < 32768 <= lengths[1]
-    streamed = planner.plan_recipe(recipe(long, "memory.checkpoint_every=2"), CARD, GIB)
-    assert not streamed.fits and all(c.levers.resident_blocks is None for c in streamed.found)
+    streamed = planner.plan_recipe(recipe(long, "memory.layers_per_checkpoint=2"), CARD, GIB)
+    assert not streamed.fits and all(c.options.resident_layers is None for c in streamed.found)
 
 
-def test_as_many_blocks_stay_on_the_card_as_it_has_room_for_where_the_host_has_none_for_all(recipe):
+def test_as_many_blocks_stay_on_the_gpu_as_it_has_room_for_where_the_host_has_none_for_all(recipe):
     big = "model.path=meta-llama/Llama-3.1-8B", "memory.embeddings=device", "memory.head=device"
-    free = planner.plan_recipe(recipe(*big, "memory.resident_blocks=0"), CARD, 5 * GIB)
+    free = planner.plan_recipe(recipe(*big, "memory.resident_layers=0"), CARD, 5 * GIB)
     needed = free.chosen.prediction.host_bytes / GIB
     plan = planner.plan_recipe(recipe(*big, f"memory.host_budget={needed - 1:.2f}GiB"), CARD, 5 * GIB)
     assert plan.fits and plan.chosen.prediction.host_bytes <= (needed - 1) * GIB
-    assert 0 < plan.chosen.levers.resident_blocks < 32
+    assert 0 < plan.chosen.options.resident_layers < 32
 
 
 def test_weights_come_from_the_disk_where_the_host_has_room_for_no_other_plan(recipe):
     big = "model.path=meta-llama/Llama-3.1-8B", "data.max_tokens=2048"
     free = planner.plan_recipe(recipe(*big), CARD, 3 * GIB)
-    assert free.chosen.levers.resident_blocks is not None and not free.chosen.levers.weights_on_disk
+    assert free.chosen.options.resident_layers is not None and not free.chosen.options.weights_on_disk
     assert "from the disk" not in plan_text.transfers(free)
     needed = free.chosen.prediction.host_bytes / GIB
     small = [f"memory.host_budget={0.6 * needed:.2f}GiB"]
     plan = planner.plan_recipe(recipe(*big, *small), CARD, 3 * GIB)
     work, host = plan.chosen.prediction.simulation.work, plan.chosen.prediction.host_bytes
-    assert plan.fits and plan.chosen.levers.weights_on_disk and host <= 0.6 * needed * GIB
+    assert plan.fits and plan.chosen.options.weights_on_disk and host <= 0.6 * needed * GIB
     seconds = plan.chosen.micro_batches * work.disk_bytes / DISK_BYTES_PER_SECOND
     assert plan.chosen.step_seconds >= seconds > 0
     said = plan_text.describe(plan, [])
@@ -413,12 +426,12 @@ def test_weights_come_from_the_disk_where_the_host_has_room_for_no_other_plan(re
         in said
     )
     assert planner.disk_bytes(plan) - planner.disk_bytes(free) == plan.chosen.prediction.simulation.frozen_bytes
-    assert len({(c.levers, c.packs) for c in plan.found}) == len(plan.found)
+    assert len({(c.options, c.packs) for c in plan.found}) == len(plan.found)
     whole = planner.plan_recipe(recipe("memory.stream_from=disk"), CARD, 8 * GIB)
-    assert whole.chosen.settings["memory.resident_blocks"] == "all"
+    assert whole.chosen.settings["memory.resident_layers"] == "all"
     assert whole.chosen.settings["memory.stream_from"] == "host", "nothing is streamed"
     for each in (plan, whole):
-        assert all(c.levers.stream_from_disk == c.levers.weights_on_disk for c in each.found)
+        assert all(c.options.stream_from_disk == c.options.weights_on_disk for c in each.found)
     refused = planner.plan_recipe(recipe(*big, *small, "memory.stream_from=host"), CARD, 3 * GIB)
     assert not refused.fits
     assert "set memory.stream_from to auto" in str(planner.does_not_fit(refused, []))
@@ -427,19 +440,26 @@ def test_weights_come_from_the_disk_where_the_host_has_room_for_no_other_plan(re
 def test_where_weights_are_streamed_the_last_blocks_stay_and_keep_all_if_that_is_faster(recipe):
     big = recipe("model.path=meta-llama/Llama-3.1-8B", "data.max_tokens=512")
     plan = planner.plan_recipe(big, CARD, 4 * GIB)
-    levers = plan.chosen.levers
-    assert plan.fits and 2 <= levers.kept_blocks == levers.resident_blocks < 32
-    streaming_all = replace(levers, kept_blocks=0, resident_blocks=0)
+    options = plan.chosen.options
+    assert plan.fits and 2 <= options.uncheckpointed_layers == options.resident_layers < 32
+    streaming_all = replace(options, uncheckpointed_layers=0, resident_layers=0)
     slower = build_candidate(plan.step, plan.machine, streaming_all, plan.chosen.packs)
     assert plan.chosen.step_seconds * EQUALLY_FAST < slower.step_seconds
-    one_more = replace(levers, kept_blocks=levers.kept_blocks + 2, resident_blocks=levers.kept_blocks + 2)
+    one_more = replace(
+        options,
+        uncheckpointed_layers=options.uncheckpointed_layers + 2,
+        resident_layers=options.uncheckpointed_layers + 2,
+    )
     assert build_candidate(plan.step, plan.machine, one_more, plan.chosen.packs).peak_bytes > 0.97 * plan.limit_bytes
 
 
 def test_checkpoints_on_a_disk_need_its_room_and_not_the_host_s(recipe, tmp_path):
     offloading = (
-        "memory.checkpointing=block", "memory.kept_blocks=0", "memory.offload_checkpoints=true", "data.max_tokens=8192",
-    )  # fmt: skip
+        "memory.checkpointing=block",
+        "memory.uncheckpointed_layers=0",
+        "memory.offload_checkpoints=true",
+        "data.max_tokens=8192",
+    )
     in_memory, on_disk = (
         planner.plan_recipe(recipe(*offloading, *more), CARD, 8 * GIB)
         for more in ([], [f"memory.offload_folder={tmp_path}"])
@@ -457,16 +477,16 @@ def test_checkpoints_on_a_disk_need_its_room_and_not_the_host_s(recipe, tmp_path
 def test_a_disk_is_for_what_fits_in_no_other_way(recipe, tmp_path):
     long, folder = "data.max_tokens=32768", f"memory.offload_folder={tmp_path}"
     in_memory = planner.plan_recipe(recipe(long), CARD, 6 * GIB)  # as fast, or faster
-    assert in_memory.chosen.levers.offload_checkpoints
+    assert in_memory.chosen.options.offload_checkpoints
     without = planner.plan_recipe(recipe(long, "memory.offload_checkpoints=false"), CARD, 6 * GIB)
     assert planner.plan_recipe(recipe(long, folder), CARD, 6 * GIB).chosen.settings == without.chosen.settings
     for gib in (3, 4):
         tight = planner.plan_recipe(recipe(long, folder), CARD, int(gib * GIB))
-        assert tight.fits and tight.chosen.levers.uses_disk and tight.chosen.levers.checkpointing == "block"
+        assert tight.fits and tight.chosen.options.uses_disk and tight.chosen.options.checkpointing == "block"
 
 
 def test_a_disk_is_named_as_the_cure_only_where_it_is_one(recipe):
-    block = "memory.checkpointing=block", "memory.checkpoint_every=1"
+    block = "memory.checkpointing=block", "memory.layers_per_checkpoint=1"
     offloading = *block, "memory.offload_checkpoints=true", "memory.host_budget=1.55GiB"
     for embeddings, helps in (("device", True), ("host", False)):
         plan = planner.plan_recipe(recipe(*offloading, f"memory.embeddings={embeddings}"), CARD, 8 * GIB)
@@ -480,9 +500,9 @@ def test_a_cpu_that_is_short_of_memory_puts_checkpoints_on_a_disk_if_one_is_name
         return planner.plan_recipe(recipe("memory.checkpointing=block", "data.max_tokens=2048", *more), cpu, gib * GIB)
 
     folder = f"memory.offload_folder={tmp_path}"
-    assert not plan(8, folder).chosen.levers.offload_checkpoints
+    assert not plan(8, folder).chosen.options.offload_checkpoints
     enough = plan(1, folder).peak_bytes / GIB  # of what needs least
-    assert plan(enough, folder).fits and plan(enough, folder).chosen.levers.offload_checkpoints
+    assert plan(enough, folder).fits and plan(enough, folder).chosen.options.offload_checkpoints
     assert not plan(enough).fits
 
 
@@ -499,7 +519,7 @@ def test_a_four_bit_head_that_spares_nothing_is_warned_of(recipe, caplog, model,
 
 
 @pytest.mark.parametrize(("settings", "adapters"), [((), 1), (("data.eval=rows.jsonl",), 2)])
-def test_on_a_cpu_the_copy_of_a_checkpoint_is_part_of_the_plan_and_of_no_rehearsal(recipe, settings, adapters):
+def test_on_a_cpu_the_copy_of_a_checkpoint_is_part_of_the_plan_and_of_no_memory_probe(recipe, settings, adapters):
     cpu = Machine("a CPU", "cpu", 24 * GIB, 300 * 2**20, 1e11, 1e10, 1e10)
     for where, counted in ((cpu, 1), (CARD, 0)):
         plan = planner.plan_recipe(recipe("lora.rank=64", *settings), where, 24 * GIB)
@@ -546,7 +566,9 @@ def test_on_a_cpu_the_host_s_memory_is_the_device_s(recipe):
     cpu = Machine("a CPU", "cpu", 64 * GIB, 0, 1e11, 1e10, 1e10)
     on_device, on_host = (
         planner.plan_recipe(
-            recipe("memory.checkpointing=block", "memory.kept_blocks=0", f"memory.head={where}"), cpu, 64 * GIB
+            recipe("memory.checkpointing=block", "memory.uncheckpointed_layers=0", f"memory.head={where}"),
+            cpu,
+            64 * GIB,
         ).peak_bytes
         for where in ("device", "host")
     )
@@ -555,7 +577,7 @@ def test_on_a_cpu_the_host_s_memory_is_the_device_s(recipe):
 
 def test_a_head_in_four_bits_is_never_planned_for_the_host(recipe):
     plan = planner.plan_recipe(recipe("model.path=meta-llama/Llama-3.1-8B", "model.quant_head=true"), CARD, GIB)
-    assert not any(candidate.levers.host_head for candidate in plan.found)
+    assert not any(candidate.options.host_head for candidate in plan.found)
     assert not any("memory.head" in alternative.change for alternative in planner.alternatives(plan))
 
 
@@ -564,23 +586,23 @@ def test_a_plan_for_compiled_blocks_leaves_out_what_they_do_not_go_with(recipe, 
     long = "data.max_tokens=16384"
     plan = planner.plan_recipe(recipe("train.compile=true", long), replace(CARD, host_bytes=64 * GIB), budget * GIB)
     for candidate in plan.found:
-        x = candidate.levers
-        assert x.compile and x.tile_tokens is None and x.resident_blocks is None
+        x = candidate.options
+        assert x.compile and x.tile_tokens is None and x.resident_layers is None
         assert x.checkpointing in ("block", "none")
     assert {a.change for a in planner.alternatives(plan)}  # which are simulated like all others
-    without = recipe(long, "memory.tile_tokens=off", "memory.resident_blocks=all")
+    without = recipe(long, "memory.tile_tokens=off", "memory.resident_layers=all")
     plain = planner.plan_recipe(without, CARD, budget * GIB - CUDA_COMPILER_BYTES)
     for compiled in plan.found:
-        levers = replace(compiled.levers, compile=False, kernels="plain")  # of which a compiler makes its own
-        same = build_candidate(plain.step, CARD, levers, compiled.packs)
+        options = replace(compiled.options, compile=False, kernels="plain")  # of which a compiler makes its own
+        same = build_candidate(plain.step, CARD, options, compiled.packs)
         assert compiled.peak_bytes == same.peak_bytes + CUDA_COMPILER_BYTES
 
 
 def test_a_recipe_may_keep_attention_and_the_last_blocks(recipe):
     settings = recipe("memory.checkpointing=selective", "data.max_tokens=1024", "memory.offload_checkpoints=false")
     plan = planner.plan_recipe(settings, CARD, 3 * GIB)
-    assert plan.fits and plan.chosen.levers.checkpointing == "selective" and plan.chosen.levers.kept_blocks
-    assert f"selective except for the last {plan.chosen.levers.kept_blocks} layers" in plan_text.reason(plan)
+    assert plan.fits and plan.chosen.options.checkpointing == "selective" and plan.chosen.options.uncheckpointed_layers
+    assert f"selective except for the last {plan.chosen.options.uncheckpointed_layers} layers" in plan_text.reason(plan)
 
 
 def test_the_parts_add_up_to_the_peak_and_the_json_has_the_agreed_keys(recipe):
@@ -685,13 +707,13 @@ def test_an_operator_that_needs_values_is_measured_on_small_real_models_and_name
     AutoConfig.for_model("llama", **ARCHITECTURES["llama"] | {"num_hidden_layers": 5}).save_pretrained(tmp_path)
     settings = recipe(f"model.path={tmp_path}", "data.max_tokens=64", "memory.checkpointing=block")
     planned = planner.plan_recipe(settings, CARD, 8 * GIB)
-    plain_step = simulate.rehearse_step
+    plain_step = simulate.probe_step
 
     def step_that_looks_at_values(*arguments):
         arguments[4].input_ids.nonzero()
         plain_step(*arguments)
 
-    monkeypatch.setattr(simulate, "rehearse_step", step_that_looks_at_values)
+    monkeypatch.setattr(simulate, "probe_step", step_that_looks_at_values)
     simulate._say_measured.cache_clear()
     measured = planner.plan_recipe(settings, CARD, 8 * GIB)
     because = measured.chosen.prediction.simulation.measured_because
@@ -736,7 +758,7 @@ class TestCommand:
         shown = self.call(capsys, "--help")[1]
         assert "--gpu" in shown and "--card" not in shown
 
-    @pytest.mark.parametrize(("found", "shown"), [(planner.MOST_PACKS, "256 or more"), (7, "7"), (None, "none")])
+    @pytest.mark.parametrize(("found", "shown"), [(planner.MAX_PACKS, "256 or more"), (7, "7"), (None, "none")])
     def test_the_plan_is_shown_before_what_takes_longer(self, capsys, file, monkeypatch, found, shown):
         def counted(_plan):
             assert "RTX 4060" in capsys.readouterr().out
@@ -752,7 +774,7 @@ class TestCommand:
         assert code == 3 and values["fits"] is False and values["max_tokens"] is None
 
     @pytest.mark.parametrize(("budget", "planned_for"), [("24GiB", 2**29), ("0.25GiB", 2**28)])
-    def test_a_budget_never_makes_a_card_larger_than_it_is(self, capsys, file, budget, planned_for):
+    def test_a_budget_never_makes_a_gpu_larger_than_it_is(self, capsys, file, budget, planned_for):
         _, out, err = self.call(capsys, file, "--vram", "0.5GiB", "--json", f"memory.budget={budget}")
         assert json.loads(out)["budget_bytes"] == planned_for
         assert ("24.0 GiB is more than a GPU with 512.0 MiB" in err) == (budget == "24GiB")
@@ -806,7 +828,7 @@ class TestCommand:
         assert code == 2 and last.startswith("error: ") and said in last
         assert ("with just the model's config.json is enough" in last) == (named in ("Llama-3.1-8", "zzz", "zz/zzz"))
 
-    def test_lists_cards_and_models_without_a_recipe(self, capsys):
+    def test_lists_gpus_and_models_without_a_recipe(self, capsys):
         assert "RTX 4090" in self.call(capsys, "--gpus")[1]
         assert "meta-llama/Llama-3.1-8B" in self.call(capsys, "--models")[1]
         assert self.call(capsys)[0] == 2
@@ -853,7 +875,7 @@ def test_on_a_cpu_the_host_memory_of_the_longest_sequence_is_that_of_the_process
     assert 0.9 * 2**30 < found["max_tokens_host_bytes"] <= found["budget_bytes"] == 2**30
 
 
-def test_the_command_plans_a_built_in_recipe_by_its_name_and_says_that_a_run_would_not_use_the_card(command):
+def test_the_command_plans_a_built_in_recipe_by_its_name_and_says_that_a_run_would_not_use_the_gpu(command):
     code, out, err = command("plan", "smollm3-3b", "--vram", "8GiB", "model.device=cpu", "--json")
     assert code == 0 and json.loads(out)["fits"]
     assert command("plan", "no-such-recipe")[0] == 2

@@ -323,7 +323,7 @@ def test_an_exact_match_on_plain_text_is_an_error_before_a_model_is_loaded(look)
     assert look(None, documents, exact_rows=0).report["ok"]
     found = look(None, documents, exact_rows=2)
     assert places(found) == {(1, "no answer to match", "error")} and found.report["errors"] == 1
-    with pytest.raises(DataError, match=r"eval.jsonl:1: has no answer to match; set train.exact_match_rows"):
+    with pytest.raises(DataError, match=r"eval.jsonl:1: has no answer to match; set train.exact_match_examples"):
         found.raise_if_unusable()
 
 

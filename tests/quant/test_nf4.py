@@ -1,4 +1,4 @@
-"""Packing and unpacking against bitsandbytes and the plain-torch reference, always to the last bit."""
+"""Packing and dequantisation against bitsandbytes and the plain-torch reference, always to the last bit."""
 
 import os
 import subprocess
@@ -180,7 +180,7 @@ def test_packing_a_large_weight_needs_at_most_64_mib_beside_the_result():
     assert int(run.stdout) < 64 * 2**20
 
 
-# Unpacking
+# Dequantisation
 
 
 def plainly_unpacked(packed, shape, dtype, quant_type):

@@ -199,7 +199,7 @@ def test_an_axolotl_file_becomes_a_recipe_that_trains_the_same(made):
     assert settings.index("  micro_batch_size: 2") < settings.index("  lr_scheduler: linear"), "in the file's order"
 
 
-def test_float16_is_left_to_the_card(made):
+def test_float16_is_left_to_the_gpu(made):
     conversion, r = made(AXOLOTL.replace("bf16: auto", "fp16: true"))
     assert r.model.compute_dtype == "auto"
     assert any("model.compute_dtype is auto: float16 on GPUs" in note for note in notes(conversion, "unused"))

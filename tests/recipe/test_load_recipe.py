@@ -76,7 +76,7 @@ data:
   max_tokens: 1_000
 train:
   optimizer: adamw_8bits
-  exact_match_rows: 3
+  exact_match_examples: 3
   epochs: -1
 memory: {loss_chunk_tokens: 0, budget: 8}
 """
@@ -96,7 +96,8 @@ memory: {loss_chunk_tokens: 0, budget: 8}
         "r.yaml:15: data.train.2 = 7: must be a path, or a list of {path, ",
         "r.yaml:16: data.max_tokens = 1_000: must be a whole number of at least 8; write 1000",
         "r.yaml:18: train.optimizer = adamw_8bits: must be ",
-        "r.yaml:19: train.exact_match_rows = 3: needs evaluation data; write data.eval or data.eval_share, or 0 here",
+        "r.yaml:19: train.exact_match_examples = 3: needs evaluation data; write data.eval or data.eval_share, or 0 "
+        "here",
         "r.yaml:20: train.epochs = -1: must be a number above 0; the default is 1",
         "r.yaml:21: memory.budget = 8: must be auto, or a size with its unit, such as 8GiB; ",
         "r.yaml:21: memory.loss_chunk_tokens = 0: must be a whole number of at least 1, or auto; ",
@@ -498,21 +499,21 @@ def test_compiled_blocks_say_what_they_do_not_go_with(problems, recipe):
     for setting, said in {
         "lora.dropout=0.1": "lora.dropout = 0.1: not possible with train.compile; write 0 here, or",
         "memory.tile_tokens=512": "memory.tile_tokens = 512: not possible with train.compile; write off here",
-        "memory.resident_blocks=4": "memory.resident_blocks = 4: not possible with train.compile; write all here",
+        "memory.resident_layers=4": "memory.resident_layers = 4: not possible with train.compile; write all here",
         "memory.checkpointing=selective": "memory.checkpointing = selective: not possible with train.compile; write bl",
     }.items():
         assert said in problems(GOOD, on, setting)[0]
         assert recipe(GOOD, setting)
-    goes = "lora.dropout=0", "memory.tile_tokens=off", "memory.resident_blocks=all", "memory.checkpointing=block"
-    assert recipe(GOOD, on, *goes, "memory.reuse_dequantized=true").train.compile
+    goes = "lora.dropout=0", "memory.tile_tokens=off", "memory.resident_layers=all", "memory.checkpointing=block"
+    assert recipe(GOOD, on, *goes, "memory.cache_dequantized=true").train.compile
 
 
 def test_weights_that_come_from_a_disk_have_to_be_streamed(problems, recipe):
     disk = "memory.stream_from=disk"
-    for settings in ([], ["memory.resident_blocks=2"], ["memory.checkpointing=selective"]):
+    for settings in ([], ["memory.resident_layers=2"], ["memory.checkpointing=selective"]):
         assert recipe(GOOD, disk, *settings).memory.stream_from == "disk"
     for setting, said in (
-        ("memory.resident_blocks=all", "memory.resident_blocks all no weights are streamed"),
+        ("memory.resident_layers=all", "memory.resident_layers all no weights are streamed"),
         ("memory.checkpointing=none", "memory.checkpointing none no weights are streamed"),
         ("model.quant=none", "model.quant none weights are not prepared in a file"),
     ):
@@ -532,11 +533,11 @@ def test_the_folder_for_checkpoints_has_to_be_there_and_to_be_used(problems, rec
 @pytest.mark.parametrize(
     ("lost", "settings"),
     [
-        ("kept_blocks = 3", ["memory.kept_blocks=3"]),
-        ("checkpoint_every = 2", ["memory.checkpoint_every=2"]),
+        ("uncheckpointed_layers = 3", ["memory.uncheckpointed_layers=3"]),
+        ("layers_per_checkpoint = 2", ["memory.layers_per_checkpoint=2"]),
         ("offload_checkpoints = true", ["memory.offload_checkpoints=true"]),
-        ("reuse_dequantized = true", ["memory.reuse_dequantized=true", "memory.tile_tokens=off"]),
-        ("resident_blocks = 2", ["memory.resident_blocks=2"]),
+        ("cache_dequantized = true", ["memory.cache_dequantized=true", "memory.tile_tokens=off"]),
+        ("resident_layers = 2", ["memory.resident_layers=2"]),
     ],
 )
 def test_what_does_nothing_where_all_is_kept_is_an_error(problems, recipe, lost, settings):
@@ -545,26 +546,28 @@ def test_what_does_nothing_where_all_is_kept_is_an_error(problems, recipe, lost,
     assert recipe(GOOD, "memory.checkpointing=block", *settings)
 
 
-def test_streamed_weights_do_not_go_with_blocks_computed_again_together(problems, recipe):
-    streamed = "memory.resident_blocks=2"
-    said = "memory.checkpoint_every = 2: only for weights that are not streamed"
-    assert said in problems(GOOD, streamed, "memory.checkpoint_every=2")[0]
-    assert recipe(GOOD, streamed, "memory.checkpoint_every=1").memory.checkpoint_every == 1
-    assert recipe(GOOD, "memory.resident_blocks=all", "memory.checkpoint_every=2").memory.checkpoint_every == 2
+def test_streamed_weights_do_not_go_with_blocks_recomputed_together(problems, recipe):
+    streamed = "memory.resident_layers=2"
+    said = "memory.layers_per_checkpoint = 2: only for weights that are not streamed"
+    assert said in problems(GOOD, streamed, "memory.layers_per_checkpoint=2")[0]
+    assert recipe(GOOD, streamed, "memory.layers_per_checkpoint=1").memory.layers_per_checkpoint == 1
+    assert (
+        recipe(GOOD, "memory.resident_layers=all", "memory.layers_per_checkpoint=2").memory.layers_per_checkpoint == 2
+    )
 
 
 def test_no_more_blocks_keep_their_activations_than_have_resident_weights(problems, recipe):
-    said = "memory.kept_blocks = 2: layers whose weights are streamed cannot keep their activations; write at most 1 h"
-    found = problems(GOOD, "memory.kept_blocks=2", "memory.resident_blocks=1")
+    said = "memory.uncheckpointed_layers = 2: layers whose weights are streamed cannot keep their activations; write at"
+    found = problems(GOOD, "memory.uncheckpointed_layers=2", "memory.resident_layers=1")
     assert len(found) == 1 and said in found[0]
     for kept, resident in ((2, 2), (2, "all"), (2, "auto"), ("auto", 1)):
-        given = recipe(GOOD, f"memory.kept_blocks={kept}", f"memory.resident_blocks={resident}").memory
-        assert (given.kept_blocks, given.resident_blocks) == (kept, resident)
+        given = recipe(GOOD, f"memory.uncheckpointed_layers={kept}", f"memory.resident_layers={resident}").memory
+        assert (given.uncheckpointed_layers, given.resident_layers) == (kept, resident)
 
 
 def test_what_changes_nothing_may_stand_beside_keeping_all(recipe):
-    tiled = "memory.reuse_dequantized=true", "memory.tile_tokens=64"
-    nothing = "memory.kept_blocks=0", "memory.resident_blocks=all", "memory.offload_checkpoints=false"
+    tiled = "memory.cache_dequantized=true", "memory.tile_tokens=64"
+    nothing = "memory.uncheckpointed_layers=0", "memory.resident_layers=all", "memory.offload_checkpoints=false"
     assert recipe(GOOD, "memory.checkpointing=none", *tiled, *nothing)
 
 

@@ -130,10 +130,10 @@ def test_settings_versions_data_and_memory_are_shown(report):
 
 def test_counts_are_in_words_and_what_the_plan_chose_stands_beside_the_recipe(report):
     counts = {"dropped": {"left out by their weight": 1099, "malformed row": 2}, "packing_efficiency": 0.94667}
-    chosen = {"memory.kept_blocks": 16, "memory.embeddings": "host"}
+    chosen = {"memory.uncheckpointed_layers": 16, "memory.embeddings": "host"}
     text = Elements(report(SUMMARY | {"data": counts, "plan": {"chosen": chosen}})).text
     assert "dropped 1,099 left out by their weight, 2 malformed row" in text and "packing efficiency 0.947" in text
-    assert "as planned memory.kept_blocks 16 memory.embeddings host" in text
+    assert "as planned memory.uncheckpointed_layers 16 memory.embeddings host" in text
 
 
 def test_of_a_list_of_data_files_only_what_is_set_is_shown(report):

@@ -1,4 +1,4 @@
-"""Training that begins with an adapter goes on from its factors to the bit, and never with one that does not fit."""
+"""Training that begins with an adapter resumes from its factors to the bit, and never with one that does not fit."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from qlora_lite.artifacts.run_folder import open_run
 from qlora_lite.artifacts.trained_run import adapter_to_begin_with
 from qlora_lite.errors import Interrupted, ModelError, RecipeError
 from qlora_lite.inference.evaluate import evaluate_recipe
-from qlora_lite.prepare.build import add_factors, build_model, build_skeleton
+from qlora_lite.prepare.build import add_adapter, build_model, build_skeleton
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs.profile import profile_recipe
 from qlora_lite.runs.run import run_recipe
@@ -51,7 +51,7 @@ def test_a_second_run_begins_where_the_first_one_ended(first, second, part):
     assert open_run(folder).recipe.lora.init_from == str(first / part)
 
 
-def test_the_factors_are_those_of_the_file_and_all_of_them_are_trained(first, second):
+def test_the_weights_are_those_of_the_file_and_all_of_them_are_trained(first, second):
     recipe = second(first)
     model = build_model(recipe, adapter=adapter_to_begin_with(recipe))
     given = load_file(first / "adapter" / WEIGHTS)
@@ -88,7 +88,7 @@ def test_an_adapter_that_peft_wrote_is_begun_with(model_folder, second, tmp_path
         (["lora.targets=[all-linear, {pattern: q_proj, rank: 2, alpha: 4}]"], ["lora.rank is 2, its rank 4"]),
     ],
 )
-def test_an_adapter_of_other_factors_is_refused_before_rows_are_read_with_all_that_differs(
+def test_an_adapter_of_other_weights_is_refused_before_rows_are_read_with_all_that_differs(
     first, second, overrides, said, monkeypatch
 ):
     def read_rows(*_):
@@ -106,7 +106,7 @@ def test_layers_that_the_adapter_lacks_are_named(model_folder, second, tmp_path)
     save_adapter(model, tmp_path / "fewer")
     with pytest.raises(ModelError, match=r"it lacks model\.layers\.0\.mlp\.down_proj, .* and 7 more"):
         recipe = second(tmp_path / "fewer")
-        add_factors(recipe, build_skeleton(recipe), tmp_path / "fewer")
+        add_adapter(recipe, build_skeleton(recipe), tmp_path / "fewer")
 
 
 def test_a_run_of_another_base_model_is_refused_by_name(first, second, tmp_path):
@@ -146,9 +146,9 @@ def test_a_profile_measures_the_adapter_that_training_would_begin_with(first, se
     seen = []
     built = build_model
 
-    def build(recipe, levers, adapter):
+    def build(recipe, options, adapter):
         seen.append(adapter)
-        return built(recipe, levers, adapter)
+        return built(recipe, options, adapter)
 
     monkeypatch.setattr("qlora_lite.runs.profile.build_model", build)
     profile_recipe(second(first), tmp_path / "profile", 1)

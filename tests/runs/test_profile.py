@@ -44,7 +44,7 @@ def test_predicted_and_measured_agree_and_the_time_of_each_phase_is_told(recipe,
     [(torch.OutOfMemoryError, "out of memory. Tried 20 MiB"), (RuntimeError, "DefaultCPUAllocator: out of memory")],
 )
 def test_when_memory_runs_out_the_page_shows_the_state_at_the_failure(kind, words, recipe, tmp_path, monkeypatch):
-    rehearse = Trainer.rehearse
+    probe_memory = Trainer.probe_memory
 
     def run_out(trainer, examples):
         handle = trainer.model.lm_head.register_forward_pre_hook(lambda *_: None)
@@ -55,12 +55,12 @@ def test_when_memory_runs_out_the_page_shows_the_state_at_the_failure(kind, word
 
         hook = layer.register_forward_hook(fail)
         try:
-            rehearse(trainer, examples)
+            probe_memory(trainer, examples)
         finally:
             hook.remove()
             handle.remove()
 
-    monkeypatch.setattr(Trainer, "rehearse", run_out)
+    monkeypatch.setattr(Trainer, "probe_memory", run_out)
     with pytest.raises(DoesNotFitError, match=r"ran out of memory: .*out of memory.*memory\.html shows"):
         profile.profile_recipe(recipe, tmp_path / "out", steps=1)
     figures = json.loads((tmp_path / "out" / "memory.json").read_text())
@@ -70,10 +70,12 @@ def test_when_memory_runs_out_the_page_shows_the_state_at_the_failure(kind, word
 
 
 def test_it_computes_with_the_kernels_that_a_trial_has_left(recipe, tmp_path, monkeypatch):
-    used, rehearse = [], Trainer.rehearse
+    used, probe_memory = [], Trainer.probe_memory
     monkeypatch.setattr(Trainer, "choose_kernels", lambda trainer: use_kernels(trainer.model, ["norms"]))
     monkeypatch.setattr(
-        Trainer, "rehearse", lambda trainer, rows: used.append(kernels_of(trainer.model)) or rehearse(trainer, rows)
+        Trainer,
+        "probe_memory",
+        lambda trainer, rows: used.append(kernels_of(trainer.model)) or probe_memory(trainer, rows),
     )
     profile.profile_recipe(recipe, tmp_path / "out", steps=1)
     assert used == [{"norms"}]

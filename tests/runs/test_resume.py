@@ -49,7 +49,7 @@ def _planned_once():
 
 
 class Lab:
-    """One recipe in a folder of its own, begun and gone on with."""
+    """One recipe in a folder of its own, begun and resumed."""
 
     def __init__(self, folder, model_folder, overrides=()):
         self.folder, self.model, self.out, self.overrides = folder, model_folder, folder / "out", overrides
@@ -146,9 +146,9 @@ def test_runs_of_every_kind_go_on_to_the_very_same_end(lab, tmp_path, model_fold
 @pytest.mark.gpu
 @pytest.mark.parametrize("memory", [
     {}, {"offload_checkpoints": True, "embeddings": "host", "head": "host"},
-    {"resident_blocks": 0, "checkpointing": "selective", "reuse_dequantized": True},
+    {"resident_layers": 0, "checkpointing": "selective", "cache_dequantized": True},
 ], ids=str)  # fmt: skip
-def test_on_a_card_a_repeatable_run_goes_on_to_the_very_same_end(tmp_path, model_folder, memory):
+def test_on_a_gpu_a_repeatable_run_goes_on_to_the_very_same_end(tmp_path, model_folder, memory):
     train = {"deterministic": True, "optimizer": "paged_adamw_8bit", "exact_match_rows": 2}
     lab, other = (Lab(tmp_path / name, model_folder, ["model.device=cuda"]) for name in ("stopped", "whole"))
     other.run(train=train, memory=memory)
@@ -286,7 +286,7 @@ def test_a_checkpoint_of_another_version_is_refused_in_one_line_that_says_so(lab
     with pytest.raises(CheckpointError) as caught:
         lab.run(resume="")
     (line,) = str(caught.value).splitlines()
-    assert line.startswith("no whole checkpoint is left in") and "go on with the version that wrote it" in line
+    assert line.startswith("no whole checkpoint is left in") and "resume the version that wrote it" in line
 
 
 def test_a_run_that_is_gone_on_with_to_count_matches_that_it_did_not_count_before_ends_well(tmp_path, model_folder):
@@ -349,7 +349,7 @@ def test_a_forced_change_is_taken_and_the_summary_says_so(lab, whole):
     assert "forced" in (lab.out / "report.html").read_text()
 
 
-def test_a_forced_change_of_the_shape_of_the_factors_is_refused_all_the_same(lab):
+def test_a_forced_change_of_the_shape_of_the_weights_is_refused_all_the_same(lab):
     lab.stop(2)
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors does not fit this run"):
         lab.run(resume="", force=True, lora={"rank": 8})
@@ -393,7 +393,7 @@ def test_other_rows_another_tokenizer_and_another_model_are_refused_by_name(lab,
     with pytest.raises(CheckpointError, match="other base model than before"):
         lab.run(resume="")
     assert lab.summary["status"] == "interrupted"
-    assert "the largest micro-batch peaks" not in caplog.text  # refused before a step is rehearsed
+    assert "the largest micro-batch peaks" not in caplog.text  # refused before a step is probed
 
 
 def test_another_tokenizer_is_refused_by_name_though_the_rows_are_the_same(lab, tmp_path):
@@ -961,7 +961,7 @@ def test_the_last_evaluation_is_that_of_the_last_step_and_the_best_one_is_not_ma
     assert lab.summary["eval_loss_after"] == min(LOSSES[1:]) < LOSSES[8]
 
 
-def test_a_run_gone_on_with_knows_the_step_of_its_best_factors(lab, scripted):
+def test_a_run_gone_on_with_knows_the_step_of_its_best_weights(lab, scripted):
     lab.stop(7, train={"eval_every_steps": 1})
     lab.run(resume="", train={"eval_every_steps": 1})
     assert lab.summary["adapter_step"] == LOSSES.index(min(LOSSES[1:])) == 6

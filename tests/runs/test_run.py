@@ -32,7 +32,7 @@ from qlora_lite.inference.compare import compare_runs
 from qlora_lite.inference.evaluate import SPARE_TOKENS, answered_at_once, evaluate_recipe, exact_match
 from qlora_lite.inference.generate import Answer
 from qlora_lite.memory.meter import held_bytes
-from qlora_lite.models.rows_alone import rows_run_alone
+from qlora_lite.models.packing import runs_unpacked
 from qlora_lite.planning.answering import UNPLANNED, prompt_bytes
 from qlora_lite.planning.predict import Prediction
 from qlora_lite.prepare.build import build_model, build_skeleton
@@ -118,7 +118,7 @@ def test_the_summary_has_what_is_promised_and_its_sums_are_those_of_the_steps(fi
     assert summary["versions"]["torch"] == torch.__version__
 
 
-def test_the_summary_and_the_report_say_which_levers_change_results(finished, model_folder, tmp_path):
+def test_the_summary_and_the_report_say_which_memory_options_change_results(finished, model_folder, tmp_path):
     assert summary_of(finished[0])["other_results"] == []
     recipe = write_recipe(tmp_path, model_folder, train={"max_steps": 1, "exact_match_rows": 0})
     folder = qlora_lite.run_recipe(load_recipe(recipe, ["model.quant_head=true"]))
@@ -166,7 +166,7 @@ def test_a_model_whose_sequences_cannot_be_packed_is_planned_so_before_it_is_loa
     made, summary = plans_of(model_type)
     (plan,) = made
     job = plan.chosen.prediction.job
-    assert rows_run_alone(job.workload.planned_model(torch.device("meta"), job.levers, job.shape))
+    assert runs_unpacked(job.workload.planned_model(torch.device("meta"), job.options, job.shape))
     assert sum("each row is run by itself" in message for message in caplog.messages) == 1
     assert not any("the plan is one of packed sequences" in message for message in caplog.messages)
     assert summary["plan"]["predicted_peak_bytes"] <= plan.peak_bytes
@@ -176,7 +176,7 @@ def test_a_plan_of_packed_sequences_is_proved_where_only_the_loaded_model_shows_
     plans_of, monkeypatch, caplog
 ):
     for user in ("train.causal_lm", "train.text_guards", "runs.stages"):
-        monkeypatch.setattr(f"qlora_lite.{user}.why_rows_run_alone", lambda *_: "")
+        monkeypatch.setattr(f"qlora_lite.{user}.why_unpacked", lambda *_: "")
     made, summary = plans_of("bloom")
     assert len(made) == 1 and summary["status"] == "complete"
     assert sum("the plan is one of packed sequences" in message for message in caplog.messages) == 1
@@ -253,22 +253,22 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(run):
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_the_levers_of_a_recipe_are_pulled_and_change_no_bit_of_the_adapter(run):
+def test_the_memory_options_of_a_recipe_are_pulled_and_change_no_bit_of_the_adapter(run):
     plain = summary_of(run(memory={"checkpointing": "none"}))
     shutil.rmtree(run.folder)
-    levers = {"embeddings": "host", "offload_checkpoints": True, "resident_blocks": 0}
-    pulled = summary_of(run(memory=levers))
+    options = {"embeddings": "host", "offload_checkpoints": True, "resident_layers": 0}
+    pulled = summary_of(run(memory=options))
     assert pulled["adapter_sha256"] == plain["adapter_sha256"]
     assert pulled["exact_match_after"] == plain["exact_match_after"]
     groups = {entry["group"] for entry in pulled["memory_table"]}
     assert "offloaded" in groups and not {"embeddings", "quantisation constants"} & groups
-    assert {f"memory.{name}": value for name, value in levers.items()}.items() <= pulled["plan"]["chosen"].items()
+    assert {f"memory.{name}": value for name, value in options.items()}.items() <= pulled["plan"]["chosen"].items()
 
 
 def test_weights_that_are_read_from_the_disk_change_no_bit_of_the_adapter(run):
     plain = summary_of(run())
     shutil.rmtree(run.folder)
-    pulled = summary_of(run(memory={"resident_blocks": 0, "stream_from": "disk"}))
+    pulled = summary_of(run(memory={"resident_layers": 0, "stream_from": "disk"}))
     assert pulled["adapter_sha256"] == plain["adapter_sha256"]
     assert pulled["exact_match_after"] == plain["exact_match_after"]
     groups = {entry["group"] for entry in pulled["memory_table"]}
@@ -613,21 +613,21 @@ def test_memory_that_runs_out_in_loading_is_not_blamed_on_the_rows(run, monkeypa
 
 @pytest.fixture
 def wide_run(tmp_path, monkeypatch):
-    """Train a model whose blocks keep far more than their inputs, with a rehearsal that takes what ``more`` says.
+    """Train a model whose blocks keep far more than their inputs, with a memory probe that takes what ``more`` says.
 
     ``wide_run.budget`` is for the process as it is, and as much as any plan of this model needs.
     """
     save_tiny(tmp_path / "wide", intermediate_size=8192, num_hidden_layers=4)
-    rehearse, train = Trainer.rehearse, {"max_steps": 2, "micro_batch_size": 4}
+    probe_memory, train = Trainer.probe_memory, {"max_steps": 2, "micro_batch_size": 4}
     free_cached_memory(CPU)
 
     def call(more=lambda *_: None, **memory):
         def rehearse_with_more(trainer, *rows):
-            beside = more(trainer.settings.levers, call.budget)
-            rehearse(trainer, *rows)
+            beside = more(trainer.settings.options, call.budget)
+            probe_memory(trainer, *rows)
             del beside
 
-        monkeypatch.setattr(Trainer, "rehearse", rehearse_with_more)
+        monkeypatch.setattr(Trainer, "probe_memory", rehearse_with_more)
         memory = {"budget": f"{call.budget}B"} | memory
         file = write_recipe(tmp_path, tmp_path / "wide", train=train, memory=memory)
         return summary_of(qlora_lite.run_recipe(load_recipe(file)))
@@ -640,10 +640,10 @@ def run_out(_levers, _budget):
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def take_all(levers, budget):
+def take_all(options, budget):
     """Take so much that the step goes beyond the budget, in pieces so small that a C library keeps them for later."""
     pieces = (budget - held_bytes(CPU)) // 2**20
-    return [torch.ones(2**18) for _ in range(pieces - 150 if levers.checkpointing == "none" else pieces + 50)]
+    return [torch.ones(2**18) for _ in range(pieces - 150 if options.checkpointing == "none" else pieces + 50)]
 
 
 def run_out_in_a_library(_levers, _budget):
@@ -660,7 +660,7 @@ def test_what_needs_more_than_was_planned_is_planned_again_and_proved(wide_run, 
     assert planned["plan"]["chosen"]["memory.checkpointing"] == "none"
     shutil.rmtree(wide_run.folder)
     again = wide_run(
-        lambda levers, budget: more(levers, budget) if levers.checkpointing == "none" else None, checkpointing="auto"
+        lambda options, budget: more(options, budget) if options.checkpointing == "none" else None, checkpointing="auto"
     )
     assert again["plan"]["chosen"]["memory.checkpointing"] == "block"
     assert again["plan"]["measured_peak_bytes"] <= again["plan"]["budget_bytes"] == wide_run.budget
@@ -671,22 +671,22 @@ def test_what_needs_more_than_was_planned_is_planned_again_and_proved(wide_run, 
 
 
 @pytest.mark.parametrize(("more", "memory"), [
-    (take_all, {"checkpointing": "auto"}), (run_out, {"checkpointing": "block", "kept_blocks": 0}),
+    (take_all, {"checkpointing": "auto"}), (run_out, {"checkpointing": "block", "uncheckpointed_layers": 0}),
 ])  # fmt: skip
-def test_a_run_that_no_rehearsal_proves_ends_before_its_first_step(wide_run, more, memory):
+def test_a_run_that_no_memory_probe_proves_ends_before_its_first_step(wide_run, more, memory):
     tried = []
 
-    def always(levers, budget):
-        tried.append(levers)
-        return more(levers, budget)
+    def always(options, budget):
+        tried.append(options)
+        return more(options, budget)
 
     with pytest.raises(DoesNotFitError, match=f"{WORDS[more]}.*; lower data.max_tokens or"):
         wide_run(always, **memory)
-    assert len(tried) == len(set(tried)) and (len(tried) == 1) is ("kept_blocks" in memory)
+    assert len(tried) == len(set(tried)) and (len(tried) == 1) is ("uncheckpointed_layers" in memory)
     assert not wide_run.folder.exists()
 
 
-def test_a_rehearsal_that_leaves_no_room_for_a_checkpoint_s_copy_proves_nothing(run, monkeypatch):
+def test_a_memory_probe_that_leaves_no_room_for_a_checkpoint_s_copy_proves_nothing(run, monkeypatch):
     monkeypatch.setattr(Prediction, "saving_bytes", 2**40)
     with pytest.raises(DoesNotFitError, match=r"peaks at .* and a checkpoint's copy takes .*, over the budget"):
         run(train={"max_steps": 1})
@@ -695,13 +695,13 @@ def test_a_rehearsal_that_leaves_no_room_for_a_checkpoint_s_copy_proves_nothing(
 @pytest.mark.parametrize(("kind", "words"), [
     (RuntimeError, "DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."), (MemoryError, ""),
 ])  # fmt: skip
-def test_memory_of_the_host_that_runs_out_is_a_reason_to_plan_again_on_a_cpu_and_not_beside_a_card(
+def test_memory_of_the_host_that_runs_out_is_a_reason_to_plan_again_on_a_cpu_and_not_beside_a_gpu(
     wide_run, kind, words
 ):  # fmt: skip
     tried, error = [], kind(words)
 
-    def run_out_of_host_memory(levers, _budget):
-        tried.append(levers.checkpointing)
+    def run_out_of_host_memory(options, _budget):
+        tried.append(options.checkpointing)
         if tried == ["none"]:
             raise error
 

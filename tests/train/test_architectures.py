@@ -16,9 +16,9 @@ from tiny_trainer import SETTINGS
 
 from qlora_lite.adapters.lora.inject import add_lora, lora_layers
 from qlora_lite.errors import ModelError
-from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.models.load import use_row_attention, uses_row_attention
-from qlora_lite.models.rows_alone import rows_run_alone
+from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
+from qlora_lite.models.packing import runs_unpacked
 from qlora_lite.ops.attention import row_attention
 from qlora_lite.train.causal_lm import CausalLM, CrossEntropy, ModelSpec
 from qlora_lite.train.forward import labelled_count, prepare
@@ -36,7 +36,7 @@ def test_loss_and_gradients_equal_those_of_plain_rows(model_type):
     reference = add_reference_lora(plain, model)
     batch = random_batch()
     check_forward(model)
-    set_levers(model, Levers())
+    set_memory_options(model, MemoryOptions())
     model.train()
 
     loss = accumulate_gradients(CausalLM(CrossEntropy(4)), model, [prepare(batch, model.device)]).loss.item()
@@ -58,7 +58,7 @@ def test_blocks_that_read_keys_and_values_of_others_are_refused_in_a_plan_and_in
     with pytest.raises(ModelError, match="last 2 blocks read the keys and values of earlier ones"):
         workload.check_model(model, TrainSettings(**SETTINGS))
     with pytest.raises(ModelError, match="last 2 blocks read the keys"):
-        workload.planned_model(torch.device("meta"), Levers(), BatchShape((8,), 7))
+        workload.planned_model(torch.device("meta"), MemoryOptions(), BatchShape((8,), 7))
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
@@ -78,13 +78,13 @@ def test_the_forward_check_runs_rows_alone_where_they_would_see_each_other(monke
     model, _ = quantized_pair("llama")
     monkeypatch.setattr("qlora_lite.train.forward.uses_row_attention", lambda model: False)
     assert check_forward(model) < 1e-5
-    assert rows_run_alone(model)
+    assert runs_unpacked(model)
 
 
 def test_the_forward_check_goes_back_to_the_model_s_own_attention_where_ours_leaves_something_out(monkeypatch):
     model = build_tiny("gpt_oss")
     use_row_attention(model)
-    assert check_forward(model) < 1e-5 and not rows_run_alone(model)
+    assert check_forward(model) < 1e-5 and not runs_unpacked(model)
 
     def without_sinks(*tensors, s_aux, **settings):
         return row_attention(*tensors, **settings)
@@ -92,6 +92,6 @@ def test_the_forward_check_goes_back_to_the_model_s_own_attention_where_ours_lea
     monkeypatch.setattr("qlora_lite.models.load.row_attention", without_sinks)
     use_row_attention(model)
     check_forward(model)
-    assert rows_run_alone(model) and not uses_row_attention(model)
+    assert runs_unpacked(model) and not uses_row_attention(model)
     monkeypatch.undo()
     use_row_attention(model)

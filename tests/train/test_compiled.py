@@ -1,4 +1,4 @@
-"""``train.compile``: blocks as compiled graphs, with the gradients of the blocks as they are and no weight unpacked.
+"""``train.compile``: blocks as compiled graphs, with the gradients of the blocks as they are and no weight dequantised.
 
 Graphs run operator by operator here (torch's "aot_eager"); one test compiles them to machine code.
 """
@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lever_cases import FOLDER, PLAIN, build, gradients, gradients_in_backward
+from memory_option_cases import FOLDER, PLAIN, build, gradients, gradients_in_backward
 from tiny import quantized_pair, random_batch
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
@@ -18,7 +18,7 @@ from torch._inductor.exc import InductorError
 from qlora_lite.adapters.lora.inject import Target, add_lora, lora_layers
 from qlora_lite.errors import ModelError, TrainingError
 from qlora_lite.models.anatomy import blocks
-from qlora_lite.models.levers import Levers, set_levers
+from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
 from qlora_lite.ops import compiled
 from qlora_lite.ops.attention import _gradient_operator, _rows_operator
 from qlora_lite.ops.checkpoint import Run, running
@@ -35,8 +35,10 @@ pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{words}")  # what torch 2.13 does itself while it compiles
     for words in (".*should not be instantiated", "The .grad attribute", "`torch.jit.script_method` is deprecated")
 ]
-BOTH = Levers(kept_blocks=2, compile=True)
-HOST = Levers(offload_checkpoints=True, host_embeddings=True, host_head=True, reuse_dequantized=True, compile=True)
+BOTH = MemoryOptions(uncheckpointed_layers=2, compile=True)
+HOST = MemoryOptions(
+    offload_checkpoints=True, host_embeddings=True, host_head=True, cache_dequantized=True, compile=True
+)
 FAMILIES = ["qwen3", "gemma2", "gpt2"]  # beside those of the other tests
 
 
@@ -63,16 +65,17 @@ def assert_close(found, expected, tolerance=1e-5):
         assert (one - other).norm() <= tolerance * other.norm()
 
 
-@pytest.mark.parametrize("levers", [BOTH, HOST])
-def test_compiled_blocks_have_the_gradients_of_the_blocks(graphs, levers):
-    assert_close(gradients(build(levers=levers), levers), gradients(build(), PLAIN))
+@pytest.mark.parametrize("options", [BOTH, HOST])
+def test_compiled_blocks_have_the_gradients_of_the_blocks(graphs, options):
+    assert_close(gradients(build(options=options), options), gradients(build(), PLAIN))
     assert graphs
 
 
 def test_compiled_blocks_go_with_a_head_in_four_bits_files_and_updates_in_backward(graphs):
-    levers = Levers(loss_chunk_tokens=3, offload_checkpoints=True, offload_folder=FOLDER, optimizer_in_backward=True,
-                    compile=True)  # fmt: skip
-    found = gradients_in_backward(build(levers=levers, quant_head=True), levers)
+    options = MemoryOptions(
+        loss_chunk_tokens=3, offload_checkpoints=True, offload_folder=FOLDER, optimizer_in_backward=True, compile=True
+    )
+    found = gradients_in_backward(build(options=options, quant_head=True), options)
     assert_close(found, gradients(build(quant_head=True), PLAIN, batches=1))
     assert graphs
 
@@ -83,13 +86,13 @@ def test_compiled_blocks_of_every_kind_have_the_gradients_of_the_blocks(graphs, 
     assert graphs
 
 
-def test_a_card_s_attention_is_compiled_too(graphs):
+def test_a_gpu_s_attention_is_compiled_too(graphs):
     """Its kernels' gradients are torch's, and the operator has to let autograd see them."""
     with planning_for("cuda"):
         assert_close(gradients(build("gemma3_text"), BOTH), gradients(build("gemma3_text"), PLAIN))
 
 
-def test_frozen_layers_without_factors_are_compiled_too(graphs):
+def test_frozen_layers_without_weights_are_compiled_too(graphs):
     def built():
         model = build("qwen2")  # q, k and v have biases
         for block in blocks(model)[1:]:
@@ -103,7 +106,7 @@ def test_frozen_layers_without_factors_are_compiled_too(graphs):
 
 def test_other_rows_and_lengths_need_no_other_graph(graphs):
     model = build("gemma3_text")
-    set_levers(model, Levers(compile=True))
+    set_memory_options(model, MemoryOptions(compile=True))
     counts = []
     for lengths in ((7, 12, 5), (31, 8), (24,), (3, 40, 20, 9), (150, 160)):
         accumulate_gradients(CausalLM(), model.train(), [prepare(random_batch(lengths), CPU)])
@@ -113,11 +116,11 @@ def test_other_rows_and_lengths_need_no_other_graph(graphs):
     assert counts[0] <= 6
 
 
-def kept_for_backward(levers):
+def kept_for_backward(options):
     """Shapes of what autograd keeps of a batch, and its bytes beside the model's own tensors."""
     model, shapes, sizes = build(), set(), {}
     owned = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    set_levers(model, levers)
+    set_memory_options(model, options)
 
     def pack(tensor):
         shapes.add(tuple(tensor.shape))
@@ -131,10 +134,10 @@ def kept_for_backward(levers):
     return loss, shapes & (weights | {shape[::-1] for shape in weights}), sum(sizes[p] for p in sizes.keys() - owned)
 
 
-@pytest.mark.parametrize("levers", [Levers("none", compile=True), BOTH])
-def test_compiled_blocks_keep_no_unpacked_weight_and_no_more_than_the_blocks(graphs, levers):
-    _, weights, size = kept_for_backward(levers)
-    _, _, size_of_blocks = kept_for_backward(replace(levers, compile=False))
+@pytest.mark.parametrize("options", [MemoryOptions("none", compile=True), BOTH])
+def test_compiled_blocks_keep_no_unpacked_weight_and_no_more_than_the_blocks(graphs, options):
+    _, weights, size = kept_for_backward(options)
+    _, _, size_of_blocks = kept_for_backward(replace(options, compile=False))
     assert not weights
     assert 0 < size <= size_of_blocks
 
@@ -155,11 +158,11 @@ def test_an_input_s_gradient_is_rounded_once_and_has_no_second_tensor():
 
 
 def test_weights_are_unpacked_once_for_a_block_s_second_run_and_its_gradients(graphs, monkeypatch):
-    model, unpacked, dequantize = build(), [], product.dequantize
-    set_levers(model, Levers(compile=True, reuse_dequantized=True))
-    monkeypatch.setattr(product, "dequantize", lambda *arguments: unpacked.append(1) or dequantize(*arguments))
+    model, dequantized, dequantize = build(), [], product.dequantize
+    set_memory_options(model, MemoryOptions(compile=True, cache_dequantized=True))
+    monkeypatch.setattr(product, "dequantize", lambda *arguments: dequantized.append(1) or dequantize(*arguments))
     accumulate_gradients(CausalLM(), model.train(), [prepare(random_batch(), CPU)])
-    assert len(unpacked) == 2 * len(list(lora_layers(model)))
+    assert len(dequantized) == 2 * len(list(lora_layers(model)))
 
 
 def test_what_a_block_keeps_of_attention_is_not_the_compiler_s_to_write_to():
@@ -193,17 +196,18 @@ def test_the_operators_are_what_torch_asks_of_operators():
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.parametrize(
-    ("model_type", "levers", "spared"),
-    [("llama", Levers(compile=True), 1), ("gpt_neox", Levers(compile=True), 2), ("gemma3_text", BOTH, 0)],
+    ("model_type", "options", "spared"),
+    [("llama", MemoryOptions(compile=True), 1), ("gpt_neox", MemoryOptions(compile=True), 2), ("gemma3_text", BOTH, 0)],
 )
-def test_machine_code_has_the_gradients_and_leaves_out_what_nobody_reads(monkeypatch, model_type, levers, spared):
-    """A second run spares its last product; both, of parallel attention and MLP (GPT-NeoX); none before a norm (Gemma).
+def test_machine_code_has_the_gradients_and_leaves_out_what_nobody_reads(monkeypatch, model_type, options, spared):
+    """A recomputation spares its last product; both, of parallel attention and MLP (GPT-NeoX); none before a norm
+    (Gemma).
 
-    Kept blocks have no second run.
+    Kept blocks have no recomputation.
     """
     torch._dynamo.reset()
     expected, model, products = gradients(build(model_type), PLAIN), build(model_type), []
-    assert_close(gradients(model, levers), expected)
+    assert_close(gradients(model, options), expected)
     product_beside = product.product_beside
 
     def counting(*arguments):
@@ -212,15 +216,15 @@ def test_machine_code_has_the_gradients_and_leaves_out_what_nobody_reads(monkeyp
         return product_beside(*arguments)
 
     monkeypatch.setattr(product, "product_beside", counting)  # what the operator calls for a layer's value
-    assert_close(gradients(model, levers, batches=1), gradients(build(model_type), PLAIN, batches=1))
+    assert_close(gradients(model, options, batches=1), gradients(build(model_type), PLAIN, batches=1))
     depth, each = len(blocks(model)), len(list(lora_layers(blocks(model)[0])))
-    first_runs, second_runs = depth * each, (depth - levers.kept_blocks) * (each - spared)
+    first_runs, second_runs = depth * each, (depth - options.uncheckpointed_layers) * (each - spared)
     assert len(products) == first_runs + second_runs
 
 
 def test_a_block_that_cannot_be_compiled_is_an_error_with_the_cure(graphs):
     model = build()
-    set_levers(model, Levers(compile=True))
+    set_memory_options(model, MemoryOptions(compile=True))
 
     class Breaks(nn.Module):
         def forward(self, x):
@@ -252,7 +256,7 @@ def test_a_gradient_that_cannot_be_compiled_is_told_and_memory_that_runs_out_as_
     failing = torch.compile(compiled._value, fullgraph=True, backend=backend)
     monkeypatch.setattr(compiled, "_compiled", lambda function: failing)
     model = build()
-    set_levers(model, Levers("none", compile=True))
+    set_memory_options(model, MemoryOptions("none", compile=True))
     with pytest.raises(told, match=words):
         accumulate_gradients(CausalLM(), model.train(), [prepare(random_batch(), CPU)])
     torch._dynamo.reset()
@@ -262,42 +266,42 @@ def test_dropout_by_a_rate_that_a_block_hands_to_a_function_is_refused():
     model = build()
     blocks(model)[0].mlp.residual_dropout = 0.1  # as Starcoder2 and OPT do
     with pytest.raises(TrainingError, match=r"set train\.compile to false: it is incompatible with dropout$"):
-        check_compilable(model, Levers(compile=True))
+        check_compilable(model, MemoryOptions(compile=True))
 
 
 def test_nine_kinds_of_blocks_are_not_too_many_graphs(graphs):
     model = quantized_pair("llama", num_hidden_layers=9)[0]
     ranks = [Target(f"model.layers.{number}.*", rank=2 + number) for number in range(9)]
     add_lora(model, ranks, dtype=torch.float32)
-    set_levers(model, Levers("none", compile=True))
+    set_memory_options(model, MemoryOptions("none", compile=True))
     accumulate_gradients(CausalLM(), model.train(), [prepare(random_batch(), CPU)])
     assert len(graphs) >= 9  # torch's own limit is eight
 
 
 @pytest.mark.parametrize(
-    ("model_type", "options", "levers", "reason"),
+    ("model_type", "settings", "options", "reason"),
     [
-        ("llama", {"dropout": 0.1}, Levers(), "dropout"),
-        ("llama", {"attention_dropout": 0.1}, Levers(), "dropout"),
-        ("gpt2", {"resid_pdrop": 0.1}, Levers(), "dropout"),
-        ("granite", {"attention_dropout": 0.1}, Levers(), "dropout"),
-        ("llama", {}, Levers(tile_tokens=8, resident_blocks=0), "memory.tile_tokens, memory.resident_blocks"),
-        ("llama", {}, Levers(checkpoint_every=2), "memory.checkpoint_every"),
-        ("llama", {}, Levers("selective", tile_tokens=8), "memory.checkpointing selective, memory.tile_tokens"),
+        ("llama", {"dropout": 0.1}, MemoryOptions(), "dropout"),
+        ("llama", {"attention_dropout": 0.1}, MemoryOptions(), "dropout"),
+        ("gpt2", {"resid_pdrop": 0.1}, MemoryOptions(), "dropout"),
+        ("granite", {"attention_dropout": 0.1}, MemoryOptions(), "dropout"),
+        ("llama", {}, MemoryOptions(tile_tokens=8, resident_layers=0), "memory.tile_tokens, memory.resident_layers"),
+        ("llama", {}, MemoryOptions(layers_per_checkpoint=2), "memory.layers_per_checkpoint"),
+        ("llama", {}, MemoryOptions("selective", tile_tokens=8), "memory.checkpointing selective, memory.tile_tokens"),
     ],
 )
-def test_what_compiled_blocks_would_do_otherwise_is_refused(model_type, options, levers, reason):
-    model = build(model_type, **options)
-    check_compilable(model, levers)
+def test_what_compiled_blocks_would_do_otherwise_is_refused(model_type, settings, options, reason):
+    model = build(model_type, **settings)
+    check_compilable(model, options)
     with pytest.raises(TrainingError, match=f"set train.compile to false: it is incompatible with {reason}$"):
-        check_compilable(model, replace(levers, compile=True))
+        check_compilable(model, replace(options, compile=True))
 
 
 def test_a_compiler_that_is_missing_is_told_before_the_first_step(monkeypatch):
     model = build("llama")
     monkeypatch.setattr("shutil.which", lambda _name: "a path")
-    check_compilable(model, Levers(compile=True))
+    check_compilable(model, MemoryOptions(compile=True))
     monkeypatch.setattr("shutil.which", lambda _name: None)
-    check_compilable(model, Levers())
+    check_compilable(model, MemoryOptions())
     with pytest.raises(TrainingError, match=r"train\.compile needs a C\+\+ compiler \(g\+\+\): install it, or set"):
-        check_compilable(model, Levers(compile=True))
+        check_compilable(model, MemoryOptions(compile=True))

@@ -133,14 +133,14 @@ def assert_left_out_where_not_finite(name, rounding, device):
 @pytest.mark.parametrize("rounding", [True, False])
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_a_step_whose_numbers_are_not_finite_leaves_everything(name, rounding, device_type):
-    with planning_for(device_type):  # as if on a card, which looks by itself
+    with planning_for(device_type):  # as if on a GPU, which looks by itself
         assert_left_out_where_not_finite(name, rounding, "cpu")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("rounding", [True, False])
-def test_a_step_whose_numbers_are_not_finite_leaves_everything_on_a_card(name, rounding):
+def test_a_step_whose_numbers_are_not_finite_leaves_everything_on_a_gpu(name, rounding):
     assert_left_out_where_not_finite(name, rounding, "cuda")
 
 
@@ -157,7 +157,7 @@ def test_gradients_are_scaled_in_the_type_of_the_update(name):
     assert all(torch.allclose(ours, theirs, atol=1e-7) for ours, theirs in zip(parameters, same, strict=True))
 
 
-def test_factors_of_a_chunk_lie_end_to_end_and_come_back_to_each_other():
+def test_weights_of_a_chunk_lie_end_to_end_and_come_back_to_each_other():
     parameters = weights(torch.bfloat16)
     values = [p.detach().clone() for p in parameters]
     optimizer = build_optimizer(parameters, "adamw_8bit", 0.0, 0.0)
@@ -173,7 +173,7 @@ def test_factors_of_a_chunk_lie_end_to_end_and_come_back_to_each_other():
         assert all(map(torch.equal, parameters, values))
 
 
-def test_what_is_saved_of_factors_and_states_has_their_bytes_and_no_more(tmp_path):
+def test_what_is_saved_of_weights_and_states_has_their_bytes_and_no_more(tmp_path):
     parameters = weights(torch.bfloat16)
     optimizer = build_optimizer(parameters, "adamw_8bit", 0.01, 0.0)
     give_gradients(parameters, 1)
@@ -184,14 +184,14 @@ def test_what_is_saved_of_factors_and_states_has_their_bytes_and_no_more(tmp_pat
     assert all(copy.untyped_storage().nbytes() == copy.nbytes for copy in copies)
 
 
-def test_two_optimizers_of_the_same_factors_do_not_disturb_each_other():
+def test_two_optimizers_of_the_same_weights_do_not_disturb_each_other():
     sides = [weights(torch.bfloat16) for _ in range(2)]
     first, alone = (build_optimizer(side, "adamw_8bit", 0.01, 0.1) for side in sides)
     for step in range(1, 3):
         for side, optimizer in zip(sides, (first, alone), strict=True):
             give_gradients(side, step)
             optimizer.step()
-        second = build_optimizer(sides[0], "adamw_8bit", 0.0, 0.0)  # as a rehearsal has
+        second = build_optimizer(sides[0], "adamw_8bit", 0.0, 0.0)  # as a memory probe has
         second.step()
     assert_same(sides[0], first, sides[1], alone)
 
@@ -226,7 +226,7 @@ def test_no_step_of_a_process_makes_the_packing_tables():
 
 
 @pytest.mark.parametrize(("name", "most"), [("adamw_8bit", 28), ("lion_8bit", 28), ("adamw_32bit", 28)])
-def test_a_card_is_given_few_operations_to_update_an_8b_model(name, most, monkeypatch):
+def test_a_gpu_is_given_few_operations_to_update_an_8b_model(name, most, monkeypatch):
     """Of r = 16 on all linear layers of Llama-3.1-8B: clipping and update are as many for 448 factors as for two."""
     monkeypatch.undo()
     sizes = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336), (4096, 14336), (14336, 4096)]

@@ -1,4 +1,4 @@
-"""On a card: the same step as on a CPU, and memory as planned. Needs a CUDA device."""
+"""On a GPU: the same step as on a CPU, and memory as planned. Needs a CUDA device."""
 
 import copy
 import gc
@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from jobs import changed, new_job
-from lever_cases import (
+from memory_option_cases import (
     COPYING,
     FEW_WORDS,
     PLAIN,
@@ -24,13 +24,13 @@ from transformers import AutoConfig
 from qlora_lite.adapters.lora.inject import add_lora, lora_parameters
 from qlora_lite.memory.process import CUBLAS_WORKSPACE_BYTES
 from qlora_lite.models.anatomy import blocks
-from qlora_lite.models.levers import Levers, place, set_levers
+from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
 from qlora_lite.planning.predict import predict
 from qlora_lite.quant.tensor_file import bit_sums
 from qlora_lite.train.causal_lm import CausalLM, CrossEntropy
 from qlora_lite.train.forward import prepare
+from qlora_lite.train.memory_probe import probe_step
 from qlora_lite.train.optim import build_optimizer
-from qlora_lite.train.rehearsal import rehearse_step
 from qlora_lite.train.step import accumulate_gradients
 
 pytestmark = pytest.mark.gpu
@@ -41,7 +41,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first
 
 @pytest.fixture
 def repeatable():
-    """Make the card compute the same bits every time, which its attention's backward does not do by itself."""
+    """Make the GPU compute the same bits every time, which its attention's backward does not do by itself."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -54,18 +54,18 @@ def card_model(depth, device=CARD):
 
 
 def asked_for(when="current"):
-    """Bytes of the tensors on the card; what is allocated also has the rest of a piece that is not worth cutting."""
+    """Bytes of the tensors on the GPU; what is allocated also has the rest of a piece that is not worth cutting."""
     return torch.cuda.memory_stats()[f"requested_bytes.all.{when}"]
 
 
 def with_gradients(model, batch):
-    set_levers(model.train(), Levers())
+    set_memory_options(model.train(), MemoryOptions())
     loss = accumulate_gradients(CausalLM(CrossEntropy(8)), model, [prepare(batch, model.device)]).loss.item()
     return loss, [parameter.grad.cpu() for _, parameter in lora_parameters(model)]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2"])
-def test_loss_and_gradients_on_a_card_are_those_on_a_cpu(model_type):
+def test_loss_and_gradients_on_a_gpu_are_those_on_a_cpu(model_type):
     model, _ = quantized_pair(model_type)
     add_lora(model, rank=3, alpha=6.0, dtype=torch.float32)
     random_factors(model)
@@ -80,56 +80,56 @@ def test_loss_and_gradients_on_a_card_are_those_on_a_cpu(model_type):
 @pytest.mark.real_card
 def test_allocated_memory_is_what_the_plan_says():
     sizes = SIZES | {"num_hidden_layers": 4}
-    gc.collect()  # what is left on the card are cuBLAS's workspaces, which a plan counts
+    gc.collect()  # what is left on the GPU are cuBLAS's workspaces, which a plan counts
     model, _ = quantized_pair("llama", dtype=torch.bfloat16, **sizes)
     model = add_lora(model, rank=16).to("cuda")
-    set_levers(model, Levers())
+    set_memory_options(model, MemoryOptions())
     batch = random_batch((2048,), vocabulary=8192)
     job = new_job(AutoConfig.for_model("llama", **sizes), CausalLM().shape(batch), device_type="cuda")
     parameters = [parameter for _, parameter in lora_parameters(model)]
     optimizer = build_optimizer(parameters, job.optimizer, 0.0, 0.0)
     torch.cuda.reset_peak_memory_stats()
-    rehearse_step(CausalLM(), model, parameters, optimizer, prepare(batch, model.device), None, 1.0, False)
+    probe_step(CausalLM(), model, parameters, optimizer, prepare(batch, model.device), None, 1.0, False)
     measured = asked_for("peak")
     predicted = predict(changed(job, config=model.config)).allocated_bytes
     assert -0.01 <= predicted / measured - 1 <= 0.05
 
 
-@pytest.mark.parametrize("levers", SAME_ARITHMETIC, ids=str)
-def test_where_tensors_lie_and_whether_they_are_kept_changes_no_bit_on_a_card(levers, repeatable, monkeypatch):
+@pytest.mark.parametrize("options", SAME_ARITHMETIC, ids=str)
+def test_where_tensors_lie_and_whether_they_are_kept_changes_no_bit_on_a_gpu(options, repeatable, monkeypatch):
     monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", FEW_WORDS)
     expected = gradients(build(device=CARD), PLAIN)
-    model = build(levers=levers, device=CARD)
+    model = build(options=options, device=CARD)
     for _ in range(2):  # the second step finds the stream where the first left it
-        for one, other in zip(gradients(model, levers), expected, strict=True):
+        for one, other in zip(gradients(model, options), expected, strict=True):
             assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("levers", COPYING, ids=str)
-def test_copies_change_no_bit_of_steps_and_evaluations_on_a_card(levers, repeatable, monkeypatch):
+@pytest.mark.parametrize("options", COPYING, ids=str)
+def test_copies_change_no_bit_of_steps_and_evaluations_on_a_gpu(options, repeatable, monkeypatch):
     monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", FEW_WORDS)
     found, expected = (
-        gradients_of_steps(build(levers=each, device=CARD), each, losses_without_gradients)
-        for each in (levers, replace(PLAIN, tile_tokens=levers.tile_tokens))
+        gradients_of_steps(build(options=each, device=CARD), each, losses_without_gradients)
+        for each in (options, replace(PLAIN, tile_tokens=options.tile_tokens))
     )
     assert all(torch.equal(one.cpu(), other.cpu()) for one, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
-def test_block_inputs_of_steps_of_any_length_come_back_to_a_card(on_disk, repeatable, tmp_path):
-    levers = Levers(offload_checkpoints=True, offload_folder=str(tmp_path) if on_disk else None)
+def test_block_inputs_of_steps_of_any_length_come_back_to_a_gpu(on_disk, repeatable, tmp_path):
+    options = MemoryOptions(offload_checkpoints=True, offload_folder=str(tmp_path) if on_disk else None)
     model = build(device=CARD)
-    assert all(map(torch.equal, gradients_of_steps(model, levers), gradients_of_steps(model, PLAIN)))
+    assert all(map(torch.equal, gradients_of_steps(model, options), gradients_of_steps(model, PLAIN)))
 
 
-def active_bytes_of_a_step(depth, levers):
+def active_bytes_of_a_step(depth, options):
     """Return the most memory in use during a step, above what lay there before it and less its gradients.
 
     Memory whose copy to the host has not ended is in use although no tensor holds it: ``memory_allocated`` leaves it
-    out, "active" does not. Nothing here waits for the card, so that the process runs ahead of it as in training.
+    out, "active" does not. Nothing here waits for the GPU, so that the process runs ahead of it as in training.
     """
     model = card_model(depth)
-    set_levers(model.train(), levers)
+    set_memory_options(model.train(), options)
     inputs = [prepare(random_batch((4096,), vocabulary=8192), CARD)]
     parameters = [parameter for _, parameter in lora_parameters(model)]
     for _ in range(2):  # the first allocates pinned memory, which makes the process wait
@@ -148,8 +148,8 @@ def active_bytes_of_a_step(depth, levers):
 def test_offloaded_checkpoints_leave_at_most_two_block_inputs_on_the_device():
     input_bytes, few, many = 4096 * SIZES["hidden_size"] * 2, 4, 16
     offloaded, kept = (
-        active_bytes_of_a_step(many, levers) - active_bytes_of_a_step(few, levers)
-        for levers in (Levers(offload_checkpoints=True), Levers())
+        active_bytes_of_a_step(many, options) - active_bytes_of_a_step(few, options)
+        for options in (MemoryOptions(offload_checkpoints=True), MemoryOptions())
     )
     assert kept >= 0.9 * (many - few) * input_bytes  # what there is to save; the peak may stand elsewhere
     assert offloaded <= 2 * input_bytes
@@ -165,11 +165,11 @@ def test_of_streamed_weights_two_blocks_are_on_the_device():
     streamed = {id(tensor) for block in blocks(model) for tensor in frozen(block)}
     others = [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in streamed]
     before = asked_for()
-    place(model, CARD, Levers(resident_blocks=0))
+    place(model, CARD, MemoryOptions(resident_layers=0))
     held = asked_for() - before
     assert held == sum(tensor.nbytes for tensor in others) + 2 * slot_bytes
-    levers = Levers(resident_blocks=0)
-    set_levers(model.train(), levers)
+    options = MemoryOptions(resident_layers=0)
+    set_memory_options(model.train(), options)
     accumulate_gradients(CausalLM(), model, [prepare(random_batch((64,), vocabulary=8192), CARD)])
     for _, parameter in lora_parameters(model):
         parameter.grad = None
@@ -180,10 +180,10 @@ def test_of_streamed_weights_two_blocks_are_on_the_device():
 @pytest.mark.real_card
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute", "ignore:TensorFloat32")
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "gemma3_text"])
-def test_compiled_blocks_have_the_gradients_of_the_blocks_on_a_card(model_type):
-    levers = Levers(kept_blocks=2, compile=True)
+def test_compiled_blocks_have_the_gradients_of_the_blocks_on_a_gpu(model_type):
+    options = MemoryOptions(uncheckpointed_layers=2, compile=True)
     expected = gradients(build(model_type, device=CARD), PLAIN)
-    for one, other in zip(gradients(build(model_type, device=CARD), levers), expected, strict=True):
+    for one, other in zip(gradients(build(model_type, device=CARD), options), expected, strict=True):
         assert (one - other).norm() <= 1e-3 * other.norm()
 
 
@@ -191,11 +191,11 @@ def test_compiled_blocks_have_the_gradients_of_the_blocks_on_a_card(model_type):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute", "ignore:TensorFloat32")
 @pytest.mark.parametrize("checkpointing", ["block", "none"])
 def test_a_compiled_step_needs_no_more_memory_than_a_plain_one_which_is_what_plans_count(checkpointing):
-    plain = active_bytes_of_a_step(4, Levers(checkpointing))
-    assert active_bytes_of_a_step(4, Levers(checkpointing, compile=True)) <= 1.02 * plain
+    plain = active_bytes_of_a_step(4, MemoryOptions(checkpointing))
+    assert active_bytes_of_a_step(4, MemoryOptions(checkpointing, compile=True)) <= 1.02 * plain
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
-def test_bits_are_summed_on_a_card_as_on_a_cpu(dtype):
+def test_bits_are_summed_on_a_gpu_as_on_a_cpu(dtype):
     tensor = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul_(50).abs_().to(dtype)[:-3]
     assert bit_sums(tensor.cuda()) == bit_sums(tensor)

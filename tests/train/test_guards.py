@@ -1,4 +1,4 @@
-"""Each guard stops the run it is there for and names the place; the trainer's rehearsal leaves no trace."""
+"""Each guard stops the run it is there for and names the place; the trainer's memory probe leaves no trace."""
 
 import copy
 import gc
@@ -15,9 +15,9 @@ from qlora_lite.data.batch import collate
 from qlora_lite.data.storage import Example, stored
 from qlora_lite.errors import DataError, ModelError, TrainingError
 from qlora_lite.models.anatomy import position_limit
-from qlora_lite.models.levers import Levers
+from qlora_lite.models.memory_options import MemoryOptions
+from qlora_lite.models.packing import runs_unpacked
 from qlora_lite.models.quantizer import quantize_head
-from qlora_lite.models.rows_alone import rows_run_alone
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.tensor_file import HASHED_WORDS, bit_sums
 from qlora_lite.train.causal_lm import CausalLM
@@ -100,7 +100,7 @@ def test_an_adapter_that_takes_no_part_is_named_after_the_first_step(monkeypatch
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_rows_in_which_tokens_see_only_themselves_do_not_show_who_takes_part(whole):
-    step = dict(max_grad_norm=0.0, levers=Levers(optimizer_in_backward=True)) if whole else {}
+    step = dict(max_grad_norm=0.0, options=MemoryOptions(optimizer_in_backward=True)) if whole else {}
     training = trainer(
         rows=[TWO_TOKENS, *examples(3)], packing=False, gradient_accumulation_steps=1, order="as-is", **step
     )
@@ -141,7 +141,7 @@ def test_a_token_that_the_model_has_no_embedding_for_is_named_with_its_row(is_st
     with pytest.raises(DataError, match=said):
         Trainer(training.model, rows, training.settings)
     with pytest.raises(DataError, match=said):
-        training.rehearse(rows)
+        training.probe_memory(rows)
     if is_stored:
         Trainer(training.model, rows[:7], training.settings)  # a row that a weight leaves out is no harm
 
@@ -226,11 +226,11 @@ def test_training_leaves_every_frozen_bit_and_moves_every_factor():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_the_rehearsal_leaves_weights_optimizer_gradients_and_random_state(dropout):
+def test_the_memory_probe_leaves_weights_optimizer_gradients_and_random_state(dropout):
     training = trainer(dropout=dropout)
     frozen, state = frozen_checksum(training.model), torch.get_rng_state()
     before = copy.deepcopy(training.parameters)
-    training.rehearse()
+    training.probe_memory()
     assert torch.equal(torch.get_rng_state(), state)
     assert frozen_checksum(training.model) == frozen
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, training.parameters, strict=True))
@@ -240,21 +240,21 @@ def test_the_rehearsal_leaves_weights_optimizer_gradients_and_random_state(dropo
 
 @pytest.mark.parametrize("checkpointing", ["block", "none"])
 @pytest.mark.parametrize("options", [{"dropout": 0.2}, {"targets": ["q_proj"]}, {"targets": ["*.1.*"]}], ids=str)
-def test_dropout_and_layers_without_factors_train_under_checkpointing_as_without(options, checkpointing):
+def test_dropout_and_layers_without_weights_train_under_checkpointing_as_without(options, checkpointing):
     losses = []
     for mode in ("none", checkpointing):
-        training = trainer(levers=Levers(mode), **options)
+        training = trainer(options=MemoryOptions(mode), **options)
         torch.manual_seed(1)
         losses.append([metrics.loss for metrics in training])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_the_same_seed_gives_the_same_steps_with_and_without_a_rehearsal(dropout):
+def test_the_same_seed_gives_the_same_steps_with_and_without_a_memory_probe(dropout):
     def run(rehearsed):
         training = trainer(dropout=dropout)
         if rehearsed:
-            training.rehearse()
+            training.probe_memory()
         torch.manual_seed(1)
         return [(m.loss, m.grad_norm, m.tokens) for m in training], [p.detach() for p in training.parameters]
 
@@ -362,7 +362,7 @@ def test_rows_that_would_be_rotated_as_the_longest_of_their_batch_run_alone(mode
     assert len(list(training)) == 4
     check_frozen(training.model, checksum)  # frequencies that follow the rows are no weights
     short = trainer(model_type, rows=rows_of(60, 6), max_steps=1, **changes | {"max_tokens": 64})
-    assert not rows_run_alone(short.model)
+    assert not runs_unpacked(short.model)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "opt"])
@@ -373,7 +373,7 @@ def test_a_row_longer_than_the_table_of_positions_is_named_with_what_to_set(mode
     with pytest.raises(DataError, match=said):
         trainer(model_type, rows=longer, max_tokens=256)
     with pytest.raises(DataError, match=said):
-        trainer(model_type, rows=fits, max_tokens=256).rehearse(longer)
+        trainer(model_type, rows=fits, max_tokens=256).probe_memory(longer)
     assert len(list(trainer("llama", rows=rows_of(7, 300), max_tokens=512))) == 4
 
 

@@ -1,4 +1,4 @@
-"""A run computes with those fused kernels of a card that are no worse on its own shapes."""
+"""A run computes with those fused kernels of a GPU that are no worse on its own shapes."""
 
 import sys
 import types
@@ -13,7 +13,7 @@ from torch._decomp import decomposition_table
 from qlora_lite.errors import TrainingError
 from qlora_lite.models import kernels as model_kernels
 from qlora_lite.models.kernels import EXPERTS, GATED, KERNELS, kernels_of, use_kernels
-from qlora_lite.models.levers import Levers, place, set_levers, stream_of
+from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options, stream_of
 from qlora_lite.ops import attention, flex_attention, gated, norm, trial
 from qlora_lite.ops.around import wrappers
 from qlora_lite.ops.block_attention import block_attention
@@ -37,21 +37,21 @@ def fused_norms(model):
     return {norm.fused for norm in wrappers(model, LeanNorm)}
 
 
-@pytest.mark.parametrize(("levers", "names"), [
-    (Levers(), OF_LLAMA), (Levers(kernels="plain"), set()), (Levers(compile=True), set()),
+@pytest.mark.parametrize(("options", "names"), [
+    (MemoryOptions(), OF_LLAMA), (MemoryOptions(kernels="plain"), set()), (MemoryOptions(compile=True), set()),
 ])  # fmt: skip
-def test_kernels_are_allowed_unless_plain_operators_are_asked_for_or_a_compiler_makes_its_own(levers, names):
+def test_kernels_are_allowed_unless_plain_operators_are_asked_for_or_a_compiler_makes_its_own(options, names):
     model, _ = quantized_pair("llama")
     assert fused_norms(model) == {False} and not kernels_of(model)
-    set_levers(model, levers)
+    set_memory_options(model, options)
     assert fused_norms(model) == {bool(names)} and kernels_of(model) == names
 
 
 def test_norms_that_run_tile_by_tile_are_fused_like_the_others():
     model, _ = quantized_pair("llama")
     count = len(list(wrappers(model, LeanNorm)))
-    set_levers(model, Levers(tile_tokens=5, kernels="plain"))
-    set_levers(model, Levers(tile_tokens=8))
+    set_memory_options(model, MemoryOptions(tile_tokens=5, kernels="plain"))
+    set_memory_options(model, MemoryOptions(tile_tokens=8))
     assert len(list(wrappers(model, LeanNorm))) == count and fused_norms(model) == {True}
     use_kernels(model, ())
     assert fused_norms(model) == {False}
@@ -59,8 +59,8 @@ def test_norms_that_run_tile_by_tile_are_fused_like_the_others():
 
 def test_norms_that_are_tried_are_there_although_blocks_are_streamed():
     model, _ = quantized_pair("qwen3", num_hidden_layers=4)
-    levers, tokens = Levers(resident_blocks=1, tile_tokens=4), torch.arange(9)
-    set_levers(place(model, torch.device("cpu"), levers), levers)
+    options, tokens = MemoryOptions(resident_layers=1, tile_tokens=4), torch.arange(9)
+    set_memory_options(place(model, torch.device("cpu"), options), options)
     norms, *_ = kernels._seen(model, Inputs(tokens[None] + 3, tokens[None], (5, 4), tokens, tokens))
     assert len(norms) == 2, "of hidden states and of heads"
     assert not any(stream_of(model).holds(norm.weight) for norm, _ in norms)
@@ -77,7 +77,7 @@ def test_a_run_that_goes_on_keeps_its_kernels():
         training = trainer()
         training.choose_kernels(recorded)
         assert kernels_of(training.model) == kept
-    plain = trainer(levers=Levers(kernels="plain"))
+    plain = trainer(options=MemoryOptions(kernels="plain"))
     plain.choose_kernels(["norms"])
     assert not kernels_of(plain.model)
 
@@ -114,7 +114,7 @@ def chosen(monkeypatch, caplog):
         monkeypatch.setattr(norm, "_FUSED", forward or value)
         monkeypatch.setattr(trial, "FASTER", faster)
         model, _ = quantized_pair("llama")
-        set_levers(model, Levers())
+        set_memory_options(model, MemoryOptions())
         tokens = torch.arange(9)
         caplog.clear()
         with caplog.at_level("INFO"):
@@ -184,7 +184,7 @@ def test_a_window_s_kernel_is_tried_where_half_of_the_largest_row_is_no_longer_t
     monkeypatch.setattr(kernels, "_seen", attend)
     monkeypatch.setattr(kernels, "_is_better_packed", note)
     model, tokens = quantized_pair("llama")[0], torch.arange(9)
-    set_levers(model, Levers())
+    set_memory_options(model, MemoryOptions())
     choose_kernels(model, Inputs(tokens[None], tokens[None], (9,), tokens, tokens))
     assert tried == {None: [4, 5], window: [9]} and "sequences" in kernels_of(model)
 
@@ -209,7 +209,7 @@ class LigerSiLUMulFunction(torch.autograd.Function):
 
 @pytest.fixture
 def liger(monkeypatch):
-    """Liger's package on a card, by a class of this file."""
+    """Liger's package on a GPU, by a class of this file."""
     module = types.SimpleNamespace(LigerSiLUMulFunction=LigerSiLUMulFunction)
     monkeypatch.setitem(sys.modules, "liger_kernel.ops.swiglu", module)
     monkeypatch.setattr(LigerSiLUMulFunction, "factor", 1.0)
@@ -233,11 +233,13 @@ def test_liger_s_kernels_that_do_not_run_are_left_out(liger, chosen, monkeypatch
     assert names == {"norms"} and "Liger's gated product does not run here (ModuleNotFoundError" in said
 
 
-@pytest.mark.parametrize("levers", [Levers(), Levers(checkpointing="none"), Levers(tile_tokens=8)])
-def test_a_run_with_liger_s_kernels_is_the_run_without_within_rounding(liger, levers):
+@pytest.mark.parametrize(
+    "options", [MemoryOptions(), MemoryOptions(checkpointing="none"), MemoryOptions(tile_tokens=8)]
+)
+def test_a_run_with_liger_s_kernels_is_the_run_without_within_rounding(liger, options):
     runs, used = [], []
     for names in ([GATED], ()):
-        training = trainer("qwen3", levers=levers)
+        training = trainer("qwen3", options=options)
         use_kernels(training.model, names)
         used.append([mlp.fused for mlp in wrappers(training.model, GatedMLP)])
         runs.append([(metrics.loss, metrics.grad_norm) for metrics in training])
@@ -273,7 +275,7 @@ def chosen_attention(monkeypatch, caplog):
         monkeypatch.setattr(kernels, "timed", lambda run, _: (run(), (1.0, 0))[1])
         monkeypatch.setattr(trial, "FASTER", faster)
         model, _ = quantized_pair(model_type)
-        set_levers(model, Levers())
+        set_memory_options(model, MemoryOptions())
         tokens = torch.arange(9)
         with caplog.at_level("INFO"):
             choose_kernels(model, Inputs(tokens[None] + 3, tokens[None], (7, 2), tokens, tokens))
@@ -308,7 +310,7 @@ def test_a_compiler_that_fails_leaves_the_other_kernels(chosen_attention, monkey
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
-def test_on_a_card_a_run_with_kernels_is_the_run_without_within_rounding(model_type, monkeypatch, caplog):
+def test_on_a_gpu_a_run_with_kernels_is_the_run_without_within_rounding(model_type, monkeypatch, caplog):
     def in_bfloat16(name):
         model, plain = quantized_pair(name)
         return model.to(torch.bfloat16), plain
@@ -316,11 +318,11 @@ def test_on_a_card_a_run_with_kernels_is_the_run_without_within_rounding(model_t
     monkeypatch.setattr(tiny_trainer, "quantized_pair", in_bfloat16)
     monkeypatch.setattr(trial, "FASTER", 1e9)
     losses = []
-    for levers in (Levers(), Levers(kernels="plain")):
-        training = trainer(model_type, device="cuda", micro_batch_size=2, levers=levers)
+    for options in (MemoryOptions(), MemoryOptions(kernels="plain")):
+        training = trainer(model_type, device="cuda", micro_batch_size=2, options=options)
         with caplog.at_level("INFO"):
             training.choose_kernels()
         losses.append([metrics.loss for metrics in training])
-        assert kernels_of(training.model) == (set() if levers.kernels == "plain" else OF_LLAMA)
+        assert kernels_of(training.model) == (set() if options.kernels == "plain" else OF_LLAMA)
     assert "packed attention is used" in caplog.text
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)

@@ -1,4 +1,4 @@
-"""No step of a run holds more than its rehearsal did, whatever else than its tokens makes a micro-batch large."""
+"""No step of a run holds more than its memory probe did, whatever else than its tokens makes a micro-batch large."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from tiny_trainer import trainer
 
 from qlora_lite.data.storage import Example
 from qlora_lite.memory.ledger import Ledger
-from qlora_lite.models.levers import Levers
+from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.loop import largest_batches
@@ -38,12 +38,16 @@ def peak_of(training, run):
     return ledger.peak.total
 
 
-@pytest.mark.parametrize("levers", [Levers(), Levers("none"), Levers(kept_blocks=1), Levers("selective")], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [MemoryOptions(), MemoryOptions("none"), MemoryOptions(uncheckpointed_layers=1), MemoryOptions("selective")],
+    ids=str,
+)
 @pytest.mark.parametrize("rows", SETS.values(), ids=SETS)
-def test_no_step_holds_more_than_the_rehearsal_did(rows, levers):
+def test_no_step_holds_more_than_the_memory_probe_did(rows, options):
     training = trainer(rows=rows, order="as-is", max_tokens=PACK, max_steps=6, gradient_accumulation_steps=1,
-                       levers=levers)  # fmt: skip
-    rehearsed, steps = peak_of(training, training.rehearse), iter(training)
+                       options=options)  # fmt: skip
+    rehearsed, steps = peak_of(training, training.probe_memory), iter(training)
     later = [peak_of(training, lambda: next(steps)) for _ in range(training.total_steps)]
     assert max(later) <= 1.01 * rehearsed
 
@@ -55,11 +59,11 @@ def test_what_is_rehearsed_after_memory_ran_out_has_something_to_learn(rows, mos
     training.most_tokens = most_tokens
     for batch in largest_batches(CausalLM(), training.examples, rows, training.epochs, most_tokens):
         assert sum(batch.row_lengths) <= max(most_tokens, *batch.row_lengths)
-    training.rehearse(rows)
+    training.probe_memory(rows)
 
 
 @pytest.mark.parametrize("rows", SETS.values(), ids=SETS)
 def test_no_evaluation_holds_more_than_the_rehearsed_one_did(rows):
     training = trainer(rows=[row(8, 4)], max_tokens=PACK, max_steps=1, gradient_accumulation_steps=1)
-    rehearsed = peak_of(training, lambda: training.rehearse(rows))
+    rehearsed = peak_of(training, lambda: training.probe_memory(rows))
     assert peak_of(training, lambda: training.evaluate(rows)) <= 1.01 * rehearsed

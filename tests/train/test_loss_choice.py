@@ -1,16 +1,16 @@
-"""The loss that a rehearsal chooses is the one that training computes."""
+"""The loss that a memory probe chooses is the one that training computes."""
 
 import pytest
 import torch
 from tiny_trainer import trainer
 
 from qlora_lite.errors import TrainingError
-from qlora_lite.models.levers import Levers
+from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.ops import fused_loss, trial
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, chunked_cross_entropy, head_logits
 from qlora_lite.train import causal_lm
 
-WHOLE = dict(max_grad_norm=0.0, gradient_accumulation_steps=1, levers=Levers(optimizer_in_backward=True))
+WHOLE = dict(max_grad_norm=0.0, gradient_accumulation_steps=1, options=MemoryOptions(optimizer_in_backward=True))
 
 
 @pytest.fixture
@@ -33,11 +33,11 @@ def chosen(training):
 
 
 @pytest.mark.parametrize("changes", [{}, WHOLE])
-def test_every_step_and_the_rehearsal_compute_the_chosen_loss_and_evaluations_ours(other, changes):
+def test_every_step_and_the_memory_probe_compute_the_chosen_loss_and_evaluations_ours(other, changes):
     training, plain = trainer(**changes, fused_loss="auto"), trainer(**changes)
     for each in (training, plain):
         each.choose_loss()
-        each.rehearse(each.examples[:2])
+        each.probe_memory(each.examples[:2])
     assert chosen(training) == "other" and chosen(plain) is None
     assert len(other) == 1 and other[0][0]
     steps, losses = list(training), [metrics.loss for metrics in plain]
@@ -51,7 +51,7 @@ def test_every_step_and_the_rehearsal_compute_the_chosen_loss_and_evaluations_ou
 def test_the_losses_are_tried_on_the_hidden_states_of_the_largest_micro_batch(other, monkeypatch):
     tried = []
     monkeypatch.setattr(causal_lm, "choose_loss", lambda *given: tried.append(given))
-    training = trainer("gemma2", fused_loss="auto", levers=Levers(loss_chunk_tokens=7), dropout=0.5)
+    training = trainer("gemma2", fused_loss="auto", options=MemoryOptions(loss_chunk_tokens=7), dropout=0.5)
     training.choose_loss()
     assert not training.model.training
     [(names, hidden, targets, head, chunk_tokens)] = tried
@@ -59,7 +59,7 @@ def test_the_losses_are_tried_on_the_hidden_states_of_the_largest_micro_batch(ot
     assert hidden.shape == (len(targets), head.weight.shape[1]) and not hidden.requires_grad
     assert head.softcap == training.model.config.final_logit_softcapping
     losses = [metrics.loss for metrics in training]
-    again = trainer("gemma2", levers=Levers(loss_chunk_tokens=7), dropout=0.5)
+    again = trainer("gemma2", options=MemoryOptions(loss_chunk_tokens=7), dropout=0.5)
     assert losses == [metrics.loss for metrics in again]
 
 
@@ -80,7 +80,7 @@ def test_a_chosen_loss_that_is_not_finite_is_named_with_the_cure(other, monkeypa
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("repeatable", [False, True])
-def test_a_card_tries_what_is_installed_unless_bits_must_repeat(monkeypatch, repeatable):
+def test_a_gpu_tries_what_is_installed_unless_bits_must_repeat(monkeypatch, repeatable):
     same = lambda *inputs: chunked_cross_entropy(*inputs, AUTO_CHUNK_TOKENS)  # noqa: E731
     for name in list(fused_loss.FUSED):
         monkeypatch.setitem(fused_loss.FUSED, name, ("no_such_package", None))

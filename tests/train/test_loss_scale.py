@@ -10,7 +10,7 @@ from tiny_trainer import trainer
 
 from qlora_lite.adapters.lora.inject import add_lora, lora_parameters
 from qlora_lite.errors import TrainingError
-from qlora_lite.models.levers import Levers
+from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.train import loop, loss_scale, text_guards
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.forward import prepare
@@ -72,7 +72,7 @@ def test_only_float16_has_a_scale():
             (torch.float32, torch.bfloat16, torch.float16)] == [True, True, False]  # fmt: skip
 
 
-def test_a_step_that_overflows_is_computed_again_at_half_the_scale_until_it_does_not(monkeypatch, caplog):
+def test_a_step_that_overflows_is_recomputed_at_half_the_scale_until_it_does_not(monkeypatch, caplog):
     training, seen = scaled_trainer(2.0**20), []
     step = loop.train_step
 
@@ -146,7 +146,7 @@ def test_after_many_steps_without_an_overflow_the_scale_is_doubled():
 def test_updates_in_backward_are_refused_in_float16():
     with pytest.raises(TrainingError, match="incompatible with: a model in float16"):
         trainer(compute_dtype=torch.float16, max_grad_norm=0.0, gradient_accumulation_steps=1,
-                levers=Levers(optimizer_in_backward=True))  # fmt: skip
+                options=MemoryOptions(optimizer_in_backward=True))  # fmt: skip
 
 
 def test_scores_that_exceed_float16_before_they_are_scaled_are_no_fault_of_the_model():

@@ -52,14 +52,14 @@ def test_weights_and_states_are_those_of_bitsandbytes(name):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", BITSANDBYTES_NAMES)
-def test_weights_and_states_are_those_of_bitsandbytes_on_a_card(name):
+def test_weights_and_states_are_those_of_bitsandbytes_on_a_gpu(name):
     assert_bitsandbytes_own(name, "cuda")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rounding", [False, True])
 @pytest.mark.parametrize("name", BITSANDBYTES_NAMES)
-def test_the_host_does_not_wait_for_a_card_in_a_step(name, rounding, monkeypatch):
+def test_the_host_does_not_wait_for_a_gpu_in_a_step(name, rounding, monkeypatch):
     parameters = factors("cuda", torch.bfloat16)
     optimizer = build_optimizer(parameters, name, 0.01, 0.1, rounding)
     run(optimizer, parameters, steps=1)

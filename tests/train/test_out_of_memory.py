@@ -9,7 +9,7 @@ from tiny_trainer import examples, trainer
 
 from qlora_lite.data.storage import row_lengths
 from qlora_lite.errors import DoesNotFitError, TrainingError
-from qlora_lite.models.levers import Levers
+from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.train import loop
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.out_of_memory import (
@@ -119,11 +119,13 @@ def run_out_in_backward(training, micro_batch):
     training.model.get_submodule("model.layers.0.mlp.up_proj").lora_B.register_hook(run_out)
 
 
-@pytest.mark.parametrize("levers", [Levers(), Levers(offload_checkpoints=True, resident_blocks=0, tile_tokens=5)])
+@pytest.mark.parametrize(
+    "options", [MemoryOptions(), MemoryOptions(offload_checkpoints=True, resident_layers=0, tile_tokens=5)]
+)
 @pytest.mark.parametrize("micro_batch", [1, 2])
-def test_memory_that_runs_out_in_backward_leaves_no_gradient_of_the_attempt(micro_batch, levers):
-    expected = list(trainer(**OPTIONS, levers=levers))
-    training = trainer(**OPTIONS, levers=levers)
+def test_memory_that_runs_out_in_backward_leaves_no_gradient_of_the_attempt(micro_batch, options):
+    expected = list(trainer(**OPTIONS, options=options))
+    training = trainer(**OPTIONS, options=options)
     run_out_in_backward(training, micro_batch)
     assert_same_steps(list(training), expected)
     assert training.most_tokens is not None
@@ -161,7 +163,7 @@ def test_an_unrelated_error_is_raised_as_it_is(monkeypatch):
 
 @pytest.mark.parametrize("name", ["k_proj", "up_proj"])
 def test_what_a_forward_left_between_two_layers_of_one_input_is_gone_before_it_is_tried_again(name, monkeypatch):
-    training, left = trainer(**OPTIONS, levers=Levers("none")), []
+    training, left = trainer(**OPTIONS, options=MemoryOptions("none")), []
     layer = next(module for path, module in training.model.named_modules() if path.endswith(name))
 
     def fails_once(x):
@@ -172,7 +174,7 @@ def test_what_a_forward_left_between_two_layers_of_one_input_is_gone_before_it_i
 
     layer.forward = fails_once
     monkeypatch.setattr(loop, "free_cached_memory", lambda _device: left.append(left[0]() is None))
-    assert_same_steps(list(training), list(trainer(**OPTIONS, levers=Levers("none"))))
+    assert_same_steps(list(training), list(trainer(**OPTIONS, options=MemoryOptions("none"))))
     assert left[1:] == [True]
 
 
@@ -183,7 +185,7 @@ def test_memory_that_runs_out_in_the_update_is_not_tried_again(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(training.optimizer, "step", run_out)
-    with pytest.raises(DoesNotFitError, match=r"while the weights were updated .*go on from the last checkpoint"):
+    with pytest.raises(DoesNotFitError, match=r"while the weights were updated .*resume from the last checkpoint"):
         next(iter(training))
 
 
@@ -241,18 +243,18 @@ def test_a_nan_ends_the_run_unless_told_otherwise():
         list(training)
 
 
-def test_a_limit_that_was_lowered_holds_for_the_rehearsal_too(monkeypatch):
+def test_a_limit_that_was_lowered_holds_for_the_memory_probe_too(monkeypatch):
     training = trainer(**OPTIONS)
     training.most_tokens = 20
     seen = []
-    real = loop.rehearse_step
-    monkeypatch.setattr(loop, "rehearse_step", lambda w, m, p, o, inputs, *rest: (
+    real = loop.probe_step
+    monkeypatch.setattr(loop, "probe_step", lambda w, m, p, o, inputs, *rest: (
         seen.append(sum(inputs.row_lengths)), real(w, m, p, o, inputs, *rest)))  # fmt: skip
-    training.rehearse(examples(5))
+    training.probe_memory(examples(5))
     assert seen and seen[0] <= 20
 
 
-def test_a_card_s_memory_is_given_back_when_its_copies_have_ended(monkeypatch):
+def test_a_gpu_s_memory_is_given_back_when_its_copies_have_ended(monkeypatch):
     card, calls = torch.device("cuda", 0), []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append(("synchronize", device)))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
@@ -281,7 +283,7 @@ def test_an_allocator_at_its_limit_is_told_of_in_its_step_and_warned_of_once(mon
 
 
 @pytest.mark.parametrize("is_paged", [False, True])
-def test_a_rehearsal_leaves_room_for_states_outside_the_allocator(is_paged, monkeypatch):
+def test_a_memory_probe_leaves_room_for_states_outside_the_allocator(is_paged, monkeypatch):
     training, made, left = trainer(), [], []
     build = loop.build_optimizer
 
@@ -292,6 +294,6 @@ def test_a_rehearsal_leaves_room_for_states_outside_the_allocator(is_paged, monk
 
     monkeypatch.setattr(loop, "build_optimizer", remembered)
     monkeypatch.setattr(loop, "free_cached_memory", lambda _device: left.append(made[0]() is None))
-    training.optimizer.is_paged = is_paged  # as a card's would say
-    training.rehearse()
-    assert left == [True] * is_paged and training.optimizer_bytes  # when the rehearsal's own states are gone
+    training.optimizer.is_paged = is_paged  # as a GPU's would say
+    training.probe_memory()
+    assert left == [True] * is_paged and training.optimizer_bytes  # when the memory probe's own states are gone

@@ -9,14 +9,14 @@ from tiny import ARCHITECTURES, UNUSUAL, add_reference_lora, build_tiny, random_
 
 from qlora_lite.adapters.lora.inject import Target, add_lora, lora_layers
 from qlora_lite.models.load import adopt, use_row_attention, uses_row_attention
-from qlora_lite.models.rows_alone import rows_run_alone, why_rows_run_alone
+from qlora_lite.models.packing import runs_unpacked, why_unpacked
 from qlora_lite.models.skeleton import meta_model
 from qlora_lite.train.causal_lm import CausalLM, CrossEntropy
 from qlora_lite.train.forward import labelled_count, prepare
 from qlora_lite.train.step import accumulate_gradients
 from qlora_lite.train.text_guards import check_forward
 
-# Families in which rows end to end see each other: distances counted over the whole sequence, a state or a
+# Families in which packed rows see each other: distances counted over the whole sequence, a state or a
 # convolution that runs on, an attention of their own that takes no rows. GPT-Neo cannot compute more tokens than a row.
 RUN_ALONE = {"bloom", "mpt", "nemotron", "mamba", "mamba2", "recurrent_gemma", "qwen3_next", "lfm2", "gpt_neo"}
 EITHER = {"falcon", "falcon_alibi"}  # their own attention takes rows in transformers 5.24, not in 5.17
@@ -26,10 +26,10 @@ TARGETS = {"mamba": ["in_proj"], "mamba2": ["in_proj"]}
 
 @pytest.mark.parametrize("name", ["bloom", "mpt", "nemotron"])
 def test_a_model_that_is_said_to_see_the_sequence_before_does_so(name, monkeypatch):
-    monkeypatch.setattr("qlora_lite.train.text_guards.why_rows_run_alone", lambda *_: "")
+    monkeypatch.setattr("qlora_lite.train.text_guards.why_unpacked", lambda *_: "")
     model = adopt(build_tiny(name))
     check_forward(model)
-    assert rows_run_alone(model), "it does not any more: take it out of why_rows_run_alone"
+    assert runs_unpacked(model), "it does not any more: take it out of why_unpacked"
 
 
 @pytest.mark.filterwarnings("ignore")  # what architectures say about missing kernels and about each other
@@ -43,7 +43,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_each_row_alone(name):
     use_row_attention(model)
     check_forward(model)
     skeleton = meta_model(model.config, "nf4", True, torch.float32)
-    assert name in EITHER or bool(why_rows_run_alone(skeleton, 99)) == rows_run_alone(model) == (name in RUN_ALONE)
+    assert name in EITHER or bool(why_unpacked(skeleton, 99)) == runs_unpacked(model) == (name in RUN_ALONE)
     add_lora(model, [Target(t) for t in TARGETS.get(name, ["all-linear"])], rank=3, alpha=6.0, dtype=torch.float32)
     random_factors(model)
     reference = add_reference_lora(oracle, model)

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_lite.adapters.files import adapter_tensors
 from qlora_lite.adapters.lora.inject import add_lora
-from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.models.load import load_model
+from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
 from qlora_lite.train.causal_lm import CausalLM, CrossEntropy
 from qlora_lite.train.optim import build_optimizer
 from qlora_lite.train.step import train_step
@@ -29,7 +29,7 @@ def their_model(folder, quant):
 
 
 def their_curve(model, steps):
-    """Rows one by one, each loss divided by the labelled tokens of the step."""
+    """Rows one by one, each loss divided by the target tokens of the step."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.1)
     for batch in steps:
@@ -48,7 +48,7 @@ def their_curve(model, steps):
 
 def our_curve(model, steps):
     """The whole batch at once, packed, checkpointed and chunked."""
-    set_levers(model.train(), Levers())
+    set_memory_options(model.train(), MemoryOptions())
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(parameters, "adamw_torch", RATE, weight_decay=0.1)
     for batch in steps:

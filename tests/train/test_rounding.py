@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from qlora_lite.train.optim import BITSANDBYTES_NAMES, build_optimizer
-from qlora_lite.train.rounding import in_float32, round_by_chance
+from qlora_lite.train.rounding import in_float32, round_stochastically
 
 OPTIMIZERS = [*BITSANDBYTES_NAMES, "adamw_torch"]
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 
 
 def rounded(values, step=1, place=0):
-    found = round_by_chance(values.clone(), step, place)
+    found = round_stochastically(values.clone(), step, place)
     assert found.dtype == torch.bfloat16
     return found
 
@@ -50,9 +50,9 @@ def test_the_random_generators_of_the_run_are_left_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def updated(name, by_chance, dtype=torch.bfloat16, steps=40, shape=(64, 64), device="cpu"):
+def updated(name, stochastic, dtype=torch.bfloat16, steps=40, shape=(64, 64), device="cpu"):
     weight = torch.nn.Parameter(torch.ones(shape, dtype=dtype, device=device))
-    optimizer = build_optimizer([weight], name, 1e-4, 0.0, by_chance)
+    optimizer = build_optimizer([weight], name, 1e-4, 0.0, stochastic)
     for _ in range(steps):
         weight.grad = torch.ones_like(weight)
         optimizer.step()
@@ -79,14 +79,14 @@ def test_one_update_is_that_of_float32_rounded(name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(64, 64), (512, 256)])  # the larger one is paged where states can be
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_on_a_card_too_an_update_is_that_of_float32_rounded(name, shape):
+def test_on_a_gpu_too_an_update_is_that_of_float32_rounded(name, shape):
     exact = updated(name, False, torch.float32, steps=1, shape=shape, device="cuda")
     found = updated(name, True, steps=1, shape=shape, device="cuda")
     assert torch.equal(found, rounded(exact.view(-1)).view(shape))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_float32_factors_are_updated_as_without(name):
+def test_float32_weights_are_updated_as_without(name):
     assert torch.equal(updated(name, True, torch.float32), updated(name, False, torch.float32))
 
 

@@ -255,7 +255,7 @@ def test_a_generator_state_that_is_none_is_an_error(name):
         restore_generators({key: value for key, value in states.items() if key != name}, device)
 
 
-def test_factors_that_are_not_finite_are_never_saved():
+def test_weights_that_are_not_finite_are_never_saved():
     training = trainer()
     steps_of(training, 1)
     next(iter(lora_parameters(training.model)))[1].data[0, 0] = float("inf")

@@ -13,9 +13,9 @@ from tiny_trainer import trainer
 from qlora_lite.adapters.lora.inject import add_lora, lora_parameters
 from qlora_lite.data.batch import Batch
 from qlora_lite.errors import TrainingError
-from qlora_lite.models.levers import Levers, set_levers
+from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
 from qlora_lite.ops.shapes import planning_for
-from qlora_lite.quant.few_rows import few
+from qlora_lite.quant.small_batch import few
 from qlora_lite.recipe.reference import choices_of, field_at
 from qlora_lite.train import loop, optim
 from qlora_lite.train.causal_lm import CausalLM, CrossEntropy
@@ -38,7 +38,7 @@ def model():
 
 
 def micro_batches(per_batch: int) -> list[Batch]:
-    """The same eight ragged rows, so many to a batch; their labelled tokens differ widely."""
+    """The same eight ragged rows, so many to a batch; their target tokens differ widely."""
     whole = random_batch(LENGTHS)
     rows = list(
         zip(whole.input_ids.split(LENGTHS, 1), whole.position_ids.split(LENGTHS, 1), whole.labels.split(LENGTHS),
@@ -128,7 +128,7 @@ def test_clipping_scales_the_gradients_to_the_norm(dtype):
 
 
 def test_a_factor_without_a_gradient_is_an_error():
-    with pytest.raises(TrainingError, match="1 of 1 LoRA factors got no gradient"):
+    with pytest.raises(TrainingError, match="1 of 1 LoRA weights got no gradient"):
         gradient_norms([torch.nn.Parameter(torch.zeros(3))])
 
 
@@ -153,7 +153,7 @@ def test_every_optimizer_takes_a_step_and_lowers_the_loss(name, dtype):
 
 
 @pytest.mark.parametrize(("error", "attribute", "pages"), [(0, 1, True), (0, 0, False), (801, 1, False)])
-def test_a_card_s_driver_is_asked_whether_states_can_be_paged(error, attribute, pages, monkeypatch):
+def test_a_gpu_s_driver_is_asked_whether_states_can_be_paged(error, attribute, pages, monkeypatch):
     def get_attribute(found, number, device):
         assert (number, device) == (89, 1)  # as cuda.h has it
         found._obj.value = attribute
@@ -175,7 +175,7 @@ def test_without_a_driver_nothing_is_paged(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("pages", [True, False])
 @pytest.mark.parametrize("name", [name for name in BITSANDBYTES_NAMES if name.startswith("paged")])
-def test_on_a_card_states_are_paged_where_that_can_be(name, pages, monkeypatch):
+def test_on_a_gpu_states_are_paged_where_that_can_be(name, pages, monkeypatch):
     monkeypatch.setattr(optim, "can_page", lambda device: pages)
     weight = torch.nn.Parameter(torch.zeros(512, 512, device="cuda"))
     assert build_optimizer([weight], name, 0.1, 0.0).is_paged is pages
@@ -197,7 +197,7 @@ def test_a_step_that_is_not_finite_leaves_the_weights_the_states_and_the_other_g
     before = [p.detach().clone() for p in parameters]
     optimizer = build_optimizer(parameters, name, 0.1, 0.0)
     model.zero_grad(set_to_none=True)
-    with planning_for(device_type):  # as if on a card, which looks by itself
+    with planning_for(device_type):  # as if on a GPU, which looks by itself
         train_step(CausalLM(), model, micro_batches(8), optimizer, 1.0)
         learned = [p.detach().clone() for p in parameters]
         states = deepcopy([optimizer.state[p] for p in parameters])
@@ -214,7 +214,7 @@ def test_a_step_that_is_not_finite_leaves_the_weights_the_states_and_the_other_g
         p.data.copy_(before.pop(0))
 
 
-def test_kept_blocks_are_not_computed_again_and_change_no_gradient(model):
+def test_kept_blocks_are_not_recomputed_and_change_no_gradient(model):
     runs = [0, 0]
     model.train()
 
@@ -229,11 +229,11 @@ def test_kept_blocks_are_not_computed_again_and_change_no_gradient(model):
     try:
         for kept, expected in ((0, [2, 2]), (1, [2, 1]), (9, [1, 1])):
             runs[:] = [0, 0]
-            set_levers(model, Levers(kept_blocks=kept))
+            set_memory_options(model, MemoryOptions(uncheckpointed_layers=kept))
             gradients[kept] = gradient(model, [random_batch(LENGTHS)])[1]
             assert runs == expected
     finally:
-        set_levers(model, Levers("none"))
+        set_memory_options(model, MemoryOptions("none"))
         for hook in hooks:
             hook.remove()
     assert torch.equal(gradients[0], gradients[1])
@@ -259,7 +259,7 @@ def test_a_trainer_s_products_add_in_float32_and_the_process_is_left_as_it_was()
     training.model.get_input_embeddings().register_forward_hook(lambda *_: found.append(sums_in_float32()))
     for parameter in training.parameters:
         parameter.register_post_accumulate_grad_hook(lambda _: found.append(sums_in_float32()))
-    for call in (lambda: training.rehearse(training.examples), lambda: training.evaluate(training.examples),
+    for call in (lambda: training.probe_memory(training.examples), lambda: training.evaluate(training.examples),
                  lambda: list(training)):  # fmt: skip
         found.clear()
         call()
@@ -276,7 +276,7 @@ def test_a_trainer_s_products_add_in_float32_and_the_process_is_left_as_it_was()
 
 
 def test_the_loss_of_few_rows_is_evaluated_with_the_products_of_training(model, monkeypatch):
-    """A card's fused product rounds before an update of LoRA is added, which would swallow small ones."""
+    """A GPU's fused product rounds before an update of LoRA is added, which would swallow small ones."""
     seen, few_tokens = [], torch.zeros(1, 16)
     monkeypatch.setattr(CausalLM, "loss", lambda *_: seen.append(few(few_tokens)) or LossSum(torch.zeros(())))
     evaluate_loss(CausalLM(), model, [random_batch((9,))])

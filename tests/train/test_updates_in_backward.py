@@ -13,8 +13,8 @@ from transformers import AutoConfig
 from qlora_lite.adapters.lora.inject import lora_layers
 from qlora_lite.errors import DoesNotFitError, TrainingError
 from qlora_lite.memory.ledger import Ledger
-from qlora_lite.models.levers import Levers
-from qlora_lite.models.rows_alone import run_rows_alone
+from qlora_lite.models.memory_options import MemoryOptions
+from qlora_lite.models.packing import run_unpacked
 from qlora_lite.planning import simulate
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.checkpoints import Checkpoint
@@ -23,35 +23,35 @@ from qlora_lite.train.state import STATE, capture, restore
 from qlora_lite.train.text_guards import check_updates_in_backward
 from qlora_lite.train.workload import BatchShape, LossSum
 
-IN_BACKWARD = Levers(optimizer_in_backward=True)
+IN_BACKWARD = MemoryOptions(optimizer_in_backward=True)
 WHOLE = dict(max_grad_norm=0.0, gradient_accumulation_steps=1, micro_batch_size=2)
 
 
-def run(levers, **changes):
-    training = trainer(**(WHOLE | changes), levers=levers)
+def run(options, **changes):
+    training = trainer(**(WHOLE | changes), options=options)
     return training, list(training)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "lion_8bit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("levers", [
-    Levers(), Levers("none"), Levers(offload_checkpoints=True, resident_blocks=0, tile_tokens=5),
+@pytest.mark.parametrize("options", [
+    MemoryOptions(), MemoryOptions("none"), MemoryOptions(offload_checkpoints=True, resident_layers=0, tile_tokens=5),
 ])  # fmt: skip
-def test_the_steps_are_those_of_updates_after_backward(optimizer, dtype, levers):
-    # what is rounded by chance depends on what is updated together, which adamw_torch's does not
+def test_the_steps_are_those_of_updates_after_backward(optimizer, dtype, options):
+    # what is rounded stochastically depends on what is updated together, which adamw_torch's does not
     settings = dict(optimizer=optimizer, dtype=dtype, rank=64, stochastic_rounding=optimizer == "adamw_torch")
-    plain, steps = run(levers, **settings)
-    training, in_backward = run(replace(levers, optimizer_in_backward=True), **settings)
+    plain, steps = run(options, **settings)
+    training, in_backward = run(replace(options, optimizer_in_backward=True), **settings)
     assert len(steps) == 4
     for one, other in zip(in_backward, steps, strict=True):
         assert (one.loss, one.grad_norm, one.tokens) == (other.loss, other.grad_norm, other.tokens)
     assert all(torch.equal(a, b) for a, b in zip(training.parameters, plain.parameters, strict=True))
 
 
-@pytest.mark.parametrize("levers", [IN_BACKWARD, replace(IN_BACKWARD, checkpointing="none")])
-@pytest.mark.parametrize("work", [lambda training: next(iter(training)), lambda training: training.rehearse()])
-def test_no_gradients_exist_at_one_time_but_those_of_projections_that_share_an_input(levers, work):
-    training = trainer(**WHOLE, levers=levers)
+@pytest.mark.parametrize("options", [IN_BACKWARD, replace(IN_BACKWARD, checkpointing="none")])
+@pytest.mark.parametrize("work", [lambda training: next(iter(training)), lambda training: training.probe_memory()])
+def test_no_gradients_exist_at_one_time_but_those_of_projections_that_share_an_input(options, work):
+    training = trainer(**WHOLE, options=options)
     with Ledger(timeline=True) as ledger:
         ledger.watch(training.model)
         work(training)
@@ -62,15 +62,15 @@ def test_no_gradients_exist_at_one_time_but_those_of_projections_that_share_an_i
     assert 0 < gradients <= max(sizes.values()) < sum(sizes.values()) / 4
 
 
-@pytest.mark.parametrize("levers", [IN_BACKWARD, replace(IN_BACKWARD, offload_checkpoints=True, resident_blocks=0)])
-def test_the_plan_is_what_a_step_on_real_tensors_needs(levers):
+@pytest.mark.parametrize("options", [IN_BACKWARD, replace(IN_BACKWARD, offload_checkpoints=True, resident_layers=0)])
+def test_the_plan_is_what_a_step_on_real_tensors_needs(options):
     config = AutoConfig.for_model("llama", **ARCHITECTURES["llama"] | {"num_hidden_layers": 5})
     rows = BatchShape((20, 11), 29)
-    job = new_job(config, rows, rows, rank=32, compute_dtype=torch.float32, max_grad_norm=0.0, levers=levers)
+    job = new_job(config, rows, rows, rank=32, compute_dtype=torch.float32, max_grad_norm=0.0, options=options)
     planned, real = (simulate._run(job, device, False) for device in (simulate.META, simulate.CPU))
     assert planned.moments == real.moments
     assert planned.work == real.work
-    after = simulate.simulate_whole(changed(job, levers=replace(levers, optimizer_in_backward=False)))
+    after = simulate.simulate_whole(changed(job, options=replace(options, optimizer_in_backward=False)))
     assert planned.peak().total < after.peak().total
 
 
@@ -78,7 +78,7 @@ def test_the_plan_is_what_a_step_on_real_tensors_needs(levers):
 def test_a_run_that_goes_on_rounds_by_chance_as_one_that_was_not_interrupted(optimizer):
     settings = dict(optimizer=optimizer, dtype=torch.bfloat16, rank=64)
     plain, steps = run(IN_BACKWARD, **settings)
-    first, second = (trainer(**(WHOLE | settings), levers=IN_BACKWARD) for _ in range(2))
+    first, second = (trainer(**(WHOLE | settings), options=IN_BACKWARD) for _ in range(2))
     begun = list(islice(first, 2))
     tensors, numbers = capture(first)
     restore(second, Checkpoint(first.step, tensors, {STATE: numbers}))
@@ -86,12 +86,12 @@ def test_a_run_that_goes_on_rounds_by_chance_as_one_that_was_not_interrupted(opt
     assert all(torch.equal(a, b) for a, b in zip(second.parameters, plain.parameters, strict=True))
 
 
-def test_a_rehearsal_leaves_no_trace():
+def test_a_memory_probe_leaves_no_trace():
     plain, steps = run(IN_BACKWARD)
-    training = trainer(**WHOLE, levers=IN_BACKWARD)
+    training = trainer(**WHOLE, options=IN_BACKWARD)
     layer = training.model.get_submodule("model.layers.0.self_attn.o_proj")
     broken = layer.lora_B.register_hook(lambda grad: grad * float("nan"))
-    training.rehearse(training.examples[:2])
+    training.probe_memory(training.examples[:2])
     broken.remove()
     assert [metrics.loss for metrics in training] == [metrics.loss for metrics in steps]
     assert all(torch.equal(a, b) for a, b in zip(training.parameters, plain.parameters, strict=True))
@@ -105,12 +105,12 @@ def test_a_rehearsal_leaves_no_trace():
 ])  # fmt: skip
 def test_what_needs_all_gradients_is_refused(changes, reason):
     with pytest.raises(TrainingError, match=f"optimizer_in_backward is incompatible with: {reason}$"):
-        trainer(**(WHOLE | changes), levers=IN_BACKWARD)
+        trainer(**(WHOLE | changes), options=IN_BACKWARD)
 
 
 def test_a_model_whose_rows_run_one_by_one_is_refused():
-    training = trainer(**WHOLE, levers=IN_BACKWARD)
-    run_rows_alone(training.model)
+    training = trainer(**WHOLE, options=IN_BACKWARD)
+    run_unpacked(training.model)
     with pytest.raises(
         TrainingError, match=r"this model, whose rows run one by one \(set memory\.optimizer_in_backward to false\)"
     ):
@@ -118,7 +118,7 @@ def test_a_model_whose_rows_run_one_by_one_is_refused():
 
 
 def test_a_loss_that_is_not_finite_leaves_the_weights(monkeypatch):
-    training = trainer(**WHOLE, levers=IN_BACKWARD)
+    training = trainer(**WHOLE, options=IN_BACKWARD)
     before = [parameter.detach().clone() for parameter in training.parameters]
     plain = CausalLM.loss
     monkeypatch.setattr(CausalLM, "loss", lambda *arguments: LossSum(plain(*arguments).sum * float("nan")))
@@ -128,7 +128,7 @@ def test_a_loss_that_is_not_finite_leaves_the_weights(monkeypatch):
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run():
-    training = trainer(**WHOLE, levers=IN_BACKWARD)
+    training = trainer(**WHOLE, options=IN_BACKWARD)
     layer = training.model.get_submodule("model.layers.1.self_attn.o_proj")
     layer.lora_B.register_hook(lambda grad: grad * float("nan"))
     with pytest.raises(TrainingError, match=r"lora_\w+ is not finite.*has changed weights already.*--resume"):
@@ -136,7 +136,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run():
 
 
 def test_a_layer_without_a_gradient_is_named_after_the_first_step():
-    training = trainer(**WHOLE, levers=IN_BACKWARD)
+    training = trainer(**WHOLE, options=IN_BACKWARD)
     training.model.get_submodule("model.layers.1.mlp.up_proj").lora_B.register_hook(torch.zeros_like)
     with pytest.raises(TrainingError, match=r"1 of the wrapped layers got no gradient, first .*\.1\.mlp\.up_proj"):
         next(iter(training))
@@ -144,7 +144,7 @@ def test_a_layer_without_a_gradient_is_named_after_the_first_step():
 
 @pytest.mark.parametrize("layer", ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"])
 def test_memory_that_runs_out_is_an_error_with_the_cure(layer):
-    training = trainer(**WHOLE, levers=IN_BACKWARD)
+    training = trainer(**WHOLE, options=IN_BACKWARD)
 
     def run_out(grad):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes.")
@@ -155,7 +155,7 @@ def test_memory_that_runs_out_is_an_error_with_the_cure(layer):
 
 
 def test_memory_that_runs_out_in_forward_is_no_reason_to_cut_the_step(monkeypatch):
-    training = trainer(**WHOLE, levers=IN_BACKWARD)
+    training = trainer(**WHOLE, options=IN_BACKWARD)
 
     def run_out(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -166,8 +166,8 @@ def test_memory_that_runs_out_in_forward_is_no_reason_to_cut_the_step(monkeypatc
 
 
 def test_an_evaluation_that_was_cut_leaves_the_steps_whole(monkeypatch):
-    expected = list(trainer(**WHOLE, levers=IN_BACKWARD))
-    training = trainer(**WHOLE, levers=IN_BACKWARD)
+    expected = list(trainer(**WHOLE, options=IN_BACKWARD))
+    training = trainer(**WHOLE, options=IN_BACKWARD)
     plain = CausalLM.loss
 
     def limited(workload, model, inputs):

@@ -1,4 +1,4 @@
-"""Draw the lever table as one offline SVG: memory by category as stacked bars, and tokens a second beside them.
+"""Draw the memory option table as one offline SVG: memory by category as stacked bars, and tokens a second beside them.
 
 Standard library only. Colours are those of every other memory picture (``memory.bar``); memory of the host is a thin
 bar below the device's, because it is another memory and not more of the same.
@@ -25,7 +25,7 @@ STYLE = (
 
 
 def lever_plot(result: Mapping) -> str:
-    """Return the SVG of a result of ``tools/bench/memory_options``, without its table of levers alone."""
+    """Return the SVG of a result of ``tools/bench/memory_options``, without its table of memory options alone."""
     parts, top = [], 8
     tables = [table for table in result["tables"] if not table.get("alone")]
     for table in tables:
@@ -37,7 +37,7 @@ def lever_plot(result: Mapping) -> str:
     total = top + height
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {total}" width="{WIDTH}" height="{total}" '
-        f'role="img" aria-label="What every lever saves and costs"><style>{STYLE}</style>'
+        f'role="img" aria-label="What every memory option saves and costs"><style>{STYLE}</style>'
         f'<rect width="{WIDTH}" height="{total}" fill="#ffffff"/>{"".join(parts)}{legend}</svg>\n'
     )
 
@@ -65,7 +65,7 @@ def _table(table: Mapping, top: int, device: str) -> tuple[str, int]:
     parts = [
         f'<text class="title" x="12" y="{top + 20}">{escape(table["model"])}, 1 x {table["tokens"]:,} tokens, '
         f"{escape(device)}</text>",
-        _small(12, top + HEAD - 14, "each row adds a lever"), _small(RIGHT, top + HEAD - 14, "tokens a second"),
+        _small(12, top + HEAD - 14, "each row adds a memory option"), _small(RIGHT, top + HEAD - 14, "tokens a second"),
     ]  # fmt: skip
     for tick in ticks:
         x = round(LEFT + tick * unit_bytes * scale, 1)

@@ -1,7 +1,7 @@
 """The matrix products of a step: which they are, how long each takes alone, and what everything else takes.
 
 A step is watched with a dispatch mode, as the ledger and the planner watch it. It sees every operator below autograd,
-in forward, in a block's second run and in backward, with the strides and types that the kernel gets. An operator's
+in forward, in a block's recomputation and in backward, with the strides and types that the kernel gets. An operator's
 place is the innermost function of the package that called it; operators that autograd itself calls in backward have
 none, and those of a model's own code (norms, activations, rotary embeddings, sums) neither.
 """
@@ -22,7 +22,7 @@ from qlora_lite.memory.marks import marks
 from qlora_lite.memory.work import FLOP_FORMULAS
 
 PLACES = {
-    "quant/nf4.py": "unpacking 4-bit weights",
+    "quant/nf4.py": "dequantisation 4-bit weights",
     "ops/block_attention.py": "attention",
     "ops/attention.py": "attention",
     "ops/loss.py": "loss",

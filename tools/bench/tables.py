@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from qlora_lite.units import format_bytes
 
 TARGET_SHARE = 0.8  # of the limit that a step's own products set
-KINDS = {"block": "computed again", "none": "kept"}
+KINDS = {"block": "recomputed", "none": "kept"}
 NAMES = {"smollm2-135m": "SmolLM2-135M", "gemma3-270m": "Gemma-3-270M"}
 
 
@@ -47,7 +47,7 @@ def limit_table(result: Mapping) -> list[str]:
     add("share of the limit of the products needed", [f"{case['needed_share']:.1%}" for case in cases])
     if all("compiled_share" in case for case in cases):
         steps = [f"**{_ms(case['compiled_step_seconds'])}**" for case in cases]
-        add("**a step, `train.compile` and `reuse_dequantized`**", steps)
+        add("**a step, `train.compile` and `cache_dequantized`**", steps)
         add("**share of the limit of the same products**", [f"**{case['compiled_share']:.1%}**" for case in cases])
     return lines
 
@@ -61,7 +61,7 @@ def limit_sentence(cases: Sequence[Mapping]) -> str:
                 if all(key in case for case in own)]  # fmt: skip
         found.append(f"{name} {', '.join(ways)}")
     return (f"The target is {TARGET_SHARE:.0%} of the limit of a step's own products. Reached, by the better of blocks "
-            f"computed again and kept: {'; '.join(found)}.")  # fmt: skip
+            f"recomputed and kept: {'; '.join(found)}.")  # fmt: skip
 
 
 def _best(cases: Sequence[Mapping], key: str) -> str:

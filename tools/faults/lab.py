@@ -46,7 +46,7 @@ TIMES = {"seconds", "tokens_per_second", "peak_bytes"}
 TRACE_CODE = 99
 CALLS = {
     "forward": (LoraLinear, "forward"), "backward": (FrozenMatmul, "backward"), "save": (tensor_file, "save_file"),
-    "load": (quantizer, "quantize"), "rehearsal": (loop, "rehearse_step"), "step": (loop, "train_step"),
+    "load": (quantizer, "quantize"), "rehearsal": (loop, "probe_step"), "step": (loop, "train_step"),
     "evaluation": (loop, "evaluate_loss"),
 }  # fmt: skip
 
@@ -108,7 +108,7 @@ class Lab:
         assert threading.active_count() == 1, threading.enumerate()
 
     def start(self, out: Path, resume: bool = False, install: Install | None = None) -> int:
-        """Begin, or go on with, a run in a child process; return its process id."""
+        """Begin, or resume, a run in a child process; return its process id."""
         arguments = ["train", str(self.recipe), *self.overrides, f"output.dir={out}"]
         arguments += ["--resume", str(out)] if resume else []
         child = os.fork()
@@ -146,8 +146,8 @@ class Lab:
         return self.log_path(out).read_text(encoding="utf-8")
 
     def resume(self, out: Path) -> int:
-        """Go on with a run to its end, as a user would: one command, nothing repaired by hand."""
-        if not out.is_dir():  # killed before there was a folder: there is nothing to go on with
+        """Resume a run to its end, as a user would: one command, nothing repaired by hand."""
+        if not out.is_dir():  # killed before there was a folder: there is nothing to resume
             return self.wait(self.start(out))
         return self.wait(self.start(out, resume=True))
 
@@ -208,14 +208,14 @@ def lines_of(out: Path, strict: bool = True) -> list[dict]:
 
 
 def same(out: Path, whole: Path, lines: list[dict], wanted: list[dict]) -> bool:
-    """Tell whether a run gave the very same lines and adapters."""
+    """Return whether a run gave the very same lines and adapters."""
     files = [f"{name}/adapter_model.safetensors" for name in ("adapter", "adapter-last")]
     there = all((out / file).is_file() for file in files)
     return there and lines == wanted and all(sha256(out / file) == sha256(whole / file) for file in files)
 
 
 def alike(out: Path, whole: Path, lines: list[dict], wanted: list[dict]) -> bool:
-    """Tell whether a run gave the same steps and, within the rounding of another order of sums, the same adapter."""
+    """Return whether a run gave the same steps and, within the rounding of another order of sums, the same adapter."""
     exact = ("step", "tokens", "labelled_tokens", "learning_rate", "eval_labelled_tokens")
     pairs = list(zip(lines, wanted, strict=False))
     equal = len(lines) == len(wanted) and all(a.get(key) == b.get(key) for a, b in pairs for key in exact)

@@ -1,7 +1,7 @@
-"""Smaller cards on one large card: plans for a cap really run below it, and lengths above the longest really failing.
+"""Smaller GPUs on one large GPU: plans for a cap really run below it, and lengths above the longest really failing.
 
-A card of N GiB is the allocator held to N GiB less the context that every process has (``memory.process``). Without a
-card there is no allocator to hold: a rehearsal compares the ledger and the plan's constants with the cap instead.
+A GPU of N GiB is the allocator capped at N GiB less the context that every process has (``memory.process``). Without a
+GPU there is no allocator to hold: a dry run compares the ledger and the plan's constants with the cap instead.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from common.cases import OUT_OF_MEMORY, free_memory, model_of, trainer_of, under
 from common.models import config_of, dtype_of
 from qlora_lite.adapters.lora.inject import lora_parameters
 from qlora_lite.errors import DoesNotFitError
-from qlora_lite.memory.meter import hold_to
-from qlora_lite.models.levers import Levers
+from qlora_lite.memory.meter import set_memory_limit
 from qlora_lite.models.load import fast_dtype, resolve_device
+from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.planning.candidate import Step, choose
 from qlora_lite.planning.largest import LENGTH_STEP, longest
 from qlora_lite.planning.machine import Machine, this_machine
 from qlora_lite.planning.predict import predict
-from qlora_lite.planning.search import first_levers, search, smaller
+from qlora_lite.planning.search import first_options, search, smaller
 from qlora_lite.planning.simulate import Job
-from qlora_lite.prepare.plan import MOST_TOKENS, Plan, max_tokens
+from qlora_lite.prepare.plan import MAX_TOKENS, Plan, max_tokens
 from qlora_lite.train.causal_lm import CausalLM, ModelSpec
 from qlora_lite.train.loop import Trainer
 from qlora_lite.train.workload import BatchShape
@@ -34,7 +34,7 @@ from qlora_lite.units import format_bytes
 
 STEPS_ABOVE = (1.0, 1.02, 1.05, 1.1, 1.2, 1.4)  # times the planned longest, until one fails
 NOT_BUILT = "there is no room to build the model in, whose weights are made on the device"
-MOST_STEP_SECONDS = 30.0  # by estimate; what takes longer is not tried
+MAX_STEP_SECONDS = 30.0  # by estimate; what takes longer is not tried
 
 
 def machine_at_hand(device: torch.device) -> Machine:
@@ -49,7 +49,7 @@ def trained(trainer: Trainer) -> dict:
 
 
 class CappedDevice:
-    """The device at hand, made to look like smaller cards; it keeps one placed model from case to case."""
+    """The device at hand, made to look like smaller GPUs; it keeps one placed model from case to case."""
 
     def __init__(self):
         self.device = resolve_device()
@@ -57,19 +57,19 @@ class CappedDevice:
         self._key, self._model = None, None
 
     def run(
-        self, name: str, tokens: int, levers: Levers, cap_bytes: int, steps: int, overhead_bytes: int,
+        self, name: str, tokens: int, options: MemoryOptions, cap_bytes: int, steps: int, overhead_bytes: int,
         train: Callable[[Trainer], dict] = trained, **case,
     ) -> dict:  # fmt: skip
         """Train some steps below a cap; return "fits", what training found and what was measured.
 
         Args:
-            overhead_bytes: what the plan adds to the tensors, for devices that cannot be held to a cap.
+            overhead_bytes: what the plan adds to the tensors, for devices that cannot be capped at a cap.
             train: takes the steps.
             case: what else is different (see ``common.cases``).
         """
-        case |= {"model": name, "tokens": tokens, **asdict(levers)}
+        case |= {"model": name, "tokens": tokens, **asdict(options)}
         try:
-            model = self._placed(case, levers)
+            model = self._placed(case, options)
         except OUT_OF_MEMORY as error:
             return {"fits": False, "built": False, "error": str(error).partition(".")[0]}
         try:
@@ -87,8 +87,8 @@ class CappedDevice:
                 parameter.grad = None
         return {"fits": self.device.type == "cuda" or found["measured_bytes"] <= cap_bytes, **found}
 
-    def _placed(self, case: dict, levers: Levers):
-        key = case["model"], levers.host_embeddings, levers.host_head, levers.resident_blocks
+    def _placed(self, case: dict, options: MemoryOptions):
+        key = case["model"], options.host_embeddings, options.host_head, options.resident_layers
         if key != self._key:
             self._key = self._model = None
             free_memory(self.device)
@@ -97,7 +97,7 @@ class CappedDevice:
 
     def _hold_to(self, cap_bytes: int | None) -> None:
         free_memory(self.device)
-        hold_to(self.device, cap_bytes)
+        set_memory_limit(self.device, cap_bytes)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
@@ -108,7 +108,7 @@ class CappedDevice:
 
 
 def plan_below(machine: Machine, name: str, tokens: int, cap_bytes: int) -> Plan:
-    """Plan one row of all learned tokens a step, on a card of the cap's size."""
+    """Plan one row of all target tokens a step, on a GPU of the cap's size."""
     config = config_of(name)
     job = Job(
         CausalLM(spec=ModelSpec(config, compute_dtype=dtype_of(config))), BatchShape((1,), 1), None, machine.device_type
@@ -123,7 +123,7 @@ def plan_below(machine: Machine, name: str, tokens: int, cap_bytes: int) -> Plan
 def chosen_row(capped: CappedDevice, name: str, tokens: int, cap_bytes: int) -> dict:
     """Run the planner's choice for a cap."""
     if cap_bytes > capped.machine.memory_bytes:
-        return {"kind": "choice", "model": name, "cap_bytes": cap_bytes, "skipped": "the card has less free"}
+        return {"kind": "choice", "model": name, "cap_bytes": cap_bytes, "skipped": "the GPU has less free"}
     plan = plan_below(capped.machine, name, tokens, cap_bytes)
     row = {"kind": "choice", "model": name, "tokens": tokens, "cap_bytes": cap_bytes, "planned_to_fit": plan.fits,
            "planned_bytes": plan.peak_bytes, "chosen": plan.chosen.settings}  # fmt: skip
@@ -132,62 +132,66 @@ def chosen_row(capped: CappedDevice, name: str, tokens: int, cap_bytes: int) -> 
     prediction = plan.chosen.prediction
     row["predicted_bytes"] = prediction.allocated_bytes if capped.device.type == "cuda" else prediction.peak_bytes
     overhead = sum(constant.bytes for constant in prediction.overheads)
-    row |= capped.run(name, tokens, plan.chosen.levers, cap_bytes, 3, overhead)
+    row |= capped.run(name, tokens, plan.chosen.options, cap_bytes, 3, overhead)
     if not row["fits"]:
         row["problem"] = NOT_BUILT if "built" in row else f"the plan for {format_bytes(cap_bytes)} does not fit"
     return row
 
 
-def longest_row(plan: Plan) -> tuple[int, Levers]:
-    """Return the tokens of the longest row that is planned to fit, and the levers for it: those that need least."""
-    *_, levers = first_levers(plan.step), *smaller(plan.step)
-    return max_tokens(plan), levers
+def longest_row(plan: Plan) -> tuple[int, MemoryOptions]:
+    """Return the tokens of the longest row that is planned to fit, and the memory options for it: those that need
+    least."""
+    *_, options = first_options(plan.step), *smaller(plan.step)
+    return max_tokens(plan), options
 
 
-def lengths_within(capped: CappedDevice, plan: Plan) -> tuple[Levers, list[int]]:
-    """Return levers, and with them the longest row that is planned to fit and longer ones; no row if none would do.
+def lengths_within(capped: CappedDevice, plan: Plan) -> tuple[MemoryOptions, list[int]]:
+    """Return memory options, and with them the longest row that is planned to fit and longer ones; no row if none would
+    do.
 
-    Levers are tried from those that need least memory to the plainest: the less they save, the shorter are rows and
-    steps. A row will do if its step is short enough, and the host has room for the longest.
+    Memory options are tried from those that need least memory to the plainest: the less they save, the shorter are rows
+    and steps. A row will do if its step is short enough, and the host has room for the longest.
     """
     start = 2 * sum(plan.step.pack.lengths)
-    for levers in reversed((first_levers(plan.step), *smaller(plan.step))):
-        job_of = partial(row_job, plan, levers)
+    for options in reversed((first_options(plan.step), *smaller(plan.step))):
+        job_of = partial(row_job, plan, options)
         try:
-            first = longest(job_of, plan.limit_bytes, None, start, MOST_TOKENS)
+            first = longest(job_of, plan.limit_bytes, None, start, MAX_TOKENS)
         except DoesNotFitError:
             continue
         found = [max(first, round(share * first / LENGTH_STEP) * LENGTH_STEP) for share in STEPS_ABOVE]
-        short = capped.machine.seconds(predict(job_of(first)).simulation.work) <= MOST_STEP_SECONDS
+        short = capped.machine.seconds(predict(job_of(first)).simulation.work) <= MAX_STEP_SECONDS
         if short and predict(job_of(found[-1])).fits_host(capped.machine.host_bytes):
-            return levers, list(dict.fromkeys(found))
-    return levers, []
+            return options, list(dict.fromkeys(found))
+    return options, []
 
 
-def row_job(plan: Plan, levers: Levers, tokens: int) -> Job:
-    """Return the plan's job with other levers for one row of so many tokens, all learned."""
-    return replace(plan.step.job, shape=BatchShape((tokens,), tokens - 1), levers=levers)
+def row_job(plan: Plan, options: MemoryOptions, tokens: int) -> Job:
+    """Return the plan's job with other memory options for one row of so many tokens, all learned."""
+    return replace(plan.step.job, shape=BatchShape((tokens,), tokens - 1), options=options)
 
 
 def length_rows(capped: CappedDevice, name: str, tokens: int, cap_bytes: int) -> Iterator[dict]:
     """Run the longest sequence that is planned to fit, and longer ones until one fails."""
     row = {"kind": "length", "model": name, "cap_bytes": cap_bytes}
     if cap_bytes > capped.machine.memory_bytes:
-        yield row | {"skipped": "the card has less free"}
+        yield row | {"skipped": "the GPU has less free"}
         return
     plan = plan_below(replace(capped.machine, host_bytes=None), name, tokens, cap_bytes)
-    levers, lengths = lengths_within(capped, plan)
+    options, lengths = lengths_within(capped, plan)
     if not lengths:
-        most = f"takes at most {MOST_STEP_SECONDS:.0f} s"
-        yield row | {"skipped": f"no levers with which a step of the longest row {most} and the host has room for it"}
+        most = f"takes at most {MAX_STEP_SECONDS:.0f} s"
+        yield row | {
+            "skipped": f"no memory options with which a step of the longest row {most} and the host has room for it"
+        }
         return
-    row |= {"planned_longest_tokens": lengths[0], "levers": levers.settings}
+    row |= {"planned_longest_tokens": lengths[0], "options": options.settings}
     for length in lengths:
-        prediction = predict(row_job(plan, levers, length))
+        prediction = predict(row_job(plan, options, length))
         row |= {"tokens": length, "above_planned": length / lengths[0] - 1, "planned_bytes": prediction.peak_bytes}
         started = time.perf_counter()
         overhead = sum(constant.bytes for constant in prediction.overheads)
-        done = row | capped.run(name, length, levers, cap_bytes, 1, overhead)
+        done = row | capped.run(name, length, options, cap_bytes, 1, overhead)
         done["seconds"] = time.perf_counter() - started
         if length == lengths[0] and not done["fits"]:
             done["problem"] = NOT_BUILT if "built" in done else "the longest sequence that was planned to fit does not"

@@ -11,7 +11,7 @@ import torch
 from common.cases import OUT_OF_MEMORY, RANK, free_memory, model_of, seconds_of, trainer_of
 from common.models import config_of
 from qlora_lite.adapters.lora.layer import LoraLinear
-from qlora_lite.memory.meter import hold_to
+from qlora_lite.memory.meter import set_memory_limit
 from qlora_lite.quant.linear import QuantLinear, frozen_weight
 from qlora_lite.quant.product import float32_partial_sums, materialize
 from qlora_lite.train.loss_scale import LossScale
@@ -112,17 +112,17 @@ def lengths_row(name: str, longest: int, steps: int, budget_bytes: int, device: 
     row = {"kind": "random lengths", "model": name, "longest": longest, "steps": steps, "budget_bytes": budget_bytes}
     model = model_of(case, device)
     free_memory(device)
-    hold_to(device, budget_bytes)
+    set_memory_limit(device, budget_bytes)
     before = _retries(device)
     trainer = trainer_of(case, model, steps)
     try:
-        trainer.rehearse()
+        trainer.dry_run()
         metrics = list(trainer)
     except OUT_OF_MEMORY as error:
         return row | {"problem": str(error).partition(".")[0]}
     finally:
         trainer.meter.close()
-        hold_to(device, None)
+        set_memory_limit(device, None)
     row |= {"dtype": _name(model.dtype), "first_loss": metrics[0].loss, "last_loss": metrics[-1].loss,
             "peak_bytes": metrics[-1].peak_bytes}  # fmt: skip
     row |= {"loss_scale": trainer.loss_scale.value} if trainer.loss_scale else {}

@@ -15,7 +15,7 @@ from common.models import config_of, dtype_of
 from common.peers import dressed, peers_step, stock_model
 from qlora_lite.compilers import missing_for_compile
 from qlora_lite.errors import QloraLiteError
-from qlora_lite.models.levers import Levers
+from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.ops.fused_loss import CHECKED_TOKENS, FUSED, Loss, errors_of
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, Head, chunked_cross_entropy
 from qlora_lite.ops.trial import foreign_errors
@@ -44,13 +44,13 @@ class Comparison:
         self._row = {"model": name, "rows": rows, "length": length}
         self._plan, self._device, self._first_loss = plan, device, None
         self._plain: dict[str, Callable[[], dict]] = {
-            PLANNED: lambda: _ours(case | asdict(plan.chosen.levers), device),
-            "ours, blocks computed again": lambda: _ours(case | asdict(Levers()), device),
+            PLANNED: lambda: _ours(case | asdict(plan.chosen.options), device),
+            "ours, blocks recomputed": lambda: _ours(case | asdict(MemoryOptions()), device),
             "peers": lambda: peers_side(case, device, False),
             "peers + Liger": lambda: peers_side(case, device, True),
         }
         self._compiled: dict[str, Callable[[], dict]] = {
-            "ours, blocks computed again and compiled": lambda: _ours(case | asdict(Levers(compile=True)), device),
+            "ours, blocks recomputed and compiled": lambda: _ours(case | asdict(MemoryOptions(compile=True)), device),
         }
 
     def plain(self) -> Iterator[dict]:
@@ -109,7 +109,7 @@ def _ours(case: dict, device: torch.device) -> dict:
 
 
 def peers_side(case: dict, device: torch.device, liger: bool) -> dict:
-    """Train the case the stock way; return speed, first loss and the allocator's peak on a card."""
+    """Train the case the stock way; return speed, first loss and the allocator's peak on a GPU."""
     model = stock_model(case["model"], device)
     if liger:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
@@ -172,7 +172,7 @@ def _loss_row(package: str, loss: Loss, inputs: tuple[torch.Tensor, ...]) -> dic
     device = inputs[0].device
     reason = _not_installed([package]) if package else ""
     if package and not reason and device.type == "cpu":
-        reason = "its kernels are for a card"
+        reason = "its kernels are for a GPU"
     if reason:
         return {"skipped": reason}
     free_memory(device)

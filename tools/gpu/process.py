@@ -18,7 +18,7 @@ from pathlib import Path
 
 MARK = "ROW "
 LIMIT_SECONDS = {  # of the sections of tools/gpu_check, in order of value
-    "tests": 95, "streamed": 40, "plan": 50, "numbers": 20, "caps": 80, "peers": 85, "answers": 25, "levers": 55,
+    "tests": 95, "streamed": 40, "plan": 50, "numbers": 20, "caps": 80, "peers": 85, "answers": 25, "options": 55,
     "paged": 20,
 }  # fmt: skip
 TAIL_LINES = 15  # of a failed section's own output

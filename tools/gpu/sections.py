@@ -1,7 +1,7 @@
 """The sections of tools/gpu_check: each yields findings as plain values, the most valuable first.
 
 A finding with "problem" is a failure; one with "skipped" says why something could not run. ``REHEARSAL`` runs the same
-code on tiny shapes on any machine, so that the kit cannot rot between two cards.
+code on tiny shapes on any machine, so that the kit cannot rot between two GPUs.
 """
 
 from __future__ import annotations
@@ -20,8 +20,17 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from common.cases import OUT_OF_MEMORY, check_case, free_memory, levers_of, model_of, plan_cases, rearranged, trainer_of
-from common.memory_options import by_saving, lever_cases, measure, resident_cases, saving_levers
+from common.cases import (
+    OUT_OF_MEMORY,
+    check_case,
+    free_memory,
+    memory_options_of,
+    model_of,
+    plan_cases,
+    rearranged,
+    trainer_of,
+)
+from common.memory_options import by_saving, measure, memory_option_cases, resident_cases, saving_levers
 from common.models import DEMO_MODELS, config_of, dtype_of
 from gpu.caps import CappedDevice, chosen_row, length_rows, machine_at_hand, plan_below
 from gpu.numbers import gradient_rows, lengths_row, rate_rows
@@ -33,8 +42,8 @@ from qlora_lite.errors import QloraLiteError
 from qlora_lite.inference.decode import decode
 from qlora_lite.memory.meter import free_bytes
 from qlora_lite.models.anatomy import device_of
-from qlora_lite.models.levers import Levers, set_levers
 from qlora_lite.models.load import resolve_device
+from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
 from qlora_lite.planning.machine import Machine
 from qlora_lite.planning.predict import Prediction, predict
 from qlora_lite.planning.simulate import Job
@@ -49,7 +58,8 @@ from qlora_lite.units import format_bytes
 from simulated_gpu.runtime import LIBRARY
 
 GIB, MIB = 2**30, 2**20
-# Whole runs and compiling take long: last. ("compile" is in the names of all cases of levers, as compile=False.)
+# Whole runs and compiling take long: last. ("compile" is in the names of all cases of memory options, as
+# compile=False.)
 ORDER = "not compiled and not goes_on", "goes_on and not compiled", "compiled"
 EQUAL_SCALE = 2.0**10  # of the loss in float16, so that there are gradients to compare, and finite ones
 COUNTED = 20  # passed tests after which a row says how many, so that it is known where there was no time for all
@@ -67,19 +77,23 @@ for _ in sys.stdin:
 # Of a prediction, beyond which it counts as wrong. Allocated memory has the rests of pieces that are not worth cutting,
 # which a plan counts apart (``memory.process.GROWING_SEGMENT_BYTES``).
 TENSOR_ERROR, ALLOCATED_ERRORS = 0.03, (-0.03, 0.05)
-HOST_WEIGHTS = Levers(resident_blocks=0, host_embeddings=True, host_head=True)
+HOST_WEIGHTS = MemoryOptions(resident_layers=0, host_embeddings=True, host_head=True)
 FROM_DISK = replace(HOST_WEIGHTS, stream_from_disk=True)  # random weights have no file: what a disk takes is not in it
 SAME_BITS = (  # weights leave the device once
-    Levers("selective"), Levers("selective", offload_checkpoints=True), Levers(offload_checkpoints=True),
-    HOST_WEIGHTS, replace(HOST_WEIGHTS, offload_checkpoints=True), FROM_DISK,
-)  # fmt: skip
+    MemoryOptions("selective"),
+    MemoryOptions("selective", offload_checkpoints=True),
+    MemoryOptions(offload_checkpoints=True),
+    HOST_WEIGHTS,
+    replace(HOST_WEIGHTS, offload_checkpoints=True),
+    FROM_DISK,
+)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The sizes of all sections: those for a card, or tiny ones; ``small_model`` is for a small or slow card."""
+    """The sizes of all sections: those for a GPU, or tiny ones; ``small_model`` is for a small or slow GPU."""
 
-    rehearsal: bool
+    dry_run: bool
     models: tuple[str, ...]
     small_model: str
     tokens: int
@@ -108,26 +122,26 @@ REHEARSAL = Scale(
 def resident_task(
     section: str, steps: float, scale: Scale, machine: Machine, parts: tuple[int, ...] = (1, 2, 4)
 ) -> tuple[str, int]:  # fmt: skip
-    """Return the largest model and row that the card has room for and, by estimate, time for in half of a section.
+    """Return the largest model and row that the GPU has room for and, by estimate, time for in half of a section.
 
     Args:
-        steps: that the section takes with it, all weights on the card.
+        steps: that the section takes with it, all weights on the GPU.
         parts: of the scale's tokens that a row may have.
     """
     for name, part in product((scale.models[0], scale.small_model), parts):
         tokens = scale.tokens // part
-        needed = needs(name, tokens, Levers(), machine)
+        needed = needs(name, tokens, MemoryOptions(), machine)
         seconds = steps * machine.seconds(needed.simulation.work)
         if needed.peak_bytes <= machine.memory_bytes and seconds <= LIMIT_SECONDS[section] / 2:
             break
     return name, tokens
 
 
-def needs(name: str, tokens: int, levers: Levers, machine: Machine) -> Prediction:
+def needs(name: str, tokens: int, options: MemoryOptions, machine: Machine) -> Prediction:
     """Predict a step of one row, all of it learned."""
     config = config_of(name)
     work = CausalLM(spec=ModelSpec(config, compute_dtype=dtype_of(config)))
-    return predict(Job(work, BatchShape((tokens,), tokens - 1), None, machine.device_type, levers=levers))
+    return predict(Job(work, BatchShape((tokens,), tokens - 1), None, machine.device_type, options=options))
 
 
 def gpu_tests() -> list[Path]:
@@ -136,13 +150,13 @@ def gpu_tests() -> list[Path]:
 
 
 def tests(scale: Scale) -> Iterator[dict]:
-    """Run the tests marked gpu; without a card they are collected and skip."""
+    """Run the tests marked gpu; without a GPU they are collected and skip."""
     files = gpu_tests()
     if dtype_of(config_of(scale.small_model)) != torch.bfloat16:
         yield {"skipped": "they compute in bfloat16"}
         return
     if LIBRARY in os.environ:
-        yield {"skipped": "tools/check/order runs them over a simulated card"}
+        yield {"skipped": "tools/check/order runs them over a simulated GPU"}
         return
     if importlib.util.find_spec("pytest") is None:
         yield {"skipped": "pytest is not installed"}
@@ -154,7 +168,7 @@ def tests(scale: Scale) -> Iterator[dict]:
     command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", *map(str, files)]
     if importlib.util.find_spec("pytest_timeout") is None:
         command += ["-o", "addopts=-ra", "-W", "ignore:Unknown config option:pytest.PytestConfigWarning"]
-    if not scale.rehearsal:
+    if not scale.dry_run:
         command.append("--require-gpu")
     passed = 0
     for which in ORDER:
@@ -194,26 +208,26 @@ def streamed(scale: Scale) -> Iterator[dict]:
     trainer.meter.close()
     del trainer  # and with it the model, when another takes its place
     torch.use_deterministic_algorithms(True)
-    expected = _gradients(model, inputs, Levers())
-    again = _gradients(model, inputs, Levers())
-    yield {"kind": "equal", "levers": "resident, a second time"} | _equality(again, expected)
-    resident = _speed(model, inputs, Levers())
-    yield {"kind": "speed", "levers": "resident", **resident}
-    for levers in SAME_BITS:
-        if levers == HOST_WEIGHTS:
-            model = rearranged(model, device, levers)
-        if levers == FROM_DISK:
+    expected = _gradients(model, inputs, MemoryOptions())
+    again = _gradients(model, inputs, MemoryOptions())
+    yield {"kind": "equal", "options": "resident, a second time"} | _equality(again, expected)
+    resident = _speed(model, inputs, MemoryOptions())
+    yield {"kind": "speed", "options": "resident", **resident}
+    for options in SAME_BITS:
+        if options == HOST_WEIGHTS:
+            model = rearranged(model, device, options)
+        if options == FROM_DISK:
             del model  # which is tied to where its weights are
-            model = rearranged(_with_factors(case, device), device, levers)
-        needed = needs(name, tokens, levers, machine).peak_bytes
+            model = rearranged(_with_factors(case, device), device, options)
+        needed = needs(name, tokens, options, machine).peak_bytes
         if needed > machine.memory_bytes:
-            yield {"side": _named(levers), "skipped": f"needs {format_bytes(needed)}, more than there is"}
+            yield {"side": _named(options), "skipped": f"needs {format_bytes(needed)}, more than there is"}
             continue
         torch.use_deterministic_algorithms(True)
-        yield {"kind": "equal", "levers": _named(levers)} | _equality(_gradients(model, inputs, levers), expected)
-        found = _speed(model, inputs, levers)
+        yield {"kind": "equal", "options": _named(options)} | _equality(_gradients(model, inputs, options), expected)
+        found = _speed(model, inputs, options)
         found["of_resident_speed"] = found["tokens_per_second"] / resident["tokens_per_second"]
-        yield {"kind": "speed", "levers": _named(levers), **found}
+        yield {"kind": "speed", "options": _named(options), **found}
 
 
 def _with_factors(case: dict, device: torch.device):
@@ -226,14 +240,14 @@ def _with_factors(case: dict, device: torch.device):
     return model
 
 
-def _named(levers: Levers) -> str:
+def _named(options: MemoryOptions) -> str:
     """Name what differs from the defaults."""
-    plain = asdict(Levers())
-    return ", ".join(f"{name} {value}" for name, value in asdict(levers).items() if value != plain[name])
+    plain = asdict(MemoryOptions())
+    return ", ".join(f"{name} {value}" for name, value in asdict(options).items() if value != plain[name])
 
 
-def _gradients(model, inputs, levers: Levers) -> list[torch.Tensor]:
-    set_levers(model, levers)
+def _gradients(model, inputs, options: MemoryOptions) -> list[torch.Tensor]:
+    set_memory_options(model, options)
     scale = EQUAL_SCALE if model.dtype == torch.float16 else 1.0
     loss = accumulate_gradients(CausalLM(), model.train(), [inputs], scale).loss
     found = [loss.cpu(), *(parameter.grad.cpu() for _, parameter in lora_parameters(model))]
@@ -248,18 +262,18 @@ def _equality(found: list[torch.Tensor], expected: list[torch.Tensor]) -> dict:
     return row | ({"problem": f"{different} of {len(found)} tensors differ"} if different else {})
 
 
-def _speed(model, inputs, levers: Levers) -> dict:
+def _speed(model, inputs, options: MemoryOptions) -> dict:
     """Return tokens a second of forward and backward in the ordinary mode, and the allocator's peak."""
     torch.use_deterministic_algorithms(False)
-    on_card = inputs.input_ids.is_cuda
+    on_gpu = inputs.input_ids.is_cuda
     seconds = []
-    if on_card:
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     for _ in range(TIMED):
         started = time.perf_counter()
-        _gradients(model, inputs, levers)
+        _gradients(model, inputs, options)
         seconds.append(time.perf_counter() - started)
-    peak = {"peak_bytes": torch.cuda.max_memory_allocated()} if on_card else {}
+    peak = {"peak_bytes": torch.cuda.max_memory_allocated()} if on_gpu else {}
     return {"tokens_per_second": inputs.input_ids.numel() / min(seconds), **peak}
 
 
@@ -301,10 +315,10 @@ def plan(scale: Scale) -> Iterator[dict]:
     yield free_memory_row(scale, device)
     machine = machine_at_hand(device)
     tiny = [{"model": "tiny", "tokens": scale.tokens, "checkpointing": way} for way in ("block", "none")]
-    for case in tiny if scale.rehearsal else plan_cases(True):
+    for case in tiny if scale.dry_run else plan_cases(True):
         free_memory(device)
         random = case["model"] not in DEMO_MODELS  # and large
-        needed = needs(case["model"], case["tokens"], levers_of(case), machine).peak_bytes if random else 0
+        needed = needs(case["model"], case["tokens"], memory_options_of(case), machine).peak_bytes if random else 0
         if needed > machine.memory_bytes:
             yield {"side": str(case), "skipped": f"needs {format_bytes(needed)}, more than there is"}
             continue
@@ -326,7 +340,7 @@ def numbers(scale: Scale) -> Iterator[dict]:
     yield from gradient_rows(scale.models[0], scale.tokens, device, types)
     yield from rate_rows(scale.models[0], scale.tokens, device, dtype)
     name, tokens = resident_task("numbers", scale.random_steps, scale, machine)
-    budget = needs(name, tokens, Levers(), machine).peak_bytes
+    budget = needs(name, tokens, MemoryOptions(), machine).peak_bytes
     yield lengths_row(name, tokens, scale.random_steps, budget, device)
 
 
@@ -383,27 +397,27 @@ def _answered(model, ids: torch.Tensor, tokens: int, own: Callable | None) -> di
         out = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, custom_generate=own
         )
-        found = out[:, ids.shape[1] :].tolist()  # waits for the card
+        found = out[:, ids.shape[1] :].tolist()  # waits for the GPU
         seconds.append(time.perf_counter() - started)
     peak = {"peak_bytes": torch.cuda.max_memory_allocated()} if ids.is_cuda else {}
     each = max(1e-9, seconds[1] - seconds[0]) / (tokens - 1)  # one token of every prompt
     return {"ids": torch.tensor(found), "tokens_per_second": len(ids) / each, "token_seconds": each, **peak}
 
 
-def levers(scale: Scale) -> Iterator[dict]:
-    """Measure the lever table, every row in this process: a card's counters are exact from row to row.
+def options(scale: Scale) -> Iterator[dict]:
+    """Measure the memory option table, every row in this process: a GPU's counters are exact from row to row.
 
     The first with attention's results kept, and the one before it, are then measured at a long row, where it shows;
-    then the levers that need their weights on the device, compiled blocks last.
+    then the memory options that need their weights on the device, compiled blocks last.
     """
     device = resolve_device()
     machine = machine_at_hand(device)
-    rows = len(lever_cases(scale.models[0], scale.tokens, list(saving_levers(scale.tokens))))
+    rows = len(memory_option_cases(scale.models[0], scale.tokens, list(saving_levers(scale.tokens))))
     rows += len(resident_cases(scale.models[0], scale.tokens))
-    name, tokens = resident_task("levers", 3 * rows, scale, machine)
+    name, tokens = resident_task("options", 3 * rows, scale, machine)
     order = by_saving(name, tokens, machine.device_type)
-    table = lever_cases(name, tokens, order)
-    at_length = lever_cases(name, scale.long_tokens * tokens // scale.tokens, order)
+    table = memory_option_cases(name, tokens, order)
+    at_length = memory_option_cases(name, scale.long_tokens * tokens // scale.tokens, order)
     first = next(number for number, case in enumerate(at_length) if case["checkpointing"] == "selective")
     rows = [(case, 2) for case in table] + [(case, 1) for case in at_length[first - 1 : first + 1]]
     for case, steps in [*rows, *((case, 2) for case in resident_cases(name, tokens))]:
@@ -412,7 +426,7 @@ def levers(scale: Scale) -> Iterator[dict]:
 
 
 def lever_row(case: dict, steps: int, machine: Machine) -> dict:
-    """Measure a row of the lever table."""
+    """Measure a row of the memory option table."""
     if case.get("compile") and (missing := missing_for_compile(machine.device_type)):
         return {"side": case["lever"], "skipped": f"{missing} is missing"}
     try:
@@ -424,7 +438,7 @@ def lever_row(case: dict, steps: int, machine: Machine) -> dict:
 
 
 def lever_problem(row: dict, machine: Machine) -> str:
-    """Say what is wrong with a row of the lever table that was measured on a machine; "" is nothing."""
+    """Say what is wrong with a row of the memory option table that was measured on a machine; "" is nothing."""
     if "failed" in row:
         return "it was predicted to fit, and memory ran out" if row["planned_bytes"] <= machine.memory_bytes else ""
     errors = prediction_errors(row["predicted_bytes"] / row["measured_bytes"], row, machine.device_type)
@@ -441,10 +455,10 @@ def prediction_errors(tensor_share: float, row: dict, device_type: str) -> list[
 
 
 def paged(scale: Scale) -> Iterator[dict]:
-    """Step an optimizer whose states do not fit beside what fills the card: paged it must work, and change nothing."""
+    """Step an optimizer whose states do not fit beside what fills the GPU: paged it must work, and change nothing."""
     device = resolve_device()
     if device.type == "cuda" and not can_page(device):
-        yield {"skipped": "the card and the host cannot use the same memory at one time (WSL, or a share of a card)"}
+        yield {"skipped": "the GPU and the host cannot use the same memory at one time (WSL, or a share of a GPU)"}
         return
     expected, seconds = _optimized("adamw_32bit", scale, device)
     yield {"kind": "with room", "optimizer": "adamw_32bit", "seconds": seconds}
@@ -457,16 +471,16 @@ def paged(scale: Scale) -> Iterator[dict]:
         )
         try:
             _optimized("adamw_32bit", scale, device)
-            yield {"kind": "filled card", "optimizer": "adamw_32bit", "problem": "it should not have fitted"}
+            yield {"kind": "filled GPU", "optimizer": "adamw_32bit", "problem": "it should not have fitted"}
         except torch.OutOfMemoryError:
-            yield {"kind": "filled card", "optimizer": "adamw_32bit", "fits": False}
+            yield {"kind": "filled GPU", "optimizer": "adamw_32bit", "fits": False}
         free_memory(device)
     found, seconds = _optimized("paged_adamw_32bit", scale, device)
     equal = torch.equal(found, expected)
-    row = {"kind": "filled card", "optimizer": "paged_adamw_32bit", "fits": True, "seconds": seconds, "equal": equal,
+    row = {"kind": "filled GPU", "optimizer": "paged_adamw_32bit", "fits": True, "seconds": seconds, "equal": equal,
            "states_bytes": 8 * scale.paged_weights, "free_bytes": scale.spare_bytes}  # fmt: skip
     if filled is None:
-        row |= {"kind": "without a card", "note": "without CUDA nothing is paged: ordinary memory, the same numbers"}
+        row |= {"kind": "without a GPU", "note": "without CUDA nothing is paged: ordinary memory, the same numbers"}
     yield row | ({} if equal else {"problem": "paged states changed the update"})
     del filled
     for name in ("adamw_32bit", "paged_adamw_32bit"):
@@ -508,5 +522,5 @@ def _optimized(name: str, scale: Scale, device: torch.device) -> tuple[torch.Ten
 
 SECTIONS: dict[str, Callable[[Scale], Iterator[dict]]] = {
     "tests": tests, "streamed": streamed, "plan": plan, "numbers": numbers, "caps": caps, "peers": peers,
-    "answers": answers, "levers": levers, "paged": paged,
+    "answers": answers, "options": options, "paged": paged,
 }  # fmt: skip

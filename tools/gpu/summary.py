@@ -39,7 +39,7 @@ def _streamed(rows: Sequence[Mapping]) -> list[str]:
         if row["kind"] == "speed":
             share = f", {row['of_resident_speed']:.2f} of resident" if "of_resident_speed" in row else ""
             peak = f", {format_bytes(row['peak_bytes'])}" if "peak_bytes" in row else ""
-            lines.append(f"{row['tokens_per_second']:,.0f} tokens/s{share}{peak}: {row['levers']}")
+            lines.append(f"{row['tokens_per_second']:,.0f} tokens/s{share}{peak}: {row['options']}")
     return lines
 
 
@@ -131,4 +131,4 @@ def _paged(rows: Sequence[Mapping]) -> list[str]:
 
 
 _HEADLINES = {"tests": _tests, "streamed": _streamed, "plan": _plan, "numbers": _numbers, "caps": _caps,
-              "peers": _peers, "answers": _answers, "levers": _levers, "paged": _paged}  # fmt: skip
+              "peers": _peers, "answers": _answers, "options": _levers, "paged": _paged}  # fmt: skip

@@ -1,12 +1,12 @@
-"""A card that computes, on the CPU, in any order that streams and events allow.
+"""A GPU that computes, on the CPU, in any order that streams and events allow.
 
-``runtime.c`` stands for CUDA's. Inside ``ComputingCard`` an operator on the card's tensors is called twice: as
+``runtime.c`` stands for CUDA's. Inside ``ComputingCard`` an operator on the GPU's tensors is called twice: as
 torch has it for CUDA, where kernels do nothing, for the form of its results and for all that it allocates; and as work
 in the queue of its stream, which computes the operator on the same addresses with the CPU's kernels. Copies between
-host and card are the runtime's own. So results are true only if each stream waits for what it needs: a wait that is
+host and GPU are the runtime's own. So results are true only if each stream waits for what it needs: a wait that is
 missing, or memory that is used again too soon, gives wrong numbers in one of the orders.
 
-What it cannot show: what a card's kernels compute and how long they take. Not seen at all are a compiler's kernels, and
+What it cannot show: what a GPU's kernels compute and how long they take. Not seen at all are a compiler's kernels, and
 operators that a thread calls which is neither the one that entered nor autograd's.
 """
 
@@ -29,9 +29,9 @@ from simulated_gpu.runtime import LIBRARY
 
 aten = torch.ops.aten
 ORDERS = {  # when a stream's work is done: when it is waited for, or as soon as it may be, on which streams
-    "late": 0, "computing first": 1, "copies first": 2, "by chance": 3,
+    "late": 0, "computing first": 1, "copies first": 2, "stochastically": 3,
 }  # fmt: skip
-OF_VALUES = {  # what the host learns, or the form of the results, comes from values on the card
+OF_VALUES = {  # what the host learns, or the form of the results, comes from values on the GPU
     aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default, aten.nonzero.default,
     aten.masked_select.default, aten._unique2.default, aten.unique_consecutive.default, aten.repeat_interleave.Tensor,
 }  # fmt: skip
@@ -43,11 +43,11 @@ MEMORY_ONLY = {
 
 
 class ComputingCard(TorchDispatchMode):
-    """Compute what is asked of the card.
+    """Compute what is asked of the GPU.
 
     Args:
         order: of ``ORDERS``.
-        seed: of the order by chance.
+        seed: of the order stochastically.
     """
 
     def __init__(self, order: str = "late", seed: int = 0):
@@ -90,7 +90,7 @@ class ComputingCard(TorchDispatchMode):
         inputs, more = _seen_by_the_cpu((args, kwargs))
         targets = _seen_by_the_cpu(_tensors(results))
         more = {name: torch.device("cpu") if name == "device" else value for name, value in more.items()}
-        more |= dict.fromkeys({"generator"} & more.keys())  # the card's: the CPU draws by the seed
+        more |= dict.fromkeys({"generator"} & more.keys())  # the GPU's: the CPU draws by the seed
         compute = WRITTEN_OUT.get(operator, operator)
         if operator in PRODUCTS and any(tensor.dtype == torch.float16 for tensor in _tensors((args, kwargs))):
             compute = _by_float32(compute)
@@ -98,7 +98,7 @@ class ComputingCard(TorchDispatchMode):
         def work():
             with torch.random.fork_rng([], enabled=seed is not None):
                 if seed is not None:
-                    torch.default_generator.manual_seed(seed)  # the CPU's only: the card's goes on by itself
+                    torch.default_generator.manual_seed(seed)  # the CPU's only: the GPU's goes on by itself
                 found = _tensors(compute(*inputs, **more))
             for target, value in zip(targets, found, strict=operator not in WRITTEN_OUT):
                 if target.data_ptr() != value.data_ptr():  # else it was written in place
@@ -120,13 +120,13 @@ class ComputingCard(TorchDispatchMode):
         if operator._schema.is_mutable:
             return args[0]
 
-        def on_card(value):
+        def on_gpu(value):
             return self._travel(value.new_empty(value.shape, device="cuda"), value)
 
-        return tree_map_only(torch.Tensor, on_card, found)
+        return tree_map_only(torch.Tensor, on_gpu, found)
 
     def _travel(self, target, source, non_blocking=False):
-        """Copy between host and card: bytes as the runtime does it, and their form where they come from or go to."""
+        """Copy between host and GPU: bytes as the runtime does it, and their form where they come from or go to."""
         if source.dtype != target.dtype or source.shape != target.shape or not source.is_contiguous():
             form = torch.empty(target.shape, dtype=target.dtype, device=source.device)
             source = self._copy(form, source)
@@ -171,7 +171,7 @@ def _indexed_by_bools(operator, args) -> bool:
 
 
 def _seed(operator, kwargs) -> int | None:
-    """Return what stands for the state of the card's random numbers, before an operator that draws some."""
+    """Return what stands for the state of the GPU's random numbers, before an operator that draws some."""
     if torch.Tag.nondeterministic_seeded not in operator.tags:
         return None
     torch.cuda.init()
@@ -180,9 +180,9 @@ def _seed(operator, kwargs) -> int | None:
 
 
 def _seen_by_the_cpu(values):
-    """Return tensors of the CPU over the same memory, which hold nothing of the card alive.
+    """Return tensors of the CPU over the same memory, which hold nothing of the GPU alive.
 
-    A single value of the host is read when it is passed; more of them, as paged states, are memory for the card too.
+    A single value of the host is read when it is passed; more of them, as paged states, are memory for the GPU too.
     """
 
     def seen(tensor):
@@ -268,8 +268,8 @@ def _packed_gradients(
     return [each[0].transpose(0, 1) for each in found]
 
 
-def _unpacked(codes, maxima, block_size, quant_type, shape, dtype):
-    """Do what bitsandbytes' kernel for a card does, rounded once; its kernel for a CPU rounds otherwise."""
+def _dequantized(codes, maxima, block_size, quant_type, shape, dtype):
+    """Do what bitsandbytes' kernel for a GPU does, rounded once; its kernel for a CPU rounds otherwise."""
     numbers = torch.stack((codes.view(-1) >> 4, codes.view(-1) & 15), 1).view(-1)[: math.prod(shape)]
     values = get_4bit_type(quant_type, device="cpu")[numbers.long()]
     return (values * maxima.float().repeat_interleave(block_size)[: len(values)]).to(dtype).view(tuple(shape))
@@ -304,5 +304,5 @@ WRITTEN_OUT = {  # kernels that a CPU lacks or computes otherwise; of their resu
     aten._flash_attention_backward.default: _packed_gradients,
     aten._fused_rms_norm_backward.default: decomposition_table[aten._fused_rms_norm_backward.default],
     aten.histc.default: _counts,
-    torch.ops.bitsandbytes.dequantize_4bit.default: _unpacked,
+    torch.ops.bitsandbytes.dequantize_4bit.default: _dequantized,
 }

@@ -1,4 +1,4 @@
-"""Build runtime.c, a CUDA card that computes nothing, and give the environment in which torch finds it."""
+"""Build runtime.c, a CUDA GPU that computes nothing, and give the environment in which torch finds it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 SOURCE = Path(__file__).parent / "runtime.c"
-LIBRARY = "CARD_LIBRARY"  # the variable that names the built library: it is set where the card is there
+LIBRARY = "CARD_LIBRARY"  # the variable that names the built library: it is set where the GPU is there
 GIB = 2**30
 
 
 class Counts(NamedTuple):
-    """What a process has asked of the card so far: kernels, waits of the host, allocations there and pinned ones.
+    """What a process has asked of the GPU so far: kernels, waits of the host, allocations there and pinned ones.
 
     ``managed_bytes`` are those of unified memory, such as paged optimizer states, which are never given back.
     """
@@ -29,18 +29,18 @@ class Counts(NamedTuple):
 
 
 def counts() -> Counts:
-    """Return the counts of this process, which has the card preloaded."""
+    """Return the counts of this process, which has the GPU preloaded."""
     found = (ctypes.c_long * len(Counts._fields))()
     ctypes.CDLL(os.environ[LIBRARY]).card_counts(found)
     return Counts(*found)
 
 
 def card_environment(folder: Path, gib: int) -> dict[str, str]:
-    """Build the card into a folder; return the environment of a process that has it.
+    """Build the GPU into a folder; return the environment of a process that has it.
 
     Args:
         folder: where the library is written.
-        gib: memory of the card.
+        gib: memory of the GPU.
 
     Raises:
         FileNotFoundError: torch is built without CUDA, or its libraries lie elsewhere than in its wheels.
@@ -58,7 +58,7 @@ def card_environment(folder: Path, gib: int) -> dict[str, str]:
     missing = sorted(needed - _names(["nm", "-D", "--defined-only", str(library)]))
     rest.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in missing))
     subprocess.run([*compiler, str(rest), "-o", str(library)], check=True)
-    (folder / "libnvidia-ml.so.1").symlink_to(library)  # torch asks that one too whether there are links to other cards
+    (folder / "libnvidia-ml.so.1").symlink_to(library)  # torch asks that one too whether there are links to other GPUs
     return {"LD_PRELOAD": str(library), "LD_LIBRARY_PATH": str(folder), LIBRARY: str(library),
             "CARD_BYTES": str(gib * GIB)}  # fmt: skip
 

@@ -1,1 +1,1 @@
-"""LoRA factors around frozen linear layers: the layer, its injection, and adapter files."""
+"""LoRA weights around frozen linear layers: the layer, its injection, and adapter files."""

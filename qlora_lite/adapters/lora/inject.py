@@ -1,4 +1,4 @@
-"""Choose a model's linear layers by name and wrap them with LoRA factors.
+"""Choose a model's linear layers by name and wrap them with LoRA weights.
 
 Targets are ``"all-linear"`` (every linear layer inside the decoder blocks; never the head), plain names
 such as ``"q_proj"`` (the last part of a module's path), or glob patterns over the whole path such as

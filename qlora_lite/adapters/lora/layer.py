@@ -7,7 +7,7 @@ A starts Kaiming-uniform and B at zero, so that the first forward equals the bas
 The low-rank part is formed first and the base product accumulates onto it (no second [T, out] tensor, one
 rounding: see ``quant.product.add_product``). x, x A^T and the *packed* weight are saved, and the weight is
 dequantised again in backward. Saving and multiplying are two autograd functions, so that a checkpointed
-block's second run can leave out its last product (``down_proj``; see ``ops.checkpoint``). Layers with the same
+block's recomputation can leave out its last product (``down_proj``; see ``ops.checkpoint``). Layers with the same
 input can be begun together (``shared``). With dropout the low-rank branch has its own input, so plain autograd is used
 around the same frozen product.
 
@@ -25,9 +25,9 @@ from torch import nn
 from torch.nn import functional
 
 from qlora_lite.errors import ModelError
-from qlora_lite.ops.checkpoint import product_or_stand_in
+from qlora_lite.ops.checkpoint import product_or_placeholder
 from qlora_lite.ops.shapes import on_gpu
-from qlora_lite.quant.linear import frozen_weight, product_of_few
+from qlora_lite.quant.linear import frozen_weight, small_batch_product
 from qlora_lite.quant.product import FrozenMatmul, KeptWeights, WeightSpec, add_product, kept_for, product_beside
 
 
@@ -50,13 +50,14 @@ def add_update(y, x, lora_a, lora_b, scale: float) -> torch.Tensor:
 class Begun(NamedTuple):
     """Products of LoRA layers with one input x, begun by ``begin`` and each ended by ``end``.
 
-    Of each layer: low [T, r], a stand-in for y, and its frozen weight. ``kept`` is where unpacked weights are found.
+    Of each layer: low [T, r], a placeholder for y, and its frozen weight. ``kept`` is where dequantised weights are
+    found.
     """
 
     x: torch.Tensor
     kept: KeptWeights | None
     low: Sequence[torch.Tensor]
-    stand_ins: Sequence[torch.Tensor]
+    placeholders: Sequence[torch.Tensor]
     weights: Sequence[tuple[WeightSpec, tuple[torch.Tensor, ...]]]
 
 
@@ -66,8 +67,8 @@ def begin(x: torch.Tensor, layers: Sequence["LoraLinear"]) -> Begun:
     specs, counts = [spec for spec, _ in weights], [len(frozen) for _, frozen in weights]
     tensors = [*(layer.lora_A for layer in layers), *(layer.lora_B for layer in layers),
                *(tensor for _, frozen in weights for tensor in frozen)]  # fmt: skip
-    low, *stand_ins = _LoraGradient.apply(x, layers[0].scale, specs, counts, kept, *tensors)
-    return Begun(x, kept, low.chunk(len(layers), dim=1), stand_ins, weights)
+    low, *placeholders = _LoraGradient.apply(x, layers[0].scale, specs, counts, kept, *tensors)
+    return Begun(x, kept, low.chunk(len(layers), dim=1), placeholders, weights)
 
 
 def end(layer: "LoraLinear", begun: Begun, number: int) -> torch.Tensor:
@@ -76,9 +77,9 @@ def end(layer: "LoraLinear", begun: Begun, number: int) -> torch.Tensor:
     Args:
         number: of the layer, among those that were begun together.
     """
-    stand_in, low, (spec, frozen) = begun.stand_ins[number], begun.low[number], begun.weights[number]
-    inputs = stand_in, low, begun.x.detach(), layer.lora_B.detach(), layer.base.bias
-    return product_or_stand_in(lambda: _LoraProduct.apply(*inputs, spec, begun.kept, *frozen), stand_in)
+    placeholder, low, (spec, frozen) = begun.placeholders[number], begun.low[number], begun.weights[number]
+    inputs = placeholder, low, begun.x.detach(), layer.lora_B.detach(), layer.base.bias
+    return product_or_placeholder(lambda: _LoraProduct.apply(*inputs, spec, begun.kept, *frozen), placeholder)
 
 
 class _LoraGradient(torch.autograd.Function):
@@ -129,7 +130,7 @@ def _joined(tensors: Sequence[torch.Tensor], dim: int, dtype: torch.dtype) -> to
 
 
 def _dropped(x: torch.Tensor, share: float) -> torch.Tensor:
-    """Zero values at random; for backward a card's kernel keeps a byte of each, a CPU's operators more."""
+    """Zero values at random; for backward a GPU's kernel keeps a byte of each, a CPU's operators more."""
     return torch.native_dropout(x, share, True)[0] if on_gpu(x) else functional.dropout(x, share)
 
 
@@ -182,7 +183,7 @@ class LoraLinear(nn.Module):
         """
         packed = frozen_weight(self.base)[0].quant_type is not None
         codes = ", and set model.quant to none, since it would read 4-bit codes" if packed else ""
-        raise ModelError(f"this architecture reads the weight of {self.path} itself, past the LoRA factors: "
+        raise ModelError(f"this architecture reads the weight of {self.path} itself, past the LoRA weights: "
                          f"leave it out of lora.targets{codes}")  # fmt: skip
 
     def reset_parameters(self) -> None:
@@ -199,7 +200,7 @@ class LoraLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training and self.dropout > 0:
             return self.by_autograd(x, _dropped(x, self.dropout))
-        y = product_of_few(self.base, x)
+        y = small_batch_product(self.base, x)
         if y is not None:
             return add_update(y, x, self.lora_A, self.lora_B, self.scale)
         begun, number = (begin(x, [self]), 0) if self.shared is None else self.shared.begun_for(self, x)

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from qlora_lite.adapters.read import Adapter, Factors
 from qlora_lite.errors import ModelError
-from qlora_lite.quant.linear import frozen_weight, product_of_few
+from qlora_lite.quant.linear import frozen_weight, small_batch_product
 from qlora_lite.quant.product import add_product, materialize
 
 from .inject import linear_layers
@@ -91,7 +91,7 @@ class SwitchLinear(nn.Module):
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         spec, frozen = frozen_weight(self.base)
-        y, rows = product_of_few(self.base, x), self.switch.rows
+        y, rows = small_batch_product(self.base, x), self.switch.rows
         if y is not None and not isinstance(rows, tuple):
             return add_update(y, x, *self.factors[rows]) if rows in self.factors else y
         update = self._update(x, spec.shape[0])

@@ -37,7 +37,7 @@ from .requests import ApiError, ChatRequest, read_request
 
 log = logging.getLogger("qlora_lite")
 LOCAL = ("127.0.0.1", "localhost", "[::1]")  # as a Host header writes them
-MOST_CONNECTIONS = 64
+MAX_CONNECTIONS = 64
 REQUEST_SECONDS = 10  # until a connection brings a request's header, and then its body
 
 
@@ -102,7 +102,7 @@ def run_server(tasks: Tasks, limits: Limits, host: str, port: int) -> None:
 def http_server(app: Starlette) -> uvicorn.Server:
     """Return a server of the application whose connections are bounded in number and in time without a request."""
     return uvicorn.Server(uvicorn.Config(
-        app, log_level="warning", http=_Connection, ws="none", limit_concurrency=MOST_CONNECTIONS,
+        app, log_level="warning", http=_Connection, ws="none", limit_concurrency=MAX_CONNECTIONS,
         timeout_keep_alive=REQUEST_SECONDS,
     ))  # fmt: skip
 

@@ -13,7 +13,7 @@ from qlora_lite.data.row_formats import Turn
 from qlora_lite.errors import QloraLiteError
 from qlora_lite.inference.generate import Sampling
 
-MOST_MESSAGES, MOST_STOPS = 1000, 4
+MAX_MESSAGES, MAX_STOPS = 1000, 4
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _NEUTRAL = {  # settings that are not done here -> the values beside null that ask for nothing
     "n": (1,), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
@@ -137,14 +137,14 @@ def _number(value: object, name: str, least: float, most: float | None, kind: ty
 
 def _stops(value: object) -> tuple[str, ...]:
     listed = [value] if isinstance(value, str) else value or []
-    if not isinstance(listed, list) or len(listed) > MOST_STOPS or not all(isinstance(s, str) and s for s in listed):
-        raise ApiError(400, f"stop must be a string or a list of up to {MOST_STOPS} strings", param="stop")
+    if not isinstance(listed, list) or len(listed) > MAX_STOPS or not all(isinstance(s, str) and s for s in listed):
+        raise ApiError(400, f"stop must be a string or a list of up to {MAX_STOPS} strings", param="stop")
     return tuple(listed)
 
 
 def _turns(messages: object) -> tuple[Turn, ...]:
-    if not isinstance(messages, list) or not 0 < len(messages) <= MOST_MESSAGES:
-        raise ApiError(400, f"messages must be a list of 1 to {MOST_MESSAGES} messages", param="messages")
+    if not isinstance(messages, list) or not 0 < len(messages) <= MAX_MESSAGES:
+        raise ApiError(400, f"messages must be a list of 1 to {MAX_MESSAGES} messages", param="messages")
     turns = tuple(_turn(message, f"messages[{number}]") for number, message in enumerate(messages))
     if turns[-1].role != "user":
         raise ApiError(400, "the last message must be a user message", param="messages")

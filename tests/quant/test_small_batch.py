@@ -1,4 +1,5 @@
-"""Products of few rows by the packed weight: as exact as unpacking it first, and only where they are meant to be."""
+"""Products of few rows by the packed weight: as exact as dequantisation it first, and only where they are meant to
+be."""
 
 import os
 import subprocess
@@ -15,14 +16,14 @@ from qlora_lite.adapters.lora.layer import LoraLinear
 from qlora_lite.adapters.lora.switch import Switch, SwitchLinear
 from qlora_lite.adapters.read import Factors
 from qlora_lite.models.quantizer import quantize_in_place
-from qlora_lite.quant import few_rows, linear
-from qlora_lite.quant.few_rows import MOST_ROWS, arrange, arranged_bytes, can_arrange, kernel_takes_our_order
+from qlora_lite.quant import linear, small_batch
 from qlora_lite.quant.linear import QuantLinear, arrange_weights
 from qlora_lite.quant.nf4 import dequantize, quantize
+from qlora_lite.quant.small_batch import MAX_ROWS, arrange, arranged_bytes, can_arrange, kernel_takes_our_order
 
-# Most error against float64, in units of that of the unpacked weight's product. Measured over 99 shapes, both types and
-# 1 to 33 rows: 1.1 to 1.48, the most where few numbers are averaged (one row, 32 outputs). A card's kernel for up to
-# three rows, on many cards four, rounds every weight and every product to bfloat16 (bitsandbytes 0.50,
+# Most error against float64, in units of that of the dequantised weight's product. Measured over 99 shapes, both types
+# and 1 to 33 rows: 1.1 to 1.48, the most where few numbers are averaged (one row, 32 outputs). A GPU's kernel for up to
+# three rows, on many GPUs four, rounds every weight and every product to bfloat16 (bitsandbytes 0.50,
 # csrc/gemm_4bit_simt.cu; which rows it takes, csrc/gemm_4bit.cu).
 FACTOR = {"cpu": 1.6, "cuda": 2.0}
 SHAPES = [(32, 64), (64, 128), (96, 192), (192, 576), (1536, 576), (576, 1536), (640, 2048), (32, 4160)]
@@ -99,7 +100,7 @@ def test_the_order_is_that_of_bitsandbytes(quant_type, double_quant):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products_are_as_exact_as_those_of_the_unpacked_weight(shape, quant_type):
     layer, plain = arranged(layer_of(shape, quant_type)), layer_of(shape, quant_type)
-    for rows in range(1, MOST_ROWS["cpu"] + 1):
+    for rows in range(1, MAX_ROWS["cpu"] + 1):
         x = normal(1, rows, shape[1], seed=rows)
         assert_as_exact_as_unpacking(layer, plain, x, exact(layer, x))
 
@@ -122,7 +123,7 @@ def test_a_bias_and_an_adapter_are_added(alpha):
 
 
 @on_this_cpu
-@pytest.mark.skipif(MOST_ROWS["cpu"] < 3, reason="the CPU kernel is taken for fewer rows")
+@pytest.mark.skipif(MAX_ROWS["cpu"] < 3, reason="the CPU kernel is taken for fewer rows")
 def test_every_row_of_a_batch_has_its_own_adapter():
     shape, x, names = (64, 128), normal(3, 1, 128, seed=3), ("one", None, "two")
     factors = {
@@ -146,7 +147,7 @@ def test_every_row_of_a_batch_has_its_own_adapter():
 @pytest.mark.parametrize("why", ["many rows", "gradients", "training", "another type", "no row"])
 def test_elsewhere_the_weight_is_unpacked(why):
     layer, plain = arranged(layer_of((64, 128))), layer_of((64, 128))
-    rows = {"many rows": MOST_ROWS["cpu"] + 1, "no row": 0}.get(why, 1)
+    rows = {"many rows": MAX_ROWS["cpu"] + 1, "no row": 0}.get(why, 1)
     x = normal(1, rows, 128, dtype=torch.float32 if why == "another type" else torch.bfloat16)
     for each in (layer, plain):
         each.train(why == "training")
@@ -191,7 +192,7 @@ def test_where_the_kernel_wants_another_order_weights_are_unpacked_and_that_is_s
 
     assert kernel_takes_our_order()
     kernel_takes_our_order.cache_clear()
-    monkeypatch.setattr(few_rows, "arrange", other_order)
+    monkeypatch.setattr(small_batch, "arrange", other_order)
     model = tiny_model(torch.bfloat16)
     assert arrange_weights(model) == 0 and "orders them otherwise on a CPU" in caplog.text
     assert all(module.arranged is None for module in model.modules() if isinstance(module, QuantLinear))
@@ -214,17 +215,17 @@ def test_a_model_that_computes_in_float32_is_not_arranged():
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_on_a_card_products_are_as_exact_as_those_of_the_unpacked_weight(shape, quant_type, double_quant):
+def test_on_a_gpu_products_are_as_exact_as_those_of_the_unpacked_weight(shape, quant_type, double_quant):
     layer = layer_of(shape, quant_type, double_quant, bias=True, device="cuda")
-    for rows in (1, 3, 4, 5, 7, 8, 33, MOST_ROWS["cuda"]):
+    for rows in (1, 3, 4, 5, 7, 8, 33, MAX_ROWS["cuda"]):
         x = normal(1, rows, shape[1], seed=rows).cuda()
-        many = x.expand(MOST_ROWS["cuda"] + 1, *x.shape)  # so that the plain path is taken
+        many = x.expand(MAX_ROWS["cuda"] + 1, *x.shape)  # so that the plain path is taken
         assert_as_exact_as_unpacking(layer, lambda x, many=many: layer(many)[0], x, exact(layer, x))
 
 
 @pytest.mark.parametrize("rows", [1, 5, 32, 512, 513])
-def test_a_card_s_operator_is_asked_for_every_count_of_rows_that_it_may_have_a_kernel_for(rows, monkeypatch):
-    monkeypatch.setitem(MOST_ROWS, "meta", MOST_ROWS["cuda"])
+def test_a_gpu_s_operator_is_asked_for_every_count_of_rows_that_it_may_have_a_kernel_for(rows, monkeypatch):
+    monkeypatch.setitem(MAX_ROWS, "meta", MAX_ROWS["cuda"])
     layer, taken = layer_of((64, 128)).to("meta"), rows <= 512
     adapted = LoraLinear(layer, 8, 12, 0.0, False, torch.bfloat16).eval()
     with torch.no_grad(), FusedProducts() as seen:
@@ -236,21 +237,21 @@ def test_a_card_s_operator_is_asked_for_every_count_of_rows_that_it_may_have_a_k
 
 
 @pytest.mark.gpu
-def test_on_a_card_a_model_answers_alike_with_one_token_and_with_many():
+def test_on_a_gpu_a_model_answers_alike_with_one_token_and_with_many():
     model = add_lora(tiny_model(torch.bfloat16), rank=4).to("cuda").eval()
     ids = torch.tensor([[7]], device="cuda")
     with torch.no_grad(), FusedProducts() as seen:
         found = model(ids).logits
     assert seen.count == 14
     with torch.no_grad():
-        expected = model(ids.expand(MOST_ROWS["cuda"] + 1, 1)).logits[:1]
+        expected = model(ids.expand(MAX_ROWS["cuda"] + 1, 1)).logits[:1]
     assert (found - expected).norm() <= 0.03 * expected.norm()
 
 
 def test_the_import_of_bitsandbytes_asks_no_hub_for_kernels_and_brings_no_compiler(tmp_path):
     (tmp_path / "kernels.py").write_text("def get_kernel(*args, **kwargs):\n    print('asked')\n")
     code = (
-        "import qlora_lite.quant.few_rows, sys\n"
+        "import qlora_lite.quant.small_batch, sys\n"
         "assert not {'kernels', 'torch._inductor.compile_fx', 'networkx'} & set(sys.modules)\n"
         "import kernels, torch._inductor.compile_fx"
     )

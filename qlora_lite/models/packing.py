@@ -1,6 +1,6 @@
-"""Models whose rows must be run one by one: laid end to end, each would be computed otherwise than by itself.
+"""Models whose rows must be run one by one: packed, each would be computed otherwise than by itself.
 
-A configuration says it (``why_rows_run_alone``), so that a plan knows before anything is loaded. Architectures that
+A configuration says it (``why_unpacked``), so that a plan knows before anything is loaded. Architectures that
 nobody has looked at may show it only when logits are compared (``train.text_guards.check_forward``).
 """
 
@@ -19,7 +19,7 @@ _run_alone: WeakSet[nn.Module] = WeakSet()  # models
 WITHOUT_LENGTHS = ("nemotron",)  # whose blocks do not hand their attention the lengths of rows (transformers 5.24)
 
 
-def run_rows_alone(model: nn.Module) -> None:
+def run_unpacked(model: nn.Module) -> None:
     """Make training run the rows of a batch one by one."""
     _run_alone.add(model)
 
@@ -30,8 +30,8 @@ def use_own_attention(model: nn.Module) -> None:
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
 
 
-def rows_run_alone(model: nn.Module) -> bool:
-    """Tell whether the rows of a batch must be run one by one."""
+def runs_unpacked(model: nn.Module) -> bool:
+    """Return whether the rows of a batch must be run one by one."""
     return model in _run_alone
 
 
@@ -43,7 +43,7 @@ def longest_possible(config) -> int | None:
     return config.max_position_embeddings if config.model_type == "gpt_neo" else None
 
 
-def why_rows_run_alone(model: nn.Module, longest: int) -> str:
+def why_unpacked(model: nn.Module, longest: int) -> str:
     """Say what tells without a computation that rows must run one by one; "" if nothing does.
 
     A state runs on from row to row (Mamba, Qwen3.5, RecurrentGemma), as transformers marks it; a convolution reaches
@@ -77,7 +77,7 @@ def why_rows_run_alone(model: nn.Module, longest: int) -> str:
 
 
 def _can_tell_rows_apart(model: nn.Module) -> bool:
-    """Tell whether attention learns where rows begin: from their lengths, or from positions that begin anew."""
+    """Return whether attention learns where rows begin: from their lengths, or from positions that begin anew."""
     if uses_row_attention(model):
         return model.config.model_type not in WITHOUT_LENGTHS
     return "position_ids" in inspect.signature(decoder(model).forward).parameters

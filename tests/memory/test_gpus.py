@@ -1,8 +1,8 @@
-"""The table of cards: names as people write them, and figures that cannot be far off."""
+"""The table of GPUs: names as people write them, and figures that cannot be far off."""
 
 import pytest
 
-from qlora_lite.memory.cards import CARDS, RULE_BYTES, RULE_SHARE, CardError, find_card, slowest_card
+from qlora_lite.memory.gpus import GPUS, RULE_BYTES, RULE_SHARE, GpuError, find_gpu, slowest_gpu
 
 
 @pytest.mark.parametrize(
@@ -23,45 +23,45 @@ from qlora_lite.memory.cards import CARDS, RULE_BYTES, RULE_SHARE, CardError, fi
         ("NVIDIA RTX 4000 Ada Generation", "RTX 4000 Ada"), ("NVIDIA L40", "L40"),
     ],
 )  # fmt: skip
-def test_a_card_is_found_as_people_and_drivers_write_it(written, name):
-    assert find_card(written).name == name
+def test_a_gpu_is_found_as_people_and_drivers_write_it(written, name):
+    assert find_gpu(written).name == name
 
 
-@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
-def test_every_card_is_found_by_its_own_name_only(card):
-    assert find_card(card.name) is card
-    assert find_card(card.name.lower().replace(" ", "-")) is card
+@pytest.mark.parametrize("card", GPUS, ids=lambda card: card.name)
+def test_every_gpu_is_found_by_its_own_name_only(card):
+    assert find_gpu(card.name) is card
+    assert find_gpu(card.name.lower().replace(" ", "-")) is card
 
 
 @pytest.mark.parametrize(
     ("name", "variants"), [("4060 ti", ("8GB", "16GB")), ("a100", ("40GB", "80GB")), ("RTX 2060", ("6GB", "12GB"))]
 )
 def test_a_name_of_several_sizes_names_them(name, variants):
-    with pytest.raises(CardError, match="several sizes") as error:
-        find_card(name)
+    with pytest.raises(GpuError, match="several sizes") as error:
+        find_gpu(name)
     assert all(variant in str(error.value) for variant in variants)
 
 
 @pytest.mark.parametrize(("name", "near"), [("rtx-4065", "RTX 4060"), ("rtx 3099", "RTX 3090"), ("a600", "RTX A6000")])
-def test_an_unknown_card_names_the_nearest(name, near):
-    with pytest.raises(CardError, match=f"{name}.*did you mean.*{near}") as error:
-        find_card(name)
+def test_an_unknown_gpu_names_the_nearest(name, near):
+    with pytest.raises(GpuError, match=f"{name}.*did you mean.*{near}") as error:
+        find_gpu(name)
     assert error.value.exit_code == 2
 
 
 @pytest.mark.parametrize("name", ["", "   ", "rtx", "Radeon", "12GiB", "x\n<b>", "9" * 10_000])
-def test_what_is_no_card_is_refused(name):
-    with pytest.raises(CardError, match=r"(plan --gpus lists it; o|did you mean .*\? O)r .* --vram 12GiB"):
-        find_card(name)
+def test_what_is_no_gpu_is_refused(name):
+    with pytest.raises(GpuError, match=r"(plan --gpus lists it; o|did you mean .*\? O)r .* --vram 12GiB"):
+        find_gpu(name)
 
 
-@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
-def test_no_card_promises_its_boxs_memory(card):
+@pytest.mark.parametrize("card", GPUS, ids=lambda card: card.name)
+def test_no_gpu_promises_its_boxs_memory(card):
     withheld_bytes = card.box_gib * 2**30 - card.memory_bytes
     assert 64 * 2**20 <= withheld_bytes < 0.1 * card.box_gib * 2**30
 
 
-@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+@pytest.mark.parametrize("card", GPUS, ids=lambda card: card.name)
 def test_rates_are_in_the_range_of_their_time(card):
     assert 190e9 <= card.bandwidth_bytes_per_second <= 8e12
     assert (6e12 <= card.flops_per_second <= 15e12) if card.trains_in == "float32" else (
@@ -71,42 +71,42 @@ def test_rates_are_in_the_range_of_their_time(card):
     assert card.memory_source in ("reported", "sibling", "rule")
 
 
-def test_a_card_trains_in_the_type_of_its_generation_at_that_type_s_rate():
+def test_a_gpu_trains_in_the_type_of_its_generation_at_that_type_s_rate():
     for name, dtype, rate in (
         ("1080 ti", "float32", 11.3e12), ("v100 16gb", "float16", 112e12), ("t4", "float16", 65e12),
         ("2080 ti", "float16", 53.8e12), ("4090", "bfloat16", 165.2e12),
     ):  # fmt: skip
-        card = find_card(name)
+        card = find_gpu(name)
         assert (card.trains_in, card.flops_per_second) == (dtype, rate)
 
 
-@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
-def test_a_card_that_trains_in_float16_has_a_lower_rate_in_float32(card):
+@pytest.mark.parametrize("card", GPUS, ids=lambda card: card.name)
+def test_a_gpu_that_trains_in_float16_has_a_lower_rate_in_float32(card):
     assert (card.float32_flops_per_second is not None) == (card.trains_in == "float16")
-    assert (card.float32_flops_per_second or 0) <= card.flops_per_second / 4 * 1.05  # as GeForce cards, or less
+    assert (card.float32_flops_per_second or 0) <= card.flops_per_second / 4 * 1.05  # as GeForce GPUs, or less
 
 
 @pytest.mark.parametrize(("gib", "name"), [(7, "RTX 3050"), (8, "RTX 3050"), (8.9, "RTX 3050"), (11.5, "RTX 3060"),
                                            (0.5, "RTX 4050 Laptop"), (500, "B200"), (100, "RTX PRO 6000 Blackwell"),
                                            (140, "H200")])  # fmt: skip
-def test_memory_without_a_card_s_name_is_as_fast_as_the_slowest_card_of_that_size(gib, name):
-    found = slowest_card(int(gib * 2**30))
+def test_memory_without_a_gpu_s_name_is_as_fast_as_the_slowest_gpu_of_that_size(gib, name):
+    found = slowest_gpu(int(gib * 2**30))
     assert found.name == name
     assert not [
         c
-        for c in CARDS
+        for c in GPUS
         if c.box_gib == found.box_gib and c.trains_in == "bfloat16" and c.flops_per_second < found.flops_per_second
     ]
 
 
 def test_a_plug_is_slower_than_its_data_rate():
-    assert find_card("4090").pcie_bytes_per_second == pytest.approx(25.2e9, rel=1e-3)
-    assert find_card("4060").pcie_bytes_per_second == pytest.approx(12.6e9, rel=1e-3)
+    assert find_gpu("4090").pcie_bytes_per_second == pytest.approx(25.2e9, rel=1e-3)
+    assert find_gpu("4060").pcie_bytes_per_second == pytest.approx(12.6e9, rel=1e-3)
 
 
 def test_the_rule_stays_below_what_was_reported_without_error_correction():
     corrected = ("Tesla T4", "A10G", "L4", "A40", "L40S", "GB10")  # the last shares its memory with the host
-    reported = [card for card in CARDS if card.memory_source == "reported" and card.name not in corrected]
+    reported = [card for card in GPUS if card.memory_source == "reported" and card.name not in corrected]
     assert len(reported) > 15
     for card in reported:
         by_rule_bytes = (1 - RULE_SHARE) * card.box_gib * 2**30 - RULE_BYTES

@@ -16,7 +16,7 @@ from .step import accumulate_gradients
 from .workload import Workload
 
 
-def rehearse_step(
+def probe_step(
     workload: Workload, model: nn.Module, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer,
     inputs, eval_inputs, max_grad_norm: float, accumulating: bool, updates_in_backward: bool = False,
 ) -> None:  # fmt: skip
@@ -26,7 +26,7 @@ def rehearse_step(
     changes, whatever the loss was.
 
     Args:
-        optimizer: one for the rehearsal alone; its states are left in it.
+        optimizer: one for the memory probe alone; its states are left in it.
         inputs: those of the largest micro-batch.
         eval_inputs: those of the largest evaluation batch; None if there is none.
         accumulating: the micro-batch is not the first of its step, so that gradients are there already.
@@ -41,18 +41,18 @@ def rehearse_step(
         if not accumulating:
             optimizer.zero_grad(set_to_none=True)
     if updates_in_backward:
-        with UpdatesInBackward(optimizer, rehearsing=True):
+        with UpdatesInBackward(optimizer, probing=True):
             accumulate_gradients(workload, model.train(), [inputs])
     else:
         accumulate_gradients(workload, model.train(), [inputs])
-        rehearse_update(parameters, optimizer, max_grad_norm)
+        probe_update(parameters, optimizer, max_grad_norm)
     optimizer.zero_grad(set_to_none=True)
     if eval_inputs is not None:
         with torch.no_grad(), phase("evaluation"):
             workload.plain().loss(model.eval(), eval_inputs)
 
 
-def rehearse_update(
+def probe_update(
     parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, max_grad_norm: float
 ) -> None:  # fmt: skip
     """Clip and update as a step does, with gradients of zero."""

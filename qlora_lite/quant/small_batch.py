@@ -1,17 +1,17 @@
-"""Multiply a few rows by a packed weight without unpacking it first: what every token of generation needs.
+"""Multiply a few rows by a packed weight without dequantisation it first: what every token of generation needs.
 
-Unpacking a weight moves 4.6 bytes for each of its numbers (half a byte read, two written, two read by the product),
-whatever the number of rows. bitsandbytes' fused kernels read the half byte and no more. They round more than the
-plain way does: the product, before anything is added to it; on a CPU the block maxima, at most 1.6 times the error
-against float64; on a card, of up to three rows (on many cards four), every number that is summed. They have no
+Dequantisation a weight moves 4.6 bytes for each of its numbers (half a byte read, two written, two read by the
+product), whatever the number of rows. bitsandbytes' fused kernels read the half byte and no more. They round more than
+the plain way does: the product, before anything is added to it; on a CPU the block maxima, at most 1.6 times the error
+against float64; on a GPU, of up to three rows (on many GPUs four), every number that is summed. They have no
 gradient, so they are for use and not for training.
 
-On a card the operator takes the packed weight as it is, double quantisation included. It may unpack it inside, so a
-plan, whose tensors are on no device, takes the plain way and counts an unpacked weight. A CPU's operator wants another
-order of the codes (32 rows of the weight side by side) and the maxima in bfloat16, so its weights are arranged once,
-beside the packed ones: 4.25 more bits a weight, for products of a block of SmolLM2 that are 8 times as fast with one
-row, 7 with four, 1.2 with 32 (two cores of an EPYC; ``tools/bench/adapters``). It needs AVX512-BF16; without that, the
-operator of the same name would take the arranged codes for packed ones. Training arranges nothing: its plan has no
+On a GPU the operator takes the packed weight as it is, double quantisation included. It may dequantise it inside, so a
+plan, whose tensors are on no device, takes the plain way and counts an dequantised weight. A CPU's operator wants
+another order of the codes (32 rows of the weight side by side) and the maxima in bfloat16, so its weights are arranged
+once, beside the packed ones: 4.25 more bits a weight, for products of a block of SmolLM2 that are 8 times as fast with
+one row, 7 with four, 1.2 with 32 (two cores of an EPYC; ``tools/bench/adapters``). It needs AVX512-BF16; without that,
+the operator of the same name would take the arranged codes for packed ones. Training arranges nothing: its plan has no
 room for a second form of the weights.
 
 Both are kept away from rows that are not made of whole blocks, which bitsandbytes' CPU kernels have got wrong before
@@ -31,13 +31,13 @@ import torch
 from .bnb import functional as bnb
 from .nf4 import BLOCK_SIZE, Packed, absmax_of, dequantize, quantize
 
-# Most rows for which the fused operator is taken. On a card it decides by itself, by what was measured on each chip,
-# whether its kernel or unpacking is faster; with 513 rows it unpacks every weight of 4 million numbers or more
+# Most rows for which the fused operator is taken. On a GPU it decides by itself, by what was measured on each chip,
+# whether its kernel or dequantisation is faster; with 513 rows it dequantises every weight of 4 million numbers or more
 # (bitsandbytes 0.50, _gemm_4bit_use_custom_cuda), as the plain way does, which rounds once less. On a CPU: with 32 rows
 # it was 1.2 times as fast without a matrix unit and 0.8 times with one (AMX), with 16 rows 1.3 times with it
 # (``tools/bench/adapters``).
-MOST_ROWS = {"cuda": 512, "cpu": 16}
-MOST_ERROR = 0.05  # relative, of a product in the right order: rounding to bfloat16 is 0.5 %, another order 100 %
+MAX_ROWS = {"cuda": 512, "cpu": 16}
+MAX_ERROR = 0.05  # relative, of a product in the right order: rounding to bfloat16 is 0.5 %, another order 100 %
 _SIDE_BY_SIDE = 32  # rows of the weight that lie together in the CPU kernel's order
 
 
@@ -50,7 +50,7 @@ class Arranged(NamedTuple):
 
 
 def can_arrange(shape: Sequence[int], device: torch.device) -> bool:
-    """Tell whether the CPU at hand has a fused kernel for weights of a shape [out, in]."""
+    """Return whether the CPU at hand has a fused kernel for weights of a shape [out, in]."""
     out_features, in_features = shape
     whole = out_features % _SIDE_BY_SIDE == 0 and in_features % BLOCK_SIZE == 0
     return whole and device.type == "cpu" and bool(bnb.has_avx512bf16())
@@ -87,14 +87,14 @@ def arrange(packed: Packed, shape: Sequence[int], quant_type: str) -> Arranged:
 
 @cache
 def kernel_takes_our_order() -> bool:
-    """Tell whether the CPU kernel's order is that of ``arrange``: it is bitsandbytes' own and not promised."""
+    """Return whether the CPU kernel's order is that of ``arrange``: it is bitsandbytes' own and not promised."""
     shape, generator = (2 * _SIDE_BY_SIDE, 2 * BLOCK_SIZE), torch.Generator().manual_seed(0)
     x, weight = (torch.randn(size, generator=generator).to(torch.bfloat16) for size in ((1, shape[1]), shape))
     weight.view(-1, BLOCK_SIZE).mul_(torch.arange(1, 4 * _SIDE_BY_SIDE + 1).unsqueeze(1))  # no two blocks are alike
     packed = quantize(weight)
     expected = x.float() @ dequantize(packed, shape, torch.float32).t()
     found = cpu_product(x, arrange(packed, shape, "nf4"), shape).float()
-    return bool((found - expected).norm() <= MOST_ERROR * expected.norm())
+    return bool((found - expected).norm() <= MAX_ERROR * expected.norm())
 
 
 _plain: ContextVar[bool] = ContextVar("plain products only", default=False)
@@ -111,8 +111,9 @@ def plain_products() -> Iterator[None]:
 
 
 def few(x: torch.Tensor) -> bool:
-    """Tell whether x has so few rows that its device's fused product is faster than the plain one, and may be used."""
-    return not _plain.get() and 0 < x.numel() <= MOST_ROWS.get(x.device.type, 0) * x.shape[-1]
+    """Return whether x has so few rows that its device's fused product is faster than the plain one, and may be
+    used."""
+    return not _plain.get() and 0 < x.numel() <= MAX_ROWS.get(x.device.type, 0) * x.shape[-1]
 
 
 def cpu_product(x: torch.Tensor, arranged: Arranged, shape: Sequence[int]) -> torch.Tensor:
@@ -122,8 +123,8 @@ def cpu_product(x: torch.Tensor, arranged: Arranged, shape: Sequence[int]) -> to
     )
 
 
-def card_product(x: torch.Tensor, packed: Packed, shape: Sequence[int], quant_type: str) -> torch.Tensor:
-    """Return ``x W^T`` of a packed weight on a card; a row of the weight is made of whole blocks."""
+def gpu_product(x: torch.Tensor, packed: Packed, shape: Sequence[int], quant_type: str) -> torch.Tensor:
+    """Return ``x W^T`` of a packed weight on a GPU; a row of the weight is made of whole blocks."""
     double = packed.absmax_code is not None
     return torch.ops.bitsandbytes.gemm_4bit(
         x, packed.codes, shape, packed.absmax_scale if double else packed.absmax, BLOCK_SIZE, quant_type,

@@ -1,7 +1,7 @@
 """What lowers a model's memory and not its result: the settings, and putting them into a model.
 
-Where weights lie (``place``) is decided once, before training; how blocks run (``set_levers``) can be changed at
-any time. The module that does the work is named beside each lever; ``planning.search`` chooses among them.
+Where weights lie (``place``) is decided once, before training; how blocks run (``set_memory_options``) can be changed
+at any time. The module that does the work is named beside each memory option; ``planning.search`` chooses among them.
 """
 
 from collections import defaultdict
@@ -16,7 +16,7 @@ from torch import nn
 
 from qlora_lite.errors import ModelError
 from qlora_lite.ops import compiled
-from qlora_lite.ops.checkpoint import Checkpoint, Skipping, Stretches
+from qlora_lite.ops.checkpoint import Checkpoint, Segments, Skipping
 from qlora_lite.ops.offload import HostStore
 from qlora_lite.ops.stream import BlockStream
 from qlora_lite.ops.tile import Tiled
@@ -31,34 +31,34 @@ _IN_A_RECIPE = {
     "host_embeddings": ("embeddings", {False: "device", True: "host"}),
     "host_head": ("head", {False: "device", True: "host"}),
     "tile_tokens": ("tile_tokens", {None: "off"}),
-    "resident_blocks": ("resident_blocks", {None: "all"}),
+    "resident_layers": ("resident_layers", {None: "all"}),
     "stream_from_disk": ("stream_from", {False: "host", True: "disk"}),
 }
 _streams: WeakKeyDictionary[nn.Module, BlockStream] = WeakKeyDictionary()  # by model
 
 
 @dataclass(frozen=True, slots=True)
-class Levers:
+class MemoryOptions:
     """How memory is traded for time, without arguments by checkpointing alone; names and meanings are the recipe's.
 
-    ``kept_blocks`` and ``checkpoint_every`` count only where blocks are computed again; ``loss_chunk_tokens`` None
-    takes the default, ``tile_tokens`` None runs MLPs and norms whole, ``resident_blocks`` None streams nothing.
-    ``compile`` is the train section's. ``offload_folder`` counts only with ``offload_checkpoints``, and
-    ``stream_from_disk`` only with ``resident_blocks``. ``kernels`` "auto" allows a card's fused kernels
-    (``models.kernels``), "plain" none.
+    ``uncheckpointed_layers`` and ``layers_per_checkpoint`` count only where blocks are recomputed;
+    ``loss_chunk_tokens`` None takes the default, ``tile_tokens`` None runs MLPs and norms whole, ``resident_layers``
+    None streams nothing. ``compile`` is the train section's. ``offload_folder`` counts only with
+    ``offload_checkpoints``, and ``stream_from_disk`` only with ``resident_layers``. ``kernels`` "auto" allows a GPU's
+    fused kernels (``models.kernels``), "plain" none.
     """
 
     checkpointing: str = "block"
-    kept_blocks: int = 0
-    checkpoint_every: int = 1
+    uncheckpointed_layers: int = 0
+    layers_per_checkpoint: int = 1
     loss_chunk_tokens: int | None = None
     tile_tokens: int | None = None
     host_embeddings: bool = False
     host_head: bool = False
     offload_checkpoints: bool = False
-    resident_blocks: int | None = None
+    resident_layers: int | None = None
     optimizer_in_backward: bool = False
-    reuse_dequantized: bool = False
+    cache_dequantized: bool = False
     compile: bool = False
     offload_folder: str | None = None
     stream_from_disk: bool = False
@@ -75,16 +75,16 @@ class Levers:
         return said
 
     @property
-    def computes_again(self) -> bool:
+    def recomputes(self) -> bool:
         """Whether a block's backward computes the block again; "selective" does so too, but for its attention."""
         return self.checkpointing != "none"
 
     @property
     def is_of_second_runs(self) -> bool:
-        """Whether anything in it is of use only where blocks are computed again."""
+        """Whether anything in it is of use only where blocks are recomputed."""
         return (
-            self.kept_blocks > 0 or self.checkpoint_every > 1 or self.offload_checkpoints
-            or self.resident_blocks is not None or (self.reuse_dequantized and self.tile_tokens is None)
+            self.uncheckpointed_layers > 0 or self.layers_per_checkpoint > 1 or self.offload_checkpoints
+            or self.resident_layers is not None or (self.cache_dequantized and self.tile_tokens is None)
         )  # fmt: skip
 
     @property
@@ -93,19 +93,19 @@ class Levers:
         return KERNELS if self.kernels == "auto" and not self.compile else ()
 
     @property
-    def unpacks_once(self) -> bool:
-        """Whether weights unpacked for a second run, or for a tile, serve what follows too."""
-        return self.reuse_dequantized and (self.computes_again or self.tile_tokens is not None)
+    def dequantizes_once(self) -> bool:
+        """Whether weights dequantised for a recomputation, or for a tile, serve what follows too."""
+        return self.cache_dequantized and (self.recomputes or self.tile_tokens is not None)
 
     def streamed_of(self, depth: int) -> int:
         """Return how many of a model's blocks, the first ones, have their weights streamed."""
-        return 0 if self.resident_blocks is None else max(0, depth - self.resident_blocks)
+        return 0 if self.resident_layers is None else max(0, depth - self.resident_layers)
 
     @property
     def host_rank(self) -> tuple[bool, bool, bool, bool, bool]:
         """What lies on the disk or in host memory: blocks, checkpoints, head, embeddings; larger tuples ask more of the
         disk or the bus."""
-        streams = self.resident_blocks is not None
+        streams = self.resident_layers is not None
         return self.weights_on_disk, streams, self.offload_checkpoints, self.host_head, self.host_embeddings
 
     @property
@@ -116,18 +116,18 @@ class Levers:
     @property
     def weights_on_disk(self) -> bool:
         """Whether streamed blocks come from a disk."""
-        return self.stream_from_disk and self.resident_blocks is not None
+        return self.stream_from_disk and self.resident_layers is not None
 
     @property
     def places_weights(self) -> bool:
         """Whether ``place`` leaves any weights in host memory, or on a disk."""
-        return self.host_head or self.host_embeddings or self.resident_blocks is not None
+        return self.host_head or self.host_embeddings or self.resident_layers is not None
 
 
-def levers_of(settings: Mapping[str, object]) -> dict[str, object]:
-    """Return the fields of ``Levers`` that settings in a recipe's words fix; "auto" and None fix nothing."""
+def memory_options_of(settings: Mapping[str, object]) -> dict[str, object]:
+    """Return the fields of ``MemoryOptions`` that settings in a recipe's words fix; "auto" and None fix nothing."""
     found = {}
-    for field in fields(Levers):
+    for field in fields(MemoryOptions):
         key, words = _IN_A_RECIPE.get(field.name, (field.name, {}))
         if (said := settings.get(key)) not in ("auto", None):
             found[field.name] = next((value for value, word in words.items() if word == said), said)
@@ -135,9 +135,9 @@ def levers_of(settings: Mapping[str, object]) -> dict[str, object]:
 
 
 def place(
-    model: nn.Module, device: torch.device, levers: Levers, of_model: Sequence[nn.Module] | None = None
+    model: nn.Module, device: torch.device, options: MemoryOptions, of_model: Sequence[nn.Module] | None = None
 ) -> nn.Module:  # fmt: skip
-    """Move a model from host memory to its device, but for what the levers keep there; return it.
+    """Move a model from host memory to its device, but for what the memory options keep there; return it.
 
     Args:
         of_model: its blocks; None are those of a causal language model.
@@ -146,10 +146,10 @@ def place(
         ModelError: of embeddings that are also the head only one is to stay on the host, or the head is no 16-bit
             linear layer.
     """
-    if levers.host_embeddings or levers.host_head:
-        _place_tables(model, device, levers)
+    if options.host_embeddings or options.host_head:
+        _place_tables(model, device, options)
     found = blocks(model) if of_model is None else of_model
-    streamed = found[: levers.streamed_of(len(found))]
+    streamed = found[: options.streamed_of(len(found))]
     staying = {id(part) for block in streamed for part in block.modules()}
     staying |= {id(module) for module in model.modules() if isinstance(module, HostEmbedding | HostHead)}
     for module in model.modules():
@@ -158,21 +158,21 @@ def place(
                 if tensor is not None and (tensor.requires_grad or id(module) not in staying):
                     tensor.data = tensor.data.to(device)
     if streamed:
-        _streams[model] = BlockStream(streamed, device, levers.stream_from_disk)
+        _streams[model] = BlockStream(streamed, device, options.stream_from_disk)
     return model
 
 
-def _place_tables(model: nn.Module, device: torch.device, levers: Levers) -> None:
+def _place_tables(model: nn.Module, device: torch.device, options: MemoryOptions) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if levers.host_embeddings != levers.host_head and embedding.weight is head.weight:
+    if options.host_embeddings != options.host_head and embedding.weight is head.weight:
         raise ModelError("the embeddings are also the head: set memory.embeddings and memory.head to the same")
-    if levers.host_head and not isinstance(head, nn.Linear):
+    if options.host_head and not isinstance(head, nn.Linear):
         raise ModelError(f"memory.head host is for a 16-bit head, and this one is a {type(head).__name__}: "
                          "set it to device")  # fmt: skip
-    if levers.host_embeddings:
+    if options.host_embeddings:
         model.set_input_embeddings(HostEmbedding(embedding, device))
         _say_where_it_computes(model)
-    if levers.host_head:
+    if options.host_head:
         model.set_output_embeddings(HostHead(head, device))
 
 
@@ -193,13 +193,13 @@ def stream_of(model: nn.Module) -> BlockStream | None:
 
 
 def on_host(model: nn.Module, module: nn.Module, tensor: torch.Tensor) -> bool:
-    """Tell whether a weight was left in host memory, or on a disk, by ``place``."""
+    """Return whether a weight was left in host memory, or on a disk, by ``place``."""
     is_table = isinstance(module, HostEmbedding | HostHead) and tensor is module.weight
     return is_table or _is_streamed(model, tensor)
 
 
 def on_disk(model: nn.Module, tensor: torch.Tensor) -> bool:
-    """Tell whether a weight was left by ``place`` in the file that it was loaded from."""
+    """Return whether a weight was left by ``place`` in the file that it was loaded from."""
     return _is_streamed(model, tensor) and stream_of(model).on_disk
 
 
@@ -208,10 +208,10 @@ def _is_streamed(model: nn.Module, tensor: torch.Tensor) -> bool:
     return stream is not None and stream.holds(tensor)
 
 
-def set_levers(model: nn.Module, levers: Levers, of_model: Sequence[nn.Module] | None = None) -> None:
-    """Run the blocks as the levers say, whatever was set before.
+def set_memory_options(model: nn.Module, options: MemoryOptions, of_model: Sequence[nn.Module] | None = None) -> None:
+    """Run the blocks as the memory options say, whatever was set before.
 
-    Of the last ``kept_blocks`` blocks everything is kept although blocks are computed again: they are free again
+    Of the last ``uncheckpointed_layers`` blocks everything is kept although blocks are recomputed: they are free again
     before the first block is computed a second time, so that the two never add up.
 
     Args:
@@ -222,52 +222,52 @@ def set_levers(model: nn.Module, levers: Levers, of_model: Sequence[nn.Module] |
             that belong in host memory were not left there by ``place``.
     """
     found = list(blocks(model) if of_model is None else of_model)
-    streamed = levers.streamed_of(len(found))
+    streamed = options.streamed_of(len(found))
     if (
         (streamed and stream_of(model) is None)
-        or (levers.host_embeddings and not isinstance(model.get_input_embeddings(), HostEmbedding))
-        or (levers.host_head and not isinstance(model.get_output_embeddings(), HostHead))
+        or (options.host_embeddings and not isinstance(model.get_input_embeddings(), HostEmbedding))
+        or (options.host_head and not isinstance(model.get_output_embeddings(), HostHead))
     ):
-        raise ModelError("memory.resident_blocks, and memory.embeddings or memory.head host, are for a model that was "
-                         "loaded so: call models.levers.place before training, or leave them out")  # fmt: skip
-    checkpointed = max(0, len(found) - levers.kept_blocks) if levers.computes_again else 0
-    if streamed and levers.computes_again and levers.checkpoint_every > 1:
-        raise ModelError("streamed blocks are computed again one by one: set memory.checkpoint_every to 1, or "
-                         "memory.resident_blocks to all")  # fmt: skip
+        raise ModelError("memory.resident_layers, and memory.embeddings or memory.head host, are for a model that was "
+                         "loaded so: call models.memory options.place before training, or leave them out")  # fmt: skip
+    checkpointed = max(0, len(found) - options.uncheckpointed_layers) if options.recomputes else 0
+    if streamed and options.recomputes and options.layers_per_checkpoint > 1:
+        raise ModelError("streamed blocks are recomputed one by one: set memory.layers_per_checkpoint to 1, or "
+                         "memory.resident_layers to all")  # fmt: skip
     if checkpointed < streamed:
-        raise ModelError("streamed blocks cannot keep their activations: raise memory.resident_blocks, or lower "
-                         "memory.kept_blocks with memory.checkpointing=block or selective")  # fmt: skip
+        raise ModelError("streamed blocks cannot keep their activations: raise memory.resident_layers, or lower "
+                         "memory.uncheckpointed_layers with memory.checkpointing=block or selective")  # fmt: skip
     device = device_of(model) if of_model is None else next(p for p in model.parameters() if p.requires_grad).device
-    host = HostStore(device, levers.offload_folder) if levers.offload_checkpoints else None
+    host = HostStore(device, options.offload_folder) if options.offload_checkpoints else None
     skipping: dict[type, Skipping] = defaultdict(Skipping)  # what is learned of one block holds for its class
-    selective, stretches = levers.checkpointing == "selective", Stretches(levers.checkpoint_every, checkpointed)
+    selective, segments = options.checkpointing == "selective", Segments(options.layers_per_checkpoint, checkpointed)
     for number, block in enumerate(found):
-        block.gradient_checkpointing = number < checkpointed or levers.compile
+        block.gradient_checkpointing = number < checkpointed or options.compile
         # the place that transformers documents for it
-        around = _keeping(levers, stay=False)  # until the block's own backward
-        checkpoint = Checkpoint(number, host, skipping[type(block)], around, selective, levers.compile, stretches)
+        around = _keeping(options, stay=False)  # until the block's own backward
+        checkpoint = Checkpoint(number, host, skipping[type(block)], around, selective, options.compile, segments)
         block._gradient_checkpointing_func = checkpoint if number < checkpointed else compiled.value
-    use_kernels(model, levers.allowed_kernels)
+    use_kernels(model, options.allowed_kernels)
     outside = [decoder(model)] if of_model is None else []  # of blocks
-    tiled = sum(_set_tiles(module, levers, skipping) for module in (*outside, *found))
-    if levers.tile_tokens and not tiled:
+    tiled = sum(_set_tiles(module, options, skipping) for module in (*outside, *found))
+    if options.tile_tokens and not tiled:
         raise ModelError(f"{type(model).__name__} has no part that is known to work token by token: "
                          "set memory.tile_tokens to off")  # fmt: skip
 
 
-def _keeping(levers: Levers, stay: bool) -> Callable[[], AbstractContextManager]:
-    return partial(keeping_weights, stay) if levers.reuse_dequantized else nullcontext
+def _keeping(options: MemoryOptions, stay: bool) -> Callable[[], AbstractContextManager]:
+    return partial(keeping_weights, stay) if options.cache_dequantized else nullcontext
 
 
-def _set_tiles(module: nn.Module, levers: Levers, skipping: dict[type, Skipping]) -> int:
+def _set_tiles(module: nn.Module, options: MemoryOptions, skipping: dict[type, Skipping]) -> int:
     for name, part in list(module.named_children()):
         if isinstance(part, Tiled):
             setattr(module, name, part.inner)
-    if not levers.tile_tokens:
+    if not options.tile_tokens:
         return 0
     names = tokenwise_parts(module)
     for name in names:
         part = getattr(module, name)
-        around = _keeping(levers, stay=True)  # from tile to tile
-        setattr(module, name, Tiled(part, levers.tile_tokens, skipping[type(part)], around))
+        around = _keeping(options, stay=True)  # from tile to tile
+        setattr(module, name, Tiled(part, options.tile_tokens, skipping[type(part)], around))
     return len(names)

@@ -1,4 +1,4 @@
-"""Every lever, alone and with others, gives the gradients of the plain step."""
+"""Every memory option, alone and with others, gives the gradients of the plain step."""
 
 import weakref
 from collections import defaultdict
@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lever_cases import (
+from memory_option_cases import (
     COPYING,
     CPU,
     DEPTH,
@@ -34,10 +34,10 @@ from qlora_lite.adapters.lora.layer import LoraLinear
 from qlora_lite.errors import ModelError
 from qlora_lite.memory.marks import marks
 from qlora_lite.models.anatomy import blocks
-from qlora_lite.models.levers import Levers, on_host, place, set_levers, stream_of
 from qlora_lite.models.load import use_row_attention
+from qlora_lite.models.memory_options import MemoryOptions, on_host, place, set_memory_options, stream_of
+from qlora_lite.models.packing import runs_unpacked
 from qlora_lite.models.quantizer import quantize_head
-from qlora_lite.models.rows_alone import rows_run_alone
 from qlora_lite.ops.kept_attention import FUSED
 from qlora_lite.ops.tile import Tiled
 from qlora_lite.quant.linear import QuantLinear
@@ -55,27 +55,27 @@ def assert_close(found, expected):
         assert (one - other).norm() <= 1e-5 * other.norm()
 
 
-@pytest.mark.parametrize("levers", SAME_ARITHMETIC, ids=str)
-def test_where_tensors_lie_and_whether_they_are_kept_changes_no_bit(levers, monkeypatch):
+@pytest.mark.parametrize("options", SAME_ARITHMETIC, ids=str)
+def test_where_tensors_lie_and_whether_they_are_kept_changes_no_bit(options, monkeypatch):
     monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", FEW_WORDS)
     expected = gradients(build(), PLAIN)
-    for one, other in zip(gradients(build(levers=levers), levers), expected, strict=True):
+    for one, other in zip(gradients(build(options=options), options), expected, strict=True):
         assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
 @pytest.mark.parametrize(
-    "more", [{}, {"resident_blocks": 1, "kept_blocks": 1}, {"checkpointing": "selective"}], ids=str
+    "more", [{}, {"resident_layers": 1, "uncheckpointed_layers": 1}, {"checkpointing": "selective"}], ids=str
 )
 def test_block_inputs_of_steps_of_any_length_come_back_from_the_host_or_a_disk(more, on_disk, tmp_path, copies):
-    levers = Levers(offload_checkpoints=True, offload_folder=str(tmp_path) if on_disk else None, **more)
-    found, expected = gradients_of_steps(build(levers=levers), levers), gradients_of_steps(build(), PLAIN)
+    options = MemoryOptions(offload_checkpoints=True, offload_folder=str(tmp_path) if on_disk else None, **more)
+    found, expected = gradients_of_steps(build(options=options), options), gradients_of_steps(build(), PLAIN)
     assert all(map(torch.equal, found, expected))
 
 
 @contextmanager
 def on_path_of(device_type):
-    """Let attention run as on such a device, a card's through torch's fused kernels, and cut the head into slices."""
+    """Let attention run as on such a device, a GPU's through torch's fused kernels, and cut the head into slices."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qlora_lite.ops.loss.TILE_WORDS", FEW_WORDS)
         for module in ("attention", "fused_attention"):
@@ -89,11 +89,11 @@ def on_path_of_a_card():
         yield
 
 
-@pytest.mark.parametrize("levers", COPYING, ids=str)
-def test_copies_that_end_late_change_no_bit_of_steps_and_evaluations(levers, late_copies, on_path_of_a_card):
+@pytest.mark.parametrize("options", COPYING, ids=str)
+def test_copies_that_end_late_change_no_bit_of_steps_and_evaluations(options, late_copies, on_path_of_a_card):
     found, expected = (
-        gradients_of_steps(build(levers=each), each, losses_without_gradients)
-        for each in (levers, replace(PLAIN, tile_tokens=levers.tile_tokens))
+        gradients_of_steps(build(options=each), each, losses_without_gradients)
+        for each in (options, replace(PLAIN, tile_tokens=options.tile_tokens))
     )
     assert all(map(torch.equal, found, expected))
 
@@ -109,8 +109,8 @@ class Kernels(TorchDispatchMode):
 
 
 WITH_ATTENTION_KEPT = [
-    {"offload_checkpoints": True}, {"kept_blocks": 1}, {"tile_tokens": 7}, {"reuse_dequantized": True},
-    {"resident_blocks": 0, "offload_checkpoints": True},
+    {"offload_checkpoints": True}, {"uncheckpointed_layers": 1}, {"tile_tokens": 7}, {"cache_dequantized": True},
+    {"resident_layers": 0, "offload_checkpoints": True},
 ]  # fmt: skip
 COMPUTED_AGAIN = "gemma2", "falcon"  # its scores are capped, for which there is no kernel; it calls torch's by itself
 WITH_WINDOW = "mistral", "gemma3_text"
@@ -127,13 +127,13 @@ WITH_WINDOW = "mistral", "gemma3_text"
 def test_attention_that_is_kept_changes_no_bit_and_runs_once(model_type, changes, on_path_of_a_card):
     found, counts = [], []
     for checkpointing in ("block", "selective"):
-        levers = Levers(checkpointing, **changes)
+        options = MemoryOptions(checkpointing, **changes)
         with Kernels() as kernels:
-            found.append(gradients(build(model_type, levers), levers))
+            found.append(gradients(build(model_type, options), options))
         counts.append(kernels.count)
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
-    again = (2 if model_type == "gpt2" else DEPTH) - changes.get("kept_blocks", 0)
+    again = (2 if model_type == "gpt2" else DEPTH) - changes.get("uncheckpointed_layers", 0)
     calls = 3 * 2 * (3 if model_type in WITH_WINDOW else 1)  # rows, batches, and the parts that a window makes of a row
     assert counts[0] - counts[1] == (0 if model_type in COMPUTED_AGAIN else again * calls)
 
@@ -141,22 +141,24 @@ def test_attention_that_is_kept_changes_no_bit_and_runs_once(model_type, changes
 @pytest.mark.parametrize("checkpointing", ["none", "block"])
 @pytest.mark.parametrize("model_type", [*ARCHITECTURES, *sorted(UNUSUAL.keys() - {"mamba", "mamba2"})])
 def test_tiles_give_the_plain_gradients(model_type, checkpointing):
-    levers = Levers(checkpointing, tile_tokens=7)
-    assert_close(gradients(build(model_type), levers), gradients(build(model_type), PLAIN))
+    options = MemoryOptions(checkpointing, tile_tokens=7)
+    assert_close(gradients(build(model_type), options), gradients(build(model_type), PLAIN))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("levers", [Levers(), Levers(tile_tokens=7), Levers("none", tile_tokens=7)], ids=str)
+@pytest.mark.parametrize(
+    "options", [MemoryOptions(), MemoryOptions(tile_tokens=7), MemoryOptions("none", tile_tokens=7)], ids=str
+)
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2"])
-def test_weights_that_are_unpacked_once_for_a_backward_change_no_bit(model_type, levers, dropout):
-    expected = gradients(build(model_type, dropout=dropout), levers)
-    found = gradients(build(model_type, dropout=dropout), replace(levers, reuse_dequantized=True))
+def test_weights_that_are_unpacked_once_for_a_backward_change_no_bit(model_type, options, dropout):
+    expected = gradients(build(model_type, dropout=dropout), options)
+    found = gradients(build(model_type, dropout=dropout), replace(options, cache_dequantized=True))
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
 
 
 class Unpacked(TorchDispatchMode):
-    """Count weights as they are unpacked, and how many of them were alive at once."""
+    """Count weights as they are dequantised, and how many of them were alive at once."""
 
     def __init__(self):
         super().__init__()
@@ -175,19 +177,19 @@ class Unpacked(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("where", [{}, {"resident_blocks": 0, "offload_checkpoints": True}], ids=["device", "host"])
+@pytest.mark.parametrize("where", [{}, {"resident_layers": 0, "offload_checkpoints": True}], ids=["device", "host"])
 @pytest.mark.parametrize("tile_tokens", [None, 7])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_unpacked_weights_never_outlive_their_block(where, tile_tokens, dropout):
-    levers = Levers(tile_tokens=tile_tokens, reuse_dequantized=True, **where)
-    model = build(levers=levers, dropout=dropout)
-    gradients(model, levers)  # which product of a block is left out shows the first time
+    options = MemoryOptions(tile_tokens=tile_tokens, cache_dequantized=True, **where)
+    model = build(options=options, dropout=dropout)
+    gradients(model, options)  # which product of a block is left out shows the first time
     with Unpacked() as seen:
-        gradients(model, levers)
+        gradients(model, options)
     assert seen.alive == 0
     assert seen.most <= 7  # the linear layers of a block
     with Unpacked() as plain:
-        gradients(model, replace(levers, reuse_dequantized=False))
+        gradients(model, replace(options, cache_dequantized=False))
     assert plain.most == 1
     assert seen.count < 0.75 * plain.count
 
@@ -214,7 +216,7 @@ def test_bf16_gradients_of_many_tiles_are_rounded_once():
         model = build_tiny("llama", dtype=dtype)
         add_lora(model, rank=4, dtype=dtype)
         random_factors(model)
-        return gradients(model, Levers(tile_tokens=tile_tokens), batches=1)[1:]
+        return gradients(model, MemoryOptions(tile_tokens=tile_tokens), batches=1)[1:]
 
     exact = of(None, torch.float64)
     errors = [
@@ -225,12 +227,12 @@ def test_bf16_gradients_of_many_tiles_are_rounded_once():
 
 
 def test_a_step_that_ends_in_the_middle_of_a_stream_is_followed_by_a_right_one():
-    levers = Levers(resident_blocks=1)
-    model = build(levers=levers)
+    options = MemoryOptions(resident_layers=1)
+    model = build(options=options)
     expected = gradients(build(), PLAIN)
-    set_levers(model, levers)
+    set_memory_options(model, options)
     blocks(model)[2](torch.randn(1, 8, 64), position_embeddings=(torch.ones(1, 8, 16), torch.zeros(1, 8, 16)))
-    for one, other in zip(gradients(model, levers), expected, strict=True):
+    for one, other in zip(gradients(model, options), expected, strict=True):
         assert torch.equal(one, other)
 
 
@@ -251,9 +253,9 @@ class RunsOut(TorchDispatchMode):
 
 def test_a_step_that_memory_ran_out_in_wherever_it_was_is_done_again_and_right(late_copies, monkeypatch):
     monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", FEW_WORDS)
-    levers = Levers(resident_blocks=1, offload_checkpoints=True, host_head=True)
-    expected, model = gradients(build(), PLAIN, batches=1)[1:], build(levers=levers)
-    set_levers(model.train(), levers)
+    options = MemoryOptions(resident_layers=1, offload_checkpoints=True, host_head=True)
+    expected, model = gradients(build(), PLAIN, batches=1)[1:], build(options=options)
+    set_memory_options(model.train(), options)
     parameters = [parameter for _, parameter in lora_parameters(model)]
 
     def step(number=None):
@@ -275,27 +277,29 @@ def test_a_step_that_memory_ran_out_in_wherever_it_was_is_done_again_and_right(l
 
 
 def test_more_resident_blocks_than_there_are_leave_none_to_stream():
-    levers = Levers("none", resident_blocks=DEPTH + 2)  # which streamed blocks could not have
-    model = build(levers=levers)
+    options = MemoryOptions("none", resident_layers=DEPTH + 2)  # which streamed blocks could not have
+    model = build(options=options)
     assert stream_of(model) is None
-    assert all(map(torch.equal, gradients(model, levers), gradients(build(), PLAIN)))
+    assert all(map(torch.equal, gradients(model, options), gradients(build(), PLAIN)))
 
 
 def test_more_kept_blocks_than_there_are_keep_all():
-    assert all(map(torch.equal, gradients(build(), Levers(kept_blocks=DEPTH + 2)), gradients(build(), PLAIN)))
+    assert all(
+        map(torch.equal, gradients(build(), MemoryOptions(uncheckpointed_layers=DEPTH + 2)), gradients(build(), PLAIN))
+    )
 
 
 def test_streamed_weights_are_never_written():
-    levers = Levers(resident_blocks=0, host_embeddings=True, host_head=True)
+    options = MemoryOptions(resident_layers=0, host_embeddings=True, host_head=True)
     checksum = frozen_checksum(build())
-    model = build(levers=levers)
+    model = build(options=options)
     assert frozen_checksum(model) == checksum
-    gradients(model, levers)
+    gradients(model, options)
     assert frozen_checksum(model) == checksum
 
 
 def test_of_streamed_blocks_at_most_two_are_on_the_device():
-    model = build(levers=Levers(resident_blocks=1))
+    model = build(options=MemoryOptions(resident_layers=1))
     stream = stream_of(model)
     evaluate_loss(CausalLM(), model, [random_batch()])
     on_device = {
@@ -308,8 +312,8 @@ def test_of_streamed_blocks_at_most_two_are_on_the_device():
 
 
 def test_streamed_blocks_compute_with_weights_that_are_on_the_device():
-    levers = Levers(resident_blocks=1)
-    model, parts = build(levers=levers), []
+    options = MemoryOptions(resident_layers=1)
+    model, parts = build(options=options), []
 
     def check(part, _inputs, _output):
         for module in part.modules():
@@ -320,23 +324,23 @@ def test_streamed_blocks_compute_with_weights_that_are_on_the_device():
     for block in blocks(model):
         for part in block.children():
             part.register_forward_hook(check)
-    gradients(model, levers, batches=1)
+    gradients(model, options, batches=1)
     assert len(parts) == 2 * DEPTH * len(list(blocks(model)[0].children()))
 
 
 def test_the_names_of_tiled_and_streamed_parts_stay_what_they_were():
-    plain, changed = build(), build(levers=Levers(resident_blocks=0, host_embeddings=True, host_head=True))
-    set_levers(changed, Levers(resident_blocks=0, host_embeddings=True, host_head=True, tile_tokens=4))
+    plain, changed = build(), build(options=MemoryOptions(resident_layers=0, host_embeddings=True, host_head=True))
+    set_memory_options(changed, MemoryOptions(resident_layers=0, host_embeddings=True, host_head=True, tile_tokens=4))
     assert [name for name, _ in changed.named_parameters()] == [name for name, _ in plain.named_parameters()]
     assert list(changed.state_dict()) == list(plain.state_dict())
     assert any(isinstance(module, Tiled) for module in changed.modules())
-    set_levers(changed, Levers(resident_blocks=0))
+    set_memory_options(changed, MemoryOptions(resident_layers=0))
     assert not any(isinstance(module, Tiled) for module in changed.modules())
 
 
 def test_train_and_eval_reach_the_module_inside_a_tile():
     model = build()
-    set_levers(model, Levers(tile_tokens=4))
+    set_memory_options(model, MemoryOptions(tile_tokens=4))
     inner = next(module for module in model.modules() if isinstance(module, Tiled)).inner
     assert model.train() and inner.training
     assert model.eval() and not inner.training
@@ -344,7 +348,7 @@ def test_train_and_eval_reach_the_module_inside_a_tile():
 
 def test_what_is_no_longer_than_a_tile_is_used_as_it_is(monkeypatch):
     model, ids = build(), torch.zeros(1, 4, dtype=torch.int64)
-    set_levers(model, Levers(tile_tokens=4))
+    set_memory_options(model, MemoryOptions(tile_tokens=4))
     monkeypatch.setattr("qlora_lite.ops.tile.tiled", None)
     model.eval()(ids, use_cache=False)
     for mode, tokens in ((True, 4), (False, 5)):
@@ -354,45 +358,49 @@ def test_what_is_no_longer_than_a_tile_is_used_as_it_is(monkeypatch):
 
 def test_dropout_in_a_tile_is_repeated_in_backward():
     model = build(dropout=0.3)
-    levers = Levers(tile_tokens=64)  # one tile: the same random numbers in the same order
-    assert_close(gradients(model, levers), gradients(model, Levers()))
+    options = MemoryOptions(tile_tokens=64)  # one tile: the same random numbers in the same order
+    assert_close(gradients(model, options), gradients(model, MemoryOptions()))
     for tile_tokens in (7, 64):  # the gradient is that of the loss: it predicts what a small change does
-        levers = Levers(tile_tokens=tile_tokens)
-        loss, *grads = gradients(model, levers, batches=1)
+        options = MemoryOptions(tile_tokens=tile_tokens)
+        loss, *grads = gradients(model, options, batches=1)
         (_, parameter), grad = next(zip(lora_parameters(model), grads, strict=False))
         with torch.no_grad():
             parameter += 1e-3 * grad / grad.norm()
-        moved = gradients(model, levers, batches=1)[0]
+        moved = gradients(model, options, batches=1)[0]
         assert (moved - loss).item() == pytest.approx(1e-3 * grad.norm().item(), rel=0.05)
 
 
-@pytest.mark.parametrize("levers", [Levers("none", resident_blocks=0), Levers(kept_blocks=3, resident_blocks=2)])
-def test_streamed_blocks_that_keep_their_activations_are_refused(levers):
-    with pytest.raises(ModelError, match="resident_blocks"):
-        set_levers(build(), levers)
+@pytest.mark.parametrize(
+    "options", [MemoryOptions("none", resident_layers=0), MemoryOptions(uncheckpointed_layers=3, resident_layers=2)]
+)
+def test_streamed_blocks_that_keep_their_activations_are_refused(options):
+    with pytest.raises(ModelError, match="resident_layers"):
+        set_memory_options(build(), options)
 
 
-@pytest.mark.parametrize("levers", [Levers(resident_blocks=1), Levers(host_embeddings=True), Levers(host_head=True)])
-def test_weights_that_were_not_left_on_the_host_are_not_taken_for_streamed(levers):
+@pytest.mark.parametrize(
+    "options", [MemoryOptions(resident_layers=1), MemoryOptions(host_embeddings=True), MemoryOptions(host_head=True)]
+)
+def test_weights_that_were_not_left_on_the_host_are_not_taken_for_streamed(options):
     with pytest.raises(ModelError, match="place"):
-        set_levers(build(), levers)
-    set_levers(build(levers=levers), levers)
-    set_levers(build(), Levers(resident_blocks=DEPTH))  # all of them: nothing to stream
+        set_memory_options(build(), options)
+    set_memory_options(build(options=options), options)
+    set_memory_options(build(), MemoryOptions(resident_layers=DEPTH))  # all of them: nothing to stream
 
 
-@pytest.mark.parametrize("levers", [Levers(host_embeddings=True), Levers(host_head=True)])
-def test_embeddings_that_are_the_head_go_to_the_host_with_it_or_stay(levers):
+@pytest.mark.parametrize("options", [MemoryOptions(host_embeddings=True), MemoryOptions(host_head=True)])
+def test_embeddings_that_are_the_head_go_to_the_host_with_it_or_stay(options):
     with pytest.raises(ModelError, match=r"set memory\.embeddings and memory\.head to the same"):
-        place(build_tiny("llama", tie_word_embeddings=True), CPU, levers)
+        place(build_tiny("llama", tie_word_embeddings=True), CPU, options)
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "gpt2", "cohere"])
 def test_one_table_in_host_memory_serves_as_embeddings_and_head(model_type, monkeypatch):
     monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", FEW_WORDS)
-    levers = Levers(host_embeddings=True, host_head=True)
-    model, plain = build(model_type, levers), build(model_type)
+    options = MemoryOptions(host_embeddings=True, host_head=True)
+    model, plain = build(model_type, options), build(model_type)
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    for one, other in zip(gradients(model, levers), gradients(plain, PLAIN), strict=True):
+    for one, other in zip(gradients(model, options), gradients(plain, PLAIN), strict=True):
         assert torch.equal(one, other)
     ids = torch.arange(3, 23)[None]
     assert torch.allclose(model.eval()(ids).logits, plain.eval()(ids).logits, atol=1e-5)
@@ -401,9 +409,9 @@ def test_one_table_in_host_memory_serves_as_embeddings_and_head(model_type, monk
 
 def test_the_bias_of_a_head_in_host_memory_is_added(monkeypatch):
     monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", FEW_WORDS)
-    levers, found = Levers(host_head=True), []
-    for each in (PLAIN, levers):
-        model = build(levers=PLAIN)
+    options, found = MemoryOptions(host_head=True), []
+    for each in (PLAIN, options):
+        model = build(options=PLAIN)
         model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, 160), False)
         found.append(gradients(place(model, CPU, each), each))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
@@ -414,7 +422,7 @@ def test_a_head_in_four_bits_stays_on_the_device():
     model = build_tiny("llama")
     quantize_head(model, "nf4", True)
     with pytest.raises(ModelError, match=r"memory\.head host is for a 16-bit head, and this one is a QuantLinear"):
-        place(model, CPU, Levers(host_head=True))
+        place(model, CPU, MemoryOptions(host_head=True))
 
 
 def test_a_model_without_a_tokenwise_part_cannot_be_tiled():
@@ -424,7 +432,7 @@ def test_a_model_without_a_tokenwise_part_cannot_be_tiled():
             setattr(block, name, torch.nn.Sequential(getattr(block, name)))
     model.model.norm = torch.nn.Sequential(model.model.norm)
     with pytest.raises(ModelError, match="tile_tokens"):
-        set_levers(model, Levers(tile_tokens=4))
+        set_memory_options(model, MemoryOptions(tile_tokens=4))
 
 
 @cache
@@ -434,56 +442,65 @@ def plain_gradients(model_type, batches, device_type, quant_head, **cuts):
         return gradients(build(model_type, quant_head=quant_head), replace(PLAIN, **cuts), batches)
 
 
-def assert_plain_gradients(levers, model_type="llama", batches=2, device_type="cpu", quant_head=False):
+def assert_plain_gradients(options, model_type="llama", batches=2, device_type="cpu", quant_head=False):
     """Assert that not a bit differs where work is cut into the same parts, and little where it is not cut at all."""
-    model = build(model_type, levers, quant_head=quant_head)
+    model = build(model_type, options, quant_head=quant_head)
     frozen = frozen_checksum(model)
     with on_path_of(device_type):
-        if levers.optimizer_in_backward:
-            batches, found = 1, gradients_in_backward(model, levers)
+        if options.optimizer_in_backward:
+            batches, found = 1, gradients_in_backward(model, options)
         else:
-            found = gradients(model, levers, batches)
-    cuts = {"loss_chunk_tokens": levers.loss_chunk_tokens, "tile_tokens": levers.tile_tokens}
+            found = gradients(model, options, batches)
+    cuts = {"loss_chunk_tokens": options.loss_chunk_tokens, "tile_tokens": options.tile_tokens}
     assert all(map(torch.equal, found, plain_gradients(model_type, batches, device_type, quant_head, **cuts)))
     assert_close(found, plain_gradients(model_type, batches, "cpu", quant_head))
     assert frozen_checksum(model) == frozen
 
 
 ONE_LEVER = {
-    "none": {"checkpointing": "none"}, "selective": {"checkpointing": "selective"}, "kept_blocks": {"kept_blocks": 2},
-    "checkpoint_every": {"checkpoint_every": 2},
-    "loss_chunk_tokens": {"loss_chunk_tokens": 3}, "tile_tokens": {"tile_tokens": 7},
-    "host_embeddings": {"host_embeddings": True}, "host_head": {"host_head": True},
-    "offload_checkpoints": {"offload_checkpoints": True}, "resident_blocks": {"resident_blocks": 2},
+    "none": {"checkpointing": "none"},
+    "selective": {"checkpointing": "selective"},
+    "uncheckpointed_layers": {"uncheckpointed_layers": 2},
+    "layers_per_checkpoint": {"layers_per_checkpoint": 2},
+    "loss_chunk_tokens": {"loss_chunk_tokens": 3},
+    "tile_tokens": {"tile_tokens": 7},
+    "host_embeddings": {"host_embeddings": True},
+    "host_head": {"host_head": True},
+    "offload_checkpoints": {"offload_checkpoints": True},
+    "resident_layers": {"resident_layers": 2},
     "offload_folder": {"offload_checkpoints": True, "offload_folder": FOLDER},
-    "stream_from_disk": {"resident_blocks": 0, "stream_from_disk": True},
-    "optimizer_in_backward": {"optimizer_in_backward": True}, "reuse_dequantized": {"reuse_dequantized": True},
+    "stream_from_disk": {"resident_layers": 0, "stream_from_disk": True},
+    "optimizer_in_backward": {"optimizer_in_backward": True},
+    "cache_dequantized": {"cache_dequantized": True},
     "quant_head": {"quant_head": True},
-}  # fmt: skip
+}
 REFUSED = {
-    ("none", "resident_blocks"): "streamed blocks cannot keep", ("host_head", "quant_head"): "16-bit head",
-    ("none", "stream_from_disk"): "streamed blocks cannot keep", ("kept_blocks", "stream_from_disk"): "cannot keep",
-    ("checkpoint_every", "resident_blocks"): "streamed blocks are computed again one by one",
-    ("checkpoint_every", "stream_from_disk"): "streamed blocks are computed again one by one",
-}  # fmt: skip
+    ("none", "resident_layers"): "streamed blocks cannot keep",
+    ("host_head", "quant_head"): "16-bit head",
+    ("none", "stream_from_disk"): "streamed blocks cannot keep",
+    ("uncheckpointed_layers", "stream_from_disk"): "cannot keep",
+    ("layers_per_checkpoint", "resident_layers"): "streamed blocks are recomputed one by one",
+    ("layers_per_checkpoint", "stream_from_disk"): "streamed blocks are recomputed one by one",
+}
 PAIRS = [pair for pair in combinations(ONE_LEVER, 2) if pair != ("none", "selective")]  # two values of one setting
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=" ".join)
-def test_any_two_levers_give_the_plain_gradients(pair):
+def test_any_two_memory_options_give_the_plain_gradients(pair):
     one, other = (ONE_LEVER[name] for name in pair)
     both = one | other
     quant_head = both.pop("quant_head", False)
     with pytest.raises(ModelError, match=REFUSED[pair]) if pair in REFUSED else nullcontext():
-        assert_plain_gradients(Levers(**both), device_type="cuda", quant_head=quant_head)
+        assert_plain_gradients(MemoryOptions(**both), device_type="cuda", quant_head=quant_head)
 
 
 levers_strategy = st.builds(
-    Levers, checkpointing=st.sampled_from(["block", "selective", "none"]), kept_blocks=st.integers(0, DEPTH),
-    checkpoint_every=st.sampled_from([1, 1, 2, DEPTH]),
+    MemoryOptions, checkpointing=st.sampled_from(["block", "selective", "none"]),
+    uncheckpointed_layers=st.integers(0, DEPTH),
+    layers_per_checkpoint=st.sampled_from([1, 1, 2, DEPTH]),
     loss_chunk_tokens=st.sampled_from([None, 3, 50]), tile_tokens=st.sampled_from([None, 1, 5, 64]),
-    offload_checkpoints=st.booleans(), resident_blocks=st.sampled_from([None, 0, 1, 3, DEPTH]),
-    host_embeddings=st.booleans(), host_head=st.booleans(), reuse_dequantized=st.booleans(),
+    offload_checkpoints=st.booleans(), resident_layers=st.sampled_from([None, 0, 1, 3, DEPTH]),
+    host_embeddings=st.booleans(), host_head=st.booleans(), cache_dequantized=st.booleans(),
     optimizer_in_backward=st.booleans(), offload_folder=st.sampled_from([None, FOLDER]),
     stream_from_disk=st.booleans(),
 )  # fmt: skip  # ``compile`` is in tests/train/test_compiled.py: a graph takes seconds
@@ -491,20 +508,23 @@ levers_strategy = st.builds(
 
 @settings(max_examples=40, deadline=None)
 @given(
-    levers=levers_strategy, model_type=st.sampled_from(["llama", "gemma2", "olmo2"]), batches=st.integers(1, 2),
-    device_type=st.sampled_from(["cpu", "cuda"]), quant_head=st.booleans(),
-)  # fmt: skip
-def test_any_combination_gives_the_plain_gradients(levers, model_type, batches, device_type, quant_head):
+    options=levers_strategy,
+    model_type=st.sampled_from(["llama", "gemma2", "olmo2"]),
+    batches=st.integers(1, 2),
+    device_type=st.sampled_from(["cpu", "cuda"]),
+    quant_head=st.booleans(),
+)
+def test_any_combination_gives_the_plain_gradients(options, model_type, batches, device_type, quant_head):
     if quant_head:  # which stays on the device
-        levers = replace(levers, host_head=False)
+        options = replace(options, host_head=False)
     elif model_type == "gemma2":  # its embeddings are its head
-        levers = replace(levers, host_embeddings=levers.host_head)
-    kept = levers.kept_blocks if levers.computes_again else DEPTH
-    stretches = levers.computes_again and levers.checkpoint_every > 1
-    streams = levers.resident_blocks is not None and levers.resident_blocks < DEPTH
-    refused = streams and (kept > levers.resident_blocks or stretches)
+        options = replace(options, host_embeddings=options.host_head)
+    kept = options.uncheckpointed_layers if options.recomputes else DEPTH
+    segments = options.recomputes and options.layers_per_checkpoint > 1
+    streams = options.resident_layers is not None and options.resident_layers < DEPTH
+    refused = streams and (kept > options.resident_layers or segments)
     with pytest.raises(ModelError, match="streamed blocks") if refused else nullcontext():
-        assert_plain_gradients(levers, model_type, batches, device_type, quant_head)
+        assert_plain_gradients(options, model_type, batches, device_type, quant_head)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "cohere"])
@@ -517,14 +537,14 @@ def test_a_head_in_four_bits_trains_as_its_unpacked_weight_would(model_type):
         random_factors(model)
         return gradients(model, PLAIN)
 
-    def unpacked(model):
+    def dequantized(model):
         head = model.get_output_embeddings()
         weight = dequantize(quantize(head.weight), head.weight.shape, torch.float32)
         model.set_output_embeddings(torch.nn.Linear(*weight.shape[::-1], bias=False))
         model.get_output_embeddings().weight = torch.nn.Parameter(weight)
 
     packed = model_with_head(lambda model: quantize_head(model, "nf4", True))
-    assert_close(packed, model_with_head(unpacked))
+    assert_close(packed, model_with_head(dequantized))
 
 
 def test_a_four_bit_head_is_what_the_model_itself_answers_with():
@@ -545,24 +565,27 @@ def test_quantised_and_sixteen_bit_blocks_stream_alike():
         torch.manual_seed(1)
         add_lora(each, rank=4, dtype=torch.float32)
         random_factors(each)
-    levers = Levers(resident_blocks=0)
-    place(model, CPU, levers)
-    for one, other in zip(gradients(model, levers), gradients(plain, PLAIN), strict=True):
+    options = MemoryOptions(resident_layers=0)
+    place(model, CPU, options)
+    for one, other in zip(gradients(model, options), gradients(plain, PLAIN), strict=True):
         assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("model_type", ["bloom", "lfm2"])
-@pytest.mark.parametrize("levers", [
-    Levers(offload_checkpoints=True), Levers(offload_checkpoints=True, offload_folder=FOLDER),
-    Levers(checkpoint_every=2), Levers(resident_blocks=0, offload_checkpoints=True),
+@pytest.mark.parametrize("options", [
+    MemoryOptions(offload_checkpoints=True), MemoryOptions(offload_checkpoints=True, offload_folder=FOLDER),
+    MemoryOptions(layers_per_checkpoint=2), MemoryOptions(resident_layers=0, offload_checkpoints=True),
 ], ids=str)  # fmt: skip
-def test_rows_that_run_one_by_one_come_back_from_the_host_each(levers, model_type):
-    def steps(levers):
-        training = trainer(model_type, levers=levers, max_steps=2)
-        assert rows_run_alone(training.model)
+def test_rows_that_run_one_by_one_come_back_from_the_host_each(options, model_type):
+    def steps(options):
+        training = trainer(model_type, options=options, max_steps=2)
+        assert runs_unpacked(training.model)
         return [step.grad_norm for step in training], [p.detach().clone() for p in training.parameters]
 
-    (norms, found), (expected_norms, expected) = steps(levers), steps(Levers())  # which adds up the rows in its order
+    (norms, found), (expected_norms, expected) = (
+        steps(options),
+        steps(MemoryOptions()),
+    )  # which adds up the rows in its order
     assert norms == expected_norms and all(map(torch.equal, found, expected))
 
 
@@ -571,10 +594,10 @@ def test_a_second_run_that_is_made_again_draws_the_same_numbers(monkeypatch):
     monkeypatch.setitem(ARCHITECTURES, "llama", ARCHITECTURES["llama"] | {"attention_dropout": 0.3})
     targets = ["model.layers.2.*", "model.layers.1.self_attn.q_proj", "model.layers.0.self_attn.q_proj"]
 
-    def first_gradients(levers):
+    def first_gradients(options):
         model = quantized_pair("llama", num_hidden_layers=3)[0]
         add_lora(model, targets, rank=4, dtype=torch.float32)
         random_factors(model)
-        return gradients(model, levers, batches=1)
+        return gradients(model, options, batches=1)
 
-    assert all(map(torch.equal, first_gradients(Levers()), first_gradients(PLAIN)))
+    assert all(map(torch.equal, first_gradients(MemoryOptions()), first_gradients(PLAIN)))
