@@ -192,10 +192,10 @@ def _known_gpus() -> list[str]:
 
     short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
     return [f"{'GPU':20} {'usable':>9}  {'TFLOP/s':>12}  {'GB/s':>5}  memory as"] + [
-        f"{card.name:20} {format_bytes(card.memory_bytes):>9}  "
-        f"{card.flops_per_second / 1e12:>7.1f} {short[card.trains_in]}  "
-        f"{card.bandwidth_bytes_per_second / 1e9:>5.0f}  {card.memory_source}"
-        for card in GPUS
+        f"{known.name:20} {format_bytes(known.memory_bytes):>9}  "
+        f"{known.flops_per_second / 1e12:>7.1f} {short[known.trains_in]}  "
+        f"{known.bandwidth_bytes_per_second / 1e9:>5.0f}  {known.memory_source}"
+        for known in GPUS
     ]  # fmt: skip
 
 

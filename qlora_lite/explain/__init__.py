@@ -6,7 +6,7 @@ from pathlib import Path
 from qlora_lite.errors import RecipeError
 from qlora_lite.recipe.foreign_names import cure
 from qlora_lite.recipe.reference import field_at, known_keys, section_markdown, setting_markdown
-from qlora_lite.recipe.schema import Recipe
+from qlora_lite.recipe.schema import FORMER_NAMES, Recipe
 
 _FOLDER = Path(__file__).parent
 SETTINGS = "settings"  # the topic without a file: it is made from the schema
@@ -24,6 +24,7 @@ def explain(name: str) -> str:
     Raises:
         RecipeError: the name is none of these; the message names the nearest one.
     """
+    name = FORMER_NAMES.get(name, name)
     if name == SETTINGS:
         return "\n\n".join(map(section_markdown, Recipe.model_fields))
     parts = [_read(name)] if name in topics() else []

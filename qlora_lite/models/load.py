@@ -88,7 +88,7 @@ def missing_kernels(device: torch.device) -> str:
     """
     if torch.version.cuda is None:
         return ""
-    card = torch.cuda.get_device_capability(device)
+    capability = torch.cuda.get_device_capability(device)
     names = torch.cuda.get_arch_list()
     if not names:
         return ""
@@ -96,11 +96,13 @@ def missing_kernels(device: torch.device) -> str:
     for kind, major, minor, only in (found.groups() for name in names if (found := _ARCHITECTURE.fullmatch(name))):
         built = int(major), int(minor)
         newest = max(newest, built)
-        if built == card or (built <= card and only != "a" and (kind == "compute" or built[0] == card[0])):
+        if built == capability or (
+            built <= capability and only != "a" and (kind == "compute" or built[0] == capability[0])
+        ):
             return ""
-    name, other = torch.cuda.get_device_name(device), "a later" if card > newest else "an earlier"
+    name, other = torch.cuda.get_device_name(device), "a later" if capability > newest else "an earlier"
     return (
-        f"torch {torch.__version__} has no kernels for {name}, compute capability {card[0]}.{card[1]} (it has "
+        f"torch {torch.__version__} has no kernels for {name}, compute capability {capability[0]}.{capability[1]} (it has "
         f"{', '.join(names)}): install a build for it from pytorch.org, such as one for {other} CUDA"
     )
 

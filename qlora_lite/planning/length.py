@@ -21,7 +21,7 @@ JobOf = Callable[[int], Job]  # builds the job for a number of tokens
 
 
 def longest_job(step: Step, limit_bytes: int, host_limit_bytes: int | None, start: int, largest: int) -> Job:
-    """Return the job with the most tokens of a pack, a multiple of ``LENGTH_STEP``: of one row alone, or of several
+    """Return the job with the most tokens of a pack, a multiple of ``LENGTH_STEP``: of one row, or of several
     where the step's have several.
 
     Args:

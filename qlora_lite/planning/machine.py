@@ -92,30 +92,30 @@ class Machine:
         return max(computing, starting, self.bus_seconds(work), self.disk_seconds(work))
 
 
-def machine_of_gpu(card: Gpu) -> Machine:
+def machine_of_gpu(gpu: Gpu) -> Machine:
     """Return a GPU of the table as a machine.
 
     Raises:
         CardError: it is no GPU.
     """
-    if not isinstance(card, Gpu):
-        raise GpuError(f"a GPU is wanted, not {card!r}; qlora_lite.find_gpu(NAME) finds one")
-    float32 = card.float32_flops_per_second
+    if not isinstance(gpu, Gpu):
+        raise GpuError(f"a GPU is wanted, not {gpu!r}; qlora_lite.find_gpu(NAME) finds one")
+    float32 = gpu.float32_flops_per_second
     return Machine(
-        card.name, "cuda", card.memory_bytes, 0, products_reached(card) * card.flops_per_second,
-        BANDWIDTH_REACHED * card.bandwidth_bytes_per_second, card.pcie_bytes_per_second,
-        dtype=getattr(torch, card.trains_in), float32_flops_per_second=float32 and products_reached(card) * float32,
+        gpu.name, "cuda", gpu.memory_bytes, 0, products_reached(gpu) * gpu.flops_per_second,
+        BANDWIDTH_REACHED * gpu.bandwidth_bytes_per_second, gpu.pcie_bytes_per_second,
+        dtype=getattr(torch, gpu.trains_in), float32_flops_per_second=float32 and products_reached(gpu) * float32,
     )  # fmt: skip
 
 
-def products_reached(card: Gpu) -> float:
+def products_reached(gpu: Gpu) -> float:
     """Return the share of a GPU's peak that cuBLAS reaches in products of a few thousand rows; not measured here.
 
     GeForce GPUs, of whose tensor cores the table counts half the rate: 155.9 of 165 TFLOP/s on an RTX 4090 (pytorch
     issue 181718), 31.0 of 30 on a 4060 (triton issue 10851). An H100: 798 of 989. Of GPUs with the whole rate and less
     power, such as L4 and A6000, no figure was found.
     """
-    return 0.92 if card.is_geforce else 0.75 if card.is_for_data_centres else 0.6
+    return 0.92 if gpu.is_geforce else 0.75 if gpu.is_for_data_centres else 0.6
 
 
 def this_machine(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Machine:

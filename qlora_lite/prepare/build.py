@@ -31,7 +31,7 @@ from qlora_lite.planning.answering import left_on_host, memory_to_use, placement
 from qlora_lite.planning.machine import Machine
 from qlora_lite.planning.simulate import Job
 from qlora_lite.recipe.load import require_recipe
-from qlora_lite.recipe.schema import Recipe
+from qlora_lite.recipe.schema import FORMER_NAMES, Recipe
 from qlora_lite.train.causal_lm import CausalLM, ModelSpec
 from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.workload import BatchShape
@@ -205,7 +205,7 @@ def with_plan(recipe: Recipe, options: Mapping[str, object]) -> Recipe:
     sections: dict[str, dict] = {"memory": {"micro_batches": "as-given"}, "train": {}}
     try:
         for key, value in options.items():
-            section, _, name = key.partition(".")
+            section, _, name = FORMER_NAMES.get(key, key).partition(".")
             sections[section][name] = value
         changed = {
             name: type(getattr(recipe, name)).model_validate(getattr(recipe, name).model_dump() | values)

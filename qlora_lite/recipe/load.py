@@ -21,7 +21,7 @@ from .catalog import closest_recipe, recipe_for_every_gpu
 from .combinations import Location, conflicts, table_columns, without_evaluation
 from .foreign_files import trainer_of
 from .overrides import apply_overrides, override_number
-from .schema import Recipe, Rule, fault_of_pattern
+from .schema import FORMER_NAMES, Recipe, Rule, fault_of_pattern
 from .strict_yaml import MAX_BYTES, Document, Node, dump, parse, plain, scalar_value, shown
 
 MAX_PROBLEMS = 100
@@ -70,6 +70,7 @@ def _checked(content: bytes, name: str, overrides: Sequence[str], check_files: b
     document = parse(content, name)
     root = _root(document, name)
     apply_overrides(root, overrides, document)
+    _take_former_names(root, document)
     checker = _Checker(root, document, name)
     recipe = checker.settings()
     checker.combinations()
@@ -133,6 +134,20 @@ def _root(document: Document, name: str) -> Node:
             Problem(f"{what}; write sections such as `model:` and `data:` with settings below them", where)
         )
     raise RecipeError(document.problems)
+
+
+def _take_former_names(root: Node, document: Document) -> None:
+    """Give settings that were renamed their present names, in place; one under both names is a problem."""
+    for former, key in FORMER_NAMES.items():
+        section, _, name = former.partition(".")
+        values = getattr(root.value.get(section), "value", None)
+        if not isinstance(values, dict) or name not in values:
+            continue
+        node = values.pop(name)
+        if values.setdefault(key.partition(".")[2], node) is not node:
+            document.problems.append(
+                Problem(f"{former} is now called {key}, which is set too; remove this one", node.where)
+            )
 
 
 class _Checker:

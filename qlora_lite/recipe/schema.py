@@ -21,6 +21,14 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from qlora_lite.units import parse_bytes
 
 ALL_LINEAR = "all-linear"
+# Settings by the names that they had before; recipes, overrides and runs with those still load.
+FORMER_NAMES = {
+    "train.exact_match_rows": "train.exact_match_examples",
+    "memory.kept_blocks": "memory.uncheckpointed_layers",
+    "memory.checkpoint_every": "memory.layers_per_checkpoint",
+    "memory.resident_blocks": "memory.resident_layers",
+    "memory.reuse_dequantized": "memory.cache_dequantized",
+}
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=0)]
 PositiveInt = Annotated[int, Field(ge=1)]

@@ -295,7 +295,7 @@ def write_data(run: RunFolder, found: Preflight) -> None:
         write_text(run.path / "data.json", json.dumps(report, indent=2) + "\n")
         write_data_page(report, run.path / "data.html", run.recipe.output.name)
     except OutputError as error:  # for a person to look at, and `qlora-lite data` shows the same
-        log.warning("%s. The run goes on without it", error)
+        log.warning("%s. The run continues without it", error)
     if data.template:
         write_text(run.path / TEMPLATE, portable_source(data.template))
     counts = ("rows_read", "rows_kept", "dropped", "tokens", "learned_tokens", "packing_efficiency")

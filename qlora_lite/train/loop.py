@@ -303,7 +303,7 @@ class Trainer:
         """Return what ``compute`` makes of the batches; where memory runs out, do it again with smaller ones.
 
         Raises:
-            DoesNotFitError: one row alone is too large.
+            DoesNotFitError: a single row is too large.
         """
         random_states = generator_states(self.device)
         while True:

@@ -1,7 +1,7 @@
 """Checks that stop a run of a causal language model which would end well and mean nothing.
 
 Before training: a few short rows packed together, and the chunked head, must give the logits that the model itself
-gives for each row alone; the model has an embedding for every token; the settings can be combined for this model.
+gives for each row by itself; the model has an embedding for every token; the settings can be combined for this model.
 """
 
 import logging
