@@ -102,8 +102,8 @@ def missing_kernels(device: torch.device) -> str:
             return ""
     name, other = torch.cuda.get_device_name(device), "a later" if capability > newest else "an earlier"
     return (
-        f"torch {torch.__version__} has no kernels for {name}, compute capability {capability[0]}.{capability[1]} (it has "
-        f"{', '.join(names)}): install a build for it from pytorch.org, such as one for {other} CUDA"
+        f"torch {torch.__version__} has no kernels for {name}, compute capability {capability[0]}.{capability[1]} "
+        f"(it has {', '.join(names)}): install a build for it from pytorch.org, such as one for {other} CUDA"
     )
 
 
