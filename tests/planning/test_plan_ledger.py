@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from jobs import new_job
+from tiny import build_tiny
 
 from qlora_lite.memory.marks import phase
+from qlora_lite.models.levers import Levers
 from qlora_lite.ops import fused_attention
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.planning.plan_ledger import GPU_SCRATCH, PlanLedger, on_real_tensors
-from qlora_lite.planning.simulate import remembered
+from qlora_lite.planning.simulate import CPU, META, _run, remembered
+from qlora_lite.train.workload import BatchShape
 
 
 def gradients(device_type, device, **settings):
@@ -39,3 +43,16 @@ def test_operators_that_only_a_gpu_has_give_memory_where_a_plan_needs_real_tenso
     assert [tensor.shape for tensor in found] == [(1, 2, 40, 16)] * 3
     planned, _ = gradients("cuda", "meta", run=remembered)
     assert ledger.peak.total == planned.peak.total
+
+
+def test_scratch_keeps_no_tensor_longer_than_autograd_does_on_real_ones():
+    job = new_job(
+        build_tiny("llama").config, BatchShape((200, 60), 250), None, device_type="cuda", compute_dtype=torch.float32,
+        optimizer="adamw_torch", levers=Levers(kernels="plain"),
+    )  # fmt: skip
+    planned, real = (_run(job, device, False).moments for device in (META, CPU))
+    saved = [
+        {key: moment.breakdown.get("saved activations") for key, moment in moments.items() if key[0] == "backward"}
+        for moments in (planned, real)
+    ]
+    assert saved[0] == saved[1] and len(saved[0]) > 20
