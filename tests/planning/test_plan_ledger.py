@@ -6,7 +6,7 @@ from jobs import new_job
 from tiny import build_tiny
 
 from qlora_lite.memory.marks import phase
-from qlora_lite.models.levers import Levers
+from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.ops import fused_attention
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.planning.plan_ledger import GPU_SCRATCH, PlanLedger, on_real_tensors
@@ -48,7 +48,7 @@ def test_operators_that_only_a_gpu_has_give_memory_where_a_plan_needs_real_tenso
 def test_scratch_keeps_no_tensor_longer_than_autograd_does_on_real_ones():
     job = new_job(
         build_tiny("llama").config, BatchShape((200, 60), 250), None, device_type="cuda", compute_dtype=torch.float32,
-        optimizer="adamw_torch", levers=Levers(kernels="plain"),
+        optimizer="adamw_torch", options=MemoryOptions(kernels="plain"),
     )  # fmt: skip
     planned, real = (_run(job, device, False).moments for device in (META, CPU))
     saved = [

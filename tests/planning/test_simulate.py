@@ -17,10 +17,10 @@ from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
 from qlora_lite.models.packing import runs_unpacked
 from qlora_lite.models.quantizer import quantize_in_place
 from qlora_lite.models.skeleton import block_pattern
-from qlora_lite.ops import fused_attention
 from qlora_lite.ops.offload import pinned_bytes
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.ops.stream import shared_allocations
+from qlora_lite.planning import plan_ledger
 from qlora_lite.planning import simulate as simulate_module
 from qlora_lite.planning.plan_ledger import ALLOCATION_BYTES
 from qlora_lite.planning.simulate import TYPICAL_SEQUENCES, _run, full_pack, simulate, simulate_whole
@@ -461,7 +461,7 @@ def test_of_offloaded_block_inputs_those_of_two_blocks_are_on_the_device(folder)
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma3_text", "gpt2"])
 def test_the_predicted_peak_with_kept_attention_is_the_measured_one(model_type, monkeypatch):
-    monkeypatch.setattr(fused_attention, "_scratch", lambda *_, **__: None)  # what a GPU's kernel takes inside
+    monkeypatch.setattr(plan_ledger, "GPU_SCRATCH", {})  # what a GPU's kernel takes inside
     job = job_for(
         config_of(model_type), options=MemoryOptions("selective"), device_type="cuda"
     )  # no pieces, which plans skip
