@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from .memory_options import of_a_run
+from .options import of_a_run
 from .output import echo, echo_exactly, one_line, prepare, step_progress
 
 _WIDTHS = 8, 16, 10, 12, 16, 12

@@ -8,7 +8,7 @@ import click
 from qlora_lite.errors import RecipeError
 from qlora_lite.recipe.load import load_recipe, recipe_of
 
-from .memory_options import of_a_run
+from .options import of_a_run
 from .output import echo, echo_exactly, prepare, step_progress
 
 _ROWS, _MATCH = ("data.eval=", "data.eval."), "train.exact_match_"

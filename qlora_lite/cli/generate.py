@@ -9,7 +9,7 @@ import click
 
 from qlora_lite.errors import DataError, DoesNotFitError, ModelError
 
-from .memory_options import context_option, model_option
+from .options import context_option, model_option
 from .output import echo, echo_exactly, importing, prepare, step_progress
 
 _NO_COMMANDS = "/help", "/reset", "/clear", "/system", "/bye"  # as others have them

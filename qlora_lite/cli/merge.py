@@ -6,7 +6,7 @@ import click
 
 from qlora_lite.units import format_bytes, format_seconds
 
-from .memory_options import of_a_run
+from .options import of_a_run
 from .output import echo, prepare
 
 

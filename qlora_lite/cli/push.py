@@ -7,7 +7,7 @@ import click
 
 from qlora_lite.units import format_bytes
 
-from .memory_options import of_a_run
+from .options import of_a_run
 from .output import echo, prepare
 
 

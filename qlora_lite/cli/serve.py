@@ -2,7 +2,7 @@
 
 import click
 
-from .memory_options import context_option, of_a_run
+from .options import context_option, of_a_run
 from .output import prepare
 
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from qlora_lite.artifacts.run_folder import TEMPLATE, RunFolder, package_versions
 from qlora_lite.artifacts.trained_run import adapter_to_begin_with
-from qlora_lite.data.stored import Example
+from qlora_lite.data.storage import Example
 from qlora_lite.data.template import portable_source
 from qlora_lite.errors import DoesNotFitError, OutputError
 from qlora_lite.export.merge import loses_its_update

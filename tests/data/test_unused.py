@@ -111,7 +111,7 @@ def test_the_name_and_call_of_a_tool_s_result_are_used():
 
 
 def test_names_without_end_are_not_all_kept(monkeypatch):
-    monkeypatch.setattr(statistics, "MOST_NAMES", 3)
+    monkeypatch.setattr(statistics, "MAX_NAMES", 3)
     counts, _, _ = counted([{"text": "a", f"column {n % 9}": n + 1} for n in range(18)])
     assert counts[COLUMNS] == {"column 0": 2, "column 1": 2, "column 2": 2}
 

@@ -49,7 +49,7 @@ def test_configurations_with_the_same_numbers_and_other_blocks_are_other_models(
 
 
 def test_another_configuration_or_type_is_another_model_and_only_the_last_few_are_kept(monkeypatch):
-    monkeypatch.setattr(skeleton, "MOST_BUILT", 2)
+    monkeypatch.setattr(skeleton, "MAX_BUILT", 2)
     monkeypatch.setattr(skeleton, "_built", {})
     config = build_tiny("llama").config
     for layers in (1, 2, 3, 2):

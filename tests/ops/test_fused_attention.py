@@ -268,7 +268,7 @@ def test_a_backward_over_few_heads_at_a_time_gives_the_same_bits(key_heads, most
 
     monkeypatch.setattr(fused_attention, "_FLASH", on_cpu)
     monkeypatch.setattr(fused_attention, "_FLASH_BACKWARD", backward)
-    monkeypatch.setattr(fused_attention, "MOST_SCRATCH_BYTES", most)
+    monkeypatch.setattr(fused_attention, "MAX_SCRATCH_BYTES", most)
     inputs = [torch.randn(1, heads, 60, 32).bfloat16().requires_grad_() for heads in (HEADS, key_heads, key_heads)]
     grads = []
     for whole in (True, False):
@@ -285,7 +285,7 @@ def test_a_backward_over_few_heads_at_a_time_gives_the_same_bits(key_heads, most
 def test_few_heads_go_back_from_what_the_first_run_of_a_block_kept(monkeypatch):
     monkeypatch.setattr(fused_attention, "_FLASH", on_cpu)
     monkeypatch.setattr(fused_attention, "_FLASH_BACKWARD", backward_on_cpu)
-    monkeypatch.setattr(fused_attention, "MOST_SCRATCH_BYTES", 1)
+    monkeypatch.setattr(fused_attention, "MAX_SCRATCH_BYTES", 1)
     found = []
     for keeps_attention in (False, True):
         torch.manual_seed(0)
@@ -299,14 +299,14 @@ def test_few_heads_go_back_from_what_the_first_run_of_a_block_kept(monkeypatch):
 
 def test_a_repeatable_backward_is_not_cut_since_fewer_heads_have_more_sums(planned_inside, monkeypatch):
     whole = planned_inside(2, torch.bfloat16, True)
-    monkeypatch.setattr(fused_attention, "MOST_SCRATCH_BYTES", 1)
+    monkeypatch.setattr(fused_attention, "MAX_SCRATCH_BYTES", 1)
     assert planned_inside(2, torch.bfloat16, True) == whole
 
 
 @pytest.mark.parametrize("key_heads", [HEADS, 2])
 def test_a_plan_of_a_backward_over_few_heads_counts_their_share(planned_inside, key_heads, monkeypatch):
     whole = planned_inside(key_heads, torch.bfloat16, False)
-    monkeypatch.setattr(fused_attention, "MOST_SCRATCH_BYTES", 1)
+    monkeypatch.setattr(fused_attention, "MAX_SCRATCH_BYTES", 1)
     copied = 2 * COPY  # a few heads of the results and their gradients lie apart from one another
     assert planned_inside(key_heads, torch.bfloat16, False) == (whole + copied) // key_heads
 
@@ -319,7 +319,7 @@ def test_a_plan_of_a_backward_over_few_heads_counts_their_share(planned_inside, 
     (2, torch.float32, 64, False), (HEADS, torch.bfloat16, 64, True), (1, torch.bfloat16, WIDE, True),
 ])  # fmt: skip
 def test_on_a_gpu_a_backward_takes_what_plans_count(key_heads, dtype, size, masked, heads_first, most, monkeypatch):
-    monkeypatch.setattr(fused_attention, "MOST_SCRATCH_BYTES", most)
+    monkeypatch.setattr(fused_attention, "MAX_SCRATCH_BYTES", most)
     taken = {}
     for device in ("meta", "cuda"):
         mask = torch.ones(2048, 2048, dtype=torch.bool, device=device).tril() if masked else None
@@ -347,7 +347,7 @@ def test_on_a_gpu_a_backward_takes_what_plans_count(key_heads, dtype, size, mask
 def test_on_a_gpu_a_backward_over_few_heads_gives_the_same(key_heads, monkeypatch):
     found = []
     for most in (2**40, 1):
-        monkeypatch.setattr(fused_attention, "MOST_SCRATCH_BYTES", most)
+        monkeypatch.setattr(fused_attention, "MAX_SCRATCH_BYTES", most)
         inputs = laid_out(key_heads, 8192, 64, torch.bfloat16, False, "cuda")
         out = fused_attention.fused_attention(*inputs, None, None)
         found.append(torch.autograd.grad(out, inputs, torch.ones_like(out)))

@@ -72,7 +72,7 @@ def attend(*tensors, window=None, lengths=LENGTHS):
 @pytest.mark.parametrize(("key_heads", "most", "calls"), [(8, 2**30, 1), (2, 2**30, 1), (2, 1, 2), (8, 1, 8)])
 @pytest.mark.parametrize("window", [None, 5, 64])
 def test_values_and_gradients_are_those_of_each_sequence_alone(window, key_heads, most, calls, card, monkeypatch):
-    monkeypatch.setattr(fused_attention, "MOST_SCRATCH_BYTES", most)
+    monkeypatch.setattr(fused_attention, "MAX_SCRATCH_BYTES", most)
     inputs = inputs_of(key_heads)
     upstream = torch.randn(1, TOKENS, HEADS, SIZE, generator=torch.Generator().manual_seed(1))
     out = attend(*inputs, window=window)
@@ -109,7 +109,7 @@ def test_the_kernel_is_for_what_flash_attention_takes_and_no_token_behind_the_se
 def planned(lengths, most, key_heads=2, window=None):
     """Return a counter and the peak in backward of a planned call."""
     with pytest.MonkeyPatch.context() as patch, planning_for("cuda"):
-        patch.setattr(fused_attention, "MOST_SCRATCH_BYTES", most)
+        patch.setattr(fused_attention, "MAX_SCRATCH_BYTES", most)
         inputs = inputs_of(key_heads, "meta")
         with counted() as counter:
             with phase("forward"):

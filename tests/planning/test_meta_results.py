@@ -119,7 +119,7 @@ def test_an_operator_runs_once_for_its_shapes():
 
 
 def test_what_is_remembered_does_not_grow_without_end(monkeypatch):
-    monkeypatch.setattr(meta_results, "MOST_KNOWN", 3)
+    monkeypatch.setattr(meta_results, "MAX_KNOWN", 3)
     results = MetaResults()
     for columns in range(1, 9):
         assert results(torch.ops.aten.mm.default, (meta(2, 3), meta(3, columns)), {}).shape == (2, columns)

@@ -36,7 +36,7 @@ def test_scratch_is_held_while_an_operator_runs_and_on_a_gpu_alone(device_type, 
 
 
 def test_operators_that_only_a_gpu_has_give_memory_where_a_plan_needs_real_tensors(monkeypatch):
-    monkeypatch.setattr(fused_attention, "MOST_SCRATCH_BYTES", 1)  # so that one head goes back at a time
+    monkeypatch.setattr(fused_attention, "MAX_SCRATCH_BYTES", 1)  # so that one head goes back at a time
     with pytest.raises(NotImplementedError):
         gradients("cuda", "cpu")
     ledger, found = gradients("cuda", "cpu", run=on_real_tensors)
