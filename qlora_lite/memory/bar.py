@@ -25,7 +25,7 @@ COLOURS = {
     "on disk": ("#c98a4b", "#d99a5b"),
 }
 CATEGORIES = tuple(COLOURS)
-BESIDE = "outside tensors"  # what a device or process needs besides, at all times
+BESIDE = "non-tensor memory"  # what a device or process needs besides, at all times
 BESIDE_COLOURS = ("#8b929b", "#8b929b")
 OTHER = "other"  # a category that is not in the table: shown, never dropped
 OTHER_COLOURS = ("#c5cad0", "#5d646d")

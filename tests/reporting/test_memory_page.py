@@ -48,7 +48,7 @@ def test_what_stands_outside_the_tensors_counts_against_the_budget():
     constants = [{"name": "context", "bytes": 3 * GIB, "why": "driver"}]
     html = memory_page(small(constants=constants))
     text = Elements(html).text
-    for words in ["does not fit", "Peak 7.0 GiB tensors 4.0 GiB", "Too much 1.0 GiB", "outside tensors 3.0 GiB 43 %",
+    for words in ["does not fit", "Peak 7.0 GiB tensors 4.0 GiB", "Too much 1.0 GiB", "non-tensor memory 3.0 GiB 43 %",
                   "context 3.0 GiB driver"]:  # fmt: skip
         assert words in text
     assert [sum(row) for row in data_of(html)["kib"]] == [5 * MIB, 7 * MIB, 6 * MIB]
