@@ -18,7 +18,7 @@ from qlora_lite.errors import ModelError
 from qlora_lite.ops import compiled
 from qlora_lite.ops.checkpoint import Checkpoint, Segments, Skipping
 from qlora_lite.ops.offload import HostStore
-from qlora_lite.ops.stream import BlockStream
+from qlora_lite.ops.stream import BlockStream, InHostMemory, in_files
 from qlora_lite.ops.tile import Tiled
 from qlora_lite.quant.product import keeping_weights
 
@@ -158,7 +158,7 @@ def place(
                 if tensor is not None and (tensor.requires_grad or id(module) not in staying):
                     tensor.data = tensor.data.to(device)
     if streamed:
-        _streams[model] = BlockStream(streamed, device, options.stream_from_disk)
+        _streams[model] = BlockStream(streamed, device, in_files if options.stream_from_disk else InHostMemory)
     return model
 
 
@@ -200,7 +200,7 @@ def on_host(model: nn.Module, module: nn.Module, tensor: torch.Tensor) -> bool:
 
 def on_disk(model: nn.Module, tensor: torch.Tensor) -> bool:
     """Return whether a weight was left by ``place`` in the file that it was loaded from."""
-    return _is_streamed(model, tensor) and stream_of(model).on_disk
+    return _is_streamed(model, tensor) and stream_of(model).placement.on_disk
 
 
 def _is_streamed(model: nn.Module, tensor: torch.Tensor) -> bool:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -48,7 +49,7 @@ class _Place:
         return nn.Parameter(found, False) if isinstance(self.tensor, nn.Parameter) else found
 
 
-class _Block:
+class FlatBlock:
     """The frozen tensors of a block, one behind the other in any flat buffer of ``size`` bytes or more."""
 
     def __init__(self, block: nn.Module):
@@ -88,10 +89,29 @@ def _home(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.untyped_storage()._cdata, tensor.storage_offset() * tensor.itemsize
 
 
-class _InHostMemory:
-    """Blocks that lie in host memory, each in one flat buffer."""
+class Placement(Protocol):
+    """Where blocks are while the device does not hold them. Host memory and files are built in; a further one (the
+    shards of other ranks, say) needs these members and a place in ``models.memory_options.place``.
 
-    def __init__(self, blocks: Sequence[_Block], side: SideStream):
+    ``buffers`` are host memory beside the blocks' own, uint8; ``on_disk`` tells whether a read comes before the copy.
+    """
+
+    buffers: Sequence[torch.Tensor]
+    on_disk: bool
+
+    def begin(self, number: int) -> None:
+        """Begin to fetch a block, without waiting."""
+
+    def bring(self, number: int, slot: torch.Tensor) -> object:
+        """Copy a block to the begin of a slot on the device; return what ``SideStream.wait`` waits for."""
+
+
+class InHostMemory:
+    """The placement of blocks in host memory, each in one flat buffer."""
+
+    on_disk = False
+
+    def __init__(self, blocks: Sequence[FlatBlock], side: SideStream):
         self._side, self._flat = side, []
         self.buffers: Sequence[torch.Tensor] = ()  # beside the blocks themselves
         buffers = _host_buffers([block.size for block in blocks], side.device)
@@ -123,7 +143,7 @@ def _host_buffers(sizes: list[int], device: torch.device) -> Iterator[torch.Tens
 
 
 class ReadAhead:
-    """Bring blocks from memory-mapped files to the device, by way of pinned buffers.
+    """The placement of blocks in memory-mapped files, from which pinned buffers bring them to the device.
 
     What a process maps of a file comes from the disk when it is first touched, and is dropped again when memory is
     short. A GPU cannot copy it beside its computation, since it is not pinned; so a thread copies a block into one of
@@ -135,6 +155,8 @@ class ReadAhead:
         sizes: of the blocks, in bytes.
         side: the stream of the copies to the device.
     """
+
+    on_disk = True
 
     def __init__(self, fills: Sequence[Callable[[torch.Tensor], None]], sizes: Sequence[int], side: SideStream):
         self._fills, self._sizes, self._side = fills, sizes, side
@@ -172,9 +194,14 @@ class ReadAhead:
         return self._last_copy[here]
 
 
+def in_files(blocks: Sequence[FlatBlock], side: SideStream) -> ReadAhead:
+    """Leave blocks in the files that they were loaded from, which the process sees as memory."""
+    return ReadAhead([block.fill for block in blocks], [block.size for block in blocks], side)
+
+
 def flat_sizes(blocks: Sequence[nn.Module]) -> list[int]:
     """Return the bytes of each block's frozen tensors in a flat buffer."""
-    return [_Block(block).size for block in blocks]
+    return [FlatBlock(block).size for block in blocks]
 
 
 def spare_bytes(sizes: list[int]) -> int:
@@ -204,17 +231,17 @@ class BlockStream:
     Args:
         blocks: in the order they run; each must run with checkpointing while it is trained.
         device: where they compute.
-        on_disk: leave their tensors where they were loaded, in files that the process sees as memory.
+        placement: puts their tensors where they are kept, ``InHostMemory`` or ``in_files``.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], device: torch.device, on_disk: bool = False):
-        self.on_disk, self.side = on_disk, SideStream(device)
-        self._blocks = [_Block(block) for block in blocks]
+    def __init__(
+        self, blocks: Sequence[nn.Module], device: torch.device,
+        placement: Callable[[Sequence[FlatBlock], SideStream], Placement] = InHostMemory,
+    ):  # fmt: skip
+        self.side = SideStream(device)
+        self._blocks = [FlatBlock(block) for block in blocks]
         self.sizes = [block.size for block in self._blocks]
-        self._source = (
-            ReadAhead([block.fill for block in self._blocks], self.sizes, self.side) if on_disk
-            else _InHostMemory(self._blocks, self.side)
-        )  # fmt: skip
+        self.placement = placement(self._blocks, self.side)
         self._homes = {_home(place.tensor) for block in self._blocks for place in block.places}
         with category("base weights"):
             self._slots = [torch.empty(max(self.sizes), dtype=torch.uint8, device=device) for _ in range(SLOTS)]
@@ -254,7 +281,7 @@ class BlockStream:
         if number == len(self._blocks) - 1:
             onward = [number - 2] if turns else [0, 1]
         for other in filter(self._is_elsewhere, onward):
-            self._source.begin(other)
+            self.placement.begin(other)
 
     def _is_elsewhere(self, number: int) -> bool:
         return 0 <= number < len(self._blocks) and number not in self._in_slot
@@ -264,7 +291,7 @@ class BlockStream:
         evicted, flat = self._in_slot[slot], self._slots[slot]
         if evicted is not None:
             self._blocks[evicted].show(None)
-        self._arrival[number] = self._source.bring(number, flat)
+        self._arrival[number] = self.placement.bring(number, flat)
         self._in_slot[slot] = number
         self._blocks[number].show(flat)
 
@@ -275,7 +302,7 @@ class BlockStream:
     @property
     def buffers(self) -> Sequence[torch.Tensor]:
         """Host memory that a disk's blocks pass through, uint8."""
-        return self._source.buffers
+        return self.placement.buffers
 
     @property
     def slots(self) -> Sequence[torch.Tensor]:

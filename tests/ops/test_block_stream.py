@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qlora_lite.ops.offload import pinned_bytes
-from qlora_lite.ops.stream import MAX_AT_ONCE_BYTES, BlockStream, shared_allocations, spare_bytes
+from qlora_lite.ops.stream import MAX_AT_ONCE_BYTES, BlockStream, in_files, shared_allocations, spare_bytes
 
 
 def test_a_forward_pass_after_another_has_its_second_block_under_way_while_the_first_runs(monkeypatch):
@@ -72,5 +72,37 @@ def test_blocks_that_share_an_allocation_keep_their_own_values(monkeypatch):
 def test_what_only_shares_a_storage_with_a_streamed_weight_is_not_one():
     shared, block = torch.zeros(3, 4), torch.nn.Sequential(torch.nn.Module())
     block[0].register_buffer("weight", shared[1])
-    stream = BlockStream([block], torch.device("cpu"), on_disk=True)
+    stream = BlockStream([block], torch.device("cpu"), in_files)
     assert [stream.holds(row) for row in shared] == [False, True, False]
+
+
+class Halves:
+    """A placement of a caller's own: what another holder has of each block is fetched when it is to be brought."""
+
+    on_disk, buffers = False, ()
+
+    def __init__(self, blocks, side):
+        self.begun, self._halves = [], []
+        for block in blocks:
+            whole = torch.empty(block.size, dtype=torch.uint8)
+            block.fill(whole)
+            self._halves.append(whole.chunk(2))
+            for place in block.places:
+                place.tensor.data.fill_(float("nan"))  # nobody else has the values
+
+    def begin(self, number):
+        self.begun.append(number)
+
+    def bring(self, number, slot):
+        whole = torch.cat(self._halves[number])
+        slot[: len(whole)] = whole
+
+
+def test_blocks_come_from_wherever_a_placement_has_them():
+    blocks = [torch.nn.Sequential(torch.nn.Linear(3, 3).requires_grad_(False)) for _ in range(4)]
+    x = torch.randn(2, 3)
+    expected = torch.nn.Sequential(*blocks)(x)
+    stream = BlockStream(blocks, torch.device("cpu"), Halves)
+    for _ in range(2):
+        assert torch.equal(torch.nn.Sequential(*blocks)(x), expected)
+    assert {2, 3} <= {*stream.placement.begun}

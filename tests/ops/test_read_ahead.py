@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qlora_lite.ops.offload import SideStream
-from qlora_lite.ops.stream import BUFFERS, BlockStream, ReadAhead
+from qlora_lite.ops.stream import BUFFERS, BlockStream, ReadAhead, in_files
 
 CPU, SIZE = torch.device("cpu"), 8
 
@@ -105,7 +105,7 @@ def test_a_buffer_is_written_only_after_the_last_copy_from_it_has_ended():
 def run_blocks(monkeypatch):
     """Run streamed blocks in an order; return what was read and run."""
     blocks = [torch.nn.Sequential(torch.nn.Linear(2, 2).requires_grad_(False)) for _ in range(6)]
-    BlockStream(blocks, CPU, on_disk=True)  # which its hooks keep
+    BlockStream(blocks, CPU, in_files)  # which its hooks keep
     order, read = [], ReadAhead._read
 
     def noted(self, number, buffer):
