@@ -32,7 +32,7 @@ from qlora_lite.errors import CheckpointError
 from qlora_lite.files import content_digest, write_text
 from qlora_lite.prepare.datasets import build_sources
 from qlora_lite.recipe.load import settings_to_yaml
-from qlora_lite.recipe.schema import Recipe, Train
+from qlora_lite.recipe.schema import FORMER_NAMES, Recipe, Train
 from qlora_lite.train.checkpoints import Checkpoint, newest_whole
 from qlora_lite.train.settings import TrainSettings, lr_factor
 from qlora_lite.train.state import STATE, numbers_of
@@ -252,10 +252,12 @@ def _only_pages(key: str, old: object, new: object) -> bool:
 
 
 def _flat(recipe: dict) -> dict[str, object]:
+    """Return a recipe's settings by dotted key; those of an earlier version by their present names."""
     flat = {}
     for section, settings in recipe.items():
         values = settings if isinstance(settings, dict) else {"": settings}
-        flat |= {f"{section}.{name}": value for name, value in values.items()}
+        keys = {name: f"{section}.{name}" for name in values}
+        flat |= {FORMER_NAMES.get(key, key): values[name] for name, key in keys.items()}
     return flat
 
 

@@ -2,11 +2,13 @@
 
 import pytest
 
-from qlora_lite.errors import RecipeError
+from qlora_lite.errors import CheckpointError, RecipeError
 from qlora_lite.explain import explain
 from qlora_lite.prepare.build import with_plan
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.recipe.schema import FORMER_NAMES, Recipe
+from qlora_lite.runs.resume import RUN, Continuation
+from qlora_lite.train.checkpoints import Checkpoint
 
 MODEL = "model:\n  path: meta-llama/Llama-3.1-8B\ndata:\n  train: rows.jsonl\n"
 
@@ -45,3 +47,16 @@ def test_the_plan_of_an_older_run_is_taken_over(tmp_path):
 @pytest.mark.parametrize("former", FORMER_NAMES)
 def test_an_explanation_of_a_former_name_is_that_of_the_present_one(former):
     assert explain(former) == explain(FORMER_NAMES[former]) and FORMER_NAMES[former] in explain(former)
+
+
+def test_a_checkpoint_with_former_names_is_of_the_same_run(tmp_path):
+    recipe = load(tmp_path, "", "memory.uncheckpointed_layers=3", "train.max_steps=5")
+    stored = recipe.model_dump(mode="json")
+    for former, key in FORMER_NAMES.items():
+        section, name = key.split(".")
+        stored[section][former.partition(".")[2]] = stored[section].pop(name)
+    continuation = Continuation(Checkpoint(1, {}, {RUN: {"recipe": stored}}))
+    continuation.compare_settings(recipe)
+    assert not continuation.accepted
+    with pytest.raises(CheckpointError, match=r"memory\.uncheckpointed_layers: 3 -> 4"):
+        continuation.compare_settings(load(tmp_path, "", "memory.uncheckpointed_layers=4", "train.max_steps=5"))
