@@ -118,7 +118,7 @@ def test_a_watched_step_has_the_flops_that_the_planner_counts(options):
     watched = sum(count * product.flops for product, count in clock.products.items())
     tokens = prepare(random_batch(), CPU).input_ids.shape[1]
     assert watched == counter.work.flops - 2 * rotary_flops(model, tokens) > 0
-    assert set(clock.seconds) >= {"dequantisation 4-bit weights", "attention", "loss", products.ELSEWHERE}
+    assert set(clock.seconds) >= {"dequantising 4-bit weights", "attention", "loss", products.ELSEWHERE}
 
 
 def test_what_the_optimizer_calls_is_the_optimizer_s():

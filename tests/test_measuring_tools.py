@@ -26,11 +26,11 @@ from common.memory_options import (
     memory_option_cases,
     merged,
     resident_cases,
-    saving_levers,
+    saving_options,
 )
 from gpu import caps, numbers, peers, sections
 from gpu.process import LIMIT_SECONDS, run_section
-from gpu.sections import CARD, REHEARSAL, SECTIONS, lever_problem, resident_task
+from gpu.sections import CARD, REHEARSAL, SECTIONS, option_problem, resident_task
 from gpu.summary import summary
 from qlora_lite import files
 from qlora_lite.errors import DoesNotFitError, OutputError, TrainingError
@@ -283,7 +283,7 @@ def test_a_loss_that_ends_with_an_error_or_without_memory_is_a_row(monkeypatch):
 def test_a_memory_option_row_that_runs_out_of_memory_is_a_problem_if_it_was_predicted_to_fit():
     failed = {"failed": "out of memory", "planned_bytes": 100}
     there_is = [SimpleNamespace(memory_bytes=size, device_type="cpu") for size in (100, 99)]
-    assert [bool(lever_problem(failed, machine)) for machine in there_is] == [True, False]
+    assert [bool(option_problem(failed, machine)) for machine in there_is] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_a_memory_option_row_whose_memory_was_predicted_wrong_is_a_problem(tenso
     row = {"predicted_bytes": tensors, "measured_bytes": 100,
            "predicted_process_bytes": process, "measured_process_bytes": 100}  # fmt: skip
     for device_type, wrong in (("cpu", on_cpu), ("cuda", on_gpu)):
-        problem = lever_problem(row, SimpleNamespace(memory_bytes=100, device_type=device_type))
+        problem = option_problem(row, SimpleNamespace(memory_bytes=100, device_type=device_type))
         assert problem == (f"prediction of {wrong} is off" if wrong else "")
 
 
@@ -307,7 +307,7 @@ def test_blocks_that_cannot_be_compiled_are_a_problem_and_without_a_compiler_ski
     case, machine = resident_cases("tiny", 64)[-1], SimpleNamespace(device_type="cpu")
     for missing, said in (("", {"problem": "blocks cannot be compiled here"}), ("g++", {"skipped": "g++ is missing"})):
         monkeypatch.setattr(sections, "missing_for_compile", lambda _, missing=missing: missing)
-        assert said.items() <= sections.lever_row(case, 1, machine).items()
+        assert said.items() <= sections.option_row(case, 1, machine).items()
 
 
 def test_where_nothing_can_be_paged_it_is_said(monkeypatch):
@@ -420,9 +420,9 @@ def test_every_section_can_be_rehearsed_without_a_gpu(tmp_path):
 
 
 def test_each_row_of_the_memory_option_table_adds_one_memory_option_to_the_row_before():
-    for rows in (memory_option_cases("tiny", 256, list(saving_levers(256))), resident_cases("tiny", 256)):
+    for rows in (memory_option_cases("tiny", 256, list(saving_options(256))), resident_cases("tiny", 256)):
         for before, after in pairwise(rows):
-            changed = {key for key in after if key != "lever" and after[key] != before.get(key)}
+            changed = {key for key in after if key != "option" and after[key] != before.get(key)}
             assert len(changed) == 1 or changed in (
                 {"host_embeddings", "host_head"},
                 {"host_head", "offload_folder", "quant_head", "stream_from_disk"},
@@ -438,12 +438,12 @@ def test_the_memory_options_of_the_table_are_in_the_order_of_what_they_save_whic
     tokens, third_last
 ):
     order = by_saving("llama-8b", tokens, "cuda")
-    assert sorted(order) == sorted(saving_levers(tokens)) and order[-3] == third_last
+    assert sorted(order) == sorted(saving_options(tokens)) and order[-3] == third_last
     assert order[:3] == ["weights in host memory", "embeddings, head in host memory", "block inputs in host memory"]
 
 
 def test_a_row_of_the_memory_option_table_is_measured_as_it_is_planned():
-    by_name = {case["lever"]: case for case in memory_option_cases("tiny", 64, list(saving_levers(64)))}
+    by_name = {case["option"]: case for case in memory_option_cases("tiny", 64, list(saving_options(64)))}
     resident, on_host = by_name["blocks recomputed"], by_name["attention's results kept on a GPU"]
     assert on_host["optimizer_in_backward"]
     stretched, _, kept, _ = resident_cases("tiny", 64)
@@ -470,11 +470,11 @@ def test_a_memory_option_row_is_its_prediction_wherever_memory_runs_out(place, m
 
 def result():
     rows = [
-        {"lever": "none: all kept", "predicted_bytes": 900 * MIB, "predicted_host_bytes": 0,
+        {"option": "none: all kept", "predicted_bytes": 900 * MIB, "predicted_host_bytes": 0,
          "predicted_breakdown": {"workspace": 900 * MIB}, "failed": "CUDA out of memory"},
-        {"lever": "tiles <1>", "predicted_bytes": 300 * MIB, "measured_bytes": 310 * MIB, "tokens_per_second": 100.0,
+        {"option": "tiles <1>", "predicted_bytes": 300 * MIB, "measured_bytes": 310 * MIB, "tokens_per_second": 100.0,
          "measured_host_bytes": 0, "measured_breakdown": {"base weights": 200 * MIB, "workspace": 110 * MIB}},
-        {"lever": "weights in host memory", "predicted_bytes": 150 * MIB, "measured_bytes": 150 * MIB,
+        {"option": "weights in host memory", "predicted_bytes": 150 * MIB, "measured_bytes": 150 * MIB,
          "tokens_per_second": 50.0, "measured_host_bytes": 200 * MIB,
          "measured_breakdown": {"base weights": 100 * MIB, "workspace": 50 * MIB, "offloaded": 200 * MIB}},
     ]  # fmt: skip
@@ -483,12 +483,12 @@ def result():
 
 
 def test_the_table_says_what_each_row_is_of_the_first():
-    lines = runpy.run_path(str(TOOLS / "render_results"))["lever_tables"](result())
+    lines = runpy.run_path(str(TOOLS / "render_results"))["option_tables"](result())
     assert "| none: all kept | out of memory, 900.0 MiB | | | | | |" in lines
     assert "| weights in host memory | 150.0 MiB, 150.0 MiB | 17% | 200.0 MiB | 50.0 |  | 0.50 |" in lines
-    of_levers_alone = result()
-    of_levers_alone["tables"][0] |= {"alone": True, "rows": of_levers_alone["tables"][0]["rows"][1:]}
-    lines = runpy.run_path(str(TOOLS / "render_results"))["lever_tables"](of_levers_alone)
+    of_options_alone = result()
+    of_options_alone["tables"][0] |= {"alone": True, "rows": of_options_alone["tables"][0]["rows"][1:]}
+    lines = runpy.run_path(str(TOOLS / "render_results"))["option_tables"](of_options_alone)
     assert lines[-1] == "| weights in host memory | 150.0 MiB, 150.0 MiB | 48% | 200.0 MiB | 50.0 | 0.50 |"
     assert lines[2].startswith("| one option alone |") and lines[2].count("|") == lines[3].count("|") == 7
 
@@ -501,7 +501,7 @@ def test_a_speed_that_repeats_do_not_tell_from_another_is_marked_with_its_spread
         row |= {"measured_bytes": MIB, "measured_host_bytes": 0, "tokens_per_second": sorted(each)[1]}
         row["each_tokens_per_second"] = each
         row.pop("failed", None)
-    first, faster, slower = (line for line in runpy.run_path(str(TOOLS / "render_results"))["lever_tables"](found)[4:])
+    first, faster, slower = (line for line in runpy.run_path(str(TOOLS / "render_results"))["option_tables"](found)[4:])
     assert first.endswith("| 90.0 (80.0 to 99.0) |  |  |")
     assert faster.endswith("| 100.0 (99.5 to 130.0) | 1.11 | 1.11 |")
     assert slower.endswith("| 50.0 (40.0 to 99.5) | 0.56, within the spread | 0.50, within the spread |")
@@ -612,4 +612,4 @@ def test_a_gpu_that_computes_shows_every_wait_that_is_missing_and_no_other(tmp_p
     assert [line for line in found if " True" in line] == ["arrives True", "leaves True", "is_used_again True"]
     late, early = "late, computing first", "late, copies first"
     for line, orders in zip(found[::2], (late, early, late), strict=True):
-        assert line.partition(" False ")[2].startswith(orders)  # and, it may be, stochastically
+        assert line.partition(" False ")[2].startswith(orders)  # and, it may be, at random

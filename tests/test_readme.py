@@ -62,12 +62,12 @@ def test_the_command_below_the_table_of_memory_options_is_the_one_that_gives_it(
     module = render_results()
     tool = "tools/bench/memory_options"
     default = re.search(r'"--repeats", type=int, default=(\d+)', (ROOT / tool).read_text("utf-8"))
-    assert int(default[1]) == module.LEVER_REPEATS
-    result = json.loads((module.RESULTS / "levers.json").read_text("utf-8"))
+    assert int(default[1]) == module.OPTION_REPEATS
+    result = json.loads((module.RESULTS / "memory_options.json").read_text("utf-8"))
     module.RESULTS = tmp_path
     for repeats, command in ((2, f"(`{tool} --repeats 2`; "), (3, f"(`{tool}`; ")):
         result["settings"]["repeats"] = repeats
-        (tmp_path / "levers.json").write_text(json.dumps(result), encoding="utf-8")
+        (tmp_path / "memory_options.json").write_text(json.dumps(result), encoding="utf-8")
         assert command in module.options()
 
 

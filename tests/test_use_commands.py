@@ -162,7 +162,9 @@ def test_evaluate_reads_other_rows_with_the_columns_of_the_run_and_names_its_own
     table = {"path": str(tmp_path / "own.csv"), "prompt": "Describe: {mr}", "completion": "{ref}"}
     (tmp_path / "own.csv").write_text("mr,ref\nx,y\n")
     save_tiny(tmp_path / "model")
-    run = make_run(tmp_path, tmp_path / "model", data={"train": [table], "eval": None}, train={"exact_match_rows": 0})
+    run = make_run(
+        tmp_path, tmp_path / "model", data={"train": [table], "eval": None}, train={"exact_match_examples": 0}
+    )
     (tmp_path / "other.csv").write_text("id,mr,ref\n1,a,b\n2,c,d\n")
     named = json.dumps([table | {"path": str(tmp_path / "other.csv")}])
     given, known = (

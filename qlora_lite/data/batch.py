@@ -367,19 +367,3 @@ def stream_batches(
         room -= length
     if rows:
         yield rows
-
-
-def largest_rows(sample: Sequence[Example], max_tokens: int, packing: bool, count: int) -> list[Example]:
-    """Return rows that need as much as any that a stream can give, to find out beforehand whether they fit.
-
-    Args:
-        sample: rows of the stream, at least one; the first one's tokens are repeated.
-        max_tokens: room of a pack, or tokens of each row without packing.
-        packing: packs may hold several rows, and hold two here, one of them of one token.
-        count: how many packs.
-    """
-    first, lengths = sample[0], (max_tokens - 1, 1) if packing else (max_tokens,)
-    return [
-        replace(first, token_ids=np.resize(first.token_ids, length), learned=np.ones(length, np.bool_))
-        for length in lengths
-    ] * count

@@ -21,9 +21,9 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from threading import Lock
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.errors import DataError, tokenizer_faults
 
@@ -37,6 +37,9 @@ from .statistics import SHOWN_ROWS, TOO_LONG, Settings, Statistics, count_unused
 from .storage import Example
 from .template import Template, begin_of_text, choose_template, special_ids_of
 
+if TYPE_CHECKING:  # transformers takes seconds to import, and a check of a recipe needs none of it
+    from transformers import PreTrainedTokenizerFast
+
 NOTHING_LEFT = "nothing left to learn after truncation"
 LONG_EXCHANGE = "exchange longer than max_tokens in a split row"
 UNLEARNED_PART = "part of a split row with nothing to learn"
@@ -49,7 +52,11 @@ _Made = Iterator[tuple[Conversation | Document, Marked]]
 
 
 def make_examples(
-    source: Source, tokenizer: PreTrainedTokenizerFast, template: str | None, settings: Settings, statistics: Statistics
+    source: Source,
+    tokenizer: "PreTrainedTokenizerFast",
+    template: str | None,
+    settings: Settings,
+    statistics: Statistics,
 ) -> Iterator[list[Example]]:
     """Yield the examples of a source, some at a time, in the order of the rows.
 
@@ -94,7 +101,11 @@ def _chunks(source: Source, max_rows: int | None, statistics: Statistics) -> Ite
 
 
 def _prepared(
-    source: Source, tokenizer: PreTrainedTokenizerFast, template: str | None, settings: Settings, statistics: Statistics
+    source: Source,
+    tokenizer: "PreTrainedTokenizerFast",
+    template: str | None,
+    settings: Settings,
+    statistics: Statistics,
 ) -> Iterator[_Batch]:
     """Yield chunks of rows, conversations rendered."""
     for chunk in _chunks(source, settings.max_rows, statistics):
@@ -120,7 +131,9 @@ def _one_ahead(batches: Iterator[_Batch], work: Callable[[_Batch], _Encoded]) ->
 
 
 @tokenizer_faults()
-def _encode(batch: _Batch, tokenizer: PreTrainedTokenizerFast, settings: Settings, statistics: Statistics) -> _Encoded:
+def _encode(
+    batch: _Batch, tokenizer: "PreTrainedTokenizerFast", settings: Settings, statistics: Statistics
+) -> _Encoded:
     """Return the token ids of each document, or what becomes of each conversation."""
     with _TOKENIZER_IN_USE:
         if isinstance(batch[0], Document):
@@ -128,7 +141,7 @@ def _encode(batch: _Batch, tokenizer: PreTrainedTokenizerFast, settings: Setting
         return mark_rows([row for _, row in batch], statistics.template, settings.train_on_end)
 
 
-def _encode_plain(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+def _encode_plain(texts: list[str], tokenizer: "PreTrainedTokenizerFast") -> list[list[int]]:
     """Tokenise texts as the letters they are; transformers' own call takes half as long again to repack the result."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
@@ -144,7 +157,7 @@ def _documents(
     documents: Sequence[Document],
     encoded: list[list[int]],
     first: list[int],
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: "PreTrainedTokenizerFast",
     settings: Settings,
     statistics: Statistics,
 ) -> _Made:
@@ -172,7 +185,7 @@ def _documents(
             statistics.problems.add(document.where, fault, NOTHING_TO_LEARN)
 
 
-def _control_tokens(encoded: list[list[int]], tokenizer: PreTrainedTokenizerFast) -> dict[int, set[int]]:
+def _control_tokens(encoded: list[list[int]], tokenizer: "PreTrainedTokenizerFast") -> dict[int, set[int]]:
     """Return the control tokens that texts became, by the number of the document."""
     control_ids = sorted(special_ids_of(tokenizer) - {tokenizer.unk_token_id})
     if not np.isin(np.fromiter(chain.from_iterable(encoded), np.int32), control_ids).any():

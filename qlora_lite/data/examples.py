@@ -16,12 +16,12 @@ alone need no stream: the token cache is memory-mapped (see ``storage``).
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.errors import DataError, OutputError
 from qlora_lite.files import replacing_folder
@@ -34,6 +34,9 @@ from .statistics import Settings, Statistics, note_lost_kinds, note_too_long
 from .storage import Example, Examples, ExampleWriter, repeated
 from .template import Template
 from .token_cache import cache_key, load_set, most_bytes, remove_least_used, remove_leftovers, save_set
+
+if TYPE_CHECKING:  # transformers takes seconds to import, and a check of a recipe needs none of it
+    from transformers import PreTrainedTokenizerFast
 
 log = logging.getLogger("qlora_lite")
 progress = logging.getLogger("qlora_lite.progress")  # of its own, so that a command can show it and nothing else
@@ -83,7 +86,7 @@ class Dataset:
 
 def build_examples(
     sources: Sequence[Source],
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: "PreTrainedTokenizerFast",
     template: str | None = None,
     train_on: str = "assistant",
     max_tokens: int = 1024,
@@ -107,7 +110,7 @@ def build_examples(
 
 def read_examples(
     sources: Sequence[Source],
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: "PreTrainedTokenizerFast",
     template: str | None = None,
     train_on: str = "assistant",
     max_tokens: int = 1024,
@@ -167,7 +170,7 @@ class _Job:
     """What to read and how, as ``read_examples`` was told."""
 
     sources: Sequence[Source]
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: "PreTrainedTokenizerFast"
     template: str | None
     settings: Settings
 
@@ -237,7 +240,7 @@ def _note_problems(examples: Examples, job: _Job, statistics: Statistics) -> Non
 
 def _check_arguments(
     sources: Sequence[Source],
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: "PreTrainedTokenizerFast",
     train_on: str,
     max_tokens: int,
     overflow: str,
@@ -290,7 +293,7 @@ class RowStream:
     """Say what to read, again for every epoch; the names and meanings are those of ``examples.read_examples``."""
 
     sources: tuple[Source, ...]
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: "PreTrainedTokenizerFast"
     template: str | None
     settings: Settings
     max_bad_rows: int = 0
@@ -316,3 +319,19 @@ class RowStream:
     def _raise_if_unusable(self, statistics: Statistics) -> None:
         note_too_long(statistics, self.settings.max_tokens)
         statistics.problems.raise_if_any(self.max_bad_rows)
+
+
+def largest_rows(sample: Sequence[Example], max_tokens: int, packing: bool, count: int) -> list[Example]:
+    """Return rows that need as much as any that a stream can give, to find out beforehand whether they fit.
+
+    Args:
+        sample: rows of the stream, at least one; the first one's tokens are repeated.
+        max_tokens: room of a pack, or tokens of each row without packing.
+        packing: packs may hold several rows, and hold two here, one of them of one token.
+        count: how many packs.
+    """
+    first, lengths = sample[0], (max_tokens - 1, 1) if packing else (max_tokens,)
+    return [
+        replace(first, token_ids=np.resize(first.token_ids, length), learned=np.ones(length, np.bool_))
+        for length in lengths
+    ] * count

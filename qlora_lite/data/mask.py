@@ -5,7 +5,7 @@ wherever the two join; a token here is learned or not by its place in the text. 
 tokens before it must be the ones that the prompt alone gives, because those are what the model sees when it
 answers. A row for which they are not is an error.
 
-Many rows are marked at once (``mark_rows``): all their tokens are concatenated, and so do their characters, and the
+Many rows are marked at once (``mark_rows``): all their tokens are concatenated, and so are their characters, and the
 tokens of a span are those between two places of a sorted array, found for all spans in one call. A row about which
 there is any doubt (a token across a border, an end that is no special token, other tokens before an answer than its
 prompt has, nothing to learn) is left to ``mark_row``, which decides it and says what is wrong. So the rules stand there
@@ -17,9 +17,9 @@ all rows, end to end; spans are (first, one past the last).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.errors import DataError
 
@@ -30,6 +30,9 @@ from .row_formats import Conversation
 from .storage import Example
 from .template import Template
 from .tokenise import TextTokens, tokenise_rows
+
+if TYPE_CHECKING:  # transformers takes seconds to import, and a check of a recipe needs none of it
+    from transformers import PreTrainedTokenizerFast
 
 MASK = "token cut by the mask"
 _CURE_OF_SEAM = (
@@ -133,7 +136,7 @@ def render_row(
     return Row(rendering.text, tuple(spans), found, conversation.where)
 
 
-def tokenise(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[Tokens]:
+def tokenise(texts: list[str], tokenizer: "PreTrainedTokenizerFast") -> list[Tokens]:
     """Tokenise texts that already hold their special tokens.
 
     Args:

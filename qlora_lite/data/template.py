@@ -37,14 +37,17 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.errors import DataError, tokenizer_faults
 
 from .probe import probe
 from .tokenise import can_be_cut, lengths_of_tokens
+
+if TYPE_CHECKING:  # transformers takes seconds to import, and a check of a recipe needs none of it
+    from transformers import PreTrainedTokenizerFast
 
 IM_END = "<|im_end|>"
 CHATML_TOOLS = "chatml-tools"
@@ -136,7 +139,7 @@ class Template:
 
     name: str
     source: str
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: "PreTrainedTokenizerFast"
     begin: str
     special: re.Pattern[str]
     ending: re.Pattern[str]
@@ -147,7 +150,7 @@ class Template:
 
 @tokenizer_faults()
 def choose_template(
-    tokenizer: PreTrainedTokenizerFast, name: str | None = None, own: str | None = None
+    tokenizer: "PreTrainedTokenizerFast", name: str | None = None, own: str | None = None
 ) -> Template:  # fmt: skip
     """Choose the chat template of a run.
 
@@ -218,12 +221,12 @@ def portable_source(template: Template) -> str:
     return "{{ '' if bos_token else '' }}" + template.source if is_silent else template.source
 
 
-def _mentions_begin(source: str, tokenizer: PreTrainedTokenizerFast) -> bool:
+def _mentions_begin(source: str, tokenizer: "PreTrainedTokenizerFast") -> bool:
     """Return whether a template takes care of begin-of-text itself."""
     return "bos_token" in source or (tokenizer.bos_token or "\0") in source
 
 
-def _template(name: str, source: str, tokenizer: PreTrainedTokenizerFast, begin: str) -> Template:
+def _template(name: str, source: str, tokenizer: "PreTrainedTokenizerFast", begin: str) -> Template:
     if source not in NAMED_TEMPLATES.values():
         probe(name, source, tokenizer.special_tokens_map)
     special = re.compile(_any_of(_special_tokens(tokenizer)) or r"(?!)")
@@ -246,16 +249,16 @@ def _any_of(words: set[str]) -> str:
     return f"(?:{branches}){'?' if '' in words else ''}" if branches else ""
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerFast) -> set[str]:
+def _special_tokens(tokenizer: "PreTrainedTokenizerFast") -> set[str]:
     return {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
 
 
-def special_ids_of(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+def special_ids_of(tokenizer: "PreTrainedTokenizerFast") -> frozenset[int]:
     """Return the ids of the tokenizer's special tokens."""
     return frozenset(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
 
 
-def begin_of_text(tokenizer: PreTrainedTokenizerFast) -> str:
+def begin_of_text(tokenizer: "PreTrainedTokenizerFast") -> str:
     """Return the begin-of-text token if the tokenizer puts it before ordinary text, else ""."""
     if tokenizer.bos_token_id is None:
         return ""

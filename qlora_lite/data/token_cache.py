@@ -29,9 +29,9 @@ from dataclasses import asdict, astuple
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.errors import DataError
 from qlora_lite.files import content_digest, sha256, write_text
@@ -44,6 +44,9 @@ from .statistics import Settings, Statistics, no_counts
 from .storage import FILES, Examples, load_arrays
 from .template import choose_template
 
+if TYPE_CHECKING:  # transformers takes seconds to import, and a check of a recipe needs none of it
+    from transformers import PreTrainedTokenizerFast
+
 log = logging.getLogger("qlora_lite")
 MAX_BYTES = 20 << 30  # some thirty million short rows
 _MAX_GIB = "QLORA_LITE_TOKEN_CACHE_GIB"
@@ -54,7 +57,7 @@ _LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy", "pyarrow")
 
 
 def cache_key(
-    sources: Sequence[Source], tokenizer: PreTrainedTokenizerFast, template: str | None, settings: Settings
+    sources: Sequence[Source], tokenizer: "PreTrainedTokenizerFast", template: str | None, settings: Settings
 ) -> str | None:
     """Return the key of a set of tokens: 32 hexadecimal digits; None for rows in memory, or if a file cannot be read.
 
@@ -121,7 +124,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def load_set(
-    folder: Path, tokenizer: PreTrainedTokenizerFast, template: str | None
+    folder: Path, tokenizer: "PreTrainedTokenizerFast", template: str | None
 ) -> tuple[Examples, Statistics] | None:
     """Map a set that ``save_set`` finished, and note its use; None if there is none, or it is damaged.
 

@@ -20,10 +20,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:  # transformers takes seconds to import, and a check of a recipe needs none of it
+    from transformers import PreTrainedTokenizerFast
 
 _KEEPING = ("NFC", "NFKC", "Prepend", "ByteLevel", "Metaspace", "Split", "Digits")
 _MANY = 1 << 32  # more than any text has
@@ -48,7 +51,7 @@ class TextTokens:
     text_borders: np.ndarray
 
 
-def can_be_cut(tokenizer: PreTrainedTokenizerFast) -> bool:
+def can_be_cut(tokenizer: "PreTrainedTokenizerFast") -> bool:
     """Return whether texts may be cut before each special token without changing their tokens."""
     tokens = list(tokenizer.added_tokens_decoder.values())
     special = [token for token in tokens if token.special]
@@ -70,7 +73,7 @@ def _reaches_into(text: str, special: set[str], beginnings: set[str]) -> bool:
     )
 
 
-def lengths_of_tokens(tokenizer: PreTrainedTokenizerFast) -> np.ndarray | None:
+def lengths_of_tokens(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray | None:
     """Return how many characters of an ASCII text each token covers: int64 [tokens]; None if that cannot be said.
 
     It is as many as the token has letters, in byte-level BPE and in that of SentencePiece. Where a token has more than
@@ -116,7 +119,7 @@ def _loses_letters(step: dict) -> bool:
 
 def tokenise_rows(
     texts: Sequence[str],
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: "PreTrainedTokenizerFast",
     cut: re.Pattern[str] | None,
     token_lengths: np.ndarray | None = None,
 ) -> TextTokens:
@@ -163,7 +166,7 @@ def _cut(text: str, cut: re.Pattern[str]) -> list[str]:
 
 
 def _encode(
-    texts: list[str], tokenizer: PreTrainedTokenizerFast, token_lengths: np.ndarray | None
+    texts: list[str], tokenizer: "PreTrainedTokenizerFast", token_lengths: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return ids int32 [T], offsets int64 [T, 2] and the number of tokens of each text: int64 [texts].
 

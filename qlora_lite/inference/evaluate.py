@@ -173,7 +173,7 @@ def evaluate_recipe(
 
     Args:
         adapter: adapter folder; None measures the base model.
-        exact_match_examples: rows to answer, 0 for none.
+        exact_match_rows: rows to answer, 0 for none.
         tokenizer: the model's, with another chat template than its own; None loads it.
         out: JSONL file for the answers, one object for each compared example: where, prompt, reference, answer, match,
             finish, and what was compared where that is not the whole text.

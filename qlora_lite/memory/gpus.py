@@ -204,7 +204,7 @@ def find_gpu(name: str) -> Gpu:
         name: "rtx-4060", "RTX 4060", "4060", "4060 ti 16gb" or "NVIDIA A100-SXM4-80GB".
 
     Raises:
-        CardError: no GPU has that name (the nearest are named), or several sizes have it (all are named).
+        GpuError: no GPU has that name (the nearest are named), or several sizes have it (all are named).
     """
     wanted = NO_MEANING.sub("", str(name).lower())
     for key in (wanted, wanted.replace("pcie", "")):  # few GPUs differ by their plug

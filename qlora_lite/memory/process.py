@@ -26,7 +26,7 @@ CUDA_LATER_BYTES = 128 * MIB
 # forward's and that of the stream on which a step is recorded (``decode``); within a run the first of these is held
 # already when room for prompts is planned.
 CUBLAS_WORKSPACE_BYTES = 2 * 32 * MIB
-# Of torch's CUDA allocator: bytes, and a share of what comes and goes within a step. tools/check/GPU found that
+# Of torch's CUDA allocator: bytes, and a share of what comes and goes within a step. tools/check/card found that
 # up to 99 MiB are needed with segments that grow, and up to 842 MiB with fixed ones, but for one plan of 17, which took
 # 1.5 GiB: 0.5 more than this leaves.
 GROWING_SEGMENT_BYTES, GROWING_HOLES_SHARE = 128 * MIB, 0.005

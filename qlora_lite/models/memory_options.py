@@ -229,7 +229,7 @@ def set_memory_options(model: nn.Module, options: MemoryOptions, of_model: Seque
         or (options.host_head and not isinstance(model.get_output_embeddings(), HostHead))
     ):
         raise ModelError("memory.resident_layers, and memory.embeddings or memory.head host, are for a model that was "
-                         "loaded so: call models.memory options.place before training, or leave them out")  # fmt: skip
+                         "loaded so: call models.memory_options.place before training, or leave them out")  # fmt: skip
     checkpointed = max(0, len(found) - options.uncheckpointed_layers) if options.recomputes else 0
     if streamed and options.recomputes and options.layers_per_checkpoint > 1:
         raise ModelError("streamed blocks are recomputed one by one: set memory.layers_per_checkpoint to 1, or "

@@ -28,7 +28,7 @@ from qlora_lite.errors import ModelError
 
 from .block_attention import block_attention, block_gradients
 from .checkpoint import running
-from .compiled import as_checkpoint_name
+from .compiled import as_outside
 from .flex_attention import flex_attention
 from .flex_attention import kernel_takes as flex_takes
 from .fused_attention import fused_attention, has_kernel
@@ -263,7 +263,7 @@ def _gradient_operator(
         return block_gradients(query, key, value, grad, lengths, scaling, window, softcap, sinks)
 
     inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
-    with running(None), as_checkpoint_name(), torch.enable_grad():
+    with running(None), as_outside(), torch.enable_grad():
         grads = torch.autograd.grad(_attended(*inputs, row_lengths, None, scaling, window, None), inputs, grad)
     return tuple(grad.transpose(1, 2).contiguous().transpose(1, 2) for grad in grads)  # laid out token by token
 

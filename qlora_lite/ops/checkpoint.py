@@ -14,7 +14,7 @@ saves, and nobody reads its output. Whether that holds shows in the graph (``rec
 What is kept stays on the device, or goes to host memory with a ``HostStore``. With ``Segments`` only the first of
 some blocks in a row keeps its input, and all of them are recomputed at once.
 
-Source: training deep nets with sublinear memory cost, arXiv 1604.06174, section 4; segments are its segments.
+Source: training deep nets with sublinear memory cost, arXiv 1604.06174, section 4.
 """
 
 import weakref

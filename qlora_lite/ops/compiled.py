@@ -127,7 +127,7 @@ def in_words() -> Iterator[None]:
 
 
 @contextmanager
-def as_checkpoint_name() -> Iterator[None]:
+def as_outside() -> Iterator[None]:
     """Run what an operator of our own does as outside of it.
 
     torch hides it from autograd, whether gradients are enabled or not, and below a dispatch mode from all that its

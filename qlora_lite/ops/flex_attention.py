@@ -33,7 +33,7 @@ from torch.nn.attention import flex_attention as torchs
 
 from qlora_lite.memory.work import FLOP_FORMULAS
 
-from .compiled import MAX_GRAPHS, as_checkpoint_name
+from .compiled import MAX_GRAPHS, as_outside
 from .shapes import device_type, has_triton
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def _values(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None,
     row_lengths: Sequence[int], scaling: float, window: int | None, softcap: float | None,
 ) -> torch.Tensor:  # fmt: skip
-    with as_checkpoint_name(), torch.no_grad():
+    with as_outside(), torch.no_grad():
         return _attend((query.detach(), key.detach(), value.detach()), sinks, row_lengths, scaling, window, softcap)
 
 
@@ -92,7 +92,7 @@ def _gradients(
     row_lengths: Sequence[int], scaling: float, window: int | None, softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
-    with as_checkpoint_name(), torch.enable_grad():
+    with as_outside(), torch.enable_grad():
         out = _attend(inputs, sinks, row_lengths, scaling, window, softcap)
         return torch.autograd.grad(out, inputs, grad_out)
 

@@ -127,7 +127,7 @@ def _placements(model: nn.Module) -> Iterator[MemoryOptions]:
 
 
 def bytes_on_device(model: nn.Module, options: MemoryOptions) -> int:
-    """Return what a model's weights take of the device as ``options.place`` leaves them."""
+    """Return what a model's weights take of the device as ``memory_options.place`` leaves them."""
     tables = [
         (model.get_input_embeddings(), options.host_embeddings),
         (model.get_output_embeddings(), options.host_head),
@@ -142,8 +142,8 @@ def bytes_on_device(model: nn.Module, options: MemoryOptions) -> int:
 
 
 def bytes_on_host(model: nn.Module, options: MemoryOptions) -> int:
-    """Return what a model's weights take of host memory beside a GPU, as ``options.place`` leaves them: all is pinned
-    but embeddings that are not the head."""
+    """Return what a model's weights take of host memory beside a GPU, as ``memory_options.place`` leaves them: all is
+    pinned but embeddings that are not the head."""
     embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     tables = pinned_bytes(head.nbytes) if options.host_head else 0
     tables += embeddings.nbytes if options.host_embeddings and not (options.host_head and embeddings is head) else 0

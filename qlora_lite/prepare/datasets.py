@@ -8,9 +8,8 @@ import logging
 from collections.abc import Sequence
 from contextlib import suppress
 
-from qlora_lite.data.batch import largest_rows
 from qlora_lite.data.example_checks import Matching
-from qlora_lite.data.examples import Dataset, RowStream, read_examples
+from qlora_lite.data.examples import Dataset, RowStream, largest_rows, read_examples
 from qlora_lite.data.fields import columns_of
 from qlora_lite.data.held_out import hold_out
 from qlora_lite.data.problems import Problems

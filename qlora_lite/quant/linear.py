@@ -149,7 +149,7 @@ def arrange_weights(model: nn.Module) -> int:
     """Give the 4-bit layers of a model in host memory what their fused products of few rows need.
 
     Where the processor has no such kernel, or it wants another order, or the memory is not there, layers go on
-    dequantisation their weights.
+    dequantising their weights.
 
     Returns:
         Bytes that it took.

@@ -1,13 +1,13 @@
-"""Multiply a few rows by a packed weight without dequantisation it first: what every token of generation needs.
+"""Multiply a few rows by a packed weight without dequantising it first: what every token of generation needs.
 
-Dequantisation a weight moves 4.6 bytes for each of its numbers (half a byte read, two written, two read by the
+Dequantising a weight moves 4.6 bytes for each of its numbers (half a byte read, two written, two read by the
 product), whatever the number of rows. bitsandbytes' fused kernels read the half byte and no more. They round more than
 the plain way does: the product, before anything is added to it; on a CPU the block maxima, at most 1.6 times the error
 against float64; on a GPU, of up to three rows (on many GPUs four), every number that is summed. They have no
 gradient, so they are for use and not for training.
 
 On a GPU the operator takes the packed weight as it is, double quantisation included. It may dequantise it inside, so a
-plan, whose tensors are on no device, takes the plain way and counts an dequantised weight. A CPU's operator wants
+plan, whose tensors are on no device, takes the plain way and counts a dequantised weight. A CPU's operator wants
 another order of the codes (32 rows of the weight side by side) and the maxima in bfloat16, so its weights are arranged
 once, beside the packed ones: 4.25 more bits a weight, for products of a block of SmolLM2 that are 8 times as fast with
 one row, 7 with four, 1.2 with 32 (two cores of an EPYC; ``tools/bench/adapters``). It needs AVX512-BF16; without that,

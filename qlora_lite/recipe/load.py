@@ -69,8 +69,9 @@ def recipe_of(settings: Mapping[str, object], overrides: Sequence[str], name: st
 def _checked(content: bytes, name: str, overrides: Sequence[str], check_files: bool) -> Recipe:
     document = parse(content, name)
     root = _root(document, name)
+    _take_former_names(root, document)  # before, so that an override of either name counts
     apply_overrides(root, overrides, document)
-    _take_former_names(root, document)
+    _take_former_names(root, document)  # of overridden sections
     checker = _Checker(root, document, name)
     recipe = checker.settings()
     checker.combinations()

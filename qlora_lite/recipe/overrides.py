@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from qlora_lite.errors import Problem
 
+from .schema import FORMER_NAMES
 from .strict_yaml import MAX_DEPTH, Document, Node, parse, shown
 
 _PLACE = "override {}"
@@ -35,6 +36,7 @@ def apply_overrides(root: Node, overrides: Sequence[str], document: Document) ->
     for number, text in enumerate(overrides, start=1):
         place = _PLACE.format(number)
         key, equals, raw = text.partition("=")
+        key = FORMER_NAMES.get(key.strip(), key)
         parts = tuple(key.strip().split("."))
         if not equals or not all(parts) or len(parts) > MAX_DEPTH:
             message = f"{shown(text)} is not an override; write it like lora.rank=32"

@@ -51,4 +51,4 @@ def _card(row: dict) -> str:
         f"<h3>{text(title)}</h3><pre{f' class={chr(34)}{style}{chr(34)}' if style else ''}>{text(content)}</pre>"
         for title, content, style in cells
     )
-    return f'<div class="GPU sample">{parts}</div>'
+    return f'<div class="card sample">{parts}</div>'

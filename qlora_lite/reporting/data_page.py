@@ -102,7 +102,7 @@ def _rows(report: dict) -> str:
 def _row(row: dict) -> str:
     facts = f"{row['tokens']:,} tokens, {row['learned_tokens']:,} of them targets"
     pieces = "".join(_piece(piece) for piece in row["pieces"])
-    return f'<div class="GPU row"><p class="facts">{text(row["where"])} · {facts}</p><pre>{pieces}</pre></div>'
+    return f'<div class="card row"><p class="facts">{text(row["where"])} · {facts}</p><pre>{pieces}</pre></div>'
 
 
 def _piece(piece: dict) -> str:
@@ -118,7 +118,7 @@ def _histogram(report: dict) -> str:
         label = f"{bar['from']:,}" if bar["from"] == bar["to"] else f"{bar['from']:,}-{bar['to']:,}"
         drawn = f'<i style="width:{100 * bar["rows"] / most:.2f}%"></i>' if bar["rows"] else ""
         rows += f"<dt>{label}</dt><dd>{drawn}<span>{bar['rows']:,}</span></dd>"
-    return f'<div class="GPU"><dl class="bars">{rows}</dl></div>' if rows else ""
+    return f'<div class="card"><dl class="bars">{rows}</dl></div>' if rows else ""
 
 
 def _sources(report: dict) -> str:
@@ -154,7 +154,7 @@ def _template(report: dict) -> str:
     if not template:
         return ""
     facts = line_of_template(template)
-    return f'<div class="GPU"><p class="facts">{text(facts)}</p><pre>{text(template["text"])}</pre></div>'
+    return f'<div class="card"><p class="facts">{text(facts)}</p><pre>{text(template["text"])}</pre></div>'
 
 
 _STYLE = """

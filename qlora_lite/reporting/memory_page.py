@@ -127,7 +127,7 @@ def _timeline(record: Mapping[str, Any], title: str) -> str:
             part, [names[band] for band in changing], len(moments), f"{label}, changing part", format_bytes(top), None
         )
     data = moments_data(shown)
-    return f'<div class="GPU timeline" data-moments="{data}">{_where(record)}{_legend(record, names)}{charts}</div>'
+    return f'<div class="card timeline" data-moments="{data}">{_where(record)}{_legend(record, names)}{charts}</div>'
 
 
 def _drawings(

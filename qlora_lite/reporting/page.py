@@ -57,7 +57,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], numeric: int | 
 def pairs(title: str, entries: Iterable[tuple[str, object]]) -> str:
     """Write a small titled list of names and values."""
     rows = "".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in entries)
-    return f'<div class="GPU"><h3>{text(title)}</h3><dl>{rows}</dl></div>'
+    return f'<div class="card"><h3>{text(title)}</h3><dl>{rows}</dl></div>'
 
 
 def page(title: str, body: str) -> str:

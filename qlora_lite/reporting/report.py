@@ -130,7 +130,7 @@ def _loss_chart(run: RunFiles) -> str:
     wide = line_chart(series, title=title, width=1000, height=300, log=True)
     narrow = line_chart(series, title=title, width=350, height=230, log=True)
     plots = f'<div class="plot wide">{wide}</div><div class="plot narrow">{narrow}</div>'
-    return f'<div class="GPU"><p class="legend">{legend}</p>{plots}</div>'
+    return f'<div class="card"><p class="legend">{legend}</p>{plots}</div>'
 
 
 def _noisy(label: str, points: list[tuple[int, float]]) -> list[Series]:
@@ -149,12 +149,12 @@ def _small_charts(run: RunFiles) -> str:
         "Tokens per second": _noisy("tokens per second", curve(run, "tokens_per_second")),
         f"Peak memory, {unit}": [Series(unit, [(step, peak / unit_bytes) for step, peak in peaks], 2)],
     }
-    gpus = ""
+    cards = ""
     for title, series in charts.items():
         if series[0].points:
             drawing = line_chart(series, title=f"{title}, over training steps")
-            gpus += f'<div class="GPU"><h3>{text(title)}</h3><div class="plot">{drawing}</div></div>'
-    return f'<div class="grid2">{gpus}</div>' if gpus else ""
+            cards += f'<div class="card"><h3>{text(title)}</h3><div class="plot">{drawing}</div></div>'
+    return f'<div class="grid2">{cards}</div>' if cards else ""
 
 
 def _samples(summary: dict[str, Any]) -> str:
@@ -175,7 +175,7 @@ def _sample(sample: dict[str, Any]) -> str:
         else:
             mark = '<span class="bad" title="not the expected answer">✗</span>'
         rows += f"<h3>{key.capitalize()} {mark}</h3><pre>{text(answer)}</pre>"
-    return f'<div class="GPU sample">{rows}</div>'
+    return f'<div class="card sample">{rows}</div>'
 
 
 def _dicts(value: object) -> list[dict[str, Any]]:
@@ -201,7 +201,7 @@ def _settings(recipe: str) -> str:
     except yaml.YAMLError:
         parsed = None
     if not isinstance(parsed, dict):
-        return f'<div class="GPU"><pre>{text(recipe)}</pre></div>' if recipe.strip() else ""
+        return f'<div class="card"><pre>{text(recipe)}</pre></div>' if recipe.strip() else ""
     loose = {key: value for key, value in parsed.items() if not isinstance(value, dict)}
     sections = ({"recipe": loose} if loose else {}) | {k: v for k, v in parsed.items() if k not in loose}
     return f'<div class="columns">{"".join(_pairs_of(str(key), sections[key]) for key in sections)}</div>'
@@ -210,15 +210,15 @@ def _settings(recipe: str) -> str:
 def _chosen(summary: dict[str, Any]) -> str:
     """List what the plan chose where the recipe says auto."""
     plan = summary.get("plan")
-    gpus = _pairs_of("as planned", plan.get("chosen")) if isinstance(plan, dict) else ""
-    return f'<div class="columns">{gpus}</div>' if gpus else ""
+    cards = _pairs_of("as planned", plan.get("chosen")) if isinstance(plan, dict) else ""
+    return f'<div class="columns">{cards}</div>' if cards else ""
 
 
 def _data_and_versions(summary: dict[str, Any]) -> str:
     adapter = {"weights": summary.get("trainable_parameters"), "sha256": summary.get("adapter_sha256")}
-    gpus = _counts("Training data", summary.get("data")) + _counts("Adapter", adapter)
-    gpus += _pairs_of("Versions", summary.get("versions"))
-    return f'<div class="columns">{gpus}</div>' if gpus else ""
+    cards = _counts("Training data", summary.get("data")) + _counts("Adapter", adapter)
+    cards += _pairs_of("Versions", summary.get("versions"))
+    return f'<div class="columns">{cards}</div>' if cards else ""
 
 
 def _counts(title: str, values: object) -> str:

@@ -251,11 +251,11 @@ STYLE = """
 .bands em { color: var(--soft); }
 """
 
-# Writes the moment under the pointer into `.where` and `.bands` of the GPU. Reads only data attributes, writes
+# Writes the moment under the pointer into `.where` and `.bands` of the card. Reads only data attributes, writes
 # only textContent.
 SCRIPT = """
-for (const GPU of document.querySelectorAll('.timeline')) {
-  const data = JSON.parse(GPU.dataset.moments), last = data.kib.length - 1, drawings = GPU.querySelectorAll('svg');
+for (const card of document.querySelectorAll('.timeline')) {
+  const data = JSON.parse(card.dataset.moments), last = data.kib.length - 1, drawings = card.querySelectorAll('svg');
   const slots = [...card.querySelectorAll('.where b, .where span, .bands b, .bands em')];
   const peak = slots.map(slot => slot.textContent);
   const write = texts => slots.forEach((slot, i) => { slot.textContent = texts[i]; });

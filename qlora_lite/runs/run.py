@@ -26,7 +26,7 @@ from qlora_lite.models.load import resolve_device
 from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.reporting.report import write_report
-from qlora_lite.train.checkpoints import CHECKPOINTS, steps_on_disk
+from qlora_lite.train.checkpoints import CHECKPOINTS, newest_whole
 from qlora_lite.train.determinism import deterministic
 from qlora_lite.train.out_of_memory import explaining_memory
 from qlora_lite.train.shared_cores import sharing_cores
@@ -97,7 +97,8 @@ def _execute(
                 trained = train(proven)
             _conclude(trained)
     except KeyboardInterrupt as cut:  # before training, or by a second signal
-        there = newest_checkpoint(next(iter(steps_on_disk(run.path / CHECKPOINTS)), None))
+        whole, _ = newest_whole(run.path / CHECKPOINTS)
+        there = newest_checkpoint(whole and whole.step)
         error = Interrupted(f"stopped at once by {str(cut) or 'SIGINT'}; {there}. {how_to_go_on(run.path)}")
         _leave(run, error)
         raise error from None

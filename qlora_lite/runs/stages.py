@@ -211,8 +211,8 @@ def load(planned: Planned) -> Loaded:
     trainer = Trainer(model, planned.rows, planned.settings, stream, work)
     trainer.check()
     if runs_unpacked(model) and not why_unpacked(model, recipe.data.max_tokens):
-        log.warning("the plan is one of packed sequences, since nothing but the loaded model shows that it cannot have "
-                    "them: whether it fits is for the next step to prove")  # fmt: skip
+        log.warning("the plan, and the peak that it predicts, is of packed sequences, but the loaded model shows "
+                    "that it cannot have them: the next step measures what it takes")  # fmt: skip
     if continuation:
         trainer.most_tokens = continuation.checkpoint.documents[STATE]["most_tokens"]
     fingerprint = base_fingerprint(locate(recipe.model.path, recipe.model.revision))

@@ -140,7 +140,7 @@ def _read_manifest(folder: Path) -> dict:
         raise _damaged(folder, f"{MANIFEST} is no whole manifest: {error}") from None
     if manifest.get("format") != FORMAT:
         raise _damaged(
-            folder, f"its format {manifest.get('format')!r} is not {FORMAT}: resume the version that wrote it"
+            folder, f"its format {manifest.get('format')!r} is not {FORMAT}: resume with the version that wrote it"
         )
     step = manifest.get("step")
     if type(step) is not int or folder_of(folder.parent, step) != folder:

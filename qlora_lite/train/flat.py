@@ -50,7 +50,7 @@ class _Chunk:
         return sum(self.sizes) == sum(p.numel() for p in self.parameters)
 
     def weights(self) -> Tensor:
-        """Return the factors' values [sum of sizes]; factors that do not are concatenated are first made views of
+        """Return the factors' values [sum of sizes]; factors that are not concatenated are first made views of
         it."""
         first, end = self.parameters[0], self.parameters[0].storage_offset()
         storage, filled = first.untyped_storage(), self._is_filled()

@@ -1,4 +1,4 @@
-"""The random generators as tensors, so that a run resumes the numbers that it would have drawn.
+"""The random generators as tensors, so that a run continues with the numbers that it would have drawn.
 
 Dropout draws from torch's generator of the device. Python's and numpy's are kept too, because a model's code may
 use them. As tensors and not pickled, which is what `torch.save` of `random.getstate()` would be: whoever can change a

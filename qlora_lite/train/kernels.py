@@ -106,7 +106,7 @@ def check_kernels(model: nn.Module, names: Collection[str], inputs: Inputs) -> N
     if reason:
         raise TrainingError(
             f"{SETTING}: the run began with fused kernels ({', '.join(sorted(names))}), which do not run here any more "
-            f"({reason}). Install what it began with (torch, triton and a C compiler, liger-kernel), or resume "
+            f"({reason}). Install what it began with (torch, triton and a C compiler, liger-kernel), or resume with "
             f"{SETTING}=plain and --force, which rounds otherwise"
         )
 
@@ -219,9 +219,9 @@ def _flex_is_better(query, key, value, sinks, lengths: Sequence[int], scaling, w
         return lambda *tensors: way(*tensors, lengths, scaling, window, softcap, sinks)
 
     def attempt(way: Function) -> Trial:
-        of_small_batch = computed(way, few_lengths, few_window)
+        of_few = computed(way, few_lengths, few_window)
         exact = computed(block_attention, few_lengths, few_window)
-        return _tried(computed(way, lengths, window), (query, key, value), of_small_batch, few, exact)
+        return _tried(computed(way, lengths, window), (query, key, value), of_few, few, exact)
 
     ours, others = ("attention block by block", block_attention), {"flex attention": flex_attention}
     return choose(SETTING, ours, others, attempt, False) is not None
@@ -268,13 +268,13 @@ def _experts_are_better(experts: nn.Module, hidden: torch.Tensor, chosen: torch.
 def _tried(
     function: Function,
     tensors: Sequence[torch.Tensor],
-    of_small_batch: Function,
+    of_few: Function,
     few: Sequence[torch.Tensor],
     exact: Function,
 ) -> Trial:
     """Time a function of the run's tensors, and compare it on a few numbers with the exact one in float64."""
     took = timed(lambda: _value_and_gradients(function, tensors), tensors[0].device)
-    found = _value_and_gradients(of_small_batch, few)
+    found = _value_and_gradients(of_few, few)
     wanted = _value_and_gradients(exact, [tensor.double() for tensor in few])
     value, *gradients = (float((a - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True))
     return Trial(*took, value, max(gradients))

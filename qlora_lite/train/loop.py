@@ -365,7 +365,7 @@ def _eval_rows(workload: Workload, examples: Sequence, settings: TrainSettings) 
 def eval_batches(
     workload: Workload, examples: Sequence, settings: TrainSettings, done: Callable[[int], None] | None = None
 ) -> Iterator:
-    """Lay evaluation packed rows up to ``max_tokens`` per batch, in their own order.
+    """Pack evaluation rows up to ``max_tokens`` per batch, in their own order.
 
     Args:
         done: called with the number of examples so far whenever another batch is asked for.

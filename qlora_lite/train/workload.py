@@ -98,7 +98,7 @@ class Workload:
     most_tokens: int | None = None  # that the model can compute at once, where anything limits them
     is_quantized: bool = False  # whether any weight is packed in 4 bit
     fixed_options: Mapping[str, object] = MappingProxyType(ONLY_BLOCKS)  # memory options that it has no choice of
-    movable_tables: tuple[str, ...] = ()  # fields of Memory options for tables that can lie in host memory
+    movable_tables: tuple[str, ...] = ()  # fields of ``MemoryOptions`` for tables that can lie in host memory
     tables_are_tied: bool = False  # so that they lie in one place
 
     # Examples and batches.

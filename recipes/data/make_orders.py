@@ -115,7 +115,7 @@ TRAIN = Wording(
     building block | cook book | root beer | fruit juice | lemon tart | carrot cake | tomato soup |
     chocolate cookie | cinnamon roll | iced coffee | ginger beer | toy truck | teddy bear | leather belt |
     cotton shirt | wooden spoon | kitchen towel | pencil | notebook | puzzle | chicken burger |
-    cheese board | potato sack | birthday GPU | garden hose | paint roller | office chair |
+    cheese board | potato sack | birthday card | garden hose | paint roller | office chair |
     tennis racket | summer skirt | silver chain | picture book | drill bit | light bulb | pillow""",
     greetings="""
     hi | hello | hi there | hey | hiya | good morning | hello again | hey guys | dear shop | ok so""",

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_lite.data.batch import collate, largest_rows, pack_in_order, plan_epoch, stream_batches
-from qlora_lite.data.examples import RowStream, build_examples
+from qlora_lite.data.batch import collate, pack_in_order, plan_epoch, stream_batches
+from qlora_lite.data.examples import RowStream, build_examples, largest_rows
 from qlora_lite.data.sources import Source
 from qlora_lite.data.statistics import Settings
 from qlora_lite.data.storage import Example

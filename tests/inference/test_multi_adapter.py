@@ -170,7 +170,7 @@ def test_a_comparison_has_each_run_s_own_figures(runs, tmp_path):
     write_comparison(result, tmp_path / "new" / "page")
     assert json.loads((tmp_path / "new" / "page" / "compare.json").read_text()) == result
     page = (tmp_path / "new" / "page" / "compare.html").read_text()
-    assert page.count('class="GPU sample"') == 3 and "french" in page and "<script>alert" not in page
+    assert page.count('class="card sample"') == 3 and "french" in page and "<script>alert" not in page
 
 
 def test_as_many_examples_are_compared_as_the_first_run_s_recipe_says_and_few_are_shown(runs, tmp_path, command):
@@ -182,7 +182,7 @@ def test_as_many_examples_are_compared_as_the_first_run_s_recipe_says_and_few_ar
     result = json.loads((tmp_path / "page" / "compare.json").read_text())
     assert code == 0 and out.count("% of 5") == 2 and [m["exact_match_rows"] for m in result["models"]] == [5, 5]
     page = (tmp_path / "page" / "compare.html").read_text()
-    assert page.count('class="GPU sample"') == 3 and "The first 3 of 5" in page
+    assert page.count('class="card sample"') == 3 and "The first 3 of 5" in page
     opened = open_run(first)
     assert result["models"][0]["exact_match"] == evaluate_recipe(opened.recipe, opened.adapter, 5)["exact_match"]
     for row in result["answers"]:

@@ -1,4 +1,4 @@
-"""Products of few rows by the packed weight: as exact as dequantisation it first, and only where they are meant to
+"""Products of few rows by the packed weight: as exact as dequantising it first, and only where they are meant to
 be."""
 
 import os

@@ -158,7 +158,7 @@ def test_where_tensors_lie_changes_no_operation(model):
 
 
 def unpacking_bytes(model, *names):
-    """Return the bytes that dequantisation the layers of some names once moves, over all blocks."""
+    """Return the bytes that dequantising the layers of some names once moves, over all blocks."""
     with phase("forward"), counted() as counter:
         for path, layer in lora_layers(model):
             if path.endswith(names):

@@ -494,7 +494,7 @@ def test_any_two_memory_options_give_the_plain_gradients(pair):
         assert_plain_gradients(MemoryOptions(**both), device_type="cuda", quant_head=quant_head)
 
 
-levers_strategy = st.builds(
+options_strategy = st.builds(
     MemoryOptions, checkpointing=st.sampled_from(["block", "selective", "none"]),
     uncheckpointed_layers=st.integers(0, DEPTH),
     layers_per_checkpoint=st.sampled_from([1, 1, 2, DEPTH]),
@@ -508,7 +508,7 @@ levers_strategy = st.builds(
 
 @settings(max_examples=40, deadline=None)
 @given(
-    options=levers_strategy,
+    options=options_strategy,
     model_type=st.sampled_from(["llama", "gemma2", "olmo2"]),
     batches=st.integers(1, 2),
     device_type=st.sampled_from(["cpu", "cuda"]),

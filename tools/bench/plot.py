@@ -24,7 +24,7 @@ STYLE = (
 )
 
 
-def lever_plot(result: Mapping) -> str:
+def option_plot(result: Mapping) -> str:
     """Return the SVG of a result of ``tools/bench/memory_options``, without its table of memory options alone."""
     parts, top = [], 8
     tables = [table for table in result["tables"] if not table.get("alone")]
@@ -79,7 +79,7 @@ def _table(table: Mapping, top: int, device: str) -> tuple[str, int]:
 
 def _bar(row: Mapping, sign: str, top: int, scale: float) -> str:
     """Draw a row's name, its device's bar with the total, and its host's bar."""
-    parts, x = [f'<text x="12" y="{top + 14}">{escape(sign + row["lever"])}</text>'], float(LEFT)
+    parts, x = [f'<text x="12" y="{top + 14}">{escape(sign + row["option"])}</text>'], float(LEFT)
     for name, size in _breakdown(row).items():
         if name != "offloaded":
             parts.append(_rect(x, top, size * scale, BAR, COLOURS[name][0], f"{name}: {format_bytes(size)}"))

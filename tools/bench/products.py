@@ -22,7 +22,7 @@ from qlora_lite.memory.marks import marks
 from qlora_lite.memory.work import FLOP_FORMULAS
 
 PLACES = {
-    "quant/nf4.py": "dequantisation 4-bit weights",
+    "quant/nf4.py": "dequantising 4-bit weights",
     "ops/block_attention.py": "attention",
     "ops/attention.py": "attention",
     "ops/loss.py": "loss",

@@ -36,7 +36,7 @@ from qlora_lite.train.settings import TrainSettings
 
 CPU = torch.device("cpu")
 OUT_OF_MEMORY = torch.OutOfMemoryError, DoesNotFitError  # a trainer whose one row is too large says so in its own words
-LEVER_KEYS = (
+OPTION_KEYS = (
     "loss_chunk_tokens",
     "uncheckpointed_layers",
     "layers_per_checkpoint",
@@ -51,7 +51,17 @@ LEVER_KEYS = (
     "compile",
     "stream_from_disk",
 )
-CASE_KEYS = ("model", "tokens", "checkpointing", *LEVER_KEYS, "quant_head", "optimizer", "accumulation", "rank", "rows")
+CASE_KEYS = (
+    "model",
+    "tokens",
+    "checkpointing",
+    *OPTION_KEYS,
+    "quant_head",
+    "optimizer",
+    "accumulation",
+    "rank",
+    "rows",
+)
 RANK, OPTIMIZER = 16, "adamw_8bit"
 
 
@@ -108,7 +118,7 @@ def plan_cases(cuda: bool) -> list[dict]:
 
 def memory_options_of(case: dict) -> MemoryOptions:
     """Return the memory options that a case sets."""
-    return MemoryOptions(case["checkpointing"], **{key: case[key] for key in LEVER_KEYS if key in case})
+    return MemoryOptions(case["checkpointing"], **{key: case[key] for key in OPTION_KEYS if key in case})
 
 
 def model_of(case: dict, device: torch.device):

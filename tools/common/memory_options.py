@@ -26,7 +26,7 @@ MAX_TILE_TOKENS = 1024
 KEPT_BLOCKS, CHECKPOINT_EVERY = 4, 2
 
 
-def saving_levers(tokens: int) -> dict[str, dict]:
+def saving_options(tokens: int) -> dict[str, dict]:
     """Return the memory options that save memory where blocks are recomputed, by the names of their rows.
 
     Embeddings and head are moved together, since in the model for CPUs they are the same.
@@ -51,13 +51,13 @@ def first_case(model: str, tokens: int) -> dict:
 
 
 def by_saving(model: str, tokens: int, device_type: str) -> list[str]:
-    """Return the names of ``saving_levers``, what saves most first: each predicted by itself, blocks recomputed."""
+    """Return the names of ``saving_options``, what saves most first: each predicted by itself, blocks recomputed."""
     config, again = config_of(model), first_case(model, tokens) | {"checkpointing": "block"}
 
     def needed(change: dict) -> int:
         return predict(_row_job(again | change, config, device_type)).simulation.peak().total
 
-    options = saving_levers(tokens)
+    options = saving_options(tokens)
     return sorted(options, key=lambda name: needed(options[name]))
 
 
@@ -78,7 +78,7 @@ def memory_option_cases(model: str, tokens: int, order: Sequence[str]) -> list[d
         tokens: of the one row of a step, all of them learned.
         order: of the memory options that save memory (see ``by_saving``).
     """
-    saving = saving_levers(tokens)
+    saving = saving_options(tokens)
     return _stack([
         ("none: all kept, loss by word slices", first_case(model, tokens)),
         ("blocks recomputed", {"checkpointing": "block"}),
@@ -95,8 +95,8 @@ def memory_option_cases(model: str, tokens: int, order: Sequence[str]) -> list[d
 def alone_cases(model: str, tokens: int) -> list[dict]:
     """Return the case in which blocks are recomputed, and that case with each memory option that saves memory alone."""
     again = first_case(model, tokens) | {"checkpointing": "block"}
-    changes = {"blocks recomputed": {}, **saving_levers(tokens)}
-    return [{"lever": name, **again, **change} for name, change in changes.items()]
+    changes = {"blocks recomputed": {}, **saving_options(tokens)}
+    return [{"option": name, **again, **change} for name, change in changes.items()]
 
 
 def resident_cases(model: str, tokens: int) -> list[dict]:
@@ -115,7 +115,7 @@ def _stack(steps: Sequence[tuple[str, dict]]) -> list[dict]:
     found, case = [], {}
     for name, change in steps:
         case = case | change
-        found.append({"lever": name, **case})
+        found.append({"option": name, **case})
     return found
 
 

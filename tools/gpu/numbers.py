@@ -116,7 +116,7 @@ def lengths_row(name: str, longest: int, steps: int, budget_bytes: int, device: 
     before = _retries(device)
     trainer = trainer_of(case, model, steps)
     try:
-        trainer.dry_run()
+        trainer.probe_memory()
         metrics = list(trainer)
     except OUT_OF_MEMORY as error:
         return row | {"problem": str(error).partition(".")[0]}

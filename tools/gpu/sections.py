@@ -30,7 +30,7 @@ from common.cases import (
     rearranged,
     trainer_of,
 )
-from common.memory_options import by_saving, measure, memory_option_cases, resident_cases, saving_levers
+from common.memory_options import by_saving, measure, memory_option_cases, resident_cases, saving_options
 from common.models import DEMO_MODELS, config_of, dtype_of
 from gpu.caps import CappedDevice, chosen_row, length_rows, machine_at_hand, plan_below
 from gpu.numbers import gradient_rows, lengths_row, rate_rows
@@ -412,7 +412,7 @@ def options(scale: Scale) -> Iterator[dict]:
     """
     device = resolve_device()
     machine = machine_at_hand(device)
-    rows = len(memory_option_cases(scale.models[0], scale.tokens, list(saving_levers(scale.tokens))))
+    rows = len(memory_option_cases(scale.models[0], scale.tokens, list(saving_options(scale.tokens))))
     rows += len(resident_cases(scale.models[0], scale.tokens))
     name, tokens = resident_task("options", 3 * rows, scale, machine)
     order = by_saving(name, tokens, machine.device_type)
@@ -421,23 +421,23 @@ def options(scale: Scale) -> Iterator[dict]:
     first = next(number for number, case in enumerate(at_length) if case["checkpointing"] == "selective")
     rows = [(case, 2) for case in table] + [(case, 1) for case in at_length[first - 1 : first + 1]]
     for case, steps in [*rows, *((case, 2) for case in resident_cases(name, tokens))]:
-        yield lever_row(case, steps, machine)
+        yield option_row(case, steps, machine)
         free_memory(device)
 
 
-def lever_row(case: dict, steps: int, machine: Machine) -> dict:
+def option_row(case: dict, steps: int, machine: Machine) -> dict:
     """Measure a row of the memory option table."""
     if case.get("compile") and (missing := missing_for_compile(machine.device_type)):
-        return {"side": case["lever"], "skipped": f"{missing} is missing"}
+        return {"side": case["option"], "skipped": f"{missing} is missing"}
     try:
         row = measure(case, warmup=1, steps=steps)
     except QloraLiteError as error:  # blocks that cannot be compiled here
         return case | {"problem": str(error)}
-    problem = lever_problem(row, machine)
+    problem = option_problem(row, machine)
     return row | ({"problem": problem} if problem else {})
 
 
-def lever_problem(row: dict, machine: Machine) -> str:
+def option_problem(row: dict, machine: Machine) -> str:
     """Say what is wrong with a row of the memory option table that was measured on a machine; "" is nothing."""
     if "failed" in row:
         return "it was predicted to fit, and memory ran out" if row["planned_bytes"] <= machine.memory_bytes else ""

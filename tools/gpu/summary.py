@@ -107,17 +107,17 @@ def _answers(rows: Sequence[Mapping]) -> list[str]:
     ]
 
 
-def _levers(rows: Sequence[Mapping]) -> list[str]:
+def _options(rows: Sequence[Mapping]) -> list[str]:
     lines = []
     for row in rows:
         if "predicted_bytes" not in row:
-            lines.append(f"{row['tokens']:7,} {row['lever']:36} did not run")
+            lines.append(f"{row['tokens']:7,} {row['option']:36} did not run")
             continue
         done = f"{format_bytes(row.get('measured_bytes', row['predicted_bytes'])):>10}"
         speed = (
             f"{row['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in row else "out of memory (predicted)"
         )
-        lines.append(f"{row['tokens']:7,} {row['lever']:36} {done} {speed}")
+        lines.append(f"{row['tokens']:7,} {row['option']:36} {done} {speed}")
     return lines
 
 
@@ -131,4 +131,4 @@ def _paged(rows: Sequence[Mapping]) -> list[str]:
 
 
 _HEADLINES = {"tests": _tests, "streamed": _streamed, "plan": _plan, "numbers": _numbers, "caps": _caps,
-              "peers": _peers, "answers": _answers, "options": _levers, "paged": _paged}  # fmt: skip
+              "peers": _peers, "answers": _answers, "options": _options, "paged": _paged}  # fmt: skip

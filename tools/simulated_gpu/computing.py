@@ -29,7 +29,7 @@ from simulated_gpu.runtime import LIBRARY
 
 aten = torch.ops.aten
 ORDERS = {  # when a stream's work is done: when it is waited for, or as soon as it may be, on which streams
-    "late": 0, "computing first": 1, "copies first": 2, "stochastically": 3,
+    "late": 0, "computing first": 1, "copies first": 2, "at random": 3,
 }  # fmt: skip
 OF_VALUES = {  # what the host learns, or the form of the results, comes from values on the GPU
     aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default, aten.nonzero.default,
@@ -47,7 +47,7 @@ class ComputingCard(TorchDispatchMode):
 
     Args:
         order: of ``ORDERS``.
-        seed: of the order stochastically.
+        seed: of the order at random.
     """
 
     def __init__(self, order: str = "late", seed: int = 0):
