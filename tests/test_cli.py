@@ -93,7 +93,7 @@ def test_every_command_has_help_without_importing_torch(name):
 
 def test_train_prints_the_result_to_standard_output_and_the_progress_to_standard_error(finished):
     folder, _, done = finished
-    for label in ("evaluation loss", "exact match (2 rows)", "speed", "peak memory", "adapter", "report"):
+    for label in ("evaluation loss", "exact match of 2", "speed", "peak memory", "adapter", "report"):
         assert re.search(rf"^{re.escape(label)}  ", done.stdout, re.MULTILINE), label
     assert str(folder / "adapter") in done.stdout and str(folder / "report.html") in done.stdout
     assert re.search(rf"^next +qlora-lite chat {re.escape(str(folder))} ", done.stdout, re.MULTILINE)
@@ -198,7 +198,7 @@ absent(never + "starlette", "generate", {str(run)!r}, "--prompt", "0?", "--max-n
 def test_data_says_of_streamed_rows_that_it_looked_at_the_first_ones_only(finished, command):
     code, out, _ = command("data", finished[1], "data.streaming=true", "data.order=as-is")
     sample = "the first 1,000 rows of each source; the rest is checked while training"
-    assert code == 0 and f"looked at        {sample}\nrows" in out and f"no errors in {sample}" in out
+    assert code == 0 and f"checked          {sample}\nrows" in out and f"no errors in {sample}" in out
 
 
 def test_data_says_which_columns_are_not_used(finished, command, tmp_path):
@@ -572,7 +572,7 @@ def test_a_stopped_run_goes_on_with_every_spelling_of_resume(finished, command, 
 
 def test_resume_names_a_folder_that_is_not_there_and_settings_that_changed(finished, command, tmp_path):
     code, out, err = command("train", finished[1], "--resume", tmp_path / "none")
-    assert (code, out) == (2, "") and err == f"error: --resume {tmp_path / 'none'}: there is no such run folder\n"
+    assert (code, out) == (2, "") and err == f"error: --resume {tmp_path / 'none'}: no such run folder\n"
     folder = shutil.copytree(finished[0], tmp_path / "copy")
     code, out, err = command("train", finished[1], "lora.rank=2", "train.seed=5", "--resume", folder)
     assert (code, out) == (2, "") and "\nerror: train.seed: 0 -> 5\n" in err and "--force" in err

@@ -253,7 +253,7 @@ def test_where_memory_runs_out_fewer_prompts_are_answered_at_once(monkeypatch, c
 
     monkeypatch.setattr(model, "generate", generate)
     assert answer(model, tokenizer, PROMPTS, 6) == expected
-    assert at_once == [5, 2, 2, 1] and "2 prompts are answered at once" in caplog.text
+    assert at_once == [5, 2, 2, 1] and "2 prompts are answered at a time" in caplog.text
 
 
 @pytest.mark.parametrize(("prompts", "error", "raised", "text"), [
