@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, overload
 
 import numpy as np
 
@@ -50,7 +50,7 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
-class Examples:
+class Examples(Sequence[Example]):
     """Hold examples as flat arrays; indexing makes an ``Example``, slicing another ``Examples`` without copying.
 
     Args:
@@ -72,7 +72,11 @@ class Examples:
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, index: int | slice) -> "Example | Examples":
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Examples": ...
+    def __getitem__(self, index):
         if isinstance(index, slice):
             return Examples(self.token_ids, self.learned, self.text, self.rows, self.files, self.order[index])
         row = int(self.order[index])
@@ -120,21 +124,21 @@ class Examples:
         )
 
 
-def row_lengths(examples: Sequence[Example] | Examples) -> list[int]:
+def row_lengths(examples: Sequence[Example]) -> list[int]:
     """Return the tokens of each example."""
     if isinstance(examples, Examples):
         return examples.lengths.tolist()
     return [len(example.token_ids) for example in examples]
 
 
-def learned_counts(examples: Sequence[Example] | Examples) -> list[int]:
+def learned_counts(examples: Sequence[Example]) -> list[int]:
     """Return the target tokens of each example."""
     if isinstance(examples, Examples):
         return examples.learned_counts.tolist()
     return [int(example.learned.sum()) for example in examples]
 
 
-def largest_token(examples: Sequence[Example] | Examples) -> int:
+def largest_token(examples: Sequence[Example]) -> int:
     """Return the largest token id of all examples, and of rows stored with them; -1 where there is none."""
     if isinstance(examples, Examples):
         return int(examples.token_ids.max(initial=-1))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import permutations
 from shutil import disk_usage
+from typing import Any
 
 from qlora_lite.errors import DoesNotFitError, OutputError, RecipeError
 from qlora_lite.files import Space
@@ -110,9 +111,9 @@ def plan_recipe(
     t, m = recipe.train, recipe.memory
     d = recipe.data
     evaluation = eval_shape or (full_pack(d.max_tokens, packing=True) if d.has_eval else None)
-    job = job_of(recipe, read_config(recipe.model.path, recipe.model.revision), machine, evaluation)
-    spec = job.workload.spec
-    machine, fixed = machine.computing_in(spec.compute_dtype), fixed_options(recipe)
+    config = read_config(recipe.model.path, recipe.model.revision)
+    job = job_of(recipe, config, machine, evaluation)
+    machine, fixed = machine.computing_in(job.workload.compute_dtype), fixed_options(recipe)
     for one, other in permutations(("host_embeddings", "host_head")):
         if job.workload.tables_are_tied and one in fixed:
             fixed.setdefault(other, fixed[one])
@@ -126,7 +127,7 @@ def plan_recipe(
     found = search(step, machine, budget_bytes - machine.base_bytes)
     chosen = choose(found, budget_bytes - machine.base_bytes)
     least = min(found, key=lambda candidate: (not candidate.fits_host, candidate.peak_bytes))
-    if spec.quant_head and spec.config.tie_word_embeddings and not (chosen or least).options.host_embeddings:
+    if recipe.model.quant_head and config.tie_word_embeddings and not (chosen or least).options.host_embeddings:
         log.warning("model.quant_head: the embeddings are also the head, and their 16-bit table stays on the device: "
                     "the 4-bit copy takes memory and saves none")  # fmt: skip
     _warn_of_length(job, max(shape.lengths) if shape else d.max_tokens)
@@ -134,7 +135,7 @@ def plan_recipe(
     return Plan(machine, budget_bytes, chosen or least, chosen is not None, tuple(found), step, kept)
 
 
-def _check_counts(fixed: Mapping[str, object], blocks: int) -> None:
+def _check_counts(fixed: Mapping[str, Any], blocks: int) -> None:
     problems = [
         f"memory.{name} = {fixed[name]}: the model has {blocks} blocks; write at most as many"
         for name in ("uncheckpointed_layers", "resident_layers") if (fixed.get(name) or 0) > blocks
@@ -178,8 +179,8 @@ def plan_run(recipe: Recipe, examples, eval_examples, headroom: int = 0) -> tupl
     if not plan.fits:
         raise does_not_fit(plan, list(alternatives(plan)))
     chosen = plan.chosen
-    if chosen.options.uses_disk:
-        needed, free = chosen.prediction.simulation.folder_bytes, disk_usage(chosen.options.offload_folder).free
+    if chosen.options.uses_disk and (folder := chosen.options.offload_folder):
+        needed, free = chosen.prediction.simulation.folder_bytes, disk_usage(folder).free
         if needed > free:
             raise OutputError(f"memory.offload_folder: needs {format_bytes(needed)} and has {format_bytes(free)} free; "
                               "make room, or name another folder")  # fmt: skip
@@ -275,7 +276,7 @@ def longest_pack(plan: Plan) -> tuple[int, Candidate]:
 
 
 def _warn_of_length(job: Job, tokens: int) -> None:
-    positions = getattr(job.workload.spec.config, "max_position_embeddings", None)
+    positions = job.workload.most_positions
     if positions and tokens > positions:
         log.warning("a row of %s tokens is longer than the %s that the model was made for (max_position_embeddings): "
                     "what it learns there may be of no use", f"{tokens:,}", f"{positions:,}")  # fmt: skip
@@ -293,7 +294,8 @@ def max_batch(plan: Plan) -> int:
     def job_of(packs: int, options: MemoryOptions) -> Job:
         return replace(job, shape=pack.times(packs), options=options)
 
-    found, limits, reason = 0, (plan.limit_bytes, plan.machine.host_bytes), None
+    found, limits = 0, (plan.limit_bytes, plan.machine.host_bytes)
+    reason: DoesNotFitError | None = None
     for options in reversed([plan.chosen.options, first_options(plan.step), *smaller(plan.step)]):
         if found == MAX_PACKS:
             break
@@ -303,7 +305,7 @@ def max_batch(plan: Plan) -> int:
             found = most_packs(partial(job_of, options=options), *limits, MAX_PACKS)
         except DoesNotFitError as error:
             reason = error
-    if not found:
+    if reason is not None and not found:
         raise reason
     return found
 
@@ -324,8 +326,9 @@ def _shortage(plan: Plan) -> str:
 
 
 def _of_host(plan: Plan, candidate: Candidate) -> str:
-    needed, limit = format_bytes(candidate.prediction.host_bytes), format_bytes(plan.machine.host_bytes)
-    return f"{needed} of host memory where {limit} may be used"
+    needed, limit = candidate.prediction.host_bytes, plan.machine.host_bytes
+    assert limit is not None  # else it would fit
+    return f"{format_bytes(needed)} of host memory where {format_bytes(limit)} may be used"
 
 
 def _cure(plan: Plan, others: Sequence[Alternative]) -> str:

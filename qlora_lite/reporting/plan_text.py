@@ -82,7 +82,7 @@ def _assumed_sequences(plan: Plan) -> str | None:
 def _compute_type(plan: Plan) -> str | None:
     """Return what the step computes in, where that is not bfloat16, and why if the model is the reason."""
     work, auto = plan.step.job.workload, plan.machine.dtype
-    dtype = work.spec.compute_dtype
+    dtype = work.compute_dtype
     if dtype == torch.bfloat16:
         return None
     exceeds = dtype != auto and dtype == auto_dtype(auto, work.name)
@@ -90,7 +90,7 @@ def _compute_type(plan: Plan) -> str | None:
 
 
 def _type_name(plan: Plan) -> str:
-    return str(plan.step.job.workload.spec.compute_dtype).removeprefix("torch.")
+    return str(plan.step.job.workload.compute_dtype).removeprefix("torch.")
 
 
 def _in_words(chosen: Candidate) -> str:

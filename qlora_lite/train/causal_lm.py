@@ -11,7 +11,7 @@ from qlora_lite.adapters.files import Lora
 from qlora_lite.adapters.lora.inject import require_model
 from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.data.batch import Batch, Extent, collate, enlarged
-from qlora_lite.data.storage import Example, Examples, learned_counts, row_lengths
+from qlora_lite.data.storage import Example, learned_counts, row_lengths
 from qlora_lite.errors import DataError
 from qlora_lite.memory.marks import category
 from qlora_lite.models import anatomy
@@ -174,6 +174,16 @@ class CausalLM(Workload):
         return longest_possible(self.spec.config)
 
     @property
+    def most_positions(self) -> int | None:
+        """``max_position_embeddings`` of the configuration."""
+        return getattr(self.spec.config, "max_position_embeddings", None)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type that the model computes in."""
+        return self.spec.compute_dtype
+
+    @property
     def is_quantized(self) -> bool:
         """Whether linear layers are in 4 bit."""
         return self.spec.quant != "none"
@@ -241,7 +251,7 @@ class CausalLM(Workload):
     def check_arguments(self, model: object, examples: object) -> None:
         """Check that it is a model of transformers, and that the examples are tokenised rows."""
         require_model(model)
-        if not isinstance(examples, Examples | Sequence) or not isinstance(next(iter(examples), None), Example | None):
+        if not isinstance(examples, Sequence) or not isinstance(next(iter(examples), None), Example | None):
             raise DataError(f"examples is {type(examples).__name__}; give build_examples(...).examples")
 
     def check_examples(self, model: nn.Module, examples: Sequence[Example]) -> None:

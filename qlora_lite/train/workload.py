@@ -96,6 +96,8 @@ class Workload:
     name: str = ""  # what a plan calls the kind of model
     depth: int = 1  # blocks, for a plan
     most_tokens: int | None = None  # that the model can compute at once, where anything limits them
+    most_positions: int | None = None  # that the model was made for, so that a plan warns of longer examples
+    compute_dtype: torch.dtype = torch.bfloat16  # of a planned model
     is_quantized: bool = False  # whether any weight is packed in 4 bit
     fixed_options: Mapping[str, object] = MappingProxyType(ONLY_BLOCKS)  # memory options that it has no choice of
     movable_tables: tuple[str, ...] = ()  # fields of ``MemoryOptions`` for tables that can lie in host memory
