@@ -24,7 +24,8 @@ def _plain() -> Iterator[None]:
     log, earlier = logging.getLogger(_ASKING), {name: sys.modules.get(name) for name in _HIDDEN}
     level = log.level
     log.setLevel(logging.ERROR)
-    sys.modules.update(dict.fromkeys(_HIDDEN))  # None is Python's own way to say that there is no such module
+    # None is Python's own way to say that there is no such module
+    sys.modules.update(dict.fromkeys(_HIDDEN))  # type: ignore[arg-type]  # its types know of no None
     try:
         yield
     finally:

@@ -139,10 +139,12 @@ def frozen_weight(module: nn.Module) -> tuple[WeightSpec, tuple[torch.Tensor, ..
     """Describe the weight of a ``QuantLinear``, an ``nn.Linear`` or a ``Conv1D`` as spec and tensors."""
     if isinstance(module, QuantLinear):
         return module.described
-    shape = tuple(module.weight.shape)
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    shape = tuple(weight.shape)
     if is_conv1d(module):
-        return WeightSpec(shape[::-1], None, transposed=True), (module.weight,)
-    return WeightSpec(shape, None), (module.weight,)
+        return WeightSpec(shape[::-1], None, transposed=True), (weight,)
+    return WeightSpec(shape, None), (weight,)
 
 
 def arrange_weights(model: nn.Module) -> int:

@@ -161,11 +161,11 @@ def dequantize_rows(
     out_features, in_features = shape
     codes = packed.codes.view(out_features, -1)[rows]
     absmax = packed.absmax.view(out_features, -1)[rows]
-    if packed.absmax_code is not None:
+    code, scale, offset = packed[2:]
+    if code is not None and scale is not None and offset is not None:
         numbers = torch.arange(out_features, device=codes.device)[rows]
         blocks = numbers[:, None] * absmax.shape[1] + torch.arange(absmax.shape[1], device=codes.device)
-        absmax = packed.absmax_code[absmax.long()] * packed.absmax_scale[blocks // ABSMAX_BLOCK_SIZE]
-        absmax = absmax + packed.absmax_offset
+        absmax = code[absmax.long()] * scale[blocks // ABSMAX_BLOCK_SIZE] + offset
     some = Packed(codes.reshape(-1, 1), absmax.reshape(-1))
     return dequantize(some, (codes.shape[0], in_features), dtype, quant_type)
 
@@ -253,7 +253,7 @@ def from_bnb_state(state: Mapping[str, Tensor]) -> tuple[Packed, tuple[int, ...]
             f"{(BLOCK_SIZE, ABSMAX_BLOCK_SIZE)} with the standard table can be read"
         )
     for part, wanted in zip(packed, expected, strict=True):
-        if wanted is not None and (part.dtype, part.shape) != (wanted.dtype, wanted.shape):
+        if wanted is not None and (part is None or (part.dtype, part.shape) != (wanted.dtype, wanted.shape)):
             raise ModelError(f"a bitsandbytes 4-bit weight of shape {tuple(read.shape)} has a damaged part")
     return packed, tuple(read.shape), read.dtype, read.quant_type
 
@@ -269,7 +269,10 @@ def _quantize_by_kernel(flat: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
     """Return the codes and absmax of a flat weight by bitsandbytes' operator, a long one in parts."""
     parts = [torch.ops.bitsandbytes.quantize_4bit(part, BLOCK_SIZE, quant_type, torch.uint8)
              for part in flat.split(MAX_KERNEL_WEIGHTS)]  # fmt: skip
-    return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+    if len(parts) == 1:
+        return parts[0]
+    codes, absmax = zip(*parts, strict=True)
+    return torch.cat(codes), torch.cat(absmax)
 
 
 def _quantize_on_cpu(flat: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:

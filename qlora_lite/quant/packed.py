@@ -21,6 +21,9 @@ class PackedWeight(nn.Module):
         shape: the weight's, before packing.
     """
 
+    weight: torch.Tensor
+    absmax: torch.Tensor
+
     def __init__(self, shape: Sequence[int], quant_type: str, double_quant: bool, device=None):
         super().__init__()
         self.shape, self.quant_type, self.double_quant = tuple(shape), quant_type, double_quant
@@ -31,7 +34,7 @@ class PackedWeight(nn.Module):
     @property
     def packed(self) -> Packed:
         """The stored tensors as the tuple that ``quant.nf4`` works on."""
-        return Packed(*(getattr(self, name, None) for name in PACKED_BUFFERS))
+        return Packed(self.weight, self.absmax, *(getattr(self, name, None) for name in PACKED_BUFFERS[2:]))
 
     @property
     def described(self) -> tuple[WeightSpec, tuple[torch.Tensor, ...]]:

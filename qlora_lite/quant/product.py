@@ -27,7 +27,7 @@ class WeightSpec(NamedTuple):
     ``quant_type`` None means that the tuple holds the weight itself, stored [in, out] if ``transposed``.
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     quant_type: str | None
     transposed: bool = False
 
@@ -186,7 +186,7 @@ def _operator(
     gradient is computed inside too, since it is part of the same graph (``ops.compiled.gradient_root``).
     """
     spec, kept, again = WeightSpec(tuple(shape), quant_type, transposed), _kept.get(), not of_gradient
-    if low is not None:
+    if low is not None and factor is not None:
         return product_beside(low, factor, x, spec, tuple(tensors), None, kept, again, of_gradient)
     return product(x, spec, tuple(tensors), None, kept, again, of_gradient)
 

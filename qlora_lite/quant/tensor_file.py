@@ -71,8 +71,9 @@ def stream_tensors(path: Path, entries: Entries, make: Callable[[str], torch.Ten
         for name, (dtype, shape) in entries.items():
             tensor = make(name)
             assert (tensor.dtype, tuple(tensor.shape)) == (dtype, tuple(shape)), name
-            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-            del tensor  # before the next one is made
+            values = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+            file.write(values)  # type: ignore[arg-type]  # numpy says that it is a buffer from Python 3.12 on
+            del tensor, values  # before the next one is made
 
 
 def bit_sums(tensor: torch.Tensor) -> list[int]:
