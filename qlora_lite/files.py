@@ -27,7 +27,7 @@ try:
 except ModuleNotFoundError:  # on Windows
     import msvcrt
 
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # there is no type of a module that may be missing
 
 MAX_FOLDERS = 100_000  # that a pattern searches: seconds
 PACKAGE_PREFIX = "package:"
@@ -215,7 +215,8 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
             if fcntl:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             else:
-                msvcrt.locking(descriptor, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+                mode = msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK  # type: ignore[attr-defined]  # typed for Windows
+                msvcrt.locking(descriptor, mode, 1)  # type: ignore[attr-defined]  # likewise
         except OSError as error:
             # what flock raises, what locking does at once, and after ten seconds: it waits no longer
             if isinstance(error, BlockingIOError | PermissionError) or error.errno == errno.EDEADLK:

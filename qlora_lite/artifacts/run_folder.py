@@ -388,7 +388,7 @@ def open_run(path: str | Path) -> OpenedRun:
         check_adapter(adapter)
     else:
         checkpoint, _ = newest_whole(folder / CHECKPOINTS)
-        adapter = checkpoint and folder_of(folder / CHECKPOINTS, checkpoint.step)
+        adapter = folder_of(folder / CHECKPOINTS, checkpoint.step) if checkpoint else None
     if adapter is None:
         raise RecipeError(f"{folder} has no adapter; the run ended before one was saved (see {folder / LOG})")
     recipe = load_recipe(folder / RECIPE, check_files=False)

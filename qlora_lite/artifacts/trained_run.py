@@ -134,7 +134,7 @@ class TrainedRun:
 
     def build_base(self) -> nn.Module:
         """Load the base model as the run saw it, without LoRA layers, its weights on the device as far as they fit."""
-        return build_to_use(self.recipe, [self.adapter])
+        return build_to_use(self.recipe, [self.adapter] if self.adapter else [])
 
 
 def open_trained(run: str | Path, model_path: str | None = None, unfinished: bool = False) -> TrainedRun:
@@ -174,9 +174,9 @@ def open_trained(run: str | Path, model_path: str | None = None, unfinished: boo
 
 def _open_alone(folder: Path, model_path: str | None) -> TrainedRun:
     base, revision = named_base(folder)
-    if not (base or model_path):
+    if not (path := base or model_path):
         raise ModelError(f"the adapter {folder} does not name its base model; give that with --model PATH")
-    named = Recipe(model=Model(path=base or model_path, revision=revision), data=Data.model_construct(train=()))
+    named = Recipe(model=Model(path=path, revision=revision), data=Data.model_construct(train=()))
     recipe = _where_it_lies_now(named, model_path)
     try:
         files = locate(recipe.model.path, recipe.model.revision)

@@ -27,4 +27,4 @@ def _described(found: dict) -> str:
 
 
 def _in_words(value: str | bool | None) -> str:
-    return {None: "none", True: "yes", False: "no"}.get(value, value)
+    return value if isinstance(value, str) else {None: "none", True: "yes", False: "no"}[value]

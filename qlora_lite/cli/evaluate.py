@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -62,14 +63,13 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, rows: i
     if as_json:
         echo_exactly(json.dumps(result))
         return
-    shown = result | {"adapter": result["adapter"] or "none: the base model"}
+    shown: dict[str, Any] = result | {"adapter": result["adapter"] or "none: the base model"}
     if "exact_match" in result:
         compared = _how_many(shown.pop("exact_match_rows"), result["rows"], asked)
         shown["exact_match"] = f"{result['exact_match']:.4f} on {compared}"
     for name, value in shown.items():
-        name = _LABELS.get(name, name)
-        echo(f"{name.replace('_', ' '):18} {value:.4f}" if isinstance(value, float) else
-                   f"{name.replace('_', ' '):18} {value}")  # fmt: skip
+        label = _LABELS.get(name, name).replace("_", " ")
+        echo(f"{label:18} {value:.4f}" if isinstance(value, float) else f"{label:18} {value}")
 
 
 def _how_many(compared: int, rows: int, asked: int) -> str:

@@ -81,7 +81,7 @@ def generate(run: str, prompt: str | None, prompts: str | None, out: str | None,
         raise click.UsageError("--prompts FILE and --out FILE go together")
     if prompts is None and (column or overwrite):
         raise click.UsageError("--column and --overwrite are for --prompts FILE")
-    if prompts is not None:
+    if prompts is not None and out is not None:
         _answer_file(run, prompts, out, column, overwrite, base, 0 if seed is None else seed, options)
         return
     session = _open([run], options, base, seed)
@@ -178,4 +178,4 @@ def _sampling(options: dict, seed: int | None):
     """Take the options of sampling out of those of a conversation."""
     from qlora_lite.inference.generate import Sampling
 
-    return Sampling(*(options.pop(name) for name in ("temperature", "top_p", "top_k")), seed)
+    return Sampling(options.pop("temperature"), options.pop("top_p"), options.pop("top_k"), seed)

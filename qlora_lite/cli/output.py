@@ -79,7 +79,8 @@ def step_progress(first: str = "before the first step") -> Iterator:
 
 @contextmanager
 def _log_to(stream) -> Iterator[None]:
-    earlier = {handler: handler.stream for handler in logging.getLogger("qlora_lite").handlers}
+    handlers = [h for h in logging.getLogger("qlora_lite").handlers if isinstance(h, logging.StreamHandler)]
+    earlier = {handler: handler.stream for handler in handlers}
     try:
         for handler in earlier:
             handler.setStream(stream)

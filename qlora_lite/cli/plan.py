@@ -82,7 +82,7 @@ def plan(named, overrides, vram, gpu, card, max_tokens, max_batch, html, as_json
         write_text(html, memory_page(plan_text.page_record(made, others, _title(settings, machine))))
     if not as_json:  # before what takes longer
         _print(plan_text.describe(made, others))
-    found = {}
+    found: dict[str, object] = {}
     if max_tokens:
         found |= _longest(planner, made)
     if max_batch:

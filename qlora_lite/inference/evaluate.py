@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import compress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -168,7 +168,7 @@ def context_tokens_of(recipe: Recipe) -> int:
 def evaluate_recipe(
     recipe: Recipe, adapter: str | Path | None, exact_match_rows: int, tokenizer=None, out: str | Path | None = None,
     watch: Watch | None = None,
-) -> dict:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     """Measure a recipe's model on its evaluation rows, with an adapter or without.
 
     Args:

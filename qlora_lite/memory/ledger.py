@@ -226,7 +226,8 @@ class Ledger(TorchDispatchMode):
         return tensor.data  # for with an operator's own result, graph and tensor would hold each other
 
     def _has_gradient(self, parameter: torch.Tensor) -> None:
-        self.claim([parameter.grad], "gradients")
+        if parameter.grad is not None:
+            self.claim([parameter.grad], "gradients")
 
     def _entering(self, name: str):
         def enter(_module, _inputs):

@@ -6,7 +6,7 @@ because autograd runs backward on threads of its own on CUDA.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,7 +17,7 @@ class _Marks:
     category = "workspace"
     repeats = 1  # how many times over what runs now counts as work
     kinds = 1  # how many shapes each shape of what runs now stands for
-    clock = None  # called between phases while ``timing`` is active
+    clock: Callable[[], None] | None = None  # called between phases while ``timing`` is active
 
 
 marks = _Marks()

@@ -173,7 +173,8 @@ class WorkCounter:
     @property
     def work(self) -> Work:
         """Return what was counted since construction."""
-        return Work(*self._totals, sum(self._products.values()), self._disk_bytes)
+        flops, moved, bus, operations = self._totals
+        return Work(flops, moved, bus, operations, sum(self._products.values()), self._disk_bytes)
 
     def see(self, func, args: tuple, kwargs: dict, result) -> None:
         """Count an operation that has run."""

@@ -106,8 +106,8 @@ def _figures(summary: dict[str, Any]) -> str:
     loss = [shown(f"eval_loss_{when}", lambda value: f"{value:.3g}") for when in ("after", "before")]
     speed = shown("tokens_per_second", short_number)
     figures = [
-        figure("Exact match", *exact, counted("exact_match_rows", "held-out examples")),
-        figure("Evaluation loss", *loss, "nats per target token" if any(loss) else ""),
+        figure("Exact match", exact[0], exact[1], counted("exact_match_rows", "held-out examples")),
+        figure("Evaluation loss", loss[0], loss[1], "nats per target token" if any(loss) else ""),
         figure("Peak memory", shown("peak_bytes", lambda value: format_bytes(int(value)))),
         figure("Tokens per second", speed, detail=counted("tokens", "in total")),
         figure("Time", shown("seconds", format_seconds), detail=counted("steps", "steps")),
