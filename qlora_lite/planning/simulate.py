@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from math import lcm
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import nn
@@ -198,7 +198,11 @@ def along_last_blocks(job: Job) -> Callable[[int], Simulation]:
     return at
 
 
-def simulate_whole(job: Job, timeline: bool = False) -> Simulation | tuple[Simulation, list[Moment]]:
+@overload
+def simulate_whole(job: Job) -> Simulation: ...
+@overload
+def simulate_whole(job: Job, timeline: Literal[True]) -> tuple[Simulation, list[Moment]]: ...
+def simulate_whole(job, timeline=False):
     """Return the memory and work of a step, every block of the model run; with the timeline if asked for."""
     if timeline:
         simulation, moments = _on_meta(job, timeline)

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -51,7 +52,7 @@ def train_settings(recipe: Recipe) -> TrainSettings:
     return TrainSettings(**{field.name: said[field.name] for field in fields(TrainSettings)})
 
 
-def fixed_options(recipe: Recipe) -> dict[str, object]:
+def fixed_options(recipe: Recipe) -> dict[str, Any]:
     """Return the memory options that a recipe sets, by the names of ``MemoryOptions``; those left to the planner are
     not in it."""
     said = recipe.memory.model_dump() | {"compile": recipe.train.compile}

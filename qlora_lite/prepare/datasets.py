@@ -7,6 +7,7 @@ as long as everything else together.
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Literal, overload
 
 from qlora_lite.data.example_checks import Matching
 from qlora_lite.data.examples import Dataset, RowStream, largest_rows, read_examples
@@ -26,7 +27,11 @@ log = logging.getLogger("qlora_lite")
 STREAM_SAMPLE_ROWS = 1000  # of each streamed source, looked at before training
 
 
-def build_data(recipe: Recipe, tokenizer, which: str = "train") -> Dataset | None:
+@overload
+def build_data(recipe: Recipe, tokenizer, which: Literal["train"] = "train") -> Dataset: ...
+@overload
+def build_data(recipe: Recipe, tokenizer, which: Literal["eval"]) -> Dataset | None: ...
+def build_data(recipe, tokenizer, which="train"):
     """Read, render and tokenise a recipe's training or evaluation rows; None if it has none.
 
     Raises:
