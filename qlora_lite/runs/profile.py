@@ -6,7 +6,7 @@ the state at the failure. On CUDA the allocator's own history is written too, fo
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from qlora_lite.artifacts.trained_run import adapter_to_begin_with
+from qlora_lite.data.storage import Example
 from qlora_lite.errors import DoesNotFitError
 from qlora_lite.files import explain_write_errors, write_text
 from qlora_lite.memory.ledger import Ledger, Moment
@@ -63,8 +64,8 @@ def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
         OutputError: the folder cannot be written.
     """
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
-    data, eval_data = (build_data(recipe, tokenizer, which) for which in ("train", "eval"))
-    eval_examples = eval_data.examples if eval_data else ()
+    data, eval_data = build_data(recipe, tokenizer), build_data(recipe, tokenizer, "eval")
+    eval_examples: Sequence[Example] = eval_data.examples if eval_data else ()
     rows = rows_to_plan(recipe, data)
     with deterministic(recipe.train.deterministic):  # before the plan, which times the device's first product
         plan, settings = plan_run(recipe, rows, eval_examples)
@@ -89,7 +90,7 @@ def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
     figures = _figures(plan, expected, ledger, seconds, process, failure)
     page = out / "memory.html"
     write_text(out / "memory.json", json.dumps(figures, indent=2) + "\n")
-    write_text(page, memory_page(_record(plan, expected, ledger, figures, recipe.output.name)))
+    write_text(page, memory_page(_record(plan, expected, ledger, figures, recipe.output.name or "qlora-lite")))
     if failure:
         raise DoesNotFitError(f"the device ran out of memory: {failure}; {page} shows what held it")
     return Profile(page, figures)
@@ -189,7 +190,7 @@ def _record(plan: Plan, expected: Prediction, ledger: Ledger, figures: dict, nam
         "title": f"Memory of {name}", "subtitle": f"One measured step on {plan.machine.name}",
         "budget_bytes": plan.budget_bytes,
         "peak": {"bytes": peak.total, "phase": peak.phase, "module": peak.module, "breakdown": peak.on_device},
-        "timeline": [{"phase": m.phase, "module": m.module, "bytes": m.on_device} for m in ledger.timeline],
+        "timeline": [{"phase": m.phase, "module": m.module, "bytes": m.on_device} for m in ledger.timeline or ()],
         "sentences": sentences, "predicted": expected.simulation.peak().on_device, "measured": peak.on_device,
         "constants": _beside(plan, figures),
         "alternatives": [asdict(a) for a in others],

@@ -166,11 +166,14 @@ def path_to_continue(recipe: Recipe, resume: str | Path) -> Path | None:
     Raises:
         CheckpointError: the folder has something in it and is no run's.
     """
-    path = Path(resume) if resume != "" else newest_path(recipe)
-    if resume != "" and path.is_dir() and any(path.iterdir()) and not is_begun(path):
+    if resume == "":
+        newest = newest_path(recipe)
+        if newest is None:
+            log.info("resume: there is no run of this recipe yet; a new one begins")
+        return newest
+    path = Path(resume)
+    if path.is_dir() and any(path.iterdir()) and not is_begun(path):
         raise CheckpointError(f"{path} is not a run folder: it has no {RECIPE}; name the folder that train printed")
-    if path is None:
-        log.info("resume: there is no run of this recipe yet; a new one begins")
     return path
 
 
@@ -253,7 +256,7 @@ def _only_pages(key: str, old: object, new: object) -> bool:
 
 def _flat(recipe: dict) -> dict[str, object]:
     """Return a recipe's settings by dotted key; those of an earlier version by their present names."""
-    flat = {}
+    flat: dict[str, object] = {}
     for section, settings in recipe.items():
         values = settings if isinstance(settings, dict) else {"": settings}
         keys = {name: f"{section}.{name}" for name in values}
@@ -270,7 +273,7 @@ def data_identity(recipe: Recipe, tokenizer, data: Dataset, eval_data: Dataset |
         training = " ".join([training, *map(content_digest, files)])
     return {
         "training rows": hashlib.sha256(training.encode()).hexdigest(),
-        "evaluation rows": eval_data and eval_data.examples.digest(),
+        "evaluation rows": eval_data.examples.digest() if eval_data else None,
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
     }
 

@@ -62,7 +62,7 @@ def run_recipe(
     require_recipe(recipe)
     require_one_process()
     path = None if resume is None else path_to_continue(recipe, resume)
-    was_there = path is not None or (bool(recipe.output.dir) and Path(recipe.output.dir).exists())
+    was_there = path is not None or bool(recipe.output.dir and Path(recipe.output.dir).exists())
     is_new, path = path is None, path or new_path(recipe)
     with locked(path):
         begins, was_empty = is_new or not is_begun(path), not any(path.iterdir())
@@ -110,7 +110,7 @@ def _execute(
             _leave(run, sys.exception())
 
 
-def _leave(run: RunFolder, error: BaseException) -> None:
+def _leave(run: RunFolder, error: BaseException | None) -> None:
     """Write down why the run ended early, if the disk lets us; a run that was not resumed stays as it was."""
     if not run.proven:
         return
@@ -140,16 +140,17 @@ def _conclude(trained: Trained) -> None:
 
 def _samples(trained: Trained) -> list[dict]:
     before, after, rows = trained.before, trained.after, trained.data.eval_data
-    if not (before and after):
+    if not (before and after and rows and rows.template):  # without one no row has an answer
         return []
+    template = rows.template
 
     def plain(prompt: str) -> str:
         ids = trained.tokenizer(prompt, add_special_tokens=False).input_ids
-        return trained.tokenizer.decode(ids, skip_special_tokens=True)
+        return trained.tokenizer.decode(ids, skip_special_tokens=True)  # type: ignore[return-value]  # of one text
 
     answers = before.answers, before.matches, after.answers, after.matches
     return [
-        {"prompt": plain(row.prompt), "question": plain(last_turn(rows.template, row.prompt)),
+        {"prompt": plain(row.prompt), "question": plain(last_turn(template, row.prompt)),
          "reference": row.answer, "before": b, "before_matches": b_matches, "after": a, "after_matches": a_matches}
         for row, b, b_matches, a, a_matches in zip(rows.examples, *answers, strict=False) if row.answer
     ][:SAMPLES]  # fmt: skip

@@ -13,10 +13,11 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 # What a second signal does where signals were ignored before, as shells set it for a command in the background.
-ACTING = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-HANG_UP = getattr(signal, "SIGHUP", None) or signal.SIGBREAK
+ACTING: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+HANG_UP: signal.Signals = next(getattr(signal, name) for name in ("SIGHUP", "SIGBREAK") if hasattr(signal, name))
 ACTING[HANG_UP] = signal.SIG_DFL
 
 
@@ -89,7 +90,7 @@ def stop_signals(max_hours: float | None) -> Iterator[Stop]:
     A SIGHUP that is ignored, as nohup has it, stays so.
     """
     stop = Stop(max_hours)
-    earlier = {}
+    earlier: dict[signal.Signals, Any] = {}
 
     def restore() -> None:
         for number, handler in earlier.items():

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.artifacts.run_folder import TEMPLATE, RunFolder, package_versions
 from qlora_lite.artifacts.trained_run import adapter_to_begin_with
@@ -78,7 +79,7 @@ class Prepared:
     meter: PeakMeter
     progress: Progress | None  # called after every step with its metrics and the total number of steps
     watch: Watch | None
-    tokenizer: object
+    tokenizer: PreTrainedTokenizerFast
     data: Preflight
     rows: Sequence[Example]  # whose largest micro-batch decides what fits
     first_adapter: Path | None  # whose weights training begins with

@@ -22,6 +22,7 @@ from qlora_lite.artifacts.run_folder import (
     package_versions,
     rewind_run,
 )
+from qlora_lite.data.examples import Dataset
 from qlora_lite.errors import CheckpointError, DoesNotFitError, Interrupted, ModelError, OutputError
 from qlora_lite.inference.evaluate import ExactMatch, answered_at_once, exact_match, new_tokens_of, watching
 from qlora_lite.models.anatomy import device_of
@@ -65,7 +66,8 @@ class Training:
         self.model, self.method = proven.model, self.trainer.workload.method
         self.eval_data, self.stop = proven.data.eval_data, proven.stop
         self.progress, self.watch = proven.progress, proven.watch
-        self.best_loss, self.best_factors, self.best_step = math.inf, None, 0
+        self.best_loss, self.best_step = math.inf, 0
+        self.best_factors: Tensors | None = None
         self.evaluated_step = 0
         self.evaluations_without_better = 0  # in a row, of those in training
         self.before: ExactMatch | None = None
@@ -148,7 +150,7 @@ class Training:
         with Saver(
             self.run.path / CHECKPOINTS, t.save_every_steps, t.save_every_minutes, t.keep_checkpoints,
             self.run.flush_metrics, package_versions(), self.recipe.recipe_hash,
-            continuation and continuation.checkpoint.step,
+            continuation.checkpoint.step if continuation else None,
         ) as self.saver:  # fmt: skip
             try:
                 with tracking(t.trackers, self.recipe.output.name or "qlora-lite", self.run.path) as self.track:
@@ -210,13 +212,13 @@ class Training:
         step, every = self.trainer.step, self.recipe.train.eval_every_steps
         due = every > 0 and step % every == 0 and self.evaluated_step < step < self.trainer.total_steps
         if due and self.eval_data is not None:
-            is_better = self._keep_if_best(self._eval_loss())
+            is_better = self._keep_if_best(self._eval_loss(self.eval_data))
             self.evaluations_without_better = 0 if is_better else self.evaluations_without_better + 1
             self.evaluated_step = step
 
-    def _eval_loss(self) -> float:
+    def _eval_loss(self, eval_data: Dataset) -> float:
         with self.stop.at_once():
-            examples = self.eval_data.examples
+            examples = eval_data.examples
             result = self.trainer.evaluate(examples, watching(self._watch, "evaluation", len(examples)))
         step = self.trainer.step
         self._log({"step": step, "eval_loss": result.loss, "eval_perplexity": result.perplexity,
@@ -229,7 +231,7 @@ class Training:
         """Measure loss, if it is not known, and exact match; ``when`` is "before" or "after"."""
         if self.eval_data is None:
             return None
-        self.run.update(**{f"eval_loss_{when}": self._eval_loss() if loss is None else loss})
+        self.run.update(**{f"eval_loss_{when}": self._eval_loss(self.eval_data) if loss is None else loss})
         rows = self.eval_data.examples[: self.recipe.train.exact_match_examples]
         if not rows:
             return None
@@ -270,8 +272,9 @@ class Training:
         """Evaluate the end, go back to the best factors seen, and measure those."""
         self.is_trained = True
         if self.best_factors is not None:
-            if self.evaluated_step < self.trainer.step:  # else it ended early, with an evaluation
-                self._keep_if_best(self._eval_loss())
+            is_evaluated = self.evaluated_step >= self.trainer.step  # it ended early, with an evaluation
+            if self.eval_data is not None and not is_evaluated:
+                self._keep_if_best(self._eval_loss(self.eval_data))
             self.method.fill(self.model, self.best_factors)
             return self._measure("after", self.best_loss)
         return self._measure("after")
