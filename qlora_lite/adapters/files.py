@@ -41,7 +41,7 @@ _SUFFIXES = ".json", ".safetensors", ".jinja", ".model", ".txt"  # of an adapter
 
 def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the factors of a model under the names of the PEFT format."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, layer in lora_layers(model):
         name_a, name_b = factor_names(outside(model, name))
         tensors |= {name_a: layer.lora_A.detach(), name_b: layer.lora_B.detach()}
@@ -200,7 +200,8 @@ def attach_adapter(model: nn.Module, adapter: Adapter) -> nn.Module:
     targets = [Target(name, factors.rank, factors.alpha) for name, factors in adapter.layers.items()]
     first = next(iter(adapter.layers.values()))
     add_lora(model, targets, dropout=adapter.dropout, rslora=first.rslora, dtype=first.lora_A.dtype)
-    device = torch.device("cpu") if model.device.type == "meta" else model.device
+    where: torch.device = model.device  # type: ignore[assignment]  # torch says Tensor | Module
+    device = torch.device("cpu") if where.type == "meta" else where
     layers = dict(lora_layers(model))
     for layer in layers.values():
         if layer.lora_A.device != device:  # the layer's weight is elsewhere until it is needed

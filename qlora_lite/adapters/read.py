@@ -11,10 +11,12 @@ it (``outside``).
 import json
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from reprlib import repr as short
+from typing import TypeGuard
 
 import regex
 import torch
@@ -107,10 +109,9 @@ def read_adapter(model: nn.Module, folder: str | Path) -> Adapter:
         raise ModelError(f"the adapter {folder} does not fit this model: {shown}")
     alphas, rslora = _from_patterns(config.get("alpha_pattern") or {}, list(ranks)), bool(config.get("use_rslora"))
     factors = {
-        inside[name]: Factors(
-            *(tensors[key] for key in factor_names(name)), alphas.get(name, config["lora_alpha"]), rslora
-        )
+        inside[name]: Factors(tensors[name_a], tensors[name_b], alphas.get(name, config["lora_alpha"]), rslora)
         for name in ranks
+        for name_a, name_b in [factor_names(name)]
     }
     return Adapter(factors, config.get("lora_dropout", 0.0))
 
@@ -122,8 +123,9 @@ def named_base(folder: str | Path) -> tuple[str | None, str | None]:
         ModelError: the configuration is broken, or of what this package cannot compute.
     """
     config = _read_config(Path(folder))
-    base, revision = (config.get(key) for key in ("base_model_name_or_path", "revision"))
-    return tuple(value if isinstance(value, str) and value else None for value in (base, revision))
+    named = (config.get(key) for key in ("base_model_name_or_path", "revision"))
+    base, revision = (value if isinstance(value, str) and value else None for value in named)
+    return base, revision
 
 
 def factor_names(name: str) -> tuple[str, str]:
@@ -165,7 +167,7 @@ def _read_config(folder: Path) -> dict:
     return config
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -199,7 +201,9 @@ def _read_tensors(path: Path, header_bytes: int) -> dict[str, torch.Tensor]:
 
 def _check(tensors, layers) -> tuple[dict[str, int], list[str]]:
     """Return the rank of each adapted layer, and everything that is wrong with the tensors."""
-    ranks, problems, known = {}, [], set()
+    ranks: dict[str, int] = {}
+    problems: list[str] = []
+    known: set[str] = set()
     adapted = {m[1] for name in tensors if (m := re.fullmatch(rf"{PREFIX}(.+)\.lora_[AB]\.weight", name))}
     for name in sorted(adapted & set(layers)):
         keys = factor_names(name)
@@ -227,12 +231,12 @@ def _without_factors(config: dict, layers, ranks) -> list[str]:
     if not isinstance(targets, list) or config.get("layers_to_transform") is not None or config.get("exclude_modules"):
         return []
     ends = {target for target in targets if isinstance(target, str)}
-    adapted = (name for name in layers if not ends.isdisjoint(accumulate(reversed(name.split(".")), _joined)))
+    adapted = (name for name in layers if not ends.isdisjoint(_ends(name)))
     return [f"{name} has no factors" for name in adapted if name not in ranks]
 
 
-def _joined(end: str, before: str) -> str:
-    return f"{before}.{end}"
+def _ends(name: str) -> Iterator[str]:
+    return accumulate(reversed(name.split(".")), lambda end, before: f"{before}.{end}")
 
 
 def _from_patterns(patterns: dict, names: list[str]) -> dict[str, float]:

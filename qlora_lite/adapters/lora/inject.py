@@ -35,7 +35,7 @@ class Target:
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return every linear layer but the head and routers by path: the layers that LoRA may wrap."""
-    head, left_out = model.get_output_embeddings(), routers(model)
+    head, left_out = model.get_output_embeddings(), routers(model)  # type: ignore[operator]  # torch says Tensor | Module
     return {name: module for name, module in model.named_modules()
             if is_linear(module) and module is not head and name not in left_out}  # fmt: skip
 
@@ -112,14 +112,15 @@ def add_lora(
     return model
 
 
-def require_model(model: object) -> None:
-    """Check that a function was given a model of transformers.
+def require_model(model: object) -> nn.Module:
+    """Check that a function was given a model of transformers, and return it.
 
     Raises:
         ModelError: it is something else, such as the path of one.
     """
     if not isinstance(model, nn.Module) or not hasattr(model, "get_output_embeddings"):
         raise ModelError(f"a model is wanted, not {type(model).__name__}; qlora_lite.load_model(PATH) loads one")
+    return model
 
 
 def require_base(model: object) -> None:
@@ -128,8 +129,7 @@ def require_base(model: object) -> None:
     Raises:
         ModelError: it has some, or is none.
     """
-    require_model(model)
-    if any(lora_layers(model)):
+    if any(lora_layers(require_model(model))):
         raise ModelError("the model has LoRA layers already; load the base model again, or train those that it has")
 
 

@@ -18,7 +18,7 @@ Source: LoRA, arXiv 2106.09685, section 4.1; rank-stabilised scale: arXiv 2312.0
 import math
 from collections.abc import Sequence
 from itertools import islice
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -29,6 +29,9 @@ from qlora_lite.ops.checkpoint import product_or_placeholder
 from qlora_lite.ops.shapes import on_gpu
 from qlora_lite.quant.linear import frozen_weight, small_batch_product
 from qlora_lite.quant.product import FrozenMatmul, KeptWeights, WeightSpec, add_product, kept_for, product_beside
+
+if TYPE_CHECKING:
+    from .shared import SharedInput
 
 
 def lora_scale(alpha: float, rank: int, rslora: bool) -> float:
@@ -161,7 +164,7 @@ class LoraLinear(nn.Module):
     name in the model.
     """
 
-    shared = None
+    shared: "SharedInput | None" = None
     path = "a layer"
 
     def __init__(self, base, rank, alpha, dropout, rslora, dtype):

@@ -55,8 +55,9 @@ def share_inputs(model: nn.Module) -> None:
     """Compute the sets of a model's projections together that can be."""
     for module in model.modules():
         for names in SETS:
-            layers = [getattr(module, name, None) for name in names]
-            if all(isinstance(layer, LoraLinear) for layer in layers) and _alike(layers):
+            found = (getattr(module, name, None) for name in names)
+            layers = [layer for layer in found if isinstance(layer, LoraLinear)]
+            if len(layers) == len(names) and _alike(layers):
                 SharedInput(layers)  # held by its layers
 
 

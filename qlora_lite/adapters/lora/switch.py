@@ -60,7 +60,8 @@ class Switch:
         """Return the numbers of the rows that use an adapter, int64 on a device; all layers get the same tensor."""
         key = self.rows, name, device
         if key not in self._places:
-            self._places[key] = torch.tensor([at for at, row in enumerate(self.rows) if row == name], device=device)
+            rows = enumerate(self.rows or ())
+            self._places[key] = torch.tensor([at for at, row in rows if row == name], device=device)
         return self._places[key]
 
     @contextmanager
@@ -95,11 +96,10 @@ class SwitchLinear(nn.Module):
         if y is not None and not isinstance(rows, tuple):
             return add_update(y, x, *self.factors[rows]) if rows in self.factors else y
         update = self._update(x, spec.shape[0])
-        if y is not None:
-            return y.add_(update)
+        bias: torch.Tensor | None = self.base.bias  # type: ignore[assignment]  # torch says Tensor | Module
         if update is None:
-            return functional.linear(x, materialize(spec, frozen, x.dtype), self.base.bias)
-        return add_product(update, x, spec, frozen, self.base.bias)
+            return functional.linear(x, materialize(spec, frozen, x.dtype), bias)
+        return add_product(update, x, spec, frozen, bias) if y is None else y.add_(update)
 
     def _update(self, x: torch.Tensor, out_features: int) -> torch.Tensor | None:
         rows = self.switch.rows
@@ -108,7 +108,7 @@ class SwitchLinear(nn.Module):
         if len(rows) != x.shape[0]:
             raise ModelError(f"{len(rows)} rows have an adapter, the batch has {x.shape[0]}")
         update = x.new_zeros(*x.shape[:-1], out_features)
-        for name in set(rows) & self.factors.keys():
+        for name in self.factors.keys() & set(rows):
             places = self.switch.places(name, x.device)
             update.index_copy_(0, places, self._low_rank(x.index_select(0, places), name))
         return update
@@ -130,5 +130,6 @@ def add_switch(model: nn.Module, adapters: Mapping[str, Adapter]) -> Switch:
     for path, layer in linear_layers(model).items():
         factors = {name: adapter.layers[path] for name, adapter in adapters.items() if path in adapter.layers}
         if factors:
-            model.set_submodule(path, SwitchLinear(layer, switch, factors, model.device))
+            device: torch.device = model.device  # type: ignore[assignment]  # torch says Tensor | Module
+            model.set_submodule(path, SwitchLinear(layer, switch, factors, device))
     return switch
