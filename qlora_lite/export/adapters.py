@@ -56,7 +56,7 @@ def write_peft(adapter: Adapter, skeleton: nn.Module, out: Path, base_model: str
     with torch.no_grad():
         config = adapter_config(attach_adapter(skeleton, adapter), base_model)
     detach_adapter(skeleton)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, factors in adapter.layers.items():
         name_a, name_b = factor_names(outside(skeleton, name))
         tensors |= {name_a: factors.lora_A.contiguous(), name_b: factors.lora_B.contiguous()}
@@ -160,9 +160,9 @@ def read_gguf_adapter(path: Path, names: GgufNames, adapted: list[str]) -> Adapt
     layers = {}
     for path_in_model in adapted:
         parameter = f"{path_in_model}.weight"
-        pair = [tensors.get(f"{names.of(parameter)}.lora_{side}") for side in "ab"]
-        if any(part is None for part in pair):
+        lora_a, stored_b = (tensors.get(f"{names.of(parameter)}.lora_{side}") for side in "ab")
+        if lora_a is None or stored_b is None:
             raise ModelError(f"{path} has no LoRA weights for {path_in_model}")
-        lora_a, lora_b = pair[0], names.from_gguf(parameter, pair[1])
+        lora_b = names.from_gguf(parameter, stored_b)
         layers[path_in_model] = Factors(lora_a, lora_b.contiguous(), float(fields["adapter.lora.alpha"]))
     return Adapter(layers, 0.0)

@@ -7,7 +7,7 @@ Legend: N target tokens, D hidden size.
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -59,10 +59,10 @@ def outputs(model: nn.Module, batches: Iterable[Batch]) -> Outputs:
         hidden.append(hidden_states(model, inputs)[inputs.learned].cpu())
         targets.append(inputs.targets.cpu())
     own = head(model)
-    kept = own._replace(**{
+    kept: dict[str, Any] = {
         name: part.detach() for name, part in own._asdict().items() if isinstance(part, torch.Tensor)
-    })  # fmt: skip
-    return Outputs(torch.cat(hidden), kept, torch.cat(targets), device_of(model))
+    }
+    return Outputs(torch.cat(hidden), own._replace(**kept), torch.cat(targets), device_of(model))
 
 
 @torch.no_grad()

@@ -115,7 +115,8 @@ def _of_the_whole(job: _Job) -> list[str]:
 
 
 def _vllm(job: _Job) -> dict:
-    adapter, needed_rank = for_vllm(job.adapter, job.skeleton, job.skeleton.config.model_type)
+    family = job.skeleton.config.model_type  # type: ignore[union-attr]  # torch says Tensor | Module
+    adapter, needed_rank = for_vllm(job.adapter, job.skeleton, str(family))
     change = _adapter_change(job)
     write_peft(adapter, job.skeleton, job.out, job.trained.recipe.model.path, job.trained.tokenizer())
     use = f"vllm serve BASE --enable-lora --max-lora-rank {needed_rank} --lora-modules {job.trained.name}={job.out}"
@@ -183,9 +184,9 @@ FORMS: dict[str, Callable[[_Job], dict]] = {
 
 def _base(job: _Job) -> nn.Module:
     """Load the base as the run saw it, in float32, where rounding does not hide what an adapter does."""
-    recipe = job.trained.recipe
+    recipe, adapter = job.trained.recipe, job.trained.adapter
     model = recipe.model.model_copy(update={"compute_dtype": "float32"})
-    return build_to_use(recipe.model_copy(update={"model": model}), [job.trained.adapter])
+    return build_to_use(recipe.model_copy(update={"model": model}), [adapter] if adapter else [])
 
 
 def _adapter_change(job: _Job) -> Change:

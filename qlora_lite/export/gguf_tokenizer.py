@@ -61,7 +61,8 @@ def describe_tokenizer(tokenizer, size: int) -> GgufTokenizer:
     model = backend["model"]
     if model["type"] != "BPE":
         raise ModelError(f"llama.cpp has no tokenizer of the kind {model['type']} that is exported here")
-    pairs = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    merges = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
+    pairs: list[tuple[str, ...]] = [tuple(merge) for merge in merges]
     is_sentencepiece = bool(model.get("byte_fallback"))
     tokens, types = _tokens(tokenizer, model, size, is_sentencepiece)
     if not pairs:
@@ -91,7 +92,7 @@ def _tokens(tokenizer, model: dict, size: int, is_sentencepiece: bool) -> tuple[
     return tokens, types
 
 
-def _scores(tokens: list[str], types: list[int], pairs: list[tuple[str, str]]) -> list[float]:
+def _scores(tokens: list[str], types: list[int], pairs: list[tuple[str, ...]]) -> list[float]:
     places: dict[str, int] = {}
     for place, (left, right) in enumerate(pairs):
         places.setdefault(left + right, place)

@@ -85,7 +85,7 @@ def _render(nodes: list, values: Mapping) -> str:
             condition, body = content.branches[0]
             written += [_render(body, message) for message in _value(condition, values)]
         else:
-            taken = next((body for condition, body in content.branches if _holds(condition, values)), [])
+            taken: list = next((body for condition, body in content.branches if _holds(condition, values)), [])
             written.append(_render(taken, values))
     return "".join(written)
 

@@ -163,7 +163,8 @@ def held_out(trained: TrainedRun, count: int) -> HeldOut:
     if which == "train" and recipe.data.streaming:
         raise DataError(f"the run has no data.eval and streams its data: there is nothing to measure on; {_UNMEASURED}")
     try:
-        data = build_data(recipe, trained.tokenizer(), which)
+        tokenizer = trained.tokenizer()
+        data = build_data(recipe, tokenizer, "eval") or build_data(recipe, tokenizer)
     except DataError as error:
         raise DataError(f"{error}\n{_UNMEASURED}") from error
     examples = data.examples[:count]

@@ -5,7 +5,7 @@ data, and of data sets only those that the hub has.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +75,7 @@ def _metadata(facts: CardFacts) -> dict:
         "tags": [*(["lora", "qlora"] if quant != "none" else ["lora"]), PROJECT],
         "datasets": list(dict.fromkeys("/".join(parts) for parts in data)),
     }
-    return {key: value for key, value in (found | facts.licence).items() if value}
+    return {key: value for key, value in {**found, **facts.licence}.items() if value}
 
 
 def _introduction(facts: CardFacts) -> str:
@@ -139,8 +139,8 @@ def _figure(value: object, form: str) -> str:
 
 
 def _settings(facts: CardFacts) -> list[tuple[str, str]]:
-    r, summary = facts.recipe, facts.summary
-    counted = summary.get("data") if isinstance(summary.get("data"), dict) else {}
+    r, summary, data = facts.recipe, facts.summary, facts.summary.get("data")
+    counted = data if isinstance(data, dict) else {}
     targets = ", ".join(f"`{target.pattern}`" for target in r.lora.targets)
     rows = [
         ("examples", _count(counted.get("rows_kept"))),
@@ -170,7 +170,7 @@ def _count(value: object) -> str:
     return _figure(value, ",")
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 

@@ -91,7 +91,9 @@ class Push:
     @property
     def card(self) -> str:
         """Return the model card's text."""
-        return self.files[README].decode()
+        content = self.files[README]
+        assert isinstance(content, bytes)  # made here, see ``prepare_push``
+        return content.decode()
 
     def size_bytes(self, name: str) -> int:
         """Return the size of a file to send."""
@@ -145,8 +147,8 @@ def prepare_push(
         notes.append(f"not sent: {', '.join(left_out)}")
     facts = CardFacts(settings.repo, base_model, licence, opened.recipe, opened.summary, merged_into,
                       "chat_template.jinja" in files, about_files)  # fmt: skip
-    files = {README: model_card(facts).encode()} | files
-    return Push(settings.repo, files, private, there, tuple(notes))
+    card: dict[str, Path | bytes] = {README: model_card(facts).encode()}
+    return Push(settings.repo, card | files, private, there, tuple(notes))
 
 
 def send(push: Push, api: HfApi) -> str:
@@ -190,8 +192,8 @@ def _repository(api: HfApi, settings: PushSettings, dry_run: bool) -> tuple[bool
         return not settings.public, None, []
     if not found.private and not settings.public:
         raise OutputError(f"{settings.repo} exists and is public; add --public to push to it, or choose another name")
-    stays = ["the repository exists and stays private; its page has the setting"]
-    return found.private, frozenset(file.rfilename for file in found.siblings or ()), stays if settings.public else []
+    stays = ["the repository exists and stays private; its page has the setting"] if settings.public else []
+    return bool(found.private), frozenset(file.rfilename for file in found.siblings or ()), stays
 
 
 def _licence(api: HfApi, base_model: str) -> dict[str, str]:

@@ -28,7 +28,7 @@ from shutil import copyfile
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from qlora_lite.adapters.lora.inject import linear_layers
 from qlora_lite.adapters.read import Adapter, Factors
@@ -108,7 +108,7 @@ class Merged:
 
     files: ModelFiles
     base: BaseWeights
-    config: object
+    config: PreTrainedConfig
     architecture: str
     layers: dict[str, nn.Module]
     adapter: Adapter

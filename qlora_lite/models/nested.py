@@ -23,6 +23,7 @@ from transformers import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
+    PreTrainedConfig,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
@@ -51,7 +52,7 @@ class LanguagePart:
         paths: how the names of its decoder's and its head's weights begin in the whole -> in the language model.
     """
 
-    config: object
+    config: PreTrainedConfig
     whole: nn.Module | None
     paths: dict[str, str]
 
