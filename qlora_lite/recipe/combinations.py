@@ -133,8 +133,8 @@ def _all_kept(value: _Value) -> _Found:
 
 def _kept_and_streamed(value: _Value) -> _Found:
     kept, resident = value("memory", "uncheckpointed_layers"), value("memory", "resident_layers")
-    both_given = type(kept) is type(resident) is int and value("memory", "checkpointing") != "none"
-    if both_given and 0 <= resident < kept:
+    is_checkpointed = value("memory", "checkpointing") != "none"
+    if is_checkpointed and type(kept) is int and type(resident) is int and 0 <= resident < kept:
         message = (
             f"memory.uncheckpointed_layers = {kept}: layers whose weights are streamed cannot keep their activations"
         )

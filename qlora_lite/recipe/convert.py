@@ -93,10 +93,10 @@ def convert(path: str | Path, overrides: Sequence[str] = (), *, partial: bool = 
     draft = Draft(trainer, Path(path))
     datasets: set[str] = set()
     for setting in settings:
-        prefix = found[0] if (found := _DATASET.match(setting.name)) else None
-        if prefix is None:
+        found = _DATASET.match(setting.name)
+        if found is None:
             take(draft, setting)
-        elif prefix not in datasets:
+        elif (prefix := found[0]) not in datasets:
             datasets.add(prefix)
             item = {s.name.removeprefix(prefix): s for s in settings if s.name.startswith(prefix)}
             is_held_out = trainer in _SCRIPTS and "split" in item and str(item["split"].value).startswith(_HELD_OUT)
@@ -166,6 +166,7 @@ def _checked(draft: Draft, overrides: Sequence[str]) -> dict[str, dict[str, obje
             section, _, name = key.partition(".")
             values[section][name] = value
         document = parse(dump(values).encode(), str(draft.path))
+        assert document.root is not None
         apply_overrides(document.root, overrides, document)
         if document.problems:
             raise RecipeError(document.problems)
@@ -213,7 +214,7 @@ def _body(values: dict[str, dict[str, object]], remarks: dict[str, str]) -> str:
     for section, settings in values.items():
         lines = ""
         for name, value in (settings or {}).items():
-            field = reference.field_at((section, name))
+            field = reference.setting(f"{section}.{name}")
             if (not field.is_required() and value == field.default) or (name == "targets" and value == "all-linear"):
                 continue
             if isinstance(value, list) and all(isinstance(item, str) and _WORD.fullmatch(item) for item in value):

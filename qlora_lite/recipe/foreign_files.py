@@ -98,11 +98,12 @@ def read_settings(path: Path) -> tuple[str, list[Setting]]:
     document = parse(content, str(path))
     if document.problems:
         raise RecipeError(document.problems)
-    trainer = trainer_of(document.root) if document.root is not None else None
-    if trainer is None:
+    root = document.root
+    trainer = trainer_of(root) if root is not None else None
+    if root is None or trainer is None:
         known = "axolotl, LLaMA-Factory, torchtune, trl or unsloth"
         raise RecipeError(Problem(f"is not a YAML file of {known}, nor a .py or .ipynb file", str(path)))
-    flat = list(_flat(document.root, ""))
+    flat = list(_flat(root, ""))
     texts = {setting.name: setting.value for setting in flat if isinstance(setting.value, str | int | float)}
     return trainer, [Setting(s.name, _interpolated(s.value, texts), s.where) for s in flat]
 
@@ -196,8 +197,8 @@ def _constants(nodes: Sequence[ast.AST]) -> dict[str, object]:
     """Return the value of each name that is assigned once, and that to a literal."""
     stored = [node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
     counts = Counter(stored + [node.arg for node in nodes if isinstance(node, ast.arg)])
-    assigned = [node for node in nodes if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)]
-    values = {node.targets[0].id: _literal(node.value, {}) for node in assigned}
+    values = {target.id: _literal(node.value, {}) for node in nodes
+              if isinstance(node, ast.Assign) and isinstance(target := node.targets[0], ast.Name)}  # fmt: skip
     return {name: value for name, value in values.items() if counts[name] == 1 and not isinstance(value, Code)}
 
 
@@ -234,9 +235,12 @@ def _source(node: ast.expr) -> str:
 
 def _arguments(call: ast.Call, constants: Mapping[str, object]) -> Iterator[tuple[str, object, int]]:
     """Yield (name, value, line) of a call's settings, where it is one that configures a run."""
-    is_method = isinstance(call.func, ast.Attribute)
-    name = call.func.attr if is_method else getattr(call.func, "id", "")
-    is_model = name == "from_pretrained" and is_method and getattr(call.func.value, "id", "") in _MODELS
+    func, owner = call.func, None
+    if is_method := isinstance(func, ast.Attribute):
+        name, owner = func.attr, func.value
+    else:
+        name = getattr(func, "id", "")
+    is_model = name == "from_pretrained" and is_method and getattr(owner, "id", "") in _MODELS
     prefix, positional = "", []
     if _OTHER_TRAINERS.fullmatch(name):
         yield "stage", name, call.lineno

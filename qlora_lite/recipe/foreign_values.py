@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from qlora_lite.errors import Problem, RecipeError
 
@@ -85,7 +85,7 @@ class Draft:
 
     trainer: str
     path: Path
-    values: dict[str, object] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
     given: dict[str, Setting] = field(default_factory=dict)
 
@@ -136,7 +136,8 @@ def take(draft: Draft, setting: Setting) -> None:
     elif found.effect == "other training":
         raise RecipeError(Problem(f"{shown(setting.name)} = {shown(as_text(value))}: {found.text}", setting.where))
     else:
-        kind, text = "lost" if found.effect == "not offered" else "unused", found.text.removeprefix("remove it; ")
+        kind: Kind = "lost" if found.effect == "not offered" else "unused"
+        text = found.text.removeprefix("remove it; ")
         section = setting.name.partition(".")[0]
         if section == setting.name or foreign_names.answer(section) is not found:
             named = _LOCAL_KEY.search(text)  # what would take its place settles it
@@ -173,8 +174,8 @@ def _rename(draft: Draft, setting: Setting, key: str) -> None:
 
 def _copy(draft: Draft, setting: Setting, key: str) -> None:
     """Take a value over, as one of the setting's choices where it has some."""
-    value, choices = setting.value, reference.choices_of(reference.field_at(tuple(key.split("."))))
-    is_text = reference.rule_of(reference.field_at(tuple(key.split(".")))).startswith(("text", "at most"))
+    value, choices = setting.value, reference.choices_of(reference.setting(key))
+    is_text = reference.rule_of(reference.setting(key)).startswith(("text", "at most"))
     if isinstance(value, str) and choices:
         same = foreign_names.same_value(value.rpartition(".")[2], choices)
         if same is None:
@@ -338,7 +339,7 @@ def _trackers(draft: Draft, setting: Setting, key: str) -> None:
 
 def get_trackers() -> tuple[str, ...]:
     """Return the names that train.trackers takes."""
-    return reference.choices_of_items(reference.field_at(("train", "trackers")))
+    return reference.choices_of_items(reference.setting("train.trackers"))
 
 
 def _data(draft: Draft, setting: Setting, key: str) -> None:

@@ -77,7 +77,7 @@ def _checked(content: bytes, name: str, overrides: Sequence[str], check_files: b
     checker.combinations()
     if check_files:
         checker.files()
-    if checker.problems:
+    if recipe is None or checker.problems:
         problems = _ordered(checker.problems, name)
         if trainer := trainer_of(root):
             message = f"this looks like a file of {trainer}: `qlora-lite recipes convert {name}` turns it into a recipe"
@@ -167,17 +167,16 @@ class _Checker:
 
     def _deepest(self, location: Location) -> Node:
         """Return the last value that exists on the way to a place."""
-        node, reached = self._root, Node(None, self._name)
+        node: Node | None = self._root
+        reached = Node(None, self._name)
         for part in location:
-            node = _child(node, part)
-            if node is None:
-                break
-            reached = node
+            node = _child(node, part) if node is not None else None
+            reached = node or reached
         return reached
 
     def _value(self, *location: str | int) -> object:
         """Return the plain value at a place, or None."""
-        node = self._root
+        node: Node | None = self._root
         for part in location:
             node = _child(node, part) if node is not None else None
         return None if node is None else plain(node)
@@ -370,5 +369,5 @@ def _cure(node: Node, field: FieldInfo, location: Location) -> str:
         return f'put it in quotes: "{node.text}"' if node.text else 'put text in quotes, such as "{question}"'
     if value == "":
         return "write something between the quotes, or remove the line"
-    default = reference.default_of(*location) if len(location) == 2 else None
+    default = reference.default_of(str(location[0]), str(location[1])) if len(location) == 2 else None
     return f"the default is {default}" if default is not None else "correct it"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from qlora_lite.errors import Problem
 
@@ -76,7 +77,7 @@ def _set(root: Node, parts: tuple[str, ...], value: Node, document: Document) ->
     container = root.value
     for depth, part in enumerate(parts):
         is_last = depth == len(parts) - 1
-        slot: str | int = part
+        slot: Any = part
         if isinstance(container, list):
             if not part.isdecimal() or len(part) > 9 or int(part) >= len(container):
                 name = ".".join(parts[:depth])

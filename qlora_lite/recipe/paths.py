@@ -170,11 +170,11 @@ def resolved(recipe: Recipe, bases: Callable[..., Bases], stem: str) -> Recipe:
             placed in the first.
         stem: the recipe file's name.
     """
-    data = {"train": _absolute("train", recipe.data.train, bases)}
+    data: dict[str, object] = {"train": _absolute("train", recipe.data.train, bases)}
     if recipe.data.eval is not None:
         data["eval"] = _absolute("eval", recipe.data.eval, bases)
-    if (recipe.data.template or "").endswith(".jinja"):
-        data["template"] = _or_placed(find_template, recipe.data.template, bases("data", "template"))
+    if (template := recipe.data.template or "").endswith(".jinja"):
+        data["template"] = _or_placed(find_template, template, bases("data", "template"))
     output = {"name": recipe.output.name or _name_of(stem)}
     if recipe.output.dir is not None:
         output["dir"] = os.path.abspath(os.path.expanduser(recipe.output.dir))

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from .schema import Recipe, Rule, Source, Target
 
 _LISTS = {"data": ("data.train", "data.eval"), "lora": ("lora.targets",)}  # by section: settings that hold mappings
-_ITEMS = {"targets": Target, "train": Source, "eval": Source}
+_ITEMS: dict[str, type[BaseModel]] = {"targets": Target, "train": Source, "eval": Source}
 
 
 def field_at(location: tuple[str | int, ...]) -> FieldInfo | None:
@@ -21,28 +21,45 @@ def field_at(location: tuple[str | int, ...]) -> FieldInfo | None:
     The field of a list stands for an item that is no mapping.
     """
     names = [part for part in location if isinstance(part, str)]
-    model, field = Recipe, None
+    model: type[BaseModel] | None = Recipe
+    field: FieldInfo | None = None
     for depth, name in enumerate(names):
         if model is None or name not in model.model_fields:
             return None
         field = model.model_fields[name]
-        is_section = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        model = field.annotation if is_section else (_ITEMS.get(name) if depth == 1 else None)
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            model = inner
+        else:
+            model = _ITEMS.get(name) if depth == 1 else None
     return field
+
+
+def setting(key: str) -> FieldInfo:
+    """Return the schema's field of a dotted setting that there is."""
+    field = field_at(tuple(key.split(".")))
+    assert field is not None, key
+    return field
+
+
+def _section(name: str) -> type[BaseModel]:
+    model = Recipe.model_fields[name].annotation
+    assert isinstance(model, type) and issubclass(model, BaseModel)
+    return model
 
 
 def known_keys() -> list[str]:
     """Return every section and every dotted setting, in the order of the schema."""
     keys = []
-    for section, field in Recipe.model_fields.items():
-        keys += [section, *(f"{section}.{name}" for name in field.annotation.model_fields)]
+    for section in Recipe.model_fields:
+        keys += [section, *(f"{section}.{name}" for name in _section(section).model_fields)]
     return keys
 
 
 def item_keys(location: tuple[str | int, ...]) -> list[str]:
     """Return the dotted settings of the list item at a place such as ("data", "train", 0)."""
     prefix = ".".join(str(part) for part in location)
-    return [f"{prefix}.{name}" for name in _ITEMS[location[1]].model_fields]
+    return [f"{prefix}.{name}" for name in _ITEMS[str(location[1])].model_fields]
 
 
 def choices_of(field: FieldInfo) -> tuple[str, ...]:
@@ -100,8 +117,7 @@ def _range(metadata: list) -> str:
 
 def default_of(section: str, name: str) -> str | None:
     """Return a setting's default as a recipe would write it, or None where the setting is required."""
-    model = Recipe.model_fields[section].annotation
-    field = model.model_fields[name]
+    field = _section(section).model_fields[name]
     if field.is_required():
         return None
     if name == "targets":
@@ -120,12 +136,12 @@ def written(value: object) -> str:
 
 def section_markdown(section: str) -> str:
     """Return what a section of a recipe is for, and all its settings, as Markdown."""
-    model = Recipe.model_fields[section].annotation
-    parts = [f"## Settings of `{section}`", model.__doc__]
+    model = _section(section)
+    parts = [f"## Settings of `{section}`", model.__doc__ or ""]
     parts += [setting_markdown(f"{section}.{name}") for name in model.model_fields]
     if lists := _LISTS.get(section):
         item = _ITEMS[lists[0].partition(".")[2]]
-        parts += [f"### An item of {' or '.join(f'`{key}`' for key in lists)}", item.__doc__]
+        parts += [f"### An item of {' or '.join(f'`{key}`' for key in lists)}", item.__doc__ or ""]
         parts += [setting_markdown(f"{lists[0]}.{name}") for name in item.model_fields]
     return "\n\n".join(parts)
 
@@ -137,7 +153,7 @@ def setting_markdown(key: str) -> str:
         key: the dotted setting, such as "lora.rank", or of a list's items, such as "data.train.format".
     """
     section, _, name = key.partition(".")
-    field = field_at((section, *name.split(".")))
+    field = setting(key)
     default = default_of(section, name) if "." not in name else None if field.is_required() else written(field.default)
     shown = "required" if default is None else f"default `{default}`"
-    return f"- `{key}`: {rule_of(field)}; {shown}.  \n  {' '.join(field.description.split())}"
+    return f"- `{key}`: {rule_of(field)}; {shown}.  \n  {' '.join((field.description or '').split())}"

@@ -20,6 +20,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import yaml
 
@@ -48,7 +49,7 @@ class Node:
         quoted: whether the file has it in quotes.
     """
 
-    value: object
+    value: Any
     where: str
     text: str = ""
     quoted: bool = False
@@ -81,7 +82,7 @@ def scalar_value(text: str) -> str | int | float | bool | None:
     return text
 
 
-def plain(node: Node) -> object:
+def plain(node: Node) -> Any:
     """Return a node's value without the places: dicts, lists and scalars."""
     if isinstance(node.value, dict):
         return {key: plain(child) for key, child in node.value.items()}
@@ -205,7 +206,7 @@ class _Reader:
                 if key is None:
                     self._skip(event, here, depth)
             node = self._node(next(self._events), here, depth + 1)
-            if refusal or node is None:
+            if refusal or key is None or node is None:
                 continue
             if key in found:
                 first = found[key].where
@@ -223,7 +224,7 @@ class _Reader:
             self._sequence(path, depth + 1)
 
     def _sequence(self, path: tuple[str, ...], depth: int) -> list[Node]:
-        items = []
+        items: list[Node | None] = []
         while not isinstance(event := next(self._events), yaml.SequenceEndEvent):
             items.append(self._node(event, (*path, str(len(items))), depth + 1))
         return [item for item in items if item is not None]
