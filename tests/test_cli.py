@@ -609,6 +609,14 @@ def test_log_lines_stand_above_the_bar_which_says_no_step_before_the_first(redir
     assert bars[0].startswith("before the first step") and bars[-1].startswith("step 3/4  loss 0.500")
 
 
+def test_a_handler_of_the_log_without_a_stream_does_not_mind_a_bar(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    log, own = logging.getLogger("qlora_lite"), logging.NullHandler()
+    monkeypatch.setattr(log, "handlers", [own])
+    with step_progress():
+        assert log.handlers == [own]
+
+
 def test_what_a_bar_says_of_a_run_is_no_command_to_rich_or_to_the_terminal(monkeypatch):
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
