@@ -200,7 +200,7 @@ def attach_adapter(model: nn.Module, adapter: Adapter) -> nn.Module:
     targets = [Target(name, factors.rank, factors.alpha) for name, factors in adapter.layers.items()]
     first = next(iter(adapter.layers.values()))
     add_lora(model, targets, dropout=adapter.dropout, rslora=first.rslora, dtype=first.lora_A.dtype)
-    where: torch.device = model.device  # type: ignore[assignment]  # torch says Tensor | Module
+    where: torch.device = model.device
     device = torch.device("cpu") if where.type == "meta" else where
     layers = dict(lora_layers(model))
     for layer in layers.values():

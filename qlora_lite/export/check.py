@@ -36,7 +36,7 @@ class Change(NamedTuple):
 @torch.no_grad()
 def logits_of(model: nn.Module) -> torch.Tensor:
     """Return a model's float32 logits for fixed random tokens."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]  # torch says Tensor | Module
+    vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (SEQUENCES, TOKENS), generator=torch.Generator().manual_seed(0))
     device = device_of(model)
     ids = ids.to("cpu" if device.type == "meta" else device)  # a streamed model's weights come to the host

@@ -115,7 +115,7 @@ def _of_the_whole(job: _Job) -> list[str]:
 
 
 def _vllm(job: _Job) -> dict:
-    family = job.skeleton.config.model_type  # type: ignore[union-attr]  # torch says Tensor | Module
+    family = job.skeleton.config.model_type
     adapter, needed_rank = for_vllm(job.adapter, job.skeleton, str(family))
     change = _adapter_change(job)
     write_peft(adapter, job.skeleton, job.out, job.trained.recipe.model.path, job.trained.tokenizer())

@@ -72,7 +72,7 @@ def stream_tensors(path: Path, entries: Entries, make: Callable[[str], torch.Ten
             tensor = make(name)
             assert (tensor.dtype, tuple(tensor.shape)) == (dtype, tuple(shape)), name
             values = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-            file.write(values)  # type: ignore[arg-type]  # numpy says that it is a buffer from Python 3.12 on
+            file.write(values)
             del tensor, values  # before the next one is made
 
 

@@ -251,7 +251,7 @@ STYLE = """
 .bands em { color: var(--soft); }
 """
 
-# Writes the moment under the pointer into `.where` and `.bands` of the card. Reads only data attributes, writes
+# Writes the moment under the pointer into its `.where` and `.bands`. Reads only data attributes, writes
 # only textContent.
 SCRIPT = """
 for (const card of document.querySelectorAll('.timeline')) {

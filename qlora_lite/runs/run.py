@@ -98,7 +98,7 @@ def _execute(
             _conclude(trained)
     except KeyboardInterrupt as cut:  # before training, or by a second signal
         whole, _ = newest_whole(run.path / CHECKPOINTS)
-        there = newest_checkpoint(whole and whole.step)
+        there = newest_checkpoint(whole.step if whole else None)
         error = Interrupted(f"stopped at once by {str(cut) or 'SIGINT'}; {there}. {how_to_go_on(run.path)}")
         _leave(run, error)
         raise error from None
@@ -146,7 +146,7 @@ def _samples(trained: Trained) -> list[dict]:
 
     def plain(prompt: str) -> str:
         ids = trained.tokenizer(prompt, add_special_tokens=False).input_ids
-        return trained.tokenizer.decode(ids, skip_special_tokens=True)  # type: ignore[return-value]  # of one text
+        return trained.tokenizer.decode(ids, skip_special_tokens=True)
 
     answers = before.answers, before.matches, after.answers, after.matches
     return [

@@ -35,7 +35,7 @@ class Target:
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return every linear layer but the head and routers by path: the layers that LoRA may wrap."""
-    head, left_out = model.get_output_embeddings(), routers(model)  # type: ignore[operator]  # torch says Tensor | Module
+    head, left_out = model.get_output_embeddings(), routers(model)
     return {name: module for name, module in model.named_modules()
             if is_linear(module) and module is not head and name not in left_out}  # fmt: skip
 

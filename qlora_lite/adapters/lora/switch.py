@@ -96,7 +96,7 @@ class SwitchLinear(nn.Module):
         if y is not None and not isinstance(rows, tuple):
             return add_update(y, x, *self.factors[rows]) if rows in self.factors else y
         update = self._update(x, spec.shape[0])
-        bias: torch.Tensor | None = self.base.bias  # type: ignore[assignment]  # torch says Tensor | Module
+        bias: torch.Tensor | None = self.base.bias
         if update is None:
             return functional.linear(x, materialize(spec, frozen, x.dtype), bias)
         return add_product(update, x, spec, frozen, bias) if y is None else y.add_(update)
@@ -130,6 +130,6 @@ def add_switch(model: nn.Module, adapters: Mapping[str, Adapter]) -> Switch:
     for path, layer in linear_layers(model).items():
         factors = {name: adapter.layers[path] for name, adapter in adapters.items() if path in adapter.layers}
         if factors:
-            device: torch.device = model.device  # type: ignore[assignment]  # torch says Tensor | Module
+            device: torch.device = model.device
             model.set_submodule(path, SwitchLinear(layer, switch, factors, device))
     return switch
