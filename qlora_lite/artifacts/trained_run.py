@@ -75,7 +75,7 @@ class TrainedRun:
 
     @property
     def quantization(self) -> tuple[str, bool]:
-        """Return how the run saw the linear layers: their type, and whether their block maxima were quantised too."""
+        """Return how the run saw the linear layers: their type, and whether their absmax values were quantised too."""
         return quantization_of(self.recipe, self.files.config)
 
     def skeleton(self) -> nn.Module:

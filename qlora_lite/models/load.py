@@ -147,7 +147,7 @@ def load_model(
     Args:
         path: folder, ``.gguf`` file, ``package:NAME/FILE`` or hub id.
         quant: ``nf4``, ``fp4`` or ``none`` (16-bit linears); of a checkpoint that is 4-bit already, its own counts.
-        double_quant: quantise the block maxima too: 4.127 instead of 4.5 bits per weight.
+        double_quant: quantise the absmax values too: 4.127 instead of 4.5 bits per weight.
         compute_dtype: of activations, head, embeddings and norms.
         use_cache: keep and reuse the quantised model on disk.
         quant_head: keep a 4-bit copy of the head.

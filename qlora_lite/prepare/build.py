@@ -186,7 +186,7 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_shape: BatchShape | No
 
 
 def quantization_of(recipe: Recipe, config: dict) -> tuple[str, bool]:
-    """Return the type of the linear layers' weights, and whether their block maxima are quantised too.
+    """Return the type of the linear layers' weights, and whether their absmax values are quantised too.
 
     Args:
         config: what the model's ``config.json`` says.

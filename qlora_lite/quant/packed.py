@@ -14,8 +14,8 @@ PACKED_BUFFERS = ("weight", "absmax", "absmax_code", "absmax_scale", "absmax_off
 class PackedWeight(nn.Module):
     """A frozen weight stored as NF4 or FP4 codes with its constants.
 
-    The codes are the buffer ``weight`` (uint8 [ceil(weights / 2), 1]); with ``double_quant`` the block maxima are uint8
-    with a 256-entry code, otherwise float32.
+    The codes are the buffer ``weight`` (uint8 [ceil(weights / 2), 1]); with ``double_quant`` the absmax values are
+    uint8 with a 256-entry code, otherwise float32.
 
     Args:
         shape: the weight's, before packing.

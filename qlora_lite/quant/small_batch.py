@@ -2,7 +2,7 @@
 
 Dequantising a weight moves 4.6 bytes for each of its numbers (half a byte read, two written, two read by the
 product), whatever the number of rows. bitsandbytes' fused kernels read the half byte and no more. They round more than
-the plain way does: the product, before anything is added to it; on a CPU the block maxima, at most 1.6 times the error
+the plain way does: the product, before anything is added to it; on a CPU the absmax values, at most 1.6 times the error
 against float64; on a GPU, of up to three rows (on many GPUs four), every number that is summed. They have no
 gradient, so they are for use and not for training.
 

@@ -66,7 +66,7 @@ def _category(module, name, tensor, embedding, head) -> tuple[str, str]:
     if isinstance(module, PackedWeight) and name == "weight":
         return "base weights", f"{module.quant_type} codes, two per byte, never dequantised for longer than a product"
     if isinstance(module, PackedWeight) and name != "bias":
-        return "quantisation constants", "one maximum per 64 weights, quantised again if model.double_quant"
+        return "quantisation constants", "absmax of 64 weights, quantised again if model.double_quant"
     if module is embedding:
         tied = head is not None and getattr(head, "weight", None) is tensor
         return "embeddings", "the compute type; " + ("also the head (tied)" if tied else "only rows are read")
