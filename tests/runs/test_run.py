@@ -179,7 +179,7 @@ def test_a_plan_of_packed_sequences_is_proved_where_only_the_loaded_model_shows_
         monkeypatch.setattr(f"qlora_lite.{user}.why_unpacked", lambda *_: "")
     made, summary = plans_of("bloom")
     assert len(made) == 1 and summary["status"] == "complete"
-    assert sum("the plan is one of packed sequences" in message for message in caplog.messages) == 1
+    assert sum("is of packed sequences, but the loaded model shows" in message for message in caplog.messages) == 1
 
 
 def test_the_best_adapter_is_kept_and_its_loss_is_the_one_reported(finished):
@@ -468,7 +468,7 @@ def test_a_disk_that_fails_for_a_moment_before_the_first_step_ends_no_run(run, m
     assert summary_of(folder)["status"] == "complete" and not (folder / "data.html").exists()
     said = "summary.json: Stale file handle. The run continues, and its summary waits until it can be written"
     assert sum(said in message for message in caplog.messages) == 3
-    assert "data.html: Stale file handle. The run goes on without it" in caplog.text
+    assert "data.html: Stale file handle. The run continues without it" in caplog.text
 
 
 @pytest.mark.parametrize("was_there", [False, True])
