@@ -157,7 +157,7 @@ def test_gpus_machines_and_budgets(place):
     recipe, card = q.load_recipe(place / "recipe.yaml"), q.find_gpu(4060)
     says(lambda: q.find_gpu("rtx-9999"), "there is no GPU 'rtx-9999'")
     says(lambda: q.machine_of_gpu("rtx-4060"), r"not 'rtx-4060'; qlora_lite\.find_gpu\(NAME\)")
-    says(lambda: q.plan_recipe(recipe, card, 2**33), r"not GPU; qlora_lite\.machine_of_gpu\(GPU\)")
+    says(lambda: q.plan_recipe(recipe, card, 2**33), r"not Gpu; qlora_lite\.machine_of_gpu\(GPU\)")
     says(lambda: q.plan_recipe(recipe, q.machine_of_gpu(card), "8GiB"), r"budget_bytes is '8GiB'")
 
 
