@@ -116,7 +116,7 @@ def test_a_prompt_that_is_longer_than_the_model_was_made_for_is_told(runs, caplo
     session.tasks.model.config.max_position_embeddings = 32
     session.say("4?" * 16)
     session.reply()
-    assert ["the model was made for 32" in message for message in caplog.messages] == [True]
+    assert ["the model supports 32" in message for message in caplog.messages] == [True]
 
 
 def test_chat_swaps_adapters_by_name(runs):
