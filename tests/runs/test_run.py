@@ -682,7 +682,8 @@ def test_a_run_that_no_memory_probe_proves_ends_before_its_first_step(wide_run, 
 
     with pytest.raises(DoesNotFitError, match=f"{WORDS[more]}.*; lower data.max_tokens or"):
         wide_run(always, **memory)
-    assert len(tried) == len(set(tried)) and (len(tried) == 1) is ("uncheckpointed_layers" in memory)
+    assert len(tried) == len(set(tried)) >= 1  # no plan twice; by what the process holds, none but the first may fit
+    assert len(tried) == 1 or "uncheckpointed_layers" not in memory
     assert not wide_run.folder.exists()
 
 
