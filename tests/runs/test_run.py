@@ -665,7 +665,6 @@ def test_what_needs_more_than_was_planned_is_planned_again_and_proved(wide_run, 
     assert again["plan"]["chosen"]["memory.checkpointing"] == "block"
     assert again["plan"]["measured_peak_bytes"] <= again["plan"]["budget_bytes"] == wide_run.budget
     assert again["adapter_sha256"] == planned["adapter_sha256"] and again["peak_bytes"] <= wide_run.budget
-    assert again["plan"]["predicted_peak_bytes"] < planned["plan"]["predicted_peak_bytes"]
     said = [line for line in (wide_run.folder / "log.txt").read_text().splitlines() if "planning again" in line]
     assert said and all(WORDS[more] in line for line in said)
 
