@@ -31,6 +31,7 @@ INSTEAD_OF = {
     r"(a|an?other|the|no|each|this|that|of|for|on|one|more) cards?(?! (leaves|before))": "GPU",
     r"lies? (on|in) the host": "is in host memory",
     r"Tell whether|tell whether": "return whether",
+    r"(machine|option|settings|examples|conversation|state|record|or) (is|are) none": "is not a ..., is invalid",
 }
 FORMER = re.compile("|".join(name.rpartition(".")[2] for name in FORMER_NAMES))
 

@@ -41,7 +41,7 @@ def write_gguf(
         adds_begin: see ``write_tokenizer``.
 
     Raises:
-        ModelError: the family, a setting or the tokenizer is none that llama.cpp computes.
+        ModelError: llama.cpp cannot compute the family, a setting or the tokenizer.
         OutputError: the disk has no room.
     """
     from gguf import GGUFWriter, LlamaFileType, quants

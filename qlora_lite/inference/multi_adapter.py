@@ -89,7 +89,7 @@ class Tasks:
 
         Raises:
             ModelError: a name is not there, or the tasks of a call end their answers with different tokens.
-            DataError: a conversation is none, or a template refuses it.
+            DataError: a conversation is invalid, or a template refuses it.
         """
         if len(names) != len(conversations):
             raise ModelError(f"{len(names)} names are given for {len(conversations)} conversations; give one each")

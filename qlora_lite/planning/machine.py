@@ -96,7 +96,7 @@ def machine_of_gpu(gpu: Gpu) -> Machine:
     """Return a GPU of the table as a machine.
 
     Raises:
-        GpuError: it is no GPU.
+        GpuError: it is not a ``Gpu``.
     """
     if not isinstance(gpu, Gpu):
         raise GpuError(f"a GPU is wanted, not {gpu!r}; qlora_lite.find_gpu(NAME) finds one")

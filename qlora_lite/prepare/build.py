@@ -201,7 +201,7 @@ def with_plan(recipe: Recipe, options: Mapping[str, object]) -> Recipe:
         options: settings by dotted key, as ``planning.candidate.Candidate.settings`` gives them.
 
     Raises:
-        CheckpointError: a memory option is none.
+        CheckpointError: a memory option is unknown or invalid.
     """
     sections: dict[str, dict] = {"memory": {"micro_batches": "as-given"}, "train": {}}
     try:
@@ -213,5 +213,5 @@ def with_plan(recipe: Recipe, options: Mapping[str, object]) -> Recipe:
             for name, values in sections.items()
         }  # fmt: skip
     except (KeyError, AttributeError, ValidationError) as error:
-        raise CheckpointError(f"the plan on record is none that this version makes: {error!r}") from None
+        raise CheckpointError(f"the plan on record is not one that this version makes: {error!r}") from None
     return recipe.model_copy(update=changed)

@@ -101,7 +101,7 @@ def plan_recipe(
     Raises:
         ModelError: the model's configuration is not known here, or cannot be planned.
         RecipeError: it is no recipe, or more blocks are to be kept or resident than the model has.
-        GpuError: the machine is none, or the budget no number of bytes.
+        GpuError: the machine is not a ``Machine``, or the budget not a number of bytes.
     """
     require_recipe(recipe)
     if not isinstance(machine, Machine):

@@ -316,7 +316,7 @@ def _position(problem: Problem) -> tuple[int, int]:
 
 
 def _meant_number(value: str, is_whole: bool) -> str | None:
-    """Return a number as YAML takes it, None for what is none, or may be another one.
+    """Return a number as YAML takes it, None for what is not a number, or may be another one.
 
     Commas before groups of three part thousands where the number is whole; where it need not be, they may be anything.
     """

@@ -38,7 +38,7 @@ def restore_generators(states: Mapping[str, torch.Tensor], device: torch.device)
     """Put every generator back into a state from ``generator_states``.
 
     Raises:
-        CheckpointError: a state is missing, or is none.
+        CheckpointError: a state is missing or invalid.
     """
     try:
         gauss = states["python_gauss"].tolist()

@@ -79,8 +79,8 @@ class Trainer:
         workload: what is trained; None is a causal language model with LoRA.
 
     Raises:
-        DataError: the model has no embedding for a token, or the examples are none.
-        TrainingError: the settings are none.
+        DataError: the model has no embedding for a token, or the examples are invalid.
+        TrainingError: the settings are not a ``TrainSettings``.
         ModelError: the model has no LoRA layers.
     """
 

@@ -96,7 +96,7 @@ def add_lora(
         rank, alpha, dropout, rslora, dtype: see ``LoraLinear``.
 
     Raises:
-        ModelError: a target matches no layer, there are factors already, or an argument is none of its kind.
+        ModelError: a target matches no layer, there are LoRA layers already, or an argument is invalid.
     """
     require_base(model)
     wanted = _as_targets(targets)
@@ -127,7 +127,7 @@ def require_base(model: object) -> None:
     """Check that a function was given a model without LoRA layers.
 
     Raises:
-        ModelError: it has some, or is none.
+        ModelError: it has some, or is not a model.
     """
     if any(lora_layers(require_model(model))):
         raise ModelError("the model has LoRA layers already; load the base model again, or train those that it has")
@@ -137,7 +137,7 @@ def require_lora(model: nn.Module) -> None:
     """Check that a model has LoRA layers.
 
     Raises:
-        ModelError: it has none, or is none.
+        ModelError: it has none, or is not a model.
     """
     require_model(model)
     if not any(lora_layers(model)):
