@@ -162,8 +162,12 @@ def _max_norm(case: dict) -> float:
     return 0.0 if case.get("optimizer_in_backward") else 1.0
 
 
-def trainer_of(case: dict, model, steps: int = 1) -> Trainer:
-    """Return a trainer whose every micro-batch has the case's rows."""
+def trainer_of(case: dict, model, steps: int = 1, computes: bool = True) -> Trainer:
+    """Return a trainer whose every micro-batch has the case's rows.
+
+    Args:
+        computes: kernels run on the device, so that its numbers can be checked.
+    """
     settings = TrainSettings(
         max_steps=steps, epochs=1, learning_rate=1e-4, micro_batch_size=1,
         gradient_accumulation_steps=case.get("accumulation", 1), optimizer=case.get("optimizer", OPTIMIZER),
@@ -172,7 +176,10 @@ def trainer_of(case: dict, model, steps: int = 1) -> Trainer:
         on_not_finite="stop", max_skipped_steps=0, stochastic_rounding=True, fused_loss="off",
     )  # fmt: skip
     trainer = Trainer(model, examples_of(case), settings)
-    trainer.check()
+    if computes:
+        trainer.check()
+    else:
+        set_memory_options(model, settings.options)
     use_kernels(model, settings.options.allowed_kernels)  # as is planned, without a trial
     return trainer
 

@@ -74,7 +74,7 @@ class CappedDevice:
             return {"fits": False, "built": False, "error": str(error).partition(".")[0]}
         try:
             self._hold_to(cap_bytes)
-            trainer = trainer_of(case, model, steps)
+            trainer = trainer_of(case, model, steps, computes=train is trained)
             try:
                 found = train(trainer) | self._measured(trainer, overhead_bytes)
             finally:
