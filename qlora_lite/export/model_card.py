@@ -141,6 +141,7 @@ def _figure(value: object, form: str) -> str:
 def _settings(facts: CardFacts) -> list[tuple[str, str]]:
     r, summary, data = facts.recipe, facts.summary, facts.summary.get("data")
     counted = data if isinstance(data, dict) else {}
+    rate = summary.get("learning_rate", r.train.learning_rate)  # earlier runs have it in the recipe alone
     targets = ", ".join(f"`{target.pattern}`" for target in r.lora.targets)
     rows = [
         ("examples", _count(counted.get("rows_kept"))),
@@ -153,7 +154,7 @@ def _settings(facts: CardFacts) -> list[tuple[str, str]]:
         ("trainable parameters", _count(summary.get("trainable_parameters"))),
         ("optimizer", f"{r.train.optimizer}, weight decay {r.train.weight_decay:g}, gradient norm up to "
          f"{r.train.max_grad_norm:g}"),
-        ("learning rate", f"{r.train.learning_rate:g}, {r.train.lr_scheduler}, warm-up {r.train.warmup_ratio:.0%}"),
+        ("learning rate", f"{rate}, {r.train.lr_scheduler}, warm-up {r.train.warmup_ratio:.0%}"),
         ("steps", _count(summary.get("steps"))),
         ("sequences per step", f"{r.train.micro_batch_size * r.train.gradient_accumulation_steps}, "
          f"{'packed' if r.data.packing else 'not packed'}, of up to {r.data.max_tokens} tokens"),

@@ -13,6 +13,7 @@ from torch import nn
 from qlora_lite.adapters.checkpoint_names import set_checkpoint_name
 from qlora_lite.adapters.files import Lora, begin_with
 from qlora_lite.adapters.lora.inject import Target
+from qlora_lite.adapters.lora.layer import lora_scale
 from qlora_lite.adapters.read import adapter_bytes, read_adapter
 from qlora_lite.constraints import UPDATES_IN_FLOAT16, WITH_COMPILE
 from qlora_lite.errors import CheckpointError, ModelError
@@ -34,7 +35,7 @@ from qlora_lite.planning.simulate import Job
 from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import FORMER_NAMES, Recipe
 from qlora_lite.train.causal_lm import CausalLM, ModelSpec
-from qlora_lite.train.settings import TrainSettings
+from qlora_lite.train.settings import TrainSettings, auto_learning_rate
 from qlora_lite.train.workload import BatchShape
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,23 @@ def train_settings(recipe: Recipe) -> TrainSettings:
     require_recipe(recipe)
     said = recipe.data.model_dump() | recipe.train.model_dump() | recipe.memory.model_dump()
     said["options"] = MemoryOptions(**fixed_options(recipe))
+    said["learning_rate"] = learning_rate_of(recipe)
     return TrainSettings(**{field.name: said[field.name] for field in fields(TrainSettings)})
+
+
+def learning_rate_of(recipe: Recipe) -> float:
+    """Return the peak learning rate that a recipe sets, or that auto means for its model and LoRA weights.
+
+    Raises:
+        ModelError: the model's configuration is not known here, or says no hidden size.
+    """
+    if recipe.train.learning_rate != "auto":
+        return recipe.train.learning_rate
+    config, lora = read_config(recipe.model.path, recipe.model.revision), recipe.lora
+    if not isinstance(width := getattr(config, "hidden_size", None), int):
+        raise ModelError("train.learning_rate auto needs the model's hidden_size, which its configuration does not "
+                         "say; set a number")  # fmt: skip
+    return auto_learning_rate(config.model_type, width, lora.rank, lora_scale(lora.alpha, lora.rank, lora.rslora))
 
 
 def fixed_options(recipe: Recipe) -> dict[str, Any]:

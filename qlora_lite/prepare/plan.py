@@ -35,7 +35,7 @@ from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.workload import BatchShape
 from qlora_lite.units import format_bytes
 
-from .build import compute_dtype_of, fixed_options, job_of, train_settings
+from .build import compute_dtype_of, fixed_options, job_of, learning_rate_of, train_settings
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ class Plan:
     found: tuple[Candidate, ...]
     step: Step
     kept_checkpoints: int
+    learning_rate: float
 
     @property
     def peak_bytes(self) -> int:
@@ -132,7 +133,9 @@ def plan_recipe(
                     "the 4-bit copy takes memory and saves none")  # fmt: skip
     _warn_of_length(job, max(shape.lengths) if shape else d.max_tokens)
     kept = recipe.train.keep_checkpoints
-    return Plan(machine, budget_bytes, chosen or least, chosen is not None, tuple(found), step, kept)
+    return Plan(
+        machine, budget_bytes, chosen or least, chosen is not None, tuple(found), step, kept, learning_rate_of(recipe)
+    )
 
 
 def _check_counts(fixed: Mapping[str, Any], blocks: int) -> None:

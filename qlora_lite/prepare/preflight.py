@@ -8,6 +8,7 @@ Lengths and counts are in tokens and rows; shares go from 0 to 1.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain, islice, zip_longest
 
 import numpy as np
+import torch
 
 from qlora_lite.data.batch import collate, packing_efficiency, pieces_of, plan_epoch
 from qlora_lite.data.data_files import left_out
@@ -28,9 +30,11 @@ from qlora_lite.data.sources import Source, read_rows, text_files
 from qlora_lite.data.statistics import unused_of
 from qlora_lite.data.storage import Example, Examples, row_lengths
 from qlora_lite.data.template import special_ids_of
-from qlora_lite.errors import DataError
+from qlora_lite.errors import DataError, ModelError
 from qlora_lite.recipe.schema import Recipe
+from qlora_lite.units import format_bytes, format_count
 
+from .build import build_skeleton, method_of
 from .datasets import STREAM_SAMPLE_ROWS, build_sources, matching_of, read_data
 
 _SHOWN_PER_RULE = 5
@@ -40,6 +44,7 @@ _HOW = {"lines": "each line is a document", "blank-lines": "blank lines part doc
         "file": "each file is a document"}  # fmt: skip
 RENDERED = "rendered chat in a document"
 UNUSED_ANSWER = "answer beside plain text"
+CAPACITY = "more target tokens than LoRA weights"
 SEAM = "line end before an answer that begins with white space"
 
 
@@ -130,7 +135,8 @@ def preflight(recipe: Recipe, tokenizer, rows_to_show: int = 4) -> Preflight:
     data, eval_data = parts["train"], parts.get("eval")
     problems, error_count = _problems(recipe, data, eval_data)
     problems += [problem_entry(problem, False) for problem in _rendered_chats(recipe, tokenizer)]
-    problems += [problem_entry(problem, False) for problem in (*_broken_seams(data), *_unused_answers(recipe))]
+    warned = (*_broken_seams(data), *_unused_answers(recipe), *_more_than_weights_hold(recipe, data))
+    problems += [problem_entry(problem, False) for problem in warned]
     report = empty_report(problems) | {
         "ok": error_count == 0, "errors": error_count,
         **_counts(data),
@@ -201,6 +207,28 @@ def _broken_seams(data: Dataset) -> Iterator[RowProblem]:
                        "joined writes prompt and answer as they are")  # fmt: skip
             yield RowProblem(example.where, SEAM, message)
             return
+
+
+def _more_than_weights_hold(recipe: Recipe, data: Dataset) -> Iterator[RowProblem]:
+    """Yield a warning if the LoRA weights are fewer than the target tokens of an epoch, with the rank that suffices.
+
+    With fewer, LoRA falls behind full fine-tuning, more so the longer the training ("LoRA Without Regret", Thinking
+    Machines, 2025).
+    """
+    tokens, x, optimizer = data.learned_tokens, recipe.lora, recipe.train.optimizer
+    with suppress(ModelError):  # a model that cannot be had, or not adapted so: for the plan to say
+        model = build_skeleton(recipe)
+        method_of(recipe).apply(model)
+        weights = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        if recipe.data.streaming or tokens <= weights:
+            return
+        factor = 2 ** math.ceil(math.log2(tokens / weights))
+        states = (1 if "8bit" in optimizer else 4) * (1 if "lion" in optimizer else 2)
+        more = (factor - 1) * weights * (2 * getattr(torch, x.dtype).itemsize + states)
+        message = (f"{format_count(tokens)} target tokens are more than {format_count(weights)} LoRA weights can "
+                   f"learn; rank {factor * x.rank} suffices, and takes {format_bytes(more)} more for weights, "
+                   "gradients and optimizer states")  # fmt: skip
+        yield RowProblem("lora.rank", CAPACITY, message)
 
 
 def _faults_of_evaluation(recipe: Recipe, data: Dataset, eval_data: Dataset) -> Iterator[tuple[RowProblem, bool]]:

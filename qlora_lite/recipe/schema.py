@@ -259,8 +259,10 @@ class Train(_Section):
     """Stop after this many optimizer steps; null trains for train.epochs."""
     epochs: PositiveFloat = 1.0
     """Passes over the training data; ignored if train.max_steps is given."""
-    learning_rate: PositiveFloat = 2e-4
-    """Peak learning rate, reached after the warm-up."""
+    learning_rate: Annotated[PositiveFloat | Literal["auto"], Rule("a number above 0, or auto")] = "auto"
+    """Peak learning rate, reached after the warm-up. auto depends on the model's family and width, and on lora.alpha:
+    for alpha 32, 2.9e-4 for Llama-3.1-8B, more for narrower models (qlora-lite explain learning-rate). A resumed run
+    keeps the one that it began with."""
     micro_batch_size: PositiveInt = 1
     """Packed sequences (examples, without data.packing) per forward and backward pass."""
     gradient_accumulation_steps: PositiveInt = 1

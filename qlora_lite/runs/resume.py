@@ -50,6 +50,7 @@ HARMLESS = {
     "memory.offload_folder", "output.dir", "output.name",
 }  # fmt: skip
 PLACE = {"output.dir", "output.name"}  # of the run, which is the folder that is resumed, whatever they say
+_RATE = "train.learning_rate"
 _PARTS = {"recipe": dict, "identity": dict, "environment": dict, "plan": dict, "progress": dict, "summary": dict,
           "metrics_bytes": int}  # fmt: skip
 
@@ -80,6 +81,11 @@ class Continuation:
         options = ("memory.", "train.micro_batch_size", "train.gradient_accumulation_steps")
         return not any(change.startswith(options) for change in self.forced)
 
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate that the run began with."""
+        return _flat(self.run["recipe"])[_RATE]
+
     def compare_settings(self, recipe: Recipe) -> None:
         """Compare the recipe with the run's.
 
@@ -92,6 +98,8 @@ class Continuation:
             {name: {key: field.default for key, field in fields.items()} for name, fields in sections.items()}
         )
         old = {key: unsaid.get(key) for key in new} | old  # of settings that are newer than the checkpoint
+        if new[_RATE] == "auto":
+            new[_RATE] = self.learning_rate
         changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
         words = {key: f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed}
         harmless = {key for key in changed if key in HARMLESS or _only_pages(key, old.get(key), new.get(key))}
@@ -234,6 +242,8 @@ def checked(checkpoint: Checkpoint) -> Checkpoint:
     numbers_of(checkpoint)
     run = checkpoint.documents.get(RUN, {})
     wrong = [name for name, kind in _PARTS.items() if type(run.get(name)) is not kind]
+    if not wrong and not isinstance(_flat(run["recipe"]).get(_RATE), int | float):
+        wrong.append(_RATE)
     if not wrong and not run["plan"]:
         wrong.append("plan")
     if not wrong and run["metrics_bytes"] < 0:

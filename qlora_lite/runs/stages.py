@@ -36,7 +36,7 @@ from qlora_lite.models.kernels import kernels_of
 from qlora_lite.models.locate import locate
 from qlora_lite.models.packing import runs_unpacked, why_unpacked
 from qlora_lite.models.tokenizer import load_tokenizer
-from qlora_lite.prepare.build import add_adapter, build_model, build_skeleton, with_plan
+from qlora_lite.prepare.build import add_adapter, build_model, build_skeleton, learning_rate_of, with_plan
 from qlora_lite.prepare.datasets import build_stream, rows_to_plan
 from qlora_lite.prepare.plan import Plan, as_measured, expected_peak, plan_run
 from qlora_lite.prepare.preflight import Preflight, line_of_problem, preflight
@@ -72,7 +72,7 @@ Progress = Callable[[StepMetrics, int], None]
 class Prepared:
     """The data are good to train on, and those of the run to resume; nothing of the model is loaded."""
 
-    recipe: Recipe
+    recipe: Recipe  # with a number for its learning rate
     run: RunFolder
     continuation: Continuation | None  # the checkpoint to resume from
     stop: Stop
@@ -143,6 +143,10 @@ def prepare(
         log.warning("model.path is a merged model: in 4 bit it loses much or all of what was merged into it; train "
                     "on its base with lora.init_from, or with model.quant none")  # fmt: skip
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
+    if recipe.train.learning_rate == "auto":
+        rate = continuation.learning_rate if continuation else learning_rate_of(recipe)
+        log.info("train.learning_rate: auto is %g", rate)
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"learning_rate": rate})})
     first_adapter = None if continuation else adapter_to_begin_with(recipe)  # a checkpoint has its own weights
     if first_adapter:
         add_adapter(recipe, build_skeleton(recipe), first_adapter)  # stops at once where it does not fit
@@ -319,6 +323,7 @@ def _describe_model(loaded: Loaded, fingerprint: str) -> None:
         device=_device_name(device_of(loaded.model)), trainable_parameters=trainable,
         memory_table=[asdict(entry) for entry in table], versions=package_versions(), base_fingerprint=fingerprint,
         other_results=[what for what, is_set in changing.items() if is_set],
+        learning_rate=loaded.settings.learning_rate,
     )  # fmt: skip
 
 

@@ -35,6 +35,23 @@ class TrainSettings:
     options: MemoryOptions = field(default_factory=MemoryOptions)
 
 
+def auto_learning_rate(family: str, width: int, rank: int, scale: float) -> float:
+    """Return the peak learning rate for LoRA of a model, to two digits: what sweeps of models of other widths found.
+
+    The rule is that of Thinking Machines' tinker-cookbook (``hyperparam_utils``), which holds for alpha 32 and any
+    rank. An update of Adam's size moves a weight by about learning rate x scale x rank, so that other scales take as
+    much more or less. Families without sweeps take the exponent of Llama (tools/results/learning_rate.md).
+
+    Args:
+        family: transformers' ``model_type``.
+        width: the hidden size.
+        rank: of the LoRA weights.
+        scale: of their product; alpha / rank, or alpha / sqrt(rank) with rank-stabilized LoRA.
+    """
+    exponent = 0.0775 if family.startswith("qwen") else 0.781
+    return float(f"{5e-4 * (2000 / width) ** exponent * 32 / (rank * scale):.1e}")
+
+
 def lr_factor(step: int, total_steps: int, schedule: str, warmup_ratio: float) -> float:
     """Return the factor on the peak learning rate for one step, so that a resumed run needs no scheduler state.
 

@@ -11,9 +11,10 @@ from qlora_lite.cli.data import _text
 from qlora_lite.data.held_out import HELD_OUT
 from qlora_lite.data.row_formats import BAD_ANSWER
 from qlora_lite.errors import DataError
-from qlora_lite.prepare.preflight import first_places, line_of_problem, preflight
+from qlora_lite.prepare.preflight import CAPACITY, first_places, line_of_problem, preflight
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.reporting.data_page import render
+from qlora_lite.units import format_bytes, format_count
 
 ALWAYS = {"rows_read", "rows_kept", "dropped", "tokens", "learned_tokens", "packing_efficiency", "problems"}
 
@@ -70,6 +71,27 @@ def test_a_template_that_writes_the_date_has_the_same_one_in_all_rows_and_it_is_
     assert "".join(piece["text"] for piece in found.report["rows"][0]["pieces"]).startswith("26 Jul 2024\n")
     assert "today is 26 Jul 2024 in all rows" in render(found.report, "x")
     assert look().report["template"]["day"] is None and "today is" not in render(look().report, "x")
+
+
+@pytest.mark.parametrize(("rank", "factor"), [(1, 4), (2, 2), (8, None)])
+def test_more_target_tokens_than_lora_weights_warn_with_a_rank_that_suffices_and_its_cost(
+    tmp_path, model_folder, rank, factor
+):
+    lora = {"rank": rank, "targets": ["q_proj"], "dtype": "bfloat16"}
+    path = write_recipe(tmp_path, model_folder, 200, lora=lora, train={"optimizer": "adamw_8bit"})
+    found = preflight(load_recipe(path), byte_tokenizer(), 0)
+    tokens, weights = found.report["learned_tokens"], rank * 2 * (64 + 64)  # of two layers
+    assert (factor is None) == (tokens <= weights)
+    lines = [line_of_problem(problem) for problem in found.report["problems"] if problem["rule"] == CAPACITY]
+    found.raise_if_unusable()
+    if factor:
+        more = format_bytes((factor - 1) * weights * (2 + 2 + 2))
+        assert lines == [f"lora.rank: {format_count(tokens)} target tokens are more than {format_count(weights)} LoRA "
+                         f"weights can learn; rank {factor * rank} suffices, and takes {more} more for weights, "
+                         "gradients and optimizer states"]  # fmt: skip
+        assert tokens <= factor * weights < 2 * tokens
+    else:
+        assert lines == []
 
 
 def test_the_shown_rows_are_the_first_ones_with_their_learned_text(look):

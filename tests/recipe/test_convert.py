@@ -372,9 +372,9 @@ def test_settings_that_what_is_learned_depends_on_are_not_lost_without_a_word(ma
 
 
 def test_a_converted_value_that_a_recipe_refuses_is_named(refused):
-    problems = refused(AXOLOTL.replace("lora_r: 32", "lora_r: 0").replace('"1e-4"', "auto"))
+    problems = refused(AXOLOTL.replace("lora_r: 32", "lora_r: 0").replace('"1e-4"', "0.0"))
     assert "lora.rank = 0: must be a whole number of at least 1" in problems[0]
-    assert "train.learning_rate = auto: must be a number above 0" in problems[1]
+    assert "train.learning_rate = 0.0: must be a number above 0, or auto" in problems[1]
 
 
 def test_alpaca_prompts_beside_chats_are_named_since_all_data_have_one_template(refused):

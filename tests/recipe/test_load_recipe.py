@@ -46,7 +46,7 @@ def problems(recipe, folder):
 
 def test_a_short_recipe_gets_every_default(recipe):
     r = recipe()
-    assert (r.lora.rank, r.lora.alpha, r.train.learning_rate, r.memory.budget) == (16, 32.0, 2e-4, "auto")
+    assert (r.lora.rank, r.lora.alpha, r.train.learning_rate, r.memory.budget) == (16, 32.0, "auto", "auto")
     assert r.lora.targets == (Target(pattern="all-linear"),)
     assert r.output.name == "r"
 

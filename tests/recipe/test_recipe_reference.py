@@ -32,7 +32,7 @@ def test_every_setting_has_a_description_and_is_in_the_reference_of_its_section(
     [
         "- `lora.rank`: a whole number of at least 1; default `16`.",
         "- `lora.dropout`: a number of at least 0 and below 1; default `0`.",
-        "- `train.learning_rate`: a number above 0; default `0.0002`.",
+        "- `train.learning_rate`: a number above 0, or auto; default `auto`.",
         "- `train.warmup_ratio`: a number from 0 to 1; default `0.03`.",
         "- `train.max_steps`: a whole number of at least 1, or null; default `null`.",
         "- `model.path`: text; required.",

@@ -117,7 +117,7 @@ def plan_below(machine: Machine, name: str, tokens: int, cap_bytes: int) -> Plan
     found = search(step, machine, cap_bytes)
     chosen = choose(found, cap_bytes)
     least = min(found, key=lambda candidate: candidate.peak_bytes)
-    return Plan(machine, cap_bytes, chosen or least, chosen is not None, tuple(found), step, 0)
+    return Plan(machine, cap_bytes, chosen or least, chosen is not None, tuple(found), step, 0, 0.0)
 
 
 def chosen_row(capped: CappedDevice, name: str, tokens: int, cap_bytes: int) -> dict:
