@@ -24,6 +24,7 @@ ENDED_BY_SIGPIPE = 141  # as a shell tells it; Windows has no such signal
 COMMANDS = {
     "plan": "Predict the memory of a recipe or a model and choose the fastest settings that fit.",
     "train": "Fine-tune a model as a recipe says.",
+    "sweep": "Train a recipe along axes of its settings, and compare the runs.",
     "data": "Show a recipe's data as training sees it, and what is wrong with it.",
     "profile": "Run a few steps and show what used the memory and the time.",
     "evaluate": "Measure loss, perplexity and exact match of a run or a recipe's base model.",

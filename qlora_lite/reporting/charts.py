@@ -13,8 +13,8 @@ Layer L0: the standard library only.
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from html import escape
 
 Point = tuple[float, float]  # step, value; the value may be NaN or infinite
@@ -33,12 +33,14 @@ class Series:
         points: (step, value) with rising steps.
         style: number of the CSS classes `line-N` and `dot-N`.
         dots: also draw a dot at every point.
+        line: join the points.
     """
 
     label: str
     points: Sequence[Point]
     style: int = 1
     dots: bool = False
+    line: bool = True
 
 
 def drawable(value: float) -> bool:
@@ -110,8 +112,11 @@ def line_chart(
     width: int = 480,
     height: int = 190,
     log: bool = False,
+    across: str = "step",
+    names: Mapping[float, str] | None = None,
+    from_zero: bool = True,
 ) -> str:
-    """Draw lines over training steps.
+    """Draw lines over training steps, or over anything else.
 
     Args:
         series: lines, the first one lowest; a series without points is left out.
@@ -119,23 +124,26 @@ def line_chart(
         width: of the drawing, pixels.
         height: of the drawing, pixels.
         log: use a logarithmic value axis if all values are above 1e-300 and the largest is over 30 times the
-            smallest; an axis that is not logarithmic starts at zero or below.
+            smallest.
+        across: what the numbers below are, where they are no steps.
+        names: text in place of such a number.
+        from_zero: let a value axis that is not logarithmic start at zero or below.
 
     Returns:
         One `<svg>` element, or a `<p>` that says there is nothing to draw.
     """
-    series = [Series(s.label, thin(s.points), s.style, s.dots) for s in series if s.points]
+    series = [replace(s, points=thin(s.points)) for s in series if s.points]
     values = [value for s in series for _, value in s.points if drawable(value)]
     if not series:
         return '<p class="nothing">Nothing was recorded.</p>'
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     log = log and low > SMALLEST and high > 30 * low
-    ticks = log_ticks(low, high) if log else nice_ticks(min(low, 0.0), high, 4)
+    ticks = log_ticks(low, high) if log else nice_ticks(min(low, 0.0) if from_zero else low, high, 4)
     steps = [step for s in series for step, _ in s.points]
     frame = _Frame(min(steps), max(steps), ticks[0], ticks[-1], width, height, log)
-    parts = [_axes(frame, ticks), *(_line(frame, s) for s in series), _gaps(frame, series)]
+    parts = [_axes(frame, ticks, names), *(_line(frame, s) for s in series), _gaps(frame, series)]
     parts.append(f'<line class="cursor" y1="{TOP}" y2="{height - BOTTOM}" visibility="hidden"/>')
-    hover = escape(json.dumps(_hover(frame, series)), quote=True)
+    hover = escape(json.dumps(_hover(frame, series, across, names or {})), quote=True)
     return (
         f'<svg class="chart" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
         f'aria-label="{escape(title, quote=True)}" data-points="{hover}">{"".join(parts)}</svg>'
@@ -166,7 +174,7 @@ class _Frame:
         return round(self.height - BOTTOM - share * (self.height - TOP - BOTTOM), 1)
 
 
-def _axes(frame: _Frame, ticks: list[float]) -> str:
+def _axes(frame: _Frame, ticks: list[float], names: Mapping[float, str] | None) -> str:
     parts = []
     for tick in ticks:
         y = frame.y(tick)
@@ -177,8 +185,8 @@ def _axes(frame: _Frame, ticks: list[float]) -> str:
         place = f'x="{frame.width - RIGHT}" y="{TOP + 14}"'
         parts.append(f'<text class="tick" {place} text-anchor="end">logarithmic</text>')
     steps = [s for s in nice_ticks(frame.first, frame.last, frame.width // 70) if s == int(s)]
-    for step in sorted({s for s in steps if frame.first <= s <= frame.last} or {frame.first}):
-        label = f"{step:,.0f}"
+    shown = names or {s: f"{s:,.0f}" for s in steps if frame.first <= s <= frame.last}
+    for step, label in sorted((shown or {frame.first: f"{frame.first:,.0f}"}).items()):
         x = min(frame.x(step), frame.width - 3.5 * len(label))  # a long last number stays inside
         parts.append(f'<text class="tick" x="{x}" y="{frame.height - 8}" text-anchor="middle">{label}</text>')
     return "".join(parts)
@@ -194,7 +202,7 @@ def _line(frame: _Frame, series: Series) -> str:
             runs.append([])
     parts = []
     for run in runs:
-        if len(run) > 1:
+        if len(run) > 1 and series.line:
             path = " ".join(f"{frame.x(step)},{frame.y(value)}" for step, value in run)
             parts.append(f'<polyline class="line-{series.style}" points="{path}"/>')
         for step, value in run if series.dots or len(run) == 1 else []:
@@ -210,10 +218,11 @@ def _gaps(frame: _Frame, series: Sequence[Series]) -> str:
     return f'<path class="gap" d="{"".join(marks)}"/>' if marks else ""
 
 
-def _hover(frame: _Frame, series: Sequence[Series]) -> list[list]:
+def _hover(frame: _Frame, series: Sequence[Series], across: str, names: Mapping[float, str]) -> list[list]:
     """Return [pixel, text] per step, for the page's script."""
     texts: dict[float, list[str]] = {}
     for s in series:
         for step, value in s.points:
             texts.setdefault(step, []).append(f"{s.label} {short_number(value)}")
-    return [[frame.x(step), f"step {step:,.0f}: " + ", ".join(texts[step])] for step in sorted(texts)]
+    places = {step: f"{across} {names.get(step, f'{step:,.0f}')}: " for step in sorted(texts)}
+    return [[frame.x(step), place + ", ".join(texts[step])] for step, place in places.items()]

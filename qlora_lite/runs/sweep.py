@@ -1,0 +1,198 @@
+"""Run the points of a sweep, each as an ordinary run in a process of its own, and collect what they found.
+
+A run's folder is named after its settings, so that no point is trained twice, a sweep that was cut off continues where
+it was (within a run, too), and several machines that share the folder and its study divide the points among them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from qlora_lite.artifacts.run_files import number
+from qlora_lite.artifacts.run_folder import COMPLETE, SUMMARY
+from qlora_lite.errors import DoesNotFitError, Interrupted, ModelError, OutputError
+from qlora_lite.files import explain_write_errors, locked, write_text
+from qlora_lite.recipe.sweep import Axis, Range, Sweep, choices, overrides, recipe_of_point
+from qlora_lite.reporting.sweep_page import render_sweep
+
+log = logging.getLogger("qlora_lite")
+HASH_LETTERS = 12  # of a recipe's hash, in the name of a run's folder
+RUNS, RESULT, PAGE, STUDY = "runs", "sweep.json", "sweep.html", "optuna.log"
+FIGURES = (
+    "eval_loss_before", "eval_loss_after", "exact_match_before", "exact_match_after", "seconds", "tokens_per_second",
+    "peak_bytes", "trainable_parameters", "learning_rate", "steps",
+)  # fmt: skip
+DOES_NOT_FIT, FAILED, ELSEWHERE = "does not fit", "failed", "run by another process"
+
+
+@dataclass(slots=True)
+class Point:
+    """A point of a sweep, and what its runs found, one per seed.
+
+    Args:
+        choice: label of its choice, or number of a range, by axis.
+        runs: folder, status and figures of each.
+    """
+
+    choice: dict[str, Any]
+    runs: list[dict] = field(default_factory=list)
+
+    @property
+    def status(self) -> str:
+        """That of the first run that is not complete, if there is one."""
+        return next((run["status"] for run in self.runs if run["status"] != COMPLETE), COMPLETE)
+
+    def figures(self, key: str) -> list[float]:
+        """Return a figure of all runs that have it."""
+        found = (number(run.get(key)) for run in self.runs)
+        return [value for value in found if value is not None]
+
+    def as_json(self) -> dict:
+        """Return the point as plain values, with mean and standard deviation of its figures over the seeds."""
+        means = {key: fmean(values) for key in FIGURES if (values := self.figures(key))}
+        spread = {key: stdev(values) for key in FIGURES if len(values := self.figures(key)) > 1}
+        return {"choice": self.choice, "status": self.status, "mean": means, "standard_deviation": spread,
+                "runs": self.runs}  # fmt: skip
+
+
+class _Runs:
+    """The points of a sweep that have been run, and where they lie."""
+
+    def __init__(self, sweep: Sweep, folder: Path, name: str):
+        self.sweep, self.folder, self.name = sweep, folder, name
+        self.points: list[Point] = []
+
+    def add(self, point: Point) -> Point:
+        """Run a point, as far as its runs are not there yet, and write the results of all; return it."""
+        log.info("sweep: %s", ", ".join(f"{axis} {value}" for axis, value in point.choice.items()))
+        for seed in self.sweep.seeds:
+            point.runs.append(_run(self.sweep, self.folder / RUNS, self.sweep.settings(point.choice) | seed))
+            if point.status != COMPLETE:
+                break  # the other seeds need as much
+        self.points.append(point)
+        write_results(self.sweep, self.points, self.folder, self.name)
+        return point
+
+
+def run_sweep(sweep: Sweep, folder: Path, name: str) -> list[Point]:
+    """Run a sweep; return its points. The files of results are written after each.
+
+    Args:
+        folder: for the runs and the results.
+        name: what the page calls it.
+
+    Raises:
+        RecipeError: a point's settings are wrong; of a grid, before any is run.
+        ModelError: Optuna is wanted and not installed.
+        Interrupted: a run was stopped.
+    """
+    points = [Point(choice) for choice in sweep.grid()] if sweep.search == "grid" else []
+    for point in points:
+        for seed in sweep.seeds:
+            recipe_of_point(sweep, sweep.settings(point.choice) | seed)
+    with explain_write_errors(folder):
+        (folder / RUNS).mkdir(parents=True, exist_ok=True)
+    runs = _Runs(sweep, folder, name)
+    if sweep.search == "grid":
+        for point in points:
+            runs.add(point)
+    else:
+        _sample(sweep, runs)
+    return runs.points
+
+
+def _sample(sweep: Sweep, runs: _Runs) -> None:
+    """Run points that Optuna chooses; one that is cut off comes first the next time."""
+    try:
+        import optuna
+        from optuna.storages.journal import JournalFileBackend
+    except ImportError:
+        raise ModelError(
+            "search tpe and random need Optuna: pip install 'qlora-lite[sweep]'; or write search: grid"
+        ) from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = sweep.storage or optuna.storages.JournalStorage(JournalFileBackend(str(runs.folder / STUDY)))
+    state = optuna.trial.TrialState
+    sampler = optuna.samplers.TPESampler() if sweep.search == "tpe" else optuna.samplers.RandomSampler()
+    study = optuna.create_study(
+        study_name=runs.folder.name, storage=storage, sampler=sampler, load_if_exists=True,
+        direction="minimize" if sweep.goal.endswith("loss") else "maximize",
+    )  # fmt: skip
+    ended = state.COMPLETE, state.PRUNED
+    for trial in study.get_trials(states=ended):
+        runs.add(Point(trial.user_attrs["choice"]))
+    while len(study.get_trials(states=ended)) < sweep.trials:
+        trial = study.ask()
+        point = Point({axis: _suggested(trial, axis, sweep.axes[axis]) for axis in sweep.searched})
+        trial.set_user_attr("choice", point.choice)
+        try:
+            values = runs.add(point).figures(f"{sweep.goal}_after")
+        except Interrupted:
+            study.tell(trial, state=state.FAIL)
+            study.enqueue_trial(trial.params)
+            raise
+        found = point.status == COMPLETE and values
+        study.tell(trial, fmean(values) if found else None, state=None if found else state.PRUNED)
+
+
+def _suggested(trial, name: str, axis: Axis) -> str | float:
+    if not isinstance(axis, Range):
+        return trial.suggest_categorical(name, list(choices(name, axis)))
+    if axis.is_whole:
+        return trial.suggest_int(name, int(axis.low), int(axis.high), log=axis.log)
+    return trial.suggest_float(name, axis.low, axis.high, log=axis.log)
+
+
+def _run(sweep: Sweep, folder: Path, settings: Mapping[str, Any]) -> dict:
+    """Train a point with one seed, or go on where it was, or read what it found; return folder, status and figures."""
+    path = folder / recipe_of_point(sweep, settings).recipe_hash[:HASH_LETTERS]
+    found = {"run": str(Path(RUNS) / path.name), "settings": dict(settings)}
+    if _summary(path).get("status") != COMPLETE:
+        command = [sys.executable, "-m", "qlora_lite", "train", sweep.recipe, *overrides(settings)]
+        command.append(f"output.dir={path}")
+        if path.is_dir():
+            try:
+                with locked(path):
+                    command += ["--resume", str(path)]
+            except OutputError:
+                return found | {"status": ELSEWHERE}
+        said = subprocess.run(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        if said.returncode == Interrupted.exit_code:
+            raise Interrupted("stopped; the same command continues from here")
+        if said.returncode:
+            lines = [line for line in said.stderr.splitlines() if line.startswith("error: ")] or ["error: no reason"]
+            status = DOES_NOT_FIT if said.returncode == DoesNotFitError.exit_code else FAILED
+            why = lines[0].removeprefix("error: ").removeprefix(f"{DOES_NOT_FIT}: ").partition(" (")[0]
+            log.warning("sweep: %s: %s", status, why)
+            return found | {"status": status, "error": why}
+    summary = _summary(path)
+    return found | {"status": COMPLETE} | {key: summary[key] for key in FIGURES if key in summary}
+
+
+def _summary(path: Path) -> dict:
+    """Return what a run's summary says; nothing where there is none."""
+    try:
+        return json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def as_result(sweep: Sweep, points: Iterable[Point], name: str) -> dict:
+    """Return what was found as plain values."""
+    return {"name": name, "goal": sweep.goal, "axes": list(sweep.searched), "seeds": len(sweep.seeds),
+            "points": [point.as_json() for point in points]}  # fmt: skip
+
+
+def write_results(sweep: Sweep, points: Iterable[Point], folder: Path, name: str) -> None:
+    """Write what was found so far, as JSON and as a page."""
+    result = as_result(sweep, points, name)
+    write_text(folder / RESULT, json.dumps(result, indent=1) + "\n")
+    write_text(folder / PAGE, render_sweep(result))

@@ -1,0 +1,190 @@
+"""A sweep: its file, points that are run once, those that fail, those that a sampler chooses, and its page."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from tiny_files import write_recipe
+
+from qlora_lite.errors import Interrupted, ModelError, RecipeError
+from qlora_lite.files import locked
+from qlora_lite.recipe.sweep import load_sweep, recipe_of_point
+from qlora_lite.reporting.sweep_page import named, ranked, render_sweep
+from qlora_lite.runs import sweep as sweeps
+from qlora_lite.runs.sweep import DOES_NOT_FIT, ELSEWHERE, FAILED, as_result, run_sweep
+
+AXES = {"lora.rank": [1, 4], "train.learning_rate": ["auto", 1e-3, 2e-5], "train.seed": [0, 1]}
+
+
+@pytest.fixture
+def lab(tmp_path, model_folder, monkeypatch):
+    """A sweep of runs that are not trained: each finds the loss that ``lab.loss`` gives for its settings."""
+    write_recipe(tmp_path, model_folder, output={"dir": None})
+
+    class Lab:
+        folder, trained, exit_code = tmp_path / "out", [], 0
+
+        def loss(self, settings):
+            rate = settings["train.learning_rate"]
+            return 1 / settings.get("lora.rank", 2) + settings.get("train.seed", 0) / 10 + (rate == "auto") * 0.5
+
+        def write(self, **said):
+            path = tmp_path / "sweep.yaml"
+            path.write_text(yaml.safe_dump({"recipe": "recipe.yaml", "axes": AXES} | said))
+            return load_sweep(path)
+
+        def run(self, **said):
+            sweep = self.write(**said)
+            return as_result(sweep, run_sweep(sweep, self.folder, "a sweep"), "a sweep")
+
+        def train(self, command, **_):
+            overrides = dict(part.split("=", 1) for part in command if "=" in part)
+            folder = Path(overrides.pop("output.dir"))
+            settings = {key: json.loads(value) for key, value in overrides.items()}
+            self.trained.append((settings, "--resume" in command))
+            folder.mkdir(exist_ok=True)
+            if not self.exit_code:
+                found = {"status": "complete", "eval_loss_after": self.loss(settings), "peak_bytes": 2**20,
+                         "seconds": 1.0, "trainable_parameters": 100}  # fmt: skip
+                (folder / "summary.json").write_text(json.dumps(found))
+            error = "a line\nerror: does not fit: 2 MiB of 1 MiB (of which 1 MiB)\nerror: more\n"
+            return SimpleNamespace(returncode=self.exit_code, stderr=error)
+
+    found = Lab()
+    monkeypatch.setattr(sweeps, "subprocess", SimpleNamespace(run=found.train, PIPE=None, DEVNULL=None))
+    return found
+
+
+def test_every_point_of_a_grid_is_run_once_and_has_mean_and_deviation_over_the_seeds(lab):
+    result = lab.run()
+    assert len(lab.trained) == 2 * 3 * 2 and len(list((lab.folder / "runs").iterdir())) == 12
+    best = ranked(result)[0]
+    assert best["choice"] == {"lora.rank": "4", "train.learning_rate": "0.001"}
+    assert best["mean"]["eval_loss_after"] == pytest.approx(0.3)
+    assert best["standard_deviation"]["eval_loss_after"] == pytest.approx(0.1 / 2**0.5)
+    assert json.loads((lab.folder / "sweep.json").read_text()) == result
+    lab.run()  # all complete
+    lab.run(axes=AXES | {"lora.rank": [1, 4, 8]})
+    assert len(lab.trained) == 12 + 6 and {settings["lora.rank"] for settings, _ in lab.trained[12:]} == {8}
+
+
+def test_settings_reach_the_recipe_as_they_are_written(lab):
+    targets = {"some": {"lora.targets": ["q_proj"], "lora.alpha": 3}, "all": {"lora.targets": "all-linear"}}
+    axes = {"model.quant": ["none", "nf4"], "lora.dropout": [1e-05], "lora.rslora": [True, False], "on": targets}
+    sweep = lab.write(axes=axes)
+    recipes = {tuple(point.values()): recipe_of_point(sweep, sweep.settings(point)) for point in sweep.grid()}
+    assert len({recipe.recipe_hash for recipe in recipes.values()}) == 8
+    some, every = recipes["1e-05", "true", "none", "some"], recipes["1e-05", "false", "nf4", "all"]
+    assert (some.lora.targets[0].pattern, some.lora.alpha, some.lora.rslora) == ("q_proj", 3, True)
+    assert (every.lora.targets[0].pattern, every.lora.rslora, every.model.quant) == ("all-linear", False, "nf4")
+    assert some.lora.dropout == 1e-05 and some.model.quant == "none"
+
+
+def test_a_point_that_does_not_fit_or_fails_is_told_and_the_others_run(lab):
+    lab.exit_code = 3
+    result = lab.run(axes={"lora.rank": [1, 4], "train.seed": [0, 1]})
+    assert len(lab.trained) == 2  # its other seed needs as much
+    point = result["points"][0]
+    assert (point["status"], point["runs"][0]["error"]) == (DOES_NOT_FIT, "2 MiB of 1 MiB")
+    page = (lab.folder / "sweep.html").read_text()
+    assert "2 MiB of 1 MiB" in page and "0 of 2 points complete, 2 seeds each" in page
+    lab.exit_code = 1
+    assert lab.run(axes={"lora.rank": [8]})["points"][0]["status"] == FAILED
+
+
+def test_a_stopped_sweep_goes_on_within_the_run_and_leaves_alone_what_another_process_runs(lab):
+    lab.exit_code = 130
+    axes = {"train.learning_rate": [1e-3, 2e-3]}
+    with pytest.raises(Interrupted):
+        lab.run(axes=axes)
+    assert len(lab.trained) == 1
+    lab.exit_code = 0
+    (begun,) = (lab.folder / "runs").iterdir()
+    with locked(begun):
+        assert [point["status"] for point in lab.run(axes=axes)["points"]] == [ELSEWHERE, "complete"]
+    assert [point["status"] for point in lab.run(axes=axes)["points"]] == ["complete"] * 2
+    assert [resumed for _, resumed in lab.trained] == [False, False, True]
+
+
+def test_a_sampler_finds_the_valley_goes_on_after_a_stop_and_runs_no_trial_twice(lab):
+    pytest.importorskip("optuna")
+    lab.loss = lambda settings: (settings["train.learning_rate"] * 1000 - 3) ** 2 + settings["lora.rank"]
+    said = {"axes": {"lora.rank": {"from": 1, "to": 8}, "train.learning_rate": {"from": 1e-4, "to": 1e-2, "log": True}},
+            "search": "tpe", "trials": 30}  # fmt: skip
+    lab.exit_code = 130
+    with pytest.raises(Interrupted):
+        lab.run(**said)
+    (stopped, _), lab.exit_code = lab.trained.pop(), 0
+    result = lab.run(**said)
+    assert (lab.trained[0][0], lab.trained[0][1]) == (stopped, True)
+    assert len(result["points"]) == 30
+    best = ranked(result)[0]["choice"]
+    assert best["lora.rank"] <= 2 and 2e-3 < best["train.learning_rate"] < 4e-3
+    count = len(lab.trained)
+    assert lab.run(**said)["points"][0]["choice"] == result["points"][0]["choice"] and len(lab.trained) == count
+
+
+def test_a_sampler_without_optuna_says_what_to_install(lab, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ModelError, match=r"pip install 'qlora-lite\[sweep\]'; or write search: grid"):
+        lab.run(axes={"lora.rank": [1]}, search="random")
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"axes": {}}, "axes"),
+        ({"axes": {"lora.rank": 3}}, r"axes\.lora\.rank: write a list of values, \{from: 1, to: 2\}, or a mapping"),
+        ({"axes": {"lora.rank": []}}, r"axes\.lora\.rank: write a list of values"),
+        ({"axes": {"lora.rank": {"from": 4, "to": 1}}, "search": "tpe"}, "from must be below to"),
+        ({"axes": {"lora.rank": {"from": 1, "to": 4}}}, "a range is for search tpe or random"),
+        ({"axes": {"train.seed": [0, 1]}}, r"name another one than train\.seed"),
+        ({"axes": {"output.dir": ["a"]}}, "the sweep itself says where its runs go"),
+        ({"axes": {"x": {"a": {"output.name": "b"}}}}, "the sweep itself says where its runs go"),
+        ({"axes": {"lora.rank": [1]}, "gaol": "eval_loss"}, "gaol"),
+        ({"axes": {"lora.rank": [1]}, "goal": "accuracy"}, "goal: Input should be 'eval_loss' or 'exact_match'"),
+    ],
+)
+def test_a_wrong_sweep_is_one_error_that_names_the_place(lab, said, message):
+    with pytest.raises(RecipeError, match=message) as caught:
+        lab.write(**said)
+    assert "sweep.yaml: " in str(caught.value)
+
+
+def test_a_wrong_setting_of_any_point_is_an_error_before_the_first_runs(lab):
+    with pytest.raises(RecipeError, match=r"lora\.rank = 0: must be a whole number"):
+        lab.run(axes={"lora.rank": [4, 0]})
+    with pytest.raises(RecipeError, match=r"lora\.rnk"):
+        lab.run(axes={"lora.rnk": [4]})
+    assert not lab.trained and not lab.folder.exists()
+
+
+def test_the_page_names_what_no_point_beats_and_escapes_what_it_is_given():
+    points = [
+        {"choice": {"<a>": label}, "status": "complete", "runs": [], "standard_deviation": {},
+         "mean": {"exact_match_after": match, "peak_bytes": size}}
+        for label, match, size in (("x", 0.5, 100), ("y", 0.9, 200), ("z", 0.4, 300))
+    ]  # fmt: skip
+    page = render_sweep({"name": "n", "goal": "exact_match", "axes": ["<a>"], "seeds": 1, "points": points})
+    assert "<a>" not in page and "&lt;a&gt;" in page and "90.0%" in page
+    lines = re.findall(r'<polyline class="line-2" points="([^"]*)"', page)
+    assert len(lines[-1].split()) == 2  # x and y; z is beaten in both
+    assert named(points[0]) == "<a> x"
+
+
+def test_two_points_by_the_command_line(tmp_path, model_folder):
+    write_recipe(tmp_path, model_folder, output={"dir": None}, train={"max_steps": 2, "exact_match_examples": 0})
+    (tmp_path / "small.yaml").write_text("recipe: recipe.yaml\naxes: {lora.rank: [1, 2]}\n")
+    command = [sys.executable, "-m", "qlora_lite", "sweep", "small.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "lora.rank 2" in done.stdout and (tmp_path / "sweeps" / "small" / "sweep.html").is_file()
+    result = json.loads((tmp_path / "sweeps" / "small" / "sweep.json").read_text())
+    assert [point["status"] for point in result["points"]] == ["complete", "complete"]
+    run = tmp_path / "sweeps" / "small" / result["points"][0]["runs"][0]["run"]
+    assert (run / "report.html").is_file() and (run / "adapter" / "adapter_model.safetensors").is_file()
