@@ -49,7 +49,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, check_files:
         raise RecipeError(f"a recipe is given as the path of a YAML file, not as {type(path).__name__}")
     if isinstance(overrides, str) or not all(isinstance(text, str) for text in overrides):
         raise RecipeError(f'overrides must be a list of strings, such as ["lora.rank=32"], not {overrides!r}')
-    return _checked(read_bytes(path), str(path), overrides, check_files)
+    return _checked(_read(path), str(path), overrides, check_files)
 
 
 def recipe_of(settings: Mapping[str, object], overrides: Sequence[str], name: str) -> Recipe:
@@ -107,8 +107,7 @@ def settings_to_yaml(settings: dict) -> str:
     return _HEADER + dump(settings)
 
 
-def read_bytes(path: str | Path) -> bytes:
-    """Return the content of a recipe's file, or say what to write where it cannot be read."""
+def _read(path: str | Path) -> bytes:
     try:
         with open(path, "rb") as file:
             return file.read(MAX_BYTES + 1)

@@ -26,12 +26,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from qlora_lite.errors import Problem, RecipeError
 
 from .catalog import find_recipe, list_recipes
-from .load import load_recipe, read_bytes
+from .load import load_recipe
+from .overrides import override_number
 from .schema import Recipe
 from .strict_yaml import parse, plain
 
 SEED = "train.seed"
 Settings = dict[str, Any]  # values by dotted key
+_WRITE = "a sweep's file has `recipe:`, the path of one, and `axes:` (qlora-lite explain sweep)"
 
 
 class _Strict(BaseModel):
@@ -123,14 +125,21 @@ def load_sweep(path: Path) -> Sweep:
     Raises:
         RecipeError: naming what is wrong in it.
     """
-    document = parse(read_bytes(path), str(path))
+    try:
+        document = parse(path.read_bytes(), str(path))
+    except OSError as error:
+        raise RecipeError(Problem(f"{error.strerror}; {_WRITE}", str(path))) from None
     values = plain(document.root) if document.root is not None else None
     if document.problems or not isinstance(values, dict):
-        raise RecipeError(document.problems or Problem("write recipe and axes (qlora-lite explain sweep)", str(path)))
+        raise RecipeError(document.problems or Problem(_WRITE, str(path)))
+    if values.keys() & {"model", "data"}:
+        raise RecipeError(Problem(f"this is a recipe, not a sweep of one; {_WRITE}", str(path)))
     try:
         sweep = Sweep.model_validate(values)
     except ValidationError as error:
-        raise RecipeError([_problem(path, each) for each in error.errors(include_url=False)]) from None
+        raise RecipeError(
+            list(dict.fromkeys(_problem(path, each) for each in error.errors(include_url=False)))
+        ) from None
     if problems := [Problem(message, str(path)) for message in _faults(sweep)]:
         raise RecipeError(problems)
     named = sweep.recipe in dict(list_recipes())
@@ -153,6 +162,9 @@ def _faults(sweep: Sweep) -> Iterator[str]:
 
 def _problem(path: Path, error: Mapping[str, Any]) -> Problem:
     place, message = [str(part) for part in error["loc"]], error["msg"].removeprefix("Value error, ")
+    message = {"missing": f"is missing; {_WRITE}", "extra_forbidden": "is no key of a sweep"}.get(
+        error["type"], message
+    )
     if place[:1] == ["axes"] and len(place) > 2 and error["type"] != "value_error":
         place, message = place[:2], "write a list of values, {from: 1, to: 2}, or a mapping of names to settings"
     return Problem(f"{'.'.join(place)}: {message}", str(path))
@@ -169,4 +181,8 @@ def recipe_of_point(sweep: Sweep, settings: Mapping[str, Any]) -> Recipe:
     Raises:
         RecipeError: a setting is wrong.
     """
-    return load_recipe(sweep.recipe, overrides(settings))
+    try:
+        return load_recipe(sweep.recipe, overrides(settings))
+    except RecipeError as error:
+        places = [("axes" if override_number(problem.where) else problem.where, problem) for problem in error.problems]
+        raise RecipeError([Problem(problem.message, where, problem.key) for where, problem in places]) from None
