@@ -128,7 +128,7 @@ def load_sweep(path: Path) -> Sweep:
     try:
         document = parse(path.read_bytes(), str(path))
     except OSError as error:
-        raise RecipeError(Problem(f"{error.strerror}; {_WRITE}", str(path))) from None
+        raise RecipeError(Problem(f"{str(error.strerror).lower()}; {_WRITE}", str(path))) from None
     values = plain(document.root) if document.root is not None else None
     if document.problems or not isinstance(values, dict):
         raise RecipeError(document.problems or Problem(_WRITE, str(path)))
@@ -162,9 +162,8 @@ def _faults(sweep: Sweep) -> Iterator[str]:
 
 def _problem(path: Path, error: Mapping[str, Any]) -> Problem:
     place, message = [str(part) for part in error["loc"]], error["msg"].removeprefix("Value error, ")
-    message = {"missing": f"is missing; {_WRITE}", "extra_forbidden": "is no key of a sweep"}.get(
-        error["type"], message
-    )
+    known = {"missing": f"is missing; {_WRITE}", "extra_forbidden": "is no key of a sweep"}
+    message = known.get(error["type"], message)
     if place[:1] == ["axes"] and len(place) > 2 and error["type"] != "value_error":
         place, message = place[:2], "write a list of values, {from: 1, to: 2}, or a mapping of names to settings"
     return Problem(f"{'.'.join(place)}: {message}", str(path))

@@ -146,7 +146,8 @@ def test_a_sampler_without_optuna_says_what_to_install(lab, monkeypatch):
         ({"axes": {"train.seed": [0, 1]}}, r"name another one than train\.seed"),
         ({"axes": {"output.dir": ["a"]}}, "the sweep itself says where its runs go"),
         ({"axes": {"x": {"a": {"output.name": "b"}}}}, "the sweep itself says where its runs go"),
-        ({"axes": {"lora.rank": [1]}, "gaol": "eval_loss"}, "gaol"),
+        ({"axes": {"lora.rank": [1]}, "gaol": "eval_loss"}, "gaol: is no key of a sweep"),
+        ({"model": {"path": "x"}}, "this is a recipe, not a sweep of one"),
         ({"axes": {"lora.rank": [1]}, "goal": "accuracy"}, "goal: Input should be 'eval_loss' or 'exact_match'"),
     ],
 )
@@ -157,7 +158,7 @@ def test_a_wrong_sweep_is_one_error_that_names_the_place(lab, said, message):
 
 
 def test_a_wrong_setting_of_any_point_is_an_error_before_the_first_runs(lab):
-    with pytest.raises(RecipeError, match=r"lora\.rank = 0: must be a whole number"):
+    with pytest.raises(RecipeError, match=r"axes: lora\.rank = 0: must be a whole number"):
         lab.run(axes={"lora.rank": [4, 0]})
     with pytest.raises(RecipeError, match=r"lora\.rnk"):
         lab.run(axes={"lora.rnk": [4]})
