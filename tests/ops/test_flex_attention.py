@@ -177,6 +177,7 @@ def test_torch_s_compiler_takes_the_mask_and_the_cap_as_they_are_meant(softcap):
 
 
 @pytest.mark.gpu
+@pytest.mark.real_card
 @pytest.mark.parametrize(("softcap", "sinks"), [(1.5, None), (None, SINKS)], ids=str)
 @pytest.mark.parametrize("window", [None, 140])
 def test_on_a_gpu_values_and_gradients_are_those_of_float64(window, softcap, sinks):
