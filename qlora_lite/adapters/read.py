@@ -38,7 +38,7 @@ REFUSED_KEYS = (
     "use_bdlora", "alora_invocation_tokens", "target_parameters", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
 REFUSED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# Of processor time, for all patterns of an adapter file on all paths; a hundred honest ones take 0.1 seconds.
+# Of processor time, for all patterns of an adapter file on all paths: far more than honest ones take.
 MATCH_SECONDS = 1.0
 MAX_CONFIG_BYTES = 4 * 2**20
 # A safetensors file names its tensors in a header, which reading takes 20 times its size of memory for: a million

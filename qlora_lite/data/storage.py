@@ -2,7 +2,7 @@
 
 A million Example objects with their arrays and texts take several GiB as Python objects; as flat arrays they take
 what their bytes are, and from files only the pages at hand lie in memory. (``datasets`` would store them as Arrow
-tables and hand out Python lists, token by token: 20 times slower to read than a slice of an array.)
+tables and hand out Python lists, token by token, where a slice of an array is a view.)
 
 Files of a folder: token_ids int32 [tokens], learned bool [tokens], text UTF-8 bytes [bytes] (each row's prompt, then
 its answer), rows int64 [R + 1, 6]; row r + 1 of ``rows`` holds the ends of row r in token_ids, of its prompt and of its

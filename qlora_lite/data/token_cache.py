@@ -6,8 +6,8 @@ edited file nor an upgrade finds tokens of before. (``datasets`` keys its cache 
 misses what they read and changes where nothing did.) Paths are in the key because the places of rows are kept.
 
 An entry is a folder that is moved into place when it is whole and flushed to disk; ``set.json``, in it, has the SHA-256
-of each of the others, and of itself, and every use compares them: 0.7 seconds of a processor per GiB, some hundred
-million tokens. Problems are kept too: a set that is refused is refused again at once.
+of each of the others, and of itself, and every use compares them. Problems are kept too: a set that is refused is
+refused again at once.
 
 All entries together take at most MAX_BYTES, or $QLORA_LITE_TOKEN_CACHE_GIB: after a new one is made, those that were
 not used for longest are removed until they do. The new one stays, whatever its size, and a run that has a removed one

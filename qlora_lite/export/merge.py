@@ -280,7 +280,7 @@ def _measure(trained: TrainedRun, merged: Merged, dense: Path, rows: HeldOut, se
     del model
     m, dtype = trained.recipe.model, DTYPES[settings.dtype]
     if dtype == torch.float16 and trained.device.type == "cpu":
-        dtype = torch.float32  # CPUs multiply float16 a hundred times slower; its values are exact in float32
+        dtype = torch.float32  # CPUs multiply float16 far slower; its values are exact in float32
     again = settings.quantize or (m.quant if m.quant != "none" else "nf4")
 
     def dense_model(quant: str, dtype: torch.dtype) -> Outputs:

@@ -4,14 +4,14 @@ The key of a quantised model is a hash over every weight file's SHA-256, the con
 settings, so a changed file under an old name is never mistaken for the old one. Such an entry is a checkpoint folder as
 ``save.save_for_cache`` writes it, moved into place when it is whole.
 
-A sum over each of an entry's files lies beside them, and every load compares it: the cached weights of a 7B model, 5.2
-GiB, cost 0.8 seconds of a processor. (The digests of the model's own files are remembered: of those one reads what was
+A sum over each of an entry's files lies beside them, and every load compares it, which is part of the time that
+``tools/bench/load`` shows. (The digests of the model's own files are remembered: of those one reads what was
 downloaded, and a damaged one is another entry.)
 
-transformers parses a GGUF header in Python for each part that it makes of it: 3 CPU seconds for the 49,152 tokens of
-SmolLM2, in every process. So the configuration and the tokenizer are converted once, and kept in transformers' own
+transformers parses a GGUF header, all tokens of its vocabulary, in Python for each part that it makes of it, and in
+every process. So the configuration and the tokenizer are converted once, and kept in transformers' own
 files. Their key is the header's SHA-256 and the version of transformers, whose conversion it is. One process converts
-at a time: one that started beside it would take the same seconds, and move its entry to where the other one reads.
+at a time: one that started beside it would do the same work, and move its entry to where the other one reads.
 """
 
 import hashlib

@@ -1,17 +1,17 @@
 """Causal attention, one block of queries at a time: on a CPU, and on a GPU for what no fused kernel takes.
 
 torch's fused attention is made of many small products on a CPU; here a block of queries of all the heads that
-share a key head is one matrix, multiplied with just the keys that the block can see: two thirds of the time,
-forward and backward (9 heads of 64 over 3 key heads, 512 tokens in bf16, two cores of an EPYC: 3.6 and 8.2 ms against
-5.3 and 12.6). Only queries, keys and values are saved: backward builds a block's weights again, so that the largest
-tensors are one block's weights. A processor whose fused kernel is the faster one can take it for the values.
+share a key head is one matrix, multiplied with just the keys that the block can see. Only queries, keys and values
+are saved: backward builds a block's weights again, so that the largest tensors are one block's weights. A processor
+whose fused kernel is the faster one can take it for the values. ``tools/bench/limit`` shows what attention takes of a
+step.
 
 The weights are ``softmax(scaling * q k^T)``, with scores that may be capped first (Gemma-2) and with sinks, which take
 a share of the weights and give nothing (gpt-oss). A GPU's fused kernels know neither; written out for a whole row,
 the scores of all heads would take the square of its length. Products accumulate in float32 and the softmax is taken in
 float32; scores and weights are rounded to the inputs' type between the products. That is transformers' eager
 attention, with its error (in bf16 about three times that of the fused kernel, which keeps the scores in
-float32; doing so here costs all of the time won).
+float32; doing so here would cost time).
 
 Shapes: query [B, H, T, D], key and value [B, K, T, D], H a multiple of K, G = H / K; result [B, T, H, D]. Inside,
 all of them lie by key head and then by token, [B * K, T + 32, G, D] (G is 1 for keys and values), so that the

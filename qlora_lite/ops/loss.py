@@ -19,9 +19,9 @@ import torch
 from .shapes import device_type, pad_rows, pieces
 from .transfer import part
 
-# Words that the head is multiplied with at once, and tokens whose logits of these are in float32 at once. On a CPU few
-# words are 1.3 to 1.6 times as fast: malloc gives a tensor of 32 MiB (1,024 tokens x 8,192 words, float32) pages that
-# were never touched, time after time. And few tokens stay in the cache: 0.6 to 0.95 of the time beside the products.
+# Words that the head is multiplied with at once, and tokens whose logits of these are in float32 at once. On a CPU both
+# are few: malloc gives a tensor of 32 MiB (1,024 tokens x 8,192 words, float32) pages that were never touched, time
+# after time, and the logits of few tokens stay in the cache. ``tools/bench/limit`` shows the time of the loss.
 TILE_WORDS = {"cuda": 8192, "cpu": 2048}
 TILE_TOKENS = {"cuda": 1 << 30, "cpu": 128}
 AUTO_CHUNK_TOKENS = 1024  # at once 48 MiB of logits in bf16 and float32 on a GPU, 5 MiB on a CPU

@@ -4,8 +4,8 @@ In host memory a block's tensors lie in one flat buffer (pinned beside a GPU), s
 blocks share an allocation, since pinned memory comes in whole powers of two. On a disk they stay in the file that they
 were loaded from, which the process sees as memory (``ReadAhead``). The device has two slots: while a block computes in
 one, the next in the direction of travel (the following in forward, the one before in backward) arrives in the other.
-Frozen weights are never written back. 4-bit blocks are what makes this pay: for an 8B model 107 MiB a block, 4 ms over
-a fast bus, against 20 ms of products for 2,048 tokens.
+Frozen weights are never written back. 4-bit blocks are what makes this pay: one of an 8B model is 107 MiB, and
+``tools/plan_recipes --limits`` calculates from how many tokens on products hide its copy.
 
 A block's modules hold views of its slot while it is there and otherwise what lies in host memory or in the file, so
 that whatever reads the model's tensors finds the true values. Saved tensors point into a slot: they must be gone

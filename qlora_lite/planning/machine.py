@@ -1,6 +1,6 @@
 """The machine a plan is for: its memory, and how fast it computes and moves.
 
-The machine at hand is measured in a fifth of a second (one matrix product, one copy), since no table knows what
+The machine at hand is measured, in a moment (one matrix product, one copy), since no table knows what
 else runs on it. For a GPU from the table, the vendor's rates are multiplied by the shares that real kernels
 reach. Step times that follow from either are for ranking plans; ``tools/check/plan`` shows how far off they are.
 """

@@ -1,7 +1,7 @@
 """Run the real training step on tensors without memory and keep its ledger.
 
 They are plain tensors on torch's meta device: each has a shape and a storage with a size. (A ``FakeTensorMode``
-takes several times as long: 0.1 ms an operation.)
+does more for each operation, in Python.)
 
 Nothing here knows what a step does: it has the workload build its skeleton, builds the real optimizer, and calls
 ``train.memory_probe`` below a ``Ledger`` and a ``WorkCounter``. One pass shows the steady state: the optimizer has

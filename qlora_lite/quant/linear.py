@@ -1,8 +1,8 @@
 """Frozen linear layers whose weights are stored in 4 bits, and what describes any linear layer's weight.
 
 ``bitsandbytes.nn.Linear4bit`` is not used: it keeps the quantisation constants outside the module's
-registers, rewrites its own weight during ``forward`` on CPUs, and its CPU training path was measured
-seven times slower than dequantise-then-matmul.
+registers, rewrites its own weight during ``forward`` on CPUs, and trains slower there (``tools/bench/peers``
+trains with it).
 
 Shapes: x [..., in], weight [out, in], y [..., out].
 Source: QLoRA, arXiv 2305.14314, section 3.

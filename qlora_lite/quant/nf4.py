@@ -11,9 +11,9 @@ packing.
 
 Packing on a CPU is done here, because the operator looks up each weight by binary search, whose branches no
 processor predicts. Here a weight's number is a count: how many of the 15 borders between table entries lie
-below it. That is 15 vector compares and a sum, in chunks that stay in the cache. The compares are numpy's:
-torch's are seven times slower when their result is bool. On two cores of an EPYC a 7B model's largest projection was
-packed 10 times as fast as by bitsandbytes' operator, to the same bytes.
+below it. That is 15 vector compares and a sum, in chunks that stay in the cache. The compares are numpy's,
+since torch's are slow when their result is bool. ``tools/bench/load`` times a whole checkpoint, packed here and by the
+operator; ``tests/quant/test_nf4.py`` compares the bytes of both.
 
 Shapes: `codes` uint8 [ceil(weights / 2), 1]; blocks = ceil(weights / 64); `absmax` [blocks].
 """
@@ -296,7 +296,7 @@ def _quantize_on_cpu(flat: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
 
     threads = torch.get_num_threads()
     workers = min(threads, _MAX_THREADS)
-    try:  # with torch's own threads inside each worker, a busy machine packs ten times slower
+    try:  # torch's own threads inside each worker would be more than there are cores
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             list(pool.map(pack_chunk, range(0, complete, _CHUNK_WEIGHTS)))
     finally:

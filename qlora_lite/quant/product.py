@@ -143,7 +143,7 @@ def add_product(
 
     The sum is rounded once, at the end of the product (but not under torch.compile; see ``product_beside``). Rounding
     the product first would swallow an addend below half a step of bf16 whole: the fate of a LoRA update in its first
-    steps, measured as most of the learning lost. (On a GPU this holds under ``float32_partial_sums``.)
+    steps (``tests/adapters/test_small_updates.py``). (On a GPU this holds under ``float32_partial_sums``.)
     """
     if torch.compiler.is_compiling():
         return addend.add_(product(x, spec, tensors, bias, of_gradient=of_gradient))
