@@ -17,6 +17,7 @@ Source: CUDA graphs, ``torch.cuda.graph``; fixed keys and values, transformers' 
 """
 
 import logging
+import warnings
 from collections.abc import Callable
 from functools import cache, partial
 
@@ -160,8 +161,10 @@ class FixedSteps:
         before, logits = torch.cuda.get_sync_debug_mode(), None
         graph = torch.cuda.CUDAGraph()
         try:
-            torch.cuda.set_sync_debug_mode("error")
             try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # torch's, that the mode is a prototype
+                    torch.cuda.set_sync_debug_mode("error")
                 logits = self.step()
             finally:
                 torch.cuda.set_sync_debug_mode(before)

@@ -311,8 +311,8 @@ def test_a_compiler_that_fails_leaves_the_other_kernels(chosen_attention, monkey
 @pytest.mark.gpu
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 def test_on_a_gpu_a_run_with_kernels_is_the_run_without_within_rounding(model_type, monkeypatch, caplog):
-    def in_bfloat16(name):
-        model, plain = quantized_pair(name)
+    def in_bfloat16(name, **options):
+        model, plain = quantized_pair(name, **options)
         return model.to(torch.bfloat16), plain
 
     monkeypatch.setattr(tiny_trainer, "quantized_pair", in_bfloat16)
