@@ -18,6 +18,7 @@ from qlora_lite.quant.linear import is_conv1d, stands_for_conv1d
 from qlora_lite.quant.tensor_file import write_tensors
 
 from .checkpoint_names import outside
+from .lora.dora import DoraLinear
 from .lora.inject import (
     ALL_LINEAR,
     Target,
@@ -32,7 +33,7 @@ from .lora.inject import (
 from .lora.layer import LoraLinear
 from .lora.shared import forget_begun
 from .method import AdapterMethod
-from .read import CONFIG_NAME, WEIGHTS_NAME, Adapter, Factors, factor_names, read_adapter
+from .read import CONFIG_NAME, WEIGHTS_NAME, Adapter, Factors, read_adapter, tensor_names
 
 _SHOWN = 3  # names of layers in an error
 
@@ -43,8 +44,8 @@ def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the factors of a model under the names of the PEFT format."""
     tensors: dict[str, torch.Tensor] = {}
     for name, layer in lora_layers(model):
-        name_a, name_b = factor_names(outside(model, name))
-        tensors |= {name_a: layer.lora_A.detach(), name_b: layer.lora_B.detach()}
+        names = tensor_names(outside(model, name))
+        tensors |= {names[leaf]: parameter.detach() for leaf, parameter in layer.named_parameters(recurse=False)}
     return tensors
 
 
@@ -65,6 +66,7 @@ def adapter_config(model: nn.Module, base_model: str) -> dict:
         "rank_pattern": {name: layer.rank for name, layer in layers.items() if layer.rank != rank},
         "alpha_pattern": {name: layer.alpha for name, layer in layers.items() if layer.alpha != alpha},
         "use_rslora": first.rslora,
+        **({"use_dora": True} if _is_dora(layers) else {}),
         "fan_in_fan_out": any(stands_for_conv1d(layer.base) for layer in layers.values()),
         "bias": "none",
         "inference_mode": True,
@@ -84,7 +86,7 @@ def _target_modules(model: nn.Module, layers: Collection[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Lora(AdapterMethod):
-    """Low-rank adapters beside linear layers; the arguments are those of ``add_lora``."""
+    """Low-rank adapters beside linear layers, LoRA's or DoRA's; the arguments are those of ``add_lora``."""
 
     targets: tuple[Target, ...] = (Target(ALL_LINEAR),)
     rank: int = 16
@@ -92,17 +94,18 @@ class Lora(AdapterMethod):
     dropout: float = 0.0
     rslora: bool = False
     dtype: torch.dtype = torch.bfloat16
+    dora: bool = False
 
     def apply(self, model: nn.Module) -> None:
         """See ``add_lora``."""
-        add_lora(model, self.targets, self.rank, self.alpha, self.dropout, self.rslora, self.dtype)
+        add_lora(model, self.targets, self.rank, self.alpha, self.dropout, self.rslora, self.dtype, self.dora)
 
     def config(self, model: nn.Module, base_model: str) -> dict:
         """See ``adapter_config``."""
         return adapter_config(model, base_model)
 
     def parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield A before B, layer by layer.
+        """Yield A, B and DoRA's magnitudes, layer by layer.
 
         Raises:
             ModelError: the model has no LoRA layers.
@@ -199,14 +202,17 @@ def attach_adapter(model: nn.Module, adapter: Adapter) -> nn.Module:
     """Add LoRA layers with an adapter's factors to a model without any; return the model."""
     targets = [Target(name, factors.rank, factors.alpha) for name, factors in adapter.layers.items()]
     first = next(iter(adapter.layers.values()))
-    add_lora(model, targets, dropout=adapter.dropout, rslora=first.rslora, dtype=first.lora_A.dtype)
+    kind = {"rslora": first.rslora, "dora": adapter.is_dora}
+    add_lora(model, targets, dropout=adapter.dropout, dtype=first.lora_A.dtype, **kind)
     where: torch.device = model.device
     device = torch.device("cpu") if where.type == "meta" else where
     layers = dict(lora_layers(model))
     for layer in layers.values():
         if layer.lora_A.device != device:  # the layer's weight is elsewhere until it is needed
-            layer.lora_A, layer.lora_B = (nn.Parameter(torch.empty_like(p, device=device))
-                                          for p in (layer.lora_A, layer.lora_B))  # fmt: skip
+            for leaf, parameter in list(layer.named_parameters(recurse=False)):
+                setattr(layer, leaf, nn.Parameter(torch.empty_like(parameter, device=device)))
+            for leaf, buffer in list(layer.named_buffers(recurse=False)):
+                setattr(layer, leaf, buffer if buffer.is_meta else buffer.to(device))
     _fill(layers, adapter.layers)
     return model
 
@@ -226,6 +232,9 @@ def begin_with(model: nn.Module, adapter: Adapter) -> nn.Module:
     for what in ("rank", "alpha", "rslora"):
         pairs = {(getattr(own[name], what), getattr(given[name], what)) for name in own.keys() & given.keys()}
         differences += [f"lora.{what} is {here}, its {what} {there}" for here, there in sorted(pairs) if here != there]
+    methods = ["dora" if is_dora else "lora" for is_dora in (_is_dora(own), adapter.is_dora)]
+    if methods[0] != methods[1]:
+        differences.append(f"adapter.method is {methods[0]}, its method {methods[1]}")
     if differences:
         raise ModelError(f"lora.init_from: the adapter has other factors than this recipe: {'; '.join(differences)}")
     _fill(own, given)
@@ -236,11 +245,15 @@ def _some(names: Collection[str]) -> str:
     return ", ".join(sorted(names)[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
-def _fill(own: dict[str, LoraLinear], given: dict[str, Factors]) -> None:
+def _is_dora(layers: Mapping[str, LoraLinear]) -> bool:
+    return any(isinstance(layer, DoraLinear) for layer in layers.values())
+
+
+def _fill(own: Mapping[str, LoraLinear], given: Mapping[str, Factors]) -> None:
     with torch.no_grad():
         for name, layer in own.items():
-            layer.lora_A.copy_(given[name].lora_A)
-            layer.lora_B.copy_(given[name].lora_B)
+            for leaf, tensor in given[name].tensors.items():
+                layer.get_parameter(leaf).copy_(tensor)
 
 
 def detach_adapter(model: nn.Module) -> nn.Module:

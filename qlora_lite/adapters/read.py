@@ -1,11 +1,11 @@
 """Read an adapter folder in the PEFT format and check it against a model.
 
-Whatever this package cannot compute (DoRA, trained biases, ``modules_to_save``) is refused, and all tensors that are
+Whatever this package cannot compute (trained biases, ``modules_to_save``) is refused, and all tensors that are
 missing, unexpected, of a wrong shape or not finite are listed in one error: an adapter that loads and does nothing is
 the worst fault of this kind.
 
-Tensor names: ``base_model.model.PATH.lora_A.weight`` [r, in] and ``...lora_B.weight`` [out, r]; PATH is as files have
-it (``outside``).
+Tensor names: ``base_model.model.PATH.lora_A.weight`` [r, in] and ``...lora_B.weight`` [out, r], of DoRA also
+``...lora_magnitude_vector`` [out]; PATH is as files have it (``outside``).
 """
 
 import json
@@ -34,7 +34,7 @@ WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 # Settings of peft that change what an adapter computes, and the starts of values that change the base model.
 REFUSED_KEYS = (
-    "use_dora", "modules_to_save", "trainable_token_indices", "layer_replication", "lora_bias", "use_qalora",
+    "modules_to_save", "trainable_token_indices", "layer_replication", "lora_bias", "use_qalora",
     "use_bdlora", "alora_invocation_tokens", "target_parameters", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
 REFUSED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -49,24 +49,32 @@ LISTED = 50  # problems of one file shown; a file may have a million
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """One layer's share of an adapter: ``weight + scale * lora_B @ lora_A`` is the adapted weight.
+    """One layer's share of an adapter: ``weight + scale * lora_B @ lora_A`` is the adapted weight, of LoRA.
 
     Args:
         lora_A: [r, in].
         lora_B: [out, r].
         alpha: numerator of the scale.
         rslora: the scale divides by sqrt(r) instead of r.
+        lora_magnitude_vector: [out], of DoRA: the norms that the rows of the adapted weight are scaled to.
     """
 
     lora_A: torch.Tensor
     lora_B: torch.Tensor
     alpha: float
     rslora: bool = False
+    lora_magnitude_vector: torch.Tensor | None = None
 
     @property
     def rank(self) -> int:
         """Return r."""
         return self.lora_A.shape[0]
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return what was trained, by its name in a layer."""
+        named = {name: getattr(self, name) for name in ("lora_A", "lora_B", "lora_magnitude_vector")}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @property
     def scale(self) -> float:
@@ -80,6 +88,11 @@ class Adapter:
 
     layers: dict[str, Factors]
     dropout: float
+
+    @property
+    def is_dora(self) -> bool:
+        """Return whether it scales the adapted weights' rows; then it does so in every layer."""
+        return any(factors.lora_magnitude_vector is not None for factors in self.layers.values())
 
 
 def read_adapter(model: nn.Module, folder: str | Path) -> Adapter:
@@ -101,18 +114,18 @@ def read_adapter(model: nn.Module, folder: str | Path) -> Adapter:
     inside = {outside(model, name): name for name in linear_layers(model)}
     layers = {name: model.get_submodule(path) for name, path in inside.items()}
     tensors = _read_tensors(folder / WEIGHTS_NAME, HEADER_BYTES + HEADER_BYTES_PER_LAYER * len(layers))
-    ranks, problems = _check(tensors, layers)
+    ranks, problems = _check(tensors, layers, bool(config.get("use_dora")))
     problems += _without_factors(config, layers, ranks)
     if problems:
         more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
         shown = "; ".join(problems[:LISTED] + more)
         raise ModelError(f"the adapter {folder} does not fit this model: {shown}")
     alphas, rslora = _from_patterns(config.get("alpha_pattern") or {}, list(ranks)), bool(config.get("use_rslora"))
-    factors = {
-        inside[name]: Factors(tensors[name_a], tensors[name_b], alphas.get(name, config["lora_alpha"]), rslora)
-        for name in ranks
-        for name_a, name_b in [factor_names(name)]
-    }
+    factors = {}
+    for name in ranks:
+        lora_a, lora_b, magnitude = map(tensors.get, tensor_names(name).values())
+        alpha = alphas.get(name, config["lora_alpha"])
+        factors[inside[name]] = Factors(lora_a, lora_b, alpha, rslora, magnitude)
     return Adapter(factors, config.get("lora_dropout", 0.0))
 
 
@@ -128,9 +141,10 @@ def named_base(folder: str | Path) -> tuple[str | None, str | None]:
     return base, revision
 
 
-def factor_names(name: str) -> tuple[str, str]:
-    """Return the names of A and B of a layer in adapter files; see ``outside`` for the layer's own."""
-    return f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
+def tensor_names(name: str) -> dict[str, str]:
+    """Return the names in adapter files of a layer's trained tensors by those in it; see ``outside`` for its own."""
+    leaves = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude_vector": "lora_magnitude_vector"}
+    return {leaf: f"{PREFIX}{name}.{there}" for leaf, there in leaves.items()}
 
 
 def adapter_bytes(folder: Path) -> int:
@@ -199,19 +213,19 @@ def _read_tensors(path: Path, header_bytes: int) -> dict[str, torch.Tensor]:
         raise ModelError(f"cannot read {path}: {error}; it is cut short or not a safetensors file") from None
 
 
-def _check(tensors, layers) -> tuple[dict[str, int], list[str]]:
+def _check(tensors, layers, is_dora: bool) -> tuple[dict[str, int], list[str]]:
     """Return the rank of each adapted layer, and everything that is wrong with the tensors."""
     ranks: dict[str, int] = {}
     problems: list[str] = []
     known: set[str] = set()
     adapted = {m[1] for name in tensors if (m := re.fullmatch(rf"{PREFIX}(.+)\.lora_[AB]\.weight", name))}
     for name in sorted(adapted & set(layers)):
-        keys = factor_names(name)
+        keys = list(tensor_names(name).values())[: 3 if is_dora else 2]
         known.update(keys)
         problems += [f"{key} is missing" for key in keys if key not in tensors]
         if any(key not in tensors for key in keys):
             continue
-        lora_a, lora_b = (tensors[key] for key in keys)
+        lora_a, lora_b, *magnitudes = (tensors[key] for key in keys)
         out_features, in_features = frozen_weight(layers[name])[0].shape
         rank = lora_a.shape[0] if lora_a.ndim == 2 else 0
         shapes = [tuple(lora_a.shape), tuple(lora_b.shape)]
@@ -219,6 +233,8 @@ def _check(tensors, layers) -> tuple[dict[str, int], list[str]]:
             problems.append(f"{name} has shapes {shapes}, its layer is {out_features} x {in_features}")
         if not (lora_a.is_floating_point() and lora_b.is_floating_point()):
             problems.append(f"{name} has factors of {lora_a.dtype} and {lora_b.dtype}, which are no numbers to train")
+        if any(m.shape != (out_features,) or not m.is_floating_point() for m in magnitudes):
+            problems.append(f"{keys[2]} does not have a number for each of {out_features} outputs")
         problems += [f"{key} is not finite" for key in keys if not tensors[key].isfinite().all()]
         ranks[name] = rank
     problems += [f"{name[:200]} belongs to no linear layer" for name in sorted(set(tensors) - known)]

@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from qlora_lite.adapters.checkpoint_names import outside
 from qlora_lite.adapters.files import adapter_config, attach_adapter, detach_adapter, write_adapter
-from qlora_lite.adapters.read import Adapter, Factors, factor_names
+from qlora_lite.adapters.read import Adapter, Factors, tensor_names
 from qlora_lite.errors import ModelError
 from qlora_lite.files import replacing_folder
 from qlora_lite.models.gguf_names import GgufNames
@@ -58,8 +58,8 @@ def write_peft(adapter: Adapter, skeleton: nn.Module, out: Path, base_model: str
     detach_adapter(skeleton)
     tensors: dict[str, torch.Tensor] = {}
     for name, factors in adapter.layers.items():
-        name_a, name_b = factor_names(outside(skeleton, name))
-        tensors |= {name_a: factors.lora_A.contiguous(), name_b: factors.lora_B.contiguous()}
+        names = tensor_names(outside(skeleton, name))
+        tensors |= {names[leaf]: tensor.contiguous() for leaf, tensor in factors.tensors.items()}
     config = {key: value for key, value in config.items() if value not in ({}, False)}
     write_adapter(out, tensors, config, tokenizer)
 
@@ -71,8 +71,9 @@ def for_vllm(adapter: Adapter, skeleton: nn.Module, family: str) -> tuple[Adapte
         family: ``model_type`` of the base model's configuration.
 
     Raises:
-        ModelError: vLLM cannot read an adapter of this rank or for this model.
+        ModelError: vLLM cannot read an adapter of this method or rank, or for this model.
     """
+    refuse_dora(adapter, "vLLM")
     if family not in VLLM_FAMILIES or any(stands_for_conv1d(skeleton.get_submodule(name)) for name in adapter.layers):
         known = ", ".join(VLLM_FAMILIES)
         raise ModelError(f"vLLM is not known to support adapters for {family} (but for {known}); merge and serve that")
@@ -80,6 +81,17 @@ def for_vllm(adapter: Adapter, skeleton: nn.Module, family: str) -> tuple[Adapte
     if largest > VLLM_RANKS[-1]:
         raise ModelError(f"vLLM takes ranks up to {VLLM_RANKS[-1]}, the adapter has {largest}; merge and serve that")
     return with_one_scaling(adapter, largest), next(rank for rank in VLLM_RANKS if rank >= largest)
+
+
+def refuse_dora(adapter: Adapter, program: str) -> None:
+    """Check that an adapter is LoRA, for a program that would leave its magnitudes out.
+
+    Raises:
+        ModelError: it is DoRA.
+    """
+    if adapter.is_dora:
+        raise ModelError(f"the adapter is DoRA, and {program} takes LoRA alone, without DoRA's magnitudes; `qlora-lite "
+                         "merge`, or export --to gguf or ollama, writes a merged model, which needs none")  # fmt: skip
 
 
 def with_one_scaling(adapter: Adapter, rank: int | None = None) -> Adapter:

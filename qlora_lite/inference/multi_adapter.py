@@ -148,7 +148,7 @@ def open_tasks(
     tasks = {
         name: Task(
             run, run.template(tokenizer), tuple(stop_ids(model, tokenizer, run.end_token_ids)),
-            sum(f.lora_A.nbytes + f.lora_B.nbytes for f in adapters[name].layers.values()),
+            sum(tensor.nbytes for f in adapters[name].layers.values() for tensor in f.tensors.values()),
         )
         for name, run in zip(names, opened, strict=True)
     }  # fmt: skip

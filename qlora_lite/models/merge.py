@@ -15,7 +15,8 @@ Names, tensors that are no floats, and parts of the checkpoint outside the langu
 Merging leaves nothing to compute at generation, but only a weight of more bits can hold the sum: in bf16 a step of the
 weight is 1/256 of it and small updates are rounded away one by one; ``Rounding`` measures what came of it.
 
-Shapes: W [out, in], A [r, in], B [out, r]. Source: LoRA, arXiv 2106.09685, section 4.1.
+Shapes: W [out, in], A [r, in], B [out, r]. Source: LoRA, arXiv 2106.09685, section 4.1; of DoRA, whose weights have
+their rows scaled to the learned norms, arXiv 2402.09353, section 4.1.
 """
 
 import copy
@@ -80,14 +81,18 @@ def _dot(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def merged_weight(weight: torch.Tensor, factors: Factors) -> torch.Tensor:
-    """Return ``weight + scale * lora_B @ lora_A``, formed in float32, for whoever stores it to round once.
+    """Return ``weight + scale * lora_B @ lora_A``, of DoRA with its rows scaled, in float32: it is rounded once, later.
 
     Args:
         weight: [out, in], any float type; left as it is.
         factors: of the same layer.
     """
     merged = weight.to(torch.float32, copy=True)
-    return merged.addmm_(factors.lora_B.float(), factors.lora_A.float(), alpha=factors.scale)
+    merged.addmm_(factors.lora_B.float(), factors.lora_A.float(), alpha=factors.scale)
+    if (magnitude := factors.lora_magnitude_vector) is not None:
+        norms = torch.linalg.vector_norm(merged, dim=1).clamp_(min=torch.finfo(torch.float32).tiny)
+        merged.mul_((magnitude.float() / norms)[:, None])
+    return merged
 
 
 @dataclass(frozen=True, slots=True)

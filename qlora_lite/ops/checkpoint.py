@@ -70,9 +70,10 @@ class Run:
         return next(self._calls)
 
     def result(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Return a result that an earlier run kept, or keep it."""
+        """Return a result that an earlier run kept; a first run keeps it, and one that was given none computes it."""
         if not self.is_first:
-            return self.next_result()
+            kept = next(self._results, None)
+            return compute() if kept is None else kept
         self.kept.append(compute())
         return self.kept[-1]
 

@@ -119,9 +119,9 @@ def add_adapter(recipe: Recipe, model: nn.Module, adapter: Path | None = None) -
 
 def method_of(recipe: Recipe) -> Lora:
     """Return the adapter method that a recipe describes."""
-    x = recipe.lora
+    x, is_dora = recipe.lora, recipe.adapter.method == "dora"
     targets = tuple(Target(t.pattern, t.rank, t.alpha) for t in x.targets)
-    return Lora(targets, x.rank, x.alpha, x.dropout, x.rslora, getattr(torch, x.dtype))
+    return Lora(targets, x.rank, x.alpha, x.dropout, x.rslora, getattr(torch, x.dtype), is_dora)
 
 
 def build_to_use(

@@ -18,7 +18,7 @@ from qlora_lite.memory.meter import free_bytes
 
 from .nf4 import BLOCK_SIZE, Packed, dequantize_rows, quantize
 from .packed import PackedWeight
-from .product import FrozenMatmul, WeightSpec
+from .product import FrozenMatmul, WeightSpec, materialize
 from .small_batch import (
     Arranged,
     arrange,
@@ -34,6 +34,7 @@ log = logging.getLogger("qlora_lite")
 
 _ROUTER = re.compile(r"(^|[._])(router|gate|wg)(\.|$)")
 SPARED = 0.5  # of the free memory, that arranged weights leave to everything else
+WEIGHTS_AT_ONCE = 1 << 22  # whose squares are summed, in float32
 
 
 class QuantLinear(PackedWeight):
@@ -147,6 +148,26 @@ def frozen_weight(module: nn.Module) -> tuple[WeightSpec, tuple[torch.Tensor, ..
     return WeightSpec(shape, None), (weight,)
 
 
+def squared_row_norms(module: nn.Module) -> torch.Tensor:
+    """Return the sum of the squares of each row of a linear layer's weight, float32 [out].
+
+    A 4-bit weight is dequantised a few rows at a time, but for one whose rows are not made of whole blocks.
+    """
+    spec, tensors = frozen_weight(module)
+    out_features, in_features = spec.shape
+    squares = torch.empty(out_features, dtype=torch.float32, device=tensors[0].device)
+    if squares.is_meta:
+        return squares
+    by_rows = isinstance(module, QuantLinear) and in_features % BLOCK_SIZE == 0
+    dtype = torch.float32 if isinstance(module, QuantLinear) else tensors[0].dtype
+    rows = WeightRows(module, dtype) if by_rows else materialize(spec, tensors, dtype)
+    at_once = max(1, WEIGHTS_AT_ONCE // in_features)
+    for start in range(0, out_features, at_once):
+        some = slice(start, start + at_once)
+        squares[some] = rows[some].float().square().sum(1)
+    return squares
+
+
 def arrange_weights(model: nn.Module) -> int:
     """Give the 4-bit layers of a model in host memory what their fused products of few rows need.
 
@@ -171,7 +192,7 @@ def arrange_weights(model: nn.Module) -> int:
     return taken
 
 
-def small_batch_product(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+def small_batch_product(module: nn.Module, x: torch.Tensor, with_bias: bool = True) -> torch.Tensor | None:
     """Return ``x @ weight.T + bias`` by the packed weight itself, or None where that does not serve.
 
     It serves where a 4-bit layer is used, not trained, with few rows. The product is rounded before anything is added
@@ -186,4 +207,4 @@ def small_batch_product(module: nn.Module, x: torch.Tensor) -> torch.Tensor | No
         y = gpu_product(x, module.packed, shape, module.quant_type)
     else:
         return None
-    return y if module.bias is None else y.add_(module.bias)
+    return y.add_(module.bias) if with_bias and module.bias is not None else y

@@ -134,8 +134,17 @@ class Target(_Section):
     """Alpha of these layers; null is lora.alpha."""
 
 
+class Adapter(_Section):
+    """What is trained beside the frozen model."""
+
+    method: Literal["lora", "dora"] = "lora"
+    """lora trains LoRA weights. dora also trains the norm of each row of the adapted weights (DoRA, or QDoRA on a 4-bit
+    model): a little more memory and time, and vLLM and llama.cpp take it merged only. The lora section sets up
+    both."""
+
+
 class Lora(_Section):
-    """The LoRA weights: the only weights that are trained."""
+    """The LoRA weights, which are trained alone, or with the norms of adapter.method dora."""
 
     rank: PositiveInt = 16
     """Rank of the LoRA matrices."""
@@ -154,7 +163,7 @@ class Lora(_Section):
     rslora: bool = False
     """Scale by alpha / sqrt(rank), which keeps high ranks from learning too slowly."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of the LoRA weights and their gradients."""
+    """Type of the LoRA weights and their gradients; the norms of adapter.method dora are always in float32."""
     init_from: Text | None = None
     """Adapter to start from: a run folder, or a folder in the PEFT format, with the layers, ranks and alphas of this
     section; its weights are rounded to lora.dtype. null starts with new LoRA weights, which leave the model's outputs
@@ -442,6 +451,7 @@ class Recipe(_Section):
     """Everything a run is made from; get one from `load_recipe`, which also checks files and combinations."""
 
     model: Model
+    adapter: Adapter = Adapter()
     lora: Lora = Lora()
     data: Data
     train: Train = Train()

@@ -175,7 +175,7 @@ def test_a_file_without_tensors_is_refused(folder):
 @pytest.mark.parametrize(
     "setting",
     [
-        {"use_dora": True}, {"bias": "all"}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]},
+        {"bias": "all"}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]},
         {"trainable_token_indices": [1]}, {"lora_bias": True}, {"init_lora_weights": "pissa_niter_4"},
         {"layer_replication": [[0, 2], [1, 2]]},
     ],

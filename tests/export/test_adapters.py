@@ -81,6 +81,22 @@ def test_peft_loads_the_folder_with_equal_logits(model_type, case, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == (run / "template.jinja").read_text()
 
 
+def test_dora_is_exported_to_peft_and_refused_where_its_magnitudes_would_be_left_out(tmp_path, monkeypatch):
+    run = tiny_run(tmp_path, "qwen2", MIXED, [*PLAIN_WEIGHTS, "adapter.method=dora"])
+    export_run(run, tmp_path / "out", ExportSettings("peft"))
+    theirs = peft.PeftModel.from_pretrained(plain(tmp_path), tmp_path / "out")
+    trained = peft.PeftModel.from_pretrained(plain(tmp_path), run / "adapter")
+    assert torch.equal(logits(theirs), logits(trained))
+    assert not torch.allclose(logits(theirs), adapted_logits(run), atol=1e-2)  # which are LoRA's
+    keys = json.loads((tmp_path / "out" / "adapter_config.json").read_text()).keys()
+    assert "use_dora" in keys and keys <= PEFT_0_13
+    monkeypatch.setattr(forms, "build_to_use", lambda *_: pytest.fail("a model was loaded"))
+    for form, program in (("vllm", "vLLM"), ("gguf-adapter", "llama.cpp's --lora")):
+        with pytest.raises(ModelError, match=f"is DoRA, and {program} takes LoRA alone.*`qlora-lite merge`"):
+            export_run(run, tmp_path / form, ExportSettings(form))
+        assert not (tmp_path / form).exists()
+
+
 # Of `pip install --no-deps --target FOLDER peft==0.11.1`, and of others: this environment has only one peft.
 OLD_PEFT = os.environ.get("QLORA_LITE_OLD_PEFT")
 LOAD_IN_OLD_PEFT = """

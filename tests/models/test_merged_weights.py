@@ -115,6 +115,15 @@ def test_rank_stabilised_scales_are_merged(tmp_path):
     assert torch.allclose(logits(merge(run, tmp_path / "out")), logits(trained_model(run)), atol=2e-4)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen2"])
+def test_dora_is_merged_into_the_rows_that_it_scales(model_type, tmp_path):
+    run = tiny_run(tmp_path, model_type, LORA, ["adapter.method=dora"])
+    found, expected = logits(merge(run, tmp_path / "out")), logits(trained_model(run))
+    plain = logits(merge(tiny_run(tmp_path / "lora", model_type, LORA), tmp_path / "plain"))
+    assert torch.allclose(found, expected, atol=2e-4)
+    assert (found - plain).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_embeddings_stay_tied_and_untouched(tied, tmp_path):
     run = tiny_run(tmp_path, tie_word_embeddings=tied)

@@ -57,7 +57,8 @@ def job_for(config, **changes):
 def measured(job, model_type, steps=(LENGTHS, LENGTHS), scale=1.0, **changes):
     """Return the ledger of the last of some real training steps, of rows of such lengths, and an evaluation."""
     model = build_tiny(model_type, **changes)
-    quantize_in_place(model, job.workload.spec.quant, job.workload.spec.double_quant)
+    if job.workload.spec.quant != "none":
+        quantize_in_place(model, job.workload.spec.quant, job.workload.spec.double_quant)
     adopt(model)
     job.workload.method.apply(model)
     check_forward(model, max(job.shape.lengths))
@@ -97,6 +98,16 @@ def test_the_predicted_peak_of_every_phase_is_the_measured_one(model_type, optio
         if runs_unpacked(tiny):
             pytest.skip("its rows run alone in transformers 5.17")
     job = job_for(config_of(model_type), options=replace(options, loss_chunk_tokens=8))
+    assert_predicted(job, measured(job, model_type))
+
+
+@pytest.mark.parametrize(("model_type", "quant", "options"), [
+    ("llama", "nf4", MemoryOptions()), ("llama", "nf4", MemoryOptions("none")), ("qwen2", "nf4", MemoryOptions()),
+    ("qwen2", "nf4", MemoryOptions(tile_tokens=16)), ("gpt2", "none", MemoryOptions(cache_dequantized=True)),
+])  # fmt: skip
+def test_the_predicted_peak_of_dora_is_the_measured_one(model_type, quant, options):
+    options = replace(options, loss_chunk_tokens=8)
+    job = job_for(config_of(model_type), options=options, dora=True, quant=quant)
     assert_predicted(job, measured(job, model_type))
 
 

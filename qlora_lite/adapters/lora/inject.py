@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qlora_lite.errors import ModelError
 from qlora_lite.quant.linear import is_linear, routers
 
+from .dora import DoraLinear
 from .layer import LoraLinear
 from .shared import share_inputs
 
@@ -87,13 +88,14 @@ def choose_layers(names: Sequence[str], targets: Sequence[Target], inside: Conta
 
 def add_lora(
     model: nn.Module, targets: str | Sequence[str | Target] = ALL_LINEAR, rank: int = 16, alpha: float = 32.0,
-    dropout: float = 0.0, rslora: bool = False, dtype: torch.dtype = torch.bfloat16,
+    dropout: float = 0.0, rslora: bool = False, dtype: torch.dtype = torch.bfloat16, dora: bool = False,
 ) -> nn.Module:  # fmt: skip
     """Freeze the model and wrap the chosen linear layers in place; return the model.
 
     Args:
         targets: ``"all-linear"``, or names, glob patterns and ``Target`` objects.
         rank, alpha, dropout, rslora, dtype: see ``LoraLinear``.
+        dora: learn the norms of the adapted weights' rows too; see ``dora``.
 
     Raises:
         ModelError: a target matches no layer, there are LoRA layers already, or an argument is invalid.
@@ -102,9 +104,9 @@ def add_lora(
     wanted = _as_targets(targets)
     _check_factors(rank, alpha, dropout, dtype)
     model.requires_grad_(False)
-    layers = linear_layers(model)
+    layers, kind = linear_layers(model), DoraLinear if dora else LoraLinear
     for name, target in choose_layers(list(layers), wanted, in_blocks(model)).items():
-        wrapped = LoraLinear(layers[name], target.rank or rank, target.alpha or alpha, dropout, rslora, dtype)
+        wrapped = kind(layers[name], target.rank or rank, target.alpha or alpha, dropout, rslora, dtype)
         wrapped.path = name
         wrapped.train(model.training)
         model.set_submodule(name, wrapped)
@@ -171,7 +173,7 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
 
 
 def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the trainable factors of a model with their paths, A before B, layer by layer."""
+    """Yield the trainable weights of a model with their paths, layer by layer: A, B, and of DoRA the magnitudes."""
     for name, layer in lora_layers(model):
-        yield f"{name}.lora_A", layer.lora_A
-        yield f"{name}.lora_B", layer.lora_B
+        for leaf, parameter in layer.named_parameters(recurse=False):
+            yield f"{name}.{leaf}", parameter

@@ -74,14 +74,14 @@ def begin(x: torch.Tensor, layers: Sequence["LoraLinear"]) -> Begun:
     return Begun(x, kept, low.chunk(len(layers), dim=1), placeholders, weights)
 
 
-def end(layer: "LoraLinear", begun: Begun, number: int) -> torch.Tensor:
+def end(layer: "LoraLinear", begun: Begun, number: int, with_bias: bool = True) -> torch.Tensor:
     """Return ``x W^T + bias + scale * (x A^T) B^T``, with gradients for x, A and B.
 
     Args:
         number: of the layer, among those that were begun together.
     """
     placeholder, low, (spec, frozen) = begun.placeholders[number], begun.low[number], begun.weights[number]
-    inputs = placeholder, low, begun.x.detach(), layer.lora_B.detach(), layer.base.bias
+    inputs = placeholder, low, begun.x.detach(), layer.lora_B.detach(), layer.base.bias if with_bias else None
     return product_or_placeholder(lambda: _LoraProduct.apply(*inputs, spec, begun.kept, *frozen), placeholder)
 
 
@@ -203,11 +203,15 @@ class LoraLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training and self.dropout > 0:
             return self.by_autograd(x, _dropped(x, self.dropout))
-        y = small_batch_product(self.base, x)
+        return self.adapted_product(x)
+
+    def adapted_product(self, x: torch.Tensor, with_bias: bool = True) -> torch.Tensor:
+        """Return y by the fused path; without dropout."""
+        y = small_batch_product(self.base, x, with_bias)
         if y is not None:
             return add_update(y, x, self.lora_A, self.lora_B, self.scale)
         begun, number = (begin(x, [self]), 0) if self.shared is None else self.shared.begun_for(self, x)
-        return end(self, begun, number)
+        return end(self, begun, number, with_bias)
 
     def by_autograd(self, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
         """Return y by the formula, the low-rank part of an input of its own: plain autograd around the frozen product.
@@ -215,10 +219,13 @@ class LoraLinear(nn.Module):
         Args:
             branch: the low-rank part's input.
         """
-        low = self.scale * functional.linear(branch, self.lora_A.to(x.dtype))
-        update = functional.linear(low, self.lora_B.to(x.dtype))
         spec, frozen = frozen_weight(self.base)
-        return FrozenMatmul.apply(x, update, self.base.bias, spec, *frozen)
+        return FrozenMatmul.apply(x, self.update(branch), self.base.bias, spec, *frozen)
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``scale * (x A^T) B^T`` by plain autograd."""
+        low = self.scale * functional.linear(x, self.lora_A.to(x.dtype))
+        return functional.linear(low, self.lora_B.to(x.dtype))
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}, rslora={self.rslora}"

@@ -6,7 +6,9 @@ Merging into the base and out again, the other way to swap, costs a pass over al
 weights, and leaves rounding errors behind. Here a swap sets one name: no weight moves. The adapters lie in memory
 beside the base, a thousandth of it each.
 
-Only for inference: no gradients. As in training (``layer``) the base product accumulates onto the low-rank part.
+Only for inference: no gradients. As in training (``layer``) the base product accumulates onto the low-rank part. The
+norms of a DoRA adapter's weights (``dora``) are those of its base once and for all, so they are computed when it is
+added.
 
 Shapes: x [rows, ..., in], A [r, in], B [out, r].
 Source: LoRA, arXiv 2106.09685, section 4.1, third advantage; batches of several adapters: Punica, arXiv 2310.18547.
@@ -21,9 +23,10 @@ from torch.nn import functional
 
 from qlora_lite.adapters.read import Adapter, Factors
 from qlora_lite.errors import ModelError
-from qlora_lite.quant.linear import frozen_weight, small_batch_product
+from qlora_lite.quant.linear import frozen_weight, small_batch_product, squared_row_norms
 from qlora_lite.quant.product import add_product, materialize
 
+from .dora import adapted_norms, excess_of
 from .inject import linear_layers
 from .layer import add_update
 
@@ -80,26 +83,54 @@ class Switch:
 
 
 class SwitchLinear(nn.Module):
-    """A frozen linear layer with the factors of every adapter that adapts it."""
+    """A frozen linear layer with the factors of every adapter that adapts it.
 
-    def __init__(self, base: nn.Module, switch: Switch, factors: Mapping[str, Factors], device: torch.device):
+    Args:
+        dtype: that the model computes in.
+    """
+
+    def __init__(
+        self, base: nn.Module, switch: Switch, factors: Mapping[str, Factors], device: torch.device, dtype: torch.dtype
+    ):  # fmt: skip
         super().__init__()
         self.base, self.switch = base.requires_grad_(False), switch
         self.factors = {
             name: (each.lora_A.to(device), each.lora_B.to(device), each.scale) for name, each in factors.items()
         }
+        magnitudes = {name: each for name, each in factors.items() if each.lora_magnitude_vector is not None}
+        squares, here = squared_row_norms(base) if magnitudes else None, base.weight.device
+        self.excess = {}  # by DoRA adapter: m / |V| - 1
+        for name, each in magnitudes.items():
+            pair = each.lora_A.to(here), each.lora_B.to(here)
+            norms = adapted_norms(base, squares, *pair, each.scale, dtype)
+            self.excess[name] = excess_of(each.lora_magnitude_vector.to(here), norms, dtype).to(device)
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         spec, frozen = frozen_weight(self.base)
-        y, rows = small_batch_product(self.base, x), self.switch.rows
+        rows, bias = self.switch.rows, self.base.bias
+        scaled = self.excess.keys() & set(rows if isinstance(rows, tuple) else [rows])
+        y = small_batch_product(self.base, x, with_bias=not scaled)
         if y is not None and not isinstance(rows, tuple):
-            return add_update(y, x, *self.factors[rows]) if rows in self.factors else y
-        update = self._update(x, spec.shape[0])
-        bias: torch.Tensor | None = self.base.bias
-        if update is None:
+            y = add_update(y, x, *self.factors[rows]) if rows in self.factors else y
+        elif (update := self._update(x, spec.shape[0])) is None:
             return functional.linear(x, materialize(spec, frozen, x.dtype), bias)
-        return add_product(update, x, spec, frozen, bias) if y is None else y.add_(update)
+        elif y is None:
+            y = add_product(update, x, spec, frozen, None if scaled else bias)
+        else:
+            y.add_(update)
+        for name in scaled:
+            self._scale(y, name)
+        return y.add_(bias) if scaled and bias is not None else y
+
+    def _scale(self, y: torch.Tensor, name: str) -> None:
+        """Multiply what an adapter's rows have by ``m / |V|``, in place."""
+        if not isinstance(self.switch.rows, tuple):
+            y.addcmul_(y, self.excess[name])
+            return
+        places = self.switch.places(name, y.device)
+        part = y.index_select(0, places)
+        y.index_copy_(0, places, part.addcmul_(part, self.excess[name]))
 
     def _update(self, x: torch.Tensor, out_features: int) -> torch.Tensor | None:
         rows = self.switch.rows
@@ -131,5 +162,5 @@ def add_switch(model: nn.Module, adapters: Mapping[str, Adapter]) -> Switch:
         factors = {name: adapter.layers[path] for name, adapter in adapters.items() if path in adapter.layers}
         if factors:
             device: torch.device = model.device
-            model.set_submodule(path, SwitchLinear(layer, switch, factors, device))
+            model.set_submodule(path, SwitchLinear(layer, switch, factors, device, model.dtype))
     return switch
