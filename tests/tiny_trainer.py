@@ -12,7 +12,8 @@ from qlora_lite.train.settings import TrainSettings
 
 SETTINGS = dict(
     max_steps=4, epochs=1.0, learning_rate=0.01, micro_batch_size=1, gradient_accumulation_steps=2,
-    optimizer="adamw_torch", lr_scheduler="constant", warmup_ratio=0.0, max_grad_norm=1.0, weight_decay=0.0, seed=0,
+    optimizer="adamw_torch", lr_scheduler="constant", warmup_ratio=0.0, max_grad_norm=1.0, weight_decay=0.0,
+    loraplus_lr_ratio=1.0, seed=0,
     max_tokens=32, packing=True, order="shuffle", on_not_finite="stop", max_skipped_steps=0, stochastic_rounding=True,
     fused_loss="off",
 )  # fmt: skip

@@ -126,6 +126,10 @@ class Lora(AdapterMethod):
         """B begins at zero, so A's first gradient is zero by construction and B's is the one to look at."""
         return [name for name, _ in lora_layers(model) if not norms[f"{name}.lora_B"]]
 
+    def lr_ratios(self, names: Sequence[str], loraplus: float) -> list[float]:
+        """Return the ratio of LoRA+ for each B, and 1 for the rest."""
+        return [loraplus if name.endswith(".lora_B") else 1.0 for name in names]
+
     def does_nothing(self, model: nn.Module) -> bool:
         """Return whether every B is still zero."""
         return not any(layer.lora_B.any() for _, layer in lora_layers(model))

@@ -60,6 +60,19 @@ class AdapterMethod:
         """
         return {name: name for name in names}
 
+    def lr_ratios(self, names: Sequence[str], loraplus: float) -> list[float]:
+        """Return what the learning rate of each parameter is multiplied by.
+
+        Args:
+            loraplus: train.loraplus_lr_ratio.
+
+        Raises:
+            TrainingError: the method has no weights that this ratio is for.
+        """
+        if loraplus != 1:
+            raise TrainingError(f"train.loraplus_lr_ratio {loraplus:g} is for LoRA weights: set it to 1")
+        return [1.0] * len(names)
+
     def does_nothing(self, model: nn.Module) -> bool:
         """Return whether an adapter that was trained for some steps is still the identity it began as."""
         return False

@@ -77,10 +77,19 @@ class Job:
     optimizer: str = "adamw_8bit"
     stochastic_rounding: bool = True
     max_grad_norm: float = 1.0
+    loraplus_lr_ratio: float = 1.0
     accumulating: bool = False
     deterministic: bool = False
     saved_adapters: int = 0
     options: MemoryOptions = field(default_factory=MemoryOptions)
+
+
+class Trained(NamedTuple):
+    """What an update needs to know of a parameter."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    lr_ratio: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +104,7 @@ class Simulation:
     frozen_bytes: int = 0  # the model without the adapter, wherever it lies
     measured_because: str = ""  # the operator that cannot run without values, where real tensors were measured
     streamed_sizes: tuple[int, ...] = ()  # bytes of the first streamed blocks, of each kind at least one
-    trained: tuple[tuple[torch.Size, torch.dtype], ...] = ()  # shape and type of each parameter
+    trained: tuple["Trained", ...] = ()
 
     def peak(self, name: str | None = None) -> Moment:
         """Return the highest moment of a phase, or of all."""
@@ -248,8 +257,9 @@ def _run(job: Job, device: torch.device, timeline: bool, measured_because: str =
     workload = job.workload.with_options(job.options)
     with planning_for(job.device_type):
         model = workload.planned_model(device, _as_counted(job), job.shape)
-    parameters = [parameter for _, parameter in workload.method.parameters(model)]
-    optimizer = _optimizer(job, parameters)
+    names, parameters = zip(*workload.method.parameters(model), strict=True)
+    lr_ratios = workload.method.lr_ratios(names, job.loraplus_lr_ratio)
+    optimizer = _optimizer(job, parameters, lr_ratios)
     remember = with_values if workload.needs_values(model) else remembered
     counter, run = WorkCounter(), remember if device == META else on_real_tensors
     ledger = PlanLedger(job.device_type, timeline=timeline, work=counter, run=run)
@@ -271,7 +281,7 @@ def _run(job: Job, device: torch.device, timeline: bool, measured_because: str =
         dict(ledger.peaks), resident, work, ledger.offloaded_peak_bytes,
         ledger.disk_peak_bytes - in_files, frozen,
         measured_because, tuple(stream.sizes) if stream else (),
-        tuple((parameter.shape, parameter.dtype) for parameter in parameters),
+        tuple(Trained(p.shape, p.dtype, ratio) for p, ratio in zip(parameters, lr_ratios, strict=True)),
     )  # fmt: skip
     return (simulation, moments) if timeline else simulation
 
@@ -282,9 +292,9 @@ def _as_counted(job: Job) -> MemoryOptions:
     return replace(job.options, compile=False, kernels="plain" if is_plain else job.options.kernels)
 
 
-def _optimizer(job: Job, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+def _optimizer(job: Job, parameters: Sequence[nn.Parameter], lr_ratios: Sequence[float]) -> torch.optim.Optimizer:
     with planning_for(job.device_type):  # and below no ledger: its tables are real numbers
-        return build_optimizer(parameters, job.optimizer, 0.0, 0.0, job.stochastic_rounding)
+        return build_optimizer(parameters, job.optimizer, 0.0, 0.0, job.stochastic_rounding, lr_ratios)
 
 
 def _at_depth(job: Job, layers: int) -> Job:
@@ -359,10 +369,10 @@ def _continued(job: Job, base: _Ends, slopes: Sequence[tuple[_Ends, int]], last:
 
 
 @lru_cache(_KNOWN_UPDATES)
-def _update(job: Job, trained: tuple[tuple[torch.Size, torch.dtype], ...]) -> Moment:
+def _update(job: Job, trained: tuple[Trained, ...]) -> Moment:
     """Return the highest moment of an update of such parameters, where nothing else lies in memory."""
-    parameters = [nn.Parameter(torch.empty(shape, dtype=dtype, device=META)) for shape, dtype in trained]
-    optimizer = _optimizer(job, parameters)
+    parameters = [nn.Parameter(torch.empty(each.shape, dtype=each.dtype, device=META)) for each in trained]
+    optimizer = _optimizer(job, parameters, [each.lr_ratio for each in trained])
     ledger = PlanLedger(job.device_type, run=remembered)
     with planning_for(job.device_type), deterministic(job.deterministic), ledger:
         ledger.claim(parameters, "adapter")

@@ -197,7 +197,7 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_shape: BatchShape | No
     spec = ModelSpec(config, quant, double_quant, m.quant_head, dtype, recipe.data.max_tokens)
     return Job(
         CausalLM(method=method_of(recipe), spec=spec), BatchShape((1,), 1), eval_shape, machine.device_type,
-        t.optimizer, t.stochastic_rounding, t.max_grad_norm, deterministic=t.deterministic,
+        t.optimizer, t.stochastic_rounding, t.max_grad_norm, t.loraplus_lr_ratio, deterministic=t.deterministic,
         saved_adapters=1 if eval_shape is None else 2,
     )  # fmt: skip
 

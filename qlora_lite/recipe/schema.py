@@ -293,6 +293,8 @@ class Train(_Section):
     """Gradients with a larger norm are scaled down to it; 0 turns clipping off."""
     weight_decay: NonNegativeFloat = 0.0
     """Share of each weight removed per step, times the learning rate."""
+    loraplus_lr_ratio: PositiveFloat = 1.0
+    """How many times train.learning_rate the learning rate of the LoRA matrices B is (LoRA+); 1 is the same for all."""
     compile: bool = False
     """Run the blocks through torch.compile: faster steps after a minute or so of compilation, with results that differ
     by rounding. Not with dropout (lora.dropout or the model's own) or memory.checkpointing selective; needs

@@ -24,7 +24,7 @@ from qlora_lite.quant import bnb
 from qlora_lite.quant.blockwise import BLOCK_VALUES
 
 from .eight_bit import CpuAdamW8bit, CpuLion8bit
-from .optim import are_finite
+from .optim import are_finite, parameters_of
 from .rounding import round_stochastically
 
 # Values that are updated at once, if several factors have them. A CPU's float32 copies of them have 1 MiB: larger ones
@@ -110,7 +110,7 @@ class _Flat:
         super().__init__(*args, **kwargs)
         self.stochastic_rounding = stochastic_rounding
         self._chunks = [_chunks(group["params"], self.args.min_8bit_size) for group in self.param_groups]
-        self._places = {p: place for group in self.param_groups for place, p in enumerate(group["params"])}
+        self._places = {p: place for place, p in enumerate(parameters_of(self))}
         self._counted: list[Tensor] = []  # the factors that the last step was counted of
         for chunk in (chunk for chunks in self._chunks for chunk in chunks):
             chunk.weights()

@@ -32,7 +32,7 @@ from .generators import generator_states, restore_generators
 from .guards import check_trainable, explain_not_finite
 from .loss_scale import LossScale
 from .memory_probe import probe_step
-from .optim import build_optimizer
+from .optim import build_optimizer, parameters_of, set_learning_rate
 from .out_of_memory import cut, first_line, free_cached_memory, is_out_of_memory, lower_limit, no_retry
 from .settings import TrainSettings, lr_factor
 from .step import Evaluation, StepResult, evaluate_loss, train_step, train_step_in_backward
@@ -102,12 +102,15 @@ class Trainer:
         trained = dict(workload.method.parameters(model))
         if not trained:
             raise ModelError("there is nothing to train: the adapter method gives no parameter of this model")
-        self.names, self.parameters = list(trained), list(trained.values())
         self.device = workload.device(model)
+        self.lr_ratios = workload.method.lr_ratios(list(trained), settings.loraplus_lr_ratio)
         self.optimizer = build_optimizer(
-            self.parameters, settings.optimizer, settings.learning_rate, settings.weight_decay,
-            settings.stochastic_rounding,
+            trained.values(), settings.optimizer, settings.learning_rate, settings.weight_decay,
+            settings.stochastic_rounding, self.lr_ratios,
         )  # fmt: skip
+        self.parameters = parameters_of(self.optimizer)
+        names = {parameter: name for name, parameter in trained.items()}
+        self.names = [names[parameter] for parameter in self.parameters]
         self.total_steps = self.epochs.total_steps()
         self.step = self.skipped = 0
         self.epoch = self.epoch_step = 0  # the next step's: its epoch, and the steps before it in that epoch
@@ -149,7 +152,8 @@ class Trainer:
         largest, evaluation = largest_batches(work, self.examples, eval_examples, self.epochs, self.most_tokens)
         # bitsandbytes never gives paged states back; others of the same size are freed after the memory probe
         name = s.optimizer.removeprefix("paged_")
-        optimizer = build_optimizer(self.parameters, name, 0.0, 0.0, s.stochastic_rounding)
+        trained = [parameter for _, parameter in work.method.parameters(self.model)]
+        optimizer = build_optimizer(trained, name, 0.0, 0.0, s.stochastic_rounding, self.lr_ratios)
         before, was_training = list(map(bit_sums, self.parameters)), self.model.training
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             probe_step(
@@ -239,8 +243,7 @@ class Trainer:
         retries = self.meter.allocation_retries()
         self.step += 1
         rate = s.learning_rate * lr_factor(self.step, self.total_steps, s.lr_scheduler, s.warmup_ratio)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(self.optimizer, rate)
         whole = s.options.optimizer_in_backward
         result = self._whole_step(micro_batches) if whole else self._within_memory(micro_batches, self._step)
         if not math.isfinite(result.loss + result.grad_norm):

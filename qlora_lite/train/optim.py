@@ -24,6 +24,7 @@ from .rounding import in_float32
 log = logging.getLogger(__name__)
 
 CONCURRENT_MANAGED_ACCESS = 89  # an attribute of a device, in cuda.h
+LR_RATIO = "lr_ratio"  # key of a parameter group: what its learning rate is multiplied by
 BITSANDBYTES_NAMES = {  # of its classes, and of those in ``flat``
     "paged_adamw_8bit": "PagedAdamW8bit",
     "paged_adamw_32bit": "PagedAdamW32bit",
@@ -37,7 +38,7 @@ BITSANDBYTES_NAMES = {  # of its classes, and of those in ``flat``
 
 def build_optimizer(
     parameters: Iterable[torch.nn.Parameter], name: str, learning_rate: float, weight_decay: float,
-    stochastic_rounding: bool = True,
+    stochastic_rounding: bool = True, lr_ratios: Iterable[float] | None = None,
 ) -> torch.optim.Optimizer:  # fmt: skip
     """Build an optimizer over what an adapter method trains; nothing else is decayed.
 
@@ -45,13 +46,18 @@ def build_optimizer(
         name: a key of ``BITSANDBYTES_NAMES``, or ``adamw_torch``.
         weight_decay: decoupled decay per step, as a factor on the learning rate.
         stochastic_rounding: of bfloat16 factors; see ``rounding``.
+        lr_ratios: what the learning rate of each parameter is multiplied by, as in LoRA+ (arXiv 2402.12354); None is 1.
+            Parameters of one ratio are a group.
 
     Returns:
         One that may lay the factors end to end, and whose step can scale gradients and be left out; see ``flat``.
     """
-    parameters = list(parameters)
+    parameters, by_ratio = list(parameters), {}
+    for parameter, ratio in zip(parameters, lr_ratios or [1.0] * len(parameters), strict=True):
+        by_ratio.setdefault(ratio, []).append(parameter)
+    groups = [{"params": some, LR_RATIO: ratio, "lr": learning_rate * ratio} for ratio, some in by_ratio.items()]
     if name == "adamw_torch":
-        return TorchAdamW(parameters, stochastic_rounding, lr=learning_rate, weight_decay=weight_decay)
+        return TorchAdamW(groups, stochastic_rounding, lr=learning_rate, weight_decay=weight_decay)
     from . import flat
 
     device = parameters[0].device
@@ -62,9 +68,18 @@ def build_optimizer(
     optimizer_class = getattr(flat, BITSANDBYTES_NAMES[name])
     if device.type != "cuda":
         optimizer_class = flat.ON_CPU.get(optimizer_class, optimizer_class)
-    return optimizer_class(
-        parameters, lr=learning_rate, weight_decay=weight_decay, stochastic_rounding=stochastic_rounding
-    )
+    return optimizer_class(groups, lr=learning_rate, weight_decay=weight_decay, stochastic_rounding=stochastic_rounding)
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    """Return an optimizer's parameters, group by group."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of each group of one of ``build_optimizer``'s, its ratio times ``rate``."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group[LR_RATIO]
 
 
 class TorchAdamW(torch.optim.AdamW):
@@ -74,17 +89,17 @@ class TorchAdamW(torch.optim.AdamW):
         stochastic: float32 states for bfloat16 parameters, which are updated in float32 and rounded stochastically.
     """
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter], stochastic: bool, **settings):
+    def __init__(self, groups: Sequence[dict], stochastic: bool, **settings):
         # one factor after the other on a GPU too: all at once hold further values of each
-        super().__init__(parameters, foreach=False, **settings)
-        self._rounded = dict(enumerate(parameters)) if stochastic else {}
+        super().__init__(groups, foreach=False, **settings)
+        self._rounded = dict(enumerate(parameters_of(self))) if stochastic else {}
 
     def step(self, if_finite: torch.Tensor | None = None, scale: torch.Tensor | None = None) -> None:
         """Update every parameter that has a gradient, which is scaled first; see ``flat``. The host looks at once."""
         if not are_finite(if_finite):
             return
         if scale is not None:
-            torch._foreach_mul_([p.grad for group in self.param_groups for p in group["params"]], scale)
+            torch._foreach_mul_([p.grad for p in parameters_of(self)], scale)
         with in_float32(self._rounded, lambda p: int(self.state[p]["step"])):
             super().step()
 
@@ -158,7 +173,7 @@ class UpdatesInBackward:
 
     def __init__(self, optimizer: torch.optim.Optimizer, probing: bool = False):
         self.optimizer, self.probing = optimizer, probing
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.parameters = parameters_of(optimizer)
         self._norms: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._handles: list = []
 

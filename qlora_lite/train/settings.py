@@ -24,6 +24,7 @@ class TrainSettings:
     warmup_ratio: float
     max_grad_norm: float
     weight_decay: float
+    loraplus_lr_ratio: float
     seed: int
     max_tokens: int
     packing: bool

@@ -17,7 +17,7 @@ from qlora_lite.ops.compiled import in_words
 from qlora_lite.quant.small_batch import plain_products
 
 from .loss_scale import unscale
-from .optim import UpdatesInBackward, clip_scale, gradient_norms
+from .optim import UpdatesInBackward, clip_scale, gradient_norms, parameters_of
 from .out_of_memory import no_retry
 from .workload import Workload
 
@@ -98,7 +98,7 @@ def train_step(
     Raises:
         DoesNotFitError: memory ran out in the update, when some weights may have been changed already.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = parameters_of(optimizer)
     inputs = [workload.inputs(batch, workload.device(model)) for batch in batches]
     mean, metrics = accumulate_gradients(workload, model, inputs, scale)
     with phase("optimizer"):

@@ -50,6 +50,6 @@ def _settings() -> TrainSettings:
     return TrainSettings(
         max_steps=STEPS, epochs=1.0, learning_rate=1e-3, micro_batch_size=ROWS_PER_STEP,
         gradient_accumulation_steps=1, optimizer="adamw_torch", lr_scheduler="cosine", warmup_ratio=0.03,
-        max_grad_norm=1.0, weight_decay=0.0, seed=0, max_tokens=1024, packing=False, order="shuffle",
-        on_not_finite="stop", max_skipped_steps=0, stochastic_rounding=True, fused_loss="off",
+        max_grad_norm=1.0, weight_decay=0.0, loraplus_lr_ratio=1.0, seed=0, max_tokens=1024, packing=False,
+        order="shuffle", on_not_finite="stop", max_skipped_steps=0, stochastic_rounding=True, fused_loss="off",
     )  # fmt: skip

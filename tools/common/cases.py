@@ -171,7 +171,8 @@ def trainer_of(case: dict, model, steps: int = 1, computes: bool = True) -> Trai
     settings = TrainSettings(
         max_steps=steps, epochs=1, learning_rate=1e-4, micro_batch_size=1,
         gradient_accumulation_steps=case.get("accumulation", 1), optimizer=case.get("optimizer", OPTIMIZER),
-        lr_scheduler="constant", warmup_ratio=0.0, max_grad_norm=_max_norm(case), weight_decay=0.0, seed=0,
+        lr_scheduler="constant", warmup_ratio=0.0, max_grad_norm=_max_norm(case), weight_decay=0.0,
+        loraplus_lr_ratio=1.0, seed=0,
         max_tokens=case["tokens"], packing="lengths" not in case, order="as-is", options=memory_options_of(case),
         on_not_finite="stop", max_skipped_steps=0, stochastic_rounding=True, fused_loss="off",
     )  # fmt: skip
