@@ -36,6 +36,8 @@ _RENAMED = {
         "device_map use_cpu no_cuda",
     "model.revision":
         "model_revision revision_of_model",
+    "adapter.method":
+        "dora use_dora peft_use_dora lora_use_dora",
     "lora.rank":
         "lora_r r lora_rank lora_dim network_dim",
     "lora.alpha":
@@ -232,14 +234,12 @@ _NOT_OFFERED = {
         "special_tokens added_tokens_overrides trainable_token_indices resize_vocab resize_token_embeddings "
         "resize_token_embeddings_to_32x mean_resizing_embeddings shrink_embeddings fix_untrained_tokens eot_tokens "
         "embeddings_skip_upcast eos_token",
-    "remove it; all LoRA weights have the same learning rate (no LoRA+, no separate rate for embeddings)":
-        "loraplus_lr_ratio loraplus_lr_embedding loraplus_* embedding_learning_rate embedding_lr embedding_lr_scale "
-        "lr_groups lr_scale_b",
+    "remove it; embeddings are not trained, and among LoRA weights train.loraplus_lr_ratio gives B another rate":
+        "loraplus_lr_embedding embedding_learning_rate embedding_lr embedding_lr_scale lr_groups lr_scale_b",
     "remove it; there is no 8-bit base here: model.quant is nf4 or fp4 (4 bit), or none (16 bit)":
         "load_in_8bit load_in_fp8 load_in_16bit",
     "remove it; models are quantised to NF4 or FP4 here; other formats are not read":
         "gptq awq hqq eetq aqlm qat qat_scheme quantizer",
-    "remove it; LoRA is plain here, without DoRA's norms": "dora use_dora peft_use_dora lora_use_dora",
     "remove it; LoRA weights have no bias": "bias lora_bias",
     "remove it; new LoRA weights start with B at zero (no PiSSA, OLoRA, EVA or LoftQ); "
     "lora.init_from starts from an adapter":
@@ -285,7 +285,7 @@ _OTHER_TRAINING = {
         "stage rl beta dpo_beta rl_beta dpo_* pref_* kto_* orpo_alpha orpo_* simpo_gamma rpo_alpha cpo_alpha ppo_* "
         "grpo_* reward_model reward_model_* process_reward_model ref_model ref_model_* reward_funcs num_generations "
         "trl vllm kd_* kd_ratio teacher_* training_mode num_labels",
-    "only LoRA weights are trained: no full fine-tuning, and no other kind of adapter":
+    "only LoRA weights are trained, and DoRA's norms: no full fine-tuning, and no other kind of adapter":
         "adapter finetuning_type training_type full_finetuning freeze_trainable_layers freeze_trainable_modules "
         "freeze_extra_modules unfrozen_parameters use_llama_pro oft_* peft_type "
         "use_peft",

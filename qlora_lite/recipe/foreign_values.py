@@ -244,6 +244,11 @@ def _quant(draft: Draft, setting: Setting, key: str) -> None:
         draft.note("lost", setting, "a base is in NF4 or FP4 (4 bit) here, or in 16 bit with none", key)
 
 
+def _method(draft: Draft, setting: Setting, key: str) -> None:
+    if _loose(setting.value) is True:
+        draft.put(key, "dora", setting)
+
+
 def _targets(draft: Draft, setting: Setting, key: str) -> None:
     name, value = setting.name.rpartition(".")[2], setting.value
     mlp = ["gate_proj", "up_proj", "down_proj"]
@@ -537,7 +542,7 @@ _BY_PLACE: dict[str, Callable[[Draft, Setting], None]] = {
     "unsloth-studio:data.format_type": _studio_format,
 }  # fmt: skip
 _BY_KEY: dict[str, Callable[[Draft, Setting, str], None]] = {
-    "model.quant": _quant, "lora.targets": _targets, "data.train": _data, "data.eval": _data,
+    "model.quant": _quant, "adapter.method": _method, "lora.targets": _targets, "data.train": _data, "data.eval": _data,
     "data.eval_share": _eval_share, "data.template": _template, "data.train_on": _train_on, "data.packing": _packing,
     "data.order": _order, "data.overflow": _overflow, "train.micro_batch_size": _batch, "train.max_steps": _max_steps,
     "train.gradient_accumulation_steps": _batch, "train.eval_every_steps": _every, "train.save_every_steps": _every,

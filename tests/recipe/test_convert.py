@@ -371,6 +371,13 @@ def test_settings_that_what_is_learned_depends_on_are_not_lost_without_a_word(ma
     assert len(notes(conversion, "lost")) == 3
 
 
+def test_dora_and_lora_plus_are_converted(made):
+    _, recipe = made(AXOLOTL + "peft_use_dora: true\nloraplus_lr_ratio: 16\n")
+    assert recipe.adapter.method == "dora" and recipe.train.loraplus_lr_ratio == 16
+    _, recipe = made(AXOLOTL + "peft_use_dora: false\n")
+    assert recipe.adapter.method == "lora" and recipe.train.loraplus_lr_ratio == 1
+
+
 def test_a_converted_value_that_a_recipe_refuses_is_named(refused):
     problems = refused(AXOLOTL.replace("lora_r: 32", "lora_r: 0").replace('"1e-4"', "0.0"))
     assert "lora.rank = 0: must be a whole number of at least 1" in problems[0]

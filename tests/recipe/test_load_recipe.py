@@ -158,7 +158,7 @@ def test_a_section_that_is_no_mapping_is_an_error_that_shows_how_to_write_it(pro
         ("lora: {lora_dropout: 0}", "lora.dropout"), ("train: {learning_rat: 1}", "train.learning_rate"),
         ("train: {rank: 1}", "lora.rank"), ("memroy: {}", "memory"),
         ("flash_attention: true", "fastest attention"), ("load_in_8bit: true", "no 8-bit base"),
-        ("lora: {use_dora: true}", "without DoRA's norms"), ("lora: {dora: true}", "without DoRA's norms"),
+        ("lora: {use_dora: true}", "adapter.method"), ("lora: {dora: true}", "adapter.method"),
         ("lora: {rank_pattern: {}}", "items of lora.targets"),
         ("use_liger_kernel: true", "memory.fused_loss"), ("auto_find_batch_size: true", "memory.micro_batches"),
         ("adam_beta2: 0.95", "usual betas"), ("response_template: x", "data.train_on"),
@@ -174,7 +174,8 @@ def test_a_section_that_is_no_mapping_is_an_error_that_shows_how_to_write_it(pro
         ("trainable_token_indices: [1]", "embeddings and the tok"), ("max_new_tokens: 5", "`qlora-lite generate`"),
         ("temperature: 1", "`qlora-lite generate`"), ("top_p: 1", "`qlora-lite generate`"),
         ("lora: {init: pissa}", "(no PiSSA, OLoRA,"), ("init_lora_weights: pissa", "(no PiSSA, OLoRA,"),
-        ("lora: {loraplus_lr_ratio: 16}", "no LoRA+"), ("embedding_learning_rate: 1", "no separate rate"),
+        ("lora: {loraplus_lr_ratio: 16}", "train.loraplus_lr_ratio"),
+        ("embedding_learning_rate: 1", "embeddings are not trained"),
         ("lora: {target_parameters: [x]}", "experts and other parameters stay frozen"),
         ("train: {mixed_precision: bf16}", "model.compute_dtype"), ("num_gpus: 2", "one process on one device"),
         ("gpus: 2", "one process on one device"), ("ddp: true", "one process on one device"),
@@ -187,7 +188,7 @@ def test_a_section_that_is_no_mapping_is_an_error_that_shows_how_to_write_it(pro
         ("loss_watchdog_patience: 3", "on_not_finite"), ("eval_table_size: 5", "answers and losses"),
         ("push_to_hub: true", "`qlora-lite push RUN OWNER/NAME`"),
         ("plot_loss: true", "report.html"), ("curriculum: true", "data.order"), ("full_finetuning: true", "LoRA weig"),
-        ("per_device_eval_batch_size: 1", "train.micro_batch_size"), ("adapter: qlora", "only LoRA weights are"),
+        ("per_device_eval_batch_size: 1", "train.micro_batch_size"),
     ],
 )  # fmt: skip
 def test_a_foreign_or_misspelt_name_is_answered_with_the_local_one(problems, line, local):
