@@ -11,7 +11,7 @@ from tiny_files import save_tiny, write_recipe
 from tiny_runs import summary_of
 from transformers import AutoModelForCausalLM
 
-from qlora_lite.adapters.files import save_adapter
+from qlora_lite.adapters.files import adapter_tensors, save_adapter
 from qlora_lite.adapters.lora.inject import lora_layers
 from qlora_lite.artifacts.run_folder import open_run
 from qlora_lite.artifacts.trained_run import adapter_to_begin_with
@@ -140,6 +140,33 @@ def test_a_stopped_second_run_goes_on_to_the_very_same_end_without_the_adapter_i
     run_recipe(second(tmp_path / "other", *overrides), resume="")
     one, two = (load_file(Path(folder) / "adapter" / WEIGHTS) for folder in (whole, tmp_path / "cut"))
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+def test_a_run_of_dora_is_resumed_to_the_bit_begun_with_and_answers(model_folder, second, tmp_path):
+    overrides = ["adapter.method=dora", "train.loraplus_lr_ratio=4", "train.save_every_steps=2"]
+    path = write_recipe(tmp_path, model_folder)
+    whole, cut = (load_recipe(path, [*overrides, f"output.dir={tmp_path / name}"]) for name in ("whole", "cut"))
+    run_recipe(whole)
+
+    def stop(metrics, _total):
+        if metrics.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        run_recipe(cut, stop)
+    run_recipe(cut, resume="")
+    one, two = (load_file(tmp_path / name / "adapter" / WEIGHTS) for name in ("whole", "cut"))
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    assert any(name.endswith("lora_magnitude_vector") for name in one)
+
+    summary, recipe = summary_of(tmp_path / "whole"), second(tmp_path / "whole", "adapter.method=dora")
+    begun = build_model(recipe, adapter=adapter_to_begin_with(recipe))
+    assert all(torch.equal(tensor, adapter_tensors(begun)[name]) for name, tensor in one.items())
+    with pytest.raises(ModelError, match=r"other factors than this recipe: adapter\.method is lora, its method dora"):
+        add_adapter(plain := second(tmp_path / "whole"), build_skeleton(plain), tmp_path / "whole" / "adapter")
+    found = evaluate_recipe(whole, tmp_path / "whole" / "adapter", 0)
+    assert found["eval_loss"] == pytest.approx(summary["eval_loss_after"], rel=1e-4)
+    assert found["eval_loss"] < summary["eval_loss_before"]
 
 
 def test_a_profile_measures_the_adapter_that_training_would_begin_with(first, second, tmp_path, monkeypatch):
