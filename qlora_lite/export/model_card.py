@@ -64,7 +64,6 @@ def model_card(facts: CardFacts) -> str:
 
 
 def _metadata(facts: CardFacts) -> dict:
-    quant = facts.recipe.model.quant
     data = [source.path.removeprefix(_HUB_DATA).partition(":")[0].split("/")[:2] for source in facts.recipe.data.train
             if source.path.startswith(_HUB_DATA)]  # fmt: skip
     found = {
@@ -72,22 +71,35 @@ def _metadata(facts: CardFacts) -> dict:
         "base_model_relation": facts.base_model and ("finetune" if facts.merged_into else "adapter"),
         "library_name": "transformers" if facts.merged_into else "peft",
         "pipeline_tag": "text-generation",
-        "tags": [*(["lora", "qlora"] if quant != "none" else ["lora"]), PROJECT],
+        "tags": [*_methods(facts.recipe), PROJECT],
         "datasets": list(dict.fromkeys("/".join(parts) for parts in data)),
     }
     return {key: value for key, value in {**found, **facts.licence}.items() if value}
+
+
+def _methods(recipe: Recipe) -> list[str]:
+    """Return what the hub calls the ways in which a run was trained."""
+    names = ["lora", "dora"] if recipe.adapter.method == "dora" else ["lora"]
+    return names if recipe.model.quant == "none" else [*names, *(f"q{name}" for name in names)]
 
 
 def _introduction(facts: CardFacts) -> str:
     quant = facts.recipe.model.quant
     base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})" if facts.base_model else "A base model"
     weights = "16-bit weights" if quant == "none" else f"{quant.upper()} weights"
+    kind = _name_of_method(facts.recipe)
     if facts.merged_into:
-        what = f"{base} with a LoRA adapter merged into its {facts.merged_into} weights, which was trained on {weights}"
+        what = (
+            f"{base} with a {kind} adapter merged into its {facts.merged_into} weights, which was trained on {weights}"
+        )
     else:
-        what = f"A LoRA adapter for {base}, trained on {weights}"
+        what = f"A {kind} adapter for {base}, trained on {weights}"
     unfinished = "" if facts.summary.get("status") == "complete" else " The run did not finish."
     return f"{what} with {PROJECT}.{unfinished}"
+
+
+def _name_of_method(recipe: Recipe) -> str:
+    return {"lora": "LoRA", "dora": "DoRA"}[recipe.adapter.method]
 
 
 def _use(facts: CardFacts) -> str:
@@ -148,13 +160,14 @@ def _settings(facts: CardFacts) -> list[tuple[str, str]]:
         ("target tokens", _count(counted.get("learned_tokens"))),
         ("base weights", "16 bit" if r.model.quant == "none" else
          f"{r.model.quant.upper()}{', double quantization' if r.model.double_quant else ''}"),
-        ("LoRA", f"rank {r.lora.rank}, alpha {r.lora.alpha:g}, dropout {r.lora.dropout:g}"
+        (_name_of_method(r), f"rank {r.lora.rank}, alpha {r.lora.alpha:g}, dropout {r.lora.dropout:g}"
          f"{', rank-stabilized' if r.lora.rslora else ''}, on {targets}"
          f"{'; initialized from an earlier adapter' if r.lora.init_from else ''}"),
         ("trainable parameters", _count(summary.get("trainable_parameters"))),
         ("optimizer", f"{r.train.optimizer}, weight decay {r.train.weight_decay:g}, gradient norm up to "
          f"{r.train.max_grad_norm:g}"),
-        ("learning rate", f"{rate}, {r.train.lr_scheduler}, warm-up {r.train.warmup_ratio:.0%}"),
+        ("learning rate", f"{rate}, {r.train.lr_scheduler}, warm-up {r.train.warmup_ratio:.0%}"
+         f"{f', {r.train.loraplus_lr_ratio:g} times that for B' if r.train.loraplus_lr_ratio != 1 else ''}"),
         ("steps", _count(summary.get("steps"))),
         ("sequences per step", f"{r.train.micro_batch_size * r.train.gradient_accumulation_steps}, "
          f"{'packed' if r.data.packing else 'not packed'}, of up to {r.data.max_tokens} tokens"),

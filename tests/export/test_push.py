@@ -17,7 +17,7 @@ from qlora_lite.errors import OutputError
 from qlora_lite.export.merge import MergeSettings, merge_run
 from qlora_lite.export.model_card import CardFacts, model_card
 from qlora_lite.export.push import Push, send
-from qlora_lite.recipe.load import load_recipe
+from qlora_lite.recipe.load import load_recipe, recipe_of
 
 REPO, BASE = "me/orders", "them/Base-1B"
 ADAPTER_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
@@ -254,6 +254,18 @@ def test_a_gpu_says_what_was_measured_and_nothing_of_this_machine(tmp_path):
     ):  # fmt: skip
         assert line in card.splitlines(), line
     assert str(tmp_path) not in card and "rows.jsonl" not in card and "secret" not in card
+
+
+@pytest.mark.parametrize(("quant", "tags"), [("nf4", ["lora", "dora", "qlora", "qdora"]), ("none", ["lora", "dora"])])
+def test_the_card_of_dora_names_it_and_the_rate_of_b(tmp_path, quant, tags):
+    plain = facts(tmp_path, licence={})
+    recipe = recipe_of(plain.recipe.model_dump(mode="json"), [
+        "adapter.method=dora", "train.loraplus_lr_ratio=16", f"model.quant={quant}",
+    ], "recipe")  # fmt: skip
+    card = model_card(replace(plain, recipe=recipe))
+    assert yaml.safe_load(card.split("---\n")[1])["tags"] == [*tags, "qlora-lite"]
+    assert "A DoRA adapter for" in card and "\n| DoRA | rank 8," in card
+    assert "\n| learning rate | 0.0015, cosine, warm-up 3%, 16 times that for B |" in card
 
 
 def test_a_gpu_leaves_out_what_the_run_did_not_measure(tmp_path):
