@@ -206,8 +206,9 @@ def attach_adapter(model: nn.Module, adapter: Adapter) -> nn.Module:
     """Add LoRA layers with an adapter's factors to a model without any; return the model."""
     targets = [Target(name, factors.rank, factors.alpha) for name, factors in adapter.layers.items()]
     first = next(iter(adapter.layers.values()))
-    kind = {"rslora": first.rslora, "dora": adapter.is_dora}
-    add_lora(model, targets, dropout=adapter.dropout, dtype=first.lora_A.dtype, **kind)
+    add_lora(
+        model, targets, dropout=adapter.dropout, rslora=first.rslora, dtype=first.lora_A.dtype, dora=adapter.is_dora
+    )
     where: torch.device = model.device
     device = torch.device("cpu") if where.type == "meta" else where
     layers = dict(lora_layers(model))

@@ -121,7 +121,7 @@ def read_adapter(model: nn.Module, folder: str | Path) -> Adapter:
         shown = "; ".join(problems[:LISTED] + more)
         raise ModelError(f"the adapter {folder} does not fit this model: {shown}")
     alphas, rslora = _from_patterns(config.get("alpha_pattern") or {}, list(ranks)), bool(config.get("use_rslora"))
-    factors = {}
+    factors: dict[str, Factors] = {}
     for name in ranks:
         lora_a, lora_b, magnitude = map(tensors.get, tensor_names(name).values())
         alpha = alphas.get(name, config["lora_alpha"])

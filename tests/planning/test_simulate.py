@@ -111,6 +111,19 @@ def test_the_predicted_peak_of_dora_is_the_measured_one(model_type, quant, optio
     assert_predicted(job, measured(job, model_type))
 
 
+def test_dora_needs_what_lora_does_and_its_magnitudes_and_products_of_one_block():
+    wide, heads, depth, tokens = 256, 128, 6, 2048
+    config = config_of("llama", hidden_size=wide, intermediate_size=4 * wide, num_attention_heads=8,
+                       num_key_value_heads=4, num_hidden_layers=depth, max_position_embeddings=tokens)  # fmt: skip
+    rows = BatchShape((tokens,), tokens - 1)
+    job = job_for(config, shape=rows, eval_shape=None, compute_dtype=torch.bfloat16, optimizer="adamw_32bit")
+    lora, dora = (simulate(changed(job, dora=dora)).peak().total for dora in (False, True))
+    magnitudes = depth * (2 * wide + 2 * heads + 2 * 4 * wide + wide)
+    held = 6 * 4 * magnitudes  # themselves, norms of two kinds, gradients, two states
+    of_one_block = 2 * tokens * (4 * wide + heads)  # of q, v, o and down, and a gradient
+    assert 0 < dora - lora <= held + of_one_block
+
+
 def test_the_predicted_peak_in_float16_is_that_of_a_step_whose_loss_is_scaled():
     job = job_for(config_of("llama"), options=MemoryOptions(loss_chunk_tokens=8), compute_dtype=torch.float16)
     assert_predicted(job, measured(job, "llama", dtype=torch.float16, scale=2.0**16))

@@ -99,7 +99,7 @@ class SwitchLinear(nn.Module):
         }
         magnitudes = {name: each for name, each in factors.items() if each.lora_magnitude_vector is not None}
         squares, here = squared_row_norms(base) if magnitudes else None, base.weight.device
-        self.excess = {}  # by DoRA adapter: m / |V| - 1
+        self.excess: dict[str, torch.Tensor] = {}  # by DoRA adapter: m / |V| - 1
         for name, each in magnitudes.items():
             pair = each.lora_A.to(here), each.lora_B.to(here)
             norms = adapted_norms(base, squares, *pair, each.scale, dtype)
