@@ -158,6 +158,20 @@ def test_norms_are_found_once_for_an_evaluation_and_again_for_other_weights(monk
     assert len(found) == 3
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated", "ignore:`torch.jit.script_method` is deprecated")
+def test_a_compiled_layer_has_the_layer_s_gradients():
+    layer, found = dora(make_base("nf4")), []
+    torch._dynamo.reset()
+    for call in (layer, torch.compile(lambda x: layer(x), fullgraph=True, backend="aot_eager")):
+        layer.zero_grad()
+        x = random_input(1, 9, IN).requires_grad_()
+        call(x).square().sum().backward()
+        found.append([x.grad, *(p.grad for p in layer.parameters() if p.requires_grad)])
+    torch._dynamo.reset()
+    assert len(found[0]) == 4
+    assert all((a - b).norm() <= 1e-5 * a.norm() for a, b in zip(*found, strict=True))
+
+
 ATTENTION = {"llama": "q_proj", "gpt2": "c_attn", "phi3": "qkv_proj", "falcon": "query_key_value", "qwen2": "k_proj"}
 CONFIGS = {
     "plain": {}, "rslora": {"use_rslora": True}, "dropout": {"lora_dropout": 0.3},
