@@ -204,7 +204,7 @@ def test_data_says_of_streamed_rows_that_it_looked_at_the_first_ones_only(finish
 def test_data_says_which_columns_are_not_used(finished, command, tmp_path):
     (tmp_path / "notes.jsonl").write_text('{"text": "a b", "label": 1}\n')
     recipe = write_recipe(tmp_path, finished[1].parent / "model", data={"train": "notes.jsonl"})
-    code, out, _ = command("data", recipe, "train.exact_match_examples=0")
+    code, out, _ = command("data", recipe, "train.metrics_examples=0")
     assert code == 0 and re.search(r"notes.jsonl \(text\)\n +columns not used: label \(1 row\)\nrows +1 read", out)
 
 
@@ -246,9 +246,7 @@ def test_evaluate_says_how_many_rows_it_left_out_of_exact_match_because_their_an
 
 
 def test_evaluate_without_evaluation_rows_is_an_error(finished, command, tmp_path):
-    recipe = write_recipe(
-        tmp_path, finished[1].parent / "model", data={"eval": None}, train={"exact_match_examples": 0}
-    )
+    recipe = write_recipe(tmp_path, finished[1].parent / "model", data={"eval": None}, train={"metrics_examples": 0})
     code, out, err = command("evaluate", recipe, "--json")
     assert (code, out, err) == (2, "", "error: there is no evaluation data; name some, as in data.eval=rows.jsonl\n")
 
@@ -560,7 +558,7 @@ def test_a_signal_ends_the_run_with_130_and_keeps_the_adapter_so_far(finished, t
     "spelling", ["--resume {out}", "--resume", "--resume train.save_every_steps=1", "--resume={out}"]
 )
 def test_a_stopped_run_goes_on_with_every_spelling_of_resume(finished, command, tmp_path, spelling):
-    recipe = write_recipe(tmp_path, finished[1].parent / "model", train={"max_hours": 1e-9, "exact_match_examples": 0})
+    recipe = write_recipe(tmp_path, finished[1].parent / "model", train={"max_hours": 1e-9, "metrics_examples": 0})
     code, out, err = command("train", recipe)
     assert code == 130 and out == "" and "\nstopped by train.max_hours" in err
     arguments = spelling.format(out=tmp_path / "out").split()

@@ -65,7 +65,7 @@ def test_the_path_of_a_recipe_in_place_of_the_recipe(given, tmp_path, monkeypatc
 
 
 def test_an_evaluation_without_rows(place):
-    recipe = q.load_recipe(place / "recipe.yaml", ["data.eval=null", "train.exact_match_examples=0"])
+    recipe = q.load_recipe(place / "recipe.yaml", ["data.eval=null", "train.metrics_examples=0"])
     says(lambda: q.evaluate_recipe(recipe, None, 0), "no evaluation data; name some")
 
 

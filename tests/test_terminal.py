@@ -66,11 +66,9 @@ GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "co
 def test_data_shows_rows_columns_notes_and_errors(recipe, command):
     talk = [{"role": "user", "content": TITLE}, {"role": "assistant", "content": HARMFUL[1:]}]  # no row may hold a NUL
     path = recipe([{"messages": talk, TITLE: 1}, GOOD, {"messages": [{"role": TITLE, "content": "x"}]}])
-    code, out, err = command("data", path, "data.eval=null", "train.exact_match_examples=0", "data.max_tokens=500")
+    code, out, err = command("data", path, "data.eval=null", "train.metrics_examples=0", "data.max_tokens=500")
     assert code == 2 and out.count(SHOWN) == 2 and SHOWN in err and is_harmless(out + err)
-    code, out, _ = command(
-        "data", path, "data.eval=null", "train.exact_match_examples=0", "data.max_tokens=500", "--json"
-    )
+    code, out, _ = command("data", path, "data.eval=null", "train.metrics_examples=0", "data.max_tokens=500", "--json")
     assert code == 2 and TITLE in "".join(piece["text"] for piece in json.loads(out)["rows"][0]["pieces"])
 
 
@@ -92,7 +90,7 @@ def test_data_shows_what_a_template_raises_and_how_a_special_token_is_called(rec
     ended = "{% for m in messages %}{{ m.content }}{% if m.role != 'user' %}" + TITLE + "{% endif %}{% endfor %}"
     (tmp_path / "own.jinja").write_text(ended)
     path = recipe([GOOD], data={"template": str(tmp_path / "own.jinja"), "eval": None})
-    code, out, err = command("data", path, f"model.path={model}", "train.exact_match_examples=0")
+    code, out, err = command("data", path, f"model.path={model}", "train.metrics_examples=0")
     assert f"special token    {SHOWN} 1 times, 1 targets" in out and is_harmless(out + err), (code, out, err)
 
 

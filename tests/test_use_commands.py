@@ -87,7 +87,7 @@ def test_evaluate_measures_a_run_of_a_gpu_on_any_machine_and_a_failed_one_only_i
 
 def test_evaluate_takes_settings_for_a_recipe_and_options_for_a_run(runs, command):
     recipe = runs[0].parent / "1" / "recipe.yaml"
-    code, out, _ = command("evaluate", recipe, "--json", "train.exact_match_examples=0", "data.max_tokens=64")
+    code, out, _ = command("evaluate", recipe, "--json", "train.metrics_examples=0", "data.max_tokens=64")
     assert code == 0 and "exact_match" not in json.loads(out)
     for arguments in ((runs[0], "data.max_tokens=64"), (recipe, "--base"), (recipe, "--model", "x")):
         code, out, err = command("evaluate", *arguments)
@@ -117,11 +117,11 @@ def test_evaluate_writes_prompt_reference_answer_and_match_of_each_example(runs,
 
 
 def test_a_run_is_measured_again_with_another_pattern_and_on_more_rows(runs, command, tmp_path):
-    rules = "train.exact_match_pattern=(?s).", "train.exact_match_new_tokens=30", "train.exact_match_examples=4"
+    rules = "train.exact_match_pattern=(?s).", "train.metrics_new_tokens=30", "train.metrics_examples=4"
     out = tmp_path / "answers.jsonl"
     code, printed, _ = command("evaluate", runs[0], *rules, "--out", out)
     found = answers_in(out)
-    assert code == 0 and "on 4 of 6 examples (train.exact_match_examples; --rows N for more)" in printed
+    assert code == 0 and "on 4 of 6 examples (train.metrics_examples; --rows N for more)" in printed
     assert [each["compared_reference"] for each in found] == ["z", "o", "t", "t"]
     assert all(each["match"] == (each["compared_answer"] == each["compared_reference"]) for each in found)
     uncut = [each["answer"] for each in found if each["finish"] == "length"]
@@ -144,7 +144,7 @@ def test_evaluate_shows_how_far_it_is_where_it_takes_long(runs, command, monkeyp
 
 
 def test_evaluate_measures_a_run_on_other_rows_also_one_that_has_none(tmp_path, command, monkeypatch):
-    run = tiny_run(tmp_path, overrides=["data.eval=null", "train.exact_match_examples=0"])
+    run = tiny_run(tmp_path, overrides=["data.eval=null", "train.metrics_examples=0"])
     code, _, err = command("evaluate", run)
     assert code == 2 and "no evaluation data; name some, as in data.eval=rows.jsonl" in err
     (tmp_path / "here").mkdir()
@@ -162,9 +162,7 @@ def test_evaluate_reads_other_rows_with_the_columns_of_the_run_and_names_its_own
     table = {"path": str(tmp_path / "own.csv"), "prompt": "Describe: {mr}", "completion": "{ref}"}
     (tmp_path / "own.csv").write_text("mr,ref\nx,y\n")
     save_tiny(tmp_path / "model")
-    run = make_run(
-        tmp_path, tmp_path / "model", data={"train": [table], "eval": None}, train={"exact_match_examples": 0}
-    )
+    run = make_run(tmp_path, tmp_path / "model", data={"train": [table], "eval": None}, train={"metrics_examples": 0})
     (tmp_path / "other.csv").write_text("id,mr,ref\n1,a,b\n2,c,d\n")
     named = json.dumps([table | {"path": str(tmp_path / "other.csv")}])
     given, known = (
@@ -190,7 +188,7 @@ def test_evaluate_measures_a_run_that_held_rows_out_on_those_or_on_others(tmp_pa
         settings = f"data.train={tmp_path / 'bad.jsonl'}", "data.eval=null", "data.eval_share=0.25"
         code, out, err = command("evaluate", recipe, *settings)
         assert (code, out) == (2, "") and said in err
-    refused = "only data.eval=PATH and train.exact_match_... can be replaced"
+    refused = "only data.eval=PATH, train.metrics..., train.exact_match_... can be replaced"
     assert refused in command("evaluate", run, "data.eval_share=0.5")[2]
     command("merge", run, "--out", tmp_path / "merged")
     report = json.loads((tmp_path / "merged" / "merge_report.json").read_text())

@@ -40,7 +40,7 @@ def compare(runs: tuple[str, ...], base: bool, rows: int | None, out: Path | Non
     for name, figures in (("", FIGURES), *((model["name"], figures_of(model)) for model in result["models"])):
         echo(f"{name:{left}}" + "".join(f"{figure:>{width}}" for figure, width in zip(figures, _WIDTHS, strict=True)))
     if rows is None and not result["answers"]:
-        echo("note: no answers are compared, following the first run's train.exact_match_examples; --rows N compares N")
+        echo("note: no answers are compared, following the first run's train.metrics_examples; --rows N compares N")
     if not result["same_tokens"]:
         echo(f"note: {NOT_THE_SAME}")
     for row in result["answers"][:2]:

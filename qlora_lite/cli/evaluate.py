@@ -12,8 +12,9 @@ from qlora_lite.recipe.load import load_recipe, recipe_of
 from .options import of_a_run
 from .output import echo, echo_exactly, prepare, step_progress
 
-_ROWS, _MATCH = ("data.eval=", "data.eval."), "train.exact_match_"
-_OF_A_RUN = *_ROWS, _MATCH
+_ROWS, _MEASURED = ("data.eval=", "data.eval."), ("train.metrics", "train.exact_match_")
+_OF_A_RUN = *_ROWS, *_MEASURED
+_MEASURED_NAMES = "train.metrics..., train.exact_match_..."
 _LABELS = {"rows": "examples", "labelled_tokens": "target tokens"}  # how the figures are printed
 _OF_AN_ADAPTER = *_OF_A_RUN, "data.max_tokens=", "data.overflow=", "data.template=", "data.train_on="
 
@@ -33,10 +34,10 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, rows: i
              as_json: bool, model_path: str | None, unfinished: bool) -> None:  # fmt: skip
     """Measure loss, perplexity and exact match of RUN_OR_RECIPE: a run folder, or a recipe's base model.
 
-    KEY=VALUE replaces a setting of a recipe. A run is measured with its own settings, of which only data.eval=PATH and
-    train.exact_match_... can be replaced; PATH is read with the prompt and completion templates of the run's own data
-    if it has their columns. An adapter alone needs data.eval, and also takes data.max_tokens, overflow, template and
-    train_on.
+    KEY=VALUE replaces a setting of a recipe. A run is measured with its own settings, of which only data.eval=PATH,
+    train.metrics... and train.exact_match_... can be replaced; PATH is read with the prompt and completion templates of
+    the run's own data if it has their columns. An adapter alone needs data.eval, and also takes data.max_tokens,
+    overflow, template and train_on.
     """
     adapter = tokenizer = None
     if not Path(run_or_recipe).exists() and Path(run_or_recipe).suffix not in (".yaml", ".yml"):
@@ -55,9 +56,9 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, rows: i
         prepare(verbose=False)
     from qlora_lite.inference.evaluate import evaluate_recipe
 
-    asked = recipe.train.exact_match_examples if rows is None else rows
+    asked = recipe.train.metrics_examples if rows is None else rows
     if out and not asked:
-        raise click.UsageError("--out needs examples to answer: --rows N, or train.exact_match_examples=N")
+        raise click.UsageError("--out needs examples to answer: --rows N, or train.metrics_examples=N")
     with step_progress("loading") as progress:
         result = evaluate_recipe(recipe, adapter, asked, tokenizer, out, progress.watch)
     if as_json:
@@ -74,7 +75,7 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, rows: i
 
 def _how_many(compared: int, rows: int, asked: int) -> str:
     """Return how many examples exact match is over, and how to have more, if there are more."""
-    why = " (train.exact_match_examples; --rows N for more)" if asked < rows else ""
+    why = " (train.metrics_examples; --rows N for more)" if asked < rows else ""
     return f"{compared:,} of {rows:,} examples{why}"
 
 
@@ -102,7 +103,7 @@ def _opened(folder: str, overrides: tuple[str, ...], model_path: str | None, unf
         if names_rows and sources:
             sources = with_known_columns(sources, (*(data.eval or ()), *data.train))
         data = data.model_copy(update={"eval": sources, "eval_share": named.data.eval_share})
-        replaced = {name: value for name, value in named.train if f"train.{name}".startswith(_MATCH)}
+        replaced = {name: value for name, value in named.train if f"train.{name}".startswith(_MEASURED)}
         train = train.model_copy(update=replaced)
     return trained.recipe.model_copy(update={"data": data, "train": train}), trained.adapter, tokenizer
 
@@ -113,9 +114,9 @@ def _check_overrides(folder: str, overrides: tuple[str, ...], is_alone: bool) ->
     if other := next((each for each in overrides if not each.startswith(names)), None):
         if not is_alone:
             raise click.UsageError(
-                f"for a run, only data.eval=PATH and train.exact_match_... can be replaced; {other} is for a recipe"
+                f"for a run, only data.eval=PATH, {_MEASURED_NAMES} can be replaced; {other} is for a recipe"
             )
-        settings = ", ".join([*(name[:-1] for name in _OF_AN_ADAPTER if name.endswith("=")), f"{_MATCH}..."])
+        settings = ", ".join([*(name[:-1] for name in _OF_AN_ADAPTER if name.endswith("=")), _MEASURED_NAMES])
         raise click.UsageError(f"for an adapter alone, only {settings} can be set; {other} is for a recipe")
     if is_alone and not any(each.startswith(_ROWS) for each in overrides):
         raise RecipeError(f"{folder} is an adapter alone, without evaluation data; name some, as in "

@@ -142,13 +142,13 @@ def check_answers(examples: Sequence[Example], matching: Matching) -> tuple[list
     """
     without = [example for example in examples if not example.answer]
     if plain := next((example.where for example in without if not example.prompt), None):
-        message = "has no answer to match; set train.exact_match_examples (--rows) to 0 for plain text"
+        message = "has no answer to match; set train.metrics_examples (--rows) to 0 for plain text"
         return [RowProblem(plain, NO_ANSWER, message)], True
     found = []
     if without:
         message = (
             f"the answers of {len(without)} of {len(examples)} rows were cut off at data.max_tokens, so that exact "
-            "match leaves them out; raise it, or set train.exact_match_examples (--rows) to 0"
+            "match leaves them out; raise it, or set train.metrics_examples (--rows) to 0"
         )
         found.append(RowProblem(without[0].where, NO_ANSWER, message))
     try:

@@ -37,7 +37,7 @@ def compare_runs(
     Args:
         with_base: measure the bare base model too, prompted as the first run is.
         answers: rows to answer, for exact match as the first run counts it; 0 for none, None for as many as its
-            train.exact_match_examples says.
+            train.metrics_examples says.
         model_path, unfinished: see ``artifacts.trained_run.open_trained``.
         watch: told how far the comparison is.
 
@@ -58,7 +58,7 @@ def compare_runs(
     if not rows_of.recipe.data.has_eval:
         raise RecipeError(f"{rows_of.name} has no data.eval or data.eval_share; put a run with evaluation data first")
     check_forward(tasks.model, rows_of.recipe.data.max_tokens)
-    answers = rows_of.recipe.train.exact_match_examples if answers is None else answers
+    answers = rows_of.recipe.train.metrics_examples if answers is None else answers
     measured, said = [], {}
     for name in ([None] if with_base else []) + list(tasks.names):
         figures, said[name or BASE] = _measure(tasks, name, rows_of.recipe, answers, watch)

@@ -135,7 +135,7 @@ def _most_tokens(
     limit, new = position_limit(model), new_tokens or needed + SPARE_TOKENS
     if limit is not None and prompt + needed > limit:
         raise ModelError(
-            f"train.exact_match_examples (--rows): prompts of {prompt} tokens with answers of {needed} exceed the "
+            f"train.metrics_examples (--rows): prompts of {prompt} tokens with answers of {needed} exceed the "
             f"model's {limit} position embeddings; set it to 0"
         )
     return prompt, new if limit is None else min(new, limit - prompt)
@@ -156,7 +156,7 @@ def answered_at_once(recipe: Recipe, model: nn.Module, budget_bytes: int | None,
 
 def new_tokens_of(recipe: Recipe) -> int | None:
     """Return the most tokens of an answer to be compared; None where the references decide."""
-    stated = recipe.train.exact_match_new_tokens
+    stated = recipe.train.metrics_new_tokens
     return None if stated == "auto" else stated
 
 

@@ -239,7 +239,7 @@ def _faults_of_evaluation(recipe: Recipe, data: Dataset, eval_data: Dataset) -> 
             yield overlap, is_error
     if prompts := check_prompts(data.examples, eval_data.examples, bool(recipe.data.eval_share)):
         yield prompts, False
-    found, is_error = check_answers(eval_data.examples[: recipe.train.exact_match_examples], matching_of(recipe))
+    found, is_error = check_answers(eval_data.examples[: recipe.train.metrics_examples], matching_of(recipe))
     yield from ((problem, is_error) for problem in found)
 
 

@@ -29,7 +29,7 @@ def conflicts(value: _Value) -> _Found:
 def without_evaluation(value: _Value) -> _Found:
     """Yield the settings that need evaluation rows where there are none."""
     if value("data", "eval") is None and not value("data", "eval_share"):
-        for name in ("eval_every_steps", "early_stopping_patience", "exact_match_examples"):
+        for name in ("eval_every_steps", "early_stopping_patience", "metrics_examples"):
             given = value("train", name)
             if isinstance(given, int) and given > 0:
                 yield (

@@ -23,7 +23,9 @@ from qlora_lite.units import parse_bytes
 ALL_LINEAR = "all-linear"
 # Settings by the names that they had before; recipes, overrides and runs with those still load.
 FORMER_NAMES = {
-    "train.exact_match_rows": "train.exact_match_examples",
+    "train.exact_match_rows": "train.metrics_examples",
+    "train.exact_match_examples": "train.metrics_examples",
+    "train.exact_match_new_tokens": "train.metrics_new_tokens",
     "memory.kept_blocks": "memory.uncheckpointed_layers",
     "memory.checkpoint_every": "memory.layers_per_checkpoint",
     "memory.resident_blocks": "memory.resident_layers",
@@ -323,7 +325,7 @@ class Train(_Section):
     """What to do when a loss or gradient is not finite: end the run, or skip the update of that step."""
     max_skipped_steps: PositiveInt = 10
     """Steps that may be skipped with train.on_not_finite skip; one more ends the run."""
-    exact_match_examples: Count = 0
+    metrics_examples: Count = 0
     """Evaluation examples answered by greedy decoding before and after training, to count exact matches."""
     exact_match_pattern: _Pattern | None = None
     """Regular expression that extracts what is compared from the reference and from the answer: its first match, or the
@@ -333,7 +335,7 @@ class Train(_Section):
     """Regular expression for what is removed from both before they are compared, such as "[,$]|[.]$"."""
     exact_match_ignore_case: bool = False
     """Compare without regard to case."""
-    exact_match_new_tokens: Annotated[
+    metrics_new_tokens: Annotated[
         PositiveInt | Literal["auto"], Rule("a whole number of at least 1, or auto")
     ] = "auto"  # fmt: skip
     """Maximum length of an answer in tokens; auto is 8 more than the longest reference. Chains of thought may need

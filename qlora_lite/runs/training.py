@@ -232,7 +232,7 @@ class Training:
         if self.eval_data is None:
             return None
         self.run.update(**{f"eval_loss_{when}": self._eval_loss(self.eval_data) if loss is None else loss})
-        rows = self.eval_data.examples[: self.recipe.train.exact_match_examples]
+        rows = self.eval_data.examples[: self.recipe.train.metrics_examples]
         if not rows:
             return None
         try:
@@ -249,7 +249,7 @@ class Training:
             if isinstance(error, ModelError):
                 raise
             reason, _, _ = str(error).partition(":")
-            raise DoesNotFitError(f"train.exact_match_examples: {reason}; set it to 0, and count with "
+            raise DoesNotFitError(f"train.metrics_examples: {reason}; set it to 0, and count with "
                                   "`qlora-lite evaluate` when the run has ended") from None  # fmt: skip
         finally:
             free_cached_memory(device_of(self.model))  # no other tensor gets what a recorded token took until then

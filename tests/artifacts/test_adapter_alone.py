@@ -186,7 +186,8 @@ def test_it_is_evaluated_on_rows_that_are_named_with_the_template_beside_it(run,
 
 
 def test_what_it_cannot_be_evaluated_with_is_named(adapter, command):
-    names = "data.eval, data.max_tokens, data.overflow, data.template, data.train_on, train.exact_match_..."
+    names = "data.eval, data.max_tokens, data.overflow, data.template, data.train_on, train.metrics..., "
+    names += "train.exact_match_..."
     for arguments, said in (
         ((), "as in data.eval=rows.jsonl, or compare it with a run, on that run's data: qlora-lite compare RUN"),
         (("data.max_tokens=64",), "name some, as in data.eval=rows.jsonl"),

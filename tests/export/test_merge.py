@@ -167,7 +167,7 @@ def test_a_16_bit_run_is_not_told_that_its_weights_were_quantised(tmp_path):
 
 
 def test_training_rows_are_measured_on_where_there_are_no_others(tmp_path):
-    run = tiny_run(tmp_path, overrides=["data.eval=null", "train.exact_match_examples=0"])
+    run = tiny_run(tmp_path, overrides=["data.eval=null", "train.metrics_examples=0"])
     assert merge_run(run, tmp_path / "out", MergeSettings(rows=3))["measured_on"] == "data.train"
 
 

@@ -174,7 +174,7 @@ def test_a_comparison_has_each_run_s_own_figures(runs, tmp_path):
 
 
 def test_as_many_examples_are_compared_as_the_first_run_s_recipe_says_and_few_are_shown(runs, tmp_path, command):
-    rule = ["train.exact_match_examples=5", "train.exact_match_pattern=(?s)."]
+    rule = ["train.metrics_examples=5", "train.exact_match_pattern=(?s)."]
     first = make_run(tmp_path, runs[0].parent / "model", rule, seed=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qlora_lite.reporting.compare_page.SHOWN_ANSWERS", 3)
@@ -188,10 +188,8 @@ def test_as_many_examples_are_compared_as_the_first_run_s_recipe_says_and_few_ar
     for row in result["answers"]:
         assert row["matches"].keys() == row["answers"].keys() == {"run", "german"}
         assert row["matches"] == {name: said[:1] == row["reference"][:1] for name, said in row["answers"].items()}
-    none = make_run(tmp_path / "none", runs[0].parent / "model", ["train.exact_match_examples=0"])
-    assert (
-        "no answers are compared, following the first run's train.exact_match_examples" in command("compare", none)[1]
-    )
+    none = make_run(tmp_path / "none", runs[0].parent / "model", ["train.metrics_examples=0"])
+    assert "no answers are compared, following the first run's train.metrics_examples" in command("compare", none)[1]
 
 
 def test_a_run_that_would_drop_rows_is_compared_on_all_of_the_first_run_s(runs, tmp_path):
@@ -272,6 +270,6 @@ def test_answers_are_escaped_on_the_page():
 
 
 def test_a_comparison_needs_evaluation_rows(tmp_path):
-    run = tiny_run(tmp_path, overrides=["data.eval=null", "train.exact_match_examples=0"])
+    run = tiny_run(tmp_path, overrides=["data.eval=null", "train.metrics_examples=0"])
     with pytest.raises(RecipeError, match=r"run has no data\.eval"):
         compare_runs([run])

@@ -26,7 +26,7 @@ def look(tmp_path):
     def look_at(
         train=None, evaluation=None, tokenizer=None, source="train.jsonl", exact_rows=0, pattern=None, **settings
     ):  # fmt: skip
-        matched = {"exact_match_examples": exact_rows, "exact_match_pattern": pattern}
+        matched = {"metrics_examples": exact_rows, "exact_match_pattern": pattern}
         more = {"data": {"train": source if isinstance(source, list) else str(source)}, "train": matched}
         recipe = write_recipe(tmp_path, "owner/name", **more)
         for name, rows in (("train", train), ("eval", evaluation)):
@@ -345,7 +345,7 @@ def test_an_exact_match_on_plain_text_is_an_error_before_a_model_is_loaded(look)
     assert look(None, documents, exact_rows=0).report["ok"]
     found = look(None, documents, exact_rows=2)
     assert places(found) == {(1, "no answer to match", "error")} and found.report["errors"] == 1
-    with pytest.raises(DataError, match=r"eval.jsonl:1: has no answer to match; set train.exact_match_examples"):
+    with pytest.raises(DataError, match=r"eval.jsonl:1: has no answer to match; set train.metrics_examples"):
         found.raise_if_unusable()
 
 

@@ -52,7 +52,7 @@ def test_an_explanation_of_a_former_name_is_that_of_the_present_one(former):
 def test_a_checkpoint_with_former_names_is_of_the_same_run(tmp_path):
     recipe = load(tmp_path, "", "memory.uncheckpointed_layers=3", "train.max_steps=5")
     stored = recipe.model_dump(mode="json")
-    for former, key in FORMER_NAMES.items():
+    for key, former in {key: former for former, key in FORMER_NAMES.items()}.items():
         section, name = key.split(".")
         stored[section][former.partition(".")[2]] = stored[section].pop(name)
     continuation = Continuation(Checkpoint(1, {}, {RUN: {"recipe": stored}}))

@@ -76,7 +76,7 @@ data:
   max_tokens: 1_000
 train:
   optimizer: adamw_8bits
-  exact_match_examples: 3
+  metrics_examples: 3
   epochs: -1
 memory: {loss_chunk_tokens: 0, budget: 8}
 """
@@ -96,8 +96,7 @@ memory: {loss_chunk_tokens: 0, budget: 8}
         "r.yaml:15: data.train.2 = 7: must be a path, or a list of {path, ",
         "r.yaml:16: data.max_tokens = 1_000: must be a whole number of at least 8; write 1000",
         "r.yaml:18: train.optimizer = adamw_8bits: must be ",
-        "r.yaml:19: train.exact_match_examples = 3: needs evaluation data; write data.eval or data.eval_share, or 0 "
-        "here",
+        "r.yaml:19: train.metrics_examples = 3: needs evaluation data; write data.eval or data.eval_share, or 0 here",
         "r.yaml:20: train.epochs = -1: must be a number above 0; the default is 1",
         "r.yaml:21: memory.budget = 8: must be auto, or a size with its unit, such as 8GiB; ",
         "r.yaml:21: memory.loss_chunk_tokens = 0: must be a whole number of at least 1, or auto; ",

@@ -133,7 +133,7 @@ def test_a_stopped_run_goes_on_to_the_very_same_end(lab, whole, stops):
     {"data": {"order": "as-is", "streaming": True}, "train": {"optimizer": "paged_adamw_8bit"}},
     {"data": {"packing": False}, "train": {"gradient_accumulation_steps": 3, "micro_batch_size": 2, "max_steps": None,
                                           "epochs": 1.5, "optimizer": "adamw_8bit"}},
-    {"data": {"eval": None}, "train": {"eval_every_steps": 0, "exact_match_examples": 0, "optimizer": "lion_8bit"}},
+    {"data": {"eval": None}, "train": {"eval_every_steps": 0, "metrics_examples": 0, "optimizer": "lion_8bit"}},
 ], ids=["streaming", "accumulation", "no evaluation"])  # fmt: skip
 def test_runs_of_every_kind_go_on_to_the_very_same_end(lab, tmp_path, model_folder, sections):
     other = Lab(tmp_path / "whole", model_folder)
@@ -149,7 +149,7 @@ def test_runs_of_every_kind_go_on_to_the_very_same_end(lab, tmp_path, model_fold
     {"resident_layers": 0, "checkpointing": "selective", "cache_dequantized": True},
 ], ids=str)  # fmt: skip
 def test_on_a_gpu_a_repeatable_run_goes_on_to_the_very_same_end(tmp_path, model_folder, memory):
-    train = {"deterministic": True, "optimizer": "paged_adamw_8bit", "exact_match_examples": 2}
+    train = {"deterministic": True, "optimizer": "paged_adamw_8bit", "metrics_examples": 2}
     lab, other = (Lab(tmp_path / name, model_folder, ["model.device=cuda"]) for name in ("stopped", "whole"))
     other.run(train=train, memory=memory)
     assert torch.cuda.max_memory_allocated()
@@ -293,8 +293,8 @@ def test_a_run_that_is_gone_on_with_to_count_matches_that_it_did_not_count_befor
     from qlora_lite.cli.train import _result
 
     lab = Lab(tmp_path, model_folder)
-    lab.stop(2, train={"exact_match_examples": 0})
-    lab.run(resume="", force=True, train={"exact_match_examples": 2})
+    lab.stop(2, train={"metrics_examples": 0})
+    lab.run(resume="", force=True, train={"metrics_examples": 2})
     assert lab.summary["status"] == "complete" and "exact_match_after" in lab.summary and not lab.summary["samples"]
     assert "exact match" not in _result(lab.out, lab.summary)
     earlier = {key: value for key, value in lab.summary.items() if key != "eval_loss_before"}
@@ -946,7 +946,7 @@ def test_a_writer_with_any_other_fault_ends_the_run(lab, monkeypatch):
 
 
 def test_a_finished_run_that_goes_on_and_is_stopped_gives_others_its_new_adapter(lab):
-    unmeasured = {"eval_every_steps": 0, "lr_scheduler": "constant", "warmup_ratio": 0.0, "exact_match_examples": 0}
+    unmeasured = {"eval_every_steps": 0, "lr_scheduler": "constant", "warmup_ratio": 0.0, "metrics_examples": 0}
     without = Lab(lab.folder, lab.model, ["data.eval=null"])
     without.run(train=unmeasured | {"max_steps": 2})
     first = sha256(open_run(lab.out).adapter / "adapter_model.safetensors")

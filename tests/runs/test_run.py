@@ -120,7 +120,7 @@ def test_the_summary_has_what_is_promised_and_its_sums_are_those_of_the_steps(fi
 
 def test_the_summary_and_the_report_say_which_memory_options_change_results(finished, model_folder, tmp_path):
     assert summary_of(finished[0])["other_results"] == []
-    recipe = write_recipe(tmp_path, model_folder, train={"max_steps": 1, "exact_match_examples": 0})
+    recipe = write_recipe(tmp_path, model_folder, train={"max_steps": 1, "metrics_examples": 0})
     folder = qlora_lite.run_recipe(load_recipe(recipe, ["model.quant_head=true"]))
     (said,) = summary_of(folder)["other_results"]
     assert said.startswith("model.quant_head: the head is in 4 bit, which is another model")
@@ -153,7 +153,7 @@ def plans_of(tmp_path, monkeypatch):
         made, plan_run = [], stages.plan_run
         monkeypatch.setattr(stages, "plan_run", lambda *given: made.append(plan_run(*given)) or made[-1])
         save_tiny(tmp_path / "model", model_type)
-        train = {"max_steps": 1, "exact_match_examples": 0, "micro_batch_size": 1, "gradient_accumulation_steps": 1}
+        train = {"max_steps": 1, "metrics_examples": 0, "micro_batch_size": 1, "gradient_accumulation_steps": 1}
         recipe = write_recipe(tmp_path, tmp_path / "model", data={"max_tokens": 512}, train=train)
         summary = summary_of(qlora_lite.run_recipe(load_recipe(recipe)))
         return [plan for plan, _ in made], summary
@@ -201,7 +201,7 @@ def test_training_on_a_merged_model_in_4_bit_is_warned_of(model_folder, tmp_path
 def test_a_run_that_gets_worse_goes_back_to_its_best_adapter(run, monkeypatch):
     from qlora_lite.train.step import Evaluation
 
-    constant = {"lr_scheduler": "constant", "exact_match_examples": 0}
+    constant = {"lr_scheduler": "constant", "metrics_examples": 0}
     two_steps = load_file(run(train=constant | {"max_steps": 2}) / "adapter-last" / "adapter_model.safetensors")
     shutil.rmtree(run.folder)
     losses = iter([3.0, 1.0, 2.0, 2.5, 1.0])  # before, after steps 2 and 4, at the end, of the best again
@@ -298,7 +298,7 @@ def test_evaluation_more_often_does_not_change_the_training(run):
 
 
 def test_a_run_without_evaluation_rows_keeps_the_last_adapter(run):
-    folder = run(data={"eval": None}, train={"exact_match_examples": 0})
+    folder = run(data={"eval": None}, train={"metrics_examples": 0})
     summary = summary_of(folder)
     assert summary["status"] == "complete" and summary["samples"] == []
     last, best = (load_file(folder / name / "adapter_model.safetensors") for name in ("adapter-last", "adapter"))
@@ -322,7 +322,7 @@ def test_the_chat_template_of_a_run_is_its_own_from_then_on(run, tmp_path):
 
     file = tmp_path / "shouting.jinja"
     file.write_text(NAMED_TEMPLATES["chatml"].replace("m.role", "m.role|upper").replace("assistant", "ASSISTANT"))
-    folder = run(data={"template": str(file)}, train={"max_steps": 1, "exact_match_examples": 0})
+    folder = run(data={"template": str(file)}, train={"max_steps": 1, "metrics_examples": 0})
     source = file.read_text()
     file.unlink()
     assert (folder / "adapter" / "chat_template.jinja").read_text() == source
@@ -338,7 +338,7 @@ def test_the_summary_counts_the_rows_that_exact_match_compares(run, tmp_path):
     rows = [{"prompt": "x", "completion": "o" * 200}, {"prompt": "y", "completion": "z"}]
     (tmp_path / "cut.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"eval": str(tmp_path / "cut.jsonl"), "overflow": "truncate"}
-    summary = summary_of(run(data=data, train={"max_steps": 1, "exact_match_examples": 2}))
+    summary = summary_of(run(data=data, train={"max_steps": 1, "metrics_examples": 2}))
     assert summary["exact_match_rows"] == 1 and summary["exact_match_before"] in (0.0, 1.0)
     assert [sample["reference"] for sample in summary["samples"]] == ["z"]
 
@@ -377,13 +377,13 @@ def test_prompts_and_answers_that_a_model_has_no_positions_for_are_told_before_t
         return qlora_lite.run_recipe(load_recipe(recipe))
 
     assert summary_of(train(("q" * 60, "a"), ("q", "a" * 45)))["exact_match_rows"] == 2
-    with pytest.raises(ModelError, match=r"exact_match_examples .* 128 position embeddings; set it to 0"):
+    with pytest.raises(ModelError, match=r"metrics_examples .* 128 position embeddings; set it to 0"):
         train(("q" * 70, "a"), ("q", "a" * 70))
 
 
 @pytest.mark.parametrize(("fault", "raised", "said"), [
     (DoesNotFitError("memory ran out over a prompt of 9 tokens: shorten it"), DoesNotFitError,
-     r"train\.exact_match_examples: memory ran out over .* 9 tokens; set it to 0"),
+     r"train\.metrics_examples: memory ran out over .* 9 tokens; set it to 0"),
     (ModelError("token 3 cannot be chosen"), ModelError, "token 3 cannot be chosen"),
 ])  # fmt: skip
 @pytest.mark.parametrize("call", [1, 2])
@@ -419,14 +419,14 @@ def test_a_run_tells_how_far_its_evaluations_and_exact_matches_are(model_folder,
 
 def test_plain_text_rows_have_no_answers_to_match_and_say_so(run, tmp_path):
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": "one two three"}) + "\n")
-    with pytest.raises(DataError, match=r"text.jsonl:1: has no answer to match; set train\.exact_match_examples"):
-        run(data={"eval": str(tmp_path / "text.jsonl")}, train={"exact_match_examples": 1})
+    with pytest.raises(DataError, match=r"text.jsonl:1: has no answer to match; set train\.metrics_examples"):
+        run(data={"eval": str(tmp_path / "text.jsonl")}, train={"metrics_examples": 1})
     assert not run.folder.exists()
 
 
 def test_the_log_says_what_of_the_sources_is_not_used(run, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "one two three", "label": 1}) + "\n")
-    folder = run(data={"train": str(tmp_path / "rows.jsonl")}, train={"max_steps": 1, "exact_match_examples": 0})
+    folder = run(data={"train": str(tmp_path / "rows.jsonl")}, train={"max_steps": 1, "metrics_examples": 0})
     assert f"data: {tmp_path / 'rows.jsonl'}: columns not used: label" in (folder / "log.txt").read_text()
 
 
@@ -434,7 +434,7 @@ def test_the_log_says_once_what_is_not_used_of_rows_that_are_held_out_too_and_ho
     rows = "".join(json.dumps({"text": f"one two {n}", "label": n}) + "\n" for n in range(4))
     (tmp_path / "rows.jsonl").write_text(rows)
     data = {"train": str(tmp_path / "rows.jsonl"), "eval_share": 0.5, "eval": None}
-    said = (run(data=data, train={"max_steps": 1, "exact_match_examples": 0}) / "log.txt").read_text()
+    said = (run(data=data, train={"max_steps": 1, "metrics_examples": 0}) / "log.txt").read_text()
     assert said.count("columns not used: label") == 1
     assert ", left out: 2 held out for evaluation (data.eval_share)" in said
 

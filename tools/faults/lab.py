@@ -80,7 +80,7 @@ class Lab:
         save_tiny(folder / "model")
         train = {"max_steps": STEPS, "eval_every_steps": 3, "save_every_steps": SAVE_EVERY, "keep_checkpoints": 2,
                  "optimizer": "paged_adamw_8bit", "gradient_accumulation_steps": 2, "learning_rate": 0.003,
-                 "warmup_ratio": 0.3, "exact_match_examples": 1}  # fmt: skip
+                 "warmup_ratio": 0.3, "metrics_examples": 1}  # fmt: skip
         self.recipe = write_recipe(
             folder, folder / "model", train=train, lora={"rank": 64, "dropout": 0.1}, data={"max_tokens": 96}
         )
