@@ -80,6 +80,16 @@ def chunked_cross_entropy(hidden, targets, head: Head, chunk_tokens: int) -> tor
     return _ChunkedCrossEntropy.apply(hidden, targets, head, chunk_tokens)
 
 
+def token_losses(hidden, targets, head: Head, chunk_tokens: int) -> torch.Tensor:
+    """Return ``-log softmax(logits)[target]`` of each of N tokens, float32 [N]; without gradient.
+
+    Args:
+        hidden, targets, chunk_tokens: see ``chunked_cross_entropy``.
+    """
+    chunks = pieces(hidden.shape[0], chunk_tokens)
+    return torch.cat([_chunk(hidden[chunk], part(targets, chunk), head, None) for chunk in chunks])
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, targets, head, chunk_tokens):
@@ -87,7 +97,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for chunk in pieces(hidden.shape[0], chunk_tokens):
             grad = None if grad_hidden is None else grad_hidden[chunk]
-            total += _chunk(hidden[chunk], part(targets, chunk), head, grad)
+            total += _chunk(hidden[chunk], part(targets, chunk), head, grad).sum()
         ctx.save_for_backward(grad_hidden)
         return total
 
@@ -98,7 +108,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _chunk(hidden, numbers, head: Head, grad: torch.Tensor | None) -> torch.Tensor:
-    """Return the summed loss of one chunk, and put its gradient with respect to ``hidden`` into ``grad``, if there."""
+    """Return the losses of one chunk, float32 [n], and put their sum's gradient with respect to ``hidden`` into
+    ``grad``, if there."""
     count, hidden, device = hidden.shape[0], pad_rows(hidden), device_type(hidden.device)
     targets = numbers[:, None]
     sums = _Sums(hidden, count, grad is not None)
@@ -108,7 +119,7 @@ def _chunk(hidden, numbers, head: Head, grad: torch.Tensor | None) -> torch.Tens
         target_slopes = 1.0 if head.softcap is None else 1 - (sums.target_logits / head.softcap).square()
         expected = (sums.grad / sums.total)[:count]
         grad.copy_((expected - target_slopes * head.weight[numbers]) * head.scale)
-    return ((sums.top + sums.total.log())[:count] - sums.target_logits).sum()
+    return ((sums.top + sums.total.log())[:count] - sums.target_logits).squeeze(1)
 
 
 class _Sums:

@@ -22,7 +22,7 @@ from qlora_lite.models.packing import longest_possible, run_unpacked, why_unpack
 from qlora_lite.models.skeleton import block_pattern, give_storage, meta_copy, shallow_config
 from qlora_lite.ops.fused_attention import PlannedAttention
 from qlora_lite.ops.fused_loss import FUSED, candidates, choose_loss
-from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, chunked_cross_entropy
+from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, chunked_cross_entropy, token_losses
 
 from .forward import Inputs, filler_tokens, hidden_states, labelled_count, prepare, row_ends
 from .kernels import check_kernels, choose_kernels
@@ -149,6 +149,12 @@ class CausalLM(Workload):
     def loss(self, model: nn.Module, inputs: Inputs) -> LossSum:
         """Return the loss over a micro-batch's targets."""
         return self.objective(model, hidden_states(model, inputs)[inputs.learned], inputs)
+
+    def token_losses(self, model: nn.Module, inputs: Inputs) -> torch.Tensor:
+        """Return minus the logarithm of each target's probability, float32 [N], with the objective's chunks."""
+        hidden = hidden_states(model, inputs)[inputs.learned]
+        with category("logits"):
+            return token_losses(hidden, inputs.targets, anatomy.head(model), self.objective.chunk_tokens)
 
     def with_options(self, options: MemoryOptions) -> Self:
         """See ``Objective.with_options``."""

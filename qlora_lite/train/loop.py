@@ -35,7 +35,7 @@ from .memory_probe import probe_step
 from .optim import build_optimizer, parameters_of, set_learning_rate
 from .out_of_memory import cut, first_line, free_cached_memory, is_out_of_memory, lower_limit, no_retry
 from .settings import TrainSettings, lr_factor
-from .step import Evaluation, StepResult, evaluate_loss, train_step, train_step_in_backward
+from .step import Evaluation, StepResult, answer_losses, evaluate_loss, train_step, train_step_in_backward
 from .workload import Workload
 
 log = logging.getLogger("qlora_lite")
@@ -347,11 +347,21 @@ class Trainer:
         Args:
             done: called after each batch with the number of examples so far.
         """
+        return self._over_batches(examples, evaluate_loss, done)
+
+    @float32_partial_sums()
+    def answer_losses(self, examples: Sequence) -> list[list[float]]:
+        """Return the losses of each example's target tokens, computed like ``evaluate``'s."""
+        return self._over_batches(examples, answer_losses)
+
+    def _over_batches(
+        self, examples: Sequence, compute: Callable[..., T], done: Callable[[int], None] | None = None
+    ) -> T:  # fmt: skip
         self.check()
         work = self.workload.plain()
         return self._within_memory(
             list(_eval_rows(work, examples, self.settings)),
-            lambda batches: evaluate_loss(work, self.model, _counted(work, batches, done)),
+            lambda batches: compute(work, self.model, _counted(work, batches, done)),
         )
 
 
