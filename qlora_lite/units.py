@@ -1,4 +1,4 @@
-"""Sizes, durations and counts: from text to ints and back.
+"""Sizes, durations, counts and scores: from text to ints and back.
 
 Bytes are ints inside and binary units when shown. Reading takes both families: KiB, MiB, GiB, TiB are powers
 of 1024 and KB, MB, GB, TB powers of 1000. A bare number is refused and not read as bytes or GiB, because both
@@ -8,7 +8,11 @@ guesses are common and they differ by 2**30.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
+_SHARES = "exact_match", "number_match", "accuracy"  # metrics whose scores are shares begin so
+_OF_CORPORA = "bleu", "chrf"
 _BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _UNIT_BYTES = {unit.lower(): 1024**power for power, unit in enumerate(_BINARY_UNITS)}
 _UNIT_BYTES |= {unit.lower(): 1000**power for power, unit in enumerate(("KB", "MB", "GB", "TB"), start=1)}
@@ -77,6 +81,21 @@ def format_seconds(seconds: float) -> str:
         return f"{whole // 60}m {whole % 60:02d}s"
     minutes = round(whole / 60)
     return f"{minutes // 60}h {minutes % 60:02d}m"
+
+
+def format_score(name: str, score: Mapping[str, Any]) -> str:
+    """Write a score with its standard error.
+
+    Args:
+        name: of the score; shares are written in percent, BLEU and chrF as sacrebleu does.
+        score: value, and standard_error, which may be None.
+
+    Returns:
+        Text such as "62.5% ± 7.8%", "31.4 ± 2.2" or "0.4512 ± 0.0310".
+    """
+    form = "{:.1%}" if name.startswith(_SHARES) else "{:.1f}" if name in _OF_CORPORA else "{:.4f}"
+    error = score.get("standard_error")
+    return form.format(score["value"]) + ("" if error is None else f" ± {form.format(error)}")
 
 
 def format_count(count: int) -> str:

@@ -52,7 +52,9 @@ def test_a_gguf_header_is_read_once_and_by_the_fast_reader(runs, command, tmp_pa
 def test_compare_prints_a_table_or_one_object(runs, command, tmp_path):
     code, out, _ = command("compare", *runs, "--base", "--rows", 2, "--out", tmp_path / "page")
     names = "base", "run1", "run2"
-    assert code == 0 and all(re.search(rf"^{name} +6 +\d+ +\d+\.\d{{4}}", out, re.MULTILINE) for name in names)
+    assert code == 0 and re.search(rf"^ +{' +'.join(names)}$", out, re.MULTILINE)
+    for line in (r"examples( +6){3}", r"loss( +\d+\.\d{4}){3}", r"exact match( +\d+\.0% ± \d+\.\d% of 2){3}"):
+        assert re.search(rf"^{line}$", out, re.MULTILINE), line
     assert (tmp_path / "page" / "compare.html").exists()
     code, out, _ = command("compare", *runs, "--json")
     assert code == 0 and out.count("\n") == 1 and [m["name"] for m in json.loads(out)["models"]] == ["run1", "run2"]
@@ -121,13 +123,14 @@ def test_a_run_is_measured_again_with_another_pattern_and_on_more_rows(runs, com
     out = tmp_path / "answers.jsonl"
     code, printed, _ = command("evaluate", runs[0], *rules, "--out", out)
     found = answers_in(out)
-    assert code == 0 and "on 4 of 6 examples (train.metrics_examples; --rows N for more)" in printed
+    assert code == 0 and "on 4 of 6 examples\n" in printed
+    assert "scores are of the first 4 examples (train.metrics_examples); --rows N for more\n" in printed
     assert [each["compared_reference"] for each in found] == ["z", "o", "t", "t"]
     assert all(each["match"] == (each["compared_answer"] == each["compared_reference"]) for each in found)
     uncut = [each["answer"] for each in found if each["finish"] == "length"]
     assert uncut and all(len(answer) > len("three") + SPARE_TOKENS for answer in uncut)
     code, printed, _ = command("evaluate", runs[0], "--rows", 9)
-    assert code == 0 and re.search(r"exact match +0\.0000 on 6 of 6 examples$", printed, re.MULTILINE)
+    assert code == 0 and re.search(r"exact match +0\.0% ± 0\.0% on 6 of 6 examples$", printed, re.MULTILINE)
 
 
 def test_evaluate_of_what_is_not_there_speaks_of_runs(command, tmp_path):
@@ -137,7 +140,7 @@ def test_evaluate_of_what_is_not_there_speaks_of_runs(command, tmp_path):
 
 
 def test_evaluate_shows_how_far_it_is_where_it_takes_long(runs, command, monkeypatch):
-    for seconds, lines in ((1e9, []), (0, ["evaluation: 4 of 6", "evaluation: 6 of 6", "exact match: 2 of 2"])):
+    for seconds, lines in ((1e9, []), (0, ["evaluation: 4 of 6", "evaluation: 6 of 6", "answers: 2 of 2"])):
         monkeypatch.setattr("qlora_lite.cli.output.WATCH_LINE_SECONDS", seconds)
         code, out, err = command("evaluate", runs[0], "--json")
         assert code == 0 and json.loads(out) and err.splitlines() == lines

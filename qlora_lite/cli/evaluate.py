@@ -1,6 +1,7 @@
 """``qlora-lite evaluate``: measure a run, or a recipe's base model, on the evaluation examples."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import click
 
 from qlora_lite.errors import RecipeError
 from qlora_lite.recipe.load import load_recipe, recipe_of
+from qlora_lite.units import format_score
 
-from .options import of_a_run
+from .compare import echo_models
+from .options import of_a_run, shots_option
 from .output import echo, echo_exactly, prepare, step_progress
 
 _ROWS, _MEASURED = ("data.eval=", "data.eval."), ("train.metrics", "train.exact_match_")
@@ -23,16 +26,19 @@ _OF_AN_ADAPTER = *_OF_A_RUN, "data.max_tokens=", "data.overflow=", "data.templat
 @click.argument("run_or_recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--base", is_flag=True, help="Leave out the run's adapter.")
-@click.option("--rows", type=click.IntRange(min=0), help="Examples for exact match; default as in the recipe.")
+@click.option("--side-by-side", is_flag=True, help="Measure a run's base model too.")
+@shots_option
+@click.option("--rows", type=click.IntRange(min=0), help="Examples for train.metrics; default as in the recipe.")
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
     help="JSONL file for the answers: prompt, reference, answer and match of each compared example.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @of_a_run
-def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, rows: int | None, out: Path | None,
-             as_json: bool, model_path: str | None, unfinished: bool) -> None:  # fmt: skip
-    """Measure loss, perplexity and exact match of RUN_OR_RECIPE: a run folder, or a recipe's base model.
+def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, side_by_side: bool, shots: int,
+             rows: int | None, out: Path | None, as_json: bool, model_path: str | None, unfinished: bool,
+             ) -> None:  # fmt: skip
+    """Measure loss, perplexity and train.metrics of RUN_OR_RECIPE: a run folder, or a recipe's base model.
 
     KEY=VALUE replaces a setting of a recipe. A run is measured with its own settings, of which only data.eval=PATH,
     train.metrics... and train.exact_match_... can be replaced; PATH is read with the prompt and completion templates of
@@ -40,23 +46,32 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, rows: i
     overflow, template and train_on.
     """
     adapter = tokenizer = None
+    if rows:
+        overrides = *overrides, f"train.metrics_examples={rows}"
     if not Path(run_or_recipe).exists() and Path(run_or_recipe).suffix not in (".yaml", ".yml"):
         raise RecipeError(f"{run_or_recipe}: no such run folder or recipe (a .yaml file)")
     if Path(run_or_recipe).is_dir():
+        from qlora_lite.artifacts.run_folder import is_adapter_alone
+
+        if (side_by_side or shots) and (base or out or is_adapter_alone(Path(run_or_recipe))):
+            raise click.UsageError("--side-by-side and --shots are for a run folder, without --base and --out")
         prepare(verbose=False)
-        recipe, adapter, tokenizer = _opened(run_or_recipe, overrides, model_path, unfinished)
-        adapter = None if base else adapter
+        trained, tokenizer = _opened(run_or_recipe, overrides, model_path, unfinished)
+        if side_by_side or shots:
+            _compare(trained, shots, rows, as_json)
+            return
+        recipe, adapter = trained.recipe, None if base else trained.adapter
     else:
-        if base or model_path or unfinished:
+        if base or side_by_side or shots or model_path or unfinished:
             raise click.UsageError(
-                "--base, --model and --unfinished are for a run folder; for a recipe the base model is measured, "
-                "and model.path=PATH says where it is"
+                "--base, --side-by-side, --shots, --model and --unfinished are for a run folder; for a recipe the base "
+                "model is measured, and model.path=PATH says where it is"
             )
         recipe = load_recipe(run_or_recipe, overrides)
         prepare(verbose=False)
     from qlora_lite.inference.evaluate import evaluate_recipe
 
-    asked = recipe.train.metrics_examples if rows is None else rows
+    asked = 0 if rows == 0 else recipe.train.metrics_examples
     if out and not asked:
         raise click.UsageError("--out needs examples to answer: --rows N, or train.metrics_examples=N")
     with step_progress("loading") as progress:
@@ -65,22 +80,33 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, rows: i
         echo_exactly(json.dumps(result))
         return
     shown: dict[str, Any] = result | {"adapter": result["adapter"] or "none: the base model"}
-    if "exact_match" in result:
-        compared = _how_many(shown.pop("exact_match_rows"), result["rows"], asked)
-        shown["exact_match"] = f"{result['exact_match']:.4f} on {compared}"
+    for former in ("exact_match", "exact_match_rows"):  # which are among the metrics
+        shown.pop(former, None)
+    for name, score in shown.pop("metrics", {}).items():
+        signature = f"; {score['signature']}" if "signature" in score else ""
+        on = f"{score['examples']:,} of {result['rows']:,} examples"
+        shown[name] = f"{format_score(name, score)} on {on}{signature}"
     for name, value in shown.items():
         label = _LABELS.get(name, name).replace("_", " ")
-        echo(f"{label:18} {value:.4f}" if isinstance(value, float) else f"{label:18} {value}")
+        echo(f"{label:22} {value:.4f}" if isinstance(value, float) else f"{label:22} {value}")
+    if 0 < asked < result["rows"]:
+        echo(f"note: scores are of the first {asked:,} examples (train.metrics_examples); --rows N for more")
 
 
-def _how_many(compared: int, rows: int, asked: int) -> str:
-    """Return how many examples exact match is over, and how to have more, if there are more."""
-    why = " (train.metrics_examples; --rows N for more)" if asked < rows else ""
-    return f"{compared:,} of {rows:,} examples{why}"
+def _compare(trained, shots: int, rows: int | None, as_json: bool) -> None:
+    """Measure a run beside its base model, and beside that with examples in its prompt."""
+    from qlora_lite.inference.compare import compare_runs
+
+    with step_progress("loading") as progress:
+        result = compare_runs([trained], True, rows, watch=progress.watch, shots=shots)
+    if as_json:
+        echo_exactly(json.dumps(result))
+    else:
+        echo_models(result)
 
 
 def _opened(folder: str, overrides: tuple[str, ...], model_path: str | None, unfinished: bool) -> tuple:
-    """Return the recipe to measure a run or an adapter alone with, its adapter, and a tokenizer if not the base's."""
+    """Return a run or an adapter alone with the recipe to measure it with, and a tokenizer if not the base's."""
     from qlora_lite.artifacts.run_folder import RECIPE, is_adapter_alone
 
     is_alone = is_adapter_alone(Path(folder))
@@ -105,7 +131,7 @@ def _opened(folder: str, overrides: tuple[str, ...], model_path: str | None, unf
         data = data.model_copy(update={"eval": sources, "eval_share": named.data.eval_share})
         replaced = {name: value for name, value in named.train if f"train.{name}".startswith(_MEASURED)}
         train = train.model_copy(update=replaced)
-    return trained.recipe.model_copy(update={"data": data, "train": train}), trained.adapter, tokenizer
+    return replace(trained, recipe=trained.recipe.model_copy(update={"data": data, "train": train})), tokenizer
 
 
 def _check_overrides(folder: str, overrides: tuple[str, ...], is_alone: bool) -> None:

@@ -12,6 +12,10 @@ context_option = click.option(
     help="Longest conversation, answer included, that must fit on the GPU; weights that do not fit beside it are kept "
     "in host memory.  [default: the run's data.max_tokens]",
 )  # fmt: skip
+shots_option = click.option(
+    "--shots", type=click.IntRange(min=0), default=0, metavar="K",
+    help="Also measure the base model with K training examples, always the same, before each prompt.",
+)  # fmt: skip
 
 
 def of_a_run(command):

@@ -8,7 +8,7 @@ import click
 
 from qlora_lite.errors import CheckpointError
 from qlora_lite.recipe.load import load_recipe
-from qlora_lite.units import format_bytes, format_seconds
+from qlora_lite.units import format_bytes, format_score, format_seconds
 
 from .output import importing, one_line, prepare, print_result, step_progress
 
@@ -57,7 +57,7 @@ def _result(folder, summary: dict) -> str:
                   f"before     {one_line(sample['before'])}", f"after      {one_line(sample['after'])}"]  # fmt: skip
     lines.append("")
     lines += _change("evaluation loss", summary, "eval_loss", "{:.4f}")
-    lines += _change(f"exact match of {summary.get('exact_match_rows')}", summary, "exact_match", "{:.1%}")
+    lines += _metrics(summary.get("metrics", {}))
     skipped = summary["skipped_steps"]
     without_effect = f", of which {skipped} were skipped: not finite" if skipped else ""
     lines += [
@@ -77,6 +77,18 @@ def _of_step(summary: dict) -> str:
     said = f" (step {step}, the best by evaluation loss)" if step not in (None, summary["steps"]) else ""
     worse = before is not None and after is not None and not after <= before
     return f"{said}: worse than the model before training" if worse else said
+
+
+def _metrics(metrics: dict) -> list[str]:
+    """Return a line for each score that was measured before and after training."""
+    before, after = (metrics.get(when, {}) for when in ("before", "after"))
+    labels = {name: f"{name.replace('_', ' ')} of {score['examples']}" for name, score in after.items()}
+    signatures = {name: f"  {score['signature']}" for name, score in after.items() if "signature" in score}
+    return [
+        f"{label:24} {format_score(name, before[name])} -> {format_score(name, after[name])}{signatures.get(name, '')}"
+        for name, label in labels.items()
+        if name in before
+    ]
 
 
 def _change(label: str, summary: dict, key: str, form: str) -> list[str]:

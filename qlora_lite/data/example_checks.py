@@ -147,8 +147,8 @@ def check_answers(examples: Sequence[Example], matching: Matching) -> tuple[list
     found = []
     if without:
         message = (
-            f"the answers of {len(without)} of {len(examples)} rows were cut off at data.max_tokens, so that exact "
-            "match leaves them out; raise it, or set train.metrics_examples (--rows) to 0"
+            f"the answers of {len(without)} of {len(examples)} rows were cut off at data.max_tokens, and are not "
+            "compared; raise it, or set train.metrics_examples (--rows) to 0"
         )
         found.append(RowProblem(without[0].where, NO_ANSWER, message))
     try:

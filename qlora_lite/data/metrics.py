@@ -135,13 +135,13 @@ def _fault_of_choices(examples: Sequence[Example], measures: Measures) -> str | 
     choices, cure = measures.closed_set(examples), "or remove accuracy from train.metrics"
     if measures.choices is None and len(choices) > MAX_CHOICES:
         return (f"the {len(examples)} compared answers are {len(choices)} different ones, not a closed set; name its "
-                f"answers in train.accuracy_choices, {cure}")  # fmt: skip
+                f"answers in train.metrics_choices, {cure}")  # fmt: skip
     if len(choices) < 2:
-        return f"every compared answer is {choices[0]!r}; name the closed set in train.accuracy_choices, {cure}"
+        return f"every compared answer is {choices[0]!r}; name the closed set in train.metrics_choices, {cure}"
     if len({_loosely(choice) for choice in choices}) < len(choices):
         return f"two answers of the closed set differ only in case or in a dot at their end: {', '.join(choices)}"
     other = next((example for example in examples if choice_of(example.answer) not in choices), None)
-    return other and (f"the answer {choice_of(other.answer)!r} of {other.where} is not in train.accuracy_choices "
+    return other and (f"the answer {choice_of(other.answer)!r} of {other.where} is not in train.metrics_choices "
                       f"({', '.join(choices)}); add it there, {cure}")  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from qlora_lite.recipe.schema import Recipe
-from qlora_lite.units import format_seconds
+from qlora_lite.units import format_score, format_seconds
 
 PROJECT = "qlora-lite"
 _HUB_DATA = "hub:"
@@ -133,7 +133,7 @@ def _as_in_training(facts: CardFacts) -> str:
 
 
 def _results(summary: Mapping[str, Any]) -> str:
-    compared = summary.get("exact_match_rows")
+    compared, metrics = summary.get("exact_match_rows"), summary.get("metrics")
     rows = [
         (label, *(_figure(summary.get(f"{key}_{when}"), form) for when in ("before", "after")))
         for key, label, form in (
@@ -142,7 +142,19 @@ def _results(summary: Mapping[str, Any]) -> str:
         )
         if any(_figure(summary.get(f"{key}_{when}"), form) != "-" for when in ("before", "after"))
     ]
+    scores = [metrics.get(when) for when in ("before", "after")] if isinstance(metrics, dict) else [{}, {}]
+    before, after = (found if isinstance(found, dict) else {} for found in scores)
+    rows += [
+        (f"{name.replace('_', ' ')} of {score['examples']} answers {score.get('signature', '')}".rstrip(),
+         *(_score(name, found.get(name)) for found in (before, after)))
+        for name, score in after.items() if name != "exact_match" and _score(name, score) != "-"
+    ]  # fmt: skip
     return f"## Results\n\n{_table(('on held-out examples', 'before', 'after'), rows)}" if rows else ""
+
+
+def _score(name: str, score: object) -> str:
+    known = isinstance(score, dict) and {"value", "examples"} <= score.keys() and _figure(score["value"], "g") != "-"
+    return format_score(name, score) if known else "-"
 
 
 def _figure(value: object, form: str) -> str:

@@ -3,15 +3,20 @@
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from qlora_lite.artifacts.trained_run import TrainedRun
 from qlora_lite.data.examples import Dataset
+from qlora_lite.data.metrics import check_packages
 from qlora_lite.data.render import last_turn
+from qlora_lite.data.storage import row_lengths
 from qlora_lite.errors import DataError, ModelError, RecipeError
 from qlora_lite.files import explain_write_errors, write_text
+from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.prepare.build import train_settings
-from qlora_lite.prepare.datasets import build_data, matching_of
+from qlora_lite.prepare.datasets import build_data, measures_of
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.reporting.compare_page import render_comparison
 from qlora_lite.train.causal_lm import CausalLM
@@ -19,8 +24,19 @@ from qlora_lite.train.loop import eval_batches
 from qlora_lite.train.step import evaluate_loss
 from qlora_lite.train.text_guards import check_forward
 
-from .evaluate import Watch, answered_at_once, exact_match, new_tokens_of, shown_answer, watching
-from .multi_adapter import BASE, Tasks, open_tasks
+from .evaluate import (
+    Watch,
+    answered_at_once,
+    context_tokens_of,
+    losses_by,
+    measurable,
+    measure,
+    new_tokens_of,
+    shown_answer,
+    watching,
+)
+from .few_shot import with_shots
+from .multi_adapter import BASE, Tasks, load_tasks, open_runs
 
 log = logging.getLogger("qlora_lite")
 PAGE, REPORT = "compare.html", "compare.json"
@@ -29,43 +45,55 @@ _ROWS = "train", "eval", "eval_share", "streaming", "max_bad_rows", "max_tokens"
 
 
 def compare_runs(
-    runs: str | Path | Sequence[str | Path], with_base: bool = False, answers: int | None = None,
-    model_path: str | None = None, unfinished: bool = False, watch: Watch | None = None,
+    runs: str | Path | Sequence[str | Path | TrainedRun], with_base: bool = False, answers: int | None = None,
+    model_path: str | None = None, unfinished: bool = False, watch: Watch | None = None, shots: int = 0,
 ) -> dict:  # fmt: skip
     """Measure runs on the evaluation rows of the first one, read and cut as it does, each with its own template.
 
     Args:
         with_base: measure the bare base model too, prompted as the first run is.
-        answers: rows to answer, for exact match as the first run counts it; 0 for none, None for as many as its
+        answers: rows to measure the first run's train.metrics on; 0 for none, None for as many as its
             train.metrics_examples says.
         model_path, unfinished: see ``artifacts.trained_run.open_trained``.
         watch: told how far the comparison is.
+        shots: training examples of the first run that the bare base model is also shown before each prompt; 0 leaves
+            that out.
 
     Returns:
-        rows_of, base_model, models (name, rows, labelled_tokens, eval_loss, perplexity, exact_match, adapter_bytes),
-        same_tokens (whether all models were measured on as many rows and tokens, so that their losses can be ranked),
+        rows_of, base_model, models (name, rows, labelled_tokens, eval_loss, perplexity, adapter_bytes, exact_match,
+        metrics as ``evaluate_recipe`` gives them),
+        same_tokens (whether all models were measured on as many rows and tokens, so that their losses can be ranked;
+        few-shot apart, whose loss is of the last answers),
         and answers (prompt, its last turn as question, reference, and by name the answer of each model and whether it
         matches).
 
     Raises:
-        RecipeError: the first run has no evaluation rows.
+        RecipeError: the first run has no evaluation rows, or a metric's package is not installed.
         ModelError: the runs do not share a base.
     """
-    tasks = open_tasks(runs, model_path, unfinished)
-    if BASE in tasks.names:
+    opened = open_runs(runs, model_path, unfinished)
+    if BASE in opened:
         raise ModelError(f"a run folder is called {BASE!r}, which names the base model here; rename it")
-    rows_of = tasks.task(None).run
+    rows_of = next(iter(opened.values()))
     if not rows_of.recipe.data.has_eval:
         raise RecipeError(f"{rows_of.name} has no data.eval or data.eval_share; put a run with evaluation data first")
-    check_forward(tasks.model, rows_of.recipe.data.max_tokens)
     answers = rows_of.recipe.train.metrics_examples if answers is None else answers
+    in_context = _check_rows(rows_of, answers, shots)
+    longest = max(row_lengths(in_context.examples)) if in_context else 0
+    needed = [context_tokens_of(run.recipe) for run in opened.values()]
+    tasks = load_tasks(opened, max(*needed, longest + (new_tokens_of(rows_of.recipe) or 0)))
+    check_forward(tasks.model, max(rows_of.recipe.data.max_tokens, longest))
     measured, said = [], {}
     for name in ([None] if with_base else []) + list(tasks.names):
         figures, said[name or BASE] = _measure(tasks, name, rows_of.recipe, answers, watch)
         measured.append(figures)
+    same = len({(model["rows"], model["labelled_tokens"]) for model in measured}) == 1
+    if in_context:
+        called = f"{BASE}, {shots}-shot"
+        figures, said[called] = _measure(tasks, None, rows_of.recipe, answers, watch, in_context, called)
+        measured.insert(int(with_base), figures)
     return {
-        "rows_of": rows_of.name, "base_model": rows_of.files.name, "models": measured,
-        "same_tokens": len({(model["rows"], model["labelled_tokens"]) for model in measured}) == 1,
+        "rows_of": rows_of.name, "base_model": rows_of.files.name, "models": measured, "same_tokens": same,
         "answers": _side_by_side(said),
     }  # fmt: skip
 
@@ -82,31 +110,54 @@ def write_comparison(result: dict, folder: Path) -> None:
     write_text(folder / PAGE, render_comparison(result))
 
 
+def _check_rows(rows_of: TrainedRun, answers: int, shots: int) -> Dataset | None:
+    """Check that the rows can be measured, before a model is loaded; return those with shots, if there are any.
+
+    Raises:
+        QloraLiteError: a row or a reference is not what a metric needs, or a metric's package is not installed.
+    """
+    tokenizer = load_tokenizer(rows_of.recipe.model.path, rows_of.recipe.model.revision)
+    if answers:
+        check_packages(rows_of.recipe.train.metrics)
+    data = build_data(rows_of.recipe, tokenizer, "eval")
+    measurable(data.examples[:answers], measures_of(rows_of.recipe))
+    return with_shots(rows_of.recipe, tokenizer, data, shots) if shots else None
+
+
 def _measure(
-    tasks: Tasks, name: str | None, rows_of: Recipe, answers: int, watch: Watch | None
+    tasks: Tasks, name: str | None, rows_of: Recipe, answers: int, watch: Watch | None, data: Dataset | None = None,
+    called: str | None = None,
 ) -> tuple[dict, Sequence[dict]]:  # fmt: skip
+    """Measure one adapter, or the bare base model for None.
+
+    Args:
+        data: examples in place of those that its recipe makes of the rows.
+        called: its name in the comparison.
+    """
+    called = called or name or BASE
     with tasks.using(name) as task:
         own = task.run.recipe
         rows = own.data.model_copy(update={key: getattr(rows_of.data, key) for key in _ROWS})
         recipe = own.model_copy(update={"data": rows})
-        data, settings = build_data(recipe, tasks.tokenizer, "eval"), train_settings(recipe)
+        data, settings = data or build_data(recipe, tasks.tokenizer, "eval"), train_settings(recipe)
+        settings = replace(settings, max_tokens=max(settings.max_tokens, *row_lengths(data.examples)))
         if name and _may_have_learned(own, rows_of, data, tasks.tokenizer):
             log.warning("%s was trained on files from which %s held examples out, and may have seen those", name,
                         rows_of.output.name)  # fmt: skip
-        done = watching(watch, f"{name or BASE}: evaluation", len(data.examples))
+        done = watching(watch, f"{called}: evaluation", len(data.examples))
         work = CausalLM().with_options(settings.options)
         loss = evaluate_loss(work, tasks.model, eval_batches(work, data.examples, settings, done))
         figures = {
-            "name": name or BASE, "rows": len(data.examples), "labelled_tokens": loss.labelled_tokens,
+            "name": called, "rows": len(data.examples), "labelled_tokens": loss.labelled_tokens,
             "eval_loss": loss.loss, "perplexity": loss.perplexity,
             "adapter_bytes": task.adapter_bytes if name else 0,
         }  # fmt: skip
         if not answers:
             return figures, []
-        match = exact_match(
-            tasks.model, tasks.tokenizer, data.examples[:answers], task.stop,
-            partial(answered_at_once, rows_of, tasks.model, rows_of.memory.budget_bytes), matching_of(rows_of),
-            new_tokens_of(rows_of), watch and (lambda what, *counts: watch(f"{name or BASE}: {what}", *counts)),
+        found = measure(
+            tasks.model, tasks.tokenizer, data.examples[:answers], task.stop, losses_by(work, tasks.model, settings),
+            partial(answered_at_once, rows_of, tasks.model, rows_of.memory.budget_bytes), measures_of(rows_of),
+            new_tokens_of(rows_of), watch and (lambda what, *counts: watch(f"{called}: {what}", *counts)),
         )  # fmt: skip
     said = [
         record
@@ -115,9 +166,10 @@ def _measure(
             "question": _plain(tasks, last_turn(data.template, record["prompt"])),
             "answer": shown_answer(record),
         }
-        for record in match.records
+        for record in found.records
+        if found.answers
     ]
-    return figures | {"exact_match": match.score, "exact_match_rows": len(said)}, said
+    return figures | found.figures(), said
 
 
 def _may_have_learned(own: Recipe, rows_of: Recipe, measured: Dataset, tokenizer) -> bool:

@@ -1,17 +1,30 @@
-"""Measure a model on evaluation rows: loss, perplexity, and the share of rows answered word for word."""
+"""Measure a model on evaluation rows: loss, perplexity, and the scores of its greedy answers."""
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import compress
+from math import fsum
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import nn
 
 from qlora_lite.adapters.files import load_adapter
-from qlora_lite.data.example_checks import WHOLE, Matching, can_match, check_answers
+from qlora_lite.data.example_checks import WHOLE, Matching
+from qlora_lite.data.metrics import (
+    Measures,
+    Score,
+    check_packages,
+    check_references,
+    choice_of,
+    mean,
+    score_texts,
+)
 from qlora_lite.data.storage import Example
 from qlora_lite.errors import DataError, ModelError, RecipeError
 from qlora_lite.files import explain_write_errors, write_text
@@ -21,13 +34,14 @@ from qlora_lite.models.anatomy import device_of, position_limit
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.planning.answering import MAX_PROMPTS, prompts_at_once
 from qlora_lite.prepare.build import build_skeleton, build_to_use, train_settings
-from qlora_lite.prepare.datasets import build_data, matching_of
+from qlora_lite.prepare.datasets import build_data, measures_of
 from qlora_lite.quant.linear import arrange_weights
 from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.loop import eval_batches
-from qlora_lite.train.step import evaluate_loss
+from qlora_lite.train.settings import TrainSettings
+from qlora_lite.train.step import answer_losses, evaluate_loss
 from qlora_lite.train.text_guards import check_embeddings, check_forward
 
 from .generate import Answer, answers, stop_ids
@@ -35,8 +49,9 @@ from .generate import Answer, answers, stop_ids
 log = logging.getLogger("qlora_lite")
 CUT = " […]"  # behind an answer that did not end where its reference could have
 SPARE_TOKENS = 8  # beyond the longest answer of the rows: enough to see that an answer did not stop
+EXACT_MATCH = Measures()
 
-
+Losses = Callable[[Sequence[Example]], list[list[float]]]  # of each example's target tokens, in nats
 Watch = Callable[[str, int, int], None]  # is told what is being done, how many are done, and of how many
 
 
@@ -48,57 +63,140 @@ def watching(watch: Watch | None, what: str, total: int) -> Callable[[int], None
     return lambda done: watch(what, done, total)
 
 
-class ExactMatch(NamedTuple):
-    """How many answers are those of their references.
+class Measured(NamedTuple):
+    """What was measured on examples.
 
     Args:
-        score: share of the compared examples whose answer matches.
-        answers: in the order of the examples; "" for one left out, and CUT behind one that had to be cut.
-        matches: whether each answer does, in their order; None where a checkpoint of an earlier version did not say.
-        records: of each compared example, see ``_record``.
+        scores: by name, in the order of the metrics.
+        answers: in the order of the examples; "" for one left out, and CUT behind one that had to be cut. None are
+            there where no metric is of answers.
+        matches: whether each answer is its reference, in their order; None where a checkpoint of an earlier version did
+            not say.
+        records: of each compared example, see ``_record``, with answer_loss and, of accuracy, the likeliest choice.
     """
 
-    score: float
-    answers: tuple[str, ...]
-    matches: tuple[bool | None, ...]
+    scores: dict[str, Score]
+    answers: tuple[str, ...] = ()
+    matches: tuple[bool | None, ...] = ()
     records: tuple[dict, ...] = ()
 
+    def figures(self) -> dict[str, Any]:
+        """Return what JSON says: exact match under the keys that it had before there were other metrics, and all."""
+        exact = self.scores.get("exact_match")
+        known = {"exact_match": exact.value, "exact_match_rows": exact.examples} if exact else {}
+        return known | {"metrics": {name: score.as_dict() for name, score in self.scores.items()}}
 
-def exact_match(
+
+def measure(
     model: nn.Module, tokenizer, examples: Sequence[Example], end_token_ids: Iterable[int],
-    at_once: Callable[[int], int] = lambda _tokens: MAX_PROMPTS, matching: Matching = WHOLE,
-    new_tokens: int | None = None, watch: Watch | None = None,
-) -> ExactMatch:  # fmt: skip
-    """Answer every example's prompt greedily and compare with what its row writes there.
+    losses: Losses | None = None, at_once: Callable[[int], int] = lambda _tokens: MAX_PROMPTS,
+    measures: Measures = EXACT_MATCH, new_tokens: int | None = None, watch: Watch | None = None,
+) -> Measured:  # fmt: skip
+    """Answer every example's prompt greedily, once for all metrics, and score the answers.
 
-    That is compared as it comes back from the tokenizer, which may write some letters otherwise.
+    A reference is compared as it comes back from the tokenizer, which may write some letters otherwise.
 
     Args:
         examples: with a prompt; those whose answer was cut off, or has nothing to compare, are left out.
         end_token_ids: the tokens that end an answer in these rows.
+        losses: returns the losses of each example's target tokens, for metrics of likelihood.
         at_once: returns how many prompts are answered together, given the tokens of the longest with its answer.
-        matching: what of an answer is compared.
+        measures: what is measured.
         new_tokens: most tokens of an answer; None is a few more than the longest reference has.
         watch: told of the answers so far.
 
     Raises:
-        DataError: a row is plain text and has no answer, or there is nothing to compare in any.
+        DataError: a row is plain text and has no answer, there is nothing to compare in any, or the references are not
+            what a metric needs.
     """
-    problems, is_error = check_answers(examples, matching)
+    problems, is_error = check_references(examples, measures)
     if is_error:
         raise DataError(str(problems[-1]))
-    is_asked = [can_match(example, matching) for example in examples]
-    asked = list(compress(examples, is_asked))
+    is_asked = [measures.can_compare(example) for example in examples]
+    asked, ends = list(compress(examples, is_asked)), frozenset(end_token_ids)
+    scores: dict[str, dict[str, Score]] = {}
+    records: list[dict] = [{"where": example.where, "prompt": example.prompt} for example in asked]
+    shown: tuple = ()
+    matches: tuple = ()
+    if measures.needs_answers:
+        references, said = _answered(model, tokenizer, asked, ends, at_once, new_tokens, watch)
+        compared = zip(asked, references, said, strict=True)
+        records = [_record(*each, measures.matching) for each in compared]
+        texts = references, [answer.text for answer in said]
+        scores = {name: score_texts(name, *texts) for name in measures.names}
+        scores["exact_match"] = {"exact_match": mean([record["match"] for record in records])}
+        in_order = ((shown_answer(record), record["match"]) for record in records)
+        shown, matches = zip(*(next(in_order) if each else ("", False) for each in is_asked), strict=True)
+    if "answer_loss" in measures.names:
+        own = losses([_answer_alone(example, _prompt_tokens(tokenizer, example), ends) for example in asked])
+        found = [fmean(each) for each in own]
+        records = [record | {"answer_loss": loss} for record, loss in zip(records, found, strict=True)]
+        scores["answer_loss"] = {"answer_loss": mean(found)}
+    if "accuracy" in measures.names:
+        likeliest = _likeliest(tokenizer, asked, measures.closed_set(asked), ends, losses)
+        records = [record | {"likeliest": choice} for record, choice in zip(records, likeliest, strict=True)]
+        right = [choice == choice_of(example.answer) for choice, example in zip(likeliest, asked, strict=True)]
+        scores["accuracy"] = {"accuracy_likelihood": mean(right), **scores["accuracy"]}
+    named = {key: score for name in measures.names for key, score in scores[name].items()}
+    return Measured(named, shown, matches, tuple(records))
+
+
+def _answered(
+    model: nn.Module, tokenizer, asked: Sequence[Example], ends: Collection[int], at_once: Callable[[int], int],
+    new_tokens: int | None, watch: Watch | None,
+) -> tuple[list[str], list[Answer]]:  # fmt: skip
+    """Return the references as the tokenizer gives them back, and the greedy answers."""
     prompts, (prompt, new) = [example.prompt for example in asked], _most_tokens(model, tokenizer, asked, new_tokens)
-    stop = stop_ids(model, tokenizer, end_token_ids)
-    done = watching(watch, "exact match", len(asked))
-    said = answers(model, tokenizer, prompts, new, stop, at_once(prompt + new), done=done)
+    done = watching(watch, "answers", len(asked))
+    said = answers(model, tokenizer, prompts, new, stop_ids(model, tokenizer, ends), at_once(prompt + new), done=done)
     written = tokenizer([example.answer for example in asked], add_special_tokens=False).input_ids
-    references = tokenizer.batch_decode(written, skip_special_tokens=True)
-    records = tuple(_record(*each, matching) for each in zip(asked, references, said, strict=True))
-    in_order = ((shown_answer(record), record["match"]) for record in records)
-    shown, matches = zip(*(next(in_order) if each else ("", False) for each in is_asked), strict=True)
-    return ExactMatch(sum(matches) / len(records), shown, matches, records)
+    return tokenizer.batch_decode(written, skip_special_tokens=True), said
+
+
+def _prompt_tokens(tokenizer, example: Example) -> list[int]:
+    """Return the tokens that an example begins with, which are those of its prompt alone (``data.mask``)."""
+    return tokenizer(example.prompt, add_special_tokens=False).input_ids
+
+
+def _answer_alone(example: Example, prompt: Sequence[int], ends: Collection[int]) -> Example:
+    """Return an example of which nothing but the last answer is a target, with its end token if that is one."""
+    ids, first = example.token_ids, len(prompt)
+    found = np.flatnonzero(np.isin(ids[first:], list(ends)))
+    last = first + int(found[0]) if len(found) else len(ids)
+    learned = np.arange(len(ids)) >= first
+    learned[last : last + 1] = example.learned[last : last + 1]
+    return replace(example, token_ids=ids[: last + 1], learned=learned[: last + 1])
+
+
+def _likeliest(
+    tokenizer, asked: Sequence[Example], choices: Sequence[str], ends: Collection[int], losses: Losses
+) -> list[str]:  # fmt: skip
+    """Return the answer of a closed set that is likeliest for each example, by the sum over its tokens.
+
+    Raises:
+        DataError: the tokens of a prompt are others before another answer.
+    """
+    variants = []
+    for example in asked:
+        prompt = _prompt_tokens(tokenizer, example)
+        own = _answer_alone(example, prompt, ends)
+        variants += [own if choice == choice_of(example.answer) else _with_choice(tokenizer, own, prompt, choice, ends)
+                     for choice in choices]  # fmt: skip
+    sums = np.array([fsum(each) for each in losses(variants)]).reshape(len(asked), len(choices))
+    return [choices[index] for index in sums.argmin(axis=1)]
+
+
+def _with_choice(tokenizer, own: Example, prompt: list[int], choice: str, ends: Collection[int]) -> Example:
+    """Return an example with another answer of the closed set in place of its own, and the same end."""
+    before = own.answer[: own.answer.rindex(choice_of(own.answer))]
+    ids = tokenizer(own.prompt + before + choice, add_special_tokens=False).input_ids
+    if ids[: len(prompt)] != prompt:
+        raise DataError(f"{own.where}: before the answer {choice!r} of the closed set, the prompt has other tokens "
+                        "than alone; choose another data.template")  # fmt: skip
+    ids += [token for token in own.token_ids[-1:].tolist() if token in ends]
+    learned = np.arange(len(ids)) >= len(prompt)
+    learned[-1] = own.learned[-1]
+    return replace(own, token_ids=np.array(ids, np.int32), learned=learned)
 
 
 def shown_answer(record: dict) -> str:
@@ -107,7 +205,7 @@ def shown_answer(record: dict) -> str:
     return record["answer"] + CUT * is_cut
 
 
-def _record(example: Example, reference: str, answer: Answer, matching: Matching) -> dict:
+def _record(example: Example, reference: str, answer: Answer, matching: Matching) -> dict[str, Any]:
     """Compare an answer; what is compared is named only where it is not the whole text."""
     expected = found = None
     try:
@@ -166,36 +264,40 @@ def context_tokens_of(recipe: Recipe) -> int:
 
 
 def evaluate_recipe(
-    recipe: Recipe, adapter: str | Path | None, exact_match_rows: int, tokenizer=None, out: str | Path | None = None,
+    recipe: Recipe, adapter: str | Path | None, metrics_rows: int, tokenizer=None, out: str | Path | None = None,
     watch: Watch | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure a recipe's model on its evaluation rows, with an adapter or without.
 
     Args:
         adapter: adapter folder; None measures the base model.
-        exact_match_rows: rows to answer, 0 for none.
+        metrics_rows: rows to measure train.metrics on, 0 for none.
         tokenizer: the model's, with another chat template than its own; None loads it.
         out: JSONL file for the answers, one object for each compared example: where, prompt, reference, answer, match,
-            finish, and what was compared where that is not the whole text.
+            finish, what was compared where that is not the whole text, and what a metric of likelihood found.
         watch: told how far the evaluation is.
 
     Returns:
-        eval_loss, perplexity, labelled_tokens, rows and, if asked for, exact_match and exact_match_rows, the rows that
+        eval_loss, perplexity, labelled_tokens, rows and, if asked for, metrics (value, standard_error and examples of
+        each score, signature of sacrebleu's), and of exact match also exact_match and exact_match_rows, the rows that
         were compared.
 
     Raises:
-        RecipeError: it is no recipe, or names no evaluation rows.
+        RecipeError: it is no recipe, names no evaluation rows, or a metric's package is not installed.
         OutputError: ``out`` cannot be written.
     """
     require_recipe(recipe)
     if not recipe.data.has_eval:
         raise RecipeError("there is no evaluation data; name some, as in data.eval=rows.jsonl")
+    if metrics_rows:
+        check_packages(recipe.train.metrics)
     adapter = adapter and Path(adapter)
     if out:
         with explain_write_errors(Path(out)):  # now, and not when all is answered
             Path(out).parent.mkdir(parents=True, exist_ok=True)
     tokenizer = tokenizer or load_tokenizer(recipe.model.path, recipe.model.revision)
     data, settings = build_data(recipe, tokenizer, "eval"), train_settings(recipe)
+    rows = measurable(data.examples[:metrics_rows], measures_of(recipe))
     model = build_to_use(recipe, [adapter] if adapter else [], context_tokens_of(recipe))
     if adapter:
         load_adapter(model, adapter)
@@ -208,15 +310,33 @@ def evaluate_recipe(
         "adapter": str(adapter) if adapter else None, "rows": len(data.examples),
         "labelled_tokens": result.labelled_tokens, "eval_loss": result.loss, "perplexity": result.perplexity,
     }  # fmt: skip
-    if exact_match_rows:
-        rows = data.examples[:exact_match_rows]
+    if rows:
         arrange_weights(model)
-        matching = matching_of(recipe)
         at_once = partial(answered_at_once, recipe, model, recipe.memory.budget_bytes)
-        match = exact_match(model, tokenizer, rows, data.end_token_ids, at_once, matching, new_tokens_of(recipe), watch)
-        for left_out in check_answers(rows, matching)[0]:
-            log.warning("%s", left_out)
-        measured |= {"exact_match": match.score, "exact_match_rows": len(match.records)}
+        found = measure(
+            model, tokenizer, rows, data.end_token_ids, losses_by(work, model, settings), at_once, measures_of(recipe),
+            new_tokens_of(recipe), watch,
+        )  # fmt: skip
+        measured |= found.figures()
         if out:
-            write_text(Path(out), "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in match.records))
+            write_text(Path(out), "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in found.records))
     return measured
+
+
+def measurable(examples: Sequence[Example], measures: Measures) -> Sequence[Example]:
+    """Return examples that metrics are asked for; which of them cannot be compared is logged.
+
+    Raises:
+        DataError: none can be, or the references are not what a metric needs.
+    """
+    problems, is_error = check_references(examples, measures)
+    if is_error:
+        raise DataError(str(problems[-1]))
+    for problem in problems:
+        log.warning("%s", problem)
+    return examples
+
+
+def losses_by(work: CausalLM, model: nn.Module, settings: TrainSettings) -> Losses:
+    """Return what computes the losses of examples outside of training."""
+    return lambda examples: answer_losses(work, model, eval_batches(work, examples, settings))

@@ -117,30 +117,60 @@ def open_tasks(
     """Load the base model that runs share, with all their adapters.
 
     Args:
-        runs: one or more run folders, or adapters' in the PEFT format, or recipes or models for their bare base; a
-            task's name is its folder's or file's, or the path as given where two have the same. Some may be open
-            already.
-        model_path, unfinished, template: see ``artifacts.trained_run.open_model``.
-        context_tokens: of the longest prompt with its answer that a GPU must have room for, before weights; None is
-            the longest row that one of the runs may have.
+        runs, model_path, unfinished, template: see ``open_runs``.
+        context_tokens: see ``load_tasks``.
 
     Raises:
         RecipeError: a run cannot be used.
         ModelError: the runs do not share a base, or an adapter does not fit it.
+    """
+    return load_tasks(open_runs(runs, model_path, unfinished, template), context_tokens)
+
+
+def open_runs(
+    runs: str | Path | Sequence[str | Path | TrainedRun], model_path: str | None = None, unfinished: bool = False,
+    template: str | None = None,
+) -> dict[str, TrainedRun]:  # fmt: skip
+    """Open runs over one base model by the names of their tasks; nothing of the model is loaded.
+
+    Args:
+        runs: one or more run folders, or adapters' in the PEFT format, or recipes or models for their bare base; a
+            task's name is its folder's or file's, or the path as given where two have the same. Some may be open
+            already.
+        model_path, unfinished, template: see ``artifacts.trained_run.open_model``.
+
+    Raises:
+        RecipeError: a run cannot be used.
+        ModelError: the runs do not share a base.
     """
     runs = [runs] if isinstance(runs, str | Path) else runs
     if not runs:
         raise RecipeError("no run is given; name a run folder, or an adapter's")
     opened = [run if isinstance(run, TrainedRun) else open_model(run, model_path, unfinished, template) for run in runs]
     _check_one_base(opened)
-    first, skeleton = opened[0], opened[0].skeleton()
     plain = [run.name for run in opened]
     names = [run.name if plain.count(run.name) == 1 else str(path) for run, path in zip(opened, runs, strict=True)]
     if len(set(names)) < len(names):
         raise ModelError(f"the same run is given twice: {', '.join(names)}")
-    adapters = {name: run.read_adapter(skeleton, must_change=False) for name, run in zip(names, opened, strict=True)}
-    longest = max(context_tokens_of(run.recipe) for run in opened)
-    with_adapter = [run.adapter for run in opened if run.adapter]
+    return dict(zip(names, opened, strict=True))
+
+
+def load_tasks(opened: dict[str, TrainedRun], context_tokens: int | None = None) -> Tasks:
+    """Load the base model of open runs, with all their adapters.
+
+    Args:
+        opened: by the names of the tasks.
+        context_tokens: of the longest prompt with its answer that a GPU must have room for, before weights; None is
+            the longest row that one of the runs may have.
+
+    Raises:
+        ModelError: an adapter does not fit the base model.
+    """
+    first = next(iter(opened.values()))
+    skeleton = first.skeleton()
+    adapters = {name: run.read_adapter(skeleton, must_change=False) for name, run in opened.items()}
+    longest = max(context_tokens_of(run.recipe) for run in opened.values())
+    with_adapter = [run.adapter for run in opened.values() if run.adapter]
     model = build_to_use(first.recipe, with_adapter, context_tokens or longest)
     tokenizer = load_tokenizer(first.recipe.model.path, first.recipe.model.revision)
     switch = add_switch(model, adapters)
@@ -150,7 +180,7 @@ def open_tasks(
             run, run.template(tokenizer), tuple(stop_ids(model, tokenizer, run.end_token_ids)),
             sum(tensor.nbytes for f in adapters[name].layers.values() for tensor in f.tensors.values()),
         )
-        for name, run in zip(names, opened, strict=True)
+        for name, run in opened.items()
     }  # fmt: skip
     return Tasks(model, tokenizer, switch, tasks)
 

@@ -13,6 +13,7 @@ from qlora_lite.data.example_checks import Matching
 from qlora_lite.data.examples import Dataset, RowStream, largest_rows, read_examples
 from qlora_lite.data.fields import columns_of
 from qlora_lite.data.held_out import hold_out
+from qlora_lite.data.metrics import Measures
 from qlora_lite.data.problems import Problems
 from qlora_lite.data.row_formats import CHOSEN, is_preference
 from qlora_lite.data.sources import Source, read_rows
@@ -127,7 +128,8 @@ def build_sources(recipe: Recipe, which: str) -> list[Source]:
     ]
 
 
-def matching_of(recipe: Recipe) -> Matching:
-    """Return how a recipe compares answers with their references."""
+def measures_of(recipe: Recipe) -> Measures:
+    """Return what a recipe measures of answers, and how it compares them with their references."""
     t = recipe.train
-    return Matching(t.exact_match_pattern, t.exact_match_ignore, t.exact_match_ignore_case)
+    matching = Matching(t.exact_match_pattern, t.exact_match_ignore, t.exact_match_ignore_case)
+    return Measures(t.metrics, matching, t.metrics_choices)

@@ -21,8 +21,9 @@ import torch
 
 from qlora_lite.data.batch import collate, packing_efficiency, pieces_of, plan_epoch
 from qlora_lite.data.data_files import left_out
-from qlora_lite.data.example_checks import check_answers, check_overlap, check_prompts, count_special_tokens, histogram
+from qlora_lite.data.example_checks import check_overlap, check_prompts, count_special_tokens, histogram
 from qlora_lite.data.examples import Dataset
+from qlora_lite.data.metrics import check_references
 from qlora_lite.data.problems import Problems, RowProblem, read_place, write_place
 from qlora_lite.data.render import ROW_DAY
 from qlora_lite.data.row_formats import answer_beside_text, check_format, recognise, used_columns
@@ -35,7 +36,7 @@ from qlora_lite.recipe.schema import Recipe
 from qlora_lite.units import format_bytes, format_count
 
 from .build import build_skeleton, method_of
-from .datasets import STREAM_SAMPLE_ROWS, build_sources, matching_of, read_data
+from .datasets import STREAM_SAMPLE_ROWS, build_sources, measures_of, read_data
 
 _SHOWN_PER_RULE = 5
 _SHOWN_NAMES = 5
@@ -239,7 +240,7 @@ def _faults_of_evaluation(recipe: Recipe, data: Dataset, eval_data: Dataset) -> 
             yield overlap, is_error
     if prompts := check_prompts(data.examples, eval_data.examples, bool(recipe.data.eval_share)):
         yield prompts, False
-    found, is_error = check_answers(eval_data.examples[: recipe.train.metrics_examples], matching_of(recipe))
+    found, is_error = check_references(eval_data.examples[: recipe.train.metrics_examples], measures_of(recipe))
     yield from ((problem, is_error) for problem in found)
 
 

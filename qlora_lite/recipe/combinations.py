@@ -20,8 +20,8 @@ _Value = Callable[..., object]
 def conflicts(value: _Value) -> _Found:
     """Yield place and message of every setting that does not go with others."""
     for check in (
-        _patience, _held_out, _streaming, _update_in_backward, _compile, _head, _all_kept, _kept_and_streamed,
-        _segments, _folder, _stream_from,
+        _patience, _measured, _held_out, _streaming, _update_in_backward, _compile, _head, _all_kept,
+        _kept_and_streamed, _segments, _folder, _stream_from,
     ):  # fmt: skip
         yield from check(value)
 
@@ -29,7 +29,7 @@ def conflicts(value: _Value) -> _Found:
 def without_evaluation(value: _Value) -> _Found:
     """Yield the settings that need evaluation rows where there are none."""
     if value("data", "eval") is None and not value("data", "eval_share"):
-        for name in ("eval_every_steps", "early_stopping_patience", "metrics_examples"):
+        for name in ("eval_every_steps", "early_stopping_patience", "metrics_examples", "metrics_every_steps"):
             given = value("train", name)
             if isinstance(given, int) and given > 0:
                 yield (
@@ -55,6 +55,18 @@ def _patience(value: _Value) -> _Found:
     if isinstance(patience, int) and patience > 0 and not value("train", "eval_every_steps"):
         message = f"train.early_stopping_patience = {patience}: needs evaluations during training; write "
         yield ("train", "early_stopping_patience"), f"{message}train.eval_every_steps, or 0 here"
+
+
+def _measured(value: _Value) -> _Found:
+    metrics, choices = value("train", "metrics"), value("train", "metrics_choices")
+    if not value("train", "metrics_examples"):
+        is_meant = {"metrics": metrics not in (None, "exact_match", ["exact_match"]),
+                    "metrics_every_steps": value("train", "metrics_every_steps")}  # fmt: skip
+        for name in filter(is_meant.get, is_meant):
+            message = f"train.{name}: nothing is measured; write train.metrics_examples (with evaluate, --rows), or "
+            yield ("train", name), f"{message}remove this"
+    if choices and "accuracy" not in (metrics if isinstance(metrics, list | str) else ()):
+        yield ("train", "metrics_choices"), "train.metrics_choices: write accuracy in train.metrics, or remove this"
 
 
 def _held_out(value: _Value) -> _Found:

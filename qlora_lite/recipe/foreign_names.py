@@ -167,7 +167,7 @@ _NOT_NEEDED = {
     "remove it; report.html has the loss curves": "plot_loss",
     "remove it; `qlora-lite profile RECIPE` measures": "profiler profiler_* profiling gc_steps profile",
     "remove it; the summary and the report show answers and losses": "eval_table_size eval_max_new_tokens",
-    "remove it; evaluation reports loss, perplexity and exact match (train.metrics_examples)":
+    "remove it; evaluation reports loss, perplexity, exact match and others (train.metrics)":
         "compute_metrics predict_with_generate do_causal_lm_eval eval_causal_lm_metrics do_bench_eval bench_* "
         "compute_accuracy batch_eval_metrics include_for_metrics label_names eval_accumulation_steps eval_delay "
         "eval_on_start preprocess_logits_for_metrics prediction_loss_only",

@@ -61,6 +61,17 @@ def _one_name_or_many(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 
+def _at_least(count: int):
+    """Return a validator of the length of a list whose items are valid; min_length also counts those that are not."""
+
+    def check(value: tuple | None) -> tuple | None:
+        if value is not None and len(value) < count:
+            raise ValueError(f"{len(value)} items")
+        return value
+
+    return AfterValidator(check)
+
+
 def _size_or_auto(value: str) -> str:
     if value != "auto" and parse_bytes(value) == 0:
         raise ValueError("a budget of 0 bytes")
@@ -263,6 +274,9 @@ _Tracker = Literal[
 ]  # fmt: skip
 
 
+_Metric = Literal["exact_match", "number_match", "accuracy", "bleu", "chrf", "rouge", "answer_loss"]
+
+
 class Train(_Section):
     """How training runs: steps, optimizer, evaluation and checkpoints."""
 
@@ -325,8 +339,18 @@ class Train(_Section):
     """What to do when a loss or gradient is not finite: end the run, or skip the update of that step."""
     max_skipped_steps: PositiveInt = 10
     """Steps that may be skipped with train.on_not_finite skip; one more ends the run."""
+    metrics: Annotated[
+        tuple[_Metric, ...], Field(strict=False), _at_least(1), BeforeValidator(_one_name_or_many),
+        Rule(f"one or a list of {', '.join(get_args(_Metric))}"),
+    ] = ("exact_match",)  # fmt: skip
+    """What is computed from the greedy answers to train.metrics_examples examples (exact_match, number_match, bleu,
+    chrf, rouge), from the likelihood of their references (answer_loss), or from both (accuracy); qlora-lite explain
+    inference defines each. bleu, chrf and rouge need pip install 'qlora-lite[metrics]'."""
     metrics_examples: Count = 0
-    """Evaluation examples answered by greedy decoding before and after training, to count exact matches."""
+    """The first evaluation examples, so many, for which train.metrics are measured before and after training; 0
+    measures none."""
+    metrics_every_steps: Count = 0
+    """Steps between measurements of train.metrics; 0 measures only before and after training."""
     exact_match_pattern: _Pattern | None = None
     """Regular expression that extracts what is compared from the reference and from the answer: its first match, or the
     first group of that if it has groups. For GSM8K "#### (-?[0-9.,]+)". An answer without a match counts as wrong. null
@@ -340,6 +364,10 @@ class Train(_Section):
     ] = "auto"  # fmt: skip
     """Maximum length of an answer in tokens; auto is 8 more than the longest reference. Chains of thought may need
     more."""
+    metrics_choices: Annotated[
+        tuple[Text, ...] | None, Field(strict=False), _at_least(2), Rule("null, or a list of at least two texts"),
+    ] = None  # fmt: skip
+    """The closed set of answers that the metric accuracy chooses from; null is the different references, at most 32."""
     trackers: Annotated[
         tuple[_Tracker, ...], Field(strict=False), BeforeValidator(_one_name_or_many),
         Rule(f"one or a list of {', '.join(get_args(_Tracker))}"),

@@ -3,11 +3,10 @@
 Shares are from 0 to 1, losses in nats per target token. Needs the standard library only.
 """
 
-from qlora_lite.units import format_bytes
+from qlora_lite.units import format_bytes, format_score
 
 from .page import page, section, table, text
 
-FIGURES = "examples", "target tokens", "loss", "perplexity", "exact match", "adapter"
 SHOWN_ANSWERS = 8  # on the page; the JSON file has all
 NOT_THE_SAME = "The models were measured on different examples or tokens; their losses cannot be ranked."
 
@@ -26,21 +25,25 @@ def render_comparison(result: dict) -> str:
     return page(f"{names} - qlora-lite", head + figures + answers)
 
 
-def figures_of(model: dict) -> tuple[str, ...]:
-    """Write a model's figures for people, in the order of ``FIGURES``."""
-    exact = f"{model['exact_match']:.1%} of {model['exact_match_rows']}" if "exact_match" in model else ""
-    size = format_bytes(model["adapter_bytes"]) if model["adapter_bytes"] else ""
-    counts = f"{model['rows']:,}", f"{model['labelled_tokens']:,}"
-    return *counts, f"{model['eval_loss']:.4f}", f"{model['perplexity']:.4g}", exact, size
+def figures_of(model: dict) -> dict[str, str]:
+    """Write a model's figures for people, by name."""
+    scores = model.get("metrics", {})
+    return {
+        "examples": f"{model['rows']:,}", "target tokens": f"{model['labelled_tokens']:,}",
+        "loss": f"{model['eval_loss']:.4f}", "perplexity": f"{model['perplexity']:.4g}",
+        **{name.replace("_", " "): f"{format_score(name, score)} of {score['examples']}"
+           for name, score in scores.items()},
+        "adapter": format_bytes(model["adapter_bytes"]) if model["adapter_bytes"] else "",
+    }  # fmt: skip
 
 
 def _figures(models: list[dict], same_tokens: bool) -> str:
     best = min(model["eval_loss"] for model in models) if same_tokens else None
     rows = [
-        (model["name"] + (" (lowest loss)" if model["eval_loss"] == best else ""), *figures_of(model))
+        (model["name"] + (" (lowest loss)" if model["eval_loss"] == best else ""), *figures_of(model).values())
         for model in models
     ]
-    return table(("model", *FIGURES), rows, numeric=1)
+    return table(("model", *figures_of(models[0])), rows, numeric=1)
 
 
 def _card(row: dict) -> str:

@@ -21,11 +21,12 @@ import yaml
 from qlora_lite.artifacts.run_files import FILES, RunFiles, curve, figures_of_metrics, number, read_run
 from qlora_lite.errors import OutputError
 from qlora_lite.files import write_text
-from qlora_lite.units import format_bytes, format_seconds
+from qlora_lite.units import format_bytes, format_score, format_seconds
 
 from .charts import Series, line_chart, short_number, smooth
 from .page import figure, page, pairs, section, table, text
 
+_WHEN = "before", "after"
 STATUS_STYLE = {"complete": "good", "interrupted": "warn", "failed": "bad"}
 
 
@@ -57,6 +58,7 @@ def render(run: RunFiles, folder_name: str) -> str:
         _head(summary, name, folder_name),
         _notices(run, summary),
         _figures(summary),
+        section("Scores", _scores(run), "Held-out examples; with standard errors."),
         section("Loss", _loss_chart(run)),
         section("Over training", _small_charts(run)),
         section("Answers before and after", _samples(summary), "Held-out examples, greedy decoding."),
@@ -113,6 +115,28 @@ def _figures(summary: dict[str, Any]) -> str:
         figure("Time", shown("seconds", format_seconds), detail=counted("steps", "steps")),
     ]
     return f'<div class="figures">{"".join(figures)}</div>'
+
+
+def _scores(run: RunFiles) -> str:
+    """List the metrics before and after training, and those measured in between."""
+    before, after = (_scores_of(run.summary.get("metrics"), when) for when in _WHEN)
+    rows = []
+    for name in {**before, **after}:
+        ends = before.get(name), after.get(name)
+        known = next(filter(None, ends[::-1]))
+        between = ", ".join(f"{short_number(value)} (step {step})" for step, value in curve(run, name))
+        rows.append([name.replace("_", " "), *(format_score(name, score) if score else "" for score in ends), between,
+                     known.get("examples"), known.get("signature", "")])  # fmt: skip
+    return table(["score", *_WHEN, "in training", "examples", "signature"], rows, numeric=4) if rows else ""
+
+
+def _scores_of(metrics: object, when: str) -> dict[str, dict[str, Any]]:
+    """Return the scores of before or after training by name, as far as they are numbers."""
+    scores, found = metrics.get(when) if isinstance(metrics, dict) else None, {}
+    for name, score in scores.items() if isinstance(scores, dict) else ():
+        if isinstance(score, dict) and number(score.get("value")) is not None:
+            found[name] = score | {key: number(score.get(key)) for key in ("value", "standard_error")}
+    return found
 
 
 def _percent(share: float) -> str:

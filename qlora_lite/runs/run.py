@@ -53,7 +53,7 @@ def run_recipe(
         resume: run folder to resume, from its newest whole checkpoint; "" takes the recipe's newest run, None
             begins a new one. A run without a checkpoint begins afresh.
         force: go on although the recipe or the data make another run of it.
-        watch: called with what is being done ("evaluation" or "exact match"), how many examples are done, and of how
+        watch: called with what is being done ("evaluation" or "answers"), how many examples are done, and of how
             many.
 
     Raises:

@@ -23,12 +23,13 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.artifacts.run_folder import TEMPLATE, RunFolder, package_versions
 from qlora_lite.artifacts.trained_run import adapter_to_begin_with
+from qlora_lite.data.metrics import check_packages
 from qlora_lite.data.storage import Example
 from qlora_lite.data.template import portable_source
 from qlora_lite.errors import DoesNotFitError, OutputError
 from qlora_lite.export.merge import loses_its_update
 from qlora_lite.files import Space, write_text
-from qlora_lite.inference.evaluate import ExactMatch, Watch
+from qlora_lite.inference.evaluate import Measured, Watch
 from qlora_lite.memory.meter import PeakMeter, mapped_bytes, set_memory_limit
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.cache import base_fingerprint
@@ -120,8 +121,8 @@ class Proven(Loaded):
 class Trained(Proven):
     """The best adapter is saved."""
 
-    before: ExactMatch | None
-    after: ExactMatch | None
+    before: Measured | None
+    after: Measured | None
     adapter_step: int  # whose weights the adapter has
     ended_by: str  # the setting that ended training
 
@@ -139,6 +140,8 @@ def prepare(
 ) -> Prepared:  # fmt: skip
     """Read tokenizer and data, and stop where training on them would be a mistake, or another run than before."""
     check_trackers(recipe.train.trackers)
+    if recipe.train.metrics_examples:
+        check_packages(recipe.train.metrics)
     if recipe.model.quant != "none" and loses_its_update(recipe.model.path):
         log.warning("model.path is a merged model: in 4 bit it loses much or all of what was merged into it; train "
                     "on its base with lora.init_from, or with model.quant none")  # fmt: skip

@@ -24,14 +24,15 @@ from qlora_lite.artifacts.run_folder import (
 )
 from qlora_lite.data.examples import Dataset
 from qlora_lite.errors import CheckpointError, DoesNotFitError, Interrupted, ModelError, OutputError
-from qlora_lite.inference.evaluate import ExactMatch, answered_at_once, exact_match, new_tokens_of, watching
+from qlora_lite.inference.evaluate import Measured, answered_at_once, measure, new_tokens_of, watching
 from qlora_lite.models.anatomy import device_of
-from qlora_lite.prepare.datasets import matching_of
+from qlora_lite.prepare.datasets import measures_of
 from qlora_lite.train.checkpoints import Checkpoint, Tensors
 from qlora_lite.train.guards import check_frozen
 from qlora_lite.train.loop import StepMetrics
 from qlora_lite.train.out_of_memory import free_cached_memory
 from qlora_lite.train.state import STATE, capture, compare_tensors, restore
+from qlora_lite.units import format_score
 
 from .async_checkpoint import Saver
 from .resume import RUN, Continuation
@@ -68,9 +69,9 @@ class Training:
         self.progress, self.watch = proven.progress, proven.watch
         self.best_loss, self.best_step = math.inf, 0
         self.best_factors: Tensors | None = None
-        self.evaluated_step = 0
+        self.evaluated_step = self.measured_step = 0
         self.evaluations_without_better = 0  # in a row, of those in training
-        self.before: ExactMatch | None = None
+        self.before: Measured | None = None
         self.totals = {"steps": 0, "seconds": 0.0, "tokens": 0, "labelled_tokens": 0}
         self.earlier_peak_bytes = 0
         self.digests: dict[str, str] = {}  # of the adapters written, as the summary names them
@@ -120,12 +121,13 @@ class Training:
 
     def _restore_progress(self, saved: dict, best: Tensors) -> None:
         self.evaluated_step, self.earlier_peak_bytes = int(saved["evaluated_step"]), int(saved["peak_bytes"])
+        self.measured_step = int(saved.get("measured_step", 0))
         self.evaluations_without_better = int(saved["evaluations_without_better"])
         self.totals = {name: type(zero)(saved["totals"][name]) for name, zero in self.totals.items()}
         if (before := saved["before"]) is not None:
             answers = tuple(map(str, before["answers"]))
             matches = before.get("matches", [None] * len(answers))
-            self.before = ExactMatch(float(before["score"]), answers, tuple(matches))
+            self.before = Measured({}, answers, tuple(matches))  # its scores are in the summary
         if saved["best_loss"] is not None:
             compare_tensors(best, self.method.tensors(self.model), BEST)
             self.best_loss, self.best_step = float(saved["best_loss"]), int(saved["best_step"])
@@ -133,11 +135,9 @@ class Training:
 
     def _progress(self) -> dict:
         return {
-            "evaluated_step": self.evaluated_step, "totals": self.totals, "peak_bytes": self.peak_bytes,
-            "evaluations_without_better": self.evaluations_without_better,
-            "before": self.before and {
-                "score": self.before.score, "answers": self.before.answers, "matches": self.before.matches,
-            },
+            "evaluated_step": self.evaluated_step, "measured_step": self.measured_step, "totals": self.totals,
+            "peak_bytes": self.peak_bytes, "evaluations_without_better": self.evaluations_without_better,
+            "before": self.before and {"answers": self.before.answers, "matches": self.before.matches},
             "best_loss": None if self.best_factors is None else self.best_loss, "best_step": self.best_step,
         }  # fmt: skip
 
@@ -172,11 +172,13 @@ class Training:
 
     def _train(self) -> None:
         self._evaluate_if_due()  # the run may have been stopped between a step and its evaluation
+        self._measure_if_due()
         steps = iter(self.trainer)
         while not self.ends_early and (metrics := next(steps, None)):
             self._note(metrics)
             self.stop.check()
             self._evaluate_if_due()
+            self._measure_if_due()
             if self.saver.due(metrics.step):
                 self._save_checkpoint()
             self.stop.check()
@@ -227,35 +229,54 @@ class Training:
         log.info("step %d: evaluation loss %.4f", step, result.loss)
         return result.loss
 
-    def _measure(self, when: str, loss: float | None = None) -> ExactMatch | None:
-        """Measure loss, if it is not known, and exact match; ``when`` is "before" or "after"."""
+    def _measure_if_due(self) -> None:
+        step, every = self.trainer.step, self.recipe.train.metrics_every_steps
+        due = every > 0 and step % every == 0 and self.measured_step < step < self.trainer.total_steps
+        if due and self.eval_data is not None:
+            if result := self._metrics(self.eval_data, f"after step {step}"):
+                self._log({"step": step, **{name: score.value for name, score in result.scores.items()}})
+            self.measured_step = step
+
+    def _measure(self, when: str, loss: float | None = None) -> Measured | None:
+        """Measure loss, if it is not known, and the metrics; ``when`` is "before" or "after"."""
         if self.eval_data is None:
             return None
         self.run.update(**{f"eval_loss_{when}": self._eval_loss(self.eval_data) if loss is None else loss})
-        rows = self.eval_data.examples[: self.recipe.train.metrics_examples]
+        result = self._metrics(self.eval_data, f"{when} training")
+        if result:
+            found = result.figures()
+            if "exact_match" in found:
+                exact = {f"exact_match_{when}": found["exact_match"], "exact_match_rows": found["exact_match_rows"]}
+                self.run.update(**exact)
+            self.run.update(metrics=self.run.summary.get("metrics", {}) | {when: found["metrics"]})
+        return result
+
+    def _metrics(self, eval_data: Dataset, when: str) -> Measured | None:
+        """Measure the metrics; what keeps them from it ends the run before training, and is a warning later."""
+        rows = eval_data.examples[: self.recipe.train.metrics_examples]
         if not rows:
             return None
         try:
             with self.stop.at_once():
                 at_once = partial(answered_at_once, self.recipe, self.model, self.proven.budget_bytes)
-                result = exact_match(
-                    self.model, self.proven.tokenizer, rows, self.eval_data.end_token_ids, at_once,
-                    matching_of(self.recipe), new_tokens_of(self.recipe), self._watch,
+                result = measure(
+                    self.model, self.proven.tokenizer, rows, eval_data.end_token_ids, self.trainer.answer_losses,
+                    at_once, measures_of(self.recipe), new_tokens_of(self.recipe), self._watch,
                 )  # fmt: skip
         except (DoesNotFitError, ModelError) as error:
-            if when == "after":
-                log.warning("exact match after training is not counted: %s", error)
+            if self.trainer.step:
+                log.warning("train.metrics %s are not measured: %s", when, error)
                 return None
             if isinstance(error, ModelError):
                 raise
             reason, _, _ = str(error).partition(":")
-            raise DoesNotFitError(f"train.metrics_examples: {reason}; set it to 0, and count with "
+            raise DoesNotFitError(f"train.metrics_examples: {reason}; set it to 0, and measure with "
                                   "`qlora-lite evaluate` when the run has ended") from None  # fmt: skip
         finally:
             free_cached_memory(device_of(self.model))  # no other tensor gets what a recorded token took until then
-        count = len(result.records)
-        log.info("exact match %s training: %.1f %% of %d rows", when, 100 * result.score, count)
-        self.run.update(**{f"exact_match_{when}": result.score, "exact_match_rows": count})
+        shown = {name.replace("_", " "): format_score(name, each.as_dict()) for name, each in result.scores.items()}
+        said = ", ".join(f"{name} {score}" for name, score in shown.items())
+        log.info("metrics %s, %d examples: %s", when, len(result.records), said)
         return result
 
     def _keep_if_best(self, loss: float) -> bool:
@@ -268,7 +289,7 @@ class Training:
         self._try_save(ADAPTER)
         return True
 
-    def _measure_best(self) -> ExactMatch | None:
+    def _measure_best(self) -> Measured | None:
         """Evaluate the end, go back to the best factors seen, and measure those."""
         self.is_trained = True
         if self.best_factors is not None:

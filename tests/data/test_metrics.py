@@ -191,7 +191,7 @@ def test_references_without_a_number_are_left_out_and_an_error_where_none_has_on
         (None, [str(n) for n in range(33)], "33 compared answers are 33 different ones, not a closed set"),
         (None, ["yes", "yes"], "every compared answer is 'yes'"),
         (None, ["yes", "Yes."], "differ only in case or in a dot"),
-        (("yes", "no"), ["yes", "maybe"], "'maybe' of f:2 is not in train.accuracy_choices (yes, no)"),
+        (("yes", "no"), ["yes", "maybe"], "'maybe' of f:2 is not in train.metrics_choices (yes, no)"),
         (("yes", "no"), ["yes", "yes"], None),
         (None, ["yes", "no", "<think>\nwell\n</think>\nno"], None),
     ],

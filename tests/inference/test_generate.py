@@ -13,11 +13,12 @@ from tokenizers import normalizers
 
 from qlora_lite.data.example_checks import Matching
 from qlora_lite.data.examples import build_examples
+from qlora_lite.data.metrics import Measures
 from qlora_lite.data.sources import Source
 from qlora_lite.data.storage import Example
 from qlora_lite.data.template import NAMED_TEMPLATES
 from qlora_lite.errors import DoesNotFitError, ModelError
-from qlora_lite.inference.evaluate import CUT, exact_match
+from qlora_lite.inference.evaluate import CUT, measure
 from qlora_lite.inference.generate import Sampling, answer, answers, stop_ids
 from qlora_lite.models.load import _mask_for_padding_only, adopt, use_row_attention
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
@@ -78,7 +79,7 @@ def test_an_answer_that_had_to_be_cut_is_told_from_one_that_ended_and_shown_as_s
     cut = {i for i, each in enumerate(ended) if each.finish == "length"}
     assert 1 not in cut and cut == {i for i, each in enumerate(ended) if each.text == texts[i]} != set()
     examples = [Example(np.zeros(9, np.int32), np.ones(9, bool), prompt, "x", "f:1") for prompt in PROMPTS]
-    shown = exact_match(model, tokenizer, examples, stop).answers
+    shown = measure(model, tokenizer, examples, stop).answers
     assert not shown[1].endswith(CUT) and any(each.endswith(CUT) for each in shown)
 
 
@@ -108,19 +109,21 @@ def test_a_model_that_writes_what_its_rows_teach_matches_all_of_them(tmp_path, m
         return torch.cat([input_ids, padded], dim=1)
 
     monkeypatch.setattr(model, "generate", generate)
-    match = exact_match(model, tokenizer, data.examples, data.end_token_ids)
-    assert match.score == 1 and match.answers[1] == "<think></think>answer 1 ooooooooo"
+    match = measure(model, tokenizer, data.examples, data.end_token_ids)
+    assert match.scores["exact_match"].value == 1 and match.answers[1] == "<think></think>answer 1 ooooooooo"
     cut = [replace(example, answer="") if index == 1 else example for index, example in enumerate(data.examples)]
-    left_out = exact_match(model, tokenizer, cut, data.end_token_ids)
-    assert left_out[:2] == (1, (match.answers[0], "", match.answers[2])) and len(left_out.records) == 2
+    left_out = measure(model, tokenizer, cut, data.end_token_ids)
+    assert left_out.scores["exact_match"][::2] == (1, 2) and len(left_out.records) == 2
+    assert left_out.answers == (match.answers[0], "", match.answers[2])
     taught[tuple(given[2])][0] += 1
-    whole = exact_match(model, tokenizer, data.examples, data.end_token_ids)
+    whole = measure(model, tokenizer, data.examples, data.end_token_ids)
     number = Matching(r"(?i)answer (\d)|(x)")
-    found = exact_match(model, tokenizer, data.examples, data.end_token_ids, matching=number)
+    found = measure(model, tokenizer, data.examples, data.end_token_ids, measures=Measures(matching=number))
     assert [record["match"] for record in whole.records] == [True, True, False]
-    assert (whole.score, found.score, found.records[2]["compared_answer"]) == (2 / 3, 1, "2")
+    scores = [each.scores["exact_match"].value for each in (whole, found)]
+    assert (*scores, found.records[2]["compared_answer"]) == (2 / 3, 1, "2")
     assert "compared_answer" not in whole.records[2] and whole.records[0]["prompt"] == data.examples[0].prompt
-    few = exact_match(model, tokenizer, data.examples, data.end_token_ids, new_tokens=5)
+    few = measure(model, tokenizer, data.examples, data.end_token_ids, new_tokens=5)
     assert {record["finish"] for record in few.records} == {"length"} and few.answers[0] == "<thin" + CUT
 
 

@@ -246,8 +246,8 @@ def test_a_run_that_held_other_rows_of_the_file_out_may_have_learned_those_measu
 def test_losses_of_different_tokens_are_not_ranked(runs, command, tmp_path):
     other = make_run(tmp_path, runs[0].parent / "model", ["data.train_on=all"])
     code, out, _ = command("compare", runs[0], runs[1], other, "--rows", 0, "--out", tmp_path / "page")
-    counts = [line.split()[1:3] for line in out.splitlines()[3:6]]
-    assert code == 0 and {rows for rows, _ in counts} == {"6"} and counts[0] == counts[1] != counts[2]
+    rows, tokens = (line.split()[-3:] for line in out.splitlines()[3:5])
+    assert code == 0 and rows == ["6"] * 3 and tokens[0] == tokens[1] != tokens[2]
     page = (tmp_path / "page" / "compare.html").read_text()
     assert "cannot be ranked" in out and "cannot be ranked" in page and "(lowest loss)" not in page
     command("compare", *runs[:2], "--rows", 0, "--out", tmp_path / "page")
@@ -260,13 +260,13 @@ def test_answers_are_escaped_on_the_page():
 
     evil = "<script>alert(1)</script>"
     model = {"name": evil, "rows": 2, "labelled_tokens": 9, "eval_loss": 1.0, "perplexity": 2.7, "adapter_bytes": 3,
-             "exact_match": 0.5, "exact_match_rows": 2}  # fmt: skip
+             "metrics": {"exact_match": {"value": 0.5, "standard_error": 0.5, "examples": 2}}}  # fmt: skip
     row = {"where": "a:1", "prompt": evil, "reference": "x", "answers": {evil: evil, "good": " x"},
            "matches": {evil: False, "good": True}}  # fmt: skip
     result = {"models": [model], "same_tokens": True, "rows_of": evil, "base_model": evil, "answers": [row]}
     page = render_comparison(result)
     assert "<script>alert" not in page and page.count("&lt;script&gt;") >= 6
-    assert "good ✓" in page and "50.0% of 2" in page
+    assert "good ✓" in page and "50.0% ± 50.0% of 2" in page
 
 
 def test_a_comparison_needs_evaluation_rows(tmp_path):

@@ -329,3 +329,18 @@ def test_any_values_give_a_chart_inside_its_frame(values, log):
     svg = line_chart([Series("x", list(enumerate(values)), dots=True)], title="x", log=log)
     for y in re.findall(r' c?y="(-?[\d.e+-]+|nan|inf)"', svg):
         assert -1 <= float(y) <= 191
+
+
+def test_scores_stand_before_in_and_after_training_as_far_as_they_are_numbers(report):
+    score = {"value": 0.25, "standard_error": 0.05, "examples": 76}
+    before = {
+        "exact_match": score,
+        "bleu": {"value": 31.25, "standard_error": None, "examples": 76, "signature": "s:1"},
+    }
+    after = {"exact_match": score | {"value": 0.5}, "bleu": {"value": "x"}, "rouge1": 7, "chrf": {"value": 10**400}}
+    lines = [*METRICS, {"step": 10, "exact_match": 0.375}]
+    page = report(SUMMARY | {"metrics": {"before": before, "after": after}}, lines)
+    assert "25.0% ± 5.0%" in page and "50.0% ± 5.0%" in page and "0.375 (step 10)" in page
+    assert "31.2" in page and "s:1" in page and "rouge1" not in page and "inf" in page
+    for broken in (None, 7, {"before": 3}, {"after": {"bleu": None}}):
+        assert "<h2>Scores</h2>" not in report(SUMMARY | {"metrics": broken})

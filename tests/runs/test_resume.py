@@ -134,7 +134,8 @@ def test_a_stopped_run_goes_on_to_the_very_same_end(lab, whole, stops):
     {"data": {"packing": False}, "train": {"gradient_accumulation_steps": 3, "micro_batch_size": 2, "max_steps": None,
                                           "epochs": 1.5, "optimizer": "adamw_8bit"}},
     {"data": {"eval": None}, "train": {"eval_every_steps": 0, "metrics_examples": 0, "optimizer": "lion_8bit"}},
-], ids=["streaming", "accumulation", "no evaluation"])  # fmt: skip
+    {"train": {"metrics": ["exact_match", "bleu", "answer_loss"], "metrics_every_steps": 2}},
+], ids=["streaming", "accumulation", "no evaluation", "metrics"])  # fmt: skip
 def test_runs_of_every_kind_go_on_to_the_very_same_end(lab, tmp_path, model_folder, sections):
     other = Lab(tmp_path / "whole", model_folder)
     other.run(**sections)
@@ -770,15 +771,15 @@ def test_a_resumed_run_ends_early_where_the_uninterrupted_one_does(lab, tmp_path
 def test_a_run_stopped_after_its_early_end_takes_no_further_step(lab, tmp_path, model_folder, scripted, monkeypatch):
     undisturbed = Lab(tmp_path / "undisturbed", model_folder)
     undisturbed.run(**PATIENT)
-    answer, calls = training.exact_match, []
+    answer, calls = training.measure, []
 
-    def exact_match(*arguments):
+    def measure(*arguments):
         calls.append(1)
         if len(calls) == 2:  # of the best factors, behind the end
             os.kill(os.getpid(), signal.SIGTERM)
         return answer(*arguments)
 
-    monkeypatch.setattr(training, "exact_match", exact_match)
+    monkeypatch.setattr(training, "measure", measure)
     with pytest.raises(Interrupted, match="stopped by SIGTERM after step 5; all of it is saved"):
         lab.run(**PATIENT)
     lab.run(resume="", **PATIENT)

@@ -29,7 +29,7 @@ from qlora_lite.errors import (
     TrainingError,
 )
 from qlora_lite.inference.compare import compare_runs
-from qlora_lite.inference.evaluate import SPARE_TOKENS, answered_at_once, evaluate_recipe, exact_match
+from qlora_lite.inference.evaluate import SPARE_TOKENS, answered_at_once, evaluate_recipe, measure
 from qlora_lite.inference.generate import Answer
 from qlora_lite.memory.meter import held_bytes
 from qlora_lite.models.packing import runs_unpacked
@@ -363,7 +363,7 @@ def test_prompts_for_exact_matches_share_what_the_budget_leaves_beside_the_model
     needed = [int(UNPLANNED * prompt_bytes(build_skeleton(recipe), tokens + SPARE_TOKENS, n, "cpu")) for n in (8, 16)]
     monkeypatch.setattr("qlora_lite.inference.evaluate.held_bytes", lambda _: held)
     for budget, prompts in ((held + needed[1] + 1, 16), (held + needed[1] - 1, 8), (held + needed[0] + 1, 8), (0, 1)):
-        exact_match(model, byte_tokenizer(), rows, (), partial(answered_at_once, recipe, model, budget))
+        measure(model, byte_tokenizer(), rows, (), at_once=partial(answered_at_once, recipe, model, budget))
         assert at_once.pop() == prompts
 
 
@@ -406,14 +406,14 @@ def test_prompts_that_cannot_be_answered_end_the_run_before_training_and_not_aft
     folder = run(train={"max_steps": 2})
     summary = summary_of(folder)
     assert summary["status"] == "complete" and "exact_match_after" not in summary and summary["samples"] == []
-    assert any(f"exact match after training is not counted: {fault}" in message for message in caplog.messages)
+    assert any(f"train.metrics after training are not measured: {fault}" in message for message in caplog.messages)
     assert "exact match" not in _result(folder, summary) and (folder / "report.html").exists()
 
 
 def test_a_run_tells_how_far_its_evaluations_and_exact_matches_are(model_folder, tmp_path):
     told, recipe = [], load_recipe(write_recipe(tmp_path, model_folder, train={"max_steps": 1}))
     qlora_lite.run_recipe(recipe, watch=lambda *step: told.append(step))
-    once = [("evaluation", done, 6) for done in (0, 4, 6)] + [("exact match", done, 2) for done in (0, 2)]
+    once = [("evaluation", done, 6) for done in (0, 4, 6)] + [("answers", done, 2) for done in (0, 2)]
     assert told == once * 2
 
 
