@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from decimal import Decimal
 from importlib.util import find_spec
 from math import fsum, sqrt
-from operator import eq
 from statistics import stdev
 from typing import NamedTuple
 
@@ -174,11 +173,10 @@ def _number_match(references: Sequence[str], answers: Sequence[str]) -> dict[str
 
     Source: lm-evaluation-harness, tasks/gsm8k (strict-match, flexible-extract), which compares their letters.
     """
-    expected = [number_of(reference) for reference in references]  # each has one
-    return {
-        "number_match_strict": mean(list(map(eq, map(marked_number, answers), expected))),
-        "number_match_flexible": mean(list(map(eq, map(last_number, answers), expected))),
-    }
+    pairs = list(zip(map(number_of, references), answers, strict=True))
+    ways = {"number_match_strict": marked_number, "number_match_flexible": last_number}
+    return {name: mean([right is not None and find(answer) == right for right, answer in pairs])
+            for name, find in ways.items()}  # fmt: skip
 
 
 def number_of(reference: str) -> Decimal | None:

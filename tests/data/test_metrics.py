@@ -74,6 +74,7 @@ def test_numbers_match_by_value_strictly_and_flexibly():
     assert {name: score.value for name, score in found.items()} == {
         "number_match_strict": 1 / 4, "number_match_flexible": 3 / 4,
     }  # fmt: skip
+    assert {score.value for score in score_texts("number_match", ["none"], ["none"]).values()} == {0}
     assert found["number_match_strict"].standard_error == pytest.approx(math.sqrt(0.25 * 0.75 / 3))
 
 
