@@ -18,24 +18,25 @@ from qlora_lite.prepare.datasets import build_sources
 from qlora_lite.recipe.schema import Recipe
 
 
-def with_shots(recipe: Recipe, tokenizer, data: Dataset, shots: int, seed: int = 0) -> Dataset:
+def with_shots(recipe: Recipe, tokenizer, data: Dataset, shots: int) -> Dataset:
     """Return evaluation examples with so many training examples before each, of which the last answer is the target.
 
     Args:
-        recipe: names the rows and the template.
+        recipe: names the rows and the template; its train.seed decides which training examples are drawn.
         data: its evaluation examples.
         shots: at least 1.
-        seed: decides which training examples are drawn.
 
     Raises:
         DataError: there are too few training examples without tools, or evaluation examples are plain text.
     """
     asked = {example.where for example in data.examples}
     rows = [row for row in _rows(recipe, "eval") if row.where in asked]
+    if not rows:
+        raise DataError(f"--shots {shots}: the evaluation data has no prompts with answers")
     known = [row for row in _rows(recipe, "train") if row.where not in asked and _is_plain(row)]
     if len(known) < shots:
         raise DataError(f"--shots {shots}: data.train has {len(known)} examples with answers and without tools")
-    before = [turn for row in random.Random(seed).sample(known, shots) for turn in _exchanges(row)]
+    before = [turn for row in random.Random(recipe.train.seed).sample(known, shots) for turn in _exchanges(row)]
     places = [row.where for row in rows]
     written = [{"messages": [as_message(turn) for turn in _joined(before, row)]}
                | ({"tools": list(row.tools)} if row.tools else {}) for row in rows]  # fmt: skip

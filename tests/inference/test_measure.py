@@ -146,7 +146,7 @@ def recipe(tmp_path):
     return load
 
 
-def test_few_shot_prompts_begin_with_the_same_training_examples_and_keep_place_and_answer(recipe):
+def test_few_shot_prompts_begin_with_the_same_training_examples_and_keep_place_and_answer(recipe, tmp_path):
     tokenizer, r = byte_tokenizer(), recipe()
     data = build_data(r, tokenizer, "eval")
     found = with_shots(r, tokenizer, data, 2)
@@ -157,8 +157,11 @@ def test_few_shot_prompts_begin_with_the_same_training_examples_and_keep_place_a
     assert head.count("<|im_start|>user\n") == head.count("<|im_start|>assistant\n") == 2
     assert all(turn.partition("<")[0] in train for turn in head.split("<|im_start|>user\n")[1:])
     assert all(e.learned.sum() == own.learned.sum() for e, own in zip(found.examples, data.examples, strict=True))
-    other = with_shots(r, tokenizer, data, 2, seed=1)
+    other = with_shots(recipe(train={"seed": 1}), tokenizer, data, 2)
     assert other.examples[0].prompt != found.examples[0].prompt
+    (tmp_path / "eval.jsonl").write_text('{"text": "one two"}\n')
+    with pytest.raises(DataError, match=r"--shots 2: the evaluation data has no prompts with answers"):
+        with_shots(r, tokenizer, build_data(r, tokenizer, "eval"), 2)
 
 
 def test_few_shot_examples_are_not_those_that_are_measured_and_come_behind_the_system_turn(recipe, tmp_path):
