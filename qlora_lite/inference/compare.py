@@ -94,7 +94,7 @@ def compare_runs(
         measured.insert(int(with_base), figures)
     return {
         "rows_of": rows_of.name, "base_model": rows_of.files.name, "models": measured, "same_tokens": same,
-        "answers": _side_by_side(said),
+        "answers": _side_by_side({model["name"]: said[model["name"]] for model in measured}),
     }  # fmt: skip
 
 
