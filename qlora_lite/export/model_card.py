@@ -153,8 +153,9 @@ def _results(summary: Mapping[str, Any]) -> str:
 
 
 def _score(name: str, score: object) -> str:
-    known = isinstance(score, dict) and {"value", "examples"} <= score.keys() and _figure(score["value"], "g") != "-"
-    return format_score(name, score) if known else "-"
+    found = score if isinstance(score, dict) else {}
+    numbers = {key: value for key, value in found.items() if _figure(value, "g") != "-"}
+    return format_score(name, numbers) if numbers.keys() >= {"value", "examples"} else "-"
 
 
 def _figure(value: object, form: str) -> str:

@@ -25,7 +25,11 @@ ADAPTER_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"
 MEASURED = {
     "trainable_parameters": 12_345, "steps": 60, "seconds": 90.5, "device": "CPU x86_64, 2 threads",
     "eval_loss_before": 2.5, "eval_loss_after": 1.25, "exact_match_before": 0.0, "exact_match_after": 0.85,
-    "exact_match_rows": 100, "versions": {"qlora-lite": "0.1.0", "torch": "2.13.0"},
+    "exact_match_rows": 100, "metrics": {
+        "before": {"bleu": {"value": 1.25, "standard_error": None, "examples": 90, "signature": "nrefs:1|tok:13a"}},
+        "after": {"bleu": {"value": 31.23, "standard_error": 2.5, "examples": 90, "signature": "nrefs:1|tok:13a"},
+                  "rougeL": {"value": 0.5, "standard_error": 0.25, "examples": 90}, "rouge1": {"value": "x"}},
+    }, "versions": {"qlora-lite": "0.1.0", "torch": "2.13.0"},
     "data": {"rows_kept": 1_500, "learned_tokens": 23_456, "end_token_ids": [4]},
     "samples": [{"prompt": "a customer's secret", "reference": "x", "before": "y", "after": "z"}],
 }  # fmt: skip
@@ -246,6 +250,7 @@ def test_a_gpu_says_what_was_measured_and_nothing_of_this_machine(tmp_path):
     for line in (
         "| evaluation loss (nats per target token) | 2.5000 | 1.2500 |",
         "| exact match of 100 answers | 0.0% | 85.0% |",
+        "| bleu of 90 answers nrefs:1\\|tok:13a | 1.2 | 31.2 ± 2.5 |", "| rougeL of 90 answers | - | 0.5000 ± 0.2500 |",
         "| examples | 1,500 |", "| target tokens | 23,456 |", "| base weights | NF4, double quantization |",
         "| LoRA | rank 8, alpha 32, dropout 0, on `q_proj`, `*.mlp.*`; initialized from an earlier adapter |",
         "| learning rate | 0.0015, cosine, warm-up 3% |", "| sequences per step | 4, packed, of up to 256 tokens |",
