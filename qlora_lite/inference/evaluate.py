@@ -38,10 +38,10 @@ from qlora_lite.prepare.datasets import build_data, measures_of
 from qlora_lite.quant.linear import arrange_weights
 from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import Recipe
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.causal_lm import CausalLM, answer_losses
 from qlora_lite.train.loop import eval_batches
 from qlora_lite.train.settings import TrainSettings
-from qlora_lite.train.step import answer_losses, evaluate_loss
+from qlora_lite.train.step import evaluate_loss
 from qlora_lite.train.text_guards import check_embeddings, check_forward
 
 from .generate import Answer, answers, stop_ids

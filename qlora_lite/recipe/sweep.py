@@ -32,6 +32,10 @@ from .schema import Recipe
 from .strict_yaml import parse, plain
 
 SEED = "train.seed"
+GOALS = (
+    "eval_loss", "exact_match", "number_match_strict", "number_match_flexible", "accuracy_generated",
+    "accuracy_likelihood", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "answer_loss",
+)  # fmt: skip
 Settings = dict[str, Any]  # values by dotted key
 _WRITE = "a sweep's file has `recipe:`, the path of one, and `axes:` (qlora-lite explain sweep)"
 
@@ -77,7 +81,7 @@ class Sweep(_Strict):
         axes: values, ranges or named choices by setting or name.
         search: every point of the grid, or as many as ``trials`` that an Optuna sampler chooses.
         trials: how many points a sampler chooses, repetitions not counted.
-        goal: the figure of a run's ``summary.json`` to compare points by; a loss is to be low, all else high.
+        goal: what points are compared by: eval_loss, or a score of train.metrics; a loss is to be low, all else high.
         storage: URL of an Optuna database; None keeps the study beside the runs.
     """
 
@@ -85,7 +89,7 @@ class Sweep(_Strict):
     axes: Annotated[dict[str, Axis], Field(min_length=1)]
     search: Literal["grid", "tpe", "random"] = "grid"
     trials: Annotated[int, Field(ge=1)] = 20
-    goal: Literal["eval_loss", "exact_match"] = "eval_loss"
+    goal: Literal[GOALS] = "eval_loss"
     storage: str | None = None
 
     @property

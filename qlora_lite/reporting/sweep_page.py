@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
-from qlora_lite.units import format_bytes, format_count, format_seconds
+from qlora_lite.units import format_bytes, format_count, format_score, format_seconds
 
 from .charts import Series, line_chart, short_number
 from .page import figure, page, section, table, text
 
-LABELS = {"eval_loss": "evaluation loss", "exact_match": "exact match"}
 COSTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "peak_bytes": ("peak memory", lambda value: format_bytes(int(value))),
     "seconds": ("time", format_seconds),
@@ -62,9 +61,12 @@ def named(point: dict) -> str:
 def quality(result: dict, point: dict) -> str:
     """Write the figure of the goal, with its spread over the seeds."""
     key = f"{result['goal']}_after"
-    form = "{:.4f}" if is_low_good(result) else "{:.1%}"
     spread = point["standard_deviation"].get(key)
-    return form.format(point["mean"][key]) + (f" ± {form.format(spread)}" if spread is not None else "")
+    return format_score(result["goal"], {"value": point["mean"][key], "standard_error": spread})
+
+
+def _label(result: dict) -> str:
+    return "evaluation loss" if result["goal"] == "eval_loss" else result["goal"].replace("_", " ")
 
 
 def _shown(value: object) -> str:
@@ -76,7 +78,7 @@ def _best(result: dict, done: Sequence[dict]) -> str:
         return ""
     best = done[0]
     costs = [figure(label, form(best["mean"][key])) for key, (label, form) in COSTS.items() if key in best["mean"]]
-    figures = figure(LABELS[result["goal"]], quality(result, best), detail=named(best)) + "".join(costs)
+    figures = figure(_label(result), quality(result, best), detail=named(best)) + "".join(costs)
     return f'<div class="figures">{figures}</div>'
 
 
@@ -86,7 +88,7 @@ def _points(result: dict, done: Sequence[dict]) -> str:
          *(form(point["mean"][key]) if key in point["mean"] else "" for key, (_, form) in COSTS.items()))
         for point in done
     ]  # fmt: skip
-    head = (*result["axes"], LABELS[result["goal"]], *(label for label, _ in COSTS.values()))
+    head = (*result["axes"], _label(result), *(label for label, _ in COSTS.values()))
     return table(head, rows, numeric=range(len(result["axes"]), len(head))) if rows else ""
 
 
@@ -144,7 +146,7 @@ def _prices(result: dict, done: Sequence[dict]) -> str:
         low, high = points[0][0], points[-1][0]
         names = {low: form(low), high: form(high)}
         series = [Series("point", points, 1, dots=True, line=False), Series("not beaten", front, 2, dots=True)]
-        charts.append(_plot(f"{LABELS[result['goal']]} and {label}", series, label, names))
+        charts.append(_plot(f"{_label(result)} and {label}", series, label, names))
     return f'<div class="grid2">{"".join(charts)}</div>' if charts else ""
 
 

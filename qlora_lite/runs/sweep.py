@@ -27,8 +27,8 @@ log = logging.getLogger("qlora_lite")
 HASH_LETTERS = 12  # of a recipe's hash, in the name of a run's folder
 RUNS, RESULT, PAGE, STUDY = "runs", "sweep.json", "sweep.html", "optuna.log"
 FIGURES = (
-    "eval_loss_before", "eval_loss_after", "exact_match_before", "exact_match_after", "seconds", "tokens_per_second",
-    "peak_bytes", "trainable_parameters", "learning_rate", "steps",
+    "eval_loss_before", "eval_loss_after", "seconds", "tokens_per_second", "peak_bytes", "trainable_parameters",
+    "learning_rate", "steps",
 )  # fmt: skip
 DOES_NOT_FIT, FAILED, ELSEWHERE = "does not fit", "failed", "run by another process"
 
@@ -57,8 +57,9 @@ class Point:
 
     def as_json(self) -> dict:
         """Return the point as plain values, with mean and standard deviation of its figures over the seeds."""
-        means = {key: fmean(values) for key in FIGURES if (values := self.figures(key))}
-        spread = {key: stdev(values) for key in FIGURES if len(values := self.figures(key)) > 1}
+        keys = dict.fromkeys(key for run in self.runs for key in run)
+        means = {key: fmean(values) for key in keys if (values := self.figures(key))}
+        spread = {key: stdev(values) for key in keys if len(values := self.figures(key)) > 1}
         return {"choice": self.choice, "status": self.status, "mean": means, "standard_deviation": spread,
                 "runs": self.runs}  # fmt: skip
 
@@ -174,7 +175,11 @@ def _run(sweep: Sweep, folder: Path, settings: Mapping[str, Any]) -> dict:
             log.warning("sweep: %s: %s", status, why)
             return found | {"status": status, "error": why}
     summary = _summary(path)
-    return found | {"status": COMPLETE} | {key: summary[key] for key in FIGURES if key in summary}
+    scores = {
+        f"{name}_{when}": score["value"]
+        for when, measured in summary.get("metrics", {}).items() for name, score in measured.items()
+    }  # fmt: skip
+    return found | {"status": COMPLETE} | {key: summary[key] for key in FIGURES if key in summary} | scores
 
 
 def _summary(path: Path) -> dict:

@@ -1,9 +1,11 @@
 """The workload that is a causal language model: tokenised rows, packed; cross-entropy over the target tokens."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Self
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -27,6 +29,7 @@ from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, chunked_cross_entropy, token_
 from .forward import Inputs, filler_tokens, hidden_states, labelled_count, prepare, row_ends
 from .kernels import check_kernels, choose_kernels
 from .settings import TrainSettings
+from .step import evaluating
 from .text_guards import (
     can_reach_every_layer,
     check_compilable,
@@ -311,3 +314,16 @@ class CausalLM(Workload):
     def can_reach_every_layer(self, examples: Sequence[Example]) -> bool:
         """See ``text_guards.can_reach_every_layer``."""
         return can_reach_every_layer(examples)
+
+
+@torch.no_grad()
+def answer_losses(workload: CausalLM, model: nn.Module, batches: Iterable[Batch]) -> list[list[float]]:
+    """Return the losses of each sequence's targets, in nats, by the computation of ``evaluate_loss``."""
+    found, device = [], workload.device(model)
+    with evaluating(model):
+        for batch in batches:
+            inputs = workload.inputs(batch, device)
+            losses = workload.token_losses(model, inputs).tolist()
+            ends = np.searchsorted(inputs.learned.tolist(), np.cumsum(inputs.row_lengths))
+            found += [losses[start:end] for start, end in pairwise([0, *ends.tolist()])]
+    return found

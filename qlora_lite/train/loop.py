@@ -26,7 +26,7 @@ from qlora_lite.memory.meter import PeakMeter
 from qlora_lite.quant.product import float32_partial_sums
 from qlora_lite.quant.tensor_file import bit_sums
 
-from .causal_lm import CausalLM
+from .causal_lm import CausalLM, answer_losses
 from .epochs import Epochs
 from .generators import generator_states, restore_generators
 from .guards import check_trainable, explain_not_finite
@@ -35,7 +35,7 @@ from .memory_probe import probe_step
 from .optim import build_optimizer, parameters_of, set_learning_rate
 from .out_of_memory import cut, first_line, free_cached_memory, is_out_of_memory, lower_limit, no_retry
 from .settings import TrainSettings, lr_factor
-from .step import Evaluation, StepResult, answer_losses, evaluate_loss, train_step, train_step_in_backward
+from .step import Evaluation, StepResult, evaluate_loss, train_step, train_step_in_backward
 from .workload import Workload
 
 log = logging.getLogger("qlora_lite")

@@ -8,19 +8,15 @@ micro-batch first weights a token by how few its batch had: transformers issues 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
-from qlora_lite.data.batch import Batch
 from qlora_lite.memory.marks import category, phase
 from qlora_lite.ops.compiled import in_words
 from qlora_lite.quant.small_batch import plain_products
 
-from .causal_lm import CausalLM
 from .loss_scale import unscale
 from .optim import UpdatesInBackward, clip_scale, gradient_norms, parameters_of
 from .out_of_memory import no_retry
@@ -172,7 +168,7 @@ def _result(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Turn dropout off, and compute the losses of short batches too as training does."""
     was_training = model.training
     try:
@@ -181,19 +177,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
-
-
-@torch.no_grad()
-def answer_losses(workload: CausalLM, model: nn.Module, batches: Iterable[Batch]) -> list[list[float]]:
-    """Return the losses of each sequence's targets, in nats, by the computation of ``evaluate_loss``."""
-    found, device = [], workload.device(model)
-    with _evaluating(model):
-        for batch in batches:
-            inputs = workload.inputs(batch, device)
-            losses = workload.token_losses(model, inputs).tolist()
-            ends = np.searchsorted(inputs.learned.tolist(), np.cumsum(inputs.row_lengths))
-            found += [losses[start:end] for start, end in pairwise([0, *ends.tolist()])]
-    return found
 
 
 @torch.no_grad()
@@ -206,7 +189,7 @@ def evaluate_loss(workload: Workload, model: nn.Module, batches: Iterable) -> Ev
     device = workload.device(model)
     total, weight, targets = torch.zeros((), dtype=torch.float64, device=device), 0, 0
     metrics: dict[str, torch.Tensor] = {}
-    with _evaluating(model):
+    with evaluating(model):
         for batch in batches:
             inputs = workload.inputs(batch, device)
             found = workload.loss(model, inputs)

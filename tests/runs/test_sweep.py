@@ -49,8 +49,10 @@ def lab(tmp_path, model_folder, monkeypatch):
             self.trained.append((settings, "--resume" in command))
             folder.mkdir(exist_ok=True)
             if not self.exit_code:
-                found = {"status": "complete", "eval_loss_after": self.loss(settings), "peak_bytes": 2**20,
-                         "seconds": 1.0, "trainable_parameters": 100}  # fmt: skip
+                loss = self.loss(settings)
+                scores = {"bleu": {"value": 10 * loss, "standard_error": 1.0, "examples": 9}}
+                found = {"status": "complete", "eval_loss_after": loss, "peak_bytes": 2**20, "seconds": 1.0,
+                         "metrics": {"after": scores}}  # fmt: skip
                 (folder / "summary.json").write_text(json.dumps(found))
             error = "a line\nerror: does not fit: 2 MiB of 1 MiB (of which 1 MiB)\nerror: more\n"
             return SimpleNamespace(returncode=self.exit_code, stderr=error)
@@ -71,6 +73,13 @@ def test_every_point_of_a_grid_is_run_once_and_has_mean_and_deviation_over_the_s
     lab.run()  # all complete
     lab.run(axes=AXES | {"lora.rank": [1, 4, 8]})
     assert len(lab.trained) == 12 + 6 and {settings["lora.rank"] for settings, _ in lab.trained[12:]} == {8}
+
+
+def test_a_score_can_be_the_goal_which_is_to_be_high(lab):
+    result = lab.run(axes={"train.learning_rate": [1e-3, "auto"], "train.seed": [0, 1]}, goal="bleu")
+    assert [point["choice"]["train.learning_rate"] for point in ranked(result)] == ["auto", "0.001"]
+    assert ranked(result)[0]["mean"]["bleu_after"] == pytest.approx(10.5)
+    assert "10.5 ± 0.7" in (lab.folder / "sweep.html").read_text()
 
 
 def test_settings_reach_the_recipe_as_they_are_written(lab):
@@ -148,7 +157,7 @@ def test_a_sampler_without_optuna_says_what_to_install(lab, monkeypatch):
         ({"axes": {"x": {"a": {"output.name": "b"}}}}, "the sweep itself says where its runs go"),
         ({"axes": {"lora.rank": [1]}, "gaol": "eval_loss"}, "gaol: is no key of a sweep"),
         ({"model": {"path": "x"}}, "this is a recipe, not a sweep of one"),
-        ({"axes": {"lora.rank": [1]}, "goal": "accuracy"}, "goal: Input should be 'eval_loss' or 'exact_match'"),
+        ({"axes": {"lora.rank": [1]}, "goal": "f1"}, "goal: Input should be 'eval_loss', 'exact_match'"),
     ],
 )
 def test_a_wrong_sweep_is_one_error_that_names_the_place(lab, said, message):
@@ -179,7 +188,7 @@ def test_the_page_names_what_no_point_beats_and_escapes_what_it_is_given():
 
 
 def test_two_points_by_the_command_line(tmp_path, model_folder):
-    write_recipe(tmp_path, model_folder, output={"dir": None}, train={"max_steps": 2, "exact_match_examples": 0})
+    write_recipe(tmp_path, model_folder, output={"dir": None}, train={"max_steps": 2, "metrics_examples": 0})
     (tmp_path / "small.yaml").write_text("recipe: recipe.yaml\naxes: {lora.rank: [1, 2]}\n")
     command = [sys.executable, "-m", "qlora_lite", "sweep", "small.yaml"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
