@@ -32,10 +32,10 @@ from .schema import Recipe
 from .strict_yaml import parse, plain
 
 SEED = "train.seed"
-GOALS = (
+Goal = Literal[
     "eval_loss", "exact_match", "number_match_strict", "number_match_flexible", "accuracy_generated",
     "accuracy_likelihood", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "answer_loss",
-)  # fmt: skip
+]  # fmt: skip
 Settings = dict[str, Any]  # values by dotted key
 _WRITE = "a sweep's file has `recipe:`, the path of one, and `axes:` (qlora-lite explain sweep)"
 
@@ -89,7 +89,7 @@ class Sweep(_Strict):
     axes: Annotated[dict[str, Axis], Field(min_length=1)]
     search: Literal["grid", "tpe", "random"] = "grid"
     trials: Annotated[int, Field(ge=1)] = 20
-    goal: Literal[GOALS] = "eval_loss"
+    goal: Goal = "eval_loss"
     storage: str | None = None
 
     @property

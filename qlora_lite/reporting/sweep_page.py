@@ -118,7 +118,7 @@ def _axes(result: dict, done: Sequence[dict]) -> str:
             Series("mean", [(x, fmean(values)) for x, values in places.items()], 1, dots=True),
             Series("best", [(x, best_of(values)) for x, values in places.items()], 2, dots=True),
         ]
-        names = {x: name[:SHORT_LABEL] for x, name in enumerate(by_value)}
+        names: dict[float, str] = {x: name[:SHORT_LABEL] for x, name in enumerate(by_value)}
         charts.append(_plot(axis, series, axis, names))
     return f'<div class="grid2">{"".join(charts)}</div>' if charts else ""
 

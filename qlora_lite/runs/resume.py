@@ -84,7 +84,7 @@ class Continuation:
     @property
     def learning_rate(self) -> float:
         """The peak learning rate that the run began with."""
-        return _flat(self.run["recipe"])[_RATE]
+        return self.run["recipe"]["train"]["learning_rate"]
 
     def compare_settings(self, recipe: Recipe) -> None:
         """Compare the recipe with the run's.

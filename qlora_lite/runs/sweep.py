@@ -128,8 +128,8 @@ def _sample(sweep: Sweep, runs: _Runs) -> None:
         direction="minimize" if sweep.goal.endswith("loss") else "maximize",
     )  # fmt: skip
     ended = state.COMPLETE, state.PRUNED
-    for trial in study.get_trials(states=ended):
-        runs.add(Point(trial.user_attrs["choice"]))
+    for known in study.get_trials(states=ended):
+        runs.add(Point(known.user_attrs["choice"]))
     while len(study.get_trials(states=ended)) < sweep.trials:
         trial = study.ask()
         point = Point({axis: _suggested(trial, axis, sweep.axes[axis]) for axis in sweep.searched})

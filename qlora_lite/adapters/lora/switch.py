@@ -97,13 +97,14 @@ class SwitchLinear(nn.Module):
         self.factors = {
             name: (each.lora_A.to(device), each.lora_B.to(device), each.scale) for name, each in factors.items()
         }
-        magnitudes = {name: each for name, each in factors.items() if each.lora_magnitude_vector is not None}
+        magnitudes = {name: m for name, each in factors.items() if (m := each.lora_magnitude_vector) is not None}
         squares, here = squared_row_norms(base) if magnitudes else None, base.weight.device
         self.excess: dict[str, torch.Tensor] = {}  # by DoRA adapter: m / |V| - 1
-        for name, each in magnitudes.items():
+        for name, magnitude in magnitudes.items():
+            each = factors[name]
             pair = each.lora_A.to(here), each.lora_B.to(here)
             norms = adapted_norms(base, squares, *pair, each.scale, dtype)
-            self.excess[name] = excess_of(each.lora_magnitude_vector.to(here), norms, dtype).to(device)
+            self.excess[name] = excess_of(magnitude.to(here), norms, dtype).to(device)
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> torch.Tensor:
