@@ -11,6 +11,7 @@ from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 import pytest
+from tiny_files import save_tiny
 
 from qlora_lite.cli.main import COMMANDS
 from qlora_lite.data.row_formats import Source, check_first_row
@@ -165,10 +166,12 @@ def test_the_recipe_of_the_readme_is_valid(tmp_path):
     assert (recipe.lora.rank, recipe.data.max_tokens) == (32, 2048)
 
 
-@pytest.mark.model
 def test_the_python_example_runs(tmp_path):
+    """The demo model's place is taken by a tiny one: it would take half a minute."""
+    save_tiny(tmp_path / "model", max_position_embeddings=512)
+    settings = ["train.max_steps=1", f"model.path={tmp_path / 'model'}"]
     code = re.search(r"```python\n(import qlora_lite\n.*?)```", README, re.DOTALL)[1]
-    code = code.replace('"recipes/', f'"{ROOT}/recipes/').replace('["lora.rank=8"]', '["train.max_steps=1"]')
+    code = code.replace('"recipes/', f'"{ROOT}/recipes/').replace('["lora.rank=8"]', str(settings))
     code = code.replace("metrics.step == 3", "metrics.step == 1").replace("qlora_lite.run_recipe(recipe)", "None")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
