@@ -125,9 +125,15 @@ def test_every_place_to_stop_gives_the_uninterrupted_run(tmp_path, packing, accu
     whole = trainer(**options)
     steps = steps_of(whole)
     assert whole.epoch > 0
-    for stop in range(1, 7):  # mid-epoch, at an epoch's end, and one behind it, whatever their length
-        training, found = interrupted(tmp_path, [stop], **options)
-        assert found == steps, stop
+    stopped, checkpoints = trainer(**options), []
+    for metrics in stopped:  # mid-epoch, at an epoch's end, and one behind it, whatever their length
+        checkpoints.append(saved(stopped, tmp_path / str(metrics.step)))
+    assert_same_state(stopped, whole)
+    for checkpoint in checkpoints[:-1]:
+        torch.manual_seed(99)  # a new process draws from elsewhere
+        training = trainer(**options)
+        restore(training, checkpoint)
+        assert steps_of(training) == steps[checkpoint.step :], checkpoint.step
         assert_same_state(training, whole)
 
 
