@@ -429,9 +429,9 @@ def test_a_client_that_leaves_a_stream_frees_its_place(client, runs):
     assert reply.choices[0].message.content == expected(runs, "french-run")
 
 
-def test_the_command_listens_on_this_machine_only_and_says_what_it_is_for(runs):
-    command = [sys.executable, "-m", "qlora_lite", "serve", *map(str, runs), "--port"]
-    process = subprocess.Popen([*command, "0"], stderr=subprocess.PIPE, text=True)
+def test_the_command_listens_on_this_machine_only_and_says_what_it_is_for(runs, command):
+    serve = "serve", *map(str, runs), "--port"
+    process = subprocess.Popen([sys.executable, "-m", "qlora_lite", *serve, "0"], stderr=subprocess.PIPE, text=True)
     try:
         line = process.stderr.readline()
         assert "serving french-run, german-run, base on http://127.0.0.1:" in line
@@ -445,11 +445,10 @@ def test_the_command_listens_on_this_machine_only_and_says_what_it_is_for(runs):
             except urllib.error.URLError:
                 time.sleep(0.05)
         assert status == 200 and len(body["data"]) == 3
-        taken = subprocess.run([*command, str(port)], capture_output=True, text=True)
-        assert taken.returncode == 2 and f"error: cannot listen on 127.0.0.1:{port}" in taken.stderr
-        assert "choose another --port" in taken.stderr
-        nowhere = subprocess.run([*command, "0", "--host", "999.1.1.1"], capture_output=True, text=True)
-        assert nowhere.returncode == 2 and "choose another --host" in nowhere.stderr
+        code, _, err = command(*serve, port)
+        assert code == 2 and f"error: cannot listen on 127.0.0.1:{port}" in err and "choose another --port" in err
+        code, _, err = command(*serve, 0, "--host", "999.1.1.1")
+        assert code == 2 and "choose another --host" in err
     finally:
         process.terminate()
         process.communicate(timeout=20)
