@@ -127,6 +127,21 @@ def _enlarged(model: nn.Module) -> nn.Module:
 
 def quantized_pair(model_type: str, quant_type: str = "nf4", **options) -> tuple[nn.Module, nn.Module]:
     """Return a 4-bit model and a plain one that holds its dequantised weights."""
+    settings = UNUSUAL.get(model_type) or (ARCHITECTURES | FURTHER)[model_type]  # which a test may have changed
+    key = repr((model_type, settings, quant_type, sorted(options.items())))
+    if key not in _PAIRS:
+        pair = _new_pair(model_type, quant_type, **options)
+        _PAIRS[key] = pair, torch.get_rng_state()
+    pair, state = _PAIRS[key]
+    quantized, plain = copy.deepcopy(pair)
+    torch.set_rng_state(state)  # as after the first time
+    return adopt(quantized), plain
+
+
+_PAIRS: dict[str, tuple[tuple[nn.Module, nn.Module], torch.Tensor]] = {}  # quantising takes most of a small test's time
+
+
+def _new_pair(model_type: str, quant_type: str, **options) -> tuple[nn.Module, nn.Module]:
     from qlora_lite.models.experts import PACKED
     from qlora_lite.quant.linear import is_conv1d
     from qlora_lite.quant.packed import PackedWeight
@@ -146,7 +161,7 @@ def quantized_pair(model_type: str, quant_type: str = "nf4", **options) -> tuple
             plain.set_experts_implementation("eager")  # transformers' own loop over the experts
         else:
             target.weight.data = weight.t().contiguous() if is_conv1d(target) else weight
-    return adopt(quantized), plain
+    return quantized, plain
 
 
 def random_batch(lengths=(9, 14, 6), vocabulary: int = 160, seed: int = 1) -> Batch:
