@@ -1,25 +1,42 @@
-"""Measure the machine and predict equal jobs only once, for tests of many tiny runs: that is most of their time."""
+"""Measure the machine and simulate equal steps only once, for tests of many plans or runs: most of their time."""
 
-import qlora_lite.planning.candidate
-import qlora_lite.planning.largest
+from dataclasses import replace
+
 import qlora_lite.prepare.plan
-from qlora_lite.planning.predict import predict
+from qlora_lite.planning import simulate
 
 
-def remember_predictions(setattr_=setattr) -> None:
-    """Put a memory before ``predict`` where plans are made.
+def remember_simulations(setattr_=setattr) -> dict:
+    """Put a memory before the simulation of a step at some depth.
 
     Args:
         setattr_: pytest's ``monkeypatch.setattr``, to take it back afterwards.
-    """
-    known = {}
 
-    def remembered(job):
-        key = repr(job)
+    Returns:
+        What is known, which may be forgotten.
+    """
+    known, real = {}, simulate._on_meta
+
+    def remembered(job, timeline=False):
+        if timeline:
+            return real(job, timeline)
+        spec = job.workload.spec  # which is not shown
+        key = repr((job, replace(spec, config=spec.config.to_json_string(use_diff=False))))
         if key not in known:
-            known[key] = predict(job)
+            known[key] = real(job)
         return known[key]
 
+    setattr_(simulate, "_on_meta", remembered)
+    return known
+
+
+def remember_predictions(setattr_=setattr) -> None:
+    """Remember simulations, and measure this machine once.
+
+    Args:
+        setattr_: see ``remember_simulations``.
+    """
+    remember_simulations(setattr_)
     machines = {}
     real = qlora_lite.prepare.plan.this_machine
 
@@ -29,5 +46,3 @@ def remember_predictions(setattr_=setattr) -> None:
         return machines[arguments]
 
     setattr_(qlora_lite.prepare.plan, "this_machine", measured_once)
-    for module in (qlora_lite.prepare.plan, qlora_lite.planning.candidate, qlora_lite.planning.largest):
-        setattr_(module, "predict", remembered)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from jobs import changed
+from remembered_plans import remember_simulations
 from test_simulate import config_of, job_for
 
 from qlora_lite.errors import DoesNotFitError
@@ -22,6 +23,13 @@ from qlora_lite.train.workload import BatchShape
 CARD, DEPTH, FAR = machine_of_gpu(find_gpu("rtx-4060")), 8, 4096
 FIXED = {"checkpointing": "block", "uncheckpointed_layers": 0, "tile_tokens": None, "cache_dequantized": False}
 ON_HOST = {"offload_checkpoints": True, "host_embeddings": True, "host_head": True}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _simulated_once():
+    with pytest.MonkeyPatch.context() as patch:
+        remember_simulations(patch.setattr)
+        yield
 
 
 def longest_tokens(*given):

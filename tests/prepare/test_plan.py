@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from jobs import changed
-from remembered_plans import remember_predictions
+from remembered_plans import remember_simulations
 from tiny import ARCHITECTURES
 from tiny_files import save_tiny, write_recipe
 from tiny_trainer import examples
@@ -36,6 +36,13 @@ from qlora_lite.runs.run import run_recipe
 from qlora_lite.units import format_bytes, format_seconds
 
 GIB = 2**30
+
+
+@pytest.fixture(scope="module", autouse=True)
+def simulations():
+    """Simulate equal steps of all tests here once; what is known may be forgotten."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield remember_simulations(patch.setattr)
 
 
 @pytest.fixture
@@ -71,9 +78,7 @@ def test_no_single_change_that_fits_is_faster_than_by_what_the_time_model_tells_
     assert is_near <= ("within 3 % of the fastest" in plan_text.reason(plan))
 
 
-def test_no_setting_that_fits_makes_a_faster_plan(recipe, monkeypatch):
-    remember_predictions(monkeypatch.setattr)
-
+def test_no_setting_that_fits_makes_a_faster_plan(recipe):
     def plan(gib, *overrides):
         return planner.plan_recipe(recipe("train.gradient_accumulation_steps=4", *overrides), CARD, int(gib * GIB))
 
@@ -702,7 +707,7 @@ def test_an_unknown_model_names_the_nearest(recipe):
 
 
 def test_an_operator_that_needs_values_is_measured_on_small_real_models_and_named(
-    recipe, tmp_path, monkeypatch, caplog
+    recipe, simulations, tmp_path, monkeypatch, caplog
 ):  # fmt: skip
     AutoConfig.for_model("llama", **ARCHITECTURES["llama"] | {"num_hidden_layers": 5}).save_pretrained(tmp_path)
     settings = recipe(f"model.path={tmp_path}", "data.max_tokens=64", "memory.checkpointing=block")
@@ -715,6 +720,7 @@ def test_an_operator_that_needs_values_is_measured_on_small_real_models_and_name
 
     monkeypatch.setattr(simulate, "probe_step", step_that_looks_at_values)
     simulate._say_measured.cache_clear()
+    simulations.clear()
     measured = planner.plan_recipe(settings, CARD, 8 * GIB)
     because = measured.chosen.prediction.simulation.measured_because
     assert because.startswith("aten.nonzero.default cannot run without values (")
