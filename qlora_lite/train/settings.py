@@ -36,12 +36,18 @@ class TrainSettings:
     options: MemoryOptions = field(default_factory=MemoryOptions)
 
 
-def auto_learning_rate(family: str, width: int, rank: int, scale: float) -> float:
-    """Return the peak learning rate for LoRA of a model, to two digits: what sweeps of models of other widths found.
+# Of LoRA with alpha 32, by the beginning of transformers' ``model_type``: the rate at a hidden size of 2,000, and the
+# exponent of 2,000 / hidden size. Llama's and Qwen's are the rule of Thinking Machines' tinker-cookbook
+# (``hyperparam_utils``); Gemma's rate is from a sweep of its smallest model, with Llama's exponent, which errs on the
+# low side (tools/results/learning_rates.md). Other families have no published sweep, and take Llama's.
+LEARNING_RATES = {"qwen": (5e-4, 0.0775), "gemma": (2.25e-4, 0.781), "": (5e-4, 0.781)}
 
-    The rule is that of Thinking Machines' tinker-cookbook (``hyperparam_utils``), which holds for alpha 32 and any
-    rank. An update of Adam's size moves a weight by about learning rate x scale x rank, so that other scales take as
-    much more or less. Families without sweeps take the exponent of Llama (tools/results/learning_rate.md).
+
+def auto_learning_rate(family: str, width: int, rank: int, scale: float) -> float:
+    """Return the peak learning rate for LoRA of a model, to two digits, by ``LEARNING_RATES``.
+
+    It holds for any rank. An update of Adam's size moves a weight by about learning rate x scale x rank, so that other
+    scales take as much more or less.
 
     Args:
         family: transformers' ``model_type``.
@@ -49,8 +55,8 @@ def auto_learning_rate(family: str, width: int, rank: int, scale: float) -> floa
         rank: of the LoRA weights.
         scale: of their product; alpha / rank, or alpha / sqrt(rank) with rank-stabilized LoRA.
     """
-    exponent = 0.0775 if family.startswith("qwen") else 0.781
-    return float(f"{5e-4 * (2000 / width) ** exponent * 32 / (rank * scale):.1e}")
+    rate, exponent = next(rule for name, rule in LEARNING_RATES.items() if family.startswith(name))
+    return float(f"{rate * (2000 / width) ** exponent * 32 / (rank * scale):.1e}")
 
 
 def lr_factor(step: int, total_steps: int, schedule: str, warmup_ratio: float) -> float:

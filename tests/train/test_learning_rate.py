@@ -23,14 +23,16 @@ from qlora_lite.train.settings import auto_learning_rate
 @pytest.mark.parametrize(
     ("model", "rate"),
     [
-        ("meta-llama/Llama-3.2-1B", 4.9e-4),  # all as the rule's authors print them
+        ("meta-llama/Llama-3.2-1B", 4.9e-4),  # Llama and Qwen as the rule's authors print them
         ("meta-llama/Llama-3.2-3B", 3.6e-4),
         ("meta-llama/Llama-3.1-8B", 2.9e-4),
         ("meta-llama/Llama-3.1-70B", 1.7e-4),
         ("Qwen/Qwen2.5-7B", 4.8e-4),
+        ("google/gemma-3-270m", 5.5e-4),  # of a sweep
+        ("mistralai/Mistral-7B-v0.3", 2.9e-4),  # as wide as Llama's
     ],
 )
-def test_the_rule_gives_the_published_rates(model, rate):
+def test_the_rule_gives_the_rates_that_were_published_or_swept(model, rate):
     config = read_config(model)
     assert auto_learning_rate(config.model_type, config.hidden_size, 16, 32 / 16) == rate
 
