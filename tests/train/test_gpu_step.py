@@ -25,6 +25,7 @@ from qlora_lite.adapters.lora.inject import add_lora, lora_parameters
 from qlora_lite.memory.process import CUBLAS_WORKSPACE_BYTES
 from qlora_lite.models.anatomy import blocks
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
+from qlora_lite.ops.stream import ALIGNMENT
 from qlora_lite.planning.predict import predict
 from qlora_lite.quant.tensor_file import bit_sums
 from qlora_lite.train.causal_lm import CausalLM, CrossEntropy
@@ -161,7 +162,7 @@ def test_of_streamed_weights_two_blocks_are_on_the_device():
     def frozen(module):
         return [tensor for tensor in (*module.parameters(), *module.buffers()) if not tensor.requires_grad]
 
-    slot_bytes = sum(-(-tensor.nbytes // 256) * 256 for tensor in frozen(blocks(model)[0]))
+    slot_bytes = sum(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in frozen(blocks(model)[0]))
     streamed = {id(tensor) for block in blocks(model) for tensor in frozen(block)}
     others = [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in streamed]
     before = asked_for()

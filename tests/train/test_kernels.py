@@ -12,7 +12,7 @@ from torch._decomp import decomposition_table
 
 from qlora_lite.errors import TrainingError
 from qlora_lite.models import kernels as model_kernels
-from qlora_lite.models.kernels import EXPERTS, GATED, KERNELS, kernels_of, use_kernels
+from qlora_lite.models.kernels import EXPERTS, FLEX, GATED, KERNELS, kernels_of, use_kernels
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options, stream_of
 from qlora_lite.ops import attention, flex_attention, gated, norm, trial
 from qlora_lite.ops.around import wrappers
@@ -323,6 +323,7 @@ def test_on_a_gpu_a_run_with_kernels_is_the_run_without_within_rounding(model_ty
         with caplog.at_level("INFO"):
             training.choose_kernels()
         losses.append([metrics.loss for metrics in training])
-        assert kernels_of(training.model) == (set() if options.kernels == "plain" else OF_LLAMA)
+        tried = OF_LLAMA - {FLEX}  # these have neither caps nor sinks
+        assert kernels_of(training.model) == (set() if options.kernels == "plain" else tried)
     assert "packed attention is used" in caplog.text
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
