@@ -202,7 +202,7 @@ def trained():
     training = trainer(max_steps=6)
     next(iter(training))
     run = {
-        "recipe": {"train": {"seed": 0}, "lora": {"rank": 4}}, "identity": {"tokenizer": "x"},
+        "recipe": {"train": {"seed": 0, "learning_rate": 2e-4}, "lora": {"rank": 4}}, "identity": {"tokenizer": "x"},
         "environment": {"torch": "2", "threads": 1}, "summary": {"status": "running", "resumed": []},
         "plan": {"memory.checkpointing": "block", "memory.loss_chunk_tokens": 64, "train.micro_batch_size": 1},
         "progress": {"evaluated_step": 0, "evaluations_without_better": 0,

@@ -155,7 +155,7 @@ class TooLarge:
 
 
 def test_a_row_that_is_too_large_for_a_cap_is_a_finding_and_no_end(monkeypatch):
-    monkeypatch.setattr(caps, "trainer_of", lambda *_: TooLarge())
+    monkeypatch.setattr(caps, "trainer_of", lambda *_, **__: TooLarge())
     capped = caps.CappedDevice()
     monkeypatch.setattr(capped, "_placed", lambda *_: torch.nn.Module())
     found = capped.run("tiny", 64, MemoryOptions(), 2**30, 1, 0)

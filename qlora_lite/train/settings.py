@@ -39,7 +39,7 @@ class TrainSettings:
 # Of LoRA with alpha 32, by the beginning of transformers' ``model_type``: the rate at a hidden size of 2,000, and the
 # exponent of 2,000 / hidden size. Llama's and Qwen's are the rule of Thinking Machines' tinker-cookbook
 # (``hyperparam_utils``); Gemma's rate is from a sweep of its smallest model, with Llama's exponent, which errs on the
-# low side (tools/results/learning_rates.md). Other families have no published sweep, and take Llama's.
+# low side (tools/bench/learning_rates). Other families have no published sweep, and take Llama's.
 LEARNING_RATES = {"qwen": (5e-4, 0.0775), "gemma": (2.25e-4, 0.781), "": (5e-4, 0.781)}
 
 

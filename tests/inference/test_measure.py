@@ -45,7 +45,8 @@ def model():
 
 @pytest.fixture(scope="module")
 def losses(model):
-    settings = train_settings(recipe_of({"model": {"path": "x"}, "data": {"train": "x", "max_tokens": 96}}, (), "x"))
+    said = {"model": {"path": "x"}, "data": {"train": "x", "max_tokens": 96}, "train": {"learning_rate": 1e-3}}
+    settings = train_settings(recipe_of(said, (), "x"))
     return losses_by(CausalLM(), model, settings)
 
 
