@@ -10,7 +10,7 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
@@ -165,12 +165,12 @@ def _run(sweep: Sweep, folder: Path, settings: Mapping[str, Any]) -> dict:
                     command += ["--resume", str(path)]
             except OutputError:
                 return found | {"status": ELSEWHERE}
-        said = subprocess.run(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-        if said.returncode == Interrupted.exit_code:
+        exit_code, said = _in_a_process(command, path.with_suffix(".log"))
+        if exit_code == Interrupted.exit_code:
             raise Interrupted("stopped; the same command continues from here")
-        if said.returncode:
-            lines = [line for line in said.stderr.splitlines() if line.startswith("error: ")] or ["error: no reason"]
-            status = DOES_NOT_FIT if said.returncode == DoesNotFitError.exit_code else FAILED
+        if exit_code:
+            lines = [line for line in said.splitlines() if line.startswith("error: ")] or ["error: no reason"]
+            status = DOES_NOT_FIT if exit_code == DoesNotFitError.exit_code else FAILED
             why = lines[0].removeprefix("error: ").removeprefix(f"{DOES_NOT_FIT}: ").partition(" (")[0]
             log.warning("sweep: %s: %s", status, why)
             return found | {"status": status, "error": why}
@@ -180,6 +180,22 @@ def _run(sweep: Sweep, folder: Path, settings: Mapping[str, Any]) -> dict:
         for when, measured in summary.get("metrics", {}).items() for name, score in measured.items()
     }  # fmt: skip
     return found | {"status": COMPLETE} | {key: summary[key] for key in FIGURES if key in summary} | scores
+
+
+def _in_a_process(command: Sequence[str], log_file: Path) -> tuple[int, str]:
+    """Run a command, its messages in a file; return its exit code and what it said.
+
+    It is out of reach of a terminal's signals, and one that reaches this process is handed on once, so that the run
+    finishes its step and saves.
+    """
+    with explain_write_errors(log_file), log_file.open("w", encoding="utf-8") as messages:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=messages, start_new_session=True)
+        try:
+            exit_code = process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            exit_code = process.wait() or Interrupted.exit_code
+    return exit_code, log_file.read_text(encoding="utf-8", errors="replace")
 
 
 def _summary(path: Path) -> dict:

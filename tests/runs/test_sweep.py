@@ -4,8 +4,8 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -42,7 +42,7 @@ def lab(tmp_path, model_folder, monkeypatch):
             sweep = self.write(**said)
             return as_result(sweep, run_sweep(sweep, self.folder, "a sweep"), "a sweep")
 
-        def train(self, command, **_):
+        def train(self, command, _log_file):
             overrides = dict(part.split("=", 1) for part in command if "=" in part)
             folder = Path(overrides.pop("output.dir"))
             settings = {key: json.loads(value) for key, value in overrides.items()}
@@ -55,10 +55,10 @@ def lab(tmp_path, model_folder, monkeypatch):
                          "metrics": {"after": scores}}  # fmt: skip
                 (folder / "summary.json").write_text(json.dumps(found))
             error = "a line\nerror: does not fit: 2 MiB of 1 MiB (of which 1 MiB)\nerror: more\n"
-            return SimpleNamespace(returncode=self.exit_code, stderr=error)
+            return self.exit_code, error
 
     found = Lab()
-    monkeypatch.setattr(sweeps, "subprocess", SimpleNamespace(run=found.train, PIPE=None, DEVNULL=None))
+    monkeypatch.setattr(sweeps, "_in_a_process", found.train)
     return found
 
 
@@ -185,6 +185,26 @@ def test_the_page_names_what_no_point_beats_and_escapes_what_it_is_given():
     lines = re.findall(r'<polyline class="line-2" points="([^"]*)"', page)
     assert len(lines[-1].split()) == 2  # x and y; z is beaten in both
     assert named(points[0]) == "<a> x"
+
+
+def test_a_signal_is_handed_on_once_and_the_run_is_waited_for(tmp_path, monkeypatch):
+    script = ("import signal, sys, time\n"
+              "signal.signal(signal.SIGTERM, lambda *_: (print('error: saved', file=sys.stderr), sys.exit(130)))\n"
+              "print('ready', file=sys.stderr, flush=True)\n"
+              "time.sleep(30)\n")  # fmt: skip
+
+    class Stopped(subprocess.Popen):
+        def wait(self, *arguments):
+            if self.returncode is None and not hasattr(self, "was_told"):
+                while "ready" not in (tmp_path / "log").read_text():
+                    time.sleep(0.01)
+                self.was_told = True
+                raise KeyboardInterrupt
+            return super().wait(*arguments)
+
+    monkeypatch.setattr(sweeps.subprocess, "Popen", Stopped)
+    exit_code, said = sweeps._in_a_process([sys.executable, "-c", script], tmp_path / "log")
+    assert (exit_code, said) == (130, "ready\nerror: saved\n")
 
 
 def test_two_points_by_the_command_line(tmp_path, model_folder):
