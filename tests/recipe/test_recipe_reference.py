@@ -49,7 +49,7 @@ def test_the_reference_words_type_range_and_default(start):
 
 def test_every_local_name_in_the_foreign_table_exists_and_no_foreign_name_is_one_of_ours():
     known = reference.known_keys()
-    leaves = {key.rpartition(".")[2] for key in known}
+    leaves = {key.rpartition(".")[2] for key in known if "." in key}  # axolotl's adapter is a value, ours a section
     assert {answer.text for answer in _ANSWERS.values() if answer.effect == "renamed"} <= set(known)
     assert not [leaf for leaf in leaves for name in _ANSWERS if fnmatchcase(leaf, name)]
     names = [name for table in _TABLES.values() for text in table.values() for name in text.split()]
