@@ -35,7 +35,6 @@ from qlora_lite.errors import DataError, ModelError
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.units import format_bytes, format_count
 
-from .build import build_skeleton, method_of
 from .datasets import STREAM_SAMPLE_ROWS, build_sources, measures_of, read_data
 
 _SHOWN_PER_RULE = 5
@@ -45,6 +44,7 @@ _HOW = {"lines": "each line is a document", "blank-lines": "blank lines part doc
         "file": "each file is a document"}  # fmt: skip
 RENDERED = "rendered chat in a document"
 UNUSED_ANSWER = "answer beside plain text"
+FEW_TOKENS = 10_000  # fewer than the LoRA weights of any model worth training
 CAPACITY = "more target tokens than LoRA weights"
 SEAM = "line end before an answer that begins with white space"
 
@@ -217,11 +217,15 @@ def _more_than_weights_hold(recipe: Recipe, data: Dataset) -> Iterator[RowProble
     Machines, 2025).
     """
     tokens, x, optimizer = data.learned_tokens, recipe.lora, recipe.train.optimizer
+    if recipe.data.streaming or tokens < FEW_TOKENS:
+        return
+    from .build import build_skeleton, method_of  # and with it the libraries that a model needs
+
     with suppress(ModelError):  # a model that cannot be had, or not adapted so: for the plan to say
         model = build_skeleton(recipe)
         method_of(recipe).apply(model)
         weights = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        if recipe.data.streaming or tokens <= weights:
+        if tokens <= weights:
             return
         factor = 2 ** math.ceil(math.log2(tokens / weights))
         states = (1 if "8bit" in optimizer else 4) * (1 if "lion" in optimizer else 2)

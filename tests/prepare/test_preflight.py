@@ -75,8 +75,9 @@ def test_a_template_that_writes_the_date_has_the_same_one_in_all_rows_and_it_is_
 
 @pytest.mark.parametrize(("rank", "factor"), [(1, 4), (2, 2), (8, None)])
 def test_more_target_tokens_than_lora_weights_warn_with_a_rank_that_suffices_and_its_cost(
-    tmp_path, model_folder, rank, factor
+    tmp_path, model_folder, monkeypatch, rank, factor
 ):
+    monkeypatch.setattr("qlora_lite.prepare.preflight.FEW_TOKENS", 0)
     lora = {"rank": rank, "targets": ["q_proj"], "dtype": "bfloat16"}
     path = write_recipe(tmp_path, model_folder, 200, lora=lora, train={"optimizer": "adamw_8bit"})
     found = preflight(load_recipe(path), byte_tokenizer(), 0)
