@@ -194,7 +194,8 @@ def _in_a_process(command: Sequence[str], log_file: Path) -> tuple[int, str]:
             exit_code = process.wait()
         except KeyboardInterrupt:
             process.terminate()
-            exit_code = process.wait() or Interrupted.exit_code
+            process.wait()  # it may be killed where it has no handler yet, or come to its end
+            exit_code = Interrupted.exit_code
     return exit_code, log_file.read_text(encoding="utf-8", errors="replace")
 
 

@@ -187,9 +187,10 @@ def test_the_page_names_what_no_point_beats_and_escapes_what_it_is_given():
     assert named(points[0]) == "<a> x"
 
 
-def test_a_signal_is_handed_on_once_and_the_run_is_waited_for(tmp_path, monkeypatch):
+@pytest.mark.parametrize("handler", ["lambda *_: (print('error: saved', file=sys.stderr), sys.exit(130))", "0"])
+def test_a_signal_is_handed_on_once_and_the_run_is_waited_for(tmp_path, monkeypatch, handler):
     script = ("import signal, sys, time\n"
-              "signal.signal(signal.SIGTERM, lambda *_: (print('error: saved', file=sys.stderr), sys.exit(130)))\n"
+              f"signal.signal(signal.SIGTERM, {handler})\n"  # 0: it has none yet, and is killed
               "print('ready', file=sys.stderr, flush=True)\n"
               "time.sleep(30)\n")  # fmt: skip
 
@@ -204,7 +205,7 @@ def test_a_signal_is_handed_on_once_and_the_run_is_waited_for(tmp_path, monkeypa
 
     monkeypatch.setattr(sweeps.subprocess, "Popen", Stopped)
     exit_code, said = sweeps._in_a_process([sys.executable, "-c", script], tmp_path / "log")
-    assert (exit_code, said) == (130, "ready\nerror: saved\n")
+    assert (exit_code, said) == (130, "ready\n" + ("" if handler == "0" else "error: saved\n"))
 
 
 def test_two_points_by_the_command_line(tmp_path, model_folder):
