@@ -1,11 +1,13 @@
 """DoRA equals its formula in float64 and the real peft, in value and in every gradient, without forming B A."""
 
 import copy
+from functools import partial
 
 import peft
 import pytest
 import torch
 from test_layer import BASES, IN, OUT, make_base, make_layer, random_input
+from test_layer import check_against_formula as check_against_formula_of
 from tiny import build_tiny, quantized_pair
 from tiny_trainer import trainer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -55,16 +57,7 @@ def formula(layer, x):
     return (y if layer.base.bias is None else y + layer.base.bias.double()), leaves
 
 
-def check_against_formula(layer, x, tolerance):
-    x = x.detach().requires_grad_()
-    y, (expected, leaves) = layer(x), formula(layer, x)
-    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(3))
-    y.backward(upstream.to(y.dtype))
-    expected.backward(upstream.double())
-    assert (y - expected).norm() <= tolerance * expected.norm()
-    for tensor, leaf in zip((x, layer.lora_A, layer.lora_B, layer.lora_magnitude_vector), leaves, strict=True):
-        assert tensor.grad.dtype == tensor.dtype
-        assert (tensor.grad - leaf.grad).norm() <= tolerance * leaf.grad.norm()
+check_against_formula = partial(check_against_formula_of, formula=formula)
 
 
 @pytest.mark.parametrize("kind", BASES)

@@ -49,7 +49,7 @@ def formula(layer, x):
     return (y if layer.base.bias is None else y + layer.base.bias.double()), leaves
 
 
-def check_against_formula(layer, x, tolerance):
+def check_against_formula(layer, x, tolerance, formula=formula):
     x = x.detach().requires_grad_()
     y, (expected, leaves) = layer(x), formula(layer, x)
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(3))
@@ -57,7 +57,7 @@ def check_against_formula(layer, x, tolerance):
     expected.backward(upstream.double())
     assert y.shape == expected.shape
     assert (y - expected).norm() <= tolerance * expected.norm()
-    for tensor, leaf in zip((x, layer.lora_A, layer.lora_B), leaves, strict=True):
+    for tensor, leaf in zip((x, *layer.parameters(recurse=False)), leaves, strict=True):
         assert tensor.grad.dtype == tensor.dtype
         assert (tensor.grad - leaf.grad).norm() <= tolerance * leaf.grad.norm()
 
