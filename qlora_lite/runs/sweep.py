@@ -1,7 +1,8 @@
 """Run the points of a sweep, each as an ordinary run in a process of its own, and collect what they found.
 
 A run's folder is named after its settings, so that no point is trained twice, a sweep that was cut off continues where
-it was (within a run, too), and several machines that share the folder and its study divide the points among them.
+it was (within a run, too), and several machines that share the folder and its study divide the points among them. Runs
+of an earlier version, which lacks a setting of today and so names folders otherwise, are known by their recipes.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from statistics import fmean, stdev
 from typing import Any
 
 from qlora_lite.artifacts.run_files import number
-from qlora_lite.artifacts.run_folder import COMPLETE, SUMMARY
-from qlora_lite.errors import DoesNotFitError, Interrupted, ModelError, OutputError
+from qlora_lite.artifacts.run_folder import COMPLETE, RECIPE, SUMMARY
+from qlora_lite.errors import DoesNotFitError, Interrupted, ModelError, OutputError, RecipeError
 from qlora_lite.files import explain_write_errors, locked, write_text
+from qlora_lite.recipe.load import load_recipe
 from qlora_lite.recipe.sweep import Axis, Range, Sweep, choices, overrides, recipe_of_point
 from qlora_lite.reporting.sweep_page import render_sweep
 
@@ -70,12 +72,15 @@ class _Runs:
     def __init__(self, sweep: Sweep, folder: Path, name: str):
         self.sweep, self.folder, self.name = sweep, folder, name
         self.points: list[Point] = []
+        self.known = {name: path for path in (folder / RUNS).iterdir() if (name := _name_of(path))}
 
     def add(self, point: Point) -> Point:
         """Run a point, as far as its runs are not there yet, and write the results of all; return it."""
         log.info("sweep: %s", ", ".join(f"{axis} {value}" for axis, value in point.choice.items()))
         for seed in self.sweep.seeds:
-            point.runs.append(_run(self.sweep, self.folder / RUNS, self.sweep.settings(point.choice) | seed))
+            settings = self.sweep.settings(point.choice) | seed
+            name = recipe_of_point(self.sweep, settings).recipe_hash[:HASH_LETTERS]
+            point.runs.append(_run(self.sweep, self.known.get(name, self.folder / RUNS / name), settings))
             if point.status != COMPLETE:
                 break  # the other seeds need as much
         self.points.append(point)
@@ -152,9 +157,16 @@ def _suggested(trial, name: str, axis: Axis) -> str | float:
     return trial.suggest_float(name, axis.low, axis.high, log=axis.log)
 
 
-def _run(sweep: Sweep, folder: Path, settings: Mapping[str, Any]) -> dict:
+def _name_of(path: Path) -> str | None:
+    """Return what the folder of a run is called today; None where it has no recipe that is one today."""
+    try:
+        return load_recipe(path / RECIPE, check_files=False).recipe_hash[:HASH_LETTERS]
+    except (OSError, RecipeError):
+        return None
+
+
+def _run(sweep: Sweep, path: Path, settings: Mapping[str, Any]) -> dict:
     """Train a point with one seed, or go on where it was, or read what it found; return folder, status and figures."""
-    path = folder / recipe_of_point(sweep, settings).recipe_hash[:HASH_LETTERS]
     found = {"run": str(Path(RUNS) / path.name), "settings": dict(settings)}
     if _summary(path).get("status") != COMPLETE:
         command = [sys.executable, "-m", "qlora_lite", "train", sweep.recipe, *overrides(settings)]

@@ -13,6 +13,7 @@ from tiny_files import write_recipe
 
 from qlora_lite.errors import Interrupted, ModelError, RecipeError
 from qlora_lite.files import locked
+from qlora_lite.recipe.load import resolve_to_yaml
 from qlora_lite.recipe.sweep import load_sweep, recipe_of_point
 from qlora_lite.reporting.sweep_page import named, ranked, render_sweep
 from qlora_lite.runs import sweep as sweeps
@@ -73,6 +74,20 @@ def test_every_point_of_a_grid_is_run_once_and_has_mean_and_deviation_over_the_s
     lab.run()  # all complete
     lab.run(axes=AXES | {"lora.rank": [1, 4, 8]})
     assert len(lab.trained) == 12 + 6 and {settings["lora.rank"] for settings, _ in lab.trained[12:]} == {8}
+
+
+def test_a_run_of_an_earlier_version_is_known_by_its_recipe_whatever_its_folder_is_called(lab):
+    lab.run()
+    sweep, point = lab.write(), {"lora.rank": 4, "train.learning_rate": "auto", "train.seed": 1}
+    folder = lab.folder / "runs" / recipe_of_point(sweep, point).recipe_hash[:12]
+    settings = yaml.safe_load(resolve_to_yaml(recipe_of_point(sweep, point)))
+    del settings["train"]["loraplus_lr_ratio"]  # a setting that its version did not have
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    earlier = folder.rename(folder.with_name("earlier"))
+    result = lab.run()
+    assert len(lab.trained) == 12
+    runs = [run["run"] for point in result["points"] for run in point["runs"]]
+    assert f"runs/{earlier.name}" in runs and f"runs/{folder.name}" not in runs
 
 
 def test_a_score_can_be_the_goal_which_is_to_be_high(lab):

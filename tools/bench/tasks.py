@@ -1,0 +1,88 @@
+"""Tasks that the tools compare trained models on, as rows of a prompt and a completion, and the sweeps that do it.
+
+GSM8K: loss on worked answers. The E2E challenge: a sentence for a meaning representation, split by those. SST-2: is a
+sentence of a film review positive? None of their rows is in this repository.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from common.models import path_of
+
+TRAINED, HELD_OUT = 400, 32  # rows; no run of the tools trains on all of them
+TOKENS = {"gsm8k": 384, "e2e": 192, "sst2": 256}  # of a step, two or more rows; the few that are longer are left out
+TEMPLATES = {"gemma3-270m": "plain"}  # a base model
+
+
+def gsm8k(data: Path) -> Iterator[tuple[str, str]]:
+    """Yield questions and their worked answers."""
+    with (data / "gsm8k_train.jsonl").open(encoding="utf-8") as file:
+        for row in map(json.loads, file):
+            yield row["question"], row["answer"]
+
+
+def e2e(data: Path) -> Iterator[tuple[str, str]]:
+    """Yield meaning representations and sentences."""
+    with (data / "e2e_devset.csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            yield row["mr"], row["ref"]
+
+
+def sst2(data: Path) -> Iterator[tuple[str, str]]:
+    """Yield sentences and "positive" or "negative"."""
+    with (data / "sst2.train").open(encoding="utf-8") as file:
+        for line in file:
+            label, _, sentence = line.rstrip("\n").partition(" ")
+            yield f"{sentence}\nIs this positive or negative?", "positive" if label == "1" else "negative"
+
+
+TASKS = {"e2e": e2e, "gsm8k": gsm8k, "sst2": sst2}
+
+
+def write_rows(folder: Path, data: Path, task: str, held_out: int = HELD_OUT) -> None:
+    """Write a task's rows to train on, and one row of each of some other prompts to evaluate on.
+
+    Args:
+        data: holds gsm8k_train.jsonl, e2e_devset.csv and sst2.train.
+    """
+    answers: dict[str, list[str]] = {}
+    for prompt, answer in TASKS[task](data):
+        answers.setdefault(prompt, []).append(answer)
+    prompts = sorted(answers)
+    random.Random(0).shuffle(prompts)
+    evaluated = [(prompt, answers[prompt][0]) for prompt in prompts[:held_out]]
+    trained = [(prompt, answer) for prompt in prompts[held_out:] for answer in answers[prompt]]
+    random.Random(0).shuffle(trained)
+    for name, rows in (("train", trained[:TRAINED]), ("eval", evaluated)):
+        lines = (json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in rows)
+        (folder / f"{task}-{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def sweep(
+    folder: Path, name: str, model: str, task: str, train: Mapping[str, Any], axes: Mapping[str, Iterable | Mapping],
+    goal: str = "eval_loss",
+) -> list[dict]:  # fmt: skip
+    """Run a sweep of a model on a task in a folder that has its rows, as far as it is not run; return its points.
+
+    Args:
+        train: settings of the recipe's section.
+    """
+    recipe = {
+        "model": {"path": path_of(model)},
+        "data": {"train": f"{task}-train.jsonl", "eval": f"{task}-eval.jsonl", "max_tokens": TOKENS[task],
+                 "overflow": "drop", "template": TEMPLATES.get(model)},
+        "train": train,
+    }  # fmt: skip
+    wanted = {"recipe": f"{name}-recipe.yaml", "axes": axes, "goal": goal}
+    for file, values in ((f"{name}-recipe", recipe), (name, wanted)):
+        (folder / f"{file}.yaml").write_text(json.dumps(values, indent=1), encoding="utf-8")  # JSON is YAML
+    subprocess.run([sys.executable, "-m", "qlora_lite", "sweep", f"{name}.yaml"], cwd=folder, check=True)
+    return json.loads((folder / "sweeps" / name / "sweep.json").read_text(encoding="utf-8"))["points"]
