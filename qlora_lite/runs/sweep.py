@@ -19,7 +19,7 @@ from typing import Any
 
 from qlora_lite.artifacts.run_files import number
 from qlora_lite.artifacts.run_folder import COMPLETE, RECIPE, SUMMARY
-from qlora_lite.errors import DoesNotFitError, Interrupted, ModelError, OutputError, RecipeError
+from qlora_lite.errors import DoesNotFitError, Interrupted, ModelError, OutputError, Problem, RecipeError
 from qlora_lite.files import explain_write_errors, locked, write_text
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.recipe.sweep import Axis, Range, Sweep, choices, overrides, recipe_of_point
@@ -132,6 +132,8 @@ def _sample(sweep: Sweep, runs: _Runs) -> None:
         study_name=runs.folder.name, storage=storage, sampler=sampler, load_if_exists=True,
         direction="minimize" if sweep.goal.endswith("loss") else "maximize",
     )  # fmt: skip
+    for trial in study.get_trials(deepcopy=False):
+        _check_axes(sweep, trial.distributions, runs.folder)
     ended = state.COMPLETE, state.PRUNED
     for known in study.get_trials(states=ended):
         runs.add(Point(known.user_attrs["choice"]))
@@ -147,6 +149,23 @@ def _sample(sweep: Sweep, runs: _Runs) -> None:
             raise
         found = point.status == COMPLETE and values
         study.tell(trial, fmean(values) if found else None, state=None if found else state.PRUNED)
+
+
+def _check_axes(sweep: Sweep, distributions: Mapping[str, Any], folder: Path) -> None:
+    """Check that a trial of an earlier start was of these axes: with the same choices, or of numbers as these."""
+    wanted = {
+        name: (axis.is_whole, axis.log) if isinstance(axis, Range) else tuple(choices(name, axis))
+        for name, axis in sweep.searched.items()
+    }
+    found = {
+        name: tuple(kind.choices) if hasattr(kind, "choices") else (isinstance(kind.low, int), kind.log)
+        for name, kind in distributions.items()
+    }
+    if found and found != wanted:
+        names = sorted({name for name, _ in found.items() ^ wanted.items()})
+        raise RecipeError(
+            Problem(f"{folder} has a study with other values of {', '.join(names)}; choose another --out", "axes")
+        )
 
 
 def _suggested(trial, name: str, axis: Axis) -> str | float:

@@ -153,6 +153,22 @@ def test_a_sampler_finds_the_valley_goes_on_after_a_stop_and_runs_no_trial_twice
     assert lab.run(**said)["points"][0]["choice"] == result["points"][0]["choice"] and len(lab.trained) == count
 
 
+@pytest.mark.parametrize("axes", [
+    {"lora.rank": {"from": 1, "to": 8, "log": True}, "train.learning_rate": [1e-3]},
+    {"lora.rank": {"from": 1, "to": 8}, "train.learning_rate": [1e-3, 1e-4]},
+    {"lora.rank": {"from": 1, "to": 8}, "train.learning_rate": [1e-3], "lora.alpha": [8]},
+])  # fmt: skip
+def test_a_study_of_other_axes_is_one_error_and_one_of_another_range_goes_on(lab, axes):
+    pytest.importorskip("optuna")
+    said = {"axes": {"lora.rank": {"from": 1, "to": 8}, "train.learning_rate": [1e-3]}, "search": "random"}
+    lab.run(**said, trials=2)
+    with pytest.raises(RecipeError, match=r"has a study with other values of .*; choose another --out"):
+        lab.run(search="random", axes=axes)
+    wider = said["axes"] | {"lora.rank": {"from": 9, "to": 16}}
+    result = lab.run(axes=wider, search="random", trials=3)
+    assert len(result["points"]) == 3 and result["points"][2]["choice"]["lora.rank"] > 8
+
+
 def test_a_sampler_without_optuna_says_what_to_install(lab, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ModelError, match=r"pip install 'qlora-lite\[sweep\]'; or write search: grid"):
