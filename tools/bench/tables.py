@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from qlora_lite.units import format_bytes
+from qlora_lite.units import format_bytes, format_count, format_seconds
 
 TARGET_SHARE = 0.8  # of the limit that a step's own products set
 KINDS = {"block": "recomputed", "none": "kept"}
@@ -71,6 +71,67 @@ def _best(cases: Sequence[Mapping], key: str) -> str:
     return f"{best[key]:.1%} ({KINDS[best['checkpointing']]}; {missed})"
 
 
+def learning_rate_table(result: Mapping) -> list[str]:
+    """Return the lines of the table of ``tools/bench/learning_rates``: a row for each model and task."""
+    models = result["models"]
+    rates = [rate for rate in next(iter(models.values()))["mean_loss"] if rate != "auto"]
+    lines = [f"| model, task | before | {' | '.join(f'{float(rate):.2g}' for rate in rates)} | auto | above the best |",
+             "|---" * (len(rates) + 4) + "|"]  # fmt: skip
+    for case, row in models.items():
+        model, task = case.split(", ")
+        losses = [_loss(row, rate) for rate in rates]
+        auto = f"{_loss(row, 'auto')} at {row['auto']:.2g}"
+        lines.append(f"| {NAMES[model]}, {task} | {row['loss_before']:.3f} | {' | '.join(losses)} | {auto} "
+                     f"| {row['auto_over_best']:+.1%} |")  # fmt: skip
+    return lines
+
+
+def _loss(row: Mapping, rate: str) -> str:
+    return f"{row['mean_loss'][rate]:.4f} ± {row['standard_deviation'][rate]:.4f}"
+
+
+def study_tables(result: Mapping) -> list[str]:
+    """Return the lines of the tables of ``tools/bench/study``: for each part, model and task, best loss first."""
+    lines: list[str] = []
+    for part, title in STUDY.items():
+        for case, rows in result.get(part, {}).items():
+            model, task = case.split(", ")
+            lines += ["", f"**{title}** {NAMES[model]}, {task}:", "", *_study_table(rows)]
+    for case, found in result.get("subspaces", {}).items():
+        model, task = case.split(", ")
+        lines += ["", f"**Subspaces of rank 8 and rank 64.** {NAMES[model]}, {task}:", "",
+                  "| first directions of A | shared, mean over the layers |", "|---|---|"]  # fmt: skip
+        lines += [f"| {name} | {share:.2f} |" for name, share in found["first_directions"].items()]
+        lines += [f"| {count} in {count}, both rank 64, of two seeds | {share:.2f} |"
+                  for count, share in found["seeds"].items()]  # fmt: skip
+        lines.append(f"| 8 in 8 by chance | {found['chance_8_in_8']:.2f} |")
+    return lines[1:]
+
+
+STUDY = {"ranks": "Rank and layers.", "bits": "Bits of the base.", "methods": "Methods."}
+
+
+def _study_table(rows: Sequence[Mapping]) -> list[str]:
+    done = sorted((row for row in rows if row["status"] == "complete"), key=lambda row: row["eval_loss_after"])
+    scores = [key for key in done[0] if key.endswith("_after") and key != "eval_loss_after"] if done else []
+    titles = [key.removesuffix("_after").replace("_", " ") for key in scores]
+    head = [*rows[0]["choice"], "loss", *titles, "trainable weights", "peak memory", "adapter on disk", "time"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in done:
+        cells = [*row["choice"].values(), *(_score(row, key, 4 if key == "eval_loss_after" else 3)
+                                            for key in ("eval_loss_after", *scores)),
+                 format_count(int(row["trainable_parameters"])), format_bytes(int(row["peak_bytes"])),
+                 format_bytes(int(row["disk_bytes"])), format_seconds(row["seconds"])]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    others = [f"{', '.join(row['choice'].values())}: {row['status']}" for row in rows if row["status"] != "complete"]
+    return lines + (["", f"Without a result: {'; '.join(others)}."] if others else [])
+
+
+def _score(row: Mapping, key: str, digits: int) -> str:
+    spread = row["standard_deviation"].get(key)
+    return f"{row[key]:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
+
+
 # The result's name -> what stands above its table, and the function that makes the table's lines.
 TABLES = {
     "limit": ("A training step beside the limit that its own matrix products set: each distinct product timed alone, "
@@ -78,6 +139,12 @@ TABLES = {
     "limit_no_amx": ("The same without the processor's matrix unit, as on one that has none:", limit_table),
     "head": ("What `model.quant_head` costs: the 16-bit head against the same head in NF4, blocks and embeddings the "
              "same, on text that neither was trained on.", head_table),
+    "learning_rates": ("Held-out loss after 40 steps by learning rate, mean and standard deviation of three seeds; the "
+                       "last column compares `auto` with the best of the sweep. E2E is split by meaning "
+                       "representation.", learning_rate_table),
+    "study": ("Held-out loss and scores of runs of 40 steps, mean and standard deviation of three seeds, best loss "
+              "first. Memory is the peak of the process; time is that of the whole run, on a machine that others used "
+              "too.", study_tables),
 }  # fmt: skip
 
 
