@@ -15,6 +15,7 @@ LAYERS = [
     {"files"},
     {"recipe", "memory"},
     {"quant", "ops", "data"},
+    {"experts"},
     {"adapters"},
     {"models"},
     {"train"},

@@ -142,7 +142,7 @@ _PAIRS: dict[str, tuple[tuple[nn.Module, nn.Module], torch.Tensor]] = {}  # quan
 
 
 def _new_pair(model_type: str, quant_type: str, **options) -> tuple[nn.Module, nn.Module]:
-    from qlora_lite.models.experts import PACKED
+    from qlora_lite.experts.packing import PACKED
     from qlora_lite.quant.linear import is_conv1d
     from qlora_lite.quant.packed import PackedWeight
     from qlora_lite.quant.product import materialize

@@ -9,12 +9,11 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from qlora_lite.experts.packing import packs_experts, use_packed_experts
 from qlora_lite.ops.around import wrappers
 from qlora_lite.ops.fused_loss import installed
 from qlora_lite.ops.gated import GatedMLP
 from qlora_lite.ops.norm import LeanNorm
-
-from .experts import packs_experts, use_packed_experts
 
 EXPERTS = "experts"  # packed ones in groups, by a kernel of our own
 FLEX = "flex"  # attention with capped scores or sinks in one call, by a kernel that torch compiles

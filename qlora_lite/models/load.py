@@ -24,6 +24,7 @@ from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosi
 
 from qlora_lite.adapters.checkpoint_names import set_checkpoint_name
 from qlora_lite.errors import ModelError, OutputError, require_one_of
+from qlora_lite.experts.packing import projections, use_packed_experts
 from qlora_lite.files import cache_root, explain_write_errors
 from qlora_lite.memory.gpus import fastest_type
 from qlora_lite.memory.meter import free_bytes, grow_segments
@@ -35,7 +36,6 @@ from qlora_lite.quant.nf4 import from_bnb_state
 from qlora_lite.units import format_bytes
 
 from .cache import cache_entry, check_sums
-from .experts import projections, use_packed_experts
 from .locate import ModelFiles, locate
 from .nested import LanguagePart, read_language_part, stored_names, without_weights
 from .pretrained import model_of

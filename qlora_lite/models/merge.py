@@ -34,12 +34,12 @@ from transformers import GenerationConfig, PreTrainedConfig
 from qlora_lite.adapters.lora.inject import linear_layers
 from qlora_lite.adapters.read import Adapter, Factors
 from qlora_lite.errors import ModelError
+from qlora_lite.experts.packing import packs_experts
 from qlora_lite.files import require_space
 from qlora_lite.quant.linear import QuantLinear, stands_for_conv1d
 from qlora_lite.quant.nf4 import dequantize, quantize
 from qlora_lite.quant.tensor_file import Entries, stream_tensors
 
-from .experts import packs_experts
 from .locate import INDEX_NAME, ModelFiles, read_json
 from .save import SHARD_BYTES
 from .weights import BaseWeights, open_weights

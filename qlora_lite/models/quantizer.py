@@ -21,13 +21,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora_lite.errors import ModelError, OutputError
+from qlora_lite.experts.packing import Projection, drop_parameter, pack_in_place, placeholder, projections, put_empty
 from qlora_lite.ops.offload import disk_memory
 from qlora_lite.quant.linear import QuantLinear, frozen_weight, is_conv1d, is_linear_16_bit, routers
 from qlora_lite.quant.nf4 import BLOCK_SIZE, Packed, quantize
 from qlora_lite.quant.packed import PACKED_BUFFERS, PackedWeight
 from qlora_lite.units import format_bytes
-
-from .experts import Projection, drop_parameter, pack_in_place, placeholder, projections, put_empty
 
 METHOD = "qlora_lite"
 PART_BYTES = 1 << 28  # of a file: a process may have few open at one time

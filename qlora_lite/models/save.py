@@ -12,6 +12,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import nn
 
 from qlora_lite.errors import ModelError
+from qlora_lite.experts.packing import packs_experts, placeholders
 from qlora_lite.files import replacing_folder
 from qlora_lite.quant.linear import QuantLinear, is_conv1d
 from qlora_lite.quant.nf4 import to_bnb_state
@@ -19,7 +20,6 @@ from qlora_lite.quant.packed import PackedWeight
 from qlora_lite.quant.tensor_file import write_tensors
 
 from .cache import write_sums
-from .experts import packs_experts, placeholders
 from .locate import INDEX_NAME
 from .quantizer import QuantizeConfig
 

@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_lite.errors import TrainingError
-from qlora_lite.models.experts import described_experts, first_experts
+from qlora_lite.experts.packing import described_experts, first_experts
+from qlora_lite.experts.routed import routed
 from qlora_lite.models.kernels import EXPERTS, FLEX, GATED, kernels_of, use_kernels
-from qlora_lite.models.routed import routed
 from qlora_lite.ops.around import wrappers
 from qlora_lite.ops.attention import row_by_row
 from qlora_lite.ops.block_attention import block_attention

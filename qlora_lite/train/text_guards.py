@@ -17,8 +17,8 @@ from qlora_lite.constraints import UPDATES_IN_FLOAT16, WITH_COMPILE, WITH_UPDATE
 from qlora_lite.data.batch import IGNORED_LABEL, Batch
 from qlora_lite.data.storage import Example, largest_token, row_lengths
 from qlora_lite.errors import DataError, ModelError, TrainingError
+from qlora_lite.experts.packing import packs_experts
 from qlora_lite.models.anatomy import device_of, head, position_limit, text_config
-from qlora_lite.models.experts import packs_experts
 from qlora_lite.models.load import use_row_attention, uses_row_attention
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.models.packing import run_unpacked, runs_unpacked, use_own_attention, why_unpacked

@@ -18,7 +18,7 @@ from qlora_lite.ops.shapes import device_type, has_triton
 from qlora_lite.quant.nf4 import BLOCK_SIZE, quantize
 from qlora_lite.quant.packed import PackedWeight
 
-from .grouped_experts import Experts
+from .grouped import Experts
 from .routed import routed
 
 NAME, GROUPED = "qlora_lite_experts", "qlora_lite_grouped_experts"
@@ -120,7 +120,7 @@ def use_packed_experts(model: nn.Module, grouped: bool = False) -> None:
     """Have a model with packed experts compute with them.
 
     Args:
-        grouped: in groups, on a GPU and where a batch uses most of them; see ``grouped_experts``.
+        grouped: in groups, on a GPU and where a batch uses most of them; see ``grouped``.
     """
     if packs_experts(model):
         ExpertsInterface.register(NAME, packed_experts)

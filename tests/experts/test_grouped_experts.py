@@ -9,15 +9,16 @@ from tiny_trainer import trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
+from qlora_lite.experts import grouped as grouped_experts
+from qlora_lite.experts import packing
+from qlora_lite.experts.packing import GROUPED, described_experts, first_experts, pack_in_place
+from qlora_lite.experts.routed import routed
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.memory.marks import phase
 from qlora_lite.memory.work import WorkCounter
-from qlora_lite.models import experts, grouped_experts
-from qlora_lite.models.experts import GROUPED, described_experts, first_experts, pack_in_place
 from qlora_lite.models.families import known_config
 from qlora_lite.models.kernels import kernels_of, use_kernels
 from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
-from qlora_lite.models.routed import routed
 from qlora_lite.models.skeleton import meta_model
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.train import kernels
@@ -225,7 +226,7 @@ def test_a_repeatable_run_and_a_model_without_experts_try_none(tried, monkeypatc
 
 
 def test_training_computes_experts_in_groups_only_once_they_are_chosen(monkeypatch):
-    monkeypatch.setattr(experts, "device_type", lambda _device: "cuda")
+    monkeypatch.setattr(packing, "device_type", lambda _device: "cuda")
     training, plain = (trainer("qwen3_moe", max_steps=1) for _ in range(2))
     training.choose_kernels(["experts"])
     losses = []

@@ -4,7 +4,7 @@ Each token of a block goes through a few of its experts. Pairs of a token and an
 weights of one expert after the other, or of a few small ones, are dequantised, used for their rows, a tile at a time,
 and dropped. So what lies in memory does not depend on what the router does. (transformers' grouped product wants all
 experts of a block in 16 bit: 1.1 GiB of Qwen3-30B-A3B's.) The host waits for the router once a pass, and starts some
-ten kernels for each expert: on a GPU, ``grouped_experts`` can compute the same with few, and this is its oracle.
+ten kernels for each expert: on a GPU, ``grouped`` can compute the same with few, and this is its oracle.
 
 Backward keeps the block's input, the router's choice and its weights, and computes each tile's first product again. As
 in ``ops.tile`` one autograd function stands for the result in the graph and one computes it, so that a checkpointed
@@ -27,8 +27,8 @@ from qlora_lite.ops.shapes import CPU_MULTIPLE, device_type, is_planned, kernel_
 from qlora_lite.quant.nf4 import Packed, dequantize_rows
 from qlora_lite.quant.product import WeightSpec
 
-from . import grouped_experts
-from .grouped_experts import Experts
+from . import grouped
+from .grouped import Experts
 
 TILE_ROWS = 1024  # bounds what is beside the weights
 DEQUANTIZED_BYTES = 1 << 27  # of experts that are dequantised together, so that small ones take few calls
@@ -237,7 +237,7 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_TD):
         hidden_TD, weights_TK, chosen_TK, *tensors = ctx.saved_tensors
-        gradients = grouped_experts.gradients if ctx.experts.grouped else _gradients
+        gradients = grouped.gradients if ctx.experts.grouped else _gradients
         grads = gradients(grad_TD, hidden_TD, weights_TK, chosen_TK, ctx.experts, tensors)
         return *grads, None, None, *(None for _ in tensors)
 
@@ -247,7 +247,7 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gradient, hidden_TD, weights_TK, chosen_TK, experts, *tensors):
-        compute = grouped_experts.value if experts.grouped else _value
+        compute = grouped.value if experts.grouped else _value
         return compute(hidden_TD, weights_TK, chosen_TK, experts, tensors)
 
     @staticmethod

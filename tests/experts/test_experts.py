@@ -13,11 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_lite.adapters.lora.inject import add_lora, linear_layers, lora_parameters
 from qlora_lite.errors import ModelError, TrainingError
+from qlora_lite.experts import routed
+from qlora_lite.experts.packing import PACKED
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.memory.work import WorkCounter
-from qlora_lite.models import load, routed
+from qlora_lite.models import load
 from qlora_lite.models.anatomy import blocks
-from qlora_lite.models.experts import PACKED
 from qlora_lite.models.load import adopt, load_model
 from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
 from qlora_lite.models.quantizer import OnArrivalQuantizer, QuantizeConfig, quantize_in_place
