@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from qlora_lite.errors import ModelError, OutputError
+from qlora_lite.experts.packing import LORA, expert_weights
 from qlora_lite.files import replacing_folder, sha256
 from qlora_lite.quant.linear import is_conv1d, stands_for_conv1d
 from qlora_lite.quant.tensor_file import write_tensors
@@ -30,10 +31,10 @@ from .lora.inject import (
     require_base,
     require_lora,
 )
-from .lora.layer import LoraLinear
+from .lora.layer import LoraLinear, LoraWeights
 from .lora.shared import forget_begun
 from .method import AdapterMethod
-from .read import CONFIG_NAME, WEIGHTS_NAME, Adapter, Factors, read_adapter, tensor_names
+from .read import CONFIG_NAME, WEIGHTS_NAME, Adapter, Factors, read_adapter, stored_names, tensor_names
 
 _SHOWN = 3  # names of layers in an error
 
@@ -43,8 +44,10 @@ _SUFFIXES = ".json", ".safetensors", ".jinja", ".model", ".txt"  # of an adapter
 def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the factors of a model under the names of the PEFT format."""
     tensors: dict[str, torch.Tensor] = {}
-    for name, layer in lora_layers(model):
-        names = tensor_names(outside(model, name))
+    layers = dict(lora_layers(model))
+    stored = stored_names(model, layers)
+    for name, layer in layers.items():
+        names = tensor_names(stored[name])
         tensors |= {names[leaf]: parameter.detach() for leaf, parameter in layer.named_parameters(recurse=False)}
     return tensors
 
@@ -55,6 +58,8 @@ def adapter_config(model: nn.Module, base_model: str) -> dict:
     first = next(iter(layers.values()))
     ranks, alphas = [layer.rank for layer in layers.values()], [layer.alpha for layer in layers.values()]
     rank, alpha = max(set(ranks), key=ranks.count), max(set(alphas), key=alphas.count)
+    linear = {name: layer for name, layer in layers.items() if isinstance(layer, LoraLinear)}
+    experts = [outside(model, name) for name in expert_weights(model)]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -62,12 +67,13 @@ def adapter_config(model: nn.Module, base_model: str) -> dict:
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": first.dropout,
-        "target_modules": _target_modules(model, layers),
+        "target_modules": _target_modules(model, linear),
+        **({"target_parameters": _by_leaf(layers.keys() - linear, experts)} if len(linear) < len(layers) else {}),
         "rank_pattern": {name: layer.rank for name, layer in layers.items() if layer.rank != rank},
         "alpha_pattern": {name: layer.alpha for name, layer in layers.items() if layer.alpha != alpha},
         "use_rslora": first.rslora,
         **({"use_dora": True} if _is_dora(layers) else {}),
-        "fan_in_fan_out": any(stands_for_conv1d(layer.base) for layer in layers.values()),
+        "fan_in_fan_out": any(stands_for_conv1d(layer.base) for layer in linear.values()),
         "bias": "none",
         "inference_mode": True,
     }
@@ -79,14 +85,19 @@ def _target_modules(model: nn.Module, layers: Collection[str]) -> list[str]:
     Whole paths too where files have other names than the model (``outside``): a tower's layers may end alike.
     """
     every = {n for n, m in model.named_modules() if n in layers or (isinstance(m, nn.Linear) or is_conv1d(m))}
-    leaves = {name.rpartition(".")[2] for name in layers}
-    by_leaf = {name for name in every | set(linear_layers(model)) if name.rpartition(".")[2] in leaves}
-    return sorted(leaves if by_leaf == set(layers) else layers)
+    return _by_leaf(layers, every | set(linear_layers(model)))
+
+
+def _by_leaf(chosen: Collection[str], every: Collection[str]) -> list[str]:
+    """Return the last parts of the chosen paths, or whole paths where others of all there are have the same."""
+    leaves = {name.rpartition(".")[2] for name in chosen}
+    by_leaf = {name for name in every if name.rpartition(".")[2] in leaves}
+    return sorted(leaves if by_leaf == set(chosen) else chosen)
 
 
 @dataclass(frozen=True)
 class Lora(AdapterMethod):
-    """Low-rank adapters beside linear layers, LoRA's or DoRA's; the arguments are those of ``add_lora``."""
+    """Low-rank adapters beside linear layers, LoRA's or DoRA's, and experts; arguments are those of ``add_lora``."""
 
     targets: tuple[Target, ...] = (Target(ALL_LINEAR),)
     rank: int = 16
@@ -134,9 +145,11 @@ class Lora(AdapterMethod):
         """Return whether every B is still zero."""
         return not any(layer.lora_B.any() for _, layer in lora_layers(model))
 
-    def layer_kinds(self, names: Sequence[str], in_blocks: Container[str]) -> Mapping[str, Hashable]:
-        """Return which targets match each layer."""
-        return matching(names, self.targets, in_blocks)
+    def layer_kinds(
+        self, linear: Sequence[str], experts: Sequence[str], in_blocks: Container[str]
+    ) -> Mapping[str, Hashable]:  # fmt: skip
+        """Return which targets match each layer, and each weight of experts."""
+        return matching(linear, experts, self.targets, in_blocks)
 
     def forget_pass(self, model: nn.Module) -> None:
         """Drop products that layers with one input had begun together."""
@@ -250,11 +263,11 @@ def _some(names: Collection[str]) -> str:
     return ", ".join(sorted(names)[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
-def _is_dora(layers: Mapping[str, LoraLinear]) -> bool:
+def _is_dora(layers: Mapping[str, LoraWeights]) -> bool:
     return any(isinstance(layer, DoraLinear) for layer in layers.values())
 
 
-def _fill(own: Mapping[str, LoraLinear], given: Mapping[str, Factors]) -> None:
+def _fill(own: Mapping[str, LoraWeights], given: Mapping[str, Factors]) -> None:
     with torch.no_grad():
         for name, layer in own.items():
             for leaf, tensor in given[name].tensors.items():
@@ -264,5 +277,9 @@ def _fill(own: Mapping[str, LoraLinear], given: Mapping[str, Factors]) -> None:
 def detach_adapter(model: nn.Module) -> nn.Module:
     """Take the LoRA layers out of a model again; return the base model."""
     for name, layer in list(lora_layers(model)):
-        model.set_submodule(name, layer.base)
+        if isinstance(layer, LoraLinear):
+            model.set_submodule(name, layer.base)
+        else:
+            path, _, leaf = name.rpartition(".")
+            delattr(model.get_submodule(path), LORA + leaf)
     return model

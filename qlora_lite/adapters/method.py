@@ -49,16 +49,19 @@ class AdapterMethod:
         """
         return [name for name, _ in self.parameters(model) if not norms[name]]
 
-    def layer_kinds(self, names: Sequence[str], in_blocks: Container[str]) -> Mapping[str, Hashable]:
+    def layer_kinds(
+        self, linear: Sequence[str], experts: Sequence[str], in_blocks: Container[str]
+    ) -> Mapping[str, Hashable]:  # fmt: skip
         """Return what tells apart layers that are adapted differently, so that a plan knows which blocks are alike.
 
         The default says that no two are known to be: then a plan runs every block, which takes it longer.
 
         Args:
-            names: paths of linear layers.
+            linear: paths of linear layers.
+            experts: paths of the weights of fused experts.
             in_blocks: paths of all modules inside of blocks.
         """
-        return {name: name for name in names}
+        return {name: name for name in (*linear, *experts)}
 
     def lr_ratios(self, names: Sequence[str], loraplus: float) -> list[float]:
         """Return what the learning rate of each parameter is multiplied by.

@@ -5,13 +5,15 @@ missing, unexpected, of a wrong shape or not finite are listed in one error: an 
 the worst fault of this kind.
 
 Tensor names: ``base_model.model.PATH.lora_A.weight`` [r, in] and ``...lora_B.weight`` [out, r], of DoRA also
-``...lora_magnitude_vector`` [out]; PATH is as files have it (``outside``).
+``...lora_magnitude_vector`` [out]; PATH is as files have it (``outside``). Of a weight of E fused experts, which
+``target_parameters`` of the configuration names, A is [r E, in] and B [out, r E], and PATH is that of the module which
+holds the experts; where both of its weights are adapted, the first one's has ``.base_layer`` after it.
 """
 
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -24,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from qlora_lite.errors import ModelError
+from qlora_lite.experts.packing import both_names, expert_weights
 from qlora_lite.quant.linear import frozen_weight
 
 from .checkpoint_names import outside
@@ -35,7 +38,7 @@ PREFIX = "base_model.model."
 # Settings of peft that change what an adapter computes, and the starts of values that change the base model.
 REFUSED_KEYS = (
     "modules_to_save", "trainable_token_indices", "layer_replication", "lora_bias", "use_qalora",
-    "use_bdlora", "alora_invocation_tokens", "target_parameters", "arrow_config", "kasa_config", "monteclora_config",
+    "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
 REFUSED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Of processor time, for all patterns of an adapter file on all paths: far more than honest ones take.
@@ -52,11 +55,12 @@ class Factors:
     """One layer's share of an adapter: ``weight + scale * lora_B @ lora_A`` is the adapted weight, of LoRA.
 
     Args:
-        lora_A: [r, in].
-        lora_B: [out, r].
+        lora_A: [r, in], or [r E, in] of experts.
+        lora_B: [out, r], or [out, r E].
         alpha: numerator of the scale.
         rslora: the scale divides by sqrt(r) instead of r.
         lora_magnitude_vector: [out], of DoRA: the norms that the rows of the adapted weight are scaled to.
+        experts: E, the number of weights that the factors are for.
     """
 
     lora_A: torch.Tensor
@@ -64,11 +68,12 @@ class Factors:
     alpha: float
     rslora: bool = False
     lora_magnitude_vector: torch.Tensor | None = None
+    experts: int = 1
 
     @property
     def rank(self) -> int:
         """Return r."""
-        return self.lora_A.shape[0]
+        return self.lora_A.shape[0] // self.experts
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -111,8 +116,10 @@ def read_adapter(model: nn.Module, folder: str | Path) -> Adapter:
         if path.exists() and not path.is_file():  # reading a pipe would wait for ever
             raise ModelError(f"{path} is not an ordinary file")
     config = _read_config(folder)
-    inside = {outside(model, name): name for name in linear_layers(model)}
-    layers = {name: model.get_submodule(path) for name, path in inside.items()}
+    layers = {path: (1, *frozen_weight(layer)[0].shape) for path, layer in linear_layers(model).items()}
+    layers |= _adapted_experts(model, config, folder / CONFIG_NAME)
+    inside = {name: path for path, name in stored_names(model, layers).items()}
+    layers = {name: layers[path] for name, path in inside.items()}
     tensors = _read_tensors(folder / WEIGHTS_NAME, HEADER_BYTES + HEADER_BYTES_PER_LAYER * len(layers))
     ranks, problems = _check(tensors, layers, bool(config.get("use_dora")))
     problems += _without_factors(config, layers, ranks)
@@ -120,12 +127,13 @@ def read_adapter(model: nn.Module, folder: str | Path) -> Adapter:
         more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
         shown = "; ".join(problems[:LISTED] + more)
         raise ModelError(f"the adapter {folder} does not fit this model: {shown}")
-    alphas, rslora = _from_patterns(config.get("alpha_pattern") or {}, list(ranks)), bool(config.get("use_rslora"))
+    paths = {name: outside(model, inside[name]) for name in ranks}  # as patterns mean them
+    alphas = _from_patterns(config.get("alpha_pattern") or {}, list(paths.values()))
     factors: dict[str, Factors] = {}
-    for name in ranks:
+    for name, path in paths.items():
         lora_a, lora_b, magnitude = map(tensors.get, tensor_names(name).values())
-        alpha = alphas.get(name, config["lora_alpha"])
-        factors[inside[name]] = Factors(lora_a, lora_b, alpha, rslora, magnitude)
+        alpha, rslora = alphas.get(path, config["lora_alpha"]), bool(config.get("use_rslora"))
+        factors[inside[name]] = Factors(lora_a, lora_b, alpha, rslora, magnitude, layers[name][0])
     return Adapter(factors, config.get("lora_dropout", 0.0))
 
 
@@ -141,8 +149,41 @@ def named_base(folder: str | Path) -> tuple[str | None, str | None]:
     return base, revision
 
 
+def stored_names(model: nn.Module, adapted: Collection[str]) -> dict[str, str]:
+    """Return what adapter files call adapted layers, and adapted weights of experts, by path in the model.
+
+    peft wraps the module of the experts once for each weight, so that the last one's factors are those of the module.
+    """
+    experts, names = expert_weights(model), {}
+    for path in adapted:
+        if projection := experts.get(path):
+            both = [f"{projection.path}.{name}" for name in both_names(projection.experts)]
+            is_inner = path == both[0] and both[1] in adapted
+            names[path] = outside(model, projection.path) + ".base_layer" * is_inner
+        else:
+            names[path] = outside(model, path)
+    return names
+
+
+def _adapted_experts(model: nn.Module, config: dict, path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes [E, out, in] of the experts that ``target_parameters`` names, as peft finds them.
+
+    Raises:
+        ModelError: it names something else.
+    """
+    names, found = config.get("target_parameters") or [], {}
+    weights = {outside(model, name): (name, weight) for name, weight in expert_weights(model).items()}
+    for name in names if isinstance(names, list) else [names]:
+        matched = [key for key in weights if isinstance(name, str) and (key == name or key.endswith(f".{name}"))]
+        if not matched:
+            raise ModelError(f"{path}: target_parameters names {short(name)}, and only weights of fused experts are "
+                             "supported there; train without it or merge with peft")  # fmt: skip
+        found |= {weights[key][0]: weights[key][1].described[0].shape for key in matched}
+    return found
+
+
 def tensor_names(name: str) -> dict[str, str]:
-    """Return the names in adapter files of a layer's trained tensors by those in it; see ``outside`` for its own."""
+    """Return the names in files of a layer's trained tensors by those in it; ``name`` is one of ``stored_names``."""
     leaves = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude_vector": "lora_magnitude_vector"}
     return {leaf: f"{PREFIX}{name}.{there}" for leaf, there in leaves.items()}
 
@@ -226,17 +267,18 @@ def _check(tensors, layers, is_dora: bool) -> tuple[dict[str, int], list[str]]:
         if any(key not in tensors for key in keys):
             continue
         lora_a, lora_b, *magnitudes = (tensors[key] for key in keys)
-        out_features, in_features = frozen_weight(layers[name])[0].shape
-        rank = lora_a.shape[0] if lora_a.ndim == 2 else 0
+        experts, out_features, in_features = layers[name]
+        rows = lora_a.shape[0] if lora_a.ndim == 2 else 0
         shapes = [tuple(lora_a.shape), tuple(lora_b.shape)]
-        if rank < 1 or shapes != [(rank, in_features), (out_features, rank)]:
-            problems.append(f"{name} has shapes {shapes}, its layer is {out_features} x {in_features}")
+        if rows < 1 or rows % experts or shapes != [(rows, in_features), (out_features, rows)]:
+            of_each = f"{experts} x " * (experts > 1)
+            problems.append(f"{name} has shapes {shapes}, its layer is {of_each}{out_features} x {in_features}")
         if not (lora_a.is_floating_point() and lora_b.is_floating_point()):
             problems.append(f"{name} has factors of {lora_a.dtype} and {lora_b.dtype}, which are no numbers to train")
         if any(m.shape != (out_features,) or not m.is_floating_point() for m in magnitudes):
             problems.append(f"{keys[2]} does not have a number for each of {out_features} outputs")
         problems += [f"{key} is not finite" for key in keys if not tensors[key].isfinite().all()]
-        ranks[name] = rank
+        ranks[name] = rows // experts
     problems += [f"{name[:200]} belongs to no linear layer" for name in sorted(set(tensors) - known)]
     return ranks, problems if tensors else ["it has no tensors"]
 
@@ -247,7 +289,7 @@ def _without_factors(config: dict, layers, ranks) -> list[str]:
     if not isinstance(targets, list) or config.get("layers_to_transform") is not None or config.get("exclude_modules"):
         return []
     ends = {target for target in targets if isinstance(target, str)}
-    adapted = (name for name in layers if not ends.isdisjoint(_ends(name)))
+    adapted = (name for name, shape in layers.items() if shape[0] > 1 or not ends.isdisjoint(_ends(name)))
     return [f"{name} has no factors" for name in adapted if name not in ranks]
 
 

@@ -34,9 +34,11 @@ class Experts(NamedTuple):
     Args:
         activate: from the first product [n, I or 2 I] to the second's input [n, I].
         up, down: the weights [E, I or 2 I, D] and [E, D, I].
-        tensors_of_up: how many of a flat tuple of tensors are the first's.
-        has_bias: the last two of the tuple are their biases, [E, I or 2 I] and [E, D].
+        tensors_of_up: how many of a flat tuple of tensors are the first's; the second's follow.
+        has_bias: then come their biases, [E, I or 2 I] and [E, D].
         grouped: whether they are computed in groups where most of them have rows.
+        scales: of the LoRA weights beside up and down, None where there are none. Those weights end the tuple, as
+            ``LowRank.stacked`` takes them.
     """
 
     activate: Callable[[torch.Tensor], torch.Tensor]
@@ -45,6 +47,69 @@ class Experts(NamedTuple):
     tensors_of_up: int
     has_bias: bool
     grouped: bool = False
+    scales: tuple[float | None, float | None] = (None, None)
+
+    @property
+    def lora_tensors(self) -> int:
+        """How many tensors at the end of the tuple are LoRA weights."""
+        return 2 * sum(scale is not None for scale in self.scales)
+
+
+class LowRank(NamedTuple):
+    """LoRA weights beside a projection, whose weights they make ``weight + scale * lora_b @ lora_a``.
+
+    Args:
+        lora_a: [E, r, in], or [r, in] of one expert.
+        lora_b: [E, out, r], or [out, r].
+    """
+
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    scale: float
+
+    @classmethod
+    def stacked(cls, lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float, count: int, dtype: torch.dtype):
+        """Return the weights of all experts by expert, from those of a layer as adapter files have them.
+
+        Args:
+            lora_a: [E r, in], the rows of an expert together.
+            lora_b: [out, r E], the columns of an expert E apart.
+            count: E.
+        """
+        by_expert = lora_b.view(len(lora_b), -1, count).permute(2, 0, 1)
+        return cls(lora_a.view(count, -1, lora_a.shape[1]).to(dtype), by_expert.contiguous().to(dtype), scale)
+
+    def of(self, expert: int) -> "LowRank":
+        """Return those of one expert."""
+        return LowRank(self.lora_a[expert], self.lora_b[expert], self.scale)
+
+    def zeros(self) -> "LowRank":
+        """Return zeros of the same shapes."""
+        return LowRank(torch.zeros_like(self.lora_a), torch.zeros_like(self.lora_b), self.scale)
+
+    def as_layer(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A and B, or their gradients, as ``stacked`` was given them."""
+        return self.lora_a.flatten(0, 1), self.lora_b.permute(1, 2, 0).flatten(1)
+
+
+class Parts(NamedTuple):
+    """What the tensors of ``Experts`` are: the stored ones of up and down, and both's biases and LoRA weights."""
+
+    up: Sequence[torch.Tensor]
+    down: Sequence[torch.Tensor]
+    biases: Sequence[torch.Tensor | None]
+    lora: Sequence[LowRank | None]
+
+
+def parts_of(experts: Experts, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> Parts:
+    """Take the tensors apart, LoRA weights in a type."""
+    end = len(tensors) - experts.lora_tensors
+    added, (frozen, biases) = iter(tensors[end:]), (tensors[:end], (None, None))
+    if experts.has_bias:
+        frozen, biases = frozen[:-2], frozen[-2:]
+    lora = [None if scale is None else LowRank.stacked(next(added), next(added), scale, experts.up.shape[0], dtype)
+            for scale in experts.scales]  # fmt: skip
+    return Parts(frozen[: experts.tensors_of_up], frozen[experts.tensors_of_up :], biases, lora)
 
 
 class _Weights(NamedTuple):
@@ -88,11 +153,11 @@ def even_size(count: int, most_bytes: int, bytes_of_one: int) -> int:
 
 
 def _both(experts: Experts, tensors: Sequence[torch.Tensor]) -> tuple[_Weights, _Weights]:
-    tensors, biases = (tensors[:-2], tensors[-2:]) if experts.has_bias else (tensors, (None, None))
-    up, down = Packed(*tensors[: experts.tensors_of_up]), Packed(*tensors[experts.tensors_of_up :])
+    parts = parts_of(experts, tensors, torch.float32)
+    up, down = Packed(*parts.up), Packed(*parts.down)
     return (
-        _Weights(experts.up, up.codes, absmax_of(up), biases[0]),
-        _Weights(experts.down, down.codes, absmax_of(down), biases[1]),
+        _Weights(experts.up, up.codes, absmax_of(up), parts.biases[0]),
+        _Weights(experts.down, down.codes, absmax_of(down), parts.biases[1]),
     )
 
 

@@ -1,12 +1,11 @@
-"""Put the experts of a model's blocks into 4 bits.
+"""Put the experts of a model's blocks into 4 bits, and compute with them and with LoRA weights beside them.
 
 transformers holds a projection of all experts of a block in one parameter [E, out, in], and lets other packages
 compute with it by name (``ExpertsInterface``, its documented extension). Here a ``PackedWeight`` beside it takes the
-parameter's place, and the name is ``routed``'s. The weights stay frozen: LoRA weights are for linear layers, such as
-those of attention and of experts that all tokens share.
+parameter's place, and the name is ``routed``'s, as it is for experts in 16 bit that have LoRA weights.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -17,12 +16,16 @@ from transformers.integrations.moe import ExpertsInterface
 from qlora_lite.ops.shapes import device_type, has_triton
 from qlora_lite.quant.nf4 import BLOCK_SIZE, quantize
 from qlora_lite.quant.packed import PackedWeight
+from qlora_lite.quant.product import WeightSpec
 
 from .grouped import Experts
 from .routed import routed
 
 NAME, GROUPED = "qlora_lite_experts", "qlora_lite_grouped_experts"
 PACKED = "packed_"  # before a parameter's name: what stands for it
+LORA = "lora_"  # before it: its LoRA weights
+
+Added = tuple[torch.Tensor, torch.Tensor, float]  # LoRA weights A [E r, in] and B [out, r E], and their scale
 
 
 class Projection(NamedTuple):
@@ -58,6 +61,13 @@ class Projection(NamedTuple):
         """Return a weight as [E, out, in], whole."""
         return (weight.transpose(1, 2) if self.experts.is_transposed else weight).contiguous()
 
+    @property
+    def described(self) -> tuple[WeightSpec, tuple[torch.Tensor, ...]]:
+        """The weight, packed or in 16 bit, as spec (of the shape [E, out, in]) and tensors; see ``quant.product``."""
+        if (packed := getattr(self.experts, PACKED + self.name, None)) is not None:
+            return packed.described
+        return WeightSpec(_shape(self), None, self.experts.is_transposed), (self.parameter,)
+
 
 def projections(model: nn.Module) -> Iterator[Projection]:
     """Yield the weights of experts that ``routed`` can compute with."""
@@ -66,10 +76,24 @@ def projections(model: nn.Module) -> Iterator[Projection]:
             yield Projection(path, module, name)
 
 
+def expert_weights(model: nn.Module) -> dict[str, Projection]:
+    """Return the weights of experts by path, packed or in 16 bit: those that LoRA may adapt."""
+    found = {}
+    for path, module in model.named_modules():
+        names = both_names(module) if hasattr(module, f"{PACKED}down_proj") else _names(module)
+        found |= {f"{path}.{name}": Projection(path, module, name) for name in names}
+    return found
+
+
+def both_names(experts: nn.Module) -> tuple[str, str]:
+    """Return the names of a block's two projections, the first of them first."""
+    return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
+
+
 def _names(module: nn.Module) -> tuple[str, ...]:
     if not hasattr(module, "has_gate") or getattr(module, "has_post_expert_norm", False):
         return ()
-    names = "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
+    names = both_names(module)
     weights = [getattr(module, name, None) for name in names]
     fitting = all(isinstance(w, nn.Parameter) and w.ndim == 3 and w[0].numel() % BLOCK_SIZE == 0 for w in weights)
     return names if fitting else ()
@@ -116,24 +140,28 @@ def pack_in_place(model: nn.Module, quant_type: str, double_quant: bool) -> None
         drop_parameter(projection)
 
 
-def use_packed_experts(model: nn.Module, grouped: bool = False) -> None:
-    """Have a model with packed experts compute with them.
+def use_experts(model: nn.Module, grouped: bool = False) -> None:
+    """Have a model with experts that are packed, or have LoRA weights, compute with them.
 
     Args:
         grouped: in groups, on a GPU and where a batch uses most of them; see ``grouped``.
     """
-    if packs_experts(model):
-        ExpertsInterface.register(NAME, packed_experts)
-        ExpertsInterface.register(GROUPED, partial(packed_experts, grouped=True))
+    if packs_experts(model) or adapts_experts(model):
+        ExpertsInterface.register(NAME, compute_experts)
+        ExpertsInterface.register(GROUPED, partial(compute_experts, grouped=True))
         model.set_experts_implementation(GROUPED if grouped else NAME)
 
 
-def packed_experts(
+def compute_experts(
     experts: nn.Module, hidden_TD: torch.Tensor, chosen_TK: torch.Tensor, weights_TK: torch.Tensor,
-    grouped: bool = False,
+    grouped: bool = False, lora: Mapping[str, Added] | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Compute what transformers' own experts would with the dequantised weights, as its interface asks for it."""
-    described, tensors = described_experts(experts)
+    """Compute what transformers' own experts would with the dequantised weights, as its interface asks for it.
+
+    Args:
+        lora: see ``described_experts``.
+    """
+    described, tensors = described_experts(experts, lora)
     can_group = device_type(hidden_TD.device) == "cuda" and has_triton()
     return routed(hidden_TD, chosen_TK, weights_TK, described._replace(grouped=grouped and can_group), tensors)
 
@@ -143,13 +171,30 @@ def first_experts(model: nn.Module) -> nn.Module | None:
     return next((module for module in model.modules() if hasattr(module, f"{PACKED}down_proj")), None)
 
 
-def described_experts(experts: nn.Module) -> tuple[Experts, Sequence[torch.Tensor]]:
-    """Return what a block's packed experts compute, and their weights, as ``routed`` takes them."""
-    first = "gate_up_proj" if experts.has_gate else "up_proj"
-    (up, tensors_of_up), (down, tensors_of_down) = (
-        getattr(experts, PACKED + name).described for name in (first, "down_proj")
-    )
-    biases = [getattr(experts, f"{name}_bias") for name in (first, "down_proj")] if experts.has_bias else []
+def adapts_experts(model: nn.Module) -> bool:
+    """Return whether a model, or a skeleton, has LoRA weights beside experts."""
+    return any(hasattr(module, "has_gate") and _added(module) for module in model.modules())
+
+
+def _added(experts: nn.Module) -> dict[str, Added]:
+    """Return the LoRA weights beside each projection that has some: A and B, and their scale."""
+    layers = {name: getattr(experts, LORA + name, None) for name in both_names(experts)}
+    return {name: (layer.lora_A, layer.lora_B, layer.scale) for name, layer in layers.items() if layer is not None}
+
+
+def described_experts(
+    experts: nn.Module, lora: Mapping[str, Added] | None = None
+) -> tuple[Experts, Sequence[torch.Tensor]]:
+    """Return what a block's experts compute, and their weights, as ``routed`` takes them.
+
+    Args:
+        lora: A, B and scale by the name of the projection; None are the module's own.
+    """
+    names, added = both_names(experts), _added(experts) if lora is None else lora
+    (up, tensors_of_up), (down, tensors_of_down) = (Projection("", experts, name).described for name in names)
+    biases = [getattr(experts, f"{name}_bias") for name in names] if experts.has_bias else []
     activate = experts._apply_gate if experts.has_gate else experts.act_fn
-    described = Experts(activate, up, down, len(tensors_of_up), experts.has_bias)
-    return described, [*tensors_of_up, *tensors_of_down, *biases]
+    scales = tuple(added[name][2] if name in added else None for name in names)
+    described = Experts(activate, up, down, len(tensors_of_up), experts.has_bias, scales=scales)
+    factors = [tensor for name in names if name in added for tensor in added[name][:2]]
+    return described, [*tensors_of_up, *tensors_of_down, *biases, *factors]

@@ -10,8 +10,11 @@ Backward keeps the block's input, the router's choice and its weights, and compu
 in ``ops.tile`` one autograd function stands for the result in the graph and one computes it, so that a checkpointed
 block's recomputation can leave the value out.
 
-Shapes: T tokens of hidden size D, K experts a token, E experts of inner size I, n rows of a tile; the first product of
-a gated expert has 2 I columns.
+LoRA weights beside a projection add ``scale * B_e A_e x`` to what expert e computes. Their gradients are sums over the
+expert's rows, and zero where it has none. (peft adds B_e A_e to all experts' weights, in every pass.)
+
+Shapes: T tokens of hidden size D, K experts a token, E experts of inner size I, n rows of a tile, rank r; the first
+product of a gated expert has 2 I columns.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +31,7 @@ from qlora_lite.quant.nf4 import Packed, dequantize_rows
 from qlora_lite.quant.product import WeightSpec
 
 from . import grouped
-from .grouped import Experts
+from .grouped import Experts, LowRank, Parts, parts_of
 
 TILE_ROWS = 1024  # bounds what is beside the weights
 DEQUANTIZED_BYTES = 1 << 27  # of experts that are dequantised together, so that small ones take few calls
@@ -40,33 +43,62 @@ def routed(
 ) -> torch.Tensor:  # fmt: skip
     """Return the sum over a token's experts of ``weight * down(activate(up(hidden)))``, [T, D].
 
-    The weights of the experts get no gradient; hidden states and the router's weights do.
+    The weights of the experts get no gradient; hidden states, the router's weights and LoRA weights do.
 
     Args:
         chosen_TK: numbers of each token's experts, different ones.
-        tensors: of up and down, and their biases; see ``Experts``.
+        tensors: of up and down, their biases and LoRA weights; see ``Experts``.
     """
-    if chosen_TK.numel() < experts.up.shape[0]:  # then not all are in use
+    if chosen_TK.numel() < experts.up.shape[0] or experts.lora_tensors:  # of the few not all are in use
         experts = experts._replace(grouped=False)
     gradient = _Gradient.apply(hidden_TD, weights_TK, chosen_TK, experts, *tensors)
-    inputs = hidden_TD.detach(), weights_TK.detach(), chosen_TK, experts, *tensors
+    inputs = hidden_TD.detach(), weights_TK.detach(), chosen_TK, experts, *(tensor.detach() for tensor in tensors)
     return product_or_placeholder(lambda: _Value.apply(gradient, *inputs), gradient)
 
 
-class _Part(NamedTuple):
-    """Rows of one expert, and its weights and biases; rows beyond ``count`` fill a kernel and mean nothing."""
+class _Projection(NamedTuple):
+    """A projection of one expert: its weight [out, in], bias [out] and LoRA weights."""
 
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    lora: LowRank | None
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """Return y [n, out] of rows x; what LoRA adds is rounded with the sum, once."""
+        if self.lora is None:
+            return linear(x, self.weight, self.bias)
+        y = linear(self.low(x), self.lora.lora_b).addmm_(x, self.weight.t())
+        return y if self.bias is None else y.add_(self.bias)
+
+    def gradient(self, grad: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of x from y's."""
+        if self.lora is None:
+            return grad @ self.weight
+        return (self.low_gradient(grad) @ self.lora.lora_a).addmm_(grad, self.weight)
+
+    def low(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``scale * A x`` of rows, [n, r]."""
+        return linear(x, self.lora.lora_a).mul_(self.lora.scale)
+
+    def low_gradient(self, grad: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of ``A x`` from y's, [n, r]."""
+        return (grad @ self.lora.lora_b).mul_(self.lora.scale)
+
+    def add_gradients(self, sums: LowRank, x: torch.Tensor, grad: torch.Tensor) -> None:
+        """Add the gradients of A and B from y's to the expert's."""
+        sums.lora_a.addmm_(self.low_gradient(grad).t(), x)
+        sums.lora_b.addmm_(grad.t(), self.low(x))
+
+
+class _Part(NamedTuple):
+    """Rows of one expert, and its projections; rows beyond ``count`` fill a kernel and mean nothing."""
+
+    expert: int
     count: int
     tokens: torch.Tensor  # int64 [n]
     pairs: slice  # count of the sorted ones
-    up: torch.Tensor
-    down: torch.Tensor
-    up_bias: torch.Tensor | None
-    down_bias: torch.Tensor | None
-
-    def first(self, hidden_TD: torch.Tensor) -> torch.Tensor:
-        """Return the first product of the part's rows, [n, I or 2 I]."""
-        return linear(hidden_TD[self.tokens], self.up, self.up_bias)
+    up: _Projection
+    down: _Projection
 
     def add_rows(self, sum_TD: torch.Tensor, rows: torch.Tensor) -> None:
         """Add rows [n, D] to those of their tokens."""
@@ -94,32 +126,32 @@ def _sorted(chosen_TK: torch.Tensor) -> _Pairs:
 
 def _for_each_part(
     do: Callable[[_Part], None], sorted_pairs: _Pairs, most_rows: int, dtype: torch.dtype, experts: Experts,
-    tensors: Sequence[torch.Tensor],
+    parts: Parts,
 ) -> None:  # fmt: skip
     """Call ``do`` with the rows of each expert that has any, in tiles; it may keep nothing of them.
 
     Args:
         most_rows: that one expert can have, T.
     """
-    tensors, biases = (tensors[:-2], tensors[-2:]) if experts.has_bias else (tensors, None)
-    up, down = tensors[: experts.tensors_of_up], tensors[experts.tensors_of_up :]
     tokens, end = sorted_pairs.tokens, 0
+    stored = (experts.up, parts.up), (experts.down, parts.down)
     groups = list(_groups(sorted_pairs.experts, most_rows, experts, dtype))
     numbers = torch.tensor([share.expert for group in groups for share in group.shares], device=tokens.device)
     for group, of_group in zip(groups, numbers.split([len(group.shares) for group in groups]), strict=True):
         with repeated(group.times):
-            which = group.neighbours or of_group
-            ups, downs = _dequantized(experts.up, up, which, dtype), _dequantized(experts.down, down, which, dtype)
+            weights = [_weights(*each, group, of_group, dtype) for each in stored]
             for place, (expert, of_it, times, kinds) in enumerate(group.shares):
                 start, end = end, end + of_it
-                own = [ups[place], downs[place], *((bias[expert] for bias in biases) if biases else (None, None))]
+                own = [_Projection(each[place], None if bias is None else bias[expert], lora and lora.of(expert))
+                       for each, bias, lora in zip(weights, parts.biases, parts.lora, strict=True)]  # fmt: skip
                 with repeated(times, kinds):
                     for tile in pieces(of_it, TILE_ROWS):
                         pairs = slice(start + tile.start, start + tile.stop)
                         here = tokens[pairs]
                         count, rows = len(here), kernel_rows(len(here), here.device)
-                        do(_Part(count, pad(here, (0, rows - count)) if rows > count else here, pairs, *own))
-        del ups, downs, own  # before the next are dequantised
+                        filled = pad(here, (0, rows - count)) if rows > count else here
+                        do(_Part(expert, count, filled, pairs, *own))
+        del weights, own  # before the next are dequantised
 
 
 class _Share(NamedTuple):
@@ -175,54 +207,82 @@ def _alike(rows: int, count: int, kinds: int) -> list[_Share]:
     return [_Share(0, rows, count, kinds), *[_Share(0, 0)] * (count - 1)] if count else []
 
 
-def _dequantized(spec: WeightSpec, tensors: Sequence[torch.Tensor], numbers: torch.Tensor | slice, dtype: torch.dtype):
-    """Return the weights of some experts, [n, out, in]."""
+def _weights(
+    spec: WeightSpec, tensors: Sequence[torch.Tensor], group: _Group, numbers: torch.Tensor, dtype: torch.dtype
+) -> Sequence[torch.Tensor]:  # fmt: skip
+    """Return the weights [out, in] of a group's experts: dequantised, or views of those in 16 bit.
+
+    Args:
+        numbers: of the experts, on the device.
+    """
+    if spec.quant_type is None:
+        weight = tensors[0].transpose(1, 2) if spec.transposed else tensors[0]
+        return [weight[share.expert].to(dtype) for share in group.shares]
     count, *shape = spec.shape
-    rows = dequantize_rows(Packed(*tensors), (count, prod(shape)), numbers, dtype, spec.quant_type)
+    which = group.neighbours or numbers
+    rows = dequantize_rows(Packed(*tensors), (count, prod(shape)), which, dtype, spec.quant_type)
     return rows.view(-1, *shape)
 
 
 def _value(hidden_TD, weights_TK, chosen_TK, experts: Experts, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Compute one expert after the other."""
-    sum_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32, device=hidden_TD.device)
+    sum_TD = torch.zeros(hidden_TD.shape, dtype=_exact(hidden_TD.dtype), device=hidden_TD.device)
     pairs = _sorted(chosen_TK)
     weights = weights_TK.flatten()[pairs.places]
 
     def add(part: _Part) -> None:
-        y = linear(experts.activate(part.first(hidden_TD)), part.down, part.down_bias)[: part.count]
+        y = part.down.product(experts.activate(part.up.product(hidden_TD[part.tokens])))[: part.count]
         part.add_rows(sum_TD, y.mul_(weights[part.pairs, None]))
 
-    _for_each_part(add, pairs, len(hidden_TD), hidden_TD.dtype, experts, tensors)
+    parts = parts_of(experts, tensors, hidden_TD.dtype)
+    _for_each_part(add, pairs, len(hidden_TD), hidden_TD.dtype, experts, parts)
     return sum_TD.to(hidden_TD.dtype)
 
 
 def _gradients(
     grad_TD, hidden_TD, weights_TK, chosen_TK, experts: Experts, tensors: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return the gradients for the hidden states and the router's weights, one expert after the other."""
-    grad_hidden_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32, device=hidden_TD.device)
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """Return the gradients for the hidden states, the router's weights and LoRA weights, one expert after the other.
+
+    Those of an expert that no token chose are zero.
+    """
+    exact = _exact(hidden_TD.dtype)
+    grad_hidden_TD = torch.zeros(hidden_TD.shape, dtype=exact, device=hidden_TD.device)
     pairs = _sorted(chosen_TK)
     weights = weights_TK.flatten()[pairs.places]
-    grad_weights = torch.zeros(weights.shape, dtype=torch.float32, device=hidden_TD.device)
+    grad_weights = torch.zeros(weights.shape, dtype=exact, device=hidden_TD.device)
+    parts = parts_of(experts, tensors, hidden_TD.dtype)
+    sums_up, sums_down = (lora and lora.zeros() for lora in parts.lora)
 
     def add(part: _Part) -> None:
-        grad = grad_TD[part.tokens]
-        first = part.first(hidden_TD).requires_grad_()
+        grad, own = grad_TD[part.tokens], slice(part.count)
+        first = part.up.product(hidden_TD[part.tokens]).requires_grad_()
         with torch.enable_grad():
             inner = experts.activate(first)
-        grad_inner = grad @ part.down
-        of_weights = (grad_inner * inner.detach()).sum(-1, dtype=torch.float32)
-        if part.down_bias is not None:
-            of_weights += (grad * part.down_bias).sum(-1, dtype=torch.float32)
-        grad_weights[part.pairs] = of_weights[: part.count]
-        grad_inner[: part.count].mul_(weights[part.pairs, None])
+        grad_inner = part.down.gradient(grad)
+        of_weights = (grad_inner * inner.detach()).sum(-1, dtype=exact)
+        if part.down.bias is not None:
+            of_weights += (grad * part.down.bias).sum(-1, dtype=exact)
+        grad_weights[part.pairs] = of_weights[own]
+        if sums_down is not None:
+            weighted = grad[own] * weights[part.pairs, None]
+            part.down.add_gradients(sums_down.of(part.expert), inner.detach()[own], weighted.to(grad.dtype))
+        grad_inner[own].mul_(weights[part.pairs, None])
         (grad_first,) = torch.autograd.grad(inner, first, grad_inner)
-        part.add_rows(grad_hidden_TD, grad_first @ part.up)
+        if sums_up is not None:
+            part.up.add_gradients(sums_up.of(part.expert), hidden_TD[part.tokens[own]], grad_first[own])
+        part.add_rows(grad_hidden_TD, part.up.gradient(grad_first))
 
-    _for_each_part(add, pairs, len(hidden_TD), hidden_TD.dtype, experts, tensors)
+    _for_each_part(add, pairs, len(hidden_TD), hidden_TD.dtype, experts, parts)
     grad_weights = torch.empty_like(grad_weights).index_copy_(0, pairs.places, grad_weights)
     grad_weights = grad_weights.view(weights_TK.shape).to(weights_TK.dtype)
-    return grad_hidden_TD.to(hidden_TD.dtype), grad_weights
+    learned = [part for sums in (sums_up, sums_down) if sums is not None for part in sums.as_layer()]
+    return grad_hidden_TD.to(hidden_TD.dtype), grad_weights, *learned
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """Return the type that sums over experts are kept in."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class _Gradient(torch.autograd.Function):
@@ -238,8 +298,12 @@ class _Gradient(torch.autograd.Function):
     def backward(ctx, grad_TD):
         hidden_TD, weights_TK, chosen_TK, *tensors = ctx.saved_tensors
         gradients = grouped.gradients if ctx.experts.grouped else _gradients
-        grads = gradients(grad_TD, hidden_TD, weights_TK, chosen_TK, ctx.experts, tensors)
-        return *grads, None, None, *(None for _ in tensors)
+        grad_hidden_TD, grad_weights_TK, *grad_lora = gradients(
+            grad_TD, hidden_TD, weights_TK, chosen_TK, ctx.experts, tensors
+        )
+        frozen = len(tensors) - len(grad_lora)
+        grad_lora = (grad.to(tensor.dtype) for grad, tensor in zip(grad_lora, tensors[frozen:], strict=True))
+        return grad_hidden_TD, grad_weights_TK, None, None, *(None for _ in range(frozen)), *grad_lora
 
 
 class _Value(torch.autograd.Function):

@@ -26,9 +26,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from qlora_lite.adapters.checkpoint_names import outside
 from qlora_lite.adapters.files import adapter_config, attach_adapter, detach_adapter, write_adapter
-from qlora_lite.adapters.read import Adapter, Factors, tensor_names
+from qlora_lite.adapters.read import Adapter, Factors, stored_names, tensor_names
 from qlora_lite.errors import ModelError
 from qlora_lite.files import replacing_folder
 from qlora_lite.models.gguf_names import GgufNames
@@ -57,8 +56,9 @@ def write_peft(adapter: Adapter, skeleton: nn.Module, out: Path, base_model: str
         config = adapter_config(attach_adapter(skeleton, adapter), base_model)
     detach_adapter(skeleton)
     tensors: dict[str, torch.Tensor] = {}
+    stored = stored_names(skeleton, adapter.layers)
     for name, factors in adapter.layers.items():
-        names = tensor_names(outside(skeleton, name))
+        names = tensor_names(stored[name])
         tensors |= {names[leaf]: tensor.contiguous() for leaf, tensor in factors.tensors.items()}
     config = {key: value for key, value in config.items() if value not in ({}, False)}
     write_adapter(out, tensors, config, tokenizer)

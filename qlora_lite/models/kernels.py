@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from qlora_lite.experts.packing import packs_experts, use_packed_experts
+from qlora_lite.experts.packing import packs_experts, use_experts
 from qlora_lite.ops.around import wrappers
 from qlora_lite.ops.fused_loss import installed
 from qlora_lite.ops.gated import GatedMLP
@@ -33,7 +33,7 @@ def use_kernels(model: nn.Module, names: Collection[str]) -> None:
         norm.fused = "norms" in names
     for mlp in wrappers(model, GatedMLP):
         mlp.fused = GATED in names
-    use_packed_experts(model, grouped=EXPERTS in names)
+    use_experts(model, grouped=EXPERTS in names)
     _allowed[model] = frozenset(names)
 
 

@@ -24,7 +24,7 @@ from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosi
 
 from qlora_lite.adapters.checkpoint_names import set_checkpoint_name
 from qlora_lite.errors import ModelError, OutputError, require_one_of
-from qlora_lite.experts.packing import projections, use_packed_experts
+from qlora_lite.experts.packing import projections, use_experts
 from qlora_lite.files import cache_root, explain_write_errors
 from qlora_lite.memory.gpus import fastest_type
 from qlora_lite.memory.meter import free_bytes, grow_segments
@@ -211,7 +211,7 @@ def adopt(model: nn.Module) -> nn.Module:
     model.requires_grad_(False).eval()
     model.config.use_cache = False
     use_row_attention(model)
-    use_packed_experts(model)
+    use_experts(model)
     use_lean_norms(model)
     use_lean_mlps(model)
     return model

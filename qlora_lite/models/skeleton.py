@@ -20,6 +20,7 @@ from transformers import AutoConfig
 from qlora_lite.adapters.lora.inject import in_blocks, linear_layers
 from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.errors import ModelError
+from qlora_lite.experts.packing import expert_weights
 
 from .anatomy import blocks
 from .families import CONFIG_IS_ENOUGH, known_config, namesake, nearest
@@ -110,9 +111,12 @@ def block_pattern(config, method: AdapterMethod | None = None) -> tuple[int, int
 def _kinds_of_blocks(config, method: AdapterMethod | None) -> list[int]:
     """Return a number for each block, equal for those that agree in all that memory and work can depend on."""
     model, depth = meta_model(config, "none", False, torch.float32), config.num_hidden_layers
-    found, layers = blocks(model), linear_layers(model)
-    adapted = method.layer_kinds(list(layers), in_blocks(model)) if method else {}
-    matched = {layers[name]: kind for name, kind in adapted.items()}
+    found, layers, experts = blocks(model), linear_layers(model), expert_weights(model)
+    adapted = method.layer_kinds(list(layers), list(experts), in_blocks(model)) if method else {}
+    matched: dict[nn.Module, tuple] = {}
+    for name, kind in adapted.items():
+        module = layers[name] if name in layers else experts[name].experts
+        matched[module] = (*matched.get(module, ()), kind)
     types = getattr(config, "layer_types", None) or [None] * depth
     if not len(found) == len(types) == depth:
         return list(range(depth))  # nothing is known of them

@@ -247,7 +247,7 @@ def _experts_are_better(experts: nn.Module, hidden: torch.Tensor, chosen: torch.
     Both ways are compared with one expert after the other in float32, all rows of it.
     """
     described, given = described_experts(experts)
-    if chosen.numel() < described.up.shape[0]:
+    if chosen.numel() < described.up.shape[0] or described.lora_tensors:
         return False
     given = [tensor.to(hidden.device) for tensor in given]  # of a block whose weights are streamed
 

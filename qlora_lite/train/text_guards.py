@@ -17,7 +17,7 @@ from qlora_lite.constraints import UPDATES_IN_FLOAT16, WITH_COMPILE, WITH_UPDATE
 from qlora_lite.data.batch import IGNORED_LABEL, Batch
 from qlora_lite.data.storage import Example, largest_token, row_lengths
 from qlora_lite.errors import DataError, ModelError, TrainingError
-from qlora_lite.experts.packing import packs_experts
+from qlora_lite.experts.packing import adapts_experts, packs_experts
 from qlora_lite.models.anatomy import device_of, head, position_limit, text_config
 from qlora_lite.models.load import use_row_attention, uses_row_attention
 from qlora_lite.models.memory_options import MemoryOptions
@@ -209,6 +209,7 @@ def check_compilable(model: nn.Module, options: MemoryOptions) -> None:
         "memory.checkpointing selective": options.checkpointing == "selective",
         "dropout": any(map(_drops, model.modules())),
         "experts in 4 bit": packs_experts(model),
+        "LoRA weights on experts": adapts_experts(model),
         **{f"memory.{name}": options.settings[name] != only for name, only in WITH_COMPILE.items()},
     }
     found = [reason for reason, applies in hindrances.items() if applies]

@@ -1,12 +1,14 @@
-"""Choose a model's linear layers by name and wrap them with LoRA weights.
+"""Choose a model's linear layers by name and wrap them with LoRA weights, and put such beside the weights of experts.
 
-Targets are ``"all-linear"`` (every linear layer inside the decoder blocks; never the head), plain names
-such as ``"q_proj"`` (the last part of a module's path), or glob patterns over the whole path such as
-``"model.layers.*.mlp.*"``. A pattern may carry its own rank and alpha; where several match, the last one
-wins. A target that matches nothing is an error, since silence would train less than was asked for.
+Targets are ``"all-linear"`` (every linear layer inside the decoder blocks; never the head), ``"experts"`` (the weights
+of all fused experts), plain names such as ``"q_proj"`` or ``"gate_up_proj"`` (the last part of a path), or glob
+patterns over the whole path such as ``"model.layers.*.mlp.*"``. A name or pattern that matches linear layers means
+those alone, so that experts are adapted only where that was asked for. A pattern may carry its own rank and alpha;
+where several match, the last one wins. A target that matches nothing is an error, since silence would train less than
+was asked for.
 """
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Collection, Container, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -16,18 +18,19 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lite.errors import ModelError
+from qlora_lite.experts.packing import LORA, expert_weights, use_experts
 from qlora_lite.quant.linear import is_linear, routers
 
 from .dora import DoraLinear
-from .layer import LoraLinear
+from .layer import LoraExperts, LoraLinear, LoraWeights
 from .shared import share_inputs
 
-ALL_LINEAR = "all-linear"
+ALL_LINEAR, EXPERTS = "all-linear", "experts"
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A name or glob pattern of layers to adapt, with its own rank and alpha where they differ."""
+    """A name or glob pattern of layers or experts to adapt, with its own rank and alpha where they differ."""
 
     pattern: str
     rank: int | None = None
@@ -56,33 +59,46 @@ def _matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern) or name.rpartition(".")[2] == pattern
 
 
-def matching(names: Sequence[str], targets: Sequence[Target], inside: Container[str]) -> dict[str, tuple[int, ...]]:
-    """Return which of the targets match each layer, by number; see ``choose_layers``."""
+def matching(
+    linear: Collection[str], experts: Collection[str], targets: Sequence[Target], inside: Container[str]
+) -> dict[str, tuple[int, ...]]:
+    """Return which of the targets match each layer, and each weight of experts, by number; see ``choose_layers``."""
 
-    def matches(pattern: str, name: str) -> bool:
-        return name in inside if pattern == ALL_LINEAR else _matches(pattern, name)
+    def matched(pattern: str) -> Collection[str]:
+        if pattern == ALL_LINEAR:
+            return {name for name in linear if name in inside}
+        if pattern == EXPERTS:
+            return experts
+        found = {name for name in linear if _matches(pattern, name)}
+        return found or {name for name in experts if _matches(pattern, name)}
 
-    return {name: tuple(n for n, target in enumerate(targets) if matches(target.pattern, name)) for name in names}
+    of_targets = [matched(target.pattern) for target in targets]
+    return {name: tuple(number for number, names in enumerate(of_targets) if name in names)
+            for name in (*linear, *experts)}  # fmt: skip
 
 
-def choose_layers(names: Sequence[str], targets: Sequence[Target], inside: Container[str]) -> dict[str, Target]:
-    """Return the target of each chosen layer.
+def choose_layers(
+    linear: Collection[str], experts: Collection[str], targets: Sequence[Target], inside: Container[str]
+) -> dict[str, Target]:
+    """Return the target of each chosen layer, and of each chosen weight of experts.
 
     Args:
-        names: paths of the layers there are.
+        linear: paths of the layers there are.
+        experts: paths of the weights of experts.
         inside: the paths that "all-linear" means.
 
     Raises:
         ModelError: targets that match no layer, all of them at once, each with the nearest names.
     """
-    found = matching(names, targets, inside)
+    found, names = matching(linear, experts, targets, inside), (*linear, *experts)
     used = {number for numbers in found.values() for number in numbers}
     if unmatched := [target.pattern for number, target in enumerate(targets) if number not in used]:
         known = sorted({name.rpartition(".")[2] for name in names})
         near = {near for pattern in unmatched for near in get_close_matches(pattern, known)}
         listed = ", ".join(repr(pattern) for pattern in unmatched)
         hint = f"did you mean {', '.join(sorted(near))}?" if near else f"this model has {', '.join(known)}"
-        raise ModelError(f"lora.targets: {listed} matches no linear layer of this model; {hint}")
+        what = "linear layer or weight of experts" if experts else "linear layer"
+        raise ModelError(f"lora.targets: {listed} matches no {what} of this model; {hint}")
     return {name: targets[numbers[-1]] for name, numbers in found.items() if numbers}
 
 
@@ -90,27 +106,40 @@ def add_lora(
     model: nn.Module, targets: str | Sequence[str | Target] = ALL_LINEAR, rank: int = 16, alpha: float = 32.0,
     dropout: float = 0.0, rslora: bool = False, dtype: torch.dtype = torch.bfloat16, dora: bool = False,
 ) -> nn.Module:  # fmt: skip
-    """Freeze the model and wrap the chosen linear layers in place; return the model.
+    """Freeze the model, wrap the chosen linear layers in place and adapt the chosen experts; return the model.
 
     Args:
-        targets: ``"all-linear"``, or names, glob patterns and ``Target`` objects.
+        targets: ``"all-linear"``, ``"experts"``, or names, glob patterns and ``Target`` objects.
         rank, alpha, dropout, rslora, dtype: see ``LoraLinear``.
         dora: learn the norms of the adapted weights' rows too; see ``dora``.
 
     Raises:
-        ModelError: a target matches no layer, there are LoRA layers already, or an argument is invalid.
+        ModelError: a target matches no layer, there are LoRA layers already, or an argument is invalid, such as
+            dropout or dora for experts.
     """
     require_base(model)
     wanted = _as_targets(targets)
     _check_factors(rank, alpha, dropout, dtype)
+    layers, experts, kind = linear_layers(model), expert_weights(model), DoraLinear if dora else LoraLinear
+    chosen = choose_layers(layers, experts, wanted, in_blocks(model))
+    adapted = experts.keys() & chosen.keys()
+    if adapted and (dropout or dora):
+        is_set, cure = ("adapter.method dora", "to lora") if dora else (f"lora.dropout {dropout:g}", "to 0")
+        raise ModelError(f"{is_set} is for linear layers, and lora.targets name experts too, such as {min(adapted)}: "
+                         f"set it {cure}, or leave the experts out")  # fmt: skip
     model.requires_grad_(False)
-    layers, kind = linear_layers(model), DoraLinear if dora else LoraLinear
-    for name, target in choose_layers(list(layers), wanted, in_blocks(model)).items():
+    for name, target in chosen.items():
+        if projection := experts.get(name):
+            own = LoraExperts(projection, target.rank or rank, target.alpha or alpha, rslora, dtype)
+            projection.experts.add_module(LORA + projection.name, own.train(model.training))
+            continue
         wrapped = kind(layers[name], target.rank or rank, target.alpha or alpha, dropout, rslora, dtype)
         wrapped.path = name
         wrapped.train(model.training)
         model.set_submodule(name, wrapped)
     share_inputs(model)
+    if adapted:
+        use_experts(model)
     return model
 
 
@@ -167,9 +196,14 @@ def _check_factors(rank: object, alpha: object, dropout: object, dtype: object) 
         raise ModelError(f"dtype is {dtype!r}; give torch.bfloat16 or torch.float32")
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
-    """Yield the wrapped layers of a model with their paths."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear))
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraWeights]]:
+    """Yield the wrapped layers of a model with their paths, and what adapts its experts with the path of the weight."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraExperts):
+            path, _, leaf = name.rpartition(".")
+            yield f"{path}.{leaf.removeprefix(LORA)}", module
+        elif isinstance(module, LoraWeights):
+            yield name, module
 
 
 def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

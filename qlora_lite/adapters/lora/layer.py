@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn import functional
 
 from qlora_lite.errors import ModelError
+from qlora_lite.experts.packing import Projection
 from qlora_lite.ops.checkpoint import product_or_placeholder
 from qlora_lite.ops.shapes import on_gpu
 from qlora_lite.quant.linear import frozen_weight, small_batch_product
@@ -149,16 +150,61 @@ class _LoraProduct(torch.autograd.Function):
         return grad_y, *(None for _ in ctx.needs_input_grad[1:])
 
 
-class LoraLinear(nn.Module):
-    """Wrap a frozen linear layer with the factors ``lora_A`` [r, in] and ``lora_B`` [out, r].
+class LoraWeights(nn.Module):
+    """The factors ``lora_A`` [r E, in] and ``lora_B`` [out, r E] beside E frozen weights; E is 1 of a linear layer.
 
     Args:
-        base: ``QuantLinear``, ``nn.Linear`` or ``Conv1D``; its parameters are frozen here.
+        shape: of a frozen weight, (out, in).
+        experts: E.
+        device: of the factors.
         rank: r, at least 1.
         alpha: numerator of the scale.
         dropout: probability of dropping an input of the low-rank branch while training, in [0, 1).
         rslora: divide alpha by sqrt(r) instead of r.
         dtype: of the factors.
+    """
+
+    def __init__(self, shape, experts, device, rank, alpha, dropout, rslora, dtype):
+        super().__init__()
+        out_features, in_features = shape
+        self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
+        self.scale = lora_scale(alpha, rank, rslora)
+        self.lora_A = nn.Parameter(torch.empty(rank * experts, in_features, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank * experts, dtype=dtype, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw A from U(-1/sqrt(in), 1/sqrt(in)), the Kaiming-uniform bound with a = sqrt(5), and zero B.
+
+        Drawn in host memory, so that a seed gives the same factors wherever the layer lies.
+        """
+        if self.lora_A.is_meta:
+            return
+        drawn = nn.init.kaiming_uniform_(torch.empty(self.lora_A.shape, dtype=self.lora_A.dtype), a=math.sqrt(5))
+        self.lora_A.data.copy_(drawn)
+        nn.init.zeros_(self.lora_B)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}, rslora={self.rslora}"
+
+
+class LoraExperts(LoraWeights):
+    """The factors beside a projection of all experts of a block, which computes with them (``experts.packing``).
+
+    They have peft's layout: an expert's rows of A are together, its columns of B are E apart.
+    """
+
+    def __init__(self, projection: Projection, rank, alpha, rslora, dtype):
+        spec, tensors = projection.described
+        super().__init__(spec.shape[1:], spec.shape[0], tensors[0].device, rank, alpha, 0.0, rslora, dtype)
+
+
+class LoraLinear(LoraWeights):
+    """Wrap a frozen linear layer with the factors ``lora_A`` [r, in] and ``lora_B`` [out, r].
+
+    Args:
+        base: ``QuantLinear``, ``nn.Linear`` or ``Conv1D``; its parameters are frozen here.
+        rank, alpha, dropout, rslora, dtype: see ``LoraWeights``.
 
     ``shared`` is the set of layers that this one's input is shared with, if any; see ``shared``. ``path`` is its
     name in the model.
@@ -168,14 +214,9 @@ class LoraLinear(nn.Module):
     path = "a layer"
 
     def __init__(self, base, rank, alpha, dropout, rslora, dtype):
-        super().__init__()
+        shape = frozen_weight(base)[0].shape
+        super().__init__(shape, 1, base.weight.device, rank, alpha, dropout, rslora, dtype)
         self.base = base.requires_grad_(False)
-        (out_features, in_features), device = frozen_weight(base)[0].shape, base.weight.device
-        self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
-        self.scale = lora_scale(alpha, rank, rslora)
-        self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype, device=device))
-        self.reset_parameters()
 
     @property
     def weight(self) -> torch.Tensor:
@@ -188,17 +229,6 @@ class LoraLinear(nn.Module):
         codes = ", and set model.quant to none, since it would read 4-bit codes" if packed else ""
         raise ModelError(f"this architecture reads the weight of {self.path} itself, past the LoRA weights: "
                          f"leave it out of lora.targets{codes}")  # fmt: skip
-
-    def reset_parameters(self) -> None:
-        """Draw A from U(-1/sqrt(in), 1/sqrt(in)), the Kaiming-uniform bound with a = sqrt(5), and zero B.
-
-        Drawn in host memory, so that a seed gives the same factors wherever the layer lies.
-        """
-        if self.lora_A.is_meta:
-            return
-        drawn = nn.init.kaiming_uniform_(torch.empty(self.lora_A.shape, dtype=self.lora_A.dtype), a=math.sqrt(5))
-        self.lora_A.data.copy_(drawn)
-        nn.init.zeros_(self.lora_B)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training and self.dropout > 0:
@@ -226,6 +256,3 @@ class LoraLinear(nn.Module):
         """Return ``scale * (x A^T) B^T`` by plain autograd."""
         low = self.scale * functional.linear(x, self.lora_A.to(x.dtype))
         return functional.linear(low, self.lora_B.to(x.dtype))
-
-    def extra_repr(self) -> str:
-        return f"rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}, rslora={self.rslora}"

@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from qlora_lite.adapters.read import Adapter, Factors
 from qlora_lite.errors import ModelError
+from qlora_lite.experts.packing import both_names, compute_experts, expert_weights
 from qlora_lite.quant.linear import frozen_weight, small_batch_product, squared_row_norms
 from qlora_lite.quant.product import add_product, materialize
 
@@ -59,7 +60,7 @@ class Switch:
         self.rows = tuple(names) if len(set(names)) > 1 else next(iter(names), None)
         self._places.clear()
 
-    def places(self, name: str, device: torch.device) -> torch.Tensor:
+    def places(self, name: str | None, device: torch.device) -> torch.Tensor:
         """Return the numbers of the rows that use an adapter, int64 on a device; all layers get the same tensor."""
         key = self.rows, name, device
         if key not in self._places:
@@ -151,8 +152,39 @@ class SwitchLinear(nn.Module):
         return functional.linear(low, lora_b.to(x.dtype))
 
 
+class SwitchExperts(nn.Module):
+    """The experts of a block with the factors of every adapter that adapts them.
+
+    Args:
+        factors: of the block's two projections, by adapter and name of the projection.
+    """
+
+    def __init__(
+        self, experts: nn.Module, switch: Switch, factors: Mapping[str, Mapping[str, Factors]], device: torch.device
+    ):  # fmt: skip
+        super().__init__()
+        self.experts, self.switch = experts, switch
+        self.lora = {
+            name: {leaf: (f.lora_A.to(device), f.lora_B.to(device), f.scale) for leaf, f in both.items()}
+            for name, both in factors.items()
+        }
+
+    @torch.no_grad()
+    def forward(self, hidden_TD: torch.Tensor, chosen_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        rows, given = self.switch.rows, (hidden_TD, chosen_TK, weights_TK)
+        if not isinstance(rows, tuple):
+            return compute_experts(self.experts, *given, lora=self.lora.get(rows, {}))
+        out_TD, row_tokens = torch.empty_like(hidden_TD), len(hidden_TD) // len(rows)
+        for name in set(rows):
+            places = self.switch.places(name, hidden_TD.device)
+            tokens = (places[:, None] * row_tokens + torch.arange(row_tokens, device=places.device)).flatten()
+            some = (tensor[tokens] for tensor in given)
+            out_TD[tokens] = compute_experts(self.experts, *some, lora=self.lora.get(name, {}))
+        return out_TD
+
+
 def add_switch(model: nn.Module, adapters: Mapping[str, Adapter]) -> Switch:
-    """Wrap every layer that one of the adapters adapts; return the switch, set to the bare base.
+    """Wrap every layer, and all experts of a block, that an adapter adapts; return the switch, set to the bare base.
 
     Args:
         model: a base model without LoRA layers.
@@ -164,4 +196,9 @@ def add_switch(model: nn.Module, adapters: Mapping[str, Adapter]) -> Switch:
         if factors:
             device: torch.device = model.device
             model.set_submodule(path, SwitchLinear(layer, switch, factors, device, model.dtype))
+    for path, experts in {weight.path: weight.experts for weight in expert_weights(model).values()}.items():
+        both = {name: {leaf: found for leaf in both_names(experts) if (found := adapter.layers.get(f"{path}.{leaf}"))}
+                for name, adapter in adapters.items()}  # fmt: skip
+        if any(both.values()):
+            model.set_submodule(path, SwitchExperts(experts, switch, both, model.device))
     return switch
