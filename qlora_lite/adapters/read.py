@@ -81,6 +81,11 @@ class Factors:
         named = {name: getattr(self, name) for name in ("lora_A", "lora_B", "lora_magnitude_vector")}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
+    def of_expert(self, number: int) -> "Factors":
+        """Return those of one expert."""
+        lora_a = self.lora_A.view(self.experts, self.rank, -1)[number]
+        return Factors(lora_a, self.lora_B[:, number :: self.experts], self.alpha, self.rslora)
+
     @property
     def scale(self) -> float:
         """Return what the product of the factors is multiplied by."""

@@ -73,7 +73,7 @@ def for_vllm(adapter: Adapter, skeleton: nn.Module, family: str) -> tuple[Adapte
     Raises:
         ModelError: vLLM cannot read an adapter of this method or rank, or for this model.
     """
-    refuse_dora(adapter, "vLLM")
+    require_layers_lora(adapter, "vLLM")
     if family not in VLLM_FAMILIES or any(stands_for_conv1d(skeleton.get_submodule(name)) for name in adapter.layers):
         known = ", ".join(VLLM_FAMILIES)
         raise ModelError(f"vLLM is not known to support adapters for {family} (but for {known}); merge and serve that")
@@ -83,12 +83,15 @@ def for_vllm(adapter: Adapter, skeleton: nn.Module, family: str) -> tuple[Adapte
     return with_one_scaling(adapter, largest), next(rank for rank in VLLM_RANKS if rank >= largest)
 
 
-def refuse_dora(adapter: Adapter, program: str) -> None:
-    """Check that an adapter is LoRA, for a program that would leave its magnitudes out.
+def require_layers_lora(adapter: Adapter, program: str) -> None:
+    """Check that an adapter is LoRA of linear layers, for a program that would leave the rest out.
 
     Raises:
-        ModelError: it is DoRA.
+        ModelError: it is DoRA, or has weights for fused experts.
     """
+    if any(factors.experts > 1 for factors in adapter.layers.values()):
+        raise ModelError(f"the adapter has LoRA weights for fused experts, and {program} takes linear layers' alone; "
+                         "`qlora-lite merge` writes a merged model, which needs none")  # fmt: skip
     if adapter.is_dora:
         raise ModelError(f"the adapter is DoRA, and {program} takes LoRA alone, without DoRA's magnitudes; `qlora-lite "
                          "merge`, or export --to gguf or ollama, writes a merged model, which needs none")  # fmt: skip

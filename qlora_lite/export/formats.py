@@ -29,7 +29,14 @@ from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.models.weights import open_weights
 from qlora_lite.prepare.build import build_to_use
 
-from .adapters import ADAPTER_FILE, for_vllm, read_gguf_adapter, refuse_dora, write_gguf_adapter, write_peft
+from .adapters import (
+    ADAPTER_FILE,
+    for_vllm,
+    read_gguf_adapter,
+    require_layers_lora,
+    write_gguf_adapter,
+    write_peft,
+)
 from .check import Change, change_of, check_change, check_merged, logits_of
 from .gguf_model import MODEL_FILE, as_read, write_gguf
 from .merge import BASES, UNKNOWN_BASE, check_choice
@@ -138,7 +145,7 @@ def _to_tell_vllm(job: _Job) -> Iterator[str]:
 
 
 def _gguf_adapter(job: _Job) -> dict:
-    refuse_dora(job.adapter, "llama.cpp's --lora")
+    require_layers_lora(job.adapter, "llama.cpp's --lora")
     names, adapter = gguf_names(job.skeleton.config), job.adapter
     change = _adapter_change(job)
     write_gguf_adapter(adapter, names, job.out)

@@ -22,7 +22,7 @@ their rows scaled to the learned norms, arXiv 2402.09353, section 4.1.
 import copy
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from shutil import copyfile
@@ -42,7 +42,7 @@ from qlora_lite.quant.tensor_file import Entries, stream_tensors
 
 from .locate import INDEX_NAME, ModelFiles, read_json
 from .save import SHARD_BYTES
-from .weights import BaseWeights, open_weights
+from .weights import BaseWeights, OfExperts, open_weights
 
 TRAINED, ORIGINAL = "trained", "original"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")  # of towers
@@ -92,6 +92,24 @@ def merged_weight(weight: torch.Tensor, factors: Factors) -> torch.Tensor:
     if (magnitude := factors.lora_magnitude_vector) is not None:
         norms = torch.linalg.vector_norm(merged, dim=1).clamp_(min=torch.finfo(torch.float32).tiny)
         merged.mul_((magnitude.float() / norms)[:, None])
+    return merged
+
+
+def merged_experts(weight: torch.Tensor, factors: Factors, stored: OfExperts) -> torch.Tensor:
+    """Return a stored tensor of experts with their updates, as ``merged_weight`` does a layer's.
+
+    Args:
+        weight: [out, in] of one expert, or a part of its rows; or of all, [E, out, in] or [E, in, out].
+        factors: of all experts.
+    """
+    if stored.expert is not None:
+        own = factors.of_expert(stored.expert)
+        return merged_weight(weight, replace(own, lora_B=own.lora_B.chunk(stored.parts)[stored.part]))
+    merged = weight.to(torch.float32, copy=True)
+    for expert, each in enumerate(merged):
+        own = factors.of_expert(expert)
+        whole = each.t() if stored.is_transposed else each
+        whole.addmm_(own.lora_B.float(), own.lora_A.float(), alpha=own.scale)
     return merged
 
 
@@ -157,9 +175,11 @@ class Merged:
             if isinstance(layer, QuantLinear) and not self.base.packed:  # a 4-bit checkpoint leaves layers out itself
                 packed = quantize(weight, layer.quant_type, layer.double_quant)
                 weight = dequantize(packed, weight.shape, self.compute_dtype, layer.quant_type)
-        before = weight
+        before, experts = weight, self.base.experts.get(stored)
         if layer is not None and path in self.adapter.layers:
             weight = merged_weight(weight, self.adapter.layers[path])
+        elif experts is not None and experts.path in self.adapter.layers:
+            weight = merged_experts(weight, self.adapter.layers[experts.path], experts)
         if rounding is not None:
             rounding.add(weight, before)
         rounded = (weight.t() if is_conv1d else weight).to(dtype).contiguous()
@@ -189,6 +209,7 @@ def open_merged(
             f"{files.name} is a 4-bit checkpoint: there are no original weights to merge into; leave out --base"
         )
     found = {parameter.removesuffix(".weight") for parameter in base.parameters.values()}
+    found |= {experts.path for experts in base.experts.values()}
     if missing := sorted(adapter.layers.keys() - found):
         raise ModelError(f"{files.name} stores no weight of its own for {len(missing)} adapted layers: {missing[:8]}")
     name, layers, head = type(skeleton).__name__, linear_layers(skeleton), skeleton.get_output_embeddings()

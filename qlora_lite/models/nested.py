@@ -26,7 +26,13 @@ from transformers import (
     PreTrainedConfig,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 
 from qlora_lite.errors import ModelError
 
@@ -201,3 +207,18 @@ def names_in_model(
     converters = [entry for entry in mapping if not isinstance(entry, WeightRenaming)]
     state = model.state_dict()
     return {name: rename_source_key(name, renamings, converters, model.base_model_prefix, state) for name in stored}
+
+
+def stacking_rules(model: nn.Module, key_mapping: dict[str, str] | None = None) -> dict[str, tuple[int, int]]:
+    """Return the rules that stack the weights of single experts, with which of how many parts of the rows they give.
+
+    The first product of gated experts has two parts. Arguments as for ``names_in_model``.
+    """
+    found = {}
+    for entry in get_model_conversion_mapping(model, key_mapping):
+        if isinstance(entry, WeightConverter):
+            steps = [(type(step), getattr(step, "dim", None)) for step in entry.operations]
+            if steps in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]):
+                parts = entry.source_patterns
+                found |= {rule: (number, len(parts)) for number, rule in enumerate(parts)}
+    return found

@@ -3,23 +3,27 @@
 A merge and an export walk a model weight by weight, so that a 13 GiB checkpoint passes through the memory of one
 weight. What a stored name is called inside the model is asked of transformers (renames, the base model's prefix), and
 for GGUF files of ``gguf_names``. What transformers joins into something else than a linear layer (experts,
-convolutions) stays as the files have it. Files that have no weight of their own for a linear layer, and GGUF files of
-other families, are loaded into memory as a whole, which is logged.
+convolutions) stays as the files have it; ``OfExperts`` says what it is of experts. Files that have no weight of their
+own for a linear layer, and GGUF files of other families, are loaded into memory as a whole, which is logged.
 
 Names: "stored" is a tensor's name in the files, "parameter" its name in the model.
 """
 
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers.core_model_loading import dot_natural_key
 
 from qlora_lite.errors import ModelError
+from qlora_lite.experts.packing import expert_weights
 from qlora_lite.quant.linear import is_linear
 from qlora_lite.quant.nf4 import dequantize, from_bnb_state
 from qlora_lite.quant.tensor_file import DTYPES, Entries
@@ -27,7 +31,7 @@ from qlora_lite.quant.tensor_file import DTYPES, Entries
 from .gguf_names import gguf_names
 from .load import load_model
 from .locate import ModelFiles, check_gguf
-from .nested import names_in_model, read_language_part
+from .nested import names_in_model, read_language_part, stacking_rules
 
 log = logging.getLogger("qlora_lite")
 
@@ -42,6 +46,7 @@ class BaseWeights:
         read: returns the tensor of a stored name, on the host.
         packed: stored names of 4-bit weights, which ``read`` dequantises to [out, in] in the compute type.
         in_memory: the stored names are transformers' own, and not those of ordinary files.
+        experts: what a stored name has of a weight of fused experts.
     """
 
     entries: Entries
@@ -49,6 +54,24 @@ class BaseWeights:
     read: Callable[[str], torch.Tensor]
     packed: frozenset[str] = frozenset()
     in_memory: bool = False
+    experts: Mapping[str, "OfExperts"] = field(default_factory=dict)
+
+
+class OfExperts(NamedTuple):
+    """What a stored tensor is of a weight of fused experts.
+
+    Args:
+        path: of the weight.
+        expert: number of the one whose it is, [out, in] or a part of its rows; None if it is all of them.
+        part, parts: which part of the rows it is, and of how many equal ones.
+        is_transposed: the tensor of all of them is [E, in, out].
+    """
+
+    path: str
+    expert: int | None = None
+    part: int = 0
+    parts: int = 1
+    is_transposed: bool = False
 
 
 def open_weights(files: ModelFiles, skeleton: nn.Module, compute_dtype: torch.dtype) -> BaseWeights:
@@ -66,9 +89,10 @@ def open_weights(files: ModelFiles, skeleton: nn.Module, compute_dtype: torch.dt
     places, entries = _index(files)
     mapping = read_language_part(files.folder, files.name).key_mapping(entries)
     names = _parameter_names(skeleton, list(entries), mapping)
+    experts = _of_experts(skeleton, list(entries), mapping)
     if any(".quant_state." in name for name in entries):
         return _packed_files(places, entries, names, compute_dtype)
-    return _plain_files(places, entries, names) or _whole_model(files)
+    return _plain_files(places, entries, names, experts) or _whole_model(files)
 
 
 def _whole_model(files: ModelFiles) -> BaseWeights:
@@ -82,7 +106,10 @@ def _whole_model(files: ModelFiles) -> BaseWeights:
         if first_names.get(id(tensor), name) == name
     }
     entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
-    return BaseWeights(entries, {name: name for name in state}, state.__getitem__, in_memory=True)
+    experts = {
+        name: OfExperts(name, is_transposed=each.experts.is_transposed) for name, each in expert_weights(model).items()
+    }
+    return BaseWeights(entries, {name: name for name in state}, state.__getitem__, in_memory=True, experts=experts)
 
 
 def _index(files: ModelFiles) -> tuple[dict[str, safe_open], dict]:
@@ -99,9 +126,26 @@ def _index(files: ModelFiles) -> tuple[dict[str, safe_open], dict]:
     return places, entries
 
 
-def _plain_files(places: dict, entries: dict, names: dict[str, str] | None) -> BaseWeights | None:
+def _plain_files(
+    places: dict, entries: dict, names: dict[str, str] | None, experts: Mapping[str, OfExperts]
+) -> BaseWeights | None:
     """Read 16-bit safetensors; None if they have no weights of their own for linear layers."""
-    return names and BaseWeights(entries, names, lambda name: places[name].get_tensor(name))
+    return names and BaseWeights(entries, names, lambda name: places[name].get_tensor(name), experts=experts)
+
+
+def _of_experts(skeleton: nn.Module, stored: list[str], mapping: dict[str, str] | None) -> dict[str, OfExperts]:
+    """Return what stored names have of the weights of fused experts; nothing of files that store them otherwise."""
+    weights = expert_weights(skeleton)
+    if not weights:
+        return {}
+    found, rules, numbers = {}, stacking_rules(skeleton, mapping), Counter[tuple[str, str]]()
+    for name, (path, rule) in names_in_model(skeleton, sorted(stored, key=dot_natural_key), mapping).items():
+        if path in weights and rule is None:
+            found[name] = OfExperts(path, is_transposed=weights[path].experts.is_transposed)
+        elif path in weights and rule in rules:
+            found[name] = OfExperts(path, numbers[path, rule], *rules[rule])
+            numbers[path, rule] += 1
+    return found
 
 
 def _parameter_names(skeleton: nn.Module, stored: list[str], mapping: dict[str, str] | None) -> dict[str, str] | None:

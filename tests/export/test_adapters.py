@@ -97,6 +97,22 @@ def test_dora_is_exported_to_peft_and_refused_where_its_magnitudes_would_be_left
         assert not (tmp_path / form).exists()
 
 
+@pytest.mark.filterwarnings("ignore:The following .* keys did not match any targeted module")  # peft used them
+def test_lora_on_experts_is_exported_to_peft_and_refused_where_it_would_be_left_out(tmp_path, monkeypatch):
+    mixed = {"targets": ["all-linear", "experts", {"pattern": "*.1.*.gate_up_proj", "rank": 3}], "rank": 4, "alpha": 8}
+    run = tiny_run(tmp_path, "qwen3_moe", mixed, PLAIN_WEIGHTS)
+    report = export_run(run, tmp_path / "out", ExportSettings("peft"))
+    theirs = peft.PeftModel.from_pretrained(plain(tmp_path), tmp_path / "out")
+    trained = peft.PeftModel.from_pretrained(plain(tmp_path), run / "adapter")
+    assert torch.equal(logits(theirs), logits(trained)) and report["error"] < 1e-4
+    assert not torch.allclose(logits(theirs), logits(plain(tmp_path)), atol=1e-2)
+    monkeypatch.setattr(forms, "build_to_use", lambda *_: pytest.fail("a model was loaded"))
+    for form, program in (("vllm", "vLLM"), ("gguf-adapter", "llama.cpp's --lora")):
+        with pytest.raises(ModelError, match=f"weights for fused experts, and {program} takes .*`qlora-lite merge`"):
+            export_run(run, tmp_path / form, ExportSettings(form))
+        assert not (tmp_path / form).exists()
+
+
 # Of `pip install --no-deps --target FOLDER peft==0.11.1`, and of others: this environment has only one peft.
 OLD_PEFT = os.environ.get("QLORA_LITE_OLD_PEFT")
 LOAD_IN_OLD_PEFT = """

@@ -1,6 +1,7 @@
 """A merged checkpoint is the trained model: weight by weight against float64, and in plain transformers."""
 
 import json
+import re
 import weakref
 from dataclasses import replace
 
@@ -295,3 +296,29 @@ def test_a_layer_without_a_stored_weight_is_named(tmp_path):
     save_file(tensors, tmp_path / "model" / "model.safetensors")
     with pytest.raises(ModelError, match=r"no weight of its own for 1 adapted layers.*layers\.1\.mlp\.up_proj"):
         open_merged(trained.files, skeleton, adapter, TRAINED, trained.compute_dtype)
+
+
+@pytest.mark.parametrize("targets", [["all-linear", "experts"], ["*.experts.down_proj", {"pattern": "gate_up_proj"}]])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_lora_on_experts_is_merged_into_each_of_them(model_type, targets, tmp_path):
+    """Whether files have a tensor for each expert, or one for all of them, transposed."""
+    run = tiny_run(tmp_path, model_type, {"targets": targets, "rank": 4, "alpha": 8}, ["model.quant=none"])
+    found, expected = logits(merge(run, tmp_path / "out")), logits(trained_model(run))
+    base = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model"))
+    assert (expected - base).abs().max() > 1e-2
+    assert torch.allclose(found, expected, atol=2e-4)
+    stored, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "out"))
+    changed = {name for name in stored if not torch.equal(stored[name], merged[name])}
+    assert stored.keys() == merged.keys()
+    assert {name for name in stored if re.search(r"\.experts\..*proj(\.weight)?$", name)} <= changed
+
+
+def test_lora_on_experts_that_a_run_packed_is_merged_into_those_of_the_files(tmp_path):
+    run = tiny_run(tmp_path, "qwen3_moe", {"targets": ["experts"], "rank": 4, "alpha": 8})
+    report = merge_run(run, tmp_path / "out", EXACT)
+    assert any("experts are in 16 bit" in note for note in report["notes"])
+    stored, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "out"))
+    layer = dict(lora_layers(trained_model(run)))["model.layers.1.mlp.experts.down_proj"]
+    lora_a, lora_b = layer.lora_A[4 * 5 : 4 * 6].double(), layer.lora_B[:, 5::8].double()
+    name = "model.layers.1.mlp.experts.5.down_proj.weight"
+    assert torch.allclose(merged[name].double(), stored[name].double() + 2 * lora_b @ lora_a, atol=1e-6)
