@@ -9,6 +9,7 @@ template writes there. So is a bare base model, a recipe's or one by its name, f
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -198,8 +199,9 @@ def _with_end_of_template(trained: TrainedRun, tokenizer) -> TrainedRun:
 
 
 def open_model(
-    name: str | Path, model_path: str | None = None, unfinished: bool = False, template: str | None = None
-) -> TrainedRun:
+    name: str | Path, model_path: str | None = None, unfinished: bool = False, template: str | None = None,
+    overrides: Sequence[str] = (),
+) -> TrainedRun:  # fmt: skip
     """Open what can answer: a run, an adapter alone, or the bare base model of a recipe or of its name.
 
     Args:
@@ -207,6 +209,7 @@ def open_model(
         model_path, unfinished: see ``open_trained``.
         template: chat template of a bare base model, as ``data.template`` names it; None is the recipe's, the model's
             own, or plain for a model without one.
+        overrides: settings of a recipe, as "key=value".
 
     Raises:
         RecipeError: it is none of these, or a run is given a template.
@@ -220,7 +223,7 @@ def open_model(
             raise RecipeError(f"{name} has a chat template of its own; --template is for a recipe or a model")
         return open_trained(path, model_path, unfinished)
     if is_recipe:
-        recipe = load_recipe(path, check_files=False)
+        recipe = load_recipe(path, overrides, check_files=False)
     else:
         recipe = Recipe(model=Model(path=str(name)), data=Data.model_construct(train=()))
     recipe = _where_it_lies_now(recipe, model_path)

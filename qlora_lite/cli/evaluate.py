@@ -1,6 +1,7 @@
 """``qlora-lite evaluate``: measure a run, or a recipe's base model, on the evaluation examples."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import click
 
 from qlora_lite.errors import RecipeError
+from qlora_lite.files import explain_write_errors, write_text
 from qlora_lite.recipe.load import load_recipe, recipe_of
 from qlora_lite.units import format_score
 
@@ -31,20 +33,37 @@ _OF_AN_ADAPTER = *_OF_A_RUN, "data.max_tokens=", "data.overflow=", "data.templat
 @click.option("--rows", type=click.IntRange(min=0), help="Examples for train.metrics; default as in the recipe.")
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
-    help="JSONL file for the answers: prompt, reference, answer and match of each compared example.",
+    help="JSONL file for the answers: prompt, reference, answer and match of each compared example. With --tasks, a "
+    "JSON file for the scores.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option(
+    "--tasks", multiple=True, metavar="NAME,...|FOLDER",
+    help="Score tasks of lm-evaluation-harness in place of the evaluation examples; --rows N takes N examples of each.",
+)  # fmt: skip
+@click.option("--fewshot", type=click.IntRange(min=0), metavar="K", help="Examples in each prompt of --tasks.")
+@click.option("--chat-template", "chat", is_flag=True, help="Write the prompts of --tasks in the chat template.")
 @of_a_run
 def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, side_by_side: bool, shots: int,
              rows: int | None, out: Path | None, as_json: bool, model_path: str | None, unfinished: bool,
-             ) -> None:  # fmt: skip
+             tasks: tuple[str, ...], fewshot: int | None, chat: bool) -> None:  # fmt: skip
     """Measure loss, perplexity and train.metrics of RUN_OR_RECIPE: a run folder, or a recipe's base model.
 
     KEY=VALUE replaces a setting of a recipe. A run is measured with its own settings, of which only data.eval=PATH,
     train.metrics... and train.exact_match_... can be replaced; PATH is read with the prompt and completion templates of
     the run's own data if it has their columns. An adapter alone needs data.eval, and also takes data.max_tokens,
     overflow, template and train_on.
+
+    With --tasks, the scores are those of lm-evaluation-harness, computed here. A FOLDER holds tasks of your own.
     """
+    if tasks:
+        if shots or rows == 0 or (base and side_by_side):
+            raise click.UsageError("--tasks is not for --shots, --rows 0, or --base with --side-by-side")
+        _score_tasks(run_or_recipe, overrides, tasks, base, side_by_side, fewshot, rows, chat, out, as_json,
+                     model_path, unfinished)  # fmt: skip
+        return
+    if chat or fewshot is not None:
+        raise click.UsageError("--fewshot and --chat-template are for --tasks")
     adapter = tokenizer = None
     if rows:
         overrides = *overrides, f"train.metrics_examples={rows}"
@@ -91,6 +110,52 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, side_by
         echo(f"{label:22} {value:.4f}" if isinstance(value, float) else f"{label:22} {value}")
     if 0 < asked < result["rows"]:
         echo(f"note: scores are of the first {asked:,} examples (train.metrics_examples); --rows N for more")
+
+
+def _score_tasks(
+    run_or_recipe: str, overrides: tuple[str, ...], tasks: tuple[str, ...], base: bool, side_by_side: bool,
+    fewshot: int | None, rows: int | None, chat: bool, out: Path | None, as_json: bool, model_path: str | None,
+    unfinished: bool,
+) -> None:  # fmt: skip
+    """Score a run, its base model or a recipe's on tasks of lm-evaluation-harness."""
+    is_recipe = Path(run_or_recipe).suffix in (".yaml", ".yml")
+    if overrides and not is_recipe:
+        raise click.UsageError(f"for --tasks of a run, no setting can be replaced; {overrides[0]} is for a recipe")
+    prepare(verbose=False)
+    os.environ["DISABLE_MULTIPROC"] = "1"  # or the harness starts processes, and prints that it does
+    from qlora_lite.artifacts.trained_run import open_model
+    from qlora_lite.inference.harness import evaluate_tasks
+
+    template = "plain" if is_recipe and not chat else None  # a recipe's own may not be there, and is not needed
+    trained = open_model(run_or_recipe, model_path, unfinished, template, overrides)
+    if base:
+        trained = replace(trained, name="base", adapter=None)
+    elif side_by_side and not trained.adapter:
+        raise click.UsageError("--side-by-side is for a run folder")
+    if out:
+        with explain_write_errors(out):  # now, and not when all is scored
+            out.parent.mkdir(parents=True, exist_ok=True)
+    names = [name for each in tasks for name in ([each] if Path(each).exists() else each.split(","))]
+    with step_progress("loading") as progress:
+        result = evaluate_tasks(trained, names, fewshot, side_by_side, rows, chat, watch=progress.watch)
+    if out:
+        write_text(out, json.dumps(result, indent=2) + "\n")
+    if as_json:
+        echo_exactly(json.dumps(result))
+    else:
+        _echo_scores(result)
+
+
+def _echo_scores(result: dict) -> None:
+    """Print the scores of tasks, a column for each model."""
+    models = result["models"]
+    rows = [(task, metric) for task, scores in models[0]["scores"].items() for metric in scores]
+    cells = [[format_score("", model["scores"][task][metric]) for model in models] for task, metric in rows]
+    labels = [f"{task}, {result['fewshot'].get(task, 0)}-shot: {metric}" for task, metric in rows]
+    left = 2 + max(map(len, labels))
+    widths = [2 + max(map(len, column)) for column in zip([model["name"] for model in models], *cells, strict=True)]
+    for label, row in zip(["", *labels], [[model["name"] for model in models], *cells], strict=True):
+        echo(f"{label:{left}}" + "".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
 
 
 def _compare(trained, shots: int, rows: int | None, as_json: bool) -> None:

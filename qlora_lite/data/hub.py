@@ -57,7 +57,7 @@ def _fetch(name: str, config: str | None, split: str) -> tuple[Path, ...] | str:
     from datasets import load_dataset
 
     try:
-        with _hub_errors("connect to the network once"):
+        with hub_errors("connect to the network once"):
             data = load_dataset(name, config, split=split)
     except DataError as error:
         return str(error)
@@ -80,7 +80,7 @@ def hub_rows(path: str) -> Iterator[tuple[str, dict]]:
     from datasets import load_dataset
 
     try:
-        with _hub_errors("connect to the network"):
+        with hub_errors("connect to the network"):
             for number, row in enumerate(load_dataset(name, config, split=split, streaming=True), start=1):
                 yield f"{path}:{number}", {column: without_absent(value) for column, value in row.items()}
     except DataError as error:
@@ -88,7 +88,7 @@ def hub_rows(path: str) -> Iterator[tuple[str, dict]]:
 
 
 @contextmanager
-def _hub_errors(cure: str) -> Iterator[None]:
+def hub_errors(cure: str) -> Iterator[None]:
     """Say what to do about the errors of ``datasets``; ``cure`` is for a hub that cannot be reached."""
     from datasets.exceptions import DatasetsError
 

@@ -77,7 +77,7 @@ def answer(*arguments, **options) -> list[str]:
 
 @torch.no_grad()
 def answers(
-    model: nn.Module, tokenizer, prompts: Sequence[str], max_new_tokens: int, stop: Sequence[int] = (),
+    model: nn.Module, tokenizer, prompts: Sequence[str | list[int]], max_new_tokens: int, stop: Sequence[int] = (),
     batch_size: int = 32, sampling: Sampling | None = None, streamer=None,
     before_batch: Callable[[list[int]], None] | None = None, stopping=None, first: int = 0,
     done: Callable[[int], None] | None = None,
@@ -85,7 +85,7 @@ def answers(
     """Continue each rendered prompt.
 
     Args:
-        prompts: rendered text, begin-of-text included where the model wants it.
+        prompts: rendered text, begin-of-text included where the model wants it, or its tokens.
         max_new_tokens: at most this many tokens per answer.
         stop: from ``stop_ids``.
         batch_size: prompts that run together, alike in length; half as many once memory runs out.
@@ -100,7 +100,8 @@ def answers(
         ModelError: logits are NaN or infinite, so that no token can be chosen; or the tokenizer fails.
     """
     with tokenizer_faults():
-        tokens = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
+        tokens = [tokenizer(prompt, add_special_tokens=False).input_ids if isinstance(prompt, str) else prompt
+                  for prompt in prompts]  # fmt: skip
     order = sorted(range(len(prompts)), key=lambda i: len(tokens[i]))
     config = _generation_config(max_new_tokens, list(stop))
     found: list[Answer | None] = [None] * len(prompts)

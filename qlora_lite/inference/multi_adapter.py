@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from qlora_lite.adapters.lora.switch import Switch, add_switch
+from qlora_lite.adapters.read import Adapter
 from qlora_lite.artifacts.trained_run import TrainedRun, open_model
 from qlora_lite.data.render import render_prompt
 from qlora_lite.data.row_formats import Turn
@@ -166,15 +167,9 @@ def load_tasks(opened: dict[str, TrainedRun], context_tokens: int | None = None)
     Raises:
         ModelError: an adapter does not fit the base model.
     """
+    model, switch, adapters = load_switched(opened, context_tokens)
     first = next(iter(opened.values()))
-    skeleton = first.skeleton()
-    adapters = {name: run.read_adapter(skeleton, must_change=False) for name, run in opened.items()}
-    longest = max(context_tokens_of(run.recipe) for run in opened.values())
-    with_adapter = [run.adapter for run in opened.values() if run.adapter]
-    model = build_to_use(first.recipe, with_adapter, context_tokens or longest)
     tokenizer = load_tokenizer(first.recipe.model.path, first.recipe.model.revision)
-    switch = add_switch(model, adapters)
-    arrange_weights(model)
     tasks = {
         name: Task(
             run, run.template(tokenizer), tuple(stop_ids(model, tokenizer, run.end_token_ids)),
@@ -183,6 +178,21 @@ def load_tasks(opened: dict[str, TrainedRun], context_tokens: int | None = None)
         for name, run in opened.items()
     }  # fmt: skip
     return Tasks(model, tokenizer, switch, tasks)
+
+
+def load_switched(
+    opened: dict[str, TrainedRun], context_tokens: int | None = None
+) -> tuple[nn.Module, Switch, dict[str, Adapter]]:  # fmt: skip
+    """Return the base model of open runs with all their adapters, their switch and the adapters; see ``load_tasks``."""
+    first = next(iter(opened.values()))
+    skeleton = first.skeleton()
+    adapters = {name: run.read_adapter(skeleton, must_change=False) for name, run in opened.items()}
+    longest = max(context_tokens_of(run.recipe) for run in opened.values())
+    with_adapter = [run.adapter for run in opened.values() if run.adapter]
+    model = build_to_use(first.recipe, with_adapter, context_tokens or longest)
+    switch = add_switch(model, adapters)
+    arrange_weights(model)
+    return model, switch, adapters
 
 
 def _check_one_base(runs: Sequence[TrainedRun]) -> None:

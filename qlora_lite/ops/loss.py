@@ -90,6 +90,28 @@ def token_losses(hidden, targets, head: Head, chunk_tokens: int) -> torch.Tensor
     return torch.cat([_chunk(hidden[chunk], part(targets, chunk), head, None) for chunk in chunks])
 
 
+def likeliest_tokens(hidden, head: Head, chunk_tokens: int) -> torch.Tensor:
+    """Return the likeliest token after each of N hidden states, int64 [N], the first of equals.
+
+    Scale and cap of the head are left out, since they change no order.
+
+    Args:
+        hidden, chunk_tokens: see ``chunked_cross_entropy``.
+    """
+    return torch.cat([_likeliest(hidden[chunk], head) for chunk in pieces(hidden.shape[0], chunk_tokens)])
+
+
+def _likeliest(hidden, head: Head) -> torch.Tensor:
+    count, hidden = hidden.shape[0], pad_rows(hidden)
+    top = hidden.new_full((hidden.shape[0],), -torch.inf)
+    found = torch.zeros_like(top, dtype=torch.int64)
+    for words in pieces(head.weight.shape[0], TILE_WORDS[device_type(hidden.device)]):
+        best, place = _tile_products(hidden, head, words)[0].max(dim=1)
+        found = torch.where(best > top, place + words.start, found)
+        top = torch.maximum(top, best)
+    return found[:count]
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, targets, head, chunk_tokens):
