@@ -21,13 +21,12 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from qlora_lite.inference.harness import HarnessLM, evaluate_tasks
+from qlora_lite.inference.harness import HarnessLM, _StopStrings, evaluate_tasks
 
 PAIRS = [("is it?", " yes"), ("is it?", " no"), ("is it?", "y"), ("is it?", "n"), ("is it so? ", "may be"),
          ("", "no prompt"), ("<s>twice", "?"), ("long " * 40, "what is left of it")]  # fmt: skip
 TEXTS = [("one",), ("a text of more tokens than the model has positions. " * 6,)]
-CUT = {"until": ["e", "\n\n"], "max_gen_toks": 24, "do_sample": False}
-PROMPTS = [("0?", CUT), ("a longer one?", CUT), ("2?", {"until": [], "max_gen_toks": 9}), ("long " * 40, CUT)]
+PROMPTS = "0?", "a longer one?", "2?", "long " * 40
 
 
 def asked(pairs):
@@ -65,6 +64,11 @@ def harness(run, with_adapter=True):
     return lm
 
 
+def inner_letter(text):
+    """A letter that a text has behind its first."""
+    return next(letter for letter in text[2:] if letter.isascii() and letter != text[0])
+
+
 def assert_same(ours, theirs):
     assert [each[0] for each in ours] == pytest.approx([each[0] for each in theirs], abs=1e-4)
     assert [each[1] for each in ours] == [each[1] for each in theirs]
@@ -79,8 +83,14 @@ def test_likelihoods_greedy_flags_and_answers_are_those_of_hflm(runs, monkeypatc
         monkeypatch.setattr(build, "memory_to_use", lambda *_: 0)
         monkeypatch.setattr(build, "placement", lambda *_: options)
     lm, theirs = harness(runs[quant], with_adapter), oracle(runs[quant], quant, with_adapter)
-    answers = theirs.generate_until(asked(PROMPTS), disable_tqdm=True)
-    assert lm.generate_until(asked(PROMPTS)) == answers and any("e" not in each for each in answers)
+    whole = asked([(prompt, {"until": [], "max_gen_toks": 24}) for prompt in PROMPTS])
+    answers = theirs.generate_until(whole, disable_tqdm=True)
+    assert lm.generate_until(whole) == answers
+    cut = {"until": [inner_letter(answers[0]), "\n\n"], "max_gen_toks": 24, "do_sample": False}
+    cut = asked([(prompt, cut) for prompt in PROMPTS])
+    stopped = lm.generate_until(cut)
+    assert stopped == theirs.generate_until(cut, disable_tqdm=True)
+    assert 0 < len(stopped[0]) < len(answers[0])
     found = [each.loglikelihood(asked(PAIRS), True) for each in (lm, theirs)]
     assert_same(*found)
     context = lm.tok_encode("is it?")
@@ -230,3 +240,19 @@ def test_a_missing_package_is_one_line(runs, tasks, command, monkeypatch):
     assert (code, out) == (2, "") and "pip install 'qlora-lite[eval]'" in err and len(err.splitlines()) == 1
     with pytest.raises(RecipeError, match="needs lm-evaluation-harness"):
         __import__("qlora_lite.inference.harness")
+
+
+def test_an_answer_ends_with_its_stop_string_in_any_batch(runs, monkeypatch):
+    lm, steps = harness(runs["none"]), []
+    monkeypatch.setattr("qlora_lite.inference.harness.answered_at_once", lambda *_: 1)
+    called = _StopStrings.__call__
+    monkeypatch.setattr(_StopStrings, "__call__", lambda *args, **o: steps.append(1) or called(*args, **o))
+    free = {"until": [], "max_gen_toks": 24}
+    [first] = lm.generate_until(asked([("0?", free)]))
+    end = inner_letter(first)
+    second = f"a longer one that ends with {end}"  # which is no part of the answer
+    [other] = lm.generate_until(asked([(second, free)]))
+    steps.clear()
+    cut = lm.generate_until(asked([("0?", free | {"until": [end]}), (second, free | {"until": [end]})]))
+    assert cut == [first.split(end)[0], other.split(end)[0]] and cut[0] != first
+    assert 0 < len(steps) < 48
