@@ -7,7 +7,8 @@ hidden states is ``softmax(logits) @ weight - weight[target]``, so each tile add
 exist. Backward then only scales that gradient: no logits are kept, the head is read once per chunk, and it
 is not multiplied a third time as a checkpointed loss would.
 
-The head is frozen, so it gets no gradient.
+A head that is trained too gets its gradient in backward, ``(softmax(logits) - target)^T @ hidden``: the logits are
+computed once more, a tile of words at a time over all tokens, each tile's sum in float32 and rounded once.
 
 Legend: N target tokens, D hidden size, V vocabulary.
 """
@@ -28,7 +29,7 @@ AUTO_CHUNK_TOKENS = 1024  # at once 48 MiB of logits in bf16 and float32 on a GP
 
 
 class Head(NamedTuple):
-    """A frozen output head: ``logits = cap(scale * (hidden @ weight.T + bias))``.
+    """An output head: ``logits = cap(scale * (hidden @ weight.T + bias))``.
 
     weight [V, D], a tensor or anything that gives rows of one for a slice or for numbers; bias [V] or None; softcap
     None means no cap, else ``softcap * tanh(logits / softcap)``.
@@ -77,7 +78,8 @@ def chunked_cross_entropy(hidden, targets, head: Head, chunk_tokens: int) -> tor
         targets: int64 [N], no ignored value among them.
         chunk_tokens: tokens whose logits exist at once, at least 1.
     """
-    return _ChunkedCrossEntropy.apply(hidden, targets, head, chunk_tokens)
+    weight = head.weight if isinstance(head.weight, torch.Tensor) else None  # else it is frozen
+    return _ChunkedCrossEntropy.apply(hidden, targets, head, chunk_tokens, weight, head.bias)
 
 
 def token_losses(hidden, targets, head: Head, chunk_tokens: int) -> torch.Tensor:
@@ -87,7 +89,7 @@ def token_losses(hidden, targets, head: Head, chunk_tokens: int) -> torch.Tensor
         hidden, targets, chunk_tokens: see ``chunked_cross_entropy``.
     """
     chunks = pieces(hidden.shape[0], chunk_tokens)
-    return torch.cat([_chunk(hidden[chunk], part(targets, chunk), head, None) for chunk in chunks])
+    return torch.cat([_chunk(hidden[chunk], part(targets, chunk), head, None)[0] for chunk in chunks])
 
 
 def likeliest_tokens(hidden, head: Head, chunk_tokens: int) -> torch.Tensor:
@@ -114,24 +116,69 @@ def _likeliest(hidden, head: Head) -> torch.Tensor:
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, targets, head, chunk_tokens):
+    def forward(ctx, hidden, targets, head, chunk_tokens, weight, bias):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        trains_head = any(ctx.needs_input_grad[4:])
+        log_sums = total.new_empty(hidden.shape[0]) if trains_head else None
         for chunk in pieces(hidden.shape[0], chunk_tokens):
             grad = None if grad_hidden is None else grad_hidden[chunk]
-            total += _chunk(hidden[chunk], part(targets, chunk), head, grad).sum()
-        ctx.save_for_backward(grad_hidden)
+            losses, sums = _chunk(hidden[chunk], part(targets, chunk), head, grad)
+            total += losses.sum()
+            if log_sums is not None:
+                log_sums[chunk] = sums
+        ctx.head, ctx.chunk_tokens = head._replace(weight=None, bias=None), chunk_tokens
+        ctx.save_for_backward(grad_hidden, *((hidden, targets, log_sums, weight, bias) if trains_head else ()))
         return total
 
     @staticmethod
     def backward(ctx, grad_total):
-        (grad_hidden,) = ctx.saved_tensors
-        return grad_hidden * grad_total, None, None, None
+        grad_hidden, *of_head = ctx.saved_tensors
+        grads = None, None
+        if of_head:
+            hidden, targets, log_sums, weight, bias = of_head
+            head = ctx.head._replace(weight=weight, bias=bias)
+            grads = _head_gradients(hidden, targets, log_sums, head, ctx.chunk_tokens, grad_total)
+        return None if grad_hidden is None else grad_hidden * grad_total, None, None, None, *grads
 
 
-def _chunk(hidden, numbers, head: Head, grad: torch.Tensor | None) -> torch.Tensor:
-    """Return the losses of one chunk, float32 [n], and put their sum's gradient with respect to ``hidden`` into
-    ``grad``, if there."""
+def _head_gradients(
+    hidden, targets, log_sums, head: Head, chunk_tokens: int, grad_total
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """Return the gradients of a head's weight and bias.
+
+    Args:
+        log_sums: logarithm of each token's sum of exponentials, float32 [N].
+        grad_total: of the loss, float32 [].
+    """
+    grad_weight = torch.empty_like(head.weight)
+    grad_bias = None if head.bias is None else torch.empty_like(head.bias)
+    for words in pieces(head.weight.shape[0], TILE_WORDS[device_type(hidden.device)]):
+        of_weight = torch.zeros_like(head.weight[words], dtype=torch.float32)
+        of_bias = of_weight.new_zeros(of_weight.shape[0])
+        for chunk in pieces(hidden.shape[0], chunk_tokens):
+            count, rows = hidden[chunk].shape[0], pad_rows(hidden[chunk])
+            logits = _finished(_tile_products(rows, head, words)[0], head)[:count]
+            slopes = None if head.softcap is None else 1 - (logits / head.softcap).square_()
+            grads = logits.sub_(log_sums[chunk][:, None]).exp_()
+            place = part(targets, chunk) - words.start
+            inside = (place >= 0) & (place < grads.shape[1])
+            grads.scatter_add_(1, place.clamp(0, grads.shape[1] - 1)[:, None], -inside.float()[:, None])
+            grads.mul_(grad_total * head.scale)
+            grads = pad_rows((grads if slopes is None else grads.mul_(slopes)).to(hidden.dtype))
+            of_weight += grads.t() @ rows
+            of_bias += grads.sum(0, dtype=torch.float32)
+        grad_weight[words] = of_weight
+        if grad_bias is not None:
+            grad_bias[words] = of_bias
+    return grad_weight, grad_bias
+
+
+def _chunk(hidden, numbers, head: Head, grad: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the losses of one chunk and the logarithms of its tokens' sums of exponentials, float32 [n].
+
+    The gradient of the losses' sum with respect to ``hidden`` is put into ``grad``, if there.
+    """
     count, hidden, device = hidden.shape[0], pad_rows(hidden), device_type(hidden.device)
     targets = numbers[:, None]
     sums = _Sums(hidden, count, grad is not None)
@@ -141,7 +188,8 @@ def _chunk(hidden, numbers, head: Head, grad: torch.Tensor | None) -> torch.Tens
         target_slopes = 1.0 if head.softcap is None else 1 - (sums.target_logits / head.softcap).square()
         expected = (sums.grad / sums.total)[:count]
         grad.copy_((expected - target_slopes * head.weight[numbers]) * head.scale)
-    return ((sums.top + sums.total.log())[:count] - sums.target_logits).squeeze(1)
+    log_sums = (sums.top + sums.total.log())[:count]
+    return (log_sums - sums.target_logits).squeeze(1), log_sums.squeeze(1)
 
 
 class _Sums:

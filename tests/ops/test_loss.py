@@ -60,6 +60,36 @@ def test_loss_and_gradient_equal_the_float64_definition(name, chunk, tile, token
 
 
 @pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("chunk", [7, 23, 1000])
+@pytest.mark.parametrize("tile", [10, 101, 8192])
+def test_a_trained_head_gets_the_gradients_of_the_float64_definition(name, chunk, tile, monkeypatch):
+    monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", {"cpu": tile})
+    hidden, targets, head = make(torch.float32, **HEADS[name])
+    exact, exact_head = hidden.double().requires_grad_(), [head.weight.double().requires_grad_()]
+    if head.bias is not None:
+        exact_head.append(head.bias.double().requires_grad_())
+    (3.0 * plain_loss(exact, targets, Head(*exact_head, **{k: v for k, v in HEADS[name].items() if k != "bias"}))
+     ).backward()  # fmt: skip
+    trained = [tensor.requires_grad_() for tensor in (head.weight, head.bias) if tensor is not None]
+
+    loss, grad = loss_and_gradient(hidden, targets, head, chunk)
+
+    assert (grad - exact.grad).norm() <= 2e-6 * exact.grad.norm()
+    for found, wanted in zip(trained, exact_head, strict=True):
+        assert (found.grad - wanted.grad).norm() <= 2e-6 * wanted.grad.norm()
+
+
+def test_a_head_that_is_trained_in_bf16_has_a_gradient_as_exact_as_plain_autograds():
+    hidden, targets, head = make(torch.bfloat16, tokens=200)
+    exact = Head(head.weight.double().requires_grad_())
+    plain_loss(hidden.double(), targets, exact).backward()
+    plain, chunked = (head.weight.clone().requires_grad_() for _ in range(2))
+    functional.cross_entropy(functional.linear(hidden, plain).float(), targets, reduction="sum").backward()
+    chunked_cross_entropy(hidden, targets, Head(chunked), 64).backward()
+    assert (chunked.grad - exact.weight.grad).norm() <= 1.1 * (plain.grad - exact.weight.grad).norm()
+
+
+@pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("tile", [10, 8192])
 def test_in_bf16_it_is_as_exact_as_plain_bf16_autograd(name, tile, monkeypatch):
     """Measured over these heads, both tiles and five seeds: 0.75 to 1.02 times the error of the plain path."""
