@@ -1,12 +1,13 @@
-"""bitsandbytes' optimizers, many LoRA weights at a time: the same bits in a fraction of the operations.
+"""bitsandbytes' optimizers, many small weights at a time: the same bits in a fraction of the operations.
 
 bitsandbytes updates one factor after the other: ten operations for each of hundreds of factors, which cost a GPU's
 host, and a CPU, more than the arithmetic. Here factors are views of one tensor, each from a multiple of 256 values on,
 and so are their states: a chunk of them is updated as if it were a single factor. Blocks of 8-bit states have 256
 values, so none reaches across factors, and every bit is bitsandbytes' own. What an optimizer keeps of a factor has
 bitsandbytes' names, types and shapes. Factors of fewer than 4,096 values, whose states have 32 bits, are chunks of
-their own. Gradients stay where autograd puts them, and are copied together: to add them into one tensor in backward
-would take an operation more for each factor.
+their own. A weight that is larger than a chunk should be (of a model that is trained whole) is updated piece by piece,
+so that what an update needs on the way stays that of a chunk. Gradients stay where autograd puts them, and are copied
+together: to add them into one tensor in backward would take an operation more for each factor.
 
 A step can be left out without the host's waiting for a GPU: the update is computed in any case, and the GPU takes it
 or what was there before. That costs a copy of a chunk's states (2 bytes a value) and two operations. A CPU's step, and
@@ -15,11 +16,13 @@ one of paged states, which are the host's memory to torch, is left out by the ho
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from qlora_lite.ops.shapes import device_type
+from qlora_lite.ops.shapes import device_type, pieces
 from qlora_lite.quant import bnb
 from qlora_lite.quant.blockwise import BLOCK_VALUES
 
@@ -72,10 +75,14 @@ class _Chunk:
         parts = zip(self.parameters, joined.split(list(self.sizes)), strict=True)
         return [part[: p.numel()].view(p.shape) for p, part in parts]
 
-    def gradients(self, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
-        """Return the gradients [sum of sizes], scaled, with zeros between them; a factor's own where that will do."""
-        if len(self.parameters) == 1 and scale is None and self.parameters[0].numel() == self.sizes[0]:
-            return self.parameters[0].grad.reshape(-1).to(dtype)
+    def gradients(self, piece: slice, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
+        """Return a piece of the gradients [sum of sizes], scaled, with zeros between them; a factor's own where that
+        will do. Several factors are one piece."""
+        if len(self.parameters) == 1:
+            found = self.parameters[0].grad.reshape(-1)[piece].to(dtype, copy=scale is not None)
+            if missing := piece.stop - piece.start - len(found):
+                found = pad(found, (0, missing))
+            return found if scale is None else found.mul_(scale)
         make = torch.empty if self._is_filled() else torch.zeros
         joined = make(sum(self.sizes), dtype=dtype, device=self.parameters[0].device)
         torch._foreach_copy_(self.views(joined), [p.grad for p in self.parameters])
@@ -110,7 +117,9 @@ class _Flat:
         super().__init__(*args, **kwargs)
         self.stochastic_rounding = stochastic_rounding
         self._chunks = [_chunks(group["params"], self.args.min_8bit_size) for group in self.param_groups]
-        self._places = {p: place for place, p in enumerate(parameters_of(self))}
+        parameters = parameters_of(self)
+        counts = [-(-p.numel() // _piece_values(p)) for p in parameters]
+        self._places = dict(zip(parameters, accumulate(counts, initial=0), strict=False))
         self._counted: list[Tensor] = []  # the factors that the last step was counted of
         for chunk in (chunk for chunks in self._chunks for chunk in chunks):
             chunk.weights()
@@ -146,29 +155,43 @@ class _Flat:
 
     def _update(self, chunk: _Chunk, group: dict, gindex: int, take: Tensor | None, scale: Tensor | None) -> None:
         weights, first = chunk.weights(), chunk.parameters[0]
-        rounds = self.stochastic_rounding and weights.dtype == torch.bfloat16
-        gradients = chunk.gradients(torch.float32 if rounds else weights.dtype, scale)
-        values = weights.float() if rounds else weights if take is None else weights.clone()
-        before = [] if take is None else [tensor.clone() for tensor in chunk.stored]
         for tensor in chunk.stored:
             if getattr(tensor, "is_paged", False):
                 bnb.functional.prefetch_tensor(tensor)
         chunk.state["step"] = self.state[first]["step"]
+        # a chunk of several fits in a piece, but for the blocks that its last one fills up
+        size = _piece_values(first) if len(chunk.parameters) == 1 else len(weights)
+        for number, piece in enumerate(pieces(len(weights), size)):
+            whole = piece.stop - piece.start == len(weights)
+            state = chunk.state if whole else _piece_of(chunk.state, piece, len(weights))
+            stored = chunk.stored if whole else [value for key, value in state.items() if _is_stored(key, value)]
+            place = self._places[first] + number
+            self._update_piece(chunk, piece, weights[piece], state, stored, place, group, gindex, take, scale)
+        for p in chunk.parameters:
+            self.state[p]["step"] = state["step"]
+        chunk.state["step"] = state["step"]
+        self._counted += chunk.parameters
+
+    def _update_piece(
+        self, chunk: _Chunk, piece: slice, weights: Tensor, state: dict, stored: Sequence[Tensor], place: int,
+        group: dict, gindex: int, take: Tensor | None, scale: Tensor | None,
+    ) -> None:  # fmt: skip
+        rounds = self.stochastic_rounding and weights.dtype == torch.bfloat16
+        gradients = chunk.gradients(piece, torch.float32 if rounds else weights.dtype, scale)
+        values = weights.float() if rounds else weights if take is None else weights.clone()
+        before = [] if take is None else [tensor.clone() for tensor in stored]
         joined = torch.nn.Parameter(values, requires_grad=False)
-        joined.grad, self.state[joined] = gradients, chunk.state
+        joined.grad, self.state[joined] = gradients, state
         del gradients
         try:
             self.update_step(group, joined, gindex, 0)
         finally:
             del self.state[joined]
             joined.grad = None
-        for p in chunk.parameters:
-            self.state[p]["step"] = chunk.state["step"]
-        self._counted += chunk.parameters
-        for tensor in chunk.stored if before else ():
+        for tensor in stored if before else ():
             torch.where(take, tensor, before.pop(0), out=tensor)
         if rounds:
-            values = round_stochastically(values, chunk.state["step"], self._places[first])
+            values = round_stochastically(values, state["step"], place)
         if take is not None:
             torch.where(take, values, weights, out=weights)
         elif rounds:
@@ -200,6 +223,22 @@ class _Flat:
         """Return a chunk of a single factor."""
         stored = {key: _of(value, value.view(-1)) for key, value in self.state[p].items() if _is_stored(key, value)}
         return _Chunk([p], [p.numel()], self.state[p] | stored, list(stored.values()))
+
+
+def _piece_values(parameter: Tensor) -> int:
+    """Return how many values of a large weight are updated at once: whole blocks of its states."""
+    return max(1, CHUNK_VALUES[device_type(parameter.device)] // BLOCK_VALUES) * BLOCK_VALUES
+
+
+def _piece_of(state: dict, piece: slice, values: int) -> dict:
+    """Return the state of a piece of so many values, as views."""
+    ends = {1: (piece.start, piece.stop), BLOCK_VALUES: (piece.start // BLOCK_VALUES, -(-piece.stop // BLOCK_VALUES))}
+    found = dict(state)
+    for key, value in state.items():
+        if _is_stored(key, value):
+            start, end = ends[1 if value.numel() == values else BLOCK_VALUES]
+            found[key] = _of(value, value[start:end])
+    return found
 
 
 def _is_stored(key: str, value: object) -> bool:

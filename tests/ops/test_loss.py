@@ -72,7 +72,7 @@ def test_a_trained_head_gets_the_gradients_of_the_float64_definition(name, chunk
      ).backward()  # fmt: skip
     trained = [tensor.requires_grad_() for tensor in (head.weight, head.bias) if tensor is not None]
 
-    loss, grad = loss_and_gradient(hidden, targets, head, chunk)
+    _, grad = loss_and_gradient(hidden, targets, head, chunk)
 
     assert (grad - exact.grad).norm() <= 2e-6 * exact.grad.norm()
     for found, wanted in zip(trained, exact_head, strict=True):

@@ -18,6 +18,8 @@ OPTIMIZERS = [*BITSANDBYTES_NAMES, "adamw_torch"]
 # two in a chunk, one that is a chunk, one whose last block is not whole, two more, two too small for 8 bits
 SHAPES = (16, 640), (32, 256), (1536, 16), (5, 4099), (16, 384), (384, 16), (8, 8), (3, 5)
 CHUNKS = [[0, 1], [2], [3], [4, 5], [6, 7]]
+PIECE = 20_000 // BLOCK_VALUES * BLOCK_VALUES  # values of a larger one that are updated at once
+PLACES = [0, 1, 2, 4, 6, 7, 8, 9]  # of the noise: one for each weight, and for each further piece of it
 
 
 @pytest.fixture(autouse=True)
@@ -88,8 +90,12 @@ def test_rounded_by_chance_they_are_bitsandbytes_own_of_float32_and_the_noise_of
         theirs.step()
         for chunk in CHUNKS:
             sizes = [-(-own[n].numel() // BLOCK_VALUES) * BLOCK_VALUES for n in chunk]
-            generator = torch.Generator().manual_seed(step * 65_537 + chunk[0])
-            noise = torch.empty(sum(sizes), dtype=torch.int32).random_(0, 65536, generator=generator).split(sizes)
+            most, noise = sum(sizes) if len(chunk) > 1 else PIECE, []
+            for piece, start in enumerate(range(0, sum(sizes), most)):
+                generator = torch.Generator().manual_seed(step * 65_537 + PLACES[chunk[0]] + piece)
+                drawn = torch.empty(min(most, sum(sizes) - start), dtype=torch.int32)
+                noise.append(drawn.random_(0, 65536, generator=generator))
+            noise = torch.cat(noise).split(sizes)
             for number, dropped in zip(chunk, noise, strict=True):
                 p = own[number].data
                 bits = p.view(-1).view(torch.int32) + dropped[: p.numel()]
