@@ -72,7 +72,8 @@ class _Runs:
     def __init__(self, sweep: Sweep, folder: Path, name: str):
         self.sweep, self.folder, self.name = sweep, folder, name
         self.points: list[Point] = []
-        self.known = {name: path for path in (folder / RUNS).iterdir() if (name := _name_of(path))}
+        there = ((_name_of(path), path) for path in (folder / RUNS).iterdir())
+        self.known = {known: path for known, path in there if known}
 
     def add(self, point: Point) -> Point:
         """Run a point, as far as its runs are not there yet, and write the results of all; return it."""
@@ -132,8 +133,8 @@ def _sample(sweep: Sweep, runs: _Runs) -> None:
         study_name=runs.folder.name, storage=storage, sampler=sampler, load_if_exists=True,
         direction="minimize" if sweep.goal.endswith("loss") else "maximize",
     )  # fmt: skip
-    for trial in study.get_trials(deepcopy=False):
-        _check_axes(sweep, trial.distributions, runs.folder)
+    for known in study.get_trials(deepcopy=False):
+        _check_axes(sweep, known.distributions, runs.folder)
     ended = state.COMPLETE, state.PRUNED
     for known in study.get_trials(states=ended):
         runs.add(Point(known.user_attrs["choice"]))
