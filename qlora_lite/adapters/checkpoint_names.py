@@ -25,6 +25,12 @@ def prefixes_of(model: nn.Module) -> tuple[str, str] | None:
     return _begins.get(model)
 
 
+def inside(model: nn.Module, path: str) -> str:
+    """Return the path of the layer that files call by a name: the other way round of ``outside``."""
+    here, there = prefixes_of(model) or ("", "")
+    return here + path.removeprefix(there) if path.startswith(there) else path
+
+
 def outside(model: nn.Module, path: str) -> str:
     """Return what files call the layer of a path."""
     here, there = prefixes_of(model) or ("", "")

@@ -35,6 +35,7 @@ from .lora.layer import LoraLinear, LoraWeights
 from .lora.shared import forget_begun
 from .method import AdapterMethod
 from .read import CONFIG_NAME, WEIGHTS_NAME, Adapter, Factors, read_adapter, stored_names, tensor_names
+from .saved import Saved
 
 _SHOWN = 3  # names of layers in an error
 
@@ -202,7 +203,7 @@ def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], config: dict, 
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Add the LoRA layers that an adapter folder describes and fill them; return the model.
+    """Add the layers that an adapter folder describes and fill them; return the model.
 
     Args:
         model: a base model without LoRA layers.
@@ -215,8 +216,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     return attach_adapter(model, read_adapter(model, folder))
 
 
-def attach_adapter(model: nn.Module, adapter: Adapter) -> nn.Module:
-    """Add LoRA layers with an adapter's factors to a model without any; return the model."""
+def attach_adapter(model: nn.Module, adapter: Adapter | Saved) -> nn.Module:
+    """Add LoRA layers with an adapter's factors to a model without any, or those of its method; return the model."""
+    if isinstance(adapter, Saved):
+        return adapter.attach(model)
     targets = [Target(name, factors.rank, factors.alpha) for name, factors in adapter.layers.items()]
     first = next(iter(adapter.layers.values()))
     add_lora(
@@ -235,12 +238,14 @@ def attach_adapter(model: nn.Module, adapter: Adapter) -> nn.Module:
     return model
 
 
-def begin_with(model: nn.Module, adapter: Adapter) -> nn.Module:
+def begin_with(model: nn.Module, adapter: Adapter | Saved) -> nn.Module:
     """Copy an adapter's factors into a model's LoRA layers, which must be the same ones; return the model.
 
     Raises:
-        ModelError: other layers, ranks or scales, all of what differs at once.
+        ModelError: other layers, ranks or scales, all of what differs at once; or an adapter of another method.
     """
+    if isinstance(adapter, Saved):
+        raise ModelError(f"lora.init_from: the adapter is of another method, {type(adapter.method).__name__}")
     own, given = dict(lora_layers(model)), adapter.layers
     differences = [
         f"{what} {_some(names)}"

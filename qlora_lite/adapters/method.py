@@ -16,8 +16,15 @@ from qlora_lite.errors import TrainingError
 class AdapterMethod:
     """A way to adapt a frozen model. ``apply`` and ``config`` are a method's own; the rest has defaults.
 
-    Subclasses are frozen dataclasses: a plan compares them, and looks them up.
+    Subclasses are frozen dataclasses: a plan compares them, and looks them up. A method whose adapters are used after
+    training also has ``shapes`` and ``add_switched``, and a line in ``saved.METHODS``.
+
+    ``why_not_merged`` says why its adapters can be neither merged nor exported; ``size_setting`` names what in a recipe
+    decides how much is trained.
     """
+
+    size_setting = "lora.rank"
+    why_not_merged = "only LoRA adapters can be merged and exported"
 
     def apply(self, model: nn.Module) -> None:
         """Freeze a model and add what learns, in place.
@@ -82,6 +89,24 @@ class AdapterMethod:
 
     def forget_pass(self, model: nn.Module) -> None:
         """Drop what a forward pass left behind that ended in an error."""
+
+    def shapes(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the tensors that files hold, by their names there, of a base model without the adapter.
+
+        Raises:
+            ModelError: the model has no layer that it is for.
+        """
+        raise NotImplementedError
+
+    def add_switched(self, model: nn.Module, switch, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Add an adapter to a model for answers, used where a switch says so (``lora.switch.Switch``).
+
+        Args:
+            model: its base, to which others may have been added.
+            name: of the adapter in the switch.
+            tensors: as files hold them.
+        """
+        raise NotImplementedError
 
     def fill(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy tensors of the names and shapes of ``tensors`` into an adapted model."""

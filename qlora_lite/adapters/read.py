@@ -32,6 +32,7 @@ from qlora_lite.quant.linear import frozen_weight
 from .checkpoint_names import outside
 from .lora.inject import linear_layers
 from .lora.layer import lora_scale
+from .saved import METHODS, Saved, checked, read_method
 
 WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -104,9 +105,16 @@ class Adapter:
         """Return whether it scales the adapted weights' rows; then it does so in every layer."""
         return any(factors.lora_magnitude_vector is not None for factors in self.layers.values())
 
+    @property
+    def nbytes(self) -> int:
+        """Return what it takes in memory."""
+        return sum(tensor.nbytes for factors in self.layers.values() for tensor in factors.tensors.values())
 
-def read_adapter(model: nn.Module, folder: str | Path) -> Adapter:
+
+def read_adapter(model: nn.Module, folder: str | Path) -> Adapter | Saved:
     """Read an adapter folder and check that it fits a model; the model stays as it is.
+
+    Its peft_type says which method it is of: LoRA and DoRA give an ``Adapter``, the others a ``Saved``.
 
     Args:
         model: a base model without LoRA layers; shapes are enough (a meta model).
@@ -121,6 +129,9 @@ def read_adapter(model: nn.Module, folder: str | Path) -> Adapter:
         if path.exists() and not path.is_file():  # reading a pipe would wait for ever
             raise ModelError(f"{path} is not an ordinary file")
     config = _read_config(folder)
+    if config["peft_type"] in METHODS:
+        method = read_method(config, folder / CONFIG_NAME)
+        return checked(model, folder, method, _read_tensors(folder / WEIGHTS_NAME, HEADER_BYTES))
     layers = {path: (1, *frozen_weight(layer)[0].shape) for path, layer in linear_layers(model).items()}
     layers |= _adapted_experts(model, config, folder / CONFIG_NAME)
     inside = {name: path for path, name in stored_names(model, layers).items()}
@@ -209,6 +220,8 @@ def _read_config(folder: Path) -> dict:
         raise ModelError(f"{folder} is not an adapter folder: {CONFIG_NAME} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"cannot read {path}: {error}") from None
+    if isinstance(config, dict) and str(config.get("peft_type")) in METHODS:
+        return config
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ModelError(f"{path} does not describe a LoRA adapter (peft_type is not LORA)")
     patterns = config.get("alpha_pattern") or {}

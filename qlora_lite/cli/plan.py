@@ -121,7 +121,9 @@ def _settings(named: str, overrides: Sequence[str]) -> Recipe:
 
 
 def _title(settings, machine) -> str:
-    rows = f"{settings.data.max_tokens:,} tokens, rank {settings.lora.rank}"
+    is_bottleneck = settings.adapter.method == "bottleneck"
+    size = f"width {settings.bottleneck.width}" if is_bottleneck else f"rank {settings.lora.rank}"
+    rows = f"{settings.data.max_tokens:,} tokens, {size}"
     return f"Memory plan of {settings.output.name}: {settings.model.path}, {rows}, on {machine.name}"
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from qlora_lite.adapters.lora.switch import Switch, add_switch
 from qlora_lite.adapters.read import Adapter
+from qlora_lite.adapters.saved import Saved
 from qlora_lite.artifacts.trained_run import TrainedRun, open_model
 from qlora_lite.data.render import render_prompt
 from qlora_lite.data.row_formats import Turn
@@ -173,7 +174,7 @@ def load_tasks(opened: dict[str, TrainedRun], context_tokens: int | None = None)
     tasks = {
         name: Task(
             run, run.template(tokenizer), tuple(stop_ids(model, tokenizer, run.end_token_ids)),
-            sum(tensor.nbytes for f in adapters[name].layers.values() for tensor in f.tensors.values()),
+            adapters[name].nbytes,
         )
         for name, run in opened.items()
     }  # fmt: skip
@@ -182,7 +183,7 @@ def load_tasks(opened: dict[str, TrainedRun], context_tokens: int | None = None)
 
 def load_switched(
     opened: dict[str, TrainedRun], context_tokens: int | None = None
-) -> tuple[nn.Module, Switch, dict[str, Adapter]]:  # fmt: skip
+) -> tuple[nn.Module, Switch, dict[str, Adapter | Saved]]:  # fmt: skip
     """Return the base model of open runs with all their adapters, their switch and the adapters; see ``load_tasks``."""
     first = next(iter(opened.values()))
     skeleton = first.skeleton()

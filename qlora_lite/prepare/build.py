@@ -10,10 +10,12 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from qlora_lite.adapters.bottleneck import Bottleneck
 from qlora_lite.adapters.checkpoint_names import set_checkpoint_name
 from qlora_lite.adapters.files import Lora, begin_with
 from qlora_lite.adapters.lora.inject import Target
 from qlora_lite.adapters.lora.layer import lora_scale
+from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.adapters.read import adapter_bytes, read_adapter
 from qlora_lite.constraints import UPDATES_IN_FLOAT16, WITH_COMPILE
 from qlora_lite.errors import CheckpointError, ModelError
@@ -117,8 +119,11 @@ def add_adapter(recipe: Recipe, model: nn.Module, adapter: Path | None = None) -
     return begin_with(model, first) if first else model
 
 
-def method_of(recipe: Recipe) -> Lora:
+def method_of(recipe: Recipe) -> AdapterMethod:
     """Return the adapter method that a recipe describes."""
+    if recipe.adapter.method == "bottleneck":
+        b = recipe.bottleneck
+        return Bottleneck(b.width, b.placement, b.activation, getattr(torch, b.dtype))
     x, is_dora = recipe.lora, recipe.adapter.method == "dora"
     targets = tuple(Target(t.pattern, t.rank, t.alpha) for t in x.targets)
     return Lora(targets, x.rank, x.alpha, x.dropout, x.rslora, getattr(torch, x.dtype), is_dora)

@@ -347,21 +347,21 @@ def _cure(plan: Plan, others: Sequence[Alternative]) -> str:
         return f"{_difference(plan.chosen, least)} would fit with {_of_host(plan, least)}: {_more_host(plan, least)}"
     if not plan.chosen.fits_host:
         return f"free host memory, or {_more_host(plan, plan.chosen)}"
-    resident = plan.chosen.prediction.simulation.resident
+    resident, size = plan.chosen.prediction.simulation.resident, plan.step.job.workload.method.size_setting
     trained = resident.breakdown.get("adapter", 0) + resident.breakdown.get("optimizer", 0)
     constants = plan.machine.base_bytes + sum(overhead.bytes for overhead in plan.chosen.prediction.overheads)
     if constants > plan.budget_bytes:
         return f"what such a process needs beside tensors takes {format_bytes(constants)} alone: give it more memory"
     if trained > plan.budget_bytes:
-        return f"the adapter and its optimizer alone take {format_bytes(trained)}: lower lora.rank"
+        return f"the adapter and its optimizer alone take {format_bytes(trained)}: lower {size}"
     floor = constants + resident.total
     if floor > plan.budget_bytes:
-        cure = "lower lora.rank" if floor - trained <= plan.budget_bytes else "choose a smaller model"
+        cure = f"lower {size}" if floor - trained <= plan.budget_bytes else "choose a smaller model"
         return f"its weights, adapter, optimizer and constants alone take {format_bytes(floor)}: {cure}"
     try:
         return _shorter(plan)
     except DoesNotFitError:
-        return "no sequence length fits: choose a smaller model or a lower lora.rank"
+        return f"no sequence length fits: choose a smaller model or a lower {size}"
 
 
 def _shorter(plan: Plan) -> str:

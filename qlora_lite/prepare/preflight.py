@@ -217,7 +217,7 @@ def _more_than_weights_hold(recipe: Recipe, data: Dataset) -> Iterator[RowProble
     Machines, 2025).
     """
     tokens, x, optimizer = data.learned_tokens, recipe.lora, recipe.train.optimizer
-    if recipe.data.streaming or tokens < FEW_TOKENS:
+    if recipe.data.streaming or tokens < FEW_TOKENS or recipe.adapter.method not in ("lora", "dora"):
         return
     from .build import build_skeleton, method_of  # and with it the libraries that a model needs
 

@@ -21,7 +21,7 @@ def conflicts(value: _Value) -> _Found:
     """Yield place and message of every setting that does not go with others."""
     for check in (
         _patience, _measured, _held_out, _streaming, _update_in_backward, _compile, _head, _all_kept,
-        _kept_and_streamed, _segments, _folder, _stream_from,
+        _kept_and_streamed, _segments, _folder, _stream_from, _other_methods, _bottleneck_rate,
     ):  # fmt: skip
         yield from check(value)
 
@@ -184,3 +184,20 @@ def _stream_from(value: _Value) -> _Found:
         if value(*place) == without:
             message = f"memory.stream_from = disk: with {'.'.join(place)} {without} {why}"
             yield ("memory", "stream_from"), f"{message}; remove one of the two"
+
+
+def _other_methods(value: _Value) -> _Found:
+    method = value("adapter", "method") or "lora"
+    for section, methods in (("lora", ("lora", "dora")), ("bottleneck", ("bottleneck",))):
+        if method in methods:
+            continue
+        for name, unset in Recipe.model_fields[section].default.model_dump().items():
+            if value(section, name) not in (None, unset):
+                message = f"{section}.{name}: only with adapter.method {' or '.join(methods)}"
+                yield (section, name), f"{message}; remove one of the two"
+
+
+def _bottleneck_rate(value: _Value) -> _Found:
+    if value("adapter", "method") == "bottleneck" and value("train", "learning_rate") in (None, "auto"):
+        message = "adapter.method = bottleneck: train.learning_rate auto is known for LoRA weights alone"
+        yield ("adapter", "method"), f"{message}; write a number there, such as 3e-4"

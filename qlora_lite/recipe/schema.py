@@ -150,10 +150,11 @@ class Target(_Section):
 class Adapter(_Section):
     """What is trained beside the frozen model."""
 
-    method: Literal["lora", "dora"] = "lora"
+    method: Literal["lora", "dora", "bottleneck"] = "lora"
     """lora trains LoRA weights. dora also trains the norm of each row of the adapted weights (DoRA, or QDoRA on a 4-bit
     model): a little more memory and time, and vLLM and llama.cpp take it merged only. The lora section sets up
-    both."""
+    both. bottleneck trains small networks behind the parts of each block, which the bottleneck section sets up; they
+    cannot be merged, and slow down answers."""
 
 
 class Lora(_Section):
@@ -188,6 +189,19 @@ class Lora(_Section):
         if targets == (bare,):
             return ALL_LINEAR
         return [target.model_dump(exclude_none=True) for target in targets]
+
+
+class Bottleneck(_Section):
+    """The networks of adapter.method bottleneck: two layers each, with an activation between."""
+
+    width: PositiveInt = 64
+    """Size of a network's hidden layer."""
+    placement: Literal["pfeiffer", "houlsby"] = "pfeiffer"
+    """pfeiffer puts one behind the feed-forward part of each block, houlsby one behind attention too."""
+    activation: Literal["relu", "gelu", "silu"] = "relu"
+    """Activation between the two layers."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the weights and their gradients."""
 
 
 class Source(_Section):
@@ -485,6 +499,7 @@ class Recipe(_Section):
     model: Model
     adapter: Adapter = Adapter()
     lora: Lora = Lora()
+    bottleneck: Bottleneck = Bottleneck()
     data: Data
     train: Train = Train()
     memory: Memory = Memory()

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional
 
 from qlora_lite.adapters.read import Adapter, Factors
+from qlora_lite.adapters.saved import Saved
 from qlora_lite.errors import ModelError
 from qlora_lite.experts.packing import both_names, compute_experts, expert_weights
 from qlora_lite.quant.linear import frozen_weight, small_batch_product, squared_row_norms
@@ -183,14 +184,15 @@ class SwitchExperts(nn.Module):
         return out_TD
 
 
-def add_switch(model: nn.Module, adapters: Mapping[str, Adapter]) -> Switch:
+def add_switch(model: nn.Module, adapters: Mapping[str, Adapter | Saved]) -> Switch:
     """Wrap every layer, and all experts of a block, that an adapter adapts; return the switch, set to the bare base.
 
     Args:
         model: a base model without LoRA layers.
         adapters: read for this model (``adapters.read.read_adapter``), by name.
     """
-    switch = Switch(adapters)
+    switch, others = Switch(adapters), {name: each for name, each in adapters.items() if isinstance(each, Saved)}
+    adapters = {name: each for name, each in adapters.items() if isinstance(each, Adapter)}
     for path, layer in linear_layers(model).items():
         factors = {name: adapter.layers[path] for name, adapter in adapters.items() if path in adapter.layers}
         if factors:
@@ -201,4 +203,6 @@ def add_switch(model: nn.Module, adapters: Mapping[str, Adapter]) -> Switch:
                 for name, adapter in adapters.items()}  # fmt: skip
         if any(both.values()):
             model.set_submodule(path, SwitchExperts(experts, switch, both, model.device))
+    for name, saved in others.items():
+        saved.method.add_switched(model, switch, name, saved.tensors)
     return switch
