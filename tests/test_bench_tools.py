@@ -13,6 +13,7 @@ import torch
 from counted import counted
 from memory_option_cases import build, gradients, rotary_flops
 from tiny import build_tiny, random_batch
+from tiny_files import save_tiny
 from torch import nn
 
 from bench import harness, products
@@ -206,3 +207,18 @@ def test_a_side_is_measured_in_a_process_of_its_own_and_one_that_fails_ends_the_
     command, bench = [sys.executable, str(tmp_path / "tool")], os.environ | {"PYTHONPATH": str(TOOLS / "bench")}
     done = subprocess.run(command, capture_output=True, text=True, env=bench)
     assert done.returncode == 1 and "'theirs'} ended with 1" in done.stderr and "KeyError: 'OF_ONE'" in done.stderr
+
+
+@pytest.mark.parametrize("way", ["merged LoRA", "unmerged LoRA", "pfeiffer", "houlsby"])
+def test_the_ways_of_bottleneck_adapters_are_measured_with_what_they_add(way, tmp_path, monkeypatch):
+    monkeypatch.setattr("harness.start", lambda _main, _measure: None)  # the tool's own name for it
+    bench = tool("bottleneck")
+    model = build_tiny("llama")
+    adapter = bench.adapter_of(model, way, 4, 8)
+    assert len(adapter.layers if "LoRA" in way else adapter.tensors) == {
+        "merged LoRA": 0, "unmerged LoRA": 14, "pfeiffer": 8, "houlsby": 16}[way]  # fmt: skip
+    save_tiny(tmp_path / "model")
+    case = {"model": str(tmp_path / "model"), "quant": "none", "way": way, "rank": 4, "width": 8, "prompts": 2,
+            "prompt_tokens": 9, "new_tokens": 4}  # fmt: skip
+    found = bench.measure(case)
+    assert found.keys() == {"prefill_seconds", "token_seconds"} and found["prefill_seconds"] > 0
