@@ -216,10 +216,12 @@ class Bottleneck(AdapterMethod):
         """Return whether every U and u is still zero."""
         return not any(layer.up_weight.any() or layer.up_bias.any() for _, layer in bottleneck_layers(model))
 
-    def layer_kinds(self, names: Sequence[str], in_blocks: Container[str]) -> Mapping[str, Hashable]:
+    def layer_kinds(
+        self, linear: Sequence[str], experts: Sequence[str], in_blocks: Container[str]
+    ) -> Mapping[str, Hashable]:  # fmt: skip
         """Return whether an adapter stands behind each layer."""
         ends = tuple(f".{name}" for part in PLACEMENTS[self.placement] for name in part)
-        return {name: name in in_blocks and name.endswith(ends) for name in names}
+        return {name: name in in_blocks and name.endswith(ends) for name in (*linear, *experts)}
 
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
