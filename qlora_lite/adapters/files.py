@@ -171,7 +171,7 @@ def save_adapter(
         ModelError: the model has no adapter, or a factor is not finite.
         OutputError: the folder cannot be written.
     """
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in method.tensors(model).items()}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in method.files(model).items()}
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise ModelError(f"the adapter is not saved: {len(broken)} tensors are not finite, first {broken[0]}")

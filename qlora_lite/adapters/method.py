@@ -25,6 +25,7 @@ class AdapterMethod:
 
     size_setting = "lora.rank"
     why_not_merged = "only LoRA adapters can be merged and exported"
+    virtual_tokens: int = 0  # that are put before every row of a language model
 
     def apply(self, model: nn.Module) -> None:
         """Freeze a model and add what learns, in place.
@@ -47,6 +48,10 @@ class AdapterMethod:
     def tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Return the tensors that files hold by their names there; writing into them changes the adapter."""
         return {name: parameter.detach() for name, parameter in self.parameters(model)}
+
+    def files(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Return the tensors of a saved adapter, where using it takes others than resuming its training does."""
+        return self.tensors(model)
 
     def layers_not_reached(self, model: nn.Module, norms: Mapping[str, float]) -> list[str]:
         """Return the names of layers that the first backward pass gave no gradient although it should have.

@@ -1,7 +1,7 @@
 """Adapters of other methods than LoRA as read from their folders: each is its method, and the tensors of its file.
 
-LoRA's folders have a form that others write too, and so a reader of their own (``read``). Those of another method are
-written by this package alone: the configuration says its settings, ``AdapterMethod.shapes`` which tensors there are.
+LoRA's folders have a reader of their own (``read``). Of another method, the configuration says its settings, and
+``AdapterMethod.shapes`` which tensors there are.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,9 +15,12 @@ from qlora_lite.errors import ModelError
 
 from .bottleneck import PEFT_TYPE, Bottleneck
 from .method import AdapterMethod
+from .prompt import PromptTuning
 
 # By peft_type of adapter_config.json: what makes the method from the configuration.
-METHODS: dict[str, Callable[[Mapping], AdapterMethod]] = {PEFT_TYPE: Bottleneck.from_config}
+METHODS: dict[str, Callable[[Mapping], AdapterMethod]] = {
+    PEFT_TYPE: Bottleneck.from_config, "PROMPT_TUNING": PromptTuning.from_config, "P_TUNING": PromptTuning.from_config,
+}  # fmt: skip
 LISTED = 50  # problems of one file shown
 
 

@@ -16,7 +16,7 @@ Shapes: R rows stored; N examples, which name their row in ``order``: a weight r
 import hashlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO, overload
@@ -122,6 +122,17 @@ class Examples(Sequence[Example]):
         return tuple(
             np.concatenate([flat[part] for part in [empty, *parts]]) for flat in (self.token_ids, self.learned)
         )
+
+
+def virtual_ids(count: int) -> list[int]:
+    """Return the ids of so many virtual tokens (``adapters.prompt``): -1, -2 and so on."""
+    return list(range(-1, -count - 1, -1))
+
+
+def with_virtual(example: Example, count: int) -> Example:
+    """Return an example with so many virtual tokens before it, none of them a target."""
+    token_ids = np.concatenate([np.array(virtual_ids(count), np.int32), example.token_ids])
+    return replace(example, token_ids=token_ids, learned=np.concatenate([np.zeros(count, np.bool_), example.learned]))
 
 
 def row_lengths(examples: Sequence[Example]) -> list[int]:

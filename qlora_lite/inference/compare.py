@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from qlora_lite.adapters.prompt import count_virtual
 from qlora_lite.artifacts.trained_run import TrainedRun
 from qlora_lite.data.examples import Dataset
 from qlora_lite.data.metrics import check_packages
@@ -140,12 +141,12 @@ def _measure(
         rows = own.data.model_copy(update={key: getattr(rows_of.data, key) for key in _ROWS})
         recipe = own.model_copy(update={"data": rows})
         data, settings = data or build_data(recipe, tasks.tokenizer, "eval"), train_settings(recipe)
-        settings = replace(settings, max_tokens=max(settings.max_tokens, *row_lengths(data.examples)))
+        work = CausalLM(virtual=count_virtual(tasks.model)).with_options(settings.options)
+        settings = replace(settings, max_tokens=max(settings.max_tokens, *work.lengths(data.examples)))
         if name and _may_have_learned(own, rows_of, data, tasks.tokenizer):
             log.warning("%s was trained on files from which %s held examples out, and may have seen those", name,
                         rows_of.output.name)  # fmt: skip
         done = watching(watch, f"{called}: evaluation", len(data.examples))
-        work = CausalLM().with_options(settings.options)
         loss = evaluate_loss(work, tasks.model, eval_batches(work, data.examples, settings, done))
         figures = {
             "name": called, "rows": len(data.examples), "labelled_tokens": loss.labelled_tokens,

@@ -15,6 +15,7 @@ import numpy as np
 from torch import nn
 
 from qlora_lite.adapters.files import load_adapter
+from qlora_lite.adapters.prompt import count_virtual
 from qlora_lite.data.example_checks import WHOLE, Matching
 from qlora_lite.data.metrics import (
     Measures,
@@ -229,7 +230,7 @@ def _most_tokens(
     """
     given = tokenizer([example.prompt for example in asked], add_special_tokens=False).input_ids
     answers = [len(example.token_ids) - len(ids) for example, ids in zip(asked, given, strict=True)]
-    prompt, needed = max(map(len, given)), new_tokens or max(answers)
+    prompt, needed = count_virtual(model) + max(map(len, given)), new_tokens or max(answers)
     limit, new = position_limit(model), new_tokens or needed + SPARE_TOKENS
     if limit is not None and prompt + needed > limit:
         raise ModelError(
@@ -303,7 +304,8 @@ def evaluate_recipe(
         load_adapter(model, adapter)
     check_forward(model, settings.max_tokens)
     check_embeddings(model, data.examples)
-    work = CausalLM().with_options(settings.options)
+    work = CausalLM(virtual=count_virtual(model)).with_options(settings.options)
+    settings = replace(settings, max_tokens=max(settings.max_tokens, *work.lengths(data.examples)))
     batches = eval_batches(work, data.examples, settings, watching(watch, "evaluation", len(data.examples)))
     result = evaluate_loss(work, model, batches)
     measured = {

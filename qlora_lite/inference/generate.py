@@ -25,6 +25,8 @@ from transformers import (
 )
 
 from qlora_lite.adapters.lora.shared import forget_begun
+from qlora_lite.adapters.prompt import count_virtual
+from qlora_lite.data.storage import virtual_ids
 from qlora_lite.errors import DoesNotFitError, ModelError, tokenizer_faults
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.train.out_of_memory import free_cached_memory, is_out_of_memory
@@ -99,9 +101,11 @@ def answers(
         DoesNotFitError: memory ran out over a single prompt.
         ModelError: logits are NaN or infinite, so that no token can be chosen; or the tokenizer fails.
     """
+    before = virtual_ids(count_virtual(model))
     with tokenizer_faults():
         tokens = [tokenizer(prompt, add_special_tokens=False).input_ids if isinstance(prompt, str) else prompt
                   for prompt in prompts]  # fmt: skip
+    tokens = [before + ids for ids in tokens]
     order = sorted(range(len(prompts)), key=lambda i: len(tokens[i]))
     config = _generation_config(max_new_tokens, list(stop))
     found: list[Answer | None] = [None] * len(prompts)

@@ -29,9 +29,11 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from yaml import YAMLError
 
 from qlora_lite.adapters.lora.switch import Switch
+from qlora_lite.adapters.prompt import count_virtual
 from qlora_lite.artifacts.trained_run import TrainedRun
 from qlora_lite.data.batch import IGNORED_LABEL, Batch, plan_epoch
 from qlora_lite.data.hub import hub_errors
+from qlora_lite.data.storage import virtual_ids
 from qlora_lite.errors import DataError, ModelError, RecipeError
 from qlora_lite.models.anatomy import device_of, head
 from qlora_lite.models.skeleton import read_config
@@ -139,8 +141,8 @@ class HarnessLM(TemplateLM):
             asked.setdefault(tuple(ids[:-1]), []).append((number, ids[-len(continuation) :]))
         work, found = CausalLM().with_options(self.settings.options), [(0.0, True)] * len(requests)
         done, waiting = watching(self.watch, "likelihoods", len(asked)), list(asked.values())
-        sequences = [list(ids) for ids in asked]
         with self.switch.using(self.adapter), evaluating(self.model):
+            sequences = [[*virtual_ids(count_virtual(self.model)), *ids] for ids in asked]
             for rows in plan_epoch([*map(len, sequences)], self.settings.max_tokens, True, 1, "as-is", 0, 0):
                 inputs = work.inputs(_packed([sequences[row] for row in rows]), device_of(self.model))
                 ends = accumulate(inputs.row_lengths)

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from qlora_lite.adapters.lora.switch import Switch, add_switch
+from qlora_lite.adapters.prompt import count_virtual
 from qlora_lite.adapters.read import Adapter
 from qlora_lite.adapters.saved import Saved
 from qlora_lite.artifacts.trained_run import TrainedRun, open_model
@@ -76,6 +77,11 @@ class Tasks:
             raise ModelError(f"there is no adapter {name!r}; there are {', '.join(self.names)}")
         return self.by_name[name]
 
+    def has_virtual_tokens(self, name: str | None) -> bool:
+        """Return whether an adapter puts virtual tokens before every row."""
+        with self.switch.using(name):
+            return count_virtual(self.model) > 0
+
     @contextmanager
     def using(self, name: str | None) -> Iterator[Task]:
         """Use one task's adapter inside the block."""
@@ -100,13 +106,16 @@ class Tasks:
         tasks = [self.task(name) for name in names]
         if len({task.stop for task in tasks}) > 1:
             raise ModelError("these adapters end their answers with different tokens; answer them separately")
+        alike = names[0] if len(set(names)) == 1 else None
+        if alike is None and any(self.has_virtual_tokens(name) for name in set(names)):
+            raise ModelError("an adapter with virtual tokens shares no batch with another one; answer them separately")
         prompts = [render_prompt(task.template, turns) for task, turns in zip(tasks, conversations, strict=True)]
         stop = tasks[0].stop if tasks else ()
 
         def choose(rows: list[int]) -> None:
             self.switch.use_rows([names[row] for row in rows])
 
-        with self.switch.using(None):
+        with self.switch.using(alike):
             return answer(
                 self.model, self.tokenizer, prompts, max_new_tokens, stop, batch_size, sampling, before_batch=choose
             )

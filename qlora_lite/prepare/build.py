@@ -16,6 +16,7 @@ from qlora_lite.adapters.files import Lora, begin_with
 from qlora_lite.adapters.lora.inject import Target
 from qlora_lite.adapters.lora.layer import lora_scale
 from qlora_lite.adapters.method import AdapterMethod
+from qlora_lite.adapters.prompt import PromptTuning
 from qlora_lite.adapters.read import adapter_bytes, read_adapter
 from qlora_lite.constraints import UPDATES_IN_FLOAT16, WITH_COMPILE
 from qlora_lite.errors import CheckpointError, ModelError
@@ -31,6 +32,7 @@ from qlora_lite.models.load import (
 )
 from qlora_lite.models.memory_options import MemoryOptions, memory_options_of, place, set_memory_options
 from qlora_lite.models.skeleton import meta_model, read_config, read_part
+from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.planning.answering import left_on_host, memory_to_use, placement
 from qlora_lite.planning.machine import Machine
 from qlora_lite.planning.simulate import Job
@@ -124,6 +126,10 @@ def method_of(recipe: Recipe) -> AdapterMethod:
     if recipe.adapter.method == "bottleneck":
         b = recipe.bottleneck
         return Bottleneck(b.width, b.placement, b.activation, getattr(torch, b.dtype))
+    if recipe.adapter.method == "prompt":
+        p, m = recipe.prompt, recipe.model
+        init = load_tokenizer(m.path, m.revision)(p.init_text, add_special_tokens=False) if p.init_text else None
+        return PromptTuning(p.virtual_tokens, tuple(init.input_ids) if init else (), p.encoder_width)
     x, is_dora = recipe.lora, recipe.adapter.method == "dora"
     targets = tuple(Target(t.pattern, t.rank, t.alpha) for t in x.targets)
     return Lora(targets, x.rank, x.alpha, x.dropout, x.rslora, getattr(torch, x.dtype), is_dora)

@@ -62,7 +62,7 @@ def read_data(recipe: Recipe, tokenizer, wanted: Sequence[str] = ("train", "eval
 def _read(recipe: Recipe, tokenizer, which: str) -> Dataset:
     d = recipe.data
     sources = build_sources(recipe, which)
-    settings = d.template, d.train_on, d.max_tokens, d.overflow, d.train_on_end
+    settings = d.template, d.train_on, d.max_tokens - recipe.virtual_tokens, d.overflow, d.train_on_end
     if d.streaming and which == "train":
         return read_examples(sources, tokenizer, *settings, max_rows=STREAM_SAMPLE_ROWS)
     return read_examples(sources, tokenizer, *settings, cache_root() / "tokens")
@@ -73,7 +73,7 @@ def build_stream(recipe: Recipe, tokenizer) -> RowStream | None:
     d = recipe.data
     if not d.streaming:
         return None
-    settings = Settings(d.train_on, d.max_tokens, d.overflow, d.train_on_end)
+    settings = Settings(d.train_on, d.max_tokens - recipe.virtual_tokens, d.overflow, d.train_on_end)
     return RowStream(tuple(build_sources(recipe, "train")), tokenizer, d.template, settings, d.max_bad_rows)
 
 
@@ -87,7 +87,7 @@ def rows_to_plan(recipe: Recipe, data: Dataset) -> Sequence[Example]:
         return data.examples
     t = recipe.train
     count = t.micro_batch_size * t.gradient_accumulation_steps
-    return largest_rows(data.examples, recipe.data.max_tokens, recipe.data.packing, count)
+    return largest_rows(data.examples, recipe.data.max_tokens - recipe.virtual_tokens, recipe.data.packing, count)
 
 
 def with_known_columns(sources: Sequence[schema.Source], known: Sequence[schema.Source]) -> tuple:

@@ -35,7 +35,7 @@ from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.workload import BatchShape
 from qlora_lite.units import format_bytes
 
-from .build import compute_dtype_of, fixed_options, job_of, learning_rate_of, train_settings
+from .build import compute_dtype_of, fixed_options, job_of, learning_rate_of, method_of, train_settings
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ def plan_run(recipe: Recipe, examples, eval_examples, headroom: int = 0) -> tupl
     settings = train_settings(recipe)
     packs = settings.micro_batch_size * settings.gradient_accumulation_steps
     one_by_one = replace(settings, micro_batch_size=1, gradient_accumulation_steps=packs)  # the same packs a step
-    work = CausalLM()
+    work = CausalLM(method=method_of(recipe))
     epochs = Epochs(work.lengths(examples), work.target_counts(examples), one_by_one)
     pack, evaluation = largest_batches(work, examples, eval_examples, epochs)
     budget_bytes = budget_of(recipe, machine) - headroom

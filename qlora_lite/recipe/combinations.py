@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 from qlora_lite.constraints import UPDATES_IN_FLOAT16, WITH_COMPILE, WITH_UPDATES_IN_BACKWARD
 
 from .reference import written
-from .schema import Memory, Recipe
+from .schema import SHORTEST_ROW, Data, Memory, Prompt, Recipe
 from .strict_yaml import shown
 
 Location = tuple[str | int, ...]
+RATES_TO_BEGIN_WITH = {"bottleneck": "3e-4", "prompt": "3e-2"}  # of methods whose rate no rule is known for
 _Found = Iterator[tuple[Location, str]]
 _Value = Callable[..., object]
 
@@ -21,7 +22,7 @@ def conflicts(value: _Value) -> _Found:
     """Yield place and message of every setting that does not go with others."""
     for check in (
         _patience, _measured, _held_out, _streaming, _update_in_backward, _compile, _head, _all_kept,
-        _kept_and_streamed, _segments, _folder, _stream_from, _other_methods, _bottleneck_rate,
+        _kept_and_streamed, _segments, _folder, _stream_from, _other_methods, _known_rate, _virtual,
     ):  # fmt: skip
         yield from check(value)
 
@@ -48,6 +49,17 @@ def table_columns(source: dict) -> str | None:
     if prompt is not None and row_format not in (None, "table"):
         return f"prompt and completion are for tables, not for {shown(row_format)}; remove them, or the format"
     return None
+
+
+def _virtual(value: _Value) -> _Found:
+    own = value("prompt", "virtual_tokens"), value("data", "max_tokens")
+    defaults = Prompt.model_fields["virtual_tokens"].default, Data.model_fields["max_tokens"].default
+    tokens, room = (default if given is None else given for given, default in zip(own, defaults, strict=True))
+    if value("adapter", "method") != "prompt" or not isinstance(tokens, int) or not isinstance(room, int):
+        return
+    if room - tokens < SHORTEST_ROW:
+        message = f"prompt.virtual_tokens = {tokens}: leaves {room - tokens} of data.max_tokens {room} for a row"
+        yield ("prompt", "virtual_tokens"), f"{message}; raise data.max_tokens"
 
 
 def _patience(value: _Value) -> _Found:
@@ -188,7 +200,7 @@ def _stream_from(value: _Value) -> _Found:
 
 def _other_methods(value: _Value) -> _Found:
     method = value("adapter", "method") or "lora"
-    for section, methods in (("lora", ("lora", "dora")), ("bottleneck", ("bottleneck",))):
+    for section, methods in (("lora", ("lora", "dora")), ("bottleneck", ("bottleneck",)), ("prompt", ("prompt",))):
         if method in methods:
             continue
         for name, unset in Recipe.model_fields[section].default.model_dump().items():
@@ -197,7 +209,8 @@ def _other_methods(value: _Value) -> _Found:
                 yield (section, name), f"{message}; remove one of the two"
 
 
-def _bottleneck_rate(value: _Value) -> _Found:
-    if value("adapter", "method") == "bottleneck" and value("train", "learning_rate") in (None, "auto"):
-        message = "adapter.method = bottleneck: train.learning_rate auto is known for LoRA weights alone"
-        yield ("adapter", "method"), f"{message}; write a number there, such as 3e-4"
+def _known_rate(value: _Value) -> _Found:
+    method = value("adapter", "method")
+    if method in RATES_TO_BEGIN_WITH and value("train", "learning_rate") in (None, "auto"):
+        message = f"adapter.method = {method}: train.learning_rate auto is known for LoRA weights alone"
+        yield ("adapter", "method"), f"{message}; write a number there, such as {RATES_TO_BEGIN_WITH[method]}"

@@ -21,6 +21,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from qlora_lite.units import parse_bytes
 
 ALL_LINEAR = "all-linear"
+SHORTEST_ROW = 8  # tokens that there must be room for
 # Settings by the names that they had before; recipes, overrides and runs with those still load.
 FORMER_NAMES = {
     "train.exact_match_rows": "train.metrics_examples",
@@ -150,11 +151,12 @@ class Target(_Section):
 class Adapter(_Section):
     """What is trained beside the frozen model."""
 
-    method: Literal["lora", "dora", "bottleneck"] = "lora"
+    method: Literal["lora", "dora", "bottleneck", "prompt"] = "lora"
     """lora trains LoRA weights. dora also trains the norm of each row of the adapted weights (DoRA, or QDoRA on a 4-bit
     model): a little more memory and time, and vLLM and llama.cpp take it merged only. The lora section sets up
-    both. bottleneck trains small networks behind the parts of each block, which the bottleneck section sets up; they
-    cannot be merged, and slow down answers."""
+    both. bottleneck trains small networks behind the parts of each block, and prompt embeddings of virtual tokens
+    before every row (prompt tuning and p-tuning), as the sections of these names say; neither can be merged or
+    exported, and both slow down answers."""
 
 
 class Lora(_Section):
@@ -202,6 +204,18 @@ class Bottleneck(_Section):
     """Activation between the two layers."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the weights and their gradients."""
+
+
+class Prompt(_Section):
+    """The virtual tokens of adapter.method prompt."""
+
+    virtual_tokens: PositiveInt = 20
+    """Virtual tokens before every row; data.max_tokens counts them."""
+    init_text: Text | None = None
+    """Text whose tokens' embeddings they begin with, repeated or cut; null draws tokens from the vocabulary."""
+    encoder_width: PositiveInt | None = None
+    """Width of the network that turns what is trained into the embeddings (p-tuning), which the saved adapter no longer
+    needs; null trains the embeddings themselves (prompt tuning)."""
 
 
 class Source(_Section):
@@ -262,7 +276,7 @@ class Data(_Section):
     """Malformed rows that may be left out, counted by reason; more of them are an error. So is leaving out every row of
     a file or of a kind (with tools, tool calls, a system turn, several user turns), here or by data.overflow, while
     other rows remain."""
-    max_tokens: Annotated[int, Field(ge=8)] = 1024
+    max_tokens: Annotated[int, Field(ge=SHORTEST_ROW)] = 1024
     """Maximum length of an example, and the length of a packed sequence, in tokens."""
     overflow: Literal["error", "drop", "truncate", "split"] = "error"
     """What happens to an example longer than data.max_tokens; dropped and truncated ones are counted and reported.
@@ -500,10 +514,16 @@ class Recipe(_Section):
     adapter: Adapter = Adapter()
     lora: Lora = Lora()
     bottleneck: Bottleneck = Bottleneck()
+    prompt: Prompt = Prompt()
     data: Data
     train: Train = Train()
     memory: Memory = Memory()
     output: Output = Output()
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Virtual tokens before every row."""
+        return self.prompt.virtual_tokens if self.adapter.method == "prompt" else 0
 
     @property
     def recipe_hash(self) -> str:

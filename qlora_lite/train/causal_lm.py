@@ -13,7 +13,7 @@ from qlora_lite.adapters.files import Lora
 from qlora_lite.adapters.lora.inject import require_model
 from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.data.batch import Batch, Extent, collate, enlarged
-from qlora_lite.data.storage import Example, learned_counts, row_lengths
+from qlora_lite.data.storage import Example, learned_counts, row_lengths, with_virtual
 from qlora_lite.errors import DataError
 from qlora_lite.memory.marks import category
 from qlora_lite.models import anatomy
@@ -102,15 +102,22 @@ class CausalLM(Workload):
 
     Args:
         spec: of the model, for a plan; training takes the model as it was loaded.
+        virtual: tokens before each row; None are the method's, and an evaluation says those of its model.
     """
 
     objective: Objective = field(default_factory=CrossEntropy)
     method: AdapterMethod = field(default_factory=Lora)
     spec: ModelSpec | None = field(default=None, repr=False)
+    virtual: int | None = None
+
+    @property
+    def _virtual(self) -> int:
+        return self.method.virtual_tokens if self.virtual is None else self.virtual
 
     def lengths(self, examples: Sequence[Example]) -> Sequence[int]:
-        """Return the tokens of each."""
-        return row_lengths(examples)
+        """Return the tokens of each, virtual ones included."""
+        lengths, virtual = row_lengths(examples), self._virtual
+        return [length + virtual for length in lengths] if virtual else lengths
 
     def target_counts(self, examples: Sequence[Example]) -> Sequence[int]:
         """Return the target tokens of each."""
@@ -122,11 +129,14 @@ class CausalLM(Workload):
 
     def enlarged(self, examples: Sequence[Example], most: Extent) -> Sequence[Example]:
         """See ``data.batch.enlarged``."""
-        return enlarged(examples, most)
+        virtual = self._virtual
+        tokens = max(most.rows, most.tokens - virtual * most.rows)
+        return enlarged(examples, most._replace(tokens=tokens, longest=most.longest - virtual))
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """Pack rows into one sequence."""
-        return collate(examples)
+        """Pack rows into one sequence, each behind the method's virtual tokens."""
+        virtual = self._virtual
+        return collate([with_virtual(each, virtual) for each in examples] if virtual else examples)
 
     def shape(self, batch: Batch) -> BatchShape:
         """Return the tokens of each row, and how many are labelled."""

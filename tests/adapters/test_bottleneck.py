@@ -5,27 +5,24 @@ from dataclasses import replace
 
 import pytest
 import torch
+from methods import ledger_of, of_text, plan
 from safetensors.torch import load_file, save_file
-from test_extending import ledger_of, of_text, plan
 from test_layer import BASES, IN, make_base, random_input
 from test_layer import check_against_formula as check_against
 from tiny import build_tiny, quantized_pair
-from tiny_files import save_tiny, write_recipe
-from tiny_runs import logits, summary_of
+from tiny_files import write_recipe
+from tiny_runs import logits
 
 from qlora_lite.adapters.bottleneck import LEAVES, Bottleneck, BottleneckLinear, bottleneck_layers
 from qlora_lite.adapters.files import Lora, begin_with, load_adapter, save_adapter
 from qlora_lite.adapters.lora.switch import add_switch
 from qlora_lite.adapters.read import WEIGHTS_NAME, named_base, read_adapter
-from qlora_lite.errors import Interrupted, ModelError, RecipeError
-from qlora_lite.inference.evaluate import evaluate_recipe
+from qlora_lite.errors import ModelError, RecipeError
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.models.skeleton import meta_model
-from qlora_lite.prepare import build
 from qlora_lite.quant.linear import frozen_weight
 from qlora_lite.quant.product import materialize
 from qlora_lite.recipe.load import load_recipe
-from qlora_lite.runs.run import run_recipe
 
 WIDTH = 6
 ACTIVATIONS = {"relu": torch.relu, "gelu": lambda z: z * (1 + torch.erf(z / 2**0.5)) / 2,
@@ -218,43 +215,6 @@ def test_rows_of_several_adapters_are_each_as_alone(tmp_path):
         found = logits(switched)
         for row, name in enumerate(rows):
             assert torch.allclose(found[row], alone[name][row], atol=1e-4), (rows, name)
-
-
-@pytest.mark.parametrize("quant", ["nf4", "none"])
-def test_a_run_is_resumed_to_the_bit_evaluated_and_used_and_not_merged(tmp_path, command, monkeypatch, quant):
-    save_tiny(tmp_path / "model")
-    path = write_recipe(
-        tmp_path, tmp_path / "model", lora={"rank": 16, "alpha": 32.0}, adapter={"method": "bottleneck"},
-        bottleneck={"width": WIDTH, "placement": "houlsby"}, train={"save_every_steps": 2},
-    )  # fmt: skip
-    changes = [f"model.quant={quant}"]
-    whole, cut = (load_recipe(path, [*changes, f"output.dir={tmp_path / name}"]) for name in ("whole", "cut"))
-    run_recipe(whole)
-
-    def stop(metrics, _total):
-        if metrics.step == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(Interrupted):
-        run_recipe(cut, stop)
-    run_recipe(cut, resume="")
-    one, two = (load_file(tmp_path / name / "adapter" / WEIGHTS_NAME) for name in ("whole", "cut"))
-    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
-    summary = summary_of(tmp_path / "whole")
-    found = evaluate_recipe(whole, tmp_path / "whole" / "adapter", 0)
-    assert found["eval_loss"] == pytest.approx(summary["eval_loss_after"], rel=1e-4)
-    assert found["eval_loss"] < summary["eval_loss_before"]
-    said = [command("generate", tmp_path / "whole", "--prompt", "3?", *base) for base in ((), ("--base",))]
-    assert [code for code, *_ in said] == [0, 0] and said[0][1] != said[1][1]
-    monkeypatch.setattr(build, "memory_to_use", lambda *_: 0)
-    for places in (MemoryOptions(resident_layers=0), MemoryOptions(resident_layers=0, stream_from_disk=True)):
-        monkeypatch.setattr(build, "placement", lambda *_, places=places: places)
-        streamed = evaluate_recipe(whole, tmp_path / "whole" / "adapter", 0)
-        assert streamed["eval_loss"] == pytest.approx(found["eval_loss"], rel=1e-6)
-        assert command("generate", tmp_path / "whole", "--prompt", "3?")[1] == said[0][1]
-    for use in (("merge", "--rows", 0), ("export", "--to", "gguf"), ("export", "--to", "vllm")):
-        code, out, err = command(use[0], tmp_path / "whole", "--out", tmp_path / "out", *use[1:])
-        assert (code, out) == (2, "") and "nonlinearity" in err and err.count("\n") == 1
 
 
 def test_settings_of_the_other_method_and_the_automatic_rate_are_refused(tmp_path):

@@ -1,0 +1,216 @@
+"""Prompt tuning and p-tuning: embeddings of virtual tokens before every row are trained, and nothing in the model.
+
+A virtual token is a negative id, -1 to -k. Whoever makes a row, for training or as a prompt, puts those ids in front of
+it (``data.storage.virtual_ids``): so they count in lengths, packs, positions, plans and caches as any token does, and
+the one place that knows more of them is the decoder's way from ids to embeddings.
+
+    prompt tuning   e_i = P_i                               trained: P [k, D]
+    p-tuning        e_i = MLP(P_i), of widths D, H, H, D    trained: P and the MLP, of which the saved adapter holds e
+
+A model that scales its embeddings inside of the table (Gemma 3) does not scale these, and one that scales them behind
+it (Gemma 2) does, as in peft.
+
+Shapes: k virtual tokens, D the hidden size, T tokens of a micro-batch. All in float32.
+Source: prompt tuning, arXiv 2104.08691; p-tuning, arXiv 2103.10385, its encoder here without the LSTM.
+"""
+
+import inspect
+from collections.abc import Container, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from qlora_lite.errors import ModelError
+
+from .method import AdapterMethod
+
+if TYPE_CHECKING:
+    from .lora.switch import Switch
+
+_NAME = "virtual_tokens"  # of the decoder's part
+TENSOR = "prompt_embeddings"  # in adapter files, [k, D]
+
+
+class VirtualTokens(nn.Module):
+    """The virtual tokens of a decoder, which is what this is a part of.
+
+    Args:
+        begin: what their embeddings begin as [k, D], float32.
+        encoder_width: H of p-tuning; None is prompt tuning.
+    """
+
+    def __init__(self, begin: torch.Tensor, encoder_width: int | None = None):
+        super().__init__()
+        self.embeddings = nn.Parameter(begin)
+        self.encoder: nn.Module = nn.Identity()
+        if encoder_width:
+            width, device = begin.shape[1], begin.device
+            sizes = (width, encoder_width), (encoder_width, encoder_width), (encoder_width, width)
+            first, second, third = (nn.Linear(*size, device=device) for size in sizes)
+            self.encoder = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
+
+    def forward(self) -> torch.Tensor:
+        """Return e, float32 [k, D]."""
+        return self.encoder(self.embeddings)
+
+    def in_use(self) -> torch.Tensor | None:
+        """Return e."""
+        return self()
+
+
+class SwitchedTokens(nn.Module):
+    """The virtual tokens of several adapters, those used that a switch says (``lora.switch``). Only for inference.
+
+    Args:
+        switch: of the model. Rows of one batch may not use several of them, since each wants tokens of its own.
+    """
+
+    def __init__(self, switch: "Switch"):
+        super().__init__()
+        self.switch = switch
+        self.by_name: dict[str, torch.Tensor] = {}  # e of each adapter
+
+    def in_use(self) -> torch.Tensor | None:
+        """Return e of the adapter in use; None where that has none."""
+        rows = self.switch.rows
+        return None if isinstance(rows, tuple | None) else self.by_name.get(rows)
+
+
+def virtual_tokens(model: nn.Module) -> VirtualTokens | SwitchedTokens | None:
+    """Return the part of a model that has its virtual tokens; None where it has none."""
+    return getattr(model.base_model, _NAME, None)
+
+
+def count_virtual(model: nn.Module) -> int:
+    """Return how many virtual tokens a model wants before every row, by the adapter in use."""
+    part = virtual_tokens(model)
+    own = part.in_use() if part else None
+    return 0 if own is None else len(own)
+
+
+def _add_part(model: nn.Module, part: VirtualTokens | SwitchedTokens) -> None:
+    """Give a decoder virtual tokens.
+
+    Raises:
+        ModelError: it has some already, or takes nothing but ids.
+    """
+    inner = model.base_model
+    if virtual_tokens(model):
+        raise ModelError("the model has virtual tokens already; load the base model again")
+    config = model.config.get_text_config(decoder=True)
+    of_ids = getattr(config, "hidden_size_per_layer_input", None)  # Gemma 3n's blocks look them up too
+    if of_ids or "inputs_embeds" not in inspect.signature(inner.forward).parameters:
+        raise ModelError(f"{type(model).__name__} computes more than embeddings from token ids, so that it has no "
+                         "place for virtual tokens; choose another adapter.method")  # fmt: skip
+    inner.add_module(_NAME, part.train(model.training))
+
+    def embed(_decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        ids = args[0] if args else kwargs.get("input_ids")
+        if ids is None:
+            return args, kwargs
+        found = model.get_input_embeddings()(ids.clamp(min=0))
+        if (own := part.in_use()) is not None:
+            found = torch.where((ids < 0)[..., None], own[(-1 - ids).clamp(min=0)].to(found.dtype), found)
+        return args[1:], kwargs | {"input_ids": None, "inputs_embeds": found}
+
+    inner.register_forward_pre_hook(embed, with_kwargs=True)
+
+
+@dataclass(frozen=True)
+class PromptTuning(AdapterMethod):
+    """Virtual tokens before every row.
+
+    Args:
+        virtual_tokens: k.
+        init_ids: tokens whose embeddings they begin with, repeated as often as it takes; none draws from the table.
+        encoder_width: H of p-tuning's encoder; None trains the embeddings themselves.
+    """
+
+    virtual_tokens: int = 20
+    init_ids: tuple[int, ...] = ()
+    encoder_width: int | None = None
+
+    size_setting = "prompt.virtual_tokens"
+    why_not_merged = (
+        "it is a prompt of virtual tokens, which no weight of the model holds; evaluate, generate, chat and serve use "
+        "it as it is"
+    )
+
+    def apply(self, model: nn.Module) -> None:
+        """Freeze the model and give it virtual tokens.
+
+        Raises:
+            ModelError: the model has some already, or its decoder takes nothing but ids.
+        """
+        table = model.get_input_embeddings()
+        model.requires_grad_(False)
+        if table.weight.is_meta:
+            begin = torch.empty(self.virtual_tokens, table.weight.shape[1], device="meta")
+        else:
+            ids = list(islice(cycle(self.init_ids), self.virtual_tokens))
+            drawn = torch.tensor(ids) if ids else torch.randint(len(table.weight), (self.virtual_tokens,))
+            with torch.no_grad():
+                begin = table(drawn.to(table.weight.device)).float()
+        _add_part(model, VirtualTokens(begin, self.encoder_width))
+
+    def config(self, model: nn.Module, base_model: str) -> dict:
+        """Return peft's configuration of prompt tuning, which p-tuning is too once its encoder has run."""
+        text = model.config.get_text_config(decoder=True)
+        return {
+            "peft_type": "PROMPT_TUNING",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_model,
+            "num_virtual_tokens": self.virtual_tokens,
+            "token_dim": text.hidden_size,
+            "num_transformer_submodules": 1,
+            "num_attention_heads": text.num_attention_heads,
+            "num_layers": text.num_hidden_layers,
+            "prompt_tuning_init": "RANDOM",
+            "inference_mode": True,
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping) -> "PromptTuning":
+        """Return the method that a configuration describes, peft's too; of p-tuning, files hold what it computed.
+
+        Raises:
+            ModelError: it describes none.
+        """
+        count = config.get("num_virtual_tokens")
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ModelError(f"num_virtual_tokens must be a whole number of at least 1, not {count!r:.80}")
+        return cls(count)
+
+    def tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Return P, and the weights of p-tuning's network."""
+        part = model.base_model.get_submodule(_NAME)
+        encoder = {f"encoder.{name}": parameter.detach() for name, parameter in part.encoder.named_parameters()}
+        return {TENSOR: part.embeddings.detach()} | encoder
+
+    def files(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Return e, which is all that using them takes."""
+        with torch.no_grad():
+            return {TENSOR: model.base_model.get_submodule(_NAME)().detach()}
+
+    def shapes(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+        """See ``AdapterMethod``."""
+        return {TENSOR: (self.virtual_tokens, model.get_input_embeddings().weight.shape[1])}
+
+    def add_switched(
+        self, model: nn.Module, switch: "Switch", name: str, tensors: Mapping[str, torch.Tensor]
+    ) -> None:  # fmt: skip
+        """See ``AdapterMethod``."""
+        part = virtual_tokens(model)
+        if part is None:
+            part = SwitchedTokens(switch)
+            _add_part(model, part)
+        part.by_name[name] = tensors[TENSOR].to(model.device)
+
+    def layer_kinds(
+        self, linear: Sequence[str], experts: Sequence[str], in_blocks: Container[str]
+    ) -> Mapping[str, Hashable]:  # fmt: skip
+        """Say that no layer is adapted, so that all are alike."""
+        return dict.fromkeys((*linear, *experts))

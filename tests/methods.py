@@ -1,0 +1,74 @@
+"""Whatever is trained in tests, as a case that is built, planned and measured by the same few functions."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from jobs import new_job
+from tiny import ARCHITECTURES, quantized_pair
+from tiny_trainer import SETTINGS, examples
+from transformers import AutoConfig
+
+from qlora_lite.memory.ledger import Ledger
+from qlora_lite.planning.candidate import Step, choose
+from qlora_lite.planning.machine import Machine
+from qlora_lite.planning.plan_ledger import ALLOCATION_BYTES
+from qlora_lite.planning.search import search
+from qlora_lite.planning.simulate import Job
+from qlora_lite.train.inventory import categorised
+from qlora_lite.train.loop import Trainer, largest_batches
+from qlora_lite.train.settings import TrainSettings
+from qlora_lite.train.workload import BatchShape, Workload
+
+MACHINE = Machine("a CPU", "cpu", 2**34, 0, 1e11, 1e10, 1e10, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained, how its model is made, and how it is trained."""
+
+    workload: Workload
+    build: object
+    examples: list
+    changes: Mapping[str, object]
+
+    def trainer(self, options=None):
+        """A trainer of a new model; equal arguments give equal ones."""
+        torch.manual_seed(0)
+        model = self.build()
+        self.workload.method.apply(model)
+        settings = SETTINGS | self.changes | ({} if options is None else {"options": options})
+        training = Trainer(model, self.examples, TrainSettings(**settings), workload=self.workload)
+        training.check()
+        return training
+
+
+def language_model():
+    return quantized_pair("llama")[0]
+
+
+def of_text(**parts):
+    config = AutoConfig.for_model("llama", **ARCHITECTURES["llama"])
+    work = new_job(config, BatchShape((1,), 1), compute_dtype=torch.float32, factor_dtype=torch.float32).workload
+    return Case(replace(work, **parts), language_model, examples(), {})
+
+
+def plan(case, limit_bytes):
+    """Return the fastest way below a limit, and the one that needs least."""
+    trainer = case.trainer()
+    s, work = trainer.settings, case.workload
+    largest, evaluation = largest_batches(work, case.examples, case.examples, trainer.epochs)
+    job = Job(work, BatchShape((1,), 1), work.shape(evaluation), optimizer=s.optimizer, max_grad_norm=s.max_grad_norm)
+    step = Step(job, work.shape(largest), 1, s.gradient_accumulation_steps, may_split=False)
+    found = search(step, MACHINE, limit_bytes)
+    return choose(found, limit_bytes), min(found, key=lambda candidate: candidate.peak_bytes)
+
+
+def ledger_of(trainer):
+    ledger = Ledger(allocation_bytes=ALLOCATION_BYTES["cpu"])
+    with ledger:
+        for tensor, category, _ in categorised(trainer.workload, trainer.model):
+            ledger.claim([tensor], category)
+        ledger.watch(trainer.model)
+        trainer.probe_memory(trainer.examples)
+    return ledger
