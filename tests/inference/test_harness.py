@@ -162,23 +162,24 @@ def tasks(tmp_path_factory):
     return task_folder(tmp_path_factory.mktemp("tasks") / "own")
 
 
-def test_a_folder_of_tasks_is_scored_as_hflm_scores_it(runs, tasks, monkeypatch):
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_folder_of_tasks_is_scored_as_hflm_scores_it(runs, tasks, monkeypatch, chat):
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _results: None)  # which takes seconds
-    result = evaluate_tasks(runs["nf4"], [str(tasks)], fewshot=2, with_base=True)
+    result = evaluate_tasks(runs["nf4"], [str(tasks)], fewshot=2, with_base=True, chat=chat)
     assert [model["name"] for model in result["models"]] == ["base", "run"]
     assert result["fewshot"] == {"own_answer": 2, "own_choice": 2}
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     for model in result["models"]:
         theirs = simple_evaluate(
             oracle(runs["nf4"], "nf4", model["name"] == "run"), tasks=["own_choice", "own_answer"], num_fewshot=2,
-            task_manager=manager, bootstrap_iters=1000,
+            task_manager=manager, bootstrap_iters=1000, apply_chat_template=chat, fewshot_as_multiturn=chat,
         )["results"]  # fmt: skip
         for task, metric in (("own_choice", "acc"), ("own_answer", "exact_match")):
             score = model["scores"][task][metric]
             assert score["value"] == pytest.approx(theirs[task][f"{metric},none"])
             assert score["standard_error"] == pytest.approx(theirs[task][f"{metric}_stderr,none"])
             assert score["examples"] == 16
-    assert result["models"][0]["scores"] != result["models"][1]["scores"]
+    assert chat or result["models"][0]["scores"] != result["models"][1]["scores"]
 
 
 def test_evaluate_prints_and_writes_the_scores_beside_those_of_the_base(runs, tasks, tmp_path, command):
@@ -250,8 +251,10 @@ def test_an_answer_ends_with_its_stop_string_in_any_batch(runs, monkeypatch):
     free = {"until": [], "max_gen_toks": 24}
     [first] = lm.generate_until(asked([("0?", free)]))
     end = inner_letter(first)
-    second = f"a longer one that ends with {end}"  # which is no part of the answer
-    [other] = lm.generate_until(asked([(second, free)]))
+    seconds = [f"a longer one, {letter}, that ends with {end}" for letter in "abcdefgh"]  # no part of the answer
+    others = dict(zip(seconds, lm.generate_until(asked([(second, free) for second in seconds])), strict=True))
+    second, other = max(others.items(), key=lambda pair: len(pair[1].split(end)[0]))
+    assert len(other.split(end)[0]) > 3
     steps.clear()
     cut = lm.generate_until(asked([("0?", free | {"until": [end]}), (second, free | {"until": [end]})]))
     assert cut == [first.split(end)[0], other.split(end)[0]] and cut[0] != first
