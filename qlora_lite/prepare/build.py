@@ -20,6 +20,7 @@ from qlora_lite.adapters.prompt import PromptTuning
 from qlora_lite.adapters.read import adapter_bytes, read_adapter
 from qlora_lite.constraints import UPDATES_IN_FLOAT16, WITH_COMPILE
 from qlora_lite.errors import CheckpointError, ModelError
+from qlora_lite.experts.packing import adapts_experts, expert_weights
 from qlora_lite.memory.meter import free_bytes, set_memory_limit
 from qlora_lite.models.anatomy import blocks
 from qlora_lite.models.load import (
@@ -118,6 +119,8 @@ def add_adapter(recipe: Recipe, model: nn.Module, adapter: Path | None = None) -
     first = read_adapter(model, adapter) if adapter else None
     torch.manual_seed(recipe.train.seed)
     method_of(recipe).apply(model)
+    if any(expert_weights(model)) and not adapts_experts(model):
+        log.info("the model's experts get no LoRA weights; lora.targets: [all-linear, experts] adapts them too")
     return begin_with(model, first) if first else model
 
 

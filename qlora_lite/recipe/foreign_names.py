@@ -227,7 +227,7 @@ _NOT_OFFERED = {
         "peft_layers_to_transform peft_layers_pattern lora_exclude_modules",
     "remove it; only LoRA weights are trained":
         "modules_to_save lora_modules_to_save additional_target train_embeddings",
-    "remove it; LoRA is for the linear layers that lora.targets names: experts and other parameters stay frozen":
+    "add experts to lora.targets, or names of their weights such as gate_up_proj; other parameters stay frozen":
         "target_parameters lora_target_parameters",
     "remove it; embeddings and the tokens of the tokenizer stay as the model has them":
         "tokens add_tokens new_tokens new_special_tokens add_special_tokens additional_special_tokens "

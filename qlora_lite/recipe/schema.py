@@ -138,12 +138,13 @@ class Model(_Section):
 
 
 class Target(_Section):
-    """Linear layers that get LoRA weights; a bare name is short for {pattern: NAME}."""
+    """Linear layers or experts that get LoRA weights; a bare name is short for {pattern: NAME}."""
 
     pattern: Text
-    """Layer name (q_proj), glob over the whole path (model.layers.*.mlp.*), or all-linear."""
+    """Name of a layer (q_proj) or of the fused weights of experts (gate_up_proj), glob over the whole path
+    (model.layers.*.mlp.*), all-linear, or experts."""
     rank: PositiveInt | None = None
-    """Rank of these layers; null is lora.rank."""
+    """Rank of these layers, of experts of each one; null is lora.rank."""
     alpha: PositiveFloat | None = None
     """Alpha of these layers; null is lora.alpha."""
 
@@ -167,15 +168,16 @@ class Lora(_Section):
     alpha: PositiveFloat = 32.0
     """Scale of the update: alpha / rank, or alpha / sqrt(rank) with lora.rslora."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout probability at the input of the LoRA weights."""
+    """Dropout probability at the input of the LoRA weights; those of experts take none."""
     targets: Annotated[
         tuple[Target, ...],
         Field(strict=False, min_length=1),
         _one_or_many("pattern"),
-        Rule("all-linear, or a list of names, glob patterns and {pattern, rank, alpha}"),
+        Rule("all-linear, experts, or a list of names, glob patterns and {pattern, rank, alpha}"),
     ] = (Target(pattern=ALL_LINEAR),)
-    """Which linear layers get LoRA weights; all-linear is every one inside the blocks. Where several patterns match,
-    the last one wins."""
+    """What gets LoRA weights: all-linear is every linear layer inside the blocks, experts are the fused weights of
+    mixtures of experts, [all-linear, experts] both. A name or glob pattern that matches linear layers means those
+    alone. Where several patterns match, the last one wins."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank), which keeps high ranks from learning too slowly."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"

@@ -6,17 +6,32 @@ import json
 import peft
 import pytest
 import torch
-from tiny import build_tiny, quantized_pair
+from jobs import new_job
+from tiny import build_tiny, quantized_pair, random_batch
+from tiny_trainer import trainer
 
-from qlora_lite.adapters.files import detach_adapter, load_adapter, save_adapter
+from qlora_lite.adapters.files import Lora, detach_adapter, load_adapter, save_adapter
 from qlora_lite.adapters.lora.inject import Target, add_lora, lora_layers, lora_parameters
 from qlora_lite.adapters.lora.layer import LoraExperts
 from qlora_lite.adapters.lora.switch import add_switch
 from qlora_lite.adapters.read import read_adapter
-from qlora_lite.errors import ModelError
+from qlora_lite.errors import ModelError, TrainingError
 from qlora_lite.experts import routed
 from qlora_lite.experts.packing import both_names, expert_weights
+from qlora_lite.memory.ledger import Ledger
+from qlora_lite.models.load import adopt
+from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
+from qlora_lite.models.skeleton import block_pattern
+from qlora_lite.planning.simulate import simulate
 from qlora_lite.quant.product import materialize
+from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.checkpoints import Checkpoint
+from qlora_lite.train.inventory import categorised
+from qlora_lite.train.optim import build_optimizer
+from qlora_lite.train.state import STATE, capture, restore
+from qlora_lite.train.step import train_step
+from qlora_lite.train.text_guards import check_compilable
+from qlora_lite.train.workload import BatchShape
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # peft asks transformers
@@ -260,3 +275,95 @@ def test_a_model_without_experts_says_so():
         add_lora(build_tiny("llama"), ["experts"])
     with pytest.raises(ModelError, match="'experts_' matches no linear layer or weight of experts"):
         add_lora(build_tiny("qwen3_moe"), ["experts_"])
+
+
+@pytest.mark.parametrize(("quant", "options"), [
+    ("nf4", MemoryOptions()), ("nf4", MemoryOptions("none")), ("none", MemoryOptions(uncheckpointed_layers=1)),
+], ids=str)  # fmt: skip
+def test_a_plan_is_what_a_step_takes_whose_tokens_choose_the_same_experts(quant, options, monkeypatch):
+    monkeypatch.setattr(routed, "DEQUANTIZED_BYTES", 1)
+    lengths, settings = (50, 70), dict(moe_intermediate_size=256)
+    model = quantized_pair("qwen3_moe", **settings)[0] if quant == "nf4" else adopt(build_tiny("qwen3_moe", **settings))
+    batch = random_batch(lengths)
+    rows = BatchShape(lengths, int((batch.labels >= 0).sum()))
+    job = new_job(
+        model.config, rows, quant=quant, targets=(Target("all-linear"), Target("experts")), rank=4, options=options,
+        compute_dtype=torch.float32, factor_dtype=torch.float32, optimizer="adamw_torch",
+    )  # fmt: skip
+    job.workload.method.apply(model)
+    set_memory_options(model.train(), options)
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.mlp.gate.weight.zero_()
+    parameters = [p for _, p in lora_parameters(model)]
+    optimizer, planned = build_optimizer(parameters, job.optimizer, 1e-4, 0.0), simulate(job)
+    with Ledger() as ledger:
+        for tensor, name, _ in categorised(CausalLM(), model):
+            ledger.claim([tensor], name)
+        ledger.watch(model)
+        for _ in range(2):
+            ledger.peaks.clear()
+            train_step(CausalLM(), model, [batch], optimizer, job.max_grad_norm)
+            optimizer.zero_grad(set_to_none=True)
+    for phase in ("forward", "backward", "optimizer"):
+        peak = max(moment.total for moment in ledger.peaks.values() if moment.phase == phase)
+        assert peak == pytest.approx(planned.peak(phase).total, rel=0.01), phase
+
+
+ALL = ["all-linear", "experts"]
+
+
+def trained(targets=ALL, **settings):
+    """A trainer that has taken its steps, the losses of these, and what it began with."""
+    training = trainer("qwen3_moe", targets=targets, **{"max_steps": 2} | settings)
+    begun = [parameter.detach().clone() for parameter in training.parameters]
+    return training, [step.loss for step in training], begun
+
+
+@pytest.fixture(scope="module")
+def plainly():
+    """Such a trainer without memory options."""
+    return trained()
+
+
+def test_every_weight_is_trained(plainly):
+    training, _, begun = plainly
+    assert not any(torch.equal(a, b) for a, b in zip(training.parameters, begun, strict=True))
+
+
+@pytest.mark.parametrize("options", [
+    MemoryOptions("none"), MemoryOptions(uncheckpointed_layers=1), MemoryOptions(layers_per_checkpoint=2),
+    MemoryOptions(offload_checkpoints=True, resident_layers=0), MemoryOptions("selective"),
+], ids=str)  # fmt: skip
+def test_memory_options_change_no_bit(options, plainly):
+    training, losses, _ = trained(options=options)
+    assert losses == plainly[1]
+    assert all(torch.equal(a, b) for a, b in zip(training.parameters, plainly[0].parameters, strict=True))
+
+
+@pytest.mark.parametrize(("optimizer", "dtype", "options"), [
+    ("adamw_torch", torch.float32, MemoryOptions()), ("adamw_8bit", torch.bfloat16, MemoryOptions()),
+    ("adamw_torch", torch.float32, MemoryOptions(optimizer_in_backward=True)),
+])  # fmt: skip
+def test_killed_and_resumed_it_goes_on_to_the_bit(optimizer, dtype, options):
+    settings = dict(targets=ALL, optimizer=optimizer, dtype=dtype, rank=16, options=options, max_steps=2)
+    if options.optimizer_in_backward:
+        settings |= dict(gradient_accumulation_steps=1, max_grad_norm=0.0)
+    whole, losses, _ = trained(**settings)
+    first, resumed = (trainer("qwen3_moe", **settings) for _ in range(2))
+    next(iter(first))
+    tensors, numbers = capture(first)
+    restore(resumed, Checkpoint(first.step, tensors, {STATE: numbers}))
+    assert [step.loss for step in resumed] == losses[1:]
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters, whole.parameters, strict=True))
+
+
+def test_blocks_whose_experts_are_adapted_otherwise_are_planned_with_the_weights_they_get():
+    config = build_tiny("qwen3_moe", num_hidden_layers=12).config
+    targets = Target("all-linear"), Target("experts"), Target("model.layers.[0-2].mlp.experts.gate_up_proj", rank=64)
+    assert block_pattern(config, Lora(targets)) == (3, 1) and block_pattern(config, Lora(targets[:2])) == (0, 1)
+
+
+def test_blocks_with_adapted_experts_are_not_compiled_and_that_is_said():
+    with pytest.raises(TrainingError, match="incompatible with LoRA weights on experts"):
+        check_compilable(adopt(adapted(dtype=torch.float32)), MemoryOptions(compile=True))

@@ -175,7 +175,7 @@ def test_a_section_that_is_no_mapping_is_an_error_that_shows_how_to_write_it(pro
         ("lora: {init: pissa}", "(no PiSSA, OLoRA,"), ("init_lora_weights: pissa", "(no PiSSA, OLoRA,"),
         ("lora: {loraplus_lr_ratio: 16}", "train.loraplus_lr_ratio"),
         ("embedding_learning_rate: 1", "embeddings are not trained"),
-        ("lora: {target_parameters: [x]}", "experts and other parameters stay frozen"),
+        ("lora: {target_parameters: [x]}", "add experts to lora.targets"),
         ("train: {mixed_precision: bf16}", "model.compute_dtype"), ("num_gpus: 2", "one process on one device"),
         ("gpus: 2", "one process on one device"), ("ddp: true", "one process on one device"),
         ("world_size: 2", "one process on one device"), ("ddp_timeout: 9", "one process on one device"),

@@ -37,7 +37,7 @@ def test_every_setting_has_a_description_and_is_in_the_reference_of_its_section(
         "- `train.max_steps`: a whole number of at least 1, or null; default `null`.",
         "- `model.path`: text; required.",
         "- `model.quant`: nf4, fp4 or none; default `nf4`.",
-        "- `lora.targets`: all-linear, or a list of names, glob patterns and {pattern, rank, alpha}; default `all-",
+        "- `lora.targets`: all-linear, experts, or a list of names, glob patterns and {pattern, rank, alpha}; default",
         "- `lora.targets.pattern`: text; required.",
         "- `data.eval.weight`: a number above 0; default `1`.",
         "- `memory.loss_chunk_tokens`: a whole number of at least 1, or auto; default `auto`.",
