@@ -93,7 +93,7 @@ def choose_layers(
     found, names = matching(linear, experts, targets, inside), (*linear, *experts)
     used = {number for numbers in found.values() for number in numbers}
     if unmatched := [target.pattern for number, target in enumerate(targets) if number not in used]:
-        known = sorted({name.rpartition(".")[2] for name in names})
+        known = sorted({name.rpartition(".")[2] for name in names} | ({EXPERTS} if experts else set()))
         near = {near for pattern in unmatched for near in get_close_matches(pattern, known)}
         listed = ", ".join(repr(pattern) for pattern in unmatched)
         hint = f"did you mean {', '.join(sorted(near))}?" if near else f"this model has {', '.join(known)}"
