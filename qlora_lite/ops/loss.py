@@ -127,7 +127,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total += losses.sum()
             if log_sums is not None:
                 log_sums[chunk] = sums
-        ctx.head, ctx.chunk_tokens = head._replace(weight=None, bias=None), chunk_tokens
+        ctx.head, ctx.chunk_tokens = head, chunk_tokens
         ctx.save_for_backward(grad_hidden, *((hidden, targets, log_sums, weight, bias) if trains_head else ()))
         return total
 
@@ -136,26 +136,29 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden, *of_head = ctx.saved_tensors
         grads = None, None
         if of_head:
-            hidden, targets, log_sums, weight, bias = of_head
-            head = ctx.head._replace(weight=weight, bias=bias)
-            grads = _head_gradients(hidden, targets, log_sums, head, ctx.chunk_tokens, grad_total)
+            (hidden, targets, log_sums, weight, bias), head = of_head, ctx.head
+            head = head._replace(weight=head.weight if weight is None else weight, bias=bias)
+            wants_weight = ctx.needs_input_grad[4]
+            grads = _head_gradients(hidden, targets, log_sums, head, ctx.chunk_tokens, grad_total, wants_weight)
         return None if grad_hidden is None else grad_hidden * grad_total, None, None, None, *grads
 
 
 def _head_gradients(
-    hidden, targets, log_sums, head: Head, chunk_tokens: int, grad_total
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    hidden, targets, log_sums, head: Head, chunk_tokens: int, grad_total, wants_weight: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
     """Return the gradients of a head's weight and bias.
 
     Args:
         log_sums: logarithm of each token's sum of exponentials, float32 [N].
         grad_total: of the loss, float32 [].
+        wants_weight: whether the weight's is asked for, which is a tensor then.
     """
-    grad_weight = torch.empty_like(head.weight)
+    grad_weight = torch.empty_like(head.weight) if wants_weight else None
     grad_bias = None if head.bias is None else torch.empty_like(head.bias)
     for words in pieces(head.weight.shape[0], TILE_WORDS[device_type(hidden.device)]):
-        of_weight = torch.zeros_like(head.weight[words], dtype=torch.float32)
-        of_bias = of_weight.new_zeros(of_weight.shape[0])
+        count = len(range(*words.indices(head.weight.shape[0])))
+        of_weight = hidden.new_zeros((count if wants_weight else 0, hidden.shape[1]), dtype=torch.float32)
+        of_bias = of_weight.new_zeros(count)
         for chunk in pieces(hidden.shape[0], chunk_tokens):
             count, rows = hidden[chunk].shape[0], pad_rows(hidden[chunk])
             logits = _finished(_tile_products(rows, head, words)[0], head)[:count]
@@ -166,9 +169,11 @@ def _head_gradients(
             grads.scatter_add_(1, place.clamp(0, grads.shape[1] - 1)[:, None], -inside.float()[:, None])
             grads.mul_(grad_total * head.scale)
             grads = pad_rows((grads if slopes is None else grads.mul_(slopes)).to(hidden.dtype))
-            of_weight += grads.t() @ rows
+            if grad_weight is not None:
+                of_weight += grads.t() @ rows
             of_bias += grads.sum(0, dtype=torch.float32)
-        grad_weight[words] = of_weight
+        if grad_weight is not None:
+            grad_weight[words] = of_weight
         if grad_bias is not None:
             grad_bias[words] = of_bias
     return grad_weight, grad_bias

@@ -197,7 +197,8 @@ def _(x, tensors, shape, quant_type, transposed, of_gradient, low=None, factor=N
 
 
 class FrozenMatmul(torch.autograd.Function):
-    """Compute ``addend + x @ weight.T + bias`` for a weight that gets no gradient; backward rebuilds the weight."""
+    """Compute ``addend + x @ weight.T + bias`` for a weight that gets no gradient; backward rebuilds the weight. A bias
+    [out] that is trained gets one."""
 
     @staticmethod
     def forward(ctx, x, addend, bias, spec, *tensors):
@@ -213,4 +214,5 @@ class FrozenMatmul(torch.autograd.Function):
         wants_x = ctx.needs_input_grad[0]
         grad_x = product(grad_y, ctx.spec, tensors, kept=ctx.kept, of_gradient=True) if wants_x else None
         grad_addend = grad_y if ctx.needs_input_grad[1] else None
-        return grad_x, grad_addend, None, None, *(None for _ in tensors)
+        grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_addend, grad_bias, None, *(None for _ in tensors)

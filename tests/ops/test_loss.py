@@ -79,6 +79,17 @@ def test_a_trained_head_gets_the_gradients_of_the_float64_definition(name, chunk
         assert (found.grad - wanted.grad).norm() <= 2e-6 * wanted.grad.norm()
 
 
+@pytest.mark.parametrize("name", ["bias", "all of them"])
+def test_a_bias_is_trained_beside_rows_that_are_no_tensor(name):
+    hidden, targets, head = make(torch.float32, **HEADS[name])
+    bias = head.bias.clone().requires_grad_()
+    plain_loss(hidden.double(), targets, head._replace(bias=bias)).backward()
+    rows = type("Rows", (), {"shape": head.weight.shape, "__getitem__": lambda _, some: head.weight[some]})()
+    trained = head.bias.clone().requires_grad_()
+    chunked_cross_entropy(hidden, targets, head._replace(weight=rows, bias=trained), 7).backward()
+    assert (trained.grad - bias.grad).norm() <= 2e-6 * bias.grad.norm()
+
+
 def test_a_head_that_is_trained_in_bf16_has_a_gradient_as_exact_as_plain_autograds():
     hidden, targets, head = make(torch.bfloat16, tokens=200)
     exact = Head(head.weight.double().requires_grad_())
