@@ -15,7 +15,7 @@ Source: Houlsby et al., arXiv 1902.00751, section 2.1; Pfeiffer et al., arXiv 20
 """
 
 import math
-from collections.abc import Container, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,7 +42,9 @@ ATTENTION = (
 )  # fmt: skip
 FEED_FORWARD = "mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc2", "fc2"
 PLACEMENTS = {"pfeiffer": (FEED_FORWARD,), "houlsby": (ATTENTION, FEED_FORWARD)}
-ACTIVATIONS = {"relu": functional.relu, "gelu": functional.gelu, "silu": functional.silu}
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": functional.relu, "gelu": functional.gelu, "silu": functional.silu,
+}  # fmt: skip
 LEAVES = "down_weight", "down_bias", "up_weight", "up_bias"
 
 
@@ -179,13 +181,13 @@ class Bottleneck(AdapterMethod):
         Raises:
             ModelError: it describes none.
         """
-        width, dtype = config.get("width"), config.get("dtype")
+        width = config.get("width")
         if not isinstance(width, int) or isinstance(width, bool) or width < 1:
             raise ModelError(f"width must be a whole number of at least 1, not {width!r:.80}")
         for name, known in (("placement", PLACEMENTS), ("activation", ACTIVATIONS), ("dtype", _DTYPES)):
             if not isinstance(value := config.get(name), str) or value not in known:
                 raise ModelError(f"{name} must be one of {', '.join(known)}, not {value!r:.80}")
-        return cls(width, config["placement"], config["activation"], _DTYPES[dtype])
+        return cls(width, config["placement"], config["activation"], _DTYPES[config["dtype"]])
 
     def tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Return the weights by the names of their layers in files."""

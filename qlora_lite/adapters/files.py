@@ -24,9 +24,9 @@ from .lora.inject import (
     ALL_LINEAR,
     Target,
     add_lora,
+    in_blocks,
     linear_layers,
     lora_layers,
-    lora_parameters,
     matching,
     require_base,
     require_lora,
@@ -34,7 +34,8 @@ from .lora.inject import (
 from .lora.layer import LoraLinear, LoraWeights
 from .lora.shared import forget_begun
 from .method import AdapterMethod
-from .read import CONFIG_NAME, WEIGHTS_NAME, Adapter, Factors, read_adapter, stored_names, tensor_names
+from .parts import EMBEDDINGS, HEAD, freeze_weights, is_tied, train_parts, train_weights, trained_weights
+from .read import CONFIG_NAME, WEIGHTS_NAME, Adapter, Factors, read_adapter, stored_names, tensor_names, weight_name
 from .saved import Saved
 
 _SHOWN = 3  # names of layers in an error
@@ -43,14 +44,29 @@ _SUFFIXES = ".json", ".safetensors", ".jinja", ".model", ".txt"  # of an adapter
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the factors of a model under the names of the PEFT format."""
-    tensors: dict[str, torch.Tensor] = {}
-    layers = dict(lora_layers(model))
+    """Return what is trained of a model under the names of the PEFT format, a tied table under both of its names."""
+    layers, trained = dict(lora_layers(model)), trained_paths(model)
+    adapted = {outside(model, name) for name in layers}
+    tensors = {weight_name(outside(model, path), adapted): parameter.detach() for path, parameter in trained.items()}
     stored = stored_names(model, layers)
     for name, layer in layers.items():
         names = tensor_names(stored[name])
         tensors |= {names[leaf]: parameter.detach() for leaf, parameter in layer.named_parameters(recurse=False)}
     return tensors
+
+
+def trained_paths(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what is trained of the base model by the paths that it has there; of a tied table both."""
+    layers = {name for name, _ in lora_layers(model)}
+    found: dict[str, nn.Parameter] = {}
+    for path, parameter in trained_weights(model):
+        layer, _, leaf = path.rpartition(".")
+        outer = layer.removesuffix(".base")
+        found[f"{outer}.{leaf}" if outer in layers else path] = parameter
+        if parameter is model.get_input_embeddings().weight and is_tied(model):
+            head = model.get_output_embeddings()
+            found |= {f"{name}.weight": parameter for name, module in model.named_modules() if module is head}
+    return found
 
 
 def adapter_config(model: nn.Module, base_model: str) -> dict:
@@ -75,9 +91,25 @@ def adapter_config(model: nn.Module, base_model: str) -> dict:
         "use_rslora": first.rslora,
         **({"use_dora": True} if _is_dora(layers) else {}),
         "fan_in_fan_out": any(stands_for_conv1d(layer.base) for layer in linear.values()),
-        "bias": "none",
+        **_trained_beside(model, linear),
         "inference_mode": True,
     }
+
+
+def _trained_beside(model: nn.Module, layers: Collection[str]) -> dict:
+    """Return what says which weights of the base are trained, of adapted layers' paths as files have them.
+
+    Modules have their whole paths, of which peft compares the ends: "norm" would be every norm.
+    """
+    paths = {outside(model, path) for path in trained_paths(model)}
+    modules = {path.removesuffix(".weight") for path in paths if path.endswith(".weight")}
+    with_bias = {path.rpartition(".")[0] for path in paths if path.endswith(".bias")} - modules
+    found: dict = {"bias": "none" if not with_bias else "lora_only" if with_bias <= {*layers} else "all"}
+    if modules:
+        found["modules_to_save"] = sorted(modules)
+    if is_tied(model) and model.get_input_embeddings().weight.requires_grad:
+        found["ensure_weight_tying"] = True
+    return found
 
 
 def _target_modules(model: nn.Module, layers: Collection[str]) -> list[str]:
@@ -98,7 +130,12 @@ def _by_leaf(chosen: Collection[str], every: Collection[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Lora(AdapterMethod):
-    """Low-rank adapters beside linear layers, LoRA's or DoRA's, and experts; arguments are those of ``add_lora``."""
+    """Low-rank adapters beside linear layers, LoRA's or DoRA's, and experts; arguments are those of ``add_lora``.
+
+    Args:
+        also: what is trained of the base model beside them; see ``parts``.
+        also_lr_ratio: how many times the LoRA weights' learning rate that of ``also`` is.
+    """
 
     targets: tuple[Target, ...] = (Target(ALL_LINEAR),)
     rank: int = 16
@@ -107,23 +144,36 @@ class Lora(AdapterMethod):
     rslora: bool = False
     dtype: torch.dtype = torch.bfloat16
     dora: bool = False
+    also: tuple[str, ...] = ()
+    also_lr_ratio: float = 0.1
+
+    @property
+    def trained_tables(self) -> frozenset[str]:
+        """Return which of embeddings and head are trained."""
+        return frozenset(self.also) & {EMBEDDINGS, HEAD}
 
     def apply(self, model: nn.Module) -> None:
-        """See ``add_lora``."""
+        """See ``add_lora`` and ``train_parts``."""
         add_lora(model, self.targets, self.rank, self.alpha, self.dropout, self.rslora, self.dtype, self.dora)
+        train_parts(model, self.also)
 
     def config(self, model: nn.Module, base_model: str) -> dict:
         """See ``adapter_config``."""
         return adapter_config(model, base_model)
 
     def parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield A, B and DoRA's magnitudes, layer by layer.
+        """Yield what is trained of the base model outside of blocks, and then, layer by layer, A, B and DoRA's
+        magnitudes with what is trained there: so a deeper model's begin alike.
 
         Raises:
             ModelError: the model has no LoRA layers.
         """
         require_lora(model)
-        return lora_parameters(model)
+        inside = in_blocks(model)
+        first = {name: p for name, p in trained_weights(model) if name.rpartition(".")[0] not in inside}
+        yield from first.items()
+        trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        yield from ((name, p) for name, p in trained if name not in first)
 
     def tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Return the weights under the names of the PEFT format.
@@ -135,12 +185,19 @@ class Lora(AdapterMethod):
         return adapter_tensors(model)
 
     def layers_not_reached(self, model: nn.Module, norms: Mapping[str, float]) -> list[str]:
-        """B begins at zero, so A's first gradient is zero by construction and B's is the one to look at."""
-        return [name for name, _ in lora_layers(model) if not norms[f"{name}.lora_B"]]
+        """B begins at zero, so A's first gradient is zero by construction and B's is the one to look at.
+
+        What a bias adds to all keys changes no attention, so that a bias may have no gradient.
+        """
+        others = [name for name, _ in trained_weights(model) if not name.endswith(".bias")]
+        return [name for name, _ in lora_layers(model) if not norms[f"{name}.lora_B"]] + [
+            name for name in others if not norms[name]
+        ]
 
     def lr_ratios(self, names: Sequence[str], loraplus: float) -> list[float]:
-        """Return the ratio of LoRA+ for each B, and 1 for the rest."""
-        return [loraplus if name.endswith(".lora_B") else 1.0 for name in names]
+        """Return the ratio of LoRA+ for each B, 1 for the other weights beside layers, and that of ``also``."""
+        added = {".lora_A": 1.0, ".lora_B": loraplus, ".lora_magnitude_vector": 1.0}
+        return [next((r for end, r in added.items() if name.endswith(end)), self.also_lr_ratio) for name in names]
 
     def does_nothing(self, model: nn.Module) -> bool:
         """Return whether every B is still zero."""
@@ -195,8 +252,10 @@ def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], config: dict, 
     if there and (other or not (folder / CONFIG_NAME).is_file()):
         what = f"{other[0]}, which is no part of an adapter" if other else "something else than an adapter"
         raise OutputError(f"{folder} holds {what} and would be gone; choose another folder")
+    first = {tensor.data_ptr(): name for name, tensor in reversed(tensors.items())}
+    apart = {name: t if first[t.data_ptr()] == name else t.clone() for name, t in tensors.items()}  # of a tied table
     with replacing_folder(folder) as new:
-        write_tensors(new / WEIGHTS_NAME, tensors)
+        write_tensors(new / WEIGHTS_NAME, apart)
         (new / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
@@ -217,7 +276,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def attach_adapter(model: nn.Module, adapter: Adapter | Saved) -> nn.Module:
-    """Add LoRA layers with an adapter's factors to a model without any, or those of its method; return the model."""
+    """Add an adapter to a base model: LoRA layers with its factors, and its weights in the place of the model's, or the
+    layers of its method; return the model."""
     if isinstance(adapter, Saved):
         return adapter.attach(model)
     targets = [Target(name, factors.rank, factors.alpha) for name, factors in adapter.layers.items()]
@@ -235,7 +295,28 @@ def attach_adapter(model: nn.Module, adapter: Adapter | Saved) -> nn.Module:
             for leaf, buffer in list(layer.named_buffers(recurse=False)):
                 setattr(layer, leaf, buffer if buffer.is_meta else buffer.to(device))
     _fill(layers, adapter.layers)
+    _put(model, {_inside(path, layers): weight for path, weight in adapter.weights.items()}, device)
     return model
+
+
+def _put(model: nn.Module, weights: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """Put weights into the place of a model's own, to be trained; where the model has none yet, on a device."""
+    new: dict[int, nn.Parameter] = {}  # of one tensor one
+    for name, weight in weights.items():
+        path, _, leaf = name.rpartition(".")
+        registry = model.get_submodule(path)._parameters
+        if registry[leaf].is_meta:
+            registry[leaf] = new.setdefault(id(weight), nn.Parameter(weight.to(device, registry[leaf].dtype)))
+    train_weights(model, weights)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            model.get_parameter(name).copy_(weight)
+
+
+def _inside(path: str, adapted: Container[str]) -> str:
+    """Return where a weight of the base is in an adapted model."""
+    layer, _, leaf = path.rpartition(".")
+    return f"{layer}.base.{leaf}" if layer in adapted else path
 
 
 def begin_with(model: nn.Module, adapter: Adapter | Saved) -> nn.Module:
@@ -258,9 +339,21 @@ def begin_with(model: nn.Module, adapter: Adapter | Saved) -> nn.Module:
     methods = ["dora" if is_dora else "lora" for is_dora in (_is_dora(own), adapter.is_dora)]
     if methods[0] != methods[1]:
         differences.append(f"adapter.method is {methods[0]}, its method {methods[1]}")
+    trained, weights = trained_paths(model), adapter.weights
+    differences += [
+        f"{what} {_some(names)}"
+        for what, names in (
+            ("it has no trained", trained.keys() - weights.keys()),
+            ("adapter.train_also lacks", weights.keys() - trained.keys()),
+        )
+        if names
+    ]
     if differences:
         raise ModelError(f"lora.init_from: the adapter has other factors than this recipe: {'; '.join(differences)}")
     _fill(own, given)
+    with torch.no_grad():
+        for path, parameter in trained.items():
+            parameter.copy_(weights[path])
     return model
 
 
@@ -279,8 +372,21 @@ def _fill(own: Mapping[str, LoraWeights], given: Mapping[str, Factors]) -> None:
                 layer.get_parameter(leaf).copy_(tensor)
 
 
-def detach_adapter(model: nn.Module) -> nn.Module:
-    """Take the LoRA layers out of a model again; return the base model."""
+def weights_before(model: nn.Module, adapter: Adapter) -> dict[str, torch.Tensor]:
+    """Return copies of what an adapter will replace in a base model, for ``detach_adapter``."""
+    return {path: model.get_parameter(path).detach().clone() for path in adapter.weights}
+
+
+def detach_adapter(model: nn.Module, before: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Take an adapter out of a model again; return the base model.
+
+    Args:
+        before: see ``weights_before``.
+    """
+    freeze_weights(model)
+    with torch.no_grad():
+        for path, weight in before.items():
+            model.get_parameter(_inside(path, dict(lora_layers(model)))).copy_(weight)
     for name, layer in list(lora_layers(model)):
         if isinstance(layer, LoraLinear):
             model.set_submodule(name, layer.base)

@@ -27,6 +27,11 @@ class AdapterMethod:
     why_not_merged = "only LoRA adapters can be merged and exported"
     virtual_tokens: int = 0  # that are put before every row of a language model
 
+    @property
+    def trained_tables(self) -> frozenset[str]:
+        """Which of "embeddings" and "head" are trained, so that they cannot lie in host memory."""
+        return frozenset()
+
     def apply(self, model: nn.Module) -> None:
         """Freeze a model and add what learns, in place.
 

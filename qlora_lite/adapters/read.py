@@ -1,20 +1,21 @@
 """Read an adapter folder in the PEFT format and check it against a model.
 
-Whatever this package cannot compute (trained biases, ``modules_to_save``) is refused, and all tensors that are
-missing, unexpected, of a wrong shape or not finite are listed in one error: an adapter that loads and does nothing is
-the worst fault of this kind.
+Whatever this package cannot compute is refused, and all tensors that are missing, unexpected, of a wrong shape or not
+finite are listed in one error: an adapter that loads and does nothing is the worst fault of this kind.
 
 Tensor names: ``base_model.model.PATH.lora_A.weight`` [r, in] and ``...lora_B.weight`` [out, r], of DoRA also
-``...lora_magnitude_vector`` [out]; PATH is as files have it (``outside``). Of a weight of E fused experts, which
-``target_parameters`` of the configuration names, A is [r E, in] and B [out, r E], and PATH is that of the module which
-holds the experts; where both of its weights are adapted, the first one's has ``.base_layer`` after it.
+``...lora_magnitude_vector`` [out]; of weights of the base that were trained beside them (``modules_to_save``, ``bias``)
+``base_model.model.PATH.weight`` and ``.bias``, or ``PATH.base_layer.bias`` where the layer is adapted. PATH is as files
+have it (``outside``). Of a weight of E fused experts, which ``target_parameters`` of the configuration names, A is
+[r E, in] and B [out, r E], and PATH is that of the module which holds the experts; where both of its weights are
+adapted, the first one's has ``.base_layer`` after it.
 """
 
 import json
 import re
 import time
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Container, Iterator
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from reprlib import repr as short
@@ -28,17 +29,19 @@ from torch import nn
 from qlora_lite.errors import ModelError
 from qlora_lite.experts.packing import both_names, expert_weights
 from qlora_lite.quant.linear import frozen_weight
+from qlora_lite.quant.packed import PackedWeight
 
 from .checkpoint_names import outside
 from .lora.inject import linear_layers
 from .lora.layer import lora_scale
+from .parts import is_tied
 from .saved import METHODS, Saved, checked, read_method
 
 WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 # Settings of peft that change what an adapter computes, and the starts of values that change the base model.
 REFUSED_KEYS = (
-    "modules_to_save", "trainable_token_indices", "layer_replication", "lora_bias", "use_qalora",
+    "trainable_token_indices", "layer_replication", "lora_bias", "use_qalora",
     "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
 REFUSED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -95,20 +98,28 @@ class Factors:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """An adapter as read from its folder: the factors of each adapted layer by path, checked against a model."""
+    """An adapter as read from its folder, checked against a model.
+
+    Args:
+        layers: the factors of each adapted layer by path.
+        weights: those of the base model that were trained beside them, by their paths there; a tied table's is there
+            for the embeddings and for the head.
+    """
 
     layers: dict[str, Factors]
     dropout: float
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Return what its tensors take."""
+        factors = (tensor for layer in self.layers.values() for tensor in layer.tensors.values())
+        return sum(tensor.nbytes for tensor in (*factors, *self.weights.values()))
 
     @property
     def is_dora(self) -> bool:
         """Return whether it scales the adapted weights' rows; then it does so in every layer."""
         return any(factors.lora_magnitude_vector is not None for factors in self.layers.values())
-
-    @property
-    def nbytes(self) -> int:
-        """Return what it takes in memory."""
-        return sum(tensor.nbytes for factors in self.layers.values() for tensor in factors.tensors.values())
 
 
 def read_adapter(model: nn.Module, folder: str | Path) -> Adapter | Saved:
@@ -137,8 +148,9 @@ def read_adapter(model: nn.Module, folder: str | Path) -> Adapter | Saved:
     inside = {name: path for path, name in stored_names(model, layers).items()}
     layers = {name: layers[path] for name, path in inside.items()}
     tensors = _read_tensors(folder / WEIGHTS_NAME, HEADER_BYTES + HEADER_BYTES_PER_LAYER * len(layers))
-    ranks, problems = _check(tensors, layers, bool(config.get("use_dora")))
-    problems += _without_factors(config, layers, ranks)
+    weights, problems = _take_weights(tensors, config, model)
+    ranks, of_layers = _check(tensors, layers, bool(config.get("use_dora")))
+    problems += of_layers + _without_factors(config, layers, ranks)
     if problems:
         more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
         shown = "; ".join(problems[:LISTED] + more)
@@ -146,11 +158,11 @@ def read_adapter(model: nn.Module, folder: str | Path) -> Adapter | Saved:
     paths = {name: outside(model, inside[name]) for name in ranks}  # as patterns mean them
     alphas = _from_patterns(config.get("alpha_pattern") or {}, list(paths.values()))
     factors: dict[str, Factors] = {}
-    for name, path in paths.items():
+    for name, full_path in paths.items():
         lora_a, lora_b, magnitude = map(tensors.get, tensor_names(name).values())
-        alpha, rslora = alphas.get(path, config["lora_alpha"]), bool(config.get("use_rslora"))
+        alpha, rslora = alphas.get(full_path, config["lora_alpha"]), bool(config.get("use_rslora"))
         factors[inside[name]] = Factors(lora_a, lora_b, alpha, rslora, magnitude, layers[name][0])
-    return Adapter(factors, config.get("lora_dropout", 0.0))
+    return Adapter(factors, config.get("lora_dropout", 0.0), weights)
 
 
 def named_base(folder: str | Path) -> tuple[str | None, str | None]:
@@ -187,7 +199,8 @@ def _adapted_experts(model: nn.Module, config: dict, path: Path) -> dict[str, tu
     Raises:
         ModelError: it names something else.
     """
-    names, found = config.get("target_parameters") or [], {}
+    names = config.get("target_parameters") or []
+    found: dict[str, tuple[int, ...]] = {}
     weights = {outside(model, name): (name, weight) for name, weight in expert_weights(model).items()}
     for name in names if isinstance(names, list) else [names]:
         matched = [key for key in weights if isinstance(name, str) and (key == name or key.endswith(f".{name}"))]
@@ -202,6 +215,26 @@ def tensor_names(name: str) -> dict[str, str]:
     """Return the names in files of a layer's trained tensors by those in it; ``name`` is one of ``stored_names``."""
     leaves = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude_vector": "lora_magnitude_vector"}
     return {leaf: f"{PREFIX}{name}.{there}" for leaf, there in leaves.items()}
+
+
+def weight_name(path: str, adapted: Container[str]) -> str:
+    """Return the name in adapter files of a weight of the base model, by its path as files have it.
+
+    Args:
+        adapted: paths of the adapted layers, as files have them.
+    """
+    layer, _, leaf = path.rpartition(".")
+    return f"{PREFIX}{layer}.{'base_layer.' if layer in adapted else ''}{leaf}"
+
+
+def changes_base(folder: Path) -> bool:
+    """Return whether an adapter folder has weights of the base model, in the place of that one's own.
+
+    Raises:
+        ModelError: the configuration is broken, or of what this package cannot compute.
+    """
+    config = _read_config(folder)
+    return bool(config.get("modules_to_save")) or config.get("bias", "none") != "none"
 
 
 def adapter_bytes(folder: Path) -> int:
@@ -236,6 +269,9 @@ def _read_config(folder: Path) -> dict:
     dropout = config.get("lora_dropout", 0.0)
     if not _is_number(dropout) or not 0 <= dropout < 1:
         raise ModelError(f"{path}: lora_dropout must be from 0 to below 1, not {short(dropout)}")
+    saved = config.get("modules_to_save")
+    if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) and name for name in saved)):
+        raise ModelError(f"{path}: modules_to_save must be a list of names, not {short(saved)}")
     _refuse_unsupported(config, path)
     return config
 
@@ -246,7 +282,6 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 def _refuse_unsupported(config: dict, path: Path) -> None:
     refused = {key: config.get(key) for key in REFUSED_KEYS}
-    refused["bias"] = None if config.get("bias", "none") == "none" else config["bias"]
     start = config.get("init_lora_weights")
     refused["init_lora_weights"] = start if str(start).startswith(REFUSED_INITS) else None
     used = [f"{key}={short(value)}" for key, value in refused.items() if value]
@@ -270,6 +305,65 @@ def _read_tensors(path: Path, header_bytes: int) -> dict[str, torch.Tensor]:
         raise ModelError(f"{path} is missing{hint}") from None
     except (OSError, SafetensorError) as error:
         raise ModelError(f"cannot read {path}: {error}; it is cut short or not a safetensors file") from None
+
+
+def _take_weights(tensors: dict, config: dict, model: nn.Module) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Take the base model's weights out of the tensors of a file; return them by path, and what is wrong with them.
+
+    peft looks modules up by the ends of their paths, and saves all that is in them; with ``ensure_weight_tying`` also a
+    head that is the embeddings. With a bias in such a module, and ``bias`` too, it saves that three times.
+    """
+    ends, has_biases = config.get("modules_to_save") or [], config.get("bias", "none") != "none"
+    tables = [table.weight for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table]
+    tied = model.get_input_embeddings().weight if config.get("ensure_weight_tying") and is_tied(model) else None
+    weights: dict[str, torch.Tensor] = {}
+    problems: list[str] = []
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        name = outside(model, path)
+        layer, _, leaf = name.rpartition(".")
+        is_saved = any(module.endswith(end) for module in _beginnings(layer) for end in ends)
+        is_saved |= parameter is tied and f"{PREFIX}{name}" in tensors
+        if not is_saved and not (leaf == "bias" and has_biases):
+            continue
+        stored = f"{PREFIX}{name}"
+        for copied in ("original_module", "modules_to_save") if is_saved and has_biases else ():
+            tensors.pop(f"{PREFIX}{layer}.{copied}.bias", None)
+        if parameter.ndim > 1 and all(parameter is not table for table in tables):
+            tensors.pop(stored, None)
+            problems.append(f"{name} was trained whole; that can be embeddings, the head, norms and biases")
+            continue
+        tensor = tensors.pop(stored, tensors.pop(weight_name(name, [layer]), None))
+        if tensor is None:
+            problems += [f"{stored} is missing"] if is_saved else []
+        elif tensor.shape != parameter.shape or not parameter.is_floating_point():
+            problems.append(f"{name} has shape {tuple(tensor.shape)}, the model's {tuple(parameter.shape)}")
+        elif not tensor.is_floating_point() or not tensor.isfinite().all():
+            problems.append(f"{stored} is not finite")
+        else:
+            weights[path] = tensor
+    for path, module in model.named_modules():
+        if isinstance(module, PackedWeight) and tensors.pop(f"{PREFIX}{outside(model, path)}.weight", None) is not None:
+            problems.append(f"{outside(model, path)} was trained whole, and is in 4 bit here (a head with "
+                            "model.quant_head)")  # fmt: skip
+    return weights, problems + _tie(weights, model)
+
+
+def _beginnings(path: str) -> Iterator[str]:
+    return accumulate(path.split("."), lambda before, part: f"{before}.{part}")
+
+
+def _tie(weights: dict[str, torch.Tensor], model: nn.Module) -> list[str]:
+    """Make the weights of a tied table one tensor; return what is wrong with them."""
+    if not is_tied(model):
+        return []
+    names = [name for name, parameter in model.named_parameters(remove_duplicate=False)
+             if parameter is model.get_input_embeddings().weight]  # fmt: skip
+    found = [weights[name] for name in names if name in weights]
+    if not found or (len(found) == len(names) and all(torch.equal(found[0], each) for each in found)):
+        weights |= dict.fromkeys(names, found[0]) if found else {}
+        return []
+    return ["embeddings and head were trained apart from each other, and are one table in this model; train with "
+            "ensure_weight_tying, or merge with peft"]  # fmt: skip
 
 
 def _check(tensors, layers, is_dora: bool) -> tuple[dict[str, int], list[str]]:
@@ -298,7 +392,7 @@ def _check(tensors, layers, is_dora: bool) -> tuple[dict[str, int], list[str]]:
         problems += [f"{key} is not finite" for key in keys if not tensors[key].isfinite().all()]
         ranks[name] = rows // experts
     problems += [f"{name[:200]} belongs to no linear layer" for name in sorted(set(tensors) - known)]
-    return ranks, problems if tensors else ["it has no tensors"]
+    return ranks, problems if tensors else ["it has no LoRA weights"]
 
 
 def _without_factors(config: dict, layers, ranks) -> list[str]:

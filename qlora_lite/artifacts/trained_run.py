@@ -118,23 +118,24 @@ class TrainedRun:
                 found.add(row.turns[0].content if row.turns[0].role == "system" else None)
         return found.pop() if len(found) == 1 else None
 
-    def read_adapter(self, skeleton: nn.Module, must_change: bool = True) -> Adapter | Saved:
+    def read_adapter(self, skeleton: nn.Module) -> Adapter | Saved:
         """Read the adapter for the base model; a bare one has an adapter without layers.
 
-        Args:
-            must_change: it is for a merge or an export: refuse an adapter that changes nothing, or is not of LoRA.
+        Raises:
+            ModelError: it does not fit, or holds NaN.
+        """
+        return read_adapter(skeleton, self.adapter) if self.adapter else Adapter({}, 0.0)
+
+    def adapter_to_merge(self, skeleton: nn.Module) -> Adapter:
+        """Read the adapter for a merge or an export.
 
         Raises:
             ModelError: it does not fit, holds NaN, changes nothing, or cannot be merged.
         """
-        if self.adapter is None:
-            return Adapter({}, 0.0)
-        adapter = read_adapter(skeleton, self.adapter)
+        adapter = self.read_adapter(skeleton)
         if isinstance(adapter, Saved):
-            if must_change:
-                raise ModelError(f"{self.adapter} can be neither merged nor exported: {adapter.method.why_not_merged}")
-            return adapter
-        if must_change and not any(factors.lora_B.any() for factors in adapter.layers.values()):
+            raise ModelError(f"{self.adapter} can be neither merged nor exported: {adapter.method.why_not_merged}")
+        if not adapter.weights and not any(factors.lora_B.any() for factors in adapter.layers.values()):
             raise ModelError(f"the adapter {self.adapter} changes nothing: every lora_B is zero; was it trained?")
         return adapter
 

@@ -121,7 +121,10 @@ def _settings(named: str, overrides: Sequence[str]) -> Recipe:
 
 
 def _title(settings, machine) -> str:
-    sizes = {"bottleneck": f"width {settings.bottleneck.width}", "prompt": f"{settings.prompt.virtual_tokens} virtual tokens"}
+    sizes = {
+        "bottleneck": f"width {settings.bottleneck.width}",
+        "prompt": f"{settings.prompt.virtual_tokens} virtual tokens",
+    }
     size = sizes.get(settings.adapter.method, f"rank {settings.lora.rank}")
     rows = f"{settings.data.max_tokens:,} tokens, {size}"
     return f"Memory plan of {settings.output.name}: {settings.model.path}, {rows}, on {machine.name}"

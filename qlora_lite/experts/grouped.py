@@ -17,6 +17,7 @@ from math import prod
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import linear
 
 from qlora_lite.ops.grouped_product import Pairs, grouped_product, pairs_by_expert
 from qlora_lite.ops.shapes import pieces
@@ -83,6 +84,19 @@ class LowRank(NamedTuple):
         """Return those of one expert."""
         return LowRank(self.lora_a[expert], self.lora_b[expert], self.scale)
 
+    def low(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``scale * A x`` of rows of one expert, [n, r]."""
+        return linear(x, self.lora_a).mul_(self.scale)
+
+    def low_gradient(self, grad: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of ``A x`` from y's, [n, r]."""
+        return (grad @ self.lora_b).mul_(self.scale)
+
+    def add_gradients(self, sums: "LowRank", x: torch.Tensor, grad: torch.Tensor) -> None:
+        """Add the gradients of A and B from y's to the expert's."""
+        sums.lora_a.addmm_(self.low_gradient(grad).t(), x)
+        sums.lora_b.addmm_(grad.t(), self.low(x))
+
     def zeros(self) -> "LowRank":
         """Return zeros of the same shapes."""
         return LowRank(torch.zeros_like(self.lora_a), torch.zeros_like(self.lora_b), self.scale)
@@ -104,7 +118,8 @@ class Parts(NamedTuple):
 def parts_of(experts: Experts, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> Parts:
     """Take the tensors apart, LoRA weights in a type."""
     end = len(tensors) - experts.lora_tensors
-    added, (frozen, biases) = iter(tensors[end:]), (tensors[:end], (None, None))
+    added, frozen = iter(tensors[end:]), tensors[:end]
+    biases: Sequence[torch.Tensor | None] = (None, None)
     if experts.has_bias:
         frozen, biases = frozen[:-2], frozen[-2:]
     lora = [None if scale is None else LowRank.stacked(next(added), next(added), scale, experts.up.shape[0], dtype)
@@ -139,7 +154,7 @@ class _Weights(NamedTuple):
         rows, out = rows.contiguous(), rows.new_empty(len(pairs.places), shape[of_gradient])
         for group in pieces(count, even_size(count, GROUP_BYTES, prod(shape) * rows.itemsize)):
             some = Packed(codes[group].reshape(-1, 1), absmax[group].reshape(-1))
-            weights = dequantize(some, (group.stop - group.start, *shape), rows.dtype, self.spec.quant_type)
+            weights = dequantize(some, (group.stop - group.start, *shape), rows.dtype, str(self.spec.quant_type))
             weights = weights.transpose(1, 2) if of_gradient else weights
             grouped_product(out, rows, weights, *pairs, group.start, bias, scale)
             del weights  # before the next are dequantised

@@ -78,7 +78,7 @@ def projections(model: nn.Module) -> Iterator[Projection]:
 
 def expert_weights(model: nn.Module) -> dict[str, Projection]:
     """Return the weights of experts by path, packed or in 16 bit: those that LoRA may adapt."""
-    found = {}
+    found: dict[str, Projection] = {}
     for path, module in model.named_modules():
         names = both_names(module) if hasattr(module, f"{PACKED}down_proj") else _names(module)
         found |= {f"{path}.{name}": Projection(path, module, name) for name in names}
@@ -194,7 +194,7 @@ def described_experts(
     (up, tensors_of_up), (down, tensors_of_down) = (Projection("", experts, name).described for name in names)
     biases = [getattr(experts, f"{name}_bias") for name in names] if experts.has_bias else []
     activate = experts._apply_gate if experts.has_gate else experts.act_fn
-    scales = tuple(added[name][2] if name in added else None for name in names)
-    described = Experts(activate, up, down, len(tensors_of_up), experts.has_bias, scales=scales)
+    of_up, of_down = (added[name][2] if name in added else None for name in names)
+    described = Experts(activate, up, down, len(tensors_of_up), experts.has_bias, scales=(of_up, of_down))
     factors = [tensor for name in names if name in added for tensor in added[name][:2]]
     return described, [*tensors_of_up, *tensors_of_down, *biases, *factors]

@@ -67,42 +67,29 @@ class _Projection(NamedTuple):
         """Return y [n, out] of rows x; what LoRA adds is rounded with the sum, once."""
         if self.lora is None:
             return linear(x, self.weight, self.bias)
-        y = linear(self.low(x), self.lora.lora_b).addmm_(x, self.weight.t())
+        y = linear(self.lora.low(x), self.lora.lora_b).addmm_(x, self.weight.t())
         return y if self.bias is None else y.add_(self.bias)
 
     def gradient(self, grad: torch.Tensor) -> torch.Tensor:
         """Return the gradient of x from y's."""
         if self.lora is None:
             return grad @ self.weight
-        return (self.low_gradient(grad) @ self.lora.lora_a).addmm_(grad, self.weight)
-
-    def low(self, x: torch.Tensor) -> torch.Tensor:
-        """Return ``scale * A x`` of rows, [n, r]."""
-        return linear(x, self.lora.lora_a).mul_(self.lora.scale)
-
-    def low_gradient(self, grad: torch.Tensor) -> torch.Tensor:
-        """Return the gradient of ``A x`` from y's, [n, r]."""
-        return (grad @ self.lora.lora_b).mul_(self.lora.scale)
-
-    def add_gradients(self, sums: LowRank, x: torch.Tensor, grad: torch.Tensor) -> None:
-        """Add the gradients of A and B from y's to the expert's."""
-        sums.lora_a.addmm_(self.low_gradient(grad).t(), x)
-        sums.lora_b.addmm_(grad.t(), self.low(x))
+        return (self.lora.low_gradient(grad) @ self.lora.lora_a).addmm_(grad, self.weight)
 
 
 class _Part(NamedTuple):
-    """Rows of one expert, and its projections; rows beyond ``count`` fill a kernel and mean nothing."""
+    """Rows of one expert, and its projections; those beyond ``rows`` fill a kernel and mean nothing."""
 
     expert: int
-    count: int
+    rows: int
     tokens: torch.Tensor  # int64 [n]
-    pairs: slice  # count of the sorted ones
+    pairs: slice  # rows of the sorted ones
     up: _Projection
     down: _Projection
 
     def add_rows(self, sum_TD: torch.Tensor, rows: torch.Tensor) -> None:
         """Add rows [n, D] to those of their tokens."""
-        sum_TD.index_add_(0, self.tokens[: self.count], rows[: self.count].to(sum_TD.dtype))
+        sum_TD.index_add_(0, self.tokens[: self.rows], rows[: self.rows].to(sum_TD.dtype))
 
 
 class _Pairs(NamedTuple):
@@ -231,7 +218,7 @@ def _value(hidden_TD, weights_TK, chosen_TK, experts: Experts, tensors: Sequence
     weights = weights_TK.flatten()[pairs.places]
 
     def add(part: _Part) -> None:
-        y = part.down.product(experts.activate(part.up.product(hidden_TD[part.tokens])))[: part.count]
+        y = part.down.product(experts.activate(part.up.product(hidden_TD[part.tokens])))[: part.rows]
         part.add_rows(sum_TD, y.mul_(weights[part.pairs, None]))
 
     parts = parts_of(experts, tensors, hidden_TD.dtype)
@@ -255,7 +242,7 @@ def _gradients(
     sums_up, sums_down = (lora and lora.zeros() for lora in parts.lora)
 
     def add(part: _Part) -> None:
-        grad, own = grad_TD[part.tokens], slice(part.count)
+        grad, own = grad_TD[part.tokens], slice(part.rows)
         first = part.up.product(hidden_TD[part.tokens]).requires_grad_()
         with torch.enable_grad():
             inner = experts.activate(first)
@@ -264,13 +251,13 @@ def _gradients(
         if part.down.bias is not None:
             of_weights += (grad * part.down.bias).sum(-1, dtype=exact)
         grad_weights[part.pairs] = of_weights[own]
-        if sums_down is not None:
+        if part.down.lora is not None and sums_down is not None:
             weighted = grad[own] * weights[part.pairs, None]
-            part.down.add_gradients(sums_down.of(part.expert), inner.detach()[own], weighted.to(grad.dtype))
+            part.down.lora.add_gradients(sums_down.of(part.expert), inner.detach()[own], weighted.to(grad.dtype))
         grad_inner[own].mul_(weights[part.pairs, None])
         (grad_first,) = torch.autograd.grad(inner, first, grad_inner)
-        if sums_up is not None:
-            part.up.add_gradients(sums_up.of(part.expert), hidden_TD[part.tokens[own]], grad_first[own])
+        if part.up.lora is not None and sums_up is not None:
+            part.up.lora.add_gradients(sums_up.of(part.expert), hidden_TD[part.tokens[own]], grad_first[own])
         part.add_rows(grad_hidden_TD, part.up.gradient(grad_first))
 
     _for_each_part(add, pairs, len(hidden_TD), hidden_TD.dtype, experts, parts)
@@ -302,8 +289,8 @@ class _Gradient(torch.autograd.Function):
             grad_TD, hidden_TD, weights_TK, chosen_TK, ctx.experts, tensors
         )
         frozen = len(tensors) - len(grad_lora)
-        grad_lora = (grad.to(tensor.dtype) for grad, tensor in zip(grad_lora, tensors[frozen:], strict=True))
-        return grad_hidden_TD, grad_weights_TK, None, None, *(None for _ in range(frozen)), *grad_lora
+        of_lora = [grad.to(tensor.dtype) for grad, tensor in zip(grad_lora, tensors[frozen:], strict=True)]
+        return grad_hidden_TD, grad_weights_TK, None, None, *(None for _ in range(frozen)), *of_lora
 
 
 class _Value(torch.autograd.Function):

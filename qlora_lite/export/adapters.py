@@ -26,8 +26,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from qlora_lite.adapters.checkpoint_names import outside
 from qlora_lite.adapters.files import adapter_config, attach_adapter, detach_adapter, write_adapter
-from qlora_lite.adapters.read import Adapter, Factors, stored_names, tensor_names
+from qlora_lite.adapters.read import Adapter, Factors, stored_names, tensor_names, weight_name
 from qlora_lite.errors import ModelError
 from qlora_lite.files import replacing_folder
 from qlora_lite.models.gguf_names import GgufNames
@@ -54,12 +55,14 @@ def write_peft(adapter: Adapter, skeleton: nn.Module, out: Path, base_model: str
     """
     with torch.no_grad():
         config = adapter_config(attach_adapter(skeleton, adapter), base_model)
-    detach_adapter(skeleton)
+    detach_adapter(skeleton, {})
     tensors: dict[str, torch.Tensor] = {}
     stored = stored_names(skeleton, adapter.layers)
     for name, factors in adapter.layers.items():
         names = tensor_names(stored[name])
         tensors |= {names[leaf]: tensor.contiguous() for leaf, tensor in factors.tensors.items()}
+    adapted = {outside(skeleton, name) for name in adapter.layers}
+    tensors |= {weight_name(outside(skeleton, path), adapted): weight for path, weight in adapter.weights.items()}
     config = {key: value for key, value in config.items() if value not in ({}, False)}
     write_adapter(out, tensors, config, tokenizer)
 
@@ -73,7 +76,7 @@ def for_vllm(adapter: Adapter, skeleton: nn.Module, family: str) -> tuple[Adapte
     Raises:
         ModelError: vLLM cannot read an adapter of this method or rank, or for this model.
     """
-    require_layers_lora(adapter, "vLLM")
+    refuse_all_but_lora(adapter, "vLLM")
     if family not in VLLM_FAMILIES or any(stands_for_conv1d(skeleton.get_submodule(name)) for name in adapter.layers):
         known = ", ".join(VLLM_FAMILIES)
         raise ModelError(f"vLLM is not known to support adapters for {family} (but for {known}); merge and serve that")
@@ -83,18 +86,22 @@ def for_vllm(adapter: Adapter, skeleton: nn.Module, family: str) -> tuple[Adapte
     return with_one_scaling(adapter, largest), next(rank for rank in VLLM_RANKS if rank >= largest)
 
 
-def require_layers_lora(adapter: Adapter, program: str) -> None:
-    """Check that an adapter is LoRA of linear layers, for a program that would leave the rest out.
+def refuse_all_but_lora(adapter: Adapter, program: str) -> None:
+    """Check that an adapter is LoRA, for a program that would leave all else out.
 
     Raises:
-        ModelError: it is DoRA, or has weights for fused experts.
+        ModelError: it is DoRA, or has weights for fused experts, or weights of the base that were trained too.
     """
+    merged = "`qlora-lite merge`, or export --to gguf or ollama, writes a merged model, which needs none"
     if any(factors.experts > 1 for factors in adapter.layers.values()):
         raise ModelError(f"the adapter has LoRA weights for fused experts, and {program} takes linear layers' alone; "
                          "`qlora-lite merge` writes a merged model, which needs none")  # fmt: skip
     if adapter.is_dora:
-        raise ModelError(f"the adapter is DoRA, and {program} takes LoRA alone, without DoRA's magnitudes; `qlora-lite "
-                         "merge`, or export --to gguf or ollama, writes a merged model, which needs none")  # fmt: skip
+        raise ModelError(f"the adapter is DoRA, and {program} takes LoRA alone, without DoRA's magnitudes; {merged}")
+    if adapter.weights:
+        first = next(iter(adapter.weights))
+        raise ModelError(f"the adapter has weights of the base that were trained too, first {first}, and {program} "
+                         f"takes LoRA alone; {merged}")  # fmt: skip
 
 
 def with_one_scaling(adapter: Adapter, rank: int | None = None) -> Adapter:

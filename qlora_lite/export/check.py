@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from qlora_lite.adapters.files import attach_adapter, detach_adapter
+from qlora_lite.adapters.files import attach_adapter, detach_adapter, weights_before
 from qlora_lite.adapters.read import Adapter
 from qlora_lite.errors import ModelError
 from qlora_lite.models.anatomy import device_of
@@ -49,9 +49,9 @@ def change_of(model: nn.Module, adapter: Adapter) -> Change:
     Raises:
         ModelError: it changes nothing.
     """
-    base = logits_of(model)
+    base, before = logits_of(model), weights_before(model, adapter)
     adapted = logits_of(attach_adapter(model, adapter))
-    detach_adapter(model)
+    detach_adapter(model, before)
     if torch.equal(base, adapted):
         raise ModelError("the run's adapter changes nothing in the base model's logits")
     return Change(base, adapted)

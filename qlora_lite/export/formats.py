@@ -29,14 +29,7 @@ from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.models.weights import open_weights
 from qlora_lite.prepare.build import build_to_use
 
-from .adapters import (
-    ADAPTER_FILE,
-    for_vllm,
-    read_gguf_adapter,
-    require_layers_lora,
-    write_gguf_adapter,
-    write_peft,
-)
+from .adapters import ADAPTER_FILE, for_vllm, read_gguf_adapter, refuse_all_but_lora, write_gguf_adapter, write_peft
 from .check import Change, change_of, check_change, check_merged, logits_of
 from .gguf_model import MODEL_FILE, as_read, write_gguf
 from .merge import BASES, UNKNOWN_BASE, check_choice
@@ -93,7 +86,7 @@ def export_run(
     require_empty(out := Path(out))
     trained = open_trained(run, model_path, unfinished)
     skeleton = trained.skeleton()
-    job = _Job(trained, skeleton, trained.read_adapter(skeleton), settings, out)
+    job = _Job(trained, skeleton, trained.adapter_to_merge(skeleton), settings, out)
     with ExitStack() as unproven:  # new or empty before: what is not proven, or stopped, is not left lying around
         unproven.callback(shutil.rmtree, out, ignore_errors=True)
         found = FORMS[settings.to](job)
@@ -145,7 +138,7 @@ def _to_tell_vllm(job: _Job) -> Iterator[str]:
 
 
 def _gguf_adapter(job: _Job) -> dict:
-    require_layers_lora(job.adapter, "llama.cpp's --lora")
+    refuse_all_but_lora(job.adapter, "llama.cpp's --lora")
     names, adapter = gguf_names(job.skeleton.config), job.adapter
     change = _adapter_change(job)
     write_gguf_adapter(adapter, names, job.out)
@@ -238,7 +231,7 @@ def _merged_model(job: _Job, write_beside: Callable[[Path], object], adds_begin:
 
 def _streamed_base(merged: Merged, config, rounded: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
     """Return the base that the adapter was merged into, its weights rounded (in float32)."""
-    base = replace(merged, adapter=replace(merged.adapter, layers={}))
+    base = replace(merged, adapter=replace(merged.adapter, layers={}, weights={}))
     stored = {parameter: name for name, parameter in merged.base.parameters.items()}
 
     def read(parameter: str) -> torch.Tensor:

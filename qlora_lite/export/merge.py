@@ -134,7 +134,7 @@ def check_choice(trained: TrainedRun, base: str | None) -> str:
 def prepare_merge(trained: TrainedRun, onto: str) -> Merged:
     """Open a run's base model and adapter for merging; nothing large is loaded."""
     skeleton = trained.skeleton()
-    adapter = trained.read_adapter(skeleton)
+    adapter = trained.adapter_to_merge(skeleton)
     return open_merged(trained.files, skeleton, adapter, onto, trained.compute_dtype)
 
 

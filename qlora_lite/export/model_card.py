@@ -167,6 +167,7 @@ def _settings(facts: CardFacts) -> list[tuple[str, str]]:
     r, summary, data = facts.recipe, facts.summary, facts.summary.get("data")
     counted = data if isinstance(data, dict) else {}
     rate = summary.get("learning_rate", r.train.learning_rate)  # earlier runs have it in the recipe alone
+    also = ", ".join(r.adapter.train_also)
     targets = ", ".join(f"`{target.pattern}`" for target in r.lora.targets)
     rows = [
         ("examples", _count(counted.get("rows_kept"))),
@@ -176,6 +177,7 @@ def _settings(facts: CardFacts) -> list[tuple[str, str]]:
         (_name_of_method(r), f"rank {r.lora.rank}, alpha {r.lora.alpha:g}, dropout {r.lora.dropout:g}"
          f"{', rank-stabilized' if r.lora.rslora else ''}, on {targets}"
          f"{'; initialized from an earlier adapter' if r.lora.init_from else ''}"),
+        ("trained whole", f"{also}, at {r.adapter.train_also_lr_ratio:g} times the learning rate" if also else "-"),
         ("trainable parameters", _count(summary.get("trainable_parameters"))),
         ("optimizer", f"{r.train.optimizer}, weight decay {r.train.weight_decay:g}, gradient norm up to "
          f"{r.train.max_grad_norm:g}"),

@@ -196,7 +196,7 @@ def load_switched(
     """Return the base model of open runs with all their adapters, their switch and the adapters; see ``load_tasks``."""
     first = next(iter(opened.values()))
     skeleton = first.skeleton()
-    adapters = {name: run.read_adapter(skeleton, must_change=False) for name, run in opened.items()}
+    adapters = {name: run.read_adapter(skeleton) for name, run in opened.items()}
     longest = max(context_tokens_of(run.recipe) for run in opened.values())
     with_adapter = [run.adapter for run in opened.values() if run.adapter]
     model = build_to_use(first.recipe, with_adapter, context_tokens or longest)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qlora_lite.adapters.parts import NormInFloat32
 from qlora_lite.errors import ModelError
 from qlora_lite.ops.loss import Head
 from qlora_lite.quant.linear import QuantLinear, WeightRows, is_linear
@@ -94,6 +95,7 @@ def tokenwise_parts(module: nn.Module) -> list[str]:
 
 
 def _is_tokenwise(part: nn.Module) -> bool:
+    part = part.inner if isinstance(part, NormInFloat32) else part
     kind = type(part).__name__
     named_so = "Norm" in kind or (kind.endswith("MLP") and any(map(is_linear, part.modules())))
     return named_so and len(inspect.signature(part.forward).parameters) == 1

@@ -143,8 +143,8 @@ def place(
         of_model: its blocks; None are those of a causal language model.
 
     Raises:
-        ModelError: of embeddings that are also the head only one is to stay on the host, or the head is no 16-bit
-            linear layer.
+        ModelError: of embeddings that are also the head only one is to stay on the host, the head is no 16-bit
+            linear layer, or a table that is to stay there is trained.
     """
     if options.host_embeddings or options.host_head:
         _place_tables(model, device, options)
@@ -164,6 +164,12 @@ def place(
 
 def _place_tables(model: nn.Module, device: torch.device, options: MemoryOptions) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for key, table, on_host in (
+        ("embeddings", embedding, options.host_embeddings), ("head", head, options.host_head),
+    ):  # fmt: skip
+        if on_host and table.weight.requires_grad:
+            raise ModelError(f"memory.{key} host is for a frozen table, and this one is trained: set it to device, or "
+                             "leave it out of adapter.train_also")  # fmt: skip
     if options.host_embeddings != options.host_head and embedding.weight is head.weight:
         raise ModelError("the embeddings are also the head: set memory.embeddings and memory.head to the same")
     if options.host_head and not isinstance(head, nn.Linear):

@@ -180,6 +180,8 @@ class Merged:
             weight = merged_weight(weight, self.adapter.layers[path])
         elif experts is not None and experts.path in self.adapter.layers:
             weight = merged_experts(weight, self.adapter.layers[experts.path], experts)
+        trained = self.adapter.weights.get(self.base.parameters.get(stored, ""))
+        weight = weight if trained is None else trained.to(self.compute_dtype).float()  # as the run computed with it
         if rounding is not None:
             rounding.add(weight, before)
         rounded = (weight.t() if is_conv1d else weight).to(dtype).contiguous()
@@ -212,6 +214,10 @@ def open_merged(
     found |= {experts.path for experts in base.experts.values()}
     if missing := sorted(adapter.layers.keys() - found):
         raise ModelError(f"{files.name} stores no weight of its own for {len(missing)} adapted layers: {missing[:8]}")
+    tied = {path for path, parameter in skeleton.named_parameters(remove_duplicate=False)
+            if parameter is skeleton.get_input_embeddings().weight}  # fmt: skip
+    if missing := sorted(adapter.weights.keys() - tied - {*base.parameters.values()}):
+        raise ModelError(f"{files.name} stores no weight of its own for {len(missing)} trained ones: {missing[:8]}")
     name, layers, head = type(skeleton).__name__, linear_layers(skeleton), skeleton.get_output_embeddings()
     if isinstance(head, QuantLinear) and not skeleton.config.tie_word_embeddings:
         layers |= {path: module for path, module in skeleton.named_modules() if module is head}

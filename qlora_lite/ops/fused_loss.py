@@ -50,10 +50,10 @@ def candidates(setting: str, head: Head, device: torch.device) -> list[str]:
     """Return the losses to try for a setting of ``memory.fused_loss``, by name.
 
     None knows a head in 4 bit or in host memory, with a bias, or with a scale of its logits, and none promises the same
-    bits each time.
+    bits each time. What they do for a head that is trained was not measured.
     """
     is_plain = device.type == "cuda" and torch.is_tensor(head.weight) and head.weight.device == device
-    is_known = is_plain and head.bias is None and head.scale == 1.0
+    is_known = is_plain and head.bias is None and head.scale == 1.0 and not head.weight.requires_grad
     if setting == "off" or not is_known or torch.are_deterministic_algorithms_enabled():
         return []
     return installed()

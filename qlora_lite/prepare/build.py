@@ -17,9 +17,9 @@ from qlora_lite.adapters.lora.inject import Target
 from qlora_lite.adapters.lora.layer import lora_scale
 from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.adapters.prompt import PromptTuning
-from qlora_lite.adapters.read import adapter_bytes, read_adapter
+from qlora_lite.adapters.read import adapter_bytes, changes_base, read_adapter
 from qlora_lite.constraints import UPDATES_IN_FLOAT16, WITH_COMPILE
-from qlora_lite.errors import CheckpointError, ModelError
+from qlora_lite.errors import CheckpointError, DoesNotFitError, ModelError
 from qlora_lite.experts.packing import adapts_experts, expert_weights
 from qlora_lite.memory.meter import free_bytes, set_memory_limit
 from qlora_lite.models.anatomy import blocks
@@ -135,7 +135,8 @@ def method_of(recipe: Recipe) -> AdapterMethod:
         return PromptTuning(p.virtual_tokens, tuple(init.input_ids) if init else (), p.encoder_width)
     x, is_dora = recipe.lora, recipe.adapter.method == "dora"
     targets = tuple(Target(t.pattern, t.rank, t.alpha) for t in x.targets)
-    return Lora(targets, x.rank, x.alpha, x.dropout, x.rslora, getattr(torch, x.dtype), is_dora)
+    also = recipe.adapter.train_also, recipe.adapter.train_also_lr_ratio
+    return Lora(targets, x.rank, x.alpha, x.dropout, x.rslora, getattr(torch, x.dtype), is_dora, *also)
 
 
 def build_to_use(
@@ -169,6 +170,10 @@ def build_to_use(
         m.path, m.quant, m.double_quant, dtype, "cpu" if options.places_weights else device, m.revision, use_cache,
         quant_head=m.quant_head, in_files=options.weights_on_disk,
     )  # fmt: skip
+    if options.resident_layers is not None and any(map(changes_base, adapters)):
+        raise DoesNotFitError("the GPU has no room for all weights, and those of an adapter that has norms, biases or "
+                              "tables of its own cannot be brought to it one block at a time: merge it (qlora-lite "
+                              "merge), and use the merged model")  # fmt: skip
     if options.places_weights:
         left = left_on_host(options, len(blocks(model)))
         log.warning("the GPU has no room for all weights, so that answers take longer; in host memory: %s", left)

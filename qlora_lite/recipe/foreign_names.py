@@ -38,6 +38,8 @@ _RENAMED = {
         "model_revision revision_of_model",
     "adapter.method":
         "dora use_dora peft_use_dora lora_use_dora",
+    "adapter.train_also":
+        "modules_to_save lora_modules_to_save additional_target",
     "lora.rank":
         "lora_r r lora_rank lora_dim network_dim",
     "lora.alpha":
@@ -225,8 +227,8 @@ _NOT_OFFERED = {
     'here these are items of lora.targets, such as {pattern: "model.layers.1?.*", rank: 8}; the last that matches wins':
         "rank_pattern alpha_pattern layers_to_transform layers_pattern exclude_modules lora_layers_to_transform "
         "peft_layers_to_transform peft_layers_pattern lora_exclude_modules",
-    "remove it; only LoRA weights are trained":
-        "modules_to_save lora_modules_to_save additional_target train_embeddings",
+    "write adapter.train_also: [embeddings, head]": "train_embeddings",
+    "write adapter.train_also: biases": "bias",
     "add experts to lora.targets, or names of their weights such as gate_up_proj; other parameters stay frozen":
         "target_parameters lora_target_parameters",
     "remove it; embeddings and the tokens of the tokenizer stay as the model has them":
@@ -234,13 +236,14 @@ _NOT_OFFERED = {
         "special_tokens added_tokens_overrides trainable_token_indices resize_vocab resize_token_embeddings "
         "resize_token_embeddings_to_32x mean_resizing_embeddings shrink_embeddings fix_untrained_tokens eot_tokens "
         "embeddings_skip_upcast eos_token",
-    "remove it; embeddings are not trained, and among LoRA weights train.loraplus_lr_ratio gives B another rate":
+    "remove it; train.loraplus_lr_ratio gives B another rate, and adapter.train_also_lr_ratio embeddings and other "
+    "whole weights":
         "loraplus_lr_embedding embedding_learning_rate embedding_lr embedding_lr_scale lr_groups lr_scale_b",
     "remove it; there is no 8-bit base here: model.quant is nf4 or fp4 (4 bit), or none (16 bit)":
         "load_in_8bit load_in_fp8 load_in_16bit",
     "remove it; models are quantised to NF4 or FP4 here; other formats are not read":
         "gptq awq hqq eetq aqlm qat qat_scheme quantizer",
-    "remove it; LoRA weights have no bias": "bias lora_bias",
+    "remove it; LoRA weights have no bias": "lora_bias",
     "remove it; new LoRA weights start with B at zero (no PiSSA, OLoRA, EVA or LoftQ); "
     "lora.init_from starts from an adapter":
         "init init_lora_weights peft_init_lora_weights pissa pissa_* use_pissa loftq loftq_config use_loftq "

@@ -249,6 +249,21 @@ def _method(draft: Draft, setting: Setting, key: str) -> None:
         draft.put(key, "dora", setting)
 
 
+def _parts(draft: Draft, setting: Setting, key: str) -> None:
+    names = setting.value.split(",") if isinstance(setting.value, str) else setting.value
+    words = {"embed": "embeddings", "wte": "embeddings", "head": "head", "output": "head", "norm": "norms",
+             "ln_": "norms"}  # fmt: skip
+    parts: list[str] = []
+    for name in names if isinstance(names, list) else [names]:
+        found = next((part for word, part in words.items() if word in as_text(name)), None)
+        if found is None:
+            draft.note("lost", setting, f"{as_text(name)} is not among what can be trained whole here", key)
+        elif found not in parts:
+            parts.append(found)
+    if parts:
+        draft.put(key, parts, setting)
+
+
 def _targets(draft: Draft, setting: Setting, key: str) -> None:
     name, value = setting.name.rpartition(".")[2], setting.value
     mlp = ["gate_proj", "up_proj", "down_proj"]
@@ -542,7 +557,8 @@ _BY_PLACE: dict[str, Callable[[Draft, Setting], None]] = {
     "unsloth-studio:data.format_type": _studio_format,
 }  # fmt: skip
 _BY_KEY: dict[str, Callable[[Draft, Setting, str], None]] = {
-    "model.quant": _quant, "adapter.method": _method, "lora.targets": _targets, "data.train": _data, "data.eval": _data,
+    "model.quant": _quant, "adapter.method": _method, "adapter.train_also": _parts, "lora.targets": _targets,
+    "data.train": _data, "data.eval": _data,
     "data.eval_share": _eval_share, "data.template": _template, "data.train_on": _train_on, "data.packing": _packing,
     "data.order": _order, "data.overflow": _overflow, "train.micro_batch_size": _batch, "train.max_steps": _max_steps,
     "train.gradient_accumulation_steps": _batch, "train.eval_every_steps": _every, "train.save_every_steps": _every,

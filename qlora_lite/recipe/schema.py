@@ -149,6 +149,9 @@ class Target(_Section):
     """Alpha of these layers; null is lora.alpha."""
 
 
+_Part = Literal["embeddings", "head", "norms", "biases"]
+
+
 class Adapter(_Section):
     """What is trained beside the frozen model."""
 
@@ -158,6 +161,17 @@ class Adapter(_Section):
     both. bottleneck trains small networks behind the parts of each block, and prompt embeddings of virtual tokens
     before every row (prompt tuning and p-tuning), as the sections of these names say; neither can be merged or
     exported, and both slow down answers."""
+    train_also: Annotated[
+        tuple[_Part, ...], Field(strict=False), BeforeValidator(_one_name_or_many),
+        Rule(f"one or a list of {', '.join(get_args(_Part))}"),
+    ] = ()  # fmt: skip
+    """Weights of the base model that are trained whole beside the LoRA weights: embeddings, head, norms, biases (all of
+    the model's). Tied embeddings are one table: embeddings trains the head too. A table takes about 6 bytes a number
+    more with an 8-bit optimizer, 2 of them already there, and lies on the device; adapters hold it whole, and vLLM and
+    llama.cpp take it merged only."""
+    train_also_lr_ratio: PositiveFloat = 0.1
+    """How many times train.learning_rate the learning rate of adapter.train_also is: whole weights take about a tenth
+    of what LoRA weights do."""
 
 
 class Lora(_Section):

@@ -214,8 +214,12 @@ class CausalLM(Workload):
 
     @property
     def movable_tables(self) -> tuple[str, ...]:
-        """Embeddings, and the head if it is in 16 bit."""
-        return ("host_embeddings",) if self.spec.quant_head else ("host_embeddings", "host_head")
+        """Embeddings, and the head if it is in 16 bit; but for those that are trained."""
+        trained = self.method.trained_tables
+        if trained and self.tables_are_tied:
+            return ()
+        still = [f"host_{table}" for table in ("embeddings", "head") if table not in trained]
+        return tuple(table for table in still if table != "host_head" or not self.spec.quant_head)
 
     @property
     def tables_are_tied(self) -> bool:

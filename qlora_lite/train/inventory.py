@@ -7,6 +7,7 @@ from math import prod
 import torch
 from torch import nn
 
+from qlora_lite.adapters.parts import trained_weights
 from qlora_lite.models.anatomy import text_config
 from qlora_lite.models.memory_options import on_disk, on_host, stream_of
 from qlora_lite.quant.linear import QuantLinear
@@ -79,7 +80,8 @@ def _category(module, name, tensor, embedding, head) -> tuple[str, str]:
 
 def total_parameters(model: nn.Module) -> int:
     """Return the number of weights of the model without the adapter, 4-bit ones counted whole."""
-    plain = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    trained = dict(trained_weights(model)).values()
+    plain = sum(p.numel() for p in (*trained, *(p for p in model.parameters() if not p.requires_grad)))
     copy = model.get_output_embeddings() if text_config(model).tie_word_embeddings else None
     packed = [m for m in model.modules() if isinstance(m, PackedWeight) and m is not copy]
     return plain + sum(prod(m.shape) for m in packed)

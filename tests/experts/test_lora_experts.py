@@ -273,7 +273,9 @@ def test_what_experts_cannot_have_is_refused_before_anything_is_changed(options,
 def test_a_model_without_experts_says_so():
     with pytest.raises(ModelError, match="'experts' matches no linear layer of this model"):
         add_lora(build_tiny("llama"), ["experts"])
-    with pytest.raises(ModelError, match="'expert' matches no linear layer or weight of experts.*did you mean experts"):
+    with pytest.raises(
+        ModelError, match=r"'expert' matches no linear layer or weight of experts.*did you mean experts"
+    ):
         add_lora(build_tiny("qwen3_moe"), ["expert"])
 
 

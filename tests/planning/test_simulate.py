@@ -9,7 +9,7 @@ from tiny import ARCHITECTURES, UNUSUAL, build_tiny
 from transformers import AutoConfig
 
 from qlora_lite.adapters.files import Lora
-from qlora_lite.adapters.lora.inject import Target, lora_parameters
+from qlora_lite.adapters.lora.inject import Target
 from qlora_lite.data.batch import Batch
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.models.load import adopt, use_row_attention
@@ -63,7 +63,7 @@ def measured(job, model_type, steps=(LENGTHS, LENGTHS), scale=1.0, **changes):
     job.workload.method.apply(model)
     check_forward(model, max(job.shape.lengths))
     set_memory_options(model, job.options)
-    parameters = [p for _, p in lora_parameters(model)]
+    parameters = [p for _, p in job.workload.method.parameters(model)]
     optimizer = build_optimizer(parameters, job.optimizer, 1e-4, 0.0, job.stochastic_rounding)
     batch, ledger = all_learned(LENGTHS), Ledger(allocation_bytes=ALLOCATION_BYTES[job.device_type])
     with ledger:
@@ -109,6 +109,17 @@ def test_the_predicted_peak_of_dora_is_the_measured_one(model_type, quant, optio
     options = replace(options, loss_chunk_tokens=8)
     job = job_for(config_of(model_type), options=options, dora=True, quant=quant)
     assert_predicted(job, measured(job, model_type))
+
+
+@pytest.mark.parametrize(("model_type", "also", "options"), [
+    ("llama", ("embeddings", "head", "norms"), MemoryOptions()), ("gemma2", ("embeddings",), MemoryOptions("none")),
+    ("gpt2", ("norms", "biases"), MemoryOptions(tile_tokens=16)),
+    ("qwen2", ("norms", "biases"), MemoryOptions(cache_dequantized=True)),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_predicted_peak_with_weights_of_the_base_trained_is_the_measured_one(model_type, also, options, dtype):
+    job = job_for(config_of(model_type), options=replace(options, loss_chunk_tokens=8), also=also, compute_dtype=dtype)
+    assert_predicted(job, measured(job, model_type, dtype=dtype))
 
 
 def test_dora_needs_what_lora_does_and_its_magnitudes_and_products_of_one_block():
@@ -221,6 +232,9 @@ def test_the_predicted_peak_of_the_update_of_bfloat16_weights_is_the_measured_on
         {"factor_dtype": torch.bfloat16},
         {"factor_dtype": torch.bfloat16, "device_type": "cuda"},
         {"factor_dtype": torch.bfloat16, "optimizer": "adamw_torch"},
+        {"also": ("embeddings", "head", "norms"), "compute_dtype": torch.bfloat16},
+        {"also": ("embeddings", "norms"), "device_type": "cuda", "options": MemoryOptions(offload_checkpoints=True)},
+        {"also": ("norms",), "options": MemoryOptions(resident_layers=0, host_embeddings=True, host_head=True)},
     ],
 )
 def test_two_small_depths_continued_give_the_whole_depth_to_the_byte(changes):

@@ -358,7 +358,7 @@ def test_a_script_of_another_trainer_class_is_refused(refused, call):
 
 
 def test_settings_that_what_is_learned_depends_on_are_not_lost_without_a_word(made, refused):
-    text = AXOLOTL + "neftune_noise_alpha: 5\nlora_modules_to_save: [embed_tokens]\nval_set: 3\nuse_dora: false\n"
+    text = AXOLOTL + "neftune_noise_alpha: 5\nlora_modules_to_save: [up_proj]\nval_set: 3\nuse_dora: false\n"
     problems = refused(text.replace("optimizer: adamw_bnb_8bit", "optimizer: adafactor"))
     assert [problem.partition(" = ")[0] for problem in problems[:-1]] == [
         "theirs.yml:22: optimizer", "theirs.yml:33: neftune_noise_alpha", "theirs.yml:34: lora_modules_to_save",
@@ -369,6 +369,11 @@ def test_settings_that_what_is_learned_depends_on_are_not_lost_without_a_word(ma
     conversion, _ = made(text, partial=True)
     assert conversion.text.splitlines()[2] == "# NOT CONVERTED, although training depends on it:"
     assert len(notes(conversion, "lost")) == 3
+
+
+def test_modules_to_save_are_converted(made):
+    _, recipe = made(AXOLOTL + "lora_modules_to_save: [embed_tokens, lm_head, input_layernorm, model.norm]\n")
+    assert recipe.adapter.train_also == ("embeddings", "head", "norms")
 
 
 def test_dora_and_lora_plus_are_converted(made):

@@ -118,9 +118,10 @@ class DoraLinear(LoraLinear):
         keeps_y = bias is None and z.shape[-1] > x.shape[-1]
         return _WithMagnitude.apply(z, self.lora_magnitude_vector, norms, bias, keeps_y)
 
-    def by_autograd(self, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    def by_autograd(self, x: torch.Tensor, branch: torch.Tensor, with_bias: bool = True) -> torch.Tensor:
         """See ``LoraLinear``."""
         update, (spec, frozen) = self.update(branch), frozen_weight(self.base)
+        bias = self.base.bias if with_bias else None
         excess = excess_of(self.lora_magnitude_vector, self.norms(x.dtype), x.dtype)
         of_branch = FrozenMatmul.apply(branch, update, None, spec, *frozen)
-        return FrozenMatmul.apply(x, torch.addcmul(update, of_branch, excess), self.base.bias, spec, *frozen)
+        return FrozenMatmul.apply(x, torch.addcmul(update, of_branch, excess), bias, spec, *frozen)

@@ -231,9 +231,13 @@ class LoraLinear(LoraWeights):
                          f"leave it out of lora.targets{codes}")  # fmt: skip
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = self.base.bias
+        is_trained = bias is not None and bias.requires_grad  # for which the fused path has no gradient
         if self.training and self.dropout > 0:
-            return self.by_autograd(x, _dropped(x, self.dropout))
-        return self.adapted_product(x)
+            y = self.by_autograd(x, _dropped(x, self.dropout), with_bias=not is_trained)
+        else:
+            y = self.adapted_product(x, with_bias=not is_trained)
+        return y + bias if is_trained else y
 
     def adapted_product(self, x: torch.Tensor, with_bias: bool = True) -> torch.Tensor:
         """Return y by the fused path; without dropout."""
@@ -243,14 +247,14 @@ class LoraLinear(LoraWeights):
         begun, number = (begin(x, [self]), 0) if self.shared is None else self.shared.begun_for(self, x)
         return end(self, begun, number, with_bias)
 
-    def by_autograd(self, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    def by_autograd(self, x: torch.Tensor, branch: torch.Tensor, with_bias: bool = True) -> torch.Tensor:
         """Return y by the formula, the low-rank part of an input of its own: plain autograd around the frozen product.
 
         Args:
             branch: the low-rank part's input.
         """
         spec, frozen = frozen_weight(self.base)
-        return FrozenMatmul.apply(x, self.update(branch), self.base.bias, spec, *frozen)
+        return FrozenMatmul.apply(x, self.update(branch), self.base.bias if with_bias else None, spec, *frozen)
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``scale * (x A^T) B^T`` by plain autograd."""

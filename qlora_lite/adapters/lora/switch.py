@@ -8,13 +8,15 @@ beside the base, a thousandth of it each.
 
 Only for inference: no gradients. As in training (``layer``) the base product accumulates onto the low-rank part. The
 norms of a DoRA adapter's weights (``dora``) are those of its base once and for all, so they are computed when it is
-added.
+added. Where an adapter has weights of the base of its own (``parts``), rows that use it go through a module with those.
 
 Shapes: x [rows, ..., in], A [r, in], B [out, r].
 Source: LoRA, arXiv 2106.09685, section 4.1, third advantage; batches of several adapters: Punica, arXiv 2310.18547.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -25,6 +27,7 @@ from qlora_lite.adapters.read import Adapter, Factors
 from qlora_lite.adapters.saved import Saved
 from qlora_lite.errors import ModelError
 from qlora_lite.experts.packing import both_names, compute_experts, expert_weights
+from qlora_lite.ops.around import Around
 from qlora_lite.quant.linear import frozen_weight, small_batch_product, squared_row_norms
 from qlora_lite.quant.product import add_product, materialize
 
@@ -36,7 +39,7 @@ from .layer import add_update
 class Switch:
     """The adapters of a model and which of them its rows use; all layers look here."""
 
-    def __init__(self, adapters: Mapping[str, Adapter]):
+    def __init__(self, adapters: Iterable[str]):
         self.names = tuple(adapters)
         self.rows: str | tuple[str | None, ...] | None = None
         self._places: dict[tuple, torch.Tensor] = {}
@@ -89,16 +92,19 @@ class SwitchLinear(nn.Module):
 
     Args:
         dtype: that the model computes in.
+        biases: of the adapters that have one of their own, by adapter.
     """
 
     def __init__(
-        self, base: nn.Module, switch: Switch, factors: Mapping[str, Factors], device: torch.device, dtype: torch.dtype
+        self, base: nn.Module, switch: Switch, factors: Mapping[str, Factors], device: torch.device, dtype: torch.dtype,
+        biases: Mapping[str, torch.Tensor],
     ):  # fmt: skip
         super().__init__()
         self.base, self.switch = base.requires_grad_(False), switch
         self.factors = {
             name: (each.lora_A.to(device), each.lora_B.to(device), each.scale) for name, each in factors.items()
         }
+        self.biases = {name: bias.to(device, dtype) for name, bias in biases.items()}
         magnitudes = {name: m for name, each in factors.items() if (m := each.lora_magnitude_vector) is not None}
         squares, here = squared_row_norms(base) if magnitudes else None, base.weight.device
         self.excess: dict[str, torch.Tensor] = {}  # by DoRA adapter: m / |V| - 1
@@ -112,19 +118,24 @@ class SwitchLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         spec, frozen = frozen_weight(self.base)
         rows, bias = self.switch.rows, self.base.bias
-        scaled = self.excess.keys() & set(rows if isinstance(rows, tuple) else [rows])
-        y = small_batch_product(self.base, x, with_bias=not scaled)
+        used = set(rows if isinstance(rows, tuple) else [rows])
+        scaled, own_bias = self.excess.keys() & used, self.biases.keys() & used
+        is_late = scaled or own_bias
+        y = small_batch_product(self.base, x, with_bias=not is_late)
         if y is not None and not isinstance(rows, tuple):
             y = add_update(y, x, *self.factors[rows]) if rows in self.factors else y
         elif (update := self._update(x, spec.shape[0])) is None:
-            return functional.linear(x, materialize(spec, frozen, x.dtype), bias)
+            y = functional.linear(x, materialize(spec, frozen, x.dtype), None if is_late else bias)
         elif y is None:
-            y = add_product(update, x, spec, frozen, None if scaled else bias)
+            y = add_product(update, x, spec, frozen, None if is_late else bias)
         else:
             y.add_(update)
         for name in scaled:
             self._scale(y, name)
-        return y.add_(bias) if scaled and bias is not None else y
+        if own_bias:
+            each = [self.biases.get(name or "", bias) for name in (rows if isinstance(rows, tuple) else [rows])]
+            bias = torch.stack(each).view(len(each), *(1,) * (y.ndim - 2), -1)
+        return y.add_(bias) if is_late and bias is not None else y
 
     def _scale(self, y: torch.Tensor, name: str) -> None:
         """Multiply what an adapter's rows have by ``m / |V|``, in place."""
@@ -174,35 +185,89 @@ class SwitchExperts(nn.Module):
     def forward(self, hidden_TD: torch.Tensor, chosen_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         rows, given = self.switch.rows, (hidden_TD, chosen_TK, weights_TK)
         if not isinstance(rows, tuple):
-            return compute_experts(self.experts, *given, lora=self.lora.get(rows, {}))
+            return self._computed(rows, *given)
         out_TD, row_tokens = torch.empty_like(hidden_TD), len(hidden_TD) // len(rows)
         for name in set(rows):
             places = self.switch.places(name, hidden_TD.device)
             tokens = (places[:, None] * row_tokens + torch.arange(row_tokens, device=places.device)).flatten()
-            some = (tensor[tokens] for tensor in given)
-            out_TD[tokens] = compute_experts(self.experts, *some, lora=self.lora.get(name, {}))
+            out_TD[tokens] = self._computed(name, *(tensor[tokens] for tensor in given))
         return out_TD
+
+    def _computed(self, name: str | None, *given: torch.Tensor) -> torch.Tensor:
+        hidden_TD, chosen_TK, weights_TK = given
+        return compute_experts(self.experts, hidden_TD, chosen_TK, weights_TK, lora=self.lora.get(name or "", {}))
+
+
+class SwitchModule(Around):
+    """A module of the base, and in its place for some adapters one with weights of their own.
+
+    Args:
+        own: those by adapter.
+    """
+
+    def __init__(self, inner: nn.Module, switch: Switch, own: Mapping[str, nn.Module]):
+        super().__init__(inner)
+        self.switch, self.own = switch, dict(own)
+
+    def forward(self, x: torch.Tensor, *others) -> torch.Tensor:
+        rows = self.switch.rows
+        if not isinstance(rows, tuple):
+            return self._of(rows)(x, *others)
+        y: torch.Tensor | None = None
+        for name in dict.fromkeys(rows):
+            places = self.switch.places(name, x.device)
+            part = self._of(name)(*(each.index_select(0, places) for each in (x, *others)))
+            y = part.new_empty(len(rows), *part.shape[1:]) if y is None else y
+            y.index_copy_(0, places, part)
+        return y
+
+    def _of(self, name: str | None) -> nn.Module:
+        return self.inner if name is None else self.own.get(name, self.inner)
+
+
+def _with_weights(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Return a module that shares everything with another one but some weights, by name."""
+    twin = copy.copy(module)
+    if isinstance(module, Around):
+        inner = _with_weights(module.inner, weights)
+        twin._inner, twin._parameters = (inner,), inner._parameters
+    else:
+        own = {name: nn.Parameter(weight, requires_grad=False) for name, weight in weights.items()}
+        twin._parameters = {**module._parameters, **own}
+    return twin
 
 
 def add_switch(model: nn.Module, adapters: Mapping[str, Adapter | Saved]) -> Switch:
-    """Wrap every layer, and all experts of a block, that an adapter adapts; return the switch, set to the bare base.
+    """Wrap every layer and all experts of a block that an adapter adapts, and every module of which one has weights;
+    return the switch, set to the bare base.
 
     Args:
         model: a base model without LoRA layers.
         adapters: read for this model (``adapters.read.read_adapter``), by name.
     """
     switch, others = Switch(adapters), {name: each for name, each in adapters.items() if isinstance(each, Saved)}
-    adapters = {name: each for name, each in adapters.items() if isinstance(each, Adapter)}
+    of_lora = {name: each for name, each in adapters.items() if isinstance(each, Adapter)}
+    device: torch.device = model.device
+    weights: dict[str, dict[str, dict[str, torch.Tensor]]] = defaultdict(lambda: defaultdict(dict))
+    for name, adapter in of_lora.items():
+        for path, weight in adapter.weights.items():
+            module, _, leaf = path.rpartition(".")
+            weights[module][name][leaf] = weight
     for path, layer in linear_layers(model).items():
-        factors = {name: adapter.layers[path] for name, adapter in adapters.items() if path in adapter.layers}
-        if factors:
-            device: torch.device = model.device
-            model.set_submodule(path, SwitchLinear(layer, switch, factors, device, model.dtype))
+        factors = {name: adapter.layers[path] for name, adapter in of_lora.items() if path in adapter.layers}
+        biases = {name: leaves["bias"] for name, leaves in weights.pop(path, {}).items()}
+        if factors or biases:
+            model.set_submodule(path, SwitchLinear(layer, switch, factors, device, model.dtype, biases))
+    for path, of_adapters in weights.items():
+        module = model.get_submodule(path)
+        own = {name: _with_weights(module, {leaf: w.to(device, model.dtype) for leaf, w in leaves.items()})
+               for name, leaves in of_adapters.items()}  # fmt: skip
+        model.set_submodule(path, SwitchModule(module, switch, own))
     for path, experts in {weight.path: weight.experts for weight in expert_weights(model).values()}.items():
         both = {name: {leaf: found for leaf in both_names(experts) if (found := adapter.layers.get(f"{path}.{leaf}"))}
-                for name, adapter in adapters.items()}  # fmt: skip
+                for name, adapter in of_lora.items()}  # fmt: skip
         if any(both.values()):
-            model.set_submodule(path, SwitchExperts(experts, switch, both, model.device))
+            model.set_submodule(path, SwitchExperts(experts, switch, both, device))
     for name, saved in others.items():
         saved.method.add_switched(model, switch, name, saved.tensors)
     return switch

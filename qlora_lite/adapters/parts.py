@@ -1,0 +1,137 @@
+"""Weights of the base model that are trained beside an adapter: embeddings, head, norms and biases.
+
+They are trained in place, so that no second copy of them is in memory; who needs the original weights (a merge, a
+comparison with the base) reads them from the model's files, or keeps those that it is about to change.
+
+Tables and biases keep the type that the model computes in, and bfloat16 is rounded stochastically, as that of LoRA
+weights is: a float32 copy of a table would take as much again as its gradient and its states. Norms are trained in
+float32: they begin near 1, where a step of bfloat16 is 0.8 %, many times an update; each forward computes with them
+rounded to the model's type.
+
+Shapes: tables [V, D], norms and biases [D].
+"""
+
+from collections.abc import Collection, Iterable, Iterator
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from qlora_lite.errors import ModelError
+from qlora_lite.ops.around import Around
+from qlora_lite.quant.linear import QuantLinear
+
+from .lora.layer import LoraWeights
+
+EMBEDDINGS, HEAD, NORMS, BIASES = PARTS = "embeddings", "head", "norms", "biases"
+
+
+class NormInFloat32(Around):
+    """A norm with trained weights in float32, computed with in another type.
+
+    Args:
+        inner: the norm.
+        dtype: that it computes in.
+    """
+
+    def __init__(self, inner: nn.Module, dtype: torch.dtype):
+        super().__init__(inner)
+        self.dtype = dtype
+
+    def forward(self, x: torch.Tensor, *others) -> torch.Tensor:
+        rounded = {name: weight.to(self.dtype) for name, weight in self.named_parameters()}
+        return functional_call(self.inner, rounded, (x, *others))
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Return whether a module is a norm with weights: transformers has no other mark for them than their class's
+    name."""
+    return "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None
+
+
+def is_tied(model: nn.Module) -> bool:
+    """Return whether the embeddings are the head too."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return head is not None and getattr(head, "weight", None) is embedding.weight
+
+
+def train_parts(model: nn.Module, parts: Collection[str]) -> None:
+    """Let parts of a frozen model be trained.
+
+    Args:
+        parts: some of ``PARTS``. Tied embeddings are trained as one table, which is the head too.
+
+    Raises:
+        ModelError: the model cannot have them trained.
+    """
+    if not parts:
+        return
+    if model.dtype == torch.float16:
+        raise ModelError(_said(parts, "is trained in the type that the model computes in, and float16 loses small "
+                               "updates: set model.compute_dtype to float32"))  # fmt: skip
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if HEAD in parts and EMBEDDINGS not in parts and is_tied(model):
+        raise ModelError(_said([HEAD], "the head of this model is its embeddings (tie_word_embeddings): write "
+                               "embeddings, which trains the one table"))  # fmt: skip
+    tied_copy = EMBEDDINGS in parts and model.config.tie_word_embeddings
+    if isinstance(head, QuantLinear) and (HEAD in parts or tied_copy):
+        raise ModelError(_said([HEAD if HEAD in parts else EMBEDDINGS], "a 4-bit head cannot be trained: set "
+                               "model.quant_head to false"))  # fmt: skip
+    named = dict(model.named_modules())
+    chosen = {
+        EMBEDDINGS: [name for name, module in named.items() if module is embedding],
+        HEAD: [name for name, module in named.items() if module is head],
+        NORMS: [name for name, module in named.items() if is_norm(module)],
+        BIASES: [name for name, module in named.items() if _has_bias(module)],
+    }
+    for part in parts:
+        if not chosen[part]:
+            raise ModelError(_said([part], f"{type(model).__name__} has none; leave it out"))
+        leaves = ("bias",) if part == BIASES else ("weight", "bias")
+        train_weights(model, (f"{path}.{leaf}" for path in chosen[part] for leaf in leaves
+                              if getattr(named[path], leaf, None) is not None))  # fmt: skip
+
+
+def _said(parts: Collection[str], what: str) -> str:
+    return f"adapter.train_also {', '.join(parts)}: {what}"
+
+
+def _has_bias(module: nn.Module) -> bool:
+    return module._parameters.get("bias") is not None
+
+
+def train_weights(model: nn.Module, names: Iterable[str]) -> None:
+    """Let weights of a frozen model be trained.
+
+    Args:
+        names: paths of parameters.
+    """
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        parameter = module._parameters[leaf]
+        if is_norm(module) and parameter.dtype != torch.float32:
+            module._parameters[leaf] = nn.Parameter(parameter.detach().float())
+            if not isinstance(module, NormInFloat32):
+                model.set_submodule(path, NormInFloat32(module, parameter.dtype))
+        else:
+            parameter.requires_grad_()
+
+
+def trained_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield what is trained of the base model, with its path, a tied table once: all that no LoRA layer added."""
+    added = {id(p) for m in model.modules() if isinstance(m, LoraWeights) for p in m.parameters(recurse=False)}
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in added)
+
+
+def freeze_weights(model: nn.Module) -> None:
+    """Undo ``train_weights``: what was trained keeps its values, rounded to the model's type."""
+    for name, parameter in list(trained_weights(model)):
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if isinstance(module, NormInFloat32):
+            module._parameters[leaf] = nn.Parameter(parameter.detach().to(module.dtype), requires_grad=False)
+            if not any(p.requires_grad for p in module.parameters()):
+                model.set_submodule(path, module.inner)
+        else:
+            parameter.requires_grad_(False)
