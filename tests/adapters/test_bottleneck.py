@@ -167,6 +167,17 @@ def test_a_folder_is_read_checked_and_attached(tmp_path, placement):
         begin_with(lora, read)
 
 
+def test_it_lies_where_the_model_computes_and_not_where_a_weight_waits(tmp_path):
+    saved(tmp_path / "a")
+    model = build_tiny("llama")
+    model.model.layers[0].mlp.down_proj.to("meta")
+    load_adapter(model, tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / WEIGHTS_NAME)
+    assert len(tensors) == 2 * len(LEAVES)
+    for path, layer in bottleneck_layers(model):
+        assert all(torch.equal(layer.get_parameter(leaf), tensors[f"{path}.{leaf}"]) for leaf in LEAVES)
+
+
 @pytest.mark.parametrize(("spoil", "words"), [
     (lambda t: t.popitem(), "is missing"), (lambda t: t.update(more=torch.ones(2)), "more belongs to no layer"),
     (lambda t: t.update({next(iter(t)): torch.ones(3)}), r"torch.float32 \(3,\)"),
