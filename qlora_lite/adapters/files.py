@@ -175,6 +175,10 @@ class Lora(AdapterMethod):
         trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
         yield from ((name, p) for name, p in trained if name not in first)
 
+    def trained_base(self, model: nn.Module) -> Iterator[nn.Parameter]:
+        """Yield what is trained beside the LoRA weights."""
+        return (parameter for _, parameter in trained_weights(model))
+
     def tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Return the weights under the names of the PEFT format.
 

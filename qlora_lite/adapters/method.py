@@ -19,13 +19,15 @@ class AdapterMethod:
     Subclasses are frozen dataclasses: a plan compares them, and looks them up. A method whose adapters are used after
     training also has ``shapes`` and ``add_switched``, and a line in ``saved.METHODS``.
 
-    ``why_not_merged`` says why its adapters can be neither merged nor exported; ``size_setting`` names what in a recipe
-    decides how much is trained.
+    ``why_not_merged`` says why its adapters can be neither merged nor exported, ``size_setting`` names what in a recipe
+    decides how much is trained, and ``trains_base`` says that the model's own weights learn, all of them, so that a run
+    leaves a whole model and no adapter.
     """
 
     size_setting = "lora.rank"
     why_not_merged = "only LoRA adapters can be merged and exported"
     virtual_tokens: int = 0  # that are put before every row of a language model
+    trains_base = False
 
     @property
     def trained_tables(self) -> frozenset[str]:
@@ -49,6 +51,10 @@ class AdapterMethod:
     def parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield what is trained, with its names, always in the same order."""
         return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+    def trained_base(self, model: nn.Module) -> Iterator[nn.Parameter]:
+        """Yield those of the trained weights that are the base model's own."""
+        return iter(())
 
     def tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Return the tensors that files hold by their names there; writing into them changes the adapter."""

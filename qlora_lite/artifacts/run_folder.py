@@ -39,14 +39,19 @@ from .run_files import METRICS, RECIPE, SUMMARY
 
 log = logging.getLogger("qlora_lite")
 ADAPTER, ADAPTER_LAST = "adapter", "adapter-last"
+MODEL, MODEL_LAST = "model", "model-last"  # in their place, of full fine-tuning: model folders as transformers has them
 # ``adapters.read`` has these names too, and takes seconds to import.
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-DIGESTS = {ADAPTER: "adapter_sha256", ADAPTER_LAST: "adapter_last_sha256"}  # what a summary calls them
+DIGESTS = {  # what a summary calls them
+    ADAPTER: "adapter_sha256", ADAPTER_LAST: "adapter_last_sha256",
+    MODEL: "model_sha256", MODEL_LAST: "model_last_sha256",
+}  # fmt: skip
 TEMPLATE = "template.jinja"
 LOG = "log.txt"
 COMPLETE = "complete"  # the status of a run that came to its end
 _OUTPUTS = (
-    METRICS, SUMMARY, TEMPLATE, "report.html", "data.html", "data.json", ADAPTER, ADAPTER_LAST, CHECKPOINTS,
+    METRICS, SUMMARY, TEMPLATE, "report.html", "data.html", "data.json", ADAPTER, ADAPTER_LAST, MODEL, MODEL_LAST,
+    CHECKPOINTS,
 )  # fmt: skip
 VERSIONED = ("qlora-lite", "torch", "transformers", "bitsandbytes", "accelerate", "safetensors", "tokenizers")
 
@@ -253,7 +258,7 @@ def rewind_run(run: RunFolder, has_best: bool, metrics_sha256: str | None) -> No
 
     Args:
         run: with the summary and the ``metrics_bytes`` of then.
-        has_best: the adapter that is there is the best one by evaluation, not the end of an earlier run.
+        has_best: the adapter (or model) that is there is the best one by evaluation, not the end of an earlier run.
         metrics_sha256: of the ``metrics_bytes`` of then; None where an earlier version wrote the checkpoint.
 
     Raises:
@@ -263,7 +268,7 @@ def rewind_run(run: RunFolder, has_best: bool, metrics_sha256: str | None) -> No
     remove_leftovers(run.path)
     remove_leftovers(run.path / CHECKPOINTS)
     if not has_best:
-        shutil.rmtree(run.path / ADAPTER, ignore_errors=True)
+        shutil.rmtree(run.path / trained_folders(run.recipe)[0], ignore_errors=True)
     file = run.path / METRICS
     written = file.read_bytes()[: run.metrics_bytes] if file.is_file() else b""
     whole = written.rfind(b"\n") + 1
@@ -290,14 +295,30 @@ def is_complete(path: Path, recipe: Recipe) -> bool:
         return False
     if not isinstance(summary, dict) or summary.get("status") != COMPLETE:
         return False
-    adapter = path / ADAPTER
-    is_there = all((adapter / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+    adapter = path / trained_folders(recipe)[0]
+    is_there = _holds_weights(adapter) and any(adapter.glob("*.safetensors"))
     is_whole = is_same and is_there and _is_as_written(adapter)
     if not is_whole and newest_whole(path / CHECKPOINTS)[0] is None:
         raise CheckpointError(f"{path} is complete and has no checkpoint to continue from; choose another output.dir")
     if is_same and not is_whole:
         log.warning("resume: %s is lost or damaged; it is written again", adapter)
     return is_whole
+
+
+def trained_folders(recipe: Recipe) -> tuple[str, str]:
+    """Return the names of the folders of what a run trains: the best by evaluation, and the last."""
+    return (MODEL, MODEL_LAST) if recipe.adapter.method == "full" else (ADAPTER, ADAPTER_LAST)
+
+
+def _holds_weights(folder: Path) -> bool:
+    name = "config.json" if folder.name in (MODEL, MODEL_LAST) else ADAPTER_CONFIG
+    return (folder / name).is_file()
+
+
+def weights_sha256(folder: Path) -> str | None:
+    """Return the SHA-256 of the safetensors file of a folder, of several files that of theirs; None without any."""
+    digests = [sha256(file) for file in sorted(folder.glob("*.safetensors"))]
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest() if len(digests) > 1 else next(iter(digests), None)
 
 
 def how_to_go_on(folder: Path) -> str:
@@ -352,7 +373,8 @@ def logging_to(path: Path) -> Iterator[None]:
 class OpenedRun:
     """What another command needs of a run: its recipe, its best adapter, and the tokens that end an answer.
 
-    The adapter is the best one by evaluation, else the last one, else that of the newest whole checkpoint. The
+    The adapter is the best one by evaluation, else the last one, else that of the newest whole checkpoint; of full
+    fine-tuning it is a model folder, and no checkpoint's, which has no tokenizer. The
     recipe's template is the one that the run recorded; the summary is what ``summary.json`` holds.
     """
 
@@ -383,15 +405,19 @@ def open_run(path: str | Path) -> OpenedRun:
         end_token_ids = tuple(int(token) for token in summary["data"]["end_token_ids"])
     except (OSError, ValueError, KeyError, TypeError):
         raise RecipeError(f"{folder / 'summary.json'} is missing or broken; is this a complete run folder?") from None
-    adapter = next((f for f in (folder / ADAPTER, folder / ADAPTER_LAST) if (f / ADAPTER_CONFIG).is_file()), None)
+    recipe = load_recipe(folder / RECIPE, check_files=False)
+    adapter = next((folder / name for name in trained_folders(recipe) if _holds_weights(folder / name)), None)
     if adapter:
         check_adapter(adapter)
+    elif recipe.adapter.method == "full":
+        steps = steps_on_disk(folder / CHECKPOINTS)
+        go_on = f"{newest_checkpoint(steps[0])}. {how_to_go_on(folder)}" if steps else f"see {folder / LOG}"
+        raise RecipeError(f"{folder} has no model; the run ended before one was saved: {go_on}")
     else:
         checkpoint, _ = newest_whole(folder / CHECKPOINTS)
         adapter = folder_of(folder / CHECKPOINTS, checkpoint.step) if checkpoint else None
     if adapter is None:
         raise RecipeError(f"{folder} has no adapter; the run ended before one was saved (see {folder / LOG})")
-    recipe = load_recipe(folder / RECIPE, check_files=False)
     if (folder / TEMPLATE).is_file():
         data = recipe.data.model_copy(update={"template": str(folder / TEMPLATE)})
         recipe = recipe.model_copy(update={"data": data})
@@ -414,16 +440,18 @@ def check_adapter(folder: Path) -> None:
     cures = []
     if checkpoint:
         cures.append(f"write it again from the checkpoint of step {checkpoint.step}: {_resume_command(run)}")
-    if folder.name == ADAPTER and (run / ADAPTER_LAST / ADAPTER_CONFIG).is_file():
-        cures.append(f"remove {folder} to use {run / ADAPTER_LAST}, that of the last step")
+    last = run / {ADAPTER: ADAPTER_LAST, MODEL: MODEL_LAST}.get(folder.name, folder.name)
+    if last != folder and _holds_weights(last):
+        cures.append(f"remove {folder} to use {last}, that of the last step")
     cure = ", or ".join(cures) or "restore it from a copy, or train again"
-    raise ModelError(f"{folder / ADAPTER_WEIGHTS} is damaged: its SHA-256 is not the one in {run / SUMMARY}; {cure}")
+    what = folder / ADAPTER_WEIGHTS if folder.name in (ADAPTER, ADAPTER_LAST) else folder
+    raise ModelError(f"{what} is damaged: its SHA-256 is not the one in {run / SUMMARY}; {cure}")
 
 
 def _is_as_written(adapter: Path) -> bool:
     """Check whether an adapter's weights have the SHA-256 that its run recorded, if any."""
-    recorded, weights = _summary(adapter.parent).get(DIGESTS.get(adapter.name)), adapter / ADAPTER_WEIGHTS
-    return not isinstance(recorded, str) or not weights.is_file() or sha256(weights) == recorded
+    recorded = _summary(adapter.parent).get(DIGESTS.get(adapter.name))
+    return not isinstance(recorded, str) or weights_sha256(adapter) in (None, recorded)
 
 
 def is_adapter_alone(folder: Path) -> bool:

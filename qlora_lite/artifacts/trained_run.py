@@ -51,6 +51,7 @@ class TrainedRun:
         end_token_ids: the tokens that training taught to end an answer.
         files: of the base model.
         own_template: Jinja text that lies beside an adapter alone, used in place of the tokenizer's own.
+        began_as: of a run that trained a whole model, which is what ``recipe`` names then, the base model's path.
     """
 
     name: str
@@ -59,11 +60,35 @@ class TrainedRun:
     end_token_ids: tuple[int, ...]
     files: ModelFiles
     own_template: str | None = None
+    began_as: str | None = None
 
     @property
     def is_alone(self) -> bool:
         """Whether this is an adapter or a model alone, which names no rows."""
         return not self.recipe.data.train
+
+    def require_base(self) -> None:
+        """Check that the base model is there without what was trained.
+
+        Raises:
+            ModelError: all weights of it were.
+        """
+        if self.began_as:
+            raise ModelError(f"{self.name} trained all weights of its base model, which is another model now: use that "
+                             f"by its own name, {self.began_as}")  # fmt: skip
+
+    def require_adapter(self, instead: str) -> None:
+        """Check that what was trained is an adapter.
+
+        Args:
+            instead: of it, what can be done with a whole model.
+
+        Raises:
+            ModelError: it is a whole model.
+        """
+        if self.began_as:
+            raise ModelError(f"{self.name} is a run of full fine-tuning and has no adapter: its model is a folder of "
+                             f"its own, {self.recipe.model.path}; {instead}")  # fmt: skip
 
     @property
     def device(self) -> torch.device:
@@ -168,6 +193,8 @@ def open_trained(run: str | Path, model_path: str | None = None, unfinished: boo
         )
     if status != "complete":
         log.warning("the run %s did not finish; using %s", folder, opened.adapter)
+    if opened.recipe.adapter.method == "full":
+        return _open_whole(folder, opened, model_path)
     recipe = _where_it_lies_now(_as_it_ran(opened), model_path)
     try:
         files = locate(recipe.model.path, recipe.model.revision)
@@ -177,6 +204,14 @@ def open_trained(run: str | Path, model_path: str | None = None, unfinished: boo
     _check_base(opened.summary, files, folder, "--model PATH")
     name = folder.resolve().name
     return TrainedRun(name, recipe, opened.adapter, opened.end_token_ids, files)
+
+
+def _open_whole(folder: Path, opened: OpenedRun, model_path: str | None) -> TrainedRun:
+    if model_path:
+        raise ModelError(f"{folder} has a whole model, and needs no base model: leave out --model")
+    recipe, path = _where_it_lies_now(_as_it_ran(opened), str(opened.adapter)), opened.recipe.model.path
+    files = locate(recipe.model.path)
+    return TrainedRun(folder.resolve().name, recipe, None, opened.end_token_ids, files, began_as=path)
 
 
 def _open_alone(folder: Path, model_path: str | None) -> TrainedRun:

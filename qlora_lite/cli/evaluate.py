@@ -64,7 +64,7 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, side_by
         return
     if chat or fewshot is not None:
         raise click.UsageError("--fewshot and --chat-template are for --tasks")
-    adapter = tokenizer = None
+    adapter, tokenizer, without = None, None, "none: the base model"
     if rows:
         overrides = *overrides, f"train.metrics_examples={rows}"
     if not Path(run_or_recipe).exists() and Path(run_or_recipe).suffix not in (".yaml", ".yml"):
@@ -76,6 +76,9 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, side_by
             raise click.UsageError("--side-by-side and --shots are for a run folder, without --base and --out")
         prepare(verbose=False)
         trained, tokenizer = _opened(run_or_recipe, overrides, model_path, unfinished)
+        if base or side_by_side or shots:
+            trained.require_base()
+        without = "none: all weights were trained" if trained.began_as else without
         if side_by_side or shots:
             _compare(trained, shots, rows, as_json)
             return
@@ -98,17 +101,22 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, side_by
     if as_json:
         echo_exactly(json.dumps(result))
         return
-    shown: dict[str, Any] = result | {"adapter": result["adapter"] or "none: the base model"}
+    _echo_result(result | {"adapter": result["adapter"] or without}, asked)
+
+
+def _echo_result(shown: dict[str, Any], asked: int) -> None:
+    """Print what was measured, scores of so many examples among it."""
+    rows = shown["rows"]
     for former in ("exact_match", "exact_match_rows"):  # which are among the metrics
         shown.pop(former, None)
     for name, score in shown.pop("metrics", {}).items():
         signature = f"; {score['signature']}" if "signature" in score else ""
-        on = f"{score['examples']:,} of {result['rows']:,} examples"
+        on = f"{score['examples']:,} of {rows:,} examples"
         shown[name] = f"{format_score(name, score)} on {on}{signature}"
     for name, value in shown.items():
         label = _LABELS.get(name, name).replace("_", " ")
         echo(f"{label:22} {value:.4f}" if isinstance(value, float) else f"{label:22} {value}")
-    if 0 < asked < result["rows"]:
+    if 0 < asked < rows:
         echo(f"note: scores are of the first {asked:,} examples (train.metrics_examples); --rows N for more")
 
 

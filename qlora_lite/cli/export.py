@@ -31,9 +31,12 @@ def export(run: str, form: str, out: Path, base: str | None, dtype: str | None, 
     from qlora_lite.export.formats import REPORT, ExportSettings, export_run
 
     report = export_run(run, out, ExportSettings(form, base, dtype), model_path, unfinished)
-    echo(f"wrote {out}: {form}, {report['layers']} layers, {format_bytes(report['size_bytes'])}")
+    layers = f"{report['layers']} layers, " if report["layers"] else ""
+    echo(f"wrote {out}: {form}, {layers}{format_bytes(report['size_bytes'])}")
     if "error" in report:
         echo(f"{'loaded back':24}changes the base model's logits as the adapter does, within {report['error']:.1e}")
+    elif "share" not in report:
+        echo(f"{'loaded back':24}the model's logits; rounding changes them by {report['distance']:.1e} of their size")
     else:
         said = f"makes {report['share']:.1%} of the adapter's change to the base model's logits"
         rounding = f"100% is all of it; rounding changes them by {report['distance']:.1e} of their size"

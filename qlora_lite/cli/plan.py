@@ -122,6 +122,7 @@ def _settings(named: str, overrides: Sequence[str]) -> Recipe:
 
 def _title(settings, machine) -> str:
     sizes = {
+        "full": "all weights trained",
         "bottleneck": f"width {settings.bottleneck.width}",
         "prompt": f"{settings.prompt.virtual_tokens} virtual tokens",
     }

@@ -58,15 +58,16 @@ def _result(folder, summary: dict) -> str:
     lines.append("")
     lines += _change("evaluation loss", summary, "eval_loss", "{:.4f}")
     lines += _metrics(summary.get("metrics", {}))
-    skipped = summary["skipped_steps"]
+    skipped, kind = summary["skipped_steps"], "model" if "model_sha256" in summary else "adapter"
+    merge = "merge, " if kind == "adapter" else ""
     without_effect = f", of which {skipped} were skipped: not finite" if skipped else ""
     lines += [
         f"{'time':24} {format_seconds(summary['seconds'])} for {summary['steps']} steps{without_effect}",
         f"{'speed':24} {summary['tokens_per_second']:.0f} tokens/s",
         f"{'peak memory':24} {format_bytes(summary['peak_bytes'])}",
-        f"{'adapter':24} {folder / 'adapter'}{_of_step(summary)}",
+        f"{kind:24} {folder / kind}{_of_step(summary)}",
         f"{'report':24} {folder / 'report.html'}",
-        f"{'next':24} qlora-lite chat {shlex.quote(str(folder))} (or generate, evaluate, merge, export, serve)",
+        f"{'next':24} qlora-lite chat {shlex.quote(str(folder))} (or generate, evaluate, {merge}export, serve)",
     ]
     return "\n".join(lines)
 

@@ -82,11 +82,29 @@ def check_merged(
     Raises:
         ModelError: one of them is out of bounds.
     """
-    share = share_of(change, exported, rounded)
-    distance = ((exported - change.adapted).norm() / change.adapted.norm()).item()
+    share, distance = share_of(change, exported, rounded), _distance(exported, change.adapted)
     if not (abs(share - 1) <= SHARE and distance <= limit):
         raise _wrong(what, share, f"distance of the logits {distance:.1e}, at most {limit:.0e} is allowed")
     return share, distance
+
+
+def check_model(own: torch.Tensor, exported: torch.Tensor, what: str, limit: float) -> float:
+    """Return the distance of a whole model's logits, in a file of it, from its own.
+
+    Args:
+        limit: of the distance, from what rounding the weights does.
+
+    Raises:
+        ModelError: it is farther away.
+    """
+    if not (distance := _distance(exported, own)) <= limit:
+        found = f"distance of the logits {distance:.1e}, at most {limit:.0e} is allowed"
+        raise ModelError(f"{what}, loaded back, does not do what the model does: {found}. Please report this")
+    return distance
+
+
+def _distance(exported: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((exported - wanted).norm() / wanted.norm()).item()
 
 
 def share_of(change: Change, exported: torch.Tensor, base: torch.Tensor) -> float:

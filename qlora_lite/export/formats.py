@@ -30,7 +30,7 @@ from qlora_lite.models.weights import open_weights
 from qlora_lite.prepare.build import build_to_use
 
 from .adapters import ADAPTER_FILE, for_vllm, read_gguf_adapter, refuse_all_but_lora, write_gguf_adapter, write_peft
-from .check import Change, change_of, check_change, check_merged, logits_of
+from .check import Change, change_of, check_change, check_merged, check_model, logits_of
 from .gguf_model import MODEL_FILE, as_read, write_gguf
 from .merge import BASES, UNKNOWN_BASE, check_choice
 from .ollama import check_template, go_template, modelfile, pieces_of
@@ -85,6 +85,8 @@ def export_run(
         raise ModelError(f'settings is {settings!r}; give ExportSettings("peft") or another form')
     require_empty(out := Path(out))
     trained = open_trained(run, model_path, unfinished)
+    if settings.to not in ("gguf", "ollama"):
+        trained.require_adapter("transformers and vLLM load it as it is, --to gguf and ollama convert it")
     skeleton = trained.skeleton()
     job = _Job(trained, skeleton, trained.adapter_to_merge(skeleton), settings, out)
     with ExitStack() as unproven:  # new or empty before: what is not proven, or stopped, is not left lying around
@@ -214,7 +216,12 @@ def _merged_model(job: _Job, write_beside: Callable[[Path], object], adds_begin:
         notes.append(f"the file holds the language model alone, without the other parts of {trained.files.name}")
     what, config = str(job.out / MODEL_FILE), copy.deepcopy(job.skeleton.config)
     entries = merged.entries(torch.float32)
-    if sum(4 * prod(entries[stored][1]) for stored in merged.base.parameters) > WHOLE_BYTES:
+    is_large = sum(4 * prod(entries[stored][1]) for stored in merged.base.parameters) > WHOLE_BYTES
+    if trained.began_as:
+        own = logits_of(_streamed_base(merged, config, torch.Tensor.float))
+        logits = logits_of(_streamed_file(Path(what), config)) if is_large else _gguf_logits(job)
+        return {"distance": check_model(own, logits, what, LIMITS[kind]), "dtype": kind, "notes": notes}
+    if is_large:
         notes.append("the file was read back block by block, by this package's own reader: it is large for others")
         change = change_of(_streamed_base(merged, config, torch.Tensor.float), merged.adapter)
         logits = logits_of(_streamed_file(Path(what), config))

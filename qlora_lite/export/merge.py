@@ -94,6 +94,7 @@ def merge_run(
             "--quantize needs --rows 1 or more: only a measurement shows whether rounding took the update away"
         )
     trained = open_trained(run, model_path, unfinished)
+    trained.require_adapter("there is nothing to merge, and `qlora-lite quantize` writes it in 4 bit")
     onto = check_choice(trained, settings.base)
     rows = held_out(trained, settings.rows) if settings.rows else None
     started = time.monotonic()

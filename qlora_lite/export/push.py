@@ -124,6 +124,7 @@ def prepare_push(
         raise RecipeError(f"{run} is an adapter without a run to write a model card from; use `hf upload`")
     opened = open_run(run)
     trained = open_trained(run, model_path, unfinished)
+    trained.require_adapter("upload it with `hf upload`")
     base_model = settings.base_model or _name_on_the_hub(opened.recipe.model.path)
     if base_model is None and settings.merged is None:
         raise ModelError(

@@ -18,7 +18,7 @@ from qlora_lite.models.anatomy import text_config
 from qlora_lite.terminal import printable
 
 from .generate import Sampling, answer
-from .multi_adapter import Tasks, open_tasks
+from .multi_adapter import Tasks, load_tasks, open_runs
 
 log = logging.getLogger("qlora_lite")
 SHOWN_LETTERS = 200  # of a system message
@@ -104,7 +104,10 @@ def open_session(
         RecipeError: one is no such folder, or has no adapter.
         ModelError: the base model is gone, or an adapter does not fit it.
     """
-    tasks = open_tasks(runs, model_path, unfinished=True, context_tokens=context_tokens, template=template)
+    opened = open_runs(runs, model_path, unfinished=True, template=template)
+    for run in opened.values() if base else ():
+        run.require_base()
+    tasks = load_tasks(opened, context_tokens)
     turns = [Turn("system", system)] if system else []
     if system is None:
         _tell_of_system(tasks)

@@ -73,6 +73,8 @@ def compare_runs(
         ModelError: the runs do not share a base.
     """
     opened = open_runs(runs, model_path, unfinished)
+    for run in opened.values() if with_base or shots else ():
+        run.require_base()
     if BASE in opened:
         raise ModelError(f"a run folder is called {BASE!r}, which names the base model here; rename it")
     rows_of = next(iter(opened.values()))

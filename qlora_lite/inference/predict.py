@@ -94,6 +94,8 @@ def predict_file(
     if out.exists() and Path(prompts).exists() and out.samefile(prompts):
         raise OutputError(f"{out} holds the prompts; choose another --out")
     trained = open_model(name, settings.model_path, unfinished=True, template=settings.template)
+    if settings.base:
+        trained.require_base()
     read = _read_prompts(Path(prompts), trained, settings)
     tokenizer = load_tokenizer(trained.recipe.model.path, trained.recipe.model.revision)
     template = trained.template(tokenizer)

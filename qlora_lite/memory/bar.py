@@ -1,6 +1,6 @@
 """The categories of memory, their colours, and a breakdown as one stacked bar for the terminal.
 
-Three families of hue, so that twelve colours stay readable: blues for the frozen model, greens for what is
+Three families of hue, so that thirteen colours stay readable: blues for the frozen model, greens for what is
 trained, warm colours for what a step needs. Neighbours differ in lightness as well, which is what people with
 any kind of colour blindness still see. In the terminal's bar each category has a letter too, for those without colours.
 """
@@ -16,6 +16,7 @@ COLOURS = {
     "embeddings": ("#4d88c9", "#2f5f9b"),
     "head": ("#bcd8f3", "#c9e0f6"),
     "adapter": ("#0b6e5a", "#1f8f76"),
+    "trained weights": ("#3c9778", "#55b594"),
     "gradients": ("#6fceb1", "#86dcc2"),
     "optimizer": ("#2a957b", "#136450"),
     "saved activations": ("#e8873a", "#f0944a"),
@@ -25,12 +26,13 @@ COLOURS = {
     "on disk": ("#c98a4b", "#d99a5b"),
 }
 CATEGORIES = tuple(COLOURS)
+TRAINED = "adapter", "trained weights"  # categories of what learns: an adapter, or all weights of a model
 BESIDE = "non-tensor memory"  # what a device or process needs besides, at all times
 BESIDE_COLOURS = ("#8b929b", "#8b929b")
 OTHER = "other"  # a category that is not in the table: shown, never dropped
 OTHER_COLOURS = ("#c5cad0", "#5d646d")
 _ALL_COLOURS = COLOURS | {BESIDE: BESIDE_COLOURS, OTHER: OTHER_COLOURS}
-LETTERS = dict(zip(_ALL_COLOURS, "BQEHAGOSFLWDX?", strict=True))
+LETTERS = dict(zip(_ALL_COLOURS, "BQEHATGOSFLWDX?", strict=True))
 
 
 def in_order(breakdown: Mapping[str, int]) -> dict[str, int]:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from .bar import TRAINED
 from .ledger import Moment
 
 MIB = 2**20
@@ -112,7 +113,7 @@ def overheads(
             ),
         )
     kernels = products * CPU_KERNEL_BYTES
-    holes = int(CPU_HOLES_SHARE * sum(resident.breakdown.get(name, 0) for name in ("adapter", "optimizer")))
+    holes = int(CPU_HOLES_SHARE * sum(resident.breakdown.get(name, 0) for name in (*TRAINED, "optimizer")))
     compiler = Overhead("torch.compile", CPU_COMPILER_BYTES, "its graphs, and what it caches")
     return (
         Overhead("buffers", CPU_BUFFERS_BYTES, "imported modules, thread stacks and buffers"),

@@ -1,16 +1,19 @@
-"""Write a quantised model as an ordinary bitsandbytes checkpoint that transformers loads.
+"""Write a model as an ordinary checkpoint that transformers loads, a quantised one as bitsandbytes would.
 
 transformers loads no experts in 4 bit. A model that has some is written for the cache alone, under this package's own
 names; ``quantizer`` loads it.
 """
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
 
+from qlora_lite.adapters.checkpoint_names import prefixes_of
 from qlora_lite.errors import ModelError
 from qlora_lite.experts.packing import packs_experts, placeholders
 from qlora_lite.files import replacing_folder
@@ -106,11 +109,39 @@ def save_for_cache(model: nn.Module, folder: Path) -> None:
     _write(model, folder, config, state, with_sums=True)
 
 
+def save_model(model: nn.Module, folder: Path, tokenizer, end_token_ids: Collection[int] = ()) -> None:
+    """Write a model in 16 bit or more, its configuration and the tokenizer to a folder, all or nothing.
+
+    Tensors have the names that files of this architecture have (experts one by one, say), but for a language model that
+    was taken out of a larger one: it is written as one of its own.
+
+    Args:
+        end_token_ids: tokens that end an answer, for the generation configuration.
+
+    Raises:
+        ModelError: a weight is not finite.
+        OutputError: the folder cannot be written.
+    """
+    state = _each_once(model)
+    if broken := next((name for name, tensor in state.items() if not tensor.isfinite().all()), None):
+        raise ModelError(f"the model is not saved: its weight {broken} is not finite")
+    if prefixes_of(model) is None:
+        state = revert_weight_conversion(model, state)
+    generation = model.generation_config.to_diff_dict()
+    if ends := sorted({*end_token_ids, tokenizer.eos_token_id} - {None}):
+        generation["eos_token_id"] = ends
+    _write(model, folder, None, state, tokenizer, generation=generation)
+
+
 def _write(
-    model: nn.Module, folder: Path, quantization: dict, state: dict[str, torch.Tensor], tokenizer=None, with_sums=False
+    model: nn.Module, folder: Path, quantization: dict | None, state: dict[str, torch.Tensor], tokenizer=None,
+    with_sums=False, generation: dict | None = None,
 ) -> None:  # fmt: skip
-    config = {**model.config.to_diff_dict(), "quantization_config": quantization, "use_cache": True,
-              "architectures": [type(model).__name__]}  # fmt: skip
+    config = {**model.config.to_diff_dict(), "use_cache": True, "architectures": [type(model).__name__]}
+    if quantization is None:
+        config |= {"dtype": str(model.dtype).removeprefix("torch.")}
+    else:
+        config |= {"quantization_config": quantization}
     plan = split_torch_state_dict_into_shards(state, max_shard_size=SHARD_BYTES)
     with replacing_folder(folder) as new:
         for file, names in plan.filename_to_tensors.items():
@@ -120,7 +151,9 @@ def _write(
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             (new / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
         (new / "config.json").write_text(json.dumps(config, indent=2, default=str), encoding="utf-8")
-        if model.can_generate():
+        if generation is not None:
+            (new / "generation_config.json").write_text(json.dumps(generation, indent=2), encoding="utf-8")
+        elif model.can_generate():
             model.generation_config.save_pretrained(new)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)

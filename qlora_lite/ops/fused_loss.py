@@ -49,11 +49,12 @@ def installed() -> list[str]:
 def candidates(setting: str, head: Head, device: torch.device) -> list[str]:
     """Return the losses to try for a setting of ``memory.fused_loss``, by name.
 
-    None knows a head in 4 bit or in host memory, with a bias, or with a scale of its logits, and none promises the same
-    bits each time. What they do for a head that is trained was not measured.
+    None knows a head in 4 bit or in host memory, with a bias, or with a scale of its logits, none is tried with a head
+    that is trained, and none promises the same bits each time.
     """
     is_plain = device.type == "cuda" and torch.is_tensor(head.weight) and head.weight.device == device
-    is_known = is_plain and head.bias is None and head.scale == 1.0 and not head.weight.requires_grad
+    is_plain = is_plain and not head.weight.requires_grad
+    is_known = is_plain and head.bias is None and head.scale == 1.0
     if setting == "off" or not is_known or torch.are_deterministic_algorithms_enabled():
         return []
     return installed()

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from qlora_lite.memory.bar import TRAINED
 from qlora_lite.memory.process import HOST_PROCESS_BYTES, Overhead, overheads
 
 from .simulate import Job, Simulation, simulate
@@ -31,12 +32,18 @@ class Prediction:
     @property
     def host_bytes(self) -> int:
         """Memory that the process needs beside a GPU: libraries, and what is kept off the GPU."""
-        return HOST_PROCESS_BYTES + self.simulation.offloaded_bytes
+        return HOST_PROCESS_BYTES + self.off_device_bytes
+
+    @property
+    def off_device_bytes(self) -> int:
+        """What is kept off a GPU; an adapter's copies are small, and a whole model's best weights are not."""
+        best = copied_bytes(self.job, self.simulation) if self.job.workload.method.trains_base else 0
+        return self.simulation.offloaded_bytes + best
 
     def missing_bytes(self, limit_bytes: float, host_limit_bytes: int | None) -> float:
         """Return by how much the step exceeds the device's limit or the host's, the larger; below 0 it fits."""
         beyond = self.peak_bytes - limit_bytes
-        if host_limit_bytes is None or not self.simulation.offloaded_bytes:
+        if host_limit_bytes is None or not self.off_device_bytes:
             return beyond
         return max(beyond, self.host_bytes - host_limit_bytes)
 
@@ -46,7 +53,7 @@ class Prediction:
 
     def fits_host(self, limit_bytes: int | None) -> bool:
         """Return whether the host beside a GPU has room for what is kept there; None is a limit that is not known."""
-        return limit_bytes is None or not self.simulation.offloaded_bytes or self.host_bytes <= limit_bytes
+        return limit_bytes is None or not self.off_device_bytes or self.host_bytes <= limit_bytes
 
     @property
     def allocated_bytes(self) -> int:
@@ -64,7 +71,13 @@ def with_constants(job: Job, simulation: Simulation) -> Prediction:
     moments, products = simulation.moments.values(), simulation.work.large_products
     found = overheads(job.device_type, moments, simulation.resident, products, job.options.compile)
     if job.saved_adapters and job.device_type == "cpu":
-        held = simulation.resident.breakdown
-        copied = job.saved_adapters * held.get("adapter", 0) + held.get("optimizer", 0)
-        found += (Overhead(CHECKPOINT, copied, "its copy, until it is written"),)
+        found += (Overhead(CHECKPOINT, copied_bytes(job, simulation), "its copy, until it is written"),)
     return Prediction(job, simulation, found)
+
+
+def copied_bytes(job: Job, simulation: Simulation) -> int:
+    """Return what is copied for a checkpoint: of a whole model the best weights so far alone, see ``train.state``."""
+    held = simulation.resident.breakdown
+    if job.workload.method.trains_base:
+        return max(0, job.saved_adapters - 1) * held.get(TRAINED[True], 0)
+    return job.saved_adapters * held.get("adapter", 0) + held.get("optimizer", 0)

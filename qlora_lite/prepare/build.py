@@ -13,6 +13,7 @@ from torch import nn
 from qlora_lite.adapters.bottleneck import Bottleneck
 from qlora_lite.adapters.checkpoint_names import set_checkpoint_name
 from qlora_lite.adapters.files import Lora, begin_with
+from qlora_lite.adapters.full import Full
 from qlora_lite.adapters.lora.inject import Target
 from qlora_lite.adapters.lora.layer import lora_scale
 from qlora_lite.adapters.method import AdapterMethod
@@ -40,7 +41,7 @@ from qlora_lite.planning.simulate import Job
 from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import FORMER_NAMES, Recipe
 from qlora_lite.train.causal_lm import CausalLM, ModelSpec
-from qlora_lite.train.settings import TrainSettings, auto_learning_rate
+from qlora_lite.train.settings import TrainSettings, auto_learning_rate, full_learning_rate
 from qlora_lite.train.workload import BatchShape
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def train_settings(recipe: Recipe) -> TrainSettings:
 
 
 def learning_rate_of(recipe: Recipe) -> float:
-    """Return the peak learning rate that a recipe sets, or that auto means for its model and LoRA weights.
+    """Return the peak learning rate that a recipe sets, or that auto means for its model and what is trained.
 
     Raises:
         ModelError: the model's configuration is not known here, or says no hidden size.
@@ -71,6 +72,8 @@ def learning_rate_of(recipe: Recipe) -> float:
     if not isinstance(width := getattr(config, "hidden_size", None), int):
         raise ModelError("train.learning_rate auto needs the model's hidden_size, which its configuration does not "
                          "say; set a number")  # fmt: skip
+    if recipe.adapter.method == "full":
+        return full_learning_rate(config.model_type, width)
     return auto_learning_rate(config.model_type, width, lora.rank, lora_scale(lora.alpha, lora.rank, lora.rslora))
 
 
@@ -133,6 +136,8 @@ def method_of(recipe: Recipe) -> AdapterMethod:
         p, m = recipe.prompt, recipe.model
         init = load_tokenizer(m.path, m.revision)(p.init_text, add_special_tokens=False) if p.init_text else None
         return PromptTuning(p.virtual_tokens, tuple(init.input_ids) if init else (), p.encoder_width)
+    if recipe.adapter.method == "full":
+        return Full()
     x, is_dora = recipe.lora, recipe.adapter.method == "dora"
     targets = tuple(Target(t.pattern, t.rank, t.alpha) for t in x.targets)
     also = recipe.adapter.train_also, recipe.adapter.train_also_lr_ratio
@@ -211,11 +216,16 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_shape: BatchShape | No
     if machine.device_type == "cuda" and dtype == torch.bfloat16 != machine.dtype:
         raise ModelError("model.compute_dtype bfloat16 is for training on GPUs of compute capability 8.0 and later, "
                          "since earlier ones only emulate it, slowly; leave it on auto")  # fmt: skip
+    method = method_of(recipe)
+    if method.trains_base and (quant != "none" or dtype == torch.float16):
+        what = "computes in float16 here; write model.compute_dtype: float32" if quant == "none" else (
+            f"is stored in {quant}; name its 16-bit files in model.path")  # fmt: skip
+        raise ModelError(f"adapter.method full trains 16-bit or 32-bit weights, and the model {what}")
     if dtype == torch.float16 and recipe.memory.optimizer_in_backward:
         raise ModelError(f"memory.optimizer_in_backward: {UPDATES_IN_FLOAT16}")
     spec = ModelSpec(config, quant, double_quant, m.quant_head, dtype, recipe.data.max_tokens)
     return Job(
-        CausalLM(method=method_of(recipe), spec=spec), BatchShape((1,), 1), eval_shape, machine.device_type,
+        CausalLM(method=method, spec=spec), BatchShape((1,), 1), eval_shape, machine.device_type,
         t.optimizer, t.stochastic_rounding, t.max_grad_norm, t.loraplus_lr_ratio, deterministic=t.deterministic,
         saved_adapters=1 if eval_shape is None else 2,
     )  # fmt: skip

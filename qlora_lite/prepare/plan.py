@@ -14,7 +14,7 @@ from typing import Any
 
 from qlora_lite.errors import DoesNotFitError, OutputError, RecipeError
 from qlora_lite.files import Space
-from qlora_lite.memory.bar import BESIDE
+from qlora_lite.memory.bar import BESIDE, TRAINED
 from qlora_lite.memory.gpus import GpuError
 from qlora_lite.models.load import resolve_device
 from qlora_lite.models.memory_options import MemoryOptions
@@ -347,21 +347,23 @@ def _cure(plan: Plan, others: Sequence[Alternative]) -> str:
         return f"{_difference(plan.chosen, least)} would fit with {_of_host(plan, least)}: {_more_host(plan, least)}"
     if not plan.chosen.fits_host:
         return f"free host memory, or {_more_host(plan, plan.chosen)}"
-    resident, size = plan.chosen.prediction.simulation.resident, plan.step.job.workload.method.size_setting
-    trained = resident.breakdown.get("adapter", 0) + resident.breakdown.get("optimizer", 0)
+    resident = plan.chosen.prediction.simulation.resident
+    trained = sum(resident.breakdown.get(name, 0) for name in (*TRAINED, "optimizer"))
+    size = plan.step.job.workload.method.size_setting
+    fewer = f"lower {size}" if size else "choose a smaller model, or adapter.method lora"
     constants = plan.machine.base_bytes + sum(overhead.bytes for overhead in plan.chosen.prediction.overheads)
     if constants > plan.budget_bytes:
         return f"what such a process needs beside tensors takes {format_bytes(constants)} alone: give it more memory"
     if trained > plan.budget_bytes:
-        return f"the adapter and its optimizer alone take {format_bytes(trained)}: lower {size}"
+        return f"what is trained and its optimizer alone take {format_bytes(trained)}: {fewer}"
     floor = constants + resident.total
     if floor > plan.budget_bytes:
-        cure = f"lower {size}" if floor - trained <= plan.budget_bytes else "choose a smaller model"
+        cure = fewer if floor - trained <= plan.budget_bytes else "choose a smaller model"
         return f"its weights, adapter, optimizer and constants alone take {format_bytes(floor)}: {cure}"
     try:
         return _shorter(plan)
     except DoesNotFitError:
-        return f"no sequence length fits: choose a smaller model or a lower {size}"
+        return f"no sequence length fits: choose a smaller model{f' or a lower {size}' if size else ''}"
 
 
 def _shorter(plan: Plan) -> str:
@@ -398,6 +400,7 @@ def disk_bytes(plan: Plan) -> int:
     """
     simulation = plan.chosen.prediction.simulation
     held, with_evaluation = simulation.resident.breakdown, plan.step.job.eval_shape is not None
-    space = Space(held.get("adapter", 0), held.get("optimizer", 0), with_evaluation, plan.kept_checkpoints)
+    trained = sum(held.get(name, 0) for name in TRAINED)
+    space = Space(trained, held.get("optimizer", 0), with_evaluation, plan.kept_checkpoints)
     times = 2 if plan.chosen.options.weights_on_disk else 1
     return times * simulation.frozen_bytes + space.whole_bytes()

@@ -6,7 +6,7 @@ place of what it complains about, with the cure.
 
 from collections.abc import Callable, Iterator
 
-from qlora_lite.constraints import UPDATES_IN_FLOAT16, WITH_COMPILE, WITH_UPDATES_IN_BACKWARD
+from qlora_lite.constraints import UPDATES_IN_FLOAT16, WITH_COMPILE, WITH_FULL, WITH_UPDATES_IN_BACKWARD
 
 from .reference import written
 from .schema import SHORTEST_ROW, Data, Memory, Prompt, Recipe
@@ -22,7 +22,7 @@ def conflicts(value: _Value) -> _Found:
     """Yield place and message of every setting that does not go with others."""
     for check in (
         _patience, _measured, _held_out, _streaming, _update_in_backward, _compile, _head, _all_kept,
-        _kept_and_streamed, _segments, _folder, _stream_from, _other_methods, _known_rate, _virtual,
+        _kept_and_streamed, _segments, _folder, _stream_from, _other_methods, _full, _known_rate, _virtual,
     ):  # fmt: skip
         yield from check(value)
 
@@ -199,12 +199,15 @@ def _stream_from(value: _Value) -> _Found:
 
 
 def _other_methods(value: _Value) -> _Found:
-    method = value("adapter", "method") or "lora"
-    for section, methods in (("lora", ("lora", "dora")), ("bottleneck", ("bottleneck",)), ("prompt", ("prompt",))):
+    method, of_lora = value("adapter", "method") or "lora", ("lora", "dora")
+    own = {name: Recipe.model_fields[name].default.model_dump() for name in ("lora", "bottleneck", "prompt", "adapter")}
+    del own["adapter"]["method"]
+    whose = {"lora": of_lora, "adapter": of_lora, "bottleneck": ("bottleneck",), "prompt": ("prompt",)}
+    for section, methods in whose.items():
         if method in methods:
             continue
-        for name, unset in Recipe.model_fields[section].default.model_dump().items():
-            if value(section, name) not in (None, unset):
+        for name, unset in own[section].items():
+            if value(section, name) not in (None, unset, list(unset) if isinstance(unset, tuple) else unset):
                 message = f"{section}.{name}: only with adapter.method {' or '.join(methods)}"
                 yield (section, name), f"{message}; remove one of the two"
 
@@ -214,3 +217,21 @@ def _known_rate(value: _Value) -> _Found:
     if method in RATES_TO_BEGIN_WITH and value("train", "learning_rate") in (None, "auto"):
         message = f"adapter.method = {method}: train.learning_rate auto is known for LoRA weights alone"
         yield ("adapter", "method"), f"{message}; write a number there, such as {RATES_TO_BEGIN_WITH[method]}"
+
+
+def _full(value: _Value) -> _Found:
+    if value("adapter", "method") != "full":
+        return
+    if (quant := value("model", "quant")) != "none":
+        said = f"model.quant = {written(quant)}" if quant else "adapter.method = full"
+        yield (
+            ("model", "quant") if quant else ("adapter", "method"),
+            f"{said}: full fine-tuning trains 16-bit weights; write model.quant: none",
+        )
+    for (section, name), only in WITH_FULL.items():
+        if (given := value(section, name)) not in (None, "auto", only):
+            message = f"{section}.{name} = {written(given)}: not possible with adapter.method full"
+            yield (section, name), f"{message}; write {written(only)}, or remove it"
+    if value("model", "compute_dtype") == "float16":
+        message = "model.compute_dtype = float16: full fine-tuning has no updates of float16 weights"
+        yield ("model", "compute_dtype"), f"{message}; write bfloat16 or float32"

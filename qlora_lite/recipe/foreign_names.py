@@ -288,7 +288,8 @@ _OTHER_TRAINING = {
         "stage rl beta dpo_beta rl_beta dpo_* pref_* kto_* orpo_alpha orpo_* simpo_gamma rpo_alpha cpo_alpha ppo_* "
         "grpo_* reward_model reward_model_* process_reward_model ref_model ref_model_* reward_funcs num_generations "
         "trl vllm kd_* kd_ratio teacher_* training_mode num_labels",
-    "only LoRA weights are trained, and DoRA's norms: no full fine-tuning, and no other kind of adapter":
+    "only LoRA weights are converted, and DoRA's norms; full fine-tuning is adapter.method full with model.quant none "
+    "in a recipe of one's own, and no other kind of adapter is offered":
         "adapter finetuning_type training_type full_finetuning freeze_trainable_layers freeze_trainable_modules "
         "freeze_extra_modules unfrozen_parameters use_llama_pro oft_* peft_type "
         "use_peft",

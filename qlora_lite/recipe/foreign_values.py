@@ -519,7 +519,7 @@ def warmup(draft: Draft) -> None:
 def _torchtune_model(draft: Draft, setting: Setting) -> None:
     name = as_text(setting.value).rpartition(".")[2]
     if not name.startswith(("lora_", "qlora_")):
-        text = f"{setting.name} = {name}: trains all weights; here only LoRA weights are trained"
+        text = f"{setting.name} = {name}: trains all weights; write a recipe with adapter.method full for that"
         raise RecipeError(Problem(text, setting.where))
     draft.put("model.quant", "nf4" if name.startswith("qlora_") else "none", setting)
 

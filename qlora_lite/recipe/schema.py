@@ -153,14 +153,15 @@ _Part = Literal["embeddings", "head", "norms", "biases"]
 
 
 class Adapter(_Section):
-    """What is trained beside the frozen model."""
+    """What is trained: weights beside the frozen model, or the model itself."""
 
-    method: Literal["lora", "dora", "bottleneck", "prompt"] = "lora"
+    method: Literal["lora", "dora", "bottleneck", "prompt", "full"] = "lora"
     """lora trains LoRA weights. dora also trains the norm of each row of the adapted weights (DoRA, or QDoRA on a 4-bit
     model): a little more memory and time, and vLLM and llama.cpp take it merged only. The lora section sets up
     both. bottleneck trains small networks behind the parts of each block, and prompt embeddings of virtual tokens
     before every row (prompt tuning and p-tuning), as the sections of these names say; neither can be merged or
-    exported, and both slow down answers."""
+    exported, and both slow down answers. full trains all weights of a 16-bit model (model.quant none) in
+    model.compute_dtype, and leaves a model folder (qlora-lite explain full)."""
     train_also: Annotated[
         tuple[_Part, ...], Field(strict=False), BeforeValidator(_one_name_or_many),
         Rule(f"one or a list of {', '.join(get_args(_Part))}"),
@@ -330,7 +331,8 @@ class Train(_Section):
     """Passes over the training data; ignored if train.max_steps is given."""
     learning_rate: Annotated[PositiveFloat | Literal["auto"], Rule("a number above 0, or auto")] = "auto"
     """Peak learning rate, reached after the warm-up. auto depends on the model's family and width, and on lora.alpha:
-    for alpha 32, 2.9e-4 for Llama-3.1-8B, more for narrower models (qlora-lite explain learning-rate). A resumed run
+    for alpha 32, 2.9e-4 for Llama-3.1-8B, more for narrower models, and a tenth of that with adapter.method full
+    (qlora-lite explain learning-rate). A resumed run
     keeps the one that it began with."""
     micro_batch_size: PositiveInt = 1
     """Packed sequences (examples, without data.packing) per forward and backward pass."""
@@ -343,7 +345,7 @@ class Train(_Section):
     """Optimizer. The paged ones can move their state to host memory when the GPU is full, which no plan counts on; they
     are ordinary ones where the GPU's driver cannot do that (WSL, or a slice of a GPU)."""
     stochastic_rounding: bool = True
-    """Round updated bfloat16 LoRA weights stochastically, so that updates too small for the type count on average;
+    """Round updated bfloat16 weights stochastically, so that updates too small for the type count on average;
     false rounds to nearest. No effect with lora.dtype float32."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
     """Learning rate after the warm-up: constant, or decayed to zero linearly or along a half cosine."""

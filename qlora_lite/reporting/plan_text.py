@@ -110,7 +110,7 @@ def _in_words(chosen: Candidate) -> str:
         + (", embeddings in host memory" if x.host_embeddings else "")
         + (", head in host memory" if x.host_head else "")
         + (f", block inputs {place}" if x.offload_checkpoints and x.recomputes else "")
-        + (", LoRA weights updated in backward" if x.optimizer_in_backward else "")
+        + (", weights updated in backward" if x.optimizer_in_backward else "")
         + (", blocks compiled" if x.compile else "")
         + f"{resident}, loss chunk {x.loss_chunk_tokens}, micro-batch size {chosen.packs}, "
         f"micro-batches {chosen.micro_batches}"

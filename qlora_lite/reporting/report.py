@@ -239,8 +239,9 @@ def _chosen(summary: dict[str, Any]) -> str:
 
 
 def _data_and_versions(summary: dict[str, Any]) -> str:
-    adapter = {"weights": summary.get("trainable_parameters"), "sha256": summary.get("adapter_sha256")}
-    cards = _counts("Training data", summary.get("data")) + _counts("Adapter", adapter)
+    kind = "model" if "model_sha256" in summary else "adapter"
+    trained = {"weights": summary.get("trainable_parameters"), "sha256": summary.get(f"{kind}_sha256")}
+    cards = _counts("Training data", summary.get("data")) + _counts(kind.capitalize(), trained)
     cards += _pairs_of("Versions", summary.get("versions"))
     return f'<div class="columns">{cards}</div>' if cards else ""
 

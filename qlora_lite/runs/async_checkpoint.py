@@ -1,7 +1,8 @@
 """When checkpoints are written, and by whom: a thread of its own, so that training goes on meanwhile.
 
 Training waits only until its state is copied to host memory, or for the checkpoint before, if that is still being
-written: there is never more than one on its way. A checkpoint that cannot be written does not end a run; it is said,
+written: there is never more than one on its way. A whole model is not copied, which would take its memory once more:
+training waits until it is written. A checkpoint that cannot be written does not end a run; it is said,
 the ones before it stay, and the next interval tries again.
 """
 
@@ -59,12 +60,13 @@ class Saver:
         by_time = self._every_seconds and time.monotonic() - self._last_try >= self._every_seconds
         return bool(by_time or (self._every_steps and step % self._every_steps == 0))
 
-    def save(self, step: int, capture: Callable[[], Checkpoint]) -> None:
+    def save(self, step: int, capture: Callable[[], Checkpoint], copies: bool = True) -> None:
         """Begin to write a checkpoint, unless that of this step is there; a failure is logged, now or later.
 
         Args:
             capture: copies the state to host memory; an OutputError there, or memory that runs out, is a failure like
                 one of the disk.
+            copies: False if it copies nothing: then the checkpoint is written before this returns.
         """
         self.wait()
         self._last_try = time.monotonic()
@@ -77,6 +79,8 @@ class Saver:
         else:
             self._pending_step = step
             self._pending = self._thread.submit(self._write, checkpoint)
+            if not copies:
+                self.wait()
 
     def _write(self, checkpoint: Checkpoint) -> None:
         self._prepare()

@@ -248,7 +248,8 @@ def probe(loaded: Loaded) -> Proven | Overrun:
         trainer.workload, loaded.rows, loaded.eval_examples, trainer.epochs, trainer.most_tokens
     )  # fmt: skip
     expected = expected_peak(loaded.plan, *batches)
-    weights = (*loaded.model.parameters(), *loaded.model.buffers())
+    # what is trained is written to, so that no file page stands for it any more
+    weights = [tensor for tensor in (*loaded.model.parameters(), *loaded.model.buffers()) if not tensor.requires_grad]
     mapped = mapped_bytes(weights) if device.type == "cpu" else 0
     predicted = as_measured(loaded.plan, expected) - mapped
     if loaded.settings.options.compile:
@@ -316,7 +317,8 @@ def _describe_model(loaded: Loaded, fingerprint: str) -> None:
     for entry in table:
         log.info("memory: %-26s %-9s %-6s %10s  %s", entry.group, entry.dtype, entry.device,
                  format_bytes(entry.bytes), entry.why)  # fmt: skip
-    log.info("model: %s weights, %s trainable", format_count(total_parameters(loaded.model)), format_count(trainable))
+    total = total_parameters(loaded.model, loaded.trainer.workload.method)
+    log.info("model: %s weights, %s trainable", format_count(total), format_count(trainable))
     changing = {  # results, in exchange for memory or time
         "model.quant_head: the head is in 4 bit, which is another model than the one with its 16-bit head; losses and "
         "answers differ": loaded.recipe.model.quant_head,

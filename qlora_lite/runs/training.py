@@ -6,6 +6,7 @@ two steps both belong together, and only there are they saved.
 
 import logging
 import math
+import shutil
 import time
 from functools import partial
 
@@ -13,19 +14,20 @@ from qlora_lite.adapters.files import save_adapter
 from qlora_lite.adapters.read import CONFIG_NAME
 from qlora_lite.artifacts.run_files import METRICS_DIGEST
 from qlora_lite.artifacts.run_folder import (
-    ADAPTER,
-    ADAPTER_LAST,
     CHECKPOINTS,
     DIGESTS,
     how_to_go_on,
     newest_checkpoint,
     package_versions,
     rewind_run,
+    trained_folders,
+    weights_sha256,
 )
 from qlora_lite.data.examples import Dataset
 from qlora_lite.errors import CheckpointError, DoesNotFitError, Interrupted, ModelError, OutputError
 from qlora_lite.inference.evaluate import Measured, answered_at_once, measure, new_tokens_of, watching
 from qlora_lite.models.anatomy import device_of
+from qlora_lite.models.save import save_model
 from qlora_lite.prepare.datasets import measures_of
 from qlora_lite.train.checkpoints import Checkpoint, Tensors
 from qlora_lite.train.guards import check_frozen
@@ -65,6 +67,7 @@ class Training:
     def __init__(self, proven: Proven):
         self.proven, self.recipe, self.run, self.trainer = proven, proven.recipe, proven.run, proven.trainer
         self.model, self.method = proven.model, self.trainer.workload.method
+        self.best, self.last = trained_folders(self.recipe)  # names of the folders of what is trained
         self.eval_data, self.stop = proven.data.eval_data, proven.stop
         self.progress, self.watch = proven.progress, proven.watch
         self.best_loss, self.best_step = math.inf, 0
@@ -74,7 +77,7 @@ class Training:
         self.before: Measured | None = None
         self.totals = {"steps": 0, "seconds": 0.0, "tokens": 0, "labelled_tokens": 0}
         self.earlier_peak_bytes = 0
-        self.digests: dict[str, str] = {}  # of the adapters written, as the summary names them
+        self.digests: dict[str, str | None] = {}  # of the adapters written, as the summary names them
         self.is_trained = False  # from then on the factors may be the best ones, and not those of the last step
 
     @property
@@ -164,7 +167,9 @@ class Training:
                     raise
                 raise self._interrupted(str(cut)) from None
         check_frozen(self.model, self.proven.checksum)
-        self._save_adapter(ADAPTER)
+        self._save_adapter(self.best)
+        if self.method.trains_base:  # what an earlier stop may have left
+            shutil.rmtree(self.run.path / self.last, ignore_errors=True)
         step = self.trainer.step if self.best_factors is None else self.best_step
         limit = "max_steps" if t.max_steps else "epochs"
         ended_by = f"train.{'early_stopping_patience' if self.ends_early else limit}"
@@ -186,7 +191,8 @@ class Training:
             log.info("step %d: %d evaluations in a row brought no better loss; training ends here "
                      "(train.early_stopping_patience)", self.trainer.step, self.evaluations_without_better)  # fmt: skip
         self._save_checkpoint()
-        self._save_adapter(ADAPTER_LAST)
+        if not self.method.trains_base:  # a whole model is in the checkpoint, and need not be written twice
+            self._save_adapter(self.last)
 
     def _note(self, metrics: StepMetrics) -> None:
         values = metrics.line
@@ -286,7 +292,7 @@ class Training:
         self.best_loss, self.best_step = loss, self.trainer.step
         factors = self.method.tensors(self.model).items()
         self.best_factors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in factors}
-        self._try_save(ADAPTER)
+        self._try_save(self.best)
         return True
 
     def _measure_best(self) -> Measured | None:
@@ -301,11 +307,11 @@ class Training:
         return self._measure("after")
 
     def _save_checkpoint(self) -> None:
-        self.saver.save(self.trainer.step, self._capture)
+        self.saver.save(self.trainer.step, self._capture, copies=not self.method.trains_base)
 
     def _capture(self) -> Checkpoint:
         self.run.write_metrics()  # a checkpoint that knows of lines that wait would lose them
-        tensors, state = capture(self.trainer)
+        tensors, state = capture(self.trainer, copies=not self.method.trains_base)
         if self.best_factors is not None:
             tensors[BEST] = self.best_factors
         proven = self.proven
@@ -319,8 +325,12 @@ class Training:
         return Checkpoint(self.trainer.step, tensors, {STATE: state, RUN: run, CONFIG_NAME: config})
 
     def _save_adapter(self, name: str) -> None:
-        """Write the adapter into the run's folder, and note its SHA-256."""
+        """Write the adapter, or the whole model that was trained, into the run's folder, and note its SHA-256."""
         folder = self.run.path / name
+        if self.method.trains_base:
+            save_model(self.model, folder, self.proven.tokenizer, self.proven.data.data.end_token_ids)
+            self.digests[DIGESTS[name]] = weights_sha256(folder)
+            return
         digest = save_adapter(self.model, folder, self.recipe.model.path, self.proven.tokenizer, self.method)
         self.digests[DIGESTS[name]] = digest
 
@@ -335,7 +345,7 @@ class Training:
         step = self.trainer.step
         if step and not self.is_trained:
             self._save_checkpoint()
-            self._try_save(ADAPTER_LAST)
+            self._try_save(self.last)
         self.saver.wait()
         newest = self.saver.newest_step
         if not step:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Self
 
 import numpy as np
@@ -42,6 +43,10 @@ from .workload import BatchShape, LossSum, Objective, Workload
 
 CHECKED_TILE_TOKENS = 5
 CHUNKED = "chunked"  # the loss that is this package's own
+# Memory options that are no choice where the model's own weights are trained: these stay on the device, in 16 bit.
+TRAINED_WEIGHTS = MappingProxyType(
+    {"host_embeddings": False, "host_head": False, "resident_layers": None, "cache_dequantized": False}
+)
 
 
 @dataclass(frozen=True)
@@ -209,14 +214,14 @@ class CausalLM(Workload):
 
     @property
     def fixed_options(self) -> Mapping[str, object]:
-        """None: each can be set."""
-        return {}
+        """None, each can be set; of weights that are trained, where they lie is."""
+        return TRAINED_WEIGHTS if self.method.trains_base else {}
 
     @property
     def movable_tables(self) -> tuple[str, ...]:
         """Embeddings, and the head if it is in 16 bit; but for those that are trained."""
         trained = self.method.trained_tables
-        if trained and self.tables_are_tied:
+        if self.method.trains_base or (trained and self.tables_are_tied):
             return ()
         still = [f"host_{table}" for table in ("embeddings", "head") if table not in trained]
         return tuple(table for table in still if table != "host_head" or not self.spec.quant_head)
@@ -283,6 +288,7 @@ class CausalLM(Workload):
 
     def check_model(self, model: nn.Module, settings: TrainSettings) -> None:
         """See ``text_guards``."""
+        self.check_fixed(settings)
         check_shared_keys(model)
         plain = replace(settings.options, kernels="plain")  # until ``choose_kernels`` has tried others
         tiny_tiles = plain.tile_tokens and CHECKED_TILE_TOKENS  # so that the check's few tokens are cut

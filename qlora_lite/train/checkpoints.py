@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 
 from qlora_lite.errors import CheckpointError
 from qlora_lite.files import explain_write_errors, flush_to_disk, refuse_link, replacing_folder, sha256
-from qlora_lite.quant.tensor_file import write_tensors
+from qlora_lite.quant.tensor_file import stream_tensors
 
 FORMAT = 2  # of all that lies in a checkpoint; one of another format is not resumed
 MANIFEST = "manifest.json"
@@ -42,7 +42,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What a checkpoint holds: host tensors and JSON objects by the name of their file."""
+    """What a checkpoint holds: tensors and JSON objects by the name of their file."""
 
     step: int
     tensors: Mapping[str, Tensors]
@@ -80,7 +80,9 @@ def write_checkpoint(root: Path, checkpoint: Checkpoint, versions: Mapping[str, 
     folder = folder_of(root, checkpoint.step)
     with replacing_folder(folder) as new:
         for name, tensors in checkpoint.tensors.items():
-            write_tensors(new / name, dict(tensors))
+            entries = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+            aligned = dict(sorted(entries.items(), key=lambda entry: -entry[1][0].itemsize))
+            stream_tensors(new / name, aligned, lambda key, tensors=tensors: tensors[key].cpu())
         for name, document in checkpoint.documents.items():
             (new / name).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(new.iterdir())}

@@ -7,7 +7,8 @@ from math import prod
 import torch
 from torch import nn
 
-from qlora_lite.adapters.parts import trained_weights
+from qlora_lite.adapters.method import AdapterMethod
+from qlora_lite.memory.bar import TRAINED
 from qlora_lite.models.anatomy import text_config
 from qlora_lite.models.memory_options import on_disk, on_host, stream_of
 from qlora_lite.quant.linear import QuantLinear
@@ -51,7 +52,7 @@ def categorised(workload: Workload, model: nn.Module) -> Iterator[tuple[torch.Te
             elif on_host(model, module, tensor):
                 yield tensor, "offloaded", "in host memory; travels to the device when it is needed"
             else:
-                yield (tensor, *_category(module, name, tensor, embedding, head))
+                yield (tensor, *_category(module, name, tensor, embedding, head, workload.method.trains_base))
     if stream := stream_of(model):
         for slot in stream.slots:
             yield slot, "base weights", "room for a streamed block"
@@ -59,9 +60,9 @@ def categorised(workload: Workload, model: nn.Module) -> Iterator[tuple[torch.Te
             yield buffer, "offloaded", "room for a streamed block that is read from the disk"
 
 
-def _category(module, name, tensor, embedding, head) -> tuple[str, str]:
+def _category(module, name, tensor, embedding, head, trains_base) -> tuple[str, str]:
     if tensor.requires_grad:
-        return "adapter", "trained; the gradient has the same size and type"
+        return TRAINED[trains_base], "trained; the gradient has the same size and type"
     if module is head and isinstance(module, QuantLinear):
         return "head", f"{module.quant_type}, because of model.quant_head"
     if isinstance(module, PackedWeight) and name == "weight":
@@ -78,10 +79,10 @@ def _category(module, name, tensor, embedding, head) -> tuple[str, str]:
     return "base weights", "norms, biases, tables: small and sensitive to rounding"
 
 
-def total_parameters(model: nn.Module) -> int:
+def total_parameters(model: nn.Module, method: AdapterMethod) -> int:
     """Return the number of weights of the model without the adapter, 4-bit ones counted whole."""
-    trained = dict(trained_weights(model)).values()
-    plain = sum(p.numel() for p in (*trained, *(p for p in model.parameters() if not p.requires_grad)))
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    plain = sum(parameter.numel() for parameter in (*frozen, *method.trained_base(model)))
     copy = model.get_output_embeddings() if text_config(model).tie_word_embeddings else None
     packed = [m for m in model.modules() if isinstance(m, PackedWeight) and m is not copy]
     return plain + sum(prod(m.shape) for m in packed)

@@ -140,7 +140,7 @@ def gradient_norms(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
 
 def _check_none_missing(found: int, wanted: int) -> None:
     if found < wanted:
-        raise TrainingError(f"{wanted - found} of {wanted} LoRA weights got no gradient")
+        raise TrainingError(f"{wanted - found} of {wanted} trained weights got no gradient")
 
 
 def are_finite(numbers: torch.Tensor | None) -> bool:
@@ -187,6 +187,9 @@ class UpdatesInBackward:
             handle.remove()
 
     def _update(self, parameter: torch.nn.Parameter) -> None:
+        if parameter in self._norms:
+            raise TrainingError("memory.optimizer_in_backward: a weight got its gradient in two parts, as one that "
+                                "blocks share does; set it to false")  # fmt: skip
         if self.probing:
             parameter.grad.zero_()
         self._norms[parameter] = gradient_norms([parameter])

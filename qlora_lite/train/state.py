@@ -2,7 +2,8 @@
 
 | file                      | holds                                                                              |
 |---------------------------|------------------------------------------------------------------------------------|
-| adapter_model.safetensors | the adapter, under the names of its method's files (LoRA: peft's)                   |
+| adapter_model.safetensors | the adapter, under the names of its method's files (LoRA: peft's); of full
+|                           | fine-tuning all weights                                                            |
 | optimizer.safetensors     | the optimizer's tensors, FACTOR.KEY                                                |
 | generators.safetensors    | the random generators                                                              |
 | state.json                | steps, place in the data, skipped steps, the memory limit, the loss scale, the
@@ -31,8 +32,11 @@ _COUNTS = ("step", "epoch", "epoch_step", "skipped", "most_tokens")  # the last 
 _TABLES = ("qmap1", "qmap2")  # bitsandbytes' code tables: constants that all states share
 
 
-def capture(trainer: Trainer) -> tuple[dict[str, Tensors], dict]:
+def capture(trainer: Trainer, copies: bool = True) -> tuple[dict[str, Tensors], dict]:
     """Copy a trainer's state to host memory; return the tensors by file, and the numbers.
+
+    Args:
+        copies: False returns the tensors themselves, to be written before the next step changes them.
 
     Raises:
         TrainingError: the factors are not finite, or do nothing although they were trained: no state to go back to.
@@ -42,8 +46,9 @@ def capture(trainer: Trainer) -> tuple[dict[str, Tensors], dict]:
     states, numbers = _optimizer_state(trainer)
     tensors = {WEIGHTS_NAME: factors, OPTIMIZER: states, GENERATORS: generator_states(trainer.device)}
     _wait(trainer.device)
-    on_host = {file: {name: _host_copy(t) for name, t in content.items()} for file, content in tensors.items()}
-    return on_host, {
+    if copies:
+        tensors = {file: {name: _host_copy(t) for name, t in content.items()} for file, content in tensors.items()}
+    return tensors, {
         "step": trainer.step, "epoch": trainer.epoch, "epoch_step": trainer.epoch_step, "skipped": trainer.skipped,
         "most_tokens": trainer.most_tokens, "total_steps": trainer.total_steps, "took_part": trainer.took_part,
         "loss_scale": trainer.loss_scale and asdict(trainer.loss_scale), "optimizer": numbers,
@@ -161,10 +166,12 @@ def _make_states(trainer: Trainer) -> None:
     """Let the optimizer make its states where and as it wants them; with a rate of zero nothing else changes."""
     for group in trainer.optimizer.param_groups:
         group["lr"] = 0.0  # each step sets it
-    for parameter in trainer.parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    trainer.optimizer.step()
-    trainer.optimizer.zero_grad(set_to_none=True)
+    alone = trainer.settings.options.optimizer_in_backward  # there is no room for two gradients
+    for together in [[parameter] for parameter in trainer.parameters] if alone else [trainer.parameters]:
+        for parameter in together:
+            parameter.grad = torch.zeros_like(parameter)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad(set_to_none=True)
 
 
 def compare_tensors(saved: Tensors, wanted: Tensors, file: str) -> None:

@@ -230,10 +230,18 @@ class Workload:
         Raises:
             ModelError, TrainingError: it would not.
         """
+        self.check_fixed(settings)
+        set_memory_options(model, replace(settings.options, kernels="plain"), self.blocks(model))
+
+    def check_fixed(self, settings: TrainSettings) -> None:
+        """Check that no memory option is set that the workload has no choice of.
+
+        Raises:
+            TrainingError: naming those.
+        """
         wrong = [name for name, only in self.fixed_options.items() if getattr(settings.options, name) != only]
         if wrong:
             raise TrainingError(f"{type(self).__name__} has no {', '.join(wrong)} to set")
-        set_memory_options(model, replace(settings.options, kernels="plain"), self.blocks(model))
 
     def choose_kernels(
         self, model: nn.Module, largest: Callable[[], object], options: MemoryOptions, recorded: Sequence[str] | None

@@ -17,7 +17,8 @@ from qlora_lite.runs.run import run_recipe
 
 @pytest.mark.parametrize(("method", "settings", "quant"), [
     ("bottleneck", {"width": 6, "placement": "houlsby"}, "nf4"), ("bottleneck", {"width": 6}, "none"),
-    ("prompt", {"virtual_tokens": 4}, "nf4"), ("prompt", {"virtual_tokens": 2, "encoder_width": 8, "init_text": "3?"}, "none"),
+    ("prompt", {"virtual_tokens": 4}, "nf4"),
+    ("prompt", {"virtual_tokens": 2, "encoder_width": 8, "init_text": "3?"}, "none"),
 ])  # fmt: skip
 def test_a_run_is_resumed_to_the_bit_evaluated_and_used_and_not_merged(
     tmp_path, command, monkeypatch, method, settings, quant

@@ -128,7 +128,7 @@ def test_clipping_scales_the_gradients_to_the_norm(dtype):
 
 
 def test_a_factor_without_a_gradient_is_an_error():
-    with pytest.raises(TrainingError, match="1 of 1 LoRA weights got no gradient"):
+    with pytest.raises(TrainingError, match="1 of 1 trained weights got no gradient"):
         gradient_norms([torch.nn.Parameter(torch.zeros(3))])
 
 

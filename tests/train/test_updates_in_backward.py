@@ -19,6 +19,7 @@ from qlora_lite.planning import simulate
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.checkpoints import Checkpoint
 from qlora_lite.train.loop import largest_batches
+from qlora_lite.train.optim import UpdatesInBackward, build_optimizer
 from qlora_lite.train.state import STATE, capture, restore
 from qlora_lite.train.text_guards import check_updates_in_backward
 from qlora_lite.train.workload import BatchShape, LossSum
@@ -180,3 +181,11 @@ def test_an_evaluation_that_was_cut_leaves_the_steps_whole(monkeypatch):
     largest, _ = largest_batches(CausalLM(), training.examples, (), training.epochs, training.most_tokens)
     assert training.most_tokens <= 20 < sum(largest.row_lengths)
     assert [metrics.loss for metrics in training] == [metrics.loss for metrics in expected]
+
+
+def test_a_weight_whose_gradient_comes_in_two_parts_is_refused():
+    shared = torch.nn.Parameter(torch.ones(4))
+    with UpdatesInBackward(build_optimizer([shared], "adamw_torch", 0.1, 0.0)):
+        shared.sum().backward()
+        with pytest.raises(TrainingError, match="got its gradient in two parts"):
+            shared.sum().backward()

@@ -93,7 +93,7 @@ def run_server(tasks: Tasks, limits: Limits, host: str, port: int) -> None:
         raise OutputError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --{wrong}") from error
     shown = f"[{host}]" if ":" in host else host
     app = build_app(tasks, limits, LOCAL if shown in LOCAL else ())
-    names = ", ".join(dict.fromkeys((*tasks.names, BASE)))
+    names = ", ".join(dict.fromkeys((*tasks.names, *([BASE] if tasks.has_base else []))))
     log.info("serving %s on http://%s:%d/v1", names, shown, listener.getsockname()[1])
     log.info("this is for trying adapters, one request at a time; use vLLM or Ollama in production (qlora-lite export)")
     http_server(app).run(sockets=[listener])

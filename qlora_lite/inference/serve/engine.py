@@ -45,7 +45,7 @@ class Engine:
 
     def __init__(self, tasks: Tasks, most_waiting: int):
         self.tasks, self.most_waiting = tasks, most_waiting
-        self.names = tuple(dict.fromkeys((*tasks.names, BASE)))
+        self.names = tuple(dict.fromkeys((*tasks.names, *([BASE] if tasks.has_base else []))))
         self._inside, self._turn = 0, asyncio.Lock()
 
     async def pieces(self, request: ChatRequest) -> AsyncIterator[Piece]:
