@@ -1,4 +1,4 @@
-"""Compute the experts of a block whose weights are in 4 bits, a group of experts at a time, without a wait.
+"""Compute the experts of a block, a group of experts at a time, without a wait.
 
 All experts' weights are dequantised in groups of ``GROUP_BYTES``, whatever the router chose, and a group's rows are
 multiplied in one launch (``ops.grouped_product``): 73 launches a block of Qwen3-30B-A3B where one expert after the
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import linear
 
-from qlora_lite.ops.grouped_product import Pairs, grouped_product, pairs_by_expert
+from qlora_lite.ops.grouped_product import Pairs, add_grouped_sums, grouped_product, pairs_by_expert
 from qlora_lite.ops.shapes import pieces
 from qlora_lite.quant.nf4 import Packed, absmax_of, dequantize
 from qlora_lite.quant.product import WeightSpec
@@ -128,12 +128,18 @@ def parts_of(experts: Experts, tensors: Sequence[torch.Tensor], dtype: torch.dty
 
 
 class _Weights(NamedTuple):
-    """One projection of all experts: codes, absmax in float32 and, where it has one, the bias [E, out]."""
+    """One projection of all experts.
+
+    Args:
+        stored: the weight in 16 bit; or codes, and absmax in float32.
+        bias: [E, out], where it has one.
+        lora: LoRA weights, where it has some.
+    """
 
     spec: WeightSpec
-    codes: torch.Tensor
-    absmax: torch.Tensor
+    stored: Sequence[torch.Tensor]
     bias: torch.Tensor | None
+    lora: LowRank | None
 
     def product(self, rows: torch.Tensor, pairs: Pairs, scale: torch.Tensor | None = None) -> torch.Tensor:
         """Return ``scale * (weight @ row + bias)`` for each pair, by place, [P, out].
@@ -148,17 +154,50 @@ class _Weights(NamedTuple):
         """Return ``scale * (grad @ weight)`` for each pair, by place, [P, in]; arguments as for ``product``."""
         return self._grouped(grad, pairs, None, scale, of_gradient=True)
 
+    def low(self, x: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        """Return ``lora.scale * A x`` for each pair, by place, [P, r]; x as ``product`` takes it."""
+        return self._by_lora(x.contiguous(), pairs, self.lora.lora_a).mul_(self.lora.scale)
+
+    def low_gradient(self, grad: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        """Return the gradient of ``A x`` for each pair from y's, [P, r]."""
+        return self._by_lora(grad.contiguous(), pairs, self.lora.lora_b.transpose(1, 2)).mul_(self.lora.scale)
+
+    def add_gradients(self, sums: LowRank, x: torch.Tensor, grad: torch.Tensor, pairs: Pairs, scale: torch.Tensor):
+        """Add the gradients of A and B from ``scale`` [P] times y's to those of all experts."""
+        x, grad, scale = x.contiguous(), grad.contiguous(), scale[:, None]
+        add_grouped_sums(sums.lora_a, self.low_gradient(grad, pairs).mul_(scale), x, *pairs)
+        add_grouped_sums(sums.lora_b, grad, self.low(x, pairs).mul_(scale), *pairs)
+
+    def _by_lora(self, rows, pairs, weights):
+        out = rows.new_empty(len(pairs.places), weights.shape[1])
+        grouped_product(out, rows, weights, *pairs, 0)
+        return out
+
     def _grouped(self, rows, pairs, bias, scale, of_gradient):
-        count, *shape = self.spec.shape
-        codes, absmax = self.codes.view(count, -1), self.absmax.view(count, -1)
-        rows, out = rows.contiguous(), rows.new_empty(len(pairs.places), shape[of_gradient])
+        (count, *shape), has_lora = self.spec.shape, self.lora is not None
+        rows = rows.contiguous()
+        if not has_lora:
+            out = rows.new_empty(len(pairs.places), shape[of_gradient])
+        elif of_gradient:
+            out = self._by_lora(self.low_gradient(rows, pairs), pairs, self.lora.lora_a.transpose(1, 2))
+        else:
+            out = self._by_lora(self.low(rows, pairs), pairs, self.lora.lora_b)
         for group in pieces(count, even_size(count, GROUP_BYTES, prod(shape) * rows.itemsize)):
-            some = Packed(codes[group].reshape(-1, 1), absmax[group].reshape(-1))
-            weights = dequantize(some, (group.stop - group.start, *shape), rows.dtype, str(self.spec.quant_type))
+            weights = self._group(group, rows.dtype)
             weights = weights.transpose(1, 2) if of_gradient else weights
-            grouped_product(out, rows, weights, *pairs, group.start, bias, scale)
+            grouped_product(out, rows, weights, *pairs, group.start, bias, scale, has_lora)
             del weights  # before the next are dequantised
         return out
+
+    def _group(self, group: slice, dtype: torch.dtype) -> torch.Tensor:
+        """Return the weights [n, out, in] of some experts."""
+        if self.spec.quant_type is None:
+            weight = self.stored[0][group].to(dtype)
+            return weight.transpose(1, 2) if self.spec.transposed else weight
+        count, *shape = self.spec.shape
+        codes, absmax = (tensor.view(count, -1)[group] for tensor in self.stored)
+        some = Packed(codes.reshape(-1, 1), absmax.reshape(-1))
+        return dequantize(some, (len(codes), *shape), dtype, self.spec.quant_type)
 
 
 def even_size(count: int, most_bytes: int, bytes_of_one: int) -> int:
@@ -167,13 +206,15 @@ def even_size(count: int, most_bytes: int, bytes_of_one: int) -> int:
     return -(-count // parts)
 
 
-def _both(experts: Experts, tensors: Sequence[torch.Tensor]) -> tuple[_Weights, _Weights]:
-    parts = parts_of(experts, tensors, torch.float32)
-    up, down = Packed(*parts.up), Packed(*parts.down)
-    return (
-        _Weights(experts.up, up.codes, absmax_of(up), parts.biases[0]),
-        _Weights(experts.down, down.codes, absmax_of(down), parts.biases[1]),
-    )
+def _both(experts: Experts, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> tuple[_Weights, _Weights]:
+    parts = parts_of(experts, tensors, dtype)
+
+    def weights(spec: WeightSpec, stored: Sequence[torch.Tensor], number: int) -> _Weights:
+        if spec.quant_type is not None:
+            stored = Packed(*stored).codes, absmax_of(Packed(*stored))
+        return _Weights(spec, stored, parts.biases[number], parts.lora[number])
+
+    return weights(experts.up, parts.up, 0), weights(experts.down, parts.down, 1)
 
 
 def _chunks(hidden_TD: torch.Tensor, chosen_TK: torch.Tensor, experts: Experts) -> Iterator[tuple[slice, Pairs]]:
@@ -190,7 +231,7 @@ def _tiles(first: torch.Tensor) -> Iterator[slice]:
 
 def value(hidden_TD, weights_TK, chosen_TK, experts: Experts, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the result of ``routed``."""
-    out_TD, (up, down) = torch.empty_like(hidden_TD), _both(experts, tensors)
+    out_TD, (up, down) = torch.empty_like(hidden_TD), _both(experts, tensors, hidden_TD.dtype)
     for tokens, pairs in _chunks(hidden_TD, chosen_TK, experts):
         first = up.product(hidden_TD[tokens], pairs)
         inner = first.new_empty(len(first), experts.down.shape[2])
@@ -206,30 +247,41 @@ def value(hidden_TD, weights_TK, chosen_TK, experts: Experts, tensors: Sequence[
 
 def gradients(
     grad_TD, hidden_TD, weights_TK, chosen_TK, experts: Experts, tensors: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return the gradients of ``routed`` for the hidden states and the router's weights."""
-    grad_hidden_TD, (up, down) = torch.empty_like(hidden_TD), _both(experts, tensors)
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """Return the gradients of ``routed`` for the hidden states, the router's weights and the LoRA weights."""
+    grad_hidden_TD, (up, down) = torch.empty_like(hidden_TD), _both(experts, tensors, hidden_TD.dtype)
+    sums_up, sums_down = (weights.lora and weights.lora.zeros() for weights in (up, down))
     grad_weights_TK = torch.empty(weights_TK.shape, dtype=torch.float32, device=weights_TK.device)
     for tokens, pairs in _chunks(hidden_TD, chosen_TK, experts):
         grad, of_weights = grad_TD[tokens], grad_weights_TK[tokens].flatten()
         first = up.product(hidden_TD[tokens], pairs)
         grad_inner = down.gradient(grad, pairs)
         for tile in _tiles(first):
-            _through_activation(experts.activate, first[tile], grad_inner[tile], of_weights[tile])
+            inner_too = sums_down is not None
+            _through_activation(experts.activate, first[tile], grad_inner[tile], of_weights[tile], inner_too)
+        weights = weights_TK[tokens].flatten()
+        if sums_down is not None:
+            down.add_gradients(sums_down, grad_inner, grad, pairs, weights)  # of the input, which is there now
         del grad_inner
-        rows = up.gradient(first, pairs, weights_TK[tokens].flatten())
+        if sums_up is not None:
+            up.add_gradients(sums_up, hidden_TD[tokens], first, pairs, weights)
+        rows = up.gradient(first, pairs, weights)
         del first
         torch.sum(rows.view(-1, chosen_TK.shape[1], rows.shape[1]), 1, out=grad_hidden_TD[tokens])
         del rows
         if down.bias is not None:
             grad_weights_TK[tokens] += (grad @ down.bias.t()).gather(1, chosen_TK[tokens])
-    return grad_hidden_TD, grad_weights_TK.to(weights_TK.dtype)
+    learned = [part for sums in (sums_up, sums_down) if sums is not None for part in sums.as_layer()]
+    return grad_hidden_TD, grad_weights_TK.to(weights_TK.dtype), *learned
 
 
-def _through_activation(activate, first, grad_inner, of_weights) -> None:
+def _through_activation(activate, first, grad_inner, of_weights, inner_too: bool) -> None:
     """Put the gradient of a tile's first product in its place, and that of its pairs' weights in theirs.
 
     Neither has the router's weight in it yet, which the last product multiplies by.
+
+    Args:
+        inner_too: put the second product's input in the place of its gradient.
     """
     leaf = first.detach().requires_grad_()
     with torch.enable_grad():
@@ -237,3 +289,5 @@ def _through_activation(activate, first, grad_inner, of_weights) -> None:
     torch.sum(grad_inner * inner.detach(), -1, dtype=torch.float32, out=of_weights)
     (grad_first,) = torch.autograd.grad(inner, leaf, grad_inner)
     first.copy_(grad_first)
+    if inner_too:
+        grad_inner.copy_(inner.detach())

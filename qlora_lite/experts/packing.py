@@ -124,7 +124,7 @@ def placeholders(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def packs_experts(model: nn.Module) -> bool:
     """Return whether a model, or a skeleton, has experts in 4 bits."""
-    return first_experts(model) is not None
+    return any(hasattr(module, f"{PACKED}down_proj") for module in model.modules())
 
 
 def drop_parameter(projection: Projection) -> None:
@@ -146,7 +146,7 @@ def use_experts(model: nn.Module, grouped: bool = False) -> None:
     Args:
         grouped: in groups, on a GPU and where a batch uses most of them; see ``grouped``.
     """
-    if packs_experts(model) or adapts_experts(model):
+    if first_experts(model) is not None:
         ExpertsInterface.register(NAME, compute_experts)
         ExpertsInterface.register(GROUPED, partial(compute_experts, grouped=True))
         model.set_experts_implementation(GROUPED if grouped else NAME)
@@ -167,13 +167,18 @@ def compute_experts(
 
 
 def first_experts(model: nn.Module) -> nn.Module | None:
-    """Return the first module that holds packed experts."""
-    return next((module for module in model.modules() if hasattr(module, f"{PACKED}down_proj")), None)
+    """Return the first module that holds experts which are packed, or have LoRA weights."""
+    own = (hasattr(module, f"{PACKED}down_proj") or _adapts(module) for module in model.modules())
+    return next((module for module, is_own in zip(model.modules(), own, strict=True) if is_own), None)
 
 
 def adapts_experts(model: nn.Module) -> bool:
     """Return whether a model, or a skeleton, has LoRA weights beside experts."""
-    return any(hasattr(module, "has_gate") and _added(module) for module in model.modules())
+    return any(_adapts(module) for module in model.modules())
+
+
+def _adapts(module: nn.Module) -> bool:
+    return hasattr(module, "has_gate") and bool(_added(module))
 
 
 def _added(experts: nn.Module) -> dict[str, Added]:

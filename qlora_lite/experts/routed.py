@@ -49,7 +49,7 @@ def routed(
         chosen_TK: numbers of each token's experts, different ones.
         tensors: of up and down, their biases and LoRA weights; see ``Experts``.
     """
-    if chosen_TK.numel() < experts.up.shape[0] or experts.lora_tensors:  # of the few not all are in use
+    if chosen_TK.numel() < experts.up.shape[0]:  # then not all are in use
         experts = experts._replace(grouped=False)
     gradient = _Gradient.apply(hidden_TD, weights_TK, chosen_TK, experts, *tensors)
     inputs = hidden_TD.detach(), weights_TK.detach(), chosen_TK, experts, *(tensor.detach() for tensor in tensors)

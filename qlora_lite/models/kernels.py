@@ -9,13 +9,13 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from qlora_lite.experts.packing import packs_experts, use_experts
+from qlora_lite.experts.packing import first_experts, use_experts
 from qlora_lite.ops.around import wrappers
 from qlora_lite.ops.fused_loss import installed
 from qlora_lite.ops.gated import GatedMLP
 from qlora_lite.ops.norm import LeanNorm
 
-EXPERTS = "experts"  # packed ones in groups, by a kernel of our own
+EXPERTS = "experts"  # packed ones, and those with LoRA weights, in groups, by kernels of our own
 FLEX = "flex"  # attention with capped scores or sinks in one call, by a kernel that torch compiles
 GATED = "gated"  # products of gated MLPs, by Liger's kernels where it is installed
 KERNELS = "norms", "sequences", EXPERTS, FLEX, GATED  # RMS norms both ways; attention to all packed sequences at once
@@ -25,7 +25,7 @@ _allowed: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()  # 
 def use_kernels(model: nn.Module, names: Collection[str]) -> None:
     """Have a model compute with some of ``KERNELS``, where they can, and with no others."""
     names = set(names)
-    if not packs_experts(model):
+    if first_experts(model) is None:
         names -= {EXPERTS}
     if "liger" not in installed():
         names -= {GATED}

@@ -1,9 +1,11 @@
-"""The Triton kernel of ``ops.grouped_product``; imported only where it runs.
+"""The Triton kernels of ``ops.grouped_product``; imported only where they run.
 
 A program computes a tile of one expert's pairs and of the result's columns. How many tiles an expert has is known on
 the device, but not more than P / BLOCK_PAIRS + n in all: so many are started, each finds its expert from the offsets,
 and those beyond the last one do nothing. Programs that follow one another share the rows and go through an expert's
 weights, which stay in the second-level cache for the expert's next rows.
+
+Of sums over an expert's pairs a program computes a tile, all pairs of it.
 """
 
 import torch
@@ -11,6 +13,7 @@ import triton
 import triton.language as tl
 
 BLOCK_PAIRS, BLOCK_OUT = 64, 128
+BLOCK_SUMS, BLOCK_SUMMED = 64, 32  # at most, of rows and columns of a tile; pairs at a time
 BLOCK_IN_BYTES = 128  # with three stages 72 KiB of shared memory, of 99 on the smallest GPUs from 8.0 on; with two 48
 
 
@@ -18,7 +21,7 @@ BLOCK_IN_BYTES = 128  # with three stages 72 KiB of shared memory, of 99 on the 
 def _kernel(
     out, rows, weights, places, offsets, bias, scale, first, count, pairs_of_row, in_features, out_features,
     expert_stride, out_stride, in_stride, EXPERTS: tl.constexpr, PAIRS: tl.constexpr, OUT: tl.constexpr,
-    IN: tl.constexpr, IN_FLOAT32: tl.constexpr,
+    IN: tl.constexpr, IN_FLOAT32: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     out_tiles = tl.cdiv(out_features, OUT)
     tile, out_tile = tl.program_id(0) // out_tiles, tl.program_id(0) % out_tiles
@@ -49,18 +52,56 @@ def _kernel(
             if IN_FLOAT32:  # Triton's interpreter multiplies no bfloat16
                 row, weight = row.to(tl.float32), weight.to(tl.float32)
             total = tl.dot(row, weight, total, input_precision="ieee")
+        out_at = out + place[:, None] * out_features + column[None, :]
+        is_out = (pair < end)[:, None] & (column < out_features)[None, :]
+        if ADD:
+            total += tl.load(out_at, mask=is_out, other=0).to(tl.float32)
         if bias is not None:
             own = bias + (first + expert) * out_features + column
             total += tl.load(own, mask=column < out_features, other=0).to(tl.float32)[None, :]
         if scale is not None:
             total *= tl.load(scale + place, mask=pair < end, other=0).to(tl.float32)[:, None]
-        tl.store(
-            out + place[:, None] * out_features + column[None, :], total.to(out.dtype.element_ty),
-            mask=(pair < end)[:, None] & (column < out_features)[None, :],
-        )  # fmt: skip
+        tl.store(out_at, total.to(out.dtype.element_ty), mask=is_out)
 
 
-def launch(out, rows, weights, places, offsets, first, bias=None, scale=None) -> None:
+@triton.jit
+def _sums_kernel(
+    out, left, right, places, offsets, pairs_of_left, pairs_of_right, height, width, HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr, PAIRS: tl.constexpr, IN_FLOAT32: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(width, WIDTH)
+    tiles = tl.cdiv(height, HEIGHT) * across
+    expert, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    row = tile // across * HEIGHT + tl.arange(0, HEIGHT)
+    column = tile % across * WIDTH + tl.arange(0, WIDTH)
+    out_at = out + expert.to(tl.int64) * height * width + row[:, None] * width + column[None, :]
+    is_out = (row < height)[:, None] & (column < width)[None, :]
+    total = tl.load(out_at, mask=is_out, other=0).to(tl.float32)
+    end = tl.load(offsets + expert + 1)
+    for start in range(tl.load(offsets + expert), end, PAIRS):
+        pair = start + tl.arange(0, PAIRS)
+        place = tl.load(places + pair, mask=pair < end, other=0)
+        of_left = left + (place // pairs_of_left)[None, :] * height + row[:, None]
+        of_right = right + (place // pairs_of_right)[:, None] * width + column[None, :]
+        one = tl.load(of_left, mask=(pair < end)[None, :] & (row < height)[:, None], other=0)
+        other = tl.load(of_right, mask=(pair < end)[:, None] & (column < width)[None, :], other=0)
+        if IN_FLOAT32:  # as above
+            one, other = one.to(tl.float32), other.to(tl.float32)
+        total = tl.dot(one, other, total, input_precision="ieee")
+    tl.store(out_at, total.to(out.dtype.element_ty), mask=is_out)
+
+
+def launch_sums(out, left, right, places, offsets) -> None:
+    """Start the kernel of sums; the arguments are those of ``add_grouped_sums``."""
+    count, height, width = out.shape
+    high, wide = (min(BLOCK_SUMS, max(16, triton.next_power_of_2(size))) for size in (height, width))
+    _sums_kernel[(count * triton.cdiv(height, high) * triton.cdiv(width, wide),)](
+        out, left, right, places, offsets, len(places) // len(left), len(places) // len(right), height, width,
+        HEIGHT=high, WIDTH=wide, PAIRS=BLOCK_SUMMED, IN_FLOAT32=not out.is_cuda, num_warps=4,
+    )  # fmt: skip
+
+
+def launch(out, rows, weights, places, offsets, first, bias=None, scale=None, add=False) -> None:
     """Start the kernel; the arguments are those of ``grouped_product``."""
     count, out_features, in_features = weights.shape
     tiles = triton.cdiv(len(places), BLOCK_PAIRS) + count
@@ -68,5 +109,6 @@ def launch(out, rows, weights, places, offsets, first, bias=None, scale=None) ->
     _kernel[(tiles * triton.cdiv(out_features, BLOCK_OUT),)](
         out, rows, weights, places, offsets, bias, scale, first, count, len(places) // len(rows), in_features,
         out_features, *weights.stride(), EXPERTS=triton.next_power_of_2(count), PAIRS=BLOCK_PAIRS, OUT=BLOCK_OUT,
-        IN=BLOCK_IN_BYTES // rows.element_size(), IN_FLOAT32=not rows.is_cuda, num_warps=4, num_stages=stages,
+        IN=BLOCK_IN_BYTES // rows.element_size(), IN_FLOAT32=not rows.is_cuda, ADD=add,
+        num_warps=4, num_stages=stages,
     )  # fmt: skip

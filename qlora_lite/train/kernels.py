@@ -112,7 +112,7 @@ def check_kernels(model: nn.Module, names: Collection[str], inputs: Inputs) -> N
 
 
 def _seen(model: nn.Module, inputs: Inputs) -> tuple[list, list]:
-    """Run a model once; return a norm of each kind with its input, and packed experts with theirs.
+    """Run a model once; return a norm of each kind with its input, and packed or adapted experts with theirs.
 
     Of a kind's norms the last one is returned, of its tiles the last of the largest: the first blocks may be streamed.
     """
@@ -242,23 +242,29 @@ def _gated_is_better(product: torch.Tensor) -> bool:
 
 
 def _experts_are_better(experts: nn.Module, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> bool:
-    """Return whether a block's packed experts are the better ones in groups, on what it was given.
+    """Return whether a block's own experts are the better ones in groups, on what it was given.
 
-    Both ways are compared with one expert after the other in float32, all rows of it.
+    Both ways are compared with one expert after the other in float32, all rows of it. LoRA weights are random ones for
+    that: beside a B of zeros, as it begins, A has no gradient.
     """
     described, given = described_experts(experts)
-    if chosen.numel() < described.up.shape[0] or described.lora_tensors:
+    if chosen.numel() < described.up.shape[0]:
         return False
     given = [tensor.to(hidden.device) for tensor in given]  # of a block whose weights are streamed
+    end, generator = len(given) - described.lora_tensors, torch.Generator(hidden.device).manual_seed(0)
+    frozen = given[:end]
+    lora = [torch.empty_like(tensor).normal_(0, 0.02, generator=generator) for tensor in given[end:]]
 
     def computed(grouped: bool, dtype: torch.dtype) -> Function:
         own = described._replace(grouped=grouped)
-        biases = [bias.to(dtype) for bias in given[-2:]] if described.has_bias else []
-        tensors = [*given[: len(given) - len(biases)], *biases]
-        return lambda hidden, weights: routed(hidden.to(dtype), chosen, weights.to(dtype), own, tensors)
+        biases = [bias.to(dtype) for bias in frozen[-2:]] if described.has_bias else []
+        tensors = [*frozen[: len(frozen) - len(biases)], *biases]
+        return lambda hidden, weights, *lora: routed(
+            hidden.to(dtype), chosen, weights.to(dtype), own, [*tensors, *lora]
+        )
 
     def attempt(grouped: bool) -> Trial:
-        way, inputs = computed(grouped, hidden.dtype), [hidden, weights]
+        way, inputs = computed(grouped, hidden.dtype), [hidden, weights, *lora]
         return _tried(way, inputs, way, inputs, computed(False, torch.float32))
 
     ours, others = ("one expert after the other", False), {"the experts' grouped kernel": True}

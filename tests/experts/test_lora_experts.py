@@ -6,9 +6,10 @@ import json
 import peft
 import pytest
 import torch
-from jobs import new_job
+from jobs import changed, new_job
 from tiny import build_tiny, quantized_pair, random_batch
 from tiny_trainer import trainer
+from transformers import AutoConfig
 
 from qlora_lite.adapters.files import Lora, detach_adapter, load_adapter, save_adapter
 from qlora_lite.adapters.lora.inject import Target, add_lora, lora_layers, lora_parameters
@@ -16,16 +17,24 @@ from qlora_lite.adapters.lora.layer import LoraExperts
 from qlora_lite.adapters.lora.switch import add_switch
 from qlora_lite.adapters.read import read_adapter
 from qlora_lite.errors import ModelError, TrainingError
-from qlora_lite.experts import routed
-from qlora_lite.experts.packing import both_names, expert_weights
+from qlora_lite.experts import grouped, packing, routed
+from qlora_lite.experts.packing import GROUPED, both_names, described_experts, expert_weights
 from qlora_lite.memory.ledger import Ledger
+from qlora_lite.memory.marks import phase
+from qlora_lite.memory.work import WorkCounter
+from qlora_lite.models.families import known_config
+from qlora_lite.models.kernels import kernels_of, use_kernels
 from qlora_lite.models.load import adopt
 from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
+from qlora_lite.models.quantizer import quantize_in_place
 from qlora_lite.models.skeleton import block_pattern
+from qlora_lite.ops.shapes import planning_for
 from qlora_lite.planning.simulate import simulate
 from qlora_lite.quant.product import materialize
+from qlora_lite.train import kernels
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.checkpoints import Checkpoint
+from qlora_lite.train.forward import prepare
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.optim import build_optimizer
 from qlora_lite.train.state import STATE, capture, restore
@@ -63,7 +72,7 @@ def adapted(name="qwen3_moe", targets=("experts",), dtype=torch.float64):
     return moved(add_lora(plain(name, dtype), list(targets), rank=3, alpha=7.0, dtype=dtype)).train()
 
 
-def first_experts(model):
+def own_experts(model):
     return next(iter(expert_weights(model).values())).experts
 
 
@@ -116,7 +125,7 @@ def given(experts, tokens=41, dtype=torch.float64):
 @pytest.mark.parametrize("name", FORMS)
 def test_experts_compute_in_float64_what_a_loop_over_them_does(name, tile_rows, targets, monkeypatch):
     monkeypatch.setattr(routed, "TILE_ROWS", tile_rows)
-    experts = first_experts(adapted(name, targets))
+    experts = own_experts(adapted(name, targets))
     hidden, chosen, weights, upstream = given(experts)
     expected, leaves = loop(experts, hidden, chosen, weights)
     wanted = torch.autograd.grad((expected * upstream).sum(), [hidden, weights, *leaves])
@@ -128,7 +137,7 @@ def test_experts_compute_in_float64_what_a_loop_over_them_does(name, tile_rows, 
 
 
 def test_every_expert_that_saw_a_token_has_a_gradient_and_others_have_zeros():
-    experts = first_experts(adapted())
+    experts = own_experts(adapted())
     hidden, chosen, weights, upstream = given(experts, tokens=4)
     (experts(hidden, chosen, weights) * upstream).sum().backward()
     seen = {*chosen.flatten().tolist()}
@@ -307,9 +316,9 @@ def test_a_plan_is_what_a_step_takes_whose_tokens_choose_the_same_experts(quant,
             ledger.peaks.clear()
             train_step(CausalLM(), model, [batch], optimizer, job.max_grad_norm)
             optimizer.zero_grad(set_to_none=True)
-    for phase in ("forward", "backward", "optimizer"):
-        peak = max(moment.total for moment in ledger.peaks.values() if moment.phase == phase)
-        assert peak == pytest.approx(planned.peak(phase).total, rel=0.01), phase
+    for name in ("forward", "backward", "optimizer"):
+        peak = max(moment.total for moment in ledger.peaks.values() if moment.phase == name)
+        assert peak == pytest.approx(planned.peak(name).total, rel=0.01), name
 
 
 ALL = ["all-linear", "experts"]
@@ -369,3 +378,77 @@ def test_blocks_whose_experts_are_adapted_otherwise_are_planned_with_the_weights
 def test_blocks_with_adapted_experts_are_not_compiled_and_that_is_said():
     with pytest.raises(TrainingError, match="incompatible with LoRA weights on experts"):
         check_compilable(adopt(adapted(dtype=torch.float32)), MemoryOptions(compile=True))
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Cut the experts, the tokens and the first products of the tiny models into several parts."""
+    for name, size in (("GROUP_BYTES", 1), ("PAIRS_BYTES", 9 << 10), ("TILE_BYTES", 1 << 10)):
+        monkeypatch.setattr(grouped, name, size)
+
+
+def results(experts, inputs, in_groups):
+    """Return the value and all gradients, LoRA weights' last."""
+    described, tensors = described_experts(experts)
+    hidden, chosen, weights, upstream = inputs
+    own = tensors[len(tensors) - described.lora_tensors :]
+    with phase("forward"):
+        y = routed.routed(hidden, chosen, weights, described._replace(grouped=in_groups), tensors)
+        return y.detach(), *torch.autograd.grad(y, [hidden, weights, *own], upstream)
+
+
+@pytest.mark.parametrize("targets", [ALL, ["*.experts.down_proj"], ["gate_up_proj"]])
+@pytest.mark.parametrize("quant", ["nf4", "none"])
+@pytest.mark.parametrize("name", FORMS)
+def test_groups_have_the_values_and_gradients_of_one_expert_after_the_other(name, quant, targets, small_parts):
+    model = plain(name)
+    if quant != "none":
+        quantize_in_place(model, quant, True)
+    experts = own_experts(moved(add_lora(model, targets, rank=3, alpha=7.0, dtype=torch.float32)))
+    inputs = given(experts, dtype=torch.float32)
+    found, expected = (results(experts, inputs, in_groups) for in_groups in (True, False))
+    assert len(found) == 3 + 2 * (2 if targets is ALL else 1)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * other.abs().max())
+
+
+def test_a_plan_of_groups_counts_what_runs_to_the_byte_and_never_asks_for_a_value(small_parts):
+    found = []
+    for device in ("cpu", "meta"):
+        experts = own_experts(adapted("gpt_oss", dtype=torch.float32)).to(device)
+        inputs = [tensor.detach().to(device) for tensor in given(own_experts(adapted("gpt_oss")), dtype=torch.float32)]
+        inputs[0].requires_grad_(), inputs[2].requires_grad_()
+        work = WorkCounter()
+        with planning_for("cuda"), Ledger(work=work) as ledger:
+            ledger.claim([*described_experts(experts)[1], *inputs], "base weights")
+            results(experts, inputs, True)
+        found.append((ledger.peak.total, work.work))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("quant", ["nf4", "none"])
+def test_training_computes_adapted_experts_in_groups_once_they_are_chosen(quant, monkeypatch):
+    monkeypatch.setattr(packing, "device_type", lambda _device: "cuda")
+    monkeypatch.setattr(packing, "has_triton", lambda: True)
+    shares = iter((1.0, 0.5))
+    monkeypatch.setattr(kernels, "timed", lambda run, _: (run(), (next(shares), 0))[1])
+    model = quantized_pair("qwen3_moe")[0] if quant == "nf4" else adopt(build_tiny("qwen3_moe"))
+    add_lora(model, ALL, rank=4, dtype=torch.float32)
+    inputs = prepare(random_batch((23, 18)), torch.device("cpu"))
+    use_kernels(model, ["experts"])
+    kernels.choose_kernels(model, inputs)
+    assert kernels_of(model) == {"experts"} and model.config._experts_implementation == GROUPED
+
+
+def test_a_large_mixture_takes_lora_weights_gradients_and_states_and_less_than_one_block_s_weights_beside():
+    """At the highest moment, in the first block's backward, which has no gradients of its own yet."""
+    config = AutoConfig.for_model(**known_config("Qwen/Qwen3-30B-A3B") | {"num_hidden_layers": 4})
+    rows, linear = BatchShape((2048,), 2047), (Target("all-linear"),)
+    job = new_job(config, rows, device_type="cuda", targets=linear)
+    without, adapted = (simulate(changed(job, targets=targets)) for targets in (linear, (*linear, Target("experts"))))
+    weights = 4 * 16 * 128 * (2048 + 2 * 768 + 768 + 2048)
+    assert sum(p.shape.numel() for p in adapted.trained) - sum(p.shape.numel() for p in without.trained) == weights
+    grown, of_block = adapted.peak("backward").total - without.peak("backward").total, 2 * weights // 4
+    held = 2 * weights + 2 * weights + 3 * of_block  # LoRA weights, two 8-bit states each, gradients
+    assert 0 < grown - held < of_block
+    assert adapted.work.operations < 1.3 * without.work.operations and adapted.work.flops < 1.05 * without.work.flops

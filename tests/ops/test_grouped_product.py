@@ -10,7 +10,13 @@ import torch
 from counted import counted
 
 from qlora_lite.memory.marks import phase
-from qlora_lite.ops.grouped_product import grouped_product, one_by_one, pairs_by_expert
+from qlora_lite.ops.grouped_product import (
+    add_grouped_sums,
+    grouped_product,
+    one_by_one,
+    pairs_by_expert,
+    sums_one_by_one,
+)
 
 ROUTERS = "even", "one", "few"
 
@@ -39,22 +45,23 @@ def case(router, tokens=35, per_token=2, experts=4, sizes=(48, 200), of_pairs=Fa
     return tuple(each if each is None else each.to(device) for each in given)
 
 
-def exact(rows, weights, places, offsets, bias, scale):
-    """Return all rows of the result in float64, each by itself."""
+def exact(rows, weights, places, offsets, bias, scale, added=0.0):
+    """Return all rows of the result in float64, each by itself; ``added`` is what stands in all of them."""
     expert = torch.empty_like(places)
     expert[places] = torch.repeat_interleave(offsets.diff())
     row = torch.arange(len(places), device=rows.device) // (len(places) // len(rows))
-    y = torch.einsum("poi,pi->po", weights.double()[expert], rows.double()[row])
+    y = torch.einsum("poi,pi->po", weights.double()[expert], rows.double()[row]) + added
     y = y if bias is None else y + bias.double()[expert]
     return y if scale is None else y * scale.double()[:, None]
 
 
-def in_groups(product, given, at_once=3):
-    """Return the result of a product in place for all groups; what no group has written is NaN."""
+def in_groups(product, given, at_once=3, added=None):
+    """Return the result of a product in place for all groups; what no group has written is NaN, or was there before."""
     rows, weights, places, offsets, *extras = given
-    out = torch.full((len(places), weights.shape[1]), torch.nan, dtype=rows.dtype, device=rows.device)
+    there = torch.nan if added is None else added
+    out = torch.full((len(places), weights.shape[1]), there, dtype=rows.dtype, device=rows.device)
     for first in range(0, len(weights), at_once):
-        product(out, rows, weights[first : first + at_once], places, offsets, first, *extras)
+        product(out, rows, weights[first : first + at_once], places, offsets, first, *extras, added is not None)
     return out
 
 
@@ -70,10 +77,53 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("added", [None, 3.0])
 @pytest.mark.parametrize("settings", CASES)
-def test_rows_of_all_groups_are_those_of_their_experts_alone(settings):
+def test_rows_of_all_groups_are_those_of_their_experts_alone(settings, added):
     given = case(**settings)
-    assert error(in_groups(grouped_product, given), exact(*given)) < 1e-6
+    assert error(in_groups(grouped_product, given, added=added), exact(*given, added or 0.0)) < 1e-6
+
+
+def sums_case(router, tokens=35, per_token=2, experts=4, sizes=(48, 200), of_pairs=False, dtype=torch.float32,
+              device="cpu", **_unused):  # fmt: skip
+    """Return the arguments of ``add_grouped_sums``: rows of tokens on one side, of pairs on the other."""
+    random = torch.Generator().manual_seed(1)
+    pairs = pairs_by_expert(chosen_by(router, tokens, per_token, experts), experts)
+    counts = (tokens, tokens * per_token)[:: -1 if of_pairs else 1]
+    left, right = (
+        torch.randn(n, size, generator=random) for n, size in zip(counts, (sizes[0] % 32, sizes[1]), strict=True)
+    )
+    out = torch.randn(experts, left.shape[1], right.shape[1], generator=random)
+    return tuple(each.to(device) for each in (out.to(dtype), left.to(dtype), right.to(dtype), *pairs))
+
+
+def exact_sums(out, left, right, places, offsets):
+    """Return the sums in float64, each pair by itself."""
+    expert = torch.empty_like(places)
+    expert[places] = torch.repeat_interleave(offsets.diff())
+    pair = torch.arange(len(places), device=out.device)
+    rows = (each.double()[pair // (len(places) // len(each))] for each in (left, right))
+    return out.double().index_add(0, expert, torch.einsum("pm,pn->pmn", *rows))
+
+
+def sums_by(add, given):
+    out, *others = given
+    add(out := out.clone(), *others)
+    return out
+
+
+@pytest.mark.parametrize("settings", CASES)
+def test_sums_are_those_of_an_expert_s_pairs_beside_what_was_there(settings):
+    given = sums_case(**settings)
+    assert error(sums_by(add_grouped_sums, given), exact_sums(*given)) < 1e-6
+
+
+def test_sums_are_an_operator_whose_products_are_counted():
+    given = sums_case("even")
+    torch.library.opcheck(add_grouped_sums, given, test_utils=("test_schema", "test_faketensor"))
+    with counted() as counter, phase("forward"):
+        add_grouped_sums(*given)
+    assert counter.work.flops == 2 * len(given[3]) * given[0][0].numel()
 
 
 def test_a_group_writes_no_row_of_another():
@@ -102,12 +152,14 @@ def test_groups_count_the_products_of_all_pairs_between_them():
 INTERPRETED = """
 import sys, torch
 sys.path[:0] = sys.argv[1:]
-from test_grouped_product import CASES, case, error, exact, in_groups
-from qlora_lite.ops.grouped_kernel import launch
+from test_grouped_product import CASES, case, error, exact, exact_sums, in_groups, sums_by, sums_case
+from qlora_lite.ops.grouped_kernel import launch, launch_sums
 for number, settings in enumerate(CASES):
     dtype, limit = ((torch.float32, 1e-6), (torch.bfloat16, 2.0**-7), (torch.float16, 2.0**-10))[number % 3]
     given = case(**settings, dtype=dtype)
-    off = error(in_groups(launch, given), exact(*given))  # the interpreter rounds to bfloat16 towards zero
+    added, sums = (None, 3.0)[number % 2], sums_case(**settings, dtype=dtype)
+    off = max(error(in_groups(launch, given, added=added), exact(*given, added or 0.0)),
+              error(sums_by(launch_sums, sums), exact_sums(*sums)))  # the interpreter rounds to bfloat16 towards zero
     assert off <= limit, (settings, dtype, off)
 print("compared")
 """
@@ -130,4 +182,8 @@ def test_the_kernel_is_as_exact_as_the_loop_on_a_gpu(dtype):
     for settings in CASES:
         given = case(**settings, dtype=dtype, device="cuda")
         off, limit = (error(in_groups(each, given), exact(*given)) for each in (grouped_product, one_by_one))
+        assert off <= 1.1 * limit + 1e-6
+        given = sums_case(**settings, dtype=dtype, device="cuda")
+        ways = add_grouped_sums, sums_one_by_one
+        off, limit = (error(sums_by(each, given), exact_sums(*given)) for each in ways)
         assert off <= 1.1 * limit + 1e-6
