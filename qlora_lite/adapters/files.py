@@ -34,7 +34,18 @@ from .lora.inject import (
 from .lora.layer import LoraLinear, LoraWeights
 from .lora.shared import forget_begun
 from .method import AdapterMethod
-from .parts import EMBEDDINGS, HEAD, freeze_weights, is_tied, train_parts, train_weights, trained_weights
+from .parts import (
+    EMBEDDINGS,
+    HEAD,
+    TOKEN_ROWS,
+    freeze_weights,
+    is_tied,
+    put_rows,
+    train_parts,
+    train_tokens,
+    train_weights,
+    trained_weights,
+)
 from .read import CONFIG_NAME, WEIGHTS_NAME, Adapter, Factors, read_adapter, stored_names, tensor_names, weight_name
 from .saved import Saved
 
@@ -45,7 +56,7 @@ _SUFFIXES = ".json", ".safetensors", ".jinja", ".model", ".txt"  # of an adapter
 
 def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return what is trained of a model under the names of the PEFT format, a tied table under both of its names."""
-    layers, trained = dict(lora_layers(model)), trained_paths(model)
+    layers, trained = dict(lora_layers(model)), _stored_paths(model)
     adapted = {outside(model, name) for name in layers}
     tensors = {weight_name(outside(model, path), adapted): parameter.detach() for path, parameter in trained.items()}
     stored = stored_names(model, layers)
@@ -57,16 +68,22 @@ def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def trained_paths(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return what is trained of the base model by the paths that it has there; of a tied table both."""
-    layers = {name for name, _ in lora_layers(model)}
+    layers, trained = {name for name, _ in lora_layers(model)}, {id(p) for _, p in trained_weights(model)}
     found: dict[str, nn.Parameter] = {}
-    for path, parameter in trained_weights(model):
+    for path, parameter in model.named_parameters(remove_duplicate=False):
         layer, _, leaf = path.rpartition(".")
-        outer = layer.removesuffix(".base")
-        found[f"{outer}.{leaf}" if outer in layers else path] = parameter
-        if parameter is model.get_input_embeddings().weight and is_tied(model):
-            head = model.get_output_embeddings()
-            found |= {f"{name}.weight": parameter for name, module in model.named_modules() if module is head}
+        if id(parameter) in trained:
+            outer = layer.removesuffix(".base")
+            found[f"{outer}.{leaf}" if outer in layers else path] = parameter
     return found
+
+
+def _stored_paths(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what files have of ``trained_paths``: of a tied table both, and of rows of tokens in one once."""
+    head, tied = model.get_output_embeddings(), is_tied(model)
+    return {path: parameter for path, parameter in trained_paths(model).items()
+            if not (tied and path.endswith(TOKEN_ROWS) and model.get_submodule(path.rpartition(".")[0]) is head)
+            }  # fmt: skip
 
 
 def adapter_config(model: nn.Module, base_model: str) -> dict:
@@ -109,6 +126,11 @@ def _trained_beside(model: nn.Module, layers: Collection[str]) -> dict:
         found["modules_to_save"] = sorted(modules)
     if is_tied(model) and model.get_input_embeddings().weight.requires_grad:
         found["ensure_weight_tying"] = True
+    tables = [path.removesuffix(f".{TOKEN_ROWS}") for path in _stored_paths(model) if path.endswith(TOKEN_ROWS)]
+    if tables:
+        found["trainable_token_indices"] = {
+            outside(model, path): list(model.get_submodule(path).tokens) for path in tables
+        }
     return found
 
 
@@ -135,6 +157,8 @@ class Lora(AdapterMethod):
     Args:
         also: what is trained of the base model beside them; see ``parts``.
         also_lr_ratio: how many times the LoRA weights' learning rate that of ``also`` is.
+        tokens: whose rows of embeddings and head are trained, rising; see ``parts.train_tokens``.
+        known_tokens: how many the tokenizer had without new ones.
     """
 
     targets: tuple[Target, ...] = (Target(ALL_LINEAR),)
@@ -146,16 +170,19 @@ class Lora(AdapterMethod):
     dora: bool = False
     also: tuple[str, ...] = ()
     also_lr_ratio: float = 0.1
+    tokens: tuple[int, ...] = ()
+    known_tokens: int = 0
 
     @property
     def trained_tables(self) -> frozenset[str]:
         """Return which of embeddings and head are trained."""
-        return frozenset(self.also) & {EMBEDDINGS, HEAD}
+        return frozenset({EMBEDDINGS, HEAD} if self.tokens else self.also) & {EMBEDDINGS, HEAD}
 
     def apply(self, model: nn.Module) -> None:
         """See ``add_lora`` and ``train_parts``."""
         add_lora(model, self.targets, self.rank, self.alpha, self.dropout, self.rslora, self.dtype, self.dora)
         train_parts(model, self.also)
+        train_tokens(model, self.tokens, self.known_tokens, self.dtype)
 
     def config(self, model: nn.Module, base_model: str) -> dict:
         """See ``adapter_config``."""
@@ -191,16 +218,16 @@ class Lora(AdapterMethod):
     def layers_not_reached(self, model: nn.Module, norms: Mapping[str, float]) -> list[str]:
         """B begins at zero, so A's first gradient is zero by construction and B's is the one to look at.
 
-        What a bias adds to all keys changes no attention, so that a bias may have no gradient.
+        What a bias adds to all keys changes no attention, so that a bias may have no gradient; tokens may not occur.
         """
-        others = [name for name, _ in trained_weights(model) if not name.endswith(".bias")]
+        others = [name for name, _ in trained_weights(model) if not name.endswith((".bias", TOKEN_ROWS))]
         return [name for name, _ in lora_layers(model) if not norms[f"{name}.lora_B"]] + [
             name for name in others if not norms[name]
         ]
 
     def lr_ratios(self, names: Sequence[str], loraplus: float) -> list[float]:
         """Return the ratio of LoRA+ for each B, 1 for the other weights beside layers, and that of ``also``."""
-        added = {".lora_A": 1.0, ".lora_B": loraplus, ".lora_magnitude_vector": 1.0}
+        added = {".lora_A": 1.0, ".lora_B": loraplus, ".lora_magnitude_vector": 1.0, TOKEN_ROWS: 1.0}
         return [next((r for end, r in added.items() if name.endswith(end)), self.also_lr_ratio) for name in names]
 
     def does_nothing(self, model: nn.Module) -> bool:
@@ -299,6 +326,10 @@ def attach_adapter(model: nn.Module, adapter: Adapter | Saved) -> nn.Module:
             for leaf, buffer in list(layer.named_buffers(recurse=False)):
                 setattr(layer, leaf, buffer if buffer.is_meta else buffer.to(device))
     _fill(layers, adapter.layers)
+    new: dict[int, nn.Parameter] = {}  # rows of a tied table are one parameter
+    own = {path: adapter.weights[f"{path}.{TOKEN_ROWS}"] for path in adapter.tokens}
+    put_rows(model, {path: (adapter.tokens[path], new.setdefault(id(rows), nn.Parameter(rows.to(device))))
+                     for path, rows in own.items()})  # fmt: skip
     _put(model, {_inside(path, layers): weight for path, weight in adapter.weights.items()}, device)
     return model
 
@@ -344,6 +375,8 @@ def begin_with(model: nn.Module, adapter: Adapter | Saved) -> nn.Module:
     if methods[0] != methods[1]:
         differences.append(f"adapter.method is {methods[0]}, its method {methods[1]}")
     trained, weights = trained_paths(model), adapter.weights
+    if any(getattr(model.get_submodule(path), "tokens", ()) != tokens for path, tokens in adapter.tokens.items()):
+        differences.append("its rows are of other tokens than adapter.train_tokens")
     differences += [
         f"{what} {_some(names)}"
         for what, names in (
@@ -378,7 +411,8 @@ def _fill(own: Mapping[str, LoraWeights], given: Mapping[str, Factors]) -> None:
 
 def weights_before(model: nn.Module, adapter: Adapter) -> dict[str, torch.Tensor]:
     """Return copies of what an adapter will replace in a base model, for ``detach_adapter``."""
-    return {path: model.get_parameter(path).detach().clone() for path in adapter.weights}
+    weights = (path for path in adapter.weights if not path.endswith(TOKEN_ROWS))
+    return {path: model.get_parameter(path).detach().clone() for path in weights}
 
 
 def detach_adapter(model: nn.Module, before: Mapping[str, torch.Tensor]) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Weights of the base model that are trained beside an adapter: embeddings, head, norms and biases.
+"""Weights of the base model that are trained beside an adapter: embeddings, head, norms, biases, and rows of tokens.
 
 They are trained in place, so that no second copy of them is in memory; who needs the original weights (a merge, a
 comparison with the base) reads them from the model's files, or keeps those that it is about to change.
@@ -8,10 +8,15 @@ weights is: a float32 copy of a table would take as much again as its gradient a
 float32: they begin near 1, where a step of bfloat16 is 0.8 %, many times an update; each forward computes with them
 rounded to the model's type.
 
+Of single tokens rows of their own are trained (``ops.token_rows``), in the type of the LoRA weights. They begin as the
+table's; those of tokens that it has no row for, or that the tokenizer did not know, as the mean of all known tokens'
+rows: so a new token is about as probable as one before training, and takes no probability from the others (Hewitt,
+"Initializing new word embeddings for pretrained language models", 2021).
+
 Shapes: tables [V, D], norms and biases [D].
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -19,10 +24,12 @@ from torch.func import functional_call
 
 from qlora_lite.errors import ModelError
 from qlora_lite.ops.around import Around
+from qlora_lite.ops.token_rows import EmbeddingWithRows, HeadWithRows
 from qlora_lite.quant.linear import QuantLinear
 
 from .lora.layer import LoraWeights
 
+TOKEN_ROWS = "token_rows"  # the rows of tokens in their table's module
 EMBEDDINGS, HEAD, NORMS, BIASES = PARTS = "embeddings", "head", "norms", "biases"
 
 
@@ -118,6 +125,58 @@ def train_weights(model: nn.Module, names: Iterable[str]) -> None:
             parameter.requires_grad_()
 
 
+def train_tokens(model: nn.Module, tokens: Sequence[int], known: int, dtype: torch.dtype) -> None:
+    """Let rows of tokens be trained, of a frozen model's embeddings and head.
+
+    Args:
+        tokens: rising.
+        known: how many tokens the tokenizer had without new ones; those from there on are new.
+        dtype: of the rows.
+
+    Raises:
+        ModelError: a table is trained whole, or its head has a bias or is in 4 bit.
+    """
+    if not tokens:
+        return
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    fault = None
+    if isinstance(head, QuantLinear):
+        fault = "a 4-bit head has no rows to train: set model.quant_head to false"
+    elif head.bias is not None:
+        fault = "the head of this model has a bias for each token, which new ones would lack"
+    elif embedding.weight.requires_grad or head.weight.requires_grad:
+        fault = "embeddings or head are trained whole: leave these out of adapter.train_also"
+    if fault:
+        raise ModelError(f"adapter.train_tokens: {fault}")
+    paths = {id(module): name for name, module in model.named_modules()}
+    rows = {paths[id(embedding)]: _first_rows(embedding.weight, tokens, known, dtype)}
+    rows[paths[id(head)]] = rows[paths[id(embedding)]] if is_tied(model) else _first_rows(
+        head.weight, tokens, known, dtype)  # fmt: skip
+    put_rows(model, {path: (tokens, each) for path, each in rows.items()})
+
+
+def _first_rows(table: torch.Tensor, tokens: Sequence[int], known: int, dtype: torch.dtype) -> nn.Parameter:
+    rows = torch.empty((len(tokens), table.shape[1]), dtype=dtype, device=table.device)
+    if not rows.is_meta:
+        old = [token for token in tokens if token < known]
+        rows[: len(old)] = table[old].to(dtype)
+        rows[len(old) :] = table[:known].mean(0, dtype=torch.float32).to(dtype)
+    return nn.Parameter(rows)
+
+
+def put_rows(model: nn.Module, rows: Mapping[str, tuple[Sequence[int], nn.Parameter]]) -> None:
+    """Give embeddings and head rows of tokens.
+
+    Args:
+        rows: tokens, rising, and their rows, by the path of the module; of tied tables the same parameter.
+    """
+    embedding = model.get_input_embeddings()
+    for path, (tokens, parameter) in rows.items():
+        module = model.get_submodule(path)
+        kind = EmbeddingWithRows if module is embedding else HeadWithRows
+        model.set_submodule(path, kind(module, tokens, parameter))
+
+
 def trained_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield what is trained of the base model, with its path, a tied table once: all that no LoRA layer added."""
     added = {id(p) for m in model.modules() if isinstance(m, LoraWeights) for p in m.parameters(recurse=False)}
@@ -129,9 +188,14 @@ def freeze_weights(model: nn.Module) -> None:
     for name, parameter in list(trained_weights(model)):
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
+        if leaf == TOKEN_ROWS:
+            continue
         if isinstance(module, NormInFloat32):
             module._parameters[leaf] = nn.Parameter(parameter.detach().to(module.dtype), requires_grad=False)
             if not any(p.requires_grad for p in module.parameters()):
                 model.set_submodule(path, module.inner)
         else:
             parameter.requires_grad_(False)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, EmbeddingWithRows | HeadWithRows):
+            model.set_submodule(path, module.take_out())

@@ -34,14 +34,14 @@ from qlora_lite.quant.packed import PackedWeight
 from .checkpoint_names import outside
 from .lora.inject import linear_layers
 from .lora.layer import lora_scale
-from .parts import is_tied
+from .parts import TOKEN_ROWS, is_tied
 from .saved import METHODS, Saved, checked, read_method
 
 WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 # Settings of peft that change what an adapter computes, and the starts of values that change the base model.
 REFUSED_KEYS = (
-    "trainable_token_indices", "layer_replication", "lora_bias", "use_qalora",
+    "layer_replication", "lora_bias", "use_qalora",
     "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
 REFUSED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -51,6 +51,7 @@ MAX_CONFIG_BYTES = 4 * 2**20
 # A safetensors file names its tensors in a header, which reading takes 20 times its size of memory for: a million
 # names take seconds and gigabytes. An entry is about 200 bytes, and a model's adapter has two for each layer.
 HEADER_BYTES, HEADER_BYTES_PER_LAYER = 4 * 2**20, 2048
+MAX_TOKEN = 2**24  # more than any model has
 LISTED = 50  # problems of one file shown; a file may have a million
 
 
@@ -103,12 +104,14 @@ class Adapter:
     Args:
         layers: the factors of each adapted layer by path.
         weights: those of the base model that were trained beside them, by their paths there; a tied table's is there
-            for the embeddings and for the head.
+            for the embeddings and for the head. Rows of tokens are PATH.token_rows.
+        tokens: those that have rows of their own, rising, by the path of the table's module.
     """
 
     layers: dict[str, Factors]
     dropout: float
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -149,6 +152,8 @@ def read_adapter(model: nn.Module, folder: str | Path) -> Adapter | Saved:
     layers = {name: layers[path] for name, path in inside.items()}
     tensors = _read_tensors(folder / WEIGHTS_NAME, HEADER_BYTES + HEADER_BYTES_PER_LAYER * len(layers))
     weights, problems = _take_weights(tensors, config, model)
+    tokens, rows, of_rows = _take_rows(tensors, config, model)
+    weights, problems = weights | rows, problems + of_rows
     ranks, of_layers = _check(tensors, layers, bool(config.get("use_dora")))
     problems += of_layers + _without_factors(config, layers, ranks)
     if problems:
@@ -162,7 +167,7 @@ def read_adapter(model: nn.Module, folder: str | Path) -> Adapter | Saved:
         lora_a, lora_b, magnitude = map(tensors.get, tensor_names(name).values())
         alpha, rslora = alphas.get(full_path, config["lora_alpha"]), bool(config.get("use_rslora"))
         factors[inside[name]] = Factors(lora_a, lora_b, alpha, rslora, magnitude, layers[name][0])
-    return Adapter(factors, config.get("lora_dropout", 0.0), weights)
+    return Adapter(factors, config.get("lora_dropout", 0.0), weights, tokens)
 
 
 def named_base(folder: str | Path) -> tuple[str | None, str | None]:
@@ -224,6 +229,8 @@ def weight_name(path: str, adapted: Container[str]) -> str:
         adapted: paths of the adapted layers, as files have them.
     """
     layer, _, leaf = path.rpartition(".")
+    if leaf == TOKEN_ROWS:
+        return f"{PREFIX}{layer}.token_adapter.trainable_tokens_delta"
     return f"{PREFIX}{layer}.{'base_layer.' if layer in adapted else ''}{leaf}"
 
 
@@ -234,7 +241,8 @@ def changes_base(folder: Path) -> bool:
         ModelError: the configuration is broken, or of what this package cannot compute.
     """
     config = _read_config(folder)
-    return bool(config.get("modules_to_save")) or config.get("bias", "none") != "none"
+    keys = "modules_to_save", "trainable_token_indices"
+    return any(config.get(key) for key in keys) or config.get("bias", "none") != "none"
 
 
 def adapter_bytes(folder: Path) -> int:
@@ -346,6 +354,51 @@ def _take_weights(tensors: dict, config: dict, model: nn.Module) -> tuple[dict[s
             problems.append(f"{outside(model, path)} was trained whole, and is in 4 bit here (a head with "
                             "model.quant_head)")  # fmt: skip
     return weights, problems + _tie(weights, model)
+
+
+def _take_rows(
+    tensors: dict, config: dict, model: nn.Module
+) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.Tensor], list[str]]:
+    """Take the rows of tokens out of the tensors of a file; return tokens by table, rows by path, and what is wrong.
+
+    peft finds tables by the ends of their paths; of tied ones the embeddings' rows are the head's. What it saves of a
+    table that was made longer for new tokens is left out: their rows are these.
+    """
+    said = config.get("trainable_token_indices")
+    if not said:
+        return {}, {}, []
+    tables = {id(model.get_input_embeddings()): True, id(model.get_output_embeddings()): False}
+    paths = {outside(model, path): path for path, module in model.named_modules() if id(module) in tables}
+    first = next(name for name, path in paths.items() if tables[id(model.get_submodule(path))])
+    tokens: dict[str, tuple[int, ...]] = {}
+    rows: dict[str, torch.Tensor] = {}
+    problems = []
+    for end, numbers in (said if isinstance(said, dict) else {first: said}).items():
+        name = next((name for name in paths if isinstance(end, str) and name.endswith(end)), None)
+        good = isinstance(numbers, list) and all(isinstance(n, int) and 0 <= n < MAX_TOKEN for n in numbers)
+        if name is None or not numbers or not good or len({*numbers}) < len(numbers):
+            problems.append(f"trainable_token_indices {short(end)}: {short(numbers)} is no table's list of tokens")
+            continue
+        for other in ("base_layer.weight", "token_adapter.base_layer.weight"):
+            tensors.pop(f"{PREFIX}{name}.{other}", None)
+        stored = weight_name(f"{name}.{TOKEN_ROWS}", ())
+        tensor = tensors.pop(stored, None)
+        width = model.get_submodule(paths[name]).weight.shape[-1]
+        if tensor is None and name != first and is_tied(model) and tokens.get(paths[first]) == tuple(sorted(numbers)):
+            continue
+        if tensor is None or tensor.shape != (len(numbers), width) or not tensor.isfinite().all():
+            problems.append(f"{stored} is not there, not finite, or has not a row of {width} for each of "
+                            f"{len(numbers)} tokens")  # fmt: skip
+            continue
+        order = sorted(range(len(numbers)), key=numbers.__getitem__)
+        tokens[paths[name]], rows[f"{paths[name]}.{TOKEN_ROWS}"] = tuple(sorted(numbers)), tensor[order]
+    if is_tied(model) and tokens:
+        if [*tokens] != [paths[first]]:
+            return tokens, rows, [*problems, "rows of the head were trained apart from those of the embeddings, and "
+                                  "are one table in this model"]  # fmt: skip
+        tokens = dict.fromkeys(paths.values(), tokens[paths[first]])
+        rows = dict.fromkeys((f"{path}.{TOKEN_ROWS}" for path in tokens), next(iter(rows.values())))
+    return tokens, rows, problems
 
 
 def _beginnings(path: str) -> Iterator[str]:

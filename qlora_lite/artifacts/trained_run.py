@@ -111,7 +111,7 @@ class TrainedRun:
 
     def tokenizer(self):
         """Return the tokenizer with the chat template that training used."""
-        tokenizer = load_tokenizer(self.recipe.model.path, self.recipe.model.revision)
+        tokenizer = load_tokenizer(self.recipe.model.path, self.recipe.model.revision, self.recipe.adapter.train_tokens)
         if self.recipe.data.template or self.own_template or tokenizer.chat_template:
             tokenizer.chat_template = self.template(tokenizer).source
         return tokenizer
@@ -275,7 +275,7 @@ def open_model(
             raise
         kinds = "a run folder, an adapter folder or a recipe (.yaml)"
         raise RecipeError(f"{name} is not {kinds}, nor a model: {error}") from None
-    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
+    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision, recipe.adapter.train_tokens)
     if not is_recipe and not template and not tokenizer.chat_template:
         template = "plain"
         log.warning("%s has no chat template; prompts are written with the template plain (--template)", name)

@@ -30,7 +30,8 @@ def data(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool, html
         from qlora_lite.models.tokenizer import load_tokenizer
         from qlora_lite.prepare.preflight import preflight
 
-        found = preflight(settings, load_tokenizer(settings.model.path, settings.model.revision), rows)
+        m, tokens = settings.model, settings.adapter.train_tokens
+        found = preflight(settings, load_tokenizer(m.path, m.revision, tokens), rows)
     except QloraLiteError as error:
         if as_json:
             echo_exactly(json.dumps(_report_of(error)))

@@ -97,6 +97,26 @@ class LowRank(NamedTuple):
         sums.lora_a.addmm_(self.low_gradient(grad).t(), x)
         sums.lora_b.addmm_(grad.t(), self.low(x))
 
+    def low_of_pairs(self, x: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        """Return ``scale * A x`` for each pair, by place, [P, r], of all experts.
+
+        Args:
+            x: [T, in] of the tokens, or [P, in] of the pairs.
+        """
+        return _of_pairs(x, pairs, self.lora_a).mul_(self.scale)
+
+    def low_gradient_of_pairs(self, grad: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        """Return the gradient of ``A x`` for each pair from y's, [P, r]."""
+        return _of_pairs(grad, pairs, self.lora_b.transpose(1, 2)).mul_(self.scale)
+
+    def add_gradients_of_pairs(
+        self, sums: "LowRank", x: torch.Tensor, grad: torch.Tensor, pairs: Pairs, scale: torch.Tensor
+    ) -> None:  # fmt: skip
+        """Add the gradients of A and B from ``scale`` [P] times y's to those of all experts."""
+        x, grad, scale = x.contiguous(), grad.contiguous(), scale[:, None]
+        add_grouped_sums(sums.lora_a, self.low_gradient_of_pairs(grad, pairs).mul_(scale), x, *pairs)
+        add_grouped_sums(sums.lora_b, grad, self.low_of_pairs(x, pairs).mul_(scale), *pairs)
+
     def zeros(self) -> "LowRank":
         """Return zeros of the same shapes."""
         return LowRank(torch.zeros_like(self.lora_a), torch.zeros_like(self.lora_b), self.scale)
@@ -104,6 +124,13 @@ class LowRank(NamedTuple):
     def as_layer(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return A and B, or their gradients, as ``stacked`` was given them."""
         return self.lora_a.flatten(0, 1), self.lora_b.permute(1, 2, 0).flatten(1)
+
+
+def _of_pairs(rows: torch.Tensor, pairs: Pairs, weights: torch.Tensor) -> torch.Tensor:
+    """Return each pair's row times its expert's weight of [E, out, in], by place."""
+    out = rows.new_empty(len(pairs.places), weights.shape[1])
+    grouped_product(out, rows.contiguous(), weights, *pairs, 0)
+    return out
 
 
 class Parts(NamedTuple):
@@ -154,38 +181,19 @@ class _Weights(NamedTuple):
         """Return ``scale * (grad @ weight)`` for each pair, by place, [P, in]; arguments as for ``product``."""
         return self._grouped(grad, pairs, None, scale, of_gradient=True)
 
-    def low(self, x: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-        """Return ``lora.scale * A x`` for each pair, by place, [P, r]; x as ``product`` takes it."""
-        return self._by_lora(x.contiguous(), pairs, self.lora.lora_a).mul_(self.lora.scale)
-
-    def low_gradient(self, grad: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-        """Return the gradient of ``A x`` for each pair from y's, [P, r]."""
-        return self._by_lora(grad.contiguous(), pairs, self.lora.lora_b.transpose(1, 2)).mul_(self.lora.scale)
-
-    def add_gradients(self, sums: LowRank, x: torch.Tensor, grad: torch.Tensor, pairs: Pairs, scale: torch.Tensor):
-        """Add the gradients of A and B from ``scale`` [P] times y's to those of all experts."""
-        x, grad, scale = x.contiguous(), grad.contiguous(), scale[:, None]
-        add_grouped_sums(sums.lora_a, self.low_gradient(grad, pairs).mul_(scale), x, *pairs)
-        add_grouped_sums(sums.lora_b, grad, self.low(x, pairs).mul_(scale), *pairs)
-
-    def _by_lora(self, rows, pairs, weights):
-        out = rows.new_empty(len(pairs.places), weights.shape[1])
-        grouped_product(out, rows, weights, *pairs, 0)
-        return out
-
     def _grouped(self, rows, pairs, bias, scale, of_gradient):
-        (count, *shape), has_lora = self.spec.shape, self.lora is not None
+        (count, *shape), lora = self.spec.shape, self.lora
         rows = rows.contiguous()
-        if not has_lora:
+        if lora is None:
             out = rows.new_empty(len(pairs.places), shape[of_gradient])
         elif of_gradient:
-            out = self._by_lora(self.low_gradient(rows, pairs), pairs, self.lora.lora_a.transpose(1, 2))
+            out = _of_pairs(lora.low_gradient_of_pairs(rows, pairs), pairs, lora.lora_a.transpose(1, 2))
         else:
-            out = self._by_lora(self.low(rows, pairs), pairs, self.lora.lora_b)
+            out = _of_pairs(lora.low_of_pairs(rows, pairs), pairs, lora.lora_b)
         for group in pieces(count, even_size(count, GROUP_BYTES, prod(shape) * rows.itemsize)):
             weights = self._group(group, rows.dtype)
             weights = weights.transpose(1, 2) if of_gradient else weights
-            grouped_product(out, rows, weights, *pairs, group.start, bias, scale, has_lora)
+            grouped_product(out, rows, weights, *pairs, group.start, bias, scale, lora is not None)
             del weights  # before the next are dequantised
         return out
 
@@ -197,7 +205,7 @@ class _Weights(NamedTuple):
         count, *shape = self.spec.shape
         codes, absmax = (tensor.view(count, -1)[group] for tensor in self.stored)
         some = Packed(codes.reshape(-1, 1), absmax.reshape(-1))
-        return dequantize(some, (len(codes), *shape), dtype, self.spec.quant_type)
+        return dequantize(some, (len(codes), *shape), dtype, str(self.spec.quant_type))
 
 
 def even_size(count: int, most_bytes: int, bytes_of_one: int) -> int:
@@ -260,11 +268,12 @@ def gradients(
             inner_too = sums_down is not None
             _through_activation(experts.activate, first[tile], grad_inner[tile], of_weights[tile], inner_too)
         weights = weights_TK[tokens].flatten()
-        if sums_down is not None:
-            down.add_gradients(sums_down, grad_inner, grad, pairs, weights)  # of the input, which is there now
+        if down.lora is not None and sums_down is not None:
+            # grad_inner holds the input of the second product now
+            down.lora.add_gradients_of_pairs(sums_down, grad_inner, grad, pairs, weights)
         del grad_inner
-        if sums_up is not None:
-            up.add_gradients(sums_up, hidden_TD[tokens], first, pairs, weights)
+        if up.lora is not None and sums_up is not None:
+            up.lora.add_gradients_of_pairs(sums_up, hidden_TD[tokens], first, pairs, weights)
         rows = up.gradient(first, pairs, weights)
         del first
         torch.sum(rows.view(-1, chosen_TK.shape[1], rows.shape[1]), 1, out=grad_hidden_TD[tokens])

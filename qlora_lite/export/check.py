@@ -52,9 +52,9 @@ def change_of(model: nn.Module, adapter: Adapter) -> Change:
     base, before = logits_of(model), weights_before(model, adapter)
     adapted = logits_of(attach_adapter(model, adapter))
     detach_adapter(model, before)
-    if torch.equal(base, adapted):
+    if torch.equal(base, adapted[:, : base.shape[1]]):
         raise ModelError("the run's adapter changes nothing in the base model's logits")
-    return Change(base, adapted)
+    return Change(base, adapted[:, : base.shape[1]])  # without tokens that the base does not have
 
 
 def check_change(change: Change, exported: torch.Tensor, what: str) -> float:
@@ -63,6 +63,7 @@ def check_change(change: Change, exported: torch.Tensor, what: str) -> float:
     Raises:
         ModelError: it is more than rounding; the text says so plainly where the file does nothing.
     """
+    exported = exported[:, : change.base.shape[1]]
     error = ((exported - change.adapted).norm() / (change.adapted - change.base).norm()).item()
     if not error <= EXACT:
         share = share_of(change, exported, change.base)
@@ -82,6 +83,7 @@ def check_merged(
     Raises:
         ModelError: one of them is out of bounds.
     """
+    exported = exported[:, : change.base.shape[1]]
     share, distance = share_of(change, exported, rounded), _distance(exported, change.adapted)
     if not (abs(share - 1) <= SHARE and distance <= limit):
         raise _wrong(what, share, f"distance of the logits {distance:.1e}, at most {limit:.0e} is allowed")

@@ -238,7 +238,7 @@ def _merged_model(job: _Job, write_beside: Callable[[Path], object], adds_begin:
 
 def _streamed_base(merged: Merged, config, rounded: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
     """Return the base that the adapter was merged into, its weights rounded (in float32)."""
-    base = replace(merged, adapter=replace(merged.adapter, layers={}, weights={}))
+    base = replace(merged, adapter=replace(merged.adapter, layers={}, weights={}, tokens={}))
     stored = {parameter: name for name, parameter in merged.base.parameters.items()}
 
     def read(parameter: str) -> torch.Tensor:

@@ -119,7 +119,8 @@ def _check_rows(rows_of: TrainedRun, answers: int, shots: int) -> Dataset | None
     Raises:
         QloraLiteError: a row or a reference is not what a metric needs, or a metric's package is not installed.
     """
-    tokenizer = load_tokenizer(rows_of.recipe.model.path, rows_of.recipe.model.revision)
+    m = rows_of.recipe.model
+    tokenizer = load_tokenizer(m.path, m.revision, rows_of.recipe.adapter.train_tokens)
     if answers:
         check_packages(rows_of.recipe.train.metrics)
     data = build_data(rows_of.recipe, tokenizer, "eval")

@@ -296,7 +296,7 @@ def evaluate_recipe(
     if out:
         with explain_write_errors(Path(out)):  # now, and not when all is answered
             Path(out).parent.mkdir(parents=True, exist_ok=True)
-    tokenizer = tokenizer or load_tokenizer(recipe.model.path, recipe.model.revision)
+    tokenizer = tokenizer or load_tokenizer(recipe.model.path, recipe.model.revision, recipe.adapter.train_tokens)
     data, settings = build_data(recipe, tokenizer, "eval"), train_settings(recipe)
     rows = measurable(data.examples[:metrics_rows], measures_of(recipe))
     model = build_to_use(recipe, [adapter] if adapter else [], context_tokens_of(recipe))

@@ -184,7 +184,11 @@ def load_tasks(opened: dict[str, TrainedRun], context_tokens: int | None = None)
     """
     model, switch, adapters = load_switched(opened, context_tokens)
     first = next(iter(opened.values()))
-    tokenizer = load_tokenizer(first.recipe.model.path, first.recipe.model.revision)
+    m, new_tokens = first.recipe.model, {run.recipe.adapter.train_tokens for run in opened.values()} - {()}
+    if len(new_tokens) > 1:
+        raise ModelError("these runs have different adapter.train_tokens, and one tokenizer cannot serve them: use "
+                         "each alone")  # fmt: skip
+    tokenizer = load_tokenizer(m.path, m.revision, *new_tokens)
     tasks = {
         name: Task(
             run, run.template(tokenizer), tuple(stop_ids(model, tokenizer, run.end_token_ids)),

@@ -97,7 +97,8 @@ def predict_file(
     if settings.base:
         trained.require_base()
     read = _read_prompts(Path(prompts), trained, settings)
-    tokenizer = load_tokenizer(trained.recipe.model.path, trained.recipe.model.revision)
+    m = trained.recipe.model
+    tokenizer = load_tokenizer(m.path, m.revision, trained.recipe.adapter.train_tokens)
     template = trained.template(tokenizer)
     texts = _rendered(read, template)
     with tokenizer_faults():

@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qlora_lite.adapters.parts import NormInFloat32
 from qlora_lite.errors import ModelError
 from qlora_lite.ops.loss import Head
+from qlora_lite.ops.token_rows import HeadWithRows, RowsOver
 from qlora_lite.quant.linear import QuantLinear, WeightRows, is_linear
 
 from .host_tables import HostHead
@@ -37,6 +38,12 @@ def decoder(model: nn.Module) -> nn.Module:
     return inner
 
 
+def vocabulary_size(model: nn.Module) -> int:
+    """Return for how many tokens a model has embeddings, with those of tokens behind the table's end."""
+    embedding = model.get_input_embeddings()
+    return max(embedding.weight.shape[0], 1 + max(getattr(embedding, "tokens", ()), default=-1))
+
+
 def position_limit(model: nn.Module) -> int | None:
     """Return the tokens of the longest row that a table of positions has room for (GPT-2, OPT); None without one.
 
@@ -52,6 +59,7 @@ def position_limit(model: nn.Module) -> int | None:
 def head(model: nn.Module) -> Head:
     """Describe the model's output head, with the scale and soft cap that its configuration states."""
     layer, config = model.get_output_embeddings(), text_config(model)
+    with_rows, layer = _without_rows(layer)
     scale = 1.0
     if getattr(config, "logit_scale", None):  # Cohere multiplies
         scale = float(config.logit_scale)
@@ -62,7 +70,13 @@ def head(model: nn.Module) -> Head:
         weight = WeightRows(layer, model.dtype)
     else:
         weight = layer.rows if isinstance(layer, HostHead) else layer.weight
+    weight = weight if with_rows is None else RowsOver(weight, with_rows.tokens, with_rows.token_rows)
     return Head(weight, getattr(layer, "bias", None), scale, softcap)
+
+
+def _without_rows(layer: nn.Module) -> tuple[HeadWithRows | None, nn.Module]:
+    """Return a head's rows of single tokens, if it has some, and the head itself."""
+    return (layer, layer.inner) if isinstance(layer, HeadWithRows) else (None, layer)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -79,7 +93,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 def device_of(model: nn.Module) -> torch.device:
     """Return the device that the model computes on (its first parameter may lie in host memory)."""
-    layer = model.get_output_embeddings()
+    _, layer = _without_rows(model.get_output_embeddings())
     return layer.device if isinstance(layer, HostHead) else layer.weight.device
 
 

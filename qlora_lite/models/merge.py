@@ -32,10 +32,12 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
 
 from qlora_lite.adapters.lora.inject import linear_layers
+from qlora_lite.adapters.parts import TOKEN_ROWS
 from qlora_lite.adapters.read import Adapter, Factors
 from qlora_lite.errors import ModelError
 from qlora_lite.experts.packing import packs_experts
 from qlora_lite.files import require_space
+from qlora_lite.ops.token_rows import RowsOver
 from qlora_lite.quant.linear import QuantLinear, stands_for_conv1d
 from qlora_lite.quant.nf4 import dequantize, quantize
 from qlora_lite.quant.tensor_file import Entries, stream_tensors
@@ -143,9 +145,15 @@ class Merged:
         """Return dtype and shape of what ``weight`` gives for every stored name."""
         return {
             stored: (dtype if kept.is_floating_point else kept,
-                     shape[::-1] if stored in self.base.packed and self._is_conv1d(stored) else shape)
+                     shape[::-1] if stored in self.base.packed and self._is_conv1d(stored) else
+                     (max([shape[0], *(token + 1 for token in self._tokens(stored))]), *shape[1:]) if shape else shape)
             for stored, (kept, shape) in self.base.entries.items()
         }  # fmt: skip
+
+    def _tokens(self, stored: str) -> tuple[int, ...]:
+        """Return the tokens that have rows of their own in a table."""
+        path, _, leaf = self.base.parameters.get(stored, "").rpartition(".")
+        return self.adapter.tokens.get(path, ()) if leaf == "weight" else ()
 
     def _layer(self, stored: str) -> tuple[str, nn.Module | None]:
         path, _, leaf = self.base.parameters.get(stored, "").rpartition(".")
@@ -182,8 +190,10 @@ class Merged:
             weight = merged_experts(weight, self.adapter.layers[experts.path], experts)
         trained = self.adapter.weights.get(self.base.parameters.get(stored, ""))
         weight = weight if trained is None else trained.to(self.compute_dtype).float()  # as the run computed with it
+        if tokens := self._tokens(stored):
+            weight = RowsOver(weight.float(), tokens, self.adapter.weights[f"{path}.{TOKEN_ROWS}"])[:]
         if rounding is not None:
-            rounding.add(weight, before)
+            rounding.add(weight[: len(before)], before)
         rounded = (weight.t() if is_conv1d else weight).to(dtype).contiguous()
         if rounded.numel() and not torch.stack(torch.aminmax(rounded)).isfinite().all():  # isfinite alone copies it
             name = str(dtype).removeprefix("torch.")
@@ -216,13 +226,18 @@ def open_merged(
         raise ModelError(f"{files.name} stores no weight of its own for {len(missing)} adapted layers: {missing[:8]}")
     tied = {path for path, parameter in skeleton.named_parameters(remove_duplicate=False)
             if parameter is skeleton.get_input_embeddings().weight}  # fmt: skip
-    if missing := sorted(adapter.weights.keys() - tied - {*base.parameters.values()}):
+    whole = {path for path in adapter.weights if not path.endswith(TOKEN_ROWS)}
+    whole |= {f"{path}.weight" for path in adapter.tokens}
+    if missing := sorted(whole - tied - {*base.parameters.values()}):
         raise ModelError(f"{files.name} stores no weight of its own for {len(missing)} trained ones: {missing[:8]}")
+    config = copy.deepcopy(skeleton.config)
+    text = config.get_text_config(decoder=True)
+    text.vocab_size = max([text.vocab_size, *(tokens[-1] + 1 for tokens in adapter.tokens.values())])
     name, layers, head = type(skeleton).__name__, linear_layers(skeleton), skeleton.get_output_embeddings()
     if isinstance(head, QuantLinear) and not skeleton.config.tie_word_embeddings:
         layers |= {path: module for path, module in skeleton.named_modules() if module is head}
     return Merged(
-        files, base, skeleton.config, name, layers, adapter, onto, compute_dtype, packs_experts(skeleton)
+        files, base, config, name, layers, adapter, onto, compute_dtype, packs_experts(skeleton)
     )  # fmt: skip
 
 
@@ -280,6 +295,9 @@ def _write_configs(merged: Merged, folder: Path, dtype: torch.dtype, end_token_i
     """Write the base's configurations with the new type and the tokens that training taught as ends."""
     config, generation = _configs(merged)
     config.pop("quantization_config", None)
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict) and "vocab_size" in part:
+            part["vocab_size"] = merged.config.get_text_config(decoder=True).vocab_size
     config["architectures"] = config.get("architectures") or [merged.architecture]
     config.setdefault("torch_dtype" if "torch_dtype" in config else "dtype", None)
     _say_dtype(config, str(dtype).removeprefix("torch."))

@@ -1,9 +1,10 @@
 """Load a base model's tokenizer, without the code that loads the model."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from qlora_lite.errors import ModelError, tokenizer_faults
 
@@ -13,8 +14,11 @@ from .pretrained import tokenizer_of
 
 
 @tokenizer_faults()
-def load_tokenizer(path: str | Path, revision: str | None = None):
+def load_tokenizer(path: str | Path, revision: str | None = None, tokens: Sequence[str] = ()):
     """Load the model's fast tokenizer.
+
+    Args:
+        tokens: to be added where it lacks them. They are no special tokens, so that answers show them.
 
     Raises:
         ModelError: there is none, or it cannot be read.
@@ -29,6 +33,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None):
             tokenizer = tokenizer_of(files.folder)
     except (OSError, ValueError, TypeError, KeyError, IndexError, ImportError) as error:
         raise ModelError(f"cannot load the tokenizer of {path}: {str(error).strip().splitlines()[0]}") from error
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
     if not tokenizer.is_fast:
         raise ModelError(f"{path} has only a slow tokenizer; the masks need the token offsets of a fast one")
     return tokenizer

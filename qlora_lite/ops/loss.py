@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .shapes import device_type, pad_rows, pieces
+from .token_rows import RowsOver
 from .transfer import part
 
 # Words that the head is multiplied with at once, and tokens whose logits of these are in float32 at once. On a CPU both
@@ -54,7 +55,7 @@ def head_products(hidden: torch.Tensor, head: Head) -> torch.Tensor:
 
 def _tile_products(hidden: torch.Tensor, head: Head, words: slice) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``hidden @ weight.T + bias`` of some words, and their weight."""
-    weight, bias = head.weight[words], None if head.bias is None else head.bias[words]
+    weight, bias = head.weight[words].to(hidden.dtype), None if head.bias is None else head.bias[words]
     return torch.nn.functional.linear(hidden, weight, bias), weight
 
 
@@ -78,7 +79,8 @@ def chunked_cross_entropy(hidden, targets, head: Head, chunk_tokens: int) -> tor
         targets: int64 [N], no ignored value among them.
         chunk_tokens: tokens whose logits exist at once, at least 1.
     """
-    weight = head.weight if isinstance(head.weight, torch.Tensor) else None  # else it is frozen
+    weight = head.weight.trained if isinstance(head.weight, RowsOver) else head.weight
+    weight = weight if isinstance(weight, torch.Tensor) else None  # else it is frozen
     return _ChunkedCrossEntropy.apply(hidden, targets, head, chunk_tokens, weight, head.bias)
 
 
@@ -137,6 +139,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grads = None, None
         if of_head:
             (hidden, targets, log_sums, weight, bias), head = of_head, ctx.head
+            if isinstance(head.weight, RowsOver):  # as if its trained rows were all there are
+                targets = head.weight.places(targets)
             head = head._replace(weight=head.weight if weight is None else weight, bias=bias)
             wants_weight = ctx.needs_input_grad[4]
             grads = _head_gradients(hidden, targets, log_sums, head, ctx.chunk_tokens, grad_total, wants_weight)

@@ -127,6 +127,23 @@ def add_adapter(recipe: Recipe, model: nn.Module, adapter: Path | None = None) -
     return begin_with(model, first) if first else model
 
 
+def tokens_of(recipe: Recipe) -> tuple[tuple[int, ...], int]:
+    """Return the tokens of ``adapter.train_tokens``, rising, and how many the tokenizer has without new ones.
+
+    Without a tokenizer, in a plan of what is not there yet, they are those behind the model's vocabulary.
+    """
+    wanted, m = recipe.adapter.train_tokens, recipe.model
+    if not wanted:
+        return (), 0
+    try:
+        known = len(load_tokenizer(m.path, m.revision))
+        found = load_tokenizer(m.path, m.revision, wanted).convert_tokens_to_ids(list(wanted))
+    except ModelError:
+        known = read_config(m.path, m.revision).get_text_config(decoder=True).vocab_size
+        found = range(known, known + len(wanted))
+    return tuple(sorted({*found})), known
+
+
 def method_of(recipe: Recipe) -> AdapterMethod:
     """Return the adapter method that a recipe describes."""
     if recipe.adapter.method == "bottleneck":
@@ -140,7 +157,7 @@ def method_of(recipe: Recipe) -> AdapterMethod:
         return Full()
     x, is_dora = recipe.lora, recipe.adapter.method == "dora"
     targets = tuple(Target(t.pattern, t.rank, t.alpha) for t in x.targets)
-    also = recipe.adapter.train_also, recipe.adapter.train_also_lr_ratio
+    also = recipe.adapter.train_also, recipe.adapter.train_also_lr_ratio, *tokens_of(recipe)
     return Lora(targets, x.rank, x.alpha, x.dropout, x.rslora, getattr(torch, x.dtype), is_dora, *also)
 
 

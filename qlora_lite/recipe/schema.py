@@ -173,6 +173,12 @@ class Adapter(_Section):
     train_also_lr_ratio: PositiveFloat = 0.1
     """How many times train.learning_rate the learning rate of adapter.train_also is: whole weights take about a tenth
     of what LoRA weights do."""
+    train_tokens: Annotated[
+        tuple[Text, ...], Field(strict=False), BeforeValidator(_one_name_or_many), Rule("a token, or a list of tokens"),
+    ] = ()  # fmt: skip
+    """Tokens whose rows of the embeddings and the head are trained, and no others, such as ["<|call|>"]. Those that the
+    tokenizer lacks are added to it, begin as the mean of all embeddings, and come with the adapter. About 6 bytes for
+    each number of a row; at the learning rate of the LoRA weights."""
 
 
 class Lora(_Section):

@@ -63,7 +63,7 @@ def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
             state at the failure.
         OutputError: the folder cannot be written.
     """
-    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
+    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision, recipe.adapter.train_tokens)
     data, eval_data = build_data(recipe, tokenizer), build_data(recipe, tokenizer, "eval")
     eval_examples: Sequence[Example] = eval_data.examples if eval_data else ()
     rows = rows_to_plan(recipe, data)

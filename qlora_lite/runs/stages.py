@@ -145,7 +145,7 @@ def prepare(
     if recipe.model.quant != "none" and loses_its_update(recipe.model.path):
         log.warning("model.path is a merged model: in 4 bit it loses much or all of what was merged into it; train "
                     "on its base with lora.init_from, or with model.quant none")  # fmt: skip
-    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
+    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision, recipe.adapter.train_tokens)
     if recipe.train.learning_rate == "auto":
         rate = continuation.learning_rate if continuation else learning_rate_of(recipe)
         log.info("train.learning_rate: auto is %g", rate)

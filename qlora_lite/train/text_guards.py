@@ -18,7 +18,7 @@ from qlora_lite.data.batch import IGNORED_LABEL, Batch
 from qlora_lite.data.storage import Example, largest_token, row_lengths
 from qlora_lite.errors import DataError, ModelError, TrainingError
 from qlora_lite.experts.packing import adapts_experts, packs_experts
-from qlora_lite.models.anatomy import device_of, head, position_limit, text_config
+from qlora_lite.models.anatomy import device_of, head, position_limit, text_config, vocabulary_size
 from qlora_lite.models.load import use_row_attention, uses_row_attention
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.models.packing import run_unpacked, runs_unpacked, use_own_attention, why_unpacked
@@ -238,7 +238,7 @@ def check_embeddings(model: nn.Module, examples: Sequence[Example]) -> None:
             f"{where}: the row has {longest} tokens, and the model has embeddings of {limit} positions; set "
             f"data.max_tokens to {limit}, and data.overflow to what becomes of longer rows"
         )
-    words = model.get_input_embeddings().weight.shape[0]
+    words = vocabulary_size(model)
     if largest_token(examples) < words:
         return
     for example in examples:  # rows that a weight leaves out are among those looked at above, and none of these

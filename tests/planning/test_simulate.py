@@ -63,8 +63,9 @@ def measured(job, model_type, steps=(LENGTHS, LENGTHS), scale=1.0, **changes):
     job.workload.method.apply(model)
     check_forward(model, max(job.shape.lengths))
     set_memory_options(model, job.options)
-    parameters = [p for _, p in job.workload.method.parameters(model)]
-    optimizer = build_optimizer(parameters, job.optimizer, 1e-4, 0.0, job.stochastic_rounding)
+    names, parameters = zip(*job.workload.method.parameters(model), strict=True)
+    ratios = job.workload.method.lr_ratios(names, job.loraplus_lr_ratio)
+    optimizer = build_optimizer(parameters, job.optimizer, 1e-4, 0.0, job.stochastic_rounding, ratios)
     batch, ledger = all_learned(LENGTHS), Ledger(allocation_bytes=ALLOCATION_BYTES[job.device_type])
     with ledger:
         for tensor, name, _ in categorised(CausalLM(), model):
@@ -120,6 +121,13 @@ def test_the_predicted_peak_of_dora_is_the_measured_one(model_type, quant, optio
 def test_the_predicted_peak_with_weights_of_the_base_trained_is_the_measured_one(model_type, also, options, dtype):
     job = job_for(config_of(model_type), options=replace(options, loss_chunk_tokens=8), also=also, compute_dtype=dtype)
     assert_predicted(job, measured(job, model_type, dtype=dtype))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_the_predicted_peak_with_rows_of_tokens_trained_is_the_measured_one(model_type):
+    options = MemoryOptions(loss_chunk_tokens=8)
+    job = job_for(config_of(model_type), options=options, tokens=(4, 90, 165), known_tokens=160)
+    assert_predicted(job, measured(job, model_type))
 
 
 def test_dora_needs_what_lora_does_and_its_magnitudes_and_products_of_one_block():
@@ -234,6 +242,7 @@ def test_the_predicted_peak_of_the_update_of_bfloat16_weights_is_the_measured_on
         {"factor_dtype": torch.bfloat16, "optimizer": "adamw_torch"},
         {"also": ("embeddings", "head", "norms"), "compute_dtype": torch.bfloat16},
         {"also": ("embeddings", "norms"), "device_type": "cuda", "options": MemoryOptions(offload_checkpoints=True)},
+        {"tokens": (4, 90, 165), "known_tokens": 160},
         {"also": ("norms",), "options": MemoryOptions(resident_layers=0, host_embeddings=True, host_head=True)},
     ],
 )

@@ -23,11 +23,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from qlora_lite.adapters.parts import TOKEN_ROWS
 from qlora_lite.adapters.read import Adapter, Factors
 from qlora_lite.adapters.saved import Saved
 from qlora_lite.errors import ModelError
 from qlora_lite.experts.packing import both_names, compute_experts, expert_weights
 from qlora_lite.ops.around import Around
+from qlora_lite.ops.token_rows import EmbeddingWithRows, HeadWithRows
 from qlora_lite.quant.linear import frozen_weight, small_batch_product, squared_row_norms
 from qlora_lite.quant.product import add_product, materialize
 
@@ -213,12 +215,14 @@ class SwitchModule(Around):
         rows = self.switch.rows
         if not isinstance(rows, tuple):
             return self._of(rows)(x, *others)
-        y: torch.Tensor | None = None
+        parts: list[tuple[torch.Tensor, torch.Tensor]] = []
         for name in dict.fromkeys(rows):
             places = self.switch.places(name, x.device)
-            part = self._of(name)(*(each.index_select(0, places) for each in (x, *others)))
-            y = part.new_empty(len(rows), *part.shape[1:]) if y is None else y
-            y.index_copy_(0, places, part)
+            parts.append((places, self._of(name)(*(each.index_select(0, places) for each in (x, *others)))))
+        widest = max(part.shape[-1] for _, part in parts)  # the head of an adapter with new tokens has more
+        y = parts[0][1].new_full((len(rows), *parts[0][1].shape[1:-1], widest), -torch.inf)
+        for places, part in parts:
+            y[..., : part.shape[-1]].index_copy_(0, places, part)
         return y
 
     def _of(self, name: str | None) -> nn.Module:
@@ -230,10 +234,10 @@ def _with_weights(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.
     twin = copy.copy(module)
     if isinstance(module, Around):
         inner = _with_weights(module.inner, weights)
-        twin._inner, twin._parameters = (inner,), inner._parameters
+        twin._inner, twin._parameters, twin._buffers = (inner,), inner._parameters, inner._buffers
     else:
         own = {name: nn.Parameter(weight, requires_grad=False) for name, weight in weights.items()}
-        twin._parameters = {**module._parameters, **own}
+        twin._parameters, twin._buffers = {**module._parameters, **own}, dict(module._buffers)
     return twin
 
 
@@ -260,8 +264,14 @@ def add_switch(model: nn.Module, adapters: Mapping[str, Adapter | Saved]) -> Swi
             model.set_submodule(path, SwitchLinear(layer, switch, factors, device, model.dtype, biases))
     for path, of_adapters in weights.items():
         module = model.get_submodule(path)
-        own = {name: _with_weights(module, {leaf: w.to(device, model.dtype) for leaf, w in leaves.items()})
-               for name, leaves in of_adapters.items()}  # fmt: skip
+        own = {}
+        for name, leaves in of_adapters.items():
+            here = {leaf: weight.to(device, model.dtype) for leaf, weight in leaves.items()}
+            rows = here.pop(TOKEN_ROWS, None)
+            own[name] = _with_weights(module, here)
+            if rows is not None:
+                kind = EmbeddingWithRows if module is model.get_input_embeddings() else HeadWithRows
+                own[name] = kind(own[name], of_lora[name].tokens[path], nn.Parameter(rows, requires_grad=False))
         model.set_submodule(path, SwitchModule(module, switch, own))
     for path, experts in {weight.path: weight.experts for weight in expert_weights(model).values()}.items():
         both = {name: {leaf: found for leaf in both_names(experts) if (found := adapter.layers.get(f"{path}.{leaf}"))}
