@@ -227,7 +227,9 @@ class Ledger(TorchDispatchMode):
 
     def _has_gradient(self, parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
-            self.claim([parameter.grad], "gradients")
+            weight = self._entries.get(parameter.untyped_storage()._cdata)
+            is_on_host = weight is not None and weight.category == _OFFLOADED
+            self.claim([parameter.grad], "offloaded" if is_on_host else "gradients")
 
     def _entering(self, name: str):
         def enter(_module, _inputs):

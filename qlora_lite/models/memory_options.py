@@ -135,12 +135,14 @@ def memory_options_of(settings: Mapping[str, object]) -> dict[str, object]:
 
 
 def place(
-    model: nn.Module, device: torch.device, options: MemoryOptions, of_model: Sequence[nn.Module] | None = None
+    model: nn.Module, device: torch.device, options: MemoryOptions, of_model: Sequence[nn.Module] | None = None,
+    trains_base: bool = False,
 ) -> nn.Module:  # fmt: skip
     """Move a model from host memory to its device, but for what the memory options keep there; return it.
 
     Args:
         of_model: its blocks; None are those of a causal language model.
+        trains_base: stream weights that are trained, too; an adapter's, which are few, stay on the device.
 
     Raises:
         ModelError: of embeddings that are also the head only one is to stay on the host, the head is no 16-bit
@@ -155,10 +157,11 @@ def place(
     for module in model.modules():
         for registry in (module._parameters, module._buffers):
             for tensor in registry.values():
-                if tensor is not None and (tensor.requires_grad or id(module) not in staying):
+                if tensor is not None and ((tensor.requires_grad and not trains_base) or id(module) not in staying):
                     tensor.data = tensor.data.to(device)
     if streamed:
-        _streams[model] = BlockStream(streamed, device, in_files if options.stream_from_disk else InHostMemory)
+        _streams[model] = BlockStream(streamed, device, in_files if options.stream_from_disk else InHostMemory,
+                                      trains_base)  # fmt: skip
     return model
 
 
@@ -196,6 +199,18 @@ def _say_where_it_computes(model: nn.Module) -> None:
 def stream_of(model: nn.Module) -> BlockStream | None:
     """Return what brings a model's streamed blocks to the device; None where ``place`` left all of them there."""
     return _streams.get(model)
+
+
+def trained_on_host(model: nn.Module) -> Sequence[nn.Parameter]:
+    """Return the weights that ``place`` left in host memory to be trained there."""
+    stream = stream_of(model)
+    return stream.trained if stream else ()
+
+
+def settle(model: nn.Module) -> None:
+    """Let a model's modules hold the weights that are trained, where copies on the device stand for them."""
+    if stream := stream_of(model):
+        stream.settle()
 
 
 def on_host(model: nn.Module, module: nn.Module, tensor: torch.Tensor) -> bool:

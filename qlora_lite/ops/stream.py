@@ -1,4 +1,4 @@
-"""Keep the frozen weights of blocks in host memory or on a disk, and bring each block to the device when it runs.
+"""Keep the weights of blocks in host memory or on a disk, and bring each block to the device when it runs.
 
 In host memory a block's tensors lie in one flat buffer (pinned beside a GPU), so that one copy brings them; several
 blocks share an allocation, since pinned memory comes in whole powers of two. On a disk they stay in the file that they
@@ -11,14 +11,20 @@ A block's modules hold views of its slot while it is there and otherwise what li
 that whatever reads the model's tensors finds the true values. Saved tensors point into a slot: they must be gone
 before the slot is used again, which checkpointing per block sees to (autograd's version counters raise otherwise).
 
+Weights that are trained stay in host memory for good, where their optimizer updates them. What a block computes with
+are copies in its slot; their gradients leave for the host while the block before it is computed, and are handed to the
+weights themselves when that has been launched: the update there runs beside it. At most two blocks' gradients are in
+host memory at one time, and one block's on the device.
+
 Source: the idea of layer-to-layer execution, L2L, arXiv 2002.05645.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -45,43 +51,70 @@ class _Place:
     def view(self, flat: torch.Tensor) -> torch.Tensor:
         """Return the tensor's place in a flat buffer."""
         size = self.tensor.nbytes
-        found = flat[self.start : self.start + size].view(self.tensor.dtype).view(self.tensor.shape)
-        return nn.Parameter(found, False) if isinstance(self.tensor, nn.Parameter) else found
+        return flat[self.start : self.start + size].view(self.tensor.dtype).view(self.tensor.shape)
+
+    def shown(self, flat: torch.Tensor) -> torch.Tensor:
+        """Return what stands for the tensor in a module while it lies in a flat buffer."""
+        found = self.view(flat)
+        return nn.Parameter(found, self.tensor.requires_grad) if isinstance(self.tensor, nn.Parameter) else found
 
 
 class FlatBlock:
-    """The frozen tensors of a block, one behind the other in any flat buffer of ``size`` bytes or more."""
+    """The tensors of a block, one behind the other in any flat buffer of ``size`` bytes or more.
 
-    def __init__(self, block: nn.Module):
-        self.places, self.size = [], 0
-        for registry, name, tensor in _frozen(block):
+    Args:
+        trains: those that are trained, too; else the frozen ones.
+        leave: given a trained tensor and its copy in a slot, which has a gradient.
+    """
+
+    def __init__(
+        self, block: nn.Module, trains: bool = False,
+        leave: Callable[[nn.Parameter, nn.Parameter], None] | None = None,
+    ):  # fmt: skip
+        self.places, self.size, self._leave = [], 0, leave
+        for registry, name, tensor in _tensors(block, trains):
             self.places.append(_Place(registry, name, self.size, tensor))
             self.size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
 
     def fill(self, flat: torch.Tensor) -> None:
         """Copy the tensors to a buffer."""
         for place in self.places:
-            place.view(flat).copy_(place.tensor)
+            place.view(flat).copy_(place.tensor.detach())
 
     def move(self, flat: torch.Tensor) -> None:
         """Let the tensors lie in a buffer for good."""
         self.fill(flat)
         for place in self.places:
-            place.tensor = place.view(flat)
+            if place.tensor.requires_grad:  # the optimizer's: it stays the same object
+                place.tensor.data = place.view(flat)
+            else:
+                place.tensor = place.shown(flat)
         self.show(None)
 
     def show(self, flat: torch.Tensor | None) -> None:
         """Let the block's modules see a copy in a slot, or where the tensors lie."""
         for place in self.places:
-            place.registry[place.name] = place.tensor if flat is None else place.view(flat)
+            shown = place.tensor if flat is None else place.shown(flat)
+            if flat is not None and shown.requires_grad:
+                shown.register_post_accumulate_grad_hook(partial(self._leave, place.tensor))
+            place.registry[place.name] = shown
 
 
-def _frozen(block: nn.Module) -> Iterator[tuple[dict, str, torch.Tensor]]:
+def _tensors(block: nn.Module, trains: bool) -> Iterator[tuple[dict, str, torch.Tensor]]:
     for module in block.modules():
         for registry in (module._parameters, module._buffers):
             for name, tensor in registry.items():
-                if tensor is not None and not tensor.requires_grad and tensor.numel():
+                if tensor is not None and (trains or not tensor.requires_grad) and tensor.numel():
                     yield registry, name, tensor
+
+
+class _Leaving(NamedTuple):
+    """A gradient on its way to the host: the weight that it is for, itself here and there, and the end of its copy."""
+
+    weight: nn.Parameter
+    here: torch.Tensor | None
+    there: torch.Tensor
+    copied: object
 
 
 def _home(tensor: torch.Tensor) -> tuple[int, int]:
@@ -232,16 +265,19 @@ class BlockStream:
         blocks: in the order they run; each must run with checkpointing while it is trained.
         device: where they compute.
         placement: puts their tensors where they are kept, ``InHostMemory`` or ``in_files``.
+        trains: stream weights that are trained, too; in host memory only.
     """
 
     def __init__(
         self, blocks: Sequence[nn.Module], device: torch.device,
-        placement: Callable[[Sequence[FlatBlock], SideStream], Placement] = InHostMemory,
+        placement: Callable[[Sequence[FlatBlock], SideStream], Placement] = InHostMemory, trains: bool = False,
     ):  # fmt: skip
         self.side = SideStream(device)
-        self._blocks = [FlatBlock(block) for block in blocks]
+        self._blocks = [FlatBlock(block, trains, self._leave) for block in blocks]
+        self._leaving: dict[int, list[_Leaving]] = {}  # gradients, by the block that they are of
         self.sizes = [block.size for block in self._blocks]
         self.placement = placement(self._blocks, self.side)
+        self.trained = [place.tensor for block in self._blocks for place in block.places if place.tensor.requires_grad]
         self._homes = {_home(place.tensor) for block in self._blocks for place in block.places}
         with category("base weights"):
             self._slots = [torch.empty(max(self.sizes), dtype=torch.uint8, device=device) for _ in range(SLOTS)]
@@ -269,6 +305,8 @@ class BlockStream:
         """
         if number == self._current:
             return
+        if self._leaving:
+            self._hand_over(before=number)
         begins = number == 0 or self._current is None  # a forward pass, which may follow another
         step = 1 if begins or number > self._current else -1
         if number not in self._in_slot:
@@ -282,6 +320,42 @@ class BlockStream:
             onward = [number - 2] if turns else [0, 1]
         for other in filter(self._is_elsewhere, onward):
             self.placement.begin(other)
+
+    def _leave(self, weight: nn.Parameter, copy: nn.Parameter) -> None:
+        """Begin to copy a gradient to host memory."""
+        gradient, copy.grad = copy.grad, None
+        memory = host_memory(gradient.nbytes, self.side.device)
+        there = memory.view(gradient.dtype).view(gradient.shape)
+        leaving = _Leaving(weight, gradient, there, self.side.copy([(there, gradient)]))
+        self._leaving.setdefault(self._current, []).append(leaving)
+
+    def _hand_over(self, before: int | None) -> None:
+        """Let go of gradients on the device, and give weights theirs, of blocks whose next but one begins or of all.
+
+        Args:
+            before: the block that begins; None at the end of a backward pass.
+        """
+        for number in sorted(self._leaving, reverse=True):
+            for leaving in self._leaving[number]:
+                self.side.wait(leaving.copied)
+            if before is not None and number <= before + 1:  # updated beside the block that is launched now
+                self._leaving[number] = [leaving._replace(here=None) for leaving in self._leaving[number]]
+                continue
+            for weight, _, there, copied in self._leaving.pop(number):
+                self.side.wait_on_host(copied)
+                weight.backward(there)
+
+    def end_backward(self) -> None:
+        """Give all trained weights their gradients, and forget copies of them: they have been updated since."""
+        self._hand_over(before=None)
+        self.settle()
+
+    def settle(self) -> None:
+        """Let modules hold their trained weights again, in place of copies on the device."""
+        if self.trained:
+            for block in self._blocks:
+                block.show(None)
+            self._in_slot, self._current = [None] * SLOTS, None
 
     def _is_elsewhere(self, number: int) -> bool:
         return 0 <= number < len(self._blocks) and number not in self._in_slot

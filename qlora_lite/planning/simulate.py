@@ -30,7 +30,7 @@ from torch import nn
 from qlora_lite.memory.ledger import Moment
 from qlora_lite.memory.marks import category
 from qlora_lite.memory.work import Work, WorkCounter
-from qlora_lite.models.memory_options import MemoryOptions, stream_of
+from qlora_lite.models.memory_options import MemoryOptions, stream_of, trained_on_host
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.ops.stream import spare_bytes
 from qlora_lite.train.determinism import deterministic
@@ -259,7 +259,7 @@ def _run(job: Job, device: torch.device, timeline: bool, measured_because: str =
         model = workload.planned_model(device, _as_counted(job), job.shape)
     names, parameters = zip(*workload.method.parameters(model), strict=True)
     lr_ratios = workload.method.lr_ratios(names, job.loraplus_lr_ratio)
-    optimizer = _optimizer(job, parameters, lr_ratios)
+    optimizer = _optimizer(job, parameters, lr_ratios, trained_on_host(model))
     remember = with_values if workload.needs_values(model) else remembered
     counter, run = WorkCounter(), remember if device == META else on_real_tensors
     ledger = PlanLedger(job.device_type, timeline=timeline, work=counter, run=run)
@@ -292,9 +292,11 @@ def _as_counted(job: Job) -> MemoryOptions:
     return replace(job.options, compile=False, kernels="plain" if is_plain else job.options.kernels)
 
 
-def _optimizer(job: Job, parameters: Sequence[nn.Parameter], lr_ratios: Sequence[float]) -> torch.optim.Optimizer:
+def _optimizer(
+    job: Job, parameters: Sequence[nn.Parameter], lr_ratios: Sequence[float], on_host: Sequence[nn.Parameter] = ()
+) -> torch.optim.Optimizer:  # fmt: skip
     with planning_for(job.device_type):  # and below no ledger: its tables are real numbers
-        return build_optimizer(parameters, job.optimizer, 0.0, 0.0, job.stochastic_rounding, lr_ratios)
+        return build_optimizer(parameters, job.optimizer, 0.0, 0.0, job.stochastic_rounding, lr_ratios, on_host)
 
 
 def _at_depth(job: Job, layers: int) -> Job:

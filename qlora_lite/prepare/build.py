@@ -107,7 +107,9 @@ def build_model(recipe: Recipe, options: MemoryOptions | None = None, adapter: P
         quant_head=m.quant_head, in_files=options.weights_on_disk,
     )  # fmt: skip
     add_adapter(recipe, model, adapter)
-    return place(model, device, options) if options.places_weights else model
+    if not options.places_weights:
+        return model
+    return place(model, device, options, trains_base=method_of(recipe).trains_base)
 
 
 def add_adapter(recipe: Recipe, model: nn.Module, adapter: Path | None = None) -> nn.Module:

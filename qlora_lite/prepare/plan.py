@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import permutations
+from math import prod
 from shutil import disk_usage
 from typing import Any
 
@@ -118,6 +119,8 @@ def plan_recipe(
     for one, other in permutations(("host_embeddings", "host_head")):
         if job.workload.tables_are_tied and one in fixed:
             fixed.setdefault(other, fixed[one])
+    if job.workload.method.trains_base and not m.optimizer_in_backward:
+        fixed["resident_layers"] = None  # see ``constraints.STREAMED_TRAINED``
     step = Step(
         job, shape or full_pack(d.max_tokens, d.packing), t.micro_batch_size, t.gradient_accumulation_steps, fixed,
         m.micro_batches == "auto" and not m.optimizer_in_backward,
@@ -400,7 +403,10 @@ def disk_bytes(plan: Plan) -> int:
     """
     simulation = plan.chosen.prediction.simulation
     held, with_evaluation = simulation.resident.breakdown, plan.step.job.eval_shape is not None
-    trained = sum(held.get(name, 0) for name in TRAINED)
-    space = Space(trained, held.get("optimizer", 0), with_evaluation, plan.kept_checkpoints)
+    trained, states = sum(held.get(name, 0) for name in TRAINED), held.get("optimizer", 0)
+    if _is_full(plan):  # some of both may lie in host memory
+        weights = sum(prod(each.shape) * each.dtype.itemsize for each in simulation.trained)
+        trained, states = weights, states + trained + held.get("offloaded", 0) - weights
+    space = Space(trained, states, with_evaluation, plan.kept_checkpoints)
     times = 2 if plan.chosen.options.weights_on_disk else 1
     return times * simulation.frozen_bytes + space.whole_bytes()

@@ -6,7 +6,13 @@ place of what it complains about, with the cure.
 
 from collections.abc import Callable, Iterator
 
-from qlora_lite.constraints import UPDATES_IN_FLOAT16, WITH_COMPILE, WITH_FULL, WITH_UPDATES_IN_BACKWARD
+from qlora_lite.constraints import (
+    STREAMED_TRAINED,
+    UPDATES_IN_FLOAT16,
+    WITH_COMPILE,
+    WITH_FULL,
+    WITH_UPDATES_IN_BACKWARD,
+)
 
 from .reference import written
 from .schema import SHORTEST_ROW, Data, Memory, Prompt, Recipe
@@ -232,6 +238,10 @@ def _full(value: _Value) -> _Found:
         if (given := value(section, name)) not in (None, "auto", only):
             message = f"{section}.{name} = {written(given)}: not possible with adapter.method full"
             yield (section, name), f"{message}; write {written(only)}, or remove it"
+    streams = value("memory", "resident_layers") not in (None, "auto", "all")
+    if streams and value("memory", "optimizer_in_backward") is not True:
+        message = f"memory.resident_layers: {STREAMED_TRAINED}"
+        yield ("memory", "resident_layers"), f"{message}; write memory.optimizer_in_backward: true, or all here"
     if value("model", "compute_dtype") == "float16":
         message = "model.compute_dtype = float16: full fine-tuning has no updates of float16 weights"
         yield ("model", "compute_dtype"), f"{message}; write bfloat16 or float32"

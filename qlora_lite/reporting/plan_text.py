@@ -139,6 +139,8 @@ def time_of_step(plan: Plan) -> str:
     """Return how long a step takes, and whether the host, which launches its operations, is what limits it."""
     chosen, machine = plan.chosen, plan.machine
     work, said = chosen.prediction.simulation.work, f"about {format_seconds(chosen.step_seconds)}"
+    if plan.step.job.workload.method.trains_base and chosen.options.resident_layers is not None:
+        said += ", not counting what the host's updates of streamed weights take beyond that"
     if machine.device_type == "cpu" or machine.seconds(work) > machine.starting_seconds(work):
         return said
     return f"{said}, limited by the host, which launches {chosen.micro_batches * work.operations:,} operations"

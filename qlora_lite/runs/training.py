@@ -27,6 +27,7 @@ from qlora_lite.data.examples import Dataset
 from qlora_lite.errors import CheckpointError, DoesNotFitError, Interrupted, ModelError, OutputError
 from qlora_lite.inference.evaluate import Measured, answered_at_once, measure, new_tokens_of, watching
 from qlora_lite.models.anatomy import device_of
+from qlora_lite.models.memory_options import settle
 from qlora_lite.models.save import save_model
 from qlora_lite.prepare.datasets import measures_of
 from qlora_lite.train.checkpoints import Checkpoint, Tensors
@@ -302,6 +303,7 @@ class Training:
             is_evaluated = self.evaluated_step >= self.trainer.step  # it ended early, with an evaluation
             if self.eval_data is not None and not is_evaluated:
                 self._keep_if_best(self._eval_loss(self.eval_data))
+            settle(self.model)
             self.method.fill(self.model, self.best_factors)
             return self._measure("after", self.best_loss)
         return self._measure("after")

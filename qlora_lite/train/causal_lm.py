@@ -43,10 +43,8 @@ from .workload import BatchShape, LossSum, Objective, Workload
 
 CHECKED_TILE_TOKENS = 5
 CHUNKED = "chunked"  # the loss that is this package's own
-# Memory options that are no choice where the model's own weights are trained: these stay on the device, in 16 bit.
-TRAINED_WEIGHTS = MappingProxyType(
-    {"host_embeddings": False, "host_head": False, "resident_layers": None, "cache_dequantized": False}
-)
+# Memory options that are no choice where the model's own weights are trained: tables stay on the device, in 16 bit.
+TRAINED_WEIGHTS = MappingProxyType({"host_embeddings": False, "host_head": False, "cache_dequantized": False})
 
 
 @dataclass(frozen=True)
@@ -239,7 +237,7 @@ class CausalLM(Workload):
         if device.type != "meta":
             give_storage(model, device)
         self.method.apply(model)
-        place(model, device, options)
+        place(model, device, options, trains_base=self.method.trains_base)
         if why_unpacked(model, max(spec.longest, *shape.lengths)):
             run_unpacked(model)
         set_memory_options(model, options)

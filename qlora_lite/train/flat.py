@@ -111,12 +111,16 @@ class _Flat:
 
     Args:
         stochastic_rounding: update bfloat16 weights in float32 and round them stochastically; see ``rounding``.
+        on_host: parameters that are updated alone, and stay where they lie.
     """
 
-    def __init__(self, *args, stochastic_rounding: bool, **kwargs):
+    def __init__(self, *args, stochastic_rounding: bool, on_host: frozenset[Tensor] = frozenset(), **kwargs):
         super().__init__(*args, **kwargs)
-        self.stochastic_rounding = stochastic_rounding
-        self._chunks = [_chunks(group["params"], self.args.min_8bit_size) for group in self.param_groups]
+        self.stochastic_rounding, self.on_host = stochastic_rounding, on_host
+        self._chunks = [
+            _chunks([p for p in group["params"] if p not in on_host], self.args.min_8bit_size)
+            for group in self.param_groups
+        ]
         parameters = parameters_of(self)
         counts = [-(-p.numel() // _piece_values(p)) for p in parameters]
         self._places = dict(zip(parameters, accumulate(counts, initial=0), strict=False))
@@ -146,6 +150,11 @@ class _Flat:
                 whole = len(learning) == len(chunk.parameters) and len({self.state[p]["step"] for p in learning}) == 1
                 for part in [chunk] if whole else map(self._alone, learning):
                     self._update(part, group, gindex, take, scale)
+            for p in group["params"]:
+                if p in self.on_host and p.grad is not None:
+                    if not self.state[p]:
+                        self.init_state(group, p, gindex, 0)
+                    self._update(self._alone(p), group, gindex, take, scale)
 
     def forget_step(self) -> None:
         """Do not count the last step: it was left out."""

@@ -23,6 +23,7 @@ from torch import nn
 from qlora_lite.data.batch import extent_of, plan_epoch, stream_batches
 from qlora_lite.errors import ModelError, TrainingError
 from qlora_lite.memory.meter import PeakMeter
+from qlora_lite.models.memory_options import settle, trained_on_host
 from qlora_lite.quant.product import float32_partial_sums
 from qlora_lite.quant.tensor_file import bit_sums
 
@@ -106,7 +107,7 @@ class Trainer:
         self.lr_ratios = workload.method.lr_ratios(list(trained), settings.loraplus_lr_ratio)
         self.optimizer = build_optimizer(
             trained.values(), settings.optimizer, settings.learning_rate, settings.weight_decay,
-            settings.stochastic_rounding, self.lr_ratios,
+            settings.stochastic_rounding, self.lr_ratios, trained_on_host(model),
         )  # fmt: skip
         self.parameters = parameters_of(self.optimizer)
         names = {parameter: name for name, parameter in trained.items()}
@@ -152,8 +153,10 @@ class Trainer:
         largest, evaluation = largest_batches(work, self.examples, eval_examples, self.epochs, self.most_tokens)
         # bitsandbytes never gives paged states back; others of the same size are freed after the memory probe
         name = s.optimizer.removeprefix("paged_")
+        settle(self.model)
         trained = [parameter for _, parameter in work.method.parameters(self.model)]
-        optimizer = build_optimizer(trained, name, 0.0, 0.0, s.stochastic_rounding, self.lr_ratios)
+        on_host = trained_on_host(self.model)
+        optimizer = build_optimizer(trained, name, 0.0, 0.0, s.stochastic_rounding, self.lr_ratios, on_host)
         before, was_training = list(map(bit_sums, self.parameters)), self.model.training
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             probe_step(

@@ -11,7 +11,7 @@ from torch import nn
 
 from qlora_lite.memory.marks import category, phase
 
-from .optim import UpdatesInBackward, clip_scale, gradient_norms
+from .optim import UpdatesInBackward, clip_scale, gradient_norms, is_updated_on_host, updating
 from .step import accumulate_gradients
 from .workload import Workload
 
@@ -33,10 +33,10 @@ def probe_step(
         updates_in_backward: see ``optim.UpdatesInBackward``.
     """
     for together in [[parameter] for parameter in parameters] if updates_in_backward else [parameters]:
-        with category("gradients"):
+        with category("offloaded" if is_updated_on_host(optimizer, together) else "gradients"):
             for parameter in together:
                 parameter.grad = torch.zeros_like(parameter)
-        with phase("load"), category("optimizer"):
+        with phase("load"), updating(optimizer, together):
             optimizer.step()
         if not accumulating:
             optimizer.zero_grad(set_to_none=True)

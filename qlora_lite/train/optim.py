@@ -12,12 +12,14 @@ import ctypes
 import logging
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 
 from qlora_lite.errors import TrainingError
 from qlora_lite.memory.marks import category, phase
+from qlora_lite.ops.shapes import is_planned, planning_for
 
 from .rounding import in_float32
 
@@ -39,6 +41,7 @@ BITSANDBYTES_NAMES = {  # of its classes, and of those in ``flat``
 def build_optimizer(
     parameters: Iterable[torch.nn.Parameter], name: str, learning_rate: float, weight_decay: float,
     stochastic_rounding: bool = True, lr_ratios: Iterable[float] | None = None,
+    on_host: Collection[torch.nn.Parameter] = (),
 ) -> torch.optim.Optimizer:  # fmt: skip
     """Build an optimizer over what an adapter method trains; nothing else is decayed.
 
@@ -48,6 +51,7 @@ def build_optimizer(
         stochastic_rounding: of bfloat16 factors; see ``rounding``.
         lr_ratios: what the learning rate of each parameter is multiplied by, as in LoRA+ (arXiv 2402.12354); None is 1.
             Parameters of one ratio are a group.
+        on_host: parameters in host memory beside a GPU, which are updated there, each where it lies.
 
     Returns:
         One that may lay the factors end to end, and whose step can scale gradients and be left out; see ``flat``.
@@ -57,18 +61,37 @@ def build_optimizer(
         by_ratio.setdefault(ratio, []).append(parameter)
     groups = [{"params": some, LR_RATIO: ratio, "lr": learning_rate * ratio} for ratio, some in by_ratio.items()]
     if name == "adamw_torch":
-        return TorchAdamW(groups, stochastic_rounding, lr=learning_rate, weight_decay=weight_decay)
+        optimizer = TorchAdamW(groups, stochastic_rounding, lr=learning_rate, weight_decay=weight_decay)
+        optimizer.on_host = frozenset(on_host)
+        return optimizer
     from . import flat
 
     device = parameters[0].device
-    if name.startswith("paged_") and not can_page(device):
+    if name.startswith("paged_") and (on_host or not can_page(device)):
         name = name.removeprefix("paged_")
-        if device.type == "cuda":
+        if not on_host and device.type == "cuda":
             log.info("optimizer states cannot be paged on this GPU: %s it is", name)
     optimizer_class = getattr(flat, BITSANDBYTES_NAMES[name])
-    if device.type != "cuda":
+    if device.type != "cuda" or on_host:
         optimizer_class = flat.ON_CPU.get(optimizer_class, optimizer_class)
-    return optimizer_class(groups, lr=learning_rate, weight_decay=weight_decay, stochastic_rounding=stochastic_rounding)
+    return optimizer_class(
+        groups, lr=learning_rate, weight_decay=weight_decay, stochastic_rounding=stochastic_rounding,
+        on_host=frozenset(on_host),
+    )  # fmt: skip
+
+
+def is_updated_on_host(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parameter]) -> bool:
+    """Return whether these are one parameter, and lie in host memory beside a GPU."""
+    return len(parameters) == 1 and parameters[0] in getattr(optimizer, "on_host", ())
+
+
+@contextmanager
+def updating(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+    """Mark what is born in an update of one parameter or of all: on the device, or in host memory for one there."""
+    is_on_host = is_updated_on_host(optimizer, parameters)
+    kernels = planning_for("cpu") if is_on_host and is_planned() else nullcontext()
+    with category("offloaded" if is_on_host else "optimizer"), kernels:
+        yield
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
@@ -193,7 +216,7 @@ class UpdatesInBackward:
         if self.probing:
             parameter.grad.zero_()
         self._norms[parameter] = gradient_norms([parameter])
-        with phase("optimizer"), category("optimizer"):
+        with phase("optimizer"), updating(self.optimizer, [parameter]):
             self.optimizer.step()
         parameter.grad = None
 
@@ -204,4 +227,5 @@ class UpdatesInBackward:
             TrainingError: a parameter got none.
         """
         _check_none_missing(len(self._norms), len(self.parameters))
-        return torch.cat([self._norms[parameter] for parameter in self.parameters])
+        device = self.parameters[0].device
+        return torch.cat([self._norms[parameter].to(device) for parameter in self.parameters])

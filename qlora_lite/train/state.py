@@ -21,6 +21,7 @@ import torch
 
 from qlora_lite.adapters.read import WEIGHTS_NAME
 from qlora_lite.errors import CheckpointError, TrainingError
+from qlora_lite.models.memory_options import settle
 
 from .checkpoints import Checkpoint, Tensors
 from .generators import generator_states, restore_generators
@@ -41,6 +42,7 @@ def capture(trainer: Trainer, copies: bool = True) -> tuple[dict[str, Tensors], 
     Raises:
         TrainingError: the factors are not finite, or do nothing although they were trained: no state to go back to.
     """
+    settle(trainer.model)
     factors = trainer.workload.method.tensors(trainer.model)
     _check_worth_keeping(trainer, factors)
     states, numbers = _optimizer_state(trainer)
@@ -95,6 +97,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
         CheckpointError: a tensor is missing or too much, or has another shape or type.
     """
     state, saved = numbers_of(checkpoint), checkpoint.tensors
+    settle(trainer.model)
     compare_tensors(saved[WEIGHTS_NAME], trainer.workload.method.tensors(trainer.model), WEIGHTS_NAME)
     if saved[OPTIMIZER]:
         _make_states(trainer)

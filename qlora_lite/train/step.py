@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from qlora_lite.memory.marks import category, phase
+from qlora_lite.models.memory_options import stream_of
 from qlora_lite.ops.compiled import in_words
 from qlora_lite.quant.small_batch import plain_products
 
@@ -69,7 +70,7 @@ def accumulate_gradients(
             found = workload.loss(model, batch)
             loss = found.sum / total
         with phase("backward"):
-            _backward(loss, scale)
+            _backward(model, loss, scale)
         mean += loss.detach()
         _add(metrics, found.metrics, total)
     return Means(mean, metrics)
@@ -134,14 +135,16 @@ def train_step_in_backward(
     if not math.isfinite(value):
         return _result(workload, [batch], value, value, loss.detach()[None], metrics)
     with phase("backward"), UpdatesInBackward(optimizer) as updates:
-        _backward(loss)
+        _backward(model, loss)
     norms = updates.norms()
     return _result(workload, [batch], value, torch.linalg.vector_norm(norms).item(), norms, metrics)
 
 
-def _backward(loss: torch.Tensor, scale: float = 1.0) -> None:
+def _backward(model: nn.Module, loss: torch.Tensor, scale: float = 1.0) -> None:
     with in_words():  # where compiled blocks are kept, their gradients are compiled here
         loss.backward(torch.full_like(loss, scale))
+    if stream := stream_of(model):
+        stream.end_backward()
 
 
 def _begin_reading(numbers: torch.Tensor) -> Callable[[], list[float]]:

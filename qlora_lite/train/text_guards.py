@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from qlora_lite.compilers import missing_for_compile
-from qlora_lite.constraints import UPDATES_IN_FLOAT16, WITH_COMPILE, WITH_UPDATES_IN_BACKWARD
+from qlora_lite.constraints import STREAMED_TRAINED, UPDATES_IN_FLOAT16, WITH_COMPILE, WITH_UPDATES_IN_BACKWARD
 from qlora_lite.data.batch import IGNORED_LABEL, Batch
 from qlora_lite.data.storage import Example, largest_token, row_lengths
 from qlora_lite.errors import DataError, ModelError, TrainingError
 from qlora_lite.experts.packing import adapts_experts, packs_experts
 from qlora_lite.models.anatomy import device_of, head, position_limit, text_config, vocabulary_size
 from qlora_lite.models.load import use_row_attention, uses_row_attention
-from qlora_lite.models.memory_options import MemoryOptions
+from qlora_lite.models.memory_options import MemoryOptions, trained_on_host
 from qlora_lite.models.packing import run_unpacked, runs_unpacked, use_own_attention, why_unpacked
 from qlora_lite.ops.loss import head_logits
 
@@ -183,6 +183,9 @@ def check_updates_in_backward(model: nn.Module, settings: TrainSettings) -> None
         TrainingError: naming what would need the gradients of a whole step, or several passes.
     """
     if not settings.options.optimizer_in_backward:
+        if trained_on_host(model):
+            cure = "set memory.optimizer_in_backward to true, or memory.resident_layers to all"
+            raise TrainingError(f"{STREAMED_TRAINED}; {cure}")
         return
     given = {name: getattr(settings, name) for name in WITH_UPDATES_IN_BACKWARD}
     found = [f"train.{name} {given[name]} (set it to {only})" for name, only in WITH_UPDATES_IN_BACKWARD.items()

@@ -16,10 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qlora_lite.adapters.full import Full
 from qlora_lite.errors import ModelError, TrainingError
 from qlora_lite.memory.ledger import Ledger
+from qlora_lite.models.families import known_config
 from qlora_lite.models.load import adopt
-from qlora_lite.models.memory_options import MemoryOptions
+from qlora_lite.models.memory_options import MemoryOptions, place, settle, stream_of
 from qlora_lite.models.save import save_model
 from qlora_lite.planning.plan_ledger import ALLOCATION_BYTES
+from qlora_lite.planning.predict import predict
 from qlora_lite.planning.simulate import Job, simulate, simulate_whole
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
@@ -27,6 +29,7 @@ from qlora_lite.train.inventory import categorised
 from qlora_lite.train.loop import Trainer, largest_batches
 from qlora_lite.train.settings import TrainSettings, auto_learning_rate, full_learning_rate
 from qlora_lite.train.state import STATE, capture, restore
+from qlora_lite.train.workload import BatchShape
 
 WORK = CausalLM(method=Full())
 IN_BACKWARD = dict(gradient_accumulation_steps=1, max_grad_norm=0.0, options=MemoryOptions(optimizer_in_backward=True))
@@ -182,8 +185,15 @@ def test_what_cannot_be_trained_is_refused():
         Full().apply(quantized_pair("llama")[0])
     with pytest.raises(ModelError, match=r"set model\.compute_dtype to bfloat16 or float32"):
         Full().apply(adopt(build_tiny("llama", torch.float16)))
-    with pytest.raises(TrainingError, match="CausalLM has no host_head, resident_layers to set"):
-        trainer(options=MemoryOptions(host_head=True, resident_layers=0))
+    with pytest.raises(TrainingError, match="CausalLM has no host_embeddings, host_head to set"):
+        trainer(options=MemoryOptions(host_embeddings=True, host_head=True))
+    with pytest.raises(TrainingError, match=r"set memory\.optimizer_in_backward to true, or memory\.resident_layers"):
+        model = adopt(build_tiny("llama"))
+        Full().apply(model)
+        options = MemoryOptions(resident_layers=0)
+        trainer_of = Trainer(place(model, torch.device("cpu"), options, trains_base=True), examples(),
+                             TrainSettings(**(SETTINGS | dict(options=options))), workload=WORK)  # fmt: skip
+        trainer_of.check()
     with pytest.raises(TrainingError, match="loraplus_lr_ratio 4 is for LoRA weights"):
         trainer(loraplus_lr_ratio=4.0)
     with pytest.raises(TrainingError, match=r"memory\.optimizer_in_backward is incompatible with"):
@@ -202,3 +212,53 @@ def test_the_automatic_rate_is_a_tenth_of_loras():
     for family, width in (("llama", 4096), ("qwen2", 896), ("gemma3_text", 640)):
         lora = auto_learning_rate(family, width, 16, 2.0)
         assert full_learning_rate(family, width) == pytest.approx(lora / 10, rel=0.02)
+
+
+def test_a_plan_of_streamed_weights_is_what_the_ledger_finds():
+    training = streamed(STREAMED, vocab_size=4096)
+    planned, found = simulate(job_of(training, training.model.config)), ledger_of(training)
+    assert planned.peak().total == pytest.approx(found.peak.total, rel=0.01)
+    assert planned.offloaded_bytes == pytest.approx(found.offloaded_peak_bytes, rel=0.01)
+
+
+def test_llama_8b_is_trained_whole_on_a_gpu_of_8_gib_beside_40_gib_of_host_memory():
+    work = new_job(AutoConfig.for_model(**known_config("meta-llama/Llama-3.1-8B")), None, quant="none").workload
+    options = replace(STREAMED, tile_tokens=4096, loss_chunk_tokens=1024)
+    job = Job(replace(work, method=Full()), BatchShape((2048,), 2047), None, "cuda", max_grad_norm=0.0, options=options)
+    planned = predict(job)
+    assert planned.peak_bytes <= 8 * 2**30 and planned.host_bytes <= 40 * 2**30
+    blocks = 32 * 2 * 218_112_000  # bfloat16 weights of the blocks, and as many bytes of optimizer states
+    assert planned.host_bytes > 2 * blocks
+
+
+def streamed(options, dtype=torch.bfloat16, optimizer="adamw_8bit", **settings):
+    """A trainer whose blocks' weights lie in host memory, but for those of the options' last ones."""
+    model = adopt(build_tiny("llama", dtype, num_hidden_layers=4, **settings))
+    WORK.method.apply(model)
+    place(model, torch.device("cpu"), options, trains_base=True)
+    changes = SETTINGS | IN_BACKWARD | dict(optimizer=optimizer, options=options)
+    training = Trainer(model, examples(), TrainSettings(**changes), workload=WORK)
+    training.check()
+    return training
+
+
+STREAMED = MemoryOptions(optimizer_in_backward=True, resident_layers=0)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw_torch", "lion_8bit"])
+@pytest.mark.parametrize(
+    "options",
+    [STREAMED, replace(STREAMED, resident_layers=2, tile_tokens=5), replace(STREAMED, offload_checkpoints=True)],
+    ids=["all", "two, in tiles", "checkpoints offloaded"],
+)  # fmt: skip
+def test_streamed_weights_are_trained_as_resident_ones_to_the_bit(optimizer, options):
+    pair = [streamed(each, optimizer=optimizer) for each in (replace(options, resident_layers=None), options)]
+    assert len(stream_of(pair[1].model).trained) == 9 * (4 - options.resident_layers)
+    pair[1].probe_memory(pair[1].examples)
+    steps = [list(training) for training in pair]
+    for ours, theirs in zip(*steps, strict=True):
+        assert (ours.loss, ours.grad_norm) == (theirs.loss, theirs.grad_norm)
+    assert pair[0].evaluate(examples()) == pair[1].evaluate(examples())
+    settle(pair[1].model)
+    named = [dict(training.model.named_parameters()) for training in pair]
+    assert all(torch.equal(weight, named[1][name]) for name, weight in named[0].items())

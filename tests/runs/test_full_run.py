@@ -127,7 +127,7 @@ def test_a_damaged_model_and_a_run_without_one_are_refused(run, model_folder, tm
         (["lora.rank=8"], "lora.rank: adapter.method full has no LoRA weights; remove it"),
         (["train.loraplus_lr_ratio=4"], "train.loraplus_lr_ratio = 4: not possible with adapter.method full"),
         (["memory.head=host"], "memory.head = host: not possible with adapter.method full; write device"),
-        (["memory.resident_layers=1"], "memory.resident_layers = 1: not possible with adapter.method full"),
+        (["memory.resident_layers=1"], "memory.resident_layers: streamed weights are trained one at a time"),
         (["memory.optimizer_in_backward=true"], "write train.max_grad_norm: 0"),
     ],
 )  # fmt: skip
