@@ -404,7 +404,7 @@ def disk_bytes(plan: Plan) -> int:
     simulation = plan.chosen.prediction.simulation
     held, with_evaluation = simulation.resident.breakdown, plan.step.job.eval_shape is not None
     trained, states = sum(held.get(name, 0) for name in TRAINED), held.get("optimizer", 0)
-    if _is_full(plan):  # some of both may lie in host memory
+    if plan.step.job.workload.method.trains_base:  # some of both may lie in host memory
         weights = sum(prod(each.shape) * each.dtype.itemsize for each in simulation.trained)
         trained, states = weights, states + trained + held.get("offloaded", 0) - weights
     space = Space(trained, states, with_evaluation, plan.kept_checkpoints)
