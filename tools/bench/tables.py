@@ -97,6 +97,15 @@ def study_tables(result: Mapping) -> list[str]:
         for case, rows in result.get(part, {}).items():
             model, task = case.split(", ")
             lines += ["", f"**{title}** {NAMES[model]}, {task}:", "", *_study_table(rows)]
+    for case, rows in result.get("few_shot", {}).items():
+        model, task = case.split(", ")
+        scores = list(rows[0]["scores"])
+        lines += ["", f"**Examples in the prompt.** {NAMES[model]}, {task}, one run of LoRA beside:", "",
+                  f"| model | loss | {' | '.join(name.replace('_', ' ') for name in scores)} |",
+                  "|---" * (len(scores) + 2) + "|"]  # fmt: skip
+        for row in rows:
+            cells = [row["name"], f"{row['loss']:.4f}", *(f"{row['scores'][name]:.3f}" for name in scores)]
+            lines.append(f"| {' | '.join(cells)} |")
     for case, found in result.get("subspaces", {}).items():
         model, task = case.split(", ")
         lines += ["", f"**Subspaces of rank 8 and rank 64.** {NAMES[model]}, {task}:", "",
