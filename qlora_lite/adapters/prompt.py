@@ -34,7 +34,18 @@ _NAME = "virtual_tokens"  # of the decoder's part
 TENSOR = "prompt_embeddings"  # in adapter files, [k, D]
 
 
-class VirtualTokens(nn.Module):
+class _Placed(nn.Module):
+    """Knows the ids of the pass under way, int64 [rows, T], of which the negative ones are virtual tokens."""
+
+    ids: torch.Tensor
+
+    def replaced(self, found: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """Return a tensor [rows, T, F] with ``own`` [k, F] in the places of virtual tokens."""
+        mine = own[(-1 - self.ids).clamp(min=0)].to(found.dtype)
+        return torch.where((self.ids < 0)[..., None], mine, found)
+
+
+class VirtualTokens(_Placed):
     """The virtual tokens of a decoder, which is what this is a part of.
 
     Args:
@@ -61,7 +72,7 @@ class VirtualTokens(nn.Module):
         return self()
 
 
-class SwitchedTokens(nn.Module):
+class SwitchedTokens(_Placed):
     """The virtual tokens of several adapters, those used that a switch says (``lora.switch``). Only for inference.
 
     Args:
@@ -75,8 +86,12 @@ class SwitchedTokens(nn.Module):
 
     def in_use(self) -> torch.Tensor | None:
         """Return e of the adapter in use; None where that has none."""
+        return self.by_name.get(self.name_in_use() or "")
+
+    def name_in_use(self) -> str | None:
+        """Return the name of the adapter in use; None where that is the base, or several are."""
         rows = self.switch.rows
-        return None if isinstance(rows, tuple | None) else self.by_name.get(rows)
+        return None if isinstance(rows, tuple) else rows
 
 
 def virtual_tokens(model: nn.Module) -> VirtualTokens | SwitchedTokens | None:
@@ -91,7 +106,7 @@ def count_virtual(model: nn.Module) -> int:
     return 0 if own is None else len(own)
 
 
-def _add_part(model: nn.Module, part: VirtualTokens | SwitchedTokens) -> None:
+def add_part(model: nn.Module, part: VirtualTokens | SwitchedTokens) -> None:
     """Give a decoder virtual tokens.
 
     Raises:
@@ -111,12 +126,23 @@ def _add_part(model: nn.Module, part: VirtualTokens | SwitchedTokens) -> None:
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is None:
             return args, kwargs
+        part.ids = ids
         found = model.get_input_embeddings()(ids.clamp(min=0))
         if (own := part.in_use()) is not None:
-            found = torch.where((ids < 0)[..., None], own[(-1 - ids).clamp(min=0)].to(found.dtype), found)
+            found = part.replaced(found, own)
         return args[1:], kwargs | {"input_ids": None, "inputs_embeds": found}
 
     inner.register_forward_pre_hook(embed, with_kwargs=True)
+
+
+def drawn_embeddings(model: nn.Module, count: int, ids: Sequence[int]) -> torch.Tensor:
+    """Return the embeddings of tokens, repeated or cut to so many, or of tokens that are drawn; float32 [count, D]."""
+    table = model.get_input_embeddings()
+    if table.weight.is_meta:
+        return torch.empty(count, table.weight.shape[1], device="meta")
+    drawn = torch.tensor(list(islice(cycle(ids), count))) if ids else torch.randint(len(table.weight), (count,))
+    with torch.no_grad():
+        return table(drawn.to(table.weight.device)).float()
 
 
 @dataclass(frozen=True)
@@ -145,16 +171,9 @@ class PromptTuning(AdapterMethod):
         Raises:
             ModelError: the model has some already, or its decoder takes nothing but ids.
         """
-        table = model.get_input_embeddings()
         model.requires_grad_(False)
-        if table.weight.is_meta:
-            begin = torch.empty(self.virtual_tokens, table.weight.shape[1], device="meta")
-        else:
-            ids = list(islice(cycle(self.init_ids), self.virtual_tokens))
-            drawn = torch.tensor(ids) if ids else torch.randint(len(table.weight), (self.virtual_tokens,))
-            with torch.no_grad():
-                begin = table(drawn.to(table.weight.device)).float()
-        _add_part(model, VirtualTokens(begin, self.encoder_width))
+        begin = drawn_embeddings(model, self.virtual_tokens, self.init_ids)
+        add_part(model, VirtualTokens(begin, self.encoder_width))
 
     def config(self, model: nn.Module, base_model: str) -> dict:
         """Return peft's configuration of prompt tuning, which p-tuning is too once its encoder has run."""
@@ -206,7 +225,7 @@ class PromptTuning(AdapterMethod):
         part = virtual_tokens(model)
         if part is None:
             part = SwitchedTokens(switch)
-            _add_part(model, part)
+            add_part(model, part)
         part.by_name[name] = tensors[TENSOR].to(model.device)
 
     def layer_kinds(

@@ -15,11 +15,13 @@ from qlora_lite.errors import ModelError
 
 from .bottleneck import PEFT_TYPE, Bottleneck
 from .method import AdapterMethod
+from .prefix import PrefixTuning
 from .prompt import PromptTuning
 
 # By peft_type of adapter_config.json: what makes the method from the configuration.
 METHODS: dict[str, Callable[[Mapping], AdapterMethod]] = {
     PEFT_TYPE: Bottleneck.from_config, "PROMPT_TUNING": PromptTuning.from_config, "P_TUNING": PromptTuning.from_config,
+    "PREFIX_TUNING": PrefixTuning.from_config,
 }  # fmt: skip
 LISTED = 50  # problems of one file shown
 

@@ -13,7 +13,7 @@ from qlora_lite.files import PACKAGE_PREFIX, write_text
 from qlora_lite.models.families import CONFIG_IS_ENOUGH, namesake, nearest
 from qlora_lite.recipe.catalog import closest_recipe, find_recipe, list_recipes, recipe_for_every_gpu
 from qlora_lite.recipe.load import load_recipe, recipe_of
-from qlora_lite.recipe.schema import Recipe
+from qlora_lite.recipe.schema import WITH_VIRTUAL_TOKENS, Recipe
 from qlora_lite.terminal import printable
 from qlora_lite.units import format_bytes, format_seconds, parse_bytes
 
@@ -124,7 +124,7 @@ def _title(settings, machine) -> str:
     sizes = {
         "full": "all weights trained",
         "bottleneck": f"width {settings.bottleneck.width}",
-        "prompt": f"{settings.prompt.virtual_tokens} virtual tokens",
+        **dict.fromkeys(WITH_VIRTUAL_TOKENS, f"{settings.virtual_tokens} virtual tokens"),
     }
     size = sizes.get(settings.adapter.method, f"rank {settings.lora.rank}")
     rows = f"{settings.data.max_tokens:,} tokens, {size}"

@@ -17,6 +17,7 @@ from qlora_lite.adapters.full import Full
 from qlora_lite.adapters.lora.inject import Target
 from qlora_lite.adapters.lora.layer import lora_scale
 from qlora_lite.adapters.method import AdapterMethod
+from qlora_lite.adapters.prefix import PrefixTuning
 from qlora_lite.adapters.prompt import PromptTuning
 from qlora_lite.adapters.read import adapter_bytes, changes_base, read_adapter
 from qlora_lite.constraints import UPDATES_IN_FLOAT16, WITH_COMPILE
@@ -39,7 +40,7 @@ from qlora_lite.planning.answering import left_on_host, memory_to_use, placement
 from qlora_lite.planning.machine import Machine
 from qlora_lite.planning.simulate import Job
 from qlora_lite.recipe.load import require_recipe
-from qlora_lite.recipe.schema import FORMER_NAMES, Recipe
+from qlora_lite.recipe.schema import FORMER_NAMES, WITH_VIRTUAL_TOKENS, Recipe
 from qlora_lite.train.causal_lm import CausalLM, ModelSpec
 from qlora_lite.train.settings import TrainSettings, auto_learning_rate, full_learning_rate
 from qlora_lite.train.workload import BatchShape
@@ -151,10 +152,11 @@ def method_of(recipe: Recipe) -> AdapterMethod:
     if recipe.adapter.method == "bottleneck":
         b = recipe.bottleneck
         return Bottleneck(b.width, b.placement, b.activation, getattr(torch, b.dtype))
-    if recipe.adapter.method == "prompt":
+    if recipe.adapter.method in WITH_VIRTUAL_TOKENS:
         p, m = recipe.prompt, recipe.model
         init = load_tokenizer(m.path, m.revision)(p.init_text, add_special_tokens=False) if p.init_text else None
-        return PromptTuning(p.virtual_tokens, tuple(init.input_ids) if init else (), p.encoder_width)
+        begin = p.virtual_tokens, tuple(init.input_ids) if init else ()
+        return PrefixTuning(*begin) if recipe.adapter.method == "prefix" else PromptTuning(*begin, p.encoder_width)
     if recipe.adapter.method == "full":
         return Full()
     x, is_dora = recipe.lora, recipe.adapter.method == "dora"

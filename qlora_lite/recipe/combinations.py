@@ -15,11 +15,15 @@ from qlora_lite.constraints import (
 )
 
 from .reference import written
-from .schema import SHORTEST_ROW, Data, Memory, Prompt, Recipe
+from .schema import SHORTEST_ROW, WITH_VIRTUAL_TOKENS, Data, Memory, Prompt, Recipe
 from .strict_yaml import shown
 
 Location = tuple[str | int, ...]
-RATES_TO_BEGIN_WITH = {"bottleneck": "3e-4", "prompt": "3e-2"}  # of methods whose rate no rule is known for
+RATES_TO_BEGIN_WITH = {
+    "bottleneck": "3e-4",
+    "prompt": "3e-2",
+    "prefix": "3e-2",
+}  # of methods whose rate no rule is known for
 _Found = Iterator[tuple[Location, str]]
 _Value = Callable[..., object]
 
@@ -58,10 +62,17 @@ def table_columns(source: dict) -> str | None:
 
 
 def _virtual(value: _Value) -> _Found:
+    if value("adapter", "method") == "prefix" and value("prompt", "encoder_width") is not None:
+        message = "prompt.encoder_width: only with adapter.method prompt"
+        yield ("prompt", "encoder_width"), f"{message}; remove one of the two"
     own = value("prompt", "virtual_tokens"), value("data", "max_tokens")
     defaults = Prompt.model_fields["virtual_tokens"].default, Data.model_fields["max_tokens"].default
     tokens, room = (default if given is None else given for given, default in zip(own, defaults, strict=True))
-    if value("adapter", "method") != "prompt" or not isinstance(tokens, int) or not isinstance(room, int):
+    if (
+        value("adapter", "method") not in WITH_VIRTUAL_TOKENS
+        or not isinstance(tokens, int)
+        or not isinstance(room, int)
+    ):
         return
     if room - tokens < SHORTEST_ROW:
         message = f"prompt.virtual_tokens = {tokens}: leaves {room - tokens} of data.max_tokens {room} for a row"
@@ -208,7 +219,7 @@ def _other_methods(value: _Value) -> _Found:
     method, of_lora = value("adapter", "method") or "lora", ("lora", "dora")
     own = {name: Recipe.model_fields[name].default.model_dump() for name in ("lora", "bottleneck", "prompt", "adapter")}
     del own["adapter"]["method"]
-    whose = {"lora": of_lora, "adapter": of_lora, "bottleneck": ("bottleneck",), "prompt": ("prompt",)}
+    whose = {"lora": of_lora, "adapter": of_lora, "bottleneck": ("bottleneck",), "prompt": WITH_VIRTUAL_TOKENS}
     for section, methods in whose.items():
         if method in methods:
             continue

@@ -21,6 +21,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from qlora_lite.units import parse_bytes
 
 ALL_LINEAR = "all-linear"
+WITH_VIRTUAL_TOKENS = "prompt", "prefix"  # of adapter.method
 SHORTEST_ROW = 8  # tokens that there must be room for
 # Settings by the names that they had before; recipes, overrides and runs with those still load.
 FORMER_NAMES = {
@@ -155,13 +156,14 @@ _Part = Literal["embeddings", "head", "norms", "biases"]
 class Adapter(_Section):
     """What is trained: weights beside the frozen model, or the model itself."""
 
-    method: Literal["lora", "dora", "bottleneck", "prompt", "full"] = "lora"
+    method: Literal["lora", "dora", "bottleneck", "prompt", "prefix", "full"] = "lora"
     """lora trains LoRA weights. dora also trains the norm of each row of the adapted weights (DoRA, or QDoRA on a 4-bit
     model): a little more memory and time, and vLLM and llama.cpp take it merged only. The lora section sets up
-    both. bottleneck trains small networks behind the parts of each block, and prompt embeddings of virtual tokens
-    before every row (prompt tuning and p-tuning), as the sections of these names say; neither can be merged or
-    exported, and both slow down answers. full trains all weights of a 16-bit model (model.quant none) in
-    model.compute_dtype, and leaves a model folder (qlora-lite explain full)."""
+    both. bottleneck trains small networks behind the parts of each block, prompt embeddings of virtual tokens before
+    every row (prompt tuning and p-tuning), and prefix keys and values of such tokens in every layer, as the sections
+    bottleneck and prompt say; none of these can be merged or exported, and all slow down answers. full trains all
+    weights of a 16-bit model (model.quant none) in model.compute_dtype, and leaves a model folder (qlora-lite explain
+    full)."""
     train_also: Annotated[
         tuple[_Part, ...], Field(strict=False), BeforeValidator(_one_name_or_many),
         Rule(f"one or a list of {', '.join(get_args(_Part))}"),
@@ -230,15 +232,16 @@ class Bottleneck(_Section):
 
 
 class Prompt(_Section):
-    """The virtual tokens of adapter.method prompt."""
+    """The virtual tokens of adapter.method prompt and prefix."""
 
     virtual_tokens: PositiveInt = 20
     """Virtual tokens before every row; data.max_tokens counts them."""
     init_text: Text | None = None
-    """Text whose tokens' embeddings they begin with, repeated or cut; null draws tokens from the vocabulary."""
+    """Text whose tokens' embeddings they begin with (of adapter.method prefix, keys and values of those), repeated or
+    cut; null draws tokens from the vocabulary."""
     encoder_width: PositiveInt | None = None
     """Width of the network that turns what is trained into the embeddings (p-tuning), which the saved adapter no longer
-    needs; null trains the embeddings themselves (prompt tuning)."""
+    needs; null trains the embeddings themselves (prompt tuning). Not with adapter.method prefix."""
 
 
 class Source(_Section):
@@ -547,7 +550,7 @@ class Recipe(_Section):
     @property
     def virtual_tokens(self) -> int:
         """Virtual tokens before every row."""
-        return self.prompt.virtual_tokens if self.adapter.method == "prompt" else 0
+        return self.prompt.virtual_tokens if self.adapter.method in WITH_VIRTUAL_TOKENS else 0
 
     @property
     def recipe_hash(self) -> str:

@@ -15,13 +15,13 @@ from qlora_lite.adapters.lora.inject import require_model
 from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.data.batch import Batch, Extent, collate, enlarged
 from qlora_lite.data.storage import Example, learned_counts, row_lengths, with_virtual
-from qlora_lite.errors import DataError
+from qlora_lite.errors import DataError, ModelError
 from qlora_lite.memory.marks import category
 from qlora_lite.models import anatomy
 from qlora_lite.models.kernels import use_kernels
 from qlora_lite.models.load import uses_row_attention
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
-from qlora_lite.models.packing import longest_possible, run_unpacked, why_unpacked
+from qlora_lite.models.packing import longest_possible, run_unpacked, runs_unpacked, why_unpacked
 from qlora_lite.models.skeleton import block_pattern, give_storage, meta_copy, shallow_config
 from qlora_lite.ops.fused_attention import PlannedAttention
 from qlora_lite.ops.fused_loss import FUSED, candidates, choose_loss
@@ -292,6 +292,9 @@ class CausalLM(Workload):
         tiny_tiles = plain.tile_tokens and CHECKED_TILE_TOKENS  # so that the check's few tokens are cut
         set_memory_options(model, replace(plain, tile_tokens=tiny_tiles))
         check_forward(model, settings.max_tokens)
+        if runs_unpacked(model) and not self.method.rows_alone:
+            raise ModelError(f"{type(model).__name__} runs row by row, where prefix tuning's places would be those of "
+                             "another row; take adapter.method prompt")  # fmt: skip
         set_memory_options(model, plain)
         check_updates_in_backward(model, settings)
         check_compilable(model, settings.options)

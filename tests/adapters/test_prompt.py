@@ -1,7 +1,6 @@
 """Prompt tuning and p-tuning: as in peft, packed as alone, planned, resumed and saved like any method."""
 
 import json
-import warnings
 
 import pytest
 import torch
@@ -12,9 +11,11 @@ from tiny_files import byte_tokenizer, write_recipe
 from tiny_runs import logits
 from tiny_trainer import examples
 from torch.nn import functional
+from transformers import DynamicCache
 
 from qlora_lite.adapters.files import load_adapter, save_adapter
 from qlora_lite.adapters.lora.switch import add_switch
+from qlora_lite.adapters.prefix import PrefixTuning, prefix_layers
 from qlora_lite.adapters.prompt import PromptTuning, count_virtual, virtual_tokens
 from qlora_lite.adapters.read import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from qlora_lite.data.storage import virtual_ids
@@ -25,7 +26,11 @@ from qlora_lite.recipe.load import load_recipe
 from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from qlora_lite.train.state import STATE, capture, restore
 
-METHODS = {"prompt tuning": PromptTuning(5), "p-tuning": PromptTuning(3, encoder_width=16)}
+OF_TRANSFORMERS = "ignore:.*(is_gradient_checkpointing|past_key_values).*:FutureWarning"  # about what peft asks it for
+METHODS = {
+    "prompt tuning": PromptTuning(5), "p-tuning": PromptTuning(3, encoder_width=16), "prefix tuning": PrefixTuning(4),
+}  # fmt: skip
+PROMPTS = {name: METHODS[name] for name in ("prompt tuning", "p-tuning")}
 
 
 @pytest.fixture(params=METHODS)
@@ -61,7 +66,7 @@ def row_by_row(plain, part, rows):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "gemma3_text"])
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("method", PROMPTS.values(), ids=PROMPTS)
 def test_packed_rows_have_the_loss_and_gradients_of_rows_alone(method, model_type):
     model, plain = tuned(method, model_type)
     plain.requires_grad_(False)
@@ -76,6 +81,37 @@ def test_packed_rows_have_the_loss_and_gradients_of_rows_alone(method, model_typ
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     for gradient, parameter in zip(found, part.parameters(), strict=True):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-5 * parameter.grad.abs().max().item())
+
+
+@pytest.mark.filterwarnings(OF_TRANSFORMERS)
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_packed_rows_with_a_prefix_have_the_loss_and_gradients_of_rows_alone_with_a_cache(model_type):
+    model, plain = tuned(METHODS["prefix tuning"], model_type)
+    rows, layers = examples(3), [layer for _, layer in prefix_layers(model)]
+    work = of_text(method=METHODS["prefix tuning"]).workload
+    loss = work.loss(model, work.inputs(work.collate(rows), torch.device("cpu"))).sum
+    loss.backward()
+    found = [layer.prefix.grad.clone() for layer in layers]
+    size, config = plain.config.hidden_size // plain.config.num_attention_heads, plain.config
+    positions, expected = torch.arange(4)[None], 0
+    cos, sin = plain.model.rotary_emb(torch.zeros(1, 4, 1), positions)
+    begun = [layer.prefix.detach().clone().requires_grad_() for layer in layers]
+    for row in rows:
+        cache = DynamicCache(config=config)
+        for number in range(config.num_hidden_layers):
+            key, value = (begun[2 * number + n].view(4, -1, size).transpose(0, 1)[None] for n in (0, 1))
+            turned = torch.cat([-key[..., size // 2 :], key[..., : size // 2]], -1)
+            cache.update(key * cos[:, None] + turned * sin[:, None], value, number)
+        ids = torch.from_numpy(row.token_ids).long()[None]
+        logits = plain(
+            input_ids=ids, past_key_values=cache, position_ids=torch.arange(4, 4 + ids.shape[1])[None]
+        ).logits
+        learned = torch.from_numpy(row.learned)[1:]
+        expected = expected + functional.cross_entropy(logits[0, :-1][learned], ids[0, 1:][learned], reduction="sum")
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    for gradient, prefix in zip(found, begun, strict=True):
+        torch.testing.assert_close(gradient, prefix.grad, rtol=1e-4, atol=1e-5 * prefix.grad.abs().max().item())
 
 
 def test_it_begins_with_the_embeddings_of_the_tokens_given_and_else_of_some_drawn():
@@ -110,7 +146,7 @@ def test_it_learns_and_goes_on_to_the_bit(case, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters, whole.parameters, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+@pytest.mark.filterwarnings(OF_TRANSFORMERS)
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_peft_computes_the_same_with_the_saved_adapter(method, tmp_path):
     peft = pytest.importorskip("peft")
@@ -122,7 +158,8 @@ def test_peft_computes_the_same_with_the_saved_adapter(method, tmp_path):
     ids = torch.randint(3, 160, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours = logits(model.eval(), with_virtual_ids(ids, count_virtual(model)))
-        torch.testing.assert_close(ours, other(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+        theirs = other(input_ids=ids).logits  # of prefix tuning, without those of virtual tokens
+        torch.testing.assert_close(ours[:, -theirs.shape[1] :], theirs, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -139,6 +176,12 @@ def test_answers_are_those_of_the_whole_row_computed_again_for_each_token():
         assert said.text == tokenizer.decode(ids[-5:], skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("model_type", ["qwen3", "gpt2", "phi3"])
+def test_a_prefix_is_refused_where_keys_are_not_its_own(model_type):
+    with pytest.raises(ModelError, match=r"adapter.method prefix is for models with layers k_proj and v_proj"):
+        tuned(METHODS["prefix tuning"], model_type)
+
+
 def test_a_model_takes_virtual_tokens_once_and_only_where_embeddings_are_all():
     model, _ = tuned()
     with pytest.raises(ModelError, match="has virtual tokens already"):
@@ -148,34 +191,36 @@ def test_a_model_takes_virtual_tokens_once_and_only_where_embeddings_are_all():
 @torch.no_grad()
 def test_adapters_with_and_without_virtual_tokens_share_a_model_and_no_batch(tmp_path):
     alone, ids = {}, torch.randint(3, 160, (2, 9), generator=torch.Generator().manual_seed(0))
-    for name, count in (("short", 2), ("long", 5)):
-        model, _ = tuned(PromptTuning(count))
-        save_adapter(model, tmp_path / name, "base", method=PromptTuning(count))
-        alone[name] = logits(model, with_virtual_ids(ids, count))
+    for name, method in (("short", PromptTuning(2)), ("long", PromptTuning(5)), ("prefix", PrefixTuning(3))):
+        model, _ = tuned(method)
+        save_adapter(model, tmp_path / name, "base", method=method)
+        alone[name] = logits(model, with_virtual_ids(ids, method.virtual_tokens))
     model, _ = quantized_pair("llama")
     alone[None] = logits(model, ids)
-    switch = add_switch(model, {name: read_adapter(model, tmp_path / name) for name in ("short", "long")})
+    switch = add_switch(model, {name: read_adapter(model, tmp_path / name) for name in alone if name})
     for name, expected in alone.items():
         with switch.using(name):
-            assert torch.equal(logits(model, with_virtual_ids(ids, count_virtual(model))), expected)
+            found = logits(model, with_virtual_ids(ids, count_virtual(model)))
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     tasks = Tasks(model, None, switch, {"short": Task(None, None, (), 0), "long": Task(None, None, (), 0)})
     with pytest.raises(ModelError, match="shares no batch with another one"):
         tasks.answer(["short", None], [[], []], 4)
 
 
-def test_what_peft_wrote_is_read_and_computes_the_same(tmp_path):
+@pytest.mark.filterwarnings(OF_TRANSFORMERS)
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_what_peft_wrote_is_read_and_computes_the_same(tmp_path, kind):
     peft = pytest.importorskip("peft")
-    _, plain = tuned()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what peft asks it for
-        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-        theirs = peft.get_peft_model(plain, config).eval()
-        theirs.save_pretrained(tmp_path / "adapter")
+    _, plain = quantized_pair("llama")
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    theirs = peft.get_peft_model(plain, config).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
     model = load_adapter(quantized_pair("llama")[0], tmp_path / "adapter")
     ids = torch.randint(3, 160, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = theirs(input_ids=ids).logits
-    torch.testing.assert_close(logits(model, with_virtual_ids(ids, 4))[:, 4:], expected[:, 4:], rtol=1e-4, atol=1e-5)
+    found = logits(model, with_virtual_ids(ids, 4))[:, 4:]
+    torch.testing.assert_close(found, expected[:, -found.shape[1] :], rtol=1e-4, atol=1e-5)
 
 
 def test_a_prompt_that_leaves_no_room_and_settings_of_others_are_refused(tmp_path):

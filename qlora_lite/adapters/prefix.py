@@ -1,0 +1,224 @@
+"""Prefix tuning: keys and values of virtual tokens are trained, in every layer, and nothing in the model.
+
+The virtual tokens are those of ``prompt``: ids before every row, which lengths, packs, positions and caches count. What
+the layers compute at their places is thrown away but for keys and values, in whose place the trained ones stand, behind
+the layers ``k_proj`` and ``v_proj`` (``PrefixLinear``). So attention, its kernels and its caches know nothing of it.
+
+Keys are trained as they are before the rotation by their positions 0 to k - 1; in peft's files they are rotated:
+
+    key_file = key * cos + half_turn(key) * sin,      half_turn((a, b)) = (-b, a)
+
+which an orthogonal rotation undoes. Families that normalise keys, rotate a part of them or have one layer for queries,
+keys and values are refused.
+
+Shapes: k virtual tokens, L layers, F = heads x head size of keys; keys and values [k, F] a layer, in float32.
+Source: prefix tuning, arXiv 2101.00190, without its reparametrisation.
+"""
+
+from collections.abc import Container, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from qlora_lite.errors import ModelError
+
+from .lora.inject import linear_layers
+from .method import AdapterMethod
+from .prompt import TENSOR, SwitchedTokens, VirtualTokens, add_part, drawn_embeddings, virtual_tokens
+
+if TYPE_CHECKING:
+    from .lora.switch import Switch
+
+_KEY, _VALUE = "k_proj", "v_proj"
+
+
+class PrefixLinear(nn.Module):
+    """A frozen layer of keys or values, whose outputs at the places of virtual tokens are trained instead.
+
+    Args:
+        base: the layer.
+        tokens: knows the places.
+        begin: the first outputs [k, F], float32.
+    """
+
+    def __init__(self, base: nn.Module, tokens: VirtualTokens, begin: torch.Tensor):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self._tokens = (tokens,)  # a tuple hides it from registration
+        self.prefix = nn.Parameter(begin)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._tokens[0].replaced(self.base(x), self.prefix)
+
+
+class SwitchPrefix(nn.Module):
+    """A layer of keys or values with the prefixes of several adapters. Only for inference.
+
+    Args:
+        prefixes: [k, F] by adapter.
+    """
+
+    def __init__(self, base: nn.Module, tokens: SwitchedTokens, prefixes: dict[str, torch.Tensor]):
+        super().__init__()
+        self.base, self._tokens, self.prefixes = base, (tokens,), prefixes
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self._tokens[0]
+        own = self.prefixes.get(tokens.name_in_use() or "")
+        return self.base(x) if own is None else tokens.replaced(self.base(x), own)
+
+
+@dataclass(frozen=True)
+class PrefixTuning(AdapterMethod):
+    """Trained keys and values before every row.
+
+    Args:
+        virtual_tokens: k.
+        init_ids: tokens whose embeddings' keys and values, as each layer gives them alone, they begin as; none draws
+            from the table.
+    """
+
+    virtual_tokens: int = 20
+    init_ids: tuple[int, ...] = ()
+
+    size_setting = "prompt.virtual_tokens"
+    why_not_merged = (
+        "it is a prefix of keys and values, which no weight of the model holds; evaluate, generate, chat and serve use "
+        "it as it is"
+    )
+    rows_alone = False  # recomputed rows would find the virtual tokens of another one
+
+    def apply(self, model: nn.Module) -> None:
+        """Freeze the model and put trained keys and values before every row.
+
+        Raises:
+            ModelError: the model's keys cannot be had so, or it has virtual tokens already.
+        """
+        layers = _layers_of(model)
+        model.requires_grad_(False)
+        begin = drawn_embeddings(model, self.virtual_tokens, self.init_ids)
+        part = VirtualTokens(torch.zeros_like(begin))
+        add_part(model, part)
+        part.requires_grad_(False)
+        unit = begin * begin.square().mean(1, keepdim=True).add(1e-6).rsqrt()  # as a norm before the layer gives it
+        for path, layer in layers.items():
+            with torch.no_grad():
+                first = layer(unit.to(layer.weight.device, model.dtype)).float()
+            model.set_submodule(path, PrefixLinear(layer, part, first).train(model.training))
+
+    def config(self, model: nn.Module, base_model: str) -> dict:
+        """Return peft's configuration of prefix tuning."""
+        text = model.config.get_text_config(decoder=True)
+        size, heads = _head_size(model), text.num_key_value_heads
+        return {
+            "peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
+            "num_virtual_tokens": self.virtual_tokens, "token_dim": size * heads, "num_transformer_submodules": 1,
+            "num_attention_heads": heads, "num_layers": text.num_hidden_layers, "encoder_hidden_size": size * heads,
+            "prefix_projection": False, "inference_mode": True,
+        }  # fmt: skip
+
+    @classmethod
+    def from_config(cls, config: Mapping) -> "PrefixTuning":
+        """Return the method that a configuration describes, peft's too.
+
+        Raises:
+            ModelError: it describes none.
+        """
+        count = config.get("num_virtual_tokens")
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ModelError(f"num_virtual_tokens must be a whole number of at least 1, not {count!r:.80}")
+        return cls(count)
+
+    def files(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Return all keys, rotated, and values as peft has them, [k, 2 L F]: of one layer behind those of another."""
+        with torch.no_grad():
+            parts = [_rotated(model, layer.prefix.detach()) if path.endswith(_KEY) else layer.prefix.detach()
+                     for path, layer in prefix_layers(model)]  # fmt: skip
+        return {TENSOR: torch.cat([part.cpu() for part in parts], 1)}
+
+    def shapes(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+        """See ``AdapterMethod``."""
+        config = model.config.get_text_config(decoder=True)
+        return {TENSOR: (self.virtual_tokens, len(_layers_of(model)) * _head_size(model) * config.num_key_value_heads)}
+
+    def fill(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copy what a file or a checkpoint holds."""
+        if TENSOR not in tensors:
+            super().fill(model, tensors)
+            return
+        found = dict(prefix_layers(model))
+        with torch.no_grad():
+            for path, prefix in _by_layer(model, list(found), tensors[TENSOR]):
+                found[path].prefix.copy_(prefix)
+
+    def add_switched(
+        self, model: nn.Module, switch: "Switch", name: str, tensors: Mapping[str, torch.Tensor]
+    ) -> None:  # fmt: skip
+        """See ``AdapterMethod``."""
+        part = virtual_tokens(model)
+        if part is None:
+            part = SwitchedTokens(switch)
+            add_part(model, part)
+        there = {path: module for path, module in model.named_modules() if isinstance(module, SwitchPrefix)}
+        layers = there or _layers_of(model)
+        width = model.get_input_embeddings().weight.shape[1]
+        part.by_name[name] = torch.zeros(self.virtual_tokens, width, device=model.device)
+        for path, prefix in _by_layer(model, list(layers), tensors[TENSOR]):
+            if path not in there:
+                model.set_submodule(path, SwitchPrefix(layers[path], part, {}))
+            model.get_submodule(path).prefixes[name] = prefix.to(model.device)
+
+    def layer_kinds(
+        self, linear: Sequence[str], experts: Sequence[str], in_blocks: Container[str]
+    ) -> Mapping[str, Hashable]:  # fmt: skip
+        """Say which layers have trained outputs."""
+        return {name: name.endswith((_KEY, _VALUE)) for name in (*linear, *experts)}
+
+
+def prefix_layers(model: nn.Module) -> Iterator[tuple[str, PrefixLinear]]:
+    """Yield the wrapped layers of a model with their paths: keys and values of one layer behind those of another."""
+    return ((path, module) for path, module in model.named_modules() if isinstance(module, PrefixLinear))
+
+
+def _layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers of keys and values by path.
+
+    Raises:
+        ModelError: the family computes its keys otherwise.
+    """
+    layers = {path: layer for path, layer in linear_layers(model).items() if path.endswith((f".{_KEY}", f".{_VALUE}"))}
+    attentions = {path.rpartition(".")[0] for path in layers}
+    normalised = any(hasattr(model.get_submodule(path), "k_norm") for path in attentions)
+    text, rotary = model.config.get_text_config(decoder=True), getattr(model.base_model, "rotary_emb", None)
+    whole = rotary is not None and 2 * len(getattr(rotary, "inv_freq", ())) == _head_size(model)
+    if normalised or not whole or len(layers) != 2 * text.num_hidden_layers:
+        raise ModelError("adapter.method prefix is for models with layers k_proj and v_proj whose keys are rotated as "
+                         f"they are, and not for {type(model).__name__}; take adapter.method prompt")  # fmt: skip
+    return layers
+
+
+def _head_size(model: nn.Module) -> int:
+    text = model.config.get_text_config(decoder=True)
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def _rotated(model: nn.Module, keys: torch.Tensor, back: bool = False) -> torch.Tensor:
+    """Return keys [k, F] as their positions rotate them, or turned back."""
+    k, heads = len(keys), keys.view(len(keys), -1, _head_size(model))
+    positions = torch.arange(k, device=keys.device)[None]
+    cos, sin = (part[0][:, None].to(keys) for part in model.base_model.rotary_emb(keys[None], positions))
+    first, second = heads.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], -1)
+    if back:
+        return ((heads * cos - turned * sin) / (cos.square() + sin.square())).reshape(k, -1)
+    return (heads * cos + turned * sin).reshape(k, -1)
+
+
+def _by_layer(model: nn.Module, paths: Sequence[str], tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield paths with their keys, turned back, or values, of a file's tensor."""
+    tensor = tensor.float().to(next(model.base_model.rotary_emb.buffers()).device)
+    for path, part in zip(paths, tensor.chunk(len(paths), dim=1), strict=True):
+        yield path, _rotated(model, part, back=True) if path.endswith(_KEY) else part
