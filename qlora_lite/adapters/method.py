@@ -27,7 +27,7 @@ class AdapterMethod:
     size_setting = "lora.rank"
     why_not_merged = "only LoRA adapters can be merged and exported"
     virtual_tokens: int = 0  # that are put before every row of a language model
-    rows_alone = True  # whether it can be trained where rows of a batch run one by one and are recomputed so
+    trains_unpacked = True  # whether it can be trained where rows of a batch run one by one and are recomputed so
     trains_base = False
 
     @property

@@ -89,7 +89,7 @@ class PrefixTuning(AdapterMethod):
         "it is a prefix of keys and values, which no weight of the model holds; evaluate, generate, chat and serve use "
         "it as it is"
     )
-    rows_alone = False  # recomputed rows would find the virtual tokens of another one
+    trains_unpacked = False  # recomputed rows would find the virtual tokens of another one
 
     def apply(self, model: nn.Module) -> None:
         """Freeze the model and put trained keys and values before every row.

@@ -292,7 +292,7 @@ class CausalLM(Workload):
         tiny_tiles = plain.tile_tokens and CHECKED_TILE_TOKENS  # so that the check's few tokens are cut
         set_memory_options(model, replace(plain, tile_tokens=tiny_tiles))
         check_forward(model, settings.max_tokens)
-        if runs_unpacked(model) and not self.method.rows_alone:
+        if runs_unpacked(model) and not self.method.trains_unpacked:
             raise ModelError(f"{type(model).__name__} runs row by row, where prefix tuning's places would be those of "
                              "another row; take adapter.method prompt")  # fmt: skip
         set_memory_options(model, plain)

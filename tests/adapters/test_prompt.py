@@ -67,7 +67,7 @@ def row_by_row(plain, part, rows):
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "gemma3_text"])
 @pytest.mark.parametrize("method", PROMPTS.values(), ids=PROMPTS)
-def test_packed_rows_have_the_loss_and_gradients_of_rows_alone(method, model_type):
+def test_packed_rows_have_the_loss_and_gradients_of_trains_unpacked(method, model_type):
     model, plain = tuned(method, model_type)
     plain.requires_grad_(False)
     part, rows = virtual_tokens(model), examples(3)
@@ -85,7 +85,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_rows_alone(method, model_typ
 
 @pytest.mark.filterwarnings(OF_TRANSFORMERS)
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
-def test_packed_rows_with_a_prefix_have_the_loss_and_gradients_of_rows_alone_with_a_cache(model_type):
+def test_packed_rows_with_a_prefix_have_the_loss_and_gradients_of_trains_unpacked_with_a_cache(model_type):
     model, plain = tuned(METHODS["prefix tuning"], model_type)
     rows, layers = examples(3), [layer for _, layer in prefix_layers(model)]
     work = of_text(method=METHODS["prefix tuning"]).workload

@@ -74,7 +74,7 @@ def test_the_forward_check_refuses_a_head_scaled_otherwise_than_its_configuratio
         check_forward(model)
 
 
-def test_the_forward_check_runs_rows_alone_where_they_would_see_each_other(monkeypatch):
+def test_the_forward_check_runs_trains_unpacked_where_they_would_see_each_other(monkeypatch):
     model, _ = quantized_pair("llama")
     monkeypatch.setattr("qlora_lite.train.forward.uses_row_attention", lambda model: False)
     assert check_forward(model) < 1e-5
