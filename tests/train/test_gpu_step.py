@@ -18,20 +18,25 @@ from memory_option_cases import (
     gradients_of_steps,
     losses_without_gradients,
 )  # fmt: skip
-from tiny import quantized_pair, random_batch, random_factors
+from tiny import build_tiny, quantized_pair, random_batch, random_factors
+from tiny_trainer import SETTINGS, examples
 from transformers import AutoConfig
 
+from qlora_lite.adapters.full import Full
 from qlora_lite.adapters.lora.inject import add_lora, lora_parameters
 from qlora_lite.memory.process import CUBLAS_WORKSPACE_BYTES
 from qlora_lite.models.anatomy import blocks
-from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
+from qlora_lite.models.load import adopt
+from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options, settle
 from qlora_lite.ops.stream import ALIGNMENT
 from qlora_lite.planning.predict import predict
 from qlora_lite.quant.tensor_file import bit_sums
 from qlora_lite.train.causal_lm import CausalLM, CrossEntropy
 from qlora_lite.train.forward import prepare
+from qlora_lite.train.loop import Trainer
 from qlora_lite.train.memory_probe import probe_step
 from qlora_lite.train.optim import build_optimizer
+from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.step import accumulate_gradients
 
 pytestmark = pytest.mark.gpu
@@ -114,6 +119,27 @@ def test_copies_change_no_bit_of_steps_and_evaluations_on_a_gpu(options, repeata
         for each in (options, replace(PLAIN, tile_tokens=options.tile_tokens))
     )
     assert all(torch.equal(one.cpu(), other.cpu()) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("resident", [0, 2])
+def test_weights_that_are_streamed_to_a_gpu_are_trained_as_resident_ones(resident, repeatable):
+    def trained(layers):
+        options = MemoryOptions(optimizer_in_backward=True, resident_layers=layers)
+        model = adopt(build_tiny("llama", num_hidden_layers=4))
+        Full().apply(model)
+        place(model, CARD, options, trains_base=True)
+        changes = dict(gradient_accumulation_steps=1, max_grad_norm=0.0, options=options)
+        training = Trainer(model, examples(), TrainSettings(**(SETTINGS | changes)), workload=CausalLM(method=Full()))
+        training.check()
+        training.probe_memory(examples())
+        losses = [step.loss for step in training] + [training.evaluate(examples()).loss]
+        settle(model)
+        return losses, {name: weight.detach().cpu() for name, weight in model.named_parameters()}
+
+    (losses, weights), (expected, wanted) = trained(resident), trained(None)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    for name, weight in weights.items():
+        assert (weight - wanted[name]).norm() <= 1e-4 * wanted[name].norm(), name
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
