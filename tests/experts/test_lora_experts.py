@@ -28,6 +28,7 @@ from qlora_lite.models.load import adopt
 from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
 from qlora_lite.models.quantizer import quantize_in_place
 from qlora_lite.models.skeleton import block_pattern
+from qlora_lite.ops.grouped_product import add_grouped_sums
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.planning.simulate import simulate
 from qlora_lite.quant.product import materialize
@@ -426,8 +427,13 @@ def test_a_plan_of_groups_counts_what_runs_to_the_byte_and_never_asks_for_a_valu
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("quant", ["nf4", "none"])
-def test_training_computes_adapted_experts_in_groups_once_they_are_chosen(quant, monkeypatch):
+@pytest.mark.parametrize(("quant", "wrong"), [("nf4", 1.0), ("none", 1.0), ("nf4", 1.1)])
+def test_training_computes_adapted_experts_in_groups_where_all_their_gradients_agree(quant, wrong, monkeypatch):
+    def sums(out, *others):
+        add_grouped_sums(out, *others)
+        out.mul_(wrong if out.shape[1] == 4 else 1)  # of A alone, which has no gradient beside a B of zeros
+
+    monkeypatch.setattr(grouped, "add_grouped_sums", sums)
     monkeypatch.setattr(packing, "device_type", lambda _device: "cuda")
     monkeypatch.setattr(packing, "has_triton", lambda: True)
     shares = iter((1.0, 0.5))
@@ -437,7 +443,8 @@ def test_training_computes_adapted_experts_in_groups_once_they_are_chosen(quant,
     inputs = prepare(random_batch((23, 18)), torch.device("cpu"))
     use_kernels(model, ["experts"])
     kernels.choose_kernels(model, inputs)
-    assert kernels_of(model) == {"experts"} and model.config._experts_implementation == GROUPED
+    assert (kernels_of(model) == {"experts"}) == (wrong == 1)
+    assert (model.config._experts_implementation == GROUPED) == (wrong == 1)
 
 
 def test_a_large_mixture_takes_lora_weights_gradients_and_states_and_less_than_one_block_s_weights_beside():
