@@ -234,6 +234,17 @@ def weight_name(path: str, adapted: Container[str]) -> str:
     return f"{PREFIX}{layer}.{'base_layer.' if layer in adapted else ''}{leaf}"
 
 
+def trained_tokens(folder: Path) -> set[int]:
+    """Return the tokens that an adapter folder has rows for.
+
+    Raises:
+        ModelError: the configuration is broken, or of what this package cannot compute.
+    """
+    said = _read_config(folder).get("trainable_token_indices") or []
+    lists = said.values() if isinstance(said, dict) else [said]
+    return {number for numbers in lists if isinstance(numbers, list) for number in numbers if isinstance(number, int)}
+
+
 def changes_base(folder: Path) -> bool:
     """Return whether an adapter folder has weights of the base model, in the place of that one's own.
 

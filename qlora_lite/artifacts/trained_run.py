@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qlora_lite.adapters.read import Adapter, named_base, read_adapter
+from qlora_lite.adapters.read import Adapter as ReadAdapter
+from qlora_lite.adapters.read import named_base, read_adapter, trained_tokens
 from qlora_lite.adapters.saved import Saved
 from qlora_lite.data.problems import Problems
 from qlora_lite.data.render import end_of_answers
@@ -27,11 +28,12 @@ from qlora_lite.errors import CheckpointError, DataError, ModelError, RecipeErro
 from qlora_lite.models.cache import base_fingerprint
 from qlora_lite.models.load import resolve_device
 from qlora_lite.models.locate import ModelFiles, locate
+from qlora_lite.models.pretrained import tokenizer_of
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.prepare.build import build_skeleton, build_to_use, compute_dtype_of, quantization_of, with_plan
 from qlora_lite.prepare.datasets import build_sources
 from qlora_lite.recipe.load import load_recipe
-from qlora_lite.recipe.schema import Data, Model, Recipe
+from qlora_lite.recipe.schema import Adapter, Data, Model, Recipe
 
 from .run_folder import ADAPTER_CONFIG, OpenedRun, check_adapter, how_to_go_on, is_adapter_alone, open_run
 
@@ -143,15 +145,15 @@ class TrainedRun:
                 found.add(row.turns[0].content if row.turns[0].role == "system" else None)
         return found.pop() if len(found) == 1 else None
 
-    def read_adapter(self, skeleton: nn.Module) -> Adapter | Saved:
+    def read_adapter(self, skeleton: nn.Module) -> ReadAdapter | Saved:
         """Read the adapter for the base model; a bare one has an adapter without layers.
 
         Raises:
             ModelError: it does not fit, or holds NaN.
         """
-        return read_adapter(skeleton, self.adapter) if self.adapter else Adapter({}, 0.0)
+        return read_adapter(skeleton, self.adapter) if self.adapter else ReadAdapter({}, 0.0)
 
-    def adapter_to_merge(self, skeleton: nn.Module) -> Adapter:
+    def adapter_to_merge(self, skeleton: nn.Module) -> ReadAdapter:
         """Read the adapter for a merge or an export.
 
         Raises:
@@ -225,12 +227,23 @@ def _open_alone(folder: Path, model_path: str | None) -> TrainedRun:
     except ModelError as error:
         said = f"the base model of the adapter {folder} is not found: {error}"
         raise ModelError(said if model_path else f"{said}. Give its location with --model PATH") from error
+    recipe = recipe.model_copy(update={"adapter": Adapter(train_tokens=_new_tokens(folder, recipe))})
     trained = TrainedRun(folder.resolve().name, recipe, folder, (), files, template_in(folder))
     try:
         tokenizer = trained.tokenizer()
         return _with_end_of_template(trained, tokenizer) if tokenizer.chat_template else trained
     except DataError as error:
         raise DataError(f"the chat template of the adapter {folder}: {error}") from error
+
+
+def _new_tokens(folder: Path, recipe: Recipe) -> tuple[str, ...]:
+    """Return the tokens that the tokenizer beside an adapter has, and its base's lacks, if it has rows for any."""
+    rows = trained_tokens(folder)
+    if not rows or not (folder / "tokenizer.json").is_file():
+        return ()
+    known = load_tokenizer(recipe.model.path, recipe.model.revision).get_vocab()
+    added = {number: token for token, number in tokenizer_of(folder).get_vocab().items() if token not in known}
+    return tuple(added[number] for number in sorted(added.keys() & rows))
 
 
 def _with_end_of_template(trained: TrainedRun, tokenizer) -> TrainedRun:

@@ -99,6 +99,11 @@ def merge_run(
     rows = held_out(trained, settings.rows) if settings.rows else None
     started = time.monotonic()
     merged = prepare_merge(trained, onto)
+    if merged.has_new_tokens:
+        if settings.quantize:
+            raise ModelError("the base model has no rows for new tokens, so that nothing shows whether rounding takes "
+                             "the update away: leave out --quantize")  # fmt: skip
+        rows = None
     if settings.quantize and merged.packs_experts:
         raise ModelError("transformers does not load experts in 4 bit: leave out --quantize")
     report = _describe(trained, merged, settings)
@@ -187,6 +192,8 @@ def _notes(trained: TrainedRun, merged: Merged, settings: MergeSettings, kept: d
         notes.append(UNKNOWN_BASE)
     if merged.onto == ORIGINAL and not trained.is_alone and trained.quantization[0] != "none":
         notes.append("the adapter was trained on the quantised weights; on the original ones the model differs")
+    if merged.has_new_tokens:
+        notes.append("nothing was measured, since the base model has no rows for the new tokens")
     if merged.packs_experts and merged.onto == TRAINED:
         notes.append("the experts are in 16 bit, as the files have them; the run computed with them in 4 bit")
     if trained.recipe.model.quant_head and (merged.onto == ORIGINAL or merged.config.tie_word_embeddings):

@@ -178,6 +178,7 @@ def _settings(facts: CardFacts) -> list[tuple[str, str]]:
          f"{', rank-stabilized' if r.lora.rslora else ''}, on {targets}"
          f"{'; initialized from an earlier adapter' if r.lora.init_from else ''}"),
         ("trained whole", f"{also}, at {r.adapter.train_also_lr_ratio:g} times the learning rate" if also else "-"),
+        ("tokens with rows of their own", ", ".join(f"`{token}`" for token in r.adapter.train_tokens) or "-"),
         ("trainable parameters", _count(summary.get("trainable_parameters"))),
         ("optimizer", f"{r.train.optimizer}, weight decay {r.train.weight_decay:g}, gradient norm up to "
          f"{r.train.max_grad_norm:g}"),

@@ -20,6 +20,7 @@ from qlora_lite.ops.checkpoint import Checkpoint, Segments, Skipping
 from qlora_lite.ops.offload import HostStore
 from qlora_lite.ops.stream import BlockStream, InHostMemory, in_files
 from qlora_lite.ops.tile import Tiled
+from qlora_lite.ops.token_rows import EmbeddingWithRows, HeadWithRows
 from qlora_lite.quant.product import keeping_weights
 
 from .anatomy import blocks, decoder, device_of, tokenwise_parts
@@ -170,9 +171,9 @@ def _place_tables(model: nn.Module, device: torch.device, options: MemoryOptions
     for key, table, on_host in (
         ("embeddings", embedding, options.host_embeddings), ("head", head, options.host_head),
     ):  # fmt: skip
-        if on_host and table.weight.requires_grad:
-            raise ModelError(f"memory.{key} host is for a frozen table, and this one is trained: set it to device, or "
-                             "leave it out of adapter.train_also")  # fmt: skip
+        if on_host and (table.weight.requires_grad or isinstance(table, EmbeddingWithRows | HeadWithRows)):
+            raise ModelError(f"memory.{key} host is for a frozen table, and this one is trained, or has rows that are "
+                             "(adapter.train_also, adapter.train_tokens): set it to device")  # fmt: skip
     if options.host_embeddings != options.host_head and embedding.weight is head.weight:
         raise ModelError("the embeddings are also the head: set memory.embeddings and memory.head to the same")
     if options.host_head and not isinstance(head, nn.Linear):

@@ -141,6 +141,12 @@ class Merged:
     compute_dtype: torch.dtype
     packs_experts: bool
 
+    @property
+    def has_new_tokens(self) -> bool:
+        """Whether tables are longer than the base's."""
+        return any(self.entries(torch.float32)[stored][1][:1] > shape[:1]
+                   for stored, (_, shape) in self.base.entries.items() if self._tokens(stored))  # fmt: skip
+
     def entries(self, dtype: torch.dtype) -> Entries:
         """Return dtype and shape of what ``weight`` gives for every stored name."""
         return {

@@ -231,9 +231,11 @@ _NOT_OFFERED = {
     "write adapter.train_also: biases": "bias",
     "add experts to lora.targets, or names of their weights such as gate_up_proj; other parameters stay frozen":
         "target_parameters lora_target_parameters",
-    "remove it; embeddings and the tokens of the tokenizer stay as the model has them":
+    "write the tokens in adapter.train_tokens, which adds those that the tokenizer lacks":
         "tokens add_tokens new_tokens new_special_tokens add_special_tokens additional_special_tokens "
-        "special_tokens added_tokens_overrides trainable_token_indices resize_vocab resize_token_embeddings "
+        "trainable_token_indices",
+    "remove it; adapter.train_tokens adds tokens, and makes embeddings longer where it has to":
+        "special_tokens added_tokens_overrides resize_vocab resize_token_embeddings "
         "resize_token_embeddings_to_32x mean_resizing_embeddings shrink_embeddings fix_untrained_tokens eot_tokens "
         "embeddings_skip_upcast eos_token",
     "remove it; train.loraplus_lr_ratio gives B another rate, and adapter.train_also_lr_ratio embeddings and other "

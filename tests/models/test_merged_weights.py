@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, EAGER
 from tiny_files import byte_tokenizer, save_tiny
-from tiny_runs import END_OF_ANSWER, logits, make_run, tiny_run
+from tiny_runs import END_OF_ANSWER, logits, make_run, replace_adapter, tiny_run
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qlora_lite.adapters.files import load_adapter
@@ -83,6 +83,31 @@ def test_merged_into_the_weights_that_the_run_saw_it_gives_the_trained_logits(mo
     base = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model"))
     assert (expected - base).abs().max() > 1e-2
     assert torch.allclose(found, expected, atol=2e-4)
+
+
+@pytest.mark.parametrize(("model_type", "setting"), [
+    ("llama", "adapter.train_also=[embeddings, head, norms]"), ("gpt2", "adapter.train_also=[norms, biases]"),
+    ("gemma2", "adapter.train_also=embeddings"), ("gemma2", 'adapter.train_tokens=["<|new|>", "a"]'),
+    ("llama", 'adapter.train_tokens=["<|new|>"]'),
+])  # fmt: skip
+def test_trained_weights_of_the_base_are_in_the_merged_model(model_type, setting, tmp_path):
+    run = tiny_run(tmp_path, model_type, overrides=[setting])
+    stored = load_file(run / "adapter" / "adapter_model.safetensors")
+    chance, new = torch.Generator().manual_seed(0), {}
+    for name, tensor in stored.items():
+        if "lora_" not in name:  # a tied table is there twice
+            same = next((new[other] for other in new if torch.equal(stored[other], tensor)), None)
+            moved = tensor + 0.1 * torch.randn(tensor.shape, generator=chance)
+            new[name] = moved if same is None else same.clone()
+    assert new
+    replace_adapter(run, stored | new)
+    merged, trained = merge(run, tmp_path / "out"), trained_model(run)
+    size = logits(trained).shape[-1]
+    assert merged.config.vocab_size == size
+    ids = torch.randint(5, size, (2, 11), generator=chance)
+    ids[:, 3] = size - 1
+    assert torch.allclose(logits(merged, ids), logits(trained, ids), atol=2e-4)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) <= size
 
 
 def test_layers_without_weights_are_merged_as_the_run_saw_them(tmp_path):

@@ -205,11 +205,13 @@ class SwitchModule(Around):
 
     Args:
         own: those by adapter.
+        others: what the base and all other adapters use.
     """
 
-    def __init__(self, inner: nn.Module, switch: Switch, own: Mapping[str, nn.Module]):
+    def __init__(self, inner: nn.Module, switch: Switch, own: Mapping[str, nn.Module], others: nn.Module):
         super().__init__(inner)
-        self.switch, self.own = switch, dict(own)
+        self.switch, self.own, self._others = switch, dict(own), (others,)
+        self.tokens: tuple[int, ...] = getattr(others, "tokens", ())  # behind the table's end
 
     def forward(self, x: torch.Tensor, *others) -> torch.Tensor:
         rows = self.switch.rows
@@ -226,7 +228,7 @@ class SwitchModule(Around):
         return y
 
     def _of(self, name: str | None) -> nn.Module:
-        return self.inner if name is None else self.own.get(name, self.inner)
+        return self.own.get(name or "", *self._others)
 
 
 def _with_weights(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -272,7 +274,14 @@ def add_switch(model: nn.Module, adapters: Mapping[str, Adapter | Saved]) -> Swi
             if rows is not None:
                 kind = EmbeddingWithRows if module is model.get_input_embeddings() else HeadWithRows
                 own[name] = kind(own[name], of_lora[name].tokens[path], nn.Parameter(rows, requires_grad=False))
-        model.set_submodule(path, SwitchModule(module, switch, own))
+        every = {token for name in of_adapters for token in of_lora[name].tokens.get(path, ())}
+        base = module
+        if new := sorted(token for token in every if token >= module.weight.shape[0]):  # as before training
+            mean = module.weight.mean(0, dtype=torch.float32).to(device, model.dtype)
+            rows = nn.Parameter(mean.repeat(len(new), 1), requires_grad=False)
+            kind = EmbeddingWithRows if module is model.get_input_embeddings() else HeadWithRows
+            base = kind(_with_weights(module, {}), new, rows)
+        model.set_submodule(path, SwitchModule(module, switch, own, base))
     for path, experts in {weight.path: weight.experts for weight in expert_weights(model).values()}.items():
         both = {name: {leaf: found for leaf in both_names(experts) if (found := adapter.layers.get(f"{path}.{leaf}"))}
                 for name, adapter in of_lora.items()}  # fmt: skip
