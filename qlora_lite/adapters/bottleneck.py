@@ -175,7 +175,7 @@ class Bottleneck(AdapterMethod):
         }  # fmt: skip
 
     @classmethod
-    def from_config(cls, config: Mapping) -> "Bottleneck":
+    def described_by(cls, config: Mapping) -> "Bottleneck":
         """Return the method that an adapter's configuration describes.
 
         Raises:

@@ -27,6 +27,7 @@ from .lora.inject import (
     in_blocks,
     linear_layers,
     lora_layers,
+    lora_parameters,
     matching,
     require_base,
     require_lora,
@@ -196,11 +197,11 @@ class Lora(AdapterMethod):
             ModelError: the model has no LoRA layers.
         """
         require_lora(model)
-        inside = in_blocks(model)
+        inside, added = in_blocks(model), {parameter: name for name, parameter in lora_parameters(model)}
         first = {name: p for name, p in trained_weights(model) if name.rpartition(".")[0] not in inside}
         yield from first.items()
         trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-        yield from ((name, p) for name, p in trained if name not in first)
+        yield from ((added.get(p, name), p) for name, p in trained if name not in first)
 
     def trained_base(self, model: nn.Module) -> Iterator[nn.Parameter]:
         """Yield what is trained beside the LoRA weights."""

@@ -121,7 +121,7 @@ class PrefixTuning(AdapterMethod):
         }  # fmt: skip
 
     @classmethod
-    def from_config(cls, config: Mapping) -> "PrefixTuning":
+    def described_by(cls, config: Mapping) -> "PrefixTuning":
         """Return the method that a configuration describes, peft's too.
 
         Raises:

@@ -192,7 +192,7 @@ class PromptTuning(AdapterMethod):
         }
 
     @classmethod
-    def from_config(cls, config: Mapping) -> "PromptTuning":
+    def described_by(cls, config: Mapping) -> "PromptTuning":
         """Return the method that a configuration describes, peft's too; of p-tuning, files hold what it computed.
 
         Raises:

@@ -33,7 +33,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None, tokens: Sequen
             tokenizer = tokenizer_of(files.folder)
     except (OSError, ValueError, TypeError, KeyError, IndexError, ImportError) as error:
         raise ModelError(f"cannot load the tokenizer of {path}: {str(error).strip().splitlines()[0]}") from error
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
     if not tokenizer.is_fast:
         raise ModelError(f"{path} has only a slow tokenizer; the masks need the token offsets of a fast one")
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
     return tokenizer

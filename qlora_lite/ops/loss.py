@@ -129,6 +129,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total += losses.sum()
             if log_sums is not None:
                 log_sums[chunk] = sums
+            del losses, sums  # before the next chunk's are there
         ctx.head, ctx.chunk_tokens = head, chunk_tokens
         ctx.save_for_backward(grad_hidden, *((hidden, targets, log_sums, weight, bias) if trains_head else ()))
         return total
